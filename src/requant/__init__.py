@@ -1,0 +1,1 @@
+"""Turn any model checkpoint into Apple MLX's quantized formats and back."""

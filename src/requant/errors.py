@@ -1,0 +1,179 @@
+"""Every error that requant raises on purpose, and ``Problem`` for lists of findings.
+
+RequantError
+├── ParseError               a JSON text or block does not say what it must
+├── MissingKeyError          a tensor that must be there is not
+├── KeyCollisionError        a tensor stands where another would be written
+├── RankMismatchError        wrong number of axes
+├── ShapeMismatchError       two shapes that must agree do not
+├── LengthMismatchError      two lengths (or ranks) that must agree do not
+├── UnsupportedDtypeError    a dtype that the operation does not take
+├── OutOfRangeError          a number outside its legal values
+├── DivisibilityError        a number that must divide another does not
+├── UnknownValueError        a word outside a known set
+├── InvariantError           a rule between parts of the input is broken
+├── BackendError             the array library's own quantize or dequantize refused
+├── CheckpointError          everything wrong with a source, in one list
+├── OutputError              the output cannot be written (or must not be)
+└── UsageError               wishes that contradict each other
+
+Every error has ``.layer``: the layer path or tensor name it is about, or None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing wrong in one place."""
+
+    where: str  # a tensor name, a file, or "config.json: quantization.bits"
+    message: str  # "F16 (32, 11007), expected F16 (32, 11008)"
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.message}"
+
+
+class RequantError(Exception):
+    """Base of every error that requant raises on purpose.
+
+    Attributes:
+        layer: Layer path or tensor name that the error is about, or None.
+    """
+
+    def __init__(self, message: str, *, layer: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.layer = layer
+
+    def __str__(self) -> str:
+        return f"{self.layer}: {self.message}" if self.layer is not None else self.message
+
+
+class ParseError(RequantError, ValueError):
+    """A JSON text, or one block of it, does not say what it must."""
+
+
+class MissingKeyError(RequantError, LookupError):
+    """A tensor that must be in the weight map is not."""
+
+    def __init__(self, message: str, key: str, *, layer: str | None = None) -> None:
+        super().__init__(f"{message} (missing: {key})", layer=layer)
+        self.key = key
+
+
+class KeyCollisionError(RequantError, ValueError):
+    """A tensor stands under a name that another must have."""
+
+    def __init__(self, message: str, key: str, *, layer: str | None = None) -> None:
+        super().__init__(f"{message} (in the way: {key})", layer=layer)
+        self.key = key
+
+
+class RankMismatchError(RequantError, ValueError):
+    """An array has the wrong number of axes."""
+
+    def __init__(
+        self, message: str, rank: int, shape: Iterable[int], *, layer: str | None = None
+    ) -> None:
+        self.rank, self.shape = rank, tuple(shape)
+        super().__init__(f"{message}; got rank {rank}, shape {self.shape}", layer=layer)
+
+
+class ShapeMismatchError(RequantError, ValueError):
+    """Two shapes that must agree do not."""
+
+    def __init__(
+        self,
+        message: str,
+        expected: Iterable[int],
+        actual: Iterable[int],
+        *,
+        layer: str | None = None,
+    ) -> None:
+        self.expected, self.actual = tuple(expected), tuple(actual)
+        super().__init__(f"{message}; expected {self.expected}, got {self.actual}", layer=layer)
+
+
+class LengthMismatchError(RequantError, ValueError):
+    """Two lengths, or ranks, that must agree do not."""
+
+    def __init__(
+        self, message: str, expected: int, actual: int, *, layer: str | None = None
+    ) -> None:
+        self.expected, self.actual = expected, actual
+        super().__init__(f"{message}; expected {expected}, got {actual}", layer=layer)
+
+
+class UnsupportedDtypeError(RequantError, TypeError):
+    """A dtype that the operation does not take; ``dtype`` is a name such as "float32"."""
+
+    def __init__(
+        self, message: str, dtype: str, supported: Sequence[str], *, layer: str | None = None
+    ) -> None:
+        self.dtype, self.supported = dtype, tuple(supported)
+        super().__init__(
+            f"{message}; got {dtype}, supported: {', '.join(self.supported)}", layer=layer
+        )
+
+
+class OutOfRangeError(RequantError, ValueError):
+    """A number outside its legal values."""
+
+    def __init__(
+        self, message: str, name: str, value: object, *, layer: str | None = None
+    ) -> None:
+        self.name, self.value = name, value
+        super().__init__(f"{name} = {value}: {message}", layer=layer)
+
+
+class DivisibilityError(RequantError, ValueError):
+    """A number that another must divide is no multiple of it."""
+
+    def __init__(
+        self, message: str, name: str, value: int, divisor: int, *, layer: str | None = None
+    ) -> None:
+        self.name, self.value, self.divisor = name, value, divisor
+        super().__init__(f"{name} = {value} is not a multiple of {divisor}: {message}", layer=layer)
+
+
+class UnknownValueError(RequantError, ValueError):
+    """A word outside the set of known ones."""
+
+    def __init__(
+        self, message: str, value: str, supported: Sequence[str], *, layer: str | None = None
+    ) -> None:
+        self.value, self.supported = value, tuple(supported)
+        known = ", ".join(repr(word) for word in self.supported)
+        super().__init__(f"{message}; got {value!r}, known: {known}", layer=layer)
+
+
+class InvariantError(RequantError, ValueError):
+    """A rule between parts of the input is broken."""
+
+
+class BackendError(RequantError, RuntimeError):
+    """The array library's own quantize or dequantize refused its input."""
+
+
+class CheckpointError(RequantError, ValueError):
+    """Everything that is wrong with a source, in one list.
+
+    Raised before tensor data is read or a file is written.
+    """
+
+    def __init__(self, source: str, problems: Sequence[Problem]) -> None:
+        self.source, self.problems = source, tuple(problems)
+        lines = "".join(f"\n  {problem}" for problem in self.problems)
+        super().__init__(f"{source} cannot be converted:{lines}")
+
+
+class OutputError(RequantError, OSError):
+    """The output cannot be written, or must not be overwritten."""
+
+
+class UsageError(RequantError, ValueError):
+    """Wishes that contradict each other or name nothing."""
