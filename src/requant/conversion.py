@@ -1,0 +1,146 @@
+"""The doors: ``plan`` and ``convert``. Start reading here; the road is steps 1 to 6 in order."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from requant.errors import CheckpointError, Problem
+from requant.execute import Outcome, Progress, make_budget, run_plan
+from requant.planner import Plan, make_plan
+from requant.report import Report
+from requant.schema import Quantization
+from requant.wishes import Spec, Wishes
+from requant.writer import OutputFolder
+
+Source = str | os.PathLike[str]
+
+
+def plan(
+    source: Source,
+    quantization: Quantization | None = None,
+    *,
+    bits: int | None = None,
+    group_size: int | None = None,
+    mode: str | None = None,
+    dequantize: bool = False,
+    dtype: str | None = None,
+    overrides: Iterable[str | tuple[str, Spec | str]] = (),
+    only: Sequence[str] = (),
+    shard_size: int = 5 << 30,
+) -> Plan:
+    """Lay out a conversion without doing it; only headers and JSON are read.
+
+    The wishes are those of ``convert``.
+
+    Raises:
+        CheckpointError: Everything that is wrong with the source.
+        UsageError: Wishes that contradict each other or name no layer.
+    """
+    wishes = Wishes.build(
+        quantization,
+        bits=bits,
+        group_size=group_size,
+        mode=mode,
+        dequantize=dequantize,
+        dtype=dtype,
+        overrides=overrides,
+        only=only,
+        max_shard_bytes=shard_size,
+    )
+    return make_plan(Path(source), wishes)
+
+
+def convert(
+    source: Source,
+    output: Source,
+    quantization: Quantization | None = None,
+    *,
+    bits: int | None = None,
+    group_size: int | None = None,
+    mode: str | None = None,
+    dequantize: bool = False,
+    dtype: str | None = None,
+    overrides: Iterable[str | tuple[str, Spec | str]] = (),
+    only: Sequence[str] = (),
+    shard_size: int = 5 << 30,
+    max_memory: int | None = None,
+    threads: int | None = None,
+    force: bool = False,
+    allow_nonfinite: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+    chunk_bytes: int | None = None,
+) -> Report:
+    """Convert a checkpoint folder into an MLX folder.
+
+    Args:
+        source: Folder with ``config.json`` and safetensors; it is never modified.
+        output: Folder to write; it appears only when complete.
+        quantization: Target of the chosen layers. None keeps a quantized source as it is
+            and means affine, 4 bits, group 64 for a dense one.
+        bits: With ``group_size`` and ``mode``, another way to give ``quantization``;
+            what is not given takes MLX's default for the mode.
+        group_size: Inputs that share a scale.
+        mode: "affine", "mxfp4", "mxfp8" or "nvfp4".
+        dequantize: Write every layer dense.
+        dtype: "float16", "bfloat16" or "float32" for floating tensors; cast before they
+            are quantized.
+        overrides: ``"REGEX=SPEC"`` or ``(regex, spec)`` on layer paths; the last match wins.
+        only: Regexes; layers that none matches are left as they are.
+        shard_size: Most bytes of one output file.
+        max_memory: Most bytes to hold in memory, mapped pages aside.
+        threads: Worker threads; every processor by default.
+        force: Replace an existing output folder.
+        allow_nonfinite: Keep a layer with NaN or infinity dense instead of stopping.
+        progress: Called about ten times a second with a ``Progress``.
+        chunk_bytes: Bytes of one worker's chunk; the result does not depend on it.
+
+    Returns:
+        What was done, layer by layer.
+
+    Raises:
+        CheckpointError: Everything that is wrong with the source; nothing was written.
+        OutputError: The output exists, or cannot be written; nothing stays behind.
+        UsageError: Wishes that contradict each other or name no layer.
+
+    Example:
+        >>> report = convert("source", "output", bits=4)  # doctest: +SKIP
+        >>> round(report.bits_per_weight, 2)  # doctest: +SKIP
+        4.5
+    """
+    began = time.perf_counter()
+    wishes = Wishes.build(
+        quantization,
+        bits=bits,
+        group_size=group_size,
+        mode=mode,
+        dequantize=dequantize,
+        dtype=dtype,
+        overrides=overrides,
+        only=only,
+        max_shard_bytes=shard_size,
+    )
+    made = make_plan(Path(source), wishes)
+    budget = make_budget(made, threads, max_memory, chunk_bytes)
+    with OutputFolder(made, Path(output), force) as folder:
+        outcome = run_plan(made, folder, budget, progress)
+        _refuse_nonfinite(made, outcome)
+        folder.publish()
+    return Report.build(made, str(output), outcome, time.perf_counter() - began)
+
+
+def _refuse_nonfinite(made: Plan, outcome: Outcome) -> None:
+    """Stop before anything is published where a group held NaN or infinity."""
+    problems = [
+        Problem(
+            f"{layer}.weight",
+            f"{found.nonfinite:,} values are NaN or infinite, first in row "
+            f"{found.first_nonfinite_row}; --allow-nonfinite keeps such layers dense",
+        )
+        for layer, found in outcome.findings.items()
+        if found.nonfinite
+    ]
+    if problems:
+        raise CheckpointError(made.source, problems)

@@ -1,0 +1,371 @@
+"""Step 4 of the road: the plan's steps, cut into chunks of rows, on threads.
+
+A worker owns one set of buffers for the whole run: it reads the rows of a chunk into them,
+calls a kernel (which releases the GIL), and writes the results to their places in the
+pre-sized shards. Chunks share nothing, so their order and number change no byte.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from requant.arrays import native
+from requant.dtypes import NUMPY_DTYPE
+from requant.errors import CheckpointError, OutOfRangeError, Problem, RequantError
+from requant.planner import Operation, Plan, Step
+from requant.writer import OutputFolder
+
+# A chunk and what is made of it stay in a core's cache.
+DEFAULT_CHUNK_BYTES = 4 << 20
+# Python, NumPy and the plan itself, before the first buffer (measured: 45 to 60 MB).
+BASE_MEMORY_BYTES = 80 << 20
+_POLL_S = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """How much runs at once: threads, and bytes that each may hold."""
+
+    threads: int
+    chunk_bytes: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """What the process holds at the most, mapped or cached file pages aside."""
+        return BASE_MEMORY_BYTES + self.threads * self.chunk_bytes
+
+
+def make_budget(
+    plan: Plan,
+    threads: int | None = None,
+    max_memory: int | None = None,
+    chunk_bytes: int | None = None,
+) -> Budget:
+    """Fit threads and chunks into the memory allowed.
+
+    Args:
+        plan: What is to be run; its longest row is the least that a worker holds.
+        threads: Worker threads; None for every processor of this process.
+        max_memory: Most bytes to hold, mapped pages aside; None for small chunks that
+            suit a processor's cache.
+        chunk_bytes: Overrules the size of a worker's chunk; for tests and tuning.
+
+    Raises:
+        OutOfRangeError: Not even one row a worker fits into ``max_memory``.
+    """
+    if threads is None:
+        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+        threads = threads or os.cpu_count() or 1
+    if threads < 1:
+        raise OutOfRangeError("at least one thread is needed", "threads", threads)
+    longest = max((s.work_bytes_per_row for s in plan.steps if s.rows), default=1)
+    if max_memory is None:
+        return Budget(threads, max(chunk_bytes or DEFAULT_CHUNK_BYTES, longest))
+    least = BASE_MEMORY_BYTES + longest
+    if max_memory < least:
+        message = f"the longest row of this model needs at least {least:,} bytes"
+        raise OutOfRangeError(message, "max_memory", f"{max_memory:,}")
+    threads = min(threads, (max_memory - BASE_MEMORY_BYTES) // longest)
+    room = (max_memory - BASE_MEMORY_BYTES) // threads
+    return Budget(threads, min(chunk_bytes or DEFAULT_CHUNK_BYTES, room))
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a run stands."""
+
+    layer: str
+    bytes_done: int
+    bytes_total: int
+    elapsed_s: float
+    bytes_written: int = 0
+
+
+@dataclass(slots=True)
+class Finding:
+    """What the kernels saw in one layer; sums over its chunks."""
+
+    nonfinite: int = 0
+    first_nonfinite_row: int | None = None
+    overflowed: int = 0
+    flushed_groups: int = 0
+
+    def add(self, other: Finding) -> None:
+        """Merge what another chunk saw."""
+        self.nonfinite += other.nonfinite
+        self.overflowed += other.overflowed
+        self.flushed_groups += other.flushed_groups
+        rows = [r for r in (self.first_nonfinite_row, other.first_nonfinite_row) if r is not None]
+        self.first_nonfinite_row = min(rows, default=None)
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a run did: findings by layer, and how long it took."""
+
+    findings: dict[str, Finding] = field(default_factory=dict)
+    elapsed_s: float = 0.0
+
+
+def run_plan(
+    plan: Plan,
+    folder: OutputFolder,
+    budget: Budget,
+    progress: Callable[[Progress], None] | None = None,
+) -> Outcome:
+    """Run every step of ``plan`` into ``folder``.
+
+    Raises:
+        CheckpointError: A source file changed, or cannot be read any more.
+        OutputError: The disk refused a write.
+    """
+    with _Source(plan) as source:
+        run = _Run(plan, source, folder, budget)
+        return run.go(progress)
+
+
+class _Source:
+    """The source's files, open for positioned reads from any thread."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.path, self.sizes = plan.checkpoint.path, {f.name: f.nbytes for f in plan.files}
+        self.fds: dict[str, int] = {}
+
+    def __enter__(self) -> _Source:
+        try:
+            for name, nbytes in self.sizes.items():
+                self.fds[name] = os.open(self.path / name, os.O_RDONLY | os.O_CLOEXEC)
+                actual = os.fstat(self.fds[name]).st_size
+                if actual != nbytes:
+                    self._fail(name, f"has {actual:,} bytes now, {nbytes:,} when it was planned")
+        except OSError as error:
+            self.__exit__()
+            self._fail(Path(error.filename or "").name, error.strerror or str(error))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for fd in self.fds.values():
+            os.close(fd)
+        self.fds.clear()
+
+    def read(self, file: str, offset: int, into: memoryview) -> None:
+        """Fill ``into`` with the bytes at ``offset``."""
+        fd = self.fds[file]
+        while into:
+            try:
+                got = os.preadv(fd, [into], offset)
+            except OSError as error:
+                self._fail(file, error.strerror or str(error))
+            if got == 0:
+                self._fail(file, f"ends at byte {offset:,}: it was cut while it was read")
+            into, offset = into[got:], offset + got
+
+    def _fail(self, file: str, message: str) -> None:
+        raise CheckpointError(str(self.path), [Problem(file, message)])
+
+
+class _Buffers:
+    """One worker's memory: an array per role, as large as its largest use so far."""
+
+    def __init__(self) -> None:
+        self._arrays: dict[str, np.ndarray] = {}
+
+    def take(self, role: str, dtype: str, rows: int, row_bytes: int) -> np.ndarray:
+        """An uninitialised ``(rows, row_bytes / itemsize)`` array of the role's memory."""
+        nbytes = rows * row_bytes
+        held = self._arrays.get(role)
+        if held is None or held.nbytes < nbytes:
+            held = self._arrays[role] = np.empty(nbytes, np.uint8)
+        return held[:nbytes].view(NUMPY_DTYPE[dtype]).reshape(rows, -1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    step: Step
+    start: int
+    stop: int
+
+
+def _chunks(steps: Sequence[Step], chunk_bytes: int) -> Iterator[_Chunk]:
+    for step in steps:
+        rows = max(1, chunk_bytes // max(1, step.work_bytes_per_row))
+        for start in range(0, step.rows, rows):
+            yield _Chunk(step, start, min(start + rows, step.rows))
+
+
+class _Run:
+    """The state that workers share: the list of chunks, the counters, the first error."""
+
+    def __init__(self, plan: Plan, source: _Source, folder: OutputFolder, budget: Budget) -> None:
+        self.plan, self.source, self.folder, self.budget = plan, source, folder, budget
+        self.chunks = _chunks(plan.steps, budget.chunk_bytes)
+        self.lock = threading.Lock()
+        self.error: BaseException | None = None
+        self.stop = threading.Event()
+        self.done = threading.Event()
+        self.running = budget.threads
+        self.outcome = Outcome()
+        self.layer, self.bytes_done, self.bytes_written = "", 0, 0
+
+    def go(self, progress: Callable[[Progress], None] | None) -> Outcome:
+        began = time.perf_counter()
+        threads = [
+            threading.Thread(target=self._work, name=f"requant-{n}", daemon=True)
+            for n in range(self.budget.threads)
+        ]
+        for thread in threads:
+            thread.start()
+        try:
+            while not self.done.wait(_POLL_S):
+                if progress is not None:
+                    progress(self._progress(began))
+        finally:
+            self.stop.set()
+            for thread in threads:
+                thread.join()
+        if self.error is not None:
+            raise self.error
+        if progress is not None:
+            progress(self._progress(began))
+        self.outcome.elapsed_s = time.perf_counter() - began
+        return self.outcome
+
+    def _progress(self, began: float) -> Progress:
+        elapsed_s = time.perf_counter() - began
+        return Progress(
+            self.layer, self.bytes_done, self.plan.bytes_in, elapsed_s, self.bytes_written
+        )
+
+    def _work(self) -> None:
+        buffers = _Buffers()
+        try:
+            while not self.stop.is_set():
+                with self.lock:
+                    chunk = next(self.chunks, None)
+                if chunk is None:
+                    break
+                self._do(chunk, buffers)
+        except BaseException as error:
+            with self.lock:
+                self.error = self.error or error
+            self.stop.set()
+        with self.lock:
+            self.running -= 1
+            if not self.running or self.error is not None:
+                self.done.set()
+
+    def _do(self, chunk: _Chunk, buffers: _Buffers) -> None:
+        step, rows = chunk.step, chunk.stop - chunk.start
+        inputs, outputs, read, written = {}, {}, 0, 0
+        for role, stored in step.inputs.items():
+            row_bytes = step.row_bytes(stored)
+            array = buffers.take(f"in {role}", stored.info.dtype, rows, row_bytes)
+            offset = stored.offset + chunk.start * row_bytes
+            self.source.read(stored.file, offset, memoryview(array.view(np.uint8)).cast("B"))
+            inputs[role] = array
+            read += array.nbytes
+        for role, out in step.outputs.items():
+            if step.operation is Operation.COPY:
+                outputs[role] = inputs[role]
+                continue
+            outputs[role] = buffers.take(f"out {role}", out.info.dtype, rows, step.row_bytes(out))
+        try:
+            finding = _COMPUTE[step.operation](step, inputs, outputs, buffers)
+        except RequantError as error:
+            error.layer = error.layer or step.layer
+            raise
+        for role, out in step.outputs.items():
+            offset = out.offset + chunk.start * step.row_bytes(out)
+            data = memoryview(outputs[role].view(np.uint8)).cast("B")
+            self.folder.write(out.file, offset, data)
+            written += data.nbytes
+        if finding.first_nonfinite_row is not None:
+            finding.first_nonfinite_row += chunk.start
+        with self.lock:
+            self.outcome.findings.setdefault(step.layer, Finding()).add(finding)
+            self.layer = step.layer
+            self.bytes_done += read
+            self.bytes_written += written
+
+
+_Arrays = dict[str, np.ndarray]
+
+
+def _copy(step: Step, inputs: _Arrays, outputs: _Arrays, buffers: _Buffers) -> Finding:
+    return Finding()
+
+
+def _cast(step: Step, inputs: _Arrays, outputs: _Arrays, buffers: _Buffers) -> Finding:
+    return Finding(overflowed=native.cast_into(inputs["weight"], outputs["weight"]))
+
+
+def _encode(step: Step, inputs: _Arrays, outputs: _Arrays, buffers: _Buffers) -> Finding:
+    dense, finding = inputs["weight"], Finding()
+    if step.inputs["weight"].info.dtype != step.dtype:
+        wanted = buffers.take("dense", step.dtype, *_dense_shape(step, dense))
+        finding.overflowed = native.cast_into(dense, wanted)
+        dense = wanted
+    return _quantize(step, dense, outputs, finding)
+
+
+def _decode(step: Step, inputs: _Arrays, outputs: _Arrays, buffers: _Buffers) -> Finding:
+    _dequantize(step, inputs, outputs["weight"])
+    return Finding()
+
+
+def _recode(step: Step, inputs: _Arrays, outputs: _Arrays, buffers: _Buffers) -> Finding:
+    dense = buffers.take("dense", step.dtype, *_dense_shape(step, inputs["weight"]))
+    _dequantize(step, inputs, dense)
+    return _quantize(step, dense, outputs, Finding())
+
+
+def _dense_shape(step: Step, rows_of: np.ndarray) -> tuple[int, int]:
+    return rows_of.shape[0], step.columns * NUMPY_DTYPE[step.dtype].itemsize
+
+
+def _dequantize(step: Step, inputs: _Arrays, dense: np.ndarray) -> None:
+    source = step.source
+    assert source is not None
+    native.dequantize_into(
+        inputs["weight"],
+        inputs["scales"],
+        inputs.get("biases"),
+        source.group_size,
+        source.bits,
+        source.mode.value,
+        dense,
+    )
+
+
+def _quantize(step: Step, dense: np.ndarray, outputs: _Arrays, finding: Finding) -> Finding:
+    target = step.target
+    assert target is not None
+    finding.nonfinite = native.count_nonfinite(dense)
+    if finding.nonfinite:
+        finding.first_nonfinite_row = native.first_nonfinite_row(dense)
+    finding.flushed_groups = native.quantize_into(
+        dense,
+        target.group_size,
+        target.bits,
+        target.mode.value,
+        outputs["weight"],
+        outputs["scales"],
+        outputs.get("biases"),
+    )
+    return finding
+
+
+_COMPUTE = {
+    Operation.COPY: _copy,
+    Operation.CAST: _cast,
+    Operation.ENCODE: _encode,
+    Operation.DECODE: _decode,
+    Operation.RECODE: _recode,
+}

@@ -1,0 +1,17 @@
+"""The source formats, in the order in which they are asked."""
+
+from __future__ import annotations
+
+from requant.checkpoint import Checkpoint
+from requant.formats.base import Format, SourceLayer, SourceLayout
+from requant.formats.dense import Dense
+from requant.formats.mlx import Mlx
+
+__all__ = ["FORMATS", "Format", "SourceLayer", "SourceLayout", "detect"]
+
+FORMATS: tuple[Format, ...] = (Mlx(), Dense())
+
+
+def detect(checkpoint: Checkpoint) -> Format:
+    """Find the format of a checkpoint from its config and tensor names."""
+    return next(known for known in FORMATS if known.claims(checkpoint))

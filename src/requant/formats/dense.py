@@ -1,0 +1,71 @@
+"""Dense checkpoints: every tensor is stored as its values, float32, float16 or bfloat16."""
+
+from __future__ import annotations
+
+from requant.checkpoint import Checkpoint
+from requant.errors import Problem
+from requant.formats.base import SourceLayout, dense_layer
+
+# Suffixes that only quantized layers have, and the format that writes them. A folder
+# with one of them is not dense, whatever its config says.
+_FOREIGN_SUFFIXES = {
+    ".qweight": "AWQ or GPTQ",
+    ".qzeros": "AWQ or GPTQ",
+    ".g_idx": "GPTQ",
+    ".W_q": "HQQ",
+    ".SCB": "bitsandbytes int8",
+    ".weight_packed": "compressed-tensors",
+    ".weight_scale": "FP8 or compressed-tensors",
+    ".weight_scale_inv": "FP8",
+    ".weight.absmax": "bitsandbytes",
+    ".weight_quantizer._scale": "ModelOpt",
+    "_blocks": "MXFP4",
+}
+
+
+class Dense:
+    """Plain values; the fallback once no other format claims the checkpoint."""
+
+    name = "dense"
+
+    def claims(self, checkpoint: Checkpoint) -> str | None:
+        """Every checkpoint could be dense; ``read`` names what contradicts it."""
+        return "no quantization found"
+
+    def read(self, checkpoint: Checkpoint) -> SourceLayout:
+        """One layer per tensor; a tensor that only a quantized layer has is a problem."""
+        problems = []
+        block = checkpoint.config.get("quantization_config")
+        method = block.get("quant_method") if isinstance(block, dict) else None
+        if block:
+            problems.append(
+                Problem(
+                    "config.json: quantization_config",
+                    f"quant_method {method!r} is not supported yet; dense and MLX sources are",
+                )
+            )
+        layers = []
+        for tensor in checkpoint.tensors.values():
+            layers.append(dense_layer(tensor))
+            foreign = next((s for s in _FOREIGN_SUFFIXES if tensor.name.endswith(s)), None)
+            if foreign is not None and not block:
+                problems.append(
+                    Problem(
+                        tensor.name,
+                        f"is a part of a quantized layer ({_FOREIGN_SUFFIXES[foreign]}), but "
+                        "config.json has no quantization_config that says how to read it",
+                    )
+                )
+            elif tensor.info.dtype.startswith("F8_") and not block:
+                problems.append(
+                    Problem(tensor.name, f"{tensor.info}: FP8 sources are not supported yet")
+                )
+            elif tensor.info.dtype == "U32" and tensor.name.endswith(".weight") and not block:
+                problems.append(
+                    Problem(
+                        tensor.name,
+                        f"{tensor.info} looks like MLX's packed codes, but config.json has no "
+                        '"quantization" block that gives group_size and bits',
+                    )
+                )
+        return SourceLayout(tuple(layers), None, tuple(problems))

@@ -1,0 +1,144 @@
+"""MLX's own quantized checkpoints: packed codes, scales and, in affine mode, biases.
+
+Value: affine ``w = code * scale + bias``; mxfp4, mxfp8 and nvfp4 ``w = element * scale``.
+A row is one little-endian bit stream of codes in uint32 words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from requant.arrays.native import check_quantization
+from requant.checkpoint import Checkpoint, StoredTensor
+from requant.dtypes import KERNEL_FLOATS, TensorInfo
+from requant.errors import OutOfRangeError, ParseError, Problem
+from requant.formats.base import SourceLayer, SourceLayout, dense_layer
+from requant.schema import PerLayerQuantization, Quantization, QuantMode
+
+# A float8 view of the scale bytes is accepted as the same bytes.
+_SCALE_BYTES = ("U8", "F8_E8M0", "F8_E4M3")
+
+
+class Mlx:
+    """A folder that MLX tools wrote, told by the ``quantization`` block of its config."""
+
+    name = "mlx"
+
+    def claims(self, checkpoint: Checkpoint) -> str | None:
+        """MLX folders carry a block without ``quant_method``."""
+        key, block = _block(checkpoint)
+        return None if block is None else f"config.json: {key}"
+
+    def read(self, checkpoint: Checkpoint) -> SourceLayout:
+        """Find the triples, check each against its parameters, and leave the rest dense."""
+        key, block = _block(checkpoint)
+        try:
+            quantization = PerLayerQuantization.from_dict(block)
+        except ParseError as error:
+            problem = Problem(f"config.json: {key}", error.message)
+            return SourceLayout((), None, (problem,))
+
+        tensors = checkpoint.tensors
+        layers: list[SourceLayer] = []
+        problems: list[Problem] = []
+        parts_of = _parts(tensors)
+        taken = {part.name for parts in parts_of.values() for part in parts.values()}
+        for tensor in tensors.values():
+            path = tensor.name.removesuffix(".weight")
+            if tensor.name not in taken:
+                layers.append(dense_layer(tensor))
+            elif tensor.name == f"{path}.weight":
+                parts = parts_of[path]
+                found, wrong = _layer(path, parts, quantization.quantization_for(path))
+                problems += wrong
+                if found is not None:
+                    layers.append(found)
+        for name, tensor in tensors.items():
+            if name in taken or not name.endswith(".weight") or tensor.info.dtype != "U32":
+                continue
+            message = f"{tensor.info} holds packed codes, but {name[:-7]}.scales is missing"
+            problems.append(Problem(name, message))
+        return SourceLayout(tuple(layers), quantization, tuple(problems))
+
+
+def _block(checkpoint: Checkpoint) -> tuple[str, object]:
+    """The quantization block that MLX reads first, and its key."""
+    config = checkpoint.config
+    if "quantization" in config:
+        return "quantization", config["quantization"]
+    block = config.get("quantization_config")
+    if isinstance(block, dict) and "quant_method" not in block and "bits" in block:
+        return "quantization_config", block
+    return "quantization", None
+
+
+def _parts(tensors: Mapping[str, StoredTensor]) -> dict[str, dict[str, StoredTensor]]:
+    """Layer path -> role -> tensor, for each weight with scales beside it."""
+    found: dict[str, dict[str, StoredTensor]] = {}
+    for name in tensors:
+        path = name.removesuffix(".scales")
+        if path == name or f"{path}.weight" not in tensors:
+            continue
+        roles = ("weight", "scales", "biases", "global_scale")
+        names = {role: f"{path}.{role}" for role in roles}
+        found[path] = {role: tensors[key] for role, key in names.items() if key in tensors}
+    return found
+
+
+def _layer(
+    path: str, parts: Mapping[str, StoredTensor], quantization: Quantization | None
+) -> tuple[SourceLayer | None, list[Problem]]:
+    """Hold a triple against its parameters; all that disagrees is listed."""
+    if quantization is None:
+        where = f"config.json: quantization.{path}"
+        return None, [Problem(where, f"is false, yet {path}.scales stands in the checkpoint")]
+    try:
+        check_quantization(quantization.bits, quantization.group_size, quantization.mode.value)
+    except OutOfRangeError as error:
+        return None, [Problem(f"config.json: quantization ({path})", str(error))]
+
+    weight = parts["weight"].info
+    problems: list[Problem] = []
+    if weight.dtype != "U32" or len(weight.shape) < 2:
+        message = f"{weight}, expected U32 of rank 2 or more beside {path}.scales"
+        return None, [Problem(f"{path}.weight", message)]
+    *leading, words = weight.shape
+    n_in, remainder = divmod(words * 32, quantization.bits)
+    groups = n_in // quantization.group_size
+    if remainder or n_in % quantization.group_size:
+        message = (
+            f"{weight}: {words} words hold no whole number of groups of "
+            f"{quantization.group_size} at {quantization.bits} bits"
+        )
+        return None, [Problem(f"{path}.weight", message)]
+
+    affine = quantization.mode is QuantMode.AFFINE
+    dtypes = KERNEL_FLOATS if affine else _SCALE_BYTES
+    for role in ("scales", "biases") if affine else ("scales",):
+        if role not in parts:
+            problems.append(Problem(f"{path}.{role}", f"is missing (mode {quantization.mode})"))
+            continue
+        info = parts[role].info
+        if info.shape != (*leading, groups) or info.dtype not in dtypes:
+            expected = TensorInfo(dtypes[0], (*leading, groups))
+            message = f"{info}, expected {expected} for {quantization} of {weight}"
+            problems.append(Problem(f"{path}.{role}", message))
+    for role in ("biases",) if not affine else ():
+        if role in parts:
+            message = f"must not be there: {quantization.mode} has scales only"
+            problems.append(Problem(f"{path}.{role}", message))
+    if quantization.mode is not QuantMode.NVFP4 and "global_scale" in parts:
+        message = f"must not be there: {quantization.mode} has no global scale"
+        problems.append(Problem(f"{path}.global_scale", message))
+    if problems:
+        return None, problems
+    dtype = _decoded_dtype(parts, quantization)
+    return SourceLayer(path, parts, quantization, (*leading, n_in), dtype), []
+
+
+def _decoded_dtype(parts: Mapping[str, StoredTensor], quantization: Quantization) -> str:
+    """The dtype that ``mx.dequantize`` gives when told nothing."""
+    if quantization.mode is not QuantMode.AFFINE:
+        return "F32" if "global_scale" in parts else "BF16"
+    scales, biases = parts["scales"].info.dtype, parts["biases"].info.dtype
+    return scales if scales == biases else "F32"

@@ -1,0 +1,114 @@
+"""``inspect``: what a folder holds, without a wish in mind."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from requant.checkpoint import SourceFile, read_checkpoint
+from requant.conversion import Source
+from requant.errors import Problem
+from requant.formats import detect
+from requant.planner import describe
+from requant.schema import PerLayerQuantization
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """One layer or loose tensor as the source stores it."""
+
+    layer: str
+    encoding: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What a checkpoint folder holds."""
+
+    source: str
+    format: str
+    evidence: str  # what told the format
+    model_type: str
+    files: tuple[SourceFile, ...]
+    layers: tuple[Stored, ...]
+    quantization: PerLayerQuantization | None
+    side_files: tuple[str, ...]
+    left_out: tuple[tuple[str, str], ...]
+    problems: tuple[Problem, ...]
+
+    @property
+    def parameters(self) -> int:
+        """Logical weights."""
+        return sum(prod(layer.shape) for layer in self.layers)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of tensor data."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    @property
+    def encodings(self) -> dict[str, tuple[int, int, int]]:
+        """Encoding -> layers, parameters, bytes; largest first."""
+        layers, sizes, nbytes = Counter[str](), Counter[str](), Counter[str]()
+        for layer in self.layers:
+            layers[layer.encoding] += 1
+            sizes[layer.encoding] += prod(layer.shape)
+            nbytes[layer.encoding] += layer.nbytes
+        return {key: (layers[key], sizes[key], size) for key, size in nbytes.most_common()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The inspection as JSON data."""
+        return {
+            "source": self.source,
+            "format": self.format,
+            "evidence": self.evidence,
+            "model_type": self.model_type,
+            "parameters": self.parameters,
+            "nbytes": self.nbytes,
+            "bits_per_weight": 8 * self.nbytes / self.parameters if self.parameters else 0.0,
+            "quantization": self.quantization and self.quantization.to_dict(),
+            "files": [asdict(file) for file in self.files],
+            "layers": [asdict(layer) for layer in self.layers],
+            "side_files": list(self.side_files),
+            "left_out": [list(pair) for pair in self.left_out],
+            "problems": [asdict(problem) for problem in self.problems],
+        }
+
+
+def inspect(source: Source) -> Inspection:
+    """Say what a folder holds; only headers and JSON are read.
+
+    Problems of the format (a missing scale, a shape that disagrees) are listed in the
+    result.
+
+    Raises:
+        CheckpointError: The folder itself cannot be read as a checkpoint.
+    """
+    checkpoint = read_checkpoint(Path(source))
+    found = detect(checkpoint)
+    layout = found.read(checkpoint)
+    return Inspection(
+        source=str(source),
+        format=found.name,
+        evidence=found.claims(checkpoint) or "",
+        model_type=str(checkpoint.config.get("model_type", "")),
+        files=checkpoint.files,
+        layers=tuple(
+            Stored(
+                layer.path,
+                describe(layer.encoding, layer.dtype),
+                layer.shape,
+                sum(part.info.nbytes for part in layer.parts.values()),
+            )
+            for layer in layout.layers
+        ),
+        quantization=layout.quantization,
+        side_files=checkpoint.side_files,
+        left_out=checkpoint.left_out,
+        problems=layout.problems,
+    )

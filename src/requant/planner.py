@@ -1,0 +1,642 @@
+"""Step 3 of the road: a checkpoint, its format and the wishes become a Plan.
+
+Pure: no tensor data is read and nothing is written. The same inputs give the same plan,
+and a plan prints as JSON.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from enum import StrEnum
+from functools import cached_property
+from math import lcm, prod
+from pathlib import Path
+from typing import Any
+
+from requant.checkpoint import Checkpoint, SourceFile, StoredTensor, read_checkpoint
+from requant.dtypes import FLOATS, KERNEL_FLOATS, TensorInfo
+from requant.errors import CheckpointError, Problem, UsageError
+from requant.formats import SourceLayer, SourceLayout, detect
+from requant.safetensors_header import build_header
+from requant.schema import SKIP, PerLayerQuantization, Quantization, QuantMode
+from requant.wishes import Wishes, resolve_quantization
+
+METADATA = {"format": "mlx"}
+
+# Layers that stay dense unless an override names them: (reason, pattern on the layer path).
+# What they hold is small, or no matrix product ever reads it.
+_NAMED_DENSE = tuple(
+    (reason, re.compile(pattern))
+    for reason, pattern in (
+        ("convolution", r"conv"),
+        ("norm", r"norm|(^|[._])ln(_|\d|$)"),
+        ("router", r"(^|[._])(router|gate|shared_expert_gate)$|(^|\.)router\."),
+        ("position table", r"(^|\.)wpe$|pos(ition)?_?emb|embed_positions|relative_.*bias|rotary"),
+    )
+)
+# Float tensors that must keep their dtype whatever --dtype says: routers add this bias to
+# scores that are compared with each other (mlx_lm/models/deepseek_v3.py, cast_predicate).
+_KEEPS_DTYPE = re.compile(r"e_score_correction_bias$")
+
+
+class Operation(StrEnum):
+    """What is done to a range of rows."""
+
+    COPY = "copy"  # the bytes as they are
+    CAST = "cast"  # each value rounded to another dtype
+    ENCODE = "encode"  # dense rows -> codes, scales, biases
+    DECODE = "decode"  # codes, scales, biases -> dense rows
+    RECODE = "recode"  # decode, then encode, without leaving the chunk
+
+
+class Treatment(StrEnum):
+    """What becomes of a layer, in the words of the report."""
+
+    QUANTIZED = "quantized"
+    REQUANTIZED = "requantized"
+    KEPT = "kept"
+    DEQUANTIZED = "dequantized"
+    DENSE = "dense"
+
+
+class Exactness(StrEnum):
+    """How the output's values relate to the source's."""
+
+    EXACT = "exact"  # stored values or codes moved bit for bit
+    ROUNDED = "rounded"  # each value, scale or bias rounded once to the stored dtype
+    REENCODED = "re-encoded"  # new codes were computed
+
+
+@dataclass(frozen=True, slots=True)
+class OutputTensor:
+    """A tensor of the output and where its bytes go."""
+
+    name: str
+    info: TensorInfo
+    file: str = ""
+    offset: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One operation over the rows of one layer's tensors.
+
+    Every input and output holds the same ``rows``, each a contiguous run of bytes, so
+    any range of rows can be computed alone.
+    """
+
+    layer: str
+    operation: Operation
+    rows: int
+    columns: int  # logical values in a row
+    inputs: Mapping[str, StoredTensor]
+    outputs: Mapping[str, OutputTensor]
+    source: Quantization | None = None
+    target: Quantization | None = None
+    dtype: str = ""  # header name of the values between decoding and encoding
+
+    def row_bytes(self, tensor: StoredTensor | OutputTensor) -> int:
+        """Bytes that one row takes in ``tensor``."""
+        return tensor.info.nbytes // max(self.rows, 1)
+
+    @property
+    def work_bytes_per_row(self) -> int:
+        """Bytes that a worker holds for one row: inputs, outputs, and dense values between."""
+        held = sum(self.row_bytes(t) for t in (*self.inputs.values(), *self.outputs.values()))
+        between = self.columns * 4 * (self.operation in (Operation.RECODE, Operation.ENCODE))
+        return held + between
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPlan:
+    """What becomes of one layer."""
+
+    layer: str
+    shape: tuple[int, ...]
+    source: str  # "BF16", or "4-bit affine, group 64"
+    target: str
+    treatment: Treatment
+    exactness: Exactness
+    nbytes: int  # of its tensors in the output
+    is_weight: bool
+    reason: str = ""  # why it was left dense, or why the group is another
+
+
+@dataclass(frozen=True, slots=True)
+class OutputShard:
+    """One weight file of the output: its tensors in the order of their bytes."""
+
+    name: str
+    nbytes: int
+    tensors: tuple[OutputTensor, ...]
+
+    def header(self) -> bytes:
+        """The safetensors header, length prefix included."""
+        return build_header({t.name: t.info for t in self.tensors}, METADATA)[0]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a conversion will do; data only.
+
+    Attributes:
+        source: Path of the source as given.
+        format: Name of the source format.
+        files: Weight files of the source.
+        layers: What becomes of each layer or loose tensor.
+        steps: The operations, in the order of the source's bytes.
+        shards: The output's weight files.
+        config: The output's ``config.json``.
+        quantization: The output's quantization; None if nothing stays quantized.
+        side_files: Files carried over byte for byte.
+        left_out: Files not carried over, with the reason.
+        notes: What the user should know, one sentence each.
+    """
+
+    source: str
+    format: str
+    files: tuple[SourceFile, ...]
+    layers: tuple[LayerPlan, ...]
+    steps: tuple[Step, ...]
+    shards: tuple[OutputShard, ...]
+    config: Mapping[str, Any]
+    quantization: PerLayerQuantization | None
+    side_files: tuple[str, ...]
+    left_out: tuple[tuple[str, str], ...]
+    notes: tuple[str, ...] = ()
+    checkpoint: Checkpoint = field(repr=False, compare=False, kw_only=True)
+
+    @cached_property
+    def parameters(self) -> int:
+        """Logical weights: what the model has, however they are stored."""
+        return sum(prod(layer.shape) for layer in self.layers)
+
+    @cached_property
+    def bytes_in(self) -> int:
+        """Bytes of tensor data to read."""
+        return sum(t.info.nbytes for step in self.steps for t in step.inputs.values())
+
+    @cached_property
+    def bytes_out(self) -> int:
+        """Bytes of tensor data to write."""
+        return sum(t.info.nbytes for shard in self.shards for t in shard.tensors)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of the output per logical weight, scales and biases included."""
+        return 8 * self.bytes_out / self.parameters if self.parameters else 0.0
+
+    def index(self) -> dict[str, Any]:
+        """The ``model.safetensors.index.json`` of the output."""
+        names = {t.name: shard.name for shard in self.shards for t in shard.tensors}
+        return {
+            "metadata": {"total_size": self.bytes_out, "total_parameters": self.parameters},
+            "weight_map": dict(sorted(names.items())),
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """The whole plan as JSON data."""
+        return {
+            "source": self.source,
+            "format": self.format,
+            "hash": self.hash,
+            "parameters": self.parameters,
+            "bytes_in": self.bytes_in,
+            "bytes_out": self.bytes_out,
+            "bits_per_weight": self.bits_per_weight,
+            "notes": list(self.notes),
+            **self._content(),
+        }
+
+    def _content(self) -> dict[str, Any]:
+        return {
+            "files": [asdict(file) for file in self.files],
+            "layers": [asdict(layer) for layer in self.layers],
+            "steps": [_step_dict(step) for step in self.steps],
+            "shards": [
+                {"name": s.name, "nbytes": s.nbytes, "tensors": [asdict(t) for t in s.tensors]}
+                for s in self.shards
+            ],
+            "config": dict(self.config),
+            "side_files": list(self.side_files),
+            "left_out": [list(pair) for pair in self.left_out],
+        }
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 over all that decides the output's bytes; not over the source's path."""
+        text = json.dumps(self._content(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _step_dict(step: Step) -> dict[str, Any]:
+    return {
+        "layer": step.layer,
+        "operation": step.operation,
+        "rows": step.rows,
+        "columns": step.columns,
+        "inputs": {role: asdict(t) for role, t in step.inputs.items()},
+        "outputs": {role: t.name for role, t in step.outputs.items()},
+        "source": step.source and step.source.to_dict(),
+        "target": step.target and step.target.to_dict(),
+        "dtype": step.dtype,
+    }
+
+
+def describe(encoding: Quantization | None, dtype: str) -> str:
+    """How a layer is stored, in a few words: "BF16" or "affine 4-bit g64"."""
+    if encoding is None:
+        return dtype
+    return f"{encoding.mode} {encoding.bits}-bit g{encoding.group_size}"
+
+
+def make_plan(source: str | Path, wishes: Wishes) -> Plan:
+    """Read the headers of ``source`` and lay out what ``wishes`` make of it.
+
+    Raises:
+        CheckpointError: With everything that is wrong with the source.
+        UsageError: An override or ``only`` names nothing, or asks what cannot be.
+    """
+    checkpoint = read_checkpoint(source)
+    found = detect(checkpoint)
+    layout = found.read(checkpoint)
+    if layout.problems:
+        raise CheckpointError(str(source), layout.problems)
+    return Planner(checkpoint, found.name, layout, wishes).plan()
+
+
+class Planner:
+    """Takes one decision per layer, then lays out steps and shards."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, format_name: str, layout: SourceLayout, wishes: Wishes
+    ) -> None:
+        self.checkpoint, self.format, self.layout, self.wishes = (
+            checkpoint,
+            format_name,
+            layout,
+            wishes,
+        )
+        self.notes: list[str] = []
+        self.wrong_wishes: list[Problem] = []
+        self.default = self._default()
+
+    def _default(self) -> Quantization | None:
+        """The quantization of a chosen layer that no override names."""
+        if self.wishes.quantization is not None or self.wishes.dequantize:
+            return self.wishes.quantization
+        if any(layer.encoding for layer in self.layout.layers):
+            return None
+        self.notes.append(
+            "No bits or mode were asked for: affine, 4 bits, group 64 (MLX's default); "
+            "--dequantize keeps the model dense."
+        )
+        return resolve_quantization()
+
+    def plan(self) -> Plan:
+        """Decide every layer, then place every byte.
+
+        Raises:
+            UsageError: With all wishes that cannot be met.
+        """
+        self._check_patterns()
+        decided = [(layer, *self._decide(layer)) for layer in self.layout.layers]
+        if self.wrong_wishes:
+            lines = "".join(f"\n  {problem}" for problem in self.wrong_wishes)
+            raise UsageError(f"{self.checkpoint.path}: wishes that cannot be met:{lines}")
+        layers: list[LayerPlan] = []
+        steps: list[Step] = []
+        per_layer: dict[str, Quantization] = {}
+        for layer, target, reason in decided:
+            made = list(self._steps(layer, target))
+            steps += made
+            layers.append(self._layer_plan(layer, target, reason, made))
+            if target is not None:
+                per_layer[layer.path] = target
+        shards, steps = _place(steps, self.wishes.max_shard_bytes)
+        quantization = self._quantization(per_layer)
+        self._note_loads(layers)
+        return Plan(
+            source=str(self.checkpoint.path),
+            format=self.format,
+            files=self.checkpoint.files,
+            layers=tuple(layers),
+            steps=tuple(steps),
+            shards=shards,
+            config=self._config(quantization),
+            quantization=quantization,
+            side_files=self.checkpoint.side_files,
+            left_out=self.checkpoint.left_out,
+            notes=tuple(self.notes),
+            checkpoint=self.checkpoint,
+        )
+
+    # -- one layer's fate --------------------------------------------------------------
+
+    def _check_patterns(self) -> None:
+        """A pattern that matches no layer is a slip of the pen: suggest what was meant."""
+        paths = [layer.path for layer in self.layout.layers if layer.is_weight]
+        named = [("override", pattern) for pattern, _ in self.wishes.overrides]
+        named += [("only", pattern) for pattern in self.wishes.only]
+        for option, pattern in named:
+            if any(re.search(pattern, path) for path in paths):
+                continue
+            near = ", ".join(_near(pattern, paths)) or "see requant inspect for the names"
+            self.wrong_wishes.append(
+                Problem(f"--{option} {pattern!r}", f"matches no layer; near it: {near}")
+            )
+
+    def _override(self, path: str) -> Quantization | object | None:
+        """The last override that matches: a target, SKIP, or None."""
+        hits = [spec for pattern, spec in self.wishes.overrides if re.search(pattern, path)]
+        return hits[-1] if hits else None
+
+    def _decide(self, layer: SourceLayer) -> tuple[Quantization | None, str]:
+        """The layer's quantization in the output (None: dense) and the reason to tell."""
+        wishes = self.wishes
+        override = self._override(layer.path) if layer.is_weight else None
+        if isinstance(override, Quantization):
+            return self._forced(layer, override), ""
+        if override is SKIP:
+            return layer.encoding, "skipped by an override"
+        if wishes.only and not any(re.search(p, layer.path) for p in wishes.only):
+            return layer.encoding, "not matched by --only"
+        if layer.encoding is not None:
+            return (None if wishes.dequantize else self.default or layer.encoding), ""
+        if self.default is None:
+            return None, ""
+        if self.format != "dense" and not wishes.only:
+            return None, "dense in the source"
+        return _dense_target(layer, self.default, wishes.dtype)
+
+    def _forced(self, layer: SourceLayer, target: Quantization) -> Quantization | None:
+        """An override is met exactly or refused."""
+        shape, dtype = layer.shape, self._value_dtype(layer)
+        message = ""
+        if len(shape) < 2:
+            message = f"{layer.path}.weight has shape {list(shape)}: a vector is not quantized"
+        elif shape[-1] % target.group_size:
+            message = (
+                f"the last axis of {layer.path}.weight {list(shape)} is no multiple of group "
+                f"size {target.group_size}"
+            )
+        elif dtype not in KERNEL_FLOATS:
+            message = f"{layer.path}.weight is {dtype}; give a float dtype with --dtype"
+        if message:
+            spec = describe(target, "")
+            self.wrong_wishes.append(Problem(f"--override to {spec}", message))
+        return target
+
+    def _value_dtype(self, layer: SourceLayer) -> str:
+        """Dtype of the layer's values before they are quantized or stored dense."""
+        wish = self.wishes.dtype
+        castable = layer.dtype in FLOATS and not _KEEPS_DTYPE.search(layer.path)
+        return wish if wish is not None and castable else layer.dtype
+
+    # -- steps -------------------------------------------------------------------------
+
+    def _steps(self, layer: SourceLayer, target: Quantization | None) -> Iterator[Step]:
+        dtype = self._value_dtype(layer)
+        if layer.encoding is None and target is None:
+            yield _flat_step(layer.path, layer.parts["weight"], dtype)
+        elif layer.encoding == target:
+            for part in layer.parts.values():
+                floats = part.info.dtype in FLOATS and not part.name.endswith(".global_scale")
+                yield _flat_step(
+                    layer.path, part, self.wishes.dtype or part.info.dtype if floats else None
+                )
+        else:
+            yield self._coding_step(layer, target, dtype)
+
+    def _coding_step(self, layer: SourceLayer, target: Quantization | None, dtype: str) -> Step:
+        encoding = layer.encoding
+        operation = Operation.ENCODE
+        if encoding is not None:
+            operation = Operation.DECODE if target is None else Operation.RECODE
+            if "global_scale" in layer.parts:
+                where = f"{layer.path}.global_scale"
+                message = "layers with a global scale can only be kept as they are so far"
+                self.wrong_wishes.append(Problem(where, message))
+        outputs = {"weight": TensorInfo(dtype, layer.shape)}
+        if target is not None:
+            outputs = triple_infos(layer.shape, dtype, target)
+        units = [q.group_size for q in (encoding, target) if q is not None]
+        rows, columns = _row_view(layer.shape, lcm(*units))
+        return Step(
+            layer.path,
+            operation,
+            rows,
+            columns,
+            layer.parts,
+            {role: OutputTensor(f"{layer.path}.{role}", info) for role, info in outputs.items()},
+            encoding,
+            target,
+            dtype,
+        )
+
+    def _layer_plan(
+        self,
+        layer: SourceLayer,
+        target: Quantization | None,
+        reason: str,
+        steps: Sequence[Step],
+    ) -> LayerPlan:
+        if layer.encoding is None:
+            treatment = Treatment.DENSE if target is None else Treatment.QUANTIZED
+        elif layer.encoding == target:
+            treatment = Treatment.KEPT
+        else:
+            treatment = Treatment.DEQUANTIZED if target is None else Treatment.REQUANTIZED
+        exactness = max((_exactness(step) for step in steps), key=list(Exactness).index)
+        return LayerPlan(
+            layer.path,
+            layer.shape,
+            describe(layer.encoding, layer.dtype),
+            describe(target, self._value_dtype(layer)),
+            treatment,
+            exactness,
+            sum(t.info.nbytes for step in steps for t in step.outputs.values()),
+            layer.is_weight,
+            reason,
+        )
+
+    # -- the whole ---------------------------------------------------------------------
+
+    def _quantization(self, per_layer: Mapping[str, Quantization]) -> PerLayerQuantization | None:
+        """The output's block: a default, and the layers that differ from it."""
+        if not per_layer:
+            return None
+        source = self.layout.quantization
+        default = self.wishes.quantization or (source.quantization if source else None)
+        if default is None or default not in per_layer.values():
+            default = Counter(per_layer.values()).most_common(1)[0][0]
+        overrides: dict[str, Any] = {p: q for p, q in per_layer.items() if q != default}
+        for layer in self.layout.layers:
+            if layer.path not in per_layer and layer.is_weight:
+                stays = source.per_layer.get(layer.path) if source else None
+                if stays is SKIP or self._override(layer.path) is SKIP:
+                    overrides[layer.path] = SKIP
+        return PerLayerQuantization(default, overrides)
+
+    def _config(self, quantization: PerLayerQuantization | None) -> dict[str, Any]:
+        """The source's config with the quantization and dtype that now hold."""
+        config = {
+            key: value
+            for key, value in self.checkpoint.config.items()
+            if key not in ("quantization", "quantization_config")
+        }
+        if self.wishes.dtype is not None:
+            name = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}[self.wishes.dtype]
+            for part in (config, config.get("text_config")):
+                if isinstance(part, dict):
+                    part.update({key: name for key in ("dtype", "torch_dtype") if key in part})
+        if quantization is not None:
+            block = quantization.to_dict()
+            config |= {"quantization": block, "quantization_config": block}
+        return config
+
+    def _note_loads(self, layers: Iterable[LayerPlan]) -> None:
+        """Warn of dtypes that MLX cannot load (mlx-layouts: F64 and F8_E5M2 raise)."""
+        unloadable = sorted({x.target for x in layers} & {"F64", "F8_E5M2", "C64"})
+        if unloadable:
+            self.notes.append(
+                f"MLX cannot load tensors of dtype {', '.join(unloadable)}; --dtype casts F64."
+            )
+
+
+def triple_infos(
+    shape: tuple[int, ...], dtype: str, quantization: Quantization
+) -> dict[str, TensorInfo]:
+    """Shapes and dtypes of a quantized layer's tensors, by role.
+
+    Args:
+        shape: ``(..., out_features, in_features)``.
+        dtype: Header name of the dense values; affine scales and biases take it.
+        quantization: The target; its group size divides ``in_features``.
+    """
+    *leading, n_in = shape
+    groups = (*leading, n_in // quantization.group_size)
+    infos = {"weight": TensorInfo("U32", (*leading, n_in * quantization.bits // 32))}
+    if quantization.mode is QuantMode.AFFINE:
+        return infos | {"scales": TensorInfo(dtype, groups), "biases": TensorInfo(dtype, groups)}
+    return infos | {"scales": TensorInfo("U8", groups)}
+
+
+def _dense_target(
+    layer: SourceLayer, wish: Quantization, dtype: str | None
+) -> tuple[Quantization | None, str]:
+    """Whether a dense layer is quantized, with which group, and why not."""
+    shape = layer.shape
+    if len(shape) < 2:
+        return None, ""
+    if not layer.is_weight:
+        return None, "not named .weight"
+    for reason, pattern in _NAMED_DENSE:
+        if pattern.search(layer.path):
+            return None, reason
+    if len(shape) > 3:
+        return None, f"rank {len(shape)}, taken for a convolution"
+    if layer.dtype not in FLOATS or (layer.dtype not in KERNEL_FLOATS and dtype is None):
+        return None, f"dtype {layer.dtype} cannot be quantized"
+    if 0 in shape:
+        return None, "empty"
+    if shape[-1] % wish.group_size == 0:
+        return wish, ""
+    if wish.mode is QuantMode.AFFINE:
+        for group_size in (64, 32):
+            if group_size < wish.group_size and shape[-1] % group_size == 0:
+                reason = f"last axis {shape[-1]} takes group {group_size}, not {wish.group_size}"
+                return Quantization(group_size, wish.bits, wish.mode), reason
+    return None, f"last axis {shape[-1]} is no multiple of group {wish.group_size} or a smaller one"
+
+
+def _flat_step(layer: str, part: StoredTensor, dtype: str | None) -> Step:
+    """Copy or cast one tensor, value by value."""
+    dtype = dtype or part.info.dtype
+    output = OutputTensor(part.name, TensorInfo(dtype, part.info.shape))
+    operation = Operation.COPY if dtype == part.info.dtype else Operation.CAST
+    rows = part.info.size
+    return Step(layer, operation, rows, 1, {"weight": part}, {"weight": output}, dtype=dtype)
+
+
+# A row longer than this is cut at group borders: memory must not grow with a tensor's width.
+_LONGEST_ROW = 1 << 20
+
+
+def _row_view(shape: tuple[int, ...], unit: int) -> tuple[int, int]:
+    """Rows and columns that chunks are cut by; groups never span two rows."""
+    columns = shape[-1]
+    if columns > _LONGEST_ROW and columns % unit == 0:
+        columns = unit
+    return prod(shape) // columns if columns else 0, columns
+
+
+_WIDENS = {("F16", "F32"), ("BF16", "F32"), ("F16", "F64"), ("BF16", "F64"), ("F32", "F64")}
+
+
+def _exactness(step: Step) -> Exactness:
+    if step.operation in (Operation.ENCODE, Operation.RECODE):
+        return Exactness.REENCODED
+    if step.operation is Operation.COPY:
+        return Exactness.EXACT
+    if step.operation is Operation.CAST:
+        pair = (step.inputs["weight"].info.dtype, step.dtype)
+        return Exactness.EXACT if pair in _WIDENS else Exactness.ROUNDED
+    return Exactness.ROUNDED
+
+
+def _place(
+    steps: Sequence[Step], max_shard_bytes: int
+) -> tuple[tuple[OutputShard, ...], list[Step]]:
+    """Give every output tensor its file and offset.
+
+    A layer's tensors share a shard. Within one, wider dtypes come first, as safetensors
+    writers do it, so that every tensor is aligned without a hole.
+    """
+    buckets: list[list[OutputTensor]] = [[]]
+    filled = 0
+    last_layer: str | None = None
+    sizes = Counter[str]()
+    for step in steps:
+        sizes[step.layer] += sum(t.info.nbytes for t in step.outputs.values())
+    for step in steps:
+        if step.layer != last_layer:
+            if buckets[-1] and filled + sizes[step.layer] > max_shard_bytes:
+                buckets.append([])
+                filled = 0
+            filled += sizes[step.layer]
+            last_layer = step.layer
+        buckets[-1] += step.outputs.values()
+
+    shards: list[OutputShard] = []
+    placed: dict[str, OutputTensor] = {}
+    for number, bucket in enumerate(buckets, 1):
+        name = f"model-{number:05d}-of-{len(buckets):05d}.safetensors"
+        name = name if len(buckets) > 1 else "model.safetensors"
+        ordered = sorted(bucket, key=lambda t: -TensorInfo(t.info.dtype, ()).nbytes)
+        header, offsets = build_header({t.name: t.info for t in ordered}, METADATA)
+        tensors = tuple(
+            OutputTensor(t.name, t.info, name, len(header) + offsets[t.name]) for t in ordered
+        )
+        placed |= {t.name: t for t in tensors}
+        nbytes = len(header) + sum(t.info.nbytes for t in tensors)
+        shards.append(OutputShard(name, nbytes, tensors))
+    return tuple(shards), [
+        replace(s, outputs={role: placed[t.name] for role, t in s.outputs.items()}) for s in steps
+    ]
+
+
+def _near(pattern: str, paths: Sequence[str]) -> list[str]:
+    """Layer names that the writer of ``pattern`` may have meant."""
+    plain = re.sub(r"\\([.\[\]()])", r"\1", pattern).strip("^$").replace(".*", "")
+    last = plain.rsplit(".", 1)[-1]
+    names = dict.fromkeys(path.rsplit(".", 1)[-1] for path in paths)
+    close = difflib.get_close_matches(last, list(names), 3, 0.6)
+    whole = difflib.get_close_matches(plain, list(paths), 3, 0.6)
+    return close or whole

@@ -1,0 +1,101 @@
+"""Step 6 of the road: what was done, layer by layer, for people and for programs."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from math import prod
+from typing import Any
+
+from requant.execute import Outcome
+from requant.planner import LayerPlan, Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Layers that were treated alike."""
+
+    treatment: str
+    source: str
+    target: str
+    exactness: str
+    layers: int
+    parameters: int
+    nbytes: int
+
+
+def group_layers(layers: Iterable[LayerPlan]) -> list[Group]:
+    """Sum up layers by what was done to them, largest group first."""
+    alike: dict[tuple[str, str, str, str], list[LayerPlan]] = defaultdict(list)
+    for layer in layers:
+        alike[layer.treatment, layer.source, layer.target, layer.exactness].append(layer)
+    groups = [
+        Group(*key, len(found), sum(prod(x.shape) for x in found), sum(x.nbytes for x in found))
+        for key, found in alike.items()
+    ]
+    return sorted(groups, key=lambda group: -group.nbytes)
+
+
+def left_dense(layers: Iterable[LayerPlan]) -> list[LayerPlan]:
+    """Layers that could have been quantized by their rank but stay dense, largest first."""
+    found = [x for x in layers if x.treatment == "dense" and x.reason and len(x.shape) > 1]
+    return sorted(found, key=lambda layer: -layer.nbytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a conversion did.
+
+    Attributes:
+        plan: The plan that was carried out.
+        output: Path of the folder written.
+        elapsed_s: Wall-clock seconds from the first step to the published folder.
+        findings: Layer -> what the kernels counted there, where it is not nothing.
+    """
+
+    plan: Plan
+    output: str
+    elapsed_s: float
+    findings: Mapping[str, Mapping[str, int]]
+
+    @staticmethod
+    def build(plan: Plan, output: str, outcome: Outcome, elapsed_s: float) -> Report:
+        """Put together the plan and what its run found."""
+        found = {}
+        for layer, finding in outcome.findings.items():
+            counts = {key: value for key, value in asdict(finding).items() if value}
+            if counts:
+                found[layer] = counts
+        return Report(plan, output, elapsed_s, dict(sorted(found.items())))
+
+    @property
+    def groups(self) -> list[Group]:
+        """Layers by treatment."""
+        return group_layers(self.plan.layers)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of the output per logical weight."""
+        return self.plan.bits_per_weight
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON data."""
+        plan = self.plan
+        return {
+            "source": plan.source,
+            "output": self.output,
+            "format": plan.format,
+            "plan_hash": plan.hash,
+            "parameters": plan.parameters,
+            "bytes_in": plan.bytes_in,
+            "bytes_out": plan.bytes_out,
+            "bits_per_weight": plan.bits_per_weight,
+            "elapsed_s": self.elapsed_s,
+            "groups": [asdict(group) for group in self.groups],
+            "layers": [asdict(layer) for layer in plan.layers],
+            "findings": {layer: dict(counts) for layer, counts in self.findings.items()},
+            "side_files": list(plan.side_files),
+            "left_out": [list(pair) for pair in plan.left_out],
+            "notes": list(plan.notes),
+        }
