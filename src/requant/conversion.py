@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from requant.blueprint import Plan
 from requant.errors import CheckpointError, Problem
 from requant.execute import Outcome, Progress, make_budget, run_plan
-from requant.planner import Plan, make_plan
+from requant.planner import make_plan
 from requant.report import Report
 from requant.schema import Quantization
 from requant.wishes import Spec, Wishes
@@ -70,6 +72,7 @@ def convert(
     threads: int | None = None,
     force: bool = False,
     allow_nonfinite: bool = False,
+    allow_overflow: bool = False,
     progress: Callable[[Progress], None] | None = None,
     chunk_bytes: int | None = None,
 ) -> Report:
@@ -93,7 +96,8 @@ def convert(
         max_memory: Most bytes to hold in memory, mapped pages aside.
         threads: Worker threads; every processor by default.
         force: Replace an existing output folder.
-        allow_nonfinite: Keep a layer with NaN or infinity dense instead of stopping.
+        allow_nonfinite: Leave a layer with NaN or infinity as it is instead of stopping.
+        allow_overflow: Let values that a cast to ``dtype`` cannot hold become infinite.
         progress: Called about ten times a second with a ``Progress``.
         chunk_bytes: Bytes of one worker's chunk; the result does not depend on it.
 
@@ -123,24 +127,35 @@ def convert(
         max_shard_bytes=shard_size,
     )
     made = make_plan(Path(source), wishes)
-    budget = make_budget(made, threads, max_memory, chunk_bytes)
-    with OutputFolder(made, Path(output), force) as folder:
-        outcome = run_plan(made, folder, budget, progress)
-        _refuse_nonfinite(made, outcome)
-        folder.publish()
+    while True:
+        budget = make_budget(made, threads, max_memory, chunk_bytes)
+        with OutputFolder(made, Path(output), force) as folder:
+            outcome = run_plan(made, folder, budget, progress)
+            spoiled = [layer for layer, found in outcome.findings.items() if found.nonfinite]
+            if not spoiled or not allow_nonfinite:
+                _refuse(made, outcome, allow_overflow)
+                folder.publish()
+                break
+        # The layout of the output changes with a layer that stays dense: plan again.
+        made = make_plan(Path(source), replace(wishes, spoiled=frozenset(spoiled)))
     return Report.build(made, str(output), outcome, time.perf_counter() - began)
 
 
-def _refuse_nonfinite(made: Plan, outcome: Outcome) -> None:
-    """Stop before anything is published where a group held NaN or infinity."""
-    problems = [
-        Problem(
-            f"{layer}.weight",
-            f"{found.nonfinite:,} values are NaN or infinite, first in row "
-            f"{found.first_nonfinite_row}; --allow-nonfinite keeps such layers dense",
-        )
-        for layer, found in outcome.findings.items()
-        if found.nonfinite
-    ]
+def _refuse(made: Plan, outcome: Outcome, allow_overflow: bool) -> None:
+    """Stop before anything is published where values were not numbers, or would be lost."""
+    problems = []
+    for layer, found in outcome.findings.items():
+        if found.nonfinite:
+            message = (
+                f"{found.nonfinite:,} values are NaN or infinite, first in row "
+                f"{found.first_nonfinite_row}; --allow-nonfinite leaves such layers as they are"
+            )
+            problems.append(Problem(f"{layer}.weight", message))
+        if found.overflowed and not allow_overflow:
+            message = (
+                f"{found.overflowed:,} values are too large for the dtype asked for and would "
+                "become infinite; --dtype bfloat16 holds them, --allow-overflow takes infinities"
+            )
+            problems.append(Problem(layer, message))
     if problems:
         raise CheckpointError(made.source, problems)

@@ -123,9 +123,7 @@ class UnsupportedDtypeError(RequantError, TypeError):
 class OutOfRangeError(RequantError, ValueError):
     """A number outside its legal values."""
 
-    def __init__(
-        self, message: str, name: str, value: object, *, layer: str | None = None
-    ) -> None:
+    def __init__(self, message: str, name: str, value: object, *, layer: str | None = None) -> None:
         self.name, self.value = name, value
         super().__init__(f"{name} = {value}: {message}", layer=layer)
 

@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from requant.arrays import native
+from requant.blueprint import Operation, Plan, Step
 from requant.dtypes import NUMPY_DTYPE
 from requant.errors import CheckpointError, OutOfRangeError, Problem, RequantError
-from requant.planner import Operation, Plan, Step
 from requant.writer import OutputFolder
 
 # A chunk and what is made of it stay in a core's cache.

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
 
+from requant.blueprint import LayerPlan, Plan
 from requant.execute import Outcome
-from requant.planner import LayerPlan, Plan
 
 
 @dataclass(frozen=True, slots=True)

@@ -116,6 +116,7 @@ class Wishes:
         overrides: Regex on the layer path -> target; the last match wins.
         only: Regexes; a layer that none of them matches is left as it is.
         max_shard_bytes: Output shards are cut before they exceed this.
+        spoiled: Layers that a first pass found to hold NaN or infinity; left as they are.
     """
 
     quantization: Quantization | None = None
@@ -124,6 +125,7 @@ class Wishes:
     overrides: tuple[Override, ...] = ()
     only: tuple[str, ...] = ()
     max_shard_bytes: int = 5 << 30
+    spoiled: frozenset[str] = frozenset()
 
     @staticmethod
     def build(

@@ -13,8 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from requant.blueprint import Plan
 from requant.errors import OutputError
-from requant.planner import Plan
 
 # Dirty pages of a shard are handed to the disk in runs of this size while the run goes on,
 # so that the final fsync finds little to do.
@@ -93,15 +93,15 @@ class OutputFolder:
 
     def _rename(self) -> None:
         if not self.output.exists():
-            os.rename(self.staging, self.output)
+            self.staging.rename(self.output)
             return
         old = self.output.parent / f".{self.output.name}.requant-old"
         shutil.rmtree(old, ignore_errors=True)
-        os.rename(self.output, old)
+        self.output.rename(old)
         try:
-            os.rename(self.staging, self.output)
+            self.staging.rename(self.output)
         except OSError:
-            os.rename(old, self.output)
+            old.rename(self.output)
             raise
         shutil.rmtree(old)
 

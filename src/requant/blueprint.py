@@ -1,0 +1,276 @@
+"""What a Plan is: frozen data that prints as JSON, and where each byte of the output goes.
+
+``planner`` decides; this module only holds what was decided. ``execute``, ``writer`` and
+``report`` read it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from enum import StrEnum
+from functools import cached_property
+from math import prod
+from typing import Any
+
+from requant.checkpoint import Checkpoint, SourceFile, StoredTensor
+from requant.dtypes import TensorInfo
+from requant.safetensors_header import build_header
+from requant.schema import PerLayerQuantization, Quantization
+
+METADATA = {"format": "mlx"}
+
+
+class Operation(StrEnum):
+    """What is done to a range of rows."""
+
+    COPY = "copy"  # the bytes as they are
+    CAST = "cast"  # each value rounded to another dtype
+    ENCODE = "encode"  # dense rows -> codes, scales, biases
+    DECODE = "decode"  # codes, scales, biases -> dense rows
+    RECODE = "recode"  # decode, then encode, without leaving the chunk
+
+
+class Treatment(StrEnum):
+    """What becomes of a layer, in the words of the report."""
+
+    QUANTIZED = "quantized"
+    REQUANTIZED = "requantized"
+    KEPT = "kept"
+    DEQUANTIZED = "dequantized"
+    DENSE = "dense"
+
+
+class Exactness(StrEnum):
+    """How the output's values relate to the source's."""
+
+    EXACT = "exact"  # stored values or codes moved bit for bit
+    ROUNDED = "rounded"  # each value, scale or bias rounded once to the stored dtype
+    REENCODED = "re-encoded"  # new codes were computed
+
+
+@dataclass(frozen=True, slots=True)
+class OutputTensor:
+    """A tensor of the output and where its bytes go."""
+
+    name: str
+    info: TensorInfo
+    file: str = ""
+    offset: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One operation over the rows of one layer's tensors.
+
+    Every input and output holds the same ``rows``, each a contiguous run of bytes, so
+    any range of rows can be computed alone.
+    """
+
+    layer: str
+    operation: Operation
+    rows: int
+    columns: int  # logical values in a row
+    inputs: Mapping[str, StoredTensor]
+    outputs: Mapping[str, OutputTensor]
+    source: Quantization | None = None
+    target: Quantization | None = None
+    dtype: str = ""  # header name of the values between decoding and encoding
+
+    def row_bytes(self, tensor: StoredTensor | OutputTensor) -> int:
+        """Bytes that one row takes in ``tensor``."""
+        return tensor.info.nbytes // max(self.rows, 1)
+
+    @property
+    def work_bytes_per_row(self) -> int:
+        """Bytes that a worker holds for one row: inputs, outputs, and dense values between."""
+        held = sum(self.row_bytes(t) for t in (*self.inputs.values(), *self.outputs.values()))
+        between = self.columns * 4 * (self.operation in (Operation.RECODE, Operation.ENCODE))
+        return held + between
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPlan:
+    """What becomes of one layer."""
+
+    layer: str
+    shape: tuple[int, ...]
+    source: str  # "BF16", or "4-bit affine, group 64"
+    target: str
+    treatment: Treatment
+    exactness: Exactness
+    nbytes: int  # of its tensors in the output
+    is_weight: bool
+    reason: str = ""  # why it was left dense, or why the group is another
+
+
+@dataclass(frozen=True, slots=True)
+class OutputShard:
+    """One weight file of the output: its tensors in the order of their bytes."""
+
+    name: str
+    nbytes: int
+    tensors: tuple[OutputTensor, ...]
+
+    def header(self) -> bytes:
+        """The safetensors header, length prefix included."""
+        return build_header({t.name: t.info for t in self.tensors}, METADATA)[0]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a conversion will do; data only.
+
+    Attributes:
+        source: Path of the source as given.
+        format: Name of the source format.
+        files: Weight files of the source.
+        layers: What becomes of each layer or loose tensor.
+        steps: The operations, in the order of the source's bytes.
+        shards: The output's weight files.
+        config: The output's ``config.json``.
+        quantization: The output's quantization; None if nothing stays quantized.
+        side_files: Files carried over byte for byte.
+        left_out: Files not carried over, with the reason.
+        notes: What the user should know, one sentence each.
+    """
+
+    source: str
+    format: str
+    files: tuple[SourceFile, ...]
+    layers: tuple[LayerPlan, ...]
+    steps: tuple[Step, ...]
+    shards: tuple[OutputShard, ...]
+    config: Mapping[str, Any]
+    quantization: PerLayerQuantization | None
+    side_files: tuple[str, ...]
+    left_out: tuple[tuple[str, str], ...]
+    notes: tuple[str, ...] = ()
+    checkpoint: Checkpoint = field(repr=False, compare=False, kw_only=True)
+
+    @cached_property
+    def parameters(self) -> int:
+        """Logical weights: what the model has, however they are stored."""
+        return sum(prod(layer.shape) for layer in self.layers)
+
+    @cached_property
+    def bytes_in(self) -> int:
+        """Bytes of tensor data to read."""
+        return sum(t.info.nbytes for step in self.steps for t in step.inputs.values())
+
+    @cached_property
+    def bytes_out(self) -> int:
+        """Bytes of tensor data to write."""
+        return sum(t.info.nbytes for shard in self.shards for t in shard.tensors)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of the output per logical weight, scales and biases included."""
+        return 8 * self.bytes_out / self.parameters if self.parameters else 0.0
+
+    def index(self) -> dict[str, Any]:
+        """The ``model.safetensors.index.json`` of the output."""
+        names = {t.name: shard.name for shard in self.shards for t in shard.tensors}
+        return {
+            "metadata": {"total_size": self.bytes_out, "total_parameters": self.parameters},
+            "weight_map": dict(sorted(names.items())),
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """The whole plan as JSON data."""
+        return {
+            "source": self.source,
+            "format": self.format,
+            "hash": self.hash,
+            "parameters": self.parameters,
+            "bytes_in": self.bytes_in,
+            "bytes_out": self.bytes_out,
+            "bits_per_weight": self.bits_per_weight,
+            "notes": list(self.notes),
+            **self._content(),
+        }
+
+    def _content(self) -> dict[str, Any]:
+        return {
+            "files": [asdict(file) for file in self.files],
+            "layers": [asdict(layer) for layer in self.layers],
+            "steps": [_step_dict(step) for step in self.steps],
+            "shards": [
+                {"name": s.name, "nbytes": s.nbytes, "tensors": [asdict(t) for t in s.tensors]}
+                for s in self.shards
+            ],
+            "config": dict(self.config),
+            "side_files": list(self.side_files),
+            "left_out": [list(pair) for pair in self.left_out],
+        }
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 over all that decides the output's bytes; not over the source's path."""
+        text = json.dumps(self._content(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _step_dict(step: Step) -> dict[str, Any]:
+    return {
+        "layer": step.layer,
+        "operation": step.operation,
+        "rows": step.rows,
+        "columns": step.columns,
+        "inputs": {role: asdict(t) for role, t in step.inputs.items()},
+        "outputs": {role: t.name for role, t in step.outputs.items()},
+        "source": step.source and step.source.to_dict(),
+        "target": step.target and step.target.to_dict(),
+        "dtype": step.dtype,
+    }
+
+
+def describe(encoding: Quantization | None, dtype: str) -> str:
+    """How a layer is stored, in a few words: "BF16" or "affine 4-bit g64"."""
+    if encoding is None:
+        return dtype
+    return f"{encoding.mode} {encoding.bits}-bit g{encoding.group_size}"
+
+
+def place(
+    steps: Sequence[Step], max_shard_bytes: int
+) -> tuple[tuple[OutputShard, ...], list[Step]]:
+    """Give every output tensor its file and offset.
+
+    A layer's tensors share a shard. Within one, wider dtypes come first, as safetensors
+    writers do it, so that every tensor is aligned without a hole.
+    """
+    buckets: list[list[OutputTensor]] = [[]]
+    filled = 0
+    last_layer: str | None = None
+    sizes = Counter[str]()
+    for step in steps:
+        sizes[step.layer] += sum(t.info.nbytes for t in step.outputs.values())
+    for step in steps:
+        if step.layer != last_layer:
+            if buckets[-1] and filled + sizes[step.layer] > max_shard_bytes:
+                buckets.append([])
+                filled = 0
+            filled += sizes[step.layer]
+            last_layer = step.layer
+        buckets[-1] += step.outputs.values()
+
+    shards: list[OutputShard] = []
+    placed: dict[str, OutputTensor] = {}
+    for number, bucket in enumerate(buckets, 1):
+        name = f"model-{number:05d}-of-{len(buckets):05d}.safetensors"
+        name = name if len(buckets) > 1 else "model.safetensors"
+        ordered = sorted(bucket, key=lambda t: -TensorInfo(t.info.dtype, ()).nbytes)
+        header, offsets = build_header({t.name: t.info for t in ordered}, METADATA)
+        tensors = tuple(
+            OutputTensor(t.name, t.info, name, len(header) + offsets[t.name]) for t in ordered
+        )
+        placed |= {t.name: t for t in tensors}
+        nbytes = len(header) + sum(t.info.nbytes for t in tensors)
+        shards.append(OutputShard(name, nbytes, tensors))
+    return tuple(shards), [
+        replace(s, outputs={role: placed[t.name] for role, t in s.outputs.items()}) for s in steps
+    ]
