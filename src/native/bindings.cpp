@@ -1,5 +1,326 @@
+// The Python face: checks every array, releases the GIL, calls a kernel.
+
 #include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <cstring>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "kernels.h"
 
 namespace nb = nanobind;
+using namespace nb::literals;
+using requant::Dtype;
+using requant::kernels;
 
-NB_MODULE(_native, m) { m.doc() = "Kernels of requant."; }
+namespace {
+
+using In = nb::ndarray<nb::ro, nb::device::cpu>;
+using Out = nb::ndarray<nb::device::cpu>;
+
+[[noreturn]] void fail(const std::string& message) { throw nb::value_error(message.c_str()); }
+
+std::string text(const std::vector<size_t>& shape) {
+  std::string out = "(";
+  for (size_t i = 0; i < shape.size(); i++) out += (i != 0 ? ", " : "") + std::to_string(shape[i]);
+  return out + (shape.size() == 1 ? ",)" : ")");
+}
+
+template <class Array>
+std::vector<size_t> shape_of(const Array& array) {
+  std::vector<size_t> shape(array.ndim());
+  for (size_t i = 0; i < shape.size(); i++) shape[i] = array.shape(i);
+  return shape;
+}
+
+std::string text(nb::dlpack::dtype dtype) {
+  const auto code = nb::dlpack::dtype_code(dtype.code);
+  const char* kind = code == nb::dlpack::dtype_code::UInt    ? "uint"
+                     : code == nb::dlpack::dtype_code::Int   ? "int"
+                     : code == nb::dlpack::dtype_code::Float ? "float"
+                                                             : "other";
+  return kind + std::to_string(dtype.bits);
+}
+
+template <class Array>
+void check_layout(const Array& array, const char* name, size_t bits) {
+  const nb::dlpack::dtype dtype = array.dtype();
+  if (dtype.code != uint8_t(nb::dlpack::dtype_code::UInt) || dtype.bits != bits || dtype.lanes != 1)
+    fail(std::string(name) + ": expected uint" + std::to_string(bits) + ", got " + text(dtype));
+  int64_t step = 1;
+  for (size_t i = array.ndim(); i-- > 0;) {
+    if (array.shape(i) > 1 && array.stride(i) != step && array.size() != 0)
+      fail(std::string(name) + ": expected a C-contiguous array");
+    step *= int64_t(array.shape(i));
+  }
+}
+
+template <class Array>
+void check_rank(const Array& array, const char* name, size_t rank) {
+  if (array.ndim() != rank)
+    fail(std::string(name) + ": expected " + std::to_string(rank) + " axes, got shape " + text(shape_of(array)));
+}
+
+template <class Array>
+void check_shape(const Array& array, const char* name, size_t bits, size_t rows, size_t cols) {
+  const std::vector<size_t> expected = {rows, cols};
+  const std::vector<size_t> actual = shape_of(array);
+  if (actual != expected) fail(std::string(name) + ": expected shape " + text(expected) + ", got " + text(actual));
+  check_layout(array, name, bits);
+}
+
+Dtype dtype_of(const std::string& name) {
+  if (name == "F32") return Dtype::F32;
+  if (name == "F16") return Dtype::F16;
+  if (name == "BF16") return Dtype::BF16;
+  fail("dtype: expected F32, F16 or BF16, got " + name);
+}
+
+size_t bits_of(Dtype dtype) { return dtype == Dtype::F32 ? 32 : 16; }
+
+int mx_bits(const std::string& mode) {
+  if (mode == "mxfp4") return 4;
+  if (mode == "mxfp8") return 8;
+  fail("mode: expected mxfp4 or mxfp8, got " + mode);
+}
+
+void check_bits(int bits) {
+  if (bits < 1 || bits > 8) fail("bits: expected 1 to 8, got " + std::to_string(bits));
+}
+
+void check_affine(int group_size, int bits) {
+  check_bits(bits);
+  if (bits == 7) fail("bits: expected 1, 2, 3, 4, 5, 6 or 8, got 7");
+  if (group_size != 32 && group_size != 64 && group_size != 128)
+    fail("group_size: expected 32, 64 or 128, got " + std::to_string(group_size));
+}
+
+void check_groups(const char* name, size_t cols, int group_size) {
+  if (cols % group_size != 0)
+    fail(std::string(name) + ": " + std::to_string(cols) + " columns are not a multiple of " +
+         std::to_string(group_size));
+}
+
+struct Size {
+  size_t rows, cols;
+};
+
+// Rows and columns of values behind (rows, words) and (rows, groups).
+Size size_of(const In& scales, int group_size) {
+  check_rank(scales, "scales", 2);
+  return {scales.shape(0), scales.shape(1) * size_t(group_size)};
+}
+
+template <class Call>
+auto run(Call call) {
+  nb::gil_scoped_release released;
+  requant::FloatState state;
+  return call();
+}
+
+template <class T>
+T* data(const Out& array) {
+  return static_cast<T*>(array.data());
+}
+
+template <class T>
+const T* data(const In& array) {
+  return static_cast<const T*>(array.data());
+}
+
+// ---------------------------------------------------------------- kernels
+
+void affine_quantize(In w, const std::string& dtype, int group_size, int bits, Out words, Out scales, Out biases) {
+  check_affine(group_size, bits);
+  const Dtype t = dtype_of(dtype);
+  check_rank(w, "w", 2);
+  const size_t rows = w.shape(0), cols = w.shape(1);
+  check_layout(w, "w", bits_of(t));
+  check_groups("w", cols, group_size);
+  check_shape(words, "words", 32, rows, cols / 32 * bits);
+  check_shape(scales, "scales", bits_of(t), rows, cols / group_size);
+  check_shape(biases, "biases", bits_of(t), rows, cols / group_size);
+  run([&] {
+    kernels().affine_quantize(w.data(), t, rows, cols, group_size, bits, data<uint32_t>(words), scales.data(),
+                              biases.data());
+  });
+}
+
+void affine_dequantize(In words, In scales, const std::string& scales_dtype, In biases,
+                       const std::string& biases_dtype, int group_size, int bits, Out out,
+                       const std::string& out_dtype) {
+  check_affine(group_size, bits);
+  const Dtype s = dtype_of(scales_dtype), b = dtype_of(biases_dtype), o = dtype_of(out_dtype);
+  const Size size = size_of(scales, group_size);
+  check_layout(scales, "scales", bits_of(s));
+  check_shape(words, "words", 32, size.rows, size.cols / 32 * bits);
+  check_shape(biases, "biases", bits_of(b), size.rows, size.cols / group_size);
+  check_shape(out, "out", bits_of(o), size.rows, size.cols);
+  run([&] {
+    kernels().affine_dequantize(data<uint32_t>(words), scales.data(), s, biases.data(), b, size.rows, size.cols,
+                                group_size, bits, out.data(), o);
+  });
+}
+
+size_t mx_quantize(In w, const std::string& dtype, const std::string& mode, Out words, Out scales) {
+  const int bits = mx_bits(mode);
+  const Dtype t = dtype_of(dtype);
+  check_rank(w, "w", 2);
+  const size_t rows = w.shape(0), cols = w.shape(1);
+  check_layout(w, "w", bits_of(t));
+  check_groups("w", cols, 32);
+  check_shape(words, "words", 32, rows, cols / 32 * bits);
+  check_shape(scales, "scales", 8, rows, cols / 32);
+  return run([&] {
+    return kernels().mx_quantize(w.data(), t, rows, cols, bits, data<uint32_t>(words), data<uint8_t>(scales));
+  });
+}
+
+void mx_dequantize(In words, In scales, const std::string& mode, Out out, const std::string& out_dtype) {
+  const int bits = mx_bits(mode);
+  const Dtype o = dtype_of(out_dtype);
+  const Size size = size_of(scales, 32);
+  check_layout(scales, "scales", 8);
+  check_shape(words, "words", 32, size.rows, size.cols / 32 * bits);
+  check_shape(out, "out", bits_of(o), size.rows, size.cols);
+  run([&] {
+    kernels().mx_dequantize(data<uint32_t>(words), data<uint8_t>(scales), size.rows, size.cols, bits, out.data(), o);
+  });
+}
+
+void nvfp4_quantize(In w, const std::string& dtype, Out words, Out scales, std::optional<double> global_scale) {
+  const Dtype t = dtype_of(dtype);
+  check_rank(w, "w", 2);
+  const size_t rows = w.shape(0), cols = w.shape(1);
+  check_layout(w, "w", bits_of(t));
+  check_groups("w", cols, 16);
+  check_shape(words, "words", 32, rows, cols / 8);
+  check_shape(scales, "scales", 8, rows, cols / 16);
+  const float scale = float(global_scale.value_or(1.0));
+  run([&] {
+    kernels().nvfp4_quantize(w.data(), t, rows, cols, data<uint32_t>(words), data<uint8_t>(scales),
+                             global_scale ? &scale : nullptr);
+  });
+}
+
+void nvfp4_dequantize(In words, In scales, Out out, const std::string& out_dtype,
+                      std::optional<double> global_scale) {
+  const Dtype o = dtype_of(out_dtype);
+  if (global_scale && o != Dtype::F32) fail("out: with a global scale the result is F32, got " + out_dtype);
+  const Size size = size_of(scales, 16);
+  check_layout(scales, "scales", 8);
+  check_shape(words, "words", 32, size.rows, size.cols / 8);
+  check_shape(out, "out", bits_of(o), size.rows, size.cols);
+  const float scale = float(global_scale.value_or(1.0));
+  run([&] {
+    kernels().nvfp4_dequantize(data<uint32_t>(words), data<uint8_t>(scales), size.rows, size.cols,
+                               global_scale ? &scale : nullptr, out.data(), o);
+  });
+}
+
+void pack_words(In codes, int bits, Out words) {
+  check_bits(bits);
+  check_rank(codes, "codes", 2);
+  check_layout(codes, "codes", 8);
+  const size_t rows = codes.shape(0), cols = codes.shape(1);
+  check_groups("codes", cols, 32);
+  check_shape(words, "words", 32, rows, cols / 32 * bits);
+  run([&] { kernels().pack_words(data<uint8_t>(codes), rows, cols, bits, data<uint32_t>(words)); });
+}
+
+void unpack_words(In words, int bits, Out codes) {
+  check_bits(bits);
+  check_rank(codes, "codes", 2);
+  check_layout(codes, "codes", 8);
+  const size_t rows = codes.shape(0), cols = codes.shape(1);
+  check_groups("codes", cols, 32);
+  check_shape(words, "words", 32, rows, cols / 32 * bits);
+  run([&] { kernels().unpack_words(data<uint32_t>(words), rows, cols, bits, data<uint8_t>(codes)); });
+}
+
+size_t cast(In src, const std::string& src_dtype, Out dst, const std::string& dst_dtype) {
+  const Dtype s = dtype_of(src_dtype), d = dtype_of(dst_dtype);
+  check_rank(src, "src", 1);
+  check_rank(dst, "dst", 1);
+  check_layout(src, "src", bits_of(s));
+  check_layout(dst, "dst", bits_of(d));
+  if (src.size() != dst.size())
+    fail("dst: expected shape " + text(shape_of(src)) + ", got " + text(shape_of(dst)));
+  return run([&] { return kernels().cast(src.data(), s, src.size(), dst.data(), d); });
+}
+
+size_t count_nonfinite(In w, const std::string& dtype) {
+  const Dtype t = dtype_of(dtype);
+  check_layout(w, "w", bits_of(t));
+  return run([&] { return kernels().count_nonfinite(w.data(), t, w.size()); });
+}
+
+ptrdiff_t first_nonfinite(In w, const std::string& dtype) {
+  const Dtype t = dtype_of(dtype);
+  check_layout(w, "w", bits_of(t));
+  return run([&] { return kernels().first_nonfinite(w.data(), t, w.size()); });
+}
+
+std::tuple<double, double, double> error_stats(In a, const std::string& a_dtype, In b, const std::string& b_dtype) {
+  const Dtype s = dtype_of(a_dtype), t = dtype_of(b_dtype);
+  check_layout(a, "a", bits_of(s));
+  check_layout(b, "b", bits_of(t));
+  if (shape_of(a) != shape_of(b)) fail("b: expected shape " + text(shape_of(a)) + ", got " + text(shape_of(b)));
+  double out[3];
+  run([&] { kernels().error_stats(a.data(), s, b.data(), t, a.size(), out); });
+  return {out[0], out[1], out[2]};
+}
+
+std::vector<std::string> available_isas() {
+  std::vector<std::string> names;
+  for (const requant::Kernels* const* k = requant::available_kernels(); *k != nullptr; k++)
+    names.emplace_back((*k)->name);
+  return names;
+}
+
+void set_isa(const std::string& name) {
+  if (requant::use_kernels(name.c_str())) return;
+  std::string known;
+  for (const std::string& isa : available_isas()) known += (known.empty() ? "" : ", ") + isa;
+  fail("isa: expected one of " + known + ", got " + name);
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  m.doc() =
+      "Kernels of requant.\n\n"
+      "Arrays are C-contiguous and outputs are allocated by the caller. Floats are passed\n"
+      "as bits, uint16 or uint32, with a dtype name: \"F32\", \"F16\" or \"BF16\".";
+
+  m.def("affine_quantize", &affine_quantize, "w"_a.noconvert(), "dtype"_a, "group_size"_a, "bits"_a,
+        "words"_a.noconvert(), "scales"_a.noconvert(), "biases"_a.noconvert());
+  m.def("affine_dequantize", &affine_dequantize, "words"_a.noconvert(), "scales"_a.noconvert(), "scales_dtype"_a,
+        "biases"_a.noconvert(), "biases_dtype"_a, "group_size"_a, "bits"_a, "out"_a.noconvert(), "out_dtype"_a);
+  m.def("mx_quantize", &mx_quantize, "w"_a.noconvert(), "dtype"_a, "mode"_a, "words"_a.noconvert(),
+        "scales"_a.noconvert(), "Returns the number of groups flushed to zero: too small for an E8M0 scale.");
+  m.def("mx_dequantize", &mx_dequantize, "words"_a.noconvert(), "scales"_a.noconvert(), "mode"_a,
+        "out"_a.noconvert(), "out_dtype"_a);
+  m.def("nvfp4_quantize", &nvfp4_quantize, "w"_a.noconvert(), "dtype"_a, "words"_a.noconvert(),
+        "scales"_a.noconvert(), "global_scale"_a = nb::none());
+  m.def("nvfp4_dequantize", &nvfp4_dequantize, "words"_a.noconvert(), "scales"_a.noconvert(), "out"_a.noconvert(),
+        "out_dtype"_a, "global_scale"_a = nb::none());
+  m.def("pack_words", &pack_words, "codes"_a.noconvert(), "bits"_a, "words"_a.noconvert());
+  m.def("unpack_words", &unpack_words, "words"_a.noconvert(), "bits"_a, "codes"_a.noconvert());
+  m.def("cast", &cast, "src"_a.noconvert(), "src_dtype"_a, "dst"_a.noconvert(), "dst_dtype"_a,
+        "Rounds to nearest even; returns the number of finite values that became infinite.");
+  m.def("count_nonfinite", &count_nonfinite, "w"_a.noconvert(), "dtype"_a);
+  m.def("first_nonfinite", &first_nonfinite, "w"_a.noconvert(), "dtype"_a, "Flat index, or -1.");
+  m.def("error_stats", &error_stats, "a"_a.noconvert(), "a_dtype"_a, "b"_a.noconvert(), "b_dtype"_a,
+        "Sum of (a - b)^2, sum of a^2, and max |a - b|, in float64.");
+  m.def("isa", [] { return std::string(kernels().name); });
+  m.def("set_isa", &set_isa, "name"_a);
+  m.def("available_isas", &available_isas);
+}

@@ -1,0 +1,151 @@
+// MLX affine mode: w = code * scale + bias, one scale and bias a group.
+
+#pragma once
+
+#include "floats.h"
+#include "pack.h"
+
+namespace {
+
+constexpr size_t kBlock = 2048;  // values worked on at a time; every group size divides it
+constexpr float kEps = 1e-7f;
+
+// Least and greatest element, skipping NaN; of equal zeros the first counts.
+template <class T>
+void range_in_order(const typename T::Stored* w, int count, float& hi, float& lo) {
+  hi = float_of(kInf32 | ~kAbs32);
+  lo = float_of(kInf32);
+  for (int i = 0; i < count; i++) {
+    const float x = T::load(w[i]);
+    hi = x > hi ? x : hi;
+    lo = x < lo ? x : lo;
+  }
+}
+
+// The same by integer keys, which order like the floats. NaN lies outside the
+// keys of the infinities; it and the sign of zero send us to the slow walk.
+template <class T, int GROUP>
+REQUANT_INLINE void range_of(const typename T::Stored* REQUANT_RESTRICT w, bool signed_zero, float& hi,
+                             float& lo) {
+  using Key = typename T::Key;
+  using Stored = typename T::Stored;
+  constexpr int sign_shift = 8 * sizeof(Key) - 1;
+  Key top = Key(~T::kAbs), bottom = T::kAbs;
+  for (int i = 0; i < GROUP; i++) {
+    Key key = Key(w[i]);
+    key = Key(key ^ (Key(key >> sign_shift) & T::kAbs));
+    top = key > top ? key : top;
+    bottom = key < bottom ? key : bottom;
+  }
+  if (__builtin_expect(top > T::kInf || bottom < Key(~T::kInf) ||
+                           (signed_zero && (bottom == 0 || bottom == -1)),
+                       0))
+    return range_in_order<T>(w, GROUP, hi, lo);
+  hi = T::load(Stored(top ^ (Key(top >> sign_shift) & T::kAbs)));
+  lo = T::load(Stored(bottom ^ (Key(bottom >> sign_shift) & T::kAbs)));
+}
+
+// Scale and bias of each group from its range.
+REQUANT_INLINE void affine_parameters(const float* REQUANT_RESTRICT hi, const float* REQUANT_RESTRICT lo,
+                                      int count, int bits, float* REQUANT_RESTRICT scale,
+                                      float* REQUANT_RESTRICT beta) {
+  if (bits == 1) {
+    for (int i = 0; i < count; i++) {
+      const float s = hi[i] - lo[i];
+      scale[i] = s < kEps ? kEps : s;
+      beta[i] = lo[i];
+    }
+    return;
+  }
+  const float n = float((1 << bits) - 1);
+  for (int i = 0; i < count; i++) {
+    float s = (hi[i] - lo[i]) / n;
+    s = s < kEps ? kEps : s;
+    const bool low = float_of(bits_of(lo[i]) & kAbs32) > float_of(bits_of(hi[i]) & kAbs32);
+    const float edge = low ? lo[i] : hi[i];
+    s = low ? s : -s;
+    const float k = round_even(edge / s);
+    const float fitted = edge / k;
+    scale[i] = k != 0.0f ? fitted : s;
+    beta[i] = k != 0.0f ? edge : 0.0f;
+  }
+}
+
+template <class T, int GROUP>
+REQUANT_INLINE void affine_codes(const typename T::Stored* REQUANT_RESTRICT w, float scale, float beta, float n,
+                                 uint8_t* REQUANT_RESTRICT codes) {
+  for (int i = 0; i < GROUP; i++) {
+    float t = (T::load(w[i]) - beta) / scale;
+    t = t > 0.0f ? t : 0.0f;  // NaN too
+    t = t < n ? t : n;
+    codes[i] = uint8_t(bits_of(t + 8388608.0f));  // the sum rounds to nearest even
+  }
+}
+
+template <class T, int GROUP>
+void affine_quantize(const void* w_, size_t groups, int bits, uint32_t* words, void* scales_, void* biases_) {
+  using Stored = typename T::Stored;
+  constexpr size_t per_block = kBlock / GROUP;
+  const auto* w = static_cast<const Stored*>(w_);
+  auto* out = reinterpret_cast<uint8_t*>(words);
+  auto* scales = static_cast<Stored*>(scales_);
+  auto* biases = static_cast<Stored*>(biases_);
+  const float n = float((1 << bits) - 1);
+
+  alignas(64) float hi[per_block], lo[per_block], scale[per_block], beta[per_block];
+  alignas(64) uint8_t codes[kBlock];
+  while (groups > 0) {
+    const int count = int(groups < per_block ? groups : per_block);
+    for (int j = 0; j < count; j++) range_of<T, GROUP>(w + j * GROUP, bits == 1, hi[j], lo[j]);
+    affine_parameters(hi, lo, count, bits, scale, beta);
+    for (int j = 0; j < count; j++)
+      affine_codes<T, GROUP>(w + j * GROUP, scale[j], beta[j], n, codes + j * GROUP);
+    for (int j = 0; j < count; j++) scales[j] = T::store(scale[j]);
+    for (int j = 0; j < count; j++) biases[j] = T::store(beta[j]);
+    pack_codes(bits, codes, size_t(count) * GROUP, out);
+    w += count * GROUP;
+    out += size_t(count) * GROUP * bits / 8;
+    scales += count;
+    biases += count;
+    groups -= count;
+  }
+}
+
+// v = P(S(code * scale) + bias): the product is rounded to the dtype S of the
+// scales, the sum to the promoted dtype P.
+template <class S, class P>
+REQUANT_INLINE void affine_values(const uint8_t* REQUANT_RESTRICT codes, int count, float scale, float bias,
+                                  float* REQUANT_RESTRICT product, float* REQUANT_RESTRICT values) {
+  for (int i = 0; i < count; i++) product[i] = S::round(float(codes[i]) * scale);
+  seal(product);
+  for (int i = 0; i < count; i++) values[i] = P::round(product[i] + bias);
+}
+
+template <class S, class B, class P, class Out>
+void affine_dequantize(const uint32_t* words, const void* scales_, const void* biases_, size_t groups,
+                       int group_size, int bits, void* out_) {
+  const auto* in = reinterpret_cast<const uint8_t*>(words);
+  const auto* scales = static_cast<const typename S::Stored*>(scales_);
+  const auto* biases = static_cast<const typename B::Stored*>(biases_);
+  auto* out = static_cast<typename Out::Stored*>(out_);
+  const size_t per_block = kBlock / group_size;
+
+  alignas(64) uint8_t codes[kBlock];
+  alignas(64) float product[128], values[128];
+  while (groups > 0) {
+    const size_t count = groups < per_block ? groups : per_block;
+    unpack_codes(bits, in, count * group_size, codes);
+    for (size_t j = 0; j < count; j++) {
+      affine_values<S, P>(codes + j * group_size, group_size, S::load(scales[j]), B::load(biases[j]), product,
+                          values);
+      for (int i = 0; i < group_size; i++) out[j * group_size + i] = Out::store(values[i]);
+    }
+    in += count * group_size * bits / 8;
+    scales += count;
+    biases += count;
+    out += count * group_size;
+    groups -= count;
+  }
+}
+
+}  // namespace

@@ -1,0 +1,155 @@
+// Compiled once for each instruction set, with REQUANT_ISA its name. Everything
+// but the table is in an unnamed namespace and no standard inline function is
+// used, so the linker cannot pick one set's code for another.
+
+#include "kernels.h"
+
+#include "affine.h"
+#include "minifloat.h"
+#include "pack.h"
+#include "values.h"
+
+namespace {
+
+using requant::Dtype;
+
+template <class T>
+struct Tag {
+  using Type = T;
+};
+
+template <class Call>
+REQUANT_INLINE auto with_dtype(Dtype dtype, Call call) {
+  switch (dtype) {
+    case Dtype::F16: return call(Tag<F16>());
+    case Dtype::BF16: return call(Tag<BF16>());
+    default: return call(Tag<F32>());
+  }
+}
+
+template <class S, class B>
+struct Promoted {
+  using Type = F32;
+};
+template <class S>
+struct Promoted<S, S> {
+  using Type = S;
+};
+
+void affine_quantize_any(const void* w, Dtype dtype, size_t rows, size_t cols, int group_size, int bits,
+                         uint32_t* words, void* scales, void* biases) {
+  const size_t groups = rows * (cols / group_size);
+  with_dtype(dtype, [&](auto t) {
+    using T = typename decltype(t)::Type;
+    switch (group_size) {
+      case 32: return affine_quantize<T, 32>(w, groups, bits, words, scales, biases);
+      case 64: return affine_quantize<T, 64>(w, groups, bits, words, scales, biases);
+      case 128: return affine_quantize<T, 128>(w, groups, bits, words, scales, biases);
+    }
+  });
+}
+
+void affine_dequantize_any(const uint32_t* words, const void* scales, Dtype scales_dtype, const void* biases,
+                           Dtype biases_dtype, size_t rows, size_t cols, int group_size, int bits, void* out,
+                           Dtype out_dtype) {
+  const size_t groups = rows * (cols / group_size);
+  with_dtype(scales_dtype, [&](auto s) {
+    with_dtype(biases_dtype, [&](auto b) {
+      with_dtype(out_dtype, [&](auto o) {
+        using S = typename decltype(s)::Type;
+        using B = typename decltype(b)::Type;
+        using Out = typename decltype(o)::Type;
+        using P = typename Promoted<S, B>::Type;
+        affine_dequantize<S, B, P, Out>(words, scales, biases, groups, group_size, bits, out);
+      });
+    });
+  });
+}
+
+size_t mx_quantize_any(const void* w, Dtype dtype, size_t rows, size_t cols, int bits, uint32_t* words,
+                       uint8_t* scales) {
+  const size_t groups = rows * (cols / 32);
+  return with_dtype(dtype, [&](auto t) {
+    using T = typename decltype(t)::Type;
+    return bits == 4 ? mx_quantize<T, 4>(w, groups, words, scales) : mx_quantize<T, 8>(w, groups, words, scales);
+  });
+}
+
+void mx_dequantize_any(const uint32_t* words, const uint8_t* scales, size_t rows, size_t cols, int bits, void* out,
+                       Dtype out_dtype) {
+  const size_t groups = rows * (cols / 32);
+  with_dtype(out_dtype, [&](auto o) {
+    using Out = typename decltype(o)::Type;
+    if (bits == 4)
+      mx_dequantize<Out, 4>(words, scales, groups, out);
+    else
+      mx_dequantize<Out, 8>(words, scales, groups, out);
+  });
+}
+
+void nvfp4_quantize_any(const void* w, Dtype dtype, size_t rows, size_t cols, uint32_t* words, uint8_t* scales,
+                        const float* global_scale) {
+  const float enc = global_scale != nullptr ? 2688.0f / *global_scale : 1.0f;
+  with_dtype(dtype, [&](auto t) {
+    nvfp4_quantize<typename decltype(t)::Type>(w, rows * (cols / 16), words, scales, enc);
+  });
+}
+
+void nvfp4_dequantize_any(const uint32_t* words, const uint8_t* scales, size_t rows, size_t cols,
+                          const float* global_scale, void* out, Dtype out_dtype) {
+  const float dec = global_scale != nullptr ? *global_scale / 2688.0f : 1.0f;
+  with_dtype(out_dtype, [&](auto o) {
+    nvfp4_dequantize<typename decltype(o)::Type>(words, scales, rows * (cols / 16), dec, out);
+  });
+}
+
+void pack_words_any(const uint8_t* codes, size_t rows, size_t cols, int bits, uint32_t* words) {
+  pack_codes(bits, codes, rows * cols, reinterpret_cast<uint8_t*>(words));
+}
+
+void unpack_words_any(const uint32_t* words, size_t rows, size_t cols, int bits, uint8_t* codes) {
+  unpack_codes(bits, reinterpret_cast<const uint8_t*>(words), rows * cols, codes);
+}
+
+size_t cast_any(const void* src, Dtype src_dtype, size_t count, void* dst, Dtype dst_dtype) {
+  return with_dtype(src_dtype, [&](auto s) {
+    return with_dtype(dst_dtype, [&](auto d) {
+      return cast_values<typename decltype(s)::Type, typename decltype(d)::Type>(src, count, dst);
+    });
+  });
+}
+
+size_t count_nonfinite_any(const void* w, Dtype dtype, size_t count) {
+  return with_dtype(dtype, [&](auto t) { return count_nonfinite<typename decltype(t)::Type>(w, count); });
+}
+
+ptrdiff_t first_nonfinite_any(const void* w, Dtype dtype, size_t count) {
+  return with_dtype(dtype, [&](auto t) { return first_nonfinite<typename decltype(t)::Type>(w, count); });
+}
+
+void error_stats_any(const void* a, Dtype a_dtype, const void* b, Dtype b_dtype, size_t count, double* out) {
+  with_dtype(a_dtype, [&](auto s) {
+    with_dtype(b_dtype, [&](auto t) {
+      error_stats<typename decltype(s)::Type, typename decltype(t)::Type>(a, b, count, out);
+    });
+  });
+}
+
+}  // namespace
+
+#define REQUANT_JOIN_(a, b) a##b
+#define REQUANT_JOIN(a, b) REQUANT_JOIN_(a, b)
+#define REQUANT_TEXT_(a) #a
+#define REQUANT_TEXT(a) REQUANT_TEXT_(a)
+
+namespace requant {
+
+extern const Kernels REQUANT_JOIN(kernels_, REQUANT_ISA);
+const Kernels REQUANT_JOIN(kernels_, REQUANT_ISA) = {
+    REQUANT_TEXT(REQUANT_ISA), affine_quantize_any, affine_dequantize_any, mx_quantize_any,
+    mx_dequantize_any,         nvfp4_quantize_any,  nvfp4_dequantize_any,  pack_words_any,
+    unpack_words_any,          cast_any,            count_nonfinite_any,   first_nonfinite_any,
+    error_stats_any,
+};
+
+}  // namespace requant

@@ -1,0 +1,67 @@
+// The kernels as a table of functions, one table an instruction set.
+//
+// A kernel is a pure function over whole rows: pointers and sizes in, nothing
+// allocated, no threads, no Python. Arrays are C-contiguous, floats are passed
+// with their dtype, and the caller has checked every shape.
+
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace requant {
+
+enum class Dtype { F32, F16, BF16 };
+
+struct Kernels {
+  const char* name;
+
+  void (*affine_quantize)(const void* w, Dtype dtype, size_t rows, size_t cols, int group_size, int bits,
+                          uint32_t* words, void* scales, void* biases);
+  void (*affine_dequantize)(const uint32_t* words, const void* scales, Dtype scales_dtype, const void* biases,
+                            Dtype biases_dtype, size_t rows, size_t cols, int group_size, int bits, void* out,
+                            Dtype out_dtype);
+
+  // bits 4: mxfp4; bits 8: mxfp8. Returns the number of groups too small for E8M0.
+  size_t (*mx_quantize)(const void* w, Dtype dtype, size_t rows, size_t cols, int bits, uint32_t* words,
+                        uint8_t* scales);
+  void (*mx_dequantize)(const uint32_t* words, const uint8_t* scales, size_t rows, size_t cols, int bits,
+                        void* out, Dtype out_dtype);
+
+  // global_scale: a pointer to one float, or null.
+  void (*nvfp4_quantize)(const void* w, Dtype dtype, size_t rows, size_t cols, uint32_t* words, uint8_t* scales,
+                         const float* global_scale);
+  void (*nvfp4_dequantize)(const uint32_t* words, const uint8_t* scales, size_t rows, size_t cols,
+                           const float* global_scale, void* out, Dtype out_dtype);
+
+  // cols is a multiple of 32.
+  void (*pack_words)(const uint8_t* codes, size_t rows, size_t cols, int bits, uint32_t* words);
+  void (*unpack_words)(const uint32_t* words, size_t rows, size_t cols, int bits, uint8_t* codes);
+
+  size_t (*cast)(const void* src, Dtype src_dtype, size_t count, void* dst, Dtype dst_dtype);
+  size_t (*count_nonfinite)(const void* w, Dtype dtype, size_t count);
+  ptrdiff_t (*first_nonfinite)(const void* w, Dtype dtype, size_t count);
+  // out: sum of (a - b)^2, sum of a^2, max |a - b|.
+  void (*error_stats)(const void* a, Dtype a_dtype, const void* b, Dtype b_dtype, size_t count, double* out);
+};
+
+// Rounding to nearest even with subnormals kept, for as long as one lives:
+// another library may have set the thread to flush subnormals to zero.
+class FloatState {
+ public:
+  FloatState();
+  ~FloatState();
+  FloatState(const FloatState&) = delete;
+  FloatState& operator=(const FloatState&) = delete;
+
+ private:
+  uint64_t saved_;
+};
+
+// Every table this processor can run, best last; ends with a null.
+const Kernels* const* available_kernels();
+
+const Kernels& kernels();
+bool use_kernels(const char* name);  // false: no such table here
+
+}  // namespace requant

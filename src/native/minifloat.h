@@ -1,0 +1,232 @@
+// MLX float modes: mxfp4 and mxfp8 (E8M0 scales, groups of 32) and nvfp4 (E4M3
+// scales, groups of 16, an optional scale of the whole tensor).
+
+#pragma once
+
+#include "affine.h"
+#include "floats.h"
+#include "pack.h"
+
+namespace {
+
+// ---------------------------------------------------------------- float4_e2m1
+
+// By halfway points: as MLX's table search, a tie goes toward zero and code 8
+// (minus zero) is never produced. Exact below 2^23.
+REQUANT_INLINE uint32_t encode_e2m1(float v) {
+  const uint32_t u = bits_of(v);
+  const uint32_t a = u & kAbs32;
+  uint32_t code = 0;
+  code += a > 0x3e800000u;  // .25
+  code += a > 0x3f400000u;  // .75
+  code += a > 0x3fa00000u;  // 1.25
+  code += a > 0x3fe00000u;  // 1.75
+  code += a > 0x40200000u;  // 2.5
+  code += a > 0x40600000u;  // 3.5
+  code += a > 0x40a00000u;  // 5
+  return code | (code != 0 ? (u >> 28) & 8u : 0u);
+}
+
+constexpr float kE2M1[16] = {0.0f,  0.5f,  1.0f,  1.5f,  2.0f,  3.0f,  4.0f,  6.0f,
+                             -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f};
+
+// MLX's own search: the first entry at the least distance. From 2^23 on the
+// distances round, so an entry before the nearest can win; NaN gives 0.
+REQUANT_INLINE uint32_t search_e2m1(float v) {
+  float entries[16];
+  std::memcpy(entries, kE2M1, sizeof entries);
+  uint32_t best = 0;
+  float least = float_of(bits_of(v - entries[0]) & kAbs32);
+  for (uint32_t c = 1; c < 16; c++) {
+    const float distance = float_of(bits_of(v - entries[c]) & kAbs32);
+    if (distance < least) {
+      least = distance;
+      best = c;
+    }
+  }
+  return best;
+}
+
+REQUANT_INLINE float decode_e2m1(uint32_t code) {
+  const int32_t m = int32_t(code & 7u);
+  int32_t doubled = 2 * m - 4 > m ? 2 * m - 4 : m;
+  doubled = 4 * m - 16 > doubled ? 4 * m - 16 : doubled;
+  return float_of(bits_of(float(doubled) * 0.5f) | (code & 8u) << 28);
+}
+
+template <class T>
+REQUANT_INLINE typename T::Key largest_magnitude(const typename T::Stored* REQUANT_RESTRICT w, int count) {
+  using Key = typename T::Key;
+  Key top = 0;
+  for (int i = 0; i < count; i++) {
+    const Key key = Key(w[i] & T::kAbs);
+    top = key > top ? key : top;
+  }
+  return top;
+}
+
+// ---------------------------------------------------------------- mxfp4, mxfp8
+
+// Least E with 2^E >= s, for finite s > 0.
+REQUANT_INLINE int ceil_log2(float s) {
+  uint32_t u = bits_of(s);
+  int shift = 0;
+  if (u < 0x00800000u) {
+    u = bits_of(s * 8388608.0f);
+    shift = 23;
+  }
+  return int((u + 0x7fffffu) >> 23) - 127 - shift;
+}
+
+REQUANT_INLINE float power_of_two(int e) { return float_of(uint32_t(e + 127) << 23); }  // -126..127
+
+// A group with infinities or NaN, as MLX computes it on x86-64: the divisor is 0.
+template <class T, int BITS>
+void mx_codes_nonfinite(const typename T::Stored* w, uint8_t* codes) {
+  for (int i = 0; i < 32; i++) {
+    const uint32_t u = bits_of(T::load(w[i]));
+    const bool zero = (u & kAbs32) == 0;
+    const bool negative = zero ? sizeof(typename T::Stored) == 4 : (u >> 31) != 0;
+    codes[i] = BITS == 4 ? 0 : uint8_t(negative ? 0xfe : 0x7e);
+  }
+}
+
+template <class T, int BITS>
+size_t mx_quantize(const void* w_, size_t groups, uint32_t* words, uint8_t* scales) {
+  using Stored = typename T::Stored;
+  constexpr int group = 32;
+  constexpr float largest = BITS == 4 ? 6.0f : 448.0f;
+  constexpr size_t per_block = kBlock / group;
+  const auto* w = static_cast<const Stored*>(w_);
+  auto* out = reinterpret_cast<uint8_t*>(words);
+  size_t flushed = 0;
+
+  alignas(64) uint8_t codes[kBlock];
+  while (groups > 0) {
+    const int count = int(groups < per_block ? groups : per_block);
+    for (int j = 0; j < count; j++) {
+      const Stored* x = w + j * group;
+      uint8_t* c = codes + j * group;
+      const auto top = largest_magnitude<T>(x, group);
+      if (top >= T::kInf) {
+        scales[j] = sizeof(Stored) == 4 ? 128 : 0;
+        mx_codes_nonfinite<T, BITS>(x, c);
+        continue;
+      }
+      const float s = T::round(T::load(Stored(top)) / largest);
+      const int e = s == 0.0f ? 0 : ceil_log2(s);
+      if (e < -127) {
+        // MLX's byte would wrap around and blow the group up.
+        scales[j] = 127;
+        std::memset(c, 0, group);
+        flushed++;
+        continue;
+      }
+      scales[j] = uint8_t(e + 127);
+      const float inverse = power_of_two(-e);  // e <= 126; the product is exact where it matters
+      for (int i = 0; i < group; i++) {
+        const float v = T::load(x[i]) * inverse;
+        c[i] = uint8_t(BITS == 4 ? encode_e2m1(v) : encode_e4m3(v));
+      }
+    }
+    pack_codes<BITS>(codes, size_t(count) * group, out);
+    w += count * group;
+    out += size_t(count) * group * BITS / 8;
+    scales += count;
+    groups -= count;
+  }
+  return flushed;
+}
+
+// 2^(byte - 127); byte 255 gives inf.
+REQUANT_INLINE float decode_e8m0(uint8_t byte) {
+  return float_of(byte == 0 ? 0x00400000u : uint32_t(byte) << 23);
+}
+
+template <class Out, int BITS>
+void mx_dequantize(const uint32_t* words, const uint8_t* scales, size_t groups, void* out_) {
+  constexpr int group = 32;
+  constexpr size_t per_block = kBlock / group;
+  const auto* in = reinterpret_cast<const uint8_t*>(words);
+  auto* out = static_cast<typename Out::Stored*>(out_);
+
+  alignas(64) uint8_t codes[kBlock];
+  while (groups > 0) {
+    const size_t count = groups < per_block ? groups : per_block;
+    unpack_codes<BITS>(in, count * group, codes);
+    for (size_t j = 0; j < count; j++) {
+      const float scale = Out::round(decode_e8m0(scales[j]));
+      for (int i = 0; i < group; i++) {
+        const uint32_t c = codes[j * group + i];
+        out[j * group + i] = Out::store((BITS == 4 ? decode_e2m1(c) : decode_e4m3(c)) * scale);
+      }
+    }
+    in += count * group * BITS / 8;
+    scales += count;
+    out += count * group;
+    groups -= count;
+  }
+}
+
+// ---------------------------------------------------------------- nvfp4
+
+// enc = 2688 / global scale, or 1.
+template <class T>
+void nvfp4_quantize(const void* w_, size_t groups, uint32_t* words, uint8_t* scales, float enc) {
+  using Stored = typename T::Stored;
+  constexpr int group = 16;
+  constexpr size_t per_block = kBlock / group;
+  const auto* w = static_cast<const Stored*>(w_);
+  auto* out = reinterpret_cast<uint8_t*>(words);
+
+  alignas(64) uint8_t codes[kBlock];
+  alignas(64) float scaled[group];
+  while (groups > 0) {
+    const int count = int(groups < per_block ? groups : per_block);
+    for (int j = 0; j < count; j++) {
+      const Stored* x = w + j * group;
+      uint8_t* c = codes + j * group;
+      const float top = T::load(Stored(largest_magnitude<T>(x, group)));
+      scales[j] = uint8_t(encode_e4m3(T::round(top / 6.0f) * enc));
+      const float d = decode_e4m3(scales[j]);
+      const float most = float_of(bits_of(T::round(top / d) * enc) & kAbs32);
+      for (int i = 0; i < group; i++) scaled[i] = T::round(T::load(x[i]) / d) * enc;
+      seal(scaled);
+      if (most < 8388608.0f)
+        for (int i = 0; i < group; i++) c[i] = uint8_t(encode_e2m1(scaled[i]));
+      else
+        for (int i = 0; i < group; i++) c[i] = uint8_t(search_e2m1(scaled[i]));
+    }
+    pack_codes<4>(codes, size_t(count) * group, out);
+    w += count * group;
+    out += size_t(count) * group / 2;
+    scales += count;
+    groups -= count;
+  }
+}
+
+// dec = global scale / 2688, or 1.
+template <class Out>
+void nvfp4_dequantize(const uint32_t* words, const uint8_t* scales, size_t groups, float dec, void* out_) {
+  constexpr int group = 16;
+  constexpr size_t per_block = kBlock / group;
+  const auto* in = reinterpret_cast<const uint8_t*>(words);
+  auto* out = static_cast<typename Out::Stored*>(out_);
+
+  alignas(64) uint8_t codes[kBlock];
+  while (groups > 0) {
+    const size_t count = groups < per_block ? groups : per_block;
+    unpack_codes<4>(in, count * group, codes);
+    for (size_t j = 0; j < count; j++) {
+      const float scale = decode_e4m3(scales[j]) * dec;
+      for (int i = 0; i < group; i++)
+        out[j * group + i] = Out::store(decode_e2m1(codes[j * group + i]) * scale);
+    }
+    in += count * group / 2;
+    scales += count;
+    out += count * group;
+    groups -= count;
+  }
+}
+
+}  // namespace

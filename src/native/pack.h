@@ -1,0 +1,98 @@
+// Codes of 1 to 8 bits, one a byte, to and from packed words.
+//
+// A row is one little-endian bit stream: code k takes the bits from k * BITS on.
+// Eight codes fill BITS bytes, so a run of 32 codes fills BITS whole words; both
+// directions work on eight codes at a time inside a 64-bit integer.
+
+#pragma once
+
+#include "floats.h"
+
+namespace {
+
+template <int BITS>
+REQUANT_INLINE uint64_t squeeze(uint64_t x) {
+  if constexpr (BITS == 8) return x;
+  constexpr uint64_t m8 = 0x0101010101010101ull * ((1u << BITS) - 1u);
+  constexpr uint64_t m16 = 0x0001000100010001ull * ((1ull << BITS) - 1u);
+  constexpr uint64_t m32 = 0x0000000100000001ull * ((1ull << (2 * BITS)) - 1u);
+  constexpr uint64_t m64 = (1ull << (4 * BITS)) - 1u;
+  x &= m8;
+  x = (x & m16) | ((x >> (8 - BITS)) & (m16 << BITS));
+  x = (x & m32) | ((x >> (16 - 2 * BITS)) & (m32 << (2 * BITS)));
+  x = (x & m64) | ((x >> (32 - 4 * BITS)) & (m64 << (4 * BITS)));
+  return x;
+}
+
+template <int BITS>
+REQUANT_INLINE uint64_t spread(uint64_t x) {
+  if constexpr (BITS == 8) return x;
+  constexpr uint64_t m16 = 0x0001000100010001ull * ((1ull << BITS) - 1u);
+  constexpr uint64_t m32 = 0x0000000100000001ull * ((1ull << (2 * BITS)) - 1u);
+  constexpr uint64_t m64 = (1ull << (4 * BITS)) - 1u;
+  x = (x & m64) | ((x & (m64 << (4 * BITS))) << (32 - 4 * BITS));
+  x = (x & m32) | ((x & (m32 << (2 * BITS))) << (16 - 2 * BITS));
+  x = (x & m16) | ((x & (m16 << BITS)) << (8 - BITS));
+  return x;
+}
+
+// count is a multiple of 32; reads count bytes, writes count * BITS / 8 bytes.
+template <int BITS>
+void pack_codes(const uint8_t* REQUANT_RESTRICT codes, size_t count, uint8_t* REQUANT_RESTRICT out) {
+  if constexpr (BITS == 8) {
+    std::memcpy(out, codes, count);
+    return;
+  }
+  for (size_t i = 0; i < count; i += 32, out += 4 * BITS) {
+    uint64_t x[4];
+    std::memcpy(x, codes + i, 32);
+    for (int j = 0; j < 4; j++) x[j] = squeeze<BITS>(x[j]);
+    uint8_t run[3 * BITS + 8];
+    for (int j = 0; j < 4; j++) std::memcpy(run + j * BITS, &x[j], 8);
+    std::memcpy(out, run, 4 * BITS);
+  }
+}
+
+template <int BITS>
+void unpack_codes(const uint8_t* REQUANT_RESTRICT in, size_t count, uint8_t* REQUANT_RESTRICT codes) {
+  if constexpr (BITS == 8) {
+    std::memcpy(codes, in, count);
+    return;
+  }
+  for (size_t i = 0; i < count; i += 32, in += 4 * BITS) {
+    uint8_t run[3 * BITS + 8] = {};
+    std::memcpy(run, in, 4 * BITS);
+    uint64_t x[4];
+    for (int j = 0; j < 4; j++) std::memcpy(&x[j], run + j * BITS, 8);
+    for (int j = 0; j < 4; j++) x[j] = spread<BITS>(x[j]);
+    std::memcpy(codes + i, x, 32);
+  }
+}
+
+REQUANT_INLINE void pack_codes(int bits, const uint8_t* codes, size_t count, uint8_t* out) {
+  switch (bits) {
+    case 1: return pack_codes<1>(codes, count, out);
+    case 2: return pack_codes<2>(codes, count, out);
+    case 3: return pack_codes<3>(codes, count, out);
+    case 4: return pack_codes<4>(codes, count, out);
+    case 5: return pack_codes<5>(codes, count, out);
+    case 6: return pack_codes<6>(codes, count, out);
+    case 7: return pack_codes<7>(codes, count, out);
+    case 8: return pack_codes<8>(codes, count, out);
+  }
+}
+
+REQUANT_INLINE void unpack_codes(int bits, const uint8_t* in, size_t count, uint8_t* codes) {
+  switch (bits) {
+    case 1: return unpack_codes<1>(in, count, codes);
+    case 2: return unpack_codes<2>(in, count, codes);
+    case 3: return unpack_codes<3>(in, count, codes);
+    case 4: return unpack_codes<4>(in, count, codes);
+    case 5: return unpack_codes<5>(in, count, codes);
+    case 6: return unpack_codes<6>(in, count, codes);
+    case 7: return unpack_codes<7>(in, count, codes);
+    case 8: return unpack_codes<8>(in, count, codes);
+  }
+}
+
+}  // namespace
