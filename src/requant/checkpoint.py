@@ -1,0 +1,365 @@
+"""Step 1 of the road: a folder becomes a Checkpoint.
+
+Folder, shard index, safetensors headers and config.json are read and checked; tensor data
+is not. Everything that is wrong is found in one run and raised in one CheckpointError.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
+from types import MappingProxyType
+from typing import Any
+
+from requant.dtypes import TensorInfo
+from requant.errors import CheckpointError, Problem
+from requant.safetensors_header import (
+    PREFIX_BYTES,
+    HeaderEntry,
+    check_name,
+    header_length,
+    parse_header,
+    parse_json_object,
+    shown,
+)
+from requant.source_folder import (
+    CONFIG,
+    INDEX,
+    PICKLES,
+    SINGLE,
+    Listing,
+    file_size,
+    list_folder,
+    natural_key,
+)
+
+_MAX_JSON_BYTES = 64 << 20
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_NUMBERED = re.compile(r"(.*)-([0-9]{5,6})-of-([0-9]{5,6})\.safetensors")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """Where a tensor lies: a file of the checkpoint and an absolute byte offset in it."""
+
+    name: str
+    info: TensorInfo
+    file: str
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """A weight file; the hash covers its length prefix and header JSON."""
+
+    name: str
+    nbytes: int
+    header_sha256: str
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A source folder with everything that can be known without reading tensor data.
+
+    Attributes:
+        path: The folder.
+        files: The weight files, in natural order.
+        tensors: Every tensor by name, in the order of files, then of offsets.
+        config: ``config.json``, parsed.
+        config_text: ``config.json`` as it stands.
+        side_files: Relative paths of the files that an output carries over unchanged.
+        left_out: Relative paths of files that it does not, each with the reason.
+    """
+
+    path: Path
+    files: tuple[SourceFile, ...]
+    tensors: Mapping[str, StoredTensor]
+    config: Mapping[str, Any]
+    config_text: str
+    side_files: tuple[str, ...]
+    left_out: tuple[tuple[str, str], ...]
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Read a checkpoint folder: headers and JSON only.
+
+    Weights are ``model.safetensors``, or the shards that ``model.safetensors.index.json``
+    names, or, without either, every ``*.safetensors`` file of the folder.
+
+    Raises:
+        CheckpointError: With everything that is wrong with the folder.
+    """
+    folder = Path(path)
+    message = _check_folder(folder)
+    if message:
+        raise CheckpointError(str(folder), [Problem(str(folder), message)])
+    reader = _Reader(folder)
+    config, config_text = reader.json(CONFIG)
+    shard_of = reader.index()
+    listing = list_folder(folder, set(shard_of.values()))
+    reader.problems += listing.problems
+    names = reader.choose_shards(shard_of, listing)
+    tensors = reader.shards(sorted(names, key=natural_key), shard_of)
+    if names and not tensors and not reader.problems:
+        reader.report(str(folder), "the weight files hold no tensors")
+    if reader.problems:
+        raise CheckpointError(str(folder), reader.problems)
+    return Checkpoint(
+        path=folder,
+        files=tuple(reader.files),
+        tensors=MappingProxyType(tensors),
+        config=config,
+        config_text=config_text,
+        side_files=tuple(listing.side_files),
+        left_out=tuple(listing.left_out),
+    )
+
+
+class _Reader:
+    """Reads the parts of one folder and collects what is wrong with them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.files: list[SourceFile] = []
+        self.problems: list[Problem] = []
+        self.has_index = os.path.lexists(folder / INDEX)
+        self.index_is_sound = False  # then files and index can be held against each other
+
+    def report(self, where: str, message: str) -> None:
+        self.problems.append(Problem(where, message))
+
+    def json(self, name: str) -> tuple[dict[str, Any], str]:
+        """Read a JSON object and its text; empty if there is none."""
+        size, message = file_size(self.folder / name)
+        if not message and size > _MAX_JSON_BYTES:
+            message = f"takes {size} bytes, at most {_MAX_JSON_BYTES} are read"
+        if message:
+            self.report(name, message)
+            return {}, ""
+        try:
+            raw = (self.folder / name).read_bytes()
+        except OSError as error:
+            self.report(name, f"cannot be read: {error.strerror or error}")
+            return {}, ""
+        is_config = name == CONFIG
+        value, messages = parse_json_object(raw, nan=is_config, same_twice=is_config)
+        for message in messages:
+            self.report(name, message)
+        return value, "" if messages else raw.decode("utf-8")
+
+    def index(self) -> dict[str, str]:
+        """Read the index, if there is one: tensor name to shard, sound entries only."""
+        if not self.has_index:
+            return {}
+        before = len(self.problems)
+        value, _ = self.json(INDEX)
+        if len(self.problems) > before:
+            return {}
+        weight_map = value.get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            self.report(
+                f"{INDEX}: weight_map",
+                f"is {shown(weight_map)}, expected an object with a file for each tensor"
+                if "weight_map" in value
+                else "is missing, expected an object with a file for each tensor",
+            )
+            return {}
+        shard_of: dict[str, str] = {}
+        verdicts: dict[str, str] = {}
+        for tensor, shard in weight_map.items():
+            wrong = check_name(tensor)
+            if wrong:
+                self.report(f"{INDEX}: {shown(tensor)}", wrong[0])
+            elif not isinstance(shard, str):
+                self.report(f"{INDEX}: {tensor}", f"is {shown(shard)}, expected a file name")
+            elif shard not in verdicts:
+                verdicts[shard] = _check_shard_path(self.folder, shard)
+                if verdicts[shard]:
+                    self.report(f"{INDEX}: {tensor}", f"{shown(shard)} {verdicts[shard]}")
+            if not wrong and isinstance(shard, str) and not verdicts[shard]:
+                shard_of[tensor] = shard
+        self.index_is_sound = len(self.problems) == before
+        return shard_of
+
+    def choose_shards(self, shard_of: Mapping[str, str], listing: Listing) -> set[str]:
+        """Decide which files hold the weights, and report those whose role is unclear."""
+        weights = set(listing.weights)
+        if self.index_is_sound:
+            for name in listing.weights:
+                self.report(
+                    name,
+                    "shard not in the index; if its tensors belong to the model, add them to "
+                    f"{INDEX}, otherwise move the file out of the folder",
+                )
+            return set(shard_of.values())
+        if self.has_index:  # what is wrong with it was reported: look at all that is there
+            return weights | set(shard_of.values())
+        if not weights:
+            self.report(str(self.folder), _describe_no_weights(listing))
+        elif SINGLE in weights:
+            for name in sorted(weights - {SINGLE}, key=natural_key):
+                self.report(
+                    name,
+                    f"stands beside {SINGLE} without an index that says whether its tensors "
+                    "belong to the model; move it out of the folder, or write "
+                    f"{INDEX}",
+                )
+        for name, message in _find_gaps(weights):
+            self.report(name, message)
+        return weights
+
+    def shards(self, names: Iterable[str], shard_of: Mapping[str, str]) -> dict[str, StoredTensor]:
+        """Read the header of each shard and compare them with each other and the index."""
+        tensors: dict[str, StoredTensor] = {}
+        held: dict[str, set[str]] = {}
+        placed = Counter(shard_of.values())
+        for name in names:
+            before = len(self.problems)
+            entries = self.header(name, placed[name])
+            if len(self.problems) == before:  # of a damaged file we know too little to compare
+                held[name] = {entry.name for entry in entries}
+            for entry in entries:
+                first = tensors.setdefault(entry.name, entry)
+                if first is not entry and not self.has_index:
+                    self.report(
+                        f"{name}: {entry.name}",
+                        f"is in {first.file} too; keep one of the two and remove the other",
+                    )
+        if self.index_is_sound:
+            self.compare(held, shard_of)
+        return tensors
+
+    def header(self, name: str, placed: int) -> list[StoredTensor]:
+        """Read the header of a shard; its tensors in the order of their data."""
+        path = self.folder / name
+        size, message = file_size(path)
+        raw = b""
+        if not message:
+            try:
+                with path.open("rb", buffering=0) as file:  # unbuffered: not a byte too many
+                    raw = file.read(PREFIX_BYTES)
+                    length, message = header_length(raw, size)
+                    raw += file.read(length)
+            except OSError as error:
+                message = f"cannot be read: {error.strerror or error}"
+        if message:
+            known = f"; {INDEX} places {placed} tensors in it" if not raw and placed else ""
+            self.report(name, message + known)
+            return []
+        entries, _, problems = parse_header(raw, size - len(raw))
+        for problem in problems:
+            self.report(f"{name}: {problem.where}", problem.message)
+        self.files.append(SourceFile(name, size, hashlib.sha256(raw).hexdigest()))
+        return [
+            StoredTensor(tensor, entry.info, name, len(raw) + entry.start)
+            for tensor, entry in sorted(entries.items(), key=_by_offset)
+        ]
+
+    def compare(self, held: Mapping[str, set[str]], shard_of: Mapping[str, str]) -> None:
+        """Hold the index against what the sound shards contain."""
+        expected = defaultdict(set)
+        for tensor, shard in shard_of.items():
+            expected[shard].add(tensor)
+        for shard, tensors in held.items():
+            for tensor in sorted(expected[shard] - tensors):
+                self.report(f"{INDEX}: {tensor}", f"is not in {shard}, where the index places it")
+            for tensor in sorted(tensors - expected[shard]):
+                place = shard_of.get(tensor)
+                self.report(
+                    f"{shard}: {tensor}",
+                    f"is placed in {place} by {INDEX}" if place else f"is not in {INDEX}",
+                )
+
+
+def _by_offset(item: tuple[str, HeaderEntry]) -> tuple[int, int, str]:
+    name, entry = item
+    return entry.start, entry.stop, name
+
+
+def _check_folder(folder: Path) -> str:
+    """Say why a path is no folder to read from, or nothing."""
+    try:
+        if folder.is_dir():
+            return ""
+        exists = folder.exists()
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        return f"cannot be read: {error}"
+    if exists and folder.suffix == ".gguf":
+        return "is a GGUF file; GGUF sources are not supported yet"
+    if exists and folder.suffix == ".safetensors":
+        return f"is a file; give the folder that holds it and its config.json: {folder.parent}"
+    if exists:
+        return "is a file, expected a folder with config.json and safetensors files"
+    if _HUB_ID.fullmatch(str(folder)):
+        return (
+            "there is no such folder. If it is a model on the hub, download it first: "
+            f"hf download {folder} --local-dir {folder.name}"
+        )
+    return "there is no such folder"
+
+
+def _check_shard_path(folder: Path, shard: str) -> str:
+    """Say why the path of a shard in an index is not followed, or nothing."""
+    if check_name(shard):
+        return "is no file name"
+    path = PurePosixPath(shard)
+    if path.is_absolute() or ".." in path.parts or "\\" in shard or ":" in shard:
+        return "leads out of the folder; expected a file name"
+    if str(path) != shard:
+        return f"is no plain relative path; expected {str(path)!r}"
+    if path.suffix != ".safetensors":
+        return "is no .safetensors file"
+    # The file itself may be a link (caches are made of links), a folder on the way may not.
+    if any((folder / parent).is_symlink() for parent in path.parents if parent.name):
+        return "leads through a link to a folder, which is not followed"
+    return ""
+
+
+def _find_gaps(names: Iterable[str]) -> list[tuple[str, str]]:
+    """Find numbers that are missing from ``model-00001-of-00003.safetensors`` and so on."""
+    sets: dict[tuple[str, str], dict[int, str]] = defaultdict(dict)
+    for name in names:
+        match = _NUMBERED.fullmatch(name)
+        if match:
+            sets[match[1], match[3]][int(match[2])] = name
+    gaps = []
+    for (_, total), members in sorted(sets.items()):
+        missing = [number for number in range(1, int(total) + 1) if number not in members]
+        if missing:
+            first = min(members.values())
+            gaps.append(
+                (
+                    first,
+                    f"{len(missing)} of the {int(total)} shards of this set are missing, the "
+                    f"first is number {missing[0]}; was the download complete?",
+                )
+            )
+    return gaps
+
+
+def _describe_no_weights(listing: Listing) -> str:
+    names = [name for name, _ in listing.left_out]
+    pickles = [n for n in names if any(fnmatchcase(n, pattern) for pattern in PICKLES)]
+    if pickles:
+        return (
+            f"holds no safetensors files, only pickle files ({_few(pickles)}). Loading those can "
+            "run code, so they are not read: load the model with transformers where you trust "
+            "it, and save it as safetensors with save_pretrained"
+        )
+    gguf = [name for name in names if name.endswith(".gguf")]
+    if gguf:
+        return f"holds GGUF files only ({_few(gguf)}); GGUF sources are not supported yet"
+    nested = [name for name in names if name.endswith(".safetensors")]
+    if nested:
+        return f"holds safetensors files in subfolders only ({_few(nested)}); give one of those"
+    return f"holds no weights: no {SINGLE}, no {INDEX}, no other *.safetensors file"
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
