@@ -1,1 +1,80 @@
-"""Turn any model checkpoint into Apple MLX's quantized formats and back."""
+"""Turn any model checkpoint into Apple MLX's quantized formats and back.
+
+From the weight map alone: no model class, no GPU, memory that does not grow with the model.
+``convert`` is the main door; ``quantize_weights`` and its neighbours work on weights that
+are in memory already.
+"""
+
+from __future__ import annotations
+
+from requant.blueprint import Plan
+from requant.conversion import convert, plan
+from requant.errors import (
+    BackendError,
+    CheckpointError,
+    DivisibilityError,
+    InvariantError,
+    KeyCollisionError,
+    LengthMismatchError,
+    MissingKeyError,
+    OutOfRangeError,
+    OutputError,
+    ParseError,
+    Problem,
+    RankMismatchError,
+    RequantError,
+    ShapeMismatchError,
+    UnknownValueError,
+    UnsupportedDtypeError,
+    UsageError,
+)
+from requant.formats.awq import AwqLoadConfig, transform_awq_weights, unpack_awq_weights
+from requant.inspection import Inspection, inspect
+from requant.report import Report
+from requant.schema import (
+    SKIP,
+    PerLayerQuantization,
+    Quantization,
+    QuantMode,
+    parse_quantization,
+)
+from requant.weights import default_eligible, dequantize_weights, quantize_weights
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SKIP",
+    "AwqLoadConfig",
+    "BackendError",
+    "CheckpointError",
+    "DivisibilityError",
+    "Inspection",
+    "InvariantError",
+    "KeyCollisionError",
+    "LengthMismatchError",
+    "MissingKeyError",
+    "OutOfRangeError",
+    "OutputError",
+    "ParseError",
+    "PerLayerQuantization",
+    "Plan",
+    "Problem",
+    "QuantMode",
+    "Quantization",
+    "RankMismatchError",
+    "Report",
+    "RequantError",
+    "ShapeMismatchError",
+    "UnknownValueError",
+    "UnsupportedDtypeError",
+    "UsageError",
+    "convert",
+    "default_eligible",
+    "dequantize_weights",
+    "inspect",
+    "parse_quantization",
+    "plan",
+    "quantize_weights",
+    "transform_awq_weights",
+    "unpack_awq_weights",
+]

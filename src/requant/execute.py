@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from requant.arrays import native
+from requant.arrays import native, values
 from requant.blueprint import Operation, Plan, Step
 from requant.dtypes import NUMPY_DTYPE
 from requant.errors import CheckpointError, OutOfRangeError, Problem, RequantError
@@ -303,14 +303,14 @@ def _copy(step: Step, inputs: _Arrays, outputs: _Arrays, buffers: _Buffers) -> F
 
 
 def _cast(step: Step, inputs: _Arrays, outputs: _Arrays, buffers: _Buffers) -> Finding:
-    return Finding(overflowed=native.cast_into(inputs["weight"], outputs["weight"]))
+    return Finding(overflowed=values.cast_into(inputs["weight"], outputs["weight"]))
 
 
 def _encode(step: Step, inputs: _Arrays, outputs: _Arrays, buffers: _Buffers) -> Finding:
     dense, finding = inputs["weight"], Finding()
     if step.inputs["weight"].info.dtype != step.dtype:
         wanted = buffers.take("dense", step.dtype, *_dense_shape(step, dense))
-        finding.overflowed = native.cast_into(dense, wanted)
+        finding.overflowed = values.cast_into(dense, wanted)
         dense = wanted
     return _quantize(step, dense, outputs, finding)
 
@@ -347,9 +347,9 @@ def _dequantize(step: Step, inputs: _Arrays, dense: np.ndarray) -> None:
 def _quantize(step: Step, dense: np.ndarray, outputs: _Arrays, finding: Finding) -> Finding:
     target = step.target
     assert target is not None
-    finding.nonfinite = native.count_nonfinite(dense)
+    finding.nonfinite = values.count_nonfinite(dense)
     if finding.nonfinite:
-        finding.first_nonfinite_row = native.first_nonfinite_row(dense)
+        finding.first_nonfinite_row = values.first_nonfinite_row(dense)
     finding.flushed_groups = native.quantize_into(
         dense,
         target.group_size,

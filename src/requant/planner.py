@@ -160,10 +160,11 @@ class Planner:
             return layer.encoding, "skipped by an override"
         if wishes.only and not any(re.search(p, layer.path) for p in wishes.only):
             return layer.encoding, "not matched by --only"
+        if wishes.dequantize or self.default is None:
+            return (None if wishes.dequantize else layer.encoding), ""
         if layer.encoding is not None:
-            return (None if wishes.dequantize else self.default or layer.encoding), ""
-        if self.default is None:
-            return None, ""
+            target, reason = _fit_group(layer.shape[-1], self.default)
+            return target or layer.encoding, reason
         if self.format != "dense" and not wishes.only:
             return None, "dense in the source"
         return _dense_target(layer, self.default, wishes.dtype)
@@ -339,14 +340,19 @@ def _dense_target(
         return None, f"dtype {layer.dtype} cannot be quantized"
     if 0 in shape:
         return None, "empty"
-    if shape[-1] % wish.group_size == 0:
+    return _fit_group(shape[-1], wish)
+
+
+def _fit_group(n_in: int, wish: Quantization) -> tuple[Quantization | None, str]:
+    """The wished quantization with the largest group that divides the last axis."""
+    if n_in % wish.group_size == 0:
         return wish, ""
     if wish.mode is QuantMode.AFFINE:
         for group_size in (64, 32):
-            if group_size < wish.group_size and shape[-1] % group_size == 0:
-                reason = f"last axis {shape[-1]} takes group {group_size}, not {wish.group_size}"
+            if group_size < wish.group_size and n_in % group_size == 0:
+                reason = f"last axis {n_in} takes group {group_size}, not {wish.group_size}"
                 return Quantization(group_size, wish.bits, wish.mode), reason
-    return None, f"last axis {shape[-1]} is no multiple of group {wish.group_size} or a smaller one"
+    return None, f"last axis {n_in} is no multiple of group {wish.group_size} or a smaller one"
 
 
 def _flat_step(layer: str, part: StoredTensor, dtype: str | None) -> Step:

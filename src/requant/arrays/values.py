@@ -1,0 +1,51 @@
+"""Dense values in caller-owned buffers: casting, and looking for what is no number."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from requant import _native
+from requant.dtypes import HEADER_NAME, KERNEL_FLOATS
+
+Array = np.ndarray[Any, np.dtype[Any]]
+_BITS = {2: np.dtype(np.uint16), 4: np.dtype(np.uint32)}
+
+
+def cast_into(source: Array, target: Array) -> int:
+    """Round every value of ``source`` to the dtype of ``target``, nearest even.
+
+    Args:
+        source: Floats, C-contiguous; float64 goes through NumPy.
+        target: As many floats (float32, float16 or bfloat16), C-contiguous; overwritten.
+
+    Returns:
+        How many finite values became infinite.
+    """
+    if source.dtype == np.float64:
+        with np.errstate(over="ignore"):
+            target.reshape(-1)[:] = source.reshape(-1)
+        return int(np.isinf(target).sum()) - int(np.isinf(source).sum())
+    return int(_native.cast(_bits(source), _name(source), _bits(target), _name(target)))
+
+
+def count_nonfinite(values: Array) -> int:
+    """How many values are NaN or infinite (float32, float16 or bfloat16)."""
+    return int(_native.count_nonfinite(_bits(values), _name(values)))
+
+
+def first_nonfinite_row(values: Array) -> int | None:
+    """The first row of a matrix that holds NaN or infinity, or None."""
+    index = int(_native.first_nonfinite(_bits(values), _name(values)))
+    return None if index < 0 else index // values.shape[-1]
+
+
+def _bits(values: Array) -> Array:
+    return values.reshape(-1).view(_BITS[values.dtype.itemsize])
+
+
+def _name(values: Array) -> str:
+    name = HEADER_NAME[values.dtype]
+    assert name in KERNEL_FLOATS, name
+    return name
