@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -31,17 +29,18 @@ from requant.safetensors_header import (
 from requant.source_folder import (
     CONFIG,
     INDEX,
-    PICKLES,
     SINGLE,
     Listing,
+    check_folder,
+    check_shard_path,
+    describe_no_weights,
     file_size,
+    find_gaps,
     list_folder,
     natural_key,
 )
 
 _MAX_JSON_BYTES = 64 << 20
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
-_NUMBERED = re.compile(r"(.*)-([0-9]{5,6})-of-([0-9]{5,6})\.safetensors")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +95,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         CheckpointError: With everything that is wrong with the folder.
     """
     folder = Path(path)
-    message = _check_folder(folder)
+    message = check_folder(folder)
     if message:
         raise CheckpointError(str(folder), [Problem(str(folder), message)])
     reader = _Reader(folder)
@@ -163,12 +162,10 @@ class _Reader:
             return {}
         weight_map = value.get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
-            self.report(
-                f"{INDEX}: weight_map",
-                f"is {shown(weight_map)}, expected an object with a file for each tensor"
-                if "weight_map" in value
-                else "is missing, expected an object with a file for each tensor",
-            )
+            found = f"is {shown(weight_map)}" if "weight_map" in value else "is missing"
+            message = "is empty" if weight_map == {} else found
+            expected = "expected an object with a file for each tensor"
+            self.report(f"{INDEX}: weight_map", f"{message}, {expected}")
             return {}
         shard_of: dict[str, str] = {}
         verdicts: dict[str, str] = {}
@@ -179,7 +176,7 @@ class _Reader:
             elif not isinstance(shard, str):
                 self.report(f"{INDEX}: {tensor}", f"is {shown(shard)}, expected a file name")
             elif shard not in verdicts:
-                verdicts[shard] = _check_shard_path(self.folder, shard)
+                verdicts[shard] = check_shard_path(self.folder, shard)
                 if verdicts[shard]:
                     self.report(f"{INDEX}: {tensor}", f"{shown(shard)} {verdicts[shard]}")
             if not wrong and isinstance(shard, str) and not verdicts[shard]:
@@ -201,7 +198,7 @@ class _Reader:
         if self.has_index:  # what is wrong with it was reported: look at all that is there
             return weights | set(shard_of.values())
         if not weights:
-            self.report(str(self.folder), _describe_no_weights(listing))
+            self.report(str(self.folder), describe_no_weights(listing))
         elif SINGLE in weights:
             for name in sorted(weights - {SINGLE}, key=natural_key):
                 self.report(
@@ -210,7 +207,7 @@ class _Reader:
                     "belong to the model; move it out of the folder, or write "
                     f"{INDEX}",
                 )
-        for name, message in _find_gaps(weights):
+        for name, message in find_gaps(weights):
             self.report(name, message)
         return weights
 
@@ -280,86 +277,3 @@ class _Reader:
 def _by_offset(item: tuple[str, HeaderEntry]) -> tuple[int, int, str]:
     name, entry = item
     return entry.start, entry.stop, name
-
-
-def _check_folder(folder: Path) -> str:
-    """Say why a path is no folder to read from, or nothing."""
-    try:
-        if folder.is_dir():
-            return ""
-        exists = folder.exists()
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        return f"cannot be read: {error}"
-    if exists and folder.suffix == ".gguf":
-        return "is a GGUF file; GGUF sources are not supported yet"
-    if exists and folder.suffix == ".safetensors":
-        return f"is a file; give the folder that holds it and its config.json: {folder.parent}"
-    if exists:
-        return "is a file, expected a folder with config.json and safetensors files"
-    if _HUB_ID.fullmatch(str(folder)):
-        return (
-            "there is no such folder. If it is a model on the hub, download it first: "
-            f"hf download {folder} --local-dir {folder.name}"
-        )
-    return "there is no such folder"
-
-
-def _check_shard_path(folder: Path, shard: str) -> str:
-    """Say why the path of a shard in an index is not followed, or nothing."""
-    if check_name(shard):
-        return "is no file name"
-    path = PurePosixPath(shard)
-    if path.is_absolute() or ".." in path.parts or "\\" in shard or ":" in shard:
-        return "leads out of the folder; expected a file name"
-    if str(path) != shard:
-        return f"is no plain relative path; expected {str(path)!r}"
-    if path.suffix != ".safetensors":
-        return "is no .safetensors file"
-    # The file itself may be a link (caches are made of links), a folder on the way may not.
-    if any((folder / parent).is_symlink() for parent in path.parents if parent.name):
-        return "leads through a link to a folder, which is not followed"
-    return ""
-
-
-def _find_gaps(names: Iterable[str]) -> list[tuple[str, str]]:
-    """Find numbers that are missing from ``model-00001-of-00003.safetensors`` and so on."""
-    sets: dict[tuple[str, str], dict[int, str]] = defaultdict(dict)
-    for name in names:
-        match = _NUMBERED.fullmatch(name)
-        if match:
-            sets[match[1], match[3]][int(match[2])] = name
-    gaps = []
-    for (_, total), members in sorted(sets.items()):
-        missing = [number for number in range(1, int(total) + 1) if number not in members]
-        if missing:
-            first = min(members.values())
-            gaps.append(
-                (
-                    first,
-                    f"{len(missing)} of the {int(total)} shards of this set are missing, the "
-                    f"first is number {missing[0]}; was the download complete?",
-                )
-            )
-    return gaps
-
-
-def _describe_no_weights(listing: Listing) -> str:
-    names = [name for name, _ in listing.left_out]
-    pickles = [n for n in names if any(fnmatchcase(n, pattern) for pattern in PICKLES)]
-    if pickles:
-        return (
-            f"holds no safetensors files, only pickle files ({_few(pickles)}). Loading those can "
-            "run code, so they are not read: load the model with transformers where you trust "
-            "it, and save it as safetensors with save_pretrained"
-        )
-    gguf = [name for name in names if name.endswith(".gguf")]
-    if gguf:
-        return f"holds GGUF files only ({_few(gguf)}); GGUF sources are not supported yet"
-    nested = [name for name in names if name.endswith(".safetensors")]
-    if nested:
-        return f"holds safetensors files in subfolders only ({_few(nested)}); give one of those"
-    return f"holds no weights: no {SINGLE}, no {INDEX}, no other *.safetensors file"
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -8,12 +8,14 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Collection
+from collections import defaultdict
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from requant.errors import Problem
+from requant.safetensors_header import check_name
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -22,9 +24,9 @@ SINGLE = "model.safetensors"
 # Never listed: caches and version control, which are no part of the checkpoint.
 _SKIPPED = {".git", ".cache", "__pycache__"}
 # Weights in formats that are not read. They would be stale in the output.
-PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
+_PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 _STALE = {
-    **dict.fromkeys(("pytorch_model*", "*.pt", "*.pth", "*.ckpt"), "weights in a pickle file"),
+    **dict.fromkeys(("pytorch_model*", "*.pt", "*.pth", "*.ckpt"), "weights in pickle files"),
     "*.gguf": "weights in GGUF",
     "*.h5": "weights in HDF5",
     "*.msgpack": "weights for Flax",
@@ -34,6 +36,9 @@ _STALE = {
     "consolidated*": "a second copy of the weights, in Mistral's or Meta's own layout",
     "*.safetensors.index.json": "index of other weights",
 }
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_NUMBERED = re.compile(r"(.*)-([0-9]{5,6})-of-([0-9]{5,6})\.safetensors")
+_MAX_NAME_BYTES = 255
 _STALE_BIN_BYTES = 1 << 20  # a *.bin above this is weights; below, often a vocabulary
 
 
@@ -81,6 +86,86 @@ def file_size(path: Path) -> tuple[int, str]:
         kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a device, pipe or socket"
         return 0, f"is {kind}, expected a regular file"
     return found.st_size, ""
+
+
+def check_folder(folder: Path) -> str:
+    """Say why a path is no folder to read from, or nothing."""
+    try:
+        if folder.is_dir():
+            return ""
+        exists = folder.exists()
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        return f"cannot be read: {error}"
+    if exists and folder.suffix == ".gguf":
+        return "is a GGUF file; GGUF sources are not supported yet"
+    if exists and folder.suffix == ".safetensors":
+        return f"is a file; give the folder that holds it and its config.json: {folder.parent}"
+    if exists:
+        return "is a file, expected a folder with config.json and safetensors files"
+    if _HUB_ID.fullmatch(str(folder)):
+        return (
+            "there is no such folder. If it is a model on the hub, download it first: "
+            f"hf download {folder} --local-dir {folder.name}"
+        )
+    return "there is no such folder"
+
+
+def check_shard_path(folder: Path, shard: str) -> str:
+    """Say why the path of a shard in an index is not followed, or nothing."""
+    path = PurePosixPath(shard)
+    if check_name(shard) or any(len(part.encode()) > _MAX_NAME_BYTES for part in path.parts):
+        return "is no file name"
+    if path.is_absolute() or ".." in path.parts or "\\" in shard:
+        return "leads out of the folder; expected a file name"
+    if str(path) != shard:
+        return f"is no plain relative path; expected {str(path)!r}"
+    if path.suffix != ".safetensors":
+        return "is no .safetensors file"
+    # The file itself may be a link (caches are made of links), a folder on the way may not.
+    if any((folder / parent).is_symlink() for parent in path.parents if parent.name):
+        return "leads through a link to a folder, which is not followed"
+    return ""
+
+
+def find_gaps(names: Iterable[str]) -> list[tuple[str, str]]:
+    """Find numbers that are missing from ``model-00001-of-00003.safetensors`` and so on."""
+    sets: dict[tuple[str, str], dict[int, str]] = defaultdict(dict)
+    for name in names:
+        match = _NUMBERED.fullmatch(name)
+        if match:
+            sets[match[1], match[3]][int(match[2])] = name
+    gaps = []
+    for (_, total), members in sorted(sets.items()):
+        missing = [number for number in range(1, int(total) + 1) if number not in members]
+        if missing and len(members) < int(total):  # some writers count from 0
+            first = min(members.values())
+            gaps.append(
+                (
+                    first,
+                    f"{len(missing)} of the {int(total)} shards of this set are missing, the "
+                    f"first is number {missing[0]}; was the download complete?",
+                )
+            )
+    return gaps
+
+
+def describe_no_weights(listing: Listing) -> str:
+    """Say what a folder without weights holds instead."""
+    names = [name for name, _ in listing.left_out]
+    pickles = [n for n in names if any(fnmatchcase(n, pattern) for pattern in _PICKLES)]
+    if pickles:
+        return (
+            f"holds no safetensors files, only pickle files ({_few(pickles)}). Loading those can "
+            "run code, so they are not read: load the model with transformers where you trust "
+            "it, and save it as safetensors with save_pretrained"
+        )
+    gguf = [name for name in names if name.endswith(".gguf")]
+    if gguf:
+        return f"holds GGUF files only ({_few(gguf)}); GGUF sources are not supported yet"
+    nested = [name for name in names if name.endswith(".safetensors")]
+    if nested:
+        return f"holds safetensors files in subfolders only ({_few(nested)}); give one of those"
+    return f"holds no weights: no {SINGLE}, no {INDEX}, no other *.safetensors file"
 
 
 def list_folder(folder: Path, shards: Collection[str]) -> Listing:
@@ -158,3 +243,7 @@ def _stale(base: str, size: int) -> str:
     if base.endswith(".bin") and size > _STALE_BIN_BYTES:
         return f"weights in another format (a .bin file of {size} bytes)"
     return ""
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
