@@ -12,7 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from requant.errors import BackendError
+from requant.errors import BackendError, ShapeMismatchError
 from requant.schema import Quantization
 
 name = "mlx"
@@ -49,7 +49,13 @@ def quantize(
 def dequantize(
     words: mx.array, scales: mx.array, biases: mx.array | None, quantization: Quantization
 ) -> mx.array:
-    """``mx.dequantize``, in the dtype that MLX chooses."""
+    """``mx.dequantize``, in the dtype that MLX chooses.
+
+    MLX does not compare the last axes of scales and biases, and would read past the end of
+    biases that are too short: that is refused here.
+    """
+    if biases is not None and biases.shape != scales.shape:
+        raise ShapeMismatchError("biases do not fit the scales", scales.shape, biases.shape)
     with _as_backend_error():
         return mx.dequantize(
             words,

@@ -1,0 +1,77 @@
+"""One adapter for each array library, so that every test body runs on both."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import mlx.core as mx
+import numpy as np
+import pytest
+
+
+class NumPyLibrary:
+    """Makes and reads NumPy arrays."""
+
+    name = "numpy"
+
+    def make(self, values: Any, dtype: str) -> np.ndarray:
+        """Convert values (or an array) to an array of this dtype."""
+        return np.asarray(values).astype(np.dtype(getattr(ml_dtypes, dtype, dtype)))
+
+    def read(self, array: np.ndarray) -> np.ndarray:
+        """The array in NumPy's terms, bit for bit."""
+        assert isinstance(array, np.ndarray)
+        return array
+
+
+class MlxLibrary:
+    """Makes and reads MLX arrays, by their bits."""
+
+    name = "mlx"
+
+    def make(self, values: Any, dtype: str) -> mx.array:
+        """Convert values (or an array) to an array of this dtype."""
+        array = NumPyLibrary().make(values, dtype)
+        if dtype == "bfloat16":
+            return mx.array(array.view(np.uint16)).view(mx.bfloat16)
+        return mx.array(array, dtype=getattr(mx, dtype))
+
+    def read(self, array: mx.array) -> np.ndarray:
+        """The array in NumPy's terms, bit for bit."""
+        assert isinstance(array, mx.array)
+        if array.dtype == mx.bfloat16:
+            return np.array(array.view(mx.uint16)).view(ml_dtypes.bfloat16)
+        return np.array(array)
+
+
+Library = NumPyLibrary | MlxLibrary
+
+
+@pytest.fixture(scope="session", params=[MlxLibrary(), NumPyLibrary()], ids=lambda lib: lib.name)
+def lib(request: pytest.FixtureRequest) -> Library:
+    """The array library of the test."""
+    return request.param
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _mlx_on_the_cpu() -> Iterator[None]:
+    """Our bits are those of MLX's CPU backend, whatever else the machine has."""
+    before = mx.default_device()
+    mx.set_default_device(mx.cpu)
+    yield
+    mx.set_default_device(before)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder with the fixture checkpoints, beside the repository."""
+    path = Path(__file__).parents[2].parent / "shared"
+    if not path.is_dir():
+        if os.environ.get("REQUANT_REQUIRE_SHARED") == "1":
+            pytest.fail(f"{path} is required and absent")
+        pytest.skip("no shared folder beside the repository")
+    return path

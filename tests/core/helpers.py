@@ -1,0 +1,51 @@
+"""What several tests of the core compare and build."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from requant.schema import PerLayerQuantization, Quantization
+
+AFFINE = PerLayerQuantization.from_global(Quantization.affine(32, 4))
+
+# Every mode, with the bits and group sizes that MLX has for it.
+LEGAL = [
+    *((Quantization.affine(group, bits)) for group in (32, 64, 128) for bits in (1, 2, 3, 4, 5, 6)),
+    Quantization.affine(64, 8),
+    Quantization(32, 4, "mxfp4"),
+    Quantization(32, 8, "mxfp8"),
+    Quantization(16, 4, "nvfp4"),
+]
+
+
+def config(group_size: int, bits: int, mode: str = "affine") -> PerLayerQuantization:
+    """The same quantization for every layer."""
+    return PerLayerQuantization.from_global(Quantization(group_size, bits, mode))
+
+
+def mx_quantize(weight: mx.array, quantization: Quantization) -> dict[str, mx.array]:
+    """What MLX itself stores for a layer, by suffix."""
+    parts = mx.quantize(
+        weight,
+        group_size=quantization.group_size,
+        bits=quantization.bits,
+        mode=str(quantization.mode),
+    )
+    return dict(zip(("weight", "scales", "biases"), parts, strict=False))
+
+
+def assert_bits(actual: np.ndarray, expected: np.ndarray) -> None:
+    """Same dtype, shape and bytes."""
+    assert actual.dtype == expected.dtype
+    assert actual.shape == expected.shape
+    assert actual.tobytes() == expected.tobytes()
+
+
+def assert_same_arrays(actual: dict[str, Any], expected: dict[str, Any]) -> None:
+    """The same names, and under each the very same array object."""
+    assert actual.keys() == expected.keys()
+    for name, array in expected.items():
+        assert actual[name] is array, name
