@@ -11,6 +11,11 @@ import ml_dtypes
 import mlx.core as mx
 import numpy as np
 import pytest
+from hypothesis import settings
+
+# The first call of a library compiles or loads something: time says nothing here.
+settings.register_profile("core", deadline=None)
+settings.load_profile("core")
 
 
 class NumPyLibrary:

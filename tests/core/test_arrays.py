@@ -55,7 +55,9 @@ def test_mixture_is_refused_and_named(first):
     assert caught.value.layer == "b"
 
 
-@pytest.mark.parametrize("value", [[1.0], 1.0, None, memoryview(b"x"), np.float32(1)], ids=str)
+@pytest.mark.parametrize(
+    "value", [[1.0], 1.0, None, memoryview(b"x"), np.float32(1)], ids=lambda v: type(v).__name__
+)
 def test_foreign_type_is_refused_and_named(value):
     with pytest.raises(UnsupportedDtypeError) as caught:
         backend_for({"a": np.ones(1), "b": value})

@@ -59,6 +59,7 @@ def test_vector_from_the_format_description(lib):
     words = lib.read(got["up.weight"])
     assert [f"{word:08x}" for word in words[0]] == ["7ae258cf", "be269c04", "f26ad048", "36ae148c"]
     assert lib.read(got["up.scales"]).view(np.uint32).tolist() == [[0xBE800000]]
+    assert lib.read(got["up.biases"]).view(np.uint32).tolist() == [[0x40200000]]
     assert list(got) == ["up.weight", "up.scales", "up.biases"]
 
 
@@ -445,7 +446,9 @@ def test_mixture_of_libraries():
     assert re.search("mlx.*numpy", str(error))
 
 
-@pytest.mark.parametrize("value", [[[1.0] * 32], 1.0, None, np.float32(1)], ids=str)
+@pytest.mark.parametrize(
+    "value", [[[1.0] * 32], 1.0, None, np.float32(1)], ids=lambda v: type(v).__name__
+)
 def test_value_that_is_no_array(value):
     error = refused(UnsupportedDtypeError, {"up.weight": value}, layer="up.weight")
     assert error.supported == ("mlx.core.array", "numpy.ndarray")
