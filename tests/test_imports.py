@@ -1,0 +1,87 @@
+"""Data flows one way: a module imports the ground floor and lower numbers, never higher."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "src" / "requant"
+
+# The floors of docs/architecture.md, lowest first; a module may import its own floor.
+FLOORS: tuple[tuple[str, ...], ...] = (
+    ("errors", "dtypes", "_native"),
+    ("schema",),
+    ("arrays", "safetensors_header"),
+    ("triples", "weights", "wishes"),
+    ("source_folder",),
+    ("checkpoint",),
+    ("formats", "mlx_lm_layout"),
+    ("blueprint",),
+    ("planner",),
+    ("writer",),
+    ("execute",),
+    ("report",),
+    ("conversion",),
+    ("inspection",),
+    ("options", "console"),
+    ("cli",),
+    ("__main__", "__init__"),
+)
+FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def place(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported(path: Path) -> set[str]:
+    """First part below ``requant`` of everything that a module imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path}: relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "requant":
+                found.add(parts[1])
+    return found
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_module_imports_its_own_floor_and_lower_ones(path: Path) -> None:
+    mine = place(path)
+    assert mine in FLOOR_OF, f"{mine} stands on no floor: add it here and in architecture.md"
+    higher = {name for name in imported(path) if FLOOR_OF[name] > FLOOR_OF[mine]}
+    assert not higher, f"{mine} reaches up to {', '.join(sorted(higher))}"
+
+
+def test_every_module_says_what_it_is_for() -> None:
+    silent = [path.name for path in modules() if not ast.get_docstring(ast.parse(path.read_text()))]
+    assert silent == []
+
+
+def test_architecture_page_names_every_module() -> None:
+    page = (PACKAGE.parents[1] / "docs" / "architecture.md").read_text()
+    named = set(re.findall(r"^(?:│?  )*([\w/]+?)(?:\.py|/)\s", page, re.M))
+    assert {place(path) for path in modules()} - {"__init__", "__main__"} <= named
+
+
+def test_importing_requant_stays_light() -> None:
+    heavy = "mlx torch transformers rich typer click huggingface_hub safetensors"
+    code = f"import sys, requant; print([m for m in {heavy.split()!r} if m in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"

@@ -1,0 +1,38 @@
+"""What is installed, and under which names."""
+
+from __future__ import annotations
+
+from importlib import metadata
+from pathlib import Path
+
+import requant
+
+
+def test_version_is_the_package_s() -> None:
+    assert requant.__version__ == metadata.version("requant")
+
+
+def test_exported_names_are_sorted_and_there() -> None:
+    names = requant.__all__
+    assert [name for name in names if not hasattr(requant, name)] == []
+    upper = [n for n in names if n.isupper()]
+    classes = [n for n in names if n[0].isupper() and not n.isupper()]
+    functions = [n for n in names if n[0].islower()]
+    assert names == sorted(upper) + sorted(classes) + sorted(functions)
+
+
+def test_it_is_typed_and_has_its_command() -> None:
+    package = Path(requant.__file__).parent
+    assert (package / "py.typed").is_file()
+    assert (package / "_native.pyi").is_file()
+    commands = metadata.entry_points(group="console_scripts", name="requant")
+    assert [command.value for command in commands] == ["requant.__main__:main"]
+
+
+def test_what_is_promised_to_pip() -> None:
+    about = metadata.metadata("requant")
+    assert about["License-Expression"] == "MIT"
+    assert about["Requires-Python"] == ">=3.11"
+    assert {"mlx", "hub", "test", "dev"} <= set(about.get_all("Provides-Extra"))
+    runtime = [r for r in metadata.requires("requant") or [] if "extra ==" not in r]
+    assert sorted(r.split(">")[0] for r in runtime) == ["ml_dtypes", "numpy", "rich", "typer"]
