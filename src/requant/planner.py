@@ -138,9 +138,10 @@ class Planner:
         for option, pattern in named:
             if any(re.search(pattern, path) for path in paths):
                 continue
-            near = ", ".join(_near(pattern, paths)) or "see requant inspect for the names"
+            near = ", ".join(_near(pattern, paths))
+            hint = f"near it: {near}" if near else "requant inspect lists the names"
             self.wrong_wishes.append(
-                Problem(f"--{option} {pattern!r}", f"matches no layer; near it: {near}")
+                Problem(f"--{option} {pattern!r}", f"matches no layer; {hint}")
             )
 
     def _override(self, path: str) -> Quantization | object | None:

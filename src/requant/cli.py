@@ -1,0 +1,321 @@
+"""The command line: arguments become calls, results become text and exit codes.
+
+Exit codes: 0 done; 1 the source or the disk is at fault; 2 wrong usage; 130 interrupted.
+A defect of requant keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import json as jsonlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from requant.errors import OutOfRangeError, RequantError, UnknownValueError, UsageError
+from requant.options import (
+    SHARD_SIZE,
+    AllowNonfinite,
+    AllowOverflow,
+    Bits,
+    Dequantize,
+    DryRun,
+    Dtype,
+    Force,
+    GroupSize,
+    Json,
+    MaxMemory,
+    Mode,
+    Only,
+    Output,
+    Overrides,
+    Quiet,
+    ShardSize,
+    Source,
+    Threads,
+)
+
+if TYPE_CHECKING:
+    from requant.blueprint import Plan
+
+EXIT_FAULT = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
+EXIT_PIPE = 141  # what a shell reports for a process that SIGPIPE ended
+
+app = typer.Typer(
+    name="requant",
+    help=(
+        "Turn model checkpoints into MLX's quantized formats and back.\n\n"
+        "\b\n"
+        "Examples:\n"
+        "  requant inspect Llama-3.2-1B\n"
+        "  requant plan    Llama-3.2-1B --bits 4\n"
+        "  requant convert Llama-3.2-1B Llama-3.2-1B-4bit --bits 4\n"
+    ),
+    context_settings={"help_option_names": ["-h", "--help"]},
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"requant {version('requant')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _global_options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", "-V", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+# -- commands --------------------------------------------------------------------------
+
+
+@app.command()
+def convert(
+    source: Source,
+    output: Output,
+    bits: Bits = None,
+    group_size: GroupSize = None,
+    mode: Mode = None,
+    dequantize: Dequantize = False,
+    dtype: Dtype = None,
+    override: Overrides = None,
+    only: Only = None,
+    max_memory: MaxMemory = None,
+    threads: Threads = None,
+    shard_size: ShardSize = SHARD_SIZE,  # type: ignore[assignment]  # parsed by parse_size
+    force: Force = False,
+    allow_nonfinite: AllowNonfinite = False,
+    allow_overflow: AllowOverflow = False,
+    dry_run: DryRun = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write SOURCE as an MLX checkpoint folder OUTPUT.
+
+    A quantized source is kept as it is unless --bits, --mode or --dequantize say
+    otherwise; a dense one becomes affine, 4 bits, group 64 unless they do.
+
+    \b
+    Examples:
+      requant convert Llama-3.2-1B out --bits 4
+      requant convert Llama-3.2-1B out --mode mxfp4
+      requant convert Llama-3.2-1B out --bits 4 --override 'lm_head=6'
+      requant convert mlx-4bit out --dequantize --dtype bfloat16
+    """  # noqa: D301
+    from requant import console, conversion
+
+    wishes = _wishes(bits, group_size, mode, dequantize, dtype, override, only, shard_size)
+    if dry_run:
+        with _answering_errors():
+            plan = conversion.plan(source, **wishes)
+            _print_plan(plan, threads, max_memory, json, quiet, output, force)
+        return
+    with (
+        _answering_errors("interrupted; nothing was left behind"),
+        console.progress_display(quiet) as progress,
+    ):
+        report = conversion.convert(
+            source,
+            output,
+            **wishes,
+            max_memory=max_memory,
+            threads=threads,
+            force=force,
+            allow_nonfinite=allow_nonfinite,
+            allow_overflow=allow_overflow,
+            progress=progress,
+        )
+    with _answering_errors():
+        if json:
+            _print_json(report.to_dict())
+        elif not quiet:
+            console.show_report(report)
+        if json or quiet:
+            for warning in console.warnings(report):
+                _say(f"warning: {warning}")
+
+
+@app.command()
+def plan(
+    source: Source,
+    bits: Bits = None,
+    group_size: GroupSize = None,
+    mode: Mode = None,
+    dequantize: Dequantize = False,
+    dtype: Dtype = None,
+    override: Overrides = None,
+    only: Only = None,
+    max_memory: MaxMemory = None,
+    threads: Threads = None,
+    shard_size: ShardSize = SHARD_SIZE,  # type: ignore[assignment]  # parsed by parse_size
+    json: Json = False,
+) -> None:
+    """Show what convert would write: layers, modes, sizes and memory.
+
+    Reads headers and config.json only. --json prints the whole plan: every tensor to
+    read and to write, with its place.
+
+    \b
+    Examples:
+      requant plan Llama-3.2-1B --bits 4
+      requant plan Llama-3.2-1B --bits 4 --only 'mlp' --override 'down_proj=6'
+    """  # noqa: D301
+    from requant import conversion
+
+    wishes = _wishes(bits, group_size, mode, dequantize, dtype, override, only, shard_size)
+    with _answering_errors():
+        _print_plan(conversion.plan(source, **wishes), threads, max_memory, json)
+
+
+@app.command()
+def inspect(source: Source, json: Json = False) -> None:
+    """Show what a folder holds: format, layers, dtypes, sizes, problems.
+
+    Exits with 1 if there are problems.
+
+    \b
+    Example:
+      requant inspect Llama-3.2-1B
+    """  # noqa: D301
+    from requant import console, inspection
+
+    with _answering_errors():
+        found = inspection.inspect(source)
+        if json:
+            _print_json(found.to_dict())
+        else:
+            console.show_inspection(found)
+    if found.problems:
+        raise typer.Exit(EXIT_FAULT)
+
+
+def _wishes(
+    bits: int | None,
+    group_size: int | None,
+    mode: str | None,
+    dequantize: bool,
+    dtype: str | None,
+    override: list[str] | None,
+    only: list[str] | None,
+    shard_size: int,
+) -> dict[str, Any]:
+    """The keyword arguments that ``requant.plan`` and ``requant.convert`` share."""
+    return {
+        "bits": bits,
+        "group_size": group_size,
+        "mode": mode,
+        "dequantize": dequantize,
+        "dtype": dtype,
+        "overrides": override or (),
+        "only": only or (),
+        "shard_size": shard_size,
+    }
+
+
+def _print_plan(
+    made: Plan,
+    threads: int | None,
+    max_memory: int | None,
+    json: bool,
+    quiet: bool = False,
+    output: Path | None = None,
+    force: bool = False,
+) -> None:
+    from requant import console
+    from requant.execute import make_budget
+    from requant.writer import check_output
+
+    budget = make_budget(made, threads, max_memory)
+    if output is not None:
+        check_output(made, output, force)
+    if json:
+        memory = {
+            "peak_bytes": budget.peak_bytes,
+            "threads": budget.threads,
+            "chunk_bytes": budget.chunk_bytes,
+        }
+        _print_json(made.to_dict() | {"memory": memory})
+    elif not quiet:
+        console.show_plan(made, budget, output)
+
+
+def _print_json(document: dict[str, Any]) -> None:
+    print(jsonlib.dumps(document, indent=2))
+
+
+# -- errors and the end ----------------------------------------------------------------
+
+
+def _say(text: str) -> None:
+    from requant.console import printable
+
+    print(printable(text), file=sys.stderr)
+
+
+@contextmanager
+def _answering_errors(interrupted: str = "interrupted") -> Iterator[None]:
+    """Turn what is not our defect into a line on standard error and an exit code."""
+    try:
+        yield
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        _say(interrupted)
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    except BrokenPipeError:
+        # The reader left. What is still buffered goes nowhere, so that Python's own last
+        # flush cannot fail.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(EXIT_PIPE) from None
+    except RequantError as error:
+        _say(f"error: {error}")
+        # With a layer, the number or word at fault is the source's and not the user's.
+        wish = isinstance(error, OutOfRangeError | UnknownValueError) and error.layer is None
+        usage = wish or isinstance(error, UsageError)
+        raise typer.Exit(EXIT_USAGE if usage else EXIT_FAULT) from None
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        _say(f"error: {where}{error.strerror or error}")
+        raise typer.Exit(EXIT_FAULT) from None
+
+
+def _terminate(*_: object) -> NoReturn:
+    """SIGTERM unwinds like Ctrl-C, so that a half-written output is removed."""
+    raise SystemExit(EXIT_TERMINATED)
+
+
+def run(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit.
+
+    Args:
+        arguments: What follows the program's name; None for the process's own.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:  # a name that the terminal cannot spell is no error
+            reconfigure(errors="backslashreplace")
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminate)
+    app(arguments, prog_name="requant")
+    raise SystemExit(0)

@@ -1,0 +1,406 @@
+"""What the command line shows: tables on standard output, progress on standard error.
+
+Only ``cli`` imports this module. Rich is imported inside functions: ``--help`` and
+``--version`` do not wait for it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from requant.blueprint import LayerPlan, Plan
+    from requant.execute import Budget, Progress
+    from requant.inspection import Inspection, Stored
+    from requant.report import LayerError, Report
+
+_REASON_LINES = 10
+_FILE_LINES = 4
+_NAME_LINES = 40
+_NAMES_IN_A_LINE = 3
+_PIPE_COLUMNS = 200
+# Without a terminal: a run shorter than this says nothing, a longer one speaks this often.
+_FIRST_LINE_S = 2.0
+_NEXT_LINE_S = 5.0
+
+
+# -- words and numbers -----------------------------------------------------------------
+
+
+def format_size(nbytes: float) -> str:
+    """Three digits and a decimal unit: ``1.71 MB``."""
+    if nbytes < 999.5:
+        return f"{nbytes:.0f} B"
+    units = iter(("kB", "MB", "GB", "TB"))
+    unit = next(units)
+    nbytes /= 1000
+    while nbytes >= 999.5 and unit != "TB":
+        unit, nbytes = next(units), nbytes / 1000
+    return f"{nbytes:.{2 if nbytes < 9.995 else 1 if nbytes < 99.95 else 0}f} {unit}"
+
+
+def format_seconds(seconds: float) -> str:
+    """``0.42 s``, ``42 s``, ``3 min 05 s``, ``2 h 10 min``."""
+    if seconds < 9.95:
+        return f"{seconds:.2f} s" if seconds < 0.995 else f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02} min"
+
+
+def count(number: int, word: str) -> str:
+    """``1 layer``, ``1,234 layers``."""
+    return f"{number:,} {word}" if number == 1 else f"{number:,} {word}s"
+
+
+def printable(text: str) -> str:
+    """Escape what a name from a foreign file must not send to a terminal."""
+    return "".join(
+        c if c.isprintable() or c == "\n" else c.encode("unicode_escape", "surrogatepass").decode()
+        for c in text
+    )
+
+
+def _few(names: Sequence[str], most: int = _NAMES_IN_A_LINE) -> str:
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most:,} more"
+
+
+def _without_numbers(path: str) -> str:
+    """``model.layers.3.mlp.gate`` -> ``model.layers.*.mlp.gate``."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", path)
+
+
+# -- tables ----------------------------------------------------------------------------
+
+
+class _Page:
+    """Lines and aligned columns on standard output."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        # A pipe has no width: names are not to be cut there.
+        width = None if sys.stdout.isatty() else _PIPE_COLUMNS
+        self.console = Console(markup=False, highlight=False, emoji=False, width=width)
+
+    def line(self, text: str = "", style: str | None = None) -> None:
+        """Print one line, however long."""
+        self._print(printable(text), style=style, soft_wrap=True)
+
+    def columns(
+        self, rows: Sequence[Sequence[str]], right: Sequence[int], header: Sequence[str] = ()
+    ) -> None:
+        """Print rows as columns; those whose index is in ``right`` are right-aligned."""
+        from rich.table import Table
+
+        table = Table(box=None, pad_edge=False, show_header=bool(header), padding=(0, 2, 0, 0))
+        for index in range(len(rows[0]) if rows else 0):
+            table.add_column(
+                header[index] if header else "",
+                justify="right" if index in right else "left",
+                no_wrap=True,
+                overflow="ellipsis",
+            )
+        for row in rows:
+            table.add_row(*(printable(cell) for cell in row))
+        self._print(table)
+
+    def _print(self, content: RenderableType, **how: Any) -> None:
+        # Rich only lays out: it pads lines with spaces, and ends the process by itself when
+        # a pipe is closed.
+        with self.console.capture() as captured:
+            self.console.print(content, **how)
+        for line in captured.get().splitlines():
+            print(line.rstrip())
+
+
+def show_plan(plan: Plan, budget: Budget, output: Path | None = None) -> None:
+    """Print what a conversion would do.
+
+    Args:
+        plan: What would be done.
+        budget: The threads and memory it would run with.
+        output: Folder that a dry run was asked to write.
+    """
+    page = _Page()
+    page.line(f"{_title(plan)}{f' -> {output}' if output else ''}", "bold")
+    _show_layers(page, plan)
+    page.line()
+    page.line(_sizes(plan))
+    page.line(f"memory {format_size(budget.peak_bytes)} at most, {count(budget.threads, 'thread')}")
+    if output is not None:
+        page.line("dry run: nothing was written")
+
+
+def show_report(report: Report) -> None:
+    """Print what a conversion did, and what to type next."""
+    page, plan = _Page(), report.plan
+    page.line(f"{_title(plan)} -> {report.output}", "bold")
+    _show_layers(page, plan)
+    for warning in warnings(report):
+        page.line(f"warning: {warning}", "yellow")
+    page.line()
+    if report.errors:
+        page.line(_errors(report.errors))
+    rate = format_size(plan.bytes_in / max(report.elapsed_s, 1e-9))
+    page.line(f"{_sizes(plan)}, {format_seconds(report.elapsed_s)}, {rate}/s")
+    page.line(f'next: mlx_lm.generate --model {shlex.quote(report.output)} --prompt "Hello"')
+
+
+def _title(plan: Plan) -> str:
+    return f"{plan.source} ({plan.format}, {count(plan.parameters, 'parameter')})"
+
+
+def _sizes(plan: Plan) -> str:
+    share = 100 * plan.bytes_out / plan.bytes_in if plan.bytes_in else 100.0
+    return (
+        f"{plan.bits_per_weight:.2f} bits per weight, {format_size(plan.bytes_in)} -> "
+        f"{format_size(plan.bytes_out)} ({share:.0f} %)"
+    )
+
+
+def _errors(errors: Mapping[str, LayerError]) -> str:
+    """What new codes lost: the layer in the middle, and the worst one by name."""
+    ranked = sorted(errors, key=lambda layer: errors[layer].relative_rms)
+    middle, worst = (errors[ranked[n]].relative_rms for n in (len(ranked) // 2, -1))
+    return (
+        f"re-encoded with a relative error (rms) of {100 * middle:.2g} % in the median layer, "
+        f"{100 * worst:.2g} % in the worst ({ranked[-1]})"
+    )
+
+
+def _show_layers(page: _Page, plan: Plan) -> None:
+    """The part that a plan and a report share: what becomes of the layers, and why."""
+    from requant.report import group_layers, left_dense
+
+    page.line()
+    header = ("treatment", "from", "to", "exactness", "layers", "parameters", "size")
+    rows = [
+        (
+            group.treatment,
+            group.source,
+            group.target,
+            group.exactness,
+            f"{group.layers:,}",
+            f"{group.parameters:,}",
+            format_size(group.nbytes),
+        )
+        for group in group_layers(plan.layers)
+    ]
+    page.columns(rows, right=(4, 5, 6), header=header)
+    _show_reasons(page, "stays dense:", left_dense(plan.layers))
+    other_group = [x for x in plan.layers if x.reason and x.treatment == "quantized"]
+    _show_reasons(page, "another group size:", other_group)
+    if plan.notes or plan.left_out:
+        page.line()
+    for note in plan.notes:
+        page.line(f"note: {note}")
+    for name, reason in plan.left_out[:_FILE_LINES]:
+        page.line(f"left out: {name} ({reason})")
+    if len(plan.left_out) > _FILE_LINES:
+        page.line(f"left out: {count(len(plan.left_out) - _FILE_LINES, 'more file')}")
+
+
+def _show_reasons(page: _Page, title: str, layers: Sequence[LayerPlan]) -> None:
+    """One line a reason, largest first: how many layers, how large, which names."""
+    if not layers:
+        return
+    alike: dict[str, list[LayerPlan]] = defaultdict(list)
+    for layer in layers:
+        alike[layer.reason].append(layer)
+    found = sorted(alike.items(), key=lambda item: -sum(x.nbytes for x in item[1]))
+    rows = [
+        (
+            f"  {count(len(group), 'layer')}",
+            format_size(sum(x.nbytes for x in group)),
+            reason,
+            _few(list(dict.fromkeys(_without_numbers(x.layer) for x in group)), 2),
+        )
+        for reason, group in found[:_REASON_LINES]
+    ]
+    page.line()
+    page.line(title)
+    page.columns(rows, right=(0, 1))
+    more = sum(len(group) for _, group in found[_REASON_LINES:])
+    if more:
+        page.line(f"  and {count(more, 'more layer')}")
+
+
+def warnings(report: Report) -> list[str]:
+    """What the kernels found on the way that changes values, one sentence a kind."""
+    sentences = {
+        "overflowed": ("value", "became infinite: too large for the dtype asked for"),
+        "flushed_groups": ("group", "became zero: too small for the scales of the mode"),
+        "nonfinite": ("value", "NaN or infinite: the layer stays dense"),
+    }
+    found = []
+    for key, (word, what) in sentences.items():
+        hits = {layer: c[key] for layer, c in report.findings.items() if c.get(key)}
+        if hits:
+            names = _few(sorted(hits, key=lambda layer: -hits[layer]))
+            found.append(f"{count(sum(hits.values()), word)} {what} (in {names})")
+    return found
+
+
+def show_inspection(found: Inspection) -> None:
+    """Print what a folder holds."""
+    page = _Page()
+    model = f", model_type {found.model_type}" if found.model_type else ""
+    page.line(f"{found.source}: {found.format} ({found.evidence}){model}", "bold")
+    if found.layers:
+        page.line()
+        page.columns(
+            [
+                (encoding, f"{layers:,}", f"{parameters:,}", format_size(nbytes))
+                for encoding, (layers, parameters, nbytes) in found.encodings.items()
+            ],
+            right=(1, 2, 3),
+            header=("stored as", "layers", "parameters", "size"),
+        )
+        page.line()
+        _show_names(page, found.layers)
+        page.line()
+        bits = 8 * found.nbytes / found.parameters if found.parameters else 0.0
+        page.line(
+            f"{bits:.2f} bits per weight, {count(found.parameters, 'parameter')}, "
+            f"{format_size(found.nbytes)} in {count(len(found.files), 'weight file')}"
+        )
+    if found.side_files:
+        page.line(f"other files: {_few(found.side_files, 8)}")
+    for name, reason in found.left_out:
+        page.line(f"not carried over: {name} ({reason})")
+    if found.problems:
+        page.line()
+        page.line(f"{count(len(found.problems), 'problem')}:", "bold red")
+        for problem in found.problems:
+            page.line(f"  {problem}")
+    else:
+        page.line("no problems found")
+
+
+def _show_names(page: _Page, layers: Sequence[Stored]) -> None:
+    """The names that ``--only`` and ``--override`` can match, numbers as ``*``."""
+    alike: dict[tuple[str, str, tuple[int, ...]], list[Stored]] = defaultdict(list)
+    for layer in layers:
+        alike[_without_numbers(layer.layer), layer.encoding, layer.shape].append(layer)
+    rows = [
+        (
+            name,
+            encoding,
+            " x ".join(map(str, shape)) or "scalar",
+            f"{len(group):,}",
+            format_size(sum(layer.nbytes for layer in group)),
+        )
+        for (name, encoding, shape), group in alike.items()
+    ]
+    header = ("name", "stored as", "shape", "layers", "size")
+    page.columns(rows[:_NAME_LINES], right=(3, 4), header=header)
+    if len(rows) > _NAME_LINES:
+        page.line(f"and {len(rows) - _NAME_LINES:,} more names; --json lists all")
+
+
+# -- progress --------------------------------------------------------------------------
+
+
+def memory_in_use() -> int:
+    """Bytes that the process holds, mapped files aside where the system tells."""
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text("ascii", "replace").splitlines():
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) << 10
+    try:
+        import resource
+    except ImportError:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak << 10
+
+
+def describe_progress(now: Progress) -> str:
+    """Speed, time left, memory, and the layer at hand."""
+    rate = now.bytes_done / max(now.elapsed_s, 1e-9)
+    parts = [f"{format_size(rate)}/s"]
+    if now.bytes_done >= now.bytes_total:
+        where = "waiting for the disk"
+    else:
+        where = now.layer
+        if rate:
+            parts.append(f"{format_seconds((now.bytes_total - now.bytes_done) / rate)} left")
+    if held := memory_in_use():
+        parts.append(f"{format_size(held)} held")
+    return printable("  ".join((*parts, where)))
+
+
+@contextmanager
+def progress_display(quiet: bool) -> Iterator[Callable[[Progress], None] | None]:
+    """Yield what ``convert`` calls to show its progress on standard error.
+
+    A terminal gets a bar that disappears at the end; a file or a pipe gets a line every
+    few seconds, and none from a short run. With ``quiet`` this is None.
+    """
+    if quiet:
+        yield None
+    elif sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown"):
+        with _bar() as update:
+            yield update
+    else:
+        yield _plain_lines()
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[Progress], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, TaskProgressColumn, TextColumn
+    from rich.progress import Progress as Bar
+    from rich.table import Column
+
+    text = TextColumn(
+        "{task.description}",
+        markup=False,
+        table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1),
+    )
+    console = Console(stderr=True, highlight=False)
+    with Bar(
+        BarColumn(20), TaskProgressColumn(), text, console=console, transient=True, expand=True
+    ) as bar:
+        task = bar.add_task("starting", total=None)
+
+        def update(now: Progress) -> None:
+            bar.update(
+                task,
+                description=describe_progress(now),
+                completed=now.bytes_done,
+                total=max(now.bytes_total, 1),
+            )
+
+        yield update
+
+
+def _plain_lines() -> Callable[[Progress], None]:
+    due_s = _FIRST_LINE_S
+
+    def update(now: Progress) -> None:
+        nonlocal due_s
+        if now.elapsed_s < due_s:
+            return
+        due_s = now.elapsed_s + _NEXT_LINE_S
+        percent = 100 * now.bytes_done // max(now.bytes_total, 1)
+        # A log that is gone must not end the conversion.
+        with suppress(OSError):
+            print(f"{percent:3}%  {describe_progress(now)}", file=sys.stderr, flush=True)
+
+    return update

@@ -1,0 +1,114 @@
+"""What can be typed after a command: each argument and option is said once, here.
+
+The wishes of ``plan`` and ``convert`` are the same annotations, so their names, short forms
+and help cannot drift apart.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+SHARD_SIZE = "5GiB"  # the default of --shard-size, as a user would type it
+
+_UNITS: dict[str, int] = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_UNITS |= {f"{unit}IB": size for unit, size in _UNITS.items() if unit}
+_UNITS |= {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as ``500MB``.
+
+    ``KB``, ``MB``, ``GB`` count in thousands, ``KiB``, ``MiB``, ``GiB`` and the bare
+    ``K``, ``M``, ``G`` in 1024s; upper or lower case; no unit means bytes.
+
+    Raises:
+        typer.BadParameter: The text is no size, or less than a byte.
+
+    Example:
+        >>> parse_size("2GB"), parse_size("1.5KiB")
+        (2000000000, 1536)
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    unit = _UNITS.get(match[2].upper()) if match else None
+    if match is None or unit is None:
+        raise typer.BadParameter(f"{text!r} is no size; write 500MB, 2GB, 1GiB or plain bytes")
+    whole, _, part = match[1].partition(".")
+    nbytes: int = int(whole + part) * unit // 10 ** len(part)
+    if nbytes < 1:
+        raise typer.BadParameter(f"{text!r} is less than one byte")
+    return nbytes
+
+
+Source = Annotated[
+    Path, typer.Argument(metavar="SOURCE", help="Folder with config.json and safetensors.")
+]
+Output = Annotated[
+    Path, typer.Argument(metavar="OUTPUT", help="Folder to write; appears when complete.")
+]
+Bits = Annotated[
+    int | None, typer.Option("--bits", metavar="N", help="Bits a weight; affine: 1 to 6, 8.")
+]
+GroupSize = Annotated[
+    int | None,
+    typer.Option("--group-size", metavar="N", help="Inputs that share a scale; affine: 32 64 128."),
+]
+Mode = Annotated[
+    str | None,
+    typer.Option("--mode", metavar="MODE", help="affine, mxfp4, mxfp8 or nvfp4."),
+]
+Dequantize = Annotated[bool, typer.Option("--dequantize", "-d", help="Write every layer dense.")]
+Dtype = Annotated[
+    str | None,
+    typer.Option("--dtype", metavar="DTYPE", help="float16, bfloat16 or float32 for floats."),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--override",
+        metavar="REGEX=SPEC",
+        help="For layers whose path REGEX finds: bits (8), bits:group (8:32), a mode, or skip. "
+        "Repeatable; the last that matches wins.",
+    ),
+]
+Only = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--only", metavar="REGEX", help="Leave layers that REGEX does not find. Repeatable."
+    ),
+]
+ShardSize = Annotated[
+    int,
+    typer.Option(
+        "--shard-size", metavar="SIZE", parser=parse_size, help="Most bytes of one weight file."
+    ),
+]
+MaxMemory = Annotated[
+    int | None,
+    typer.Option(
+        "--max-memory",
+        metavar="SIZE",
+        parser=parse_size,
+        help="Most memory to hold: 500MB, 2GB (thousands), 1GiB, 1G (1024s), or bytes.",
+    ),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option("--threads", "-j", metavar="N", min=1, help="Threads.  [default: all processors]"),
+]
+Force = Annotated[bool, typer.Option("--force", "-f", help="Replace an existing OUTPUT.")]
+AllowNonfinite = Annotated[
+    bool,
+    typer.Option("--allow-nonfinite", help="Leave layers with NaN or infinity as they are."),
+]
+AllowOverflow = Annotated[
+    bool, typer.Option("--allow-overflow", help="Let values too large for --dtype be infinite.")
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", "-n", help="Check everything, print the plan, write nothing.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print errors and warnings only.")]

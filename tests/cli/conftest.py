@@ -1,0 +1,73 @@
+"""Tiny checkpoints and a way to call the command line in this process."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from requant.cli import run
+
+BF16 = ml_dtypes.bfloat16
+
+
+def write_model(
+    folder: Path, tensors: Mapping[str, np.ndarray], config: Mapping[str, Any] | None = None
+) -> Path:
+    """Write a checkpoint folder of one file through the safetensors package."""
+    folder.mkdir(parents=True)
+    save_file(dict(tensors), folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config or {"model_type": "llama"}))
+    (folder / "tokenizer.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """Four layers that fit group 64, one that fits 32 only, routers and norms."""
+    random = np.random.default_rng(0)
+
+    def matrix(*shape: int) -> np.ndarray:
+        return random.standard_normal(shape, np.float32).astype(BF16)
+
+    tensors = {"model.norm.weight": np.ones(64, BF16), "lm_head.weight": matrix(16, 64)}
+    for n in range(2):
+        tensors |= {
+            f"model.layers.{n}.self_attn.q_proj.weight": matrix(64, 64),
+            f"model.layers.{n}.mlp.down_proj.weight": matrix(64, 96),
+            f"model.layers.{n}.mlp.gate.weight": matrix(8, 64),
+            f"model.layers.{n}.input_layernorm.weight": np.ones(64, BF16),
+        }
+    return write_model(tmp_path / "model", tensors)
+
+
+@dataclass
+class Result:
+    """What a command left behind."""
+
+    code: object
+    out: str
+    err: str
+
+
+@pytest.fixture
+def requant(capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Result]]:
+    """Call the command line in this process."""
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def call(*arguments: object) -> Result:
+        with pytest.raises(SystemExit) as end:
+            run([str(argument) for argument in arguments])
+        out, err = capfd.readouterr()
+        return Result(end.value.code or 0, out, err)
+
+    yield call
+    signal.signal(signal.SIGTERM, handler)

@@ -1,0 +1,393 @@
+"""What the command line prints, and the codes it ends with."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+import pytest
+
+from requant import OutputError, __version__, conversion
+
+from .conftest import BF16, Result, write_model
+
+Requant = Callable[..., Result]
+COMMANDS = ("convert", "plan", "inspect")
+
+
+def python(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, **options)  # type: ignore[call-overload, no-any-return]
+
+
+def names_in(folder: Path) -> list[str]:
+    """What stands in a folder, hidden or not."""
+    return sorted(path.name for path in folder.iterdir())
+
+
+# -- help and start --------------------------------------------------------------------
+
+
+def test_version(requant: Requant) -> None:
+    result = requant("--version")
+    assert (result.code, result.err) == (0, "")
+    assert result.out == f"requant {__version__}\n"
+
+
+def test_help_lists_the_commands(requant: Requant) -> None:
+    result = requant("-h")
+    assert result.code == 0
+    assert all(f"  {command}  " in result.out for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_an_example(requant: Requant, command: str) -> None:
+    result = requant(command, "--help")
+    assert result.code == 0
+    assert f"\n    requant {command} " in result.out
+
+
+def test_plan_takes_every_wish_of_convert(requant: Requant) -> None:
+    """Everything but the options about writing, and those say nothing to a plan."""
+    options = [
+        {line.split()[0] for line in requant(c, "-h").out.splitlines() if line.startswith("  --")}
+        for c in ("convert", "plan")
+    ]
+    assert options[0] - options[1] == {"--allow-nonfinite", "--allow-overflow", "--quiet"}
+    assert options[1] <= options[0]
+
+
+@pytest.mark.parametrize(
+    "statement",
+    ["import requant", "import requant.cli as c\ntry: c.run(['--version'])\nexcept SystemExit: 0"],
+)
+def test_start_imports_nothing_heavy(statement: str) -> None:
+    heavy = ("mlx", "mlx_lm", "torch", "transformers", "rich.progress", "rich.console")
+    result = python(
+        "-c", f"{statement}\nimport sys\nprint([m for m in {heavy} if m in sys.modules])"
+    )
+    assert result.stdout.splitlines()[-1] == "[]", result.stderr
+
+
+# -- convert ---------------------------------------------------------------------------
+
+
+def test_convert_reports_what_it_did(requant: Requant, model: Path, tmp_path: Path) -> None:
+    result = requant("convert", model, tmp_path / "out", "--bits", "4")
+
+    assert (result.code, result.err) == (0, "")  # a short run shows no progress
+    assert len(result.out.splitlines()) <= 25
+    lines = [line.split() for line in result.out.splitlines()]
+    columns = ["treatment", "from", "to", "exactness", "layers", "parameters", "size"]
+    table = lines.index(columns)
+    rows = lines[table + 1 : table + 4]
+    assert ["dense", "BF16", "BF16", "exact", "5", "1,216", "2.43", "kB"] in rows
+    for group_size, layers, parameters in ((64, "3", "9,216"), (32, "2", "12,288")):
+        row = f"quantized BF16 affine 4-bit g{group_size} re-encoded {layers} {parameters}"
+        assert row.split() in [r[:8] for r in rows]
+    assert "2 layers  2.05 kB  router  model.layers.*.mlp.gate" in result.out
+    assert "last axis 96 takes group 32, not 64  model.layers.*.mlp.down_proj" in result.out
+    assert "bits per weight, 45.4 kB -> " in result.out
+    assert "re-encoded with a relative error (rms) of " in result.out
+    assert f"next: mlx_lm.generate --model {tmp_path / 'out'} " in result.out
+    assert {p.name for p in (tmp_path / "out").iterdir()} >= {"config.json", "tokenizer.json"}
+
+
+def test_convert_without_wishes_notes_the_default(
+    requant: Requant, model: Path, tmp_path: Path
+) -> None:
+    result = requant("convert", model, tmp_path / "out")
+    assert result.code == 0
+    assert "note: No bits or mode were asked for" in result.out
+
+
+def test_convert_back_to_dense(requant: Requant, model: Path, tmp_path: Path) -> None:
+    requant("convert", model, tmp_path / "packed", "--mode", "mxfp8", "--only", "q_proj")
+    result = requant("convert", tmp_path / "packed", tmp_path / "out", "-d", "--dtype", "bfloat16")
+    assert result.code == 0
+    assert "dequantized" in result.out and "mxfp8 8-bit g32" in result.out
+
+
+def test_convert_json_is_one_document(requant: Requant, model: Path, tmp_path: Path) -> None:
+    result = requant("convert", model, tmp_path / "out", "--bits", "4", "--json")
+    assert (result.code, result.err) == (0, "")
+    report = json.loads(result.out)
+    assert report["output"] == str(tmp_path / "out")
+    assert sum(group["layers"] for group in report["groups"]) == len(report["layers"]) == 10
+    assert report["bytes_in"] == 2 * report["parameters"] == 2 * 22720
+
+
+def test_quiet_prints_nothing(requant: Requant, model: Path, tmp_path: Path) -> None:
+    assert requant("convert", model, tmp_path / "out", "--quiet") == Result(0, "", "")
+
+
+def test_warnings_are_printed_even_if_quiet(requant: Requant, tmp_path: Path) -> None:
+    weight = np.full((8, 64), 1e5, np.float32)
+    source = write_model(tmp_path / "model", {"up.weight": weight, "up.bias": weight[0]})
+    arguments = ["convert", source, tmp_path / "out", "--dtype", "float16"]
+    arguments += ["--override", "up=skip", "--quiet"]
+
+    refused = requant(*arguments)
+    assert refused.code == 1
+    assert "--allow-overflow" in refused.err
+    assert not (tmp_path / "out").exists()
+
+    result = requant(*arguments, "--allow-overflow")
+    assert (result.code, result.out) == (0, "")
+    assert result.err.startswith("warning: 576 values became infinite")
+
+
+def test_nonfinite_weights_stop_a_run_unless_allowed(requant: Requant, tmp_path: Path) -> None:
+    weight = np.ones((8, 64), np.float32)
+    weight[3, 5] = np.nan
+    source = write_model(tmp_path / "model", {"a.weight": weight, "b.weight": weight[:2]})
+
+    refused = requant("convert", source, tmp_path / "out")
+    assert refused.code == 1
+    assert "a.weight: 1 values are NaN or infinite, first in row 3" in refused.err
+    assert names_in(tmp_path) == ["model"]
+
+    result = requant("convert", source, tmp_path / "out", "--allow-nonfinite")
+    assert result.code == 0
+    assert "stays dense:" in result.out
+
+
+def test_wishes_reach_the_plan(requant: Requant, model: Path) -> None:
+    arguments = ["--bits", "8", "--group-size", "32", "--only", "q_proj", "--only", "lm_head"]
+    arguments += ["--override", "lm_head=mxfp4", "--dtype", "float16", "--shard-size", "9KB"]
+    result = requant("plan", model, *arguments, "--json", "-j", "3")
+    plan = json.loads(result.out)
+    targets = {layer["layer"]: layer["target"] for layer in plan["layers"]}
+    assert targets["lm_head"] == "mxfp4 4-bit g32"
+    assert targets["model.layers.1.self_attn.q_proj"] == "affine 8-bit g32"
+    assert targets["model.norm"] == targets["model.layers.0.mlp.down_proj"] == "F16"
+    assert len(plan["shards"]) > 2
+    assert plan["memory"]["threads"] == 3
+
+
+# -- plan, dry run, inspect ------------------------------------------------------------
+
+
+def test_plan_says_the_memory_and_writes_nothing(
+    requant: Requant, model: Path, tmp_path: Path
+) -> None:
+    result = requant("plan", model, "--mode", "nvfp4", "--max-memory", "100MB", "-j", "1")
+    assert (result.code, result.err) == (0, "")
+    assert "nvfp4 4-bit g16" in result.out
+    assert " MB at most, 1 thread\n" in result.out
+    assert names_in(tmp_path) == ["model"]
+
+
+def test_plan_json_is_the_whole_plan(requant: Requant, model: Path) -> None:
+    plan = json.loads(requant("plan", model, "--bits", "4", "--json").out)
+    assert plan.pop("memory").keys() == {"peak_bytes", "threads", "chunk_bytes"}
+    assert plan == json.loads(json.dumps(conversion.plan(model, bits=4).to_dict()))
+
+
+def test_dry_run_is_the_plan_and_checks_the_output(
+    requant: Requant, model: Path, tmp_path: Path
+) -> None:
+    dry = requant("convert", model, tmp_path / "out", "--bits", "4", "--dry-run", "--json")
+    assert dry == requant("plan", model, "--bits", "4", "--json")
+    shown = requant("convert", model, tmp_path / "out", "-n")
+    assert "nothing was written" in shown.out
+    assert names_in(tmp_path) == ["model"]
+
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").write_text("{}")
+    refused = requant("convert", model, tmp_path / "out", "--dry-run")
+    assert (refused.code, refused.out) == (1, "")
+    assert refused.err == f"error: {tmp_path / 'out'} exists; --force replaces it\n"
+    assert requant("convert", model, tmp_path / "out", "--dry-run", "-f").code == 0
+
+
+def test_inspect_lists_encodings_and_names(requant: Requant, model: Path) -> None:
+    result = requant("inspect", model)
+    assert (result.code, result.err) == (0, "")
+    assert "model_type llama" in result.out
+    names = [line.split() for line in result.out.splitlines()]
+    assert ["model.layers.*.mlp.down_proj", "BF16", "64", "x", "96", "2", "24.6", "kB"] in names
+    assert result.out.endswith("other files: tokenizer.json\nno problems found\n")
+
+
+def test_inspect_with_problems_exits_1(requant: Requant, tmp_path: Path) -> None:
+    codes = np.zeros((8, 8), np.uint32)
+    config = {"quantization": {"group_size": 64, "bits": 4}}
+    tensors = {"up.weight": codes, "up.scales": np.ones((8, 1), BF16)}
+    source = write_model(tmp_path / "model", tensors, config)
+
+    shown = requant("inspect", source)
+    assert shown.code == 1
+    assert "1 problem:\n  up.biases: is missing" in shown.out
+    document = requant("inspect", source, "--json")
+    assert document.code == 1
+    assert [p["where"] for p in json.loads(document.out)["problems"]] == ["up.biases"]
+    converted = requant("convert", source, tmp_path / "out")
+    assert converted.code == 1
+    assert "up.biases: is missing" in converted.err
+
+
+def test_a_source_cannot_drive_the_terminal(requant: Requant, tmp_path: Path) -> None:
+    tensors = {"up.weight": np.ones((8, 64), BF16)}
+    source = write_model(tmp_path / "model", tensors, {"model_type": "\x1b[2J\u202e"})
+    result = requant("inspect", source)
+    assert "\x1b" not in result.out and "\u202e" not in result.out
+    assert r"model_type \x1b[2J\u202e" in result.out
+
+
+# -- errors ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--bits", "7"], "error: bits = 7: affine takes"),
+        (["--bits", "4", "--mode", "mxfp8"], "error: bits = 4: mxfp8 takes"),
+        (["--mode", "fp4"], "known: 'affine', 'mxfp4', 'mxfp8', 'nvfp4'"),
+        (["--dtype", "half"], "known: 'float16', 'bfloat16', 'float32'"),
+        (["--bits", "4", "--dequantize"], "error: choose one: dequantize"),
+        (["--override", "lm_head"], "error: override 'lm_head' is not REGEX=SPEC"),
+        (["--override", "lm_head=9"], "no quantization of MLX"),
+        (["--only", "("], "error: only '(' is no regular expression"),
+        (["--only", "q_prj"], "--only 'q_prj': matches no layer; near it: q_proj"),
+        (["--override", "lm_haed=8"], "--override 'lm_haed': matches no layer; near it: lm_head"),
+        (["--max-memory", "1MB"], "the longest row of this model needs at least"),
+        (["--max-memory", "2 parsecs"], "'2 parsecs' is no size; write 500MB"),
+        (["--shard-size", "0"], "'0' is less than one byte"),
+        (["--threads", "0"], "Invalid value for '--threads'"),
+        (["--bit", "4"], "No such option"),
+    ],
+)
+def test_wrong_usage_exits_2(
+    requant: Requant, model: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    result = requant("convert", model, tmp_path / "out", *arguments)
+    assert (result.code, result.out) == (2, "")
+    assert message in " ".join(result.err.split())
+    assert "Traceback" not in result.err
+    assert names_in(tmp_path) == ["model"]
+
+
+@pytest.mark.parametrize("command", ["plan", "inspect"])
+def test_missing_source_exits_1(requant: Requant, tmp_path: Path, command: str) -> None:
+    result = requant(command, tmp_path / "nowhere")
+    assert (result.code, result.out) == (1, "")
+    assert result.err.startswith("error: ") and "no such folder" in result.err
+
+
+def test_a_disk_that_fails_leaves_nothing(
+    requant: Requant, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> NoReturn:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    result = requant("convert", model, tmp_path / "out")
+    assert (result.code, result.out) == (1, "")
+    assert result.err.startswith("error: ")
+    assert result.err.endswith("No space left on device\n")
+    assert names_in(tmp_path) == ["model"]
+
+
+def test_interrupt_exits_130(
+    requant: Requant, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(conversion, "_refuse", interrupt)  # all is written, nothing is published
+    result = requant("convert", model, tmp_path / "out")
+    assert result == Result(130, "", "interrupted; nothing was left behind\n")
+    assert names_in(tmp_path) == ["model"]
+
+
+def test_a_defect_keeps_its_traceback(model: Path) -> None:
+    breaks = "import requant.conversion as c\nc.plan = lambda *_, **__: 1 // 0\n"
+    runs = f"from requant.cli import run\nrun(['plan', {str(model)!r}])"
+    result = python("-c", breaks + runs)
+    assert result.returncode == 1
+    assert "Traceback" in result.stderr and "ZeroDivisionError" in result.stderr
+
+
+def test_errors_through_the_process(model: Path, tmp_path: Path) -> None:
+    assert python("-m", "requant", "plan", tmp_path / "nowhere").returncode == 1
+    assert python("-m", "requant", "plan", model, "--bits", "7").returncode == 2
+    result = python("-m", "requant", "convert", model, tmp_path / "out", "--json")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert json.loads(result.stdout)["format"] == "dense"
+
+
+def test_a_closed_pipe_is_no_crash(model: Path) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "requant", "plan", str(model)]
+    result = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (result.returncode, result.stderr) == (141, "")
+
+
+def test_a_stream_without_unicode_is_no_crash(tmp_path: Path) -> None:
+    source = write_model(tmp_path / "model", {"größe.weight": np.ones((8, 64), BF16)})
+    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    result = python("-m", "requant", "inspect", source, env=ascii_only)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert r"gr\xf6\xdfe" in result.stdout
+
+
+def test_an_error_names_the_layer_at_fault(
+    requant: Requant, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> NoReturn:
+        raise OutputError("cannot be written", layer="up_proj")
+
+    monkeypatch.setattr(conversion, "plan", fail)
+    assert requant("plan", model) == Result(1, "", "error: up_proj: cannot be written\n")
+
+
+# -- a terminal ------------------------------------------------------------------------
+
+
+def on_terminal(*arguments: object, **environment: str) -> tuple[int, str]:
+    """Run requant with all its streams on a terminal of 80 columns."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        try:
+            os.environ.update({"TERM": "xterm", "COLUMNS": "80", **environment})
+            command = [sys.executable, "-m", "requant", *map(str, arguments)]
+            os.execv(sys.executable, command)
+        finally:
+            os._exit(99)
+    text = b""
+    try:
+        while piece := os.read(terminal, 65536):
+            text += piece
+    except OSError:  # how Linux says that the other side is closed
+        pass
+    os.close(terminal)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), text.decode()
+
+
+def test_progress_is_drawn_on_a_terminal(model: Path, tmp_path: Path) -> None:
+    code, text = on_terminal("convert", model, tmp_path / "out", "--bits", "4")
+    assert code == 0
+    assert "100%" in text and "B/s" in text
+    assert "\x1b[?25h" in text  # the cursor is shown again
+    assert "next: mlx_lm.generate" in text
+
+
+def test_no_color_is_honoured(model: Path, tmp_path: Path) -> None:
+    _, text = on_terminal("convert", model, tmp_path / "out", NO_COLOR="1")
+    assert "\x1b[3" not in text and "\x1b[9" not in text
+
+
+def test_a_dumb_terminal_gets_plain_text(model: Path, tmp_path: Path) -> None:
+    code, text = on_terminal("convert", model, tmp_path / "out", TERM="dumb")
+    assert code == 0
+    assert "\x1b" not in text and "quantized" in text
