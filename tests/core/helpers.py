@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -19,6 +20,24 @@ LEGAL = [
     Quantization(32, 8, "mxfp8"),
     Quantization(16, 4, "nvfp4"),
 ]
+
+
+class CountingMap(Mapping[str, Any]):
+    """A weight map that is no dict, and notes which arrays are read from it."""
+
+    def __init__(self, arrays: dict[str, Any]) -> None:
+        self._arrays = arrays
+        self.reads: list[str] = []
+
+    def __getitem__(self, name: str) -> Any:
+        self.reads.append(name)
+        return self._arrays[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._arrays)
+
+    def __len__(self) -> int:
+        return len(self._arrays)
 
 
 def config(group_size: int, bits: int, mode: str = "affine") -> PerLayerQuantization:
@@ -49,3 +68,9 @@ def assert_same_arrays(actual: dict[str, Any], expected: dict[str, Any]) -> None
     assert actual.keys() == expected.keys()
     for name, array in expected.items():
         assert actual[name] is array, name
+
+
+def poison(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+    """A lazy array that raises when it is evaluated: MLX cannot quantize float64."""
+    _, scales, _ = mx.quantize(mx.ones((1, 32), dtype=mx.float64), group_size=32, bits=4)
+    return mx.broadcast_to(scales.reshape(()).astype(dtype), shape)

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_np
 from safetensors import safe_open
 
+from requant.arrays import NUMPY
+from requant.arrays import mlx as mlx_backend
 from requant.errors import (
     BackendError,
     DivisibilityError,
@@ -29,7 +31,7 @@ from requant.errors import (
 from requant.formats.awq import AwqLoadConfig, transform_awq_weights, unpack_awq_weights
 from requant.schema import PerLayerQuantization, Quantization
 from requant.weights import dequantize_weights
-from tests.core.helpers import assert_bits, assert_same_arrays
+from tests.core.helpers import CountingMap, assert_bits, assert_same_arrays, poison
 
 # AutoAWQ's own order: the lowest nibble of a word holds output 0, the next output 2, ...
 OUTPUT_IN_NIBBLE = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -128,6 +130,13 @@ def test_unpack_reads_a_negative_word_by_its_bits(lib):
     """0xF0FFFFFF: the top nibble, output 7, is 15; the one below, output 5, is 0."""
     got = lib.read(unpack_awq_weights(lib.make([[-0x0F000001]], "int32")))
     assert got.tolist() == [[15, 15, 15, 15, 15, 0, 15, 15]]
+
+
+def test_unpack_never_converts_words_by_value(lib, monkeypatch):
+    """Where a library clamps negative values, a conversion would lose the highest codes."""
+    array = lib.make([[-1]], "int32")
+    monkeypatch.delattr(type(NUMPY) if lib.name == "numpy" else mlx_backend, "astype")
+    assert lib.read(unpack_awq_weights(array)).tolist() == [[15] * 8]
 
 
 def test_unpack_keeps_rows_and_words_in_order(lib):
@@ -297,6 +306,12 @@ def test_group_size_zero_without_awq_layers_is_nobodys_business(lib):
     weights = {"up.weight": lib.make(np.ones((2, 2)), "float32")}
     _, quantization = transform_awq_weights(weights, AwqLoadConfig(group_size=0))
     assert quantization.quantization == Quantization.affine(0, 4)
+
+
+def test_any_mapping_will_do_and_each_array_is_read_once(lib):
+    weights = CountingMap(stored(lib))
+    transform_awq_weights(weights, CONFIG)
+    assert sorted(weights.reads) == ["up.qweight", "up.qzeros", "up.scales"]
 
 
 def test_empty_map():
@@ -601,6 +616,21 @@ def test_mlx_arrays_are_not_evaluated():
     assert got["up.weight"].shape == (2**20, 2**17)
     assert got["up.biases"].shape == (2**20, 2**15)
     assert got["up.biases"].dtype == mx.float32
+
+
+@pytest.mark.parametrize("zero_point", [True, False])
+def test_mlx_arrays_that_cannot_be_evaluated_are_no_obstacle(zero_point):
+    weights = {
+        "up.qweight": poison((32, 2), mx.int32),
+        "up.qzeros": poison((1, 2), mx.int32),
+        "up.scales": poison((1, 16), mx.float16),
+        "norm.weight": poison((32,), mx.float32),
+    }
+    config = AwqLoadConfig(group_size=32, zero_point=zero_point)
+    got, _ = transform_awq_weights(weights, config)
+    for array in [*got.values(), unpack_awq_weights(weights["up.qweight"])]:
+        with pytest.raises(RuntimeError):
+            mx.eval(array)
 
 
 def stored_bfloat16():

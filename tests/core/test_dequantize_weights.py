@@ -24,10 +24,12 @@ from requant.weights import dequantize_weights, quantize_weights
 from tests.core.helpers import (
     AFFINE,
     LEGAL,
+    CountingMap,
     assert_bits,
     assert_same_arrays,
     config,
     mx_quantize,
+    poison,
 )
 
 # Codes 0 to 15, twice: one affine group of 32 at 4 bits.
@@ -163,6 +165,12 @@ def test_input_map_is_not_modified(lib):
     before = dict(weights)
     dequantize_weights(weights, AFFINE)
     assert_same_arrays(weights, before)
+
+
+def test_any_mapping_will_do_and_each_array_is_read_once(lib):
+    weights = CountingMap(affine(lib))
+    dequantize_weights(weights, AFFINE)
+    assert weights.reads == ["up.weight", "up.scales", "up.biases"]
 
 
 def test_empty_map_gives_an_empty_map():
@@ -336,3 +344,15 @@ def test_mlx_arrays_are_not_evaluated():
         "up.biases": mx.broadcast_to(mx.array(1.0), (2**20, 2**15)),
     }
     assert dequantize_weights(weights, AFFINE)["up.weight"].shape == (2**20, 2**20)
+
+
+def test_mlx_arrays_that_cannot_be_evaluated_are_no_obstacle():
+    weights = {
+        "up.weight": poison((2, 4), mx.uint32),
+        "up.scales": poison((2, 1), mx.float32),
+        "up.biases": poison((2, 1), mx.float32),
+        "norm.weight": poison((32,), mx.float32),
+    }
+    for array in dequantize_weights(weights, AFFINE).values():
+        with pytest.raises(RuntimeError):
+            mx.eval(array)

@@ -25,10 +25,12 @@ from requant.weights import default_eligible, quantize_weights
 from tests.core.helpers import (
     AFFINE,
     LEGAL,
+    CountingMap,
     assert_bits,
     assert_same_arrays,
     config,
     mx_quantize,
+    poison,
 )
 
 FLOATS = ("float32", "float16", "bfloat16")
@@ -159,6 +161,12 @@ def test_input_map_is_not_modified(lib):
     assert_same_arrays(weights, before)
     assert got is not weights
     assert np.all(lib.read(weights["up.weight"]) == 1)
+
+
+def test_any_mapping_will_do_and_each_array_is_read_once(lib):
+    weights = CountingMap({"up.weight": lib.make(np.ones((2, 32)), "float32")})
+    quantize_weights(weights, AFFINE)
+    assert weights.reads == ["up.weight"]
 
 
 def test_empty_map_gives_an_empty_map():
@@ -465,9 +473,15 @@ def test_mlx_arrays_are_not_evaluated():
     assert got["up.scales"].shape == (2**20, 2**15)
 
 
-def test_mlx_arrays_that_cannot_be_evaluated_pass_through():
-    """MLX refuses float64 in affine mode, but only when it computes."""
-    weight = mx.ones((2, 32), dtype=mx.float64)
-    got = quantize_weights({"up.weight": weight}, AFFINE)
-    with pytest.raises(RuntimeError):
-        mx.eval(got["up.weight"])
+def test_mlx_arrays_that_cannot_be_evaluated_are_no_obstacle():
+    weights = {
+        "up.weight": poison((2, 32), mx.float32),
+        "down.weight": poison((2, 4), mx.uint32),
+        "down.scales": poison((2, 1), mx.float32),
+        "down.biases": poison((2, 1), mx.float32),
+        "norm.weight": poison((32,), mx.float32),
+    }
+    got = quantize_weights(weights, AFFINE)
+    for array in got.values():
+        with pytest.raises(RuntimeError):
+            mx.eval(array)
