@@ -268,14 +268,24 @@ ptrdiff_t first_nonfinite(In w, const std::string& dtype) {
   return run([&] { return kernels().first_nonfinite(w.data(), t, w.size()); });
 }
 
-std::tuple<double, double, double> error_stats(In a, const std::string& a_dtype, In b, const std::string& b_dtype) {
+std::tuple<double, double> group_errors(In a, const std::string& a_dtype, In b, const std::string& b_dtype,
+                                        int group_size, Out group_max) {
   const Dtype s = dtype_of(a_dtype), t = dtype_of(b_dtype);
   check_layout(a, "a", bits_of(s));
   check_layout(b, "b", bits_of(t));
+  check_layout(group_max, "group_max", 32);
   if (shape_of(a) != shape_of(b)) fail("b: expected shape " + text(shape_of(a)) + ", got " + text(shape_of(b)));
-  double out[3];
-  run([&] { kernels().error_stats(a.data(), s, b.data(), t, a.size(), out); });
-  return {out[0], out[1], out[2]};
+  if (group_size != 16 && group_size != 32 && group_size != 64 && group_size != 128)
+    fail("group_size: expected 16, 32, 64 or 128, got " + std::to_string(group_size));
+  if (group_max.size() * size_t(group_size) != a.size())
+    fail("group_max: expected one value a group of " + std::to_string(group_size) + ", got " +
+         text(shape_of(group_max)));
+  double out[2];
+  run([&] {
+    kernels().group_errors(a.data(), s, b.data(), t, a.size(), size_t(group_size),
+                           static_cast<float*>(group_max.data()), out);
+  });
+  return {out[0], out[1]};
 }
 
 std::vector<std::string> available_isas() {
@@ -318,8 +328,9 @@ NB_MODULE(_native, m) {
         "Rounds to nearest even; returns the number of finite values that became infinite.");
   m.def("count_nonfinite", &count_nonfinite, "w"_a.noconvert(), "dtype"_a);
   m.def("first_nonfinite", &first_nonfinite, "w"_a.noconvert(), "dtype"_a, "Flat index, or -1.");
-  m.def("error_stats", &error_stats, "a"_a.noconvert(), "a_dtype"_a, "b"_a.noconvert(), "b_dtype"_a,
-        "Sum of (a - b)^2, sum of a^2, and max |a - b|, in float64.");
+  m.def("group_errors", &group_errors, "a"_a.noconvert(), "a_dtype"_a, "b"_a.noconvert(), "b_dtype"_a, "group_size"_a,
+        "group_max"_a.noconvert(),
+        "Writes the largest |a - b| of each group (float32 bits); returns the sums of (a - b)^2 and of a^2.");
   m.def("isa", [] { return std::string(kernels().name); });
   m.def("set_isa", &set_isa, "name"_a);
   m.def("available_isas", &available_isas);

@@ -127,10 +127,18 @@ ptrdiff_t first_nonfinite_any(const void* w, Dtype dtype, size_t count) {
   return with_dtype(dtype, [&](auto t) { return first_nonfinite<typename decltype(t)::Type>(w, count); });
 }
 
-void error_stats_any(const void* a, Dtype a_dtype, const void* b, Dtype b_dtype, size_t count, double* out) {
+void group_errors_any(const void* a, Dtype a_dtype, const void* b, Dtype b_dtype, size_t count, size_t group_size,
+                      float* group_max, double* out) {
   with_dtype(a_dtype, [&](auto s) {
     with_dtype(b_dtype, [&](auto t) {
-      error_stats<typename decltype(s)::Type, typename decltype(t)::Type>(a, b, count, out);
+      using A = typename decltype(s)::Type;
+      using B = typename decltype(t)::Type;
+      switch (group_size) {
+        case 16: return group_errors<A, B, 16>(a, b, count, group_max, out);
+        case 32: return group_errors<A, B, 32>(a, b, count, group_max, out);
+        case 64: return group_errors<A, B, 64>(a, b, count, group_max, out);
+        case 128: return group_errors<A, B, 128>(a, b, count, group_max, out);
+      }
     });
   });
 }
@@ -149,7 +157,7 @@ const Kernels REQUANT_JOIN(kernels_, REQUANT_ISA) = {
     REQUANT_TEXT(REQUANT_ISA), affine_quantize_any, affine_dequantize_any, mx_quantize_any,
     mx_dequantize_any,         nvfp4_quantize_any,  nvfp4_dequantize_any,  pack_words_any,
     unpack_words_any,          cast_any,            count_nonfinite_any,   first_nonfinite_any,
-    error_stats_any,
+    group_errors_any,
 };
 
 }  // namespace requant

@@ -41,8 +41,9 @@ struct Kernels {
   size_t (*cast)(const void* src, Dtype src_dtype, size_t count, void* dst, Dtype dst_dtype);
   size_t (*count_nonfinite)(const void* w, Dtype dtype, size_t count);
   ptrdiff_t (*first_nonfinite)(const void* w, Dtype dtype, size_t count);
-  // out: sum of (a - b)^2, sum of a^2, max |a - b|.
-  void (*error_stats)(const void* a, Dtype a_dtype, const void* b, Dtype b_dtype, size_t count, double* out);
+  // out: sum of (a - b)^2, sum of a^2; group_max: the largest |a - b| of each group.
+  void (*group_errors)(const void* a, Dtype a_dtype, const void* b, Dtype b_dtype, size_t count, size_t group_size,
+                       float* group_max, double* out);
 };
 
 // Rounding to nearest even with subnormals kept, for as long as one lives:

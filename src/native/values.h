@@ -56,41 +56,38 @@ ptrdiff_t first_nonfinite(const void* w_, size_t count) {
 }
 
 
-// Sums in eight lanes whose order is fixed, so every build gives the same bits.
-template <class A, class B>
-void error_stats(const void* a_, const void* b_, size_t count, double* out) {
-  constexpr size_t run = 256, lanes = 8;
+// Errors of b against a, group by group: the largest |a - b| of each group goes to
+// group_max, the sums of (a - b)^2 and of a^2 to out. Sums run in lanes of a fixed order.
+template <class A, class B, size_t group_size>
+void group_errors(const void* a_, const void* b_, size_t count, float* group_max, double* out) {
+  constexpr size_t lanes = 16;
+  static_assert(group_size % lanes == 0, "a group is a whole number of lanes");
   const auto* a = static_cast<const typename A::Stored*>(a_);
   const auto* b = static_cast<const typename B::Stored*>(b_);
-  alignas(64) double errors[run], squares[run], norms[run];
-  double error[lanes] = {}, norm[lanes] = {}, most[lanes] = {};
-  for (size_t start = 0; start < count; start += run) {
-    const size_t size = count - start < run ? count - start : run;
-    if (size < run)
-      for (size_t i = 0; i < run; i++) errors[i] = squares[i] = norms[i] = 0.0;
-    for (size_t i = 0; i < size; i++) {
-      const double x = A::load(a[start + i]), y = B::load(b[start + i]);
-      const double d = x - y;
-      errors[i] = d < 0.0 ? -d : d;
-      squares[i] = d * d;
-      norms[i] = x * x;
-    }
-    seal(squares);
-    seal(norms);
-    for (size_t i = 0; i < run; i += lanes)
+  double error[lanes] = {}, norm[lanes] = {};
+  for (size_t start = 0; start < count; start += group_size) {
+    float e[lanes] = {}, n[lanes] = {}, most[lanes] = {};
+    for (size_t i = 0; i < group_size; i += lanes)
       for (size_t k = 0; k < lanes; k++) {
-        error[k] += squares[i + k];
-        norm[k] += norms[i + k];
-        most[k] = errors[i + k] > most[k] ? errors[i + k] : most[k];
+        const float x = A::load(a[start + i + k]), d = x - B::load(b[start + i + k]);
+        const float abs = float_of(bits_of(d) & kAbs32);
+        e[k] += d * d;
+        n[k] += x * x;
+        most[k] = abs > most[k] ? abs : most[k];
       }
+    for (size_t k = 0; k < lanes; k++) {
+      error[k] += double(e[k]);
+      norm[k] += double(n[k]);
+    }
+    for (size_t half = lanes / 2; half > 0; half /= 2)
+      for (size_t k = 0; k < half; k++) most[k] = most[k + half] > most[k] ? most[k + half] : most[k];
+    group_max[start / group_size] = most[0];
   }
-  out[0] = out[1] = out[2] = 0.0;
+  out[0] = out[1] = 0.0;
   for (size_t k = 0; k < lanes; k++) {
     out[0] += error[k];
     out[1] += norm[k];
-    out[2] = most[k] > out[2] ? most[k] : out[2];
   }
-  if (out[0] != out[0]) out[2] = out[0];  // a NaN anywhere is the answer
 }
 
 }  // namespace

@@ -88,8 +88,8 @@ class Step:
     def work_bytes_per_row(self) -> int:
         """Bytes that a worker holds for one row: inputs, outputs, and dense values between."""
         held = sum(self.row_bytes(t) for t in (*self.inputs.values(), *self.outputs.values()))
-        between = self.columns * 4 * (self.operation in (Operation.RECODE, Operation.ENCODE))
-        return held + between
+        coded = self.operation in (Operation.ENCODE, Operation.RECODE)
+        return held + coded * 2 * 4 * self.columns
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from requant.arrays import native, values
 from requant.blueprint import Operation, Plan, Step
 from requant.dtypes import NUMPY_DTYPE
 from requant.errors import CheckpointError, OutOfRangeError, Problem, RequantError
+from requant.schema import Quantization
 from requant.writer import OutputFolder
 
 # A chunk and what is made of it stay in a core's cache.
@@ -96,12 +97,18 @@ class Finding:
     first_nonfinite_row: int | None = None
     overflowed: int = 0
     flushed_groups: int = 0
+    squared_error: float = 0.0
+    squared_values: float = 0.0
+    max_error_steps: float = 0.0
 
     def add(self, other: Finding) -> None:
         """Merge what another chunk saw."""
         self.nonfinite += other.nonfinite
         self.overflowed += other.overflowed
         self.flushed_groups += other.flushed_groups
+        self.squared_error += other.squared_error
+        self.squared_values += other.squared_values
+        self.max_error_steps = max(self.max_error_steps, other.max_error_steps)
         rows = [r for r in (self.first_nonfinite_row, other.first_nonfinite_row) if r is not None]
         self.first_nonfinite_row = min(rows, default=None)
 
@@ -312,31 +319,31 @@ def _encode(step: Step, inputs: _Arrays, outputs: _Arrays, buffers: _Buffers) ->
         wanted = buffers.take("dense", step.dtype, *_dense_shape(step, dense))
         finding.overflowed = values.cast_into(dense, wanted)
         dense = wanted
-    return _quantize(step, dense, outputs, finding)
+    return _quantize(step, dense, outputs, buffers, finding)
 
 
 def _decode(step: Step, inputs: _Arrays, outputs: _Arrays, buffers: _Buffers) -> Finding:
-    _dequantize(step, inputs, outputs["weight"])
+    assert step.source is not None
+    _dequantize(step.source, inputs, outputs["weight"])
     return Finding()
 
 
 def _recode(step: Step, inputs: _Arrays, outputs: _Arrays, buffers: _Buffers) -> Finding:
     dense = buffers.take("dense", step.dtype, *_dense_shape(step, inputs["weight"]))
-    _dequantize(step, inputs, dense)
-    return _quantize(step, dense, outputs, Finding())
+    assert step.source is not None
+    _dequantize(step.source, inputs, dense)
+    return _quantize(step, dense, outputs, buffers, Finding())
 
 
 def _dense_shape(step: Step, rows_of: np.ndarray) -> tuple[int, int]:
     return rows_of.shape[0], step.columns * NUMPY_DTYPE[step.dtype].itemsize
 
 
-def _dequantize(step: Step, inputs: _Arrays, dense: np.ndarray) -> None:
-    source = step.source
-    assert source is not None
+def _dequantize(source: Quantization, parts: _Arrays, dense: np.ndarray) -> None:
     native.dequantize_into(
-        inputs["weight"],
-        inputs["scales"],
-        inputs.get("biases"),
+        parts["weight"],
+        parts["scales"],
+        parts.get("biases"),
         source.group_size,
         source.bits,
         source.mode.value,
@@ -344,12 +351,16 @@ def _dequantize(step: Step, inputs: _Arrays, dense: np.ndarray) -> None:
     )
 
 
-def _quantize(step: Step, dense: np.ndarray, outputs: _Arrays, finding: Finding) -> Finding:
+def _quantize(
+    step: Step, dense: np.ndarray, outputs: _Arrays, buffers: _Buffers, finding: Finding
+) -> Finding:
+    """Encode, and measure what was lost while the chunk is still in the cache."""
     target = step.target
     assert target is not None
     finding.nonfinite = values.count_nonfinite(dense)
     if finding.nonfinite:
         finding.first_nonfinite_row = values.first_nonfinite_row(dense)
+        return finding
     finding.flushed_groups = native.quantize_into(
         dense,
         target.group_size,
@@ -358,6 +369,13 @@ def _quantize(step: Step, dense: np.ndarray, outputs: _Arrays, finding: Finding)
         outputs["weight"],
         outputs["scales"],
         outputs.get("biases"),
+    )
+    rows, scales = dense.shape[0], outputs["scales"]
+    decoded = buffers.take("decoded", step.dtype, rows, dense.nbytes // rows)
+    _dequantize(target, outputs, decoded)
+    group_max = buffers.take("group_max", "F32", rows, 4 * scales.shape[1])
+    finding.squared_error, finding.squared_values, finding.max_error_steps = values.encoding_error(
+        dense, decoded, scales, target.mode.value, group_max
     )
     return finding
 

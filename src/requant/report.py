@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from math import prod
+from math import prod, sqrt
 from typing import Any
 
-from requant.blueprint import LayerPlan, Plan
+from requant.blueprint import Exactness, LayerPlan, Plan
 from requant.execute import Outcome
 
 
@@ -44,6 +44,22 @@ def left_dense(layers: Iterable[LayerPlan]) -> list[LayerPlan]:
 
 
 @dataclass(frozen=True, slots=True)
+class LayerError:
+    """What new codes lost of a layer.
+
+    Attributes:
+        relative_rms: Root of the summed squared error over the summed squared values.
+        max_steps: Largest error in units of its group's step (``arrays.values``).
+    """
+
+    relative_rms: float
+    max_steps: float
+
+
+_COUNTS = ("nonfinite", "overflowed", "flushed_groups")
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """What a conversion did.
 
@@ -52,22 +68,33 @@ class Report:
         output: Path of the folder written.
         elapsed_s: Wall-clock seconds from the first step to the published folder.
         findings: Layer -> what the kernels counted there, where it is not nothing.
+        errors: Layer -> measured error, for each that was re-encoded.
     """
 
     plan: Plan
     output: str
     elapsed_s: float
     findings: Mapping[str, Mapping[str, int]]
+    errors: Mapping[str, LayerError]
 
     @staticmethod
     def build(plan: Plan, output: str, outcome: Outcome, elapsed_s: float) -> Report:
         """Put together the plan and what its run found."""
-        found = {}
-        for layer, finding in outcome.findings.items():
-            counts = {key: value for key, value in asdict(finding).items() if value}
-            if counts:
-                found[layer] = counts
-        return Report(plan, output, elapsed_s, dict(sorted(found.items())))
+        counts, errors = {}, {}
+        encoded = {x.layer for x in plan.layers if x.exactness == Exactness.REENCODED}
+        for layer in plan.layers:
+            found = outcome.findings.get(layer.layer)
+            if found is None:
+                continue
+            counted = {key: getattr(found, key) for key in _COUNTS if getattr(found, key)}
+            if counted:
+                counts[layer.layer] = counted
+            if layer.layer in encoded:
+                rms = (
+                    sqrt(found.squared_error / found.squared_values) if found.squared_values else 0
+                )
+                errors[layer.layer] = LayerError(rms, found.max_error_steps)
+        return Report(plan, output, elapsed_s, counts, errors)
 
     @property
     def groups(self) -> list[Group]:
@@ -93,9 +120,13 @@ class Report:
             "bits_per_weight": plan.bits_per_weight,
             "elapsed_s": self.elapsed_s,
             "groups": [asdict(group) for group in self.groups],
-            "layers": [asdict(layer) for layer in plan.layers],
+            "layers": [self._layer_dict(layer) for layer in plan.layers],
             "findings": {layer: dict(counts) for layer, counts in self.findings.items()},
             "side_files": list(plan.side_files),
             "left_out": [list(pair) for pair in plan.left_out],
             "notes": list(plan.notes),
         }
+
+    def _layer_dict(self, layer: LayerPlan) -> dict[str, Any]:
+        error = self.errors.get(layer.layer)
+        return asdict(layer) | {"error": None if error is None else asdict(error)}

@@ -1,9 +1,10 @@
-"""Dense values in caller-owned buffers: casting, and looking for what is no number."""
+"""Dense values in caller-owned buffers: casting, what is no number, what an encoding lost."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from requant import _native
@@ -39,6 +40,47 @@ def first_nonfinite_row(values: Array) -> int | None:
     """The first row of a matrix that holds NaN or infinity, or None."""
     index = int(_native.first_nonfinite(_bits(values), _name(values)))
     return None if index < 0 else index // values.shape[-1]
+
+
+def encoding_error(
+    dense: Array, decoded: Array, scales: Array, mode: str, group_max: Array
+) -> tuple[float, float, float]:
+    """What is lost between ``dense`` and what its codes decode to.
+
+    Args:
+        dense: Values that were quantized, C-contiguous.
+        decoded: The same shape, as the codes give them back.
+        scales: As stored, one a group.
+        mode: MLX's tag; it says how a scale byte is to be read.
+        group_max: A float32 buffer of one value a group; overwritten.
+
+    Returns:
+        The sums of squared errors and of squared values, and the largest error in units
+        of its group's step: the magnitude of the scale, which is the distance of
+        neighbouring codes in affine mode and the value of element 1.0 in the others.
+    """
+    group_size = dense.size // scales.size
+    squares, norm = _native.group_errors(
+        _bits(dense),
+        _name(dense),
+        _bits(decoded),
+        _name(decoded),
+        group_size,
+        group_max.reshape(-1).view(np.uint32),
+    )
+    steps = _steps(scales, mode)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        ratio = group_max.reshape(-1) / steps
+    return float(squares), float(norm), float(np.max(ratio, where=steps > 0, initial=0.0))
+
+
+def _steps(scales: Array, mode: str) -> Array:
+    """The step of each group, float32."""
+    if mode == "nvfp4":
+        return scales.reshape(-1).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    if scales.dtype == np.uint8:
+        return scales.reshape(-1).view(ml_dtypes.float8_e8m0fnu).astype(np.float32)
+    return np.abs(scales.reshape(-1).astype(np.float32))
 
 
 def _bits(values: Array) -> Array:
