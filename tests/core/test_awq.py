@@ -628,9 +628,14 @@ def test_mlx_arrays_that_cannot_be_evaluated_are_no_obstacle(zero_point):
     }
     config = AwqLoadConfig(group_size=32, zero_point=zero_point)
     got, _ = transform_awq_weights(weights, config)
-    for array in [*got.values(), unpack_awq_weights(weights["up.qweight"])]:
-        with pytest.raises(RuntimeError):
-            mx.eval(array)
+    with pytest.raises(RuntimeError):
+        mx.eval(*got.values())
+
+
+def test_unpack_does_not_evaluate_mlx_arrays():
+    codes = unpack_awq_weights(poison((32, 2), mx.int32))
+    with pytest.raises(RuntimeError):
+        mx.eval(codes)
 
 
 def stored_bfloat16():

@@ -353,6 +353,6 @@ def test_mlx_arrays_that_cannot_be_evaluated_are_no_obstacle():
         "up.biases": poison((2, 1), mx.float32),
         "norm.weight": poison((32,), mx.float32),
     }
-    for array in dequantize_weights(weights, AFFINE).values():
-        with pytest.raises(RuntimeError):
-            mx.eval(array)
+    got = dequantize_weights(weights, AFFINE)
+    with pytest.raises(RuntimeError):
+        mx.eval(*got.values())

@@ -482,6 +482,5 @@ def test_mlx_arrays_that_cannot_be_evaluated_are_no_obstacle():
         "norm.weight": poison((32,), mx.float32),
     }
     got = quantize_weights(weights, AFFINE)
-    for array in got.values():
-        with pytest.raises(RuntimeError):
-            mx.eval(array)
+    with pytest.raises(RuntimeError):
+        mx.eval(*got.values())
