@@ -137,7 +137,8 @@ def convert(
                 folder.publish()
                 break
         # The layout of the output changes with a layer that stays dense: plan again.
-        made = make_plan(Path(source), replace(wishes, spoiled=frozenset(spoiled)))
+        wishes = replace(wishes, spoiled=wishes.spoiled.union(spoiled))
+        made = make_plan(Path(source), wishes)
     return Report.build(made, str(output), outcome, time.perf_counter() - began)
 
 

@@ -61,6 +61,8 @@ def make_plan(source: str | Path, wishes: Wishes) -> Plan:
         raise CheckpointError(str(source), layout.problems)
     return Planner(checkpoint, found.name, layout, wishes).plan()
 
+_EXPERT = re.compile(r"\.experts\.\d+\.")
+
 
 class Planner:
     """Takes one decision per layer, then lays out steps and shards."""
@@ -298,6 +300,11 @@ class Planner:
 
     def _note_loads(self, layers: Iterable[LayerPlan]) -> None:
         """Warn of dtypes that MLX cannot load (mlx-layouts: F64 and F8_E5M2 raise)."""
+        if any(_EXPERT.search(x.layer) and x.target != x.source for x in layers):
+            self.notes.append(
+                "Experts keep their own names here (layers..experts.0...); mlx-lm stacks them and "
+                "does not load them quantized under these names."
+            )
         unloadable = sorted({x.target for x in layers} & {"F64", "F8_E5M2", "C64"})
         if unloadable:
             self.notes.append(

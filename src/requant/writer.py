@@ -48,9 +48,11 @@ class OutputFolder:
                 self._unsent[shard.name] = 0
                 os.ftruncate(fd, shard.nbytes)
                 os.pwrite(fd, shard.header(), 0)
-        except OSError as error:
+        except BaseException as error:
             self._discard()
-            raise self._failure(error) from error
+            if isinstance(error, OSError):
+                raise self._failure(error) from error
+            raise
         return self
 
     def write(self, file: str, offset: int, data: memoryview) -> None:

@@ -416,3 +416,47 @@ def test_a_row_wider_than_a_chunk_is_cut_at_group_borders(
     convert(source, tmp_path / "out", bits=4, chunk_bytes=10_000)
 
     expect_triple(load(tmp_path / "out"), "a", to_mx(wide), "affine", 4, 64)
+
+
+# -- measured error ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode, bits, group_size", [m for m in MODES if m[1] in (2, 4, 8)])
+def test_measured_error_is_what_mlx_s_own_values_give(
+    dense: Path, tmp_path: Path, mode: str, bits: int, group_size: int
+) -> None:
+    report = convert(dense, tmp_path / "out", bits=bits, group_size=group_size, mode=mode)
+    out, source = load(tmp_path / "out"), load(dense)
+
+    path = "model.layers.0.self_attn.q_proj"
+    parts = [out[f"{path}.weight"], out[f"{path}.scales"], out.get(f"{path}.biases")]
+    decoded = mx.dequantize(*parts, group_size=group_size, bits=bits, mode=mode)
+    before = np.array(source[f"{path}.weight"].astype(mx.float32), np.float64)
+    error = np.abs(before - np.array(decoded.astype(mx.float32), np.float64))
+    if mode == "affine":
+        steps = np.abs(np.array(parts[1].astype(mx.float32), np.float64))
+    else:
+        kind = ml_dtypes.float8_e4m3fn if mode == "nvfp4" else ml_dtypes.float8_e8m0fnu
+        steps = np.array(parts[1]).view(kind).astype(np.float64)
+    grouped = error.reshape(*steps.shape, group_size).max(-1)
+    worst = (grouped[steps > 0] / steps[steps > 0]).max(initial=0)
+
+    found = report.errors[path]
+    assert found.relative_rms == pytest.approx(
+        np.sqrt((error**2).sum() / (before**2).sum()), rel=1e-5
+    )
+    assert found.max_steps == pytest.approx(worst, rel=1e-5)
+
+
+def test_measured_error_of_another_mlx_encoding(affine8: Path, tmp_path: Path) -> None:
+    report = convert(affine8, tmp_path / "out", bits=2)
+
+    assert set(report.errors) == {
+        "model.embed_tokens",
+        "model.layers.0.self_attn.q_proj",
+        "model.layers.0.mlp.up_proj",
+        "model.odd",
+    }
+    assert all(0.1 < error.relative_rms < 1 for error in report.errors.values())
+    kept = convert(affine8, tmp_path / "kept")
+    assert kept.errors == {}
