@@ -50,7 +50,7 @@ struct F32 {
   using Key = int32_t;
   static constexpr Key kAbs = 0x7fffffff;
   static constexpr Key kInf = 0x7f800000;
-  static constexpr uint32_t kOne = 0x3f800000u;
+  static constexpr bool kUnsignedNan = false;
 
   static REQUANT_INLINE float load(Stored u) { return float_of(u); }
   static REQUANT_INLINE Stored store(float x) { return bits_of(x); }
@@ -62,6 +62,7 @@ struct BF16 {
   using Key = int16_t;
   static constexpr Key kAbs = 0x7fff;
   static constexpr Key kInf = 0x7f80;
+  static constexpr bool kUnsignedNan = true;
 
   static REQUANT_INLINE float load(Stored u) { return float_of(uint32_t(u) << 16); }
   static REQUANT_INLINE uint32_t rounded_bits(float x) {
@@ -78,6 +79,7 @@ struct F16 {
   using Key = int16_t;
   static constexpr Key kAbs = 0x7fff;
   static constexpr Key kInf = 0x7c00;
+  static constexpr bool kUnsignedNan = false;
 
   static REQUANT_INLINE float load(Stored h) {
     const uint32_t a = uint32_t(h & 0x7fffu) << 13;

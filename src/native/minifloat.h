@@ -80,13 +80,15 @@ REQUANT_INLINE int ceil_log2(float s) {
 
 REQUANT_INLINE float power_of_two(int e) { return float_of(uint32_t(e + 127) << 23); }  // -126..127
 
-// A group with infinities or NaN, as MLX computes it on x86-64: the divisor is 0.
+// A group with infinities or NaN, as MLX computes it on x86-64. The divisor is 0;
+// 0 / 0 is the negative NaN of that processor, and MLX's bfloat16 NaN has no sign.
 template <class T, int BITS>
 void mx_codes_nonfinite(const typename T::Stored* w, uint8_t* codes) {
   for (int i = 0; i < 32; i++) {
     const uint32_t u = bits_of(T::load(w[i]));
-    const bool zero = (u & kAbs32) == 0;
-    const bool negative = zero ? sizeof(typename T::Stored) == 4 : (u >> 31) != 0;
+    const uint32_t a = u & kAbs32;
+    const bool nan = a == 0 || a > kInf32;
+    const bool negative = nan && T::kUnsignedNan ? false : a == 0 ? true : (u >> 31) != 0;
     codes[i] = BITS == 4 ? 0 : uint8_t(negative ? 0xfe : 0x7e);
   }
 }
