@@ -79,6 +79,7 @@ class Step:
     source: Quantization | None = None
     target: Quantization | None = None
     dtype: str = ""  # header name of the values between decoding and encoding
+    global_scale: StoredTensor | None = None  # nvfp4: one float32 for all rows, or one an expert
 
     def row_bytes(self, tensor: StoredTensor | OutputTensor) -> int:
         """Bytes that one row takes in ``tensor``."""
@@ -225,6 +226,7 @@ def _step_dict(step: Step) -> dict[str, Any]:
         "source": step.source and step.source.to_dict(),
         "target": step.target and step.target.to_dict(),
         "dtype": step.dtype,
+        "global_scale": step.global_scale and asdict(step.global_scale),
     }
 
 

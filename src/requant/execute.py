@@ -12,12 +12,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
 from requant.arrays import native, values
 from requant.blueprint import Operation, Plan, Step
+from requant.checkpoint import StoredTensor
 from requant.dtypes import NUMPY_DTYPE
 from requant.errors import CheckpointError, OutOfRangeError, Problem, RequantError
 from requant.schema import Quantization
@@ -278,6 +280,8 @@ class _Run:
             self.source.read(stored.file, offset, memoryview(array.view(np.uint8)).cast("B"))
             inputs[role] = array
             read += array.nbytes
+        if step.global_scale is not None:
+            inputs[_ROW_SCALES] = self._row_scales(chunk, step.global_scale)
         for role, out in step.outputs.items():
             if step.operation is Operation.COPY:
                 outputs[role] = inputs[role]
@@ -301,8 +305,16 @@ class _Run:
             self.bytes_done += read
             self.bytes_written += written
 
+    def _row_scales(self, chunk: _Chunk, stored: StoredTensor) -> np.ndarray:
+        """The global scale of each row of a chunk, from one for all or one an expert."""
+        scales = np.empty(stored.info.size, np.float32)
+        self.source.read(stored.file, stored.offset, memoryview(scales.view(np.uint8)).cast("B"))
+        expert = np.arange(chunk.start, chunk.stop) * scales.size // chunk.step.rows
+        return scales[expert]
+
 
 _Arrays = dict[str, np.ndarray]
+_ROW_SCALES = "row scales"
 
 
 def _copy(step: Step, inputs: _Arrays, outputs: _Arrays, buffers: _Buffers) -> Finding:
@@ -324,14 +336,14 @@ def _encode(step: Step, inputs: _Arrays, outputs: _Arrays, buffers: _Buffers) ->
 
 def _decode(step: Step, inputs: _Arrays, outputs: _Arrays, buffers: _Buffers) -> Finding:
     assert step.source is not None
-    _dequantize(step.source, inputs, outputs["weight"])
+    _dequantize(step.source, inputs, outputs["weight"], buffers)
     return Finding()
 
 
 def _recode(step: Step, inputs: _Arrays, outputs: _Arrays, buffers: _Buffers) -> Finding:
     dense = buffers.take("dense", step.dtype, *_dense_shape(step, inputs["weight"]))
     assert step.source is not None
-    _dequantize(step.source, inputs, dense)
+    _dequantize(step.source, inputs, dense, buffers)
     return _quantize(step, dense, outputs, buffers, Finding())
 
 
@@ -339,16 +351,30 @@ def _dense_shape(step: Step, rows_of: np.ndarray) -> tuple[int, int]:
     return rows_of.shape[0], step.columns * NUMPY_DTYPE[step.dtype].itemsize
 
 
-def _dequantize(source: Quantization, parts: _Arrays, dense: np.ndarray) -> None:
-    native.dequantize_into(
-        parts["weight"],
-        parts["scales"],
-        parts.get("biases"),
-        source.group_size,
-        source.bits,
-        source.mode.value,
-        dense,
-    )
+def _dequantize(source: Quantization, parts: _Arrays, dense: np.ndarray, buffers: _Buffers) -> None:
+    words, scales, row_scales = parts["weight"], parts["scales"], parts.get(_ROW_SCALES)
+    encoding = (source.group_size, source.bits, source.mode.value)
+    if row_scales is None:
+        native.dequantize_into(words, scales, parts.get("biases"), *encoding, dense)
+        return
+    # MLX gives float32 here; a run of rows with one global scale is one call.
+    wide = dense if dense.dtype == np.float32 else buffers.take("wide", "F32", *_wide(dense))
+    borders = [0, *(np.flatnonzero(np.diff(row_scales)) + 1).tolist(), len(row_scales)]
+    for start, stop in pairwise(borders):
+        native.dequantize_into(
+            words[start:stop],
+            scales[start:stop],
+            None,
+            *encoding,
+            wide[start:stop],
+            float(row_scales[start]),
+        )
+    if wide is not dense:
+        values.cast_into(wide, dense)
+
+
+def _wide(dense: np.ndarray) -> tuple[int, int]:
+    return dense.shape[0], 4 * dense.shape[1]
 
 
 def _quantize(
@@ -372,7 +398,7 @@ def _quantize(
     )
     rows, scales = dense.shape[0], outputs["scales"]
     decoded = buffers.take("decoded", step.dtype, rows, dense.nbytes // rows)
-    _dequantize(target, outputs, decoded)
+    _dequantize(target, outputs, decoded, buffers)
     group_max = buffers.take("group_max", "F32", rows, 4 * scales.shape[1])
     finding.squared_error, finding.squared_values, finding.max_error_steps = values.encoding_error(
         dense, decoded, scales, target.mode.value, group_max

@@ -61,6 +61,7 @@ def make_plan(source: str | Path, wishes: Wishes) -> Plan:
         raise CheckpointError(str(source), layout.problems)
     return Planner(checkpoint, found.name, layout, wishes).plan()
 
+
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
@@ -216,10 +217,6 @@ class Planner:
         operation = Operation.ENCODE
         if encoding is not None:
             operation = Operation.DECODE if target is None else Operation.RECODE
-            if "global_scale" in layer.parts:
-                where = f"{layer.path}.global_scale"
-                message = "layers with a global scale can only be kept as they are so far"
-                self.wrong_wishes.append(Problem(where, message))
         outputs = {"weight": TensorInfo(dtype, layer.shape)}
         if target is not None:
             outputs = triple_infos(layer.shape, dtype, target)
@@ -230,11 +227,12 @@ class Planner:
             operation,
             rows,
             columns,
-            layer.parts,
+            {role: part for role, part in layer.parts.items() if role != "global_scale"},
             {role: OutputTensor(f"{layer.path}.{role}", info) for role, info in outputs.items()},
             encoding,
             target,
             dtype,
+            layer.parts.get("global_scale"),
         )
 
     def _layer_plan(

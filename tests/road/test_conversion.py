@@ -460,3 +460,58 @@ def test_measured_error_of_another_mlx_encoding(affine8: Path, tmp_path: Path) -
     assert all(0.1 < error.relative_rms < 1 for error in report.errors.values())
     kept = convert(affine8, tmp_path / "kept")
     assert kept.errors == {}
+
+
+# -- nvfp4 with a global scale -----------------------------------------------------------
+
+NVFP4 = {"quantization": {"group_size": 16, "bits": 4, "mode": "nvfp4"}}
+
+
+def nvfp4_parts(experts: int) -> tuple[dict[str, np.ndarray], list[mx.array]]:
+    """A stack of experts as MLX quantizes each with its own amax, and their values."""
+    words, scales, amax, values = [], [], [], []
+    for n in range(experts):
+        w = to_mx(bf16(32, 64, seed=n, scale=10.0 ** (n - 2)))
+        one = mx.max(mx.abs(w)).astype(mx.float32)
+        q, s = mx.quantize(w, 16, 4, "nvfp4", global_scale=one)
+        values.append(mx.dequantize(q, s, None, 16, 4, "nvfp4", global_scale=one))
+        words.append(np.array(q))
+        scales.append(np.array(s))
+        amax.append(one.item())
+    parts = {
+        "e.weight": np.stack(words),
+        "e.scales": np.stack(scales),
+        "e.global_scale": np.array(amax, np.float32),
+    }
+    return parts, values
+
+
+@pytest.mark.parametrize("experts", [1, 3])
+def test_global_scales_decode_as_mlx_does(
+    checkpoint: Callable[..., Path], tmp_path: Path, experts: int
+) -> None:
+    parts, values = nvfp4_parts(experts)
+    source = checkpoint(parts, NVFP4)
+    expected = mx.stack(values)
+
+    convert(source, tmp_path / "dense", dequantize=True, chunk_bytes=3000)
+    assert same(load(tmp_path / "dense")["e.weight"], expected)
+
+    convert(source, tmp_path / "half", dequantize=True, dtype="bfloat16")
+    assert same(load(tmp_path / "half")["e.weight"], expected.astype(mx.bfloat16))
+
+    convert(source, tmp_path / "affine", bits=4, dtype="bfloat16", chunk_bytes=3000)
+    expect_triple(load(tmp_path / "affine"), "e", expected.astype(mx.bfloat16), "affine", 4, 64)
+
+    convert(source, tmp_path / "kept")
+    kept, before = load(tmp_path / "kept"), load(source)
+    assert all(same(kept[name], before[name]) for name in before)
+
+
+def test_a_global_scale_of_another_size_is_a_problem(
+    checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    parts, _ = nvfp4_parts(3)
+    source = checkpoint(parts | {"e.global_scale": np.ones(2, np.float32)}, NVFP4)
+    with pytest.raises(CheckpointError, match=r"e\.global_scale: F32 \[2\], expected"):
+        convert(source, tmp_path / "out", dequantize=True)

@@ -199,7 +199,8 @@ def dequantize(
     n_in = n_words * 32 // bits
     if n_words * 32 != n_in * bits or n_in % group_size:
         raise DivisibilityError(
-            f"[dequantize] words has shape {words.shape}, a group takes {group_size * bits // 32} words",
+            f"[dequantize] words has shape {words.shape}, "
+            f"a group takes {group_size * bits // 32} words",
             "words",
             n_words,
             max(group_size * bits // 32, 1),
@@ -226,14 +227,17 @@ def dequantize_into(
     bits: int,
     mode: str,
     out: Array,
+    global_scale: float | None = None,
 ) -> None:
     """Dequantize into ``out``; every array 2-D and C-contiguous.
+
+    With a ``global_scale`` (nvfp4 only) ``out`` is float32.
 
     Raises:
         ValueError: A shape, dtype or layout does not fit.
     """
     check_quantization(bits, group_size, mode)
-    _dequantize(words, scales, biases, group_size, bits, mode, out, None)
+    _dequantize(words, scales, biases, group_size, bits, mode, out, global_scale)
 
 
 def pack_words(codes: Array, bits: int) -> Array:

@@ -130,6 +130,11 @@ def _layer(
     if quantization.mode is not QuantMode.NVFP4 and "global_scale" in parts:
         message = f"must not be there: {quantization.mode} has no global scale"
         problems.append(Problem(f"{path}.global_scale", message))
+    if "global_scale" in parts:
+        info, experts = parts["global_scale"].info, leading[0] if len(leading) > 1 else 1
+        if info.dtype != "F32" or info.size not in (1, experts):
+            message = f"{info}, expected one F32, or one for each of {experts} experts"
+            problems.append(Problem(f"{path}.global_scale", message))
     if problems:
         return None, problems
     dtype = _decoded_dtype(parts, quantization)
