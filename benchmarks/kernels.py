@@ -1,0 +1,136 @@
+"""Each kernel alone: GB/s of dense values, against MLX and against a copy of the same bytes.
+
+    python benchmarks/kernels.py                       bf16, 4096 x 14336, one thread and two
+    python benchmarks/kernels.py --dtype float32 --modes affine:3:64 mxfp8
+    python benchmarks/kernels.py --isa avx2            another build of the kernels
+
+A mode is affine:BITS:GROUP or a name. Runs alternate between the contenders and the medians
+are printed; MLX runs on its CPU backend, which uses one thread for these operations.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import ml_dtypes
+import numpy as np
+
+from requant import _native
+from requant.arrays import native
+
+DEFAULT = ["affine:2:64", "affine:3:64", "affine:4:64", "affine:5:64", "affine:6:64", "affine:8:64"]
+DEFAULT += ["mxfp4", "mxfp8", "nvfp4"]
+FLOAT_MODES = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
+CHUNK_ROWS = 128  # a converter's chunk: its input and output stay in a core's cache
+
+
+def timed(function: Callable[[], object]) -> float:
+    """Seconds that one call takes."""
+    began = time.perf_counter()
+    function()
+    return time.perf_counter() - began
+
+
+def medians(contenders: dict[str, Callable[[], object]], runs: int) -> dict[str, float]:
+    """Median seconds of each, in alternation, after one round that does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in range(runs + 1):
+        for name, function in contenders.items():
+            took = timed(function)
+            if number:
+                seconds[name].append(took)
+    return {name: statistics.median(found) for name, found in seconds.items()}
+
+
+def by_chunks(call: Callable[[slice], object], rows: int, threads: int) -> None:
+    """Run ``call`` over all rows, chunk by chunk, on one thread or several."""
+    chunks = [slice(start, start + CHUNK_ROWS) for start in range(0, rows, CHUNK_ROWS)]
+    if threads == 1:
+        for chunk in chunks:
+            call(chunk)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(call, chunks))
+
+
+def measure(mode: str, w: np.ndarray, runs: int, with_mlx: bool) -> tuple[str, ...]:
+    """One line of the table."""
+    name, _, rest = mode.partition(":")
+    if name == "affine":
+        bits, group_size = (int(part) for part in rest.split(":"))
+    else:
+        bits, group_size = FLOAT_MODES[name]
+    words, scales, biases = native.quantize(w, group_size, bits, name)
+    out = np.empty_like(w)
+    rows = len(w)
+
+    def part(array: np.ndarray | None, chunk: slice) -> np.ndarray | None:
+        return None if array is None else array[chunk]
+
+    def encode(chunk: slice) -> None:
+        native.quantize_into(
+            w[chunk], group_size, bits, name, words[chunk], scales[chunk], part(biases, chunk)
+        )
+
+    def decode(chunk: slice) -> None:
+        parts = words[chunk], scales[chunk], part(biases, chunk)
+        native.dequantize_into(*parts, group_size, bits, name, out[chunk])
+
+    contenders: dict[str, Callable[[], object]] = {
+        "copy": lambda: np.copyto(out.view(np.uint8), w.view(np.uint8)),
+        "encode": lambda: by_chunks(encode, rows, 1),
+        "encode2": lambda: by_chunks(encode, rows, 2),
+        "decode": lambda: by_chunks(decode, rows, 1),
+        "decode2": lambda: by_chunks(decode, rows, 2),
+    }
+    if with_mlx:
+        import mlx.core as mx
+
+        mx.set_default_device(mx.cpu)
+        w_mx = mx.array(w.astype(np.float32)).astype(getattr(mx, w.dtype.name))
+        quantized = mx.quantize(w_mx, group_size, bits, name)
+        mx.eval(w_mx, *quantized)
+        contenders["mlx encode"] = lambda: mx.eval(*mx.quantize(w_mx, group_size, bits, name))
+        contenders["mlx decode"] = lambda: mx.eval(
+            mx.dequantize(*quantized, group_size=group_size, bits=bits, mode=name)
+        )
+    took = medians(contenders, runs)
+    rate = {key: w.nbytes / seconds / 1e9 for key, seconds in took.items()}
+    cells = [mode, f"{rate['copy']:.1f}"]
+    for what in ("encode", "decode"):
+        cells += [f"{rate[what]:.2f}", f"{rate[what + '2'] / rate[what]:.2f}"]
+        theirs = rate.get(f"mlx {what}")
+        cells += [f"{theirs:.3f}", f"{rate[what] / theirs:.1f}"] if theirs else ["", ""]
+    return tuple(cells)
+
+
+def main() -> None:
+    """Parse the arguments and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--shape", default="4096x14336")
+    parser.add_argument("--modes", nargs="+", default=DEFAULT)
+    parser.add_argument("--isa", choices=_native.available_isas())
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--skip-mlx", action="store_true")
+    args = parser.parse_args()
+    if args.isa:
+        _native.set_isa(args.isa)
+    shape = tuple(int(n) for n in args.shape.split("x"))
+    values = np.random.default_rng(0).standard_normal(shape, dtype=np.float32) * 0.02
+    dtype = ml_dtypes.bfloat16 if args.dtype == "bfloat16" else args.dtype
+    w = values.astype(dtype)
+    print(f"{args.dtype} {args.shape}, kernels for {_native.isa()}, GB/s of dense values")
+    head = ("mode", "copy", "encode", "x2", "mlx", "ratio", "decode", "x2", "mlx", "ratio")
+    print("".join(f"{cell:>9}" if n else f"{cell:12}" for n, cell in enumerate(head)))
+    for mode in args.modes:
+        cells = measure(mode, w, args.runs, not args.skip_mlx)
+        print("".join(f"{c:>9}" if n else f"{c:12}" for n, c in enumerate(cells)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
