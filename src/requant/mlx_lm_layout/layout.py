@@ -1,0 +1,311 @@
+"""The layout that mlx-lm would give a checkpoint, and how each tensor of it comes to be."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+
+from requant.dtypes import TensorInfo
+from requant.mlx_lm_layout.pipeline import (
+    HEADER_NAME,
+    MLX_DTYPE,
+    LayoutError,
+    UnknownModelError,
+    run,
+)
+from requant.mlx_lm_layout.trace import Traced
+from requant.schema import Quantization
+
+__all__ = [
+    "Computed",
+    "Extent",
+    "LayoutError",
+    "MlxLmLayout",
+    "Moved",
+    "UnknownModelError",
+    "mlx_lm_layout",
+]
+
+# Small computed tensors share a run of the rule; inputs and results of one run stay below
+# this, unless a single tensor is larger.
+_BATCH_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """A range of bytes of a source tensor's data."""
+
+    tensor: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """A tensor whose bytes are bytes of source tensors.
+
+    Attributes:
+        info: Dtype and shape.
+        extents: The bytes, in row-major order.
+    """
+
+    info: TensorInfo
+    extents: tuple[Extent, ...]
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The source tensors that it needs, in order."""
+        return tuple(dict.fromkeys(extent.tensor for extent in self.extents))
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is one source tensor's data from end to end, or several laid end to end."""
+        return len(self.extents) == len(self.inputs)
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """A tensor that the model's rule computes.
+
+    Attributes:
+        info: Dtype and shape.
+        inputs: The source tensors that it needs, in order.
+    """
+
+    info: TensorInfo
+    inputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class MlxLmLayout:
+    """What mlx-lm's conversion of one checkpoint would be.
+
+    Attributes:
+        tensors: Name after mlx-lm's renaming -> how the tensor comes to be. Nothing is cast
+            or newly quantized here: ``dtype``, ``keeps_dtype`` and ``targets`` say what is.
+        dropped: Source tensors that no output needs, in source order.
+        targets: Layer path -> the quantization that mlx-lm would apply.
+        dense_reasons: Layers that could be quantized and stay dense, each with the reason.
+        dtype: Header name that floating tensors are cast to before they are quantized; None
+            leaves each as it is. It is the wish, else what mlx-lm takes from the config.
+        keeps_dtype: Floating tensors that are exempt from the cast.
+        config: ``config.json`` as mlx-lm would write it.
+        saved: Name -> dtype and shape of everything that mlx-lm would write.
+        mangled: Layers of a quantized source on whose packed codes the rule would do
+            arithmetic, or whose parts it would treat unlike each other. Give them dense.
+    """
+
+    tensors: Mapping[str, Moved | Computed]
+    dropped: tuple[str, ...]
+    targets: Mapping[str, Quantization]
+    dense_reasons: Mapping[str, str]
+    dtype: str | None
+    keeps_dtype: frozenset[str]
+    config: dict[str, Any]
+    saved: Mapping[str, TensorInfo]
+    mangled: tuple[str, ...]
+    _computer: _Computer = field(repr=False, compare=False)
+
+    def compute(self, name: str, load: Callable[[str], mx.array]) -> mx.array:
+        """Evaluate one :class:`Computed` tensor, by the model's own rule on the CPU.
+
+        Small ones are evaluated several at a time and the others kept until asked for, so ask
+        in the order of ``tensors``. Threads may call; they take turns.
+
+        Args:
+            name: Its name in ``tensors``.
+            load: Gives a source tensor as ``mx.load`` would (float8 as uint8). Called for the
+                inputs of ``name`` and of what is evaluated with it.
+
+        Returns:
+            The tensor, evaluated, with the dtype and shape of its ``info``.
+        """
+        return self._computer.compute(name, load)
+
+
+def mlx_lm_layout(
+    config: Mapping[str, Any],
+    tensors: Mapping[str, TensorInfo],
+    *,
+    quantization: Quantization | None = None,
+    recipe: str | None = None,
+    dtype: str | None = None,
+    global_scale: bool = False,
+) -> MlxLmLayout:
+    """Learn what ``mlx_lm.convert`` would make of a checkpoint, without its data.
+
+    Args:
+        config: ``config.json`` as ``mlx_lm.utils.load_config`` gives it (with the
+            ``eos_token_id`` of ``generation_config.json``). For a source in MLX's quantized
+            format its ``quantization`` block describes the triples in ``tensors``.
+        tensors: Name -> dtype and shape of every source tensor, dense or parts of triples.
+        quantization: What to quantize to; None plans a dense output.
+        recipe: One of mlx-lm's mixed recipes (``mixed_2_6``); affine only.
+        dtype: Header name ("BF16") to cast floating tensors to; None takes the config's.
+        global_scale: Plan mlx-lm's one scale an expert, nvfp4 only.
+
+    Returns:
+        The layout.
+
+    Raises:
+        UnknownModelError: mlx-lm is not installed or has no class for the model.
+        LayoutError: mlx-lm's own conversion would fail (tensors missing or unknown, all
+            named), or its rule looks at values.
+        UsageError: A recipe with another mode than affine.
+    """
+    made = run(config, tensors, quantization, recipe, dtype, global_scale)
+    given = {name: _info(x) for name, x in made.traced.items()}
+    if given != made.loaded:  # a legacy method that repacks weights after the rule
+        unlike = [x for x in {**given, **made.loaded} if given.get(x) != made.loaded.get(x)]
+        listed = ", ".join(unlike[:5])
+        raise LayoutError(
+            f"mlx-lm changes {len(unlike)} tensors after its renaming ({listed}): "
+            "turn the source into MLX triples first"
+        )
+    outputs = {name: _output(x) for name, x in made.traced.items()}
+    used = {source for x in made.traced.values() for source in x.sources}
+    return MlxLmLayout(
+        tensors=outputs,
+        dropped=tuple(name for name in tensors if name not in used),
+        targets=made.targets,
+        dense_reasons=made.dense_reasons,
+        dtype=made.dtype,
+        keeps_dtype=made.keeps_dtype,
+        config=made.config,
+        saved=made.saved,
+        mangled=_mangled(tensors, outputs),
+        _computer=_Computer(made.rule, dict(tensors), outputs),
+    )
+
+
+def _info(traced: Traced) -> TensorInfo:
+    return TensorInfo(HEADER_NAME[traced.dtype], tuple(traced.shape))
+
+
+def _output(traced: Traced) -> Moved | Computed:
+    info = _info(traced)
+    if traced.pieces is None:
+        return Computed(info, traced.sources)
+    return Moved(info, tuple(Extent(*piece) for piece in traced.pieces))
+
+
+# -- quantized sources -----------------------------------------------------------------------
+
+_ROLES = ("weight", "scales", "biases")
+
+
+def _mangled(
+    tensors: Mapping[str, TensorInfo], outputs: Mapping[str, Moved | Computed]
+) -> tuple[str, ...]:
+    """Source layers whose codes do not come through the rule as codes."""
+    layer_of: dict[str, str] = {}
+    for name in tensors:
+        layer = name.removesuffix(".scales")
+        packed = tensors.get(f"{layer}.weight") if layer != name else None
+        if packed is not None and packed.dtype == "U32":
+            layer_of |= {
+                f"{layer}.{role}": layer for role in _ROLES if f"{layer}.{role}" in tensors
+            }
+    bad: set[str] = set()
+    for name, output in outputs.items():
+        layers = [layer_of[source] for source in output.inputs if source in layer_of]
+        if layers and (isinstance(output, Computed) or not _alike(name, output, outputs, tensors)):
+            bad.update(layers)
+    return tuple(dict.fromkeys(layer for layer in layer_of.values() if layer in bad))
+
+
+def _alike(
+    name: str,
+    output: Moved,
+    outputs: Mapping[str, Moved | Computed],
+    tensors: Mapping[str, TensorInfo],
+) -> bool:
+    """Whether a part of a triple takes the same rows, of the same layers, as its weight."""
+    layer, _, role = name.rpartition(".")
+    weight = outputs.get(f"{layer}.weight")
+    return (
+        role in _ROLES
+        and isinstance(weight, Moved)
+        and weight.info.shape[:-1] == output.info.shape[:-1]
+        and _rows(weight, tensors) == _rows(output, tensors)
+    )
+
+
+def _rows(output: Moved, tensors: Mapping[str, TensorInfo]) -> list[tuple[str, int, int]] | None:
+    """The rows that each extent takes, by layer; None where one cuts a row."""
+    rows = []
+    for extent in output.extents:
+        info = tensors[extent.tensor]
+        count = info.size // info.shape[-1] if info.shape and info.shape[-1] else 0
+        row_bytes = info.nbytes // count if count else 0
+        if not row_bytes or extent.start % row_bytes or extent.stop % row_bytes:
+            return None
+        layer = extent.tensor.rpartition(".")[0]
+        rows.append((layer, extent.start // row_bytes, extent.stop // row_bytes))
+    return rows
+
+
+# -- computed tensors ------------------------------------------------------------------------
+
+
+class _Computer:
+    """Runs the rule on placeholders for all tensors but the inputs of what is asked for.
+
+    What the rule makes of a placeholder is never evaluated: the trace has shown what depends
+    on what, and that no value decides what is done.
+    """
+
+    def __init__(
+        self,
+        rule: Callable[[dict[str, mx.array]], dict[str, mx.array]],
+        tensors: Mapping[str, TensorInfo],
+        outputs: Mapping[str, Moved | Computed],
+    ) -> None:
+        self._rule = rule
+        self._tensors = tensors
+        self._outputs = {name: x for name, x in outputs.items() if isinstance(x, Computed)}
+        self._batch_of = self._batches()
+        self._ready: dict[str, mx.array] = {}
+        self._begun: set[int] = set()
+        self._lock = threading.Lock()
+
+    def _batches(self) -> dict[str, tuple[int, tuple[str, ...]]]:
+        batches: list[list[str]] = [[]]
+        held = 0
+        for name, output in self._outputs.items():
+            size = output.info.nbytes + sum(self._tensors[x].nbytes for x in output.inputs)
+            if batches[-1] and held + size > _BATCH_BYTES:
+                batches.append([])
+                held = 0
+            batches[-1].append(name)
+            held += size
+        return {
+            name: (number, tuple(batch)) for number, batch in enumerate(batches) for name in batch
+        }
+
+    def compute(self, name: str, load: Callable[[str], mx.array]) -> mx.array:
+        with self._lock:
+            if name not in self._ready:
+                number, batch = self._batch_of[name]
+                # A tensor asked for twice is computed again, alone.
+                names = batch if number not in self._begun else (name,)
+                self._begun.add(number)
+                self._ready |= self._run(names, load)
+            return self._ready.pop(name)
+
+    def _run(self, names: tuple[str, ...], load: Callable[[str], mx.array]) -> dict[str, mx.array]:
+        needed = {source for name in names for source in self._outputs[name].inputs}
+        with mx.stream(mx.cpu):
+            weights = {
+                name: load(name) if name in needed else mx.zeros(info.shape, MLX_DTYPE[info.dtype])
+                for name, info in self._tensors.items()
+            }
+            made = self._rule(weights)
+            results = {name: mx.contiguous(made[name]) for name in names}
+            del weights, made
+            mx.eval(list(results.values()))
+        return results

@@ -1,0 +1,367 @@
+"""Run an MLX function without data, and learn which outputs are bytes of its inputs, moved.
+
+``mx.export_function`` traces a function on placeholders and reports every primitive with its
+arguments; evaluating anything meanwhile is an error of MLX's, so nothing is read and nothing
+can depend on values. Here each primitive is interpreted on byte ranges: those on a short
+list only move bytes, and whatever else there is makes its outputs *computed*. The list
+is tried out against MLX itself once a process; a primitive that does not do what we think
+is taken off it.
+"""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import accumulate, chain, product
+from math import prod
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+
+# A tensor in more pieces than this is computed: a plan would hold one entry for each.
+MAX_PIECES = 1024
+
+Shape = tuple[int, ...]
+
+
+class Piece(NamedTuple):
+    """A range of bytes of one input."""
+
+    source: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Traced:
+    """One array of the traced function.
+
+    Attributes:
+        shape: Its shape.
+        dtype: Its MLX dtype.
+        pieces: Its bytes in row-major order, as ranges of inputs; None if it is computed.
+        sources: The inputs that it needs, in the order in which they come up.
+    """
+
+    shape: Shape
+    dtype: mx.Dtype
+    pieces: tuple[Piece, ...] | None
+    sources: tuple[str, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return prod(self.shape) * self.dtype.size
+
+
+def trace(
+    function: Callable[[dict[str, mx.array]], Mapping[str, mx.array]],
+    arrays: Mapping[str, mx.array],
+) -> dict[str, Traced]:
+    """Run ``function`` on placeholders of the shapes and dtypes of ``arrays``.
+
+    Args:
+        function: Takes a weight map and returns one; called exactly once.
+        arrays: The inputs. Nothing of them is evaluated.
+
+    Returns:
+        Each output by name.
+
+    Raises:
+        ValueError: MLX refused: the function looks at values, or uses what cannot be traced.
+    """
+    return _trace(function, arrays, _agreed())
+
+
+def _trace(
+    function: Callable[[dict[str, mx.array]], Mapping[str, mx.array]],
+    arrays: Mapping[str, mx.array],
+    movers: Mapping[str, Mover],
+) -> dict[str, Traced]:
+    names: list[str] = []
+
+    def flat(*placeholders: mx.array) -> list[mx.array]:
+        outputs = dict(function(dict(zip(arrays, placeholders, strict=True))))
+        names.extend(outputs)
+        return list(outputs.values())
+
+    graph = _Graph(tuple(arrays), movers)
+    with _traceable():
+        mx.export_function(graph.event, flat, *arrays.values())
+    return {name: graph.values[key] for name, key in zip(names, graph.outputs, strict=True)}
+
+
+@dataclass
+class _Graph:
+    """Receives the export's events, and interprets each primitive as it comes."""
+
+    names: tuple[str, ...]
+    movers: Mapping[str, Mover]
+    values: dict[str, Traced] = field(default_factory=dict)
+    outputs: list[str] = field(default_factory=list)
+
+    def event(self, event: dict[str, Any]) -> None:
+        kind = event["type"]
+        if kind == "inputs":
+            for name, (key, shape, dtype) in zip(self.names, event["inputs"], strict=True):
+                nbytes = prod(shape) * dtype.size
+                self.values[key] = Traced(shape, dtype, (Piece(name, 0, nbytes),), (name,))
+        elif kind == "outputs":
+            self.outputs = [key for key, _, _ in event["outputs"]]
+        elif kind == "constants":
+            for key, array in event["constants"]:
+                self.values[key] = Traced(tuple(array.shape), array.dtype, None)
+        elif kind == "primitive":
+            self.primitive(event)
+
+    def primitive(self, event: dict[str, Any]) -> None:
+        inputs = [self.values[key] for key, _, _ in event["inputs"]]
+        outputs = [Traced(shape, dtype, None) for _, shape, dtype in event["outputs"]]
+        sources = inputs[0].sources if inputs else ()
+        if len(inputs) > 1:
+            sources = tuple(dict.fromkeys(chain.from_iterable(x.sources for x in inputs)))
+        mover = self.movers.get(event["name"])
+        moved: Sequence[tuple[Piece, ...] | None] = [None] * len(outputs)
+        if mover is not None and all(x.pieces is not None for x in inputs):
+            with suppress(TypeError, ValueError, IndexError):  # arguments of another form
+                moved = mover(event["arguments"], inputs, outputs)
+        for (key, _, _), output, pieces in zip(event["outputs"], outputs, moved, strict=True):
+            if pieces is None or sum(p.stop - p.start for p in pieces) != output.nbytes:
+                self.values[key] = Traced(output.shape, output.dtype, None, sources)
+                continue
+            needed = sources
+            if len(sources) > 1:
+                needed = tuple(dict.fromkeys(piece.source for piece in pieces))
+            self.values[key] = Traced(output.shape, output.dtype, pieces, needed)
+
+
+# -- primitives that move bytes --------------------------------------------------------------
+
+Mover = Callable[
+    [Sequence[Any], Sequence[Traced], Sequence[Traced]], Sequence[tuple[Piece, ...] | None]
+]
+
+
+def _same_bytes(
+    arguments: Sequence[Any], inputs: Sequence[Traced], outputs: Sequence[Traced]
+) -> Sequence[tuple[Piece, ...] | None]:
+    """Another shape (or, for View, dtype) of the same bytes."""
+    (value,), (output,) = inputs, outputs
+    return [value.pieces if value.nbytes == output.nbytes else None]
+
+
+def _as_type(
+    arguments: Sequence[Any], inputs: Sequence[Traced], outputs: Sequence[Traced]
+) -> Sequence[tuple[Piece, ...] | None]:
+    (value,), (output,) = inputs, outputs
+    return [value.pieces if value.dtype == output.dtype else None]
+
+
+def _transpose(
+    arguments: Sequence[Any], inputs: Sequence[Traced], outputs: Sequence[Traced]
+) -> Sequence[tuple[Piece, ...] | None]:
+    """Moving axes of length 1 leaves the bytes alone."""
+    ((value,), (axes,)) = inputs, arguments
+    rank = len(value.shape)
+    long = [axis % rank for axis in axes if value.shape[axis] != 1]
+    return [value.pieces if long == sorted(long) else None]
+
+
+def _slice(
+    arguments: Sequence[Any], inputs: Sequence[Traced], outputs: Sequence[Traced]
+) -> Sequence[tuple[Piece, ...] | None]:
+    ((value,), (output,), (start, stop, strides)) = inputs, outputs, arguments
+    if any(stride < 1 for stride in strides):
+        return [None]
+    ranges = list(map(range, start, stop, strides))
+    if tuple(map(len, ranges)) != output.shape or len(ranges) != len(value.shape):
+        return [None]
+    return [_select(value, ranges)]
+
+
+def _split(
+    arguments: Sequence[Any], inputs: Sequence[Traced], outputs: Sequence[Traced]
+) -> Sequence[tuple[Piece, ...] | None]:
+    (value,), (cuts, axis) = inputs, arguments
+    edges = [0, *cuts, value.shape[axis]]
+    moved = []
+    for low, high, output in zip(edges[:-1], edges[1:], outputs, strict=True):
+        ranges = [range(n) for n in value.shape]
+        ranges[axis] = range(low, high)
+        fits = tuple(map(len, ranges)) == output.shape
+        moved.append(_select(value, ranges) if fits else None)
+    return moved
+
+
+def _concatenate(
+    arguments: Sequence[Any], inputs: Sequence[Traced], outputs: Sequence[Traced]
+) -> Sequence[tuple[Piece, ...] | None]:
+    ((output,), (axis,)) = outputs, arguments
+    outer = prod(output.shape[:axis])
+    if outer * len(inputs) > MAX_PIECES and outer > 1:
+        return [None]
+    cutters = [_cutter(value.pieces or ()) for value in inputs]
+    steps = [value.nbytes // outer if outer else 0 for value in inputs]
+    pieces = (
+        cut(index * step, (index + 1) * step)
+        for index in range(outer)
+        for cut, step in zip(cutters, steps, strict=True)
+    )
+    return [_join(chain.from_iterable(pieces))]
+
+
+_MOVERS: dict[str, Mover] = {
+    **dict.fromkeys(("Reshape", "Flatten", "Unflatten", "ExpandDims", "Squeeze"), _same_bytes),
+    **dict.fromkeys(("View", "Broadcast", "Copy", "StopGradient"), _same_bytes),
+    "AsType": _as_type,
+    "Transpose": _transpose,
+    "Slice": _slice,
+    "Split": _split,
+    "Concatenate": _concatenate,
+}
+
+
+def _select(value: Traced, ranges: Sequence[range]) -> tuple[Piece, ...] | None:
+    """The bytes of a block of ``value``, one range an axis."""
+    if not all(ranges):
+        return ()
+    # Axes behind ``last`` are whole: what it selects are runs of ``inner`` bytes.
+    last = len(ranges) - 1
+    inner = value.dtype.size
+    while last >= 0 and ranges[last] == range(value.shape[last]):
+        inner *= value.shape[last]
+        last -= 1
+    if last < 0:
+        return value.pieces
+    steps = [inner * prod(value.shape[axis + 1 : last + 1]) for axis in range(last + 1)]
+    run = inner
+    if ranges[last].step == 1:
+        run *= len(ranges[last])
+        ranges = [*ranges[:last], ranges[last][:1]]
+    if prod(len(r) for r in ranges[: last + 1]) > MAX_PIECES:
+        return None
+    cut = _cutter(value.pieces or ())
+    pieces: list[Piece] = []
+    for index in product(*ranges[: last + 1]):
+        low = sum(i * step for i, step in zip(index, steps, strict=True))
+        pieces += cut(low, low + run)
+    return _join(pieces)
+
+
+def _cutter(pieces: Sequence[Piece]) -> Callable[[int, int], Iterator[Piece]]:
+    """A function that gives the bytes ``low..high`` of ``pieces`` laid end to end."""
+    edges = [0, *accumulate(piece.stop - piece.start for piece in pieces)]
+
+    def cut(low: int, high: int) -> Iterator[Piece]:
+        at = bisect_right(edges, low) - 1
+        while low < high:
+            piece, end = pieces[at], min(high, edges[at + 1])
+            begin = piece.start + low - edges[at]
+            yield Piece(piece.source, begin, begin + end - low)
+            low, at = end, at + 1
+
+    return cut
+
+
+def _join(pieces: Iterator[Piece] | Sequence[Piece]) -> tuple[Piece, ...] | None:
+    """Melt neighbours together; None where too many are left."""
+    joined: list[Piece] = []
+    for piece in pieces:
+        if joined and joined[-1].source == piece.source and joined[-1].stop == piece.start:
+            joined[-1] = Piece(piece.source, joined[-1].start, piece.stop)
+        elif piece.stop > piece.start:
+            joined.append(piece)
+    sources = {piece.source for piece in joined}
+    # Stacking many whole tensors is no shredding: only pieces beyond one a source count.
+    return tuple(joined) if len(joined) <= max(MAX_PIECES, len(sources)) else None
+
+
+# -- what MLX cannot export ------------------------------------------------------------------
+
+_lock = threading.RLock()
+
+
+def _uncopied(a: mx.array, *_: Any, **__: Any) -> mx.array:
+    """Stands in for ``mx.contiguous``, which changes where values lie and never what they are."""
+    return a
+
+
+def _cast(x: mx.array, dtype: mx.Dtype = mx.bfloat16, **_: Any) -> mx.array:
+    """Stands in for ``mx.from_fp8``: same shape and dtype, and computed as well."""
+    return x.astype(dtype)
+
+
+@contextmanager
+def _traceable() -> Iterator[None]:
+    """Replace, while tracing, the functions whose primitives MLX refuses to export.
+
+    The results stand for shapes, dtypes and dependencies only; no value comes of them.
+    """
+    with _lock:
+        kept = {"contiguous": mx.contiguous, "from_fp8": mx.from_fp8}
+        mx.contiguous, mx.from_fp8 = _uncopied, _cast
+        try:
+            yield
+        finally:
+            for name, function in kept.items():
+                setattr(mx, name, function)
+
+
+# -- trial against MLX -----------------------------------------------------------------------
+
+_TRIALS: dict[str, Callable[[mx.array], Sequence[mx.array]]] = {
+    "Reshape": lambda a: [a.reshape(4, 6, 3), a.reshape(-1)],
+    "Flatten": lambda a: [mx.flatten(a, 1, 2), mx.flatten(a, 0, 1)],
+    "Unflatten": lambda a: [mx.unflatten(a, 1, (2, 2)), mx.unflatten(a, -1, (3, 2))],
+    "ExpandDims": lambda a: [a[:, None], mx.expand_dims(a, -1)],
+    "Squeeze": lambda a: [a[1:2].squeeze(0), a[:, 2:3].squeeze()],
+    "View": lambda a: [a.view(mx.uint16), a.view(mx.uint8)[:, 1]],
+    "Broadcast": lambda a: [mx.broadcast_to(a, (1, 3, 4, 6)), mx.broadcast_to(a[:1], (3, 4, 6))],
+    "Copy": lambda a: [mx.array(a)],
+    "StopGradient": lambda a: [mx.stop_gradient(a)],
+    "AsType": lambda a: [a.astype(mx.uint16), a.astype(mx.int32)],
+    "Transpose": lambda a: [
+        mx.transpose(a[:, :1], (1, 0, 2)),
+        mx.moveaxis(a[:, None], 1, 2),
+        mx.swapaxes(a, 1, 2),
+        mx.transpose(a, (2, 0, 1)),
+    ],
+    "Slice": lambda a: [a[:2], a[:, 1:3], a[..., 1::2], a[1:, ::2, 2:5], a[::2, -3:, :-1], a[::-1]],
+    "Split": lambda a: [
+        *mx.split(a, 3),
+        *mx.split(a, 2, axis=1),
+        *mx.split(a, [1, 4], axis=-1),
+    ],
+    "Concatenate": lambda a: [
+        mx.concatenate([a, a[1:]]),
+        mx.concatenate([a[:, :1], a], axis=1),
+        mx.concatenate([a, a[..., 3:]], axis=-1),
+        mx.stack([a, a], axis=1),
+    ],
+}
+
+
+@cache
+def _agreed() -> dict[str, Mover]:
+    """The movers that, on small arrays, give what this MLX computes."""
+    array = mx.arange(72, dtype=mx.uint32).reshape(3, 4, 6)
+    data = bytes(memoryview(array))
+    wrong: set[str] = set()
+    for name, trial in _TRIALS.items():
+
+        def run(
+            weights: dict[str, mx.array], trial: Callable[[mx.array], Sequence[mx.array]] = trial
+        ) -> dict[str, mx.array]:
+            return {str(i): out for i, out in enumerate(trial(weights["a"]))}
+
+        expected = {key: bytes(memoryview(x)) for key, x in run({"a": array}).items()}
+        for key, traced in _trace(run, {"a": array}, _MOVERS).items():
+            if traced.pieces is None:
+                continue
+            if b"".join(data[p.start : p.stop] for p in traced.pieces) != expected[key]:
+                wrong.add(name)
+    return {name: mover for name, mover in _MOVERS.items() if name not in wrong}
