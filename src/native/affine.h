@@ -111,39 +111,50 @@ void affine_quantize(const void* w_, size_t groups, int bits, uint32_t* words, v
   }
 }
 
-// v = P(S(code * scale) + bias): the product is rounded to the dtype S of the
-// scales, the sum to the promoted dtype P.
-template <class S, class P>
-REQUANT_INLINE void affine_values(const uint8_t* REQUANT_RESTRICT codes, int count, float scale, float bias,
-                                  float* REQUANT_RESTRICT product, float* REQUANT_RESTRICT values) {
-  for (int i = 0; i < count; i++) product[i] = S::round(float(codes[i]) * scale);
-  seal(product);
-  for (int i = 0; i < count; i++) values[i] = P::round(product[i] + bias);
+// v = P(S(code * scale) + bias): the product is rounded to the dtype S of the scales, the
+// sum to the promoted dtype P. FINITE: scale and bias are, so no NaN can arise.
+template <class S, class P, class Out, int GROUP, bool FINITE>
+REQUANT_INLINE void affine_values(const uint8_t* REQUANT_RESTRICT codes, float scale, float bias,
+                                  typename Out::Stored* REQUANT_RESTRICT out) {
+  if constexpr (S::kRounds) {  // the rounding stands between product and sum
+    for (int i = 0; i < GROUP; i++) {
+      const float product = S::template round_known<FINITE>(float(codes[i]) * scale);
+      out[i] = Out::store(P::template round_known<FINITE>(product + bias));
+    }
+  } else {
+    alignas(64) float product[GROUP];
+    for (int i = 0; i < GROUP; i++) product[i] = float(codes[i]) * scale;
+    seal(product);
+    for (int i = 0; i < GROUP; i++) out[i] = Out::store(P::template round_known<FINITE>(product[i] + bias));
+  }
 }
 
-template <class S, class B, class P, class Out>
-void affine_dequantize(const uint32_t* words, const void* scales_, const void* biases_, size_t groups,
-                       int group_size, int bits, void* out_) {
+REQUANT_INLINE bool finite(float x) { return (bits_of(x) & kAbs32) < kInf32; }
+
+template <class S, class B, class P, class Out, int GROUP>
+void affine_dequantize(const uint32_t* words, const void* scales_, const void* biases_, size_t groups, int bits,
+                       void* out_) {
   const auto* in = reinterpret_cast<const uint8_t*>(words);
   const auto* scales = static_cast<const typename S::Stored*>(scales_);
   const auto* biases = static_cast<const typename B::Stored*>(biases_);
   auto* out = static_cast<typename Out::Stored*>(out_);
-  const size_t per_block = kBlock / group_size;
+  constexpr size_t per_block = kBlock / GROUP;
 
   alignas(64) uint8_t codes[kBlock];
-  alignas(64) float product[128], values[128];
   while (groups > 0) {
     const size_t count = groups < per_block ? groups : per_block;
-    unpack_codes(bits, in, count * group_size, codes);
+    unpack_codes(bits, in, count * GROUP, codes);
     for (size_t j = 0; j < count; j++) {
-      affine_values<S, P>(codes + j * group_size, group_size, S::load(scales[j]), B::load(biases[j]), product,
-                          values);
-      for (int i = 0; i < group_size; i++) out[j * group_size + i] = Out::store(values[i]);
+      const float scale = S::load(scales[j]), bias = B::load(biases[j]);
+      if (__builtin_expect(finite(scale) && finite(bias), 1))
+        affine_values<S, P, Out, GROUP, true>(codes + j * GROUP, scale, bias, out + j * GROUP);
+      else
+        affine_values<S, P, Out, GROUP, false>(codes + j * GROUP, scale, bias, out + j * GROUP);
     }
-    in += count * group_size * bits / 8;
+    in += count * GROUP * bits / 8;
     scales += count;
     biases += count;
-    out += count * group_size;
+    out += count * GROUP;
     groups -= count;
   }
 }

@@ -50,11 +50,18 @@ struct F32 {
   using Key = int32_t;
   static constexpr Key kAbs = 0x7fffffff;
   static constexpr Key kInf = 0x7f800000;
+  static constexpr Key kExponentStep = 0x00800000;  // twice the value
+  static constexpr int kMinExponent = -126;         // of normal numbers
   static constexpr bool kUnsignedNan = false;
 
   static REQUANT_INLINE float load(Stored u) { return float_of(u); }
   static REQUANT_INLINE Stored store(float x) { return bits_of(x); }
+  static constexpr bool kRounds = false;
   static REQUANT_INLINE float round(float x) { return x; }
+  template <bool>
+  static REQUANT_INLINE float round_known(float x) {
+    return x;
+  }
 };
 
 struct BF16 {
@@ -62,6 +69,8 @@ struct BF16 {
   using Key = int16_t;
   static constexpr Key kAbs = 0x7fff;
   static constexpr Key kInf = 0x7f80;
+  static constexpr Key kExponentStep = 0x0080;
+  static constexpr int kMinExponent = -126;
   static constexpr bool kUnsignedNan = true;
 
   static REQUANT_INLINE float load(Stored u) { return float_of(uint32_t(u) << 16); }
@@ -71,7 +80,15 @@ struct BF16 {
     return (u & kAbs32) > kInf32 ? (u | 0x00400000u) : even;
   }
   static REQUANT_INLINE Stored store(float x) { return Stored(rounded_bits(x) >> 16); }
+  static constexpr bool kRounds = true;
   static REQUANT_INLINE float round(float x) { return float_of(rounded_bits(x) & 0xffff0000u); }
+  // NO_NAN: the caller knows that x is none.
+  template <bool NO_NAN>
+  static REQUANT_INLINE float round_known(float x) {
+    if constexpr (!NO_NAN) return round(x);
+    const uint32_t u = bits_of(x);
+    return float_of((u + 0x7fffu + ((u >> 16) & 1u)) & 0xffff0000u);
+  }
 };
 
 struct F16 {
@@ -79,6 +96,8 @@ struct F16 {
   using Key = int16_t;
   static constexpr Key kAbs = 0x7fff;
   static constexpr Key kInf = 0x7c00;
+  static constexpr Key kExponentStep = 0x0400;
+  static constexpr int kMinExponent = -14;
   static constexpr bool kUnsignedNan = false;
 
   static REQUANT_INLINE float load(Stored h) {
@@ -102,7 +121,12 @@ struct F16 {
     h = a > kInf32 ? 0x7e00u : h;
     return Stored(h | ((u >> 16) & 0x8000u));
   }
+  static constexpr bool kRounds = true;
   static REQUANT_INLINE float round(float x) { return load(store(x)); }
+  template <bool>
+  static REQUANT_INLINE float round_known(float x) {
+    return round(x);
+  }
 };
 
 // ---------------------------------------------------------------- float8_e4m3fn

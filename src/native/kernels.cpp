@@ -60,7 +60,11 @@ void affine_dequantize_any(const uint32_t* words, const void* scales, Dtype scal
         using B = typename decltype(b)::Type;
         using Out = typename decltype(o)::Type;
         using P = typename Promoted<S, B>::Type;
-        affine_dequantize<S, B, P, Out>(words, scales, biases, groups, group_size, bits, out);
+        switch (group_size) {
+          case 32: return affine_dequantize<S, B, P, Out, 32>(words, scales, biases, groups, bits, out);
+          case 64: return affine_dequantize<S, B, P, Out, 64>(words, scales, biases, groups, bits, out);
+          case 128: return affine_dequantize<S, B, P, Out, 128>(words, scales, biases, groups, bits, out);
+        }
       });
     });
   });
@@ -89,9 +93,8 @@ void mx_dequantize_any(const uint32_t* words, const uint8_t* scales, size_t rows
 
 void nvfp4_quantize_any(const void* w, Dtype dtype, size_t rows, size_t cols, uint32_t* words, uint8_t* scales,
                         const float* global_scale) {
-  const float enc = global_scale != nullptr ? 2688.0f / *global_scale : 1.0f;
   with_dtype(dtype, [&](auto t) {
-    nvfp4_quantize<typename decltype(t)::Type>(w, rows * (cols / 16), words, scales, enc);
+    nvfp4_quantize<typename decltype(t)::Type>(w, rows * (cols / 16), words, scales, global_scale);
   });
 }
 

@@ -27,6 +27,27 @@ REQUANT_INLINE uint32_t encode_e2m1(float v) {
   return code | (code != 0 ? (u >> 28) & 8u : 0u);
 }
 
+// The same on magnitudes as stored: code = how many of seven ascending thresholds lie
+// strictly below. One integer comparison each, in lanes as narrow as the dtype.
+template <class T, int GROUP>
+REQUANT_INLINE void count_thresholds(const typename T::Stored* REQUANT_RESTRICT w,
+                                     const typename T::Key* REQUANT_RESTRICT thresholds,
+                                     uint8_t* REQUANT_RESTRICT codes) {
+  using Key = typename T::Key;
+  constexpr int sign_shift = 8 * sizeof(Key) - 1;
+  Key t[7];
+  for (int k = 0; k < 7; k++) t[k] = thresholds[k];
+  for (int i = 0; i < GROUP; i++) {
+    const Key a = Key(w[i] & T::kAbs);
+    Key code = 0;
+    for (int k = 0; k < 7; k++) code = Key(code + Key(a > t[k]));
+    const Key sign = Key(Key(Key(w[i]) >> sign_shift) & 8);
+    codes[i] = uint8_t(code | (code != 0 ? sign : Key(0)));
+  }
+}
+
+constexpr float kHalfways[7] = {0.25f, 0.75f, 1.25f, 1.75f, 2.5f, 3.5f, 5.0f};
+
 constexpr float kE2M1[16] = {0.0f,  0.5f,  1.0f,  1.5f,  2.0f,  3.0f,  4.0f,  6.0f,
                              -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f};
 
@@ -125,6 +146,15 @@ size_t mx_quantize(const void* w_, size_t groups, uint32_t* words, uint8_t* scal
         continue;
       }
       scales[j] = uint8_t(e + 127);
+      if constexpr (BITS == 4) {
+        if (e - 2 >= T::kMinExponent) {  // scaled by a power of two, the thresholds are exact
+          typename T::Key thresholds[7];
+          for (int k = 0; k < 7; k++)
+            thresholds[k] = typename T::Key(T::store(kHalfways[k]) + (typename T::Key(e) * T::kExponentStep));
+          count_thresholds<T, group>(x, thresholds, c);
+          continue;
+        }
+      }
       const float inverse = power_of_two(-e);  // e <= 126; the product is exact where it matters
       for (int i = 0; i < group; i++) {
         const float v = T::load(x[i]) * inverse;
@@ -172,32 +202,71 @@ void mx_dequantize(const uint32_t* words, const uint8_t* scales, size_t groups, 
 
 // ---------------------------------------------------------------- nvfp4
 
-// enc = 2688 / global scale, or 1.
+// For each scale byte the largest magnitude that still falls below each halfway point:
+// T(x / d) grows with x, so a division and a comparison become a comparison. Byte 0 stands
+// for d = 0, where every quotient is infinite or NaN and MLX's search gives code 0.
 template <class T>
-void nvfp4_quantize(const void* w_, size_t groups, uint32_t* words, uint8_t* scales, float enc) {
-  using Stored = typename T::Stored;
+struct Nvfp4Thresholds {
+  typename T::Key of[127][7];
+
+  Nvfp4Thresholds() {
+    using Key = typename T::Key;
+    using Stored = typename T::Stored;
+    for (int byte = 0; byte < 127; byte++) {
+      const float d = decode_e4m3(uint32_t(byte));
+      for (int k = 0; k < 7; k++) {
+        Key below = 0, above = T::kInf;  // T(below / d) <= halfway; the answer is less than above
+        while (byte != 0 && above - below > 1) {
+          const Key middle = Key(below + (above - below) / 2);
+          if (T::round(T::load(Stored(middle)) / d) <= kHalfways[k])
+            below = middle;
+          else
+            above = middle;
+        }
+        of[byte][k] = byte == 0 ? T::kAbs : below;
+      }
+    }
+  }
+};
+
+// Codes of a group by MLX's own steps; enc = 2688 / global scale, or 1.
+template <class T>
+void nvfp4_codes(const typename T::Stored* REQUANT_RESTRICT x, float top, float d, float enc,
+                 uint8_t* REQUANT_RESTRICT c) {
   constexpr int group = 16;
-  constexpr size_t per_block = kBlock / group;
+  alignas(64) float scaled[group];
+  const float most = float_of(bits_of(T::round(top / d) * enc) & kAbs32);
+  for (int i = 0; i < group; i++) scaled[i] = T::round(T::load(x[i]) / d) * enc;
+  seal(scaled);
+  if (most < 8388608.0f)
+    for (int i = 0; i < group; i++) c[i] = uint8_t(encode_e2m1(scaled[i]));
+  else
+    for (int i = 0; i < group; i++) c[i] = uint8_t(search_e2m1(scaled[i]));
+}
+
+template <class T>
+void nvfp4_quantize(const void* w_, size_t groups, uint32_t* words, uint8_t* scales, const float* global_scale) {
+  using Stored = typename T::Stored;
+  static const Nvfp4Thresholds<T> thresholds;
+  constexpr int group = 16;
+  constexpr int per_block = int(kBlock) / group;
+  const float enc = global_scale != nullptr ? 2688.0f / *global_scale : 1.0f;
   const auto* w = static_cast<const Stored*>(w_);
   auto* out = reinterpret_cast<uint8_t*>(words);
 
   alignas(64) uint8_t codes[kBlock];
-  alignas(64) float scaled[group];
+  alignas(64) float top[per_block];
   while (groups > 0) {
-    const int count = int(groups < per_block ? groups : per_block);
+    const int count = groups < size_t(per_block) ? int(groups) : per_block;
+    for (int j = 0; j < count; j++) top[j] = T::load(Stored(largest_magnitude<T>(w + j * group, group)));
+    for (int j = 0; j < count; j++) scales[j] = uint8_t(encode_e4m3(T::round(top[j] / 6.0f) * enc));
     for (int j = 0; j < count; j++) {
       const Stored* x = w + j * group;
-      uint8_t* c = codes + j * group;
-      const float top = T::load(Stored(largest_magnitude<T>(x, group)));
-      scales[j] = uint8_t(encode_e4m3(T::round(top / 6.0f) * enc));
-      const float d = decode_e4m3(scales[j]);
-      const float most = float_of(bits_of(T::round(top / d) * enc) & kAbs32);
-      for (int i = 0; i < group; i++) scaled[i] = T::round(T::load(x[i]) / d) * enc;
-      seal(scaled);
-      if (most < 8388608.0f)
-        for (int i = 0; i < group; i++) c[i] = uint8_t(encode_e2m1(scaled[i]));
+      // Byte 0x7e may be saturated, where quotients grow without bound.
+      if (global_scale == nullptr && scales[j] != 0x7e)
+        count_thresholds<T, group>(x, thresholds.of[scales[j]], codes + j * group);
       else
-        for (int i = 0; i < group; i++) c[i] = uint8_t(search_e2m1(scaled[i]));
+        nvfp4_codes<T>(x, top[j], decode_e4m3(scales[j]), enc, codes + j * group);
     }
     pack_codes<4>(codes, size_t(count) * group, out);
     w += count * group;

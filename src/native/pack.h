@@ -10,6 +10,8 @@
 
 namespace {
 
+typedef uint16_t __attribute__((may_alias)) Pair;  // two codes, the first in the low byte
+
 template <int BITS>
 REQUANT_INLINE uint64_t squeeze(uint64_t x) {
   if constexpr (BITS == 8) return x;
@@ -43,6 +45,11 @@ void pack_codes(const uint8_t* REQUANT_RESTRICT codes, size_t count, uint8_t* RE
     std::memcpy(out, codes, count);
     return;
   }
+  if constexpr (BITS == 4) {  // pairs in 16 bits: the plain loop vectorises
+    const auto* pairs = reinterpret_cast<const Pair*>(codes);
+    for (size_t i = 0; i < count / 2; i++) out[i] = uint8_t((pairs[i] & 15u) | ((pairs[i] >> 4) & 0xf0u));
+    return;
+  }
   for (size_t i = 0; i < count; i += 32, out += 4 * BITS) {
     uint64_t x[4];
     std::memcpy(x, codes + i, 32);
@@ -57,6 +64,11 @@ template <int BITS>
 void unpack_codes(const uint8_t* REQUANT_RESTRICT in, size_t count, uint8_t* REQUANT_RESTRICT codes) {
   if constexpr (BITS == 8) {
     std::memcpy(codes, in, count);
+    return;
+  }
+  if constexpr (BITS == 4) {
+    auto* pairs = reinterpret_cast<Pair*>(codes);
+    for (size_t i = 0; i < count / 2; i++) pairs[i] = Pair((in[i] & 15u) | ((in[i] & 0xf0u) << 4));
     return;
   }
   for (size_t i = 0; i < count; i += 32, in += 4 * BITS) {
