@@ -52,6 +52,7 @@ struct F32 {
   static constexpr Key kInf = 0x7f800000;
   static constexpr Key kExponentStep = 0x00800000;  // twice the value
   static constexpr int kMinExponent = -126;         // of normal numbers
+  static constexpr int kMantissa = 23, kBias = 127;
   static constexpr bool kUnsignedNan = false;
 
   static REQUANT_INLINE float load(Stored u) { return float_of(u); }
@@ -71,6 +72,7 @@ struct BF16 {
   static constexpr Key kInf = 0x7f80;
   static constexpr Key kExponentStep = 0x0080;
   static constexpr int kMinExponent = -126;
+  static constexpr int kMantissa = 7, kBias = 127;
   static constexpr bool kUnsignedNan = true;
 
   static REQUANT_INLINE float load(Stored u) { return float_of(uint32_t(u) << 16); }
@@ -98,6 +100,7 @@ struct F16 {
   static constexpr Key kInf = 0x7c00;
   static constexpr Key kExponentStep = 0x0400;
   static constexpr int kMinExponent = -14;
+  static constexpr int kMantissa = 10, kBias = 15;
   static constexpr bool kUnsignedNan = false;
 
   static REQUANT_INLINE float load(Stored h) {

@@ -46,6 +46,45 @@ REQUANT_INLINE void count_thresholds(const typename T::Stored* REQUANT_RESTRICT 
   }
 }
 
+// E4M3 codes of x / 2^e on stored bits: normal numbers by rounding the mantissa to three
+// bits, subnormal ones (below 2^-6) by counting halfway points. Ties go to the even code.
+template <class T>
+struct E4M3Thresholds {
+  typename T::Key normal, halfway[8];
+
+  E4M3Thresholds() : normal(typename T::Key(T::store(0.015625f))) {
+    // A code is passed by a strictly larger magnitude; odd ones let the tie pass.
+    for (int k = 0; k < 8; k++)
+      halfway[k] = typename T::Key(T::store((float(k) + 0.5f) * 0.001953125f) - uint32_t(k & 1));
+  }
+};
+
+template <class T, int GROUP>
+REQUANT_INLINE void e4m3_of_scaled(const typename T::Stored* REQUANT_RESTRICT w, int e, const E4M3Thresholds<T>& base,
+                                   uint8_t* REQUANT_RESTRICT codes) {
+  using Key = typename T::Key;
+  using Stored = typename T::Stored;
+  constexpr int drop = T::kMantissa - 3, to_sign = 8 * sizeof(Key) - 8;
+  constexpr Stored below_half = Stored((1 << (drop - 1)) - 1);
+  const Key shift = Key(Key(e) * T::kExponentStep);
+  const Stored rebias = Stored((T::kBias + e - 7) * 8);
+  const Key normal = Key(base.normal + shift);
+  Key halfway[8];
+  for (int k = 0; k < 8; k++) halfway[k] = Key(base.halfway[k] + shift);
+  alignas(64) Stored wide[GROUP];
+  for (int i = 0; i < GROUP; i++) {
+    const Key a = Key(w[i] & T::kAbs);
+    Stored small = 0;
+    for (int k = 0; k < 8; k++) small = Stored(small + Stored(a > halfway[k]));
+    const Stored odd = Stored(Stored(Stored(a) >> drop) & 1);
+    const Stored rounded = Stored(Stored(Stored(a) + below_half) + odd);
+    const Stored code = Stored(Stored(rounded >> drop) - rebias);
+    const Stored sign = Stored(Stored(w[i] >> to_sign) & 0x80);
+    wide[i] = Stored((a < normal ? small : code) | sign);
+  }
+  for (int i = 0; i < GROUP; i++) codes[i] = uint8_t(wide[i]);
+}
+
 constexpr float kHalfways[7] = {0.25f, 0.75f, 1.25f, 1.75f, 2.5f, 3.5f, 5.0f};
 
 constexpr float kE2M1[16] = {0.0f,  0.5f,  1.0f,  1.5f,  2.0f,  3.0f,  4.0f,  6.0f,
@@ -123,6 +162,9 @@ size_t mx_quantize(const void* w_, size_t groups, uint32_t* words, uint8_t* scal
   const auto* w = static_cast<const Stored*>(w_);
   auto* out = reinterpret_cast<uint8_t*>(words);
   size_t flushed = 0;
+  const E4M3Thresholds<T> e4m3;
+  typename T::Key halfways[7];
+  for (int k = 0; k < 7; k++) halfways[k] = typename T::Key(T::store(kHalfways[k]));
 
   alignas(64) uint8_t codes[kBlock];
   while (groups > 0) {
@@ -150,10 +192,13 @@ size_t mx_quantize(const void* w_, size_t groups, uint32_t* words, uint8_t* scal
         if (e - 2 >= T::kMinExponent) {  // scaled by a power of two, the thresholds are exact
           typename T::Key thresholds[7];
           for (int k = 0; k < 7; k++)
-            thresholds[k] = typename T::Key(T::store(kHalfways[k]) + (typename T::Key(e) * T::kExponentStep));
+            thresholds[k] = typename T::Key(halfways[k] + typename T::Key(e) * T::kExponentStep);
           count_thresholds<T, group>(x, thresholds, c);
           continue;
         }
+      } else if (e - 10 >= T::kMinExponent) {
+        e4m3_of_scaled<T, group>(x, e, e4m3, c);
+        continue;
       }
       const float inverse = power_of_two(-e);  // e <= 126; the product is exact where it matters
       for (int i = 0; i < group; i++) {
