@@ -88,7 +88,8 @@ class Step:
     @property
     def work_bytes_per_row(self) -> int:
         """Bytes that a worker holds for one row: inputs, outputs, and dense values between."""
-        held = sum(self.row_bytes(t) for t in (*self.inputs.values(), *self.outputs.values()))
+        held = sum(self.row_bytes(t) for t in self.inputs.values())
+        held += sum(self.row_bytes(t) for t in self.outputs.values())
         coded = self.operation in (Operation.ENCODE, Operation.RECODE)
         return held + coded * 2 * 4 * self.columns
 

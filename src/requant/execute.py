@@ -277,7 +277,7 @@ class _Run:
             row_bytes = step.row_bytes(stored)
             array = buffers.take(f"in {role}", stored.info.dtype, rows, row_bytes)
             offset = stored.offset + chunk.start * row_bytes
-            self.source.read(stored.file, offset, memoryview(array.view(np.uint8)).cast("B"))
+            self.source.read(stored.file, offset, _bytes(array))
             inputs[role] = array
             read += array.nbytes
         if step.global_scale is not None:
@@ -294,7 +294,7 @@ class _Run:
             raise
         for role, out in step.outputs.items():
             offset = out.offset + chunk.start * step.row_bytes(out)
-            data = memoryview(outputs[role].view(np.uint8)).cast("B")
+            data = _bytes(outputs[role])
             self.folder.write(out.file, offset, data)
             written += data.nbytes
         if finding.first_nonfinite_row is not None:
@@ -308,9 +308,14 @@ class _Run:
     def _row_scales(self, chunk: _Chunk, stored: StoredTensor) -> np.ndarray:
         """The global scale of each row of a chunk, from one for all or one an expert."""
         scales = np.empty(stored.info.size, np.float32)
-        self.source.read(stored.file, stored.offset, memoryview(scales.view(np.uint8)).cast("B"))
+        self.source.read(stored.file, stored.offset, _bytes(scales))
         expert = np.arange(chunk.start, chunk.stop) * scales.size // chunk.step.rows
         return scales[expert]
+
+
+def _bytes(array: np.ndarray) -> memoryview:
+    """The memory of a C-contiguous array, flat."""
+    return array.reshape(-1).view(np.uint8).data
 
 
 _Arrays = dict[str, np.ndarray]

@@ -11,7 +11,7 @@ from requant import _native
 from requant.dtypes import HEADER_NAME, KERNEL_FLOATS
 
 Array = np.ndarray[Any, np.dtype[Any]]
-_BITS = {2: np.dtype(np.uint16), 4: np.dtype(np.uint32)}
+_BITS: dict[int, np.dtype[Any]] = {2: np.dtype(np.uint16), 4: np.dtype(np.uint32)}
 
 
 def cast_into(source: Array, target: Array) -> int:
@@ -77,10 +77,11 @@ def encoding_error(
 def _steps(scales: Array, mode: str) -> Array:
     """The step of each group, float32."""
     if mode == "nvfp4":
-        return scales.reshape(-1).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
-    if scales.dtype == np.uint8:
-        return scales.reshape(-1).view(ml_dtypes.float8_e8m0fnu).astype(np.float32)
-    return np.abs(scales.reshape(-1).astype(np.float32))
+        scales = scales.view(ml_dtypes.float8_e4m3fn)
+    elif scales.dtype == np.uint8:
+        scales = scales.view(ml_dtypes.float8_e8m0fnu)
+    steps: Array = np.abs(scales.reshape(-1).astype(np.float32))
+    return steps
 
 
 def _bits(values: Array) -> Array:

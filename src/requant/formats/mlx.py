@@ -7,6 +7,7 @@ A row is one little-endian bit stream of codes in uint32 words.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from requant.arrays.native import check_quantization
 from requant.checkpoint import Checkpoint, StoredTensor
@@ -61,7 +62,7 @@ class Mlx:
         return SourceLayout(tuple(layers), quantization, tuple(problems))
 
 
-def _block(checkpoint: Checkpoint) -> tuple[str, object]:
+def _block(checkpoint: Checkpoint) -> tuple[str, Any]:
     """The quantization block that MLX reads first, and its key."""
     config = checkpoint.config
     if "quantization" in config:
