@@ -5,7 +5,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 extras=$1
 [ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
 stamp=.venv/requant-$extras.stamp
-state=$(cat pyproject.toml CMakeLists.txt src/native/* 2>/dev/null | cksum)
+state=$(find pyproject.toml CMakeLists.txt src/native -type f | sort | xargs cat | cksum)
 if [ "$(cat "$stamp" 2>/dev/null)" != "$state" ]; then
   echo "Installing requant[$extras] into .venv ..."
   .venv/bin/python -m pip install --quiet --disable-pip-version-check --upgrade pip
