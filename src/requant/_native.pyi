@@ -1,0 +1,51 @@
+"""
+Kernels of requant.
+
+Arrays are C-contiguous and outputs are allocated by the caller. Floats are passed
+as bits, uint16 or uint32, with a dtype name: "F32", "F16" or "BF16".
+"""
+
+from typing import Any
+
+import numpy.typing
+
+
+def affine_quantize(w: numpy.typing.NDArray[Any], dtype: str, group_size: int, bits: int, words: numpy.typing.NDArray[Any], scales: numpy.typing.NDArray[Any], biases: numpy.typing.NDArray[Any]) -> None: ...
+
+def affine_dequantize(words: numpy.typing.NDArray[Any], scales: numpy.typing.NDArray[Any], scales_dtype: str, biases: numpy.typing.NDArray[Any], biases_dtype: str, group_size: int, bits: int, out: numpy.typing.NDArray[Any], out_dtype: str) -> None: ...
+
+def mx_quantize(w: numpy.typing.NDArray[Any], dtype: str, mode: str, words: numpy.typing.NDArray[Any], scales: numpy.typing.NDArray[Any]) -> int:
+    """
+    Returns the number of groups flushed to zero: too small for an E8M0 scale.
+    """
+
+def mx_dequantize(words: numpy.typing.NDArray[Any], scales: numpy.typing.NDArray[Any], mode: str, out: numpy.typing.NDArray[Any], out_dtype: str) -> None: ...
+
+def nvfp4_quantize(w: numpy.typing.NDArray[Any], dtype: str, words: numpy.typing.NDArray[Any], scales: numpy.typing.NDArray[Any], global_scale: float | None = None) -> None: ...
+
+def nvfp4_dequantize(words: numpy.typing.NDArray[Any], scales: numpy.typing.NDArray[Any], out: numpy.typing.NDArray[Any], out_dtype: str, global_scale: float | None = None) -> None: ...
+
+def pack_words(codes: numpy.typing.NDArray[Any], bits: int, words: numpy.typing.NDArray[Any]) -> None: ...
+
+def unpack_words(words: numpy.typing.NDArray[Any], bits: int, codes: numpy.typing.NDArray[Any]) -> None: ...
+
+def cast(src: numpy.typing.NDArray[Any], src_dtype: str, dst: numpy.typing.NDArray[Any], dst_dtype: str) -> int:
+    """
+    Rounds to nearest even; returns the number of finite values that became infinite.
+    """
+
+def count_nonfinite(w: numpy.typing.NDArray[Any], dtype: str) -> int: ...
+
+def first_nonfinite(w: numpy.typing.NDArray[Any], dtype: str) -> int:
+    """Flat index, or -1."""
+
+def group_errors(a: numpy.typing.NDArray[Any], a_dtype: str, b: numpy.typing.NDArray[Any], b_dtype: str, group_size: int, group_max: numpy.typing.NDArray[Any]) -> tuple[float, float]:
+    """
+    Writes the largest |a - b| of each group (float32 bits); returns the sums of (a - b)^2 and of a^2.
+    """
+
+def isa() -> str: ...
+
+def set_isa(name: str) -> None: ...
+
+def available_isas() -> list[str]: ...
