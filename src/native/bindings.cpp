@@ -20,10 +20,30 @@ using namespace nb::literals;
 using requant::Dtype;
 using requant::kernels;
 
-namespace {
+// Arrays of any dtype and rank: the checks below say more than nanobind's would.
+template <class Array>
+struct Unchecked : Array {
+  Unchecked() = default;
+  explicit Unchecked(const Array& array) : Array(array) {}
+};
+using In = Unchecked<nb::ndarray<nb::ro, nb::device::cpu>>;
+using Out = Unchecked<nb::ndarray<nb::device::cpu>>;
 
-using In = nb::ndarray<nb::ro, nb::device::cpu>;
-using Out = nb::ndarray<nb::device::cpu>;
+// nanobind's own conversion, under a name in the stub that type checkers take.
+template <class Array>
+struct nanobind::detail::type_caster<Unchecked<Array>> {
+  NB_TYPE_CASTER(Unchecked<Array>, const_name("numpy.typing.NDArray[typing.Any]"))
+
+  template <class Flags>
+  bool from_python(handle src, Flags flags, cleanup_list* cleanup) noexcept {
+    make_caster<Array> array;
+    if (!array.from_python(src, flags, cleanup)) return false;
+    value = Unchecked<Array>(array.value);
+    return true;
+  }
+};
+
+namespace {
 
 [[noreturn]] void fail(const std::string& message) { throw nb::value_error(message.c_str()); }
 

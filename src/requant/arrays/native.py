@@ -34,11 +34,11 @@ AFFINE_BITS = (1, 2, 3, 4, 5, 6, 8)
 AFFINE_GROUP_SIZES = (32, 64, 128)
 _FLOAT_MODES = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
 
-_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-_FLOAT32 = np.dtype(np.float32)
+_BFLOAT16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+_FLOAT32: np.dtype[Any] = np.dtype(np.float32)
 _KERNEL_NAME = {_FLOAT32: "F32", np.dtype(np.float16): "F16", _BFLOAT16: "BF16"}
 _FLOAT_NAMES = ("float32", "float16", "bfloat16")
-_BITS_VIEW = {2: np.dtype(np.uint16), 4: np.dtype(np.uint32)}
+_BITS_VIEW: dict[int, np.dtype[Any]] = {2: np.dtype(np.uint16), 4: np.dtype(np.uint32)}
 _SCALE_BYTES = {
     np.dtype(np.uint8),
     np.dtype(ml_dtypes.float8_e8m0fnu),
@@ -62,6 +62,8 @@ def check_quantization(bits: int, group_size: int, mode: str) -> None:
         UnknownValueError: The mode is none of these.
         OutOfRangeError: ``bits`` or ``group_size`` is none of the mode's.
     """
+    legal_bits: tuple[int, ...]
+    legal_groups: tuple[int, ...]
     if mode == "affine":
         legal_bits, legal_groups = AFFINE_BITS, AFFINE_GROUP_SIZES
     elif mode in _FLOAT_MODES:
@@ -124,7 +126,8 @@ def quantize(
     affine = mode == "affine"
     scales = np.empty(groups, w.dtype if affine else np.uint8)
     biases = np.empty(groups, w.dtype) if affine else None
-    _quantize(_rows(w), group_size, bits, mode, _rows(words), _rows(scales), biases, scale)
+    biases_2d = None if biases is None else _rows(biases)
+    _quantize(_rows(w), group_size, bits, mode, _rows(words), _rows(scales), biases_2d, scale)
     return words, scales, biases
 
 
@@ -324,7 +327,7 @@ def _quantize(
         _same_dtype("scales", scales, w)
         _same_dtype("biases", biases, w)
         _native.affine_quantize(
-            _bits(w), name, group_size, bits, words, _bits(scales), _bits(_rows(biases))
+            _bits(w), name, group_size, bits, words, _bits(scales), _bits(biases)
         )
         return 0
     if mode == "nvfp4":
@@ -431,6 +434,7 @@ def _rows(array: Array) -> Array:
 
 
 def _bits(array: Array) -> Array:
+    """The values as unsigned integers of their size."""
     return array.view(_BITS_VIEW[array.dtype.itemsize])
 
 

@@ -1,0 +1,47 @@
+"""mx.quantize and mx.dequantize on the CPU, NumPy arrays in and out."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+
+from tests.native.reference import BF16
+
+_NAMES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+
+
+def to_mlx(array):
+    array = np.ascontiguousarray(array)
+    if array.dtype == BF16:
+        return mx.array(array.view(np.uint16)).view(mx.bfloat16)
+    return mx.array(array)
+
+
+def to_numpy(array):
+    if array.dtype == mx.bfloat16:
+        return np.array(array.view(mx.uint16)).view(BF16)
+    return np.array(array)
+
+
+def mlx_quantize(w, group_size, bits, mode, global_scale=None):
+    scale = None if global_scale is None else mx.array(global_scale, mx.float32)
+    with mx.stream(mx.cpu):
+        parts = mx.quantize(to_mlx(w), group_size, bits, mode, global_scale=scale)
+        return [to_numpy(part) for part in parts]
+
+
+def mlx_dequantize(words, scales, biases, group_size, bits, mode, *, dtype=None, global_scale=None):
+    scale = None if global_scale is None else mx.array(global_scale, mx.float32)
+    with mx.stream(mx.cpu):
+        return to_numpy(
+            mx.dequantize(
+                to_mlx(words),
+                to_mlx(scales),
+                None if biases is None else to_mlx(biases),
+                group_size,
+                bits,
+                mode,
+                global_scale=scale,
+                dtype=None if dtype is None else _NAMES[dtype.name],
+            )
+        )
