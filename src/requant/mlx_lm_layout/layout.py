@@ -61,11 +61,6 @@ class Moved:
         """The source tensors that it needs, in order."""
         return tuple(dict.fromkeys(extent.tensor for extent in self.extents))
 
-    @property
-    def whole(self) -> bool:
-        """Whether it is one source tensor's data from end to end, or several laid end to end."""
-        return len(self.extents) == len(self.inputs)
-
 
 @dataclass(frozen=True, slots=True)
 class Computed:

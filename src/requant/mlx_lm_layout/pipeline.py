@@ -289,15 +289,13 @@ def _written_config(utils: Any, model: Module, config: dict[str, Any]) -> dict[s
 
 
 def _modules(model: Module) -> dict[str, Module]:
-    leaves = tree_flatten(model.leaf_modules(), is_leaf=_is_module)
+    leaves: Any = tree_flatten(model.leaf_modules(), is_leaf=_is_module)
     return {path: module for path, module in leaves if _is_module(module)}
 
 
 def _infos(model: Module) -> dict[str, TensorInfo]:
-    return {
-        name: TensorInfo(HEADER_NAME[array.dtype], tuple(array.shape))
-        for name, array in tree_flatten(model.parameters())
-    }
+    parameters: Any = tree_flatten(model.parameters())
+    return {name: TensorInfo(HEADER_NAME[x.dtype], tuple(x.shape)) for name, x in parameters}
 
 
 def _compare(
