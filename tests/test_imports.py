@@ -21,6 +21,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("source_folder",),
     ("checkpoint",),
     ("formats", "mlx_lm_layout"),
+    ("relayout",),
     ("blueprint",),
     ("planner",),
     ("writer",),

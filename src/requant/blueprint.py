@@ -16,8 +16,9 @@ from functools import cached_property
 from math import prod
 from typing import Any
 
-from requant.checkpoint import Checkpoint, SourceFile, StoredTensor
+from requant.checkpoint import Checkpoint, SourceFile, SourceTensor
 from requant.dtypes import TensorInfo
+from requant.relayout import Relayout
 from requant.safetensors_header import build_header
 from requant.schema import PerLayerQuantization, Quantization
 
@@ -74,14 +75,14 @@ class Step:
     operation: Operation
     rows: int
     columns: int  # logical values in a row
-    inputs: Mapping[str, StoredTensor]
+    inputs: Mapping[str, SourceTensor]
     outputs: Mapping[str, OutputTensor]
     source: Quantization | None = None
     target: Quantization | None = None
     dtype: str = ""  # header name of the values between decoding and encoding
-    global_scale: StoredTensor | None = None  # nvfp4: one float32 for all rows, or one an expert
+    global_scale: SourceTensor | None = None  # nvfp4: one float32 for all rows, or one an expert
 
-    def row_bytes(self, tensor: StoredTensor | OutputTensor) -> int:
+    def row_bytes(self, tensor: SourceTensor | OutputTensor) -> int:
         """Bytes that one row takes in ``tensor``."""
         return tensor.info.nbytes // max(self.rows, 1)
 
@@ -138,6 +139,8 @@ class Plan:
         side_files: Files carried over byte for byte.
         left_out: Files not carried over, with the reason.
         notes: What the user should know, one sentence each.
+        checkpoint: The source.
+        relayout: mlx-lm's layout of it, where that was asked for.
     """
 
     source: str
@@ -152,6 +155,7 @@ class Plan:
     left_out: tuple[tuple[str, str], ...]
     notes: tuple[str, ...] = ()
     checkpoint: Checkpoint = field(repr=False, compare=False, kw_only=True)
+    relayout: Relayout | None = field(default=None, repr=False, compare=False, kw_only=True)
 
     @cached_property
     def parameters(self) -> int:

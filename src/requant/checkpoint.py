@@ -52,6 +52,41 @@ class StoredTensor:
     file: str
     offset: int
 
+    @property
+    def ranges(self) -> tuple[FileRange, ...]:
+        """Where its bytes lie, in order."""
+        return (FileRange(self.file, self.offset, self.info.nbytes),)
+
+
+@dataclass(frozen=True, slots=True)
+class FileRange:
+    """A run of bytes of a source file."""
+
+    file: str
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class JoinedTensor:
+    """A tensor whose bytes are those of several places, one after another."""
+
+    name: str
+    info: TensorInfo
+    ranges: tuple[FileRange, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ComputedTensor:
+    """A tensor that a model's own rule computes from others when it is needed."""
+
+    name: str
+    info: TensorInfo
+    inputs: tuple[str, ...]
+
+
+SourceTensor = StoredTensor | JoinedTensor | ComputedTensor
+
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
@@ -78,7 +113,7 @@ class Checkpoint:
 
     path: Path
     files: tuple[SourceFile, ...]
-    tensors: Mapping[str, StoredTensor]
+    tensors: Mapping[str, SourceTensor]
     config: Mapping[str, Any]
     config_text: str
     side_files: tuple[str, ...]

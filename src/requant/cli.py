@@ -30,6 +30,7 @@ from requant.options import (
     Force,
     GroupSize,
     Json,
+    Layout,
     MaxMemory,
     Mode,
     Only,
@@ -102,6 +103,7 @@ def convert(
     dtype: Dtype = None,
     override: Overrides = None,
     only: Only = None,
+    layout: Layout = "keep",
     max_memory: MaxMemory = None,
     threads: Threads = None,
     shard_size: ShardSize = SHARD_SIZE,  # type: ignore[assignment]  # parsed by parse_size
@@ -122,11 +124,12 @@ def convert(
       requant convert Llama-3.2-1B out --bits 4
       requant convert Llama-3.2-1B out --mode mxfp4
       requant convert Llama-3.2-1B out --bits 4 --override 'lm_head=6'
+      requant convert Mixtral-8x7B out --bits 4 --layout mlx-lm
       requant convert mlx-4bit out --dequantize --dtype bfloat16
     """  # noqa: D301
     from requant import console, conversion
 
-    wishes = _wishes(bits, group_size, mode, dequantize, dtype, override, only, shard_size)
+    wishes = _wishes(bits, group_size, mode, dequantize, dtype, override, only, layout, shard_size)
     if dry_run:
         with _answering_errors():
             plan = conversion.plan(source, **wishes)
@@ -167,6 +170,7 @@ def plan(
     dtype: Dtype = None,
     override: Overrides = None,
     only: Only = None,
+    layout: Layout = "keep",
     max_memory: MaxMemory = None,
     threads: Threads = None,
     shard_size: ShardSize = SHARD_SIZE,  # type: ignore[assignment]  # parsed by parse_size
@@ -184,7 +188,7 @@ def plan(
     """  # noqa: D301
     from requant import conversion
 
-    wishes = _wishes(bits, group_size, mode, dequantize, dtype, override, only, shard_size)
+    wishes = _wishes(bits, group_size, mode, dequantize, dtype, override, only, layout, shard_size)
     with _answering_errors():
         _print_plan(conversion.plan(source, **wishes), threads, max_memory, json)
 
@@ -219,6 +223,7 @@ def _wishes(
     dtype: str | None,
     override: list[str] | None,
     only: list[str] | None,
+    layout: str,
     shard_size: int,
 ) -> dict[str, Any]:
     """The keyword arguments that ``requant.plan`` and ``requant.convert`` share."""
@@ -230,6 +235,7 @@ def _wishes(
         "dtype": dtype,
         "overrides": override or (),
         "only": only or (),
+        "layout": layout,
         "shard_size": shard_size,
     }
 

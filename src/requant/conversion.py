@@ -31,6 +31,7 @@ def plan(
     dtype: str | None = None,
     overrides: Iterable[str | tuple[str, Spec | str]] = (),
     only: Sequence[str] = (),
+    layout: str = "keep",
     shard_size: int = 5 << 30,
 ) -> Plan:
     """Lay out a conversion without doing it; only headers and JSON are read.
@@ -50,6 +51,7 @@ def plan(
         dtype=dtype,
         overrides=overrides,
         only=only,
+        layout=layout,
         max_shard_bytes=shard_size,
     )
     return make_plan(Path(source), wishes)
@@ -67,6 +69,7 @@ def convert(
     dtype: str | None = None,
     overrides: Iterable[str | tuple[str, Spec | str]] = (),
     only: Sequence[str] = (),
+    layout: str = "keep",
     shard_size: int = 5 << 30,
     max_memory: int | None = None,
     threads: int | None = None,
@@ -92,6 +95,8 @@ def convert(
             are quantized.
         overrides: ``"REGEX=SPEC"`` or ``(regex, spec)`` on layer paths; the last match wins.
         only: Regexes; layers that none matches are left as they are.
+        layout: "keep" (the source's tensor names) or "mlx-lm" (names, shapes, choice of layers
+            and config of mlx-lm's converter; needs mlx-lm).
         shard_size: Most bytes of one output file.
         max_memory: Most bytes to hold in memory, mapped pages aside.
         threads: Worker threads; every processor by default.
@@ -124,6 +129,7 @@ def convert(
         dtype=dtype,
         overrides=overrides,
         only=only,
+        layout=layout,
         max_shard_bytes=shard_size,
     )
     made = make_plan(Path(source), wishes)

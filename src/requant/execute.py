@@ -19,7 +19,7 @@ import numpy as np
 
 from requant.arrays import native, values
 from requant.blueprint import Operation, Plan, Step
-from requant.checkpoint import StoredTensor
+from requant.checkpoint import ComputedTensor, JoinedTensor, SourceTensor, StoredTensor
 from requant.dtypes import NUMPY_DTYPE
 from requant.errors import CheckpointError, OutOfRangeError, Problem, RequantError
 from requant.schema import Quantization
@@ -164,6 +164,19 @@ class _Source:
             os.close(fd)
         self.fds.clear()
 
+    def read_tensor(
+        self, tensor: StoredTensor | JoinedTensor, start: int, into: memoryview
+    ) -> None:
+        """Fill ``into`` with a tensor's bytes from ``start`` on, wherever they lie."""
+        for part in tensor.ranges:
+            if not into:
+                return
+            if start < part.nbytes:
+                size = min(part.nbytes - start, len(into))
+                self.read(part.file, part.offset + start, into[:size])
+                into, start = into[size:], part.nbytes
+            start -= part.nbytes
+
     def read(self, file: str, offset: int, into: memoryview) -> None:
         """Fill ``into`` with the bytes at ``offset``."""
         fd = self.fds[file]
@@ -195,18 +208,30 @@ class _Buffers:
         return held[:nbytes].view(NUMPY_DTYPE[dtype]).reshape(rows, -1)
 
 
+_Arrays = dict[str, np.ndarray]
+
+
 @dataclass(frozen=True, slots=True)
 class _Chunk:
     step: Step
     start: int
     stop: int
 
+    def parts(self, chunk_bytes: int) -> Iterator[_Chunk]:
+        """The same rows in pieces that a worker's buffers hold."""
+        rows = max(1, chunk_bytes // max(1, self.step.work_bytes_per_row))
+        for start in range(self.start, self.stop, rows):
+            yield _Chunk(self.step, start, min(start + rows, self.stop))
+
 
 def _chunks(steps: Sequence[Step], chunk_bytes: int) -> Iterator[_Chunk]:
+    """What workers take one by one; a computed tensor stays with the worker that has it."""
     for step in steps:
-        rows = max(1, chunk_bytes // max(1, step.work_bytes_per_row))
-        for start in range(0, step.rows, rows):
-            yield _Chunk(step, start, min(start + rows, step.rows))
+        whole = _Chunk(step, 0, step.rows)
+        if any(isinstance(tensor, ComputedTensor) for tensor in step.inputs.values()):
+            yield whole
+        else:
+            yield from whole.parts(chunk_bytes)
 
 
 class _Run:
@@ -260,7 +285,7 @@ class _Run:
                     chunk = next(self.chunks, None)
                 if chunk is None:
                     break
-                self._do(chunk, buffers)
+                self._do_all(chunk, buffers)
         except BaseException as error:
             with self.lock:
                 self.error = self.error or error
@@ -270,14 +295,33 @@ class _Run:
             if not self.running or self.error is not None:
                 self.done.set()
 
-    def _do(self, chunk: _Chunk, buffers: _Buffers) -> None:
+    def _do_all(self, chunk: _Chunk, buffers: _Buffers) -> None:
+        computed = {
+            tensor.name: self.plan.relayout.compute(tensor.name)
+            for tensor in chunk.step.inputs.values()
+            if isinstance(tensor, ComputedTensor) and self.plan.relayout is not None
+        }
+        if not computed:
+            self._do(chunk, buffers, computed)
+            return
+        for part in chunk.parts(self.budget.chunk_bytes):
+            if self.stop.is_set():
+                return
+            self._do(part, buffers, computed)
+
+    def _do(self, chunk: _Chunk, buffers: _Buffers, computed: _Arrays) -> None:
         step, rows = chunk.step, chunk.stop - chunk.start
-        inputs, outputs, read, written = {}, {}, 0, 0
-        for role, stored in step.inputs.items():
-            row_bytes = step.row_bytes(stored)
-            array = buffers.take(f"in {role}", stored.info.dtype, rows, row_bytes)
-            offset = stored.offset + chunk.start * row_bytes
-            self.source.read(stored.file, offset, _bytes(array))
+        inputs: _Arrays = {}
+        outputs: _Arrays = {}
+        read = written = 0
+        for role, tensor in step.inputs.items():
+            row_bytes = step.row_bytes(tensor)
+            array = buffers.take(f"in {role}", tensor.info.dtype, rows, row_bytes)
+            if isinstance(tensor, ComputedTensor):
+                start = chunk.start * row_bytes
+                _bytes(array)[:] = computed[tensor.name][start : start + array.nbytes].data
+            else:
+                self.source.read_tensor(tensor, chunk.start * row_bytes, _bytes(array))
             inputs[role] = array
             read += array.nbytes
         if step.global_scale is not None:
@@ -305,10 +349,11 @@ class _Run:
             self.bytes_done += read
             self.bytes_written += written
 
-    def _row_scales(self, chunk: _Chunk, stored: StoredTensor) -> np.ndarray:
+    def _row_scales(self, chunk: _Chunk, stored: SourceTensor) -> np.ndarray:
         """The global scale of each row of a chunk, from one for all or one an expert."""
+        assert not isinstance(stored, ComputedTensor)
         scales = np.empty(stored.info.size, np.float32)
-        self.source.read(stored.file, stored.offset, _bytes(scales))
+        self.source.read_tensor(stored, 0, _bytes(scales))
         expert = np.arange(chunk.start, chunk.stop) * scales.size // chunk.step.rows
         return scales[expert]
 
@@ -318,7 +363,6 @@ def _bytes(array: np.ndarray) -> memoryview:
     return array.reshape(-1).view(np.uint8).data
 
 
-_Arrays = dict[str, np.ndarray]
 _ROW_SCALES = "row scales"
 
 

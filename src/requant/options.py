@@ -80,6 +80,14 @@ Only = Annotated[
         "--only", metavar="REGEX", help="Leave layers that REGEX does not find. Repeatable."
     ),
 ]
+Layout = Annotated[
+    str,
+    typer.Option(
+        "--layout",
+        metavar="LAYOUT",
+        help="keep: the source's tensor names; mlx-lm: what mlx-lm's converter would write.",
+    ),
+]
 ShardSize = Annotated[
     int,
     typer.Option(

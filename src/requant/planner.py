@@ -24,10 +24,11 @@ from requant.blueprint import (
     describe,
     place,
 )
-from requant.checkpoint import Checkpoint, StoredTensor, read_checkpoint
+from requant.checkpoint import Checkpoint, SourceTensor, read_checkpoint
 from requant.dtypes import FLOATS, KERNEL_FLOATS, TensorInfo
 from requant.errors import CheckpointError, Problem, UsageError
 from requant.formats import SourceLayer, SourceLayout, detect
+from requant.relayout import Relayout, relayout
 from requant.schema import SKIP, PerLayerQuantization, Quantization, QuantMode
 from requant.wishes import Wishes, resolve_quantization
 
@@ -59,7 +60,16 @@ def make_plan(source: str | Path, wishes: Wishes) -> Plan:
     layout = found.read(checkpoint)
     if layout.problems:
         raise CheckpointError(str(source), layout.problems)
-    return Planner(checkpoint, found.name, layout, wishes).plan()
+    if wishes.layout == "keep":
+        return Planner(checkpoint, found.name, layout, wishes).plan()
+    target = wishes.quantization
+    if target is None and not wishes.dequantize and layout.quantization is None:
+        target = resolve_quantization()
+    moved = relayout(checkpoint, target, wishes.dtype)
+    layout = found.read(moved.checkpoint)
+    if layout.problems:
+        raise CheckpointError(str(source), layout.problems)
+    return Planner(moved.checkpoint, found.name, layout, wishes, moved).plan()
 
 
 _EXPERT = re.compile(r"\.experts\.\d+\.")
@@ -69,14 +79,16 @@ class Planner:
     """Takes one decision per layer, then lays out steps and shards."""
 
     def __init__(
-        self, checkpoint: Checkpoint, format_name: str, layout: SourceLayout, wishes: Wishes
+        self,
+        checkpoint: Checkpoint,
+        format_name: str,
+        layout: SourceLayout,
+        wishes: Wishes,
+        moved: Relayout | None = None,
     ) -> None:
-        self.checkpoint, self.format, self.layout, self.wishes = (
-            checkpoint,
-            format_name,
-            layout,
-            wishes,
-        )
+        self.checkpoint, self.format, self.layout = checkpoint, format_name, layout
+        self.wishes, self.moved = wishes, moved
+        self.mlx_lm = None if moved is None else moved.layout
         self.notes: list[str] = []
         self.wrong_wishes: list[Problem] = []
         self.default = self._default()
@@ -113,6 +125,12 @@ class Planner:
             layers.append(self._layer_plan(layer, target, reason, made))
             if target is not None:
                 per_layer[layer.path] = target
+        if self.mlx_lm is not None and self.mlx_lm.dropped:
+            first = ", ".join(self.mlx_lm.dropped[:3])
+            self.notes.append(
+                f"{len(self.mlx_lm.dropped)} tensors that mlx-lm does not use are left out: "
+                f"{first}{', ...' if len(self.mlx_lm.dropped) > 3 else ''}"
+            )
         shards, steps = place(steps, self.wishes.max_shard_bytes)
         quantization = self._quantization(per_layer)
         self._note_loads(layers)
@@ -129,6 +147,7 @@ class Planner:
             left_out=self.checkpoint.left_out,
             notes=tuple(self.notes),
             checkpoint=self.checkpoint,
+            relayout=self.moved,
         )
 
     # -- one layer's fate --------------------------------------------------------------
@@ -171,6 +190,10 @@ class Planner:
             return target or layer.encoding, reason
         if self.format != "dense" and not wishes.only:
             return None, "dense in the source"
+        if self.mlx_lm is not None:
+            return self.mlx_lm.targets.get(layer.path), self.mlx_lm.dense_reasons.get(
+                layer.path, ""
+            )
         return _dense_target(layer, self.default, wishes.dtype)
 
     def _forced(self, layer: SourceLayer, target: Quantization) -> Quantization | None:
@@ -195,6 +218,11 @@ class Planner:
         """Dtype of the layer's values before they are quantized or stored dense."""
         wish = self.wishes.dtype
         castable = layer.dtype in FLOATS and not _KEEPS_DTYPE.search(layer.path)
+        if self.mlx_lm is not None and layer.encoding is None:
+            wish = self.mlx_lm.dtype
+            castable = layer.dtype in FLOATS and (
+                layer.parts["weight"].name not in self.mlx_lm.keeps_dtype
+            )
         return wish if wish is not None and castable else layer.dtype
 
     # -- steps -------------------------------------------------------------------------
@@ -281,9 +309,12 @@ class Planner:
 
     def _config(self, quantization: PerLayerQuantization | None) -> dict[str, Any]:
         """The source's config with the quantization and dtype that now hold."""
+        wishes = self.wishes
+        if self.mlx_lm is not None and not (wishes.overrides or wishes.only or wishes.spoiled):
+            return dict(self.mlx_lm.config)
         config = {
             key: value
-            for key, value in self.checkpoint.config.items()
+            for key, value in (self.mlx_lm or self.checkpoint).config.items()
             if key not in ("quantization", "quantization_config")
         }
         if self.wishes.dtype is not None:
@@ -300,8 +331,8 @@ class Planner:
         """Warn of dtypes that MLX cannot load (mlx-layouts: F64 and F8_E5M2 raise)."""
         if any(_EXPERT.search(x.layer) and x.target != x.source for x in layers):
             self.notes.append(
-                "Experts keep their own names here (layers..experts.0...); mlx-lm stacks them and "
-                "does not load them quantized under these names."
+                "Experts keep their own names here, and mlx-lm does not load them quantized so: "
+                "--layout mlx-lm stacks them as it does."
             )
         unloadable = sorted({x.target for x in layers} & {"F64", "F8_E5M2", "C64"})
         if unloadable:
@@ -361,7 +392,7 @@ def _fit_group(n_in: int, wish: Quantization) -> tuple[Quantization | None, str]
     return None, f"last axis {n_in} is no multiple of group {wish.group_size} or a smaller one"
 
 
-def _flat_step(layer: str, part: StoredTensor, dtype: str | None) -> Step:
+def _flat_step(layer: str, part: SourceTensor, dtype: str | None) -> Step:
     """Copy or cast one tensor, value by value."""
     dtype = dtype or part.info.dtype
     output = OutputTensor(part.name, TensorInfo(dtype, part.info.shape))

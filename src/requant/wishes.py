@@ -22,6 +22,8 @@ MODE_DEFAULTS = {
 }
 DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 
+LAYOUTS = ("keep", "mlx-lm")
+
 Spec = Quantization | Skip
 Override = tuple[str, Spec]
 
@@ -115,6 +117,8 @@ class Wishes:
         dtype: Header name ("BF16") for floating tensors; None keeps each one's own.
         overrides: Regex on the layer path -> target; the last match wins.
         only: Regexes; a layer that none of them matches is left as it is.
+        layout: "keep" leaves tensors their names; "mlx-lm" gives them the names, shapes and
+            choice of layers of mlx-lm's own converter.
         max_shard_bytes: Output shards are cut before they exceed this.
         spoiled: Layers that a first pass found to hold NaN or infinity; left as they are.
     """
@@ -124,6 +128,7 @@ class Wishes:
     dtype: str | None = None
     overrides: tuple[Override, ...] = ()
     only: tuple[str, ...] = ()
+    layout: str = "keep"
     max_shard_bytes: int = 5 << 30
     spoiled: frozenset[str] = frozenset()
 
@@ -138,6 +143,7 @@ class Wishes:
         dtype: str | None = None,
         overrides: Iterable[str | tuple[str, Spec | str]] = (),
         only: Sequence[str] = (),
+        layout: str = "keep",
         max_shard_bytes: int = 5 << 30,
     ) -> Wishes:
         """Check and assemble what the command line and the Python doors take.
@@ -157,6 +163,8 @@ class Wishes:
             raise UsageError("choose one: dequantize, or bits, group size and mode")
         if dtype is not None and dtype not in DTYPES:
             raise UnknownValueError("no such dtype", dtype, list(DTYPES))
+        if layout not in LAYOUTS:
+            raise UnknownValueError("no such layout", layout, LAYOUTS)
         if max_shard_bytes < 1:
             raise UsageError(f"a shard of {max_shard_bytes} bytes holds nothing")
         only = (only,) if isinstance(only, str) else tuple(only)
@@ -168,5 +176,6 @@ class Wishes:
             None if dtype is None else DTYPES[dtype],
             tuple(parse_override(text, quantization) for text in overrides),
             only,
+            layout,
             max_shard_bytes,
         )

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from requant.checkpoint import Checkpoint, StoredTensor
+from requant.checkpoint import Checkpoint, SourceTensor
 from requant.errors import Problem
 from requant.schema import PerLayerQuantization, Quantization
 
@@ -26,7 +26,7 @@ class SourceLayer:
     """
 
     path: str
-    parts: Mapping[str, StoredTensor]
+    parts: Mapping[str, SourceTensor]
     encoding: Quantization | None
     shape: tuple[int, ...]
     dtype: str
@@ -58,7 +58,7 @@ class Format(Protocol):
         """Sort every tensor into layers, and list what is wrong with them."""
 
 
-def dense_layer(tensor: StoredTensor) -> SourceLayer:
+def dense_layer(tensor: SourceTensor) -> SourceLayer:
     """Describe a tensor that is stored as its values."""
     name = tensor.name
     path = name.removesuffix(".weight") if name.endswith(".weight") else name

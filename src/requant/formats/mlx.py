@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from requant.arrays.native import check_quantization
-from requant.checkpoint import Checkpoint, StoredTensor
+from requant.checkpoint import Checkpoint, SourceTensor
 from requant.dtypes import KERNEL_FLOATS, TensorInfo
 from requant.errors import OutOfRangeError, ParseError, Problem
 from requant.formats.base import SourceLayer, SourceLayout, dense_layer
@@ -73,9 +73,9 @@ def _block(checkpoint: Checkpoint) -> tuple[str, Any]:
     return "quantization", None
 
 
-def _parts(tensors: Mapping[str, StoredTensor]) -> dict[str, dict[str, StoredTensor]]:
+def _parts(tensors: Mapping[str, SourceTensor]) -> dict[str, dict[str, SourceTensor]]:
     """Layer path -> role -> tensor, for each weight with scales beside it."""
-    found: dict[str, dict[str, StoredTensor]] = {}
+    found: dict[str, dict[str, SourceTensor]] = {}
     for name in tensors:
         path = name.removesuffix(".scales")
         if path == name or f"{path}.weight" not in tensors:
@@ -87,7 +87,7 @@ def _parts(tensors: Mapping[str, StoredTensor]) -> dict[str, dict[str, StoredTen
 
 
 def _layer(
-    path: str, parts: Mapping[str, StoredTensor], quantization: Quantization | None
+    path: str, parts: Mapping[str, SourceTensor], quantization: Quantization | None
 ) -> tuple[SourceLayer | None, list[Problem]]:
     """Hold a triple against its parameters; all that disagrees is listed."""
     if quantization is None:
@@ -142,7 +142,7 @@ def _layer(
     return SourceLayer(path, parts, quantization, (*leading, n_in), dtype), []
 
 
-def _decoded_dtype(parts: Mapping[str, StoredTensor], quantization: Quantization) -> str:
+def _decoded_dtype(parts: Mapping[str, SourceTensor], quantization: Quantization) -> str:
     """The dtype that ``mx.dequantize`` gives when told nothing."""
     if quantization.mode is not QuantMode.AFFINE:
         return "F32" if "global_scale" in parts else "BF16"

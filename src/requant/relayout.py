@@ -1,0 +1,122 @@
+"""Between steps 2 and 3: a checkpoint under the names that mlx-lm would give its tensors.
+
+What mlx-lm merely moves (renamed, stacked, split) stays bytes of the source files; what its
+model class computes is computed when the run comes to it, one tensor at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from requant.checkpoint import (
+    Checkpoint,
+    ComputedTensor,
+    FileRange,
+    JoinedTensor,
+    SourceTensor,
+    StoredTensor,
+)
+from requant.errors import CheckpointError, Problem, RequantError
+from requant.schema import Quantization
+
+if TYPE_CHECKING:
+    from requant.mlx_lm_layout import MlxLmLayout
+
+
+@dataclass(frozen=True)
+class Relayout:
+    """What mlx-lm decides about a checkpoint, and its tensors under mlx-lm's names.
+
+    Attributes:
+        checkpoint: The source with renamed, joined and computed tensors.
+        layout: mlx-lm's names, choice of layers and config.
+        original: The source as it is stored.
+    """
+
+    checkpoint: Checkpoint
+    layout: MlxLmLayout
+    original: Checkpoint = field(repr=False)
+
+    def compute(self, name: str) -> np.ndarray:
+        """The bytes of a computed tensor, evaluated by the model's own rule."""
+        import mlx.core as mx
+
+        array = self.layout.compute(name, self._load)
+        flat = mx.view(mx.reshape(array, (-1,)), mx.uint8)
+        return np.array(flat)
+
+    def _load(self, name: str) -> Any:
+        """A source tensor as ``mx.load`` gives it, read from its file."""
+        import mlx.core as mx
+
+        from requant.mlx_lm_layout.pipeline import MLX_DTYPE
+
+        stored = self.original.tensors[name]
+        assert isinstance(stored, StoredTensor)
+        path = self.original.path / stored.file
+        raw = np.fromfile(path, np.uint8, stored.info.nbytes, offset=stored.offset)
+        array = mx.view(mx.array(raw), MLX_DTYPE[stored.info.dtype])
+        return mx.reshape(array, stored.info.shape)
+
+
+def relayout(
+    checkpoint: Checkpoint, quantization: Quantization | None, dtype: str | None
+) -> Relayout:
+    """Lay a checkpoint out as mlx-lm would.
+
+    Raises:
+        CheckpointError: mlx-lm is not installed, does not know the model, or would itself
+            fail on this checkpoint.
+    """
+    try:
+        from requant.mlx_lm_layout import mlx_lm_layout
+    except ImportError as error:
+        message = f"needs mlx and mlx-lm ({error}): pip install 'requant[mlx]', or --layout keep"
+        raise CheckpointError(
+            str(checkpoint.path), [Problem("--layout mlx-lm", message)]
+        ) from error
+    infos = {name: tensor.info for name, tensor in checkpoint.tensors.items()}
+    try:
+        layout = mlx_lm_layout(checkpoint.config, infos, quantization=quantization, dtype=dtype)
+    except RequantError as error:
+        problem = Problem("--layout mlx-lm", str(error))
+        raise CheckpointError(str(checkpoint.path), [problem]) from error
+    if layout.mangled:
+        problems = [
+            Problem(layer, "mlx-lm would do arithmetic on its packed codes; --dequantize it first")
+            for layer in layout.mangled
+        ]
+        raise CheckpointError(str(checkpoint.path), problems)
+    tensors = MappingProxyType(_renamed(checkpoint.tensors, layout))
+    return Relayout(replace(checkpoint, tensors=tensors), layout, checkpoint)
+
+
+def _renamed(stored: Mapping[str, SourceTensor], layout: MlxLmLayout) -> dict[str, SourceTensor]:
+    """mlx-lm's name -> where its bytes come from."""
+    from requant.mlx_lm_layout import Moved
+
+    found: dict[str, SourceTensor] = {}
+    for name, output in layout.tensors.items():
+        if not isinstance(output, Moved):
+            found[name] = ComputedTensor(name, output.info, output.inputs)
+            continue
+        ranges: list[FileRange] = []
+        for extent in output.extents:
+            tensor = stored[extent.tensor]
+            assert isinstance(tensor, StoredTensor)
+            offset, nbytes = tensor.offset + extent.start, extent.stop - extent.start
+            last = ranges[-1] if ranges else None
+            if last and (last.file, last.offset + last.nbytes) == (tensor.file, offset):
+                ranges[-1] = FileRange(tensor.file, last.offset, last.nbytes + nbytes)
+            else:
+                ranges.append(FileRange(tensor.file, offset, nbytes))
+        if len(ranges) == 1:
+            found[name] = StoredTensor(name, output.info, ranges[0].file, ranges[0].offset)
+        else:
+            found[name] = JoinedTensor(name, output.info, tuple(ranges))
+    return found
