@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import inspect
 import io
 import json
 from collections.abc import Callable, Mapping
@@ -138,8 +139,10 @@ def convert_with_mlx_lm(
                 quant_predicate=predicate,
             )
         target = folder / "written.json"
-        vision = "vision_tower" in getattr(model, "model", {})
-        utils.save_config(config, target, keep_vision_config=vision)
+        options = {}
+        if "keep_vision_config" in inspect.signature(utils.save_config).parameters:
+            options["keep_vision_config"] = "vision_tower" in getattr(model, "model", {})
+        utils.save_config(config, target, **options)
     written = json.loads(target.read_text())
     target.unlink()
     return dict(tree_flatten(model.parameters())), written

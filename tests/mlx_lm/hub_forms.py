@@ -325,4 +325,70 @@ FORMS: dict[str, tuple[Form, bool]] = {
         ),
         False,
     ),
+    "apertus": (reshaped(r"alpha_[pn]$", lambda a: a.reshape(1, -1)), True),
+    "bailing_hybrid": (
+        in_turn(MLP_EXPERTS, renamed((r"\.gate\.gate_proj\.", ".gate.")), KV_B),
+        False,
+    ),
+    "bailing_moe_linear": (
+        in_turn(MLP_EXPERTS, renamed((r"\.gate\.gate_proj\.", ".gate."))),
+        True,
+    ),
+    "bailing_moe_v3": (in_turn(MLP_EXPERTS, KV_B, CONV), False),
+    "deepseek_v32": (in_turn(MLP_EXPERTS, KV_B), False),
+    "gemma3n": (added(("model.vision_tower.w", (4, 4)), ("model.audio_tower.w", (4, 4))), True),
+    "gemma4": (
+        in_turn(
+            fused_experts("switch_glu", "gate_up_proj", "down_proj", False),
+            renamed((r"^language_model\.model\.", "model.language_model.")),
+            added(("model.vision_tower.w", (4, 4))),
+        ),
+        True,
+    ),
+    "glm_moe_dsa": (in_turn(MLP_EXPERTS, KV_B), False),
+    "granitemoehybrid": (
+        in_turn(
+            fused_experts("switch_mlp", "input_linear.weight", "output_linear.weight", False), CONV
+        ),
+        True,
+    ),
+    "kimi_k25": (in_turn(MLP_EXPERTS, KV_B, TOWER), False),
+    "kimi_vl": (in_turn(MLP_EXPERTS, TOWER), True),
+    "laguna": (in_turn(MLP_EXPERTS, renamed((r"\.gate\.proj\.", ".gate."))), True),
+    "lfm2-vl": (TOWER, True),
+    "llama": (added(("model.layers.0.self_attn.rotary_emb.inv_freq", (16,))), True),
+    "longcat_flash": (in_turn(MLP_EXPERTS, KV_B), False),
+    "longcat_flash_ngram": (in_turn(MLP_EXPERTS, KV_B), False),
+    "mellum": (MLP_EXPERTS, True),
+    "mimo_v2_flash": (in_turn(MLP_EXPERTS, added(("model.mtp.layers.0.w", (4, 4)))), True),
+    "minimax_m3_vl": (in_turn(W_EXPERTS, TOWER), True),
+    "mistral3": (
+        in_turn(renamed((r"^language_model\.model\.", "model.language_model.")), TOWER),
+        True,
+    ),
+    "mistral4": (
+        in_turn(
+            fused_experts("switch_mlp", "experts.gate_up_proj", "experts.down_proj", False), KV_B
+        ),
+        False,
+    ),
+    "olmo_hybrid": (CONV, True),
+    "pixtral": (TOWER, True),
+    "plamo2": (CONV, True),
+    "qwen3_5": (
+        in_turn(
+            CONV,
+            renamed((r"^language_model\.model", "model.language_model")),
+            renamed((r"^language_model\.lm_head", "lm_head")),
+            added(("mtp.layers.0.w", (4, 4)), ("model.visual.w", (4, 4))),
+        ),
+        False,
+    ),
+    "qwen3_vl": (
+        in_turn(renamed((r"^language_model\.", "")), added(("visual.patch.weight", (8, 8)))),
+        True,
+    ),
+    "rwkv7": (reshaped(r"k_k|k_a|g_norm", lambda a: a.reshape(-1)), True),
+    "solar_open": (MLP_EXPERTS, True),
+    "spark2_5": (renamed((r"^model\.embedding\.", "model.embed_tokens.")), True),
 }

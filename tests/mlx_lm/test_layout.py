@@ -225,6 +225,36 @@ def test_arithmetic_on_codes_is_reported(tmp_path: Path):
     assert isinstance(embed, Computed)
     assert sorted(embed.inputs) == [f"{kv_b}.biases", f"{kv_b}.scales", f"{kv_b}.weight"]
 
+    # Decoded first, the layers come through the same rule dense.
+    source = Source(tmp_path / "m")
+    infos = dict(source.infos)
+    for layer in layout.mangled:
+        for role in ("scales", "biases"):
+            del infos[f"{layer}.{role}"]
+        infos[f"{layer}.weight"] = TensorInfo("BF16", (4 * 64, 32))
+    dense = mlx_lm_layout(source.checkpoint.config, infos, quantization=AFFINE)
+    assert dense.mangled == ()
+    assert dense.tensors[embed_name(kv_b)].inputs == (f"{kv_b}.weight",)
+    assert dense.targets[embed_name(kv_b).removesuffix(".weight")] == AFFINE
+
+
+def embed_name(kv_b: str) -> str:
+    """The first of the two tensors that the rule makes of ``kv_b_proj``."""
+    return kv_b.replace("kv_b_proj", "embed_q.weight")
+
+
+def test_global_scale(tmp_path: Path):
+    make(tmp_path / "m", "mixtral")
+    source = Source(tmp_path / "m")
+    nvfp4 = Quantization(16, 4, "nvfp4")
+    layout = mlx_lm_layout(
+        source.checkpoint.config, source.infos, quantization=nvfp4, global_scale=True
+    )
+    experts = "model.layers.0.block_sparse_moe.switch_mlp.up_proj"
+    assert layout.saved[f"{experts}.global_scale"].shape[0] == 4
+    assert layout.config["quantization"][experts]["global_scale"] is True
+    assert layout.targets[experts] == nvfp4
+
 
 def test_published_mxfp4(tmp_path: Path):
     """gpt-oss as it is published: blocks of 16 bytes, gate and up rows in turn."""

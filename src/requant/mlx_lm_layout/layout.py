@@ -83,7 +83,8 @@ class MlxLmLayout:
         tensors: Name after mlx-lm's renaming -> how the tensor comes to be. Nothing is cast
             or newly quantized here: ``dtype``, ``keeps_dtype`` and ``targets`` say what is.
         dropped: Source tensors that no output needs, in source order.
-        targets: Layer path -> the quantization that mlx-lm would apply.
+        targets: Layer path -> the quantization that mlx-lm would apply. ``saved`` has a
+            ``{layer}.global_scale`` where it comes with one.
         dense_reasons: Layers that could be quantized and stay dense, each with the reason.
         dtype: Header name that floating tensors are cast to before they are quantized; None
             leaves each as it is. It is the wish, else what mlx-lm takes from the config.
@@ -91,7 +92,9 @@ class MlxLmLayout:
         config: ``config.json`` as mlx-lm would write it.
         saved: Name -> dtype and shape of everything that mlx-lm would write.
         mangled: Layers of a quantized source on whose packed codes the rule would do
-            arithmetic, or whose parts it would treat unlike each other. Give them dense.
+            arithmetic, or whose parts it would treat unlike each other. To decode them
+            first, lay out again with ``{layer}.weight`` dense in their place (and no entry
+            of theirs in the config's ``quantization`` block).
     """
 
     tensors: Mapping[str, Moved | Computed]

@@ -199,6 +199,8 @@ def _failing(doing: str) -> Iterator[None]:
             message = f"the tensor or setting {message} is missing"
         elif "during function transformations" in message:
             message = "its rule looks at values, which a plan from headers does not have"
+        elif "Unable to get state" in message:
+            message = f"its rule uses what MLX cannot trace: {message}"
         elif not message:
             message = type(error).__name__
         raise LayoutError(f"mlx-lm, {doing}: {message}") from error
