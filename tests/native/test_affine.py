@@ -5,6 +5,8 @@ import itertools
 import ml_dtypes
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from requant.arrays.native import AFFINE_BITS, AFFINE_GROUP_SIZES, dequantize, pack_words, quantize
 from tests.native import reference
@@ -51,19 +53,48 @@ def test_dequantize_equals_reference_and_mlx(bits, group_size, dtype):
     assert_same_bits(values, mlx_dequantize(words, scales, biases, group_size, bits, "affine"))
 
 
-@pytest.mark.parametrize("out", DTYPES)
+@pytest.mark.parametrize("bits", AFFINE_BITS)
 @pytest.mark.parametrize(("s", "b"), list(itertools.product(DTYPES, DTYPES)))
-def test_dequantize_mixed_dtypes(s, b, out):
-    rng = np.random.default_rng(3)
-    words = rng.integers(0, 2**32, (16, 64), dtype=np.uint32)
+def test_dequantize_mixed_dtypes(s, b, bits):
+    """Scales of one dtype, biases of another, to every dtype."""
+    rng = np.random.default_rng(bits)
+    words = rng.integers(0, 2**32, (16, 16 * bits), dtype=np.uint32)
     scales = rng.standard_normal((16, 8)).astype(s)
     biases = rng.standard_normal((16, 8)).astype(b)
+    codes = reference.unpack(words, bits)
 
-    values = dequantize(words, scales, biases, 64, 4, "affine", dtype=out)
+    for out in (None, *DTYPES):
+        values = dequantize(words, scales, biases, 64, bits, "affine", dtype=out)
+        assert_same_bits(values, reference.affine_dequantize(codes, scales, biases, 64, out))
+        theirs = mlx_dequantize(words, scales, biases, 64, bits, "affine", dtype=out)
+        assert_same_bits(values, theirs)
 
-    codes = reference.unpack(words, 4)
-    assert_same_bits(values, reference.affine_dequantize(codes, scales, biases, 64, out))
-    assert_same_bits(values, mlx_dequantize(words, scales, biases, 64, 4, "affine", dtype=out))
+
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    bits=st.sampled_from(AFFINE_BITS),
+    group_size=st.sampled_from(AFFINE_GROUP_SIZES),
+    dtype=st.sampled_from(DTYPES),
+    leading=st.lists(st.integers(1, 4), min_size=1, max_size=3),
+    groups=st.integers(1, 40),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_any_shape(bits, group_size, dtype, leading, groups, seed):
+    """Any rank, any number of groups: blocks of every length end where they must."""
+    rng = np.random.default_rng(seed)
+    w = rng.standard_normal((*leading, groups * group_size)).astype(dtype)
+
+    parts = quantize(w, group_size, bits, "affine")
+
+    flat = w.reshape(-1, w.shape[-1])
+    codes, *expected = reference.affine_quantize(flat, group_size, bits)
+    expected = (reference.pack(codes, bits), *expected)
+    for ours, theirs in zip(parts, expected, strict=True):
+        assert_same_bits(ours, theirs.reshape(*leading, -1))
+    values = reference.affine_dequantize(codes, *expected[1:], group_size)
+    assert_same_bits(dequantize(*parts, group_size, bits, "affine"), values.reshape(w.shape))
 
 
 # ---------------------------------------------------------------- by hand

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from requant import _native
+from requant.arrays import values
 from requant.arrays.native import pack_words, unpack_words
 from tests.native import reference
 from tests.native.inputs import DTYPES, assert_same_bits, bits, finite_inputs, nonfinite_inputs
@@ -149,10 +150,67 @@ def lanes_sum(squares):
     total = np.zeros(16)
     for group in squares:
         lanes = np.zeros(16, np.float32)
-        for values in group.reshape(-1, 16):
-            lanes = lanes + values
+        for run in group.reshape(-1, 16):
+            lanes = lanes + run
         total += lanes
     return sum(total.tolist(), start=0.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_errors_are_those_of_float64(dtype):
+    """Sums run in float32 within a group, so they are near the exact ones and no more."""
+    rng = np.random.default_rng(9)
+    a = rng.standard_normal((40, 256)).astype(dtype)
+    b = (a.astype(np.float32) + rng.standard_normal(a.shape) * 0.05).astype(dtype)
+    scales = (rng.random((40, 4)) + 0.5).astype(dtype)
+    scales[::3] *= dtype.type(-1)
+    scales[0] = 0
+
+    most = np.empty((40, 4), np.float32)
+    squares, norm, worst = values.encoding_error(a, b, scales, "affine", most)
+
+    x, d = a.astype(np.float64), a.astype(np.float64) - b.astype(np.float64)
+    assert squares == pytest.approx((d * d).sum(), rel=1e-6)
+    assert norm == pytest.approx((x * x).sum(), rel=1e-6)
+    ratio = np.abs(d).reshape(40, 4, 64).max(-1)[1:] / np.abs(scales[1:].astype(np.float64))
+    assert worst == pytest.approx(ratio.max(), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("mode", "byte", "step"), [("mxfp4", 124, 0.125), ("mxfp8", 130, 8.0), ("nvfp4", 0x28, 0.25)]
+)
+def test_step_of_a_scale_byte(mode, byte, step):
+    group_size = 16 if mode == "nvfp4" else 32
+    a = np.ones((1, group_size), np.float32)
+    b = a.copy()
+    b[0, 5] = 0.5
+    scales = np.array([[byte]], np.uint8)
+    most = np.empty((1, 1), np.float32)
+    assert values.encoding_error(a, b, scales, mode, most) == (0.25, group_size, 0.5 / step)
+
+
+def test_first_row_that_is_no_number():
+    w = np.ones((5, 96), ml_dtypes.bfloat16)
+    assert (values.first_nonfinite_row(w), values.count_nonfinite(w)) == (None, 0)
+    w[3, 95] = np.nan
+    w[4, 0] = np.inf
+    assert (values.first_nonfinite_row(w), values.count_nonfinite(w)) == (3, 2)
+
+
+@pytest.mark.parametrize("dst", DTYPES)
+def test_cast_into_counts_overflows(dst):
+    """From float64 too, which NumPy rounds."""
+    largest = 65504.0 if dst.name == "float16" else float(np.float32(3e38))
+    wide = np.array([[1.0, -2.5, np.inf, -np.inf, largest, 0.1]])
+    for src in (np.dtype(np.float64), np.dtype(np.float32)):
+        source = wide.astype(src)
+        target = np.empty(source.shape, dst)
+        assert values.cast_into(source, target) == 0
+        assert_same_bits(target, source.astype(dst))
+    if dst.itemsize == 2:
+        tops = np.array([65520.0, -1e6] if dst.name == "float16" else [3.4e38, -3.4e38], np.float32)
+        for source in (tops, tops.astype(np.float64)):
+            assert values.cast_into(source, np.empty(2, dst)) == 2
 
 
 # ---------------------------------------------------------------- bindings
