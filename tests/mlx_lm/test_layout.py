@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -28,6 +29,7 @@ from requant.mlx_lm_layout import (
 from requant.schema import Quantization
 from tests.mlx_lm.checks import (
     Source,
+    carry_out,
     class_checkpoint,
     compare,
     convert_with_mlx_lm,
@@ -93,6 +95,22 @@ def test_experts_are_extents_of_whole_tensors(tmp_path: Path):
         tuple(Extent(f"{prefix}.experts.{e}.w2.weight", 0, 2 * 128 * 128) for e in range(4)),
     )
     assert layout.targets[f"{prefix}.switch_mlp.down_proj"] == AFFINE
+
+
+def test_the_comparison_sees_what_is_wrong(tmp_path: Path):
+    """A control of the tests themselves: one extent moved by a row is a difference."""
+    form, _ = FORMS["mixtral"]
+    write_folder(tmp_path / "m", small_config("mixtral"), form(make(tmp_path / "m", "mixtral")))
+    source = Source(tmp_path / "m")
+    layout = mlx_lm_layout(source.checkpoint.config, source.infos)
+    name = "model.layers.0.block_sparse_moe.switch_mlp.up_proj.weight"
+    stacked = layout.tensors[name]
+    assert isinstance(stacked, Moved)
+    swapped = Moved(stacked.info, (stacked.extents[1], stacked.extents[0], *stacked.extents[2:]))
+    wrong = replace(layout, tensors={**layout.tensors, name: swapped})
+    theirs, _ = convert_with_mlx_lm(tmp_path / "m", None)
+    assert differences(carry_out(wrong, source), theirs) == [f"{name}: other bytes"]
+    assert differences(carry_out(layout, source), theirs) == []
 
 
 def test_reasons_of_dense_layers(tmp_path: Path):
