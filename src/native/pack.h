@@ -12,6 +12,8 @@ namespace {
 
 typedef uint16_t __attribute__((may_alias)) Pair;  // two codes, the first in the low byte
 
+constexpr size_t kEights = 64;  // runs of eight codes worked on at a time
+
 template <int BITS>
 REQUANT_INLINE uint64_t squeeze(uint64_t x) {
   if constexpr (BITS == 8) return x;
@@ -50,13 +52,20 @@ void pack_codes(const uint8_t* REQUANT_RESTRICT codes, size_t count, uint8_t* RE
     for (size_t i = 0; i < count / 2; i++) out[i] = uint8_t((pairs[i] & 15u) | ((pairs[i] >> 4) & 0xf0u));
     return;
   }
-  for (size_t i = 0; i < count; i += 32, out += 4 * BITS) {
-    uint64_t x[4];
-    std::memcpy(x, codes + i, 32);
-    for (int j = 0; j < 4; j++) x[j] = squeeze<BITS>(x[j]);
-    uint8_t run[3 * BITS + 8];
-    for (int j = 0; j < 4; j++) std::memcpy(run + j * BITS, &x[j], 8);
-    std::memcpy(out, run, 4 * BITS);
+  for (size_t i = 0; i < count; i += 8 * kEights) {
+    const size_t eights = count - i < 8 * kEights ? (count - i) / 8 : kEights;
+    alignas(64) uint64_t x[kEights];
+    std::memcpy(x, codes + i, 8 * eights);
+    for (size_t j = 0; j < eights; j++) x[j] = squeeze<BITS>(x[j]);
+    if constexpr (BITS == 1) {
+      for (size_t j = 0; j < eights; j++) out[j] = uint8_t(x[j]);
+    } else {
+      // Whole words that the next one overlaps, but for the last, which would overrun.
+      size_t j = 0;
+      for (; (j + 1) * BITS + 8 <= eights * BITS; j++) std::memcpy(out + j * BITS, &x[j], 8);
+      for (; j < eights; j++) std::memcpy(out + j * BITS, &x[j], BITS);
+    }
+    out += eights * BITS;
   }
 }
 
@@ -71,13 +80,22 @@ void unpack_codes(const uint8_t* REQUANT_RESTRICT in, size_t count, uint8_t* REQ
     for (size_t i = 0; i < count / 2; i++) pairs[i] = Pair((in[i] & 15u) | ((in[i] & 0xf0u) << 4));
     return;
   }
-  for (size_t i = 0; i < count; i += 32, in += 4 * BITS) {
-    uint8_t run[3 * BITS + 8] = {};
-    std::memcpy(run, in, 4 * BITS);
-    uint64_t x[4];
-    for (int j = 0; j < 4; j++) std::memcpy(&x[j], run + j * BITS, 8);
-    for (int j = 0; j < 4; j++) x[j] = spread<BITS>(x[j]);
-    std::memcpy(codes + i, x, 32);
+  for (size_t i = 0; i < count; i += 8 * kEights) {
+    const size_t eights = count - i < 8 * kEights ? (count - i) / 8 : kEights;
+    alignas(64) uint64_t x[kEights];
+    if constexpr (BITS == 1) {
+      for (size_t j = 0; j < eights; j++) x[j] = in[j];
+    } else {
+      size_t j = 0;
+      for (; j * BITS + 8 <= eights * BITS; j++) std::memcpy(&x[j], in + j * BITS, 8);
+      for (; j < eights; j++) {
+        x[j] = 0;
+        std::memcpy(&x[j], in + j * BITS, BITS);
+      }
+    }
+    for (size_t j = 0; j < eights; j++) x[j] = spread<BITS>(x[j]);
+    std::memcpy(codes + i, x, 8 * eights);
+    in += eights * BITS;
   }
 }
 
