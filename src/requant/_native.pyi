@@ -5,41 +5,41 @@ Arrays are C-contiguous and outputs are allocated by the caller. Floats are pass
 as bits, uint16 or uint32, with a dtype name: "F32", "F16" or "BF16".
 """
 
-from typing import Annotated
+from typing import Any
 
-from numpy.typing import NDArray
+import numpy.typing
 
 
-def affine_quantize(w: Annotated[NDArray, dict(device='cpu', writable=False)], dtype: str, group_size: int, bits: int, words: Annotated[NDArray, dict(device='cpu')], scales: Annotated[NDArray, dict(device='cpu')], biases: Annotated[NDArray, dict(device='cpu')]) -> None: ...
+def affine_quantize(w: numpy.typing.NDArray[Any], dtype: str, group_size: int, bits: int, words: numpy.typing.NDArray[Any], scales: numpy.typing.NDArray[Any], biases: numpy.typing.NDArray[Any]) -> None: ...
 
-def affine_dequantize(words: Annotated[NDArray, dict(device='cpu', writable=False)], scales: Annotated[NDArray, dict(device='cpu', writable=False)], scales_dtype: str, biases: Annotated[NDArray, dict(device='cpu', writable=False)], biases_dtype: str, group_size: int, bits: int, out: Annotated[NDArray, dict(device='cpu')], out_dtype: str) -> None: ...
+def affine_dequantize(words: numpy.typing.NDArray[Any], scales: numpy.typing.NDArray[Any], scales_dtype: str, biases: numpy.typing.NDArray[Any], biases_dtype: str, group_size: int, bits: int, out: numpy.typing.NDArray[Any], out_dtype: str) -> None: ...
 
-def mx_quantize(w: Annotated[NDArray, dict(device='cpu', writable=False)], dtype: str, mode: str, words: Annotated[NDArray, dict(device='cpu')], scales: Annotated[NDArray, dict(device='cpu')]) -> int:
+def mx_quantize(w: numpy.typing.NDArray[Any], dtype: str, mode: str, words: numpy.typing.NDArray[Any], scales: numpy.typing.NDArray[Any]) -> int:
     """
     Returns the number of groups flushed to zero: too small for an E8M0 scale.
     """
 
-def mx_dequantize(words: Annotated[NDArray, dict(device='cpu', writable=False)], scales: Annotated[NDArray, dict(device='cpu', writable=False)], mode: str, out: Annotated[NDArray, dict(device='cpu')], out_dtype: str) -> None: ...
+def mx_dequantize(words: numpy.typing.NDArray[Any], scales: numpy.typing.NDArray[Any], mode: str, out: numpy.typing.NDArray[Any], out_dtype: str) -> None: ...
 
-def nvfp4_quantize(w: Annotated[NDArray, dict(device='cpu', writable=False)], dtype: str, words: Annotated[NDArray, dict(device='cpu')], scales: Annotated[NDArray, dict(device='cpu')], global_scale: float | None = None) -> None: ...
+def nvfp4_quantize(w: numpy.typing.NDArray[Any], dtype: str, words: numpy.typing.NDArray[Any], scales: numpy.typing.NDArray[Any], global_scale: float | None = None) -> None: ...
 
-def nvfp4_dequantize(words: Annotated[NDArray, dict(device='cpu', writable=False)], scales: Annotated[NDArray, dict(device='cpu', writable=False)], out: Annotated[NDArray, dict(device='cpu')], out_dtype: str, global_scale: float | None = None) -> None: ...
+def nvfp4_dequantize(words: numpy.typing.NDArray[Any], scales: numpy.typing.NDArray[Any], out: numpy.typing.NDArray[Any], out_dtype: str, global_scale: float | None = None) -> None: ...
 
-def pack_words(codes: Annotated[NDArray, dict(device='cpu', writable=False)], bits: int, words: Annotated[NDArray, dict(device='cpu')]) -> None: ...
+def pack_words(codes: numpy.typing.NDArray[Any], bits: int, words: numpy.typing.NDArray[Any]) -> None: ...
 
-def unpack_words(words: Annotated[NDArray, dict(device='cpu', writable=False)], bits: int, codes: Annotated[NDArray, dict(device='cpu')]) -> None: ...
+def unpack_words(words: numpy.typing.NDArray[Any], bits: int, codes: numpy.typing.NDArray[Any]) -> None: ...
 
-def cast(src: Annotated[NDArray, dict(device='cpu', writable=False)], src_dtype: str, dst: Annotated[NDArray, dict(device='cpu')], dst_dtype: str) -> int:
+def cast(src: numpy.typing.NDArray[Any], src_dtype: str, dst: numpy.typing.NDArray[Any], dst_dtype: str) -> int:
     """
     Rounds to nearest even; returns the number of finite values that became infinite.
     """
 
-def count_nonfinite(w: Annotated[NDArray, dict(device='cpu', writable=False)], dtype: str) -> int: ...
+def count_nonfinite(w: numpy.typing.NDArray[Any], dtype: str) -> int: ...
 
-def first_nonfinite(w: Annotated[NDArray, dict(device='cpu', writable=False)], dtype: str) -> int:
+def first_nonfinite(w: numpy.typing.NDArray[Any], dtype: str) -> int:
     """Flat index, or -1."""
 
-def group_errors(a: Annotated[NDArray, dict(device='cpu', writable=False)], a_dtype: str, b: Annotated[NDArray, dict(device='cpu', writable=False)], b_dtype: str, group_size: int, group_max: Annotated[NDArray, dict(device='cpu')]) -> tuple[float, float]:
+def group_errors(a: numpy.typing.NDArray[Any], a_dtype: str, b: numpy.typing.NDArray[Any], b_dtype: str, group_size: int, group_max: numpy.typing.NDArray[Any]) -> tuple[float, float]:
     """
     Writes the largest |a - b| of each group (float32 bits); returns the sums of (a - b)^2 and of a^2.
     """
