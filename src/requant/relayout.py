@@ -74,6 +74,8 @@ def relayout(
             fail on this checkpoint.
     """
     try:
+        from mlx_lm.utils import load_config
+
         from requant.mlx_lm_layout import mlx_lm_layout
     except ImportError as error:
         message = f"needs mlx and mlx-lm ({error}): pip install 'requant[mlx]', or --layout keep"
@@ -82,7 +84,9 @@ def relayout(
         ) from error
     infos = {name: tensor.info for name, tensor in checkpoint.tensors.items()}
     try:
-        layout = mlx_lm_layout(checkpoint.config, infos, quantization=quantization, dtype=dtype)
+        # Not our own reading of config.json: mlx-lm adds what generation_config.json says.
+        config = load_config(checkpoint.path)
+        layout = mlx_lm_layout(config, infos, quantization=quantization, dtype=dtype)
     except RequantError as error:
         problem = Problem("--layout mlx-lm", str(error))
         raise CheckpointError(str(checkpoint.path), [problem]) from error
