@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 
 import ml_dtypes
 import numpy as np
@@ -47,14 +48,19 @@ def medians(contenders: dict[str, Callable[[], object]], runs: int) -> dict[str,
 
 
 def by_chunks(call: Callable[[slice], object], rows: int, threads: int) -> None:
-    """Run ``call`` over all rows, chunk by chunk, on one thread or several."""
-    chunks = [slice(start, start + CHUNK_ROWS) for start in range(0, rows, CHUNK_ROWS)]
-    if threads == 1:
-        for chunk in chunks:
-            call(chunk)
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(call, chunks))
+    """Run ``call`` over all rows, chunk by chunk; each thread takes a run of them."""
+
+    def run(start: int, stop: int) -> None:
+        for row in range(start, stop, CHUNK_ROWS):
+            call(slice(row, row + CHUNK_ROWS))
+
+    borders = [rows * n // threads for n in range(threads + 1)]
+    others = [threading.Thread(target=run, args=pair) for pair in pairwise(borders[1:])]
+    for other in others:
+        other.start()
+    run(0, borders[1])
+    for other in others:
+        other.join()
 
 
 def measure(mode: str, w: np.ndarray, runs: int, with_mlx: bool) -> tuple[str, ...]:
