@@ -42,7 +42,7 @@ from tests.mlx_lm.families import small_config
 from tests.mlx_lm.hub_forms import FORMS, MLP_EXPERTS
 
 AFFINE = Quantization.affine(32, 4)
-SHARED = Path("/work/shared/models")
+SHARED = Path(__file__).parents[2].parent / "shared" / "models"
 
 
 def make(folder: Path, model_type: str, **changes: object) -> dict[str, mx.array]:
