@@ -385,8 +385,12 @@ def _encode(step: Step, inputs: _Arrays, outputs: _Arrays, buffers: _Buffers) ->
 
 def _decode(step: Step, inputs: _Arrays, outputs: _Arrays, buffers: _Buffers) -> Finding:
     assert step.source is not None
-    _dequantize(step.source, inputs, outputs["weight"], buffers)
-    return Finding()
+    dense, finding = outputs["weight"], Finding()
+    _dequantize(step.source, inputs, dense, buffers)
+    if step.dtype == "F16" and step.inputs["scales"].info.dtype != "F16":
+        # The one dtype with a narrower range than the values had.
+        finding.overflowed = values.count_nonfinite(dense)
+    return finding
 
 
 def _recode(step: Step, inputs: _Arrays, outputs: _Arrays, buffers: _Buffers) -> Finding:

@@ -30,7 +30,7 @@ from requant.errors import CheckpointError, Problem, UsageError
 from requant.formats import SourceLayer, SourceLayout, detect
 from requant.relayout import Relayout, relayout
 from requant.schema import SKIP, PerLayerQuantization, Quantization, QuantMode
-from requant.wishes import Wishes, resolve_quantization
+from requant.wishes import DTYPES, Wishes, resolve_quantization
 
 # Layers that stay dense unless an override names them: (reason, pattern on the layer path).
 # What they hold is small, or no matrix product ever reads it.
@@ -318,7 +318,7 @@ class Planner:
             if key not in ("quantization", "quantization_config")
         }
         if self.wishes.dtype is not None:
-            name = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}[self.wishes.dtype]
+            name = next(word for word, header in DTYPES.items() if header == self.wishes.dtype)
             for part in (config, config.get("text_config")):
                 if isinstance(part, dict):
                     part.update({key: name for key in ("dtype", "torch_dtype") if key in part})

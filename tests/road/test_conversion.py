@@ -288,6 +288,22 @@ def test_overflow_on_a_cast_is_counted_and_refused(
     assert report.findings["norm"]["overflowed"] == 2
 
 
+@pytest.mark.parametrize("mode", ["affine", "mxfp8"])
+def test_overflow_of_dequantized_values_is_counted_and_refused(
+    checkpoint: Callable[..., Path], tmp_path: Path, mode: str
+) -> None:
+    large = bf16(8, 64)
+    large[2, 5], large[6, 0] = 1e6, -1e6
+    convert(checkpoint({"a.weight": large}), tmp_path / "q", bits=8, mode=mode)
+    wishes = {"dequantize": True, "dtype": "float16"}
+    with pytest.raises(CheckpointError, match="a: 2 values are too large"):
+        convert(tmp_path / "q", tmp_path / "out", **wishes)
+    assert not (tmp_path / "out").exists()
+
+    report = convert(tmp_path / "q", tmp_path / "out", allow_overflow=True, **wishes)
+    assert report.findings["a"]["overflowed"] == 2
+
+
 # -- outputs that must not be written ----------------------------------------------------
 
 

@@ -27,6 +27,7 @@ from requant.errors import RequantError, UsageError
 from requant.mlx_lm_layout.trace import Traced, trace
 from requant.safetensors_header import build_header
 from requant.schema import Quantization, QuantMode
+from requant.wishes import DTYPES
 
 MLX_DTYPE = {
     "BOOL": mx.bool_,
@@ -50,7 +51,6 @@ HEADER_NAME = {dtype: name for name, dtype in reversed(MLX_DTYPE.items())}
 # MLX ships no types for its Python part.
 Module = Any
 _is_module: Callable[[Any], bool] = vars(mlx.nn)["Module"].is_module
-_DTYPE_WORD = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 
 
 class UnknownModelError(RequantError, LookupError):
@@ -256,7 +256,7 @@ def _config_dtype(config: Mapping[str, Any]) -> str | None:
     word = config.get("torch_dtype")
     if word is None and (text_config := config.get("text_config")):
         word = text_config.get("dtype")
-    return _DTYPE_WORD.get(word) if isinstance(word, str) else None
+    return DTYPES.get(word) if isinstance(word, str) else None
 
 
 def _cast(model: Module, dtype: str | None) -> frozenset[str]:
