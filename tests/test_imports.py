@@ -26,7 +26,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("planner",),
     ("writer",),
     ("execute",),
-    ("report",),
+    ("report", "transform"),
     ("conversion",),
     ("inspection",),
     ("options", "console"),

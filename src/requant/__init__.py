@@ -38,6 +38,7 @@ from requant.schema import (
     QuantMode,
     parse_quantization,
 )
+from requant.transform import transform_weights
 from requant.weights import default_eligible, dequantize_weights, quantize_weights
 
 __version__ = "0.1.0"
@@ -76,5 +77,6 @@ __all__ = [
     "plan",
     "quantize_weights",
     "transform_awq_weights",
+    "transform_weights",
     "unpack_awq_weights",
 ]

@@ -18,6 +18,7 @@ from typing import Any
 
 from requant.checkpoint import Checkpoint, SourceFile, SourceTensor
 from requant.dtypes import TensorInfo
+from requant.formats.packing import Exactness, Packing
 from requant.relayout import Relayout
 from requant.safetensors_header import build_header
 from requant.schema import PerLayerQuantization, Quantization
@@ -33,6 +34,7 @@ class Operation(StrEnum):
     ENCODE = "encode"  # dense rows -> codes, scales, biases
     DECODE = "decode"  # codes, scales, biases -> dense rows
     RECODE = "recode"  # decode, then encode, without leaving the chunk
+    REPACK = "repack"  # codes of another layout -> MLX's words, scales, biases
 
 
 class Treatment(StrEnum):
@@ -43,14 +45,6 @@ class Treatment(StrEnum):
     KEPT = "kept"
     DEQUANTIZED = "dequantized"
     DENSE = "dense"
-
-
-class Exactness(StrEnum):
-    """How the output's values relate to the source's."""
-
-    EXACT = "exact"  # stored values or codes moved bit for bit
-    ROUNDED = "rounded"  # each value, scale or bias rounded once to the stored dtype
-    REENCODED = "re-encoded"  # new codes were computed
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +61,10 @@ class OutputTensor:
 class Step:
     """One operation over the rows of one layer's tensors.
 
-    Every input and output holds the same ``rows``, each a contiguous run of bytes, so
-    any range of rows can be computed alone.
+    Every output holds ``rows``, each a contiguous run of bytes, and so does every input but
+    for a packed layer, whose packing knows where its rows lie: any range of rows can be
+    computed alone. A step may be a piece of a larger tensor: its rows are those of the packed
+    layer from ``first_row`` on, and land in the outputs from row ``into_row`` on.
     """
 
     layer: str
@@ -81,10 +77,22 @@ class Step:
     target: Quantization | None = None
     dtype: str = ""  # header name of the values between decoding and encoding
     global_scale: SourceTensor | None = None  # nvfp4: one float32 for all rows, or one an expert
+    packing: Packing | None = None
+    first_row: int = 0
+    into_row: int = 0
 
     def row_bytes(self, tensor: SourceTensor | OutputTensor) -> int:
-        """Bytes that one row takes in ``tensor``."""
-        return tensor.info.nbytes // max(self.rows, 1)
+        """Bytes that one row takes in ``tensor``; of a packed layer's part, its share of them."""
+        if self.packing is not None and not isinstance(tensor, OutputTensor):
+            return -(-tensor.info.nbytes // max(self.packing.rows, 1))
+        rows = prod(tensor.info.shape[:-1]) if self.packing is not None else self.rows
+        return tensor.info.nbytes // max(rows, 1)
+
+    @property
+    def bytes_in(self) -> int:
+        """Bytes of tensor data to read; a piece of a packed layer reads its share."""
+        nbytes = sum(t.info.nbytes for t in self.inputs.values())
+        return nbytes * self.rows // max(self.packing.rows, 1) if self.packing else nbytes
 
     @property
     def work_bytes_per_row(self) -> int:
@@ -92,7 +100,13 @@ class Step:
         held = sum(self.row_bytes(t) for t in self.inputs.values())
         held += sum(self.row_bytes(t) for t in self.outputs.values())
         coded = self.operation in (Operation.ENCODE, Operation.RECODE)
-        return held + coded * 2 * 4 * self.columns
+        unpacked = self.packing is not None
+        return held + (2 * coded + unpacked) * 4 * self.columns
+
+    @property
+    def least_work_bytes(self) -> int:
+        """Bytes of the smallest range of rows that can be computed alone."""
+        return self.work_bytes_per_row * (self.packing.row_unit if self.packing else 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +122,7 @@ class LayerPlan:
     nbytes: int  # of its tensors in the output
     is_weight: bool
     reason: str = ""  # why it was left dense, or why the group is another
+    bound: str = ""  # what "rounded" costs at the most, in words
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +154,7 @@ class Plan:
         side_files: Files carried over byte for byte.
         left_out: Files not carried over, with the reason.
         notes: What the user should know, one sentence each.
+        dropped: Tensors of the source that the output has no use for, with the reason.
         checkpoint: The source.
         relayout: mlx-lm's layout of it, where that was asked for.
     """
@@ -154,6 +170,7 @@ class Plan:
     side_files: tuple[str, ...]
     left_out: tuple[tuple[str, str], ...]
     notes: tuple[str, ...] = ()
+    dropped: tuple[tuple[str, str], ...] = ()
     checkpoint: Checkpoint = field(repr=False, compare=False, kw_only=True)
     relayout: Relayout | None = field(default=None, repr=False, compare=False, kw_only=True)
 
@@ -165,7 +182,7 @@ class Plan:
     @cached_property
     def bytes_in(self) -> int:
         """Bytes of tensor data to read."""
-        return sum(t.info.nbytes for step in self.steps for t in step.inputs.values())
+        return sum(step.bytes_in for step in self.steps)
 
     @cached_property
     def bytes_out(self) -> int:
@@ -211,6 +228,7 @@ class Plan:
             "config": dict(self.config),
             "side_files": list(self.side_files),
             "left_out": [list(pair) for pair in self.left_out],
+            "dropped": [list(pair) for pair in self.dropped],
         }
 
     @cached_property
@@ -232,6 +250,9 @@ def _step_dict(step: Step) -> dict[str, Any]:
         "target": step.target and step.target.to_dict(),
         "dtype": step.dtype,
         "global_scale": step.global_scale and asdict(step.global_scale),
+        "packing": step.packing and step.packing.to_dict(),
+        "first_row": step.first_row,
+        "into_row": step.into_row,
     }
 
 
@@ -255,7 +276,8 @@ def place(
     last_layer: str | None = None
     sizes = Counter[str]()
     for step in steps:
-        sizes[step.layer] += sum(t.info.nbytes for t in step.outputs.values())
+        if not step.into_row:
+            sizes[step.layer] += sum(t.info.nbytes for t in step.outputs.values())
     for step in steps:
         if step.layer != last_layer:
             if buckets[-1] and filled + sizes[step.layer] > max_shard_bytes:
@@ -263,7 +285,8 @@ def place(
                 filled = 0
             filled += sizes[step.layer]
             last_layer = step.layer
-        buckets[-1] += step.outputs.values()
+        if not step.into_row:  # further pieces share the tensors of the first
+            buckets[-1] += step.outputs.values()
 
     shards: list[OutputShard] = []
     placed: dict[str, OutputTensor] = {}

@@ -10,12 +10,14 @@ import hashlib
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from requant.dtypes import TensorInfo
+import numpy as np
+
+from requant.dtypes import NUMPY_DTYPE, TensorInfo
 from requant.errors import CheckpointError, Problem
 from requant.safetensors_header import (
     PREFIX_BYTES,
@@ -29,6 +31,7 @@ from requant.safetensors_header import (
 from requant.source_folder import (
     CONFIG,
     INDEX,
+    QUANTIZATION_FILES,
     SINGLE,
     Listing,
     check_folder,
@@ -109,6 +112,9 @@ class Checkpoint:
         config_text: ``config.json`` as it stands.
         side_files: Relative paths of the files that an output carries over unchanged.
         left_out: Relative paths of files that it does not, each with the reason.
+        quantization_files: The JSON files beside config.json in which tools describe their
+            quantization, parsed, by name.
+        metadata: ``__metadata__`` of the weight files, the first file's word where two differ.
     """
 
     path: Path
@@ -118,6 +124,37 @@ class Checkpoint:
     config_text: str
     side_files: tuple[str, ...]
     left_out: tuple[tuple[str, str], ...]
+    quantization_files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def peek(self, name: str) -> np.ndarray:
+        """The data of a small tensor that decides what a layer is: a ``g_idx``, block scales.
+
+        Raises:
+            CheckpointError: The file cannot be read, or is shorter than its header says.
+        """
+        tensor = self.tensors[name]
+        assert not isinstance(tensor, ComputedTensor), name
+        data = bytearray()
+        for part in tensor.ranges:
+            data += self.read_range(part)
+        return np.frombuffer(bytes(data), NUMPY_DTYPE[tensor.info.dtype]).reshape(tensor.info.shape)
+
+    def read_range(self, part: FileRange) -> bytes:
+        """A run of bytes of a weight file."""
+        message = ""
+        try:
+            with (self.path / part.file).open("rb", buffering=0) as file:
+                file.seek(part.offset)
+                data = file.read(part.nbytes)
+        except OSError as error:
+            message = f"cannot be read: {error.strerror or error}"
+        else:
+            if len(data) < part.nbytes:
+                message = "is shorter than its header says"
+        if message:
+            raise CheckpointError(str(self.path), [Problem(part.file, message)])
+        return data
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
@@ -135,6 +172,9 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         raise CheckpointError(str(folder), [Problem(str(folder), message)])
     reader = _Reader(folder)
     config, config_text = reader.json(CONFIG)
+    described = {
+        name: reader.json(name)[0] for name in QUANTIZATION_FILES if (folder / name).exists()
+    }
     shard_of = reader.index()
     listing = list_folder(folder, set(shard_of.values()))
     reader.problems += listing.problems
@@ -152,6 +192,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         config_text=config_text,
         side_files=tuple(listing.side_files),
         left_out=tuple(listing.left_out),
+        quantization_files=MappingProxyType(described),
+        metadata=MappingProxyType(reader.metadata),
     )
 
 
@@ -161,6 +203,7 @@ class _Reader:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.files: list[SourceFile] = []
+        self.metadata: dict[str, str] = {}
         self.problems: list[Problem] = []
         self.has_index = os.path.lexists(folder / INDEX)
         self.index_is_sound = False  # then files and index can be held against each other
@@ -284,7 +327,8 @@ class _Reader:
             known = f"; {INDEX} places {placed} tensors in it" if not raw and placed else ""
             self.report(name, message + known)
             return []
-        entries, _, problems = parse_header(raw, size - len(raw))
+        entries, metadata, problems = parse_header(raw, size - len(raw))
+        self.metadata = metadata | self.metadata
         for problem in problems:
             self.report(f"{name}: {problem.where}", problem.message)
         self.files.append(SourceFile(name, size, hashlib.sha256(raw).hexdigest()))

@@ -22,11 +22,14 @@ from requant.blueprint import Operation, Plan, Step
 from requant.checkpoint import ComputedTensor, JoinedTensor, SourceTensor, StoredTensor
 from requant.dtypes import NUMPY_DTYPE
 from requant.errors import CheckpointError, OutOfRangeError, Problem, RequantError
+from requant.formats.packing import Cut, Packing
 from requant.schema import Quantization
 from requant.writer import OutputFolder
 
 # A chunk and what is made of it stay in a core's cache.
 DEFAULT_CHUNK_BYTES = 4 << 20
+# A chunk of a layer whose rows are spread over the whole tensor: read in runs of some KB.
+STRIDED_CHUNK_BYTES = 64 << 20
 # Python, NumPy and the plan itself, before the first buffer (measured: 45 to 60 MB).
 BASE_MEMORY_BYTES = 80 << 20
 _POLL_S = 0.1
@@ -38,11 +41,17 @@ class Budget:
 
     threads: int
     chunk_bytes: int
+    strided_bytes: int = 0  # for steps that read in strides; 0: as any other
+
+    def chunk_of(self, step: Step) -> int:
+        """Bytes that a worker holds of a step at a time."""
+        strided = step.packing is not None and step.packing.strided
+        return max(self.chunk_bytes, self.strided_bytes) if strided else self.chunk_bytes
 
     @property
     def peak_bytes(self) -> int:
         """What the process holds at the most, mapped or cached file pages aside."""
-        return BASE_MEMORY_BYTES + self.threads * self.chunk_bytes
+        return BASE_MEMORY_BYTES + self.threads * max(self.chunk_bytes, self.strided_bytes)
 
 
 def make_budget(
@@ -68,9 +77,15 @@ def make_budget(
         threads = threads or os.cpu_count() or 1
     if threads < 1:
         raise OutOfRangeError("at least one thread is needed", "threads", threads)
-    longest = max((s.work_bytes_per_row for s in plan.steps if s.rows), default=1)
+    longest = max((s.least_work_bytes for s in plan.steps if s.rows), default=1)
     if max_memory is None:
-        return Budget(threads, max(chunk_bytes or DEFAULT_CHUNK_BYTES, longest))
+        strided = [s for s in plan.steps if s.packing is not None and s.packing.strided]
+        widest = max((s.rows * s.work_bytes_per_row for s in strided), default=0)
+        return Budget(
+            threads,
+            max(chunk_bytes or DEFAULT_CHUNK_BYTES, longest),
+            0 if chunk_bytes else min(STRIDED_CHUNK_BYTES, widest),
+        )
     least = BASE_MEMORY_BYTES + longest
     if max_memory < least:
         message = f"the longest row of this model needs at least {least:,} bytes"
@@ -177,6 +192,17 @@ class _Source:
                 into, start = into[size:], part.nbytes
             start -= part.nbytes
 
+    def read_cut(self, tensor: StoredTensor | JoinedTensor, cut: Cut, into: np.ndarray) -> None:
+        """Fill ``into`` with a rectangle of a tensor; whole rows are one read."""
+        width = tensor.info.shape[-1] if tensor.info.shape else 1
+        size = into.dtype.itemsize
+        (first, last), (left, right) = cut.rows, cut.columns
+        if right - left == width:
+            self.read_tensor(tensor, first * width * size, _bytes(into))
+            return
+        for number, row in enumerate(range(first, last)):
+            self.read_tensor(tensor, (row * width + left) * size, _bytes(into[number]))
+
     def read(self, file: str, offset: int, into: memoryview) -> None:
         """Fill ``into`` with the bytes at ``offset``."""
         fd = self.fds[file]
@@ -219,19 +245,29 @@ class _Chunk:
 
     def parts(self, chunk_bytes: int) -> Iterator[_Chunk]:
         """The same rows in pieces that a worker's buffers hold."""
-        rows = max(1, chunk_bytes // max(1, self.step.work_bytes_per_row))
-        for start in range(self.start, self.stop, rows):
-            yield _Chunk(self.step, start, min(start + rows, self.stop))
+        step = self.step
+        rows = max(1, chunk_bytes // max(1, step.work_bytes_per_row))
+        if step.packing is None:
+            for start in range(self.start, self.stop, rows):
+                yield _Chunk(step, start, min(start + rows, self.stop))
+            return
+        rows = max(rows // step.packing.row_unit, 1) * step.packing.row_unit
+        start = self.start  # rows of a piece count from the packed layer's first_row
+        while start < self.stop:
+            within = (step.first_row + start) % step.packing.matrix_rows
+            room = min(rows - within % rows, step.packing.matrix_rows - within)
+            yield _Chunk(step, start, min(start + room, self.stop))
+            start += room
 
 
-def _chunks(steps: Sequence[Step], chunk_bytes: int) -> Iterator[_Chunk]:
+def _chunks(steps: Sequence[Step], budget: Budget) -> Iterator[_Chunk]:
     """What workers take one by one; a computed tensor stays with the worker that has it."""
     for step in steps:
         whole = _Chunk(step, 0, step.rows)
         if any(isinstance(tensor, ComputedTensor) for tensor in step.inputs.values()):
             yield whole
         else:
-            yield from whole.parts(chunk_bytes)
+            yield from whole.parts(budget.chunk_of(step))
 
 
 class _Run:
@@ -239,7 +275,7 @@ class _Run:
 
     def __init__(self, plan: Plan, source: _Source, folder: OutputFolder, budget: Budget) -> None:
         self.plan, self.source, self.folder, self.budget = plan, source, folder, budget
-        self.chunks = _chunks(plan.steps, budget.chunk_bytes)
+        self.chunks = _chunks(plan.steps, budget)
         self.lock = threading.Lock()
         self.error: BaseException | None = None
         self.stop = threading.Event()
@@ -311,10 +347,11 @@ class _Run:
 
     def _do(self, chunk: _Chunk, buffers: _Buffers, computed: _Arrays) -> None:
         step, rows = chunk.step, chunk.stop - chunk.start
-        inputs: _Arrays = {}
         outputs: _Arrays = {}
-        read = written = 0
-        for role, tensor in step.inputs.items():
+        inputs = {} if step.packing is None else self._cut_parts(chunk, buffers)
+        read = sum(array.nbytes for array in inputs.values())
+        written = 0
+        for role, tensor in step.inputs.items() if step.packing is None else ():
             row_bytes = step.row_bytes(tensor)
             array = buffers.take(f"in {role}", tensor.info.dtype, rows, row_bytes)
             if isinstance(tensor, ComputedTensor):
@@ -332,22 +369,39 @@ class _Run:
                 continue
             outputs[role] = buffers.take(f"out {role}", out.info.dtype, rows, step.row_bytes(out))
         try:
-            finding = _COMPUTE[step.operation](step, inputs, outputs, buffers)
+            if step.packing is None:
+                finding = _COMPUTE[step.operation](step, inputs, outputs, buffers)
+            else:
+                finding = _unpack(chunk, step.packing, inputs, outputs, buffers)
         except RequantError as error:
             error.layer = error.layer or step.layer
             raise
         for role, out in step.outputs.items():
-            offset = out.offset + chunk.start * step.row_bytes(out)
+            offset = out.offset + (step.into_row + chunk.start) * step.row_bytes(out)
             data = _bytes(outputs[role])
             self.folder.write(out.file, offset, data)
             written += data.nbytes
         if finding.first_nonfinite_row is not None:
-            finding.first_nonfinite_row += chunk.start
+            finding.first_nonfinite_row += step.into_row + chunk.start
         with self.lock:
             self.outcome.findings.setdefault(step.layer, Finding()).add(finding)
             self.layer = step.layer
             self.bytes_done += read
             self.bytes_written += written
+
+    def _cut_parts(self, chunk: _Chunk, buffers: _Buffers) -> _Arrays:
+        """The rectangles of a packed layer's parts that a chunk needs."""
+        step, found = chunk.step, {}
+        assert step.packing is not None
+        first = step.first_row
+        for role, cut in step.packing.cuts(first + chunk.start, first + chunk.stop).items():
+            tensor = step.inputs[role]
+            assert not isinstance(tensor, ComputedTensor)
+            rows = cut.rows[1] - cut.rows[0]
+            width = (cut.columns[1] - cut.columns[0]) * NUMPY_DTYPE[tensor.info.dtype].itemsize
+            found[role] = buffers.take(f"in {role}", tensor.info.dtype, rows, width)
+            self.source.read_cut(tensor, cut, found[role])
+        return found
 
     def _row_scales(self, chunk: _Chunk, stored: SourceTensor) -> np.ndarray:
         """The global scale of each row of a chunk, from one for all or one an expert."""
@@ -457,6 +511,25 @@ def _quantize(
         dense, decoded, scales, target.mode.value, group_max
     )
     return finding
+
+
+def _unpack(
+    chunk: _Chunk, packing: Packing, inputs: _Arrays, outputs: _Arrays, buffers: _Buffers
+) -> Finding:
+    """Move or decode the rows of a packed layer."""
+    step = chunk.step
+    rows = (step.first_row + chunk.start, step.first_row + chunk.stop)
+    if step.operation is Operation.REPACK:
+        packing.unpack(inputs, *rows, outputs, buffers)
+        floats = [array for array in outputs.values() if array.dtype not in (np.uint32, np.uint8)]
+        return Finding(overflowed=sum(values.count_nonfinite(array) for array in floats))
+    if step.operation is Operation.DECODE:
+        packing.dense(inputs, *rows, outputs["weight"], buffers)
+        return Finding(overflowed=values.count_nonfinite(outputs["weight"]))
+    width = step.columns * NUMPY_DTYPE[step.dtype].itemsize
+    dense = buffers.take("dense", step.dtype, chunk.stop - chunk.start, width)
+    packing.dense(inputs, *rows, dense, buffers)
+    return _quantize(step, dense, outputs, buffers, Finding())
 
 
 _COMPUTE = {

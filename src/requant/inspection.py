@@ -101,7 +101,7 @@ def inspect(source: Source) -> Inspection:
         layers=tuple(
             Stored(
                 layer.path,
-                describe(layer.encoding, layer.dtype),
+                layer.stored or describe(layer.encoding, layer.dtype),
                 layer.shape,
                 sum(part.info.nbytes for part in layer.parts.values()),
             )

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from requant.blueprint import (
-    Exactness,
     LayerPlan,
     Operation,
     OutputTensor,
@@ -28,6 +27,7 @@ from requant.checkpoint import Checkpoint, SourceTensor, read_checkpoint
 from requant.dtypes import FLOATS, KERNEL_FLOATS, TensorInfo
 from requant.errors import CheckpointError, Problem, UsageError
 from requant.formats import SourceLayer, SourceLayout, detect
+from requant.formats.packing import Exactness, Fidelity, Packing
 from requant.relayout import Relayout, relayout
 from requant.schema import SKIP, PerLayerQuantization, Quantization, QuantMode
 from requant.wishes import DTYPES, Wishes, resolve_quantization
@@ -89,7 +89,7 @@ class Planner:
         self.checkpoint, self.format, self.layout = checkpoint, format_name, layout
         self.wishes, self.moved = wishes, moved
         self.mlx_lm = None if moved is None else moved.layout
-        self.notes: list[str] = []
+        self.notes: list[str] = list(layout.notes)
         self.wrong_wishes: list[Problem] = []
         self.default = self._default()
 
@@ -97,7 +97,7 @@ class Planner:
         """The quantization of a chosen layer that no override names."""
         if self.wishes.quantization is not None or self.wishes.dequantize:
             return self.wishes.quantization
-        if any(layer.encoding for layer in self.layout.layers):
+        if any(layer.encoding or layer.packing for layer in self.layout.layers):
             return None
         self.notes.append(
             "No bits or mode were asked for: affine, 4 bits, group 64 (MLX's default); "
@@ -113,6 +113,7 @@ class Planner:
         """
         self._check_patterns()
         decided = [(layer, *self._decide(layer)) for layer in self.layout.layers]
+        self._check_needs(decided)
         if self.wrong_wishes:
             lines = "".join(f"\n  {problem}" for problem in self.wrong_wishes)
             raise UsageError(f"{self.checkpoint.path}: wishes that cannot be met:{lines}")
@@ -146,6 +147,7 @@ class Planner:
             side_files=self.checkpoint.side_files,
             left_out=self.checkpoint.left_out,
             notes=tuple(self.notes),
+            dropped=self.layout.dropped,
             checkpoint=self.checkpoint,
             relayout=self.moved,
         )
@@ -182,12 +184,14 @@ class Planner:
         if override is SKIP:
             return layer.encoding, "skipped by an override"
         if wishes.only and not any(re.search(p, layer.path) for p in wishes.only):
-            return layer.encoding, "not matched by --only"
-        if wishes.dequantize or self.default is None:
-            return (None if wishes.dequantize else layer.encoding), ""
-        if layer.encoding is not None:
+            return layer.kept, "not matched by --only"
+        if wishes.dequantize:
+            return None, ""
+        if self.default is None:
+            return layer.kept, layer.reason
+        if layer.encoding is not None or layer.packing is not None:
             target, reason = _fit_group(layer.shape[-1], self.default)
-            return target or layer.encoding, reason
+            return target or layer.kept, reason
         if self.format != "dense" and not wishes.only:
             return None, "dense in the source"
         if self.mlx_lm is not None:
@@ -195,6 +199,20 @@ class Planner:
                 layer.path, ""
             )
         return _dense_target(layer, self.default, wishes.dtype)
+
+    def _check_needs(self, decided: Iterable[tuple[SourceLayer, Quantization | None, str]]) -> None:
+        """Refuse layers whose fate the user must choose, once for each kind of them."""
+        needs = Counter[str]()
+        first: dict[str, str] = {}
+        wished = self.wishes.dequantize or self.default is not None
+        for layer, target, _ in decided:
+            skipped = self._override(layer.path) is SKIP
+            if layer.needs_wish and target is None and not (wished or skipped):
+                needs[layer.needs_wish] += 1
+                first.setdefault(layer.needs_wish, layer.path)
+        for message, count in needs.items():
+            where = first[message] + (f" and {count - 1} more" if count > 1 else "")
+            self.wrong_wishes.append(Problem(where, message))
 
     def _forced(self, layer: SourceLayer, target: Quantization) -> Quantization | None:
         """An override is met exactly or refused."""
@@ -229,7 +247,9 @@ class Planner:
 
     def _steps(self, layer: SourceLayer, target: Quantization | None) -> Iterator[Step]:
         dtype = self._value_dtype(layer)
-        if layer.encoding is None and target is None:
+        if layer.packing is not None:
+            yield self._packed_step(layer, layer.packing, target, dtype)
+        elif layer.encoding is None and target is None:
             yield _flat_step(layer.path, layer.parts["weight"], dtype)
         elif layer.encoding == target:
             for part in layer.parts.values():
@@ -263,6 +283,28 @@ class Planner:
             layer.parts.get("global_scale"),
         )
 
+    def _packed_step(
+        self, layer: SourceLayer, packing: Packing, target: Quantization | None, dtype: str
+    ) -> Step:
+        """Move the codes where they stay, else decode, and encode again where wished."""
+        outputs = {"weight": TensorInfo(dtype, layer.shape)}
+        operation = Operation.DECODE
+        if target is not None:
+            outputs = triple_infos(layer.shape, dtype, target)
+            operation = Operation.REPACK if target == layer.encoding else Operation.RECODE
+        return Step(
+            layer.path,
+            operation,
+            packing.rows,
+            packing.columns,
+            layer.parts,
+            {role: OutputTensor(f"{layer.path}.{role}", info) for role, info in outputs.items()},
+            None,
+            target,
+            dtype,
+            packing=packing,
+        )
+
     def _layer_plan(
         self,
         layer: SourceLayer,
@@ -270,23 +312,25 @@ class Planner:
         reason: str,
         steps: Sequence[Step],
     ) -> LayerPlan:
-        if layer.encoding is None:
+        if layer.encoding is None and layer.packing is None:
             treatment = Treatment.DENSE if target is None else Treatment.QUANTIZED
-        elif layer.encoding == target:
+        elif layer.encoding == target and target is not None:
             treatment = Treatment.KEPT
         else:
             treatment = Treatment.DEQUANTIZED if target is None else Treatment.REQUANTIZED
-        exactness = max((_exactness(step) for step in steps), key=list(Exactness).index)
+        costs = [_fidelity(step) for step in steps]
+        worst = max(costs, key=lambda cost: list(Exactness).index(cost.exactness))
         return LayerPlan(
             layer.path,
             layer.shape,
-            describe(layer.encoding, layer.dtype),
+            layer.stored or describe(layer.encoding, layer.dtype),
             describe(target, self._value_dtype(layer)),
             treatment,
-            exactness,
+            worst.exactness,
             sum(t.info.nbytes for step in steps for t in step.outputs.values()),
             layer.is_weight,
             reason,
+            worst.bound,
         )
 
     # -- the whole ---------------------------------------------------------------------
@@ -297,15 +341,13 @@ class Planner:
             return None
         source = self.layout.quantization
         default = self.wishes.quantization or (source.quantization if source else None)
-        if default is None or default not in per_layer.values():
-            default = Counter(per_layer.values()).most_common(1)[0][0]
-        overrides: dict[str, Any] = {p: q for p, q in per_layer.items() if q != default}
+        skipped = []
         for layer in self.layout.layers:
             if layer.path not in per_layer and layer.is_weight:
                 stays = source.per_layer.get(layer.path) if source else None
                 if stays is SKIP or self._override(layer.path) is SKIP:
-                    overrides[layer.path] = SKIP
-        return PerLayerQuantization(default, overrides)
+                    skipped.append(layer.path)
+        return PerLayerQuantization.from_layers(per_layer, default, skipped)
 
     def _config(self, quantization: PerLayerQuantization | None) -> dict[str, Any]:
         """The source's config with the quantization and dtype that now hold."""
@@ -416,15 +458,17 @@ def _row_view(shape: tuple[int, ...], unit: int) -> tuple[int, int]:
 _WIDENS = {("F16", "F32"), ("BF16", "F32"), ("F16", "F64"), ("BF16", "F64"), ("F32", "F64")}
 
 
-def _exactness(step: Step) -> Exactness:
+def _fidelity(step: Step) -> Fidelity:
     if step.operation in (Operation.ENCODE, Operation.RECODE):
-        return Exactness.REENCODED
+        return Fidelity(Exactness.REENCODED)
     if step.operation is Operation.COPY:
-        return Exactness.EXACT
+        return Fidelity(Exactness.EXACT)
+    if step.operation is Operation.REPACK and step.packing is not None:
+        return step.packing.fidelity(step.dtype)
     if step.operation is Operation.CAST:
         pair = (step.inputs["weight"].info.dtype, step.dtype)
-        return Exactness.EXACT if pair in _WIDENS else Exactness.ROUNDED
-    return Exactness.ROUNDED
+        return Fidelity(Exactness.EXACT if pair in _WIDENS else Exactness.ROUNDED)
+    return Fidelity(Exactness.ROUNDED)
 
 
 def _near(pattern: str, paths: Sequence[str]) -> list[str]:

@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass
 from math import prod, sqrt
 from typing import Any
 
-from requant.blueprint import Exactness, LayerPlan, Plan
+from requant.blueprint import LayerPlan, Plan
 from requant.execute import Outcome
+from requant.formats.packing import Exactness
 
 
 @dataclass(frozen=True, slots=True)

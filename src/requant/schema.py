@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import enum
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Final, NoReturn
@@ -171,6 +172,28 @@ class PerLayerQuantization:
     def from_global(cls, quantization: Quantization) -> PerLayerQuantization:
         """The same quantization for every layer."""
         return cls(quantization)
+
+    @classmethod
+    def from_layers(
+        cls,
+        layers: Mapping[str, Quantization],
+        default: Quantization | None = None,
+        skipped: Iterable[str] = (),
+    ) -> PerLayerQuantization:
+        """A default, and the layers that differ from it.
+
+        Args:
+            layers: Layer path -> its quantization.
+            default: What to call the default; the most common where no layer has it.
+            skipped: Layers to name as not quantized.
+        """
+        if default not in layers.values():
+            common = Counter(layers.values()).most_common(1)
+            default = common[0][0] if common else None
+        per_layer: dict[str, Quantization | Skip] = {
+            path: found for path, found in layers.items() if found != default
+        }
+        return cls(default, per_layer | dict.fromkeys(skipped, SKIP))
 
     @classmethod
     def from_dict(cls, block: Mapping[str, Any]) -> PerLayerQuantization:

@@ -20,6 +20,14 @@ from requant.safetensors_header import check_name
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+# Where tools write their quantization beside, or instead of, config.json. An output has none
+# of it: its config says how it is stored.
+QUANTIZATION_FILES = (
+    "quantize_config.json",
+    "quant_config.json",
+    "quantization_config.json",
+    "hf_quant_config.json",
+)
 
 # Never listed: caches and version control, which are no part of the checkpoint.
 _SKIPPED = {".git", ".cache", "__pycache__"}
@@ -35,6 +43,7 @@ _STALE = {
     "*.ot": "weights for Rust's tch",
     "consolidated*": "a second copy of the weights, in Mistral's or Meta's own layout",
     "*.safetensors.index.json": "index of other weights",
+    **dict.fromkeys(QUANTIZATION_FILES, "describes the source's quantization"),
 }
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _NUMBERED = re.compile(r"(.*)-([0-9]{5,6})-of-([0-9]{5,6})\.safetensors")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from requant.checkpoint import Checkpoint
+from requant.formats.autoawq import AutoAwq
 from requant.formats.base import Format, SourceLayer, SourceLayout
 from requant.formats.dense import Dense
 from requant.formats.mlx import Mlx
 
 __all__ = ["FORMATS", "Format", "SourceLayer", "SourceLayout", "detect"]
 
-FORMATS: tuple[Format, ...] = (Mlx(), Dense())
+FORMATS: tuple[Format, ...] = (Mlx(), AutoAwq(), Dense())
 
 
 def detect(checkpoint: Checkpoint) -> Format:

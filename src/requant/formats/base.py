@@ -8,6 +8,7 @@ from typing import Protocol
 
 from requant.checkpoint import Checkpoint, SourceTensor
 from requant.errors import Problem
+from requant.formats.packing import Packing
 from requant.schema import PerLayerQuantization, Quantization
 
 
@@ -19,10 +20,20 @@ class SourceLayer:
         path: Layer path (``model.layers.0.mlp.up_proj``), or the tensor's name where it
             is no ``.weight``.
         parts: Role -> stored tensor. A dense layer has ``weight`` alone; a quantized one
-            ``weight``, ``scales`` and, in affine mode, ``biases``.
-        encoding: How the codes are to be read; None for a dense tensor.
+            of MLX ``weight``, ``scales`` and, in affine mode, ``biases``; a packed one the
+            roles that its packing names.
+        encoding: MLX's encoding that holds the stored codes as they are; None for a dense
+            tensor, and for codes that no mode of MLX holds.
         shape: The logical shape, ``(..., out_features, in_features)``.
-        dtype: Header name of the dtype that the values have once decoded.
+        dtype: Header name of the dtype that the values have once decoded; affine scales
+            and biases take it.
+        packing: How rows come out of ``parts``; None where the parts are row by row what
+            MLX stores.
+        stored: How the source stores it, in a few words ("awq gemm 4-bit g128").
+        fallback: What becomes of a packed layer without ``encoding`` when nothing is
+            wished; None leaves it dense.
+        reason: Why it has no ``encoding``, or another group or width than the source.
+        needs_wish: Why the user must say what becomes of it; "" where ``fallback`` serves.
     """
 
     path: str
@@ -30,24 +41,48 @@ class SourceLayer:
     encoding: Quantization | None
     shape: tuple[int, ...]
     dtype: str
+    packing: Packing | None = None
+    stored: str = ""
+    fallback: Quantization | None = None
+    reason: str = ""
+    needs_wish: str = ""
 
     @property
     def is_weight(self) -> bool:
         """Whether this is a ``{layer}.weight``, the only thing that is ever quantized."""
-        return self.parts["weight"].name == f"{self.path}.weight"
+        return self.packing is not None or self.parts["weight"].name == f"{self.path}.weight"
+
+    @property
+    def kept(self) -> Quantization | None:
+        """What becomes of the layer when nothing is wished; None is dense."""
+        return self.encoding or self.fallback
 
 
 @dataclass(frozen=True, slots=True)
 class SourceLayout:
-    """Everything a format found: each tensor of the checkpoint is in exactly one layer."""
+    """Everything a format found: each tensor of the checkpoint is in a layer or dropped.
+
+    Attributes:
+        layers: In the order of the checkpoint's bytes.
+        quantization: The MLX quantization that the source declares, if it is MLX's.
+        problems: What is wrong with the checkpoint.
+        dropped: Tensors that have no use in MLX, each with the reason.
+        notes: What the user should know, one sentence each.
+    """
 
     layers: tuple[SourceLayer, ...]
-    quantization: PerLayerQuantization | None
+    quantization: PerLayerQuantization | None = None
     problems: tuple[Problem, ...] = ()
+    dropped: tuple[tuple[str, str], ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 class Format(Protocol):
-    """A source format. All of it works on headers and JSON; no tensor data is read."""
+    """A source format.
+
+    It works on headers and JSON, and on the few small tensors that decide what a layer is
+    (``Checkpoint.peek``); no weights are read.
+    """
 
     name: str
 

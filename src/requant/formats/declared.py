@@ -1,0 +1,86 @@
+"""What a checkpoint says about its own quantization, wherever its tool wrote that down."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from requant.checkpoint import Checkpoint
+from requant.errors import Problem
+from requant.source_folder import CONFIG, QUANTIZATION_FILES
+
+_KEYS = ("quantization_config", "compression_config")
+# Names of one thing in the configs of different tools (AutoAWQ, llm-awq, AutoGPTQ, GPTQModel).
+_ALIASES = {
+    "bits": ("bits", "w_bit", "wbits", "weight_bits", "num_bits", "nbits"),
+    "group_size": ("group_size", "q_group_size", "groupsize"),
+    "quant_method": ("quant_method", "method"),
+    "checkpoint_format": ("checkpoint_format", "format"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Declared:
+    """A quantization block and where it stands ("config.json: quantization_config")."""
+
+    where: str
+    block: Mapping[str, Any]
+
+    @property
+    def method(self) -> str:
+        """``quant_method`` in lower case; "" where none is given."""
+        return str(self.get("quant_method") or "").lower()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """A value under any of the names that tools give it."""
+        for name in _ALIASES.get(key, (key,)):
+            if self.block.get(name) is not None:
+                return self.block[name]
+        return default
+
+    def word(self, key: str, default: str = "") -> str:
+        """A text value in lower case; ``default`` where there is none."""
+        value = self.get(key)
+        return value.lower() if isinstance(value, str) else default
+
+    def integer(self, key: str, problems: list[Problem], default: int | None = None) -> int | None:
+        """A whole number, or a problem and ``default``."""
+        value = self.get(key, default)
+        if value is None or (isinstance(value, int) and not isinstance(value, bool)):
+            return value
+        problems.append(Problem(f"{self.where}.{key}", f"is {value!r}, expected a whole number"))
+        return default
+
+    def boolean(self, key: str, problems: list[Problem], default: bool) -> bool:
+        """True or false, or a problem and ``default``."""
+        value = self.get(key, default)
+        if isinstance(value, bool):
+            return value
+        problems.append(Problem(f"{self.where}.{key}", f"is {value!r}, expected true or false"))
+        return default
+
+    def names(self, key: str, problems: list[Problem]) -> tuple[str, ...]:
+        """A list of texts (null is none), or a problem and nothing."""
+        value = self.get(key)
+        if value is None:
+            return ()
+        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+            return tuple(value)
+        problems.append(Problem(f"{self.where}.{key}", f"is {value!r}, expected a list of names"))
+        return ()
+
+
+def declared(checkpoint: Checkpoint) -> Declared | None:
+    """Find the block: in config.json, in its text_config, or in a file of the tool's own."""
+    config = checkpoint.config
+    for prefix, part in (("", config), ("text_config.", config.get("text_config"))):
+        for key in _KEYS:
+            block = part.get(key) if isinstance(part, Mapping) else None
+            if isinstance(block, Mapping) and block:
+                return Declared(f"{CONFIG}: {prefix}{key}", block)
+    for name in QUANTIZATION_FILES:
+        found = checkpoint.quantization_files.get(name)
+        if found:
+            return Declared(name, found)
+    return None

@@ -1,0 +1,209 @@
+"""``transform_weights``: any quantized weight map in memory becomes MLX's.
+
+The formats and packings are those of the road; only the rows come from arrays, not files.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from requant.arrays import Array, Backend, Weights, backend_for, native
+from requant.checkpoint import Checkpoint, StoredTensor
+from requant.dtypes import HEADER_NAME, NUMPY_DTYPE, TensorInfo
+from requant.errors import CheckpointError, InvariantError, UnsupportedDtypeError
+from requant.formats import SourceLayer, detect
+from requant.formats.packing import Packing
+from requant.planner import triple_infos
+from requant.schema import PerLayerQuantization, Quantization
+
+# Rows are decoded in pieces of about this many values: one piece stays in a cache.
+_PIECE_VALUES = 1 << 21
+
+
+def transform_weights(
+    weights: Weights, quantization_config: Mapping[str, Any]
+) -> tuple[dict[str, Array], PerLayerQuantization]:
+    """Turn a quantized weight map of any supported format into MLX's layers.
+
+    Stored codes are moved bit for bit where a mode of MLX holds them; a layer that none holds
+    is decoded and encoded again as ``requant convert`` does it without a wish, or left dense.
+    Unlike ``transform_awq_weights`` this evaluates the quantized layers of MLX arrays, one at
+    a time.
+
+    Args:
+        weights: Tensor name -> array, all of one library. float8 tensors may be ml_dtypes
+            arrays, or uint8 as ``mx.load`` gives them.
+        quantization_config: The ``quantization_config`` block of the source's config.json.
+
+    Returns:
+        A new weight map of the library that came in, and the quantization of its layers.
+        What belongs to no quantized layer is the same array.
+
+    Raises:
+        CheckpointError: Everything that is wrong with the map, by tensor and key.
+        InvariantError: The map mixes array libraries.
+        UnsupportedDtypeError: A value is an array of neither library.
+
+    Example:
+        >>> import numpy as np
+        >>> weights = {
+        ...     "up.qweight": np.full((32, 1), 0x75316420, np.int32),  # codes 0 to 7
+        ...     "up.qzeros": np.full((1, 1), 0x44444444, np.int32),  # every zero is 4
+        ...     "up.scales": np.full((1, 8), 0.5, np.float16),
+        ... }
+        >>> block = {"quant_method": "awq", "bits": 4, "group_size": 32}
+        >>> converted, quantization = transform_weights(weights, block)
+        >>> quantization.quantization
+        Quantization(group_size=32, bits=4, mode=<QuantMode.AFFINE: 'affine'>)
+        >>> converted["up.biases"].ravel().tolist()
+        [-2.0, -2.0, -2.0, -2.0, -2.0, -2.0, -2.0, -2.0]
+    """
+    library = backend_for(weights)
+    checkpoint = _InMemory.of(weights, library, quantization_config)
+    found = detect(checkpoint)
+    layout = found.read(checkpoint)
+    if layout.problems:
+        raise CheckpointError("weights", layout.problems)
+    undecided = [layer.path for layer in layout.layers if layer.needs_wish and layer.kept is None]
+    if undecided:
+        raise InvariantError(
+            f"{len(undecided)} layers have codes that no mode of MLX holds; quantize them from a "
+            "folder with requant.convert(..., bits=...)",
+            layer=undecided[0],
+        )
+    result: dict[str, Array] = {}
+    per_layer: dict[str, Quantization] = {}
+    for layer in layout.layers:
+        if layer.packing is None:
+            result |= {part.name: weights[part.name] for part in layer.parts.values()}
+            kept = layer.encoding
+        else:
+            kept = layer.kept
+            for name, array in _transform(checkpoint, layer, layer.packing):
+                result[name] = array if library.name == "numpy" else _to_mlx(array)
+        if kept is not None:
+            per_layer[layer.path] = kept
+    return result, PerLayerQuantization.from_layers(per_layer)
+
+
+class _InMemory(Checkpoint):
+    """A checkpoint whose tensors are arrays."""
+
+    arrays: Weights
+
+    @staticmethod
+    def of(weights: Weights, library: Backend, block: Mapping[str, Any]) -> _InMemory:
+        tensors = {
+            name: StoredTensor(
+                name, TensorInfo(_header_name(library, name, array), library.shape(array)), "", 0
+            )
+            for name, array in weights.items()
+        }
+        made = _InMemory(
+            path=Path(os.devnull),
+            files=(),
+            tensors=MappingProxyType(tensors),
+            config={"quantization_config": dict(block)},
+            config_text="",
+            side_files=(),
+            left_out=(),
+        )
+        object.__setattr__(made, "arrays", weights)
+        return made
+
+    def peek(self, name: str) -> np.ndarray:
+        """The array as NumPy sees it."""
+        array, dtype = self.arrays[name], NUMPY_DTYPE[self.tensors[name].info.dtype]
+        if isinstance(array, np.ndarray):
+            return array.astype(array.dtype.newbyteorder("="), copy=False)
+        import mlx.core as mx
+
+        if dtype == NUMPY_DTYPE["BF16"]:
+            return np.asarray(array.view(mx.uint16)).view(dtype)
+        return np.asarray(array)
+
+
+def _header_name(library: Backend, name: str, array: Array) -> str:
+    """The dtype as a safetensors header spells it."""
+    word = library.dtype(array)
+    try:
+        return HEADER_NAME[np.dtype(getattr(ml_dtypes, word, word.rstrip("_")))]
+    except (KeyError, TypeError):
+        raise UnsupportedDtypeError(
+            "tensor", word, sorted(HEADER_NAME.values()), layer=name
+        ) from None
+
+
+class _Fresh:
+    """Scratch memory that is never reused."""
+
+    def take(self, role: str, dtype: str, rows: int, row_bytes: int) -> np.ndarray:
+        width = row_bytes // NUMPY_DTYPE[dtype].itemsize
+        return np.empty((rows, width), NUMPY_DTYPE[dtype])
+
+
+def _transform(
+    checkpoint: _InMemory, layer: SourceLayer, packing: Packing
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The layer's tensors in MLX's layout."""
+    target = layer.kept
+    infos = {"weight": TensorInfo(layer.dtype, layer.shape)}
+    if target is not None:
+        infos = triple_infos(layer.shape, layer.dtype, target)
+    out = {role: np.empty(info.shape, NUMPY_DTYPE[info.dtype]) for role, info in infos.items()}
+    flat = {role: array.reshape(packing.rows, -1) for role, array in out.items()}
+    matrices = {role: _matrix(checkpoint.peek(part.name)) for role, part in layer.parts.items()}
+    scratch = _Fresh()
+    for start, stop in _pieces(packing):
+        parts = {
+            role: np.ascontiguousarray(matrices[role][slice(*cut.rows), slice(*cut.columns)])
+            for role, cut in packing.cuts(start, stop).items()
+        }
+        rows = {role: array[start:stop] for role, array in flat.items()}
+        if target is not None and target == layer.encoding:
+            packing.unpack(parts, start, stop, rows, scratch)
+            continue
+        dense = rows["weight"]
+        if target is not None:
+            dense = np.empty((stop - start, packing.columns), NUMPY_DTYPE[layer.dtype])
+        packing.dense(parts, start, stop, dense, scratch)
+        if target is not None:
+            native.quantize_into(
+                dense,
+                target.group_size,
+                target.bits,
+                target.mode.value,
+                rows["weight"],
+                rows["scales"],
+                rows.get("biases"),
+            )
+    for role, array in out.items():
+        yield f"{layer.path}.{role}", array
+
+
+def _pieces(packing: Packing) -> Iterator[tuple[int, int]]:
+    unit = packing.row_unit
+    rows = max(_PIECE_VALUES // max(packing.columns, 1) // unit, 1) * unit
+    for first in range(0, packing.rows, packing.matrix_rows):
+        for start in range(first, first + packing.matrix_rows, rows):
+            yield start, min(start + rows, first + packing.matrix_rows)
+
+
+def _matrix(array: np.ndarray) -> np.ndarray:
+    """The array as ``execute`` cuts it: rows of the last axis; a vector is one row."""
+    return array.reshape(-1, array.shape[-1]) if array.ndim else array.reshape(1, 1)
+
+
+def _to_mlx(array: np.ndarray) -> Any:
+    import mlx.core as mx
+
+    if array.dtype == NUMPY_DTYPE["BF16"]:
+        return mx.array(array.view(np.uint16)).view(mx.bfloat16)
+    return mx.array(array)
