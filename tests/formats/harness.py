@@ -1,0 +1,284 @@
+"""Hold what requant makes of a fixture against the values of the fixture's own tool.
+
+A fixture is a folder ``checkpoint`` that a tool wrote and ``expected.safetensors`` with the
+dense weights that the tool itself decodes: float32, exact. Values are read here with NumPy and
+MLX alone, never with code of requant.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import requant
+
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "fixtures"
+_NUMPY = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E8M0": ml_dtypes.float8_e8m0fnu,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U32": np.uint32,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+
+
+def fixture(name: str) -> Path:
+    """The folder of a fixture; skips where the shared files are not there."""
+    folder = SHARED / name
+    if not folder.is_dir():
+        assert os.environ.get("REQUANT_REQUIRE_SHARED") != "1", f"{folder} is missing"
+        pytest.skip("the shared fixtures are not here")
+    return folder
+
+
+def read_file(path: Path) -> dict[str, np.ndarray]:
+    """A safetensors file as NumPy arrays, float8 and bfloat16 included."""
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    header.pop("__metadata__", None)
+    return {
+        name: np.frombuffer(
+            raw[8 + length + entry["data_offsets"][0] : 8 + length + entry["data_offsets"][1]],
+            _NUMPY[entry["dtype"]],
+        ).reshape(entry["shape"])
+        for name, entry in header.items()
+    }
+
+
+def read_folder(folder: Path) -> dict[str, np.ndarray]:
+    """Every tensor of a folder."""
+    found: dict[str, np.ndarray] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        found |= read_file(file)
+    return found
+
+
+def codes_of(words: np.ndarray, bits: int) -> np.ndarray:
+    """The codes of MLX words: a little-endian bit stream a row."""
+    stream = np.unpackbits(words.view(np.uint8), axis=-1, bitorder="little")
+    fields = stream.reshape(*words.shape[:-1], -1, bits)
+    return (fields << np.arange(bits, dtype=np.uint8)).sum(-1).astype(np.uint8)
+
+
+@dataclass
+class Affine:
+    """One affine layer of an output, taken apart."""
+
+    codes: np.ndarray
+    scales: np.ndarray  # float64, repeated to a value a code
+    biases: np.ndarray
+
+    @property
+    def values(self) -> np.ndarray:
+        return self.codes * self.scales + self.biases
+
+
+def affine(weights: Mapping[str, np.ndarray], path: str, group: int, bits: int) -> Affine:
+    """Take an affine layer apart; scales and biases widened exactly."""
+    scales, biases = (
+        weights[f"{path}.{role}"].astype(np.float64).repeat(group, axis=-1)
+        for role in ("scales", "biases")
+    )
+    return Affine(codes_of(weights[f"{path}.weight"], bits), scales, biases)
+
+
+def float_values(weights: Mapping[str, np.ndarray], path: str, spec: Mapping[str, Any]) -> Any:
+    """The values of an mxfp4, mxfp8 or nvfp4 layer, by MLX, in float32."""
+    arrays = [mx.array(weights[f"{path}.{role}"]) for role in ("weight", "scales")]
+    arguments = {key: spec[key] for key in ("group_size", "bits", "mode")}
+    scale = weights.get(f"{path}.global_scale")
+    if scale is not None:
+        arguments["global_scale"] = mx.array(scale)
+    return np.array(mx.dequantize(*arrays, **arguments, dtype=mx.float32))
+
+
+@dataclass
+class Checked:
+    """What a fixture was converted to, for further checks."""
+
+    source: Path
+    output: Path
+    report: requant.Report
+    weights: dict[str, np.ndarray]
+    config: dict[str, Any]
+    expected: dict[str, np.ndarray]
+
+    def spec(self, path: str) -> dict[str, Any] | None:
+        """The layer's entry in the config's quantization block; None for a dense layer."""
+        if f"{path}.scales" not in self.weights:
+            return None
+        block = self.config["quantization"]
+        found = block.get(path, {key: block.get(key) for key in ("group_size", "bits", "mode")})
+        return {"mode": "affine"} | {k: v for k, v in found.items() if v is not None}
+
+
+def check_fixture(
+    name: str,
+    tmp_path: Path,
+    exactness: str | Mapping[str, str],
+    *,
+    bound: float = 0.0,
+    largest_rms: float = 0.0,
+    values_rtol: float = 0.0,
+    **wishes: Any,
+) -> Checked:
+    """Convert a fixture and compare every quantized layer with the tool's own values.
+
+    Args:
+        name: The fixture.
+        tmp_path: Where outputs go.
+        exactness: The class that plan and report must state for the quantized layers; by
+            layer path where they differ ("" for all others).
+        bound: Of "rounded" affine layers, the most that a value may be off, in steps of its
+            scale.
+        largest_rms: Of "re-encoded" layers, the largest relative root mean square error.
+        values_rtol: What the tool's own order of operations leaves open (relative to the
+            largest value); 0 wherever the document says bit for bit.
+        **wishes: For ``requant.convert``.
+    """
+    source = fixture(name) / "checkpoint"
+    expected = {
+        key.removesuffix(".weight"): value
+        for key, value in read_file(fixture(name) / "expected.safetensors").items()
+        if key.endswith(".weight")
+    }
+    wishes = {"layout": "keep"} | wishes
+    report = requant.convert(source, tmp_path / "out", **wishes)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "quant_method" not in config.get("quantization_config", {})
+    weights = read_folder(tmp_path / "out")
+    checked = Checked(source, tmp_path / "out", report, weights, config, expected)
+    stated = {layer.layer: layer.exactness.value for layer in report.plan.layers}
+    for path, values in expected.items():
+        wanted = exactness if isinstance(exactness, str) else exactness.get(path, exactness[""])
+        assert stated[path] == wanted, f"{path}: {stated[path]}"
+        _check_values(checked, path, values, wanted, bound, largest_rms, values_rtol)
+    _check_dense_tensors(checked)
+    small = {**wishes, "chunk_bytes": 4096, "threads": 3}
+    requant.convert(source, tmp_path / "small", **small)
+    assert (tmp_path / "small" / "model.safetensors").read_bytes() == (
+        tmp_path / "out" / "model.safetensors"
+    ).read_bytes()
+    _check_dequantized(checked, tmp_path, values_rtol)
+    if wishes == {"layout": "keep"}:
+        check_in_memory(checked)
+    return checked
+
+
+def _check_values(
+    checked: Checked,
+    path: str,
+    values: np.ndarray,
+    exactness: str,
+    bound: float,
+    largest_rms: float,
+    values_rtol: float,
+) -> None:
+    spec = checked.spec(path)
+    room = values_rtol * float(np.abs(values).max(initial=0.0))
+    if spec is None:
+        assert exactness != "exact" or checked.weights[f"{path}.weight"].dtype == np.float32
+        got = checked.weights[f"{path}.weight"]
+        assert np.abs(got.astype(np.float64) - values.astype(got.dtype)).max() <= room
+        return
+    if exactness == "re-encoded":
+        got = (
+            affine(checked.weights, path, spec["group_size"], spec["bits"]).values
+            if spec["mode"] == "affine"
+            else float_values(checked.weights, path, spec)
+        )
+        rms = float(np.sqrt(np.mean((got - values) ** 2) / np.mean(np.square(values, dtype=float))))
+        assert rms <= largest_rms, f"{path}: {rms}"
+        # The reported figure is against values rounded to the stored dtype: not bit for bit.
+        reported = checked.report.errors[path].relative_rms
+        assert abs(reported - rms) <= 0.05 * rms + 1e-3, f"{path}: {reported} against {rms}"
+        return
+    if spec["mode"] != "affine":
+        assert np.array_equal(float_values(checked.weights, path, spec), values), path
+        return
+    layer = affine(checked.weights, path, spec["group_size"], spec["bits"])
+    assert layer.values.shape == values.shape, path
+    if exactness == "exact" and not room:
+        assert np.array_equal(layer.values.astype(np.float32), values), path
+    else:
+        steps = bound * np.abs(layer.scales) + room
+        assert (np.abs(layer.values - values) <= steps).all(), path
+    # The codes themselves: the nearest to the tool's values on the layer's own grid.
+    live = layer.scales != 0
+    with np.errstate(divide="ignore", invalid="ignore"):
+        nearest = np.rint((values - layer.biases) / layer.scales)
+    assert np.array_equal(nearest[live], layer.codes[live]), path
+
+
+def _check_dense_tensors(checked: Checked) -> None:
+    """Tensors that both folders name are the same, but for the layers' own."""
+    before = read_folder(checked.source)
+    own = tuple(f"{path}." for path in checked.expected)
+    for name, array in before.items():
+        if name in checked.weights and (not name.startswith(own) or name.endswith(".bias")):
+            after = checked.weights[name]
+            assert array.dtype == after.dtype, name
+            assert array.tobytes() == after.tobytes(), name
+    biases = [n for n in before if n.endswith(".bias") and n.startswith(own)]
+    assert all(name in checked.weights for name in biases)
+
+
+def _check_dequantized(checked: Checked, tmp_path: Path, values_rtol: float) -> None:
+    """``--dequantize`` to float32 gives the tool's values bit for bit."""
+    requant.convert(
+        checked.source, tmp_path / "dense", dequantize=True, dtype="float32", layout="keep"
+    )
+    dense = read_folder(tmp_path / "dense")
+    for path, values in checked.expected.items():
+        got = dense[f"{path}.weight"]
+        if values_rtol:
+            room = values_rtol * float(np.abs(values).max())
+            assert np.abs(got.astype(np.float64) - values).max() <= room, path
+        else:
+            assert got.shape == values.shape, path
+            assert np.array_equal(got, values), path
+    config = json.loads((tmp_path / "dense" / "config.json").read_text())
+    assert "quantization" not in config
+    assert "quantization_config" not in config
+
+
+def check_in_memory(checked: Checked) -> None:
+    """``transform_weights`` gives the folder's tensors for both array libraries."""
+    block = json.loads((checked.source / "config.json").read_text())["quantization_config"]
+    before = read_folder(checked.source)
+    made, quantization = requant.transform_weights(before, block)
+    assert made.keys() == checked.weights.keys()
+    for name, array in made.items():
+        assert array.dtype == checked.weights[name].dtype, name
+        assert array.tobytes() == checked.weights[name].tobytes(), name
+    assert quantization.to_dict() == checked.config["quantization"]
+
+    lazy: dict[str, mx.array] = {}
+    for file in sorted(checked.source.glob("*.safetensors")):
+        lazy |= mx.load(str(file))
+    by_mlx, same = requant.transform_weights(lazy, block)
+    assert same == quantization
+    for file in sorted(checked.output.glob("*.safetensors")):
+        for name, wanted in mx.load(str(file)).items():
+            got = by_mlx[name]
+            assert isinstance(got, mx.array)
+            assert got.dtype == wanted.dtype, name
+            assert mx.array_equal(got.view(mx.uint8), wanted.view(mx.uint8)), name
