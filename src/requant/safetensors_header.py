@@ -229,6 +229,8 @@ def _is_count(value: object) -> bool:
 
 
 def _parse_metadata(value: object) -> tuple[dict[str, str], list[str]]:
+    if value is None:  # what mx.save_safetensors writes when it is given none
+        return {}, []
     if not isinstance(value, dict):
         return {}, [f"is {shown(value)}, expected an object of strings"]
     wrong = [
