@@ -87,9 +87,9 @@ def measure(command: list[str]) -> Run:
 
 
 def requant(source: Path, output: Path, *options: str) -> list[str]:
-    """The command that is measured."""
+    """The command that is measured; without the second that importing mlx-lm takes."""
     command = [sys.executable, "-m", "requant", "convert", str(source), str(output)]
-    return [*command, "--quiet", *options]
+    return [*command, "--quiet", "--layout", "keep", *options]
 
 
 def rounds(

@@ -20,7 +20,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("triples", "weights", "wishes"),
     ("source_folder",),
     ("checkpoint",),
-    ("formats", "mlx_lm_layout"),
+    ("formats", "mlx_lm_classes", "mlx_lm_layout"),
     ("relayout",),
     ("blueprint",),
     ("planner",),

@@ -155,6 +155,8 @@ class Plan:
         left_out: Files not carried over, with the reason.
         notes: What the user should know, one sentence each.
         dropped: Tensors of the source that the output has no use for, with the reason.
+        layout: "mlx-lm" where names and shapes are those of mlx-lm's class, which loads the
+            output then; else "keep".
         checkpoint: The source.
         relayout: mlx-lm's layout of it, where that was asked for.
     """
@@ -171,6 +173,7 @@ class Plan:
     left_out: tuple[tuple[str, str], ...]
     notes: tuple[str, ...] = ()
     dropped: tuple[tuple[str, str], ...] = ()
+    layout: str = "keep"
     checkpoint: Checkpoint = field(repr=False, compare=False, kw_only=True)
     relayout: Relayout | None = field(default=None, repr=False, compare=False, kw_only=True)
 
@@ -207,6 +210,7 @@ class Plan:
         return {
             "source": self.source,
             "format": self.format,
+            "layout": self.layout,
             "hash": self.hash,
             "parameters": self.parameters,
             "bytes_in": self.bytes_in,

@@ -103,7 +103,7 @@ def convert(
     dtype: Dtype = None,
     override: Overrides = None,
     only: Only = None,
-    layout: Layout = "keep",
+    layout: Layout = "auto",
     max_memory: MaxMemory = None,
     threads: Threads = None,
     shard_size: ShardSize = SHARD_SIZE,  # type: ignore[assignment]  # parsed by parse_size
@@ -170,7 +170,7 @@ def plan(
     dtype: Dtype = None,
     override: Overrides = None,
     only: Only = None,
-    layout: Layout = "keep",
+    layout: Layout = "auto",
     max_memory: MaxMemory = None,
     threads: Threads = None,
     shard_size: ShardSize = SHARD_SIZE,  # type: ignore[assignment]  # parsed by parse_size

@@ -158,7 +158,8 @@ def show_report(report: Report) -> None:
         page.line(_errors(report.errors))
     rate = format_size(plan.bytes_in / max(report.elapsed_s, 1e-9))
     page.line(f"{_sizes(plan)}, {format_seconds(report.elapsed_s)}, {rate}/s")
-    page.line(f'next: mlx_lm.generate --model {shlex.quote(report.output)} --prompt "Hello"')
+    if plan.layout == "mlx-lm":  # its class has loaded these names and shapes
+        page.line(f'next: mlx_lm.generate --model {shlex.quote(report.output)} --prompt "Hello"')
 
 
 def _title(plan: Plan) -> str:

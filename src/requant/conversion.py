@@ -31,7 +31,7 @@ def plan(
     dtype: str | None = None,
     overrides: Iterable[str | tuple[str, Spec | str]] = (),
     only: Sequence[str] = (),
-    layout: str = "keep",
+    layout: str = "auto",
     shard_size: int = 5 << 30,
 ) -> Plan:
     """Lay out a conversion without doing it; only headers and JSON are read.
@@ -69,7 +69,7 @@ def convert(
     dtype: str | None = None,
     overrides: Iterable[str | tuple[str, Spec | str]] = (),
     only: Sequence[str] = (),
-    layout: str = "keep",
+    layout: str = "auto",
     shard_size: int = 5 << 30,
     max_memory: int | None = None,
     threads: int | None = None,
@@ -95,8 +95,10 @@ def convert(
             are quantized.
         overrides: ``"REGEX=SPEC"`` or ``(regex, spec)`` on layer paths; the last match wins.
         only: Regexes; layers that none matches are left as they are.
-        layout: "keep" (the source's tensor names) or "mlx-lm" (names, shapes, choice of layers
-            and config of mlx-lm's converter; needs mlx-lm).
+        layout: "mlx-lm" (names, shapes, choice of layers and config of mlx-lm's converter;
+            an error where it cannot be), "keep" (the source's tensor names), or "auto": the
+            first where mlx-lm is installed and takes this checkpoint, else the second and a
+            note that says why.
         shard_size: Most bytes of one output file.
         max_memory: Most bytes to hold in memory, mapped pages aside.
         threads: Worker threads; every processor by default.

@@ -85,7 +85,8 @@ Layout = Annotated[
     typer.Option(
         "--layout",
         metavar="LAYOUT",
-        help="keep: the source's tensor names; mlx-lm: what mlx-lm's converter would write.",
+        help="mlx-lm: what mlx-lm's converter would write; keep: the source's tensor names; "
+        "auto: the first where mlx-lm takes the model.",
     ),
 ]
 ShardSize = Annotated[

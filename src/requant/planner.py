@@ -26,8 +26,9 @@ from requant.blueprint import (
 from requant.checkpoint import Checkpoint, SourceTensor, read_checkpoint
 from requant.dtypes import FLOATS, KERNEL_FLOATS, TensorInfo
 from requant.errors import CheckpointError, Problem, UsageError
-from requant.formats import SourceLayer, SourceLayout, detect
+from requant.formats import Format, SourceLayer, SourceLayout, detect
 from requant.formats.packing import Exactness, Fidelity, Packing
+from requant.mlx_lm_classes import WITHOUT_A_CLASS
 from requant.relayout import Relayout, relayout
 from requant.schema import SKIP, PerLayerQuantization, Quantization, QuantMode
 from requant.wishes import DTYPES, Wishes, resolve_quantization
@@ -60,16 +61,50 @@ def make_plan(source: str | Path, wishes: Wishes) -> Plan:
     layout = found.read(checkpoint)
     if layout.problems:
         raise CheckpointError(str(source), layout.problems)
-    if wishes.layout == "keep":
-        return Planner(checkpoint, found.name, layout, wishes).plan()
+    notes: list[str] = []
+    if wishes.layout != "keep":
+        try:
+            moved, laid_out = _laid_out(checkpoint, found, layout, wishes)
+            return Planner(moved.checkpoint, found.name, laid_out, wishes, moved).plan()
+        except CheckpointError as error:
+            if wishes.layout != "auto":
+                raise
+            notes.append(f"Tensors keep the source's names (--layout keep): {_why(error)}")
+    return Planner(checkpoint, found.name, layout, wishes, notes=notes).plan()
+
+
+def _laid_out(
+    checkpoint: Checkpoint, found: Format, layout: SourceLayout, wishes: Wishes
+) -> tuple[Relayout, SourceLayout]:
+    """The checkpoint and its layers under mlx-lm's names.
+
+    Raises:
+        CheckpointError: mlx-lm is not there, or does not take this checkpoint.
+    """
+    if found.name not in ("dense", "mlx"):
+        message = f"sources in the format {found.name} are not laid out yet"
+        raise CheckpointError(str(checkpoint.path), [Problem("--layout mlx-lm", message)])
     target = wishes.quantization
     if target is None and not wishes.dequantize and layout.quantization is None:
         target = resolve_quantization()
     moved = relayout(checkpoint, target, wishes.dtype)
-    layout = found.read(moved.checkpoint)
-    if layout.problems:
-        raise CheckpointError(str(source), layout.problems)
-    return Planner(moved.checkpoint, found.name, layout, wishes, moved).plan()
+    laid_out = found.read(moved.checkpoint)
+    if laid_out.problems:
+        raise CheckpointError(str(checkpoint.path), laid_out.problems)
+    return moved, laid_out
+
+
+_MOST_LETTERS = 240
+
+
+def _why(error: CheckpointError) -> str:
+    """The first problem of a layout that cannot be, in a line."""
+    first, more = error.problems[0], len(error.problems) - 1
+    words = str(first).removeprefix("--layout mlx-lm: ").split(WITHOUT_A_CLASS)[0]
+    line = " ".join(words.split())
+    if len(line) > _MOST_LETTERS:
+        line = f"{line[:_MOST_LETTERS]} ..."
+    return line.rstrip(".") + (f" (and {more:,} more problems)" if more else "")
 
 
 _EXPERT = re.compile(r"\.experts\.\d+\.")
@@ -85,11 +120,12 @@ class Planner:
         layout: SourceLayout,
         wishes: Wishes,
         moved: Relayout | None = None,
+        notes: Iterable[str] = (),
     ) -> None:
         self.checkpoint, self.format, self.layout = checkpoint, format_name, layout
         self.wishes, self.moved = wishes, moved
         self.mlx_lm = None if moved is None else moved.layout
-        self.notes: list[str] = list(layout.notes)
+        self.notes: list[str] = [*notes, *layout.notes]
         self.wrong_wishes: list[Problem] = []
         self.default = self._default()
 
@@ -149,6 +185,7 @@ class Planner:
             notes=tuple(self.notes),
             dropped=self.layout.dropped,
             checkpoint=self.checkpoint,
+            layout="keep" if self.moved is None else "mlx-lm",
             relayout=self.moved,
         )
 
@@ -352,7 +389,8 @@ class Planner:
     def _config(self, quantization: PerLayerQuantization | None) -> dict[str, Any]:
         """The source's config with the quantization and dtype that now hold."""
         wishes = self.wishes
-        if self.mlx_lm is not None and not (wishes.overrides or wishes.only or wishes.spoiled):
+        changed = wishes.overrides or wishes.only or wishes.spoiled or self.format != "dense"
+        if self.mlx_lm is not None and not changed:
             return dict(self.mlx_lm.config)
         config = {
             key: value

@@ -21,7 +21,8 @@ from requant.checkpoint import (
     SourceTensor,
     StoredTensor,
 )
-from requant.errors import CheckpointError, Problem, RequantError
+from requant.errors import CheckpointError, Problem, RequantError, UsageError
+from requant.mlx_lm_classes import WITHOUT_A_CLASS, why_no_class
 from requant.schema import Quantization
 
 if TYPE_CHECKING:
@@ -73,23 +74,24 @@ def relayout(
         CheckpointError: mlx-lm is not installed, does not know the model, or would itself
             fail on this checkpoint.
     """
+    if why := why_no_class(checkpoint.config):
+        raise _refusal(checkpoint, f"{why}. {WITHOUT_A_CLASS}")
     try:
         from mlx_lm.utils import load_config
 
         from requant.mlx_lm_layout import mlx_lm_layout
-    except ImportError as error:
-        message = f"needs mlx and mlx-lm ({error}): pip install 'requant[mlx]', or --layout keep"
-        raise CheckpointError(
-            str(checkpoint.path), [Problem("--layout mlx-lm", message)]
-        ) from error
+    except Exception as error:  # mlx-lm raises limits of the process while it is imported
+        message = f"mlx-lm cannot be imported ({error}). {WITHOUT_A_CLASS}"
+        raise _refusal(checkpoint, message) from error
     infos = {name: tensor.info for name, tensor in checkpoint.tensors.items()}
     try:
         # Not our own reading of config.json: mlx-lm adds what generation_config.json says.
         config = load_config(checkpoint.path)
         layout = mlx_lm_layout(config, infos, quantization=quantization, dtype=dtype)
+    except UsageError:
+        raise
     except RequantError as error:
-        problem = Problem("--layout mlx-lm", str(error))
-        raise CheckpointError(str(checkpoint.path), [problem]) from error
+        raise _refusal(checkpoint, str(error)) from error
     if layout.mangled:
         problems = [
             Problem(layer, "mlx-lm would do arithmetic on its packed codes; --dequantize it first")
@@ -98,6 +100,10 @@ def relayout(
         raise CheckpointError(str(checkpoint.path), problems)
     tensors = MappingProxyType(_renamed(checkpoint.tensors, layout))
     return Relayout(replace(checkpoint, tensors=tensors), layout, checkpoint)
+
+
+def _refusal(checkpoint: Checkpoint, why: str) -> CheckpointError:
+    return CheckpointError(str(checkpoint.path), [Problem("--layout mlx-lm", why)])
 
 
 def _renamed(stored: Mapping[str, SourceTensor], layout: MlxLmLayout) -> dict[str, SourceTensor]:

@@ -114,6 +114,7 @@ class Report:
             "source": plan.source,
             "output": self.output,
             "format": plan.format,
+            "layout": plan.layout,
             "plan_hash": plan.hash,
             "parameters": plan.parameters,
             "bytes_in": plan.bytes_in,

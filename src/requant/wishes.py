@@ -22,7 +22,7 @@ MODE_DEFAULTS = {
 }
 DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 
-LAYOUTS = ("keep", "mlx-lm")
+LAYOUTS = ("auto", "keep", "mlx-lm")
 
 Spec = Quantization | Skip
 Override = tuple[str, Spec]
@@ -118,7 +118,7 @@ class Wishes:
         overrides: Regex on the layer path -> target; the last match wins.
         only: Regexes; a layer that none of them matches is left as it is.
         layout: "keep" leaves tensors their names; "mlx-lm" gives them the names, shapes and
-            choice of layers of mlx-lm's own converter.
+            choice of layers of mlx-lm's own converter; "auto" does so where mlx-lm can.
         max_shard_bytes: Output shards are cut before they exceed this.
         spoiled: Layers that a first pass found to hold NaN or infinity; left as they are.
     """
@@ -128,7 +128,7 @@ class Wishes:
     dtype: str | None = None
     overrides: tuple[Override, ...] = ()
     only: tuple[str, ...] = ()
-    layout: str = "keep"
+    layout: str = "auto"
     max_shard_bytes: int = 5 << 30
     spoiled: frozenset[str] = frozenset()
 
@@ -143,7 +143,7 @@ class Wishes:
         dtype: str | None = None,
         overrides: Iterable[str | tuple[str, Spec | str]] = (),
         only: Sequence[str] = (),
-        layout: str = "keep",
+        layout: str = "auto",
         max_shard_bytes: int = 5 << 30,
     ) -> Wishes:
         """Check and assemble what the command line and the Python doors take.

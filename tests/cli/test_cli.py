@@ -19,6 +19,7 @@ from requant import OutputError, __version__, conversion
 from .conftest import BF16, Result, write_model
 
 Requant = Callable[..., Result]
+MICRO_LLAMA = Path(__file__).parents[2] / "examples" / "micro-llama"
 COMMANDS = ("convert", "plan", "inspect")
 
 
@@ -96,8 +97,20 @@ def test_convert_reports_what_it_did(requant: Requant, model: Path, tmp_path: Pa
     assert "last axis 96 takes group 32, not 64  model.layers.*.mlp.down_proj" in result.out
     assert "bits per weight, 45.4 kB -> " in result.out
     assert "re-encoded with a relative error (rms) of " in result.out
-    assert f"next: mlx_lm.generate --model {tmp_path / 'out'} " in result.out
+    assert "note: Tensors keep the source's names (--layout keep): mlx-lm, loading llama: " in (
+        result.out
+    )
+    assert "next:" not in result.out  # mlx-lm would not load this
     assert {p.name for p in (tmp_path / "out").iterdir()} >= {"config.json", "tokenizer.json"}
+
+
+@pytest.mark.parametrize(("layout", "loads"), [("auto", True), ("mlx-lm", True), ("keep", False)])
+def test_the_next_command_is_one_that_works(
+    requant: Requant, tmp_path: Path, layout: str, loads: bool
+) -> None:
+    result = requant("convert", MICRO_LLAMA, tmp_path / "out", "--layout", layout)
+    assert (result.code, result.err) == (0, "")
+    assert (f"next: mlx_lm.generate --model {tmp_path / 'out'} " in result.out) is loads
 
 
 def test_convert_without_wishes_notes_the_default(
@@ -379,7 +392,7 @@ def test_progress_is_drawn_on_a_terminal(model: Path, tmp_path: Path) -> None:
     assert code == 0
     assert "100%" in text and "B/s" in text
     assert "\x1b[?25h" in text  # the cursor is shown again
-    assert "next: mlx_lm.generate" in text
+    assert "bits per weight" in text
 
 
 def test_no_color_is_honoured(model: Path, tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def test_mlx_lm_loads_and_generates(name: str, bits: int, tmp_path: Path) -> Non
 def test_moe_experts_stacked_are_what_mlx_lm_writes(bits: int, tmp_path: Path) -> None:
     source = model("micro-moe")
     expected = by_mlx_lm(source, tmp_path / "theirs", quantize=True, q_bits=bits)
-    convert(source, tmp_path / "ours", bits=bits)
+    convert(source, tmp_path / "ours", bits=bits, layout="keep")
     ours = load(tmp_path / "ours")
 
     compared = 0
@@ -91,8 +91,8 @@ def test_moe_experts_stacked_are_what_mlx_lm_writes(bits: int, tmp_path: Path) -
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("name", ["micro-llama", "micro-moe", "qwen3-16m"])
 def test_back_to_dense_is_mx_dequantize(name: str, bits: int, tmp_path: Path) -> None:
-    convert(model(name), tmp_path / "quantized", bits=bits)
-    convert(tmp_path / "quantized", tmp_path / "dense", dequantize=True)
+    convert(model(name), tmp_path / "quantized", bits=bits, layout="keep")
+    convert(tmp_path / "quantized", tmp_path / "dense", dequantize=True, layout="keep")
     packed, dense = load(tmp_path / "quantized"), load(tmp_path / "dense")
 
     assert dense.keys() == load(model(name)).keys()

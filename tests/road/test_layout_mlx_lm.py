@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
 from requant.conversion import convert, plan
@@ -77,7 +82,7 @@ def test_overrides_rule_over_mlx_lm_s_choice(tmp_path: Path) -> None:
 
 def test_triples_that_mlx_lm_s_rule_leaves_behind_are_refused_by_name(tmp_path: Path) -> None:
     """Its rule for this family stacks only ``.weight``; scales and biases would be lost."""
-    convert(model("micro-moe"), tmp_path / "kept", bits=4)
+    convert(model("micro-moe"), tmp_path / "kept", bits=4, layout="keep")
     with pytest.raises(CheckpointError, match=r"experts\.0\.down_proj\.scales"):
         convert(tmp_path / "kept", tmp_path / "stacked", layout="mlx-lm")
     assert not (tmp_path / "stacked").exists()
@@ -93,10 +98,114 @@ def test_an_mlx_source_keeps_its_codes(tmp_path: Path) -> None:
 
 
 def test_a_model_that_mlx_lm_does_not_know(dense: Path) -> None:
-    config = json.loads((dense / "config.json").read_text()) | {"model_type": "no_such_model"}
-    (dense / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="no_such_model"):
+    set_config(dense, model_type="no_such_model")
+    with pytest.raises(CheckpointError, match=r"no_such_model.* --layout keep needs no class"):
         plan(dense, layout="mlx-lm", bits=4)
+
+
+# -- auto: mlx-lm's layout where it can be had, and a note where it cannot -------------------
+
+
+@pytest.mark.parametrize("name", ["micro-llama", "micro-moe", "qwen3-16m"])
+def test_auto_is_mlx_lm_s_layout_where_mlx_lm_takes_the_model(name: str) -> None:
+    made = plan(model(name), bits=4)
+    assert made.layout == "mlx-lm"
+    assert made.hash == plan(model(name), bits=4, layout="mlx-lm").hash
+    assert not any("--layout" in note for note in made.notes)
+
+
+def kept_because(folder: Path, **wishes: object) -> str:
+    """The note with which a plan keeps the source's names."""
+    made, kept = plan(folder, **wishes), plan(folder, layout="keep", **wishes)
+    assert (made.layout, made.hash) == ("keep", kept.hash)
+    (note,) = set(made.notes) - set(kept.notes)
+    return note.removeprefix("Tensors keep the source's names (--layout keep): ")
+
+
+def test_auto_keeps_names_where_mlx_lm_has_no_class(dense: Path) -> None:
+    set_config(dense, model_type="no_such_model")
+    assert kept_because(dense) == "mlx-lm has no class for model_type 'no_such_model'"
+    set_config(dense, model_type=None)
+    assert kept_because(dense) == "config.json has no model_type"
+
+
+def test_auto_keeps_names_where_the_class_does_not_take_the_tensors(
+    dense: Path, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    assert kept_because(dense).startswith("mlx-lm, loading llama: ")
+    shutil.copytree(model("micro-llama"), tmp_path / "more")
+    weights = mx.load(str(tmp_path / "more" / "model.safetensors"))
+    weights["model.surplus.weight"] = mx.ones((4, 64))
+    mx.save_safetensors(str(tmp_path / "more" / "model.safetensors"), weights)
+    assert "model.surplus.weight" in kept_because(tmp_path / "more", bits=4)
+
+
+def test_auto_keeps_the_names_of_triples_that_the_class_would_lose(tmp_path: Path) -> None:
+    convert(model("micro-moe"), tmp_path / "kept", bits=4, layout="keep")
+    assert "experts.0.down_proj.scales" in kept_because(tmp_path / "kept")
+
+
+@pytest.mark.parametrize("package", ["mlx", "mlx_lm"])
+def test_auto_keeps_names_without_mlx_lm(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    assert "mlx-lm is not installed" in kept_because(model("micro-llama"), bits=4)
+    with pytest.raises(CheckpointError, match=r"not installed.* --layout keep needs no class"):
+        plan(model("micro-llama"), layout="mlx-lm")
+
+
+def test_auto_survives_an_mlx_lm_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It sets a limit of the process while it is imported, which may be forbidden."""
+
+    class Broken:
+        def __getattr__(self, name: str) -> object:
+            raise ValueError("not allowed to raise maximum limit")
+
+    monkeypatch.setitem(sys.modules, "mlx_lm.utils", Broken())
+    assert "cannot be imported (not allowed to raise" in kept_because(model("micro-llama"))
+
+
+@pytest.mark.parametrize("wishes", [{}, {"bits": 8}, {"dequantize": True}, {"mode": "mxfp4"}])
+def test_a_folder_in_mlx_lm_s_names_stays_so(wishes: dict, tmp_path: Path) -> None:
+    """Quantized sources too, with the block that then holds."""
+    convert(model("micro-moe"), tmp_path / "first", bits=4)
+    first = plan(tmp_path / "first", **wishes)
+    kept = plan(tmp_path / "first", layout="keep", **wishes)
+    assert first.layout == "mlx-lm"
+    assert {t.name: t.info for s in first.shards for t in s.tensors} == {
+        t.name: t.info for s in kept.shards for t in s.tensors
+    }
+    for key in ("quantization", "quantization_config"):
+        assert first.config.get(key) == kept.config.get(key)
+    assert ("quantization" in first.config) == (wishes != {"dequantize": True})
+
+
+@pytest.mark.parametrize(
+    ("config", "heavy"),
+    [
+        ({"model_type": None}, []),
+        ({"model_type": "no_such_model"}, []),
+        ({"model_type": "mistral"}, ["mlx", "mlx_lm"]),
+        ({"model_type": "llama"}, ["mlx", "mlx_lm"]),
+    ],
+    ids=str,
+)
+def test_mlx_lm_is_imported_only_where_it_may_have_a_class(
+    dense: Path, config: dict, heavy: list[str]
+) -> None:
+    set_config(dense, **config)
+    code = (
+        f"import sys, requant; requant.plan({str(dense)!r})\n"
+        "print([m for m in ('mlx', 'mlx_lm') if m in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == str(heavy)
+
+
+def set_config(folder: Path, **changes: object) -> None:
+    """Change keys of config.json; None takes one away."""
+    config = json.loads((folder / "config.json").read_text()) | changes
+    config = {key: value for key, value in config.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def test_an_unknown_layout() -> None:

@@ -24,6 +24,7 @@ from mlx.utils import tree_flatten, tree_map_with_path
 
 from requant.dtypes import TensorInfo
 from requant.errors import RequantError, UsageError
+from requant.mlx_lm_classes import WITHOUT_A_CLASS
 from requant.mlx_lm_layout.trace import Traced, trace
 from requant.safetensors_header import build_header
 from requant.schema import Quantization, QuantMode
@@ -57,11 +58,7 @@ class UnknownModelError(RequantError, LookupError):
     """mlx-lm is not installed, or has no class for this model."""
 
     def __init__(self, why: str) -> None:
-        super().__init__(
-            f"{why}: without a class, the names, the stacking of experts and the choice of layers "
-            "that mlx-lm expects are not known. --layout keep needs no class: it quantizes by "
-            "names and shapes, and keeps the source's tensor names"
-        )
+        super().__init__(f"{why}. {WITHOUT_A_CLASS}")
 
 
 class LayoutError(RequantError, ValueError):
