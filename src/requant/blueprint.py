@@ -159,6 +159,8 @@ class Plan:
             output then; else "keep".
         checkpoint: The source.
         relayout: mlx-lm's layout of it, where that was asked for.
+        materials: What computed tensors are made from: name -> the step whose one output is
+            that tensor, dense.
     """
 
     source: str
@@ -176,6 +178,7 @@ class Plan:
     layout: str = "keep"
     checkpoint: Checkpoint = field(repr=False, compare=False, kw_only=True)
     relayout: Relayout | None = field(default=None, repr=False, compare=False, kw_only=True)
+    materials: Mapping[str, Step] = field(default_factory=dict, kw_only=True)
 
     @cached_property
     def parameters(self) -> int:
@@ -225,6 +228,7 @@ class Plan:
             "files": [asdict(file) for file in self.files],
             "layers": [asdict(layer) for layer in self.layers],
             "steps": [_step_dict(step) for step in self.steps],
+            "materials": {name: _step_dict(step) for name, step in self.materials.items()},
             "shards": [
                 {"name": s.name, "nbytes": s.nbytes, "tensors": [asdict(t) for t in s.tensors]}
                 for s in self.shards
@@ -258,13 +262,6 @@ def _step_dict(step: Step) -> dict[str, Any]:
         "first_row": step.first_row,
         "into_row": step.into_row,
     }
-
-
-def describe(encoding: Quantization | None, dtype: str) -> str:
-    """How a layer is stored, in a few words: "BF16" or "affine 4-bit g64"."""
-    if encoding is None:
-        return dtype
-    return f"{encoding.mode} {encoding.bits}-bit g{encoding.group_size}"
 
 
 def place(

@@ -24,7 +24,7 @@ from requant.dtypes import NUMPY_DTYPE
 from requant.errors import CheckpointError, OutOfRangeError, Problem, RequantError
 from requant.formats.packing import Cut, Packing
 from requant.schema import Quantization
-from requant.writer import OutputFolder
+from requant.writer import Sink
 
 # A chunk and what is made of it stay in a core's cache.
 DEFAULT_CHUNK_BYTES = 4 << 20
@@ -140,7 +140,7 @@ class Outcome:
 
 def run_plan(
     plan: Plan,
-    folder: OutputFolder,
+    folder: Sink,
     budget: Budget,
     progress: Callable[[Progress], None] | None = None,
 ) -> Outcome:
@@ -273,7 +273,7 @@ def _chunks(steps: Sequence[Step], budget: Budget) -> Iterator[_Chunk]:
 class _Run:
     """The state that workers share: the list of chunks, the counters, the first error."""
 
-    def __init__(self, plan: Plan, source: _Source, folder: OutputFolder, budget: Budget) -> None:
+    def __init__(self, plan: Plan, source: _Source, folder: Sink, budget: Budget) -> None:
         self.plan, self.source, self.folder, self.budget = plan, source, folder, budget
         self.chunks = _chunks(plan.steps, budget)
         self.lock = threading.Lock()
@@ -333,7 +333,9 @@ class _Run:
 
     def _do_all(self, chunk: _Chunk, buffers: _Buffers) -> None:
         computed = {
-            tensor.name: self.plan.relayout.compute(tensor.name)
+            tensor.name: self.plan.relayout.compute(
+                tensor.name, lambda name, into: self._fill(name, into, buffers)
+            )
             for tensor in chunk.step.inputs.values()
             if isinstance(tensor, ComputedTensor) and self.plan.relayout is not None
         }
@@ -345,12 +347,41 @@ class _Run:
                 return
             self._do(part, buffers, computed)
 
+    def _fill(self, name: str, into: memoryview, buffers: _Buffers) -> None:
+        """Write the dense values of what a computed tensor is made from."""
+        step = self.plan.materials[name]
+        whole = _Chunk(step, 0, step.rows)
+        for part in whole.parts(self.budget.chunk_of(step)):
+            outputs, _, _ = self._make(part, buffers, {})
+            (data,) = map(_bytes, outputs.values())
+            (out,) = step.outputs.values()
+            start = part.start * step.row_bytes(out)
+            into[start : start + data.nbytes] = data
+
     def _do(self, chunk: _Chunk, buffers: _Buffers, computed: _Arrays) -> None:
+        step, written = chunk.step, 0
+        outputs, finding, read = self._make(chunk, buffers, computed)
+        for role, out in step.outputs.items():
+            offset = out.offset + (step.into_row + chunk.start) * step.row_bytes(out)
+            data = _bytes(outputs[role])
+            self.folder.write(out.file, offset, data)
+            written += data.nbytes
+        if finding.first_nonfinite_row is not None:
+            finding.first_nonfinite_row += step.into_row + chunk.start
+        with self.lock:
+            self.outcome.findings.setdefault(step.layer, Finding()).add(finding)
+            self.layer = step.layer
+            self.bytes_done += read
+            self.bytes_written += written
+
+    def _make(
+        self, chunk: _Chunk, buffers: _Buffers, computed: _Arrays
+    ) -> tuple[_Arrays, Finding, int]:
+        """Outputs by role, what was found in them, and how many bytes were read."""
         step, rows = chunk.step, chunk.stop - chunk.start
         outputs: _Arrays = {}
         inputs = {} if step.packing is None else self._cut_parts(chunk, buffers)
         read = sum(array.nbytes for array in inputs.values())
-        written = 0
         for role, tensor in step.inputs.items() if step.packing is None else ():
             row_bytes = step.row_bytes(tensor)
             array = buffers.take(f"in {role}", tensor.info.dtype, rows, row_bytes)
@@ -376,18 +407,7 @@ class _Run:
         except RequantError as error:
             error.layer = error.layer or step.layer
             raise
-        for role, out in step.outputs.items():
-            offset = out.offset + (step.into_row + chunk.start) * step.row_bytes(out)
-            data = _bytes(outputs[role])
-            self.folder.write(out.file, offset, data)
-            written += data.nbytes
-        if finding.first_nonfinite_row is not None:
-            finding.first_nonfinite_row += step.into_row + chunk.start
-        with self.lock:
-            self.outcome.findings.setdefault(step.layer, Finding()).add(finding)
-            self.layer = step.layer
-            self.bytes_done += read
-            self.bytes_written += written
+        return outputs, finding, read
 
     def _cut_parts(self, chunk: _Chunk, buffers: _Buffers) -> _Arrays:
         """The rectangles of a packed layer's parts that a chunk needs."""

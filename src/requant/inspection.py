@@ -8,11 +8,11 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from requant.blueprint import describe
 from requant.checkpoint import SourceFile, read_checkpoint
 from requant.conversion import Source
 from requant.errors import Problem
 from requant.formats import detect
+from requant.formats.base import describe
 from requant.schema import PerLayerQuantization
 
 

@@ -20,13 +20,13 @@ from requant.blueprint import (
     Plan,
     Step,
     Treatment,
-    describe,
     place,
 )
-from requant.checkpoint import Checkpoint, SourceTensor, read_checkpoint
+from requant.checkpoint import Checkpoint, ComputedTensor, SourceTensor, read_checkpoint
 from requant.dtypes import FLOATS, KERNEL_FLOATS, TensorInfo
 from requant.errors import CheckpointError, Problem, UsageError
-from requant.formats import Format, SourceLayer, SourceLayout, detect
+from requant.formats import SourceLayer, SourceLayout, detect
+from requant.formats.base import Rows, describe
 from requant.formats.packing import Exactness, Fidelity, Packing
 from requant.mlx_lm_classes import WITHOUT_A_CLASS
 from requant.relayout import Relayout, relayout
@@ -64,8 +64,8 @@ def make_plan(source: str | Path, wishes: Wishes) -> Plan:
     notes: list[str] = []
     if wishes.layout != "keep":
         try:
-            moved, laid_out = _laid_out(checkpoint, found, layout, wishes)
-            return Planner(moved.checkpoint, found.name, laid_out, wishes, moved).plan()
+            moved = _laid_out(checkpoint, layout, wishes)
+            return Planner(checkpoint, found.name, moved.layers, wishes, moved).plan()
         except CheckpointError as error:
             if wishes.layout != "auto":
                 raise
@@ -73,25 +73,20 @@ def make_plan(source: str | Path, wishes: Wishes) -> Plan:
     return Planner(checkpoint, found.name, layout, wishes, notes=notes).plan()
 
 
-def _laid_out(
-    checkpoint: Checkpoint, found: Format, layout: SourceLayout, wishes: Wishes
-) -> tuple[Relayout, SourceLayout]:
-    """The checkpoint and its layers under mlx-lm's names.
+def _laid_out(checkpoint: Checkpoint, layout: SourceLayout, wishes: Wishes) -> Relayout:
+    """The layers under mlx-lm's names.
 
     Raises:
         CheckpointError: mlx-lm is not there, or does not take this checkpoint.
     """
-    if found.name not in ("dense", "mlx"):
-        message = f"sources in the format {found.name} are not laid out yet"
-        raise CheckpointError(str(checkpoint.path), [Problem("--layout mlx-lm", message)])
     target = wishes.quantization
-    if target is None and not wishes.dequantize and layout.quantization is None:
+    if target is None and not wishes.dequantize and not _is_quantized(layout):
         target = resolve_quantization()
-    moved = relayout(checkpoint, target, wishes.dtype)
-    laid_out = found.read(moved.checkpoint)
-    if laid_out.problems:
-        raise CheckpointError(str(checkpoint.path), laid_out.problems)
-    return moved, laid_out
+    return relayout(checkpoint, layout, target, wishes.dtype)
+
+
+def _is_quantized(layout: SourceLayout) -> bool:
+    return any(layer.is_quantized for layer in layout.layers)
 
 
 _MOST_LETTERS = 240
@@ -125,6 +120,7 @@ class Planner:
         self.checkpoint, self.format, self.layout = checkpoint, format_name, layout
         self.wishes, self.moved = wishes, moved
         self.mlx_lm = None if moved is None else moved.layout
+        self.from_codes = _is_quantized(layout)
         self.notes: list[str] = [*notes, *layout.notes]
         self.wrong_wishes: list[Problem] = []
         self.default = self._default()
@@ -133,7 +129,7 @@ class Planner:
         """The quantization of a chosen layer that no override names."""
         if self.wishes.quantization is not None or self.wishes.dequantize:
             return self.wishes.quantization
-        if any(layer.encoding or layer.packing for layer in self.layout.layers):
+        if self.from_codes:
             return None
         self.notes.append(
             "No bits or mode were asked for: affine, 4 bits, group 64 (MLX's default); "
@@ -168,6 +164,7 @@ class Planner:
                 f"{len(self.mlx_lm.dropped)} tensors that mlx-lm does not use are left out: "
                 f"{first}{', ...' if len(self.mlx_lm.dropped) > 3 else ''}"
             )
+        self._note_values(layers)
         shards, steps = place(steps, self.wishes.max_shard_bytes)
         quantization = self._quantization(per_layer)
         self._note_loads(layers)
@@ -187,6 +184,7 @@ class Planner:
             checkpoint=self.checkpoint,
             layout="keep" if self.moved is None else "mlx-lm",
             relayout=self.moved,
+            materials=self._materials(),
         )
 
     # -- one layer's fate --------------------------------------------------------------
@@ -212,6 +210,18 @@ class Planner:
 
     def _decide(self, layer: SourceLayer) -> tuple[Quantization | None, str]:
         """The layer's quantization in the output (None: dense) and the reason to tell."""
+        target, reason = self._chosen(layer)
+        if target is not None and self.mlx_lm is not None and not self._fits_class(layer):
+            return None, "mlx-lm's class holds it dense"
+        return target, reason
+
+    def _fits_class(self, layer: SourceLayer) -> bool:
+        """Whether mlx-lm can load the layer quantized; what it does not load is free."""
+        assert self.mlx_lm is not None
+        loaded = f"{layer.path}.weight" in self.mlx_lm.tensors
+        return not loaded or layer.path in self.mlx_lm.quantizable
+
+    def _chosen(self, layer: SourceLayer) -> tuple[Quantization | None, str]:
         wishes = self.wishes
         if layer.path in wishes.spoiled:
             return layer.encoding, "holds NaN or infinity"
@@ -226,7 +236,11 @@ class Planner:
             return None, ""
         if self.default is None:
             return layer.kept, layer.reason
-        if layer.encoding is not None or layer.packing is not None:
+        if layer.is_quantized and self.mlx_lm is not None:
+            target = self.mlx_lm.targets.get(layer.path)
+            reason = self.mlx_lm.dense_reasons.get(layer.path, layer.reason)
+            return target or layer.kept, layer.reason if target else reason
+        if layer.is_quantized:
             target, reason = _fit_group(layer.shape[-1], self.default)
             return target or layer.kept, reason
         if self.format != "dense" and not wishes.only:
@@ -255,7 +269,9 @@ class Planner:
         """An override is met exactly or refused."""
         shape, dtype = layer.shape, self._value_dtype(layer)
         message = ""
-        if len(shape) < 2:
+        if self.mlx_lm is not None and not self._fits_class(layer):
+            message = f"mlx-lm's class holds {layer.path} dense; --layout keep does not ask it"
+        elif len(shape) < 2:
             message = f"{layer.path}.weight has shape {list(shape)}: a vector is not quantized"
         elif shape[-1] % target.group_size:
             message = (
@@ -273,8 +289,9 @@ class Planner:
         """Dtype of the layer's values before they are quantized or stored dense."""
         wish = self.wishes.dtype
         castable = layer.dtype in FLOATS and not _KEEPS_DTYPE.search(layer.path)
-        if self.mlx_lm is not None and layer.encoding is None:
-            wish = self.mlx_lm.dtype
+        if self.mlx_lm is not None and not layer.is_quantized:
+            # A source that keeps its codes keeps its dtypes too.
+            wish = wish if self.from_codes else self.mlx_lm.dtype
             castable = layer.dtype in FLOATS and (
                 layer.parts["weight"].name not in self.mlx_lm.keeps_dtype
             )
@@ -285,7 +302,7 @@ class Planner:
     def _steps(self, layer: SourceLayer, target: Quantization | None) -> Iterator[Step]:
         dtype = self._value_dtype(layer)
         if layer.packing is not None:
-            yield self._packed_step(layer, layer.packing, target, dtype)
+            yield from self._packed_steps(layer, layer.packing, target, dtype)
         elif layer.encoding is None and target is None:
             yield _flat_step(layer.path, layer.parts["weight"], dtype)
         elif layer.encoding == target:
@@ -320,27 +337,51 @@ class Planner:
             layer.parts.get("global_scale"),
         )
 
-    def _packed_step(
+    def _packed_steps(
         self, layer: SourceLayer, packing: Packing, target: Quantization | None, dtype: str
-    ) -> Step:
-        """Move the codes where they stay, else decode, and encode again where wished."""
+    ) -> Iterator[Step]:
+        """Move the codes where they stay, else decode, and encode again where wished.
+
+        A layer under another layout than the source's takes one step for each run of rows.
+        """
         outputs = {"weight": TensorInfo(dtype, layer.shape)}
         operation = Operation.DECODE
         if target is not None:
             outputs = triple_infos(layer.shape, dtype, target)
             operation = Operation.REPACK if target == layer.encoding else Operation.RECODE
-        return Step(
-            layer.path,
-            operation,
-            packing.rows,
-            packing.columns,
-            layer.parts,
-            {role: OutputTensor(f"{layer.path}.{role}", info) for role, info in outputs.items()},
-            None,
-            target,
-            dtype,
-            packing=packing,
-        )
+        into_row = 0
+        for run in layer.pieces or (Rows(layer, 0, packing.rows),):
+            assert run.layer.packing is not None
+            yield Step(
+                layer.path,
+                operation,
+                run.count,
+                packing.columns,
+                run.layer.parts,
+                {role: OutputTensor(f"{layer.path}.{role}", x) for role, x in outputs.items()},
+                None,
+                target,
+                dtype,
+                packing=run.layer.packing,
+                first_row=run.start,
+                into_row=into_row,
+            )
+            into_row += run.count
+
+    def _materials(self) -> dict[str, Step]:
+        """The steps that make dense what computed tensors are made from."""
+        if self.moved is None:
+            return {}
+        parts = (part for layer in self.layout.layers for part in layer.parts.values())
+        names = (name for x in parts if isinstance(x, ComputedTensor) for name in x.inputs)
+        return {name: self._material(self.moved.shown[name]) for name in dict.fromkeys(names)}
+
+    def _material(self, layer: SourceLayer) -> Step:
+        if layer.packing is not None:
+            return next(self._packed_steps(layer, layer.packing, None, layer.dtype))
+        if layer.encoding is not None:
+            return self._coding_step(layer, None, layer.dtype)
+        return _flat_step(layer.path, layer.parts["weight"], None)
 
     def _layer_plan(
         self,
@@ -349,13 +390,15 @@ class Planner:
         reason: str,
         steps: Sequence[Step],
     ) -> LayerPlan:
-        if layer.encoding is None and layer.packing is None:
+        if not layer.is_quantized:
             treatment = Treatment.DENSE if target is None else Treatment.QUANTIZED
         elif layer.encoding == target and target is not None:
             treatment = Treatment.KEPT
         else:
             treatment = Treatment.DEQUANTIZED if target is None else Treatment.REQUANTIZED
         costs = [_fidelity(step) for step in steps]
+        if layer.is_quantized and target is None:  # its values are rounded, wherever
+            costs.append(Fidelity(Exactness.ROUNDED))
         worst = max(costs, key=lambda cost: list(Exactness).index(cost.exactness))
         return LayerPlan(
             layer.path,
@@ -364,7 +407,9 @@ class Planner:
             describe(target, self._value_dtype(layer)),
             treatment,
             worst.exactness,
-            sum(t.info.nbytes for step in steps for t in step.outputs.values()),
+            sum(
+                t.info.nbytes for step in steps if not step.into_row for t in step.outputs.values()
+            ),
             layer.is_weight,
             reason,
             worst.bound,
@@ -406,6 +451,19 @@ class Planner:
             block = quantization.to_dict()
             config |= {"quantization": block, "quantization_config": block}
         return config
+
+    def _note_values(self, layers: Iterable[LayerPlan]) -> None:
+        """Name the quantized layers that could not keep their codes under mlx-lm's layout."""
+        if self.mlx_lm is None or self.wishes.dequantize or self.default is not None:
+            return
+        for treatment, what in (
+            (Treatment.REQUANTIZED, "re-encoded: mlx-lm's rule for this model works on values"),
+            (Treatment.DEQUANTIZED, "dequantized: mlx-lm's class has no codes there"),
+        ):
+            found = [layer.layer for layer in layers if layer.treatment is treatment]
+            if found:
+                more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+                self.notes.append(f"{', '.join(found[:3])}{more} are {what}.")
 
     def _note_loads(self, layers: Iterable[LayerPlan]) -> None:
         """Warn of dtypes that MLX cannot load (mlx-layouts: F64 and F8_E5M2 raise)."""

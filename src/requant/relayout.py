@@ -2,13 +2,20 @@
 
 What mlx-lm merely moves (renamed, stacked, split) stays bytes of the source files; what its
 model class computes is computed when the run comes to it, one tensor at a time.
+
+A quantized layer is shown to mlx-lm as the dense weight that it stands for. Where the rule
+moves whole rows of such weights, the rows of the codes, scales and biases are moved alike;
+where it does anything else, the layer is decoded, and its fallback says how it is encoded
+again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from types import MappingProxyType
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,54 +28,185 @@ from requant.checkpoint import (
     SourceTensor,
     StoredTensor,
 )
+from requant.dtypes import NUMPY_DTYPE, TensorInfo
 from requant.errors import CheckpointError, Problem, RequantError, UsageError
+from requant.formats.base import Rows, SourceLayer, SourceLayout, dense_layer, describe
+from requant.formats.packing import mlx_group
 from requant.mlx_lm_classes import WITHOUT_A_CLASS, why_no_class
-from requant.schema import Quantization
+from requant.schema import PerLayerQuantization, Quantization, QuantMode
 
 if TYPE_CHECKING:
-    from requant.mlx_lm_layout import MlxLmLayout
+    from requant.mlx_lm_layout import MlxLmLayout, Moved
+
+Fill = Callable[[str, memoryview], None]
+"""Writes the values of a source tensor or decoded layer, by the name that mlx-lm was shown."""
 
 
 @dataclass(frozen=True)
 class Relayout:
-    """What mlx-lm decides about a checkpoint, and its tensors under mlx-lm's names.
+    """What mlx-lm decides about a checkpoint, and its layers under mlx-lm's names.
 
     Attributes:
-        checkpoint: The source with renamed, joined and computed tensors.
         layout: mlx-lm's names, choice of layers and config.
-        original: The source as it is stored.
+        shown: Name -> the source's layer that mlx-lm was shown under it, as dense values.
+        source: The source's layers as they are stored.
     """
 
-    checkpoint: Checkpoint
     layout: MlxLmLayout
-    original: Checkpoint = field(repr=False)
+    shown: Mapping[str, SourceLayer]
+    source: SourceLayout
 
-    def compute(self, name: str) -> np.ndarray:
-        """The bytes of a computed tensor, evaluated by the model's own rule."""
+    @cached_property
+    def layers(self) -> SourceLayout:
+        """The layers with renamed, joined, cut and computed tensors."""
+        layers = tuple(self._layer(name) for name in self.layout.tensors)
+        quantization = self.source.quantization
+        if quantization is not None:  # its entries are the source's names
+            quantization = PerLayerQuantization(quantization.quantization, {})
+        return replace(self.source, layers=layers, quantization=quantization)
+
+    def compute(self, name: str, fill: Fill) -> np.ndarray:
+        """The bytes of a computed tensor.
+
+        Args:
+            name: Its name.
+            fill: Called for each source that is needed.
+        """
+        from requant.mlx_lm_layout import Moved
+
+        output = self.layout.tensors[name]
+        if isinstance(output, Moved):
+            return self._gather(output, fill)
         import mlx.core as mx
 
-        array = self.layout.compute(name, self._load)
-        flat = mx.view(mx.reshape(array, (-1,)), mx.uint8)
-        return np.array(flat)
-
-    def _load(self, name: str) -> Any:
-        """A source tensor as ``mx.load`` gives it, read from its file."""
-        import mlx.core as mx
-
+        from requant.arrays.mlx import empty
         from requant.mlx_lm_layout.pipeline import MLX_DTYPE
 
-        stored = self.original.tensors[name]
-        assert isinstance(stored, StoredTensor)
-        path = self.original.path / stored.file
-        raw = np.fromfile(path, np.uint8, stored.info.nbytes, offset=stored.offset)
-        array = mx.view(mx.array(raw), MLX_DTYPE[stored.info.dtype])
-        return mx.reshape(array, stored.info.shape)
+        def load(source: str) -> Any:
+            layer = self.shown[source]
+            info = TensorInfo(layer.dtype, layer.shape)
+            raw, view = empty(info.nbytes)
+            fill(source, view)
+            return mx.reshape(mx.view(raw, MLX_DTYPE[info.dtype]), info.shape)
+
+        array = self.layout.compute(name, load)
+        flat = mx.view(mx.reshape(array, (-1,)), mx.uint8)
+        return np.array(flat, copy=False)
+
+    def _gather(self, output: Moved, fill: Fill) -> np.ndarray:
+        """Bytes that are moved, but not in whole rows of one encoding; one source at a time."""
+        result = np.empty(output.info.nbytes, np.uint8)
+        starts = [0, *accumulate(extent.stop - extent.start for extent in output.extents)]
+        for source in output.inputs:
+            layer = self.shown[source]
+            dense = np.empty(TensorInfo(layer.dtype, layer.shape).nbytes, np.uint8)
+            fill(source, dense.data)
+            for extent, start in zip(output.extents, starts, strict=False):
+                if extent.tensor == source:
+                    values = dense[extent.start : extent.stop]
+                    result[start : start + values.size] = values
+        return result
+
+    # -- one layer under its new name ----------------------------------------------------
+
+    def _layer(self, name: str) -> SourceLayer:
+        from requant.mlx_lm_layout import Moved
+
+        output = self.layout.tensors[name]
+        sources = [self.shown[source] for source in output.inputs]
+        if any(layer.is_quantized for layer in sources):
+            return self._quantized(name, sources)
+        if isinstance(output, Moved):
+            return dense_layer(_joined(name, output.info, self._stored(output)))
+        return dense_layer(ComputedTensor(name, output.info, output.inputs))
+
+    def _stored(self, output: Moved) -> Iterator[FileRange]:
+        for extent in output.extents:
+            part = self.shown[extent.tensor].parts["weight"]
+            yield from _cut(part, extent.start, extent.stop)
+
+    def _quantized(self, name: str, sources: Sequence[SourceLayer]) -> SourceLayer:
+        """Rows of one or more quantized layers, or the values of what cannot stay codes."""
+        output = self.layout.tensors[name]
+        path = name.removesuffix(".weight")
+        first = sources[0]
+        runs = self._runs(name)
+        if runs is None or len({_kind(layer) for layer in sources}) > 1:
+            return self._decoded(name, sources)
+        shape = output.info.shape
+        made = replace(first, path=path, shape=shape, parts={})
+        if first.packing is not None:
+            if not all(_whole_units(run) for run in runs):
+                return self._decoded(name, sources)
+            return replace(made, parts=first.parts, pieces=runs)
+        parts: dict[str, SourceTensor] = {}
+        for role, part in first.parts.items():
+            if role == "global_scale":
+                scales = _global_scales(path, shape, runs)
+                if scales is None or path not in self.layout.with_global_scale:
+                    return self._decoded(name, sources)
+                parts[role] = scales
+                continue
+            info = TensorInfo(part.info.dtype, (*shape[:-1], part.info.shape[-1]))
+            ranges = (piece for run in runs for piece in _row_ranges(run, role))
+            parts[role] = _joined(f"{path}.{role}", info, ranges)
+        return replace(made, parts=parts)
+
+    def _runs(self, name: str) -> tuple[Rows, ...] | None:
+        """The rows of source layers that make up an output; None if it is not made of rows."""
+        from requant.mlx_lm_layout import Moved
+
+        output = self.layout.tensors[name]
+        if not isinstance(output, Moved) or not name.endswith(".weight"):
+            return None
+        runs = []
+        for extent in output.extents:
+            layer = self.shown[extent.tensor]
+            columns = layer.shape[-1] if len(layer.shape) > 1 else 0
+            row_bytes = columns * NUMPY_DTYPE[layer.dtype].itemsize
+            if not row_bytes or columns != output.info.shape[-1] or extent.start % row_bytes:
+                return None
+            count, rest = divmod(extent.stop - extent.start, row_bytes)
+            if rest:
+                return None
+            runs.append(Rows(layer, extent.start // row_bytes, count))
+        return tuple(runs)
+
+    def _decoded(self, name: str, sources: Sequence[SourceLayer]) -> SourceLayer:
+        """A layer whose values are needed; its fallback is the finest of its sources'."""
+        output = self.layout.tensors[name]
+        tensor = ComputedTensor(name, output.info, output.inputs)
+        kept = [layer.kept for layer in sources if layer.kept is not None]
+        fallback = max(kept, key=lambda q: (q.bits, -q.group_size), default=None)
+        layer = dense_layer(tensor)
+        if fallback is not None and layer.path in self.layout.quantizable:
+            fallback = _fitting(fallback, layer.shape[-1])
+        else:
+            fallback = None
+        stored = dict.fromkeys(x.stored or describe(x.encoding, x.dtype) for x in sources)
+        return replace(
+            layer,
+            stored=" and ".join(stored),
+            fallback=fallback,
+            reason="mlx-lm's rule for this model works on its values",
+            needs_wish=next((x.needs_wish for x in sources if x.needs_wish), ""),
+        )
 
 
 def relayout(
-    checkpoint: Checkpoint, quantization: Quantization | None, dtype: str | None
+    checkpoint: Checkpoint,
+    source: SourceLayout,
+    quantization: Quantization | None,
+    dtype: str | None,
 ) -> Relayout:
     """Lay a checkpoint out as mlx-lm would.
+
+    Args:
+        checkpoint: The source.
+        source: Its layers as they are stored.
+        quantization: What mlx-lm's choice of layers is asked for; None for a dense model,
+            and for a quantized one that keeps its codes.
+        dtype: Header name that floating tensors are cast to.
 
     Raises:
         CheckpointError: mlx-lm is not installed, does not know the model, or would itself
@@ -83,50 +221,111 @@ def relayout(
     except Exception as error:  # mlx-lm raises limits of the process while it is imported
         message = f"mlx-lm cannot be imported ({error}). {WITHOUT_A_CLASS}"
         raise _refusal(checkpoint, message) from error
-    infos = {name: tensor.info for name, tensor in checkpoint.tensors.items()}
+    shown = {_shown_name(layer): layer for layer in source.layers}
+    infos = {name: TensorInfo(layer.dtype, layer.shape) for name, layer in shown.items()}
     try:
         # Not our own reading of config.json: mlx-lm adds what generation_config.json says.
         config = load_config(checkpoint.path)
+        for part in (config, config.get("text_config")):
+            if isinstance(part, dict):  # it is shown the values that the codes stand for
+                part.pop("quantization", None)
+                part.pop("quantization_config", None)
         layout = mlx_lm_layout(config, infos, quantization=quantization, dtype=dtype)
     except UsageError:
         raise
     except RequantError as error:
         raise _refusal(checkpoint, str(error)) from error
-    if layout.mangled:
-        problems = [
-            Problem(layer, "mlx-lm would do arithmetic on its packed codes; --dequantize it first")
-            for layer in layout.mangled
-        ]
-        raise CheckpointError(str(checkpoint.path), problems)
-    tensors = MappingProxyType(_renamed(checkpoint.tensors, layout))
-    return Relayout(replace(checkpoint, tensors=tensors), layout, checkpoint)
+    return Relayout(layout, shown, source)
 
 
 def _refusal(checkpoint: Checkpoint, why: str) -> CheckpointError:
     return CheckpointError(str(checkpoint.path), [Problem("--layout mlx-lm", why)])
 
 
-def _renamed(stored: Mapping[str, SourceTensor], layout: MlxLmLayout) -> dict[str, SourceTensor]:
-    """mlx-lm's name -> where its bytes come from."""
-    from requant.mlx_lm_layout import Moved
+def _shown_name(layer: SourceLayer) -> str:
+    """The name of a layer's dense tensor."""
+    return f"{layer.path}.weight" if layer.is_weight else layer.parts["weight"].name
 
-    found: dict[str, SourceTensor] = {}
-    for name, output in layout.tensors.items():
-        if not isinstance(output, Moved):
-            found[name] = ComputedTensor(name, output.info, output.inputs)
-            continue
-        ranges: list[FileRange] = []
-        for extent in output.extents:
-            tensor = stored[extent.tensor]
-            assert isinstance(tensor, StoredTensor)
-            offset, nbytes = tensor.offset + extent.start, extent.stop - extent.start
-            last = ranges[-1] if ranges else None
-            if last and (last.file, last.offset + last.nbytes) == (tensor.file, offset):
-                ranges[-1] = FileRange(tensor.file, last.offset, last.nbytes + nbytes)
-            else:
-                ranges.append(FileRange(tensor.file, offset, nbytes))
-        if len(ranges) == 1:
-            found[name] = StoredTensor(name, output.info, ranges[0].file, ranges[0].offset)
-        else:
-            found[name] = JoinedTensor(name, output.info, tuple(ranges))
-    return found
+
+def _kind(layer: SourceLayer) -> tuple[object, ...]:
+    """What layers must have in common for their rows to stand in one."""
+    dtypes = tuple((role, part.info.dtype) for role, part in layer.parts.items())
+    return layer.encoding, layer.fallback, layer.dtype, layer.stored, type(layer.packing), dtypes
+
+
+def _fitting(quantization: Quantization, columns: int) -> Quantization | None:
+    """The same with a group that divides ``columns``, if there is one."""
+    if columns % quantization.group_size == 0:
+        return quantization
+    group = mlx_group(quantization.group_size, columns)
+    if quantization.mode is not QuantMode.AFFINE or group is None:
+        return None
+    return replace(quantization, group_size=group)
+
+
+# -- where rows lie --------------------------------------------------------------------------
+
+
+def _joined(name: str, info: TensorInfo, ranges: Iterator[FileRange]) -> SourceTensor:
+    """A tensor of these bytes; neighbours melt together."""
+    melted: list[FileRange] = []
+    for piece in ranges:
+        last = melted[-1] if melted else None
+        if last and (last.file, last.offset + last.nbytes) == (piece.file, piece.offset):
+            melted[-1] = FileRange(last.file, last.offset, last.nbytes + piece.nbytes)
+        elif piece.nbytes:
+            melted.append(piece)
+    if len(melted) == 1:
+        return StoredTensor(name, info, melted[0].file, melted[0].offset)
+    return JoinedTensor(name, info, tuple(melted))
+
+
+def _cut(part: SourceTensor, start: int, stop: int) -> Iterator[FileRange]:
+    """Where the bytes ``start`` to ``stop`` of a tensor lie."""
+    assert not isinstance(part, ComputedTensor)
+    for piece in part.ranges:
+        low, high = max(start, 0), min(stop, piece.nbytes)
+        if low < high:
+            yield FileRange(piece.file, piece.offset + low, high - low)
+        start, stop = start - piece.nbytes, stop - piece.nbytes
+
+
+def _row_ranges(run: Rows, role: str) -> Iterator[FileRange]:
+    """Where a part of a triple has these rows."""
+    part = run.layer.parts[role]
+    row_bytes = part.info.nbytes // prod(run.layer.shape[:-1])
+    return _cut(part, run.start * row_bytes, (run.start + run.count) * row_bytes)
+
+
+def _whole_units(run: Rows) -> bool:
+    """Whether a packed layer can give these rows alone."""
+    packing = run.layer.packing
+    assert packing is not None
+    ends = run.start % packing.matrix_rows, (run.start + run.count) % packing.matrix_rows
+    return not any(row % packing.row_unit for row in ends)
+
+
+def _global_scales(
+    path: str, shape: tuple[int, ...], runs: Sequence[Rows]
+) -> StoredTensor | JoinedTensor | None:
+    """One global scale for each matrix of the output; None where rows of two meet in one."""
+    matrices = shape[0] if len(shape) > 2 else 1
+    rows = prod(shape[:-1]) // matrices
+    found: dict[int, FileRange] = {}
+    first = 0
+    for run in runs:
+        part = run.layer.parts["global_scale"]
+        each = prod(run.layer.shape[:-1]) // part.info.size
+        row = 0
+        while row < run.count:
+            at, within = divmod(run.start + row, each)
+            into, filled = divmod(first + row, rows)
+            (scale,) = _cut(part, 4 * at, 4 * at + 4)
+            if found.setdefault(into, scale) != scale:
+                return None
+            row += min(each - within, rows - filled)
+        first += run.count
+    name, info = f"{path}.global_scale", TensorInfo("F32", (matrices,))
+    made = _joined(name, info, (found[n] for n in sorted(found)))
+    assert not isinstance(made, ComputedTensor)
+    return made

@@ -11,7 +11,7 @@ import os
 import shutil
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 from requant.blueprint import Plan
 from requant.errors import OutputError
@@ -19,6 +19,13 @@ from requant.errors import OutputError
 # Dirty pages of a shard are handed to the disk in runs of this size while the run goes on,
 # so that the final fsync finds little to do.
 _WRITEBACK_BYTES = 32 << 20
+
+
+class Sink(Protocol):
+    """Where the bytes of a plan's shards go."""
+
+    def write(self, file: str, offset: int, data: memoryview) -> None:
+        """Take ``data`` for an absolute offset of a shard; thread-safe, and ``data`` is lent."""
 
 
 class OutputFolder:

@@ -39,7 +39,7 @@ from tests.mlx_lm.checks import (
     write_folder,
 )
 from tests.mlx_lm.families import small_config
-from tests.mlx_lm.hub_forms import FORMS, MLP_EXPERTS
+from tests.mlx_lm.hub_forms import FORMS
 
 AFFINE = Quantization.affine(32, 4)
 SHARED = Path(__file__).parents[2].parent / "shared" / "models"
@@ -189,7 +189,6 @@ def test_triples_keep_their_codes(tmp_path: Path):
     quantized(tmp_path / "m", "llama")
     layout, different = compare(tmp_path / "m")
     assert different == []
-    assert layout.mangled == ()
     assert all(isinstance(tensor, Moved) for tensor in layout.tensors.values())
 
 
@@ -199,7 +198,6 @@ def test_triples_of_experts_are_stacked_alike(model_type: str, tmp_path: Path):
     quantized(tmp_path / "m", model_type, form)
     layout, different = compare(tmp_path / "m")
     assert different == []
-    assert layout.mangled == ()
     stacked = [name for name in layout.tensors if "switch_mlp.up_proj." in name]
     assert {name.rpartition(".")[2] for name in stacked} == {"weight", "scales", "biases"}
     for name in stacked:
@@ -218,47 +216,6 @@ def test_the_rest_of_a_partly_quantized_source(tmp_path: Path):
     layout, different = compare(tmp_path / "m", Quantization.affine(64, 8))
     assert different == []
     assert dict(layout.targets) == {up: Quantization.affine(64, 8)}
-
-
-def test_arithmetic_on_codes_is_reported(tmp_path: Path):
-    """DeepSeek's rule decodes kv_b_proj, cuts it up and quantizes the parts again."""
-    kv_b = "model.layers.1.self_attn.kv_b_proj"
-
-    def form(weights):
-        weights = {k: v for k, v in weights.items() if "embed_q" not in k and "unembed" not in k}
-        for layer in range(2):
-            dense = random_like(f"kv_b{layer}", (4 * 64, 32))
-            parts = mx.quantize(dense, 32, 4)
-            path = kv_b.replace("1", str(layer))
-            weights |= {
-                f"{path}.{r}": p for r, p in zip(("weight", "scales", "biases"), parts, strict=True)
-            }
-        return MLP_EXPERTS(weights)
-
-    quantized(tmp_path / "m", "deepseek_v3", form)
-    layout, different = compare(tmp_path / "m")
-    assert different == []
-    assert set(layout.mangled) == {kv_b.replace("1", "0"), kv_b}
-    embed = layout.tensors["model.layers.1.self_attn.embed_q.scales"]
-    assert isinstance(embed, Computed)
-    assert sorted(embed.inputs) == [f"{kv_b}.biases", f"{kv_b}.scales", f"{kv_b}.weight"]
-
-    # Decoded first, the layers come through the same rule dense.
-    source = Source(tmp_path / "m")
-    infos = dict(source.infos)
-    for layer in layout.mangled:
-        for role in ("scales", "biases"):
-            del infos[f"{layer}.{role}"]
-        infos[f"{layer}.weight"] = TensorInfo("BF16", (4 * 64, 32))
-    dense = mlx_lm_layout(source.checkpoint.config, infos, quantization=AFFINE)
-    assert dense.mangled == ()
-    assert dense.tensors[embed_name(kv_b)].inputs == (f"{kv_b}.weight",)
-    assert dense.targets[embed_name(kv_b).removesuffix(".weight")] == AFFINE
-
-
-def embed_name(kv_b: str) -> str:
-    """The first of the two tensors that the rule makes of ``kv_b_proj``."""
-    return kv_b.replace("kv_b_proj", "embed_q.weight")
 
 
 def test_global_scale(tmp_path: Path):

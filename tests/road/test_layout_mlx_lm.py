@@ -80,12 +80,26 @@ def test_overrides_rule_over_mlx_lm_s_choice(tmp_path: Path) -> None:
     assert block["model.layers.0.mlp.gate"] is False
 
 
-def test_triples_that_mlx_lm_s_rule_leaves_behind_are_refused_by_name(tmp_path: Path) -> None:
-    """Its rule for this family stacks only ``.weight``; scales and biases would be lost."""
-    convert(model("micro-moe"), tmp_path / "kept", bits=4, layout="keep")
-    with pytest.raises(CheckpointError, match=r"experts\.0\.down_proj\.scales"):
-        convert(tmp_path / "kept", tmp_path / "stacked", layout="mlx-lm")
-    assert not (tmp_path / "stacked").exists()
+@pytest.mark.parametrize(
+    "wishes", [{"bits": 4}, {"bits": 3, "group_size": 32}, {"mode": "mxfp4"}, {"mode": "nvfp4"}]
+)
+def test_experts_quantized_one_by_one_are_stacked(wishes: dict, tmp_path: Path) -> None:
+    """Codes, scales and biases alike, though mlx-lm's own rule stacks only ``.weight``."""
+    convert(model("micro-moe"), tmp_path / "kept", layout="keep", **wishes)
+    report = convert(tmp_path / "kept", tmp_path / "ours", layout="mlx-lm")
+    convert(model("micro-moe"), tmp_path / "expected", layout="mlx-lm", **wishes)
+
+    ours, expected = load(tmp_path / "ours"), load(tmp_path / "expected")
+    kept = load(tmp_path / "kept")
+    for name in ours:
+        if ".switch_mlp." in name:
+            assert same(ours[name], expected[name])
+        elif name in kept:
+            assert same(ours[name], kept[name])
+    assert {x.exactness for x in report.plan.layers} == {"exact"}
+    stacked = {name for name in expected if ".switch_mlp." in name}
+    assert stacked and stacked <= ours.keys()
+    assert not any(".experts." in name for name in ours)
 
 
 def test_an_mlx_source_keeps_its_codes(tmp_path: Path) -> None:
@@ -140,11 +154,6 @@ def test_auto_keeps_names_where_the_class_does_not_take_the_tensors(
     assert "model.surplus.weight" in kept_because(tmp_path / "more", bits=4)
 
 
-def test_auto_keeps_the_names_of_triples_that_the_class_would_lose(tmp_path: Path) -> None:
-    convert(model("micro-moe"), tmp_path / "kept", bits=4, layout="keep")
-    assert "experts.0.down_proj.scales" in kept_because(tmp_path / "kept")
-
-
 @pytest.mark.parametrize("package", ["mlx", "mlx_lm"])
 def test_auto_keeps_names_without_mlx_lm(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, package, None)
@@ -164,7 +173,16 @@ def test_auto_survives_an_mlx_lm_that_cannot_be_imported(monkeypatch: pytest.Mon
     assert "cannot be imported (not allowed to raise" in kept_because(model("micro-llama"))
 
 
-@pytest.mark.parametrize("wishes", [{}, {"bits": 8}, {"dequantize": True}, {"mode": "mxfp4"}])
+def test_layers_that_the_model_wants_finer_stay_so(tmp_path: Path) -> None:
+    """Its rule for routers holds for a quantized source too: 8 bits, whatever the others take."""
+    convert(model("micro-moe"), tmp_path / "first", bits=4)
+    made = plan(tmp_path / "first", mode="mxfp4", layout="mlx-lm")
+    gates = [x for x in made.layers if x.layer.endswith("mlp.gate")]
+    assert {(x.treatment, x.target) for x in gates} == {("kept", "affine 8-bit g64")}
+    assert made.config["quantization"]["model.layers.0.mlp.gate"]["bits"] == 8
+
+
+@pytest.mark.parametrize("wishes", [{}, {"bits": 8}, {"dequantize": True}])
 def test_a_folder_in_mlx_lm_s_names_stays_so(wishes: dict, tmp_path: Path) -> None:
     """Quantized sources too, with the block that then holds."""
     convert(model("micro-moe"), tmp_path / "first", bits=4)

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from requant.errors import BackendError, ShapeMismatchError
 from requant.schema import Quantization
@@ -127,6 +128,17 @@ def _as_backend_error() -> Iterator[None]:
         yield
     except Exception as error:
         raise BackendError(str(error)) from error
+
+
+def empty(nbytes: int) -> tuple[mx.array, memoryview]:
+    """Memory of MLX to be filled from outside: a uint8 vector, and a view to write through.
+
+    Evaluate nothing that is made of the array before it is filled.
+    """
+    array = mx.zeros(nbytes, mx.uint8)
+    mx.eval(array)
+    view = np.array(array, copy=False)
+    return array, view.data
 
 
 def is_array(value: Any) -> bool:

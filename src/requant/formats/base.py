@@ -13,6 +13,21 @@ from requant.schema import PerLayerQuantization, Quantization
 
 
 @dataclass(frozen=True, slots=True)
+class Rows:
+    """A run of rows of a source layer; several, one after another, make a renamed layer.
+
+    Attributes:
+        layer: As the source stores it.
+        start: First row; the leading axes of a stack count as further rows.
+        count: How many.
+    """
+
+    layer: SourceLayer
+    start: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
 class SourceLayer:
     """One layer, or one tensor that belongs to none, as the source stores it.
 
@@ -30,10 +45,12 @@ class SourceLayer:
         packing: How rows come out of ``parts``; None where the parts are row by row what
             MLX stores.
         stored: How the source stores it, in a few words ("awq gemm 4-bit g128").
-        fallback: What becomes of a packed layer without ``encoding`` when nothing is
-            wished; None leaves it dense.
+        fallback: What becomes of a layer without ``encoding`` that was quantized, when
+            nothing is wished; None leaves it dense.
         reason: Why it has no ``encoding``, or another group or width than the source.
         needs_wish: Why the user must say what becomes of it; "" where ``fallback`` serves.
+        pieces: The rows of packed layers that it consists of, under another layout than the
+            source's; empty where ``packing`` and ``parts`` are the whole layer.
     """
 
     path: str
@@ -46,6 +63,12 @@ class SourceLayer:
     fallback: Quantization | None = None
     reason: str = ""
     needs_wish: str = ""
+    pieces: tuple[Rows, ...] = ()
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the source stores codes, though perhaps none that MLX could hold."""
+        return self.encoding is not None or self.packing is not None or bool(self.stored)
 
     @property
     def is_weight(self) -> bool:
@@ -98,3 +121,10 @@ def dense_layer(tensor: SourceTensor) -> SourceLayer:
     name = tensor.name
     path = name.removesuffix(".weight") if name.endswith(".weight") else name
     return SourceLayer(path, {"weight": tensor}, None, tensor.info.shape, tensor.info.dtype)
+
+
+def describe(encoding: Quantization | None, dtype: str) -> str:
+    """How a layer is stored, in a few words: "BF16" or "affine 4-bit g64"."""
+    if encoding is None:
+        return dtype
+    return f"{encoding.mode} {encoding.bits}-bit g{encoding.group_size}"

@@ -91,10 +91,8 @@ class MlxLmLayout:
         keeps_dtype: Floating tensors that are exempt from the cast.
         config: ``config.json`` as mlx-lm would write it.
         saved: Name -> dtype and shape of everything that mlx-lm would write.
-        mangled: Layers of a quantized source on whose packed codes the rule would do
-            arithmetic, or whose parts it would treat unlike each other. To decode them
-            first, lay out again with ``{layer}.weight`` dense in their place (and no entry
-            of theirs in the config's ``quantization`` block).
+        quantizable: Layers that the class can hold quantized, whatever was wished.
+        with_global_scale: Those of them that can hold nvfp4 with a global scale.
     """
 
     tensors: Mapping[str, Moved | Computed]
@@ -105,7 +103,8 @@ class MlxLmLayout:
     keeps_dtype: frozenset[str]
     config: dict[str, Any]
     saved: Mapping[str, TensorInfo]
-    mangled: tuple[str, ...]
+    quantizable: frozenset[str]
+    with_global_scale: frozenset[str]
     _computer: _Computer = field(repr=False, compare=False)
 
     def compute(self, name: str, load: Callable[[str], mx.array]) -> mx.array:
@@ -175,7 +174,8 @@ def mlx_lm_layout(
         keeps_dtype=made.keeps_dtype,
         config=made.config,
         saved=made.saved,
-        mangled=_mangled(tensors, outputs),
+        quantizable=made.quantizable,
+        with_global_scale=made.with_global_scale,
         _computer=_Computer(made.rule, dict(tensors), outputs),
     )
 
@@ -189,62 +189,6 @@ def _output(traced: Traced) -> Moved | Computed:
     if traced.pieces is None:
         return Computed(info, traced.sources)
     return Moved(info, tuple(Extent(*piece) for piece in traced.pieces))
-
-
-# -- quantized sources -----------------------------------------------------------------------
-
-_ROLES = ("weight", "scales", "biases")
-
-
-def _mangled(
-    tensors: Mapping[str, TensorInfo], outputs: Mapping[str, Moved | Computed]
-) -> tuple[str, ...]:
-    """Source layers whose codes do not come through the rule as codes."""
-    layer_of: dict[str, str] = {}
-    for name in tensors:
-        layer = name.removesuffix(".scales")
-        packed = tensors.get(f"{layer}.weight") if layer != name else None
-        if packed is not None and packed.dtype == "U32":
-            layer_of |= {
-                f"{layer}.{role}": layer for role in _ROLES if f"{layer}.{role}" in tensors
-            }
-    bad: set[str] = set()
-    for name, output in outputs.items():
-        layers = [layer_of[source] for source in output.inputs if source in layer_of]
-        if layers and (isinstance(output, Computed) or not _alike(name, output, outputs, tensors)):
-            bad.update(layers)
-    return tuple(dict.fromkeys(layer for layer in layer_of.values() if layer in bad))
-
-
-def _alike(
-    name: str,
-    output: Moved,
-    outputs: Mapping[str, Moved | Computed],
-    tensors: Mapping[str, TensorInfo],
-) -> bool:
-    """Whether a part of a triple takes the same rows, of the same layers, as its weight."""
-    layer, _, role = name.rpartition(".")
-    weight = outputs.get(f"{layer}.weight")
-    return (
-        role in _ROLES
-        and isinstance(weight, Moved)
-        and weight.info.shape[:-1] == output.info.shape[:-1]
-        and _rows(weight, tensors) == _rows(output, tensors)
-    )
-
-
-def _rows(output: Moved, tensors: Mapping[str, TensorInfo]) -> list[tuple[str, int, int]] | None:
-    """The rows that each extent takes, by layer; None where one cuts a row."""
-    rows = []
-    for extent in output.extents:
-        info = tensors[extent.tensor]
-        count = info.size // info.shape[-1] if info.shape and info.shape[-1] else 0
-        row_bytes = info.nbytes // count if count else 0
-        if not row_bytes or extent.start % row_bytes or extent.stop % row_bytes:
-            return None
-        layer = extent.tensor.rpartition(".")[0]
-        rows.append((layer, extent.start // row_bytes, extent.stop // row_bytes))
-    return rows
 
 
 # -- computed tensors ------------------------------------------------------------------------

@@ -78,6 +78,8 @@ class Converted:
         keeps_dtype: Parameters that are exempt from it.
         targets: Layers that were quantized, each with its parameters.
         dense_reasons: Layers that could be quantized and were not.
+        quantizable: Layers that the class can hold quantized.
+        with_global_scale: Those of them that take a global scale.
         config: ``config.json`` as it would be written.
     """
 
@@ -89,6 +91,8 @@ class Converted:
     keeps_dtype: frozenset[str]
     targets: dict[str, Quantization]
     dense_reasons: dict[str, str]
+    quantizable: frozenset[str]
+    with_global_scale: frozenset[str]
     config: dict[str, Any]
 
 
@@ -126,8 +130,23 @@ def run(
                 )
         written = _written_config(utils, model, loaded_config)
     targets, reasons = _compare(modules, _modules(model), quantization)
+    able = {path: module for path, module in modules.items() if hasattr(module, "to_quantized")}
     return Converted(
-        rule, rule.traced, loaded, _infos(model), dtype, keeps_dtype, targets, reasons, written
+        rule=rule,
+        traced=rule.traced,
+        loaded=loaded,
+        saved=_infos(model),
+        dtype=dtype,
+        keeps_dtype=keeps_dtype,
+        targets=targets,
+        dense_reasons=reasons,
+        quantizable=frozenset(able),
+        with_global_scale=frozenset(
+            path
+            for path, module in able.items()
+            if "global_scale" in inspect.signature(module.to_quantized).parameters
+        ),
+        config=written,
     )
 
 

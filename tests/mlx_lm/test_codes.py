@@ -1,0 +1,257 @@
+"""Quantized sources under mlx-lm's layout: the codes come through, or the report says why not.
+
+The referee is the layout of the same model dequantized, which ``test_families`` holds
+against mlx-lm itself: values that codes stand for are moved as the codes are.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from requant.checkpoint import read_checkpoint
+from requant.conversion import convert, plan
+from requant.errors import UsageError
+from requant.formats.base import Rows, SourceLayer
+from requant.relayout import _global_scales
+from tests.mlx_lm.checks import as_bytes, class_checkpoint, write_folder
+from tests.mlx_lm.families import model_types, small_config
+from tests.mlx_lm.hub_forms import FORMS
+
+Weights = dict[str, mx.array]
+# Families whose rule decodes or transposes a layer that could be quantized.
+REENCODED = {
+    "bailing_hybrid": {"embed_q"},
+    "bailing_moe_v3": {"embed_q"},
+    "deepseek_v3": {"embed_q"},
+    "deepseek_v32": {"embed_q"},
+    # Every projection times a multiplier of the config.
+    "falcon_h1": {
+        *("embed_tokens", "lm_head", "in_proj", "out_proj", "q_proj", "k_proj"),
+        *("o_proj", "gate_proj", "down_proj"),
+    },
+    "glm4_moe_lite": {"embed_q"},
+    "glm_moe_dsa": {"embed_q"},
+    "gpt2": {"c_attn", "c_fc", "c_proj"},
+    "kimi_k25": {"embed_q"},
+    "longcat_flash": {"embed_q"},
+    "longcat_flash_ngram": {"embed_q"},
+    "mistral4": {"embed_q"},
+}
+
+
+def load(folder: Path) -> Weights:
+    weights: Weights = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        weights |= mx.load(str(file))
+    return weights
+
+
+def published(folder: Path, model_type: str, config: Mapping[str, Any] | None = None) -> None:
+    """A random checkpoint of a small model as its authors publish it."""
+    config = config or small_config(model_type)
+    class_checkpoint(folder, config)
+    weights = mx.load(str(folder / "model.safetensors"))
+    mx.eval(weights)
+    write_folder(folder, config, FORMS[model_type][0](weights))
+
+
+# minimax is published in FP8, which is no dense form.
+@pytest.mark.parametrize("model_type", [t for t in FORMS if t in model_types() and t != "minimax"])
+def test_codes_come_through(model_type: str, tmp_path: Path) -> None:
+    """keep, then mlx-lm, then dense, gives what keep, then dense, then mlx-lm gives."""
+    published(tmp_path / "m", model_type)
+    convert(tmp_path / "m", tmp_path / "q", bits=4, group_size=32, layout="keep")
+    report = convert(tmp_path / "q", tmp_path / "qm", layout="mlx-lm")
+    convert(tmp_path / "qm", tmp_path / "qmd", dequantize=True, layout="keep")
+    convert(tmp_path / "q", tmp_path / "qd", dequantize=True, layout="keep")
+    convert(tmp_path / "qd", tmp_path / "qdm", dequantize=True, layout="mlx-lm")
+
+    ours, expected = load(tmp_path / "qmd"), load(tmp_path / "qdm")
+    assert ours.keys() == expected.keys()
+    reencoded = {x.layer for x in report.plan.layers if x.exactness == "re-encoded"}
+    different = {name for name in expected if as_bytes(ours[name]) != as_bytes(expected[name])}
+    assert different <= {f"{layer}.weight" for layer in reencoded}
+    kinds = {layer.rpartition(".")[2] for layer in reencoded}
+    assert kinds == REENCODED.get(model_type, set())
+    assert set(report.errors) == reencoded
+    assert all(0 < error.relative_rms < 0.2 for error in report.errors.values())
+
+    from mlx_lm.utils import load_model
+
+    load_model(tmp_path / "qm")  # strict: every name and shape is the class's
+    assert any(x.treatment == "kept" for x in report.plan.layers)
+
+
+# -- sources that take other ways --------------------------------------------------------------
+
+
+def as_awq(folder: Path, skip: str = "norm|embed|lm_head|gate$") -> None:
+    """Turn a dense folder's projections into AutoAWQ layers of random codes."""
+    import re
+
+    rng = np.random.default_rng(3)
+    weights: Weights = {}
+    for name, array in load(folder).items():
+        path = name.removesuffix(".weight")
+        if array.ndim != 2 or re.search(skip, path):
+            weights[name] = array.astype(mx.float16)
+            continue
+        n_out, n_in = array.shape
+        words = {"qweight": (n_in, n_out // 8), "qzeros": (n_in // 32, n_out // 8)}
+        for role, shape in words.items():
+            codes = rng.integers(-(2**31), 2**31, shape).astype(np.int32)
+            weights[f"{path}.{role}"] = mx.array(codes)
+        scales = rng.uniform(0.001, 0.01, (n_in // 32, n_out)).astype(np.float16)
+        weights[f"{path}.scales"] = mx.array(scales)
+    config = json.loads((folder / "config.json").read_text())
+    block = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}
+    write_folder(folder, config | {"quantization_config": block}, weights)
+
+
+@pytest.mark.parametrize("wishes", [{}, {"bits": 8}, {"mode": "mxfp4"}, {"dequantize": True}])
+def test_packed_experts_are_stacked(wishes: dict, tmp_path: Path) -> None:
+    """AutoAWQ experts go straight into a stack, as by way of a folder under their own names."""
+    published(tmp_path / "awq", "qwen3_moe")
+    as_awq(tmp_path / "awq")
+    convert(tmp_path / "awq", tmp_path / "kept", layout="keep", **wishes)
+    convert(tmp_path / "kept", tmp_path / "expected", layout="mlx-lm", **wishes)
+    report = convert(tmp_path / "awq", tmp_path / "ours", layout="mlx-lm", threads=2, **wishes)
+
+    ours, expected = load(tmp_path / "ours"), load(tmp_path / "expected")
+    assert ours.keys() == expected.keys()
+    assert [name for name in ours if as_bytes(ours[name]) != as_bytes(expected[name])] == []
+    blocks = [
+        json.loads((tmp_path / who / "config.json").read_text()).get("quantization")
+        for who in ("ours", "expected")
+    ]
+    assert blocks[0] == blocks[1]
+    stacked = [x for x in report.plan.layers if "switch_mlp" in x.layer]
+    assert {x.source for x in stacked} == {"awq gemm 4-bit g32"}
+    assert all(not x.reason for x in stacked)
+
+
+def test_packed_rows_that_are_computed(tmp_path: Path) -> None:
+    """DeepSeek's kv_b_proj from AutoAWQ: one half keeps its codes, the other is re-encoded."""
+    published(tmp_path / "awq", "deepseek_v3")
+    as_awq(tmp_path / "awq")
+    report = convert(tmp_path / "awq", tmp_path / "ours", layout="mlx-lm")
+
+    layers = {x.layer.rpartition(".")[2]: x for x in report.plan.layers}
+    assert layers["embed_q"].exactness == "re-encoded"
+    assert layers["embed_q"].treatment == "requantized"
+    assert layers["unembed_out"].treatment == "kept"
+    assert any("embed_q" in note for note in report.plan.notes)
+
+
+def test_experts_of_several_encodings_meet_in_the_finest(tmp_path: Path) -> None:
+    published(tmp_path / "m", "qwen3_moe")
+    convert(
+        tmp_path / "m",
+        tmp_path / "q",
+        bits=4,
+        layout="keep",
+        overrides=[r"experts\.1\.up_proj=6:32"],
+    )
+    report = convert(tmp_path / "q", tmp_path / "qm", layout="mlx-lm")
+
+    mixed = [x for x in report.plan.layers if x.layer.endswith("switch_mlp.up_proj")]
+    assert {x.target for x in mixed} == {"affine 6-bit g32"}
+    assert {x.exactness for x in mixed} == {"re-encoded"}
+    assert {x.source for x in mixed} == {"affine 4-bit g64 and affine 6-bit g32"}
+    others = [x for x in report.plan.layers if x.treatment == "kept"]
+    assert any(x.layer.endswith("switch_mlp.down_proj") for x in others)
+
+    # What was coded with six bits comes back from six bits: only a fraction of a step is lost.
+    convert(tmp_path / "qm", tmp_path / "ours", dequantize=True, layout="keep")
+    convert(tmp_path / "q", tmp_path / "dense", dequantize=True, layout="keep")
+    ours, dense = load(tmp_path / "ours"), load(tmp_path / "dense")
+    for name in (name for name in ours if "switch_mlp.up_proj" in name):
+        pre = name.partition("switch_mlp")[0]
+        parts = [dense[f"{pre}experts.{e}.up_proj.weight"] for e in range(ours[name].shape[0])]
+        assert mx.abs(ours[name] - mx.stack(parts)).max().item() < 0.01
+
+
+def test_bits_on_a_quantized_source_are_mlx_lm_s_choice(tmp_path: Path) -> None:
+    """Layers that were dense in the source stay so; others take what mlx-lm would choose."""
+    published(tmp_path / "m", "qwen3_moe")
+    convert(tmp_path / "m", tmp_path / "q", bits=4, layout="keep")
+    made = plan(tmp_path / "q", bits=8, layout="mlx-lm", overrides=["down_proj=skip"])
+    by_layer = {x.layer: x for x in made.layers}
+    assert by_layer["model.layers.1.mlp.switch_mlp.up_proj"].target == "affine 8-bit g64"
+    assert by_layer["model.layers.1.mlp.switch_mlp.down_proj"].treatment == "kept"
+    assert by_layer["model.layers.1.mlp.gate"].treatment == "dense"
+
+
+def test_a_layer_that_the_class_holds_dense_is_decoded(tmp_path: Path) -> None:
+    """DeepSeek's router is no linear layer: codes there could not be loaded."""
+    published(tmp_path / "m", "deepseek_v3")
+    gate = "model.layers.1.mlp.gate"
+    convert(tmp_path / "m", tmp_path / "q", bits=4, group_size=32, layout="keep",
+            overrides=[f"{gate}$=8:32"])  # fmt: skip
+    made = plan(tmp_path / "q", layout="mlx-lm")
+    found = next(x for x in made.layers if x.layer == gate)
+    assert (found.treatment, found.target) == ("dequantized", "BF16")
+    assert gate not in made.config["quantization"]
+    assert any(gate in note and "dequantized" in note for note in made.notes)
+    with pytest.raises(UsageError, match=r"holds model\.layers\.1\.mlp\.gate dense"):
+        plan(tmp_path / "q", layout="mlx-lm", overrides=[f"{gate}$=8"])
+
+
+def test_nvfp4_global_scales(tmp_path: Path) -> None:
+    """A stack with one scale an expert keeps both through another run of the layout."""
+    from mlx.utils import tree_flatten
+    from mlx_lm.utils import load_model, quantize_model, save_config
+
+    class_checkpoint(tmp_path / "m", small_config("qwen3_moe"))
+    model, config = load_model(tmp_path / "m")
+    model, config = quantize_model(model, config, 16, 4, mode="nvfp4", global_scale=True)
+    weights = dict(tree_flatten(model.parameters()))
+    write_folder(tmp_path / "q", config, weights)
+    save_config(config, tmp_path / "q" / "config.json")
+
+    report = convert(tmp_path / "q", tmp_path / "ours", layout="mlx-lm")
+    ours = load(tmp_path / "ours")
+    assert ours.keys() == weights.keys()
+    assert [name for name in ours if as_bytes(ours[name]) != as_bytes(weights[name])] == []
+    assert {x.exactness for x in report.plan.layers} == {"exact"}
+    load_model(tmp_path / "ours")
+
+
+def test_global_scales_of_stacked_and_split_matrices(tmp_path: Path) -> None:
+    scales = {f"{n}.global_scale": mx.array([float(n)]) for n in range(2)}
+    scales["two.global_scale"] = mx.array([5.0, 6.0])
+    write_folder(tmp_path / "s", {"model_type": "llama"}, scales)
+    tensors = read_checkpoint(tmp_path / "s").tensors
+
+    def layer(name: str, *shape: int) -> SourceLayer:
+        return SourceLayer(
+            name, {"global_scale": tensors[f"{name}.global_scale"]}, None, shape, "F32"
+        )
+
+    zero, one, two = layer("0", 4, 16), layer("1", 4, 16), layer("two", 2, 4, 16)
+
+    def read(shape: tuple[int, ...], *runs: Rows) -> list[float] | None:
+        made = _global_scales("x", shape, runs)
+        if made is None:
+            return None
+        data = b"".join(
+            (tmp_path / "s" / r.file).read_bytes()[r.offset : r.offset + r.nbytes]
+            for r in made.ranges
+        )
+        assert made.info.nbytes == len(data)
+        return np.frombuffer(data, np.float32).tolist()
+
+    assert read((2, 4, 16), Rows(zero, 0, 4), Rows(one, 0, 4)) == [0, 1]
+    assert read((2, 2, 16), Rows(zero, 2, 2), Rows(one, 0, 2)) == [0, 1]
+    assert read((2, 2, 16), Rows(zero, 0, 4)) == [0, 0]
+    assert read((8, 16), Rows(zero, 0, 4), Rows(one, 0, 4)) is None
+    assert read((2, 4, 16), Rows(two, 0, 8)) == [5, 6]
+    assert read((2, 16), Rows(two, 5, 2)) == [6]
+    assert read((4, 16), Rows(two, 2, 4)) is None
