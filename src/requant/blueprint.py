@@ -18,6 +18,7 @@ from typing import Any
 
 from requant.checkpoint import Checkpoint, SourceFile, SourceTensor
 from requant.dtypes import TensorInfo
+from requant.formats.base import RowOrder
 from requant.formats.packing import Exactness, Packing
 from requant.relayout import Relayout
 from requant.safetensors_header import build_header
@@ -80,6 +81,7 @@ class Step:
     packing: Packing | None = None
     first_row: int = 0
     into_row: int = 0
+    row_order: RowOrder | None = None  # rows of the output in another order than the source's
 
     def row_bytes(self, tensor: SourceTensor | OutputTensor) -> int:
         """Bytes that one row takes in ``tensor``; of a packed layer's part, its share of them."""
@@ -261,6 +263,7 @@ def _step_dict(step: Step) -> dict[str, Any]:
         "packing": step.packing and step.packing.to_dict(),
         "first_row": step.first_row,
         "into_row": step.into_row,
+        "row_order": step.row_order and step.row_order.digest,
     }
 
 

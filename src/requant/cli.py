@@ -21,6 +21,7 @@ import typer
 from requant.errors import OutOfRangeError, RequantError, UnknownValueError, UsageError
 from requant.options import (
     SHARD_SIZE,
+    ActOrder,
     AllowNonfinite,
     AllowOverflow,
     Bits,
@@ -104,6 +105,7 @@ def convert(
     override: Overrides = None,
     only: Only = None,
     layout: Layout = "auto",
+    act_order: ActOrder = "requantize",
     max_memory: MaxMemory = None,
     threads: Threads = None,
     shard_size: ShardSize = SHARD_SIZE,  # type: ignore[assignment]  # parsed by parse_size
@@ -125,11 +127,14 @@ def convert(
       requant convert Llama-3.2-1B out --mode mxfp4
       requant convert Llama-3.2-1B out --bits 4 --override 'lm_head=6'
       requant convert Mixtral-8x7B out --bits 4 --layout mlx-lm
+      requant convert Llama-3-8B-AWQ out
       requant convert mlx-4bit out --dequantize --dtype bfloat16
     """  # noqa: D301
     from requant import console, conversion
 
-    wishes = _wishes(bits, group_size, mode, dequantize, dtype, override, only, layout, shard_size)
+    wishes = _wishes(
+        bits, group_size, mode, dequantize, dtype, override, only, layout, act_order, shard_size
+    )
     if dry_run:
         with _answering_errors():
             plan = conversion.plan(source, **wishes)
@@ -171,6 +176,7 @@ def plan(
     override: Overrides = None,
     only: Only = None,
     layout: Layout = "auto",
+    act_order: ActOrder = "requantize",
     max_memory: MaxMemory = None,
     threads: Threads = None,
     shard_size: ShardSize = SHARD_SIZE,  # type: ignore[assignment]  # parsed by parse_size
@@ -188,7 +194,9 @@ def plan(
     """  # noqa: D301
     from requant import conversion
 
-    wishes = _wishes(bits, group_size, mode, dequantize, dtype, override, only, layout, shard_size)
+    wishes = _wishes(
+        bits, group_size, mode, dequantize, dtype, override, only, layout, act_order, shard_size
+    )
     with _answering_errors():
         _print_plan(conversion.plan(source, **wishes), threads, max_memory, json)
 
@@ -224,6 +232,7 @@ def _wishes(
     override: list[str] | None,
     only: list[str] | None,
     layout: str,
+    act_order: str,
     shard_size: int,
 ) -> dict[str, Any]:
     """The keyword arguments that ``requant.plan`` and ``requant.convert`` share."""
@@ -236,6 +245,7 @@ def _wishes(
         "overrides": override or (),
         "only": only or (),
         "layout": layout,
+        "act_order": act_order,
         "shard_size": shard_size,
     }
 

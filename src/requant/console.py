@@ -11,8 +11,9 @@ import re
 import shlex
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -206,14 +207,29 @@ def _show_layers(page: _Page, plan: Plan) -> None:
     _show_reasons(page, "stays dense:", left_dense(plan.layers))
     other_group = [x for x in plan.layers if x.reason and x.treatment == "quantized"]
     _show_reasons(page, "another group size:", other_group)
-    if plan.notes or plan.left_out:
+    kept = [x for x in plan.layers if x.reason and x.treatment == "kept"]
+    _show_reasons(page, "kept, but stored otherwise:", kept)
+    anew = [x for x in plan.layers if x.reason and x.treatment == "requantized"]
+    _show_reasons(page, "encoded anew:", anew)
+    rounded = [replace(x, reason=x.bound) for x in plan.layers if x.bound]
+    _show_reasons(page, "rounded:", rounded)
+    if plan.notes or plan.left_out or plan.dropped:
         page.line()
     for note in plan.notes:
         page.line(f"note: {note}")
+    for reason, names in _by_reason(plan.dropped).items():
+        page.line(f"dropped: {count(len(names), 'tensor')} ({reason}): {_few(names, 3)}")
     for name, reason in plan.left_out[:_FILE_LINES]:
         page.line(f"left out: {name} ({reason})")
     if len(plan.left_out) > _FILE_LINES:
         page.line(f"left out: {count(len(plan.left_out) - _FILE_LINES, 'more file')}")
+
+
+def _by_reason(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = defaultdict(list)
+    for name, reason in pairs:
+        found[reason].append(name)
+    return found
 
 
 def _show_reasons(page: _Page, title: str, layers: Sequence[LayerPlan]) -> None:

@@ -32,6 +32,7 @@ def plan(
     overrides: Iterable[str | tuple[str, Spec | str]] = (),
     only: Sequence[str] = (),
     layout: str = "auto",
+    act_order: str = "requantize",
     shard_size: int = 5 << 30,
 ) -> Plan:
     """Lay out a conversion without doing it; only headers and JSON are read.
@@ -52,6 +53,7 @@ def plan(
         overrides=overrides,
         only=only,
         layout=layout,
+        act_order=act_order,
         max_shard_bytes=shard_size,
     )
     return make_plan(Path(source), wishes)
@@ -70,6 +72,7 @@ def convert(
     overrides: Iterable[str | tuple[str, Spec | str]] = (),
     only: Sequence[str] = (),
     layout: str = "auto",
+    act_order: str = "requantize",
     shard_size: int = 5 << 30,
     max_memory: int | None = None,
     threads: int | None = None,
@@ -99,6 +102,8 @@ def convert(
             an error where it cannot be), "keep" (the source's tensor names), or "auto": the
             first where mlx-lm is installed and takes this checkpoint, else the second and a
             note that says why.
+        act_order: GPTQ layers whose inputs are out of order, where that cannot be moved into
+            the layer before: "requantize" (8 bits), "dense" or "refuse".
         shard_size: Most bytes of one output file.
         max_memory: Most bytes to hold in memory, mapped pages aside.
         threads: Worker threads; every processor by default.
@@ -132,6 +137,7 @@ def convert(
         overrides=overrides,
         only=only,
         layout=layout,
+        act_order=act_order,
         max_shard_bytes=shard_size,
     )
     made = make_plan(Path(source), wishes)

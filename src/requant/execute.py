@@ -362,9 +362,11 @@ class _Run:
         step, written = chunk.step, 0
         outputs, finding, read = self._make(chunk, buffers, computed)
         for role, out in step.outputs.items():
-            offset = out.offset + (step.into_row + chunk.start) * step.row_bytes(out)
+            row_bytes = step.row_bytes(out)
             data = _bytes(outputs[role])
-            self.folder.write(out.file, offset, data)
+            for first, last, place in _runs(chunk):
+                offset = out.offset + (step.into_row + place) * row_bytes
+                self.folder.write(out.file, offset, data[first * row_bytes : last * row_bytes])
             written += data.nbytes
         if finding.first_nonfinite_row is not None:
             finding.first_nonfinite_row += step.into_row + chunk.start
@@ -430,6 +432,17 @@ class _Run:
         self.source.read_tensor(stored, 0, _bytes(scales))
         expert = np.arange(chunk.start, chunk.stop) * scales.size // chunk.step.rows
         return scales[expert]
+
+
+def _runs(chunk: _Chunk) -> Iterator[tuple[int, int, int]]:
+    """Rows of a chunk that stay together: first, last, and the place of the first."""
+    if chunk.step.row_order is None:
+        yield 0, chunk.stop - chunk.start, chunk.start
+        return
+    places = chunk.step.row_order.places[chunk.start : chunk.stop]
+    borders = [0, *(np.flatnonzero(np.diff(places) != 1) + 1).tolist(), len(places)]
+    for first, last in pairwise(borders):
+        yield first, last, int(places[first])
 
 
 def _bytes(array: np.ndarray) -> memoryview:

@@ -89,6 +89,14 @@ Layout = Annotated[
         "auto: the first where mlx-lm takes the model.",
     ),
 ]
+ActOrder = Annotated[
+    str,
+    typer.Option(
+        "--act-order",
+        metavar="WAY",
+        help="GPTQ layers with inputs out of order: requantize (8 bits), dense or refuse.",
+    ),
+]
 ShardSize = Annotated[
     int,
     typer.Option(

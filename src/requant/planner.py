@@ -26,12 +26,12 @@ from requant.checkpoint import Checkpoint, ComputedTensor, SourceTensor, read_ch
 from requant.dtypes import FLOATS, KERNEL_FLOATS, TensorInfo
 from requant.errors import CheckpointError, Problem, UsageError
 from requant.formats import SourceLayer, SourceLayout, detect
-from requant.formats.base import Rows, describe
+from requant.formats.base import RowOrder, Rows, describe
 from requant.formats.packing import Exactness, Fidelity, Packing
 from requant.mlx_lm_classes import WITHOUT_A_CLASS
 from requant.relayout import Relayout, relayout
 from requant.schema import SKIP, PerLayerQuantization, Quantization, QuantMode
-from requant.wishes import DTYPES, Wishes, resolve_quantization
+from requant.wishes import DTYPES, Spec, Wishes, resolve_quantization
 
 # Layers that stay dense unless an override names them: (reason, pattern on the layer path).
 # What they hold is small, or no matrix product ever reads it.
@@ -64,13 +64,32 @@ def make_plan(source: str | Path, wishes: Wishes) -> Plan:
     notes: list[str] = []
     if wishes.layout != "keep":
         try:
-            moved = _laid_out(checkpoint, layout, wishes)
+            moved = _laid_out(checkpoint, _folded(layout, wishes), wishes)
+            if not moved.keeps_row_orders:
+                moved = _laid_out(checkpoint, layout, wishes)
             return Planner(checkpoint, found.name, moved.layers, wishes, moved).plan()
         except CheckpointError as error:
             if wishes.layout != "auto":
                 raise
             notes.append(f"Tensors keep the source's names (--layout keep): {_why(error)}")
+    layout = _folded(layout, wishes)
     return Planner(checkpoint, found.name, layout, wishes, notes=notes).plan()
+
+
+def _folded(layout: SourceLayout, wishes: Wishes) -> SourceLayout:
+    """Move act-order into other layers wherever the codes then stay."""
+
+    def keeps(layer: SourceLayer) -> bool:
+        wish = _override(wishes, layer.path) or wishes.quantization
+        return not wishes.dequantize and (wish is SKIP or wish in (None, layer.encoding))
+
+    return layout.folded(keeps)
+
+
+def _override(wishes: Wishes, path: str) -> Spec | None:
+    """The last override that matches: a target, SKIP, or None."""
+    hits = [spec for pattern, spec in wishes.overrides if re.search(pattern, path)]
+    return hits[-1] if hits else None
 
 
 def _laid_out(checkpoint: Checkpoint, layout: SourceLayout, wishes: Wishes) -> Relayout:
@@ -203,11 +222,6 @@ class Planner:
                 Problem(f"--{option} {pattern!r}", f"matches no layer; {hint}")
             )
 
-    def _override(self, path: str) -> Quantization | object | None:
-        """The last override that matches: a target, SKIP, or None."""
-        hits = [spec for pattern, spec in self.wishes.overrides if re.search(pattern, path)]
-        return hits[-1] if hits else None
-
     def _decide(self, layer: SourceLayer) -> tuple[Quantization | None, str]:
         """The layer's quantization in the output (None: dense) and the reason to tell."""
         target, reason = self._chosen(layer)
@@ -225,7 +239,7 @@ class Planner:
         wishes = self.wishes
         if layer.path in wishes.spoiled:
             return layer.encoding, "holds NaN or infinity"
-        override = self._override(layer.path) if layer.is_weight else None
+        override = _override(self.wishes, layer.path) if layer.is_weight else None
         if isinstance(override, Quantization):
             return self._forced(layer, override), ""
         if override is SKIP:
@@ -235,7 +249,8 @@ class Planner:
         if wishes.dequantize:
             return None, ""
         if self.default is None:
-            return layer.kept, layer.reason
+            dense = layer.act_order and wishes.act_order == "dense"
+            return None if dense else layer.kept, layer.reason
         if layer.is_quantized and self.mlx_lm is not None:
             target = self.mlx_lm.targets.get(layer.path)
             reason = self.mlx_lm.dense_reasons.get(layer.path, layer.reason)
@@ -253,11 +268,17 @@ class Planner:
 
     def _check_needs(self, decided: Iterable[tuple[SourceLayer, Quantization | None, str]]) -> None:
         """Refuse layers whose fate the user must choose, once for each kind of them."""
+        if self.wishes.act_order == "refuse" and self.default is None:
+            for layer, target, _ in decided:
+                if layer.act_order and target == layer.kept:
+                    self.wrong_wishes.append(
+                        Problem(layer.path, "has its inputs in act-order, which is to be refused")
+                    )
         needs = Counter[str]()
         first: dict[str, str] = {}
         wished = self.wishes.dequantize or self.default is not None
         for layer, target, _ in decided:
-            skipped = self._override(layer.path) is SKIP
+            skipped = _override(self.wishes, layer.path) is SKIP
             if layer.needs_wish and target is None and not (wished or skipped):
                 needs[layer.needs_wish] += 1
                 first.setdefault(layer.needs_wish, layer.path)
@@ -304,7 +325,7 @@ class Planner:
         if layer.packing is not None:
             yield from self._packed_steps(layer, layer.packing, target, dtype)
         elif layer.encoding is None and target is None:
-            yield _flat_step(layer.path, layer.parts["weight"], dtype)
+            yield _flat_step(layer.path, layer.parts["weight"], dtype, layer.row_order)
         elif layer.encoding == target:
             for part in layer.parts.values():
                 floats = part.info.dtype in FLOATS and not part.name.endswith(".global_scale")
@@ -323,7 +344,8 @@ class Planner:
         if target is not None:
             outputs = triple_infos(layer.shape, dtype, target)
         units = [q.group_size for q in (encoding, target) if q is not None]
-        rows, columns = _row_view(layer.shape, lcm(*units))
+        unit = lcm(*units) if layer.row_order is None else layer.shape[-1]
+        rows, columns = _row_view(layer.shape, unit)
         return Step(
             layer.path,
             operation,
@@ -335,6 +357,7 @@ class Planner:
             target,
             dtype,
             layer.parts.get("global_scale"),
+            row_order=layer.row_order,
         )
 
     def _packed_steps(
@@ -365,6 +388,7 @@ class Planner:
                 packing=run.layer.packing,
                 first_row=run.start,
                 into_row=into_row,
+                row_order=run.layer.row_order,
             )
             into_row += run.count
 
@@ -427,7 +451,7 @@ class Planner:
         for layer in self.layout.layers:
             if layer.path not in per_layer and layer.is_weight:
                 stays = source.per_layer.get(layer.path) if source else None
-                if stays is SKIP or self._override(layer.path) is SKIP:
+                if stays is SKIP or _override(self.wishes, layer.path) is SKIP:
                     skipped.append(layer.path)
         return PerLayerQuantization.from_layers(per_layer, default, skipped)
 
@@ -530,13 +554,17 @@ def _fit_group(n_in: int, wish: Quantization) -> tuple[Quantization | None, str]
     return None, f"last axis {n_in} is no multiple of group {wish.group_size} or a smaller one"
 
 
-def _flat_step(layer: str, part: SourceTensor, dtype: str | None) -> Step:
-    """Copy or cast one tensor, value by value."""
+def _flat_step(
+    layer: str, part: SourceTensor, dtype: str | None, order: RowOrder | None = None
+) -> Step:
+    """Copy or cast one tensor, value by value, or row by row into another order."""
     dtype = dtype or part.info.dtype
     output = OutputTensor(part.name, TensorInfo(dtype, part.info.shape))
     operation = Operation.COPY if dtype == part.info.dtype else Operation.CAST
-    rows = part.info.size
-    return Step(layer, operation, rows, 1, {"weight": part}, {"weight": output}, dtype=dtype)
+    rows = part.info.size if order is None else order.rows.size
+    columns = 1 if order is None else part.info.size // rows
+    parts, outputs = {"weight": part}, {"weight": output}
+    return Step(layer, operation, rows, columns, parts, outputs, dtype=dtype, row_order=order)
 
 
 # A row longer than this is cut at group borders: memory must not grow with a tensor's width.

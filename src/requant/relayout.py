@@ -65,6 +65,22 @@ class Relayout:
             quantization = PerLayerQuantization(quantization.quantization, {})
         return replace(self.source, layers=layers, quantization=quantization)
 
+    @cached_property
+    def keeps_row_orders(self) -> bool:
+        """Whether every layer whose rows change their order is moved as a whole."""
+        for name, output in self.layout.tensors.items():
+            ordered = [x for x in map(self.shown.__getitem__, output.inputs) if x.row_order]
+            if not ordered:
+                continue
+            runs = self._runs(name)
+            if runs is None and len(output.inputs) == 1 and output.info.shape == ordered[0].shape:
+                continue  # a bias
+            if runs is None or any(r.start or r.count != prod(r.layer.shape[:-1]) for r in runs):
+                return False
+            if len(runs) > 1 and any(run.layer.packing is None for run in runs):
+                return False
+        return True
+
     def compute(self, name: str, fill: Fill) -> np.ndarray:
         """The bytes of a computed tensor.
 
@@ -117,7 +133,8 @@ class Relayout:
         if any(layer.is_quantized for layer in sources):
             return self._quantized(name, sources)
         if isinstance(output, Moved):
-            return dense_layer(_joined(name, output.info, self._stored(output)))
+            layer = dense_layer(_joined(name, output.info, self._stored(output)))
+            return replace(layer, row_order=sources[0].row_order) if sources else layer
         return dense_layer(ComputedTensor(name, output.info, output.inputs))
 
     def _stored(self, output: Moved) -> Iterator[FileRange]:

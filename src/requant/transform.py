@@ -80,9 +80,12 @@ def transform_weights(
         )
     result: dict[str, Array] = {}
     per_layer: dict[str, Quantization] = {}
-    for layer in layout.layers:
+    for layer in layout.folded(lambda _: True).layers:
         if layer.packing is None:
-            result |= {part.name: weights[part.name] for part in layer.parts.values()}
+            result |= {
+                part.name: _in_order(weights[part.name], layer, library.name)
+                for part in layer.parts.values()
+            }
             kept = layer.encoding
         else:
             kept = layer.kept
@@ -91,6 +94,17 @@ def transform_weights(
         if kept is not None:
             per_layer[layer.path] = kept
     return result, PerLayerQuantization.from_layers(per_layer)
+
+
+def _in_order(array: Array, layer: SourceLayer, library: str) -> Array:
+    """An array of the layer, its rows in the order that the output wants."""
+    if layer.row_order is None:
+        return array
+    if library == "numpy":
+        return array[layer.row_order.rows]
+    import mlx.core as mx
+
+    return mx.take(array, mx.array(layer.row_order.rows), axis=0)
 
 
 class _InMemory(Checkpoint):
@@ -185,6 +199,8 @@ def _transform(
                 rows.get("biases"),
             )
     for role, array in out.items():
+        if layer.row_order is not None:
+            array = array[layer.row_order.rows]
         yield f"{layer.path}.{role}", array
 
 

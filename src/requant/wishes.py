@@ -23,6 +23,7 @@ MODE_DEFAULTS = {
 DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 
 LAYOUTS = ("auto", "keep", "mlx-lm")
+ACT_ORDERS = ("requantize", "dense", "refuse")
 
 Spec = Quantization | Skip
 Override = tuple[str, Spec]
@@ -119,6 +120,8 @@ class Wishes:
         only: Regexes; a layer that none of them matches is left as it is.
         layout: "keep" leaves tensors their names; "mlx-lm" gives them the names, shapes and
             choice of layers of mlx-lm's own converter; "auto" does so where mlx-lm can.
+        act_order: What becomes of GPTQ layers whose inputs are out of order, where the order
+            cannot be moved into another layer: "requantize" (8 bits), "dense" or "refuse".
         max_shard_bytes: Output shards are cut before they exceed this.
         spoiled: Layers that a first pass found to hold NaN or infinity; left as they are.
     """
@@ -131,6 +134,7 @@ class Wishes:
     layout: str = "auto"
     max_shard_bytes: int = 5 << 30
     spoiled: frozenset[str] = frozenset()
+    act_order: str = "requantize"
 
     @staticmethod
     def build(
@@ -145,6 +149,7 @@ class Wishes:
         only: Sequence[str] = (),
         layout: str = "auto",
         max_shard_bytes: int = 5 << 30,
+        act_order: str = "requantize",
     ) -> Wishes:
         """Check and assemble what the command line and the Python doors take.
 
@@ -165,6 +170,8 @@ class Wishes:
             raise UnknownValueError("no such dtype", dtype, list(DTYPES))
         if layout not in LAYOUTS:
             raise UnknownValueError("no such layout", layout, LAYOUTS)
+        if act_order not in ACT_ORDERS:
+            raise UnknownValueError("no such way with act-order", act_order, ACT_ORDERS)
         if max_shard_bytes < 1:
             raise UsageError(f"a shard of {max_shard_bytes} bytes holds nothing")
         only = (only,) if isinstance(only, str) else tuple(only)
@@ -178,4 +185,5 @@ class Wishes:
             only,
             layout,
             max_shard_bytes,
+            act_order=act_order,
         )

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from requant.checkpoint import Checkpoint
-from requant.formats.autoawq import AutoAwq
 from requant.formats.base import Format, SourceLayer, SourceLayout
 from requant.formats.dense import Dense
 from requant.formats.mlx import Mlx
+from requant.formats.qweight import QweightFormat
 
 __all__ = ["FORMATS", "Format", "SourceLayer", "SourceLayout", "detect"]
 
-FORMATS: tuple[Format, ...] = (Mlx(), AutoAwq(), Dense())
+FORMATS: tuple[Format, ...] = (Mlx(), *map(QweightFormat, ("awq", "gptq", "auto-round")), Dense())
 
 
 def detect(checkpoint: Checkpoint) -> Format:

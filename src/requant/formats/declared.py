@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from requant.checkpoint import Checkpoint
+from requant.dtypes import KERNEL_FLOATS
 from requant.errors import Problem
 from requant.source_folder import CONFIG, QUANTIZATION_FILES
 
@@ -84,3 +86,24 @@ def declared(checkpoint: Checkpoint) -> Declared | None:
         if found:
             return Declared(name, found)
     return None
+
+
+_DTYPE_WORDS = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "half": "F16"}
+
+
+def model_dtype(checkpoint: Checkpoint) -> str:
+    """The float dtype that the model computes in: config.json's, else that of most dense bytes."""
+    config = checkpoint.config
+    for part in (config, config.get("text_config")):
+        for key in ("dtype", "torch_dtype"):
+            word = str(part.get(key)).removeprefix("torch.") if isinstance(part, Mapping) else ""
+            if word in _DTYPE_WORDS:
+                return _DTYPE_WORDS[word]
+    sizes = Counter[str]()
+    for tensor in checkpoint.tensors.values():
+        if tensor.info.dtype in KERNEL_FLOATS and not tensor.name.endswith(_SCALES):
+            sizes[tensor.info.dtype] += tensor.info.nbytes
+    return sizes.most_common(1)[0][0] if sizes else "F16"
+
+
+_SCALES = (".scales", ".weight_scale", ".weight_scale_inv", ".scale", ".zero")

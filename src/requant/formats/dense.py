@@ -4,23 +4,7 @@ from __future__ import annotations
 
 from requant.checkpoint import Checkpoint
 from requant.errors import Problem
-from requant.formats.base import SourceLayout, dense_layer
-
-# Suffixes that only quantized layers have, and the format that writes them. A folder
-# with one of them is not dense, whatever its config says.
-_FOREIGN_SUFFIXES = {
-    ".qweight": "AWQ or GPTQ",
-    ".qzeros": "AWQ or GPTQ",
-    ".g_idx": "GPTQ",
-    ".W_q": "HQQ",
-    ".SCB": "bitsandbytes int8",
-    ".weight_packed": "compressed-tensors",
-    ".weight_scale": "FP8 or compressed-tensors",
-    ".weight_scale_inv": "FP8",
-    ".weight.absmax": "bitsandbytes",
-    ".weight_quantizer._scale": "ModelOpt",
-    "_blocks": "MXFP4",
-}
+from requant.formats.base import SourceLayout, dense_layer, foreign_part
 
 
 class Dense:
@@ -47,12 +31,12 @@ class Dense:
         layers = []
         for tensor in checkpoint.tensors.values():
             layers.append(dense_layer(tensor))
-            foreign = next((s for s in _FOREIGN_SUFFIXES if tensor.name.endswith(s)), None)
+            foreign = foreign_part(tensor.name)
             if foreign is not None and not block:
                 problems.append(
                     Problem(
                         tensor.name,
-                        f"is a part of a quantized layer ({_FOREIGN_SUFFIXES[foreign]}), but "
+                        f"is a part of a quantized layer ({foreign}), but "
                         "config.json has no quantization_config that says how to read it",
                     )
                 )

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 
 from requant.arrays import native
-from requant.dtypes import NUMPY_DTYPE
+from requant.errors import InvariantError
 from requant.schema import Quantization, QuantMode
 
 Parts = Mapping[str, np.ndarray]
@@ -232,11 +232,34 @@ class IntegerPacking(Packing):
         return np.arange(groups) * size // self.group
 
 
-def pack_rows(codes: np.ndarray, bits: int, out: np.ndarray) -> None:
-    """Pack uint8 codes ``(rows, columns)`` into MLX words; columns are a multiple of 32."""
-    out[:] = native.pack_words(codes, bits)
+def check_symmetric(zeros: np.ndarray, bits: int) -> None:
+    """Hold zeros against the claim that each is the middle of the codes.
+
+    Raises:
+        InvariantError: One is not.
+    """
+    middle = 1 << (bits - 1)
+    if not (zeros == middle).all():
+        raise InvariantError(
+            f"the config calls the layer symmetric, so that every zero is {middle}, but its "
+            f"zeros are {int(zeros.min())} to {int(zeros.max())}; correct sym, or the format "
+            "that says how zeros are stored"
+        )
 
 
-def zeros_like_header(dtype: str, rows: int, columns: int) -> np.ndarray:
-    """An uninitialised matrix of a header dtype."""
-    return np.empty((rows, columns), NUMPY_DTYPE[dtype])
+def stream_codes(words: np.ndarray, bits: int, count: int) -> np.ndarray:
+    """Unpack rows of one little-endian bit stream into ``count`` codes, uint8.
+
+    Args:
+        words: Integers of any width, ``(rows, n)``; a row is C-contiguous.
+        bits: Bits a code, 1 to 8.
+        count: Codes to give back; the stream may end within a word.
+    """
+    rows = words.shape[0]
+    stream = np.ascontiguousarray(words).view(np.uint8).reshape(rows, -1)
+    nbytes = -(-stream.shape[1] // (4 * bits)) * 4 * bits  # whole runs of 32 codes
+    if stream.shape[1] != nbytes:
+        padded = np.zeros((rows, nbytes), np.uint8)
+        padded[:, : stream.shape[1]] = stream
+        stream = padded
+    return native.unpack_words(stream.view(np.uint32), bits)[:, :count]

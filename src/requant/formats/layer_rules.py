@@ -1,0 +1,109 @@
+"""Per-layer settings that a quantization config gives by name or by pattern.
+
+GPTQModel's ``dynamic``: regexes anchored at the start of the layer path, with ``-:`` for "not
+quantized"; the first match wins. AutoRound's ``extra_config``: the layer path itself, else a
+regex found anywhere in it. What a rule does not say is inherited.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from requant.errors import Problem
+from requant.formats.declared import Declared
+
+_BITS = range(1, 9)
+DENSE_BITS = 16  # AutoRound: 16 bits or more is a dense layer
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRule:
+    """What the config says of one layer.
+
+    Attributes:
+        bits: Bits a code; None where the config is silent.
+        group_size: Inputs with one scale; -1 for a whole row, None where it is silent.
+        symmetric: Whether every zero is the middle code; None where it is silent.
+        quantized: Whether the layer is to be quantized at all.
+        where: The key that decided.
+    """
+
+    bits: int | None
+    group_size: int | None
+    symmetric: bool | None
+    quantized: bool = True
+    where: str = ""
+
+
+class LayerRules:
+    """The rules of one config, checked when made."""
+
+    def __init__(self, found: Declared, problems: list[Problem]) -> None:
+        self.where = found.where
+        symmetric = None
+        for key, means in (("sym", True), ("zero_point", False)):
+            if found.get(key) is not None:
+                symmetric = found.boolean(key, problems, True) is means
+        self.default = LayerRule(
+            found.integer("bits", problems),
+            found.integer("group_size", problems),
+            symmetric,
+            where=found.where,
+        )
+        self._exact: dict[str, LayerRule] = {}
+        self._patterns: list[tuple[re.Pattern[str], bool, LayerRule]] = []
+        self._read(found, "dynamic", problems)
+        self._read(found, "extra_config", problems)
+
+    def of(self, path: str) -> LayerRule:
+        """What holds for a layer."""
+        if path in self._exact:
+            return self._exact[path]
+        for pattern, anchored, rule in self._patterns:
+            if (pattern.match if anchored else pattern.search)(path):
+                return rule
+        return self.default
+
+    def _read(self, found: Declared, key: str, problems: list[Problem]) -> None:
+        table = found.get(key)
+        if table is None or table is False:
+            return
+        if not isinstance(table, Mapping):
+            problems.append(Problem(f"{self.where}.{key}", f"is {table!r}, expected an object"))
+            return
+        anchored = key == "dynamic"
+        for name, fields in table.items():
+            where = f"{self.where}.{key}[{name!r}]"
+            negative = anchored and name.startswith("-:")
+            text = name.removeprefix("-:").removeprefix("+:") if anchored else name
+            if fields is False:
+                negative, fields = True, {}
+            if not isinstance(fields, Mapping):
+                problems.append(Problem(where, f"is {fields!r}, expected an object"))
+                continue
+            rule = self._rule(Declared(where, fields), negative, problems)
+            if not anchored:
+                self._exact[text] = rule
+            try:
+                self._patterns.append((re.compile(text), anchored, rule))
+            except re.error as error:
+                if anchored:
+                    problems.append(Problem(where, f"is no regular expression: {error}"))
+
+    def _rule(self, fields: Declared, negative: bool, problems: list[Problem]) -> LayerRule:
+        default = self.default
+        bits = fields.integer("bits", problems, default.bits)
+        dense = negative or (bits is not None and bits >= DENSE_BITS)
+        symmetric = default.symmetric
+        if fields.get("sym") is not None:
+            symmetric = fields.boolean("sym", problems, True)
+        return replace(
+            default,
+            bits=bits,
+            group_size=fields.integer("group_size", problems, default.group_size),
+            symmetric=symmetric,
+            quantized=not dense,
+            where=fields.where,
+        )
