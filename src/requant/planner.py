@@ -27,9 +27,9 @@ from requant.dtypes import FLOATS, KERNEL_FLOATS, TensorInfo
 from requant.errors import CheckpointError, Problem, UsageError
 from requant.formats import SourceLayer, SourceLayout, detect
 from requant.formats.base import RowOrder, Rows, describe
-from requant.formats.packing import Exactness, Fidelity, Packing
+from requant.formats.packing import DTYPE_WORD, Exactness, Fidelity, Packing
 from requant.mlx_lm_classes import WITHOUT_A_CLASS
-from requant.relayout import Relayout, relayout
+from requant.relayout import ON_VALUES, Relayout, relayout
 from requant.schema import SKIP, PerLayerQuantization, Quantization, QuantMode
 from requant.wishes import DTYPES, Spec, Wishes, resolve_quantization
 
@@ -186,7 +186,7 @@ class Planner:
         self._note_values(layers)
         shards, steps = place(steps, self.wishes.max_shard_bytes)
         quantization = self._quantization(per_layer)
-        self._note_loads(layers)
+        self._note_loads(layers, steps)
         return Plan(
             source=str(self.checkpoint.path),
             format=self.format,
@@ -484,18 +484,45 @@ class Planner:
             (Treatment.REQUANTIZED, "re-encoded: mlx-lm's rule for this model works on values"),
             (Treatment.DEQUANTIZED, "dequantized: mlx-lm's class has no codes there"),
         ):
-            found = [layer.layer for layer in layers if layer.treatment is treatment]
+            found = [
+                layer.layer
+                for layer in layers
+                if layer.treatment is treatment and layer.reason in ("", ON_VALUES)
+            ]
             if found:
                 more = f" and {len(found) - 3} more" if len(found) > 3 else ""
                 self.notes.append(f"{', '.join(found[:3])}{more} are {what}.")
 
-    def _note_loads(self, layers: Iterable[LayerPlan]) -> None:
+    def _note_dtypes(self, steps: Iterable[Step]) -> None:
+        """Warn where 16-bit scales would meet values of another dtype."""
+        scales, dense = Counter[str](), Counter[str]()
+        for step in steps:
+            found = dense if "scales" not in step.outputs else scales
+            tensor = step.outputs.get("scales", step.outputs.get("weight"))
+            if tensor is not None and not _KEEPS_DTYPE.search(tensor.name):
+                found[tensor.info.dtype] += tensor.info.nbytes
+        floats = {d: n for d, n in dense.items() if d in KERNEL_FLOATS}
+        common = scales.most_common(1)
+        if not common or common[0][0] not in ("F16", "BF16"):
+            return
+        others = sorted({*floats, *(d for d in scales if d in KERNEL_FLOATS)} - {common[0][0]})
+        if others:
+            word = DTYPE_WORD[common[0][0]]
+            found_words = " and ".join(DTYPE_WORD[d] for d in others)
+            self.notes.append(
+                f"Scales are {word}, other tensors {found_words}: MLX then computes in float32, "
+                f"which is slower. --dtype {word} makes all of them {word}."
+            )
+
+    def _note_loads(self, layers: Iterable[LayerPlan], steps: Iterable[Step]) -> None:
         """Warn of dtypes that MLX cannot load (mlx-layouts: F64 and F8_E5M2 raise)."""
         if any(_EXPERT.search(x.layer) and x.target != x.source for x in layers):
             self.notes.append(
                 "Experts keep their own names here, and mlx-lm does not load them quantized so: "
                 "--layout mlx-lm stacks them as it does."
             )
+        if self.from_codes:
+            self._note_dtypes(steps)
         unloadable = sorted({x.target for x in layers} & {"F64", "F8_E5M2", "C64"})
         if unloadable:
             self.notes.append(

@@ -38,6 +38,9 @@ from requant.schema import PerLayerQuantization, Quantization, QuantMode
 if TYPE_CHECKING:
     from requant.mlx_lm_layout import MlxLmLayout, Moved
 
+ON_VALUES = "mlx-lm's rule for this model works on its values"
+"""Why a quantized layer could not keep its codes under mlx-lm's names."""
+
 Fill = Callable[[str, memoryview], None]
 """Writes the values of a source tensor or decoded layer, by the name that mlx-lm was shown."""
 
@@ -205,7 +208,7 @@ class Relayout:
             layer,
             stored=" and ".join(stored),
             fallback=fallback,
-            reason="mlx-lm's rule for this model works on its values",
+            reason=ON_VALUES,
             needs_wish=next((x.needs_wish for x in sources if x.needs_wish), ""),
         )
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.formats.harness import check_fixture
+import requant
+from tests.formats.harness import check_fixture, fixture
 
 
 @pytest.mark.parametrize(
@@ -20,3 +21,13 @@ from tests.formats.harness import check_fixture
 )
 def test_fixture(name: str, exactness: str, bits: int, tmp_path: Path) -> None:
     check_fixture(f"auto-round-{name}", tmp_path, exactness, bound=(2**bits - 1) * 2**-11)
+
+
+def test_a_model_that_would_compute_in_float32_is_warned_about(tmp_path: Path) -> None:
+    """AutoRound leaves norms and embeddings of these models in float32 beside float16 scales."""
+    source = fixture("auto-round-native-w4g64") / "checkpoint"
+    notes = " ".join(requant.plan(source, layout="keep").notes)
+    assert "--dtype float16" in notes
+    assert "float32" in notes
+    same = requant.plan(source, layout="keep", dtype="float16")
+    assert not any("computes in float32" in note for note in same.notes)
