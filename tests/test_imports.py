@@ -28,7 +28,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("execute",),
     ("report", "transform"),
     ("conversion",),
-    ("inspection",),
+    ("inspection", "mlx_lm"),
     ("options", "console"),
     ("cli",),
     ("__main__", "__init__"),

@@ -33,11 +33,14 @@ from requant.options import (
     Json,
     Layout,
     MaxMemory,
+    MaxTokens,
     Mode,
     Only,
     Output,
     Overrides,
+    Prompt,
     Quiet,
+    Raw,
     ShardSize,
     Source,
     Threads,
@@ -133,7 +136,7 @@ def convert(
     from requant import console, conversion
 
     wishes = _wishes(
-        bits, group_size, mode, dequantize, dtype, override, only, layout, act_order, shard_size
+        bits, group_size, mode, dequantize, dtype, override, only, act_order, layout, shard_size
     )
     if dry_run:
         with _answering_errors():
@@ -195,7 +198,7 @@ def plan(
     from requant import conversion
 
     wishes = _wishes(
-        bits, group_size, mode, dequantize, dtype, override, only, layout, act_order, shard_size
+        bits, group_size, mode, dequantize, dtype, override, only, act_order, layout, shard_size
     )
     with _answering_errors():
         _print_plan(conversion.plan(source, **wishes), threads, max_memory, json)
@@ -223,6 +226,61 @@ def inspect(source: Source, json: Json = False) -> None:
         raise typer.Exit(EXIT_FAULT)
 
 
+@app.command()
+def generate(
+    source: Source,
+    prompt: Prompt,
+    max_tokens: MaxTokens = 100,
+    raw: Raw = False,
+    bits: Bits = None,
+    group_size: GroupSize = None,
+    mode: Mode = None,
+    dequantize: Dequantize = False,
+    dtype: Dtype = None,
+    override: Overrides = None,
+    only: Only = None,
+    act_order: ActOrder = "requantize",
+    max_memory: MaxMemory = None,
+    threads: Threads = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Let a model say something: convert SOURCE in memory, go on from a prompt.
+
+    A look at what a conversion is worth, before or after it is written; needs mlx-lm.
+    The wishes are those of convert, and so are the weights. The likeliest token is taken
+    each time, so the same model says the same.
+
+    \b
+    Examples:
+      requant generate Llama-3.2-1B-4bit --prompt "What is a file?"
+      requant generate Llama-3.2-1B --bits 4 --prompt "What is a file?" --max-tokens 50
+    """  # noqa: D301
+    from requant import console, mlx_lm
+
+    wishes = _wishes(bits, group_size, mode, dequantize, dtype, override, only, act_order)
+
+    def show(text: str) -> None:
+        print(console.printable(text.expandtabs(4)), end="", flush=True)
+
+    with _answering_errors():
+        with console.progress_display(quiet or json) as progress:
+            loaded = mlx_lm.load_with_report(
+                source, **wishes, max_memory=max_memory, threads=threads, progress=progress
+            )
+        for warning in console.warnings(loaded.report):
+            _say(f"warning: {warning}")
+        made = mlx_lm.generate(
+            loaded, prompt, max_tokens=max_tokens, raw=raw, on_text=None if json else show
+        )
+        if json:
+            _print_json(made.to_dict())
+            return
+        print(flush=True)
+        if not quiet:
+            _say(console.describe_generation(made))
+
+
 def _wishes(
     bits: int | None,
     group_size: int | None,
@@ -231,11 +289,12 @@ def _wishes(
     dtype: str | None,
     override: list[str] | None,
     only: list[str] | None,
-    layout: str,
     act_order: str,
-    shard_size: int,
+    layout: str | None = None,
+    shard_size: int | None = None,
 ) -> dict[str, Any]:
-    """The keyword arguments that ``requant.plan`` and ``requant.convert`` share."""
+    """The keyword arguments that the Python doors share; those of files where they are given."""
+    files = {"layout": layout, "shard_size": shard_size}
     return {
         "bits": bits,
         "group_size": group_size,
@@ -244,9 +303,8 @@ def _wishes(
         "dtype": dtype,
         "overrides": override or (),
         "only": only or (),
-        "layout": layout,
         "act_order": act_order,
-        "shard_size": shard_size,
+        **{name: value for name, value in files.items() if value is not None},
     }
 
 

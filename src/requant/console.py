@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from requant.blueprint import LayerPlan, Plan
     from requant.execute import Budget, Progress
     from requant.inspection import Inspection, Stored
+    from requant.mlx_lm import Generation
     from requant.report import LayerError, Report
 
 _REASON_LINES = 10
@@ -72,6 +73,15 @@ def printable(text: str) -> str:
     return "".join(
         c if c.isprintable() or c == "\n" else c.encode("unicode_escape", "surrogatepass").decode()
         for c in text
+    )
+
+
+def describe_generation(made: Generation) -> str:
+    """How fast a model spoke, in a line."""
+    return (
+        f"{made.tokens:,} tokens, {made.tokens_per_s:,.1f} a second; prompt {made.prompt_tokens:,} "
+        f"tokens, {made.prompt_tokens_per_s:,.1f} a second; "
+        f"{made.report.bits_per_weight:.2f} bits a weight; ready after {made.load_s:.1f} s"
     )
 
 

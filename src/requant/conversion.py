@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from requant.blueprint import Plan
 from requant.errors import CheckpointError, Problem
@@ -15,7 +17,7 @@ from requant.planner import make_plan
 from requant.report import Report
 from requant.schema import Quantization
 from requant.wishes import Spec, Wishes
-from requant.writer import OutputFolder
+from requant.writer import OutputFolder, Sink
 
 Source = str | os.PathLike[str]
 
@@ -140,20 +142,51 @@ def convert(
         act_order=act_order,
         max_shard_bytes=shard_size,
     )
-    made = make_plan(Path(source), wishes)
+    made, outcome = carry_out(
+        Path(source),
+        wishes,
+        lambda made: OutputFolder(made, Path(output), force),
+        lambda folder: folder.publish(),
+        max_memory=max_memory,
+        threads=threads,
+        allow_nonfinite=allow_nonfinite,
+        allow_overflow=allow_overflow,
+        progress=progress,
+        chunk_bytes=chunk_bytes,
+    )
+    return Report.build(made, str(output), outcome, time.perf_counter() - began)
+
+
+AnySink = TypeVar("AnySink", bound=Sink)
+
+
+def carry_out(
+    source: Path,
+    wishes: Wishes,
+    open_sink: Callable[[Plan], AbstractContextManager[AnySink]],
+    finish: Callable[[AnySink], None],
+    *,
+    max_memory: int | None = None,
+    threads: int | None = None,
+    allow_nonfinite: bool = False,
+    allow_overflow: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+    chunk_bytes: int | None = None,
+) -> tuple[Plan, Outcome]:
+    """Plan, run and check; ``finish`` is called once, with what holds the whole result."""
+    made = make_plan(source, wishes)
     while True:
         budget = make_budget(made, threads, max_memory, chunk_bytes)
-        with OutputFolder(made, Path(output), force) as folder:
-            outcome = run_plan(made, folder, budget, progress)
+        with open_sink(made) as sink:
+            outcome = run_plan(made, sink, budget, progress)
             spoiled = [layer for layer, found in outcome.findings.items() if found.nonfinite]
             if not spoiled or not allow_nonfinite:
                 _refuse(made, outcome, allow_overflow)
-                folder.publish()
-                break
+                finish(sink)
+                return made, outcome
         # The layout of the output changes with a layer that stays dense: plan again.
         wishes = replace(wishes, spoiled=wishes.spoiled.union(spoiled))
-        made = make_plan(Path(source), wishes)
-    return Report.build(made, str(output), outcome, time.perf_counter() - began)
+        made = make_plan(source, wishes)
 
 
 def _refuse(made: Plan, outcome: Outcome, allow_overflow: bool) -> None:

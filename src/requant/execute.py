@@ -355,8 +355,10 @@ class _Run:
             outputs, _, _ = self._make(part, buffers, {})
             (data,) = map(_bytes, outputs.values())
             (out,) = step.outputs.values()
-            start = part.start * step.row_bytes(out)
-            into[start : start + data.nbytes] = data
+            row_bytes = step.row_bytes(out)
+            for first, last, place in _runs(part):
+                stop = (place + last - first) * row_bytes
+                into[place * row_bytes : stop] = data[first * row_bytes : last * row_bytes]
 
     def _do(self, chunk: _Chunk, buffers: _Buffers, computed: _Arrays) -> None:
         step, written = chunk.step, 0

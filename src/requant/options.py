@@ -97,6 +97,16 @@ ActOrder = Annotated[
         help="GPTQ layers with inputs out of order: requantize (8 bits), dense or refuse.",
     ),
 ]
+Prompt = Annotated[
+    str,
+    typer.Option(
+        "--prompt", "-p", metavar="TEXT", help="What to go on from; in the chat template, if any."
+    ),
+]
+MaxTokens = Annotated[
+    int, typer.Option("--max-tokens", metavar="N", min=1, help="Most tokens to generate.")
+]
+Raw = Annotated[bool, typer.Option("--raw", help="Use the prompt without the chat template.")]
 ShardSize = Annotated[
     int,
     typer.Option(

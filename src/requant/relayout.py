@@ -96,21 +96,16 @@ class Relayout:
         output = self.layout.tensors[name]
         if isinstance(output, Moved):
             return self._gather(output, fill)
-        import mlx.core as mx
-
-        from requant.arrays.mlx import empty
+        from requant.arrays.mlx import empty, raw_bytes
         from requant.mlx_lm_layout.pipeline import MLX_DTYPE
 
         def load(source: str) -> Any:
             layer = self.shown[source]
-            info = TensorInfo(layer.dtype, layer.shape)
-            raw, view = empty(info.nbytes)
+            array, view = empty(layer.shape, MLX_DTYPE[layer.dtype])
             fill(source, view)
-            return mx.reshape(mx.view(raw, MLX_DTYPE[info.dtype]), info.shape)
+            return array
 
-        array = self.layout.compute(name, load)
-        flat = mx.view(mx.reshape(array, (-1,)), mx.uint8)
-        return np.array(flat, copy=False)
+        return raw_bytes(self.layout.compute(name, load))
 
     def _gather(self, output: Moved, fill: Fill) -> np.ndarray:
         """Bytes that are moved, but not in whole rows of one encoding; one source at a time."""

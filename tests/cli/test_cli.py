@@ -20,7 +20,7 @@ from .conftest import BF16, Result, write_model
 
 Requant = Callable[..., Result]
 MICRO_LLAMA = Path(__file__).parents[2] / "examples" / "micro-llama"
-COMMANDS = ("convert", "plan", "inspect")
+COMMANDS = ("convert", "plan", "inspect", "generate")
 
 
 def python(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
@@ -65,6 +65,14 @@ def test_plan_takes_every_wish_of_convert(requant: Requant) -> None:
     assert options[1] <= options[0]
 
 
+def test_generate_takes_every_wish_that_is_not_about_files(requant: Requant) -> None:
+    options = [
+        {line.split()[0] for line in requant(c, "-h").out.splitlines() if line.startswith("  --")}
+        for c in ("plan", "generate")
+    ]
+    assert options[0] - options[1] == {"--layout", "--shard-size"}
+
+
 @pytest.mark.parametrize(
     "statement",
     ["import requant", "import requant.cli as c\ntry: c.run(['--version'])\nexcept SystemExit: 0"],
@@ -75,6 +83,32 @@ def test_start_imports_nothing_heavy(statement: str) -> None:
         "-c", f"{statement}\nimport sys\nprint([m for m in {heavy} if m in sys.modules])"
     )
     assert result.stdout.splitlines()[-1] == "[]", result.stderr
+
+
+# -- generate --------------------------------------------------------------------------
+
+
+def test_generate_prints_text_and_speed(requant: Requant) -> None:
+    wishes = (MICRO_LLAMA, "--prompt", "The file", "--bits", 4, "--max-tokens", 6)
+    result = requant("generate", *wishes)
+    assert result.code == 0
+    assert result.err.startswith("6 tokens, ") and "4.52 bits a weight" in result.err
+    document = json.loads(requant("generate", *wishes, "--json").out)
+    assert result.out == document["text"] + "\n"
+    assert (document["tokens"], document["finish_reason"]) == (6, "length")
+    assert requant("generate", *wishes, "--quiet").err == ""
+
+
+def test_generate_says_what_is_missing(
+    requant: Requant, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = requant("generate", model, "--prompt", "x")
+    assert (result.code, result.out) == (1, "")
+    assert "mlx-lm, loading llama" in result.err
+    monkeypatch.setitem(sys.modules, "mlx_lm", None)
+    result = requant("generate", MICRO_LLAMA, "--prompt", "x")
+    assert (result.code, result.out) == (1, "")
+    assert "mlx-lm is not installed (pip install 'requant[mlx]')" in result.err
 
 
 # -- convert ---------------------------------------------------------------------------

@@ -130,15 +130,25 @@ def _as_backend_error() -> Iterator[None]:
         raise BackendError(str(error)) from error
 
 
-def empty(nbytes: int) -> tuple[mx.array, memoryview]:
-    """Memory of MLX to be filled from outside: a uint8 vector, and a view to write through.
+_UNSIGNED = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
 
-    Evaluate nothing that is made of the array before it is filled.
+
+def empty(shape: Sequence[int], dtype: mx.Dtype) -> tuple[mx.array, memoryview]:
+    """Memory of MLX to be filled from outside, without a copy.
+
+    Returns:
+        An array, and its bytes to write to. Evaluate nothing that is made of the array before
+        it is filled.
     """
-    array = mx.zeros(nbytes, mx.uint8)
+    array = mx.zeros(shape, _UNSIGNED[dtype.size])
     mx.eval(array)
-    view = np.array(array, copy=False)
-    return array, view.data
+    return array.view(dtype), raw_bytes(array).data
+
+
+def raw_bytes(array: mx.array) -> np.ndarray:
+    """The memory of an evaluated, row-major array as a uint8 vector that shares it."""
+    unsigned = np.array(array.view(_UNSIGNED[array.dtype.size]), copy=False)
+    return unsigned.reshape(-1).view(np.uint8)
 
 
 def is_array(value: Any) -> bool:

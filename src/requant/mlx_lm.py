@@ -1,0 +1,321 @@
+"""Any supported source as a model of mlx-lm, converted in memory: no weights are written.
+
+The plan and its steps are those of ``convert --layout mlx-lm``; only the place that the bytes
+go to differs. mlx-lm's own loader builds the model around the result.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from requant.blueprint import OutputTensor, Plan
+from requant.conversion import Source, carry_out
+from requant.errors import BackendError, CheckpointError, Problem, UsageError
+from requant.mlx_lm_classes import why_no_class
+from requant.report import Report
+from requant.schema import Quantization
+from requant.wishes import Wishes
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+
+def load(
+    source: Source,
+    quantization: Quantization | None = None,
+    *,
+    tokenizer_config: Mapping[str, Any] | None = None,
+    **wishes: Any,
+) -> tuple[Any, Any]:
+    """Convert a checkpoint in memory and load it, ready for ``mlx_lm.generate``.
+
+    The model is the one that ``mlx_lm.load`` gives for what ``requant.convert`` writes with
+    the same wishes; beside it, memory holds one tensor at a time.
+
+    Args:
+        source: Folder of any supported format.
+        quantization: As in ``requant.convert``: None keeps a quantized source as it is, and
+            means affine, 4 bits, group 64 for a dense one.
+        tokenizer_config: Options of the tokenizer, as ``mlx_lm.load`` takes them.
+        **wishes: What else ``requant.convert`` takes, but for what concerns files: ``bits``,
+            ``group_size``, ``mode``, ``dequantize``, ``dtype``, ``overrides``, ``only``,
+            ``act_order``, ``threads``, ``max_memory``, ``allow_nonfinite``,
+            ``allow_overflow``, ``progress``.
+
+    Returns:
+        The model and the tokenizer.
+
+    Raises:
+        CheckpointError: Everything that is wrong with the source; also that mlx-lm is not
+            installed, or has no class for the model.
+        UsageError: Wishes that contradict each other or name no layer.
+
+    Example:
+        >>> import requant.mlx_lm, mlx_lm  # doctest: +SKIP
+        >>> model, tokenizer = requant.mlx_lm.load("Qwen3-30B-A3B", bits=4)  # doctest: +SKIP
+        >>> mlx_lm.generate(model, tokenizer, prompt="Hello")  # doctest: +SKIP
+    """
+    loaded = load_with_report(source, quantization, tokenizer_config=tokenizer_config, **wishes)
+    return loaded.model, loaded.tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model in memory.
+
+    Attributes:
+        model: As ``mlx_lm.load`` gives it.
+        tokenizer: The same.
+        report: What the conversion did.
+        load_s: Seconds for conversion and loading.
+    """
+
+    model: Any
+    tokenizer: Any
+    report: Report
+    load_s: float
+
+
+def load_with_report(
+    source: Source,
+    quantization: Quantization | None = None,
+    *,
+    tokenizer_config: Mapping[str, Any] | None = None,
+    **wishes: Any,
+) -> Loaded:
+    """Do as ``load`` does, and say what the conversion did."""
+    began = time.perf_counter()
+    weights, report = load_weights(source, quantization, **wishes)
+    utils = _utils()
+    with _failing(source, "mlx-lm, building the model"):
+        model, config = _build(report.plan.config, weights)
+    with _failing(source, "tokenizer"):
+        tokenizer = utils.load_tokenizer(
+            Path(source), tokenizer_config, eos_token_ids=config.get("eos_token_id")
+        )
+    return Loaded(model, tokenizer, report, time.perf_counter() - began)
+
+
+def load_weights(
+    source: Source, quantization: Quantization | None = None, **wishes: Any
+) -> tuple[dict[str, mx.array], Report]:
+    """Convert a checkpoint into arrays under mlx-lm's names.
+
+    Takes and raises what ``load`` does.
+
+    Returns:
+        The weights by name, and the report of the conversion; its plan holds the
+        ``config.json`` that belongs to them.
+    """
+    began = time.perf_counter()
+    options = {name: wishes.pop(name) for name in _OPTIONS if name in wishes}
+    made = Wishes.build(quantization, **wishes, layout="mlx-lm")
+    _check_installed(Path(source))
+    results: list[dict[str, mx.array]] = []
+    plan, outcome = carry_out(
+        Path(source), made, _in_memory, lambda sink: results.append(sink.arrays), **options
+    )
+    return results[0], Report.build(plan, "", outcome, time.perf_counter() - began)
+
+
+_OPTIONS = ("max_memory", "threads", "allow_nonfinite", "allow_overflow", "progress", "chunk_bytes")
+
+
+def _check_installed(source: Path) -> None:
+    """Name what is missing before anything else is looked at."""
+    why = why_no_class({"model_type": "llama"})
+    if why:
+        raise CheckpointError(str(source), [Problem("mlx-lm", why)])
+
+
+# -- arrays ----------------------------------------------------------------------------------
+
+
+class _Memory:
+    """Stands where the output folder would: each tensor's bytes go into an array of MLX."""
+
+    def __init__(self, plan: Plan) -> None:
+        from requant.arrays.mlx import empty
+        from requant.mlx_lm_layout.pipeline import MLX_DTYPE
+
+        self.arrays: dict[str, mx.array] = {}
+        self._views: dict[str, memoryview] = {}
+        self._tensors: dict[str, tuple[list[int], list[OutputTensor]]] = {}
+        for shard in plan.shards:
+            tensors = sorted((t for t in shard.tensors if t.info.nbytes), key=lambda t: t.offset)
+            self._tensors[shard.name] = [t.offset for t in tensors], tensors
+            for tensor in shard.tensors:
+                dtype = MLX_DTYPE[tensor.info.dtype]
+                array, view = empty(tensor.info.shape, dtype)
+                self.arrays[tensor.name], self._views[tensor.name] = array, view
+
+    def write(self, file: str, offset: int, data: memoryview) -> None:
+        """Put ``data`` where it belongs in the tensor that lies at ``offset``."""
+        offsets, tensors = self._tensors[file]
+        tensor = tensors[bisect_right(offsets, offset) - 1]
+        start = offset - tensor.offset
+        self._views[tensor.name][start : start + data.nbytes] = data
+
+
+@contextmanager
+def _in_memory(plan: Plan) -> Iterator[_Memory]:
+    yield _Memory(plan)
+
+
+# -- the model -------------------------------------------------------------------------------
+
+
+def _utils() -> Any:  # typed in part only
+    from mlx_lm import utils
+
+    return utils
+
+
+@contextmanager
+def _failing(source: Source, where: str) -> Iterator[None]:
+    """What mlx-lm or the tokenizer's library raise is about the source."""
+    try:
+        yield
+    except Exception as error:
+        message = str(error) or type(error).__name__
+        raise CheckpointError(str(source), [Problem(where, message)]) from error
+
+
+def _build(config: Mapping[str, Any], weights: dict[str, mx.array]) -> tuple[Any, dict[str, Any]]:
+    """mlx-lm's own loading of a folder, whose weights come from memory instead."""
+    import mlx.core as mx
+
+    utils = _utils()
+
+    def classes(config: dict[str, Any]) -> tuple[Callable[[Any], Any], Any]:
+        model_class, args_class = utils._get_classes(config)
+        return lambda args: _supplied(model_class, model_class(args), weights), args_class
+
+    with tempfile.TemporaryDirectory(prefix="requant-") as name:
+        folder = Path(name)
+        (folder / "config.json").write_text(json.dumps(config))
+        # It wants a weight file; what it reads there is replaced by the weights at hand.
+        mx.save_safetensors(str(folder / "model.safetensors"), {"none": mx.zeros(1)})
+        model, loaded = utils.load_model(folder, get_model_classes=classes)
+    return model, loaded
+
+
+def _supplied(model_class: type, model: Any, weights: dict[str, mx.array]) -> Any:
+    """The model, whose ``sanitize`` takes ``weights`` once, whatever it is given."""
+
+    def sanitize(spied: Any, _: Mapping[str, mx.array]) -> Mapping[str, mx.array]:
+        spied.__class__ = model_class
+        rule = getattr(spied, "sanitize", None)
+        result: Mapping[str, mx.array] = weights if rule is None else rule(weights)
+        return result
+
+    model.__class__ = type(model_class.__name__, (model_class,), {"sanitize": sanitize})
+    return model
+
+
+# -- a first look at what it says ------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """What a model said, and how fast.
+
+    Attributes:
+        text: The continuation.
+        prompt_tokens: Tokens of the prompt, the chat template's included.
+        prompt_tokens_per_s: Speed of reading it.
+        tokens: Tokens that were generated.
+        tokens_per_s: Speed of generating them.
+        finish_reason: "stop" where the model ended by itself, "length" at ``max_tokens``.
+        load_s: Seconds for conversion and loading.
+        report: What the conversion did.
+    """
+
+    text: str
+    prompt_tokens: int
+    prompt_tokens_per_s: float
+    tokens: int
+    tokens_per_s: float
+    finish_reason: str
+    load_s: float
+    report: Report
+
+    def to_dict(self) -> dict[str, Any]:
+        """The generation as JSON data."""
+        return {
+            "source": self.report.plan.source,
+            "bits_per_weight": self.report.bits_per_weight,
+            "text": self.text,
+            "prompt_tokens": self.prompt_tokens,
+            "prompt_tokens_per_s": self.prompt_tokens_per_s,
+            "tokens": self.tokens,
+            "tokens_per_s": self.tokens_per_s,
+            "finish_reason": self.finish_reason,
+            "load_s": self.load_s,
+            "notes": list(self.report.plan.notes),
+        }
+
+
+def generate(
+    loaded: Loaded,
+    prompt: str,
+    *,
+    max_tokens: int = 100,
+    raw: bool = False,
+    on_text: Callable[[str], None] | None = None,
+) -> Generation:
+    """Let a model go on from a prompt, always with the likeliest token.
+
+    Args:
+        loaded: The model.
+        prompt: Put into the chat template, where the tokenizer has one.
+        max_tokens: Most tokens to generate.
+        raw: Leave the chat template alone.
+        on_text: Called with each piece of text as it comes.
+
+    Raises:
+        UsageError: An empty prompt without a template.
+        BackendError: MLX cannot run the model on this machine.
+    """
+    from mlx_lm import stream_generate
+
+    tokens = _tokens(loaded.tokenizer, prompt, raw)
+    pieces: list[str] = []
+    last: Any = None
+    try:
+        for last in stream_generate(loaded.model, loaded.tokenizer, tokens, max_tokens=max_tokens):
+            pieces.append(last.text)
+            if on_text is not None:
+                on_text(last.text)
+    except (RuntimeError, ValueError) as error:
+        raise BackendError(f"MLX cannot run this model here: {error}") from error
+    return Generation(
+        "".join(pieces),
+        last.prompt_tokens,
+        last.prompt_tps,
+        last.generation_tokens,
+        last.generation_tps,
+        last.finish_reason,
+        loaded.load_s,
+        loaded.report,
+    )
+
+
+def _tokens(tokenizer: Any, prompt: str, raw: bool) -> list[int]:
+    if not raw and tokenizer.has_chat_template:
+        messages = [{"role": "user", "content": prompt}]
+        made = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    else:
+        made = tokenizer.encode(prompt)
+    tokens = [int(token) for token in made]
+    if not tokens:
+        raise UsageError("the prompt holds no token to go on from")
+    return tokens
