@@ -477,21 +477,20 @@ class Planner:
         return config
 
     def _note_values(self, layers: Iterable[LayerPlan]) -> None:
-        """Name the quantized layers that could not keep their codes under mlx-lm's layout."""
+        """Name the layers whose codes mlx-lm's layout has no place for."""
         if self.mlx_lm is None or self.wishes.dequantize or self.default is not None:
             return
-        for treatment, what in (
-            (Treatment.REQUANTIZED, "re-encoded: mlx-lm's rule for this model works on values"),
-            (Treatment.DEQUANTIZED, "dequantized: mlx-lm's class has no codes there"),
+        codes = {x.path for x in self.layout.layers if x.kept is not None and not x.act_order}
+        values = [x for x in layers if x.treatment == "requantized" and x.reason == ON_VALUES]
+        dense = [x for x in layers if x.treatment == "dequantized" and x.layer in codes]
+        for found, what in (
+            (values, "re-encoded: mlx-lm's rule for this model works on values"),
+            (dense, "dequantized: mlx-lm's class has no codes there"),
         ):
-            found = [
-                layer.layer
-                for layer in layers
-                if layer.treatment is treatment and layer.reason in ("", ON_VALUES)
-            ]
             if found:
+                names = ", ".join(x.layer for x in found[:3])
                 more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-                self.notes.append(f"{', '.join(found[:3])}{more} are {what}.")
+                self.notes.append(f"{names}{more} are {what}.")
 
     def _note_dtypes(self, steps: Iterable[Step]) -> None:
         """Warn where 16-bit scales would meet values of another dtype."""
