@@ -213,6 +213,46 @@ void packing() {
   }
 }
 
+std::vector<uint8_t> random_bytes(size_t count, uint64_t seed) {
+  Random random{seed};
+  std::vector<uint8_t> out(count);
+  for (uint8_t& byte : out) byte = uint8_t(random.next());
+  return out;
+}
+
+// Ragged against the tiles' 64 on either side.
+void repacking() {
+  constexpr size_t n_in = 96, n_out = 160;
+  const std::vector<uint8_t> src = random_bytes(n_in * n_out, 5);
+  std::vector<uint8_t> out(src.size());
+  const auto* words = reinterpret_cast<const uint32_t*>(src.data());
+  auto* out_words = reinterpret_cast<uint32_t*>(out.data());
+  for (size_t item : {1, 2, 4}) {
+    kernels.transpose(src.data(), item, n_in, n_out / item, out.data());
+    print("transpose", "", int(item), 0, hash(out.data(), out.size()));
+  }
+  for (int bits = 1; bits <= 8; bits++)
+    for (int out_bits = bits; out_bits <= 8; out_bits++) {
+      kernels.stream_columns(words, n_in, n_out, bits, bits % 2 == 0, out_bits % 2 == 0, out_words, out_bits);
+      print("stream_columns", "", bits, out_bits, hash(out.data(), n_in * n_out / 8 * size_t(out_bits)));
+    }
+}
+
+// Scales and zeros are any finite floats; codes any bytes.
+void decoding(const Format& o) {
+  const std::vector<uint8_t> scales = weights(kFormats[0]), codes = random_bytes(size_t(kRows) * kCols, 6);
+  const auto* s = reinterpret_cast<const float*>(scales.data());
+  std::vector<uint8_t> out(codes.size() * o.bytes());
+  for (const Format& d : kFormats) {
+    kernels.integer_values(codes.data(), s, s + kRows * 8, kRows, kCols, 72, d.dtype, out.data(), o.dtype);
+    print("integer_values", o.name, int(d.bytes()), d.mantissa_bits, hash_values(out, o));
+  }
+  for (bool fnuz : {false, true}) {
+    const size_t nans = kernels.float8_values(codes.data(), fnuz, s, kRows, kCols, 6, 5, 100, 3, out.data(), o.dtype);
+    print("float8_values", o.name, fnuz, int(nans), hash_values(out, o));
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -221,6 +261,8 @@ int main() {
     float_modes(f);
     values(f);
     for (const Format& b : kFormats) mixed(f, b);
+    decoding(f);
   }
   packing();
+  repacking();
 }

@@ -308,6 +308,103 @@ std::tuple<double, double> group_errors(In a, const std::string& a_dtype, In b, 
   return {out[0], out[1]};
 }
 
+// ---------------------------------------------------------------- codes moved
+
+void transpose(In src, Out out) {
+  check_rank(src, "src", 2);
+  const size_t bits = src.dtype().bits;
+  if (bits != 8 && bits != 16 && bits != 32) fail("src: expected uint8, uint16 or uint32, got " + text(src.dtype()));
+  check_layout(src, "src", bits);
+  check_shape(out, "out", bits, src.shape(1), src.shape(0));
+  run([&] { kernels().transpose(src.data(), bits / 8, src.shape(0), src.shape(1), out.data()); });
+}
+
+// Words of `bits`-bit codes along an axis; widths of packed rows are whole words.
+size_t words_of(const char* name, size_t count, int bits) {
+  if (count * size_t(bits) % 32 != 0)
+    fail(std::string(name) + ": " + std::to_string(count) + " codes of " + std::to_string(bits) +
+         " bits do not fill whole words");
+  return count * size_t(bits) / 32;
+}
+
+void check_out_bits(int bits, int out_bits) {
+  check_bits(bits);
+  if (out_bits < bits || out_bits > 8)
+    fail("out_bits: expected " + std::to_string(bits) + " to 8, got " + std::to_string(out_bits));
+}
+
+// What columns of codes become: words of out_bits, or bytes where out_bits is 0.
+int check_rows(In src, int bits, const Out& out, int out_bits) {
+  const bool bytes = out_bits == 0;
+  const int wide = bytes ? 8 : out_bits;
+  check_out_bits(bits, wide);
+  check_rank(src, "src", 2);
+  check_rank(out, "out", 2);
+  const size_t n_in = src.shape(0), n_out = out.shape(0);
+  check_groups("out", n_out, 8);
+  check_shape(src, "src", 32, n_in, words_of("src", n_out, bits));
+  if (bytes) {
+    check_shape(out, "out", 8, n_out, n_in);
+  } else {
+    check_groups("src", n_in, 8);
+    check_shape(out, "out", 32, n_out, words_of("out", n_in, wide));
+  }
+  return wide;
+}
+
+void stream_columns(In src, int bits, Out out, int out_bits, bool interleaved, bool is_signed) {
+  const int wide = check_rows(src, bits, out, out_bits);
+  run([&] {
+    kernels().stream_columns(data<uint32_t>(src), src.shape(0), out.shape(0), bits, interleaved, is_signed, out.data(),
+                             wide);
+  });
+}
+
+// ---------------------------------------------------------------- values computed
+
+size_t ceil_div(size_t a, size_t b) { return a / b + (a % b != 0 ? 1 : 0); }
+
+size_t check_positive(const char* name, ptrdiff_t value) {
+  if (value < 1) fail(std::string(name) + ": expected 1 or more, got " + std::to_string(value));
+  return size_t(value);
+}
+
+void integer_values(In codes, In scales, In zeros, ptrdiff_t group, Out out, const std::string& out_dtype,
+                    const std::string& difference) {
+  const size_t size = check_positive("group", group);
+  const Dtype o = dtype_of(out_dtype), d = dtype_of(difference);
+  check_rank(codes, "codes", 2);
+  check_layout(codes, "codes", 8);
+  const size_t rows = codes.shape(0), cols = codes.shape(1);
+  check_shape(scales, "scales", 32, rows, ceil_div(cols, size));
+  check_shape(zeros, "zeros", 32, rows, ceil_div(cols, size));
+  check_shape(out, "out", bits_of(o), rows, cols);
+  run([&] {
+    kernels().integer_values(data<uint8_t>(codes), data<float>(scales), data<float>(zeros), rows, cols, size, d,
+                             out.data(), o);
+  });
+}
+
+size_t float8_values(In bytes, In scales, ptrdiff_t block_rows, ptrdiff_t block_cols, ptrdiff_t first_row, Out out,
+                     const std::string& out_dtype, bool fnuz) {
+  const size_t high = check_positive("block_rows", block_rows), broad = check_positive("block_cols", block_cols);
+  const Dtype o = dtype_of(out_dtype);
+  check_rank(bytes, "bytes", 2);
+  check_layout(bytes, "bytes", 8);
+  check_rank(scales, "scales", 2);
+  if (first_row < 0) fail("first_row: expected 0 or more, got " + std::to_string(first_row));
+  const size_t rows = bytes.shape(0), cols = bytes.shape(1), first = size_t(first_row);
+  if (rows > 0 && scales.shape(0) <= (first + rows - 1) / high)
+    fail("scales: row " + std::to_string(first + rows - 1) + " in blocks of " + std::to_string(high) +
+         " lies beyond shape " + text(shape_of(scales)));
+  check_shape(scales, "scales", 32, scales.shape(0), ceil_div(cols, broad));
+  check_shape(out, "out", bits_of(o), rows, cols);
+  return run([&] {
+    return kernels().float8_values(data<uint8_t>(bytes), fnuz, data<float>(scales), rows, cols, scales.shape(1), high,
+                                   broad, first, out.data(), o);
+  });
+}
+
 std::vector<std::string> available_isas() {
   std::vector<std::string> names;
   for (const requant::Kernels* const* k = requant::available_kernels(); *k != nullptr; k++)
@@ -351,6 +448,16 @@ NB_MODULE(_native, m) {
   m.def("group_errors", &group_errors, "a"_a.noconvert(), "a_dtype"_a, "b"_a.noconvert(), "b_dtype"_a, "group_size"_a,
         "group_max"_a.noconvert(),
         "Writes the largest |a - b| of each group (float32 bits); returns the sums of (a - b)^2 and of a^2.");
+
+  m.def("transpose", &transpose, "src"_a.noconvert(), "out"_a.noconvert());
+  m.def("stream_columns", &stream_columns, "src"_a.noconvert(), "bits"_a, "out"_a.noconvert(), "out_bits"_a,
+        "interleaved"_a, "is_signed"_a, "out_bits 0: out holds codes, one a byte.");
+  m.def("integer_values", &integer_values, "codes"_a.noconvert(), "scales"_a.noconvert(), "zeros"_a.noconvert(),
+        "group"_a, "out"_a.noconvert(), "out_dtype"_a, "difference"_a);
+  m.def("float8_values", &float8_values, "bytes"_a.noconvert(), "scales"_a.noconvert(), "block_rows"_a,
+        "block_cols"_a, "first_row"_a, "out"_a.noconvert(), "out_dtype"_a, "fnuz"_a,
+        "Returns the number of NaN bytes.");
+
   m.def("isa", [] { return std::string(kernels().name); });
   m.def("set_isa", &set_isa, "name"_a);
   m.def("available_isas", &available_isas);

@@ -5,8 +5,10 @@
 #include "kernels.h"
 
 #include "affine.h"
+#include "decode.h"
 #include "minifloat.h"
 #include "pack.h"
+#include "repack.h"
 #include "values.h"
 
 namespace {
@@ -146,6 +148,36 @@ void group_errors_any(const void* a, Dtype a_dtype, const void* b, Dtype b_dtype
   });
 }
 
+void transpose_any(const void* src, size_t item_bytes, size_t rows, size_t cols, void* out) {
+  switch (item_bytes) {
+    case 1: return transpose<uint8_t>(src, rows, cols, out);
+    case 2: return transpose<uint16_t>(src, rows, cols, out);
+    case 4: return transpose<uint32_t>(src, rows, cols, out);
+  }
+}
+
+void integer_values_any(const uint8_t* codes, const float* scales, const float* zeros, size_t rows, size_t cols,
+                        size_t group, Dtype difference, void* out, Dtype out_dtype) {
+  with_dtype(difference, [&](auto d) {
+    with_dtype(out_dtype, [&](auto o) {
+      integer_values<typename decltype(d)::Type, typename decltype(o)::Type>(codes, scales, zeros, rows, cols, group,
+                                                                             out);
+    });
+  });
+}
+
+size_t float8_values_any(const uint8_t* bytes, bool fnuz, const float* scales, size_t rows, size_t cols,
+                         size_t scale_cols, size_t block_rows, size_t block_cols, size_t first_row, void* out,
+                         Dtype out_dtype) {
+  return with_dtype(out_dtype, [&](auto o) {
+    using Out = typename decltype(o)::Type;
+    return fnuz ? float8_values<E4M3FNUZ, Out>(bytes, scales, rows, cols, scale_cols, block_rows, block_cols,
+                                               first_row, out)
+                : float8_values<E4M3FN, Out>(bytes, scales, rows, cols, scale_cols, block_rows, block_cols,
+                                             first_row, out);
+  });
+}
+
 }  // namespace
 
 #define REQUANT_JOIN_(a, b) a##b
@@ -160,7 +192,8 @@ const Kernels REQUANT_JOIN(kernels_, REQUANT_ISA) = {
     REQUANT_TEXT(REQUANT_ISA), affine_quantize_any, affine_dequantize_any, mx_quantize_any,
     mx_dequantize_any,         nvfp4_quantize_any,  nvfp4_dequantize_any,  pack_words_any,
     unpack_words_any,          cast_any,            count_nonfinite_any,   first_nonfinite_any,
-    group_errors_any,
+    group_errors_any,          transpose_any,       stream_columns,        integer_values_any,
+    float8_values_any,
 };
 
 }  // namespace requant

@@ -44,6 +44,22 @@ struct Kernels {
   // out: sum of (a - b)^2, sum of a^2; group_max: the largest |a - b| of each group.
   void (*group_errors)(const void* a, Dtype a_dtype, const void* b, Dtype b_dtype, size_t count, size_t group_size,
                        float* group_max, double* out);
+
+  // Codes moved (repack.h). Elements of 1, 2 or 4 bytes: (rows, cols) to (cols, rows).
+  void (*transpose)(const void* src, size_t item_bytes, size_t rows, size_t cols, void* out);
+  // Each input's codes one bit stream along the outputs, (n_in, n_out * bits / 32), to words
+  // (n_out, n_in * out_bits / 32). n_out is a multiple of 8; n_in too, unless out_bits is 8.
+  void (*stream_columns)(const uint32_t* src, size_t n_in, size_t n_out, int bits, bool interleaved, bool is_signed,
+                         void* out, int out_bits);
+
+  // Values computed (decode.h). The last group or block of a row or column may be short.
+  // difference: what code - zero is rounded to before it is multiplied.
+  void (*integer_values)(const uint8_t* codes, const float* scales, const float* zeros, size_t rows, size_t cols,
+                         size_t group, Dtype difference, void* out, Dtype out_dtype);
+  // Returns the number of NaN bytes.
+  size_t (*float8_values)(const uint8_t* bytes, bool fnuz, const float* scales, size_t rows, size_t cols,
+                          size_t scale_cols, size_t block_rows, size_t block_cols, size_t first_row, void* out,
+                          Dtype out_dtype);
 };
 
 // Rounding to nearest even with subnormals kept, for as long as one lives:

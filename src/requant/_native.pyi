@@ -44,6 +44,16 @@ def group_errors(a: numpy.typing.NDArray[Any], a_dtype: str, b: numpy.typing.NDA
     Writes the largest |a - b| of each group (float32 bits); returns the sums of (a - b)^2 and of a^2.
     """
 
+def transpose(src: numpy.typing.NDArray[Any], out: numpy.typing.NDArray[Any]) -> None: ...
+
+def stream_columns(src: numpy.typing.NDArray[Any], bits: int, out: numpy.typing.NDArray[Any], out_bits: int, interleaved: bool, is_signed: bool) -> None:
+    """out_bits 0: out holds codes, one a byte."""
+
+def integer_values(codes: numpy.typing.NDArray[Any], scales: numpy.typing.NDArray[Any], zeros: numpy.typing.NDArray[Any], group: int, out: numpy.typing.NDArray[Any], out_dtype: str, difference: str) -> None: ...
+
+def float8_values(bytes: numpy.typing.NDArray[Any], scales: numpy.typing.NDArray[Any], block_rows: int, block_cols: int, first_row: int, out: numpy.typing.NDArray[Any], out_dtype: str, fnuz: bool) -> int:
+    """Returns the number of NaN bytes."""
+
 def isa() -> str: ...
 
 def set_isa(name: str) -> None: ...

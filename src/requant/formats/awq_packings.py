@@ -11,8 +11,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from requant.arrays import native
-from requant.formats.awq import NIBBLES
+from requant.arrays import native, repack
 from requant.formats.packing import (
     Cut,
     Exactness,
@@ -30,7 +29,7 @@ _PER_WORD = 8
 
 @dataclass(frozen=True)
 class AwqGemm(IntegerPacking):
-    """Packing "gemm": eight output rows at a time, in the order of NIBBLES.
+    """Packing "gemm": eight output rows at a time, interleaved.
 
     ``qweight`` int32 ``[in, out * bits / 32]``, ``qzeros`` likewise ``[groups, ...]``,
     ``scales`` ``[groups, out]``. AutoAWQ writes 4 bits; AutoRound up to 8, as one bit
@@ -51,12 +50,15 @@ class AwqGemm(IntegerPacking):
         return cuts | {"qzeros": Cut((0, self.groups), words)} if self.has_zeros else cuts
 
     def words(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
-        """Unpack, put the columns in order, transpose, pack."""
-        out[:] = native.pack_words(self.codes(parts, start, stop, scratch), mlx_bits(self.bits))
+        """Put the columns in order, transpose, pack: one kernel."""
+        source = parts["qweight"].view(np.uint32)
+        repack.awq_gemm_into(source, out, self.bits, mlx_bits(self.bits))
 
     def codes(self, parts: Parts, start: int, stop: int, scratch: Scratch) -> np.ndarray:
         """Codes of the rows, transposed to ``(rows, columns)``."""
-        return np.ascontiguousarray(self._in_order(parts["qweight"]).T)
+        codes = scratch.take("codes", "U8", stop - start, self.columns)
+        repack.awq_gemm_into(parts["qweight"].view(np.uint32), codes, self.bits)
+        return codes
 
     def scales(self, parts: Parts, start: int, stop: int) -> np.ndarray:
         """Stored as ``[groups, out]``."""
@@ -66,16 +68,11 @@ class AwqGemm(IntegerPacking):
         """Packed as the codes are."""
         if not self.has_zeros:
             return super().zeros(parts, start, stop)
-        zeros = self._in_order(parts["qzeros"])
+        zeros = np.empty((stop - start, self.groups), np.uint8)
+        repack.awq_gemm_into(parts["qzeros"].view(np.uint32), zeros, self.bits)
         if self.symmetric:
-            check_symmetric(zeros, self.bits)
-        return zeros.T.astype(np.float32)
-
-    def _in_order(self, words: np.ndarray) -> np.ndarray:
-        """``[n, w]`` words -> ``[n, w * 32 / bits]`` codes in the order of the outputs."""
-        count = words.shape[1] * 32 // self.bits
-        codes = stream_codes(words, self.bits, count).reshape(words.shape[0], -1, _PER_WORD)
-        return codes[:, :, np.array(NIBBLES)].reshape(words.shape[0], count)
+            check_symmetric(zeros.T, self.bits)
+        return zeros.astype(np.float32)
 
 
 @dataclass(frozen=True)

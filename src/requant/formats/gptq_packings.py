@@ -13,7 +13,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from requant.arrays import native
+from requant.arrays import native, repack
 from requant.formats.packing import (
     Cut,
     IntegerPacking,
@@ -94,6 +94,8 @@ class Gptq(IntegerPacking):
         if self.planar or self.act_order or self.bits not in _MLX_STREAM:
             codes = self.codes(parts, start, stop, scratch)
             out[:] = native.pack_words(codes, mlx_bits(self.bits))
+        elif parts["qweight"].itemsize == 4:
+            repack.transpose_into(parts["qweight"].view(np.uint32), out)
         else:
             out[:] = np.ascontiguousarray(parts["qweight"].T).view(np.uint32)
 

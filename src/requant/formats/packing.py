@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
-from requant.arrays import native
+from requant.arrays import decode, native
 from requant.errors import InvariantError
 from requant.schema import Quantization, QuantMode
 
@@ -194,13 +194,10 @@ class IntegerPacking(Packing):
     def dense(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
         """``(code - zero) * scale`` in float32, rounded once."""
         codes = self.codes(parts, start, stop, scratch)
-        scales = self.scales(parts, start, stop).astype(np.float32)
-        zeros = np.broadcast_to(
-            np.asarray(self.zeros(parts, start, stop), np.float32), scales.shape
-        )
-        of = np.arange(self.columns) // self.group
-        with np.errstate(over="ignore"):
-            out[:] = (codes - zeros[:, of]) * scales[:, of]
+        scales = np.ascontiguousarray(self.scales(parts, start, stop), np.float32)
+        zeros = np.empty_like(scales)
+        zeros[:] = self.zeros(parts, start, stop)
+        decode.integer_values_into(codes, scales, zeros, self.group, out)
 
     def fidelity(self, dtype: str) -> Fidelity:
         """Exact where neither a scale nor a bias can round."""

@@ -1,0 +1,166 @@
+// Codes moved into MLX's order: transposes, tiles and planes undone.
+//
+// Everything passes through tiles whose rows are one cache line, so that each line
+// of the source is read once and each line of the result written once, whatever
+// the distance between rows.
+
+#pragma once
+
+#include "floats.h"
+#include "pack.h"
+
+namespace {
+
+// ---------------------------------------------------------------- tiles
+
+template <class T>
+constexpr size_t kEdge = 64 / sizeof(T);  // elements in a line; a tile is square
+constexpr size_t kBand = 4;               // tiles side by side: neighbouring lines while their pages are at hand
+
+// Transposes a tile. Each pass is a perfect shuffle: it moves the element at index
+// (row, column) to that index with its bits rotated left by one, so after as many
+// passes as a column has bits, row and column have changed places. The result is
+// where the returned pointer says: in tile or in spare.
+template <class T>
+REQUANT_INLINE T* transpose_tile(T* REQUANT_RESTRICT tile, T* REQUANT_RESTRICT spare) {
+  constexpr size_t half = kEdge<T> * kEdge<T> / 2;
+  T* from = tile;
+  T* to = spare;
+  for (size_t span = 1; span < kEdge<T>; span *= 2) {
+    const T* REQUANT_RESTRICT a = from;
+    T* REQUANT_RESTRICT b = to;
+    for (size_t m = 0; m < half; m++) {
+      b[2 * m] = a[m];
+      b[2 * m + 1] = a[m + half];
+    }
+    T* const swapped = from;
+    from = to;
+    to = swapped;
+  }
+  return from;
+}
+
+REQUANT_INLINE size_t least(size_t a, size_t b) { return a < b ? a : b; }
+
+template <class T>
+REQUANT_INLINE void copy_line(T* REQUANT_RESTRICT to, const T* REQUANT_RESTRICT from, size_t count) {
+  if (__builtin_expect(count == kEdge<T>, 1))
+    std::memcpy(to, from, 64);
+  else
+    std::memcpy(to, from, count * sizeof(T));
+}
+
+template <class T>
+void transpose(const void* src_, size_t rows, size_t cols, void* out_) {
+  constexpr size_t edge = kEdge<T>, wide = kBand * edge;
+  const auto* src = static_cast<const T*>(src_);
+  auto* out = static_cast<T*>(out_);
+  alignas(64) T tile[edge * edge], spare[edge * edge];
+  for (size_t band = 0; band < cols; band += wide)
+    for (size_t r = 0; r < rows; r += edge)
+      for (size_t c = band; c < least(band + wide, cols); c += edge) {
+        const size_t high = least(edge, rows - r), broad = least(edge, cols - c);
+        for (size_t i = 0; i < high; i++) copy_line(tile + i * edge, src + (r + i) * cols + c, broad);
+        const T* turned = transpose_tile(tile, spare);
+        for (size_t i = 0; i < broad; i++) copy_line(out + (c + i) * rows + r, turned + i * edge, high);
+      }
+}
+
+// ---------------------------------------------------------------- columns to rows
+
+// Place i of eight codes along the outputs holds output kInterleave[i] (AutoAWQ's order).
+constexpr uint8_t kInterleave[8] = {0, 2, 4, 6, 1, 3, 5, 7};
+constexpr uint8_t kInOrder[8] = {0, 1, 2, 3, 4, 5, 6, 7};
+
+// Words SPAN apart change places in that bit of (word, nibble).
+template <int SPAN, size_t LANES>
+REQUANT_INLINE void exchange_nibbles(uint32_t x[8][LANES]) {
+  constexpr int shift = 4 * SPAN;
+  constexpr uint32_t mask = SPAN == 4 ? 0x0000ffffu : SPAN == 2 ? 0x00ff00ffu : 0x0f0f0f0fu;
+  for (int n = 0; n < 4; n++) {
+    const int k = n % SPAN + n / SPAN * 2 * SPAN;
+    uint32_t* REQUANT_RESTRICT low = x[k];
+    uint32_t* REQUANT_RESTRICT high = x[k + SPAN];
+    for (size_t l = 0; l < LANES; l++) {
+      const uint32_t t = ((low[l] >> shift) ^ high[l]) & mask;
+      high[l] ^= t;
+      low[l] ^= t << shift;
+    }
+  }
+}
+
+// x[i] holds eight nibbles; afterwards nibble k of x[i] is what nibble i of x[k] was.
+template <size_t LANES>
+REQUANT_INLINE void transpose_nibbles(uint32_t x[8][LANES]) {
+  exchange_nibbles<4>(x);
+  exchange_nibbles<2>(x);
+  exchange_nibbles<1>(x);
+}
+
+// 4 bits: src (n_in, n_out / 8) to out (n_out, n_in / 8); n_in and n_out are multiples of 8.
+void nibble_columns(const uint32_t* src, size_t n_in, size_t n_out, const uint8_t* order, uint32_t flip,
+                    uint32_t* out) {
+  constexpr size_t edge = kEdge<uint32_t>;  // words a line, of either side
+  constexpr size_t wide = kBand * edge;
+  const size_t src_words = n_out / 8, out_words = n_in / 8;
+  // Of input k of each eight, later of place i: (eights of inputs, words of the source).
+  alignas(64) uint32_t planes[8][edge * edge] = {};
+  alignas(64) uint32_t spare[edge * edge];
+  for (size_t band = 0; band < src_words; band += wide)
+    for (size_t w = 0; w < out_words; w += edge)
+      for (size_t c = band; c < least(band + wide, src_words); c += edge) {
+        const size_t high = least(edge, out_words - w), broad = least(edge, src_words - c);
+        for (size_t e = 0; e < high; e++)
+          for (size_t k = 0; k < 8; k++)
+            copy_line(planes[k] + e * edge, src + (8 * (w + e) + k) * src_words + c, broad);
+        transpose_nibbles(planes);
+        for (size_t i = 0; i < 8; i++) {
+          if (flip != 0)
+            for (size_t l = 0; l < edge * edge; l++) planes[i][l] ^= flip;
+          const uint32_t* turned = transpose_tile(planes[i], spare);
+          for (size_t l = 0; l < broad; l++)
+            copy_line(out + (8 * (c + l) + order[i]) * out_words + w, turned + l * edge, high);
+        }
+      }
+}
+
+// Codes by columns, a tile at a time, to words by rows. fill(tile, k, inputs, o, outputs)
+// writes the codes of some inputs and outputs; a tile's rows are kEdge bytes apart.
+template <class Fill>
+REQUANT_INLINE void tiles_to_words(size_t n_in, size_t n_out, int out_bits, const uint8_t* order, uint8_t flip,
+                                   void* words, Fill fill) {
+  constexpr size_t edge = kEdge<uint8_t>;
+  auto* out = static_cast<uint8_t*>(words);
+  const size_t row_bytes = n_in * size_t(out_bits) / 8;
+  alignas(64) uint8_t tile[edge * edge] = {}, spare[edge * edge];
+  for (size_t o = 0; o < n_out; o += edge)
+    for (size_t k = 0; k < n_in; k += edge) {
+      const size_t inputs = least(edge, n_in - k), outputs = least(edge, n_out - o);
+      fill(tile, k, inputs, o, outputs);
+      if (flip != 0)
+        for (size_t i = 0; i < edge * edge; i++) tile[i] ^= flip;
+      const uint8_t* turned = transpose_tile(tile, spare);
+      for (size_t i = 0; i < outputs; i++) {
+        const size_t row = o + (i & ~size_t(7)) + order[i & 7];
+        pack_codes(out_bits, turned + i * edge, inputs, out + row * row_bytes + k / 8 * size_t(out_bits));
+      }
+    }
+}
+
+// Each input's codes are one bit stream along the outputs.
+void stream_columns(const uint32_t* src, size_t n_in, size_t n_out, int bits, bool interleaved, bool is_signed,
+                    void* out, int out_bits) {
+  const uint8_t* order = interleaved ? kInterleave : kInOrder;
+  if (bits == 4 && out_bits == 4)
+    return nibble_columns(src, n_in, n_out, order, is_signed ? 0x88888888u : 0, static_cast<uint32_t*>(out));
+  const auto* in = reinterpret_cast<const uint8_t*>(src);
+  const uint8_t flip = is_signed ? uint8_t(1u << (bits - 1)) : 0;
+  tiles_to_words(n_in, n_out, out_bits, order, flip, out,
+                 [&](uint8_t* tile, size_t k, size_t inputs, size_t o, size_t outputs) {
+                   for (size_t i = 0; i < inputs; i++)
+                     unpack_codes(bits, in + ((k + i) * n_out + o) / 8 * size_t(bits), outputs,
+                                  tile + i * kEdge<uint8_t>);
+                 });
+}
+
+}  // namespace
