@@ -22,6 +22,11 @@ _HEADER_NAME = {
     np.dtype(np.int32): "I32",
     np.dtype(np.int64): "I64",
     np.dtype(np.uint8): "U8",
+    np.dtype(np.int8): "I8",
+    np.dtype(ml_dtypes.float8_e4m3fn): "F8_E4M3",
+    np.dtype(ml_dtypes.float8_e5m2): "F8_E5M2",
+    np.dtype(ml_dtypes.float8_e8m0fnu): "F8_E8M0",
+    np.dtype(ml_dtypes.float8_e4m3fnuz): "F8_E4M3FNUZ",
 }
 CONFIG = {"model_type": "llama", "dtype": "bfloat16", "tie_word_embeddings": True}
 

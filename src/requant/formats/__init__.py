@@ -5,12 +5,20 @@ from __future__ import annotations
 from requant.checkpoint import Checkpoint
 from requant.formats.base import Format, SourceLayer, SourceLayout
 from requant.formats.dense import Dense
+from requant.formats.fp8 import Fp8
 from requant.formats.mlx import Mlx
+from requant.formats.mxfp4 import Mxfp4
 from requant.formats.qweight import QweightFormat
 
 __all__ = ["FORMATS", "Format", "SourceLayer", "SourceLayout", "detect"]
 
-FORMATS: tuple[Format, ...] = (Mlx(), *map(QweightFormat, ("awq", "gptq", "auto-round")), Dense())
+FORMATS: tuple[Format, ...] = (
+    Mlx(),
+    *map(QweightFormat, ("awq", "gptq", "auto-round")),
+    Fp8(),
+    Mxfp4(),
+    Dense(),
+)
 
 
 def detect(checkpoint: Checkpoint) -> Format:

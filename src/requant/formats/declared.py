@@ -91,8 +91,11 @@ def declared(checkpoint: Checkpoint) -> Declared | None:
 _DTYPE_WORDS = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "half": "F16"}
 
 
-def model_dtype(checkpoint: Checkpoint) -> str:
-    """The float dtype that the model computes in: config.json's, else that of most dense bytes."""
+def model_dtype(checkpoint: Checkpoint, otherwise: str = "F16") -> str:
+    """The float dtype that the model computes in: config.json's, else that of most dense bytes.
+
+    ``otherwise`` is what it is where nothing is dense.
+    """
     config = checkpoint.config
     for part in (config, config.get("text_config")):
         for key in ("dtype", "torch_dtype"):
@@ -103,7 +106,7 @@ def model_dtype(checkpoint: Checkpoint) -> str:
     for tensor in checkpoint.tensors.values():
         if tensor.info.dtype in KERNEL_FLOATS and not tensor.name.endswith(_SCALES):
             sizes[tensor.info.dtype] += tensor.info.nbytes
-    return sizes.most_common(1)[0][0] if sizes else "F16"
+    return sizes.most_common(1)[0][0] if sizes else otherwise
 
 
-_SCALES = (".scales", ".weight_scale", ".weight_scale_inv", ".scale", ".zero")
+_SCALES = (".scales", "_scale", "_scale_inv", ".scale", ".zero")

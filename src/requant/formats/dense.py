@@ -42,7 +42,11 @@ class Dense:
                 )
             elif tensor.info.dtype.startswith("F8_") and not block:
                 problems.append(
-                    Problem(tensor.name, f"{tensor.info}: FP8 sources are not supported yet")
+                    Problem(
+                        tensor.name,
+                        f"{tensor.info} has no scale beside it, and config.json does not say "
+                        "what its values are multiplied by",
+                    )
                 )
             elif tensor.info.dtype == "U32" and tensor.name.endswith(".weight") and not block:
                 problems.append(

@@ -1,0 +1,132 @@
+"""FP8 layers of any tool: which tile of the weight a scale belongs to, and what MLX holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+from requant.checkpoint import Checkpoint, SourceTensor
+from requant.formats.base import SourceLayer
+from requant.formats.float_packings import (
+    MXFP8,
+    Float8,
+    Float8Columns,
+    MxBlocks,
+    exponent_bytes,
+)
+
+# mx.load gives E4M3 as plain bytes.
+FLOAT8 = ("F8_E4M3", "F8_E4M3FNUZ", "U8")
+EXPONENTS = ("U8", "F8_E8M0")
+SCALES = ("F32", "BF16", "F16", *EXPONENTS)
+_USUAL_TILES = ((1, 32), (128, 128), (32, 32))
+
+
+def tile_of(
+    shape: Sequence[int], scale: Sequence[int], block: tuple[int, int] | None
+) -> tuple[int, int] | None:
+    """Rows and columns of the tiles that ``scale`` divides a weight into, or None.
+
+    Args:
+        shape: Of the weight, ``(..., out, in)``.
+        scale: Of its scales: one number, one a matrix, ``(..., out)`` or ``(..., out, 1)``, or
+            a grid ``(..., ceil(out / high), ceil(in / wide))``, also as ``(high, 1, wide, 1)``.
+        block: The tile that the config names.
+    """
+    *leading, n_out, n_in = shape
+    matrices, count = prod(leading), prod(scale)
+    if count == 1:
+        return matrices * n_out, n_in
+    grid = tuple(scale)
+    if len(grid) == 4 and not leading and (grid[1], grid[3]) == (1, 1):
+        grid = (grid[0], grid[2])
+    if grid in ((*leading, n_out), (*leading, n_out, 1)):
+        return 1, n_in
+    if count == matrices and grid[: len(leading)] == tuple(leading):
+        return n_out, n_in
+    for high, wide in ((block,) if block else ()) + _USUAL_TILES:
+        if grid == (*leading, -(-n_out // high), -(-n_in // wide)):
+            return high, wide
+    return None
+
+
+def float8_layer(
+    checkpoint: Checkpoint,
+    path: str,
+    weight: SourceTensor,
+    scale: SourceTensor,
+    tile: tuple[int, int],
+    dtype: str,
+) -> SourceLayer:
+    """Describe an FP8 layer; its scales are read to see whether mxfp8 holds it exactly.
+
+    Args:
+        checkpoint: For the scales.
+        path: Layer path.
+        weight: FP8 ``(..., out, in)``.
+        scale: As many numbers as there are tiles, in order.
+        tile: Rows and columns with one scale; as many rows as all matrices have for one
+            scale over all.
+        dtype: Header name of the decoded values' dtype.
+    """
+    shape = weight.info.shape
+    rows, columns = prod(shape[:-1]), shape[-1]
+    matrix = rows if tile[0] == rows else shape[-2]
+    width = scale.info.shape[-1] if scale.info.shape else 1
+    if tile == (1, 32) and scale.info.dtype in EXPONENTS and columns % 32 == 0:
+        blocks = MxBlocks(rows, columns, matrix, 8, columns)
+        parts = {"weight": weight, "scale": scale}
+        return SourceLayer(path, parts, MXFP8, shape, dtype, blocks, "mxfp8")
+    packing = Float8(rows, columns, matrix, tile, width)
+    if packing.fits_mxfp8 and _powers_of_two(checkpoint, scale, weight):
+        packing = Float8(rows, columns, matrix, tile, width, exact=True)
+    return _layer(path, weight, scale, shape, dtype, packing)
+
+
+def float8_columns_layer(
+    checkpoint: Checkpoint, path: str, weight: SourceTensor, scale: SourceTensor, dtype: str
+) -> SourceLayer:
+    """Describe FP8 experts stored ``(experts, in, out)`` with one scale an output."""
+    experts, columns, n_out = weight.info.shape
+    rows, tile, width = experts * n_out, (1, columns), scale.info.shape[-1]
+    packing = Float8Columns(rows, columns, n_out, tile, width)
+    if packing.fits_mxfp8 and _powers_of_two(checkpoint, scale, weight):
+        packing = Float8Columns(rows, columns, n_out, tile, width, exact=True)
+    return _layer(path, weight, scale, (experts, n_out, columns), dtype, packing)
+
+
+def _powers_of_two(checkpoint: Checkpoint, scale: SourceTensor, weight: SourceTensor) -> bool:
+    if weight.info.dtype == "F8_E4M3FNUZ":
+        return False
+    return scale.info.dtype in EXPONENTS or exponent_bytes(checkpoint.peek(scale.name)) is not None
+
+
+def _layer(
+    path: str,
+    weight: SourceTensor,
+    scale: SourceTensor,
+    shape: tuple[int, ...],
+    dtype: str,
+    packing: Float8,
+) -> SourceLayer:
+    high, wide = packing.tile
+    if (high, wide) == (1, packing.columns):
+        scales = "one scale a channel"
+    elif (high, wide) == (packing.matrix, packing.columns):
+        scales = "one scale a tensor"
+    else:
+        scales = f"one scale for {high}x{wide}"
+    kind = "e4m3fnuz" if weight.info.dtype == "F8_E4M3FNUZ" else "e4m3"
+    stored = f"fp8 {kind}, {scales}"
+    parts = {"weight": weight, "scale": scale}
+    if packing.exact:
+        return SourceLayer(path, parts, MXFP8, shape, dtype, packing, stored)
+    reason = "no mode of MLX holds FP8 with such scales"
+    needs_wish = (
+        f"is stored as {stored}; {reason}, so say what it becomes: add --bits 8 (8.5 bits a "
+        "weight), --mode mxfp8 (8.25), --bits 4 (4.5) or --dequantize "
+        f"({'32' if dtype == 'F32' else '16'})"
+    )
+    return SourceLayer(
+        path, parts, None, shape, dtype, packing, stored, reason=reason, needs_wish=needs_wish
+    )

@@ -1,0 +1,115 @@
+"""Sorting a checkpoint's tensors into layers: what most formats need while they read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from requant.checkpoint import Checkpoint, SourceTensor
+from requant.errors import Problem
+from requant.formats.base import SourceLayer, SourceLayout, dense_layer
+from requant.formats.declared import model_dtype
+
+_ACTIVATIONS = "a scale of activations, which MLX does not quantize"
+_CACHE = "a scale of the key and value cache, which MLX keeps in floats"
+# Suffixes of tensors that belong to a runtime's arithmetic, not to the weights.
+_RUNTIME = {
+    ".input_scale": _ACTIVATIONS,
+    ".input_zero_point": _ACTIVATIONS,
+    ".input_global_scale": _ACTIVATIONS,
+    ".input_scale_ub": _ACTIVATIONS,
+    ".activation_scale": _ACTIVATIONS,
+    ".qscale_act": _ACTIVATIONS,
+    "_proj.output_scale": _CACHE,
+    ".output_scale": _ACTIVATIONS,
+    ".output_zero_point": _ACTIVATIONS,
+    ".q_scale": _ACTIVATIONS,
+    ".prob_scale": _ACTIVATIONS,
+    ".k_scale": _CACHE,
+    ".v_scale": _CACHE,
+    ".k_zero_point": _CACHE,
+    ".v_zero_point": _CACHE,
+    ".k_bias_scale": _CACHE,
+    ".v_bias_scale": _CACHE,
+}
+_SHAPE = "only says the shape of its weight"
+_NAMED = 3  # of many tensors, how many a note names
+
+
+class Sorter:
+    """Collects layers, problems and tensors without use, and puts them in order."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint, self.tensors = checkpoint, checkpoint.tensors
+        self.problems: list[Problem] = []
+        self.notes: list[str] = []
+        self.dropped: dict[str, str] = {}
+        self.dtype = model_dtype(checkpoint, "BF16")
+        self._owner: dict[str, str] = {}  # tensor name -> layer path
+        self._layers: dict[str, SourceLayer] = {}
+
+    def problem(self, where: str, message: str) -> None:
+        """Note what is wrong in one place."""
+        self.problems.append(Problem(where, message))
+
+    def add(self, layer: SourceLayer | None, used: Iterable[SourceTensor] = ()) -> None:
+        """Keep a layer; ``used`` are tensors that were read into its description."""
+        if layer is None:
+            return
+        self._layers[layer.path] = layer
+        for part in layer.parts.values():
+            self._owner[part.name] = layer.path
+        for part in used:
+            self.drop(part.name, _SHAPE)
+
+    def claim(self, names: Iterable[str], path: str) -> None:
+        """Tensors of a layer that could not be made: its problem is told already."""
+        for name in names:
+            self._owner[name] = path
+
+    def drop(self, name: str, reason: str) -> None:
+        """A tensor that has no use in MLX."""
+        self.dropped[name] = reason
+
+    @property
+    def quantized(self) -> list[SourceLayer]:
+        """The layers found so far."""
+        return list(self._layers.values())
+
+    @property
+    def left(self) -> list[SourceTensor]:
+        """Tensors that are in no layer and not dropped, in the checkpoint's order."""
+        gone = self._owner.keys() | self.dropped.keys()
+        return [tensor for tensor in self.tensors.values() if tensor.name not in gone]
+
+    def drop_runtime_scales(self) -> None:
+        """Drop what scales activations and caches, and say so."""
+        found: dict[str, list[str]] = {}
+        for tensor in self.left:
+            reason = next((why for end, why in _RUNTIME.items() if tensor.name.endswith(end)), "")
+            if reason:
+                self.drop(tensor.name, reason)
+                found.setdefault(reason, []).append(tensor.name)
+        for reason, names in found.items():
+            more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+            each = "each " if len(names) > 1 else ""
+            self.notes.append(f"Left out: {', '.join(names[:_NAMED])}{more}, {each}{reason}.")
+
+    def layout(self) -> SourceLayout:
+        """Everything, in the order of the checkpoint; what no layer took is dense."""
+        layers: dict[str, SourceLayer] = {}
+        for tensor in self.tensors.values():
+            if tensor.name in self.dropped:
+                continue
+            path = self._owner.get(tensor.name)
+            if path is None:
+                layer = dense_layer(tensor)
+                layers[tensor.name] = layer
+            elif path in self._layers:
+                layers[f"layer {path}"] = self._layers[path]
+        return SourceLayout(
+            tuple(layers.values()),
+            None,
+            tuple(self.problems),
+            tuple(self.dropped.items()),
+            tuple(self.notes),
+        )
