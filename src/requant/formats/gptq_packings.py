@@ -57,6 +57,7 @@ class Gptq(IntegerPacking):
         act_order: Whether inputs belong to groups in the order of ``g_idx``.
         sorted: Whether the codes are moved into the order of their groups: the layer's
             inputs then come in that order.
+        word_bits: Bits of the integers that hold the streams (GPTQModel's ``pack_dtype``).
     """
 
     planar: bool = False
@@ -64,7 +65,8 @@ class Gptq(IntegerPacking):
     has_zeros: bool = True
     act_order: bool = False
     sorted: bool = False
-    row_unit: ClassVar[int] = 32
+    word_bits: int = 32
+    row_unit: ClassVar[int] = 64
     strided: ClassVar[bool] = True
 
     @property
@@ -79,11 +81,11 @@ class Gptq(IntegerPacking):
     def cuts(self, start: int, stop: int) -> dict[str, Cut]:
         """Columns of words and of scales; a multiple of 32 rows starts a word of zeros."""
         cuts = {
-            "qweight": Cut((0, -(-self.columns * self.bits // 32)), (start, stop)),
+            "qweight": Cut((0, -(-self.columns * self.bits // self.word_bits)), (start, stop)),
             "scales": Cut((0, self.groups), (start, stop)),
         }
         if self.has_zeros:
-            words = (start * self.bits // 32, -(-stop * self.bits // 32))
+            words = (start * self.bits // self.word_bits, -(-stop * self.bits // self.word_bits))
             cuts["qzeros"] = Cut((0, self.groups), words)
         if self.act_order:
             cuts["g_idx"] = Cut((0, 1), (0, self.columns))

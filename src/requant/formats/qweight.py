@@ -402,8 +402,8 @@ class _Reader:
         if group is None:
             return None
         if has_zeros:
-            unit = _word_bits(infos["qzeros"])
-            self._expect(path, "qzeros", infos, (groups, -(-rows * bits // unit)), _GPTQ_WORDS)
+            unit, dtype = _word_bits(infos["qweight"]), infos["qweight"].dtype
+            self._expect(path, "qzeros", infos, (groups, -(-rows * bits // unit)), (dtype,))
         elif rule.symmetric is False:
             self._report(path, "has no qzeros, and the config calls it asymmetric")
         act_order = self._act_order(path, infos, n_in, group, groups)
@@ -428,6 +428,7 @@ class _Reader:
             zeros,
             has_zeros,
             act_order,
+            word_bits=_word_bits(infos["qweight"]),
         )
         if bits not in PLANES:
             self._report(path, f"has {bits}-bit codes; GPTQ writes 2 to 8")
