@@ -41,6 +41,7 @@ from requant.options import (
     Prompt,
     Quiet,
     Raw,
+    Recipe,
     ShardSize,
     Source,
     Threads,
@@ -107,6 +108,7 @@ def convert(
     dtype: Dtype = None,
     override: Overrides = None,
     only: Only = None,
+    recipe: Recipe = None,
     layout: Layout = "auto",
     act_order: ActOrder = "requantize",
     max_memory: MaxMemory = None,
@@ -130,13 +132,24 @@ def convert(
       requant convert Llama-3.2-1B out --mode mxfp4
       requant convert Llama-3.2-1B out --bits 4 --override 'lm_head=6'
       requant convert Mixtral-8x7B out --bits 4 --layout mlx-lm
+      requant convert Qwen3-30B-A3B out --recipe mixed_3_6
       requant convert Llama-3-8B-AWQ out
       requant convert mlx-4bit out --dequantize --dtype bfloat16
     """  # noqa: D301
     from requant import console, conversion
 
     wishes = _wishes(
-        bits, group_size, mode, dequantize, dtype, override, only, act_order, layout, shard_size
+        bits,
+        group_size,
+        mode,
+        dequantize,
+        dtype,
+        override,
+        only,
+        recipe,
+        act_order,
+        layout,
+        shard_size,
     )
     if dry_run:
         with _answering_errors():
@@ -178,6 +191,7 @@ def plan(
     dtype: Dtype = None,
     override: Overrides = None,
     only: Only = None,
+    recipe: Recipe = None,
     layout: Layout = "auto",
     act_order: ActOrder = "requantize",
     max_memory: MaxMemory = None,
@@ -198,7 +212,17 @@ def plan(
     from requant import conversion
 
     wishes = _wishes(
-        bits, group_size, mode, dequantize, dtype, override, only, act_order, layout, shard_size
+        bits,
+        group_size,
+        mode,
+        dequantize,
+        dtype,
+        override,
+        only,
+        recipe,
+        act_order,
+        layout,
+        shard_size,
     )
     with _answering_errors():
         _print_plan(conversion.plan(source, **wishes), threads, max_memory, json)
@@ -239,6 +263,7 @@ def generate(
     dtype: Dtype = None,
     override: Overrides = None,
     only: Only = None,
+    recipe: Recipe = None,
     act_order: ActOrder = "requantize",
     max_memory: MaxMemory = None,
     threads: Threads = None,
@@ -258,7 +283,7 @@ def generate(
     """  # noqa: D301
     from requant import console, mlx_lm
 
-    wishes = _wishes(bits, group_size, mode, dequantize, dtype, override, only, act_order)
+    wishes = _wishes(bits, group_size, mode, dequantize, dtype, override, only, recipe, act_order)
 
     def show(text: str) -> None:
         print(console.printable(text.expandtabs(4)), end="", flush=True)
@@ -281,6 +306,37 @@ def generate(
             _say(console.describe_generation(made))
 
 
+@app.command()
+def recipes(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME|FILE]", help="Show this one.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """List the recipes that --recipe takes, or show one.
+
+    What is shown of a TOML recipe is its file: a start for one of your own.
+
+    \b
+    Examples:
+      requant recipes
+      requant recipes ends-8 > mine.toml
+    """  # noqa: D301
+    from requant import console
+    from requant.recipes import load_recipe, recipe_names, recipe_text
+
+    with _answering_errors():
+        if name is not None:
+            recipe = load_recipe(name)
+            _print_json(recipe.to_dict()) if json else print(recipe_text(recipe), end="")
+            return
+        found = [load_recipe(known) for known in recipe_names()]
+        if json:
+            _print_json([recipe.to_dict() for recipe in found])
+        else:
+            console.show_recipes(found)
+
+
 def _wishes(
     bits: int | None,
     group_size: int | None,
@@ -289,6 +345,7 @@ def _wishes(
     dtype: str | None,
     override: list[str] | None,
     only: list[str] | None,
+    recipe: str | None,
     act_order: str,
     layout: str | None = None,
     shard_size: int | None = None,
@@ -303,6 +360,7 @@ def _wishes(
         "dtype": dtype,
         "overrides": override or (),
         "only": only or (),
+        "recipe": recipe,
         "act_order": act_order,
         **{name: value for name, value in files.items() if value is not None},
     }
@@ -335,7 +393,7 @@ def _print_plan(
         console.show_plan(made, budget, output)
 
 
-def _print_json(document: dict[str, Any]) -> None:
+def _print_json(document: dict[str, Any] | list[dict[str, Any]]) -> None:
     print(jsonlib.dumps(document, indent=2))
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from requant.execute import Budget, Progress
     from requant.inspection import Inspection, Stored
     from requant.mlx_lm import Generation
+    from requant.recipes import Recipe
     from requant.report import LayerError, Report
 
 _REASON_LINES = 10
@@ -171,6 +172,11 @@ def show_report(report: Report) -> None:
     page.line(f"{_sizes(plan)}, {format_seconds(report.elapsed_s)}, {rate}/s")
     if plan.layout == "mlx-lm":  # its class has loaded these names and shapes
         page.line(f'next: mlx_lm.generate --model {shlex.quote(report.output)} --prompt "Hello"')
+
+
+def show_recipes(recipes: Sequence[Recipe]) -> None:
+    """Print one line a recipe."""
+    _Page().columns([(recipe.name, recipe.description) for recipe in recipes], right=())
 
 
 def _title(plan: Plan) -> str:

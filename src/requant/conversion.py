@@ -16,7 +16,8 @@ from requant.execute import Outcome, Progress, make_budget, run_plan
 from requant.planner import make_plan
 from requant.report import Report
 from requant.schema import Quantization
-from requant.wishes import Spec, Wishes
+from requant.specs import Spec
+from requant.wishes import Wishes
 from requant.writer import OutputFolder, Sink
 
 Source = str | os.PathLike[str]
@@ -33,6 +34,7 @@ def plan(
     dtype: str | None = None,
     overrides: Iterable[str | tuple[str, Spec | str]] = (),
     only: Sequence[str] = (),
+    recipe: Source | None = None,
     layout: str = "auto",
     act_order: str = "requantize",
     shard_size: int = 5 << 30,
@@ -54,6 +56,7 @@ def plan(
         dtype=dtype,
         overrides=overrides,
         only=only,
+        recipe=recipe,
         layout=layout,
         act_order=act_order,
         max_shard_bytes=shard_size,
@@ -73,6 +76,7 @@ def convert(
     dtype: str | None = None,
     overrides: Iterable[str | tuple[str, Spec | str]] = (),
     only: Sequence[str] = (),
+    recipe: Source | None = None,
     layout: str = "auto",
     act_order: str = "requantize",
     shard_size: int = 5 << 30,
@@ -100,6 +104,9 @@ def convert(
             are quantized.
         overrides: ``"REGEX=SPEC"`` or ``(regex, spec)`` on layer paths; the last match wins.
         only: Regexes; layers that none matches are left as they are.
+        recipe: Name of a recipe ("mixed_3_6", ``requant recipes`` lists them) or path of a
+            TOML file: targets by role, name and place. ``bits``, ``group_size`` and ``mode``
+            replace its default; ``overrides`` win over its rules.
         layout: "mlx-lm" (names, shapes, choice of layers and config of mlx-lm's converter;
             an error where it cannot be), "keep" (the source's tensor names), or "auto": the
             first where mlx-lm is installed and takes this checkpoint, else the second and a
@@ -138,6 +145,7 @@ def convert(
         dtype=dtype,
         overrides=overrides,
         only=only,
+        recipe=recipe,
         layout=layout,
         act_order=act_order,
         max_shard_bytes=shard_size,

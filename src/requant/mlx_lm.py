@@ -47,7 +47,7 @@ def load(
         tokenizer_config: Options of the tokenizer, as ``mlx_lm.load`` takes them.
         **wishes: What else ``requant.convert`` takes, but for what concerns files: ``bits``,
             ``group_size``, ``mode``, ``dequantize``, ``dtype``, ``overrides``, ``only``,
-            ``act_order``, ``threads``, ``max_memory``, ``allow_nonfinite``,
+            ``recipe``, ``act_order``, ``threads``, ``max_memory``, ``allow_nonfinite``,
             ``allow_overflow``, ``progress``.
 
     Returns:

@@ -80,6 +80,14 @@ Only = Annotated[
         "--only", metavar="REGEX", help="Leave layers that REGEX does not find. Repeatable."
     ),
 ]
+Recipe = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe",
+        metavar="NAME|FILE",
+        help="Bits by role, name and place: a name of `requant recipes`, or a TOML file.",
+    ),
+]
 Layout = Annotated[
     str,
     typer.Option(

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import lcm, prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from requant.blueprint import (
     LayerPlan,
@@ -29,9 +29,11 @@ from requant.formats import SourceLayer, SourceLayout, detect
 from requant.formats.base import RowOrder, Rows, describe
 from requant.formats.packing import DTYPE_WORD, Exactness, Fidelity, Packing
 from requant.mlx_lm_classes import WITHOUT_A_CLASS
+from requant.recipes import ROLES, Choice
 from requant.relayout import ON_VALUES, Relayout, relayout
 from requant.schema import SKIP, PerLayerQuantization, Quantization, QuantMode
-from requant.wishes import DTYPES, Spec, Wishes, resolve_quantization
+from requant.specs import Spec, resolve_quantization
+from requant.wishes import DTYPES, Wishes
 
 # Layers that stay dense unless an override names them: (reason, pattern on the layer path).
 # What they hold is small, or no matrix product ever reads it.
@@ -40,13 +42,16 @@ _NAMED_DENSE = tuple(
     for reason, pattern in (
         ("convolution", r"conv"),
         ("norm", r"norm|(^|[._])ln(_|\d|$)"),
-        ("router", r"(^|[._])(router|gate|shared_expert_gate)$|(^|\.)router\."),
+        ("router", ROLES["router"]),
         ("position table", r"(^|\.)wpe$|pos(ition)?_?emb|embed_positions|relative_.*bias|rotary"),
     )
 )
 # Float tensors that must keep their dtype whatever --dtype says: routers add this bias to
 # scores that are compared with each other (mlx_lm/models/deepseek_v3.py, cast_predicate).
 _KEEPS_DTYPE = re.compile(r"e_score_correction_bias$")
+
+if TYPE_CHECKING:
+    from requant.mlx_lm_layout import MlxLmLayout
 
 
 def make_plan(source: str | Path, wishes: Wishes) -> Plan:
@@ -101,7 +106,9 @@ def _laid_out(checkpoint: Checkpoint, layout: SourceLayout, wishes: Wishes) -> R
     target = wishes.quantization
     if target is None and not wishes.dequantize and not _is_quantized(layout):
         target = resolve_quantization()
-    return relayout(checkpoint, layout, target, wishes.dtype)
+    recipe = wishes.recipe
+    mixed = recipe.name if recipe is not None and recipe.is_mixed else None
+    return relayout(checkpoint, layout, target, wishes.dtype, mixed)
 
 
 def _is_quantized(layout: SourceLayout) -> bool:
@@ -143,6 +150,20 @@ class Planner:
         self.notes: list[str] = [*notes, *layout.notes]
         self.wrong_wishes: list[Problem] = []
         self.default = self._default()
+        self.chosen = self._choices()
+
+    def _choices(self) -> dict[str, Choice]:
+        """What the recipe says about each layer that it names."""
+        recipe = self.wishes.recipe
+        if recipe is None:
+            return {}
+        paths = [layer.path for layer in self.layout.layers if layer.is_weight]
+        if not recipe.is_shipped:
+            self.notes += [
+                f"Recipe {recipe.name}: match {pattern!r} fits no layer."
+                for pattern in recipe.idle_patterns(paths)
+            ]
+        return recipe.choose(paths, self.default)
 
     def _default(self) -> Quantization | None:
         """The quantization of a chosen layer that no override names."""
@@ -248,23 +269,40 @@ class Planner:
             return layer.kept, "not matched by --only"
         if wishes.dequantize:
             return None, ""
-        if self.default is None:
+        choice = self.chosen.get(layer.path)
+        if choice is not None and choice.spec is SKIP:
+            return layer.encoding, "skipped by the recipe"
+        wish = choice.spec if choice is not None else self.default
+        if not isinstance(wish, Quantization):
             dense = layer.act_order and wishes.act_order == "dense"
             return None if dense else layer.kept, layer.reason
-        if layer.is_quantized and self.mlx_lm is not None:
-            target = self.mlx_lm.targets.get(layer.path)
-            reason = self.mlx_lm.dense_reasons.get(layer.path, layer.reason)
-            return target or layer.kept, layer.reason if target else reason
-        if layer.is_quantized:
-            target, reason = _fit_group(layer.shape[-1], self.default)
-            return target or layer.kept, reason
-        if self.format != "dense" and not wishes.only:
+        points = choice is not None and choice.points
+        if not (layer.is_quantized or self.format == "dense" or wishes.only or points):
             return None, "dense in the source"
         if self.mlx_lm is not None:
-            return self.mlx_lm.targets.get(layer.path), self.mlx_lm.dense_reasons.get(
-                layer.path, ""
-            )
-        return _dense_target(layer, self.default, wishes.dtype)
+            return self._in_mlx_lm_s_layout(layer, self.mlx_lm, choice)
+        if layer.is_quantized:
+            target, reason = _fit_group(layer.shape[-1], wish)
+            return target or layer.kept, reason
+        return _dense_target(layer, wish, wishes.dtype, any_name=points)
+
+    def _in_mlx_lm_s_layout(
+        self, layer: SourceLayer, mlx_lm: MlxLmLayout, choice: Choice | None
+    ) -> tuple[Quantization | None, str]:
+        """mlx-lm's choice for a layer, or the recipe's where mlx-lm can load that."""
+        own, reason = mlx_lm.targets.get(layer.path), layer.reason
+        if own is None:
+            reason = mlx_lm.dense_reasons.get(layer.path, reason)
+            own = layer.kept if layer.is_quantized else None
+        mixed = self.wishes.recipe is not None and self.wishes.recipe.is_mixed
+        if choice is None or not isinstance(choice.spec, Quantization) or mixed:
+            return own, reason
+        if own is None and not (choice.points and layer.path in mlx_lm.quantizable):
+            return own, reason
+        group_size, n_in = choice.spec.group_size, layer.shape[-1]
+        if n_in % group_size:
+            return own, f"last axis {n_in} is no multiple of group {group_size}"
+        return choice.spec, ""
 
     def _check_needs(self, decided: Iterable[tuple[SourceLayer, Quantization | None, str]]) -> None:
         """Refuse layers whose fate the user must choose, once for each kind of them."""
@@ -451,7 +489,9 @@ class Planner:
         for layer in self.layout.layers:
             if layer.path not in per_layer and layer.is_weight:
                 stays = source.per_layer.get(layer.path) if source else None
-                if stays is SKIP or _override(self.wishes, layer.path) is SKIP:
+                choice = self.chosen.get(layer.path)
+                by_recipe = choice is not None and choice.spec is SKIP
+                if stays is SKIP or _override(self.wishes, layer.path) is SKIP or by_recipe:
                     skipped.append(layer.path)
         return PerLayerQuantization.from_layers(per_layer, default, skipped)
 
@@ -459,7 +499,8 @@ class Planner:
         """The source's config with the quantization and dtype that now hold."""
         wishes = self.wishes
         changed = wishes.overrides or wishes.only or wishes.spoiled or self.format != "dense"
-        if self.mlx_lm is not None and not changed:
+        chosen = wishes.recipe is not None and not wishes.recipe.is_mixed
+        if self.mlx_lm is not None and not (changed or chosen):
             return dict(self.mlx_lm.config)
         config = {
             key: value
@@ -548,7 +589,7 @@ def triple_infos(
 
 
 def _dense_target(
-    layer: SourceLayer, wish: Quantization, dtype: str | None
+    layer: SourceLayer, wish: Quantization, dtype: str | None, any_name: bool = False
 ) -> tuple[Quantization | None, str]:
     """Whether a dense layer is quantized, with which group, and why not."""
     shape = layer.shape
@@ -557,7 +598,7 @@ def _dense_target(
     if not layer.is_weight:
         return None, "not named .weight"
     for reason, pattern in _NAMED_DENSE:
-        if pattern.search(layer.path):
+        if pattern.search(layer.path) and not any_name:
             return None, reason
     if len(shape) > 3:
         return None, f"rank {len(shape)}, taken for a convolution"

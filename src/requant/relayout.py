@@ -213,6 +213,7 @@ def relayout(
     source: SourceLayout,
     quantization: Quantization | None,
     dtype: str | None,
+    recipe: str | None = None,
 ) -> Relayout:
     """Lay a checkpoint out as mlx-lm would.
 
@@ -222,6 +223,7 @@ def relayout(
         quantization: What mlx-lm's choice of layers is asked for; None for a dense model,
             and for a quantized one that keeps its codes.
         dtype: Header name that floating tensors are cast to.
+        recipe: One of mlx-lm's own.
 
     Raises:
         CheckpointError: mlx-lm is not installed, does not know the model, or would itself
@@ -245,7 +247,7 @@ def relayout(
             if isinstance(part, dict):  # it is shown the values that the codes stand for
                 part.pop("quantization", None)
                 part.pop("quantization_config", None)
-        layout = mlx_lm_layout(config, infos, quantization=quantization, dtype=dtype)
+        layout = mlx_lm_layout(config, infos, quantization=quantization, recipe=recipe, dtype=dtype)
     except UsageError:
         raise
     except RequantError as error:

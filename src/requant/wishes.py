@@ -5,80 +5,22 @@ The same record serves ``plan`` and ``convert``, the command line and Python.
 
 from __future__ import annotations
 
-import re
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from requant.arrays.native import check_quantization
-from requant.errors import OutOfRangeError, UnknownValueError, UsageError
-from requant.schema import SKIP, Quantization, QuantMode, Skip
+from requant.errors import UnknownValueError, UsageError
+from requant.recipes import Recipe, load_recipe
+from requant.schema import Quantization, QuantMode
+from requant.specs import Spec, check_regex, parse_spec, resolve_quantization
 
-# MLX's own group size and bits for each mode (what mx.quantize takes when told nothing).
-MODE_DEFAULTS = {
-    QuantMode.AFFINE: (64, 4),
-    QuantMode.MXFP4: (32, 4),
-    QuantMode.MXFP8: (32, 8),
-    QuantMode.NVFP4: (16, 4),
-}
 DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 
 LAYOUTS = ("auto", "keep", "mlx-lm")
 ACT_ORDERS = ("requantize", "dense", "refuse")
 
-Spec = Quantization | Skip
 Override = tuple[str, Spec]
-
-
-def resolve_quantization(
-    bits: int | None = None, group_size: int | None = None, mode: str | None = None
-) -> Quantization:
-    """Fill what is not said with MLX's defaults for the mode, and check the whole.
-
-    Raises:
-        UnknownValueError: ``mode`` is no MLX mode.
-        OutOfRangeError: The mode has no such bits or group size.
-    """
-    tags = [known.value for known in QuantMode]
-    tag = QuantMode.AFFINE.value if mode is None else mode.lower()
-    if tag not in tags:
-        raise UnknownValueError("no such quantization mode", str(mode), tags)
-    default_group_size, default_bits = MODE_DEFAULTS[QuantMode(tag)]
-    quantization = Quantization(
-        default_group_size if group_size is None else group_size,
-        default_bits if bits is None else bits,
-        QuantMode(tag),
-    )
-    check_quantization(quantization.bits, quantization.group_size, tag)
-    return quantization
-
-
-def parse_spec(text: str, base: Quantization | None = None) -> Spec:
-    """Parse the right side of an override.
-
-    ``skip`` leaves a layer as it is; ``8`` is affine with 8 bits and the group size of
-    ``base`` where that is affine, else 64; ``8:32`` names the group size; ``mxfp4``,
-    ``mxfp8``, ``nvfp4`` and ``affine`` stand for the mode with its defaults.
-
-    Raises:
-        UsageError: The text is none of these.
-    """
-    word = text.strip().lower()
-    if word == "skip":
-        return SKIP
-    try:
-        if word in [mode.value for mode in QuantMode]:
-            return resolve_quantization(mode=word)
-        if match := re.fullmatch(r"(\d{1,3})(?::(\d{1,6}))?", word):
-            group_size = int(match[2]) if match[2] else None
-            if group_size is None and base is not None and base.mode is QuantMode.AFFINE:
-                group_size = base.group_size
-            return resolve_quantization(int(match[1]), group_size)
-    except OutOfRangeError as error:
-        raise UsageError(f"{text!r} is no quantization of MLX: {error}") from error
-    raise UsageError(
-        f"{text!r} is no SPEC; write bits (8), bits:group (8:32), a mode "
-        f"({', '.join(mode.value for mode in QuantMode)}) or skip"
-    )
 
 
 def parse_override(
@@ -99,14 +41,6 @@ def parse_override(
     return pattern, parse_spec(spec, base) if isinstance(spec, str) else spec
 
 
-def check_regex(pattern: str, option: str) -> None:
-    """Raise UsageError where ``pattern`` is no regular expression."""
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise UsageError(f"{option} {pattern!r} is no regular expression: {error}") from error
-
-
 @dataclass(frozen=True, slots=True)
 class Wishes:
     """What to do with a source; every field as the option of the same name.
@@ -118,6 +52,7 @@ class Wishes:
         dtype: Header name ("BF16") for floating tensors; None keeps each one's own.
         overrides: Regex on the layer path -> target; the last match wins.
         only: Regexes; a layer that none of them matches is left as it is.
+        recipe: Chooses layers' targets by role, name and place; overrides win over it.
         layout: "keep" leaves tensors their names; "mlx-lm" gives them the names, shapes and
             choice of layers of mlx-lm's own converter; "auto" does so where mlx-lm can.
         act_order: What becomes of GPTQ layers whose inputs are out of order, where the order
@@ -131,6 +66,7 @@ class Wishes:
     dtype: str | None = None
     overrides: tuple[Override, ...] = ()
     only: tuple[str, ...] = ()
+    recipe: Recipe | None = None
     layout: str = "auto"
     max_shard_bytes: int = 5 << 30
     spoiled: frozenset[str] = frozenset()
@@ -147,6 +83,7 @@ class Wishes:
         dtype: str | None = None,
         overrides: Iterable[str | tuple[str, Spec | str]] = (),
         only: Sequence[str] = (),
+        recipe: str | os.PathLike[str] | None = None,
         layout: str = "auto",
         max_shard_bytes: int = 5 << 30,
         act_order: str = "requantize",
@@ -164,8 +101,11 @@ class Wishes:
             check_quantization(quantization.bits, quantization.group_size, quantization.mode.value)
         elif (bits, group_size, mode) != (None, None, None):
             quantization = resolve_quantization(bits, group_size, mode)
-        if dequantize and quantization is not None:
-            raise UsageError("choose one: dequantize, or bits, group size and mode")
+        if dequantize and (quantization is not None or recipe is not None):
+            raise UsageError("choose one: dequantize, or bits, group size, mode and recipe")
+        chooser = None if recipe is None else load_recipe(recipe)
+        if chooser is not None:
+            quantization = _default_of(chooser, quantization, bits, group_size, mode)
         if dtype is not None and dtype not in DTYPES:
             raise UnknownValueError("no such dtype", dtype, list(DTYPES))
         if layout not in LAYOUTS:
@@ -183,7 +123,28 @@ class Wishes:
             None if dtype is None else DTYPES[dtype],
             tuple(parse_override(text, quantization) for text in overrides),
             only,
+            chooser,
             layout,
             max_shard_bytes,
             act_order=act_order,
         )
+
+
+def _default_of(
+    recipe: Recipe,
+    wish: Quantization | None,
+    bits: int | None,
+    group_size: int | None,
+    mode: str | None,
+) -> Quantization | None:
+    """The default under a recipe: what was wished rules, and the recipe's own fills the rest."""
+    default = Quantization.affine(64, 4) if recipe.is_mixed else recipe.default
+    if wish is None:
+        return default
+    if recipe.is_mixed and wish.mode is not QuantMode.AFFINE:
+        raise UsageError(f"recipe {recipe.name} is for the affine mode, not {wish.mode.value}")
+    if default is None or mode is not None or (bits is None and group_size is None):
+        return wish
+    return resolve_quantization(
+        bits or default.bits, group_size or default.group_size, default.mode.value
+    )

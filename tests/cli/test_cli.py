@@ -20,7 +20,7 @@ from .conftest import BF16, Result, write_model
 
 Requant = Callable[..., Result]
 MICRO_LLAMA = Path(__file__).parents[2] / "examples" / "micro-llama"
-COMMANDS = ("convert", "plan", "inspect", "generate")
+COMMANDS = ("convert", "plan", "inspect", "generate", "recipes")
 
 
 def python(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
@@ -219,6 +219,32 @@ def test_wishes_reach_the_plan(requant: Requant, model: Path) -> None:
     assert plan["memory"]["threads"] == 3
 
 
+def test_a_recipe_reaches_the_plan(requant: Requant, model: Path, tmp_path: Path) -> None:
+    shown = requant("recipes", "ends-8")
+    assert (shown.code, shown.err) == (0, "")
+    (tmp_path / "mine.toml").write_text(shown.out)
+    arguments = [model, "--bits", "3", "--override", "lm_head=6", "--recipe"]
+    plans = [
+        json.loads(requant("plan", *arguments, recipe, "--json").out)
+        for recipe in ("ends-8", tmp_path / "mine.toml")
+    ]
+    assert plans[0] == plans[1]
+    targets = {layer["layer"]: layer["target"] for layer in plans[0]["layers"]}
+    assert targets["lm_head"] == "affine 6-bit g64"
+    assert targets["model.layers.1.self_attn.q_proj"] == "affine 8-bit g64"
+
+
+def test_recipes_are_listed(requant: Requant) -> None:
+    lines = requant("recipes").out.splitlines()
+    assert lines[0].startswith("mixed_2_6  mlx-lm's own: 6 bits")
+    listed = json.loads(requant("recipes", "--json").out)
+    assert [recipe["name"] for recipe in listed] == [line.split()[0] for line in lines]
+    one = json.loads(requant("recipes", "mxfp4-8", "--json").out)
+    assert one in listed and one["default"]["mode"] == "mxfp4"
+    assert requant("recipes", "mixed_3_6").out.startswith("# mixed_3_6 is mlx-lm's")
+    assert requant("recipes", "ends8").code == 2
+
+
 # -- plan, dry run, inspect ------------------------------------------------------------
 
 
@@ -305,6 +331,9 @@ def test_a_source_cannot_drive_the_terminal(requant: Requant, tmp_path: Path) ->
         (["--only", "("], "error: only '(' is no regular expression"),
         (["--only", "q_prj"], "--only 'q_prj': matches no layer; near it: q_proj"),
         (["--override", "lm_haed=8"], "--override 'lm_haed': matches no layer; near it: lm_head"),
+        (["--recipe", "mixed"], "error: there is no recipe 'mixed'; near it: mixed_"),
+        (["--recipe", "no.toml"], "error: recipe no.toml: No such file"),
+        (["--recipe", "ends-8", "--dequantize"], "error: choose one: dequantize"),
         (["--max-memory", "1MB"], "the longest row of this model needs at least"),
         (["--max-memory", "2 parsecs"], "'2 parsecs' is no size; write 500MB"),
         (["--shard-size", "0"], "'0' is less than one byte"),

@@ -15,6 +15,7 @@ from requant.dtypes import KERNEL_FLOATS, TensorInfo
 from requant.errors import OutOfRangeError, ParseError, Problem
 from requant.formats.base import SourceLayer, SourceLayout, dense_layer
 from requant.schema import PerLayerQuantization, Quantization, QuantMode
+from requant.specs import MODE_DEFAULTS
 
 # A float8 view of the scale bytes is accepted as the same bytes.
 _SCALE_BYTES = ("U8", "F8_E8M0", "F8_E4M3")
@@ -34,7 +35,7 @@ class Mlx:
         """Find the triples, check each against its parameters, and leave the rest dense."""
         key, block = _block(checkpoint)
         try:
-            quantization = PerLayerQuantization.from_dict(block)
+            quantization = PerLayerQuantization.from_dict(_without_nulls(block))
         except ParseError as error:
             problem = Problem(f"config.json: {key}", error.message)
             return SourceLayout((), None, (problem,))
@@ -60,6 +61,20 @@ class Mlx:
             message = f"{tensor.info} holds packed codes, but {name[:-7]}.scales is missing"
             problems.append(Problem(name, message))
         return SourceLayout(tuple(layers), quantization, tuple(problems))
+
+
+def _without_nulls(block: Any) -> Any:
+    """The block with MLX's defaults for ``null``, which mlx-lm's mixed recipes leave behind."""
+    if not isinstance(block, dict):
+        return block
+    tags = {mode.value: default for mode, default in MODE_DEFAULTS.items()}
+    filled = {}
+    for key, value in block.items():
+        if isinstance(value, dict) and (default := tags.get(value.get("mode", "affine"))):
+            defaults = dict(zip(("group_size", "bits"), default, strict=True))
+            value = {k: defaults.get(k) if v is None else v for k, v in value.items()}
+        filled[key] = value
+    return filled
 
 
 def _block(checkpoint: Checkpoint) -> tuple[str, Any]:
