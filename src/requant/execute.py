@@ -32,6 +32,8 @@ DEFAULT_CHUNK_BYTES = 4 << 20
 STRIDED_CHUNK_BYTES = 64 << 20
 # Python, NumPy and the plan itself, before the first buffer (measured: 45 to 60 MB).
 BASE_MEMORY_BYTES = 80 << 20
+# What the import of mlx-lm adds (measured: 41 MB).
+MLX_LM_MEMORY_BYTES = 48 << 20
 _POLL_S = 0.1
 
 
@@ -42,6 +44,7 @@ class Budget:
     threads: int
     chunk_bytes: int
     strided_bytes: int = 0  # for steps that read in strides; 0: as any other
+    beside_bytes: int = 0  # held beside the chunks: mlx-lm, and tensors that it computes
 
     def chunk_of(self, step: Step) -> int:
         """Bytes that a worker holds of a step at a time."""
@@ -51,7 +54,8 @@ class Budget:
     @property
     def peak_bytes(self) -> int:
         """What the process holds at the most, mapped or cached file pages aside."""
-        return BASE_MEMORY_BYTES + self.threads * max(self.chunk_bytes, self.strided_bytes)
+        base = BASE_MEMORY_BYTES + self.beside_bytes
+        return base + self.threads * max(self.chunk_bytes, self.strided_bytes)
 
 
 def make_budget(
@@ -85,14 +89,42 @@ def make_budget(
             threads,
             max(chunk_bytes or DEFAULT_CHUNK_BYTES, longest),
             0 if chunk_bytes else min(STRIDED_CHUNK_BYTES, widest),
+            _beside(plan, threads),
         )
-    least = BASE_MEMORY_BYTES + longest
+    least = BASE_MEMORY_BYTES + _beside(plan, 1) + longest
     if max_memory < least:
-        message = f"the longest row of this model needs at least {least:,} bytes"
+        what = (
+            "largest tensor that mlx-lm computes" if _beside(plan, 1) > longest else "longest row"
+        )
+        message = f"the {what} of this model needs at least {least:,} bytes"
         raise OutOfRangeError(message, "max_memory", f"{max_memory:,}")
-    threads = min(threads, (max_memory - BASE_MEMORY_BYTES) // longest)
-    room = (max_memory - BASE_MEMORY_BYTES) // threads
-    return Budget(threads, min(chunk_bytes or DEFAULT_CHUNK_BYTES, room))
+    while max_memory < BASE_MEMORY_BYTES + _beside(plan, threads) + threads * longest:
+        threads -= 1
+    beside = _beside(plan, threads)
+    room = (max_memory - BASE_MEMORY_BYTES - beside) // threads
+    return Budget(threads, min(chunk_bytes or DEFAULT_CHUNK_BYTES, room), beside_bytes=beside)
+
+
+def _beside(plan: Plan, threads: int) -> int:
+    """Bytes that are held beside the workers' chunks.
+
+    One computed tensor at a time is made, from all of its inputs; meanwhile each other
+    worker may hold another that is ready, and small ones of the same batch wait.
+    """
+    if plan.relayout is None:
+        return 0
+    sizes = {
+        name: sum(out.info.nbytes for out in step.outputs.values())
+        for name, step in plan.materials.items()
+    }
+    tensors = [t for step in plan.steps for t in step.inputs.values()]
+    ready, made = [0], [0]
+    for tensor in tensors:
+        if isinstance(tensor, ComputedTensor):
+            ready.append(tensor.info.nbytes)
+            made.append(tensor.info.nbytes + sum(sizes[name] for name in tensor.inputs))
+    batch = min(sum(made), plan.relayout.batch_bytes)
+    return MLX_LM_MEMORY_BYTES + max(max(made), batch) + (threads - 1) * max(ready)
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,6 +59,13 @@ class Relayout:
     shown: Mapping[str, SourceLayer]
     source: SourceLayout
 
+    @property
+    def batch_bytes(self) -> int:
+        """Most bytes of the small tensors that are computed together."""
+        from requant.mlx_lm_layout.layout import BATCH_BYTES
+
+        return BATCH_BYTES
+
     @cached_property
     def layers(self) -> SourceLayout:
         """The layers with renamed, joined, cut and computed tensors."""

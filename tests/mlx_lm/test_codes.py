@@ -17,7 +17,8 @@ import pytest
 
 from requant.checkpoint import read_checkpoint
 from requant.conversion import convert, plan
-from requant.errors import UsageError
+from requant.errors import OutOfRangeError, UsageError
+from requant.execute import BASE_MEMORY_BYTES, MLX_LM_MEMORY_BYTES, make_budget
 from requant.formats.base import Rows, SourceLayer
 from requant.relayout import _global_scales
 from tests.mlx_lm.checks import as_bytes, class_checkpoint, write_folder
@@ -255,3 +256,22 @@ def test_global_scales_of_stacked_and_split_matrices(tmp_path: Path) -> None:
     assert read((2, 4, 16), Rows(two, 0, 8)) == [5, 6]
     assert read((2, 16), Rows(two, 5, 2)) == [6]
     assert read((4, 16), Rows(two, 2, 4)) is None
+
+
+def test_the_memory_of_computed_tensors_is_in_the_budget(tmp_path: Path) -> None:
+    """A fused stack is transposed whole: its values and those of the result are held at once."""
+    text = small_config("qwen3_vl_moe")["text_config"] | {"num_experts": 512}
+    published(tmp_path / "m", "qwen3_vl_moe", {"model_type": "qwen3_vl_moe", "text_config": text})
+    made = plan(tmp_path / "m", bits=4, group_size=32, layout="mlx-lm")
+    kept = plan(tmp_path / "m", bits=4, group_size=32, layout="keep")
+
+    stack = 2 * 512 * 64 * 128  # bytes of one projection of all experts; two are stored fused
+    beside = make_budget(made, 1).peak_bytes - make_budget(kept, 1).peak_bytes
+    assert beside == MLX_LM_MEMORY_BYTES + min(2 * (2 * 3 + 2) * stack, 64 << 20)
+    more = make_budget(made, 3).beside_bytes - make_budget(made, 1).beside_bytes
+    assert more == 2 * stack
+
+    least = make_budget(made, 1, 10**9).beside_bytes + BASE_MEMORY_BYTES
+    with pytest.raises(OutOfRangeError, match="largest tensor that mlx-lm computes"):
+        make_budget(made, 1, least)
+    assert make_budget(made, 8, least + stack + (1 << 20)).threads == 2

@@ -347,7 +347,7 @@ def test_weights_repacked_after_the_rule():
 
 def test_compute_asks_for_its_inputs_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """With batches of one, each tensor loads what ``inputs`` says; asked twice, it is the same."""
-    monkeypatch.setattr("requant.mlx_lm_layout.layout._BATCH_BYTES", 0)
+    monkeypatch.setattr("requant.mlx_lm_layout.layout.BATCH_BYTES", 0)
     form, _ = FORMS["qwen3_next"]
     write_folder(
         tmp_path / "m", small_config("qwen3_next"), form(make(tmp_path / "m", "qwen3_next"))

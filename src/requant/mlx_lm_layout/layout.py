@@ -32,7 +32,7 @@ __all__ = [
 
 # Small computed tensors share a run of the rule; inputs and results of one run stay below
 # this, unless a single tensor is larger.
-_BATCH_BYTES = 64 << 20
+BATCH_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +220,7 @@ class _Computer:
         held = 0
         for name, output in self._outputs.items():
             size = output.info.nbytes + sum(self._tensors[x].nbytes for x in output.inputs)
-            if batches[-1] and held + size > _BATCH_BYTES:
+            if batches[-1] and held + size > BATCH_BYTES:
                 batches.append([])
                 held = 0
             batches[-1].append(name)
@@ -250,4 +250,5 @@ class _Computer:
             results = {name: mx.contiguous(made[name]) for name in names}
             del weights, made
             mx.eval(list(results.values()))
+        mx.clear_cache()  # else MLX keeps what the next tensor needs in another size
         return results
