@@ -43,6 +43,11 @@ with open(output, "wb", buffering=0) as file:
 """
 
 
+def floor(source: Path, output: Path, nbytes: int) -> list[str]:
+    """A command that reads every weight file of ``source`` and writes ``nbytes``."""
+    return [sys.executable, "-c", _FLOOR, str(source), str(output), str(nbytes)]
+
+
 @dataclass(frozen=True)
 class Run:
     """One finished process."""
@@ -161,9 +166,7 @@ def main() -> None:
             contenders[f"requant {mode}"] = lambda out, mode=mode: requant(
                 source, out, "--mode", mode
             )
-        contenders["floor"] = lambda out: [
-            sys.executable, "-c", _FLOOR, str(source), str(out), str(nbytes),
-        ]  # fmt: skip
+        contenders["floor"] = lambda out: floor(source, out, nbytes)
         if not args.skip_mlx_lm and not args.modes:
             contenders["mlx_lm.convert"] = lambda out: [
                 sys.executable, "-m", "mlx_lm", "convert", "--hf-path", str(source),

@@ -306,3 +306,12 @@ def test_zeros_of_version_1_by_others_wrap_in_their_field() -> None:
     block = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False}
     _, _, biases, _ = converted(tensors, block)
     assert (-biases[:, 0]).tolist() == [8, 8, 0, 8, 8, 8, 8, 8]
+
+
+def test_groups_counted_from_the_end() -> None:
+    """GPTQModel reads a negative group as one from the end: -1 is the last."""
+    codes, zeros, scales = layer(32, 64, 2, 4, 5)
+    tensors = packers.gptq(codes, zeros, scales, 4)
+    tensors["g_idx"] = np.repeat(np.array([0, -1], np.int32), 32)
+    block = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False}
+    check(tensors, block | {"checkpoint_format": "gptq_v2"}, codes, zeros, scales, 32)

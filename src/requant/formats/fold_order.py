@@ -12,8 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import prod
 
-import numpy as np
-
 from requant.checkpoint import Checkpoint
 from requant.formats.base import Fold, RowOrder, SourceLayer
 from requant.formats.gptq_packings import Gptq, group_order
@@ -39,7 +37,7 @@ def find_folds(checkpoint: Checkpoint, layers: Sequence[SourceLayer]) -> list[Fo
         producers, moved = _producers(layer, by_path), packing.in_order()
         if not producers or moved.encoding is None:
             continue
-        order = group_order(checkpoint.peek(f"{layer.path}.g_idx").astype(np.int64))
+        order = group_order(checkpoint.peek(f"{layer.path}.g_idx"), packing.groups)
         consumer = replace(
             layer,
             packing=moved,

@@ -102,13 +102,19 @@ class Gptq(IntegerPacking):
             out[:] = np.ascontiguousarray(parts["qweight"].T).view(np.uint32)
 
     def codes(self, parts: Parts, start: int, stop: int, scratch: Scratch) -> np.ndarray:
-        """Codes ``(rows, columns)``; in the order of the groups where ``sorted``."""
-        words = np.ascontiguousarray(parts["qweight"].T)
-        unpack = plane_codes if self.planar else stream_codes
-        codes = unpack(words, self.bits, self.columns)
-        if self.sorted:
-            codes = np.take(codes, group_order(parts["g_idx"]), axis=1)
-        return codes
+        """Codes ``(rows, columns)``; in act-order in the order of the groups."""
+        qweight = parts["qweight"]
+        if qweight.itemsize == 4:
+            words = scratch.take("words", "U32", stop - start, 4 * qweight.shape[0])
+            repack.transpose_into(qweight.view(np.uint32), words)
+        else:
+            words = np.ascontiguousarray(qweight.T)
+        codes = (plane_codes if self.planar else stream_codes)(words, self.bits, self.columns)
+        return (
+            np.take(codes, group_order(parts["g_idx"], self.groups), axis=1)
+            if self.act_order
+            else codes
+        )
 
     def scales(self, parts: Parts, start: int, stop: int) -> np.ndarray:
         """Stored as ``[groups, out]``."""
@@ -125,22 +131,12 @@ class Gptq(IntegerPacking):
 
     def dense(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
         """``(code - zero) * scale`` in float32, rounded once."""
-        if not self.act_order:
+        if not self.act_order or self.sorted:
             super().dense(parts, start, stop, out, scratch)
             return
-        codes = stream_or_planes(parts["qweight"], self).astype(np.float32)
-        of = parts["g_idx"].reshape(-1).astype(np.int64) % self.groups
-        scales = self.scales(parts, start, stop).astype(np.float32)
-        zeros = np.broadcast_to(self.zeros(parts, start, stop), scales.shape)
-        order = group_order(parts["g_idx"]) if self.sorted else slice(None)
-        out[:] = ((codes - zeros[:, of]) * scales[:, of])[:, order]
-
-
-def stream_or_planes(qweight: np.ndarray, packing: Gptq) -> np.ndarray:
-    """Codes ``(rows, columns)`` in the order of the inputs."""
-    words = np.ascontiguousarray(qweight.T)
-    unpack = plane_codes if packing.planar else stream_codes
-    return unpack(words, packing.bits, packing.columns)
+        in_order = np.empty_like(out)
+        super().dense(parts, start, stop, in_order, scratch)
+        out[:, group_order(parts["g_idx"], self.groups)] = in_order
 
 
 def stored_zeros(qzeros: np.ndarray, bits: int, count: int, packing: Gptq) -> np.ndarray:
@@ -154,9 +150,12 @@ def stored_zeros(qzeros: np.ndarray, bits: int, count: int, packing: Gptq) -> np
     return fields
 
 
-def group_order(g_idx: np.ndarray) -> np.ndarray:
-    """The inputs sorted by group, those of one group in their own order."""
-    return np.argsort(g_idx.reshape(-1), kind="stable")
+def group_order(g_idx: np.ndarray, groups: int) -> np.ndarray:
+    """The inputs sorted by group, those of one group in their own order.
+
+    A negative group counts from the end, as GPTQModel reads it.
+    """
+    return np.argsort(g_idx.reshape(-1).astype(np.int64) % groups, kind="stable")
 
 
 def plane_codes(words: np.ndarray, bits: int, count: int) -> np.ndarray:
@@ -177,4 +176,4 @@ def plane_codes(words: np.ndarray, bits: int, count: int) -> np.ndarray:
         fields = native.unpack_words(plane.reshape(rows, -1), width).reshape(codes.shape)
         codes |= fields << np.uint8(low)
         first, low = first + width, low + width
-    return codes.reshape(rows, -1)[:, :count]
+    return np.ascontiguousarray(codes.reshape(rows, -1)[:, :count])

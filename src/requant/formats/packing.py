@@ -259,4 +259,4 @@ def stream_codes(words: np.ndarray, bits: int, count: int) -> np.ndarray:
         padded = np.zeros((rows, nbytes), np.uint8)
         padded[:, : stream.shape[1]] = stream
         stream = padded
-    return native.unpack_words(stream.view(np.uint32), bits)[:, :count]
+    return np.ascontiguousarray(native.unpack_words(stream.view(np.uint32), bits)[:, :count])
