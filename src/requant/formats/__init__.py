@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from requant.checkpoint import Checkpoint
 from requant.formats.base import Format, SourceLayer, SourceLayout
+from requant.formats.compressed_tensors import CompressedTensors
 from requant.formats.dense import Dense
 from requant.formats.fp8 import Fp8
 from requant.formats.mlx import Mlx
@@ -15,6 +16,7 @@ __all__ = ["FORMATS", "Format", "SourceLayer", "SourceLayout", "detect"]
 FORMATS: tuple[Format, ...] = (
     Mlx(),
     *map(QweightFormat, ("awq", "gptq", "auto-round")),
+    CompressedTensors(),
     Fp8(),
     Mxfp4(),
     Dense(),

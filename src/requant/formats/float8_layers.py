@@ -71,7 +71,7 @@ def float8_layer(
     """
     shape = weight.info.shape
     rows, columns = prod(shape[:-1]), shape[-1]
-    matrix = rows if tile[0] == rows else shape[-2]
+    matrix = rows if scale.info.size == 1 else shape[-2]
     width = scale.info.shape[-1] if scale.info.shape else 1
     if tile == (1, 32) and scale.info.dtype in EXPONENTS and columns % 32 == 0:
         blocks = MxBlocks(rows, columns, matrix, 8, columns)

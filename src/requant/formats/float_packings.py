@@ -311,8 +311,9 @@ class NvBlocks(Packing):
 
 def apply_tensor_scale(scales: np.ndarray, factor: np.ndarray, divides: bool) -> np.ndarray:
     """Group scales (float32) times a tensor scale, or divided by it; rounded once."""
+    factor = factor.astype(np.float32)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        product = scales / np.float32(factor) if divides else scales * np.float32(factor)
+        product = scales / factor if divides else scales * factor
     return np.asarray(product, np.float32)
 
 

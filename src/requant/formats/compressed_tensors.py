@@ -1,0 +1,406 @@
+"""compressed-tensors folders (llm-compressor, Kimi): integer, FP8, FP4 and FP6 layers.
+
+The tensors of a layer tell its format; the config says what no shape can (the width of padded
+codes, the group of a ragged row), and where the two contradict each other the layer is refused.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Final
+
+import numpy as np
+
+from requant.checkpoint import Checkpoint, SourceTensor
+from requant.dtypes import FLOATS
+from requant.formats.base import SourceLayer, SourceLayout, fallback_for, scale_dtype
+from requant.formats.ct_config import CtConfig, Scheme
+from requant.formats.ct_packings import CtActOrder, CtPacked, CtPlain, Zeros, packed_words
+from requant.formats.declared import declared
+from requant.formats.float8_layers import EXPONENTS, FLOAT8, SCALES, float8_layer, tile_of
+from requant.formats.float_packings import MxBlocks, Mxfp6Blocks
+from requant.formats.nvfp4_layers import nvfp4_layer
+from requant.formats.sorting import Sorter
+
+_ROLES: Final = (
+    "weight_packed",
+    "weight",
+    "weight_scale",
+    "weight_zero_point",
+    "weight_shape",
+    "weight_g_idx",
+    "weight_global_scale",
+)
+_SPARSE: Final = {
+    "scale_packed": "marlin-24 (2:4-sparse codes in the tiles of a GPU kernel)",
+    "meta": "marlin-24 (2:4-sparse codes in the tiles of a GPU kernel)",
+    "compressed": "sparse-bitmask (values without their zeros)",
+    "bitmask": "sparse-bitmask (values without their zeros)",
+}
+_WORDS = ("I32", "U32")
+_BYTES = ("U8", "F8_E4M3")
+_Parts = dict[str, SourceTensor]
+
+
+class CompressedTensors:
+    """A folder with ``quant_method: compressed-tensors``, or with packed weights of its kind."""
+
+    name = "compressed-tensors"
+
+    def claims(self, checkpoint: Checkpoint) -> str | None:
+        """The config names it, or the old key of its block does; else ``weight_packed`` tells."""
+        found = declared(checkpoint)
+        if found is not None:
+            by_key = found.where.endswith("compression_config")
+            known = found.method in ("compressed-tensors", "compressed_tensors")
+            if not found.method and "config_groups" in found.block:
+                known = "quant_algo" not in found.block and "quantization" not in found.block
+            return f"{found.where}: compressed-tensors" if known or by_key else None
+        return next((n for n in checkpoint.tensors if n.endswith(".weight_packed")), None)
+
+    def read(self, checkpoint: Checkpoint) -> SourceLayout:
+        """Find every layer, hold its tensors against each other and against the config."""
+        return _Reader(checkpoint).read()
+
+
+class _Reader:
+    """Reads one checkpoint and collects what is wrong with it."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint, self.sorter = checkpoint, Sorter(checkpoint)
+        self.config = CtConfig(declared(checkpoint), self.sorter.problems)
+
+    def read(self) -> SourceLayout:
+        sorter = self.sorter
+        for path, parts in self._parts().items():
+            before = len(sorter.problems)
+            layer = self._layer(path, parts)
+            if layer is None or len(sorter.problems) > before:
+                sorter.claim([part.name for part in parts.values()], path)
+                continue
+            entry = self.config.ignored(path)
+            if entry is not None:
+                where = f"{self.config.where}.ignore"
+                message = f"is named dense by {where} ({entry!r}), but is stored as {layer.stored}"
+                sorter.problem(path, message)
+            unused = [part for part in parts.values() if part not in layer.parts.values()]
+            sorter.add(layer, unused)
+        sorter.drop_runtime_scales()
+        self._check_loose()
+        if not sorter.quantized and not sorter.problems:
+            sorter.problem(
+                self.config.where,
+                "says compressed-tensors, but no layer has a weight_packed or a weight_scale: if "
+                "the weights are dense, remove the block",
+            )
+        return sorter.layout()
+
+    def _parts(self) -> dict[str, _Parts]:
+        """Layer path -> role -> tensor, for each layer with codes or a scale."""
+        found: dict[str, _Parts] = {}
+        for name, tensor in self.sorter.tensors.items():
+            path, _, role = name.rpartition(".")
+            if role in _ROLES:
+                found.setdefault(path, {})[role] = tensor
+        return {path: parts for path, parts in found.items() if parts.keys() != {"weight"}}
+
+    def _check_loose(self) -> None:
+        """What belongs to no layer must make sense alone."""
+        sorter = self.sorter
+        for tensor in sorter.left:
+            path, _, role = tensor.name.rpartition(".")
+            if role in _SPARSE:
+                sorter.problem(tensor.name, f"is a part of {_SPARSE[role]}, which is not read")
+            elif tensor.info.dtype.startswith("F8_") and role == "weight":
+                sorter.problem(tensor.name, f"{tensor.info} has no {path}.weight_scale")
+        dense = {tensor.name for tensor in sorter.left}
+        for path, scheme in self.config.named():
+            if f"{path}.weight" in dense and self.config.ignored(path) is None and scheme.bits:
+                message = f"is quantized by {scheme.where}, but its weight_scale is missing"
+                sorter.problem(path, message)
+
+    # -- one layer -----------------------------------------------------------------------
+
+    def _layer(self, path: str, parts: _Parts) -> SourceLayer | None:
+        """One layer by what its tensors say, or None with its problems reported."""
+        codes = parts.get("weight_packed", parts.get("weight"))
+        scale = parts.get("weight_scale")
+        if codes is None:
+            names = ", ".join(part.name for part in parts.values())
+            self._report(path, f"has {names}, but neither weight_packed nor weight")
+            return None
+        if scale is None:
+            others = ", ".join(sorted(parts.keys() - {"weight", "weight_packed"}))
+            beside = f" (it has {others})" if others else ""
+            self._report(path, f"{codes.name} has no weight_scale beside it{beside}")
+            return None
+        if len(codes.info.shape) < 2 or 0 in codes.info.shape:
+            self._report(codes.name, f"{codes.info}, expected a matrix or a stack of them")
+            return None
+        if "weight_packed" in parts and "weight" in parts:
+            self._report(path, "has both weight_packed and weight; remove the one that is stale")
+            return None
+        scheme = self.config.of(path)
+        if codes.name.endswith("weight_packed"):
+            if codes.info.dtype in _WORDS:
+                return self._packed(path, parts, scheme)
+            return self._small_floats(path, parts)
+        if codes.info.dtype == "I8":
+            return self._plain(path, parts, scheme)
+        if codes.info.dtype in FLOAT8:
+            return self._float8(path, codes, scale, scheme)
+        status = self.config.found.word("quantization_status") if self.config.found else ""
+        why = f" (quantization_status is {status!r})" if status not in ("", "compressed") else ""
+        message = f"{codes.info} beside a weight_scale, expected I8 or F8_E4M3 codes{why}"
+        self._report(codes.name, message)
+        return None
+
+    def _report(self, where: str, message: str) -> None:
+        self.sorter.problem(where, message)
+
+    # -- integers ------------------------------------------------------------------------
+
+    def _packed(self, path: str, parts: _Parts, scheme: Scheme) -> SourceLayer | None:
+        packed = parts["weight_packed"]
+        *leading, n_out, words = packed.info.shape
+        n_in = self._columns(path, parts, scheme)
+        if n_in is None:
+            return None
+        widths = [
+            (bits, padded)
+            for padded in (False, True)
+            for bits in ((scheme.bits,) if scheme.bits else range(1, 9))
+            if bits is not None and 1 <= bits <= 8 and packed_words(n_in, bits, padded) == words
+        ]
+        if not widths:
+            width = f"{scheme.bits} bits" if scheme.bits else "any width"
+            expected = f", expected {packed_words(n_in, scheme.bits, False)}" if scheme.bits else ""
+            self._report(
+                packed.name,
+                f"{packed.info}: {words} words do not hold {n_in} inputs of {width}{expected}",
+            )
+            return None
+        bits, padded = widths[0]
+        rows = prod(leading) * n_out
+        group = self._group(path, parts, (*leading, n_out, n_in), scheme)
+        zeros = self._zeros(path, parts, bits, padded, scheme)
+        if group is None or zeros is None:
+            return None
+        arguments = (
+            rows,
+            n_in,
+            bits,
+            group,
+            zeros is Zeros.MIDDLE,
+            parts["weight_scale"].info.dtype,
+            n_out,
+            parts["weight_scale"].info.size == 1,
+            zeros,
+            padded,
+        )
+        act_order = self._act_order(path, parts, n_in, group)
+        if act_order is None:
+            return None
+        packing = CtActOrder(*arguments) if act_order else CtPacked(*arguments)
+        return self._integer_layer(path, parts, (*leading, n_out, n_in), packing, "pack")
+
+    def _plain(self, path: str, parts: _Parts, scheme: Scheme) -> SourceLayer | None:
+        shape = parts["weight"].info.shape
+        bits = scheme.bits or 8
+        if not 1 <= bits <= 8:
+            self._report(f"{scheme.where}.num_bits", f"is {bits}, but {path}.weight holds int8")
+            return None
+        group = self._group(path, parts, shape, scheme)
+        zeros = self._zeros(path, parts, bits, False, scheme)
+        if group is None or zeros is None:
+            return None
+        packing = CtPlain(
+            prod(shape[:-1]),
+            shape[-1],
+            bits,
+            group,
+            zeros is Zeros.MIDDLE,
+            parts["weight_scale"].info.dtype,
+            shape[-2],
+            parts["weight_scale"].info.size == 1,
+            zeros,
+        )
+        return self._integer_layer(path, parts, shape, packing, "int")
+
+    def _integer_layer(
+        self,
+        path: str,
+        parts: _Parts,
+        shape: tuple[int, ...],
+        packing: CtPacked | CtPlain,
+        kind: str,
+    ) -> SourceLayer:
+        roles = packing.cuts(0, min(packing.matrix, 32))
+        act_order = isinstance(packing, CtActOrder)
+        group = f"g{packing.group}" if packing.groups > 1 else "a scale a row"
+        if packing.one_scale:
+            group = "a scale a tensor"
+        reason = ""
+        if act_order:
+            reason = "act-order: its inputs take their scales from any group"
+        elif packing.encoding is None:
+            reason = f"no group of MLX's fits groups of {packing.group} in {packing.columns} inputs"
+        stored = f"compressed-tensors {kind} {packing.bits}-bit {group}"
+        return SourceLayer(
+            path,
+            {role: parts[role] for role in roles},
+            packing.encoding,
+            shape,
+            scale_dtype(packing.scale_dtype, self.sorter.dtype),
+            packing,
+            stored + (" act-order" if act_order else ""),
+            None if packing.encoding else fallback_for(packing.columns),
+            reason,
+            act_order=act_order,
+        )
+
+    def _columns(self, path: str, parts: _Parts, scheme: Scheme) -> int | None:
+        """Inputs: what weight_shape says, else what the words hold."""
+        packed, shape = parts["weight_packed"], parts.get("weight_shape")
+        n_out, words = packed.info.shape[-2:]
+        if shape is None:
+            bits = scheme.bits
+            if bits is None or words * 32 % bits:
+                self._report(path, "has no weight_shape, and the config does not tell its inputs")
+                return None
+            return words * 32 // bits
+        if not shape.info.dtype.startswith(("I", "U")) or shape.info.size < 2:
+            self._report(shape.name, f"{shape.info}, expected two whole numbers: outputs, inputs")
+            return None
+        *_, rows, columns = self.checkpoint.peek(shape.name).reshape(-1).tolist()
+        if rows != n_out or columns < 1:
+            message = f"says [{rows}, {columns}], but {packed.name} is {packed.info}"
+            self._report(shape.name, message)
+            return None
+        return int(columns)
+
+    def _group(
+        self, path: str, parts: _Parts, shape: tuple[int, ...], scheme: Scheme
+    ) -> int | None:
+        """Inputs that share a scale, by the scale's shape and the config."""
+        scale = parts["weight_scale"]
+        *leading, n_out, n_in = shape
+        if scale.info.dtype not in FLOATS:
+            self._report(scale.name, f"{scale.info}, expected floats")
+            return None
+        if scale.info.size == 1:
+            return n_in
+        groups = scale.info.shape[-1] if len(scale.info.shape) == len(shape) else 0
+        declared_group = scheme.group_size
+        fits = groups > 0 and scale.info.shape == (*leading, n_out, groups)
+        if fits and declared_group is not None:
+            fits = groups == -(-n_in // declared_group)
+        elif fits:
+            fits = n_in % groups == 0
+        if fits:
+            return declared_group or n_in // groups
+        expected = -(-n_in // declared_group) if declared_group else 1
+        where = f" ({scheme.where}: group_size {declared_group})" if declared_group else ""
+        wanted = [*leading, n_out, expected]
+        self._report(scale.name, f"{scale.info}, expected {wanted} for {list(shape)}{where}")
+        return None
+
+    def _zeros(
+        self, path: str, parts: _Parts, bits: int, padded: bool, scheme: Scheme
+    ) -> Zeros | None:
+        """Where the zeros are; None with a problem."""
+        points, scale = parts.get("weight_zero_point"), parts["weight_scale"].info
+        if points is None:
+            if scheme.symmetric is False:
+                message = f"has no weight_zero_point, but {scheme.where} is not symmetric"
+                self._report(path, message)
+                return None
+            return Zeros.MIDDLE
+        if points.info.dtype == "I8" and points.info.shape == scale.shape:
+            return Zeros.SIGNED
+        expected = f"I8 {list(scale.shape)}"
+        if "weight_packed" in parts and scale.size > 1:
+            *leading, n_out, groups = scale.shape
+            shape = (*leading, packed_words(n_out, bits, padded), groups)
+            if points.info.dtype in _WORDS and points.info.shape == shape:
+                return Zeros.PACKED
+            expected = f"I32 {list(shape)} or {expected}"
+        self._report(points.name, f"{points.info}, expected {expected} for {bits} bits")
+        return None
+
+    def _act_order(self, path: str, parts: _Parts, n_in: int, group: int) -> bool | None:
+        """Whether the groups of inputs are shuffled; None with a problem."""
+        index = parts.get("weight_g_idx")
+        if index is None:
+            return False
+        if index.info.dtype != "I32" or index.info.shape != (n_in,):
+            self._report(index.name, f"{index.info}, expected I32 [{n_in}]")
+            return None
+        of = self.checkpoint.peek(index.name)
+        if (of == -1).any():  # never set: compressed-tensors ignores it too
+            return False
+        groups = -(-n_in // group)
+        if of.min() < 0 or of.max() >= groups:
+            message = f"names groups {of.min()} to {of.max()}, but there are {groups}"
+            self._report(index.name, message)
+            return None
+        return not np.array_equal(of, np.arange(n_in) // group)
+
+    # -- floats --------------------------------------------------------------------------
+
+    def _float8(
+        self, path: str, weight: SourceTensor, scale: SourceTensor, scheme: Scheme
+    ) -> SourceLayer | None:
+        if scale.info.dtype not in SCALES:
+            expected = ", ".join(SCALES)
+            self._report(scale.name, f"{scale.info}, expected a scale of dtype {expected}")
+            return None
+        shape = weight.info.shape
+        tile = tile_of(shape, scale.info.shape, scheme.block)
+        if tile is None:
+            high, wide = scheme.block or (128, 128)
+            grid = [*shape[:-2], -(-shape[-2] // high), -(-shape[-1] // wide)]
+            message = f"{scale.info} fits no tiling of {weight.name} {list(shape)}; expected "
+            self._report(scale.name, f"{message}{grid} for {high}x{wide} blocks")
+            return None
+        dtype = scale_dtype(scale.info.dtype, self.sorter.dtype)
+        return float8_layer(self.checkpoint, path, weight, scale, tile, dtype)
+
+    def _small_floats(self, path: str, parts: _Parts) -> SourceLayer | None:
+        """FP4 and FP6 in bytes: the ratio of bytes to scales tells which."""
+        packed, scale = parts["weight_packed"], parts["weight_scale"]
+        *leading, n_out, nbytes = packed.info.shape
+        same_rows = scale.info.shape[:-1] == (*leading, n_out) and packed.info.dtype == "U8"
+        groups = scale.info.shape[-1] if same_rows else 0
+        rows = prod(leading) * n_out
+        if "weight_global_scale" in parts:
+            if scale.info.dtype in _BYTES and groups * 8 == nbytes and groups:
+                return nvfp4_layer(
+                    self.checkpoint,
+                    self.sorter,
+                    path,
+                    packed,
+                    scale,
+                    parts["weight_global_scale"],
+                    divides=True,
+                )
+        elif scale.info.dtype in EXPONENTS and groups:
+            names = {"weight": packed, "scale": scale}
+            dtype = self.sorter.dtype
+            shape = (*leading, n_out, groups * 32)
+            if groups * 16 == nbytes:
+                four = MxBlocks(rows, groups * 32, n_out, 4, nbytes)
+                return SourceLayer(path, names, four.encoding, shape, dtype, four, "mxfp4")
+            if groups * 24 == nbytes:
+                six = Mxfp6Blocks(rows, groups * 32, n_out)
+                return SourceLayer(path, names, six.encoding, shape, dtype, six, "mxfp6 e2m3")
+        elif scale.info.dtype == "F8_E4M3":
+            message = "has E4M3 scales of NVFP4, but no weight_global_scale that divides them"
+            self._report(path, message)
+            return None
+        self._report(
+            packed.name,
+            f"{packed.info} with a weight_scale {scale.info} is neither nvfp4 (16 inputs a scale, "
+            "E4M3, weight_global_scale) nor mxfp4 or mxfp6 (32 inputs a scale, U8)",
+        )
+        return None

@@ -1,0 +1,224 @@
+"""compressed-tensors' ``quantization_config``: which scheme a layer has, by name or pattern.
+
+Names resolve as its own loader resolves them: a target that begins ``re:`` is a regular
+expression anchored at the start of the layer path and open at its end, any other is the exact
+path or the name of a class. A path beats a pattern, a pattern beats a class; of two patterns
+the one that sorts first wins, and of one target in two groups the last group.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from requant.errors import Problem
+from requant.formats.declared import Declared
+
+FORMATS = (
+    "dense",
+    "int-quantized",
+    "float-quantized",
+    "naive-quantized",
+    "pack-quantized",
+    "nvfp4-pack-quantized",
+    "mxfp4-pack-quantized",
+    "mxfp6-pack-quantized",
+    "mxfp8-quantized",
+    "mixed-precision",
+)
+_REFUSED = {
+    "marlin-24": "2:4-sparse codes in the tiles of a GPU kernel, which its own library cannot "
+    "decompress either",
+    "sparse-24-bitmask": "values without their zeros; decompress it with compressed-tensors",
+    "sparse-bitmask": "values without their zeros; decompress it with compressed-tensors",
+}
+_OFFLINE = ("weight_input", "weight_output")
+_PRESET = re.compile(r"W(?P<int>\d)A(?:\d+|FP8)(?P<asym>_ASYM)?|(?:MX|NV)?FP(?P<float>\d)\w*")
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """What the config says of the weights of a group of layers.
+
+    Attributes:
+        bits: ``num_bits``; None where it is not said.
+        kind: "int" or "float"; "" where it is not said.
+        symmetric: Whether there are no zero points; None where it is not said.
+        group_size: Inputs with one scale; None for a row, a tensor or blocks.
+        block: Rows and columns with one scale.
+        where: The key that says so.
+    """
+
+    bits: int | None = None
+    kind: str = ""
+    symmetric: bool | None = None
+    group_size: int | None = None
+    block: tuple[int, int] | None = None
+    where: str = ""
+
+
+class CtConfig:
+    """The block, checked when made."""
+
+    def __init__(self, found: Declared | None, problems: list[Problem]) -> None:
+        self.found, self.problems = found, problems
+        self.where = "" if found is None else found.where
+        self._schemes: dict[str, Scheme] = {}  # target -> scheme
+        self._patterns: list[tuple[re.Pattern[str], Scheme]] = []
+        self._ignored: list[tuple[str, re.Pattern[str] | None]] = []
+        if found is not None:
+            self._check_formats(found)
+            self._check_transforms(found)
+            self._read_groups(found)
+            self._read_ignored(found)
+
+    def of(self, path: str) -> Scheme:
+        """The scheme of a layer; an empty one where the config does not reach it."""
+        if path in self._schemes:
+            return self._schemes[path]
+        for pattern, scheme in self._patterns:
+            if pattern.match(path):
+                return scheme
+        # A class name: the checkpoint does not say which layer is of which class.
+        embedding = "embed" in path.rpartition(".")[2]
+        by_class = {t: s for t, s in self._schemes.items() if not t.startswith("re:")}
+        for target, scheme in by_class.items():
+            if ("embed" in target.lower()) == embedding and "." not in target:
+                return scheme
+        return Scheme()
+
+    def ignored(self, path: str) -> str | None:
+        """The entry of ``ignore`` that names a layer."""
+        for entry, pattern in self._ignored:
+            if entry == path or (pattern is not None and pattern.match(path)):
+                return entry
+        return None
+
+    def named(self) -> Iterable[tuple[str, Scheme]]:
+        """Targets that are the path of one layer."""
+        return ((t, s) for t, s in self._schemes.items() if "." in t and not t.startswith("re:"))
+
+    # -- reading -------------------------------------------------------------------------
+
+    def _report(self, key: str, message: str) -> None:
+        self.problems.append(Problem(f"{self.where}.{key}", message))
+
+    def _check_formats(self, found: Declared) -> None:
+        sparsity = found.get("sparsity_config")
+        named = [("format", found.block.get("format"))]
+        if isinstance(sparsity, Mapping):
+            named.append(("sparsity_config.format", sparsity.get("format")))
+        groups = found.get("config_groups")
+        for name, group in groups.items() if isinstance(groups, Mapping) else ():
+            if isinstance(group, Mapping):
+                named.append((f"config_groups.{name}.format", group.get("format")))
+        for key, value in named:
+            if value is None or value in FORMATS:
+                continue
+            if value in _REFUSED:
+                self._report(key, f"is {value!r}: {_REFUSED[value]}")
+            else:
+                self._report(key, f"is {value!r}; known are {', '.join(FORMATS)}")
+
+    def _check_transforms(self, found: Declared) -> None:
+        transforms = found.get("transform_config")
+        groups = transforms.get("config_groups") if isinstance(transforms, Mapping) else None
+        for name, group in groups.items() if isinstance(groups, Mapping) else ():
+            applied = group.get("apply") if isinstance(group, Mapping) else None
+            for use in applied if isinstance(applied, list) else ():
+                place = use.get("location") if isinstance(use, Mapping) else None
+                if place not in _OFFLINE:
+                    self._report(
+                        f"transform_config.config_groups.{name}",
+                        f"rotates at location {place!r} while the model runs: the weights alone "
+                        "are not the model",
+                    )
+
+    def _read_groups(self, found: Declared) -> None:
+        groups = found.get("config_groups")
+        if groups is None:
+            return
+        if not isinstance(groups, Mapping):
+            self._report("config_groups", f"is {groups!r}, expected an object")
+            return
+        for name, group in groups.items():
+            where = f"{self.where}.config_groups.{name}"
+            if isinstance(group, list):  # a preset and its targets
+                scheme, targets = self._preset(name, where), group
+            elif isinstance(group, Mapping):
+                scheme, targets = self._scheme(group, where), group.get("targets") or []
+            else:
+                self.problems.append(Problem(where, f"is {group!r}, expected an object"))
+                continue
+            for target in targets:
+                if not isinstance(target, str):
+                    message = f"holds {target!r}, expected names"
+                    self.problems.append(Problem(f"{where}.targets", message))
+                    continue
+                self._schemes.pop(target, None)
+                self._schemes[target] = scheme
+        for target in sorted(t for t in self._schemes if t.startswith("re:")):
+            pattern = self._compiled(target, self._schemes[target].where)
+            if pattern is not None:
+                self._patterns.append((pattern, self._schemes[target]))
+
+    def _scheme(self, group: Mapping[str, Any], where: str) -> Scheme:
+        weights = group.get("weights")
+        if not isinstance(weights, Mapping):
+            return Scheme(where=where)
+        where = f"{where}.weights"
+        fields = Declared(where, weights)
+        symmetric = None
+        if weights.get("symmetric") is not None:
+            symmetric = fields.boolean("symmetric", self.problems, True)
+        group_size = fields.integer("group_size", self.problems)
+        if weights.get("strategy") in ("tensor", "channel", "block"):
+            group_size = None
+        return Scheme(
+            fields.integer("bits", self.problems),
+            fields.word("type"),
+            symmetric,
+            group_size if group_size and group_size > 0 else None,
+            self._block(weights.get("block_structure"), where),
+            where,
+        )
+
+    def _block(self, value: Any, where: str) -> tuple[int, int] | None:
+        """``[rows, columns]``, in old files "rowsxcolumns"."""
+        if value is None:
+            return None
+        sides = value.lower().split("x") if isinstance(value, str) else value
+        try:
+            high, wide = (int(side) for side in sides)
+        except (TypeError, ValueError):
+            high = wide = 0
+        if high > 0 and wide > 0:
+            return high, wide
+        key = f"{where}.block_structure"
+        self.problems.append(Problem(key, f"is {value!r}, expected [rows, columns]"))
+        return None
+
+    def _preset(self, name: str, where: str) -> Scheme:
+        match = _PRESET.fullmatch(name.upper())
+        if match is None:
+            self.problems.append(Problem(where, f"is no preset of compressed-tensors: {name!r}"))
+            return Scheme()
+        bits, kind = (int(match["int"]), "int") if match["int"] else (int(match["float"]), "float")
+        return Scheme(bits, kind, not match["asym"], where=where)
+
+    def _read_ignored(self, found: Declared) -> None:
+        for entry in found.names("ignore", self.problems):
+            pattern = None
+            if entry.startswith("re:"):
+                pattern = self._compiled(entry, f"{self.where}.ignore")
+            self._ignored.append((entry, pattern))
+
+    def _compiled(self, entry: str, where: str) -> re.Pattern[str] | None:
+        try:
+            return re.compile(entry.removeprefix("re:"))
+        except re.error as error:
+            message = f"{entry!r} is no regular expression: {error}"
+            self.problems.append(Problem(where, message))
+            return None
