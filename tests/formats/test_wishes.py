@@ -1,0 +1,62 @@
+"""Wishes on a quantized source: decode and encode in one pass is the same as in two."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import requant
+from tests.formats.harness import fixture, read_folder
+
+SOURCES = ["awq-gemm-g64-skip", "gptq-b4-g32-actorder-asym-v2", "auto-round-native-w2g32-asym"]
+
+
+@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize(
+    "wishes",
+    [{"bits": 4, "group_size": 32}, {"bits": 8, "group_size": 64}, {"mode": "mxfp4"}],
+    ids=["4:32", "8:64", "mxfp4"],
+)
+def test_one_pass_is_two_passes(name: str, wishes: dict[str, Any], tmp_path: Path) -> None:
+    """The values in between are those that --dequantize writes, in the dtype of the source."""
+    source = fixture(name) / "checkpoint"
+    layers = requant.plan(source, layout="keep").layers
+    quantized = [x.layer for x in layers if x.treatment != "dense"]
+    report = requant.convert(source, tmp_path / "one", layout="keep", **wishes)
+    by_layer = {x.layer: x for x in report.plan.layers}
+    requant.convert(source, tmp_path / "dense", layout="keep", dequantize=True)
+    only = [f"^{path}$".replace(".", r"\.") for path in quantized]
+    requant.convert(tmp_path / "dense", tmp_path / "two", layout="keep", only=only, **wishes)
+    one, two = (_tensors(tmp_path / folder) for folder in ("one", "two"))
+    again = [path for path in quantized if by_layer[path].treatment == "requantized"]
+    # A wish that is what the codes already are lets down_proj keep them: its order then moves.
+    if any("was moved into" in note for note in report.plan.notes):
+        again = [path for path in again if not path.endswith(("gate_proj", "up_proj"))]
+    assert again
+    for path in again:
+        for role in ("weight", "scales", "biases"):
+            assert one.get(f"{path}.{role}") == two.get(f"{path}.{role}"), f"{path}.{role}"
+        assert by_layer[path].exactness == "re-encoded"
+        assert report.errors[path].relative_rms > 0
+
+
+def _tensors(folder: Path) -> dict[str, bytes]:
+    return {name: array.tobytes() for name, array in read_folder(folder).items()}
+
+
+def test_an_override_of_what_is_there_keeps_the_codes(tmp_path: Path) -> None:
+    source = fixture("awq-gemm-g64-skip") / "checkpoint"
+    plan = requant.plan(source, layout="keep", overrides=["down_proj=4:64", "up_proj=skip"])
+    assert {x.treatment for x in plan.layers if "_proj" in x.layer} >= {"kept"}
+    kept = {x.layer.rpartition(".")[2] for x in plan.layers if x.treatment == "kept"}
+    assert {"down_proj", "up_proj"} <= kept
+
+
+def test_a_skipped_layer_that_must_be_encoded_anew_becomes_dense() -> None:
+    """SKIP means no new codes: what MLX cannot hold is then dense."""
+    source = fixture("gptq-b4-g32-actorder-asym-v2") / "checkpoint"
+    plan = requant.plan(source, layout="keep", overrides=["q_proj=skip"])
+    found = {x.treatment for x in plan.layers if x.layer.endswith("q_proj")}
+    assert found == {"dequantized"}
