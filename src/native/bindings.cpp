@@ -360,6 +360,107 @@ void stream_columns(In src, int bits, Out out, int out_bits, bool interleaved, b
   });
 }
 
+void planar_columns(In src, int bits, Out out, int out_bits) {
+  if (bits < 2) fail("bits: expected 2 to 8, got " + std::to_string(bits));
+  const bool bytes = out_bits == 0;
+  const int wide = bytes ? 8 : out_bits;
+  check_out_bits(bits, wide);
+  check_rank(src, "src", 2);
+  check_rank(out, "out", 2);
+  if (src.shape(0) % size_t(bits) != 0)
+    fail("src: " + std::to_string(src.shape(0)) + " rows are not a multiple of the " + std::to_string(bits) +
+         " words of a block");
+  const size_t n_in = src.shape(0) / size_t(bits) * 32, n_out = src.shape(1);
+  check_layout(src, "src", 32);
+  check_shape(out, "out", bytes ? 8 : 32, n_out, bytes ? n_in : n_in / 32 * size_t(wide));
+  run([&] { kernels().planar_columns(data<uint32_t>(src), n_in, n_out, bits, out.data(), wide); });
+}
+
+void marlin_words(In src, Out out) {
+  check_rank(src, "src", 2);
+  if (src.shape(1) % 128 != 0)
+    fail("src: " + std::to_string(src.shape(1)) + " columns are not a multiple of the 128 words of a tile");
+  const size_t n_in = src.shape(0) * 16, n_out = src.shape(1) / 2;
+  check_layout(src, "src", 32);
+  check_shape(out, "out", 32, n_out, n_in / 8);
+  run([&] { kernels().marlin_words(data<uint32_t>(src), n_in, n_out, data<uint32_t>(out)); });
+}
+
+void fast_words(In src, Out out) {
+  check_rank(src, "src", 2);
+  check_layout(src, "src", 16);
+  check_groups("src", src.shape(1), 64);
+  const size_t n_in = src.shape(1), n_out = src.shape(0) * 4;
+  check_shape(out, "out", 32, n_out, n_in / 8);
+  run([&] { kernels().fast_words(data<uint16_t>(src), n_in, n_out, data<uint32_t>(out)); });
+}
+
+void stream_codes(In src, int bits, Out out, bool padded) {
+  check_bits(bits);
+  check_rank(src, "src", 2);
+  check_layout(src, "src", 32);
+  check_rank(out, "out", 2);
+  const size_t rows = src.shape(0), words = src.shape(1), count = out.shape(1);
+  check_shape(out, "out", 8, rows, count);
+  const size_t per_word = padded ? 32 / size_t(bits) : 0;
+  const size_t held = padded ? words * per_word : words * 32 / size_t(bits);
+  if (rows > 0 && held < count)
+    fail("src: " + std::to_string(words) + " words of a row hold " + std::to_string(held) + " codes, expected " +
+         std::to_string(count));
+  run([&] {
+    kernels().stream_codes(data<uint32_t>(src), rows, words, bits, per_word, count, data<uint8_t>(out));
+  });
+}
+
+void widen_words(In src, int bits, Out out, int out_bits) {
+  check_out_bits(bits, out_bits);
+  check_rank(src, "src", 2);
+  check_layout(src, "src", 32);
+  check_groups("src", src.shape(1), bits);
+  const size_t runs = src.shape(1) / size_t(bits);
+  check_shape(out, "out", 32, src.shape(0), runs * size_t(out_bits));
+  run([&] {
+    kernels().widen_words(data<uint32_t>(src), src.shape(0) * runs * 32, bits, data<uint32_t>(out), out_bits);
+  });
+}
+
+void field_codes(In src, int shift, int bits, int flip, Out out, size_t first, size_t step) {
+  check_bits(bits);
+  check_rank(src, "src", 2);
+  const size_t item = src.dtype().bits;
+  if (item != 8 && item != 32) fail("src: expected uint8 or uint32, got " + text(src.dtype()));
+  check_layout(src, "src", item);
+  if (shift < 0 || size_t(shift + bits) > item)
+    fail("shift: " + std::to_string(bits) + " bits from bit " + std::to_string(shift) + " on do not lie in " +
+         std::to_string(item));
+  if (flip < 0 || flip >= 1 << bits) fail("flip: expected less than 2^bits, got " + std::to_string(flip));
+  check_rank(out, "out", 2);
+  check_shape(out, "out", 8, out.shape(0), src.shape(1));
+  const size_t rows = src.shape(0);
+  if (step == 0 || (rows > 0 && (first >= out.shape(0) || (out.shape(0) - 1 - first) / step < rows - 1)))
+    fail("out: " + std::to_string(rows) + " rows from " + std::to_string(first) + " in steps of " +
+         std::to_string(step) + " lie beyond shape " + text(shape_of(out)));
+  run([&] {
+    kernels().field_codes(src.data(), item / 8, rows, src.shape(1), shift, bits, uint8_t(flip), data<uint8_t>(out),
+                          first, step);
+  });
+}
+
+void reverse_codes(In src, int bits, Out out) {
+  if (bits != 1 && bits != 2 && bits != 4) fail("bits: expected 1, 2 or 4, got " + std::to_string(bits));
+  check_rank(src, "src", 2);
+  check_layout(src, "src", 8);
+  check_shape(out, "out", 8, src.shape(0), src.shape(1));
+  run([&] { kernels().reverse_codes(data<uint8_t>(src), src.size(), bits, data<uint8_t>(out)); });
+}
+
+void deinterleave_words(In src, Out out) {
+  check_rank(src, "src", 2);
+  check_layout(src, "src", 32);
+  check_shape(out, "out", 32, src.shape(0), src.shape(1));
+  run([&] { kernels().deinterleave_words(data<uint32_t>(src), src.size(), data<uint32_t>(out)); });
+}
+
 // ---------------------------------------------------------------- values computed
 
 size_t ceil_div(size_t a, size_t b) { return a / b + (a % b != 0 ? 1 : 0); }
@@ -403,6 +504,57 @@ size_t float8_values(In bytes, In scales, ptrdiff_t block_rows, ptrdiff_t block_
     return kernels().float8_values(data<uint8_t>(bytes), fnuz, data<float>(scales), rows, cols, scales.shape(1), high,
                                    broad, first, out.data(), o);
   });
+}
+
+void e2m1_values(In bytes, In scales, ptrdiff_t group, Out out, const std::string& out_dtype) {
+  const size_t size = check_positive("group", group);
+  if (size % 2 != 0) fail("group: expected an even number, got " + std::to_string(size));
+  const Dtype o = dtype_of(out_dtype);
+  check_rank(bytes, "bytes", 2);
+  check_layout(bytes, "bytes", 8);
+  const size_t rows = bytes.shape(0), cols = 2 * bytes.shape(1);
+  check_shape(scales, "scales", 32, rows, ceil_div(cols, size));
+  check_shape(out, "out", bits_of(o), rows, cols);
+  run([&] {
+    kernels().e2m1_values(data<uint8_t>(bytes), data<float>(scales), rows, cols, size, out.data(), o);
+  });
+}
+
+void lut_values(In bytes, In book, In absmax, ptrdiff_t block, ptrdiff_t first, bool high_first, Out out,
+                const std::string& out_dtype) {
+  const size_t size = check_positive("block", block);
+  if (size % 2 != 0 || first % 2 != 0) fail("block, first: expected even numbers");
+  if (first < 0 || size_t(first) >= size) fail("first: expected 0 to block - 1, got " + std::to_string(first));
+  const Dtype o = dtype_of(out_dtype);
+  check_rank(bytes, "bytes", 1);
+  check_layout(bytes, "bytes", 8);
+  check_rank(book, "book", 1);
+  check_layout(book, "book", 32);
+  if (book.size() != 16) fail("book: expected 16 values, got " + std::to_string(book.size()));
+  check_rank(absmax, "absmax", 1);
+  check_layout(absmax, "absmax", 32);
+  check_rank(out, "out", 1);
+  check_layout(out, "out", bits_of(o));
+  const size_t count = 2 * bytes.size();
+  if (out.size() != count)
+    fail("out: expected shape " + text(std::vector<size_t>{count}) + ", got " + text(shape_of(out)));
+  if (absmax.size() < ceil_div(size_t(first) + count, size))
+    fail("absmax: " + std::to_string(count) + " values from number " + std::to_string(first) + " of a block of " +
+         std::to_string(size) + " on need " + std::to_string(ceil_div(size_t(first) + count, size)) + ", got " +
+         std::to_string(absmax.size()));
+  run([&] {
+    kernels().lut_values(data<uint8_t>(bytes), count, high_first, data<float>(book), data<float>(absmax), size,
+                         size_t(first), out.data(), o);
+  });
+}
+
+void zero_biases(In scales, const std::string& dtype, In zeros, Out biases) {
+  const Dtype t = dtype_of(dtype);
+  check_rank(scales, "scales", 2);
+  check_layout(scales, "scales", bits_of(t));
+  check_shape(zeros, "zeros", 32, scales.shape(0), scales.shape(1));
+  check_shape(biases, "biases", bits_of(t), scales.shape(0), scales.shape(1));
+  run([&] { kernels().zero_biases(scales.data(), t, data<float>(zeros), scales.size(), biases.data()); });
 }
 
 std::vector<std::string> available_isas() {
@@ -452,11 +604,27 @@ NB_MODULE(_native, m) {
   m.def("transpose", &transpose, "src"_a.noconvert(), "out"_a.noconvert());
   m.def("stream_columns", &stream_columns, "src"_a.noconvert(), "bits"_a, "out"_a.noconvert(), "out_bits"_a,
         "interleaved"_a, "is_signed"_a, "out_bits 0: out holds codes, one a byte.");
+  m.def("planar_columns", &planar_columns, "src"_a.noconvert(), "bits"_a, "out"_a.noconvert(), "out_bits"_a,
+        "out_bits 0: out holds codes, one a byte.");
+  m.def("marlin_words", &marlin_words, "src"_a.noconvert(), "out"_a.noconvert());
+  m.def("fast_words", &fast_words, "src"_a.noconvert(), "out"_a.noconvert());
+  m.def("stream_codes", &stream_codes, "src"_a.noconvert(), "bits"_a, "out"_a.noconvert(), "padded"_a);
+  m.def("widen_words", &widen_words, "src"_a.noconvert(), "bits"_a, "out"_a.noconvert(), "out_bits"_a);
+  m.def("field_codes", &field_codes, "src"_a.noconvert(), "shift"_a, "bits"_a, "flip"_a, "out"_a.noconvert(),
+        "first"_a, "step"_a, "Row r of src becomes row first + r * step of out.");
+  m.def("reverse_codes", &reverse_codes, "src"_a.noconvert(), "bits"_a, "out"_a.noconvert());
+  m.def("deinterleave_words", &deinterleave_words, "src"_a.noconvert(), "out"_a.noconvert());
   m.def("integer_values", &integer_values, "codes"_a.noconvert(), "scales"_a.noconvert(), "zeros"_a.noconvert(),
         "group"_a, "out"_a.noconvert(), "out_dtype"_a, "difference"_a);
   m.def("float8_values", &float8_values, "bytes"_a.noconvert(), "scales"_a.noconvert(), "block_rows"_a,
         "block_cols"_a, "first_row"_a, "out"_a.noconvert(), "out_dtype"_a, "fnuz"_a,
         "Returns the number of NaN bytes.");
+  m.def("e2m1_values", &e2m1_values, "bytes"_a.noconvert(), "scales"_a.noconvert(), "group"_a, "out"_a.noconvert(),
+        "out_dtype"_a);
+  m.def("lut_values", &lut_values, "bytes"_a.noconvert(), "book"_a.noconvert(), "absmax"_a.noconvert(), "block"_a,
+        "first"_a, "high_first"_a, "out"_a.noconvert(), "out_dtype"_a);
+  m.def("zero_biases", &zero_biases, "scales"_a.noconvert(), "dtype"_a, "zeros"_a.noconvert(),
+        "biases"_a.noconvert());
 
   m.def("isa", [] { return std::string(kernels().name); });
   m.def("set_isa", &set_isa, "name"_a);

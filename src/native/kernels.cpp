@@ -178,6 +178,31 @@ size_t float8_values_any(const uint8_t* bytes, bool fnuz, const float* scales, s
   });
 }
 
+void field_codes_any(const void* src, size_t item_bytes, size_t rows, size_t cols, int shift, int bits, uint8_t flip,
+                     uint8_t* out, size_t first, size_t step) {
+  if (item_bytes == 1)
+    field_codes<uint8_t>(src, rows, cols, shift, bits, flip, out, first, step);
+  else
+    field_codes<uint32_t>(src, rows, cols, shift, bits, flip, out, first, step);
+}
+
+void e2m1_values_any(const uint8_t* bytes, const float* scales, size_t rows, size_t cols, size_t group, void* out,
+                     Dtype out_dtype) {
+  with_dtype(out_dtype,
+             [&](auto o) { e2m1_values<typename decltype(o)::Type>(bytes, scales, rows, cols, group, out); });
+}
+
+void lut_values_any(const uint8_t* bytes, size_t count, bool high_first, const float* book, const float* absmax,
+                    size_t block, size_t first, void* out, Dtype out_dtype) {
+  with_dtype(out_dtype, [&](auto o) {
+    lut_values<typename decltype(o)::Type>(bytes, count, high_first, book, absmax, block, first, out);
+  });
+}
+
+void zero_biases_any(const void* scales, Dtype dtype, const float* zeros, size_t count, void* biases) {
+  with_dtype(dtype, [&](auto t) { zero_biases<typename decltype(t)::Type>(scales, zeros, count, biases); });
+}
+
 }  // namespace
 
 #define REQUANT_JOIN_(a, b) a##b
@@ -192,8 +217,10 @@ const Kernels REQUANT_JOIN(kernels_, REQUANT_ISA) = {
     REQUANT_TEXT(REQUANT_ISA), affine_quantize_any, affine_dequantize_any, mx_quantize_any,
     mx_dequantize_any,         nvfp4_quantize_any,  nvfp4_dequantize_any,  pack_words_any,
     unpack_words_any,          cast_any,            count_nonfinite_any,   first_nonfinite_any,
-    group_errors_any,          transpose_any,       stream_columns,        integer_values_any,
-    float8_values_any,
+    group_errors_any,          transpose_any,       stream_columns,        planar_columns,
+    marlin_words,              fast_words,          stream_codes,          widen_words,
+    field_codes_any,           reverse_codes,       deinterleave_words,    integer_values_any,
+    float8_values_any,         e2m1_values_any,     lut_values_any,        zero_biases_any,
 };
 
 }  // namespace requant

@@ -163,4 +163,156 @@ void stream_columns(const uint32_t* src, size_t n_in, size_t n_out, int bits, bo
                  });
 }
 
+// ---------------------------------------------------------------- planes, tiles, quads
+
+// Widths of GPTQModel's planes of a block of 32 codes, lowest bits first; the words of a
+// plane are as many as its width.
+constexpr uint8_t kPlanes[9][3] = {{}, {}, {2}, {2, 1}, {4}, {4, 1}, {4, 2}, {4, 2, 1}, {8}};
+
+// src (n_in * bits / 32, n_out): blocks of 32 inputs as planes down the rows. n_in is a
+// multiple of 32; bits 2 to 8.
+void planar_columns(const uint32_t* src, size_t n_in, size_t n_out, int bits, void* out, int out_bits) {
+  constexpr size_t edge = kEdge<uint8_t>;
+  tiles_to_words(n_in, n_out, out_bits, kInOrder, 0, out,
+                 [&](uint8_t* tile, size_t k, size_t inputs, size_t o, size_t outputs) {
+                   for (size_t i = 0; i < inputs; i++) {
+                     const uint32_t* block = src + (k + i) / 32 * size_t(bits) * n_out + o;
+                     uint8_t* REQUANT_RESTRICT codes = tile + i * edge;
+                     std::memset(codes, 0, edge);
+                     unsigned low = 0;
+                     for (const unsigned width : kPlanes[bits]) {
+                       if (width == 0) break;
+                       const unsigned bit = unsigned((k + i) % 32) * width, shift = bit % 32;
+                       const uint32_t* REQUANT_RESTRICT words = block + (low + bit / 32) * n_out;
+                       const uint32_t mask = (1u << width) - 1u;
+                       for (size_t j = 0; j < outputs; j++)
+                         codes[j] = uint8_t(codes[j] | ((words[j] >> shift) & mask) << low);
+                       low += width;
+                     }
+                   }
+                 });
+}
+
+// Marlin: src (n_in / 16, 2 * n_out), 128 words a tile of 16 inputs by 64 outputs, to words
+// (n_out, n_in / 8). Word 4 * lane + t of a tile holds, for a = lane % 4, inputs 2a, 2a + 8,
+// 2a + 1, 2a + 9 of output 16 t + lane / 4 in nibbles 0, 1, 4, 5, and of the output eight
+// further on in nibbles 2, 3, 6, 7.
+void marlin_words(const uint32_t* src, size_t n_in, size_t n_out, uint32_t* out) {
+  constexpr size_t deep = kEdge<uint32_t> / 2;  // tiles below one another fill lines of the result
+  const size_t tiles = n_in / 16, out_words = n_in / 8;
+  alignas(64) uint32_t rows[64][2 * deep];
+  for (size_t n = 0; n < n_out; n += 64)
+    for (size_t k = 0; k < tiles; k += deep) {
+      const size_t high = least(deep, tiles - k);
+      for (size_t i = 0; i < high; i++) {
+        const uint32_t* tile = src + (k + i) * 2 * n_out + 2 * n;
+        for (size_t column = 0; column < 32; column++) {  // 8 t + lane / 4
+          const size_t t = column / 8, first = 16 * t + column % 8;
+          uint32_t quarters[4] = {};
+          for (size_t a = 0; a < 4; a++) {
+            const uint32_t word = tile[4 * (column % 8 * 4 + a) + t];
+            for (size_t q = 0; q < 4; q++) {
+              const uint32_t pair = word >> (4 * q);  // nibbles q and q + 4
+              quarters[q] |= ((pair & 15u) | ((pair >> 12) & 0xf0u)) << (8 * a);
+            }
+          }
+          for (size_t q = 0; q < 4; q++) rows[first + q / 2 * 8][2 * i + q % 2] = quarters[q];
+        }
+      }
+      for (size_t r = 0; r < 64; r++)
+        std::memcpy(out + (n + r) * out_words + 2 * k, rows[r], 2 * high * sizeof(uint32_t));
+    }
+}
+
+// AutoAWQ gemv_fast, llm-awq: src (n_out / 4, n_in) of 16 bits. 64 inputs of four rows are 64
+// elements: 16 a row, 8 a half; nibble n of element k is input 32 * half + 8 n + k.
+void fast_words(const uint16_t* src, size_t n_in, size_t n_out, uint32_t* out) {
+  for (size_t r = 0; r < n_out / 4; r++)
+    for (size_t block = 0; block < n_in / 64; block++)
+      for (size_t row = 0; row < 4; row++) {
+        const uint16_t* stored = src + r * n_in + 64 * block + 16 * row;
+        uint32_t* words = out + (4 * r + row) * (n_in / 8) + 8 * block;
+        for (size_t w = 0; w < 8; w++) {
+          uint32_t word = 0;
+          for (size_t k = 0; k < 8; k++)
+            word |= ((uint32_t(stored[w / 4 * 8 + k]) >> (4 * (w % 4))) & 15u) << (4 * k);
+          words[w] = word;
+        }
+      }
+}
+
+// ---------------------------------------------------------------- row by row
+
+// Rows of `row_words` words hold `count` codes: one bit stream, or per_word codes in the low
+// bits of each word where per_word is not 0.
+void stream_codes(const uint32_t* src, size_t rows, size_t row_words, int bits, size_t per_word, size_t count,
+                  uint8_t* codes) {
+  const uint32_t mask = (1u << bits) - 1u;
+  for (size_t r = 0; r < rows; r++, src += row_words, codes += count) {
+    if (per_word != 0) {
+      for (size_t k = 0; k < count; k++)
+        codes[k] = uint8_t((src[k / per_word] >> (k % per_word * size_t(bits))) & mask);
+      continue;
+    }
+    const size_t whole = count / 32 * 32;
+    unpack_codes(bits, reinterpret_cast<const uint8_t*>(src), whole, codes);
+    for (size_t k = whole; k < count; k++) {
+      const size_t bit = k * size_t(bits), word = bit / 32, shift = bit % 32;
+      uint64_t pair = src[word];
+      if (shift + size_t(bits) > 32) pair |= uint64_t(src[word + 1]) << 32;
+      codes[k] = uint8_t((pair >> shift) & mask);
+    }
+  }
+}
+
+// count, a multiple of 32, codes of `bits` bits to words of `out_bits`.
+void widen_words(const uint32_t* src, size_t count, int bits, uint32_t* out_, int out_bits) {
+  constexpr size_t block = 2048;
+  const auto* in = reinterpret_cast<const uint8_t*>(src);
+  auto* out = reinterpret_cast<uint8_t*>(out_);
+  alignas(64) uint8_t codes[block];
+  for (size_t i = 0; i < count; i += block) {
+    const size_t run = least(block, count - i);
+    unpack_codes(bits, in + i / 8 * size_t(bits), run, codes);
+    pack_codes(out_bits, codes, run, out + i / 8 * size_t(out_bits));
+  }
+}
+
+// Bits shift .. shift + bits - 1 of each element, xor flip; row r of src becomes row
+// first + r * step of out.
+template <class T>
+void field_codes(const void* src_, size_t rows, size_t cols, int shift, int bits, uint8_t flip, uint8_t* out,
+                 size_t first, size_t step) {
+  const auto* src = static_cast<const T*>(src_);
+  const T mask = T((1u << bits) - 1u);
+  for (size_t r = 0; r < rows; r++) {
+    const T* REQUANT_RESTRICT from = src + r * cols;
+    uint8_t* REQUANT_RESTRICT to = out + (first + r * step) * cols;
+    for (size_t i = 0; i < cols; i++) to[i] = uint8_t((from[i] >> shift) & mask) ^ flip;
+  }
+}
+
+// The codes of each byte, first code in the high bits, with the first in the low bits; bits 1, 2 or 4.
+void reverse_codes(const uint8_t* REQUANT_RESTRICT src, size_t count, int bits, uint8_t* REQUANT_RESTRICT out) {
+  for (size_t i = 0; i < count; i++) {
+    uint8_t x = src[i];
+    x = uint8_t(x << 4 | x >> 4);
+    if (bits <= 2) x = uint8_t((x & 0x33u) << 2 | ((x >> 2) & 0x33u));
+    if (bits == 1) x = uint8_t((x & 0x55u) << 1 | ((x >> 1) & 0x55u));
+    out[i] = x;
+  }
+}
+
+// Nibble i of each word holds code kInterleave[i]; afterwards code i.
+void deinterleave_words(const uint32_t* REQUANT_RESTRICT src, size_t count, uint32_t* REQUANT_RESTRICT out) {
+  for (size_t i = 0; i < count; i++) {
+    uint32_t even = src[i] & 0xffffu, odd = src[i] >> 16;
+    even = (even | even << 8) & 0x00ff00ffu;
+    odd = (odd | odd << 8) & 0x00ff00ffu;
+    even = (even | even << 4) & 0x0f0f0f0fu;
+    odd = (odd | odd << 4) & 0x0f0f0f0fu;
+    out[i] = even | odd << 4;
+  }
+}
+
 }  // namespace

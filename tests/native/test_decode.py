@@ -7,9 +7,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from requant.arrays import decode
-from requant.errors import UnsupportedDtypeError
+from requant.errors import UnknownValueError, UnsupportedDtypeError
 from tests.native.inputs import DTYPES, assert_same_bits
-from tests.native.reference import F32, decode_e4m3, rounded
+from tests.native.reference import E2M1, F32, decode_e4m3, rounded
 
 MANY = settings(
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -130,6 +130,113 @@ def test_many_nan_bytes_are_counted():
     assert decode.e4m3_values_into(codes, np.ones((1, 1), np.float32), 3, 1000, out) == 3000 - 143
 
 
+# ---------------------------------------------------------------- 4-bit codes
+
+
+@MANY
+@given(
+    rows=st.integers(0, 9),
+    pairs=st.integers(1, 2500),
+    half_group=st.sampled_from([1, 5, 8, 16, 64, 1500, 4000]),
+    dtype=st.sampled_from(DTYPES),
+    seed=SEEDS,
+)
+def test_e2m1_values(rows, pairs, half_group, dtype, seed):
+    rng = np.random.default_rng(seed)
+    columns, group = 2 * pairs, 2 * half_group
+    codes = rng.integers(0, 256, (rows, pairs), dtype=np.uint8)
+    scales = floats(rng, rows, -(-columns // group))
+    out = empty(dtype, rows, columns)
+
+    decode.e2m1_values_into(codes, scales, group, out)
+
+    elements = E2M1[np.stack([codes & 15, codes >> 4], axis=-1).reshape(rows, columns)]
+    assert_same_bits(out, (elements * scales[:, np.arange(columns) // group]).astype(dtype))
+
+
+def test_gpt_oss_bytes_written_by_hand():
+    """Byte 21 is 0.5, 1.0 with scale byte 7f and 1.0, 2.0 with 80."""
+    scales = decode.scale_values(np.array([[0x7F], [0x80]], np.uint8), "F8_E8M0")
+    out = empty(F32, 2, 2)
+    decode.e2m1_values_into(np.full((2, 1), 0x21, np.uint8), scales, 32, out)
+    assert out.tolist() == [[0.5, 1.0], [1.0, 2.0]]
+
+
+@MANY
+@given(
+    rows=st.integers(0, 5),
+    columns=st.integers(1, 150),
+    half_block=st.sampled_from([1, 8, 32, 200]),
+    first=st.integers(0, 199),
+    high_first=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    seed=SEEDS,
+)
+def test_lut_values(rows, columns, half_block, first, high_first, dtype, seed):
+    """Blocks run on from row to row; a range of rows may begin within one."""
+    rng = np.random.default_rng(seed)
+    block, count = 2 * half_block, rows * columns * 2
+    first = 2 * (first % half_block)
+    codes = rng.integers(0, 256, (rows, columns), dtype=np.uint8)
+    book, absmax = floats(rng, 16), floats(rng, -(-(first + count) // block))
+    out = empty(dtype, rows, 2 * columns)
+
+    decode.lut_values_into(codes, book, absmax, block, out, first=first, high_first=high_first)
+
+    nibbles = np.stack([codes >> 4, codes & 15], axis=-1)
+    nibbles = (nibbles if high_first else nibbles[..., ::-1]).reshape(-1)
+    scale = absmax[(first + np.arange(count)) // block]
+    assert_same_bits(out, (book[nibbles] * scale).astype(dtype).reshape(out.shape))
+
+
+def test_nf4_byte_written_by_hand():
+    """Byte 0x6a: -0.09105 A, then +0.24611 A."""
+    nf4 = [-1, -0.69619, -0.52507, -0.39492, -0.28444, -0.18477, -0.09105, 0]
+    nf4 += [0.07958, 0.16093, 0.24611, 0.33792, 0.44071, 0.56262, 0.72296, 1]
+    book, two = np.array(nf4, np.float32), np.full(1, 2, np.float32)
+    out = empty(F32, 1, 2)
+    decode.lut_values_into(np.array([[0x6A]], np.uint8), book, two, 64, out)
+    assert_same_bits(out, np.array([[-0.09105, 0.24611]], np.float32) * 2)
+
+
+# ---------------------------------------------------------------- scales and biases
+
+
+def test_scale_bytes():
+    every = np.arange(256, dtype=np.uint8).reshape(2, 128)
+    e8m0 = decode.scale_values(every, "F8_E8M0").ravel()
+    assert_same_bits(e8m0[:255], np.exp2(np.arange(255.0) - 127).astype(np.float32))
+    assert np.isnan(e8m0[255])
+    assert_same_bits(decode.scale_values(every.view(FN), "F8_E4M3"), decode_e4m3(every))
+    fnuz = decode.scale_values(every, "F8_E4M3FNUZ")
+    assert_same_bits(fnuz, every.view(FNUZ).astype(np.float32))
+    assert decode.scale_values(np.array([0x7A], np.uint8), "F8_E8M0").tolist() == [2.0**-5]
+    with pytest.raises(UnknownValueError, match="F8_E5M2"):
+        decode.scale_values(every, "F8_E5M2")
+
+
+@MANY
+@given(
+    rows=st.integers(0, 20), groups=st.integers(0, 70), dtype=st.sampled_from(DTYPES), seed=SEEDS
+)
+def test_zero_biases(rows, groups, dtype, seed):
+    rng = np.random.default_rng(seed)
+    scales = floats(rng, rows, groups).astype(dtype)
+    zeros = rng.integers(0, 256, (rows, groups)).astype(np.float32)
+    zeros[::2] += rng.random(zeros[::2].shape, np.float32)
+    biases = np.full_like(scales, 7)
+    decode.zero_biases_into(scales, zeros, biases)
+    assert_same_bits(biases, (-(scales.astype(np.float32) * zeros)).astype(dtype))
+
+
+def test_bias_of_a_bfloat16_scale_written_by_hand():
+    """0.1 in bfloat16 is 3dcd; times -8 it is bf4d."""
+    scales = np.array([[0x3DCD]], np.uint16).view(ml_dtypes.bfloat16)
+    biases = np.empty_like(scales)
+    decode.zero_biases_into(scales, np.full((1, 1), 8, np.float32), biases)
+    assert biases.view(np.uint16).tolist() == [[0xBF4D]]
+
+
 # ---------------------------------------------------------------- refusals
 
 
@@ -155,6 +262,28 @@ def test_wrong_arguments_are_refused():
         (lambda: decode.e4m3_values_into(codes, one, 1, 0, out), "block_cols: expected 1 or more"),
         (lambda: decode.e4m3_values_into(codes, one, 1, 64, out, first_row=-1), "first_row"),
         (lambda: decode.e4m3_values_into(codes[:, ::2], one, 1, 64, out), "C-contiguous"),
+        (
+            lambda: decode.e2m1_values_into(codes[:, :32].copy(), one, 63, out),
+            "group: expected an even",
+        ),
+        (lambda: decode.e2m1_values_into(codes, one, 64, out), "scales: expected shape"),
+        (
+            lambda: decode.lut_values_into(codes, one[:, 0].copy(), one, 64, out),
+            "book: expected 16",
+        ),
+        (
+            lambda: decode.lut_values_into(codes[:2], np.ones(16, np.float32), one[:3], 64, out),
+            "absmax: 256 values from number 0 of a block of 64 on need 4, got 3",
+        ),
+        (
+            lambda: decode.lut_values_into(codes, np.ones(16, np.float32), one, 64, out),
+            "out: expected shape",
+        ),
+        (
+            lambda: decode.lut_values_into(codes, np.ones(16, np.float32), one, 64, out, first=64),
+            "first: expected 0 to block - 1",
+        ),
+        (lambda: decode.zero_biases_into(one, one[:3], one.copy()), "zeros: expected shape"),
     ):
         with pytest.raises(ValueError, match=message):
             call()

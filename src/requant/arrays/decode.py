@@ -15,12 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from requant import _native
-from requant.dtypes import HEADER_NAME, KERNEL_FLOATS
-from requant.errors import UnsupportedDtypeError
+from requant.dtypes import HEADER_NAME, KERNEL_FLOATS, NUMPY_DTYPE
+from requant.errors import UnknownValueError, UnsupportedDtypeError
 
 Array = NDArray[Any]
 
 _BITS: dict[int, np.dtype[Any]] = {2: np.dtype(np.uint16), 4: np.dtype(np.uint32)}
+_SCALE_FORMATS = ("F8_E8M0", "F8_E4M3", "F8_E4M3FNUZ")
 _FLOAT_NAMES = ("float32", "float16", "bfloat16")
 
 
@@ -81,6 +82,83 @@ def e4m3_values_into(
     return _native.float8_values(
         codes.view(np.uint8), scales_bits, block_rows, block_columns, first_row, bits, name, fnuz
     )
+
+
+def e2m1_values_into(codes: Array, scales: Array, group: int, out: Array) -> None:
+    """Fill ``out`` with ``float4_e2m1(code) * scale``.
+
+    Args:
+        codes: uint8 ``(rows, columns / 2)``: two codes a byte, the first in the low nibble.
+        scales: float32 ``(rows, ceil(columns / group))``.
+        group: Columns with one scale, an even number.
+        out: ``(rows, columns)``; overwritten.
+    """
+    bits, name = _floats(out, "out")
+    _native.e2m1_values(codes, _float32(scales, "scales"), group, bits, name)
+
+
+def lut_values_into(
+    codes: Array,
+    book: Array,
+    absmax: Array,
+    block: int,
+    out: Array,
+    *,
+    first: int = 0,
+    high_first: bool = True,
+) -> None:
+    """Fill ``out`` with ``book[code] * absmax`` (bitsandbytes nf4 and fp4).
+
+    Args:
+        codes: uint8, any shape: two codes a byte of the flattened matrix.
+        book: float32 ``(16,)``.
+        absmax: float32, flat: of the block that the first value lies in, and on.
+        block: Values of the flattened matrix with one absmax, an even number.
+        out: As many values, any shape; overwritten.
+        first: Which value of its block the first one is, an even number below ``block``.
+        high_first: The high nibble of a byte is the first code.
+    """
+    bits, name = _floats(out, "out")
+    if not out.flags.c_contiguous:  # else reshaping would copy it
+        raise ValueError("out: expected a C-contiguous array")
+    _native.lut_values(
+        codes.reshape(-1),
+        _float32(book, "book"),
+        _float32(absmax, "absmax").reshape(-1),
+        block,
+        first,
+        high_first,
+        bits.reshape(-1),
+        name,
+    )
+
+
+def zero_biases_into(scales: Array, zeros: Array, biases: Array) -> None:
+    """Fill ``biases`` with ``-(scale * zero)``: float32, then one rounding.
+
+    Args:
+        scales: float32, float16 or bfloat16 ``(rows, groups)``, as they will be stored.
+        zeros: float32, like the scales.
+        biases: Like the scales, of their dtype; overwritten.
+    """
+    bits, name = _floats(scales, "scales")
+    if biases.dtype != scales.dtype:
+        raise UnsupportedDtypeError("[decode] biases", biases.dtype.name, (scales.dtype.name,))
+    _native.zero_biases(bits, name, _float32(zeros, "zeros"), _floats(biases, "biases")[0])
+
+
+def scale_values(scales: Array, format: str) -> Array:
+    """Scale bytes as float32, of the same shape.
+
+    Args:
+        scales: uint8, or a float8 of ml_dtypes.
+        format: ``"F8_E8M0"`` (``2 ** (byte - 127)``, 255 is NaN), ``"F8_E4M3"`` or
+            ``"F8_E4M3FNUZ"``: the bytes of these dtypes, whatever dtype the array has.
+    """
+    if format not in _SCALE_FORMATS:
+        raise UnknownValueError("[decode] unknown format of scales", format, _SCALE_FORMATS)
+    every = np.arange(256, dtype=np.uint8).view(NUMPY_DTYPE[format]).astype(np.float32)
+    return np.take(every, scales.view(np.uint8))
 
 
 def _floats(array: Array, what: str) -> tuple[Array, str]:

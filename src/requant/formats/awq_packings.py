@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from requant.arrays import native, repack
+from requant.arrays import repack
 from requant.formats.packing import (
     Cut,
     Exactness,
@@ -137,16 +137,12 @@ class AwqFast(IntegerPacking):
         return {"qweight": rows, "scales": groups, self.bias_role: groups}
 
     def words(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
-        """Undo the interleaving and pack."""
-        out[:] = native.pack_words(self.codes(parts, start, stop, scratch), self.bits)
+        """Undo the interleaving."""
+        repack.gemv_fast_into(parts["qweight"].view(np.uint16), out)
 
     def codes(self, parts: Parts, start: int, stop: int, scratch: Scratch) -> np.ndarray:
-        """64 inputs of four rows fill 64 words; nibble n of a word is input 8 n further on."""
-        stored = parts["qweight"].view(np.uint16)
-        view = stored.reshape(stored.shape[0], -1, 4, 2, 1, 8)  # quad, block, row, half, _, k
-        shifts = (np.arange(4, dtype=np.uint16) * np.uint16(4)).reshape(4, 1)
-        codes = ((view >> shifts) & np.uint16(15)).astype(np.uint8)
-        return codes.transpose(0, 2, 1, 3, 4, 5).reshape(stop - start, self.columns)
+        """As ``words``, one a byte."""
+        return _codes_of(self, parts, start, stop, scratch)
 
     def scales(self, parts: Parts, start: int, stop: int) -> np.ndarray:
         """Stored as ``[groups, out]``."""
@@ -191,21 +187,12 @@ class Marlin(IntegerPacking):
         }
 
     def words(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
-        """Undo the tiles and pack."""
-        out[:] = native.pack_words(self.codes(parts, start, stop, scratch), self.bits)
+        """Undo the tiles."""
+        repack.marlin_into(parts[self.weight_role].view(np.uint32), out)
 
     def codes(self, parts: Parts, start: int, stop: int, scratch: Scratch) -> np.ndarray:
-        """Nibble ``i`` of word ``4 * lane + t`` of a tile, by the permutation of the kernel."""
-        words = parts[self.weight_role].view(np.uint32)
-        tiles = words.reshape(words.shape[0], (stop - start) // 64, 32, 4)
-        shifts = np.arange(8, dtype=np.uint32) * np.uint32(4)
-        codes = ((tiles[..., None] >> shifts) & np.uint32(15)).astype(np.uint8)
-        lane, t, nibble = np.ogrid[:32, :4, :8]
-        k = 2 * (lane % 4) + 8 * (nibble % 2) + nibble // 4 + 0 * t
-        n = 16 * t + lane // 4 + 8 * ((nibble // 2) % 2)
-        found = np.empty((words.shape[0], tiles.shape[1], 16, 64), np.uint8)
-        found[:, :, k, n] = codes
-        return np.ascontiguousarray(found.transpose(1, 3, 0, 2).reshape(stop - start, -1))
+        """As ``words``, one a byte."""
+        return _codes_of(self, parts, start, stop, scratch)
 
     def scales(self, parts: Parts, start: int, stop: int) -> np.ndarray:
         """In the order of the outputs again."""
@@ -217,3 +204,15 @@ class Marlin(IntegerPacking):
         found = np.empty_like(stored).reshape(1, -1, 32)
         found[..., order] = stored.reshape(1, -1, 32)
         return found.reshape(1, -1).T
+
+
+def _codes_of(
+    packing: AwqFast | Marlin, parts: Parts, start: int, stop: int, scratch: Scratch
+) -> np.ndarray:
+    """Codes by way of MLX's words, which these layouts become in one step."""
+    rows, columns = stop - start, packing.columns
+    words = scratch.take("code words", "U32", rows, columns // 2)
+    packing.words(parts, start, stop, words, scratch)
+    codes = scratch.take("codes", "U8", rows, columns)
+    repack.unpack_into(words, packing.bits, codes)
+    return codes
