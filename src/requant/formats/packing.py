@@ -193,7 +193,7 @@ class IntegerPacking(Packing):
 
     def dense(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
         """``(code - zero) * scale`` in float32, rounded once."""
-        codes = self.codes(parts, start, stop, scratch)
+        codes = np.ascontiguousarray(self.codes(parts, start, stop, scratch))
         scales = np.ascontiguousarray(self.scales(parts, start, stop), np.float32)
         zeros = np.empty_like(scales)
         zeros[:] = self.zeros(parts, start, stop)
