@@ -177,7 +177,7 @@ class CtConfig:
         if weights.get("strategy") in ("tensor", "channel", "block"):
             group_size = None
         return Scheme(
-            fields.integer("bits", self.problems),
+            fields.integer("num_bits", self.problems),
             fields.word("type"),
             symmetric,
             group_size if group_size and group_size > 0 else None,
