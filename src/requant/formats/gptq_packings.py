@@ -93,7 +93,10 @@ class Gptq(IntegerPacking):
 
     def words(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
         """A stream of MLX's own width is only transposed."""
-        if self.planar or self.act_order or self.bits not in _MLX_STREAM:
+        if self.planar and not self.act_order:
+            source = parts["qweight"].view(np.uint32)
+            repack.planar_columns_into(source, self.bits, out, out_bits=mlx_bits(self.bits))
+        elif self.act_order or self.bits not in _MLX_STREAM:
             codes = self.codes(parts, start, stop, scratch)
             out[:] = native.pack_words(codes, mlx_bits(self.bits))
         elif parts["qweight"].itemsize == 4:

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
-from requant.arrays import decode, native
+from requant.arrays import decode, repack
 from requant.errors import InvariantError
 from requant.schema import Quantization, QuantMode
 
@@ -254,9 +254,8 @@ def stream_codes(words: np.ndarray, bits: int, count: int) -> np.ndarray:
     """
     rows = words.shape[0]
     stream = np.ascontiguousarray(words).view(np.uint8).reshape(rows, -1)
-    nbytes = -(-stream.shape[1] // (4 * bits)) * 4 * bits  # whole runs of 32 codes
-    if stream.shape[1] != nbytes:
-        padded = np.zeros((rows, nbytes), np.uint8)
-        padded[:, : stream.shape[1]] = stream
-        stream = padded
-    return np.ascontiguousarray(native.unpack_words(stream.view(np.uint32), bits)[:, :count])
+    if stream.shape[1] % 4:
+        stream = np.pad(stream, ((0, 0), (0, -stream.shape[1] % 4)))
+    codes = np.empty((rows, count), np.uint8)
+    repack.stream_codes_into(stream.view(np.uint32), bits, codes)
+    return codes
