@@ -157,8 +157,8 @@ class Plan:
         left_out: Files not carried over, with the reason.
         notes: What the user should know, one sentence each.
         dropped: Tensors of the source that the output has no use for, with the reason.
-        layout: "mlx-lm" where names and shapes are those of mlx-lm's class, which loads the
-            output then; else "keep".
+        layout: "mlx-lm" where names and shapes are those of mlx-lm's class; else "keep".
+        loads: mlx-lm is known to load the output.
         checkpoint: The source.
         relayout: mlx-lm's layout of it, where that was asked for.
         materials: What computed tensors are made from: name -> the step whose one output is
@@ -178,6 +178,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     dropped: tuple[tuple[str, str], ...] = ()
     layout: str = "keep"
+    loads: bool = False
     checkpoint: Checkpoint = field(repr=False, compare=False, kw_only=True)
     relayout: Relayout | None = field(default=None, repr=False, compare=False, kw_only=True)
     materials: Mapping[str, Step] = field(default_factory=dict, kw_only=True)
@@ -216,6 +217,7 @@ class Plan:
             "source": self.source,
             "format": self.format,
             "layout": self.layout,
+            "loads": self.loads,
             "hash": self.hash,
             "parameters": self.parameters,
             "bytes_in": self.bytes_in,

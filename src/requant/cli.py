@@ -31,6 +31,7 @@ from requant.options import (
     Force,
     GroupSize,
     Json,
+    KeepExtra,
     Layout,
     MaxMemory,
     MaxTokens,
@@ -110,6 +111,7 @@ def convert(
     only: Only = None,
     recipe: Recipe = None,
     layout: Layout = "auto",
+    keep_extra: KeepExtra = False,
     act_order: ActOrder = "requantize",
     max_memory: MaxMemory = None,
     threads: Threads = None,
@@ -151,6 +153,7 @@ def convert(
         layout,
         shard_size,
     )
+    wishes["keep_extra"] = keep_extra
     if dry_run:
         with _answering_errors():
             plan = conversion.plan(source, **wishes)
@@ -193,6 +196,7 @@ def plan(
     only: Only = None,
     recipe: Recipe = None,
     layout: Layout = "auto",
+    keep_extra: KeepExtra = False,
     act_order: ActOrder = "requantize",
     max_memory: MaxMemory = None,
     threads: Threads = None,
@@ -224,6 +228,7 @@ def plan(
         layout,
         shard_size,
     )
+    wishes["keep_extra"] = keep_extra
     with _answering_errors():
         _print_plan(conversion.plan(source, **wishes), threads, max_memory, json)
 

@@ -170,7 +170,7 @@ def show_report(report: Report) -> None:
         page.line(_errors(report.errors))
     rate = format_size(plan.bytes_in / max(report.elapsed_s, 1e-9))
     page.line(f"{_sizes(plan)}, {format_seconds(report.elapsed_s)}, {rate}/s")
-    if plan.layout == "mlx-lm":  # its class has loaded these names and shapes
+    if plan.loads:
         page.line(f'next: mlx_lm.generate --model {shlex.quote(report.output)} --prompt "Hello"')
 
 
@@ -234,7 +234,8 @@ def _show_layers(page: _Page, plan: Plan) -> None:
     for note in plan.notes:
         page.line(f"note: {note}")
     for reason, names in _by_reason(plan.dropped).items():
-        page.line(f"dropped: {count(len(names), 'tensor')} ({reason}): {_few(names, 3)}")
+        kinds = list(dict.fromkeys(map(_without_numbers, names)))
+        page.line(f"dropped: {count(len(names), 'tensor')} ({reason}): {_few(kinds, 3)}")
     for name, reason in plan.left_out[:_FILE_LINES]:
         page.line(f"left out: {name} ({reason})")
     if len(plan.left_out) > _FILE_LINES:

@@ -36,6 +36,7 @@ def plan(
     only: Sequence[str] = (),
     recipe: Source | None = None,
     layout: str = "auto",
+    keep_extra: bool = False,
     act_order: str = "requantize",
     shard_size: int = 5 << 30,
 ) -> Plan:
@@ -58,6 +59,7 @@ def plan(
         only=only,
         recipe=recipe,
         layout=layout,
+        keep_extra=keep_extra,
         act_order=act_order,
         max_shard_bytes=shard_size,
     )
@@ -78,6 +80,7 @@ def convert(
     only: Sequence[str] = (),
     recipe: Source | None = None,
     layout: str = "auto",
+    keep_extra: bool = False,
     act_order: str = "requantize",
     shard_size: int = 5 << 30,
     max_memory: int | None = None,
@@ -111,6 +114,9 @@ def convert(
             an error where it cannot be), "keep" (the source's tensor names), or "auto": the
             first where mlx-lm is installed and takes this checkpoint, else the second and a
             note that says why.
+        keep_extra: In mlx-lm's layout, keep tensors that its class has no use for (towers for
+            images and sound, MTP heads) under their own names instead of dropping them; a
+            note says whether mlx-lm still loads the result.
         act_order: GPTQ layers whose inputs are out of order, where that cannot be moved into
             the layer before: "requantize" (8 bits), "dense" or "refuse".
         shard_size: Most bytes of one output file.
@@ -147,6 +153,7 @@ def convert(
         only=only,
         recipe=recipe,
         layout=layout,
+        keep_extra=keep_extra,
         act_order=act_order,
         max_shard_bytes=shard_size,
     )

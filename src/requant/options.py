@@ -115,6 +115,14 @@ MaxTokens = Annotated[
     int, typer.Option("--max-tokens", metavar="N", min=1, help="Most tokens to generate.")
 ]
 Raw = Annotated[bool, typer.Option("--raw", help="Use the prompt without the chat template.")]
+KeepExtra = Annotated[
+    bool,
+    typer.Option(
+        "--keep-extra",
+        help="Keep tensors that mlx-lm's class drops (vision, audio, MTP), as they are. A note "
+        "says where its loader refuses them.",
+    ),
+]
 ShardSize = Annotated[
     int,
     typer.Option(

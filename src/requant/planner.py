@@ -108,7 +108,7 @@ def _laid_out(checkpoint: Checkpoint, layout: SourceLayout, wishes: Wishes) -> R
         target = resolve_quantization()
     recipe = wishes.recipe
     mixed = recipe.name if recipe is not None and recipe.is_mixed else None
-    return relayout(checkpoint, layout, target, wishes.dtype, mixed)
+    return relayout(checkpoint, layout, target, wishes.dtype, mixed, wishes.keep_extra)
 
 
 def _is_quantized(layout: SourceLayout) -> bool:
@@ -150,6 +150,7 @@ class Planner:
         self.notes: list[str] = [*notes, *layout.notes]
         self.wrong_wishes: list[Problem] = []
         self.default = self._default()
+        self.extra = frozenset(moved.shown[x].path for x in moved.extra) if moved else frozenset()
         self.chosen = self._choices()
 
     def _choices(self) -> dict[str, Choice]:
@@ -198,12 +199,7 @@ class Planner:
             layers.append(self._layer_plan(layer, target, reason, made))
             if target is not None:
                 per_layer[layer.path] = target
-        if self.mlx_lm is not None and self.mlx_lm.dropped:
-            first = ", ".join(self.mlx_lm.dropped[:3])
-            self.notes.append(
-                f"{len(self.mlx_lm.dropped)} tensors that mlx-lm does not use are left out: "
-                f"{first}{', ...' if len(self.mlx_lm.dropped) > 3 else ''}"
-            )
+        self._note_extra()
         self._note_values(layers)
         shards, steps = place(steps, self.wishes.max_shard_bytes)
         quantization = self._quantization(per_layer)
@@ -223,6 +219,7 @@ class Planner:
             dropped=self.layout.dropped,
             checkpoint=self.checkpoint,
             layout="keep" if self.moved is None else "mlx-lm",
+            loads=self.moved is not None and not self.moved.refusal,
             relayout=self.moved,
             materials=self._materials(),
         )
@@ -265,6 +262,8 @@ class Planner:
             return self._forced(layer, override), ""
         if override is SKIP:
             return layer.encoding, "skipped by an override"
+        if layer.path in self.extra and not wishes.dequantize:
+            return layer.kept, "mlx-lm has no use for it"
         if wishes.only and not any(re.search(p, layer.path) for p in wishes.only):
             return layer.kept, "not matched by --only"
         if wishes.dequantize:
@@ -348,7 +347,7 @@ class Planner:
         """Dtype of the layer's values before they are quantized or stored dense."""
         wish = self.wishes.dtype
         castable = layer.dtype in FLOATS and not _KEEPS_DTYPE.search(layer.path)
-        if self.mlx_lm is not None and not layer.is_quantized:
+        if self.mlx_lm is not None and not (layer.is_quantized or layer.path in self.extra):
             # A source that keeps its codes keeps its dtypes too.
             wish = wish if self.from_codes else self.mlx_lm.dtype
             castable = layer.dtype in FLOATS and (
@@ -495,16 +494,26 @@ class Planner:
                     skipped.append(layer.path)
         return PerLayerQuantization.from_layers(per_layer, default, skipped)
 
+    def _base_config(self) -> dict[str, Any]:
+        """The source's config, or mlx-lm's with the ``vision_config`` that mlx-lm takes away."""
+        if self.mlx_lm is None:
+            return dict(self.checkpoint.config)
+        config, key = self.mlx_lm.config, "vision_config"
+        if key in config or key not in self.checkpoint.config:
+            return dict(config)
+        return dict(sorted({**config, key: self.checkpoint.config[key]}.items()))
+
     def _config(self, quantization: PerLayerQuantization | None) -> dict[str, Any]:
         """The source's config with the quantization and dtype that now hold."""
         wishes = self.wishes
         changed = wishes.overrides or wishes.only or wishes.spoiled or self.format != "dense"
         chosen = wishes.recipe is not None and not wishes.recipe.is_mixed
+        base = self._base_config()
         if self.mlx_lm is not None and not (changed or chosen):
-            return dict(self.mlx_lm.config)
+            return base
         config = {
             key: value
-            for key, value in (self.mlx_lm or self.checkpoint).config.items()
+            for key, value in base.items()
             if key not in ("quantization", "quantization_config")
         }
         if self.wishes.dtype is not None:
@@ -516,6 +525,19 @@ class Planner:
             block = quantization.to_dict()
             config |= {"quantization": block, "quantization_config": block}
         return config
+
+    def _note_extra(self) -> None:
+        """Say what becomes of the kept tensors that mlx-lm's class has no use for."""
+        if self.moved is None or not self.moved.extra:
+            return
+        names = self.moved.extra
+        listed = f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+        loads = "mlx-lm ignores them when it loads the result."
+        if self.moved.refusal:
+            loads = f"mlx-lm does not load the result as it is: {self.moved.refusal}"
+        self.notes.append(
+            f"{len(names):,} tensors that mlx-lm has no use for are kept ({listed}); {loads}"
+        )
 
     def _note_values(self, layers: Iterable[LayerPlan]) -> None:
         """Name the layers whose codes mlx-lm's layout has no place for."""

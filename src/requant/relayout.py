@@ -53,11 +53,15 @@ class Relayout:
         layout: mlx-lm's names, choice of layers and config.
         shown: Name -> the source's layer that mlx-lm was shown under it, as dense values.
         source: The source's layers as they are stored.
+        extra: Names that were shown, that mlx-lm has no use for, and that are kept.
+        refusal: Why mlx-lm would not load the output with these; "" where it does.
     """
 
     layout: MlxLmLayout
     shown: Mapping[str, SourceLayer]
     source: SourceLayout
+    extra: tuple[str, ...] = ()
+    refusal: str = ""
 
     @property
     def batch_bytes(self) -> int:
@@ -69,11 +73,26 @@ class Relayout:
     @cached_property
     def layers(self) -> SourceLayout:
         """The layers with renamed, joined, cut and computed tensors."""
-        layers = tuple(self._layer(name) for name in self.layout.tensors)
+        layers = [self._layer(name) for name in self.layout.tensors]
+        layers += (self.shown[name] for name in self.extra)
         quantization = self.source.quantization
         if quantization is not None:  # its entries are the source's names
             quantization = PerLayerQuantization(quantization.quantization, {})
-        return replace(self.source, layers=layers, quantization=quantization)
+        dropped = (*self.source.dropped, *self._dropped())
+        return replace(
+            self.source, layers=tuple(layers), quantization=quantization, dropped=dropped
+        )
+
+    def _dropped(self) -> Iterator[tuple[str, str]]:
+        """The source's tensors that mlx-lm has no use for, each with the reason."""
+        for name in self.layout.dropped:
+            if name in self.extra:
+                continue
+            reason = "mlx-lm's class has no use for them; --keep-extra keeps them"
+            if name in self.layout.tensors:
+                reason = "mlx-lm makes another tensor of this name"
+            for part in self.shown[name].parts.values():
+                yield part.name, reason
 
     @cached_property
     def keeps_row_orders(self) -> bool:
@@ -221,6 +240,7 @@ def relayout(
     quantization: Quantization | None,
     dtype: str | None,
     recipe: str | None = None,
+    keep_extra: bool = False,
 ) -> Relayout:
     """Lay a checkpoint out as mlx-lm would.
 
@@ -231,6 +251,7 @@ def relayout(
             and for a quantized one that keeps its codes.
         dtype: Header name that floating tensors are cast to.
         recipe: One of mlx-lm's own.
+        keep_extra: Keep what mlx-lm's class has no use for, under its own names.
 
     Raises:
         CheckpointError: mlx-lm is not installed, does not know the model, or would itself
@@ -259,7 +280,31 @@ def relayout(
         raise
     except RequantError as error:
         raise _refusal(checkpoint, str(error)) from error
-    return Relayout(layout, shown, source)
+    if not keep_extra:
+        return Relayout(layout, shown, source)
+    extra = tuple(name for name in layout.dropped if name not in layout.tensors)
+    infos = {name: x.info for name, x in layout.tensors.items()} | {x: infos[x] for x in extra}
+    return Relayout(layout, shown, source, extra, _why_refused(layout, infos))
+
+
+def _why_refused(layout: MlxLmLayout, infos: Mapping[str, TensorInfo]) -> str:
+    """Why mlx-lm does not load its own layout with tensors beside it, or ``""``.
+
+    It runs its rule on what it loads too, so the rule must drop these tensors again, and
+    leave the others as they are.
+    """
+    from requant.mlx_lm_layout import Moved, mlx_lm_layout
+
+    dense = {k: v for k, v in layout.config.items() if not k.startswith("quantization")}
+    try:
+        again = mlx_lm_layout(dense, infos)
+    except RequantError as error:
+        return " ".join(str(error).split())
+    for name, made in again.tensors.items():
+        same = isinstance(made, Moved) and made.inputs == (name,) and len(made.extents) == 1
+        if not same or made.info != infos.get(name):
+            return f"with them its rule changes {name} once more"
+    return ""
 
 
 def _refusal(checkpoint: Checkpoint, why: str) -> CheckpointError:

@@ -115,6 +115,7 @@ class Report:
             "output": self.output,
             "format": plan.format,
             "layout": plan.layout,
+            "loads": plan.loads,
             "plan_hash": plan.hash,
             "parameters": plan.parameters,
             "bytes_in": plan.bytes_in,
@@ -126,6 +127,7 @@ class Report:
             "findings": {layer: dict(counts) for layer, counts in self.findings.items()},
             "side_files": list(plan.side_files),
             "left_out": [list(pair) for pair in plan.left_out],
+            "dropped": [list(pair) for pair in plan.dropped],
             "notes": list(plan.notes),
         }
 

@@ -57,6 +57,7 @@ class Wishes:
             choice of layers of mlx-lm's own converter; "auto" does so where mlx-lm can.
         act_order: What becomes of GPTQ layers whose inputs are out of order, where the order
             cannot be moved into another layer: "requantize" (8 bits), "dense" or "refuse".
+        keep_extra: In mlx-lm's layout, keep tensors that its class has no use for.
         max_shard_bytes: Output shards are cut before they exceed this.
         spoiled: Layers that a first pass found to hold NaN or infinity; left as they are.
     """
@@ -71,6 +72,7 @@ class Wishes:
     max_shard_bytes: int = 5 << 30
     spoiled: frozenset[str] = frozenset()
     act_order: str = "requantize"
+    keep_extra: bool = False
 
     @staticmethod
     def build(
@@ -87,6 +89,7 @@ class Wishes:
         layout: str = "auto",
         max_shard_bytes: int = 5 << 30,
         act_order: str = "requantize",
+        keep_extra: bool = False,
     ) -> Wishes:
         """Check and assemble what the command line and the Python doors take.
 
@@ -127,6 +130,7 @@ class Wishes:
             layout,
             max_shard_bytes,
             act_order=act_order,
+            keep_extra=keep_extra,
         )
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import pty
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
@@ -70,7 +72,7 @@ def test_generate_takes_every_wish_that_is_not_about_files(requant: Requant) -> 
         {line.split()[0] for line in requant(c, "-h").out.splitlines() if line.startswith("  --")}
         for c in ("plan", "generate")
     ]
-    assert options[0] - options[1] == {"--layout", "--shard-size"}
+    assert options[0] - options[1] == {"--layout", "--keep-extra", "--shard-size"}
 
 
 @pytest.mark.parametrize(
@@ -217,6 +219,18 @@ def test_wishes_reach_the_plan(requant: Requant, model: Path) -> None:
     assert targets["model.norm"] == targets["model.layers.0.mlp.down_proj"] == "F16"
     assert len(plan["shards"]) > 2
     assert plan["memory"]["threads"] == 3
+
+
+def test_what_mlx_lm_drops_is_shown(requant: Requant, tmp_path: Path) -> None:
+    shutil.copytree(MICRO_LLAMA, tmp_path / "model")
+    weights = mx.load(str(tmp_path / "model" / "model.safetensors"))
+    weights |= {f"model.layers.{n}.self_attn.rotary_emb.inv_freq": mx.ones(8) for n in range(4)}
+    mx.save_safetensors(str(tmp_path / "model" / "model.safetensors"), weights)
+    shown = requant("plan", tmp_path / "model").out
+    assert "dropped: 4 tensors (mlx-lm's class has no use for them; --keep-extra keeps" in shown
+    assert "): model.layers.*.self_attn.rotary_emb.inv_freq\n" in shown
+    kept = requant("plan", tmp_path / "model", "--keep-extra").out
+    assert "dropped:" not in kept and "note: 4 tensors that mlx-lm has no use for are kept" in kept
 
 
 def test_a_recipe_reaches_the_plan(requant: Requant, model: Path, tmp_path: Path) -> None:

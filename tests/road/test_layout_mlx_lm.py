@@ -11,9 +11,13 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from mlx.utils import tree_flatten
 
 from requant.conversion import convert, plan
 from requant.errors import CheckpointError, UnknownValueError
+from tests.mlx_lm.checks import class_checkpoint, random_like, write_folder
+from tests.mlx_lm.families import small_config
+from tests.mlx_lm.hub_forms import FORMS
 
 from .conftest import load, same, tree
 from .test_against_mlx_lm import by_mlx_lm, model
@@ -229,3 +233,110 @@ def set_config(folder: Path, **changes: object) -> None:
 def test_an_unknown_layout() -> None:
     with pytest.raises(UnknownValueError):
         plan("nowhere", layout="gguf")
+
+
+# -- what mlx-lm's class has no use for --------------------------------------------------------
+
+EXTRA = {
+    "visual.blocks.0.weight": (64, 128),
+    "visual.blocks.0.bias": (64,),
+    "visual.patch_embed.proj.weight": (8, 3, 2, 2, 2),
+}
+PROCESSOR = '{"image_processor_type": "Qwen2VLImageProcessor"}'
+
+
+def vlm(folder: Path, family: str = "qwen2_vl", extra: dict = EXTRA, **config: object) -> Path:
+    """A small text model in its published form, with a tower beside it."""
+    class_checkpoint(folder, small_config(family))
+    weights = mx.load(str(folder / "model.safetensors"))
+    mx.eval(weights)
+    weights = FORMS[family][0](weights) | {x: random_like(x, s) for x, s in extra.items()}
+    config = small_config(family) | {"vision_config": {"depth": 1}, **config}
+    write_folder(folder, config, weights)
+    (folder / "preprocessor_config.json").write_text(PROCESSOR)
+    return folder
+
+
+def test_what_is_dropped_is_listed_by_name(tmp_path: Path) -> None:
+    source = vlm(tmp_path / "vlm")
+    report = convert(source, tmp_path / "out", bits=4, group_size=32)
+    made = report.plan
+    expected = {*EXTRA, "visual.patch.weight"}
+    assert (made.layout, made.loads) == ("mlx-lm", True)
+    assert {name for name, _ in made.dropped} == expected
+    for document in (made.to_dict(), report.to_dict()):
+        assert {name for name, _ in document["dropped"]} == expected
+    assert not expected & load(tmp_path / "out").keys()
+
+
+@pytest.mark.parametrize("keep_extra", [False, True])
+def test_vision_config_and_processor_stay(tmp_path: Path, keep_extra: bool) -> None:
+    """mlx-lm takes the one out of the config; what reads the tower needs both."""
+    source = vlm(tmp_path / "vlm")
+    convert(source, tmp_path / "out", bits=4, group_size=32, keep_extra=keep_extra)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["vision_config"] == {"depth": 1}
+    assert list(config) == sorted(config)
+    assert (tmp_path / "out" / "preprocessor_config.json").read_text() == PROCESSOR
+
+
+@pytest.mark.parametrize("dtype", [None, "float16"])
+def test_extra_tensors_are_kept_dense_under_their_names(tmp_path: Path, dtype: str | None) -> None:
+    source = vlm(tmp_path / "vlm", torch_dtype="float32")
+    wishes = {"bits": 4, "group_size": 32, "dtype": dtype}
+    made = convert(source, tmp_path / "kept", **wishes, keep_extra=True).plan
+    convert(source, tmp_path / "dropped", **wishes)
+    stored, kept, dropped = (load(tmp_path / x) for x in ("vlm", "kept", "dropped"))
+    assert kept.keys() == dropped.keys() | EXTRA.keys() | {"visual.patch.weight"}
+    assert all(same(kept[name], dropped[name]) for name in dropped)
+    for name in EXTRA:
+        expected = stored[name] if dtype is None else stored[name].astype(mx.float16)
+        assert same(kept[name], expected)
+    assert made.dropped == ()
+    (note,) = [note for note in made.notes if "has no use for" in note]
+    assert note.startswith("4 tensors ") and note.endswith("ignores them when it loads the result.")
+
+
+@pytest.mark.parametrize("keep_extra", [False, True])
+def test_mlx_lm_loads_the_same_model_with_and_without_them(
+    tmp_path: Path, keep_extra: bool
+) -> None:
+    from mlx_lm.utils import load_model
+
+    source = vlm(tmp_path / "vlm")
+    convert(source, tmp_path / "out", bits=4, group_size=32, keep_extra=keep_extra)
+    model, _ = load_model(tmp_path / "out")
+    packed = dict(tree_flatten(model.parameters()))
+    written = load(tmp_path / "out")
+    assert all(same(array, written[name]) for name, array in packed.items())
+
+
+def test_where_mlx_lm_refuses_them_a_note_says_so(tmp_path: Path) -> None:
+    """Its rule for this model drops MTP heads only while experts are still apart."""
+    from mlx_lm.utils import load_model
+
+    source = vlm(tmp_path / "next", "qwen3_next", {"mtp.fc.weight": (128, 256)})
+    dropped = plan(source, bits=4, group_size=32)
+    assert dropped.loads and [name for name, _ in dropped.dropped] == ["mtp.fc.weight"]
+    report = convert(source, tmp_path / "out", bits=4, group_size=32, keep_extra=True)
+    made = report.plan
+    assert not made.loads
+    (note,) = [note for note in made.notes if "has no use for" in note]
+    assert "does not load the result as it is: mlx-lm, loading qwen3_next: Received 1" in note
+    with pytest.raises(ValueError, match=r"mtp\.fc\.weight"):
+        load_model(tmp_path / "out")
+    load_model(tmp_path / "out", strict=False)
+
+
+def test_a_kept_tower_of_codes_stays_codes(tmp_path: Path) -> None:
+    first = vlm(tmp_path / "vlm")
+    wishes = {"bits": 4, "group_size": 32, "keep_extra": True}
+    convert(first, tmp_path / "first", **wishes, overrides=[r"visual\.blocks=8:64"])
+    convert(tmp_path / "first", tmp_path / "second", keep_extra=True)
+    before, after = load(tmp_path / "first"), load(tmp_path / "second")
+    assert before.keys() == after.keys() >= {"visual.blocks.0.scales"}
+    assert all(same(before[name], after[name]) for name in before)
+    listed = plan(tmp_path / "first").dropped
+    assert "visual.blocks.0.scales" in {name for name, _ in listed}
+    dense = plan(tmp_path / "first", dequantize=True, keep_extra=True)
+    assert {x.treatment for x in dense.layers if x.layer == "visual.blocks.0"} == {"dequantized"}
