@@ -251,6 +251,7 @@ def test_packed_layers_of_any_shape(
     if asymmetric == "signed":
         tensors["up.weight_zero_point"] = zeros.astype(np.int8)
     config = block(num_bits=bits, group_size=group, symmetric=not asymmetric)
+    config["version"] = "0.17.1" if padded else "0.18.0"
     expected = exact_values(signed, scale, 0 if zeros is None else zeros, group)
     with tempfile.TemporaryDirectory() as place:
         folder = write(Path(place) / "s", tensors, config)
@@ -642,6 +643,21 @@ def test_corrupted_folders_are_refused(name: str, tmp_path: Path) -> None:
 
 def test_the_folder_before_it_was_corrupted(tmp_path: Path) -> None:
     convert(write(tmp_path / "s", good(), block(group_size=32, symmetric=False)), tmp_path / "o")
+
+
+def test_layouts_that_only_the_version_tells(tmp_path: Path) -> None:
+    """60 inputs of 3 bits are six words in both layouts."""
+    signed = (np.arange(60) % 8 - 4).reshape(1, 60)
+    for padded, version in ((True, "0.9.4"), (False, "0.20.0")):
+        tensors = packed(signed, 3, np.ones((1, 1), BF16), padded=padded)
+        assert tensors["up.weight_packed"].shape == (1, 6)
+        config = block(num_bits=3, strategy="channel")
+        folder = write(tmp_path / f"s{padded}", tensors, config)
+        text = refusal(folder, tmp_path / "none")
+        assert "up.weight_packed: I32 [1, 6] may hold 60 inputs of 3 bits" in text
+        folder = write(tmp_path / version, tensors, config | {"version": version})
+        out, _ = convert(folder, tmp_path / f"o{padded}")
+        assert out["up.weight"].astype(int).tolist() == signed.tolist()
 
 
 def test_codes_beyond_their_width(tmp_path: Path) -> None:

@@ -181,6 +181,16 @@ class _Reader:
             )
             return None
         bits, padded = widths[0]
+        if (bits, True) in widths[1:] and 32 % bits:  # both layouts take as many words
+            if self.config.padded is None:
+                self._report(
+                    packed.name,
+                    f"{packed.info} may hold {n_in} inputs of {bits} bits "
+                    "as compressed-tensors packs them before or since 0.18, and "
+                    f"{self.config.where or 'no config'} gives no version that tells",
+                )
+                return None
+            padded = self.config.padded
         rows = prod(leading) * n_out
         group = self._group(path, parts, (*leading, n_out, n_in), scheme)
         zeros = self._zeros(path, parts, bits, padded, scheme)
@@ -319,7 +329,8 @@ class _Reader:
         if points.info.dtype == "I8" and points.info.shape == scale.shape:
             return Zeros.SIGNED
         expected = f"I8 {list(scale.shape)}"
-        if "weight_packed" in parts and scale.size > 1:
+        packed = parts.get("weight_packed")
+        if packed is not None and scale.shape[:-1] == packed.info.shape[:-1]:
             *leading, n_out, groups = scale.shape
             shape = (*leading, packed_words(n_out, bits, padded), groups)
             if points.info.dtype in _WORDS and points.info.shape == shape:

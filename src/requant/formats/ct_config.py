@@ -34,6 +34,7 @@ _REFUSED = {
     "sparse-24-bitmask": "values without their zeros; decompress it with compressed-tensors",
     "sparse-bitmask": "values without their zeros; decompress it with compressed-tensors",
 }
+_BIT_STREAM_SINCE = (0, 18)
 _OFFLINE = ("weight_input", "weight_output")
 _PRESET = re.compile(r"W(?P<int>\d)A(?:\d+|FP8)(?P<asym>_ASYM)?|(?:MX|NV)?FP(?P<float>\d)\w*")
 
@@ -68,7 +69,11 @@ class CtConfig:
         self._schemes: dict[str, Scheme] = {}  # target -> scheme
         self._patterns: list[tuple[re.Pattern[str], Scheme]] = []
         self._ignored: list[tuple[str, re.Pattern[str] | None]] = []
+        self.padded: bool | None = None  # whether words hold whole codes only; None: not said
         if found is not None:
+            release = re.match(r"(\d+)\.(\d+)", found.word("version"))
+            if release is not None:
+                self.padded = tuple(map(int, release.groups())) < _BIT_STREAM_SINCE
             self._check_formats(found)
             self._check_transforms(found)
             self._read_groups(found)
