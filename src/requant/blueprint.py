@@ -81,6 +81,7 @@ class Step:
     packing: Packing | None = None
     first_row: int = 0
     into_row: int = 0
+    row_step: int = 1  # of a packed layer: from one row to the next
     row_order: RowOrder | None = None  # rows of the output in another order than the source's
 
     def row_bytes(self, tensor: SourceTensor | OutputTensor) -> int:
@@ -103,7 +104,12 @@ class Step:
         held += sum(self.row_bytes(t) for t in self.outputs.values())
         coded = self.operation in (Operation.ENCODE, Operation.RECODE)
         unpacked = self.packing is not None
-        return held + (2 * coded + unpacked) * 4 * self.columns
+        return (held + (2 * coded + unpacked) * 4 * self.columns) * self.row_step
+
+    def packed_rows(self, start: int, stop: int) -> tuple[int, int]:
+        """The rows of a packed layer that the rows ``start`` to ``stop`` lie in."""
+        first = self.first_row + start * self.row_step
+        return first, first + (stop - start - 1) * self.row_step + 1
 
     @property
     def least_work_bytes(self) -> int:
@@ -265,6 +271,7 @@ def _step_dict(step: Step) -> dict[str, Any]:
         "packing": step.packing and step.packing.to_dict(),
         "first_row": step.first_row,
         "into_row": step.into_row,
+        "row_step": step.row_step,
         "row_order": step.row_order and step.row_order.digest,
     }
 

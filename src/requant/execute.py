@@ -20,7 +20,7 @@ import numpy as np
 from requant.arrays import native, values
 from requant.blueprint import Operation, Plan, Step
 from requant.checkpoint import ComputedTensor, JoinedTensor, SourceTensor, StoredTensor
-from requant.dtypes import NUMPY_DTYPE
+from requant.dtypes import HEADER_NAME, NUMPY_DTYPE
 from requant.errors import CheckpointError, OutOfRangeError, Problem, RequantError
 from requant.formats.packing import Cut, Packing
 from requant.schema import Quantization
@@ -286,8 +286,9 @@ class _Chunk:
         rows = max(rows // step.packing.row_unit, 1) * step.packing.row_unit
         start = self.start  # rows of a piece count from the packed layer's first_row
         while start < self.stop:
-            within = (step.first_row + start) % step.packing.matrix_rows
-            room = min(rows - within % rows, step.packing.matrix_rows - within)
+            within = step.packed_rows(start, start + 1)[0] % step.packing.matrix_rows
+            left = -(-(step.packing.matrix_rows - within) // step.row_step)
+            room = min(rows if step.row_step > 1 else rows - within % rows, left)
             yield _Chunk(step, start, min(start + room, self.stop))
             start += room
 
@@ -449,13 +450,13 @@ class _Run:
         """The rectangles of a packed layer's parts that a chunk needs."""
         step, found = chunk.step, {}
         assert step.packing is not None
-        first = step.first_row
-        for role, cut in step.packing.cuts(first + chunk.start, first + chunk.stop).items():
+        rows = step.packed_rows(chunk.start, chunk.stop)
+        for role, cut in step.packing.cuts(*rows).items():
             tensor = step.inputs[role]
             assert not isinstance(tensor, ComputedTensor)
-            rows = cut.rows[1] - cut.rows[0]
+            height = cut.rows[1] - cut.rows[0]
             width = (cut.columns[1] - cut.columns[0]) * NUMPY_DTYPE[tensor.info.dtype].itemsize
-            found[role] = buffers.take(f"in {role}", tensor.info.dtype, rows, width)
+            found[role] = buffers.take(f"in {role}", tensor.info.dtype, height, width)
             self.source.read_cut(tensor, cut, found[role])
         return found
 
@@ -585,18 +586,44 @@ def _unpack(
 ) -> Finding:
     """Move or decode the rows of a packed layer."""
     step = chunk.step
-    rows = (step.first_row + chunk.start, step.first_row + chunk.stop)
+    rows = step.packed_rows(chunk.start, chunk.stop)
+    between = _Between(outputs, step.row_step, rows[1] - rows[0], buffers)
     if step.operation is Operation.REPACK:
-        packing.unpack(inputs, *rows, outputs, buffers)
+        packing.unpack(inputs, *rows, between.wide, buffers)
+        between.thin()
         floats = [array for array in outputs.values() if array.dtype not in (np.uint32, np.uint8)]
         return Finding(overflowed=sum(values.count_nonfinite(array) for array in floats))
     if step.operation is Operation.DECODE:
-        packing.dense(inputs, *rows, outputs["weight"], buffers)
+        packing.dense(inputs, *rows, between.wide["weight"], buffers)
+        between.thin()
         return Finding(overflowed=values.count_nonfinite(outputs["weight"]))
     width = step.columns * NUMPY_DTYPE[step.dtype].itemsize
     dense = buffers.take("dense", step.dtype, chunk.stop - chunk.start, width)
-    packing.dense(inputs, *rows, dense, buffers)
+    between = _Between({"weight": dense}, step.row_step, rows[1] - rows[0], buffers)
+    packing.dense(inputs, *rows, between.wide["weight"], buffers)
+    between.thin()
     return _quantize(step, dense, outputs, buffers, Finding())
+
+
+class _Between:
+    """Room for rows of which only every ``step``-th is wanted; the outputs themselves at 1."""
+
+    def __init__(self, outputs: _Arrays, step: int, rows: int, buffers: _Buffers) -> None:
+        self.outputs, self.step = outputs, step
+        self.wide = outputs
+        if step > 1:
+            self.wide = {
+                role: buffers.take(
+                    f"wide {role}", HEADER_NAME[array.dtype], rows, array.shape[1] * array.itemsize
+                )
+                for role, array in outputs.items()
+            }
+
+    def thin(self) -> None:
+        """Move the rows that are wanted into the outputs."""
+        if self.step > 1:
+            for role, array in self.outputs.items():
+                array[:] = self.wide[role][:: self.step]
 
 
 _COMPUTE = {

@@ -425,6 +425,7 @@ class Planner:
                 packing=run.layer.packing,
                 first_row=run.start,
                 into_row=into_row,
+                row_step=run.step,
                 row_order=run.layer.row_order,
             )
             into_row += run.count

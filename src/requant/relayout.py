@@ -41,6 +41,9 @@ if TYPE_CHECKING:
 ON_VALUES = "mlx-lm's rule for this model works on its values"
 """Why a quantized layer could not keep its codes under mlx-lm's names."""
 
+# Strided bytes are read range by range up to so many of them, else by way of memory.
+_MOST_RANGES = 1024
+
 Fill = Callable[[str, memoryview], None]
 """Writes the values of a source tensor or decoded layer, by the name that mlx-lm was shown."""
 
@@ -136,15 +139,16 @@ class Relayout:
     def _gather(self, output: Moved, fill: Fill) -> np.ndarray:
         """Bytes that are moved, but not in whole rows of one encoding; one source at a time."""
         result = np.empty(output.info.nbytes, np.uint8)
-        starts = [0, *accumulate(extent.stop - extent.start for extent in output.extents)]
+        starts = [0, *accumulate(extent.nbytes for extent in output.extents)]
         for source in output.inputs:
             layer = self.shown[source]
             dense = np.empty(TensorInfo(layer.dtype, layer.shape).nbytes, np.uint8)
             fill(source, dense.data)
             for extent, start in zip(output.extents, starts, strict=False):
                 if extent.tensor == source:
-                    values = dense[extent.start : extent.stop]
-                    result[start : start + values.size] = values
+                    run = extent.stop - extent.start
+                    into = result[start : start + extent.nbytes].reshape(-1, run)
+                    into[:] = _strided(dense, extent.start, run, extent.stride, extent.times)
         return result
 
     # -- one layer under its new name ----------------------------------------------------
@@ -156,7 +160,8 @@ class Relayout:
         sources = [self.shown[source] for source in output.inputs]
         if any(layer.is_quantized for layer in sources):
             return self._quantized(name, sources)
-        if isinstance(output, Moved):
+        strided = (x.times for x in getattr(output, "extents", ()) if x.times > 1)
+        if isinstance(output, Moved) and sum(strided) <= _MOST_RANGES:
             layer = dense_layer(_joined(name, output.info, self._stored(output)))
             return replace(layer, row_order=sources[0].row_order) if sources else layer
         return dense_layer(ComputedTensor(name, output.info, output.inputs))
@@ -164,7 +169,8 @@ class Relayout:
     def _stored(self, output: Moved) -> Iterator[FileRange]:
         for extent in output.extents:
             part = self.shown[extent.tensor].parts["weight"]
-            yield from _cut(part, extent.start, extent.stop)
+            for start, stop in extent.ranges:
+                yield from _cut(part, start, stop)
 
     def _quantized(self, name: str, sources: Sequence[SourceLayer]) -> SourceLayer:
         """Rows of one or more quantized layers, or the values of what cannot stay codes."""
@@ -176,6 +182,9 @@ class Relayout:
             return self._decoded(name, sources)
         shape = output.info.shape
         made = replace(first, path=path, shape=shape, parts={})
+        strided = sum(run.count for run in runs if run.step > 1)
+        if first.packing is None and strided > _MOST_RANGES:
+            return self._decoded(name, sources)
         if first.packing is not None:
             if not all(_whole_units(run) for run in runs):
                 return self._decoded(name, sources)
@@ -208,9 +217,15 @@ class Relayout:
             if not row_bytes or columns != output.info.shape[-1] or extent.start % row_bytes:
                 return None
             count, rest = divmod(extent.stop - extent.start, row_bytes)
-            if rest:
+            step, uneven = divmod(extent.stride, row_bytes)
+            if rest or uneven:
                 return None
-            runs.append(Rows(layer, extent.start // row_bytes, count))
+            if extent.times > 1 and count == 1:
+                runs.append(Rows(layer, extent.start // row_bytes, extent.times, step))
+            elif extent.times > _MOST_RANGES:
+                return None
+            else:
+                runs += [Rows(layer, start // row_bytes, count) for start, _ in extent.ranges]
         return tuple(runs)
 
     def _decoded(self, name: str, sources: Sequence[SourceLayer]) -> SourceLayer:
@@ -332,6 +347,13 @@ def _fitting(quantization: Quantization, columns: int) -> Quantization | None:
     return replace(quantization, group_size=group)
 
 
+def _strided(values: np.ndarray, start: int, run: int, stride: int, count: int) -> np.ndarray:
+    """A view of ``count`` runs of bytes, ``stride`` apart."""
+    assert start + (count - 1) * stride + run <= values.size
+    shape, strides = (count, run), (stride, 1)
+    return np.lib.stride_tricks.as_strided(values[start:], shape, strides, writeable=False)
+
+
 # -- where rows lie --------------------------------------------------------------------------
 
 
@@ -363,13 +385,19 @@ def _row_ranges(run: Rows, role: str) -> Iterator[FileRange]:
     """Where a part of a triple has these rows."""
     part = run.layer.parts[role]
     row_bytes = part.info.nbytes // prod(run.layer.shape[:-1])
-    return _cut(part, run.start * row_bytes, (run.start + run.count) * row_bytes)
+    if run.step == 1:
+        yield from _cut(part, run.start * row_bytes, (run.start + run.count) * row_bytes)
+        return
+    for row in range(run.start, run.start + run.count * run.step, run.step):
+        yield from _cut(part, row * row_bytes, (row + 1) * row_bytes)
 
 
 def _whole_units(run: Rows) -> bool:
     """Whether a packed layer can give these rows alone."""
     packing = run.layer.packing
     assert packing is not None
+    if run.step > 1:
+        return packing.row_unit == 1
     ends = run.start % packing.matrix_rows, (run.start + run.count) % packing.matrix_rows
     return not any(row % packing.row_unit for row in ends)
 
@@ -387,12 +415,12 @@ def _global_scales(
         each = prod(run.layer.shape[:-1]) // part.info.size
         row = 0
         while row < run.count:
-            at, within = divmod(run.start + row, each)
+            at, within = divmod(run.start + row * run.step, each)
             into, filled = divmod(first + row, rows)
             (scale,) = _cut(part, 4 * at, 4 * at + 4)
             if found.setdefault(into, scale) != scale:
                 return None
-            row += min(each - within, rows - filled)
+            row += min(-(-(each - within) // run.step), rows - filled)
         first += run.count
     name, info = f"{path}.global_scale", TensorInfo("F32", (matrices,))
     made = _joined(name, info, (found[n] for n in sorted(found)))

@@ -67,7 +67,9 @@ def carry_out(layout: MlxLmLayout, source: Source) -> Weights:
     result: Weights = {}
     for name, tensor in layout.tensors.items():
         if isinstance(tensor, Moved):
-            data = b"".join(source.read(e.tensor, e.start, e.stop) for e in tensor.extents)
+            data = b"".join(
+                source.read(e.tensor, *pair) for e in tensor.extents for pair in e.ranges
+            )
             array = as_array(data, tensor.info.dtype, tensor.info.shape)
         else:
             assert isinstance(tensor, Computed)

@@ -275,3 +275,65 @@ def test_the_memory_of_computed_tensors_is_in_the_budget(tmp_path: Path) -> None
     with pytest.raises(OutOfRangeError, match="largest tensor that mlx-lm computes"):
         make_budget(made, 1, least)
     assert make_budget(made, 8, least + stack + (1 << 20)).threads == 2
+
+
+# -- rows that are interleaved -----------------------------------------------------------------
+
+
+def gpt_oss(folder: Path, coded: bool) -> None:
+    """A gpt-oss folder whose gate and up rows alternate, more of them than are listed singly."""
+    experts, inner = 5, 224
+    config = small_config("gpt_oss") | {"num_local_experts": experts, "intermediate_size": inner}
+    hidden = config["hidden_size"]
+    class_checkpoint(folder, config)
+    weights = {k: v for k, v in load(folder).items() if ".experts." not in k}
+    mx.eval(weights)
+    rng = np.random.default_rng(5)
+    for n in range(config["num_hidden_layers"]):
+        pre = f"model.layers.{n}.mlp.experts"
+        for name, rows, columns in (
+            ("gate_up_proj", 2 * inner, hidden),
+            ("down_proj", hidden, inner),
+        ):
+            bias = rng.standard_normal((experts, rows)).astype(np.float32)
+            weights[f"{pre}.{name}_bias"] = mx.array(bias).astype(mx.bfloat16)
+            if not coded:
+                dense = rng.standard_normal((experts, rows, columns)).astype(np.float32)
+                weights[f"{pre}.{name}.weight"] = mx.array(dense).astype(mx.bfloat16)
+                continue
+            blocks = rng.integers(0, 256, (experts, rows, columns // 32, 16)).astype(np.uint8)
+            scales = rng.integers(110, 130, (experts, rows, columns // 32)).astype(np.uint8)
+            weights[f"{pre}.{name}_blocks"] = mx.array(blocks)
+            weights[f"{pre}.{name}_scales"] = mx.array(scales)
+    block = {"quantization_config": {"quant_method": "mxfp4"}} if coded else {}
+    write_folder(folder, config | block | {"torch_dtype": "bfloat16"}, weights)
+
+
+@pytest.mark.parametrize("coded", [True, False])
+def test_alternating_rows_are_mlx_lm_s(coded: bool, tmp_path: Path) -> None:
+    """gpt-oss stores gate and up row by row in turns; the codes of each stay as they are."""
+    from mlx.utils import tree_flatten
+    from mlx_lm.utils import load_model
+
+    gpt_oss(tmp_path / "m", coded)
+    expected = dict(tree_flatten(load_model(tmp_path / "m")[0].parameters()))
+    wishes: dict[str, Any] = {} if coded else {"dequantize": True}
+    for options in ({}, {"threads": 2, "chunk_bytes": 3000}):
+        report = convert(
+            tmp_path / "m", tmp_path / "ours", layout="mlx-lm", force=True, **wishes, **options
+        )
+        ours = load(tmp_path / "ours")
+        assert ours.keys() == expected.keys()
+        assert [name for name in ours if as_bytes(ours[name]) != as_bytes(expected[name])] == []
+        assert {x.exactness for x in report.plan.layers} == {"exact"}
+
+
+@pytest.mark.parametrize("wishes", [{"bits": 4}, {"dequantize": True}])
+def test_alternating_rows_are_decoded_as_they_are_kept(wishes: dict, tmp_path: Path) -> None:
+    gpt_oss(tmp_path / "m", coded=True)
+    convert(tmp_path / "m", tmp_path / "kept", layout="mlx-lm")
+    convert(tmp_path / "kept", tmp_path / "expected", layout="mlx-lm", **wishes)
+    convert(tmp_path / "m", tmp_path / "ours", layout="mlx-lm", chunk_bytes=20000, **wishes)
+    ours, expected = load(tmp_path / "ours"), load(tmp_path / "expected")
+    assert ours.keys() == expected.keys()
+    assert [name for name in ours if as_bytes(ours[name]) != as_bytes(expected[name])] == []

@@ -7,6 +7,8 @@ import random
 import mlx.core as mx
 import numpy as np
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 from requant.mlx_lm_layout import trace as tracing
 from requant.mlx_lm_layout.trace import MAX_PIECES, Piece, Traced, trace
@@ -17,7 +19,7 @@ def put_together(traced: Traced, arrays: dict[str, mx.array]) -> bytes:
     """The bytes that the pieces name."""
     assert traced.pieces is not None
     data = {name: as_bytes(array) for name, array in arrays.items()}
-    return b"".join(data[p.source][p.start : p.stop] for p in traced.pieces)
+    return b"".join(data[p.source][start:stop] for p in traced.pieces for start, stop in p.ranges)
 
 
 def test_untouched_and_renamed():
@@ -178,3 +180,39 @@ def test_chains_of_operations(seed):
             assert set(traced.sources) == {piece.source for piece in traced.pieces}
         else:
             assert set(traced.sources) <= {"a", "b"} and traced.sources
+
+
+@given(
+    st.tuples(st.integers(1, 5), st.integers(1, 5), st.integers(1, 5)),
+    st.lists(
+        st.tuples(st.integers(0, 2), st.integers(0, 4), st.integers(0, 5), st.integers(1, 3)),
+        max_size=4,
+    ),
+    st.booleans(),
+)
+def test_any_slices_of_slices(
+    shape: tuple[int, int, int], cuts: list[tuple[int, int, int, int]], joined: bool
+):
+    """Strided pieces are cut, joined and cut again as MLX does it."""
+    arrays = {"a": mx.array(np.arange(np.prod(shape), dtype=np.uint8).reshape(shape))}
+
+    def rule(weights):
+        whole = array = weights["a"]
+        for axis, start, length, step in cuts:
+            chosen = [slice(None)] * 3
+            chosen[axis] = slice(start, start + length, step)
+            array = array[tuple(chosen)]
+        if joined and array.size:
+            array = mx.concatenate([array, whole[:, : array.shape[1], : array.shape[2]]])
+        return {"x": array}
+
+    assume(rule(arrays)["x"].size)
+    traced = trace(rule, arrays)["x"]
+    assert put_together(traced, arrays) == as_bytes(rule(arrays)["x"])
+
+
+def test_every_other_row_is_one_piece():
+    arrays = {"a": mx.zeros((3, 2 * MAX_PIECES, 4), mx.uint8)}
+    result = trace(lambda w: {"x": w["a"][:, 1::2], "y": w["a"][..., ::2, :][1:2]}, arrays)
+    assert result["x"].pieces == (Piece("a", 4, 8, 8, 3 * MAX_PIECES),)
+    assert result["y"].pieces == (Piece("a", 8 * MAX_PIECES, 8 * MAX_PIECES + 4, 8, MAX_PIECES),)

@@ -66,11 +66,13 @@ class Rows:
         layer: As the source stores it.
         start: First row; the leading axes of a stack count as further rows.
         count: How many.
+        step: From one to the next; 2 takes every other row.
     """
 
     layer: SourceLayer
     start: int
     count: int
+    step: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,11 +37,24 @@ BATCH_BYTES = 64 << 20
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """A range of bytes of a source tensor's data."""
+    """A range of bytes of a source tensor's data, or ``times`` of them ``stride`` bytes apart."""
 
     tensor: str
     start: int
     stop: int
+    stride: int = 0
+    times: int = 1
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return (self.stop - self.start) * self.times
+
+    @property
+    def ranges(self) -> Iterator[tuple[int, int]]:
+        """Start and stop of each range, in order."""
+        for index in range(self.times):
+            yield self.start + index * self.stride, self.stop + index * self.stride
 
 
 @dataclass(frozen=True, slots=True)
