@@ -19,6 +19,13 @@ import numpy as np
 
 from requant.dtypes import NUMPY_DTYPE, TensorInfo
 from requant.errors import CheckpointError, Problem
+from requant.limits import (
+    MAX_CONFIG_BYTES,
+    MAX_INDEX_BYTES,
+    MAX_PEEK_BYTES,
+    MAX_PROBLEMS,
+    MAX_SHARDS,
+)
 from requant.safetensors_header import (
     PREFIX_BYTES,
     HeaderEntry,
@@ -41,9 +48,8 @@ from requant.source_folder import (
     find_gaps,
     list_folder,
     natural_key,
+    open_regular,
 )
-
-_MAX_JSON_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,10 +137,14 @@ class Checkpoint:
         """The data of a small tensor that decides what a layer is: a ``g_idx``, block scales.
 
         Raises:
-            CheckpointError: The file cannot be read, or is shorter than its header says.
+            CheckpointError: The file cannot be read, or is shorter than its header says, or
+                the tensor is too large to look at before the work begins.
         """
         tensor = self.tensors[name]
         assert not isinstance(tensor, ComputedTensor), name
+        if tensor.info.nbytes > MAX_PEEK_BYTES:
+            message = f"{tensor.info}, at most {MAX_PEEK_BYTES:,} bytes are read while planning"
+            raise CheckpointError(str(self.path), [Problem(name, message)])
         data = bytearray()
         for part in tensor.ranges:
             data += self.read_range(part)
@@ -144,7 +154,7 @@ class Checkpoint:
         """A run of bytes of a weight file."""
         message = ""
         try:
-            with (self.path / part.file).open("rb", buffering=0) as file:
+            with open(open_regular(self.path / part.file), "rb", buffering=0) as file:
                 file.seek(part.offset)
                 data = file.read(part.nbytes)
         except OSError as error:
@@ -179,6 +189,9 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     listing = list_folder(folder, set(shard_of.values()))
     reader.problems += listing.problems
     names = reader.choose_shards(shard_of, listing)
+    if len(names) > MAX_SHARDS:
+        message = f"holds {len(names):,} weight files, at most {MAX_SHARDS:,} are read"
+        raise CheckpointError(str(folder), [*reader.problems, Problem(str(folder), message)])
     tensors = reader.shards(sorted(names, key=natural_key), shard_of)
     if names and not tensors and not reader.problems:
         reader.report(str(folder), "the weight files hold no tensors")
@@ -209,18 +222,21 @@ class _Reader:
         self.index_is_sound = False  # then files and index can be held against each other
 
     def report(self, where: str, message: str) -> None:
-        self.problems.append(Problem(where, message))
+        if len(self.problems) < MAX_PROBLEMS:
+            self.problems.append(Problem(where, message))
 
     def json(self, name: str) -> tuple[dict[str, Any], str]:
         """Read a JSON object and its text; empty if there is none."""
-        size, message = file_size(self.folder / name)
-        if not message and size > _MAX_JSON_BYTES:
-            message = f"takes {size} bytes, at most {_MAX_JSON_BYTES} are read"
+        size, message = file_size(self.folder, name)
+        most = MAX_INDEX_BYTES if name == INDEX else MAX_CONFIG_BYTES
+        if not message and size > most:
+            message = f"takes {size:,} bytes, at most {most:,} are read"
         if message:
             self.report(name, message)
             return {}, ""
         try:
-            raw = (self.folder / name).read_bytes()
+            with open(open_regular(self.folder / name), "rb", buffering=0) as file:
+                raw = file.read(size)  # not a byte more, should the file grow meanwhile
         except OSError as error:
             self.report(name, f"cannot be read: {error.strerror or error}")
             return {}, ""
@@ -259,6 +275,9 @@ class _Reader:
                     self.report(f"{INDEX}: {tensor}", f"{shown(shard)} {verdicts[shard]}")
             if not wrong and isinstance(shard, str) and not verdicts[shard]:
                 shard_of[tensor] = shard
+        if len(verdicts) > MAX_SHARDS:
+            self.report(INDEX, f"names {len(verdicts):,} files, at most {MAX_SHARDS:,} are read")
+            return {}
         self.index_is_sound = len(self.problems) == before
         return shard_of
 
@@ -313,11 +332,12 @@ class _Reader:
     def header(self, name: str, placed: int) -> list[StoredTensor]:
         """Read the header of a shard; its tensors in the order of their data."""
         path = self.folder / name
-        size, message = file_size(path)
+        size, message = file_size(self.folder, name)
         raw = b""
         if not message:
             try:
-                with path.open("rb", buffering=0) as file:  # unbuffered: not a byte too many
+                # Unbuffered: not a byte too many.
+                with open(open_regular(path), "rb", buffering=0) as file:
                     raw = file.read(PREFIX_BYTES)
                     length, message = header_length(raw, size)
                     raw += file.read(length)

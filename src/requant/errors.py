@@ -25,6 +25,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from requant.limits import MAX_PROBLEMS_SHOWN
+
 
 @dataclass(frozen=True, slots=True)
 class Problem:
@@ -165,7 +167,10 @@ class CheckpointError(RequantError, ValueError):
 
     def __init__(self, source: str, problems: Sequence[Problem]) -> None:
         self.source, self.problems = source, tuple(problems)
-        lines = "".join(f"\n  {problem}" for problem in self.problems)
+        lines = "".join(f"\n  {problem}" for problem in self.problems[:MAX_PROBLEMS_SHOWN])
+        more = len(self.problems) - MAX_PROBLEMS_SHOWN
+        if more > 0:
+            lines += f"\n  and {more:,} more problems"
         super().__init__(f"{source} cannot be converted:{lines}")
 
 

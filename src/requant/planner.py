@@ -29,6 +29,7 @@ from requant.formats import SourceLayer, SourceLayout, detect
 from requant.formats.base import RowOrder, Rows, describe
 from requant.formats.packing import DTYPE_WORD, Exactness, Fidelity, Packing
 from requant.mlx_lm_classes import WITHOUT_A_CLASS
+from requant.patterns import search
 from requant.recipes import ROLES, Choice
 from requant.relayout import ON_VALUES, Relayout, relayout
 from requant.schema import SKIP, PerLayerQuantization, Quantization, QuantMode
@@ -93,7 +94,7 @@ def _folded(layout: SourceLayout, wishes: Wishes) -> SourceLayout:
 
 def _override(wishes: Wishes, path: str) -> Spec | None:
     """The last override that matches: a target, SKIP, or None."""
-    hits = [spec for pattern, spec in wishes.overrides if re.search(pattern, path)]
+    hits = [spec for pattern, spec in wishes.overrides if search(pattern, path)]
     return hits[-1] if hits else None
 
 
@@ -232,7 +233,7 @@ class Planner:
         named = [("override", pattern) for pattern, _ in self.wishes.overrides]
         named += [("only", pattern) for pattern in self.wishes.only]
         for option, pattern in named:
-            if any(re.search(pattern, path) for path in paths):
+            if any(search(pattern, path) for path in paths):
                 continue
             near = ", ".join(_near(pattern, paths))
             hint = f"near it: {near}" if near else "requant inspect lists the names"
@@ -264,7 +265,7 @@ class Planner:
             return layer.encoding, "skipped by an override"
         if layer.path in self.extra and not wishes.dequantize:
             return layer.kept, "mlx-lm has no use for it"
-        if wishes.only and not any(re.search(p, layer.path) for p in wishes.only):
+        if wishes.only and not any(search(p, layer.path) for p in wishes.only):
             return layer.kept, "not matched by --only"
         if wishes.dequantize:
             return None, ""

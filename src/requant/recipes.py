@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from requant.errors import OutOfRangeError, Problem, UnknownValueError, UsageError
+from requant.patterns import search
 from requant.schema import Quantization
 from requant.specs import Spec, check_regex, parse_spec, resolve_quantization
 
@@ -74,7 +75,7 @@ class Rule:
             path: Its path.
             place: Index of its block, and how many its stack has; None outside of blocks.
         """
-        if self.match and not re.search(self.match, path):
+        if self.match and not search(self.match, path):
             return False
         if self.roles and not any(re.search(ROLES[role], path) for role in self.roles):
             return False
@@ -158,7 +159,7 @@ class Recipe:
     def idle_patterns(self, paths: Sequence[str]) -> list[str]:
         """Regexes of the rules that no layer path has."""
         patterns = dict.fromkeys(rule.match for rule in self.rules if rule.match)
-        return [x for x in patterns if not any(re.search(x, path) for path in paths)]
+        return [x for x in patterns if not any(search(x, path) for path in paths)]
 
 
 _BLOCK = re.compile(r"^(?:(.*?)\.)?(\d+)(?=\.|$)")

@@ -7,7 +7,7 @@ A file is an 8-byte little-endian length, that many bytes of JSON, and the data 
 
 Offsets count from the start of the data area, which the tensors fill without holes. A
 header is foreign input: whatever is in it, the functions here return problems and do not
-raise, in time that grows with its length (times its logarithm) only.
+raise, within the time and memory that ``limits`` leave.
 """
 
 from __future__ import annotations
@@ -17,18 +17,28 @@ import re
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from math import prod
 from typing import Any, NoReturn
 
 from requant.dtypes import NUMPY_DTYPE, TensorInfo
 from requant.errors import KeyCollisionError, OutOfRangeError, Problem
+from requant.limits import (
+    MAX_EMPTY_AXES,
+    MAX_HEADER_BYTES,
+    MAX_INT,
+    MAX_JSON_DEPTH,
+    MAX_JSON_VALUES,
+    MAX_NAME_CHARS,
+    MAX_PROBLEMS,
+    MAX_RANK,
+    MAX_TENSORS,
+)
 
-MAX_HEADER_BYTES = 100_000_000  # as the safetensors package
 PREFIX_BYTES = 8
 METADATA_KEY = "__metadata__"
 
-_MAX_RANK = 32
-_MAX_INT = 2**63 - 1
+_VALUES_PER_TENSOR = 16  # of JSON, rank and separators included
 _SHOWN_CHARS = 60
 # Control characters, line separators and those that turn the direction of text: a name with
 # one of them does not look in a message as it is.
@@ -63,7 +73,12 @@ def parse_header(
         message = f"the length says {length} bytes, {len(raw) - PREFIX_BYTES} are there"
     if message:
         return {}, {}, [Problem("header", message)]
-    value, messages = parse_json_object(raw[PREFIX_BYTES:])
+    objects = raw.count(b"{")
+    if objects > MAX_TENSORS + 2:
+        message = f"holds {objects:,} objects, at most {MAX_TENSORS:,} tensors a file are read"
+        return {}, {}, [Problem("header", message)]
+    text = memoryview(raw)[PREFIX_BYTES:]
+    value, messages = parse_json_object(text, max_values=_VALUES_PER_TENSOR * MAX_TENSORS)
     problems = [Problem("header", message) for message in messages]
     # Where a key stands twice or an entry has no offsets, a hole says nothing.
     complete = not problems
@@ -73,6 +88,9 @@ def parse_header(
     entries: dict[str, HeaderEntry] = {}
     spans: list[tuple[int, int, str]] = []
     for name, item in value.items():
+        if len(problems) >= MAX_PROBLEMS:
+            problems.append(Problem("header", "has more problems, which are not listed"))
+            return {}, {}, problems
         where = _where(name)
         messages = check_name(name)
         span, wrong = _parse_span(item)
@@ -103,8 +121,11 @@ def build_header(
 
     Raises:
         KeyCollisionError: A tensor is called ``__metadata__``.
-        OutOfRangeError: No reader would take a header of this length.
+        OutOfRangeError: No reader would take a header of this length, or so many tensors.
     """
+    if len(tensors) > MAX_TENSORS:
+        message = f"a file may hold {MAX_TENSORS:,}; write smaller shards"
+        raise OutOfRangeError(message, "tensors", len(tensors))
     if METADATA_KEY in tensors:
         raise KeyCollisionError("a header keeps its metadata under this name", METADATA_KEY)
     header: dict[str, Any] = {METADATA_KEY: dict(metadata)} if metadata else {}
@@ -153,7 +174,11 @@ def header_length(prefix: bytes, file_bytes: int) -> tuple[int, str]:
 
 
 def parse_json_object(
-    raw: bytes, *, nan: bool = False, same_twice: bool = False
+    raw: bytes | memoryview,
+    *,
+    nan: bool = False,
+    same_twice: bool = False,
+    max_values: int = MAX_JSON_VALUES,
 ) -> tuple[dict[str, Any], list[str]]:
     """Parse a JSON text that must be one object, strictly.
 
@@ -161,6 +186,7 @@ def parse_json_object(
         raw: The text in UTF-8.
         nan: Whether ``NaN`` and ``Infinity``, which are not JSON, are taken.
         same_twice: Whether a key may stand twice with equal values.
+        max_values: A text with more values is refused before it is parsed.
 
     Returns:
         The object (empty if there is none) and what is wrong.
@@ -180,30 +206,65 @@ def parse_json_object(
     def refuse(word: str) -> NoReturn:
         raise ValueError(f"{word} is no JSON number")
 
+    data = bytes(raw)
+    # Each value follows a bracket or a comma; those within strings count as well.
+    values = sum(data.count(mark) for mark in (b"{", b"[", b","))
+    if values > max_values:
+        return {}, [f"holds more than {max_values:,} JSON values"]
     try:
-        text = raw.decode("utf-8")
+        text = data.decode("utf-8")
         value = json.loads(text, object_pairs_hook=unique, parse_constant=None if nan else refuse)
         if "\\u" in text:  # a lone surrogate is a str that nothing can print or write
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError as error:
-        return {}, [f"is not UTF-8: byte {error.start} is 0x{raw[error.start]:02x}"]
+        return {}, [f"is not UTF-8: byte {error.start} is 0x{data[error.start]:02x}"]
     except UnicodeEncodeError:
         return {}, ["is not JSON: half of a surrogate pair stands alone"]
     except RecursionError:
         return {}, ["is nested too deeply"]
     except ValueError as error:
-        return {}, [f"is not JSON: {error}"]
+        reason = str(error).partition(";")[0]  # of long numbers: how Python's limit is raised
+        return {}, [f"is not JSON: {reason}"]
     if not isinstance(value, dict):
         return {}, [f"is {shown(value)}, expected an object"]
-    return value, [f"the key {shown(key)} stands more than once" for key in twice]
+    if _depth(value) > MAX_JSON_DEPTH:
+        return {}, [f"is nested too deeply: at most {MAX_JSON_DEPTH} levels are read"]
+    keys = islice(twice, MAX_PROBLEMS)
+    return value, [f"the key {shown(key)} stands more than once" for key in keys]
+
+
+def _depth(value: object) -> int:
+    """Levels of objects and lists, counted level by level: no recursion."""
+    level: list[Any] = [value]
+    depth = 0
+    while level:
+        depth += 1
+        level = [
+            item
+            for outer in level
+            for item in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(item, (dict, list))
+        ]
+    return depth
 
 
 def check_name(name: str) -> list[str]:
     """Say what makes a string no tensor name."""
     if not name:
         return ["the name of a tensor is empty"]
-    bad = _UNPRINTABLE.search(name)
-    return [f"the name holds the control character U+{ord(bad[0]):04X}"] if bad else []
+    if len(name) > MAX_NAME_CHARS:
+        return [f"the name has {len(name):,} characters, at most {MAX_NAME_CHARS:,} are read"]
+    if bad := unprintable(name):
+        return [f"the name holds the control character U+{ord(bad):04X}"]
+    if name[0] == "/" or (".." in name and ".." in name.split("/")):
+        return ["the name holds parts of a path (.., or a slash in front)"]
+    return []
+
+
+def unprintable(name: str) -> str:
+    """The first character that does not look in a message as it is, or nothing."""
+    bad = None if name.isprintable() else _UNPRINTABLE.search(name)
+    return bad[0] if bad else ""
 
 
 def shown(value: object) -> str:
@@ -221,11 +282,12 @@ def shown(value: object) -> str:
 
 
 def _where(name: str) -> str:
-    return name if name and not _UNPRINTABLE.search(name) else shown(name)
+    sound = 0 < len(name) <= MAX_NAME_CHARS and not unprintable(name)
+    return name if sound else shown(name)
 
 
 def _is_count(value: object) -> bool:
-    return type(value) is int and 0 <= value <= _MAX_INT
+    return type(value) is int and 0 <= value <= MAX_INT
 
 
 def _parse_metadata(value: object) -> tuple[dict[str, str], list[str]]:
@@ -235,7 +297,7 @@ def _parse_metadata(value: object) -> tuple[dict[str, str], list[str]]:
         return {}, [f"is {shown(value)}, expected an object of strings"]
     wrong = [
         f"{shown(key)} is {shown(item)}, expected a string"
-        for key, item in value.items()
+        for key, item in islice(value.items(), MAX_PROBLEMS)
         if not isinstance(item, str)
     ]
     return {key: item for key, item in value.items() if isinstance(item, str)}, wrong
@@ -269,10 +331,15 @@ def _parse_info(item: object) -> tuple[TensorInfo | None, list[str]]:
         messages.append("has no shape")
     elif not isinstance(shape, list) or not all(map(_is_count, shape)):
         messages.append(f"shape is {shown(shape)}, expected a list of numbers from 0 to 2**63 - 1")
-    elif len(shape) > _MAX_RANK:
-        messages.append(f"shape has {len(shape)} axes, at most {_MAX_RANK} are read")
-    elif prod(filter(None, shape)) > _MAX_INT:
+    elif len(shape) > MAX_RANK:
+        messages.append(f"shape has {len(shape)} axes, at most {MAX_RANK} are read")
+    elif prod(filter(None, shape)) > MAX_INT:
         messages.append(f"shape {shown(shape)} has more than 2**63 - 1 elements")
+    elif 0 in shape and prod(filter(None, shape)) > MAX_EMPTY_AXES:
+        messages.append(
+            f"shape {shown(shape)} holds nothing, and its other axes multiply to more than "
+            f"{MAX_EMPTY_AXES:,}"
+        )
     if messages or not isinstance(dtype, str) or not isinstance(shape, list):
         return None, messages
     return TensorInfo(dtype, tuple(shape)), []
@@ -294,6 +361,9 @@ def _check_spans(
     beyond: list[tuple[int, int, str]] = []
     end, owner = 0, ""
     for start, stop, name in sorted(spans):
+        if len(problems) >= MAX_PROBLEMS:
+            problems.append(Problem("header", "has more problems, which are not listed"))
+            return problems
         if stop > data_bytes:
             beyond.append((start, stop, name))
         if start < end:

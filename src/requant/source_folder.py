@@ -5,6 +5,7 @@ Only names, sizes and kinds of files are looked at here; nothing is opened.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
@@ -12,10 +13,12 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from itertools import count, islice
 from pathlib import Path, PurePosixPath
 
-from requant.errors import Problem
-from requant.safetensors_header import check_name
+from requant.errors import CheckpointError, Problem
+from requant.limits import MAX_ENTRIES
+from requant.safetensors_header import unprintable
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -77,12 +80,13 @@ def natural_key(name: str) -> tuple[list[tuple[int, str]], str]:
     ], name
 
 
-def file_size(path: Path) -> tuple[int, str]:
-    """Size of a regular file, links followed.
+def file_size(folder: Path, name: str) -> tuple[int, str]:
+    """Size of a regular file of a checkpoint; links are followed within it.
 
     Returns:
         The size and ``""``, or 0 and why there is no such file.
     """
+    path = folder / name
     try:
         found = path.stat()
     except FileNotFoundError:
@@ -94,7 +98,40 @@ def file_size(path: Path) -> tuple[int, str]:
     if not stat.S_ISREG(found.st_mode):
         kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a device, pipe or socket"
         return 0, f"is {kind}, expected a regular file"
-    return found.st_size, ""
+    message = _outside(folder, path)
+    return (0, message) if message else (found.st_size, "")
+
+
+def open_regular(path: Path) -> int:
+    """Open a regular file for reading: a pipe in its place neither blocks nor is read.
+
+    Raises:
+        OSError: It cannot be opened, or is no regular file.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "is no regular file any more", str(path))
+    return fd
+
+
+def _outside(folder: Path, path: Path) -> str:
+    """Say why a link is not followed: it leads out of its checkpoint, or nothing.
+
+    The hub's cache is made of links, from ``snapshots/REVISION`` to the ``blobs`` beside it.
+    """
+    if not path.is_symlink():
+        return ""
+    root, target = folder.resolve(), path.resolve()
+    homes = [root]
+    if root.parent.name == "snapshots":
+        homes.append(root.parent.parent / "blobs")
+    if any(home in target.parents for home in homes):
+        return ""
+    return (
+        f"is a link out of its folder, to {str(path.readlink())!r}, which is not followed; "
+        "put the file itself there (a hard link will do)"
+    )
 
 
 def check_folder(folder: Path) -> str:
@@ -122,7 +159,11 @@ def check_folder(folder: Path) -> str:
 def check_shard_path(folder: Path, shard: str) -> str:
     """Say why the path of a shard in an index is not followed, or nothing."""
     path = PurePosixPath(shard)
-    if check_name(shard) or any(len(part.encode()) > _MAX_NAME_BYTES for part in path.parts):
+    if (
+        not shard
+        or unprintable(shard)
+        or any(len(part.encode()) > _MAX_NAME_BYTES for part in path.parts)
+    ):
         return "is no file name"
     if path.is_absolute() or ".." in path.parts or "\\" in shard:
         return "leads out of the folder; expected a file name"
@@ -145,14 +186,15 @@ def find_gaps(names: Iterable[str]) -> list[tuple[str, str]]:
             sets[match[1], match[3]][int(match[2])] = name
     gaps = []
     for (_, total), members in sorted(sets.items()):
-        missing = [number for number in range(1, int(total) + 1) if number not in members]
+        # Counted without walking to the total, which a name can put at a million.
+        missing = int(total) - sum(1 <= number <= int(total) for number in members)
         if missing and len(members) < int(total):  # some writers count from 0
-            first = min(members.values())
+            gap = next(number for number in count(1) if number not in members)
             gaps.append(
                 (
-                    first,
-                    f"{len(missing)} of the {int(total)} shards of this set are missing, the "
-                    f"first is number {missing[0]}; was the download complete?",
+                    min(members.values()),
+                    f"{missing} of the {int(total)} shards of this set are missing, the "
+                    f"first is number {gap}; was the download complete?",
                 )
             )
     return gaps
@@ -183,20 +225,28 @@ def list_folder(folder: Path, shards: Collection[str]) -> Listing:
     Args:
         folder: The source.
         shards: Relative paths that the index names; they are in none of the lists.
+
+    Raises:
+        CheckpointError: It holds more than is read.
     """
     listing = Listing()
+    seen = 0
     pending = [""]
     while pending:  # a loop, since a hostile tree can be deeper than the stack
         below = pending.pop()
         try:
             with os.scandir(folder / below) as found:
-                entries = sorted(found, key=lambda entry: entry.name)
+                entries = list(islice(found, MAX_ENTRIES + 1 - seen))
         except OSError as error:
             listing.problems.append(
                 Problem(printable(below) or str(folder), f"cannot be listed: {error.strerror}")
             )
             continue
-        for entry in entries:
+        seen += len(entries)
+        if seen > MAX_ENTRIES:
+            message = f"holds more than {MAX_ENTRIES:,} files and folders, which are not read"
+            raise CheckpointError(str(folder), [Problem(str(folder), message)])
+        for entry in sorted(entries, key=lambda entry: entry.name):
             name = f"{below}{entry.name}"
             if entry.name in _SKIPPED or name in shards or name in (CONFIG, INDEX):
                 continue
@@ -233,7 +283,7 @@ def _sort_file(listing: Listing, folder: Path, name: str) -> None:
         else:
             listing.left_out.append((name, "weights in a subfolder"))
         return
-    size, message = file_size(folder / name)
+    size, message = file_size(folder, name)
     if message.startswith("is a folder"):
         message = "a link to a folder is not followed"
     reason = message or _stale(base, size)

@@ -9,6 +9,7 @@ import re
 
 from requant.arrays.native import check_quantization
 from requant.errors import OutOfRangeError, UnknownValueError, UsageError
+from requant.patterns import PatternError, compiled
 from requant.schema import SKIP, Quantization, QuantMode, Skip
 
 Spec = Quantization | Skip
@@ -77,6 +78,6 @@ def parse_spec(text: str, base: Quantization | None = None) -> Spec:
 def check_regex(pattern: str, option: str) -> None:
     """Raise UsageError where ``pattern`` is no regular expression."""
     try:
-        re.compile(pattern)
-    except re.error as error:
-        raise UsageError(f"{option} {pattern!r} is no regular expression: {error}") from error
+        compiled(pattern)
+    except PatternError as error:
+        raise UsageError(f"{option} {error}") from error

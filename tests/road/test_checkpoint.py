@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import struct
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ from requant import checkpoint as checkpoint_module
 from requant.checkpoint import Checkpoint, SourceFile, StoredTensor, read_checkpoint
 from requant.dtypes import TensorInfo
 from requant.errors import CheckpointError
+from requant.limits import MAX_PROBLEMS, MAX_PROBLEMS_SHOWN
+from requant.source_folder import open_regular
 from tests.road.builders import INDEX, SHARED, entry, header, weights, write_folder
 
 ONE = {"a.weight": ("BF16", [2, 3])}
@@ -246,9 +249,11 @@ def test_config_may_say_the_same_twice(tmp_path: Path) -> None:
 
 def test_config_too_large(tmp_path: Path) -> None:
     folder = write_folder(tmp_path, {"model.safetensors": ONE})
-    os.truncate(folder / "config.json", (64 << 20) + 1)
+    os.truncate(folder / "config.json", 1 << 30)
 
-    assert only_problem(folder) == ("config.json: takes 67108865 bytes, at most 67108864 are read")
+    assert only_problem(folder) == (
+        "config.json: takes 1,073,741,824 bytes, at most 16,777,216 are read"
+    )
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", INDEX])
@@ -446,6 +451,62 @@ def test_shards_counted_from_zero(tmp_path: Path) -> None:
 # Headers inside a folder
 
 
+def test_a_name_that_claims_a_million_shards(tmp_path: Path) -> None:
+    """Each file is of another set of nearly a million: counting up would take hours."""
+    files = {f"model-00000-of-9{n:05d}.safetensors": b"" for n in range(300)}
+    folder = write_folder(tmp_path, files)
+    began = time.process_time()
+    with pytest.raises(CheckpointError, match="shards of this set are missing"):
+        read_checkpoint(folder)
+    assert time.process_time() - began < 2
+
+
+def test_more_files_than_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("requant.source_folder.MAX_ENTRIES", 10)
+    folder = write_folder(tmp_path, {"model.safetensors": ONE})
+    assert read_checkpoint(folder)
+    for number in range(9):
+        (folder / f"{number}.txt").touch()
+
+    assert only_problem(folder).endswith("holds more than 10 files and folders, which are not read")
+
+
+def test_more_shards_than_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("requant.checkpoint.MAX_SHARDS", 2)
+    names = {f"t{n}.weight": f"{n}.safetensors" for n in range(3)}
+    files = {file: weights({tensor: ("U8", [1])}) for tensor, file in names.items()}
+    folder = write_folder(tmp_path / "files", files)
+    assert only_problem(folder).endswith("3 weight files, at most 2 are read")
+
+    folder = write_folder(tmp_path / "index", files, weight_map=names)
+    with pytest.raises(CheckpointError, match="names 3 files, at most 2 are read"):
+        read_checkpoint(folder)
+
+
+def test_a_pipe_that_takes_the_place_of_a_file_blocks_nothing(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="no regular file"):
+        open_regular(tmp_path / "pipe")
+
+
+def test_a_tensor_too_large_to_look_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = read_checkpoint(write_folder(tmp_path, {"model.safetensors": ONE}))
+    assert found.peek("a.weight").size
+    monkeypatch.setattr("requant.checkpoint.MAX_PEEK_BYTES", 3)
+    with pytest.raises(CheckpointError, match=r"a\.weight: .* at most 3 bytes are read"):
+        found.peek("a.weight")
+
+
+def test_an_error_lists_some_problems_and_counts_the_rest(tmp_path: Path) -> None:
+    bad = {f"t{n}": "nothing" for n in range(5000)}
+    with pytest.raises(CheckpointError) as raised:
+        read_checkpoint(write_folder(tmp_path, {"model.safetensors": header(bad)}))
+
+    assert len(raised.value.problems) == MAX_PROBLEMS
+    assert len(str(raised.value).splitlines()) == MAX_PROBLEMS_SHOWN + 2
+    assert str(raised.value).endswith(f"and {MAX_PROBLEMS - MAX_PROBLEMS_SHOWN} more problems")
+
+
 def test_bad_headers_are_named_with_file_and_tensor(tmp_path: Path) -> None:
     """The rules have their own tests; here: the file, and no error that follows from it."""
     files = {
@@ -480,7 +541,7 @@ def test_file_that_shrinks_while_it_is_read(
     monkeypatch.setattr(
         checkpoint_module,
         "file_size",
-        lambda path: (size, "") if path.suffix == ".safetensors" else real(path),
+        lambda at, name: (size, "") if name.endswith(".safetensors") else real(at, name),
     )
 
     assert only_problem(folder).startswith("model.safetensors: header: the length says")
@@ -580,8 +641,10 @@ def test_the_only_copy_is_no_second_one(tmp_path: Path) -> None:
 
 def test_links_and_special_files_beside_the_weights(tmp_path: Path) -> None:
     outside = write_folder(tmp_path / "outside", {"x.txt": b"x"})
-    folder = write_folder(tmp_path / "source", {"model.safetensors": ONE})
-    (folder / "good.txt").symlink_to(outside / "x.txt")
+    folder = write_folder(tmp_path / "source", {"model.safetensors": ONE, "sub/x.txt": b"x"})
+    (folder / "good.txt").symlink_to("sub/x.txt")
+    (folder / "sub" / "good.txt").symlink_to("../good.txt")
+    (folder / "secret.txt").symlink_to(outside / "x.txt")
     (folder / "dangling.txt").symlink_to("nowhere")
     (folder / "loop.txt").symlink_to("loop.txt")
     (folder / "folder").symlink_to(outside)
@@ -589,12 +652,37 @@ def test_links_and_special_files_beside_the_weights(tmp_path: Path) -> None:
     os.mkfifo(folder / "pipe")
     found = read_checkpoint(folder)
 
-    assert found.side_files == ("good.txt",)
+    assert found.side_files == ("good.txt", "sub/good.txt", "sub/x.txt")
     left_out = dict(found.left_out)
-    assert sorted(left_out) == ["above", "dangling.txt", "folder", "loop.txt", "pipe"]
+    names = ["above", "dangling.txt", "folder", "loop.txt", "pipe", "secret.txt"]
+    assert sorted(left_out) == names
     assert left_out["folder"] == left_out["above"] == "a link to a folder is not followed"
     assert "'nowhere', which does not exist" in left_out["dangling.txt"]
     assert "device, pipe or socket" in left_out["pipe"]
+    assert "is a link out of its folder" in left_out["secret.txt"]
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", INDEX])
+def test_a_link_out_of_the_folder_is_not_followed(tmp_path: Path, name: str) -> None:
+    """A checkpoint from a stranger could name any file of this machine."""
+    index = {"a.weight": "model.safetensors"} if name == INDEX else None
+    folder = write_folder(tmp_path / "source", {"model.safetensors": ONE}, weight_map=index)
+    (folder / name).rename(tmp_path / "elsewhere")
+    (folder / name).symlink_to("../elsewhere")
+
+    assert only_problem(folder).startswith(f"{name}: is a link out of its folder")
+
+
+def test_a_link_out_of_the_cache_is_not_followed(tmp_path: Path) -> None:
+    blobs = write_folder(tmp_path / "blobs", {"0": weights(ONE)})
+    folder = write_folder(tmp_path / "snapshots" / "main", {"model.safetensors": b""})
+    (tmp_path / "secret").write_bytes(b"x")
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to(blobs / "0")
+    (folder / "merges.txt").symlink_to("../../blobs/../secret")
+
+    (left_out,) = read_checkpoint(folder).left_out
+    assert left_out[0] == "merges.txt"
 
 
 def test_names_that_are_not_utf8(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from hypothesis import strategies as st
 
 from requant.dtypes import NUMPY_DTYPE, TensorInfo
 from requant.errors import KeyCollisionError, OutOfRangeError
+from requant.limits import MAX_HEADER_BYTES, MAX_NAME_CHARS, MAX_PROBLEMS, MAX_TENSORS
 from requant.safetensors_header import (
-    MAX_HEADER_BYTES,
     HeaderEntry,
     build_header,
     header_length,
@@ -347,12 +348,61 @@ def test_many_overlaps_take_no_long() -> None:
     """Each of 50,000 tensors overlaps all others; comparing pairs would take minutes."""
     many = {f"t{i}": entry("U8", [100_000 - i], i, 100_000) for i in range(50_000)}
 
-    assert len(parse_header(header(many), 100_000)[2]) == 49_999
+    problems = parse_header(header(many), 100_000)[2]
+    assert len(problems) == MAX_PROBLEMS + 1
+    assert "more problems" in problems[-1].message
+
+
+MANY = MAX_TENSORS + 1
+HOSTILE = {
+    "many objects": ('{"a":{' + '"":{},' * MANY, "objects, at most"),
+    "many lists": ('{"a":[' + "[]," * (16 * MANY), "JSON values"),
+    "many numbers": ('{"a":[' + "0," * (16 * MANY), "JSON values"),
+    "deep lists": ('{"a":' + "[" * 1_000_000, "nested too deeply"),
+    "deep objects": ('{"a":' * 200_000, "nested too deeply"),
+    "65 levels": ('{"a":' * 65 + "1" + "}" * 65, "at most 64 levels"),
+    "a long number": ('{"a":' + "9" * 1_000_000 + "}", "Exceeds the limit"),
+    "a long key": ('{"' + "a" * 1_000_000 + '":1}', "1,000,000 characters, at most 1,024"),
+    "one key again and again": ("{" + '"a":1,' * 100_000 + '"a":1}', "stands more than once"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_headers_are_refused_at_once(case: str) -> None:
+    text, message = HOSTILE[case]
+    began = time.process_time()
+    found = problems_of(prefixed(text.encode()), 0)
+
+    assert time.process_time() - began < 2
+    assert any(message in problem for problem in found), found[:3]
+    assert sum(map(len, found)) < 1000
+
+
+@pytest.mark.parametrize(
+    "name", ["../../etc/passwd", "/etc/passwd", "a/../b", "..", "a/..", "a" * (MAX_NAME_CHARS + 1)]
+)
+def test_names_that_are_paths_or_endless(name: str) -> None:
+    (found,) = problems_of(header({name: U8}), 4)
+    assert "the name h" in found
+
+
+@pytest.mark.parametrize("shape", [[0, 2**62], [2**40, 0], [5000, 5000, 0]])
+def test_tensors_that_hold_nothing_many_times(shape: list[int]) -> None:
+    """Whoever walks over the rows of such a tensor never comes home."""
+    (found,) = problems_of(header({"a": entry("U8", shape, 0, 0)}), 0)
+    assert "holds nothing" in found
+
+
+def test_build_refuses_more_tensors_than_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("requant.safetensors_header.MAX_TENSORS", 1)
+    tensors = {name: TensorInfo("U8", (1,)) for name in "ab"}
+    with pytest.raises(OutOfRangeError, match="smaller shards"):
+        build_header(tensors, {})
 
 
 SAFE_NAMES = st.text(
     st.characters(exclude_categories=["Cc", "Cs", "Cf", "Zl", "Zp"]), min_size=1, max_size=20
-).filter(lambda name: name != "__metadata__")
+).filter(lambda name: name != "__metadata__" and name[0] != "/" and ".." not in name)
 INFOS = st.builds(
     TensorInfo,
     st.sampled_from(sorted(NUMPY_DTYPE)),

@@ -15,6 +15,7 @@ from typing import Any
 
 from requant.errors import Problem
 from requant.formats.declared import Declared
+from requant.patterns import Pattern, PatternError
 
 FORMATS = (
     "dense",
@@ -67,8 +68,8 @@ class CtConfig:
         self.found, self.problems = found, problems
         self.where = "" if found is None else found.where
         self._schemes: dict[str, Scheme] = {}  # target -> scheme
-        self._patterns: list[tuple[re.Pattern[str], Scheme]] = []
-        self._ignored: list[tuple[str, re.Pattern[str] | None]] = []
+        self._patterns: list[tuple[Pattern, Scheme]] = []
+        self._ignored: list[tuple[str, Pattern | None]] = []
         self.padded: bool | None = None  # whether words hold whole codes only; None: not said
         if found is not None:
             release = re.match(r"(\d+)\.(\d+)", found.word("version"))
@@ -220,10 +221,9 @@ class CtConfig:
                 pattern = self._compiled(entry, f"{self.where}.ignore")
             self._ignored.append((entry, pattern))
 
-    def _compiled(self, entry: str, where: str) -> re.Pattern[str] | None:
+    def _compiled(self, entry: str, where: str) -> Pattern | None:
         try:
-            return re.compile(entry.removeprefix("re:"))
-        except re.error as error:
-            message = f"{entry!r} is no regular expression: {error}"
-            self.problems.append(Problem(where, message))
+            return Pattern(entry.removeprefix("re:"))
+        except PatternError as error:
+            self.problems.append(Problem(where, error.message))
             return None

@@ -7,12 +7,12 @@ regex found anywhere in it. What a rule does not say is inherited.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from requant.errors import Problem
 from requant.formats.declared import Declared
+from requant.patterns import Pattern, PatternError
 
 _BITS = range(1, 9)
 DENSE_BITS = 16  # AutoRound: 16 bits or more is a dense layer
@@ -53,7 +53,7 @@ class LayerRules:
             where=found.where,
         )
         self._exact: dict[str, LayerRule] = {}
-        self._patterns: list[tuple[re.Pattern[str], bool, LayerRule]] = []
+        self._patterns: list[tuple[Pattern, bool, LayerRule]] = []
         self._read(found, "dynamic", problems)
         self._read(found, "extra_config", problems)
 
@@ -87,10 +87,10 @@ class LayerRules:
             if not anchored:
                 self._exact[text] = rule
             try:
-                self._patterns.append((re.compile(text), anchored, rule))
-            except re.error as error:
+                self._patterns.append((Pattern(text), anchored, rule))
+            except PatternError as error:
                 if anchored:
-                    problems.append(Problem(where, f"is no regular expression: {error}"))
+                    problems.append(Problem(where, error.message))
 
     def _rule(self, fields: Declared, negative: bool, problems: list[Problem]) -> LayerRule:
         default = self.default
