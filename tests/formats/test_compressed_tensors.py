@@ -586,7 +586,7 @@ CORRUPTIONS: dict[str, tuple[Callable[[Tensors, dict[str, Any]], None], tuple[st
     ),
     "pattern that is none": (
         with_key("ignore", value=["re:(["]),
-        ("ignore: 're:([' is no regular expression",),
+        ("ignore: '([' is no regular expression",),
     ),
     "bits that are none": (
         with_key(*WEIGHTS, "num_bits", value="four"),
