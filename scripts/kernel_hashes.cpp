@@ -178,6 +178,36 @@ void float_modes(const Format& f) {
   }
 }
 
+void searches(const Format& f) {
+  const std::vector<uint8_t> w = weights(f);
+  std::vector<float> h(kCols);
+  Random random{11};
+  for (float& value : h) value = float(random.below(1000)) / 64.0f;
+  for (int level = 0; level < 4; level++) {
+    const bool best = level % 2 != 0;
+    const float* importance = level < 2 ? nullptr : h.data();
+    for (int group : {32, 64, 128})
+      for (int bits : {1, 2, 3, 4, 5, 6, 8}) {
+        std::vector<uint32_t> words(size_t(kRows) * kCols / 32 * bits);
+        std::vector<uint8_t> scales(kRows * (kCols / group) * f.bytes()), biases(scales.size());
+        kernels.affine_search(w.data(), f.dtype, kRows, kCols, group, bits, importance, best, words.data(),
+                              scales.data(), biases.data());
+        const uint64_t h1 = hash(words.data(), words.size() * 4), h2 = hash_values(scales, f);
+        print("affine_search", f.name, group, bits * 10 + level, h1 ^ h2 * 3 ^ hash_values(biases, f) * 5);
+      }
+    for (int bits : {4, 8}) {
+      std::vector<uint32_t> words(size_t(kRows) * kCols / 32 * bits);
+      std::vector<uint8_t> scales(kRows * (kCols / 32));
+      kernels.mx_search(w.data(), f.dtype, kRows, kCols, bits, importance, best, words.data(), scales.data());
+      print("mx_search", f.name, level, bits, hash(words.data(), words.size() * 4) ^ hash(scales.data(), scales.size()));
+    }
+    std::vector<uint32_t> words(size_t(kRows) * kCols / 8);
+    std::vector<uint8_t> scales(kRows * (kCols / 16));
+    kernels.nvfp4_search(w.data(), f.dtype, kRows, kCols, importance, best, words.data(), scales.data(), nullptr);
+    print("nvfp4_search", f.name, level, 4, hash(words.data(), words.size() * 4) ^ hash(scales.data(), scales.size()));
+  }
+}
+
 void values(const Format& a) {
   const std::vector<uint8_t> x = weights(a);
   const size_t count = size_t(kRows) * kCols;
@@ -295,6 +325,7 @@ int main() {
   for (const Format& f : kFormats) {
     affine(f);
     float_modes(f);
+    searches(f);
     values(f);
     for (const Format& b : kFormats) mixed(f, b);
     decoding(f);

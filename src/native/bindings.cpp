@@ -245,6 +245,75 @@ void nvfp4_dequantize(In words, In scales, Out out, const std::string& out_dtype
   });
 }
 
+// The column weights of a search: null, or one float32 a column.
+const float* weights_of(const std::optional<In>& weights, size_t cols) {
+  if (!weights) return nullptr;
+  check_rank(*weights, "weights", 1);
+  check_layout(*weights, "weights", 32);
+  if (weights->shape(0) != cols)
+    fail("weights: expected shape (" + std::to_string(cols) + ",), got " + text(shape_of(*weights)));
+  return static_cast<const float*>(weights->data());
+}
+
+bool is_best(const std::string& level) {
+  if (level != "fast" && level != "best") fail("level: expected fast or best, got " + level);
+  return level == "best";
+}
+
+void affine_search(In w, const std::string& dtype, int group_size, int bits, const std::string& level,
+                   std::optional<In> weights, Out words, Out scales, Out biases) {
+  check_affine(group_size, bits);
+  const Dtype t = dtype_of(dtype);
+  check_rank(w, "w", 2);
+  const size_t rows = w.shape(0), cols = w.shape(1);
+  check_layout(w, "w", bits_of(t));
+  check_groups("w", cols, group_size);
+  check_shape(words, "words", 32, rows, cols / 32 * bits);
+  check_shape(scales, "scales", bits_of(t), rows, cols / group_size);
+  check_shape(biases, "biases", bits_of(t), rows, cols / group_size);
+  const float* h = weights_of(weights, cols);
+  const bool best = is_best(level);
+  run([&] {
+    kernels().affine_search(w.data(), t, rows, cols, group_size, bits, h, best, data<uint32_t>(words), scales.data(),
+                            biases.data());
+  });
+}
+
+size_t mx_search(In w, const std::string& dtype, const std::string& mode, const std::string& level,
+                 std::optional<In> weights, Out words, Out scales) {
+  const int bits = mx_bits(mode);
+  const Dtype t = dtype_of(dtype);
+  check_rank(w, "w", 2);
+  const size_t rows = w.shape(0), cols = w.shape(1);
+  check_layout(w, "w", bits_of(t));
+  check_groups("w", cols, 32);
+  check_shape(words, "words", 32, rows, cols / 32 * bits);
+  check_shape(scales, "scales", 8, rows, cols / 32);
+  const float* h = weights_of(weights, cols);
+  const bool best = is_best(level);
+  return run([&] {
+    return kernels().mx_search(w.data(), t, rows, cols, bits, h, best, data<uint32_t>(words), data<uint8_t>(scales));
+  });
+}
+
+void nvfp4_search(In w, const std::string& dtype, const std::string& level, std::optional<In> weights, Out words,
+                  Out scales, std::optional<double> global_scale) {
+  const Dtype t = dtype_of(dtype);
+  check_rank(w, "w", 2);
+  const size_t rows = w.shape(0), cols = w.shape(1);
+  check_layout(w, "w", bits_of(t));
+  check_groups("w", cols, 16);
+  check_shape(words, "words", 32, rows, cols / 8);
+  check_shape(scales, "scales", 8, rows, cols / 16);
+  const float* h = weights_of(weights, cols);
+  const bool best = is_best(level);
+  const float scale = float(global_scale.value_or(1.0));
+  run([&] {
+    kernels().nvfp4_search(w.data(), t, rows, cols, h, best, data<uint32_t>(words), data<uint8_t>(scales),
+                           global_scale ? &scale : nullptr);
+  });
+}
+
 void pack_words(In codes, int bits, Out words) {
   check_bits(bits);
   check_rank(codes, "codes", 2);
@@ -591,6 +660,13 @@ NB_MODULE(_native, m) {
         "scales"_a.noconvert(), "global_scale"_a = nb::none());
   m.def("nvfp4_dequantize", &nvfp4_dequantize, "words"_a.noconvert(), "scales"_a.noconvert(), "out"_a.noconvert(),
         "out_dtype"_a, "global_scale"_a = nb::none());
+  m.def("affine_search", &affine_search, "w"_a.noconvert(), "dtype"_a, "group_size"_a, "bits"_a, "level"_a,
+        "weights"_a.noconvert().none(), "words"_a.noconvert(), "scales"_a.noconvert(), "biases"_a.noconvert(),
+        "As affine_quantize, with scales and biases searched for; weights: float32 bits, one a column, or None.");
+  m.def("mx_search", &mx_search, "w"_a.noconvert(), "dtype"_a, "mode"_a, "level"_a, "weights"_a.noconvert().none(),
+        "words"_a.noconvert(), "scales"_a.noconvert(), "Returns what mx_quantize does.");
+  m.def("nvfp4_search", &nvfp4_search, "w"_a.noconvert(), "dtype"_a, "level"_a, "weights"_a.noconvert().none(),
+        "words"_a.noconvert(), "scales"_a.noconvert(), "global_scale"_a = nb::none());
   m.def("pack_words", &pack_words, "codes"_a.noconvert(), "bits"_a, "words"_a.noconvert());
   m.def("unpack_words", &unpack_words, "words"_a.noconvert(), "bits"_a, "codes"_a.noconvert());
   m.def("cast", &cast, "src"_a.noconvert(), "src_dtype"_a, "dst"_a.noconvert(), "dst_dtype"_a,

@@ -9,6 +9,7 @@
 #include "minifloat.h"
 #include "pack.h"
 #include "repack.h"
+#include "search.h"
 #include "values.h"
 
 namespace {
@@ -105,6 +106,54 @@ void nvfp4_dequantize_any(const uint32_t* words, const uint8_t* scales, size_t r
   const float dec = global_scale != nullptr ? *global_scale / 2688.0f : 1.0f;
   with_dtype(out_dtype, [&](auto o) {
     nvfp4_dequantize<typename decltype(o)::Type>(words, scales, rows * (cols / 16), dec, out);
+  });
+}
+
+template <class Call>
+auto with_weights(const float* weights, Call call) {
+  return weights != nullptr ? call(Tag<const float*>()) : call(Tag<void>());
+}
+
+template <class W>
+constexpr bool weighted = !__is_same(typename W::Type, void);
+
+void affine_search_any(const void* w, Dtype dtype, size_t rows, size_t cols, int group_size, int bits,
+                       const float* weights, bool best, uint32_t* words, void* scales, void* biases) {
+  const size_t per_row = cols / group_size, groups = rows * per_row;
+  with_dtype(dtype, [&](auto t) {
+    with_weights(weights, [&](auto h) {
+      using T = typename decltype(t)::Type;
+      constexpr bool W = weighted<decltype(h)>;
+      switch (group_size) {
+        case 32: return affine_search<T, 32, W>(w, groups, per_row, bits, weights, best, words, scales, biases);
+        case 64: return affine_search<T, 64, W>(w, groups, per_row, bits, weights, best, words, scales, biases);
+        case 128: return affine_search<T, 128, W>(w, groups, per_row, bits, weights, best, words, scales, biases);
+      }
+    });
+  });
+}
+
+size_t mx_search_any(const void* w, Dtype dtype, size_t rows, size_t cols, int bits, const float* weights, bool best,
+                     uint32_t* words, uint8_t* scales) {
+  const size_t per_row = cols / 32, groups = rows * per_row;
+  return with_dtype(dtype, [&](auto t) {
+    return with_weights(weights, [&](auto h) {
+      using T = typename decltype(t)::Type;
+      constexpr bool W = weighted<decltype(h)>;
+      return bits == 4 ? mx_search<T, 4, W>(w, groups, per_row, weights, best, words, scales)
+                       : mx_search<T, 8, W>(w, groups, per_row, weights, best, words, scales);
+    });
+  });
+}
+
+void nvfp4_search_any(const void* w, Dtype dtype, size_t rows, size_t cols, const float* weights, bool best,
+                      uint32_t* words, uint8_t* scales, const float* global_scale) {
+  const size_t per_row = cols / 16, groups = rows * per_row;
+  with_dtype(dtype, [&](auto t) {
+    with_weights(weights, [&](auto h) {
+      nvfp4_search<typename decltype(t)::Type, weighted<decltype(h)>>(w, groups, per_row, weights, best, words, scales,
+                                                                      global_scale);
+    });
   });
 }
 
@@ -215,7 +264,8 @@ namespace requant {
 extern const Kernels REQUANT_JOIN(kernels_, REQUANT_ISA);
 const Kernels REQUANT_JOIN(kernels_, REQUANT_ISA) = {
     REQUANT_TEXT(REQUANT_ISA), affine_quantize_any, affine_dequantize_any, mx_quantize_any,
-    mx_dequantize_any,         nvfp4_quantize_any,  nvfp4_dequantize_any,  pack_words_any,
+    mx_dequantize_any,         nvfp4_quantize_any,  nvfp4_dequantize_any,  affine_search_any,
+    mx_search_any,             nvfp4_search_any,    pack_words_any,
     unpack_words_any,          cast_any,            count_nonfinite_any,   first_nonfinite_any,
     group_errors_any,          transpose_any,       stream_columns,        planar_columns,
     marlin_words,              fast_words,          stream_codes,          widen_words,

@@ -34,6 +34,14 @@ struct Kernels {
   void (*nvfp4_dequantize)(const uint32_t* words, const uint8_t* scales, size_t rows, size_t cols,
                            const float* global_scale, void* out, Dtype out_dtype);
 
+  // As the three above, with scales found by search. weights: one a column, or null.
+  void (*affine_search)(const void* w, Dtype dtype, size_t rows, size_t cols, int group_size, int bits,
+                        const float* weights, bool best, uint32_t* words, void* scales, void* biases);
+  size_t (*mx_search)(const void* w, Dtype dtype, size_t rows, size_t cols, int bits, const float* weights, bool best,
+                      uint32_t* words, uint8_t* scales);
+  void (*nvfp4_search)(const void* w, Dtype dtype, size_t rows, size_t cols, const float* weights, bool best,
+                       uint32_t* words, uint8_t* scales, const float* global_scale);
+
   // cols is a multiple of 32.
   void (*pack_words)(const uint8_t* codes, size_t rows, size_t cols, int bits, uint32_t* words);
   void (*unpack_words)(const uint32_t* words, size_t rows, size_t cols, int bits, uint8_t* codes);

@@ -25,6 +25,16 @@ def nvfp4_quantize(w: numpy.typing.NDArray[Any], dtype: str, words: numpy.typing
 
 def nvfp4_dequantize(words: numpy.typing.NDArray[Any], scales: numpy.typing.NDArray[Any], out: numpy.typing.NDArray[Any], out_dtype: str, global_scale: float | None = None) -> None: ...
 
+def affine_search(w: numpy.typing.NDArray[Any], dtype: str, group_size: int, bits: int, level: str, weights: numpy.typing.NDArray[Any] | None, words: numpy.typing.NDArray[Any], scales: numpy.typing.NDArray[Any], biases: numpy.typing.NDArray[Any]) -> None:
+    """
+    As affine_quantize, with scales and biases searched for; weights: float32 bits, one a column, or None.
+    """
+
+def mx_search(w: numpy.typing.NDArray[Any], dtype: str, mode: str, level: str, weights: numpy.typing.NDArray[Any] | None, words: numpy.typing.NDArray[Any], scales: numpy.typing.NDArray[Any]) -> int:
+    """Returns what mx_quantize does."""
+
+def nvfp4_search(w: numpy.typing.NDArray[Any], dtype: str, level: str, weights: numpy.typing.NDArray[Any] | None, words: numpy.typing.NDArray[Any], scales: numpy.typing.NDArray[Any], global_scale: float | None = None) -> None: ...
+
 def pack_words(codes: numpy.typing.NDArray[Any], bits: int, words: numpy.typing.NDArray[Any]) -> None: ...
 
 def unpack_words(words: numpy.typing.NDArray[Any], bits: int, codes: numpy.typing.NDArray[Any]) -> None: ...

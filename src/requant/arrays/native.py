@@ -29,6 +29,7 @@ from requant.errors import (
 
 Array = NDArray[Any]
 
+SEARCH_LEVELS = ("fast", "best")
 MODES = ("affine", "mxfp4", "mxfp8", "nvfp4")
 AFFINE_BITS = (1, 2, 3, 4, 5, 6, 8)
 AFFINE_GROUP_SIZES = (32, 64, 128)
@@ -84,6 +85,8 @@ def quantize(
     mode: str,
     *,
     global_scale: float | Array | None = None,
+    search: str | None = None,
+    weights: Array | None = None,
 ) -> tuple[Array, Array, Array | None]:
     """Quantize ``w`` of shape ``(..., out_features, in_features)``.
 
@@ -93,6 +96,10 @@ def quantize(
         bits: Bits a code.
         mode: One of ``MODES``.
         global_scale: Mode nvfp4 only: the greatest magnitude of the whole tensor.
+        search: None for MLX's rule, bit for bit; "fast" or "best" to look for scales and
+            biases with a smaller squared error (docs/quality.md).
+        weights: With a search: what a squared error counts, one number an input,
+            ``(in_features,)``; not negative. All alike by default.
 
     Returns:
         Words, uint32 ``(..., in_features * bits / 32)``; scales
@@ -106,7 +113,8 @@ def quantize(
         UnsupportedDtypeError: ``w`` has another dtype.
         RankMismatchError: ``w`` has fewer than two axes.
         DivisibilityError: ``in_features`` is no multiple of ``group_size``.
-        InvariantError: A global scale outside nvfp4, or not one number.
+        InvariantError: A global scale outside nvfp4, or not one number; weights
+            without a search, or not fit for one.
     """
     check_quantization(bits, group_size, mode)
     _kernel_name(w.dtype, "[quantize] cannot quantize w")
@@ -127,7 +135,9 @@ def quantize(
     scales = np.empty(groups, w.dtype if affine else np.uint8)
     biases = np.empty(groups, w.dtype) if affine else None
     biases_2d = None if biases is None else _rows(biases)
-    _quantize(_rows(w), group_size, bits, mode, _rows(words), _rows(scales), biases_2d, scale)
+    parts = _rows(words), _rows(scales), biases_2d
+    importance = _search_weights(search, weights, n_in)
+    _quantize(_rows(w), group_size, bits, mode, *parts, scale, search, importance)
     return words, scales, biases
 
 
@@ -139,8 +149,13 @@ def quantize_into(
     words: Array,
     scales: Array,
     biases: Array | None,
+    *,
+    search: str | None = None,
+    weights: Array | None = None,
 ) -> int:
     """Quantize into arrays of the caller: 2-D, C-contiguous, as ``quantize`` returns them.
+
+    ``search`` and ``weights`` are those of ``quantize``.
 
     Returns:
         The number of groups flushed to zero, too small for an E8M0 scale.
@@ -149,7 +164,8 @@ def quantize_into(
         ValueError: A shape, dtype or layout does not fit.
     """
     check_quantization(bits, group_size, mode)
-    return _quantize(w, group_size, bits, mode, words, scales, biases, None)
+    importance = _search_weights(search, weights, w.shape[-1])
+    return _quantize(w, group_size, bits, mode, words, scales, biases, None, search, importance)
 
 
 def dequantize(
@@ -319,21 +335,50 @@ def _quantize(
     scales: Array,
     biases: Array | None,
     global_scale: float | None,
+    search: str | None,
+    weights: Array | None,
 ) -> int:
     name = _kernel_name(w.dtype, "[quantize] cannot quantize w")
+    values = _bits(w)
     if mode == "affine":
         if biases is None:
             raise InvariantError("[quantize] affine mode writes biases; got None")
         _same_dtype("scales", scales, w)
         _same_dtype("biases", biases, w)
-        _native.affine_quantize(
-            _bits(w), name, group_size, bits, words, _bits(scales), _bits(biases)
-        )
+        parts = words, _bits(scales), _bits(biases)
+        if search is None:
+            _native.affine_quantize(values, name, group_size, bits, *parts)
+        else:
+            _native.affine_search(values, name, group_size, bits, search, weights, *parts)
         return 0
+    scale_bytes = scales.view(np.uint8)
     if mode == "nvfp4":
-        _native.nvfp4_quantize(_bits(w), name, words, scales.view(np.uint8), global_scale)
+        if search is None:
+            _native.nvfp4_quantize(values, name, words, scale_bytes, global_scale)
+        else:
+            _native.nvfp4_search(values, name, search, weights, words, scale_bytes, global_scale)
         return 0
-    return _native.mx_quantize(_bits(w), name, mode, words, scales.view(np.uint8))
+    if search is None:
+        return _native.mx_quantize(values, name, mode, words, scale_bytes)
+    return _native.mx_search(values, name, mode, search, weights, words, scale_bytes)
+
+
+def _search_weights(search: str | None, weights: Array | None, n_in: int) -> Array | None:
+    """The weights as the kernels take them: float32 bits, scaled to at most 1."""
+    if search is not None and search not in SEARCH_LEVELS:
+        raise UnknownValueError("[quantize] no such search", search, SEARCH_LEVELS)
+    if weights is None:
+        return None
+    if search is None:
+        raise InvariantError("[quantize] weights are for a search; the search is None")
+    if weights.shape != (n_in,):
+        raise ShapeMismatchError("[quantize] weights, one an input", (n_in,), weights.shape)
+    wide = weights.astype(np.float64)
+    most = float(wide.max(initial=0.0))
+    if not (np.isfinite(wide).all() and wide.min(initial=0.0) >= 0.0):
+        raise InvariantError("[quantize] weights must be finite and not negative")
+    level: Array = (wide / most if most > 0.0 else np.ones(n_in)).astype(np.float32)
+    return level.view(np.uint32)
 
 
 def _dequantize(
