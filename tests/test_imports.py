@@ -32,6 +32,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("execute",),
     ("report", "transform"),
     ("conversion",),
+    ("nn",),
     ("inspection", "mlx_lm"),
     ("options", "console"),
     ("cli",),

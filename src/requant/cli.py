@@ -28,6 +28,7 @@ from requant.options import (
     Dequantize,
     DryRun,
     Dtype,
+    FoldRotation,
     Force,
     GroupSize,
     Json,
@@ -113,6 +114,7 @@ def convert(
     layout: Layout = "auto",
     keep_extra: KeepExtra = False,
     act_order: ActOrder = "requantize",
+    fold_rotation: FoldRotation = False,
     max_memory: MaxMemory = None,
     threads: Threads = None,
     shard_size: ShardSize = SHARD_SIZE,  # type: ignore[assignment]  # parsed by parse_size
@@ -150,6 +152,7 @@ def convert(
         only,
         recipe,
         act_order,
+        fold_rotation,
         layout,
         shard_size,
     )
@@ -198,6 +201,7 @@ def plan(
     layout: Layout = "auto",
     keep_extra: KeepExtra = False,
     act_order: ActOrder = "requantize",
+    fold_rotation: FoldRotation = False,
     max_memory: MaxMemory = None,
     threads: Threads = None,
     shard_size: ShardSize = SHARD_SIZE,  # type: ignore[assignment]  # parsed by parse_size
@@ -225,6 +229,7 @@ def plan(
         only,
         recipe,
         act_order,
+        fold_rotation,
         layout,
         shard_size,
     )
@@ -270,6 +275,7 @@ def generate(
     only: Only = None,
     recipe: Recipe = None,
     act_order: ActOrder = "requantize",
+    fold_rotation: FoldRotation = False,
     max_memory: MaxMemory = None,
     threads: Threads = None,
     json: Json = False,
@@ -288,7 +294,9 @@ def generate(
     """  # noqa: D301
     from requant import console, mlx_lm
 
-    wishes = _wishes(bits, group_size, mode, dequantize, dtype, override, only, recipe, act_order)
+    wishes = _wishes(
+        bits, group_size, mode, dequantize, dtype, override, only, recipe, act_order, fold_rotation
+    )
 
     def show(text: str) -> None:
         print(console.printable(text.expandtabs(4)), end="", flush=True)
@@ -352,6 +360,7 @@ def _wishes(
     only: list[str] | None,
     recipe: str | None,
     act_order: str,
+    fold_rotation: bool,
     layout: str | None = None,
     shard_size: int | None = None,
 ) -> dict[str, Any]:
@@ -367,6 +376,7 @@ def _wishes(
         "only": only or (),
         "recipe": recipe,
         "act_order": act_order,
+        "fold_rotation": fold_rotation,
         **{name: value for name, value in files.items() if value is not None},
     }
 

@@ -38,6 +38,7 @@ def plan(
     layout: str = "auto",
     keep_extra: bool = False,
     act_order: str = "requantize",
+    fold_rotation: bool = False,
     shard_size: int = 5 << 30,
 ) -> Plan:
     """Lay out a conversion without doing it; only headers and JSON are read.
@@ -61,6 +62,7 @@ def plan(
         layout=layout,
         keep_extra=keep_extra,
         act_order=act_order,
+        fold_rotation=fold_rotation,
         max_shard_bytes=shard_size,
     )
     return make_plan(Path(source), wishes)
@@ -82,6 +84,7 @@ def convert(
     layout: str = "auto",
     keep_extra: bool = False,
     act_order: str = "requantize",
+    fold_rotation: bool = False,
     shard_size: int = 5 << 30,
     max_memory: int | None = None,
     threads: int | None = None,
@@ -117,6 +120,8 @@ def convert(
         keep_extra: In mlx-lm's layout, keep tensors that its class has no use for (towers for
             images and sound, MTP heads) under their own names instead of dropping them; a
             note says whether mlx-lm still loads the result.
+        fold_rotation: Make plain 8-bit layers of those whose inputs are rotated (ParoQuant); else
+            the rotation stays beside the codes, and only ``requant.mlx_lm.load`` runs it.
         act_order: GPTQ layers whose inputs are out of order, where that cannot be moved into
             the layer before: "requantize" (8 bits), "dense" or "refuse".
         shard_size: Most bytes of one output file.
@@ -155,6 +160,7 @@ def convert(
         layout=layout,
         keep_extra=keep_extra,
         act_order=act_order,
+        fold_rotation=fold_rotation,
         max_shard_bytes=shard_size,
     )
     made, outcome = carry_out(

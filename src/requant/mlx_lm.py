@@ -47,7 +47,8 @@ def load(
         tokenizer_config: Options of the tokenizer, as ``mlx_lm.load`` takes them.
         **wishes: What else ``requant.convert`` takes, but for what concerns files: ``bits``,
             ``group_size``, ``mode``, ``dequantize``, ``dtype``, ``overrides``, ``only``,
-            ``recipe``, ``act_order``, ``threads``, ``max_memory``, ``allow_nonfinite``,
+            ``recipe``, ``act_order``, ``fold_rotation``, ``threads``,
+            ``max_memory``, ``allow_nonfinite``,
             ``allow_overflow``, ``progress``.
 
     Returns:
@@ -197,7 +198,9 @@ def _build(config: Mapping[str, Any], weights: dict[str, mx.array]) -> tuple[Any
 
     def classes(config: dict[str, Any]) -> tuple[Callable[[Any], Any], Any]:
         model_class, args_class = utils._get_classes(config)
-        return lambda args: _supplied(model_class, model_class(args), weights), args_class
+        entry = config.get("rotation") or {}
+        group = entry.get("group_size")
+        return lambda args: _supplied(model_class, model_class(args), weights, group), args_class
 
     with tempfile.TemporaryDirectory(prefix="requant-") as name:
         folder = Path(name)
@@ -208,13 +211,19 @@ def _build(config: Mapping[str, Any], weights: dict[str, mx.array]) -> tuple[Any
     return model, loaded
 
 
-def _supplied(model_class: type, model: Any, weights: dict[str, mx.array]) -> Any:
+def _supplied(
+    model_class: type, model: Any, weights: dict[str, mx.array], rotation_group: int | None
+) -> Any:
     """The model, whose ``sanitize`` takes ``weights`` once, whatever it is given."""
 
     def sanitize(spied: Any, _: Mapping[str, mx.array]) -> Mapping[str, mx.array]:
         spied.__class__ = model_class
         rule = getattr(spied, "sanitize", None)
         result: Mapping[str, mx.array] = weights if rule is None else rule(weights)
+        if rotation_group is not None:
+            from requant.nn import rotate_layers
+
+            rotate_layers(spied, result, rotation_group)
         return result
 
     model.__class__ = type(model_class.__name__, (model_class,), {"sanitize": sanitize})

@@ -123,6 +123,10 @@ KeepExtra = Annotated[
         "says where its loader refuses them.",
     ),
 ]
+FoldRotation = Annotated[
+    bool,
+    typer.Option("--fold-rotation", help="ParoQuant: plain 8-bit layers that every loader runs."),
+]
 ShardSize = Annotated[
     int,
     typer.Option(

@@ -67,6 +67,8 @@ def make_plan(source: str | Path, wishes: Wishes) -> Plan:
     layout = found.read(checkpoint)
     if layout.problems:
         raise CheckpointError(str(source), layout.problems)
+    if wishes.fold_rotation:
+        layout = layout.without_rotations()
     notes: list[str] = []
     if wishes.layout != "keep":
         try:
@@ -153,6 +155,7 @@ class Planner:
         self.default = self._default()
         self.extra = frozenset(moved.shown[x].path for x in moved.extra) if moved else frozenset()
         self.chosen = self._choices()
+        self.rotated = False
 
     def _choices(self) -> dict[str, Choice]:
         """What the recipe says about each layer that it names."""
@@ -201,6 +204,7 @@ class Planner:
             if target is not None:
                 per_layer[layer.path] = target
         self._note_extra()
+        self._note_rotations(decided)
         self._note_values(layers)
         shards, steps = place(steps, self.wishes.max_shard_bytes)
         quantization = self._quantization(per_layer)
@@ -220,7 +224,7 @@ class Planner:
             dropped=self.layout.dropped,
             checkpoint=self.checkpoint,
             layout="keep" if self.moved is None else "mlx-lm",
-            loads=self.moved is not None and not self.moved.refusal,
+            loads=self.moved is not None and not self.moved.refusal and not self.rotated,
             relayout=self.moved,
             materials=self._materials(),
         )
@@ -430,6 +434,9 @@ class Planner:
                 row_order=run.layer.row_order,
             )
             into_row += run.count
+        if operation is Operation.REPACK:
+            for role, tensor in layer.carried.items():
+                yield _flat_step(layer.path, tensor, None, name=f"{layer.path}.{role}")
 
     def _materials(self) -> dict[str, Step]:
         """The steps that make dense what computed tensors are made from."""
@@ -511,6 +518,9 @@ class Planner:
         changed = wishes.overrides or wishes.only or wishes.spoiled or self.format != "dense"
         chosen = wishes.recipe is not None and not wishes.recipe.is_mixed
         base = self._base_config()
+        base.pop("rotation", None)
+        if self.rotated and self.layout.rotation is not None:
+            base["rotation"] = dict(self.layout.rotation)
         if self.mlx_lm is not None and not (changed or chosen):
             return base
         config = {
@@ -527,6 +537,19 @@ class Planner:
             block = quantization.to_dict()
             config |= {"quantization": block, "quantization_config": block}
         return config
+
+    def _note_rotations(
+        self, decided: Iterable[tuple[SourceLayer, Quantization | None, str]]
+    ) -> None:
+        """Say who can run layers whose inputs are rotated."""
+        turned = [x for x, target, _ in decided if x.carried and target == x.encoding]
+        self.rotated = bool(turned)
+        if turned:
+            self.notes.append(
+                f"{len(turned)} layers keep the rotation of their inputs: requant.mlx_lm.load and "
+                "requant generate run them, other loaders do not; --fold-rotation makes plain "
+                "8-bit layers."
+            )
 
     def _note_extra(self) -> None:
         """Say what becomes of the kept tensors that mlx-lm's class has no use for."""
@@ -646,11 +669,15 @@ def _fit_group(n_in: int, wish: Quantization) -> tuple[Quantization | None, str]
 
 
 def _flat_step(
-    layer: str, part: SourceTensor, dtype: str | None, order: RowOrder | None = None
+    layer: str,
+    part: SourceTensor,
+    dtype: str | None,
+    order: RowOrder | None = None,
+    name: str = "",
 ) -> Step:
     """Copy or cast one tensor, value by value, or row by row into another order."""
     dtype = dtype or part.info.dtype
-    output = OutputTensor(part.name, TensorInfo(dtype, part.info.shape))
+    output = OutputTensor(name or part.name, TensorInfo(dtype, part.info.shape))
     operation = Operation.COPY if dtype == part.info.dtype else Operation.CAST
     rows = part.info.size if order is None else order.rows.size
     columns = 1 if order is None else part.info.size // rows

@@ -178,7 +178,8 @@ class Relayout:
         path = name.removesuffix(".weight")
         first = sources[0]
         runs = self._runs(name)
-        if runs is None or len({_kind(layer) for layer in sources}) > 1:
+        rotations = len(sources) > 1 and any(layer.carried for layer in sources)
+        if runs is None or rotations or len({_kind(layer) for layer in sources}) > 1:
             return self._decoded(name, sources)
         shape = output.info.shape
         made = replace(first, path=path, shape=shape, parts={})
@@ -232,7 +233,8 @@ class Relayout:
         """A layer whose values are needed; its fallback is the finest of its sources'."""
         output = self.layout.tensors[name]
         tensor = ComputedTensor(name, output.info, output.inputs)
-        kept = [layer.kept for layer in sources if layer.kept is not None]
+        specs = (layer.fallback if layer.carried else layer.kept for layer in sources)
+        kept = [spec for spec in specs if spec is not None]
         fallback = max(kept, key=lambda q: (q.bits, -q.group_size), default=None)
         layer = dense_layer(tensor)
         if fallback is not None and layer.path in self.layout.quantizable:

@@ -89,6 +89,11 @@ def transform_weights(
             kept = layer.encoding
         else:
             kept = layer.kept
+            if kept == layer.encoding:
+                result |= {
+                    f"{layer.path}.{role}": weights[part.name]
+                    for role, part in layer.carried.items()
+                }
             for name, array in _transform(checkpoint, layer, layer.packing):
                 result[name] = array if library.name == "numpy" else _to_mlx(array)
         if kept is not None:

@@ -55,6 +55,7 @@ class Wishes:
         recipe: Chooses layers' targets by role, name and place; overrides win over it.
         layout: "keep" leaves tensors their names; "mlx-lm" gives them the names, shapes and
             choice of layers of mlx-lm's own converter; "auto" does so where mlx-lm can.
+        fold_rotation: Make plain weights of layers whose inputs are rotated (ParoQuant).
         act_order: What becomes of GPTQ layers whose inputs are out of order, where the order
             cannot be moved into another layer: "requantize" (8 bits), "dense" or "refuse".
         keep_extra: In mlx-lm's layout, keep tensors that its class has no use for.
@@ -72,6 +73,7 @@ class Wishes:
     max_shard_bytes: int = 5 << 30
     spoiled: frozenset[str] = frozenset()
     act_order: str = "requantize"
+    fold_rotation: bool = False
     keep_extra: bool = False
 
     @staticmethod
@@ -89,6 +91,7 @@ class Wishes:
         layout: str = "auto",
         max_shard_bytes: int = 5 << 30,
         act_order: str = "requantize",
+        fold_rotation: bool = False,
         keep_extra: bool = False,
     ) -> Wishes:
         """Check and assemble what the command line and the Python doors take.
@@ -130,6 +133,7 @@ class Wishes:
             layout,
             max_shard_bytes,
             act_order=act_order,
+            fold_rotation=fold_rotation,
             keep_extra=keep_extra,
         )
 

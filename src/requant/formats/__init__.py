@@ -15,7 +15,7 @@ __all__ = ["FORMATS", "Format", "SourceLayer", "SourceLayout", "detect"]
 
 FORMATS: tuple[Format, ...] = (
     Mlx(),
-    *map(QweightFormat, ("awq", "gptq", "auto-round")),
+    *map(QweightFormat, ("awq", "gptq", "auto-round", "paroquant")),
     CompressedTensors(),
     Fp8(),
     Mxfp4(),

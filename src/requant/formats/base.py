@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -101,6 +101,8 @@ class SourceLayer:
         needs_wish: Why the user must say what becomes of it; "" where ``fallback`` serves.
         pieces: The rows of packed layers that it consists of, under another layout than the
             source's; empty where ``packing`` and ``parts`` are the whole layer.
+        carried: Role -> tensor that goes with the codes and is needed to run them: a rotation
+            of the inputs. Its values are a part of what ``packing`` decodes.
     """
 
     path: str
@@ -116,6 +118,7 @@ class SourceLayer:
     act_order: bool = False
     row_order: RowOrder | None = None
     pieces: tuple[Rows, ...] = ()
+    carried: Mapping[str, SourceTensor] = field(default_factory=dict)
 
     @property
     def is_quantized(self) -> bool:
@@ -157,6 +160,7 @@ class SourceLayout:
         dropped: Tensors that have no use in MLX, each with the reason.
         notes: What the user should know, one sentence each.
         folds: Layers that may be kept by reordering others.
+        rotation: What the config of an output says about layers with a rotation.
     """
 
     layers: tuple[SourceLayer, ...]
@@ -165,6 +169,17 @@ class SourceLayout:
     dropped: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = ()
     folds: tuple[Fold, ...] = ()
+    rotation: Mapping[str, Any] | None = None
+
+    def without_rotations(self) -> SourceLayout:
+        """The same with every rotation folded into the values of its layer."""
+        layers = tuple(
+            replace(x, encoding=None, carried={}, reason="its rotation is folded into the weight")
+            if x.carried
+            else x
+            for x in self.layers
+        )
+        return replace(self, layers=layers, rotation=None)
 
     def folded(self, keeps: Callable[[SourceLayer], bool]) -> SourceLayout:
         """The same with every fold whose consumer ``keeps`` its codes, and a note of them."""

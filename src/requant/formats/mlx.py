@@ -7,13 +7,22 @@ A row is one little-endian bit stream of codes in uint32 words.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from requant.arrays.native import check_quantization
 from requant.checkpoint import Checkpoint, SourceTensor
 from requant.dtypes import KERNEL_FLOATS, TensorInfo
 from requant.errors import OutOfRangeError, ParseError, Problem
-from requant.formats.base import SourceLayer, SourceLayout, dense_layer
+from requant.formats.base import (
+    SourceLayer,
+    SourceLayout,
+    dense_layer,
+    describe,
+    fallback_for,
+)
+from requant.formats.rotation import ROLES as ROTATION
+from requant.formats.rotation import RotatedTriple, read_rotation
 from requant.schema import PerLayerQuantization, Quantization, QuantMode
 from requant.specs import MODE_DEFAULTS
 
@@ -51,7 +60,10 @@ class Mlx:
                 layers.append(dense_layer(tensor))
             elif tensor.name == f"{path}.weight":
                 parts = parts_of[path]
+                carried = {role: parts.pop(role) for role in ROTATION if role in parts}
                 found, wrong = _layer(path, parts, quantization.quantization_for(path))
+                if found is not None and carried:
+                    found = _rotated(checkpoint, found, carried, wrong)
                 problems += wrong
                 if found is not None:
                     layers.append(found)
@@ -60,7 +72,9 @@ class Mlx:
                 continue
             message = f"{tensor.info} holds packed codes, but {name[:-7]}.scales is missing"
             problems.append(Problem(name, message))
-        return SourceLayout(tuple(layers), quantization, tuple(problems))
+        turned = any(layer.carried for layer in layers)
+        rotation = checkpoint.config.get("rotation") if turned else None
+        return SourceLayout(tuple(layers), quantization, tuple(problems), rotation=rotation)
 
 
 def _without_nulls(block: Any) -> Any:
@@ -95,7 +109,7 @@ def _parts(tensors: Mapping[str, SourceTensor]) -> dict[str, dict[str, SourceTen
         path = name.removesuffix(".scales")
         if path == name or f"{path}.weight" not in tensors:
             continue
-        roles = ("weight", "scales", "biases", "global_scale")
+        roles = ("weight", "scales", "biases", "global_scale", *ROTATION)
         names = {role: f"{path}.{role}" for role in roles}
         found[path] = {role: tensors[key] for role, key in names.items() if key in tensors}
     return found
@@ -155,6 +169,37 @@ def _layer(
         return None, problems
     dtype = _decoded_dtype(parts, quantization)
     return SourceLayer(path, parts, quantization, (*leading, n_in), dtype), []
+
+
+def _rotated(
+    checkpoint: Checkpoint,
+    layer: SourceLayer,
+    carried: Mapping[str, SourceTensor],
+    problems: list[Problem],
+) -> SourceLayer | None:
+    """A layer of ours with a rotation of its inputs beside the triple (ParoQuant)."""
+    entry = checkpoint.config.get("rotation")
+    group = entry.get("group_size") if isinstance(entry, dict) else None
+    if not isinstance(group, int) or group < 1:
+        message = f"gives no group_size for the rotation of {layer.path}"
+        problems.append(Problem("config.json: rotation", message))
+        return None
+    if layer.encoding is None or layer.encoding.mode is not QuantMode.AFFINE:
+        problems.append(Problem(layer.path, "has a rotation, but no affine codes"))
+        return None
+    rows, columns = layer.shape
+    krot = read_rotation(checkpoint, layer.path, carried, columns, group, problems)
+    if krot is None:
+        return None
+    packing = RotatedTriple(rows, columns, layer.encoding, group, krot)
+    return replace(
+        layer,
+        parts={**layer.parts, **carried},
+        packing=packing,
+        stored=f"{describe(layer.encoding, layer.dtype)} rotated",
+        fallback=fallback_for(columns),
+        carried=dict(carried),
+    )
 
 
 def _decoded_dtype(parts: Mapping[str, SourceTensor], quantization: Quantization) -> str:

@@ -30,6 +30,8 @@ from requant.formats.fold_order import find_folds
 from requant.formats.gptq_packings import PLANES, Gptq, Zeros
 from requant.formats.layer_rules import LayerRule, LayerRules
 from requant.formats.packing import IntegerPacking
+from requant.formats.rotation import ROLES as ROTATION
+from requant.formats.rotation import RotatedGemm, read_rotation, rotation_entry
 
 _AWQ_VERSIONS: Final = {
     "gemm": "gemm",
@@ -53,9 +55,10 @@ _ELSEWHERE = ("llm_compressor", "mlx")  # AutoRound's exports that are other for
 _METHODS: Final = {
     "awq": ("awq", "awq_marlin"),
     "gptq": ("gptq", "gptq_marlin", "marlin"),
+    "paroquant": ("paroquant",),
     "auto-round": ("auto-round", "auto_round", "intel/auto-round"),
 }
-_ROLES = ("qweight", "qzeros", "scales", "scaled_zeros", "g_idx", "B", "s")
+_ROLES = (*ROTATION, "qweight", "qzeros", "scales", "scaled_zeros", "g_idx", "B", "s")
 _WORDS = ("I32", "U32")
 _GPTQ_WORDS = (*_WORDS, "I8", "I16", "I64")
 _NOT_IN_WEIGHTS = {
@@ -137,7 +140,14 @@ class _Reader:
         if not parts_of:
             self._report(self.found.where, f"says {self.name}, but no layer has a .qweight")
         folds = [] if self.problems else find_folds(self.checkpoint, layers)
-        return SourceLayout(tuple(layers), None, tuple(self.problems), folds=tuple(folds))
+        turned = next((x.packing for x in layers if isinstance(x.packing, RotatedGemm)), None)
+        return SourceLayout(
+            tuple(layers),
+            None,
+            tuple(self.problems),
+            folds=tuple(folds),
+            rotation=None if turned is None else rotation_entry(turned.group, turned.krot),
+        )
 
     def _report(self, where: str, message: str) -> None:
         self.problems.append(Problem(where, message))
@@ -152,6 +162,8 @@ class _Reader:
                 self._report(f"{found.where}.{key}", message)
         if self.name == "auto-round":
             return self._auto_round()
+        if self.name == "paroquant":
+            return _Convention("gemm", where=f"{found.where}.quant_method")
         if self.name == "awq":
             backend = found.word("backend")
             key = "version" if found.word("version") else "format"
@@ -209,7 +221,9 @@ class _Reader:
         path, _, role = name.rpartition(".")
         if path in layers and role == "weight":
             self._report(name, f"{info} stands beside {path}.qweight; remove the one that is stale")
-        elif role in ("qzeros", "scaled_zeros", "g_idx"):
+        elif role.endswith(("weight_theta", "weight_pairs", "weight_channel_scales")):
+            self._report(name, "is a rotation that experts share; only one a layer is known")
+        elif role in ("qzeros", "scaled_zeros", "g_idx", "theta", "pairs", "channel_scales"):
             self._report(name, f"{info} has no {path}.qweight beside it")
         elif role == "scales" and len(info.shape) == 1:
             self._report(
@@ -231,6 +245,12 @@ class _Reader:
         packing = self._packing(path, parts, rule)
         if packing is None or len(self.problems) > before:
             return None
+        carried = {role: parts[role] for role in ROTATION if role in parts}
+        if carried:
+            turned = self._rotated(path, packing, carried)
+            if turned is None:
+                return None
+            packing = turned
         dtype = scale_dtype(packing.scale_dtype, self.model_dtype)
         act_order = isinstance(packing, Gptq) and packing.act_order
         return SourceLayer(
@@ -241,13 +261,34 @@ class _Reader:
             dtype,
             packing,
             self._stored(packing),
-            None if packing.encoding else fallback_for(packing.columns),
+            None if packing.encoding and not carried else fallback_for(packing.columns),
             _reason(packing),
             act_order=act_order,
+            carried=carried,
         )
 
+    def _rotated(
+        self, path: str, packing: IntegerPacking, carried: Mapping[str, SourceTensor]
+    ) -> RotatedGemm | None:
+        """The same codes with a rotation of their inputs."""
+        if self.name != "paroquant" or not isinstance(packing, AwqGemm):
+            self._report(path, f"has a rotation of its inputs, which {self.name} layers have not")
+            return None
+        krot = read_rotation(
+            self.checkpoint, path, carried, packing.columns, packing.group, self.problems
+        )
+        if krot is None:
+            return None
+        return RotatedGemm(**vars(packing), krot=krot)
+
     def _stored(self, packing: IntegerPacking) -> str:
-        kind = {AwqGemm: "gemm", AwqGemv: "gemv", AwqFast: "gemv_fast", Marlin: "marlin"}
+        kind = {
+            AwqGemm: "gemm",
+            RotatedGemm: "rotated",
+            AwqGemv: "gemv",
+            AwqFast: "gemv_fast",
+            Marlin: "marlin",
+        }
         variant = kind.get(type(packing), "")
         if isinstance(packing, Gptq):
             variant = "planar" if packing.planar else ""

@@ -1,0 +1,178 @@
+"""ParoQuant's rotations: inputs are scaled and turned in pairs before the quantized product.
+
+``krot`` rounds; in each, the inputs of a group are paired off and each pair is turned by an
+angle (z-lab/paroquant, paroquant/optim/rotation.py)::
+
+    x = x * channel_scales
+    (x_i, x_j) = (cos a * x_i + sin a * x_j, cos a * x_j - sin a * x_i)
+
+The same turns, backwards, applied to the rows of the weight give the plain weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from requant.arrays import native
+from requant.checkpoint import Checkpoint, SourceTensor
+from requant.dtypes import FLOATS, TensorInfo
+from requant.errors import Problem
+from requant.formats.awq_packings import AwqGemm
+from requant.formats.packing import Cut, Packing, Parts, Scratch
+from requant.schema import Quantization
+
+ROLES = ("theta", "pairs", "channel_scales")
+
+
+def read_rotation(
+    checkpoint: Checkpoint,
+    path: str,
+    tensors: Mapping[str, SourceTensor],
+    n_in: int,
+    group: int,
+    problems: list[Problem],
+) -> int | None:
+    """Check the three tensors of a rotation; returns its rounds, or None with problems.
+
+    Args:
+        checkpoint: For the pairs and angles: a round must pair each input of a group once.
+        path: The layer's.
+        tensors: By role: ``theta`` floats ``[krot, in / 2]``, ``pairs`` int16 ``[krot, in]``,
+            counted within a group, ``channel_scales`` floats ``[1, in]`` or ``[in]``.
+        n_in: Inputs of the layer.
+        group: Inputs that are turned among themselves.
+        problems: Filled.
+    """
+    before = len(problems)
+    shape = tensors["theta"].info.shape if "theta" in tensors else ()
+    krot = shape[0] if len(shape) == 2 else 0
+    expected = {
+        "theta": (FLOATS, ((krot, n_in // 2),)),
+        "pairs": (("I32", "I16"), ((krot, n_in),)),
+        "channel_scales": (FLOATS, ((1, n_in), (n_in,))),
+    }
+    for role, (dtypes, shapes) in expected.items():
+        found = tensors.get(role)
+        if found is None:
+            problems.append(Problem(f"{path}.{role}", "is missing beside the other two"))
+        elif found.info.shape not in shapes or found.info.dtype not in dtypes:
+            fits = found.info.dtype in dtypes
+            wanted = TensorInfo(found.info.dtype if fits else dtypes[-1], shapes[0])
+            problems.append(Problem(found.name, f"{found.info}, expected {wanted}"))
+    if group % 2 or n_in % group:
+        problems.append(Problem(path, f"{n_in} inputs are not made of groups of {group}"))
+    if len(problems) > before:
+        return None
+    pairs = checkpoint.peek(f"{path}.pairs").astype(np.int64).reshape(krot, -1, group)
+    theta = checkpoint.peek(f"{path}.theta").astype(np.float32).reshape(krot, -1, group // 2)
+    whole = np.sort(pairs, axis=-1) == np.arange(group)
+    # A round that turns nothing may name any pairs, if only they exist.
+    idle = (theta == 0).all(-1) & (pairs >= 0).all(-1) & (pairs < group).all(-1)
+    wrong = np.argwhere(~whole.all(-1) & ~idle)
+    if wrong.size:
+        turn, number = (int(n) for n in wrong[0])
+        message = f"round {turn} does not pair off the inputs of group {number}"
+        problems.append(Problem(f"{path}.pairs", message))
+    if not np.isfinite(theta).all():
+        problems.append(Problem(f"{path}.theta", "holds NaN or infinity"))
+    return None if len(problems) > before else krot
+
+
+def rotation_entry(group: int, krot: int) -> dict[str, Any]:
+    """What an output's config says of its rotated layers, under "rotation"."""
+    return {"method": "paroquant", "group_size": group, "krot": krot}
+
+
+def turn_back(rows: np.ndarray, parts: Parts, group: int) -> None:
+    """Bring rows of a weight, float32 ``(n, in)``, back to the plain inputs, in place."""
+    krot, half = parts["theta"].shape
+    starts = np.arange(0, 2 * half, group)[:, None]
+    pairs = parts["pairs"].astype(np.int64).reshape(krot, -1, group // 2, 2)
+    theta = parts["theta"].astype(np.float32)
+    for turn in reversed(range(krot)):
+        first = (starts + pairs[turn, :, :, 0]).reshape(-1)
+        second = (starts + pairs[turn, :, :, 1]).reshape(-1)
+        cos, sin = np.cos(theta[turn]), np.sin(theta[turn])
+        left, right = rows[:, first], rows[:, second]
+        rows[:, first] = cos * left - sin * right
+        rows[:, second] = sin * left + cos * right
+    rows *= parts["channel_scales"].reshape(-1).astype(np.float32)
+
+
+def _rotation_cuts(krot: int, columns: int) -> dict[str, Cut]:
+    return {
+        "theta": Cut((0, krot), (0, columns // 2)),
+        "pairs": Cut((0, krot), (0, columns)),
+        "channel_scales": Cut((0, 1), (0, columns)),
+    }
+
+
+@dataclass(frozen=True)
+class RotatedGemm(AwqGemm):
+    """AWQ gemm codes of the turned weight; their values are those of the plain one.
+
+    Attributes:
+        krot: Rounds of the rotation.
+    """
+
+    krot: int = 0
+
+    def cuts(self, start: int, stop: int) -> dict[str, Cut]:
+        """The codes, and the whole rotation."""
+        return super().cuts(start, stop) | _rotation_cuts(self.krot, self.columns)
+
+    def dense(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
+        """The plain weight, in float32 and rounded once."""
+        wide = scratch.take("turned", "F32", stop - start, 4 * self.columns)
+        super().dense(parts, start, stop, wide, scratch)
+        turn_back(wide, parts, self.group)
+        out[:] = wide
+
+
+@dataclass(frozen=True)
+class RotatedTriple(Packing):
+    """The same in MLX's layout, as an output of ours holds it.
+
+    Attributes:
+        rows: Outputs.
+        columns: Inputs.
+        encoding: Of the codes; affine.
+        group: Inputs that are turned among themselves.
+        krot: Rounds of the rotation.
+    """
+
+    rows: int
+    columns: int
+    encoding: Quantization
+    group: int
+    krot: int
+
+    def cuts(self, start: int, stop: int) -> dict[str, Cut]:
+        """Rows of the triple, and the whole rotation."""
+        words = self.columns * self.encoding.bits // 32
+        groups = self.columns // self.encoding.group_size
+        return {
+            "weight": Cut((start, stop), (0, words)),
+            "scales": Cut((start, stop), (0, groups)),
+            "biases": Cut((start, stop), (0, groups)),
+        } | _rotation_cuts(self.krot, self.columns)
+
+    def unpack(
+        self, parts: Parts, start: int, stop: int, out: Mapping[str, np.ndarray], scratch: Scratch
+    ) -> None:
+        """The rows as they are."""
+        for role, rows in out.items():
+            rows[:] = parts[role]
+
+    def dense(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
+        """The plain weight, in float32 and rounded once."""
+        wide = scratch.take("turned", "F32", stop - start, 4 * self.columns)
+        codes = self.encoding
+        triple = (parts["weight"], parts["scales"], parts["biases"])
+        native.dequantize_into(*triple, codes.group_size, codes.bits, codes.mode.value, wide)
+        turn_back(wide, parts, self.group)
+        out[:] = wide

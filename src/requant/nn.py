@@ -1,0 +1,147 @@
+"""Layers for MLX models that stock MLX has not: a quantized product of rotated inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import mlx.core as mx
+from mlx.nn.layers.base import Module
+from mlx.nn.layers.linear import Linear
+from mlx.nn.layers.quantized import QuantizedLinear
+from mlx.utils import tree_unflatten
+
+
+class RotateQuantizedLinear(QuantizedLinear):
+    """ParoQuant's layer: scale the inputs, turn them in pairs, then the quantized product.
+
+    In each round the inputs of a group are paired off, and each pair is turned by an angle
+    (z-lab/paroquant, paroquant/optim/rotation.py)::
+
+        x = x * channel_scales
+        (x_i, x_j) = (cos a * x_i + sin a * x_j, cos a * x_j - sin a * x_i)
+
+    The rotation is computed in float32 whatever the dtype of the inputs, and rounded once.
+
+    Args:
+        input_dims: Inputs.
+        output_dims: Outputs.
+        bias: Whether a bias is added.
+        group_size: Inputs with one scale.
+        bits: Bits a code.
+        rounds: How often pairs are turned.
+        rotation_group: Inputs that are turned among themselves.
+
+    Parameters beside those of ``nn.QuantizedLinear``: ``theta`` ``[rounds, in / 2]``, ``pairs``
+    integers ``[rounds, in]`` counted within a group (2t and 2t + 1 are a pair), and
+    ``channel_scales`` ``[1, in]`` or ``[in]``.
+    """
+
+    def __init__(
+        self,
+        input_dims: int,
+        output_dims: int,
+        bias: bool = True,
+        group_size: int = 128,
+        bits: int = 4,
+        rounds: int = 8,
+        rotation_group: int = 128,
+    ) -> None:
+        super().__init__(input_dims, output_dims, bias, group_size, bits)
+        self.rotation_group = rotation_group
+        self.theta = mx.zeros((rounds, input_dims // 2))
+        pairs = mx.arange(input_dims) % rotation_group
+        self.pairs = mx.broadcast_to(pairs, (rounds, input_dims)).astype(mx.int16)
+        self.channel_scales = mx.ones((1, input_dims))
+        self._turns: list[tuple[mx.array, mx.array, mx.array]] | None = None
+        self.freeze()
+
+    def rotate(self, x: mx.array) -> mx.array:
+        """``x`` ``[..., in]`` scaled and turned, in its own dtype."""
+        if self._turns is None:
+            self._turns = self._prepare()
+        turned = x.astype(mx.float32) * self.channel_scales.reshape(-1).astype(mx.float32)
+        for partners, cos, sin in self._turns:
+            turned = turned * cos + mx.take(turned, partners, axis=-1) * sin
+        return turned.astype(x.dtype)
+
+    def _prepare(self) -> list[tuple[mx.array, mx.array, mx.array]]:
+        """For each round and input: its partner, the cosine, and the sine with its sign."""
+        rounds, count = self.pairs.shape
+        starts = mx.arange(count) // self.rotation_group * self.rotation_group
+        turns = []
+        for turn in range(rounds):
+            angle = mx.repeat(self.theta[turn].astype(mx.float32), 2)
+            listed = self.pairs[turn].astype(mx.int32) + starts
+            other = listed.reshape(-1, 2)[:, ::-1].reshape(-1)
+            sign = mx.where(mx.arange(count) % 2 == 0, 1.0, -1.0)
+            # Inputs that no pair names keep themselves: the angle of an idle round is 0.
+            partners = mx.arange(count)
+            partners[listed] = other
+            cos, sin = mx.ones(count), mx.zeros(count)
+            cos[listed] = mx.cos(angle)
+            sin[listed] = mx.sin(angle) * sign
+            turns.append((partners, cos, sin))
+        mx.eval(turns)
+        return turns
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """The layer's outputs ``[..., out]``."""
+        result: mx.array = super().__call__(self.rotate(x))  # type: ignore[no-untyped-call]
+        return result
+
+
+class _Rotatable(Linear):
+    """A linear layer that becomes a rotated one when mlx-lm quantizes the model."""
+
+    def __init__(self, linear: Any, theta: mx.array, rotation_group: int) -> None:
+        Module.__init__(self)  # type: ignore[no-untyped-call]
+        self.weight = linear.weight
+        if "bias" in linear:
+            self.bias = linear.bias
+        self._rounds, self._group = theta.shape[0], rotation_group
+
+    def to_quantized(
+        self,
+        group_size: int | None = None,
+        bits: int | None = None,
+        mode: str = "affine",
+        quantize_input: bool = False,
+    ) -> RotateQuantizedLinear:
+        """What ``nn.quantize`` asks of a layer; group size and bits are the config's."""
+        output_dims, input_dims = self.weight.shape
+        return RotateQuantizedLinear(
+            input_dims,
+            output_dims,
+            "bias" in self,
+            group_size or 128,
+            bits or 4,
+            self._rounds,
+            self._group,
+        )
+
+
+def rotate_layers(model: Any, weights: Mapping[str, mx.array], rotation_group: int | None) -> None:
+    """Make every linear layer with a rotation among ``weights`` a rotated one.
+
+    To be called before ``nn.quantize`` goes over ``model``.
+
+    Args:
+        model: Built, not yet quantized.
+        weights: Under the model's own names; ``{layer}.theta`` marks a rotation.
+        rotation_group: Inputs that are turned among themselves, as the config says.
+
+    Raises:
+        ValueError: The model has no linear layer of that name, or the config no group.
+    """
+    layers = dict(model.named_modules())
+    found = []
+    for name, theta in weights.items():
+        path = name.removesuffix(".theta")
+        if path == name or f"{path}.pairs" not in weights:
+            continue
+        if not isinstance(layers.get(path), Linear) or not rotation_group:
+            raise ValueError(f"{path} has a rotation, but is no linear layer of the model")
+        found.append((path, _Rotatable(layers[path], theta, rotation_group)))
+    if found:
+        model.update_modules(tree_unflatten(found))

@@ -1,0 +1,191 @@
+"""ParoQuant folders and the layer that runs them, against the peer's own values."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import requant
+from requant.nn import RotateQuantizedLinear
+from tests.formats.harness import check_fixture, fixture, read_file, read_folder
+from tests.formats.logits import TOKENS, expected_logits, logits
+from tests.road.conftest import write_file
+
+pytest.importorskip("mlx_lm")
+import requant.mlx_lm
+
+DOWN = "model.layers.0.mlp.down_proj"
+
+
+def rotated(x: np.ndarray, theta: np.ndarray, pairs: np.ndarray, scales: np.ndarray, group: int):
+    """The forward formula of the format's document, pair by pair, in float64."""
+    x = x.astype(np.float64) * scales.reshape(-1).astype(np.float64)
+    for turn in range(theta.shape[0]):
+        for t in range(x.shape[-1] // 2):
+            base = 2 * t // group * group
+            i, j = base + int(pairs[turn, 2 * t]), base + int(pairs[turn, 2 * t + 1])
+            a = float(theta[turn, t])
+            left, right = x[..., i].copy(), x[..., j].copy()
+            x[..., i] = np.cos(a) * left + np.sin(a) * right
+            x[..., j] = np.cos(a) * right - np.sin(a) * left
+    return x
+
+
+def test_values_of_the_fixture(tmp_path: Path) -> None:
+    """The codes hold the turned weight; dense values are those of the plain one."""
+
+    def turned(source: dict[str, np.ndarray], values: dict[str, np.ndarray]) -> None:
+        for name, array in read_file(fixture(name_) / "expected.safetensors").items():
+            if name.endswith(".rotated_weight"):
+                values[name.removesuffix(".rotated_weight")] = array
+
+    name_ = "paroquant-g64-bias"
+    found = check_fixture(
+        name_, tmp_path, "rounded", bound=15 * 2**-11, values_rtol=1e-6, stored_as=turned
+    )
+    for role in ("theta", "pairs", "channel_scales"):
+        stored = read_folder(found.source)[f"{DOWN}.{role}"]
+        assert found.weights[f"{DOWN}.{role}"].tobytes() == stored.tobytes()
+    assert found.config["rotation"] == {"method": "paroquant", "group_size": 64, "krot": 8}
+
+
+@pytest.mark.parametrize("name", ["paroquant-g128", "paroquant-g64-bias"])
+def test_the_loaded_model_gives_the_plain_model_s_logits(name: str, tmp_path: Path) -> None:
+    """From the source and from the folder that convert wrote; stock mlx-lm refuses the latter."""
+    source = fixture(name) / "checkpoint"
+    report = requant.convert(source, tmp_path / "out", dtype="float32")
+    assert not report.plan.loads
+    with pytest.raises(ValueError, match="not in model"):
+        logits(tmp_path / "out")
+    wanted = expected_logits(name, tmp_path)
+    for folder in (source, tmp_path / "out"):
+        weights, made = requant.mlx_lm.load_weights(folder, dtype="float32")
+        model, _ = requant.mlx_lm._build(made.plan.config, weights)
+        assert isinstance(model.layers[0].mlp.down_proj, RotateQuantizedLinear)
+        found = np.array(model(mx.array(TOKENS)).astype(mx.float32))
+        assert np.abs(found - wanted).max() <= 5e-6 * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("name", ["paroquant-g128", "paroquant-g64-bias"])
+@pytest.mark.parametrize("again", [False, True], ids=["source", "output"])
+def test_folding_makes_plain_layers(name: str, again: bool, tmp_path: Path) -> None:
+    """8 bits of the plain weight, from the source or from an output that kept the rotation."""
+    source = fixture(name) / "checkpoint"
+    if again:
+        requant.convert(source, tmp_path / "rotated", dtype="float32")
+        source = tmp_path / "rotated"
+    report = requant.convert(source, tmp_path / "out", fold_rotation=True)
+    assert report.plan.loads
+    assert "rotation" not in report.plan.config
+    assert not any("theta" in name for name in read_folder(tmp_path / "out"))
+    assert all(error.relative_rms < 0.01 for error in report.errors.values())
+    wanted = expected_logits(name, tmp_path)
+    assert np.abs(logits(tmp_path / "out") - wanted).max() <= 0.06 * np.abs(wanted).max()
+
+
+def test_tiny_vector() -> None:
+    """Four inputs, two rounds, quarter turns: by hand."""
+    layer = _bare(4, 2)
+    layer.channel_scales = mx.array([[1.0, 1.0, 2.0, 1.0]])
+    layer.pairs = mx.array([[0, 2, 1, 3], [0, 1, 2, 3]], dtype=mx.int16)
+    layer.theta = mx.array([[np.pi / 2, 0.0], [0.0, np.pi / 2]])
+    turned = np.array(layer.rotate(mx.array([1.0, 2.0, 3.0, 4.0])))
+    np.testing.assert_allclose(turned, [6.0, 2.0, 4.0, 1.0], atol=1e-6)
+
+
+def _bare(count: int, rounds: int) -> Any:
+    """The rotation of a layer with fewer inputs than MLX could quantize."""
+    layer = RotateQuantizedLinear(32, 32, False, 32, 4, rounds, count)
+    layer.theta = mx.zeros((rounds, count // 2))
+    return layer
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(1, 3), st.sampled_from([64, 128]), st.integers(1, 8), st.integers(0, 2**32 - 1))
+def test_any_rotation(blocks: int, group: int, rounds: int, seed: int) -> None:
+    """The layer, and the folded weight, against the formula pair by pair."""
+    rng = np.random.default_rng(seed)
+    n_in, out = group * blocks, 32
+    theta = rng.standard_normal((rounds, n_in // 2)).astype(np.float16)
+    pairs = np.concatenate([[rng.permutation(group) for _ in range(blocks)] for _ in range(rounds)])
+    pairs = pairs.reshape(rounds, n_in).astype(np.int16)
+    scales = rng.uniform(0.5, 2, (1, n_in)).astype(np.float16)
+    weights = {
+        f"{DOWN}.qweight": rng.integers(-(2**31), 2**31, (n_in, out // 8)).astype(np.int32),
+        f"{DOWN}.qzeros": rng.integers(-(2**31), 2**31, (blocks, out // 8)).astype(np.int32),
+        f"{DOWN}.scales": rng.uniform(0.001, 0.01, (blocks, out)).astype(np.float16),
+        f"{DOWN}.theta": theta,
+        f"{DOWN}.pairs": pairs,
+        f"{DOWN}.channel_scales": scales,
+    }
+    block = {"quant_method": "paroquant", "bits": 4, "group_size": group, "krot": rounds}
+    made, quantization = requant.transform_weights(weights, block)
+    assert quantization.quantization_for(DOWN) == requant.Quantization.affine(group, 4)
+    layer = RotateQuantizedLinear(n_in, out, False, group, 4, rounds, group)
+    layer.load_weights([(k.removeprefix(f"{DOWN}."), mx.array(v)) for k, v in made.items()])
+    x = rng.standard_normal((3, n_in)).astype(np.float32)
+    wanted = rotated(x, theta, pairs, scales, group)
+    np.testing.assert_allclose(np.array(layer.rotate(mx.array(x))), wanted, atol=2e-5)
+    codes = mx.dequantize(
+        *(mx.array(made[f"{DOWN}.{role}"]).astype(kind) for role, kind in _TRIPLE),
+        group_size=group,
+        bits=4,
+    )
+    product = wanted @ np.array(codes).astype(np.float64).T
+    got = np.array(layer(mx.array(x)))
+    assert np.abs(got - product).max() <= 1e-4 * max(np.abs(product).max(), 1)
+
+
+_TRIPLE = (("weight", mx.uint32), ("scales", mx.float32), ("biases", mx.float32))
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (lambda t: t.pop(f"{DOWN}.pairs"), (f"{DOWN}.pairs", "missing")),
+        (lambda t: t.pop(f"{DOWN}.channel_scales"), (f"{DOWN}.channel_scales", "missing")),
+        (
+            lambda t: t.update({f"{DOWN}.theta": t[f"{DOWN}.theta"][:, :7].copy()}),
+            (f"{DOWN}.theta", "F16 [8, 7]", "F16 [8, 96]"),
+        ),
+        (
+            lambda t: t.update({f"{DOWN}.pairs": np.zeros_like(t[f"{DOWN}.pairs"])}),
+            (f"{DOWN}.pairs", "round 0", "group 0"),
+        ),
+        (
+            lambda t: t.update({f"{DOWN}.pairs": t[f"{DOWN}.pairs"] + np.int16(64)}),
+            (f"{DOWN}.pairs", "does not pair off"),
+        ),
+        (
+            lambda t: t.update({"x.experts.gate_up_weight_theta": np.zeros((8, 4), np.float16)}),
+            ("x.experts.gate_up_weight_theta", "experts share"),
+        ),
+    ],
+)
+def test_broken_rotations_are_named(edit: Any, words: tuple[str, ...], tmp_path: Path) -> None:
+    folder = tmp_path / "source"
+    shutil.copytree(fixture("paroquant-g64-bias") / "checkpoint", folder)
+    tensors = read_file(folder / "model.safetensors")
+    edit(tensors)
+    write_file(folder / "model.safetensors", tensors)
+    with pytest.raises(requant.CheckpointError) as caught:
+        requant.convert(folder, tmp_path / "out")
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_whose_config_forgot_the_rotation_is_refused(tmp_path: Path) -> None:
+    requant.convert(fixture("paroquant-g64-bias") / "checkpoint", tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    del config["rotation"]
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(requant.CheckpointError, match="rotation"):
+        requant.plan(tmp_path / "out")
