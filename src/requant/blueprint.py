@@ -94,7 +94,8 @@ class Step:
     @property
     def bytes_in(self) -> int:
         """Bytes of tensor data to read; a piece of a packed layer reads its share."""
-        nbytes = sum(t.info.nbytes for t in self.inputs.values())
+        # A packing may cut one tensor under two roles.
+        nbytes = sum({t.name: t.info.nbytes for t in self.inputs.values()}.values())
         return nbytes * self.rows // max(self.packing.rows, 1) if self.packing else nbytes
 
     @property

@@ -213,8 +213,8 @@ def _pieces(packing: Packing) -> Iterator[tuple[int, int]]:
     unit = packing.row_unit
     rows = max(_PIECE_VALUES // max(packing.columns, 1) // unit, 1) * unit
     for first in range(0, packing.rows, packing.matrix_rows):
-        for start in range(first, first + packing.matrix_rows, rows):
-            yield start, min(start + rows, first + packing.matrix_rows)
+        for start in range(first, min(first + packing.matrix_rows, packing.rows), rows):
+            yield start, min(start + rows, first + packing.matrix_rows, packing.rows)
 
 
 def _matrix(array: np.ndarray) -> np.ndarray:

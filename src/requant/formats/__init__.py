@@ -7,6 +7,7 @@ from requant.formats.base import Format, SourceLayer, SourceLayout
 from requant.formats.compressed_tensors import CompressedTensors
 from requant.formats.dense import Dense
 from requant.formats.fp8 import Fp8
+from requant.formats.hqq import Hqq
 from requant.formats.mlx import Mlx
 from requant.formats.mxfp4 import Mxfp4
 from requant.formats.qweight import QweightFormat
@@ -19,6 +20,7 @@ FORMATS: tuple[Format, ...] = (
     CompressedTensors(),
     Fp8(),
     Mxfp4(),
+    Hqq(),
     Dense(),
 )
 

@@ -102,10 +102,16 @@ class Packing(ABC):
         return {"kind": type(self).__name__, **asdict(self)}  # type: ignore[call-overload]
 
 
-# Significant bits of a dtype, the implied one included.
-_PRECISION = {"F16": 11, "BF16": 8, "F32": 24}
+PRECISION = {"F16": 11, "BF16": 8, "F32": 24}
+"""Significant bits of a dtype, the implied one included."""
 _RANGE = {"F16": 5, "BF16": 8, "F32": 8}  # bits of the exponent
 DTYPE_WORD = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+
+
+def is_narrower(dtype: str, stored: str) -> bool:
+    """Whether some number of dtype ``stored`` rounds when it is kept as ``dtype``."""
+    less = PRECISION[dtype] < PRECISION.get(stored, 53)
+    return less or _RANGE[dtype] < _RANGE.get(stored, 11)
 
 
 def mlx_group(group: int, n_in: int) -> int | None:
@@ -201,11 +207,10 @@ class IntegerPacking(Packing):
 
     def fidelity(self, dtype: str) -> Fidelity:
         """Exact where neither a scale nor a bias can round."""
-        kept = _PRECISION.get(self.scale_dtype, 53)
-        precision = _PRECISION[dtype]
-        narrower = precision < kept or _RANGE[dtype] < _RANGE.get(self.scale_dtype, 11)
+        kept = PRECISION.get(self.scale_dtype, 53)
+        precision = PRECISION[dtype]
         word = DTYPE_WORD[dtype]
-        if narrower:
+        if is_narrower(dtype, self.scale_dtype):
             relative = 2.0**-precision
             return Fidelity(
                 Exactness.ROUNDED,

@@ -1,0 +1,302 @@
+"""HQQ folders: integer codes with float zeros, each layer described by its own tensors.
+
+Value: ``w = (code - zero) * scale``. Beside ``W_q``, ``scale`` and ``zero`` a layer stores its
+shape, axis, width and packing as small tensors; they rule over the config.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+import numpy as np
+
+from requant.arrays.repack import HQQ
+from requant.checkpoint import Checkpoint, SourceTensor
+from requant.dtypes import FLOATS, NUMPY_DTYPE
+from requant.errors import Problem
+from requant.formats.base import SourceLayer, SourceLayout, fallback_for, scale_dtype
+from requant.formats.declared import Declared, declared
+from requant.formats.hqq_packings import W_Q, HqqColumns, HqqRows, element
+from requant.formats.row_blocks import NEXT
+from requant.formats.sorting import Sorter
+
+_SUFFIX: Final = f".{W_Q}"
+_CODES: Final = ("scale", "zero")
+# What a layer stores about itself; "meta_" is HQQ's older prefix of scales in codes.
+_SAID: Final = (
+    "shape",
+    "axis",
+    "nbits",
+    "group_size",
+    "packing",
+    "compute_dtype",
+    "unpack_view_dtype",
+    "view_as_float",
+    "channel_wise",
+    "optimize",
+    "round_zero",
+    "quant_scale",
+    "quant_zero",
+    "offload_meta",
+    "stores_quant_config",
+    "encoded_state_dict",
+)
+_IN_CODES: Final = ("scale_q", "zero_q", "meta_scale", "meta_zero")
+# nbits -> packing, where a layer does not say it (hqq/core/quantize.py).
+_PACKING_OF: Final = {
+    8: "8bit_u8",
+    7: "8bit_u8",
+    6: "8bit_u8",
+    5: "8bit_u8",
+    4: "4bit_u8",
+    3: "3bit_32",
+    2: "2bit_u8",
+    1: "1bit_u8",
+}
+_WHY = "tells how W_q is stored"
+
+
+class Hqq:
+    """A folder with ``quant_method: hqq``, or with the tensors of one."""
+
+    name = "hqq"
+
+    def claims(self, checkpoint: Checkpoint) -> str | None:
+        """The config names it; without one, ``W_q`` tells."""
+        found = declared(checkpoint)
+        if found is not None:
+            return f"{found.where}: quant_method hqq" if found.method == "hqq" else None
+        return next((name for name in checkpoint.tensors if name.endswith(_SUFFIX)), None)
+
+    def read(self, checkpoint: Checkpoint) -> SourceLayout:
+        """Describe each layer that has codes; everything else is dense."""
+        sorter = Sorter(checkpoint)
+        params = _Params(declared(checkpoint), sorter.problems)
+        paths = [n.removesuffix(_SUFFIX) for n in checkpoint.tensors if n.endswith(_SUFFIX)]
+        for path in paths:
+            layer = _Layer(sorter, path, params)
+            sorter.add(layer.read())
+            sorter.claim((part.name for part in layer.parts.values()), path)
+            for name in layer.said.values():
+                sorter.drop(name, _WHY)
+        _check_loose(sorter, set(paths))
+        if not paths and not sorter.problems:
+            sorter.problem(
+                params.where,
+                "says quant_method hqq, but no tensor ends in .W_q: if the weights are dense, "
+                "remove the block",
+            )
+        return sorter.layout()
+
+
+def _check_loose(sorter: Sorter, paths: set[str]) -> None:
+    """What belongs to a layer must have its codes beside it."""
+    for tensor in sorter.left:
+        path, _, role = tensor.name.rpartition(".")
+        if path in paths and role == "weight":
+            sorter.problem(
+                tensor.name, f"{tensor.info} stands beside {path}.W_q; remove the one that is stale"
+            )
+        elif path in paths and (role in _IN_CODES or role.startswith("meta_")):
+            sorter.problem(
+                tensor.name,
+                "holds scales or zeros as codes (quant_scale, quant_zero of old HQQ files), which "
+                "are not read; save the model again with a current hqq",
+            )
+        elif role in ("zero", "scale", "nbits", "packing", "view_as_float") and path not in paths:
+            sorter.problem(tensor.name, f"{tensor.info} has no {path}.W_q beside it")
+
+
+class _Params:
+    """``quant_config``: one set of parameters, or one for each kind of layer."""
+
+    def __init__(self, found: Declared | None, problems: list[Problem]) -> None:
+        self.where = found.where if found is not None else "config.json: quantization_config"
+        block = None if found is None else found.get("quant_config")
+        self.block: Mapping[str, Any] = {}
+        if isinstance(block, Mapping):
+            self.block = block
+        elif block is not None:
+            problems.append(
+                Problem(f"{self.where}.quant_config", f"is {block!r}, expected an object")
+            )
+
+    def of(self, path: str, key: str) -> Any:
+        """A parameter of a layer; None where the config is silent."""
+        names = (part for part in path.split(".") if not part.isdigit())
+        tag = ".".join(name for name in names if name not in ("model", "layers"))
+        block = self.block.get(tag, self.block)
+        params = block.get("weight_quant_params", block) if isinstance(block, Mapping) else None
+        return params.get(key) if isinstance(params, Mapping) else None
+
+
+class _Layer:
+    """One layer: its tensors, and what they say."""
+
+    def __init__(self, sorter: Sorter, path: str, params: _Params) -> None:
+        self.sorter, self.path, self.params = sorter, path, params
+        tensors = sorter.tensors
+        self.parts: dict[str, SourceTensor] = {
+            role: tensors[f"{path}.{role}"]
+            for role in (W_Q, *_CODES)
+            if f"{path}.{role}" in tensors
+        }
+        self.said = {role: f"{path}.{role}" for role in _SAID if f"{path}.{role}" in tensors}
+
+    def read(self) -> SourceLayer | None:
+        """The layer, or None with its problems reported."""
+        before = len(self.sorter.problems)
+        self._check_parts()
+        shape, axis = self._shape(), self._axis()
+        if len(self.sorter.problems) > before or shape is None:
+            return None
+        bits, packing = self._packing()
+        if bits is None or packing is None:
+            return None
+        group = self._group(shape, axis, bits, packing)
+        if group is None:
+            return None
+        parts = self.parts | {f"{role}{NEXT}": part for role, part in self.parts.items()}
+        scale, zero = self.parts["scale"].info, self.parts["zero"].info
+        dtype = scale_dtype(scale.dtype, self.sorter.dtype)
+        stored, width = f"hqq {bits}-bit g{group}", self.parts[W_Q].info.shape[-1]
+        if axis == 0:
+            by_column = HqqColumns(*shape, bits, group, packing, self.parts[W_Q].info.dtype)
+            reason = "axis 0: scales vary from input to input"
+            fallback = fallback_for(shape[1])
+            stored += " axis 0"
+            return SourceLayer(
+                self.path, parts, None, shape, dtype, by_column, stored, fallback, reason
+            )
+        by_row = HqqRows(
+            *shape,
+            bits,
+            group,
+            False,
+            scale.dtype,
+            packing,
+            width,
+            zero.dtype,
+        )
+        encoding, reason, fallback = by_row.encoding, "", None
+        if encoding is None:
+            reason = f"no group of MLX's fits groups of {group} in {shape[1]} inputs"
+            fallback = fallback_for(shape[1])
+        parts = {role: part for role, part in parts.items() if role in (W_Q, W_Q + NEXT, *_CODES)}
+        return SourceLayer(
+            self.path, parts, encoding, shape, dtype, by_row, stored, fallback, reason
+        )
+
+    def _report(self, role: str, message: str) -> None:
+        self.sorter.problem(f"{self.path}.{role}" if role else self.path, message)
+
+    def _value(self, role: str) -> np.ndarray | None:
+        """What a small tensor says; None if the layer has none."""
+        name = self.said.get(role)
+        return None if name is None else self.sorter.checkpoint.peek(name).reshape(-1)
+
+    def _number(self, role: str, default: Any) -> Any:
+        """One number, from its tensor or else from the config."""
+        value = self._value(role)
+        if value is None:
+            found = self.params.of(self.path, role)
+            return default if found is None else found
+        if value.size == 1:
+            return value[0].item()
+        self._report(role, f"{self.sorter.tensors[self.said[role]].info}, expected one number")
+        return default
+
+    def _text(self, role: str) -> str:
+        value = self._value(role)
+        if value is None:
+            return ""
+        return value.astype(np.uint8).tobytes().decode("ascii", "replace")
+
+    def _check_parts(self) -> None:
+        for role in _CODES:
+            part = self.parts.get(role)
+            if part is None:
+                self._report("", f"has packed codes, but no {self.path}.{role}")
+            elif part.info.dtype not in FLOATS:
+                self._report(role, f"{part.info}, expected floats")
+        for role in ("quant_scale", "quant_zero"):
+            if self._number(role, 0):
+                self._report(role, "is true: scales or zeros in codes are not read")
+        if len(self.parts[W_Q].info.shape) != 2:
+            self._report(W_Q, f"{self.parts[W_Q].info}, expected two axes")
+
+    def _shape(self) -> tuple[int, int] | None:
+        value = self._value("shape")
+        if value is None:
+            self._report("", f"has no {self.path}.shape that says how many outputs and inputs")
+        elif value.size != 2 or not (value > 0).all():
+            self._report("shape", f"says {value.tolist()}, expected two counts, outputs and inputs")
+        else:
+            return int(value[0]), int(value[1])
+        return None
+
+    def _axis(self) -> int:
+        axis = self._number("axis", 1)
+        if axis not in (0, 1):
+            self._report("axis", f"is {axis!r}, expected 0 or 1")
+        return int(axis == 1)
+
+    def _packing(self) -> tuple[int | None, str | None]:
+        """Bits of a code, and HQQ's name of the packing."""
+        said = self._number("nbits", None)
+        bits = 2 if isinstance(said, float) and round(said, 2) == 1.58 else said
+        packing = self._text("packing") or _PACKING_OF.get(bits)
+        if packing not in HQQ:
+            known = ", ".join(HQQ)
+            where = "packing" if "packing" in self.said else "nbits"
+            found = repr(packing) if where == "packing" else repr(said)
+            self._report(where, f"is {found}; known packings are {known}")
+            return None, None
+        width = HQQ[packing].bits
+        if packing != "8bit_u8":
+            if bits is not None and bits not in (width, 1):  # 1.58 is read back as 1
+                self._report("nbits", f"is {said!r}, but packing {packing!r} holds {width} bits")
+                return None, None
+            return width, packing
+        if bits is None:
+            bits = width
+        if bits not in (5, 6, 7, 8):
+            self._report("nbits", f"is {said!r}, but packing {packing!r} holds 5 to 8 bits")
+            return None, None
+        return int(bits), packing
+
+    def _group(self, shape: tuple[int, int], axis: int, bits: int, packing: str) -> int | None:
+        """The group that the tensors' shapes agree on."""
+        codes, size = self.parts[W_Q].info, shape[0] * shape[1]
+        scales = self.parts["scale"].info.size
+        expected_dtype = element(packing)
+        stored = NUMPY_DTYPE[codes.dtype]
+        as_float = bool(self._number("view_as_float", 0))
+        kind = "iu" if not as_float else "fV"
+        if stored.kind not in kind or (not as_float and stored.itemsize != expected_dtype.itemsize):
+            wanted = "floats (view_as_float)" if as_float else f"{expected_dtype.name} codes"
+            self._report(W_Q, f"{codes}, expected {wanted}")
+            return None
+        if scales == 0 or size % scales:
+            self._report("scale", f"{self.parts['scale'].info} does not divide a weight of {shape}")
+            return None
+        group = size // scales
+        said = self._number("group_size", None)
+        if said is not None and said != group:
+            message = f"is {said!r}, but {scales:,} scales for {list(shape)} make groups of {group}"
+            self._report("group_size", message)
+        view = (scales, group) if axis else (group, scales)
+        packed = (HQQ[packing].block(view[0]), view[1] * expected_dtype.itemsize // stored.itemsize)
+        if codes.shape != packed:
+            expected = f"{list(packed)} for axis {axis}, packing {packing!r}, groups of {group}"
+            self._report(W_Q, f"{codes}, expected {expected}")
+            return None
+        wanted_shape = (scales, 1) if axis else (1, scales)
+        for role in _CODES:
+            info = self.parts[role].info
+            if info.shape != wanted_shape:
+                expected = f"{list(wanted_shape)} for axis {axis}"
+                self._report(role, f"{info}, expected {expected}")
+                return None
+        return group

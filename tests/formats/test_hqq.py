@@ -1,0 +1,275 @@
+"""HQQ by hand: packings, any shape along both axes, and folders that must be refused."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import requant
+from tests.formats.folders import refusal, write
+from tests.formats.harness import affine, read_folder
+
+BLOCK = {"quant_method": "hqq", "quant_config": {"weight_quant_params": {"nbits": 4, "axis": 1}}}
+# packing -> bits of a field, shift of each strip of rows, dtype of W_q: as HQQ's document says.
+PACKINGS: dict[str, tuple[int, list[int], Any]] = {
+    "8bit_u8": (8, [0], np.uint8),
+    "4bit_u8": (4, [4, 0], np.uint8),
+    "3bit_32": (3, [27, 24, 21, 18, 15, 12, 9, 6, 3, 0], np.int32),
+    "2bit_u8": (2, [6, 4, 2, 0], np.uint8),
+    "1bit_u8": (1, [7, 6, 5, 4, 3, 2, 1, 0], np.uint8),
+}
+
+
+def text(word: str) -> np.ndarray:
+    return np.frombuffer(word.encode(), np.uint8)
+
+
+def layer(
+    view: np.ndarray,
+    shape: tuple[int, int],
+    packing: str,
+    axis: int = 1,
+    nbits: Any = None,
+    dtype: Any = np.float16,
+    seed: int = 0,
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """A layer ``up`` that holds the view's codes, and its values in float32."""
+    bits, shifts, stored = PACKINGS[packing]
+    strip = -(-len(view) // len(shifts))
+    w_q = np.zeros((strip, view.shape[1]), np.uint32)
+    for row, codes in enumerate(view):
+        w_q[row % strip] |= codes.astype(np.uint32) << np.uint32(shifts[row // strip])
+    random = np.random.default_rng(seed)
+    one = (len(view), 1) if axis else (1, view.shape[1])
+    scale = random.uniform(0.01, 0.1, one).astype(dtype)
+    zero = random.uniform(-1, 2**bits, one).astype(dtype)
+    values = (view.astype(np.float32) - zero.astype(np.float32)) * scale.astype(np.float32)
+    said = bits if nbits is None else nbits
+    tensors = {
+        "up.W_q": w_q.astype(stored),
+        "up.scale": scale,
+        "up.zero": zero,
+        "up.shape": np.array(shape, np.int64),
+        "up.axis": np.array(axis, np.int32),
+        "up.nbits": np.array(said, np.float32 if isinstance(said, float) else np.int32),
+        "up.packing": text(packing),
+        "up.view_as_float": np.array(0, np.uint8),
+        "up.compute_dtype": text("torch.float16"),
+    }
+    return tensors, values.reshape(shape)
+
+
+def dense(tensors: dict[str, np.ndarray], folder: Path, **wishes: Any) -> np.ndarray:
+    """Values of the layer, converted from a folder and in memory; both must agree."""
+    source = write(folder / "source", tensors, BLOCK)
+    requant.convert(
+        source, folder / "dense", layout="keep", dequantize=True, dtype="float32", **wishes
+    )
+    return read_folder(folder / "dense")["up.weight"]
+
+
+def random_view(rows: int, columns: int, bits: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 1 << bits, (rows, columns), np.uint8)
+
+
+def test_a_byte_written_by_hand(tmp_path: Path) -> None:
+    """0x2f: code 2 in row 0 of the view, code 15 in row 1; zeros are fractions."""
+    tensors, _ = layer(random_view(2, 32, 4), (2, 32), "4bit_u8")
+    tensors["up.W_q"] = np.full((1, 32), 0x2F, np.uint8)
+    tensors["up.scale"] = np.array([[0.5], [0.25]], np.float16)
+    tensors["up.zero"] = np.array([[1.5], [7.25]], np.float16)
+    source = write(tmp_path / "source", tensors, BLOCK)
+    requant.convert(source, tmp_path / "out", layout="keep")
+    made = read_folder(tmp_path / "out")
+    assert made["up.weight"].tolist() == [[0x22222222] * 4, [0xFFFFFFFF] * 4]
+    assert made["up.scales"].tolist() == [[0.5], [0.25]]
+    assert made["up.biases"].tolist() == [[-0.75], [-1.8125]]
+    assert made.keys() == {"up.weight", "up.scales", "up.biases"}
+
+
+@pytest.mark.parametrize(
+    ("packing", "nbits", "bits"),
+    [
+        ("8bit_u8", 8, 8),
+        ("8bit_u8", 7, 8),
+        ("8bit_u8", 6, 6),
+        ("8bit_u8", 5, 5),
+        ("4bit_u8", 4, 4),
+        ("3bit_32", 3, 3),
+        ("2bit_u8", 2, 2),
+        ("2bit_u8", 1.58, 2),
+        ("2bit_u8", 1, 2),  # 1.58 as it is read back
+        ("1bit_u8", 1, 2),
+    ],
+)
+def test_every_packing_becomes_codes(packing: str, nbits: Any, bits: int, tmp_path: Path) -> None:
+    """96 rows of 128 inputs, groups of 64: 192 rows of the view, 20 strips of 3 bits."""
+    width = min(int(nbits) if nbits != 1.58 else 2, PACKINGS[packing][0])
+    view = random_view(192, 64, width)
+    tensors, values = layer(view, (96, 128), packing, nbits=nbits)
+    source = write(tmp_path / "source", tensors, BLOCK)
+    report = requant.convert(source, tmp_path / "out", layout="keep", chunk_bytes=1)
+    made = affine(read_folder(tmp_path / "out"), "up", 64, bits)
+    assert np.array_equal(made.codes, view.reshape(96, 128))
+    assert np.abs(made.values - values).max() <= 2**-11 * 260 * 0.1
+    (found,) = report.plan.layers
+    assert found.exactness == "rounded"
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    packing=st.sampled_from(list(PACKINGS)),
+    axis=st.sampled_from([0, 1]),
+    rows=st.integers(1, 40),
+    columns=st.integers(1, 5),
+    unit=st.sampled_from([8, 32]),
+    group=st.sampled_from([8, 32, 64]),
+    chunk_bytes=st.sampled_from([1, 700, 4096, 1 << 20]),
+)
+def test_any_shape_along_both_axes(
+    packing: str, axis: int, rows: int, columns: int, unit: int, group: int, chunk_bytes: int
+) -> None:
+    """Groups that span two rows, strips that end within a row, ranges over many strips."""
+    shape = (rows, columns * unit)
+    size = rows * columns * unit
+    if size % group:
+        group = unit
+    view_shape = (size // group, group) if axis else (group, size // group)
+    view = random_view(*view_shape, PACKINGS[packing][0], seed=size)
+    tensors, values = layer(view, shape, packing, axis)
+    with tempfile.TemporaryDirectory() as folder:
+        got = dense(tensors, Path(folder), chunk_bytes=chunk_bytes)
+    assert np.array_equal(got, values)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("packing", ["8bit_u8", "4bit_u8", "3bit_32"])
+def test_codes_stored_as_floats(packing: str, axis: int, tmp_path: Path) -> None:
+    """view_as_float: the same bytes under the dtype of the model."""
+    shape = (12, 64)
+    view = random_view(*((24, 32) if axis else (32, 24)), PACKINGS[packing][0])
+    tensors, values = layer(view, shape, packing, axis)
+    tensors["up.W_q"] = tensors["up.W_q"].view(np.float16)
+    tensors["up.view_as_float"] = np.array(1, np.uint8)
+    assert np.array_equal(dense(tensors, tmp_path, chunk_bytes=1), values)
+
+
+def test_what_the_config_says_where_the_layer_is_silent(tmp_path: Path) -> None:
+    """Parameters by kind of layer; the path without model, layers and numbers names it."""
+    view = random_view(24, 32, 4)
+    tensors, values = layer(view, (12, 64), "4bit_u8")
+    path = "model.layers.3.mlp.up_proj"
+    tensors = {
+        name.replace("up.", f"{path}."): array
+        for name, array in tensors.items()
+        if name.split(".")[1] in ("W_q", "scale", "zero", "shape")
+    }
+    params = {"weight_quant_params": {"nbits": 4, "group_size": 32, "axis": 1}}
+    block = {"quant_method": "hqq", "quant_config": {"mlp.up_proj": params}}
+    source = write(tmp_path / "source", tensors, block)
+    requant.convert(source, tmp_path / "out", layout="keep", dequantize=True, dtype="float32")
+    assert np.array_equal(read_folder(tmp_path / "out")[f"{path}.weight"], values)
+
+
+def test_bfloat16_range_and_memory(tmp_path: Path) -> None:
+    """In memory and from a folder the bytes are the same; the bias stays."""
+    tensors, _ = layer(random_view(24, 32, 4), (12, 64), "4bit_u8")
+    tensors["up.bias"] = np.arange(12, dtype=np.float16)
+    source = write(tmp_path / "source", tensors, BLOCK)
+    requant.convert(source, tmp_path / "out", layout="keep")
+    made, quantization = requant.transform_weights(tensors, BLOCK)
+    stored = read_folder(tmp_path / "out")
+    assert made.keys() == stored.keys()
+    assert all(made[name].tobytes() == stored[name].tobytes() for name in made)
+    assert quantization.quantization == requant.Quantization.affine(32, 4)
+
+
+Change = Callable[[dict[str, Any]], Any]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: t.pop("up.scale"), "up: has packed codes, but no up.scale"),
+        (lambda t: t.pop("up.zero"), "up: has packed codes, but no up.zero"),
+        (lambda t: t.pop("up.shape"), "up: has no up.shape"),
+        (lambda t: t.pop("up.W_q"), "has no up.W_q beside it"),
+        (
+            lambda t: t.update({"up.shape": np.array([0, 64])}),
+            "up.shape: says [0, 64], expected two counts",
+        ),
+        (
+            lambda t: t.update({"up.shape": np.array([13, 64])}),
+            "up.scale: F16 [24, 1] does not divide a weight of (13, 64)",
+        ),
+        (lambda t: t.update({"up.axis": np.array(2)}), "up.axis: is 2, expected 0 or 1"),
+        (
+            lambda t: t.update({"up.axis": np.array(0)}),
+            "up.W_q: U8 [12, 32], expected [16, 24] for axis 0",
+        ),
+        (
+            lambda t: t.update({"up.packing": text("4bit_32")}),
+            "up.packing: is '4bit_32'; known packings are 8bit_u8",
+        ),
+        (
+            lambda t: t.update({"up.nbits": np.array(3)}),
+            "up.nbits: is 3, but packing '4bit_u8' holds 4 bits",
+        ),
+        (
+            lambda t: t.update({"up.packing": text("2bit_u8"), "up.nbits": np.array(2)}),
+            "up.W_q: U8 [12, 32], expected [6, 32]",
+        ),
+        (
+            lambda t: t.update({"up.scale": t["up.scale"].astype(np.int32)}),
+            "up.scale: I32 [24, 1], expected floats",
+        ),
+        (
+            lambda t: t.update({"up.zero": t["up.zero"][:23]}),
+            "up.zero: F16 [23, 1], expected [24, 1]",
+        ),
+        (
+            lambda t: t.update({"up.W_q": t["up.W_q"].astype(np.float16)}),
+            "up.W_q: F16 [12, 32], expected uint8 codes",
+        ),
+        (
+            lambda t: t.update({"up.group_size": np.array(64)}),
+            "up.group_size: is 64, but 24 scales for [12, 64] make groups of 32",
+        ),
+        (lambda t: t.update({"up.quant_zero": np.array(1, np.uint8)}), "up.quant_zero: is true"),
+        (
+            lambda t: t.update({"up.meta_scale": np.zeros(3, np.uint8)}),
+            "up.meta_scale: holds scales or zeros as codes",
+        ),
+        (
+            lambda t: t.update({"up.weight": np.zeros((12, 64), np.float16)}),
+            "up.weight: F16 [12, 64] stands beside up.W_q",
+        ),
+        (
+            lambda t: t.update({"up.packing": text("8bit_u8"), "up.nbits": np.array(9)}),
+            "up.nbits: is 9, but packing '8bit_u8' holds 5 to 8 bits",
+        ),
+    ],
+)
+def test_damaged_folders_are_refused(change: Change, words: str, tmp_path: Path) -> None:
+    tensors, _ = layer(random_view(24, 32, 4), (12, 64), "4bit_u8")
+    change(tensors)
+    source = write(tmp_path / "source", tensors, BLOCK)
+    assert words in refusal(source, tmp_path / "out")
+
+
+def test_codes_beyond_their_width_are_refused(tmp_path: Path) -> None:
+    tensors, _ = layer(random_view(24, 32, 8), (12, 64), "8bit_u8", nbits=5)
+    source = write(tmp_path / "source", tensors, BLOCK)
+    assert "but nbits says 5: 0 to 31" in refusal(source, tmp_path / "out")
+
+
+def test_a_folder_without_codes_is_refused(tmp_path: Path) -> None:
+    source = write(tmp_path / "source", {"up.weight": np.zeros((12, 64), np.float16)}, BLOCK)
+    assert "no tensor ends in .W_q" in refusal(source, tmp_path / "out")
