@@ -209,6 +209,10 @@ Change = Callable[[dict[str, Any]], Any]
             lambda t: t.update({"up.shape": np.array([13, 64])}),
             "up.scale: F16 [24, 1] does not divide a weight of (13, 64)",
         ),
+        (
+            lambda t: t.update({"up.packing": np.zeros(65, np.uint8)}),
+            "up.packing: U8 [65], expected a few numbers",
+        ),
         (lambda t: t.update({"up.axis": np.array(2)}), "up.axis: is 2, expected 0 or 1"),
         (
             lambda t: t.update({"up.axis": np.array(0)}),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from requant.checkpoint import Checkpoint
 from requant.formats.base import Format, SourceLayer, SourceLayout
+from requant.formats.bitsandbytes import Bitsandbytes
 from requant.formats.compressed_tensors import CompressedTensors
 from requant.formats.dense import Dense
 from requant.formats.fp8 import Fp8
@@ -21,6 +22,7 @@ FORMATS: tuple[Format, ...] = (
     Fp8(),
     Mxfp4(),
     Hqq(),
+    Bitsandbytes(),
     Dense(),
 )
 

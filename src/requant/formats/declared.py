@@ -88,7 +88,7 @@ def declared(checkpoint: Checkpoint) -> Declared | None:
     return None
 
 
-_DTYPE_WORDS = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "half": "F16"}
+DTYPE_WORDS = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "half": "F16"}
 
 
 def model_dtype(checkpoint: Checkpoint, otherwise: str = "F16") -> str:
@@ -100,8 +100,8 @@ def model_dtype(checkpoint: Checkpoint, otherwise: str = "F16") -> str:
     for part in (config, config.get("text_config")):
         for key in ("dtype", "torch_dtype"):
             word = str(part.get(key)).removeprefix("torch.") if isinstance(part, Mapping) else ""
-            if word in _DTYPE_WORDS:
-                return _DTYPE_WORDS[word]
+            if word in DTYPE_WORDS:
+                return DTYPE_WORDS[word]
     sizes = Counter[str]()
     for tensor in checkpoint.tensors.values():
         if tensor.info.dtype in KERNEL_FLOATS and not tensor.name.endswith(_SCALES):

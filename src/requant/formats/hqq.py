@@ -54,6 +54,7 @@ _PACKING_OF: Final = {
     2: "2bit_u8",
     1: "1bit_u8",
 }
+_MOST_SAID = 64  # letters of a dtype or packing
 _WHY = "tells how W_q is stored"
 
 
@@ -194,7 +195,13 @@ class _Layer:
     def _value(self, role: str) -> np.ndarray | None:
         """What a small tensor says; None if the layer has none."""
         name = self.said.get(role)
-        return None if name is None else self.sorter.checkpoint.peek(name).reshape(-1)
+        if name is None:
+            return None
+        info = self.sorter.tensors[name].info
+        if info.size > _MOST_SAID:
+            self._report(role, f"{info}, expected a few numbers that tell how W_q is stored")
+            return None
+        return self.sorter.checkpoint.peek(name).reshape(-1)
 
     def _number(self, role: str, default: Any) -> Any:
         """One number, from its tensor or else from the config."""

@@ -1,0 +1,210 @@
+"""bitsandbytes folders: LLM.int8 rows, and nf4 and fp4 tables with or without nested absmax.
+
+Values: ``w = code * SCB / 127``; ``w = quant_map[code] * absmax``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+from typing import Any, Final
+
+from requant.checkpoint import Checkpoint, SourceTensor
+from requant.dtypes import NUMPY_DTYPE
+from requant.formats.base import SourceLayer, SourceLayout, fallback_for, scale_dtype
+from requant.formats.bnb_packings import BnbInt8, BnbTable
+from requant.formats.ct_packings import Zeros
+from requant.formats.declared import DTYPE_WORDS, declared
+from requant.formats.sorting import Sorter
+from requant.safetensors_header import parse_json_object
+
+_STATE: Final = ".quant_state.bitsandbytes__"
+_TABLES: Final = ("nf4", "fp4")
+_ROLES: Final = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+_INT8_ROLES: Final = ("SCB", "weight_format")
+# The orders of 8-bit codes that current bitsandbytes refuses to load.
+_ORDERS: Final = {1: "col32", 2: "col_turing", 3: "col_ampere"}
+_REASON = "a table of 16 values, which no mode of MLX holds"
+
+
+class Bitsandbytes:
+    """A folder with ``quant_method: bitsandbytes``, or with the tensors of one."""
+
+    name = "bitsandbytes"
+
+    def claims(self, checkpoint: Checkpoint) -> str | None:
+        """The config names it (old ones by ``load_in_4bit``); without one, tensors tell."""
+        found = declared(checkpoint)
+        if found is not None:
+            loads = found.get("load_in_4bit") or found.get("load_in_8bit")
+            known = found.method == "bitsandbytes" or (not found.method and loads)
+            return f"{found.where}: bitsandbytes" if known else None
+        names = checkpoint.tensors
+        return next((name for name in names if _STATE in name or name.endswith(".SCB")), None)
+
+    def read(self, checkpoint: Checkpoint) -> SourceLayout:
+        """Describe each layer that has a quant_state or an SCB; everything else is dense."""
+        sorter = Sorter(checkpoint)
+        for name in checkpoint.tensors:
+            if name.endswith(".SCB"):
+                _read_int8(sorter, name.removesuffix(".SCB"))
+            elif _STATE in name:
+                _read_table(sorter, name)
+        for tensor in sorter.left:
+            _check_loose(sorter, tensor)
+        if not sorter.quantized and not sorter.problems:
+            sorter.problem(
+                "config.json: quantization_config",
+                "says bitsandbytes, but no tensor ends in .SCB or has a quant_state: if the "
+                "weights are dense, remove the block",
+            )
+        return sorter.layout()
+
+
+def _check_loose(sorter: Sorter, tensor: SourceTensor) -> None:
+    """What belongs to no layer must make sense alone."""
+    name, info = tensor.name, tensor.info
+    owner, _, role = name.rpartition(".")
+    if role in _ROLES:
+        sorter.problem(name, f"has no {owner}{_STATE}nf4 (or fp4) that says what it belongs to")
+    elif role == "weight_format":
+        sorter.problem(name, f"has no {owner}.SCB beside it")
+    elif role == "weight" and info.dtype in ("I8", "U8"):
+        what = "SCB" if info.dtype == "I8" else f"weight{_STATE}nf4 (or fp4)"
+        sorter.problem(name, f"{info} holds codes, but {owner}.{what} is missing")
+
+
+# -- int8 --------------------------------------------------------------------------------------
+
+
+def _read_int8(sorter: Sorter, path: str) -> None:
+    tensors = sorter.tensors
+    scale, weight = tensors[f"{path}.SCB"], tensors.get(f"{path}.weight")
+    order = tensors.get(f"{path}.weight_format")
+    sorter.claim([scale.name, f"{path}.weight"], path)
+    if order is not None:
+        sorter.drop(order.name, "tells the order of the codes")
+        stored = sorter.checkpoint.peek(order.name).reshape(-1).tolist()
+        if stored != [0]:
+            known = _ORDERS.get(stored[0] if len(stored) == 1 else -1, "unknown")
+            sorter.problem(order.name, f"is {stored} ({known}), expected 0: codes row by row")
+            return
+    if weight is None:
+        sorter.problem(scale.name, f"has no {path}.weight beside it")
+        return
+    shape = weight.info.shape
+    if weight.info.dtype != "I8" or len(shape) != 2 or 0 in shape:
+        sorter.problem(weight.name, f"{weight.info} beside {scale.name}, expected I8 [out, in]")
+        return
+    if scale.info.dtype not in ("F32", "F16", "BF16") or scale.info.size != shape[0]:
+        sorter.problem(scale.name, f"{scale.info}, expected F32 [{shape[0]}] for {weight.info}")
+        return
+    packing = BnbInt8(
+        *shape,
+        8,
+        shape[1],
+        True,
+        scale.info.dtype,
+        shape[0],
+        False,
+        Zeros.MIDDLE,
+    )
+    encoding, reason = packing.encoding, ""
+    if encoding is None:
+        reason = f"no group of MLX's divides {shape[1]} inputs"
+    parts = {"weight": weight, "weight_scale": scale}
+    stored_as = "bitsandbytes int8, a scale a row"
+    sorter.add(
+        SourceLayer(path, parts, encoding, shape, sorter.dtype, packing, stored_as, reason=reason)
+    )
+
+
+# -- nf4, fp4 ----------------------------------------------------------------------------------
+
+
+def _read_table(sorter: Sorter, name: str) -> None:
+    """One layer by its quant_state."""
+    weight_name, _, kind = name.partition(_STATE)
+    path = weight_name.removesuffix(".weight")
+    tensors, before = sorter.tensors, len(sorter.problems)
+    sorter.drop(name, "tells how the codes are stored")
+    names = {role: f"{weight_name}.{role}" for role in _ROLES}
+    parts = {role: tensors[each] for role, each in names.items() if each in tensors}
+    sorter.claim([weight_name, *(part.name for part in parts.values())], path)
+    state = _state(sorter, name)
+    weight = tensors.get(weight_name)
+    if weight is None:
+        sorter.problem(name, f"describes {weight_name}, which is missing")
+    if kind not in _TABLES:
+        sorter.problem(name, f"is of type {kind!r}; known are {', '.join(_TABLES)}")
+    if state is None or weight is None or len(sorter.problems) > before:
+        return
+    packing = _table(sorter, state, weight, parts)
+    if packing is None or len(sorter.problems) > before:
+        return
+    dtype = scale_dtype(DTYPE_WORDS.get(str(state.get("dtype")), "F32"), sorter.dtype)
+    shape = tuple(state["shape"])
+    nested = " with nested absmax" if packing.nested_block else ""
+    used = {"weight": weight} | {role: parts[role] for role in packing.cuts(0, 1) if role in parts}
+    stored = f"bitsandbytes {kind}{nested}"
+    fallback = fallback_for(shape[-1])
+    sorter.add(SourceLayer(path, used, None, shape, dtype, packing, stored, fallback, _REASON))
+
+
+def _state(sorter: Sorter, name: str) -> Mapping[str, Any] | None:
+    """The JSON of a quant_state with a shape and whole numbers where they are due."""
+    state, wrong = parse_json_object(sorter.checkpoint.peek(name).tobytes())
+    if wrong:
+        sorter.problem(name, f"is no quant_state: {wrong[0]}")
+        return None
+    shape = state.get("shape")
+    if not isinstance(shape, list) or len(shape) < 2 or not all(map(_is_count, shape)):
+        sorter.problem(name, f"gives shape {shape!r}, expected two counts or more, [out, in]")
+        return None
+    if not _is_count(state.get("blocksize")):
+        sorter.problem(name, f"gives blocksize {state.get('blocksize')!r}, expected a count")
+        return None
+    return state
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _table(
+    sorter: Sorter,
+    state: Mapping[str, Any],
+    weight: SourceTensor,
+    parts: Mapping[str, SourceTensor],
+) -> BnbTable | None:
+    """The packing, once every tensor has the dtype and size that the state demands."""
+    *leading, columns = state["shape"]
+    rows, block = prod(leading), state["blocksize"]
+    storage = NUMPY_DTYPE[weight.info.dtype].itemsize
+    nbytes = -(-rows * columns // 2)
+    if weight.info.nbytes != -(-nbytes // storage) * storage or weight.info.shape[-1:] != (1,):
+        elements = -(-nbytes // storage)
+        expected = f"[{elements}, 1] of {weight.info.dtype} for {state['shape']}"
+        sorter.problem(weight.name, f"{weight.info}, expected {expected}, two codes a byte")
+        return None
+    blocks = -(-rows * columns // block)
+    offset = state.get("nested_offset")
+    wanted = {"absmax": ("F32", blocks), "quant_map": ("F32", 16)}
+    nested = state.get("nested_blocksize", 0)
+    if offset is not None or nested != 0:
+        if not _is_count(nested) or not isinstance(offset, int | float):
+            message = f"gives nested_blocksize {nested!r} and nested_offset {offset!r}"
+            sorter.problem(weight.name, f"its quant_state {message}, expected two numbers")
+            return None
+        wanted |= {
+            "absmax": ("U8", blocks),
+            "nested_absmax": ("F32", -(-blocks // nested)),
+            "nested_quant_map": ("F32", 256),
+        }
+    for role, (dtype, count) in wanted.items():
+        part = parts.get(role)
+        if part is None:
+            sorter.problem(weight.name, f"has no {weight.name}.{role}")
+        elif part.info.dtype != dtype or part.info.shape != (count,):
+            sorter.problem(part.name, f"{part.info}, expected {dtype} [{count}]")
+    return BnbTable(rows, columns, block, storage, nested, float(offset or 0))

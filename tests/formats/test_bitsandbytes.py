@@ -1,0 +1,222 @@
+"""bitsandbytes by hand: bytes, tables, nesting, any shape, and folders that must be refused."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import requant
+from tests.formats.folders import refusal, write
+from tests.formats.harness import affine, read_folder
+
+BLOCK = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+STATE = "up.weight.quant_state.bitsandbytes__nf4"
+_NEGATIVE = (-1, -0.69619, -0.52507, -0.39492, -0.28444, -0.18477, -0.09105, 0)
+_POSITIVE = (0.07958, 0.16093, 0.24611, 0.33792, 0.44071, 0.56262, 0.72296, 1)
+NF4 = np.array([*_NEGATIVE, *_POSITIVE], np.float32)
+
+
+def table(
+    shape: tuple[int, ...], block: int = 64, nested: int = 0, seed: int = 0
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """A layer ``up`` and its values, by the formulas of the format's document."""
+    random = np.random.default_rng(seed)
+    size = int(np.prod(shape))
+    blocks = -(-size // block)
+    codes = random.integers(0, 16, size + size % 2, np.uint8)
+    absmax = random.uniform(0.5, 2, blocks).astype(np.float32)
+    state: dict[str, Any] = {"quant_type": "nf4", "blocksize": block, "shape": list(shape)}
+    state |= {"dtype": "bfloat16"}
+    tensors = {
+        "up.weight": (codes[::2] << 4 | codes[1::2]).reshape(-1, 1),
+        "up.weight.absmax": absmax,
+        "up.weight.quant_map": NF4,
+    }
+    if nested:
+        book = np.linspace(-1, 1, 256).astype(np.float32)
+        stored = random.integers(0, 256, blocks, np.uint8)
+        above = random.uniform(0.5, 2, -(-blocks // nested)).astype(np.float32)
+        tensors |= {
+            "up.weight.absmax": stored,
+            "up.weight.nested_absmax": above,
+            "up.weight.nested_quant_map": book,
+        }
+        state |= {"nested_blocksize": nested, "nested_offset": 0.25, "nested_dtype": "float32"}
+        absmax = book[stored] * above.repeat(nested)[:blocks] + np.float32(0.25)
+    tensors[STATE] = np.frombuffer(json.dumps(state).encode(), np.uint8)
+    values = NF4[codes[:size]] * absmax.repeat(block)[:size]
+    return tensors, values.reshape(shape)
+
+
+def dense(tensors: dict[str, np.ndarray], folder: Path, **wishes: Any) -> np.ndarray:
+    source = write(folder / "source", tensors, BLOCK)
+    requant.convert(
+        source, folder / "dense", layout="keep", dequantize=True, dtype="float32", **wishes
+    )
+    return read_folder(folder / "dense")["up.weight"]
+
+
+def test_a_byte_written_by_hand(tmp_path: Path) -> None:
+    """0x6a: first code 6 (-0.09105), then code 10 (0.24611), times absmax 2."""
+    tensors, _ = table((2, 32))
+    tensors["up.weight"] = np.full((32, 1), 0x6A, np.uint8)
+    tensors["up.weight.absmax"] = np.full(1, 2, np.float32)
+    got = dense(tensors, tmp_path)
+    assert got.ravel()[:4].tolist() == (NF4[[6, 10, 6, 10]] * np.float32(2)).tolist()
+
+
+def test_int8_written_by_hand(tmp_path: Path) -> None:
+    """Bytes 80 ff 00 7f become the word ff807f00; the scale is SCB / 127."""
+    tensors = {
+        "up.weight": np.tile(np.array([-128, -1, 0, 127], np.int8), (2, 16)),
+        "up.SCB": np.array([127, 63.5], np.float32),
+        "up.weight_format": np.array(0, np.uint8),
+        "up.bias": np.ones(2, np.float16),
+    }
+    source = write(tmp_path / "source", tensors, {"load_in_8bit": True}, dtype="float16")
+    requant.convert(source, tmp_path / "out", layout="keep")
+    made = read_folder(tmp_path / "out")
+    assert {hex(word) for word in made["up.weight"].ravel()} == {"0xff807f00"}
+    assert made["up.scales"].tolist() == [[1], [0.5]]
+    assert made["up.biases"].tolist() == [[-128], [-64]]
+    assert made["up.scales"].dtype == np.float16
+    assert made.keys() == {"up.weight", "up.scales", "up.biases", "up.bias"}
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 30),
+    columns=st.integers(1, 90),
+    block=st.sampled_from([32, 64, 256]),
+    nested=st.sampled_from([0, 4, 256]),
+    chunk_bytes=st.sampled_from([1, 500, 5000, 1 << 20]),
+)
+def test_any_shape(rows: int, columns: int, block: int, nested: int, chunk_bytes: int) -> None:
+    """Blocks and bytes that span rows, odd rows, nested blocks cut anywhere."""
+    tensors, values = table((rows, columns), block, nested, seed=rows * columns)
+    with tempfile.TemporaryDirectory() as folder:
+        got = dense(tensors, Path(folder), chunk_bytes=chunk_bytes)
+    assert np.array_equal(got, values)
+
+
+@pytest.mark.parametrize("storage", [np.float16, np.float32, ml_dtypes.bfloat16])
+def test_codes_stored_under_another_dtype(storage: Any, tmp_path: Path) -> None:
+    tensors, values = table((6, 40))
+    tensors["up.weight"] = tensors["up.weight"].reshape(-1).view(storage).reshape(-1, 1)
+    assert np.array_equal(dense(tensors, tmp_path, chunk_bytes=1), values)
+
+
+def test_experts_in_one_tensor(tmp_path: Path) -> None:
+    tensors, values = table((3, 4, 64))
+    assert np.array_equal(dense(tensors, tmp_path), values)
+
+
+def test_in_memory_a_table_is_encoded_anew(tmp_path: Path) -> None:
+    tensors, values = table((8, 128), nested=4)
+    made, quantization = requant.transform_weights(tensors, BLOCK)
+    assert quantization.quantization == requant.Quantization.affine(64, 8)
+    got = affine(made, "up", 64, 8).values
+    assert np.abs(got - values).max() <= 0.02
+    assert made.keys() == {"up.weight", "up.scales", "up.biases"}
+
+
+def test_without_a_config_the_tensors_tell(tmp_path: Path) -> None:
+    tensors, values = table((4, 64))
+    source = write(tmp_path / "source", tensors, None)
+    requant.convert(source, tmp_path / "out", layout="keep", dequantize=True, dtype="float32")
+    assert np.array_equal(read_folder(tmp_path / "out")["up.weight"], values)
+
+
+Change = Callable[[dict[str, Any]], Any]
+
+
+def state(**fields: Any) -> Change:
+    def change(tensors: dict[str, Any]) -> None:
+        said = json.loads(tensors[STATE].tobytes())
+        tensors[STATE] = np.frombuffer(json.dumps(said | fields).encode(), np.uint8)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: t.pop(STATE), "up.weight.absmax: has no up.weight.quant_state"),
+        (lambda t: t.pop("up.weight.absmax"), "up.weight: has no up.weight.absmax"),
+        (lambda t: t.pop("up.weight.quant_map"), "up.weight: has no up.weight.quant_map"),
+        (lambda t: t.pop("up.weight"), "describes up.weight, which is missing"),
+        (
+            lambda t: t.update({STATE: np.frombuffer(b"{oops", np.uint8)}),
+            f"{STATE}: is no quant_state",
+        ),
+        (state(shape=[8, 63]), "up.weight: U8 [256, 1], expected [252, 1] of U8 for [8, 63]"),
+        (state(shape=[8]), "gives shape [8], expected two counts or more"),
+        (state(blocksize=0), "gives blocksize 0, expected a count"),
+        (state(blocksize=32), "up.weight.absmax: F32 [8], expected F32 [16]"),
+        (state(nested_blocksize=256), "gives nested_blocksize 256 and nested_offset None"),
+        (
+            state(nested_blocksize=256, nested_offset=0.5),
+            "up.weight.absmax: F32 [8], expected U8 [8]",
+        ),
+        (
+            lambda t: t.update({"up.weight.quant_map": NF4[:15]}),
+            "up.weight.quant_map: F32 [15], expected F32 [16]",
+        ),
+        (
+            lambda t: t.update({STATE.replace("nf4", "nf3"): t.pop(STATE)}),
+            "is of type 'nf3'; known are nf4, fp4",
+        ),
+        (
+            lambda t: t.update({"gate.weight": np.zeros((8, 64), np.int8)}),
+            "gate.weight: I8 [8, 64] holds codes, but gate.SCB is missing",
+        ),
+        (
+            lambda t: t.update(
+                {"gate.weight": np.zeros((8, 64), np.int8), "gate.SCB": np.ones(7, np.float32)}
+            ),
+            "gate.SCB: F32 [7], expected F32 [8]",
+        ),
+        (
+            lambda t: t.update({"gate.SCB": np.ones(8, np.float32)}),
+            "gate.SCB: has no gate.weight beside it",
+        ),
+        (
+            lambda t: t.update(
+                {
+                    "gate.weight": np.zeros((8, 64), np.int8),
+                    "gate.SCB": np.ones(8, np.float32),
+                    "gate.weight_format": np.array(2, np.uint8),
+                }
+            ),
+            "gate.weight_format: is [2] (col_turing), expected 0",
+        ),
+        (
+            lambda t: t.update(
+                {
+                    "gate.weight": np.zeros((8, 64), np.float16),
+                    "gate.SCB": np.ones(8, np.float32),
+                }
+            ),
+            "gate.weight: F16 [8, 64] beside gate.SCB, expected I8",
+        ),
+    ],
+)
+def test_damaged_folders_are_refused(change: Change, words: str, tmp_path: Path) -> None:
+    tensors, _ = table((8, 64))
+    change(tensors)
+    source = write(tmp_path / "source", tensors, BLOCK)
+    assert words in refusal(source, tmp_path / "out")
+
+
+def test_a_folder_without_codes_is_refused(tmp_path: Path) -> None:
+    source = write(tmp_path / "source", {"up.weight": np.zeros((12, 64), np.float16)}, BLOCK)
+    assert "no tensor ends in .SCB" in refusal(source, tmp_path / "out")
