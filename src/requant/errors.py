@@ -25,7 +25,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from requant.limits import MAX_PROBLEMS_SHOWN
+from requant.limits import MAX_PROBLEM_CHARS, MAX_PROBLEMS_SHOWN
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +167,8 @@ class CheckpointError(RequantError, ValueError):
 
     def __init__(self, source: str, problems: Sequence[Problem]) -> None:
         self.source, self.problems = source, tuple(problems)
-        lines = "".join(f"\n  {problem}" for problem in self.problems[:MAX_PROBLEMS_SHOWN])
+        shown = (str(problem) for problem in self.problems[:MAX_PROBLEMS_SHOWN])
+        lines = "".join(f"\n  {line[:MAX_PROBLEM_CHARS]}" for line in shown)
         more = len(self.problems) - MAX_PROBLEMS_SHOWN
         if more > 0:
             lines += f"\n  and {more:,} more problems"

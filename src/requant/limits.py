@@ -31,4 +31,5 @@ MAX_PATTERN_S = 2.0  # seconds that one pattern may take over all the names of a
 
 # -- messages --------------------------------------------------------------------------
 MAX_PROBLEMS = 1000  # collected in one file or folder; what follows is not looked for
+MAX_PROBLEM_CHARS = 4000  # of one line
 MAX_PROBLEMS_SHOWN = 200  # lines of one error's text

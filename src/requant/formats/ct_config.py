@@ -123,7 +123,7 @@ class CtConfig:
         for key, value in named:
             if value is None or value in FORMATS:
                 continue
-            if value in _REFUSED:
+            if isinstance(value, str) and value in _REFUSED:
                 self._report(key, f"is {value!r}: {_REFUSED[value]}")
             else:
                 self._report(key, f"is {value!r}; known are {', '.join(FORMATS)}")

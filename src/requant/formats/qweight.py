@@ -241,6 +241,10 @@ class _Reader:
     def _layer(self, path: str, parts: Mapping[str, SourceTensor]) -> SourceLayer | None:
         """One packed layer, or None with its problems reported."""
         before = len(self.problems)
+        for part in parts.values():
+            if not part.info.size:
+                self._report(part.name, f"{part.info} holds nothing")
+                return None
         rule = self.rules.of(path)
         packing = self._packing(path, parts, rule)
         if packing is None or len(self.problems) > before:

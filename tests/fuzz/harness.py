@@ -1,0 +1,385 @@
+"""What the fuzzer feeds: seeds, ways to damage them, and readers that must survive.
+
+A reader may return, or raise a ``RequantError``. Anything else is a finding: another exception,
+more than ``SLOW_S`` seconds, or more memory than the process is allowed.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+import shutil
+import struct
+import zlib
+from base64 import b64decode, b64encode
+from collections.abc import Callable
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from requant.dtypes import NUMPY_DTYPE
+from requant.errors import RequantError
+from requant.patterns import Pattern
+from requant.planner import make_plan
+from requant.safetensors_header import parse_header
+from requant.wishes import Wishes
+
+HERE = Path(__file__).parent
+SEEDS = HERE / "seeds"
+SLOW_S = 5.0
+
+# A folder without its data: JSON files by name, and tensors as [dtype, shape], or with the
+# data of small ones that readers look at.
+Folder = dict[str, Any]
+
+_ODD: tuple[Any, ...] = (
+    None,
+    True,
+    False,
+    0,
+    1,
+    -1,
+    2,
+    3,
+    7,
+    16,
+    33,
+    64,
+    2**31,
+    2**32,
+    2**63,
+    -(2**63),
+    2**64,
+    10**400,
+    0.5,
+    -0.0,
+    1e308,
+    float("inf"),
+    float("nan"),
+    "",
+    " ",
+    "x",
+    "0",
+    "-1",
+    "4bit",
+    "awq",
+    "gptq",
+    "fp8",
+    "mxfp4",
+    "compressed-tensors",
+    "re:(a|a)*b",
+    "re:(",
+    "re:.*",
+    "-:.*",
+    "(",
+    "\ud800",
+    "\x00",
+    "../..",
+    "é" * 300,
+    "9" * 5000,
+    "1.0.0",
+    [],
+    [[]],
+    [0],
+    [-1, 128],
+    [128, 128],
+    ["re:(a+)+$"],
+    {},
+    {"": None},
+)
+_SUFFIXES = (
+    "weight",
+    "scales",
+    "biases",
+    "bias",
+    "qweight",
+    "qzeros",
+    "g_idx",
+    "weight_packed",
+    "weight_scale",
+    "weight_scale_inv",
+    "weight_zero_point",
+    "weight_shape",
+    "weight_g_idx",
+    "weight_global_scale",
+    "input_scale",
+    "scale",
+    "absmax",
+    "gate_up_proj_blocks",
+    "gate_up_proj_scales",
+    "weight.absmax",
+    "global_scale",
+    "é",
+    "\ud7ff",
+)
+_AXES = (0, 1, 2, 3, 7, 8, 16, 31, 32, 64, 96, 128, 1000, 4096, 2**20, 2**31, 2**40, 2**62)
+
+
+def corpus() -> list[Folder]:
+    """One small folder a published form of every format."""
+    return json.loads((HERE / "corpus.json").read_text())
+
+
+def reduced(folder: Path) -> Folder:
+    """A checkpoint as the corpus holds it: its JSON and the tensors of a few layers."""
+    with (folder / "model.safetensors").open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    layers = list(dict.fromkeys(name.rpartition(".")[0] for name in header))
+    kept = {x for x in layers if not x.startswith("model.layers.")}
+    kept |= set([x for x in layers if x.startswith("model.layers.")][:5])
+    names = [name for name in header if name.rpartition(".")[0] in kept]
+    tensors = {name: [header[name]["dtype"], header[name]["shape"]] for name in names}
+    data = (folder / "model.safetensors").read_bytes()[8 + length :]
+    for name in names:  # what readers look at while they plan
+        if name.endswith(("weight_shape", "global_scale", "g_idx")):
+            start, stop = header[name]["data_offsets"]
+            tensors[name].append(b64encode(zlib.compress(data[start:stop], 9)).decode())
+    found = {p.name: json.loads(p.read_text()) for p in sorted(folder.glob("*config*.json"))}
+    found.pop("generation_config.json", None)
+    return {"files": found, "tensors": tensors}
+
+
+# -- damage ----------------------------------------------------------------------------
+
+
+def damage_json(value: Any, rng: random.Random) -> Any:
+    """The value with one place changed; objects and lists are gone into."""
+    if isinstance(value, dict) and value and rng.random() < 0.85:
+        key = rng.choice(list(value))
+        kind = rng.random()
+        if kind < 0.08:
+            del value[key]
+        elif kind < 0.16:
+            new = rng.choice(
+                [*value, *_SUFFIXES, "bits", "group_size", "ignore", "dynamic", "mode"]
+            )
+            value[new] = copy.deepcopy(value[key])
+        else:
+            value[key] = damage_json(value[key], rng)
+        return value
+    if isinstance(value, list) and value and rng.random() < 0.8:
+        at = rng.randrange(len(value))
+        if rng.random() < 0.2:
+            value.insert(at, copy.deepcopy(rng.choice(_ODD)))
+        elif rng.random() < 0.2:
+            del value[at]
+        else:
+            value[at] = damage_json(value[at], rng)
+        return value
+    return copy.deepcopy(rng.choice(_ODD))
+
+
+def damage_tensors(tensors: dict[str, Any], rng: random.Random) -> None:
+    """Change a tensor's dtype, shape or name; take one away, or add one."""
+    kind = rng.random()
+    name = rng.choice(list(tensors)) if tensors else "x.weight"
+    dtype, shape, *_ = tensors.get(name, ["F32", [2, 2]])
+    if kind < 0.2:
+        tensors.pop(name, None)
+    elif kind < 0.4:
+        tensors[name] = [rng.choice(list(NUMPY_DTYPE)), shape]
+    elif kind < 0.7:
+        shape = list(shape) or [1]
+        at = rng.randrange(len(shape))
+        pick = rng.random()
+        if pick < 0.6:
+            shape[at] = rng.choice((*_AXES, shape[at] + 1, shape[at] * 2, shape[at] // 2))
+        elif pick < 0.8:
+            del shape[at]
+        else:
+            shape.insert(at, rng.choice(_AXES))
+        tensors[name] = [dtype, shape]
+    else:
+        layer = rng.choice(
+            [name.rpartition(".")[0], "lm_head", "new", "model.layers.0.mlp.experts"]
+        )
+        tensors[f"{layer}.{rng.choice(_SUFFIXES)}"] = [dtype, list(shape)]
+
+
+def damage_bytes(data: bytes, rng: random.Random) -> bytes:
+    """A few bytes replaced, inserted, removed, or a run of them said twice."""
+    raw = bytearray(data)
+    for _ in range(rng.randint(1, 4)):
+        at = rng.randrange(len(raw) + 1)
+        kind = rng.random()
+        if kind < 0.4:
+            raw[at : at + rng.randint(0, 3)] = rng.choice(
+                [
+                    b"-",
+                    b"9" * rng.randint(1, 30),
+                    b"[",
+                    b"]",
+                    b"{",
+                    b"}",
+                    b'"',
+                    b",",
+                    b":",
+                    b"\\u0000",
+                    b"null",
+                    b"1e9",
+                    b"\xff",
+                    b"\x00",
+                    b"\\ud800",
+                    b"18446744073709551615",
+                ]
+            )
+        elif kind < 0.6:
+            raw[at : at + 1] = bytes([rng.randrange(256)])
+        elif kind < 0.8:
+            del raw[at : at + rng.randint(1, 20)]
+        else:
+            stop = min(len(raw), at + rng.randint(1, 200))
+            raw[at:at] = raw[at:stop]
+    return bytes(raw)
+
+
+def header_of(tensors: dict[str, Any]) -> tuple[bytes, int]:
+    """A header for tensors one after the other, and the bytes they take."""
+    value, start = {}, 0
+    for name, (dtype, shape, *_) in tensors.items():
+        stop = start + prod(shape) * NUMPY_DTYPE[dtype].itemsize
+        value[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
+        start = stop
+    return json.dumps(value).encode(), start
+
+
+# -- readers ---------------------------------------------------------------------------
+
+
+def read_header(data: bytes) -> None:
+    """A header as a file holds it, length prefix included; it may not even raise."""
+    entries, _, problems = parse_header(data, 4096)
+    assert all(entry.stop <= 4096 for entry in entries.values())
+    assert all(str(problem) for problem in problems)
+
+
+class FolderReader:
+    """Writes a folder and plans two conversions of it; the weights are holes."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+
+    def write(self, folder: Folder) -> None:
+        """Lay the folder out anew."""
+        shutil.rmtree(self.place, ignore_errors=True)
+        self.place.mkdir(parents=True)
+        text, size = header_of(folder["tensors"])
+        with (self.place / "model.safetensors").open("wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            # Beyond what a file system holds the header is refused by size: as well.
+            file.truncate(min(8 + len(text) + size, 1 << 42))
+            header = json.loads(text)
+            for name, (_, _, *packed) in folder["tensors"].items():
+                start, stop = header[name]["data_offsets"]
+                if packed and stop < 1 << 40:
+                    file.seek(8 + len(text) + start)
+                    file.write(zlib.decompress(b64decode(packed[0]))[: stop - start])
+        for name, content in folder["files"].items():
+            raw = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else None
+            (self.place / name).write_bytes(raw or json.dumps(content).encode())
+
+    def __call__(self, folder: Folder) -> None:
+        """Plan to keep what is there, and to make it dense."""
+        self.write(folder)
+        for wishes in (Wishes(layout="keep"), Wishes(layout="keep", dequantize=True)):
+            try:
+                plan = make_plan(self.place, wishes)
+                assert len(plan.hash) == 64
+            except RequantError as error:
+                assert str(error)
+
+
+def read_pattern(text: str) -> None:
+    """A regular expression over names of every length."""
+    try:
+        pattern = Pattern(text)
+        for name in ("lm_head", "model.layers.0.mlp.up_proj", "a" * 60 + "!", "ab." * 300):
+            pattern.search(name)
+    except RequantError as error:
+        assert str(error)
+
+
+# -- inputs ----------------------------------------------------------------------------
+
+_PATTERN_PARTS = (
+    r"a",
+    r"b",
+    r".",
+    r"\d",
+    r"\w",
+    r"[a-z]",
+    r"[^.]",
+    r"(",
+    r"(?:",
+    r"(?=",
+    r"(?!",
+    r"(?<=",
+    r"(?i)",
+    r"(?P<x>",
+    r")",
+    r"|",
+    r"*",
+    r"+",
+    r"?",
+    r"*?",
+    r"{2,5}",
+    r"{1000}",
+    r"{0,99999}",
+    r"^",
+    r"$",
+    r"\b",
+    r"\1",
+    r"(?>",
+    r"++",
+    r"layers",
+    r"é",
+)
+
+
+def make_input(kind: str, folders: list[Folder], rng: random.Random) -> Any:
+    """One input of a kind: ``header``, ``folder`` or ``pattern``."""
+    if kind == "pattern":
+        return "".join(rng.choice(_PATTERN_PARTS) for _ in range(rng.randint(1, 14)))
+    folder = copy.deepcopy(rng.choice(folders))
+    if kind == "header":
+        text, _ = header_of(dict(list(folder["tensors"].items())[:4]))
+        text = damage_bytes(text, rng)
+        length = len(text) if rng.random() < 0.95 else rng.randrange(2**64)
+        return struct.pack("<Q", length) + text
+    for _ in range(rng.randint(1, 3)):
+        if rng.random() < 0.5:
+            damage_tensors(folder["tensors"], rng)
+        else:
+            name = rng.choice(list(folder["files"]))
+            content = folder["files"][name]
+            if rng.random() < 0.05:
+                raw = damage_bytes(json.dumps(content).encode(), rng)
+                folder["files"][name] = raw.decode("utf-8", "replace")
+            elif not isinstance(content, str):
+                folder["files"][name] = damage_json(content, rng)
+    if rng.random() < 0.1:
+        names = list(folder["tensors"])
+        weight_map: Any = dict.fromkeys(names, "model.safetensors")
+        index = {"metadata": {}, "weight_map": damage_json(weight_map, rng)}
+        folder["files"]["model.safetensors.index.json"] = index
+    return folder
+
+
+def readers(place: Path) -> dict[str, Callable[[Any], None]]:
+    """Kind of input -> what reads it."""
+    return {"header": read_header, "folder": FolderReader(place), "pattern": read_pattern}
+
+
+def to_text(kind: str, value: Any) -> str:
+    """An input as a seed file holds it."""
+    content = value.hex() if isinstance(value, bytes) else value
+    return json.dumps({"kind": kind, "input": content}, indent=1) + "\n"
+
+
+def from_text(text: str) -> tuple[str, Any]:
+    """The kind and the input of a seed file."""
+    seed = json.loads(text)
+    return seed["kind"], bytes.fromhex(seed["input"]) if seed["kind"] == "header" else seed["input"]
