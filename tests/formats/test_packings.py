@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 import requant
 from tests.formats import packers
 from tests.formats.harness import codes_of
+from tests.road.conftest import write_file
 
 LAYER = "model.layers.0.mlp.up_proj"
 
@@ -315,3 +318,17 @@ def test_groups_counted_from_the_end() -> None:
     tensors["g_idx"] = np.repeat(np.array([0, -1], np.int32), 32)
     block = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False}
     check(tensors, block | {"checkpoint_format": "gptq_v2"}, codes, zeros, scales, 32)
+
+
+@pytest.mark.parametrize(("field", "noted"), [(0x77777F77, True), (0x77777777, False)])
+def test_a_zero_that_readers_dispute_is_noted(field: int, noted: bool, tmp_path: Path) -> None:
+    tensors = packers.gptq(np.zeros((8, 32), int), np.zeros((8, 1), int), np.ones((8, 1), "f2"), 4)
+    tensors["qzeros"] = np.array([[field]], np.uint32).view(np.int32)
+    write_file(
+        tmp_path / "model.safetensors", {f"{LAYER}.{role}": part for role, part in tensors.items()}
+    )
+    block = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False}
+    config = {"model_type": "llama", "quantization_config": block}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    notes = requant.plan(tmp_path, layout="keep").notes
+    assert any("taken for 0" in note for note in notes) is noted

@@ -29,7 +29,7 @@ from requant.formats.declared import Declared, declared, model_dtype
 from requant.formats.fold_order import find_folds
 from requant.formats.gptq_packings import PLANES, Gptq, Zeros
 from requant.formats.layer_rules import LayerRule, LayerRules
-from requant.formats.packing import IntegerPacking
+from requant.formats.packing import IntegerPacking, stream_codes
 from requant.formats.rotation import ROLES as ROTATION
 from requant.formats.rotation import RotatedGemm, read_rotation, rotation_entry
 
@@ -67,6 +67,12 @@ _NOT_IN_WEIGHTS = {
     "spinquant_config": "an online Hadamard rotation",
     "adapter": "an adapter beside the weights",
 }
+
+
+_DISPUTED = (
+    "{} layers hold zeros stored as all ones, which readers of GPTQ version 1 take for 0 or for "
+    "2^bits: taken for 0, as exllama does. The writer may have lost them; compare the outputs."
+)
 
 
 class QweightFormat:
@@ -118,6 +124,7 @@ class _Reader:
         self.name, self.checkpoint, self.found = name, checkpoint, found
         self.tensors = checkpoint.tensors
         self.problems: list[Problem] = []
+        self.disputed = 0  # layers with a zero that readers of version 1 take for 0 or 2^bits
         self.rules = LayerRules(found, self.problems)
         self.model_dtype = model_dtype(checkpoint)
         self.convention = self._convention()
@@ -146,6 +153,7 @@ class _Reader:
             None,
             tuple(self.problems),
             folds=tuple(folds),
+            notes=(_DISPUTED.format(self.disputed),) if self.disputed else (),
             rotation=None if turned is None else rotation_entry(turned.group, turned.krot),
         )
 
@@ -477,6 +485,9 @@ class _Reader:
         )
         if bits not in PLANES:
             self._report(path, f"has {bits}-bit codes; GPTQ writes 2 to 8")
+        elif has_zeros and zeros is Zeros.PLUS_ONE and not symmetric:
+            fields = stream_codes(self.checkpoint.peek(f"{path}.qzeros"), bits, rows)
+            self.disputed += bool((fields == (1 << bits) - 1).any())
         return packing
 
     # -- checks that layouts share -------------------------------------------------------
