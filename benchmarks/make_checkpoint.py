@@ -1,8 +1,9 @@
-"""Write a Llama-shaped bfloat16 checkpoint of random values, streamed, in several shards.
+"""Write a Llama-shaped checkpoint of random values, streamed, in several shards.
 
 python benchmarks/make_checkpoint.py FOLDER                  about 1 B parameters, 2.1 GB
 python benchmarks/make_checkpoint.py FOLDER --layers 2       smaller
 python benchmarks/make_checkpoint.py FOLDER --one-tensor 6   one tensor of 6 GiB
+python benchmarks/make_checkpoint.py FOLDER --fp8            linear layers as DeepSeek's FP8
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import shutil
 from math import prod
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "micro-llama"
@@ -40,17 +42,46 @@ def llama_shapes(layers: int) -> dict[str, tuple[int, ...]]:
     return shapes | {"model.norm.weight": (HIDDEN,)}
 
 
-def write(folder: Path, shapes: dict[str, tuple[int, ...]], shard_bytes: int, layers: int) -> None:
+Tensors = dict[str, tuple[str, tuple[int, ...]]]
+"""Name -> header dtype and shape."""
+_SIZE = {"BF16": 2, "F8_E4M3": 1, "F32": 4}
+
+
+def stored(shapes: dict[str, tuple[int, ...]], fp8: bool) -> Tensors:
+    """How the values are stored: bfloat16, or FP8 with a float32 scale for 128x128."""
+    tensors: Tensors = {}
+    for name, shape in shapes.items():
+        if fp8 and len(shape) == 2 and "embed" not in name:
+            tensors[name] = ("F8_E4M3", shape)
+            tensors[f"{name}_scale_inv"] = ("F32", (-(-shape[0] // 128), -(-shape[1] // 128)))
+        else:
+            tensors[name] = ("BF16", shape)
+    return tensors
+
+
+def values(rng: np.random.Generator, dtype: str, count: int) -> bytes:
+    """Random numbers: normal values, factors around 1e-4, or their FP8 codes."""
+    if dtype == "F32":
+        return rng.uniform(1e-4, 2e-4, count).astype(np.float32).tobytes()
+    if dtype == "F8_E4M3":
+        normal = rng.standard_normal(count, dtype=np.float32) * np.float32(100)
+        return normal.clip(-448, 448).astype(ml_dtypes.float8_e4m3fn).tobytes()
+    normal = rng.standard_normal(count, dtype=np.float32) * np.float32(0.02)
+    return (normal.view(np.uint32) >> 16).astype(np.uint16).tobytes()
+
+
+def write(folder: Path, tensors: Tensors, shard_bytes: int, layers: int) -> None:
     """Write shards, index, config and a tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
+    nbytes = {name: _SIZE[dtype] * prod(shape) for name, (dtype, shape) in tensors.items()}
     shards: list[list[str]] = [[]]
     filled = 0
-    for name, shape in shapes.items():
-        if shards[-1] and filled + 2 * prod(shape) > shard_bytes:
+    for name, size in nbytes.items():
+        if shards[-1] and filled + size > shard_bytes:
             shards.append([])
             filled = 0
         shards[-1].append(name)
-        filled += 2 * prod(shape)
+        filled += size
     rng = np.random.default_rng(0)
     weight_map = {}
     for number, names in enumerate(shards, 1):
@@ -58,10 +89,10 @@ def write(folder: Path, shapes: dict[str, tuple[int, ...]], shard_bytes: int, la
         weight_map |= dict.fromkeys(names, file)
         header, stop = {}, 0
         for name in names:
-            start, stop = stop, stop + 2 * prod(shapes[name])
+            start, stop = stop, stop + nbytes[name]
             header[name] = {
-                "dtype": "BF16",
-                "shape": list(shapes[name]),
+                "dtype": tensors[name][0],
+                "shape": list(tensors[name][1]),
                 "data_offsets": [start, stop],
             }
         text = json.dumps(header).encode()
@@ -69,11 +100,11 @@ def write(folder: Path, shapes: dict[str, tuple[int, ...]], shard_bytes: int, la
         with (folder / file).open("wb") as out:
             out.write(len(text).to_bytes(8, "little") + text)
             for name in names:
-                left = prod(shapes[name])
+                dtype, shape = tensors[name]
+                left = prod(shape)
                 while left:
                     count = min(left, _BLOCK)
-                    values = rng.standard_normal(count, dtype=np.float32) * np.float32(0.02)
-                    out.write((values.view(np.uint32) >> 16).astype(np.uint16).tobytes())
+                    out.write(values(rng, dtype, count))
                     left -= count
     index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -86,6 +117,9 @@ def write(folder: Path, shapes: dict[str, tuple[int, ...]], shard_bytes: int, la
         "head_dim": HIDDEN // HEADS,
         "vocab_size": VOCABULARY,
     }
+    if any(dtype == "F8_E4M3" for dtype, _ in tensors.values()):
+        block = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+        config |= {"quantization_config": block}
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     for file in EXAMPLE.glob("token*"):
         shutil.copyfile(file, folder / file.name)
@@ -97,12 +131,13 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--shard-gb", type=float, default=1.0)
+    parser.add_argument("--fp8", action="store_true", help="DeepSeek's FP8, 128x128 blocks")
     parser.add_argument("--one-tensor", type=int, metavar="GIB")
     args = parser.parse_args()
     shapes = llama_shapes(args.layers)
     if args.one_tensor:
         shapes = {"model.huge.weight": ((args.one_tensor << 30) // 2 // 8192, 8192)}
-    write(args.folder, shapes, int(args.shard_gb * 1e9), args.layers)
+    write(args.folder, stored(shapes, args.fp8), int(args.shard_gb * 1e9), args.layers)
 
 
 if __name__ == "__main__":

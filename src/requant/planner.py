@@ -286,7 +286,7 @@ class Planner:
         if self.mlx_lm is not None:
             return self._in_mlx_lm_s_layout(layer, self.mlx_lm, choice)
         if layer.is_quantized:
-            target, reason = _fit_group(layer.shape[-1], wish)
+            target, reason = fit_group(layer.shape[-1], wish)
             return target or layer.kept, reason
         return _dense_target(layer, wish, wishes.dtype, any_name=points)
 
@@ -653,10 +653,10 @@ def _dense_target(
         return None, f"dtype {layer.dtype} cannot be quantized"
     if 0 in shape:
         return None, "empty"
-    return _fit_group(shape[-1], wish)
+    return fit_group(shape[-1], wish)
 
 
-def _fit_group(n_in: int, wish: Quantization) -> tuple[Quantization | None, str]:
+def fit_group(n_in: int, wish: Quantization) -> tuple[Quantization | None, str]:
     """The wished quantization with the largest group that divides the last axis."""
     if n_in % wish.group_size == 0:
         return wish, ""

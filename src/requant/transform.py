@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
@@ -20,7 +21,7 @@ from requant.dtypes import HEADER_NAME, NUMPY_DTYPE, TensorInfo
 from requant.errors import CheckpointError, InvariantError, UnsupportedDtypeError
 from requant.formats import SourceLayer, detect
 from requant.formats.packing import Packing
-from requant.planner import triple_infos
+from requant.planner import fit_group, triple_infos
 from requant.schema import PerLayerQuantization, Quantization
 
 # Rows are decoded in pieces of about this many values: one piece stays in a cache.
@@ -28,7 +29,10 @@ _PIECE_VALUES = 1 << 21
 
 
 def transform_weights(
-    weights: Weights, quantization_config: Mapping[str, Any]
+    weights: Weights,
+    quantization_config: Mapping[str, Any],
+    *,
+    otherwise: Quantization | Literal["dense"] | None = None,
 ) -> tuple[dict[str, Array], PerLayerQuantization]:
     """Turn a quantized weight map of any supported format into MLX's layers.
 
@@ -41,6 +45,9 @@ def transform_weights(
         weights: Tensor name -> array, all of one library. float8 tensors may be ml_dtypes
             arrays, or uint8 as ``mx.load`` gives them.
         quantization_config: The ``quantization_config`` block of the source's config.json.
+        otherwise: What becomes of layers whose fate must be said, FP8 with scales that no
+            mode of MLX holds: a quantization (with the largest group that divides a row), or
+            "dense".
 
     Returns:
         A new weight map of the library that came in, and the quantization of its layers.
@@ -48,7 +55,8 @@ def transform_weights(
 
     Raises:
         CheckpointError: Everything that is wrong with the map, by tensor and key.
-        InvariantError: The map mixes array libraries.
+        InvariantError: The map mixes array libraries, or there are layers whose fate must be
+            said and is not.
         UnsupportedDtypeError: A value is an array of neither library.
 
     Example:
@@ -72,15 +80,17 @@ def transform_weights(
     if layout.problems:
         raise CheckpointError("weights", layout.problems)
     undecided = [layer.path for layer in layout.layers if layer.needs_wish and layer.kept is None]
-    if undecided:
+    if undecided and otherwise is None:
         raise InvariantError(
-            f"{len(undecided)} layers have codes that no mode of MLX holds; quantize them from a "
-            "folder with requant.convert(..., bits=...)",
+            f"{len(undecided)} layers have codes that no mode of MLX holds; say what they become: "
+            "otherwise=Quantization.affine(64, 4), or otherwise='dense'",
             layer=undecided[0],
         )
     result: dict[str, Array] = {}
     per_layer: dict[str, Quantization] = {}
     for layer in layout.folded(lambda _: True).layers:
+        if layer.needs_wish and isinstance(otherwise, Quantization):
+            layer = replace(layer, fallback=fit_group(layer.shape[-1], otherwise)[0])
         if layer.packing is None:
             result |= {
                 part.name: _in_order(weights[part.name], layer, library.name)

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 import requant
+from requant.specs import resolve_quantization
 from tests.road.conftest import to_mx
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "fixtures"
@@ -195,8 +196,7 @@ def check_fixture(
         tmp_path / "out" / "model.safetensors"
     ).read_bytes()
     _check_dequantized(checked, tmp_path, values_rtol)
-    if wishes == {"layout": "keep"}:
-        check_in_memory(checked)
+    check_in_memory(checked, wishes)
     return checked
 
 
@@ -274,11 +274,25 @@ def _check_dequantized(checked: Checked, tmp_path: Path, values_rtol: float) -> 
     assert "quantization_config" not in config
 
 
-def check_in_memory(checked: Checked) -> None:
-    """``transform_weights`` gives the folder's tensors for both array libraries."""
+def check_in_memory(checked: Checked, wishes: Mapping[str, Any]) -> None:
+    """``transform_weights`` gives the folder's tensors for both array libraries.
+
+    Only where the folder's wishes are those that it takes: none, or for layers that need one.
+    """
+    given = {key: wishes[key] for key in ("bits", "group_size", "mode") if key in wishes}
+    if wishes.keys() - given.keys() != {"layout"}:
+        return
+    otherwise = resolve_quantization(**given) if given else None
     block = json.loads((checked.source / "config.json").read_text())["quantization_config"]
     before = read_folder(checked.source)
-    made, quantization = requant.transform_weights(before, block)
+    if given:
+        try:
+            requant.transform_weights(before, block)
+        except requant.InvariantError:
+            pass
+        else:
+            return  # every layer has a fate of its own
+    made, quantization = requant.transform_weights(before, block, otherwise=otherwise)
     assert made.keys() == checked.weights.keys()
     for name, array in made.items():
         assert array.dtype == checked.weights[name].dtype, name
@@ -288,7 +302,7 @@ def check_in_memory(checked: Checked) -> None:
     lazy: dict[str, mx.array] = {}
     for file in sorted(checked.source.glob("*.safetensors")):
         lazy |= mx.load(str(file))
-    by_mlx, same = requant.transform_weights(lazy, block)
+    by_mlx, same = requant.transform_weights(lazy, block, otherwise=otherwise)
     assert same == quantization
     for file in sorted(checked.output.glob("*.safetensors")):
         for name, wanted in mx.load(str(file)).items():

@@ -1,0 +1,90 @@
+"""Converted folders in mlx-lm: the logits of the dense weights that each format's tool decodes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import requant
+from tests.formats.harness import fixture, read_file
+from tests.road.conftest import write_file
+
+TOKENS = mx.array([[3, 1, 4, 15, 9, 26, 5, 35]])
+# name, wishes, and how far logits may be off (relative to the largest): what the codes lose.
+FOLDERS: list[tuple[str, dict[str, Any], float]] = [
+    ("ct-pack-int4-sym-g128", {}, 1e-4),
+    ("ct-pack-int3-g64", {}, 1e-4),
+    ("ct-pack-int8-channel", {}, 1e-4),
+    ("ct-int-quantized", {}, 1e-4),
+    ("ct-mxfp4-pack", {}, 1e-4),
+    ("ct-mxfp8", {}, 1e-4),
+    ("ct-pack-int4-asym-g32", {}, 0.05),
+    ("ct-pack-int4-actorder-weight", {}, 0.05),
+    ("ct-pack-int4-actorder-group", {}, 0.05),
+    ("ct-nvfp4-pack", {}, 0.05),
+    ("ct-float-fp8-block", {"bits": 8}, 0.05),
+    ("ct-float-fp8-channel", {"bits": 8}, 0.05),
+    ("ct-float-fp8-tensor", {"dequantize": True, "dtype": "float32"}, 1e-4),
+    ("ct-naive-fp8-tensor", {"bits": 8}, 0.12),
+    ("ct-mixed-precision", {"overrides": ["self_attn=8"]}, 0.05),
+    ("fp8-block-llama", {"bits": 8}, 0.05),
+    ("fp8-block-ue8m0", {}, 1e-4),
+    ("fp8-block-deepseek-edge", {"bits": 8}, 0.12),
+    # mlx-lm splits kv_b_proj by arithmetic on values: those are bfloat16, as FP8's decoder gives.
+    ("fp8-block-deepseek-edge", {"dequantize": True, "dtype": "float32"}, 5e-3),
+    ("mxfp4-gpt-oss", {}, 1e-4),
+]
+
+
+def logits(folder: Path) -> np.ndarray:
+    """What mlx-lm's model makes of a few tokens, all floats in float32."""
+    from mlx_lm.utils import load_model
+
+    with mx.stream(mx.cpu):
+        model, _ = load_model(folder)
+        model.set_dtype(mx.float32)
+        return np.array(model(TOKENS).astype(mx.float32))
+
+
+def test_the_comparison_can_fail(tmp_path: Path) -> None:
+    """Rows of one layer in another order are far off."""
+    folder = dense_folder("ct-mxfp8", tmp_path / "dense")
+    wanted = logits(folder)
+    tensors = read_file(folder / "model.safetensors")
+    name = "model.layers.0.self_attn.v_proj.weight"
+    write_file(folder / "model.safetensors", tensors | {name: tensors[name][::-1].copy()})
+    assert np.abs(logits(folder) - wanted).max() / np.abs(wanted).max() > 0.3
+
+
+def dense_folder(name: str, folder: Path) -> Path:
+    """The fixture's model with the tool's own values in place of codes."""
+    source = fixture(name)
+    values = read_file(source / "expected.safetensors")
+    own = tuple(f"{key.removesuffix('.weight')}{end}" for key in values for end in "._")
+    kept = {
+        key: array
+        for key, array in read_file(source / "checkpoint" / "model.safetensors").items()
+        if not key.startswith(own) or key.endswith("bias")
+    }
+    folder.mkdir()
+    write_file(folder / "model.safetensors", kept | values)
+    config = json.loads((source / "checkpoint" / "config.json").read_text())
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "wishes", "room"), FOLDERS, ids=[f"{n}-{'-'.join(w)}" for n, w, _ in FOLDERS]
+)
+def test_logits(name: str, wishes: dict[str, Any], room: float, tmp_path: Path) -> None:
+    wanted = logits(dense_folder(name, tmp_path / "dense"))
+    requant.convert(fixture(name) / "checkpoint", tmp_path / "out", layout="mlx-lm", **wishes)
+    got = logits(tmp_path / "out")
+    error = np.abs(got - wanted).max() / np.abs(wanted).max()
+    assert error <= room, error
