@@ -10,6 +10,7 @@ from requant.formats.dense import Dense
 from requant.formats.fp8 import Fp8
 from requant.formats.hqq import Hqq
 from requant.formats.mlx import Mlx
+from requant.formats.modelopt import ModelOpt
 from requant.formats.mxfp4 import Mxfp4
 from requant.formats.qweight import QweightFormat
 
@@ -19,6 +20,7 @@ FORMATS: tuple[Format, ...] = (
     Mlx(),
     *map(QweightFormat, ("awq", "gptq", "auto-round", "paroquant")),
     CompressedTensors(),
+    ModelOpt(),
     Fp8(),
     Mxfp4(),
     Hqq(),

@@ -15,6 +15,7 @@ from requant.formats.base import SourceLayer, SourceLayout, fallback_for, scale_
 from requant.formats.bnb_packings import BnbInt8, BnbTable
 from requant.formats.ct_packings import Zeros
 from requant.formats.declared import DTYPE_WORDS, declared
+from requant.formats.integer_layers import integer_layer
 from requant.formats.sorting import Sorter
 from requant.safetensors_header import parse_json_object
 
@@ -109,14 +110,8 @@ def _read_int8(sorter: Sorter, path: str) -> None:
         False,
         Zeros.MIDDLE,
     )
-    encoding, reason = packing.encoding, ""
-    if encoding is None:
-        reason = f"no group of MLX's divides {shape[1]} inputs"
     parts = {"weight": weight, "weight_scale": scale}
-    stored_as = "bitsandbytes int8, a scale a row"
-    sorter.add(
-        SourceLayer(path, parts, encoding, shape, sorter.dtype, packing, stored_as, reason=reason)
-    )
+    sorter.add(integer_layer(sorter, path, parts, shape, packing, "bitsandbytes"))
 
 
 # -- nf4, fp4 ----------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from requant.arrays.decode import lut_values_into
-from requant.formats.ct_packings import CtPlain
+from requant.formats.ct_packings import Int8Rows
 from requant.formats.float_packings import flat_cut
 from requant.formats.packing import (
     DTYPE_WORD,
@@ -25,17 +25,6 @@ from requant.formats.packing import (
 )
 
 _ONE_PART = np.float32(1 / 127)
-
-
-@dataclass(frozen=True)
-class Int8Rows(CtPlain):
-    """Signed bytes ``weight`` ``[out, in]`` with a vector of scales, one a row."""
-
-    def _scale_cut(self, start: int, stop: int) -> Cut:
-        return Cut((0, 1), (start, stop))
-
-    def scales(self, parts: Parts, start: int, stop: int) -> np.ndarray:
-        return parts["weight_scale"].reshape(-1, 1)
 
 
 @dataclass(frozen=True)

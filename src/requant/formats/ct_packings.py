@@ -185,3 +185,14 @@ class CtPlain(_CtInteger):
                 f"{-int(middle)} to {int(middle) - 1}"
             )
         return np.asarray(codes)
+
+
+@dataclass(frozen=True)
+class Int8Rows(CtPlain):
+    """The same with a vector of scales, one a row, as bitsandbytes, ModelOpt and Quark write it."""
+
+    def _scale_cut(self, start: int, stop: int) -> Cut:
+        return Cut((0, 1), (start, stop))
+
+    def scales(self, parts: Parts, start: int, stop: int) -> np.ndarray:
+        return parts["weight_scale"].reshape(-1, 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from requant.checkpoint import Checkpoint, SourceTensor
 from requant.errors import Problem
@@ -11,6 +11,7 @@ from requant.formats.declared import model_dtype
 
 _ACTIVATIONS = "a scale of activations, which MLX does not quantize"
 _CACHE = "a scale of the key and value cache, which MLX keeps in floats"
+_CACHE_BIAS = "an offset of the key and value cache, which MLX keeps in floats"
 # Suffixes of tensors that belong to a runtime's arithmetic, not to the weights.
 _RUNTIME = {
     ".input_scale": _ACTIVATIONS,
@@ -30,9 +31,24 @@ _RUNTIME = {
     ".v_zero_point": _CACHE,
     ".k_bias_scale": _CACHE,
     ".v_bias_scale": _CACHE,
+    "k_proj.k_bias": _CACHE_BIAS,
+    "v_proj.v_bias": _CACHE_BIAS,
 }
 _SHAPE = "only says the shape of its weight"
 _NAMED = 3  # of many tensors, how many a note names
+
+
+class Refused(Exception):
+    """A layer that cannot be read; raised and caught while a format reads.
+
+    Args:
+        where: A tensor or layer.
+        message: What was found and what was expected.
+    """
+
+    def __init__(self, where: str, message: str) -> None:
+        super().__init__(message)
+        self.problem = Problem(where, message)
 
 
 class Sorter:
@@ -60,6 +76,24 @@ class Sorter:
             self._owner[part.name] = layer.path
         for part in used:
             self.drop(part.name, _SHAPE)
+
+    def make(
+        self,
+        path: str,
+        parts: Mapping[str, SourceTensor],
+        make: Callable[[str, Mapping[str, SourceTensor]], SourceLayer | None],
+    ) -> SourceLayer | None:
+        """Make a layer of its tensors and keep it; None, with the problem told, where refused."""
+        before, layer = len(self.problems), None
+        try:
+            layer = make(path, parts)
+        except Refused as refused:
+            self.problems.append(refused.problem)
+        if layer is None or len(self.problems) > before:
+            self.claim([part.name for part in parts.values()], path)
+            return None
+        self.add(layer)
+        return layer
 
     def claim(self, names: Iterable[str], path: str) -> None:
         """Tensors of a layer that could not be made: its problem is told already."""

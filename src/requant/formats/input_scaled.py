@@ -1,0 +1,70 @@
+"""Layers whose inputs are multiplied before the weight is: ModelOpt's and torchao's AWQ scales."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import numpy as np
+
+from requant.checkpoint import SourceTensor
+from requant.formats.base import SourceLayer, fallback_for
+from requant.formats.packing import Cut, Packing, Parts, Scratch
+
+_ROLE: Final = "input_scale"
+
+
+@dataclass(frozen=True)
+class InputScaled(Packing):
+    """A packed layer, column ``j`` times ``input_scale[j]``.
+
+    Attributes:
+        rows: Output rows, experts included.
+        columns: Inputs.
+        layer: The packing of the weight itself.
+    """
+
+    rows: int
+    columns: int
+    layer: Packing
+
+    @property
+    def matrix_rows(self) -> int:
+        return self.layer.matrix_rows
+
+    @property
+    def row_unit(self) -> int:  # type: ignore[override]
+        """That of the weight itself."""
+        return self.layer.row_unit
+
+    def cuts(self, start: int, stop: int) -> dict[str, Cut]:
+        return {**self.layer.cuts(start, stop), _ROLE: Cut((0, 1), (0, self.columns))}
+
+    def dense(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
+        """The weight's values in float32, times the input's scale; rounded once more."""
+        values = scratch.take("unscaled", "F32", stop - start, 4 * self.columns)
+        self.layer.dense(parts, start, stop, values, scratch)
+        with np.errstate(over="ignore", invalid="ignore"):  # the caller counts infinities
+            values *= parts[_ROLE].astype(np.float32).reshape(1, -1)
+            out[:] = values
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "layer": self.layer.to_dict()}
+
+
+def input_scaled(layer: SourceLayer, scale: SourceTensor) -> SourceLayer:
+    """The layer with ``scale``, one number an input, folded into its values.
+
+    No mode of MLX has a scale an input, so that the codes cannot stay.
+    """
+    assert layer.packing is not None
+    rows, columns = layer.packing.rows, layer.shape[-1]
+    return replace(
+        layer,
+        parts={**layer.parts, _ROLE: scale},
+        encoding=None,
+        packing=InputScaled(rows, columns, layer.packing),
+        stored=f"{layer.stored}, inputs scaled",
+        fallback=None if layer.needs_wish else fallback_for(columns),
+        reason=f"{scale.name.rpartition('.')[2]} is folded into its columns",
+    )

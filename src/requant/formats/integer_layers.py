@@ -1,0 +1,46 @@
+"""Layers of integer codes of any tool: their encoding, or why MLX has none for them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from requant.checkpoint import SourceTensor
+from requant.formats.base import SourceLayer, fallback_for, scale_dtype
+from requant.formats.packing import IntegerPacking
+from requant.formats.sorting import Sorter
+
+
+def integer_layer(
+    sorter: Sorter,
+    path: str,
+    parts: Mapping[str, SourceTensor],
+    shape: tuple[int, ...],
+    packing: IntegerPacking,
+    tool: str,
+) -> SourceLayer:
+    """Describe a layer of integer codes.
+
+    Args:
+        sorter: For the dtype of scales that are stored in none of 16 bits.
+        path: Layer path.
+        parts: The roles that the packing names.
+        shape: ``(..., out, in)``.
+        packing: How rows come out of ``parts``.
+        tool: Whose layer it is; begins the words for how it is stored.
+    """
+    group = f"g{packing.group}" if packing.groups > 1 else "a scale a row"
+    encoding, reason, fallback = packing.encoding, "", None
+    if encoding is None:
+        reason = f"no group of MLX's fits groups of {packing.group} in {packing.columns} inputs"
+        fallback = fallback_for(packing.columns)
+    return SourceLayer(
+        path,
+        parts,
+        encoding,
+        shape,
+        scale_dtype(packing.scale_dtype, sorter.dtype),
+        packing,
+        f"{tool} {packing.bits}-bit {group}",
+        fallback,
+        reason,
+    )

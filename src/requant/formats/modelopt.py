@@ -1,0 +1,173 @@
+"""NVIDIA ModelOpt folders: NVFP4, FP8, MXFP4, MXFP8, INT4 and INT8 weights.
+
+The config stands in config.json or, in older folders, in hf_quant_config.json alone. Tensors
+tell how a layer is stored; where the algorithm that the config names contradicts them, the
+layer is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import Any, Final
+
+from requant.checkpoint import Checkpoint, SourceTensor
+from requant.formats.base import SourceLayer, SourceLayout
+from requant.formats.declared import Declared, declared
+from requant.formats.modelopt_layers import make_layer, stored_kind
+from requant.formats.sorting import Refused, Sorter
+
+# quant_algo -> how its layers are stored.
+_ALGORITHMS: Final = {
+    "NVFP4": "nvfp4",
+    "W4A16_NVFP4": "nvfp4",
+    "NVFP4_AWQ": "nvfp4",
+    "W4A8_NVFP4_FP8": "nvfp4",
+    "FP8": "fp8",
+    "FP8_PER_CHANNEL_PER_TOKEN": "fp8",
+    "FP8_PB_WO": "fp8",
+    "MXFP8": "mxfp8",
+    "W4A8_MXFP4_FP8": "mxfp4",
+    "W4A16_AWQ": "int4",
+    "W4A8_AWQ": "int4",
+    "W8A16": "int8",
+    "W8A8_SQ_PER_CHANNEL": "int8",
+}
+_MIXED: Final = "MIXED_PRECISION"
+_CODES: Final = ("U8", "I8", "F8_E4M3", "F8_E5M2")
+_ROLES: Final = ("weight", "weight_scale", "weight_scale_2", "pre_quant_scale")
+_LOW_RANK: Final = ("svdquant_lora_a", "svdquant_lora_b")
+
+
+class ModelOpt:
+    """A folder with ``quant_method: modelopt``, or with an hf_quant_config.json."""
+
+    name = "modelopt"
+
+    def claims(self, checkpoint: Checkpoint) -> str | None:
+        """The config names it; without one, ``weight_scale_2`` beside bytes tells."""
+        found = declared(checkpoint)
+        if found is not None:
+            if found.method.startswith("modelopt"):
+                return f"{found.where}: quant_method {found.method}"
+            alone = not found.method and isinstance(found.get("quantization"), Mapping)
+            return found.where if alone or (not found.method and found.get("quant_algo")) else None
+        return next((n for n in checkpoint.tensors if n.endswith(".weight_scale_2")), None)
+
+    def read(self, checkpoint: Checkpoint) -> SourceLayout:
+        """Describe each layer that has a scale; everything else is dense."""
+        return _Reader(checkpoint).read()
+
+
+class _Reader:
+    """Reads one checkpoint and collects what is wrong with it."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint, self.sorter = checkpoint, Sorter(checkpoint)
+        found = declared(checkpoint) or Declared("hf_quant_config.json", {})
+        inner = found.get("quantization")
+        if isinstance(inner, Mapping):
+            found = Declared(f"{found.where}: quantization", inner)
+        self.found = found
+        self.algorithm = self._algorithm(found.get("quant_algo"), f"{found.where}.quant_algo")
+        self.by_layer = self._by_layer()
+        key = "exclude_modules" if found.get("exclude_modules") is not None else "ignore"
+        self.excluded = (key, found.names(key, self.sorter.problems))
+
+    def read(self) -> SourceLayout:
+        sorter = self.sorter
+        for path, parts in self._parts().items():
+            layer = sorter.make(path, parts, self._layer)
+            if layer is not None:
+                self._check_excluded(layer)
+        sorter.drop_runtime_scales()
+        self._check_loose()
+        if not sorter.quantized and not sorter.problems and self.algorithm:
+            sorter.problem(
+                f"{self.found.where}.quant_algo",
+                f"is {self.algorithm}, but no layer has a weight_scale: if the weights are dense, "
+                "remove the block",
+            )
+        return sorter.layout()
+
+    # -- the config ----------------------------------------------------------------------
+
+    def _algorithm(self, value: Any, where: str) -> str:
+        """A known algorithm in upper case; "" where the config is silent."""
+        if value is None:
+            return ""
+        name = str(value).upper()
+        if name == "NVFP4_SVD":
+            self.sorter.problem(where, "is NVFP4_SVD: its low-rank branch has no place in MLX")
+        elif name not in (*_ALGORITHMS, _MIXED):
+            self.sorter.problem(
+                where, f"is {value!r}; known are {', '.join(_ALGORITHMS)}, {_MIXED}"
+            )
+        return name
+
+    def _by_layer(self) -> dict[str, str]:
+        """``quantized_layers``: layer path -> algorithm."""
+        table = self.found.get("quantized_layers")
+        where = f"{self.found.where}.quantized_layers"
+        if table is None:
+            return {}
+        if not isinstance(table, Mapping):
+            self.sorter.problem(where, f"is {table!r}, expected an object")
+            return {}
+        return {
+            path: self._algorithm(said.get("quant_algo"), f"{where}[{path!r}].quant_algo")
+            for path, said in table.items()
+            if isinstance(said, Mapping)
+        }
+
+    def _check_excluded(self, layer: SourceLayer) -> None:
+        key, patterns = self.excluded
+        for pattern in patterns:
+            if fnmatchcase(layer.path, pattern):
+                where = f"{self.found.where}.{key}"
+                message = f"is named dense by {where} ({pattern!r}), but is stored as "
+                self.sorter.problem(layer.path, message + layer.stored)
+
+    # -- the tensors ---------------------------------------------------------------------
+
+    def _parts(self) -> dict[str, dict[str, SourceTensor]]:
+        """Layer path -> role -> tensor, for each layer with more than a weight."""
+        found: dict[str, dict[str, SourceTensor]] = {}
+        for name, tensor in self.sorter.tensors.items():
+            path, _, role = name.rpartition(".")
+            if role in _ROLES:
+                found.setdefault(path, {})[role] = tensor
+        return {path: parts for path, parts in found.items() if parts.keys() != {"weight"}}
+
+    def _check_loose(self) -> None:
+        """What belongs to no layer must make sense alone."""
+        sorter = self.sorter
+        for tensor in sorter.left:
+            path, _, role = tensor.name.rpartition(".")
+            if role in _LOW_RANK:
+                sorter.problem(
+                    tensor.name, "is a part of NVFP4_SVD's low-rank branch, which is not read"
+                )
+            elif tensor.info.dtype in _CODES:
+                where = f"{path}.weight_scale" if role == "weight" else "its scale"
+                sorter.problem(tensor.name, f"{tensor.info} holds codes, but {where} is missing")
+        known = {layer.path for layer in sorter.quantized}
+        told = {problem.where.removesuffix(".weight") for problem in sorter.problems}
+        for path in self.by_layer.keys() - known - told:
+            if f"{path}.weight" in sorter.tensors:
+                message = "is quantized by quantized_layers, but has no weight_scale"
+                sorter.problem(path, message)
+
+    def _layer(self, path: str, parts: Mapping[str, SourceTensor]) -> SourceLayer | None:
+        """One layer by what its tensors say.
+
+        Raises:
+            Refused: They contradict each other or the config.
+        """
+        kind = stored_kind(path, parts)
+        named = self.by_layer.get(path, "" if self.algorithm == _MIXED else self.algorithm)
+        if _ALGORITHMS.get(named, kind) != kind:
+            where = "quantized_layers" if path in self.by_layer else "quant_algo"
+            found = f"{self.found.where}.{where}"
+            raise Refused(path, f"is stored as {kind}, but {found} says {named}")
+        return make_layer(self.sorter, kind, path, parts)

@@ -1,0 +1,149 @@
+"""ModelOpt's layers: how each is stored, by the dtypes and shapes of its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import ClassVar, Final
+
+import numpy as np
+
+from requant.arrays import native
+from requant.arrays.repack import row_pairs_into
+from requant.checkpoint import SourceTensor
+from requant.formats.base import SourceLayer
+from requant.formats.ct_packings import Int8Rows, Zeros
+from requant.formats.float8_layers import EXPONENTS, FLOAT8, float8_layer, tile_of
+from requant.formats.float_packings import MxBlocks
+from requant.formats.input_scaled import input_scaled
+from requant.formats.integer_layers import integer_layer
+from requant.formats.nvfp4_layers import nvfp4_layer
+from requant.formats.packing import Cut, IntegerPacking, Parts, Scratch
+from requant.formats.sorting import Refused, Sorter
+
+_FLOATS: Final = ("F32", "BF16", "F16")
+_Tensors = Mapping[str, SourceTensor]
+
+
+@dataclass(frozen=True)
+class RowPairs(IntegerPacking):
+    """INT4: ``weight`` U8 ``[..., out / 2, in]``, two rows a byte, two's complement.
+
+    The low nibble is row ``2 r``, the high one row ``2 r + 1``. ``weight_scale`` floats
+    ``[..., out, groups]``; every zero is 0.
+    """
+
+    row_unit: ClassVar[int] = 2
+
+    def cuts(self, start: int, stop: int) -> dict[str, Cut]:
+        return {
+            "weight": Cut((start // 2, stop // 2), (0, self.columns)),
+            "weight_scale": Cut((start, stop), (0, self.groups)),
+        }
+
+    def codes(self, parts: Parts, start: int, stop: int, scratch: Scratch) -> np.ndarray:
+        codes = scratch.take("codes", "U8", stop - start, self.columns)
+        row_pairs_into(parts["weight"], codes)
+        return codes
+
+    def words(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
+        out[:] = native.pack_words(self.codes(parts, start, stop, scratch), self.bits)
+
+    def scales(self, parts: Parts, start: int, stop: int) -> np.ndarray:
+        return parts["weight_scale"]
+
+
+def stored_kind(path: str, parts: _Tensors) -> str:
+    """How a layer is stored: nvfp4, mxfp4, mxfp8, fp8, int4 or int8.
+
+    Raises:
+        Refused: In no way that ModelOpt writes.
+    """
+    weight, scale = parts.get("weight"), parts.get("weight_scale")
+    if weight is None:
+        names = ", ".join(part.name for part in parts.values())
+        raise Refused(path, f"has {names}, but no {path}.weight")
+    if scale is None:
+        others = ", ".join(role for role in parts if role != "weight")
+        raise Refused(weight.name, f"has no weight_scale beside it (it has {others})")
+    codes, scales = weight.info, scale.info
+    if len(codes.shape) < 2 or 0 in codes.shape or 0 in scales.shape:
+        raise Refused(weight.name, f"{codes}, expected a matrix or a stack of them")
+    *leading, height, width = codes.shape
+    by_row = scales.shape[:-1] == codes.shape[:-1]
+    group_codes = width / scales.shape[-1] if by_row else 0  # elements of a row with one scale
+    if scales.dtype in _FLOATS:
+        in_pairs = scales.shape[:-1] == (*leading, 2 * height)
+        if codes.dtype == "I8":
+            return "int8"
+        if codes.dtype == "U8" and in_pairs and width % scales.shape[-1] == 0:
+            return "int4"
+        if codes.dtype in FLOAT8 and tile_of(codes.shape, scales.shape, None):
+            return "fp8"
+    elif codes.dtype == "U8" and group_codes == 8 and "weight_scale_2" in parts:
+        return "nvfp4"
+    elif codes.dtype == "U8" and group_codes == 16 and scales.dtype in EXPONENTS:
+        return "mxfp4"
+    elif codes.dtype in FLOAT8 and group_codes == 32 and scales.dtype in EXPONENTS:
+        return "mxfp8"
+    beside = ", ".join(f"{role} {part.info}" for role, part in parts.items())
+    raise Refused(path, f"is laid out as ModelOpt does not write it: {beside}")
+
+
+def make_layer(sorter: Sorter, kind: str, path: str, parts: _Tensors) -> SourceLayer | None:
+    """Describe a layer of a kind that ``stored_kind`` found.
+
+    Raises:
+        Refused: Its tensors contradict each other.
+    """
+    weight, scale = parts["weight"], parts["weight_scale"]
+    second, inputs = parts.get("weight_scale_2"), parts.get("pre_quant_scale")
+    layer: SourceLayer | None
+    if kind == "nvfp4":
+        layer = nvfp4_layer(sorter.checkpoint, sorter, path, weight, scale, second, divides=False)
+    elif second is not None:
+        raise Refused(second.name, f"stands beside {kind} codes; what it scales is not known")
+    elif kind == "fp8":
+        tile = tile_of(weight.info.shape, scale.info.shape, None)
+        assert tile is not None
+        layer = float8_layer(sorter.checkpoint, path, weight, scale, tile, sorter.dtype)
+    elif kind in ("mxfp4", "mxfp8"):
+        layer = _mx(sorter, path, weight, scale, 4 if kind == "mxfp4" else 8)
+    else:
+        layer = (_int4 if kind == "int4" else _int8)(sorter, path, weight, scale)
+    if layer is None or inputs is None:
+        return layer
+    n_in = layer.shape[-1]
+    if inputs.info.dtype not in _FLOATS or inputs.info.shape != (n_in,):
+        raise Refused(inputs.name, f"{inputs.info}, expected floats [{n_in}], one an input")
+    return input_scaled(layer, inputs)
+
+
+def _mx(
+    sorter: Sorter, path: str, weight: SourceTensor, scale: SourceTensor, bits: int
+) -> SourceLayer:
+    *leading, n_out, nbytes = weight.info.shape
+    n_in = nbytes * 8 // bits
+    packing = MxBlocks(prod(leading) * n_out, n_in, n_out, bits, nbytes)
+    parts = {"weight": weight, "scale": scale}
+    shape, stored = (*leading, n_out, n_in), f"mxfp{bits}"
+    return SourceLayer(path, parts, packing.encoding, shape, sorter.dtype, packing, stored)
+
+
+def _int4(sorter: Sorter, path: str, weight: SourceTensor, scale: SourceTensor) -> SourceLayer:
+    *leading, pairs, n_in = weight.info.shape
+    shape, groups = (*leading, 2 * pairs, n_in), scale.info.shape[-1]
+    packing = RowPairs(prod(shape[:-1]), n_in, 4, n_in // groups, True, scale.info.dtype)
+    parts = {"weight": weight, "weight_scale": scale}
+    return integer_layer(sorter, path, parts, shape, packing, "modelopt")
+
+
+def _int8(sorter: Sorter, path: str, weight: SourceTensor, scale: SourceTensor) -> SourceLayer:
+    shape = weight.info.shape
+    if len(shape) != 2 or scale.info.shape != shape[:1]:
+        raise Refused(scale.name, f"{scale.info}, expected [{shape[-2]}], one a row of codes")
+    dtype = scale.info.dtype
+    packing = Int8Rows(*shape, 8, shape[1], True, dtype, shape[0], False, Zeros.MIDDLE)
+    parts = {"weight": weight, "weight_scale": scale}
+    return integer_layer(sorter, path, parts, shape, packing, "modelopt")

@@ -1,0 +1,281 @@
+"""ModelOpt by hand: every kind of layer, scales of inputs, and folders that must be refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import requant
+from tests.formats.folders import BF16, E4M3, e4m3, refusal, write
+from tests.formats.harness import affine, float_values, read_folder
+
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+E2M1 = np.concatenate([E2M1, -E2M1])
+
+
+def block(algorithm: str | None, **more: Any) -> dict[str, Any]:
+    return {"quant_method": "modelopt", "quant_algo": algorithm} | more
+
+
+def random(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+
+
+def nibbles(packed: np.ndarray) -> np.ndarray:
+    return np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)
+
+
+def dense(tensors: dict[str, np.ndarray], config: dict[str, Any], folder: Path) -> np.ndarray:
+    source = write(folder / "dense-source", tensors, config)
+    requant.convert(
+        source, folder / "dense", layout="keep", dequantize=True, dtype="float32", chunk_bytes=1
+    )
+    return read_folder(folder / "dense")["up.weight"]
+
+
+def converted(
+    tensors: dict[str, np.ndarray], config: dict[str, Any], folder: Path, **wishes: Any
+) -> tuple[dict[str, np.ndarray], Any]:
+    source = write(folder / "source", tensors, config)
+    report = requant.convert(source, folder / "out", **{"layout": "keep"} | wishes)
+    return read_folder(folder / "out"), report.plan.layers[0]
+
+
+def test_two_rows_a_byte(tmp_path: Path) -> None:
+    """[[1, 2, 3], [-1, -8, 7]] is stored as f1 82 73; eight more makes codes."""
+    tensors = {
+        "up.weight": np.tile(np.array([0xF1, 0x82, 0x73, 0], np.uint8), (1, 8)),
+        "up.weight_scale": np.array([[0.5], [0.25]], np.float32),
+    }
+    made, layer = converted(tensors, block("W4A16_AWQ"), tmp_path)
+    codes = affine(made, "up", 32, 4).codes[:, :4].tolist()
+    assert codes == [[9, 10, 11, 8], [7, 0, 15, 8]]
+    assert made["up.scales"].tolist() == [[0.5], [0.25]]
+    assert made["up.biases"].tolist() == [[-4], [-2]]
+    assert layer.exactness == "rounded"  # float32 scales under a bfloat16 model
+    assert dense(tensors, block("W4A16_AWQ"), tmp_path)[:, :3].tolist() == [
+        [0.5, 1, 1.5],
+        [-0.25, -2, 1.75],
+    ]
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    pairs=st.integers(1, 12),
+    groups=st.integers(1, 5),
+    group=st.sampled_from([16, 32, 128]),
+    experts=st.sampled_from([0, 1, 3]),
+    scaled=st.booleans(),
+)
+def test_int4_of_any_shape(
+    pairs: int, groups: int, group: int, experts: int, scaled: bool, tmp_path_factory: Any
+) -> None:
+    tmp_path = tmp_path_factory.mktemp("int4")
+    leading = (experts,) if experts else ()
+    packed = random(*leading, pairs, groups * group, seed=pairs)
+    scales = np.random.default_rng(1).uniform(0.1, 1, (*leading, 2 * pairs, groups))
+    tensors = {"up.weight": packed, "up.weight_scale": scales.astype(np.float32)}
+    signed = np.stack([packed & 15, packed >> 4], axis=-2).astype(np.int32)
+    signed = np.where(signed > 7, signed - 16, signed).reshape(*leading, 2 * pairs, -1)
+    values = signed.astype(np.float32) * scales.astype(np.float32).repeat(group, axis=-1)
+    if scaled:
+        inputs = np.random.default_rng(2).uniform(0.5, 2, groups * group).astype(BF16)
+        tensors["up.pre_quant_scale"] = inputs
+        values = values * inputs.astype(np.float32)
+    assert np.array_equal(dense(tensors, block("W4A16_AWQ"), tmp_path), values)
+
+
+def test_nvfp4_whose_scale_folds_is_exact(tmp_path: Path) -> None:
+    """Tensor scale 1/4: every group scale stays an E4M3 number."""
+    packed = random(4, 32)
+    scales = np.full((4, 4), 2.5, np.float32).astype(E4M3)
+    tensors = {
+        "up.weight": packed,
+        "up.weight_scale": scales,
+        "up.weight_scale_2": np.array(0.25, np.float32),
+        "up.input_scale": np.array(3, np.float32),
+    }
+    made, layer = converted(tensors, block("NVFP4", group_size=16), tmp_path)
+    values = E2M1[nibbles(packed)] * np.float32(0.625)
+    spec = {"group_size": 16, "bits": 4, "mode": "nvfp4"}
+    assert np.array_equal(float_values(made, "up", spec), values)
+    assert layer.exactness == "exact"
+
+
+def test_nvfp4_with_scaled_inputs_is_folded(tmp_path: Path) -> None:
+    packed, inputs = random(4, 32), np.linspace(0.5, 2, 64).astype(BF16)
+    tensors = {
+        "up.weight": packed,
+        "up.weight_scale": np.full((4, 4), 2, E4M3),
+        "up.weight_scale_2": np.array(0.25, np.float32),
+        "up.pre_quant_scale": inputs,
+    }
+    values = E2M1[nibbles(packed)] * np.float32(0.5) * inputs.astype(np.float32)
+    assert np.array_equal(dense(tensors, block("NVFP4_AWQ"), tmp_path), values)
+    _, layer = converted(tensors, block("NVFP4_AWQ"), tmp_path)
+    assert layer.exactness == "re-encoded"
+    assert layer.reason == "pre_quant_scale is folded into its columns"
+
+
+@pytest.mark.parametrize(("algorithm", "bits"), [("W4A8_MXFP4_FP8", 4), ("MXFP8", 8)])
+def test_mx_is_moved(algorithm: str, bits: int, tmp_path: Path) -> None:
+    weight = random(6, 32) if bits == 4 else e4m3(6, 64)
+    exponents = np.random.default_rng(3).integers(100, 140, (6, 2), np.uint8)
+    tensors = {"up.weight": weight, "up.weight_scale": exponents}
+    made, layer = converted(tensors, block(algorithm), tmp_path)
+    assert made["up.weight"].view(np.uint8).tobytes() == weight.tobytes()
+    assert made["up.scales"].tobytes() == exponents.tobytes()
+    assert layer.exactness == "exact"
+
+
+def test_int8_rows(tmp_path: Path) -> None:
+    codes = random(6, 64).view(np.int8)
+    scales = np.array([1, 2, 0.5, 0.25, 4, 8], np.float32)
+    tensors = {"up.weight": codes, "up.weight_scale": scales}
+    made, _ = converted(tensors, block("W8A16"), tmp_path)
+    got = affine(made, "up", 64, 8)
+    assert np.array_equal(got.codes, codes.view(np.uint8) ^ 0x80)
+    assert np.array_equal(got.values, codes.astype(np.float32) * scales[:, None])
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "scale", "spread"),
+    [
+        ("FP8", np.float32(0.3), lambda s: s),
+        (
+            "FP8_PER_CHANNEL_PER_TOKEN",
+            np.linspace(0.1, 1, 256).astype(np.float32),
+            lambda s: s[:, None],
+        ),
+        (
+            "fp8_pb_wo",
+            np.float32([[[[0.1], [0.2]]], [[[0.3], [0.4]]]]),
+            lambda s: s[:, 0, :, 0].repeat(128, 0).repeat(128, 1),
+        ),
+    ],
+)
+def test_every_fp8(algorithm: str, scale: Any, spread: Any, tmp_path: Path) -> None:
+    weight, scale = e4m3(256, 256), np.asarray(scale)
+    if scale.ndim == 4:
+        assert scale.shape == (2, 1, 2, 1)
+    tensors = {"up.weight": weight, "up.weight_scale": scale}
+    got = dense(tensors, block(algorithm), tmp_path)
+    assert np.array_equal(got, weight.astype(np.float32) * spread(scale))
+
+
+def test_mixed_precision_and_wildcards(tmp_path: Path) -> None:
+    """quantized_layers names an algorithm each; excluded names are wildcards, not regexes."""
+    layers = {"up": {"quant_algo": "MXFP8"}, "down": {"quant_algo": "W8A16"}}
+    tensors = {
+        "up.weight": e4m3(4, 32),
+        "up.weight_scale": np.full((4, 1), 127, np.uint8),
+        "down.weight": random(4, 32).view(np.int8),
+        "down.weight_scale": np.ones(4, np.float32),
+        "head.weight": np.ones((4, 32), np.float32),
+        "k_proj.k_scale": np.ones(1, np.float32),
+        "k_proj.k_bias": np.ones(1, np.float32),
+    }
+    more = {"quantized_layers": layers, "exclude_modules": ["he*", "*.router"]}
+    source = write(tmp_path / "source", tensors, block("MIXED_PRECISION", **more))
+    report = requant.convert(source, tmp_path / "out", layout="keep")
+    stored = {layer.layer: layer.source for layer in report.plan.layers}
+    assert stored == {"up": "mxfp8", "down": "modelopt 8-bit a scale a row", "head": "F32"}
+    assert {name for name, _ in report.plan.dropped} == {"k_proj.k_scale", "k_proj.k_bias"}
+
+
+Change = Callable[[dict[str, Any]], Any]
+
+
+def nvfp4() -> dict[str, Any]:
+    return {
+        "up.weight": random(4, 32),
+        "up.weight_scale": np.full((4, 4), 2, E4M3),
+        "up.weight_scale_2": np.array(0.25, np.float32),
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: t.pop("up.weight_scale"), "up.weight: has no weight_scale beside it"),
+        (lambda t: t.pop("up.weight"), "but no up.weight"),
+        (lambda t: t.pop("up.weight_scale_2"), "up: is laid out as ModelOpt does not write it"),
+        (
+            lambda t: t.update({"up.weight_scale": np.ones((4, 2), E4M3)}),
+            "weight U8 [4, 32], weight_scale F8_E4M3 [4, 2]",
+        ),
+        (
+            lambda t: t.update({"up.weight_scale_2": np.array(0, np.float32)}),
+            "up.weight_scale_2: holds 0.0, expected a finite number above 0",
+        ),
+        (
+            lambda t: t.update({"up.weight_scale_2": np.ones(3, np.float32)}),
+            "up.weight_scale_2: F32 [3], expected one F32",
+        ),
+        (
+            lambda t: t.update({"up.pre_quant_scale": np.ones(63, np.float32)}),
+            "up.pre_quant_scale: F32 [63], expected floats [64]",
+        ),
+        (
+            lambda t: t.update({"up.svdquant_lora_a": np.ones((2, 64), np.float32)}),
+            "up.svdquant_lora_a: is a part of NVFP4_SVD's low-rank branch",
+        ),
+        (
+            lambda t: t.update({"experts.gate_up": random(2, 4, 32)}),
+            "experts.gate_up: U8 [2, 4, 32] holds codes, but its scale is missing",
+        ),
+        (
+            lambda t: t.update({"gate.weight": e4m3(4, 32)}),
+            "gate.weight: F8_E4M3 [4, 32] holds codes, but gate.weight_scale is missing",
+        ),
+        (
+            lambda t: t.update(
+                {"up.weight": e4m3(4, 32), "up.weight_scale": np.full((4, 1), 127, np.uint8)}
+            ),
+            "up: is stored as mxfp8, but config.json: quantization_config.quant_algo says NVFP4",
+        ),
+        (
+            lambda t: t.update(
+                {"gate.weight": random(2, 32), "gate.weight_scale": np.ones((4, 1), np.float32)}
+            ),
+            "gate: is stored as int4, but",
+        ),
+    ],
+)
+def test_damaged_folders_are_refused(change: Change, words: str, tmp_path: Path) -> None:
+    tensors = nvfp4()
+    change(tensors)
+    source = write(tmp_path / "source", tensors, block("NVFP4"))
+    assert words in refusal(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (block("NVFP3"), "quant_algo: is 'NVFP3'; known are NVFP4"),
+        (block("NVFP4_SVD"), "its low-rank branch has no place in MLX"),
+        (block("NVFP4", exclude_modules=["u?"]), "up: is named dense by config.json"),
+        (block("NVFP4", ignore="up"), "ignore: is 'up', expected a list of names"),
+        (block("MIXED_PRECISION", quantized_layers=[1]), "quantized_layers: is [1]"),
+        (
+            block("MIXED_PRECISION", quantized_layers={"up": {"quant_algo": "FP8"}}),
+            "up: is stored as nvfp4, but config.json: quantization_config.quantized_layers says",
+        ),
+    ],
+)
+def test_configs_that_cannot_be_met(config: dict[str, Any], words: str, tmp_path: Path) -> None:
+    source = write(tmp_path / "source", nvfp4(), config)
+    assert words in refusal(source, tmp_path / "out")
+
+
+def test_dense_weights_under_an_algorithm_are_refused(tmp_path: Path) -> None:
+    tensors = {"up.weight": np.zeros((4, 32), ml_dtypes.bfloat16)}
+    source = write(tmp_path / "source", tensors, block("FP8"))
+    assert "no layer has a weight_scale" in refusal(source, tmp_path / "out")
