@@ -1,0 +1,136 @@
+"""What the config of a ``qweight`` folder says about its layout, in each tool's words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from requant.errors import Problem
+from requant.formats.declared import Declared
+from requant.formats.gptq_packings import Zeros
+
+_AWQ_VERSIONS: Final = {
+    "gemm": "gemm",
+    "gemv": "gemv",
+    "gemv_fast": "gemv_fast",
+    "llm-awq": "gemv_fast",
+    "marlin": "marlin",
+}
+_GPTQ_FORMATS: Final = {"": "gptq", "gptq": "gptq", "gptq_v2": "gptq", "gptq_p": "gptq"}
+_AUTO_ROUND: Final = {  # packing_format -> layout, how zeros are stored
+    "": ("gptq", Zeros.PLUS_ONE),
+    "auto": ("gptq", Zeros.PLUS_ONE),
+    "auto_round:auto_gptq": ("gptq", Zeros.PLUS_ONE),
+    "auto_round:gptq": ("gptq", Zeros.PLUS_ONE),
+    "auto_round": ("gptq", Zeros.AS_STORED),
+    "auto_round:gptqmodel": ("gptq", Zeros.AS_STORED),
+    "auto_round:auto_awq": ("gemm", Zeros.AS_STORED),
+    "auto_round:awq": ("gemm", Zeros.AS_STORED),
+}
+_ELSEWHERE = ("llm_compressor", "mlx")  # AutoRound's exports that are other formats
+METHODS: Final = {
+    "awq": ("awq", "awq_marlin"),
+    "gptq": ("gptq", "gptq_marlin", "marlin"),
+    "paroquant": ("paroquant",),
+    "auto-round": ("auto-round", "auto_round", "intel/auto-round"),
+}
+_NOT_IN_WEIGHTS = {
+    "rotation": "an online Hadamard rotation",
+    "rotation_config": "an online Hadamard rotation",
+    "spinquant_config": "an online Hadamard rotation",
+    "adapter": "an adapter beside the weights",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Convention:
+    """What the whole config says of the layout.
+
+    Attributes:
+        layout: "gptq", "gemm", "gemv", "gemv_fast" or "marlin"; "" for what the tensors say.
+        zeros: How a stored zero field becomes the zero.
+        planar: Whether codes are stored plane by plane.
+        where: The key that says so.
+    """
+
+    layout: str
+    zeros: Zeros = Zeros.AS_STORED
+    planar: bool = False
+    where: str = ""
+
+
+def method_of(found: Declared) -> str:
+    """``quant_method``; older files have none, but keys that tell the tool."""
+    if found.method:
+        return found.method
+    keys = set(found.block)
+    if keys & {"w_bit", "q_group_size"} or found.word("version") in _AWQ_VERSIONS:
+        return "awq"
+    return "gptq" if keys & {"desc_act", "damp_percent", "true_sequential"} else ""
+
+
+def is_elsewhere(name: str, found: Declared) -> bool:
+    """Whether the folder is an export of AutoRound in another tool's format."""
+    return name == "auto-round" and found.word("packing_format").endswith(_ELSEWHERE)
+
+
+def read_convention(name: str, found: Declared, problems: list[Problem]) -> Convention:
+    """Read the block of a folder of ``name``; what is unknown or cannot be is a problem."""
+    return _Config(name, found, problems).convention()
+
+
+class _Config:
+    """One block, and what is wrong with it."""
+
+    def __init__(self, name: str, found: Declared, problems: list[Problem]) -> None:
+        self.name, self.found, self.problems = name, found, problems
+
+    def convention(self) -> Convention:
+        found = self.found
+        for key, what in _NOT_IN_WEIGHTS.items():
+            if found.get(key):
+                message = f"asks for {what}: the weights alone are not the model"
+                self._problem(f"{found.where}.{key}", message)
+        if self.name == "auto-round":
+            return self._auto_round()
+        if self.name == "paroquant":
+            return Convention("gemm", where=f"{found.where}.quant_method")
+        if self.name == "awq":
+            backend = found.word("backend")
+            key = "version" if found.word("version") else "format"
+            version = "llm-awq" if backend == "llm-awq" else found.word(key, "gemm")
+            if version in _AWQ_VERSIONS:
+                return Convention(_AWQ_VERSIONS[version], where=f"{found.where}.{key}")
+            return self._unknown(key, version, list(_AWQ_VERSIONS))
+        written = found.word("checkpoint_format")
+        if written == "marlin" or found.get("is_marlin_format") or found.method == "marlin":
+            return Convention("marlin", where=f"{found.where}.checkpoint_format")
+        if written not in _GPTQ_FORMATS:
+            return self._unknown("checkpoint_format", written, [*_GPTQ_FORMATS, "marlin"])
+        zeros = Zeros.AS_STORED
+        if written in ("", "gptq"):
+            zeros = Zeros.WORD_PLUS_ONE if self._by_gptqmodel() else Zeros.PLUS_ONE
+        where = f"{found.where}.checkpoint_format"
+        return Convention("gptq", zeros, written == "gptq_p", where)
+
+    def _auto_round(self) -> Convention:
+        written = self.found.word("packing_format")
+        if written not in _AUTO_ROUND:
+            return self._unknown("packing_format", written, list(_AUTO_ROUND))
+        layout, zeros = _AUTO_ROUND[written]
+        return Convention(layout, zeros, where=f"{self.found.where}.packing_format")
+
+    def _unknown(self, key: str, value: str, known: list[str]) -> Convention:
+        names = ", ".join(name for name in known if name)
+        self._problem(f"{self.found.where}.{key}", f"is {value!r}; known are {names}")
+        return Convention("")
+
+    def _by_gptqmodel(self) -> bool:
+        meta = self.found.get("meta")
+        writer = meta.get("quantizer") if isinstance(meta, Mapping) else None
+        names = writer if isinstance(writer, list) else [writer]
+        return any(str(name).startswith("gptqmodel") for name in names)
+
+    def _problem(self, where: str, message: str) -> None:
+        self.problems.append(Problem(where, message))
