@@ -438,9 +438,9 @@ void nvfp4_search(const void* w_, size_t groups, size_t groups_per_row, const fl
     const Lanes rule = element_error<group, 4, WEIGHTED>(x, h, rule_scale, per_unit);
     Lanes least = rule;
     Mask kept = rule_byte;
-    for (int k = 0; k < (best ? tries : 2); k++) {
+    for (int k = 0; k < (best ? tries : 1); k++) {
       for (int l = 0; l < kLanes; l++) {
-        const int other = best ? byte[l] + many[k] : k == 0 ? byte[l] - 1 : four[l];
+        const int other = best ? byte[l] + many[k] : four[l];
         chosen[l] = other < 1 || other > 126 ? byte[l] : other;
         scale[l] = decode_e4m3(uint32_t(chosen[l])) * dec;
       }

@@ -82,6 +82,7 @@ class Step:
     first_row: int = 0
     into_row: int = 0
     row_step: int = 1  # of a packed layer: from one row to the next
+    search: str = "off"  # how scales of new codes are found
     row_order: RowOrder | None = None  # rows of the output in another order than the source's
 
     def row_bytes(self, tensor: SourceTensor | OutputTensor) -> int:
@@ -273,6 +274,7 @@ def _step_dict(step: Step) -> dict[str, Any]:
         "first_row": step.first_row,
         "into_row": step.into_row,
         "row_step": step.row_step,
+        "search": step.search,
         "row_order": step.row_order and step.row_order.digest,
     }
 

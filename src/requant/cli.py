@@ -44,6 +44,7 @@ from requant.options import (
     Quiet,
     Raw,
     Recipe,
+    Search,
     ShardSize,
     Source,
     Threads,
@@ -115,6 +116,7 @@ def convert(
     keep_extra: KeepExtra = False,
     act_order: ActOrder = "requantize",
     fold_rotation: FoldRotation = False,
+    search: Search = "off",
     max_memory: MaxMemory = None,
     threads: Threads = None,
     shard_size: ShardSize = SHARD_SIZE,  # type: ignore[assignment]  # parsed by parse_size
@@ -137,6 +139,7 @@ def convert(
       requant convert Llama-3.2-1B out --bits 4 --override 'lm_head=6'
       requant convert Mixtral-8x7B out --bits 4 --layout mlx-lm
       requant convert Qwen3-30B-A3B out --recipe mixed_3_6
+      requant convert Llama-3.2-1B out --bits 3 --search best
       requant convert Llama-3-8B-AWQ out
       requant convert mlx-4bit out --dequantize --dtype bfloat16
     """  # noqa: D301
@@ -156,7 +159,7 @@ def convert(
         layout,
         shard_size,
     )
-    wishes["keep_extra"] = keep_extra
+    wishes |= {"keep_extra": keep_extra, "search": search}
     if dry_run:
         with _answering_errors():
             plan = conversion.plan(source, **wishes)
@@ -202,6 +205,7 @@ def plan(
     keep_extra: KeepExtra = False,
     act_order: ActOrder = "requantize",
     fold_rotation: FoldRotation = False,
+    search: Search = "off",
     max_memory: MaxMemory = None,
     threads: Threads = None,
     shard_size: ShardSize = SHARD_SIZE,  # type: ignore[assignment]  # parsed by parse_size
@@ -233,7 +237,7 @@ def plan(
         layout,
         shard_size,
     )
-    wishes["keep_extra"] = keep_extra
+    wishes |= {"keep_extra": keep_extra, "search": search}
     with _answering_errors():
         _print_plan(conversion.plan(source, **wishes), threads, max_memory, json)
 
@@ -276,6 +280,7 @@ def generate(
     recipe: Recipe = None,
     act_order: ActOrder = "requantize",
     fold_rotation: FoldRotation = False,
+    search: Search = "off",
     max_memory: MaxMemory = None,
     threads: Threads = None,
     json: Json = False,
@@ -297,6 +302,7 @@ def generate(
     wishes = _wishes(
         bits, group_size, mode, dequantize, dtype, override, only, recipe, act_order, fold_rotation
     )
+    wishes["search"] = search
 
     def show(text: str) -> None:
         print(console.printable(text.expandtabs(4)), end="", flush=True)

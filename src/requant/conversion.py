@@ -39,6 +39,7 @@ def plan(
     keep_extra: bool = False,
     act_order: str = "requantize",
     fold_rotation: bool = False,
+    search: str = "off",
     shard_size: int = 5 << 30,
 ) -> Plan:
     """Lay out a conversion without doing it; only headers and JSON are read.
@@ -63,6 +64,7 @@ def plan(
         keep_extra=keep_extra,
         act_order=act_order,
         fold_rotation=fold_rotation,
+        search=search,
         max_shard_bytes=shard_size,
     )
     return make_plan(Path(source), wishes)
@@ -85,6 +87,7 @@ def convert(
     keep_extra: bool = False,
     act_order: str = "requantize",
     fold_rotation: bool = False,
+    search: str = "off",
     shard_size: int = 5 << 30,
     max_memory: int | None = None,
     threads: int | None = None,
@@ -124,6 +127,8 @@ def convert(
             the rotation stays beside the codes, and only ``requant.mlx_lm.load`` runs it.
         act_order: GPTQ layers whose inputs are out of order, where that cannot be moved into
             the layer before: "requantize" (8 bits), "dense" or "refuse".
+        search: "off" (MLX's rule, bit for bit), "fast" or "best": look for scales and biases
+            with a smaller squared error at the same size (docs/quality.md).
         shard_size: Most bytes of one output file.
         max_memory: Most bytes to hold in memory, mapped pages aside.
         threads: Worker threads; every processor by default.
@@ -161,6 +166,7 @@ def convert(
         keep_extra=keep_extra,
         act_order=act_order,
         fold_rotation=fold_rotation,
+        search=search,
         max_shard_bytes=shard_size,
     )
     made, outcome = carry_out(

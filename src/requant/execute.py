@@ -570,6 +570,7 @@ def _quantize(
         outputs["weight"],
         outputs["scales"],
         outputs.get("biases"),
+        search=None if step.search == "off" else step.search,
     )
     rows, scales = dense.shape[0], outputs["scales"]
     decoded = buffers.take("decoded", step.dtype, rows, dense.nbytes // rows)

@@ -105,6 +105,15 @@ ActOrder = Annotated[
         help="GPTQ layers with inputs out of order: requantize (8 bits), dense or refuse.",
     ),
 ]
+Search = Annotated[
+    str,
+    typer.Option(
+        "--search",
+        metavar="LEVEL",
+        help="Scales of new codes: off (MLX's rule), fast, or best (least error, slower). Same "
+        "size, same format.",
+    ),
+]
 Prompt = Annotated[
     str,
     typer.Option(

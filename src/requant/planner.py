@@ -208,6 +208,7 @@ class Planner:
         self._note_values(layers)
         shards, steps = place(steps, self.wishes.max_shard_bytes)
         quantization = self._quantization(per_layer)
+        self._note_search(steps)
         self._note_loads(layers, steps)
         return Plan(
             source=str(self.checkpoint.path),
@@ -399,8 +400,14 @@ class Planner:
             target,
             dtype,
             layer.parts.get("global_scale"),
+            search=self._search(operation),
             row_order=layer.row_order,
         )
+
+    def _search(self, operation: Operation) -> str:
+        """How a step finds scales; "off" where it computes none."""
+        coded = operation in (Operation.ENCODE, Operation.RECODE)
+        return self.wishes.search if coded else "off"
 
     def _packed_steps(
         self, layer: SourceLayer, packing: Packing, target: Quantization | None, dtype: str
@@ -431,6 +438,7 @@ class Planner:
                 first_row=run.start,
                 into_row=into_row,
                 row_step=run.step,
+                search=self._search(operation),
                 row_order=run.layer.row_order,
             )
             into_row += run.count
@@ -599,6 +607,16 @@ class Planner:
             self.notes.append(
                 f"Scales are {word}, other tensors {found_words}: MLX then computes in float32, "
                 f"which is slower. --dtype {word} makes all of them {word}."
+            )
+
+    def _note_search(self, steps: Iterable[Step]) -> None:
+        """Say where the bits are not those of MLX's own rule."""
+        searched = {step.layer for step in steps if step.search != "off"}
+        if searched:
+            layers = f"{len(searched)} layer{'s' * (len(searched) > 1)}"
+            self.notes.append(
+                f"Scales of {layers} are searched for ({self.wishes.search}): no group is worse "
+                "than by MLX's rule, and the bits are not MLX's."
             )
 
     def _note_loads(self, layers: Iterable[LayerPlan], steps: Iterable[Step]) -> None:

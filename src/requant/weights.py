@@ -24,6 +24,8 @@ def quantize_weights(
     weights: Weights,
     config: PerLayerQuantization,
     eligible: Callable[[str, Array], bool] = default_eligible,
+    *,
+    search: str = "off",
 ) -> dict[str, Array]:
     """Quantize the eligible layers of a weight map.
 
@@ -44,6 +46,8 @@ def quantize_weights(
         weights: Tensor name to array, as ``mx.load`` returns it; NumPy arrays work the same.
         config: The default quantization and the per-layer overrides.
         eligible: Called as ``eligible(layer, array)``; true means quantize.
+        search: NumPy arrays only: "fast" or "best" look for scales and biases with a smaller
+            squared error at the same size (docs/quality.md); "off" is MLX's rule.
 
     Returns:
         A new weight map, of the library that came in.
@@ -54,7 +58,8 @@ def quantize_weights(
         KeyCollisionError: A layer that the config skips has ``.scales``, or one of a float mode
             has ``.biases``.
         InvariantError: A layer has ``.scales`` and no quantization in the config, or the map
-            mixes array libraries.
+            mixes array libraries, or a search is asked for on MLX arrays.
+        UnknownValueError: No such search.
         UnsupportedDtypeError: ``.scales`` beside a weight that is not uint32, a NumPy weight
             that is not float32, float16 or bfloat16, or a foreign array type.
         RankMismatchError, LengthMismatchError, ShapeMismatchError: The shapes of a layer that
@@ -83,7 +88,7 @@ def quantize_weights(
             result[name] = array
             continue
         with errors_name(layer):
-            words, scales, biases = backend.quantize(array, targets[layer])
+            words, scales, biases = backend.quantize(array, targets[layer], search)
         result[layer + WEIGHT] = words
         result[layer + SCALES] = scales
         if biases is not None:

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from requant.arrays.native import check_quantization
+from requant.arrays.native import SEARCH_LEVELS, check_quantization
 from requant.errors import UnknownValueError, UsageError
 from requant.recipes import Recipe, load_recipe
 from requant.schema import Quantization, QuantMode
@@ -18,6 +18,7 @@ from requant.specs import Spec, check_regex, parse_spec, resolve_quantization
 DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 
 LAYOUTS = ("auto", "keep", "mlx-lm")
+SEARCHES = ("off", *SEARCH_LEVELS)
 ACT_ORDERS = ("requantize", "dense", "refuse")
 
 Override = tuple[str, Spec]
@@ -59,6 +60,8 @@ class Wishes:
         act_order: What becomes of GPTQ layers whose inputs are out of order, where the order
             cannot be moved into another layer: "requantize" (8 bits), "dense" or "refuse".
         keep_extra: In mlx-lm's layout, keep tensors that its class has no use for.
+        search: "off" for MLX's rule; "fast" or "best" look for scales and biases with a smaller
+            squared error, wherever codes are computed.
         max_shard_bytes: Output shards are cut before they exceed this.
         spoiled: Layers that a first pass found to hold NaN or infinity; left as they are.
     """
@@ -75,6 +78,7 @@ class Wishes:
     act_order: str = "requantize"
     fold_rotation: bool = False
     keep_extra: bool = False
+    search: str = "off"
 
     @staticmethod
     def build(
@@ -93,6 +97,7 @@ class Wishes:
         act_order: str = "requantize",
         fold_rotation: bool = False,
         keep_extra: bool = False,
+        search: str = "off",
     ) -> Wishes:
         """Check and assemble what the command line and the Python doors take.
 
@@ -118,6 +123,8 @@ class Wishes:
             raise UnknownValueError("no such layout", layout, LAYOUTS)
         if act_order not in ACT_ORDERS:
             raise UnknownValueError("no such way with act-order", act_order, ACT_ORDERS)
+        if search not in SEARCHES:
+            raise UnknownValueError("no such search", search, SEARCHES)
         if max_shard_bytes < 1:
             raise UsageError(f"a shard of {max_shard_bytes} bytes holds nothing")
         only = (only,) if isinstance(only, str) else tuple(only)
@@ -135,6 +142,7 @@ class Wishes:
             act_order=act_order,
             fold_rotation=fold_rotation,
             keep_extra=keep_extra,
+            search=search,
         )
 
 

@@ -42,7 +42,7 @@ class Backend(Protocol):
         """Lengths of the axes."""
 
     def quantize(
-        self, weight: Array, quantization: Quantization, /
+        self, weight: Array, quantization: Quantization, search: str = "off", /
     ) -> tuple[Array, Array, Array | None]:
         """Words, scales, and biases in affine mode; group_size is positive."""
 
@@ -88,10 +88,14 @@ class _NumPy:
         return array.shape
 
     def quantize(
-        self, weight: np.ndarray, quantization: Quantization
+        self, weight: np.ndarray, quantization: Quantization, search: str = "off"
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         return native.quantize(
-            _plain(weight), quantization.group_size, quantization.bits, quantization.mode.value
+            _plain(weight),
+            quantization.group_size,
+            quantization.bits,
+            quantization.mode.value,
+            search=None if search == "off" else search,
         )
 
     def dequantize(

@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from requant.errors import BackendError, ShapeMismatchError
+from requant.errors import BackendError, InvariantError, ShapeMismatchError
 from requant.schema import Quantization
 
 name = "mlx"
@@ -30,13 +30,17 @@ def shape(array: mx.array) -> tuple[int, ...]:
 
 
 def quantize(
-    weight: mx.array, quantization: Quantization
+    weight: mx.array, quantization: Quantization, search: str = "off"
 ) -> tuple[mx.array, mx.array, mx.array | None]:
     """``mx.quantize``: words, scales, and biases in affine mode.
 
     The caller keeps ``group_size=0`` away: ``mx.quantize`` divides by it before it checks, and
     the process dies.
     """
+    if search != "off":
+        raise InvariantError(
+            f"[quantize_weights] search {search!r} computes on NumPy arrays; these are MLX's"
+        )
     with _as_backend_error():
         words, scales, *biases = mx.quantize(
             weight,
