@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from requant.checkpoint import Checkpoint
 from requant.formats.base import Format, SourceLayer, SourceLayout
+from requant.formats.bitnet import BitNet
 from requant.formats.bitsandbytes import Bitsandbytes
 from requant.formats.compressed_tensors import CompressedTensors
 from requant.formats.dense import Dense
@@ -25,6 +26,7 @@ FORMATS: tuple[Format, ...] = (
     Mxfp4(),
     Hqq(),
     Bitsandbytes(),
+    BitNet(),
     Dense(),
 )
 

@@ -17,6 +17,7 @@ def integer_layer(
     shape: tuple[int, ...],
     packing: IntegerPacking,
     tool: str,
+    scales: str = "a scale a row",
 ) -> SourceLayer:
     """Describe a layer of integer codes.
 
@@ -27,8 +28,9 @@ def integer_layer(
         shape: ``(..., out, in)``.
         packing: How rows come out of ``parts``.
         tool: Whose layer it is; begins the words for how it is stored.
+        scales: The words for scales that are not one a group.
     """
-    group = f"g{packing.group}" if packing.groups > 1 else "a scale a row"
+    group = f"g{packing.group}" if packing.groups > 1 else scales
     encoding, reason, fallback = packing.encoding, "", None
     if encoding is None:
         reason = f"no group of MLX's fits groups of {packing.group} in {packing.columns} inputs"

@@ -1,0 +1,176 @@
+"""BitNet folders: weights of three values, four row blocks to a byte.
+
+Value: ``w = (code - 1) / weight_scale`` (``linear_class: bitlinear``), or times it
+(``autobitlinear``). Layout: huggingface/transformers src/transformers/integrations/bitnet.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from requant.arrays import native
+from requant.arrays.repack import BITNET
+from requant.checkpoint import Checkpoint, SourceTensor
+from requant.errors import InvariantError
+from requant.formats.base import SourceLayer, SourceLayout
+from requant.formats.declared import Declared, declared
+from requant.formats.integer_layers import integer_layer
+from requant.formats.packing import (
+    DTYPE_WORD,
+    PRECISION,
+    Cut,
+    Exactness,
+    Fidelity,
+    IntegerPacking,
+    Parts,
+    Scratch,
+)
+from requant.formats.row_blocks import NEXT, block_codes, block_cuts
+from requant.formats.sorting import Refused, Sorter
+
+_CLASSES: Final = ("bitlinear", "autobitlinear")
+_FLOATS: Final = ("BF16", "F16", "F32")
+_ROWS_A_BYTE: Final = 4
+
+
+@dataclass(frozen=True)
+class Ternary(IntegerPacking):
+    """``weight`` U8 ``[ceil(out / 4), in]``, codes 0 to 2; ``weight_scale`` one float.
+
+    With R packed rows, row ``i * R + r`` is in bits ``2 i`` and on of packed row ``r``.
+
+    Attributes:
+        divides: Whether codes are divided by the scale.
+    """
+
+    divides: bool
+
+    def cuts(self, start: int, stop: int) -> dict[str, Cut]:
+        packed = block_cuts("weight", BITNET, self.rows, start, stop, self.columns)
+        return {**packed, "weight_scale": Cut((0, 1), (0, 1))}
+
+    def codes(self, parts: Parts, start: int, stop: int, scratch: Scratch) -> np.ndarray:
+        codes = scratch.take("codes", "U8", stop - start, self.columns)
+        block_codes("weight", BITNET, self.rows, start, parts, codes)
+        if codes.size and codes.max() == 3:
+            raise InvariantError("holds code 3, which is none of its three values: 0, 1 and 2")
+        return codes
+
+    def words(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
+        out[:] = native.pack_words(self.codes(parts, start, stop, scratch), self.bits)
+
+    def scales(self, parts: Parts, start: int, stop: int) -> np.ndarray:
+        scale = parts["weight_scale"].astype(np.float32)
+        scale = np.float32(1) / scale if self.divides else scale
+        return np.broadcast_to(scale, (stop - start, self.groups))
+
+    def zeros(self, parts: Parts, start: int, stop: int) -> np.ndarray | float:
+        return 1.0
+
+    def fidelity(self, dtype: str) -> Fidelity:
+        """The reciprocal of a stored scale rounds; the bias is the scale's negative."""
+        if not self.divides:
+            return super().fidelity(dtype)
+        return Fidelity(
+            Exactness.ROUNDED,
+            f"the scale, 1 / weight_scale, rounded to {DTYPE_WORD[dtype]}, relative error at most "
+            f"{2.0 ** -PRECISION[dtype]:.2g}",
+        )
+
+
+class BitNet:
+    """A folder with ``quant_method: bitnet``."""
+
+    name = "bitnet"
+
+    def claims(self, checkpoint: Checkpoint) -> str | None:
+        """The config names it; nothing else tells whether scales divide."""
+        found = declared(checkpoint)
+        if found is None or found.method != "bitnet":
+            return None
+        return f"{found.where}: quant_method bitnet"
+
+    def read(self, checkpoint: Checkpoint) -> SourceLayout:
+        """Pair each packed weight with its scale; everything else is dense."""
+        sorter, found = Sorter(checkpoint), declared(checkpoint)
+        assert found is not None
+        divides = _divides(found, sorter)
+        for name, tensor in checkpoint.tensors.items():
+            path = name.removesuffix(".weight")
+            if path != name and tensor.info.dtype in ("U8", "I8"):
+                scale = checkpoint.tensors.get(f"{path}.weight_scale")
+                parts = {"weight": tensor} | ({} if scale is None else {"weight_scale": scale})
+                sorter.make(path, parts, lambda p, t: _layer(sorter, p, t, divides))
+        _check_loose(sorter)
+        if sorter.quantized:
+            sorter.notes.append(
+                "BitNet rounds activations to 8 bits while it runs; MLX does not, so that outputs "
+                "differ a little from the source's."
+            )
+        elif not sorter.problems:
+            sorter.problem(
+                found.where,
+                "says quant_method bitnet, but no weight is U8: if the weights are dense, remove "
+                "the block",
+            )
+        return sorter.layout()
+
+
+def _divides(found: Declared, sorter: Sorter) -> bool:
+    """Whether scales divide; what only a runtime of BitNet can do is a problem."""
+    kind = found.word("linear_class", "bitlinear")
+    if kind not in _CLASSES:
+        known = " and ".join(_CLASSES)
+        sorter.problem(f"{found.where}.linear_class", f"is {kind!r}; known are {known}")
+    if found.word("quantization_mode", "offline") != "offline":
+        sorter.problem(
+            f"{found.where}.quantization_mode",
+            f"is {found.get('quantization_mode')!r}: dense weights, rounded to three values "
+            "each time the model runs, which MLX does not; save the model in mode offline",
+        )
+    if found.get("use_rms_norm"):
+        sorter.problem(
+            f"{found.where}.use_rms_norm",
+            "is true: each layer normalizes its inputs first, which no linear layer of MLX does",
+        )
+    return kind != "autobitlinear"
+
+
+def _check_loose(sorter: Sorter) -> None:
+    """What belongs to no layer must make sense alone."""
+    for tensor in sorter.left:
+        path, _, role = tensor.name.rpartition(".")
+        if role == "weight_scale":
+            beside = sorter.tensors.get(f"{path}.weight")
+            what = "is missing" if beside is None else f"is {beside.info}"
+            sorter.problem(tensor.name, f"scales no packed weight: {path}.weight {what}")
+        elif tensor.info.dtype in ("U8", "I8") and role != "weight":
+            sorter.problem(tensor.name, f"{tensor.info} holds codes of no known layer")
+
+
+def _layer(
+    sorter: Sorter, path: str, parts: Mapping[str, SourceTensor], divides: bool
+) -> SourceLayer:
+    """One layer, if its tensors fit each other."""
+    weight, scale = parts["weight"], parts.get("weight_scale")
+    if scale is None:
+        raise Refused(weight.name, f"{weight.info} has no {path}.weight_scale beside it")
+    if len(weight.info.shape) != 2 or 0 in weight.info.shape:
+        raise Refused(weight.name, f"{weight.info}, expected U8 [out / 4, in]")
+    if scale.info.size != 1 or scale.info.dtype not in _FLOATS:
+        raise Refused(scale.name, f"{scale.info}, expected one float")
+    number = float(sorter.checkpoint.peek(scale.name).reshape(-1)[0])
+    if not 0 < number < float("inf"):
+        raise Refused(scale.name, f"holds {number}, expected a finite number above 0")
+    packed, n_in = weight.info.shape
+    n_out = _ROWS_A_BYTE * packed
+    bias = sorter.tensors.get(f"{path}.bias")
+    if bias is not None and n_out - _ROWS_A_BYTE < bias.info.size < n_out:
+        n_out = bias.info.size  # rows are padded to fill the last bytes
+    packing = Ternary(n_out, n_in, 2, n_in, True, scale.info.dtype, divides)
+    used = {"weight": weight, f"weight{NEXT}": weight, "weight_scale": scale}
+    return integer_layer(sorter, path, used, (n_out, n_in), packing, "bitnet", "a scale a tensor")

@@ -1,0 +1,152 @@
+"""BitNet: folders against transformers' own values, bytes by hand, what must be refused."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import requant
+from tests.formats.folders import BF16, refusal, write
+from tests.formats.harness import affine, check_fixture, read_folder
+from tests.formats.logits import check_logits
+
+BLOCK = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "offline"}
+
+
+def pack(ternary: np.ndarray) -> np.ndarray:
+    """Four row blocks a byte, the first in the lowest bits, value + 1."""
+    packed = -(-len(ternary) // 4)
+    codes = np.zeros((4 * packed, ternary.shape[1]), np.uint8)
+    codes[: len(ternary)] = ternary + 1
+    blocks = codes.reshape(4, packed, -1)
+    return blocks[0] | blocks[1] << 2 | blocks[2] << 4 | blocks[3] << 6
+
+
+def layer(rows: int, columns: int, scale: float = 0.25) -> tuple[dict[str, Any], np.ndarray]:
+    ternary = np.random.default_rng(rows).integers(-1, 2, (rows, columns))
+    tensors = {"up.weight": pack(ternary), "up.weight_scale": np.array([scale], BF16)}
+    return tensors, ternary.astype(np.float32)
+
+
+def test_scales_that_multiply_are_exact(tmp_path: Path) -> None:
+    checked = check_fixture("bitnet-autobitlinear", tmp_path, "exact")
+    assert checked.config["quantization"] == {"group_size": 64, "bits": 2, "mode": "affine"}
+    assert any("rounds activations to 8 bits" in note for note in checked.report.plan.notes)
+
+
+def test_scales_that_divide_round_once(tmp_path: Path) -> None:
+    checked = check_fixture("bitnet-bitlinear", tmp_path, "rounded", bound=2.0**-8)
+    bounds = {x.bound for x in checked.report.plan.layers if x.bound}
+    words = "the scale, 1 / weight_scale, rounded to bfloat16, relative error at most 0.0039"
+    assert bounds == {words}
+
+
+@pytest.mark.parametrize("name", ["bitnet-bitlinear", "bitnet-autobitlinear"])
+def test_logits(name: str, tmp_path: Path) -> None:
+    check_logits(name, tmp_path, 2e-5, dtype="float32")
+
+
+def test_bytes_written_by_hand(tmp_path: Path) -> None:
+    """A column of 8 rows 1 0 -1 1 0 0 1 -1 is stored as 92 19."""
+    tensors = {
+        "up.weight": np.tile(np.array([[0x92], [0x19]], np.uint8), (1, 32)),
+        "up.weight_scale": np.array([0.5], BF16),
+    }
+    source = write(tmp_path / "source", tensors, BLOCK)
+    requant.convert(source, tmp_path / "out", layout="keep")
+    made = affine(read_folder(tmp_path / "out"), "up", 32, 2)
+    assert made.codes[:, 0].tolist() == [2, 1, 0, 2, 1, 1, 2, 0]
+    assert made.values[:, 0].tolist() == [0.5, 0, -0.5, 0.5, 0, 0, 0.5, -0.5]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    packed=st.integers(1, 20),
+    columns=st.sampled_from([7, 32, 96, 256]),
+    missing=st.integers(0, 3),
+    divides=st.booleans(),
+    chunk_bytes=st.sampled_from([1, 900, 5000, 1 << 20]),
+)
+def test_any_shape(
+    packed: int, columns: int, missing: int, divides: bool, chunk_bytes: int
+) -> None:
+    """Rows that are padded (the bias tells), and ranges that lie in several blocks."""
+    rows = max(4 * packed - missing, 1)
+    tensors, ternary = layer(rows, columns, 3 if divides else 0.375)
+    if rows % 4:
+        tensors["up.bias"] = np.zeros(rows, BF16)
+    block = BLOCK | {"linear_class": "bitlinear" if divides else "autobitlinear"}
+    with tempfile.TemporaryDirectory() as name:
+        source = write(Path(name) / "source", tensors, block)
+        wishes: dict[str, Any] = {"layout": "keep", "chunk_bytes": chunk_bytes, "dtype": "float32"}
+        requant.convert(source, Path(name) / "dense", dequantize=True, **wishes)
+        dense = read_folder(Path(name) / "dense")["up.weight"]
+        requant.convert(source, Path(name) / "out", **wishes)
+        made = read_folder(Path(name) / "out")
+    expected = ternary / np.float32(3) if divides else ternary * np.float32(0.375)
+    assert np.array_equal(dense, expected)
+    if columns % 32 == 0:
+        group = 128 if columns == 256 else 32
+        codes = affine(made, "up", group, 2).codes
+        assert np.array_equal(codes, ternary + 1)
+
+
+Change = Callable[[dict[str, Any], dict[str, Any]], Any]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t, b: t.pop("up.weight_scale"), "has no up.weight_scale beside it"),
+        (lambda t, b: t.pop("up.weight"), "scales no packed weight: up.weight is missing"),
+        (
+            lambda t, b: t.update({"up.weight": np.zeros((8, 32), BF16)}),
+            "scales no packed weight: up.weight is BF16 [8, 32]",
+        ),
+        (
+            lambda t, b: t.update({"up.weight": np.zeros((2, 2, 32), np.uint8)}),
+            "up.weight: U8 [2, 2, 32], expected U8 [out / 4, in]",
+        ),
+        (
+            lambda t, b: t.update({"up.weight_scale": np.ones(2, BF16)}),
+            "up.weight_scale: BF16 [2], expected one float",
+        ),
+        (
+            lambda t, b: t.update({"up.weight_scale": np.zeros(1, BF16)}),
+            "up.weight_scale: holds 0.0, expected a finite number above 0",
+        ),
+        (
+            lambda t, b: t.update({"up.weight_scale": np.array([np.nan], np.float32)}),
+            "up.weight_scale: holds nan",
+        ),
+        (
+            lambda t, b: t.update({"up.weight": np.full((2, 32), 3, np.uint8)}),
+            "holds code 3",
+        ),
+        (lambda t, b: b.update(linear_class="bit"), "linear_class: is 'bit'; known are bitlinear"),
+        (lambda t, b: b.update(quantization_mode="online"), "each time the model runs"),
+        (lambda t, b: b.update(use_rms_norm=True), "normalizes its inputs first"),
+        (
+            lambda t, b: t.update({"experts.up": np.zeros((2, 2, 32), np.uint8)}),
+            "experts.up: U8 [2, 2, 32] holds codes of no known layer",
+        ),
+    ],
+)
+def test_damaged_folders_are_refused(change: Change, words: str, tmp_path: Path) -> None:
+    tensors, _ = layer(8, 32)
+    block: dict[str, Any] = dict(BLOCK)
+    change(tensors, block)
+    source = write(tmp_path / "source", tensors, block)
+    assert words in refusal(source, tmp_path / "out")
+
+
+def test_dense_weights_are_refused(tmp_path: Path) -> None:
+    source = write(tmp_path / "source", {"up.weight": np.zeros((8, 32), BF16)}, BLOCK)
+    assert "but no weight is U8" in refusal(source, tmp_path / "out")
