@@ -33,6 +33,8 @@ def why_no_class(config: Mapping[str, Any]) -> str:
     folder = _mlx_lm_folder()
     if folder is None:
         return "mlx-lm is not installed (pip install 'requant[mlx]')"
+    if "model_file" in config:  # older mlx-lm would run it
+        return "config.json names code of its own (model_file), which is not run"
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         return "config.json has no model_type"

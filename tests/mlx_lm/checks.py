@@ -8,6 +8,7 @@ import inspect
 import io
 import json
 from collections.abc import Callable, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,10 @@ from requant.mlx_lm_layout.pipeline import MLX_DTYPE
 from requant.schema import Quantization
 
 Weights = dict[str, mx.array]
+# The installed mlx-lm; scripts/test-oldest-mlx-lm runs these tests with the oldest.
+MLX_LM, MLX = (tuple(map(int, version(x).split(".")[:3])) for x in ("mlx-lm", "mlx"))
+# Published forms that mlx-lm itself refuses before 0.32.
+NEW_FORMS = {"mistral3", "qwen3_vl", "qwen3_vl_moe"} if MLX_LM < (0, 32) else set()
 
 
 def as_bytes(array: mx.array) -> bytes:

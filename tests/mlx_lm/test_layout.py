@@ -17,8 +17,9 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
+from requant.conversion import plan
 from requant.dtypes import TensorInfo
-from requant.errors import UsageError
+from requant.errors import CheckpointError, UsageError
 from requant.mlx_lm_layout import (
     Computed,
     Extent,
@@ -29,6 +30,7 @@ from requant.mlx_lm_layout import (
 )
 from requant.schema import Quantization
 from tests.mlx_lm.checks import (
+    MLX_LM,
     Source,
     carry_out,
     class_checkpoint,
@@ -122,6 +124,8 @@ def test_reasons_of_dense_layers(tmp_path: Path):
     assert layout.dense_reasons[down] == "last axis 144 is no multiple of group 32"
     assert down not in layout.targets
 
+    if MLX_LM < (0, 32):  # has no such family
+        return
     make(tmp_path / "s", "spark2_5")
     source = Source(tmp_path / "s")
     layout = mlx_lm_layout(source.checkpoint.config, source.infos, quantization=AFFINE)
@@ -219,6 +223,7 @@ def test_the_rest_of_a_partly_quantized_source(tmp_path: Path):
     assert dict(layout.targets) == {up: Quantization.affine(64, 8)}
 
 
+@pytest.mark.skipif(MLX_LM < (0, 32), reason="mlx-lm has no global scales before 0.32")
 def test_global_scale(tmp_path: Path):
     make(tmp_path / "m", "mixtral")
     source = Source(tmp_path / "m")
@@ -306,9 +311,20 @@ def test_settings_that_the_class_wants():
         mlx_lm_layout({"model_type": "llama"}, {"a": TensorInfo("F32", (2,))})
 
 
-def test_code_of_the_checkpoint_is_not_run():
-    with pytest.raises(LayoutError, match="trust"):
-        mlx_lm_layout(small_config("llama") | {"model_file": "x.py"}, {})
+def test_code_of_the_checkpoint_is_not_run(tmp_path: Path):
+    """Older mlx-lm runs what ``model_file`` names, with an absolute path from anywhere."""
+    make(tmp_path / "m", "llama")
+    code = tmp_path / "m" / "x.py"
+    code.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    for name in ("x.py", str(code)):
+        config = small_config("llama") | {"model_file": name}
+        with pytest.raises(UnknownModelError, match=r"model_file.* not run"):
+            mlx_lm_layout(config, Source(tmp_path / "m").infos)
+        (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+        assert plan(tmp_path / "m", bits=4).layout == "keep"
+        with pytest.raises(CheckpointError, match=r"model_file.* not run"):
+            plan(tmp_path / "m", bits=4, layout="mlx-lm")
+    assert not (tmp_path / "ran").exists()
 
 
 def test_dtypes_that_mlx_cannot_load():

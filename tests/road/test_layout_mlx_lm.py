@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 
 from requant.conversion import convert, plan
 from requant.errors import CheckpointError, UnknownValueError
-from tests.mlx_lm.checks import class_checkpoint, random_like, write_folder
+from tests.mlx_lm.checks import MLX, class_checkpoint, random_like, write_folder
 from tests.mlx_lm.families import small_config
 from tests.mlx_lm.hub_forms import FORMS
 
@@ -38,6 +38,8 @@ from .test_against_mlx_lm import by_mlx_lm, model
 )
 @pytest.mark.parametrize("name", ["micro-llama", "micro-moe", "qwen3-16m"])
 def test_output_is_mlx_lm_s(name: str, wishes: dict, theirs: dict, tmp_path: Path) -> None:
+    if MLX < (0, 32, 4) and wishes.get("mode") in ("mxfp4", "mxfp8"):
+        pytest.skip("earlier mlx rounds the scales of these modes differently")
     expected = by_mlx_lm(model(name), tmp_path / "theirs", **theirs)
     convert(model(name), tmp_path / "ours", layout="mlx-lm", **wishes)
     ours = load(tmp_path / "ours")
@@ -153,6 +155,7 @@ def test_auto_keeps_names_where_the_class_does_not_take_the_tensors(
     assert kept_because(dense).startswith("mlx-lm, loading llama: ")
     shutil.copytree(model("micro-llama"), tmp_path / "more")
     weights = mx.load(str(tmp_path / "more" / "model.safetensors"))
+    mx.eval(weights)  # the file is written over
     weights["model.surplus.weight"] = mx.ones((4, 64))
     mx.save_safetensors(str(tmp_path / "more" / "model.safetensors"), weights)
     assert "model.surplus.weight" in kept_because(tmp_path / "more", bits=4)

@@ -225,14 +225,15 @@ def _failing(doing: str) -> Iterator[None]:
 def _load(
     utils: Any, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], rule: _Rule
 ) -> tuple[Module, dict[str, Any]]:
+    if "model_file" in config:
+        raise UnknownModelError("config.json names code of its own (model_file), which is not run")
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise UnknownModelError("config.json has no model_type")
     try:
         utils._get_classes(dict(config))
     except ValueError as error:
-        if not config.get("model_file"):
-            raise UnknownModelError(f"mlx-lm has no class for model_type {model_type!r}") from error
+        raise UnknownModelError(f"mlx-lm has no class for model_type {model_type!r}") from error
     except (Exception, SystemExit) as error:  # olmo exits where a package is missing
         raise UnknownModelError(f"mlx-lm's class for {model_type!r} fails: {error}") from error
 
