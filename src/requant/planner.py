@@ -242,6 +242,10 @@ class Planner:
                 continue
             near = ", ".join(_near(pattern, paths))
             hint = f"near it: {near}" if near else "requant inspect lists the names"
+            if self.moved is not None:
+                old = [x.path for x in self.moved.source.layers if re.search(pattern, x.path)]
+                if old:
+                    hint += f". It names {old[0]} in the source: --layout keep keeps such names"
             self.wrong_wishes.append(
                 Problem(f"--{option} {pattern!r}", f"matches no layer; {hint}")
             )

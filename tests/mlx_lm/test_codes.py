@@ -342,3 +342,9 @@ def test_alternating_rows_are_decoded_as_they_are_kept(wishes: dict, tmp_path: P
     ours, expected = load(tmp_path / "ours"), load(tmp_path / "expected")
     assert ours.keys() == expected.keys()
     assert [name for name in ours if as_bytes(ours[name]) != as_bytes(expected[name])] == []
+
+
+def test_a_pattern_on_the_source_s_names_is_told_of_keep(tmp_path: Path) -> None:
+    published(tmp_path / "m", "qwen3_moe")
+    with pytest.raises(UsageError, match=r"experts\.0\..* --layout keep"):
+        plan(tmp_path / "m", bits=4, overrides=[r"experts\.0\.up_proj=8"])
