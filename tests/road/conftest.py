@@ -32,9 +32,11 @@ _HEADER_NAME = {
 CONFIG = {"model_type": "llama", "dtype": "bfloat16", "tie_word_embeddings": True}
 
 
-def write_file(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+def write_file(
+    path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
+) -> None:
     """Write a safetensors file by hand: length, JSON, bytes."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     start = 0
     for name, array in tensors.items():
         stop = start + array.nbytes

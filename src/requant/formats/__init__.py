@@ -14,6 +14,7 @@ from requant.formats.mlx import Mlx
 from requant.formats.modelopt import ModelOpt
 from requant.formats.mxfp4 import Mxfp4
 from requant.formats.qweight import QweightFormat
+from requant.formats.torchao import Torchao
 
 __all__ = ["FORMATS", "Format", "SourceLayer", "SourceLayout", "detect"]
 
@@ -27,6 +28,7 @@ FORMATS: tuple[Format, ...] = (
     Hqq(),
     Bitsandbytes(),
     BitNet(),
+    Torchao(),
     Dense(),
 )
 

@@ -1,0 +1,297 @@
+"""torchao folders in safetensors: tensor subclasses taken apart, described in the metadata.
+
+``a.b.weight`` is stored as ``a.b._weight_qdata``, ``a.b._weight_scale`` and so on; the file's
+metadata has a JSON text for it with its type and settings. Weights in memory come without
+metadata: then the config and the dtypes tell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Final
+
+from requant.checkpoint import Checkpoint, SourceTensor
+from requant.formats.base import SourceLayer, SourceLayout
+from requant.formats.ct_packings import Zeros
+from requant.formats.declared import Declared, declared
+from requant.formats.float8_layers import EXPONENTS, FLOAT8, float8_layer, tile_of
+from requant.formats.float_packings import MxBlocks
+from requant.formats.input_scaled import input_scaled
+from requant.formats.integer_layers import integer_layer
+from requant.formats.nvfp4_layers import nvfp4_layer
+from requant.formats.sorting import Refused, Sorter
+from requant.formats.torchao_packings import Swizzled, TorchaoInt4, TorchaoInteger
+from requant.safetensors_header import parse_json_object
+
+_PREFIX: Final = "_weight_"
+_FLOATS: Final = ("F32", "BF16", "F16")
+_DEVICE: Final = ("Int4TilePackedTo4dTensor", "Int4PlainInt32Tensor", "Int4PreshuffledTensor")
+_ACTIVATIONS: Final = "a scale of activations, which MLX does not quantize"
+_Tensors = Mapping[str, SourceTensor]
+
+
+class Torchao:
+    """A folder with ``quant_method: torchao``, or whose metadata describes torchao's tensors."""
+
+    name = "torchao"
+
+    def claims(self, checkpoint: Checkpoint) -> str | None:
+        """The config names it; without one, the metadata of the files does."""
+        found = declared(checkpoint)
+        if found is not None:
+            return f"{found.where}: quant_method torchao" if found.method == "torchao" else None
+        return "metadata: tensor_names" if "tensor_names" in checkpoint.metadata else None
+
+    def read(self, checkpoint: Checkpoint) -> SourceLayout:
+        """Put each weight's parts together again; everything else is dense."""
+        return _Reader(checkpoint).read()
+
+
+class _Reader:
+    """Reads one checkpoint and collects what is wrong with it."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint, self.sorter = checkpoint, Sorter(checkpoint)
+        self.found = declared(checkpoint) or Declared("metadata", {})
+        self.default = self._default()
+
+    def read(self) -> SourceLayout:
+        sorter = self.sorter
+        parts: dict[str, dict[str, SourceTensor]] = {}
+        for name, tensor in sorter.tensors.items():
+            path, _, last = name.rpartition(".")
+            if last.startswith(_PREFIX):
+                parts.setdefault(path, {})[last.removeprefix(_PREFIX)] = tensor
+        for path, tensors in parts.items():
+            for role in tensors.keys() & {"act_per_tensor_scale", "act_scale"}:
+                sorter.drop(tensors[role].name, _ACTIVATIONS)
+            sorter.make(path, tensors, self._layer)
+        for tensor in sorter.left:
+            if tensor.info.dtype in ("I8", "U8") or tensor.info.dtype.startswith("F8_"):
+                message = f"{tensor.info} holds codes, and is no part of a weight that is read"
+                sorter.problem(tensor.name, message)
+        if not parts and not sorter.problems:
+            sorter.problem(
+                self.found.where,
+                "says torchao, but no tensor is a _weight_qdata: if the weights are dense, remove "
+                "the block",
+            )
+        return sorter.layout()
+
+    # -- what is said about a layer --------------------------------------------------------
+
+    def _default(self) -> Mapping[str, Any]:
+        """``_data`` of the config's default scheme, its ``_type`` under "type"."""
+        table = self.found.get("quant_type")
+        said = table.get("default") if isinstance(table, Mapping) else None
+        data = said.get("_data") if isinstance(said, Mapping) else None
+        if not isinstance(said, Mapping) or not isinstance(data, Mapping):
+            return {}
+        return {**data, "type": str(said.get("_type"))}
+
+    def _described(self, path: str, tensors: _Tensors) -> tuple[str, Mapping[str, Any]]:
+        """Type and settings of a weight: its metadata, else what config and dtypes tell."""
+        text = self.checkpoint.metadata.get(f"{path}.weight")
+        if text is None:
+            return self._guessed(path, tensors)
+        said, wrong = parse_json_object(text.encode())
+        where = f"metadata: {path}.weight"
+        data = said.get("_data", {})
+        if wrong or not isinstance(said.get("_type"), str) or not isinstance(data, Mapping):
+            why = wrong[0] if wrong else "has no _type and _data"
+            raise Refused(where, f"does not describe a tensor: {why}")
+        names = said.get("_tensor_data_names")
+        if isinstance(names, list):
+            missing = [name for name in names if name not in tensors]
+            if missing:
+                absent = f"{path}.{_PREFIX}{missing[0]}"
+                raise Refused(where, f"names {missing[0]!r}, but {absent} is missing")
+        return said["_type"], data
+
+    def _guessed(self, path: str, tensors: _Tensors) -> tuple[str, Mapping[str, Any]]:
+        kind, qdata = self.default.get("type", ""), tensors.get("qdata")
+        if kind.startswith("Intx"):
+            return "IntxUnpackedToInt8Tensor", {"target_dtype": self.default.get("weight_dtype")}
+        if kind.startswith("Int8") and qdata is not None and qdata.info.dtype == "I8":
+            return "Int8Tensor", {}
+        if kind.startswith("Float8"):
+            return "Float8Tensor", {}
+        raise Refused(
+            path, f"has no metadata that tells its type, and the config's {kind!r} does not either"
+        )
+
+    def _layer(self, path: str, tensors: _Tensors) -> SourceLayer | None:
+        """One layer by its type.
+
+        Raises:
+            Refused: The type is not read, or the tensors contradict it.
+        """
+        kind, data = self._described(path, tensors)
+        if kind in _DEVICE:
+            raise Refused(path, f"is an {kind}: codes in the order of a GPU kernel, not read")
+        make = {
+            "Int8Tensor": self._integer,
+            "IntxUnpackedToInt8Tensor": self._integer,
+            "Int4Tensor": self._int4,
+            "Float8Tensor": self._float8,
+            "MXTensor": self._mx,
+            "NVFP4Tensor": self._nvfp4,
+        }
+        if kind not in make:
+            raise Refused(path, f"is of type {kind!r}; known are {', '.join(make)}")
+        for role in ("qdata", "scale"):
+            if role not in tensors:
+                raise Refused(path, f"has no {path}.{_PREFIX}{role}")
+        qdata, scale = tensors["qdata"], tensors["scale"]
+        if len(qdata.info.shape) != 2 or 0 in (*qdata.info.shape, *scale.info.shape):
+            raise Refused(qdata.name, f"{qdata.info}, expected a matrix")
+        layer = make[kind](path, tensors, data)
+        inputs = tensors.get("act_pre_scale")
+        if layer is None or inputs is None:
+            return layer
+        if inputs.info.dtype not in _FLOATS or inputs.info.size != layer.shape[-1]:
+            expected = f"one float for each of {layer.shape[-1]} inputs"
+            raise Refused(inputs.name, f"{inputs.info}, expected {expected}")
+        if inputs.info.shape[-1:] != layer.shape[-1:]:
+            raise Refused(inputs.name, f"{inputs.info}, expected [{layer.shape[-1]}]")
+        return input_scaled(layer, inputs)
+
+    # -- one type each ---------------------------------------------------------------------
+
+    def _integer(self, path: str, tensors: _Tensors, data: Mapping[str, Any]) -> SourceLayer:
+        qdata, scale, zeros = tensors["qdata"], tensors["scale"], tensors.get("zero_point")
+        if qdata.info.dtype != "I8":
+            raise Refused(qdata.name, f"{qdata.info}, expected I8 codes")
+        (rows, columns), bits = qdata.info.shape, _bits(path, data)
+        one = scale.info.size == 1
+        wide = scale.info.shape[-1] if scale.info.shape else 1
+        whole = one or (scale.info.shape == (rows, wide) and columns % wide == 0)
+        if scale.info.dtype not in _FLOATS or not whole:
+            expected = f"floats [{rows}, groups] for {qdata.info}"
+            raise Refused(scale.name, f"{scale.info}, expected {expected}")
+        if zeros is not None and (zeros.info.shape != scale.info.shape or zeros.info.dtype != "I8"):
+            expected = f"I8 {list(scale.info.shape)}, one beside each scale"
+            raise Refused(zeros.name, f"{zeros.info}, expected {expected}")
+        stored = Zeros.MIDDLE if zeros is None else Zeros.SIGNED
+        packing = TorchaoInteger(
+            rows,
+            columns,
+            bits,
+            columns if one else columns // wide,
+            zeros is None or self._symmetric(zeros),
+            scale.info.dtype,
+            rows,
+            one,
+            stored,
+        )
+        parts = {"weight": qdata, "weight_scale": scale}
+        if zeros is not None:
+            parts["weight_zero_point"] = zeros
+        words = "a scale a tensor" if one else "a scale a row"
+        return integer_layer(self.sorter, path, parts, qdata.info.shape, packing, "torchao", words)
+
+    def _symmetric(self, zeros: SourceTensor) -> bool:
+        """Whether every zero is 0: as the config says (held against the data later), or read."""
+        mapping = self.default.get("mapping_type")
+        word = mapping.get("_data") if isinstance(mapping, Mapping) else mapping
+        if str(word).upper() == "SYMMETRIC":
+            return True
+        return not self.checkpoint.peek(zeros.name).any()
+
+    def _int4(self, path: str, tensors: _Tensors, data: Mapping[str, Any]) -> SourceLayer:
+        qdata, scale, zeros = tensors["qdata"], tensors["scale"], tensors.get("zero_point")
+        rows, nbytes = qdata.info.shape
+        if qdata.info.dtype not in ("I8", "U8") or zeros is None:
+            what = "zero_point" if zeros is None else "I8 codes"
+            raise Refused(qdata.name, f"{qdata.info}, expected {what} of an Int4Tensor")
+        groups = scale.info.shape[0]
+        if scale.info.shape != (groups, rows) or (2 * nbytes) % groups:
+            raise Refused(scale.name, f"{scale.info}, expected [groups, {rows}]")
+        if zeros.info.shape != scale.info.shape:
+            raise Refused(zeros.name, f"{zeros.info}, expected {list(scale.info.shape)}")
+        for part in (scale, zeros):
+            if part.info.dtype not in _FLOATS:
+                raise Refused(part.name, f"{part.info}, expected floats")
+        columns = 2 * nbytes
+        packing = TorchaoInt4(rows, columns, 4, columns // groups, False, scale.info.dtype)
+        parts = {"qdata": qdata, "scale": scale, "zero_point": zeros}
+        return integer_layer(self.sorter, path, parts, (rows, columns), packing, "torchao")
+
+    def _float8(self, path: str, tensors: _Tensors, data: Mapping[str, Any]) -> SourceLayer | None:
+        qdata, scale = tensors["qdata"], tensors["scale"]
+        if qdata.info.dtype not in FLOAT8:
+            raise Refused(qdata.name, f"{qdata.info}, expected F8_E4M3 codes")
+        tile = tile_of(qdata.info.shape, scale.info.shape, None)
+        if tile is None or scale.info.dtype not in _FLOATS:
+            raise Refused(scale.name, f"{scale.info} fits no tiling of {qdata.info}")
+        return float8_layer(self.checkpoint, path, qdata, scale, tile, self.sorter.dtype)
+
+    def _mx(self, path: str, tensors: _Tensors, data: Mapping[str, Any]) -> SourceLayer:
+        qdata, scale = tensors["qdata"], tensors["scale"]
+        bits = 8 if qdata.info.dtype == "F8_E4M3" else 4
+        if bits == 4 and qdata.info.dtype != "U8":
+            raise Refused(qdata.name, f"{qdata.info}, expected F8_E4M3 or packed FP4 (U8) codes")
+        if data.get("block_size", 32) != 32:
+            message = f"has blocks of {data.get('block_size')!r}; MLX's are of 32"
+            raise Refused(path, message)
+        rows, nbytes = qdata.info.shape
+        columns = nbytes * 8 // bits
+        packing = MxBlocks(rows, columns, rows, bits, nbytes)
+        layer = SourceLayer(
+            path,
+            {"weight": qdata, "scale": scale},
+            packing.encoding,
+            (rows, columns),
+            self.sorter.dtype,
+            packing,
+            f"mxfp{bits}",
+        )
+        if scale.info.dtype not in EXPONENTS:
+            raise Refused(scale.name, f"{scale.info}, expected F8_E8M0")
+        return _unswizzled(layer, scale, 32, data)
+
+    def _nvfp4(self, path: str, tensors: _Tensors, data: Mapping[str, Any]) -> SourceLayer | None:
+        qdata, scale = tensors["qdata"], tensors["scale"]
+        if qdata.info.dtype != "U8":
+            raise Refused(qdata.name, f"{qdata.info}, expected U8, two codes a byte")
+        if data.get("block_size", 16) != 16:
+            message = f"has blocks of {data.get('block_size')!r}; MLX's are of 16"
+            raise Refused(path, message)
+        if scale.info.dtype not in ("F8_E4M3", "U8"):
+            raise Refused(scale.name, f"{scale.info}, expected F8_E4M3")
+        factor = tensors.get("per_tensor_scale")
+        layer = nvfp4_layer(self.checkpoint, self.sorter, path, qdata, scale, factor, divides=False)
+        return None if layer is None else _unswizzled(layer, scale, 16, data)
+
+
+def _unswizzled(
+    layer: SourceLayer, scale: SourceTensor, group: int, data: Mapping[str, Any]
+) -> SourceLayer:
+    """The layer with its scales row by row, however they are stored."""
+    assert layer.packing is not None
+    rows, columns = layer.shape
+    groups, ragged = divmod(columns, group)
+    if ragged:
+        raise Refused(layer.path, f"has {columns} inputs, no multiple of its groups of {group}")
+    if not data.get("is_swizzled_scales"):
+        if scale.info.shape != (rows, groups):
+            raise Refused(scale.name, f"{scale.info}, expected [{rows}, {groups}]")
+        return layer
+    packing = Swizzled(rows, columns, layer.packing, groups)
+    across = 16 * -(-groups // 4)
+    expected = (packing.stored_bytes() // across, across)
+    if scale.info.shape != expected:
+        raise Refused(scale.name, f"{scale.info}, expected {list(expected)}, swizzled")
+    return replace(layer, packing=packing, stored=f"{layer.stored}, swizzled scales")
+
+
+def _bits(path: str, data: Mapping[str, Any]) -> int:
+    """The width that ``target_dtype`` names: "int4"."""
+    target = data.get("target_dtype")
+    word = target.get("_data") if isinstance(target, Mapping) else target
+    if word is None:
+        return 8
+    if str(word) not in {f"int{bits}" for bits in range(1, 9)}:
+        raise Refused(path, f"has target_dtype {word!r}, expected int1 to int8")
+    return int(str(word).removeprefix("int"))
