@@ -37,6 +37,7 @@ from requant.options import (
     MaxMemory,
     MaxTokens,
     Mode,
+    NoResume,
     Only,
     Output,
     Overrides,
@@ -121,6 +122,7 @@ def convert(
     threads: Threads = None,
     shard_size: ShardSize = SHARD_SIZE,  # type: ignore[assignment]  # parsed by parse_size
     force: Force = False,
+    no_resume: NoResume = False,
     allow_nonfinite: AllowNonfinite = False,
     allow_overflow: AllowOverflow = False,
     dry_run: DryRun = False,
@@ -142,6 +144,8 @@ def convert(
       requant convert Llama-3.2-1B out --bits 3 --search best
       requant convert Llama-3-8B-AWQ out
       requant convert mlx-4bit out --dequantize --dtype bfloat16
+
+    Stopped (Ctrl-C, kill, a full disk), the same command goes on where it was.
     """  # noqa: D301
     from requant import console, conversion
 
@@ -166,7 +170,7 @@ def convert(
             _print_plan(plan, threads, max_memory, json, quiet, output, force)
         return
     with (
-        _answering_errors("interrupted; nothing was left behind"),
+        _answering_errors(),
         console.progress_display(quiet) as progress,
     ):
         report = conversion.convert(
@@ -176,6 +180,7 @@ def convert(
             max_memory=max_memory,
             threads=threads,
             force=force,
+            resume=not no_resume,
             allow_nonfinite=allow_nonfinite,
             allow_overflow=allow_overflow,
             progress=progress,
@@ -428,13 +433,13 @@ def _say(text: str) -> None:
 
 
 @contextmanager
-def _answering_errors(interrupted: str = "interrupted") -> Iterator[None]:
+def _answering_errors() -> Iterator[None]:
     """Turn what is not our defect into a line on standard error and an exit code."""
     try:
         yield
         sys.stdout.flush()
-    except KeyboardInterrupt:
-        _say(interrupted)
+    except KeyboardInterrupt as error:
+        _say("; ".join(["interrupted", *notes_of(error)]))
         raise typer.Exit(EXIT_INTERRUPTED) from None
     except BrokenPipeError:
         # The reader left. What is still buffered goes nowhere, so that Python's own last
@@ -442,7 +447,7 @@ def _answering_errors(interrupted: str = "interrupted") -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(EXIT_PIPE) from None
     except RequantError as error:
-        _say(f"error: {error}")
+        _say("\n".join([f"error: {error}", *notes_of(error)]))
         # With a layer, the number or word at fault is the source's and not the user's.
         wish = isinstance(error, OutOfRangeError | UnknownValueError) and error.layer is None
         usage = wish or isinstance(error, UsageError)
@@ -453,8 +458,13 @@ def _answering_errors(interrupted: str = "interrupted") -> Iterator[None]:
         raise typer.Exit(EXIT_FAULT) from None
 
 
+def notes_of(error: BaseException) -> list[str]:
+    """What was added to an error on its way, such as how to go on."""
+    return list(getattr(error, "__notes__", ()))
+
+
 def _terminate(*_: object) -> NoReturn:
-    """SIGTERM unwinds like Ctrl-C, so that a half-written output is removed."""
+    """SIGTERM unwinds like Ctrl-C."""
     raise SystemExit(EXIT_TERMINATED)
 
 

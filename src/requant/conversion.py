@@ -18,7 +18,7 @@ from requant.report import Report
 from requant.schema import Quantization
 from requant.specs import Spec
 from requant.wishes import Wishes
-from requant.writer import OutputFolder, Sink
+from requant.writer import OutputFolder, Sink, spoiled_before
 
 Source = str | os.PathLike[str]
 
@@ -96,6 +96,7 @@ def convert(
     allow_overflow: bool = False,
     progress: Callable[[Progress], None] | None = None,
     chunk_bytes: int | None = None,
+    resume: bool = True,
 ) -> Report:
     """Convert a checkpoint folder into an MLX folder.
 
@@ -137,13 +138,15 @@ def convert(
         allow_overflow: Let values that a cast to ``dtype`` cannot hold become infinite.
         progress: Called about ten times a second with a ``Progress``.
         chunk_bytes: Bytes of one worker's chunk; the result does not depend on it.
+        resume: Go on where the same conversion was stopped before; False starts over.
 
     Returns:
         What was done, layer by layer.
 
     Raises:
         CheckpointError: Everything that is wrong with the source; nothing was written.
-        OutputError: The output exists, or cannot be written; nothing stays behind.
+        OutputError: The output exists, is being written by another process, or cannot be
+            written. What was done is kept for the next call; a note of the error says where.
         UsageError: Wishes that contradict each other or name no layer.
 
     Example:
@@ -169,10 +172,14 @@ def convert(
         search=search,
         max_shard_bytes=shard_size,
     )
+    if allow_nonfinite and resume:
+        wishes = replace(wishes, spoiled=frozenset(spoiled_before(Path(output))))
     made, outcome = carry_out(
         Path(source),
         wishes,
-        lambda made: OutputFolder(made, Path(output), force),
+        lambda made, wished: OutputFolder(
+            made, Path(output), force, resume=resume, wishes=wished.to_dict()
+        ),
         lambda folder: folder.publish(),
         max_memory=max_memory,
         threads=threads,
@@ -190,7 +197,7 @@ AnySink = TypeVar("AnySink", bound=Sink)
 def carry_out(
     source: Path,
     wishes: Wishes,
-    open_sink: Callable[[Plan], AbstractContextManager[AnySink]],
+    open_sink: Callable[[Plan, Wishes], AbstractContextManager[AnySink]],
     finish: Callable[[AnySink], None],
     *,
     max_memory: int | None = None,
@@ -204,20 +211,23 @@ def carry_out(
     made = make_plan(source, wishes)
     while True:
         budget = make_budget(made, threads, max_memory, chunk_bytes)
-        with open_sink(made) as sink:
+        with open_sink(made, wishes) as sink:
             outcome = run_plan(made, sink, budget, progress)
             spoiled = [layer for layer, found in outcome.findings.items() if found.nonfinite]
-            if not spoiled or not allow_nonfinite:
-                _refuse(made, outcome, allow_overflow)
+            problems = _refused(outcome, allow_overflow)
+            if not problems:
                 finish(sink)
                 return made, outcome
+        # Left without an error: nothing is kept.
+        if not spoiled or not allow_nonfinite:
+            raise CheckpointError(made.source, problems)
         # The layout of the output changes with a layer that stays dense: plan again.
         wishes = replace(wishes, spoiled=wishes.spoiled.union(spoiled))
         made = make_plan(source, wishes)
 
 
-def _refuse(made: Plan, outcome: Outcome, allow_overflow: bool) -> None:
-    """Stop before anything is published where values were not numbers, or would be lost."""
+def _refused(outcome: Outcome, allow_overflow: bool) -> list[Problem]:
+    """What forbids publishing: values that were no numbers, or would be lost."""
     problems = []
     for layer, found in outcome.findings.items():
         if found.nonfinite:
@@ -232,5 +242,4 @@ def _refuse(made: Plan, outcome: Outcome, allow_overflow: bool) -> None:
                 "become infinite; --dtype bfloat16 holds them, --allow-overflow takes infinities"
             )
             problems.append(Problem(layer, message))
-    if problems:
-        raise CheckpointError(made.source, problems)
+    return problems

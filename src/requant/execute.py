@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -23,8 +23,9 @@ from requant.checkpoint import ComputedTensor, JoinedTensor, SourceTensor, Store
 from requant.dtypes import HEADER_NAME, NUMPY_DTYPE
 from requant.errors import CheckpointError, OutOfRangeError, Problem, RequantError
 from requant.formats.packing import Cut, Packing
+from requant.journal import Done
 from requant.schema import Quantization
-from requant.writer import Sink
+from requant.writer import Ledger, Sink
 
 # A chunk and what is made of it stay in a core's cache.
 DEFAULT_CHUNK_BYTES = 4 << 20
@@ -150,6 +151,11 @@ class Finding:
     squared_values: float = 0.0
     max_error_steps: float = 0.0
 
+    def told(self) -> dict[str, float]:
+        """What is not nothing."""
+        nothing = Finding()
+        return {k: v for k, v in asdict(self).items() if v != getattr(nothing, k)}
+
     def add(self, other: Finding) -> None:
         """Merge what another chunk saw."""
         self.nonfinite += other.nonfinite
@@ -274,6 +280,7 @@ class _Chunk:
     step: Step
     start: int
     stop: int
+    number: int = -1  # of the step in the plan
 
     def parts(self, chunk_bytes: int) -> Iterator[_Chunk]:
         """The same rows in pieces that a worker's buffers hold."""
@@ -281,7 +288,7 @@ class _Chunk:
         rows = max(1, chunk_bytes // max(1, step.work_bytes_per_row))
         if step.packing is None:
             for start in range(self.start, self.stop, rows):
-                yield _Chunk(step, start, min(start + rows, self.stop))
+                yield replace(self, start=start, stop=min(start + rows, self.stop))
             return
         rows = max(rows // step.packing.row_unit, 1) * step.packing.row_unit
         start = self.start  # rows of a piece count from the packed layer's first_row
@@ -289,18 +296,20 @@ class _Chunk:
             within = step.packed_rows(start, start + 1)[0] % step.packing.matrix_rows
             left = -(-(step.packing.matrix_rows - within) // step.row_step)
             room = min(rows if step.row_step > 1 else rows - within % rows, left)
-            yield _Chunk(step, start, min(start + room, self.stop))
+            yield replace(self, start=start, stop=min(start + room, self.stop))
             start += room
 
 
-def _chunks(steps: Sequence[Step], budget: Budget) -> Iterator[_Chunk]:
+def _chunks(steps: Sequence[Step], budget: Budget, ledger: Ledger | None) -> Iterator[_Chunk]:
     """What workers take one by one; a computed tensor stays with the worker that has it."""
-    for step in steps:
-        whole = _Chunk(step, 0, step.rows)
-        if any(isinstance(tensor, ComputedTensor) for tensor in step.inputs.values()):
-            yield whole
-        else:
-            yield from whole.parts(budget.chunk_of(step))
+    before = Done() if ledger is None else ledger.state
+    for number, step in enumerate(steps):
+        for start, stop in list(before.left(number, step.rows)):
+            whole = _Chunk(step, start, stop, number)
+            if any(isinstance(tensor, ComputedTensor) for tensor in step.inputs.values()):
+                yield whole
+            else:
+                yield from whole.parts(budget.chunk_of(step))
 
 
 class _Run:
@@ -308,7 +317,8 @@ class _Run:
 
     def __init__(self, plan: Plan, source: _Source, folder: Sink, budget: Budget) -> None:
         self.plan, self.source, self.folder, self.budget = plan, source, folder, budget
-        self.chunks = _chunks(plan.steps, budget)
+        self.ledger: Ledger | None = folder.ledger
+        self.chunks = _chunks(plan.steps, budget, self.ledger)
         self.lock = threading.Lock()
         self.error: BaseException | None = None
         self.stop = threading.Event()
@@ -316,6 +326,19 @@ class _Run:
         self.running = budget.threads
         self.outcome = Outcome()
         self.layer, self.bytes_done, self.bytes_written = "", 0, 0
+        if self.ledger is not None:
+            self._take_up(self.ledger.state)
+
+    def _take_up(self, before: Done) -> None:
+        """Count what an earlier run did and found."""
+        for number, found in before.found:
+            finding = Finding(**found)  # type: ignore[arg-type]  # as asdict gave it
+            layer = self.plan.steps[number].layer
+            self.outcome.findings.setdefault(layer, Finding()).add(finding)
+        for number, ranges in before.rows.items():
+            step = self.plan.steps[number]
+            rows = sum(stop - start for start, stop in ranges)
+            self.bytes_done += step.bytes_in * rows // max(step.rows, 1)
 
     def go(self, progress: Callable[[Progress], None] | None) -> Outcome:
         began = time.perf_counter()
@@ -410,6 +433,8 @@ class _Run:
             self.layer = step.layer
             self.bytes_done += read
             self.bytes_written += written
+        if self.ledger is not None:
+            self.ledger.done(chunk.number, chunk.start, chunk.stop, finding.told())
 
     def _make(
         self, chunk: _Chunk, buffers: _Buffers, computed: _Arrays

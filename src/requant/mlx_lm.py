@@ -143,6 +143,8 @@ def _check_installed(source: Path) -> None:
 class _Memory:
     """Stands where the output folder would: each tensor's bytes go into an array of MLX."""
 
+    ledger = None  # nothing outlives the process
+
     def __init__(self, plan: Plan) -> None:
         from requant.arrays.mlx import empty
         from requant.mlx_lm_layout.pipeline import MLX_DTYPE
@@ -167,7 +169,7 @@ class _Memory:
 
 
 @contextmanager
-def _in_memory(plan: Plan) -> Iterator[_Memory]:
+def _in_memory(plan: Plan, _: Wishes) -> Iterator[_Memory]:
     yield _Memory(plan)
 
 

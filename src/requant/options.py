@@ -156,6 +156,10 @@ Threads = Annotated[
     typer.Option("--threads", "-j", metavar="N", min=1, help="Threads.  [default: all processors]"),
 ]
 Force = Annotated[bool, typer.Option("--force", "-f", help="Replace an existing OUTPUT.")]
+NoResume = Annotated[
+    bool,
+    typer.Option("--no-resume", help="Start over instead of going on where a stopped run was."),
+]
 AllowNonfinite = Annotated[
     bool,
     typer.Option("--allow-nonfinite", help="Leave layers with NaN or infinity as they are."),

@@ -23,6 +23,7 @@ from requant.safetensors_header import unprintable
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+RECORD = "requant.json"  # what an output of ours was made from; its own output has another
 # Where tools write their quantization beside, or instead of, config.json. An output has none
 # of it: its config says how it is stored.
 QUANTIZATION_FILES = (
@@ -46,6 +47,7 @@ _STALE = {
     "*.ot": "weights for Rust's tch",
     "consolidated*": "a second copy of the weights, in Mistral's or Meta's own layout",
     "*.safetensors.index.json": "index of other weights",
+    RECORD: "describes the conversion that made the source",
     **dict.fromkeys(QUANTIZATION_FILES, "describes the source's quantization"),
 }
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)

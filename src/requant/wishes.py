@@ -6,13 +6,14 @@ The same record serves ``plan`` and ``convert``, the command line and Python.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 from requant.arrays.native import SEARCH_LEVELS, check_quantization
-from requant.errors import UnknownValueError, UsageError
-from requant.recipes import Recipe, load_recipe
-from requant.schema import Quantization, QuantMode
+from requant.errors import ParseError, UnknownValueError, UsageError
+from requant.recipes import Recipe, Rule, load_recipe
+from requant.schema import SKIP, Quantization, QuantMode
 from requant.specs import Spec, check_regex, parse_spec, resolve_quantization
 
 DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
@@ -80,6 +81,39 @@ class Wishes:
     keep_extra: bool = False
     search: str = "off"
 
+    def to_dict(self) -> dict[str, Any]:
+        """The wishes as JSON data; ``from_dict`` reads them back equal."""
+        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        return found | {
+            "quantization": self.quantization and self.quantization.to_dict(),
+            "overrides": [[pattern, _spec_data(spec)] for pattern, spec in self.overrides],
+            "only": list(self.only),
+            "recipe": self.recipe and asdict(self.recipe),
+            "spoiled": sorted(self.spoiled),
+        }
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Wishes:
+        """Read what ``to_dict`` gave.
+
+        Raises:
+            ParseError: It is not that.
+        """
+        try:
+            found = dict(data)
+            found |= {
+                "quantization": _quantization(found["quantization"]),
+                "overrides": tuple((str(p), _spec(spec)) for p, spec in found["overrides"]),
+                "only": tuple(map(str, found["only"])),
+                "recipe": found["recipe"] and _recipe(found["recipe"]),
+                "spoiled": frozenset(found["spoiled"]),
+            }
+            for pattern in (*found["only"], *(pattern for pattern, _ in found["overrides"])):
+                check_regex(pattern, "wish")
+            return Wishes(**found)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ParseError(f"these are no wishes of this version of requant: {error}") from error
+
     @staticmethod
     def build(
         quantization: Quantization | None = None,
@@ -144,6 +178,23 @@ class Wishes:
             keep_extra=keep_extra,
             search=search,
         )
+
+
+def _spec_data(spec: Spec) -> Any:
+    return spec.to_dict() if isinstance(spec, Quantization) else "skip"
+
+
+def _spec(data: Any) -> Spec:
+    return SKIP if data == "skip" else Quantization.from_dict(data)
+
+
+def _quantization(data: Any) -> Quantization | None:
+    return None if data is None else Quantization.from_dict(data)
+
+
+def _recipe(data: Mapping[str, Any]) -> Recipe:
+    rules = tuple(Rule(**{**rule, "roles": tuple(rule["roles"])}) for rule in data["rules"])
+    return Recipe(**{**data, "default": _quantization(data["default"]), "rules": rules})
 
 
 def _default_of(

@@ -1,28 +1,58 @@
 """Step 5 of the road: the output folder, laid out before data arrives, named when complete.
 
-Files grow in a hidden folder beside OUTPUT, so that the last rename is within one file
-system. Until then nothing stands under OUTPUT's name; after a failure nothing stays.
+Files grow in a hidden folder beside OUTPUT, so that the last rename is within one file system:
+
+    .OUTPUT.requant-partial/
+      lock       held by the process that writes; a dead one holds nothing
+      journal    what is done: the same command goes on from there
+      output/    becomes OUTPUT
+      replaced/  the folder that --force replaces, between two renames
+
+Until the rename nothing stands under OUTPUT's name, or what stood there before.
 """
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import json
 import os
 import shutil
+import socket
+import threading
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
-from requant.blueprint import Plan
+from requant.blueprint import OutputTensor, Plan
 from requant.errors import OutputError
+from requant.journal import Done, Found, Journal, read_journal
+from requant.record import hash_range, make_record, version
+from requant.source_folder import RECORD, open_regular
 
-# Dirty pages of a shard are handed to the disk in runs of this size while the run goes on,
-# so that the final fsync finds little to do.
-_WRITEBACK_BYTES = 32 << 20
+_COPIED_BYTES = 1 << 20
+
+
+class Ledger(Protocol):
+    """What a run asks before it starts, and tells as it goes on."""
+
+    @property
+    def state(self) -> Done:
+        """What was done by an earlier run."""
+
+    def done(self, step: int, start: int, stop: int, found: Found) -> None:
+        """Note that a range of a step's rows was written; thread-safe."""
 
 
 class Sink(Protocol):
     """Where the bytes of a plan's shards go."""
+
+    @property
+    def ledger(self) -> Ledger | None:
+        """Where to note what is done; None where nothing outlives the process."""
 
     def write(self, file: str, offset: int, data: memoryview) -> None:
         """Take ``data`` for an absolute offset of a shard; thread-safe, and ``data`` is lent."""
@@ -31,36 +61,142 @@ class Sink(Protocol):
 class OutputFolder:
     """An output that appears under its name only when it is whole.
 
-    Used as a context manager: leaving it without ``publish`` removes what was written.
-    Only ``write`` is called from several threads.
+    Used as a context manager. Leaving it without ``publish`` removes what was written;
+    leaving it by an error keeps what is done for the next run, and says so in a note of the
+    error. ``write`` and ``done`` are called from several threads.
+
+    Args:
+        plan: What is written.
+        output: The folder to be.
+        force: Replace a checkpoint that stands there.
+        resume: Go on where an earlier run of the same plan stopped; else start over.
+        wishes: What the plan was made from, for ``requant verify``.
     """
 
-    def __init__(self, plan: Plan, output: Path, force: bool) -> None:
-        self.plan, self.output, self.force = plan, output, force
-        self.staging = output.parent / f".{output.name}.requant-partial"
+    def __init__(
+        self,
+        plan: Plan,
+        output: Path,
+        force: bool,
+        resume: bool = True,
+        wishes: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.plan, self.output, self.force, self.resume = plan, output, force, resume
+        self.wishes = dict(wishes or {})
+        self.staging = staging_of(output)
+        self.inside = self.staging / "output"
+        self.replaced = self.staging / "replaced"
+        self.resumed = False
         self._files: dict[str, int] = {}
-        self._unsent: dict[str, int] = {}
+        self._lock: int | None = None
+        self._journal: Journal | None = None
+        self._tensors = {t.name: t for shard in plan.shards for t in shard.tensors}
+        self._rows_left = Counter[str]()
+        self._counting = threading.Lock()
+
+    # -- opening -------------------------------------------------------------------------
 
     def __enter__(self) -> Self:
-        check_output(self.plan, self.output, self.force)
+        check_output(self.plan, self.output, self.force, _allocated(self.inside))
         try:
             self.output.parent.mkdir(parents=True, exist_ok=True)
-            if self.staging.exists():
-                shutil.rmtree(self.staging)
-            self.staging.mkdir()
-            for shard in self.plan.shards:
-                flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
-                fd = os.open(self.staging / shard.name, flags, 0o666)
-                self._files[shard.name] = fd
-                self._unsent[shard.name] = 0
-                os.ftruncate(fd, shard.nbytes)
-                os.pwrite(fd, shard.header(), 0)
+            self._lock = lock_staging(self.staging, self.output)
+            self._put_back()
+            check_output(self.plan, self.output, self.force, _allocated(self.inside))
+            self._open()
         except BaseException as error:
-            self._discard()
-            if isinstance(error, OSError):
+            self._leave(error)
+            if isinstance(error, OSError) and not isinstance(error, OutputError):
                 raise self._failure(error) from error
             raise
         return self
+
+    def _put_back(self) -> None:
+        """Undo a replacement that a killed process left half done."""
+        if not self.replaced.exists():
+            return
+        if self.output.exists():
+            shutil.rmtree(self.replaced)
+        else:
+            self.replaced.rename(self.output)
+
+    def _open(self) -> None:
+        head = self._head()
+        before, entries = read_journal(self.staging / "journal")
+        if before and self.resume:
+            changed = _changed(before, head)
+            if changed:
+                raise OutputError(
+                    f"{self.output}: a conversion that was stopped is kept in {self.staging}, and "
+                    f"{changed} since; --no-resume starts over, or give the same command as then"
+                )
+        self.resumed = bool(before) and self.resume and self._open_shards()
+        if not self.resumed:
+            entries = []
+            self._lay_out()
+        self._journal = Journal(self.staging / "journal", head, entries, self._sync)
+        for number, step in enumerate(self.plan.steps):
+            left = sum(stop - start for start, stop in self._journal.state.left(number, step.rows))
+            for out in step.outputs.values():
+                self._rows_left[out.name] += left
+
+    def _head(self) -> dict[str, Any]:
+        """What must be the same for a run to go on where another stopped."""
+        source = self.plan.checkpoint.path
+        stats = {f.name: (source / f.name).stat() for f in self.plan.files}
+        return {
+            "requant": version(),
+            "plan": self.plan.hash,
+            "sources": {name: [s.st_size, s.st_mtime_ns] for name, s in stats.items()},
+            "spoiled": sorted(self.wishes.get("spoiled", ())),
+        }
+
+    def _open_shards(self) -> bool:
+        """Open the files of an earlier run, if they are what they should be."""
+        try:
+            for shard in self.plan.shards:
+                fd = os.open(self.inside / shard.name, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+                self._files[shard.name] = fd
+                header = shard.header()
+                sound = os.fstat(fd).st_size == shard.nbytes
+                if not sound or os.pread(fd, len(header), 0) != header:
+                    self._close_files()
+                    return False
+        except FileNotFoundError:
+            self._close_files()
+            return False
+        return True
+
+    def _lay_out(self) -> None:
+        for name in ("journal", "journal.new"):
+            (self.staging / name).unlink(missing_ok=True)
+        if self.inside.exists():
+            shutil.rmtree(self.inside)
+        self.inside.mkdir()
+        for shard in self.plan.shards:
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            fd = os.open(self.inside / shard.name, flags, 0o666)
+            self._files[shard.name] = fd
+            os.ftruncate(fd, shard.nbytes)
+            os.pwrite(fd, shard.header(), 0)
+
+    # -- running -------------------------------------------------------------------------
+
+    @property
+    def ledger(self) -> Ledger:
+        """The folder itself: it hashes each tensor whose last rows are done."""
+        return self
+
+    @property
+    def state(self) -> Done:
+        """What an earlier run did."""
+        return self.journal.state
+
+    @property
+    def journal(self) -> Journal:
+        """The open journal."""
+        assert self._journal is not None, "the folder was not entered"
+        return self._journal
 
     def write(self, file: str, offset: int, data: memoryview) -> None:
         """Write ``data`` at an absolute offset of a shard; thread-safe."""
@@ -69,13 +205,32 @@ class OutputFolder:
             while data:
                 written = os.pwrite(fd, data, offset)
                 data, offset = data[written:], offset + written
-                self._unsent[file] += written  # a lost update only delays the hint
-            if self._unsent[file] > _WRITEBACK_BYTES and hasattr(os, "posix_fadvise"):
-                self._unsent[file] = 0
-                # Starts write-back of dirty pages; it does not wait for it.
-                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         except OSError as error:
             raise self._failure(error) from error
+
+    def done(self, step: int, start: int, stop: int, found: Found) -> None:
+        """Note a range of rows; hash the tensors that are whole now."""
+        self.journal.done(step, start, stop, found)
+        whole = []
+        with self._counting:
+            for out in self.plan.steps[step].outputs.values():
+                self._rows_left[out.name] -= stop - start
+                if not self._rows_left[out.name]:
+                    whole.append(out.name)
+        for name in whole:
+            self._hash(self._tensors[name])
+
+    def _hash(self, tensor: OutputTensor) -> None:
+        digest = hash_range(self._files[tensor.file], tensor.offset, tensor.info.nbytes)
+        self.journal.add({"hash": [tensor.name, digest]})
+
+    def _sync(self) -> None:
+        for fd in list(self._files.values()):
+            _fdatasync(fd)
+        for folder in (self.inside, self.staging, self.output.parent):
+            _fsync(folder)
+
+    # -- the end -------------------------------------------------------------------------
 
     def publish(self) -> None:
         """Add everything that is no weight, make it durable, and give it its name.
@@ -84,38 +239,54 @@ class OutputFolder:
             OutputError: A file cannot be written; OUTPUT is as it was before.
         """
         try:
+            for tensor in self._tensors.values():  # what a killed run wrote and did not hash
+                if tensor.name not in self.state.hashes:
+                    self._hash(tensor)
+            hashes = dict(self.state.hashes)
+            self.journal.close()
             for shard_fd in self._files.values():
                 os.fsync(shard_fd)
-            self._close()
+            self._close_files()
             self._write_json("model.safetensors.index.json", self.plan.index())
             self._write_json("config.json", dict(self.plan.config))
-            for name in self.plan.side_files:
-                target = self.staging / name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(self.plan.checkpoint.path / name, target)
-                _fsync(target)
-            _fsync(self.staging)
+            sides = {name: self._carry_over(name) for name in self.plan.side_files}
+            record = make_record(self.plan, self.wishes, hashes, sides)
+            self._write_json(RECORD, record)
+            _fsync(self.inside)
             self._rename()
             _fsync(self.output.parent)
+            shutil.rmtree(self.staging, ignore_errors=True)
         except OSError as error:
+            if isinstance(error, OutputError):
+                raise
             raise self._failure(error) from error
 
     def _rename(self) -> None:
         if not self.output.exists():
-            self.staging.rename(self.output)
+            self.inside.rename(self.output)
             return
-        old = self.output.parent / f".{self.output.name}.requant-old"
-        shutil.rmtree(old, ignore_errors=True)
-        self.output.rename(old)
+        self.output.rename(self.replaced)
         try:
-            self.staging.rename(self.output)
+            self.inside.rename(self.output)
         except OSError:
-            old.rename(self.output)
+            self.replaced.rename(self.output)
             raise
-        shutil.rmtree(old)
+
+    def _carry_over(self, name: str) -> str:
+        """Copy a file of the source; its hash."""
+        target = self.inside / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        digest = hashlib.sha256()
+        path = self.plan.checkpoint.path / name
+        with open(open_regular(path), "rb") as source, target.open("wb") as file:
+            while block := source.read(_COPIED_BYTES):
+                digest.update(block)
+                file.write(block)
+        _fsync(target)
+        return digest.hexdigest()
 
     def _write_json(self, name: str, value: object) -> None:
-        path = self.staging / name
+        path = self.inside / name
         path.write_text(json.dumps(value, indent=4, ensure_ascii=False) + "\n", "utf-8")
         _fsync(path)
 
@@ -123,14 +294,10 @@ class OutputFolder:
         reason = error.strerror or str(error)
         return OutputError(f"{error.filename or self.output} cannot be written: {reason}")
 
-    def _close(self) -> None:
-        for fd in self._files.values():
+    def _close_files(self) -> None:
+        files, self._files = self._files, {}
+        for fd in files.values():
             os.close(fd)
-        self._files.clear()
-
-    def _discard(self) -> None:
-        self._close()
-        shutil.rmtree(self.staging, ignore_errors=True)
 
     def __exit__(
         self,
@@ -138,11 +305,91 @@ class OutputFolder:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._discard()
+        self._leave(error)
+
+    def _leave(self, error: BaseException | None) -> None:
+        """Close everything; keep what another run can go on from."""
+        entered, journal = self._journal is not None, self._journal
+        if journal is not None:
+            journal.close()
+        self._close_files()
+        if self._lock is None:
+            return
+        kept = bool(journal.state.rows) if journal is not None else self._has_journal()
+        if error is not None and kept:
+            if entered:
+                share = f"{self._share_done():.0%} is done and kept in {self.staging}"
+                error.add_note(
+                    f"{share}; the same command goes on from there, --no-resume starts over"
+                )
+        else:
+            shutil.rmtree(self.staging, ignore_errors=True)
+        os.close(self._lock)
+        self._lock = None
+
+    def _has_journal(self) -> bool:
+        return (self.staging / "journal").exists()
+
+    def _share_done(self) -> float:
+        total = sum(step.rows * step.columns for step in self.plan.steps)
+        done = sum(
+            (stop - start) * self.plan.steps[number].columns
+            for number, ranges in self.state.rows.items()
+            for start, stop in ranges
+        )
+        return done / total if total else 1.0
 
 
-def check_output(plan: Plan, output: Path, force: bool) -> None:
+def staging_of(output: Path) -> Path:
+    """The hidden folder in which OUTPUT grows."""
+    return output.parent / f".{output.name}.requant-partial"
+
+
+def spoiled_before(output: Path) -> list[str]:
+    """Layers that a stopped run of this output had found to hold NaN or infinity."""
+    head, _ = read_journal(staging_of(output) / "journal")
+    found = head.get("spoiled", [])
+    return [layer for layer in found if isinstance(layer, str)] if isinstance(found, list) else []
+
+
+def lock_staging(staging: Path, output: Path) -> int:
+    """Make the folder and take its lock; the system gives it back when the process ends.
+
+    Raises:
+        OutputError: Another process has it.
+    """
+    while True:
+        staging.mkdir(exist_ok=True)
+        try:
+            fd = os.open(staging / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except FileNotFoundError:  # the owner has just removed the folder
+            continue
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            owner = os.pread(fd, 200, 0).decode("utf-8", "replace") or "it does not say which"
+            os.close(fd)
+            raise OutputError(
+                f"{output} is being written by another process ({owner}); "
+                "wait for it, or name another folder"
+            ) from None
+        with suppress(FileNotFoundError):
+            if (staging / "lock").stat().st_ino == os.fstat(fd).st_ino:
+                with suppress(OSError):  # who it is matters less than that it is locked
+                    os.ftruncate(fd, 0)
+                    os.pwrite(fd, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+                return fd
+        os.close(fd)
+
+
+def check_output(plan: Plan, output: Path, force: bool, spent: int = 0) -> None:
     """Refuse an output that must not, or cannot, be written.
+
+    Args:
+        plan: What is to be written.
+        output: Where to.
+        force: Whether a checkpoint there may be replaced.
+        spent: Bytes on the disk that an earlier run wrote already.
 
     Raises:
         OutputError: OUTPUT exists and ``force`` is not set, is no checkpoint folder, lies
@@ -163,7 +410,7 @@ def check_output(plan: Plan, output: Path, force: bool) -> None:
             )
     existing = next(p for p in (target, *target.parents) if p.exists())
     side = sum((plan.checkpoint.path / name).stat().st_size for name in plan.side_files)
-    needed = sum(shard.nbytes for shard in plan.shards) + side
+    needed = max(sum(shard.nbytes for shard in plan.shards) + side - spent, 0)
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise OutputError(
@@ -177,3 +424,25 @@ def _fsync(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def _fdatasync(fd: int) -> None:
+    getattr(os, "fdatasync", os.fsync)(fd)
+
+
+def _allocated(folder: Path) -> int:
+    """Bytes that the files of a folder take on the disk."""
+    with suppress(OSError):
+        return sum(entry.stat().st_blocks * 512 for entry in folder.iterdir())
+    return 0
+
+
+def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What differs between two runs, in words; "" where nothing does."""
+    if before.get("requant") != now["requant"]:
+        return f"requant is {now['requant']}, it was {before.get('requant')}"
+    old, new = before.get("sources", {}), now["sources"]
+    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    if names:
+        return f"the source's {', '.join(sorted(names)[:3])} changed"
+    return "" if before.get("plan") == now["plan"] else "what is asked for changed"

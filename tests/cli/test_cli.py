@@ -63,7 +63,12 @@ def test_plan_takes_every_wish_of_convert(requant: Requant) -> None:
         {line.split()[0] for line in requant(c, "-h").out.splitlines() if line.startswith("  --")}
         for c in ("convert", "plan")
     ]
-    assert options[0] - options[1] == {"--allow-nonfinite", "--allow-overflow", "--quiet"}
+    assert options[0] - options[1] == {
+        "--allow-nonfinite",
+        "--allow-overflow",
+        "--no-resume",
+        "--quiet",
+    }
     assert options[1] <= options[0]
 
 
@@ -393,10 +398,16 @@ def test_interrupt_exits_130(
     def interrupt(*_: object) -> NoReturn:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(conversion, "_refuse", interrupt)  # all is written, nothing is published
-    result = requant("convert", model, tmp_path / "out")
-    assert result == Result(130, "", "interrupted; nothing was left behind\n")
-    assert names_in(tmp_path) == ["model"]
+    with monkeypatch.context() as patch:  # all is written, nothing is published
+        patch.setattr(conversion, "_refused", interrupt)
+        result = requant("convert", model, tmp_path / "out")
+    kept = tmp_path / ".out.requant-partial"
+    words = f"interrupted; 100% is done and kept in {kept}; the same command goes on from there"
+    assert result == Result(130, "", f"{words}, --no-resume starts over\n")
+    assert names_in(tmp_path) == [kept.name, "model"]
+
+    assert requant("convert", model, tmp_path / "out", "--no-resume").code == 0
+    assert names_in(tmp_path) == ["model", "out"]
 
 
 def test_a_defect_keeps_its_traceback(model: Path) -> None:

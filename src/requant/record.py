@@ -1,0 +1,76 @@
+"""``requant.json``: what an output was made from, and the hash of every tensor in it.
+
+It holds no time, no path and no name of a machine: equal conversions give equal records.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from importlib.metadata import version as installed_version
+from typing import Any
+
+from requant.blueprint import Plan
+
+_BLOCK_BYTES = 1 << 20
+FORMAT_VERSION = 1
+
+
+def version() -> str:
+    """The version of requant that is installed."""
+    return installed_version("requant")
+
+
+def make_record(
+    plan: Plan, wishes: Mapping[str, Any], hashes: Mapping[str, str], files: Mapping[str, str]
+) -> dict[str, Any]:
+    """The record of a finished output.
+
+    Args:
+        plan: What was carried out.
+        wishes: What the plan was made from, as ``Wishes.to_dict`` gives it.
+        hashes: Tensor -> SHA-256 of its bytes.
+        files: File carried over -> SHA-256 of its bytes.
+    """
+    return {
+        "record": FORMAT_VERSION,
+        "requant": version(),
+        "plan": plan.hash,
+        "wishes": dict(wishes) | {"layout": plan.layout},
+        "source": {"format": plan.format, "files": [asdict(file) for file in plan.files]},
+        "layers": {
+            layer.layer: {
+                "treatment": layer.treatment,
+                "exactness": layer.exactness,
+                "source": layer.source,
+                "target": layer.target,
+            }
+            for layer in plan.layers
+        },
+        "tensors": {t.name: hashes[t.name] for shard in plan.shards for t in shard.tensors},
+        "files": dict(files),
+    }
+
+
+def hash_range(
+    fd: int, offset: int, nbytes: int, *, stop: Callable[[], bool] = lambda: False
+) -> str:
+    """SHA-256, in hex, of a range of an open file; "" if ``stop`` says so on the way.
+
+    Raises:
+        OSError: It cannot be read, or ends before the range does.
+    """
+    digest = hashlib.sha256()
+    block = memoryview(bytearray(min(_BLOCK_BYTES, max(nbytes, 1))))
+    end = offset + nbytes
+    while offset < end:
+        if stop():
+            return ""
+        got = os.preadv(fd, [block[: end - offset]], offset)
+        if not got:
+            raise OSError(f"ends at byte {offset:,}, where more was expected")
+        digest.update(block[:got])
+        offset += got
+    return digest.hexdigest()

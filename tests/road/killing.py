@@ -1,0 +1,99 @@
+"""Converts in processes that are killed at random moments; run by test_resume as a script.
+
+Reads ``[[source, output, wishes], ...]``, a seed and a number of kills from the command line;
+prints how many runs were killed, and how many went on where another stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import requant
+from requant import writer
+
+
+def convert(source: str, output: str, wishes: dict[str, Any]) -> None:
+    """One conversion, in many small chunks."""
+    requant.convert(source, output, **wishes, chunk_bytes=500, threads=2)
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """Hash of every file, however deep."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+    }
+
+
+def forked(job: list[Any], after_s: float) -> tuple[bool, bool]:
+    """Convert in a child, killed after a while: whether it was killed, and had resumed."""
+    marks, mark = os.pipe()
+    child = os.fork()
+    if not child:
+        entered = writer.OutputFolder.__enter__
+
+        def telling(self: writer.OutputFolder) -> writer.OutputFolder:
+            folder = entered(self)
+            os.write(mark, b"r" if folder.resumed else b"n")
+            return folder
+
+        writer.OutputFolder.__enter__ = telling  # type: ignore[method-assign]
+        try:
+            convert(*job)
+            os._exit(0)
+        except BaseException as error:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            os._exit(1)
+    os.close(mark)
+    deadline = time.monotonic() + after_s
+    status = None
+    while time.monotonic() < deadline and status is None:
+        done, code = os.waitpid(child, os.WNOHANG)
+        status = code if done else None
+        time.sleep(0.0005)
+    if status is None:
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+    told = os.read(marks, 1)
+    os.close(marks)
+    if os.WIFEXITED(status) and os.WEXITSTATUS(status):
+        raise SystemExit(f"{job}: failed")
+    return os.WIFSIGNALED(status), told == b"r"
+
+
+def main() -> None:
+    """Kill, look, go on; until every output is whole and as many were killed as asked."""
+    jobs, seed, kills = json.loads(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    rng = random.Random(seed)
+    expected, lasts = [], []
+    for number, (source, output, wishes) in enumerate(jobs):
+        began = time.monotonic()
+        convert(source, f"{output}-reference-{number}", wishes)
+        lasts.append(time.monotonic() - began)
+        expected.append(tree(Path(f"{output}-reference-{number}")))
+    killed = resumed = finished = number = 0
+    while killed < kills or finished < len(jobs):
+        at = number % len(jobs)
+        job, number = jobs[at], number + 1
+        output = Path(job[1])
+        while not output.exists():
+            was_killed, had_resumed = forked(job, rng.uniform(0, 1.5 * lasts[at]))
+            killed, resumed = killed + was_killed, resumed + had_resumed
+            if output.exists() and tree(output) != expected[at]:
+                raise SystemExit(f"{output} exists and is another than the whole one")
+        finished += 1
+        writer.shutil.rmtree(output)
+    print(json.dumps({"killed": killed, "resumed": resumed, "finished": finished}))
+
+
+if __name__ == "__main__":
+    main()
