@@ -74,6 +74,29 @@ def test_mlx_reads_the_values_that_the_search_meant(source: Path, tmp_path: Path
         assert errors[0] < 0.85 * errors[1]
 
 
+def test_mlx_lm_loads_it_and_it_stays_nearer_to_the_dense_model(tmp_path: Path) -> None:
+    """Mean KL divergence of the next-token distributions over some prose."""
+    utils = pytest.importorskip("mlx_lm.utils")
+    source = Path(__file__).parents[2] / "examples" / "micro-llama"
+    text = (source.parent.parent / "docs" / "architecture.md").read_text()[:3000]
+    folders = {"dense": source}
+    for level in ("off", "best"):
+        folders[level] = tmp_path / level
+        requant.convert(source, folders[level], bits=3, search=level)
+    logs = {}
+    tokens = mx.array([utils.load_tokenizer(source).encode(text)[:512]])
+    for name, folder in folders.items():
+        model, _ = utils.load_model(folder)
+        logits = model(tokens).astype(mx.float32)
+        logs[name] = np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
+
+    def divergence(name: str) -> float:
+        dense = logs["dense"]
+        return float((np.exp(dense) * (dense - logs[name])).sum(-1).mean())
+
+    assert 0 < divergence("best") < 0.8 * divergence("off")
+
+
 def test_a_quantized_source_is_coded_again_with_a_search(source: Path, tmp_path: Path) -> None:
     requant.convert(source, tmp_path / "8", bits=8, layout="keep")
     reports = [

@@ -1,0 +1,91 @@
+"""What a search is worth to a model: its loss gap to the dense one, over MLX's rule's.
+
+    python benchmarks/quality.py MODEL --text held-out.txt
+    python benchmarks/quality.py MODEL --text held-out.jsonl --tokens 8192 --specs 3 4:32 mxfp4
+
+MODEL is a dense folder that mlx-lm loads; each conversion happens in memory. The text is plain,
+or JSON strings, one a line; nothing is calibrated on it. `gap` is the mean next-token loss in nats
+above the dense model's, `share` that gap over the one of MLX's rule at the same spec and bytes,
+with its standard error over the windows of text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+import requant.mlx_lm
+
+
+def tokens_of(path: Path, tokenizer: Any, most: int, window: int) -> np.ndarray:
+    """Token ids of the text, ``(windows, window)``."""
+    text = path.read_text()
+    documents = map(json.loads, text.splitlines()) if path.suffix == ".jsonl" else [text]
+    ids: list[int] = []
+    for document in documents:
+        ids += tokenizer.encode(document)
+        if len(ids) >= most:
+            break
+    count = min(len(ids), most) // window
+    return np.array(ids[: count * window]).reshape(count, window)
+
+
+def losses(model: Any, ids: np.ndarray) -> np.ndarray:
+    """Mean next-token loss of each window, in nats."""
+    found = []
+    for row in ids:
+        logits = model(mx.array(row[None, :-1])).astype(mx.float32)
+        loss = nn.losses.cross_entropy(logits, mx.array(row[None, 1:]))
+        found.append(float(loss.mean()))
+    return np.array(found)
+
+
+def wishes_of(spec: str) -> dict[str, Any]:
+    """``4``, ``4:32`` or a mode as keyword arguments."""
+    if not spec[0].isdigit():
+        return {"mode": spec}
+    bits, _, group_size = spec.partition(":")
+    return {"bits": int(bits), "group_size": int(group_size or 64)}
+
+
+def share_of(gaps: np.ndarray, rule: np.ndarray) -> tuple[float, float]:
+    """Ratio of the mean gaps, and its standard error by leaving out one window at a time."""
+    n = len(gaps)
+    without = (gaps.sum() - gaps) / (rule.sum() - rule)
+    spread = float(np.sqrt((n - 1) / n * ((without - without.mean()) ** 2).sum()))
+    return float(gaps.sum() / rule.sum()), spread
+
+
+def main() -> None:
+    """Parse the arguments and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--window", type=int, default=256)
+    parser.add_argument("--specs", nargs="+", default=["4", "3", "2", "mxfp4", "nvfp4"])
+    args = parser.parse_args()
+    source = str(args.model)
+    dense_model, tokenizer = requant.mlx_lm.load(source, dequantize=True, dtype="float32")
+    ids = tokens_of(args.text, tokenizer, args.tokens, args.window)
+    dense = losses(dense_model, ids)
+    print(f"{args.model.name}, {ids.size} tokens, dense loss {dense.mean():.4f} nats")
+    print(f"{'spec':8}{'search':>8}{'gap':>9}{'share':>8}{'+-':>8}")
+    for spec in args.specs:
+        rule = np.zeros(0)
+        for search in ("off", "fast", "best"):
+            model, _ = requant.mlx_lm.load(source, search=search, **wishes_of(spec))
+            gaps = losses(model, ids) - dense
+            rule = gaps if search == "off" else rule
+            share, spread = share_of(gaps, rule)
+            print(f"{spec:8}{search:>8}{gaps.mean():9.4f}{share:8.3f}{spread:8.3f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
