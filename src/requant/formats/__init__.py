@@ -13,6 +13,7 @@ from requant.formats.hqq import Hqq
 from requant.formats.mlx import Mlx
 from requant.formats.modelopt import ModelOpt
 from requant.formats.mxfp4 import Mxfp4
+from requant.formats.quark import Quark
 from requant.formats.qweight import QweightFormat
 from requant.formats.torchao import Torchao
 
@@ -28,6 +29,7 @@ FORMATS: tuple[Format, ...] = (
     Hqq(),
     Bitsandbytes(),
     BitNet(),
+    Quark(),
     Torchao(),
     Dense(),
 )

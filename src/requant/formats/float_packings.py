@@ -57,7 +57,7 @@ def scale_values(scales: np.ndarray) -> np.ndarray:
     return stored.astype(np.float32)
 
 
-def _check_exponents(scales: np.ndarray) -> np.ndarray:
+def check_exponents(scales: np.ndarray) -> np.ndarray:
     """Bytes of E8M0 scales, none of them NaN (which MLX would read as infinity)."""
     found = scales.view(np.uint8)
     count = int((found == _NAN_EXPONENT).sum())
@@ -156,7 +156,7 @@ class Float8(Packing):
         if found is None:
             raise InvariantError("its scales are no powers of two any more: the source changed")
         groups = np.arange(self.columns // 32) * 32 // self.tile[1]
-        tiles = _check_exponents(found).reshape(-1, self.grid[1])
+        tiles = check_exponents(found).reshape(-1, self.grid[1])
         out["scales"][:] = tiles[:, groups][self._down(start, stop)]
 
     def dense(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
@@ -237,11 +237,11 @@ class MxBlocks(Packing):
         self, parts: Parts, start: int, stop: int, out: Mapping[str, np.ndarray], scratch: Scratch
     ) -> None:
         out["weight"][:] = self._words(parts, stop - start)
-        out["scales"][:] = _check_exponents(parts["scale"])
+        out["scales"][:] = check_exponents(parts["scale"])
 
     def dense(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
         words, mode = self._words(parts, stop - start), self.encoding.mode.value
-        scales = _check_exponents(parts["scale"])
+        scales = check_exponents(parts["scale"])
         native.dequantize_into(words, scales, None, 32, self.bits, mode, out)
 
 
@@ -355,7 +355,7 @@ class Mxfp6Blocks(Packing):
         return _E2M3_EIGHTHS[fields]
 
     def _scales(self, parts: Parts) -> np.ndarray:
-        return scale_values(_check_exponents(parts["scale"])) / np.float32(8)
+        return scale_values(check_exponents(parts["scale"])) / np.float32(8)
 
     def unpack(
         self, parts: Parts, start: int, stop: int, out: Mapping[str, np.ndarray], scratch: Scratch

@@ -1,0 +1,310 @@
+"""AMD Quark folders: integers, FP8, FP4 and FP6 as the config's scheme for each layer says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Final
+
+from requant.checkpoint import Checkpoint, SourceTensor
+from requant.formats.base import SourceLayer, SourceLayout
+from requant.formats.declared import declared
+from requant.formats.float8_layers import EXPONENTS, FLOAT8, SCALES, float8_layer, tile_of
+from requant.formats.float_packings import MxBlocks, Mxfp6Blocks
+from requant.formats.integer_layers import integer_layer
+from requant.formats.nvfp4_layers import nvfp4_layer
+from requant.formats.quark_packings import QuarkColumns, QuarkMx, QuarkRows
+from requant.formats.sorting import Refused, Sorter
+
+_ROLES: Final = ("weight", "weight_scale", "weight_zero_point", "weight_scale_2")
+_FLOATS: Final = ("F32", "BF16", "F16")
+_INTEGERS: Final = ("int4", "uint4", "int8", "uint8")
+_SCHEMES: Final = ("per_tensor", "per_channel", "per_group")
+_ROTATIONS: Final = ("rotation", "quarot", "spinquant")
+_PACKS: Final = ("reorder", "order")
+_Tensors = Mapping[str, SourceTensor]
+
+
+class Quark:
+    """A folder with ``quant_method: quark``."""
+
+    name = "quark"
+
+    def claims(self, checkpoint: Checkpoint) -> str | None:
+        """The config names it; exports in the form of fp8 or awq are these formats' own."""
+        found = declared(checkpoint)
+        if found is None or found.method != "quark":
+            return None
+        return f"{found.where}: quant_method quark"
+
+    def read(self, checkpoint: Checkpoint) -> SourceLayout:
+        """Describe each layer that has a scale, or codes by its scheme; all else is dense."""
+        return _Reader(checkpoint).read()
+
+
+@dataclass(frozen=True, slots=True)
+class _Scheme:
+    """What the config says of a layer's weight: ``dtype``, ``qscheme``, ..., two for NVFP4."""
+
+    where: str
+    levels: tuple[Mapping[str, Any], ...]
+
+    def word(self, key: str, level: int = 0) -> str:
+        """A text in lower case, enum names without their class; "" where there is none."""
+        value = self.levels[level].get(key) if level < len(self.levels) else None
+        return value.lower().rpartition(".")[2] if isinstance(value, str) else ""
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether every zero is said to be the middle."""
+        return bool(self.levels) and self.levels[0].get("symmetric") is True
+
+
+class _Reader:
+    """Reads one checkpoint and collects what is wrong with it."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint, self.sorter = checkpoint, Sorter(checkpoint)
+        found = declared(checkpoint)
+        assert found is not None
+        self.found = found
+        export = found.get("export")
+        self.export = export if isinstance(export, Mapping) else {}
+        self.fake = str(self.export.get("weight_format", "")).lower() == "fake_quantized"
+        self._check_config()
+
+    def read(self) -> SourceLayout:
+        sorter = self.sorter
+        for path, tensors in self._tensors().items():
+            if self.fake and "weight" in tensors and tensors["weight"].info.dtype in _FLOATS:
+                for role in tensors.keys() - {"weight"}:
+                    sorter.drop(tensors[role].name, "a scale of weights that are stored dense")
+                continue
+            layer = sorter.make(path, tensors, self._layer)
+            if layer is not None:
+                self._check_excluded(layer)
+        sorter.drop_runtime_scales()
+        for tensor in sorter.left:
+            dtype = tensor.info.dtype
+            if dtype in ("I8", "U8", "I32") or dtype.startswith("F8_"):
+                sorter.problem(tensor.name, f"{tensor.info} holds codes, but its scale is missing")
+        if not sorter.quantized and not sorter.problems and not self.fake:
+            sorter.problem(
+                self.found.where,
+                "says quark, but no layer has a weight_scale: if the weights are dense, remove the "
+                "block",
+            )
+        return sorter.layout()
+
+    # -- the config ------------------------------------------------------------------------
+
+    def _check_config(self) -> None:
+        found, sorter = self.found, self.sorter
+        algorithms = str(found.get("algo_config") or "").lower()
+        if any(word in algorithms for word in _ROTATIONS):
+            sorter.problem(
+                f"{found.where}.algo_config",
+                "names a rotation, which the runtime may have to apply; MLX does not",
+            )
+        by_type = found.get("layer_type_quant_config")
+        if by_type:
+            sorter.problem(
+                f"{found.where}.layer_type_quant_config",
+                "gives schemes by class of layer, which names of tensors do not tell; "
+                "layer_quant_config by name is read",
+            )
+        self.excluded = found.names("exclude", sorter.problems)
+
+    def _check_excluded(self, layer: SourceLayer) -> None:
+        for pattern in self.excluded:
+            if fnmatchcase(layer.path, pattern):
+                message = f"is named dense by {self.found.where}.exclude ({pattern!r}), but is "
+                self.sorter.problem(layer.path, f"{message}stored as {layer.stored}")
+
+    def _scheme(self, path: str) -> _Scheme:
+        """The weight's scheme: that of the patterns that fit the layer, else the global one."""
+        table, where = self.found.get("layer_quant_config"), "global_quant_config"
+        said = self.found.get("global_quant_config")
+        fits = []
+        if isinstance(table, Mapping):
+            fits = [pattern for pattern in table if fnmatchcase(path, pattern)]
+        if fits and isinstance(table, Mapping):
+            said, where = table[fits[0]], f"layer_quant_config[{fits[0]!r}]"
+            if any(table[pattern] != said for pattern in fits):
+                both = f"{self.found.where}.layer_quant_config"
+                raise Refused(path, f"fits patterns of {both} that contradict each other: {fits}")
+        weight = said.get("weight") if isinstance(said, Mapping) else None
+        levels = weight if isinstance(weight, list) else [weight]
+        where = f"{self.found.where}.{where}.weight"
+        schemes = tuple(level for level in levels if isinstance(level, Mapping))
+        if not schemes or len(schemes) < len(levels):
+            raise Refused(path, f"is quantized, but {where} is {weight!r}, expected a scheme")
+        return _Scheme(where, schemes)
+
+    # -- the tensors -----------------------------------------------------------------------
+
+    def _tensors(self) -> dict[str, dict[str, SourceTensor]]:
+        """Layer path -> role -> tensor, for each layer with a scale, or with blocks of old mx."""
+        found: dict[str, dict[str, SourceTensor]] = {}
+        for name, tensor in self.sorter.tensors.items():
+            path, _, role = name.rpartition(".")
+            if role in _ROLES:
+                found.setdefault(path, {})[role] = tensor
+        return {
+            path: tensors
+            for path, tensors in found.items()
+            if tensors.keys() != {"weight"} or tensors["weight"].info.dtype == "U8"
+        }
+
+    def _layer(self, path: str, tensors: _Tensors) -> SourceLayer | None:
+        """One layer by its scheme.
+
+        Raises:
+            Refused: The scheme is not read, or the tensors contradict it.
+        """
+        weight = tensors.get("weight")
+        if weight is None:
+            names = ", ".join(tensor.name for tensor in tensors.values())
+            raise Refused(path, f"has {names}, but no {path}.weight")
+        if len(weight.info.shape) != 2 or 0 in weight.info.shape:
+            raise Refused(weight.name, f"{weight.info}, expected a matrix")
+        scheme = self._scheme(path)
+        dtype = scheme.word("dtype")
+        if dtype == "mx":
+            return self._old_mx(path, tensors, scheme)
+        if "weight_scale" not in tensors:
+            raise Refused(weight.name, f"{weight.info} has no {path}.weight_scale beside it")
+        if dtype in _INTEGERS:
+            return self._integer(path, tensors, scheme, dtype)
+        if dtype == "fp4":
+            return self._fp4(path, tensors, scheme)
+        if dtype == "fp6_e2m3":
+            return self._fp6(path, tensors)
+        if dtype in ("fp8_e4m3", "fp8"):
+            return self._fp8(path, tensors, scheme)
+        known = ", ".join((*_INTEGERS, "fp4", "fp6_e2m3", "fp8_e4m3", "mx"))
+        raise Refused(path, f"has dtype {dtype!r} by {scheme.where}; read are {known}")
+
+    def _integer(self, path: str, tensors: _Tensors, scheme: _Scheme, dtype: str) -> SourceLayer:
+        weight, scale, zeros = (tensors.get(role) for role in _ROLES[:3])
+        assert weight is not None
+        assert scale is not None
+        bits, qscheme = int(dtype[-1]), scheme.word("qscheme")
+        pack = str(self.export.get("pack_method", "")).lower()
+        if qscheme not in _SCHEMES:
+            raise Refused(path, f"has qscheme {qscheme!r} by {scheme.where}; read are {_SCHEMES}")
+        if bits == 4 and pack not in _PACKS:
+            message = f"is {pack!r}, expected one of {_PACKS}: the order of 4-bit codes"
+            raise Refused(f"{self.found.where}.export.pack_method", message)
+        wanted = ("I32", "U32") if bits == 4 else ("I8", "U8")
+        if weight.info.dtype not in wanted:
+            raise Refused(weight.name, f"{weight.info}, expected {wanted[0]} for {dtype}")
+        if scale.info.dtype not in _FLOATS:
+            raise Refused(scale.name, f"{scale.info}, expected floats")
+        signed, a_word = dtype.startswith("int"), 8 if bits == 4 else 1
+        if zeros is None and not signed:
+            raise Refused(path, f"holds {dtype} codes, but has no {path}.weight_zero_point")
+        height, width = weight.info.shape
+        arguments = (signed, pack == "reorder", zeros is not None)
+        symmetric = zeros is None or scheme.symmetric
+        parts = {"weight": weight, "weight_scale": scale}
+        if zeros is not None:
+            parts["weight_zero_point"] = zeros
+        if qscheme == "per_group":
+            columns, rows = height, width * a_word
+            groups = scale.info.shape[0] if scale.info.shape else 0
+            if not groups or scale.info.shape != (groups, rows) or columns % groups:
+                expected = f"[groups, {rows}] for {weight.info}, stored [in, out]"
+                raise Refused(scale.name, f"{scale.info}, expected {expected}")
+            _expect(zeros, (groups, width), wanted)
+            group = columns // groups
+            by_column = QuarkColumns(
+                rows, columns, bits, group, symmetric, scale.info.dtype, *arguments
+            )
+            return integer_layer(self.sorter, path, parts, (rows, columns), by_column, "quark")
+        rows, columns = height, width * a_word
+        one = scale.info.size == 1 and qscheme == "per_tensor"
+        if not one and scale.info.shape != (rows,):
+            raise Refused(scale.name, f"{scale.info}, expected [{rows}] for {qscheme}")
+        if bits == 4 and zeros is not None:
+            message = "beside 4-bit codes with a scale a row: how it is packed is not known"
+            raise Refused(zeros.name, f"{zeros.info} {message}")
+        _expect(zeros, scale.info.shape, ("I8", "U8", "I32"))
+        by_row = QuarkRows(
+            rows, columns, bits, columns, symmetric, scale.info.dtype, *arguments, one
+        )
+        words = "a scale a tensor" if one else "a scale a row"
+        return integer_layer(self.sorter, path, parts, (rows, columns), by_row, "quark", words)
+
+    def _fp4(self, path: str, tensors: _Tensors, scheme: _Scheme) -> SourceLayer | None:
+        weight, scale = tensors["weight"], tensors["weight_scale"]
+        rows, nbytes = weight.info.shape
+        if weight.info.dtype != "U8":
+            raise Refused(weight.name, f"{weight.info}, expected U8, two codes a byte")
+        factor = tensors.get("weight_scale_2")
+        if factor is not None or len(scheme.levels) > 1:
+            if factor is None:
+                raise Refused(path, f"has two levels of scales, but no {path}.weight_scale_2")
+            if scale.info.shape != (rows, nbytes // 8) or scale.info.dtype != "F8_E4M3":
+                expected = f"F8_E4M3 [{rows}, {nbytes // 8}]"
+                raise Refused(scale.name, f"{scale.info}, expected {expected}")
+            return nvfp4_layer(
+                self.checkpoint, self.sorter, path, weight, scale, factor, divides=False
+            )
+        if scale.info.shape != (rows, nbytes // 16) or scale.info.dtype not in EXPONENTS:
+            expected = f"U8 [{rows}, {nbytes // 16}]: groups of 32 with E8M0 scales"
+            raise Refused(scale.name, f"{scale.info}, expected {expected}")
+        packing = MxBlocks(rows, 2 * nbytes, rows, 4, nbytes)
+        parts = {"weight": weight, "scale": scale}
+        shape, dtype = (rows, 2 * nbytes), self.sorter.dtype
+        return SourceLayer(path, parts, packing.encoding, shape, dtype, packing, "mxfp4")
+
+    def _fp6(self, path: str, tensors: _Tensors) -> SourceLayer:
+        weight, scale = tensors["weight"], tensors["weight_scale"]
+        rows, nbytes = weight.info.shape
+        groups, ragged = divmod(nbytes, 24)
+        if weight.info.dtype != "U8" or ragged:
+            raise Refused(weight.name, f"{weight.info}, expected U8 [out, 24 * groups]")
+        if scale.info.shape != (rows, groups) or scale.info.dtype not in EXPONENTS:
+            raise Refused(scale.name, f"{scale.info}, expected U8 [{rows}, {groups}]")
+        packing = Mxfp6Blocks(rows, 32 * groups, rows)
+        parts, shape = {"weight": weight, "scale": scale}, (rows, 32 * groups)
+        dtype = self.sorter.dtype
+        return SourceLayer(path, parts, packing.encoding, shape, dtype, packing, "mxfp6 e2m3")
+
+    def _fp8(self, path: str, tensors: _Tensors, scheme: _Scheme) -> SourceLayer | None:
+        weight, scale = tensors["weight"], tensors["weight_scale"]
+        if weight.info.dtype not in FLOAT8:
+            raise Refused(weight.name, f"{weight.info}, expected F8_E4M3 codes")
+        block = scheme.levels[0].get("block_size")
+        pair = block if isinstance(block, list) and len(block) == 2 else None
+        named = (int(pair[0]), int(pair[1])) if pair and all(map(_is_count, pair)) else None
+        tile = tile_of(weight.info.shape, scale.info.shape, named)
+        if tile is None or scale.info.dtype not in SCALES:
+            raise Refused(scale.name, f"{scale.info} fits no tiling of {weight.info}")
+        return float8_layer(self.checkpoint, path, weight, scale, tile, self.sorter.dtype)
+
+    def _old_mx(self, path: str, tensors: _Tensors, scheme: _Scheme) -> SourceLayer:
+        weight = tensors["weight"]
+        kind = scheme.word("mx_element_dtype") or "fp4"
+        rows, nbytes = weight.info.shape
+        groups, ragged = divmod(nbytes, 17)
+        if kind not in ("fp4", "fp4_e2m1"):
+            raise Refused(path, f"holds mx blocks of {kind!r}; read are blocks of fp4")
+        if weight.info.dtype != "U8" or ragged:
+            raise Refused(weight.name, f"{weight.info}, expected U8 [out, 17 * groups of 32]")
+        packing = QuarkMx(rows, 32 * groups)
+        shape, dtype = (rows, 32 * groups), self.sorter.dtype
+        return SourceLayer(
+            path, {"weight": weight}, packing.encoding, shape, dtype, packing, "mxfp4, old blocks"
+        )
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _expect(part: SourceTensor | None, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> None:
+    if part is not None and (part.info.shape != shape or part.info.dtype not in dtypes):
+        raise Refused(part.name, f"{part.info}, expected {dtypes[0]} {list(shape)}")

@@ -1,0 +1,275 @@
+"""Quark by hand: every layout that is documented, and folders that must be refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import requant
+from tests.formats.folders import BF16, E4M3, e4m3, refusal, write
+from tests.formats.harness import affine, float_values, read_folder
+
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+E2M1 = np.concatenate([E2M1, -E2M1])
+ORDERS = {"order": range(8), "reorder": (0, 2, 4, 6, 1, 3, 5, 7)}
+
+
+def block(dtype: Any, qscheme: str = "per_group", pack: str = "order", **more: Any) -> Any:
+    weight = {"dtype": dtype, "qscheme": qscheme} if isinstance(dtype, str) else dtype
+    return {
+        "quant_method": "quark",
+        "global_quant_config": {"weight": weight},
+        "export": {"pack_method": pack},
+    } | more
+
+
+def pack_words(codes: np.ndarray, order: str) -> np.ndarray:
+    """Eight codes of 4 bits a word along the last axis: nibble i holds code ORDERS[i]."""
+    eights = codes.reshape(*codes.shape[:-1], -1, 8).astype(np.uint32) & 15
+    shifts = 4 * np.arange(8, dtype=np.uint32)
+    return (eights[..., list(ORDERS[order])] << shifts).sum(-1, dtype=np.uint32).view(np.int32)
+
+
+def dense(folder: Path, output: Path) -> np.ndarray:
+    requant.convert(
+        folder, output, layout="keep", dequantize=True, dtype="float32", chunk_bytes=3000
+    )
+    return read_folder(output)["up.weight"]
+
+
+def converted(folder: Path, output: Path) -> tuple[dict[str, np.ndarray], Any]:
+    report = requant.convert(folder, output, layout="keep", chunk_bytes=3000)
+    return read_folder(output), report.plan.layers[0]
+
+
+def test_words_written_by_hand() -> None:
+    """uint4 0 to 7 in one word: 75316420 with reorder, 76543210 without."""
+    codes = np.arange(8).reshape(1, 8)
+    assert hex(pack_words(codes, "reorder")[0, 0]) == "0x75316420"
+    assert hex(pack_words(codes, "order")[0, 0]) == "0x76543210"
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    dtype=st.sampled_from(["int4", "uint4", "int8", "uint8"]),
+    eights=st.integers(1, 5),
+    groups=st.integers(1, 4),
+    order=st.sampled_from(list(ORDERS)),
+    zero_points=st.booleans(),
+)
+def test_groups_are_stored_by_input(
+    dtype: str, eights: int, groups: int, order: str, zero_points: bool, tmp_path_factory: Any
+) -> None:
+    """per_group: [in, out], both orders of nibbles, with and without zeros."""
+    tmp_path = tmp_path_factory.mktemp("quark")
+    bits, signed = int(dtype[-1]), dtype.startswith("int")
+    low = -(1 << (bits - 1)) if signed else 0
+    random = np.random.default_rng(eights)
+    n_out, n_in = 8 * eights, 32 * groups
+    codes = random.integers(low, low + (1 << bits), (n_in, n_out))
+    zeros = random.integers(low, low + (1 << bits), (groups, n_out))
+    has_zeros = zero_points or not signed
+    zeros = zeros if has_zeros else np.zeros_like(zeros)
+    scales = random.uniform(0.1, 1, (groups, n_out)).astype(np.float16)
+    stored = np.int8 if signed else np.uint8
+    tensors = {
+        "up.weight": pack_words(codes, order) if bits == 4 else codes.astype(stored),
+        "up.weight_scale": scales,
+    }
+    if has_zeros:
+        packed = pack_words(zeros, order) if bits == 4 else zeros.astype(stored)
+        tensors["up.weight_zero_point"] = packed
+    folder = write(tmp_path / "source", tensors, block(dtype, pack=order))
+    steps = (codes - zeros.repeat(32, axis=0)).astype(np.float32)
+    values = (steps * scales.astype(np.float32).repeat(32, axis=0)).T
+    assert np.array_equal(dense(folder, tmp_path / "dense"), values)
+    made, layer = converted(folder, tmp_path / "out")
+    assert np.array_equal(affine(made, "up", 32, bits).codes, codes.T - low)
+    assert layer.exactness == ("rounded" if has_zeros else "exact")
+
+
+@pytest.mark.parametrize("dtype", ["int4", "int8", "uint8"])
+@pytest.mark.parametrize("qscheme", ["per_channel", "per_tensor"])
+@pytest.mark.parametrize("order", list(ORDERS))
+def test_channels_are_stored_by_output(
+    dtype: str, qscheme: str, order: str, tmp_path: Path
+) -> None:
+    bits, signed = int(dtype[-1]), dtype.startswith("int")
+    low = -(1 << (bits - 1)) if signed else 0
+    random = np.random.default_rng(4)
+    codes = random.integers(low, low + (1 << bits), (6, 64))
+    scales = random.uniform(0.1, 1, 6 if qscheme == "per_channel" else ()).astype(BF16)
+    zeros = np.zeros(scales.shape, np.int64) if signed else np.full(scales.shape, 128)
+    stored = np.int8 if signed else np.uint8
+    tensors = {
+        "up.weight": pack_words(codes, order) if bits == 4 else codes.astype(stored),
+        "up.weight_scale": scales,
+    }
+    if not signed:
+        tensors["up.weight_zero_point"] = zeros.astype(stored)
+    folder = write(tmp_path / "source", tensors, block(dtype, qscheme, order))
+    steps = (codes - np.broadcast_to(zeros.reshape(-1, 1), (6, 1))).astype(np.float32)
+    values = steps * scales.astype(np.float32).reshape(-1, 1)
+    assert np.array_equal(dense(folder, tmp_path / "dense"), values)
+    made, _ = converted(folder, tmp_path / "out")
+    assert np.array_equal(affine(made, "up", 64, bits).codes, codes - low)
+
+
+def test_fp4_and_its_older_blocks(tmp_path: Path) -> None:
+    """Scale 0.25, codes 0 to 15 twice: exponent byte fe, then 10 32 54 ...; E8M0 byte 7d."""
+    nibbles = np.array([0x10, 0x32, 0x54, 0x76, 0x98, 0xBA, 0xDC, 0xFE] * 2, np.uint8)
+    old = np.concatenate([np.array([0xFE], np.uint8), nibbles])
+    values = np.tile(E2M1 * np.float32(0.25), 2)
+    first = write(tmp_path / "a", {"up.weight": np.tile(old, (3, 2))}, block("mx"))
+    tensors = {
+        "up.weight": np.tile(nibbles, (3, 2)),
+        "up.weight_scale": np.full((3, 2), 0x7D, np.uint8),
+    }
+    second = write(tmp_path / "b", tensors, block("fp4"))
+    spec = {"group_size": 32, "bits": 4, "mode": "mxfp4"}
+    for name, folder in (("old", first), ("new", second)):
+        made, layer = converted(folder, tmp_path / name)
+        assert np.array_equal(float_values(made, "up", spec), np.tile(values, (3, 2)))
+        assert np.array_equal(dense(folder, tmp_path / f"{name}-dense"), np.tile(values, (3, 2)))
+        assert layer.exactness == "exact"
+        assert set(made["up.scales"].ravel().tolist()) == {0x7D}
+
+
+def test_two_levels_are_nvfp4(tmp_path: Path) -> None:
+    levels = [
+        {"dtype": "fp4", "qscheme": "per_group", "group_size": 16},
+        {"dtype": "fp8_e4m3", "qscheme": "per_tensor"},
+    ]
+    packed = np.random.default_rng(5).integers(0, 256, (4, 32), np.uint8)
+    tensors = {
+        "up.weight": packed,
+        "up.weight_scale": np.full((4, 4), 2, E4M3),
+        "up.weight_scale_2": np.array(0.3, np.float32),
+    }
+    folder = write(tmp_path / "source", tensors, block(levels))
+    pairs = np.stack([packed & 15, packed >> 4], axis=-1).reshape(4, 64)
+    values = E2M1[pairs] * (np.float32(2) * np.float32(0.3))
+    assert np.array_equal(dense(folder, tmp_path / "dense"), values)
+
+
+def test_fp6_becomes_affine(tmp_path: Path) -> None:
+    """0.125, 7.5, -0.125, 1.0 are codes 01 1f 21 08, stored c1 17 22."""
+    tensors = {
+        "up.weight": np.tile(np.array([0xC1, 0x17, 0x22], np.uint8), (2, 8)),
+        "up.weight_scale": np.full((2, 1), 128, np.uint8),
+    }
+    folder = write(tmp_path / "source", tensors, block("fp6_e2m3"))
+    made, layer = converted(folder, tmp_path / "out")
+    assert affine(made, "up", 32, 8).values[0, :4].tolist() == [0.25, 15, -0.25, 2]
+    assert layer.exactness == "exact"
+
+
+def test_fp8_by_pattern(tmp_path: Path) -> None:
+    """layer_quant_config rules over the global scheme; caches' scales are left out."""
+    weight = e4m3(6, 64)
+    tensors = {
+        "up.weight": weight,
+        "up.weight_scale": np.linspace(0.1, 1, 6).astype(np.float32),
+        "k_proj.output_scale": np.ones(1, np.float32),
+    }
+    scheme = {"weight": {"dtype": "fp8_e4m3", "qscheme": "per_channel"}}
+    more = {"layer_quant_config": {"u*": scheme}}
+    folder = write(tmp_path / "source", tensors, block("int4", **more))
+    expected = weight.astype(np.float32) * tensors["up.weight_scale"][:, None]
+    assert np.array_equal(dense(folder, tmp_path / "dense"), expected)
+
+
+def test_fake_quantized_weights_are_dense(tmp_path: Path) -> None:
+    tensors = {
+        "up.weight": np.ones((4, 32), np.float32),
+        "up.weight_scale": np.ones(4, np.float32),
+    }
+    config = block("int8", export={"weight_format": "fake_quantized"})
+    made, _ = converted(write(tmp_path / "source", tensors, config), tmp_path / "out")
+    assert made.keys() == {"up.weight"}
+
+
+Change = Callable[[dict[str, Any], dict[str, Any]], Any]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t, b: t.pop("up.weight"), "but no up.weight"),
+        (
+            lambda t, b: t.pop("up.weight_scale"),
+            "up.weight: U8 [4, 16] has no up.weight_scale beside it",
+        ),
+        (
+            lambda t, b: t.update({"up.weight_scale": np.ones((4, 2), np.uint8)}),
+            "up.weight_scale: U8 [4, 2], expected U8 [4, 1]",
+        ),
+        (
+            lambda t, b: b.update(block("int4")),
+            "up.weight: U8 [4, 16], expected I32 for int4",
+        ),
+        (lambda t, b: b.update(block("int4", pack="x")), "export.pack_method: is 'x'"),
+        (lambda t, b: b.update(block("int4", "per_row")), "has qscheme 'per_row'"),
+        (lambda t, b: b.update(block("uint2")), "has dtype 'uint2' by config.json"),
+        (lambda t, b: b.update(block("fp6_e3m2")), "has dtype 'fp6_e3m2' by config.json"),
+        (
+            lambda t, b: (
+                b.update(block("fp8_e4m3")),
+                t.update({"up.weight_scale": np.full((3, 1), 127, np.uint8)}),
+            ),
+            "up.weight_scale: U8 [3, 1] fits no tiling of U8 [4, 16]",
+        ),
+        (lambda t, b: b.update(block([{"dtype": "fp4"}] * 2)), "but no up.weight_scale_2"),
+        (lambda t, b: b.update(global_quant_config={}), "weight is None, expected a scheme"),
+        (lambda t, b: b.update(algo_config={"name": "QuaRot"}), "algo_config: names a rotation"),
+        (lambda t, b: b.update(layer_type_quant_config={"x": 1}), "by class of layer"),
+        (lambda t, b: b.update(exclude=["u?"]), "up: is named dense by"),
+        (
+            lambda t, b: b.update(layer_quant_config={"u*": {"weight": {}}, "*p": {}}),
+            "contradict each other: ['u*', '*p']",
+        ),
+        (
+            lambda t, b: t.update({"gate.codes": np.zeros((4, 16), np.uint8)}),
+            "gate.codes: U8 [4, 16] holds codes, but its scale is missing",
+        ),
+        (
+            lambda t, b: (
+                t.update(
+                    {
+                        "up.weight": np.zeros((32, 1), np.int32),
+                        "up.weight_scale": np.ones((1, 8), BF16),
+                    }
+                ),
+                b.update(block("uint4")),
+            ),
+            "holds uint4 codes, but has no up.weight_zero_point",
+        ),
+        (
+            lambda t, b: (
+                t.update(
+                    {
+                        "up.weight": np.zeros((32, 1), np.int32),
+                        "up.weight_scale": np.ones((3, 8), BF16),
+                    }
+                ),
+                b.update(block("int4")),
+            ),
+            "up.weight_scale: BF16 [3, 8], expected [groups, 8]",
+        ),
+    ],
+)
+def test_damaged_folders_are_refused(change: Change, words: str, tmp_path: Path) -> None:
+    tensors: dict[str, Any] = {
+        "up.weight": np.zeros((4, 16), np.uint8),
+        "up.weight_scale": np.full((4, 1), 127, np.uint8),
+    }
+    config = block("fp4")
+    change(tensors, config)
+    folder = write(tmp_path / "source", tensors, config)
+    assert words in refusal(folder, tmp_path / "out")
