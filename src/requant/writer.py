@@ -28,7 +28,7 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from requant.blueprint import OutputTensor, Plan
-from requant.errors import OutputError
+from requant.errors import InvariantError, OutputError
 from requant.journal import Done, Found, Journal, read_journal
 from requant.record import hash_range, make_record, version
 from requant.source_folder import RECORD, open_regular
@@ -316,7 +316,8 @@ class OutputFolder:
         if self._lock is None:
             return
         kept = bool(journal.state.rows) if journal is not None else self._has_journal()
-        if error is not None and kept:
+        # What a layer's own data contradicts, no further run can do better.
+        if error is not None and kept and not isinstance(error, InvariantError):
             if entered:
                 share = f"{self._share_done():.0%} is done and kept in {self.staging}"
                 error.add_note(

@@ -81,7 +81,7 @@ def main() -> None:
         lasts.append(time.monotonic() - began)
         expected.append(tree(Path(f"{output}-reference-{number}")))
     killed = resumed = finished = number = 0
-    while killed < kills or finished < len(jobs):
+    while killed < kills or finished < len(jobs) or resumed < kills // 3:
         at = number % len(jobs)
         job, number = jobs[at], number + 1
         output = Path(job[1])
