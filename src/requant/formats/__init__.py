@@ -9,7 +9,9 @@ from requant.formats.bitsandbytes import Bitsandbytes
 from requant.formats.compressed_tensors import CompressedTensors
 from requant.formats.dense import Dense
 from requant.formats.fp8 import Fp8
+from requant.formats.fp_quant import FpQuant
 from requant.formats.hqq import Hqq
+from requant.formats.metal import MetalFormat
 from requant.formats.mlx import Mlx
 from requant.formats.modelopt import ModelOpt
 from requant.formats.mxfp4 import Mxfp4
@@ -29,6 +31,8 @@ FORMATS: tuple[Format, ...] = (
     Hqq(),
     Bitsandbytes(),
     BitNet(),
+    MetalFormat(),
+    FpQuant(),
     Quark(),
     Torchao(),
     Dense(),

@@ -27,6 +27,9 @@ _FOREIGN_SUFFIXES = {
     ".weight_scale_inv": "FP8",
     ".weight.absmax": "bitsandbytes",
     ".weight_quantizer._scale": "ModelOpt",
+    ".pre_quant_scale": "ModelOpt",
+    "._weight_qdata": "torchao",
+    ".dqweight": "FP-Quant",
     "_blocks": "MXFP4",
 }
 

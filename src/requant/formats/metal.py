@@ -1,0 +1,155 @@
+"""transformers' "metal" folders: MLX's affine layers, with ``qbiases`` for ``biases``.
+
+Value: ``w = code * scale + qbias``. Groups may have any size; those that MLX's kernels lack
+are repeated where they divide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Final
+
+import numpy as np
+
+from requant.checkpoint import Checkpoint, SourceTensor
+from requant.formats.base import SourceLayer, SourceLayout
+from requant.formats.declared import declared
+from requant.formats.integer_layers import integer_layer
+from requant.formats.packing import (
+    DTYPE_WORD,
+    PRECISION,
+    Cut,
+    Exactness,
+    Fidelity,
+    IntegerPacking,
+    Parts,
+    Scratch,
+    is_narrower,
+    stream_codes,
+)
+from requant.formats.sorting import Refused, Sorter
+
+_ROLES: Final = ("weight", "scales", "qbiases")
+_WIDTHS: Final = (2, 4, 8)
+_FLOATS: Final = ("F32", "BF16", "F16")
+
+
+@dataclass(frozen=True)
+class Metal(IntegerPacking):
+    """``weight`` uint32 ``[..., out, in * bits / 32]``, ``scales`` and ``qbiases`` a group."""
+
+    def cuts(self, start: int, stop: int) -> dict[str, Cut]:
+        each = Cut((start, stop), (0, self.groups))
+        words = Cut((start, stop), (0, self.columns * self.bits // 32))
+        return {"weight": words, "scales": each, "qbiases": each}
+
+    def words(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
+        out[:] = parts["weight"].view(np.uint32)
+
+    def codes(self, parts: Parts, start: int, stop: int, scratch: Scratch) -> np.ndarray:
+        return stream_codes(parts["weight"], self.bits, self.columns)
+
+    def scales(self, parts: Parts, start: int, stop: int) -> np.ndarray:
+        return parts["scales"]
+
+    def biases(self, parts: Parts, start: int, stop: int, scales: np.ndarray) -> np.ndarray:
+        """As stored."""
+        return parts["qbiases"]
+
+    def dense(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
+        """``code * scale + qbias`` in float32, rounded once more."""
+        codes = self.codes(parts, start, stop, scratch).astype(np.float32)
+        scales, biases = (
+            parts[role].astype(np.float32).repeat(self.group, axis=1)
+            for role in ("scales", "qbiases")
+        )
+        with np.errstate(over="ignore"):  # the caller counts infinities
+            out[:] = codes * scales + biases
+
+    def fidelity(self, dtype: str) -> Fidelity:
+        if not is_narrower(dtype, self.scale_dtype):
+            return Fidelity(Exactness.EXACT)
+        relative = f"relative error at most {2.0 ** -PRECISION[dtype]:.2g}"
+        what = f"scales and biases rounded to {DTYPE_WORD[dtype]}"
+        return Fidelity(Exactness.ROUNDED, f"{what}, {relative}")
+
+
+class MetalFormat:
+    """A folder with ``quant_method: metal``, or with ``qbiases``."""
+
+    name = "metal"
+
+    def claims(self, checkpoint: Checkpoint) -> str | None:
+        """The config names it; without one, ``qbiases`` tells."""
+        found = declared(checkpoint)
+        if found is not None:
+            return f"{found.where}: quant_method metal" if found.method == "metal" else None
+        return next((name for name in checkpoint.tensors if name.endswith(".qbiases")), None)
+
+    def read(self, checkpoint: Checkpoint) -> SourceLayout:
+        """Describe each layer that has scales; everything else is dense."""
+        sorter, found = Sorter(checkpoint), declared(checkpoint)
+        where = "config.json: quantization_config"
+        bits = group = None
+        if found is not None:
+            where = found.where
+            bits = found.integer("bits", sorter.problems)
+            group = found.integer("group_size", sorter.problems)
+        if bits not in _WIDTHS and not sorter.problems:
+            sorter.problem(f"{where}.bits", f"is {bits!r}, expected one of {_WIDTHS}")
+        elif (group is None or group < 1) and not sorter.problems:
+            sorter.problem(f"{where}.group_size", f"is {group!r}, expected a count of inputs")
+        if bits is None or group is None or sorter.problems:
+            return sorter.layout()
+        width, size = bits, group
+        for path, parts in _parts(sorter).items():
+            sorter.make(path, parts, lambda p, t: _layer(sorter, p, t, width, size))
+        for tensor in sorter.left:
+            if tensor.info.dtype in ("U32", "I32") and tensor.name.endswith(".weight"):
+                path = tensor.name.removesuffix(".weight")
+                message = f"{tensor.info} holds codes, but {path}.scales is missing"
+                sorter.problem(tensor.name, message)
+        if not sorter.quantized and not sorter.problems:
+            sorter.problem(
+                where,
+                "says metal, but no layer has scales: if the weights are dense, remove the block",
+            )
+        return sorter.layout()
+
+
+def _parts(sorter: Sorter) -> dict[str, dict[str, SourceTensor]]:
+    """Layer path -> role -> tensor, for each layer with scales or qbiases."""
+    found: dict[str, dict[str, SourceTensor]] = {}
+    for name, tensor in sorter.tensors.items():
+        path, _, role = name.rpartition(".")
+        if role in _ROLES:
+            found.setdefault(path, {})[role] = tensor
+    return {path: parts for path, parts in found.items() if parts.keys() != {"weight"}}
+
+
+def _layer(
+    sorter: Sorter, path: str, parts: Mapping[str, SourceTensor], bits: int, group: int
+) -> SourceLayer:
+    """One layer, if its tensors fit each other."""
+    for role in _ROLES:
+        if role not in parts:
+            raise Refused(path, f"has no {path}.{role} beside its {', '.join(parts)}")
+    weight, scales, biases = (parts[role] for role in _ROLES)
+    if weight.info.dtype not in ("U32", "I32") or len(weight.info.shape) < 2:
+        raise Refused(weight.name, f"{weight.info}, expected U32 [out, in * {bits} / 32]")
+    *leading, words = weight.info.shape
+    columns = words * 32 // bits
+    expected = (*leading, columns // group)
+    if columns == 0 or columns % group:
+        message = f"{weight.info} holds {columns} inputs of {bits} bits, no multiple of {group}"
+        raise Refused(weight.name, message)
+    for part in (scales, biases):
+        if part.info.shape != expected or part.info.dtype not in _FLOATS:
+            raise Refused(part.name, f"{part.info}, expected floats {list(expected)}")
+    if scales.info.dtype != biases.info.dtype:
+        message = f"{biases.info}, expected {scales.info.dtype} as its scales"
+        raise Refused(biases.name, message)
+    packing = Metal(prod(leading), columns, bits, group, False, scales.info.dtype)
+    return integer_layer(sorter, path, parts, (*leading, columns), packing, "metal")

@@ -1,0 +1,124 @@
+"""FP-Quant: what is not rotated is read; what is rotated is refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import requant
+from tests.formats.folders import BF16, E4M3, refusal, write
+from tests.formats.harness import float_values, read_folder
+
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+E2M1 = np.concatenate([E2M1, -E2M1])
+
+
+def block(dtype: str = "mxfp4", init: str = "identity") -> dict[str, Any]:
+    return {"quant_method": "fp_quant", "forward_dtype": dtype, "transform_init": init}
+
+
+def layer(divisor: float = 1, nvfp4: bool = False) -> tuple[dict[str, Any], np.ndarray]:
+    random = np.random.default_rng(0)
+    packed = random.integers(0, 256, (6, 64), np.uint8)
+    group = 16 if nvfp4 else 32
+    scales: Any = random.integers(100, 140, (6, 4), np.uint8)
+    factors: Any = np.exp2(scales.astype(np.float32) - 127)
+    if nvfp4:
+        factors = random.uniform(1, 4, (6, 8)).astype(E4M3)
+        scales, factors = factors.view(np.uint8), factors.astype(np.float32)
+        factors = factors / np.float32(divisor)
+    tensors = {
+        "up.qweight": packed,
+        "up.scales": scales,
+        "up.weight_global_scale": np.array([divisor], BF16),
+        "up.act_global_scale": np.ones(1, BF16),
+        "up.forward_hadamard_matrix": np.eye(32, dtype=BF16),
+    }
+    codes = np.stack([packed & 15, packed >> 4], axis=-1).reshape(6, 128)
+    values = E2M1[codes] * factors.repeat(group, axis=1)
+    return tensors, values if nvfp4 else values / np.float32(divisor)
+
+
+@pytest.mark.parametrize("nvfp4", [False, True])
+@pytest.mark.parametrize("divisor", [1, 3])
+def test_identity_is_read(nvfp4: bool, divisor: float, tmp_path: Path) -> None:
+    """A global scale of 1 leaves the bytes; 3 fits no mode of MLX."""
+    mode = "nvfp4" if nvfp4 else "mxfp4"
+    tensors, values = layer(divisor, nvfp4)
+    source = write(tmp_path / "source", tensors, block(mode))
+    requant.convert(
+        source, tmp_path / "dense", layout="keep", dequantize=True, dtype="float32", chunk_bytes=1
+    )
+    assert np.array_equal(read_folder(tmp_path / "dense")["up.weight"], values)
+    report = requant.convert(source, tmp_path / "out", layout="keep")
+    made, found = read_folder(tmp_path / "out"), report.plan.layers[0]
+    assert found.exactness == ("exact" if divisor == 1 else "re-encoded")
+    if divisor == 1:
+        spec = {"group_size": 16 if nvfp4 else 32, "bits": 4, "mode": mode}
+        assert np.array_equal(float_values(made, "up", spec), values)
+        assert made["up.weight"].tobytes() == tensors["up.qweight"].tobytes()
+    assert {name.rpartition(".")[2] for name in made} <= {"weight", "scales", "biases"}
+
+
+Change = Callable[[dict[str, Any], dict[str, Any]], Any]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda t, b: t.update({"up.forward_hadamard_matrix": np.eye(32)[::-1].astype(BF16)}),
+            "up.forward_hadamard_matrix: rotates the weight of up",
+        ),
+        (
+            lambda t, b: t.update({"up.forward_hadamard_matrix": np.ones((4, 5), BF16)}),
+            "up.forward_hadamard_matrix: BF16 [4, 5], expected a square matrix",
+        ),
+        (
+            lambda t, b: (t.pop("up.forward_hadamard_matrix"), b.update(transform_init="gsr")),
+            "transform_init: is 'gsr': weights are stored rotated",
+        ),
+        (lambda t, b: b.update(forward_dtype="mxfp8"), "forward_dtype: is 'mxfp8'; read are"),
+        (lambda t, b: t.pop("up.scales"), "up.qweight: has no up.scales beside it"),
+        (
+            lambda t, b: t.pop("up.weight_global_scale"),
+            "up.qweight: has no up.weight_global_scale beside it",
+        ),
+        (lambda t, b: t.pop("up.qweight"), "up.scales: U8 [6, 4] holds codes of no layer"),
+        (
+            lambda t, b: t.update({"up.scales": np.zeros((128, 4), np.uint8)}),
+            "up.scales: U8 [128, 4], expected U8 [6, 4], unpadded",
+        ),
+        (
+            lambda t, b: t.update({"up.qweight": np.zeros((6, 64), np.int32)}),
+            "up.qweight: I32 [6, 64], expected U8",
+        ),
+        (
+            lambda t, b: t.update({"up.weight_global_scale": np.zeros(1, BF16)}),
+            "up.weight_global_scale: holds 0.0, expected a finite number above 0",
+        ),
+        (
+            lambda t, b: t.update({"up.weight_global_scale": np.ones(2, BF16)}),
+            "up.weight_global_scale: BF16 [2], expected one float",
+        ),
+        (
+            lambda t, b: t.update({"gate.dqweight": np.zeros((6, 128), BF16)}),
+            "gate.dqweight: holds values of a rotated weight",
+        ),
+    ],
+)
+def test_what_is_not_read_is_refused(change: Change, words: str, tmp_path: Path) -> None:
+    tensors, _ = layer()
+    config = block()
+    change(tensors, config)
+    source = write(tmp_path / "source", tensors, config)
+    assert words in refusal(source, tmp_path / "out")
+
+
+def test_dense_weights_are_refused(tmp_path: Path) -> None:
+    source = write(tmp_path / "source", {"up.weight": np.zeros((4, 64), BF16)}, block())
+    assert "no tensor is a qweight" in refusal(source, tmp_path / "out")

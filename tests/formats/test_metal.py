@@ -1,0 +1,134 @@
+"""transformers' metal layers: an exact rename, groups that are repeated, and refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import requant
+from requant.arrays import native
+from tests.formats.folders import BF16, refusal, write
+from tests.formats.harness import affine, read_folder
+
+
+def block(bits: Any = 4, group: Any = 64) -> dict[str, Any]:
+    return {"quant_method": "metal", "bits": bits, "group_size": group}
+
+
+def layer(
+    rows: int, columns: int, bits: int, group: int, dtype: Any = BF16
+) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
+    """Tensors of ``up``, its codes and its values."""
+    random = np.random.default_rng(rows)
+    codes = random.integers(0, 1 << bits, (rows, columns), np.uint8)
+    scales = random.uniform(-1, 1, (rows, columns // group)).astype(dtype)
+    biases = random.uniform(-1, 1, (rows, columns // group)).astype(dtype)
+    tensors = {
+        "up.weight": native.pack_words(codes, bits),
+        "up.scales": scales,
+        "up.qbiases": biases,
+    }
+    spread = [x.astype(np.float32).repeat(group, axis=1) for x in (scales, biases)]
+    return tensors, codes, codes * spread[0] + spread[1]
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_qbiases_are_biases(bits: int, tmp_path: Path) -> None:
+    """The same bytes under MLX's names, from a folder and in memory."""
+    tensors, _, _ = layer(8, 128, bits, 64)
+    tensors["up.bias"] = np.ones(8, BF16)
+    source = write(tmp_path / "source", tensors, block(bits))
+    report = requant.convert(source, tmp_path / "out", layout="keep", chunk_bytes=1)
+    made = read_folder(tmp_path / "out")
+    assert made.keys() == {"up.weight", "up.scales", "up.biases", "up.bias"}
+    assert made["up.weight"].tobytes() == tensors["up.weight"].tobytes()
+    assert made["up.scales"].tobytes() == tensors["up.scales"].tobytes()
+    assert made["up.biases"].tobytes() == tensors["up.qbiases"].tobytes()
+    assert {x.exactness for x in report.plan.layers} == {"exact"}
+    memory, quantization = requant.transform_weights(tensors, block(bits))
+    assert quantization.quantization == requant.Quantization.affine(64, bits)
+    assert all(memory[name].tobytes() == made[name].tobytes() for name in made)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    rows=st.integers(1, 9),
+    groups=st.integers(1, 4),
+    group=st.sampled_from([8, 16, 32, 96, 128, 256]),
+    bits=st.sampled_from([2, 4, 8]),
+)
+def test_any_group(rows: int, groups: int, group: int, bits: int, tmp_path_factory: Any) -> None:
+    """Repeated where a group of MLX's divides it; decoded and encoded anew elsewhere."""
+    tmp_path = tmp_path_factory.mktemp("metal")
+    columns = 32 * group * groups // np.gcd(32, group)
+    tensors, codes, values = layer(rows, columns, bits, group)
+    source = write(tmp_path / "source", tensors, block(bits, group))
+    requant.convert(
+        source, tmp_path / "dense", layout="keep", dequantize=True, dtype="float32", chunk_bytes=1
+    )
+    assert np.array_equal(read_folder(tmp_path / "dense")["up.weight"], values)
+    report = requant.convert(source, tmp_path / "out", layout="keep")
+    (found,) = report.plan.layers
+    assert found.exactness == ("re-encoded" if group < 32 else "exact")
+    if group >= 32:
+        mlx = {96: 32, 256: 128}.get(group, group)
+        got = affine(read_folder(tmp_path / "out"), "up", mlx, bits)
+        assert np.array_equal(got.codes, codes)
+        assert np.array_equal(got.values.astype(np.float32), values)
+
+
+def test_a_narrower_dtype_rounds(tmp_path: Path) -> None:
+    tensors, _, _ = layer(4, 64, 4, 64, np.float32)
+    source = write(tmp_path / "source", tensors, block())
+    report = requant.convert(source, tmp_path / "out", layout="keep")
+    (found,) = report.plan.layers
+    words = "scales and biases rounded to bfloat16, relative error at most 0.0039"
+    assert found.bound == words
+
+
+Change = Callable[[dict[str, Any], dict[str, Any]], Any]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t, b: t.pop("up.weight"), "up: has no up.weight beside its scales, qbiases"),
+        (lambda t, b: t.pop("up.scales"), "up: has no up.scales"),
+        (lambda t, b: t.pop("up.qbiases"), "up: has no up.qbiases"),
+        (
+            lambda t, b: (t.pop("up.qbiases"), t.pop("up.scales")),
+            "up.weight: U32 [4, 16] holds codes, but up.scales is missing",
+        ),
+        (lambda t, b: b.update(bits=3), "bits: is 3, expected one of (2, 4, 8)"),
+        (lambda t, b: b.update(bits="4"), "bits: is '4', expected a whole number"),
+        (lambda t, b: b.update(group_size=0), "group_size: is 0, expected a count of inputs"),
+        (lambda t, b: b.update(group_size=48), "holds 128 inputs of 4 bits, no multiple of 48"),
+        (lambda t, b: b.update(group_size=32), "up.scales: BF16 [4, 2], expected floats [4, 4]"),
+        (lambda t, b: b.update(bits=8), "up.scales: BF16 [4, 2], expected floats [4, 1]"),
+        (
+            lambda t, b: t.update({"up.weight": np.zeros((4, 128), np.float16)}),
+            "up.weight: F16 [4, 128], expected U32",
+        ),
+        (
+            lambda t, b: t.update({"up.qbiases": t["up.qbiases"].astype(np.float16)}),
+            "up.qbiases: F16 [4, 2], expected BF16 as its scales",
+        ),
+    ],
+)
+def test_damaged_folders_are_refused(change: Change, words: str, tmp_path: Path) -> None:
+    tensors, _, _ = layer(4, 128, 4, 64)
+    config = block()
+    change(tensors, config)
+    source = write(tmp_path / "source", tensors, config)
+    assert words in refusal(source, tmp_path / "out")
+
+
+def test_dense_weights_are_refused(tmp_path: Path) -> None:
+    source = write(tmp_path / "source", {"up.weight": np.zeros((4, 64), BF16)}, block())
+    assert "no layer has scales" in refusal(source, tmp_path / "out")
