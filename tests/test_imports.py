@@ -33,7 +33,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("report", "transform"),
     ("conversion",),
     ("nn",),
-    ("inspection", "mlx_lm"),
+    ("inspection", "mlx_lm", "verification"),
     ("options", "console"),
     ("cli",),
     ("__main__", "__init__"),

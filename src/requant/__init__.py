@@ -39,6 +39,7 @@ from requant.schema import (
     parse_quantization,
 )
 from requant.transform import transform_weights
+from requant.verification import Verification, verify
 from requant.weights import default_eligible, dequantize_weights, quantize_weights
 
 __version__ = "0.1.0"
@@ -69,6 +70,7 @@ __all__ = [
     "UnknownValueError",
     "UnsupportedDtypeError",
     "UsageError",
+    "Verification",
     "convert",
     "default_eligible",
     "dequantize_weights",
@@ -79,4 +81,5 @@ __all__ = [
     "transform_awq_weights",
     "transform_weights",
     "unpack_awq_weights",
+    "verify",
 ]

@@ -39,6 +39,7 @@ from requant.source_folder import (
     CONFIG,
     INDEX,
     QUANTIZATION_FILES,
+    RECORD,
     SINGLE,
     Listing,
     check_folder,
@@ -167,6 +168,19 @@ class Checkpoint:
         return data
 
 
+def read_json(folder: Path, name: str) -> dict[str, Any]:
+    """Read a JSON object of a folder, as config.json is read.
+
+    Raises:
+        CheckpointError: It is not there, or no JSON object.
+    """
+    reader = _Reader(folder)
+    value, _ = reader.json(name)
+    if reader.problems:
+        raise CheckpointError(str(folder), reader.problems)
+    return value
+
+
 def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Read a checkpoint folder: headers and JSON only.
 
@@ -228,7 +242,7 @@ class _Reader:
     def json(self, name: str) -> tuple[dict[str, Any], str]:
         """Read a JSON object and its text; empty if there is none."""
         size, message = file_size(self.folder, name)
-        most = MAX_INDEX_BYTES if name == INDEX else MAX_CONFIG_BYTES
+        most = MAX_INDEX_BYTES if name in (INDEX, RECORD) else MAX_CONFIG_BYTES
         if not message and size > most:
             message = f"takes {size:,} bytes, at most {most:,} are read"
         if message:

@@ -22,6 +22,7 @@ from requant.errors import OutOfRangeError, RequantError, UnknownValueError, Usa
 from requant.options import (
     SHARD_SIZE,
     ActOrder,
+    AgainstSource,
     AllowNonfinite,
     AllowOverflow,
     Bits,
@@ -49,6 +50,7 @@ from requant.options import (
     ShardSize,
     Source,
     Threads,
+    Verified,
 )
 
 if TYPE_CHECKING:
@@ -69,6 +71,7 @@ app = typer.Typer(
         "  requant inspect Llama-3.2-1B\n"
         "  requant plan    Llama-3.2-1B --bits 4\n"
         "  requant convert Llama-3.2-1B Llama-3.2-1B-4bit --bits 4\n"
+        "  requant verify  Llama-3.2-1B Llama-3.2-1B-4bit\n"
     ),
     context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
@@ -265,6 +268,42 @@ def inspect(source: Source, json: Json = False) -> None:
             _print_json(found.to_dict())
         else:
             console.show_inspection(found)
+    if found.problems:
+        raise typer.Exit(EXIT_FAULT)
+
+
+@app.command()
+def verify(
+    folder: Verified,
+    output: AgainstSource = None,
+    max_memory: MaxMemory = None,
+    threads: Threads = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Check an OUTPUT of convert, bit for bit.
+
+    With SOURCE and OUTPUT the conversion that requant.json records is repeated and compared
+    with what is there. With OUTPUT alone its tensors and files are held against the hashes
+    in requant.json, and index, config and layers against each other. Exits with 1 where
+    anything differs, and names the tensor.
+
+    \b
+    Examples:
+      requant verify Llama-3.2-1B Llama-3.2-1B-4bit
+      requant verify Llama-3.2-1B-4bit
+    """  # noqa: D301
+    from requant import console, verification
+
+    with _answering_errors(), console.progress_display(quiet) as progress:
+        found = verification.verify(
+            folder, output, threads=threads, max_memory=max_memory, progress=progress
+        )
+    with _answering_errors():
+        if json:
+            _print_json(found.to_dict())
+        elif not quiet or found.problems:
+            console.show_verification(found)
     if found.problems:
         raise typer.Exit(EXIT_FAULT)
 

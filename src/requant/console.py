@@ -17,6 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from requant.limits import MAX_PROBLEMS_SHOWN
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from requant.mlx_lm import Generation
     from requant.recipes import Recipe
     from requant.report import LayerError, Report
+    from requant.verification import Verification
 
 _REASON_LINES = 10
 _FILE_LINES = 4
@@ -288,6 +291,19 @@ def warnings(report: Report) -> list[str]:
             names = _few(sorted(hits, key=lambda layer: -hits[layer]))
             found.append(f"{count(sum(hits.values()), word)} {what} (in {names})")
     return found
+
+
+def show_verification(found: Verification) -> None:
+    """Print what a verification found."""
+    page = _Page()
+    compared = f"{count(found.tensors, 'tensor')}, {format_size(found.nbytes)}"
+    if found.problems:
+        page.line(f"{found.output}: {count(len(found.problems), 'problem')}", "bold red")
+        for problem in found.problems[:MAX_PROBLEMS_SHOWN]:
+            page.line(f"  {problem}")
+        return
+    against = f"equal to a conversion of {found.source}" if found.source else "as requant.json says"
+    page.line(f"{found.output}: {compared}, {against}", "bold")
 
 
 def show_inspection(found: Inspection) -> None:

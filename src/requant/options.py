@@ -49,6 +49,12 @@ Source = Annotated[
 Output = Annotated[
     Path, typer.Argument(metavar="OUTPUT", help="Folder to write; appears when complete.")
 ]
+Verified = Annotated[
+    Path, typer.Argument(metavar="[SOURCE]", help="What OUTPUT was made from.", show_default=False)
+]
+AgainstSource = Annotated[
+    Path | None, typer.Argument(metavar="OUTPUT", help="Folder to check.", show_default=False)
+]
 Bits = Annotated[
     int | None, typer.Option("--bits", metavar="N", help="Bits a weight; affine: 1 to 6, 8.")
 ]

@@ -5,14 +5,17 @@ It holds no time, no path and no name of a machine: equal conversions give equal
 
 from __future__ import annotations
 
-import hashlib
+import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from hashlib import sha256
 from importlib.metadata import version as installed_version
+from pathlib import Path
 from typing import Any
 
 from requant.blueprint import Plan
+from requant.source_folder import open_regular
 
 _BLOCK_BYTES = 1 << 20
 FORMAT_VERSION = 1
@@ -32,9 +35,9 @@ def make_record(
         plan: What was carried out.
         wishes: What the plan was made from, as ``Wishes.to_dict`` gives it.
         hashes: Tensor -> SHA-256 of its bytes.
-        files: File carried over -> SHA-256 of its bytes.
+        files: File that is no weight -> SHA-256 of its bytes.
     """
-    return {
+    record: dict[str, Any] = {
         "record": FORMAT_VERSION,
         "requant": version(),
         "plan": plan.hash,
@@ -49,9 +52,36 @@ def make_record(
             }
             for layer in plan.layers
         },
+        "headers": {shard.name: sha256(shard.header()).hexdigest() for shard in plan.shards},
         "tensors": {t.name: hashes[t.name] for shard in plan.shards for t in shard.tensors},
         "files": dict(files),
     }
+    return record | {"sha256": record_hash(record)}
+
+
+def record_hash(record: Mapping[str, Any]) -> str:
+    """SHA-256 of a record without its own ``sha256``."""
+    rest = {key: value for key, value in record.items() if key != "sha256"}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"), default=str)
+    return sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def spelled(value: object) -> bytes:
+    """A JSON file as an output holds it."""
+    return (json.dumps(value, indent=4, ensure_ascii=False) + "\n").encode()
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256, in hex, of a regular file.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    fd = open_regular(path)
+    try:
+        return hash_range(fd, 0, os.fstat(fd).st_size)
+    finally:
+        os.close(fd)
 
 
 def hash_range(
@@ -62,7 +92,7 @@ def hash_range(
     Raises:
         OSError: It cannot be read, or ends before the range does.
     """
-    digest = hashlib.sha256()
+    digest = sha256()
     block = memoryview(bytearray(min(_BLOCK_BYTES, max(nbytes, 1))))
     end = offset + nbytes
     while offset < end:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
 import os
 import shutil
 import socket
@@ -30,8 +29,8 @@ from typing import Any, Protocol, Self
 from requant.blueprint import OutputTensor, Plan
 from requant.errors import InvariantError, OutputError
 from requant.journal import Done, Found, Journal, read_journal
-from requant.record import hash_range, make_record, version
-from requant.source_folder import RECORD, open_regular
+from requant.record import hash_range, make_record, spelled, version
+from requant.source_folder import CONFIG, INDEX, RECORD, open_regular
 
 _COPIED_BYTES = 1 << 20
 
@@ -247,11 +246,12 @@ class OutputFolder:
             for shard_fd in self._files.values():
                 os.fsync(shard_fd)
             self._close_files()
-            self._write_json("model.safetensors.index.json", self.plan.index())
-            self._write_json("config.json", dict(self.plan.config))
-            sides = {name: self._carry_over(name) for name in self.plan.side_files}
-            record = make_record(self.plan, self.wishes, hashes, sides)
-            self._write_json(RECORD, record)
+            files = {
+                INDEX: self._write_json(INDEX, self.plan.index()),
+                CONFIG: self._write_json(CONFIG, dict(self.plan.config)),
+                **{name: self._carry_over(name) for name in self.plan.side_files},
+            }
+            self._write_json(RECORD, make_record(self.plan, self.wishes, hashes, files))
             _fsync(self.inside)
             self._rename()
             _fsync(self.output.parent)
@@ -285,10 +285,11 @@ class OutputFolder:
         _fsync(target)
         return digest.hexdigest()
 
-    def _write_json(self, name: str, value: object) -> None:
-        path = self.inside / name
-        path.write_text(json.dumps(value, indent=4, ensure_ascii=False) + "\n", "utf-8")
+    def _write_json(self, name: str, value: object) -> str:
+        path, data = self.inside / name, spelled(value)
+        path.write_bytes(data)
         _fsync(path)
+        return hashlib.sha256(data).hexdigest()
 
     def _failure(self, error: OSError) -> OutputError:
         reason = error.strerror or str(error)

@@ -493,3 +493,22 @@ def test_a_dumb_terminal_gets_plain_text(model: Path, tmp_path: Path) -> None:
     code, text = on_terminal("convert", model, tmp_path / "out", TERM="dumb")
     assert code == 0
     assert "\x1b" not in text and "quantized" in text
+
+
+def test_verify_exits_1_where_a_bit_differs(requant: Requant, model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert requant("convert", model, out, "--bits", "4").code == 0
+    assert requant("verify", out).code == 0
+    result = requant("verify", model, out)
+    assert result.code == 0
+    assert f"equal to a conversion of {model}" in result.out
+
+    shard = out / "model.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    result = requant("verify", out)
+    assert result.code == 1
+    assert "1 problem" in result.out and "SHA-256" in result.out
+    assert json.loads(requant("verify", model, out, "--json").out)["ok"] is False
+    assert requant("verify", tmp_path / "nowhere").code == 1

@@ -84,7 +84,7 @@ def _without_nulls(block: Any) -> Any:
     tags = {mode.value: default for mode, default in MODE_DEFAULTS.items()}
     filled = {}
     for key, value in block.items():
-        if isinstance(value, dict) and (default := tags.get(value.get("mode", "affine"))):
+        if isinstance(value, dict) and (default := tags.get(str(value.get("mode", "affine")))):
             defaults = dict(zip(("group_size", "bits"), default, strict=True))
             value = {k: defaults.get(k) if v is None else v for k, v in value.items()}
         filled[key] = value

@@ -1,0 +1,301 @@
+"""``verify``: is an output what its record says, and what its source gives?"""
+
+from __future__ import annotations
+
+import os
+import threading
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from requant.blueprint import OutputTensor, Plan
+from requant.checkpoint import Checkpoint, FileRange, SourceTensor, read_checkpoint, read_json
+from requant.conversion import Source
+from requant.errors import CheckpointError, ParseError, Problem
+from requant.execute import Progress, make_budget, run_plan
+from requant.formats import detect
+from requant.limits import MAX_PROBLEMS
+from requant.planner import make_plan
+from requant.record import FORMAT_VERSION, hash_file, hash_range, record_hash, spelled, version
+from requant.source_folder import CONFIG, INDEX, RECORD, open_regular
+from requant.wishes import Wishes
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What a verification found.
+
+    Attributes:
+        output: The folder that was checked.
+        source: What it was compared with; None where only its own record was.
+        tensors: Tensors that were compared.
+        nbytes: Their bytes.
+        problems: Everything that differs, tensor by tensor.
+    """
+
+    output: str
+    source: str | None
+    tensors: int
+    nbytes: int
+    problems: tuple[Problem, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing differs."""
+        return not self.problems
+
+    def to_dict(self) -> dict[str, Any]:
+        """The verification as JSON data."""
+        return asdict(self) | {"ok": self.ok}
+
+
+def verify(
+    folder: Source,
+    output: Source | None = None,
+    *,
+    threads: int | None = None,
+    max_memory: int | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> Verification:
+    """Check an output of ``convert`` bit for bit.
+
+    ``verify(source, output)`` repeats the conversion that ``requant.json`` records and compares
+    every byte. ``verify(output)`` holds tensors and files against the hashes recorded there, and
+    index, config and layers against each other.
+
+    Args:
+        folder: The source, or the output where that is all there is.
+        output: The output, if a source is given.
+        threads: Worker threads; every processor by default.
+        max_memory: Most bytes to hold in memory, where the conversion is repeated.
+        progress: Called about ten times a second while the conversion is repeated.
+
+    Returns:
+        What differs; ``.ok`` if nothing does.
+
+    Raises:
+        CheckpointError: The source cannot be read, or the output has no record.
+
+    Example:
+        >>> requant.verify("source", "output").ok  # doctest: +SKIP
+        True
+    """
+    place = Path(folder if output is None else output)
+    found = _Findings()
+    record = _read_record(place, found)
+    checkpoint = _read_output(place, found)
+    if checkpoint is not None:
+        workers = threads or os.cpu_count() or 1
+        _check_hashes(checkpoint, record, workers, found)
+        _check_layers(checkpoint, found)
+    _check_files(place, record, found)
+    if output is not None:
+        source = Path(folder)
+        plan = _repeated_plan(source, record, found)
+        if plan is not None:
+            _compare(plan, place, found, make_budget(plan, threads, max_memory), progress)
+    tensors = checkpoint.tensors.values() if checkpoint is not None else ()
+    return Verification(
+        str(place),
+        None if output is None else str(folder),
+        len(tensors),
+        sum(tensor.info.nbytes for tensor in tensors),
+        tuple(found.problems),
+    )
+
+
+class _Findings:
+    """Problems, one a place, from any thread."""
+
+    def __init__(self) -> None:
+        self.by_place: dict[str, Problem] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def problems(self) -> list[Problem]:
+        return list(self.by_place.values())
+
+    def add(self, where: str, message: str) -> None:
+        with self._lock:
+            if len(self.by_place) < MAX_PROBLEMS:
+                self.by_place.setdefault(where, Problem(where, message))
+
+
+def _read_record(place: Path, found: _Findings) -> dict[str, Any]:
+    if not os.path.lexists(place / RECORD):
+        message = "is missing: the folder was not written by requant, or by an older version"
+        raise CheckpointError(str(place), [Problem(RECORD, message)])
+    record = read_json(place, RECORD)
+    if record.get("record") != FORMAT_VERSION:
+        message = f"record is {record.get('record')!r}, this version reads {FORMAT_VERSION}"
+        raise CheckpointError(str(place), [Problem(RECORD, message)])
+    if record.get("sha256") != record_hash(record):
+        found.add(RECORD, "is not as it was written: its own hash differs")
+    return record
+
+
+def _read_output(place: Path, found: _Findings) -> Checkpoint | None:
+    try:
+        return read_checkpoint(place)
+    except CheckpointError as error:
+        for problem in error.problems:
+            found.add(problem.where, problem.message)
+        return None
+
+
+def _hashes(record: Mapping[str, Any], key: str) -> dict[str, str]:
+    """A table of the record, whatever a foreign hand made of it."""
+    table = record.get(key)
+    return dict(table) if isinstance(table, Mapping) else {}
+
+
+def _check_hashes(
+    checkpoint: Checkpoint, record: Mapping[str, Any], workers: int, found: _Findings
+) -> None:
+    expected = _hashes(record, "tensors")
+    for name in expected.keys() - checkpoint.tensors.keys():
+        found.add(name, "is missing; requant.json knows it")
+    for name in checkpoint.tensors.keys() - expected.keys():
+        found.add(name, "is in no requant.json: it was added later")
+    headers = _hashes(record, "headers")
+    for file in checkpoint.files:
+        if headers.get(file.name) != file.header_sha256:
+            found.add(file.name, "its header is not the one that was written")
+    with ExitStack() as stack:
+        fds: dict[str, int] = {}
+        for file in checkpoint.files:
+            fds[file.name] = open_regular(checkpoint.path / file.name)
+            stack.callback(os.close, fds[file.name])
+
+        def check(tensor: SourceTensor) -> None:
+            part: FileRange = tensor.ranges[0]  # type: ignore[union-attr]  # read, not computed
+            try:
+                actual = hash_range(fds[part.file], part.offset, part.nbytes)
+            except OSError as error:
+                found.add(tensor.name, f"{part.file} cannot be read: {error.strerror or error}")
+                return
+            if actual != expected[tensor.name]:
+                found.add(
+                    tensor.name,
+                    f"its bytes in {part.file} are not those that were written: SHA-256 "
+                    f"{actual[:12]}..., expected {str(expected[tensor.name])[:12]}...",
+                )
+
+        known = [t for name, t in checkpoint.tensors.items() if name in expected]
+        with ThreadPoolExecutor(workers) as pool:
+            list(pool.map(check, known))
+
+
+def _check_layers(checkpoint: Checkpoint, found: _Findings) -> None:
+    """Every quantized layer must be whole, and as the config says."""
+    for problem in detect(checkpoint).read(checkpoint).problems:
+        found.add(problem.where, problem.message)
+
+
+def _check_files(place: Path, record: Mapping[str, Any], found: _Findings) -> None:
+    for name, digest in _hashes(record, "files").items():
+        if name not in (CONFIG, INDEX) and (".." in Path(name).parts or Path(name).is_absolute()):
+            found.add(f"{RECORD}: {name}", "leads out of the folder")
+            continue
+        try:
+            if hash_file(place / name) != digest:
+                found.add(name, "is not the file that was written")
+        except OSError as error:
+            found.add(name, f"cannot be read: {error.strerror or error}")
+
+
+def _repeated_plan(source: Path, record: Mapping[str, Any], found: _Findings) -> Plan | None:
+    """The plan that the record was made from, made again."""
+    wishes = record.get("wishes")
+    try:
+        plan = make_plan(source, Wishes.from_dict(wishes if isinstance(wishes, Mapping) else {}))
+    except ParseError as error:
+        found.add(f"{RECORD}: wishes", str(error))
+        return None
+    if plan.hash != record.get("plan"):
+        made = record.get("requant")
+        by = "" if made == version() else f"; it was made by requant {made}, this is {version()}"
+        found.add(f"{RECORD}: plan", f"this source gives another plan{by}{_why(plan, record)}")
+    return plan
+
+
+def _why(plan: Plan, record: Mapping[str, Any]) -> str:
+    """Which source files differ from those of the record."""
+    then = record.get("source")
+    files = then.get("files") if isinstance(then, Mapping) else None
+    now = [asdict(file) for file in plan.files]
+    if not isinstance(files, list) or files == now:
+        return ""
+    other = [file["name"] for file in now if file not in files]
+    return f"; other source files than then: {', '.join(other[:3]) or 'fewer'}"
+
+
+def _compare(
+    plan: Plan,
+    place: Path,
+    found: _Findings,
+    budget: Any,
+    progress: Callable[[Progress], None] | None,
+) -> None:
+    for name, value in ((CONFIG, dict(plan.config)), (INDEX, plan.index())):
+        with suppress(OSError):
+            if (place / name).read_bytes() != spelled(value):
+                found.add(name, "is not what the conversion of this source gives")
+    for name in plan.side_files:
+        with suppress(OSError):
+            if hash_file(place / name) != hash_file(plan.checkpoint.path / name):
+                found.add(name, "is not the source's")
+    with _Comparing(plan, place, found) as sink:
+        run_plan(plan, sink, budget, progress)
+
+
+class _Comparing:
+    """Stands where the output folder would: what it is given is compared with what is there."""
+
+    ledger = None
+
+    def __init__(self, plan: Plan, place: Path, found: _Findings) -> None:
+        self.place, self.found = place, found
+        self._fds: dict[str, int] = {}
+        self._tensors: dict[str, tuple[list[int], list[OutputTensor]]] = {}
+        self._headers = {shard.name: shard.header() for shard in plan.shards}
+        for shard in plan.shards:
+            tensors = sorted((t for t in shard.tensors if t.info.nbytes), key=lambda t: t.offset)
+            self._tensors[shard.name] = [t.offset for t in tensors], tensors
+
+    def __enter__(self) -> _Comparing:
+        for name, header in self._headers.items():
+            try:
+                self._fds[name] = open_regular(self.place / name)
+            except OSError as error:
+                self.found.add(name, f"cannot be read: {error.strerror or error}")
+                continue
+            if os.pread(self._fds[name], len(header), 0) != header:
+                self.found.add(name, "its header is not what the conversion of this source gives")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for fd in self._fds.values():
+            os.close(fd)
+
+    def write(self, file: str, offset: int, data: memoryview) -> None:
+        """Compare ``data`` with the bytes at an absolute offset of a shard."""
+        if file not in self._fds:
+            return
+        actual = os.pread(self._fds[file], len(data), offset)
+        if actual == data:
+            return
+        offsets, tensors = self._tensors[file]
+        tensor = tensors[bisect_right(offsets, offset) - 1]
+        at = offset - tensor.offset + _first_difference(actual, data)
+        self.found.add(
+            tensor.name, f"differs from the conversion of this source, first at byte {at:,}"
+        )
+
+
+def _first_difference(a: Iterable[int], b: Iterable[int]) -> int:
+    return next((at for at, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), 0)
