@@ -72,7 +72,7 @@ class CtConfig:
         self._ignored: list[tuple[str, Pattern | None]] = []
         self.padded: bool | None = None  # whether words hold whole codes only; None: not said
         if found is not None:
-            release = re.match(r"(\d+)\.(\d+)", found.word("version"))
+            release = re.match(r"(\d{1,9})\.(\d{1,9})", found.word("version"))
             if release is not None:
                 self.padded = tuple(map(int, release.groups())) < _BIT_STREAM_SINCE
             self._check_formats(found)

@@ -25,7 +25,8 @@ class Dense:
             problems.append(
                 Problem(
                     "config.json: quantization_config",
-                    f"quant_method {method!r} is none that is read; docs/formats lists those that are",
+                    f"quant_method {method!r} is none that is read; docs/formats lists those "
+                    "that are",
                 )
             )
         layers = []
