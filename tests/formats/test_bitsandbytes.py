@@ -163,6 +163,7 @@ def state(**fields: Any) -> Change:
         (state(blocksize=0), "gives blocksize 0, expected a count"),
         (state(blocksize=32), "up.weight.absmax: F32 [8], expected F32 [16]"),
         (state(nested_blocksize=256), "gives nested_blocksize 256 and nested_offset None"),
+        (state(nested_blocksize=256, nested_offset=10**400), "gives nested_blocksize 256 and"),
         (
             state(nested_blocksize=256, nested_offset=0.5),
             "up.weight.absmax: F32 [8], expected U8 [8]",

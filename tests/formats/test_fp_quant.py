@@ -76,7 +76,7 @@ Change = Callable[[dict[str, Any], dict[str, Any]], Any]
         ),
         (
             lambda t, b: t.update({"up.forward_hadamard_matrix": np.ones((4, 5), BF16)}),
-            "up.forward_hadamard_matrix: BF16 [4, 5], expected a square matrix",
+            "up.forward_hadamard_matrix: BF16 [4, 5], expected a square matrix of floats",
         ),
         (
             lambda t, b: (t.pop("up.forward_hadamard_matrix"), b.update(transform_init="gsr")),

@@ -210,6 +210,14 @@ Change = Callable[[dict[str, Any]], Any]
             "up.scale: F16 [24, 1] does not divide a weight of (13, 64)",
         ),
         (
+            lambda t: t.update({"up.packing": np.zeros(7, np.float32)}),
+            "up.packing: F32 [7], expected letters as U8",
+        ),
+        (
+            lambda t: t.update({"up.nbits": np.array(1)}),
+            "up.nbits: is 1, but packing '4bit_u8' holds 4 bits",
+        ),
+        (
             lambda t: t.update({"up.packing": np.zeros(65, np.uint8)}),
             "up.packing: U8 [65], expected a few numbers",
         ),

@@ -261,6 +261,10 @@ def test_damaged_folders_are_refused(
             '{"_type": "Int8Tensor", "_tensor_data_names": ["zero_point"]}',
             "names 'zero_point', but up._weight_zero_point is missing",
         ),
+        (
+            '{"_type": "Int8Tensor", "_tensor_data_names": [["scale"]]}',
+            "names ['scale'], but",
+        ),
         (None, "has no metadata that tells its type"),
     ],
 )

@@ -116,6 +116,9 @@ _SUFFIXES = (
 _AXES = (0, 1, 2, 3, 7, 8, 16, 31, 32, 64, 96, 128, 1000, 4096, 2**20, 2**31, 2**40, 2**62)
 
 
+_SMALL = 200  # elements: the JSON of a quant_state, scales of a layer
+
+
 def corpus() -> list[Folder]:
     """One small folder a published form of every format."""
     return json.loads((HERE / "corpus.json").read_text())
@@ -126,7 +129,7 @@ def reduced(folder: Path) -> Folder:
     with (folder / "model.safetensors").open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None) or {}
     layers = list(dict.fromkeys(name.rpartition(".")[0] for name in header))
     kept = {x for x in layers if not x.startswith("model.layers.")}
     kept |= set([x for x in layers if x.startswith("model.layers.")][:5])
@@ -134,12 +137,15 @@ def reduced(folder: Path) -> Folder:
     tensors = {name: [header[name]["dtype"], header[name]["shape"]] for name in names}
     data = (folder / "model.safetensors").read_bytes()[8 + length :]
     for name in names:  # what readers look at while they plan
-        if name.endswith(("weight_shape", "global_scale", "g_idx")):
+        small = prod(header[name]["shape"]) <= _SMALL and ".weight_packed" not in name
+        if small or name.endswith(("weight_shape", "global_scale", "g_idx")):
             start, stop = header[name]["data_offsets"]
             tensors[name].append(b64encode(zlib.compress(data[start:stop], 9)).decode())
     found = {p.name: json.loads(p.read_text()) for p in sorted(folder.glob("*config*.json"))}
     found.pop("generation_config.json", None)
-    return {"files": found, "tensors": tensors}
+    made = {"files": found, "tensors": tensors}
+    kept_metadata = {x: text for x, text in metadata.items() if x.rpartition(".")[0] in kept}
+    return made | ({"metadata": kept_metadata} if kept_metadata else {})
 
 
 # -- damage ----------------------------------------------------------------------------
@@ -236,9 +242,34 @@ def damage_bytes(data: bytes, rng: random.Random) -> bytes:
     return bytes(raw)
 
 
-def header_of(tensors: dict[str, Any]) -> tuple[bytes, int]:
+def damage_words(folder: Folder, rng: random.Random) -> None:
+    """Change what small tensors and the metadata say of a layer."""
+    said = [name for name, (_, _, *packed) in folder["tensors"].items() if packed]
+    metadata = folder.get("metadata", {})
+    if metadata and (not said or rng.random() < 0.5):
+        name = rng.choice(list(metadata))
+        try:
+            metadata[name] = json.dumps(damage_json(json.loads(metadata[name]), rng))
+        except ValueError:
+            metadata[name] = "{"
+    elif said:
+        tensor = folder["tensors"][rng.choice(said)]
+        data = zlib.decompress(b64decode(tensor[2]))
+        if data[:1] == b"{" and rng.random() < 0.8:
+            try:
+                data = json.dumps(damage_json(json.loads(data), rng)).encode()
+            except ValueError:
+                data = b"{"
+            tensor[1] = [len(data)]
+        elif data:
+            data = damage_bytes(data, rng)
+        tensor[2] = b64encode(zlib.compress(data)).decode()
+
+
+def header_of(tensors: dict[str, Any], metadata: dict[str, str] | None = None) -> tuple[bytes, int]:
     """A header for tensors one after the other, and the bytes they take."""
-    value, start = {}, 0
+    value: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    start = 0
     for name, (dtype, shape, *_) in tensors.items():
         stop = start + prod(shape) * NUMPY_DTYPE[dtype].itemsize
         value[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
@@ -266,7 +297,7 @@ class FolderReader:
         """Lay the folder out anew."""
         shutil.rmtree(self.place, ignore_errors=True)
         self.place.mkdir(parents=True)
-        text, size = header_of(folder["tensors"])
+        text, size = header_of(folder["tensors"], folder.get("metadata"))
         with (self.place / "model.safetensors").open("wb") as file:
             file.write(struct.pack("<Q", len(text)) + text)
             # Beyond what a file system holds the header is refused by size: as well.
@@ -352,6 +383,8 @@ def make_input(kind: str, folders: list[Folder], rng: random.Random) -> Any:
     for _ in range(rng.randint(1, 3)):
         if rng.random() < 0.5:
             damage_tensors(folder["tensors"], rng)
+        elif rng.random() < 0.3:
+            damage_words(folder, rng)
         else:
             name = rng.choice(list(folder["files"]))
             content = folder["files"][name]

@@ -166,6 +166,11 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
+def _is_float32(value: Any) -> bool:
+    """Whether it is a number that float32 holds, rounded."""
+    return isinstance(value, int | float) and abs(value) < 2**127
+
+
 def _table(
     sorter: Sorter,
     state: Mapping[str, Any],
@@ -187,7 +192,7 @@ def _table(
     wanted = {"absmax": ("F32", blocks), "quant_map": ("F32", 16)}
     nested = state.get("nested_blocksize", 0)
     if offset is not None or nested != 0:
-        if not _is_count(nested) or not isinstance(offset, int | float):
+        if not _is_count(nested) or not _is_float32(offset):
             message = f"gives nested_blocksize {nested!r} and nested_offset {offset!r}"
             sorter.problem(weight.name, f"its quant_state {message}, expected two numbers")
             return None

@@ -115,8 +115,9 @@ def _check_rotation(sorter: Sorter, found: Declared, path: str, tensors: _Tensor
         raise Refused(where, message)
     for matrix in matrices:
         square = len(matrix.info.shape) == 2 and len(set(matrix.info.shape)) == 1
-        if not square or matrix.info.shape[0] > _LARGEST_ROTATION:
-            raise Refused(matrix.name, f"{matrix.info}, expected a square matrix")
+        floats = matrix.info.dtype in _FLOATS
+        if not floats or not square or matrix.info.shape[0] > _LARGEST_ROTATION:
+            raise Refused(matrix.name, f"{matrix.info}, expected a square matrix of floats")
         stored = sorter.checkpoint.peek(matrix.name).astype(np.float64)
         if not np.array_equal(stored, np.eye(matrix.info.shape[0])):
             raise Refused(

@@ -44,7 +44,7 @@ _SAID: Final = (
 )
 _IN_CODES: Final = ("scale_q", "zero_q", "meta_scale", "meta_zero")
 # nbits -> packing, where a layer does not say it (hqq/core/quantize.py).
-_PACKING_OF: Final = {
+_PACKING_OF: Final[Mapping[float, str]] = {
     8: "8bit_u8",
     7: "8bit_u8",
     6: "8bit_u8",
@@ -218,6 +218,10 @@ class _Layer:
         value = self._value(role)
         if value is None:
             return ""
+        if value.dtype.kind not in "iu":
+            info = self.sorter.tensors[self.said[role]].info
+            self._report(role, f"{info}, expected letters as U8")
+            return ""
         return value.astype(np.uint8).tobytes().decode("ascii", "replace")
 
     def _check_parts(self) -> None:
@@ -252,8 +256,11 @@ class _Layer:
     def _packing(self) -> tuple[int | None, str | None]:
         """Bits of a code, and HQQ's name of the packing."""
         said = self._number("nbits", None)
+        if not isinstance(said, int | float | None):
+            self._report("nbits", f"is {said!r}, expected a number")
+            return None, None
         bits = 2 if isinstance(said, float) and round(said, 2) == 1.58 else said
-        packing = self._text("packing") or _PACKING_OF.get(bits)
+        packing = self._text("packing") or _PACKING_OF.get(bits or 0)
         if packing not in HQQ:
             known = ", ".join(HQQ)
             where = "packing" if "packing" in self.said else "nbits"
@@ -262,7 +269,8 @@ class _Layer:
             return None, None
         width = HQQ[packing].bits
         if packing != "8bit_u8":
-            if bits is not None and bits not in (width, 1):  # 1.58 is read back as 1
+            # 1.58 bits are read back as 1.
+            if bits not in (None, width) and (packing, bits) != ("2bit_u8", 1):
                 self._report("nbits", f"is {said!r}, but packing {packing!r} holds {width} bits")
                 return None, None
             return width, packing

@@ -103,7 +103,7 @@ class _Reader:
             raise Refused(where, f"does not describe a tensor: {why}")
         names = said.get("_tensor_data_names")
         if isinstance(names, list):
-            missing = [name for name in names if name not in tensors]
+            missing = [name for name in names if str(name) not in tensors]
             if missing:
                 absent = f"{path}.{_PREFIX}{missing[0]}"
                 raise Refused(where, f"names {missing[0]!r}, but {absent} is missing")
