@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import statistics
 import sys
@@ -109,6 +110,8 @@ def write(folder: Path, kind: Kind, layers: int) -> int:
             while left:
                 data = (codes if dtype == "I32" else floats)[:left]
                 left -= out.write(data)
+        out.flush()
+        os.fsync(out.fileno())  # or its pages would still be written while the first run is timed
     config = {"model_type": "llama", "dtype": "float16", "quantization_config": kind.block}
     (folder / "config.json").write_text(json.dumps(config))
     return stop

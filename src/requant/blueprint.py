@@ -105,7 +105,7 @@ class Step:
         held = sum(self.row_bytes(t) for t in self.inputs.values())
         held += sum(self.row_bytes(t) for t in self.outputs.values())
         coded = self.operation in (Operation.ENCODE, Operation.RECODE)
-        unpacked = self.packing is not None
+        unpacked = self.packing is not None and self.operation is not Operation.REPACK
         return (held + (2 * coded + unpacked) * 4 * self.columns) * self.row_step
 
     def packed_rows(self, start: int, stop: int) -> tuple[int, int]:
