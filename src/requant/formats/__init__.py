@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from requant.checkpoint import Checkpoint
+from requant.errors import CheckpointError
 from requant.formats.base import Format, SourceLayer, SourceLayout
 from requant.formats.bitnet import BitNet
 from requant.formats.bitsandbytes import Bitsandbytes
@@ -15,6 +16,7 @@ from requant.formats.metal import MetalFormat
 from requant.formats.mlx import Mlx
 from requant.formats.modelopt import ModelOpt
 from requant.formats.mxfp4 import Mxfp4
+from requant.formats.plugins import plugged_in
 from requant.formats.quark import Quark
 from requant.formats.qweight import QweightFormat
 from requant.formats.torchao import Torchao
@@ -35,10 +37,23 @@ FORMATS: tuple[Format, ...] = (
     FpQuant(),
     Quark(),
     Torchao(),
-    Dense(),
 )
+_DENSE = Dense()
 
 
 def detect(checkpoint: Checkpoint) -> Format:
-    """Find the format of a checkpoint from its config and tensor names."""
-    return next(known for known in FORMATS if known.claims(checkpoint))
+    """Find the format of a checkpoint from its config and tensor names.
+
+    Ours are asked first, then those of other packages (``plugins``); what none of them claims
+    is dense.
+
+    Raises:
+        CheckpointError: None of ours claims it, and a package's format cannot be loaded.
+    """
+    for known in FORMATS:
+        if known.claims(checkpoint):
+            return known
+    foreign, problems = plugged_in()
+    if problems:
+        raise CheckpointError(str(checkpoint.path), problems)
+    return next((known for known in foreign if known.claims(checkpoint)), _DENSE)

@@ -1,0 +1,68 @@
+"""A source format of one's own: int8 codes with one scale a row.
+
+Value: ``w = code * scale``. ``{layer}.weight`` is I8 ``[out, in]``, ``{layer}.scale`` F16 or BF16
+``[out]``; config.json says quant_method int8-rows. MLX's codes count from 0, so each
+becomes ``code + 128`` with ``bias = -128 * scale``: exact.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from requant.arrays import native
+from requant.checkpoint import Checkpoint
+from requant.formats.base import SourceLayout
+from requant.formats.integer_layers import integer_layer
+from requant.formats.packing import Cut, IntegerPacking
+from requant.formats.sorting import Refused, Sorter
+
+
+@dataclass(frozen=True)
+class Int8Packing(IntegerPacking):
+    """How rows of MLX's layer come out of the two tensors."""
+
+    def cuts(self, start, stop):
+        rows = (start, stop)
+        return {"weight": Cut(rows, (0, self.columns)), "scale": Cut((0, 1), rows)}
+
+    def codes(self, parts, start, stop, scratch):
+        return parts["weight"].view(np.uint8) ^ 0x80  # two's complement, plus 128
+
+    def words(self, parts, start, stop, out, scratch):
+        out[:] = native.pack_words(self.codes(parts, start, stop, scratch), self.bits)
+
+    def scales(self, parts, start, stop):
+        return parts["scale"].reshape(-1, 1)
+
+
+class Int8Rows:
+    """What the entry point names: claims a checkpoint, and sorts its tensors into layers."""
+
+    name = "int8-rows"
+
+    def claims(self, checkpoint: Checkpoint) -> str | None:
+        block = checkpoint.config.get("quantization_config")
+        ours = isinstance(block, dict) and block.get("quant_method") == self.name
+        return "config.json: quant_method int8-rows" if ours else None
+
+    def read(self, checkpoint: Checkpoint) -> SourceLayout:
+        sorter = Sorter(checkpoint)
+        for name, weight in checkpoint.tensors.items():
+            path = name.removesuffix(".weight")
+            if path != name and weight.info.dtype == "I8":
+                scale = checkpoint.tensors.get(f"{path}.scale")
+                parts = {"weight": weight} | ({"scale": scale} if scale else {})
+                sorter.make(path, parts, lambda path, parts: layer(sorter, path, parts))
+        return sorter.layout()
+
+
+def layer(sorter, path, parts):
+    """One layer, or what is wrong with it: where, what was found, what was expected."""
+    weight, scale = parts["weight"].info, parts["scale"].info if "scale" in parts else None
+    n_out, n_in = weight.shape if len(weight.shape) == 2 else (0, 0)
+    fits = scale is not None and scale.dtype in ("F16", "BF16") and scale.shape == (n_out,)
+    if not n_out or not fits:
+        message = f"{weight} with scale {scale}, expected I8 [out, in] and F16 or BF16 [out]"
+        raise Refused(f"{path}.weight", message)
+    packing = Int8Packing(n_out, n_in, 8, n_in, symmetric=True, scale_dtype=scale.dtype)
+    return integer_layer(sorter, path, parts, (n_out, n_in), packing, "int8-rows")
