@@ -626,6 +626,59 @@ void zero_biases(In scales, const std::string& dtype, In zeros, Out biases) {
   run([&] { kernels().zero_biases(scales.data(), t, data<float>(zeros), scales.size(), biases.data()); });
 }
 
+// ---------------------------------------------------------------- GGUF blocks
+
+// The type, once the blocks' shape (rows, bytes) fits it.
+requant::GgufBlock check_blocks(int type, const In& blocks) {
+  const requant::GgufBlock found = kernels().gguf_block(type);
+  if (found.elements == 0) fail("type: no block type of GGUF has number " + std::to_string(type));
+  check_rank(blocks, "blocks", 2);
+  check_layout(blocks, "blocks", 8);
+  if (blocks.shape(1) % size_t(found.bytes) != 0)
+    fail("blocks: " + std::to_string(blocks.shape(1)) + " bytes of a row are not a multiple of the " +
+         std::to_string(found.bytes) + " of a block");
+  return found;
+}
+
+std::optional<std::tuple<int, int, int, int, bool>> gguf_block(int type) {
+  const requant::GgufBlock b = kernels().gguf_block(type);
+  if (b.elements == 0) return std::nullopt;
+  return std::make_tuple(b.elements, b.bytes, b.bits, b.group, b.fp4);
+}
+
+void gguf_affine(int type, In blocks, Out words, Out scales, Out biases, const std::string& dtype) {
+  const requant::GgufBlock b = check_blocks(type, blocks);
+  if (b.bits == 0) fail("type: no affine codes of MLX hold number " + std::to_string(type));
+  const Dtype d = dtype_of(dtype);
+  const size_t rows = blocks.shape(0), count = blocks.shape(1) / size_t(b.bytes), cols = count * size_t(b.elements);
+  check_shape(words, "words", 32, rows, cols / 32 * size_t(b.bits));
+  check_shape(scales, "scales", bits_of(d), rows, cols / size_t(b.group));
+  check_shape(biases, "biases", bits_of(d), rows, cols / size_t(b.group));
+  run([&] {
+    kernels().gguf_affine(type, data<uint8_t>(blocks), rows * count, data<uint32_t>(words), scales.data(),
+                          biases.data(), d);
+  });
+}
+
+void gguf_fp4(int type, In blocks, Out words, Out scales) {
+  const requant::GgufBlock b = check_blocks(type, blocks);
+  if (!b.fp4) fail("type: no float mode of MLX holds number " + std::to_string(type));
+  const size_t rows = blocks.shape(0), count = blocks.shape(1) / size_t(b.bytes), cols = count * size_t(b.elements);
+  check_shape(words, "words", 32, rows, cols / 8);
+  check_shape(scales, "scales", 8, rows, count * size_t(b.scale_bytes));
+  run([&] {
+    kernels().gguf_fp4(type, data<uint8_t>(blocks), rows * count, data<uint32_t>(words), data<uint8_t>(scales));
+  });
+}
+
+void gguf_values(int type, In blocks, Out out, const std::string& dtype) {
+  const requant::GgufBlock b = check_blocks(type, blocks);
+  const Dtype d = dtype_of(dtype);
+  const size_t rows = blocks.shape(0), count = blocks.shape(1) / size_t(b.bytes);
+  check_shape(out, "out", bits_of(d), rows, count * size_t(b.elements));
+  run([&] { kernels().gguf_values(type, data<uint8_t>(blocks), rows * count, out.data(), d); });
+}
+
 std::vector<std::string> available_isas() {
   std::vector<std::string> names;
   for (const requant::Kernels* const* k = requant::available_kernels(); *k != nullptr; k++)
@@ -701,6 +754,14 @@ NB_MODULE(_native, m) {
         "first"_a, "high_first"_a, "out"_a.noconvert(), "out_dtype"_a);
   m.def("zero_biases", &zero_biases, "scales"_a.noconvert(), "dtype"_a, "zeros"_a.noconvert(),
         "biases"_a.noconvert());
+
+  m.def("gguf_block", &gguf_block, "type"_a,
+        "Values and bytes of a block, bits and group size of the affine codes that hold it (bits 0:\n"
+        "none), and whether a float mode of MLX does; None for a number without blocks.");
+  m.def("gguf_affine", &gguf_affine, "type"_a, "blocks"_a.noconvert(), "words"_a.noconvert(), "scales"_a.noconvert(),
+        "biases"_a.noconvert(), "dtype"_a);
+  m.def("gguf_fp4", &gguf_fp4, "type"_a, "blocks"_a.noconvert(), "words"_a.noconvert(), "scales"_a.noconvert());
+  m.def("gguf_values", &gguf_values, "type"_a, "blocks"_a.noconvert(), "out"_a.noconvert(), "dtype"_a);
 
   m.def("isa", [] { return std::string(kernels().name); });
   m.def("set_isa", &set_isa, "name"_a);

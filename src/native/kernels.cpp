@@ -6,6 +6,7 @@
 
 #include "affine.h"
 #include "decode.h"
+#include "gguf.h"
 #include "minifloat.h"
 #include "pack.h"
 #include "repack.h"
@@ -252,6 +253,49 @@ void zero_biases_any(const void* scales, Dtype dtype, const float* zeros, size_t
   with_dtype(dtype, [&](auto t) { zero_biases<typename decltype(t)::Type>(scales, zeros, count, biases); });
 }
 
+template <class T, class = void>
+struct IsFp4 {
+  static constexpr int kScaleBytes = 0;
+};
+template <class T>
+struct IsFp4<T, decltype(void(T::kScaleBytes))> {
+  static constexpr int kScaleBytes = T::kScaleBytes;
+};
+
+requant::GgufBlock gguf_block_any(int type) {
+  requant::GgufBlock found = {};
+  with_block(type, [&](auto tag) {
+    using T = typename decltype(tag)::Type;
+    constexpr int kScaleBytes = IsFp4<T>::kScaleBytes;
+    found = {T::kElements, T::kBytes, T::kBits, T::kGroup, kScaleBytes != 0, kScaleBytes};
+  });
+  return found;
+}
+
+void gguf_affine_any(int type, const uint8_t* blocks, size_t count, uint32_t* words, void* scales, void* biases,
+                     Dtype dtype) {
+  with_block(type, [&](auto tag) {
+    using T = typename decltype(tag)::Type;
+    if constexpr (T::kBits != 0)
+      with_dtype(dtype,
+                 [&](auto s) { gguf_affine<T, typename decltype(s)::Type>(blocks, count, words, scales, biases); });
+  });
+}
+
+void gguf_fp4_any(int type, const uint8_t* blocks, size_t count, uint32_t* words, uint8_t* scales) {
+  with_block(type, [&](auto tag) {
+    using T = typename decltype(tag)::Type;
+    if constexpr (IsFp4<T>::kScaleBytes != 0) gguf_fp4<T>(blocks, count, words, scales);
+  });
+}
+
+void gguf_values_any(int type, const uint8_t* blocks, size_t count, void* out, Dtype dtype) {
+  with_block(type, [&](auto tag) {
+    using T = typename decltype(tag)::Type;
+    with_dtype(dtype, [&](auto o) { gguf_values<T, typename decltype(o)::Type>(blocks, count, out); });
+  });
+}
+
 }  // namespace
 
 #define REQUANT_JOIN_(a, b) a##b
@@ -271,6 +315,7 @@ const Kernels REQUANT_JOIN(kernels_, REQUANT_ISA) = {
     marlin_words,              fast_words,          stream_codes,          widen_words,
     field_codes_any,           reverse_codes,       deinterleave_words,    integer_values_any,
     float8_values_any,         e2m1_values_any,     lut_values_any,        zero_biases_any,
+    gguf_block_any,            gguf_affine_any,     gguf_fp4_any,          gguf_values_any,
 };
 
 }  // namespace requant

@@ -11,6 +11,14 @@
 
 namespace requant {
 
+// A type of GGUF's blocks; elements 0: there is none of this number.
+struct GgufBlock {
+  int elements, bytes;
+  int bits, group;  // of MLX's affine codes that hold it; bits 0: none do
+  bool fp4;         // MLX has a float mode of the same numbers
+  int scale_bytes;  // of one block, in that mode
+};
+
 enum class Dtype { F32, F16, BF16 };
 
 struct Kernels {
@@ -88,6 +96,13 @@ struct Kernels {
   void (*lut_values)(const uint8_t* bytes, size_t count, bool high_first, const float* book, const float* absmax,
                      size_t block, size_t first, void* out, Dtype out_dtype);
   void (*zero_biases)(const void* scales, Dtype dtype, const float* zeros, size_t count, void* biases);
+
+  // GGUF (gguf.h): count blocks of a type, one after another.
+  GgufBlock (*gguf_block)(int type);
+  void (*gguf_affine)(int type, const uint8_t* blocks, size_t count, uint32_t* words, void* scales, void* biases,
+                      Dtype dtype);
+  void (*gguf_fp4)(int type, const uint8_t* blocks, size_t count, uint32_t* words, uint8_t* scales);
+  void (*gguf_values)(int type, const uint8_t* blocks, size_t count, void* out, Dtype dtype);
 };
 
 // Rounding to nearest even with subnormals kept, for as long as one lives:

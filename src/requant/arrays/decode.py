@@ -45,7 +45,7 @@ def integer_values_into(
         difference: ``"F32"``, ``"F16"`` or ``"BF16"``: what ``code - zero`` is rounded to
             before it is multiplied (HQQ computes in the dtype of its scales).
     """
-    bits, name = _floats(out, "out")
+    bits, name = float_bits(out, "out")
     _native.integer_values(
         codes, _float32(scales, "scales"), _float32(zeros, "zeros"), group, bits, name, difference
     )
@@ -77,7 +77,7 @@ def e4m3_values_into(
     Returns:
         How many bytes are NaN.
     """
-    bits, name = _floats(out, "out")
+    bits, name = float_bits(out, "out")
     scales_bits = _float32(scales, "scales")
     return _native.float8_values(
         codes.view(np.uint8), scales_bits, block_rows, block_columns, first_row, bits, name, fnuz
@@ -93,7 +93,7 @@ def e2m1_values_into(codes: Array, scales: Array, group: int, out: Array) -> Non
         group: Columns with one scale, an even number.
         out: ``(rows, columns)``; overwritten.
     """
-    bits, name = _floats(out, "out")
+    bits, name = float_bits(out, "out")
     _native.e2m1_values(codes, _float32(scales, "scales"), group, bits, name)
 
 
@@ -118,7 +118,7 @@ def lut_values_into(
         first: Which value of its block the first one is, an even number below ``block``.
         high_first: The high nibble of a byte is the first code.
     """
-    bits, name = _floats(out, "out")
+    bits, name = float_bits(out, "out")
     if not out.flags.c_contiguous:  # else reshaping would copy it
         raise ValueError("out: expected a C-contiguous array")
     _native.lut_values(
@@ -141,10 +141,10 @@ def zero_biases_into(scales: Array, zeros: Array, biases: Array) -> None:
         zeros: float32, like the scales.
         biases: Like the scales, of their dtype; overwritten.
     """
-    bits, name = _floats(scales, "scales")
+    bits, name = float_bits(scales, "scales")
     if biases.dtype != scales.dtype:
         raise UnsupportedDtypeError("[decode] biases", biases.dtype.name, (scales.dtype.name,))
-    _native.zero_biases(bits, name, _float32(zeros, "zeros"), _floats(biases, "biases")[0])
+    _native.zero_biases(bits, name, _float32(zeros, "zeros"), float_bits(biases, "biases")[0])
 
 
 def scale_values(scales: Array, format: str) -> Array:
@@ -161,7 +161,7 @@ def scale_values(scales: Array, format: str) -> Array:
     return np.take(every, scales.view(np.uint8))
 
 
-def _floats(array: Array, what: str) -> tuple[Array, str]:
+def float_bits(array: Array, what: str) -> tuple[Array, str]:
     """The values as unsigned integers of their size, and the name of their dtype."""
     name = HEADER_NAME.get(array.dtype, "")
     if name not in KERNEL_FLOATS:
