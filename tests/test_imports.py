@@ -23,7 +23,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("recipes",),
     ("wishes",),
     ("source_folder",),
-    ("checkpoint",),
+    ("checkpoint", "gguf"),
     ("formats", "mlx_lm_classes", "mlx_lm_layout"),
     ("relayout",),
     ("blueprint",),

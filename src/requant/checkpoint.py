@@ -9,16 +9,16 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from requant.dtypes import NUMPY_DTYPE, TensorInfo
-from requant.errors import CheckpointError, Problem
+from requant.errors import CheckpointError, Problem, UsageError
 from requant.limits import (
     MAX_CONFIG_BYTES,
     MAX_INDEX_BYTES,
@@ -47,10 +47,14 @@ from requant.source_folder import (
     describe_no_weights,
     file_size,
     find_gaps,
+    is_gguf,
     list_folder,
     natural_key,
     open_regular,
 )
+
+if TYPE_CHECKING:
+    from requant.gguf.model import GgufModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +126,9 @@ class Checkpoint:
         quantization_files: The JSON files beside config.json in which tools describe their
             quantization, parsed, by name.
         metadata: ``__metadata__`` of the weight files, the first file's word where two differ.
+        made_files: Name -> content of files that an output gets and the folder does not have.
+        gguf: How tensors are stored, where the source is GGUF.
+        origin: What the user named, where it is not the folder.
     """
 
     path: Path
@@ -133,6 +140,14 @@ class Checkpoint:
     left_out: tuple[tuple[str, str], ...]
     quantization_files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
+    made_files: Mapping[str, Callable[[], bytes]] = field(default_factory=dict)
+    gguf: GgufModel | None = None
+    origin: Path | None = None
+
+    @property
+    def source(self) -> Path:
+        """What the user named."""
+        return self.origin or self.path
 
     def peek(self, name: str) -> np.ndarray:
         """The data of a small tensor that decides what a layer is: a ``g_idx``, block scales.
@@ -181,16 +196,30 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     return value
 
 
-def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Read a checkpoint folder: headers and JSON only.
+def read_checkpoint(
+    path: str | os.PathLike[str], config_from: str | os.PathLike[str] | None = None
+) -> Checkpoint:
+    """Read a checkpoint: headers and JSON only.
 
     Weights are ``model.safetensors``, or the shards that ``model.safetensors.index.json``
-    names, or, without either, every ``*.safetensors`` file of the folder.
+    names, or, without either, every ``*.safetensors`` file of the folder. A file, or a folder
+    without any of these, may be GGUF.
+
+    Args:
+        path: The folder, or a GGUF file.
+        config_from: For GGUF: a folder whose config.json and side files are taken.
 
     Raises:
-        CheckpointError: With everything that is wrong with the folder.
+        CheckpointError: With everything that is wrong with the source.
+        UsageError: ``config_from`` for another source than GGUF.
     """
     folder = Path(path)
+    if is_gguf(folder):
+        from requant.gguf.source import read_gguf
+
+        return read_gguf(folder, None if config_from is None else Path(config_from))
+    if config_from is not None:
+        raise UsageError(f"--config-from is for GGUF sources; {folder} has its own config.json")
     message = check_folder(folder)
     if message:
         raise CheckpointError(str(folder), [Problem(str(folder), message)])
@@ -222,6 +251,25 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         quantization_files=MappingProxyType(described),
         metadata=MappingProxyType(reader.metadata),
     )
+
+
+def read_config(folder: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The config.json of a folder, parsed, and the files beside it that an output takes along.
+
+    Raises:
+        CheckpointError: There is no config.json, or something is wrong with it.
+    """
+    message = check_folder(folder)
+    reader = _Reader(folder)
+    if message:
+        reader.report(str(folder), message)
+    else:
+        config, _ = reader.json(CONFIG)
+        listing = list_folder(folder, ())
+        reader.problems += listing.problems
+    if reader.problems:
+        raise CheckpointError(f"--config-from {folder}", reader.problems)
+    return config, tuple(listing.side_files)
 
 
 class _Reader:

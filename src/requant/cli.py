@@ -26,6 +26,7 @@ from requant.options import (
     AllowNonfinite,
     AllowOverflow,
     Bits,
+    ConfigFrom,
     Dequantize,
     DryRun,
     Dtype,
@@ -121,6 +122,7 @@ def convert(
     act_order: ActOrder = "requantize",
     fold_rotation: FoldRotation = False,
     search: Search = "off",
+    config_from: ConfigFrom = None,
     max_memory: MaxMemory = None,
     threads: Threads = None,
     shard_size: ShardSize = SHARD_SIZE,  # type: ignore[assignment]  # parsed by parse_size
@@ -146,6 +148,7 @@ def convert(
       requant convert Qwen3-30B-A3B out --recipe mixed_3_6
       requant convert Llama-3.2-1B out --bits 3 --search best
       requant convert Llama-3-8B-AWQ out
+      requant convert Llama-3.2-1B-Q4_K_M.gguf out
       requant convert mlx-4bit out --dequantize --dtype bfloat16
 
     Stopped (Ctrl-C, kill, a full disk), the same command goes on where it was.
@@ -166,7 +169,7 @@ def convert(
         layout,
         shard_size,
     )
-    wishes |= {"keep_extra": keep_extra, "search": search}
+    wishes |= {"keep_extra": keep_extra, "search": search, "config_from": config_from}
     if dry_run:
         with _answering_errors():
             plan = conversion.plan(source, **wishes)
@@ -214,6 +217,7 @@ def plan(
     act_order: ActOrder = "requantize",
     fold_rotation: FoldRotation = False,
     search: Search = "off",
+    config_from: ConfigFrom = None,
     max_memory: MaxMemory = None,
     threads: Threads = None,
     shard_size: ShardSize = SHARD_SIZE,  # type: ignore[assignment]  # parsed by parse_size
@@ -245,13 +249,13 @@ def plan(
         layout,
         shard_size,
     )
-    wishes |= {"keep_extra": keep_extra, "search": search}
+    wishes |= {"keep_extra": keep_extra, "search": search, "config_from": config_from}
     with _answering_errors():
         _print_plan(conversion.plan(source, **wishes), threads, max_memory, json)
 
 
 @app.command()
-def inspect(source: Source, json: Json = False) -> None:
+def inspect(source: Source, config_from: ConfigFrom = None, json: Json = False) -> None:
     """Show what a folder holds: format, layers, dtypes, sizes, problems.
 
     Exits with 1 if there are problems.
@@ -263,7 +267,7 @@ def inspect(source: Source, json: Json = False) -> None:
     from requant import console, inspection
 
     with _answering_errors():
-        found = inspection.inspect(source)
+        found = inspection.inspect(source, config_from)
         if json:
             _print_json(found.to_dict())
         else:
@@ -325,6 +329,7 @@ def generate(
     act_order: ActOrder = "requantize",
     fold_rotation: FoldRotation = False,
     search: Search = "off",
+    config_from: ConfigFrom = None,
     max_memory: MaxMemory = None,
     threads: Threads = None,
     json: Json = False,
@@ -346,7 +351,7 @@ def generate(
     wishes = _wishes(
         bits, group_size, mode, dequantize, dtype, override, only, recipe, act_order, fold_rotation
     )
-    wishes["search"] = search
+    wishes |= {"search": search, "config_from": config_from}
 
     def show(text: str) -> None:
         print(console.printable(text.expandtabs(4)), end="", flush=True)

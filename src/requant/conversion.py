@@ -40,6 +40,7 @@ def plan(
     act_order: str = "requantize",
     fold_rotation: bool = False,
     search: str = "off",
+    config_from: Source | None = None,
     shard_size: int = 5 << 30,
 ) -> Plan:
     """Lay out a conversion without doing it; only headers and JSON are read.
@@ -65,6 +66,7 @@ def plan(
         act_order=act_order,
         fold_rotation=fold_rotation,
         search=search,
+        config_from=config_from,
         max_shard_bytes=shard_size,
     )
     return make_plan(Path(source), wishes)
@@ -88,6 +90,7 @@ def convert(
     act_order: str = "requantize",
     fold_rotation: bool = False,
     search: str = "off",
+    config_from: Source | None = None,
     shard_size: int = 5 << 30,
     max_memory: int | None = None,
     threads: int | None = None,
@@ -101,7 +104,7 @@ def convert(
     """Convert a checkpoint folder into an MLX folder.
 
     Args:
-        source: Folder with ``config.json`` and safetensors; it is never modified.
+        source: Folder with ``config.json`` and safetensors, or a GGUF file; it is never modified.
         output: Folder to write; it appears only when complete.
         quantization: Target of the chosen layers. None keeps a quantized source as it is
             and means affine, 4 bits, group 64 for a dense one.
@@ -130,6 +133,8 @@ def convert(
             the layer before: "requantize" (8 bits), "dense" or "refuse".
         search: "off" (MLX's rule, bit for bit), "fast" or "best": look for scales and biases
             with a smaller squared error at the same size (docs/quality.md).
+        config_from: For GGUF: the folder of the original model, whose config.json and tokenizer
+            files are taken instead of what the metadata say.
         shard_size: Most bytes of one output file.
         max_memory: Most bytes to hold in memory, mapped pages aside.
         threads: Worker threads; every processor by default.
@@ -170,6 +175,7 @@ def convert(
         act_order=act_order,
         fold_rotation=fold_rotation,
         search=search,
+        config_from=config_from,
         max_shard_bytes=shard_size,
     )
     if allow_nonfinite and resume:

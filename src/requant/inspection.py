@@ -12,7 +12,6 @@ from requant.checkpoint import SourceFile, read_checkpoint
 from requant.conversion import Source
 from requant.errors import Problem
 from requant.formats import detect
-from requant.formats.base import describe
 from requant.schema import PerLayerQuantization
 
 
@@ -80,7 +79,7 @@ class Inspection:
         }
 
 
-def inspect(source: Source) -> Inspection:
+def inspect(source: Source, config_from: Source | None = None) -> Inspection:
     """Say what a folder holds; only headers and JSON are read.
 
     Problems of the format (a missing scale, a shape that disagrees) are listed in the
@@ -89,7 +88,7 @@ def inspect(source: Source) -> Inspection:
     Raises:
         CheckpointError: The folder itself cannot be read as a checkpoint.
     """
-    checkpoint = read_checkpoint(Path(source))
+    checkpoint = read_checkpoint(Path(source), config_from)
     found = detect(checkpoint)
     layout = found.read(checkpoint)
     return Inspection(
@@ -101,14 +100,14 @@ def inspect(source: Source) -> Inspection:
         layers=tuple(
             Stored(
                 layer.path,
-                layer.stored or describe(layer.encoding, layer.dtype),
+                layer.stored_as,
                 layer.shape,
                 sum(part.info.nbytes for part in layer.parts.values()),
             )
             for layer in layout.layers
         ),
         quantization=layout.quantization,
-        side_files=checkpoint.side_files,
+        side_files=(*checkpoint.side_files, *sorted(checkpoint.made_files)),
         left_out=checkpoint.left_out,
         problems=layout.problems,
     )

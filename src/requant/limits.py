@@ -14,6 +14,12 @@ MAX_RANK = 32
 MAX_INT = 2**63 - 1  # offsets and elements
 MAX_EMPTY_AXES = 1 << 24  # product of the other axes of a tensor with an axis of 0
 
+# -- GGUF headers ----------------------------------------------------------------------
+MAX_GGUF_HEADER_BYTES = 128 << 20  # everything before the data
+MAX_GGUF_KEYS = 1 << 16
+MAX_GGUF_ITEMS = 1 << 22  # of all arrays together: tokens, scores, merges
+MAX_GGUF_STRING_BYTES = 16 << 20
+
 # -- JSON ------------------------------------------------------------------------------
 MAX_CONFIG_BYTES = 16 << 20  # config.json and the files beside it that describe quantization
 MAX_INDEX_BYTES = 64 << 20

@@ -47,7 +47,7 @@ def load(
         tokenizer_config: Options of the tokenizer, as ``mlx_lm.load`` takes them.
         **wishes: What else ``requant.convert`` takes, but for what concerns files: ``bits``,
             ``group_size``, ``mode``, ``dequantize``, ``dtype``, ``overrides``, ``only``,
-            ``recipe``, ``act_order``, ``fold_rotation``, ``search``, ``threads``,
+            ``recipe``, ``act_order``, ``fold_rotation``, ``search``, ``config_from``, ``threads``,
             ``max_memory``, ``allow_nonfinite``,
             ``allow_overflow``, ``progress``.
 
@@ -98,9 +98,9 @@ def load_with_report(
     utils = _utils()
     with _failing(source, "mlx-lm, building the model"):
         model, config = _build(report.plan.config, weights)
-    with _failing(source, "tokenizer"):
+    with _failing(source, "tokenizer"), _tokenizer_folder(report.plan) as folder:
         tokenizer = utils.load_tokenizer(
-            Path(source), tokenizer_config, eos_token_ids=config.get("eos_token_id")
+            folder, tokenizer_config, eos_token_ids=config.get("eos_token_id")
         )
     return Loaded(model, tokenizer, report, time.perf_counter() - began)
 
@@ -171,6 +171,21 @@ class _Memory:
 @contextmanager
 def _in_memory(plan: Plan, _: Wishes) -> Iterator[_Memory]:
     yield _Memory(plan)
+
+
+@contextmanager
+def _tokenizer_folder(plan: Plan) -> Iterator[Path]:
+    """The folder with the tokenizer's files; those that a GGUF file stands for are made."""
+    if plan.checkpoint.gguf is None:
+        yield plan.checkpoint.path
+        return
+    with tempfile.TemporaryDirectory(prefix="requant-") as name:
+        (Path(name) / "config.json").write_text(json.dumps(plan.config))
+        for file, make in plan.checkpoint.made_files.items():
+            target = Path(name) / file
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(make())
+        yield Path(name)
 
 
 # -- the model -------------------------------------------------------------------------------

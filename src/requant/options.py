@@ -44,7 +44,10 @@ def parse_size(text: str) -> int:
 
 
 Source = Annotated[
-    Path, typer.Argument(metavar="SOURCE", help="Folder with config.json and safetensors.")
+    Path,
+    typer.Argument(
+        metavar="SOURCE", help="Folder with config.json and safetensors, or a GGUF file."
+    ),
 ]
 Output = Annotated[
     Path, typer.Argument(metavar="OUTPUT", help="Folder to write; appears when complete.")
@@ -141,6 +144,14 @@ KeepExtra = Annotated[
 FoldRotation = Annotated[
     bool,
     typer.Option("--fold-rotation", help="ParoQuant: plain 8-bit layers that every loader runs."),
+]
+ConfigFrom = Annotated[
+    Path | None,
+    typer.Option(
+        "--config-from",
+        metavar="FOLDER",
+        help="GGUF: take config.json and tokenizer files of the original model's folder.",
+    ),
 ]
 ShardSize = Annotated[
     int,

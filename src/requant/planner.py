@@ -62,7 +62,7 @@ def make_plan(source: str | Path, wishes: Wishes) -> Plan:
         CheckpointError: With everything that is wrong with the source.
         UsageError: An override or ``only`` names nothing, or asks what cannot be.
     """
-    checkpoint = read_checkpoint(source)
+    checkpoint = read_checkpoint(source, wishes.config_from)
     found = detect(checkpoint)
     layout = found.read(checkpoint)
     if layout.problems:
@@ -193,7 +193,7 @@ class Planner:
         self._check_needs(decided)
         if self.wrong_wishes:
             lines = "".join(f"\n  {problem}" for problem in self.wrong_wishes)
-            raise UsageError(f"{self.checkpoint.path}: wishes that cannot be met:{lines}")
+            raise UsageError(f"{self.checkpoint.source}: wishes that cannot be met:{lines}")
         layers: list[LayerPlan] = []
         steps: list[Step] = []
         per_layer: dict[str, Quantization] = {}
@@ -211,7 +211,7 @@ class Planner:
         self._note_search(steps)
         self._note_loads(layers, steps)
         return Plan(
-            source=str(self.checkpoint.path),
+            source=str(self.checkpoint.source),
             format=self.format,
             files=self.checkpoint.files,
             layers=tuple(layers),
@@ -219,7 +219,7 @@ class Planner:
             shards=shards,
             config=self._config(quantization),
             quantization=quantization,
-            side_files=self.checkpoint.side_files,
+            side_files=(*self.checkpoint.side_files, *sorted(self.checkpoint.made_files)),
             left_out=self.checkpoint.left_out,
             notes=tuple(self.notes),
             dropped=self.layout.dropped,
@@ -286,7 +286,8 @@ class Planner:
             dense = layer.act_order and wishes.act_order == "dense"
             return None if dense else layer.kept, layer.reason
         points = choice is not None and choice.points
-        if not (layer.is_quantized or self.format == "dense" or wishes.only or points):
+        dense = self.format == "dense" or self._is_dense_gguf
+        if not (layer.is_quantized or dense or wishes.only or points):
             return None, "dense in the source"
         if self.mlx_lm is not None:
             return self._in_mlx_lm_s_layout(layer, self.mlx_lm, choice)
@@ -352,6 +353,11 @@ class Planner:
             spec = describe(target, "")
             self.wrong_wishes.append(Problem(f"--override to {spec}", message))
         return target
+
+    @property
+    def _is_dense_gguf(self) -> bool:
+        """A GGUF file without codes is quantized like any dense source."""
+        return self.checkpoint.gguf is not None and not self.from_codes
 
     def _value_dtype(self, layer: SourceLayer) -> str:
         """Dtype of the layer's values before they are quantized or stored dense."""
@@ -425,6 +431,7 @@ class Planner:
         if target is not None:
             outputs = triple_infos(layer.shape, dtype, target)
             operation = Operation.REPACK if target == layer.encoding else Operation.RECODE
+        names = {"weight": layer.dense_name}
         into_row = 0
         for run in layer.pieces or (Rows(layer, 0, packing.rows),):
             assert run.layer.packing is not None
@@ -434,7 +441,10 @@ class Planner:
                 run.count,
                 packing.columns,
                 run.layer.parts,
-                {role: OutputTensor(f"{layer.path}.{role}", x) for role, x in outputs.items()},
+                {
+                    role: OutputTensor(names.get(role, f"{layer.path}.{role}"), x)
+                    for role, x in outputs.items()
+                },
                 None,
                 target,
                 dtype,
@@ -485,7 +495,7 @@ class Planner:
         return LayerPlan(
             layer.path,
             layer.shape,
-            layer.stored or describe(layer.encoding, layer.dtype),
+            layer.stored_as,
             describe(target, self._value_dtype(layer)),
             treatment,
             worst.exactness,

@@ -12,6 +12,7 @@ again.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
@@ -160,11 +161,25 @@ class Relayout:
         sources = [self.shown[source] for source in output.inputs]
         if any(layer.is_quantized for layer in sources):
             return self._quantized(name, sources)
+        if any(layer.packing is not None for layer in sources):
+            return self._in_other_order(name, sources)
         strided = (x.times for x in getattr(output, "extents", ()) if x.times > 1)
         if isinstance(output, Moved) and sum(strided) <= _MOST_RANGES:
             layer = dense_layer(_joined(name, output.info, self._stored(output)))
             return replace(layer, row_order=sources[0].row_order) if sources else layer
         return dense_layer(ComputedTensor(name, output.info, output.inputs))
+
+    def _in_other_order(self, name: str, sources: Sequence[SourceLayer]) -> SourceLayer:
+        """A dense tensor whose values a packing brings into order."""
+        from requant.mlx_lm_layout import Moved
+
+        output, first = self.layout.tensors[name], sources[0]
+        whole = isinstance(output, Moved) and len(sources) == len(output.extents) == 1
+        if not whole or output.info != TensorInfo(first.dtype, first.shape):
+            return dense_layer(ComputedTensor(name, output.info, output.inputs))
+        is_weight = name.endswith(".weight")
+        path = name.removesuffix(".weight") if is_weight else name
+        return replace(first, path=path, name="" if is_weight else name)
 
     def _stored(self, output: Moved) -> Iterator[FileRange]:
         for extent in output.extents:
@@ -287,7 +302,8 @@ def relayout(
     infos = {name: TensorInfo(layer.dtype, layer.shape) for name, layer in shown.items()}
     try:
         # Not our own reading of config.json: mlx-lm adds what generation_config.json says.
-        config = load_config(checkpoint.path)
+        made = checkpoint.gguf is not None
+        config = deepcopy(dict(checkpoint.config)) if made else load_config(checkpoint.path)
         for part in (config, config.get("text_config")):
             if isinstance(part, dict):  # it is shown the values that the codes stand for
                 part.pop("quantization", None)
@@ -325,12 +341,12 @@ def _why_refused(layout: MlxLmLayout, infos: Mapping[str, TensorInfo]) -> str:
 
 
 def _refusal(checkpoint: Checkpoint, why: str) -> CheckpointError:
-    return CheckpointError(str(checkpoint.path), [Problem("--layout mlx-lm", why)])
+    return CheckpointError(str(checkpoint.source), [Problem("--layout mlx-lm", why)])
 
 
 def _shown_name(layer: SourceLayer) -> str:
     """The name of a layer's dense tensor."""
-    return f"{layer.path}.weight" if layer.is_weight else layer.parts["weight"].name
+    return layer.dense_name
 
 
 def _kind(layer: SourceLayer) -> tuple[object, ...]:

@@ -136,6 +136,18 @@ def _outside(folder: Path, path: Path) -> str:
     )
 
 
+def is_gguf(source: Path) -> bool:
+    """Whether a source is a GGUF file, or a folder whose only weights are GGUF files."""
+    try:
+        if not source.is_dir():
+            return source.suffix == ".gguf" and source.exists()
+        names = [entry.name for entry in source.iterdir()]
+    except (OSError, ValueError):
+        return False
+    weights = any(name.endswith(".safetensors") or name == INDEX for name in names)
+    return not weights and any(name.endswith(".gguf") for name in names)
+
+
 def check_folder(folder: Path) -> str:
     """Say why a path is no folder to read from, or nothing."""
     try:
@@ -144,8 +156,6 @@ def check_folder(folder: Path) -> str:
         exists = folder.exists()
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         return f"cannot be read: {error}"
-    if exists and folder.suffix == ".gguf":
-        return "is a GGUF file; GGUF sources are not supported yet"
     if exists and folder.suffix == ".safetensors":
         return f"is a file; give the folder that holds it and its config.json: {folder.parent}"
     if exists:
@@ -212,9 +222,6 @@ def describe_no_weights(listing: Listing) -> str:
             "run code, so they are not read: load the model with transformers where you trust "
             "it, and save it as safetensors with save_pretrained"
         )
-    gguf = [name for name in names if name.endswith(".gguf")]
-    if gguf:
-        return f"holds GGUF files only ({_few(gguf)}); GGUF sources are not supported yet"
     nested = [name for name in names if name.endswith(".safetensors")]
     if nested:
         return f"holds safetensors files in subfolders only ({_few(nested)}); give one of those"

@@ -63,6 +63,8 @@ class Wishes:
         keep_extra: In mlx-lm's layout, keep tensors that its class has no use for.
         search: "off" for MLX's rule; "fast" or "best" look for scales and biases with a smaller
             squared error, wherever codes are computed.
+        config_from: For GGUF: the folder whose config.json and tokenizer files are taken; None
+            makes them from the metadata.
         max_shard_bytes: Output shards are cut before they exceed this.
         spoiled: Layers that a first pass found to hold NaN or infinity; left as they are.
     """
@@ -80,6 +82,7 @@ class Wishes:
     fold_rotation: bool = False
     keep_extra: bool = False
     search: str = "off"
+    config_from: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The wishes as JSON data; ``from_dict`` reads them back equal."""
@@ -132,6 +135,7 @@ class Wishes:
         fold_rotation: bool = False,
         keep_extra: bool = False,
         search: str = "off",
+        config_from: str | os.PathLike[str] | None = None,
     ) -> Wishes:
         """Check and assemble what the command line and the Python doors take.
 
@@ -177,6 +181,7 @@ class Wishes:
             fold_rotation=fold_rotation,
             keep_extra=keep_extra,
             search=search,
+            config_from=None if config_from is None else os.fspath(config_from),
         )
 
 

@@ -276,6 +276,12 @@ class OutputFolder:
         """Copy a file of the source; its hash."""
         target = self.inside / name
         target.parent.mkdir(parents=True, exist_ok=True)
+        made = self.plan.checkpoint.made_files.get(name)
+        if made is not None:
+            data = made()
+            target.write_bytes(data)
+            _fsync(target)
+            return hashlib.sha256(data).hexdigest()
         digest = hashlib.sha256()
         path = self.plan.checkpoint.path / name
         with open(open_regular(path), "rb") as source, target.open("wb") as file:
@@ -397,7 +403,7 @@ def check_output(plan: Plan, output: Path, force: bool, spent: int = 0) -> None:
         OutputError: OUTPUT exists and ``force`` is not set, is no checkpoint folder, lies
             in SOURCE or holds it, or the disk has too little room.
     """
-    source, target = plan.checkpoint.path.resolve(), output.resolve()
+    source, target = plan.checkpoint.source.resolve(), output.resolve()
     if target == source or target in source.parents or source in target.parents:
         raise OutputError(f"{output}: the source {source} must not be changed; name another folder")
     if output.is_symlink() or (output.exists() and not output.is_dir()):
@@ -411,7 +417,7 @@ def check_output(plan: Plan, output: Path, force: bool, spent: int = 0) -> None:
                 "--force replaces checkpoints only. Remove it yourself or name another folder"
             )
     existing = next(p for p in (target, *target.parents) if p.exists())
-    side = sum((plan.checkpoint.path / name).stat().st_size for name in plan.side_files)
+    side = sum((plan.checkpoint.path / name).stat().st_size for name in plan.checkpoint.side_files)
     needed = max(sum(shard.nbytes for shard in plan.shards) + side - spent, 0)
     free = shutil.disk_usage(existing).free
     if needed > free:

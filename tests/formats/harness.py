@@ -187,7 +187,7 @@ def check_fixture(
     for path, values in stored.items():
         wanted = exactness if isinstance(exactness, str) else exactness.get(path, exactness[""])
         assert stated[path] == wanted, f"{path}: {stated[path]}"
-        _check_values(checked, path, values, wanted, bound, largest_rms, values_rtol)
+        check_values(checked, path, values, wanted, bound, largest_rms, values_rtol)
     if stored_as is None and "dtype" not in wishes:
         _check_dense_tensors(checked)
     small = {**wishes, "chunk_bytes": 4096, "threads": 3}
@@ -200,7 +200,7 @@ def check_fixture(
     return checked
 
 
-def _check_values(
+def check_values(
     checked: Checked,
     path: str,
     values: np.ndarray,

@@ -323,6 +323,26 @@ class FolderReader:
                 assert str(error)
 
 
+class GgufReader:
+    """Plans two conversions of a GGUF file that ends where its header does, or soon after."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+
+    def __call__(self, data: bytes) -> None:
+        shutil.rmtree(self.place, ignore_errors=True)
+        self.place.mkdir(parents=True)
+        (self.place / "m.gguf").write_bytes(data)
+        for wishes in (Wishes(layout="keep"), Wishes(layout="keep", dequantize=True)):
+            try:
+                plan = make_plan(self.place / "m.gguf", wishes)
+                assert len(plan.hash) == 64
+                for make in plan.checkpoint.made_files.values():
+                    json.loads(make())
+            except RequantError as error:
+                assert str(error)
+
+
 def read_pattern(text: str) -> None:
     """A regular expression over names of every length."""
     try:
@@ -370,8 +390,109 @@ _PATTERN_PARTS = (
 )
 
 
+_ARCHITECTURES = ("llama", "qwen2moe", "qwen3", "gemma2", "gemma3", "phi3", "gpt-oss", "odd")
+_SETTINGS = (
+    "block_count",
+    "context_length",
+    "embedding_length",
+    "feed_forward_length",
+    "attention.head_count",
+    "attention.head_count_kv",
+    "attention.key_length",
+    "attention.layer_norm_rms_epsilon",
+    "attention.sliding_window",
+    "expert_count",
+    "expert_used_count",
+    "rope.dimension_count",
+    "rope.freq_base",
+    "rope.scaling.type",
+    "rope.scaling.factor",
+    "rope.scaling.original_context_length",
+)
+_ROLES = (
+    "attn_norm",
+    "attn_q",
+    "attn_k",
+    "attn_qkv",
+    "ffn_norm",
+    "ffn_up",
+    "ffn_gate_exps",
+    "ffn_gate.3",
+    "ffn_gate_inp_shexp",
+    "attn_sinks",
+)
+_KINDS = {0: (1, 4), 1: (1, 2), 2: (32, 18), 12: (256, 144), 14: (256, 210), 39: (32, 17)}
+_KINDS |= {40: (64, 36), 24: (1, 1), 19: (256, 50)}
+
+
+def _gguf_string(text: str) -> bytes:
+    data = text.encode("utf-8", "surrogatepass")
+    return struct.pack("<Q", len(data)) + data
+
+
+def _gguf_value(rng: random.Random, like: str) -> bytes:
+    """A value of the type that the key wants, mostly; else of any."""
+    kind = like if rng.random() < 0.9 else rng.choice(["int", "float", "word", "words", "bool"])
+    if kind == "int":
+        return struct.pack("<II", 4, rng.choice([0, 1, 2, 4, 32, 64, 2**31, 2**32 - 1]))
+    if kind == "float":
+        return struct.pack("<If", 6, rng.choice([0.0, 1e-5, 1e4, float("inf"), float("nan")]))
+    if kind == "bool":
+        return struct.pack("<IB", 7, rng.randrange(2))
+    if kind == "word":
+        words = ["gpt2", "llama", "qwen2", "yarn", "longrope", "linear", "none", "", "a b"]
+        return struct.pack("<I", 8) + _gguf_string(rng.choice(words))
+    if kind == "ints":
+        numbers = [rng.randrange(8) for _ in range(rng.randint(0, 6))]
+        return struct.pack(f"<IIQ{len(numbers)}i", 9, 5, len(numbers), *numbers)
+    words = [rng.choice(["a", "b", "ab", "\u2581a", "<s>", "a b", ""]) for _ in range(6)]
+    return struct.pack("<IIQ", 9, 8, len(words)) + b"".join(map(_gguf_string, words))
+
+
+def gguf_file(rng: random.Random) -> bytes:
+    """A small model, plausible but for a place or two."""
+    name = rng.choice(_ARCHITECTURES)
+    keys = {"general.architecture": struct.pack("<I", 8) + _gguf_string(name)}
+    for setting in _SETTINGS:
+        if rng.random() < 0.9:
+            like = "float" if "eps" in setting or "freq" in setting else "int"
+            like = "word" if setting.endswith("type") else like
+            keys[f"{name}.{setting}"] = _gguf_value(rng, like)
+    for key, like in (
+        ("model", "word"),
+        ("pre", "word"),
+        ("tokens", "words"),
+        ("merges", "words"),
+        ("scores", "ints"),
+        ("token_type", "ints"),
+        ("bos_token_id", "int"),
+        ("eos_token_id", "int"),
+        ("add_bos_token", "bool"),
+        ("chat_template", "word"),
+    ):
+        if rng.random() < 0.8:
+            keys[f"tokenizer.ggml.{key}"] = _gguf_value(rng, like)
+    names = ["token_embd.weight", "output_norm.weight", "rope_freqs.weight"]
+    names += [f"blk.{rng.randrange(2)}.{rng.choice(_ROLES)}.weight" for _ in range(5)]
+    names += [f"{rng.choice(names)[:-6]}{rng.choice(['bias', 'scale', 'weight'])}"]
+    table, at = b"", 0
+    for tensor in dict.fromkeys(names):
+        kind = rng.choice(list(_KINDS))
+        elements, nbytes = _KINDS[kind]
+        shape = [256, *(rng.choice([1, 4, 64]) for _ in range(rng.randint(0, 2)))]
+        table += _gguf_string(tensor) + struct.pack("<I", len(shape))
+        table += struct.pack(f"<{len(shape)}QIQ", *shape, kind, at)
+        at += -(-prod(shape) // elements * nbytes // 32) * 32
+    counts = struct.pack("<IQQ", 3, len(dict.fromkeys(names)), len(keys))
+    head = b"GGUF" + counts + b"".join(_gguf_string(k) + v for k, v in keys.items()) + table
+    return head + bytes(-len(head) % 32 + at)
+
+
 def make_input(kind: str, folders: list[Folder], rng: random.Random) -> Any:
-    """One input of a kind: ``header``, ``folder`` or ``pattern``."""
+    """One input of a kind: ``header``, ``folder``, ``pattern`` or ``gguf``."""
+    if kind == "gguf":
+        data = gguf_file(rng)
+        return damage_bytes(data, rng) if rng.random() < 0.3 else data
     if kind == "pattern":
         return "".join(rng.choice(_PATTERN_PARTS) for _ in range(rng.randint(1, 14)))
     folder = copy.deepcopy(rng.choice(folders))
@@ -403,7 +524,12 @@ def make_input(kind: str, folders: list[Folder], rng: random.Random) -> Any:
 
 def readers(place: Path) -> dict[str, Callable[[Any], None]]:
     """Kind of input -> what reads it."""
-    return {"header": read_header, "folder": FolderReader(place), "pattern": read_pattern}
+    return {
+        "header": read_header,
+        "folder": FolderReader(place),
+        "pattern": read_pattern,
+        "gguf": GgufReader(place),
+    }
 
 
 def to_text(kind: str, value: Any) -> str:
@@ -415,4 +541,7 @@ def to_text(kind: str, value: Any) -> str:
 def from_text(text: str) -> tuple[str, Any]:
     """The kind and the input of a seed file."""
     seed = json.loads(text)
-    return seed["kind"], bytes.fromhex(seed["input"]) if seed["kind"] == "header" else seed["input"]
+    return seed["kind"], bytes.fromhex(seed["input"]) if seed["kind"] in (
+        "header",
+        "gguf",
+    ) else seed["input"]

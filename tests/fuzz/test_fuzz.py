@@ -42,7 +42,9 @@ def test_the_corpus_is_mostly_read(tmp_path: Path) -> None:
     assert read > len(corpus()) * 0.6, read
 
 
-@pytest.mark.parametrize("kind, inputs", [("header", 4000), ("pattern", 1500), ("folder", 700)])
+@pytest.mark.parametrize(
+    "kind, inputs", [("header", 4000), ("pattern", 1500), ("folder", 700), ("gguf", 500)]
+)
 def test_a_slice_of_the_fuzzer(kind: str, inputs: int, tmp_path: Path) -> None:
     rng, folders = random.Random(1), corpus()
     read = readers(tmp_path / "source")[kind]

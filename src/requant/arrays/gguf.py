@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from requant import _native
 from requant.arrays.decode import float_bits
+from requant.dtypes import NUMPY_DTYPE
 from requant.schema import Quantization, QuantMode
 
 Array = NDArray[Any]
@@ -44,6 +44,11 @@ class BlockType:
         found = _native.gguf_block(self.number)
         assert found is not None, self.name
         return found
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a plain number."""
+        return NUMPY_DTYPE[self.dtype].itemsize
 
     @property
     def elements(self) -> int:
@@ -146,6 +151,7 @@ def values_into(kind: BlockType, blocks: Array, out: Array) -> None:
         out: ``(rows, in_features)``: float32, float16 or bfloat16; overwritten.
 
     Example:
+        >>> import numpy as np
         >>> block = np.frombuffer(bytes.fromhex("0038f0e1d2c3b4a5968778695a4b3c2d1e0f"), np.uint8)
         >>> values = np.empty((1, 32), np.float32)
         >>> values_into(BY_NAME["Q4_0"], block.reshape(1, 18), values)

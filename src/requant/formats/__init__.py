@@ -11,6 +11,7 @@ from requant.formats.compressed_tensors import CompressedTensors
 from requant.formats.dense import Dense
 from requant.formats.fp8 import Fp8
 from requant.formats.fp_quant import FpQuant
+from requant.formats.gguf import Gguf
 from requant.formats.hqq import Hqq
 from requant.formats.metal import MetalFormat
 from requant.formats.mlx import Mlx
@@ -24,6 +25,7 @@ from requant.formats.torchao import Torchao
 __all__ = ["FORMATS", "Format", "SourceLayer", "SourceLayout", "detect"]
 
 FORMATS: tuple[Format, ...] = (
+    Gguf(),
     Mlx(),
     *map(QweightFormat, ("awq", "gptq", "auto-round", "paroquant")),
     CompressedTensors(),

@@ -106,6 +106,7 @@ class SourceLayer:
             source's; empty where ``packing`` and ``parts`` are the whole layer.
         carried: Role -> tensor that goes with the codes and is needed to run them: a rotation
             of the inputs. Its values are a part of what ``packing`` decodes.
+        name: Of a packed tensor that is no ``{path}.weight``; else "".
     """
 
     path: str
@@ -122,16 +123,34 @@ class SourceLayer:
     row_order: RowOrder | None = None
     pieces: tuple[Rows, ...] = ()
     carried: Mapping[str, SourceTensor] = field(default_factory=dict)
+    name: str = ""
 
     @property
     def is_quantized(self) -> bool:
         """Whether the source stores codes, though perhaps none that MLX could hold."""
-        return self.encoding is not None or self.packing is not None or bool(self.stored)
+        coded = self.packing is not None and self.packing.holds_codes
+        return self.encoding is not None or coded or bool(self.stored)
+
+    @property
+    def stored_as(self) -> str:
+        """How the source stores it, in a few words."""
+        if self.stored or self.is_quantized:
+            return self.stored or describe(self.encoding, self.dtype)
+        return self.parts["weight"].info.dtype if self.parts else self.dtype
+
+    @property
+    def dense_name(self) -> str:
+        """What its tensor is called once it is dense."""
+        if self.packing is None and not self.is_weight:
+            return self.parts["weight"].name
+        return self.name or f"{self.path}.weight"
 
     @property
     def is_weight(self) -> bool:
         """Whether this is a ``{layer}.weight``, the only thing that is ever quantized."""
-        return self.packing is not None or self.parts["weight"].name == f"{self.path}.weight"
+        if self.packing is not None:
+            return not self.name
+        return self.parts["weight"].name == f"{self.path}.weight"
 
     @property
     def kept(self) -> Quantization | None:

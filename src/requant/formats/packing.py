@@ -67,12 +67,14 @@ class Packing(ABC):
             at one or at the matrix's end.
         strided: Whether a range of rows is spread over the whole tensor, so that few large
             ranges are read faster than many small ones.
+        holds_codes: Whether values are quantized; else they are only in another order or dtype.
     """
 
     rows: int
     columns: int
     row_unit: ClassVar[int] = 1
     strided: ClassVar[bool] = False
+    holds_codes: ClassVar[bool] = True
 
     @property
     def matrix_rows(self) -> int:

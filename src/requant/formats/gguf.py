@@ -1,0 +1,340 @@
+"""GGUF files: blocks that MLX's modes hold keep their codes, others are decoded.
+
+Which block types are which, and what a move costs, is docs/formats/gguf.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import ClassVar
+
+import numpy as np
+
+from requant.arrays import values
+from requant.arrays.gguf import TYPES, BlockType, values_into, words_into
+from requant.checkpoint import Checkpoint, SourceTensor
+from requant.dtypes import FLOATS
+from requant.errors import InvariantError, Problem
+from requant.formats.base import SourceLayer, SourceLayout, dense_layer
+from requant.formats.packing import (
+    DTYPE_WORD,
+    Cut,
+    Exactness,
+    Fidelity,
+    Packing,
+    Parts,
+    Scratch,
+)
+from requant.gguf.model import GgufModel, GgufTensor
+from requant.schema import Quantization, QuantMode
+
+# Types whose scales and biases are float16 numbers as they are, or powers of two times those.
+_HALVES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "TQ1_0", "TQ2_0", "Q1_0")
+# Scales cover 16 or 8 values: new codes of 8 bits in the shortest groups add least to them.
+_FALLBACK = Quantization.affine(32, 8)
+_NAN_EXPONENT, _ZERO_SCALE, _SIGN = 255, 0x7F, 0x80
+
+
+def _by_head(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of heads in Hugging Face's order.
+
+    llama.cpp turns neighbouring rows of a head together, Hugging Face row ``i`` with row
+    ``i + head_dim / 2``.
+
+    Args:
+        rows: ``(heads * head_dim, n)``.
+        heads: How many.
+    """
+    pairs = rows.reshape(heads, -1, 2, rows.shape[-1])
+    return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows.shape)
+
+
+@dataclass(frozen=True)
+class _GgufRows(Packing):
+    """Rows of one tensor; of whole heads where their rows change places.
+
+    ``weight``: ``[..., rows, in]`` numbers, or bytes of blocks.
+
+    Attributes:
+        rows: Output rows, experts included.
+        columns: Inputs.
+        matrix: Output rows of one matrix.
+        type_number: Of the type, as files write it.
+        width: Elements in a stored row.
+        head: Rows of a head that change places; 1 where none do.
+    """
+
+    rows: int
+    columns: int
+    matrix: int
+    type_number: int
+    width: int
+    head: int = 1
+
+    @property
+    def kind(self) -> BlockType:
+        """How values are stored."""
+        return TYPES[self.type_number]
+
+    @property
+    def matrix_rows(self) -> int:
+        return self.matrix
+
+    @property
+    def row_unit(self) -> int:  # type: ignore[override]  # a constant of other packings
+        """Rows of a head stay together."""
+        return self.head
+
+    def cuts(self, start: int, stop: int) -> dict[str, Cut]:
+        return {"weight": Cut((start, stop), (0, self.width))}
+
+    def stored(self, parts: Parts) -> np.ndarray:
+        """The rows as they are stored, in the output's order."""
+        rows = parts["weight"]
+        return rows if self.head == 1 else _by_head(rows, rows.shape[0] // self.head)
+
+
+@dataclass(frozen=True)
+class GgufValues(_GgufRows):
+    """Plain numbers, from which one may have to be subtracted."""
+
+    holds_codes: ClassVar[bool] = False
+
+    shift: bool = False
+
+    def dense(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
+        """The values, less one where ``shift`` says so (in float32), rounded once."""
+        stored = self.stored(parts)
+        if self.shift:
+            stored = stored.astype(np.float32) - np.float32(1)
+        values.cast_into(stored, out)
+
+
+@dataclass(frozen=True)
+class GgufVector(GgufValues):
+    """One vector whose elements belong to heads: the bias of a layer with such rows."""
+
+    heads: int = 0
+
+    def stored(self, parts: Parts) -> np.ndarray:
+        row = parts["weight"]
+        return _by_head(row.reshape(-1, 1), self.heads).reshape(row.shape) if self.heads else row
+
+
+@dataclass(frozen=True)
+class GgufBlocks(_GgufRows):
+    """Blocks of codes.
+
+    ``tensor_scale``: one float32 for all matrices, or one for each; absent where it is 1.
+
+    Attributes:
+        tensor_scales: Numbers in ``tensor_scale``; 0 where there is none.
+    """
+
+    tensor_scales: int = 0
+
+    @property
+    def encoding(self) -> Quantization | None:
+        """MLX's encoding of the same codes."""
+        return None if self.tensor_scales else self.kind.encoding
+
+    def cuts(self, start: int, stop: int) -> dict[str, Cut]:
+        cuts = super().cuts(start, stop)
+        if self.tensor_scales:
+            which = start // self.matrix if self.tensor_scales > 1 else 0
+            cuts["tensor_scale"] = Cut((0, 1), (which, which + 1))
+        return cuts
+
+    def unpack(
+        self, parts: Parts, start: int, stop: int, out: Mapping[str, np.ndarray], scratch: Scratch
+    ) -> None:
+        """Codes bit for bit; scales and biases rounded at most once."""
+        words_into(self.kind, self.stored(parts), out["weight"], out["scales"], out.get("biases"))
+        if "biases" not in out:
+            _check_scales(self.kind, out["scales"])
+
+    def dense(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
+        """Values in float32, as llama.cpp computes them; rounded once."""
+        if not self.tensor_scales:
+            values_into(self.kind, self.stored(parts), out)
+            return
+        wide = scratch.take("wide", "F32", stop - start, 4 * self.columns)
+        values_into(self.kind, self.stored(parts), wide)
+        with np.errstate(over="ignore", invalid="ignore"):
+            wide *= parts["tensor_scale"].reshape(-1)[0]
+        values.cast_into(wide, out)
+
+    def fidelity(self, dtype: str) -> Fidelity:
+        """Exact where scales and biases are numbers of ``dtype``."""
+        name, encoding = self.kind.name, self.encoding
+        affine = encoding is not None and encoding.mode is QuantMode.AFFINE
+        if not affine or dtype == "F32" or (dtype == "F16" and name in _HALVES):
+            return Fidelity(Exactness.EXACT)
+        relative = 2.0**-11 if dtype == "F16" else 2.0**-8
+        word = DTYPE_WORD[dtype]
+        return Fidelity(
+            Exactness.ROUNDED,
+            f"scales and biases rounded to {word}, relative error at most {relative:.2g}, "
+            "twice that where a bias follows from its scale",
+        )
+
+
+@dataclass(frozen=True)
+class GgufDenseBlocks(GgufBlocks):
+    """Blocks of what no layer of MLX holds quantized: vectors, convolutions, biases."""
+
+    holds_codes: ClassVar[bool] = False
+
+
+def _check_scales(kind: BlockType, scales: np.ndarray) -> None:
+    """Bring scale bytes that the two sides read differently into line, or refuse them.
+
+    Raises:
+        InvariantError: A byte that no writer makes, and MLX takes for something else.
+    """
+    if kind.name == "NVFP4":
+        scales[scales == _ZERO_SCALE] = 0  # 0 for llama.cpp, NaN for MLX
+        count = int((scales >= _SIGN).sum())
+        what = "have a sign, which this type has not"
+    else:
+        count = int((scales == _NAN_EXPONENT).sum())
+        what = "are 255, which is NaN in E8M0"
+    if count:
+        raise InvariantError(f"{count:,} scale bytes {what}: the source is damaged")
+
+
+class Gguf:
+    """A GGUF model."""
+
+    name = "gguf"
+
+    def claims(self, checkpoint: Checkpoint) -> str | None:
+        """The file is one."""
+        if checkpoint.gguf is None:
+            return None
+        return f"{checkpoint.files[0].name}: architecture {checkpoint.gguf.architecture!r}"
+
+    def read(self, checkpoint: Checkpoint) -> SourceLayout:
+        """One layer a tensor; extra scales belong to the tensors that they scale."""
+        model = checkpoint.gguf
+        assert model is not None
+        dropped = list(model.dropped)
+        layers: list[SourceLayer] = []
+        problems: list[Problem] = []
+        for name, tensor in checkpoint.tensors.items():
+            owner = _owner(name, model)
+            if owner is None:
+                layers.append(_layer(tensor, model, checkpoint, problems))
+            elif name.endswith(".input_scale"):
+                dropped.append((name, "MLX does not quantize activations"))
+        return SourceLayout(tuple(layers), None, tuple(problems), tuple(dropped), notes=model.notes)
+
+
+def _owner(name: str, model: GgufModel) -> str | None:
+    """The NVFP4 tensor that a tensor scales, or None."""
+    path, _, role = name.rpartition(".")
+    if role not in ("scale", "input_scale"):
+        return None
+    weight = f"{path}.weight"
+    found = model.tensors.get(weight)
+    return weight if found is not None and found.kind.name == "NVFP4" else None
+
+
+def _layer(
+    tensor: SourceTensor, model: GgufModel, checkpoint: Checkpoint, problems: list[Problem]
+) -> SourceLayer:
+    stored = model.tensors[tensor.name]
+    if stored.kind.dtype:
+        return _plain(tensor, stored, model.dtype)
+    *leading, columns = stored.shape
+    rows = prod(leading)
+    matrix = leading[-1] if leading else 1
+    parts = {"weight": tensor}
+    scale = checkpoint.tensors.get(f"{_path(tensor.name)}.scale")
+    scales = 0
+    if stored.kind.name == "NVFP4" and scale is not None:
+        matrices = rows // matrix
+        if _scales(checkpoint, scale, matrices, problems):
+            parts["tensor_scale"] = scale
+            scales = scale.info.size
+    is_layer = tensor.name.endswith(".weight") and len(stored.shape) in (2, 3)
+    packing = (GgufBlocks if is_layer else GgufDenseBlocks)(
+        rows,
+        columns,
+        matrix,
+        stored.kind.number,
+        tensor.info.shape[-1],
+        matrix // stored.heads if stored.heads else 1,
+        tensor_scales=scales,
+    )
+    if not is_layer:
+        name = _name(tensor.name)
+        return SourceLayer(
+            _path(tensor.name), parts, None, stored.shape, model.dtype, packing, name=name
+        )
+    encoding = packing.encoding
+    reason = ""
+    if encoding is None:
+        reason = f"a scale of {stored.kind.name} covers fewer values than any of MLX's"
+        if scales:
+            reason = "a scale over the whole tensor is multiplied in"
+    return SourceLayer(
+        _path(tensor.name),
+        parts,
+        encoding,
+        stored.shape,
+        model.dtype,
+        packing,
+        f"gguf {stored.kind.name}",
+        None if encoding else _FALLBACK,
+        reason,
+    )
+
+
+def _scales(
+    checkpoint: Checkpoint, scale: SourceTensor, matrices: int, problems: list[Problem]
+) -> bool:
+    """Whether a tensor's scales change anything."""
+    info = scale.info
+    if info.dtype != "F32" or len(info.shape) > 1 or info.size not in (1, matrices):
+        message = f"{info}, expected F32 with one number, or one for each of {matrices} matrices"
+        problems.append(Problem(scale.name, message))
+        return False
+    return bool((checkpoint.peek(scale.name) != 1).any())
+
+
+def _plain(tensor: SourceTensor, stored: GgufTensor, dtype: str) -> SourceLayer:
+    """A tensor of numbers; floats take the dtype of the model."""
+    layer = dense_layer(tensor)
+    if stored.kind.dtype not in FLOATS:
+        return layer
+    if stored.kind.dtype == dtype and not stored.heads and not stored.is_shifted:
+        return layer
+    *leading, columns = stored.shape
+    common = (prod(leading), columns, leading[-1] if leading else 1, stored.kind.number, columns)
+    packing: GgufValues
+    if leading:
+        head = leading[-1] // stored.heads if stored.heads else 1
+        packing = GgufValues(*common, head, shift=stored.is_shifted)
+    else:
+        packing = GgufVector(*common, shift=stored.is_shifted, heads=stored.heads)
+    return SourceLayer(
+        _path(tensor.name),
+        {"weight": tensor},
+        None,
+        stored.shape,
+        dtype,
+        packing,
+        name=_name(tensor.name),
+    )
+
+
+def _path(name: str) -> str:
+    return name.removesuffix(".weight") if name.endswith(".weight") else name
+
+
+def _name(name: str) -> str:
+    """The tensor's name where it is no ``{path}.weight``."""
+    return "" if name.endswith(".weight") else name

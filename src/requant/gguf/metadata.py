@@ -1,0 +1,109 @@
+"""Values of a GGUF file's metadata, each asked for by key and type."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from requant.errors import Problem
+
+
+class Metadata:
+    """The metadata of one model; what is missing or of a wrong type becomes a problem."""
+
+    def __init__(self, file: str, values: Mapping[str, Any]) -> None:
+        self.file, self.values = file, values
+        self.problems: list[Problem] = []
+
+    @property
+    def architecture(self) -> str:
+        """``general.architecture``; "" where it is none."""
+        return self.word("general.architecture")
+
+    def word(self, key: str, default: str = "") -> str:
+        """A string."""
+        value = self._find(key)
+        return value if isinstance(value, str) else default
+
+    def words(self, key: str) -> tuple[str, ...]:
+        """An array of strings; empty where there is none."""
+        value = self._find(key)
+        if value is None or (isinstance(value, np.ndarray) and not value.size):
+            return ()
+        if isinstance(value, tuple):
+            return value
+        self._wrong(key, "an array of strings")
+        return ()
+
+    def numbers(self, key: str) -> np.ndarray | None:
+        """An array of numbers, or None."""
+        value = self._find(key)
+        if value is None or (isinstance(value, tuple) and not value):
+            return None
+        if isinstance(value, np.ndarray):
+            return value
+        self._wrong(key, "an array of numbers")
+        return None
+
+    def flag(self, key: str) -> bool | None:
+        """A boolean, or None."""
+        value = self._find(key)
+        if value is None or isinstance(value, bool):
+            return value
+        self._wrong(key, "a boolean")
+        return None
+
+    def find_int(self, key: str) -> int | None:
+        """A whole number that is not negative, or None; an array of one number is that number."""
+        value = self._find(key)
+        if isinstance(value, np.ndarray) and value.size and (value == value[0]).all():
+            value = value[0].item()  # one for each layer, all the same
+        if value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
+            return value
+        self._wrong(key, "a whole number")
+        return None
+
+    def find_float(self, key: str) -> float | None:
+        """A finite number in its shortest form as float32, or None."""
+        value = self._find(key)
+        if value is None:
+            return None
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and np.isfinite(value):
+            return float(str(np.float32(value)))
+        self._wrong(key, "a finite number")
+        return None
+
+    def need_int(self, key: str) -> int:
+        """A whole number that must be there and is positive."""
+        value = self.find_int(key)
+        if not value and not any(problem.where.endswith(f" {key}") for problem in self.problems):
+            self._wrong(key, "a positive whole number")
+        return value or 1
+
+    def need_float(self, key: str) -> float:
+        """A number that must be there."""
+        value = self.find_float(key)
+        if value is None and not any(p.where.endswith(f" {key}") for p in self.problems):
+            self._wrong(key, "a number")
+        return value or 0.0
+
+    def report(self, key: str, message: str) -> None:
+        """Add a problem with a key."""
+        self.problems.append(Problem(f"{self.file}: {key}", message))
+
+    def _find(self, key: str) -> Any:
+        return self.values.get(key)
+
+    def _wrong(self, key: str, expected: str) -> None:
+        value = self._find(key)
+        found = "is missing" if value is None else f"is {_kind(value)}"
+        self.report(key, f"{found}, expected {expected}")
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, (tuple, np.ndarray)):
+        return f"an array of {len(value):,}"
+    text = repr(value)
+    return text if len(text) <= 60 else text[:60] + "..."

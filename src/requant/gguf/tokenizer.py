@@ -1,0 +1,263 @@
+"""``tokenizer.json`` and ``tokenizer_config.json`` from a GGUF file's metadata.
+
+llama.cpp stores tokens, their kinds, and merges (byte-level BPE, "gpt2") or scores
+(SentencePiece BPE, "llama"). How a text is split before that is a name: ``tokenizer.ggml.pre``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from requant.gguf.metadata import Metadata
+
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_REST_SLASH = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_LEAD = r"[^\r\n\p{L}\p{N}]?"
+_LLAMA_3 = rf"{_WORDS}|{_LEAD}\p{{L}}+|\p{{N}}{{1,3}}{_REST}"
+_QWEN_2 = rf"{_WORDS}|{_LEAD}\p{{L}}+|\p{{N}}{_REST}"
+_GPT_4O = (
+    rf"{_LEAD}{_UPPER}*{_LOWER}+{_WORDS}?|{_LEAD}{_UPPER}+{_LOWER}*{_WORDS}?"
+    rf"|\p{{N}}{{1,3}}{_REST_SLASH}"
+)
+_TEKKEN = rf"{_LEAD}{_UPPER}*{_LOWER}+|{_LEAD}{_UPPER}+{_LOWER}*|\p{{N}}{_REST_SLASH}"
+_PATTERNS = {  # tokenizer.ggml.pre -> the regex that cuts words; "" for GPT-2's own
+    "gpt-2": "",
+    "gpt2": "",
+    "llama-bpe": _LLAMA_3,
+    "llama3": _LLAMA_3,
+    "llama-v3": _LLAMA_3,
+    "qwen2": _QWEN_2,
+    "deepseek-r1-qwen": _QWEN_2,
+    "gpt-4o": _GPT_4O,
+    "tekken": _TEKKEN,
+}
+_WHOLE_WORDS_FIRST = (_LLAMA_3, _TEKKEN)  # a word that is a token is not merged from parts
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
+_SPACE = "\u2581"  # SentencePiece's
+
+Files = Mapping[str, Callable[[], bytes]]
+
+
+def tokenizer_files(metadata: Metadata) -> tuple[Files, str]:
+    """The files of a tokenizer by name, each made when it is needed.
+
+    Returns:
+        The files, and why there are none (or ``""``).
+    """
+    model = metadata.word("tokenizer.ggml.model")
+    tokens = metadata.words("tokenizer.ggml.tokens")
+    if model in ("", "no_vocab", "none") or not tokens:
+        return {}, "the file holds no tokenizer"
+    if model not in ("gpt2", "llama"):
+        return {}, f"its tokenizer is of kind {model!r}, known are gpt2 and llama"
+    pre = metadata.word("tokenizer.ggml.pre", "gpt-2")
+    if model == "gpt2" and pre not in _PATTERNS:
+        known = ", ".join(sorted(_PATTERNS))
+        return {}, f"how its tokenizer splits words ({pre!r}) is not known; known are {known}"
+    maker = _Tokenizer(metadata, model, pre, tokens)
+    return {
+        "tokenizer.json": lambda: _dump(maker.tokenizer()),
+        "tokenizer_config.json": lambda: _dump(maker.config()),
+    }, ""
+
+
+def _dump(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, ensure_ascii=False, indent=2) + "\n").encode()
+
+
+class _Tokenizer:
+    """One tokenizer, put together from its metadata."""
+
+    def __init__(self, metadata: Metadata, model: str, pre: str, tokens: tuple[str, ...]) -> None:
+        self.metadata, self.model, self.tokens = metadata, model, tokens
+        self.pattern = _PATTERNS.get(pre, "")
+        self.types = self._numbers("token_type", _NORMAL)
+
+    def _numbers(self, key: str, default: int) -> list[int]:
+        found = self.metadata.numbers(f"tokenizer.ggml.{key}")
+        values = [] if found is None else [int(x) for x in found[: len(self.tokens)]]
+        return values + [default] * (len(self.tokens) - len(values))
+
+    def _special(self, key: str) -> str | None:
+        """The token that plays a part: "bos", "eos", "unknown", "padding"."""
+        number = self.metadata.find_int(f"tokenizer.ggml.{key}_token_id")
+        if number is None or number >= len(self.tokens):
+            return None
+        return self.tokens[number]
+
+    @property
+    def adds_bos(self) -> bool:
+        """Whether every text begins with the token for that."""
+        said = self.metadata.flag("tokenizer.ggml.add_bos_token")
+        if said is None:
+            return self.model == "llama" or self.pattern in _WHOLE_WORDS_FIRST
+        return said
+
+    def config(self) -> dict[str, Any]:
+        """``tokenizer_config.json``."""
+        config: dict[str, Any] = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            "add_bos_token": self.adds_bos,
+        }
+        for name, key in (
+            ("bos_token", "bos"),
+            ("eos_token", "eos"),
+            ("unk_token", "unknown"),
+            ("pad_token", "padding"),
+        ):
+            if (token := self._special(key)) is not None:
+                config[name] = token
+        length = self.metadata.find_int(f"{self.metadata.architecture}.context_length")
+        if length:
+            config["model_max_length"] = length
+        if template := self.metadata.word("tokenizer.chat_template"):
+            config["chat_template"] = template
+        return config
+
+    def tokenizer(self) -> dict[str, Any]:
+        """``tokenizer.json``."""
+        parts = self._byte_level() if self.model == "gpt2" else self._sentencepiece()
+        return {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": self._added(),
+            **parts,
+        }
+
+    def _added(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "id": number,
+                "content": token,
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+                "special": kind != _USER_DEFINED,
+            }
+            for number, (token, kind) in enumerate(zip(self.tokens, self.types, strict=True))
+            if kind in (_CONTROL, _USER_DEFINED, _UNKNOWN)
+        ]
+
+    def _post_processor(self, otherwise: dict[str, Any] | None) -> dict[str, Any] | None:
+        token = self._special("bos")
+        if not self.adds_bos or token is None:
+            return otherwise
+        begin = {"SpecialToken": {"id": token, "type_id": 0}}
+        first, second = ({"Sequence": {"id": x, "type_id": n}} for n, x in enumerate("AB"))
+        number = self.tokens.index(token)
+        template = {
+            "type": "TemplateProcessing",
+            "single": [begin, first],
+            "pair": [begin, first, {"SpecialToken": {"id": token, "type_id": 1}}, second],
+            "special_tokens": {token: {"id": token, "ids": [number], "tokens": [token]}},
+        }
+        if otherwise is None:
+            return template
+        return {"type": "Sequence", "processors": [otherwise, template]}
+
+    def _byte_level(self) -> dict[str, Any]:
+        """Bytes as letters, merged in the order of the merges (GPT-2 and its heirs)."""
+        options = {"add_prefix_space": False, "trim_offsets": False}
+        split = {
+            "type": "Split",
+            "pattern": {"Regex": self.pattern},
+            "behavior": "Isolated",
+            "invert": False,
+        }
+        level = {"type": "ByteLevel", **options, "use_regex": not self.pattern}
+        pieces = [split, level] if self.pattern else [level]
+        merges = [merge.split(" ", 1) for merge in self.metadata.words("tokenizer.ggml.merges")]
+        return {
+            "normalizer": {"type": "NFC"} if self.pattern == _QWEN_2 else None,
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": pieces},
+            "post_processor": self._post_processor(
+                {"type": "ByteLevel", **options, "use_regex": False}
+            ),
+            "decoder": {"type": "ByteLevel", **options, "use_regex": False},
+            "model": {
+                "type": "BPE",
+                "dropout": None,
+                "unk_token": None,
+                "continuing_subword_prefix": "",
+                "end_of_word_suffix": "",
+                "fuse_unk": False,
+                "byte_fallback": False,
+                "ignore_merges": self.pattern in _WHOLE_WORDS_FIRST,
+                "vocab": self._vocabulary(),
+                "merges": [merge for merge in merges if len(merge) == 2],
+            },
+        }
+
+    def _sentencepiece(self) -> dict[str, Any]:
+        """Letters, merged into the piece of the highest score; bytes for what is no piece."""
+        prefix = self.metadata.flag("tokenizer.ggml.add_space_prefix")
+        spaces: dict[str, Any] = {
+            "type": "Replace",
+            "pattern": {"String": " "},
+            "content": _SPACE,
+        }
+        normalizer = spaces
+        decoders: list[dict[str, Any]] = [
+            {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
+            {"type": "ByteFallback"},
+            {"type": "Fuse"},
+        ]
+        if prefix is not False:
+            prepend = {"type": "Prepend", "prepend": _SPACE}
+            normalizer = {"type": "Sequence", "normalizers": [prepend, spaces]}
+            decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+        return {
+            "normalizer": normalizer,
+            "pre_tokenizer": None,
+            "post_processor": self._post_processor(None),
+            "decoder": {"type": "Sequence", "decoders": decoders},
+            "model": {
+                "type": "BPE",
+                "dropout": None,
+                "unk_token": self._special("unknown") or self._first(_UNKNOWN),
+                "continuing_subword_prefix": None,
+                "end_of_word_suffix": None,
+                "fuse_unk": True,
+                "byte_fallback": True,
+                "ignore_merges": False,
+                "vocab": self._vocabulary(),
+                "merges": self._merges_by_score(),
+            },
+        }
+
+    def _first(self, kind: int) -> str | None:
+        return next((t for t, k in zip(self.tokens, self.types, strict=True) if k == kind), None)
+
+    def _vocabulary(self) -> dict[str, int]:
+        """Token -> number; of two that are the same the first."""
+        vocabulary: dict[str, int] = {}
+        for number, token in enumerate(self.tokens):
+            vocabulary.setdefault(token, number)
+        return vocabulary
+
+    def _merges_by_score(self) -> list[list[str]]:
+        """Every way in which two pieces make a third, the best third first."""
+        found = self.metadata.numbers("tokenizer.ggml.scores")
+        if found is None:
+            return []
+        scores = [float(x) for x in found]
+        vocabulary = self._vocabulary()
+        merges = []
+        for number, (piece, kind) in enumerate(zip(self.tokens, self.types, strict=True)):
+            if kind != _NORMAL or number >= len(scores):
+                continue
+            ways = []
+            for cut in range(1, len(piece)):
+                left, right = piece[:cut], piece[cut:]
+                if left in vocabulary and right in vocabulary:
+                    ways.append((vocabulary[left], vocabulary[right], left, right))
+            merges += [(-scores[number], number, *way) for way in sorted(ways)]
+        merges.sort(key=lambda merge: merge[:4])
+        return [[left, right] for *_, left, right in merges]

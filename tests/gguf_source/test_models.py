@@ -1,0 +1,245 @@
+"""Whole models: logits of a GGUF file are those of the model that it was written from."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import mlx.core as mx
+import mlx_lm
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten, tree_map
+from mlx_lm.utils import load_model
+
+import requant
+import requant.mlx_lm
+from requant.errors import CheckpointError, UsageError
+from tests.formats.harness import read_folder
+from tests.gguf_source.writer import ARCHITECTURES, write_gguf
+from tests.mlx_lm.families import COMMON
+from tests.road.test_against_mlx_lm import model
+
+TOKENS = mx.array([[1, 5, 9, 200, 31, 7]])
+OWN: dict[str, dict[str, Any]] = {
+    "llama": {"rope_scaling": None, "tie_word_embeddings": True},
+    "mixtral": {},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {},
+    "qwen2_moe": {},
+    "qwen3_moe": {},
+    "gemma": {},
+    "gemma2": {"query_pre_attn_scalar": 32.0},
+    "gemma3_text": {"query_pre_attn_scalar": 32, "rope_theta": 1e6, "num_hidden_layers": 6},
+    "phi3": {"partial_rotary_factor": 1.0},
+    "gpt_oss": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 128},
+}
+
+
+def tiny(name: str) -> tuple[Any, dict[str, Any]]:
+    """A random model of mlx-lm, float32, and its config."""
+    module = importlib.import_module(f"mlx_lm.models.{name}")
+    known = module.ModelArgs.__dataclass_fields__
+    config = {k: v for k, v in COMMON.items() if k in known} | {"model_type": name} | OWN[name]
+    mx.random.seed(7)
+    made = module.Model(module.ModelArgs.from_dict(config))
+    made.update(tree_map(lambda x: mx.random.normal(x.shape) * 0.05, made.parameters()))
+    mx.eval(made.parameters())
+    return made, config
+
+
+def values(made: Any) -> dict[str, np.ndarray]:
+    return {name: np.array(x) for name, x in tree_flatten(made.parameters())}
+
+
+def output_of(folder: Path) -> np.ndarray:
+    loaded, _ = load_model(folder)
+    return np.array(loaded(TOKENS).astype(mx.float32))
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_every_family(name: str, tmp_path: Path) -> None:
+    """Names, config, order of rows, norms: float32 through GGUF changes nothing."""
+    made, config = tiny(name)
+    config.setdefault("tie_word_embeddings", False)
+    weights = {k: v for k, v in values(made).items() if "rotary" not in k}
+    path = tmp_path / "model.gguf"
+    write_gguf(path, weights, config)
+    requant.convert(path, tmp_path / "out", dequantize=True, layout="mlx-lm", dtype="float32")
+    out = read_folder(tmp_path / "out")
+    assert out.keys() == weights.keys()
+    for key, array in weights.items():
+        # One was added to these, and rounded.
+        room = 2.0**-24 if "gemma" in name and "norm" in key else 0.0
+        assert np.abs(out[key] - array).max() <= room, key
+    expected = np.array(made(TOKENS))
+    np.testing.assert_allclose(output_of(tmp_path / "out"), expected, atol=2e-5)
+
+
+def trained(name: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    folder = model(name)
+    weights = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        loaded = mx.load(str(file))
+        weights |= {k: np.array(v.astype(mx.float32)) for k, v in loaded.items()}
+    return weights, json.loads((folder / "config.json").read_text())
+
+
+def as_q8(values: np.ndarray) -> np.ndarray:
+    kind = gguf.GGMLQuantizationType.Q8_0
+    return gguf.dequantize(gguf.quantize(values, kind), kind)
+
+
+def logits_of(made: Any, weights: dict[str, np.ndarray]) -> np.ndarray:
+    """In float32, whatever dtype the model had."""
+    made.load_weights([(k, mx.array(v)) for k, v in weights.items()])
+    return np.array(made(TOKENS))
+
+
+@pytest.mark.parametrize("name", ["micro-llama", "qwen3-16m"])
+def test_trained_models_at_q8(name: str, tmp_path: Path) -> None:
+    """Codes are kept; logits are those of the dense model but for Q8_0's own error."""
+    weights, config = trained(name)
+    path = tmp_path / "model.gguf"
+    write_gguf(path, weights, config, "Q8_0", tokenizer=model(name))
+    report = requant.convert(path, tmp_path / "out")
+    treatments = {layer.treatment for layer in report.plan.layers if len(layer.shape) > 1}
+    assert treatments == {"kept"}
+    assert report.plan.layout == "mlx-lm"
+    found, tokenizer = mlx_lm.load(str(tmp_path / "out"))
+    requant.convert(path, tmp_path / "wide", dtype="float32")
+    original, _ = load_model(model(name))
+    expected = logits_of(original, weights)
+    rounded = {k: as_q8(v) if v.ndim > 1 else v for k, v in weights.items()}
+    twin = logits_of(original, rounded)  # the values that the codes stand for
+    largest = np.abs(expected).max()
+    assert np.abs(output_of(tmp_path / "wide") - twin).max() <= 1e-4 * largest
+    assert np.square(twin - expected).mean() <= 0.02**2 * np.square(expected).mean()
+    # MLX's CPU backend sums products of float16 in float16.
+    got = np.array(found(TOKENS).astype(mx.float32))
+    assert np.square(got - expected).mean() <= 0.04**2 * np.square(expected).mean()
+    text = "The quick brown fox: it's 12 345 times faster.\n\tEnd"
+    _, wanted = mlx_lm.load(str(model(name)))
+    assert tokenizer.encode(text) == wanted.encode(text)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert requant.verify(path, tmp_path / "out").ok
+    (tmp_path / "out" / "tokenizer.json").write_text("{}")
+    assert not requant.verify(path, tmp_path / "out").ok
+    loaded, in_memory = requant.mlx_lm.load(path)
+    assert mx.array_equal(loaded(TOKENS), found(TOKENS))
+    assert in_memory.encode(text) == wanted.encode(text)
+    assert in_memory.has_chat_template
+
+
+def test_split_files_equal_the_whole_one(tmp_path: Path) -> None:
+    weights, config = trained("micro-llama")
+    write_gguf(tmp_path / "whole.gguf", weights, config, "Q4_0")
+    (tmp_path / "split").mkdir()
+    write_gguf(tmp_path / "split" / "m.gguf", weights, config, "Q4_0", split_tensors=7)
+    parts = sorted((tmp_path / "split").iterdir())
+    assert len(parts) > 3
+    requant.convert(tmp_path / "whole.gguf", tmp_path / "a")
+    for number, source in enumerate((tmp_path / "split", parts[2])):
+        requant.convert(source, tmp_path / f"b{number}", threads=2, chunk_bytes=4096)
+        for name in ("model.safetensors", "config.json"):
+            assert (tmp_path / f"b{number}" / name).read_bytes() == (
+                tmp_path / "a" / name
+            ).read_bytes()
+    parts[1].unlink()
+    with pytest.raises(CheckpointError, match=r"m-00002-of-\d+\.gguf: does not exist"):
+        requant.convert(parts[0], tmp_path / "c")
+
+
+def test_a_dense_file_is_quantized_like_a_dense_folder(tmp_path: Path) -> None:
+    weights, config = trained("micro-llama")
+    write_gguf(tmp_path / "m.gguf", weights, config, "BF16")
+    requant.convert(tmp_path / "m.gguf", tmp_path / "a", bits=4)
+    requant.convert(model("micro-llama"), tmp_path / "b", bits=4)
+    ours, theirs = read_folder(tmp_path / "a"), read_folder(tmp_path / "b")
+    assert ours.keys() == theirs.keys()
+    assert [k for k in ours if ours[k].tobytes() != theirs[k].tobytes()] == []
+
+
+def test_config_from_the_original_folder(tmp_path: Path) -> None:
+    weights, config = trained("qwen3-16m")
+    write_gguf(tmp_path / "m.gguf", weights, config, "Q8_0")
+    requant.convert(tmp_path / "m.gguf", tmp_path / "out", config_from=model("qwen3-16m"))
+    made = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert made["transformers_version"] == config["transformers_version"]
+    tokenizer = (tmp_path / "out" / "tokenizer.json").read_bytes()
+    assert tokenizer == (model("qwen3-16m") / "tokenizer.json").read_bytes()
+    with pytest.raises(UsageError, match="is for GGUF sources"):
+        requant.convert(model("qwen3-16m"), tmp_path / "no", config_from=tmp_path)
+    with pytest.raises(CheckpointError, match="there is no such folder"):
+        requant.convert(tmp_path / "m.gguf", tmp_path / "no", config_from=tmp_path / "none")
+
+
+def test_mmproj_stays_apart(tmp_path: Path) -> None:
+    weights, config = trained("micro-llama")
+    write_gguf(tmp_path / "m-Q8_0.gguf", weights, config, "Q8_0")
+    writer = gguf.GGUFWriter(tmp_path / "mmproj-m.gguf", "clip")
+    writer.add_tensor("v.patch_embd.weight", np.ones((4, 32), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    report = requant.convert(tmp_path, tmp_path.parent / f"{tmp_path.name}-out")
+    assert [name for name, _ in report.plan.left_out] == ["mmproj-m.gguf"]
+    with pytest.raises(CheckpointError, match="mmproj"):
+        requant.convert(tmp_path / "mmproj-m.gguf", tmp_path / "no")
+
+
+def test_two_models_in_a_folder(tmp_path: Path) -> None:
+    weights, config = trained("micro-llama")
+    write_gguf(tmp_path / "a.gguf", weights, config, "Q8_0")
+    write_gguf(tmp_path / "b.gguf", weights, config, "Q4_0")
+    with pytest.raises(CheckpointError, match="holds 2 GGUF models; give the one"):
+        requant.plan(tmp_path)
+
+
+def test_an_unknown_architecture_keeps_its_names(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "mamba3")
+    values = np.random.default_rng(0).standard_normal((8, 64), np.float32)
+    q8 = gguf.GGMLQuantizationType.Q8_0
+    writer.add_tensor("blk.0.odd.weight", gguf.quantize(values, q8), raw_dtype=q8)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    report = requant.convert(tmp_path / "m.gguf", tmp_path / "out")
+    assert any("'mamba3' is not known" in note for note in report.plan.notes)
+    out = read_folder(tmp_path / "out")
+    assert sorted(out) == [f"blk.0.odd.{role}" for role in ("biases", "scales", "weight")]
+
+
+def test_llama_3_scaling_is_found_in_its_factors(tmp_path: Path) -> None:
+    weights, config = trained("micro-llama")
+    config["rope_theta"] = 500000.0
+    base, dim, factor = 500000.0, 32, 8.0
+    waves = 2 * np.pi * base ** (np.arange(0, dim, 2) / dim)
+    smooth = (8192 / waves - 1) / 3
+    factors = np.where(waves < 8192 / 4, 1, np.where(waves > 8192, factor, 0))
+    factors = np.where(factors == 0, 1 / ((1 - smooth) / factor + smooth), factors)
+    extra = {"rope_freqs.weight": factors.astype(np.float32)}
+    write_gguf(tmp_path / "m.gguf", weights, config, "Q8_0", extra=extra)
+    plan = requant.plan(tmp_path / "m.gguf")
+    assert plan.config["rope_scaling"] == {
+        "rope_type": "llama3",
+        "type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    assert plan.dropped[0][0] == "rope_freqs.weight"
+    extra = {"rope_freqs.weight": np.linspace(1, 3, 16, dtype=np.float32)}
+    write_gguf(tmp_path / "odd.gguf", weights, config, "Q8_0", extra=extra)
+    with pytest.raises(CheckpointError, match="no setting of Llama 3 gives"):
+        requant.plan(tmp_path / "odd.gguf")
+
+
+def test_architectures_are_all_here() -> None:
+    assert set(OWN) == set(ARCHITECTURES)

@@ -1,0 +1,154 @@
+"""Models as GGUF files, written with the gguf package the way llama.cpp's converter does it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+
+ARCHITECTURES = {  # model_type -> llama.cpp's name
+    "llama": "llama",
+    "mixtral": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "qwen2_moe": "qwen2moe",
+    "qwen3_moe": "qwen3moe",
+    "gemma": "gemma",
+    "gemma2": "gemma2",
+    "gemma3_text": "gemma3",
+    "phi3": "phi3",
+    "gpt_oss": "gpt-oss",
+}
+_EXPERTS = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+_KINDS = gguf.GGMLQuantizationType
+
+
+def permuted(rows: np.ndarray, heads: int) -> np.ndarray:
+    """llama.cpp's order of the rows of q and k: halves of a head become neighbours."""
+    shape = rows.shape
+    split = rows.reshape(heads, 2, shape[0] // heads // 2, *shape[1:])
+    return np.ascontiguousarray(split.swapaxes(1, 2)).reshape(shape)
+
+
+def llama_cpp_name(name: str, config: Mapping[str, Any]) -> str:
+    """What the converter calls a tensor that mlx-lm calls ``name``."""
+    architecture = ARCHITECTURES[config["model_type"]]
+    number = next(k for k, v in gguf.MODEL_ARCH_NAMES.items() if v == architecture)
+    names = gguf.get_tensor_name_map(number, config["num_hidden_layers"])
+    hf = name.replace("block_sparse_moe.switch_mlp.", "block_sparse_moe.experts.")
+    hf = hf.replace("mlp.switch_mlp.", "mlp.experts.")
+    if "block_sparse_moe.experts." in hf:
+        for role, old in _EXPERTS.items():
+            hf = hf.replace(f"experts.{role}", f"experts.{old}")
+    if hf.endswith("sinks"):
+        hf += ".weight"
+    found = names.get_name(hf, try_suffixes=(".weight", ".bias"))
+    assert found is not None, name
+    return found
+
+
+def write_gguf(
+    path: Path,
+    weights: Mapping[str, np.ndarray],
+    config: Mapping[str, Any],
+    kind: str = "F32",
+    *,
+    kinds: Mapping[str, str] | None = None,
+    tokenizer: Path | None = None,
+    split_tensors: int = 0,
+    extra: Mapping[str, np.ndarray] | None = None,
+    more: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a model.
+
+    Args:
+        path: The file to be; parts get numbers.
+        weights: mlx-lm's names -> float32.
+        config: config.json.
+        kind: How matrices are stored; vectors are F32, as the converter keeps them.
+        kinds: GGUF name -> another type.
+        tokenizer: A folder with tokenizer.json of byte-level BPE.
+        split_tensors: Tensors of one part; 0 for one file.
+        extra: Further tensors by their GGUF names.
+        more: Further settings by key, without the architecture.
+    """
+    architecture = ARCHITECTURES[config["model_type"]]
+    writer = gguf.GGUFWriter(path, architecture, split_max_tensors=split_tensors)
+    _settings(writer, config, more or {})
+    if tokenizer is not None:
+        _tokenizer(writer, tokenizer)
+    heads = config["num_attention_heads"]
+    kv_heads = config.get("num_key_value_heads", heads)
+    for name, array in weights.items():
+        values = np.asarray(array, np.float32)
+        if architecture == "llama" and ".self_attn.q_proj." in name:
+            values = permuted(values, heads)
+        if architecture == "llama" and ".self_attn.k_proj." in name:
+            values = permuted(values, kv_heads)
+        if architecture.startswith("gemma") and name.endswith("norm.weight"):
+            values = values + np.float32(1)
+        if "shared_expert_gate" in name:
+            values = values.reshape(-1)
+        _add(writer, llama_cpp_name(name, config), values, kind, kinds or {})
+    for name, array in (extra or {}).items():
+        writer.add_tensor(name, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _add(
+    writer: gguf.GGUFWriter, name: str, values: np.ndarray, kind: str, kinds: Mapping[str, str]
+) -> None:
+    wanted = _KINDS[kinds.get(name, kind if values.ndim > 1 and "bias" not in name else "F32")]
+    writer.add_tensor(name, gguf.quantize(values, wanted), raw_dtype=wanted)
+
+
+def _settings(writer: gguf.GGUFWriter, config: Mapping[str, Any], more: Mapping[str, Any]) -> None:
+    writer.add_context_length(config.get("max_position_embeddings", 512))
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config.get("num_key_value_heads", config["num_attention_heads"]))
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(config["rope_theta"])
+    if config.get("head_dim"):
+        writer.add_key_length(config["head_dim"])
+        writer.add_value_length(config["head_dim"])
+    experts = config.get("num_experts") or config.get("num_local_experts")
+    if experts:
+        writer.add_expert_count(experts)
+        writer.add_expert_used_count(config["num_experts_per_tok"])
+    if config.get("sliding_window"):
+        writer.add_sliding_window(config["sliding_window"])
+    for key, value in more.items():
+        key = f"{writer.arch}.{key}"
+        if isinstance(value, str):
+            writer.add_string(key, value)
+        elif isinstance(value, int):
+            writer.add_uint32(key, value)
+        else:
+            writer.add_float32(key, value)
+
+
+def _tokenizer(writer: gguf.GGUFWriter, folder: Path) -> None:
+    described = json.loads((folder / "tokenizer.json").read_text())
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    vocabulary = described["model"]["vocab"]
+    tokens = sorted(vocabulary, key=vocabulary.__getitem__)
+    special = {token["content"] for token in described["added_tokens"]}
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if token in special else 1 for token in tokens])
+    merges = described["model"]["merges"]
+    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
+    writer.add_bos_token_id(vocabulary[settings["bos_token"]])
+    writer.add_eos_token_id(vocabulary[settings["eos_token"]])
+    writer.add_chat_template("{% for m in messages %}{{ m['content'] }}{% endfor %}")
