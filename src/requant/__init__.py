@@ -28,6 +28,7 @@ from requant.errors import (
     UnsupportedDtypeError,
     UsageError,
 )
+from requant.figures import Figures, read_figures
 from requant.formats.awq import AwqLoadConfig, transform_awq_weights, unpack_awq_weights
 from requant.inspection import Inspection, inspect
 from requant.report import Report
@@ -50,6 +51,7 @@ __all__ = [
     "BackendError",
     "CheckpointError",
     "DivisibilityError",
+    "Figures",
     "Inspection",
     "InvariantError",
     "KeyCollisionError",
@@ -78,6 +80,7 @@ __all__ = [
     "parse_quantization",
     "plan",
     "quantize_weights",
+    "read_figures",
     "transform_awq_weights",
     "transform_weights",
     "unpack_awq_weights",

@@ -33,6 +33,7 @@ from requant.options import (
     FoldRotation,
     Force,
     GroupSize,
+    Html,
     Json,
     KeepExtra,
     Layout,
@@ -52,6 +53,7 @@ from requant.options import (
     Source,
     Threads,
     Verified,
+    Written,
 )
 
 if TYPE_CHECKING:
@@ -310,6 +312,33 @@ def verify(
             console.show_verification(found)
     if found.problems:
         raise typer.Exit(EXIT_FAULT)
+
+
+@app.command()
+def report(output: Written, html: Html = None, json: Json = False) -> None:
+    """Show what a conversion did, from the record in its OUTPUT.
+
+    --html writes one page with drawings that needs no network: layers by treatment, sizes,
+    errors by layer and kind, the worst layers, and where everything comes from.
+
+    \b
+    Examples:
+      requant report Llama-3.2-1B-4bit
+      requant report Llama-3.2-1B-4bit --html report.html
+    """  # noqa: D301
+    from requant import console, page
+    from requant.figures import read_figures
+
+    with _answering_errors():
+        figures = read_figures(output)
+        if html is not None:
+            html.write_text(page.render_page(figures), "utf-8", "xmlcharrefreplace")
+        if json:
+            _print_json(figures.to_dict())
+        elif html is None:
+            console.show_figures(figures)
+        else:
+            _say(f"{html} written")
 
 
 @app.command()

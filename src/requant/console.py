@@ -24,15 +24,17 @@ if TYPE_CHECKING:
 
     from requant.blueprint import LayerPlan, Plan
     from requant.execute import Budget, Progress
+    from requant.figures import Figures
     from requant.inspection import Inspection, Stored
     from requant.mlx_lm import Generation
     from requant.recipes import Recipe
-    from requant.report import LayerError, Report
+    from requant.report import Group, LayerError, Report
     from requant.verification import Verification
 
 _REASON_LINES = 10
 _FILE_LINES = 4
 _NAME_LINES = 40
+_WORST_LINES = 5
 _NAMES_IN_A_LINE = 3
 _PIPE_COLUMNS = 200
 # Without a terminal: a run shorter than this says nothing, a longer one speaks this often.
@@ -209,20 +211,7 @@ def _show_layers(page: _Page, plan: Plan) -> None:
     from requant.report import group_layers, left_dense
 
     page.line()
-    header = ("treatment", "from", "to", "exactness", "layers", "parameters", "size")
-    rows = [
-        (
-            group.treatment,
-            group.source,
-            group.target,
-            group.exactness,
-            f"{group.layers:,}",
-            f"{group.parameters:,}",
-            format_size(group.nbytes),
-        )
-        for group in group_layers(plan.layers)
-    ]
-    page.columns(rows, right=(4, 5, 6), header=header)
+    _show_groups(page, group_layers(plan.layers))
     _show_reasons(page, "stays dense:", left_dense(plan.layers))
     other_group = [x for x in plan.layers if x.reason and x.treatment == "quantized"]
     _show_reasons(page, "another group size:", other_group)
@@ -243,6 +232,24 @@ def _show_layers(page: _Page, plan: Plan) -> None:
         page.line(f"left out: {name} ({reason})")
     if len(plan.left_out) > _FILE_LINES:
         page.line(f"left out: {count(len(plan.left_out) - _FILE_LINES, 'more file')}")
+
+
+def _show_groups(page: _Page, groups: Iterable[Group]) -> None:
+    """Layers that were treated alike, a line each."""
+    header = ("treatment", "from", "to", "exactness", "layers", "parameters", "size")
+    rows = [
+        (
+            group.treatment,
+            group.source,
+            group.target,
+            group.exactness,
+            f"{group.layers:,}",
+            f"{group.parameters:,}",
+            format_size(group.nbytes),
+        )
+        for group in groups
+    ]
+    page.columns(rows, right=(4, 5, 6), header=header)
 
 
 def _by_reason(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
@@ -304,6 +311,43 @@ def show_verification(found: Verification) -> None:
         return
     against = f"equal to a conversion of {found.source}" if found.source else "as requant.json says"
     page.line(f"{found.output}: {compared}, {against}", "bold")
+
+
+def show_figures(figures: Figures) -> None:
+    """Print what the record of an output says."""
+    page = _Page()
+    page.line(f"{figures.output} ({count(figures.parameters, 'parameter')})", "bold")
+    page.line()
+    _show_groups(page, figures.groups)
+    measured = [kind for kind in figures.kinds if kind.median_rms is not None]
+    if measured:
+        page.line()
+        header = ("kind", "layers", "before", "after", "median error", "worst")
+        rows = [
+            (
+                k.kind,
+                f"{k.layers:,}",
+                format_size(k.bytes_in),
+                format_size(k.bytes_out),
+                _percent(k.median_rms),
+                _percent(k.worst_rms),
+            )
+            for k in measured
+        ]
+        page.columns(rows, right=(1, 2, 3, 4, 5), header=header)
+        page.line()
+        for layer in figures.measured[:_WORST_LINES]:
+            page.line(f"worst: {layer.layer}, {_percent(layer.relative_rms)}, {layer.target}")
+    page.line()
+    sizes = f"{format_size(figures.bytes_in)} -> {format_size(figures.bytes_out)}"
+    page.line(f"{figures.bits_per_weight:.2f} bits per weight, {sizes}")
+    page.line(f"from {figures.source_format}, by requant {figures.requant}")
+    page.line(f"again: {figures.command(output=figures.output)}")
+    page.line(f"check: {figures.verify_command(output=figures.output)}")
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:#.3g} %"
 
 
 def show_inspection(found: Inspection) -> None:

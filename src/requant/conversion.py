@@ -14,7 +14,7 @@ from requant.blueprint import Plan
 from requant.errors import CheckpointError, Problem
 from requant.execute import Outcome, Progress, make_budget, run_plan
 from requant.planner import make_plan
-from requant.report import Report
+from requant.report import Report, recorded_errors
 from requant.schema import Quantization
 from requant.specs import Spec
 from requant.wishes import Wishes
@@ -186,7 +186,7 @@ def convert(
         lambda made, wished: OutputFolder(
             made, Path(output), force, resume=resume, wishes=wished.to_dict()
         ),
-        lambda folder: folder.publish(),
+        lambda folder, outcome: folder.publish(recorded_errors(folder.plan, outcome)),
         max_memory=max_memory,
         threads=threads,
         allow_nonfinite=allow_nonfinite,
@@ -204,7 +204,7 @@ def carry_out(
     source: Path,
     wishes: Wishes,
     open_sink: Callable[[Plan, Wishes], AbstractContextManager[AnySink]],
-    finish: Callable[[AnySink], None],
+    finish: Callable[[AnySink, Outcome], None],
     *,
     max_memory: int | None = None,
     threads: int | None = None,
@@ -222,7 +222,7 @@ def carry_out(
             spoiled = [layer for layer, found in outcome.findings.items() if found.nonfinite]
             problems = _refused(outcome, allow_overflow)
             if not problems:
-                finish(sink)
+                finish(sink, outcome)
                 return made, outcome
         # Left without an error: nothing is kept.
         if not spoiled or not allow_nonfinite:

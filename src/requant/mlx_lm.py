@@ -122,7 +122,7 @@ def load_weights(
     _check_installed(Path(source))
     results: list[dict[str, mx.array]] = []
     plan, outcome = carry_out(
-        Path(source), made, _in_memory, lambda sink: results.append(sink.arrays), **options
+        Path(source), made, _in_memory, lambda sink, _: results.append(sink.arrays), **options
     )
     return results[0], Report.build(plan, "", outcome, time.perf_counter() - began)
 

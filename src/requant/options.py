@@ -189,3 +189,7 @@ DryRun = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print errors and warnings only.")]
+Written = Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder that convert wrote.")]
+Html = Annotated[
+    Path | None, typer.Option("--html", metavar="FILE", help="Write one self-contained page.")
+]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from hashlib import sha256
@@ -27,7 +28,11 @@ def version() -> str:
 
 
 def make_record(
-    plan: Plan, wishes: Mapping[str, Any], hashes: Mapping[str, str], files: Mapping[str, str]
+    plan: Plan,
+    wishes: Mapping[str, Any],
+    hashes: Mapping[str, str],
+    files: Mapping[str, str],
+    errors: Mapping[str, tuple[float, float]] | None = None,
 ) -> dict[str, Any]:
     """The record of a finished output.
 
@@ -36,7 +41,12 @@ def make_record(
         wishes: What the plan was made from, as ``Wishes.to_dict`` gives it.
         hashes: Tensor -> SHA-256 of its bytes.
         files: File that is no weight -> SHA-256 of its bytes.
+        errors: Layer -> its relative RMS error and the largest error in steps, where new codes
+            were computed.
     """
+    bytes_in = Counter[str]()
+    for step in plan.steps:
+        bytes_in[step.layer] += step.bytes_in
     record: dict[str, Any] = {
         "record": FORMAT_VERSION,
         "requant": version(),
@@ -49,6 +59,12 @@ def make_record(
                 "exactness": layer.exactness,
                 "source": layer.source,
                 "target": layer.target,
+                "shape": list(layer.shape),
+                "bytes_in": bytes_in[layer.layer],
+                "bytes_out": layer.nbytes,
+                "reason": layer.reason,
+                "bound": layer.bound,
+                "error": _figures((errors or {}).get(layer.layer)),
             }
             for layer in plan.layers
         },
@@ -57,6 +73,11 @@ def make_record(
         "files": dict(files),
     }
     return record | {"sha256": record_hash(record)}
+
+
+def _figures(error: tuple[float, float] | None) -> list[float] | None:
+    """Errors in four digits: the last ones of a sum depend on how rows were cut into chunks."""
+    return error and [float(f"{figure:.4g}") for figure in error]
 
 
 def record_hash(record: Mapping[str, Any]) -> str:

@@ -57,6 +57,23 @@ class LayerError:
     max_steps: float
 
 
+def layer_errors(plan: Plan, outcome: Outcome) -> dict[str, LayerError]:
+    """The measured error of each layer that was re-encoded."""
+    errors = {}
+    for layer in plan.layers:
+        found = outcome.findings.get(layer.layer)
+        if found is not None and layer.exactness == Exactness.REENCODED:
+            rms = sqrt(found.squared_error / found.squared_values) if found.squared_values else 0
+            errors[layer.layer] = LayerError(rms, found.max_error_steps)
+    return errors
+
+
+def recorded_errors(plan: Plan, outcome: Outcome) -> dict[str, tuple[float, float]]:
+    """The same as ``requant.json`` takes them."""
+    errors = layer_errors(plan, outcome)
+    return {layer: (error.relative_rms, error.max_steps) for layer, error in errors.items()}
+
+
 _COUNTS = ("nonfinite", "overflowed", "flushed_groups")
 
 
@@ -81,8 +98,7 @@ class Report:
     @staticmethod
     def build(plan: Plan, output: str, outcome: Outcome, elapsed_s: float) -> Report:
         """Put together the plan and what its run found."""
-        counts, errors = {}, {}
-        encoded = {x.layer for x in plan.layers if x.exactness == Exactness.REENCODED}
+        counts = {}
         for layer in plan.layers:
             found = outcome.findings.get(layer.layer)
             if found is None:
@@ -90,12 +106,7 @@ class Report:
             counted = {key: getattr(found, key) for key in _COUNTS if getattr(found, key)}
             if counted:
                 counts[layer.layer] = counted
-            if layer.layer in encoded:
-                rms = (
-                    sqrt(found.squared_error / found.squared_values) if found.squared_values else 0
-                )
-                errors[layer.layer] = LayerError(rms, found.max_error_steps)
-        return Report(plan, output, elapsed_s, counts, errors)
+        return Report(plan, output, elapsed_s, counts, layer_errors(plan, outcome))
 
     @property
     def groups(self) -> list[Group]:

@@ -231,8 +231,11 @@ class OutputFolder:
 
     # -- the end -------------------------------------------------------------------------
 
-    def publish(self) -> None:
+    def publish(self, errors: Mapping[str, tuple[float, float]] | None = None) -> None:
         """Add everything that is no weight, make it durable, and give it its name.
+
+        Args:
+            errors: What new codes lost, by layer, as ``make_record`` takes it.
 
         Raises:
             OutputError: A file cannot be written; OUTPUT is as it was before.
@@ -251,7 +254,8 @@ class OutputFolder:
                 CONFIG: self._write_json(CONFIG, dict(self.plan.config)),
                 **{name: self._carry_over(name) for name in self.plan.side_files},
             }
-            self._write_json(RECORD, make_record(self.plan, self.wishes, hashes, files))
+            record = make_record(self.plan, self.wishes, hashes, files, errors)
+            self._write_json(RECORD, record)
             _fsync(self.inside)
             self._rename()
             _fsync(self.output.parent)

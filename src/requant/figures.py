@@ -1,0 +1,338 @@
+"""The figures of a conversion, read back from the record (``requant.json``) in its output.
+
+``page`` draws them, ``card`` writes them into a model card; nothing here is computed anew.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from math import isfinite, prod
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from requant.checkpoint import read_json
+from requant.conversion import Source
+from requant.errors import CheckpointError, ParseError, Problem
+from requant.recipes import recipe_names
+from requant.record import FORMAT_VERSION
+from requant.report import Group
+from requant.schema import Quantization, QuantMode
+from requant.source_folder import RECORD
+from requant.specs import Spec
+from requant.wishes import DTYPES, Wishes
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class LayerFigures:
+    """What became of one layer.
+
+    Attributes:
+        layer: Its path.
+        shape: The logical shape.
+        treatment: quantized, requantized, kept, dequantized or dense.
+        exactness: exact, rounded or re-encoded.
+        source: How the source stores it.
+        target: How the output does.
+        bytes_in: Of its tensors in the source.
+        bytes_out: Of its tensors in the output.
+        reason: Why it was treated so, where that was not the wish.
+        bound: What "rounded" costs at the most, in words.
+        relative_rms: Measured error of new codes; None where there are none.
+        max_steps: Largest error of a value in steps of its group; None likewise.
+    """
+
+    layer: str
+    shape: tuple[int, ...]
+    treatment: str
+    exactness: str
+    source: str
+    target: str
+    bytes_in: int
+    bytes_out: int
+    reason: str
+    bound: str
+    relative_rms: float | None
+    max_steps: float | None
+
+    @property
+    def parameters(self) -> int:
+        """Logical weights."""
+        return prod(self.shape)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of the output per logical weight."""
+        return 8 * self.bytes_out / self.parameters if self.parameters else 0.0
+
+    @property
+    def kind(self) -> str:
+        """What layers of all blocks have in common: "q_proj", "embed_tokens"."""
+        names = [part for part in self.layer.split(".") if not part.isdigit()] or [self.layer]
+        return ".".join(names[-2:] if names[-1] == "bias" else names[-1:])
+
+
+@dataclass(frozen=True, slots=True)
+class KindFigures:
+    """Layers of one kind; errors are None where no new codes were computed."""
+
+    kind: str
+    layers: int
+    parameters: int
+    bytes_in: int
+    bytes_out: int
+    median_rms: float | None
+    worst_rms: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What an output's record says.
+
+    Attributes:
+        output: The folder.
+        requant: Version that wrote it.
+        plan_hash: SHA-256 over all that decides the output's bytes.
+        source_format: Name of the source's format.
+        source_files: Name, bytes and header's SHA-256 of each weight file of the source.
+        wishes: What was asked for.
+        tensors: Tensors in the output.
+        layers: In the order of the source's bytes.
+    """
+
+    output: str
+    requant: str
+    plan_hash: str
+    source_format: str
+    source_files: tuple[tuple[str, int, str], ...]
+    wishes: Wishes
+    tensors: int
+    layers: tuple[LayerFigures, ...]
+
+    @property
+    def parameters(self) -> int:
+        """Logical weights."""
+        return sum(layer.parameters for layer in self.layers)
+
+    @property
+    def bytes_in(self) -> int:
+        """Bytes of the source's tensors."""
+        return sum(layer.bytes_in for layer in self.layers)
+
+    @property
+    def bytes_out(self) -> int:
+        """Bytes of the output's tensors."""
+        return sum(layer.bytes_out for layer in self.layers)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of the output per logical weight."""
+        return 8 * self.bytes_out / self.parameters if self.parameters else 0.0
+
+    @property
+    def groups(self) -> list[Group]:
+        """Layers that were treated alike, most bytes first."""
+        alike: dict[tuple[str, str, str, str], list[LayerFigures]] = defaultdict(list)
+        for x in self.layers:
+            alike[x.treatment, x.source, x.target, x.exactness].append(x)
+        found = [
+            Group(*key, len(some), sum(x.parameters for x in some), sum(x.bytes_out for x in some))
+            for key, some in alike.items()
+        ]
+        return sorted(found, key=lambda group: -group.nbytes)
+
+    @property
+    def kinds(self) -> list[KindFigures]:
+        """Layers by kind, most bytes of the output first."""
+        alike: dict[str, list[LayerFigures]] = defaultdict(list)
+        for layer in self.layers:
+            alike[layer.kind].append(layer)
+        found = []
+        for kind, some in alike.items():
+            errors = [x.relative_rms for x in some if x.relative_rms is not None]
+            found.append(
+                KindFigures(
+                    kind,
+                    len(some),
+                    sum(x.parameters for x in some),
+                    sum(x.bytes_in for x in some),
+                    sum(x.bytes_out for x in some),
+                    median(errors) if errors else None,
+                    max(errors, default=None),
+                )
+            )
+        return sorted(found, key=lambda kind: -kind.bytes_out)
+
+    @property
+    def measured(self) -> list[LayerFigures]:
+        """Layers with a measured error, worst first."""
+        found = [layer for layer in self.layers if layer.relative_rms is not None]
+        return sorted(found, key=lambda layer: -(layer.relative_rms or 0.0))
+
+    def command(self, source: str = "SOURCE", output: str = "OUTPUT") -> str:
+        """The command that gives this output again."""
+        return shlex.join(["requant", "convert", source, output, *arguments(self.wishes)])
+
+    def verify_command(self, source: str = "SOURCE", output: str = "OUTPUT") -> str:
+        """The command that repeats the conversion and compares every byte."""
+        return shlex.join(["requant", "verify", source, output])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures as JSON data."""
+        return {
+            "schema": SCHEMA_VERSION,
+            "output": self.output,
+            "requant": self.requant,
+            "plan_hash": self.plan_hash,
+            "source_format": self.source_format,
+            "source_files": [list(file) for file in self.source_files],
+            "wishes": self.wishes.to_dict(),
+            "command": self.command(output=self.output),
+            "parameters": self.parameters,
+            "bytes_in": self.bytes_in,
+            "bytes_out": self.bytes_out,
+            "bits_per_weight": self.bits_per_weight,
+            "tensors": self.tensors,
+            "groups": [asdict(group) for group in self.groups],
+            "kinds": [asdict(kind) for kind in self.kinds],
+            "layers": [
+                asdict(x) | {"kind": x.kind, "bits_per_weight": x.bits_per_weight}
+                for x in self.layers
+            ],
+        }
+
+
+def read_figures(output: Source) -> Figures:
+    """Read what ``requant.json`` says about the conversion that wrote a folder.
+
+    Args:
+        output: A folder that ``convert`` wrote.
+
+    Raises:
+        CheckpointError: It has no record, or one that says not what it must.
+
+    Example:
+        >>> figures = read_figures("output")  # doctest: +SKIP
+        >>> [layer.layer for layer in figures.measured[:3]]  # doctest: +SKIP
+        ['model.layers.3.self_attn.o_proj', ...]
+    """
+    place = Path(output)
+    if not place.is_dir() or not os.path.lexists(place / RECORD):
+        what = "is missing: requant wrote no such folder" if place.is_dir() else "no such folder"
+        raise CheckpointError(str(place), [Problem(RECORD, what)])
+    record = read_json(place, RECORD)
+    if record.get("record") != FORMAT_VERSION:
+        message = f"record is {record.get('record')!r}, this version reads {FORMAT_VERSION}"
+        raise CheckpointError(str(place), [Problem(RECORD, message)])
+    try:
+        source = _typed(record, "source", dict)
+        layers = _typed(record, "layers", dict)
+        return Figures(
+            str(place),
+            _typed(record, "requant", str),
+            _typed(record, "plan", str),
+            _typed(source, "format", str),
+            tuple(
+                (_typed(x, "name", str), _typed(x, "nbytes", int), _typed(x, "header_sha256", str))
+                for x in _typed(source, "files", list)
+            ),
+            Wishes.from_dict(_typed(record, "wishes", dict)),
+            len(_typed(record, "tensors", dict)),
+            tuple(_layer(name, _typed(layers, name, dict)) for name in layers),
+        )
+    except ParseError as error:
+        raise CheckpointError(str(place), [Problem(RECORD, str(error))]) from None
+
+
+def arguments(wishes: Wishes) -> list[str]:
+    """What was wished, as it is typed after ``requant convert SOURCE OUTPUT``.
+
+    A recipe that is none of requant's own stands as ``NAME.toml``: its file is not at hand.
+    """
+    recipe, words = wishes.recipe, []
+    target = None if recipe is not None and wishes.quantization == recipe.default else "default"
+    if target and wishes.quantization is not None:
+        q = wishes.quantization
+        words += [] if q.mode is QuantMode.AFFINE else ["--mode", q.mode.value]
+        if q.mode is QuantMode.AFFINE:
+            words += ["--bits", str(q.bits), "--group-size", str(q.group_size)]
+    if recipe is not None:
+        known = recipe.name in recipe_names()
+        words += ["--recipe", recipe.name if known else f"{recipe.name}.toml"]
+    for pattern, spec in wishes.overrides:
+        words += ["--override", f"{pattern}={_spelled(spec)}"]
+    for pattern in wishes.only:
+        words += ["--only", pattern]
+    given = Wishes()
+    if wishes.dtype is not None:
+        words += ["--dtype", next(word for word, name in DTYPES.items() if name == wishes.dtype)]
+    for name in ("layout", "act_order", "search"):
+        if getattr(wishes, name) != getattr(given, name):
+            words += ["--" + name.replace("_", "-"), str(getattr(wishes, name))]
+    if wishes.max_shard_bytes != given.max_shard_bytes:
+        words += ["--shard-size", str(wishes.max_shard_bytes)]
+    flags = {
+        "--dequantize": wishes.dequantize,
+        "--keep-extra": wishes.keep_extra,
+        "--fold-rotation": wishes.fold_rotation,
+        "--allow-nonfinite": bool(wishes.spoiled),
+    }
+    return words + [flag for flag, given_ in flags.items() if given_]
+
+
+def _spelled(spec: Spec) -> str:
+    if not isinstance(spec, Quantization):
+        return "skip"
+    affine = spec.mode is QuantMode.AFFINE
+    return f"{spec.bits}:{spec.group_size}" if affine else spec.mode.value
+
+
+def _layer(name: str, entry: Mapping[str, Any]) -> LayerFigures:
+    words = {
+        key: _typed(entry, key, str, name)
+        for key in ("treatment", "exactness", "source", "target", "reason", "bound")
+    }
+    shape = _typed(entry, "shape", list, name)
+    sizes = [_typed(entry, key, int, name) for key in ("bytes_in", "bytes_out")]
+    if not all(_is_count(number) for number in (*shape, *sizes)):
+        raise ParseError(f"layers.{name}: shape {shape} and bytes {sizes} are no counts")
+    error = entry.get("error")
+    pair = isinstance(error, list) and len(error) == 2 and all(map(_is_figure, error))
+    if error is not None and not pair:
+        raise ParseError(f"layers.{name}.error: is {error!r}, expected two numbers or null")
+    rms, steps = error or (None, None)
+    return LayerFigures(
+        layer=name,
+        shape=tuple(shape),
+        bytes_in=sizes[0],
+        bytes_out=sizes[1],
+        relative_rms=rms,
+        max_steps=steps,
+        **words,
+    )
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
+
+
+def _is_figure(value: object) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and abs(float(value)) < 1e300 and isfinite(value)  # type: ignore[arg-type]
+
+
+def _typed(entry: Any, key: str, kind: Callable[..., Any], where: str = "") -> Any:
+    """A value of the record, of the type that it must have."""
+    value = entry.get(key) if isinstance(entry, dict) else None
+    if not isinstance(value, kind) or isinstance(value, bool):  # type: ignore[arg-type]
+        place = f"layers.{where}.{key}" if where else key
+        if value is None:
+            raise ParseError(f"{place}: is missing; requant of this version writes it")
+        raise ParseError(f"{place}: is {type(value).__name__}, expected {kind.__name__}")
+    return value
