@@ -32,7 +32,7 @@ import os, sys
 source, output, nbytes = sys.argv[1], sys.argv[2], int(sys.argv[3])
 buffer = memoryview(bytearray(4 << 20))
 for name in sorted(os.listdir(source)):
-    if name.endswith(".safetensors"):
+    if name.endswith((".safetensors", ".gguf")):
         with open(os.path.join(source, name), "rb", buffering=0) as file:
             while file.readinto(buffer):
                 pass

@@ -41,8 +41,12 @@ REQUANT_INLINE void halves(const uint8_t* REQUANT_RESTRICT q, uint8_t* REQUANT_R
 
 // Adds bit e of 32 bits to code e, as its bit 4.
 REQUANT_INLINE void fifth_bits(const uint8_t* q, uint8_t* c) {
-  for (int k = 0; k < 4; k++)
-    for (int e = 0; e < 8; e++) c[8 * k + e] |= uint8_t((q[k] >> e & 1u) << 4);
+  for (int k = 0; k < 4; k++) {
+    uint64_t eight;
+    std::memcpy(&eight, c + 8 * k, 8);
+    eight |= spread<1>(q[k]) << 4;
+    std::memcpy(c + 8 * k, &eight, 8);
+  }
 }
 
 // Members that most types share; a type hides those that differ.
@@ -56,46 +60,46 @@ struct Blocks {
 
 // ---------------------------------------------------------------- blocks of 32
 
-struct Q4_0 : Blocks<32, 18, 32> {
+// Begins with its scale, and with HALVES 2 an offset: float16, so that many are widened at once.
+template <int BYTES, int HALVES>
+struct HalfBlocks : Blocks<32, BYTES, 32> {
+  static constexpr int kHalves = HALVES;
+  static constexpr Offset kOffset = HALVES == 2 ? Offset::Added : Offset::None;
+};
+
+struct Q4_0 : HalfBlocks<18, 1> {
   static constexpr int kBits = 4, kSub = 8;
-  static REQUANT_INLINE void decode(const uint8_t* b, uint8_t* c, float* s, float*) {
-    s[0] = half_at(b);
+  static REQUANT_INLINE void codes(const uint8_t* b, uint8_t* c) {
     halves<16>(b + 2, c);
   }
 };
 
-struct Q4_1 : Blocks<32, 20, 32> {
+struct Q4_1 : HalfBlocks<20, 2> {
   static constexpr int kBits = 4;
-  static constexpr Offset kOffset = Offset::Added;
-  static REQUANT_INLINE void decode(const uint8_t* b, uint8_t* c, float* s, float* o) {
-    s[0] = half_at(b), o[0] = half_at(b + 2);
+  static REQUANT_INLINE void codes(const uint8_t* b, uint8_t* c) {
     halves<16>(b + 4, c);
   }
 };
 
-struct Q5_0 : Blocks<32, 22, 32> {
+struct Q5_0 : HalfBlocks<22, 1> {
   static constexpr int kBits = 5, kSub = 16;
-  static REQUANT_INLINE void decode(const uint8_t* b, uint8_t* c, float* s, float*) {
-    s[0] = half_at(b);
+  static REQUANT_INLINE void codes(const uint8_t* b, uint8_t* c) {
     halves<16>(b + 6, c);
     fifth_bits(b + 2, c);
   }
 };
 
-struct Q5_1 : Blocks<32, 24, 32> {
+struct Q5_1 : HalfBlocks<24, 2> {
   static constexpr int kBits = 5;
-  static constexpr Offset kOffset = Offset::Added;
-  static REQUANT_INLINE void decode(const uint8_t* b, uint8_t* c, float* s, float* o) {
-    s[0] = half_at(b), o[0] = half_at(b + 2);
+  static REQUANT_INLINE void codes(const uint8_t* b, uint8_t* c) {
     halves<16>(b + 8, c);
     fifth_bits(b + 4, c);
   }
 };
 
-struct Q8_0 : Blocks<32, 34, 32> {
+struct Q8_0 : HalfBlocks<34, 1> {
   static constexpr int kBits = 8, kSub = 128;
-  static REQUANT_INLINE void decode(const uint8_t* b, uint8_t* c, float* s, float*) {
-    s[0] = half_at(b);
+  static REQUANT_INLINE void codes(const uint8_t* b, uint8_t* c) {
     for (int i = 0; i < 32; i++) c[i] = uint8_t(b[2 + i] ^ 0x80u);
   }
 };
@@ -107,10 +111,9 @@ REQUANT_INLINE void iq4_codes(const uint8_t* q, uint8_t* c) {
   for (int j = 0; j < 16; j++) c[j] = kIq4[q[j] & 15u], c[j + 16] = kIq4[q[j] >> 4];
 }
 
-struct Iq4Nl : Blocks<32, 18, 32> {
+struct Iq4Nl : HalfBlocks<18, 1> {
   static constexpr int kBits = 8, kSub = 128;
-  static REQUANT_INLINE void decode(const uint8_t* b, uint8_t* c, float* s, float*) {
-    s[0] = half_at(b);
+  static REQUANT_INLINE void codes(const uint8_t* b, uint8_t* c) {
     iq4_codes(b + 2, c);
   }
 };
@@ -411,36 +414,73 @@ struct Iq1M : Blocks<256, 56, 8> {
 
 // ---------------------------------------------------------------- rows of blocks
 
-// Blocks whose codes are packed at a time.
+// Blocks that are worked on at a time.
 template <class T>
-constexpr size_t kBundle = T::kElements < 256 ? 256 / T::kElements : 1;
+constexpr size_t kBundle = T::kElements < 1024 ? 1024 / T::kElements : 1;
 template <class T>
 constexpr size_t kRuns = T::kElements / T::kRun;
+
+template <class T, class = void>
+struct HasHalves {
+  static constexpr bool kYes = false;
+};
+template <class T>
+struct HasHalves<T, decltype(void(T::kHalves))> {
+  static constexpr bool kYes = true;
+};
+
+// Codes, scales and offsets of up to kBundle blocks.
+template <class T>
+REQUANT_INLINE void decode_bundle(const uint8_t* blocks, size_t count, uint8_t* codes, float* s, float* o) {
+  if constexpr (HasHalves<T>::kYes) {
+    uint16_t d[kBundle<T>] = {}, m[kBundle<T>] = {};
+    for (size_t k = 0; k < count; k++) {
+      const uint8_t* b = blocks + k * T::kBytes;
+      std::memcpy(&d[k], b, 2);
+      if (T::kHalves == 2) std::memcpy(&m[k], b + 2, 2);
+      T::codes(b, codes + k * T::kElements);
+    }
+    for (size_t k = 0; k < kBundle<T>; k++) s[k] = F16::load(d[k]);
+    if (T::kHalves == 2)
+      for (size_t k = 0; k < kBundle<T>; k++) o[k] = F16::load(m[k]);
+  } else {
+    for (size_t k = 0; k < count; k++)
+      T::decode(blocks + k * T::kBytes, codes + k * T::kElements, s + k * kRuns<T>, o + k * kRuns<T>);
+  }
+}
+
+// Scales and biases of MLX's groups. The bias fits the scale that is stored.
+template <class T, class S>
+REQUANT_INLINE void affine_scales(const float* s, const float* o, size_t groups, typename S::Stored* REQUANT_RESTRICT
+                                  scales, typename S::Stored* REQUANT_RESTRICT biases) {
+  constexpr float kZero = float(T::kSub) / float(T::kMul);
+  constexpr size_t kRepeat = T::kRun / T::kGroup;  // groups with one scale
+  for (size_t g = 0; g < groups; g++) scales[g] = S::store(s[g / kRepeat] * float(T::kMul));
+  if (T::kOffset == Offset::Added) {
+    for (size_t g = 0; g < groups; g++) biases[g] = S::store(o[g / kRepeat]);
+    return;
+  }
+  for (size_t g = 0; g < groups; g++) {
+    const float zero = T::kOffset == Offset::Inner ? kZero - o[g / kRepeat] : kZero;
+    biases[g] = S::store(-(S::load(scales[g]) * zero));
+  }
+}
 
 template <class T, class S>
 void gguf_affine(const uint8_t* blocks, size_t count, uint32_t* words_, void* scales_, void* biases_) {
   auto* words = reinterpret_cast<uint8_t*>(words_);
   auto* scales = static_cast<typename S::Stored*>(scales_);
   auto* biases = static_cast<typename S::Stored*>(biases_);
-  constexpr size_t kGroups = T::kElements / T::kGroup;
-  constexpr float kZero = float(T::kSub) / float(T::kMul);
+  alignas(64) uint8_t codes[kBundle<T> * T::kElements];
+  alignas(64) float s[kBundle<T> * kRuns<T>], o[kBundle<T> * kRuns<T>];
   while (count > 0) {
     const size_t bundle = count < kBundle<T> ? count : kBundle<T>;
-    alignas(64) uint8_t codes[kBundle<T> * T::kElements];
-    for (size_t k = 0; k < bundle; k++) {
-      float s[kRuns<T>], o[kRuns<T>];
-      T::decode(blocks + k * T::kBytes, codes + k * T::kElements, s, o);
-      for (size_t g = 0; g < kGroups; g++) {
-        const size_t run = g * T::kGroup / T::kRun;
-        *scales = S::store(s[run] * float(T::kMul));
-        const float scale = S::load(*scales++);  // the bias fits the scale that is stored
-        const float bias = T::kOffset == Offset::None    ? -(kZero * scale)
-                           : T::kOffset == Offset::Added ? o[run]
-                                                         : scale * (o[run] - kZero);
-        *biases++ = S::store(bias);
-      }
-    }
+    const size_t groups = bundle * T::kElements / T::kGroup;
+    decode_bundle<T>(blocks, bundle, codes, s, o);
+    affine_scales<T, S>(s, o, groups, scales, biases);
     pack_codes<T::kBits>(codes, bundle * T::kElements, words);
+    scales += groups;
+    biases += groups;
     words += bundle * T::kElements * T::kBits / 8;
     blocks += bundle * T::kBytes;
     count -= bundle;
@@ -450,9 +490,9 @@ void gguf_affine(const uint8_t* blocks, size_t count, uint32_t* words_, void* sc
 template <class T>
 void gguf_fp4(const uint8_t* blocks, size_t count, uint32_t* words_, uint8_t* scales) {
   auto* words = reinterpret_cast<uint8_t*>(words_);
+  alignas(64) uint8_t codes[kBundle<T> * T::kElements];
   while (count > 0) {
     const size_t bundle = count < kBundle<T> ? count : kBundle<T>;
-    alignas(64) uint8_t codes[kBundle<T> * T::kElements];
     for (size_t k = 0; k < bundle; k++) {
       T::nibbles(blocks + k * T::kBytes, codes + k * T::kElements);
       std::memcpy(scales, blocks + k * T::kBytes, T::kScaleBytes);
@@ -468,21 +508,28 @@ void gguf_fp4(const uint8_t* blocks, size_t count, uint32_t* words_, uint8_t* sc
 template <class T, class Out>
 void gguf_values(const uint8_t* blocks, size_t count, void* out_) {
   auto* REQUANT_RESTRICT out = static_cast<typename Out::Stored*>(out_);
-  for (; count > 0; count--, blocks += T::kBytes, out += T::kElements) {
-    alignas(64) uint8_t codes[T::kElements];
-    alignas(64) float products[T::kRun];
-    float s[kRuns<T>], o[kRuns<T>];
-    T::decode(blocks, codes, s, o);
-    for (size_t run = 0; run < kRuns<T>; run++) {
+  alignas(64) uint8_t codes[kBundle<T> * T::kElements];
+  alignas(64) float s[kBundle<T> * kRuns<T>], o[kBundle<T> * kRuns<T>];
+  alignas(64) float values[kBundle<T> * T::kElements];
+  while (count > 0) {
+    const size_t bundle = count < kBundle<T> ? count : kBundle<T>;
+    decode_bundle<T>(blocks, bundle, codes, s, o);
+    for (size_t run = 0; run < bundle * kRuns<T>; run++) {
       const uint8_t* c = codes + run * T::kRun;
+      float* v = values + run * T::kRun;
       for (int i = 0; i < T::kRun; i++) {
-        const float v = float(int(c[i]) * T::kMul - T::kSub);
-        products[i] = s[run] * (T::kOffset == Offset::Inner ? v + o[run] : v);
+        const float code = float(int(c[i]) * T::kMul - T::kSub);
+        v[i] = s[run] * (T::kOffset == Offset::Inner ? code + o[run] : code);
       }
-      seal(products);
-      for (int i = 0; i < T::kRun; i++)
-        out[run * T::kRun + i] = Out::store(T::kOffset == Offset::Added ? products[i] + o[run] : products[i]);
     }
+    seal(values);
+    if (T::kOffset == Offset::Added)
+      for (size_t run = 0; run < bundle * kRuns<T>; run++)
+        for (int i = 0; i < T::kRun; i++) values[run * T::kRun + i] += o[run];
+    for (size_t i = 0; i < bundle * T::kElements; i++) out[i] = Out::store(values[i]);
+    out += bundle * T::kElements;
+    blocks += bundle * T::kBytes;
+    count -= bundle;
   }
 }
 
