@@ -27,7 +27,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("formats", "mlx_lm_classes", "mlx_lm_layout"),
     ("relayout",),
     ("blueprint",),
-    ("planner", "journal", "record"),
+    ("planner", "journal", "record", "consuming"),
     ("writer",),
     ("execute",),
     ("report", "transform"),

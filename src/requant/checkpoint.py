@@ -129,6 +129,8 @@ class Checkpoint:
         made_files: Name -> content of files that an output gets and the folder does not have.
         gguf: How tensors are stored, where the source is GGUF.
         origin: What the user named, where it is not the folder.
+        twins: A folder with the headers of weight files that a stopped run has consumed.
+        peeked: What was read of the weight files so far.
     """
 
     path: Path
@@ -149,6 +151,13 @@ class Checkpoint:
         """What the user named."""
         return self.origin or self.path
 
+    twins: Path | None = None
+    peeked: list[FileRange] = field(default_factory=list, compare=False)
+
+    def place_of(self, file: str) -> Path:
+        """Where a weight file is read: its twin, where the file itself is gone."""
+        return _place_of(self.path, self.twins, file)
+
     def peek(self, name: str) -> np.ndarray:
         """The data of a small tensor that decides what a layer is: a ``g_idx``, block scales.
 
@@ -164,13 +173,14 @@ class Checkpoint:
         data = bytearray()
         for part in tensor.ranges:
             data += self.read_range(part)
+            self.peeked.append(part)
         return np.frombuffer(bytes(data), NUMPY_DTYPE[tensor.info.dtype]).reshape(tensor.info.shape)
 
     def read_range(self, part: FileRange) -> bytes:
         """A run of bytes of a weight file."""
         message = ""
         try:
-            with open(open_regular(self.path / part.file), "rb", buffering=0) as file:
+            with open(open_regular(self.place_of(part.file)), "rb", buffering=0) as file:
                 file.seek(part.offset)
                 data = file.read(part.nbytes)
         except OSError as error:
@@ -196,8 +206,15 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     return value
 
 
+def _place_of(folder: Path, twins: Path | None, file: str) -> Path:
+    gone = twins is not None and not os.path.lexists(folder / file)
+    return twins / file if twins is not None and gone else folder / file
+
+
 def read_checkpoint(
-    path: str | os.PathLike[str], config_from: str | os.PathLike[str] | None = None
+    path: str | os.PathLike[str],
+    config_from: str | os.PathLike[str] | None = None,
+    twins: Path | None = None,
 ) -> Checkpoint:
     """Read a checkpoint: headers and JSON only.
 
@@ -208,6 +225,7 @@ def read_checkpoint(
     Args:
         path: The folder, or a GGUF file.
         config_from: For GGUF: a folder whose config.json and side files are taken.
+        twins: Where the headers of weight files are that are gone from it.
 
     Raises:
         CheckpointError: With everything that is wrong with the source.
@@ -223,7 +241,7 @@ def read_checkpoint(
     message = check_folder(folder)
     if message:
         raise CheckpointError(str(folder), [Problem(str(folder), message)])
-    reader = _Reader(folder)
+    reader = _Reader(folder, twins)
     config, config_text = reader.json(CONFIG)
     described = {
         name: reader.json(name)[0] for name in QUANTIZATION_FILES if (folder / name).exists()
@@ -231,6 +249,10 @@ def read_checkpoint(
     shard_of = reader.index()
     listing = list_folder(folder, set(shard_of.values()))
     reader.problems += listing.problems
+    if twins is not None:
+        names = {path.name for path in twins.glob("*.safetensors")}
+        gone = {name for name in names if not os.path.lexists(folder / name)}
+        listing.weights += sorted(gone - set(shard_of.values()), key=natural_key)
     names = reader.choose_shards(shard_of, listing)
     if len(names) > MAX_SHARDS:
         message = f"holds {len(names):,} weight files, at most {MAX_SHARDS:,} are read"
@@ -250,6 +272,7 @@ def read_checkpoint(
         left_out=tuple(listing.left_out),
         quantization_files=MappingProxyType(described),
         metadata=MappingProxyType(reader.metadata),
+        twins=twins,
     )
 
 
@@ -275,8 +298,8 @@ def read_config(folder: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
 class _Reader:
     """Reads the parts of one folder and collects what is wrong with them."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, twins: Path | None = None) -> None:
+        self.folder, self.twins = folder, twins
         self.files: list[SourceFile] = []
         self.metadata: dict[str, str] = {}
         self.problems: list[Problem] = []
@@ -393,8 +416,8 @@ class _Reader:
 
     def header(self, name: str, placed: int) -> list[StoredTensor]:
         """Read the header of a shard; its tensors in the order of their data."""
-        path = self.folder / name
-        size, message = file_size(self.folder, name)
+        path = _place_of(self.folder, self.twins, name)
+        size, message = file_size(path.parent if path.name == name else self.folder, name)
         raw = b""
         if not message:
             try:

@@ -27,6 +27,7 @@ from requant.options import (
     AllowOverflow,
     Bits,
     ConfigFrom,
+    ConsumeSource,
     Dequantize,
     DryRun,
     Dtype,
@@ -54,6 +55,7 @@ from requant.options import (
     Threads,
     Verified,
     Written,
+    Yes,
 )
 
 if TYPE_CHECKING:
@@ -130,6 +132,8 @@ def convert(
     shard_size: ShardSize = SHARD_SIZE,  # type: ignore[assignment]  # parsed by parse_size
     force: Force = False,
     no_resume: NoResume = False,
+    consume_source: ConsumeSource = False,
+    yes: Yes = False,
     allow_nonfinite: AllowNonfinite = False,
     allow_overflow: AllowOverflow = False,
     dry_run: DryRun = False,
@@ -189,6 +193,8 @@ def convert(
             threads=threads,
             force=force,
             resume=not no_resume,
+            consume_source=consume_source,
+            yes=yes,
             allow_nonfinite=allow_nonfinite,
             allow_overflow=allow_overflow,
             progress=progress,
@@ -282,6 +288,7 @@ def inspect(source: Source, config_from: ConfigFrom = None, json: Json = False) 
 def verify(
     folder: Verified,
     output: AgainstSource = None,
+    config_from: ConfigFrom = None,
     max_memory: MaxMemory = None,
     threads: Threads = None,
     json: Json = False,
@@ -303,7 +310,12 @@ def verify(
 
     with _answering_errors(), console.progress_display(quiet) as progress:
         found = verification.verify(
-            folder, output, threads=threads, max_memory=max_memory, progress=progress
+            folder,
+            output,
+            config_from=config_from,
+            threads=threads,
+            max_memory=max_memory,
+            progress=progress,
         )
     with _answering_errors():
         if json:
@@ -475,6 +487,7 @@ def _print_plan(
     force: bool = False,
 ) -> None:
     from requant import console
+    from requant.consuming import release
     from requant.execute import make_budget
     from requant.writer import check_output
 
@@ -487,7 +500,11 @@ def _print_plan(
             "threads": budget.threads,
             "chunk_bytes": budget.chunk_bytes,
         }
-        _print_json(made.to_dict() | {"memory": memory})
+        disk = {
+            "extra_bytes": sum(shard.nbytes for shard in made.shards),
+            "extra_bytes_with_consume_source": release(made).extra_bytes,
+        }
+        _print_json(made.to_dict() | {"memory": memory, "disk": disk})
     elif not quiet:
         console.show_plan(made, budget, output)
 

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from requant.blueprint import Plan
-from requant.errors import CheckpointError, Problem
+from requant.errors import CheckpointError, OutputError, Problem, UsageError
 from requant.execute import Outcome, Progress, make_budget, run_plan
 from requant.planner import make_plan
 from requant.report import Report, recorded_errors
 from requant.schema import Quantization
+from requant.source_folder import is_gguf
 from requant.specs import Spec
 from requant.wishes import Wishes
-from requant.writer import OutputFolder, Sink, spoiled_before
+from requant.writer import OutputFolder, Sink, spoiled_before, staging_of, twins_of
 
 Source = str | os.PathLike[str]
 
@@ -100,6 +102,8 @@ def convert(
     progress: Callable[[Progress], None] | None = None,
     chunk_bytes: int | None = None,
     resume: bool = True,
+    consume_source: bool = False,
+    yes: bool = False,
 ) -> Report:
     """Convert a checkpoint folder into an MLX folder.
 
@@ -144,6 +148,10 @@ def convert(
         progress: Called about ten times a second with a ``Progress``.
         chunk_bytes: Bytes of one worker's chunk; the result does not depend on it.
         resume: Go on where the same conversion was stopped before; False starts over.
+        consume_source: Delete each weight file of the source once all that needs it is durably
+            written; everything is computed and checked once before the first goes.
+        yes: Must be true with ``consume_source``: nothing can be verified against the source
+            afterwards.
 
     Returns:
         What was done, layer by layer.
@@ -178,23 +186,80 @@ def convert(
         config_from=config_from,
         max_shard_bytes=shard_size,
     )
-    if allow_nonfinite and resume:
-        wishes = replace(wishes, spoiled=frozenset(spoiled_before(Path(output))))
-    made, outcome = carry_out(
+    twins = twins_of(Path(output)) if consume_source else None
+    begun = twins is not None and twins.is_dir()
+    run = partial(
+        carry_out,
         Path(source),
-        wishes,
-        lambda made, wished: OutputFolder(
-            made, Path(output), force, resume=resume, wishes=wished.to_dict()
-        ),
-        lambda folder, outcome: folder.publish(recorded_errors(folder.plan, outcome)),
         max_memory=max_memory,
         threads=threads,
         allow_nonfinite=allow_nonfinite,
         allow_overflow=allow_overflow,
         progress=progress,
         chunk_bytes=chunk_bytes,
+        twins=twins if begun else None,
+    )
+    if consume_source and not yes:
+        raise UsageError(
+            f"--consume-source deletes the weights in {source}; afterwards nothing can be verified "
+            "against them, and no other conversion made of them. --yes says that this is meant"
+        )
+    if consume_source and is_gguf(Path(source)):
+        raise UsageError("--consume-source is for safetensors; a GGUF file goes as a whole or not")
+    if not consume_source:
+        _refuse_half_consumed(Path(output))
+    if consume_source and not begun:
+        wishes = _checked(run, wishes)
+    elif allow_nonfinite and resume:
+        wishes = replace(wishes, spoiled=frozenset(spoiled_before(Path(output))))
+    made, outcome = run(
+        wishes,
+        lambda made, wished: OutputFolder(
+            made,
+            Path(output),
+            force,
+            resume=resume,
+            wishes=wished.to_dict(),
+            consume=consume_source,
+        ),
+        lambda folder, outcome: folder.publish(recorded_errors(folder.plan, outcome)),
     )
     return Report.build(made, str(output), outcome, time.perf_counter() - began)
+
+
+def _refuse_half_consumed(output: Path) -> None:
+    """Say what is missing where a conversion that deletes its source was stopped."""
+    if twins_of(output).is_dir():
+        raise OutputError(
+            f"{output}: a conversion that deletes its source was stopped, and what it made is in "
+            f"{staging_of(output)}; go on with --consume-source --yes"
+        )
+
+
+class _Nowhere:
+    """A sink for a run that only computes."""
+
+    ledger = None
+
+    def write(self, file: str, offset: int, data: memoryview) -> None:
+        """Forget the data."""
+
+
+def _checked(run: Callable[..., tuple[Plan, Outcome]], wishes: Wishes) -> Wishes:
+    """Read and compute everything once, so that nothing is found after files are gone.
+
+    Returns:
+        The wishes, and the layers that they leave as they are.
+    """
+    tried: list[Wishes] = []
+
+    @contextmanager
+    def nowhere(made: Plan, wished: Wishes) -> Iterator[_Nowhere]:
+        tried.append(wished)
+        yield _Nowhere()
+
+    run(wishes, nowhere, lambda sink, outcome: None)
+    return tried[-1]
 
 
 AnySink = TypeVar("AnySink", bound=Sink)
@@ -212,9 +277,10 @@ def carry_out(
     allow_overflow: bool = False,
     progress: Callable[[Progress], None] | None = None,
     chunk_bytes: int | None = None,
+    twins: Path | None = None,
 ) -> tuple[Plan, Outcome]:
     """Plan, run and check; ``finish`` is called once, with what holds the whole result."""
-    made = make_plan(source, wishes)
+    made = make_plan(source, wishes, twins)
     while True:
         budget = make_budget(made, threads, max_memory, chunk_bytes)
         with open_sink(made, wishes) as sink:
@@ -229,7 +295,7 @@ def carry_out(
             raise CheckpointError(made.source, problems)
         # The layout of the output changes with a layer that stays dense: plan again.
         wishes = replace(wishes, spoiled=wishes.spoiled.union(spoiled))
-        made = make_plan(source, wishes)
+        made = make_plan(source, wishes, twins)
 
 
 def _refused(outcome: Outcome, allow_overflow: bool) -> list[Problem]:

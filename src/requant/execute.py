@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -188,7 +188,8 @@ def run_plan(
         CheckpointError: A source file changed, or cannot be read any more.
         OutputError: The disk refused a write.
     """
-    with _Source(plan) as source:
+    before = folder.ledger.state.consumed if folder.ledger is not None else ()
+    with _Source(plan, tuple(before)) as source:
         run = _Run(plan, source, folder, budget)
         return run.go(progress)
 
@@ -196,13 +197,16 @@ def run_plan(
 class _Source:
     """The source's files, open for positioned reads from any thread."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, consumed: Collection[str] = ()) -> None:
+        self.consumed = consumed
         self.path, self.sizes = plan.checkpoint.path, {f.name: f.nbytes for f in plan.files}
         self.fds: dict[str, int] = {}
 
     def __enter__(self) -> _Source:
         try:
             for name, nbytes in self.sizes.items():
+                if name in self.consumed:
+                    continue
                 self.fds[name] = os.open(self.path / name, os.O_RDONLY | os.O_CLOEXEC)
                 actual = os.fstat(self.fds[name]).st_size
                 if actual != nbytes:
@@ -216,6 +220,10 @@ class _Source:
         for fd in self.fds.values():
             os.close(fd)
         self.fds.clear()
+
+    def forget(self, name: str) -> None:
+        """Close a file that nothing will be read of any more."""
+        os.close(self.fds.pop(name))
 
     def read_tensor(
         self, tensor: StoredTensor | JoinedTensor, start: int, into: memoryview
@@ -303,7 +311,8 @@ class _Chunk:
 def _chunks(steps: Sequence[Step], budget: Budget, ledger: Ledger | None) -> Iterator[_Chunk]:
     """What workers take one by one; a computed tensor stays with the worker that has it."""
     before = Done() if ledger is None else ledger.state
-    for number, step in enumerate(steps):
+    for number in range(len(steps)) if ledger is None else ledger.order:
+        step = steps[number]
         for start, stop in list(before.left(number, step.rows)):
             whole = _Chunk(step, start, stop, number)
             if any(isinstance(tensor, ComputedTensor) for tensor in step.inputs.values()):
@@ -434,7 +443,8 @@ class _Run:
             self.bytes_done += read
             self.bytes_written += written
         if self.ledger is not None:
-            self.ledger.done(chunk.number, chunk.start, chunk.stop, finding.told())
+            for name in self.ledger.done(chunk.number, chunk.start, chunk.stop, finding.told()):
+                self.source.forget(name)
 
     def _make(
         self, chunk: _Chunk, buffers: _Buffers, computed: _Arrays

@@ -173,6 +173,14 @@ Threads = Annotated[
     typer.Option("--threads", "-j", metavar="N", min=1, help="Threads.  [default: all processors]"),
 ]
 Force = Annotated[bool, typer.Option("--force", "-f", help="Replace an existing OUTPUT.")]
+ConsumeSource = Annotated[
+    bool,
+    typer.Option(
+        "--consume-source",
+        help="Delete each weight file of SOURCE once all made from it is on the disk. Needs --yes.",
+    ),
+]
+Yes = Annotated[bool, typer.Option("--yes", help="Yes, the weights in SOURCE are to be deleted.")]
 NoResume = Annotated[
     bool,
     typer.Option("--no-resume", help="Start over instead of going on where a stopped run was."),

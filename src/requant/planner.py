@@ -55,14 +55,19 @@ if TYPE_CHECKING:
     from requant.mlx_lm_layout import MlxLmLayout
 
 
-def make_plan(source: str | Path, wishes: Wishes) -> Plan:
+def make_plan(source: str | Path, wishes: Wishes, twins: Path | None = None) -> Plan:
     """Read the headers of ``source`` and lay out what ``wishes`` make of it.
+
+    Args:
+        source: The folder.
+        wishes: What is to become of it.
+        twins: Where the headers of weight files are that a stopped run has consumed.
 
     Raises:
         CheckpointError: With everything that is wrong with the source.
         UsageError: An override or ``only`` names nothing, or asks what cannot be.
     """
-    checkpoint = read_checkpoint(source, wishes.config_from)
+    checkpoint = read_checkpoint(source, wishes.config_from, twins)
     found = detect(checkpoint)
     layout = found.read(checkpoint)
     if layout.problems:

@@ -51,7 +51,8 @@ def make_record(
         "record": FORMAT_VERSION,
         "requant": version(),
         "plan": plan.hash,
-        "wishes": dict(wishes) | {"layout": plan.layout},
+        # A path says nothing elsewhere: what verifies against a GGUF source names it again.
+        "wishes": dict(wishes) | {"layout": plan.layout, "config_from": None},
         "source": {"format": plan.format, "files": [asdict(file) for file in plan.files]},
         "layers": {
             layer.layer: {

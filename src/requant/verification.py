@@ -9,7 +9,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,7 @@ def verify(
     folder: Source,
     output: Source | None = None,
     *,
+    config_from: Source | None = None,
     threads: int | None = None,
     max_memory: int | None = None,
     progress: Callable[[Progress], None] | None = None,
@@ -71,6 +72,7 @@ def verify(
     Args:
         folder: The source, or the output where that is all there is.
         output: The output, if a source is given.
+        config_from: What the conversion of a GGUF source was given under this name.
         threads: Worker threads; every processor by default.
         max_memory: Most bytes to hold in memory, where the conversion is repeated.
         progress: Called about ten times a second while the conversion is repeated.
@@ -96,7 +98,8 @@ def verify(
     _check_files(place, record, found)
     if output is not None:
         source = Path(folder)
-        plan = _repeated_plan(source, record, found)
+        wished = None if config_from is None else os.fspath(config_from)
+        plan = _repeated_plan(source, record, wished, found)
         if plan is not None:
             _compare(plan, place, found, make_budget(plan, threads, max_memory), progress)
     tensors = checkpoint.tensors.values() if checkpoint is not None else ()
@@ -209,17 +212,20 @@ def _check_files(place: Path, record: Mapping[str, Any], found: _Findings) -> No
             found.add(name, f"cannot be read: {error.strerror or error}")
 
 
-def _repeated_plan(source: Path, record: Mapping[str, Any], found: _Findings) -> Plan | None:
+def _repeated_plan(
+    source: Path, record: Mapping[str, Any], config_from: str | None, found: _Findings
+) -> Plan | None:
     """The plan that the record was made from, made again."""
     wishes = record.get("wishes")
     try:
-        plan = make_plan(source, Wishes.from_dict(wishes if isinstance(wishes, Mapping) else {}))
+        made = Wishes.from_dict(wishes if isinstance(wishes, Mapping) else {})
+        plan = make_plan(source, replace(made, config_from=config_from))
     except ParseError as error:
         found.add(f"{RECORD}: wishes", str(error))
         return None
     if plan.hash != record.get("plan"):
-        made = record.get("requant")
-        by = "" if made == version() else f"; it was made by requant {made}, this is {version()}"
+        maker = record.get("requant")
+        by = "" if maker == version() else f"; it was made by requant {maker}, this is {version()}"
         found.add(f"{RECORD}: plan", f"this source gives another plan{by}{_why(plan, record)}")
     return plan
 

@@ -7,6 +7,7 @@ Files grow in a hidden folder beside OUTPUT, so that the last rename is within o
       journal    what is done: the same command goes on from there
       output/    becomes OUTPUT
       replaced/  the folder that --force replaces, between two renames
+      source/    with --consume-source: headers of the source's files, which are gone bit by bit
 
 Until the rename nothing stands under OUTPUT's name, or what stood there before.
 """
@@ -18,18 +19,22 @@ import hashlib
 import os
 import shutil
 import socket
+import struct
 import threading
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
 from requant.blueprint import OutputTensor, Plan
+from requant.checkpoint import Checkpoint, FileRange, SourceFile
+from requant.consuming import release
 from requant.errors import InvariantError, OutputError
 from requant.journal import Done, Found, Journal, read_journal
 from requant.record import hash_range, make_record, spelled, version
+from requant.safetensors_header import PREFIX_BYTES
 from requant.source_folder import CONFIG, INDEX, RECORD, open_regular
 
 _COPIED_BYTES = 1 << 20
@@ -42,8 +47,16 @@ class Ledger(Protocol):
     def state(self) -> Done:
         """What was done by an earlier run."""
 
-    def done(self, step: int, start: int, stop: int, found: Found) -> None:
-        """Note that a range of a step's rows was written; thread-safe."""
+    @property
+    def order(self) -> Sequence[int]:
+        """Numbers of the plan's steps, as they are to be run."""
+
+    def done(self, step: int, start: int, stop: int, found: Found) -> Sequence[str]:
+        """Note that a range of a step's rows was written; thread-safe.
+
+        Returns:
+            Source files that are gone now.
+        """
 
 
 class Sink(Protocol):
@@ -70,6 +83,7 @@ class OutputFolder:
         force: Replace a checkpoint that stands there.
         resume: Go on where an earlier run of the same plan stopped; else start over.
         wishes: What the plan was made from, for ``requant verify``.
+        consume: Delete each source file once all that needs it is durable.
     """
 
     def __init__(
@@ -79,13 +93,17 @@ class OutputFolder:
         force: bool,
         resume: bool = True,
         wishes: Mapping[str, Any] | None = None,
+        consume: bool = False,
     ) -> None:
         self.plan, self.output, self.force, self.resume = plan, output, force, resume
         self.wishes = dict(wishes or {})
         self.staging = staging_of(output)
         self.inside = self.staging / "output"
         self.replaced = self.staging / "replaced"
+        self.twins = twins_of(output)
         self.resumed = False
+        self.release = release(plan) if consume else None
+        self._source_rows = Counter[str]()
         self._files: dict[str, int] = {}
         self._lock: int | None = None
         self._journal: Journal | None = None
@@ -96,12 +114,16 @@ class OutputFolder:
     # -- opening -------------------------------------------------------------------------
 
     def __enter__(self) -> Self:
-        check_output(self.plan, self.output, self.force, _allocated(self.inside))
+        check_output(
+            self.plan, self.output, self.force, _allocated(self.inside), self._most_bytes()
+        )
         try:
             self.output.parent.mkdir(parents=True, exist_ok=True)
             self._lock = lock_staging(self.staging, self.output)
             self._put_back()
-            check_output(self.plan, self.output, self.force, _allocated(self.inside))
+            check_output(
+                self.plan, self.output, self.force, _allocated(self.inside), self._most_bytes()
+            )
             self._open()
         except BaseException as error:
             self._leave(error)
@@ -109,6 +131,12 @@ class OutputFolder:
                 raise self._failure(error) from error
             raise
         return self
+
+    def _most_bytes(self) -> int | None:
+        """What the disk must take at a time, where source files make room on the same disk."""
+        existing = next(p for p in self.output.absolute().parents if p.exists())
+        same = existing.stat().st_dev == self.plan.checkpoint.path.stat().st_dev
+        return self.release.extra_bytes if self.release and same else None
 
     def _put_back(self) -> None:
         """Undo a replacement that a killed process left half done."""
@@ -122,7 +150,15 @@ class OutputFolder:
     def _open(self) -> None:
         head = self._head()
         before, entries = read_journal(self.staging / "journal")
+        consumed = [line["consumed"] for line in entries if "consumed" in line]
+        if consumed and not (self.resume and self.release):
+            raise OutputError(
+                f"{self.output}: {len(consumed)} files of the source are deleted already, and what "
+                f"was made from them is in {self.staging}; go on with --consume-source --yes"
+            )
         if before and self.resume:
+            for name in consumed:
+                head["sources"].setdefault(name, before["sources"].get(name))
             changed = _changed(before, head)
             if changed:
                 raise OutputError(
@@ -130,6 +166,11 @@ class OutputFolder:
                     f"{changed} since; --no-resume starts over, or give the same command as then"
                 )
         self.resumed = bool(before) and self.resume and self._open_shards()
+        if consumed and not self.resumed:
+            raise OutputError(
+                f"{self.output}: {self.inside} was changed, and files of the source that it was "
+                "made from are deleted: nothing can be made whole here. It is left as it is"
+            )
         if not self.resumed:
             entries = []
             self._lay_out()
@@ -138,11 +179,39 @@ class OutputFolder:
             left = sum(stop - start for start, stop in self._journal.state.left(number, step.rows))
             for out in step.outputs.values():
                 self._rows_left[out.name] += left
+            for name in self.release.needs[number] if self.release else ():
+                self._source_rows[name] += left
+        if self.release is not None:
+            self._begin_consuming()
+
+    def _begin_consuming(self) -> None:
+        """Keep what a later plan needs of files that go; finish what a killed run began."""
+        checkpoint = self.plan.checkpoint
+        for file in self.plan.files:
+            path = checkpoint.path / file.name
+            if file.name in self.state.consumed:
+                if os.path.lexists(path):  # killed after the journal said so
+                    path.unlink()
+            elif path.is_symlink():
+                raise OutputError(
+                    f"{path} is a link: deleting it would free nothing, or what others use; "
+                    "--consume-source wants the file itself"
+                )
+        make_twins(checkpoint, self.plan.files, self.twins)
+        for file in self.plan.files:  # what the last run had no time to delete
+            if not self._source_rows[file.name] and file.name not in self.state.consumed:
+                self._consume(file.name)
+
+    def _consume(self, name: str) -> None:
+        """Delete a source file: all that was made from it is on the disk."""
+        self.journal.add({"consumed": name}, durable=True)
+        (self.plan.checkpoint.path / name).unlink()
 
     def _head(self) -> dict[str, Any]:
         """What must be the same for a run to go on where another stopped."""
         source = self.plan.checkpoint.path
-        stats = {f.name: (source / f.name).stat() for f in self.plan.files}
+        places = {f.name: source / f.name for f in self.plan.files}
+        stats = {name: path.stat() for name, path in places.items() if path.exists()}
         return {
             "requant": version(),
             "plan": self.plan.hash,
@@ -207,17 +276,29 @@ class OutputFolder:
         except OSError as error:
             raise self._failure(error) from error
 
-    def done(self, step: int, start: int, stop: int, found: Found) -> None:
-        """Note a range of rows; hash the tensors that are whole now."""
+    @property
+    def order(self) -> Sequence[int]:
+        """As the plan has them, or so that source files are free early."""
+        return self.release.order if self.release else range(len(self.plan.steps))
+
+    def done(self, step: int, start: int, stop: int, found: Found) -> Sequence[str]:
+        """Note a range of rows; hash the tensors, delete the source files that are done."""
         self.journal.done(step, start, stop, found)
-        whole = []
+        whole, free = [], []
         with self._counting:
+            for name in self.release.needs[step] if self.release else ():
+                self._source_rows[name] -= stop - start
+                if not self._source_rows[name]:
+                    free.append(name)
             for out in self.plan.steps[step].outputs.values():
                 self._rows_left[out.name] -= stop - start
                 if not self._rows_left[out.name]:
                     whole.append(out.name)
         for name in whole:
             self._hash(self._tensors[name])
+        for name in free:
+            self._consume(name)
+        return free
 
     def _hash(self, tensor: OutputTensor) -> None:
         digest = hash_range(self._files[tensor.file], tensor.offset, tensor.info.nbytes)
@@ -328,16 +409,25 @@ class OutputFolder:
             return
         kept = bool(journal.state.rows) if journal is not None else self._has_journal()
         # What a layer's own data contradicts, no further run can do better.
-        if error is not None and kept and not isinstance(error, InvariantError):
+        keep = error is not None and kept and not isinstance(error, InvariantError)
+        if keep or self._holds_the_source():
             if entered:
                 share = f"{self._share_done():.0%} is done and kept in {self.staging}"
-                error.add_note(
-                    f"{share}; the same command goes on from there, --no-resume starts over"
+                (error or KeyboardInterrupt()).add_note(
+                    f"{share}; the same command goes on from there"
+                    + ("" if self._holds_the_source() else ", --no-resume starts over")
                 )
         else:
             shutil.rmtree(self.staging, ignore_errors=True)
         os.close(self._lock)
         self._lock = None
+
+    def _holds_the_source(self) -> bool:
+        """Whether the only copy of something is in the hidden folder."""
+        consumed = read_journal(self.staging / "journal")[1] if self._journal is None else []
+        if self._journal is not None:
+            return bool(self.state.consumed) and self.staging.exists() and self.inside.exists()
+        return any("consumed" in line for line in consumed)
 
     def _has_journal(self) -> bool:
         return (self.staging / "journal").exists()
@@ -355,6 +445,37 @@ class OutputFolder:
 def staging_of(output: Path) -> Path:
     """The hidden folder in which OUTPUT grows."""
     return output.parent / f".{output.name}.requant-partial"
+
+
+def twins_of(output: Path) -> Path:
+    """Where the headers of source files are kept that OUTPUT's conversion deletes."""
+    return staging_of(output) / "source"
+
+
+def make_twins(checkpoint: Checkpoint, files: Sequence[SourceFile], place: Path) -> None:
+    """Keep of each weight file its size, its header and what was looked at: holes elsewhere."""
+    place.mkdir(exist_ok=True)
+    for file in files:
+        twin = place / file.name
+        if twin.exists():
+            continue
+        twin.parent.mkdir(parents=True, exist_ok=True)
+        fresh = twin.with_name(twin.name + ".new")
+        with fresh.open("wb") as new:
+            new.truncate(file.nbytes)
+            for part in (_header_range(checkpoint, file.name), *checkpoint.peeked):
+                if part.file == file.name:
+                    new.seek(part.offset)
+                    new.write(checkpoint.read_range(part))
+            new.flush()
+            os.fsync(new.fileno())
+        fresh.rename(twin)
+        _fsync(twin.parent)
+
+
+def _header_range(checkpoint: Checkpoint, name: str) -> FileRange:
+    (length,) = struct.unpack("<Q", checkpoint.read_range(FileRange(name, 0, PREFIX_BYTES)))
+    return FileRange(name, 0, PREFIX_BYTES + length)
 
 
 def spoiled_before(output: Path) -> list[str]:
@@ -394,7 +515,9 @@ def lock_staging(staging: Path, output: Path) -> int:
         os.close(fd)
 
 
-def check_output(plan: Plan, output: Path, force: bool, spent: int = 0) -> None:
+def check_output(
+    plan: Plan, output: Path, force: bool, spent: int = 0, most: int | None = None
+) -> None:
     """Refuse an output that must not, or cannot, be written.
 
     Args:
@@ -402,6 +525,7 @@ def check_output(plan: Plan, output: Path, force: bool, spent: int = 0) -> None:
         output: Where to.
         force: Whether a checkpoint there may be replaced.
         spent: Bytes on the disk that an earlier run wrote already.
+        most: Bytes of weights that the disk must take at a time; None for all of them.
 
     Raises:
         OutputError: OUTPUT exists and ``force`` is not set, is no checkpoint folder, lies
@@ -422,7 +546,8 @@ def check_output(plan: Plan, output: Path, force: bool, spent: int = 0) -> None:
             )
     existing = next(p for p in (target, *target.parents) if p.exists())
     side = sum((plan.checkpoint.path / name).stat().st_size for name in plan.checkpoint.side_files)
-    needed = max(sum(shard.nbytes for shard in plan.shards) + side - spent, 0)
+    whole = sum(shard.nbytes for shard in plan.shards)
+    needed = max((whole if most is None else most) + side - spent, 0)
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise OutputError(

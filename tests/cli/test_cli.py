@@ -66,7 +66,9 @@ def test_plan_takes_every_wish_of_convert(requant: Requant) -> None:
     assert options[0] - options[1] == {
         "--allow-nonfinite",
         "--allow-overflow",
+        "--consume-source",
         "--no-resume",
+        "--yes",
         "--quiet",
     }
     assert options[1] <= options[0]
@@ -281,6 +283,8 @@ def test_plan_says_the_memory_and_writes_nothing(
 def test_plan_json_is_the_whole_plan(requant: Requant, model: Path) -> None:
     plan = json.loads(requant("plan", model, "--bits", "4", "--json").out)
     assert plan.pop("memory").keys() == {"peak_bytes", "threads", "chunk_bytes"}
+    disk = plan.pop("disk")
+    assert 0 < disk["extra_bytes_with_consume_source"] <= disk["extra_bytes"]
     assert plan == json.loads(json.dumps(conversion.plan(model, bits=4).to_dict()))
 
 

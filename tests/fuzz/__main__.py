@@ -48,10 +48,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--inputs", type=int, default=1_000_000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--memory", type=int, default=4 << 30, help="bytes of address space")
+    parser.add_argument(
+        "--memory", type=int, default=4 << 30, help="bytes of address space; 0: any"
+    )
     parser.add_argument("--keep", type=Path, default=harness.SEEDS, help="where findings go")
     asked = parser.parse_args()
-    resource.setrlimit(resource.RLIMIT_AS, (asked.memory, asked.memory))
+    if asked.memory:
+        resource.setrlimit(resource.RLIMIT_AS, (asked.memory, asked.memory))
     signal.signal(signal.SIGALRM, alarm)
     rng, folders = random.Random(asked.seed), harness.corpus()
     kinds, found, began = Counter[str](), Counter[str](), time.time()

@@ -1,6 +1,7 @@
 """Packing, casts, checks for non-finite values, error sums, and the rules of the bindings."""
 
 import ctypes
+import os
 import platform
 import subprocess
 import sys
@@ -292,7 +293,7 @@ def test_isa_from_the_environment(isa):
     code = "from requant import _native; print(_native.isa())"
     run = subprocess.run(
         [sys.executable, "-c", code],
-        env={"REQUANT_ISA": isa, "PATH": ""},
+        env={**os.environ, "REQUANT_ISA": isa, "PATH": ""},
         capture_output=True,
         text=True,
         check=True,

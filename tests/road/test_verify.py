@@ -14,7 +14,7 @@ import pytest
 import requant
 from requant import verification
 from requant.conversion import convert
-from requant.errors import CheckpointError
+from requant.errors import CheckpointError, UsageError
 from requant.wishes import Wishes
 from tests.road.builders import SHARED
 
@@ -194,3 +194,21 @@ def test_formats_of_other_tools(name: str, tmp_path: Path) -> None:
     convert(source, tmp_path / "out")
     assert requant.verify(tmp_path / "out").problems == ()
     assert requant.verify(source, tmp_path / "out").problems == ()
+
+
+def test_a_gguf_source_with_a_config_from_elsewhere(tmp_path: Path) -> None:
+    """The record names no path of this machine; who verifies names the folder again."""
+    place = SHARED / "fixtures" / "gguf-q8_0" / "checkpoint"
+    if not place.is_dir():
+        pytest.skip("the larger fixtures are not here")
+    source = next(place.glob("*.gguf"))
+    convert(source, tmp_path / "out")
+    assert requant.verify(source, tmp_path / "out").ok
+    (tmp_path / "original").mkdir()
+    shutil.copy(tmp_path / "out" / "config.json", tmp_path / "original")
+    convert(source, tmp_path / "two", config_from=tmp_path / "original")
+    assert str(tmp_path) not in (tmp_path / "two" / "requant.json").read_text()
+    found = requant.verify(source, tmp_path / "two", config_from=tmp_path / "original")
+    assert found.problems == ()
+    with pytest.raises(UsageError, match="safetensors"):
+        convert(source, tmp_path / "three", consume_source=True, yes=True)

@@ -1,0 +1,82 @@
+"""For small disks: an order of steps that frees source files early, and what it takes."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from requant.blueprint import Plan, Step
+from requant.checkpoint import ComputedTensor, SourceTensor
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """When source files are free to go.
+
+    Attributes:
+        order: Numbers of the plan's steps, as they are to be run.
+        files: Source files in the order in which they become free.
+        extra_bytes: The most that the disk holds at a time beyond the source itself, if each
+            file goes as soon as it is free.
+        needs: Step number -> the source files that it reads.
+    """
+
+    order: tuple[int, ...]
+    files: tuple[str, ...]
+    extra_bytes: int
+    needs: tuple[frozenset[str], ...]
+
+
+def release(plan: Plan) -> Release:
+    """Order the steps so that source files become free early.
+
+    Always the file next whose remaining steps write least for what it frees.
+    """
+    needs = tuple(frozenset(_files_of(step, plan)) for step in plan.steps)
+    written = [_bytes_out(step) for step in plan.steps]
+    steps_of: dict[str, list[int]] = defaultdict(list)
+    pending = Counter[str]({file.name: 0 for file in plan.files})
+    for number, names in enumerate(needs):
+        for name in names:
+            steps_of[name].append(number)
+            pending[name] += written[number]
+    sizes = {file.name: file.nbytes for file in plan.files}
+    order: list[int] = [number for number, names in enumerate(needs) if not names]
+    held = peak = sum(written[number] for number in order)
+    done, files = set(order), []
+    left = dict.fromkeys(sizes)
+    while left:
+        name = min(left, key=lambda file: pending[file] - sizes[file])
+        del left[name]
+        for number in steps_of[name]:
+            if number in done:
+                continue
+            done.add(number)
+            order.append(number)
+            held += written[number]
+            for other in needs[number]:
+                pending[other] -= written[number]
+        peak = max(peak, held)
+        held -= sizes[name]
+        files.append(name)
+    return Release(tuple(order), tuple(files), max(peak, 0), needs)
+
+
+def _bytes_out(step: Step) -> int:
+    """Bytes that a step writes; one of several pieces of a tensor writes its share."""
+    return sum(step.row_bytes(out) for out in step.outputs.values()) * step.rows
+
+
+def _files_of(step: Step, plan: Plan) -> Iterator[str]:
+    tensors = [*step.inputs.values(), *([step.global_scale] if step.global_scale else [])]
+    for tensor in tensors:
+        yield from _files_of_tensor(tensor, plan)
+
+
+def _files_of_tensor(tensor: SourceTensor, plan: Plan) -> Iterator[str]:
+    if isinstance(tensor, ComputedTensor):
+        for name in tensor.inputs:
+            yield from _files_of(plan.materials[name], plan)
+    else:
+        yield from (part.file for part in tensor.ranges)

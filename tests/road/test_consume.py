@@ -1,0 +1,217 @@
+"""``--consume-source``: files go one by one, and at every moment the conversion can be finished."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import requant
+from requant import writer
+from requant.consuming import release
+from requant.conversion import convert
+from requant.errors import CheckpointError, OutputError, UsageError
+from requant.journal import read_journal
+from tests.road.builders import SHARED
+from tests.road.conftest import bf16
+from tests.road.killing import tree
+from tests.road.test_resume import Stop, stop_after
+
+CONSUME = {"consume_source": True, "yes": True}
+
+
+@pytest.fixture
+def source(checkpoint: Callable[..., Path]) -> Path:
+    """Four shards of three layers each."""
+    found = checkpoint({f"l{n:02}.weight": bf16(64, 128, seed=n) for n in range(12)}, shards=4)
+    (found / "tokenizer.json").write_text("{}")
+    return found
+
+
+def shards(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("*.safetensors"))
+
+
+def test_the_source_goes_and_the_output_is_the_same(source: Path, tmp_path: Path) -> None:
+    convert(source, tmp_path / "whole", bits=4)
+    convert(source, tmp_path / "out", bits=4, **CONSUME)
+
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+    assert shards(source) == []
+    left = {"config.json", "tokenizer.json", "model.safetensors.index.json"}
+    assert {path.name for path in source.iterdir()} == left
+    assert requant.verify(tmp_path / "out").ok
+    assert not writer.staging_of(tmp_path / "out").exists()
+
+
+def test_it_must_be_meant(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--yes"):
+        convert(source, tmp_path / "out", bits=4, consume_source=True)
+    assert len(shards(source)) == 4
+
+
+def test_what_would_be_refused_deletes_nothing(
+    checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    bad = bf16(64, 128)
+    bad[63, 127] = np.nan
+    tensors = {f"l{n}.weight": bf16(64, 128, seed=n) for n in range(3)} | {"z.weight": bad}
+    source = checkpoint(tensors, shards=4)
+    with pytest.raises(CheckpointError, match=r"z\.weight: 1 values are NaN"):
+        convert(source, tmp_path / "out", bits=4, **CONSUME)
+    assert len(shards(source)) == 4
+
+    convert(source, tmp_path / "whole", bits=4, allow_nonfinite=True)
+    convert(source, tmp_path / "out", bits=4, allow_nonfinite=True, **CONSUME)
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("chunks", range(1, 60, 6))
+def test_stopped_anywhere_it_goes_on(source: Path, tmp_path: Path, chunks: int) -> None:
+    convert(source, tmp_path / "whole", bits=4)
+    small = {"bits": 4, "threads": 1, "chunk_bytes": 9000}
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, 10**6)  # the first pass computes everything
+        counted = count_of_a_pass(source, tmp_path, small)
+        stop_after(patch, counted + chunks)
+        with pytest.raises(Stop):
+            convert(source, tmp_path / "out", **small, **CONSUME)
+    gone = 4 - len(shards(source))
+    _, lines = read_journal(writer.staging_of(tmp_path / "out") / "journal")
+    assert sum("consumed" in line for line in lines) == gone
+    if gone:
+        with pytest.raises(OutputError, match="go on with --consume-source"):
+            convert(source, tmp_path / "out", **small)
+        with pytest.raises(OutputError, match="deleted already"):
+            convert(source, tmp_path / "out", **small, **CONSUME, resume=False)
+        with pytest.raises(OutputError, match="changed since"):
+            convert(source, tmp_path / "out", bits=8, **CONSUME)
+        assert 4 - len(shards(source)) == gone
+    convert(source, tmp_path / "out", **small, **CONSUME)
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+    assert shards(source) == []
+
+
+def count_of_a_pass(source: Path, tmp_path: Path, wishes: dict[str, object]) -> int:
+    from requant import execute
+
+    chunks, real = 0, execute._Run._do
+
+    def counted(self, *args):
+        nonlocal chunks
+        chunks += 1
+        return real(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(execute._Run, "_do", counted)
+        convert(source, tmp_path / "counted", **wishes)
+    return chunks
+
+
+def test_killed_between_the_journal_and_the_deletion(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    convert(source, tmp_path / "whole", bits=4)
+    with monkeypatch.context() as patch:
+        real = Path.unlink
+
+        def dying(self: Path, *args: object, **named: object) -> None:
+            if self.parent == source:
+                raise Stop
+            real(self, *args, **named)
+
+        patch.setattr(Path, "unlink", dying)
+        with pytest.raises(Stop):
+            convert(source, tmp_path / "out", bits=4, threads=1, **CONSUME)
+    assert len(shards(source)) == 4
+    convert(source, tmp_path / "out", bits=4, **CONSUME)
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+    assert shards(source) == []
+
+
+def test_a_file_goes_only_after_its_output_was_synced(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At each deletion the journal, read as after a power failure, has all that needs the file."""
+    seen, real = [], Path.unlink
+
+    def watched(self: Path, *args: object, **named: object) -> None:
+        if self.parent == source:
+            with monkeypatch.context() as patch:
+                patch.setattr("requant.journal.boot_id", lambda: "after the power came back")
+                _, lines = read_journal(writer.staging_of(tmp_path / "out") / "journal")
+            rows: dict[int, int] = {}
+            for line in lines:
+                if "rows" in line:
+                    step, start, stop = line["rows"]
+                    rows[step] = rows.get(step, 0) + stop - start
+            plan = requant.plan(tmp_path / "copy", bits=4)
+            needs = release(plan).needs
+            for number, step in enumerate(plan.steps):
+                if self.name in needs[number]:
+                    assert rows.get(number) == step.rows, (self.name, number)
+            seen.append(self.name)
+        real(self, *args, **named)
+
+    shutil.copytree(source, tmp_path / "copy")
+    monkeypatch.setattr(Path, "unlink", watched)
+    convert(source, tmp_path / "out", bits=4, chunk_bytes=9000, **CONSUME)
+    assert len(seen) == 4
+
+
+def test_links_are_not_deleted(source: Path, tmp_path: Path) -> None:
+    file = source / shards(source)[0]
+    file.rename(source / "moved.bin")
+    file.symlink_to("moved.bin")
+    with pytest.raises(OutputError, match="is a link"):
+        convert(source, tmp_path / "out", bits=4, **CONSUME)
+    assert len(shards(source)) == 4
+
+
+def test_the_disk_that_it_takes(source: Path) -> None:
+    """Four equal files, a quarter of which is written for each."""
+    plan = requant.plan(source, bits=4)
+    out = plan.shards[0].nbytes
+    found = release(plan)
+
+    assert sorted(found.order) == list(range(len(plan.steps)))
+    assert sorted(found.files) == shards(source)
+    assert out / 5 < found.extra_bytes < out / 3
+    dense = requant.plan(source, dequantize=True, dtype="float32")
+    assert release(dense).extra_bytes <= dense.shards[0].nbytes
+
+
+def test_too_little_room_for_all_is_enough_for_a_part(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = requant.plan(source, bits=4)
+    free = (release(plan).extra_bytes + plan.shards[0].nbytes) // 2
+    usage = shutil.disk_usage(tmp_path)._replace(free=free)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(OutputError, match="too full"):
+        convert(source, tmp_path / "out", bits=4)
+    convert(source, tmp_path / "out", bits=4, **CONSUME)
+
+
+def test_formats_that_look_at_data_while_they_plan(tmp_path: Path) -> None:
+    """A g_idx decides what a layer is: the resumed plan must see it without the file."""
+    fixture = SHARED / "fixtures" / "gptq-b4-g64-actorder-v1" / "checkpoint"
+    if not fixture.is_dir():
+        pytest.skip("the larger fixtures are not here")
+    shutil.copytree(fixture, tmp_path / "source")
+    wishes = {"layout": "keep", "threads": 1}
+    convert(tmp_path / "source", tmp_path / "whole", **wishes)
+    with pytest.MonkeyPatch.context() as patch:
+
+        def dying(self: writer.OutputFolder, *_: object) -> None:
+            raise Stop
+
+        patch.setattr(writer.OutputFolder, "publish", dying)
+        with pytest.raises(Stop):
+            convert(tmp_path / "source", tmp_path / "out", **wishes, **CONSUME)
+    assert shards(tmp_path / "source") == []
+    convert(tmp_path / "source", tmp_path / "out", **wishes, **CONSUME)
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
