@@ -89,7 +89,9 @@ def read_journal(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     head, entries = lines[0], lines[1:]
     if not head.get("boot") or head["boot"] != boot_id():
         durable = [line["durable"] for line in entries if "durable" in line]
-        entries = entries[: durable[-1] if durable else 0]
+        synced = max(durable, default=0)
+        # A file is deleted only after the line that says so was synced, all it rests on before.
+        entries = entries[:synced] + [x for x in entries[synced:] if "consumed" in x]
     return head, [line for line in entries if "durable" not in line]
 
 
@@ -118,7 +120,7 @@ class Journal:
         sync: Callable[[], None],
     ) -> None:
         self.path, self.state = path, Done()
-        self._sync, self._lock = sync, threading.Lock()
+        self._sync, self._lock, self._syncing = sync, threading.Lock(), threading.Lock()
         self._stop, self._thread = threading.Event(), threading.Thread(target=self._keep_durable)
         self._thread.name, self._thread.daemon = "requant-journal", True
         self._durable = 0
@@ -161,7 +163,11 @@ class Journal:
             raise OutputError(f"{self.path}: {error.strerror or error}") from error
 
     def make_durable(self) -> None:
-        """Sync the data, then say so."""
+        """Sync the data, then say so; one thread at a time, so that the count never falls."""
+        with self._syncing:
+            self._make_durable()
+
+    def _make_durable(self) -> None:
         with self._lock:
             lines = self._lines
         if lines == self._durable:

@@ -69,8 +69,11 @@ def test_what_would_be_refused_deletes_nothing(
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("chunks", range(1, 60, 6))
-def test_stopped_anywhere_it_goes_on(source: Path, tmp_path: Path, chunks: int) -> None:
+@pytest.mark.parametrize("boot", ["the same", "after the power came back"])
+@pytest.mark.parametrize("chunks", range(1, 60, 8))
+def test_stopped_anywhere_it_goes_on(
+    source: Path, tmp_path: Path, chunks: int, boot: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     convert(source, tmp_path / "whole", bits=4)
     small = {"bits": 4, "threads": 1, "chunk_bytes": 9000}
     with pytest.MonkeyPatch.context() as patch:
@@ -80,6 +83,8 @@ def test_stopped_anywhere_it_goes_on(source: Path, tmp_path: Path, chunks: int) 
         with pytest.raises(Stop):
             convert(source, tmp_path / "out", **small, **CONSUME)
     gone = 4 - len(shards(source))
+    if boot != "the same":
+        monkeypatch.setattr("requant.journal.boot_id", lambda: boot)
     _, lines = read_journal(writer.staging_of(tmp_path / "out") / "journal")
     assert sum("consumed" in line for line in lines) == gone
     if gone:

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -272,6 +273,30 @@ def test_power_lost_in_the_middle(
     convert(dense, tmp_path / "out", bits=4, threads=1, chunk_bytes=3000)
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
     assert done_now
+
+
+def test_two_syncs_at_once_never_call_less_durable(tmp_path: Path) -> None:
+    """The first sync takes long; what a second one called durable meanwhile stays so."""
+    slow = threading.Event()
+
+    def sync() -> None:
+        if not slow.is_set():
+            slow.set()
+            time.sleep(0.2)
+
+    log = new_journal(tmp_path / "journal", sync=sync)
+    log.done(0, 0, 10, {})
+    first = threading.Thread(target=log.make_durable)
+    first.start()
+    slow.wait()
+    log.done(0, 10, 20, {})
+    log.add({"consumed": "a"}, durable=True)
+    first.join()
+    log.close()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(journal, "boot_id", lambda: "after the power came back")
+        lines = read_journal(tmp_path / "journal")[1]
+    assert [line["rows"] for line in lines if "rows" in line] == [[0, 0, 10], [0, 10, 20]]
 
 
 @pytest.mark.parametrize("cut", [1, 5, 20])
