@@ -35,6 +35,17 @@ REQUANT_INLINE uint32_t word32_at(const uint8_t* p) {
 // N bytes: low nibbles are the first N codes, high nibbles the next N.
 template <int N>
 REQUANT_INLINE void halves(const uint8_t* REQUANT_RESTRICT q, uint8_t* REQUANT_RESTRICT c) {
+  constexpr uint64_t kLow = 0x0f0f0f0f0f0f0f0full;
+  if constexpr (N <= 16) {  // too short for the plain loop to vectorise
+    for (int j = 0; j < N; j += 8) {
+      uint64_t eight;
+      std::memcpy(&eight, q + j, 8);
+      const uint64_t low = eight & kLow, high = eight >> 4 & kLow;
+      std::memcpy(c + j, &low, 8);
+      std::memcpy(c + j + N, &high, 8);
+    }
+    return;
+  }
   for (int j = 0; j < N; j++) c[j] = uint8_t(q[j] & 15u);
   for (int j = 0; j < N; j++) c[j + N] = uint8_t(q[j] >> 4);
 }

@@ -173,6 +173,8 @@ class _Tokenizer:
         }
         level = {"type": "ByteLevel", **options, "use_regex": not self.pattern}
         pieces = [split, level] if self.pattern else [level]
+        vocabulary = self._vocabulary()
+        # A merge of what is no token would stop the tokenizer from loading.
         merges = [merge.split(" ", 1) for merge in self.metadata.words("tokenizer.ggml.merges")]
         return {
             "normalizer": {"type": "NFC"} if self.pattern == _QWEN_2 else None,
@@ -190,8 +192,10 @@ class _Tokenizer:
                 "fuse_unk": False,
                 "byte_fallback": False,
                 "ignore_merges": self.pattern in _WHOLE_WORDS_FIRST,
-                "vocab": self._vocabulary(),
-                "merges": [merge for merge in merges if len(merge) == 2],
+                "vocab": vocabulary,
+                "merges": [
+                    m for m in merges if len(m) == 2 and {*m, "".join(m)} <= vocabulary.keys()
+                ],
             },
         }
 
