@@ -187,9 +187,10 @@ class Layouts:
         group = self._group(path, n_in, groups, rule)
         if group is None:
             return None
+        unit, dtype = _word_bits(infos["qweight"]), infos["qweight"].dtype
+        zeros_shape = (groups, -(-rows * bits // unit))
         if has_zeros:
-            unit, dtype = _word_bits(infos["qweight"]), infos["qweight"].dtype
-            self._expect(path, "qzeros", infos, (groups, -(-rows * bits // unit)), (dtype,))
+            self._expect(path, "qzeros", infos, zeros_shape, (dtype,))
         elif rule.symmetric is False:
             self._report(path, "has no qzeros, and the config calls it asymmetric")
         act_order = self._act_order(path, infos, n_in, group, groups)
@@ -218,7 +219,12 @@ class Layouts:
         )
         if bits not in PLANES:
             self._report(path, f"has {bits}-bit codes; GPTQ writes 2 to 8")
-        elif has_zeros and zeros is Zeros.PLUS_ONE and not symmetric:
+        elif (
+            has_zeros
+            and zeros is Zeros.PLUS_ONE
+            and not symmetric
+            and infos["qzeros"] == TensorInfo(dtype, zeros_shape)
+        ):
             fields = stream_codes(self.checkpoint.peek(f"{path}.qzeros"), bits, rows)
             self.disputed += bool((fields == (1 << bits) - 1).any())
         return packing
