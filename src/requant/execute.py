@@ -25,6 +25,7 @@ from requant.errors import CheckpointError, OutOfRangeError, Problem, RequantErr
 from requant.formats.packing import Cut, Packing
 from requant.journal import Done
 from requant.schema import Quantization
+from requant.source_folder import open_regular
 from requant.writer import Ledger, Sink
 
 # A chunk and what is made of it stay in a core's cache.
@@ -207,7 +208,7 @@ class _Source:
             for name, nbytes in self.sizes.items():
                 if name in self.consumed:
                     continue
-                self.fds[name] = os.open(self.path / name, os.O_RDONLY | os.O_CLOEXEC)
+                self.fds[name] = open_regular(self.path / name)
                 actual = os.fstat(self.fds[name]).st_size
                 if actual != nbytes:
                     self._fail(name, f"has {actual:,} bytes now, {nbytes:,} when it was planned")

@@ -491,6 +491,8 @@ def lock_staging(staging: Path, output: Path) -> int:
     Raises:
         OutputError: Another process has it.
     """
+    if staging.is_symlink():
+        raise OutputError(f"{staging} is a link, which is not written through; remove it")
     while True:
         staging.mkdir(exist_ok=True)
         try:

@@ -422,6 +422,29 @@ def test_a_lock_on_a_folder_that_was_removed_is_none(tmp_path: Path) -> None:
         os.close(fd)
 
 
+def test_a_hidden_folder_that_is_a_link_is_not_written_through(dense: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / ".out.requant-partial").symlink_to("elsewhere")
+    with pytest.raises(OutputError, match="is a link"):
+        convert(dense, tmp_path / "out", bits=4)
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+def test_a_pipe_in_the_place_of_a_shard_does_not_block(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = execute._Source.__enter__
+
+    def swapped(self):
+        (dense / "model.safetensors").unlink()
+        os.mkfifo(dense / "model.safetensors")
+        return real(self)
+
+    monkeypatch.setattr(execute._Source, "__enter__", swapped)
+    with pytest.raises(CheckpointError, match="no regular file"):
+        convert(dense, tmp_path / "out", bits=4)
+
+
 # -- real processes ------------------------------------------------------------------------
 
 
