@@ -13,6 +13,7 @@ from requant.errors import (
     BackendError,
     CheckpointError,
     DivisibilityError,
+    HubError,
     InvariantError,
     KeyCollisionError,
     LengthMismatchError,
@@ -31,6 +32,7 @@ from requant.errors import (
 from requant.figures import Figures, read_figures
 from requant.formats.awq import AwqLoadConfig, transform_awq_weights, unpack_awq_weights
 from requant.inspection import Inspection, inspect
+from requant.publishing import upload
 from requant.report import Report
 from requant.schema import (
     SKIP,
@@ -52,6 +54,7 @@ __all__ = [
     "CheckpointError",
     "DivisibilityError",
     "Figures",
+    "HubError",
     "Inspection",
     "InvariantError",
     "KeyCollisionError",
@@ -84,5 +87,6 @@ __all__ = [
     "transform_awq_weights",
     "transform_weights",
     "unpack_awq_weights",
+    "upload",
     "verify",
 ]

@@ -131,6 +131,8 @@ class Checkpoint:
         origin: What the user named, where it is not the folder.
         twins: A folder with the headers of weight files that a stopped run has consumed.
         peeked: What was read of the weight files so far.
+        repository: Of the hub: its id, and the commit.
+        fetch: Reads a run of bytes where the files hold headers only (``hub``).
     """
 
     path: Path
@@ -145,6 +147,8 @@ class Checkpoint:
     made_files: Mapping[str, Callable[[], bytes]] = field(default_factory=dict)
     gguf: GgufModel | None = None
     origin: Path | None = None
+    repository: tuple[str, str] | None = None
+    fetch: Callable[[FileRange], bytes] | None = None
 
     @property
     def source(self) -> Path:
@@ -178,6 +182,8 @@ class Checkpoint:
 
     def read_range(self, part: FileRange) -> bytes:
         """A run of bytes of a weight file."""
+        if self.fetch is not None:
+            return self.fetch(part)
         message = ""
         try:
             with open(open_regular(self.place_of(part.file)), "rb", buffering=0) as file:

@@ -25,6 +25,7 @@ from requant.options import (
     AgainstSource,
     AllowNonfinite,
     AllowOverflow,
+    BaseModel,
     Bits,
     ConfigFrom,
     ConsumeSource,
@@ -45,14 +46,19 @@ from requant.options import (
     Only,
     Output,
     Overrides,
+    Preview,
+    Private,
     Prompt,
     Quiet,
     Raw,
     Recipe,
+    Repository,
+    Revision,
     Search,
     ShardSize,
     Source,
     Threads,
+    UploadTo,
     Verified,
     Written,
     Yes,
@@ -136,6 +142,9 @@ def convert(
     yes: Yes = False,
     allow_nonfinite: AllowNonfinite = False,
     allow_overflow: AllowOverflow = False,
+    revision: Revision = None,
+    upload_to: UploadTo = None,
+    private: Private = False,
     dry_run: DryRun = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -157,6 +166,7 @@ def convert(
       requant convert Llama-3.2-1B-Q4_K_M.gguf out
       requant convert mlx-4bit out --dequantize --dtype bfloat16
 
+    SOURCE may be a repository on the hub; it is downloaded once its headers hold no problem.
     Stopped (Ctrl-C, kill, a full disk), the same command goes on where it was.
     """  # noqa: D301
     from requant import console, conversion
@@ -176,6 +186,7 @@ def convert(
         shard_size,
     )
     wishes |= {"keep_extra": keep_extra, "search": search, "config_from": config_from}
+    wishes["revision"] = revision
     if dry_run:
         with _answering_errors():
             plan = conversion.plan(source, **wishes)
@@ -199,6 +210,8 @@ def convert(
             allow_overflow=allow_overflow,
             progress=progress,
         )
+    if upload_to is not None:
+        _upload(output, upload_to, None, private, quiet or json)
     with _answering_errors():
         if json:
             _print_json(report.to_dict())
@@ -229,6 +242,7 @@ def plan(
     max_memory: MaxMemory = None,
     threads: Threads = None,
     shard_size: ShardSize = SHARD_SIZE,  # type: ignore[assignment]  # parsed by parse_size
+    revision: Revision = None,
     json: Json = False,
 ) -> None:
     """Show what convert would write: layers, modes, sizes and memory.
@@ -258,12 +272,15 @@ def plan(
         shard_size,
     )
     wishes |= {"keep_extra": keep_extra, "search": search, "config_from": config_from}
+    wishes["revision"] = revision
     with _answering_errors():
         _print_plan(conversion.plan(source, **wishes), threads, max_memory, json)
 
 
 @app.command()
-def inspect(source: Source, config_from: ConfigFrom = None, json: Json = False) -> None:
+def inspect(
+    source: Source, config_from: ConfigFrom = None, revision: Revision = None, json: Json = False
+) -> None:
     """Show what a folder holds: format, layers, dtypes, sizes, problems.
 
     Exits with 1 if there are problems.
@@ -275,7 +292,7 @@ def inspect(source: Source, config_from: ConfigFrom = None, json: Json = False) 
     from requant import console, inspection
 
     with _answering_errors():
-        found = inspection.inspect(source, config_from)
+        found = inspection.inspect(source, config_from, revision)
         if json:
             _print_json(found.to_dict())
         else:
@@ -351,6 +368,58 @@ def report(output: Written, html: Html = None, json: Json = False) -> None:
             console.show_figures(figures)
         else:
             _say(f"{html} written")
+
+
+@app.command()
+def upload(
+    output: Written,
+    repository: Repository,
+    base_model: BaseModel = None,
+    private: Private = False,
+    preview: Preview = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Upload an OUTPUT of convert to the hub, with a model card.
+
+    The card says where the model comes from, the exact command, the figures, how to run and
+    how to check it; --preview prints it. Stopped, the same command goes on: weight files that
+    are on the hub already are not sent again.
+
+    \b
+    Examples:
+      requant upload Llama-3.2-1B-4bit me/Llama-3.2-1B-4bit --preview
+      requant upload Llama-3.2-1B-4bit me/Llama-3.2-1B-4bit --base-model meta-llama/Llama-3.2-1B
+    """  # noqa: D301
+    if not preview:
+        _upload(output, repository, base_model, private, quiet, json)
+        return
+    from requant import console, publishing
+
+    with _answering_errors():
+        found = publishing.upload(output, repository, base_model=base_model, preview=True)
+        if json:
+            _print_json(found.to_dict())
+        else:
+            console.show_upload(found)
+
+
+def _upload(
+    output: Path,
+    repository: str,
+    base_model: str | None,
+    private: bool,
+    quiet: bool,
+    json: bool = False,
+) -> None:
+    from requant import publishing
+
+    with _answering_errors():
+        done = publishing.upload(output, repository, base_model=base_model, private=private)
+        if json:
+            _print_json(done.to_dict())
+        elif not quiet:
+            _say(f"uploaded: {done.url}")
 
 
 @app.command()

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from requant.figures import Figures
     from requant.inspection import Inspection, Stored
     from requant.mlx_lm import Generation
+    from requant.publishing import Upload
     from requant.recipes import Recipe
     from requant.report import Group, LayerError, Report
     from requant.verification import Verification
@@ -353,6 +354,14 @@ def show_figures(figures: Figures) -> None:
 
 def _percent(share: float | None) -> str:
     return "" if share is None else f"{100 * share:#.3g} %"
+
+
+def show_upload(found: Upload) -> None:
+    """Print what an upload would send."""
+    page = _Page()
+    page.line(found.card)
+    page.line(f"would upload to {found.repository}:", "bold")
+    page.columns([(name, format_size(size)) for name, size in found.files.items()], right=(1,))
 
 
 def show_inspection(found: Inspection) -> None:

@@ -12,15 +12,24 @@ from pathlib import Path
 from typing import TypeVar
 
 from requant.blueprint import Plan
+from requant.checkpoint import Checkpoint
 from requant.errors import CheckpointError, OutputError, Problem, UsageError
 from requant.execute import Outcome, Progress, make_budget, run_plan
+from requant.hub import find_repository
 from requant.planner import make_plan
 from requant.report import Report, recorded_errors
 from requant.schema import Quantization
-from requant.source_folder import is_gguf
+from requant.source_folder import is_gguf, names_repository
 from requant.specs import Spec
 from requant.wishes import Wishes
-from requant.writer import OutputFolder, Sink, spoiled_before, staging_of, twins_of
+from requant.writer import (
+    OutputFolder,
+    Sink,
+    check_output,
+    spoiled_before,
+    staging_of,
+    twins_of,
+)
 
 Source = str | os.PathLike[str]
 
@@ -44,6 +53,7 @@ def plan(
     search: str = "off",
     config_from: Source | None = None,
     shard_size: int = 5 << 30,
+    revision: str | None = None,
 ) -> Plan:
     """Lay out a conversion without doing it; only headers and JSON are read.
 
@@ -71,7 +81,11 @@ def plan(
         config_from=config_from,
         max_shard_bytes=shard_size,
     )
-    return make_plan(Path(source), wishes)
+    remote = find_repository(source, revision)
+    if remote is None:
+        return make_plan(Path(source), wishes)
+    made = make_plan(remote.headers(), wishes)
+    return replace(made, notes=(*made.notes, remote.announcement()))
 
 
 def convert(
@@ -104,11 +118,13 @@ def convert(
     resume: bool = True,
     consume_source: bool = False,
     yes: bool = False,
+    revision: str | None = None,
 ) -> Report:
     """Convert a checkpoint folder into an MLX folder.
 
     Args:
-        source: Folder with ``config.json`` and safetensors, or a GGUF file; it is never modified.
+        source: Folder with ``config.json`` and safetensors, or ``org/name`` of one on the hub,
+            or a GGUF file; it is never modified.
         output: Folder to write; it appears only when complete.
         quantization: Target of the chosen layers. None keeps a quantized source as it is
             and means affine, 4 bits, group 64 for a dense one.
@@ -152,6 +168,7 @@ def convert(
             written; everything is computed and checked once before the first goes.
         yes: Must be true with ``consume_source``: nothing can be verified against the source
             afterwards.
+        revision: Of a source on the hub: branch, tag or commit.
 
     Returns:
         What was done, layer by layer.
@@ -186,11 +203,25 @@ def convert(
         config_from=config_from,
         max_shard_bytes=shard_size,
     )
+    if consume_source and not yes:
+        raise UsageError(
+            f"--consume-source deletes the weights in {source}; afterwards nothing can be verified "
+            "against them, and no other conversion made of them. --yes says that this is meant"
+        )
+    if consume_source and names_repository(source):
+        raise UsageError(
+            "--consume-source would delete files of huggingface_hub's cache; download "
+            f"{source} into a folder of its own first: hf download {source} --local-dir FOLDER"
+        )
+    if consume_source and is_gguf(Path(source)):
+        raise UsageError("--consume-source is for safetensors; a GGUF file goes as a whole or not")
+    if not consume_source:
+        _refuse_half_consumed(Path(output))
     twins = twins_of(Path(output)) if consume_source else None
     begun = twins is not None and twins.is_dir()
     run = partial(
         carry_out,
-        Path(source),
+        _on_disk(source, revision, wishes, Path(output), force),
         max_memory=max_memory,
         threads=threads,
         allow_nonfinite=allow_nonfinite,
@@ -199,15 +230,6 @@ def convert(
         chunk_bytes=chunk_bytes,
         twins=twins if begun else None,
     )
-    if consume_source and not yes:
-        raise UsageError(
-            f"--consume-source deletes the weights in {source}; afterwards nothing can be verified "
-            "against them, and no other conversion made of them. --yes says that this is meant"
-        )
-    if consume_source and is_gguf(Path(source)):
-        raise UsageError("--consume-source is for safetensors; a GGUF file goes as a whole or not")
-    if not consume_source:
-        _refuse_half_consumed(Path(output))
     if consume_source and not begun:
         wishes = _checked(run, wishes)
     elif allow_nonfinite and resume:
@@ -265,8 +287,19 @@ def _checked(run: Callable[..., tuple[Plan, Outcome]], wishes: Wishes) -> Wishes
 AnySink = TypeVar("AnySink", bound=Sink)
 
 
+def _on_disk(
+    source: Source, revision: str | None, wishes: Wishes, output: Path, force: bool
+) -> Path | Checkpoint:
+    """The source itself, or what is downloaded of it once its headers hold no problem."""
+    remote = find_repository(source, revision)
+    if remote is None:
+        return Path(source)
+    check_output(make_plan(remote.headers(), wishes), output, force)
+    return remote.download()
+
+
 def carry_out(
-    source: Path,
+    source: Path | Checkpoint,
     wishes: Wishes,
     open_sink: Callable[[Plan, Wishes], AbstractContextManager[AnySink]],
     finish: Callable[[AnySink, Outcome], None],

@@ -14,6 +14,7 @@ RequantError
 ├── InvariantError           a rule between parts of the input is broken
 ├── BackendError             the array library's own quantize or dequantize refused
 ├── CheckpointError          everything wrong with a source, in one list
+├── HubError                 the model hub did not give, or take, what it was asked to
 ├── OutputError              the output cannot be written (or must not be)
 └── UsageError               wishes that contradict each other
 
@@ -177,6 +178,10 @@ class CheckpointError(RequantError, ValueError):
 
 class OutputError(RequantError, OSError):
     """The output cannot be written, or must not be overwritten."""
+
+
+class HubError(RequantError, OSError):
+    """The model hub did not give, or take, what it was asked to."""
 
 
 class UsageError(RequantError, ValueError):

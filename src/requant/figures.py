@@ -100,6 +100,7 @@ class Figures:
         requant: Version that wrote it.
         plan_hash: SHA-256 over all that decides the output's bytes.
         source_format: Name of the source's format.
+        repository: Of the hub: id and commit of the source, where it came from there.
         source_files: Name, bytes and header's SHA-256 of each weight file of the source.
         wishes: What was asked for.
         tensors: Tensors in the output.
@@ -110,6 +111,7 @@ class Figures:
     requant: str
     plan_hash: str
     source_format: str
+    repository: tuple[str, str] | None
     source_files: tuple[tuple[str, int, str], ...]
     wishes: Wishes
     tensors: int
@@ -175,9 +177,13 @@ class Figures:
         found = [layer for layer in self.layers if layer.relative_rms is not None]
         return sorted(found, key=lambda layer: -(layer.relative_rms or 0.0))
 
-    def command(self, source: str = "SOURCE", output: str = "OUTPUT") -> str:
-        """The command that gives this output again."""
-        return shlex.join(["requant", "convert", source, output, *arguments(self.wishes)])
+    def command(self, source: str = "", output: str = "OUTPUT") -> str:
+        """The command that gives this output again; ``source`` if it is not from the hub."""
+        words = ["requant", "convert", source or "SOURCE", output, *arguments(self.wishes)]
+        if self.repository is not None and not source:
+            words[2] = self.repository[0]
+            words += ["--revision", self.repository[1]]
+        return shlex.join(words)
 
     def verify_command(self, source: str = "SOURCE", output: str = "OUTPUT") -> str:
         """The command that repeats the conversion and compares every byte."""
@@ -191,6 +197,7 @@ class Figures:
             "requant": self.requant,
             "plan_hash": self.plan_hash,
             "source_format": self.source_format,
+            "repository": self.repository and list(self.repository),
             "source_files": [list(file) for file in self.source_files],
             "wishes": self.wishes.to_dict(),
             "command": self.command(output=self.output),
@@ -238,6 +245,7 @@ def read_figures(output: Source) -> Figures:
             _typed(record, "requant", str),
             _typed(record, "plan", str),
             _typed(source, "format", str),
+            _repository(source.get("repository")),
             tuple(
                 (_typed(x, "name", str), _typed(x, "nbytes", int), _typed(x, "header_sha256", str))
                 for x in _typed(source, "files", list)
@@ -248,6 +256,14 @@ def read_figures(output: Source) -> Figures:
         )
     except ParseError as error:
         raise CheckpointError(str(place), [Problem(RECORD, str(error))]) from None
+
+
+def _repository(value: Any) -> tuple[str, str] | None:
+    if value is None:
+        return None
+    if not isinstance(value, list) or [type(x) for x in value] != [str, str]:
+        raise ParseError(f"source.repository: is {value!r}, expected an id and a commit")
+    return value[0], value[1]
 
 
 def arguments(wishes: Wishes) -> list[str]:
@@ -275,6 +291,8 @@ def arguments(wishes: Wishes) -> list[str]:
     for name in ("layout", "act_order", "search"):
         if getattr(wishes, name) != getattr(given, name):
             words += ["--" + name.replace("_", "-"), str(getattr(wishes, name))]
+    if wishes.config_from is not None:
+        words += ["--config-from", wishes.config_from]
     if wishes.max_shard_bytes != given.max_shard_bytes:
         words += ["--shard-size", str(wishes.max_shard_bytes)]
     flags = {

@@ -12,6 +12,7 @@ from requant.checkpoint import SourceFile, read_checkpoint
 from requant.conversion import Source
 from requant.errors import Problem
 from requant.formats import detect
+from requant.hub import find_repository
 from requant.schema import PerLayerQuantization
 
 
@@ -79,7 +80,9 @@ class Inspection:
         }
 
 
-def inspect(source: Source, config_from: Source | None = None) -> Inspection:
+def inspect(
+    source: Source, config_from: Source | None = None, revision: str | None = None
+) -> Inspection:
     """Say what a folder holds; only headers and JSON are read.
 
     Problems of the format (a missing scale, a shape that disagrees) are listed in the
@@ -88,7 +91,8 @@ def inspect(source: Source, config_from: Source | None = None) -> Inspection:
     Raises:
         CheckpointError: The folder itself cannot be read as a checkpoint.
     """
-    checkpoint = read_checkpoint(Path(source), config_from)
+    remote = find_repository(source, revision)
+    checkpoint = remote.headers() if remote else read_checkpoint(Path(source), config_from)
     found = detect(checkpoint)
     layout = found.read(checkpoint)
     return Inspection(

@@ -46,7 +46,8 @@ def parse_size(text: str) -> int:
 Source = Annotated[
     Path,
     typer.Argument(
-        metavar="SOURCE", help="Folder with config.json and safetensors, or a GGUF file."
+        metavar="SOURCE",
+        help="Folder with config.json and safetensors, a GGUF file, or org/name on the hub.",
     ),
 ]
 Output = Annotated[
@@ -200,4 +201,21 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="Print errors and warnings 
 Written = Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder that convert wrote.")]
 Html = Annotated[
     Path | None, typer.Option("--html", metavar="FILE", help="Write one self-contained page.")
+]
+Revision = Annotated[
+    str | None,
+    typer.Option("--revision", metavar="REV", help="Of a SOURCE on the hub: branch, tag, commit."),
+]
+Repository = Annotated[str, typer.Argument(metavar="REPO", help="Repository on the hub, org/name.")]
+UploadTo = Annotated[
+    str | None,
+    typer.Option("--upload", metavar="REPO", help="Upload OUTPUT to the hub when it is done."),
+]
+BaseModel = Annotated[
+    str | None,
+    typer.Option("--base-model", metavar="ID", help="Source on the hub, for the model card."),
+]
+Private = Annotated[bool, typer.Option("--private", help="Create a private repository.")]
+Preview = Annotated[
+    bool, typer.Option("--preview", help="Print the model card and the files; upload nothing.")
 ]

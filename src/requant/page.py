@@ -215,7 +215,7 @@ def _provenance(figures: Figures) -> str:
     source_files = [(name, nbytes, digest) for name, nbytes, digest in figures.source_files]
     return _section(
         "Where it comes from",
-        f"<dl><dt>Source</dt><dd>{escape(figures.source_format)}</dd>"
+        f"<dl><dt>Source</dt><dd>{escape(figures.source_format)}{_repository(figures)}</dd>"
         f"<dt>Written by</dt><dd>requant {escape(figures.requant)}</dd>"
         f"<dt>Plan</dt><dd><code>{escape(figures.plan_hash)}</code></dd>"
         f"<dt>The same again</dt><dd><code>{escape(figures.command())}</code></dd>"
@@ -223,6 +223,13 @@ def _provenance(figures: Figures) -> str:
         f"<dd><code>{escape(figures.verify_command())}</code></dd></dl>"
         + _table(("source file", "bytes", "SHA-256 of its header"), source_files),
     )
+
+
+def _repository(figures: Figures) -> str:
+    if figures.repository is None:
+        return ""
+    name, commit = figures.repository
+    return f", {escape(name)} at <code>{escape(commit)}</code>"
 
 
 # -- parts ---------------------------------------------------------------------------------

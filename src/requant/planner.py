@@ -55,11 +55,11 @@ if TYPE_CHECKING:
     from requant.mlx_lm_layout import MlxLmLayout
 
 
-def make_plan(source: str | Path, wishes: Wishes, twins: Path | None = None) -> Plan:
-    """Read the headers of ``source`` and lay out what ``wishes`` make of it.
+def make_plan(source: str | Path | Checkpoint, wishes: Wishes, twins: Path | None = None) -> Plan:
+    """Read the headers of ``source``, if they are not yet, and lay out what ``wishes`` make of it.
 
     Args:
-        source: The folder.
+        source: The folder, or what was read of it.
         wishes: What is to become of it.
         twins: Where the headers of weight files are that a stopped run has consumed.
 
@@ -67,11 +67,16 @@ def make_plan(source: str | Path, wishes: Wishes, twins: Path | None = None) -> 
         CheckpointError: With everything that is wrong with the source.
         UsageError: An override or ``only`` names nothing, or asks what cannot be.
     """
-    checkpoint = read_checkpoint(source, wishes.config_from, twins)
+    if not isinstance(source, Checkpoint):
+        checkpoint = read_checkpoint(source, wishes.config_from, twins)
+    elif wishes.config_from is None:
+        checkpoint = source
+    else:
+        raise UsageError(f"--config-from is for GGUF files; {source.source} is on the hub")
     found = detect(checkpoint)
     layout = found.read(checkpoint)
     if layout.problems:
-        raise CheckpointError(str(source), layout.problems)
+        raise CheckpointError(str(checkpoint.source), layout.problems)
     if wishes.fold_rotation:
         layout = layout.without_rotations()
     notes: list[str] = []

@@ -53,7 +53,11 @@ def make_record(
         "plan": plan.hash,
         # A path says nothing elsewhere: what verifies against a GGUF source names it again.
         "wishes": dict(wishes) | {"layout": plan.layout, "config_from": None},
-        "source": {"format": plan.format, "files": [asdict(file) for file in plan.files]},
+        "source": {
+            "format": plan.format,
+            "files": [asdict(file) for file in plan.files],
+            "repository": plan.checkpoint.repository and list(plan.checkpoint.repository),
+        },
         "layers": {
             layer.layer: {
                 "treatment": layer.treatment,

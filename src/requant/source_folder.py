@@ -10,7 +10,7 @@ import os
 import re
 import stat
 from collections import defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from itertools import count, islice
@@ -274,6 +274,32 @@ def list_folder(folder: Path, shards: Collection[str]) -> Listing:
             listing.left_out.append((name, _STALE["consolidated*"]))
     listing.sort()
     return listing
+
+
+def wanted_files(sizes: Mapping[str, int]) -> list[str]:
+    """Of the files of a repository, those that a conversion reads: what ``list_folder`` keeps.
+
+    Args:
+        sizes: Relative path -> bytes.
+    """
+    second_copy = INDEX in sizes or SINGLE in sizes
+    found = []
+    for name, size in sizes.items():
+        *folders, base = name.split("/")
+        if set(folders) & _SKIPPED or folders[:1] == ["original"]:
+            continue
+        if base.endswith(".safetensors"):
+            wanted = not folders and not (second_copy and base.startswith("consolidated"))
+        else:
+            wanted = name in (CONFIG, INDEX, *QUANTIZATION_FILES) or not _stale(base, size)
+        if wanted:
+            found.append(name)
+    return sorted(found, key=natural_key)
+
+
+def names_repository(source: str | os.PathLike[str]) -> bool:
+    """Whether a source that is not on this disk has the form of a repository's id."""
+    return bool(_HUB_ID.fullmatch(os.fspath(source))) and not os.path.lexists(source)
 
 
 def printable(name: str) -> str:

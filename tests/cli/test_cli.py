@@ -22,7 +22,7 @@ from .conftest import BF16, Result, write_model
 
 Requant = Callable[..., Result]
 MICRO_LLAMA = Path(__file__).parents[2] / "examples" / "micro-llama"
-COMMANDS = ("convert", "plan", "inspect", "generate", "recipes", "report")
+COMMANDS = ("convert", "plan", "inspect", "generate", "recipes", "report", "upload")
 
 
 def python(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:

@@ -1,0 +1,198 @@
+"""``requant upload``: an output of ours and its model card go to the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from requant.checkpoint import read_json
+from requant.conversion import Source
+from requant.errors import HubError, UsageError
+from requant.figures import Figures, read_figures
+from requant.hub import asking
+from requant.source_folder import CONFIG
+
+CARD = "README.md"
+# What a card takes over from the source's; the rest would describe another model.
+_INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """What is, or would be, uploaded.
+
+    Attributes:
+        repository: ``org/name``.
+        card: The model card, Markdown.
+        files: Relative path -> bytes, the card included.
+        url: Of the commit; "" for a preview.
+    """
+
+    repository: str
+    card: str
+    files: Mapping[str, int]
+    url: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The upload as JSON data."""
+        return {
+            "repository": self.repository,
+            "files": dict(self.files),
+            "url": self.url,
+            "card": self.card,
+        }
+
+
+def upload(
+    output: Source,
+    repository: str,
+    *,
+    base_model: str | None = None,
+    private: bool = False,
+    preview: bool = False,
+) -> Upload:
+    """Upload a folder that ``convert`` wrote, with a model card, as one commit.
+
+    Weight files that reached the hub before are not sent again, so the same call goes on where
+    one was stopped.
+
+    Args:
+        output: The folder; it is not changed.
+        repository: ``org/name``; created if it does not exist.
+        base_model: Id of the source on the hub; None takes what the record knows.
+        private: Create the repository as a private one.
+        preview: Only make the card and the list of files; the hub is not asked.
+
+    Raises:
+        CheckpointError: The folder has no record of ours, or a damaged one.
+        HubError: The hub is not reached or refuses.
+        UsageError: ``repository`` is no ``org/name``.
+    """
+    organisation, slash, name = repository.partition("/")
+    if not (organisation and slash and name) or "/" in name:
+        raise UsageError(f"{repository!r} is no repository; write it as org/name")
+    folder = Path(output)
+    figures = read_figures(folder)
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise HubError("uploading needs huggingface_hub: pip install 'requant[hub]'") from None
+    card = model_card(figures, repository, base_model, _source_card(folder))
+    paths = {x.relative_to(folder).as_posix(): x for x in sorted(folder.rglob("*")) if x.is_file()}
+    paths = {name: path for name, path in paths.items() if not name.startswith(".")}
+    sizes = {name: path.stat().st_size for name, path in paths.items()}
+    sizes[CARD] = len(card.encode())
+    if preview:
+        return Upload(repository, card, sizes)
+    paths.pop(CARD, None)
+    add = huggingface_hub.CommitOperationAdd
+    operations = [add(name, str(path)) for name, path in paths.items()]
+    operations.append(add(CARD, card.encode()))
+    api = huggingface_hub.HfApi()
+    with asking(repository, "main"):
+        api.create_repo(repository, private=private, exist_ok=True)
+        message = f"Converted by requant {figures.requant}"
+        made = api.create_commit(repository, operations, commit_message=message)
+    return Upload(repository, card, sizes, str(made.commit_url))
+
+
+def _source_card(folder: Path) -> dict[str, Any]:
+    """What the source's own card says about license and language."""
+    import huggingface_hub
+
+    try:
+        text = (folder / CARD).read_text("utf-8")
+        card = huggingface_hub.ModelCard(text, ignore_metadata_errors=True)
+        found: dict[str, Any] = card.data.to_dict()  # type: ignore[no-untyped-call]
+    except (OSError, ValueError):  # no card, or one that cannot be read: there is nothing to take
+        return {}
+    return {key: found[key] for key in _INHERITED if key in found}
+
+
+def model_card(
+    figures: Figures, repository: str, base_model: str | None, inherited: Mapping[str, Any]
+) -> str:
+    """The card: where it comes from, what it lost, how to run and how to check it."""
+    from huggingface_hub import ModelCardData
+
+    base = base_model or (figures.repository[0] if figures.repository else None)
+    data: dict[str, Any] = {**inherited, "library_name": "mlx", "tags": ["mlx", "requant"]}
+    if base is not None:
+        relation = {} if _is_dense(figures) else {"base_model_relation": "quantized"}
+        data |= {"base_model": base, **relation}
+    front = ModelCardData(**data).to_yaml()
+    name = repository.partition("/")[2]
+    origin = f"[{base}](https://huggingface.co/{base})" if base else figures.source_format
+    return f"""---
+{front}
+---
+
+# {name}
+
+{origin} ({figures.source_format}) in MLX's format, converted from the stored weights by requant
+{figures.requant}: {figures.bits_per_weight:.2f} bits per weight, {figures.bytes_out:,} bytes.
+
+## How it was made
+
+```sh
+{figures.command(base or "")}
+```
+
+{_table(figures)}
+{_errors(figures)}
+## How to run it
+
+{_running(figures, repository)}
+## How to check it
+
+`requant.json` holds the SHA-256 of every tensor. `requant verify` compares them, and with the
+source at hand repeats the conversion and compares every byte:
+
+```sh
+{figures.verify_command(base or "SOURCE", name)}
+```
+"""
+
+
+def _is_dense(figures: Figures) -> bool:
+    return all(layer.treatment in ("dense", "dequantized") for layer in figures.layers)
+
+
+def _table(figures: Figures) -> str:
+    rows = [
+        f"| {g.treatment} | {g.source} | {g.target} | {g.exactness} | {g.layers:,} "
+        f"| {g.parameters:,} | {g.nbytes:,} |\n"
+        for g in figures.groups
+    ]
+    return (
+        "| treatment | from | to | exactness | layers | parameters | bytes |\n"
+        "|---|---|---|---|---:|---:|---:|\n" + "".join(rows)
+    )
+
+
+def _errors(figures: Figures) -> str:
+    measured = figures.measured
+    if not measured:
+        return "No layer was encoded anew.\n"
+    middle, worst = measured[len(measured) // 2], measured[0]
+    median, most = (f"{100 * (x.relative_rms or 0):.2g} %" for x in (middle, worst))
+    return (
+        f"New codes have a relative error (rms) of {median} in the median layer and {most} in the "
+        f"worst (`{worst.layer}`).\n"
+    )
+
+
+def _running(figures: Figures, repository: str) -> str:
+    config = read_json(Path(figures.output), CONFIG)
+    if figures.wishes.layout != "mlx-lm":
+        return (
+            "Tensors have the source's names: for loaders of one's own. For mlx-lm, convert with "
+            "`--layout mlx-lm`.\n"
+        )
+    if config.get("rotation"):
+        return "Its layers are rotated: `requant.mlx_lm.load` of the requant package runs them.\n"
+    return (
+        f'```sh\npip install mlx-lm\nmlx_lm.generate --model {repository} --prompt "Hello"\n```\n'
+    )

@@ -1,0 +1,206 @@
+"""A model hub on loopback: the few endpoints that requant and huggingface_hub's client use."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+
+@dataclass
+class Hub:
+    """What it holds, and what it was asked.
+
+    Attributes:
+        repositories: Id -> relative path -> content.
+        gated: Ids whose files need a token.
+        log: Method, path and range of every request.
+        sent: Bytes of files that went out.
+        objects: LFS objects that came in, by hash.
+        commits: Id -> lines of the commit that was made.
+        cut_after: Files end after so many bytes, once; 0 lets all through.
+        refuse_objects: How many LFS objects are taken before the rest is refused; -1 is all.
+    """
+
+    repositories: dict[str, dict[str, bytes]]
+    gated: set[str] = field(default_factory=set)
+    log: list[tuple[str, str, str]] = field(default_factory=list)
+    sent: int = 0
+    objects: dict[str, bytes] = field(default_factory=dict)
+    commits: dict[str, list[Any]] = field(default_factory=dict)
+    cut_after: int = 0
+    refuse_objects: int = -1
+    url: str = ""
+
+    @staticmethod
+    def commit(name: str) -> str:
+        return hashlib.sha1(name.encode()).hexdigest()
+
+
+@contextmanager
+def serving(hub: Hub) -> Iterator[Hub]:
+    """Serve a hub until the block ends."""
+
+    class Handler(_Handler):
+        state = hub
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    hub.url = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    state: Hub
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def answer(self, code: int, body: bytes = b"", **headers: str) -> None:
+        self.send_response(code)
+        for name, value in ({"Content_Length": str(len(body))} | headers).items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def json(self, value: object, code: int = 200) -> None:
+        self.answer(code, json.dumps(value).encode(), Content_Type="application/json")
+
+    def body(self) -> bytes:
+        return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+
+    def noted(self) -> str:
+        path = unquote(urlsplit(self.path).path)
+        if path != "/api/agent-harnesses":  # the client's own affair
+            self.state.log.append((self.command, path, self.headers.get("Range") or ""))
+        return path
+
+    # -- out -----------------------------------------------------------------------------
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = self.noted()
+        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
+            self.about(found[1], found[2])
+        elif found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+            self.file(*found.groups())
+        else:
+            self.answer(404)
+
+    def about(self, name: str, revision: str | None) -> None:
+        files = self.state.repositories.get(name)
+        if files is None:
+            self.answer(401, X_Error_Code="RepoNotFound")
+        elif revision not in (None, "main", "v1", Hub.commit(name)):
+            self.answer(404, X_Error_Code="RevisionNotFound")
+        else:
+            siblings = [{"rfilename": file, "size": len(x)} for file, x in files.items()]
+            self.json({"id": name, "sha": Hub.commit(name), "siblings": siblings})
+
+    def file(self, name: str, revision: str, file: str) -> None:
+        content = self.state.repositories.get(name, {}).get(file)
+        if name in self.state.gated and not self.headers.get("Authorization"):
+            self.answer(403, X_Error_Code="GatedRepo")
+        elif content is None:
+            self.answer(404, X_Error_Code="EntryNotFound")
+        else:
+            self.send_file(name, content)
+
+    def send_file(self, name: str, content: bytes) -> None:
+        tags = {
+            "ETag": f'"{hashlib.sha256(content).hexdigest()}"',
+            "X_Repo_Commit": Hub.commit(name),
+            "Accept_Ranges": "bytes",
+        }
+        if self.command == "HEAD":
+            self.answer(200, Content_Length=str(len(content)), **tags)
+            return
+        part = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
+        start = int(part[1]) if part else 0
+        stop = int(part[2]) + 1 if part and part[2] else len(content)
+        body = content[start:stop]
+        if part:
+            tags["Content_Range"] = f"bytes {start}-{stop - 1}/{len(content)}"
+        cut, self.state.cut_after = self.state.cut_after, 0
+        if cut and len(body) > cut:
+            self.send_response(206 if part else 200)
+            for key, value in (tags | {"Content_Length": str(len(body))}).items():
+                self.send_header(key.replace("_", "-"), value)
+            self.end_headers()
+            self.wfile.write(body[:cut])
+            self.wfile.flush()
+            self.state.sent += cut
+            self.close_connection = True
+            return
+        self.state.sent += len(body)
+        self.state.cut_after = cut
+        self.answer(206 if part else 200, body, **tags)
+
+    # -- in ------------------------------------------------------------------------------
+
+    def do_POST(self) -> None:
+        path, body = self.noted(), self.body()
+        if not self.headers.get("Authorization"):
+            self.answer(401, b'{"error": "Invalid username or password."}')
+        elif path == "/api/repos/create":
+            made = json.loads(body)
+            name = f"{made['organization']}/{made['name']}"
+            self.json({"url": f"{self.state.url}/{name}", "id": name})
+        elif path == "/api/validate-yaml":
+            self.json({"warnings": [], "errors": []})
+        elif "/preupload/" in path:
+            asked = json.loads(body)["files"]
+            self.json({"files": [self.mode(file) for file in asked]})
+        elif path.endswith("/info/lfs/objects/batch"):
+            self.json(
+                {"transfer": "basic", "objects": [*map(self.place, json.loads(body)["objects"])]}
+            )
+        elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/commit/main", path):
+            self.state.commits[found[1]] = [json.loads(line) for line in body.splitlines()]
+            commit = Hub.commit(found[1])
+            url = f"{self.state.url}/{found[1]}/commit/{commit}"
+            self.json({"commitUrl": url, "commitOid": commit, "success": True})
+        else:
+            self.answer(404)
+
+    @staticmethod
+    def mode(file: dict[str, Any]) -> dict[str, Any]:
+        large = file["path"].endswith(".safetensors")
+        return {
+            "path": file["path"],
+            "uploadMode": "lfs" if large else "regular",
+            "shouldIgnore": False,
+        }
+
+    def place(self, wanted: dict[str, Any]) -> dict[str, Any]:
+        if wanted["oid"] in self.state.objects:
+            return wanted  # it is here: no action
+        href = f"{self.state.url}/lfs/{wanted['oid']}"
+        return wanted | {"actions": {"upload": {"href": href, "header": {}}}}
+
+    def do_PUT(self) -> None:
+        path, body = self.noted(), self.body()
+        if len(self.state.objects) == self.state.refuse_objects:
+            self.answer(400, b"no more")
+            return
+        oid = path.removeprefix("/lfs/")
+        assert hashlib.sha256(body).hexdigest() == oid
+        self.state.objects[oid] = body
+        self.answer(200)
