@@ -39,6 +39,7 @@ from requant.options import (
     Json,
     KeepExtra,
     Layout,
+    LocalSource,
     MaxMemory,
     MaxTokens,
     Mode,
@@ -424,7 +425,7 @@ def _upload(
 
 @app.command()
 def generate(
-    source: Source,
+    source: LocalSource,
     prompt: Prompt,
     max_tokens: MaxTokens = 100,
     raw: Raw = False,

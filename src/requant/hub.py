@@ -205,8 +205,14 @@ class Repository:
                 replace(x, where=x.where.replace(str(folder), self.name)) for x in error.problems
             ]
             raise CheckpointError(self.name, problems) from error
+        # Other programs may have put other files of the repository beside ours.
         return replace(
-            checkpoint, origin=Path(self.name), repository=(self.name, self.commit), **more
+            checkpoint,
+            side_files=tuple(name for name in checkpoint.side_files if name in self.sizes),
+            left_out=tuple(pair for pair in checkpoint.left_out if pair[0] in self.sizes),
+            origin=Path(self.name),
+            repository=(self.name, self.commit),
+            **more,
         )
 
     def _home(self) -> Path:

@@ -50,6 +50,12 @@ Source = Annotated[
         help="Folder with config.json and safetensors, a GGUF file, or org/name on the hub.",
     ),
 ]
+LocalSource = Annotated[
+    Path,
+    typer.Argument(
+        metavar="SOURCE", help="Folder with config.json and safetensors, or a GGUF file."
+    ),
+]
 Output = Annotated[
     Path, typer.Argument(metavar="OUTPUT", help="Folder to write; appears when complete.")
 ]

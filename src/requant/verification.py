@@ -19,10 +19,11 @@ from requant.conversion import Source
 from requant.errors import CheckpointError, ParseError, Problem
 from requant.execute import Progress, make_budget, run_plan
 from requant.formats import detect
+from requant.hub import find_repository
 from requant.limits import MAX_PROBLEMS
 from requant.planner import make_plan
 from requant.record import FORMAT_VERSION, hash_file, hash_range, record_hash, spelled, version
-from requant.source_folder import CONFIG, INDEX, RECORD, open_regular
+from requant.source_folder import CONFIG, INDEX, RECORD, names_repository, open_regular
 from requant.wishes import Wishes
 
 
@@ -97,7 +98,7 @@ def verify(
         _check_layers(checkpoint, found)
     _check_files(place, record, found)
     if output is not None:
-        source = Path(folder)
+        source = _source(folder, record)
         wished = None if config_from is None else os.fspath(config_from)
         plan = _repeated_plan(source, record, wished, found)
         if plan is not None:
@@ -212,8 +213,18 @@ def _check_files(place: Path, record: Mapping[str, Any], found: _Findings) -> No
             found.add(name, f"cannot be read: {error.strerror or error}")
 
 
+def _source(folder: Source, record: Mapping[str, Any]) -> Path | Checkpoint:
+    """What the output was made from: a folder, or a repository at the recorded commit."""
+    recorded = record.get("source")
+    made = recorded.get("repository") if isinstance(recorded, Mapping) else None
+    commit = made[1] if isinstance(made, list) and made[:1] == [os.fspath(folder)] else None
+    revision = str(commit) if commit is not None and names_repository(folder) else None
+    remote = find_repository(folder, revision)
+    return Path(folder) if remote is None else remote.download()
+
+
 def _repeated_plan(
-    source: Path, record: Mapping[str, Any], config_from: str | None, found: _Findings
+    source: Path | Checkpoint, record: Mapping[str, Any], config_from: str | None, found: _Findings
 ) -> Plan | None:
     """The plan that the record was made from, made again."""
     wishes = record.get("wishes")

@@ -144,6 +144,10 @@ def test_convert_downloads_and_records_the_commit(hub: Hub, call: Call, tmp_path
     assert f"requant convert {NAME} out --bits 4" in said
     assert f"--revision {Hub.commit(NAME)}" in said
     ok(call("verify", "out"))
+    snapshot = next((tmp_path / "hf" / "hub").glob("models--*/snapshots/*"))
+    (snapshot / "pytorch_model.bin").write_bytes(bytes(3 << 20))  # another program's
+    (snapshot / "notes.txt").write_text("not of the repository")
+    assert f"equal to a conversion of {NAME}" in ok(call("verify", NAME, "out"))
     assert "all of its files are downloaded" in ok(call("plan", NAME, "--bits", "4"))
 
 
@@ -283,3 +287,9 @@ def test_upload_needs_a_token_and_a_record(call: Call, output: Path) -> None:
     done = call("upload", MICRO, "me/m", "--preview")
     assert done.returncode == 1 and "requant.json: is missing" in done.stderr
     assert call("upload", output, "nobody", "--preview").returncode == 2
+
+
+def test_the_cache_is_not_consumed(hub: Hub, call: Call) -> None:
+    done = call("convert", NAME, "out", "--consume-source", "--yes")
+    assert done.returncode == 2 and "hf download someone/micro --local-dir" in done.stderr
+    assert not hub.log
