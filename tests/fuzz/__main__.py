@@ -70,7 +70,7 @@ def main() -> int:
             if wrong:
                 # One file for each place in the code, however many inputs lead there.
                 at = [line.strip() for line in wrong.splitlines() if "src/requant" in line][-1:]
-                what = " ".join([*at, wrong.splitlines()[-1][:60]])
+                what = " ".join([*at, wrong.splitlines()[-1].partition(":")[0]])
                 found[what] += 1
                 name = f"{kind}-{hashlib.sha256(what.encode()).hexdigest()[:10]}.json"
                 if found[what] == 1:
