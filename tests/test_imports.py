@@ -28,6 +28,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("formats", "mlx_lm_classes", "mlx_lm_layout"),
     ("relayout",),
     ("blueprint",),
+    ("choices", "steps"),
+    ("plan_notes",),
     ("planner", "journal", "record", "consuming"),
     ("writer",),
     ("execute",),

@@ -17,12 +17,13 @@ import numpy as np
 
 from requant.arrays import Array, Backend, Weights, backend_for, native
 from requant.checkpoint import Checkpoint, StoredTensor
+from requant.choices import fit_group
 from requant.dtypes import HEADER_NAME, NUMPY_DTYPE, TensorInfo
 from requant.errors import CheckpointError, InvariantError, UnsupportedDtypeError
 from requant.formats import SourceLayer, detect
 from requant.formats.packing import Packing
-from requant.planner import fit_group, triple_infos
 from requant.schema import PerLayerQuantization, Quantization
+from requant.steps import triple_infos
 
 # Rows are decoded in pieces of about this many values: one piece stays in a cache.
 _PIECE_VALUES = 1 << 21

@@ -1,0 +1,201 @@
+"""A decided layer becomes steps: which operation, on which rows, into which tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import lcm, prod
+
+from requant.blueprint import Operation, OutputTensor, Step
+from requant.checkpoint import ComputedTensor, SourceTensor
+from requant.dtypes import FLOATS, TensorInfo
+from requant.formats import SourceLayer, SourceLayout
+from requant.formats.base import RowOrder, Rows
+from requant.formats.packing import Exactness, Fidelity, Packing
+from requant.relayout import Relayout
+from requant.schema import Quantization, QuantMode
+from requant.wishes import Wishes
+
+
+def layer_steps(
+    layer: SourceLayer, target: Quantization | None, dtype: str, wishes: Wishes
+) -> Iterator[Step]:
+    """The work on one layer.
+
+    Args:
+        layer: As the source holds it.
+        target: Its quantization in the output; None for dense.
+        dtype: Header name of the dtype that its values take before they are stored or quantized.
+        wishes: For the search of scales, and the dtype of what is copied.
+    """
+    if layer.packing is not None:
+        yield from _packed_steps(layer, layer.packing, target, dtype, wishes)
+    elif layer.encoding is None and target is None:
+        yield _flat_step(layer.path, layer.parts["weight"], dtype, layer.row_order)
+    elif layer.encoding == target:
+        for part in layer.parts.values():
+            floats = part.info.dtype in FLOATS and not part.name.endswith(".global_scale")
+            yield _flat_step(layer.path, part, wishes.dtype or part.info.dtype if floats else None)
+    else:
+        yield _coding_step(layer, target, dtype, wishes)
+
+
+def _coding_step(
+    layer: SourceLayer, target: Quantization | None, dtype: str, wishes: Wishes
+) -> Step:
+    encoding = layer.encoding
+    operation = Operation.ENCODE
+    if encoding is not None:
+        operation = Operation.DECODE if target is None else Operation.RECODE
+    outputs = {"weight": TensorInfo(dtype, layer.shape)}
+    if target is not None:
+        outputs = triple_infos(layer.shape, dtype, target)
+    units = [q.group_size for q in (encoding, target) if q is not None]
+    unit = lcm(*units) if layer.row_order is None else layer.shape[-1]
+    rows, columns = _row_view(layer.shape, unit)
+    return Step(
+        layer.path,
+        operation,
+        rows,
+        columns,
+        {role: part for role, part in layer.parts.items() if role != "global_scale"},
+        {role: OutputTensor(f"{layer.path}.{role}", info) for role, info in outputs.items()},
+        encoding,
+        target,
+        dtype,
+        layer.parts.get("global_scale"),
+        search=_search(operation, wishes),
+        row_order=layer.row_order,
+    )
+
+
+def _search(operation: Operation, wishes: Wishes) -> str:
+    """How a step finds scales; "off" where it computes none."""
+    coded = operation in (Operation.ENCODE, Operation.RECODE)
+    return wishes.search if coded else "off"
+
+
+def _packed_steps(
+    layer: SourceLayer,
+    packing: Packing,
+    target: Quantization | None,
+    dtype: str,
+    wishes: Wishes,
+) -> Iterator[Step]:
+    """Move the codes where they stay, else decode, and encode again where wished.
+
+    A layer under another layout than the source's takes one step for each run of rows.
+    """
+    outputs = {"weight": TensorInfo(dtype, layer.shape)}
+    operation = Operation.DECODE
+    if target is not None:
+        outputs = triple_infos(layer.shape, dtype, target)
+        operation = Operation.REPACK if target == layer.encoding else Operation.RECODE
+    names = {"weight": layer.dense_name}
+    into_row = 0
+    for run in layer.pieces or (Rows(layer, 0, packing.rows),):
+        assert run.layer.packing is not None
+        yield Step(
+            layer.path,
+            operation,
+            run.count,
+            packing.columns,
+            run.layer.parts,
+            {
+                role: OutputTensor(names.get(role, f"{layer.path}.{role}"), x)
+                for role, x in outputs.items()
+            },
+            None,
+            target,
+            dtype,
+            packing=run.layer.packing,
+            first_row=run.start,
+            into_row=into_row,
+            row_step=run.step,
+            search=_search(operation, wishes),
+            row_order=run.layer.row_order,
+        )
+        into_row += run.count
+    if operation is Operation.REPACK:
+        for role, tensor in layer.carried.items():
+            yield _flat_step(layer.path, tensor, None, name=f"{layer.path}.{role}")
+
+
+def material_steps(layout: SourceLayout, moved: Relayout | None, wishes: Wishes) -> dict[str, Step]:
+    """The steps that make dense what computed tensors are made from."""
+    if moved is None:
+        return {}
+    parts = (part for layer in layout.layers for part in layer.parts.values())
+    names = (name for x in parts if isinstance(x, ComputedTensor) for name in x.inputs)
+    return {name: _material(moved.shown[name], wishes) for name in dict.fromkeys(names)}
+
+
+def _material(layer: SourceLayer, wishes: Wishes) -> Step:
+    if layer.packing is not None:
+        return next(_packed_steps(layer, layer.packing, None, layer.dtype, wishes))
+    if layer.encoding is not None:
+        return _coding_step(layer, None, layer.dtype, wishes)
+    return _flat_step(layer.path, layer.parts["weight"], None)
+
+
+def triple_infos(
+    shape: tuple[int, ...], dtype: str, quantization: Quantization
+) -> dict[str, TensorInfo]:
+    """Shapes and dtypes of a quantized layer's tensors, by role.
+
+    Args:
+        shape: ``(..., out_features, in_features)``.
+        dtype: Header name of the dense values; affine scales and biases take it.
+        quantization: The target; its group size divides ``in_features``.
+    """
+    *leading, n_in = shape
+    groups = (*leading, n_in // quantization.group_size)
+    infos = {"weight": TensorInfo("U32", (*leading, n_in * quantization.bits // 32))}
+    if quantization.mode is QuantMode.AFFINE:
+        return infos | {"scales": TensorInfo(dtype, groups), "biases": TensorInfo(dtype, groups)}
+    return infos | {"scales": TensorInfo("U8", groups)}
+
+
+def _flat_step(
+    layer: str,
+    part: SourceTensor,
+    dtype: str | None,
+    order: RowOrder | None = None,
+    name: str = "",
+) -> Step:
+    """Copy or cast one tensor, value by value, or row by row into another order."""
+    dtype = dtype or part.info.dtype
+    output = OutputTensor(name or part.name, TensorInfo(dtype, part.info.shape))
+    operation = Operation.COPY if dtype == part.info.dtype else Operation.CAST
+    rows = part.info.size if order is None else order.rows.size
+    columns = 1 if order is None else part.info.size // rows
+    parts, outputs = {"weight": part}, {"weight": output}
+    return Step(layer, operation, rows, columns, parts, outputs, dtype=dtype, row_order=order)
+
+
+# A row longer than this is cut at group borders: memory must not grow with a tensor's width.
+_LONGEST_ROW = 1 << 20
+
+
+def _row_view(shape: tuple[int, ...], unit: int) -> tuple[int, int]:
+    """Rows and columns that chunks are cut by; groups never span two rows."""
+    columns = shape[-1]
+    if columns > _LONGEST_ROW and columns % unit == 0:
+        columns = unit
+    return prod(shape) // columns if columns else 0, columns
+
+
+_WIDENS = {("F16", "F32"), ("BF16", "F32"), ("F16", "F64"), ("BF16", "F64"), ("F32", "F64")}
+
+
+def fidelity(step: Step) -> Fidelity:
+    """How near a step's result is to what the source stands for."""
+    if step.operation in (Operation.ENCODE, Operation.RECODE):
+        return Fidelity(Exactness.REENCODED)
+    if step.operation is Operation.COPY:
+        return Fidelity(Exactness.EXACT)
+    if step.operation is Operation.REPACK and step.packing is not None:
+        return step.packing.fidelity(step.dtype)
+    if step.operation is Operation.CAST:
+        pair = (step.inputs["weight"].info.dtype, step.dtype)
+        return Fidelity(Exactness.EXACT if pair in _WIDENS else Exactness.ROUNDED)
+    return Fidelity(Exactness.ROUNDED)
