@@ -24,6 +24,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("wishes",),
     ("source_folder",),
     ("checkpoint", "gguf"),
+    ("hub_client",),
+    ("downloads",),
     ("hub",),
     ("formats", "mlx_lm_classes", "mlx_lm_layout"),
     ("relayout",),

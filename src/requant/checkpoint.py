@@ -9,11 +9,11 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -111,6 +111,34 @@ class SourceFile:
     header_sha256: str
 
 
+class Supply(Protocol):
+    """Weight files that come while others are read (``downloads``)."""
+
+    @property
+    def consumed(self) -> bool:
+        """Whether a file goes as soon as nothing needs it."""
+
+    @property
+    def bytes_here(self) -> int:
+        """How many of the bytes that were missing at the beginning have come."""
+
+    @property
+    def bytes_expected(self) -> int:
+        """How many were missing."""
+
+    def begin(self, order: Sequence[str]) -> None:
+        """Let files come, those first that are needed first."""
+
+    def take(self, name: str, stop: Callable[[], bool]) -> Path | None:
+        """Where a file is, once it is; None if ``stop`` says so before."""
+
+    def release(self, name: str) -> None:
+        """Nothing will be read of a file any more."""
+
+    def end(self) -> None:
+        """Let nothing come any more."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A source folder with everything that can be known without reading tensor data.
@@ -133,6 +161,7 @@ class Checkpoint:
         peeked: What was read of the weight files so far.
         repository: Of the hub: its id, and the commit.
         fetch: Reads a run of bytes where the files hold headers only (``hub``).
+        supply: Brings the weight files, where they are not in the folder.
     """
 
     path: Path
@@ -149,6 +178,7 @@ class Checkpoint:
     origin: Path | None = None
     repository: tuple[str, str] | None = None
     fetch: Callable[[FileRange], bytes] | None = None
+    supply: Supply | None = None
 
     @property
     def source(self) -> Path:

@@ -33,7 +33,7 @@ def release(plan: Plan) -> Release:
 
     Always the file next whose remaining steps write least for what it frees.
     """
-    needs = tuple(frozenset(_files_of(step, plan)) for step in plan.steps)
+    needs = tuple(frozenset(files_of(step, plan)) for step in plan.steps)
     written = [_bytes_out(step) for step in plan.steps]
     steps_of: dict[str, list[int]] = defaultdict(list)
     pending = Counter[str]({file.name: 0 for file in plan.files})
@@ -68,7 +68,8 @@ def _bytes_out(step: Step) -> int:
     return sum(step.row_bytes(out) for out in step.outputs.values()) * step.rows
 
 
-def _files_of(step: Step, plan: Plan) -> Iterator[str]:
+def files_of(step: Step, plan: Plan) -> Iterator[str]:
+    """The source files that a step reads; one may come more than once."""
     tensors = [*step.inputs.values(), *([step.global_scale] if step.global_scale else [])]
     for tensor in tensors:
         yield from _files_of_tensor(tensor, plan)
@@ -77,6 +78,6 @@ def _files_of(step: Step, plan: Plan) -> Iterator[str]:
 def _files_of_tensor(tensor: SourceTensor, plan: Plan) -> Iterator[str]:
     if isinstance(tensor, ComputedTensor):
         for name in tensor.inputs:
-            yield from _files_of(plan.materials[name], plan)
+            yield from files_of(plan.materials[name], plan)
     else:
         yield from (part.file for part in tensor.ranges)

@@ -294,8 +294,9 @@ def _on_disk(
     remote = find_repository(source, revision)
     if remote is None:
         return Path(source)
-    check_output(make_plan(remote.headers(), wishes), output, force)
-    return remote.download()
+    checkpoint = remote.headers()
+    check_output(make_plan(checkpoint, wishes), output, force)
+    return remote.arriving(checkpoint)
 
 
 def carry_out(

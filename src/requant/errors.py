@@ -181,7 +181,9 @@ class OutputError(RequantError, OSError):
 
 
 class HubError(RequantError, OSError):
-    """The model hub did not give, or take, what it was asked to."""
+    """The model hub did not give, or take, what it was asked to; ``temporary`` may pass."""
+
+    temporary = False
 
 
 class UsageError(RequantError, ValueError):

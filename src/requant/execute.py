@@ -20,6 +20,7 @@ import numpy as np
 from requant.arrays import native, values
 from requant.blueprint import Operation, Plan, Step
 from requant.checkpoint import ComputedTensor, JoinedTensor, SourceTensor, StoredTensor
+from requant.consuming import files_of
 from requant.dtypes import HEADER_NAME, NUMPY_DTYPE
 from requant.errors import CheckpointError, OutOfRangeError, Problem, RequantError
 from requant.formats.packing import Cut, Packing
@@ -138,6 +139,8 @@ class Progress:
     bytes_total: int
     elapsed_s: float
     bytes_written: int = 0
+    bytes_downloaded: int = 0
+    bytes_to_download: int = 0
 
 
 @dataclass(slots=True)
@@ -175,6 +178,7 @@ class Outcome:
 
     findings: dict[str, Finding] = field(default_factory=dict)
     elapsed_s: float = 0.0
+    bytes_downloaded: int = 0
 
 
 def run_plan(
@@ -182,49 +186,103 @@ def run_plan(
     folder: Sink,
     budget: Budget,
     progress: Callable[[Progress], None] | None = None,
+    stop_at: Callable[[Finding], bool] | None = None,
 ) -> Outcome:
     """Run every step of ``plan`` into ``folder``.
 
+    Args:
+        plan: What is to be done.
+        folder: Where the bytes go.
+        budget: Threads and memory.
+        progress: Called about ten times a second.
+        stop_at: Ends the run, which is not whole then, at what was found in a chunk.
+
     Raises:
         CheckpointError: A source file changed, or cannot be read any more.
+        HubError: A source file cannot be downloaded.
         OutputError: The disk refused a write.
     """
     before = folder.ledger.state.consumed if folder.ledger is not None else ()
-    with _Source(plan, tuple(before)) as source:
-        run = _Run(plan, source, folder, budget)
+    with _Source(plan, tuple(before), _needed(plan, folder.ledger)) as source:
+        run = _Run(plan, source, folder, budget, stop_at)
         return run.go(progress)
 
 
-class _Source:
-    """The source's files, open for positioned reads from any thread."""
+def _needed(plan: Plan, ledger: Ledger | None) -> list[str]:
+    """The source files that are still to be read, as they are needed."""
+    before = Done() if ledger is None else ledger.state
+    order = range(len(plan.steps)) if ledger is None else ledger.order
+    steps = (plan.steps[n] for n in order if any(before.left(n, plan.steps[n].rows)))
+    return list(dict.fromkeys(name for step in steps for name in files_of(step, plan)))
 
-    def __init__(self, plan: Plan, consumed: Collection[str] = ()) -> None:
-        self.consumed = consumed
+
+class _Stopped(Exception):
+    """The run ends, and what this worker waits for does not come any more."""
+
+
+class _Source:
+    """The source's files, open for positioned reads from any thread.
+
+    Those of a folder are opened at once, those of the hub when they have come.
+    """
+
+    def __init__(self, plan: Plan, consumed: Collection[str], needed: Sequence[str]) -> None:
+        self.consumed, self.needed = consumed, needed
         self.path, self.sizes = plan.checkpoint.path, {f.name: f.nbytes for f in plan.files}
+        self.supply = plan.checkpoint.supply
+        self.stop = threading.Event()
         self.fds: dict[str, int] = {}
+        self._opening = threading.Lock()
 
     def __enter__(self) -> _Source:
+        if self.supply is not None:
+            self.supply.begin(self.needed)
+            return self
         try:
-            for name, nbytes in self.sizes.items():
-                if name in self.consumed:
-                    continue
-                self.fds[name] = open_regular(self.path / name)
-                actual = os.fstat(self.fds[name]).st_size
-                if actual != nbytes:
-                    self._fail(name, f"has {actual:,} bytes now, {nbytes:,} when it was planned")
-        except OSError as error:
+            for name in self.sizes:
+                if name not in self.consumed:
+                    self._open(name, self.path / name)
+        except BaseException:
             self.__exit__()
-            self._fail(Path(error.filename or "").name, error.strerror or str(error))
+            raise
         return self
 
+    def _open(self, name: str, path: Path) -> None:
+        try:
+            self.fds[name] = open_regular(path)
+        except OSError as error:
+            self._fail(name, error.strerror or str(error))
+        actual, planned = os.fstat(self.fds[name]).st_size, self.sizes[name]
+        if actual != planned:
+            self._fail(name, f"has {actual:,} bytes now, {planned:,} when it was planned")
+
     def __exit__(self, *_: object) -> None:
+        if self.supply is not None:
+            self.supply.end()
         for fd in self.fds.values():
             os.close(fd)
         self.fds.clear()
 
     def forget(self, name: str) -> None:
         """Close a file that nothing will be read of any more."""
-        os.close(self.fds.pop(name))
+        fd = self.fds.pop(name, None)
+        if fd is not None:
+            os.close(fd)
+        if self.supply is not None:
+            self.supply.release(name)
+
+    def _fd(self, name: str) -> int:
+        """An open file; one that is on its way is waited for."""
+        fd = self.fds.get(name)
+        if fd is not None or self.supply is None:
+            return self.fds[name]
+        path = self.supply.take(name, self.stop.is_set)
+        if path is None:
+            raise _Stopped
+        with self._opening:
+            if name not in self.fds:
+                self._open(name, path)
+            return self.fds[name]
 
     def read_tensor(
         self, tensor: StoredTensor | JoinedTensor, start: int, into: memoryview
@@ -252,7 +310,7 @@ class _Source:
 
     def read(self, file: str, offset: int, into: memoryview) -> None:
         """Fill ``into`` with the bytes at ``offset``."""
-        fd = self.fds[file]
+        fd = self._fd(file)
         while into:
             try:
                 got = os.preadv(fd, [into], offset)
@@ -325,13 +383,20 @@ def _chunks(steps: Sequence[Step], budget: Budget, ledger: Ledger | None) -> Ite
 class _Run:
     """The state that workers share: the list of chunks, the counters, the first error."""
 
-    def __init__(self, plan: Plan, source: _Source, folder: Sink, budget: Budget) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        source: _Source,
+        folder: Sink,
+        budget: Budget,
+        stop_at: Callable[[Finding], bool] | None = None,
+    ) -> None:
         self.plan, self.source, self.folder, self.budget = plan, source, folder, budget
         self.ledger: Ledger | None = folder.ledger
         self.chunks = _chunks(plan.steps, budget, self.ledger)
         self.lock = threading.Lock()
         self.error: BaseException | None = None
-        self.stop = threading.Event()
+        self.stop, self.stop_at = source.stop, stop_at
         self.done = threading.Event()
         self.running = budget.threads
         self.outcome = Outcome()
@@ -371,12 +436,20 @@ class _Run:
         if progress is not None:
             progress(self._progress(began))
         self.outcome.elapsed_s = time.perf_counter() - began
+        if self.source.supply is not None:
+            self.outcome.bytes_downloaded = self.source.supply.bytes_here
         return self.outcome
 
     def _progress(self, began: float) -> Progress:
-        elapsed_s = time.perf_counter() - began
+        supply = self.source.supply
         return Progress(
-            self.layer, self.bytes_done, self.plan.bytes_in, elapsed_s, self.bytes_written
+            self.layer,
+            self.bytes_done,
+            self.plan.bytes_in,
+            time.perf_counter() - began,
+            self.bytes_written,
+            0 if supply is None else supply.bytes_here,
+            0 if supply is None else supply.bytes_expected,
         )
 
     def _work(self) -> None:
@@ -388,6 +461,8 @@ class _Run:
                 if chunk is None:
                     break
                 self._do_all(chunk, buffers)
+        except _Stopped:
+            pass
         except BaseException as error:
             with self.lock:
                 self.error = self.error or error
@@ -443,6 +518,9 @@ class _Run:
             self.layer = step.layer
             self.bytes_done += read
             self.bytes_written += written
+        if self.stop_at is not None and self.stop_at(finding):
+            self.stop.set()
+            return
         if self.ledger is not None:
             for name in self.ledger.done(chunk.number, chunk.start, chunk.stop, finding.told()):
                 self.source.forget(name)

@@ -3,7 +3,7 @@
 A repository's *mirror* is a folder under HF_HOME with its JSON files and, for everything else,
 files of the right size that hold nothing but the headers of weights (sparse: they take no room).
 A checkpoint is read from it as from any folder; the few small tensors that a format peeks at
-come by range requests too. Whole files go into huggingface_hub's own cache.
+come by range requests too. Whole files come while others are converted (``downloads``).
 """
 
 from __future__ import annotations
@@ -12,22 +12,23 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
-from urllib.parse import quote
 
 from requant.checkpoint import Checkpoint, FileRange, read_checkpoint
+from requant.downloads import SUFFIX, Area, Downloads, HubCache, Place, RemoteFile
 from requant.errors import CheckpointError, HubError, Problem, UsageError
+from requant.hub_client import asking, read_range
 from requant.limits import MAX_CONFIG_BYTES, MAX_ENTRIES, MAX_INDEX_BYTES
 from requant.safetensors_header import PREFIX_BYTES, header_length
 from requant.source_folder import CONFIG, INDEX, QUANTIZATION_FILES, names_repository, wanted_files
 
 _FIRST_BYTES = 128 << 10  # of a weight file: most headers are within
-_TIMEOUT_S = 30.0
 _COMMIT = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
+_DIGEST = _COMMIT
+_WINDOW = 3  # weight files on the disk at a time, where they are deleted one by one
 
 
 def find_repository(source: str | os.PathLike[str], revision: str | None) -> Repository | None:
@@ -66,7 +67,11 @@ def find_repository(source: str | os.PathLike[str], revision: str | None) -> Rep
         plain = str(path) == file and not path.is_absolute() and ".." not in path.parts
         if not plain or "\\" in file or not file.isprintable() or size < 0:
             raise HubError(f"{name}: the hub lists {file!r} with {size} bytes, which is no file")
-    return Repository(name, found.sha, {file: sizes[file] for file in wanted_files(sizes)})
+    digests = {x.rfilename: x.lfs.sha256 if x.lfs else x.blob_id or "" for x in siblings}
+    wanted = wanted_files(sizes)
+    return Repository(
+        name, found.sha, {file: sizes[file] for file in wanted}, {x: digests[x] for x in wanted}
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +82,14 @@ class Repository:
         name: ``org/name``.
         commit: Its hash.
         sizes: Of the files that a conversion reads: relative path -> bytes.
+        digests: SHA-256 of those in LFS, git's id of the others, where the hub tells.
     """
 
     name: str
     commit: str
     sizes: Mapping[str, int]
+    digests: Mapping[str, str] = field(default_factory=dict)
+    _fetched: dict[FileRange, bytes] = field(default_factory=dict, compare=False)
 
     # -- headers -------------------------------------------------------------------------
 
@@ -123,30 +131,13 @@ class Repository:
             raise HubError(f"{target} cannot be written: {error.strerror or error}") from error
 
     def _fetch(self, part: FileRange) -> bytes:
-        return self._bytes(part.file, part.offset, part.offset + part.nbytes)
+        if part not in self._fetched:
+            start, stop = part.offset, part.offset + part.nbytes
+            self._fetched[part] = read_range(self.name, self.commit, part.file, start, stop)
+        return self._fetched[part]
 
     def _bytes(self, file: str, start: int, stop: int) -> bytes:
-        """A range of a file, by one request."""
-        import huggingface_hub
-
-        utils: Any = huggingface_hub.utils  # not all of its names are exported by the letter
-
-        if stop <= start:
-            return b""
-        url = huggingface_hub.hf_hub_url(self.name, quote(file), revision=self.commit)
-        headers = utils.build_hf_headers()
-        headers |= {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
-        session = utils.get_session()
-        with asking(self.name, self.commit, file):
-            response = session.get(url, headers=headers, timeout=_TIMEOUT_S)
-            utils.hf_raise_for_status(response)
-        whole = response.status_code == 200  # a server that knows no ranges
-        data = bytes(response.content[start:stop] if whole else response.content)
-        if len(data) != stop - start:
-            raise HubError(
-                f"{self.name}: {file}: {len(data):,} bytes came, expected {stop - start:,}"
-            )
-        return data
+        return read_range(self.name, self.commit, file, start, stop)
 
     # -- whole files ---------------------------------------------------------------------
 
@@ -157,32 +148,61 @@ class Repository:
         state = f"convert downloads {what}" if missing else "all of its files are downloaded"
         return f"{self.name} at {self.commit[:12]} on the hub: {state}."
 
-    def download(self) -> Checkpoint:
-        """The checkpoint with all its data; what was downloaded before is not again.
+    def arriving(self, checkpoint: Checkpoint, area: Path | None = None) -> Checkpoint:
+        """The checkpoint of ``headers`` whose weight files come while it is read.
 
-        Files come one after another; one that was cut off goes on where it stopped.
+        Small files are here when this returns. What was downloaded before is not again.
+
+        Args:
+            checkpoint: What ``headers`` gave.
+            area: A folder for weight files that are deleted when nothing needs them any more;
+                None puts them into huggingface_hub's cache, where they stay.
 
         Raises:
             HubError: A file cannot be had, or the disk has too little room.
         """
         import huggingface_hub
 
-        missing = self._missing()
-        cache = Path(huggingface_hub.constants.HF_HUB_CACHE)
-        existing = next(place for place in (cache, *cache.parents) if place.exists())
-        free, needed = shutil.disk_usage(existing).free, sum(missing.values())
-        if needed > free:
-            raise HubError(
-                f"{self.name}: the disk of {cache} is too full: {needed:,} bytes are to be "
-                f"downloaded, {free:,} are free; HF_HOME names another place"
-            )
-        folder = cache
+        weights = {file.name for file in checkpoint.files}
+        cache = HubCache(self.name, self.commit)
+        place: Place = cache if area is None else Area(area, cache)
+        if area is None:
+            self._check_room(cache)
+        folder = checkpoint.path
         for file in self.sizes:
+            if file in weights:
+                continue
             with asking(self.name, self.commit, file):
                 found = huggingface_hub.hf_hub_download(self.name, file, revision=self.commit)
-            if found.endswith(CONFIG) and file == CONFIG:
+            if file == CONFIG:
                 folder = Path(found).parent
-        return self._named(read_checkpoint, folder)
+        files = {name: self._remote_file(name) for name in weights}
+        window = None if area is None else _WINDOW
+        supply = Downloads(self.name, self.commit, files, place, window)
+        return replace(checkpoint, path=folder, supply=supply)
+
+    def _remote_file(self, name: str) -> RemoteFile:
+        """What the hub lists of a file; its server is asked where the list is not whole."""
+        import huggingface_hub
+
+        digest = self.digests.get(name) or ""
+        if not _DIGEST.fullmatch(digest):
+            url = huggingface_hub.hf_hub_url(self.name, name, revision=self.commit)
+            with asking(self.name, self.commit, name):
+                digest = huggingface_hub.get_hf_file_metadata(url).etag or ""
+        if not _DIGEST.fullmatch(digest):
+            raise HubError(f"{self.name}: {name}: the hub tells no hash of it, found {digest!r}")
+        return RemoteFile(name, self.sizes[name], digest)
+
+    def _check_room(self, cache: HubCache) -> None:
+        existing = next(x for x in (cache.folder, *cache.folder.parents) if x.exists())
+        free, needed = shutil.disk_usage(existing).free, sum(self._missing().values())
+        here = sum(x.stat().st_blocks * 512 for x in cache.folder.glob(f"blobs/*{SUFFIX}"))
+        if needed - here > free:
+            raise HubError(
+                f"{self.name}: the disk of {cache.folder} is too full: {needed:,} bytes are to be "
+                f"downloaded, {free:,} are free; HF_HOME names another place"
+            )
 
     def _missing(self) -> dict[str, int]:
         import huggingface_hub
@@ -219,56 +239,3 @@ class Repository:
         import huggingface_hub
 
         return Path(huggingface_hub.constants.HF_HOME)
-
-
-@contextmanager
-def asking(repository: str, revision: str | None = None, file: str = "") -> Iterator[None]:
-    """Turn what huggingface_hub and the network raise into a HubError that says what to do."""
-    from huggingface_hub import errors
-
-    where = f"{repository}: {file}" if file else repository
-    neither = f"{where}:" if file else f"{where} is no folder here, and"
-    page = f"the page of {repository} on the hub"
-    try:
-        yield
-    except HubError:
-        raise
-    except errors.GatedRepoError as error:
-        message = (
-            f"{where} is gated: accept its terms on {page}, then log in with `hf auth login` or "
-            "set HF_TOKEN"
-        )
-        raise HubError(message) from error
-    except errors.RevisionNotFoundError as error:
-        raise HubError(f"{repository} has no revision {revision!r}: see {page}") from error
-    except errors.RepositoryNotFoundError as error:
-        message = (
-            f"there is no folder {repository}, and no such model on the hub, or it is private; "
-            "for a private one log in with `hf auth login` or set HF_TOKEN"
-        )
-        raise HubError(message) from error
-    except errors.EntryNotFoundError as error:
-        raise HubError(f"{where} is not on the hub at {revision}") from error
-    except errors.OfflineModeIsEnabled as error:
-        message = f"{neither} HF_HUB_OFFLINE forbids to ask the hub for it"
-        raise HubError(message) from error
-    except errors.HfHubHTTPError as error:
-        code = error.response.status_code if error.response is not None else "?"
-        said = (error.server_message or str(error)).splitlines()[0]
-        hint = "; log in with `hf auth login` or set HF_TOKEN" if code in (401, 403) else ""
-        raise HubError(f"{where}: the hub answers {code}: {said}{hint}") from error
-    except errors.HFValidationError as error:
-        raise HubError(f"{where}: {error}") from error
-    except Exception as error:
-        # Connections fail with the classes of whichever HTTP library huggingface_hub uses.
-        if isinstance(error, OSError) or type(error).__module__.partition(".")[0] in _HTTP:
-            what = f"{type(error).__name__}: {error}".splitlines()[0]
-            message = f"{neither} the hub cannot be reached ({what}). What came is kept: try again"
-            raise HubError(message) from error
-        if isinstance(error, RuntimeError) and error.__cause__ is not None:  # of one file of many
-            with asking(repository, revision, str(error).splitlines()[0]):
-                raise error.__cause__ from error
-        raise
-
-
-_HTTP = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3")

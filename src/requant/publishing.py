@@ -11,7 +11,7 @@ from requant.checkpoint import read_json
 from requant.conversion import Source
 from requant.errors import HubError, UsageError
 from requant.figures import Figures, read_figures
-from requant.hub import asking
+from requant.hub_client import asking
 from requant.source_folder import CONFIG
 
 CARD = "README.md"

@@ -220,7 +220,7 @@ def _source(folder: Source, record: Mapping[str, Any]) -> Path | Checkpoint:
     commit = made[1] if isinstance(made, list) and made[:1] == [os.fspath(folder)] else None
     revision = str(commit) if commit is not None and names_repository(folder) else None
     remote = find_repository(folder, revision)
-    return Path(folder) if remote is None else remote.download()
+    return Path(folder) if remote is None else remote.arriving(remote.headers())
 
 
 def _repeated_plan(

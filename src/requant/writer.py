@@ -209,15 +209,21 @@ class OutputFolder:
 
     def _head(self) -> dict[str, Any]:
         """What must be the same for a run to go on where another stopped."""
-        source = self.plan.checkpoint.path
-        places = {f.name: source / f.name for f in self.plan.files}
-        stats = {name: path.stat() for name, path in places.items() if path.exists()}
         return {
             "requant": version(),
             "plan": self.plan.hash,
-            "sources": {name: [s.st_size, s.st_mtime_ns] for name, s in stats.items()},
+            "sources": self._stamps(),
             "spoiled": sorted(self.wishes.get("spoiled", ())),
         }
+
+    def _stamps(self) -> dict[str, Any]:
+        """What tells a source file from a changed one, without reading it."""
+        checkpoint = self.plan.checkpoint
+        if checkpoint.repository is not None:
+            return {f.name: [f.nbytes, *checkpoint.repository] for f in self.plan.files}
+        places = {f.name: checkpoint.path / f.name for f in self.plan.files}
+        stats = {name: path.stat() for name, path in places.items() if path.exists()}
+        return {name: [s.st_size, s.st_mtime_ns] for name, s in stats.items()}
 
     def _open_shards(self) -> bool:
         """Open the files of an earlier run, if they are what they should be."""

@@ -111,8 +111,17 @@ class _Handler(BaseHTTPRequestHandler):
         elif revision not in (None, "main", "v1", Hub.commit(name)):
             self.answer(404, X_Error_Code="RevisionNotFound")
         else:
-            siblings = [{"rfilename": file, "size": len(x)} for file, x in files.items()]
+            siblings = [self.listed(file, x) for file, x in files.items()]
             self.json({"id": name, "sha": Hub.commit(name), "siblings": siblings})
+
+    @staticmethod
+    def listed(file: str, content: bytes) -> dict[str, Any]:
+        blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+        found: dict[str, Any] = {"rfilename": file, "size": len(content), "blobId": blob}
+        if file.endswith((".safetensors", ".bin", ".gguf")):
+            digest = hashlib.sha256(content).hexdigest()
+            found["lfs"] = {"sha256": digest, "size": len(content), "pointerSize": 134}
+        return found
 
     def file(self, name: str, revision: str, file: str) -> None:
         content = self.state.repositories.get(name, {}).get(file)
