@@ -180,7 +180,9 @@ def show_report(report: Report) -> None:
     if report.errors:
         page.line(_errors(report.errors))
     rate = format_size(plan.bytes_in / max(report.elapsed_s, 1e-9))
-    page.line(f"{_sizes(plan)}, {format_seconds(report.elapsed_s)}, {rate}/s")
+    came = report.bytes_downloaded
+    downloaded = f", {format_size(came)} downloaded" if came else ""
+    page.line(f"{_sizes(plan)}, {format_seconds(report.elapsed_s)}, {rate}/s{downloaded}")
     if plan.loads:
         page.line(f'next: mlx_lm.generate --model {shlex.quote(report.output)} --prompt "Hello"')
 
@@ -448,6 +450,9 @@ def describe_progress(now: Progress) -> str:
         where = now.layer
         if rate:
             parts.append(f"{format_seconds((now.bytes_total - now.bytes_done) / rate)} left")
+    if now.bytes_to_download:
+        sizes = f"{format_size(now.bytes_downloaded)} of {format_size(now.bytes_to_download)}"
+        parts.append(f"{sizes} downloaded")
     if held := memory_in_use():
         parts.append(f"{format_size(held)} held")
     return printable("  ".join((*parts, where)))

@@ -14,18 +14,19 @@ from typing import TypeVar
 from requant.blueprint import Plan
 from requant.checkpoint import Checkpoint
 from requant.errors import CheckpointError, OutputError, Problem, UsageError
-from requant.execute import Outcome, Progress, make_budget, run_plan
-from requant.hub import find_repository
+from requant.execute import Finding, Outcome, Progress, make_budget, run_plan
+from requant.hub import Repository, find_repository
 from requant.planner import make_plan
 from requant.report import Report, recorded_errors
 from requant.schema import Quantization
-from requant.source_folder import is_gguf, names_repository
+from requant.source_folder import is_gguf
 from requant.specs import Spec
 from requant.wishes import Wishes
 from requant.writer import (
     OutputFolder,
     Sink,
     check_output,
+    downloads_of,
     spoiled_before,
     staging_of,
     twins_of,
@@ -165,9 +166,10 @@ def convert(
         chunk_bytes: Bytes of one worker's chunk; the result does not depend on it.
         resume: Go on where the same conversion was stopped before; False starts over.
         consume_source: Delete each weight file of the source once all that needs it is durably
-            written; everything is computed and checked once before the first goes.
-        yes: Must be true with ``consume_source``: nothing can be verified against the source
-            afterwards.
+            written; everything is computed and checked once before the first goes. Of a source on
+            the hub, a few weight files at a time are on the disk, and none is checked before.
+        yes: Must be true with ``consume_source``, but for the hub: nothing can be verified
+            against the source afterwards.
         revision: Of a source on the hub: branch, tag or commit.
 
     Returns:
@@ -203,25 +205,23 @@ def convert(
         config_from=config_from,
         max_shard_bytes=shard_size,
     )
-    if consume_source and not yes:
+    remote = find_repository(source, revision)
+    if consume_source and not yes and remote is None:
         raise UsageError(
             f"--consume-source deletes the weights in {source}; afterwards nothing can be verified "
             "against them, and no other conversion made of them. --yes says that this is meant"
-        )
-    if consume_source and names_repository(source):
-        raise UsageError(
-            "--consume-source would delete files of huggingface_hub's cache; download "
-            f"{source} into a folder of its own first: hf download {source} --local-dir FOLDER"
         )
     if consume_source and is_gguf(Path(source)):
         raise UsageError("--consume-source is for safetensors; a GGUF file goes as a whole or not")
     if not consume_source:
         _refuse_half_consumed(Path(output))
-    twins = twins_of(Path(output)) if consume_source else None
+    only_copy = consume_source and remote is None
+    twins = twins_of(Path(output)) if only_copy else None
     begun = twins is not None and twins.is_dir()
+    area = downloads_of(Path(output)) if consume_source else None
     run = partial(
         carry_out,
-        _on_disk(source, revision, wishes, Path(output), force),
+        Path(source) if remote is None else _arriving(remote, wishes, Path(output), force, area),
         max_memory=max_memory,
         threads=threads,
         allow_nonfinite=allow_nonfinite,
@@ -230,7 +230,7 @@ def convert(
         chunk_bytes=chunk_bytes,
         twins=twins if begun else None,
     )
-    if consume_source and not begun:
+    if only_copy and not begun:
         wishes = _checked(run, wishes)
     elif allow_nonfinite and resume:
         wishes = replace(wishes, spoiled=frozenset(spoiled_before(Path(output))))
@@ -287,16 +287,13 @@ def _checked(run: Callable[..., tuple[Plan, Outcome]], wishes: Wishes) -> Wishes
 AnySink = TypeVar("AnySink", bound=Sink)
 
 
-def _on_disk(
-    source: Source, revision: str | None, wishes: Wishes, output: Path, force: bool
-) -> Path | Checkpoint:
-    """The source itself, or what is downloaded of it once its headers hold no problem."""
-    remote = find_repository(source, revision)
-    if remote is None:
-        return Path(source)
+def _arriving(
+    remote: Repository, wishes: Wishes, output: Path, force: bool, area: Path | None
+) -> Checkpoint:
+    """A source on the hub, to be downloaded now that its headers hold no problem."""
     checkpoint = remote.headers()
     check_output(make_plan(checkpoint, wishes), output, force)
-    return remote.arriving(checkpoint)
+    return remote.arriving(checkpoint, area)
 
 
 def carry_out(
@@ -315,10 +312,17 @@ def carry_out(
 ) -> tuple[Plan, Outcome]:
     """Plan, run and check; ``finish`` is called once, with what holds the whole result."""
     made = make_plan(source, wishes, twins)
+    supply = made.checkpoint.supply
+
+    def refused_at_once(found: Finding) -> bool:
+        return bool(found.nonfinite) or bool(found.overflowed and not allow_overflow)
+
+    # What comes and goes is not downloaded to the end for a run that is refused.
+    stop_at = refused_at_once if supply and supply.consumed and not allow_nonfinite else None
     while True:
         budget = make_budget(made, threads, max_memory, chunk_bytes)
         with open_sink(made, wishes) as sink:
-            outcome = run_plan(made, sink, budget, progress)
+            outcome = run_plan(made, sink, budget, progress, stop_at)
             spoiled = [layer for layer, found in outcome.findings.items() if found.nonfinite]
             problems = _refused(outcome, allow_overflow)
             if not problems:

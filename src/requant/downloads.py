@@ -21,6 +21,7 @@ from requant.hub_client import stream_range
 
 SUFFIX = ".requant.incomplete"
 _STREAMS = 2  # files that come at a time
+HELD_FILES = 3  # here or on their way, where they are deleted one by one
 _SECTION_BYTES = 1 << 30  # of one request: addresses of storage expire
 _TRIES = 4  # without a new byte
 _FIRST_PAUSE_S = 0.5
@@ -121,7 +122,7 @@ class Area:
         self.folder, self.cache = folder, cache
 
     def _path(self, file: RemoteFile) -> Path:
-        return self.folder / file.digest
+        return self.folder / f"{file.digest[:12]}-{file.name.replace('/', '--')[-150:]}"
 
     def find(self, file: RemoteFile) -> Path | None:
         """The file here or in the cache."""
@@ -129,10 +130,10 @@ class Area:
 
     def growing(self, file: RemoteFile) -> Path:
         """In the folder itself."""
-        return self.folder / f"{file.digest}{SUFFIX}"
+        return Path(f"{self._path(file)}{SUFFIX}")
 
     def keep(self, file: RemoteFile) -> Path:
-        """Name it by its digest."""
+        """Take the suffix away."""
         return self.growing(file).rename(self._path(file))
 
     def remove(self, file: RemoteFile) -> None:

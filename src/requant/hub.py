@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from requant.checkpoint import Checkpoint, FileRange, read_checkpoint
-from requant.downloads import SUFFIX, Area, Downloads, HubCache, Place, RemoteFile
+from requant.downloads import HELD_FILES, SUFFIX, Area, Downloads, HubCache, Place, RemoteFile
 from requant.errors import CheckpointError, HubError, Problem, UsageError
 from requant.hub_client import asking, read_range
 from requant.limits import MAX_CONFIG_BYTES, MAX_ENTRIES, MAX_INDEX_BYTES
@@ -28,7 +28,6 @@ from requant.source_folder import CONFIG, INDEX, QUANTIZATION_FILES, names_repos
 _FIRST_BYTES = 128 << 10  # of a weight file: most headers are within
 _COMMIT = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
 _DIGEST = _COMMIT
-_WINDOW = 3  # weight files on the disk at a time, where they are deleted one by one
 
 
 def find_repository(source: str | os.PathLike[str], revision: str | None) -> Repository | None:
@@ -177,7 +176,7 @@ class Repository:
             if file == CONFIG:
                 folder = Path(found).parent
         files = {name: self._remote_file(name) for name in weights}
-        window = None if area is None else _WINDOW
+        window = None if area is None else HELD_FILES
         supply = Downloads(self.name, self.commit, files, place, window)
         return replace(checkpoint, path=folder, supply=supply)
 

@@ -12,7 +12,7 @@ from typing import Any
 from requant.errors import HubError
 
 _TIMEOUT_S = 30.0
-_BLOCK_BYTES = 1 << 20
+_BLOCK_BYTES = 256 << 10
 _TEMPORARY = (408, 429, 500, 502, 503, 504)  # answers of a server that may think better of it
 
 

@@ -184,7 +184,8 @@ ConsumeSource = Annotated[
     bool,
     typer.Option(
         "--consume-source",
-        help="Delete each weight file of SOURCE once all made from it is on the disk. Needs --yes.",
+        help="Delete each weight file of SOURCE once all made from it is on the disk. Needs --yes, "
+        "but for the hub, of which a few files are here at a time.",
     ),
 ]
 Yes = Annotated[bool, typer.Option("--yes", help="Yes, the weights in SOURCE are to be deleted.")]

@@ -87,6 +87,7 @@ class Report:
         elapsed_s: Wall-clock seconds from the first step to the published folder.
         findings: Layer -> what the kernels counted there, where it is not nothing.
         errors: Layer -> measured error, for each that was re-encoded.
+        bytes_downloaded: Of the weight files of a source on the hub.
     """
 
     plan: Plan
@@ -94,6 +95,7 @@ class Report:
     elapsed_s: float
     findings: Mapping[str, Mapping[str, int]]
     errors: Mapping[str, LayerError]
+    bytes_downloaded: int = 0
 
     @staticmethod
     def build(plan: Plan, output: str, outcome: Outcome, elapsed_s: float) -> Report:
@@ -106,7 +108,8 @@ class Report:
             counted = {key: getattr(found, key) for key in _COUNTS if getattr(found, key)}
             if counted:
                 counts[layer.layer] = counted
-        return Report(plan, output, elapsed_s, counts, layer_errors(plan, outcome))
+        errors = layer_errors(plan, outcome)
+        return Report(plan, output, elapsed_s, counts, errors, outcome.bytes_downloaded)
 
     @property
     def groups(self) -> list[Group]:
@@ -133,6 +136,7 @@ class Report:
             "bytes_out": plan.bytes_out,
             "bits_per_weight": plan.bits_per_weight,
             "elapsed_s": self.elapsed_s,
+            "bytes_downloaded": self.bytes_downloaded,
             "groups": [asdict(group) for group in self.groups],
             "layers": [self._layer_dict(layer) for layer in plan.layers],
             "findings": {layer: dict(counts) for layer, counts in self.findings.items()},

@@ -8,6 +8,7 @@ Files grow in a hidden folder beside OUTPUT, so that the last rename is within o
       output/    becomes OUTPUT
       replaced/  the folder that --force replaces, between two renames
       source/    with --consume-source: headers of the source's files, which are gone bit by bit
+      hub/       with --consume-source and a repository: its weight files, which come and go
 
 Until the rename nothing stands under OUTPUT's name, or what stood there before.
 """
@@ -31,6 +32,7 @@ from typing import Any, Protocol, Self
 from requant.blueprint import OutputTensor, Plan
 from requant.checkpoint import Checkpoint, FileRange, SourceFile
 from requant.consuming import release
+from requant.downloads import HELD_FILES
 from requant.errors import InvariantError, OutputError
 from requant.journal import Done, Found, Journal, read_journal
 from requant.record import hash_range, make_record, spelled, version
@@ -83,7 +85,8 @@ class OutputFolder:
         force: Replace a checkpoint that stands there.
         resume: Go on where an earlier run of the same plan stopped; else start over.
         wishes: What the plan was made from, for ``requant verify``.
-        consume: Delete each source file once all that needs it is durable.
+        consume: Delete each source file once all that needs it is durable; of a source on the
+            hub, what was downloaded of it.
     """
 
     def __init__(
@@ -134,9 +137,21 @@ class OutputFolder:
 
     def _most_bytes(self) -> int | None:
         """What the disk must take at a time, where source files make room on the same disk."""
+        if self.release and self._remote:
+            return sum(shard.nbytes for shard in self.plan.shards) + self._largest_held()
         existing = next(p for p in self.output.absolute().parents if p.exists())
         same = existing.stat().st_dev == self.plan.checkpoint.path.stat().st_dev
         return self.release.extra_bytes if self.release and same else None
+
+    @property
+    def _remote(self) -> bool:
+        """Whether the source is on the hub: then nothing here is the only copy."""
+        return self.plan.checkpoint.supply is not None
+
+    def _largest_held(self) -> int:
+        """Bytes of downloaded files at a time, less what of them is here."""
+        largest = sorted((f.nbytes for f in self.plan.files), reverse=True)
+        return max(sum(largest[:HELD_FILES]) - _allocated(downloads_of(self.output)), 0)
 
     def _put_back(self) -> None:
         """Undo a replacement that a killed process left half done."""
@@ -187,6 +202,11 @@ class OutputFolder:
     def _begin_consuming(self) -> None:
         """Keep what a later plan needs of files that go; finish what a killed run began."""
         checkpoint = self.plan.checkpoint
+        if checkpoint.supply is not None:
+            for file in self.plan.files:
+                if not self._source_rows[file.name]:
+                    checkpoint.supply.release(file.name)
+            return
         for file in self.plan.files:
             path = checkpoint.path / file.name
             if file.name in self.state.consumed:
@@ -204,6 +224,9 @@ class OutputFolder:
 
     def _consume(self, name: str) -> None:
         """Delete a source file: all that was made from it is on the disk."""
+        if self._remote:  # the run tells the supply; what is needed again comes again
+            self.journal.make_durable()
+            return
         self.journal.add({"consumed": name}, durable=True)
         (self.plan.checkpoint.path / name).unlink()
 
@@ -414,6 +437,7 @@ class OutputFolder:
         if self._lock is None:
             return
         kept = bool(journal.state.rows) if journal is not None else self._has_journal()
+        kept = kept or _allocated(downloads_of(self.output)) > 0
         # What a layer's own data contradicts, no further run can do better.
         keep = error is not None and kept and not isinstance(error, InvariantError)
         if keep or self._holds_the_source():
@@ -456,6 +480,11 @@ def staging_of(output: Path) -> Path:
 def twins_of(output: Path) -> Path:
     """Where the headers of source files are kept that OUTPUT's conversion deletes."""
     return staging_of(output) / "source"
+
+
+def downloads_of(output: Path) -> Path:
+    """Where weight files of the hub are that OUTPUT's conversion deletes."""
+    return staging_of(output) / "hub"
 
 
 def make_twins(checkpoint: Checkpoint, files: Sequence[SourceFile], place: Path) -> None:
@@ -540,7 +569,8 @@ def check_output(
             in SOURCE or holds it, or the disk has too little room.
     """
     source, target = plan.checkpoint.source.resolve(), output.resolve()
-    if target == source or target in source.parents or source in target.parents:
+    within = target == source or target in source.parents or source in target.parents
+    if within and plan.checkpoint.repository is None:
         raise OutputError(f"{output}: the source {source} must not be changed; name another folder")
     if output.is_symlink() or (output.exists() and not output.is_dir()):
         raise OutputError(f"{output} exists and is no folder")

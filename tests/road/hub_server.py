@@ -6,12 +6,15 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+_BLOCK_BYTES = 64 << 10
 
 
 @dataclass
@@ -25,6 +28,12 @@ class Hub:
         sent: Bytes of files that went out.
         objects: LFS objects that came in, by hash.
         commits: Id -> lines of the commit that was made.
+        heads: Id -> commit, where it is not the usual one.
+        gates: File -> byte of it from which on it is sent, and what must be true before; a test
+            that is over, or ten seconds, open all.
+        served: Files that are sent instead of those that are listed.
+        down: Every connection is closed without an answer.
+        tokens: Those that are known; empty takes any.
         cut_after: Files end after so many bytes, once; 0 lets all through.
         refuse_objects: How many LFS objects are taken before the rest is refused; -1 is all.
     """
@@ -35,6 +44,13 @@ class Hub:
     sent: int = 0
     objects: dict[str, bytes] = field(default_factory=dict)
     commits: dict[str, list[Any]] = field(default_factory=dict)
+    heads: dict[str, str] = field(default_factory=dict)
+    gates: dict[str, tuple[int, Callable[[], bool]]] = field(default_factory=dict)
+    served: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    down: bool = False
+    tokens: tuple[str, ...] = ()
+    late: list[str] = field(default_factory=list)
+    over: threading.Event = field(default_factory=threading.Event)
     cut_after: int = 0
     refuse_objects: int = -1
     url: str = ""
@@ -58,6 +74,7 @@ def serving(hub: Hub) -> Iterator[Hub]:
     try:
         yield hub
     finally:
+        hub.over.set()
         server.shutdown()
         server.server_close()
         thread.join()
@@ -97,6 +114,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = self.noted()
+        token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
+        if self.state.down:
+            self.close_connection = True
+            return
+        if token and self.state.tokens and token not in self.state.tokens:
+            self.answer(401, X_Error_Message="Invalid credentials in Authorization header")
+            return
         if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
             self.about(found[1], found[2])
         elif found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
@@ -108,11 +132,15 @@ class _Handler(BaseHTTPRequestHandler):
         files = self.state.repositories.get(name)
         if files is None:
             self.answer(401, X_Error_Code="RepoNotFound")
-        elif revision not in (None, "main", "v1", Hub.commit(name)):
+        elif revision not in (None, "main", "v1", Hub.commit(name), self.head(name)):
             self.answer(404, X_Error_Code="RevisionNotFound")
         else:
             siblings = [self.listed(file, x) for file, x in files.items()]
-            self.json({"id": name, "sha": Hub.commit(name), "siblings": siblings})
+            sha = self.head(name) if revision in (None, "main") else Hub.commit(name)
+            self.json({"id": name, "sha": sha, "siblings": siblings})
+
+    def head(self, name: str) -> str:
+        return self.state.heads.get(name) or Hub.commit(name)
 
     @staticmethod
     def listed(file: str, content: bytes) -> dict[str, Any]:
@@ -124,15 +152,16 @@ class _Handler(BaseHTTPRequestHandler):
         return found
 
     def file(self, name: str, revision: str, file: str) -> None:
-        content = self.state.repositories.get(name, {}).get(file)
+        stored = self.state.served.get(name) or self.state.repositories.get(name, {})
+        content = stored.get(file)
         if name in self.state.gated and not self.headers.get("Authorization"):
             self.answer(403, X_Error_Code="GatedRepo")
         elif content is None:
             self.answer(404, X_Error_Code="EntryNotFound")
         else:
-            self.send_file(name, content)
+            self.send_file(name, file, content)
 
-    def send_file(self, name: str, content: bytes) -> None:
+    def send_file(self, name: str, file: str, content: bytes) -> None:
         tags = {
             "ETag": f'"{hashlib.sha256(content).hexdigest()}"',
             "X_Repo_Commit": Hub.commit(name),
@@ -158,9 +187,31 @@ class _Handler(BaseHTTPRequestHandler):
             self.state.sent += cut
             self.close_connection = True
             return
-        self.state.sent += len(body)
         self.state.cut_after = cut
-        self.answer(206 if part else 200, body, **tags)
+        self.send_response(206 if part else 200)
+        for key, value in (tags | {"Content_Length": str(len(body))}).items():
+            self.send_header(key.replace("_", "-"), value)
+        self.end_headers()
+        for at in range(0, len(body), _BLOCK_BYTES):
+            block = body[at : at + _BLOCK_BYTES]
+            if self.state.down or not self.opened(file, start + at + len(block)):
+                self.close_connection = True
+                return
+            self.wfile.write(block)
+            self.state.sent += len(block)
+
+    def opened(self, file: str, byte: int) -> bool:
+        """Wait at a gate; false where the connection is to be cut."""
+        first, opens = self.state.gates.get(file, (byte, bool))
+        deadline = time.monotonic() + 20
+        while byte > first and not opens():
+            if self.state.over.is_set() or self.state.down:
+                return False
+            if time.monotonic() > deadline:
+                self.state.late.append(file)
+                return True
+            time.sleep(0.01)
+        return True
 
     # -- in ------------------------------------------------------------------------------
 
