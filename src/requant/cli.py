@@ -557,7 +557,7 @@ def _print_plan(
     force: bool = False,
 ) -> None:
     from requant import console
-    from requant.consuming import release
+    from requant.consuming import most_with_consume_source
     from requant.execute import make_budget
     from requant.writer import check_output
 
@@ -572,7 +572,7 @@ def _print_plan(
         }
         disk = {
             "extra_bytes": sum(shard.nbytes for shard in made.shards),
-            "extra_bytes_with_consume_source": release(made).extra_bytes,
+            "extra_bytes_with_consume_source": most_with_consume_source(made),
         }
         _print_json(made.to_dict() | {"memory": memory, "disk": disk})
     elif not quiet:

@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from requant.consuming import release
+from requant.consuming import most_with_consume_source
 from requant.limits import MAX_PROBLEMS_SHOWN
 
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ def show_plan(plan: Plan, budget: Budget, output: Path | None = None) -> None:
     page.line(f"memory {format_size(budget.peak_bytes)} at most, {count(budget.threads, 'thread')}")
     page.line(
         f"disk {format_size(sum(shard.nbytes for shard in plan.shards))} beside the source, "
-        f"{format_size(release(plan).extra_bytes)} at a time with --consume-source"
+        f"{format_size(most_with_consume_source(plan))} at a time with --consume-source"
     )
     if output is not None:
         page.line("dry run: nothing was written")

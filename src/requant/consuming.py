@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from requant.blueprint import Plan, Step
 from requant.checkpoint import ComputedTensor, SourceTensor
+from requant.downloads import HELD_FILES
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,17 @@ def release(plan: Plan) -> Release:
         held -= sizes[name]
         files.append(name)
     return Release(tuple(order), tuple(files), max(peak, 0), needs)
+
+
+def most_with_consume_source(plan: Plan) -> int:
+    """The most that the disk holds at a time with --consume-source.
+
+    Beyond the source itself; with a source on the hub, of which a few files are here, in all.
+    """
+    if plan.checkpoint.repository is None:
+        return release(plan).extra_bytes
+    largest = sorted((file.nbytes for file in plan.files), reverse=True)
+    return sum(shard.nbytes for shard in plan.shards) + sum(largest[:HELD_FILES])
 
 
 def _bytes_out(step: Step) -> int:

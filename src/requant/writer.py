@@ -31,8 +31,7 @@ from typing import Any, Protocol, Self
 
 from requant.blueprint import OutputTensor, Plan
 from requant.checkpoint import Checkpoint, FileRange, SourceFile
-from requant.consuming import release
-from requant.downloads import HELD_FILES
+from requant.consuming import most_with_consume_source, release
 from requant.errors import InvariantError, OutputError
 from requant.journal import Done, Found, Journal, read_journal
 from requant.record import hash_range, make_record, spelled, version
@@ -138,7 +137,8 @@ class OutputFolder:
     def _most_bytes(self) -> int | None:
         """What the disk must take at a time, where source files make room on the same disk."""
         if self.release and self._remote:
-            return sum(shard.nbytes for shard in self.plan.shards) + self._largest_held()
+            here = _allocated(downloads_of(self.output))
+            return max(most_with_consume_source(self.plan) - here, 0)
         existing = next(p for p in self.output.absolute().parents if p.exists())
         same = existing.stat().st_dev == self.plan.checkpoint.path.stat().st_dev
         return self.release.extra_bytes if self.release and same else None
@@ -147,11 +147,6 @@ class OutputFolder:
     def _remote(self) -> bool:
         """Whether the source is on the hub: then nothing here is the only copy."""
         return self.plan.checkpoint.supply is not None
-
-    def _largest_held(self) -> int:
-        """Bytes of downloaded files at a time, less what of them is here."""
-        largest = sorted((f.nbytes for f in self.plan.files), reverse=True)
-        return max(sum(largest[:HELD_FILES]) - _allocated(downloads_of(self.output)), 0)
 
     def _put_back(self) -> None:
         """Undo a replacement that a killed process left half done."""
