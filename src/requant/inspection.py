@@ -13,6 +13,7 @@ from requant.conversion import Source
 from requant.errors import Problem
 from requant.formats import detect
 from requant.hub import find_repository
+from requant.patterns import time_counted
 from requant.schema import PerLayerQuantization
 
 
@@ -80,6 +81,7 @@ class Inspection:
         }
 
 
+@time_counted()
 def inspect(
     source: Source, config_from: Source | None = None, revision: str | None = None
 ) -> Inspection:

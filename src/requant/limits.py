@@ -31,9 +31,10 @@ MAX_ENTRIES = 100_000  # files and folders below a source
 MAX_SHARDS = 10_000
 MAX_PEEK_BYTES = 1 << 30  # of one tensor that is read while planning
 
-# -- regular expressions: ignore lists in configs, --override, --only ---------------------
+# -- regular expressions and wildcards: lists in configs, --override, --only, recipes -------
 MAX_PATTERN_CHARS = 4096
 MAX_PATTERN_S = 2.0  # seconds that one pattern may take over all the names of a model
+MAX_PATTERNS_S = 30.0  # and all of them together, wildcards included
 
 # -- messages --------------------------------------------------------------------------
 MAX_PROBLEMS = 1000  # collected in one file or folder; what follows is not looked for

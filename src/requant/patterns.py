@@ -9,15 +9,19 @@ ways to match. Both give the same answer, which is only yes or no.
 
 from __future__ import annotations
 
+import fnmatch
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from re import _compiler, _parser  # type: ignore[attr-defined]  # what re itself parses with
 from typing import Any
 
 from requant.errors import RequantError
-from requant.limits import MAX_NAME_CHARS, MAX_PATTERN_CHARS, MAX_PATTERN_S
+from requant.limits import MAX_NAME_CHARS, MAX_PATTERN_CHARS, MAX_PATTERN_S, MAX_PATTERNS_S
 
 _SHOWN_CHARS = 80
 _QUICK_REPEATS = 2  # unbounded ones, each of a single character: at most length cubed steps
@@ -39,6 +43,58 @@ class PatternError(RequantError, ValueError):
         self.pattern = pattern
 
 
+class _Spent:
+    """Seconds that patterns took so far: each by its text, and all of them."""
+
+    def __init__(self) -> None:
+        self.each: dict[str, float] = defaultdict(float)
+        self.total = 0.0
+
+    @contextmanager
+    def on(self, text: str) -> Iterator[float]:
+        """Time what is done for a pattern; gives when the time is up that is left to it."""
+        left = min(MAX_PATTERN_S - self.each[text], MAX_PATTERNS_S - self.total)
+        began = time.perf_counter()
+        try:
+            yield began + left
+        finally:
+            took = time.perf_counter() - began
+            self.each[text] += took
+            self.total += took
+            self.check(text)
+
+    def check(self, text: str) -> None:
+        """Refuse a pattern that took too long, or came after too many others."""
+        if self.each[text] > MAX_PATTERN_S:
+            raise PatternError(
+                f"took more than {MAX_PATTERN_S:g} s over the names of this model; "
+                "write it with fewer repetitions inside one another",
+                text,
+            )
+        if self.total > MAX_PATTERNS_S:
+            raise PatternError(
+                f"is one pattern too many: those of this model took more than "
+                f"{MAX_PATTERNS_S:g} s over its names; write fewer",
+                text,
+            )
+
+
+_spent: ContextVar[_Spent | None] = ContextVar("spent", default=None)
+
+
+@contextmanager
+def time_counted() -> Iterator[None]:
+    """Count the time of patterns over all that is done for one model; also a decorator.
+
+    Outside of it each call has its own time.
+    """
+    token = _spent.set(_spent.get() or _Spent())
+    try:
+        yield
+    finally:
+        _spent.reset(token)
+
+
 class Pattern:
     """A compiled pattern; ask it through ``search``, ``match`` or ``fullmatch``.
 
@@ -55,17 +111,19 @@ class Pattern:
         self.text = text
         if len(text) > MAX_PATTERN_CHARS:
             raise PatternError(f"is longer than {MAX_PATTERN_CHARS:,} characters", text)
+        spent = _spent.get() or _Spent()
+        spent.check(text)
         try:
-            self._parsed = _parser.parse(text)
-            self._refuse_wide_ranges()
-            self._quick = re.compile(text)
+            with spent.on(text):
+                self._parsed = _parser.parse(text)
+                self._refuse_wide_ranges()
+                self._quick = re.compile(text)
         except RecursionError:
             raise PatternError("is nested too deeply", text) from None
         except (re.error, OverflowError, ValueError) as error:
             raise PatternError(f"is no regular expression: {error}", text) from error
         self._is_quick = _is_quick(self._parsed)
         self._singles: dict[_Node, Callable[[str, int], object]] = {}
-        self._spent_s = 0.0
 
     def _refuse_wide_ranges(self) -> None:
         if self._parsed.state.flags & re.IGNORECASE:
@@ -76,32 +134,83 @@ class Pattern:
     def search(self, name: str) -> bool:
         """Whether the pattern is found anywhere in ``name``."""
         if self._is_quick and len(name) <= _QUICK_CHARS:
-            return self._quick.search(name) is not None
+            return self._ask(self._quick.search, name)
         return self._reach(name, (2 << len(name)) - 1) != 0
 
     def match(self, name: str) -> bool:
         """Whether the pattern is found at the start of ``name``."""
         if self._is_quick and len(name) <= _QUICK_CHARS:
-            return self._quick.match(name) is not None
+            return self._ask(self._quick.match, name)
         return self._reach(name, 1) != 0
 
     def fullmatch(self, name: str) -> bool:
         """Whether the pattern is the whole of ``name``."""
         if self._is_quick and len(name) <= _QUICK_CHARS:
-            return self._quick.fullmatch(name) is not None
+            return self._ask(self._quick.fullmatch, name)
         return self._reach(name, 1) >> len(name) != 0
+
+    def _ask(self, quick: Callable[[str], object], name: str) -> bool:
+        spent = _spent.get()
+        if spent is None:
+            return quick(name) is not None
+        began = time.perf_counter()
+        found = quick(name)
+        took = time.perf_counter() - began
+        spent.each[self.text] += took
+        spent.total += took
+        spent.check(self.text)
+        return found is not None
 
     def _reach(self, name: str, starts: int) -> int:
         if len(name) > MAX_NAME_CHARS:
             raise PatternError(f"is not searched in a name of {len(name):,} characters", self.text)
-        began = time.perf_counter()
-        walk = _Walk(self, name, began + MAX_PATTERN_S - self._spent_s)
-        try:
-            return walk.sequence(self._parsed, starts)
-        except RecursionError:
-            raise PatternError("is nested too deeply", self.text) from None
-        finally:
-            self._spent_s += time.perf_counter() - began
+        with (_spent.get() or _Spent()).on(self.text) as deadline:
+            try:
+                return _Walk(self, name, deadline).sequence(self._parsed, starts)
+            except RecursionError:
+                raise PatternError("is nested too deeply", self.text) from None
+
+
+def wildcard(text: str) -> Pattern:
+    """The pattern of a shell's wildcard (``*``, ``?``, ``[a-z]``), for ``fullmatch``.
+
+    Raises:
+        PatternError: As ``Pattern``.
+    """
+    if len(text) > MAX_PATTERN_CHARS:
+        raise PatternError(f"is longer than {MAX_PATTERN_CHARS:,} characters", text)
+    pieces = re.split(r"(\*+|\?|\[!?\]?[^\]]*\])", text)
+    return Pattern("(?s)" + "".join(_regex_of(piece) for piece in pieces))
+
+
+def _regex_of(piece: str) -> str:
+    """One piece of a wildcard; fnmatch's own ``*`` would be an atomic group."""
+    if piece.startswith("*"):
+        return ".*"
+    return fnmatch.translate(piece)[len("(?s:") : -len(r")\Z")]
+
+
+class Wildcards:
+    """A list of wildcards and plain names, as ignore lists hold them.
+
+    Raises:
+        PatternError: As ``Pattern``, here and later.
+
+    Example:
+        >>> list(Wildcards(["lm_head", "*.gate"]).fitting("model.0.gate"))
+        ['*.gate']
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        names = tuple(names)
+        self._plain = {name for name in names if not any(mark in name for mark in "*?[")}
+        self._wild = [(name, wildcard(name)) for name in names if name not in self._plain]
+
+    def fitting(self, name: str) -> Iterator[str]:
+        """Those that are ``name``, or fit the whole of it."""
+        if name in self._plain:
+            yield name
+        yield from (text for text, pattern in self._wild if pattern.fullmatch(name))
 
 
 @lru_cache(maxsize=1024)
@@ -166,6 +275,10 @@ def _is_quick(parsed: Any) -> bool:
     return unbounded <= _QUICK_REPEATS and optional + branches <= 2
 
 
+class _TimeIsUp(Exception):
+    """What a walk ends with when the deadline is over; ``_Spent.check`` says so in words."""
+
+
 class _Walk:
     """One name and the positions in it that a match can reach, as bits of an integer."""
 
@@ -181,11 +294,7 @@ class _Walk:
             if not starts:
                 return 0
             if time.perf_counter() > self.deadline:
-                raise PatternError(
-                    f"took more than {MAX_PATTERN_S:g} s over the names of this model; "
-                    "write it with fewer repetitions inside one another",
-                    self.pattern.text,
-                )
+                raise _TimeIsUp
             starts = self.node(operation, operand, starts)
         return starts
 

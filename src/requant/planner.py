@@ -19,6 +19,7 @@ from requant.formats import SourceLayer, SourceLayout, detect
 from requant.formats.base import describe
 from requant.formats.packing import Exactness, Fidelity
 from requant.mlx_lm_classes import WITHOUT_A_CLASS
+from requant.patterns import time_counted
 from requant.plan_notes import notes_on, rotated_layers
 from requant.relayout import Relayout, relayout
 from requant.schema import SKIP, PerLayerQuantization, Quantization
@@ -27,6 +28,7 @@ from requant.steps import fidelity, layer_steps, material_steps
 from requant.wishes import DTYPES, Wishes
 
 
+@time_counted()
 def make_plan(source: str | Path | Checkpoint, wishes: Wishes, twins: Path | None = None) -> Plan:
     """Read the headers of ``source``, if they are not yet, and lay out what ``wishes`` make of it.
 

@@ -22,6 +22,7 @@ from requant.dtypes import HEADER_NAME, NUMPY_DTYPE, TensorInfo
 from requant.errors import CheckpointError, InvariantError, UnsupportedDtypeError
 from requant.formats import SourceLayer, detect
 from requant.formats.packing import Packing
+from requant.patterns import time_counted
 from requant.schema import PerLayerQuantization, Quantization
 from requant.steps import triple_infos
 
@@ -29,6 +30,7 @@ from requant.steps import triple_infos
 _PIECE_VALUES = 1 << 21
 
 
+@time_counted()
 def transform_weights(
     weights: Weights,
     quantization_config: Mapping[str, Any],

@@ -21,6 +21,7 @@ from requant.execute import Progress, make_budget, run_plan
 from requant.formats import detect
 from requant.hub import find_repository
 from requant.limits import MAX_PROBLEMS
+from requant.patterns import time_counted
 from requant.planner import make_plan
 from requant.record import FORMAT_VERSION, hash_file, hash_range, record_hash, spelled, version
 from requant.source_folder import CONFIG, INDEX, RECORD, names_repository, open_regular
@@ -55,6 +56,7 @@ class Verification:
         return asdict(self) | {"ok": self.ok}
 
 
+@time_counted()
 def verify(
     folder: Source,
     output: Source | None = None,

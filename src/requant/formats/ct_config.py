@@ -69,7 +69,8 @@ class CtConfig:
         self.where = "" if found is None else found.where
         self._schemes: dict[str, Scheme] = {}  # target -> scheme
         self._patterns: list[tuple[Pattern, Scheme]] = []
-        self._ignored: list[tuple[str, Pattern | None]] = []
+        self._ignored: list[tuple[str, Pattern]] = []
+        self._ignored_names: set[str] = set()
         self.padded: bool | None = None  # whether words hold whole codes only; None: not said
         if found is not None:
             release = re.match(r"(\d{1,9})\.(\d{1,9})", found.word("version"))
@@ -79,6 +80,11 @@ class CtConfig:
             self._check_transforms(found)
             self._read_groups(found)
             self._read_ignored(found)
+        # A class name: the checkpoint does not say which layer is of which class.
+        self._by_class: dict[bool, Scheme] = {}  # whether it is of embeddings -> scheme
+        for target, scheme in self._schemes.items():
+            if not target.startswith("re:") and "." not in target:
+                self._by_class.setdefault("embed" in target.lower(), scheme)
 
     def of(self, path: str) -> Scheme:
         """The scheme of a layer; an empty one where the config does not reach it."""
@@ -87,18 +93,14 @@ class CtConfig:
         for pattern, scheme in self._patterns:
             if pattern.match(path):
                 return scheme
-        # A class name: the checkpoint does not say which layer is of which class.
-        embedding = "embed" in path.rpartition(".")[2]
-        by_class = {t: s for t, s in self._schemes.items() if not t.startswith("re:")}
-        for target, scheme in by_class.items():
-            if ("embed" in target.lower()) == embedding and "." not in target:
-                return scheme
-        return Scheme()
+        return self._by_class.get("embed" in path.rpartition(".")[2], Scheme())
 
     def ignored(self, path: str) -> str | None:
         """The entry of ``ignore`` that names a layer."""
+        if path in self._ignored_names:
+            return path
         for entry, pattern in self._ignored:
-            if entry == path or (pattern is not None and pattern.match(path)):
+            if pattern.match(path):
                 return entry
         return None
 
@@ -216,10 +218,11 @@ class CtConfig:
 
     def _read_ignored(self, found: Declared) -> None:
         for entry in found.names("ignore", self.problems):
-            pattern = None
+            self._ignored_names.add(entry)
             if entry.startswith("re:"):
                 pattern = self._compiled(entry, f"{self.where}.ignore")
-            self._ignored.append((entry, pattern))
+                if pattern is not None:
+                    self._ignored.append((entry, pattern))
 
     def _compiled(self, entry: str, where: str) -> Pattern | None:
         try:

@@ -8,7 +8,6 @@ layer is refused.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from fnmatch import fnmatchcase
 from typing import Any, Final
 
 from requant.checkpoint import Checkpoint, SourceTensor
@@ -16,6 +15,7 @@ from requant.formats.base import SourceLayer, SourceLayout
 from requant.formats.declared import Declared, declared
 from requant.formats.modelopt_layers import make_layer, stored_kind
 from requant.formats.sorting import Refused, Sorter
+from requant.patterns import Wildcards
 
 # quant_algo -> how its layers are stored.
 _ALGORITHMS: Final = {
@@ -72,7 +72,7 @@ class _Reader:
         self.algorithm = self._algorithm(found.get("quant_algo"), f"{found.where}.quant_algo")
         self.by_layer = self._by_layer()
         key = "exclude_modules" if found.get("exclude_modules") is not None else "ignore"
-        self.excluded = (key, found.names(key, self.sorter.problems))
+        self.excluded = (key, Wildcards(found.names(key, self.sorter.problems)))
 
     def read(self) -> SourceLayout:
         sorter = self.sorter
@@ -121,12 +121,11 @@ class _Reader:
         }
 
     def _check_excluded(self, layer: SourceLayer) -> None:
-        key, patterns = self.excluded
-        for pattern in patterns:
-            if fnmatchcase(layer.path, pattern):
-                where = f"{self.found.where}.{key}"
-                message = f"is named dense by {where} ({pattern!r}), but is stored as "
-                self.sorter.problem(layer.path, message + layer.stored)
+        key, names = self.excluded
+        for name in names.fitting(layer.path):
+            where = f"{self.found.where}.{key}"
+            message = f"is named dense by {where} ({name!r}), but is stored as "
+            self.sorter.problem(layer.path, message + layer.stored)
 
     # -- the tensors ---------------------------------------------------------------------
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any, Final
 
 from requant.checkpoint import Checkpoint, SourceTensor
@@ -16,6 +15,7 @@ from requant.formats.integer_layers import integer_layer
 from requant.formats.nvfp4_layers import nvfp4_layer
 from requant.formats.quark_packings import QuarkColumns, QuarkMx, QuarkRows
 from requant.formats.sorting import Refused, Sorter
+from requant.patterns import Wildcards
 
 _ROLES: Final = ("weight", "weight_scale", "weight_zero_point", "weight_scale_2")
 _FLOATS: Final = ("F32", "BF16", "F16")
@@ -114,21 +114,20 @@ class _Reader:
                 "gives schemes by class of layer, which names of tensors do not tell; "
                 "layer_quant_config by name is read",
             )
-        self.excluded = found.names("exclude", sorter.problems)
+        self.excluded = Wildcards(found.names("exclude", sorter.problems))
+        table = found.get("layer_quant_config")
+        self.by_layer = Wildcards(table if isinstance(table, Mapping) else ())
 
     def _check_excluded(self, layer: SourceLayer) -> None:
-        for pattern in self.excluded:
-            if fnmatchcase(layer.path, pattern):
-                message = f"is named dense by {self.found.where}.exclude ({pattern!r}), but is "
-                self.sorter.problem(layer.path, f"{message}stored as {layer.stored}")
+        for name in self.excluded.fitting(layer.path):
+            message = f"is named dense by {self.found.where}.exclude ({name!r}), but is "
+            self.sorter.problem(layer.path, f"{message}stored as {layer.stored}")
 
     def _scheme(self, path: str) -> _Scheme:
         """The weight's scheme: that of the patterns that fit the layer, else the global one."""
         table, where = self.found.get("layer_quant_config"), "global_quant_config"
         said = self.found.get("global_quant_config")
-        fits = []
-        if isinstance(table, Mapping):
-            fits = [pattern for pattern in table if fnmatchcase(path, pattern)]
+        fits = list(self.by_layer.fitting(path))
         if fits and isinstance(table, Mapping):
             said, where = table[fits[0]], f"layer_quant_config[{fits[0]!r}]"
             if any(table[pattern] != said for pattern in fits):
