@@ -112,7 +112,7 @@ def test_what_only_re_can_do_is_refused_by_name(text: str) -> None:
 def test_time_is_counted_over_all_names() -> None:
     pattern = Pattern("(?=(?=(?=(?=.*)*)*)*)*x")
     began = time.process_time()
-    with pytest.raises(PatternError, match="took more than"):
+    with patterns.time_counted(), pytest.raises(PatternError, match="took more than"):
         for _ in range(1000):
             pattern.search("b" * 1000)
     assert time.process_time() - began < 2 * MAX_PATTERN_S
