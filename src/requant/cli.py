@@ -39,7 +39,6 @@ from requant.options import (
     Json,
     KeepExtra,
     Layout,
-    LocalSource,
     MaxMemory,
     MaxTokens,
     Mode,
@@ -425,7 +424,7 @@ def _upload(
 
 @app.command()
 def generate(
-    source: LocalSource,
+    source: Source,
     prompt: Prompt,
     max_tokens: MaxTokens = 100,
     raw: Raw = False,
@@ -441,6 +440,7 @@ def generate(
     fold_rotation: FoldRotation = False,
     search: Search = "off",
     config_from: ConfigFrom = None,
+    revision: Revision = None,
     max_memory: MaxMemory = None,
     threads: Threads = None,
     json: Json = False,
@@ -462,7 +462,7 @@ def generate(
     wishes = _wishes(
         bits, group_size, mode, dequantize, dtype, override, only, recipe, act_order, fold_rotation
     )
-    wishes |= {"search": search, "config_from": config_from}
+    wishes |= {"search": search, "config_from": config_from, "revision": revision}
 
     def show(text: str) -> None:
         print(console.printable(text.expandtabs(4)), end="", flush=True)

@@ -85,7 +85,7 @@ def plan(
     remote = find_repository(source, revision)
     if remote is None:
         return make_plan(Path(source), wishes)
-    made = make_plan(remote.headers(), wishes)
+    made = make_plan(remote.headers(wishes.config_from), wishes)
     return replace(made, notes=(*made.notes, remote.announcement()))
 
 
@@ -125,7 +125,7 @@ def convert(
 
     Args:
         source: Folder with ``config.json`` and safetensors, or ``org/name`` of one on the hub,
-            or a GGUF file; it is never modified.
+            or a GGUF file (``org/name:Q4_K_M`` on the hub); it is never modified.
         output: Folder to write; it appears only when complete.
         quantization: Target of the chosen layers. None keeps a quantized source as it is
             and means affine, 4 bits, group 64 for a dense one.
@@ -291,7 +291,7 @@ def _arriving(
     remote: Repository, wishes: Wishes, output: Path, force: bool, area: Path | None
 ) -> Checkpoint:
     """A source on the hub, to be downloaded now that its headers hold no problem."""
-    checkpoint = remote.headers()
+    checkpoint = remote.headers(wishes.config_from)
     check_output(make_plan(checkpoint, wishes), output, force)
     return remote.arriving(checkpoint, area)
 

@@ -12,14 +12,18 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from requant.checkpoint import Checkpoint, FileRange, read_checkpoint
 from requant.downloads import HELD_FILES, SUFFIX, Area, Downloads, HubCache, Place, RemoteFile
 from requant.errors import CheckpointError, HubError, Problem, UsageError
+from requant.gguf.choice import choose_model, gguf_models
+from requant.gguf.header import header_nbytes
+from requant.gguf.source import read_gguf
 from requant.hub_client import asking, read_range
 from requant.limits import MAX_CONFIG_BYTES, MAX_ENTRIES, MAX_INDEX_BYTES
 from requant.safetensors_header import PREFIX_BYTES, header_length
@@ -33,13 +37,14 @@ _DIGEST = _COMMIT
 def find_repository(source: str | os.PathLike[str], revision: str | None) -> Repository | None:
     """The repository that a source names, or None where it is a path.
 
-    A name of the form ``org/name`` is a path if anything stands there, and where
-    huggingface_hub is not installed.
+    A name of the form ``org/name``, or ``org/name:Q4_K_M`` for a GGUF file of it, is a path if
+    anything stands there, and where huggingface_hub is not installed.
 
     Raises:
         HubError: There is no such repository or revision, it is gated, or the hub is not reached.
         UsageError: A revision of something that is not on the hub.
     """
+    name, _, wanted = os.fspath(source).partition(":")
     if not names_repository(source):
         if revision is not None:
             raise UsageError(f"--revision is for repositories on the hub, and {source} is none")
@@ -52,7 +57,6 @@ def find_repository(source: str | os.PathLike[str], revision: str | None) -> Rep
         raise HubError(
             f"{source}: the hub needs huggingface_hub: pip install 'requant[hub]'"
         ) from None
-    name = os.fspath(source)
     with asking(name, revision):
         found = huggingface_hub.HfApi().model_info(name, revision=revision, files_metadata=True)
     siblings = found.siblings or []
@@ -67,10 +71,32 @@ def find_repository(source: str | os.PathLike[str], revision: str | None) -> Rep
         if not plain or "\\" in file or not file.isprintable() or size < 0:
             raise HubError(f"{name}: the hub lists {file!r} with {size} bytes, which is no file")
     digests = {x.rfilename: x.lfs.sha256 if x.lfs else x.blob_id or "" for x in siblings}
-    wanted = wanted_files(sizes)
+    files = wanted_files(sizes)
+    kind = _gguf_kind(name, sizes, wanted, any(x.endswith(".safetensors") for x in files))
+    if kind:
+        files = gguf_models(sizes)[kind]
     return Repository(
-        name, found.sha, {file: sizes[file] for file in wanted}, {x: digests[x] for x in wanted}
+        name, found.sha, {x: sizes[x] for x in files}, {x: digests[x] for x in files}, kind
     )
+
+
+def _gguf_kind(name: str, files: Iterable[str], wanted: str, has_safetensors: bool) -> str:
+    """The GGUF model of a repository that is meant; "" where it is not one."""
+    models = gguf_models(files)
+    if not wanted and (has_safetensors or not models):
+        return ""
+    if not models:
+        raise HubError(f"{name} holds no GGUF files, so there is no {wanted!r} to choose")
+    kind = choose_model(models, wanted) if wanted else None
+    if kind is None and not wanted and len(models) == 1:
+        kind = next(iter(models))
+    if kind is None:
+        asked = f"no GGUF file {wanted!r}" if wanted else f"{len(models)} GGUF models"
+        known = ", ".join(models)
+        raise HubError(
+            f"{name} holds {asked}; write {name}:{next(iter(models))}, or one of: {known}"
+        )
+    return kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,18 +108,34 @@ class Repository:
         commit: Its hash.
         sizes: Of the files that a conversion reads: relative path -> bytes.
         digests: SHA-256 of those in LFS, git's id of the others, where the hub tells.
+        gguf: Which of its GGUF models is meant ("Q4_K_M"); "" for safetensors.
     """
 
     name: str
     commit: str
     sizes: Mapping[str, int]
     digests: Mapping[str, str] = field(default_factory=dict)
+    gguf: str = ""
     _fetched: dict[FileRange, bytes] = field(default_factory=dict, compare=False)
 
     # -- headers -------------------------------------------------------------------------
 
-    def headers(self) -> Checkpoint:
+    @property
+    def source(self) -> str:
+        """As a user names it: ``org/name``, or ``org/name:Q4_K_M``."""
+        return f"{self.name}:{self.gguf}" if self.gguf else self.name
+
+    @property
+    def _below(self) -> str:
+        """Folder of the repository, with a slash, in which a GGUF model lies."""
+        first = next(iter(self.sizes))
+        return first[: first.rfind("/") + 1] if self.gguf else ""
+
+    def headers(self, config_from: str | os.PathLike[str] | None = None) -> Checkpoint:
         """The checkpoint, of which only headers and JSON are here.
+
+        Args:
+            config_from: For GGUF: a folder whose config.json and side files are taken.
 
         Raises:
             HubError: A file cannot be had.
@@ -103,6 +145,12 @@ class Repository:
         for file, size in self.sizes.items():
             if not (folder / file).exists():
                 self._mirror(folder, file, size)
+        if self.gguf:
+            taken = None if config_from is None else Path(config_from)
+            read = partial(read_gguf, config_from=taken, fetch=self._fetch)
+            return self._named(read, folder / next(iter(self.sizes)), fetch=self._fetch)
+        if config_from is not None:
+            raise UsageError(f"--config-from is for GGUF files; {self.name} has its own config")
         return self._named(read_checkpoint, folder, fetch=self._fetch)
 
     def _mirror(self, folder: Path, file: str, size: int) -> None:
@@ -116,6 +164,10 @@ class Repository:
             length, _ = header_length(content[:PREFIX_BYTES], size)
             if length + PREFIX_BYTES > len(content):
                 content += self._bytes(file, len(content), length + PREFIX_BYTES)
+        elif file.endswith(".gguf"):
+            ahead = _Ahead(lambda start, stop: self._bytes(file, start, stop), size)
+            nbytes = header_nbytes(cast(BinaryIO, ahead), size)
+            content = ahead.content[:nbytes]
         target = folder / file
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -132,7 +184,8 @@ class Repository:
     def _fetch(self, part: FileRange) -> bytes:
         if part not in self._fetched:
             start, stop = part.offset, part.offset + part.nbytes
-            self._fetched[part] = read_range(self.name, self.commit, part.file, start, stop)
+            file = self._below + part.file
+            self._fetched[part] = read_range(self.name, self.commit, file, start, stop)
         return self._fetched[part]
 
     def _bytes(self, file: str, start: int, stop: int) -> bytes:
@@ -145,7 +198,7 @@ class Repository:
         missing = self._missing()
         what = f"{len(missing)} of {len(self.sizes)} files, {sum(missing.values()):,} bytes"
         state = f"convert downloads {what}" if missing else "all of its files are downloaded"
-        return f"{self.name} at {self.commit[:12]} on the hub: {state}."
+        return f"{self.source} at {self.commit[:12]} on the hub: {state}."
 
     def arriving(self, checkpoint: Checkpoint, area: Path | None = None) -> Checkpoint:
         """The checkpoint of ``headers`` whose weight files come while it is read.
@@ -162,7 +215,7 @@ class Repository:
         """
         import huggingface_hub
 
-        weights = {file.name for file in checkpoint.files}
+        weights = {self._below + file.name for file in checkpoint.files}
         cache = HubCache(self.name, self.commit)
         place: Place = cache if area is None else Area(area, cache)
         if area is None:
@@ -175,7 +228,7 @@ class Repository:
                 found = huggingface_hub.hf_hub_download(self.name, file, revision=self.commit)
             if file == CONFIG:
                 folder = Path(found).parent
-        files = {name: self._remote_file(name) for name in weights}
+        files = {x.name: self._remote_file(self._below + x.name) for x in checkpoint.files}
         window = None if area is None else HELD_FILES
         supply = Downloads(self.name, self.commit, files, place, window)
         return replace(checkpoint, path=folder, supply=supply)
@@ -214,7 +267,7 @@ class Repository:
 
     def _named(self, read: Any, folder: Path, **more: Any) -> Checkpoint:
         """The checkpoint in a folder, under the repository's name also where it is at fault."""
-        if CONFIG not in self.sizes:
+        if CONFIG not in self.sizes and not self.gguf:
             problem = Problem(CONFIG, "is not in the repository, or no model of this kind is")
             raise CheckpointError(self.name, [problem])
         try:
@@ -223,14 +276,14 @@ class Repository:
             problems = [
                 replace(x, where=x.where.replace(str(folder), self.name)) for x in error.problems
             ]
-            raise CheckpointError(self.name, problems) from error
+            raise CheckpointError(self.source, problems) from error
         # Other programs may have put other files of the repository beside ours.
         return replace(
             checkpoint,
             side_files=tuple(name for name in checkpoint.side_files if name in self.sizes),
             left_out=tuple(pair for pair in checkpoint.left_out if pair[0] in self.sizes),
-            origin=Path(self.name),
-            repository=(self.name, self.commit),
+            origin=Path(self.source),
+            repository=(self.source, self.commit),
             **more,
         )
 
@@ -238,3 +291,20 @@ class Repository:
         import huggingface_hub
 
         return Path(huggingface_hub.constants.HF_HOME)
+
+
+class _Ahead:
+    """A file that is read from its start, by requests for more than is asked for."""
+
+    def __init__(self, fetch: Callable[[int, int], bytes], size: int) -> None:
+        self.fetch, self.size = fetch, size
+        self.content, self._at = b"", 0
+
+    def read(self, count: int) -> bytes:
+        """The next bytes; fewer at the end."""
+        start, self._at = self._at, min(self._at + count, self.size)
+        have = len(self.content)
+        if self._at > have:
+            more = max(self._at - have, have, _FIRST_BYTES)
+            self.content += self.fetch(have, min(have + more, self.size))
+        return self.content[start : self._at]

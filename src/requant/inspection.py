@@ -94,7 +94,9 @@ def inspect(
         CheckpointError: The folder itself cannot be read as a checkpoint.
     """
     remote = find_repository(source, revision)
-    checkpoint = remote.headers() if remote else read_checkpoint(Path(source), config_from)
+    checkpoint = (
+        remote.headers(config_from) if remote else read_checkpoint(Path(source), config_from)
+    )
     found = detect(checkpoint)
     layout = found.read(checkpoint)
     return Inspection(

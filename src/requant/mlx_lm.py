@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from requant.blueprint import OutputTensor, Plan
 from requant.conversion import Source, carry_out
 from requant.errors import BackendError, CheckpointError, Problem, UsageError
+from requant.hub import find_repository
 from requant.mlx_lm_classes import why_no_class
 from requant.report import Report
 from requant.schema import Quantization
@@ -41,7 +42,8 @@ def load(
     the same wishes; beside it, memory holds one tensor at a time.
 
     Args:
-        source: Folder of any supported format.
+        source: Folder of any supported format, a GGUF file, or ``org/name`` on the hub, whose
+            weight files stay in huggingface_hub's cache.
         quantization: As in ``requant.convert``: None keeps a quantized source as it is, and
             means affine, 4 bits, group 64 for a dense one.
         tokenizer_config: Options of the tokenizer, as ``mlx_lm.load`` takes them.
@@ -49,7 +51,7 @@ def load(
             ``group_size``, ``mode``, ``dequantize``, ``dtype``, ``overrides``, ``only``,
             ``recipe``, ``act_order``, ``fold_rotation``, ``search``, ``config_from``, ``threads``,
             ``max_memory``, ``allow_nonfinite``,
-            ``allow_overflow``, ``progress``.
+            ``allow_overflow``, ``progress``, ``revision``.
 
     Returns:
         The model and the tokenizer.
@@ -118,11 +120,18 @@ def load_weights(
     """
     began = time.perf_counter()
     options = {name: wishes.pop(name) for name in _OPTIONS if name in wishes}
+    revision = wishes.pop("revision", None)
     made = Wishes.build(quantization, **wishes, layout="mlx-lm")
     _check_installed(Path(source))
+    remote = find_repository(source, revision)
+    found = None if remote is None else remote.headers(made.config_from)
     results: list[dict[str, mx.array]] = []
     plan, outcome = carry_out(
-        Path(source), made, _in_memory, lambda sink, _: results.append(sink.arrays), **options
+        Path(source) if remote is None or found is None else remote.arriving(found),
+        made,
+        _in_memory,
+        lambda sink, _: results.append(sink.arrays),
+        **options,
     )
     return results[0], Report.build(plan, "", outcome, time.perf_counter() - began)
 

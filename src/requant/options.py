@@ -47,13 +47,8 @@ Source = Annotated[
     Path,
     typer.Argument(
         metavar="SOURCE",
-        help="Folder with config.json and safetensors, a GGUF file, or org/name on the hub.",
-    ),
-]
-LocalSource = Annotated[
-    Path,
-    typer.Argument(
-        metavar="SOURCE", help="Folder with config.json and safetensors, or a GGUF file."
+        help="Folder with config.json and safetensors, a GGUF file, or org/name (for GGUF "
+        "org/name:Q4_K_M) on the hub.",
     ),
 ]
 Output = Annotated[

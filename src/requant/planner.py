@@ -43,8 +43,8 @@ def make_plan(source: str | Path | Checkpoint, wishes: Wishes, twins: Path | Non
     """
     if not isinstance(source, Checkpoint):
         checkpoint = read_checkpoint(source, wishes.config_from, twins)
-    elif wishes.config_from is None:
-        checkpoint = source
+    elif wishes.config_from is None or source.gguf is not None:
+        checkpoint = source  # with what --config-from names
     else:
         raise UsageError(f"--config-from is for GGUF files; {source.source} is on the hub")
     found = detect(checkpoint)

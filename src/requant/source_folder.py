@@ -51,6 +51,7 @@ _STALE = {
     **dict.fromkeys(QUANTIZATION_FILES, "describes the source's quantization"),
 }
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_HUB_GGUF = re.compile(rf"{_HUB_ID.pattern}:[\w.+/ -]+", re.ASCII)
 _NUMBERED = re.compile(r"(.*)-([0-9]{5,6})-of-([0-9]{5,6})\.safetensors")
 _MAX_NAME_BYTES = 255
 _STALE_BIN_BYTES = 1 << 20  # a *.bin above this is weights; below, often a vocabulary
@@ -298,8 +299,13 @@ def wanted_files(sizes: Mapping[str, int]) -> list[str]:
 
 
 def names_repository(source: str | os.PathLike[str]) -> bool:
-    """Whether a source that is not on this disk has the form of a repository's id."""
-    return bool(_HUB_ID.fullmatch(os.fspath(source))) and not os.path.lexists(source)
+    """Whether a source that is not on this disk has the form of a repository's id.
+
+    A GGUF file of it may be named behind a colon: ``org/name:Q4_K_M``.
+    """
+    text = os.fspath(source)
+    formed = _HUB_ID.fullmatch(text) or _HUB_GGUF.fullmatch(text)
+    return bool(formed) and not os.path.lexists(source)
 
 
 def printable(name: str) -> str:

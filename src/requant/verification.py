@@ -100,8 +100,8 @@ def verify(
         _check_layers(checkpoint, found)
     _check_files(place, record, found)
     if output is not None:
-        source = _source(folder, record)
         wished = None if config_from is None else os.fspath(config_from)
+        source = _source(folder, record, wished)
         plan = _repeated_plan(source, record, wished, found)
         if plan is not None:
             _compare(plan, place, found, make_budget(plan, threads, max_memory), progress)
@@ -215,14 +215,19 @@ def _check_files(place: Path, record: Mapping[str, Any], found: _Findings) -> No
             found.add(name, f"cannot be read: {error.strerror or error}")
 
 
-def _source(folder: Source, record: Mapping[str, Any]) -> Path | Checkpoint:
+def _source(
+    folder: Source, record: Mapping[str, Any], config_from: str | None
+) -> Path | Checkpoint:
     """What the output was made from: a folder, or a repository at the recorded commit."""
     recorded = record.get("source")
     made = recorded.get("repository") if isinstance(recorded, Mapping) else None
-    commit = made[1] if isinstance(made, list) and made[:1] == [os.fspath(folder)] else None
-    revision = str(commit) if commit is not None and names_repository(folder) else None
-    remote = find_repository(folder, revision)
-    return Path(folder) if remote is None else remote.arriving(remote.headers())
+    name, revision = os.fspath(folder), None
+    if isinstance(made, list) and len(made) == 2 and names_repository(folder):
+        then, commit = map(str, made)
+        if name in (then, then.partition(":")[0]):  # which GGUF file it was need not be said
+            name, revision = then, commit
+    remote = find_repository(name, revision)
+    return Path(folder) if remote is None else remote.arriving(remote.headers(config_from))
 
 
 def _repeated_plan(

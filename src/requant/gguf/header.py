@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -151,6 +152,19 @@ def read_header(folder: Path, name: str, size: int) -> tuple[Header | None, list
     except _Damaged as error:
         problems.append(Problem(name, str(error)))
     return None, problems
+
+
+def header_nbytes(file: BinaryIO, size: int) -> int:
+    """How many bytes the header of a file takes, or what can be understood of it.
+
+    Args:
+        file: Read from its start; no further than that.
+        size: Of the whole file.
+    """
+    cursor = _Cursor(file, size)
+    with suppress(_Damaged):
+        _parse(cursor, "", [])
+    return cursor.at
 
 
 def _parse(cursor: _Cursor, name: str, problems: list[Problem]) -> Header:

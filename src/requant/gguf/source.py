@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -36,13 +36,18 @@ _MMPROJ = "a vision or audio part for llama.cpp (mmproj), which is no language m
 _MAX_SETTING_BYTES = 1 << 20
 
 
-def read_gguf(source: Path, config_from: Path | None = None) -> Checkpoint:
+def read_gguf(
+    source: Path,
+    config_from: Path | None = None,
+    fetch: Callable[[FileRange], bytes] | None = None,
+) -> Checkpoint:
     """Read a GGUF model up to its data.
 
     Args:
         source: A file, any part of a split one, or a folder with one model.
         config_from: A folder whose config.json and tokenizer files are taken instead of what
             the metadata say.
+        fetch: Reads what lies behind the headers, where the files hold nothing else.
 
     Raises:
         CheckpointError: With everything that is wrong with it.
@@ -64,7 +69,7 @@ def read_gguf(source: Path, config_from: Path | None = None) -> Checkpoint:
     if problems or not headers:
         raise CheckpointError(str(source), problems)
     left_out = () if is_file else tuple(_left_out(folder, names))
-    reading = _Reading(source, folder, headers, config_from)
+    reading = _Reading(source, folder, headers, config_from, fetch)
     return reading.checkpoint(left_out)
 
 
@@ -133,6 +138,7 @@ class _Reading:
     folder: Path
     headers: list[Header]
     config_from: Path | None
+    fetch: Callable[[FileRange], bytes] | None = None
 
     def __post_init__(self) -> None:
         self.problems: list[Problem] = []
@@ -301,7 +307,7 @@ class _Reading:
             self.problems.append(Problem(f"{file}: {name}", message))
             return np.ones(1, np.float32)
         part = FileRange(file, entry.offset, entry.nbytes)
-        empty = Checkpoint(self.folder, (), {}, {}, "", (), ())
+        empty = Checkpoint(self.folder, (), {}, {}, "", (), (), fetch=self.fetch)
         return np.frombuffer(empty.read_range(part), np.float32)
 
 
