@@ -205,8 +205,7 @@ class OutputFolder:
         for file in self.plan.files:
             path = checkpoint.path / file.name
             if file.name in self.state.consumed:
-                if os.path.lexists(path):  # killed after the journal said so
-                    path.unlink()
+                _delete(path)  # killed after the journal said so
             elif path.is_symlink():
                 raise OutputError(
                     f"{path} is a link: deleting it would free nothing, or what others use; "
@@ -223,7 +222,7 @@ class OutputFolder:
             self.journal.make_durable()
             return
         self.journal.add({"consumed": name}, durable=True)
-        (self.plan.checkpoint.path / name).unlink()
+        _delete(self.plan.checkpoint.path / name)
 
     def _head(self) -> dict[str, Any]:
         """What must be the same for a run to go on where another stopped."""
@@ -325,7 +324,12 @@ class OutputFolder:
         return free
 
     def _hash(self, tensor: OutputTensor) -> None:
-        digest = hash_range(self._files[tensor.file], tensor.offset, tensor.info.nbytes)
+        try:
+            digest = hash_range(self._files[tensor.file], tensor.offset, tensor.info.nbytes)
+        except OSError as error:
+            raise OutputError(
+                f"{self.inside / tensor.file} cannot be read back: {error.strerror or error}"
+            ) from error
         self.journal.add({"hash": [tensor.name, digest]})
 
     def _sync(self) -> None:
@@ -361,7 +365,8 @@ class OutputFolder:
             }
             record = make_record(self.plan, self.wishes, hashes, files, errors)
             self._write_json(RECORD, record)
-            _fsync(self.inside)
+            for folder, _, _ in os.walk(self.inside):
+                _fsync(Path(folder))
             self._rename()
             _fsync(self.output.parent)
             shutil.rmtree(self.staging, ignore_errors=True)
@@ -586,6 +591,14 @@ def check_output(
         raise OutputError(
             f"{output}: the disk is too full: {needed:,} bytes are needed, {free:,} are free"
         )
+
+
+def _delete(path: Path) -> None:
+    """Delete a source file that is needed no more, unless it is gone."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(f"{path} cannot be deleted: {error.strerror or error}") from error
 
 
 def _fsync(path: Path) -> None:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -23,6 +24,15 @@ from requant import writer
 def convert(source: str, output: str, wishes: dict[str, Any]) -> None:
     """One conversion, in many small chunks."""
     requant.convert(source, output, **wishes, chunk_bytes=500, threads=2)
+
+
+def fresh(job: list[Any]) -> str:
+    """The source of a job; a copy where the conversion deletes it."""
+    source, output, wishes = job
+    if "consume_source" not in wishes:
+        return str(source)
+    shutil.rmtree(f"{output}-source", ignore_errors=True)
+    return str(shutil.copytree(source, f"{output}-source"))
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -75,9 +85,9 @@ def main() -> None:
     jobs, seed, kills = json.loads(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     rng = random.Random(seed)
     expected, lasts = [], []
-    for number, (source, output, wishes) in enumerate(jobs):
+    for number, (_, output, wishes) in enumerate(jobs):
         began = time.monotonic()
-        convert(source, f"{output}-reference-{number}", wishes)
+        convert(fresh(jobs[number]), f"{output}-reference-{number}", wishes)
         lasts.append(time.monotonic() - began)
         expected.append(tree(Path(f"{output}-reference-{number}")))
     killed = resumed = finished = number = 0
@@ -85,13 +95,14 @@ def main() -> None:
         at = number % len(jobs)
         job, number = jobs[at], number + 1
         output = Path(job[1])
+        job = [fresh(job), *job[1:]]
         while not output.exists():
             was_killed, had_resumed = forked(job, rng.uniform(0, 1.5 * lasts[at]))
             killed, resumed = killed + was_killed, resumed + had_resumed
             if output.exists() and tree(output) != expected[at]:
                 raise SystemExit(f"{output} exists and is another than the whole one")
         finished += 1
-        writer.shutil.rmtree(output)
+        shutil.rmtree(output)
     print(json.dumps({"killed": killed, "resumed": resumed, "finished": finished}))
 
 

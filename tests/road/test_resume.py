@@ -23,6 +23,7 @@ from requant.errors import CheckpointError, OutputError
 from requant.journal import Done, Journal, read_journal
 from tests.road.builders import SHARED
 from tests.road.conftest import bf16
+from tests.road.gguf_files import gguf_file
 from tests.road.killing import tree
 
 ROOT = Path(__file__).parents[2]
@@ -361,6 +362,39 @@ def test_a_full_disk_keeps_what_is_done(dense: Path, tmp_path: Path) -> None:
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
 
+def test_a_source_file_that_disappears(dense: Path, tmp_path: Path) -> None:
+    """Named, nothing appears; put back, the same command goes on."""
+    convert(dense, tmp_path / "whole", bits=4)
+    stopped(dense, tmp_path / "out", 20, bits=4)
+    shard, config = dense / "model.safetensors", dense / "config.json"
+    for path, message in (
+        (shard, "no model.safetensors"),
+        (config, r"config\.json: does not exist"),
+    ):
+        path.rename(tmp_path / "elsewhere")
+        with pytest.raises(CheckpointError, match=message):
+            convert(dense, tmp_path / "out", bits=4)
+        assert not (tmp_path / "out").exists()
+        (tmp_path / "elsewhere").rename(path)
+    with pytest.MonkeyPatch.context() as patch:  # between the plan and the first read
+        real = execute._Source.__enter__
+        patch.setattr(execute._Source, "__enter__", lambda self: (shard.unlink(), real(self))[1])
+        kept = shard.read_bytes()
+        times = shard.stat()
+        with pytest.raises(CheckpointError, match=r"model\.safetensors: No such file"):
+            convert(dense, tmp_path / "out", bits=4)
+    assert not (tmp_path / "out").exists()
+    shard.write_bytes(kept)
+    os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))
+    done = count_chunks(patch := pytest.MonkeyPatch())
+    convert(dense, tmp_path / "out", bits=4, threads=1, chunk_bytes=3000)
+    resumed = len(done)
+    convert(dense, tmp_path / "two", bits=4, threads=1, chunk_bytes=3000)
+    patch.undo()
+    assert resumed == len(done) - resumed - 20
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+
+
 def test_killed_between_the_two_renames_of_force(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -475,35 +509,56 @@ def test_ctrl_c_ends_within_a_second_and_says_how_to_go_on(
     raise AssertionError(took)
 
 
-def jobs(dense: Path, tmp_path: Path) -> list[tuple[str, str, dict[str, object]]]:
-    """Conversions over several formats: dense, MLX, and what other tools wrote."""
+def jobs(
+    dense: Path, checkpoint: Callable[..., Path], tmp_path: Path
+) -> list[tuple[str, str, dict[str, object]]]:
+    """Conversions over several formats: dense, MLX, GGUF, and what other tools wrote."""
     convert(dense, tmp_path / "mlx", bits=8)
-    found = [
+    layers = {f"l{n}.weight": bf16(64, 64, seed=n) for n in range(6)}
+    parts = checkpoint(layers | {"m.experts.gate_up_proj": bf16(4, 64, 64)}, shards=3, name="parts")
+    consume = {"bits": 4, "consume_source": True, "yes": True, "shard_size": 10_000}
+    found: list[tuple[str, str, dict[str, object]]] = [
         (str(dense), str(tmp_path / "a"), {"bits": 4, "shard_size": 30_000}),
         (str(dense), str(tmp_path / "b"), {"mode": "nvfp4"}),
+        (str(parts), str(tmp_path / "e"), consume),
+        (str(gguf_file(tmp_path)), str(tmp_path / "f"), {"layout": "keep"}),
         (str(tmp_path / "mlx"), str(tmp_path / "c"), {"bits": 3}),
         (str(tmp_path / "mlx"), str(tmp_path / "d"), {"dequantize": True}),
     ]
-    for name in ("awq-gemm-g128", "gptq-b4-g64-sym-v2", "ct-pack-int4-asym-g32"):
+    for name in (
+        "awq-gemm-g128",
+        "gptq-b4-g64-sym-v2",
+        "ct-pack-int4-asym-g32",
+        "fp8-block-llama",
+        "mxfp4-gpt-oss",
+    ):
         fixture = SHARED / "fixtures" / name / "checkpoint"
         if fixture.is_dir():
-            found.append((str(fixture), str(tmp_path / name), {"layout": "keep"}))
+            dense_too = {"dequantize": True} if name == "fp8-block-llama" else {}
+            found.append((str(fixture), str(tmp_path / name), {"layout": "keep", **dense_too}))
     return found
 
 
-def test_killed_at_a_hundred_random_moments(dense: Path, tmp_path: Path) -> None:
-    """Every output that appears is whole and equal to that of a run that nobody killed."""
+def test_killed_at_a_hundred_random_moments(
+    dense: Path, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Every output that appears is whole and equal to that of a run that nobody killed.
+
+    ``REQUANT_KILLS=1000`` kills more often, ``REQUANT_SEED=2`` at other moments.
+    """
+    kills = int(os.environ.get("REQUANT_KILLS", "100"))
     command = [
         sys.executable,
         "-m",
         "tests.road.killing",
-        json.dumps(jobs(dense, tmp_path)),
-        "1",
-        "100",
+        json.dumps(jobs(dense, checkpoint, tmp_path)),
+        os.environ.get("REQUANT_SEED", "1"),
+        str(kills),
     ]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
     told = json.loads(run.stdout)
-    assert told["killed"] >= 100
-    assert told["resumed"] >= 30
+    print(told)
+    assert told["killed"] >= kills
+    assert told["resumed"] >= kills // 3
     assert told["finished"] >= 4

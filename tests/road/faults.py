@@ -1,0 +1,137 @@
+"""Fails, or kills, a conversion at each of its system calls; run as a script by test_faults.
+
+Reads a job as ``{"place", "source", "wishes", "trace"}`` and modes with a stride from the command
+line; ``faults.so`` is preloaded. Prints how many calls were tried in each mode. A job may have
+``"old": true``: OUTPUT holds an older conversion, which --force replaces.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import shutil
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import requant
+from requant.errors import RequantError
+from tests.road.killing import tree
+
+OFF, COUNT, ONCE, FULL, KILL = range(5)
+MODES = {"once": ONCE, "full": FULL, "kill": KILL}
+_LIBRARY = ctypes.CDLL(None)
+_DEFECT = 3
+
+
+class Job:
+    """One conversion, with everything that a run of it may change below one folder."""
+
+    def __init__(self, place: Path, source: str, wishes: dict[str, Any], old: bool) -> None:
+        self.place, self.kept, self.wishes, self.old = place, Path(source), wishes, old
+        self.output = place / "out"
+        self.consumes = "consume_source" in wishes
+        self.source = place / "source" if self.consumes else self.kept
+        self.older: dict[str, str] = {}
+
+    def lay_out(self) -> None:
+        """What there is before the command."""
+        shutil.rmtree(self.place, ignore_errors=True)
+        self.place.mkdir(parents=True)
+        if self.consumes:
+            shutil.copytree(self.kept, self.source)
+        if self.old:
+            requant.convert(self.kept, self.output, bits=8)
+            self.older = tree(self.output)
+
+    def convert(self) -> None:
+        """The command."""
+        requant.convert(
+            self.source, self.output, **self.wishes, chunk_bytes=4000, threads=1, force=self.old
+        )
+
+    def child(self, mode: int, at: int, trace: int = -1) -> tuple[int, int, str]:
+        """The command in a child: its exit status, the calls it made, what it said."""
+        reads, writes = os.pipe()
+        child = os.fork()
+        if not child:
+            code, said = 0, ""
+            _LIBRARY.faults_arm(mode, ctypes.c_long(at), str(self.place).encode(), trace)
+            try:
+                self.convert()
+            except RequantError as error:
+                code, said = 1, str(error)
+            except BaseException:
+                code, said = _DEFECT, traceback.format_exc()
+            finally:
+                calls = _LIBRARY.faults_calls()
+                _LIBRARY.faults_arm(OFF, ctypes.c_long(0), b"", -1)
+            os.write(writes, json.dumps([calls, said[:3000]]).encode())
+            os._exit(code)
+        os.close(writes)
+        with open(reads, "rb") as pipe:
+            told = pipe.read()
+        _, status = os.waitpid(child, 0)
+        calls, said = json.loads(told) if told else (0, "")
+        return status, calls, said
+
+    def check(self, expected: dict[str, str], where: str) -> bool:
+        """Whether OUTPUT is whole; ends the script where it is neither that nor what it was."""
+        if not self.output.exists():
+            return False
+        found = tree(self.output)
+        if found == expected:
+            return True
+        if self.old and found == self.older:
+            return False
+        raise SystemExit(f"{where}: OUTPUT exists and is another than the whole one")
+
+
+def strike(job: Job, mode: str, at: int, expected: dict[str, str]) -> bool:
+    """One run with a fault, and one after it; false where it ended before the fault."""
+    where = f"{mode} at call {at}"
+    job.lay_out()
+    status, calls, said = job.child(MODES[mode], at)
+    if os.WIFEXITED(status) and os.WEXITSTATUS(status) == _DEFECT:
+        raise SystemExit(f"{where}: {said}")
+    if mode == "kill" and os.WIFSIGNALED(status):
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        calls = at
+    whole = job.check(expected, where)
+    failed = not os.WIFEXITED(status) or os.WEXITSTATUS(status) != 0
+    if not failed and not whole:
+        raise SystemExit(f"{where}: nothing was said, and OUTPUT is not whole")
+    if failed and not whole:
+        status, _, said = job.child(OFF, 0)
+        if not os.WIFEXITED(status) or os.WEXITSTATUS(status):
+            raise SystemExit(f"{where}: the same command again: {said}")
+        if not job.check(expected, where):
+            raise SystemExit(f"{where}: the same command again left no OUTPUT")
+    return calls >= at
+
+
+def main() -> None:
+    """Strike each mode at every ``stride``-th call, until the runs are through before it."""
+    told, modes = json.loads(sys.argv[1]), json.loads(sys.argv[2])
+    job = Job(Path(told["place"]), told["source"], told["wishes"], told.get("old", False))
+    job.lay_out()
+    trace = os.open(told["trace"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    status, calls, said = job.child(COUNT, 0, trace)
+    os.close(trace)
+    if status:
+        raise SystemExit(f"without a fault: {said}")
+    expected = tree(job.output)
+    tried = {}
+    for mode, stride in modes.items():
+        at = 1
+        tried[mode] = 0
+        while strike(job, mode, at, expected):
+            at, tried[mode] = at + stride, tried[mode] + 1
+    print(json.dumps({"calls": calls, "tried": tried}))
+
+
+if __name__ == "__main__":
+    main()
