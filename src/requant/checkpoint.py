@@ -22,8 +22,11 @@ from requant.errors import CheckpointError, Problem, UsageError
 from requant.limits import (
     MAX_CONFIG_BYTES,
     MAX_INDEX_BYTES,
+    MAX_JSON_VALUES,
     MAX_PEEK_BYTES,
     MAX_PROBLEMS,
+    MAX_RECORD_BYTES,
+    MAX_RECORD_VALUES,
     MAX_SHARDS,
 )
 from requant.safetensors_header import (
@@ -349,7 +352,7 @@ class _Reader:
     def json(self, name: str) -> tuple[dict[str, Any], str]:
         """Read a JSON object and its text; empty if there is none."""
         size, message = file_size(self.folder, name)
-        most = MAX_INDEX_BYTES if name in (INDEX, RECORD) else MAX_CONFIG_BYTES
+        most = {INDEX: MAX_INDEX_BYTES, RECORD: MAX_RECORD_BYTES}.get(name, MAX_CONFIG_BYTES)
         if not message and size > most:
             message = f"takes {size:,} bytes, at most {most:,} are read"
         if message:
@@ -362,7 +365,10 @@ class _Reader:
             self.report(name, f"cannot be read: {error.strerror or error}")
             return {}, ""
         is_config = name == CONFIG
-        value, messages = parse_json_object(raw, nan=is_config, same_twice=is_config)
+        values = MAX_RECORD_VALUES if name == RECORD else MAX_JSON_VALUES
+        value, messages = parse_json_object(
+            raw, nan=is_config, same_twice=is_config, max_values=values
+        )
         for message in messages:
             self.report(name, message)
         return value, "" if messages else raw.decode("utf-8")

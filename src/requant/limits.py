@@ -24,6 +24,8 @@ MAX_GGUF_STRING_BYTES = 16 << 20
 MAX_CONFIG_BYTES = 16 << 20  # config.json and the files beside it that describe quantization
 MAX_INDEX_BYTES = 64 << 20
 MAX_JSON_VALUES = 1 << 20  # in a config or index; a header may have 16 a tensor
+MAX_RECORD_BYTES = 256 << 20  # requant.json, which grows with layers and tensors
+MAX_RECORD_VALUES = 1 << 22
 MAX_JSON_DEPTH = 64
 
 # -- folders ---------------------------------------------------------------------------

@@ -286,6 +286,29 @@ def parse_recipe(text: str, name: str, *, is_shipped: bool = False) -> Recipe:
     )
 
 
+def recipe_from_dict(data: Mapping[str, Any]) -> Recipe:
+    """Read what ``dataclasses.asdict`` gave, ``default`` as it was; a record may be a stranger's.
+
+    Raises:
+        UsageError: A rule says what no rule can.
+        TypeError: A field is missing, of another type, or unknown.
+    """
+    reader, rules = _Reader(), []
+    for number, told in enumerate(data["rules"], 1):
+        table = dict(told)
+        table["role"] = table.pop("roles")
+        rules.append(reader.rule(f"rules[{number}]", table))
+    for key in ("name", "description"):
+        reader.typed(key, data[key], str, "a text")
+    for key in ("is_mixed", "is_shipped"):
+        reader.typed(key, data[key], bool, "true or false")
+    if data["is_mixed"] and data["name"] not in MIXED:
+        reader.report("name", f"is no recipe of mlx-lm's: {data['name']!r:.80}")
+    if reader.problems:
+        raise UsageError("; ".join(map(str, reader.problems)))
+    return Recipe(**{**data, "rules": tuple(rule for rule in rules if rule)})
+
+
 _T = TypeVar("_T")
 
 

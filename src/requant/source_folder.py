@@ -54,6 +54,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _HUB_GGUF = re.compile(rf"{_HUB_ID.pattern}:[\w.+/ -]+", re.ASCII)
 _NUMBERED = re.compile(r"(.*)-([0-9]{5,6})-of-([0-9]{5,6})\.safetensors")
 _MAX_NAME_BYTES = 255
+_MAX_PATH_BYTES = 2048  # systems take 4096 with the folder's own
 _STALE_BIN_BYTES = 1 << 20  # a *.bin above this is weights; below, often a vocabulary
 
 
@@ -175,6 +176,7 @@ def check_shard_path(folder: Path, shard: str) -> str:
     if (
         not shard
         or unprintable(shard)
+        or len(shard.encode()) > _MAX_PATH_BYTES
         or any(len(part.encode()) > _MAX_NAME_BYTES for part in path.parts)
     ):
         return "is no file name"

@@ -24,7 +24,15 @@ from requant.limits import MAX_PROBLEMS
 from requant.patterns import time_counted
 from requant.planner import make_plan
 from requant.record import FORMAT_VERSION, hash_file, hash_range, record_hash, spelled, version
-from requant.source_folder import CONFIG, INDEX, RECORD, names_repository, open_regular
+from requant.safetensors_header import shown
+from requant.source_folder import (
+    CONFIG,
+    INDEX,
+    RECORD,
+    file_size,
+    names_repository,
+    open_regular,
+)
 from requant.wishes import Wishes
 
 
@@ -209,10 +217,15 @@ def _check_files(place: Path, record: Mapping[str, Any], found: _Findings) -> No
             found.add(f"{RECORD}: {name}", "leads out of the folder")
             continue
         try:
-            if hash_file(place / name) != digest:
+            _, wrong = file_size(place, name)  # a link may lead out of the folder
+            if wrong:
+                found.add(name, wrong)
+            elif hash_file(place / name) != digest:
                 found.add(name, "is not the file that was written")
         except OSError as error:
             found.add(name, f"cannot be read: {error.strerror or error}")
+        except ValueError:  # a NUL, or half a letter
+            found.add(f"{RECORD}: {shown(name)}", "is no file name")
 
 
 def _source(
@@ -275,8 +288,9 @@ def _compare(
             made = plan.checkpoint.made_files.get(name)
             path = plan.checkpoint.path / name
             wanted = hash_file(path) if made is None else hashlib.sha256(made()).hexdigest()
-            if hash_file(place / name) != wanted:
-                found.add(name, "is not the source's")
+            _, wrong = file_size(place, name)
+            if wrong or hash_file(place / name) != wanted:
+                found.add(name, wrong or "is not the source's")
     with _Comparing(plan, place, found) as sink:
         run_plan(plan, sink, budget, progress)
 

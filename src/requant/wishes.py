@@ -12,7 +12,8 @@ from typing import Any
 
 from requant.arrays.native import SEARCH_LEVELS, check_quantization
 from requant.errors import ParseError, UnknownValueError, UsageError
-from requant.recipes import Recipe, Rule, load_recipe
+from requant.limits import MAX_INT
+from requant.recipes import Recipe, load_recipe, recipe_from_dict
 from requant.schema import SKIP, Quantization, QuantMode
 from requant.specs import Spec, check_regex, parse_spec, resolve_quantization
 
@@ -108,12 +109,15 @@ class Wishes:
                 "quantization": _quantization(found["quantization"]),
                 "overrides": tuple((str(p), _spec(spec)) for p, spec in found["overrides"]),
                 "only": tuple(map(str, found["only"])),
-                "recipe": found["recipe"] and _recipe(found["recipe"]),
+                "recipe": None if found["recipe"] is None else _recipe(found["recipe"]),
                 "spoiled": frozenset(found["spoiled"]),
             }
             for pattern in (*found["only"], *(pattern for pattern, _ in found["overrides"])):
                 check_regex(pattern, "wish")
-            return Wishes(**found)
+            wishes = Wishes(**found)
+            for name, default in _DEFAULTS.items():
+                _check_told(name, getattr(wishes, name), default)
+            return wishes
         except (KeyError, TypeError, ValueError) as error:
             raise ParseError(f"these are no wishes of this version of requant: {error}") from error
 
@@ -185,21 +189,54 @@ class Wishes:
         )
 
 
+_DEFAULTS = {f.name: f.default for f in fields(Wishes)}
+_LEGAL: dict[str, tuple[str | None, ...]] = {
+    "dtype": (None, *DTYPES.values()),
+    "layout": LAYOUTS,
+    "act_order": ACT_ORDERS,
+    "search": SEARCHES,
+}
+
+
+def _check_told(name: str, value: object, default: object) -> None:
+    """Raise ValueError where a record holds what no wish can be."""
+    if name in _LEGAL:
+        legal = value in _LEGAL[name]
+    elif isinstance(default, bool):
+        legal = isinstance(value, bool)
+    elif isinstance(default, int):
+        legal = isinstance(value, int) and 0 < value <= MAX_INT and not isinstance(value, bool)
+    elif name == "spoiled":
+        legal = isinstance(value, frozenset) and all(isinstance(x, str) for x in value)
+    elif name == "config_from":
+        legal = value is None or isinstance(value, str)
+    else:
+        return
+    if not legal:
+        raise ValueError(f"{name} is {value!r:.80}")
+
+
 def _spec_data(spec: Spec) -> Any:
     return spec.to_dict() if isinstance(spec, Quantization) else "skip"
 
 
 def _spec(data: Any) -> Spec:
-    return SKIP if data == "skip" else Quantization.from_dict(data)
+    return SKIP if data == "skip" else _checked(Quantization.from_dict(data))
 
 
 def _quantization(data: Any) -> Quantization | None:
-    return None if data is None else Quantization.from_dict(data)
+    return None if data is None else _checked(Quantization.from_dict(data))
+
+
+def _checked(quantization: Quantization) -> Quantization:
+    """The same, if MLX has it."""
+    mode = quantization.mode.value
+    check_quantization(quantization.bits, quantization.group_size, mode)
+    return quantization
 
 
 def _recipe(data: Mapping[str, Any]) -> Recipe:
-    rules = tuple(Rule(**{**rule, "roles": tuple(rule["roles"])}) for rule in data["rules"])
-    return Recipe(**{**data, "default": _quantization(data["default"]), "rules": rules})
+    return recipe_from_dict({**data, "default": _quantization(data["default"])})
 
 
 def _default_of(

@@ -18,11 +18,16 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from requant.checkpoint import read_checkpoint
+from requant.conversion import convert
 from requant.dtypes import NUMPY_DTYPE
 from requant.errors import RequantError
+from requant.figures import read_figures
 from requant.patterns import Pattern
 from requant.planner import make_plan
+from requant.record import record_hash
 from requant.safetensors_header import parse_header
+from requant.verification import verify
 from requant.wishes import Wishes
 
 HERE = Path(__file__).parent
@@ -343,6 +348,58 @@ class GgufReader:
                 assert str(error)
 
 
+class IndexReader:
+    """Reads a folder of three small shards whose index is damaged; a fourth lies outside."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+        place.mkdir(parents=True, exist_ok=True)
+        (place.parent / "outside.safetensors").write_bytes(_shard(["outside"]))
+        (place / "config.json").write_text("{}")
+        for number, names in enumerate(SHARDS):
+            (place / f"{number}.safetensors").write_bytes(_shard(names))
+
+    def __call__(self, index: bytes) -> None:
+        (self.place / "model.safetensors.index.json").write_bytes(index)
+        try:
+            tensors = read_checkpoint(self.place).tensors
+            assert "outside" not in tensors
+        except RequantError as error:
+            assert str(error)
+
+
+class RecordReader:
+    """Verifies an output, and reads its figures, where ``requant.json`` is a stranger's."""
+
+    def __init__(self, place: Path) -> None:
+        self.source, self.output = place.with_name("original"), place.with_name("output")
+
+    def __call__(self, record: dict[str, Any]) -> None:
+        if not self.output.exists():
+            self.source.mkdir()
+            (self.source / "config.json").write_text("{}")
+            (self.source / "model.safetensors").write_bytes(_shard(["x.weight"]))
+            convert(self.source, self.output, bits=4, layout="keep")
+            (self.output / "extra.json").write_text("{}")
+        text = json.dumps(record | {"sha256": record_hash(record)})
+        (self.output / "requant.json").write_text(text)
+        for read in (
+            lambda: verify(self.output, threads=1),
+            lambda: verify(self.source, self.output, threads=1),
+            lambda: read_figures(self.output),
+        ):
+            try:
+                read()
+            except RequantError as error:
+                assert str(error)
+
+
+def _shard(names: list[str]) -> bytes:
+    """A sound file with tensors of zeros."""
+    text, size = header_of({name: ["F32", [32, 64]] for name in names})
+    return struct.pack("<Q", len(text)) + text + bytes(size)
+
+
 def read_pattern(text: str) -> None:
     """A regular expression over names of every length."""
     try:
@@ -488,8 +545,61 @@ def gguf_file(rng: random.Random) -> bytes:
     return head + bytes(-len(head) % 32 + at)
 
 
+SHARDS = (["a.weight", "b.weight"], ["c.weight"], ["d.weight", "e.weight", "f.weight"])
+_PATHS = (
+    "../outside.safetensors",
+    "0.safetensors/../1.safetensors",
+    "./1.safetensors",
+    "/etc/passwd",
+    "1.safetensors\0",
+    "a/" * 2000 + "1.safetensors",
+    "\udc80.safetensors",
+    "2.safetensors ",
+    "config.json",
+)
+
+
+def index_text(rng: random.Random) -> bytes:
+    """An index of the three shards, damaged as a value, as text, or both."""
+    told = {name: f"{at}.safetensors" for at, names in enumerate(SHARDS) for name in names}
+    index: Any = {"metadata": {"total_size": 0}, "weight_map": told}
+    for _ in range(rng.randint(0, 2)):
+        if rng.random() < 0.5:
+            told[rng.choice([*told, "new", *_PATHS])] = rng.choice([*told.values(), *_PATHS])
+        else:
+            index = damage_json(index, rng)
+    text = json.dumps(index).encode()
+    return damage_bytes(text, rng) if rng.random() < 0.5 else text
+
+
+RECORD = json.loads((HERE / "record.json").read_text())
+
+
+def record_value(rng: random.Random) -> Any:
+    """What ``requant.json`` of a small output holds, damaged."""
+    record: Any = copy.deepcopy(RECORD)
+    for _ in range(rng.randint(1, 3)):
+        if not isinstance(record, dict):
+            return {}
+        kind = rng.random()
+        if kind < 0.2:
+            key = rng.choice(["files", "headers", "tensors", "layers"])
+            name = rng.choice([*_PATHS, "extra.json", "x.weight", "", "x" * 300, "\ud800"])
+            if isinstance(record.get(key), dict):
+                record[key][name] = rng.choice(list(_ODD))
+        elif kind < 0.4 and isinstance(record.get("wishes"), dict):
+            record["wishes"] = damage_json(record["wishes"], rng)
+        else:
+            record = damage_json(record, rng)
+    return record if isinstance(record, dict) else {"record": record}
+
+
 def make_input(kind: str, folders: list[Folder], rng: random.Random) -> Any:
-    """One input of a kind: ``header``, ``folder``, ``pattern`` or ``gguf``."""
+    """One input of a kind, as ``readers`` has them."""
+    if kind == "index":
+        return index_text(rng)
+    if kind == "record":
+        return record_value(rng)
     if kind == "gguf":
         data = gguf_file(rng)
         return damage_bytes(data, rng) if rng.random() < 0.3 else data
@@ -529,6 +639,8 @@ def readers(place: Path) -> dict[str, Callable[[Any], None]]:
         "folder": FolderReader(place),
         "pattern": read_pattern,
         "gguf": GgufReader(place),
+        "index": IndexReader(place.with_name("shards")),
+        "record": RecordReader(place),
     }
 
 
@@ -544,4 +656,5 @@ def from_text(text: str) -> tuple[str, Any]:
     return seed["kind"], bytes.fromhex(seed["input"]) if seed["kind"] in (
         "header",
         "gguf",
+        "index",
     ) else seed["input"]

@@ -43,7 +43,15 @@ def test_the_corpus_is_mostly_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind, inputs", [("header", 4000), ("pattern", 1500), ("folder", 700), ("gguf", 500)]
+    "kind, inputs",
+    [
+        ("header", 4000),
+        ("pattern", 1500),
+        ("folder", 700),
+        ("gguf", 500),
+        ("index", 1000),
+        ("record", 150),
+    ],
 )
 def test_a_slice_of_the_fuzzer(kind: str, inputs: int, tmp_path: Path) -> None:
     rng, folders = random.Random(1), corpus()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -15,6 +16,7 @@ import requant
 from requant import verification
 from requant.conversion import convert
 from requant.errors import CheckpointError, UsageError
+from requant.record import spelled
 from requant.wishes import Wishes
 from tests.road.builders import SHARED
 
@@ -159,6 +161,76 @@ def test_a_hostile_record_is_no_crash(dense: Path, output: Path, change: dict) -
     record["sha256"] = verification.record_hash(record)
     (output / "requant.json").write_text(json.dumps(record))
     assert requant.verify(dense, output).problems
+
+
+@pytest.mark.parametrize(
+    "wish",
+    [
+        {"dtype": 1 << 32},
+        {"dtype": "F99"},
+        {"layout": "x"},
+        {"search": None},
+        {"act_order": []},
+        {"dequantize": "yes"},
+        {"max_shard_bytes": 0},
+        {"max_shard_bytes": True},
+        {"max_shard_bytes": 1e9},
+        {"spoiled": [["a"]]},
+        {"spoiled": [7]},
+        {"config_from": 7},
+        {"quantization": {"group_size": 64, "bits": 33, "mode": "affine"}},
+        {"overrides": [["a", {"group_size": 7, "bits": 4, "mode": "affine"}]]},
+        {"overrides": [["(", "skip"]]},
+        {"recipe": {}},
+        {"recipe": {"name": "mixed_9_9", "is_mixed": True}},
+        {"recipe": {"rules": [{"spec": "8", "match": "(", "roles": [], "first": 0, "last": 0}]}},
+        {"recipe": {"rules": [{"spec": "8", "match": "", "roles": ["x"], "first": 0, "last": 0}]}},
+        {"recipe": {"rules": [{"spec": 8.5, "match": "a", "roles": [], "first": 0, "last": 0}]}},
+        {"unknown": 1},
+    ],
+)
+def test_wishes_that_nobody_can_have(dense: Path, output: Path, wish: dict) -> None:
+    record = json.loads((output / "requant.json").read_text())
+    if wish.get("recipe"):
+        whole = {"name": "r", "description": "", "default": None, "rules": []}
+        whole |= {"is_mixed": False, "is_shipped": False}
+        wish = {"recipe": whole | wish["recipe"]}
+    record["wishes"] |= wish
+    record["sha256"] = verification.record_hash(record)
+    (output / "requant.json").write_text(json.dumps(record))
+    found = requant.verify(dense, output).problems
+    assert any(problem.where == "requant.json: wishes" for problem in found), found
+
+
+@pytest.mark.parametrize("name", ["link.json", "a\0b", "x" * 300, "", "pipe"])
+def test_files_of_a_record_that_are_none(dense: Path, output: Path, name: str) -> None:
+    """Nothing outside of the folder is read, no pipe is waited for."""
+    (output.parent / "secret").write_text("{}")
+    (output / "link.json").symlink_to("../secret")
+    os.mkfifo(output / "pipe")
+    record = json.loads((output / "requant.json").read_text())
+    record["files"][name] = hashlib.sha256(b"{}").hexdigest()
+    record["sha256"] = verification.record_hash(record)
+    (output / "requant.json").write_text(json.dumps(record))
+    assert len(requant.verify(output).problems) == 1
+    assert requant.verify(dense, output).problems
+
+
+def test_the_record_of_a_large_model_is_read(output: Path) -> None:
+    """Seventy thousand layers, as of 384 experts in 61 blocks, in three tensors each."""
+    record = json.loads((output / "requant.json").read_text())
+    layer = next(iter(record["layers"].values()))
+    digest = next(iter(record["tensors"].values()))
+    for number in range(70_000):
+        path = f"model.layers.{number % 61}.mlp.experts.{number}.down_proj"
+        record["layers"][path] = layer
+        for part in ("weight", "scales", "biases"):
+            record["tensors"][f"{path}.{part}"] = digest
+    record["sha256"] = verification.record_hash(record)
+    (output / "requant.json").write_bytes(spelled(record))
+    found = requant.verify(output).problems
+    assert found
+    assert all("is missing; requant.json knows it" in problem.message for problem in found)
 
 
 def test_a_converted_output_has_a_record_of_its_own(output: Path, tmp_path: Path) -> None:
