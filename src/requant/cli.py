@@ -169,7 +169,7 @@ def convert(
     SOURCE may be a repository on the hub; it is downloaded once its headers hold no problem.
     Stopped (Ctrl-C, kill, a full disk), the same command goes on where it was.
     """  # noqa: D301
-    from requant import console, conversion
+    from requant import console, conversion, publishing
 
     wishes = _wishes(
         bits,
@@ -192,6 +192,9 @@ def convert(
             plan = conversion.plan(source, **wishes)
             _print_plan(plan, threads, max_memory, json, quiet, output, force)
         return
+    with _answering_errors():
+        if upload_to is not None:
+            publishing.check_ready(upload_to)
     with (
         _answering_errors(),
         console.progress_display(quiet) as progress,
@@ -383,12 +386,12 @@ def upload(
     """Upload an OUTPUT of convert to the hub, with a model card.
 
     The card says where the model comes from, the exact command, the figures, how to run and
-    how to check it; --preview prints it. Stopped, the same command goes on: weight files that
+    how to check it; --dry-run prints it. Stopped, the same command goes on: weight files that
     are on the hub already are not sent again.
 
     \b
     Examples:
-      requant upload Llama-3.2-1B-4bit me/Llama-3.2-1B-4bit --preview
+      requant upload Llama-3.2-1B-4bit me/Llama-3.2-1B-4bit --dry-run
       requant upload Llama-3.2-1B-4bit me/Llama-3.2-1B-4bit --base-model meta-llama/Llama-3.2-1B
     """  # noqa: D301
     if not preview:
@@ -415,7 +418,10 @@ def _upload(
     from requant import publishing
 
     with _answering_errors():
-        done = publishing.upload(output, repository, base_model=base_model, private=private)
+        shown = not (quiet or json) and sys.stderr.isatty()
+        done = publishing.upload(
+            output, repository, base_model=base_model, private=private, show_progress=shown
+        )
         if json:
             _print_json(done.to_dict())
         elif not quiet:

@@ -75,11 +75,16 @@ class HubCache:
     consumed = False
 
     def __init__(self, repository: str, commit: str) -> None:
-        import huggingface_hub
+        from huggingface_hub import constants
 
         self.repository, self.commit = repository, commit
-        cache = Path(huggingface_hub.constants.HF_HUB_CACHE)
+        cache = Path(constants.HF_HUB_CACHE)
         self.folder = cache / f"models--{repository.replace('/', '--')}"
+
+    @property
+    def snapshot(self) -> Path:
+        """The folder of the commit."""
+        return self.folder / "snapshots" / self.commit
 
     def find(self, file: RemoteFile) -> Path | None:
         """The file in the snapshot of this commit."""
@@ -102,7 +107,7 @@ class HubCache:
         return self._linked(file)
 
     def _linked(self, file: RemoteFile) -> Path:
-        link = self.folder / "snapshots" / self.commit / file.name
+        link = self.snapshot / file.name
         link.parent.mkdir(parents=True, exist_ok=True)
         blob = os.path.relpath(self.folder / "blobs" / file.digest, link.parent)
         with suppress(FileExistsError):
@@ -346,6 +351,20 @@ class Downloads:
     def _count(self, nbytes: int) -> None:
         with self._changed:
             self.bytes_here += nbytes
+
+
+def fetch_all(downloads: Downloads, names: Sequence[str]) -> None:
+    """Wait for files that are needed before all else.
+
+    Raises:
+        HubError: One cannot be had.
+    """
+    downloads.begin(names)
+    try:
+        for name in names:
+            downloads.take(name, lambda: False)
+    finally:
+        downloads.end()
 
 
 def _write(fd: int, data: bytes, offset: int) -> None:

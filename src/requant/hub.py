@@ -19,7 +19,16 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 
 from requant.checkpoint import Checkpoint, FileRange, read_checkpoint
-from requant.downloads import HELD_FILES, SUFFIX, Area, Downloads, HubCache, Place, RemoteFile
+from requant.downloads import (
+    HELD_FILES,
+    SUFFIX,
+    Area,
+    Downloads,
+    HubCache,
+    Place,
+    RemoteFile,
+    fetch_all,
+)
 from requant.errors import CheckpointError, HubError, Problem, UsageError
 from requant.gguf.choice import choose_model, gguf_models
 from requant.gguf.header import header_nbytes
@@ -30,6 +39,7 @@ from requant.safetensors_header import PREFIX_BYTES, header_length
 from requant.source_folder import CONFIG, INDEX, QUANTIZATION_FILES, names_repository, wanted_files
 
 _FIRST_BYTES = 128 << 10  # of a weight file: most headers are within
+CARD = "README.md"
 _COMMIT = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
 _DIGEST = _COMMIT
 
@@ -74,7 +84,7 @@ def find_repository(source: str | os.PathLike[str], revision: str | None) -> Rep
     files = wanted_files(sizes)
     kind = _gguf_kind(name, sizes, wanted, any(x.endswith(".safetensors") for x in files))
     if kind:
-        files = gguf_models(sizes)[kind]
+        files = [*gguf_models(sizes)[kind], *(x for x in (CARD,) if x in sizes)]
     return Repository(
         name, found.sha, {x: sizes[x] for x in files}, {x: digests[x] for x in files}, kind
     )
@@ -128,7 +138,7 @@ class Repository:
     @property
     def _below(self) -> str:
         """Folder of the repository, with a slash, in which a GGUF model lies."""
-        first = next(iter(self.sizes))
+        first = next(iter(self.sizes))  # the model's files stand before others
         return first[: first.rfind("/") + 1] if self.gguf else ""
 
     def headers(self, config_from: str | os.PathLike[str] | None = None) -> Checkpoint:
@@ -213,21 +223,14 @@ class Repository:
         Raises:
             HubError: A file cannot be had, or the disk has too little room.
         """
-        import huggingface_hub
-
         weights = {self._below + file.name for file in checkpoint.files}
         cache = HubCache(self.name, self.commit)
         place: Place = cache if area is None else Area(area, cache)
         if area is None:
             self._check_room(cache)
-        folder = checkpoint.path
-        for file in self.sizes:
-            if file in weights:
-                continue
-            with asking(self.name, self.commit, file):
-                found = huggingface_hub.hf_hub_download(self.name, file, revision=self.commit)
-            if file == CONFIG:
-                folder = Path(found).parent
+        small = {name: self._remote_file(name) for name in self.sizes if name not in weights}
+        fetch_all(Downloads(self.name, self.commit, small, cache), list(small))
+        folder = cache.snapshot if small and not self.gguf else checkpoint.path
         files = {x.name: self._remote_file(self._below + x.name) for x in checkpoint.files}
         window = None if area is None else HELD_FILES
         supply = Downloads(self.name, self.commit, files, place, window)
@@ -287,10 +290,15 @@ class Repository:
             **more,
         )
 
-    def _home(self) -> Path:
-        import huggingface_hub
+    @property
+    def card(self) -> Path:
+        """Where the model card is, if it was downloaded."""
+        return HubCache(self.name, self.commit).snapshot / CARD
 
-        return Path(huggingface_hub.constants.HF_HOME)
+    def _home(self) -> Path:
+        from huggingface_hub import constants
+
+        return Path(constants.HF_HOME)
 
 
 class _Ahead:

@@ -23,10 +23,11 @@ def stream_range(repository: str, commit: str, file: str, start: int, stop: int)
         HubError: The hub is not reached, or refuses.
     """
     import huggingface_hub
+    from huggingface_hub import utils as known
 
     if stop <= start:
         return
-    utils: Any = huggingface_hub.utils  # not all of its names are exported by the letter
+    utils: Any = known  # not all of its names are exported by the letter
     url = huggingface_hub.hf_hub_url(repository, file, revision=commit)
     headers = utils.build_hf_headers()
     headers |= {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
@@ -69,12 +70,15 @@ def _temporary(message: str) -> HubError:
 
 
 @contextmanager
-def asking(repository: str, revision: str | None = None, file: str = "") -> Iterator[None]:
+def asking(
+    repository: str, revision: str | None = None, file: str = "", *, sending: bool = False
+) -> Iterator[None]:
     """Turn what huggingface_hub and the network raise into a HubError that says what to do."""
     from huggingface_hub import errors
 
     where = f"{repository}: {file}" if file else repository
-    neither = f"{where}:" if file else f"{where} is no folder here, and"
+    neither = f"{where}:" if file or sending else f"{where} is no folder here, and"
+    kept = "Files that arrived are not sent again" if sending else "What came is kept"
     page = f"the page of {repository} on the hub"
     try:
         yield
@@ -89,10 +93,13 @@ def asking(repository: str, revision: str | None = None, file: str = "") -> Iter
     except errors.RevisionNotFoundError as error:
         raise HubError(f"{repository} has no revision {revision!r}: see {page}") from error
     except errors.RepositoryNotFoundError as error:
-        message = (
-            f"there is no folder {repository}, and no such model on the hub, or it is private; "
-            "for a private one log in with `hf auth login` or set HF_TOKEN"
+        missing = (
+            f"{repository}: the hub takes nothing for it from you; check the name,"
+            if sending
+            else f"there is no folder {repository}, and no such model on the hub, or it is "
+            "private; for a private one"
         )
+        message = f"{missing} log in with `hf auth login` or set HF_TOKEN"
         raise HubError(message) from error
     except errors.EntryNotFoundError as error:
         raise HubError(f"{where} is not on the hub at {revision}") from error
@@ -111,10 +118,10 @@ def asking(repository: str, revision: str | None = None, file: str = "") -> Iter
         # Connections fail with the classes of whichever HTTP library huggingface_hub uses.
         if isinstance(error, OSError) or type(error).__module__.partition(".")[0] in _HTTP:
             what = f"{type(error).__name__}: {error}".splitlines()[0]
-            message = f"{neither} the hub cannot be reached ({what}). What came is kept: try again"
+            message = f"{neither} the hub cannot be reached ({what}). {kept}: try again"
             raise _temporary(message) from error
         if isinstance(error, RuntimeError) and error.__cause__ is not None:  # of one file of many
-            with asking(repository, revision, str(error).splitlines()[0]):
+            with asking(repository, revision, str(error).splitlines()[0], sending=sending):
                 raise error.__cause__ from error
         raise
 

@@ -219,5 +219,8 @@ BaseModel = Annotated[
 ]
 Private = Annotated[bool, typer.Option("--private", help="Create a private repository.")]
 Preview = Annotated[
-    bool, typer.Option("--preview", help="Print the model card and the files; upload nothing.")
+    bool,
+    typer.Option(
+        "--dry-run", "-n", "--preview", help="Print the model card and the files; upload nothing."
+    ),
 ]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,10 @@ from requant.checkpoint import read_json
 from requant.conversion import Source
 from requant.errors import HubError, UsageError
 from requant.figures import Figures, read_figures
+from requant.hub import CARD, Repository
 from requant.hub_client import asking
 from requant.source_folder import CONFIG
 
-CARD = "README.md"
 # What a card takes over from the source's; the rest would describe another model.
 _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 
@@ -52,6 +53,7 @@ def upload(
     base_model: str | None = None,
     private: bool = False,
     preview: bool = False,
+    show_progress: bool = False,
 ) -> Upload:
     """Upload a folder that ``convert`` wrote, with a model card, as one commit.
 
@@ -64,22 +66,21 @@ def upload(
         base_model: Id of the source on the hub; None takes what the record knows.
         private: Create the repository as a private one.
         preview: Only make the card and the list of files; the hub is not asked.
+        show_progress: Let huggingface_hub draw its bars on standard error.
 
     Raises:
         CheckpointError: The folder has no record of ours, or a damaged one.
         HubError: The hub is not reached or refuses.
         UsageError: ``repository`` is no ``org/name``.
     """
-    organisation, slash, name = repository.partition("/")
-    if not (organisation and slash and name) or "/" in name:
-        raise UsageError(f"{repository!r} is no repository; write it as org/name")
+    check_name(repository)
     folder = Path(output)
     figures = read_figures(folder)
     try:
         import huggingface_hub
     except ImportError:
         raise HubError("uploading needs huggingface_hub: pip install 'requant[hub]'") from None
-    card = model_card(figures, repository, base_model, _source_card(folder))
+    card = model_card(figures, repository, base_model, _source_card(folder, figures))
     paths = {x.relative_to(folder).as_posix(): x for x in sorted(folder.rglob("*")) if x.is_file()}
     paths = {name: path for name, path in paths.items() if not name.startswith(".")}
     sizes = {name: path.stat().st_size for name, path in paths.items()}
@@ -91,19 +92,71 @@ def upload(
     operations = [add(name, str(path)) for name, path in paths.items()]
     operations.append(add(CARD, card.encode()))
     api = huggingface_hub.HfApi()
-    with asking(repository, "main"):
+    with asking(repository, "main", sending=True), _bars(show_progress):
         api.create_repo(repository, private=private, exist_ok=True)
         message = f"Converted by requant {figures.requant}"
         made = api.create_commit(repository, operations, commit_message=message)
     return Upload(repository, card, sizes, str(made.commit_url))
 
 
-def _source_card(folder: Path) -> dict[str, Any]:
-    """What the source's own card says about license and language."""
+def check_name(repository: str) -> None:
+    """Refuse what is no ``org/name``.
+
+    Raises:
+        UsageError: It is none.
+    """
+    organisation, slash, name = repository.partition("/")
+    if not (organisation and slash and name) or "/" in name:
+        raise UsageError(f"{repository!r} is no repository; write it as org/name")
+
+
+def check_ready(repository: str) -> None:
+    """Say before a long conversion why its upload could not even begin; the hub is not asked.
+
+    Raises:
+        HubError: huggingface_hub or a token is missing.
+        UsageError: ``repository`` is no ``org/name``.
+    """
+    check_name(repository)
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise HubError("uploading needs huggingface_hub: pip install 'requant[hub]'") from None
+    if huggingface_hub.get_token() is None:
+        raise HubError(
+            f"{repository}: uploading needs a token: log in with `hf auth login` or set HF_TOKEN"
+        )
+
+
+@contextmanager
+def _bars(shown: bool) -> Iterator[None]:
+    """huggingface_hub's bars, only where they are wanted."""
+    from huggingface_hub import utils as known
+
+    utils: Any = known  # not all of its names are exported by the letter
+    if shown or utils.are_progress_bars_disabled():
+        yield
+        return
+    utils.disable_progress_bars()
+    try:
+        yield
+    finally:
+        utils.enable_progress_bars()
+
+
+def _source_card(folder: Path, figures: Figures) -> dict[str, Any]:
+    """What the source's own card says about license, language and task.
+
+    It is in the output or, of a GGUF file from the hub, where it was downloaded to.
+    """
     import huggingface_hub
 
+    place = folder / CARD
+    if figures.repository is not None and not place.exists():
+        name, commit = figures.repository
+        place = Repository(name.partition(":")[0], commit, {}).card
     try:
-        text = (folder / CARD).read_text("utf-8")
+        text = place.read_text("utf-8")
         card = huggingface_hub.ModelCard(text, ignore_metadata_errors=True)
         found: dict[str, Any] = card.data.to_dict()  # type: ignore[no-untyped-call]
     except (OSError, ValueError):  # no card, or one that cannot be read: there is nothing to take
@@ -117,8 +170,11 @@ def model_card(
     """The card: where it comes from, what it lost, how to run and how to check it."""
     from huggingface_hub import ModelCardData
 
-    base = base_model or (figures.repository[0] if figures.repository else None)
+    known = figures.repository[0].partition(":")[0] if figures.repository else None
+    base = base_model or known
     data: dict[str, Any] = {**inherited, "library_name": "mlx", "tags": ["mlx", "requant"]}
+    if "pipeline_tag" not in data and _speaks(figures):
+        data["pipeline_tag"] = "text-generation"
     if base is not None:
         relation = {} if _is_dense(figures) else {"base_model_relation": "quantized"}
         data |= {"base_model": base, **relation}
@@ -137,7 +193,7 @@ def model_card(
 ## How it was made
 
 ```sh
-{figures.command(base or "")}
+{figures.command("" if known else base or "")}
 ```
 
 {_table(figures)}
@@ -151,9 +207,17 @@ def model_card(
 source at hand repeats the conversion and compares every byte:
 
 ```sh
-{figures.verify_command(base or "SOURCE", name)}
+{figures.verify_command(figures.repository[0] if figures.repository else base or "SOURCE", name)}
 ```
 """
+
+
+def _speaks(figures: Figures) -> bool:
+    """Whether the output is a model that mlx-lm lets generate text."""
+    config = read_json(Path(figures.output), CONFIG)
+    named = config.get("architectures")
+    causal = isinstance(named, list) and any(str(x).endswith("ForCausalLM") for x in named)
+    return causal or figures.wishes.layout == "mlx-lm"
 
 
 def _is_dense(figures: Figures) -> bool:

@@ -32,6 +32,7 @@ class Hub:
         gates: File -> byte of it from which on it is sent, and what must be true before; a test
             that is over, or ten seconds, open all.
         served: Files that are sent instead of those that are listed.
+        readonly: Nothing may be written.
         down: Every connection is closed without an answer.
         tokens: Those that are known; empty takes any.
         cut_after: Files end after so many bytes, once; 0 lets all through.
@@ -47,8 +48,10 @@ class Hub:
     heads: dict[str, str] = field(default_factory=dict)
     gates: dict[str, tuple[int, Callable[[], bool]]] = field(default_factory=dict)
     served: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    readonly: bool = False
     down: bool = False
     tokens: tuple[str, ...] = ()
+    storing: threading.Lock = field(default_factory=threading.Lock)
     late: list[str] = field(default_factory=list)
     over: threading.Event = field(default_factory=threading.Event)
     cut_after: int = 0
@@ -217,6 +220,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         path, body = self.noted(), self.body()
+        if self.state.down:
+            self.close_connection = True
+            return
+        if self.state.readonly:
+            self.answer(403, b'{"error": "You have no right to write here."}')
+            return
         if not self.headers.get("Authorization"):
             self.answer(401, b'{"error": "Invalid username or password."}')
         elif path == "/api/repos/create":
@@ -257,10 +266,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_PUT(self) -> None:
         path, body = self.noted(), self.body()
-        if len(self.state.objects) == self.state.refuse_objects:
-            self.answer(400, b"no more")
-            return
         oid = path.removeprefix("/lfs/")
         assert hashlib.sha256(body).hexdigest() == oid
-        self.state.objects[oid] = body
-        self.answer(200)
+        with self.state.storing:
+            full = len(self.state.objects) == self.state.refuse_objects
+            if not full:
+                self.state.objects[oid] = body
+        self.answer(400, b"no more") if full else self.answer(200)

@@ -240,11 +240,15 @@ def output(call: Call, tmp_path: Path) -> Path:
 
 def test_preview_asks_nobody(hub: Hub, call: Call, output: Path) -> None:
     asked = len(hub.log)
-    said = ok(call("upload", output, "me/micro-4bit", "--preview"))
+    said = ok(call("upload", output, "me/micro-4bit", "--dry-run"))
+    assert ok(call("upload", output, "me/micro-4bit", "--preview")) == said
     assert len(hub.log) == asked
+    assert "pipeline_tag: text-generation\n" in said and "language: en\n" in said
     assert f"base_model: {NAME}\n" in said and "license: apache-2.0\n" in said
     assert "library_name: mlx\n" in said and "base_model_relation: quantized" in said
     assert f"requant convert {NAME} OUTPUT --bits 4" in said
+    assert f"--revision {Hub.commit(NAME)}\n" in said
+    assert f"requant verify {NAME} micro-4bit" in said
     assert "mlx_lm.generate --model me/micro-4bit" in said
     assert "# Of the source" not in said and "tags: [x]" not in said
     assert "model-00001-of-0000" in said
@@ -289,6 +293,36 @@ def test_convert_and_upload(hub: Hub, call: Call) -> None:
     done = call("convert", NAME, "o", "--layout", "keep", "--upload", "me/o", HF_TOKEN="hf_x")
     ok(done)
     assert "Tensors have the source's names" in committed(hub, "me/o")["README.md"].decode()
+
+
+def test_what_the_source_says_of_itself_is_kept(hub: Hub, call: Call) -> None:
+    data = "license: other\nlicense_name: own\nlanguage: [de, fr]\npipeline_tag: feature-extraction"
+    hub.repositories[NAME]["README.md"] = f"---\n{data}\n---\n".encode()
+    ok(call("convert", NAME, "out", "--bits", "4", "--quiet"))
+    said = json.loads(ok(call("upload", "out", "me/m", "--dry-run", "--json")))["card"]
+    for line in ("license_name: own", "- de", "- fr", "pipeline_tag: feature-extraction"):
+        assert f"{line}\n" in said
+    said = ok(call("upload", "out", "me/m", "--dry-run", "--base-model", "the/original"))
+    assert "base_model: the/original\n" in said and f"requant convert {NAME} OUTPUT" in said
+
+
+def test_an_upload_that_cannot_be(hub: Hub, call: Call, output: Path) -> None:
+    hub.readonly = True
+    done = call("upload", output, "them/m", HF_TOKEN="hf_x")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "them/m: the hub answers 403: " in done.stderr and "no right to write" in done.stderr
+    hub.readonly, hub.down = False, True
+    done = call("upload", output, "me/m", HF_TOKEN="hf_x")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "me/m: the hub cannot be reached" in done.stderr
+    assert "Files that arrived are not sent again: try again" in done.stderr
+
+
+def test_a_token_is_missed_before_the_conversion(hub: Hub, call: Call, tmp_path: Path) -> None:
+    done = call("convert", NAME, "o", "--upload", "me/o")
+    assert done.returncode == 1 and "me/o: uploading needs a token: log in" in done.stderr
+    assert call("convert", NAME, "o", "--upload", "o").returncode == 2
+    assert not hub.log and not (tmp_path / "o").exists()
 
 
 def test_upload_needs_a_token_and_a_record(call: Call, output: Path) -> None:

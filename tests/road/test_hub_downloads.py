@@ -78,7 +78,7 @@ def journal(tmp_path: Path) -> str:
 
 def converted(tmp_path: Path) -> int:
     """How many layers a running conversion has written whole."""
-    return journal(tmp_path).count('"hash"')
+    return journal(tmp_path).count('"hash"') // 3  # words, scales, biases
 
 
 def begin(call: Call, tmp_path: Path, *arguments: object) -> subprocess.Popen[str]:  # noqa: F811

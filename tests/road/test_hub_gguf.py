@@ -16,6 +16,7 @@ from .test_hub import MICRO, Call, call, contents, ok  # noqa: F401  (a fixture)
 
 pytest.importorskip("huggingface_hub")
 NAME = "someone/micro-GGUF"
+CARD = b"---\nlicense: mit\n---\n# micro\n"
 
 
 def test_models_are_told_by_the_end_of_their_names() -> None:
@@ -68,7 +69,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     write_gguf(folder / "Q4_0" / "m-Q4_0.gguf", weights, config, "Q4_0", split_tensors=7)
     found = contents(folder)
     assert len(found) > 3
-    return found | {"mmproj-micro-f16.gguf": b"GGUF", "README.md": b"# micro\n"}
+    return found | {"mmproj-micro-f16.gguf": b"GGUF", "README.md": CARD}
 
 
 @pytest.fixture
@@ -134,6 +135,14 @@ def test_config_from_a_folder(hub: Hub, call: Call, tmp_path: Path) -> None:  # 
     assert made == (MICRO / "tokenizer.json").read_bytes()
     done = call("plan", "someone/micro", "--config-from", MICRO)
     assert done.returncode == 2 and "--config-from is for GGUF files" in done.stderr
+
+
+def test_the_card_of_a_gguf_model(hub: Hub, call: Call) -> None:  # noqa: F811
+    ok(call("convert", f"{NAME}:Q8_0", "out", "--quiet"))
+    said = ok(call("upload", "out", "me/m", "--dry-run"))
+    assert f"base_model: {NAME}\n" in said and "license: mit\n" in said
+    assert f"requant convert {NAME}:Q8_0 OUTPUT" in said
+    assert f"requant verify {NAME}:Q8_0 m\n" in said
 
 
 def test_generate_takes_a_repository(hub: Hub, call: Call) -> None:  # noqa: F811
