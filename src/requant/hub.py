@@ -36,7 +36,14 @@ from requant.gguf.source import read_gguf
 from requant.hub_client import asking, read_range
 from requant.limits import MAX_CONFIG_BYTES, MAX_ENTRIES, MAX_INDEX_BYTES
 from requant.safetensors_header import PREFIX_BYTES, header_length
-from requant.source_folder import CONFIG, INDEX, QUANTIZATION_FILES, names_repository, wanted_files
+from requant.source_folder import (
+    CONFIG,
+    INDEX,
+    QUANTIZATION_FILES,
+    describe_pickles,
+    names_repository,
+    wanted_files,
+)
 
 _FIRST_BYTES = 128 << 10  # of a weight file: most headers are within
 CARD = "README.md"
@@ -82,6 +89,10 @@ def find_repository(source: str | os.PathLike[str], revision: str | None) -> Rep
             raise HubError(f"{name}: the hub lists {file!r} with {size} bytes, which is no file")
     digests = {x.rfilename: x.lfs.sha256 if x.lfs else x.blob_id or "" for x in siblings}
     files = wanted_files(sizes)
+    has_weights = any(x.endswith((".safetensors", ".gguf")) for x in sizes)
+    pickles = "" if has_weights else describe_pickles(sizes)
+    if pickles:
+        raise CheckpointError(name, [Problem(name, pickles)])
     kind = _gguf_kind(name, sizes, wanted, any(x.endswith(".safetensors") for x in files))
     if kind:
         files = [*gguf_models(sizes)[kind], *(x for x in (CARD,) if x in sizes)]

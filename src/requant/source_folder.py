@@ -50,6 +50,10 @@ _STALE = {
     RECORD: "describes the conversion that made the source",
     **dict.fromkeys(QUANTIZATION_FILES, "describes the source's quantization"),
 }
+_NO_PICKLES = (
+    "Loading those can run code, so they are not read: load the model with transformers where "
+    "you trust it, and save it as safetensors with save_pretrained"
+)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _HUB_GGUF = re.compile(rf"{_HUB_ID.pattern}:[\w.+/ -]+", re.ASCII)
 _NUMBERED = re.compile(r"(.*)-([0-9]{5,6})-of-([0-9]{5,6})\.safetensors")
@@ -160,6 +164,8 @@ def check_folder(folder: Path) -> str:
         return f"cannot be read: {error}"
     if exists and folder.suffix == ".safetensors":
         return f"is a file; give the folder that holds it and its config.json: {folder.parent}"
+    if exists and folder.suffix in (".bin", ".pt", ".pth", ".ckpt"):
+        return f"is a pickle file, it seems. {_NO_PICKLES}"
     if exists:
         return "is a file, expected a folder with config.json and safetensors files"
     if _HUB_ID.fullmatch(str(folder)):
@@ -215,16 +221,20 @@ def find_gaps(names: Iterable[str]) -> list[tuple[str, str]]:
     return gaps
 
 
+def describe_pickles(names: Iterable[str]) -> str:
+    """Say what to do with pickle files, where there are any and no other weights."""
+    pickles = [name for name in names if any(fnmatchcase(name, x) for x in _PICKLES)]
+    if not pickles:
+        return ""
+    return f"holds no safetensors files, only pickle files ({_few(pickles)}). {_NO_PICKLES}"
+
+
 def describe_no_weights(listing: Listing) -> str:
     """Say what a folder without weights holds instead."""
     names = [name for name, _ in listing.left_out]
-    pickles = [n for n in names if any(fnmatchcase(n, pattern) for pattern in _PICKLES)]
+    pickles = describe_pickles(names)
     if pickles:
-        return (
-            f"holds no safetensors files, only pickle files ({_few(pickles)}). Loading those can "
-            "run code, so they are not read: load the model with transformers where you trust "
-            "it, and save it as safetensors with save_pretrained"
-        )
+        return pickles
     nested = [name for name in names if name.endswith(".safetensors")]
     if nested:
         return f"holds safetensors files in subfolders only ({_few(nested)}); give one of those"

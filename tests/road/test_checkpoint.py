@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import socket
 import struct
 import time
 from pathlib import Path
@@ -179,6 +180,8 @@ def test_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("m.safetensors", "give the folder that holds it"),
         ("m.gguf", "is no GGUF file: it starts with"),
         ("m.txt", "is a file, expected a folder"),
+        ("pytorch_model.bin", "save it as safetensors with save_pretrained"),
+        ("m.pt", "Loading those can run code, so they are not read"),
     ],
 )
 def test_file_instead_of_a_folder(tmp_path: Path, name: str, message: str) -> None:
@@ -247,18 +250,46 @@ def test_config_may_say_the_same_twice(tmp_path: Path) -> None:
     assert read_checkpoint(folder).config == {"a": 1}
 
 
-def test_config_too_large(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "name, most",
+    [
+        ("config.json", "16,777,216"),
+        ("quantize_config.json", "16,777,216"),
+        (INDEX, "67,108,864"),
+    ],
+)
+def test_a_gigabyte_of_json(tmp_path: Path, name: str, most: str) -> None:
     folder = write_folder(tmp_path, {"model.safetensors": ONE})
-    os.truncate(folder / "config.json", 1 << 30)
+    (folder / name).touch()
+    os.truncate(folder / name, 1 << 30)
 
-    assert only_problem(folder) == (
-        "config.json: takes 1,073,741,824 bytes, at most 16,777,216 are read"
-    )
+    assert only_problem(folder) == f"{name}: takes 1,073,741,824 bytes, at most {most} are read"
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device", "link", "cut"])
+@pytest.mark.parametrize("name", ["m.gguf", "m-00001-of-00002.gguf"])
+def test_a_gguf_that_is_no_file(tmp_path: Path, name: str, kind: str) -> None:
+    path = tmp_path / "source" / name
+    path.parent.mkdir()
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "cut":
+        path.write_bytes(b"GGUF\x03\0\0\0")
+    else:
+        path.symlink_to("/dev/zero" if kind == "device" else "/etc/passwd")
+    words = {"link": "is a link out of its folder", "cut": "ends"}
+    for source in (path, path.parent):
+        with pytest.raises(CheckpointError) as caught:
+            read_checkpoint(source)
+        problem = str(caught.value.problems[0])
+        assert words.get(kind, "is a device, pipe or socket") in problem
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", INDEX])
-@pytest.mark.parametrize("kind", ["fifo", "dangling", "loop", "folder"])
-def test_no_regular_file(tmp_path: Path, name: str, kind: str) -> None:
+@pytest.mark.parametrize("kind", ["fifo", "device", "socket", "dangling", "loop", "folder"])
+def test_no_regular_file(
+    tmp_path: Path, name: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A pipe must not make us wait; nothing is read through it."""
     folder = write_folder(
         tmp_path, {"model.safetensors": ONE}, weight_map={"a.weight": "model.safetensors"}
@@ -267,6 +298,14 @@ def test_no_regular_file(tmp_path: Path, name: str, kind: str) -> None:
     path.unlink()
     if kind == "fifo":
         os.mkfifo(path)
+        message = "is a device, pipe or socket"
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+        message = "is a device, pipe or socket"
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as made, monkeypatch.context() as patch:
+            patch.chdir(folder)  # the path of a socket is short
+            made.bind(name)
         message = "is a device, pipe or socket"
     elif kind == "dangling":
         path.symlink_to("nowhere")

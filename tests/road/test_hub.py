@@ -207,6 +207,7 @@ def test_an_output_in_the_way_is_told_before_the_download(
         ([NAME], {"HF_ENDPOINT": "http://127.0.0.1:9"}, "the hub cannot be reached"),
         ([NAME], {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE forbids"),
         (["a/empty"], {}, "config.json: is not in the repository"),
+        (["a/pickle"], {}, "only pickle files (pytorch_model.bin). Loading those can run code"),
         (["a/evil"], {}, "the hub lists '../../x' with 1 bytes, which is no file"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
@@ -215,6 +216,7 @@ def test_what_cannot_be_had(
     hub: Hub, call: Call, arguments: list[str], env: dict[str, str], said: str, tmp_path: Path
 ) -> None:
     hub.repositories |= {"a/gated": contents(MICRO), "a/empty": {"x.txt": b""}}
+    hub.repositories["a/pickle"] = {"pytorch_model.bin": b"x" * 99, "config.json": b"{}"}
     hub.repositories["a/evil"] = {"../../x": b"x", "config.json": b"{}"}
     hub.gated.add("a/gated")
     for command in ("plan", "inspect"):
