@@ -62,6 +62,8 @@ from requant.options import (
     Verified,
     Written,
     Yes,
+    known_recipes,
+    offer,
 )
 
 if TYPE_CHECKING:
@@ -86,7 +88,6 @@ app = typer.Typer(
     ),
     context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
@@ -494,7 +495,10 @@ def generate(
 @app.command()
 def recipes(
     name: Annotated[
-        str | None, typer.Argument(metavar="[NAME|FILE]", help="Show this one.")
+        str | None,
+        typer.Argument(
+            metavar="[NAME|FILE]", help="Show this one.", autocompletion=offer(known_recipes)
+        ),
     ] = None,
     json: Json = False,
 ) -> None:

@@ -7,6 +7,7 @@ and help cannot drift apart.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -43,6 +44,39 @@ def parse_size(text: str) -> int:
     return nbytes
 
 
+def offer(words: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
+    """What a shell offers for a value; ``words`` imports only when it is asked."""
+
+    def matching(incomplete: str) -> list[str]:
+        return [word for word in words() if word.startswith(incomplete)]
+
+    return matching
+
+
+def _modes() -> Iterable[str]:
+    from requant.schema import QuantMode
+
+    return [mode.value for mode in QuantMode]
+
+
+def _choices(name: str) -> Callable[[], Iterable[str]]:
+    """A table of `wishes`, by name."""
+
+    def words() -> Iterable[str]:
+        from requant import wishes
+
+        known: Iterable[str] = getattr(wishes, name)
+        return known
+
+    return words
+
+
+def known_recipes() -> Iterable[str]:
+    from requant.recipes import recipe_names
+
+    return recipe_names()
+
+
 Source = Annotated[
     Path,
     typer.Argument(
@@ -69,12 +103,22 @@ GroupSize = Annotated[
 ]
 Mode = Annotated[
     str | None,
-    typer.Option("--mode", metavar="MODE", help="affine, mxfp4, mxfp8 or nvfp4."),
+    typer.Option(
+        "--mode",
+        metavar="MODE",
+        autocompletion=offer(_modes),
+        help="affine, mxfp4, mxfp8 or nvfp4.",
+    ),
 ]
 Dequantize = Annotated[bool, typer.Option("--dequantize", "-d", help="Write every layer dense.")]
 Dtype = Annotated[
     str | None,
-    typer.Option("--dtype", metavar="DTYPE", help="float16, bfloat16 or float32 for floats."),
+    typer.Option(
+        "--dtype",
+        metavar="DTYPE",
+        autocompletion=offer(_choices("DTYPES")),
+        help="float16, bfloat16 or float32 for floats.",
+    ),
 ]
 Overrides = Annotated[
     list[str] | None,
@@ -96,6 +140,7 @@ Recipe = Annotated[
     typer.Option(
         "--recipe",
         metavar="NAME|FILE",
+        autocompletion=offer(known_recipes),
         help="Bits by role, name and place: a name of `requant recipes`, or a TOML file.",
     ),
 ]
@@ -104,6 +149,7 @@ Layout = Annotated[
     typer.Option(
         "--layout",
         metavar="LAYOUT",
+        autocompletion=offer(_choices("LAYOUTS")),
         help="mlx-lm: what mlx-lm's converter would write; keep: the source's tensor names; "
         "auto: the first where mlx-lm takes the model.",
     ),
@@ -113,6 +159,7 @@ ActOrder = Annotated[
     typer.Option(
         "--act-order",
         metavar="WAY",
+        autocompletion=offer(_choices("ACT_ORDERS")),
         help="GPTQ layers with inputs out of order: requantize (8 bits), dense or refuse.",
     ),
 ]
@@ -121,6 +168,7 @@ Search = Annotated[
     typer.Option(
         "--search",
         metavar="LEVEL",
+        autocompletion=offer(_choices("SEARCHES")),
         help="Scales of new codes: off (MLX's rule), fast, or best (least error, slower). Same "
         "size, same format.",
     ),
@@ -172,7 +220,9 @@ MaxMemory = Annotated[
 ]
 Threads = Annotated[
     int | None,
-    typer.Option("--threads", "-j", metavar="N", min=1, help="Threads.  [default: all processors]"),
+    typer.Option(
+        "--threads", "-j", metavar="N", min=1, help="Worker threads; one a processor unless given."
+    ),
 ]
 Force = Annotated[bool, typer.Option("--force", "-f", help="Replace an existing OUTPUT.")]
 ConsumeSource = Annotated[

@@ -18,11 +18,11 @@ import pytest
 
 from requant import OutputError, __version__, conversion
 
+from ..commands import COMMANDS
 from .conftest import BF16, Result, write_model
 
 Requant = Callable[..., Result]
 MICRO_LLAMA = Path(__file__).parents[2] / "examples" / "micro-llama"
-COMMANDS = ("convert", "plan", "inspect", "generate", "recipes", "report", "upload")
 
 
 def python(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
@@ -48,13 +48,6 @@ def test_help_lists_the_commands(requant: Requant) -> None:
     result = requant("-h")
     assert result.code == 0
     assert all(f"  {command}  " in result.out for command in COMMANDS)
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_has_an_example(requant: Requant, command: str) -> None:
-    result = requant(command, "--help")
-    assert result.code == 0
-    assert f"\n    requant {command} " in result.out
 
 
 def test_plan_takes_every_wish_of_convert(requant: Requant) -> None:

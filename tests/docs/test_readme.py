@@ -10,10 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from ..commands import check_usage
+
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-# Fences marked ``sh`` and ``python`` are run; ``console``, ``text`` and the rest are shown only.
+# Fences marked ``sh`` and ``python`` are run. In ``console`` ones, whose models are not here, each
+# command of ours is parsed; ``text`` and the rest are shown only.
 _FENCE = re.compile(r"^```(sh|python)\n(.*?)^```$", re.M | re.S)
+_CONSOLE = re.compile(r"^```console\n(.*?)^```$", re.M | re.S)
 _LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)(?:#[^)]*)?\)")
 
 
@@ -44,6 +48,16 @@ def test_example_runs(language: str, text: str, place: Path) -> None:
     command = ["bash", "-euc", text] if language == "sh" else [sys.executable, "-c", text]
     run = subprocess.run(command, cwd=place, env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_commands_that_are_shown_parse(page: Path) -> None:
+    for block in _CONSOLE.findall(page.read_text()):
+        lines = block.replace("\\\n", " ").splitlines()
+        for line in lines:
+            if line.startswith("$ requant "):
+                check_usage(line[2:])
+        assert any(line.startswith("$ ") for line in lines), f"no command in\n{block}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

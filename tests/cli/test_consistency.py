@@ -1,0 +1,85 @@
+"""One tool: each command has an example that parses, each option its name in Python.
+
+Goes over whatever commands there are, so a new one is held to the same.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+import requant
+import requant.mlx_lm
+from requant.execute import make_budget
+from requant.page import render_page
+from requant.recipes import load_recipe
+
+from ..commands import COMMANDS, check_usage
+from .conftest import Result
+
+# Where the function of a command is another, or several, than ``requant.NAME``.
+DOORS: dict[str, tuple[Callable[..., Any], ...]] = {
+    "convert": (requant.convert, requant.upload),
+    "generate": (requant.convert, requant.mlx_lm.generate),  # load(**wishes) are convert's
+    "plan": (requant.plan, make_budget),
+    "recipes": (load_recipe,),
+    "report": (requant.read_figures, render_page),
+}
+# Options with another form in Python: what they are there.
+OTHERWISE = {
+    "json": "to_dict() of what a function returns",
+    "quiet": "a library prints nothing",
+    "html": "render_page(read_figures(output)) returns the page",
+    "override": "overrides=, a sequence",
+    "no_resume": "resume=False",
+    "upload_to": "requant.upload(output, repository)",
+    "dry_run": "requant.plan(...)",
+    "help": "help(requant.convert)",
+}
+
+
+def doors(command: str) -> tuple[Callable[..., Any], ...]:
+    return DOORS.get(command) or (getattr(requant, command),)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_has_its_name_in_python(command: str) -> None:
+    known = {name for door in doors(command) for name in inspect.signature(door).parameters}
+    for parameter in COMMANDS[command].params:
+        spelt = {text.lstrip("-").replace("-", "_") for text in parameter.opts}
+        assert spelt & known or {parameter.name} & OTHERWISE.keys(), (
+            f"requant {command} {parameter.opts}: no parameter of that name"
+        )
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_says_what_it_does(command: str) -> None:
+    for parameter in COMMANDS[command].params:
+        assert parameter.help and parameter.help.endswith("."), parameter.opts
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_examples_that_parse(requant: Callable[..., Result], command: str) -> None:
+    text = requant(command, "--help").out
+    examples = re.findall(r"^ +(requant .*)$", text, re.M)
+    assert any(line.split()[1] == command for line in examples), text
+    for line in examples:
+        check_usage(line)
+
+
+def test_help_fits_a_terminal(requant: Callable[..., Result]) -> None:
+    for command in COMMANDS:
+        wide = [line for line in requant(command, "--help").out.splitlines() if len(line) > 100]
+        assert not wide
+
+
+def test_the_parser_is_really_asked() -> None:
+    with pytest.raises(AssertionError, match="No such option"):
+        check_usage("requant plan a --no-such-thing")
+    with pytest.raises(AssertionError, match="no such command"):
+        check_usage("requant no-such-thing a")
+    check_usage("requant recipes ends-8 > mine.toml")
