@@ -89,7 +89,10 @@ class Step:
         """Bytes that one row takes in ``tensor``; of a packed layer's part, its share of them."""
         if self.packing is not None and not isinstance(tensor, OutputTensor):
             return -(-tensor.info.nbytes // max(self.packing.rows, 1))
-        rows = prod(tensor.info.shape[:-1]) if self.packing is not None else self.rows
+        rows = self.rows
+        if self.packing is not None:
+            of_values = self.operation is Operation.DECODE and self.columns == 1
+            rows = prod(tensor.info.shape if of_values else tensor.info.shape[:-1])
         return tensor.info.nbytes // max(rows, 1)
 
     @property

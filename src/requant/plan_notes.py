@@ -12,6 +12,7 @@ from requant.dtypes import KERNEL_FLOATS
 from requant.formats import SourceLayer
 from requant.formats.packing import DTYPE_WORD
 from requant.relayout import ON_VALUES, Relayout
+from requant.steps import with_global_scale
 
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 
@@ -20,9 +21,10 @@ def notes_on(
     chooser: Chooser, decided: Iterable[Decided], layers: Iterable[LayerPlan], steps: Iterable[Step]
 ) -> Iterator[str]:
     """Everything that the user should know of a plan."""
-    layers, steps = tuple(layers), tuple(steps)
+    decided, layers, steps = tuple(decided), tuple(layers), tuple(steps)
     yield from _extra(chooser.moved)
     yield from _rotations(decided)
+    yield from _global_scales(decided)
     yield from _values(chooser, layers)
     yield from _search(chooser, steps)
     yield from _experts(layers)
@@ -56,6 +58,16 @@ def _rotations(decided: Iterable[Decided]) -> Iterator[str]:
             f"{len(turned)} layers keep the rotation of their inputs: requant.mlx_lm.load and "
             "requant generate run them, other loaders do not; --fold-rotation makes plain "
             "8-bit layers."
+        )
+
+
+def _global_scales(decided: Iterable[Decided]) -> Iterator[str]:
+    """Say who can run experts with tensor scales of their own."""
+    count = len(with_global_scale(decided))
+    if count:
+        yield (
+            f"{count} stack{'s' * (count > 1)} of experts keep their tensor scales, as MLX's "
+            "global_scale: mlx-lm runs that on the GPU only (MLX 0.32.4)."
         )
 
 

@@ -7,7 +7,7 @@ what the reader should know; here they become one plan.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from requant.plan_notes import notes_on, rotated_layers
 from requant.relayout import Relayout, relayout
 from requant.schema import SKIP, PerLayerQuantization, Quantization
 from requant.specs import resolve_quantization
-from requant.steps import fidelity, layer_steps, material_steps
+from requant.steps import fidelity, layer_steps, material_steps, with_global_scale
 from requant.wishes import DTYPES, Wishes
 
 
@@ -155,7 +155,7 @@ class Planner:
             layers=tuple(layers),
             steps=tuple(steps),
             shards=shards,
-            config=self._config(quantization, rotated),
+            config=self._config(quantization, rotated, with_global_scale(decided)),
             quantization=quantization,
             side_files=(*self.checkpoint.side_files, *sorted(self.checkpoint.made_files)),
             left_out=self.checkpoint.left_out,
@@ -229,7 +229,12 @@ class Planner:
             return dict(config)
         return dict(sorted({**config, key: self.checkpoint.config[key]}.items()))
 
-    def _config(self, quantization: PerLayerQuantization | None, rotated: bool) -> dict[str, Any]:
+    def _config(
+        self,
+        quantization: PerLayerQuantization | None,
+        rotated: bool,
+        with_global_scale: Collection[str],
+    ) -> dict[str, Any]:
         """The source's config with the quantization and dtype that now hold."""
         wishes = self.wishes
         changed = wishes.overrides or wishes.only or wishes.spoiled or self.format != "dense"
@@ -252,5 +257,8 @@ class Planner:
                     part.update({key: name for key in ("dtype", "torch_dtype") if key in part})
         if quantization is not None:
             block = quantization.to_dict()
+            for path in block.keys() & with_global_scale:
+                # A layer with an entry of its own has what that says, and no more.
+                block[path]["global_scale"] = True
             config |= {"quantization": block, "quantization_config": block}
         return config

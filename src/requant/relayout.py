@@ -32,6 +32,7 @@ from requant.checkpoint import (
 from requant.dtypes import NUMPY_DTYPE, TensorInfo
 from requant.errors import CheckpointError, Problem, RequantError, UsageError
 from requant.formats.base import Rows, SourceLayer, SourceLayout, dense_layer, describe
+from requant.formats.nvfp4_layers import has_tensor_scale, kept_apart
 from requant.formats.packing import mlx_group
 from requant.mlx_lm_classes import WITHOUT_A_CLASS, why_no_class
 from requant.schema import PerLayerQuantization, Quantization, QuantMode
@@ -193,6 +194,10 @@ class Relayout:
         path = name.removesuffix(".weight")
         first = sources[0]
         runs = self._runs(name)
+        if runs is not None and self._has_scales_apart(path, sources):
+            apart = kept_apart(first, path, output.info.shape, runs)
+            if apart is not None:
+                return apart
         rotations = len(sources) > 1 and any(layer.carried for layer in sources)
         if runs is None or rotations or len({_kind(layer) for layer in sources}) > 1:
             return self._decoded(name, sources)
@@ -217,6 +222,12 @@ class Relayout:
             ranges = (piece for run in runs for piece in _row_ranges(run, role))
             parts[role] = _joined(f"{path}.{role}", info, ranges)
         return replace(made, parts=parts)
+
+    def _has_scales_apart(self, path: str, sources: Sequence[SourceLayer]) -> bool:
+        """Whether tensor scales of NVFP4 do not fold, and the class takes them as they are."""
+        if path not in self.layout.with_global_scale:
+            return False
+        return all(map(has_tensor_scale, sources)) and any(x.encoding is None for x in sources)
 
     def _runs(self, name: str) -> tuple[Rows, ...] | None:
         """The rows of source layers that make up an output; None if it is not made of rows."""

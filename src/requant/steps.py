@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from math import lcm, prod
 
 from requant.blueprint import Operation, OutputTensor, Step
@@ -118,6 +118,41 @@ def _packed_steps(
     if operation is Operation.REPACK:
         for role, tensor in layer.carried.items():
             yield _flat_step(layer.path, tensor, None, name=f"{layer.path}.{role}")
+        yield from _global_scale_steps(layer)
+
+
+def with_global_scale(
+    decided: Iterable[tuple[SourceLayer, Quantization | None, str]],
+) -> frozenset[str]:
+    """Paths of the layers whose output has a ``global_scale``."""
+    return frozenset(
+        layer.path
+        for layer, target, _ in decided
+        if target is not None
+        and layer.encoding == target
+        and (layer.global_scale or "global_scale" in layer.parts)
+    )
+
+
+def _global_scale_steps(layer: SourceLayer) -> Iterator[Step]:
+    """The tensor scales of an nvfp4 stack, one float32 a matrix."""
+    count = sum(run.count for run in layer.global_scale)
+    output = OutputTensor(f"{layer.path}.global_scale", TensorInfo("F32", (count,)))
+    into_row = 0
+    for run in layer.global_scale:
+        yield Step(
+            layer.path,
+            Operation.DECODE,
+            run.count,
+            1,
+            run.layer.parts,
+            {"weight": output},
+            dtype="F32",
+            packing=run.layer.packing,
+            first_row=run.start,
+            into_row=into_row,
+        )
+        into_row += run.count
 
 
 def material_steps(layout: SourceLayout, moved: Relayout | None, wishes: Wishes) -> dict[str, Step]:

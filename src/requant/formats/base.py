@@ -107,6 +107,8 @@ class SourceLayer:
         carried: Role -> tensor that goes with the codes and is needed to run them: a rotation
             of the inputs. Its values are a part of what ``packing`` decodes.
         name: Of a packed tensor that is no ``{path}.weight``; else "".
+        global_scale: The rows, one number each, that make up ``{path}.global_scale``: nvfp4
+            in experts, whose tensor scales go out as numbers of their own.
     """
 
     path: str
@@ -124,6 +126,7 @@ class SourceLayer:
     pieces: tuple[Rows, ...] = ()
     carried: Mapping[str, SourceTensor] = field(default_factory=dict)
     name: str = ""
+    global_scale: tuple[Rows, ...] = ()
 
     @property
     def is_quantized(self) -> bool:

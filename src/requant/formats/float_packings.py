@@ -261,6 +261,7 @@ class NvBlocks(Packing):
         divides: Whether group scales are divided by it, not multiplied.
         exact: Whether every group scale times the tensor scale is an E4M3 number again, so
             that MLX's nvfp4 holds the same numbers.
+        apart: Whether ``unpack`` leaves the tensor scale to :class:`GlobalScales`.
     """
 
     rows: int
@@ -270,6 +271,7 @@ class NvBlocks(Packing):
     tensor_scale_width: int = 1
     divides: bool = False
     exact: bool = False
+    apart: bool = False
 
     @property
     def matrix_rows(self) -> int:
@@ -296,7 +298,8 @@ class NvBlocks(Packing):
         self, parts: Parts, start: int, stop: int, out: Mapping[str, np.ndarray], scratch: Scratch
     ) -> None:
         out["weight"][:] = parts["weight"].view(np.uint32)
-        folded = fold_e4m3(self._scales(parts)) if self.tensor_scales else parts["scale"]
+        folds = self.tensor_scales and not self.apart
+        folded = fold_e4m3(self._scales(parts)) if folds else parts["scale"]
         if folded is None:
             raise InvariantError("its scales do not fold into E4M3 any more: the source changed")
         out["scales"][:] = folded.view(np.uint8)
@@ -307,6 +310,44 @@ class NvBlocks(Packing):
         with np.errstate(over="ignore", invalid="ignore"):
             groups = values.reshape(stop - start, -1, 16) * self._scales(parts)[:, :, None]
         out[:] = groups.reshape(out.shape)
+
+    def fidelity(self, dtype: str) -> Fidelity:
+        if not self.apart:
+            return super().fidelity(dtype)
+        return Fidelity(Exactness.ROUNDED, "tensor scale: 1/8388608 (float32) of itself")
+
+
+@dataclass(frozen=True)
+class GlobalScales(Packing):
+    """Tensor scales of NVFP4 in MLX's convention: the greatest magnitude of a matrix.
+
+    MLX computes ``element * group scale * (global_scale / 2688)``, 2688 being the largest
+    element (6) times the largest group scale (448). A row is one number.
+
+    Attributes:
+        rows: Numbers in ``tensor_scale``.
+        width: Its last axis as stored.
+        divides: Whether group scales are divided by it, not multiplied.
+    """
+
+    rows: int
+    width: int
+    divides: bool
+    columns: int = 1
+
+    holds_codes: ClassVar[bool] = False
+
+    def cuts(self, start: int, stop: int) -> dict[str, Cut]:
+        # Whole rows of the stored tensor: a range that begins inside of one is cut from it.
+        rows = start // self.width, -(-stop // self.width)
+        return {"tensor_scale": Cut(rows, (0, self.width))}
+
+    def dense(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
+        """``2688 / scale`` or ``scale * 2688``, in float32."""
+        first = start % self.width
+        stored = parts["tensor_scale"].reshape(-1)[first : first + stop - start].astype(np.float32)
+        largest = np.float32(2688)
+        out[:, 0] = largest / stored if self.divides else stored * largest
 
 
 def apply_tensor_scale(scales: np.ndarray, factor: np.ndarray, divides: bool) -> np.ndarray:

@@ -1,17 +1,26 @@
-"""NVFP4 layers of any tool: whether MLX's nvfp4 holds them without their tensor scale."""
+"""NVFP4 layers of any tool: whether MLX's nvfp4 holds them, without their tensor scale or with."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from math import prod
 
 import ml_dtypes
 import numpy as np
 
 from requant.checkpoint import Checkpoint, SourceTensor
-from requant.formats.base import SourceLayer, fallback_for
-from requant.formats.float_packings import NVFP4, NvBlocks, apply_tensor_scale, fold_e4m3
+from requant.formats.base import Rows, SourceLayer, fallback_for
+from requant.formats.float_packings import (
+    NVFP4,
+    GlobalScales,
+    NvBlocks,
+    apply_tensor_scale,
+    fold_e4m3,
+)
 from requant.formats.sorting import Sorter
 
+_STORED = "nvfp4 with a tensor scale"
 _REASON = "MLX's nvfp4 has no place for its tensor scale"
 
 
@@ -70,10 +79,91 @@ def nvfp4_layer(
         shape,
         sorter.dtype,
         packing,
-        "nvfp4 with a tensor scale",
+        _STORED,
         fallback_for(2 * nbytes),
         _REASON,
     )
+
+
+def has_tensor_scale(layer: SourceLayer) -> bool:
+    """Whether a layer is NVFP4 whose group scales are not all there is."""
+    return isinstance(layer.packing, NvBlocks) and layer.packing.tensor_scales > 0
+
+
+def kept_apart(
+    layer: SourceLayer, path: str, shape: tuple[int, ...], runs: Sequence[Rows]
+) -> SourceLayer | None:
+    """A stack of NVFP4 matrices with a tensor scale each, as MLX's nvfp4 with a global scale.
+
+    Args:
+        layer: The first of the source's layers.
+        path: Of the stack.
+        shape: Of the stack, ``(..., out, in)``.
+        runs: The rows that it consists of; their layers all have a tensor scale.
+
+    Returns:
+        The stack; None where rows of two tensor scales meet in one matrix.
+    """
+    scales = _scales_of_matrices(shape, runs)
+    if scales is None:
+        return None
+    pieces = tuple(replace(run, layer=_apart(run.layer)) for run in runs)
+    made = replace(layer, path=path, shape=shape, encoding=NVFP4, fallback=None, reason="")
+    return replace(made, stored=_STORED, pieces=pieces, global_scale=scales)
+
+
+def _apart(layer: SourceLayer) -> SourceLayer:
+    assert isinstance(layer.packing, NvBlocks)
+    return replace(layer, packing=replace(layer.packing, apart=True, exact=False))
+
+
+def _scales_of_matrices(shape: tuple[int, ...], runs: Sequence[Rows]) -> tuple[Rows, ...] | None:
+    """Which stored tensor scale each matrix of the output has, neighbours in one run."""
+    height, filled = shape[-2], 0
+    found: list[tuple[SourceLayer, int]] = []
+    for run in runs:
+        packing = run.layer.packing
+        assert isinstance(packing, NvBlocks)
+        row = 0
+        while row < run.count:
+            at = run.start + row * run.step
+            which = at // packing.matrix
+            number = (run.layer, which if packing.tensor_scales > 1 else 0)
+            left = -(-((which + 1) * packing.matrix - at) // run.step)
+            taken = min(left, run.count - row, height - filled % height)
+            if filled % height == 0:
+                found.append(number)
+            elif not _same(found[-1], number):
+                return None
+            filled, row = filled + taken, row + taken
+    return tuple(_runs_of(found))
+
+
+def _same(one: tuple[SourceLayer, int], other: tuple[SourceLayer, int]) -> bool:
+    return one[0].path == other[0].path and one[1] == other[1]
+
+
+def _runs_of(found: Sequence[tuple[SourceLayer, int]]) -> Iterator[Rows]:
+    last: Rows | None = None
+    for layer, index in found:
+        if last is not None and last.layer.path == layer.path and last.start + last.count == index:
+            last = replace(last, count=last.count + 1)
+            continue
+        if last is not None:
+            yield last
+        last = Rows(_numbers(layer), index, 1)
+    if last is not None:
+        yield last
+
+
+def _numbers(layer: SourceLayer) -> SourceLayer:
+    """The tensor scales of a layer, as a layer of their own."""
+    packing = layer.packing
+    assert isinstance(packing, NvBlocks)
+    scales = GlobalScales(packing.tensor_scales, packing.tensor_scale_width, packing.divides)
+    parts = {"tensor_scale": layer.parts["tensor_scale"]}
+    shape = (packing.tensor_scales,)
+    return SourceLayer(layer.path, parts, None, shape, "F32", scales)
 
 
 def _folds(checkpoint: Checkpoint, scale: SourceTensor, factors: np.ndarray, divides: bool) -> bool:
