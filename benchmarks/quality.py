@@ -3,47 +3,23 @@
     python benchmarks/quality.py MODEL --text held-out.txt
     python benchmarks/quality.py MODEL --text held-out.jsonl --tokens 8192 --specs 3 4:32 mxfp4
 
-MODEL is a dense folder that mlx-lm loads; each conversion happens in memory. The text is plain,
-or JSON strings, one a line; nothing is calibrated on it. `gap` is the mean next-token loss in nats
-above the dense model's, `share` that gap over the one of MLX's rule at the same spec and bytes,
-with its standard error over the windows of text.
+MODEL is a dense folder that mlx-lm loads; conversions go to a temporary folder. Nothing is
+calibrated on the text. `gap` is the mean next-token loss in nats above the dense model's, `share`
+that gap over the one of MLX's rule at the same spec and bytes, with its standard error over the
+windows of text.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
-import requant.mlx_lm
-
-
-def tokens_of(path: Path, tokenizer: Any, most: int, window: int) -> np.ndarray:
-    """Token ids of the text, ``(windows, window)``."""
-    text = path.read_text()
-    documents = map(json.loads, text.splitlines()) if path.suffix == ".jsonl" else [text]
-    ids: list[int] = []
-    for document in documents:
-        ids += tokenizer.encode(document)
-        if len(ids) >= most:
-            break
-    count = min(len(ids), most) // window
-    return np.array(ids[: count * window]).reshape(count, window)
-
-
-def losses(model: Any, ids: np.ndarray) -> np.ndarray:
-    """Mean next-token loss of each window, in nats."""
-    found = []
-    for row in ids:
-        logits = model(mx.array(row[None, :-1])).astype(mx.float32)
-        loss = nn.losses.cross_entropy(logits, mx.array(row[None, 1:]))
-        found.append(float(loss.mean()))
-    return np.array(found)
+import requant
+from requant.evaluation import load_as_stored, losses, read_tokens
 
 
 def wishes_of(spec: str) -> dict[str, Any]:
@@ -62,6 +38,13 @@ def share_of(gaps: np.ndarray, rule: np.ndarray) -> tuple[float, float]:
     return float(gaps.sum() / rule.sum()), spread
 
 
+def converted_losses(source: Path, ids: np.ndarray, **wishes: Any) -> np.ndarray:
+    """Losses of what ``requant.convert`` writes with these wishes."""
+    with tempfile.TemporaryDirectory() as folder:
+        requant.convert(source, Path(folder) / "out", **wishes)
+        return losses(load_as_stored(Path(folder) / "out")[0], ids)
+
+
 def main() -> None:
     """Parse the arguments and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -71,17 +54,15 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--specs", nargs="+", default=["4", "3", "2", "mxfp4", "nvfp4"])
     args = parser.parse_args()
-    source = str(args.model)
-    dense_model, tokenizer = requant.mlx_lm.load(source, dequantize=True, dtype="float32")
-    ids = tokens_of(args.text, tokenizer, args.tokens, args.window)
+    dense_model, tokenizer = load_as_stored(args.model)
+    ids = read_tokens(args.text, tokenizer, args.tokens, args.window)
     dense = losses(dense_model, ids)
     print(f"{args.model.name}, {ids.size} tokens, dense loss {dense.mean():.4f} nats")
     print(f"{'spec':8}{'search':>8}{'gap':>9}{'share':>8}{'+-':>8}")
     for spec in args.specs:
         rule = np.zeros(0)
         for search in ("off", "fast", "best"):
-            model, _ = requant.mlx_lm.load(source, search=search, **wishes_of(spec))
-            gaps = losses(model, ids) - dense
+            gaps = converted_losses(args.model, ids, search=search, **wishes_of(spec)) - dense
             rule = gaps if search == "off" else rule
             share, spread = share_of(gaps, rule)
             print(f"{spec:8}{search:>8}{gaps.mean():9.4f}{share:8.3f}{spread:8.3f}", flush=True)

@@ -40,6 +40,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("nn", "figures"),
     ("page", "publishing"),
     ("inspection", "mlx_lm", "verification"),
+    ("evaluation",),
+    ("comparison",),
     ("options", "console"),
     ("cli",),
     ("__main__", "__init__"),

@@ -8,6 +8,7 @@ are in memory already.
 from __future__ import annotations
 
 from requant.blueprint import Plan
+from requant.comparison import Comparison, compare
 from requant.conversion import convert, plan
 from requant.errors import (
     BackendError,
@@ -52,6 +53,7 @@ __all__ = [
     "AwqLoadConfig",
     "BackendError",
     "CheckpointError",
+    "Comparison",
     "DivisibilityError",
     "Figures",
     "HubError",
@@ -76,6 +78,7 @@ __all__ = [
     "UnsupportedDtypeError",
     "UsageError",
     "Verification",
+    "compare",
     "convert",
     "default_eligible",
     "dequantize_weights",

@@ -42,6 +42,8 @@ from requant.options import (
     MaxMemory,
     MaxTokens,
     Mode,
+    ModelA,
+    ModelB,
     NoResume,
     Only,
     Output,
@@ -57,6 +59,9 @@ from requant.options import (
     Search,
     ShardSize,
     Source,
+    Text,
+    TextTokens,
+    TextWindow,
     Threads,
     UploadTo,
     Verified,
@@ -345,6 +350,42 @@ def verify(
             console.show_verification(found)
     if found.problems:
         raise typer.Exit(EXIT_FAULT)
+
+
+@app.command()
+def compare(
+    a: ModelA,
+    b: ModelB,
+    text: Text = None,
+    tokens: TextTokens = 8192,
+    window: TextWindow = 256,
+    threads: Threads = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Hold two forms of one model against each other, layer by layer.
+
+    Relative RMS, largest error and cosine of every tensor, in whatever formats A and B are.
+    With --text, both predict its tokens: loss and perplexity of each, how far B's predictions
+    diverge from A's and how often both agree, each with its standard error.
+
+    \b
+    Examples:
+      requant compare Llama-3.2-1B Llama-3.2-1B-4bit
+      requant compare Llama-3.2-1B Llama-3.2-1B-4bit --text held-out.txt
+      requant compare Llama-3.2-1B Llama-3.2-1B-Q4_K_M.gguf --json
+    """  # noqa: D301
+    from requant import comparison, console
+
+    with _answering_errors():
+        with console.counting_display(quiet or json) as progress:
+            found = comparison.compare(
+                a, b, text=text, tokens=tokens, window=window, threads=threads, progress=progress
+            )
+        if json:
+            _print_json(found.to_dict())
+        elif not quiet:
+            console.show_comparison(found)
 
 
 @app.command()

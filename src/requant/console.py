@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from requant.blueprint import LayerPlan, Plan
+    from requant.comparison import Comparison, LayerComparison
+    from requant.evaluation import Estimate, Evaluation
     from requant.execute import Budget, Progress
     from requant.figures import Figures
     from requant.inspection import Inspection, Stored
@@ -358,6 +360,72 @@ def _percent(share: float | None) -> str:
     return "" if share is None else f"{100 * share:#.3g} %"
 
 
+def show_comparison(found: Comparison) -> None:
+    """Print how two models differ: layers of a name together, the worst, and the text."""
+    page = _Page()
+    alike: dict[tuple[str, str, str], list[LayerComparison]] = defaultdict(list)
+    for layer in found.layers:
+        alike[_without_numbers(layer.name), layer.a, layer.b].append(layer)
+    rows = [
+        (
+            name,
+            a,
+            b,
+            f"{len(layers):,}",
+            _percent(_largest(layer.relative_rms for layer in layers)),
+            f"{max(layer.max_error for layer in layers):.3g}",
+            f"{min(1.0 if x.cosine is None else x.cosine for x in layers):.6f}",
+        )
+        for (name, a, b), layers in alike.items()
+    ]
+    page.line(f"{found.a} ({found.bits_per_weight_a:.2f} bits per weight)", "bold")
+    page.line(f"{found.b} ({found.bits_per_weight_b:.2f} bits per weight)", "bold")
+    page.line()
+    header = ("tensor", "a", "b", "count", "relative RMS", "largest error", "cosine")
+    page.columns(rows[:_NAME_LINES], right=(3, 4, 5, 6), header=header)
+    if len(rows) > _NAME_LINES:
+        page.line(f"and {len(rows) - _NAME_LINES:,} more names; --json lists all")
+    page.line()
+    worst = sorted(found.layers, key=lambda layer: -(layer.relative_rms or 0.0))
+    for layer in worst[:_WORST_LINES]:
+        if layer.relative_rms:
+            page.line(f"worst: {layer.name}, {_percent(layer.relative_rms)}")
+    if not any(layer.relative_rms or layer.max_error for layer in found.layers):
+        page.line(f"all {count(len(found.layers), 'tensor')} equal")
+    spoiled = [layer.name for layer in found.layers if layer.nonfinite]
+    if spoiled:
+        page.line(f"NaN or infinite, not counted: {_few(spoiled)}", "bold red")
+    for side, names in (("A", found.only_a), ("B", found.only_b)):
+        if names:
+            page.line(f"only in {side}: {_few(names)}")
+    if found.evaluation is not None:
+        page.line()
+        _show_evaluation(page, found.evaluation)
+
+
+def _largest(numbers: Iterable[float | None]) -> float | None:
+    return max((number for number in numbers if number is not None), default=None)
+
+
+def _show_evaluation(page: _Page, found: Evaluation) -> None:
+    def told(estimate: Estimate, scale: float = 1.0, unit: str = "") -> tuple[str, str]:
+        return f"{scale * estimate.value:.4f}{unit}", f"+- {scale * estimate.error:.4f}"
+
+    page.columns(
+        [
+            ("loss of A, nats", *told(found.loss_a)),
+            ("loss of B, nats", *told(found.loss_b)),
+            ("loss gap, nats", *told(found.gap)),
+            ("perplexity of A", *told(found.perplexity_a)),
+            ("perplexity of B", *told(found.perplexity_b)),
+            ("KL divergence, nats", *told(found.divergence)),
+            ("same likeliest token", *told(found.same_top, 100, " %")),
+        ],
+        right=(1, 2),
+        header=(f"{found.tokens:,} tokens", "mean", "standard error"),
+    )
+
+
 def show_upload(found: Upload) -> None:
     """Print what an upload would send."""
     page = _Page()
@@ -472,6 +540,20 @@ def progress_display(quiet: bool) -> Iterator[Callable[[Progress], None] | None]
             yield update
     else:
         yield _plain_lines()
+
+
+@contextmanager
+def counting_display(quiet: bool) -> Iterator[Callable[[str, int, int], None] | None]:
+    """Yield what shows a name, how many are done and how many there are, on a terminal only."""
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+
+    def update(what: str, done: int, of: int) -> None:
+        print(f"\r\x1b[K{done:,} of {of:,}  {printable(what)[:60]}", end="", file=sys.stderr)
+
+    yield update
+    print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -274,3 +274,22 @@ Preview = Annotated[
         "--dry-run", "-n", "--preview", help="Print the model card and the files; upload nothing."
     ),
 ]
+ModelA = Annotated[
+    Path, typer.Argument(metavar="A", help="Folder or GGUF file: what the other is measured by.")
+]
+ModelB = Annotated[Path, typer.Argument(metavar="B", help="The same model in another form.")]
+Text = Annotated[
+    Path | None,
+    typer.Option(
+        "--text",
+        metavar="FILE",
+        help="Also what both make of this text (.txt, or .jsonl with a text a line); needs mlx-lm.",
+    ),
+]
+TextTokens = Annotated[
+    int, typer.Option("--tokens", metavar="N", min=4, help="Most tokens of the text to read.")
+]
+TextWindow = Annotated[
+    int,
+    typer.Option("--window", metavar="N", min=2, help="Tokens that are read in one go."),
+]
