@@ -309,7 +309,7 @@ def relayout(
     except Exception as error:  # mlx-lm raises limits of the process while it is imported
         message = f"mlx-lm cannot be imported ({error}). {WITHOUT_A_CLASS}"
         raise _refusal(checkpoint, message) from error
-    shown = {_shown_name(layer): layer for layer in source.layers}
+    shown = {x.dense_name: x for x in (layer.as_named or layer for layer in source.layers)}
     infos = {name: TensorInfo(layer.dtype, layer.shape) for name, layer in shown.items()}
     try:
         # Not our own reading of config.json: mlx-lm adds what generation_config.json says.
@@ -353,11 +353,6 @@ def _why_refused(layout: MlxLmLayout, infos: Mapping[str, TensorInfo]) -> str:
 
 def _refusal(checkpoint: Checkpoint, why: str) -> CheckpointError:
     return CheckpointError(str(checkpoint.source), [Problem("--layout mlx-lm", why)])
-
-
-def _shown_name(layer: SourceLayer) -> str:
-    """The name of a layer's dense tensor."""
-    return layer.dense_name
 
 
 def _kind(layer: SourceLayer) -> tuple[object, ...]:

@@ -109,6 +109,8 @@ class SourceLayer:
         name: Of a packed tensor that is no ``{path}.weight``; else "".
         global_scale: The rows, one number each, that make up ``{path}.global_scale``: nvfp4
             in experts, whose tensor scales go out as numbers of their own.
+        as_named: The same values under the name and in the shape that the tool gives them,
+            where a row of the source is no row of the layer; model classes are shown this.
     """
 
     path: str
@@ -127,6 +129,7 @@ class SourceLayer:
     carried: Mapping[str, SourceTensor] = field(default_factory=dict)
     name: str = ""
     global_scale: tuple[Rows, ...] = ()
+    as_named: SourceLayer | None = None
 
     @property
     def is_quantized(self) -> bool:

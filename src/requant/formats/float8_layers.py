@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import prod
 
 from requant.checkpoint import Checkpoint, SourceTensor
@@ -92,7 +93,13 @@ def float8_columns_layer(
     packing = Float8Columns(rows, columns, n_out, tile, width)
     if packing.fits_mxfp8 and _powers_of_two(checkpoint, scale, weight):
         packing = Float8Columns(rows, columns, n_out, tile, width, exact=True)
-    return _layer(path, weight, scale, (experts, n_out, columns), dtype, packing)
+    made = _layer(path, weight, scale, (experts, n_out, columns), dtype, packing)
+    if path != weight.name:
+        return made
+    in_place = Float8(experts * columns, n_out, columns, (columns, 1), width)
+    shape, fallback = weight.info.shape, made.encoding
+    named = replace(made, shape=shape, packing=in_place, encoding=None, fallback=fallback)
+    return replace(made, as_named=replace(named, name=path))
 
 
 def _powers_of_two(checkpoint: Checkpoint, scale: SourceTensor, weight: SourceTensor) -> bool:

@@ -1,0 +1,90 @@
+"""Llama 4 in fbgemm's FP8: experts that mlx-lm's class wants as they are named and turned."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import requant
+from tests.formats.folders import e4m3
+from tests.formats.harness import float_values, read_file, read_folder
+from tests.road.conftest import write_file
+
+pytest.importorskip("mlx_lm")
+
+EXPERTS = "language_model.model.layers.1.feed_forward.experts"
+
+
+def folders(tmp_path: Path, exponents: bool = False) -> tuple[Path, Path]:
+    """A small Llama 4 with FP8 experts, and its dense twin in float32."""
+    from tests.mlx_lm.checks import write_folder
+    from tests.mlx_lm.families import small_config
+    from tests.mlx_lm.test_codes import published
+
+    published(tmp_path / "plain", "llama4", small_config("llama4"))
+    config = small_config("llama4")
+    weights = read_file(tmp_path / "plain" / "model.safetensors")
+    stored, dense = dict(weights), dict(weights)
+    for seed, (name, array) in enumerate(weights.items()):
+        if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            continue
+        count, _, n_out = array.shape
+        factors = np.random.default_rng(seed).uniform(0.001, 0.002, (count, 1, n_out))
+        if exponents:
+            factors = np.exp2(np.rint(np.log2(factors)))
+        codes, scales = e4m3(*array.shape, seed=seed), factors.astype(np.float32)
+        is_down = name.endswith("down_proj")
+        stored[name] = codes
+        stored[f"{name}_scale"] = scales.reshape(count, n_out, 1) if is_down else scales
+        dense[name] = (codes.astype(np.float32) * scales).astype(ml_dtypes.bfloat16)
+    write_folder(tmp_path / "fp8", config | {"dtype": "bfloat16"} | BLOCK, {"x": mx.zeros(1)})
+    write_folder(tmp_path / "twin", config | {"dtype": "bfloat16"}, {"x": mx.zeros(1)})
+    write_file(tmp_path / "fp8" / "model.safetensors", stored)
+    write_file(tmp_path / "twin" / "model.safetensors", dense)
+    return tmp_path / "fp8", tmp_path / "twin"
+
+
+BLOCK = {"quantization_config": {"quant_method": "fbgemm_fp8", "modules_to_not_convert": []}}
+
+
+@pytest.mark.parametrize("wishes", [{"bits": 8}, {"mode": "mxfp4"}, {"dequantize": True}], ids=str)
+def test_experts_as_from_dense_weights(wishes: dict[str, Any], tmp_path: Path) -> None:
+    """Each tensor is what the dense bfloat16 twin gives, byte for byte; mlx-lm loads it."""
+    from mlx_lm.utils import load_model
+
+    source, twin = folders(tmp_path)
+    if "dequantize" not in wishes:
+        wishes = wishes | {"only": [r"experts\."]}
+    requant.convert(source, tmp_path / "out", layout="mlx-lm", chunk_bytes=3000, **wishes)
+    requant.convert(twin, tmp_path / "wanted", layout="mlx-lm", **wishes)
+    made, wanted = read_folder(tmp_path / "out"), read_folder(tmp_path / "wanted")
+    assert made.keys() == wanted.keys()
+    assert f"{EXPERTS}.gate_proj.weight" in made
+    assert [name for name in made if made[name].tobytes() != wanted[name].tobytes()] == []
+    load_model(tmp_path / "out", strict=True)
+
+
+def test_powers_of_two_need_no_wish(tmp_path: Path) -> None:
+    """mxfp8 holds the values; they are computed anew, because the rule turns them."""
+    source, twin = folders(tmp_path, exponents=True)
+    report = requant.convert(source, tmp_path / "out", layout="mlx-lm")
+    requant.convert(twin, tmp_path / "wanted", layout="mlx-lm", dequantize=True)
+    made, wanted = read_folder(tmp_path / "out"), read_folder(tmp_path / "wanted")
+    spec = {"group_size": 32, "bits": 8, "mode": "mxfp8"}
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        values = float_values(made, f"{EXPERTS}.{name}", spec)
+        assert np.array_equal(values, wanted[f"{EXPERTS}.{name}.weight"].astype(np.float32))
+    found = {x.layer: x.exactness for x in report.plan.layers}
+    assert found[f"{EXPERTS}.up_proj"] == "re-encoded"
+
+
+def test_without_a_wish_the_choices_are_named(tmp_path: Path) -> None:
+    source, _ = folders(tmp_path)
+    with pytest.raises(requant.RequantError, match="say what it becomes") as refused:
+        requant.convert(source, tmp_path / "out", layout="mlx-lm")
+    assert "experts" in str(refused.value)
