@@ -25,7 +25,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("source_folder",),
     ("checkpoint", "gguf"),
     ("hub_client",),
-    ("downloads",),
+    ("downloads", "hub_listing"),
     ("hub",),
     ("formats", "mlx_lm_classes", "mlx_lm_layout"),
     ("relayout",),

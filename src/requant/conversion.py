@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from requant.blueprint import Plan
 from requant.checkpoint import Checkpoint
+from requant.consuming import most_with_consume_source
 from requant.errors import CheckpointError, OutputError, Problem, UsageError
 from requant.execute import Finding, Outcome, Progress, make_budget, run_plan
 from requant.hub import Repository, find_repository
@@ -27,6 +28,7 @@ from requant.writer import (
     Sink,
     check_output,
     downloads_of,
+    spent_on,
     spoiled_before,
     staging_of,
     twins_of,
@@ -292,7 +294,13 @@ def _arriving(
 ) -> Checkpoint:
     """A source on the hub, to be downloaded now that its headers hold no problem."""
     checkpoint = remote.headers(wishes.config_from)
-    check_output(make_plan(checkpoint, wishes), output, force)
+    made, spent = make_plan(checkpoint, wishes), spent_on(output)
+    if area is None:
+        most = sum(shard.nbytes for shard in made.shards) + remote.room_beside(output)
+    else:
+        spent += sum(x.stat().st_blocks * 512 for x in area.glob("*"))
+        most = most_with_consume_source(made)
+    check_output(made, output, force, spent, most)
     return remote.arriving(checkpoint, area)
 
 

@@ -9,13 +9,14 @@ come by range requests too. Whole files come while others are converted (``downl
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path, PurePosixPath
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from requant.checkpoint import Checkpoint, FileRange, read_checkpoint
@@ -34,7 +35,8 @@ from requant.gguf.choice import choose_model, gguf_models
 from requant.gguf.header import header_nbytes
 from requant.gguf.source import read_gguf
 from requant.hub_client import asking, read_range
-from requant.limits import MAX_CONFIG_BYTES, MAX_ENTRIES, MAX_INDEX_BYTES
+from requant.hub_listing import home, is_digest, list_repository
+from requant.limits import MAX_CONFIG_BYTES, MAX_INDEX_BYTES
 from requant.safetensors_header import PREFIX_BYTES, header_length
 from requant.source_folder import (
     CONFIG,
@@ -47,8 +49,8 @@ from requant.source_folder import (
 
 _FIRST_BYTES = 128 << 10  # of a weight file: most headers are within
 CARD = "README.md"
-_COMMIT = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
-_DIGEST = _COMMIT
+_STREAMS = 8  # headers that come at a time
+_FETCHED_BYTES = 64 << 20  # of small tensors that are kept for the next look
 
 
 def find_repository(source: str | os.PathLike[str], revision: str | None) -> Repository | None:
@@ -66,39 +68,21 @@ def find_repository(source: str | os.PathLike[str], revision: str | None) -> Rep
         if revision is not None:
             raise UsageError(f"--revision is for repositories on the hub, and {source} is none")
         return None
-    try:
-        import huggingface_hub
-    except ImportError:
+    if find_spec("huggingface_hub") is None:
         if revision is None:
             return None
-        raise HubError(
-            f"{source}: the hub needs huggingface_hub: pip install 'requant[hub]'"
-        ) from None
-    with asking(name, revision):
-        found = huggingface_hub.HfApi().model_info(name, revision=revision, files_metadata=True)
-    siblings = found.siblings or []
-    if not found.sha or not _COMMIT.fullmatch(found.sha):
-        raise HubError(f"{name}: the hub gives {found.sha!r} as its commit, expected a hash")
-    if len(siblings) > MAX_ENTRIES:
-        raise HubError(f"{name} holds {len(siblings):,} files, at most {MAX_ENTRIES:,} are read")
-    sizes = {x.rfilename: x.size if x.size is not None else -1 for x in siblings}
-    for file, size in sizes.items():
-        path = PurePosixPath(file)
-        plain = str(path) == file and not path.is_absolute() and ".." not in path.parts
-        if not plain or "\\" in file or not file.isprintable() or size < 0:
-            raise HubError(f"{name}: the hub lists {file!r} with {size} bytes, which is no file")
-    digests = {x.rfilename: x.lfs.sha256 if x.lfs else x.blob_id or "" for x in siblings}
-    files = wanted_files(sizes)
-    has_weights = any(x.endswith((".safetensors", ".gguf")) for x in sizes)
-    pickles = "" if has_weights else describe_pickles(sizes)
+        raise HubError(f"{source}: the hub needs huggingface_hub: pip install 'requant[hub]'")
+    found = list_repository(name, revision)
+    files = wanted_files(found.sizes)
+    has_weights = any(x.endswith((".safetensors", ".gguf")) for x in found.sizes)
+    pickles = "" if has_weights else describe_pickles(found.sizes)
     if pickles:
         raise CheckpointError(name, [Problem(name, pickles)])
-    kind = _gguf_kind(name, sizes, wanted, any(x.endswith(".safetensors") for x in files))
+    kind = _gguf_kind(name, found.sizes, wanted, any(x.endswith(".safetensors") for x in files))
     if kind:
-        files = [*gguf_models(sizes)[kind], *(x for x in (CARD,) if x in sizes)]
-    return Repository(
-        name, found.sha, {x: sizes[x] for x in files}, {x: digests[x] for x in files}, kind
-    )
+        files = [*gguf_models(found.sizes)[kind], *(x for x in (CARD,) if x in found.sizes)]
+    digests = {file: found.digests.get(file, "") for file in files}
+    return Repository(name, found.commit, {x: found.sizes[x] for x in files}, digests, kind)
 
 
 def _gguf_kind(name: str, files: Iterable[str], wanted: str, has_safetensors: bool) -> str:
@@ -162,10 +146,10 @@ class Repository:
             HubError: A file cannot be had.
             CheckpointError: Everything that is wrong with what the headers say.
         """
-        folder = self._home() / "requant" / self.name.replace("/", "--") / self.commit
-        for file, size in self.sizes.items():
-            if not (folder / file).exists():
-                self._mirror(folder, file, size)
+        folder = home(self.name) / self.commit
+        missing = [file for file in self.sizes if not (folder / file).exists()]
+        with ThreadPoolExecutor(_STREAMS) as pool:
+            list(pool.map(lambda file: self._mirror(folder, file, self.sizes[file]), missing))
         if self.gguf:
             taken = None if config_from is None else Path(config_from)
             read = partial(read_gguf, config_from=taken, fetch=self._fetch)
@@ -203,11 +187,14 @@ class Repository:
             raise HubError(f"{target} cannot be written: {error.strerror or error}") from error
 
     def _fetch(self, part: FileRange) -> bytes:
-        if part not in self._fetched:
-            start, stop = part.offset, part.offset + part.nbytes
-            file = self._below + part.file
-            self._fetched[part] = read_range(self.name, self.commit, file, start, stop)
-        return self._fetched[part]
+        known = self._fetched.get(part)
+        if known is not None:
+            return known
+        start, stop = part.offset, part.offset + part.nbytes
+        data = read_range(self.name, self.commit, self._below + part.file, start, stop)
+        if sum(map(len, self._fetched.values())) + len(data) <= _FETCHED_BYTES:
+            self._fetched[part] = data
+        return data
 
     def _bytes(self, file: str, start: int, stop: int) -> bytes:
         return read_range(self.name, self.commit, file, start, stop)
@@ -252,23 +239,32 @@ class Repository:
         import huggingface_hub
 
         digest = self.digests.get(name) or ""
-        if not _DIGEST.fullmatch(digest):
+        if not is_digest(digest):
             url = huggingface_hub.hf_hub_url(self.name, name, revision=self.commit)
             with asking(self.name, self.commit, name):
                 digest = huggingface_hub.get_hf_file_metadata(url).etag or ""
-        if not _DIGEST.fullmatch(digest):
+        if not is_digest(digest):
             raise HubError(f"{self.name}: {name}: the hub tells no hash of it, found {digest!r}")
         return RemoteFile(name, self.sizes[name], digest)
 
     def _check_room(self, cache: HubCache) -> None:
-        existing = next(x for x in (cache.folder, *cache.folder.parents) if x.exists())
-        free, needed = shutil.disk_usage(existing).free, sum(self._missing().values())
-        here = sum(x.stat().st_blocks * 512 for x in cache.folder.glob(f"blobs/*{SUFFIX}"))
-        if needed - here > free:
+        free, needed = shutil.disk_usage(_existing(cache.folder)).free, self._to_come(cache)
+        if needed > free:
             raise HubError(
                 f"{self.name}: the disk of {cache.folder} is too full: {needed:,} bytes are to be "
                 f"downloaded, {free:,} are free; HF_HOME names another place"
             )
+
+    def _to_come(self, cache: HubCache) -> int:
+        """Bytes that are not yet in the cache; of files that were cut, the rest."""
+        here = sum(x.stat().st_blocks * 512 for x in cache.folder.glob(f"blobs/*{SUFFIX}"))
+        return max(sum(self._missing().values()) - here, 0)
+
+    def room_beside(self, output: Path) -> int:
+        """Bytes that downloads into the cache take on the disk of ``output``."""
+        cache = HubCache(self.name, self.commit)
+        one, other = (_existing(x.absolute()).stat().st_dev for x in (cache.folder, output))
+        return self._to_come(cache) if one == other else 0
 
     def _missing(self) -> dict[str, int]:
         import huggingface_hub
@@ -306,10 +302,9 @@ class Repository:
         """Where the model card is, if it was downloaded."""
         return HubCache(self.name, self.commit).snapshot / CARD
 
-    def _home(self) -> Path:
-        from huggingface_hub import constants
 
-        return Path(constants.HF_HOME)
+def _existing(path: Path) -> Path:
+    return next(place for place in (path, *path.parents) if place.exists())
 
 
 class _Ahead:

@@ -552,6 +552,11 @@ def lock_staging(staging: Path, output: Path) -> int:
         os.close(fd)
 
 
+def spent_on(output: Path) -> int:
+    """Bytes that a stopped run has put on the disk for OUTPUT."""
+    return _allocated(staging_of(output) / "output")
+
+
 def check_output(
     plan: Plan, output: Path, force: bool, spent: int = 0, most: int | None = None
 ) -> None:

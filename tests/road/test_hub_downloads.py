@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -350,3 +351,38 @@ def test_what_is_refused_while_shards_come(hub: Hub, call: Call, fault: str, sai
     assert done.returncode == 1 and said in done.stderr and "Traceback" not in done.stderr
     if fault == "gone":
         assert f"{NAME}: {SHARDS[4]} is not on the hub" in done.stderr
+
+
+def test_offline_with_everything_here(hub: Hub, call: Call, tmp_path: Path) -> None:  # noqa: F811
+    """HF_HUB_OFFLINE: what was planned can be planned, what was downloaded converted."""
+    offline = {"HF_HUB_OFFLINE": "1"}
+    ok(call("plan", NAME, *WISHES))
+    asked = len(hub.log)
+    ok(call("plan", NAME, *WISHES, **offline))
+    done = call("convert", NAME, "out", *WISHES, "--quiet", **offline)
+    assert done.returncode == 1 and "HF_HUB_OFFLINE forbids" in done.stderr
+    assert "Traceback" not in done.stderr and len(hub.log) == asked
+    ok(call("convert", NAME, "out", *WISHES, "--quiet"))
+    asked = len(hub.log)
+    ok(call("convert", NAME, "again", *WISHES, "--quiet", **offline))
+    assert len(hub.log) == asked
+    assert contents(tmp_path / "again") == contents(tmp_path / "out")
+
+
+def test_interrupted_by_the_user(hub: Hub, call: Call, tmp_path: Path) -> None:  # noqa: F811
+    """Ctrl-C ends it soon, also while a server keeps it waiting, and says how to go on."""
+    process = cut_in_the_fourth(hub, call, tmp_path)
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate()
+    assert process.returncode == 130 and time.monotonic() - began < 10
+    assert "interrupted; " in said and "the same command goes on from there" in said
+    assert "Traceback" not in said
+
+
+def test_progress_tells_of_downloads(hub: Hub, call: Call, tmp_path: Path) -> None:  # noqa: F811
+    began = time.monotonic()
+    hub.gates[SHARDS[5]] = (700_000, lambda: time.monotonic() - began > 8)
+    done = call("convert", NAME, "out", *WISHES, "--json")
+    json.loads(ok(done))
+    assert re.search(r"\d% .* of 6\.29 MB downloaded", done.stderr), done.stderr
