@@ -10,7 +10,8 @@
 
 namespace {
 
-typedef uint16_t __attribute__((may_alias)) Pair;  // two codes, the first in the low byte
+// Two codes, the first in the low byte; rows of odd length put them at odd addresses.
+typedef uint16_t __attribute__((may_alias, aligned(1))) Pair;
 
 constexpr size_t kEights = 64;  // runs of eight codes worked on at a time
 

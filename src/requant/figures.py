@@ -10,7 +10,7 @@ import shlex
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from math import isfinite, prod
+from math import prod
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -342,7 +342,8 @@ def _is_count(value: object) -> bool:
 
 def _is_figure(value: object) -> bool:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and abs(float(value)) < 1e300 and isfinite(value)  # type: ignore[arg-type]
+    # Compared as it is: an integer of a record may be too large for a float.
+    return number and -1e300 < value < 1e300  # type: ignore[operator]
 
 
 def _typed(entry: Any, key: str, kind: Callable[..., Any], where: str = "") -> Any:

@@ -85,6 +85,9 @@ def _read_int8(sorter: Sorter, path: str) -> None:
     sorter.claim([scale.name, f"{path}.weight"], path)
     if order is not None:
         sorter.drop(order.name, "tells the order of the codes")
+        if order.info.size != 1:
+            sorter.problem(order.name, f"is {order.info}, expected one number")
+            return
         stored = sorter.checkpoint.peek(order.name).reshape(-1).tolist()
         if stored != [0]:
             known = _ORDERS.get(stored[0] if len(stored) == 1 else -1, "unknown")
