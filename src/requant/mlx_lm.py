@@ -98,6 +98,7 @@ def load_with_report(
     began = time.perf_counter()
     weights, report = load_weights(source, quantization, **wishes)
     utils = _utils()
+    _check_tokenizer(source, report.plan)
     with _failing(source, "mlx-lm, building the model"):
         model, config = _build(report.plan.config, weights)
     with _failing(source, "tokenizer"), _tokenizer_folder(report.plan) as folder:
@@ -105,6 +106,15 @@ def load_with_report(
             folder, tokenizer_config, eos_token_ids=config.get("eos_token_id")
         )
     return Loaded(model, tokenizer, report, time.perf_counter() - began)
+
+
+def _check_tokenizer(source: Source, plan: Plan) -> None:
+    """A GGUF file may hold no tokenizer that can be made: the plan's note says why."""
+    checkpoint = plan.checkpoint
+    if checkpoint.gguf is not None and "tokenizer.json" not in checkpoint.made_files:
+        notes = [note for note in plan.notes if "tokenizer" in note]
+        if notes:
+            raise CheckpointError(str(source), [Problem("tokenizer", " ".join(notes))])
 
 
 def load_weights(

@@ -243,3 +243,12 @@ def test_llama_3_scaling_is_found_in_its_factors(tmp_path: Path) -> None:
 
 def test_architectures_are_all_here() -> None:
     assert set(OWN) == set(ARCHITECTURES)
+
+
+def test_loading_without_a_tokenizer_says_why(tmp_path: Path) -> None:
+    weights, config = trained("micro-llama")
+    write_gguf(tmp_path / "m.gguf", weights, config, "Q8_0")
+    with pytest.raises(CheckpointError, match="tokenizer: No tokenizer is written: the file holds"):
+        requant.mlx_lm.load(tmp_path / "m.gguf")
+    model_made, _ = requant.mlx_lm.load(tmp_path / "m.gguf", config_from=model("micro-llama"))
+    assert model_made is not None
