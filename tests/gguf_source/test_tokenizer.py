@@ -83,10 +83,25 @@ def test_sentencepiece_details() -> None:
     assert bare.decode(bare.encode(" ab").ids) == " ab"
 
 
+@pytest.mark.parametrize("begins", [True, False])
+def test_texts_end_where_the_file_says_so(begins: bool) -> None:
+    scores = [-float(n) for n in range(len(PIECES))]
+    tokenizer, config = sentencepiece(scores, add_eos_token=True, add_bos_token=begins)
+    assert config["add_eos_token"] is True
+    first = ["<s>"] * begins
+    one, two = SPACE + "ab", SPACE + "a"
+    assert tokenizer.encode("ab").tokens == [*first, one, "</s>"]
+    assert tokenizer.encode("ab", "a").tokens == [*first, one, "</s>", *first, two, "</s>"]
+    _, config = sentencepiece(scores)
+    assert config["add_eos_token"] is False
+
+
 @pytest.mark.parametrize(
     ("pre", "words"),
     [
         ("gpt-2", ["It", "'s", " 1234", "x"]),
+        ("smollm", ["It", "'s", " ", "1", "2", "3", "4", "x"]),
+        ("dbrx", ["It", "'s", " ", "123", "4", "x"]),
         ("llama-bpe", ["It", "'s", " ", "123", "4", "x"]),
         ("qwen2", ["It", "'s", " ", "1", "2", "3", "4", "x"]),
         ("gpt-4o", ["It's", " ", "123", "4", "x"]),

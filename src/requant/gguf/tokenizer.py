@@ -24,9 +24,13 @@ _GPT_4O = (
     rf"|\p{{N}}{{1,3}}{_REST_SLASH}"
 )
 _TEKKEN = rf"{_LEAD}{_UPPER}*{_LOWER}+|{_LEAD}{_UPPER}+{_LOWER}*|\p{{N}}{_REST_SLASH}"
+_DIGITS = r"\p{N}"
 _PATTERNS = {  # tokenizer.ggml.pre -> the regex that cuts words; "" for GPT-2's own
     "gpt-2": "",
     "gpt2": "",
+    "smollm": _DIGITS,
+    "dbrx": _LLAMA_3,
+    "smaug-bpe": _LLAMA_3,
     "llama-bpe": _LLAMA_3,
     "llama3": _LLAMA_3,
     "llama-v3": _LLAMA_3,
@@ -35,7 +39,9 @@ _PATTERNS = {  # tokenizer.ggml.pre -> the regex that cuts words; "" for GPT-2's
     "gpt-4o": _GPT_4O,
     "tekken": _TEKKEN,
 }
-_WHOLE_WORDS_FIRST = (_LLAMA_3, _TEKKEN)  # a word that is a token is not merged from parts
+_THEN_GPT_2 = ("", _DIGITS)  # what they leave is cut by GPT-2's own rule
+# A word that is a token is not merged from parts, and texts begin with a token for that.
+_WHOLE_WORDS_FIRST = ("llama-bpe", "llama3", "llama-v3", "tekken")
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
 _SPACE = "\u2581"  # SentencePiece's
 
@@ -75,6 +81,7 @@ class _Tokenizer:
     def __init__(self, metadata: Metadata, model: str, pre: str, tokens: tuple[str, ...]) -> None:
         self.metadata, self.model, self.tokens = metadata, model, tokens
         self.pattern = _PATTERNS.get(pre, "")
+        self.whole_words_first = model == "gpt2" and pre in _WHOLE_WORDS_FIRST
         self.types = self._numbers("token_type", _NORMAL)
 
     def _numbers(self, key: str, default: int) -> list[int]:
@@ -94,8 +101,13 @@ class _Tokenizer:
         """Whether every text begins with the token for that."""
         said = self.metadata.flag("tokenizer.ggml.add_bos_token")
         if said is None:
-            return self.model == "llama" or self.pattern in _WHOLE_WORDS_FIRST
+            return self.model == "llama" or self.whole_words_first
         return said
+
+    @property
+    def adds_eos(self) -> bool:
+        """Whether every text ends with the token for that."""
+        return self.metadata.flag("tokenizer.ggml.add_eos_token") or False
 
     def config(self) -> dict[str, Any]:
         """``tokenizer_config.json``."""
@@ -103,6 +115,7 @@ class _Tokenizer:
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
             "add_bos_token": self.adds_bos,
+            "add_eos_token": self.adds_eos,
         }
         for name, key in (
             ("bos_token", "bos"),
@@ -146,17 +159,28 @@ class _Tokenizer:
         ]
 
     def _post_processor(self, otherwise: dict[str, Any] | None) -> dict[str, Any] | None:
-        token = self._special("bos")
-        if not self.adds_bos or token is None:
+        begin = self._special("bos") if self.adds_bos else None
+        end = self._special("eos") if self.adds_eos else None
+        if begin is None and end is None:
             return otherwise
-        begin = {"SpecialToken": {"id": token, "type_id": 0}}
-        first, second = ({"Sequence": {"id": x, "type_id": n}} for n, x in enumerate("AB"))
-        number = self.tokens.index(token)
+
+        def text(number: int) -> list[dict[str, Any]]:
+            part = {"Sequence": {"id": "AB"[number], "type_id": number}}
+            first, last = (
+                [] if token is None else [{"SpecialToken": {"id": token, "type_id": number}}]
+                for token in (begin, end)
+            )
+            return [*first, part, *last]
+
         template = {
             "type": "TemplateProcessing",
-            "single": [begin, first],
-            "pair": [begin, first, {"SpecialToken": {"id": token, "type_id": 1}}, second],
-            "special_tokens": {token: {"id": token, "ids": [number], "tokens": [token]}},
+            "single": text(0),
+            "pair": text(0) + text(1),
+            "special_tokens": {
+                token: {"id": token, "ids": [self.tokens.index(token)], "tokens": [token]}
+                for token in (begin, end)
+                if token is not None
+            },
         }
         if otherwise is None:
             return template
@@ -171,7 +195,7 @@ class _Tokenizer:
             "behavior": "Isolated",
             "invert": False,
         }
-        level = {"type": "ByteLevel", **options, "use_regex": not self.pattern}
+        level = {"type": "ByteLevel", **options, "use_regex": self.pattern in _THEN_GPT_2}
         pieces = [split, level] if self.pattern else [level]
         vocabulary = self._vocabulary()
         # A merge of what is no token would stop the tokenizer from loading.
@@ -191,7 +215,7 @@ class _Tokenizer:
                 "end_of_word_suffix": "",
                 "fuse_unk": False,
                 "byte_fallback": False,
-                "ignore_merges": self.pattern in _WHOLE_WORDS_FIRST,
+                "ignore_merges": self.whole_words_first,
                 "vocab": vocabulary,
                 "merges": [
                     m for m in merges if len(m) == 2 and {*m, "".join(m)} <= vocabulary.keys()
