@@ -18,6 +18,8 @@ from mlx_lm.utils import load_model
 import requant
 import requant.mlx_lm
 from requant.errors import CheckpointError, UsageError
+from requant.gguf.families import special_ids
+from requant.gguf.metadata import Metadata
 from tests.formats.harness import read_folder
 from tests.gguf_source.writer import ARCHITECTURES, write_gguf
 from tests.mlx_lm.families import COMMON
@@ -196,8 +198,64 @@ def test_two_models_in_a_folder(tmp_path: Path) -> None:
     weights, config = trained("micro-llama")
     write_gguf(tmp_path / "a.gguf", weights, config, "Q8_0")
     write_gguf(tmp_path / "b.gguf", weights, config, "Q4_0")
-    with pytest.raises(CheckpointError, match="holds 2 GGUF models; give the one"):
+    with pytest.raises(CheckpointError, match=r"holds 2 GGUF models \(a.gguf, b.gguf\); give"):
         requant.plan(tmp_path)
+
+
+def settings_only(path: Path, **values: Any) -> None:
+    """A file without tensors."""
+    writer = gguf.GGUFWriter(path, "llama")
+    for key, value in values.items():
+        add = writer.add_string if isinstance(value, str) else writer.add_array
+        add(key.replace("__", "."), value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"general__type": "adapter"}, "m.gguf: is a LoRA adapter; merge it"),
+        ({"general__type": "imatrix"}, "m.gguf: is an importance matrix; give it as --imatrix"),
+        (
+            {"tokenizer__ggml__tokens": ["a", "b"]},
+            "m.gguf: holds no tensors, only a vocabulary of 2 tokens",
+        ),
+        ({}, "m.gguf: holds no tensors$"),
+    ],
+)
+def test_files_that_are_no_models(values: dict[str, Any], words: str, tmp_path: Path) -> None:
+    settings_only(tmp_path / "m.gguf", **values)
+    with pytest.raises(CheckpointError, match=words):
+        requant.plan(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "ends"),
+    [
+        (["<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|start|>"], [0, 1, 2]),
+        (["<|im_end|>", "<|endoftext|>", "<|im_start|>"], [0, 1]),
+        (["<|return|>", "<|end|>", "<|call|>", "<|endoftext|>"], [0, 2, 3]),  # gpt-oss
+        (["<eos>", "<end_of_turn>", "<start_of_turn>"], [0, 1]),
+        (["<|endoftext|>", "<|end|>"], [0, 1]),  # Phi 3
+        (["</s>", "a"], 0),
+    ],
+)
+def test_every_token_that_ends_an_answer(
+    tokens: list[str], ends: list[int] | int, tmp_path: Path
+) -> None:
+    """Many files name one of them alone; the others are known by their text."""
+    values = {
+        "tokenizer.ggml.tokens": tuple(tokens),
+        "tokenizer.ggml.token_type": np.full(len(tokens), 3, np.int32),
+        "tokenizer.ggml.eos_token_id": 0,
+    }
+    assert special_ids(Metadata("m.gguf", values)) == {"eos_token_id": ends}
+    # As text that a user may type they end nothing.
+    values["tokenizer.ggml.token_type"] = np.ones(len(tokens), np.int32)
+    assert special_ids(Metadata("m.gguf", values)) == {"eos_token_id": 0}
 
 
 def test_an_unknown_architecture_keeps_its_names(tmp_path: Path) -> None:

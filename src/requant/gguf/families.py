@@ -207,11 +207,40 @@ def make_config(family: Family, settings: Settings) -> dict[str, Any]:
     if scaling is not None:
         config["rope_scaling"] = scaling
     family.configure(config, settings)
-    config |= _special_ids(settings.metadata)
+    config |= special_ids(settings.metadata)
     return config
 
 
-def _special_ids(metadata: Metadata) -> dict[str, Any]:
+# Tokens after which nothing follows, whether or not a file names them: llama.cpp finds them by
+# their text too, and so many files do not.
+_HARMONY_ENDS = {"<|return|>", "<|call|>"}
+_ENDS = _HARMONY_ENDS | {
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|end_of_text|>",
+    "<|im_end|>",
+    "<|endoftext|>",
+    "<|end|>",
+    "<end_of_turn>",
+    "<EOT>",
+}
+_CONTROL = 3
+
+
+def _ends_by_text(metadata: Metadata) -> list[int]:
+    """Numbers of control tokens that end an answer by their text."""
+    kinds = metadata.numbers("tokenizer.ggml.token_type")
+    tokens = metadata.words("tokenizer.ggml.tokens")
+    if kinds is None or not tokens:
+        return []
+    found = {tokens[n]: n for n in np.flatnonzero(kinds[: len(tokens)] == _CONTROL).tolist()}
+    wanted = _ENDS & found.keys()
+    if wanted >= _HARMONY_ENDS:
+        wanted -= {"<|end|>"}  # gpt-oss: the end of one message of several
+    return sorted(found[token] for token in wanted)
+
+
+def special_ids(metadata: Metadata) -> dict[str, Any]:
     """Tokens that begin and end texts, as config.json names them."""
     ids: dict[str, Any] = {}
     for name, key in (("bos", "bos"), ("pad", "padding")):
@@ -224,6 +253,7 @@ def _special_ids(metadata: Metadata) -> dict[str, Any]:
         if (value := metadata.find_int(f"tokenizer.ggml.{key}_token_id")) is not None
     ]
     if ends:
+        ends += _ends_by_text(metadata)
         ends = list(dict.fromkeys(ends))
         ids["eos_token_id"] = ends if len(ends) > 1 else ends[0]
     return ids

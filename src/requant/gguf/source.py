@@ -34,6 +34,12 @@ SUFFIX = ".gguf"
 _PART = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})\.gguf", re.DOTALL)
 _MMPROJ = "a vision or audio part for llama.cpp (mmproj), which is no language model"
 _MAX_SETTING_BYTES = 1 << 20
+_MAX_NAMED = 20
+_OTHER_KINDS = {  # general.type -> what it is
+    "adapter": "a LoRA adapter; merge it into its model first, then give the model",
+    "imatrix": "an importance matrix; give it as --imatrix, and a model as the source",
+    "dataset": "a data set, which is no model",
+}
 
 
 def read_gguf(
@@ -105,9 +111,10 @@ def _choose(folder: Path) -> list[str]:
     if not models:
         raise CheckpointError(str(folder), [Problem(names[0], f"is {_MMPROJ}")])
     first = [printable(name) for name in models.values()]
+    more = f" and {len(first) - _MAX_NAMED} more" if len(first) > _MAX_NAMED else ""
     message = (
-        f"holds {len(first)} GGUF models; give the one that you want: "
-        f"{folder / first[0]}{', ...' if len(first) > 1 else ''}"
+        f"holds {len(first)} GGUF models ({', '.join(first[:_MAX_NAMED])}{more}); "
+        f"give the one that you want, as {folder / first[0]}"
     )
     raise CheckpointError(str(folder), [Problem(str(folder), message)])
 
@@ -150,12 +157,19 @@ class _Reading:
         if is_mmproj(self.first.metadata):
             message = f"is {_MMPROJ}; give the file of the model"
             raise CheckpointError(str(self.source), [Problem(self.first.file, message)])
+        kind = _OTHER_KINDS.get(self.metadata.word("general.type"))
+        if kind is not None:
+            problem = Problem(self.first.file, f"is {kind}")
+            raise CheckpointError(str(self.source), [problem])
         if not self.metadata.architecture:
             self.metadata.report("general.architecture", "is missing, or no string")
         self._check_parts()
         table = {t.name: (header.file, t) for header in self.headers for t in header.tensors}
         if not table:
-            self.problems.append(Problem(self.first.file, "holds no tensors"))
+            vocabulary = len(self.metadata.words("tokenizer.ggml.tokens"))
+            message = f", only a vocabulary of {vocabulary:,} tokens" if vocabulary else ""
+            self.problems.append(Problem(self.first.file, f"holds no tensors{message}"))
+            raise CheckpointError(str(self.source), self.problems)
         family = family_of(self.metadata)
         tensors, model = self._tensors(table, family)
         config, files = self._config_and_files(table, family, model.dtype)
