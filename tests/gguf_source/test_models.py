@@ -218,7 +218,7 @@ def settings_only(path: Path, **values: Any) -> None:
     ("values", "words"),
     [
         ({"general__type": "adapter"}, "m.gguf: is a LoRA adapter; merge it"),
-        ({"general__type": "imatrix"}, "m.gguf: is an importance matrix; give it as --imatrix"),
+        ({"general__type": "imatrix"}, "m.gguf: is an importance matrix, which is no model"),
         (
             {"tokenizer__ggml__tokens": ["a", "b"]},
             "m.gguf: holds no tensors, only a vocabulary of 2 tokens",

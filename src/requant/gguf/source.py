@@ -37,7 +37,7 @@ _MAX_SETTING_BYTES = 1 << 20
 _MAX_NAMED = 20
 _OTHER_KINDS = {  # general.type -> what it is
     "adapter": "a LoRA adapter; merge it into its model first, then give the model",
-    "imatrix": "an importance matrix; give it as --imatrix, and a model as the source",
+    "imatrix": "an importance matrix, which is no model",
     "dataset": "a data set, which is no model",
 }
 
