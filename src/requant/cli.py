@@ -56,8 +56,10 @@ from requant.options import (
     Recipe,
     Repository,
     Revision,
+    SaveRecipe,
     Search,
     ShardSize,
+    SizeBudget,
     Source,
     Text,
     TextTokens,
@@ -139,6 +141,8 @@ def convert(
     fold_rotation: FoldRotation = False,
     search: Search = "off",
     config_from: ConfigFrom = None,
+    budget: SizeBudget = None,
+    save_recipe: SaveRecipe = None,
     max_memory: MaxMemory = None,
     threads: Threads = None,
     shard_size: ShardSize = SHARD_SIZE,  # type: ignore[assignment]  # parsed by parse_size
@@ -168,6 +172,7 @@ def convert(
       requant convert Mixtral-8x7B out --bits 4 --layout mlx-lm
       requant convert Qwen3-30B-A3B out --recipe mixed_3_6
       requant convert Llama-3.2-1B out --bits 3 --search best
+      requant convert Llama-3.2-1B out --budget 4 --search best
       requant convert Llama-3-8B-AWQ out
       requant convert Llama-3.2-1B-Q4_K_M.gguf out
       requant convert mlx-4bit out --dequantize --dtype bfloat16
@@ -193,9 +198,13 @@ def convert(
     )
     wishes |= {"keep_extra": keep_extra, "search": search, "config_from": config_from}
     wishes["revision"] = revision
+    wishes |= {"budget": budget, "save_recipe": save_recipe}
     if dry_run:
         with _answering_errors():
-            plan = conversion.plan(source, **wishes)
+            with console.progress_display(quiet or json or budget is None) as progress:
+                plan = conversion.plan(
+                    source, **wishes, threads=threads, max_memory=max_memory, progress=progress
+                )
             _print_plan(plan, threads, max_memory, json, quiet, output, force)
         return
     with _answering_errors():
@@ -248,6 +257,8 @@ def plan(
     fold_rotation: FoldRotation = False,
     search: Search = "off",
     config_from: ConfigFrom = None,
+    budget: SizeBudget = None,
+    save_recipe: SaveRecipe = None,
     max_memory: MaxMemory = None,
     threads: Threads = None,
     shard_size: ShardSize = SHARD_SIZE,  # type: ignore[assignment]  # parsed by parse_size
@@ -256,15 +267,16 @@ def plan(
 ) -> None:
     """Show what convert would write: layers, modes, sizes and memory.
 
-    Reads headers and config.json only. --json prints the whole plan: every tensor to
-    read and to write, with its place.
+    Reads headers and config.json only; --budget reads the weights too, and measures. --json
+    prints the whole plan: every tensor to read and to write, with its place.
 
     \b
     Examples:
       requant plan Llama-3.2-1B --bits 4
       requant plan Llama-3.2-1B --bits 4 --only 'mlp' --override 'down_proj=6'
+      requant plan Llama-3.2-1B --budget 4.5 --save-recipe mine.toml
     """  # noqa: D301
-    from requant import conversion
+    from requant import console, conversion
 
     wishes = _wishes(
         bits,
@@ -282,8 +294,13 @@ def plan(
     )
     wishes |= {"keep_extra": keep_extra, "search": search, "config_from": config_from}
     wishes["revision"] = revision
+    wishes |= {"budget": budget, "save_recipe": save_recipe}
     with _answering_errors():
-        _print_plan(conversion.plan(source, **wishes), threads, max_memory, json)
+        with console.progress_display(json or budget is None) as progress:
+            made = conversion.plan(
+                source, **wishes, threads=threads, max_memory=max_memory, progress=progress
+            )
+        _print_plan(made, threads, max_memory, json)
 
 
 @app.command()
@@ -488,6 +505,7 @@ def generate(
     fold_rotation: FoldRotation = False,
     search: Search = "off",
     config_from: ConfigFrom = None,
+    budget: SizeBudget = None,
     revision: Revision = None,
     max_memory: MaxMemory = None,
     threads: Threads = None,
@@ -511,6 +529,7 @@ def generate(
         bits, group_size, mode, dequantize, dtype, override, only, recipe, act_order, fold_rotation
     )
     wishes |= {"search": search, "config_from": config_from, "revision": revision}
+    wishes["budget"] = budget
 
     def show(text: str) -> None:
         print(console.printable(text.expandtabs(4)), end="", flush=True)

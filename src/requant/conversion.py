@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import TypeVar
 
 from requant.blueprint import Plan
+from requant.budgets import measured_of, settle, unsettled
 from requant.checkpoint import Checkpoint
 from requant.consuming import most_with_consume_source
 from requant.errors import CheckpointError, OutputError, Problem, UsageError
 from requant.execute import Finding, Outcome, Progress, make_budget, run_plan
 from requant.hub import Repository, find_repository
 from requant.planner import make_plan
+from requant.recipes import toml_of
 from requant.report import Report, recorded_errors
 from requant.schema import Quantization
 from requant.source_folder import is_gguf
@@ -55,12 +57,19 @@ def plan(
     fold_rotation: bool = False,
     search: str = "off",
     config_from: Source | None = None,
+    budget: str | float | None = None,
     shard_size: int = 5 << 30,
     revision: str | None = None,
+    save_recipe: Source | None = None,
+    max_memory: int | None = None,
+    threads: int | None = None,
+    progress: Callable[[Progress], None] | None = None,
 ) -> Plan:
     """Lay out a conversion without doing it; only headers and JSON are read.
 
-    The wishes are those of ``convert``.
+    The wishes are those of ``convert``. A ``budget`` is the exception: the source is read, and
+    each layer's error measured, with ``threads``, ``max_memory`` and ``progress`` as there.
+    ``save_recipe`` names a file for what was chosen.
 
     Raises:
         CheckpointError: Everything that is wrong with the source.
@@ -83,12 +92,58 @@ def plan(
         search=search,
         config_from=config_from,
         max_shard_bytes=shard_size,
+        budget=budget,
     )
+    check_saving(save_recipe, wishes)
     remote = find_repository(source, revision)
+    if wishes.budget is not None:
+        found = None if remote is None else remote.arriving(remote.headers(wishes.config_from))
+        wishes = settle(
+            Path(source) if found is None else found,
+            wishes,
+            threads=threads,
+            max_memory=max_memory,
+            progress=progress,
+        )
+        save(save_recipe, wishes)
     if remote is None:
         return make_plan(Path(source), wishes)
     made = make_plan(remote.headers(wishes.config_from), wishes)
     return replace(made, notes=(*made.notes, remote.announcement()))
+
+
+def check_saving(save_recipe: Source | None, wishes: Wishes) -> None:
+    """Refuse a file for a recipe that nothing chooses, before anything is measured.
+
+    Raises:
+        UsageError: There is no budget, the file's name is no recipe's, or it is there already.
+    """
+    if save_recipe is None:
+        return
+    path = Path(save_recipe)
+    if wishes.budget is None:
+        raise UsageError("--save-recipe keeps what --budget chooses; give --budget 4 or the like")
+    if path.suffix != ".toml":
+        raise UsageError(f"--save-recipe {path}: --recipe reads names that end in .toml")
+    if path.exists():
+        raise UsageError(f"--save-recipe {path} is there already; remove it or name another")
+    if not path.parent.is_dir():
+        raise UsageError(f"--save-recipe {path}: there is no folder {path.parent}")
+
+
+def save(save_recipe: Source | None, wishes: Wishes) -> None:
+    """Write the recipe that a budget chose.
+
+    Raises:
+        OutputError: The disk refuses it.
+    """
+    if save_recipe is None or wishes.recipe is None:
+        return
+    try:
+        with open(save_recipe, "x", encoding="utf-8") as file:
+            file.write(toml_of(wishes.recipe))
+    except OSError as error:
+        raise OutputError(f"{save_recipe}: {error.strerror or error}") from error
 
 
 def convert(
@@ -110,7 +165,9 @@ def convert(
     fold_rotation: bool = False,
     search: str = "off",
     config_from: Source | None = None,
+    budget: str | float | None = None,
     shard_size: int = 5 << 30,
+    save_recipe: Source | None = None,
     max_memory: int | None = None,
     threads: int | None = None,
     force: bool = False,
@@ -158,7 +215,11 @@ def convert(
             with a smaller squared error at the same size (docs/quality.md).
         config_from: For GGUF: the folder of the original model, whose config.json and tokenizer
             files are taken instead of what the metadata say.
+        budget: 4.5 (bits per weight) or "12GB" (bytes of all tensors): choose bits and group of
+            each layer so that the least is lost within it. The source is measured first;
+            ``overrides`` and ``only`` win, ``group_size`` holds for all other layers.
         shard_size: Most bytes of one output file.
+        save_recipe: File for what ``budget`` chose, to be edited and given as ``recipe``.
         max_memory: Most bytes to hold in memory, mapped pages aside.
         threads: Worker threads; every processor by default.
         force: Replace an existing output folder.
@@ -206,7 +267,14 @@ def convert(
         search=search,
         config_from=config_from,
         max_shard_bytes=shard_size,
+        budget=budget,
     )
+    check_saving(save_recipe, wishes)
+    if consume_source and budget is not None:
+        raise UsageError(
+            "--budget measures the source before it is converted: requant plan SOURCE --budget "
+            f"{budget} --save-recipe FILE.toml, then --recipe FILE.toml with --consume-source"
+        )
     remote = find_repository(source, revision)
     if consume_source and not yes and remote is None:
         raise UsageError(
@@ -221,9 +289,23 @@ def convert(
     twins = twins_of(Path(output)) if only_copy else None
     begun = twins is not None and twins.is_dir()
     area = downloads_of(Path(output)) if consume_source else None
+    place = Path(source) if remote is None else _arriving(remote, wishes, Path(output), force, area)
+    if budget is not None:
+        check_output(make_plan(place, unsettled(wishes)), Path(output), force)
+        wishes = settle(
+            place,
+            wishes,
+            keep=measured_of(Path(output)) if resume else None,
+            threads=threads,
+            max_memory=max_memory,
+            allow_nonfinite=allow_nonfinite,
+            progress=progress,
+            chunk_bytes=chunk_bytes,
+        )
+        save(save_recipe, wishes)
     run = partial(
         carry_out,
-        Path(source) if remote is None else _arriving(remote, wishes, Path(output), force, area),
+        place,
         max_memory=max_memory,
         threads=threads,
         allow_nonfinite=allow_nonfinite,
@@ -248,6 +330,8 @@ def convert(
         ),
         lambda folder, outcome: folder.publish(recorded_errors(folder.plan, outcome)),
     )
+    if budget is not None:
+        measured_of(Path(output)).unlink(missing_ok=True)
     return Report.build(made, str(output), outcome, time.perf_counter() - began)
 
 

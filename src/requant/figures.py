@@ -21,9 +21,9 @@ from requant.errors import CheckpointError, ParseError, Problem
 from requant.recipes import recipe_names
 from requant.record import FORMAT_VERSION
 from requant.report import Group
-from requant.schema import Quantization, QuantMode
+from requant.schema import QuantMode
 from requant.source_folder import RECORD
-from requant.specs import Spec
+from requant.specs import spec_text
 from requant.wishes import DTYPES, Wishes
 
 SCHEMA_VERSION = 1
@@ -272,17 +272,19 @@ def arguments(wishes: Wishes) -> list[str]:
     A recipe that is none of requant's own stands as ``NAME.toml``: its file is not at hand.
     """
     recipe, words = wishes.recipe, []
+    if wishes.budget is not None:
+        words += ["--budget", wishes.budget]
     target = None if recipe is not None and wishes.quantization == recipe.default else "default"
     if target and wishes.quantization is not None:
         q = wishes.quantization
         words += [] if q.mode is QuantMode.AFFINE else ["--mode", q.mode.value]
         if q.mode is QuantMode.AFFINE:
             words += ["--bits", str(q.bits), "--group-size", str(q.group_size)]
-    if recipe is not None:
+    if recipe is not None and wishes.budget is None:
         known = recipe.name in recipe_names()
         words += ["--recipe", recipe.name if known else f"{recipe.name}.toml"]
     for pattern, spec in wishes.overrides:
-        words += ["--override", f"{pattern}={_spelled(spec)}"]
+        words += ["--override", f"{pattern}={spec_text(spec)}"]
     for pattern in wishes.only:
         words += ["--only", pattern]
     given = Wishes()
@@ -302,13 +304,6 @@ def arguments(wishes: Wishes) -> list[str]:
         "--allow-nonfinite": bool(wishes.spoiled),
     }
     return words + [flag for flag, given_ in flags.items() if given_]
-
-
-def _spelled(spec: Spec) -> str:
-    if not isinstance(spec, Quantization):
-        return "skip"
-    affine = spec.mode is QuantMode.AFFINE
-    return f"{spec.bits}:{spec.group_size}" if affine else spec.mode.value
 
 
 def _layer(name: str, entry: Mapping[str, Any]) -> LayerFigures:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from requant.blueprint import OutputTensor, Plan
+from requant.budgets import settle
 from requant.conversion import Source, carry_out
 from requant.errors import BackendError, CheckpointError, Problem, UsageError
 from requant.hub import find_repository
@@ -49,8 +50,8 @@ def load(
         tokenizer_config: Options of the tokenizer, as ``mlx_lm.load`` takes them.
         **wishes: What else ``requant.convert`` takes, but for what concerns files: ``bits``,
             ``group_size``, ``mode``, ``dequantize``, ``dtype``, ``overrides``, ``only``,
-            ``recipe``, ``act_order``, ``fold_rotation``, ``search``, ``config_from``, ``threads``,
-            ``max_memory``, ``allow_nonfinite``,
+            ``recipe``, ``act_order``, ``fold_rotation``, ``search``, ``config_from``, ``budget``,
+            ``threads``, ``max_memory``, ``allow_nonfinite``,
             ``allow_overflow``, ``progress``, ``revision``.
 
     Returns:
@@ -136,8 +137,11 @@ def load_weights(
     remote = find_repository(source, revision)
     found = None if remote is None else remote.headers(made.config_from)
     results: list[dict[str, mx.array]] = []
+    place = Path(source) if remote is None or found is None else remote.arriving(found)
+    measuring = {name: x for name, x in options.items() if name != "allow_overflow"}
+    made = settle(place, made, **measuring)
     plan, outcome = carry_out(
-        Path(source) if remote is None or found is None else remote.arriving(found),
+        place,
         made,
         _in_memory,
         lambda sink, _: results.append(sink.arrays),

@@ -13,11 +13,9 @@ from typing import Annotated
 
 import typer
 
-SHARD_SIZE = "5GiB"  # the default of --shard-size, as a user would type it
+from requant.specs import SIZE_UNITS
 
-_UNITS: dict[str, int] = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-_UNITS |= {f"{unit}IB": size for unit, size in _UNITS.items() if unit}
-_UNITS |= {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+SHARD_SIZE = "5GiB"  # the default of --shard-size, as a user would type it
 
 
 def parse_size(text: str) -> int:
@@ -34,7 +32,7 @@ def parse_size(text: str) -> int:
         (2000000000, 1536)
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    unit = _UNITS.get(match[2].upper()) if match else None
+    unit = SIZE_UNITS.get(match[2].upper()) if match else None
     if match is None or unit is None:
         raise typer.BadParameter(f"{text!r} is no size; write 500MB, 2GB, 1GiB or plain bytes")
     whole, _, part = match[1].partition(".")
@@ -142,6 +140,23 @@ Recipe = Annotated[
         metavar="NAME|FILE",
         autocompletion=offer(known_recipes),
         help="Bits by role, name and place: a name of `requant recipes`, or a TOML file.",
+    ),
+]
+SizeBudget = Annotated[
+    str | None,
+    typer.Option(
+        "--budget",
+        metavar="SIZE",
+        help="Choose bits and group of each layer so that the least is lost within 4.5 (bits per "
+        "weight) or 12GB; measures the source first.",
+    ),
+]
+SaveRecipe = Annotated[
+    Path | None,
+    typer.Option(
+        "--save-recipe",
+        metavar="FILE",
+        help="Write what --budget chose as a recipe, to be edited and given to --recipe.",
     ),
 ]
 Layout = Annotated[

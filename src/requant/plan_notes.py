@@ -27,6 +27,7 @@ def notes_on(
     yield from _global_scales(decided)
     yield from _values(chooser, layers)
     yield from _search(chooser, steps)
+    yield from _budget(chooser)
     yield from _experts(layers)
     if chooser.from_codes:
         yield from _dtypes(steps)
@@ -97,6 +98,13 @@ def _search(chooser: Chooser, steps: Iterable[Step]) -> Iterator[str]:
             f"Scales of {layers} are searched for ({chooser.wishes.search}): no group is worse "
             "than by MLX's rule, and the bits are not MLX's."
         )
+
+
+def _budget(chooser: Chooser) -> Iterator[str]:
+    """Say what a budget came to."""
+    recipe = chooser.wishes.recipe
+    if chooser.wishes.budget is not None and recipe is not None:
+        yield recipe.description
 
 
 def _experts(layers: Iterable[LayerPlan]) -> Iterator[str]:

@@ -7,6 +7,7 @@ is fixed. docs/recipes.md describes the file. Nothing here reads a checkpoint.
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
 import tomllib
@@ -55,6 +56,7 @@ class Rule:
         roles: Keys of ``ROLES``, one of which must fit; empty for any.
         first: Only the first so many blocks (of each stack), and
         last: the last so many; with both 0, any layer.
+        layers: Layer paths, one of which it must be; empty for any.
     """
 
     spec: str
@@ -62,11 +64,12 @@ class Rule:
     roles: tuple[str, ...] = ()
     first: int = 0
     last: int = 0
+    layers: tuple[str, ...] = ()
 
     @property
     def points(self) -> bool:
         """Whether it says what the layer is, and not only where it stands."""
-        return bool(self.match or self.roles)
+        return bool(self.match or self.roles or self.layers)
 
     def fits(self, path: str, place: tuple[int, int] | None) -> bool:
         """Whether a layer fulfils every condition.
@@ -75,6 +78,8 @@ class Rule:
             path: Its path.
             place: Index of its block, and how many its stack has; None outside of blocks.
         """
+        if self.layers and path not in self.layers:
+            return False
         if self.match and not search(self.match, path):
             return False
         if self.roles and not any(re.search(ROLES[role], path) for role in self.roles):
@@ -146,12 +151,15 @@ class Recipe:
             group_size = 64 if base is None else base.group_size
             return _mixed(self.name, paths, group_size)
         specs = [parse_spec(rule.spec, base) for rule in self.rules]
-        places = _places(paths)
+        stands = places(paths)
         found: dict[str, Choice] = {}
+        named = [frozenset(rule.layers) for rule in self.rules]
         for path in paths:
             for number in range(len(self.rules), 0, -1):
                 rule = self.rules[number - 1]
-                if rule.fits(path, places.get(path)):
+                if named[number - 1] and path not in named[number - 1]:
+                    continue
+                if rule.fits(path, stands.get(path)):
                     found[path] = Choice(specs[number - 1], rule.points, number)
                     break
         return found
@@ -159,13 +167,15 @@ class Recipe:
     def idle_patterns(self, paths: Sequence[str]) -> list[str]:
         """Regexes of the rules that no layer path has."""
         patterns = dict.fromkeys(rule.match for rule in self.rules if rule.match)
-        return [x for x in patterns if not any(search(x, path) for path in paths)]
+        idle = [x for x in patterns if not any(search(x, path) for path in paths)]
+        known = frozenset(paths)
+        return idle + [x for rule in self.rules for x in rule.layers if x not in known]
 
 
 _BLOCK = re.compile(r"^(?:(.*?)\.)?(\d+)(?=\.|$)")
 
 
-def _places(paths: Iterable[str]) -> dict[str, tuple[int, int]]:
+def places(paths: Iterable[str]) -> dict[str, tuple[int, int]]:
     """Path -> index of its block, and how many blocks stand under the same name."""
     found = {path: match for path in paths if (match := _BLOCK.match(path))}
     blocks: dict[str | None, int] = defaultdict(int)
@@ -248,6 +258,22 @@ def recipe_text(recipe: Recipe) -> str:
         "#   last eighth of the blocks, and in every third block between\n"
         f"# {low} bits: every other layer\n"
     )
+
+
+def toml_of(recipe: Recipe) -> str:
+    """A recipe as the text that ``parse_recipe`` reads; not one of mlx-lm's."""
+    lines = [f"description = {json.dumps(recipe.description)}"]
+    if recipe.default is not None:
+        lines += ["", "[default]"]
+        lines += [f"{key} = {json.dumps(x)}" for key, x in recipe.default.to_dict().items()]
+    for rule in recipe.rules:
+        lines += ["", "[[rules]]", f"spec = {json.dumps(rule.spec)}"]
+        lines += [f"match = {json.dumps(rule.match)}"] * bool(rule.match)
+        lines += [f"role = {json.dumps(list(rule.roles))}"] * bool(rule.roles)
+        lines += [f"{x} = {n}" for x in ("first", "last") if (n := getattr(rule, x))]
+        if rule.layers:
+            lines += ["layers = [", *(f"  {json.dumps(x)}," for x in rule.layers), "]"]
+    return "\n".join(lines) + "\n"
 
 
 def _read(path: Path) -> str:
@@ -364,7 +390,7 @@ class _Reader:
         if table is None:
             return None
         before = len(self.problems)
-        self.keys(where, table, ("match", "role", "first", "last", "spec"))
+        self.keys(where, table, ("match", "role", "first", "last", "layers", "spec"))
         spec = self.spec(f"{where}.spec", table)
         match = self.typed(f"{where}.match", table.get("match", ""), str, "a regex as text")
         if match:
@@ -374,11 +400,14 @@ class _Reader:
                 self.report(f"{where}.match", str(error).strip())
         roles = self.roles(f"{where}.role", table.get("role", []))
         first, last = (self.number(f"{where}.{x}", table.get(x, 0)) for x in ("first", "last"))
-        if not any(key in table for key in ("match", "role", "first", "last")):
-            self.report(where, "has no condition; write match, role, first or last, or [default]")
+        layers = self.layers(f"{where}.layers", table.get("layers", ()))
+        if not any(key in table for key in ("match", "role", "first", "last", "layers")):
+            self.report(
+                where, "has no condition; write match, role, first, last or layers, or [default]"
+            )
         if len(self.problems) > before:
             return None
-        return Rule(spec, match or "", roles, first, last)
+        return Rule(spec, match or "", roles, first, last, layers)
 
     def spec(self, where: str, table: Mapping[str, Any]) -> str:
         if "spec" not in table:
@@ -405,6 +434,12 @@ class _Reader:
                 hint = f"near it: {near[0]}; " if near else ""
                 self.report(where, f"{word!r} is no role; {hint}known: {', '.join(ROLES)}")
         return tuple(words)
+
+    def layers(self, where: str, value: object) -> tuple[str, ...]:
+        if isinstance(value, list | tuple) and all(isinstance(x, str) and x for x in value):
+            return tuple(value)
+        self.report(where, f"is {value!r:.80}, expected a list of layer paths")
+        return ()
 
     def number(self, where: str, value: object) -> int:
         found = self.typed(where, value, int, "a number of blocks")

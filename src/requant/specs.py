@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
+from fractions import Fraction
 
 from requant.arrays.native import check_quantization
 from requant.errors import OutOfRangeError, UnknownValueError, UsageError
@@ -81,3 +83,59 @@ def check_regex(pattern: str, option: str) -> None:
         compiled(pattern)
     except PatternError as error:
         raise UsageError(f"{option} {error}") from error
+
+
+def spec_text(spec: Spec) -> str:
+    """A spec as it is typed."""
+    if not isinstance(spec, Quantization):
+        return "skip"
+    affine = spec.mode is QuantMode.AFFINE
+    return f"{spec.bits}:{spec.group_size}" if affine else spec.mode.value
+
+
+SIZE_UNITS: dict[str, int] = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+SIZE_UNITS |= {f"{unit}IB": size for unit, size in SIZE_UNITS.items() if unit}
+SIZE_UNITS |= {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+@dataclass(frozen=True, slots=True)
+class SizeBudget:
+    """How large an output may be.
+
+    Attributes:
+        text: As it was typed.
+        amount: Bits per weight, or bytes.
+        is_size: It is bytes.
+    """
+
+    text: str
+    amount: Fraction
+    is_size: bool
+
+    def limit(self, parameters: int) -> int:
+        """Most bytes of tensor data for a model of so many weights."""
+        return int(self.amount if self.is_size else self.amount * parameters / 8)
+
+
+def parse_budget(text: str | float) -> SizeBudget:
+    """Read ``4.5`` (bits per weight) or ``12GB`` (bytes of tensors).
+
+    Raises:
+        UsageError: It is neither.
+
+    Example:
+        >>> parse_budget("4.5").limit(1000), parse_budget("2KB").limit(1000)
+        (562, 2000)
+    """
+    words = str(text).strip()
+    match = re.fullmatch(r"(\d{1,20}(?:\.\d{1,20})?)\s*([A-Za-z]*)", words)
+    unit = SIZE_UNITS.get(match[2].upper()) if match else None
+    if match is None or unit is None or isinstance(text, bool):
+        raise UsageError(f"budget {words!r} is none; write bits per weight (4.5) or a size (12GB)")
+    amount = Fraction(match[1]) * unit
+    if not match[2] and not 0 < amount <= 32:
+        raise UsageError(
+            f"budget {words} means bits per weight, which are more than 0 and at most 32; a size "
+            "has a unit, as in 12GB or 500MB"
+        )
+    return SizeBudget(words, amount, bool(match[2]))

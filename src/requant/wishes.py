@@ -15,7 +15,7 @@ from requant.errors import ParseError, UnknownValueError, UsageError
 from requant.limits import MAX_INT
 from requant.recipes import Recipe, load_recipe, recipe_from_dict
 from requant.schema import SKIP, Quantization, QuantMode
-from requant.specs import Spec, check_regex, parse_spec, resolve_quantization
+from requant.specs import Spec, check_regex, parse_budget, parse_spec, resolve_quantization
 
 DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 
@@ -64,6 +64,8 @@ class Wishes:
         keep_extra: In mlx-lm's layout, keep tensors that its class has no use for.
         search: "off" for MLX's rule; "fast" or "best" look for scales and biases with a smaller
             squared error, wherever codes are computed.
+        budget: How large the output may be ("4.5" bits per weight, "12GB"); what was chosen for
+            it is the recipe.
         config_from: For GGUF: the folder whose config.json and tokenizer files are taken; None
             makes them from the metadata.
         max_shard_bytes: Output shards are cut before they exceed this.
@@ -84,6 +86,7 @@ class Wishes:
     keep_extra: bool = False
     search: str = "off"
     config_from: str | None = None
+    budget: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The wishes as JSON data; ``from_dict`` reads them back equal."""
@@ -115,6 +118,8 @@ class Wishes:
             for pattern in (*found["only"], *(pattern for pattern, _ in found["overrides"])):
                 check_regex(pattern, "wish")
             wishes = Wishes(**found)
+            if wishes.budget is not None:
+                parse_budget(wishes.budget)
             for name, default in _DEFAULTS.items():
                 _check_told(name, getattr(wishes, name), default)
             return wishes
@@ -140,6 +145,7 @@ class Wishes:
         keep_extra: bool = False,
         search: str = "off",
         config_from: str | os.PathLike[str] | None = None,
+        budget: str | float | None = None,
     ) -> Wishes:
         """Check and assemble what the command line and the Python doors take.
 
@@ -148,6 +154,8 @@ class Wishes:
             OutOfRangeError: MLX has no such bits or group size in the mode.
             UnknownValueError: Unknown mode or dtype.
         """
+        if budget is not None:
+            _check_alone(quantization, bits, mode, recipe, dequantize)
         if quantization is not None:
             if (bits, group_size, mode) != (None, None, None):
                 raise UsageError("give either a Quantization, or bits, group_size and mode")
@@ -186,6 +194,33 @@ class Wishes:
             keep_extra=keep_extra,
             search=search,
             config_from=None if config_from is None else os.fspath(config_from),
+            budget=None if budget is None else parse_budget(budget).text,
+        )
+
+
+def _check_alone(
+    quantization: Quantization | None,
+    bits: int | None,
+    mode: str | None,
+    recipe: object,
+    dequantize: bool,
+) -> None:
+    """A budget chooses bits itself.
+
+    Raises:
+        UsageError: Something else is to choose them too.
+    """
+    given = {
+        "a Quantization": quantization,
+        "--bits": bits,
+        "--mode": mode,
+        "--recipe": recipe,
+        "--dequantize": dequantize or None,
+    }
+    if other := [name for name, value in given.items() if value is not None]:
+        raise UsageError(
+            f"--budget chooses bits itself: leave {' and '.join(other)} out. --override fixes "
+            "layers, --group-size the group of all others, --save-recipe keeps a table to edit"
         )
 
 
@@ -208,7 +243,7 @@ def _check_told(name: str, value: object, default: object) -> None:
         legal = isinstance(value, int) and 0 < value <= MAX_INT and not isinstance(value, bool)
     elif name == "spoiled":
         legal = isinstance(value, frozenset) and all(isinstance(x, str) for x in value)
-    elif name == "config_from":
+    elif name in ("config_from", "budget"):
         legal = value is None or isinstance(value, str)
     else:
         return

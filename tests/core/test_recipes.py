@@ -225,7 +225,10 @@ def test_wishes_that_a_recipe_contradicts(tmp_path: Path) -> None:
         ("[[rules]]\nrole = [4]\nspec = 8", "rules[1].role: is [4], expected a role"),
         ("[[rules]]\nfirst = -1\nspec = 8", "rules[1].first: is -1, expected 0 or more"),
         ("[[rules]]\nlast = '2'\nspec = 8", "rules[1].last: is '2', expected a number of blocks"),
-        ("[[rules]]\nspec = 8", "rules[1]: has no condition; write match, role, first or last"),
+        (
+            "[[rules]]\nspec = 8",
+            "rules[1]: has no condition; write match, role, first, last or layers",
+        ),
         ("[[rules]]\nmatc = 'a'\nspec = 8", "rules[1].matc: is no key here; did you mean 'match'"),
     ],
 )

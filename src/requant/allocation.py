@@ -1,0 +1,209 @@
+"""One option for each item, the least summed cost under a limit of sizes.
+
+The multiple-choice knapsack, solved on whole numbers of bytes: options that no best answer can
+hold go first, the linear relaxation gives a start and a bound, and dynamic programming the
+answer, exact where its table is small and near it elsewhere. Nothing here knows what an item is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from math import gcd
+
+import numpy as np
+
+# Cells of the table of choices, one byte each, and what a table may cost in time.
+MAX_CELLS = 1 << 25
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One way for an item: what it takes, and what it costs."""
+
+    nbytes: int
+    cost: float
+
+
+@dataclass(frozen=True, slots=True)
+class Allocation:
+    """An answer.
+
+    Attributes:
+        chosen: Of each item, the index of its option.
+        nbytes: Their bytes.
+        cost: Their cost.
+        bound: No choice within the limit costs less than this.
+        exact: The answer is a best one.
+    """
+
+    chosen: tuple[int, ...]
+    nbytes: int
+    cost: float
+    bound: float
+    exact: bool
+
+
+def allocate(
+    items: Sequence[Sequence[Option]], limit: int, max_cells: int = MAX_CELLS
+) -> Allocation | None:
+    """Choose an option for every item.
+
+    Args:
+        items: The options of each item; at least one, sizes and costs not negative.
+        limit: Most bytes of all the chosen options.
+        max_cells: Largest table of the exact solver; above it sizes are rounded up.
+
+    Returns:
+        The answer; None where even the smallest options exceed the limit. Among equals the
+        smaller option is taken, then the earlier one.
+
+    Example:
+        >>> allocate([[Option(2, 5.0), Option(4, 1.0)], [Option(2, 3.0), Option(4, 2.0)]], 6)
+        Allocation(chosen=(1, 0), nbytes=6, cost=4.0, bound=4.0, exact=True)
+    """
+    useful = [_useful(options) for options in items]
+    least = sum(items[n][kept[0]].nbytes for n, kept in enumerate(useful))
+    if least > limit:
+        return None
+    greedy, bound = _relaxed(items, useful, limit - least)
+    table, exact = _table(items, useful, limit - least, max_cells)
+    best = min((greedy, table), key=lambda chosen: _measure(items, chosen)[::-1])
+    if not exact:
+        best = _refined(items, useful, best, limit)
+    nbytes, cost = _measure(items, best)
+    bound = cost if exact else min(bound, cost)
+    return Allocation(tuple(best), nbytes, cost, bound, exact or cost <= bound)
+
+
+def _measure(items: Sequence[Sequence[Option]], chosen: Sequence[int]) -> tuple[int, float]:
+    """Bytes and cost of a choice."""
+    picked = [options[index] for options, index in zip(items, chosen, strict=True)]
+    return sum(x.nbytes for x in picked), sum(x.cost for x in picked)
+
+
+def _useful(options: Sequence[Option]) -> list[int]:
+    """Options by size, without those that a smaller or equal one is as good as."""
+    kept: list[int] = []
+    for index in sorted(range(len(options)), key=lambda n: (options[n].nbytes, options[n].cost, n)):
+        if not kept or options[index].cost < options[kept[-1]].cost:
+            kept.append(index)
+    return kept
+
+
+def _hull(options: Sequence[Option], kept: Sequence[int]) -> list[int]:
+    """Of useful options, those on the lower convex hull of cost over size."""
+    hull: list[int] = []
+    for index in kept:
+        while len(hull) > 1 and _gain(options, hull[-2], hull[-1]) <= _gain(
+            options, hull[-1], index
+        ):
+            hull.pop()
+        hull.append(index)
+    return hull
+
+
+def _gain(options: Sequence[Option], small: int, large: int) -> float:
+    """Cost that a byte saves from one option to a larger one."""
+    nbytes = options[large].nbytes - options[small].nbytes
+    return (options[small].cost - options[large].cost) / nbytes
+
+
+def _relaxed(
+    items: Sequence[Sequence[Option]], useful: Sequence[Sequence[int]], room: int
+) -> tuple[list[int], float]:
+    """Steps up the hulls, those that save most a byte first.
+
+    Returns:
+        A choice that fits, and the cost of the best choice of fractions, which none is below.
+    """
+    chosen = [kept[0] for kept in useful]
+    cost = sum(options[index].cost for options, index in zip(items, chosen, strict=True))
+    steps = []
+    for n, options in enumerate(items):
+        hull = _hull(options, useful[n])
+        for at, (a, b) in enumerate(pairwise(hull)):
+            steps.append((-_gain(options, a, b), n, at, a, b))
+    bound, left, stopped = cost, room, set[int]()
+    fraction = True
+    for gain, n, _, small, large in sorted(steps):
+        nbytes = items[n][large].nbytes - items[n][small].nbytes
+        if fraction:
+            taken = min(nbytes, left)
+            bound += gain * taken
+            fraction = taken == nbytes
+        if n not in stopped and nbytes <= left:
+            chosen[n], left = large, left - nbytes
+        else:
+            stopped.add(n)
+    # The sums above were rounded: a bound must not lie above the truth by that.
+    return chosen, bound - 1e-12 * cost
+
+
+def _table(
+    items: Sequence[Sequence[Option]],
+    useful: Sequence[Sequence[int]],
+    room: int,
+    max_cells: int,
+) -> tuple[list[int], bool]:
+    """Dynamic programming over bytes beyond the smallest options.
+
+    Returns:
+        The choice, and whether it is a best one: not where sizes had to be rounded up.
+    """
+    extra = [
+        [options[i].nbytes - options[kept[0]].nbytes for i in kept]
+        for options, kept in zip(items, useful, strict=True)
+    ]
+    room = min(room, sum(sizes[-1] for sizes in extra))
+    unit = gcd(*(size for sizes in extra for size in sizes)) or 1
+    most = max(max_cells // max(len(items), 1), 1)
+    exact = room // unit < most
+    if not exact:
+        unit = -(-room // (most - 1)) if most > 1 else room + 1
+    cells = room // unit + 1
+    best = np.zeros(cells)
+    choices = np.zeros((len(items), cells), np.uint8)
+    sizes_in_units = [[-(-size // unit) for size in sizes] for sizes in extra]
+    for n, kept in enumerate(useful):
+        new = np.full(cells, np.inf)
+        for number, index in enumerate(kept):
+            size = sizes_in_units[n][number]
+            if size >= cells:
+                break
+            cost = best[: cells - size] + items[n][index].cost
+            better = cost < new[size:]
+            new[size:][better] = cost[better]
+            choices[n, size:][better] = number
+        best = new
+    at, chosen = cells - 1, [0] * len(items)
+    for n in range(len(items) - 1, -1, -1):
+        number = int(choices[n, at])
+        chosen[n] = useful[n][number]
+        at -= sizes_in_units[n][number]
+    return chosen, exact
+
+
+def _refined(
+    items: Sequence[Sequence[Option]],
+    useful: Sequence[Sequence[int]],
+    chosen: Sequence[int],
+    limit: int,
+) -> list[int]:
+    """Take what still fits, the most saved a byte first, until nothing does."""
+    found = list(chosen)
+    left = limit - _measure(items, found)[0]
+    while True:
+        steps = [
+            (_gain(options, found[n], index), -n, -index)
+            for n, options in enumerate(items)
+            for index in useful[n]
+            if 0 < options[index].nbytes - options[found[n]].nbytes <= left
+            and options[index].cost < options[found[n]].cost
+        ]
+        if not steps:
+            return found
+        _, n, index = max(steps)
+        left -= items[-n][-index].nbytes - items[-n][found[-n]].nbytes
+        found[-n] = -index

@@ -1,0 +1,437 @@
+"""Bits and group size layer by layer, so that the least is lost within a size (``--budget``).
+
+Unlike every other wish this one reads data before there is a plan: each layer is encoded with
+each candidate, and the errors are kept. ``allocation`` then chooses, and the choice is a recipe:
+what a plan, a record and ``verify`` see is a table of layers, which nobody measures again.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
+from itertools import product
+from math import prod
+from pathlib import Path
+
+from requant.allocation import Allocation, Option, allocate
+from requant.blueprint import LayerPlan, Operation, Plan, Step, Treatment
+from requant.checkpoint import Checkpoint
+from requant.errors import CheckpointError, Problem, UsageError
+from requant.execute import Finding, Progress, make_budget, run_plan
+from requant.planner import make_plan
+from requant.recipes import ROLES, Recipe, Rule, places
+from requant.record import version
+from requant.schema import Quantization
+from requant.specs import parse_budget, spec_text
+from requant.wishes import Wishes
+
+BITS = (2, 3, 4, 5, 6, 8)
+GROUP_SIZES = (32, 64, 128)
+_FORMAT = 1  # of the file that keeps measurements
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A quantization of a layer, what it takes, and what it loses.
+
+    Attributes:
+        spec: As in an override ("4:64").
+        nbytes: Of its tensors in the output.
+        error: Squared error of its weights, summed.
+        energy: Squared weights, summed; 0 where the codes stay what they are.
+    """
+
+    spec: str
+    nbytes: int
+    error: float
+    energy: float
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What each layer may become, and what does not depend on the budget.
+
+    Attributes:
+        parameters: Weights of the model, as ``bits_per_weight`` counts them.
+        fixed_bytes: Bytes of what no candidate changes.
+        fixed: Layers that the wishes settle, with their spec.
+        layers: The other ones, with their candidates.
+        sizes: How many weights these hold.
+        together: The same layers in runs that take one candidate.
+    """
+
+    parameters: int
+    fixed_bytes: int
+    fixed: Mapping[str, str]
+    layers: Mapping[str, tuple[Candidate, ...]]
+    sizes: Mapping[str, int]
+    together: tuple[tuple[str, ...], ...]
+
+
+def settle(
+    source: Path | Checkpoint,
+    wishes: Wishes,
+    *,
+    keep: Path | None = None,
+    threads: int | None = None,
+    max_memory: int | None = None,
+    allow_nonfinite: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+    chunk_bytes: int | None = None,
+) -> Wishes:
+    """Turn the budget of ``wishes`` into a recipe that holds one quantization a layer.
+
+    Args:
+        source: Folder, or what was read of it.
+        wishes: Returned as they are where they hold no budget.
+        keep: File for what was measured: read if it is of this source and these wishes, else
+            written.
+        threads: Worker threads; every processor by default.
+        max_memory: Most bytes to hold in memory.
+        allow_nonfinite: Leave a layer with NaN or infinity as it is instead of stopping.
+        progress: Called about ten times a second with a ``Progress``.
+        chunk_bytes: Bytes of one worker's chunk.
+
+    Raises:
+        CheckpointError: Everything that is wrong with the source.
+        UsageError: Not even the smallest candidates fit.
+    """
+    if wishes.budget is None or wishes.recipe is not None:
+        return wishes
+    base = make_plan(source, unsettled(wishes))
+    key = _key(base, wishes)
+    measured = None if keep is None else _kept(keep, key)
+    while measured is None:
+        trial = _Trial(base, wishes)
+        run = make_budget(trial.plan, threads, max_memory, chunk_bytes)
+        found = run_plan(trial.plan, _Nowhere(), run, progress).findings
+        problems = trial.problems(found)
+        if not problems:
+            measured = trial.measured(found)
+            if keep is not None and not wishes.spoiled:
+                _keep(keep, key, measured)
+        elif not allow_nonfinite:
+            raise CheckpointError(base.source, list(problems.values()))
+        else:
+            wishes = replace(wishes, spoiled=wishes.spoiled | problems.keys())
+            base = make_plan(base.checkpoint, unsettled(wishes))
+    default = unsettled(wishes).quantization
+    return replace(wishes, quantization=default, recipe=_recipe(measured, wishes, default))
+
+
+def unsettled(wishes: Wishes) -> Wishes:
+    """The wishes without the budget: what can be planned before anything is measured."""
+    default = wishes.quantization or Quantization.affine(64, 4)
+    return replace(wishes, budget=None, quantization=default)
+
+
+class _Nowhere:
+    """A sink for a run that only measures."""
+
+    ledger = None
+
+    def write(self, file: str, offset: int, data: memoryview) -> None:
+        """Forget the data."""
+
+
+# -- measuring -------------------------------------------------------------------------------
+
+
+class _Trial:
+    """Every candidate of every layer as the steps of one plan, which is run for its errors.
+
+    Attributes:
+        plan: Those steps, one layer after the other.
+        tried: Layer -> spec -> bytes.
+        named: Name of a step -> layer and spec.
+    """
+
+    def __init__(self, base: Plan, wishes: Wishes) -> None:
+        self.base = base
+        self.tried: dict[str, dict[str, int]] = {x.layer: {} for x in base.layers}
+        self.named: dict[str, tuple[str, str]] = {}
+        steps: dict[str, list[Step]] = {layer: [] for layer in self.tried}
+        for plan in _candidate_plans(base, wishes):
+            new = {}
+            for layer in plan.layers:
+                spec = _spec_of(plan, layer)
+                if spec and spec not in self.tried[layer.layer]:
+                    new[layer.layer] = spec
+                    self.tried[layer.layer][spec] = layer.nbytes
+            for step in plan.steps:
+                if step.layer in new and step.operation in (Operation.ENCODE, Operation.RECODE):
+                    name = f"{step.layer} as {new[step.layer]}"
+                    self.named[name] = step.layer, new[step.layer]
+                    steps[step.layer].append(replace(step, layer=name))
+        free = [layer for layer, specs in self.tried.items() if len(specs) > 1]
+        self.plan = replace(base, steps=tuple(step for layer in free for step in steps[layer]))
+
+    def problems(self, found: Mapping[str, Finding]) -> dict[str, Problem]:
+        """The layers that hold what no code stands for."""
+        told = {self.named[name][0]: x for name, x in found.items() if x.nonfinite}
+        return {
+            layer: Problem(
+                f"{layer}.weight",
+                f"{x.nonfinite:,} values are NaN or infinite, first in row "
+                f"{x.first_nonfinite_row}; --allow-nonfinite leaves such layers as they are",
+            )
+            for layer, x in told.items()
+        }
+
+    def measured(self, found: Mapping[str, Finding]) -> Measured:
+        """Put the errors to the candidates."""
+        errors: dict[str, dict[str, Finding]] = {layer: {} for layer in self.tried}
+        for name, finding in found.items():
+            layer, spec = self.named[name]
+            errors[layer][spec] = finding
+        layers: dict[str, tuple[Candidate, ...]] = {}
+        for layer, specs in self.tried.items():
+            known = errors[layer]
+            energy = _rounded(max((x.squared_values for x in known.values()), default=0.0))
+            if len(specs) > 1:
+                layers[layer] = tuple(
+                    Candidate(
+                        spec,
+                        nbytes,
+                        _rounded(known[spec].squared_error) if spec in known else 0.0,
+                        energy,
+                    )
+                    for spec, nbytes in specs.items()
+                )
+        free = [x for x in self.base.layers if x.layer in layers]
+        return Measured(
+            self.base.parameters,
+            self.base.bytes_out - sum(x.nbytes for x in free),
+            {x.layer: spec for x in self.base.layers if (spec := self._fixed(x, layers))},
+            layers,
+            {x.layer: prod(x.shape) for x in free},
+            _together(layers, self.base.checkpoint.config),
+        )
+
+    def _fixed(self, layer: LayerPlan, free: Mapping[str, object]) -> str:
+        """What a recipe must say of a layer that the wishes settle; "" for nothing."""
+        if layer.layer in free or not layer.is_weight or len(layer.shape) < 2:
+            return ""
+        by_wish = "skipped" in layer.reason or "--only" in layer.reason
+        return _spec_of(self.base, layer) or ("skip" if by_wish else "")
+
+
+def _candidate_plans(base: Plan, wishes: Wishes) -> Iterator[Plan]:
+    """A plan for each candidate of every layer; codes that stay lose nothing."""
+    if any(x.treatment not in (Treatment.DENSE, Treatment.QUANTIZED) for x in base.layers):
+        with suppress(UsageError):  # not all of this source's codes can stay
+            yield make_plan(base.checkpoint, _without(wishes, None))
+    groups = GROUP_SIZES if wishes.quantization is None else (wishes.quantization.group_size,)
+    for group_size, bits in product(groups, BITS):
+        yield make_plan(base.checkpoint, _without(wishes, Quantization.affine(group_size, bits)))
+
+
+def _without(wishes: Wishes, target: Quantization | None) -> Wishes:
+    config_from = None  # it has been read
+    return replace(wishes, budget=None, quantization=target, config_from=config_from)
+
+
+def _spec_of(plan: Plan, layer: LayerPlan) -> str:
+    """A layer's quantization as an override spells it; "" for a dense one."""
+    if plan.quantization is None or layer.treatment in (Treatment.DENSE, Treatment.DEQUANTIZED):
+        return ""
+    target = plan.quantization.quantization_for(layer.layer)
+    return "" if target is None else spec_text(target)
+
+
+def _rounded(figure: float) -> float:
+    """Six digits: the last ones of a sum depend on how rows were cut into chunks."""
+    return float(f"{figure:.6g}")
+
+
+_EXPERT = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
+
+
+def _together(
+    layers: Mapping[str, tuple[Candidate, ...]], config: Mapping[str, object]
+) -> tuple[tuple[str, ...], ...]:
+    """Layers that must agree: the experts of one stack, and a head tied to its embedding."""
+    text = config.get("text_config")
+    tied = config.get("tie_word_embeddings") or (
+        isinstance(text, Mapping) and text.get("tie_word_embeddings")
+    )
+    runs: dict[str, list[str]] = {}
+    for layer in layers:
+        ends = tied and any(re.search(ROLES[role], layer) for role in ("embedding", "head"))
+        runs.setdefault("tied" if ends else _EXPERT.sub("*", layer), []).append(layer)
+    return tuple(tuple(run) for run in runs.values())
+
+
+# -- what was measured, on disk --------------------------------------------------------------
+
+
+def measured_of(output: Path) -> Path:
+    """Where measurements wait for a run that goes on."""
+    return output.parent / f".{output.name}.requant-measured"
+
+
+def _key(base: Plan, wishes: Wishes) -> str:
+    """A hash of all that decides a measurement; not of the budget."""
+    told = wishes.to_dict() | {"budget": None}
+    data = [_FORMAT, version(), BITS, GROUP_SIZES, told, [asdict(file) for file in base.files]]
+    return sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _kept(file: Path, key: str) -> Measured | None:
+    """What was measured before, if it was this."""
+    try:
+        data = json.loads(file.read_bytes())
+        if data["key"] != key:
+            return None
+        layers = {x: tuple(Candidate(*y) for y in told) for x, told in data["layers"].items()}
+        return Measured(
+            data["parameters"],
+            data["fixed_bytes"],
+            data["fixed"],
+            layers,
+            data["sizes"],
+            tuple(map(tuple, data["together"])),
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _keep(file: Path, key: str, measured: Measured) -> None:
+    """Write it, whole or not at all; a disk that refuses costs another measurement."""
+    layers = {
+        layer: [[x.spec, x.nbytes, x.error, x.energy] for x in found]
+        for layer, found in measured.layers.items()
+    }
+    fresh = file.with_name(file.name + ".new")
+    with suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        fresh.write_text(json.dumps({"key": key} | asdict(measured) | {"layers": layers}))
+        fresh.replace(file)
+
+
+# -- choosing --------------------------------------------------------------------------------
+
+
+def _recipe(measured: Measured, wishes: Wishes, default: Quantization | None) -> Recipe:
+    """The best choice within the budget, as a recipe.
+
+    Raises:
+        UsageError: Nothing fits.
+    """
+    assert wishes.budget is not None
+    budget = parse_budget(wishes.budget)
+    limit = budget.limit(measured.parameters)
+    stands = places(measured.layers)
+    weights = {layer: sensitivity(layer, stands.get(layer)) for layer in measured.layers}
+    runs, options = [], []
+    for run in measured.together:
+        for layers, ways in _shared(measured, run, weights):
+            runs.append((layers, [spec for spec, _ in ways]))
+            options.append([option for _, option in ways])
+    answer = allocate(options, limit - measured.fixed_bytes)
+    if answer is None:
+        raise UsageError(_impossible(budget.text, budget.is_size, measured, options))
+    specs = dict(measured.fixed)
+    for (layers, spelled), index in zip(runs, answer.chosen, strict=True):
+        specs |= dict.fromkeys(layers, spelled[index])
+    by_spec: dict[str, list[str]] = {}
+    for layer in sorted(specs):
+        by_spec.setdefault(specs[layer], []).append(layer)
+    return Recipe(
+        f"budget-{budget.text}",
+        _words(budget.text, budget.is_size, measured, answer, wishes.search),
+        default,
+        tuple(Rule(spec, layers=tuple(by_spec[spec])) for spec in sorted(by_spec)),
+        is_shipped=False,
+    )
+
+
+_Way = tuple[str, Option]
+
+
+def _shared(
+    measured: Measured, run: Sequence[str], weights: Mapping[str, float]
+) -> list[tuple[tuple[str, ...], list[_Way]]]:
+    """The candidates that all layers of a run have, summed over them.
+
+    Layers without a common one cannot agree: each is then chosen for itself.
+    """
+    found = {layer: {x.spec: x for x in measured.layers[layer]} for layer in run}
+    common = [spec for spec in found[run[0]] if all(spec in other for other in found.values())]
+    if not common:
+        return [pair for layer in run for pair in _shared(measured, (layer,), weights)]
+    ways = []
+    for spec in common:
+        members = [(layer, found[layer][spec]) for layer in run]
+        nbytes = sum(x.nbytes for _, x in members)
+        costs = (cost(x, measured.sizes[layer], weights[layer]) for layer, x in members)
+        ways.append((spec, Option(nbytes, sum(costs))))
+    return [(tuple(run), ways)]
+
+
+# What a relative error of a layer costs a model beside one of the same size elsewhere: measured
+# on one model (docs/quality.md), rounded; the first that fits. Any other layer counts 1.
+_SENSITIVITY = (
+    ("v_proj", 6.0),
+    ("q_proj", 1 / 3),
+    ("k_proj", 1.5),
+    ("o_proj", 1.5),
+    ("up_proj", 0.5),
+    ("embedding", 1.5),
+    ("head", 1.5),
+)
+_FIRST_BLOCK = 3.0
+
+
+def sensitivity(layer: str, place: tuple[int, int] | None) -> float:
+    """How much a relative error counts in a layer.
+
+    Args:
+        layer: Its path.
+        place: Index of its block, and how many its stack has; None outside of blocks.
+    """
+    kind = next((x for role, x in _SENSITIVITY if re.search(ROLES[role], layer)), 1.0)
+    return kind * (_FIRST_BLOCK if place is not None and place[0] == 0 else 1.0)
+
+
+def cost(candidate: Candidate, size: int, weight: float) -> float:
+    """What a candidate is held to cost a model.
+
+    Args:
+        candidate: With its error.
+        size: Weights of the layer.
+        weight: As ``sensitivity`` gives it.
+    """
+    return weight * size * candidate.error / candidate.energy if candidate.energy else 0.0
+
+
+def _words(text: str, is_size: bool, measured: Measured, answer: Allocation, search: str) -> str:
+    """What was chosen, in a sentence."""
+    total = answer.nbytes + measured.fixed_bytes
+    bits = 8 * total / max(measured.parameters, 1)
+    above = 100 * (answer.cost / answer.bound - 1) if answer.bound > 0 else 0.0
+    how = "the least" if answer.exact else f"at most {above:.2g} % above the least"
+    weights = max(sum(measured.sizes.values()), 1)
+    return (
+        f"Chosen within {text}{'' if is_size else ' bits per weight'}: {bits:.4f} bits per weight, "
+        f"{total:,} bytes; weighted relative squared error {answer.cost / weights:.4g}, {how} "
+        f"that its candidates allow (bound {answer.bound / weights:.4g}; search {search})."
+    )
+
+
+def _impossible(
+    text: str, is_size: bool, measured: Measured, options: Sequence[Sequence[Option]]
+) -> str:
+    """The least that is possible, and what to type next."""
+    least = measured.fixed_bytes + sum(min(x.nbytes for x in ways) for ways in options)
+    bits = -(-8 * least * 1000 // measured.parameters) / 1000
+    more = "; --override and --only hold some layers larger" if measured.fixed else ""
+    next_one = f"{least}B" if is_size else f"{bits:.3f}"
+    return (
+        f"--budget {text} cannot be met: the least possible is {least:,} bytes, "
+        f"{bits:.3f} bits per weight{more}. Type --budget {next_one}"
+    )
