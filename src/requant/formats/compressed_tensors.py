@@ -111,7 +111,7 @@ class _Reader:
             path, _, role = tensor.name.rpartition(".")
             if role in _SPARSE:
                 sorter.problem(tensor.name, f"is a part of {_SPARSE[role]}, which is not read")
-            elif tensor.info.dtype.startswith("F8_") and role == "weight":
+            elif tensor.info.dtype in ("I8", *FLOAT8) and role == "weight":
                 sorter.problem(tensor.name, f"{tensor.info} has no {path}.weight_scale")
         dense = {tensor.name for tensor in sorter.left}
         for path, scheme in self.config.named():
@@ -208,7 +208,7 @@ class _Reader:
             zeros,
             padded,
         )
-        act_order = self._act_order(path, parts, n_in, group)
+        act_order = self._act_order(path, parts, n_in, group, scheme)
         if act_order is None:
             return None
         packing = CtActOrder(*arguments) if act_order else CtPacked(*arguments)
@@ -339,10 +339,16 @@ class _Reader:
         self._report(points.name, f"{points.info}, expected {expected} for {bits} bits")
         return None
 
-    def _act_order(self, path: str, parts: _Parts, n_in: int, group: int) -> bool | None:
+    def _act_order(
+        self, path: str, parts: _Parts, n_in: int, group: int, scheme: Scheme
+    ) -> bool | None:
         """Whether the groups of inputs are shuffled; None with a problem."""
         index = parts.get("weight_g_idx")
         if index is None:
+            if scheme.shuffled:
+                message = f"has no weight_g_idx, but {scheme.where} says actorder {scheme.actorder}"
+                self._report(path, message)
+                return None
             return False
         if index.info.dtype != "I32" or index.info.shape != (n_in,):
             self._report(index.name, f"{index.info}, expected I32 [{n_in}]")

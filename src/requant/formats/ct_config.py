@@ -51,6 +51,7 @@ class Scheme:
         group_size: Inputs with one scale; None for a row, a tensor or blocks.
         block: Rows and columns with one scale.
         where: The key that says so.
+        actorder: What is said of the order of inputs: "group", "static", ...
     """
 
     bits: int | None = None
@@ -59,6 +60,12 @@ class Scheme:
     group_size: int | None = None
     block: tuple[int, int] | None = None
     where: str = ""
+    actorder: str = ""
+
+    @property
+    def shuffled(self) -> bool:
+        """Whether each layer needs a ``weight_g_idx``; "weight" and "static" leave none."""
+        return self.actorder.lower() in ("group", "dynamic", "true")
 
 
 class CtConfig:
@@ -191,6 +198,7 @@ class CtConfig:
             group_size if group_size and group_size > 0 else None,
             self._block(weights.get("block_structure"), where),
             where,
+            "" if (order := weights.get("actorder")) is None else str(order),
         )
 
     def _block(self, value: Any, where: str) -> tuple[int, int] | None:

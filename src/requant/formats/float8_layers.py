@@ -36,9 +36,11 @@ def tile_of(
     """
     *leading, n_out, n_in = shape
     matrices, count = prod(leading), prod(scale)
-    if count == 1:
-        return matrices * n_out, n_in
     grid = tuple(scale)
+    if count == 1:
+        due = (1,) if block is None else (-(-n_out // block[0]), -(-n_in // block[1]))
+        # A lone number laid out as a grid of blocks is one block's scale, not the whole weight's.
+        return None if len(grid) > 1 and prod(due) > 1 else (matrices * n_out, n_in)
     if len(grid) == 4 and not leading and (grid[1], grid[3]) == (1, 1):
         grid = (grid[0], grid[2])
     if grid in ((*leading, n_out), (*leading, n_out, 1)):

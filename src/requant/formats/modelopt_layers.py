@@ -54,6 +54,10 @@ class RowPairs(IntegerPacking):
         return parts["weight_scale"]
 
 
+# Scales of NVFP4; arrays in memory may hold them as bytes.
+_E4M3 = ("F8_E4M3", "U8")
+
+
 def stored_kind(path: str, parts: _Tensors) -> str:
     """How a layer is stored: nvfp4, mxfp4, mxfp8, fp8, int4 or int8.
 
@@ -73,6 +77,7 @@ def stored_kind(path: str, parts: _Tensors) -> str:
     *leading, height, width = codes.shape
     by_row = scales.shape[:-1] == codes.shape[:-1]
     group_codes = width / scales.shape[-1] if by_row else 0  # elements of a row with one scale
+    two_scales = "weight_scale_2" in parts
     if scales.dtype in _FLOATS:
         in_pairs = scales.shape[:-1] == (*leading, 2 * height)
         if codes.dtype == "I8":
@@ -81,7 +86,7 @@ def stored_kind(path: str, parts: _Tensors) -> str:
             return "int4"
         if codes.dtype in FLOAT8 and tile_of(codes.shape, scales.shape, None):
             return "fp8"
-    elif codes.dtype == "U8" and group_codes == 8 and "weight_scale_2" in parts:
+    elif codes.dtype == "U8" and scales.dtype in _E4M3 and group_codes == 8 and two_scales:
         return "nvfp4"
     elif codes.dtype == "U8" and group_codes == 16 and scales.dtype in EXPONENTS:
         return "mxfp4"
