@@ -10,9 +10,6 @@
 
 namespace {
 
-// Two codes, the first in the low byte; rows of odd length put them at odd addresses.
-typedef uint16_t __attribute__((may_alias, aligned(1))) Pair;
-
 constexpr size_t kEights = 64;  // runs of eight codes worked on at a time
 
 template <int BITS>
@@ -49,8 +46,11 @@ void pack_codes(const uint8_t* REQUANT_RESTRICT codes, size_t count, uint8_t* RE
     return;
   }
   if constexpr (BITS == 4) {  // pairs in 16 bits: the plain loop vectorises
-    const auto* pairs = reinterpret_cast<const Pair*>(codes);
-    for (size_t i = 0; i < count / 2; i++) out[i] = uint8_t((pairs[i] & 15u) | ((pairs[i] >> 4) & 0xf0u));
+    for (size_t i = 0; i < count / 2; i++) {
+      uint16_t pair;  // copied: rows of odd length put codes at odd addresses
+      std::memcpy(&pair, codes + 2 * i, 2);
+      out[i] = uint8_t((pair & 15u) | ((pair >> 4) & 0xf0u));
+    }
     return;
   }
   for (size_t i = 0; i < count; i += 8 * kEights) {
@@ -77,8 +77,10 @@ void unpack_codes(const uint8_t* REQUANT_RESTRICT in, size_t count, uint8_t* REQ
     return;
   }
   if constexpr (BITS == 4) {
-    auto* pairs = reinterpret_cast<Pair*>(codes);
-    for (size_t i = 0; i < count / 2; i++) pairs[i] = Pair((in[i] & 15u) | ((in[i] & 0xf0u) << 4));
+    for (size_t i = 0; i < count / 2; i++) {
+      const auto pair = uint16_t((in[i] & 15u) | ((in[i] & 0xf0u) << 4));
+      std::memcpy(codes + 2 * i, &pair, 2);
+    }
     return;
   }
   for (size_t i = 0; i < count; i += 8 * kEights) {
