@@ -28,6 +28,7 @@ from requant.record import version
 from requant.schema import Quantization
 from requant.specs import parse_budget, spec_text
 from requant.wishes import Wishes
+from requant.writer import Nowhere
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
@@ -76,6 +77,7 @@ def settle(
     source: Path | Checkpoint,
     wishes: Wishes,
     *,
+    check: Callable[[Plan], None] | None = None,
     keep: Path | None = None,
     threads: int | None = None,
     max_memory: int | None = None,
@@ -88,6 +90,8 @@ def settle(
     Args:
         source: Folder, or what was read of it.
         wishes: Returned as they are where they hold no budget.
+        check: Called with a plan of the source before anything is measured; raises what forbids
+            to go on.
         keep: File for what was measured: read if it is of this source and these wishes, else
             written.
         threads: Worker threads; every processor by default.
@@ -102,13 +106,15 @@ def settle(
     """
     if wishes.budget is None or wishes.recipe is not None:
         return wishes
-    base = make_plan(source, unsettled(wishes))
+    base = make_plan(source, _unsettled(wishes))
+    if check is not None:
+        check(base)
     key = _key(base, wishes)
     measured = None if keep is None else _kept(keep, key)
     while measured is None:
         trial = _Trial(base, wishes)
         run = make_budget(trial.plan, threads, max_memory, chunk_bytes)
-        found = run_plan(trial.plan, _Nowhere(), run, progress).findings
+        found = run_plan(trial.plan, Nowhere(), run, progress).findings
         problems = trial.problems(found)
         if not problems:
             measured = trial.measured(found)
@@ -118,24 +124,15 @@ def settle(
             raise CheckpointError(base.source, list(problems.values()))
         else:
             wishes = replace(wishes, spoiled=wishes.spoiled | problems.keys())
-            base = make_plan(base.checkpoint, unsettled(wishes))
-    default = unsettled(wishes).quantization
+            base = make_plan(base.checkpoint, _unsettled(wishes))
+    default = _unsettled(wishes).quantization
     return replace(wishes, quantization=default, recipe=_recipe(measured, wishes, default))
 
 
-def unsettled(wishes: Wishes) -> Wishes:
+def _unsettled(wishes: Wishes) -> Wishes:
     """The wishes without the budget: what can be planned before anything is measured."""
     default = wishes.quantization or Quantization.affine(64, 4)
     return replace(wishes, budget=None, quantization=default)
-
-
-class _Nowhere:
-    """A sink for a run that only measures."""
-
-    ledger = None
-
-    def write(self, file: str, offset: int, data: memoryview) -> None:
-        """Forget the data."""
 
 
 # -- measuring -------------------------------------------------------------------------------
@@ -173,14 +170,7 @@ class _Trial:
     def problems(self, found: Mapping[str, Finding]) -> dict[str, Problem]:
         """The layers that hold what no code stands for."""
         told = {self.named[name][0]: x for name, x in found.items() if x.nonfinite}
-        return {
-            layer: Problem(
-                f"{layer}.weight",
-                f"{x.nonfinite:,} values are NaN or infinite, first in row "
-                f"{x.first_nonfinite_row}; --allow-nonfinite leaves such layers as they are",
-            )
-            for layer, x in told.items()
-        }
+        return {layer: x.nonfinite_problem(layer) for layer, x in told.items()}
 
     def measured(self, found: Mapping[str, Finding]) -> Measured:
         """Put the errors to the candidates."""
@@ -231,8 +221,8 @@ def _candidate_plans(base: Plan, wishes: Wishes) -> Iterator[Plan]:
 
 
 def _without(wishes: Wishes, target: Quantization | None) -> Wishes:
-    config_from = None  # it has been read
-    return replace(wishes, budget=None, quantization=target, config_from=config_from)
+    """The wishes with one candidate for all; what ``config_from`` names has been read."""
+    return replace(wishes, budget=None, quantization=target, config_from=None)
 
 
 def _spec_of(plan: Plan, layer: LayerPlan) -> str:

@@ -59,7 +59,7 @@ class Chooser:
         format_name: str,
         layout: SourceLayout,
         wishes: Wishes,
-        moved: Relayout | None,
+        moved: Relayout | None = None,
     ) -> None:
         self.checkpoint, self.format, self.layout = checkpoint, format_name, layout
         self.wishes, self.moved = wishes, moved

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TypeVar
 
 from requant.blueprint import Plan
-from requant.budgets import measured_of, settle, unsettled
+from requant.budgets import measured_of, settle
 from requant.checkpoint import Checkpoint
 from requant.consuming import most_with_consume_source
 from requant.errors import CheckpointError, OutputError, Problem, UsageError
 from requant.execute import Finding, Outcome, Progress, make_budget, run_plan
-from requant.hub import Repository, find_repository
+from requant.hub import Repository, find_repository, reach
 from requant.planner import make_plan
 from requant.recipes import toml_of
 from requant.report import Report, recorded_errors
@@ -26,6 +26,7 @@ from requant.source_folder import is_gguf
 from requant.specs import Spec
 from requant.wishes import Wishes
 from requant.writer import (
+    Nowhere,
     OutputFolder,
     Sink,
     check_output,
@@ -97,9 +98,8 @@ def plan(
     check_saving(save_recipe, wishes)
     remote = find_repository(source, revision)
     if wishes.budget is not None:
-        found = None if remote is None else remote.arriving(remote.headers(wishes.config_from))
         wishes = settle(
-            Path(source) if found is None else found,
+            reach(source, remote, wishes.config_from),
             wishes,
             threads=threads,
             max_memory=max_memory,
@@ -291,10 +291,10 @@ def convert(
     area = downloads_of(Path(output)) if consume_source else None
     place = Path(source) if remote is None else _arriving(remote, wishes, Path(output), force, area)
     if budget is not None:
-        check_output(make_plan(place, unsettled(wishes)), Path(output), force)
         wishes = settle(
             place,
             wishes,
+            check=lambda first: check_output(first, Path(output), force),
             keep=measured_of(Path(output)) if resume else None,
             threads=threads,
             max_memory=max_memory,
@@ -344,15 +344,6 @@ def _refuse_half_consumed(output: Path) -> None:
         )
 
 
-class _Nowhere:
-    """A sink for a run that only computes."""
-
-    ledger = None
-
-    def write(self, file: str, offset: int, data: memoryview) -> None:
-        """Forget the data."""
-
-
 def _checked(run: Callable[..., tuple[Plan, Outcome]], wishes: Wishes) -> Wishes:
     """Read and compute everything once, so that nothing is found after files are gone.
 
@@ -362,9 +353,9 @@ def _checked(run: Callable[..., tuple[Plan, Outcome]], wishes: Wishes) -> Wishes
     tried: list[Wishes] = []
 
     @contextmanager
-    def nowhere(made: Plan, wished: Wishes) -> Iterator[_Nowhere]:
+    def nowhere(made: Plan, wished: Wishes) -> Iterator[Nowhere]:
         tried.append(wished)
-        yield _Nowhere()
+        yield Nowhere()
 
     run(wishes, nowhere, lambda sink, outcome: None)
     return tried[-1]
@@ -433,11 +424,7 @@ def _refused(outcome: Outcome, allow_overflow: bool) -> list[Problem]:
     problems = []
     for layer, found in outcome.findings.items():
         if found.nonfinite:
-            message = (
-                f"{found.nonfinite:,} values are NaN or infinite, first in row "
-                f"{found.first_nonfinite_row}; --allow-nonfinite leaves such layers as they are"
-            )
-            problems.append(Problem(f"{layer}.weight", message))
+            problems.append(found.nonfinite_problem(layer))
         if found.overflowed and not allow_overflow:
             message = (
                 f"{found.overflowed:,} values are too large for the dtype asked for and would "

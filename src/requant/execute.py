@@ -160,6 +160,14 @@ class Finding:
         nothing = Finding()
         return {k: v for k, v in asdict(self).items() if v != getattr(nothing, k)}
 
+    def nonfinite_problem(self, layer: str) -> Problem:
+        """What to say of a layer whose values are not all numbers."""
+        return Problem(
+            f"{layer}.weight",
+            f"{self.nonfinite:,} values are NaN or infinite, first in row "
+            f"{self.first_nonfinite_row}; --allow-nonfinite leaves such layers as they are",
+        )
+
     def add(self, other: Finding) -> None:
         """Merge what another chunk saw."""
         self.nonfinite += other.nonfinite
@@ -389,7 +397,7 @@ class _Run:
         source: _Source,
         folder: Sink,
         budget: Budget,
-        stop_at: Callable[[Finding], bool] | None = None,
+        stop_at: Callable[[Finding], bool] | None,
     ) -> None:
         self.plan, self.source, self.folder, self.budget = plan, source, folder, budget
         self.ledger: Ledger | None = folder.ledger

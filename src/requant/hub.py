@@ -85,6 +85,25 @@ def find_repository(source: str | os.PathLike[str], revision: str | None) -> Rep
     return Repository(name, found.commit, {x: found.sizes[x] for x in files}, digests, kind)
 
 
+def reach(
+    source: str | os.PathLike[str],
+    remote: Repository | None,
+    config_from: str | os.PathLike[str] | None = None,
+) -> Path | Checkpoint:
+    """What a plan that is to be run is made from: a path, or a repository whose files come.
+
+    Args:
+        source: As the user named it.
+        remote: What ``find_repository`` made of that.
+        config_from: As in ``Repository.headers``.
+
+    Raises:
+        HubError: A file cannot be had.
+        CheckpointError: Everything that is wrong with what the headers say.
+    """
+    return Path(source) if remote is None else remote.arriving(remote.headers(config_from))
+
+
 def _gguf_kind(name: str, files: Iterable[str], wanted: str, has_safetensors: bool) -> str:
     """The GGUF model of a repository that is meant; "" where it is not one."""
     models = gguf_models(files)

@@ -20,7 +20,7 @@ from requant.blueprint import OutputTensor, Plan
 from requant.budgets import settle
 from requant.conversion import Source, carry_out
 from requant.errors import BackendError, CheckpointError, Problem, UsageError
-from requant.hub import find_repository
+from requant.hub import find_repository, reach
 from requant.mlx_lm_classes import why_no_class
 from requant.report import Report
 from requant.schema import Quantization
@@ -134,10 +134,8 @@ def load_weights(
     revision = wishes.pop("revision", None)
     made = Wishes.build(quantization, **wishes, layout="mlx-lm")
     _check_installed(Path(source))
-    remote = find_repository(source, revision)
-    found = None if remote is None else remote.headers(made.config_from)
+    place = reach(source, find_repository(source, revision), made.config_from)
     results: list[dict[str, mx.array]] = []
-    place = Path(source) if remote is None or found is None else remote.arriving(found)
     measuring = {name: x for name, x in options.items() if name != "allow_overflow"}
     made = settle(place, made, **measuring)
     plan, outcome = carry_out(

@@ -59,13 +59,13 @@ def make_plan(source: str | Path | Checkpoint, wishes: Wishes, twins: Path | Non
             moved = _laid_out(checkpoint, _folded(layout, wishes), wishes)
             if not moved.keeps_row_orders:
                 moved = _laid_out(checkpoint, layout, wishes)
-            return Planner(checkpoint, found.name, moved.layers, wishes, moved).plan()
+            return Planner(Chooser(checkpoint, found.name, moved.layers, wishes, moved)).plan()
         except CheckpointError as error:
             if wishes.layout != "auto":
                 raise
             notes.append(f"Tensors keep the source's names (--layout keep): {_why(error)}")
     layout = _folded(layout, wishes)
-    return Planner(checkpoint, found.name, layout, wishes, notes=notes).plan()
+    return Planner(Chooser(checkpoint, found.name, layout, wishes), notes).plan()
 
 
 def _folded(layout: SourceLayout, wishes: Wishes) -> SourceLayout:
@@ -106,22 +106,17 @@ def _why(error: CheckpointError) -> str:
 
 
 class Planner:
-    """Takes one decision per layer, then lays out steps and shards."""
+    """Asks what becomes of each layer, then lays out steps and shards."""
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        format_name: str,
-        layout: SourceLayout,
-        wishes: Wishes,
-        moved: Relayout | None = None,
-        notes: Iterable[str] = (),
-    ) -> None:
-        self.checkpoint, self.format, self.layout = checkpoint, format_name, layout
-        self.wishes, self.moved = wishes, moved
-        self.mlx_lm = None if moved is None else moved.layout
-        self.chooser = Chooser(checkpoint, format_name, layout, wishes, moved)
-        self.notes = (*notes, *layout.notes)
+    def __init__(self, chooser: Chooser, notes: Iterable[str] = ()) -> None:
+        self.chooser = chooser
+        self.checkpoint, self.format, self.layout = (
+            chooser.checkpoint,
+            chooser.format,
+            chooser.layout,
+        )
+        self.wishes, self.moved, self.mlx_lm = chooser.wishes, chooser.moved, chooser.mlx_lm
+        self.notes = (*notes, *self.layout.notes)
 
     def plan(self) -> Plan:
         """Decide every layer, then place every byte.

@@ -76,10 +76,7 @@ def upload(
     check_name(repository)
     folder = Path(output)
     figures = read_figures(folder)
-    try:
-        import huggingface_hub
-    except ImportError:
-        raise HubError("uploading needs huggingface_hub: pip install 'requant[hub]'") from None
+    huggingface_hub = _library()
     card = model_card(figures, repository, base_model, _source_card(folder, figures))
     paths = {x.relative_to(folder).as_posix(): x for x in sorted(folder.rglob("*")) if x.is_file()}
     paths = {name: path for name, path in paths.items() if not name.startswith(".")}
@@ -118,14 +115,19 @@ def check_ready(repository: str) -> None:
         UsageError: ``repository`` is no ``org/name``.
     """
     check_name(repository)
-    try:
-        import huggingface_hub
-    except ImportError:
-        raise HubError("uploading needs huggingface_hub: pip install 'requant[hub]'") from None
+    huggingface_hub = _library()
     if huggingface_hub.get_token() is None:
         raise HubError(
             f"{repository}: uploading needs a token: log in with `hf auth login` or set HF_TOKEN"
         )
+
+
+def _library() -> Any:
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise HubError("uploading needs huggingface_hub: pip install 'requant[hub]'") from None
+    return huggingface_hub
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from math import lcm, prod
 
 from requant.blueprint import Operation, OutputTensor, Step
 from requant.checkpoint import ComputedTensor, SourceTensor
+from requant.choices import Decided
 from requant.dtypes import FLOATS, TensorInfo
 from requant.formats import SourceLayer, SourceLayout
 from requant.formats.base import RowOrder, Rows
@@ -122,7 +123,7 @@ def _packed_steps(
 
 
 def with_global_scale(
-    decided: Iterable[tuple[SourceLayer, Quantization | None, str]],
+    decided: Iterable[Decided],
 ) -> frozenset[str]:
     """Paths of the layers whose output has a ``global_scale``."""
     return frozenset(

@@ -19,7 +19,7 @@ from requant.conversion import Source
 from requant.errors import CheckpointError, ParseError, Problem
 from requant.execute import Progress, make_budget, run_plan
 from requant.formats import detect
-from requant.hub import find_repository
+from requant.hub import find_repository, reach
 from requant.limits import MAX_PROBLEMS
 from requant.patterns import time_counted
 from requant.planner import make_plan
@@ -239,8 +239,7 @@ def _source(
         then, commit = map(str, made)
         if name in (then, then.partition(":")[0]):  # which GGUF file it was need not be said
             name, revision = then, commit
-    remote = find_repository(name, revision)
-    return Path(folder) if remote is None else remote.arriving(remote.headers(config_from))
+    return reach(name, find_repository(name, revision), config_from)
 
 
 def _repeated_plan(

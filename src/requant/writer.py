@@ -71,6 +71,15 @@ class Sink(Protocol):
         """Take ``data`` for an absolute offset of a shard; thread-safe, and ``data`` is lent."""
 
 
+class Nowhere:
+    """A sink for a run of which only the findings are wanted."""
+
+    ledger = None
+
+    def write(self, file: str, offset: int, data: memoryview) -> None:
+        """Forget the data."""
+
+
 class OutputFolder:
     """An output that appears under its name only when it is whole.
 

@@ -15,7 +15,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import pytest
+
 _BLOCK_BYTES = 64 << 10
+
+
+# Downloads into the cache, and those that are deleted one by one.
+either_way = pytest.mark.parametrize(
+    "option", [(), ("--consume-source",)], ids=["cache", "consumed"]
+)
 
 
 @dataclass

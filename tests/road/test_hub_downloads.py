@@ -20,7 +20,7 @@ from requant.checkpoint import Checkpoint
 from requant.errors import HubError
 from requant.hub import Repository
 
-from .hub_server import Hub, serving
+from .hub_server import Hub, either_way, serving
 from .test_hub import Call, call, contents, ok  # noqa: F401  (a fixture)
 
 pytest.importorskip("huggingface_hub")
@@ -87,6 +87,11 @@ def begin(call: Call, tmp_path: Path, *arguments: object) -> subprocess.Popen[st
     return subprocess.Popen(command, **options)
 
 
+def kill(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    process.communicate()
+
+
 def until(true: Callable[[], bool], process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 20
     while not true():
@@ -95,7 +100,7 @@ def until(true: Callable[[], bool], process: subprocess.Popen[str]) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("option", [(), ("--consume-source",)], ids=["cache", "consumed"])
+@either_way
 def test_layers_are_written_before_all_shards_are_here(
     hub: Hub,
     call: Call,  # noqa: F811
@@ -119,7 +124,7 @@ def test_shards_come_in_the_order_in_which_they_are_needed(hub: Hub, call: Call)
     assert all(abs(whole.index(name) - n) <= 1 for n, name in enumerate(SHARDS))  # two at a time
 
 
-@pytest.mark.parametrize("option", [(), ("--consume-source",)], ids=["cache", "consumed"])
+@either_way
 def test_killed_while_it_downloads_and_converts_it_goes_on(
     hub: Hub,
     call: Call,  # noqa: F811
@@ -130,8 +135,7 @@ def test_killed_while_it_downloads_and_converts_it_goes_on(
     hub.gates[SHARDS[3]] = (700_000, lambda: False)  # never, in this process
     process = begin(call, tmp_path, "convert", NAME, "out", *WISHES, *option, "--quiet")
     until(lambda: converted(tmp_path) >= 6 and growing(tmp_path, SHARDS[3]) >= 500_000, process)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    kill(process)
     assert not (tmp_path / "out").exists()
     hub.gates.clear()
 
@@ -189,8 +193,7 @@ def test_consumed_or_not_may_change_on_the_way(
     command = ("convert", NAME, "out", *WISHES, "--quiet")
     process = begin(call, tmp_path, *command, "--consume-source")
     until(lambda: converted(tmp_path) >= 6, process)
-    process.kill()
-    process.communicate()
+    kill(process)
     hub.gates.clear()
     sent = hub.sent
     ok(call(*command))
@@ -221,7 +224,7 @@ def test_files_of_the_cache_are_used_and_stay(
     assert len(hub.log) == asked  # huggingface_hub finds every file
 
 
-@pytest.mark.parametrize("option", [(), ("--consume-source",)], ids=["cache", "consumed"])
+@either_way
 def test_numbers_that_are_none_are_refused(
     hub: Hub,
     call: Call,  # noqa: F811
@@ -243,7 +246,7 @@ def test_numbers_that_are_none_are_refused(
 # -- what goes wrong -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("option", [(), ("--consume-source",)], ids=["cache", "consumed"])
+@either_way
 def test_the_network_fails_on_the_way(
     hub: Hub,
     call: Call,  # noqa: F811
@@ -272,9 +275,7 @@ def test_a_file_that_changes_on_the_server_is_refused(
     tmp_path: Path,
 ) -> None:
     """Half of it comes before, half after; the hub still lists what it was."""
-    process = cut_in_the_fourth(hub, call, tmp_path)
-    process.kill()
-    process.communicate()
+    kill(cut_in_the_fourth(hub, call, tmp_path))
     listed = hub.repositories[NAME]
     hub.served[NAME] = listed | {SHARDS[3]: shards(seed=1)[SHARDS[3]]}
     hub.gates.clear()
@@ -293,9 +294,7 @@ def test_a_new_commit_does_not_go_on_with_the_old_one(
     tmp_path: Path,
     expected: dict[str, bytes],
 ) -> None:
-    process = cut_in_the_fourth(hub, call, tmp_path)
-    process.kill()
-    process.communicate()
+    kill(cut_in_the_fourth(hub, call, tmp_path))
     hub.gates.clear()
     hub.heads[NAME] = "f" * 40
     done = call("convert", NAME, "out", *WISHES, "--quiet")

@@ -11,7 +11,7 @@ import pytest
 
 from requant.gguf.choice import choose_model, gguf_models
 
-from .hub_server import Hub, serving
+from .hub_server import Hub, either_way, serving
 from .test_hub import MICRO, Call, call, contents, ok  # noqa: F401  (a fixture)
 
 pytest.importorskip("huggingface_hub")
@@ -87,7 +87,7 @@ def written(tmp_path: Path, files: dict[str, bytes]) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "q4_0", "micro-Q8_0.gguf"])
-@pytest.mark.parametrize("option", [(), ("--consume-source",)], ids=["cache", "consumed"])
+@either_way
 def test_a_file_of_a_repository(
     hub: Hub,
     call: Call,  # noqa: F811

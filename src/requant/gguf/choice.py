@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 
 SUFFIX = ".gguf"
-_PART = re.compile(r"(.+)-[0-9]{5}-of-[0-9]{5}", re.DOTALL)
+PART = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})\.gguf", re.DOTALL)
 _KIND = re.compile(
     r"(?:^|[-._/])((?:UD-)?(?:I?Q[0-9](?:_[A-Z0-9]+)*|TQ[0-9]_[0-9]|BF16|F16|F32|"
     r"MXFP4(?:_MOE)?|NVFP4))$",
@@ -25,9 +25,8 @@ def gguf_models(files: Iterable[str]) -> dict[str, list[str]]:
     for file in sorted(files):
         base = file.rpartition("/")[2].lower()
         if base.endswith(SUFFIX) and not any(word in base for word in _NO_MODEL):
-            stem = file.removesuffix(SUFFIX)
-            part = _PART.fullmatch(stem)
-            found.setdefault(part[1] if part else stem, []).append(file)
+            part = PART.fullmatch(file)
+            found.setdefault(part[1] if part else file.removesuffix(SUFFIX), []).append(file)
     kinds: dict[str, list[str]] = {}
     for stem in found:
         match = _KIND.search(stem)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from requant.gguf.metadata import Metadata
+from requant.gguf.tokenizer import CONTROL
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Name in the file -> shape, outermost axis first."""
@@ -224,7 +225,6 @@ _ENDS = _HARMONY_ENDS | {
     "<end_of_turn>",
     "<EOT>",
 }
-_CONTROL = 3
 
 
 def _ends_by_text(metadata: Metadata) -> list[int]:
@@ -233,7 +233,7 @@ def _ends_by_text(metadata: Metadata) -> list[int]:
     tokens = metadata.words("tokenizer.ggml.tokens")
     if kinds is None or not tokens:
         return []
-    found = {tokens[n]: n for n in np.flatnonzero(kinds[: len(tokens)] == _CONTROL).tolist()}
+    found = {tokens[n]: n for n in np.flatnonzero(kinds[: len(tokens)] == CONTROL).tolist()}
     wanted = _ENDS & found.keys()
     if wanted >= _HARMONY_ENDS:
         wanted -= {"<|end|>"}  # gpt-oss: the end of one message of several

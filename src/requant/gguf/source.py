@@ -7,7 +7,6 @@ from the metadata, or from the folder of the original model.
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import numpy as np
 from requant.checkpoint import Checkpoint, FileRange, SourceFile, StoredTensor, read_config
 from requant.dtypes import TensorInfo
 from requant.errors import CheckpointError, Problem
+from requant.gguf.choice import PART, SUFFIX
 from requant.gguf.families import Family, Settings, family_of, make_config, setting_of
 from requant.gguf.header import Header, TableEntry, read_header
 from requant.gguf.metadata import Metadata
@@ -30,8 +30,6 @@ from requant.gguf.tokenizer import Files, tokenizer_files
 from requant.limits import MAX_SHARDS
 from requant.source_folder import CONFIG, file_size, list_folder, printable
 
-SUFFIX = ".gguf"
-_PART = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})\.gguf", re.DOTALL)
 _MMPROJ = "a vision or audio part for llama.cpp (mmproj), which is no language model"
 _MAX_SETTING_BYTES = 1 << 20
 _MAX_NAMED = 20
@@ -88,7 +86,7 @@ def is_mmproj(metadata: Mapping[str, Any]) -> bool:
 
 def _parts_of(name: str) -> list[str]:
     """All files of a split model, from the name of any."""
-    match = _PART.fullmatch(name)
+    match = PART.fullmatch(name)
     if match is None or not 0 < int(match[3]) <= MAX_SHARDS:
         return [name]
     return [f"{match[1]}-{n:05d}-of-{match[3]}.gguf" for n in range(1, int(match[3]) + 1)]
@@ -103,7 +101,7 @@ def _choose(folder: Path) -> list[str]:
     names = sorted(p.name for p in folder.iterdir() if p.suffix == SUFFIX)
     models: dict[str, str] = {}
     for name in names:
-        match = _PART.fullmatch(name)
+        match = PART.fullmatch(name)
         if "mmproj" not in name.lower() and not _is_mmproj_file(folder, name):
             models.setdefault(match[1] if match else name, name)
     if len(models) == 1:

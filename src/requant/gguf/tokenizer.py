@@ -42,7 +42,7 @@ _PATTERNS = {  # tokenizer.ggml.pre -> the regex that cuts words; "" for GPT-2's
 _THEN_GPT_2 = ("", _DIGITS)  # what they leave is cut by GPT-2's own rule
 # A word that is a token is not merged from parts, and texts begin with a token for that.
 _WHOLE_WORDS_FIRST = ("llama-bpe", "llama3", "llama-v3", "tekken")
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
+_NORMAL, _UNKNOWN, CONTROL, _USER_DEFINED = 1, 2, 3, 4
 _SPACE = "\u2581"  # SentencePiece's
 
 Files = Mapping[str, Callable[[], bytes]]
@@ -155,7 +155,7 @@ class _Tokenizer:
                 "special": kind != _USER_DEFINED,
             }
             for number, (token, kind) in enumerate(zip(self.tokens, self.types, strict=True))
-            if kind in (_CONTROL, _USER_DEFINED, _UNKNOWN)
+            if kind in (CONTROL, _USER_DEFINED, _UNKNOWN)
         ]
 
     def _post_processor(self, otherwise: dict[str, Any] | None) -> dict[str, Any] | None:
