@@ -18,7 +18,7 @@ from requant.blueprint import OutputTensor, Plan, Step
 from requant.consuming import files_of
 from requant.conversion import Source
 from requant.dtypes import NUMPY_DTYPE
-from requant.errors import CheckpointError, Problem, UsageError
+from requant.errors import CheckpointError, Problem, UsageError, cannot_be
 from requant.evaluation import (
     DEFAULT_TOKENS,
     DEFAULT_WINDOW,
@@ -93,6 +93,7 @@ class Comparison:
         return {"version": VERSION, **asdict(self)}
 
 
+@cannot_be("compared")
 def compare(
     a: Source,
     b: Source,

@@ -23,7 +23,8 @@ Every error has ``.layer``: the layer path or tensor name it is about, or None.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from requant.limits import MAX_PROBLEM_CHARS, MAX_PROBLEMS_SHOWN
@@ -166,14 +167,23 @@ class CheckpointError(RequantError, ValueError):
     Raised before tensor data is read or a file is written.
     """
 
-    def __init__(self, source: str, problems: Sequence[Problem]) -> None:
+    def __init__(self, source: str, problems: Sequence[Problem], action: str = "converted") -> None:
         self.source, self.problems = source, tuple(problems)
         shown = (str(problem) for problem in self.problems[:MAX_PROBLEMS_SHOWN])
         lines = "".join(f"\n  {line[:MAX_PROBLEM_CHARS]}" for line in shown)
         more = len(self.problems) - MAX_PROBLEMS_SHOWN
         if more > 0:
             lines += f"\n  and {more:,} more problems"
-        super().__init__(f"{source} cannot be converted:{lines}")
+        super().__init__(f"{source} cannot be {action}:{lines}")
+
+
+@contextmanager
+def cannot_be(action: str) -> Iterator[None]:
+    """Say of a faulty source that it cannot be ``action``, where nobody wants to convert it."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(error.source, error.problems, action) from error
 
 
 class OutputError(RequantError, OSError):

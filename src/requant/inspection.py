@@ -10,7 +10,7 @@ from typing import Any
 
 from requant.checkpoint import SourceFile, read_checkpoint
 from requant.conversion import Source
-from requant.errors import Problem
+from requant.errors import Problem, cannot_be
 from requant.formats import detect
 from requant.hub import find_repository
 from requant.patterns import time_counted
@@ -81,6 +81,7 @@ class Inspection:
         }
 
 
+@cannot_be("inspected")
 @time_counted()
 def inspect(
     source: Source, config_from: Source | None = None, revision: str | None = None

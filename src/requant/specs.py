@@ -131,7 +131,7 @@ def parse_budget(text: str | float) -> SizeBudget:
     match = re.fullmatch(r"(\d{1,20}(?:\.\d{1,20})?)\s*([A-Za-z]*)", words)
     unit = SIZE_UNITS.get(match[2].upper()) if match else None
     if match is None or unit is None or isinstance(text, bool):
-        raise UsageError(f"budget {words!r} is none; write bits per weight (4.5) or a size (12GB)")
+        raise UsageError(f"{words!r} is no budget; write bits per weight (4.5) or a size (12GB)")
     amount = Fraction(match[1]) * unit
     if not match[2] and not 0 < amount <= 32:
         raise UsageError(

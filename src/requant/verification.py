@@ -16,7 +16,7 @@ from typing import Any
 from requant.blueprint import OutputTensor, Plan
 from requant.checkpoint import Checkpoint, FileRange, SourceTensor, read_checkpoint, read_json
 from requant.conversion import Source
-from requant.errors import CheckpointError, ParseError, Problem
+from requant.errors import CheckpointError, ParseError, Problem, cannot_be
 from requant.execute import Progress, make_budget, run_plan
 from requant.formats import detect
 from requant.hub import find_repository, reach
@@ -64,6 +64,7 @@ class Verification:
         return asdict(self) | {"ok": self.ok}
 
 
+@cannot_be("verified")
 @time_counted()
 def verify(
     folder: Source,

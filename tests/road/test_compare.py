@@ -52,6 +52,11 @@ def test_an_output_against_its_source_has_the_error_of_its_report(
     assert found["model.layers.0.input_layernorm"].max_error == 0.0
 
 
+def test_a_faulty_model_is_named_and_cannot_be_compared(dense: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"nothing cannot be compared:\n.*no such folder"):
+        requant.compare(dense, tmp_path / "nothing")
+
+
 def _kept(a: Path, b: Path) -> tuple[LayerComparison, ...]:
     return requant.compare(a, b).layers
 
