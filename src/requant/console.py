@@ -114,9 +114,15 @@ class _Page:
     def __init__(self) -> None:
         from rich.console import Console
 
+        class Laying(Console):
+            """Lays out; that a pipe is closed is the caller's to answer."""
+
+            def on_broken_pipe(self) -> None:
+                raise  # the BrokenPipeError that is being handled
+
         # A pipe has no width: names are not to be cut there.
         width = None if sys.stdout.isatty() else _PIPE_COLUMNS
-        self.console = Console(markup=False, highlight=False, emoji=False, width=width)
+        self.console = Laying(markup=False, highlight=False, emoji=False, width=width)
 
     def line(self, text: str = "", style: str | None = None) -> None:
         """Print one line, however long."""
@@ -141,8 +147,7 @@ class _Page:
         self._print(table)
 
     def _print(self, content: RenderableType, **how: Any) -> None:
-        # Rich only lays out: it pads lines with spaces, and ends the process by itself when
-        # a pipe is closed.
+        # Rich only lays out: it pads lines with spaces.
         with self.console.capture() as captured:
             self.console.print(content, **how)
         for line in captured.get().splitlines():

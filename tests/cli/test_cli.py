@@ -430,11 +430,13 @@ def test_errors_through_the_process(model: Path, tmp_path: Path) -> None:
     assert json.loads(result.stdout)["format"] == "dense"
 
 
-def test_a_closed_pipe_is_no_crash(model: Path) -> None:
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_closed_pipe_is_no_crash(model: Path, unbuffered: str) -> None:
     read, write = os.pipe()
     os.close(read)
     command = [sys.executable, "-m", "requant", "plan", str(model)]
-    result = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    env = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    result = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, env=env)
     os.close(write)
     assert (result.returncode, result.stderr) == (141, "")
 
