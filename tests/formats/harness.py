@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 import requant
+from requant.schema import Quantization
 from requant.specs import resolve_quantization
 from tests.road.conftest import to_mx
 
@@ -292,19 +293,27 @@ def check_in_memory(checked: Checked, wishes: Mapping[str, Any]) -> None:
             pass
         else:
             return  # every layer has a fate of its own
-    made, quantization = requant.transform_weights(before, block, otherwise=otherwise)
-    assert made.keys() == checked.weights.keys()
+    same_in_memory(checked.source, checked.output, otherwise)
+
+
+def same_in_memory(source: Path, output: Path, otherwise: Quantization | None = None) -> None:
+    """``transform_weights`` makes the output of the tensors of SOURCE, for both array libraries."""
+    block = json.loads((source / "config.json").read_text())["quantization_config"]
+    weights = read_folder(output)
+    made, quantization = requant.transform_weights(read_folder(source), block, otherwise=otherwise)
+    assert made.keys() == weights.keys()
     for name, array in made.items():
-        assert array.dtype == checked.weights[name].dtype, name
-        assert array.tobytes() == checked.weights[name].tobytes(), name
-    assert quantization.to_dict() == checked.config["quantization"]
+        assert array.dtype == weights[name].dtype, name
+        assert array.tobytes() == weights[name].tobytes(), name
+    config = json.loads((output / "config.json").read_text())
+    assert quantization.to_dict() == config["quantization"]
 
     lazy: dict[str, mx.array] = {}
-    for file in sorted(checked.source.glob("*.safetensors")):
+    for file in sorted(source.glob("*.safetensors")):
         lazy |= mx.load(str(file))
     by_mlx, same = requant.transform_weights(lazy, block, otherwise=otherwise)
     assert same == quantization
-    for file in sorted(checked.output.glob("*.safetensors")):
+    for file in sorted(output.glob("*.safetensors")):
         for name, wanted in mx.load(str(file)).items():
             got = by_mlx[name]
             assert isinstance(got, mx.array)

@@ -148,7 +148,7 @@ def test_fp6_bytes(tmp_path: Path) -> None:
     config = block("mxfp6-pack-quantized", num_bits=6, type="float", group_size=32)
     out, report = convert(write(tmp_path / "s", tensors, config), tmp_path / "o")
     assert report.plan.layers[0].exactness.value == "exact"
-    values = affine(out, "up", 32, 8).values
+    values = float_values(out, "up", {"group_size": 32, "bits": 8, "mode": "mxfp8"})
     assert values[0, :4].tolist() == [0.125, 7.5, -0.125, 1.0]
     assert values[0, 32:36].tolist() == [0.0625, 3.75, -0.0625, 0.5]
     positive = [m / 8 for m in range(8)] + [
@@ -518,6 +518,10 @@ CORRUPTIONS: dict[str, tuple[Callable[[Tensors, dict[str, Any]], None], tuple[st
         ("up.weight_shape: says [16, 64], but up.weight_packed is I32 [8, 8]",),
     ),
     "shape that is none": (
+        with_tensor("up.weight_shape", np.array([8, 64, 8, 64])),
+        ("up.weight_shape: I64 [4], expected two whole numbers",),
+    ),
+    "shape of another kind": (
         with_tensor("up.weight_shape", np.ones(1, np.float32)),
         ("up.weight_shape: F32 [1], expected two whole numbers",),
     ),

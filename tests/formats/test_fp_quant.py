@@ -11,7 +11,7 @@ import pytest
 
 import requant
 from tests.formats.folders import BF16, E4M3, refusal, write
-from tests.formats.harness import float_values, read_folder
+from tests.formats.harness import float_values, read_folder, same_in_memory
 
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 E2M1 = np.concatenate([E2M1, -E2M1])
@@ -58,6 +58,7 @@ def test_identity_is_read(nvfp4: bool, divisor: float, tmp_path: Path) -> None:
     made, found = read_folder(tmp_path / "out"), report.plan.layers[0]
     assert found.exactness == ("exact" if divisor == 1 else "re-encoded")
     if divisor == 1:
+        same_in_memory(source, tmp_path / "out")
         spec = {"group_size": 16 if nvfp4 else 32, "bits": 4, "mode": mode}
         assert np.array_equal(float_values(made, "up", spec), values)
         assert made["up.weight"].tobytes() == tensors["up.qweight"].tobytes()

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 import pytest
 
-import requant
-from tests.formats.harness import fixture, read_file
+from tests.formats.harness import read_file
+from tests.formats.logits import check_logits, dense_folder, logits
 from tests.road.conftest import write_file
 
-TOKENS = mx.array([[3, 1, 4, 15, 9, 26, 5, 35]])
 # name, wishes, and how far logits may be off (relative to the largest): what the codes lose.
 FOLDERS: list[tuple[str, dict[str, Any], float]] = [
     ("ct-pack-int4-sym-g128", {}, 1e-4),
@@ -41,16 +38,6 @@ FOLDERS: list[tuple[str, dict[str, Any], float]] = [
 ]
 
 
-def logits(folder: Path) -> np.ndarray:
-    """What mlx-lm's model makes of a few tokens, all floats in float32."""
-    from mlx_lm.utils import load_model
-
-    with mx.stream(mx.cpu):
-        model, _ = load_model(folder)
-        model.set_dtype(mx.float32)
-        return np.array(model(TOKENS).astype(mx.float32))
-
-
 def test_the_comparison_can_fail(tmp_path: Path) -> None:
     """Rows of one layer in another order are far off."""
     folder = dense_folder("ct-mxfp8", tmp_path / "dense")
@@ -61,30 +48,8 @@ def test_the_comparison_can_fail(tmp_path: Path) -> None:
     assert np.abs(logits(folder) - wanted).max() / np.abs(wanted).max() > 0.3
 
 
-def dense_folder(name: str, folder: Path) -> Path:
-    """The fixture's model with the tool's own values in place of codes."""
-    source = fixture(name)
-    values = read_file(source / "expected.safetensors")
-    own = tuple(f"{key.removesuffix('.weight')}{end}" for key in values for end in "._")
-    kept = {
-        key: array
-        for key, array in read_file(source / "checkpoint" / "model.safetensors").items()
-        if not key.startswith(own) or key.endswith("bias")
-    }
-    folder.mkdir()
-    write_file(folder / "model.safetensors", kept | values)
-    config = json.loads((source / "checkpoint" / "config.json").read_text())
-    del config["quantization_config"]
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
 @pytest.mark.parametrize(
     ("name", "wishes", "room"), FOLDERS, ids=[f"{n}-{'-'.join(w)}" for n, w, _ in FOLDERS]
 )
 def test_logits(name: str, wishes: dict[str, Any], room: float, tmp_path: Path) -> None:
-    wanted = logits(dense_folder(name, tmp_path / "dense"))
-    requant.convert(fixture(name) / "checkpoint", tmp_path / "out", layout="mlx-lm", **wishes)
-    got = logits(tmp_path / "out")
-    error = np.abs(got - wanted).max() / np.abs(wanted).max()
-    assert error <= room, error
+    check_logits(name, tmp_path, room, layout="mlx-lm", **wishes)

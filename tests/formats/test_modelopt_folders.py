@@ -48,4 +48,5 @@ def test_the_side_file_alone_tells(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["modelopt-nvfp4", "modelopt-fp8"])
 def test_logits(name: str, tmp_path: Path) -> None:
-    check_logits(name, tmp_path, 5e-2, bits=8, dtype="float32")
+    check_logits(name, tmp_path / "dense", 1e-6, dequantize=True, dtype="float32")
+    check_logits(name, tmp_path / "eight", 5e-2, bits=8, group_size=32, dtype="float32")

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import requant
 from requant.nn import RotateQuantizedLinear
 from tests.formats.harness import check_fixture, fixture, read_file, read_folder
-from tests.formats.logits import TOKENS, expected_logits, logits
+from tests.formats.logits import TOKENS, dense_folder, logits
 from tests.road.conftest import write_file
 
 pytest.importorskip("mlx_lm")
@@ -65,7 +65,7 @@ def test_the_loaded_model_gives_the_plain_model_s_logits(name: str, tmp_path: Pa
     assert not report.plan.loads
     with pytest.raises(ValueError, match="not in model"):
         logits(tmp_path / "out")
-    wanted = expected_logits(name, tmp_path)
+    wanted = logits(dense_folder(name, tmp_path / "dense"))
     for folder in (source, tmp_path / "out"):
         weights, made = requant.mlx_lm.load_weights(folder, dtype="float32")
         model, _ = requant.mlx_lm._build(made.plan.config, weights)
@@ -87,7 +87,7 @@ def test_folding_makes_plain_layers(name: str, again: bool, tmp_path: Path) -> N
     assert "rotation" not in report.plan.config
     assert not any("theta" in name for name in read_folder(tmp_path / "out"))
     assert all(error.relative_rms < 0.01 for error in report.errors.values())
-    wanted = expected_logits(name, tmp_path)
+    wanted = logits(dense_folder(name, tmp_path / "dense"))
     assert np.abs(logits(tmp_path / "out") - wanted).max() <= 0.06 * np.abs(wanted).max()
 
 

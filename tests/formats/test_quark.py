@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import requant
 from tests.formats.folders import BF16, E4M3, e4m3, refusal, write
-from tests.formats.harness import affine, float_values, read_folder
+from tests.formats.harness import affine, float_values, read_folder, same_in_memory
 
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 E2M1 = np.concatenate([E2M1, -E2M1])
@@ -45,6 +45,8 @@ def dense(folder: Path, output: Path) -> np.ndarray:
 
 def converted(folder: Path, output: Path) -> tuple[dict[str, np.ndarray], Any]:
     report = requant.convert(folder, output, layout="keep", chunk_bytes=3000)
+    if report.plan.quantization is not None:
+        same_in_memory(folder, output)
     return read_folder(output), report.plan.layers[0]
 
 
@@ -158,16 +160,47 @@ def test_two_levels_are_nvfp4(tmp_path: Path) -> None:
     assert np.array_equal(dense(folder, tmp_path / "dense"), values)
 
 
-def test_fp6_becomes_affine(tmp_path: Path) -> None:
-    """0.125, 7.5, -0.125, 1.0 are codes 01 1f 21 08, stored c1 17 22."""
+@pytest.mark.parametrize(
+    ("dtype", "values"),
+    [
+        # 0.125, 7.5, -0.125, 1.0 are codes 01 1f 21 08, stored c1 17 22.
+        ("fp6_e2m3", [0.25, 15, -0.25, 2]),
+        # The same codes are 0.0625, 28, -0.0625, 0.5 with three bits of exponent.
+        ("fp6_e3m2", [0.125, 56, -0.125, 1]),
+    ],
+)
+def test_fp6_becomes_mxfp8(dtype: str, values: list[float], tmp_path: Path) -> None:
     tensors = {
         "up.weight": np.tile(np.array([0xC1, 0x17, 0x22], np.uint8), (2, 8)),
         "up.weight_scale": np.full((2, 1), 128, np.uint8),
     }
-    folder = write(tmp_path / "source", tensors, block("fp6_e2m3"))
+    folder = write(tmp_path / "source", tensors, block(dtype))
     made, layer = converted(folder, tmp_path / "out")
-    assert affine(made, "up", 32, 8).values[0, :4].tolist() == [0.25, 15, -0.25, 2]
+    spec = {"group_size": 32, "bits": 8, "mode": "mxfp8"}
+    assert float_values(made, "up", spec)[0, :4].tolist() == values
     assert layer.exactness == "exact"
+    assert dense(folder, tmp_path / "dense")[1, -4:].tolist() == values
+
+
+@pytest.mark.parametrize("element", ["e2m3", "e3m2"])
+def test_every_fp6_field_keeps_its_value(element: str, tmp_path: Path) -> None:
+    """Sign, exponent and fraction read by hand, over the whole range of scales."""
+    fraction = int(element[-1])
+    bias = 1 if element == "e2m3" else 3
+    fields = np.arange(64)
+    exponent, rest = (fields & 31) >> fraction, (fields & ((1 << fraction) - 1)) / (1 << fraction)
+    size = np.where(exponent, (1 + rest) * 2.0 ** (exponent - bias), rest * 2.0 ** (1 - bias))
+    values = np.where(fields & 32, -size, size)
+    bits = (fields[:, None] >> np.arange(6)) & 1
+    row = np.packbits(bits.astype(np.uint8).ravel(), bitorder="little")
+    scales = np.array([[0, 127], [120, 246]], np.uint8)
+    tensors = {"up.weight": np.stack([row, row]), "up.weight_scale": scales}
+    folder = write(tmp_path / "source", tensors, block(f"fp6_{element}"))
+    wanted = np.stack([values, values]) * 2.0 ** (scales.astype(int) - 127).repeat(32, axis=1)
+    made, _ = converted(folder, tmp_path / "out")
+    spec = {"group_size": 32, "bits": 8, "mode": "mxfp8"}
+    assert np.array_equal(float_values(made, "up", spec), wanted)
+    assert np.array_equal(dense(folder, tmp_path / "dense"), wanted)
 
 
 def test_fp8_by_pattern(tmp_path: Path) -> None:
@@ -217,7 +250,7 @@ Change = Callable[[dict[str, Any], dict[str, Any]], Any]
         (lambda t, b: b.update(block("int4", pack="x")), "export.pack_method: is 'x'"),
         (lambda t, b: b.update(block("int4", "per_row")), "has qscheme 'per_row'"),
         (lambda t, b: b.update(block("uint2")), "has dtype 'uint2' by config.json"),
-        (lambda t, b: b.update(block("fp6_e3m2")), "has dtype 'fp6_e3m2' by config.json"),
+        (lambda t, b: b.update(block("int3")), "has dtype 'int3' by config.json"),
         (
             lambda t, b: (
                 b.update(block("fp8_e4m3")),

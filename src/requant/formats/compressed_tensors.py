@@ -279,12 +279,15 @@ class _Reader:
                 self._report(path, "has no weight_shape, and the config does not tell its inputs")
                 return None
             return words * 32 // bits
-        if not shape.info.dtype.startswith(("I", "U")) or shape.info.size < 2:
-            self._report(shape.name, f"{shape.info}, expected two whole numbers: outputs, inputs")
+        axes = len(packed.info.shape)
+        if not shape.info.dtype.startswith(("I", "U")) or shape.info.shape not in ((2,), (axes,)):
+            message = f"{shape.info}, expected two whole numbers: outputs, inputs"
+            self._report(shape.name, message)
             return None
-        *_, rows, columns = self.checkpoint.peek(shape.name).reshape(-1).tolist()
-        if rows != n_out or columns < 1:
-            message = f"says [{rows}, {columns}], but {packed.name} is {packed.info}"
+        *leading, rows, columns = self.checkpoint.peek(shape.name).tolist()
+        fits = (*leading, rows) in ((n_out,), packed.info.shape[:-1])
+        if not fits or columns < 1:
+            message = f"says {[*leading, rows, columns]}, but {packed.name} is {packed.info}"
             self._report(shape.name, message)
             return None
         return int(columns)

@@ -1,9 +1,9 @@
 """Float codes as published tools store them: FP8 under any grid of scales, FP4 and FP6 blocks.
 
-Elements are E4M3 bytes, E2M1 nibbles (the low one first, MLX's own order) and E2M3 fields of
-6 bits. Where the scales are powers of two over groups of 32 inputs, or E4M3 over 16, MLX has a
-mode of the same numbers and bytes are moved; elsewhere values are computed in float32 and
-rounded once.
+Elements are E4M3 bytes, E2M1 nibbles (the low one first, MLX's own order), and E2M3 and E3M2
+fields of 6 bits. Where the scales are powers of two over groups of 32 inputs, or E4M3 over 16,
+MLX has a mode of the same numbers and bytes are moved; elsewhere values are computed in float32
+and rounded once.
 """
 
 from __future__ import annotations
@@ -30,10 +30,12 @@ _ONE_BYTE = np.arange(256, dtype=np.uint8)
 _E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 _E2M1 = np.concatenate([_E2M1, -_E2M1])
 _E2M1_PAIRS = np.stack([_E2M1[_ONE_BYTE & 15], _E2M1[_ONE_BYTE >> 4]], axis=1)
-_E2M3 = np.arange(64)
-_E2M3_EIGHTHS = np.where(
-    _E2M3 & 24, (8 + _E2M3 % 8) << np.maximum((_E2M3 >> 3) % 4 - 1, 0), _E2M3 % 8
-) * np.where(_E2M3 & 32, -1, 1)
+_SIX_BITS = np.arange(64, dtype=np.uint8)
+# ml_dtypes reads such a field from a byte; float8 of the same value, by field.
+_E4M3_OF = {
+    name: _SIX_BITS.view(kind).astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
+    for name, kind in (("e2m3", ml_dtypes.float6_e2m3fn), ("e3m2", ml_dtypes.float6_e3m2fn))
+}
 
 
 def exponent_bytes(scales: np.ndarray) -> np.ndarray | None:
@@ -367,18 +369,25 @@ def fold_e4m3(scales: np.ndarray) -> np.ndarray | None:
 
 @dataclass(frozen=True)
 class Mxfp6Blocks(Packing):
-    """E2M3 in groups of 32 inputs with an E8M0 scale: affine codes of 8 bits hold it.
+    """E2M3 or E3M2 in groups of 32 inputs with an E8M0 scale: MLX's mxfp8 holds each of them.
 
     ``weight``: bytes ``[..., 3 in / 4]``, one little-endian stream of 6-bit fields a row;
-    ``scale``: bytes ``[..., in / 32]``. An element is a whole number of eighths from -60 to
-    60: code ``element * 8 + 64``, scale ``2^(byte - 130)``, bias ``-64 * scale``.
+    ``scale``: bytes ``[..., in / 32]``. E4M3 has the three fraction bits of the one and the range
+    of the other, so every element becomes the E4M3 byte of the same value under the same scale.
+
+    Attributes:
+        rows: Output rows, experts included.
+        columns: Inputs.
+        matrix: Output rows of one matrix.
+        element: "e2m3" or "e3m2".
     """
 
     rows: int
     columns: int
     matrix: int
+    element: str = "e2m3"
 
-    encoding: ClassVar[Quantization] = Quantization.affine(32, 8)
+    encoding: ClassVar[Quantization] = MXFP8
 
     @property
     def matrix_rows(self) -> int:
@@ -390,31 +399,17 @@ class Mxfp6Blocks(Packing):
             "scale": Cut((start, stop), (0, self.columns // 32)),
         }
 
-    def _eighths(self, parts: Parts) -> np.ndarray:
-        """Elements times 8, int64 ``(rows, columns)``."""
+    def _words(self, parts: Parts) -> np.ndarray:
         fields = native.unpack_words(parts["weight"].view(np.uint8).view(np.uint32), 6)
-        return _E2M3_EIGHTHS[fields]
-
-    def _scales(self, parts: Parts) -> np.ndarray:
-        return scale_values(check_exponents(parts["scale"])) / np.float32(8)
+        elements: np.ndarray = _E4M3_OF[self.element][fields]
+        return elements.view(np.uint32)
 
     def unpack(
         self, parts: Parts, start: int, stop: int, out: Mapping[str, np.ndarray], scratch: Scratch
     ) -> None:
-        out["weight"][:] = native.pack_words((self._eighths(parts) + 64).astype(np.uint8), 8)
-        scales = self._scales(parts)
-        for role, values in (("scales", scales), ("biases", np.float32(-64) * scales)):
-            with np.errstate(over="ignore"):
-                out[role][:] = values
-            if not np.array_equal(out[role].astype(np.float32), values):
-                raise InvariantError("its scales lie outside float16: --dtype bfloat16 holds them")
+        out["weight"][:] = self._words(parts)
+        out["scales"][:] = check_exponents(parts["scale"])
 
     def dense(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
-        """``element * scale`` in float32, rounded once."""
-        scales = self._scales(parts).repeat(32, axis=1)
-        with np.errstate(over="ignore"):
-            out[:] = self._eighths(parts).astype(np.float32) * scales
-
-    def fidelity(self, dtype: str) -> Fidelity:
-        """Powers of two are exact in every dtype; ``unpack`` refuses what a range cuts."""
-        return Fidelity(Exactness.EXACT)
+        scales = check_exponents(parts["scale"])
+        native.dequantize_into(self._words(parts), scales, None, 32, 8, "mxfp8", out)

@@ -178,11 +178,11 @@ class _Reader:
             return self._integer(path, tensors, scheme, dtype)
         if dtype == "fp4":
             return self._fp4(path, tensors, scheme)
-        if dtype == "fp6_e2m3":
-            return self._fp6(path, tensors)
+        if dtype in ("fp6_e2m3", "fp6_e3m2"):
+            return self._fp6(path, tensors, dtype.removeprefix("fp6_"))
         if dtype in ("fp8_e4m3", "fp8"):
             return self._fp8(path, tensors, scheme)
-        known = ", ".join((*_INTEGERS, "fp4", "fp6_e2m3", "fp8_e4m3", "mx"))
+        known = ", ".join((*_INTEGERS, "fp4", "fp6_e2m3", "fp6_e3m2", "fp8_e4m3", "mx"))
         raise Refused(path, f"has dtype {dtype!r} by {scheme.where}; read are {known}")
 
     def _integer(self, path: str, tensors: _Tensors, scheme: _Scheme, dtype: str) -> SourceLayer:
@@ -218,6 +218,10 @@ class _Reader:
                 raise Refused(scale.name, f"{scale.info}, expected {expected}")
             _expect(zeros, (groups, width), wanted)
             group = columns // groups
+            said = scheme.levels[0].get("group_size")
+            if _is_count(said) and said != group:
+                message = f"{scale.info} gives {group} inputs a scale, {scheme.where} says {said}"
+                raise Refused(scale.name, message)
             by_column = QuarkColumns(
                 rows, columns, bits, group, symmetric, scale.info.dtype, *arguments
             )
@@ -259,7 +263,7 @@ class _Reader:
         shape, dtype = (rows, 2 * nbytes), self.sorter.dtype
         return SourceLayer(path, parts, packing.encoding, shape, dtype, packing, "mxfp4")
 
-    def _fp6(self, path: str, tensors: _Tensors) -> SourceLayer:
+    def _fp6(self, path: str, tensors: _Tensors, element: str) -> SourceLayer:
         weight, scale = tensors["weight"], tensors["weight_scale"]
         rows, nbytes = weight.info.shape
         groups, ragged = divmod(nbytes, 24)
@@ -267,10 +271,10 @@ class _Reader:
             raise Refused(weight.name, f"{weight.info}, expected U8 [out, 24 * groups]")
         if scale.info.shape != (rows, groups) or scale.info.dtype not in EXPONENTS:
             raise Refused(scale.name, f"{scale.info}, expected U8 [{rows}, {groups}]")
-        packing = Mxfp6Blocks(rows, 32 * groups, rows)
+        packing = Mxfp6Blocks(rows, 32 * groups, rows, element)
         parts, shape = {"weight": weight, "scale": scale}, (rows, 32 * groups)
-        dtype = self.sorter.dtype
-        return SourceLayer(path, parts, packing.encoding, shape, dtype, packing, "mxfp6 e2m3")
+        dtype, stored = self.sorter.dtype, f"mxfp6 {element}"
+        return SourceLayer(path, parts, packing.encoding, shape, dtype, packing, stored)
 
     def _fp8(self, path: str, tensors: _Tensors, scheme: _Scheme) -> SourceLayer | None:
         weight, scale = tensors["weight"], tensors["weight_scale"]
