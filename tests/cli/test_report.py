@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import struct
@@ -85,7 +86,9 @@ def browse(page: Path, *options: str) -> str:
     profile = f"--user-data-dir={page.parent / 'profile'}"
     common = ("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", profile)
     command = [CHROMIUM, *common, *options, page.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    # A sanitizer preloaded for Python is not for the browser.
+    env = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
