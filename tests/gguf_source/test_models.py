@@ -18,8 +18,8 @@ from mlx_lm.utils import load_model
 import requant
 import requant.mlx_lm
 from requant.errors import CheckpointError, UsageError
-from requant.gguf.families import special_ids
 from requant.gguf.metadata import Metadata
+from requant.gguf.special import special_ids, token_kinds
 from tests.formats.harness import read_folder
 from tests.gguf_source.writer import ARCHITECTURES, write_gguf
 from tests.mlx_lm.families import COMMON
@@ -240,12 +240,13 @@ def test_files_that_are_no_models(values: dict[str, Any], words: str, tmp_path: 
         (["<|return|>", "<|end|>", "<|call|>", "<|endoftext|>"], [0, 2, 3]),  # gpt-oss
         (["<eos>", "<end_of_turn>", "<start_of_turn>"], [0, 1]),
         (["<|endoftext|>", "<|end|>"], [0, 1]),  # Phi 3
+        (["<|endoftext|>", "<|flush|>", "<|calls|>", "<|end|>"], [0, 1, 2]),  # Solar Open
+        (["<eos>", "</s>"], [0, 1]),
+        (["<turn|>", "</s>", "<|tool_response>"], [0, 2]),
         (["</s>", "a"], 0),
     ],
 )
-def test_every_token_that_ends_an_answer(
-    tokens: list[str], ends: list[int] | int, tmp_path: Path
-) -> None:
+def test_every_token_that_ends_an_answer(tokens: list[str], ends: list[int] | int) -> None:
     """Many files name one of them alone; the others are known by their text."""
     values = {
         "tokenizer.ggml.tokens": tuple(tokens),
@@ -253,9 +254,28 @@ def test_every_token_that_ends_an_answer(
         "tokenizer.ggml.eos_token_id": 0,
     }
     assert special_ids(Metadata("m.gguf", values)) == {"eos_token_id": ends}
-    # As text that a user may type they end nothing.
+    # Files that have them as plain text are wrong, except with </s>: a tag of HTML.
     values["tokenizer.ggml.token_type"] = np.ones(len(tokens), np.int32)
-    assert special_ids(Metadata("m.gguf", values)) == {"eos_token_id": 0}
+    plain = [n for n in (ends if isinstance(ends, list) else []) if n == 0 or tokens[n] != "</s>"]
+    wanted = plain if len(plain) > 1 else 0
+    assert special_ids(Metadata("m.gguf", values)) == {"eos_token_id": wanted}
+    assert token_kinds(Metadata("m.gguf", values)) == [
+        1 if token in ("</s>", "a", "<|start|>", "<|im_start|>", "<start_of_turn>") else 3
+        for token in tokens
+    ]
+
+
+def test_numbers_that_sentencepiece_files_leave_out() -> None:
+    """llama.cpp takes 1, 2 and 0; a number beyond the vocabulary is none."""
+    values: dict[str, Any] = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": ("<unk>", "<s>", "</s>"),
+    }
+    assert special_ids(Metadata("m.gguf", values)) == {"bos_token_id": 1, "eos_token_id": 2}
+    values["tokenizer.ggml.eos_token_id"] = 7
+    assert special_ids(Metadata("m.gguf", values)) == {"bos_token_id": 1}
+    values["tokenizer.ggml.model"] = "gpt2"
+    assert special_ids(Metadata("m.gguf", values)) == {}
 
 
 def test_an_unknown_architecture_keeps_its_names(tmp_path: Path) -> None:

@@ -106,6 +106,9 @@ def test_texts_end_where_the_file_says_so(begins: bool) -> None:
         ("qwen2", ["It", "'s", " ", "1", "2", "3", "4", "x"]),
         ("gpt-4o", ["It's", " ", "123", "4", "x"]),
         ("tekken", ["It", "'s", " ", "1", "2", "3", "4", "x"]),
+        ("deepseek-v3", ["It", "'s", " ", "123", "4", "x"]),
+        ("deepseek-coder", ["It", "'", "s", " ", "1", "2", "3", "4", "x"]),
+        ("", ["It", "'s", " 1234", "x"]),
     ],
 )
 def test_words_are_split_as_the_name_says(pre: str, words: list[str]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from requant.gguf.metadata import Metadata
-from requant.gguf.tokenizer import CONTROL
+from requant.gguf.special import special_ids
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Name in the file -> shape, outermost axis first."""
@@ -210,53 +210,6 @@ def make_config(family: Family, settings: Settings) -> dict[str, Any]:
     family.configure(config, settings)
     config |= special_ids(settings.metadata)
     return config
-
-
-# Tokens after which nothing follows, whether or not a file names them: llama.cpp finds them by
-# their text too, and so many files do not.
-_HARMONY_ENDS = {"<|return|>", "<|call|>"}
-_ENDS = _HARMONY_ENDS | {
-    "<|eot_id|>",
-    "<|eom_id|>",
-    "<|end_of_text|>",
-    "<|im_end|>",
-    "<|endoftext|>",
-    "<|end|>",
-    "<end_of_turn>",
-    "<EOT>",
-}
-
-
-def _ends_by_text(metadata: Metadata) -> list[int]:
-    """Numbers of control tokens that end an answer by their text."""
-    kinds = metadata.numbers("tokenizer.ggml.token_type")
-    tokens = metadata.words("tokenizer.ggml.tokens")
-    if kinds is None or not tokens:
-        return []
-    found = {tokens[n]: n for n in np.flatnonzero(kinds[: len(tokens)] == CONTROL).tolist()}
-    wanted = _ENDS & found.keys()
-    if wanted >= _HARMONY_ENDS:
-        wanted -= {"<|end|>"}  # gpt-oss: the end of one message of several
-    return sorted(found[token] for token in wanted)
-
-
-def special_ids(metadata: Metadata) -> dict[str, Any]:
-    """Tokens that begin and end texts, as config.json names them."""
-    ids: dict[str, Any] = {}
-    for name, key in (("bos", "bos"), ("pad", "padding")):
-        value = metadata.find_int(f"tokenizer.ggml.{key}_token_id")
-        if value is not None:
-            ids[f"{name}_token_id"] = value
-    ends = [
-        value
-        for key in ("eos", "eot", "eom")
-        if (value := metadata.find_int(f"tokenizer.ggml.{key}_token_id")) is not None
-    ]
-    if ends:
-        ends += _ends_by_text(metadata)
-        ends = list(dict.fromkeys(ends))
-        ids["eos_token_id"] = ends if len(ends) > 1 else ends[0]
-    return ids
 
 
 def _rope_scaling(settings: Settings) -> dict[str, Any] | None:

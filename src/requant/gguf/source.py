@@ -26,7 +26,7 @@ from requant.gguf.families import Family, Settings, family_of, make_config, sett
 from requant.gguf.header import Header, TableEntry, read_header
 from requant.gguf.metadata import Metadata
 from requant.gguf.model import GgufModel, GgufTensor
-from requant.gguf.tokenizer import Files, tokenizer_files
+from requant.gguf.tokenizer import Files, guessed_splitting, tokenizer_files
 from requant.limits import MAX_SHARDS
 from requant.source_folder import CONFIG, file_size, list_folder, printable
 
@@ -36,7 +36,6 @@ _MAX_NAMED = 20
 _OTHER_KINDS = {  # general.type -> what it is
     "adapter": "a LoRA adapter; merge it into its model first, then give the model",
     "imatrix": "an importance matrix, which is no model",
-    "dataset": "a data set, which is no model",
 }
 
 
@@ -292,6 +291,11 @@ class _Reading:
         files, why = tokenizer_files(self.metadata)
         if why:
             self.notes.append(f"No tokenizer is written: {why}. --config-from takes one.")
+        elif guessed_splitting(self.metadata):
+            self.notes.append(
+                "The file does not say how its tokenizer splits words (tokenizer.ggml.pre): "
+                "GPT-2's rule is taken. --config-from takes the original tokenizer."
+            )
         if family is None:
             return {"model_type": self.metadata.architecture, "torch_dtype": words[dtype]}, files
         shapes = {name: entry.shape for name, (_, entry) in table.items()}

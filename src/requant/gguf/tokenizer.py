@@ -11,38 +11,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from requant.gguf.metadata import Metadata
+from requant.gguf.special import CONTROL, NORMAL, UNKNOWN, USER_DEFINED, special_id, token_kinds
+from requant.gguf.splitting import SPLITTINGS, UNSAID, Splitting, splitting_of
 
-_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_REST_SLASH = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_LEAD = r"[^\r\n\p{L}\p{N}]?"
-_LLAMA_3 = rf"{_WORDS}|{_LEAD}\p{{L}}+|\p{{N}}{{1,3}}{_REST}"
-_QWEN_2 = rf"{_WORDS}|{_LEAD}\p{{L}}+|\p{{N}}{_REST}"
-_GPT_4O = (
-    rf"{_LEAD}{_UPPER}*{_LOWER}+{_WORDS}?|{_LEAD}{_UPPER}+{_LOWER}*{_WORDS}?"
-    rf"|\p{{N}}{{1,3}}{_REST_SLASH}"
-)
-_TEKKEN = rf"{_LEAD}{_UPPER}*{_LOWER}+|{_LEAD}{_UPPER}+{_LOWER}*|\p{{N}}{_REST_SLASH}"
-_DIGITS = r"\p{N}"
-_PATTERNS = {  # tokenizer.ggml.pre -> the regex that cuts words; "" for GPT-2's own
-    "gpt-2": "",
-    "gpt2": "",
-    "smollm": _DIGITS,
-    "dbrx": _LLAMA_3,
-    "smaug-bpe": _LLAMA_3,
-    "llama-bpe": _LLAMA_3,
-    "llama3": _LLAMA_3,
-    "llama-v3": _LLAMA_3,
-    "qwen2": _QWEN_2,
-    "deepseek-r1-qwen": _QWEN_2,
-    "gpt-4o": _GPT_4O,
-    "tekken": _TEKKEN,
-}
-_THEN_GPT_2 = ("", _DIGITS)  # what they leave is cut by GPT-2's own rule
-# A word that is a token is not merged from parts, and texts begin with a token for that.
-_WHOLE_WORDS_FIRST = ("llama-bpe", "llama3", "llama-v3", "tekken")
-_NORMAL, _UNKNOWN, CONTROL, _USER_DEFINED = 1, 2, 3, 4
 _SPACE = "\u2581"  # SentencePiece's
 
 Files = Mapping[str, Callable[[], bytes]]
@@ -60,15 +31,22 @@ def tokenizer_files(metadata: Metadata) -> tuple[Files, str]:
         return {}, "the file holds no tokenizer"
     if model not in ("gpt2", "llama"):
         return {}, f"its tokenizer is of kind {model!r}, known are gpt2 and llama"
-    pre = metadata.word("tokenizer.ggml.pre", "gpt-2")
-    if model == "gpt2" and pre not in _PATTERNS:
-        known = ", ".join(sorted(_PATTERNS))
+    pre = metadata.word("tokenizer.ggml.pre")
+    splitting = splitting_of(pre) if model == "gpt2" else Splitting()
+    if splitting is None:
+        known = ", ".join(sorted(SPLITTINGS))
         return {}, f"how its tokenizer splits words ({pre!r}) is not known; known are {known}"
-    maker = _Tokenizer(metadata, model, pre, tokens)
+    maker = _Tokenizer(metadata, model, splitting, tokens)
     return {
         "tokenizer.json": lambda: _dump(maker.tokenizer()),
         "tokenizer_config.json": lambda: _dump(maker.config()),
     }, ""
+
+
+def guessed_splitting(metadata: Metadata) -> bool:
+    """Whether a file keeps quiet about how words are split, so that GPT-2's rule stands in."""
+    pre = metadata.word("tokenizer.ggml.pre")
+    return metadata.word("tokenizer.ggml.model") == "gpt2" and pre in UNSAID
 
 
 def _dump(value: Mapping[str, Any]) -> bytes:
@@ -78,30 +56,24 @@ def _dump(value: Mapping[str, Any]) -> bytes:
 class _Tokenizer:
     """One tokenizer, put together from its metadata."""
 
-    def __init__(self, metadata: Metadata, model: str, pre: str, tokens: tuple[str, ...]) -> None:
+    def __init__(
+        self, metadata: Metadata, model: str, splitting: Splitting, tokens: tuple[str, ...]
+    ) -> None:
         self.metadata, self.model, self.tokens = metadata, model, tokens
-        self.pattern = _PATTERNS.get(pre, "")
-        self.whole_words_first = model == "gpt2" and pre in _WHOLE_WORDS_FIRST
-        self.types = self._numbers("token_type", _NORMAL)
+        self.splitting = splitting
+        self.types = token_kinds(metadata)
 
-    def _numbers(self, key: str, default: int) -> list[int]:
-        found = self.metadata.numbers(f"tokenizer.ggml.{key}")
-        values = [] if found is None else [int(x) for x in found[: len(self.tokens)]]
-        return values + [default] * (len(self.tokens) - len(values))
-
-    def _special(self, key: str) -> str | None:
+    def _special(self, part: str) -> str | None:
         """The token that plays a part: "bos", "eos", "unknown", "padding"."""
-        number = self.metadata.find_int(f"tokenizer.ggml.{key}_token_id")
-        if number is None or number >= len(self.tokens):
-            return None
-        return self.tokens[number]
+        number = special_id(self.metadata, part)
+        return None if number is None else self.tokens[number]
 
     @property
     def adds_bos(self) -> bool:
         """Whether every text begins with the token for that."""
         said = self.metadata.flag("tokenizer.ggml.add_bos_token")
         if said is None:
-            return self.model == "llama" or self.whole_words_first
+            return self.model == "llama" or self.splitting.adds_bos
         return said
 
     @property
@@ -152,10 +124,10 @@ class _Tokenizer:
                 "lstrip": False,
                 "rstrip": False,
                 "normalized": False,
-                "special": kind != _USER_DEFINED,
+                "special": kind != USER_DEFINED,
             }
             for number, (token, kind) in enumerate(zip(self.tokens, self.types, strict=True))
-            if kind in (CONTROL, _USER_DEFINED, _UNKNOWN)
+            if kind in (CONTROL, USER_DEFINED, UNKNOWN)
         ]
 
     def _post_processor(self, otherwise: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -189,19 +161,21 @@ class _Tokenizer:
     def _byte_level(self) -> dict[str, Any]:
         """Bytes as letters, merged in the order of the merges (GPT-2 and its heirs)."""
         options = {"add_prefix_space": False, "trim_offsets": False}
-        split = {
-            "type": "Split",
-            "pattern": {"Regex": self.pattern},
-            "behavior": "Isolated",
-            "invert": False,
-        }
-        level = {"type": "ByteLevel", **options, "use_regex": self.pattern in _THEN_GPT_2}
-        pieces = [split, level] if self.pattern else [level]
+        pieces: list[dict[str, Any]] = [
+            {
+                "type": "Split",
+                "pattern": {"Regex": pattern},
+                "behavior": "Isolated",
+                "invert": False,
+            }
+            for pattern in self.splitting.patterns
+        ]
+        pieces.append({"type": "ByteLevel", **options, "use_regex": self.splitting.then_gpt_2})
         vocabulary = self._vocabulary()
         # A merge of what is no token would stop the tokenizer from loading.
         merges = [merge.split(" ", 1) for merge in self.metadata.words("tokenizer.ggml.merges")]
         return {
-            "normalizer": {"type": "NFC"} if self.pattern == _QWEN_2 else None,
+            "normalizer": {"type": "NFC"} if self.splitting.composed else None,
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": pieces},
             "post_processor": self._post_processor(
                 {"type": "ByteLevel", **options, "use_regex": False}
@@ -215,7 +189,7 @@ class _Tokenizer:
                 "end_of_word_suffix": "",
                 "fuse_unk": False,
                 "byte_fallback": False,
-                "ignore_merges": self.whole_words_first,
+                "ignore_merges": self.splitting.whole_words_first,
                 "vocab": vocabulary,
                 "merges": [
                     m for m in merges if len(m) == 2 and {*m, "".join(m)} <= vocabulary.keys()
@@ -249,7 +223,7 @@ class _Tokenizer:
             "model": {
                 "type": "BPE",
                 "dropout": None,
-                "unk_token": self._special("unknown") or self._first(_UNKNOWN),
+                "unk_token": self._special("unknown") or self._first(UNKNOWN),
                 "continuing_subword_prefix": None,
                 "end_of_word_suffix": None,
                 "fuse_unk": True,
@@ -279,7 +253,7 @@ class _Tokenizer:
         vocabulary = self._vocabulary()
         merges = []
         for number, (piece, kind) in enumerate(zip(self.tokens, self.types, strict=True)):
-            if kind != _NORMAL or number >= len(scores):
+            if kind != NORMAL or number >= len(scores):
                 continue
             ways = []
             for cut in range(1, len(piece)):
