@@ -23,6 +23,7 @@ from requant.formats.packing import Exactness, Packing
 from requant.relayout import Relayout
 from requant.safetensors_header import build_header
 from requant.schema import PerLayerQuantization, Quantization
+from requant.statistics import Importance
 
 METADATA = {"format": "mlx"}
 
@@ -84,6 +85,7 @@ class Step:
     row_step: int = 1  # of a packed layer: from one row to the next
     search: str = "off"  # how scales of new codes are found
     row_order: RowOrder | None = None  # rows of the output in another order than the source's
+    importance: Importance | None = None  # what errors of each input count in the search
 
     def row_bytes(self, tensor: SourceTensor | OutputTensor) -> int:
         """Bytes that one row takes in ``tensor``; of a packed layer's part, its share of them."""
@@ -279,6 +281,7 @@ def _step_dict(step: Step) -> dict[str, Any]:
         "row_step": step.row_step,
         "search": step.search,
         "row_order": step.row_order and step.row_order.digest,
+        **({"importance": step.importance.to_dict()} if step.importance else {}),
     }
 
 

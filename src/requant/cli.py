@@ -36,6 +36,7 @@ from requant.options import (
     Force,
     GroupSize,
     Html,
+    Imatrix,
     Json,
     KeepExtra,
     Layout,
@@ -140,6 +141,7 @@ def convert(
     act_order: ActOrder = "requantize",
     fold_rotation: FoldRotation = False,
     search: Search = "off",
+    imatrix: Imatrix = None,
     config_from: ConfigFrom = None,
     budget: SizeBudget = None,
     save_recipe: SaveRecipe = None,
@@ -172,6 +174,7 @@ def convert(
       requant convert Mixtral-8x7B out --bits 4 --layout mlx-lm
       requant convert Qwen3-30B-A3B out --recipe mixed_3_6
       requant convert Llama-3.2-1B out --bits 3 --search best
+      requant convert Llama-3.2-1B out --bits 3 --imatrix imatrix.gguf
       requant convert Llama-3.2-1B out --budget 4 --search best
       requant convert Llama-3-8B-AWQ out
       requant convert Llama-3.2-1B-Q4_K_M.gguf out
@@ -197,6 +200,7 @@ def convert(
         shard_size,
     )
     wishes |= {"keep_extra": keep_extra, "search": search, "config_from": config_from}
+    wishes["statistics"] = imatrix
     wishes["revision"] = revision
     wishes |= {"budget": budget, "save_recipe": save_recipe}
     if dry_run:
@@ -256,6 +260,7 @@ def plan(
     act_order: ActOrder = "requantize",
     fold_rotation: FoldRotation = False,
     search: Search = "off",
+    imatrix: Imatrix = None,
     config_from: ConfigFrom = None,
     budget: SizeBudget = None,
     save_recipe: SaveRecipe = None,
@@ -293,6 +298,7 @@ def plan(
         shard_size,
     )
     wishes |= {"keep_extra": keep_extra, "search": search, "config_from": config_from}
+    wishes["statistics"] = imatrix
     wishes["revision"] = revision
     wishes |= {"budget": budget, "save_recipe": save_recipe}
     with _answering_errors():
@@ -332,6 +338,7 @@ def verify(
     folder: Verified,
     output: AgainstSource = None,
     config_from: ConfigFrom = None,
+    imatrix: Imatrix = None,
     max_memory: MaxMemory = None,
     threads: Threads = None,
     json: Json = False,
@@ -356,6 +363,7 @@ def verify(
             folder,
             output,
             config_from=config_from,
+            statistics=imatrix,
             threads=threads,
             max_memory=max_memory,
             progress=progress,
@@ -504,6 +512,7 @@ def generate(
     act_order: ActOrder = "requantize",
     fold_rotation: FoldRotation = False,
     search: Search = "off",
+    imatrix: Imatrix = None,
     config_from: ConfigFrom = None,
     budget: SizeBudget = None,
     revision: Revision = None,
@@ -529,6 +538,7 @@ def generate(
         bits, group_size, mode, dequantize, dtype, override, only, recipe, act_order, fold_rotation
     )
     wishes |= {"search": search, "config_from": config_from, "revision": revision}
+    wishes["statistics"] = imatrix
     wishes["budget"] = budget
 
     def show(text: str) -> None:

@@ -57,6 +57,7 @@ def plan(
     act_order: str = "requantize",
     fold_rotation: bool = False,
     search: str = "off",
+    statistics: Source | None = None,
     config_from: Source | None = None,
     budget: str | float | None = None,
     shard_size: int = 5 << 30,
@@ -91,6 +92,7 @@ def plan(
         act_order=act_order,
         fold_rotation=fold_rotation,
         search=search,
+        statistics=statistics,
         config_from=config_from,
         max_shard_bytes=shard_size,
         budget=budget,
@@ -164,6 +166,7 @@ def convert(
     act_order: str = "requantize",
     fold_rotation: bool = False,
     search: str = "off",
+    statistics: Source | None = None,
     config_from: Source | None = None,
     budget: str | float | None = None,
     shard_size: int = 5 << 30,
@@ -213,6 +216,8 @@ def convert(
             the layer before: "requantize" (8 bits), "dense" or "refuse".
         search: "off" (MLX's rule, bit for bit), "fast" or "best": look for scales and biases
             with a smaller squared error at the same size (docs/quality.md).
+        statistics: File of ``calibrate``, or llama.cpp's imatrix: what an error of each input
+            counts in the search. Turns ``search`` to "best" where that is "off".
         config_from: For GGUF: the folder of the original model, whose config.json and tokenizer
             files are taken instead of what the metadata say.
         budget: 4.5 (bits per weight) or "12GB" (bytes of all tensors): choose bits and group of
@@ -265,6 +270,7 @@ def convert(
         act_order=act_order,
         fold_rotation=fold_rotation,
         search=search,
+        statistics=statistics,
         config_from=config_from,
         max_shard_bytes=shard_size,
         budget=budget,

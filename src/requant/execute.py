@@ -551,6 +551,9 @@ class _Run:
                 self.source.read_tensor(tensor, chunk.start * row_bytes, _bytes(array))
             inputs[role] = array
             read += array.nbytes
+        matrices = _matrices(chunk)
+        if matrices is not None and step.packing is None:
+            inputs[_MATRICES] = matrices
         if step.global_scale is not None:
             inputs[_ROW_SCALES] = self._row_scales(chunk, step.global_scale)
         for role, out in step.outputs.items():
@@ -608,6 +611,17 @@ def _bytes(array: np.ndarray) -> memoryview:
 
 
 _ROW_SCALES = "row scales"
+_MATRICES = "matrices"
+
+
+def _matrices(chunk: _Chunk) -> np.ndarray | None:
+    """Which matrix of a stack each row of a chunk belongs to; None where no search asks."""
+    step = chunk.step
+    if step.importance is None:
+        return None
+    rows = np.arange(chunk.start, chunk.stop)
+    places = rows if step.row_order is None else step.row_order.places[rows]
+    return (places + step.into_row) // step.outputs["weight"].info.shape[-2]
 
 
 def _copy(step: Step, inputs: _Arrays, outputs: _Arrays, buffers: _Buffers) -> Finding:
@@ -624,7 +638,7 @@ def _encode(step: Step, inputs: _Arrays, outputs: _Arrays, buffers: _Buffers) ->
         wanted = buffers.take("dense", step.dtype, *_dense_shape(step, dense))
         finding.overflowed = values.cast_into(dense, wanted)
         dense = wanted
-    return _quantize(step, dense, outputs, buffers, finding)
+    return _quantize(step, dense, outputs, buffers, finding, inputs.get(_MATRICES))
 
 
 def _decode(step: Step, inputs: _Arrays, outputs: _Arrays, buffers: _Buffers) -> Finding:
@@ -641,7 +655,7 @@ def _recode(step: Step, inputs: _Arrays, outputs: _Arrays, buffers: _Buffers) ->
     dense = buffers.take("dense", step.dtype, *_dense_shape(step, inputs["weight"]))
     assert step.source is not None
     _dequantize(step.source, inputs, dense, buffers)
-    return _quantize(step, dense, outputs, buffers, Finding())
+    return _quantize(step, dense, outputs, buffers, Finding(), inputs.get(_MATRICES))
 
 
 def _dense_shape(step: Step, rows_of: np.ndarray) -> tuple[int, int]:
@@ -675,7 +689,12 @@ def _wide(dense: np.ndarray) -> tuple[int, int]:
 
 
 def _quantize(
-    step: Step, dense: np.ndarray, outputs: _Arrays, buffers: _Buffers, finding: Finding
+    step: Step,
+    dense: np.ndarray,
+    outputs: _Arrays,
+    buffers: _Buffers,
+    finding: Finding,
+    matrices: np.ndarray | None,
 ) -> Finding:
     """Encode, and measure what was lost while the chunk is still in the cache."""
     target = step.target
@@ -684,17 +703,19 @@ def _quantize(
     if finding.nonfinite:
         finding.first_nonfinite_row = values.first_nonfinite_row(dense)
         return finding
-    finding.flushed_groups = native.quantize_into(
-        dense,
-        target.group_size,
-        target.bits,
-        target.mode.value,
-        outputs["weight"],
-        outputs["scales"],
-        outputs.get("biases"),
-        search=None if step.search == "off" else step.search,
-    )
     rows, scales = dense.shape[0], outputs["scales"]
+    for first, last, weights in _weighed(step, rows, matrices):
+        finding.flushed_groups += native.quantize_into(
+            dense[first:last],
+            target.group_size,
+            target.bits,
+            target.mode.value,
+            outputs["weight"][first:last],
+            scales[first:last],
+            outputs["biases"][first:last] if "biases" in outputs else None,
+            search=None if step.search == "off" else step.search,
+            weights=weights,
+        )
     decoded = buffers.take("decoded", step.dtype, rows, dense.nbytes // rows)
     _dequantize(target, outputs, decoded, buffers)
     group_max = buffers.take("group_max", "F32", rows, 4 * scales.shape[1])
@@ -702,6 +723,18 @@ def _quantize(
         dense, decoded, scales, target.mode.value, group_max
     )
     return finding
+
+
+def _weighed(
+    step: Step, rows: int, matrices: np.ndarray | None
+) -> Iterator[tuple[int, int, np.ndarray | None]]:
+    """Runs of rows of one matrix, and what an error of each input counts in it."""
+    if matrices is None or step.importance is None:
+        yield 0, rows, None
+        return
+    borders = [0, *(np.flatnonzero(np.diff(matrices)) + 1).tolist(), rows]
+    for first, last in pairwise(borders):
+        yield first, last, step.importance.weights(int(matrices[first]))
 
 
 def _unpack(
@@ -725,7 +758,7 @@ def _unpack(
     between = _Between({"weight": dense}, step.row_step, rows[1] - rows[0], buffers)
     packing.dense(inputs, *rows, between.wide["weight"], buffers)
     between.thin()
-    return _quantize(step, dense, outputs, buffers, Finding())
+    return _quantize(step, dense, outputs, buffers, Finding(), _matrices(chunk))
 
 
 class _Between:

@@ -295,6 +295,8 @@ def arguments(wishes: Wishes) -> list[str]:
             words += ["--" + name.replace("_", "-"), str(getattr(wishes, name))]
     if wishes.config_from is not None:
         words += ["--config-from", wishes.config_from]
+    if wishes.statistics is not None:
+        words += ["--imatrix", wishes.statistics]
     if wishes.max_shard_bytes != given.max_shard_bytes:
         words += ["--shard-size", str(wishes.max_shard_bytes)]
     flags = {

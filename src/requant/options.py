@@ -188,6 +188,15 @@ Search = Annotated[
         "size, same format.",
     ),
 ]
+Imatrix = Annotated[
+    Path | None,
+    typer.Option(
+        "--imatrix",
+        metavar="FILE",
+        help="What an error of each input counts in the search: llama.cpp's imatrix (.gguf, .dat), "
+        "or the statistics that calibrate wrote.",
+    ),
+]
 Prompt = Annotated[
     str,
     typer.Option(

@@ -8,6 +8,7 @@ what the reader should know; here they become one plan.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ from requant.plan_notes import notes_on, rotated_layers
 from requant.relayout import Relayout, relayout
 from requant.schema import SKIP, PerLayerQuantization, Quantization
 from requant.specs import resolve_quantization
+from requant.statistics import read_statistics
 from requant.steps import fidelity, layer_steps, material_steps, with_global_scale
+from requant.weighting import WITHOUT_STATISTICS, weighted
 from requant.wishes import DTYPES, Wishes
 
 
@@ -141,6 +144,7 @@ class Planner:
             if target is not None:
                 per_layer[layer.path] = target
         rotated = bool(rotated_layers(decided))
+        layers, steps, weighing = self._weighted(layers, steps)
         shards, steps = place(steps, self.wishes.max_shard_bytes)
         quantization = self._quantization(per_layer)
         return Plan(
@@ -158,6 +162,7 @@ class Planner:
                 *self.notes,
                 *self.chooser.notes,
                 *notes_on(self.chooser, decided, layers, steps),
+                *weighing,
             ),
             dropped=self.layout.dropped,
             checkpoint=self.checkpoint,
@@ -166,6 +171,21 @@ class Planner:
             relayout=self.moved,
             materials=material_steps(self.layout, self.moved, self.wishes),
         )
+
+    def _weighted(
+        self, layers: list[LayerPlan], steps: list[Step]
+    ) -> tuple[list[LayerPlan], list[Step], list[str]]:
+        """Layers and steps with the statistics that were given, and what to say of them."""
+        if self.wishes.statistics is None:
+            return layers, steps, []
+        statistics = read_statistics(self.wishes.statistics)
+        made = weighted(steps, {x.layer: x.shape for x in layers}, statistics)
+        without = set(made.without)
+        layers = [
+            replace(x, reason=x.reason or WITHOUT_STATISTICS) if x.layer in without else x
+            for x in layers
+        ]
+        return layers, list(made.steps), list(made.notes(statistics))
 
     def _layer_plan(
         self,

@@ -52,7 +52,8 @@ def make_record(
         "requant": version(),
         "plan": plan.hash,
         # A path says nothing elsewhere: what verifies against a GGUF source names it again.
-        "wishes": dict(wishes) | {"layout": plan.layout, "config_from": None},
+        "wishes": dict(wishes)
+        | {"layout": plan.layout, "config_from": None, "statistics": _file_name(wishes)},
         "source": {
             "format": plan.format,
             "files": [asdict(file) for file in plan.files],
@@ -78,6 +79,12 @@ def make_record(
         "files": dict(files),
     }
     return record | {"sha256": record_hash(record)}
+
+
+def _file_name(wishes: Mapping[str, Any]) -> str | None:
+    """The statistics file's name; its SHA-256 is in the plan's hash."""
+    path = wishes.get("statistics")
+    return None if path is None else Path(path).name
 
 
 def _figures(error: tuple[float, float] | None) -> list[float] | None:

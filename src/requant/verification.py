@@ -16,7 +16,7 @@ from typing import Any
 from requant.blueprint import OutputTensor, Plan
 from requant.checkpoint import Checkpoint, FileRange, SourceTensor, read_checkpoint, read_json
 from requant.conversion import Source
-from requant.errors import CheckpointError, ParseError, Problem, cannot_be
+from requant.errors import CheckpointError, ParseError, Problem, UsageError, cannot_be
 from requant.execute import Progress, make_budget, run_plan
 from requant.formats import detect
 from requant.hub import find_repository, reach
@@ -71,6 +71,7 @@ def verify(
     output: Source | None = None,
     *,
     config_from: Source | None = None,
+    statistics: Source | None = None,
     threads: int | None = None,
     max_memory: int | None = None,
     progress: Callable[[Progress], None] | None = None,
@@ -85,6 +86,7 @@ def verify(
         folder: The source, or the output where that is all there is.
         output: The output, if a source is given.
         config_from: What the conversion of a GGUF source was given under this name.
+        statistics: The statistics file or imatrix that the conversion was given.
         threads: Worker threads; every processor by default.
         max_memory: Most bytes to hold in memory, where the conversion is repeated.
         progress: Called about ten times a second while the conversion is repeated.
@@ -111,7 +113,8 @@ def verify(
     if output is not None:
         wished = None if config_from is None else os.fspath(config_from)
         source = _source(folder, record, wished)
-        plan = _repeated_plan(source, record, wished, found)
+        known = None if statistics is None else os.fspath(statistics)
+        plan = _repeated_plan(source, record, wished, known, found)
         if plan is not None:
             _compare(plan, place, found, make_budget(plan, threads, max_memory), progress)
     tensors = checkpoint.tensors.values() if checkpoint is not None else ()
@@ -244,13 +247,28 @@ def _source(
 
 
 def _repeated_plan(
-    source: Path | Checkpoint, record: Mapping[str, Any], config_from: str | None, found: _Findings
+    source: Path | Checkpoint,
+    record: Mapping[str, Any],
+    config_from: str | None,
+    statistics: str | None,
+    found: _Findings,
 ) -> Plan | None:
-    """The plan that the record was made from, made again."""
+    """The plan that the record was made from, made again.
+
+    Raises:
+        UsageError: It was made with a statistics file, and none is given; or the reverse.
+    """
     wishes = record.get("wishes")
     try:
         made = Wishes.from_dict(wishes if isinstance(wishes, Mapping) else {})
-        plan = make_plan(source, replace(made, config_from=config_from))
+        if made.statistics is not None and statistics is None:
+            raise UsageError(
+                f"the output was made with statistics, {made.statistics}: name that file with "
+                "--imatrix, so that the conversion can be repeated"
+            )
+        if made.statistics is None and statistics is not None:
+            raise UsageError(f"--imatrix {statistics}: the output was made without statistics")
+        plan = make_plan(source, replace(made, config_from=config_from, statistics=statistics))
     except ParseError as error:
         found.add(f"{RECORD}: wishes", str(error))
         return None

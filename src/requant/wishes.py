@@ -64,6 +64,7 @@ class Wishes:
         keep_extra: In mlx-lm's layout, keep tensors that its class has no use for.
         search: "off" for MLX's rule; "fast" or "best" look for scales and biases with a smaller
             squared error, wherever codes are computed.
+        statistics: A statistics file (ours, or an imatrix) that weighs the errors of a search.
         budget: How large the output may be ("4.5" bits per weight, "12GB"); what was chosen for
             it is the recipe.
         config_from: For GGUF: the folder whose config.json and tokenizer files are taken; None
@@ -87,6 +88,7 @@ class Wishes:
     search: str = "off"
     config_from: str | None = None
     budget: str | None = None
+    statistics: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The wishes as JSON data; ``from_dict`` reads them back equal."""
@@ -146,6 +148,7 @@ class Wishes:
         search: str = "off",
         config_from: str | os.PathLike[str] | None = None,
         budget: str | float | None = None,
+        statistics: str | os.PathLike[str] | None = None,
     ) -> Wishes:
         """Check and assemble what the command line and the Python doors take.
 
@@ -175,6 +178,8 @@ class Wishes:
             raise UnknownValueError("no such way with act-order", act_order, ACT_ORDERS)
         if search not in SEARCHES:
             raise UnknownValueError("no such search", search, SEARCHES)
+        if statistics is not None and search == "off":
+            search = "best"
         if max_shard_bytes < 1:
             raise UsageError(f"a shard of {max_shard_bytes} bytes holds nothing")
         only = (only,) if isinstance(only, str) else tuple(only)
@@ -195,6 +200,7 @@ class Wishes:
             search=search,
             config_from=None if config_from is None else os.fspath(config_from),
             budget=None if budget is None else parse_budget(budget).text,
+            statistics=None if statistics is None else os.fspath(statistics),
         )
 
 
@@ -243,7 +249,7 @@ def _check_told(name: str, value: object, default: object) -> None:
         legal = isinstance(value, int) and 0 < value <= MAX_INT and not isinstance(value, bool)
     elif name == "spoiled":
         legal = isinstance(value, frozenset) and all(isinstance(x, str) for x in value)
-    elif name in ("config_from", "budget"):
+    elif name in ("config_from", "budget", "statistics"):
         legal = value is None or isinstance(value, str)
     else:
         return

@@ -35,6 +35,7 @@ OTHERWISE = {
     "quiet": "a library prints nothing",
     "html": "render_page(read_figures(output)) returns the page",
     "override": "overrides=, a sequence",
+    "imatrix": "statistics=",
     "no_resume": "resume=False",
     "upload_to": "requant.upload(output, repository)",
     "dry_run": "requant.plan(...)",

@@ -1,0 +1,140 @@
+"""llama.cpp's importance matrices: the GGUF form, and the older binary one.
+
+GGUF (ggml-org/llama.cpp tools/imatrix): for a tensor ``blk.0.attn_q.weight`` the float32 tensors
+``....in_sum2`` ``[experts, in]``, sums of squares over tokens, and ``....counts`` ``[experts, 1]``.
+
+Older: int32 number of entries; each an int32 length, the tensor's name, int32 calls, int32 number
+of values, and the values: float32, mean squares times calls, experts one after another. What
+follows (the number of chunks and the name of the text) is let be.
+"""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from requant.errors import Problem
+from requant.gguf.header import Header, TableEntry, read_header
+from requant.limits import MAX_INT, MAX_NAME_CHARS, MAX_TENSORS
+from requant.safetensors_header import check_name, shown
+from requant.source_folder import open_regular
+from requant.statistics.layers import Seen
+
+Found = tuple[list[Seen], dict[str, str], list[Problem]]
+_SUMS, _COUNTS = ".in_sum2", ".counts"
+_MOST_COUNTS = 1 << 20  # experts of a layer
+
+
+def read_gguf(source: str, size: int) -> Found:
+    """The GGUF form: entries, metadata and problems."""
+    place = Path(source)
+    header, problems = read_header(place.parent, place.name, size)
+    if header is None or problems:
+        return [], {}, problems
+    kind = header.metadata.get("general.type")
+    if kind != "imatrix":
+        words = f"general.type is {shown(kind)}, expected 'imatrix': the file is a model"
+        return [], {}, [Problem(place.name, words)]
+    tensors = {tensor.name: tensor for tensor in header.tensors}
+    seen: list[Seen] = []
+    with open(open_regular(place), "rb") as file:
+        for name, sums in tensors.items():
+            if not name.endswith(_SUMS):
+                continue
+            layer = name.removesuffix(_SUMS)
+            counts = tensors.get(layer + _COUNTS)
+            wrong = _wrong(sums, counts)
+            if wrong or counts is None:
+                problems.append(Problem(layer, wrong))
+                continue
+            file.seek(counts.offset)
+            divisors = np.frombuffer(file.read(counts.nbytes), "<f4").astype(np.float64)
+            experts = divisors.size
+            elements = sums.nbytes // 4
+            seen.append(Seen(_layer(layer), elements, sums.offset, divisors, experts))
+    return seen, _told(header), problems
+
+
+def _wrong(sums: TableEntry, counts: TableEntry | None) -> str:
+    if counts is None:
+        return f"has {_SUMS[1:]}, but no {_COUNTS[1:]}"
+    for tensor in (sums, counts):
+        if tensor.kind.name != "F32":
+            return f"{tensor.name} is {tensor.kind.name}, expected F32"
+    experts = counts.nbytes // 4
+    rows = sums.nbytes // 4 // sums.shape[-1] if sums.shape else 0
+    if experts > _MOST_COUNTS or rows != experts:
+        found = f"{list(sums.shape)} sums and {list(counts.shape)} counts"
+        return f"{found}: a count for each row of sums is expected"
+    return ""
+
+
+def _told(header: Header) -> dict[str, str]:
+    found = {}
+    for key in ("imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size"):
+        value = header.metadata.get(key)
+        if value is not None:
+            words = ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            found[key] = words[:1000]
+    return found
+
+
+class _Damaged(Exception):
+    """Nothing behind this place can be understood."""
+
+
+class _Cursor:
+    """Reads the older form; every length is checked against what is left."""
+
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self.file, self.size, self.at = file, size, 0
+        file.seek(0)
+
+    def number(self, what: str, most: int) -> int:
+        value: int = struct.unpack("<i", self.take(4, what))[0]
+        if not 0 < value <= most:
+            raise _Damaged(
+                f"is neither a safetensors nor a GGUF file, nor an imatrix of the older form: byte "
+                f"{self.at - 4:,} says that {what} is {value:,}, expected 1 to {most:,}"
+            )
+        return value
+
+    def take(self, nbytes: int, what: str) -> bytes:
+        self.skip(nbytes, what)
+        return self.file.read(nbytes)
+
+    def skip(self, nbytes: int, what: str) -> None:
+        if self.at + nbytes > self.size:
+            raise _Damaged(
+                f"byte {self.at:,}: {what} takes {nbytes:,} bytes, but the file ends at "
+                f"{self.size:,}; was the download complete?"
+            )
+        self.at += nbytes
+
+
+def read_older(file: BinaryIO, size: int) -> Found:
+    """The older form: entries, no metadata, and problems."""
+    cursor = _Cursor(file, size)
+    seen: dict[str, Seen] = {}
+    try:
+        for _ in range(cursor.number("the number of entries", MAX_TENSORS)):
+            length = cursor.number("the length of a name", MAX_NAME_CHARS)
+            name = cursor.take(length, "a name").decode("utf-8", "replace")
+            calls = cursor.number(f"the number of calls of {shown(name)}", MAX_INT)
+            values = cursor.number(f"the number of values of {shown(name)}", MAX_INT)
+            wrong = check_name(name)
+            if wrong or name in seen:
+                raise _Damaged(f"{shown(name)}: {wrong[0] if wrong else 'stands twice'}")
+            seen[name] = Seen(_layer(name), values, cursor.at, np.array([float(calls)]), None)
+            cursor.skip(4 * values, f"what it says of {shown(name)}")
+            file.seek(cursor.at)
+    except _Damaged as error:
+        return [], {}, [Problem("imatrix", str(error))]
+    return list(seen.values()), {}, []
+
+
+def _layer(tensor: str) -> str:
+    return tensor.removesuffix(".weight")

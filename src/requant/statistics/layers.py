@@ -1,0 +1,240 @@
+"""One statistics file, asked layer by layer: which vector weighs which matrix."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from requant.errors import CheckpointError, Problem
+from requant.source_folder import open_regular
+from requant.statistics.names import Key, key_of, same_input
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """Where a file keeps what it knows of one layer's inputs, or of a stack of experts'.
+
+    Attributes:
+        name: As the file says it.
+        size: Numbers of all experts together.
+        offset: Of the first of them: float32, experts one after another.
+        divisors: What each expert's sums are over, float64 ``(experts,)``; ``(1,)`` holds for
+            all. An expert whose divisor is 0 saw no token.
+        experts: Their number; None where the file does not tell (llama.cpp's older form).
+        hessian: Offset of float32 ``(experts, in, in)``; None if there is none.
+    """
+
+    name: str
+    size: int
+    offset: int
+    divisors: np.ndarray = field(compare=False)
+    experts: int | None
+    hessian: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Importance:
+    """What a squared error of each input counts, for the matrices of one layer.
+
+    Attributes:
+        statistics: The file.
+        places: For each matrix of the layer, its place in the file: name and expert.
+        in_features: Inputs.
+    """
+
+    statistics: Statistics = field(repr=False, compare=False)
+    places: tuple[tuple[str, int], ...]
+    in_features: int
+
+    def weights(self, matrix: int) -> np.ndarray | None:
+        """Mean squares of the inputs of one matrix, float32 ``(in_features,)``.
+
+        Returns:
+            None if no token reached it, or every input was 0.
+
+        Raises:
+            CheckpointError: The file is no longer what it was.
+        """
+        name, expert = self.places[matrix if len(self.places) > 1 else 0]
+        return self.statistics.mean_square(name, expert, self.in_features)
+
+    @property
+    def unseen(self) -> list[int]:
+        """Matrices that no token reached."""
+        return [
+            number
+            for number, (name, expert) in enumerate(self.places)
+            if not self.statistics.divisor(name, expert)
+        ]
+
+    @property
+    def has_hessians(self) -> bool:
+        """Whether each matrix has a Hessian."""
+        return all(self.statistics.seen[name].hessian is not None for name, _ in self.places)
+
+    def hessian(self, matrix: int) -> np.ndarray:
+        """The mean of ``x x^T`` over the inputs of one matrix, float32 ``(in, in)``.
+
+        Raises:
+            CheckpointError: The file is no longer what it was.
+        """
+        name, expert = self.places[matrix if len(self.places) > 1 else 0]
+        return self.statistics.hessian(name, expert, self.in_features)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plans hold it: equal data give equal weights."""
+        return {
+            "sha256": self.statistics.sha256,
+            "places": [f"{name}[{expert}]" for name, expert in self.places],
+        }
+
+
+class Statistics:
+    """A statistics file; its numbers are read when they are asked for.
+
+    Attributes:
+        source: The file, for messages.
+        sha256: Of the whole file; part of every plan that is made with it.
+        kind: "requant" or "imatrix".
+        seen: Layer, as the file names it -> where its numbers are.
+        metadata: What the file says about itself.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        sha256: str,
+        kind: str,
+        seen: Sequence[Seen],
+        stamp: tuple[int, int],
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        self.source, self.sha256, self.kind = source, sha256, kind
+        self.metadata = dict(metadata or {})
+        self.seen = {entry.name: entry for entry in seen}
+        self._stamp = stamp
+        self._by_key: dict[Key, str] = {}
+        for name in self.seen:
+            key = key_of(name)
+            if key is not None:
+                self._by_key.setdefault(key, name)
+
+    def divisor(self, name: str, expert: int) -> float:
+        """What the sums of an expert are over; 0 if no token reached it."""
+        divisors = self.seen[name].divisors
+        return float(divisors[expert if divisors.size > 1 else 0])
+
+    def find(self, path: str, shape: Sequence[int]) -> Importance | str | None:
+        """What is known of a layer of a model.
+
+        Args:
+            path: The layer, in the names of Hugging Face, mlx-lm or llama.cpp.
+            shape: Of its weight, ``(..., out, in)``.
+
+        Returns:
+            None if the file knows nothing of it; a message if what it knows has another shape.
+        """
+        matrices, n_in = prod(shape[:-2]), shape[-1]
+        if path in self.seen:
+            return self._fit(path, None, matrices, n_in)
+        key = key_of(path)
+        for candidate in () if key is None else same_input(key):
+            if candidate in self._by_key:
+                return self._fit(self._by_key[candidate], None, matrices, n_in)
+            if candidate.expert is not None:
+                stack = candidate._replace(expert=None)
+                if stack in self._by_key:
+                    return self._fit(self._by_key[stack], candidate.expert, matrices, n_in)
+            singles = [candidate._replace(expert=number) for number in range(matrices)]
+            if candidate.expert is None and all(one in self._by_key for one in singles):
+                names = [self._by_key[one] for one in singles]
+                return self._singles(names, n_in)
+        return None
+
+    def _fit(
+        self, name: str, expert: int | None, matrices: int, n_in: int
+    ) -> Importance | str | None:
+        """An entry for a layer, or for one expert of its stack."""
+        entry = self.seen[name]
+        held = entry.size // n_in if entry.size % n_in == 0 else 0
+        if expert is not None:
+            told = entry.experts if entry.experts is not None else held
+            if held and told == held and expert < held and matrices == 1:
+                return Importance(self, ((name, expert),), n_in)
+        elif held == matrices and entry.experts in (None, matrices):
+            places = tuple((name, number) for number in range(matrices))
+            return Importance(self, places, n_in)
+        stack = f"{matrices} experts of " if matrices > 1 else ""
+        wanted = f"{stack}{n_in} inputs" if expert is None else f"expert {expert} of {n_in} inputs"
+        return f"{self.source}: {name} has {_sizes(entry)}, the layer has {wanted}"
+
+    def _singles(self, names: Sequence[str], n_in: int) -> Importance | str:
+        for name in names:
+            if self.seen[name].size != n_in:
+                found = _sizes(self.seen[name])
+                return f"{self.source}: {name} has {found}, the layer has {n_in} inputs"
+        return Importance(self, tuple((name, 0) for name in names), n_in)
+
+    # -- numbers ---------------------------------------------------------------------------
+
+    def mean_square(self, name: str, expert: int, n_in: int) -> np.ndarray | None:
+        """Mean squares of one matrix's inputs, float32; None if nothing was seen."""
+        divisor = self.divisor(name, expert)
+        if not divisor:
+            return None
+        sums = self._read(self.seen[name].offset + 4 * n_in * expert, n_in)
+        if not sums.any():
+            return None
+        return (sums.astype(np.float64) / divisor).astype(np.float32)
+
+    def hessian(self, name: str, expert: int, n_in: int) -> np.ndarray:
+        """The Hessian of one matrix, float32 ``(in, in)``."""
+        offset = self.seen[name].hessian
+        assert offset is not None
+        return self._read(offset + 4 * n_in * n_in * expert, n_in * n_in).reshape(n_in, n_in)
+
+    def _read(self, offset: int, count: int) -> np.ndarray:
+        found = np.empty(count, "<f4")
+        view = found.view(np.uint8).data
+        try:
+            fd = open_regular(Path(self.source))
+            try:
+                if stamp_of(fd) != self._stamp:
+                    message = "is another file now than when it was planned"
+                    raise CheckpointError(self.source, [Problem("statistics", message)])
+                while view:
+                    got = os.preadv(fd, [view], offset)
+                    if not got:
+                        message = f"ends at byte {offset:,}"
+                        raise CheckpointError(self.source, [Problem("statistics", message)])
+                    view, offset = view[got:], offset + got
+            finally:
+                os.close(fd)
+        except OSError as error:
+            raise unreadable(self.source, error) from error
+        return found
+
+
+def stamp_of(fd: int) -> tuple[int, int]:
+    """Size and time of change: by these a file is taken for the one it was."""
+    found = os.fstat(fd)
+    return found.st_size, found.st_mtime_ns
+
+
+def unreadable(source: str, error: OSError) -> CheckpointError:
+    """A file that the system does not give."""
+    return CheckpointError(
+        source, [Problem("statistics", f"cannot be read: {error.strerror or error}")]
+    )
+
+
+def _sizes(entry: Seen) -> str:
+    if entry.experts is None or entry.experts == 1:
+        return f"{entry.size} inputs"
+    return f"{entry.experts} experts of {entry.size // entry.experts} inputs"
