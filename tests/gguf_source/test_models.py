@@ -18,6 +18,7 @@ from mlx_lm.utils import load_model
 import requant
 import requant.mlx_lm
 from requant.errors import CheckpointError, UsageError
+from requant.gguf.families import ARCHITECTURES as KNOWN
 from requant.gguf.metadata import Metadata
 from requant.gguf.special import special_ids, token_kinds
 from tests.formats.harness import read_folder
@@ -38,6 +39,29 @@ OWN: dict[str, dict[str, Any]] = {
     "gemma3_text": {"query_pre_attn_scalar": 32, "rope_theta": 1e6, "num_hidden_layers": 6},
     "phi3": {"partial_rotary_factor": 1.0},
     "gpt_oss": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 128},
+    "ministral3": {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e6,
+            "factor": 4.0,
+            "original_max_position_embeddings": 4,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 0.5,
+            "llama_4_scaling_beta": 0.1,
+        },
+        "tie_word_embeddings": False,
+    },
+    "smollm3": {"num_hidden_layers": 4},
+    "granite": {
+        "attention_multiplier": 0.125,
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.5,
+        "logits_scaling": 2.0,
+    },
+    "seed_oss": {"attention_bias": True},
+    "olmo2": {},
 }
 
 
@@ -321,6 +345,22 @@ def test_llama_3_scaling_is_found_in_its_factors(tmp_path: Path) -> None:
 
 def test_architectures_are_all_here() -> None:
     assert set(OWN) == set(ARCHITECTURES)
+    assert set(KNOWN) == set(ARCHITECTURES.values())
+
+
+def test_mistral3_without_scaled_attention_is_llama(tmp_path: Path) -> None:
+    """Mistral Small 3.1 carries the name of its vision model, and is Mistral's old text model."""
+    weights, config = trained("micro-llama")
+    architectures = {**ARCHITECTURES, "llama": "mistral3"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tests.gguf_source.writer.ARCHITECTURES", architectures)
+        write_gguf(tmp_path / "m.gguf", weights, config)
+    plan = requant.plan(tmp_path / "m.gguf")
+    assert plan.config["model_type"] == "llama"
+    requant.convert(tmp_path / "m.gguf", tmp_path / "out", dequantize=True, dtype="float32")
+    out = read_folder(tmp_path / "out")
+    for name, array in weights.items():
+        assert np.array_equal(out[name], array), name
 
 
 def test_loading_without_a_tokenizer_says_why(tmp_path: Path) -> None:

@@ -22,7 +22,13 @@ ARCHITECTURES = {  # model_type -> llama.cpp's name
     "gemma3_text": "gemma3",
     "phi3": "phi3",
     "gpt_oss": "gpt-oss",
+    "ministral3": "mistral3",
+    "smollm3": "smollm3",
+    "granite": "granite",
+    "seed_oss": "seed_oss",
+    "olmo2": "olmo2",
 }
+PERMUTED = ("llama", "mistral3", "smollm3", "granite")  # rows of q and k, by the converter
 _EXPERTS = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 _KINDS = gguf.GGMLQuantizationType
 
@@ -85,9 +91,9 @@ def write_gguf(
     kv_heads = config.get("num_key_value_heads", heads)
     for name, array in weights.items():
         values = np.asarray(array, np.float32)
-        if architecture == "llama" and ".self_attn.q_proj." in name:
+        if architecture in PERMUTED and ".self_attn.q_proj." in name:
             values = permuted(values, heads)
-        if architecture == "llama" and ".self_attn.k_proj." in name:
+        if architecture in PERMUTED and ".self_attn.k_proj." in name:
             values = permuted(values, kv_heads)
         if architecture.startswith("gemma") and name.endswith("norm.weight"):
             values = values + np.float32(1)
@@ -117,7 +123,21 @@ def _settings(writer: gguf.GGUFWriter, config: Mapping[str, Any], more: Mapping[
     writer.add_head_count(config["num_attention_heads"])
     writer.add_head_count_kv(config.get("num_key_value_heads", config["num_attention_heads"]))
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_freq_base(config["rope_theta"])
+    rope = config["rope_parameters"] if config["model_type"] == "ministral3" else config
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if rope.get("rope_type") == "yarn":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rope["factor"])
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+        writer.add_rope_scaling_yarn_beta_fast(rope["beta_fast"])
+        writer.add_rope_scaling_yarn_beta_slow(rope["beta_slow"])
+        writer.add_rope_scaling_yarn_log_mul(rope["mscale_all_dim"])
+        writer.add_attn_temperature_scale(rope["llama_4_scaling_beta"])
+    if config["model_type"] == "granite":
+        writer.add_attention_scale(config["attention_multiplier"])
+        writer.add_embedding_scale(config["embedding_multiplier"])
+        writer.add_residual_scale(config["residual_multiplier"])
+        writer.add_logit_scale(config["logits_scaling"])
     if config.get("head_dim"):
         writer.add_key_length(config["head_dim"])
         writer.add_value_length(config["head_dim"])

@@ -7,19 +7,26 @@ which names it gives, which rows it reorders, and where it adds one to a norm.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
-
+from requant.gguf.configs import (
+    Configure,
+    configure_gemma,
+    configure_gemma_2,
+    configure_gemma_3,
+    configure_gpt_oss,
+    configure_granite,
+    configure_llama,
+    configure_ministral_3,
+    configure_mixtral,
+    configure_phi_3,
+    configure_qwen,
+    configure_qwen_moe,
+    configure_seed_oss,
+    configure_smollm_3,
+)
 from requant.gguf.metadata import Metadata
-from requant.gguf.special import special_ids
-
-Shapes = Mapping[str, tuple[int, ...]]
-"""Name in the file -> shape, outermost axis first."""
-Peek = Callable[[str], np.ndarray]
-"""Values of a small float32 tensor of the file."""
 
 _TOP = {
     "token_embd": "model.embed_tokens",
@@ -75,6 +82,10 @@ _GPT_OSS = {  # experts as mlx-lm names them: Hugging Face interleaves gate and 
     "ffn_up_exps": "mlp.experts.up_proj",
     "ffn_down_exps": "mlp.experts.down_proj",
 }
+_OLMO_2 = {  # norms behind the two halves of a block, none before
+    "post_attention_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
 _OLD_EXPERTS = {"ffn_gate": "w1", "ffn_down": "w2", "ffn_up": "w3"}  # one tensor an expert
 _BLOCK = re.compile(r"blk\.(\d{1,6})\.([a-z_]+)(?:\.(\d{1,6}))?\.(weight|bias)")
 _TOP_NAME = re.compile(r"([a-z_]+)\.(weight|bias)")
@@ -103,7 +114,7 @@ class Family:
     model_type: str
     cls: str
     blocks: Mapping[str, str]
-    configure: Callable[[dict[str, Any], Settings], None]
+    configure: Configure
     permuted: bool = False
     shifted_norms: bool = False
     wide: bool = False
@@ -146,254 +157,25 @@ def setting_of(name: str) -> str | None:
     return _SETTINGS.get(found[1]) if found else None
 
 
-class Settings:
-    """What configs are made of: metadata under the architecture's prefix, shapes, values."""
-
-    def __init__(self, metadata: Metadata, shapes: Shapes, peek: Peek) -> None:
-        self.metadata, self.shapes, self.peek = metadata, shapes, peek
-        self.prefix = f"{metadata.architecture}."
-
-    def need_int(self, key: str) -> int:
-        return self.metadata.need_int(self.prefix + key)
-
-    def find_int(self, key: str) -> int | None:
-        return self.metadata.find_int(self.prefix + key)
-
-    def find_float(self, key: str) -> float | None:
-        return self.metadata.find_float(self.prefix + key)
-
-    def word(self, key: str) -> str:
-        return self.metadata.word(self.prefix + key)
-
-    def has(self, name: str) -> bool:
-        return name in self.shapes
-
-    def width(self, name: str) -> int | None:
-        """Rows of a block's tensor, from the first block that has it."""
-        found = (s for n, s in self.shapes.items() if n.startswith("blk.") and n.endswith(name))
-        shape = next(found, None)
-        return shape[-2] if shape is not None and len(shape) > 1 else None
-
-
-def make_config(family: Family, settings: Settings) -> dict[str, Any]:
-    """``config.json`` of a known architecture; what is missing becomes a problem."""
-    heads = settings.need_int("attention.head_count")
-    hidden = settings.need_int("embedding_length")
-    blocks = settings.need_int("block_count")
-    if blocks > len(settings.shapes):
-        message = f"is {blocks:,}, but the file has {len(settings.shapes):,} tensors in all"
-        settings.metadata.report(f"{settings.prefix}block_count", message)
-        blocks = 1
-    embeddings = settings.shapes.get("token_embd.weight", ())
-    if not embeddings:
-        settings.metadata.report("token_embd.weight", "is missing: no model goes without it")
-    config: dict[str, Any] = {
-        "architectures": [family.cls],
-        "model_type": family.model_type,
-        "hidden_size": hidden,
-        "num_hidden_layers": blocks,
-        "num_attention_heads": heads,
-        "num_key_value_heads": settings.find_int("attention.head_count_kv") or heads,
-        "head_dim": settings.find_int("attention.key_length") or max(hidden // heads, 1),
-        "intermediate_size": settings.find_int("feed_forward_length") or 0,
-        "rms_norm_eps": settings.metadata.need_float(
-            f"{settings.prefix}attention.layer_norm_rms_epsilon"
-        ),
-        "vocab_size": embeddings[0] if embeddings else 0,
-        "max_position_embeddings": settings.need_int("context_length"),
-        "rope_theta": settings.find_float("rope.freq_base") or 10000.0,
-        "tie_word_embeddings": not settings.has("output.weight"),
-    }
-    scaling = _rope_scaling(settings)
-    if scaling is not None:
-        config["rope_scaling"] = scaling
-    family.configure(config, settings)
-    config |= special_ids(settings.metadata)
-    return config
-
-
-def _rope_scaling(settings: Settings) -> dict[str, Any] | None:
-    if settings.has("rope_freqs.weight"):
-        return _llama3_scaling(settings)
-    kind = settings.word("rope.scaling.type")
-    factor = settings.find_float("rope.scaling.factor") or settings.find_float("rope.scale_linear")
-    if kind in ("", "none", "linear"):
-        if kind == "none" or factor in (None, 1.0):
-            return None
-        return {"rope_type": "linear", "type": "linear", "factor": factor}
-    original = settings.find_int("rope.scaling.original_context_length")
-    if kind == "yarn":
-        return {
-            "rope_type": "yarn",
-            "type": "yarn",
-            "factor": factor or 1.0,
-            "original_max_position_embeddings": original or settings.need_int("context_length"),
-        }
-    if kind != "longrope":
-        key = f"{settings.prefix}rope.scaling.type"
-        settings.metadata.report(key, f"is {kind!r}, known are none, linear, yarn, longrope")
-    return None
-
-
-_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
-_LLAMA3_CONTEXT = 8192
-
-
-def _llama3_scaling(settings: Settings) -> dict[str, Any] | None:
-    """The setting that ``rope_freqs`` was computed from; it holds the factor of each frequency."""
-    stored = settings.peek("rope_freqs.weight").reshape(-1).astype(np.float64)
-    base = settings.find_float("rope.freq_base") or 10000.0
-    if (stored == 1).all():
-        return None
-    factor = float(stored.max(initial=1.0))
-    low, high = _LLAMA3["low_freq_factor"], _LLAMA3["high_freq_factor"]
-    waves = 2 * np.pi * base ** (np.arange(stored.size) / max(stored.size, 1))
-    smooth = np.clip((_LLAMA3_CONTEXT / waves - low) / (high - low), 0, 1)
-    if not np.allclose(stored, 1 / ((1 - smooth) / factor + smooth), rtol=1e-4):
-        settings.metadata.report(
-            "rope_freqs.weight",
-            "holds factors that no setting of Llama 3 gives; --config-from takes the config "
-            "of the original model",
-        )
-        return None
-    return {
-        "rope_type": "llama3",
-        "type": "llama3",
-        "factor": factor,
-        **_LLAMA3,
-        "original_max_position_embeddings": _LLAMA3_CONTEXT,
-    }
-
-
-# -- what only one architecture has --------------------------------------------------------------
-
-
-def _llama(config: dict[str, Any], settings: Settings) -> None:
-    config["attention_bias"] = settings.has("blk.0.attn_q.bias")
-    config["mlp_bias"] = settings.has("blk.0.ffn_up.bias")
-    config["hidden_act"] = "silu"
-
-
-def _mixtral(config: dict[str, Any], settings: Settings) -> None:
-    config["num_local_experts"] = settings.need_int("expert_count")
-    config["num_experts_per_tok"] = settings.need_int("expert_used_count")
-    config["hidden_act"] = "silu"
-
-
-def _qwen(config: dict[str, Any], settings: Settings) -> None:
-    config["hidden_act"] = "silu"
-
-
-def _qwen_moe(config: dict[str, Any], settings: Settings) -> None:
-    width = settings.find_int("expert_feed_forward_length")
-    config |= {
-        "hidden_act": "silu",
-        "num_experts": settings.need_int("expert_count"),
-        "num_experts_per_tok": settings.need_int("expert_used_count"),
-        "moe_intermediate_size": width or settings.width("ffn_up_exps.weight") or 0,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-        "norm_topk_prob": config["model_type"] == "qwen3_moe",
-    }
-    shared = settings.width("ffn_up_shexp.weight")
-    if shared is not None:
-        config["shared_expert_intermediate_size"] = shared
-    config["intermediate_size"] = config["intermediate_size"] or config["moe_intermediate_size"]
-
-
-def _gemma(config: dict[str, Any], settings: Settings) -> None:
-    config["hidden_activation"] = config["hidden_act"] = "gelu_pytorch_tanh"
-
-
-_LARGEST_GEMMA = {
-    "gemma2": 46,
-    "gemma3_text": 62,
-}  # blocks of the two whose queries scale otherwise
-
-
-def _gemma_2(config: dict[str, Any], settings: Settings) -> None:
-    _gemma(config, settings)
-    largest = config["num_hidden_layers"] == _LARGEST_GEMMA[config["model_type"]]
-    by_width = config["hidden_size"] // config["num_attention_heads"]
-    config["query_pre_attn_scalar"] = by_width if largest else config["head_dim"]
-    window = settings.find_int("attention.sliding_window")
-    if window:
-        config["sliding_window"] = window
-    if config["model_type"] == "gemma2":
-        attention = settings.find_float("attn_logit_softcapping")
-        final = settings.find_float("final_logit_softcapping")
-        config["attn_logit_softcapping"] = 50.0 if attention is None else attention
-        config["final_logit_softcapping"] = 30.0 if final is None else final
-
-
-def _gemma_3(config: dict[str, Any], settings: Settings) -> None:
-    _gemma_2(config, settings)
-    config["sliding_window_pattern"] = 6
-    config["rope_local_base_freq"] = settings.find_float("rope.freq_base_swa") or 10000.0
-    if settings.find_float("rope.freq_base") is None:
-        config["rope_theta"] = 1_000_000.0
-
-
-def _phi_3(config: dict[str, Any], settings: Settings) -> None:
-    config["hidden_act"] = "silu"
-    original = settings.find_int("rope.scaling.original_context_length")
-    config["original_max_position_embeddings"] = original or config["max_position_embeddings"]
-    window = settings.find_int("attention.sliding_window")
-    if window:
-        config["sliding_window"] = window
-    rotary = settings.find_int("rope.dimension_count")
-    if rotary and rotary != config["head_dim"]:
-        config["partial_rotary_factor"] = rotary / config["head_dim"]
-    factors = {
-        f"{end}_factor": settings.peek(f"rope_factors_{end}.weight").reshape(-1)
-        for end in ("long", "short")
-        if settings.has(f"rope_factors_{end}.weight")
-    }
-    if factors:
-        config["rope_scaling"] = {
-            "type": "longrope",
-            "rope_type": "longrope",
-            **{key: [float(str(x)) for x in values] for key, values in factors.items()},
-        }
-
-
-def _gpt_oss(config: dict[str, Any], settings: Settings) -> None:
-    width = settings.find_int("expert_feed_forward_length")
-    width = width or settings.width("ffn_up_exps.weight") or config["intermediate_size"]
-    config |= {
-        "intermediate_size": width,
-        "num_local_experts": settings.need_int("expert_count"),
-        "num_experts_per_tok": settings.need_int("expert_used_count"),
-        "sliding_window": settings.find_int("attention.sliding_window") or 128,
-        "layer_types": [
-            "full_attention" if number % 2 else "sliding_attention"
-            for number in range(config["num_hidden_layers"])
-        ],
-        "hidden_act": "silu",
-        "attention_bias": True,
-    }
-    if config.get("rope_scaling", {}).get("type") == "yarn":
-        more = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
-        config["rope_scaling"] |= more
-
-
 _LLAMA_NAMES = {**_ATTENTION, **_MLP}
 _FAMILIES = {
-    "llama": Family("llama", "LlamaForCausalLM", _LLAMA_NAMES, _llama, permuted=True),
-    "qwen2": Family("qwen2", "Qwen2ForCausalLM", _LLAMA_NAMES, _qwen),
-    "qwen3": Family("qwen3", "Qwen3ForCausalLM", _LLAMA_NAMES, _qwen),
-    "qwen2moe": Family("qwen2_moe", "Qwen2MoeForCausalLM", {**_ATTENTION, **_QWEN_MOE}, _qwen_moe),
+    "llama": Family("llama", "LlamaForCausalLM", _LLAMA_NAMES, configure_llama, permuted=True),
+    "qwen2": Family("qwen2", "Qwen2ForCausalLM", _LLAMA_NAMES, configure_qwen),
+    "qwen3": Family("qwen3", "Qwen3ForCausalLM", _LLAMA_NAMES, configure_qwen),
+    "qwen2moe": Family(
+        "qwen2_moe", "Qwen2MoeForCausalLM", {**_ATTENTION, **_QWEN_MOE}, configure_qwen_moe
+    ),
     "qwen3moe": Family(
-        "qwen3_moe", "Qwen3MoeForCausalLM", {**_LLAMA_NAMES, **_QWEN_MOE}, _qwen_moe
+        "qwen3_moe", "Qwen3MoeForCausalLM", {**_LLAMA_NAMES, **_QWEN_MOE}, configure_qwen_moe
     ),
     "gemma": Family(
-        "gemma", "GemmaForCausalLM", _LLAMA_NAMES, _gemma, shifted_norms=True, wide=True
+        "gemma", "GemmaForCausalLM", _LLAMA_NAMES, configure_gemma, shifted_norms=True, wide=True
     ),
     "gemma2": Family(
         "gemma2",
         "Gemma2ForCausalLM",
         {**_LLAMA_NAMES, **_GEMMA_2},
-        _gemma_2,
+        configure_gemma_2,
         shifted_norms=True,
         wide=True,
     ),
@@ -401,24 +183,49 @@ _FAMILIES = {
         "gemma3_text",
         "Gemma3ForCausalLM",
         {**_LLAMA_NAMES, **_GEMMA_2},
-        _gemma_3,
+        configure_gemma_3,
         shifted_norms=True,
         wide=True,
     ),
-    "phi3": Family("phi3", "Phi3ForCausalLM", {**_ATTENTION, **_PHI_3}, _phi_3),
+    "phi3": Family("phi3", "Phi3ForCausalLM", {**_ATTENTION, **_PHI_3}, configure_phi_3),
+    "smollm3": Family(
+        "smollm3", "SmolLM3ForCausalLM", _LLAMA_NAMES, configure_smollm_3, permuted=True
+    ),
+    "granite": Family(
+        "granite", "GraniteForCausalLM", _LLAMA_NAMES, configure_granite, permuted=True
+    ),
+    "seed_oss": Family(
+        "seed_oss",
+        "SeedOssForCausalLM",
+        {**_LLAMA_NAMES, "post_attention_norm": "post_attention_layernorm"},
+        configure_seed_oss,
+    ),
+    "olmo2": Family("olmo2", "Olmo2ForCausalLM", {**_LLAMA_NAMES, **_OLMO_2}, configure_llama),
     "gpt-oss": Family(
-        "gpt_oss", "GptOssForCausalLM", {**_ATTENTION, **_GPT_OSS}, _gpt_oss, wide=True
+        "gpt_oss", "GptOssForCausalLM", {**_ATTENTION, **_GPT_OSS}, configure_gpt_oss, wide=True
     ),
 }
-_MIXTRAL_FAMILY = Family(
-    "mixtral", "MixtralForCausalLM", {**_ATTENTION, **_MIXTRAL}, _mixtral, permuted=True
+_MINISTRAL_FAMILY = Family(
+    "ministral3", "Ministral3ForCausalLM", _LLAMA_NAMES, configure_ministral_3, permuted=True
 )
-ARCHITECTURES = tuple(_FAMILIES)
+_MIXTRAL_FAMILY = Family(
+    "mixtral", "MixtralForCausalLM", {**_ATTENTION, **_MIXTRAL}, configure_mixtral, permuted=True
+)
+ARCHITECTURES = (*_FAMILIES, "mistral3")
 """What ``general.architecture`` may say for names and config to be known."""
 
 
 def family_of(metadata: Metadata) -> Family | None:
-    """The architecture of a file, or None if it is not known; Mixtral calls itself llama."""
-    if metadata.architecture == "llama" and metadata.find_int("llama.expert_count"):
+    """The architecture of a file, or None if it is not known.
+
+    Mixtral calls itself llama, and Mistral's models of 2025 mistral3, whether or not their
+    attention is Ministral's.
+    """
+    name = metadata.architecture
+    if name == "mistral3":
+        if metadata.find_float("mistral3.attention.temperature_scale") is not None:
+            return _MINISTRAL_FAMILY
+        name = "llama"
+    if name == "llama" and metadata.find_int(f"{metadata.architecture}.expert_count"):
         return _MIXTRAL_FAMILY
-    return _FAMILIES.get(metadata.architecture)
+    return _FAMILIES.get(name)

@@ -22,7 +22,8 @@ from requant.checkpoint import Checkpoint, FileRange, SourceFile, StoredTensor, 
 from requant.dtypes import TensorInfo
 from requant.errors import CheckpointError, Problem
 from requant.gguf.choice import PART, SUFFIX
-from requant.gguf.families import Family, Settings, family_of, make_config, setting_of
+from requant.gguf.configs import Settings, make_config
+from requant.gguf.families import Family, family_of, setting_of
 from requant.gguf.header import Header, TableEntry, read_header
 from requant.gguf.metadata import Metadata
 from requant.gguf.model import GgufModel, GgufTensor
@@ -300,7 +301,7 @@ class _Reading:
             return {"model_type": self.metadata.architecture, "torch_dtype": words[dtype]}, files
         shapes = {name: entry.shape for name, (_, entry) in table.items()}
         settings = Settings(self.metadata, shapes, partial(self._peek, table))
-        config = make_config(family, settings)
+        config = make_config(settings, family.model_type, family.cls, family.configure)
         config["torch_dtype"] = words[dtype]
         return config, files
 
