@@ -11,10 +11,19 @@ import numpy as np
 import pytest
 
 import requant
+from requant.arrays.gguf import TYPES, BlockType
 from requant.errors import CheckpointError
-from tests.formats.harness import Checked, check_values, fixture, read_file, read_folder
+from tests.formats.harness import (
+    Checked,
+    affine,
+    check_values,
+    fixture,
+    read_file,
+    read_folder,
+)
 from tests.formats.logits import logits
 from tests.gguf_source.writer import permuted
+from tests.native.test_gguf import random_blocks
 
 EXACT = ("F32", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4")
 CLASSES = {"Q4_K": "rounded", "Q6_K": "re-encoded"}
@@ -171,11 +180,92 @@ def test_scales_beyond_float16_stop_the_run(tmp_path: Path) -> None:
     requant.convert(source, tmp_path / "out", dtype="bfloat16")
 
 
+# Section 6 of the format's document, row by row: type -> target, class in float16.
+TABLE = {
+    "Q4_0": ("affine 4-bit g32", "exact"),
+    "Q4_1": ("affine 4-bit g32", "exact"),
+    "Q5_0": ("affine 5-bit g32", "exact"),
+    "Q5_1": ("affine 5-bit g32", "exact"),
+    "Q8_0": ("affine 8-bit g32", "exact"),
+    "Q4_K": ("affine 4-bit g32", "rounded"),
+    "Q5_K": ("affine 5-bit g32", "rounded"),
+    "IQ4_NL": ("affine 8-bit g32", "exact"),
+    "IQ4_XS": ("affine 8-bit g32", "rounded"),
+    "IQ3_S": ("affine 4-bit g32", "rounded"),
+    "IQ3_XXS": ("affine 6-bit g32", "rounded"),
+    "IQ2_XXS": ("affine 8-bit g32", "rounded"),
+    "IQ1_S": ("affine 2-bit g32", "rounded"),
+    "TQ1_0": ("affine 2-bit g128", "exact"),
+    "TQ2_0": ("affine 2-bit g128", "exact"),
+    "Q1_0": ("affine 2-bit g128", "exact"),
+    "MXFP4": ("mxfp4 4-bit g32", "exact"),
+    "NVFP4": ("nvfp4 4-bit g16", "exact"),
+    "Q2_K": ("affine 8-bit g32", "re-encoded"),
+    "Q3_K": ("affine 8-bit g32", "re-encoded"),
+    "Q6_K": ("affine 8-bit g32", "re-encoded"),
+    "IQ2_XS": ("affine 8-bit g32", "re-encoded"),
+    "IQ2_S": ("affine 8-bit g32", "re-encoded"),
+    "IQ1_M": ("affine 8-bit g32", "re-encoded"),
+}
+ONE_BIT = np.array([0.5], np.float16).tobytes() + bytes(range(16))
+
+
+def blocks_of(kind: BlockType) -> tuple[np.ndarray, np.ndarray]:
+    """Three rows of 512 values, and what they stand for."""
+    if kind.name == "Q1_0":  # the package has no decoder for it
+        raw = np.frombuffer(ONE_BIT, np.uint8)
+        signs = np.unpackbits(raw[2:], bitorder="little") * 1.0 - 0.5
+        return np.tile(raw, (3, 4)), np.tile(signs.astype(np.float32), (3, 4))
+    blocks = random_blocks(kind, 3, 512 // kind.elements, kind.number)
+    if kind.name == "MXFP4":
+        blocks[:, :: kind.nbytes] = 120
+    if kind.name == "NVFP4":
+        blocks.reshape(3, -1, kind.nbytes)[:, :, :4] &= 0x7F
+    return blocks, gguf.dequantize(blocks, gguf.GGMLQuantizationType[kind.name])
+
+
+def test_the_table_holds_every_type() -> None:
+    assert {kind.name for kind in TYPES.values() if not kind.dtype} == TABLE.keys()
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_the_table_of_exactness(name: str, tmp_path: Path) -> None:
+    """Target, class, and the values that MLX's formula gives for the codes."""
+    kind = next(kind for kind in TYPES.values() if kind.name == name)
+    blocks, values = blocks_of(kind)
+    source = write(tmp_path / "m.gguf", {"w.weight": (blocks, name)})
+    target, exactness = TABLE[name]
+    made = {}
+    for dtype in ("float32", "float16"):
+        report = requant.convert(source, tmp_path / dtype, dtype=dtype)
+        (layer,) = report.plan.layers
+        full = exactness == "rounded" and dtype == "float32"
+        assert (layer.target, str(layer.exactness)) == (target, "exact" if full else exactness)
+        config = json.loads((tmp_path / dtype / "config.json").read_text())
+        out = read_folder(tmp_path / dtype)
+        made[dtype] = Checked(source, tmp_path / dtype, report, out, config, {"w": values})
+        if exactness != "rounded":
+            check_values(made[dtype], "w", values, exactness, 0.0, 0.02, 0.0)
+    if exactness != "rounded":
+        return
+    # The package rounds d * scale * code, which float32 does not hold.
+    check_values(made["float32"], "w", values, "exact", 0.0, 0.0, 1e-6)
+    spec = made["float32"].spec("w")
+    assert spec is not None
+    wide, narrow = (
+        affine(made[dtype].weights, "w", spec["group_size"], spec["bits"])
+        for dtype in ("float32", "float16")
+    )
+    assert np.array_equal(narrow.codes, wide.codes)
+    # As the plan states it; the last term is half of float16's smallest number.
+    for role, times in (("scales", 1), ("biases", 2)):
+        exact = getattr(wide, role)
+        error = np.abs(getattr(narrow, role) - exact)
+        assert (error <= times * (2**-11 * np.abs(exact) + 128 * 2**-25)).all(), role
+
+
 def test_every_type_of_blocks_is_converted(tmp_path: Path) -> None:
     """One file of all types: each is kept or encoded anew, and decodes to the package's values."""
-    from requant.arrays.gguf import TYPES
-    from tests.native.test_gguf import random_blocks
-
     tensors, expected = {}, {}
     for kind in TYPES.values():
         if kind.dtype or kind.name == "Q1_0":

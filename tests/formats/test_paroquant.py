@@ -57,6 +57,31 @@ def test_values_of_the_fixture(tmp_path: Path) -> None:
     assert found.config["rotation"] == {"method": "paroquant", "group_size": 64, "krot": 8}
 
 
+def test_codes_of_the_fixture_without_its_turned_weight(tmp_path: Path) -> None:
+    """What the codes hold follows from the plain weight: turned, and freed of the scales."""
+
+    def turned(source: dict[str, np.ndarray], values: dict[str, np.ndarray]) -> None:
+        for path, plain in list(values.items()):
+            theta, pairs, scales = (
+                source[f"{path}.{role}"] for role in ("theta", "pairs", "channel_scales")
+            )
+            values[path] = rotated(plain, theta, pairs, 1 / scales.astype(np.float64), 128)
+
+    found = check_fixture(
+        "paroquant-g128",
+        tmp_path,
+        "rounded",
+        bound=15 * 2**-11,
+        values_rtol=2e-6,
+        stored_as=turned,
+    )
+    stored = read_folder(found.source)
+    for path in found.expected:
+        for role in ("theta", "pairs", "channel_scales"):
+            name = f"{path}.{role}"
+            assert found.weights[name].tobytes() == stored[name].tobytes()
+
+
 @pytest.mark.parametrize("name", ["paroquant-g128", "paroquant-g64-bias"])
 def test_the_loaded_model_gives_the_plain_model_s_logits(name: str, tmp_path: Path) -> None:
     """From the source and from the folder that convert wrote; stock mlx-lm refuses the latter."""
