@@ -36,7 +36,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("writer",),
     ("execute",),
     ("report", "transform", "budgets"),
-    ("conversion",),
+    ("conversion", "turning"),
     ("nn", "figures"),
     ("page", "publishing"),
     ("inspection", "mlx_lm", "verification"),

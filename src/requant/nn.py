@@ -11,6 +11,8 @@ from mlx.nn.layers.linear import Linear
 from mlx.nn.layers.quantized import QuantizedLinear
 from mlx.utils import tree_unflatten
 
+from requant.turning import Rotation
+
 
 class RotateQuantizedLinear(QuantizedLinear):
     """ParoQuant's layer: scale the inputs, turn them in pairs, then the quantized product.
@@ -21,7 +23,8 @@ class RotateQuantizedLinear(QuantizedLinear):
         x = x * channel_scales
         (x_i, x_j) = (cos a * x_i + sin a * x_j, cos a * x_j - sin a * x_i)
 
-    The rotation is computed in float32 whatever the dtype of the inputs, and rounded once.
+    The rotation is computed in float32 whatever the dtype of the inputs, and rounded once; on
+    Metal by a kernel of ours (``requant.turning``), elsewhere by plain operations.
 
     Args:
         input_dims: Inputs.
@@ -53,37 +56,15 @@ class RotateQuantizedLinear(QuantizedLinear):
         pairs = mx.arange(input_dims) % rotation_group
         self.pairs = mx.broadcast_to(pairs, (rounds, input_dims)).astype(mx.int16)
         self.channel_scales = mx.ones((1, input_dims))
-        self._turns: list[tuple[mx.array, mx.array, mx.array]] | None = None
+        self._rotation: Rotation | None = None
         self.freeze()
 
     def rotate(self, x: mx.array) -> mx.array:
         """``x`` ``[..., in]`` scaled and turned, in its own dtype."""
-        if self._turns is None:
-            self._turns = self._prepare()
-        turned = x.astype(mx.float32) * self.channel_scales.reshape(-1).astype(mx.float32)
-        for partners, cos, sin in self._turns:
-            turned = turned * cos + mx.take(turned, partners, axis=-1) * sin
-        return turned.astype(x.dtype)
-
-    def _prepare(self) -> list[tuple[mx.array, mx.array, mx.array]]:
-        """For each round and input: its partner, the cosine, and the sine with its sign."""
-        rounds, count = self.pairs.shape
-        starts = mx.arange(count) // self.rotation_group * self.rotation_group
-        turns = []
-        for turn in range(rounds):
-            angle = mx.repeat(self.theta[turn].astype(mx.float32), 2)
-            listed = self.pairs[turn].astype(mx.int32) + starts
-            other = listed.reshape(-1, 2)[:, ::-1].reshape(-1)
-            sign = mx.where(mx.arange(count) % 2 == 0, 1.0, -1.0)
-            # Inputs that no pair names keep themselves: the angle of an idle round is 0.
-            partners = mx.arange(count)
-            partners[listed] = other
-            cos, sin = mx.ones(count), mx.zeros(count)
-            cos[listed] = mx.cos(angle)
-            sin[listed] = mx.sin(angle) * sign
-            turns.append((partners, cos, sin))
-        mx.eval(turns)
-        return turns
+        if self._rotation is None:
+            given = (self.theta, self.pairs, self.channel_scales)
+            self._rotation = Rotation(*given, self.rotation_group)
+        return self._rotation(x)
 
     def __call__(self, x: mx.array) -> mx.array:
         """The layer's outputs ``[..., out]``."""

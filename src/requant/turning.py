@@ -1,0 +1,181 @@
+"""ParoQuant's rotation of inputs in MLX: plain operations anywhere, one kernel on Metal.
+
+The kernel is used on the GPU alone, and only after it gave what the plain operations give for a
+small random input; ``REQUANT_PLAIN_ROTATION=1`` turns it off.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from functools import cache
+from typing import Any, Final, cast
+
+import mlx.core as mx
+
+PLAIN: Final = "REQUANT_PLAIN_ROTATION"
+MOST_GROUP: Final = 2048  # two inputs a thread, 1024 threads
+
+# One threadgroup turns one group of one row; a thread holds one pair of each round. Pairs of a
+# round are disjoint, so that threads wait for each other between rounds only. A pair that is not
+# turned is not written either: idle rounds may name an input twice.
+KERNEL: Final = """
+    uint lane = thread_position_in_threadgroup.x;
+    uint group = threadgroup_position_in_grid.y;
+    uint row = threadgroup_position_in_grid.z;
+    threadgroup float turned[GROUP];
+    uint first = group * GROUP;
+    size_t start = size_t(row) * INPUTS + first;
+    for (uint k = lane; k < GROUP; k += GROUP / 2) {
+        turned[k] = float(x[start + k]) * scales[first + k];
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    for (uint turn = 0; turn < ROUNDS; turn++) {
+        uint pair = turn * (INPUTS / 2) + group * (GROUP / 2) + lane;
+        float c = cosines[pair];
+        float s = sines[pair];
+        if (s != 0.0f || c != 1.0f) {
+            uint i = uint(pairs[2 * pair]);
+            uint j = uint(pairs[2 * pair + 1]);
+            float left = turned[i];
+            float right = turned[j];
+            turned[i] = c * left + s * right;
+            turned[j] = c * right - s * left;
+        }
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+    }
+    for (uint k = lane; k < GROUP; k += GROUP / 2) {
+        out[start + k] = T(turned[k]);
+    }
+"""
+
+
+class Rotation:
+    """The turns of one layer's inputs, prepared once.
+
+    Args:
+        theta: Angles, ``[rounds, in / 2]``.
+        pairs: Integers ``[rounds, in]`` counted within a group; 2t and 2t + 1 are a pair.
+        channel_scales: ``[1, in]`` or ``[in]``, multiplied first.
+        group: Inputs that are turned among themselves.
+    """
+
+    def __init__(
+        self, theta: mx.array, pairs: mx.array, channel_scales: mx.array, group: int
+    ) -> None:
+        self.group = group
+        self.scales = channel_scales.reshape(-1).astype(mx.float32)
+        angles = theta.astype(mx.float32)
+        self.cosines, self.sines = mx.cos(angles), mx.sin(angles)
+        self.pairs = pairs.astype(mx.int32)
+        self._steps: list[tuple[mx.array, mx.array, mx.array]] = []
+        mx.eval(self.scales, self.cosines, self.sines, self.pairs)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """``x`` ``[..., in]`` scaled and turned in float32, in its own dtype."""
+        if x.size and self.group <= MOST_GROUP and uses_metal(x.dtype):
+            return self.on_metal(x)
+        return self.plain(x)
+
+    def plain(self, x: mx.array) -> mx.array:
+        """With operations that every backend of MLX has."""
+        if not self._steps:
+            self._steps = [self._step(turn) for turn in range(self.pairs.shape[0])]
+            mx.eval(self._steps)
+        turned = x.astype(mx.float32) * self.scales
+        for partners, cos, sin in self._steps:
+            turned = turned * cos + mx.take(turned, partners, axis=-1) * sin
+        return turned.astype(x.dtype)
+
+    def _step(self, turn: int) -> tuple[mx.array, mx.array, mx.array]:
+        """For each input: its partner, the cosine, and the sine with its sign."""
+        count = self.pairs.shape[1]
+        starts = mx.arange(count) // self.group * self.group
+        listed = self.pairs[turn] + starts
+        other = listed.reshape(-1, 2)[:, ::-1].reshape(-1)
+        sign = mx.where(mx.arange(count) % 2 == 0, 1.0, -1.0)
+        # Inputs that no pair names keep themselves: the angle of an idle round is 0.
+        partners, cos, sin = mx.arange(count), mx.ones(count), mx.zeros(count)
+        partners[listed] = other
+        cos[listed] = mx.repeat(self.cosines[turn], 2)
+        sin[listed] = mx.repeat(self.sines[turn], 2) * sign
+        return partners, cos, sin
+
+    def on_metal(self, x: mx.array) -> mx.array:
+        """With the kernel; gradients come from the plain operations."""
+
+        @mx.custom_function
+        def turned(x: mx.array) -> mx.array:
+            return self.launch(x)
+
+        @turned.vjp
+        def gradient(x: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
+            return mx.vjp(self.plain, [x], [cotangent])[1][0]
+
+        return cast(mx.array, turned(x))
+
+    def launch(self, x: mx.array) -> mx.array:
+        """The kernel alone."""
+        rounds, count = self.pairs.shape
+        sizes = {"GROUP": self.group, "INPUTS": count, "ROUNDS": rounds}
+        (out,) = kernel()(
+            inputs=[x, self.scales, self.cosines, self.sines, self.pairs],
+            template=[("T", x.dtype), *sizes.items()],
+            grid=(self.group // 2, count // self.group, x.size // count),
+            threadgroup=(self.group // 2, 1, 1),
+            output_shapes=[x.shape],
+            output_dtypes=[x.dtype],
+        )
+        return cast(mx.array, out)
+
+
+@cache
+def kernel() -> Callable[..., Any]:
+    """The kernel, compiled by MLX when it is called first."""
+    made = mx.fast.metal_kernel(
+        name="requant_rotation",
+        input_names=["x", "scales", "cosines", "sines", "pairs"],
+        output_names=["out"],
+        source=KERNEL,
+    )
+    return cast(Callable[..., Any], made)
+
+
+def uses_metal(dtype: mx.Dtype) -> bool:
+    """Whether rotations of ``dtype`` go through the kernel here."""
+    if os.environ.get(PLAIN, "") not in ("", "0") or not mx.metal.is_available():
+        return False
+    return mx.default_device() == mx.Device(mx.gpu) and _is_right(dtype)
+
+
+_ROOM = {mx.float32: 1e-5, mx.float16: 2e-3, mx.bfloat16: 2e-2}
+
+
+@cache
+def _is_right(dtype: mx.Dtype) -> bool:
+    """Whether the kernel gives what the plain operations give; tried once a dtype."""
+    if dtype not in _ROOM:
+        return False
+    rounds, group, groups = 3, 64, 2
+    key = mx.random.key(7)
+    order = [mx.random.permutation(group, key=mx.random.key(n)) for n in range(rounds * groups)]
+    pairs = mx.concatenate(order).reshape(rounds, group * groups)
+    theta = mx.random.normal((rounds, group * groups // 2), key=key)
+    scales = mx.random.uniform(0.5, 2.0, (group * groups,), key=key)
+    rotation = Rotation(theta, pairs, scales, group)
+    x = mx.random.normal((3, group * groups), key=key).astype(dtype)
+    try:
+        wanted, found = (y.astype(mx.float32) for y in (rotation.plain(x), rotation.launch(x)))
+        room = _ROOM[dtype]
+        if bool(mx.allclose(found, wanted, rtol=room, atol=room)):
+            return True
+        why = f"is off by {mx.abs(found - wanted).max().item():.2g} in a trial"
+    except Exception as error:
+        why = f"cannot be run ({error})"
+    warnings.warn(
+        f"requant's Metal kernel for rotations {why}: plain operations take its place",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return False
