@@ -41,7 +41,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("page", "publishing"),
     ("inspection", "mlx_lm", "verification"),
     ("evaluation",),
-    ("comparison",),
+    ("comparison", "calibration"),
     ("options", "console"),
     ("cli",),
     ("__main__", "__init__"),

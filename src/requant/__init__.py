@@ -8,6 +8,7 @@ are in memory already.
 from __future__ import annotations
 
 from requant.blueprint import Plan
+from requant.calibration import Calibration, calibrate
 from requant.comparison import Comparison, compare
 from requant.conversion import convert, plan
 from requant.errors import (
@@ -52,6 +53,7 @@ __all__ = [
     "SKIP",
     "AwqLoadConfig",
     "BackendError",
+    "Calibration",
     "CheckpointError",
     "Comparison",
     "DivisibilityError",
@@ -78,6 +80,7 @@ __all__ = [
     "UnsupportedDtypeError",
     "UsageError",
     "Verification",
+    "calibrate",
     "compare",
     "convert",
     "default_eligible",

@@ -27,6 +27,7 @@ from requant.options import (
     AllowOverflow,
     BaseModel,
     Bits,
+    Calibrated,
     ConfigFrom,
     ConsumeSource,
     Dequantize,
@@ -35,6 +36,7 @@ from requant.options import (
     FoldRotation,
     Force,
     GroupSize,
+    Hessian,
     Html,
     Imatrix,
     Json,
@@ -59,10 +61,13 @@ from requant.options import (
     Revision,
     SaveRecipe,
     Search,
+    Seed,
     ShardSize,
     SizeBudget,
     Source,
+    StatisticsFile,
     Text,
+    Texts,
     TextTokens,
     TextWindow,
     Threads,
@@ -411,6 +416,60 @@ def compare(
             _print_json(found.to_dict())
         elif not quiet:
             console.show_comparison(found)
+
+
+@app.command()
+def calibrate(
+    model: Calibrated,
+    output: StatisticsFile,
+    text: Texts = None,
+    hessian: Hessian = False,
+    tokens: TextTokens = 32_768,
+    window: TextWindow = 512,
+    seed: Seed = 0,
+    revision: Revision = None,
+    config_from: ConfigFrom = None,
+    threads: Threads = None,
+    force: Force = False,
+    no_resume: NoResume = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run a model over a text and write what the inputs of its layers look like.
+
+    The file weighs the search of convert: --imatrix FILE. Give text like that which the
+    model will see, and not the text that you judge it by. Needs mlx-lm; one block's weights
+    are in memory at a time. Stopped, the same command goes on where it was.
+
+    \b
+    Examples:
+      requant calibrate Llama-3.2-1B -o stats.safetensors --text notes.txt
+      requant calibrate Llama-3.2-1B -o stats.safetensors --text chats.jsonl --hessian
+      requant convert Llama-3.2-1B out --bits 3 --imatrix stats.safetensors
+    """  # noqa: D301
+    from requant import calibration, console
+
+    with _answering_errors():
+        with console.counting_display(quiet or json) as progress:
+            found = calibration.calibrate(
+                model,
+                output,
+                text,
+                hessian=hessian,
+                tokens=tokens,
+                window=window,
+                seed=seed,
+                revision=revision,
+                config_from=config_from,
+                threads=threads,
+                force=force,
+                resume=not no_resume,
+                progress=progress,
+            )
+        if json:
+            _print_json(found.to_dict())
+        elif not quiet:
+            console.show_calibration(found)
 
 
 @app.command()

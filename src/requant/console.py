@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from requant.blueprint import LayerPlan, Plan
+    from requant.calibration import Calibration
     from requant.comparison import Comparison, LayerComparison
     from requant.evaluation import Estimate, Evaluation
     from requant.execute import Budget, Progress
@@ -326,6 +327,29 @@ def show_verification(found: Verification) -> None:
         return
     against = f"equal to a conversion of {found.source}" if found.source else "as requant.json says"
     page.line(f"{found.output}: {compared}, {against}", "bold")
+
+
+def show_calibration(found: Calibration) -> None:
+    """Print what a calibration collected, and what it did not."""
+    page = _Page()
+    page.line(f"{found.output}: {count(found.layers, 'layer')}", "bold")
+    hessians = f", {count(found.hessians, 'Hessian')}" if found.hessians else ""
+    page.line(
+        f"  {count(found.tokens, 'token')} in {count(found.windows, 'window')}{hessians}, "
+        f"{format_seconds(found.elapsed_s)}"
+    )
+    if found.why:
+        page.line(f"  The whole model was in memory: {found.why}.")
+    for names, what in (
+        (found.too_wide, "too wide for a Hessian"),
+        (found.missed, "never called: no statistics"),
+    ):
+        if names:
+            more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
+            page.line(f"  {', '.join(names[:3])}{more}: {what}.", "yellow")
+    for name, unseen in found.unseen.items():
+        page.line(f"  {name}: {count(unseen, 'expert')} saw no token; more text helps.", "yellow")
+    page.line(f"  Next: requant convert {found.source} OUTPUT --bits 3 --imatrix {found.output}")
 
 
 def show_figures(figures: Figures) -> None:

@@ -98,15 +98,37 @@ def load_with_report(
     """Do as ``load`` does, and say what the conversion did."""
     began = time.perf_counter()
     weights, report = load_weights(source, quantization, **wishes)
-    utils = _utils()
     _check_tokenizer(source, report.plan)
     with _failing(source, "mlx-lm, building the model"):
         model, config = _build(report.plan.config, weights)
-    with _failing(source, "tokenizer"), _tokenizer_folder(report.plan) as folder:
-        tokenizer = utils.load_tokenizer(
-            folder, tokenizer_config, eos_token_ids=config.get("eos_token_id")
-        )
+    tokenizer = load_tokenizer(source, report.plan, tokenizer_config, config.get("eos_token_id"))
     return Loaded(model, tokenizer, report, time.perf_counter() - began)
+
+
+def load_tokenizer(
+    source: Source,
+    plan: Plan,
+    tokenizer_config: Mapping[str, Any] | None = None,
+    eos_token_ids: Any = None,
+) -> Any:
+    """The tokenizer of a plan's source, as mlx-lm loads it.
+
+    Raises:
+        CheckpointError: There is none, or its library refuses it.
+    """
+    _check_tokenizer(source, plan)
+    with _failing(source, "tokenizer"), _tokenizer_folder(plan) as folder:
+        return _utils().load_tokenizer(folder, tokenizer_config, eos_token_ids=eos_token_ids)
+
+
+def skeleton(plan: Plan) -> Any:
+    """mlx-lm's model for a dense plan, without its weights: what is in it is not computed."""
+    with _failing(plan.source, "mlx-lm, building the model"):
+        config = dict(plan.config)
+        model_class, args_class = _utils()._get_classes(config)
+        model = model_class(args_class.from_dict(config))
+        model.eval()
+        return model
 
 
 def _check_tokenizer(source: Source, plan: Plan) -> None:
@@ -133,7 +155,7 @@ def load_weights(
     options = {name: wishes.pop(name) for name in _OPTIONS if name in wishes}
     revision = wishes.pop("revision", None)
     made = Wishes.build(quantization, **wishes, layout="mlx-lm")
-    _check_installed(Path(source))
+    check_installed(Path(source))
     place = reach(source, find_repository(source, revision), made.config_from)
     results: list[dict[str, mx.array]] = []
     measuring = {name: x for name, x in options.items() if name != "allow_overflow"}
@@ -151,7 +173,7 @@ def load_weights(
 _OPTIONS = ("max_memory", "threads", "allow_nonfinite", "allow_overflow", "progress", "chunk_bytes")
 
 
-def _check_installed(source: Path) -> None:
+def check_installed(source: Path) -> None:
     """Name what is missing before anything else is looked at."""
     why = why_no_class({"model_type": "llama"})
     if why:
@@ -161,7 +183,7 @@ def _check_installed(source: Path) -> None:
 # -- arrays ----------------------------------------------------------------------------------
 
 
-class _Memory:
+class Memory:
     """Stands where the output folder would: each tensor's bytes go into an array of MLX."""
 
     ledger = None  # nothing outlives the process
@@ -190,8 +212,8 @@ class _Memory:
 
 
 @contextmanager
-def _in_memory(plan: Plan, _: Wishes) -> Iterator[_Memory]:
-    yield _Memory(plan)
+def _in_memory(plan: Plan, _: Wishes) -> Iterator[Memory]:
+    yield Memory(plan)
 
 
 @contextmanager

@@ -302,6 +302,31 @@ ModelA = Annotated[
     Path, typer.Argument(metavar="A", help="Folder or GGUF file: what the other is measured by.")
 ]
 ModelB = Annotated[Path, typer.Argument(metavar="B", help="The same model in another form.")]
+Calibrated = Annotated[
+    Path,
+    typer.Argument(metavar="MODEL", help="Folder, GGUF file, or org/name on the hub."),
+]
+StatisticsFile = Annotated[
+    Path,
+    typer.Option("--output", "-o", metavar="FILE", help="Statistics to write (.safetensors)."),
+]
+Texts = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--text",
+        metavar="FILE",
+        help="Text to read (.txt, or .jsonl with a text a line); may be given again. By default a "
+        "short one in English and Python that comes with requant.",
+    ),
+]
+Hessian = Annotated[
+    bool,
+    typer.Option("--hessian", help="Collect what --gptq needs: 4 bytes x inputs^2 a layer."),
+]
+Seed = Annotated[
+    int,
+    typer.Option("--seed", metavar="N", min=0, help="Which windows of a longer text are read."),
+]
 Text = Annotated[
     Path | None,
     typer.Option(

@@ -248,7 +248,7 @@ def flipped(path: Path) -> None:
         (lambda d: newer_of(d, "counts"), "has in_sum2, but no counts"),
         (lambda d: newer_of(d, "rows"), "a count for each row of sums"),
         (lambda d: ours(d / "s", {"a": -squares(4)}), "negative or no numbers"),
-        (lambda d: ours(d / "s", {"a": squares(2, 4)}, {"a": [1]}), "count is F64"),
+        (lambda d: ours(d / "s", {"a": squares(2, 4)}, {"a": [1]}), "count is F32"),
         (lambda d: ours(d / "s", {"a": squares(4)}, {"a": [np.nan]}), "negative or no numbers"),
     ],
 )

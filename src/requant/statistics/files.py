@@ -2,15 +2,16 @@
 
 Ours is a safetensors file. For a layer ``L`` with ``in`` inputs, or a stack of ``E`` experts, it
 holds ``L.mean_square`` and perhaps ``L.mean_absolute``, float32 ``[in]`` or ``[E, in]``;
-``L.count``, float64 ``[1]`` or ``[E]``, the tokens seen; and perhaps ``L.hessian``, float32
+``L.count``, float32 ``[1]`` or ``[E]``, the tokens seen; and perhaps ``L.hessian``, float32
 ``[in, in]`` or ``[E, in, in]``, the mean of ``x x^T``. The metadata say ``format`` and ``version``.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -44,7 +45,7 @@ class LayerStatistics:
 
     Attributes:
         mean_square: float32, ``[in]`` or ``[E, in]``.
-        count: float64, ``[1]`` or ``[E]``: tokens seen; an expert that saw none has no say.
+        count: ``[1]`` or ``[E]``: tokens seen; an expert that saw none has no say.
         mean_absolute: Like ``mean_square``, or None.
     """
 
@@ -140,8 +141,10 @@ def _ours(file: BinaryIO, raw: bytes, size: int) -> imatrix.Found:
         square, hessian = parts["mean_square"], parts.get("hessian")
         experts = 1 if len(square.info.shape) == 1 else square.info.shape[0]
         file.seek(len(raw) + parts["count"].start)
-        counts = np.frombuffer(file.read(8 * experts), "<f8")
-        divisors = np.where(counts > 0, 1.0, counts)  # means already; 0 if there is none
+        counts = np.frombuffer(file.read(4 * experts), "<f4")
+        divisors = np.where(
+            counts > 0, 1.0, counts.astype(np.float64)
+        )  # means already; 0 if there is none
         seen.append(
             Seen(
                 layer,
@@ -165,7 +168,7 @@ def _wrong(parts: Mapping[str, HeaderEntry]) -> str:
         return f"mean_square is {square}, expected F32 [in] or [E, in]"
     experts = 1 if len(square.shape) == 1 else square.shape[0]
     wanted = {
-        "count": TensorInfo("F64", (experts,)),
+        "count": TensorInfo("F32", (experts,)),
         "mean_absolute": square,
         "hessian": TensorInfo("F32", (*square.shape, square.shape[-1])),
     }
@@ -193,11 +196,8 @@ def write_statistics(
         OSError: The disk refuses it.
     """
     made: dict[str, tuple[TensorInfo, Callable[[], np.ndarray]]] = {}
-    for layer, found in layers.items():  # wide numbers first: all are aligned without holes
-        count = np.ascontiguousarray(found.count, "<f8")
-        made[f"{layer}.count"] = TensorInfo("F64", count.shape), partial(_itself, count)
     for layer, found in layers.items():
-        for role in ("mean_square", "mean_absolute"):
+        for role in ("count", "mean_square", "mean_absolute"):
             array = getattr(found, role)
             if array is not None:
                 array = np.ascontiguousarray(array, "<f4")
@@ -205,16 +205,68 @@ def write_statistics(
     for layer, (shape, give) in (hessians or {}).items():
         made[f"{layer}.hessian"] = TensorInfo("F32", shape), give
     infos = {name: info for name, (info, _) in made.items()}
+
+    def data() -> Iterator[memoryview]:
+        for info, give in made.values():
+            array = np.ascontiguousarray(give())
+            assert array.shape == info.shape
+            yield array.reshape(-1).view(np.uint8).data
+
+    _write(Path(path), infos, data(), metadata)
+
+
+def merge_statistics(
+    parts: Sequence[Path], path: str | os.PathLike[str], metadata: Mapping[str, str]
+) -> None:
+    """Write one statistics file of several, a few MB at a time.
+
+    Args:
+        parts: Files of ``write_statistics``, no layer in two of them.
+        path: The file; one that is there is replaced.
+        metadata: As for ``write_statistics``.
+
+    Raises:
+        OSError: The disk refuses it.
+    """
+    places: list[tuple[str, TensorInfo, Path, int]] = []
+    for part in parts:
+        with part.open("rb") as file:
+            raw = file.read(PREFIX_BYTES)
+            nbytes, _ = header_length(raw, part.stat().st_size)
+            raw += file.read(nbytes)
+        entries, _, problems = parse_header(raw, part.stat().st_size - len(raw))
+        if problems:
+            raise CheckpointError(str(part), problems)
+        places += [(name, e.info, part, len(raw) + e.start) for name, e in entries.items()]
+
+    def data() -> Iterator[memoryview]:
+        for _, info, part, offset in places:
+            with part.open("rb") as file:
+                file.seek(offset)
+                left = info.nbytes
+                while left:
+                    piece = file.read(min(left, _CHUNK_BYTES))
+                    if not piece:
+                        raise OSError(errno.EIO, "was cut while it was read", str(part))
+                    yield memoryview(piece)
+                    left -= len(piece)
+
+    _write(Path(path), {name: info for name, info, _, _ in places}, data(), metadata)
+
+
+def _write(
+    place: Path,
+    infos: Mapping[str, TensorInfo],
+    data: Iterator[memoryview],
+    metadata: Mapping[str, str] | None,
+) -> None:
     header, _ = build_header(infos, {**(metadata or {}), "format": FORMAT, "version": VERSION})
-    place = Path(path)
     hidden = place.with_name(f".{place.name}.{os.getpid()}")
     try:
         with hidden.open("wb") as file:
             file.write(header)
-            for info, give in made.values():
-                array = np.ascontiguousarray(give())
-                assert array.shape == info.shape
-                file.write(array.reshape(-1).view(np.uint8).data)
+            for piece in data:
+                file.write(piece)
             file.flush()
             os.fsync(file.fileno())
         hidden.replace(place)

@@ -1,0 +1,226 @@
+"""A model of mlx-lm that runs block by block, the weights of one block in memory at a time.
+
+The model's own code is run, with stubs in place of its blocks: they show how blocks are called
+(masks and the like), take the embedded text from before the first, and hand what the last gave
+to what follows. Where a model's blocks cannot be run alone (they give more than one array, or are
+called otherwise for another text), ``NotLayered`` says why, and the model runs as a whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from requant.blueprint import OutputShard, Plan
+from requant.consuming import files_of
+from requant.execute import make_budget, run_plan
+from requant.mlx_lm import Memory
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+    from mlx.nn.layers.base import Module
+
+_LISTS = ("layers", "h", "blocks")
+
+
+class NotLayered(Exception):
+    """The model's blocks cannot be run one by one."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """How a block is called, beside the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class _Stub:
+    """Stands where a block does; has what the block has."""
+
+    def __init__(self, block: Module, act: Callable[..., Any]) -> None:
+        self._block, self._act = block, act
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._block, name)
+
+    def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> Any:
+        return self._act(x, args, kwargs)
+
+
+class Layered:
+    """A model whose blocks are run one after the other over all windows.
+
+    Attributes:
+        model: Of mlx-lm, its weights not there yet.
+        plan: What gives them.
+        blocks: Its blocks.
+        prefixes: Of the names of each block's tensors.
+    """
+
+    def __init__(self, model: Any, plan: Plan, threads: int | None) -> None:
+        """Find the blocks.
+
+        Raises:
+            NotLayered: There are none, or names of tensors are not those of the model.
+        """
+        from mlx.utils import tree_flatten
+
+        self.model, self.plan, self.threads = model, plan, threads
+        lists = [
+            (module, attribute, f"{path}.{attribute}" if path else attribute)
+            for path, module in model.named_modules()
+            for attribute in _LISTS
+            if isinstance(module.get(attribute), list) and len(module[attribute]) > 0
+        ]
+        if not lists:
+            raise NotLayered("it has no list of blocks")
+        self.owner, self.attribute, path = max(lists, key=lambda found: len(found[0][found[1]]))
+        self.blocks: list[Module] = list(self.owner[self.attribute])
+        self.prefixes = [f"{path}.{number}." for number in range(len(self.blocks))]
+        known = set(dict(tree_flatten(model.parameters())))
+        names = {t.name for shard in plan.shards for t in shard.tensors}
+        if unknown := names - known:
+            raise NotLayered(f"its class has no {min(unknown)}")
+        if lacking := known - names:
+            raise NotLayered(f"no tensor is {min(lacking)}")
+
+    # -- weights ---------------------------------------------------------------------------
+
+    def load_rest(self) -> None:
+        """Read what belongs to no block: embedding, norm, head."""
+        prefixes = tuple(self.prefixes)
+        self._load(lambda name: not name.startswith(prefixes))
+
+    @contextmanager
+    def block(self, number: int) -> Iterator[Module]:
+        """A block with its weights; they are gone afterwards."""
+        import mlx.core as mx
+        from mlx.utils import tree_map
+
+        block: Any = self.blocks[number]
+        prefix = self.prefixes[number]
+        self._load(lambda name: name.startswith(prefix))
+        try:
+            yield block
+        finally:
+            block.update(tree_map(lambda _: mx.zeros(1), block.parameters()))
+
+    def _load(self, wanted: Callable[[str], bool]) -> None:
+        self.model.load_weights(list(self._read(wanted).items()), strict=False)
+
+    def _read(self, wanted: Callable[[str], bool]) -> dict[str, mx.array]:
+        plan = self.plan
+        shards = [
+            OutputShard(shard.name, shard.nbytes, tuple(t for t in shard.tensors if wanted(t.name)))
+            for shard in plan.shards
+        ]
+        steps = [s for s in plan.steps if any(wanted(t.name) for t in s.outputs.values())]
+        needed = {name for step in steps for name in files_of(step, plan)}
+        files = tuple(file for file in plan.files if file.name in needed)
+        part = replace(plan, steps=tuple(steps), files=files, shards=tuple(shards))
+        sink = Memory(part)
+        run_plan(part, sink, make_budget(part, self.threads))
+        return sink.arrays
+
+    # -- runs ------------------------------------------------------------------------------
+
+    @contextmanager
+    def _stubs(self, acts: Sequence[Callable[..., Any]]) -> Iterator[None]:
+        stubs = [_Stub(block, act) for block, act in zip(self.blocks, acts, strict=True)]
+        self.owner[self.attribute] = stubs
+        try:
+            yield
+        finally:
+            self.owner[self.attribute] = self.blocks
+
+    def calls(self, first: np.ndarray, second: np.ndarray) -> list[_Call]:
+        """How each block is called for any window of this length.
+
+        Raises:
+            NotLayered: Two windows are treated differently.
+        """
+        one, two = self._calls(first), self._calls(second)
+        if not all(_alike(a, b) for a, b in zip(one, two, strict=True)):
+            raise NotLayered("its blocks are called with more than the text's hidden states")
+        return one
+
+    def _calls(self, ids: np.ndarray) -> list[_Call]:
+
+        found: dict[int, _Call] = {}
+
+        def act(number: int) -> Callable[..., Any]:
+            def keep(x: mx.array, args: tuple[Any, ...], kwargs: dict[str, Any]) -> mx.array:
+                if number in found:
+                    raise NotLayered("a block is called twice")
+                found[number] = _Call(args, kwargs)
+                return x
+
+            return keep
+
+        with self._stubs([act(number) for number in range(len(self.blocks))]):
+            _run(self.model, ids)
+        if len(found) < len(self.blocks):
+            raise NotLayered("not every block is called")
+        return [found[number] for number in range(len(self.blocks))]
+
+    def embed(self, ids: np.ndarray) -> mx.array:
+        """What the first block is given for a window."""
+        taken: list[mx.array] = []
+
+        def act(x: mx.array, args: Any, kwargs: Any) -> mx.array:
+            taken.append(x)
+            return x
+
+        with self._stubs([act] * len(self.blocks)):
+            _run(self.model, ids)
+        return taken[0]
+
+    def finish(self, ids: np.ndarray, hidden: mx.array) -> None:
+        """Run what follows the last block; nothing of it is evaluated but what is watched."""
+        with self._stubs([lambda x, args, kwargs: hidden] * len(self.blocks)):
+            _run(self.model, ids)
+
+    @staticmethod
+    def step(block: Module, hidden: mx.array, call: _Call) -> mx.array:
+        """A window through one block.
+
+        Raises:
+            NotLayered: It gives something else than hidden states.
+        """
+        import mlx.core as mx
+
+        made = block(hidden, *call.args, **call.kwargs)
+        if not isinstance(made, mx.array) or made.shape != hidden.shape:
+            raise NotLayered("its blocks give more than hidden states")
+        return made
+
+
+def _run(model: Module, ids: np.ndarray) -> None:
+    import mlx.core as mx
+
+    try:
+        model(mx.array(ids[None]))
+    except (AttributeError, TypeError, ValueError, IndexError, KeyError) as error:
+        raise NotLayered(f"its code wants its own blocks: {error}") from error
+
+
+def _alike(a: _Call, b: _Call) -> bool:
+    if len(a.args) != len(b.args) or a.kwargs.keys() != b.kwargs.keys():
+        return False
+    pairs = [*zip(a.args, b.args, strict=True), *((a.kwargs[k], b.kwargs[k]) for k in a.kwargs)]
+    return all(_same(x, y) for x, y in pairs)
+
+
+def _same(x: Any, y: Any) -> bool:
+    import mlx.core as mx
+
+    if isinstance(x, mx.array) and isinstance(y, mx.array):
+        return x.shape == y.shape and bool(mx.array_equal(x, y))
+    if x is None or isinstance(x, str | int | float | bool):
+        return bool(x == y)
+    return False

@@ -1,0 +1,184 @@
+"""Sums over the inputs of linear layers, taken while a model of mlx-lm runs.
+
+The layers are watched by their classes' ``__call__``: MLX's ``Linear``, mlx-lm's ``SwitchLinear``
+(experts, each by its own tokens) and the embedding where it is the head. Sums are of float64,
+Hessians of float32, so that they grow with a layer and not with the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from requant.statistics import LayerStatistics
+from requant.statistics.names import key_of, same_input
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+    from mlx.nn.layers.base import Module
+
+
+class Sums:
+    """What one layer, or a stack of experts, was given so far."""
+
+    def __init__(self, experts: int, n_in: int, with_hessian: bool, stacked: bool) -> None:
+        self.stacked = stacked
+        self.count = np.zeros(experts, np.float64)
+        self.squares = np.zeros((experts, n_in), np.float64)
+        self.absolutes = np.zeros((experts, n_in), np.float64)
+        self.products = np.zeros((experts, n_in, n_in), np.float32) if with_hessian else None
+
+    def add(self, x: np.ndarray, expert: int = 0) -> None:
+        """Add inputs, float32 ``(tokens, in)``, of one matrix."""
+        self.count[expert] += len(x)
+        self.squares[expert] += np.einsum("ti,ti->i", x, x, dtype=np.float64)
+        self.absolutes[expert] += np.abs(x).sum(0, dtype=np.float64)
+        if self.products is not None:
+            self.products[expert] += x.T @ x
+
+    def statistics(self) -> LayerStatistics:
+        """The means; zeros where nothing was seen."""
+        over = np.maximum(self.count, 1.0)[:, None]
+        means = [(sums / over).astype(np.float32) for sums in (self.squares, self.absolutes)]
+        if not self.stacked:
+            means = [mean[0] for mean in means]
+        return LayerStatistics(means[0], self.count, means[1])
+
+    def hessian(self) -> np.ndarray:
+        """The mean of ``x x^T``, symmetric."""
+        assert self.products is not None
+        made = self.products / np.maximum(self.count, 1.0).astype(np.float32)[:, None, None]
+        return made if self.stacked else made[0]
+
+    @property
+    def hessian_shape(self) -> tuple[int, ...]:
+        """Shape of what ``hessian`` gives."""
+        experts, n_in = self.squares.shape
+        return (experts, n_in, n_in) if self.stacked else (n_in, n_in)
+
+
+@dataclass(frozen=True, slots=True)
+class _Note:
+    """An input as a layer got it; not evaluated yet."""
+
+    path: str
+    x: mx.array
+    experts: mx.array | None
+    matrices: int
+
+
+class Collector:
+    """Watches layers, and sums up what they are given.
+
+    Attributes:
+        sums: Layer path -> its sums. Of layers that read one input, the first stands for all.
+        too_wide: Layers whose Hessian is more than ``most_hessian_bytes``.
+    """
+
+    def __init__(
+        self, paths: Mapping[int, str], with_hessians: bool, most_hessian_bytes: int
+    ) -> None:
+        """Watch the layers of ``paths``: ``id`` of a module -> its path."""
+        self.paths, self.with_hessians, self.most = paths, with_hessians, most_hessian_bytes
+        self.sums: dict[str, Sums] = {}
+        self.too_wide: set[str] = set()
+        self.called: set[str] = set()
+        self._notes: list[_Note] = []
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Within, the layers' inputs are noted."""
+        from mlx.nn.layers.embedding import Embedding
+        from mlx.nn.layers.linear import Linear
+        from mlx_lm.models.switch_layers import SwitchLinear
+
+        kinds: tuple[tuple[type, str, Callable[..., None]], ...] = (
+            (Linear, "__call__", self._linear),
+            (SwitchLinear, "__call__", self._experts),
+            (Embedding, "as_linear", self._linear),
+        )
+        before = [getattr(kind, name) for kind, name, _ in kinds]
+        try:
+            for (kind, name, note), original in zip(kinds, before, strict=True):
+                setattr(kind, name, _watched(original, note))
+            yield
+        finally:
+            for (kind, name, _), original in zip(kinds, before, strict=True):
+                setattr(kind, name, original)
+
+    def _linear(self, layer: Module, x: mx.array, *_: Any, **__: Any) -> None:
+        path = self.paths.get(id(layer))
+        if path is not None:
+            self._note(_Note(path, x, None, 1))
+
+    def _experts(self, layer: Module, x: mx.array, indices: mx.array, *_: Any, **__: Any) -> None:
+        path = self.paths.get(id(layer))
+        if path is not None:
+            self._note(_Note(path, x, indices, layer.weight.shape[0]))
+
+    def _note(self, note: _Note) -> None:
+        self.called.add(note.path)
+        if not any(_share(note, other) for other in self._notes):
+            self._notes.append(note)
+
+    def flush(self, *others: mx.array) -> None:
+        """Evaluate what was noted, together with ``others``, and add it up."""
+        import mlx.core as mx
+
+        arrays = [a for note in self._notes for a in (note.x, note.experts) if a is not None]
+        mx.eval(*arrays, *others)
+        for note in self._notes:
+            self._add(note)
+        self._notes.clear()
+
+    def _add(self, note: _Note) -> None:
+        import mlx.core as mx
+
+        n_in = note.x.shape[-1]
+        if note.path not in self.sums:
+            wide = 4 * note.matrices * n_in * n_in > self.most
+            if self.with_hessians and wide:
+                self.too_wide.add(note.path)
+            wanted = self.with_hessians and not wide
+            stacked = note.experts is not None
+            self.sums[note.path] = Sums(note.matrices, n_in, wanted, stacked)
+        found = self.sums[note.path]
+        if note.experts is None:
+            x = np.array(note.x.astype(mx.float32), copy=False).reshape(-1, n_in)
+            found.add(x)
+            return
+        # One row an index: (..., 1, in) spreads over the experts that it goes to.
+        spread = mx.broadcast_to(note.x, (*note.experts.shape, *note.x.shape[-2:]))
+        x = np.array(spread.astype(mx.float32)).reshape(-1, n_in)
+        indices = np.array(note.experts).reshape(-1)
+        order = np.argsort(indices, kind="stable")
+        ordered = indices[order]
+        borders = [0, *(np.flatnonzero(np.diff(ordered)) + 1).tolist(), len(ordered)]
+        for first, last in pairwise(borders):
+            if last > first:
+                found.add(x[order[first:last]], int(ordered[first]))
+
+    def missed(self, paths: Collection[str]) -> list[str]:
+        """Of ``paths``, those that were never called."""
+        return [path for path in paths if path not in self.called]
+
+
+def _share(note: _Note, other: _Note) -> bool:
+    """Whether two layers read one input, and are found under each other's names."""
+    if note.x is not other.x or note.experts is not other.experts:
+        return False
+    mine, theirs = key_of(note.path), key_of(other.path)
+    return mine is not None and theirs is not None and theirs in same_input(mine)
+
+
+def _watched(original: Callable[..., Any], note: Callable[..., None]) -> Callable[..., Any]:
+    def call(layer: Any, *args: Any, **kwargs: Any) -> Any:
+        note(layer, *args, **kwargs)
+        return original(layer, *args, **kwargs)
+
+    return call

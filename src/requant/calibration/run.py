@@ -1,0 +1,411 @@
+"""The door of calibration: text to windows, the model through them, sums to a file.
+
+A run keeps what it has in ``.OUTPUT.requant-calibrating`` beside OUTPUT: the hidden states after
+the last finished block, and a statistics file a block. The same command goes on from there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from requant.blueprint import Plan
+from requant.calibration.blocks import Layered, NotLayered
+from requant.calibration.collecting import Collector
+from requant.conversion import Source
+from requant.errors import BackendError, OutputError, UsageError
+from requant.evaluation import on_cpu, read_documents
+from requant.hub import find_repository, reach
+from requant.mlx_lm import Loaded, check_installed, load_tokenizer, load_with_report, skeleton
+from requant.planner import make_plan
+from requant.record import version
+from requant.statistics.files import merge_statistics, write_statistics
+from requant.wishes import Wishes
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+DEFAULT_TOKENS = 32_768
+DEFAULT_WINDOW = 512
+DEFAULT_TEXT = Path(__file__).parent.parent / "assets" / "calibration.txt"
+# Of all Hessians of one layer; a wider layer is left out, and named.
+MOST_HESSIAN_BYTES = 4 << 30
+_READ_AHEAD = 8  # times the tokens wanted are read, for windows from all over the text
+
+Told = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What a run collected.
+
+    Attributes:
+        source: The model.
+        output: The file.
+        tokens: Tokens of text that the model read.
+        windows: Pieces of text, each without context before it.
+        layers: Layers, or stacks of experts, with statistics of their own.
+        hessians: Layers with a Hessian, among them.
+        too_wide: Layers that a Hessian was asked for, but that are too wide for one.
+        missed: Layers that were never called: they will be searched without weights.
+        unseen: Stack of experts -> how many of them saw no token.
+        blockwise: One block at a time was in memory; else the whole model, for ``why``.
+        why: Why the model was run as a whole.
+        elapsed_s: Seconds that this call took.
+    """
+
+    source: str
+    output: str
+    tokens: int
+    windows: int
+    layers: int
+    hessians: int
+    too_wide: tuple[str, ...]
+    missed: tuple[str, ...]
+    unseen: dict[str, int]
+    blockwise: bool
+    why: str
+    elapsed_s: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The calibration as JSON data."""
+        return asdict(self)
+
+
+def calibrate(
+    model: Source,
+    output: Source,
+    text: Source | Sequence[Source] | None = None,
+    *,
+    hessian: bool = False,
+    tokens: int = DEFAULT_TOKENS,
+    window: int = DEFAULT_WINDOW,
+    seed: int = 0,
+    revision: str | None = None,
+    config_from: Source | None = None,
+    threads: int | None = None,
+    force: bool = False,
+    resume: bool = True,
+    progress: Told | None = None,
+) -> Calibration:
+    """Run a model over a text, and write what the inputs of its layers look like.
+
+    The file weighs the search of ``convert(..., statistics=output)``. The model runs dense: in
+    float32 on a CPU, else in the dtype of its source. Where its class allows it, one block's
+    weights are in memory at a time, and the text's hidden states are on the disk.
+
+    Args:
+        model: Whatever ``requant.mlx_lm.load`` takes.
+        output: File to write, ``.safetensors``.
+        text: Text files, or ``.jsonl`` with a string or an object with ``text`` a line; None for
+            a short text that comes with requant.
+        hessian: Collect the mean of ``x x^T`` as well, as ``convert(..., gptq=True)`` needs it:
+            4 bytes times the square of a layer's inputs.
+        tokens: Of the text, at most.
+        window: Tokens that are read in one go.
+        seed: Decides which windows of a longer text are taken.
+        revision: Of a model on the hub.
+        config_from: For GGUF, as in ``convert``.
+        threads: Threads that decode the source.
+        force: Replace ``output``.
+        resume: Go on where the same call was stopped before; False starts over.
+        progress: Called with what is done, how many, and of how many.
+
+    Raises:
+        CheckpointError: The model cannot be read, or mlx-lm has no class for it.
+        UsageError: The text is too short, or the output's name is no ``.safetensors``.
+        OutputError: The output exists, or the disk refuses it.
+    """
+    began = time.perf_counter()
+    place = Path(output)
+    _check_output(place, force)
+    if window < 2 or tokens < window:
+        raise UsageError(f"{tokens:,} tokens in windows of {window:,}: one window is the least")
+    check_installed(Path(model))
+    wishes = Wishes.build(
+        dequantize=True,
+        dtype="float32" if on_cpu() else None,
+        layout="mlx-lm",
+        config_from=config_from,
+    )
+    plan = make_plan(reach(model, find_repository(model, revision), wishes.config_from), wishes)
+    ids = _windows(load_tokenizer(model, plan), _texts(text), tokens, window, seed)
+    run = _Run(plan, ids, hessian, place, resume, threads, progress)
+    try:
+        made = run.blockwise()
+    except NotLayered as error:
+        run.start_over()
+        loaded = load_with_report(
+            model,
+            dequantize=True,
+            dtype=wishes.dtype and "float32",
+            revision=revision,
+            config_from=config_from,
+            threads=threads,
+        )
+        made = run.whole(loaded, str(error))
+    metadata = {
+        "requant": version(),
+        "tokens": str(ids.size),
+        "window": str(window),
+        "seed": str(seed),
+        "text_sha256": hashlib.sha256(ids.tobytes()).hexdigest(),
+    }
+    run.finish(metadata)
+    return Calibration(
+        source=str(model),
+        output=str(place),
+        tokens=int(ids.size),
+        windows=len(ids),
+        elapsed_s=time.perf_counter() - began,
+        **made,
+    )
+
+
+def _check_output(place: Path, force: bool) -> None:
+    if place.suffix != ".safetensors":
+        raise UsageError(f"{place}: name the statistics file NAME.safetensors")
+    if place.exists() and not (force and place.is_file()):
+        raise OutputError(f"{place} is there already; --force replaces it")
+    if not place.parent.is_dir():
+        raise OutputError(f"{place}: there is no folder {place.parent}")
+
+
+def _texts(text: Source | Sequence[Source] | None) -> list[Path]:
+    if text is None:
+        return [DEFAULT_TEXT]
+    named = [text] if isinstance(text, str | os.PathLike) else list(text)
+    return [Path(one) for one in named] or [DEFAULT_TEXT]
+
+
+def _windows(
+    tokenizer: Any, texts: Sequence[Path], tokens: int, window: int, seed: int
+) -> np.ndarray:
+    """Token ids, int64 ``(windows, window)``: windows from all over the texts, in their order.
+
+    Raises:
+        UsageError: The texts do not fill one window, or cannot be read.
+    """
+    ids: list[int] = []
+    for path in texts:
+        try:
+            for document in read_documents(path):
+                ids += tokenizer.encode(document)
+                if len(ids) >= _READ_AHEAD * tokens:
+                    break
+        except OSError as error:
+            raise UsageError(f"--text {path}: {error.strerror or error}") from error
+    count = len(ids) // window
+    if not count:
+        names = ", ".join(map(str, texts))
+        raise UsageError(f"{names}: {len(ids):,} tokens do not fill one window of {window:,}")
+    cut = np.array(ids[: count * window], np.int64).reshape(count, window)
+    wanted = min(tokens // window, count)
+    taken = np.sort(np.random.default_rng(seed).permutation(count)[:wanted])
+    return cut[taken]
+
+
+class _Run:
+    """One calibration: what is kept on the disk, and the two ways to run a model."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        ids: np.ndarray,
+        hessian: bool,
+        output: Path,
+        resume: bool,
+        threads: int | None,
+        progress: Told | None,
+    ) -> None:
+        self.plan, self.ids, self.hessian, self.output = plan, ids, hessian, output
+        self.threads, self.progress = threads, progress
+        self.folder = output.with_name(f".{output.name}.requant-calibrating")
+        told = [plan.hash, version(), hessian, list(ids.shape)]
+        self.key = hashlib.sha256(json.dumps(told).encode() + ids.tobytes()).hexdigest()
+        self.state = self._kept() if resume else {}
+        if not self.state:
+            self.start_over()
+
+    # -- what is kept ----------------------------------------------------------------------
+
+    def _kept(self) -> dict[str, Any]:
+        """What a stopped run of the same calibration left; {} if there is none."""
+        try:
+            found = json.loads((self.folder / "state.json").read_text("utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) and found.get("key") == self.key else {}
+
+    def start_over(self) -> None:
+        """Forget what an earlier run left."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        try:
+            self.folder.mkdir()
+        except OSError as error:
+            raise OutputError(f"{self.folder}: {error.strerror or error}") from error
+        self.state = {"key": self.key, "done": -1, "parts": [], "too_wide": [], "called": []}
+
+    def _say(self, what: str, done: int, of: int) -> None:
+        if self.progress is not None:
+            self.progress(what, done, of)
+
+    def _keep(self, collector: Collector, done: int) -> None:
+        """Write the sums of a block; from now on it is done."""
+        name = f"{done:05d}.safetensors"
+        layers = {path: sums.statistics() for path, sums in collector.sums.items()}
+        hessians = {
+            path: (sums.hessian_shape, sums.hessian)
+            for path, sums in collector.sums.items()
+            if sums.products is not None
+        }
+        if layers:
+            write_statistics(self.folder / name, layers, hessians)
+        parts = [*self.state["parts"], name] if layers else self.state["parts"]
+        self.state = {
+            "key": self.key,
+            "done": done,
+            "parts": parts,
+            "too_wide": sorted({*self.state["too_wide"], *collector.too_wide}),
+            "called": sorted({*self.state["called"], *collector.called}),
+        }
+        hidden = self.folder / "state.new"
+        with hidden.open("w", encoding="utf-8") as file:
+            json.dump(self.state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        hidden.replace(self.folder / "state.json")
+
+    def finish(self, metadata: dict[str, str]) -> None:
+        """Put the parts together under the output's name."""
+        parts = [self.folder / name for name in self.state["parts"]]
+        try:
+            merge_statistics(parts, self.output, metadata)
+        except OSError as error:
+            raise OutputError(f"{self.output}: {error.strerror or error}") from error
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    # -- runs ------------------------------------------------------------------------------
+
+    def blockwise(self) -> dict[str, Any]:
+        """Run the model block by block.
+
+        Raises:
+            NotLayered: It cannot be.
+        """
+        import mlx.core as mx
+
+        model = skeleton(self.plan)
+        layered = Layered(model, self.plan, self.threads)
+        watched = _watched(model, self.plan)
+        layered.load_rest()
+        calls = layered.calls(self.ids[0], self.ids[-1])
+        first = layered.embed(self.ids[0])
+        steps = len(layered.blocks) + 2
+        shape = (*self.ids.shape, first.shape[-1])
+        if self.state["done"] < 0:
+            states = self._states(0, shape, "w+")
+            for number, row in enumerate(self.ids):
+                states[number] = _numpy(layered.embed(row))
+            states.flush()
+            self._keep(Collector({}, False, 0), 0)
+        for number, call in list(enumerate(calls))[self.state["done"] :]:
+            self._say(f"block {number + 1} of {len(calls)}", number + 1, steps)
+            before = self._states(number, shape, "r")
+            after = self._states(number + 1, shape, "w+")
+            collector = self._collector(watched)
+            with collector.watching(), layered.block(number) as block:
+                for at, row in enumerate(before):
+                    hidden = mx.array(row[None]).astype(first.dtype)
+                    made = layered.step(block, hidden, call)
+                    with _failing():
+                        collector.flush(made)
+                    after[at] = _numpy(made)
+            after.flush()
+            self._keep(collector, number + 1)
+        if self.state["done"] == len(calls):
+            self._say("head", steps - 1, steps)
+            collector = self._collector(watched)
+            last = self._states(len(calls), shape, "r")
+            with collector.watching():
+                for row, hidden in zip(self.ids, last, strict=True):
+                    layered.finish(row, mx.array(hidden[None]).astype(first.dtype))
+                    with _failing():
+                        collector.flush()
+            self._keep(collector, len(calls) + 1)
+        self._say("writing", steps, steps)
+        return self._told(watched, "")
+
+    def whole(self, loaded: Loaded, why: str) -> dict[str, Any]:
+        """Run the whole model, window by window."""
+        import mlx.core as mx
+
+        watched = _watched(loaded.model, self.plan)
+        collector = self._collector(watched)
+        with collector.watching():
+            for number, row in enumerate(self.ids):
+                self._say("window of text", number + 1, len(self.ids))
+                with _failing():
+                    collector.flush(loaded.model(mx.array(row[None])))
+        self._keep(collector, 0)
+        return self._told(watched, why)
+
+    def _collector(self, watched: dict[int, str]) -> Collector:
+        return Collector(watched, self.hessian, MOST_HESSIAN_BYTES)
+
+    def _states(self, number: int, shape: tuple[int, ...], mode: Any) -> np.memmap:
+        """Hidden states before block ``number``; two files take turns."""
+        return np.memmap(self.folder / f"hidden-{number % 2}", np.float32, mode, shape=shape)
+
+    def _told(self, watched: dict[int, str], why: str) -> dict[str, Any]:
+        from requant.statistics import read_statistics
+
+        parts = [read_statistics(self.folder / name) for name in self.state["parts"]]
+        seen = [(part, entry) for part in parts for entry in part.seen.values()]
+        unseen = {entry.name: int((entry.divisors == 0).sum()) for _, entry in seen}
+        return {
+            "layers": len(seen),
+            "hessians": sum(entry.hessian is not None for _, entry in seen),
+            "too_wide": tuple(self.state["too_wide"]),
+            "missed": tuple(x for x in watched.values() if x not in self.state["called"]),
+            "unseen": {name: count for name, count in unseen.items() if count},
+            "blockwise": not why,
+            "why": why,
+        }
+
+
+def _watched(model: Any, plan: Plan) -> dict[int, str]:
+    """The layers to watch: ``id`` -> path. An embedding counts where it is the head."""
+    from mlx.nn.layers.embedding import Embedding
+    from mlx.nn.layers.linear import Linear
+    from mlx_lm.models.switch_layers import SwitchLinear
+
+    tied = bool(plan.config.get("tie_word_embeddings"))
+    kinds = (Linear, SwitchLinear, Embedding) if tied else (Linear, SwitchLinear)
+    return {id(m): path for path, m in model.named_modules() if isinstance(m, kinds)}
+
+
+def _numpy(x: mx.array) -> np.ndarray:
+    import mlx.core as mx
+
+    made: np.ndarray = np.array(x.astype(mx.float32))[0]
+    return made
+
+
+@contextmanager
+def _failing() -> Iterator[None]:
+    """What MLX raises is about this machine."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        raise BackendError(f"MLX cannot run this model here: {error}") from error

@@ -1,0 +1,244 @@
+"""``requant calibrate``: sums held against the model's own parts, called by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import requant
+from requant.calibration import blocks, calibrate
+from requant.calibration.run import _Run
+from requant.errors import OutputError, UsageError
+from requant.statistics import Importance, read_statistics
+from tests.mlx_lm.test_codes import as_awq
+from tests.road.test_against_mlx_lm import model
+
+LLAMA = Path(__file__).parents[2] / "examples" / "micro-llama"
+TEXT = "A file holds bytes, and a tensor is a run of them with a shape. " * 30
+WINDOW = 48
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    (tmp_path / "text.txt").write_text(TEXT)
+    return tmp_path / "text.txt"
+
+
+def ids_of(folder: Path, windows: int) -> mx.array:
+    from mlx_lm.utils import load_tokenizer
+
+    tokens = load_tokenizer(folder).encode(TEXT)
+    return mx.array(tokens[: windows * WINDOW]).reshape(windows, WINDOW)
+
+
+def plain(folder: Path) -> Any:
+    from mlx_lm.utils import load_model
+
+    loaded, _ = load_model(folder)
+    loaded.set_dtype(mx.float32)
+    return loaded
+
+
+def squares(x: mx.array) -> np.ndarray:
+    rows = np.array(x).reshape(-1, x.shape[-1]).astype(np.float64)
+    found: np.ndarray = (rows * rows).mean(0)
+    return found
+
+
+def entry(path: Path, layer: str, shape: tuple[int, ...]) -> Importance:
+    found = read_statistics(path).find(layer, shape)
+    assert isinstance(found, Importance), found
+    return found
+
+
+def calls_of(loaded: Any, ids: mx.array) -> tuple[Any, mx.array, Any]:
+    """The first block, what it is given, and its mask."""
+    from mlx_lm.models.base import create_attention_mask
+
+    hidden = loaded.model.embed_tokens(ids)
+    return loaded.model.layers[0], hidden, create_attention_mask(hidden, None)
+
+
+def test_inputs_of_a_dense_model(text: Path, tmp_path: Path) -> None:
+    """Of the first block's layers and of the head, in float32's rounding; Hessians too."""
+    out = tmp_path / "s.safetensors"
+    made = calibrate(LLAMA, out, text, hessian=True, tokens=4 * WINDOW, window=WINDOW)
+    assert (made.tokens, made.windows, made.blockwise, made.missed) == (4 * WINDOW, 4, True, ())
+    count = json.loads((LLAMA / "config.json").read_text())["num_hidden_layers"]
+    assert made.layers == made.hessians == 4 * count + 1
+    loaded, taken = plain(LLAMA), _taken(LLAMA, 4)
+    block, hidden, mask = calls_of(loaded, taken)
+    normed = block.input_layernorm(hidden)
+    after = hidden + block.self_attn(normed, mask, None)
+    inner = block.post_attention_layernorm(after)
+    down = mx.sigmoid(block.mlp.gate_proj(inner)) * block.mlp.gate_proj(inner)
+    down = down * block.mlp.up_proj(inner)
+    last = loaded.model(taken)
+    expected = {"self_attn.q_proj": normed, "mlp.up_proj": inner, "mlp.down_proj": down}
+    for name, x in expected.items():
+        found = entry(out, f"model.layers.0.{name}", (1, x.shape[-1]))
+        np.testing.assert_allclose(found.weights(0), squares(x), rtol=1e-4)
+        rows = np.array(x).reshape(-1, x.shape[-1]).astype(np.float64)
+        hessian = rows.T @ rows / len(rows)
+        room = 1e-5 * np.abs(hessian).max()
+        np.testing.assert_allclose(found.hessian(0), hessian, rtol=1e-3, atol=room)
+    tied = "model.embed_tokens" if "lm_head" not in loaded else "lm_head"
+    head = entry(out, tied, (1, last.shape[-1]))
+    np.testing.assert_allclose(head.weights(0), squares(last), rtol=1e-3)
+
+
+def _taken(folder: Path, windows: int, seed: int = 0) -> mx.array:
+    """The windows that a run takes: of all, those of a permutation, in their order."""
+    from mlx_lm.utils import load_tokenizer
+
+    tokens = load_tokenizer(folder).encode(TEXT)
+    count = len(tokens) // WINDOW
+    chosen = np.sort(np.random.default_rng(seed).permutation(count)[:windows])
+    return mx.array(np.array(tokens[: count * WINDOW]).reshape(count, WINDOW)[chosen])
+
+
+def test_experts_by_their_own_tokens(text: Path, tmp_path: Path) -> None:
+    folder, out = model("micro-moe"), tmp_path / "s.safetensors"
+    made = calibrate(folder, out, text, tokens=2 * WINDOW, window=WINDOW)
+    assert made.blockwise
+    ids = _taken(folder, 2)
+    block, hidden, mask = calls_of(plain(stacked(folder, tmp_path)), ids)
+    after = hidden + block.self_attn(block.input_layernorm(hidden), mask, None)
+    inner = block.post_attention_layernorm(after)
+    gates = np.array(mx.softmax(block.mlp.gate(inner), axis=-1)).reshape(-1, 8)
+    rows = np.array(inner).reshape(len(gates), -1).astype(np.float64)
+    chosen = np.argsort(-gates, axis=1)[:, : block.mlp.top_k]
+    found = entry(out, "model.layers.0.mlp.switch_mlp.gate_proj", (8, 4, rows.shape[1]))
+    down = entry(out, "model.layers.0.mlp.switch_mlp.down_proj", (8, 4, 128))
+    glu = block.mlp.switch_mlp
+    seen = 0
+    for expert in range(8):
+        mine = (chosen == expert).any(1)
+        weights = found.weights(expert)
+        if not mine.any():
+            assert weights is None
+            assert expert in found.unseen
+            continue
+        seen += 1
+        np.testing.assert_allclose(weights, (rows[mine] ** 2).mean(0), rtol=1e-4)
+        x = mx.array(rows[mine].astype(np.float32))
+        up, gate = (x @ part.weight[expert].T for part in (glu.up_proj, glu.gate_proj))
+        np.testing.assert_allclose(
+            down.weights(expert), squares(up * gate * mx.sigmoid(gate)), rtol=1e-3
+        )
+    assert seen >= 4
+
+
+def stacked(folder: Path, tmp_path: Path) -> Path:
+    requant.convert(folder, tmp_path / "dense", dequantize=True, dtype="float32", layout="mlx-lm")
+    return tmp_path / "dense"
+
+
+def test_other_forms_of_the_model_give_the_same(text: Path, tmp_path: Path) -> None:
+    """An AWQ folder, and the dense values that it stands for."""
+    source = tmp_path / "awq"
+    requant.convert(LLAMA, source, dequantize=True, dtype="float16", layout="keep")
+    as_awq(source)
+    (source / "model.safetensors.index.json").unlink()
+    dense = tmp_path / "values"
+    requant.convert(source, dense, dequantize=True, dtype="float32")
+    told: dict[str, Any] = {"tokens": 2 * WINDOW, "window": WINDOW}
+    calibrate(source, tmp_path / "a.safetensors", text, **told)
+    calibrate(dense, tmp_path / "b.safetensors", text, **told)
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+
+
+def test_a_whole_model_gives_the_same(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: dict[str, Any] = {"tokens": 2 * WINDOW, "window": WINDOW, "hessian": True}
+    calibrate(LLAMA, tmp_path / "a.safetensors", text, **told)
+
+    def refuses(*_: Any) -> None:
+        raise blocks.NotLayered("of the test")
+
+    monkeypatch.setattr(blocks.Layered, "calls", refuses)
+    made = calibrate(LLAMA, tmp_path / "b.safetensors", text, **told)
+    assert (made.blockwise, made.why) == (False, "of the test")
+    a, b = (mx.load(str(tmp_path / f"{x}.safetensors")) for x in "ab")
+    assert a.keys() == b.keys()
+    for name, array in a.items():
+        np.testing.assert_allclose(np.array(array), np.array(b[name]), rtol=2e-3, atol=1e-4)
+
+
+def test_a_stopped_run_goes_on(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped at each block and at the head, the bytes are those of an undisturbed run."""
+    told: dict[str, Any] = {"tokens": 2 * WINDOW, "window": WINDOW, "hessian": True}
+    calibrate(LLAMA, tmp_path / "whole.safetensors", text, **told)
+    output = tmp_path / "s.safetensors"
+    kept, real = [], _Run._keep
+
+    def keep(self: Any, *args: Any) -> None:
+        real(self, *args)
+        kept.append(args[1])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_Run, "_keep", keep)
+    while True:
+        try:
+            calibrate(LLAMA, output, text, **told)
+            break
+        except KeyboardInterrupt:
+            assert not output.exists()
+    assert kept == list(range(len(kept)))
+    assert len(kept) > 4
+    assert output.read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
+        ["text.txt", "whole.safetensors", "s.safetensors"]
+    )
+
+
+def test_another_text_starts_over(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: dict[str, Any] = {"tokens": 2 * WINDOW, "window": WINDOW}
+    output, real = tmp_path / "s.safetensors", _Run._keep
+
+    def keep(self: Any, *args: Any) -> None:
+        real(self, *args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_Run, "_keep", keep)
+        with pytest.raises(KeyboardInterrupt):
+            calibrate(LLAMA, output, text, **told)
+    calibrate(LLAMA, output, text, seed=3, **told)
+    calibrate(LLAMA, tmp_path / "t.safetensors", text, seed=3, **told)
+    assert output.read_bytes() == (tmp_path / "t.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"output": "s.bin"}, "NAME.safetensors"),
+        ({"text": "none.txt"}, "No such file"),
+        ({"window": 4096, "tokens": 4096}, "do not fill one window of 4,096"),
+        ({"tokens": 10}, "one window is the least"),
+    ],
+)
+def test_what_cannot_be_is_told(
+    change: dict[str, Any], words: str, text: Path, tmp_path: Path
+) -> None:
+    told: dict[str, Any] = {"output": "s.safetensors", "text": text.name, "tokens": 96} | change
+    told["output"], told["text"] = tmp_path / told["output"], tmp_path / told["text"]
+    with pytest.raises(UsageError, match=words):
+        calibrate(LLAMA, **{"window": WINDOW} | told)
+    assert [p.name for p in tmp_path.iterdir()] == [text.name]
+
+
+def test_an_output_is_not_replaced(text: Path, tmp_path: Path) -> None:
+    output = tmp_path / "s.safetensors"
+    output.write_bytes(b"mine")
+    with pytest.raises(OutputError, match="--force replaces it"):
+        calibrate(LLAMA, output, text, tokens=96, window=WINDOW)
+    assert output.read_bytes() == b"mine"
