@@ -39,3 +39,9 @@ def test_fp8_becomes_what_is_wished(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["torchao-intx-w4g32", "torchao-int8-weight-only"])
 def test_logits(name: str, tmp_path: Path) -> None:
     check_logits(name, tmp_path, 2e-5, dtype="float32")
+
+
+def test_fp8_logits(tmp_path: Path) -> None:
+    name = "torchao-fp8-weight-only"
+    check_logits(name, tmp_path / "dense", 1e-6, dequantize=True, dtype="float32")
+    check_logits(name, tmp_path / "eight", 5e-2, bits=8, group_size=32, dtype="float32")

@@ -23,7 +23,7 @@ _FOREIGN_SUFFIXES = {
     ".W_q": "HQQ",
     ".SCB": "bitsandbytes int8",
     ".weight_packed": "compressed-tensors",
-    ".weight_scale": "FP8 or compressed-tensors",
+    ".weight_scale": "FP8, compressed-tensors, ModelOpt, BitNet or Quark",
     ".weight_scale_inv": "FP8",
     ".weight.absmax": "bitsandbytes",
     ".weight_quantizer._scale": "ModelOpt",

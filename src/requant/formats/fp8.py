@@ -41,8 +41,10 @@ class Fp8:
             known = found.method in _METHODS
             return f"{found.where}: quant_method {found.method}" if known else None
         for name, tensor in checkpoint.tensors.items():
-            if tensor.info.dtype in FLOAT8 and (scale := _scale_name(checkpoint, name)):
-                return f"{name} is {tensor.info.dtype}, with {scale}"
+            scale, dtype = _scale_name(checkpoint, name), tensor.info.dtype
+            # Plain bytes are FP8 to mx.load; beside a weight_scale other codes are bytes too.
+            if scale and dtype in (FLOAT8 if scale.endswith("_scale_inv") else FLOAT8[:2]):
+                return f"{name} is {dtype}, with {scale}"
         return None
 
     def read(self, checkpoint: Checkpoint) -> SourceLayout:
