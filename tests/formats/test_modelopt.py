@@ -262,6 +262,10 @@ def test_damaged_folders_are_refused(change: Change, words: str, tmp_path: Path)
         (block("NVFP3"), "quant_algo: is 'NVFP3'; known are NVFP4"),
         (block("NVFP4_SVD"), "its low-rank branch has no place in MLX"),
         (block("NVFP4", exclude_modules=["u?"]), "up: is named dense by config.json"),
+        (
+            block("MIXED_PRECISION", quantized_layers={"head": {"quant_algo": "FP8"}}),
+            "head: is quantized by quantized_layers, but has no weight_scale",
+        ),
         (block("NVFP4", ignore="up"), "ignore: is 'up', expected a list of names"),
         (block("MIXED_PRECISION", quantized_layers=[1]), "quantized_layers: is [1]"),
         (
@@ -271,7 +275,8 @@ def test_damaged_folders_are_refused(change: Change, words: str, tmp_path: Path)
     ],
 )
 def test_configs_that_cannot_be_met(config: dict[str, Any], words: str, tmp_path: Path) -> None:
-    source = write(tmp_path / "source", nvfp4(), config)
+    tensors = nvfp4() | {"head.weight": np.ones((4, 32), np.float32)}
+    source = write(tmp_path / "source", tensors, config)
     assert words in refusal(source, tmp_path / "out")
 
 

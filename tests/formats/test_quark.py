@@ -264,6 +264,13 @@ Change = Callable[[dict[str, Any], dict[str, Any]], Any]
         (lambda t, b: b.update(layer_type_quant_config={"x": 1}), "by class of layer"),
         (lambda t, b: b.update(exclude=["u?"]), "up: is named dense by"),
         (
+            lambda t, b: (
+                t.update({"gate.weight": np.ones((4, 32), BF16)}),
+                b.update(layer_quant_config={"gate": {"weight": {"dtype": "fp4"}}}),
+            ),
+            "gate: is quantized by config.json: quantization_config.layer_quant_config, but its",
+        ),
+        (
             lambda t, b: b.update(layer_quant_config={"u*": {"weight": {}}, "*p": {}}),
             "contradict each other: ['u*', '*p']",
         ),

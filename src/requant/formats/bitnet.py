@@ -106,6 +106,7 @@ class BitNet:
                 parts = {"weight": tensor} | ({} if scale is None else {"weight_scale": scale})
                 sorter.make(path, parts, lambda p, t: _layer(sorter, p, t, divides))
         _check_loose(sorter)
+        sorter.check_named_dense(found)
         if sorter.quantized:
             sorter.notes.append(
                 "BitNet rounds activations to 8 bits while it runs; MLX does not, so that outputs "

@@ -5,8 +5,6 @@ Value: ``w = e4m3 * scale``; what DeepSeek calls ``weight_scale_inv`` is that fa
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Sequence
 from math import prod
 
 from requant.checkpoint import Checkpoint, SourceTensor
@@ -69,7 +67,7 @@ class Fp8:
         sorter.drop_runtime_scales()
         _check_scales_alone(sorter)
         if found is not None:
-            _check_named(sorter, found)
+            sorter.check_named_dense(found, ("modules_to_not_convert", "ignored_layers"))
         return sorter.layout()
 
 
@@ -168,26 +166,3 @@ def _check_scales_alone(sorter: Sorter) -> None:
             weight = sorter.tensors.get(f"{path}.weight")
             what = f"{path}.weight is missing" if weight is None else f"its weight is {weight.info}"
             sorter.problem(tensor.name, f"scales no FP8 weight: {what}")
-
-
-def _check_named(sorter: Sorter, found: Declared) -> None:
-    """Layers that the config calls dense must not hold FP8 codes."""
-    paths = sorted(layer.path for layer in sorter.quantized)
-    for key in ("modules_to_not_convert", "ignored_layers"):
-        for name in found.names(key, sorter.problems):
-            layer = _first_inside(paths, name)
-            if layer is not None:
-                sorter.problem(
-                    layer,
-                    f"is named dense by {found.where}.{key} ({name!r}), but is stored as FP8; "
-                    "correct the list",
-                )
-
-
-def _first_inside(paths: Sequence[str], name: str) -> str | None:
-    """Of sorted layer paths, the one that ``name`` names, or the first one below it."""
-    for start in (name, f"{name}."):
-        at = bisect_left(paths, start)
-        if at < len(paths) and (paths[at] == name or paths[at].startswith(f"{name}.")):
-            return paths[at]
-    return None

@@ -84,6 +84,7 @@ class FpQuant:
                 sorter.problem(tensor.name, message)
             elif tensor.info.dtype == "U8":
                 sorter.problem(tensor.name, f"{tensor.info} holds codes of no layer that is read")
+        sorter.check_named_dense(found)
         if not sorter.quantized and not sorter.problems:
             sorter.problem(
                 found.where,

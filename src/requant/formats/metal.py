@@ -106,6 +106,8 @@ class MetalFormat:
         width, size = bits, group
         for path, parts in _parts(sorter).items():
             sorter.make(path, parts, lambda p, t: _layer(sorter, p, t, width, size))
+        if found is not None:
+            sorter.check_named_dense(found)
         for tensor in sorter.left:
             if tensor.info.dtype in ("U32", "I32") and tensor.name.endswith(".weight"):
                 path = tensor.name.removesuffix(".weight")

@@ -44,6 +44,9 @@ class Mxfp4:
                 path = name.removesuffix(scales)
                 if path != name and f"{path}{blocks}" not in checkpoint.tensors:
                     sorter.problem(name, f"stands alone: {path}{blocks} is missing")
+        found = declared(checkpoint)
+        if found is not None:
+            sorter.check_named_dense(found)
         if not sorter.problems and not sorter.quantized:
             sorter.problem(
                 "config.json: quantization_config",

@@ -85,6 +85,7 @@ class _Reader:
             if layer is not None:
                 self._check_excluded(layer)
         sorter.drop_runtime_scales()
+        self._check_named()
         for tensor in sorter.left:
             dtype = tensor.info.dtype
             if dtype in ("I8", "U8", "I32") or dtype.startswith("F8_"):
@@ -122,6 +123,16 @@ class _Reader:
         for name in self.excluded.fitting(layer.path):
             message = f"is named dense by {self.found.where}.exclude ({name!r}), but is "
             self.sorter.problem(layer.path, f"{message}stored as {layer.stored}")
+
+    def _check_named(self) -> None:
+        """A layer that the config names by its path, with a scheme, must hold codes."""
+        table = self.found.get("layer_quant_config")
+        dense = {tensor.name for tensor in self.sorter.left if tensor.info.dtype in _FLOATS}
+        for path, said in table.items() if isinstance(table, Mapping) else ():
+            named = isinstance(said, Mapping) and said.get("weight")
+            if named and f"{path}.weight" in dense and not self.fake:
+                where = f"{self.found.where}.layer_quant_config"
+                self.sorter.problem(path, f"is quantized by {where}, but its codes are missing")
 
     def _scheme(self, path: str) -> _Scheme:
         """The weight's scheme: that of the patterns that fit the layer, else the global one."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from requant.checkpoint import Checkpoint, SourceTensor
 from requant.errors import Problem
 from requant.formats.base import SourceLayer, SourceLayout, dense_layer
-from requant.formats.declared import model_dtype
+from requant.formats.declared import Declared, model_dtype
 
 _ACTIVATIONS = "a scale of activations, which MLX does not quantize"
 _CACHE = "a scale of the key and value cache, which MLX keeps in floats"
@@ -128,6 +129,21 @@ class Sorter:
             each = "each " if len(names) > 1 else ""
             self.notes.append(f"Left out: {', '.join(names[:_NAMED])}{more}, {each}{reason}.")
 
+    def check_named_dense(
+        self, found: Declared, keys: Sequence[str] = ("modules_to_not_convert",)
+    ) -> None:
+        """Layers that the config calls dense, or that lie in a module so called, hold no codes."""
+        paths = sorted(self._layers)
+        for key in keys:
+            for name in found.names(key, self.problems):
+                path = _first_inside(paths, name)
+                if path is not None:
+                    self.problem(
+                        path,
+                        f"is named dense by {found.where}.{key} ({name!r}), but is stored as "
+                        f"{self._layers[path].stored}; correct the list",
+                    )
+
     def layout(self) -> SourceLayout:
         """Everything, in the order of the checkpoint; what no layer took is dense."""
         layers: dict[str, SourceLayer] = {}
@@ -147,3 +163,12 @@ class Sorter:
             tuple(self.dropped.items()),
             tuple(self.notes),
         )
+
+
+def _first_inside(paths: Sequence[str], name: str) -> str | None:
+    """Of sorted layer paths, the one that ``name`` names, or the first one below it."""
+    for start in (name, f"{name}."):
+        at = bisect_left(paths, start)
+        if at < len(paths) and (paths[at] == name or paths[at].startswith(f"{name}.")):
+            return paths[at]
+    return None

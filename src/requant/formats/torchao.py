@@ -7,7 +7,7 @@ metadata: then the config and the dtypes tell.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import replace
 from typing import Any, Final
 
@@ -67,6 +67,8 @@ class _Reader:
             for role in tensors.keys() & {"act_per_tensor_scale", "act_scale"}:
                 sorter.drop(tensors[role].name, _ACTIVATIONS)
             sorter.make(path, tensors, self._layer)
+        self._check_described(parts.keys())
+        sorter.check_named_dense(self.found)
         for tensor in sorter.left:
             if tensor.info.dtype in ("I8", "U8") or tensor.info.dtype.startswith("F8_"):
                 message = f"{tensor.info} holds codes, and is no part of a weight that is read"
@@ -89,6 +91,17 @@ class _Reader:
         if not isinstance(said, Mapping) or not isinstance(data, Mapping):
             return {}
         return {**data, "type": str(said.get("_type"))}
+
+    def _check_described(self, paths: Set[str]) -> None:
+        """A quantized weight that the metadata describes must be there."""
+        for name, text in self.checkpoint.metadata.items():
+            path = name.removesuffix(".weight")
+            if path == name or path in paths or name in self.sorter.tensors:
+                continue
+            said, _ = parse_json_object(text.encode())
+            if said.get("_type") not in (None, "Tensor"):
+                message = f"describes its {said['_type']}, but {path}.{_PREFIX}qdata is missing"
+                self.sorter.problem(f"metadata: {name}", message)
 
     def _described(self, path: str, tensors: _Tensors) -> tuple[str, Mapping[str, Any]]:
         """Type and settings of a weight: its metadata, else what config and dtypes tell."""
