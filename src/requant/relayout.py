@@ -198,8 +198,8 @@ class Relayout:
             apart = kept_apart(first, path, output.info.shape, runs)
             if apart is not None:
                 return apart
-        rotations = len(sources) > 1 and any(layer.carried for layer in sources)
-        if runs is None or rotations or len({_kind(layer) for layer in sources}) > 1:
+        rotations = {tuple(x.name for x in layer.carried.values()) for layer in sources}
+        if runs is None or len(rotations) > 1 or len({_kind(layer) for layer in sources}) > 1:
             return self._decoded(name, sources)
         shape = output.info.shape
         made = replace(first, path=path, shape=shape, parts={})

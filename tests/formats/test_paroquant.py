@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -14,10 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import requant
-from requant.nn import RotateQuantizedLinear
+from requant.nn import RotateQuantizedExperts, RotateQuantizedLinear
 from tests.formats.harness import check_fixture, fixture, read_file, read_folder
 from tests.formats.logits import TOKENS, dense_folder, logits
+from tests.formats.packers import gemm
 from tests.road.conftest import write_file
+from tests.road.test_against_mlx_lm import model
 
 pytest.importorskip("mlx_lm")
 import requant.mlx_lm
@@ -170,6 +173,208 @@ def test_any_rotation(blocks: int, group: int, rounds: int, seed: int) -> None:
 
 
 _TRIPLE = (("weight", mx.uint32), ("scales", mx.float32), ("biases", mx.float32))
+
+
+# -- experts that share a rotation -----------------------------------------------------------
+
+GROUP, KROT = 64, 3
+
+
+def random_rotation(rng: np.random.Generator, n_in: int) -> dict[str, np.ndarray]:
+    pairs = [[rng.permutation(GROUP) for _ in range(n_in // GROUP)] for _ in range(KROT)]
+    return {
+        "theta": rng.standard_normal((KROT, n_in // 2)).astype(np.float16),
+        "pairs": np.array(pairs).reshape(KROT, n_in).astype(np.int16),
+        "channel_scales": rng.uniform(0.5, 2, (1, n_in)).astype(np.float16),
+    }
+
+
+def plain_rows(turned: np.ndarray, parts: dict[str, np.ndarray]) -> np.ndarray:
+    """The plain weight, float64: its product with each input of the identity, turned."""
+    scales = parts["channel_scales"]
+    identity = np.eye(turned.shape[1])
+    return turned @ rotated(identity, parts["theta"], parts["pairs"], scales, GROUP).T
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, np.ndarray]]:
+    """micro-moe with experts as ParoQuant stores them, and the plain weights of the same."""
+    source = model("micro-moe")
+    loaded = mx.load(str(source / "model.safetensors"))
+    plain = {name: np.array(x.astype(mx.float32)) for name, x in loaded.items()}
+    rng = np.random.default_rng(3)
+    stored: dict[str, np.ndarray] = {}
+    rotations: dict[str, dict[str, np.ndarray]] = {}
+    for name, array in plain.items():
+        path = name.removesuffix(".weight")
+        if ".experts." not in name:
+            stored[name] = array.astype(np.float16)
+            plain[name] = stored[name].astype(np.float32)
+            continue
+        base = path.partition(".experts.")[0]
+        before = "down" if "down_proj" in path else "gate_up"
+        shared = f"{base}.experts.{before}_weight"
+        parts = rotations.setdefault(shared, random_rotation(rng, array.shape[1]))
+        # Angles backwards, scales as divisors: the weight of the turned inputs.
+        freed = rotated(
+            array, parts["theta"], parts["pairs"], 1 / parts["channel_scales"].astype(float), GROUP
+        )
+        blocks = freed.reshape(len(array), -1, GROUP)
+        low, high = blocks.min(-1), blocks.max(-1)
+        scales = np.maximum((high - low) / 15, 1e-4).astype(np.float16)
+        zeros = np.clip(np.rint(-low / scales), 0, 15).astype(np.uint8)
+        wide = scales.astype(np.float64)[..., None]
+        codes = np.clip(np.rint(blocks / wide + zeros[..., None]), 0, 15).astype(np.uint8)
+        decoded = ((codes - zeros[..., None].astype(np.float64)) * wide).reshape(array.shape)
+        plain[name] = plain_rows(decoded, parts).astype(np.float32)
+        packed = gemm(codes.reshape(array.shape), zeros, scales)
+        stored |= {f"{path}.{role}": part for role, part in packed.items()}
+    for shared, parts in rotations.items():
+        stored |= {f"{shared}_{role}": part for role, part in parts.items()}
+    folder = tmp_path_factory.mktemp("experts")
+    write_file(folder / "model.safetensors", stored)
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "paroquant",
+        "bits": 4,
+        "group_size": GROUP,
+        "krot": KROT,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder, plain
+
+
+def dense_logits(folder: Path, plain: dict[str, np.ndarray], place: Path) -> np.ndarray:
+    place.mkdir()
+    write_file(place / "model.safetensors", plain)
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    (place / "config.json").write_text(json.dumps(config))
+    return logits(place)
+
+
+def test_experts_share_a_rotation(experts: Any, tmp_path: Path) -> None:
+    """Kept: the loaded model gives the plain model's logits, from the source and the output."""
+    folder, plain = experts
+    wanted = dense_logits(folder, plain, tmp_path / "dense")
+    report = requant.convert(folder, tmp_path / "out", dtype="float32")
+    kept = {x.layer for x in report.plan.layers if x.treatment == "kept"}
+    assert "model.layers.0.mlp.switch_mlp.down_proj" in kept
+    out, stored = read_folder(tmp_path / "out"), read_folder(folder)
+    for name, before in (("gate", "gate_up"), ("up", "gate_up"), ("down", "down")):
+        for role in ("theta", "pairs", "channel_scales"):
+            found = out[f"model.layers.1.mlp.switch_mlp.{name}_proj.{role}"]
+            shared = stored[f"model.layers.1.mlp.experts.{before}_weight_{role}"]
+            assert found.tobytes() == shared.tobytes()
+    for source in (folder, tmp_path / "out"):
+        weights, made = requant.mlx_lm.load_weights(source, dtype="float32")
+        loaded, _ = requant.mlx_lm._build(made.plan.config, weights)
+        assert isinstance(loaded.layers[0].mlp.switch_mlp.up_proj, RotateQuantizedExperts)
+        for length in (1, 8, 80):  # many tokens are sorted by expert
+            tokens = mx.array([[(7 * n) % 250 for n in range(length)]])
+            assert loaded(tokens).shape[1] == length
+        found = np.array(loaded(TOKENS).astype(mx.float32))
+        assert np.abs(found - wanted).max() <= 2e-5 * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["source", "output"])
+def test_experts_fold(experts: Any, again: bool, tmp_path: Path) -> None:
+    """Plain 8-bit experts that stock mlx-lm runs; dense ones equal the formula."""
+    folder, plain = experts
+    source = folder
+    if again:
+        requant.convert(folder, tmp_path / "rotated", dtype="float32")
+        source = tmp_path / "rotated"
+    report = requant.convert(source, tmp_path / "out", fold_rotation=True)
+    assert report.plan.loads
+    assert not any(name.endswith(("theta", "pairs")) for name in read_folder(tmp_path / "out"))
+    assert all(error.relative_rms < 0.01 for error in report.errors.values())
+    # Eight bits can turn the choice of an expert; so the values are compared, and that they run.
+    requant.convert(tmp_path / "out", tmp_path / "twin", dequantize=True, dtype="float32")
+    twin = read_folder(tmp_path / "twin")
+    for number, name in itertools.product(range(4), ("gate", "up", "down")):
+        base, role = f"model.layers.{number}.mlp", f"{name}_proj.weight"
+        values = np.stack([plain[f"{base}.experts.{n}.{role}"] for n in range(8)])
+        error = twin[f"{base}.switch_mlp.{role}"] - values
+        assert np.square(error).mean() <= 0.01**2 * np.square(values).mean()
+    found, wanted = logits(tmp_path / "out"), logits(tmp_path / "twin")
+    # Values of float16 layers are rounded to float16, as mx.dequantize does; products are not.
+    assert np.abs(found - wanted).max() <= 2e-3 * np.abs(wanted).max()
+    if again:
+        return
+    requant.convert(source, tmp_path / "wide", dequantize=True, dtype="float32", layout="keep")
+    wide = read_folder(tmp_path / "wide")
+    assert wide.keys() == plain.keys()
+    for name, array in plain.items():
+        room = 2e-6 * np.abs(array).max() if ".experts." in name else 0.0
+        assert np.abs(wide[name] - array).max() <= room, name
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_layer_of_experts_is_mlx_lm_s_behind_a_rotation(bias: bool) -> None:
+    from mlx_lm.models.switch_layers import QuantizedSwitchLinear
+
+    stock = QuantizedSwitchLinear(128, 64, 4, bias, 64, 4)
+    ours = RotateQuantizedExperts(128, 64, 4, bias, 64, 4, KROT, GROUP)
+    parts = random_rotation(np.random.default_rng(5), 128)
+    weights = {name: stock[name] for name in ("weight", "scales", "biases")}
+    if bias:
+        stock.bias = weights["bias"] = mx.random.normal((4, 64))
+    ours.load_weights([*weights.items(), *((k, mx.array(v)) for k, v in parts.items())])
+    assert not ours.trainable_parameters()
+    x = mx.random.normal((5, 1, 1, 128))
+    indices = mx.array([[0, 3], [1, 2], [2, 2], [3, 0], [1, 0]])
+    turned = rotated(np.array(x), *(parts[k] for k in ("theta", "pairs", "channel_scales")), GROUP)
+    wanted = stock(mx.array(turned.astype(np.float32)), indices)
+    assert ours(x, indices).shape == wanted.shape
+    assert mx.allclose(ours(x, indices), wanted, atol=1e-4)
+
+
+def test_experts_keep_their_own_names(experts: Any, tmp_path: Path) -> None:
+    """Under the source's layout each expert gets the rotation; and they fold from there."""
+    folder, _ = experts
+    requant.convert(folder, tmp_path / "kept", layout="keep", dtype="float32")
+    out, stored = read_folder(tmp_path / "kept"), read_folder(folder)
+    for expert in range(8):
+        found = out[f"model.layers.2.mlp.experts.{expert}.up_proj.theta"]
+        assert np.array_equal(found, stored["model.layers.2.mlp.experts.gate_up_weight_theta"])
+    requant.convert(tmp_path / "kept", tmp_path / "a", fold_rotation=True)
+    requant.convert(folder, tmp_path / "b", fold_rotation=True, dtype="float32")
+    a, b = read_folder(tmp_path / "a"), read_folder(tmp_path / "b")
+    assert a.keys() == b.keys()
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (
+            lambda t: t.pop("model.layers.0.mlp.experts.down_weight_pairs"),
+            ("down_proj.pairs", "is missing beside the other two"),
+        ),
+        (
+            lambda t: t["model.layers.0.mlp.experts.down_weight_pairs"].fill(0),
+            ("model.layers.0.mlp.experts.down_weight_pairs", "round 0 does not pair off"),
+        ),
+        (
+            lambda t: [t.pop(n) for n in list(t) if ".0.mlp.experts." in n and "weight_" not in n],
+            ("model.layers.0.mlp.experts.down_weight_theta", "experts share", "none to turn"),
+        ),
+    ],
+)
+def test_broken_shared_rotations_are_named(
+    edit: Any, words: tuple[str, ...], experts: Any, tmp_path: Path
+) -> None:
+    folder, _ = experts
+    tensors = {name: array.copy() for name, array in read_folder(folder).items()}
+    edit(tensors)
+    (tmp_path / "bad").mkdir()
+    write_file(tmp_path / "bad" / "model.safetensors", tensors)
+    shutil.copy(folder / "config.json", tmp_path / "bad")
+    with pytest.raises(requant.CheckpointError) as caught:
+        requant.plan(tmp_path / "bad")
+    text = str(caught.value)
+    assert all(word in text for word in words), text
+    assert text.count("does not pair off") <= 1
 
 
 @pytest.mark.parametrize(

@@ -187,11 +187,11 @@ def _rotated(
     if layer.encoding is None or layer.encoding.mode is not QuantMode.AFFINE:
         problems.append(Problem(layer.path, "has a rotation, but no affine codes"))
         return None
-    rows, columns = layer.shape
+    columns = layer.shape[-1]
     krot = read_rotation(checkpoint, layer.path, carried, columns, group, problems)
     if krot is None:
         return None
-    packing = RotatedTriple(rows, columns, layer.encoding, group, krot)
+    packing = RotatedTriple(layer.shape, layer.encoding, group, krot)
     return replace(
         layer,
         parts={**layer.parts, **carried},

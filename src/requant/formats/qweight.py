@@ -28,7 +28,13 @@ from requant.formats.packing import IntegerPacking
 from requant.formats.qweight_config import METHODS, is_elsewhere, method_of, read_convention
 from requant.formats.qweight_layouts import WORDS, Layouts
 from requant.formats.rotation import ROLES as ROTATION
-from requant.formats.rotation import RotatedGemm, read_rotation, rotation_entry
+from requant.formats.rotation import (
+    RotatedGemm,
+    is_shared_rotation,
+    read_rotation,
+    rotation_entry,
+    shared_rotation,
+)
 
 _ROLES = (*ROTATION, "qweight", "qzeros", "scales", "scaled_zeros", "g_idx", "B", "s")
 _DISPUTED = (
@@ -66,6 +72,7 @@ class _Reader:
         self.name, self.checkpoint, self.found = name, checkpoint, found
         self.tensors = checkpoint.tensors
         self.problems: list[Problem] = []
+        self.rotations: dict[tuple[str, ...], int | None] = {}
         self.rules = LayerRules(found, self.problems)
         self.model_dtype = model_dtype(checkpoint)
         self.layouts = Layouts(
@@ -114,6 +121,8 @@ class _Reader:
         found: dict[str, dict[str, SourceTensor]] = {}
         for path in paths:
             names = {role: f"{path}.{role}" for role in _ROLES}
+            if not any(names[role] in self.tensors for role in ROTATION):
+                names |= shared_rotation(path)
             found[path] = {r: self.tensors[n] for r, n in names.items() if n in self.tensors}
         return found
 
@@ -123,8 +132,8 @@ class _Reader:
         path, _, role = name.rpartition(".")
         if path in layers and role == "weight":
             self._report(name, f"{info} stands beside {path}.qweight; remove the one that is stale")
-        elif role.endswith(("weight_theta", "weight_pairs", "weight_channel_scales")):
-            self._report(name, "is a rotation that experts share; only one a layer is known")
+        elif is_shared_rotation(name):
+            self._report(name, f"is a rotation that experts share, but {path} has none to turn")
         elif role in ("qzeros", "scaled_zeros", "g_idx", "theta", "pairs", "channel_scales"):
             self._report(name, f"{info} has no {path}.qweight beside it")
         elif role == "scales" and len(info.shape) == 1:
@@ -180,9 +189,12 @@ class _Reader:
         if self.name != "paroquant" or not isinstance(packing, AwqGemm):
             self._report(path, f"has a rotation of its inputs, which {self.name} layers have not")
             return None
-        krot = read_rotation(
-            self.checkpoint, path, carried, packing.columns, packing.group, self.problems
-        )
+        whose = tuple(tensor.name for tensor in carried.values())
+        if whose not in self.rotations:  # experts share one
+            self.rotations[whose] = read_rotation(
+                self.checkpoint, path, carried, packing.columns, packing.group, self.problems
+            )
+        krot = self.rotations[whose]
         if krot is None:
             return None
         return RotatedGemm(**vars(packing), krot=krot)

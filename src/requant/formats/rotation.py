@@ -11,8 +11,10 @@ The same turns, backwards, applied to the rows of the weight give the plain weig
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,23 @@ from requant.formats.packing import Cut, Packing, Parts, Scratch
 from requant.schema import Quantization
 
 ROLES = ("theta", "pairs", "channel_scales")
+# One rotation for all experts of a layer: before gate and up, and before down.
+_EXPERT = re.compile(r"(?P<experts>.+\.experts)\.\d+\.(?P<projection>gate|up|down)_proj")
+_SHARED = re.compile(r".+\.experts\.(?:gate_up|down)_weight_(?:theta|pairs|channel_scales)")
+
+
+def shared_rotation(path: str) -> dict[str, str]:
+    """Role -> tensor of the rotation that an expert's layer shares; empty for other layers."""
+    found = _EXPERT.fullmatch(path)
+    if found is None:
+        return {}
+    before = "down" if found["projection"] == "down" else "gate_up"
+    return {role: f"{found['experts']}.{before}_weight_{role}" for role in ROLES}
+
+
+def is_shared_rotation(name: str) -> bool:
+    """Whether a tensor is a part of a rotation that experts share."""
+    return _SHARED.fullmatch(name) is not None
 
 
 def read_rotation(
@@ -67,8 +86,9 @@ def read_rotation(
         problems.append(Problem(path, f"{n_in} inputs are not made of groups of {group}"))
     if len(problems) > before:
         return None
-    pairs = checkpoint.peek(f"{path}.pairs").astype(np.int64).reshape(krot, -1, group)
-    theta = checkpoint.peek(f"{path}.theta").astype(np.float32).reshape(krot, -1, group // 2)
+    names = {role: tensor.name for role, tensor in tensors.items()}
+    pairs = checkpoint.peek(names["pairs"]).astype(np.int64).reshape(krot, -1, group)
+    theta = checkpoint.peek(names["theta"]).astype(np.float32).reshape(krot, -1, group // 2)
     whole = np.sort(pairs, axis=-1) == np.arange(group)
     # A round that turns nothing may name any pairs, if only they exist.
     idle = (theta == 0).all(-1) & (pairs >= 0).all(-1) & (pairs < group).all(-1)
@@ -76,9 +96,9 @@ def read_rotation(
     if wrong.size:
         turn, number = (int(n) for n in wrong[0])
         message = f"round {turn} does not pair off the inputs of group {number}"
-        problems.append(Problem(f"{path}.pairs", message))
+        problems.append(Problem(names["pairs"], message))
     if not np.isfinite(theta).all():
-        problems.append(Problem(f"{path}.theta", "holds NaN or infinity"))
+        problems.append(Problem(names["theta"], "holds NaN or infinity"))
     return None if len(problems) > before else krot
 
 
@@ -138,18 +158,30 @@ class RotatedTriple(Packing):
     """The same in MLX's layout, as an output of ours holds it.
 
     Attributes:
-        rows: Outputs.
-        columns: Inputs.
+        shape: Of the weight; outputs and inputs last, experts that share the rotation before.
         encoding: Of the codes; affine.
         group: Inputs that are turned among themselves.
         krot: Rounds of the rotation.
     """
 
-    rows: int
-    columns: int
+    shape: tuple[int, ...]
     encoding: Quantization
     group: int
     krot: int
+
+    @property
+    def rows(self) -> int:  # type: ignore[override]  # a field of other packings
+        """Outputs, those of all experts."""
+        return prod(self.shape[:-1])
+
+    @property
+    def columns(self) -> int:  # type: ignore[override]
+        """Inputs."""
+        return self.shape[-1]
+
+    @property
+    def matrix_rows(self) -> int:
+        return self.shape[-2]
 
     def cuts(self, start: int, stop: int) -> dict[str, Cut]:
         """Rows of the triple, and the whole rotation."""
