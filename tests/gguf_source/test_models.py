@@ -302,6 +302,20 @@ def test_numbers_that_sentencepiece_files_leave_out() -> None:
     assert special_ids(Metadata("m.gguf", values)) == {}
 
 
+def test_old_files_of_mixtral_have_a_tensor_an_expert(tmp_path: Path) -> None:
+    made, config = tiny("mixtral")
+    config.setdefault("tie_word_embeddings", False)
+    weights, extra = values(made), {}
+    for name in [name for name in weights if "switch_mlp" in name]:
+        block, role = int(name.split(".")[2]), name.split(".")[-2].removesuffix("_proj")
+        for number, expert in enumerate(weights.pop(name)):
+            extra[f"blk.{block}.ffn_{role}.{number}.weight"] = expert
+    write_gguf(tmp_path / "m.gguf", weights, config, extra=extra)
+    requant.convert(tmp_path / "m.gguf", tmp_path / "out", dequantize=True, dtype="float32")
+    expected = np.array(made(TOKENS))
+    np.testing.assert_allclose(output_of(tmp_path / "out"), expected, atol=2e-5)
+
+
 def test_an_unknown_architecture_keeps_its_names(tmp_path: Path) -> None:
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "mamba3")
     values = np.random.default_rng(0).standard_normal((8, 64), np.float32)
