@@ -19,6 +19,7 @@ from requant.nn import RotateQuantizedExperts, RotateQuantizedLinear
 from tests.formats.harness import check_fixture, fixture, read_file, read_folder
 from tests.formats.logits import TOKENS, dense_folder, logits
 from tests.formats.packers import gemm
+from tests.gguf_source.test_models import tiny, values
 from tests.road.conftest import write_file
 from tests.road.test_against_mlx_lm import model
 
@@ -215,33 +216,66 @@ def experts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, n
         before = "down" if "down_proj" in path else "gate_up"
         shared = f"{base}.experts.{before}_weight"
         parts = rotations.setdefault(shared, random_rotation(rng, array.shape[1]))
-        # Angles backwards, scales as divisors: the weight of the turned inputs.
-        freed = rotated(
-            array, parts["theta"], parts["pairs"], 1 / parts["channel_scales"].astype(float), GROUP
-        )
-        blocks = freed.reshape(len(array), -1, GROUP)
-        low, high = blocks.min(-1), blocks.max(-1)
-        scales = np.maximum((high - low) / 15, 1e-4).astype(np.float16)
-        zeros = np.clip(np.rint(-low / scales), 0, 15).astype(np.uint8)
-        wide = scales.astype(np.float64)[..., None]
-        codes = np.clip(np.rint(blocks / wide + zeros[..., None]), 0, 15).astype(np.uint8)
-        decoded = ((codes - zeros[..., None].astype(np.float64)) * wide).reshape(array.shape)
-        plain[name] = plain_rows(decoded, parts).astype(np.float32)
-        packed = gemm(codes.reshape(array.shape), zeros, scales)
+        packed, plain[name] = encoded(array, parts)
         stored |= {f"{path}.{role}": part for role, part in packed.items()}
     for shared, parts in rotations.items():
         stored |= {f"{shared}_{role}": part for role, part in parts.items()}
-    folder = tmp_path_factory.mktemp("experts")
-    write_file(folder / "model.safetensors", stored)
     config = json.loads((source / "config.json").read_text())
-    config["quantization_config"] = {
-        "quant_method": "paroquant",
-        "bits": 4,
-        "group_size": GROUP,
-        "krot": KROT,
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder, plain
+    return paroquant_folder(tmp_path_factory.mktemp("experts"), stored, config), plain
+
+
+def paroquant_folder(place: Path, stored: dict[str, np.ndarray], config: dict[str, Any]) -> Path:
+    write_file(place / "model.safetensors", stored)
+    block = {"quant_method": "paroquant", "bits": 4, "group_size": GROUP, "krot": KROT}
+    (place / "config.json").write_text(json.dumps(config | {"quantization_config": block}))
+    return place
+
+
+def encoded(
+    weight: np.ndarray, parts: dict[str, np.ndarray]
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """The tensors of a layer behind a rotation, and the plain weight that they stand for."""
+    # Angles forwards, scales as divisors: the weight of the turned inputs.
+    divisors = 1 / parts["channel_scales"].astype(np.float64)
+    freed = rotated(weight, parts["theta"], parts["pairs"], divisors, GROUP)
+    blocks = freed.reshape(len(weight), -1, GROUP)
+    low, high = blocks.min(-1), blocks.max(-1)
+    scales = np.maximum((high - low) / 15, 1e-4).astype(np.float16)
+    zeros = np.clip(np.rint(-low / scales), 0, 15).astype(np.uint8)
+    wide = scales.astype(np.float64)[..., None]
+    codes = np.clip(np.rint(blocks / wide + zeros[..., None]), 0, 15).astype(np.uint8)
+    decoded = ((codes - zeros[..., None].astype(np.float64)) * wide).reshape(weight.shape)
+    packed = gemm(codes.reshape(weight.shape), zeros, scales)
+    return packed, plain_rows(decoded, parts).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    "name", ["qwen2", "qwen3", "gemma2", "phi3", "granite", "olmo2", "seed_oss", "ministral3"]
+)
+def test_any_architecture(name: str, tmp_path: Path) -> None:
+    """Every linear layer of a model of any class, each behind a rotation of its own."""
+    made, config = tiny(name)
+    config.setdefault("tie_word_embeddings", False)
+    rng = np.random.default_rng(11)
+    stored, turned = {}, []
+    for key, array in values(made).items():
+        stored[key] = array
+        if key.endswith("_proj.weight"):
+            parts = random_rotation(rng, array.shape[1])
+            packed, plain = encoded(array, parts)
+            path = key.removesuffix(".weight")
+            stored |= {f"{path}.{role}": part for role, part in (packed | parts).items()}
+            del stored[key]
+            turned.append((key, mx.array(plain)))
+    source = paroquant_folder(tmp_path, stored, config)
+    weights, report = requant.mlx_lm.load_weights(source, dtype="float32")
+    loaded, _ = requant.mlx_lm._build(report.plan.config, weights)
+    layers = [x for _, x in loaded.named_modules() if isinstance(x, RotateQuantizedLinear)]
+    assert len(layers) == len(turned) >= 8
+    made.load_weights(turned, strict=False)
+    wanted = np.array(made(TOKENS))
+    found = np.array(loaded(TOKENS))
+    assert np.abs(found - wanted).max() <= 2e-5 * np.abs(wanted).max()
 
 
 def dense_logits(folder: Path, plain: dict[str, np.ndarray], place: Path) -> np.ndarray:

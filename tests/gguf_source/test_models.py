@@ -359,7 +359,27 @@ def test_llama_3_scaling_is_found_in_its_factors(tmp_path: Path) -> None:
 
 def test_architectures_are_all_here() -> None:
     assert set(OWN) == set(ARCHITECTURES)
-    assert set(KNOWN) == set(ARCHITECTURES.values())
+    assert set(KNOWN) == set(ARCHITECTURES.values()) | set(SEEING)
+
+
+SEEING = {"qwen2vl": "qwen2", "qwen3vl": "qwen3", "qwen3vlmoe": "qwen3_moe"}
+
+
+@pytest.mark.parametrize("architecture", SEEING)
+def test_language_parts_of_models_that_see(
+    architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files of Qwen's VL models hold the language model, which runs as the plain one."""
+    name = SEEING[architecture]
+    made, config = tiny(name)
+    config.setdefault("tie_word_embeddings", False)
+    monkeypatch.setitem(ARCHITECTURES, name, architecture)
+    write_gguf(tmp_path / "m.gguf", values(made), config)
+    plan = requant.plan(tmp_path / "m.gguf")
+    assert plan.config["model_type"] == name
+    requant.convert(tmp_path / "m.gguf", tmp_path / "out", dequantize=True, dtype="float32")
+    expected = np.array(made(TOKENS))
+    np.testing.assert_allclose(output_of(tmp_path / "out"), expected, atol=2e-5)
 
 
 def test_mistral3_without_scaled_attention_is_llama(tmp_path: Path) -> None:

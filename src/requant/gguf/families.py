@@ -211,6 +211,12 @@ _MINISTRAL_FAMILY = Family(
 _MIXTRAL_FAMILY = Family(
     "mixtral", "MixtralForCausalLM", {**_ATTENTION, **_MIXTRAL}, configure_mixtral, permuted=True
 )
+# The language parts of models that see: of text alone, their positions are those of the others.
+_FAMILIES |= {
+    "qwen2vl": _FAMILIES["qwen2"],
+    "qwen3vl": _FAMILIES["qwen3"],
+    "qwen3vlmoe": _FAMILIES["qwen3moe"],
+}
 ARCHITECTURES = (*_FAMILIES, "mistral3")
 """What ``general.architecture`` may say for names and config to be known."""
 
