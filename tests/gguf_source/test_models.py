@@ -289,6 +289,12 @@ def test_every_token_that_ends_an_answer(tokens: list[str], ends: list[int] | in
     ]
 
 
+def test_kinds_that_are_no_whole_numbers() -> None:
+    kinds = np.array([np.nan, np.inf, -np.inf, 1e300, 3.0])
+    values = {"tokenizer.ggml.tokens": tuple("abcdef"), "tokenizer.ggml.token_type": kinds}
+    assert token_kinds(Metadata("m.gguf", values)) == [1, 255, 0, 255, 3, 1]
+
+
 def test_numbers_that_sentencepiece_files_leave_out() -> None:
     """llama.cpp takes 1, 2 and 0; a number beyond the vocabulary is none."""
     values: dict[str, Any] = {

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from requant.gguf.metadata import Metadata
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
@@ -30,9 +32,16 @@ def token_kinds(metadata: Metadata) -> list[int]:
     """The kind of each token; what ends an answer is a control token whatever the file says."""
     tokens = metadata.words("tokenizer.ggml.tokens")
     found = metadata.numbers("tokenizer.ggml.token_type")
-    kinds = [] if found is None else [int(x) for x in found[: len(tokens)]]
+    kinds = [] if found is None else _whole(found[: len(tokens)])
     kinds += [NORMAL] * (len(tokens) - len(kinds))
     return [CONTROL if token in _ENDS else kind for token, kind in zip(tokens, kinds, strict=True)]
+
+
+def _whole(found: np.ndarray) -> list[int]:
+    """Kinds as whole numbers, whatever numbers a file has for them."""
+    wide = np.nan_to_num(found.astype(np.float64), nan=NORMAL)
+    kinds: list[int] = wide.clip(0, 255).astype(np.int64).tolist()
+    return kinds
 
 
 def special_id(metadata: Metadata, part: str) -> int | None:
