@@ -447,7 +447,10 @@ _PATTERN_PARTS = (
 )
 
 
-_ARCHITECTURES = ("llama", "qwen2moe", "qwen3", "gemma2", "gemma3", "phi3", "gpt-oss", "odd")
+_ARCHITECTURES = (
+    *("llama", "qwen2moe", "qwen3", "qwen3vl", "gemma2", "gemma3", "phi3", "gpt-oss"),
+    *("mistral3", "smollm3", "granite", "seed_oss", "olmo2", "odd"),
+)
 _SETTINGS = (
     "block_count",
     "context_length",
@@ -465,7 +468,13 @@ _SETTINGS = (
     "rope.scaling.type",
     "rope.scaling.factor",
     "rope.scaling.original_context_length",
+    "rope.scaling.yarn_beta_fast",
+    "rope.scaling.yarn_log_multiplier",
+    "attention.temperature_scale",
+    "attention.scale",
+    "logit_scale",
 )
+_FLOATS = ("eps", "freq", "scale", "factor", "yarn")  # parts of the settings' names
 _ROLES = (
     "attn_norm",
     "attn_q",
@@ -497,12 +506,28 @@ def _gguf_value(rng: random.Random, like: str) -> bytes:
     if kind == "bool":
         return struct.pack("<IB", 7, rng.randrange(2))
     if kind == "word":
-        words = ["gpt2", "llama", "qwen2", "yarn", "longrope", "linear", "none", "", "a b"]
+        words = [
+            "gpt2",
+            "llama",
+            "qwen2",
+            "tekken",
+            "default",
+            "yarn",
+            "longrope",
+            "linear",
+            "none",
+            "",
+            "a b",
+        ]
         return struct.pack("<I", 8) + _gguf_string(rng.choice(words))
     if kind == "ints":
         numbers = [rng.randrange(8) for _ in range(rng.randint(0, 6))]
+        if rng.random() < 0.1:
+            numbers[:1] = [rng.choice([float("nan"), float("inf"), 1e300])]
+            return struct.pack(f"<IIQ{len(numbers)}d", 9, 12, len(numbers), *numbers)
         return struct.pack(f"<IIQ{len(numbers)}i", 9, 5, len(numbers), *numbers)
-    words = [rng.choice(["a", "b", "ab", "\u2581a", "<s>", "a b", ""]) for _ in range(6)]
+    tokens = ["a", "b", "ab", "\u2581a", "<s>", "</s>", "<|end|>", "<|return|>", "a b", ""]
+    words = [rng.choice(tokens) for _ in range(6)]
     return struct.pack("<IIQ", 9, 8, len(words)) + b"".join(map(_gguf_string, words))
 
 
@@ -512,7 +537,7 @@ def gguf_file(rng: random.Random) -> bytes:
     keys = {"general.architecture": struct.pack("<I", 8) + _gguf_string(name)}
     for setting in _SETTINGS:
         if rng.random() < 0.9:
-            like = "float" if "eps" in setting or "freq" in setting else "int"
+            like = "float" if any(part in setting for part in _FLOATS) else "int"
             like = "word" if setting.endswith("type") else like
             keys[f"{name}.{setting}"] = _gguf_value(rng, like)
     for key, like in (
