@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 
@@ -242,3 +244,53 @@ def test_an_output_is_not_replaced(text: Path, tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="--force replaces it"):
         calibrate(LLAMA, output, text, tokens=96, window=WINDOW)
     assert output.read_bytes() == b"mine"
+
+
+class _Block(nn.Module):
+    def __call__(self, x: mx.array, mask: str | None = None) -> mx.array:
+        return x + (1 if mask is None else 2)
+
+
+class _Marked(_Block):
+    pass
+
+
+class _Model(nn.Module):
+    """Blocks of two kinds that are told apart by their class, as OLMo Hybrid's are."""
+
+    def __init__(self, between: int = 0, backwards: bool = False) -> None:
+        super().__init__()
+        self.layers = [_Block(), _Marked(), _Block()]
+        self.between, self.backwards = between, backwards
+
+    def __call__(self, ids: mx.array) -> mx.array:
+        h = mx.zeros((*ids.shape, 4))
+        for layer in self.layers[:: -1 if self.backwards else 1]:
+            h = layer(h, mask="causal") if isinstance(layer, _Marked) else layer(h)
+            h = h + self.between if self.between else h
+        return h
+
+
+def layered(model: Any) -> blocks.Layered:
+    plan = requant.plan(LLAMA, dequantize=True)
+    return blocks.Layered(model, replace(plan, steps=(), shards=()), None)
+
+
+def test_blocks_stay_of_their_class() -> None:
+    found, ids = layered(_Model()), np.arange(8)
+    calls = found.calls(ids, ids)
+    assert [call.kwargs for call in calls] == [{}, {"mask": "causal"}, {}]
+    hidden = found.embed(ids)
+    for block, call in zip(found.blocks, calls, strict=True):
+        hidden = found.step(block, hidden, call)
+    assert mx.array_equal(hidden, found.model(mx.array(ids[None])))
+    assert [type(block) for block in found.blocks] == [_Block, _Marked, _Block]
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [({"between": 1}, "change between its blocks"), ({"backwards": True}, "once each, in order")],
+)
+def test_blocks_that_do_not_hand_on_what_they_are_given(change: dict[str, Any], why: str) -> None:
+    with pytest.raises(blocks.NotLayered, match=why):
+        layered(_Model(**change)).calls(np.arange(8), np.arange(8))

@@ -39,19 +39,6 @@ class _Call:
     kwargs: dict[str, Any]
 
 
-class _Stub:
-    """Stands where a block does; has what the block has."""
-
-    def __init__(self, block: Module, act: Callable[..., Any]) -> None:
-        self._block, self._act = block, act
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._block, name)
-
-    def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> Any:
-        return self._act(x, args, kwargs)
-
-
 class Layered:
     """A model whose blocks are run one after the other over all windows.
 
@@ -131,12 +118,22 @@ class Layered:
 
     @contextmanager
     def _stubs(self, acts: Sequence[Callable[..., Any]]) -> Iterator[None]:
-        stubs = [_Stub(block, act) for block, act in zip(self.blocks, acts, strict=True)]
-        self.owner[self.attribute] = stubs
+        """Blocks that act otherwise; they stay what they are to the model's ``isinstance``."""
+        kinds = [type(block) for block in self.blocks]
+
+        def stub(kind: type, act: Callable[..., Any]) -> type:
+            def call(_: Any, x: mx.array, *args: Any, **kwargs: Any) -> Any:
+                return act(x, args, kwargs)
+
+            return type(kind.__name__, (kind,), {"__call__": call})
+
+        for block, kind, act in zip(self.blocks, kinds, acts, strict=True):
+            block.__class__ = stub(kind, act)
         try:
             yield
         finally:
-            self.owner[self.attribute] = self.blocks
+            for block, kind in zip(self.blocks, kinds, strict=True):
+                block.__class__ = kind
 
     def calls(self, first: np.ndarray, second: np.ndarray) -> list[_Call]:
         """How each block is called for any window of this length.
@@ -150,14 +147,17 @@ class Layered:
         return one
 
     def _calls(self, ids: np.ndarray) -> list[_Call]:
-
-        found: dict[int, _Call] = {}
+        found: list[_Call] = []
+        handed: list[mx.array] = []
 
         def act(number: int) -> Callable[..., Any]:
             def keep(x: mx.array, args: tuple[Any, ...], kwargs: dict[str, Any]) -> mx.array:
-                if number in found:
-                    raise NotLayered("a block is called twice")
-                found[number] = _Call(args, kwargs)
+                if number != len(found):
+                    raise NotLayered("its blocks are not called once each, in order")
+                if handed and x is not handed[0]:
+                    raise NotLayered("hidden states change between its blocks")
+                found.append(_Call(args, kwargs))
+                handed[:] = [x]
                 return x
 
             return keep
@@ -166,7 +166,7 @@ class Layered:
             _run(self.model, ids)
         if len(found) < len(self.blocks):
             raise NotLayered("not every block is called")
-        return [found[number] for number in range(len(self.blocks))]
+        return found
 
     def embed(self, ids: np.ndarray) -> mx.array:
         """What the first block is given for a window."""
