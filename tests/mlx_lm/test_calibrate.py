@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,14 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.models.switch_layers import SwitchGLU
 
 import requant
-from requant.calibration import blocks, calibrate
+from requant.calibration import blocks, calibrate, run
+from requant.calibration.collecting import Collector
 from requant.calibration.run import _Run
-from requant.errors import OutputError, UsageError
+from requant.errors import CheckpointError, OutputError, UsageError
 from requant.statistics import Importance, read_statistics
 from tests.mlx_lm.test_codes import as_awq
 from tests.road.test_against_mlx_lm import model
@@ -294,3 +299,145 @@ def test_blocks_stay_of_their_class() -> None:
 def test_blocks_that_do_not_hand_on_what_they_are_given(change: dict[str, Any], why: str) -> None:
     with pytest.raises(blocks.NotLayered, match=why):
         layered(_Model(**change)).calls(np.arange(8), np.arange(8))
+
+
+# -- layers ----------------------------------------------------------------------------------
+
+
+def test_an_embedding_counts_as_the_head_without_a_word_in_the_config(
+    text: Path, tmp_path: Path
+) -> None:
+    """Gemma's class is always tied, and its config.json need not say so."""
+    from mlx_lm.models.gemma import Model, ModelArgs
+
+    config = json.loads((LLAMA / "config.json").read_text())
+    del config["tie_word_embeddings"]
+    config |= {"model_type": "gemma", "architectures": ["GemmaForCausalLM"]}
+    folder = tmp_path / "gemma"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((LLAMA / name).read_bytes())
+    made = Model(ModelArgs.from_dict(config))
+    mx.save_safetensors(
+        str(folder / "model.safetensors"), dict(tree_flatten(made.parameters())), {"format": "mlx"}
+    )
+    output = tmp_path / "s.safetensors"
+    found = calibrate(folder, output, text, tokens=WINDOW, window=WINDOW)
+    assert not found.missed
+    assert entry(output, "model.embed_tokens", (1, 128)).weights(0) is not None
+
+
+@pytest.mark.parametrize("tokens", [5, 100])  # mlx-lm sorts rows by expert from 64 on
+def test_numpy_multiplies_as_mlx_does(tokens: int) -> None:
+    """Layers with and without bias; the fourth expert is never asked."""
+    rng = np.random.default_rng(tokens)
+    glu = SwitchGLU(16, 24, 4, bias=tokens == 5)
+    linear = nn.Linear(16, 8, bias=tokens == 5)
+    glu.apply(lambda p: mx.array(rng.normal(size=p.shape), mx.float32))
+    x = mx.array(rng.normal(size=(1, tokens, 16)), mx.float32)
+    chosen = mx.array([[rng.permutation(3)[:2].tolist() for _ in range(tokens)]], mx.uint32)
+    plain = glu(x, chosen), linear(x)
+    paths = {id(m): n for n, m in glu.named_modules()} | {id(linear): "linear"}
+    collector = Collector(paths, True, 1 << 30, with_numpy=True)
+    with collector.watching():
+        made = glu(x, chosen), linear(x)
+        collector.flush()
+    for ours, theirs in zip(made, plain, strict=True):
+        np.testing.assert_allclose(np.array(ours), np.array(theirs), rtol=1e-4, atol=1e-4)
+    assert collector.sums["down_proj"].count.sum() == 2 * tokens
+    assert collector.sums["down_proj"].count[3] == 0
+
+
+# -- texts, and what goes wrong --------------------------------------------------------------
+
+
+class _Letters:
+    def encode(self, text: str) -> list[int]:
+        return [ord(c) for c in text]
+
+
+def test_each_file_and_all_of_a_long_one_have_their_share(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long, other = tmp_path / "long.txt", tmp_path / "other.jsonl"
+    long.write_text("".join(chr(65 + n // 400) * 10 for n in range(8000)))
+    other.write_text("".join(json.dumps(chr(97 + n % 26) * 50) + "\n" for n in range(999)))
+    monkeypatch.setattr(run, "_PIECE_CHARS", 1000)
+    letters = run._windows(_Letters(), [long, other], 800, 10, 0).ravel()
+    assert len(letters) == 800 and 0.3 < (letters >= 97).mean() < 0.7
+    assert len({*letters[letters < 97].tolist()}) > 3
+    again = run._windows(_Letters(), [long, other], 800, 10, 0).ravel()
+    assert (letters == again).all()
+
+
+def test_inputs_that_are_no_numbers_are_named(text: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "nan"
+    folder.mkdir()
+    for path in LLAMA.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    weights = dict(mx.load(str(folder / "model.safetensors")))
+    name = "model.layers.1.mlp.up_proj.weight"
+    weights[name] = mx.where(mx.arange(128) == 3, mx.nan, weights[name])
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
+    with pytest.raises(CheckpointError) as refused:
+        calibrate(folder, tmp_path / "s.safetensors", text, tokens=96, window=WINDOW)
+    assert "nan cannot be calibrated" in str(refused.value)
+    assert [p.where for p in refused.value.problems] == ["model.layers.1.mlp.down_proj"]
+
+
+def test_two_runs_do_not_share_a_folder(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, told = tmp_path / "s.safetensors", {"tokens": 96, "window": WINDOW}
+    real, refused = _Run._keep, []
+
+    def keep(self: Any, *args: Any) -> None:
+        monkeypatch.setattr(_Run, "_keep", real)
+        with pytest.raises(OutputError, match="being written by another process"):
+            calibrate(LLAMA, output, text, **told)
+        refused.append(args)
+        real(self, *args)
+
+    monkeypatch.setattr(_Run, "_keep", keep)
+    calibrate(LLAMA, output, text, **told)
+    assert len(refused) == 1 and output.exists()
+
+
+def test_hidden_states_that_were_cut_are_noticed(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, told = tmp_path / "s.safetensors", {"tokens": 96, "window": WINDOW}
+    real = _Run._keep
+
+    def keep(self: Any, *args: Any) -> None:
+        real(self, *args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(_Run, "_keep", keep)
+        calibrate(LLAMA, output, text, **told)
+    hidden = tmp_path / ".s.safetensors.requant-calibrating" / "hidden-0"
+    hidden.write_bytes(hidden.read_bytes()[:-1])
+    with pytest.raises(OutputError, match="--no-resume starts over"):
+        calibrate(LLAMA, output, text, **told)
+    calibrate(LLAMA, output, text, **told, resume=False)
+    assert output.exists()
+
+
+def test_a_full_disk_is_an_error_and_not_a_signal(text: Path, tmp_path: Path) -> None:
+    """A limit on the size of files stands for the disk."""
+    code = (
+        "import resource, signal, sys, requant\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "def full(*_):\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (30000, 30000))\n"
+        "try:\n"
+        "    requant.calibrate(*sys.argv[1:], tokens=96, window=48, progress=full)\n"
+        "except requant.OutputError as error:\n"
+        "    print(error)\n"
+    )
+    command = [sys.executable, "-c", code, LLAMA, tmp_path / "s.safetensors", text]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert "hidden-1: File too large" in done.stdout, done.stderr
+    assert calibrate(LLAMA, tmp_path / "s.safetensors", text, tokens=96, window=WINDOW).blockwise

@@ -3,6 +3,8 @@
 The layers are watched by their classes' ``__call__``: MLX's ``Linear``, mlx-lm's ``SwitchLinear``
 (experts, each by its own tokens) and the embedding where it is the head. Sums are of float64,
 Hessians of float32, so that they grow with a layer and not with the text.
+
+On a CPU what is watched can be multiplied by NumPy, whose BLAS is many times faster than MLX there.
 """
 
 from __future__ import annotations
@@ -10,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -40,6 +41,10 @@ class Sums:
         self.absolutes[expert] += np.abs(x).sum(0, dtype=np.float64)
         if self.products is not None:
             self.products[expert] += x.T @ x
+
+    def are_finite(self) -> bool:
+        """Whether none is NaN or infinite."""
+        return bool(np.isfinite(self.squares).all())
 
     def statistics(self) -> LayerStatistics:
         """The means; zeros where nothing was seen."""
@@ -81,9 +86,18 @@ class Collector:
     """
 
     def __init__(
-        self, paths: Mapping[int, str], with_hessians: bool, most_hessian_bytes: int
+        self,
+        paths: Mapping[int, str],
+        with_hessians: bool,
+        most_hessian_bytes: int,
+        *,
+        with_numpy: bool = False,
     ) -> None:
-        """Watch the layers of ``paths``: ``id`` of a module -> its path."""
+        """Watch the layers of ``paths``: ``id`` of a module -> its path.
+
+        ``with_numpy``: evaluate at once, and multiply by NumPy, what is float32.
+        """
+        self.with_numpy = with_numpy
         self.paths, self.with_hessians, self.most = paths, with_hessians, most_hessian_bytes
         self.sums: dict[str, Sums] = {}
         self.too_wide: set[str] = set()
@@ -97,29 +111,41 @@ class Collector:
         from mlx.nn.layers.linear import Linear
         from mlx_lm.models.switch_layers import SwitchLinear
 
-        kinds: tuple[tuple[type, str, Callable[..., None]], ...] = (
+        kinds: tuple[tuple[type, str, Callable[..., mx.array | None]], ...] = (
             (Linear, "__call__", self._linear),
             (SwitchLinear, "__call__", self._experts),
-            (Embedding, "as_linear", self._linear),
+            (Embedding, "as_linear", self._head),
         )
         before = [getattr(kind, name) for kind, name, _ in kinds]
         try:
-            for (kind, name, note), original in zip(kinds, before, strict=True):
-                setattr(kind, name, _watched(original, note))
+            for (kind, name, watch), original in zip(kinds, before, strict=True):
+                setattr(kind, name, _watched(original, watch))
             yield
         finally:
             for (kind, name, _), original in zip(kinds, before, strict=True):
                 setattr(kind, name, original)
 
-    def _linear(self, layer: Module, x: mx.array, *_: Any, **__: Any) -> None:
+    def _head(self, layer: Module, x: mx.array) -> None:
         path = self.paths.get(id(layer))
         if path is not None:
             self._note(_Note(path, x, None, 1))
 
-    def _experts(self, layer: Module, x: mx.array, indices: mx.array, *_: Any, **__: Any) -> None:
+    def _linear(self, layer: Module, x: mx.array) -> mx.array | None:
+        self._head(layer, x)
+        return _product(layer, x) if self._multiplies(layer) else None
+
+    def _experts(
+        self, layer: Module, x: mx.array, indices: mx.array, *_: Any, **__: Any
+    ) -> mx.array | None:
         path = self.paths.get(id(layer))
         if path is not None:
             self._note(_Note(path, x, indices, layer.weight.shape[0]))
+        return _products(layer, x, indices) if self._multiplies(layer) else None
+
+    def _multiplies(self, layer: Module) -> bool:
+        import mlx.core as mx
+
+        return self.with_numpy and id(layer) in self.paths and layer.weight.dtype == mx.float32
 
     def _note(self, note: _Note) -> None:
         self.called.add(note.path)
@@ -152,16 +178,9 @@ class Collector:
             x = np.array(note.x.astype(mx.float32), copy=False).reshape(-1, n_in)
             found.add(x)
             return
-        # One row an index: (..., 1, in) spreads over the experts that it goes to.
-        spread = mx.broadcast_to(note.x, (*note.experts.shape, *note.x.shape[-2:]))
-        x = np.array(spread.astype(mx.float32)).reshape(-1, n_in)
-        indices = np.array(note.experts).reshape(-1)
-        order = np.argsort(indices, kind="stable")
-        ordered = indices[order]
-        borders = [0, *(np.flatnonzero(np.diff(ordered)) + 1).tolist(), len(ordered)]
-        for first, last in pairwise(borders):
-            if last > first:
-                found.add(x[order[first:last]], int(ordered[first]))
+        x = _rows_of_experts(note.x, note.experts)
+        for expert, places in _by_expert(note.x, note.experts):
+            found.add(x[places], expert)
 
     def missed(self, paths: Collection[str]) -> list[str]:
         """Of ``paths``, those that were never called."""
@@ -176,9 +195,50 @@ def _share(note: _Note, other: _Note) -> bool:
     return mine is not None and theirs is not None and theirs in same_input(mine)
 
 
-def _watched(original: Callable[..., Any], note: Callable[..., None]) -> Callable[..., Any]:
+def _watched(
+    original: Callable[..., Any], watch: Callable[..., mx.array | None]
+) -> Callable[..., Any]:
     def call(layer: Any, *args: Any, **kwargs: Any) -> Any:
-        note(layer, *args, **kwargs)
-        return original(layer, *args, **kwargs)
+        made = watch(layer, *args, **kwargs)
+        return original(layer, *args, **kwargs) if made is None else made
 
     return call
+
+
+def _rows_of_experts(x: mx.array, indices: mx.array) -> np.ndarray:
+    """Float32 ``(rows, in)``: a row an index, ``(..., 1, in)`` spread over those it goes to."""
+    import mlx.core as mx
+
+    spread = mx.broadcast_to(x, (*indices.shape, *x.shape[-2:]))
+    return np.array(spread.astype(mx.float32)).reshape(-1, x.shape[-1])
+
+
+def _by_expert(x: mx.array, indices: mx.array) -> Iterator[tuple[int, np.ndarray]]:
+    """Each expert that is asked, and which rows it is given."""
+    asked = np.repeat(np.array(indices).reshape(-1), x.shape[-2])
+    order = np.argsort(asked, kind="stable")
+    experts, starts = np.unique(asked[order], return_index=True)
+    for expert, places in zip(experts, np.split(order, starts[1:]), strict=True):
+        yield int(expert), places
+
+
+def _product(layer: Any, x: mx.array) -> mx.array:
+    import mlx.core as mx
+
+    rows = np.array(x.astype(mx.float32), copy=False).reshape(-1, x.shape[-1])
+    made = rows @ np.array(layer.weight, copy=False).T
+    if "bias" in layer:
+        made += np.array(layer.bias, copy=False)
+    return mx.array(made.reshape(*x.shape[:-1], -1))
+
+
+def _products(layer: Any, x: mx.array, indices: mx.array) -> mx.array:
+    import mlx.core as mx
+
+    rows, weight = _rows_of_experts(x, indices), np.array(layer.weight, copy=False)
+    made = np.empty((len(rows), weight.shape[1]), np.float32)
+    for expert, places in _by_expert(x, indices):
+        made[places] = rows[places] @ weight[expert].T
+        if "bias" in layer:
+            made[places] += np.array(layer.bias, copy=False)[expert]
+    return mx.array(made.reshape(*indices.shape, x.shape[-2], -1))

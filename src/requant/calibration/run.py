@@ -23,7 +23,14 @@ from requant.blueprint import Plan
 from requant.calibration.blocks import Layered, NotLayered
 from requant.calibration.collecting import Collector
 from requant.conversion import Source
-from requant.errors import BackendError, OutputError, UsageError
+from requant.errors import (
+    BackendError,
+    CheckpointError,
+    OutputError,
+    Problem,
+    UsageError,
+    cannot_be,
+)
 from requant.evaluation import on_cpu, read_documents
 from requant.hub import find_repository, reach
 from requant.mlx_lm import Loaded, check_installed, load_tokenizer, load_with_report, skeleton
@@ -31,6 +38,7 @@ from requant.planner import make_plan
 from requant.record import version
 from requant.statistics.files import merge_statistics, write_statistics
 from requant.wishes import Wishes
+from requant.writer import lock_staging
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -40,6 +48,7 @@ DEFAULT_WINDOW = 512
 DEFAULT_TEXT = Path(__file__).parent.parent / "assets" / "calibration.txt"
 # Of all Hessians of one layer; a wider layer is left out, and named.
 MOST_HESSIAN_BYTES = 4 << 30
+_PIECE_CHARS = 1 << 18  # of a longer text, pieces are drawn
 _READ_AHEAD = 8  # times the tokens wanted are read, for windows from all over the text
 
 Told = Callable[[str, int, int], None]
@@ -82,6 +91,7 @@ class Calibration:
         return asdict(self)
 
 
+@cannot_be("calibrated")
 def calibrate(
     model: Source,
     output: Source,
@@ -140,20 +150,6 @@ def calibrate(
     )
     plan = make_plan(reach(model, find_repository(model, revision), wishes.config_from), wishes)
     ids = _windows(load_tokenizer(model, plan), _texts(text), tokens, window, seed)
-    run = _Run(plan, ids, hessian, place, resume, threads, progress)
-    try:
-        made = run.blockwise()
-    except NotLayered as error:
-        run.start_over()
-        loaded = load_with_report(
-            model,
-            dequantize=True,
-            dtype=wishes.dtype and "float32",
-            revision=revision,
-            config_from=config_from,
-            threads=threads,
-        )
-        made = run.whole(loaded, str(error))
     metadata = {
         "requant": version(),
         "tokens": str(ids.size),
@@ -161,7 +157,21 @@ def calibrate(
         "seed": str(seed),
         "text_sha256": hashlib.sha256(ids.tobytes()).hexdigest(),
     }
-    run.finish(metadata)
+    with _Run(plan, ids, hessian, place, resume, threads, progress) as run:
+        try:
+            made = run.blockwise()
+        except NotLayered as error:
+            run.start_over()
+            loaded = load_with_report(
+                model,
+                dequantize=True,
+                dtype=wishes.dtype and "float32",
+                revision=revision,
+                config_from=config_from,
+                threads=threads,
+            )
+            made = run.whole(loaded, str(error))
+        run.finish(metadata)
     return Calibration(
         source=str(model),
         output=str(place),
@@ -197,12 +207,13 @@ def _windows(
         UsageError: The texts do not fill one window, or cannot be read.
     """
     ids: list[int] = []
-    for path in texts:
+    for number, path in enumerate(texts, 1):
+        most = _READ_AHEAD * tokens * number // len(texts)  # each file has its share
         try:
-            for document in read_documents(path):
-                ids += tokenizer.encode(document)
-                if len(ids) >= _READ_AHEAD * tokens:
+            for piece in _pieces(path, seed):
+                if len(ids) >= most:
                     break
+                ids += tokenizer.encode(piece)
         except OSError as error:
             raise UsageError(f"--text {path}: {error.strerror or error}") from error
     count = len(ids) // window
@@ -213,6 +224,17 @@ def _windows(
     wanted = min(tokens // window, count)
     taken = np.sort(np.random.default_rng(seed).permutation(count)[:wanted])
     return cut[taken]
+
+
+def _pieces(path: Path, seed: int) -> Iterator[str]:
+    """The documents of a file in an order of the seed's; long ones in pieces."""
+    pieces = [
+        document[start : start + _PIECE_CHARS]
+        for document in read_documents(path)
+        for start in range(0, len(document), _PIECE_CHARS)
+    ]
+    for number in np.random.default_rng(seed).permutation(len(pieces)):
+        yield pieces[number]
 
 
 class _Run:
@@ -232,10 +254,23 @@ class _Run:
         self.threads, self.progress = threads, progress
         self.folder = output.with_name(f".{output.name}.requant-calibrating")
         told = [plan.hash, version(), hessian, list(ids.shape)]
+        self._lock = self._locked()
         self.key = hashlib.sha256(json.dumps(told).encode() + ids.tobytes()).hexdigest()
-        self.state = self._kept() if resume else {}
+        self.state: dict[str, Any] = {}
+        self.resume = resume
+
+    def __enter__(self) -> _Run:
+        self.state = self._kept() if self.resume else {}
         if not self.state:
             self.start_over()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._lock)
+
+    def _locked(self) -> int:
+        with _writing(self.folder):
+            return lock_staging(self.folder, self.output)
 
     # -- what is kept ----------------------------------------------------------------------
 
@@ -249,11 +284,9 @@ class _Run:
 
     def start_over(self) -> None:
         """Forget what an earlier run left."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-        try:
-            self.folder.mkdir()
-        except OSError as error:
-            raise OutputError(f"{self.folder}: {error.strerror or error}") from error
+        for path in self.folder.iterdir():
+            if path.name != "lock":
+                path.unlink()
         self.state = {"key": self.key, "done": -1, "parts": [], "too_wide": [], "called": []}
 
     def _say(self, what: str, done: int, of: int) -> None:
@@ -261,7 +294,16 @@ class _Run:
             self.progress(what, done, of)
 
     def _keep(self, collector: Collector, done: int) -> None:
-        """Write the sums of a block; from now on it is done."""
+        """Write the sums of a block; from now on it is done.
+
+        Raises:
+            CheckpointError: They hold NaN or infinity.
+        """
+        spoiled = [path for path, sums in collector.sums.items() if not sums.are_finite()]
+        if spoiled:
+            message = "the text's inputs become NaN or infinite: weights before it hold such values"
+            problems = [Problem(path, message) for path in spoiled]
+            raise CheckpointError(str(self.plan.source), problems)
         name = f"{done:05d}.safetensors"
         layers = {path: sums.statistics() for path, sums in collector.sums.items()}
         hessians = {
@@ -270,7 +312,8 @@ class _Run:
             if sums.products is not None
         }
         if layers:
-            write_statistics(self.folder / name, layers, hessians)
+            with _writing(self.folder / name):
+                write_statistics(self.folder / name, layers, hessians)
         parts = [*self.state["parts"], name] if layers else self.state["parts"]
         self.state = {
             "key": self.key,
@@ -280,7 +323,7 @@ class _Run:
             "called": sorted({*self.state["called"], *collector.called}),
         }
         hidden = self.folder / "state.new"
-        with hidden.open("w", encoding="utf-8") as file:
+        with _writing(hidden), hidden.open("w", encoding="utf-8") as file:
             json.dump(self.state, file)
             file.flush()
             os.fsync(file.fileno())
@@ -289,10 +332,8 @@ class _Run:
     def finish(self, metadata: dict[str, str]) -> None:
         """Put the parts together under the output's name."""
         parts = [self.folder / name for name in self.state["parts"]]
-        try:
+        with _writing(self.output):
             merge_statistics(parts, self.output, metadata)
-        except OSError as error:
-            raise OutputError(f"{self.output}: {error.strerror or error}") from error
         shutil.rmtree(self.folder, ignore_errors=True)
 
     # -- runs ------------------------------------------------------------------------------
@@ -307,50 +348,46 @@ class _Run:
 
         model = skeleton(self.plan)
         layered = Layered(model, self.plan, self.threads)
-        watched = _watched(model, self.plan)
+        watched = _watched(model)
         layered.load_rest()
         calls = layered.calls(self.ids[0], self.ids[-1])
         first = layered.embed(self.ids[0])
         steps = len(layered.blocks) + 2
         shape = (*self.ids.shape, first.shape[-1])
         if self.state["done"] < 0:
-            states = self._states(0, shape, "w+")
-            for number, row in enumerate(self.ids):
-                states[number] = _numpy(layered.embed(row))
-            states.flush()
+            self._put(0, (_numpy(layered.embed(row)) for row in self.ids))
             self._keep(Collector({}, False, 0), 0)
         for number, call in list(enumerate(calls))[self.state["done"] :]:
             self._say(f"block {number + 1} of {len(calls)}", number + 1, steps)
-            before = self._states(number, shape, "r")
-            after = self._states(number + 1, shape, "w+")
-            collector = self._collector(watched)
+            collector = self._collector(watched, with_numpy=on_cpu())
             with collector.watching(), layered.block(number) as block:
-                for at, row in enumerate(before):
+
+                def through(row: np.ndarray) -> np.ndarray:
                     hidden = mx.array(row[None]).astype(first.dtype)
-                    made = layered.step(block, hidden, call)
                     with _failing():
-                        collector.flush(made)
-                    after[at] = _numpy(made)
-            after.flush()
+                        made = layered.step(block, hidden, call)  # noqa: B023
+                        collector.flush(made)  # noqa: B023
+                    return _numpy(made)
+
+                self._put(number + 1, map(through, self._states(number, shape)))
             self._keep(collector, number + 1)
         if self.state["done"] == len(calls):
             self._say("head", steps - 1, steps)
             collector = self._collector(watched)
-            last = self._states(len(calls), shape, "r")
             with collector.watching():
-                for row, hidden in zip(self.ids, last, strict=True):
+                for row, hidden in zip(self.ids, self._states(len(calls), shape), strict=True):
                     layered.finish(row, mx.array(hidden[None]).astype(first.dtype))
                     with _failing():
                         collector.flush()
             self._keep(collector, len(calls) + 1)
         self._say("writing", steps, steps)
-        return self._told(watched, "")
+        return self._told(watched, _embeddings(model), "")
 
     def whole(self, loaded: Loaded, why: str) -> dict[str, Any]:
         """Run the whole model, window by window."""
         import mlx.core as mx
 
-        watched = _watched(loaded.model, self.plan)
+        watched = _watched(loaded.model)
         collector = self._collector(watched)
         with collector.watching():
             for number, row in enumerate(self.ids):
@@ -358,16 +395,34 @@ class _Run:
                 with _failing():
                     collector.flush(loaded.model(mx.array(row[None])))
         self._keep(collector, 0)
-        return self._told(watched, why)
+        return self._told(watched, _embeddings(loaded.model), why)
 
-    def _collector(self, watched: dict[int, str]) -> Collector:
-        return Collector(watched, self.hessian, MOST_HESSIAN_BYTES)
+    def _collector(self, watched: dict[int, str], *, with_numpy: bool = False) -> Collector:
+        return Collector(watched, self.hessian, MOST_HESSIAN_BYTES, with_numpy=with_numpy)
 
-    def _states(self, number: int, shape: tuple[int, ...], mode: Any) -> np.memmap:
-        """Hidden states before block ``number``; two files take turns."""
-        return np.memmap(self.folder / f"hidden-{number % 2}", np.float32, mode, shape=shape)
+    # Hidden states before a block, float32, a window after the other; two files take turns.
 
-    def _told(self, watched: dict[int, str], why: str) -> dict[str, Any]:
+    def _put(self, number: int, states: Iterator[np.ndarray]) -> None:
+        path = self.folder / f"hidden-{number % 2}"
+        with _writing(path), path.open("wb") as file:
+            for row in states:
+                file.write(np.ascontiguousarray(row, np.float32).data)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _states(self, number: int, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
+        path = self.folder / f"hidden-{number % 2}"
+        with path.open("rb") as file:
+            for _ in range(shape[0]):
+                row = np.empty(shape[1:], np.float32)
+                if file.readinto(row.data.cast("B")) < row.nbytes:
+                    message = "is not what the stopped run left; --no-resume starts over"
+                    raise OutputError(f"{path}: {message}")
+                yield row
+
+    def _told(
+        self, watched: dict[int, str], embeddings: dict[int, str], why: str
+    ) -> dict[str, Any]:
         from requant.statistics import read_statistics
 
         parts = [read_statistics(self.folder / name) for name in self.state["parts"]]
@@ -377,22 +432,31 @@ class _Run:
             "layers": len(seen),
             "hessians": sum(entry.hessian is not None for _, entry in seen),
             "too_wide": tuple(self.state["too_wide"]),
-            "missed": tuple(x for x in watched.values() if x not in self.state["called"]),
+            "missed": tuple(
+                path
+                for path in watched.values()
+                if path not in self.state["called"] and path not in embeddings.values()
+            ),
             "unseen": {name: count for name, count in unseen.items() if count},
             "blockwise": not why,
             "why": why,
         }
 
 
-def _watched(model: Any, plan: Plan) -> dict[int, str]:
-    """The layers to watch: ``id`` -> path. An embedding counts where it is the head."""
-    from mlx.nn.layers.embedding import Embedding
+def _watched(model: Any) -> dict[int, str]:
+    """The layers to watch: ``id`` -> path. An embedding is called as one where it is the head."""
     from mlx.nn.layers.linear import Linear
     from mlx_lm.models.switch_layers import SwitchLinear
 
-    tied = bool(plan.config.get("tie_word_embeddings"))
-    kinds = (Linear, SwitchLinear, Embedding) if tied else (Linear, SwitchLinear)
-    return {id(m): path for path, m in model.named_modules() if isinstance(m, kinds)}
+    kinds = (Linear, SwitchLinear)
+    found = {id(m): path for path, m in model.named_modules() if isinstance(m, kinds)}
+    return found | _embeddings(model)
+
+
+def _embeddings(model: Any) -> dict[int, str]:
+    from mlx.nn.layers.embedding import Embedding
+
+    return {id(m): path for path, m in model.named_modules() if isinstance(m, Embedding)}
 
 
 def _numpy(x: mx.array) -> np.ndarray:
@@ -400,6 +464,17 @@ def _numpy(x: mx.array) -> np.ndarray:
 
     made: np.ndarray = np.array(x.astype(mx.float32))[0]
     return made
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """What the system refuses is about the output."""
+    try:
+        yield
+    except OutputError:
+        raise
+    except OSError as error:
+        raise OutputError(f"{path}: {error.strerror or error}") from error
 
 
 @contextmanager
