@@ -303,7 +303,8 @@ template <int BITS>
 REQUANT_INLINE Lanes nearest_element(Lanes a) {
   if constexpr (BITS == 4) {
     a = smaller(a, all(6.0f));
-    const Lanes magic = a < all(2.0f) ? all(4194304.0f) : a < all(4.0f) ? all(8388608.0f) : all(16777216.0f);
+    const Lanes power = Lanes(Mask(larger(a, all(1.0f))) & int32_t(kInf32));
+    const Lanes magic = Lanes(Mask(power) + (22 << 23));
     return (a + magic) - magic;
   } else {
     a = smaller(a, all(448.0f));
@@ -336,24 +337,13 @@ REQUANT_INLINE Mask clearly_less(Lanes error, Lanes ratio, Lanes rule, Lanes rul
   return error * 1.005f + slack < rule;
 }
 
-// Codes of one group for a scale, packed at out.
+// Nearest elements' codes of one group for a scale.
 template <class T, int GROUP, int BITS>
-REQUANT_INLINE void encode_elements(const typename T::Stored* x, float scale, uint8_t* out) {
+REQUANT_INLINE void element_codes(const typename T::Stored* x, float scale, uint8_t* REQUANT_RESTRICT codes) {
   const float inverse = 1.0f / scale;
-  alignas(64) uint8_t codes[GROUP];
   alignas(64) float v[GROUP];
   for (int i = 0; i < GROUP; i++) v[i] = T::load(x[i]) * inverse;
   for (int i = 0; i < GROUP; i++) codes[i] = uint8_t(BITS == 4 ? encode_e2m1(v[i]) : encode_e4m3(v[i]));
-  if constexpr (BITS == 8) {
-    std::memcpy(out, codes, GROUP);
-  } else {
-    for (int i = 0; i < GROUP; i += 8) {
-      uint64_t eight;
-      std::memcpy(&eight, codes + i, 8);
-      const uint32_t word = uint32_t(squeeze<4>(eight));
-      std::memcpy(out + i / 2, &word, 4);
-    }
-  }
 }
 
 // mxfp4, mxfp8: the exponents beside the rule's.
@@ -396,46 +386,85 @@ size_t mx_search(const void* w_, size_t groups, size_t groups_per_row, const flo
       if (chosen[l] == scale[l]) continue;
       const size_t at = first + size_t(l);
       scales[at] = uint8_t(bits_of(chosen[l]) >> 23);
-      encode_elements<T, group, BITS>(w + at * group, chosen[l], out + at * (group * BITS / 8));
+      alignas(64) uint8_t codes[group];
+      element_codes<T, group, BITS>(w + at * group, chosen[l], codes);
+      pack_codes<BITS>(codes, group, out + at * (group * BITS / 8));
     }
   }
   return flushed;
 }
 
+// Thresholds of nvfp4 codes for each scale byte: [0] of MLX's rule, whose quotients are
+// rounded to T; [1] the halfway points themselves, for a nearest element.
+template <class T>
+struct Nvfp4SearchThresholds {
+  typename T::Key of[2][127][7];
+
+  Nvfp4SearchThresholds() {
+    const Nvfp4Thresholds<T> rule;
+    std::memcpy(of[0], rule.of, sizeof of[0]);
+    // Eight bits hold a product of the two; every dtype's mantissa has them.
+    for (int byte = 0; byte < 127; byte++)
+      for (int k = 0; k < 7; k++)
+        of[1][byte][k] = typename T::Key(T::store(kHalfways[k] * decode_e4m3(uint32_t(byte))));
+  }
+};
+
+// Sum of weight * (y - element * ratio)^2; y holds magnitudes.
+template <int GROUP, bool WEIGHTED>
+REQUANT_INLINE Lanes e2m1_error(const Lanes* REQUANT_RESTRICT y, const Lanes* REQUANT_RESTRICT h, Lanes ratio) {
+  const Lanes inverse = ratio > all(1e-30f) ? 1.0f / ratio : all(0.0f);
+  Lanes error = all(0.0f);
+  for (int i = 0; i < GROUP; i++) {
+    const Lanes product = nearest_element<4>(y[i] * inverse) * ratio;
+    const Lanes d = y[i] - product;
+    error += (WEIGHTED ? h[i] * d : d) * d;
+  }
+  return error;
+}
+
 // nvfp4: scale bytes around the rule's, which puts the largest value at element 6, up to
-// those that put it at element 4 (whose neighbour 3 lies nearer to it than 4 to 6).
+// those that put it at element 4 (whose neighbour 3 lies nearer to it than 4 to 6). The
+// rule's codes are not made first: a group is encoded once, for the byte that it ends with.
 template <class T, bool WEIGHTED>
 void nvfp4_search(const void* w_, size_t groups, size_t groups_per_row, const float* weights, bool best,
                   uint32_t* words, uint8_t* scales, const float* global_scale) {
+  using Stored = typename T::Stored;
+  static const Nvfp4SearchThresholds<T> thresholds;
   constexpr int group = 16;
+  const float enc = global_scale != nullptr ? 2688.0f / *global_scale : 1.0f;
   const float dec = global_scale != nullptr ? *global_scale / 2688.0f : 1.0f;
-  const auto* w = static_cast<const typename T::Stored*>(w_);
-  nvfp4_quantize<T>(w_, groups, words, scales, global_scale);
+  const auto* w = static_cast<const Stored*>(w_);
   auto* out = reinterpret_cast<uint8_t*>(words);
   constexpr int many[] = {-3, -2, -1, 1, 2, 3, 4, 5, 6};  // steps from the rule's byte
   constexpr int tries = int(sizeof many / sizeof *many);
 
   alignas(64) Lanes x[group], h[WEIGHTED ? group : 1];
-  alignas(64) float scale[kLanes];
-  alignas(64) float tops[kLanes];
+  alignas(64) float scale[kLanes], tops[kLanes];
   alignas(64) int32_t byte[kLanes], four[kLanes], chosen[kLanes];
+  alignas(64) uint8_t codes[kLanes * group];
   for (size_t first = 0; first < groups; first += kLanes) {
     const int count = int(groups - first < size_t(kLanes) ? groups - first : kLanes);
-    gather_groups<group>(count, T::load, [&](int l) { return w + (first + size_t(l)) * group; }, x);
+    gather_groups<group>(count, T::load, [&](int l) { return w + l * group; }, x);
     if constexpr (WEIGHTED) gather_weights<group>(weights, first, count, groups_per_row, h);
-    for (int l = 0; l < kLanes; l++) byte[l] = scales[first + size_t(l < count ? l : count - 1)];
+    Mask highest = {};  // by integers: NaN is the largest
+    for (int i = 0; i < group; i++) {
+      x[i] = magnitude(x[i]);
+      highest = Mask(x[i]) > highest ? Mask(x[i]) : highest;
+    }
+    const Lanes top = Lanes(highest);
+    std::memcpy(tops, &top, sizeof tops);
+    for (int l = 0; l < kLanes; l++) byte[l] = int32_t(encode_e4m3(T::round(tops[l] / 6.0f) * enc));
+    for (int l = 0; l < kLanes; l++) four[l] = int32_t(encode_e4m3(tops[l] * 0.25f / dec));
     for (int l = 0; l < kLanes; l++) scale[l] = decode_e4m3(uint32_t(byte[l])) * dec;
     Lanes rule_scale;
     Mask rule_byte;
     std::memcpy(&rule_scale, scale, sizeof rule_scale);
     std::memcpy(&rule_byte, byte, sizeof rule_byte);
-    Lanes top = all(0.0f);
-    for (int i = 0; i < group; i++) top = larger(top, magnitude(x[i]));
-    std::memcpy(tops, &top, sizeof tops);
-    for (int l = 0; l < kLanes; l++) four[l] = int32_t(encode_e4m3(tops[l] * 0.25f / dec));
     const Lanes per_unit = 6.0f / top, rule_ratio = rule_scale * per_unit;
     const Mask sound = (top > all(1e-30f)) & (top < all(1e30f));
-    const Lanes rule = element_error<group, 4, WEIGHTED>(x, h, rule_scale, per_unit);
+    for (int i = 0; i < group; i++) x[i] *= per_unit;
+    const Lanes rule = e2m1_error<group, WEIGHTED>(x, h, rule_ratio);
     Lanes least = rule;
     Mask kept = rule_byte;
     for (int k = 0; k < (best ? tries : 1); k++) {
@@ -448,19 +477,27 @@ void nvfp4_search(const void* w_, size_t groups, size_t groups_per_row, const fl
       Mask other_byte;
       std::memcpy(&other_scale, scale, sizeof other_scale);
       std::memcpy(&other_byte, chosen, sizeof other_byte);
-      const Lanes error = element_error<group, 4, WEIGHTED>(x, h, other_scale, per_unit);
-      const Mask take = sound & (error < least) &
-                        clearly_less<group>(error, other_scale * per_unit, rule, rule_ratio, 6.0f);
+      const Lanes ratio = other_scale * per_unit;
+      const Lanes error = e2m1_error<group, WEIGHTED>(x, h, ratio);
+      const Mask take = sound & (error < least) & clearly_less<group>(error, ratio, rule, rule_ratio, 6.0f);
       kept = take ? other_byte : kept;
       least = take ? error : least;
     }
     std::memcpy(chosen, &kept, sizeof chosen);
-    for (int l = 0; l < count; l++) {
-      if (chosen[l] == byte[l]) continue;
-      const size_t at = first + size_t(l);
-      scales[at] = uint8_t(chosen[l]);
-      encode_elements<T, group, 4>(w + at * group, decode_e4m3(uint32_t(chosen[l])) * dec, out + at * (group / 2));
+    for (int j = 0; j < count; j++) {
+      const bool moved = chosen[j] != byte[j];
+      scales[j] = uint8_t(chosen[j]);
+      if (global_scale == nullptr && (moved || byte[j] != 0x7e))
+        count_thresholds<T, group>(w + j * group, thresholds.of[moved][chosen[j]], codes + j * group);
+      else if (moved)
+        element_codes<T, group, 4>(w + j * group, decode_e4m3(uint32_t(chosen[j])) * dec, codes + j * group);
+      else
+        nvfp4_codes<T>(w + j * group, tops[j], decode_e4m3(uint32_t(byte[j])), enc, codes + j * group);
     }
+    pack_codes<4>(codes, size_t(count) * group, out);
+    w += count * group;
+    out += size_t(count) * group / 2;
+    scales += count;
   }
 }
 

@@ -134,6 +134,30 @@ def test_same_bytes_for_any_chunk_and_build(mode, bits, group_size, level, isa):
             assert_same_bits(c, a)
 
 
+@pytest.mark.parametrize("global_scale", [None, 0.07, 3.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("level", LEVELS)
+def test_nvfp4_beside_the_rule(dtype, level, global_scale, isa):
+    """A group that keeps the rule's scale keeps its codes; one that does not loses less."""
+    w = np.concatenate([adversarial(dtype), *finite_inputs(dtype).values()])
+    spec = {"mode": "nvfp4", "bits": 4, "group_size": 16, "global_scale": global_scale}
+    rule, found = quantize(w, **spec), quantize(w, **spec, search=level)
+
+    kept = found[1] == rule[1]
+    eights = [words.view(np.uint64).reshape(kept.shape) for words in (rule[0], found[0])]
+    assert 0 < kept.mean() < 1
+    assert (eights[0] == eights[1])[kept].all()
+
+    before, after = (
+        (w.astype(np.float64) - dequantize(*parts, **spec, dtype=np.float32).astype(np.float64))
+        ** 2
+        for parts in (rule, found)
+    )
+    before, after = (squares.reshape(*kept.shape, 16).sum(-1) for squares in (before, after))
+    assert no_worse(after, before).all()
+    assert (after < before)[~kept & np.isfinite(before)].all()
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_any_bits_are_no_worse(data):
