@@ -92,6 +92,17 @@ def ours(path: Path, layers: Vectors, counts: Mapping[str, Any] | None = None) -
         ("model.layers.0.mlp.gate", None),
         ("model.layers.0.input_layernorm", None),
         ("vision_tower.blocks.0.norm1", None),
+        # Blocks of something else that are numbered from 0 too.
+        ("vision_tower.encoder.layers.0.self_attn.q_proj", None),
+        ("model.visual.blocks.0.attn.qkv_proj", None),
+        ("audio_tower.layers.0.fc1", None),
+        ("model.encoder.layers.0.self_attn.q_proj", None),
+        ("mtp.layers.0.mlp.down_proj", None),
+        ("multi_modal_projector.output", None),
+        ("model.layers.0.self_attn.indexer.wk", None),
+        ("model.layers.layers.3.mlp.down_proj", Key(3, "ffn_down")),
+        ("transformer.encoder.layers.2.self_attention.query_key_value", Key(2, "attn_qkv")),
+        ("language_model.model.layers.2.self_attn.o_proj", Key(2, "attn_output")),
     ],
 )
 def test_names(path: str, key: Key | None) -> None:

@@ -24,12 +24,19 @@ class Key(NamedTuple):
     expert: int | None = None
 
 
-_BLOCK = re.compile(r"(?:^|\.)(?:layers|blocks|block|h)\.(\d{1,6})\.(.+)")
+# What a language model's blocks stand in. Towers for images and sound, encoders and MTP heads
+# number their blocks from 0 too, and must not be taken for it.
+_TEXT = (
+    r"(?:(?:model|language_model|text_model|transformer|gpt_neox|backbone|decoder|layers|llm"
+    r"|base_model|thinker|transformer\.encoder)\.)*"
+)
+_BLOCK = re.compile(_TEXT + r"(?:layers|blocks|block|h)\.(\d{1,6})\.(.+)")
+_OUTSIDE = re.compile(_TEXT + r"(?:embeddings\.)?([a-z_]+)")
 _GGUF_BLOCK = re.compile(r"blk\.(\d{1,6})\.([a-z_0-9]+)(?:\.(\d{1,6}))?")
 _EXPERT = re.compile(r"(?:^|\.)experts\.(\d{1,6})\.")
 _EXPERTS = re.compile(r"(?:^|\.)(?:experts|switch_mlp|switch_glu)(?:\.|$)")
 _SHARED = re.compile(r"(?:^|\.)shared_(?:experts?|mlp)\.")
-_ATTENTION = re.compile(r"(?:^|\.)(?:self_attn|self_attention|attention|attn)\.")
+_ATTENTION = re.compile(r"(?:^|\.)(?:self_attn|self_attention|attention|attn)\.(?!indexer\.)")
 _TOP = {
     "embed_tokens": "token_embd",
     "tok_embeddings": "token_embd",
@@ -97,9 +104,10 @@ def key_of(path: str) -> Key | None:
         part, expert = found[2], found[3]
         number = None if expert is None else int(expert)
         return Key(int(found[1]), part if number is None else f"{part}_exps", number)
-    found = _BLOCK.search(path)
+    found = _BLOCK.fullmatch(path)
     if found is None:
-        top = _TOP.get(path.rpartition(".")[2])
+        outside = _OUTSIDE.fullmatch(path)
+        top = None if outside is None else _TOP.get(outside[1])
         return None if top is None else Key(-1, top)
     rest = found[2]
     last = rest.rpartition(".")[2]
