@@ -14,7 +14,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from mlx_lm.models.switch_layers import SwitchGLU
+from mlx_lm.models.switch_layers import SwitchGLU, SwitchLinear
 
 import requant
 from requant.calibration import blocks, calibrate, run
@@ -347,6 +347,35 @@ def test_numpy_multiplies_as_mlx_does(tokens: int) -> None:
         np.testing.assert_allclose(np.array(ours), np.array(theirs), rtol=1e-4, atol=1e-4)
     assert collector.sums["down_proj"].count.sum() == 2 * tokens
     assert collector.sums["down_proj"].count[3] == 0
+
+
+@pytest.mark.parametrize(
+    ("batch", "asked"), [((3, 1), (3, 2)), ((3, 2), (1, 2)), ((1, 2), (3, 1)), ((4,), (4,))]
+)
+def test_inputs_and_experts_spread_over_each_other(
+    batch: tuple[int, ...], asked: tuple[int, ...]
+) -> None:
+    """Two rows a place; the sums are those of a loop over places."""
+    rng = np.random.default_rng(len(asked))
+    stack = SwitchLinear(8, 5, 4, bias=False)
+    x = mx.array(rng.normal(size=(*batch, 2, 8)), mx.float32)
+    chosen = mx.array(rng.integers(0, 4, asked), mx.uint32)
+    collector = Collector({id(stack): "stack"}, False, 0, with_numpy=True)
+    with collector.watching():
+        made = stack(x, chosen)
+        collector.flush()
+    plain = stack(x, chosen)
+    assert made.shape == plain.shape
+    np.testing.assert_allclose(np.array(made), np.array(plain), rtol=1e-4, atol=1e-5)
+    shape = np.broadcast_shapes(batch, asked)
+    count, squares = np.zeros(4), np.zeros((4, 8))
+    rows = np.broadcast_to(np.array(x), (*shape, 2, 8))
+    experts = np.broadcast_to(np.array(chosen), shape)
+    for place in np.ndindex(shape):
+        count[experts[place]] += 2
+        squares[experts[place]] += (rows[place] ** 2).sum(0)
+    assert (collector.sums["stack"].count == count).all()
+    np.testing.assert_allclose(collector.sums["stack"].squares, squares, rtol=1e-5)
 
 
 # -- texts, and what goes wrong --------------------------------------------------------------

@@ -205,21 +205,27 @@ def _watched(
     return call
 
 
+def _batch(x: mx.array, indices: mx.array) -> tuple[int, ...]:
+    """Places that ask an expert: inputs ``(..., rows, in)`` and indices spread over each other."""
+    return np.broadcast_shapes(x.shape[:-2], indices.shape)
+
+
 def _rows_of_experts(x: mx.array, indices: mx.array) -> np.ndarray:
-    """Float32 ``(rows, in)``: a row an index, ``(..., 1, in)`` spread over those it goes to."""
+    """Float32 ``(places * rows, in)``: what each place gives the expert that it asks."""
     import mlx.core as mx
 
-    spread = mx.broadcast_to(x, (*indices.shape, *x.shape[-2:]))
+    spread = mx.broadcast_to(x, (*_batch(x, indices), *x.shape[-2:]))
     return np.array(spread.astype(mx.float32)).reshape(-1, x.shape[-1])
 
 
 def _by_expert(x: mx.array, indices: mx.array) -> Iterator[tuple[int, np.ndarray]]:
     """Each expert that is asked, and which rows it is given."""
-    asked = np.repeat(np.array(indices).reshape(-1), x.shape[-2])
+    places = np.broadcast_to(np.array(indices), _batch(x, indices))
+    asked = np.repeat(places.reshape(-1), x.shape[-2])
     order = np.argsort(asked, kind="stable")
     experts, starts = np.unique(asked[order], return_index=True)
-    for expert, places in zip(experts, np.split(order, starts[1:]), strict=True):
-        yield int(expert), places
+    for expert, rows in zip(experts, np.split(order, starts[1:]), strict=True):
+        yield int(expert), rows
 
 
 def _product(layer: Any, x: mx.array) -> mx.array:
@@ -241,4 +247,4 @@ def _products(layer: Any, x: mx.array, indices: mx.array) -> mx.array:
         made[places] = rows[places] @ weight[expert].T
         if "bias" in layer:
             made[places] += np.array(layer.bias, copy=False)[expert]
-    return mx.array(made.reshape(*indices.shape, x.shape[-2], -1))
+    return mx.array(made.reshape(*_batch(x, indices), x.shape[-2], -1))

@@ -388,7 +388,7 @@ class _Run:
         import mlx.core as mx
 
         watched = _watched(loaded.model)
-        collector = self._collector(watched)
+        collector = self._collector(watched, with_numpy=on_cpu())
         with collector.watching():
             for number, row in enumerate(self.ids):
                 self._say("window of text", number + 1, len(self.ids))
