@@ -465,6 +465,7 @@ def calibrate(
                 force=force,
                 resume=not no_resume,
                 progress=progress,
+                on_note=lambda note: _say(f"warning: {note}"),
             )
         if json:
             _print_json(found.to_dict())

@@ -415,6 +415,26 @@ def test_inputs_that_are_no_numbers_are_named(text: Path, tmp_path: Path) -> Non
     assert [p.where for p in refused.value.problems] == ["model.layers.1.mlp.down_proj"]
 
 
+def test_layers_too_wide_for_a_hessian_are_named_beforehand(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "MOST_HESSIAN_BYTES", 4 * 128 * 128)
+    told: list[str] = []
+    made = calibrate(
+        LLAMA,
+        tmp_path / "s.safetensors",
+        text,
+        hessian=True,
+        tokens=96,
+        window=WINDOW,
+        progress=lambda what, *_: told.append(what),
+        on_note=told.append,
+    )
+    wide = tuple(f"model.layers.{number}.mlp.down_proj" for number in range(4))
+    assert tuple(line.split(":")[0] for line in told[:4]) == wide == made.too_wide
+    assert told[4].startswith("block 1")
+
+
 def test_two_runs_do_not_share_a_folder(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,6 +108,7 @@ def calibrate(
     force: bool = False,
     resume: bool = True,
     progress: Told | None = None,
+    on_note: Callable[[str], None] | None = None,
 ) -> Calibration:
     """Run a model over a text, and write what the inputs of its layers look like.
 
@@ -130,6 +132,7 @@ def calibrate(
         force: Replace ``output``.
         resume: Go on where the same call was stopped before; False starts over.
         progress: Called with what is done, how many, and of how many.
+        on_note: Called before the model is run, with what the file will lack.
 
     Raises:
         CheckpointError: The model cannot be read, or mlx-lm has no class for it.
@@ -157,7 +160,7 @@ def calibrate(
         "seed": str(seed),
         "text_sha256": hashlib.sha256(ids.tobytes()).hexdigest(),
     }
-    with _Run(plan, ids, hessian, place, resume, threads, progress) as run:
+    with _Run(plan, ids, hessian, place, resume, threads, progress, on_note) as run:
         try:
             made = run.blockwise()
         except NotLayered as error:
@@ -249,9 +252,10 @@ class _Run:
         resume: bool,
         threads: int | None,
         progress: Told | None,
+        on_note: Callable[[str], None] | None,
     ) -> None:
         self.plan, self.ids, self.hessian, self.output = plan, ids, hessian, output
-        self.threads, self.progress = threads, progress
+        self.threads, self.progress, self.on_note = threads, progress, on_note
         self.folder = output.with_name(f".{output.name}.requant-calibrating")
         told = [plan.hash, version(), hessian, list(ids.shape)]
         self._lock = self._locked()
@@ -271,6 +275,20 @@ class _Run:
     def _locked(self) -> int:
         with _writing(self.folder):
             return lock_staging(self.folder, self.output)
+
+    def _announce(self, model: Any) -> None:
+        """Name the layers that are too wide for a Hessian, once, before the long work."""
+        embeddings = _embeddings(model).values()
+        modules = dict(model.named_modules())
+        for path in sorted(_watched(model).values()) if self.hessian and self.on_note else ():
+            *stack, _, n_in = modules[path].weight.shape
+            nbytes = 4 * prod(stack) * n_in * n_in
+            if nbytes > MOST_HESSIAN_BYTES and path not in embeddings and self.on_note:
+                self.on_note(
+                    f"{path}: its Hessian would take {nbytes:,} bytes, more than "
+                    f"{MOST_HESSIAN_BYTES:,}: it gets none"
+                )
+        self.on_note = None
 
     # -- what is kept ----------------------------------------------------------------------
 
@@ -349,6 +367,7 @@ class _Run:
         model = skeleton(self.plan)
         layered = Layered(model, self.plan, self.threads)
         watched = _watched(model)
+        self._announce(model)
         layered.load_rest()
         calls = layered.calls(self.ids[0], self.ids[-1])
         first = layered.embed(self.ids[0])
@@ -388,6 +407,7 @@ class _Run:
         import mlx.core as mx
 
         watched = _watched(loaded.model)
+        self._announce(loaded.model)
         collector = self._collector(watched, with_numpy=on_cpu())
         with collector.watching():
             for number, row in enumerate(self.ids):
