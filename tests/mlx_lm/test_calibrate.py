@@ -463,13 +463,15 @@ def test_hidden_states_that_were_cut_are_noticed(
         real(self, *args)
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as stopped:
         patch.setattr(_Run, "_keep", keep)
         calibrate(LLAMA, output, text, **told)
+    assert "the same command goes on" in stopped.value.__notes__[0]
     hidden = tmp_path / ".s.safetensors.requant-calibrating" / "hidden-0"
     hidden.write_bytes(hidden.read_bytes()[:-1])
-    with pytest.raises(OutputError, match="--no-resume starts over"):
+    with pytest.raises(OutputError, match="--no-resume starts over") as cut:
         calibrate(LLAMA, output, text, **told)
+    assert not getattr(cut.value, "__notes__", [])
     calibrate(LLAMA, output, text, **told, resume=False)
     assert output.exists()
 

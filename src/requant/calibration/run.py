@@ -269,8 +269,14 @@ class _Run:
             self.start_over()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         os.close(self._lock)
+        done = self.state.get("done", -1)
+        if isinstance(error, KeyboardInterrupt | OSError) and done >= 0:
+            error.add_note(
+                f"blocks done and kept in {self.folder}: {done}; the same command goes on from "
+                "there, --no-resume starts over"
+            )
 
     def _locked(self) -> int:
         with _writing(self.folder):
@@ -436,6 +442,7 @@ class _Run:
             for _ in range(shape[0]):
                 row = np.empty(shape[1:], np.float32)
                 if file.readinto(row.data.cast("B")) < row.nbytes:
+                    self.state = {}
                     message = "is not what the stopped run left; --no-resume starts over"
                     raise OutputError(f"{path}: {message}")
                 yield row
