@@ -22,6 +22,7 @@ from requant.calibration.collecting import Collector
 from requant.calibration.run import _Run
 from requant.errors import CheckpointError, OutputError, UsageError
 from requant.statistics import Importance, read_statistics
+from tests.gguf_source.writer import write_gguf
 from tests.mlx_lm.test_codes import as_awq
 from tests.road.test_against_mlx_lm import model
 
@@ -146,12 +147,30 @@ def stacked(folder: Path, tmp_path: Path) -> Path:
     return tmp_path / "dense"
 
 
-def test_other_forms_of_the_model_give_the_same(text: Path, tmp_path: Path) -> None:
-    """An AWQ folder, and the dense values that it stands for."""
-    source = tmp_path / "awq"
+def make_awq(source: Path) -> None:
     requant.convert(LLAMA, source, dequantize=True, dtype="float16", layout="keep")
     as_awq(source)
     (source / "model.safetensors.index.json").unlink()
+
+
+def make_mlx(source: Path) -> None:
+    requant.convert(LLAMA, source, bits=4)
+
+
+def make_gguf(source: Path) -> None:
+    weights = {
+        name: np.array(array.astype(mx.float32))
+        for name, array in dict(mx.load(str(LLAMA / "model.safetensors"))).items()
+    }
+    config = json.loads((LLAMA / "config.json").read_text())
+    write_gguf(source, weights, config, "Q8_0", tokenizer=LLAMA)
+
+
+@pytest.mark.parametrize("make", [make_awq, make_mlx, make_gguf])
+def test_other_forms_of_the_model_give_the_same(make: Any, text: Path, tmp_path: Path) -> None:
+    """A quantized source, and the dense values that it stands for."""
+    source = tmp_path / ("a.gguf" if make is make_gguf else "a")
+    make(source)
     dense = tmp_path / "values"
     requant.convert(source, dense, dequantize=True, dtype="float32")
     told: dict[str, Any] = {"tokens": 2 * WINDOW, "window": WINDOW}
@@ -376,6 +395,30 @@ def test_inputs_and_experts_spread_over_each_other(
         squares[experts[place]] += (rows[place] ** 2).sum(0)
     assert (collector.sums["stack"].count == count).all()
     np.testing.assert_allclose(collector.sums["stack"].squares, squares, rtol=1e-5)
+
+
+def test_memory_does_not_grow_with_the_number_of_blocks(text: Path, tmp_path: Path) -> None:
+    """Arrays of MLX at their peak: a model of 12 blocks against one of 2."""
+    from mlx_lm.models.llama import Model, ModelArgs
+
+    def peak(blocks: int) -> int:
+        config = json.loads((LLAMA / "config.json").read_text())
+        config |= {"num_hidden_layers": blocks, "intermediate_size": 4096}
+        folder = tmp_path / str(blocks)
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(config))
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (folder / name).write_bytes((LLAMA / name).read_bytes())
+        weights = dict(tree_flatten(Model(ModelArgs.from_dict(config)).parameters()))
+        mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
+        del weights
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        calibrate(folder, tmp_path / f"{blocks}.safetensors", text, tokens=96, window=WINDOW)
+        return int(mx.get_peak_memory())
+
+    few, many = peak(2), peak(12)
+    assert many < 1.4 * few < 12 * 4096 * 128 * 3 * 4 / 2
 
 
 # -- texts, and what goes wrong --------------------------------------------------------------
