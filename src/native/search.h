@@ -25,6 +25,7 @@ constexpr int kLanes = 4;
 
 typedef float Lanes __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Mask __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
 
 REQUANT_INLINE Lanes all(float x) { return Lanes{} + x; }
 // By integers, which order like floats that are not negative; NaN counts as either end.
@@ -64,16 +65,49 @@ REQUANT_INLINE void transpose_square(float* REQUANT_RESTRICT a, float* REQUANT_R
   }
 }
 
+template <class T>
+REQUANT_INLINE typename T::Stored stored_at(const void* from) {
+  typename T::Stored x;
+  std::memcpy(&x, from, sizeof x);
+  return x;
+}
+
+// T::load of kLanes stored values, as vectors: left to itself the compiler takes these loops apart.
+template <class T>
+REQUANT_INLINE Lanes load_lanes(const void* from) {
+  if constexpr (sizeof(typename T::Stored) == 4) {
+    Lanes x;
+    std::memcpy(&x, from, sizeof x);
+    return x;
+  } else {
+    Halves stored;
+    std::memcpy(&stored, from, sizeof stored);
+    const Mask u = __builtin_convertvector(stored, Mask);
+    if constexpr (__is_same(T, BF16)) return Lanes(u << 16);
+    const Mask a = (u & 0x7fff) << 13, sign = (u & 0x8000) << 16;
+    const Mask tiny = Mask(Lanes(a + 0x38800000) - float_of(0x38800000u));
+    Mask x = a + 0x38000000;
+    x = a >= 0x0f800000 ? (a | int32_t(kInf32)) : x;
+    x = a < 0x00800000 ? tiny : x;
+    return Lanes(x | sign);
+  }
+}
+
 // Values of kLanes groups, value i of every group in out[i]. Lanes from count on repeat
 // the last group; at(l) is the first value of group l.
-template <int GROUP, class Load, class At>
-REQUANT_INLINE void gather_groups(int count, Load load, At at, Lanes* REQUANT_RESTRICT out) {
+template <class T, int GROUP, class At>
+REQUANT_INLINE void gather_groups(int count, At at, Lanes* REQUANT_RESTRICT out) {
   alignas(64) float a[kLanes * kLanes], b[kLanes * kLanes];
   constexpr bool even = kLanes != 8;  // rounds of the shuffle
   for (int start = 0; start < GROUP; start += kLanes) {
     for (int l = 0; l < kLanes; l++) {
       const auto* from = at(l < count ? l : count - 1) + start;
-      for (int i = 0; i < kLanes; i++) a[l * kLanes + i] = load(from[i]);
+      if constexpr (kLanes == 4 && !__is_same(T, F16)) {  // one by one is faster here
+        for (int i = 0; i < kLanes; i++) a[l * kLanes + i] = T::load(stored_at<T>(from + i));
+      } else {
+        const Lanes values = load_lanes<T>(from);
+        std::memcpy(a + l * kLanes, &values, sizeof values);
+      }
     }
     transpose_square(a, b);
     std::memcpy(out + start, even ? a : b, sizeof a);
@@ -92,11 +126,19 @@ REQUANT_INLINE void level_weights(Lanes* h) {
 
 template <int GROUP>
 REQUANT_INLINE void gather_weights(const float* weights, size_t first, int count, size_t groups_per_row, Lanes* h) {
-  gather_groups<GROUP>(
-      count, [](float v) { return v; },
-      [&](int l) { return weights + (first + size_t(l)) % groups_per_row * GROUP; }, h);
+  gather_groups<F32, GROUP>(
+      count, [&](int l) { return weights + (first + size_t(l)) % groups_per_row * GROUP; }, h);
   level_weights<GROUP>(h);
 }
+
+// Groups between a block and the next one with its weights. Where rows are whole blocks,
+// that is the one below, and they are done one after the other.
+template <bool WEIGHTED>
+REQUANT_INLINE size_t block_stride(size_t groups, size_t groups_per_row) {
+  return WEIGHTED && groups_per_row % kLanes == 0 ? groups_per_row : groups;
+}
+
+REQUANT_INLINE int block_size(size_t left) { return int(left < size_t(kLanes) ? left : kLanes); }
 
 // What one walk over a group's values finds for a scale and a bias, in units of the
 // scale: d = (w - bias) / scale - code.
@@ -234,7 +276,7 @@ template <class T, int GROUP, bool WEIGHTED>
 void affine_search(const void* w_, size_t groups, size_t groups_per_row, int bits, const float* weights, bool best,
                    uint32_t* words, void* scales_, void* biases_) {
   using Stored = typename T::Stored;
-  const auto* w = static_cast<const Stored*>(w_);
+  const auto* all_w = static_cast<const Stored*>(w_);
   auto* out = reinterpret_cast<uint8_t*>(words);
   auto* scales = static_cast<Stored*>(scales_);
   auto* biases = static_cast<Stored*>(biases_);
@@ -247,52 +289,48 @@ void affine_search(const void* w_, size_t groups, size_t groups_per_row, int bit
   alignas(64) float stored_scale[kLanes], stored_beta[kLanes];
   alignas(64) Lanes x[GROUP], h[WEIGHTED ? GROUP : 1];
   alignas(64) uint8_t codes[kLanes * GROUP];
-  size_t first = 0;
-  while (groups > 0) {
-    const int count = int(groups < size_t(kLanes) ? groups : kLanes);
-    for (int j = 0; j < kLanes; j++)
-      range_of<T, GROUP>(w + (j < count ? j : count - 1) * GROUP, bits == 1, hi[j], lo[j]);
-    affine_parameters(hi, lo, kLanes, bits, scale, beta);
-    for (int j = 0; j < kLanes; j++) stored_scale[j] = T::round(scale[j]);
-    for (int j = 0; j < kLanes; j++) stored_beta[j] = T::round(beta[j]);
-    gather_groups<GROUP>(count, T::load, [&](int l) { return w + l * GROUP; }, x);
-    if constexpr (WEIGHTED) gather_weights<GROUP>(weights, first, count, groups_per_row, h);
+  const size_t stride = block_stride<WEIGHTED>(groups, groups_per_row);
+  for (size_t column = 0; column < stride; column += kLanes) {
+    if constexpr (WEIGHTED) gather_weights<GROUP>(weights, column, block_size(groups - column), groups_per_row, h);
+    for (size_t first = column; first < groups; first += stride) {
+      const int count = block_size(groups - first);
+      const Stored* w = all_w + first * GROUP;
+      for (int j = 0; j < kLanes; j++)
+        range_of<T, GROUP>(w + (j < count ? j : count - 1) * GROUP, bits == 1, hi[j], lo[j]);
+      affine_parameters(hi, lo, kLanes, bits, scale, beta);
+      for (int j = 0; j < kLanes; j++) stored_scale[j] = T::round(scale[j]);
+      for (int j = 0; j < kLanes; j++) stored_beta[j] = T::round(beta[j]);
+      gather_groups<T, GROUP>(count, [&](int l) { return w + l * GROUP; }, x);
 
-    Lanes high, least, rule_scale, rule_beta, kept_scale, kept_beta;
-    std::memcpy(&high, hi, sizeof high);
-    std::memcpy(&least, lo, sizeof least);
-    std::memcpy(&rule_scale, scale, sizeof rule_scale);
-    std::memcpy(&rule_beta, beta, sizeof rule_beta);
-    std::memcpy(&kept_scale, stored_scale, sizeof kept_scale);
-    std::memcpy(&kept_beta, stored_beta, sizeof kept_beta);
-    const Lanes rule = 
-        rule_error<GROUP, WEIGHTED>(x, h, rule_scale, rule_beta, kept_scale, kept_beta, n);
-    const Fit fit = search_lanes<T, GROUP, WEIGHTED>(x, h, high, least, n, plan);
+      Lanes high, least, rule_scale, rule_beta, kept_scale, kept_beta;
+      std::memcpy(&high, hi, sizeof high);
+      std::memcpy(&least, lo, sizeof least);
+      std::memcpy(&rule_scale, scale, sizeof rule_scale);
+      std::memcpy(&rule_beta, beta, sizeof rule_beta);
+      std::memcpy(&kept_scale, stored_scale, sizeof kept_scale);
+      std::memcpy(&kept_beta, stored_beta, sizeof kept_beta);
+      const Lanes rule = rule_error<GROUP, WEIGHTED>(x, h, rule_scale, rule_beta, kept_scale, kept_beta, n);
+      const Fit fit = search_lanes<T, GROUP, WEIGHTED>(x, h, high, least, n, plan);
 
-    const Lanes unit = (high - least) / n, rule_ratio = kept_scale / unit, fit_ratio = fit.scale / unit;
-    const Mask sound = (unit > all(1e-30f)) & (unit < all(1e30f)) & (fit_ratio != all(0.0f));
-    const Lanes slack = floor * (rule_ratio * rule_ratio + fit_ratio * fit_ratio);
-    const Mask taken = sound & (fit.error * 1.005f + slack < rule_ratio * rule_ratio * rule);
-    const Lanes final_scale = taken ? fit.scale : rule_scale, final_beta = taken ? fit.bias : rule_beta;
-    std::memcpy(scale, &final_scale, sizeof scale);
-    std::memcpy(beta, &final_beta, sizeof beta);
+      const Lanes unit = (high - least) / n, rule_ratio = kept_scale / unit, fit_ratio = fit.scale / unit;
+      const Mask sound = (unit > all(1e-30f)) & (unit < all(1e30f)) & (fit_ratio != all(0.0f));
+      const Lanes slack = floor * (rule_ratio * rule_ratio + fit_ratio * fit_ratio);
+      const Mask taken = sound & (fit.error * 1.005f + slack < rule_ratio * rule_ratio * rule);
+      const Lanes final_scale = taken ? fit.scale : rule_scale, final_beta = taken ? fit.bias : rule_beta;
+      std::memcpy(scale, &final_scale, sizeof scale);
+      std::memcpy(beta, &final_beta, sizeof beta);
 
-    alignas(64) int32_t fitted[kLanes];
-    std::memcpy(fitted, &taken, sizeof fitted);
-    for (int j = 0; j < count; j++)
-      if (fitted[j] != 0)
-        fitted_codes<T, GROUP>(w + j * GROUP, scale[j], beta[j], n, codes + j * GROUP);
-      else
-        affine_codes<T, GROUP>(w + j * GROUP, scale[j], beta[j], n, codes + j * GROUP);
-    for (int j = 0; j < count; j++) scales[j] = T::store(scale[j]);
-    for (int j = 0; j < count; j++) biases[j] = T::store(beta[j]);
-    pack_codes(bits, codes, size_t(count) * GROUP, out);
-    w += count * GROUP;
-    out += size_t(count) * GROUP * bits / 8;
-    scales += count;
-    biases += count;
-    first += size_t(count);
-    groups -= size_t(count);
+      alignas(64) int32_t fitted[kLanes];
+      std::memcpy(fitted, &taken, sizeof fitted);
+      for (int j = 0; j < count; j++)
+        if (fitted[j] != 0)
+          fitted_codes<T, GROUP>(w + j * GROUP, scale[j], beta[j], n, codes + j * GROUP);
+        else
+          affine_codes<T, GROUP>(w + j * GROUP, scale[j], beta[j], n, codes + j * GROUP);
+      for (int j = 0; j < count; j++) scales[first + size_t(j)] = T::store(scale[j]);
+      for (int j = 0; j < count; j++) biases[first + size_t(j)] = T::store(beta[j]);
+      pack_codes(bits, codes, size_t(count) * GROUP, out + first * GROUP * size_t(bits) / 8);
+    }
   }
 }
 
@@ -357,38 +395,42 @@ size_t mx_search(const void* w_, size_t groups, size_t groups_per_row, const flo
 
   alignas(64) Lanes x[group], h[WEIGHTED ? group : 1];
   alignas(64) float scale[kLanes], chosen[kLanes];
-  for (size_t first = 0; first < groups; first += kLanes) {
-    const int count = int(groups - first < size_t(kLanes) ? groups - first : kLanes);
-    gather_groups<group>(count, T::load, [&](int l) { return w + (first + size_t(l)) * group; }, x);
-    if constexpr (WEIGHTED) gather_weights<group>(weights, first, count, groups_per_row, h);
-    // Scales from 2^-120 to 2^120; a group beyond keeps the rule's.
-    for (int l = 0; l < kLanes; l++) {
-      const int byte = l < count ? scales[first + size_t(l)] : 0;
-      scale[l] = byte < 7 || byte > 247 ? 0.0f : decode_e8m0(uint8_t(byte));
-    }
-    Lanes rule_scale, kept;
-    std::memcpy(&rule_scale, scale, sizeof rule_scale);
-    const Lanes per_unit = 1.0f / rule_scale, one = all(1.0f);
-    const Lanes rule = element_error<group, BITS, WEIGHTED>(x, h, rule_scale, per_unit);
-    Lanes least = rule;
-    kept = rule_scale;
-    const auto consider = [&](float factor) {
-      const Lanes error = element_error<group, BITS, WEIGHTED>(x, h, rule_scale * factor, per_unit);
-      const Mask take = (error < least) & clearly_less<group>(error, all(factor), rule, one, BITS == 4 ? 6.0f : 448.0f);
-      kept = take ? rule_scale * factor : kept;
-      least = take ? error : least;
-    };
-    consider(0.5f);
-    if (best || BITS == 8) consider(2.0f);
-    if (best) consider(0.25f);
-    std::memcpy(chosen, &kept, sizeof chosen);
-    for (int l = 0; l < count; l++) {
-      if (chosen[l] == scale[l]) continue;
-      const size_t at = first + size_t(l);
-      scales[at] = uint8_t(bits_of(chosen[l]) >> 23);
-      alignas(64) uint8_t codes[group];
-      element_codes<T, group, BITS>(w + at * group, chosen[l], codes);
-      pack_codes<BITS>(codes, group, out + at * (group * BITS / 8));
+  const size_t stride = block_stride<WEIGHTED>(groups, groups_per_row);
+  for (size_t column = 0; column < stride; column += kLanes) {
+    if constexpr (WEIGHTED) gather_weights<group>(weights, column, block_size(groups - column), groups_per_row, h);
+    for (size_t first = column; first < groups; first += stride) {
+      const int count = block_size(groups - first);
+      gather_groups<T, group>(count, [&](int l) { return w + (first + size_t(l)) * group; }, x);
+      // Scales from 2^-120 to 2^120; a group beyond keeps the rule's.
+      for (int l = 0; l < kLanes; l++) {
+        const int byte = l < count ? scales[first + size_t(l)] : 0;
+        scale[l] = byte < 7 || byte > 247 ? 0.0f : decode_e8m0(uint8_t(byte));
+      }
+      Lanes rule_scale, kept;
+      std::memcpy(&rule_scale, scale, sizeof rule_scale);
+      const Lanes per_unit = 1.0f / rule_scale, one = all(1.0f);
+      const Lanes rule = element_error<group, BITS, WEIGHTED>(x, h, rule_scale, per_unit);
+      Lanes least = rule;
+      kept = rule_scale;
+      const auto consider = [&](float factor) {
+        const Lanes error = element_error<group, BITS, WEIGHTED>(x, h, rule_scale * factor, per_unit);
+        const Mask clear = clearly_less<group>(error, all(factor), rule, one, BITS == 4 ? 6.0f : 448.0f);
+        const Mask take = (error < least) & clear;
+        kept = take ? rule_scale * factor : kept;
+        least = take ? error : least;
+      };
+      consider(0.5f);
+      if (best || BITS == 8) consider(2.0f);
+      if (best) consider(0.25f);
+      std::memcpy(chosen, &kept, sizeof chosen);
+      for (int l = 0; l < count; l++) {
+        if (chosen[l] == scale[l]) continue;
+        const size_t at = first + size_t(l);
+        scales[at] = uint8_t(bits_of(chosen[l]) >> 23);
+        alignas(64) uint8_t codes[group];
+        element_codes<T, group, BITS>(w + at * group, chosen[l], codes);
+        pack_codes<BITS>(codes, group, out + at * (group * BITS / 8));
+      }
     }
   }
   return flushed;
@@ -434,7 +476,7 @@ void nvfp4_search(const void* w_, size_t groups, size_t groups_per_row, const fl
   constexpr int group = 16;
   const float enc = global_scale != nullptr ? 2688.0f / *global_scale : 1.0f;
   const float dec = global_scale != nullptr ? *global_scale / 2688.0f : 1.0f;
-  const auto* w = static_cast<const Stored*>(w_);
+  const auto* all_w = static_cast<const Stored*>(w_);
   auto* out = reinterpret_cast<uint8_t*>(words);
   constexpr int many[] = {-3, -2, -1, 1, 2, 3, 4, 5, 6};  // steps from the rule's byte
   constexpr int tries = int(sizeof many / sizeof *many);
@@ -443,61 +485,62 @@ void nvfp4_search(const void* w_, size_t groups, size_t groups_per_row, const fl
   alignas(64) float scale[kLanes], tops[kLanes];
   alignas(64) int32_t byte[kLanes], four[kLanes], chosen[kLanes];
   alignas(64) uint8_t codes[kLanes * group];
-  for (size_t first = 0; first < groups; first += kLanes) {
-    const int count = int(groups - first < size_t(kLanes) ? groups - first : kLanes);
-    gather_groups<group>(count, T::load, [&](int l) { return w + l * group; }, x);
-    if constexpr (WEIGHTED) gather_weights<group>(weights, first, count, groups_per_row, h);
-    Mask highest = {};  // by integers: NaN is the largest
-    for (int i = 0; i < group; i++) {
-      x[i] = magnitude(x[i]);
-      highest = Mask(x[i]) > highest ? Mask(x[i]) : highest;
-    }
-    const Lanes top = Lanes(highest);
-    std::memcpy(tops, &top, sizeof tops);
-    for (int l = 0; l < kLanes; l++) byte[l] = int32_t(encode_e4m3(T::round(tops[l] / 6.0f) * enc));
-    for (int l = 0; l < kLanes; l++) four[l] = int32_t(encode_e4m3(tops[l] * 0.25f / dec));
-    for (int l = 0; l < kLanes; l++) scale[l] = decode_e4m3(uint32_t(byte[l])) * dec;
-    Lanes rule_scale;
-    Mask rule_byte;
-    std::memcpy(&rule_scale, scale, sizeof rule_scale);
-    std::memcpy(&rule_byte, byte, sizeof rule_byte);
-    const Lanes per_unit = 6.0f / top, rule_ratio = rule_scale * per_unit;
-    const Mask sound = (top > all(1e-30f)) & (top < all(1e30f));
-    for (int i = 0; i < group; i++) x[i] *= per_unit;
-    const Lanes rule = e2m1_error<group, WEIGHTED>(x, h, rule_ratio);
-    Lanes least = rule;
-    Mask kept = rule_byte;
-    for (int k = 0; k < (best ? tries : 1); k++) {
-      for (int l = 0; l < kLanes; l++) {
-        const int other = best ? byte[l] + many[k] : four[l];
-        chosen[l] = other < 1 || other > 126 ? byte[l] : other;
-        scale[l] = decode_e4m3(uint32_t(chosen[l])) * dec;
+  const size_t stride = block_stride<WEIGHTED>(groups, groups_per_row);
+  for (size_t column = 0; column < stride; column += kLanes) {
+    if constexpr (WEIGHTED) gather_weights<group>(weights, column, block_size(groups - column), groups_per_row, h);
+    for (size_t first = column; first < groups; first += stride) {
+      const int count = block_size(groups - first);
+      const Stored* w = all_w + first * group;
+      gather_groups<T, group>(count, [&](int l) { return w + l * group; }, x);
+      Mask highest = {};  // by integers: NaN is the largest
+      for (int i = 0; i < group; i++) {
+        x[i] = magnitude(x[i]);
+        highest = Mask(x[i]) > highest ? Mask(x[i]) : highest;
       }
-      Lanes other_scale;
-      Mask other_byte;
-      std::memcpy(&other_scale, scale, sizeof other_scale);
-      std::memcpy(&other_byte, chosen, sizeof other_byte);
-      const Lanes ratio = other_scale * per_unit;
-      const Lanes error = e2m1_error<group, WEIGHTED>(x, h, ratio);
-      const Mask take = sound & (error < least) & clearly_less<group>(error, ratio, rule, rule_ratio, 6.0f);
-      kept = take ? other_byte : kept;
-      least = take ? error : least;
+      const Lanes top = Lanes(highest);
+      std::memcpy(tops, &top, sizeof tops);
+      for (int l = 0; l < kLanes; l++) byte[l] = int32_t(encode_e4m3(T::round(tops[l] / 6.0f) * enc));
+      for (int l = 0; l < kLanes; l++) four[l] = int32_t(encode_e4m3(tops[l] * 0.25f / dec));
+      for (int l = 0; l < kLanes; l++) scale[l] = decode_e4m3(uint32_t(byte[l])) * dec;
+      Lanes rule_scale;
+      Mask rule_byte;
+      std::memcpy(&rule_scale, scale, sizeof rule_scale);
+      std::memcpy(&rule_byte, byte, sizeof rule_byte);
+      const Lanes per_unit = 6.0f / top, rule_ratio = rule_scale * per_unit;
+      const Mask sound = (top > all(1e-30f)) & (top < all(1e30f));
+      for (int i = 0; i < group; i++) x[i] *= per_unit;
+      const Lanes rule = e2m1_error<group, WEIGHTED>(x, h, rule_ratio);
+      Lanes least = rule;
+      Mask kept = rule_byte;
+      for (int k = 0; k < (best ? tries : 1); k++) {
+        for (int l = 0; l < kLanes; l++) {
+          const int other = best ? byte[l] + many[k] : four[l];
+          chosen[l] = other < 1 || other > 126 ? byte[l] : other;
+          scale[l] = decode_e4m3(uint32_t(chosen[l])) * dec;
+        }
+        Lanes other_scale;
+        Mask other_byte;
+        std::memcpy(&other_scale, scale, sizeof other_scale);
+        std::memcpy(&other_byte, chosen, sizeof other_byte);
+        const Lanes ratio = other_scale * per_unit;
+        const Lanes error = e2m1_error<group, WEIGHTED>(x, h, ratio);
+        const Mask take = sound & (error < least) & clearly_less<group>(error, ratio, rule, rule_ratio, 6.0f);
+        kept = take ? other_byte : kept;
+        least = take ? error : least;
+      }
+      std::memcpy(chosen, &kept, sizeof chosen);
+      for (int j = 0; j < count; j++) {
+        const bool moved = chosen[j] != byte[j];
+        scales[first + size_t(j)] = uint8_t(chosen[j]);
+        if (global_scale == nullptr && (moved || byte[j] != 0x7e))
+          count_thresholds<T, group>(w + j * group, thresholds.of[moved][chosen[j]], codes + j * group);
+        else if (moved)
+          element_codes<T, group, 4>(w + j * group, decode_e4m3(uint32_t(chosen[j])) * dec, codes + j * group);
+        else
+          nvfp4_codes<T>(w + j * group, tops[j], decode_e4m3(uint32_t(byte[j])), enc, codes + j * group);
+      }
+      pack_codes<4>(codes, size_t(count) * group, out + first * (group / 2));
     }
-    std::memcpy(chosen, &kept, sizeof chosen);
-    for (int j = 0; j < count; j++) {
-      const bool moved = chosen[j] != byte[j];
-      scales[j] = uint8_t(chosen[j]);
-      if (global_scale == nullptr && (moved || byte[j] != 0x7e))
-        count_thresholds<T, group>(w + j * group, thresholds.of[moved][chosen[j]], codes + j * group);
-      else if (moved)
-        element_codes<T, group, 4>(w + j * group, decode_e4m3(uint32_t(chosen[j])) * dec, codes + j * group);
-      else
-        nvfp4_codes<T>(w + j * group, tops[j], decode_e4m3(uint32_t(byte[j])), enc, codes + j * group);
-    }
-    pack_codes<4>(codes, size_t(count) * group, out);
-    w += count * group;
-    out += size_t(count) * group / 2;
-    scales += count;
   }
 }
 
