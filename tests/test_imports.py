@@ -32,7 +32,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("blueprint",),
     ("choices", "steps"),
     ("plan_notes", "weighting"),
-    ("planner", "journal", "record", "consuming"),
+    ("planner", "journal", "record", "staging", "consuming"),
     ("writer",),
     ("execute",),
     ("report", "transform", "budgets"),

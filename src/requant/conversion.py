@@ -24,18 +24,16 @@ from requant.report import Report, recorded_errors
 from requant.schema import Quantization
 from requant.source_folder import is_gguf
 from requant.specs import Spec
-from requant.wishes import Wishes
-from requant.writer import (
-    Nowhere,
-    OutputFolder,
-    Sink,
-    check_output,
+from requant.staging import (
+    bytes_on_disk,
     downloads_of,
     spent_on,
     spoiled_before,
     staging_of,
     twins_of,
 )
+from requant.wishes import Wishes
+from requant.writer import Nowhere, OutputFolder, Sink, check_output
 
 Source = str | os.PathLike[str]
 
@@ -379,7 +377,7 @@ def _arriving(
     if area is None:
         most = sum(shard.nbytes for shard in made.shards) + remote.room_beside(output)
     else:
-        spent += sum(x.stat().st_blocks * 512 for x in area.glob("*"))
+        spent += bytes_on_disk(area)
         most = most_with_consume_source(made)
     check_output(made, output, force, spent, most)
     return remote.arriving(checkpoint, area)

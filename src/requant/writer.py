@@ -1,42 +1,28 @@
 """Step 5 of the road: the output folder, laid out before data arrives, named when complete.
 
-Files grow in a hidden folder beside OUTPUT, so that the last rename is within one file system:
-
-    .OUTPUT.requant-partial/
-      lock       held by the process that writes; a dead one holds nothing
-      journal    what is done: the same command goes on from there
-      output/    becomes OUTPUT
-      replaced/  the folder that --force replaces, between two renames
-      source/    with --consume-source: headers of the source's files, which are gone bit by bit
-      hub/       with --consume-source and a repository: its weight files, which come and go
-
-Until the rename nothing stands under OUTPUT's name, or what stood there before.
+It grows in the hidden folder that ``staging`` describes. Until the rename nothing stands under
+OUTPUT's name, or what stood there before.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import shutil
-import socket
-import struct
 import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
 from requant.blueprint import OutputTensor, Plan
-from requant.checkpoint import Checkpoint, FileRange, SourceFile
-from requant.consuming import most_with_consume_source, release
+from requant.consuming import delete_source, make_twins, most_with_consume_source, release
 from requant.errors import InvariantError, OutputError
 from requant.journal import Done, Found, Journal, read_journal
 from requant.record import hash_range, make_record, spelled, version
-from requant.safetensors_header import PREFIX_BYTES
 from requant.source_folder import CONFIG, INDEX, RECORD, open_regular
+from requant.staging import bytes_on_disk, downloads_of, fsync, lock_staging, staging_of, twins_of
 
 _COPIED_BYTES = 1 << 20
 
@@ -126,14 +112,14 @@ class OutputFolder:
 
     def __enter__(self) -> Self:
         check_output(
-            self.plan, self.output, self.force, _allocated(self.inside), self._most_bytes()
+            self.plan, self.output, self.force, bytes_on_disk(self.inside), self._most_bytes()
         )
         try:
             self.output.parent.mkdir(parents=True, exist_ok=True)
             self._lock = lock_staging(self.staging, self.output)
             self._put_back()
             check_output(
-                self.plan, self.output, self.force, _allocated(self.inside), self._most_bytes()
+                self.plan, self.output, self.force, bytes_on_disk(self.inside), self._most_bytes()
             )
             self._open()
         except BaseException as error:
@@ -146,7 +132,7 @@ class OutputFolder:
     def _most_bytes(self) -> int | None:
         """What the disk must take at a time, where source files make room on the same disk."""
         if self.release and self._remote:
-            here = _allocated(downloads_of(self.output))
+            here = bytes_on_disk(downloads_of(self.output))
             return max(most_with_consume_source(self.plan) - here, 0)
         existing = next(p for p in self.output.absolute().parents if p.exists())
         same = existing.stat().st_dev == self.plan.checkpoint.path.stat().st_dev
@@ -214,7 +200,7 @@ class OutputFolder:
         for file in self.plan.files:
             path = checkpoint.path / file.name
             if file.name in self.state.consumed:
-                _delete(path)  # killed after the journal said so
+                delete_source(path)  # killed after the journal said so
             elif path.is_symlink():
                 raise OutputError(
                     f"{path} is a link: deleting it would free nothing, or what others use; "
@@ -231,7 +217,7 @@ class OutputFolder:
             self.journal.make_durable()
             return
         self.journal.add({"consumed": name}, durable=True)
-        _delete(self.plan.checkpoint.path / name)
+        delete_source(self.plan.checkpoint.path / name)
 
     def _head(self) -> dict[str, Any]:
         """What must be the same for a run to go on where another stopped."""
@@ -345,7 +331,7 @@ class OutputFolder:
         for fd in list(self._files.values()):
             _fdatasync(fd)
         for folder in (self.inside, self.staging, self.output.parent):
-            _fsync(folder)
+            fsync(folder)
 
     # -- the end -------------------------------------------------------------------------
 
@@ -375,9 +361,9 @@ class OutputFolder:
             record = make_record(self.plan, self.wishes, hashes, files, errors)
             self._write_json(RECORD, record)
             for folder, _, _ in os.walk(self.inside):
-                _fsync(Path(folder))
+                fsync(Path(folder))
             self._rename()
-            _fsync(self.output.parent)
+            fsync(self.output.parent)
             shutil.rmtree(self.staging, ignore_errors=True)
         except OSError as error:
             if isinstance(error, OutputError):
@@ -403,7 +389,7 @@ class OutputFolder:
         if made is not None:
             data = made()
             target.write_bytes(data)
-            _fsync(target)
+            fsync(target)
             return hashlib.sha256(data).hexdigest()
         digest = hashlib.sha256()
         path = self.plan.checkpoint.path / name
@@ -411,13 +397,13 @@ class OutputFolder:
             while block := source.read(_COPIED_BYTES):
                 digest.update(block)
                 file.write(block)
-        _fsync(target)
+        fsync(target)
         return digest.hexdigest()
 
     def _write_json(self, name: str, value: object) -> str:
         path, data = self.inside / name, spelled(value)
         path.write_bytes(data)
-        _fsync(path)
+        fsync(path)
         return hashlib.sha256(data).hexdigest()
 
     def _failure(self, error: OSError) -> OutputError:
@@ -446,7 +432,7 @@ class OutputFolder:
         if self._lock is None:
             return
         kept = bool(journal.state.rows) if journal is not None else self._has_journal()
-        kept = kept or _allocated(downloads_of(self.output)) > 0
+        kept = kept or bytes_on_disk(downloads_of(self.output)) > 0
         # What a layer's own data contradicts, no further run can do better.
         keep = error is not None and kept and not isinstance(error, InvariantError)
         if keep or self._holds_the_source():
@@ -479,91 +465,6 @@ class OutputFolder:
             for start, stop in ranges
         )
         return done / total if total else 1.0
-
-
-def staging_of(output: Path) -> Path:
-    """The hidden folder in which OUTPUT grows."""
-    return output.parent / f".{output.name}.requant-partial"
-
-
-def twins_of(output: Path) -> Path:
-    """Where the headers of source files are kept that OUTPUT's conversion deletes."""
-    return staging_of(output) / "source"
-
-
-def downloads_of(output: Path) -> Path:
-    """Where weight files of the hub are that OUTPUT's conversion deletes."""
-    return staging_of(output) / "hub"
-
-
-def make_twins(checkpoint: Checkpoint, files: Sequence[SourceFile], place: Path) -> None:
-    """Keep of each weight file its size, its header and what was looked at: holes elsewhere."""
-    place.mkdir(exist_ok=True)
-    for file in files:
-        twin = place / file.name
-        if twin.exists():
-            continue
-        twin.parent.mkdir(parents=True, exist_ok=True)
-        fresh = twin.with_name(twin.name + ".new")
-        with fresh.open("wb") as new:
-            new.truncate(file.nbytes)
-            for part in (_header_range(checkpoint, file.name), *checkpoint.peeked):
-                if part.file == file.name:
-                    new.seek(part.offset)
-                    new.write(checkpoint.read_range(part))
-            new.flush()
-            os.fsync(new.fileno())
-        fresh.rename(twin)
-        _fsync(twin.parent)
-
-
-def _header_range(checkpoint: Checkpoint, name: str) -> FileRange:
-    (length,) = struct.unpack("<Q", checkpoint.read_range(FileRange(name, 0, PREFIX_BYTES)))
-    return FileRange(name, 0, PREFIX_BYTES + length)
-
-
-def spoiled_before(output: Path) -> list[str]:
-    """Layers that a stopped run of this output had found to hold NaN or infinity."""
-    head, _ = read_journal(staging_of(output) / "journal")
-    found = head.get("spoiled", [])
-    return [layer for layer in found if isinstance(layer, str)] if isinstance(found, list) else []
-
-
-def lock_staging(staging: Path, output: Path) -> int:
-    """Make the folder and take its lock; the system gives it back when the process ends.
-
-    Raises:
-        OutputError: Another process has it.
-    """
-    if staging.is_symlink():
-        raise OutputError(f"{staging} is a link, which is not written through; remove it")
-    while True:
-        staging.mkdir(exist_ok=True)
-        try:
-            fd = os.open(staging / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        except FileNotFoundError:  # the owner has just removed the folder
-            continue
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            owner = os.pread(fd, 200, 0).decode("utf-8", "replace") or "it does not say which"
-            os.close(fd)
-            raise OutputError(
-                f"{output} is being written by another process ({owner}); "
-                "wait for it, or name another folder"
-            ) from None
-        with suppress(FileNotFoundError):
-            if (staging / "lock").stat().st_ino == os.fstat(fd).st_ino:
-                with suppress(OSError):  # who it is matters less than that it is locked
-                    os.ftruncate(fd, 0)
-                    os.pwrite(fd, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-                return fd
-        os.close(fd)
-
-
-def spent_on(output: Path) -> int:
-    """Bytes that a stopped run has put on the disk for OUTPUT."""
-    return _allocated(staging_of(output) / "output")
 
 
 def check_output(
@@ -607,31 +508,8 @@ def check_output(
         )
 
 
-def _delete(path: Path) -> None:
-    """Delete a source file that is needed no more, unless it is gone."""
-    try:
-        path.unlink(missing_ok=True)
-    except OSError as error:
-        raise OutputError(f"{path} cannot be deleted: {error.strerror or error}") from error
-
-
-def _fsync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 def _fdatasync(fd: int) -> None:
     getattr(os, "fdatasync", os.fsync)(fd)
-
-
-def _allocated(folder: Path) -> int:
-    """Bytes that the files of a folder take on the disk."""
-    with suppress(OSError):
-        return sum(entry.stat().st_blocks * 512 for entry in folder.iterdir())
-    return 0
 
 
 def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

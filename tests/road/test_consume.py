@@ -15,6 +15,7 @@ from requant.consuming import release
 from requant.conversion import convert
 from requant.errors import CheckpointError, OutputError, UsageError
 from requant.journal import read_journal
+from requant.staging import staging_of
 from tests.road.builders import SHARED
 from tests.road.conftest import bf16
 from tests.road.killing import tree
@@ -44,7 +45,7 @@ def test_the_source_goes_and_the_output_is_the_same(source: Path, tmp_path: Path
     left = {"config.json", "tokenizer.json", "model.safetensors.index.json"}
     assert {path.name for path in source.iterdir()} == left
     assert requant.verify(tmp_path / "out").ok
-    assert not writer.staging_of(tmp_path / "out").exists()
+    assert not staging_of(tmp_path / "out").exists()
 
 
 def test_it_must_be_meant(source: Path, tmp_path: Path) -> None:
@@ -85,7 +86,7 @@ def test_stopped_anywhere_it_goes_on(
     gone = 4 - len(shards(source))
     if boot != "the same":
         monkeypatch.setattr("requant.journal.boot_id", lambda: boot)
-    _, lines = read_journal(writer.staging_of(tmp_path / "out") / "journal")
+    _, lines = read_journal(staging_of(tmp_path / "out") / "journal")
     assert sum("consumed" in line for line in lines) == gone
     if gone:
         with pytest.raises(OutputError, match="go on with --consume-source"):
@@ -147,7 +148,7 @@ def test_a_file_goes_only_after_its_output_was_synced(
         if self.parent == source:
             with monkeypatch.context() as patch:
                 patch.setattr("requant.journal.boot_id", lambda: "after the power came back")
-                _, lines = read_journal(writer.staging_of(tmp_path / "out") / "journal")
+                _, lines = read_journal(staging_of(tmp_path / "out") / "journal")
             rows: dict[int, int] = {}
             for line in lines:
                 if "rows" in line:

@@ -21,6 +21,7 @@ from requant import execute, journal, writer
 from requant.conversion import convert, plan
 from requant.errors import CheckpointError, OutputError
 from requant.journal import Done, Journal, read_journal
+from requant.staging import lock_staging
 from tests.road.builders import SHARED
 from tests.road.conftest import bf16
 from tests.road.gguf_files import gguf_file
@@ -446,11 +447,11 @@ def test_a_second_process_stops(dense: Path, tmp_path: Path) -> None:
 
 
 def test_a_lock_on_a_folder_that_was_removed_is_none(tmp_path: Path) -> None:
-    first = writer.lock_staging(tmp_path / "staging", tmp_path / "out")
+    first = lock_staging(tmp_path / "staging", tmp_path / "out")
     (tmp_path / "staging" / "lock").unlink()
-    second = writer.lock_staging(tmp_path / "staging", tmp_path / "out")
+    second = lock_staging(tmp_path / "staging", tmp_path / "out")
     with pytest.raises(OutputError):
-        writer.lock_staging(tmp_path / "staging", tmp_path / "out")
+        lock_staging(tmp_path / "staging", tmp_path / "out")
     for fd in (first, second):
         fcntl.flock(fd, fcntl.LOCK_UN)
         os.close(fd)

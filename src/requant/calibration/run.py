@@ -37,9 +37,9 @@ from requant.hub import find_repository, reach
 from requant.mlx_lm import Loaded, check_installed, load_tokenizer, load_with_report, skeleton
 from requant.planner import make_plan
 from requant.record import version
+from requant.staging import lock_staging
 from requant.statistics.files import merge_statistics, write_statistics
 from requant.wishes import Wishes
-from requant.writer import lock_staging
 
 if TYPE_CHECKING:
     import mlx.core as mx

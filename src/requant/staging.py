@@ -1,0 +1,98 @@
+"""The hidden folder beside OUTPUT in which it grows: its parts, its lock, what a stopped run left.
+
+Files grow beside OUTPUT, so that the last rename is within one file system:
+
+    .OUTPUT.requant-partial/
+      lock       held by the process that writes; a dead one holds nothing
+      journal    what is done: the same command goes on from there
+      output/    becomes OUTPUT
+      replaced/  the folder that --force replaces, between two renames
+      source/    with --consume-source: headers of the source's files, which are gone bit by bit
+      hub/       with --consume-source and a repository: its weight files, which come and go
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+from contextlib import suppress
+from pathlib import Path
+
+from requant.errors import OutputError
+from requant.journal import read_journal
+
+
+def staging_of(output: Path) -> Path:
+    """The hidden folder in which OUTPUT grows."""
+    return output.parent / f".{output.name}.requant-partial"
+
+
+def twins_of(output: Path) -> Path:
+    """Where the headers of source files are kept that OUTPUT's conversion deletes."""
+    return staging_of(output) / "source"
+
+
+def downloads_of(output: Path) -> Path:
+    """Where weight files of the hub are that OUTPUT's conversion deletes."""
+    return staging_of(output) / "hub"
+
+
+def lock_staging(staging: Path, output: Path) -> int:
+    """Make the folder and take its lock; the system gives it back when the process ends.
+
+    Raises:
+        OutputError: Another process has it.
+    """
+    if staging.is_symlink():
+        raise OutputError(f"{staging} is a link, which is not written through; remove it")
+    while True:
+        staging.mkdir(exist_ok=True)
+        try:
+            fd = os.open(staging / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except FileNotFoundError:  # the owner has just removed the folder
+            continue
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            owner = os.pread(fd, 200, 0).decode("utf-8", "replace") or "it does not say which"
+            os.close(fd)
+            raise OutputError(
+                f"{output} is being written by another process ({owner}); "
+                "wait for it, or name another folder"
+            ) from None
+        with suppress(FileNotFoundError):
+            if (staging / "lock").stat().st_ino == os.fstat(fd).st_ino:
+                with suppress(OSError):  # who it is matters less than that it is locked
+                    os.ftruncate(fd, 0)
+                    os.pwrite(fd, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+                return fd
+        os.close(fd)
+
+
+def spoiled_before(output: Path) -> list[str]:
+    """Layers that a stopped run of this output had found to hold NaN or infinity."""
+    head, _ = read_journal(staging_of(output) / "journal")
+    found = head.get("spoiled", [])
+    return [layer for layer in found if isinstance(layer, str)] if isinstance(found, list) else []
+
+
+def spent_on(output: Path) -> int:
+    """Bytes that a stopped run has put on the disk for OUTPUT."""
+    return bytes_on_disk(staging_of(output) / "output")
+
+
+def bytes_on_disk(folder: Path) -> int:
+    """Bytes that the files of a folder take on the disk."""
+    with suppress(OSError):
+        return sum(entry.stat().st_blocks * 512 for entry in folder.iterdir())
+    return 0
+
+
+def fsync(path: Path) -> None:
+    """Make a file, or the names in a folder, durable."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
