@@ -25,7 +25,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("source_folder",),
     ("checkpoint", "gguf"),
     ("statistics", "hub_client"),
-    ("downloads", "hub_listing"),
+    ("downloads", "hub_listing", "hub_places"),
     ("hub",),
     ("formats", "mlx_lm_classes", "mlx_lm_layout"),
     ("relayout",),

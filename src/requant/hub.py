@@ -20,22 +20,14 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from requant.checkpoint import Checkpoint, FileRange, read_checkpoint
-from requant.downloads import (
-    HELD_FILES,
-    SUFFIX,
-    Area,
-    Downloads,
-    HubCache,
-    Place,
-    RemoteFile,
-    fetch_all,
-)
+from requant.downloads import HELD_FILES, Downloads, fetch_all
 from requant.errors import CheckpointError, HubError, Problem, UsageError
 from requant.gguf.choice import choose_model, gguf_models
 from requant.gguf.header import header_nbytes
 from requant.gguf.source import read_gguf
 from requant.hub_client import asking, read_range
 from requant.hub_listing import home, is_digest, list_repository
+from requant.hub_places import SUFFIX, Area, HubCache, Place, RemoteFile
 from requant.limits import MAX_CONFIG_BYTES, MAX_INDEX_BYTES
 from requant.safetensors_header import PREFIX_BYTES, header_length
 from requant.source_folder import (
