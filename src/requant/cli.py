@@ -646,12 +646,13 @@ def recipes(
 
     with _answering_errors():
         if name is not None:
-            recipe = load_recipe(name)
-            _print_json(recipe.to_dict()) if json else print(recipe_text(recipe), end="")
-            return
-        found = [load_recipe(known) for known in recipe_names()]
+            found = [load_recipe(name)]
+        else:
+            found = [load_recipe(known) for known in recipe_names()]
         if json:
-            _print_json([recipe.to_dict() for recipe in found])
+            _print_json({"recipes": [recipe.to_dict() for recipe in found]})
+        elif name is not None:
+            print(recipe_text(found[0]), end="")
         else:
             console.show_recipes(found)
 
@@ -719,8 +720,11 @@ def _print_plan(
         console.show_plan(made, budget, output)
 
 
-def _print_json(document: dict[str, Any] | list[dict[str, Any]]) -> None:
-    print(jsonlib.dumps(document, indent=2))
+def _print_json(document: dict[str, Any]) -> None:
+    """Print what --json asks for; ``schemas/COMMAND.json`` says what is in it."""
+    from requant.figures import SCHEMA_VERSION
+
+    print(jsonlib.dumps({"schema": SCHEMA_VERSION} | document, indent=2))
 
 
 # -- errors and the end ----------------------------------------------------------------

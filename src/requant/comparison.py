@@ -32,7 +32,6 @@ from requant.hub import find_repository
 from requant.planner import make_plan
 from requant.wishes import Wishes
 
-VERSION = 1  # of the JSON document
 _BLOCK = 1 << 18  # values that are summed at a time
 
 
@@ -89,8 +88,8 @@ class Comparison:
     evaluation: Evaluation | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The comparison as JSON data; ``version`` changes when a field changes its meaning."""
-        return {"version": VERSION, **asdict(self)}
+        """The comparison as JSON data."""
+        return asdict(self)
 
 
 @cannot_be("compared")

@@ -26,7 +26,7 @@ from requant.source_folder import RECORD
 from requant.specs import spec_text
 from requant.wishes import DTYPES, Wishes
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 1  # of what --json prints, for all commands alike
 
 
 @dataclass(frozen=True, slots=True)

@@ -259,9 +259,9 @@ def test_a_recipe_reaches_the_plan(requant: Requant, model: Path, tmp_path: Path
 def test_recipes_are_listed(requant: Requant) -> None:
     lines = requant("recipes").out.splitlines()
     assert lines[0].startswith("mixed_2_6  mlx-lm's own: 6 bits")
-    listed = json.loads(requant("recipes", "--json").out)
+    listed = json.loads(requant("recipes", "--json").out)["recipes"]
     assert [recipe["name"] for recipe in listed] == [line.split()[0] for line in lines]
-    one = json.loads(requant("recipes", "mxfp4-8", "--json").out)
+    one = json.loads(requant("recipes", "mxfp4-8", "--json").out)["recipes"][0]
     assert one in listed and one["default"]["mode"] == "mxfp4"
     assert requant("recipes", "mixed_3_6").out.startswith("# mixed_3_6 is mlx-lm's")
     assert requant("recipes", "ends8").code == 2
@@ -285,6 +285,7 @@ def test_plan_json_is_the_whole_plan(requant: Requant, model: Path) -> None:
     assert plan.pop("memory").keys() == {"peak_bytes", "threads", "chunk_bytes"}
     disk = plan.pop("disk")
     assert 0 < disk["extra_bytes_with_consume_source"] <= disk["extra_bytes"]
+    assert plan.pop("schema") == 1
     assert plan == json.loads(json.dumps(conversion.plan(model, bits=4).to_dict()))
 
 

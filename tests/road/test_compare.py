@@ -144,7 +144,7 @@ def test_command_with_a_text(tmp_path: Path) -> None:
     assert "KL divergence" in shown.stdout and "relative RMS" in shown.stdout
     answer = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
     found = json.loads(answer.stdout)
-    assert found["version"] == 1 and found["evaluation"]["divergence"]["value"] > 0
+    assert found["schema"] == 1 and found["evaluation"]["divergence"]["value"] > 0
     assert found["evaluation"]["windows"] == 4
     same = requant.compare(EXAMPLE, EXAMPLE, text=text, tokens=128, window=64).evaluation
     assert same is not None
