@@ -31,7 +31,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("relayout",),
     ("blueprint",),
     ("choices", "steps"),
-    ("plan_notes", "weighting"),
+    ("plan_notes", "weighting", "hessians"),
     ("planner", "journal", "record", "staging", "consuming"),
     ("writer",),
     ("execute",),

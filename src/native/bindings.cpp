@@ -279,6 +279,25 @@ void affine_search(In w, const std::string& dtype, int group_size, int bits, con
   });
 }
 
+void gptq_group(Out w, size_t start, int group_size, int bits, In scales, In biases, In carry, Out codes,
+                Out errors) {
+  check_affine(group_size, bits);
+  check_rank(w, "w", 2);
+  const size_t rows = w.shape(0), cols = w.shape(1), group = size_t(group_size);
+  check_layout(w, "w", 32);
+  check_groups("w", cols, group_size);
+  if (start % group != 0 || start >= cols) fail("start: " + std::to_string(start) + " begins no group");
+  check_shape(scales, "scales", 32, rows, 1);
+  check_shape(biases, "biases", 32, rows, 1);
+  check_shape(carry, "carry", 32, cols, cols);
+  check_shape(codes, "codes", 8, rows, group);
+  check_shape(errors, "errors", 32, rows, group);
+  run([&] {
+    kernels().gptq_group(data<float>(w), rows, cols, start, group, bits, data<float>(scales), data<float>(biases),
+                         data<float>(carry), data<uint8_t>(codes), data<float>(errors));
+  });
+}
+
 size_t mx_search(In w, const std::string& dtype, const std::string& mode, const std::string& level,
                  std::optional<In> weights, Out words, Out scales) {
   const int bits = mx_bits(mode);
@@ -716,6 +735,9 @@ NB_MODULE(_native, m) {
   m.def("affine_search", &affine_search, "w"_a.noconvert(), "dtype"_a, "group_size"_a, "bits"_a, "level"_a,
         "weights"_a.noconvert().none(), "words"_a.noconvert(), "scales"_a.noconvert(), "biases"_a.noconvert(),
         "As affine_quantize, with scales and biases searched for; weights: float32 bits, one a column, or None.");
+  m.def("gptq_group", &gptq_group, "w"_a.noconvert(), "start"_a, "group_size"_a, "bits"_a, "scales"_a.noconvert(),
+        "biases"_a.noconvert(), "carry"_a.noconvert(), "codes"_a.noconvert(), "errors"_a.noconvert(),
+        "Codes of a group's columns one by one; each one's error is handed on to the later columns of w, in place.");
   m.def("mx_search", &mx_search, "w"_a.noconvert(), "dtype"_a, "mode"_a, "level"_a, "weights"_a.noconvert().none(),
         "words"_a.noconvert(), "scales"_a.noconvert(), "Returns what mx_quantize does.");
   m.def("nvfp4_search", &nvfp4_search, "w"_a.noconvert(), "dtype"_a, "level"_a, "weights"_a.noconvert().none(),

@@ -11,6 +11,7 @@
 #include "pack.h"
 #include "repack.h"
 #include "search.h"
+#include "gptq.h"
 #include "values.h"
 
 namespace {
@@ -309,7 +310,7 @@ extern const Kernels REQUANT_JOIN(kernels_, REQUANT_ISA);
 const Kernels REQUANT_JOIN(kernels_, REQUANT_ISA) = {
     REQUANT_TEXT(REQUANT_ISA), affine_quantize_any, affine_dequantize_any, mx_quantize_any,
     mx_dequantize_any,         nvfp4_quantize_any,  nvfp4_dequantize_any,  affine_search_any,
-    mx_search_any,             nvfp4_search_any,    pack_words_any,
+    mx_search_any,             nvfp4_search_any,    gptq_group,            pack_words_any,
     unpack_words_any,          cast_any,            count_nonfinite_any,   first_nonfinite_any,
     group_errors_any,          transpose_any,       stream_columns,        planar_columns,
     marlin_words,              fast_words,          stream_codes,          widen_words,

@@ -50,6 +50,11 @@ struct Kernels {
   void (*nvfp4_search)(const void* w, Dtype dtype, size_t rows, size_t cols, const float* weights, bool best,
                        uint32_t* words, uint8_t* scales, const float* global_scale);
 
+  // Codes of the columns [start, start + group) with each one's error handed on; group is a
+  // multiple of 4. w changes in place; errors: rows x group, for the kernel's use.
+  void (*gptq_group)(float* w, size_t rows, size_t cols, size_t start, size_t group, int bits, const float* scales,
+                     const float* biases, const float* carry, uint8_t* codes, float* errors);
+
   // cols is a multiple of 32.
   void (*pack_words)(const uint8_t* codes, size_t rows, size_t cols, int bits, uint32_t* words);
   void (*unpack_words)(const uint32_t* words, size_t rows, size_t cols, int bits, uint8_t* codes);

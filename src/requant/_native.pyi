@@ -30,6 +30,11 @@ def affine_search(w: numpy.typing.NDArray[Any], dtype: str, group_size: int, bit
     As affine_quantize, with scales and biases searched for; weights: float32 bits, one a column, or None.
     """
 
+def gptq_group(w: numpy.typing.NDArray[Any], start: int, group_size: int, bits: int, scales: numpy.typing.NDArray[Any], biases: numpy.typing.NDArray[Any], carry: numpy.typing.NDArray[Any], codes: numpy.typing.NDArray[Any], errors: numpy.typing.NDArray[Any]) -> None:
+    """
+    Codes of a group's columns one by one; each one's error is handed on to the later columns of w, in place.
+    """
+
 def mx_search(w: numpy.typing.NDArray[Any], dtype: str, mode: str, level: str, weights: numpy.typing.NDArray[Any] | None, words: numpy.typing.NDArray[Any], scales: numpy.typing.NDArray[Any]) -> int:
     """Returns what mx_quantize does."""
 

@@ -86,6 +86,7 @@ class Step:
     search: str = "off"  # how scales of new codes are found
     row_order: RowOrder | None = None  # rows of the output in another order than the source's
     importance: Importance | None = None  # what errors of each input count in the search
+    gptq: bool = False  # each column's error is handed on to the columns after it
 
     def row_bytes(self, tensor: SourceTensor | OutputTensor) -> int:
         """Bytes that one row takes in ``tensor``; of a packed layer's part, its share of them."""
@@ -282,6 +283,7 @@ def _step_dict(step: Step) -> dict[str, Any]:
         "search": step.search,
         "row_order": step.row_order and step.row_order.digest,
         **({"importance": step.importance.to_dict()} if step.importance else {}),
+        **({"gptq": True} if step.gptq else {}),
     }
 
 

@@ -35,6 +35,7 @@ from requant.options import (
     Dtype,
     FoldRotation,
     Force,
+    Gptq,
     GroupSize,
     Hessian,
     Html,
@@ -147,6 +148,7 @@ def convert(
     fold_rotation: FoldRotation = False,
     search: Search = "off",
     imatrix: Imatrix = None,
+    gptq: Gptq = False,
     config_from: ConfigFrom = None,
     budget: SizeBudget = None,
     save_recipe: SaveRecipe = None,
@@ -180,6 +182,7 @@ def convert(
       requant convert Qwen3-30B-A3B out --recipe mixed_3_6
       requant convert Llama-3.2-1B out --bits 3 --search best
       requant convert Llama-3.2-1B out --bits 3 --imatrix imatrix.gguf
+      requant convert Llama-3.2-1B out --bits 3 --gptq --imatrix stats.safetensors
       requant convert Llama-3.2-1B out --budget 4 --search best
       requant convert Llama-3-8B-AWQ out
       requant convert Llama-3.2-1B-Q4_K_M.gguf out
@@ -205,7 +208,7 @@ def convert(
         shard_size,
     )
     wishes |= {"keep_extra": keep_extra, "search": search, "config_from": config_from}
-    wishes["statistics"] = imatrix
+    wishes |= {"statistics": imatrix, "gptq": gptq}
     wishes["revision"] = revision
     wishes |= {"budget": budget, "save_recipe": save_recipe}
     if dry_run:
@@ -266,6 +269,7 @@ def plan(
     fold_rotation: FoldRotation = False,
     search: Search = "off",
     imatrix: Imatrix = None,
+    gptq: Gptq = False,
     config_from: ConfigFrom = None,
     budget: SizeBudget = None,
     save_recipe: SaveRecipe = None,
@@ -303,7 +307,7 @@ def plan(
         shard_size,
     )
     wishes |= {"keep_extra": keep_extra, "search": search, "config_from": config_from}
-    wishes["statistics"] = imatrix
+    wishes |= {"statistics": imatrix, "gptq": gptq}
     wishes["revision"] = revision
     wishes |= {"budget": budget, "save_recipe": save_recipe}
     with _answering_errors():
@@ -573,6 +577,7 @@ def generate(
     fold_rotation: FoldRotation = False,
     search: Search = "off",
     imatrix: Imatrix = None,
+    gptq: Gptq = False,
     config_from: ConfigFrom = None,
     budget: SizeBudget = None,
     revision: Revision = None,
@@ -598,7 +603,7 @@ def generate(
         bits, group_size, mode, dequantize, dtype, override, only, recipe, act_order, fold_rotation
     )
     wishes |= {"search": search, "config_from": config_from, "revision": revision}
-    wishes["statistics"] = imatrix
+    wishes |= {"statistics": imatrix, "gptq": gptq}
     wishes["budget"] = budget
 
     def show(text: str) -> None:

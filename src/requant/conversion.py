@@ -56,6 +56,7 @@ def plan(
     fold_rotation: bool = False,
     search: str = "off",
     statistics: Source | None = None,
+    gptq: bool = False,
     config_from: Source | None = None,
     budget: str | float | None = None,
     shard_size: int = 5 << 30,
@@ -91,6 +92,7 @@ def plan(
         fold_rotation=fold_rotation,
         search=search,
         statistics=statistics,
+        gptq=gptq,
         config_from=config_from,
         max_shard_bytes=shard_size,
         budget=budget,
@@ -165,6 +167,7 @@ def convert(
     fold_rotation: bool = False,
     search: str = "off",
     statistics: Source | None = None,
+    gptq: bool = False,
     config_from: Source | None = None,
     budget: str | float | None = None,
     shard_size: int = 5 << 30,
@@ -216,6 +219,8 @@ def convert(
             with a smaller squared error at the same size (docs/quality.md).
         statistics: File of ``calibrate``, or llama.cpp's imatrix: what an error of each input
             counts in the search. Turns ``search`` to "best" where that is "off".
+        gptq: Hand the error of each input's codes on to the inputs after it, by the Hessians of
+            ``statistics`` (``calibrate(..., hessian=True)``); affine layers only.
         config_from: For GGUF: the folder of the original model, whose config.json and tokenizer
             files are taken instead of what the metadata say.
         budget: 4.5 (bits per weight) or "12GB" (bytes of all tensors): choose bits and group of
@@ -269,6 +274,7 @@ def convert(
         fold_rotation=fold_rotation,
         search=search,
         statistics=statistics,
+        gptq=gptq,
         config_from=config_from,
         max_shard_bytes=shard_size,
         budget=budget,

@@ -17,13 +17,14 @@ from pathlib import Path
 
 import numpy as np
 
-from requant.arrays import native, values
+from requant.arrays import gptq, native, values
 from requant.blueprint import Operation, Plan, Step
 from requant.checkpoint import ComputedTensor, JoinedTensor, SourceTensor, StoredTensor
 from requant.consuming import files_of
 from requant.dtypes import HEADER_NAME, NUMPY_DTYPE
 from requant.errors import CheckpointError, OutOfRangeError, Problem, RequantError
 from requant.formats.packing import Cut, Packing
+from requant.hessians import Hessians, bytes_for
 from requant.journal import Done
 from requant.schema import Quantization
 from requant.source_folder import open_regular
@@ -114,8 +115,10 @@ def _beside(plan: Plan, threads: int) -> int:
     One computed tensor at a time is made, from all of its inputs; meanwhile each other
     worker may hold another that is ready, and small ones of the same batch wait.
     """
+    widest = max((step.columns for step in plan.steps if step.gptq), default=0)
+    factored = bytes_for(widest, threads)
     if plan.relayout is None:
-        return 0
+        return factored
     sizes = {
         name: sum(out.info.nbytes for out in step.outputs.values())
         for name, step in plan.materials.items()
@@ -127,7 +130,7 @@ def _beside(plan: Plan, threads: int) -> int:
             ready.append(tensor.info.nbytes)
             made.append(tensor.info.nbytes + sum(sizes[name] for name in tensor.inputs))
     batch = min(sum(made), plan.relayout.batch_bytes)
-    return MLX_LM_MEMORY_BYTES + max(max(made), batch) + (threads - 1) * max(ready)
+    return factored + MLX_LM_MEMORY_BYTES + max(max(made), batch) + (threads - 1) * max(ready)
 
 
 @dataclass(frozen=True, slots=True)
@@ -333,9 +336,14 @@ class _Source:
 
 
 class _Buffers:
-    """One worker's memory: an array per role, as large as its largest use so far."""
+    """One worker's memory: an array per role, as large as its largest use so far.
 
-    def __init__(self) -> None:
+    Attributes:
+        hessians: What all workers share of GPTQ.
+    """
+
+    def __init__(self, hessians: Hessians) -> None:
+        self.hessians = hessians
         self._arrays: dict[str, np.ndarray] = {}
 
     def take(self, role: str, dtype: str, rows: int, row_bytes: int) -> np.ndarray:
@@ -407,6 +415,7 @@ class _Run:
         self.stop, self.stop_at = source.stop, stop_at
         self.done = threading.Event()
         self.running = budget.threads
+        self.hessians = Hessians(budget.threads)
         self.outcome = Outcome()
         self.layer, self.bytes_done, self.bytes_written = "", 0, 0
         if self.ledger is not None:
@@ -461,7 +470,7 @@ class _Run:
         )
 
     def _work(self) -> None:
-        buffers = _Buffers()
+        buffers = _Buffers(self.hessians)
         try:
             while not self.stop.is_set():
                 with self.lock:
@@ -704,7 +713,10 @@ def _quantize(
         finding.first_nonfinite_row = values.first_nonfinite_row(dense)
         return finding
     rows, scales = dense.shape[0], outputs["scales"]
-    for first, last, weights in _weighed(step, rows, matrices):
+    for first, last, matrix in _runs_of_a_matrix(step, rows, matrices):
+        if step.gptq and _compensate(step, dense, outputs, first, last, matrix, buffers.hessians):
+            continue
+        weights = None if step.importance is None else step.importance.weights(matrix)
         finding.flushed_groups += native.quantize_into(
             dense[first:last],
             target.group_size,
@@ -725,16 +737,38 @@ def _quantize(
     return finding
 
 
-def _weighed(
+def _runs_of_a_matrix(
     step: Step, rows: int, matrices: np.ndarray | None
-) -> Iterator[tuple[int, int, np.ndarray | None]]:
-    """Runs of rows of one matrix, and what an error of each input counts in it."""
-    if matrices is None or step.importance is None:
-        yield 0, rows, None
+) -> Iterator[tuple[int, int, int]]:
+    """Runs of rows of one matrix of a stack, and which it is."""
+    if matrices is None:
+        yield 0, rows, 0
         return
     borders = [0, *(np.flatnonzero(np.diff(matrices)) + 1).tolist(), rows]
     for first, last in pairwise(borders):
-        yield first, last, step.importance.weights(int(matrices[first]))
+        yield first, last, int(matrices[first])
+
+
+def _compensate(
+    step: Step,
+    dense: np.ndarray,
+    outputs: _Arrays,
+    first: int,
+    last: int,
+    matrix: int,
+    hessians: Hessians,
+) -> bool:
+    """Encode rows of one matrix with their errors handed on; False where no token reached it."""
+    assert step.importance is not None
+    assert step.target is not None
+    made = hessians.compensation(step.importance, matrix)
+    if made is None:
+        return False
+    target = step.target
+    parts = gptq.quantize(dense[first:last], made, target.group_size, target.bits, step.search)
+    for role, array in zip(("weight", "scales", "biases"), parts, strict=True):
+        outputs[role][first:last] = array
+    return True
 
 
 def _unpack(

@@ -301,6 +301,7 @@ def arguments(wishes: Wishes) -> list[str]:
         words += ["--shard-size", str(wishes.max_shard_bytes)]
     flags = {
         "--dequantize": wishes.dequantize,
+        "--gptq": wishes.gptq,
         "--keep-extra": wishes.keep_extra,
         "--fold-rotation": wishes.fold_rotation,
         "--allow-nonfinite": bool(wishes.spoiled),

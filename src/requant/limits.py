@@ -33,6 +33,9 @@ MAX_ENTRIES = 100_000  # files and folders below a source
 MAX_SHARDS = 10_000
 MAX_PEEK_BYTES = 1 << 30  # of one tensor that is read while planning
 
+# -- GPTQ --------------------------------------------------------------------------------
+MAX_GPTQ_INPUTS = 16_384  # of a layer; its Hessian is factored in memory, 36 bytes x inputs^2
+
 # -- regular expressions and wildcards: lists in configs, --override, --only, recipes -------
 MAX_PATTERN_CHARS = 4096
 MAX_PATTERN_S = 2.0  # seconds that one pattern may take over all the names of a model

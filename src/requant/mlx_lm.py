@@ -50,7 +50,7 @@ def load(
         tokenizer_config: Options of the tokenizer, as ``mlx_lm.load`` takes them.
         **wishes: What else ``requant.convert`` takes, but for what concerns files: ``bits``,
             ``group_size``, ``mode``, ``dequantize``, ``dtype``, ``overrides``, ``only``,
-            ``recipe``, ``act_order``, ``fold_rotation``, ``search``, ``statistics``,
+            ``recipe``, ``act_order``, ``fold_rotation``, ``search``, ``statistics``, ``gptq``,
             ``config_from``, ``budget``, ``threads``, ``max_memory``, ``allow_nonfinite``,
             ``allow_overflow``, ``progress``, ``revision``.
 

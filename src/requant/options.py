@@ -197,6 +197,14 @@ Imatrix = Annotated[
         "or the statistics that calibrate wrote.",
     ),
 ]
+Gptq = Annotated[
+    bool,
+    typer.Option(
+        "--gptq",
+        help="Hand each column's error on to the next ones, by the Hessians of --imatrix "
+        "(requant calibrate --hessian): least error, slower; affine.",
+    ),
+]
 Prompt = Annotated[
     str,
     typer.Option(

@@ -27,7 +27,7 @@ from requant.schema import SKIP, PerLayerQuantization, Quantization
 from requant.specs import resolve_quantization
 from requant.statistics import read_statistics
 from requant.steps import fidelity, layer_steps, material_steps, with_global_scale
-from requant.weighting import WITHOUT_STATISTICS, weighted
+from requant.weighting import weighted
 from requant.wishes import DTYPES, Wishes
 
 
@@ -179,12 +179,9 @@ class Planner:
         if self.wishes.statistics is None:
             return layers, steps, []
         statistics = read_statistics(self.wishes.statistics)
-        made = weighted(steps, {x.layer: x.shape for x in layers}, statistics)
-        without = set(made.without)
-        layers = [
-            replace(x, reason=x.reason or WITHOUT_STATISTICS) if x.layer in without else x
-            for x in layers
-        ]
+        shapes = {x.layer: x.shape for x in layers}
+        made = weighted(steps, shapes, statistics, self.wishes.gptq)
+        layers = [replace(x, reason=x.reason or made.reasons.get(x.layer, "")) for x in layers]
         return layers, list(made.steps), list(made.notes(statistics))
 
     def _layer_plan(

@@ -6,10 +6,12 @@ Knows steps and statistics files, and nothing of formats; reads no weights.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from requant.blueprint import Step
 from requant.errors import CheckpointError, Problem
+from requant.limits import MAX_GPTQ_INPUTS
+from requant.schema import QuantMode
 from requant.statistics import Importance, Statistics
 
 WITHOUT_STATISTICS = "no statistics: searched without weights"
@@ -24,11 +26,18 @@ class Weighted:
         steps: As they came, those that search with what their layer's inputs weigh.
         without: Layers that are searched without statistics.
         unseen: Layer -> its experts that no token reached; they are searched without, too.
+        alone: Layer -> why GPTQ, where it is wished, does not work on it.
     """
 
     steps: tuple[Step, ...]
     without: tuple[str, ...]
     unseen: Mapping[str, int]
+    alone: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def reasons(self) -> dict[str, str]:
+        """Layer -> what is to be said of it in the table."""
+        return {**self.alone, **dict.fromkeys(self.without, WITHOUT_STATISTICS)}
 
     def notes(self, statistics: Statistics) -> Iterator[str]:
         """What the user should know of them."""
@@ -37,6 +46,12 @@ class Weighted:
         yield f"Errors of {len(searched)} layers are weighted by {name} (--imatrix)."
         if self.without:
             yield f"{_listed(self.without)} found no statistics: searched without weights."
+        compensated = {step.layer for step in self.steps if step.gptq}
+        if compensated:
+            yield f"Errors of {len(compensated)} layers are handed on column by column (--gptq)."
+        for why in dict.fromkeys(self.alone.values()):
+            names = tuple(layer for layer, reason in self.alone.items() if reason == why)
+            yield f"{_listed(names)}: {why}."
         if self.unseen:
             count = sum(self.unseen.values())
             yield (
@@ -51,7 +66,10 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def weighted(
-    steps: Iterable[Step], shapes: Mapping[str, tuple[int, ...]], statistics: Statistics
+    steps: Iterable[Step],
+    shapes: Mapping[str, tuple[int, ...]],
+    statistics: Statistics,
+    gptq: bool = False,
 ) -> Weighted:
     """Give each step that searches the statistics of its layer.
 
@@ -59,9 +77,11 @@ def weighted(
         steps: Of a plan.
         shapes: Layer -> shape of its weight, ``(..., out, in)``.
         statistics: The file.
+        gptq: Hand errors on, wherever the file has Hessians.
 
     Raises:
-        CheckpointError: A shape disagrees, or the file knows none of the layers.
+        CheckpointError: A shape disagrees, the file knows none of the layers, or it has no
+            Hessian at all.
     """
     steps = tuple(steps)
     searched = dict.fromkeys(step.layer for step in steps if step.search != "off")
@@ -77,17 +97,41 @@ def weighted(
         known = _listed(tuple(statistics.seen))
         message = f"knows none of the layers that are searched, but {known}: of another model?"
         problems = [Problem("statistics", message)]
+    if gptq and not problems and not any(entry.hessian for entry in statistics.seen.values()):
+        message = (
+            "hold no Hessian, which --gptq needs: requant calibrate MODEL --hessian makes them"
+        )
+        problems = [Problem("statistics", message)]
     if problems:
         raise CheckpointError(statistics.source, problems)
+    alone = {}
+    for step in steps if gptq else ():
+        why = _why_alone(step, found.get(step.layer))
+        if why and step.search != "off":
+            alone[step.layer] = why
     unseen = {layer: len(x.unseen) for layer, x in found.items() if x.unseen}
     return Weighted(
-        tuple(_with(step, found.get(step.layer)) for step in steps),
+        tuple(
+            _with(step, found.get(step.layer), gptq and step.layer not in alone) for step in steps
+        ),
         tuple(layer for layer in searched if layer not in found),
         unseen,
+        alone,
     )
 
 
-def _with(step: Step, importance: Importance | None) -> Step:
+def _with(step: Step, importance: Importance | None, gptq: bool) -> Step:
     if importance is None or step.search == "off" or step.columns != importance.in_features:
         return step
-    return replace(step, importance=importance)
+    return replace(step, importance=importance, gptq=gptq)
+
+
+def _why_alone(step: Step, importance: Importance | None) -> str:
+    """Why GPTQ does not work on a layer that is searched; "" where it does."""
+    if step.target is None or step.target.mode is not QuantMode.AFFINE:
+        return "not affine: searched without --gptq"
+    if importance is None or not importance.has_hessians:
+        return "no Hessian: searched without --gptq"
+    if importance.in_features > MAX_GPTQ_INPUTS:
+        return f"more than {MAX_GPTQ_INPUTS:,} inputs: searched without --gptq"
+    return ""

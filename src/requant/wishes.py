@@ -65,6 +65,7 @@ class Wishes:
         search: "off" for MLX's rule; "fast" or "best" look for scales and biases with a smaller
             squared error, wherever codes are computed.
         statistics: A statistics file (ours, or an imatrix) that weighs the errors of a search.
+        gptq: Hand each column's error on to the next ones, with Hessians of ``statistics``.
         budget: How large the output may be ("4.5" bits per weight, "12GB"); what was chosen for
             it is the recipe.
         config_from: For GGUF: the folder whose config.json and tokenizer files are taken; None
@@ -89,6 +90,7 @@ class Wishes:
     config_from: str | None = None
     budget: str | None = None
     statistics: str | None = None
+    gptq: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """The wishes as JSON data; ``from_dict`` reads them back equal."""
@@ -149,6 +151,7 @@ class Wishes:
         config_from: str | os.PathLike[str] | None = None,
         budget: str | float | None = None,
         statistics: str | os.PathLike[str] | None = None,
+        gptq: bool = False,
     ) -> Wishes:
         """Check and assemble what the command line and the Python doors take.
 
@@ -178,6 +181,8 @@ class Wishes:
             raise UnknownValueError("no such way with act-order", act_order, ACT_ORDERS)
         if search not in SEARCHES:
             raise UnknownValueError("no such search", search, SEARCHES)
+        if gptq:
+            _check_gptq(statistics, quantization, dequantize)
         if statistics is not None and search == "off":
             search = "best"
         if max_shard_bytes < 1:
@@ -201,7 +206,25 @@ class Wishes:
             config_from=None if config_from is None else os.fspath(config_from),
             budget=None if budget is None else parse_budget(budget).text,
             statistics=None if statistics is None else os.fspath(statistics),
+            gptq=gptq,
         )
+
+
+def _check_gptq(statistics: object, quantization: Quantization | None, dequantize: bool) -> None:
+    """GPTQ takes Hessians and gives affine codes.
+
+    Raises:
+        UsageError: There are none, or other codes are wished.
+    """
+    if statistics is None:
+        raise UsageError(
+            "--gptq needs Hessians: requant calibrate MODEL --hessian -o stats.safetensors, then "
+            "--gptq --imatrix stats.safetensors"
+        )
+    if dequantize:
+        raise UsageError("choose one: --dequantize or --gptq")
+    if quantization is not None and quantization.mode is not QuantMode.AFFINE:
+        raise UsageError(f"--gptq gives affine codes; leave --mode {quantization.mode.value} out")
 
 
 def _check_alone(
