@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,16 @@ def test_architecture_page_names_every_module() -> None:
     page = (PACKAGE.parents[1] / "docs" / "architecture.md").read_text()
     named = set(re.findall(r"^(?:│?  )*([\w/]+?)(?:\.py|/)\s", page, re.M))
     assert {place(path) for path in modules()} - {"__init__", "__main__"} <= named
+
+
+def test_the_route_of_one_tensor_names_what_is_there() -> None:
+    page = (PACKAGE.parents[1] / "docs" / "architecture.md").read_text()
+    route = page.partition("## The route of one tensor")[2].partition("\n## ")[0]
+    named = re.findall(r"`((?:\w+\.)+\w+)`", route)
+    for module, name in (dotted.rsplit(".", 1) for dotted in named if dotted[0].islower()):
+        if module.partition(".")[0] in FLOOR_OF:
+            assert hasattr(import_module(f"requant.{module}"), name), f"{module} has no {name}"
+    assert "checkpoint.read_checkpoint" in named
 
 
 def test_importing_requant_stays_light() -> None:

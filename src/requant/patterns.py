@@ -285,7 +285,6 @@ class _Walk:
     def __init__(self, pattern: Pattern, name: str, deadline: float) -> None:
         self.pattern, self.name, self.deadline = pattern, name, deadline
         self.flags = pattern._parsed.state.flags
-        self.everywhere = (2 << len(name)) - 1  # positions 0 to the end, both included
         self.masks: dict[_Node, int] = {}
 
     def sequence(self, nodes: Iterable[_Node], starts: int) -> int:
