@@ -87,6 +87,7 @@ class Step:
     row_order: RowOrder | None = None  # rows of the output in another order than the source's
     importance: Importance | None = None  # what errors of each input count in the search
     gptq: bool = False  # each column's error is handed on to the columns after it
+    weigh: bool = False  # what is lost is measured as ``importance`` counts it
 
     def row_bytes(self, tensor: SourceTensor | OutputTensor) -> int:
         """Bytes that one row takes in ``tensor``; of a packed layer's part, its share of them."""

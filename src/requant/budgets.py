@@ -163,7 +163,9 @@ class _Trial:
                 if step.layer in new and step.operation in (Operation.ENCODE, Operation.RECODE):
                     name = f"{step.layer} as {new[step.layer]}"
                     self.named[name] = step.layer, new[step.layer]
-                    steps[step.layer].append(replace(step, layer=name))
+                    weigh = step.importance is not None
+                    trial = replace(step, layer=name, gptq=False, weigh=weigh)
+                    steps[step.layer].append(trial)
         free = [layer for layer, specs in self.tried.items() if len(specs) > 1]
         self.plan = replace(base, steps=tuple(step for layer in free for step in steps[layer]))
 
@@ -337,6 +339,7 @@ def _recipe(measured: Measured, wishes: Wishes, default: Quantization | None) ->
         default,
         tuple(Rule(spec, layers=tuple(by_spec[spec])) for spec in sorted(by_spec)),
         is_shipped=False,
+        search="" if wishes.search == "off" else wishes.search,
     )
 
 

@@ -734,6 +734,8 @@ def _quantize(
     finding.squared_error, finding.squared_values, finding.max_error_steps = values.encoding_error(
         dense, decoded, scales, target.mode.value, group_max
     )
+    if step.weigh and step.importance is not None:
+        finding.squared_error, finding.squared_values = _weighed(step, dense, decoded, matrices)
     return finding
 
 
@@ -747,6 +749,22 @@ def _runs_of_a_matrix(
     borders = [0, *(np.flatnonzero(np.diff(matrices)) + 1).tolist(), rows]
     for first, last in pairwise(borders):
         yield first, last, int(matrices[first])
+
+
+def _weighed(
+    step: Step, dense: np.ndarray, decoded: np.ndarray, matrices: np.ndarray | None
+) -> tuple[float, float]:
+    """Squared errors and squared values of a chunk, each input counted as its mean square."""
+    error = energy = 0.0
+    assert step.importance is not None
+    for first, last, matrix in _runs_of_a_matrix(step, len(dense), matrices):
+        weights = step.importance.weights(matrix)
+        wide = dense[first:last].astype(np.float32)
+        lost = decoded[first:last].astype(np.float32) - wide
+        sums = [np.einsum("ri,ri->i", x, x, dtype=np.float64) for x in (lost, wide)]
+        counted = [float(x.sum() if weights is None else x @ weights) for x in sums]
+        error, energy = error + counted[0], energy + counted[1]
+    return error, energy
 
 
 def _compensate(

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from requant.arrays.native import SEARCH_LEVELS
 from requant.errors import OutOfRangeError, Problem, UnknownValueError, UsageError
 from requant.patterns import search
 from requant.schema import Quantization
@@ -115,6 +116,7 @@ class Recipe:
         rules: The last that fits wins.
         is_mixed: It is one of ``MIXED``; there are no rules then.
         is_shipped: It came with requant.
+        search: Level of the search for scales, unless another is wished; "" says nothing of it.
     """
 
     name: str
@@ -123,6 +125,7 @@ class Recipe:
     rules: tuple[Rule, ...] = ()
     is_mixed: bool = False
     is_shipped: bool = True
+    search: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as JSON data."""
@@ -131,6 +134,7 @@ class Recipe:
             "description": self.description,
             "mixed_bits": list(MIXED[self.name]) if self.is_mixed else None,
             "default": self.default and self.default.to_dict(),
+            "search": self.search or None,
             "rules": [asdict(rule) for rule in self.rules],
         }
 
@@ -263,6 +267,7 @@ def recipe_text(recipe: Recipe) -> str:
 def toml_of(recipe: Recipe) -> str:
     """A recipe as the text that ``parse_recipe`` reads; not one of mlx-lm's."""
     lines = [f"description = {json.dumps(recipe.description)}"]
+    lines += [f"search = {json.dumps(recipe.search)}"] * bool(recipe.search)
     if recipe.default is not None:
         lines += ["", "[default]"]
         lines += [f"{key} = {json.dumps(x)}" for key, x in recipe.default.to_dict().items()]
@@ -297,8 +302,11 @@ def parse_recipe(text: str, name: str, *, is_shipped: bool = False) -> Recipe:
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise UsageError(f"recipe {name} is no TOML: {error}") from error
     reader = _Reader()
-    reader.keys("", table, ("description", "default", "rules"))
+    reader.keys("", table, ("description", "search", "default", "rules"))
     description = reader.typed("description", table.get("description", ""), str, "a text")
+    level = reader.typed("search", table.get("search", ""), str, "fast or best") or ""
+    if level not in ("", *SEARCH_LEVELS):
+        reader.report("search", f"is {level!r}, expected one of {', '.join(SEARCH_LEVELS)}")
     default = reader.default(table["default"]) if "default" in table else None
     tables = reader.typed("rules", table.get("rules", []), list, "[[rules]] tables")
     rules = [reader.rule(f"rules[{n}]", value) for n, value in enumerate(tables or [], 1)]
@@ -308,7 +316,12 @@ def parse_recipe(text: str, name: str, *, is_shipped: bool = False) -> Recipe:
         lines = "".join(f"\n  {problem}" for problem in reader.problems)
         raise UsageError(f"recipe {name} cannot be used:{lines}")
     return Recipe(
-        name, description or "", default, tuple(x for x in rules if x), is_shipped=is_shipped
+        name,
+        description or "",
+        default,
+        tuple(x for x in rules if x),
+        is_shipped=is_shipped,
+        search=level,
     )
 
 
@@ -324,6 +337,8 @@ def recipe_from_dict(data: Mapping[str, Any]) -> Recipe:
         table = dict(told)
         table["role"] = table.pop("roles")
         rules.append(reader.rule(f"rules[{number}]", table))
+    if data.get("search", "") not in ("", *SEARCH_LEVELS):
+        reader.report("search", f"is {data['search']!r:.80}")
     for key in ("name", "description"):
         reader.typed(key, data[key], str, "a text")
     for key in ("is_mixed", "is_shipped"):

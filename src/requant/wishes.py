@@ -181,6 +181,8 @@ class Wishes:
             raise UnknownValueError("no such way with act-order", act_order, ACT_ORDERS)
         if search not in SEARCHES:
             raise UnknownValueError("no such search", search, SEARCHES)
+        if chooser is not None and search == "off" and not dequantize:
+            search = chooser.search or search
         if gptq:
             _check_gptq(statistics, quantization, dequantize)
         if statistics is not None and search == "off":

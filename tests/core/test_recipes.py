@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 
 from requant.errors import OutOfRangeError, UsageError
-from requant.recipes import ROLES, Choice, load_recipe, parse_recipe, recipe_names, recipe_text
+from requant.recipes import (
+    ROLES,
+    Choice,
+    load_recipe,
+    parse_recipe,
+    recipe_names,
+    recipe_text,
+    toml_of,
+)
 from requant.schema import SKIP, Quantization
 from requant.wishes import Wishes
 
@@ -204,7 +212,10 @@ def test_wishes_that_a_recipe_contradicts(tmp_path: Path) -> None:
         ("[default", "is no TOML: "),
         ("", "rules: there are none, and no [default]"),
         ("[defaults]\nbits = 4", "defaults: is no key here; did you mean 'default'?"),
-        ("colour = 1\n[default]", "colour: is no key here; known: description, default, rules"),
+        (
+            "colour = 1\n[default]",
+            "colour: is no key here; known: description, search, default, rules",
+        ),
         ("description = 4\n[default]", "description: is 4, expected a text"),
         ("default = 4", "default: is 4, expected a table"),
         ("[default]\nbit = 4", "default.bit: is no key here; did you mean 'bits'?"),
@@ -255,3 +266,16 @@ def test_names_and_files_that_are_not_there(tmp_path: Path) -> None:
     (tmp_path / "bytes.toml").write_bytes(b"\xff")
     with pytest.raises(UsageError, match="is no UTF-8"):
         load_recipe(tmp_path / "bytes.toml")
+
+
+def test_a_recipe_turns_the_search_on(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text('search = "fast"\n[default]\nbits = 3\n')
+    assert Wishes.build(recipe=file).search == "fast"
+    assert Wishes.build(recipe=file, search="best").search == "best"
+    recipe = load_recipe(file)
+    assert parse_recipe(toml_of(recipe), str(file)) == recipe
+    assert Wishes.from_dict(Wishes.build(recipe=file).to_dict()) == Wishes.build(recipe=file)
+    file.write_text('search = "slow"\n[default]\nbits = 3\n')
+    with pytest.raises(UsageError, match="search: is 'slow', expected one of fast, best"):
+        load_recipe(file)

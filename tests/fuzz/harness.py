@@ -18,6 +18,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from requant.checkpoint import read_checkpoint
 from requant.conversion import convert
 from requant.dtypes import NUMPY_DTYPE
@@ -27,6 +29,7 @@ from requant.patterns import Pattern
 from requant.planner import make_plan
 from requant.record import record_hash
 from requant.safetensors_header import parse_header
+from requant.statistics import read_statistics
 from requant.verification import verify
 from requant.wishes import Wishes
 
@@ -394,6 +397,69 @@ class RecordReader:
                 assert str(error)
 
 
+class StatisticsReader:
+    """Reads a statistics file, and asks for what it says of every layer."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+
+    def __call__(self, data: bytes) -> None:
+        self.place.mkdir(parents=True, exist_ok=True)
+        path = self.place / "statistics"
+        path.write_bytes(data)
+        try:
+            found = read_statistics(path)
+        except RequantError as error:
+            assert str(error)
+            return
+        for name, entry in found.seen.items():
+            answer = found.find(name, (entry.experts or 1, 1, entry.size // (entry.experts or 1)))
+            if answer is not None and not isinstance(answer, str):
+                for matrix in range(min(len(answer.places), 8)):
+                    weights = answer.weights(matrix)
+                    assert weights is None or np.isfinite(weights).all()
+
+
+def statistics_file(rng: random.Random) -> bytes:
+    """Ours, or llama.cpp's in either form; each small and mostly sound."""
+    sizes = [rng.choice((0, 1, 4, 32)) if rng.random() < 0.1 else 32 for _ in range(3)]
+    names = [f"blk.{n}.{rng.choice(('attn_q', 'ffn_up', 'output', ''))}.weight" for n in range(3)]
+    values = [struct.pack(f"<{size}f", *(rng.random() for _ in range(size))) for size in sizes]
+    form = rng.random()
+    if form < 0.35:
+        data = struct.pack("<i", rng.choice((3, 3, 3, 0, -1, 1 << 30)))
+        for name, size, floats in zip(names, sizes, values, strict=True):
+            calls = rng.choice((1, 7, 0, -1, 1 << 31 - 1))
+            data += struct.pack("<i", len(name)) + name.encode()
+            data += struct.pack("<ii", max(min(calls, 2**31 - 1), -1), size) + floats
+        return data + struct.pack("<i", 3)
+    if form < 0.7:
+        tensors: dict[str, Any] = {}
+        for name, size in zip(names, sizes, strict=True):
+            tensors[f"{name}.mean_square"] = ["F32", [size]]
+            tensors[f"{name}.count"] = ["F32", [1]]
+            if rng.random() < 0.3:
+                tensors[f"{name}.hessian"] = ["F32", [size, size]]
+        if rng.random() < 0.3:
+            damage_tensors(tensors, rng)
+        text, nbytes = header_of(tensors, {"format": "requant-statistics", "version": "1"})
+        body = (
+            rng.randbytes(nbytes % (1 << 16)) if rng.random() < 0.5 else bytes(nbytes % (1 << 16))
+        )
+        return struct.pack("<Q", len(text)) + text + body
+    entries = []
+    for name, size in zip(names, sizes, strict=True):
+        entries += [(f"{name}.in_sum2", (1, size)), (f"{name}.counts", (1, rng.choice((1, 1, 2))))]
+    data = b"GGUF" + struct.pack("<IQQ", 3, len(entries), 1)
+    data += _gguf_string("general.type") + struct.pack("<I", 8) + _gguf_string("imatrix")
+    offset = 0
+    for name, shape in entries:
+        data += _gguf_string(name) + struct.pack("<IQQ", 2, shape[1], shape[0])
+        data += struct.pack("<IQ", 0, offset)
+        offset += -(-4 * shape[0] * shape[1] // 32) * 32
+    return data + bytes(-len(data) % 32) + rng.randbytes(offset)
+
+
 def _shard(names: list[str]) -> bytes:
     """A sound file with tensors of zeros."""
     text, size = header_of({name: ["F32", [32, 64]] for name in names})
@@ -625,6 +691,9 @@ def make_input(kind: str, folders: list[Folder], rng: random.Random) -> Any:
         return index_text(rng)
     if kind == "record":
         return record_value(rng)
+    if kind == "statistics":
+        data = statistics_file(rng)
+        return damage_bytes(data, rng) if rng.random() < 0.5 else data
     if kind == "gguf":
         data = gguf_file(rng)
         return damage_bytes(data, rng) if rng.random() < 0.3 else data
@@ -664,6 +733,7 @@ def readers(place: Path) -> dict[str, Callable[[Any], None]]:
         "folder": FolderReader(place),
         "pattern": read_pattern,
         "gguf": GgufReader(place),
+        "statistics": StatisticsReader(place.with_name("statistics")),
         "index": IndexReader(place.with_name("shards")),
         "record": RecordReader(place),
     }
@@ -682,4 +752,5 @@ def from_text(text: str) -> tuple[str, Any]:
         "header",
         "gguf",
         "index",
+        "statistics",
     ) else seed["input"]

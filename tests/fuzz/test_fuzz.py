@@ -51,6 +51,7 @@ def test_the_corpus_is_mostly_read(tmp_path: Path) -> None:
         ("gguf", 500),
         ("index", 1000),
         ("record", 150),
+        ("statistics", 1000),
     ],
 )
 def test_a_slice_of_the_fuzzer(kind: str, inputs: int, tmp_path: Path) -> None:

@@ -140,3 +140,56 @@ def test_memory_of_the_factorisation_is_in_the_plan(source: Path, stats: Path) -
         for wished in (True, False)
     ]
     assert peaks[0].peak_bytes - peaks[1].peak_bytes >= 96 * 96 * 36
+
+
+def test_a_budget_counts_what_is_lost_as_the_search_does(source: Path, tmp_path: Path) -> None:
+    """Where only inputs count that half of the weights never touch, bits go to the other layer."""
+    told: dict[str, Any] = {"budget": 11.5, "layout": "keep", "group_size": 32, "search": "best"}
+    bits = []
+    for loud in (Q, DOWN):
+        path = tmp_path / f"{loud}.safetensors"
+        layers = {
+            name: LayerStatistics(np.full(SHAPES[name][-1], 1.0, np.float32), np.ones(1))
+            for name in (Q, DOWN)
+        }
+        # One group of the quiet layer alone counts; it is all zeros, so nothing is lost there.
+        quiet = DOWN if loud == Q else Q
+        squares = np.zeros(SHAPES[quiet][-1], np.float32)
+        squares[:32] = 1.0
+        layers[quiet] = LayerStatistics(squares, np.ones(1))
+        write_statistics(path, layers)
+        weights = dict(read_folder(source))
+        for name in (Q, DOWN):
+            array = weights[f"{name}.weight"].copy()
+            array[:, :32] = 0
+            weights[f"{name}.weight"] = array
+        (source / "model.safetensors").unlink()
+        write_file(source / "model.safetensors", weights)
+        made = requant.plan(source, statistics=path, only=["q_proj", "down_proj"], **told)
+        assert made.quantization is not None
+        found = {x.layer: x.nbytes / np.prod(x.shape) for x in made.layers}
+        bits.append(found[Q] - found[DOWN])
+    assert bits[0] > 0 > bits[1]
+
+
+@pytest.mark.parametrize("weights", [None, np.linspace(0, 2, 96).astype(np.float32)])
+def test_weighed_errors_are_the_sums(weights: np.ndarray | None) -> None:
+    """Against float64, matrix by matrix."""
+    from requant.execute import _weighed
+
+    class Of:
+        def weights(self, matrix: int) -> np.ndarray | None:
+            return None if weights is None else weights * (matrix + 1)
+
+    class Like:
+        importance = Of()
+
+    random = np.random.default_rng(0)
+    dense = random.normal(0, 1, (10, 96)).astype(BF16)
+    decoded = (dense.astype(np.float32) + random.normal(0, 0.1, (10, 96))).astype(BF16)
+    matrices = np.array([0] * 3 + [1] * 7)
+    error, energy = _weighed(Like(), dense, decoded, matrices)  # type: ignore[arg-type]
+    each = np.ones((10, 96)) if weights is None else np.outer(matrices + 1.0, weights)
+    wide, far = dense.astype(np.float64), decoded.astype(np.float64)
+    assert error == pytest.approx((each * (far - wide) ** 2).sum(), rel=1e-5)
+    assert energy == pytest.approx((each * wide**2).sum(), rel=1e-5)

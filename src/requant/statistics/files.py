@@ -142,9 +142,8 @@ def _ours(file: BinaryIO, raw: bytes, size: int) -> imatrix.Found:
         experts = 1 if len(square.info.shape) == 1 else square.info.shape[0]
         file.seek(len(raw) + parts["count"].start)
         counts = np.frombuffer(file.read(4 * experts), "<f4")
-        divisors = np.where(
-            counts > 0, 1.0, counts.astype(np.float64)
-        )  # means already; 0 if there is none
+        with np.errstate(invalid="ignore"):  # a NaN of any kind is told later
+            divisors = np.where(counts > 0, 1.0, counts.astype(np.float64))  # means already
         seen.append(
             Seen(
                 layer,

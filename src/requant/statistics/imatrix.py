@@ -51,7 +51,12 @@ def read_gguf(source: str, size: int) -> Found:
                 problems.append(Problem(layer, wrong))
                 continue
             file.seek(counts.offset)
-            divisors = np.frombuffer(file.read(counts.nbytes), "<f4").astype(np.float64)
+            told = file.read(counts.nbytes)
+            if len(told) < counts.nbytes:
+                problems.append(Problem(layer, "was cut while it was read"))
+                continue
+            with np.errstate(invalid="ignore"):  # a NaN of any kind is told later
+                divisors = np.frombuffer(told, "<f4").astype(np.float64)
             experts = divisors.size
             elements = sums.nbytes // 4
             seen.append(Seen(_layer(layer), elements, sums.offset, divisors, experts))
@@ -93,12 +98,12 @@ class _Cursor:
         self.file, self.size, self.at = file, size, 0
         file.seek(0)
 
-    def number(self, what: str, most: int) -> int:
+    def number(self, what: str, most: int, least: int = 1) -> int:
         value: int = struct.unpack("<i", self.take(4, what))[0]
-        if not 0 < value <= most:
+        if not least <= value <= most:
             raise _Damaged(
                 f"is neither a safetensors nor a GGUF file, nor an imatrix of the older form: byte "
-                f"{self.at - 4:,} says that {what} is {value:,}, expected 1 to {most:,}"
+                f"{self.at - 4:,} says that {what} is {value:,}, expected {least} to {most:,}"
             )
         return value
 
@@ -123,7 +128,7 @@ def read_older(file: BinaryIO, size: int) -> Found:
         for _ in range(cursor.number("the number of entries", MAX_TENSORS)):
             length = cursor.number("the length of a name", MAX_NAME_CHARS)
             name = cursor.take(length, "a name").decode("utf-8", "replace")
-            calls = cursor.number(f"the number of calls of {shown(name)}", MAX_INT)
+            calls = cursor.number(f"the number of calls of {shown(name)}", MAX_INT, 0)
             values = cursor.number(f"the number of values of {shown(name)}", MAX_INT)
             wrong = check_name(name)
             if wrong or name in seen:
