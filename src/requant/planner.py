@@ -30,6 +30,9 @@ from requant.steps import fidelity, layer_steps, material_steps, with_global_sca
 from requant.weighting import weighted
 from requant.wishes import DTYPES, Wishes
 
+# Where the tools of sources say how they quantized; no longer true of an output.
+_QUANTIZATION_KEYS = ("quantization", "quantization_config", "compression_config")
+
 
 @time_counted()
 def make_plan(source: str | Path | Checkpoint, wishes: Wishes, twins: Path | None = None) -> Plan:
@@ -257,11 +260,10 @@ class Planner:
             base["rotation"] = dict(self.layout.rotation)
         if self.mlx_lm is not None and not (changed or chosen):
             return base
-        config = {
-            key: value
-            for key, value in base.items()
-            if key not in ("quantization", "quantization_config")
-        }
+        config = {key: value for key, value in base.items() if key not in _QUANTIZATION_KEYS}
+        text = config.get("text_config")
+        if isinstance(text, dict) and self.format not in ("dense", "mlx"):
+            config["text_config"] = {k: v for k, v in text.items() if k not in _QUANTIZATION_KEYS}
         if self.wishes.dtype is not None:
             name = next(word for word, header in DTYPES.items() if header == self.wishes.dtype)
             for part in (config, config.get("text_config")):

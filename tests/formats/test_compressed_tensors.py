@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import requant
+from requant.errors import Problem
+from requant.formats.ct_config import CtConfig
+from requant.formats.declared import Declared
 from tests.formats.folders import BF16, E4M3, e4m3, refusal, write
 from tests.formats.harness import affine, float_values, read_folder
 
@@ -399,6 +403,24 @@ def test_presets_and_the_old_key(tmp_path: Path) -> None:
     assert requant.inspect(folder).format == "compressed-tensors"
     out, _ = convert(folder, tmp_path / "o")
     assert out["a.k_proj.weight"].shape == (4, 16)
+    assert not json.loads((tmp_path / "o" / "config.json").read_text()).get("compression_config")
+
+
+def test_every_preset_of_the_peer() -> None:
+    """All names of compressed-tensors 0.20.0, and what each says of a weight."""
+    widths = {"UNQUANTIZED": None, "INT8": 8, "W4AFP8": 4, "W4A16_ASYM": 4, "MXFP4XFP8": 4}
+    for bits in range(2, 9):
+        widths |= {f"W{bits}A{n}": bits for n in (4, 8, 16) if n >= bits}
+    widths |= dict.fromkeys(("FP8", "FP8_DYNAMIC", "FP8_BLOCK", "MXFP8", "MXFP8A16"), 8)
+    widths |= dict.fromkeys(("NVFP4", "NVFP4A16", "MXFP4", "MXFP4A16"), 4)
+    widths |= dict.fromkeys(("MXFP6A16", "MXFP6A8"), 6)
+    for name, bits in widths.items():
+        problems: list[Problem] = []
+        found = Declared("here", {"config_groups": {name.lower(): ["Linear"]}})
+        scheme = CtConfig(found, problems).of("a.b")
+        assert (scheme.bits, problems) == (bits, []), name
+        assert bits is None or scheme.kind == ("float" if "FP" in name[:4] else "int"), name
+        assert scheme.symmetric is (None if bits is None else name != "W4A16_ASYM"), name
 
 
 def test_without_a_config_the_tensors_tell(tmp_path: Path) -> None:

@@ -42,6 +42,34 @@ def test_tensors_tell(name: str, tmp_path: Path) -> None:
     assert all(array.tobytes() == made[1][key].tobytes() for key, array in made[0].items())
 
 
+@pytest.mark.parametrize("dequantize", [False, True])
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("ct-pack-int4-sym-g128", "quantization_config"),
+        ("ct-pack-int4-sym-g128", "compression_config"),  # what older compressed-tensors wrote
+        ("fp8-block-ue8m0", "quantization_config"),
+        ("modelopt-nvfp4", "quantization_config"),
+    ],
+)
+def test_a_block_inside_text_config(name: str, dequantize: bool, key: str, tmp_path: Path) -> None:
+    """Read where vision models have it, and gone from the output: mlx-lm looks there too."""
+    source = without_config(name, tmp_path / "source")
+    config = json.loads((fixture(name) / "checkpoint" / "config.json").read_text())
+    nested = {"hidden_size": 64, key: config.pop("quantization_config")}
+    (source / "config.json").write_text(json.dumps(config | {"text_config": nested}))
+    made = []
+    for folder in (fixture(name) / "checkpoint", source):
+        output = tmp_path / f"{folder.name}-out"
+        requant.convert(folder, output, dequantize=dequantize, layout="keep")
+        made.append(read_folder(output))
+    assert made[0].keys() == made[1].keys()
+    assert all(array.tobytes() == made[1][key].tobytes() for key, array in made[0].items())
+    written = json.loads((output / "config.json").read_text())
+    assert written["text_config"] == {"hidden_size": 64}
+    assert ("quantization" in written) is not dequantize
+
+
 @pytest.mark.parametrize("name", [name for name in NAMES if name in AMBIGUOUS])
 def test_what_tensors_do_not_tell_is_refused(name: str, tmp_path: Path) -> None:
     source = without_config(name, tmp_path / "bare")

@@ -217,7 +217,10 @@ class CtConfig:
         return None
 
     def _preset(self, name: str, where: str) -> Scheme:
-        match = _PRESET.fullmatch(name.upper())
+        name = name.upper()
+        if name == "UNQUANTIZED":
+            return Scheme(where=where)
+        match = _PRESET.fullmatch("W8A8" if name == "INT8" else name)
         if match is None:
             self.problems.append(Problem(where, f"is no preset of compressed-tensors: {name!r}"))
             return Scheme()
