@@ -163,8 +163,7 @@ class _Trial:
                 if step.layer in new and step.operation in (Operation.ENCODE, Operation.RECODE):
                     name = f"{step.layer} as {new[step.layer]}"
                     self.named[name] = step.layer, new[step.layer]
-                    weigh = step.importance is not None
-                    trial = replace(step, layer=name, gptq=False, weigh=weigh)
+                    trial = replace(step, layer=name, gptq=False, weigh=True)
                     steps[step.layer].append(trial)
         free = [layer for layer, specs in self.tried.items() if len(specs) > 1]
         self.plan = replace(base, steps=tuple(step for layer in free for step in steps[layer]))

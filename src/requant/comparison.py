@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from requant.blueprint import OutputTensor, Plan, Step
-from requant.consuming import files_of
+from requant.consuming import part_of
 from requant.conversion import Source
 from requant.dtypes import NUMPY_DTYPE
 from requant.errors import CheckpointError, Problem, UsageError, cannot_be
@@ -227,9 +227,7 @@ class _OneTensor:
 
 def _values(plan: Plan, place: _Place, threads: int | None) -> np.ndarray:
     """A tensor's values, flat, in the dtype that the plan gives it."""
-    needed = {name for step in place.steps for name in files_of(step, plan)}
-    files = tuple(file for file in plan.files if file.name in needed)  # no other is opened
-    part = replace(plan, steps=place.steps, files=files)
+    part = part_of(plan, place.steps)
     sink = _OneTensor(place.tensor)
     run_plan(part, sink, make_budget(part, threads))
     return np.frombuffer(sink.data, NUMPY_DTYPE[place.tensor.info.dtype])

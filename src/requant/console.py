@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from requant.consuming import most_with_consume_source
+from requant.errors import few
 from requant.limits import MAX_PROBLEMS_SHOWN
 
 if TYPE_CHECKING:
@@ -40,7 +41,6 @@ _REASON_LINES = 10
 _FILE_LINES = 4
 _NAME_LINES = 40
 _WORST_LINES = 5
-_NAMES_IN_A_LINE = 3
 _PIPE_COLUMNS = 200
 # Without a terminal: a run shorter than this says nothing, a longer one speaks this often.
 _FIRST_LINE_S = 2.0
@@ -94,11 +94,6 @@ def describe_generation(made: Generation) -> str:
         f"tokens, {made.prompt_tokens_per_s:,.1f} a second; "
         f"{made.report.bits_per_weight:.2f} bits a weight; ready after {made.load_s:.1f} s"
     )
-
-
-def _few(names: Sequence[str], most: int = _NAMES_IN_A_LINE) -> str:
-    shown = ", ".join(names[:most])
-    return shown if len(names) <= most else f"{shown} and {len(names) - most:,} more"
 
 
 def _without_numbers(path: str) -> str:
@@ -243,7 +238,7 @@ def _show_layers(page: _Page, plan: Plan) -> None:
         page.line(f"note: {note}")
     for reason, names in _by_reason(plan.dropped).items():
         kinds = list(dict.fromkeys(map(_without_numbers, names)))
-        page.line(f"dropped: {count(len(names), 'tensor')} ({reason}): {_few(kinds, 3)}")
+        page.line(f"dropped: {count(len(names), 'tensor')} ({reason}): {few(kinds, 3)}")
     for name, reason in plan.left_out[:_FILE_LINES]:
         page.line(f"left out: {name} ({reason})")
     if len(plan.left_out) > _FILE_LINES:
@@ -288,7 +283,7 @@ def _show_reasons(page: _Page, title: str, layers: Sequence[LayerPlan]) -> None:
             f"  {count(len(group), 'layer')}",
             format_size(sum(x.nbytes for x in group)),
             reason,
-            _few(list(dict.fromkeys(_without_numbers(x.layer) for x in group)), 2),
+            few(list(dict.fromkeys(_without_numbers(x.layer) for x in group)), 2),
         )
         for reason, group in found[:_REASON_LINES]
     ]
@@ -311,7 +306,7 @@ def warnings(report: Report) -> list[str]:
     for key, (word, what) in sentences.items():
         hits = {layer: c[key] for layer, c in report.findings.items() if c.get(key)}
         if hits:
-            names = _few(sorted(hits, key=lambda layer: -hits[layer]))
+            names = few(sorted(hits, key=lambda layer: -hits[layer]))
             found.append(f"{count(sum(hits.values()), word)} {what} (in {names})")
     return found
 
@@ -345,8 +340,7 @@ def show_calibration(found: Calibration) -> None:
         (found.missed, "never called: no statistics"),
     ):
         if names:
-            more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
-            page.line(f"  {', '.join(names[:3])}{more}: {what}.", "yellow")
+            page.line(f"  {few(names)}: {what}.", "yellow")
     for name, unseen in found.unseen.items():
         page.line(f"  {name}: {count(unseen, 'expert')} saw no token; more text helps.", "yellow")
     page.line(f"  Next: requant convert {found.source} OUTPUT --bits 3 --imatrix {found.output}")
@@ -423,10 +417,10 @@ def show_comparison(found: Comparison) -> None:
         page.line(f"all {count(len(found.layers), 'tensor')} equal")
     spoiled = [layer.name for layer in found.layers if layer.nonfinite]
     if spoiled:
-        page.line(f"NaN or infinite, not counted: {_few(spoiled)}", "bold red")
+        page.line(f"NaN or infinite, not counted: {few(spoiled)}", "bold red")
     for side, names in (("A", found.only_a), ("B", found.only_b)):
         if names:
-            page.line(f"only in {side}: {_few(names)}")
+            page.line(f"only in {side}: {few(names)}")
     if found.evaluation is not None:
         page.line()
         _show_evaluation(page, found.evaluation)
@@ -487,7 +481,7 @@ def show_inspection(found: Inspection) -> None:
             f"{format_size(found.nbytes)} in {count(len(found.files), 'weight file')}"
         )
     if found.side_files:
-        page.line(f"other files: {_few(found.side_files, 8)}")
+        page.line(f"other files: {few(found.side_files, 8)}")
     for name, reason in found.left_out:
         page.line(f"not carried over: {name} ({reason})")
     if found.problems:

@@ -10,7 +10,7 @@ import os
 import struct
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from requant.blueprint import Plan, Step
@@ -95,6 +95,13 @@ def files_of(step: Step, plan: Plan) -> Iterator[str]:
     tensors = [*step.inputs.values(), *([step.global_scale] if step.global_scale else [])]
     for tensor in tensors:
         yield from _files_of_tensor(tensor, plan)
+
+
+def part_of(plan: Plan, steps: Sequence[Step]) -> Plan:
+    """A plan of some of the steps; no file but theirs is opened for it."""
+    needed = {name for step in steps for name in files_of(step, plan)}
+    files = tuple(file for file in plan.files if file.name in needed)
+    return replace(plan, steps=tuple(steps), files=files)
 
 
 def _files_of_tensor(tensor: SourceTensor, plan: Plan) -> Iterator[str]:

@@ -168,7 +168,7 @@ class CheckpointError(RequantError, ValueError):
     """
 
     def __init__(self, source: str, problems: Sequence[Problem], action: str = "converted") -> None:
-        self.source, self.problems = source, tuple(problems)
+        self.source, self.problems, self.action = source, tuple(problems), action
         shown = (str(problem) for problem in self.problems[:MAX_PROBLEMS_SHOWN])
         lines = "".join(f"\n  {line[:MAX_PROBLEM_CHARS]}" for line in shown)
         more = len(self.problems) - MAX_PROBLEMS_SHOWN
@@ -177,12 +177,23 @@ class CheckpointError(RequantError, ValueError):
         super().__init__(f"{source} cannot be {action}:{lines}")
 
 
+def few(names: Sequence[str], most: int = 3) -> str:
+    """The first of many names, and how many more there are."""
+    shown, more = ", ".join(names[:most]), len(names) - most
+    return f"{shown} and {more:,} more" if more > 0 else shown
+
+
 @contextmanager
 def cannot_be(action: str) -> Iterator[None]:
-    """Say of a faulty source that it cannot be ``action``, where nobody wants to convert it."""
+    """Say of a faulty source that it cannot be ``action``, where nobody wants to convert it.
+
+    What an error says of its own stays: a file of another kind, say, that "cannot be read".
+    """
     try:
         yield
     except CheckpointError as error:
+        if error.action != "converted":
+            raise
         raise CheckpointError(error.source, error.problems, action) from error
 
 

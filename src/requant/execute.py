@@ -560,9 +560,6 @@ class _Run:
                 self.source.read_tensor(tensor, chunk.start * row_bytes, _bytes(array))
             inputs[role] = array
             read += array.nbytes
-        matrices = _matrices(chunk)
-        if matrices is not None and step.packing is None:
-            inputs[_MATRICES] = matrices
         if step.global_scale is not None:
             inputs[_ROW_SCALES] = self._row_scales(chunk, step.global_scale)
         for role, out in step.outputs.items():
@@ -572,7 +569,7 @@ class _Run:
             outputs[role] = buffers.take(f"out {role}", out.info.dtype, rows, step.row_bytes(out))
         try:
             if step.packing is None:
-                finding = _COMPUTE[step.operation](step, inputs, outputs, buffers)
+                finding = _COMPUTE[step.operation](chunk, inputs, outputs, buffers)
             else:
                 finding = _unpack(chunk, step.packing, inputs, outputs, buffers)
         except RequantError as error:
@@ -620,39 +617,28 @@ def _bytes(array: np.ndarray) -> memoryview:
 
 
 _ROW_SCALES = "row scales"
-_MATRICES = "matrices"
 
 
-def _matrices(chunk: _Chunk) -> np.ndarray | None:
-    """Which matrix of a stack each row of a chunk belongs to; None where no search asks."""
-    step = chunk.step
-    if step.importance is None:
-        return None
-    rows = np.arange(chunk.start, chunk.stop)
-    places = rows if step.row_order is None else step.row_order.places[rows]
-    return (places + step.into_row) // step.outputs["weight"].info.shape[-2]
-
-
-def _copy(step: Step, inputs: _Arrays, outputs: _Arrays, buffers: _Buffers) -> Finding:
+def _copy(chunk: _Chunk, inputs: _Arrays, outputs: _Arrays, buffers: _Buffers) -> Finding:
     return Finding()
 
 
-def _cast(step: Step, inputs: _Arrays, outputs: _Arrays, buffers: _Buffers) -> Finding:
+def _cast(chunk: _Chunk, inputs: _Arrays, outputs: _Arrays, buffers: _Buffers) -> Finding:
     return Finding(overflowed=values.cast_into(inputs["weight"], outputs["weight"]))
 
 
-def _encode(step: Step, inputs: _Arrays, outputs: _Arrays, buffers: _Buffers) -> Finding:
-    dense, finding = inputs["weight"], Finding()
+def _encode(chunk: _Chunk, inputs: _Arrays, outputs: _Arrays, buffers: _Buffers) -> Finding:
+    step, dense, finding = chunk.step, inputs["weight"], Finding()
     if step.inputs["weight"].info.dtype != step.dtype:
         wanted = buffers.take("dense", step.dtype, *_dense_shape(step, dense))
         finding.overflowed = values.cast_into(dense, wanted)
         dense = wanted
-    return _quantize(step, dense, outputs, buffers, finding, inputs.get(_MATRICES))
+    return _quantize(chunk, dense, outputs, buffers, finding)
 
 
-def _decode(step: Step, inputs: _Arrays, outputs: _Arrays, buffers: _Buffers) -> Finding:
+def _decode(chunk: _Chunk, inputs: _Arrays, outputs: _Arrays, buffers: _Buffers) -> Finding:
+    step, dense, finding = chunk.step, outputs["weight"], Finding()
     assert step.source is not None
-    dense, finding = outputs["weight"], Finding()
     _dequantize(step.source, inputs, dense, buffers)
     if step.dtype == "F16" and step.inputs["scales"].info.dtype != "F16":
         # The one dtype with a narrower range than the values had.
@@ -660,11 +646,12 @@ def _decode(step: Step, inputs: _Arrays, outputs: _Arrays, buffers: _Buffers) ->
     return finding
 
 
-def _recode(step: Step, inputs: _Arrays, outputs: _Arrays, buffers: _Buffers) -> Finding:
+def _recode(chunk: _Chunk, inputs: _Arrays, outputs: _Arrays, buffers: _Buffers) -> Finding:
+    step = chunk.step
     dense = buffers.take("dense", step.dtype, *_dense_shape(step, inputs["weight"]))
     assert step.source is not None
     _dequantize(step.source, inputs, dense, buffers)
-    return _quantize(step, dense, outputs, buffers, Finding(), inputs.get(_MATRICES))
+    return _quantize(chunk, dense, outputs, buffers, Finding())
 
 
 def _dense_shape(step: Step, rows_of: np.ndarray) -> tuple[int, int]:
@@ -698,14 +685,10 @@ def _wide(dense: np.ndarray) -> tuple[int, int]:
 
 
 def _quantize(
-    step: Step,
-    dense: np.ndarray,
-    outputs: _Arrays,
-    buffers: _Buffers,
-    finding: Finding,
-    matrices: np.ndarray | None,
+    chunk: _Chunk, dense: np.ndarray, outputs: _Arrays, buffers: _Buffers, finding: Finding
 ) -> Finding:
     """Encode, and measure what was lost while the chunk is still in the cache."""
+    step = chunk.step
     target = step.target
     assert target is not None
     finding.nonfinite = values.count_nonfinite(dense)
@@ -713,7 +696,7 @@ def _quantize(
         finding.first_nonfinite_row = values.first_nonfinite_row(dense)
         return finding
     rows, scales = dense.shape[0], outputs["scales"]
-    for first, last, matrix in _runs_of_a_matrix(step, rows, matrices):
+    for first, last, matrix in _runs_of_a_matrix(chunk):
         if step.gptq and _compensate(step, dense, outputs, first, last, matrix, buffers.hessians):
             continue
         weights = None if step.importance is None else step.importance.weights(matrix)
@@ -735,30 +718,31 @@ def _quantize(
         dense, decoded, scales, target.mode.value, group_max
     )
     if step.weigh and step.importance is not None:
-        finding.squared_error, finding.squared_values = _weighed(step, dense, decoded, matrices)
+        finding.squared_error, finding.squared_values = _weighed(chunk, dense, decoded)
     return finding
 
 
-def _runs_of_a_matrix(
-    step: Step, rows: int, matrices: np.ndarray | None
-) -> Iterator[tuple[int, int, int]]:
-    """Runs of rows of one matrix of a stack, and which it is."""
-    if matrices is None:
-        yield 0, rows, 0
+def _runs_of_a_matrix(chunk: _Chunk) -> Iterator[tuple[int, int, int]]:
+    """Rows of a chunk that belong to one matrix of a stack: first, last, and which it is."""
+    step, count = chunk.step, chunk.stop - chunk.start
+    if step.importance is None:  # nothing asks which
+        yield 0, count, 0
         return
-    borders = [0, *(np.flatnonzero(np.diff(matrices)) + 1).tolist(), rows]
+    rows = np.arange(chunk.start, chunk.stop)
+    places = rows if step.row_order is None else step.row_order.places[rows]
+    matrices = (places + step.into_row) // step.outputs["weight"].info.shape[-2]
+    borders = [0, *(np.flatnonzero(np.diff(matrices)) + 1).tolist(), count]
     for first, last in pairwise(borders):
         yield first, last, int(matrices[first])
 
 
-def _weighed(
-    step: Step, dense: np.ndarray, decoded: np.ndarray, matrices: np.ndarray | None
-) -> tuple[float, float]:
+def _weighed(chunk: _Chunk, dense: np.ndarray, decoded: np.ndarray) -> tuple[float, float]:
     """Squared errors and squared values of a chunk, each input counted as its mean square."""
     error = energy = 0.0
-    assert step.importance is not None
-    for first, last, matrix in _runs_of_a_matrix(step, len(dense), matrices):
-        weights = step.importance.weights(matrix)
+    importance = chunk.step.importance
+    assert importance is not None
+    for first, last, matrix in _runs_of_a_matrix(chunk):
+        weights = importance.weights(matrix)
         wide = dense[first:last].astype(np.float32)
         lost = decoded[first:last].astype(np.float32) - wide
         sums = [np.einsum("ri,ri->i", x, x, dtype=np.float64) for x in (lost, wide)]
@@ -810,7 +794,7 @@ def _unpack(
     between = _Between({"weight": dense}, step.row_step, rows[1] - rows[0], buffers)
     packing.dense(inputs, *rows, between.wide["weight"], buffers)
     between.thin()
-    return _quantize(step, dense, outputs, buffers, Finding(), _matrices(chunk))
+    return _quantize(chunk, dense, outputs, buffers, Finding())
 
 
 class _Between:

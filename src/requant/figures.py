@@ -17,7 +17,7 @@ from typing import Any
 
 from requant.checkpoint import read_json
 from requant.conversion import Source
-from requant.errors import CheckpointError, ParseError, Problem
+from requant.errors import CheckpointError, ParseError, Problem, cannot_be
 from requant.recipes import recipe_names
 from requant.record import FORMAT_VERSION
 from requant.report import Group
@@ -215,6 +215,7 @@ class Figures:
         }
 
 
+@cannot_be("read")
 def read_figures(output: Source) -> Figures:
     """Read what ``requant.json`` says about the conversion that wrote a folder.
 

@@ -29,7 +29,7 @@ class Hessians:
             InvariantError: What is stored is no Hessian.
             CheckpointError: The statistics file is no longer what it was.
         """
-        key = importance.places[matrix if len(importance.places) > 1 else 0]
+        key = importance.place(matrix)
         with self._lock:
             if key in self._made:
                 self._made.move_to_end(key)

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from requant.blueprint import LayerPlan, Step
 from requant.choices import KEEPS_DTYPE, Chooser, Decided
 from requant.dtypes import KERNEL_FLOATS
+from requant.errors import few
 from requant.formats import SourceLayer
 from requant.formats.packing import DTYPE_WORD
 from requant.relayout import ON_VALUES, Relayout
@@ -84,9 +85,7 @@ def _values(chooser: Chooser, layers: Iterable[LayerPlan]) -> Iterator[str]:
         (dense, "dequantized: mlx-lm's class has no codes there"),
     ):
         if found:
-            names = ", ".join(x.layer for x in found[:3])
-            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-            yield f"{names}{more} are {what}."
+            yield f"{few([x.layer for x in found])} are {what}."
 
 
 def _search(chooser: Chooser, steps: Iterable[Step]) -> Iterator[str]:

@@ -16,7 +16,7 @@ from fnmatch import fnmatchcase
 from itertools import count, islice
 from pathlib import Path, PurePosixPath
 
-from requant.errors import CheckpointError, Problem
+from requant.errors import CheckpointError, Problem, few
 from requant.limits import MAX_ENTRIES
 from requant.safetensors_header import unprintable
 
@@ -226,7 +226,7 @@ def describe_pickles(names: Iterable[str]) -> str:
     pickles = [name for name in names if any(fnmatchcase(name, x) for x in _PICKLES)]
     if not pickles:
         return ""
-    return f"holds no safetensors files, only pickle files ({_few(pickles)}). {_NO_PICKLES}"
+    return f"holds no safetensors files, only pickle files ({few(pickles)}). {_NO_PICKLES}"
 
 
 def describe_no_weights(listing: Listing) -> str:
@@ -237,7 +237,7 @@ def describe_no_weights(listing: Listing) -> str:
         return pickles
     nested = [name for name in names if name.endswith(".safetensors")]
     if nested:
-        return f"holds safetensors files in subfolders only ({_few(nested)}); give one of those"
+        return f"holds safetensors files in subfolders only ({few(nested)}); give one of those"
     return f"holds no weights: no {SINGLE}, no {INDEX}, no other *.safetensors file"
 
 
@@ -355,7 +355,3 @@ def _stale(base: str, size: int) -> str:
     if base.endswith(".bin") and size > _STALE_BIN_BYTES:
         return f"weights in another format (a .bin file of {size} bytes)"
     return ""
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

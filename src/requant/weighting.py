@@ -5,17 +5,16 @@ Knows steps and statistics files, and nothing of formats; reads no weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from requant.blueprint import Step
-from requant.errors import CheckpointError, Problem
+from requant.errors import Problem, few
 from requant.limits import MAX_GPTQ_INPUTS
 from requant.schema import QuantMode
-from requant.statistics import Importance, Statistics
+from requant.statistics import Importance, Statistics, refused
 
 WITHOUT_STATISTICS = "no statistics: searched without weights"
-_NAMED = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,24 +44,19 @@ class Weighted:
         name = statistics.source.rpartition("/")[2]
         yield f"Errors of {len(searched)} layers are weighted by {name} (--imatrix)."
         if self.without:
-            yield f"{_listed(self.without)} found no statistics: searched without weights."
+            yield f"{few(self.without)} found no statistics: searched without weights."
         compensated = {step.layer for step in self.steps if step.gptq}
         if compensated:
             yield f"Errors of {len(compensated)} layers are handed on column by column (--gptq)."
         for why in dict.fromkeys(self.alone.values()):
             names = tuple(layer for layer, reason in self.alone.items() if reason == why)
-            yield f"{_listed(names)}: {why}."
+            yield f"{few(names)}: {why}."
         if self.unseen:
             count = sum(self.unseen.values())
             yield (
-                f"{count:,} experts of {_listed(tuple(self.unseen))} saw no token: searched "
+                f"{count:,} experts of {few(tuple(self.unseen))} saw no token: searched "
                 "without weights."
             )
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = len(names) - _NAMED
-    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def weighted(
@@ -94,7 +88,7 @@ def weighted(
         elif answer is not None:
             found[layer] = answer
     if searched and not found and not problems:
-        known = _listed(tuple(statistics.seen))
+        known = few(tuple(statistics.seen))
         message = f"knows none of the layers that are searched, but {known}: of another model?"
         problems = [Problem("statistics", message)]
     if gptq and not problems and not any(entry.hessian for entry in statistics.seen.values()):
@@ -103,7 +97,7 @@ def weighted(
         )
         problems = [Problem("statistics", message)]
     if problems:
-        raise CheckpointError(statistics.source, problems)
+        raise refused(statistics.source, problems)
     alone = {}
     for step in steps if gptq else ():
         why = _why_alone(step, found.get(step.layer))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import ml_dtypes
 import numpy as np
@@ -175,7 +175,9 @@ def test_a_budget_counts_what_is_lost_as_the_search_does(source: Path, tmp_path:
 @pytest.mark.parametrize("weights", [None, np.linspace(0, 2, 96).astype(np.float32)])
 def test_weighed_errors_are_the_sums(weights: np.ndarray | None) -> None:
     """Against float64, matrix by matrix."""
-    from requant.execute import _weighed
+    from requant.blueprint import OutputTensor
+    from requant.dtypes import TensorInfo
+    from requant.execute import _Chunk, _weighed
 
     class Of:
         def weights(self, matrix: int) -> np.ndarray | None:
@@ -183,12 +185,16 @@ def test_weighed_errors_are_the_sums(weights: np.ndarray | None) -> None:
 
     class Like:
         importance = Of()
+        row_order = None
+        into_row = 0
+        outputs: ClassVar = {"weight": OutputTensor("w", TensorInfo("U32", (2, 7, 9)))}
 
     random = np.random.default_rng(0)
     dense = random.normal(0, 1, (10, 96)).astype(BF16)
     decoded = (dense.astype(np.float32) + random.normal(0, 0.1, (10, 96))).astype(BF16)
     matrices = np.array([0] * 3 + [1] * 7)
-    error, energy = _weighed(Like(), dense, decoded, matrices)  # type: ignore[arg-type]
+    chunk = _Chunk(Like(), 4, 14)  # type: ignore[arg-type]  # three rows of the first matrix
+    error, energy = _weighed(chunk, dense, decoded)
     each = np.ones((10, 96)) if weights is None else np.outer(matrices + 1.0, weights)
     wide, far = dense.astype(np.float64), decoded.astype(np.float64)
     assert error == pytest.approx((each * (far - wide) ** 2).sum(), rel=1e-5)

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from requant.blueprint import OutputShard, Plan
-from requant.consuming import files_of
+from requant.blueprint import Plan
+from requant.consuming import part_of
 from requant.execute import make_budget, run_plan
 from requant.mlx_lm import Memory
 
@@ -102,15 +102,13 @@ class Layered:
 
     def _read(self, wanted: Callable[[str], bool]) -> dict[str, mx.array]:
         plan = self.plan
-        shards = [
-            OutputShard(shard.name, shard.nbytes, tuple(t for t in shard.tensors if wanted(t.name)))
-            for shard in plan.shards
-        ]
         steps = [s for s in plan.steps if any(wanted(t.name) for t in s.outputs.values())]
-        needed = {name for step in steps for name in files_of(step, plan)}
-        files = tuple(file for file in plan.files if file.name in needed)
-        part = replace(plan, steps=tuple(steps), files=files, shards=tuple(shards))
-        sink = Memory(part)
+        part = part_of(plan, steps)
+        shards = tuple(
+            replace(shard, tensors=tuple(t for t in shard.tensors if wanted(t.name)))
+            for shard in plan.shards
+        )
+        sink = Memory(replace(part, shards=shards))
         run_plan(part, sink, make_budget(part, self.threads))
         return sink.arrays
 

@@ -9,7 +9,7 @@ On a CPU what is watched can be multiplied by NumPy, whose BLAS is many times fa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,11 @@ from requant.statistics.names import key_of, same_input
 if TYPE_CHECKING:
     import mlx.core as mx
     from mlx.nn.layers.base import Module
+
+
+def hessian_bytes(matrices: int, n_in: int) -> int:
+    """What the Hessians of a layer's matrices take."""
+    return 4 * matrices * n_in * n_in
 
 
 class Sums:
@@ -167,7 +172,7 @@ class Collector:
 
         n_in = note.x.shape[-1]
         if note.path not in self.sums:
-            wide = 4 * note.matrices * n_in * n_in > self.most
+            wide = hessian_bytes(note.matrices, n_in) > self.most
             if self.with_hessians and wide:
                 self.too_wide.add(note.path)
             wanted = self.with_hessians and not wide
@@ -181,10 +186,6 @@ class Collector:
         x = _rows_of_experts(note.x, note.experts)
         for expert, places in _by_expert(note.x, note.experts):
             found.add(x[places], expert)
-
-    def missed(self, paths: Collection[str]) -> list[str]:
-        """Of ``paths``, those that were never called."""
-        return [path for path in paths if path not in self.called]
 
 
 def _share(note: _Note, other: _Note) -> bool:

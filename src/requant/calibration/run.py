@@ -22,7 +22,7 @@ import numpy as np
 
 from requant.blueprint import Plan
 from requant.calibration.blocks import Layered, NotLayered
-from requant.calibration.collecting import Collector
+from requant.calibration.collecting import Collector, hessian_bytes
 from requant.conversion import Source
 from requant.errors import (
     BackendError,
@@ -50,6 +50,7 @@ DEFAULT_TEXT = Path(__file__).parent.parent / "assets" / "calibration.txt"
 # Of all Hessians of one layer; a wider layer is left out, and named.
 MOST_HESSIAN_BYTES = 4 << 30
 _PIECE_CHARS = 1 << 18  # of a longer text, pieces are drawn
+_STATE = 2  # changes with what is kept of a stopped run
 _READ_AHEAD = 8  # times the tokens wanted are read, for windows from all over the text
 
 Told = Callable[[str, int, int], None]
@@ -143,7 +144,10 @@ def calibrate(
     place = Path(output)
     _check_output(place, force)
     if window < 2 or tokens < window:
-        raise UsageError(f"{tokens:,} tokens in windows of {window:,}: one window is the least")
+        raise UsageError(
+            f"{tokens:,} tokens in windows of {window:,}: one window is the least; raise --tokens, "
+            "or lower --window (2 at the least)"
+        )
     check_installed(Path(model))
     wishes = Wishes.build(
         dequantize=True,
@@ -257,7 +261,7 @@ class _Run:
         self.plan, self.ids, self.hessian, self.output = plan, ids, hessian, output
         self.threads, self.progress, self.on_note = threads, progress, on_note
         self.folder = output.with_name(f".{output.name}.requant-calibrating")
-        told = [plan.hash, version(), hessian, list(ids.shape)]
+        told = [_STATE, plan.hash, version(), hessian, list(ids.shape)]
         self._lock = self._locked()
         self.key = hashlib.sha256(json.dumps(told).encode() + ids.tobytes()).hexdigest()
         self.state: dict[str, Any] = {}
@@ -288,7 +292,7 @@ class _Run:
         modules = dict(model.named_modules())
         for path in sorted(_watched(model).values()) if self.hessian and self.on_note else ():
             *stack, _, n_in = modules[path].weight.shape
-            nbytes = 4 * prod(stack) * n_in * n_in
+            nbytes = hessian_bytes(prod(stack), n_in)
             if nbytes > MOST_HESSIAN_BYTES and path not in embeddings and self.on_note:
                 self.on_note(
                     f"{path}: its Hessian would take {nbytes:,} bytes, more than "
@@ -311,7 +315,8 @@ class _Run:
         for path in self.folder.iterdir():
             if path.name != "lock":
                 path.unlink()
-        self.state = {"key": self.key, "done": -1, "parts": [], "too_wide": [], "called": []}
+        self.state = {"key": self.key, "done": -1, "parts": [], "layers": {}}
+        self.state |= {"too_wide": [], "called": []}
 
     def _say(self, what: str, done: int, of: int) -> None:
         if self.progress is not None:
@@ -339,10 +344,15 @@ class _Run:
             with _writing(self.folder / name):
                 write_statistics(self.folder / name, layers, hessians)
         parts = [*self.state["parts"], name] if layers else self.state["parts"]
+        told = {
+            path: {"unseen": int((sums.count == 0).sum()), "hessian": path in hessians}
+            for path, sums in collector.sums.items()
+        }
         self.state = {
             "key": self.key,
             "done": done,
             "parts": parts,
+            "layers": self.state["layers"] | told,
             "too_wide": sorted({*self.state["too_wide"], *collector.too_wide}),
             "called": sorted({*self.state["called"], *collector.called}),
         }
@@ -450,21 +460,17 @@ class _Run:
     def _told(
         self, watched: dict[int, str], embeddings: dict[int, str], why: str
     ) -> dict[str, Any]:
-        from requant.statistics import read_statistics
-
-        parts = [read_statistics(self.folder / name) for name in self.state["parts"]]
-        seen = [(part, entry) for part in parts for entry in part.seen.values()]
-        unseen = {entry.name: int((entry.divisors == 0).sum()) for _, entry in seen}
+        layers = self.state["layers"]
         return {
-            "layers": len(seen),
-            "hessians": sum(entry.hessian is not None for _, entry in seen),
+            "layers": len(layers),
+            "hessians": sum(layer["hessian"] for layer in layers.values()),
             "too_wide": tuple(self.state["too_wide"]),
             "missed": tuple(
                 path
                 for path in watched.values()
                 if path not in self.state["called"] and path not in embeddings.values()
             ),
-            "unseen": {name: count for name, count in unseen.items() if count},
+            "unseen": {path: x["unseen"] for path, x in layers.items() if x["unseen"]},
             "blockwise": not why,
             "why": why,
         }

@@ -8,6 +8,7 @@ and rounded once.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -196,7 +197,46 @@ class Float8Columns(Float8):
 
 
 @dataclass(frozen=True)
-class MxBlocks(Packing):
+class _ExponentBlocks(Packing):
+    """Groups of 32 inputs with an E8M0 scale each, in the part ``scale``, as MLX has them too.
+
+    Attributes:
+        rows: Output rows, experts included.
+        columns: Inputs.
+        matrix: Output rows of one matrix.
+    """
+
+    rows: int
+    columns: int
+    matrix: int
+
+    @property
+    def matrix_rows(self) -> int:
+        return self.matrix
+
+    @property
+    def encoding(self) -> Quantization:
+        """The mode of MLX that holds every element."""
+        return MXFP8
+
+    @abstractmethod
+    def _words(self, parts: Parts, rows: int) -> np.ndarray:
+        """Rows of elements as ``encoding`` stores them, uint32."""
+
+    def unpack(
+        self, parts: Parts, start: int, stop: int, out: Mapping[str, np.ndarray], scratch: Scratch
+    ) -> None:
+        out["weight"][:] = self._words(parts, stop - start)
+        out["scales"][:] = check_exponents(parts["scale"])
+
+    def dense(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
+        words, twin = self._words(parts, stop - start), self.encoding
+        scales = check_exponents(parts["scale"])
+        native.dequantize_into(words, scales, None, 32, twin.bits, twin.mode.value, out)
+
+
+@dataclass(frozen=True)
+class MxBlocks(_ExponentBlocks):
     """Groups of 32 inputs with an E8M0 scale: MLX's mxfp4 or mxfp8, byte for byte.
 
     ``weight``: bytes, ``[..., in / 2]`` or ``[..., in]``, or cut into blocks along its last
@@ -210,15 +250,8 @@ class MxBlocks(Packing):
         weight_width: Bytes in the last axis of the stored weight.
     """
 
-    rows: int
-    columns: int
-    matrix: int
     bits: int
     weight_width: int
-
-    @property
-    def matrix_rows(self) -> int:
-        return self.matrix
 
     @property
     def encoding(self) -> Quantization:
@@ -234,17 +267,6 @@ class MxBlocks(Packing):
 
     def _words(self, parts: Parts, rows: int) -> np.ndarray:
         return parts["weight"].view(np.uint8).reshape(rows, -1).view(np.uint32)
-
-    def unpack(
-        self, parts: Parts, start: int, stop: int, out: Mapping[str, np.ndarray], scratch: Scratch
-    ) -> None:
-        out["weight"][:] = self._words(parts, stop - start)
-        out["scales"][:] = check_exponents(parts["scale"])
-
-    def dense(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
-        words, mode = self._words(parts, stop - start), self.encoding.mode.value
-        scales = check_exponents(parts["scale"])
-        native.dequantize_into(words, scales, None, 32, self.bits, mode, out)
 
 
 @dataclass(frozen=True)
@@ -368,7 +390,7 @@ def fold_e4m3(scales: np.ndarray) -> np.ndarray | None:
 
 
 @dataclass(frozen=True)
-class Mxfp6Blocks(Packing):
+class Mxfp6Blocks(_ExponentBlocks):
     """E2M3 or E3M2 in groups of 32 inputs with an E8M0 scale: MLX's mxfp8 holds each of them.
 
     ``weight``: bytes ``[..., 3 in / 4]``, one little-endian stream of 6-bit fields a row;
@@ -382,16 +404,7 @@ class Mxfp6Blocks(Packing):
         element: "e2m3" or "e3m2".
     """
 
-    rows: int
-    columns: int
-    matrix: int
     element: str = "e2m3"
-
-    encoding: ClassVar[Quantization] = MXFP8
-
-    @property
-    def matrix_rows(self) -> int:
-        return self.matrix
 
     def cuts(self, start: int, stop: int) -> dict[str, Cut]:
         return {
@@ -399,17 +412,7 @@ class Mxfp6Blocks(Packing):
             "scale": Cut((start, stop), (0, self.columns // 32)),
         }
 
-    def _words(self, parts: Parts) -> np.ndarray:
+    def _words(self, parts: Parts, rows: int) -> np.ndarray:
         fields = native.unpack_words(parts["weight"].view(np.uint8).view(np.uint32), 6)
         elements: np.ndarray = _E4M3_OF[self.element][fields]
         return elements.view(np.uint32)
-
-    def unpack(
-        self, parts: Parts, start: int, stop: int, out: Mapping[str, np.ndarray], scratch: Scratch
-    ) -> None:
-        out["weight"][:] = self._words(parts)
-        out["scales"][:] = check_exponents(parts["scale"])
-
-    def dense(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
-        scales = check_exponents(parts["scale"])
-        native.dequantize_into(self._words(parts), scales, None, 32, 8, "mxfp8", out)

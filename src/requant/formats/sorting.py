@@ -6,7 +6,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from requant.checkpoint import Checkpoint, SourceTensor
-from requant.errors import Problem
+from requant.errors import Problem, few
 from requant.formats.base import SourceLayer, SourceLayout, dense_layer
 from requant.formats.declared import Declared, model_dtype
 
@@ -125,9 +125,8 @@ class Sorter:
                 self.drop(tensor.name, reason)
                 found.setdefault(reason, []).append(tensor.name)
         for reason, names in found.items():
-            more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
             each = "each " if len(names) > 1 else ""
-            self.notes.append(f"Left out: {', '.join(names[:_NAMED])}{more}, {each}{reason}.")
+            self.notes.append(f"Left out: {few(names, _NAMED)}, {each}{reason}.")
 
     def check_named_dense(
         self, found: Declared, keys: Sequence[str] = ("modules_to_not_convert",)

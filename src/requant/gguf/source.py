@@ -20,7 +20,7 @@ import numpy as np
 
 from requant.checkpoint import Checkpoint, FileRange, SourceFile, StoredTensor, read_config
 from requant.dtypes import TensorInfo
-from requant.errors import CheckpointError, Problem
+from requant.errors import CheckpointError, Problem, few
 from requant.gguf.choice import PART, SUFFIX
 from requant.gguf.configs import Settings, make_config
 from requant.gguf.families import Family, family_of, setting_of
@@ -272,9 +272,8 @@ class _Reading:
                 "file, in its order of rows, and config.json says little."
             )
         elif unknown:
-            more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
             self.notes.append(
-                f"{', '.join(unknown[:3])}{more} have no name in Hugging Face's "
+                f"{few(unknown)} have no name in Hugging Face's "
                 f"{family.model_type}: they keep their own."
             )
 

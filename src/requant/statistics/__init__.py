@@ -6,6 +6,13 @@ on the disk until they are asked for, so nothing here grows with the model.
 """
 
 from requant.statistics.files import LayerStatistics, read_statistics, write_statistics
-from requant.statistics.layers import Importance, Statistics
+from requant.statistics.layers import Importance, Statistics, refused
 
-__all__ = ["Importance", "LayerStatistics", "Statistics", "read_statistics", "write_statistics"]
+__all__ = [
+    "Importance",
+    "LayerStatistics",
+    "Statistics",
+    "read_statistics",
+    "refused",
+    "write_statistics",
+]

@@ -20,7 +20,7 @@ from typing import BinaryIO
 import numpy as np
 
 from requant.dtypes import TensorInfo
-from requant.errors import CheckpointError, Problem
+from requant.errors import Problem
 from requant.limits import MAX_PROBLEMS
 from requant.safetensors_header import (
     PREFIX_BYTES,
@@ -32,7 +32,7 @@ from requant.safetensors_header import (
 )
 from requant.source_folder import open_regular
 from requant.statistics import imatrix
-from requant.statistics.layers import Seen, Statistics, stamp_of, unreadable
+from requant.statistics.layers import Seen, Statistics, refused, stamp_of, unreadable
 
 FORMAT, VERSION = "requant-statistics", "1"
 _ROLES = ("mean_square", "mean_absolute", "count", "hessian")
@@ -82,15 +82,15 @@ def _read(source: str, stamp: tuple[int, int]) -> Statistics:
             start = os.pread(file.fileno(), PREFIX_BYTES + 1, 0)
             if len(start) <= PREFIX_BYTES:
                 problem = Problem("statistics", f"has {stamp[0]} bytes, too few for any form")
-                raise CheckpointError(source, [problem])
+                raise refused(source, [problem])
             nbytes, wrong = header_length(start[:PREFIX_BYTES], stamp[0])
             if start[:4] == b"GGUF":
-                kind, (seen, metadata, problems) = "imatrix", imatrix.read_gguf(source, stamp[0])
+                seen, problems = imatrix.read_gguf(source, stamp[0])
             elif not wrong and start[PREFIX_BYTES:] == b"{":
                 header = os.pread(file.fileno(), PREFIX_BYTES + nbytes, 0)
-                kind, (seen, metadata, problems) = "requant", _ours(file, header, stamp[0])
+                seen, problems = _ours(file, header, stamp[0])
             else:
-                kind, (seen, metadata, problems) = "imatrix", imatrix.read_older(file, stamp[0])
+                seen, problems = imatrix.read_older(file, stamp[0])
             if not problems:
                 problems = list(_bad_numbers(file.fileno(), seen))
     except OSError as error:
@@ -98,8 +98,8 @@ def _read(source: str, stamp: tuple[int, int]) -> Statistics:
     if not problems and not seen:
         problems = [Problem("statistics", "holds no layer")]
     if problems:
-        raise CheckpointError(source, problems[:MAX_PROBLEMS])
-    return Statistics(source, digest, kind, seen, stamp, metadata)
+        raise refused(source, problems[:MAX_PROBLEMS])
+    return Statistics(source, digest, seen, stamp)
 
 
 def _bad_numbers(fd: int, seen: list[Seen]) -> Iterator[Problem]:
@@ -154,7 +154,7 @@ def _ours(file: BinaryIO, raw: bytes, size: int) -> imatrix.Found:
                 None if hessian is None else len(raw) + hessian.start,
             )
         )
-    return seen, metadata, problems
+    return seen, problems
 
 
 def _wrong(parts: Mapping[str, HeaderEntry]) -> str:
@@ -235,7 +235,7 @@ def merge_statistics(
             raw += file.read(nbytes)
         entries, _, problems = parse_header(raw, part.stat().st_size - len(raw))
         if problems:
-            raise CheckpointError(str(part), problems)
+            raise refused(str(part), problems)
         places += [(name, e.info, part, len(raw) + e.start) for name, e in entries.items()]
 
     def data() -> Iterator[memoryview]:

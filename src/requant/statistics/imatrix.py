@@ -17,27 +17,27 @@ from typing import BinaryIO
 import numpy as np
 
 from requant.errors import Problem
-from requant.gguf.header import Header, TableEntry, read_header
+from requant.gguf.header import TableEntry, read_header
 from requant.limits import MAX_INT, MAX_NAME_CHARS, MAX_TENSORS
 from requant.safetensors_header import check_name, shown
 from requant.source_folder import open_regular
 from requant.statistics.layers import Seen
 
-Found = tuple[list[Seen], dict[str, str], list[Problem]]
+Found = tuple[list[Seen], list[Problem]]
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _MOST_COUNTS = 1 << 20  # experts of a layer
 
 
 def read_gguf(source: str, size: int) -> Found:
-    """The GGUF form: entries, metadata and problems."""
+    """The GGUF form: entries and problems."""
     place = Path(source)
     header, problems = read_header(place.parent, place.name, size)
     if header is None or problems:
-        return [], {}, problems
+        return [], problems
     kind = header.metadata.get("general.type")
     if kind != "imatrix":
         words = f"general.type is {shown(kind)}, expected 'imatrix': the file is a model"
-        return [], {}, [Problem(place.name, words)]
+        return [], [Problem(place.name, words)]
     tensors = {tensor.name: tensor for tensor in header.tensors}
     seen: list[Seen] = []
     with open(open_regular(place), "rb") as file:
@@ -60,7 +60,7 @@ def read_gguf(source: str, size: int) -> Found:
             experts = divisors.size
             elements = sums.nbytes // 4
             seen.append(Seen(_layer(layer), elements, sums.offset, divisors, experts))
-    return seen, _told(header), problems
+    return seen, problems
 
 
 def _wrong(sums: TableEntry, counts: TableEntry | None) -> str:
@@ -75,16 +75,6 @@ def _wrong(sums: TableEntry, counts: TableEntry | None) -> str:
         found = f"{list(sums.shape)} sums and {list(counts.shape)} counts"
         return f"{found}: a count for each row of sums is expected"
     return ""
-
-
-def _told(header: Header) -> dict[str, str]:
-    found = {}
-    for key in ("imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size"):
-        value = header.metadata.get(key)
-        if value is not None:
-            words = ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-            found[key] = words[:1000]
-    return found
 
 
 class _Damaged(Exception):
@@ -121,7 +111,7 @@ class _Cursor:
 
 
 def read_older(file: BinaryIO, size: int) -> Found:
-    """The older form: entries, no metadata, and problems."""
+    """The older form: entries and problems."""
     cursor = _Cursor(file, size)
     seen: dict[str, Seen] = {}
     try:
@@ -137,8 +127,8 @@ def read_older(file: BinaryIO, size: int) -> Found:
             cursor.skip(4 * values, f"what it says of {shown(name)}")
             file.seek(cursor.at)
     except _Damaged as error:
-        return [], {}, [Problem("imatrix", str(error))]
-    return list(seen.values()), {}, []
+        return [], [Problem("imatrix", str(error))]
+    return list(seen.values()), []
 
 
 def _layer(tensor: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -52,6 +52,10 @@ class Importance:
     places: tuple[tuple[str, int], ...]
     in_features: int
 
+    def place(self, matrix: int) -> tuple[str, int]:
+        """Where the file has what belongs to a matrix: name and expert."""
+        return self.places[matrix if len(self.places) > 1 else 0]
+
     def weights(self, matrix: int) -> np.ndarray | None:
         """Mean squares of the inputs of one matrix, float32 ``(in_features,)``.
 
@@ -61,7 +65,7 @@ class Importance:
         Raises:
             CheckpointError: The file is no longer what it was.
         """
-        name, expert = self.places[matrix if len(self.places) > 1 else 0]
+        name, expert = self.place(matrix)
         return self.statistics.mean_square(name, expert, self.in_features)
 
     @property
@@ -84,7 +88,7 @@ class Importance:
         Raises:
             CheckpointError: The file is no longer what it was.
         """
-        name, expert = self.places[matrix if len(self.places) > 1 else 0]
+        name, expert = self.place(matrix)
         return self.statistics.hessian(name, expert, self.in_features)
 
     def to_dict(self) -> dict[str, Any]:
@@ -101,22 +105,13 @@ class Statistics:
     Attributes:
         source: The file, for messages.
         sha256: Of the whole file; part of every plan that is made with it.
-        kind: "requant" or "imatrix".
         seen: Layer, as the file names it -> where its numbers are.
-        metadata: What the file says about itself.
     """
 
     def __init__(
-        self,
-        source: str,
-        sha256: str,
-        kind: str,
-        seen: Sequence[Seen],
-        stamp: tuple[int, int],
-        metadata: Mapping[str, str] | None = None,
+        self, source: str, sha256: str, seen: Sequence[Seen], stamp: tuple[int, int]
     ) -> None:
-        self.source, self.sha256, self.kind = source, sha256, kind
-        self.metadata = dict(metadata or {})
+        self.source, self.sha256 = source, sha256
         self.seen = {entry.name: entry for entry in seen}
         self._stamp = stamp
         self._by_key: dict[Key, str] = {}
@@ -157,9 +152,7 @@ class Statistics:
                 return self._singles(names, n_in)
         return None
 
-    def _fit(
-        self, name: str, expert: int | None, matrices: int, n_in: int
-    ) -> Importance | str | None:
+    def _fit(self, name: str, expert: int | None, matrices: int, n_in: int) -> Importance | str:
         """An entry for a layer, or for one expert of its stack."""
         entry = self.seen[name]
         held = entry.size // n_in if entry.size % n_in == 0 else 0
@@ -207,12 +200,12 @@ class Statistics:
             try:
                 if stamp_of(fd) != self._stamp:
                     message = "is another file now than when it was planned"
-                    raise CheckpointError(self.source, [Problem("statistics", message)])
+                    raise refused(self.source, [Problem("statistics", message)])
                 while view:
                     got = os.preadv(fd, [view], offset)
                     if not got:
                         message = f"ends at byte {offset:,}"
-                        raise CheckpointError(self.source, [Problem("statistics", message)])
+                        raise refused(self.source, [Problem("statistics", message)])
                     view, offset = view[got:], offset + got
             finally:
                 os.close(fd)
@@ -227,11 +220,14 @@ def stamp_of(fd: int) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
 
 
+def refused(source: str, problems: Sequence[Problem]) -> CheckpointError:
+    """What is wrong with a statistics file."""
+    return CheckpointError(source, problems, "used as statistics")
+
+
 def unreadable(source: str, error: OSError) -> CheckpointError:
     """A file that the system does not give."""
-    return CheckpointError(
-        source, [Problem("statistics", f"cannot be read: {error.strerror or error}")]
-    )
+    return refused(source, [Problem("file", f"cannot be read: {error.strerror or error}")])
 
 
 def _sizes(entry: Seen) -> str:
