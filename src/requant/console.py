@@ -343,7 +343,10 @@ def show_calibration(found: Calibration) -> None:
             page.line(f"  {few(names)}: {what}.", "yellow")
     for name, unseen in found.unseen.items():
         page.line(f"  {name}: {count(unseen, 'expert')} saw no token; more text helps.", "yellow")
-    page.line(f"  Next: requant convert {found.source} OUTPUT --bits 3 --imatrix {found.output}")
+    gptq = " --gptq" if found.hessians else ""
+    page.line(
+        f"  Next: requant convert {found.source} OUTPUT --bits 3 --imatrix {found.output}{gptq}"
+    )
 
 
 def show_figures(figures: Figures) -> None:

@@ -90,12 +90,14 @@ def _values(chooser: Chooser, layers: Iterable[LayerPlan]) -> Iterator[str]:
 
 def _search(chooser: Chooser, steps: Iterable[Step]) -> Iterator[str]:
     """Say where the bits are not those of MLX's own rule."""
-    searched = {step.layer for step in steps if step.search != "off"}
+    searched = {step.layer: step.gptq for step in steps if step.search != "off"}
     if searched:
         layers = f"{len(searched)} layer{'s' * (len(searched) > 1)}"
+        # What GPTQ hands on makes single groups worse and the layer better.
+        promise = "" if any(searched.values()) else "no group is worse than by MLX's rule, and "
         yield (
-            f"Scales of {layers} are searched for ({chooser.wishes.search}): no group is worse "
-            "than by MLX's rule, and the bits are not MLX's."
+            f"Scales of {layers} are searched for ({chooser.wishes.search}): {promise}the bits are "
+            "not MLX's."
         )
 
 

@@ -90,6 +90,7 @@ def test_each_matrix_by_its_own_hessian(
 
     notes = " ".join(report.plan.notes)
     assert "2 layers are handed on" in notes
+    assert "no group is worse" not in notes
     assert f"{DOWN}: no Hessian: searched without --gptq" in notes
     reasons = {x.layer: x.reason for x in report.plan.layers}
     assert (reasons[Q], reasons[DOWN]) == ("", "no Hessian: searched without --gptq")

@@ -249,6 +249,7 @@ def flipped(path: Path) -> None:
         (lambda d: d / "none", "cannot be read: No such file"),
         (lambda d: d, "is no regular file|Is a directory"),
         (lambda d: written(d, b"123"), "has 3 bytes, too few"),
+        (lambda d: written(d, ours(d / "s", LAYERS).read_bytes()[:200]), "header: .*bytes"),
         (lambda d: written(d, b"\x00" * 64), "neither a safetensors nor a GGUF file"),
         (lambda d: written(d, struct.pack("<iii", 1, 3, 9)), "the download complete"),
         (lambda d: written(d, struct.pack("<ii3sii", 1, 3, b"abc", 1, -5) + bytes(8)), "is -5"),

@@ -86,7 +86,9 @@ def _read(source: str, stamp: tuple[int, int]) -> Statistics:
             nbytes, wrong = header_length(start[:PREFIX_BYTES], stamp[0])
             if start[:4] == b"GGUF":
                 seen, problems = imatrix.read_gguf(source, stamp[0])
-            elif not wrong and start[PREFIX_BYTES:] == b"{":
+            elif start[PREFIX_BYTES:] == b"{" and wrong:
+                seen, problems = [], [Problem("header", wrong)]
+            elif start[PREFIX_BYTES:] == b"{":
                 header = os.pread(file.fileno(), PREFIX_BYTES + nbytes, 0)
                 seen, problems = _ours(file, header, stamp[0])
             else:
