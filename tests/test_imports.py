@@ -43,7 +43,6 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("inspection", "mlx_lm", "verification"),
     ("evaluation",),
     ("comparison", "calibration"),
-    ("options", "console"),
     ("cli",),
     ("__main__", "__init__"),
 )

@@ -1,22 +1,20 @@
-"""What the command line shows: tables on standard output, progress on standard error.
+"""What a command found, as lines and tables on standard output.
 
-Only ``cli`` imports this module. Rich is imported inside functions: ``--help`` and
-``--version`` do not wait for it.
+Rich is imported inside functions: ``--help`` and ``--version`` do not wait for it.
 """
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from requant.cli.words import count, format_seconds, format_size, printable
 from requant.consuming import most_with_consume_source
 from requant.errors import few
 from requant.limits import MAX_PROBLEMS_SHOWN
@@ -28,7 +26,7 @@ if TYPE_CHECKING:
     from requant.calibration import Calibration
     from requant.comparison import Comparison, LayerComparison
     from requant.evaluation import Estimate, Evaluation
-    from requant.execute import Budget, Progress
+    from requant.execute import Budget
     from requant.figures import Figures
     from requant.inspection import Inspection, Stored
     from requant.mlx_lm import Generation
@@ -42,49 +40,6 @@ _FILE_LINES = 4
 _NAME_LINES = 40
 _WORST_LINES = 5
 _PIPE_COLUMNS = 200
-# Without a terminal: a run shorter than this says nothing, a longer one speaks this often.
-_FIRST_LINE_S = 2.0
-_NEXT_LINE_S = 5.0
-
-
-# -- words and numbers -----------------------------------------------------------------
-
-
-def format_size(nbytes: float) -> str:
-    """Three digits and a decimal unit: ``1.71 MB``."""
-    if nbytes < 999.5:
-        return f"{nbytes:.0f} B"
-    units = iter(("kB", "MB", "GB", "TB"))
-    unit = next(units)
-    nbytes /= 1000
-    while nbytes >= 999.5 and unit != "TB":
-        unit, nbytes = next(units), nbytes / 1000
-    return f"{nbytes:.{2 if nbytes < 9.995 else 1 if nbytes < 99.95 else 0}f} {unit}"
-
-
-def format_seconds(seconds: float) -> str:
-    """``0.42 s``, ``42 s``, ``3 min 05 s``, ``2 h 10 min``."""
-    if seconds < 9.95:
-        return f"{seconds:.2f} s" if seconds < 0.995 else f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02} min"
-
-
-def count(number: int, word: str) -> str:
-    """``1 layer``, ``1,234 layers``."""
-    return f"{number:,} {word}" if number == 1 else f"{number:,} {word}s"
-
-
-def printable(text: str) -> str:
-    """Escape what a name from a foreign file must not send to a terminal."""
-    return "".join(
-        c if c.isprintable() or c == "\n" else c.encode("unicode_escape", "surrogatepass").decode()
-        for c in text
-    )
 
 
 def describe_generation(made: Generation) -> str:
@@ -99,9 +54,6 @@ def describe_generation(made: Generation) -> str:
 def _without_numbers(path: str) -> str:
     """``model.layers.3.mlp.gate`` -> ``model.layers.*.mlp.gate``."""
     return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", path)
-
-
-# -- tables ----------------------------------------------------------------------------
 
 
 class _Page:
@@ -515,113 +467,3 @@ def _show_names(page: _Page, layers: Sequence[Stored]) -> None:
     page.columns(rows[:_NAME_LINES], right=(3, 4), header=header)
     if len(rows) > _NAME_LINES:
         page.line(f"and {len(rows) - _NAME_LINES:,} more names; --json lists all")
-
-
-# -- progress --------------------------------------------------------------------------
-
-
-def memory_in_use() -> int:
-    """Bytes that the process holds, mapped files aside where the system tells."""
-    with suppress(OSError):
-        for line in Path("/proc/self/status").read_text("ascii", "replace").splitlines():
-            if line.startswith("RssAnon:"):
-                return int(line.split()[1]) << 10
-    try:
-        import resource
-    except ImportError:
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak << 10
-
-
-def describe_progress(now: Progress) -> str:
-    """Speed, time left, memory, and the layer at hand."""
-    rate = now.bytes_done / max(now.elapsed_s, 1e-9)
-    parts = [f"{format_size(rate)}/s"]
-    if now.bytes_done >= now.bytes_total:
-        where = "waiting for the disk"
-    else:
-        where = now.layer
-        if rate:
-            parts.append(f"{format_seconds((now.bytes_total - now.bytes_done) / rate)} left")
-    if now.bytes_to_download:
-        sizes = f"{format_size(now.bytes_downloaded)} of {format_size(now.bytes_to_download)}"
-        parts.append(f"{sizes} downloaded")
-    if held := memory_in_use():
-        parts.append(f"{format_size(held)} held")
-    return printable("  ".join((*parts, where)))
-
-
-@contextmanager
-def progress_display(quiet: bool) -> Iterator[Callable[[Progress], None] | None]:
-    """Yield what ``convert`` calls to show its progress on standard error.
-
-    A terminal gets a bar that disappears at the end; a file or a pipe gets a line every
-    few seconds, and none from a short run. With ``quiet`` this is None.
-    """
-    if quiet:
-        yield None
-    elif sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown"):
-        with _bar() as update:
-            yield update
-    else:
-        yield _plain_lines()
-
-
-@contextmanager
-def counting_display(quiet: bool) -> Iterator[Callable[[str, int, int], None] | None]:
-    """Yield what shows a name, how many are done and how many there are, on a terminal only."""
-    if quiet or not sys.stderr.isatty():
-        yield None
-        return
-
-    def update(what: str, done: int, of: int) -> None:
-        print(f"\r\x1b[K{done:,} of {of:,}  {printable(what)[:60]}", end="", file=sys.stderr)
-
-    yield update
-    print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-
-
-@contextmanager
-def _bar() -> Iterator[Callable[[Progress], None]]:
-    from rich.console import Console
-    from rich.progress import BarColumn, TaskProgressColumn, TextColumn
-    from rich.progress import Progress as Bar
-    from rich.table import Column
-
-    text = TextColumn(
-        "{task.description}",
-        markup=False,
-        table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1),
-    )
-    console = Console(stderr=True, highlight=False)
-    with Bar(
-        BarColumn(20), TaskProgressColumn(), text, console=console, transient=True, expand=True
-    ) as bar:
-        task = bar.add_task("starting", total=None)
-
-        def update(now: Progress) -> None:
-            bar.update(
-                task,
-                description=describe_progress(now),
-                completed=now.bytes_done,
-                total=max(now.bytes_total, 1),
-            )
-
-        yield update
-
-
-def _plain_lines() -> Callable[[Progress], None]:
-    due_s = _FIRST_LINE_S
-
-    def update(now: Progress) -> None:
-        nonlocal due_s
-        if now.elapsed_s < due_s:
-            return
-        due_s = now.elapsed_s + _NEXT_LINE_S
-        percent = 100 * now.bytes_done // max(now.bytes_total, 1)
-        # A log that is gone must not end the conversion.
-        with suppress(OSError):
-            print(f"{percent:3}%  {describe_progress(now)}", file=sys.stderr, flush=True)
-
-    return update

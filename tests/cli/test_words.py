@@ -1,4 +1,4 @@
-"""How numbers, names and progress are put into words."""
+"""How sizes are read, and how numbers and findings are put into words."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from typing import cast
 import pytest
 import typer
 
-from requant import console
-from requant.execute import Progress
-from requant.options import parse_size
+from requant.cli import tables, words
+from requant.cli.options import parse_size
 from requant.report import Report
 
 
@@ -56,7 +55,7 @@ def test_what_is_no_size(text: str) -> None:
     ],
 )
 def test_format_size(nbytes: int, text: str) -> None:
-    assert console.format_size(nbytes) == text
+    assert words.format_size(nbytes) == text
 
 
 @pytest.mark.parametrize(
@@ -73,46 +72,14 @@ def test_format_size(nbytes: int, text: str) -> None:
     ],
 )
 def test_format_seconds(seconds: float, text: str) -> None:
-    assert console.format_seconds(seconds) == text
-
-
-def test_plain_progress_speaks_every_few_seconds(capsys: pytest.CaptureFixture[str]) -> None:
-    """Told ten times a second for 13 s, it says something at 2, 7 and 12 s."""
-    with console.progress_display(quiet=False) as update:
-        assert update is not None
-        for tenth in range(130):
-            update(Progress("model.layers.3.mlp", tenth * 10**8, 13 * 10**9, tenth / 10))
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert [line[:4] for line in err.splitlines()] == [" 15%", " 53%", " 92%"]
-    for line in err.splitlines():
-        assert "1.00 GB/s" in line and " left" in line and "model.layers.3.mlp" in line
-
-
-def test_the_last_word_is_the_disk() -> None:
-    text = console.describe_progress(Progress("up_proj", 100, 100, 2.0))
-    assert text.endswith("waiting for the disk") and "left" not in text
-
-
-def test_progress_before_the_first_byte() -> None:
-    text = console.describe_progress(Progress("", 0, 100, 0.0))
-    assert text.startswith("0 B/s") and "left" not in text
-
-
-def test_quiet_has_no_progress() -> None:
-    with console.progress_display(quiet=True) as update:
-        assert update is None
-
-
-def test_memory_in_use_is_that_of_a_python_process() -> None:
-    assert 1 << 20 < console.memory_in_use() < 1 << 40
+    assert words.format_seconds(seconds) == text
 
 
 def test_warnings_name_the_worst_layers() -> None:
     counts = {f"layer.{n}": {"flushed_groups": n} for n in range(1, 6)}
     counts["cast"] = {"overflowed": 1}
     report = cast(Report, SimpleNamespace(findings=counts))
-    assert console.warnings(report) == [
+    assert tables.warnings(report) == [
         "1 value became infinite: too large for the dtype asked for (in cast)",
         "15 groups became zero: too small for the scales of the mode "
         "(in layer.5, layer.4, layer.3 and 2 more)",

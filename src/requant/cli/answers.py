@@ -1,0 +1,67 @@
+"""How every command answers: a JSON document, a line on standard error, an exit code.
+
+Exit codes: 0 done; 1 the source or the disk is at fault; 2 wrong usage; 130 interrupted.
+A defect of requant keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import json as jsonlib
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+
+from requant.cli.words import printable
+from requant.errors import OutOfRangeError, RequantError, UnknownValueError, UsageError
+
+EXIT_FAULT = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
+EXIT_PIPE = 141  # what a shell reports for a process that SIGPIPE ended
+
+
+def print_json(document: dict[str, Any]) -> None:
+    """Print what --json asks for; ``schemas/COMMAND.json`` says what is in it."""
+    from requant.figures import SCHEMA_VERSION
+
+    print(jsonlib.dumps({"schema": SCHEMA_VERSION} | document, indent=2))
+
+
+def say(text: str) -> None:
+    print(printable(text), file=sys.stderr)
+
+
+@contextmanager
+def answering_errors() -> Iterator[None]:
+    """Turn what is not our defect into a line on standard error and an exit code."""
+    try:
+        yield
+        sys.stdout.flush()
+    except KeyboardInterrupt as error:
+        say("; ".join(["interrupted", *notes_of(error)]))
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    except BrokenPipeError:
+        # The reader left. What is still buffered goes nowhere, so that Python's own last
+        # flush cannot fail.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(EXIT_PIPE) from None
+    except RequantError as error:
+        say("\n".join([f"error: {error}", *notes_of(error)]))
+        # With a layer, the number or word at fault is the source's and not the user's.
+        wish = isinstance(error, OutOfRangeError | UnknownValueError) and error.layer is None
+        usage = wish or isinstance(error, UsageError)
+        raise typer.Exit(EXIT_USAGE if usage else EXIT_FAULT) from None
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        say(f"error: {where}{error.strerror or error}")
+        raise typer.Exit(EXIT_FAULT) from None
+
+
+def notes_of(error: BaseException) -> list[str]:
+    """What was added to an error on its way, such as how to go on."""
+    return list(getattr(error, "__notes__", ()))

@@ -1,0 +1,435 @@
+"""Commands around a conversion: convert, plan, generate, and calibrate, whose file weighs one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from requant.cli.answers import answering_errors, print_json, say
+from requant.cli.options import (
+    SHARD_SIZE,
+    ActOrder,
+    AllowNonfinite,
+    AllowOverflow,
+    Bits,
+    Calibrated,
+    ConfigFrom,
+    ConsumeSource,
+    Dequantize,
+    DryRun,
+    Dtype,
+    FoldRotation,
+    Force,
+    Gptq,
+    GroupSize,
+    Hessian,
+    Imatrix,
+    Json,
+    KeepExtra,
+    Layout,
+    MaxMemory,
+    MaxTokens,
+    Mode,
+    NoResume,
+    Only,
+    Output,
+    Overrides,
+    Private,
+    Prompt,
+    Quiet,
+    Raw,
+    Recipe,
+    Revision,
+    SaveRecipe,
+    Search,
+    Seed,
+    ShardSize,
+    SizeBudget,
+    Source,
+    StatisticsFile,
+    Texts,
+    TextTokens,
+    TextWindow,
+    Threads,
+    UploadTo,
+    Yes,
+)
+from requant.cli.progress import counting_display, progress_display
+from requant.cli.uploading import send
+from requant.cli.words import printable
+
+if TYPE_CHECKING:
+    from requant.blueprint import Plan
+
+
+def convert(
+    source: Source,
+    output: Output,
+    bits: Bits = None,
+    group_size: GroupSize = None,
+    mode: Mode = None,
+    dequantize: Dequantize = False,
+    dtype: Dtype = None,
+    override: Overrides = None,
+    only: Only = None,
+    recipe: Recipe = None,
+    layout: Layout = "auto",
+    keep_extra: KeepExtra = False,
+    act_order: ActOrder = "requantize",
+    fold_rotation: FoldRotation = False,
+    search: Search = "off",
+    imatrix: Imatrix = None,
+    gptq: Gptq = False,
+    config_from: ConfigFrom = None,
+    budget: SizeBudget = None,
+    save_recipe: SaveRecipe = None,
+    max_memory: MaxMemory = None,
+    threads: Threads = None,
+    shard_size: ShardSize = SHARD_SIZE,  # type: ignore[assignment]  # parsed by parse_size
+    force: Force = False,
+    no_resume: NoResume = False,
+    consume_source: ConsumeSource = False,
+    yes: Yes = False,
+    allow_nonfinite: AllowNonfinite = False,
+    allow_overflow: AllowOverflow = False,
+    revision: Revision = None,
+    upload_to: UploadTo = None,
+    private: Private = False,
+    dry_run: DryRun = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write SOURCE as an MLX checkpoint folder OUTPUT.
+
+    A quantized source is kept as it is unless --bits, --mode or --dequantize say
+    otherwise; a dense one becomes affine, 4 bits, group 64 unless they do.
+
+    \b
+    Examples:
+      requant convert Llama-3.2-1B out --bits 4
+      requant convert Llama-3.2-1B out --mode mxfp4
+      requant convert Llama-3.2-1B out --bits 4 --override 'lm_head=6'
+      requant convert Mixtral-8x7B out --bits 4 --layout mlx-lm
+      requant convert Qwen3-30B-A3B out --recipe mixed_3_6
+      requant convert Llama-3.2-1B out --bits 3 --search best
+      requant convert Llama-3.2-1B out --bits 3 --imatrix imatrix.gguf
+      requant convert Llama-3.2-1B out --bits 3 --gptq --imatrix stats.safetensors
+      requant convert Llama-3.2-1B out --budget 4 --search best
+      requant convert Llama-3-8B-AWQ out
+      requant convert Llama-3.2-1B-Q4_K_M.gguf out
+      requant convert mlx-4bit out --dequantize --dtype bfloat16
+
+    SOURCE may be a repository on the hub; it is downloaded once its headers hold no problem.
+    Stopped (Ctrl-C, kill, a full disk), the same command goes on where it was.
+    """  # noqa: D301
+    from requant import conversion, publishing
+    from requant.cli import tables
+
+    wishes = _wishes(
+        bits,
+        group_size,
+        mode,
+        dequantize,
+        dtype,
+        override,
+        only,
+        recipe,
+        act_order,
+        fold_rotation,
+        layout,
+        shard_size,
+    )
+    wishes |= {"keep_extra": keep_extra, "search": search, "config_from": config_from}
+    wishes |= {"statistics": imatrix, "gptq": gptq}
+    wishes["revision"] = revision
+    wishes |= {"budget": budget, "save_recipe": save_recipe}
+    if dry_run:
+        with answering_errors():
+            with progress_display(quiet or json or budget is None) as progress:
+                plan = conversion.plan(
+                    source, **wishes, threads=threads, max_memory=max_memory, progress=progress
+                )
+            _print_plan(plan, threads, max_memory, json, quiet, output, force)
+        return
+    with answering_errors():
+        if upload_to is not None:
+            publishing.check_ready(upload_to)
+    with (
+        answering_errors(),
+        progress_display(quiet) as progress,
+    ):
+        report = conversion.convert(
+            source,
+            output,
+            **wishes,
+            max_memory=max_memory,
+            threads=threads,
+            force=force,
+            resume=not no_resume,
+            consume_source=consume_source,
+            yes=yes,
+            allow_nonfinite=allow_nonfinite,
+            allow_overflow=allow_overflow,
+            progress=progress,
+        )
+    if upload_to is not None:
+        send(output, upload_to, None, private, quiet or json)
+    with answering_errors():
+        if json:
+            print_json(report.to_dict())
+        elif not quiet:
+            tables.show_report(report)
+        if json or quiet:
+            for warning in tables.warnings(report):
+                say(f"warning: {warning}")
+
+
+def plan(
+    source: Source,
+    bits: Bits = None,
+    group_size: GroupSize = None,
+    mode: Mode = None,
+    dequantize: Dequantize = False,
+    dtype: Dtype = None,
+    override: Overrides = None,
+    only: Only = None,
+    recipe: Recipe = None,
+    layout: Layout = "auto",
+    keep_extra: KeepExtra = False,
+    act_order: ActOrder = "requantize",
+    fold_rotation: FoldRotation = False,
+    search: Search = "off",
+    imatrix: Imatrix = None,
+    gptq: Gptq = False,
+    config_from: ConfigFrom = None,
+    budget: SizeBudget = None,
+    save_recipe: SaveRecipe = None,
+    max_memory: MaxMemory = None,
+    threads: Threads = None,
+    shard_size: ShardSize = SHARD_SIZE,  # type: ignore[assignment]  # parsed by parse_size
+    revision: Revision = None,
+    json: Json = False,
+) -> None:
+    """Show what convert would write: layers, modes, sizes and memory.
+
+    Reads headers and config.json only; --budget reads the weights too, and measures. --json
+    prints the whole plan: every tensor to read and to write, with its place.
+
+    \b
+    Examples:
+      requant plan Llama-3.2-1B --bits 4
+      requant plan Llama-3.2-1B --bits 4 --only 'mlp' --override 'down_proj=6'
+      requant plan Llama-3.2-1B --budget 4.5 --save-recipe mine.toml
+    """  # noqa: D301
+    from requant import conversion
+
+    wishes = _wishes(
+        bits,
+        group_size,
+        mode,
+        dequantize,
+        dtype,
+        override,
+        only,
+        recipe,
+        act_order,
+        fold_rotation,
+        layout,
+        shard_size,
+    )
+    wishes |= {"keep_extra": keep_extra, "search": search, "config_from": config_from}
+    wishes |= {"statistics": imatrix, "gptq": gptq}
+    wishes["revision"] = revision
+    wishes |= {"budget": budget, "save_recipe": save_recipe}
+    with answering_errors():
+        with progress_display(json or budget is None) as progress:
+            made = conversion.plan(
+                source, **wishes, threads=threads, max_memory=max_memory, progress=progress
+            )
+        _print_plan(made, threads, max_memory, json)
+
+
+def generate(
+    source: Source,
+    prompt: Prompt,
+    max_tokens: MaxTokens = 100,
+    raw: Raw = False,
+    bits: Bits = None,
+    group_size: GroupSize = None,
+    mode: Mode = None,
+    dequantize: Dequantize = False,
+    dtype: Dtype = None,
+    override: Overrides = None,
+    only: Only = None,
+    recipe: Recipe = None,
+    act_order: ActOrder = "requantize",
+    fold_rotation: FoldRotation = False,
+    search: Search = "off",
+    imatrix: Imatrix = None,
+    gptq: Gptq = False,
+    config_from: ConfigFrom = None,
+    budget: SizeBudget = None,
+    revision: Revision = None,
+    max_memory: MaxMemory = None,
+    threads: Threads = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Let a model say something: convert SOURCE in memory, go on from a prompt.
+
+    A look at what a conversion is worth, before or after it is written; needs mlx-lm.
+    The wishes are those of convert, and so are the weights. The likeliest token is taken
+    each time, so the same model says the same.
+
+    \b
+    Examples:
+      requant generate Llama-3.2-1B-4bit --prompt "What is a file?"
+      requant generate Llama-3.2-1B --bits 4 --prompt "What is a file?" --max-tokens 50
+    """  # noqa: D301
+    from requant import mlx_lm
+    from requant.cli import tables
+
+    wishes = _wishes(
+        bits, group_size, mode, dequantize, dtype, override, only, recipe, act_order, fold_rotation
+    )
+    wishes |= {"search": search, "config_from": config_from, "revision": revision}
+    wishes |= {"statistics": imatrix, "gptq": gptq}
+    wishes["budget"] = budget
+
+    def show(text: str) -> None:
+        print(printable(text.expandtabs(4)), end="", flush=True)
+
+    with answering_errors():
+        with progress_display(quiet or json) as progress:
+            loaded = mlx_lm.load_with_report(
+                source, **wishes, max_memory=max_memory, threads=threads, progress=progress
+            )
+        for warning in tables.warnings(loaded.report):
+            say(f"warning: {warning}")
+        made = mlx_lm.generate(
+            loaded, prompt, max_tokens=max_tokens, raw=raw, on_text=None if json else show
+        )
+        if json:
+            print_json(made.to_dict())
+            return
+        print(flush=True)
+        if not quiet:
+            say(tables.describe_generation(made))
+
+
+def calibrate(
+    model: Calibrated,
+    output: StatisticsFile,
+    text: Texts = None,
+    hessian: Hessian = False,
+    tokens: TextTokens = 32_768,
+    window: TextWindow = 512,
+    seed: Seed = 0,
+    revision: Revision = None,
+    config_from: ConfigFrom = None,
+    threads: Threads = None,
+    force: Force = False,
+    no_resume: NoResume = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run a model over a text and write what the inputs of its layers look like.
+
+    The file weighs the search of convert: --imatrix FILE. Give text like that which the
+    model will see, and not the text that you judge it by. Needs mlx-lm; one block's weights
+    are in memory at a time. Stopped, the same command goes on where it was.
+
+    \b
+    Examples:
+      requant calibrate Llama-3.2-1B -o stats.safetensors --text notes.txt
+      requant calibrate Llama-3.2-1B -o stats.safetensors --text chats.jsonl --hessian
+      requant convert Llama-3.2-1B out --bits 3 --imatrix stats.safetensors
+    """  # noqa: D301
+    from requant import calibration
+    from requant.cli import tables
+
+    with answering_errors():
+        with counting_display(quiet or json) as progress:
+            found = calibration.calibrate(
+                model,
+                output,
+                text,
+                hessian=hessian,
+                tokens=tokens,
+                window=window,
+                seed=seed,
+                revision=revision,
+                config_from=config_from,
+                threads=threads,
+                force=force,
+                resume=not no_resume,
+                progress=progress,
+                on_note=lambda note: say(f"warning: {note}"),
+            )
+        if json:
+            print_json(found.to_dict())
+        elif not quiet:
+            tables.show_calibration(found)
+
+
+def _wishes(
+    bits: int | None,
+    group_size: int | None,
+    mode: str | None,
+    dequantize: bool,
+    dtype: str | None,
+    override: list[str] | None,
+    only: list[str] | None,
+    recipe: str | None,
+    act_order: str,
+    fold_rotation: bool,
+    layout: str | None = None,
+    shard_size: int | None = None,
+) -> dict[str, Any]:
+    """The keyword arguments that the Python doors share; those of files where they are given."""
+    files = {"layout": layout, "shard_size": shard_size}
+    return {
+        "bits": bits,
+        "group_size": group_size,
+        "mode": mode,
+        "dequantize": dequantize,
+        "dtype": dtype,
+        "overrides": override or (),
+        "only": only or (),
+        "recipe": recipe,
+        "act_order": act_order,
+        "fold_rotation": fold_rotation,
+        **{name: value for name, value in files.items() if value is not None},
+    }
+
+
+def _print_plan(
+    made: Plan,
+    threads: int | None,
+    max_memory: int | None,
+    json: bool,
+    quiet: bool = False,
+    output: Path | None = None,
+    force: bool = False,
+) -> None:
+    from requant.cli import tables
+    from requant.consuming import most_with_consume_source
+    from requant.execute import make_budget
+    from requant.writer import check_output
+
+    budget = make_budget(made, threads, max_memory)
+    if output is not None:
+        check_output(made, output, force)
+    if json:
+        memory = {
+            "peak_bytes": budget.peak_bytes,
+            "threads": budget.threads,
+            "chunk_bytes": budget.chunk_bytes,
+        }
+        disk = {
+            "extra_bytes": sum(shard.nbytes for shard in made.shards),
+            "extra_bytes_with_consume_source": most_with_consume_source(made),
+        }
+        print_json(made.to_dict() | {"memory": memory, "disk": disk})
+    elif not quiet:
+        tables.show_plan(made, budget, output)

@@ -1,0 +1,72 @@
+"""The upload command, and the upload that ends a conversion."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from requant.cli.answers import answering_errors, print_json, say
+from requant.cli.options import (
+    BaseModel,
+    Json,
+    Preview,
+    Private,
+    Quiet,
+    Repository,
+    Written,
+)
+
+
+def upload(
+    output: Written,
+    repository: Repository,
+    base_model: BaseModel = None,
+    private: Private = False,
+    preview: Preview = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Upload an OUTPUT of convert to the hub, with a model card.
+
+    The card says where the model comes from, the exact command, the figures, how to run and
+    how to check it; --dry-run prints it. Stopped, the same command goes on: weight files that
+    are on the hub already are not sent again.
+
+    \b
+    Examples:
+      requant upload Llama-3.2-1B-4bit me/Llama-3.2-1B-4bit --dry-run
+      requant upload Llama-3.2-1B-4bit me/Llama-3.2-1B-4bit --base-model meta-llama/Llama-3.2-1B
+    """  # noqa: D301
+    if not preview:
+        send(output, repository, base_model, private, quiet, json)
+        return
+    from requant import publishing
+    from requant.cli import tables
+
+    with answering_errors():
+        found = publishing.upload(output, repository, base_model=base_model, preview=True)
+        if json:
+            print_json(found.to_dict())
+        else:
+            tables.show_upload(found)
+
+
+def send(
+    output: Path,
+    repository: str,
+    base_model: str | None,
+    private: bool,
+    quiet: bool,
+    json: bool = False,
+) -> None:
+    from requant import publishing
+
+    with answering_errors():
+        shown = not (quiet or json) and sys.stderr.isatty()
+        done = publishing.upload(
+            output, repository, base_model=base_model, private=private, show_progress=shown
+        )
+        if json:
+            print_json(done.to_dict())
+        elif not quiet:
+            say(f"uploaded: {done.url}")
