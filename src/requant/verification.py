@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -89,7 +90,8 @@ def verify(
         statistics: The statistics file or imatrix that the conversion was given.
         threads: Worker threads; every processor by default.
         max_memory: Most bytes to hold in memory, where the conversion is repeated.
-        progress: Called about ten times a second while the conversion is repeated.
+        progress: Called after each tensor whose hash is compared, then about ten times a second
+            while the conversion is repeated.
 
     Returns:
         What differs; ``.ok`` if nothing does.
@@ -107,7 +109,7 @@ def verify(
     checkpoint = _read_output(place, found)
     if checkpoint is not None:
         workers = threads or os.cpu_count() or 1
-        _check_hashes(checkpoint, record, workers, found)
+        _check_hashes(checkpoint, record, workers, found, progress)
         _check_layers(checkpoint, found)
     _check_files(place, record, found)
     if output is not None:
@@ -173,7 +175,11 @@ def _hashes(record: Mapping[str, Any], key: str) -> dict[str, str]:
 
 
 def _check_hashes(
-    checkpoint: Checkpoint, record: Mapping[str, Any], workers: int, found: _Findings
+    checkpoint: Checkpoint,
+    record: Mapping[str, Any],
+    workers: int,
+    found: _Findings,
+    progress: Callable[[Progress], None] | None,
 ) -> None:
     expected = _hashes(record, "tensors")
     for name in expected.keys() - checkpoint.tensors.keys():
@@ -205,8 +211,12 @@ def _check_hashes(
                 )
 
         known = [t for name, t in checkpoint.tensors.items() if name in expected]
+        began, done, total = time.perf_counter(), 0, sum(t.info.nbytes for t in known)
         with ThreadPoolExecutor(workers) as pool:
-            list(pool.map(check, known))
+            for tensor, _ in zip(known, pool.map(check, known), strict=True):
+                done += tensor.info.nbytes
+                if progress is not None:
+                    progress(Progress(tensor.name, done, total, time.perf_counter() - began))
 
 
 def _check_layers(checkpoint: Checkpoint, found: _Findings) -> None:

@@ -502,6 +502,15 @@ def test_a_dumb_terminal_gets_plain_text(model: Path, tmp_path: Path) -> None:
     assert "\x1b" not in text and "quantized" in text
 
 
+def test_counting_is_drawn_on_a_terminal(tmp_path: Path) -> None:
+    code, text = on_terminal("compare", MICRO_LLAMA, MICRO_LLAMA)
+    assert code == 0
+    assert "100%" in text or "of 38" in text
+    assert "\x1b[?25h" in text and "equal" in text
+    code, text = on_terminal("compare", MICRO_LLAMA, MICRO_LLAMA, TERM="dumb")
+    assert code == 0 and "\x1b" not in text and "\r\x1b" not in text
+
+
 def test_verify_exits_1_where_a_bit_differs(requant: Requant, model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert requant("convert", model, out, "--bits", "4").code == 0

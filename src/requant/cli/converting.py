@@ -145,7 +145,7 @@ def convert(
     wishes |= {"budget": budget, "save_recipe": save_recipe}
     if dry_run:
         with answering_errors():
-            with progress_display(quiet or json or budget is None) as progress:
+            with progress_display(quiet or budget is None) as progress:
                 plan = conversion.plan(
                     source, **wishes, threads=threads, max_memory=max_memory, progress=progress
                 )
@@ -173,7 +173,7 @@ def convert(
             progress=progress,
         )
     if upload_to is not None:
-        send(output, upload_to, None, private, quiet or json)
+        send(output, upload_to, None, private, quiet)
     with answering_errors():
         if json:
             print_json(report.to_dict())
@@ -242,7 +242,7 @@ def plan(
     wishes["revision"] = revision
     wishes |= {"budget": budget, "save_recipe": save_recipe}
     with answering_errors():
-        with progress_display(json or budget is None) as progress:
+        with progress_display(quiet=budget is None) as progress:
             made = conversion.plan(
                 source, **wishes, threads=threads, max_memory=max_memory, progress=progress
             )
@@ -300,7 +300,7 @@ def generate(
         print(printable(text.expandtabs(4)), end="", flush=True)
 
     with answering_errors():
-        with progress_display(quiet or json) as progress:
+        with progress_display(quiet) as progress:
             loaded = mlx_lm.load_with_report(
                 source, **wishes, max_memory=max_memory, threads=threads, progress=progress
             )
@@ -349,7 +349,7 @@ def calibrate(
     from requant.cli import tables
 
     with answering_errors():
-        with counting_display(quiet or json) as progress:
+        with counting_display(quiet) as progress:
             found = calibration.calibrate(
                 model,
                 output,

@@ -125,7 +125,7 @@ def compare(
     from requant.cli import tables
 
     with answering_errors():
-        with counting_display(quiet or json) as progress:
+        with counting_display(quiet) as progress:
             found = comparison.compare(
                 a, b, text=text, tokens=tokens, window=window, threads=threads, progress=progress
             )

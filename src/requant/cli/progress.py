@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,9 +19,14 @@ from requant.cli.words import format_seconds, format_size, printable
 if TYPE_CHECKING:
     from requant.execute import Progress
 
-# Without a terminal: a run shorter than this says nothing, a longer one speaks this often.
+# Without a terminal: a run shorter than this says nothing, a longer one speaks every five
+# seconds, and later, as logs are read, with a tenth of the time that has gone by between lines.
 _FIRST_LINE_S = 2.0
 _NEXT_LINE_S = 5.0
+_MOST_SILENCE_S = 60.0
+
+# What a display is told: how much is done, of how much, and how to describe it when it is due.
+_Show = Callable[[int, int, Callable[[], str]], None]
 
 
 def memory_in_use() -> int:
@@ -54,41 +61,50 @@ def describe_progress(now: Progress) -> str:
     return printable("  ".join((*parts, where)))
 
 
+def describe_count(what: str, done: int, of: int) -> str:
+    """How many of how many, and which is at hand."""
+    return printable(f"{done:,} of {of:,}  {what}")
+
+
 @contextmanager
 def progress_display(quiet: bool) -> Iterator[Callable[[Progress], None] | None]:
-    """Yield what ``convert`` calls to show its progress on standard error.
+    """Yield what shows a ``Progress`` on standard error; with ``quiet`` this is None.
 
-    A terminal gets a bar that disappears at the end; a file or a pipe gets a line every
-    few seconds, and none from a short run. With ``quiet`` this is None.
+    A terminal gets a bar that disappears at the end; a file or a pipe gets a line now and
+    then, and none from a short run.
     """
+    with _display(quiet) as show:
+        if show is None:
+            yield None
+            return
+        yield lambda now: show(now.bytes_done, now.bytes_total, partial(describe_progress, now))
+
+
+@contextmanager
+def counting_display(quiet: bool) -> Iterator[Callable[[str, int, int], None] | None]:
+    """The same for what counts: yield what shows a name, how many are done and of how many."""
+    with _display(quiet) as show:
+        if show is None:
+            yield None
+            return
+        yield lambda what, done, of: show(done, of, partial(describe_count, what, done, of))
+
+
+@contextmanager
+def _display(quiet: bool) -> Iterator[_Show | None]:
     if quiet:
         yield None
     elif sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown"):
-        with _bar() as update:
-            yield update
+        with _bar() as show:
+            yield show
     else:
         yield _plain_lines()
 
 
 @contextmanager
-def counting_display(quiet: bool) -> Iterator[Callable[[str, int, int], None] | None]:
-    """Yield what shows a name, how many are done and how many there are, on a terminal only."""
-    if quiet or not sys.stderr.isatty():
-        yield None
-        return
-
-    def update(what: str, done: int, of: int) -> None:
-        print(f"\r\x1b[K{done:,} of {of:,}  {printable(what)[:60]}", end="", file=sys.stderr)
-
-    yield update
-    print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-
-
-@contextmanager
-def _bar() -> Iterator[Callable[[Progress], None]]:
+def _bar() -> Iterator[_Show]:
     from rich.console import Console
-    from rich.progress import BarColumn, TaskProgressColumn, TextColumn
-    from rich.progress import Progress as Bar
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
     from rich.table import Column
 
     text = TextColumn(
@@ -97,33 +113,30 @@ def _bar() -> Iterator[Callable[[Progress], None]]:
         table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1),
     )
     console = Console(stderr=True, highlight=False)
-    with Bar(
+    with Progress(
         BarColumn(20), TaskProgressColumn(), text, console=console, transient=True, expand=True
     ) as bar:
         task = bar.add_task("starting", total=None)
 
-        def update(now: Progress) -> None:
-            bar.update(
-                task,
-                description=describe_progress(now),
-                completed=now.bytes_done,
-                total=max(now.bytes_total, 1),
-            )
+        def show(done: int, of: int, describe: Callable[[], str]) -> None:
+            bar.update(task, description=describe(), completed=done, total=max(of, 1))
 
-        yield update
+        yield show
 
 
-def _plain_lines() -> Callable[[Progress], None]:
+def _plain_lines() -> _Show:
+    # A clock of its own: what is shown may be several runs, each of which counts from 0.
+    began_s = time.monotonic()
     due_s = _FIRST_LINE_S
 
-    def update(now: Progress) -> None:
+    def show(done: int, of: int, describe: Callable[[], str]) -> None:
         nonlocal due_s
-        if now.elapsed_s < due_s:
+        elapsed_s = time.monotonic() - began_s
+        if elapsed_s < due_s:
             return
-        due_s = now.elapsed_s + _NEXT_LINE_S
-        percent = 100 * now.bytes_done // max(now.bytes_total, 1)
-        # A log that is gone must not end the conversion.
+        due_s = elapsed_s + min(max(elapsed_s / 10, _NEXT_LINE_S), _MOST_SILENCE_S)
+        # A log that is gone must not end the work.
         with suppress(OSError):
-            print(f"{percent:3}%  {describe_progress(now)}", file=sys.stderr, flush=True)
+            print(f"{100 * done // max(of, 1):3}%  {describe()}", file=sys.stderr, flush=True)
 
-    return update
+    return show

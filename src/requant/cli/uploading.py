@@ -59,12 +59,15 @@ def send(
     quiet: bool,
     json: bool = False,
 ) -> None:
+    """Upload, with huggingface_hub's bars on a terminal and a line for a log."""
     from requant import publishing
 
     with answering_errors():
-        shown = not (quiet or json) and sys.stderr.isatty()
+        bars = not quiet and sys.stderr.isatty()
+        if not quiet and not bars:
+            say(f"uploading {output} to {repository}")
         done = publishing.upload(
-            output, repository, base_model=base_model, private=private, show_progress=shown
+            output, repository, base_model=base_model, private=private, show_progress=bars
         )
         if json:
             print_json(done.to_dict())
