@@ -511,6 +511,20 @@ def test_counting_is_drawn_on_a_terminal(tmp_path: Path) -> None:
     assert code == 0 and "\x1b" not in text and "\r\x1b" not in text
 
 
+def test_a_narrow_terminal_cuts_nothing(requant: Requant, tmp_path: Path) -> None:
+    code, text = on_terminal("recipes")
+    assert code == 0 and "\u2026" not in text
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 80 and "           for routers" in lines  # folded
+    requant("convert", MICRO_LLAMA, tmp_path / "out", "--quiet")
+    code, text = on_terminal("inspect", tmp_path / "out", NO_COLOR="1")
+    assert code == 0 and "\u2026" not in text
+    assert "affine 4-bit g64  512 x 128       1  36.9 kB" in text
+    code, text = on_terminal("compare", MICRO_LLAMA, tmp_path / "out", NO_COLOR="1")
+    assert code == 0 and "\u2026" not in text.rpartition("\x1b[?25h")[2]  # after the bar
+    assert "model.layers.*.post_attention_layernorm.weight  BF16  BF16  " in text
+
+
 def test_verify_exits_1_where_a_bit_differs(requant: Requant, model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert requant("convert", model, out, "--bits", "4").code == 0

@@ -47,6 +47,7 @@ def test_plain_progress_of_a_second_run_is_not_silent(
     """--budget measures, then converts: each counts its own seconds."""
     with progress.progress_display(quiet=False) as update:
         assert update is not None
+        update(Progress("begun", 0, 10, 0.0))
         clock[0] = 1040.0
         update(Progress("measured", 9, 10, 40.0))
         clock[0] = 1046.0

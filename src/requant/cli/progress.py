@@ -126,11 +126,13 @@ def _bar() -> Iterator[_Show]:
 
 def _plain_lines() -> _Show:
     # A clock of its own: what is shown may be several runs, each of which counts from 0.
-    began_s = time.monotonic()
+    began_s: float | None = None
     due_s = _FIRST_LINE_S
 
     def show(done: int, of: int, describe: Callable[[], str]) -> None:
-        nonlocal due_s
+        nonlocal began_s, due_s
+        if began_s is None:
+            began_s = time.monotonic()
         elapsed_s = time.monotonic() - began_s
         if elapsed_s < due_s:
             return

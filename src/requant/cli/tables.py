@@ -39,7 +39,9 @@ _REASON_LINES = 10
 _FILE_LINES = 4
 _NAME_LINES = 40
 _WORST_LINES = 5
-_PIPE_COLUMNS = 200
+_GAP = 2  # spaces between columns
+_FOLDED_COLUMNS = 24  # a column is not folded to less than this
+_NO_WIDTH = 1 << 16
 
 
 def describe_generation(made: Generation) -> str:
@@ -68,9 +70,9 @@ class _Page:
             def on_broken_pipe(self) -> None:
                 raise  # the BrokenPipeError that is being handled
 
-        # A pipe has no width: names are not to be cut there.
-        width = None if sys.stdout.isatty() else _PIPE_COLUMNS
-        self.console = Laying(markup=False, highlight=False, emoji=False, width=width)
+        # A pipe has no width, and on a terminal long lines go on in the next: nothing is cut.
+        self.width = Console().width if sys.stdout.isatty() else _NO_WIDTH
+        self.console = Laying(markup=False, highlight=False, emoji=False, width=_NO_WIDTH)
 
     def line(self, text: str = "", style: str | None = None) -> None:
         """Print one line, however long."""
@@ -79,16 +81,29 @@ class _Page:
     def columns(
         self, rows: Sequence[Sequence[str]], right: Sequence[int], header: Sequence[str] = ()
     ) -> None:
-        """Print rows as columns; those whose index is in ``right`` are right-aligned."""
+        """Print rows as columns; those whose index is in ``right`` are right-aligned.
+
+        Where a terminal is a bit too narrow, the longest texts go on in a second line.
+        """
+        from rich.cells import cell_len
         from rich.table import Table
 
-        table = Table(box=None, pad_edge=False, show_header=bool(header), padding=(0, 2, 0, 0))
-        for index in range(len(rows[0]) if rows else 0):
+        told = [*rows, header] if header else rows
+        widths = [
+            max(cell_len(printable(cell)) for cell in cells) for cells in zip(*told, strict=True)
+        ]
+        texts = [index for index in range(len(widths)) if index not in right]
+        longest = max(texts, key=lambda index: widths[index], default=-1)
+        excess = sum(widths) + _GAP * (len(widths) - 1) - self.width
+        if texts and excess > 0 and widths[longest] - excess >= _FOLDED_COLUMNS:
+            widths[longest] -= excess
+        table = Table(box=None, pad_edge=False, show_header=bool(header), padding=(0, _GAP, 0, 0))
+        for index, width in enumerate(widths):
             table.add_column(
                 header[index] if header else "",
                 justify="right" if index in right else "left",
-                no_wrap=True,
-                overflow="ellipsis",
+                width=width,
+                overflow="fold",
             )
         for row in rows:
             table.add_row(*(printable(cell) for cell in row))
