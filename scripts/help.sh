@@ -1,0 +1,7 @@
+# Sourced first by the other scripts: --help prints the comment at the script's top, and that is all.
+case "${1:-}" in
+  -h | --help)
+    sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
+    exit
+    ;;
+esac
