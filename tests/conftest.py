@@ -4,7 +4,19 @@ from __future__ import annotations
 
 import signal
 
+import pytest
+
+from . import messages
+
 
 def pytest_configure() -> None:
     """A shell starts jobs in its background without SIGINT, and processes of tests inherit that."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    messages.watch()
+
+
+def pytest_runtest_teardown() -> None:
+    """A test fails that raised a message which does not read well."""
+    if told := messages.take():
+        lines = "\n".join(told)
+        pytest.fail(f"messages of errors (tests/messages.py):\n{lines}", pytrace=False)

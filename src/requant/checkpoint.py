@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from requant.dtypes import NUMPY_DTYPE, TensorInfo
-from requant.errors import CheckpointError, Problem, UsageError
+from requant.errors import CheckpointError, Problem, UsageError, count, shown
 from requant.limits import (
     MAX_CONFIG_BYTES,
     MAX_INDEX_BYTES,
@@ -36,7 +36,6 @@ from requant.safetensors_header import (
     header_length,
     parse_header,
     parse_json_object,
-    shown,
 )
 from requant.source_folder import (
     CONFIG,
@@ -471,8 +470,9 @@ class _Reader:
             except OSError as error:
                 message = f"cannot be read: {error.strerror or error}"
         if message:
-            known = f"; {INDEX} places {placed} tensors in it" if not raw and placed else ""
-            self.report(name, message + known)
+            if placed and not raw:
+                message += f"; {INDEX} places {count(placed, 'tensor')} in it"
+            self.report(name, message)
             return []
         entries, metadata, problems = parse_header(raw, size - len(raw))
         self.metadata = metadata | self.metadata

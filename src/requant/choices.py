@@ -111,9 +111,11 @@ class Chooser:
         if self.wishes.act_order == "refuse" and self.default is None:
             for layer, target, _ in decided:
                 if layer.act_order and target == layer.kept:
-                    self.problems.append(
-                        Problem(layer.path, "has its inputs in act-order, which is to be refused")
+                    message = (
+                        "has its inputs in act-order, and --act-order refuse takes none; "
+                        "--act-order requantize or dense says what such layers become"
                     )
+                    self.problems.append(Problem(layer.path, message))
         needs = Counter[str]()
         first: dict[str, str] = {}
         wished = self.wishes.dequantize or self.default is not None

@@ -201,7 +201,9 @@ def _check_shapes(
     for name in common:
         expected, actual = a[name].tensor.info.shape, b[name].tensor.info.shape
         if prod(expected) != prod(actual) or (len(expected) > 1 and expected != actual):
-            problems.append(Problem(name, f"is {actual}, expected {expected} as in the first"))
+            problems.append(
+                Problem(name, f"is {list(actual)}, expected {list(expected)} as in the first")
+            )
     if problems:
         raise CheckpointError(source, problems)
 

@@ -15,7 +15,7 @@ from requant.blueprint import Plan
 from requant.budgets import measured_of, settle
 from requant.checkpoint import Checkpoint
 from requant.consuming import most_with_consume_source
-from requant.errors import CheckpointError, OutputError, Problem, UsageError
+from requant.errors import CheckpointError, OutputError, Problem, UsageError, count_are
 from requant.execute import Finding, Outcome, Progress, make_budget, run_plan
 from requant.hub import Repository, find_repository, reach
 from requant.planner import make_plan
@@ -437,8 +437,9 @@ def _refused(outcome: Outcome, allow_overflow: bool) -> list[Problem]:
             problems.append(found.nonfinite_problem(layer))
         if found.overflowed and not allow_overflow:
             message = (
-                f"{found.overflowed:,} values are too large for the dtype asked for and would "
-                "become infinite; --dtype bfloat16 holds them, --allow-overflow takes infinities"
+                f"{count_are(found.overflowed, 'value')} too large for the dtype asked for and "
+                "would become infinite; --dtype bfloat16 holds them, "
+                "--allow-overflow takes infinities"
             )
             problems.append(Problem(layer, message))
     return problems

@@ -23,11 +23,14 @@ Every error has ``.layer``: the layer path or tensor name it is about, or None.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from requant.limits import MAX_PROBLEM_CHARS, MAX_PROBLEMS_SHOWN
+
+_SHOWN_CHARS = 60  # of one value in a message
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +87,7 @@ class RankMismatchError(RequantError, ValueError):
         self, message: str, rank: int, shape: Iterable[int], *, layer: str | None = None
     ) -> None:
         self.rank, self.shape = rank, tuple(shape)
-        super().__init__(f"{message}; got rank {rank}, shape {self.shape}", layer=layer)
+        super().__init__(f"{message}; got rank {rank}, shape {list(self.shape)}", layer=layer)
 
 
 class ShapeMismatchError(RequantError, ValueError):
@@ -99,7 +102,9 @@ class ShapeMismatchError(RequantError, ValueError):
         layer: str | None = None,
     ) -> None:
         self.expected, self.actual = tuple(expected), tuple(actual)
-        super().__init__(f"{message}; expected {self.expected}, got {self.actual}", layer=layer)
+        super().__init__(
+            f"{message}; expected {list(self.expected)}, got {list(self.actual)}", layer=layer
+        )
 
 
 class LengthMismatchError(RequantError, ValueError):
@@ -119,9 +124,7 @@ class UnsupportedDtypeError(RequantError, TypeError):
         self, message: str, dtype: str, supported: Sequence[str], *, layer: str | None = None
     ) -> None:
         self.dtype, self.supported = dtype, tuple(supported)
-        super().__init__(
-            f"{message}; got {dtype}, supported: {', '.join(self.supported)}", layer=layer
-        )
+        super().__init__(f"{message}: {dtype}, expected {one_of(self.supported)}", layer=layer)
 
 
 class OutOfRangeError(RequantError, ValueError):
@@ -150,7 +153,7 @@ class UnknownValueError(RequantError, ValueError):
     ) -> None:
         self.value, self.supported = value, tuple(supported)
         known = ", ".join(repr(word) for word in self.supported)
-        super().__init__(f"{message}; got {value!r}, known: {known}", layer=layer)
+        super().__init__(f"{message}: {value!r}; known: {known}", layer=layer)
 
 
 class InvariantError(RequantError, ValueError):
@@ -173,8 +176,53 @@ class CheckpointError(RequantError, ValueError):
         lines = "".join(f"\n  {line[:MAX_PROBLEM_CHARS]}" for line in shown)
         more = len(self.problems) - MAX_PROBLEMS_SHOWN
         if more > 0:
-            lines += f"\n  and {more:,} more problems"
+            lines += f"\n  and {count(more, 'more problem')}"
         super().__init__(f"{source} cannot be {action}:{lines}")
+
+
+def shown(value: object) -> str:
+    """A value out of a file in a few characters, as JSON spells it; names as 'name'."""
+    if isinstance(value, dict):
+        return "an object"
+    if isinstance(value, list | tuple | frozenset):
+        if len(value) > 8 or any(isinstance(item, list | tuple | dict | str) for item in value):
+            return f"a list of {len(value):,}"
+        return "[" + ", ".join(shown(item) for item in value) + "]"
+    if isinstance(value, str):
+        return repr(value if len(value) <= _SHOWN_CHARS else value[:_SHOWN_CHARS] + "...")
+    text = json.dumps(value, default=str)
+    return text if len(text) <= _SHOWN_CHARS else text[:_SHOWN_CHARS] + "..."
+
+
+def count(number: int, word: str) -> str:
+    """``1 layer``, ``1,234 layers``."""
+    return f"{number:,} {word}" if number == 1 else f"{number:,} {word}s"
+
+
+def count_are(number: int, word: str) -> str:
+    """``1 value is``, ``1,234 values are``."""
+    return f"{count(number, word)} {'is' if number == 1 else 'are'}"
+
+
+def one_of(values: Sequence[object]) -> str:
+    """``32, 64 or 128``."""
+    *rest, last = (str(value) for value in values)
+    return f"{', '.join(rest)} or {last}" if rest else last
+
+
+def span(low: int, high: int) -> str:
+    """``9``, or ``9 to 12``."""
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def not_utf8(error: UnicodeDecodeError) -> str:
+    """What is wrong with bytes that are no text."""
+    return f"is not UTF-8: byte {error.start:,} is 0x{error.object[error.start]:02x}"
+
+
+def in_a_line(error: BaseException) -> str:
+    """What another library says, in one line and with no full stop."""
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
 
 
 def few(names: Sequence[str], most: int = 3) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 
 from requant.blueprint import Treatment
 from requant.conversion import Source, plan
-from requant.errors import BackendError, ParseError, UsageError
+from requant.errors import BackendError, ParseError, UsageError, count, not_utf8, shown
 from requant.mlx_lm import load
 
 DEFAULT_TOKENS = 8192
@@ -81,7 +81,7 @@ def read_documents(path: Path) -> Iterator[str]:
     try:
         text = path.read_text("utf-8")
     except UnicodeDecodeError as error:
-        raise ParseError(f"{path}: is not UTF-8 text: {error}") from error
+        raise ParseError(f"{path}: {not_utf8(error)}") from error
     if path.suffix != ".jsonl":
         yield text
         return
@@ -95,7 +95,7 @@ def read_documents(path: Path) -> Iterator[str]:
         found = document.get("text") if isinstance(document, dict) else document
         if not isinstance(found, str):
             raise ParseError(
-                f"{path}: line {number} is {type(document).__name__}, expected a string "
+                f"{path}: line {number} is {shown(document)}, expected a string "
                 'or an object with a string "text"'
             )
         yield found
@@ -126,12 +126,13 @@ def read_tokens(path: Path, tokenizer: Any, most: int, window: int) -> np.ndarra
         ids += tokenizer.encode(document)
         if len(ids) >= most:
             break
-    count = min(len(ids), most) // window
-    if count < 2:
+    whole = min(len(ids), most) // window
+    if whole < 2:
         raise UsageError(
-            f"{path}: has {len(ids):,} tokens; a standard error needs two windows of {window:,}"
+            f"{path}: has {count(len(ids), 'token')}; a standard error needs two windows of "
+            f"{window:,}: take a longer text, or a lower --window"
         )
-    return np.array(ids[: count * window]).reshape(count, window)
+    return np.array(ids[: whole * window]).reshape(whole, window)
 
 
 def on_cpu() -> bool:

@@ -22,7 +22,7 @@ from requant.blueprint import Operation, Plan, Step
 from requant.checkpoint import ComputedTensor, JoinedTensor, SourceTensor, StoredTensor
 from requant.consuming import files_of
 from requant.dtypes import HEADER_NAME, NUMPY_DTYPE
-from requant.errors import CheckpointError, OutOfRangeError, Problem, RequantError
+from requant.errors import CheckpointError, OutOfRangeError, Problem, RequantError, count_are
 from requant.formats.packing import Cut, Packing
 from requant.hessians import Hessians, bytes_for
 from requant.journal import Done
@@ -167,7 +167,7 @@ class Finding:
         """What to say of a layer whose values are not all numbers."""
         return Problem(
             f"{layer}.weight",
-            f"{self.nonfinite:,} values are NaN or infinite, first in row "
+            f"{count_are(self.nonfinite, 'value')} NaN or infinite, first in row "
             f"{self.first_nonfinite_row}; --allow-nonfinite leaves such layers as they are",
         )
 

@@ -17,9 +17,9 @@ from typing import Any
 
 from requant.checkpoint import read_json
 from requant.conversion import Source
-from requant.errors import CheckpointError, ParseError, Problem, cannot_be
+from requant.errors import CheckpointError, ParseError, Problem, cannot_be, shown
 from requant.recipes import recipe_names
-from requant.record import FORMAT_VERSION
+from requant.record import FORMAT_VERSION, of_another_version
 from requant.report import Group
 from requant.schema import QuantMode
 from requant.source_folder import RECORD
@@ -236,7 +236,7 @@ def read_figures(output: Source) -> Figures:
         raise CheckpointError(str(place), [Problem(RECORD, what)])
     record = read_json(place, RECORD)
     if record.get("record") != FORMAT_VERSION:
-        message = f"record is {record.get('record')!r}, this version reads {FORMAT_VERSION}"
+        message = of_another_version(record)
         raise CheckpointError(str(place), [Problem(RECORD, message)])
     try:
         source = _typed(record, "source", dict)
@@ -263,7 +263,7 @@ def _repository(value: Any) -> tuple[str, str] | None:
     if value is None:
         return None
     if not isinstance(value, list) or [type(x) for x in value] != [str, str]:
-        raise ParseError(f"source.repository: is {value!r}, expected an id and a commit")
+        raise ParseError(f"source.repository: is {shown(value)}, expected an id and a commit")
     return value[0], value[1]
 
 
@@ -322,7 +322,7 @@ def _layer(name: str, entry: Mapping[str, Any]) -> LayerFigures:
     error = entry.get("error")
     pair = isinstance(error, list) and len(error) == 2 and all(map(_is_figure, error))
     if error is not None and not pair:
-        raise ParseError(f"layers.{name}.error: is {error!r}, expected two numbers or null")
+        raise ParseError(f"layers.{name}.error: is {shown(error)}, expected two numbers or null")
     rms, steps = error or (None, None)
     return LayerFigures(
         layer=name,
@@ -345,6 +345,14 @@ def _is_figure(value: object) -> bool:
     return number and -1e300 < value < 1e300  # type: ignore[operator]
 
 
+_KINDS: Mapping[Any, str] = {
+    dict: "an object",
+    list: "a list",
+    str: "a text",
+    int: "a whole number",
+}
+
+
 def _typed(entry: Any, key: str, kind: Callable[..., Any], where: str = "") -> Any:
     """A value of the record, of the type that it must have."""
     value = entry.get(key) if isinstance(entry, dict) else None
@@ -352,5 +360,5 @@ def _typed(entry: Any, key: str, kind: Callable[..., Any], where: str = "") -> A
         place = f"layers.{where}.{key}" if where else key
         if value is None:
             raise ParseError(f"{place}: is missing; requant of this version writes it")
-        raise ParseError(f"{place}: is {type(value).__name__}, expected {kind.__name__}")
+        raise ParseError(f"{place}: is {shown(value)}, expected {_KINDS[kind]}")
     return value

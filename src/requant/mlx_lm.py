@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from requant.blueprint import OutputTensor, Plan
 from requant.budgets import settle
 from requant.conversion import Source, carry_out
-from requant.errors import BackendError, CheckpointError, Problem, UsageError
+from requant.errors import BackendError, CheckpointError, Problem, UsageError, in_a_line
 from requant.hub import find_repository, reach
 from requant.mlx_lm_classes import why_no_class
 from requant.report import Report
@@ -246,7 +246,7 @@ def _failing(source: Source, where: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        message = str(error) or type(error).__name__
+        message = in_a_line(error)
         raise CheckpointError(str(source), [Problem(where, message)]) from error
 
 

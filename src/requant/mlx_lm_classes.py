@@ -13,6 +13,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from requant.errors import shown
+
 # mlx_lm/utils.py: {model_type: module}, and (in newer ones) {(model_type, architecture): module}.
 _NAMES, _NAMES_BY_ARCHITECTURE = "MODEL_REMAPPING", "MODEL_ARCHITECTURE_REMAPPING"
 
@@ -40,7 +42,7 @@ def why_no_class(config: Mapping[str, Any]) -> str:
         return "config.json has no model_type"
     if _has_module(folder, model_type) or _is_renamed(folder, model_type):
         return ""
-    return f"mlx-lm has no class for model_type {model_type!r}"
+    return f"mlx-lm has no class for model_type {shown(model_type)}"
 
 
 def _mlx_lm_folder() -> Path | None:

@@ -120,6 +120,8 @@ class Pattern:
                 self._quick = re.compile(text)
         except RecursionError:
             raise PatternError("is nested too deeply", text) from None
+        except PatternError:
+            raise
         except (re.error, OverflowError, ValueError) as error:
             raise PatternError(f"is no regular expression: {error}", text) from error
         self._is_quick = _is_quick(self._parsed)

@@ -18,7 +18,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from requant.arrays.native import SEARCH_LEVELS
-from requant.errors import OutOfRangeError, Problem, UnknownValueError, UsageError
+from requant.errors import (
+    OutOfRangeError,
+    Problem,
+    UnknownValueError,
+    UsageError,
+    not_utf8,
+    one_of,
+    shown,
+)
 from requant.patterns import search
 from requant.schema import Quantization
 from requant.specs import Spec, check_regex, parse_spec, resolve_quantization
@@ -288,7 +296,7 @@ def _read(path: Path) -> str:
     except OSError as error:
         raise UsageError(f"recipe {path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
-        raise UsageError(f"recipe {path}: is no UTF-8 text ({error.reason})") from error
+        raise UsageError(f"recipe {path}: {not_utf8(error)}") from error
 
 
 def parse_recipe(text: str, name: str, *, is_shipped: bool = False) -> Recipe:
@@ -306,7 +314,7 @@ def parse_recipe(text: str, name: str, *, is_shipped: bool = False) -> Recipe:
     description = reader.typed("description", table.get("description", ""), str, "a text")
     level = reader.typed("search", table.get("search", ""), str, "fast or best") or ""
     if level not in ("", *SEARCH_LEVELS):
-        reader.report("search", f"is {level!r}, expected one of {', '.join(SEARCH_LEVELS)}")
+        reader.report("search", f"is {shown(level)}, expected {one_of(SEARCH_LEVELS)}")
     default = reader.default(table["default"]) if "default" in table else None
     tables = reader.typed("rules", table.get("rules", []), list, "[[rules]] tables")
     rules = [reader.rule(f"rules[{n}]", value) for n, value in enumerate(tables or [], 1)]
@@ -338,13 +346,13 @@ def recipe_from_dict(data: Mapping[str, Any]) -> Recipe:
         table["role"] = table.pop("roles")
         rules.append(reader.rule(f"rules[{number}]", table))
     if data.get("search", "") not in ("", *SEARCH_LEVELS):
-        reader.report("search", f"is {data['search']!r:.80}")
+        reader.report("search", f"is {shown(data['search'])}, expected {one_of(SEARCH_LEVELS)}")
     for key in ("name", "description"):
         reader.typed(key, data[key], str, "a text")
     for key in ("is_mixed", "is_shipped"):
         reader.typed(key, data[key], bool, "true or false")
     if data["is_mixed"] and data["name"] not in MIXED:
-        reader.report("name", f"is no recipe of mlx-lm's: {data['name']!r:.80}")
+        reader.report("name", f"is {shown(data['name'])}; mlx-lm's are {', '.join(MIXED)}")
     if reader.problems:
         raise UsageError("; ".join(map(str, reader.problems)))
     return Recipe(**{**data, "rules": tuple(rule for rule in rules if rule)})
@@ -374,7 +382,7 @@ class _Reader:
         """The value, or None and a problem where it is of another type."""
         if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
             return value
-        self.report(where, f"is {value!r}, expected {words}")
+        self.report(where, f"is {shown(value)}, expected {words}")
         return None
 
     def default(self, value: object) -> Quantization | None:
@@ -430,7 +438,7 @@ class _Reader:
             return ""
         value = table["spec"]
         if isinstance(value, bool) or not isinstance(value, int | str):
-            self.report(where, f"is {value!r}, expected bits (8), '8:32', a mode or 'skip'")
+            self.report(where, f"is {shown(value)}, expected bits (8), '8:32', a mode or 'skip'")
             return ""
         try:
             parse_spec(str(value))
@@ -441,7 +449,7 @@ class _Reader:
     def roles(self, where: str, value: object) -> tuple[str, ...]:
         words = [value] if isinstance(value, str) else value
         if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-            self.report(where, f"is {value!r}, expected a role or a list of roles")
+            self.report(where, f"is {shown(value)}, expected a role or a list of roles")
             return ()
         for word in words:
             if word not in ROLES:

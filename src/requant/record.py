@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from requant.blueprint import Plan
+from requant.errors import shown
 from requant.source_folder import open_regular
 
 _BLOCK_BYTES = 1 << 20
@@ -25,6 +26,12 @@ FORMAT_VERSION = 1
 def version() -> str:
     """The version of requant that is installed."""
     return installed_version("requant")
+
+
+def of_another_version(record: Mapping[str, Any]) -> str:
+    """What to say of a record that this version cannot read."""
+    told = f"record is {shown(record.get('record'))}, this version reads {FORMAT_VERSION}"
+    return f"{told}: take the requant that wrote it, {shown(record.get('requant'))}"
 
 
 def make_record(

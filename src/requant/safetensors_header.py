@@ -22,7 +22,7 @@ from math import prod
 from typing import Any, NoReturn
 
 from requant.dtypes import NUMPY_DTYPE, TensorInfo
-from requant.errors import KeyCollisionError, OutOfRangeError, Problem
+from requant.errors import KeyCollisionError, OutOfRangeError, Problem, count, not_utf8, shown
 from requant.limits import (
     MAX_EMPTY_AXES,
     MAX_HEADER_BYTES,
@@ -39,7 +39,6 @@ PREFIX_BYTES = 8
 METADATA_KEY = "__metadata__"
 
 _VALUES_PER_TENSOR = 16  # of JSON, rank and separators included
-_SHOWN_CHARS = 60
 # Control characters, line separators and those that turn the direction of text: a name with
 # one of them does not look in a message as it is.
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ufeff]")
@@ -91,7 +90,7 @@ def parse_header(
         if len(problems) >= MAX_PROBLEMS:
             problems.append(Problem("header", "has more problems, which are not listed"))
             return {}, {}, problems
-        where = _where(name)
+        where = place(name)
         messages = check_name(name)
         span, wrong = _parse_span(item)
         info, also_wrong = _parse_info(item)
@@ -158,8 +157,8 @@ def header_length(prefix: bytes, file_bytes: int) -> tuple[int, str]:
         The length and ``""``, or 0 and what is wrong.
     """
     if file_bytes < PREFIX_BYTES or len(prefix) < PREFIX_BYTES:
-        found = min(file_bytes, len(prefix))
-        return 0, f"the file ends after {found} bytes, expected 8 with the length of the header"
+        held = count(min(file_bytes, len(prefix)), "byte")
+        return 0, f"the file ends after {held}, expected 8 with the length of the header"
     if prefix == _LFS_POINTER:
         return 0, "is a Git LFS pointer, not the weights; fetch them with git lfs pull"
     (length,) = struct.unpack("<Q", prefix)
@@ -217,7 +216,7 @@ def parse_json_object(
         if "\\u" in text:  # a lone surrogate is a str that nothing can print or write
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError as error:
-        return {}, [f"is not UTF-8: byte {error.start} is 0x{data[error.start]:02x}"]
+        return {}, [not_utf8(error)]
     except UnicodeEncodeError:
         return {}, ["is not JSON: half of a surrogate pair stands alone"]
     except RecursionError:
@@ -257,7 +256,7 @@ def check_name(name: str) -> list[str]:
     if bad := unprintable(name):
         return [f"the name holds the control character U+{ord(bad):04X}"]
     if name[0] == "/" or (".." in name and ".." in name.split("/")):
-        return ["the name holds parts of a path (.., or a slash in front)"]
+        return ["the name holds parts of a path ('..', or a slash in front)"]
     return []
 
 
@@ -267,21 +266,8 @@ def unprintable(name: str) -> str:
     return bad[0] if bad else ""
 
 
-def shown(value: object) -> str:
-    """A parsed JSON value in a few characters, for a message."""
-    if isinstance(value, dict):
-        return "an object"
-    if isinstance(value, list):
-        if len(value) > 8 or any(isinstance(item, (list, dict, str)) for item in value):
-            return f"a list of {len(value)}"
-        return "[" + ", ".join(shown(item) for item in value) + "]"
-    if isinstance(value, str):
-        return repr(value if len(value) <= _SHOWN_CHARS else value[:_SHOWN_CHARS] + "...")
-    text = json.dumps(value)
-    return text if len(text) <= _SHOWN_CHARS else text[:_SHOWN_CHARS] + "..."
-
-
-def _where(name: str) -> str:
+def place(name: str) -> str:
+    """A tensor's name as a message names its place: as it is, quoted where it would mislead."""
     sound = 0 < len(name) <= MAX_NAME_CHARS and not unprintable(name)
     return name if sound else shown(name)
 
@@ -378,7 +364,7 @@ def _check_spans(
         if stop >= end:
             end, owner = stop, name
     if beyond:  # one problem however many tensors: the file was cut
-        more = f" (and {len(beyond) - 1} more tensors)" if len(beyond) > 1 else ""
+        more = f" (and {count(len(beyond) - 1, 'more tensor')})" if len(beyond) > 1 else ""
         _, stop, name = beyond[0]
         problems.append(
             Problem(

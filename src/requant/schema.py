@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Final, NoReturn
 
-from requant.errors import InvariantError, KeyCollisionError, ParseError, UnknownValueError
+from requant.errors import InvariantError, KeyCollisionError, ParseError, UnknownValueError, shown
 
 _INT32_MAX = 2**31 - 1
 _INT32_MIN = -(2**31)
@@ -112,13 +112,13 @@ class Quantization:
                 or the mode is not one of MLX's tags.
         """
         if not isinstance(block, Mapping):
-            raise ParseError(f"a quantization must be an object, got {block!r}")
+            raise ParseError(f"a quantization must be an object, got {shown(block)}")
         group_size = read_int(block, "group_size")
         bits = read_int(block, "bits")
         mode = block.get("mode", QuantMode.AFFINE.value)
         tags = [known.value for known in QuantMode]
         if not isinstance(mode, str) or mode not in tags:
-            raise ParseError(f"'mode' must be one of {', '.join(tags)}, got {mode!r}")
+            raise ParseError(f"'mode' must be one of {', '.join(tags)}, got {shown(mode)}")
         return cls(group_size, bits, QuantMode(mode))
 
     def to_dict(self) -> dict[str, Any]:
@@ -157,7 +157,8 @@ class PerLayerQuantization:
         for layer, value in own.items():
             if not isinstance(value, Quantization | Skip):
                 raise InvariantError(
-                    f"per-layer value must be a Quantization or SKIP, got {value!r}", layer=layer
+                    f"per-layer value must be a Quantization or SKIP, got {value!r}",
+                    layer=layer,
                 )
         object.__setattr__(self, "per_layer", MappingProxyType(own))
 
@@ -208,7 +209,7 @@ class PerLayerQuantization:
                 value is at fault, if it is one layer's.
         """
         if not isinstance(block, Mapping):
-            raise ParseError(f"the quantization block must be an object, got {block!r}")
+            raise ParseError(f"the quantization block must be an object, got {shown(block)}")
         default = Quantization.from_dict({key: block[key] for key in _GLOBAL_KEYS if key in block})
         per_layer: dict[str, Quantization | Skip] = {}
         for layer, value in block.items():
@@ -259,7 +260,8 @@ def parse_quantization(config_json: str) -> PerLayerQuantization | None:
     try:
         config = json.loads(config_json, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
-        raise ParseError(f"the config is not JSON: {error}") from error
+        reason = str(error).partition(";")[0]  # of long numbers: how Python's limit is raised
+        raise ParseError(f"the config is not JSON: {reason}") from error
     if not isinstance(config, dict) or "quantization" not in config:
         return None
     return PerLayerQuantization.from_dict(config["quantization"])
@@ -285,7 +287,7 @@ def read_int(
         raise ParseError(f"{key!r} is missing")
     value = block[key]
     if not isinstance(value, int) or isinstance(value, bool):
-        raise ParseError(f"{key!r} must be an integer, got {value!r}")
+        raise ParseError(f"{key!r} must be an integer, got {shown(value)}")
     if not low <= value <= high:
         raise ParseError(f"{key!r} must lie between {low} and {high}, got {value}")
     return value
@@ -295,7 +297,7 @@ def _parse_layer(layer: str, value: object) -> Quantization | Skip:
     if value is False:
         return SKIP
     if not isinstance(value, Mapping):
-        raise ParseError(f"must be false or a quantization object, got {value!r}", layer=layer)
+        raise ParseError(f"must be false or a quantization object, got {shown(value)}", layer=layer)
     try:
         return Quantization.from_dict(value)
     except ParseError as error:

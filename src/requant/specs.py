@@ -82,7 +82,7 @@ def check_regex(pattern: str, option: str) -> None:
     try:
         compiled(pattern)
     except PatternError as error:
-        raise UsageError(f"{option} {error}") from error
+        raise UsageError(f"{option} {error}".strip()) from error
 
 
 def spec_text(spec: Spec) -> str:

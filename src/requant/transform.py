@@ -19,7 +19,7 @@ from requant.arrays import Array, Backend, Weights, backend_for, native
 from requant.checkpoint import Checkpoint, StoredTensor
 from requant.choices import fit_group
 from requant.dtypes import HEADER_NAME, NUMPY_DTYPE, TensorInfo
-from requant.errors import CheckpointError, InvariantError, UnsupportedDtypeError
+from requant.errors import CheckpointError, InvariantError, UnsupportedDtypeError, count
 from requant.formats import SourceLayer, detect
 from requant.formats.packing import Packing
 from requant.patterns import time_counted
@@ -84,8 +84,9 @@ def transform_weights(
         raise CheckpointError("weights", layout.problems)
     undecided = [layer.path for layer in layout.layers if layer.needs_wish and layer.kept is None]
     if undecided and otherwise is None:
+        more = f" (and {count(len(undecided) - 1, 'more layer')})" if len(undecided) > 1 else ""
         raise InvariantError(
-            f"{len(undecided)} layers have codes that no mode of MLX holds; say what they become: "
+            f"has codes that no mode of MLX holds{more}; say what they become: "
             "otherwise=Quantization.affine(64, 4), or otherwise='dense'",
             layer=undecided[0],
         )

@@ -86,9 +86,9 @@ def check_biases(layer: str, quantization: Quantization, has_biases: bool) -> No
     """
     mode = quantization.mode
     if mode.has_biases and not has_biases:
-        raise MissingKeyError(f"{mode} layers have biases", layer + BIASES, layer=layer)
+        raise MissingKeyError(f"mode {mode} needs biases", layer + BIASES, layer=layer)
     if has_biases and not mode.has_biases:
-        raise KeyCollisionError(f"{mode} layers have no biases", layer + BIASES, layer=layer)
+        raise KeyCollisionError(f"mode {mode} has no biases", layer + BIASES, layer=layer)
 
 
 def _quantization_of(layer: str, config: PerLayerQuantization) -> Quantization:

@@ -17,15 +17,22 @@ from typing import Any
 from requant.blueprint import OutputTensor, Plan
 from requant.checkpoint import Checkpoint, FileRange, SourceTensor, read_checkpoint, read_json
 from requant.conversion import Source
-from requant.errors import CheckpointError, ParseError, Problem, UsageError, cannot_be
+from requant.errors import CheckpointError, ParseError, Problem, UsageError, cannot_be, shown
 from requant.execute import Progress, make_budget, run_plan
 from requant.formats import detect
 from requant.hub import find_repository, reach
 from requant.limits import MAX_PROBLEMS
 from requant.patterns import time_counted
 from requant.planner import make_plan
-from requant.record import FORMAT_VERSION, hash_file, hash_range, record_hash, spelled, version
-from requant.safetensors_header import shown
+from requant.record import (
+    FORMAT_VERSION,
+    hash_file,
+    hash_range,
+    of_another_version,
+    record_hash,
+    spelled,
+    version,
+)
 from requant.source_folder import (
     CONFIG,
     INDEX,
@@ -152,7 +159,7 @@ def _read_record(place: Path, found: _Findings) -> dict[str, Any]:
         raise CheckpointError(str(place), [Problem(RECORD, message)])
     record = read_json(place, RECORD)
     if record.get("record") != FORMAT_VERSION:
-        message = f"record is {record.get('record')!r}, this version reads {FORMAT_VERSION}"
+        message = of_another_version(record)
         raise CheckpointError(str(place), [Problem(RECORD, message)])
     if record.get("sha256") != record_hash(record):
         found.add(RECORD, "is not as it was written: its own hash differs")

@@ -89,11 +89,11 @@ def weighted(
             found[layer] = answer
     if searched and not found and not problems:
         known = few(tuple(statistics.seen))
-        message = f"knows none of the layers that are searched, but {known}: of another model?"
+        message = f"knows none of the layers searched, but {known}: is it of another model?"
         problems = [Problem("statistics", message)]
     if gptq and not problems and not any(entry.hessian for entry in statistics.seen.values()):
         message = (
-            "hold no Hessian, which --gptq needs: requant calibrate MODEL --hessian makes them"
+            "holds no Hessians, which --gptq needs: requant calibrate MODEL --hessian makes them"
         )
         problems = [Problem("statistics", message)]
     if problems:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from requant.arrays.native import SEARCH_LEVELS, check_quantization
-from requant.errors import ParseError, UnknownValueError, UsageError
+from requant.errors import ParseError, UnknownValueError, UsageError, few, shown
 from requant.limits import MAX_INT
 from requant.recipes import Recipe, load_recipe, recipe_from_dict
 from requant.schema import SKIP, Quantization, QuantMode
@@ -39,8 +39,8 @@ def parse_override(
     else:
         pattern, equals, spec = text.rpartition("=")
         if not equals or not pattern:
-            raise UsageError(f"override {text!r} is not REGEX=SPEC, as in 'lm_head=8'")
-    check_regex(pattern, "override")
+            raise UsageError(f"--override {text!r} is not REGEX=SPEC, as in 'lm_head=8'")
+    check_regex(pattern, "--override")
     return pattern, parse_spec(spec, base) if isinstance(spec, str) else spec
 
 
@@ -121,13 +121,19 @@ class Wishes:
             }
             for pattern in (*found["only"], *(pattern for pattern, _ in found["overrides"])):
                 check_regex(pattern, "wish")
+            if unknown := sorted(str(key) for key in found.keys() - _DEFAULTS.keys()):
+                raise ValueError(f"{few(unknown)} is none of them")
             wishes = Wishes(**found)
             if wishes.budget is not None:
                 parse_budget(wishes.budget)
             for name, default in _DEFAULTS.items():
                 _check_told(name, getattr(wishes, name), default)
             return wishes
-        except (KeyError, TypeError, ValueError) as error:
+        except KeyError as error:
+            raise ParseError(
+                f"these are no wishes of this version of requant: {error} is missing"
+            ) from error
+        except (TypeError, ValueError) as error:
             raise ParseError(f"these are no wishes of this version of requant: {error}") from error
 
     @staticmethod
@@ -191,7 +197,7 @@ class Wishes:
             raise UsageError(f"a shard of {max_shard_bytes} bytes holds nothing")
         only = (only,) if isinstance(only, str) else tuple(only)
         for pattern in only:
-            check_regex(pattern, "only")
+            check_regex(pattern, "--only")
         return Wishes(
             quantization,
             dequantize,
@@ -279,7 +285,7 @@ def _check_told(name: str, value: object, default: object) -> None:
     else:
         return
     if not legal:
-        raise ValueError(f"{name} is {value!r:.80}")
+        raise ValueError(f"{name} is {shown(value)}")
 
 
 def _spec_data(spec: Spec) -> Any:

@@ -18,7 +18,7 @@ from typing import Any, Protocol, Self
 
 from requant.blueprint import OutputTensor, Plan
 from requant.consuming import delete_source, make_twins, most_with_consume_source, release
-from requant.errors import InvariantError, OutputError
+from requant.errors import InvariantError, OutputError, count_are
 from requant.journal import Done, Found, Journal, read_journal
 from requant.record import hash_range, make_record, spelled, version
 from requant.source_folder import CONFIG, INDEX, RECORD, open_regular
@@ -158,8 +158,9 @@ class OutputFolder:
         consumed = [line["consumed"] for line in entries if "consumed" in line]
         if consumed and not (self.resume and self.release):
             raise OutputError(
-                f"{self.output}: {len(consumed)} files of the source are deleted already, and what "
-                f"was made from them is in {self.staging}; go on with --consume-source --yes"
+                f"{self.output}: {count_are(len(consumed), 'file')} deleted from the source "
+                f"already, and what was made of that is in {self.staging}; "
+                "go on with --consume-source --yes"
             )
         if before and self.resume:
             for name in consumed:

@@ -207,7 +207,7 @@ def test_nonfinite_weights_stop_a_run_unless_allowed(requant: Requant, tmp_path:
 
     refused = requant("convert", source, tmp_path / "out")
     assert refused.code == 1
-    assert "a.weight: 1 values are NaN or infinite, first in row 3" in refused.err
+    assert "a.weight: 1 value is NaN or infinite, first in row 3" in refused.err
     assert names_in(tmp_path) == ["model"]
 
     result = requant("convert", source, tmp_path / "out", "--allow-nonfinite")
@@ -351,9 +351,9 @@ def test_a_source_cannot_drive_the_terminal(requant: Requant, tmp_path: Path) ->
         (["--mode", "fp4"], "known: 'affine', 'mxfp4', 'mxfp8', 'nvfp4'"),
         (["--dtype", "half"], "known: 'float16', 'bfloat16', 'float32'"),
         (["--bits", "4", "--dequantize"], "error: choose one: dequantize"),
-        (["--override", "lm_head"], "error: override 'lm_head' is not REGEX=SPEC"),
+        (["--override", "lm_head"], "error: --override 'lm_head' is not REGEX=SPEC"),
         (["--override", "lm_head=9"], "no quantization of MLX"),
-        (["--only", "("], "error: only '(' is no regular expression"),
+        (["--only", "("], "error: --only '(' is no regular expression"),
         (["--only", "q_prj"], "--only 'q_prj': matches no layer; near it: q_proj"),
         (["--override", "lm_haed=8"], "--override 'lm_haed': matches no layer; near it: lm_head"),
         (["--recipe", "mixed"], "error: there is no recipe 'mixed'; near it: mixed_"),

@@ -162,7 +162,7 @@ def state(**fields: Any) -> Change:
         (state(shape=[8]), "gives shape [8], expected two counts or more"),
         (state(blocksize=0), "gives blocksize 0, expected a count"),
         (state(blocksize=32), "up.weight.absmax: F32 [8], expected F32 [16]"),
-        (state(nested_blocksize=256), "gives nested_blocksize 256 and nested_offset None"),
+        (state(nested_blocksize=256), "gives nested_blocksize 256 and nested_offset null"),
         (state(nested_blocksize=256, nested_offset=10**400), "gives nested_blocksize 256 and"),
         (
             state(nested_blocksize=256, nested_offset=0.5),

@@ -690,7 +690,7 @@ def test_codes_beyond_their_width(tmp_path: Path) -> None:
     tensors = {"up.weight": np.full((2, 64), 9, np.int8), "up.weight_scale": np.ones((2, 1), BF16)}
     config = block("int-quantized", num_bits=4, strategy="channel")
     text = refusal(write(tmp_path / "source", tensors, config), tmp_path / "out")
-    assert "up: its codes reach from 9 to 9, but the config says 4 bits: -8 to 7" in text
+    assert "up: its codes are 9, but the config says 4 bits: -8 to 7" in text
 
 
 def test_weights_that_were_never_compressed(tmp_path: Path) -> None:

@@ -344,7 +344,7 @@ def test_not_a_number_is_found_while_it_is_encoded(tmp_path: Path) -> None:
     tensors["up.weight_scale_inv"][:] = 0.3
     folder = write(tmp_path / "source", tensors, FP8)
     text = refusal(folder, tmp_path / "out", bits=4)
-    assert "up.weight: 1 values are NaN or infinite, first in row 77" in text
+    assert "up.weight: 1 value is NaN or infinite, first in row 77" in text
 
 
 def test_in_memory_as_mx_load_gives_it(tmp_path: Path) -> None:

@@ -160,7 +160,7 @@ def test_nvfp4_with_a_scale_over_the_tensor(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "byte", "words"),
-    [("NVFP4", 0xB8, "16 scale bytes have a sign"), ("MXFP4", 255, "4 scale bytes are 255")],
+    [("NVFP4", 0xB8, "16 scale bytes are negative"), ("MXFP4", 255, "4 scale bytes are 255")],
 )
 def test_scale_bytes_that_no_writer_makes(kind: str, byte: int, words: str, tmp_path: Path) -> None:
     blocks = nvfp4(4, byte) if kind == "NVFP4" else np.full((4, 17), byte, np.uint8)

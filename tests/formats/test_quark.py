@@ -259,7 +259,7 @@ Change = Callable[[dict[str, Any], dict[str, Any]], Any]
             "up.weight_scale: U8 [3, 1] fits no tiling of U8 [4, 16]",
         ),
         (lambda t, b: b.update(block([{"dtype": "fp4"}] * 2)), "but no up.weight_scale_2"),
-        (lambda t, b: b.update(global_quant_config={}), "weight is None, expected a scheme"),
+        (lambda t, b: b.update(global_quant_config={}), "weight is null, expected a scheme"),
         (lambda t, b: b.update(algo_config={"name": "QuaRot"}), "algo_config: names a rotation"),
         (lambda t, b: b.update(layer_type_quant_config={"x": 1}), "by class of layer"),
         (lambda t, b: b.update(exclude=["u?"]), "up: is named dense by"),

@@ -122,9 +122,12 @@ HUGE = 2**63
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (b"", "is no GGUF file: it starts with b''"),
-        (b"GG", "is no GGUF file: it starts with b'GG'"),
-        (built([W], magic=b"GGML"), "it starts with b'GGML'"),
+        (b"", "is no GGUF file: it is empty"),
+        (b"GG", "is no GGUF file: it starts with 47 47, expected 47 47 55 46"),
+        (
+            built([W], magic=b"GGML"),
+            "it starts with 47 47 4d 4c, expected 47 47 55 46, the word GGUF",
+        ),
         (b"GGUF", "the version takes 4 bytes from byte 4 on, but the file ends at 4"),
         (built([W], version=1), "is version 1 of GGUF, known are 2 and 3"),
         (built([W], version=3 << 24), "is big-endian"),
@@ -155,7 +158,7 @@ HUGE = 2**63
             "general.alignment is no power of two",
         ),
         (built([entry("w", [1] * 5, 0)]), "'w' has 5 axes, at most 4 are known"),
-        (built([entry("w", [32, 2], 99)]), "m.gguf: 'w': is stored as type 99; known are Q4_0"),
+        (built([entry("w", [32, 2], 99)]), "m.gguf: w: is stored as type 99; known are Q4_0"),
         (built([entry("w", [32, 2], 15)]), "is stored as type 15"),
         (built([entry("w", [0, 2], 0)]), "has the impossible shape [2, 0]"),
         (built([entry("w", [2**40, 2**40], 0)]), "has the impossible shape"),

@@ -237,7 +237,7 @@ def test_values_that_are_no_numbers_are_refused_or_left(tmp_path: Path) -> None:
     tensors = {f"model.{x}.weight": rng.normal(0, 0.02, (64, 128)) for x in "abc"}
     tensors["model.b.weight"][3, 5] = np.nan
     source = write(tmp_path / "source", tensors, {})
-    with pytest.raises(CheckpointError, match=r"model\.b\.weight: 1 values are NaN.*row 3"):
+    with pytest.raises(CheckpointError, match=r"model\.b\.weight: 1 value is NaN.*row 3"):
         requant.convert(source, tmp_path / "out", budget=9, **KEEP)
     report = requant.convert(source, tmp_path / "out", budget=9, allow_nonfinite=True, **KEEP)
     assert report.bits_per_weight <= 9

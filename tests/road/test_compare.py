@@ -70,7 +70,7 @@ def test_what_only_one_has_and_shapes_that_differ(checkpoint: Callable[..., Path
     with pytest.raises(CheckpointError) as refused:
         requant.compare(a, c)
     assert [p.where for p in refused.value.problems] == ["x", "y"]
-    assert "(8, 4), expected (4, 8)" in str(refused.value)
+    assert "[8, 4], expected [4, 8]" in str(refused.value)
     with pytest.raises(UsageError, match="share no name"):
         requant.compare(a, checkpoint({"q": bf16(2)}, name="d"))
 

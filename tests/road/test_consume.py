@@ -61,7 +61,7 @@ def test_what_would_be_refused_deletes_nothing(
     bad[63, 127] = np.nan
     tensors = {f"l{n}.weight": bf16(64, 128, seed=n) for n in range(3)} | {"z.weight": bad}
     source = checkpoint(tensors, shards=4)
-    with pytest.raises(CheckpointError, match=r"z\.weight: 1 values are NaN"):
+    with pytest.raises(CheckpointError, match=r"z\.weight: 1 value is NaN"):
         convert(source, tmp_path / "out", bits=4, **CONSUME)
     assert len(shards(source)) == 4
 

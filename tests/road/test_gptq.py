@@ -121,7 +121,7 @@ def test_what_cannot_be_is_told(source: Path, stats: Path, tmp_path: Path) -> No
         requant.convert(source, out, dequantize=True, gptq=True, statistics=stats)
     none = tmp_path / "none.safetensors"
     write_statistics(none, {Q: LayerStatistics(np.ones(64, np.float32), np.ones(1))})
-    with pytest.raises(CheckpointError, match="hold no Hessian"):
+    with pytest.raises(CheckpointError, match="holds no Hessians"):
         requant.convert(source, out, statistics=none, **WISHES)
     bad = tmp_path / "bad.safetensors"
     broken = np.full((64, 64), np.nan, np.float32)

@@ -235,7 +235,7 @@ def test_numbers_that_are_none_are_refused(
     content[-2:] = b"\x00\x7e"  # NaN in float16
     hub.repositories[NAME][SHARDS[1]] = bytes(content)
     done = call("convert", NAME, "out", *WISHES, *option, "--quiet")
-    assert done.returncode == 1 and "l1.b.weight: 1 values are NaN" in done.stderr
+    assert done.returncode == 1 and "l1.b.weight: 1 value is NaN" in done.stderr
     assert not (tmp_path / STAGING).exists() and not (tmp_path / "out").exists()
     if option:  # it is not downloaded to the end
         assert not [1 for _, path, r in hub.log if path.endswith(SHARDS[5]) and "=0-13" not in r]

@@ -96,7 +96,7 @@ def test_what_was_found_is_not_forgotten(checkpoint: Callable[..., Path], tmp_pa
     bad[0, 7] = np.inf
     source = checkpoint({"a.weight": bad, "b.weight": bf16(64, 128)})
     stopped(source, tmp_path / "out", 4, bits=4)
-    with pytest.raises(CheckpointError, match=r"a\.weight: 1 values are .* first in row 0"):
+    with pytest.raises(CheckpointError, match=r"a\.weight: 1 value is .* first in row 0"):
         convert(source, tmp_path / "out", bits=4)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
 

@@ -381,7 +381,7 @@ def test_other_shapes_are_told_all_at_once(source: Path, tmp_path: Path) -> None
 
 def test_statistics_of_another_model_are_refused(source: Path, tmp_path: Path) -> None:
     path = ours(tmp_path / "s.safetensors", {"encoder.up": squares(64)})
-    with pytest.raises(CheckpointError, match=r"encoder\.up: of another model"):
+    with pytest.raises(CheckpointError, match=r"encoder\.up: is it of another model"):
         requant.plan(source, statistics=path, **WISHES)
 
 

@@ -167,7 +167,7 @@ def backend_for(weights: Weights) -> Backend:
             kind = type(array)
             raise UnsupportedDtypeError(
                 "not an array that requant computes with",
-                f"{kind.__module__}.{kind.__qualname__}",
+                f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins."),
                 _KNOWN_TYPES,
                 layer=name,
             )

@@ -25,6 +25,7 @@ from requant.errors import (
     ShapeMismatchError,
     UnknownValueError,
     UnsupportedDtypeError,
+    one_of,
 )
 
 Array = NDArray[Any]
@@ -73,9 +74,9 @@ def check_quantization(bits: int, group_size: int, mode: str) -> None:
     else:
         raise UnknownValueError("[quantization] unknown mode", str(mode), MODES)
     if bits not in legal_bits:
-        raise OutOfRangeError(f"{mode} takes {_listed(legal_bits)}", "bits", bits)
+        raise OutOfRangeError(f"{mode} takes {one_of(legal_bits)}", "bits", bits)
     if group_size not in legal_groups:
-        raise OutOfRangeError(f"{mode} takes {_listed(legal_groups)}", "group_size", group_size)
+        raise OutOfRangeError(f"{mode} takes {one_of(legal_groups)}", "group_size", group_size)
 
 
 def quantize(
@@ -124,7 +125,7 @@ def quantize(
     n_in = w.shape[-1]
     if n_in % group_size:
         raise DivisibilityError(
-            f"[quantize] w has shape {w.shape}, a group takes {group_size} inputs",
+            f"[quantize] w has shape {list(w.shape)}, a group takes {group_size} inputs",
             "in_features",
             n_in,
             group_size,
@@ -218,7 +219,7 @@ def dequantize(
     n_in = n_words * 32 // bits
     if n_words * 32 != n_in * bits or n_in % group_size:
         raise DivisibilityError(
-            f"[dequantize] words has shape {words.shape}, "
+            f"[dequantize] words has shape {list(words.shape)}, "
             f"a group takes {group_size * bits // 32} words",
             "words",
             n_words,
@@ -286,7 +287,7 @@ def pack_words(codes: Array, bits: int) -> Array:
     count = codes.shape[-1]
     if count % 32:
         raise DivisibilityError(
-            f"[pack_words] codes has shape {codes.shape}, {bits} words hold 32 codes",
+            f"[pack_words] codes has shape {list(codes.shape)}, {bits} words hold 32 codes",
             "codes",
             count,
             32,
@@ -316,7 +317,7 @@ def unpack_words(words: Array, bits: int) -> Array:
     count = words.shape[-1]
     if count % bits:
         raise DivisibilityError(
-            f"[unpack_words] words has shape {words.shape}, {bits} words hold 32 codes",
+            f"[unpack_words] words has shape {list(words.shape)}, {bits} words hold 32 codes",
             "words",
             count,
             bits,
@@ -342,7 +343,7 @@ def _quantize(
     values = _bits(w)
     if mode == "affine":
         if biases is None:
-            raise InvariantError("[quantize] affine mode writes biases; got None")
+            raise InvariantError("[quantize] affine mode writes biases: give an array for them")
         _same_dtype("scales", scales, w)
         _same_dtype("biases", biases, w)
         parts = words, _bits(scales), _bits(biases)
@@ -370,7 +371,7 @@ def _search_weights(search: str | None, weights: Array | None, n_in: int) -> Arr
     if weights is None:
         return None
     if search is None:
-        raise InvariantError("[quantize] weights are for a search; the search is None")
+        raise InvariantError("[quantize] weights are for a search, and none is asked for")
     if weights.shape != (n_in,):
         raise ShapeMismatchError("[quantize] weights, one an input", (n_in,), weights.shape)
     wide = weights.astype(np.float64)
@@ -394,7 +395,7 @@ def _dequantize(
     name = _kernel_name(out.dtype, "[dequantize] cannot produce dtype")
     if mode == "affine":
         if biases is None:
-            raise InvariantError("[dequantize] affine mode needs biases; got None")
+            raise InvariantError("[dequantize] affine mode needs biases; none are given")
         scales_name = _kernel_name(scales.dtype, "[dequantize] scales")
         biases_name = _kernel_name(biases.dtype, "[dequantize] biases")
         _native.affine_dequantize(
@@ -423,10 +424,12 @@ def _check_scales(scales: Array, biases: Array | None, mode: str) -> np.dtype[An
                 f"[dequantize] scales of mode {mode}", scales.dtype.name, supported
             )
         if biases is not None:
-            raise InvariantError(f"[dequantize] mode {mode} has no biases; got {biases.shape}")
+            raise InvariantError(
+                f"[dequantize] mode {mode} has no biases; got {list(biases.shape)}"
+            )
         return _BFLOAT16
     if biases is None:
-        raise InvariantError("[dequantize] affine mode needs biases; got None")
+        raise InvariantError("[dequantize] affine mode needs biases; none are given")
     _kernel_name(scales.dtype, "[dequantize] scales")
     _kernel_name(biases.dtype, "[dequantize] biases")
     if biases.shape != scales.shape:
@@ -445,7 +448,7 @@ def _global_scale(operation: str, value: float | Array | None, mode: str) -> flo
         )
     if np.size(value) != 1:
         raise InvariantError(
-            f"{operation} the global scale must be one number; got shape {np.shape(value)}"
+            f"{operation} the global scale must be one number; got shape {list(np.shape(value))}"
         )
     return float(np.asarray(value, np.float32).reshape(()))
 
@@ -481,8 +484,3 @@ def _rows(array: Array) -> Array:
 def _bits(array: Array) -> Array:
     """The values as unsigned integers of their size."""
     return array.view(_BITS_VIEW[array.dtype.itemsize])
-
-
-def _listed(values: tuple[int, ...]) -> str:
-    *rest, last = (str(value) for value in values)
-    return f"{', '.join(rest)} or {last}" if rest else last

@@ -226,7 +226,10 @@ def _windows(
     count = len(ids) // window
     if not count:
         names = ", ".join(map(str, texts))
-        raise UsageError(f"{names}: {len(ids):,} tokens do not fill one window of {window:,}")
+        raise UsageError(
+            f"{names}: {len(ids):,} tokens do not fill one window of "
+            f"{window:,}: give more text, or a lower --window"
+        )
     cut = np.array(ids[: count * window], np.int64).reshape(count, window)
     wanted = min(tokens // window, count)
     taken = np.sort(np.random.default_rng(seed).permutation(count)[:wanted])

@@ -14,9 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from requant.cli.words import count, format_seconds, format_size, printable
+from requant.cli.words import format_seconds, format_size, printable
 from requant.consuming import most_with_consume_source
-from requant.errors import few
+from requant.errors import count, few
 from requant.limits import MAX_PROBLEMS_SHOWN
 
 if TYPE_CHECKING:

@@ -27,11 +27,6 @@ def format_seconds(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02} min"
 
 
-def count(number: int, word: str) -> str:
-    """``1 layer``, ``1,234 layers``."""
-    return f"{number:,} {word}" if number == 1 else f"{number:,} {word}s"
-
-
 def printable(text: str) -> str:
     """Escape what a name from a foreign file must not send to a terminal."""
     return "".join(

@@ -29,6 +29,7 @@ from requant.errors import (
     ShapeMismatchError,
     UnknownValueError,
     UnsupportedDtypeError,
+    shown,
 )
 from requant.schema import PerLayerQuantization, Quantization, read_int
 from requant.triples import BIASES, SCALES, WEIGHT, layer_of
@@ -86,12 +87,12 @@ class AwqLoadConfig:
                 ``zero_point`` no boolean or ``version`` no string. ``null`` is none of these.
         """
         if not isinstance(block, Mapping):
-            raise ParseError(f"a quantization config must be an object, got {block!r}")
+            raise ParseError(f"a quantization config must be an object, got {shown(block)}")
         zero_point, version = block.get("zero_point", True), block.get("version", "")
         if not isinstance(zero_point, bool):
-            raise ParseError(f"'zero_point' must be a boolean, got {zero_point!r}")
+            raise ParseError(f"'zero_point' must be a boolean, got {shown(zero_point)}")
         if not isinstance(version, str):
-            raise ParseError(f"'version' must be a string, got {version!r}")
+            raise ParseError(f"'version' must be a string, got {shown(version)}")
         return cls(
             bits=read_int(block, "bits", 4, low=0, high=_UINT32_MAX),
             group_size=read_int(block, "group_size", 128, low=0, high=_UINT32_MAX),

@@ -15,7 +15,7 @@ import numpy as np
 from requant.arrays import native
 from requant.arrays.repack import BITNET
 from requant.checkpoint import Checkpoint, SourceTensor
-from requant.errors import InvariantError
+from requant.errors import InvariantError, shown
 from requant.formats.base import SourceLayer, SourceLayout
 from requant.formats.declared import Declared, declared
 from requant.formats.integer_layers import integer_layer
@@ -126,11 +126,11 @@ def _divides(found: Declared, sorter: Sorter) -> bool:
     kind = found.word("linear_class", "bitlinear")
     if kind not in _CLASSES:
         known = " and ".join(_CLASSES)
-        sorter.problem(f"{found.where}.linear_class", f"is {kind!r}; known are {known}")
+        sorter.problem(f"{found.where}.linear_class", f"is {shown(kind)}; known are {known}")
     if found.word("quantization_mode", "offline") != "offline":
         sorter.problem(
             f"{found.where}.quantization_mode",
-            f"is {found.get('quantization_mode')!r}: dense weights, rounded to three values "
+            f"is {shown(found.get('quantization_mode'))}: dense weights, rounded to three values "
             "each time the model runs, which MLX does not; save the model in mode offline",
         )
     if found.get("use_rms_norm"):
@@ -166,7 +166,7 @@ def _layer(
         raise Refused(scale.name, f"{scale.info}, expected one float")
     number = float(sorter.checkpoint.peek(scale.name).reshape(-1)[0])
     if not 0 < number < float("inf"):
-        raise Refused(scale.name, f"holds {number}, expected a finite number above 0")
+        raise Refused(scale.name, f"holds {shown(number)}, expected a finite number above 0")
     packed, n_in = weight.info.shape
     n_out = _ROWS_A_BYTE * packed
     bias = sorter.tensors.get(f"{path}.bias")

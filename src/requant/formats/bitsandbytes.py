@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from requant.checkpoint import Checkpoint, SourceTensor
 from requant.dtypes import NUMPY_DTYPE
+from requant.errors import shown
 from requant.formats.base import SourceLayer, SourceLayout, fallback_for, scale_dtype
 from requant.formats.bnb_packings import BnbInt8, BnbTable
 from requant.formats.ct_packings import Zeros
@@ -134,7 +135,7 @@ def _read_table(sorter: Sorter, name: str) -> None:
     if weight is None:
         sorter.problem(name, f"describes {weight_name}, which is missing")
     if kind not in _TABLES:
-        sorter.problem(name, f"is of type {kind!r}; known are {', '.join(_TABLES)}")
+        sorter.problem(name, f"is of type {shown(kind)}; known are {', '.join(_TABLES)}")
     if state is None or weight is None or len(sorter.problems) > before:
         return
     packing = _table(sorter, state, weight, parts)
@@ -157,10 +158,10 @@ def _state(sorter: Sorter, name: str) -> Mapping[str, Any] | None:
         return None
     shape = state.get("shape")
     if not isinstance(shape, list) or len(shape) < 2 or not all(map(_is_count, shape)):
-        sorter.problem(name, f"gives shape {shape!r}, expected two counts or more, [out, in]")
+        sorter.problem(name, f"gives shape {shown(shape)}, expected two counts or more, [out, in]")
         return None
     if not _is_count(state.get("blocksize")):
-        sorter.problem(name, f"gives blocksize {state.get('blocksize')!r}, expected a count")
+        sorter.problem(name, f"gives blocksize {shown(state.get('blocksize'))}, expected a count")
         return None
     return state
 
@@ -196,7 +197,7 @@ def _table(
     nested = state.get("nested_blocksize", 0)
     if offset is not None or nested != 0:
         if not _is_count(nested) or not _is_float32(offset):
-            message = f"gives nested_blocksize {nested!r} and nested_offset {offset!r}"
+            message = f"gives nested_blocksize {shown(nested)} and nested_offset {shown(offset)}"
             sorter.problem(weight.name, f"its quant_state {message}, expected two numbers")
             return None
         wanted |= {

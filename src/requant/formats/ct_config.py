@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from requant.errors import Problem
+from requant.errors import Problem, shown
 from requant.formats.declared import Declared
 from requant.patterns import Pattern, PatternError
 
@@ -133,9 +133,9 @@ class CtConfig:
             if value is None or value in FORMATS:
                 continue
             if isinstance(value, str) and value in _REFUSED:
-                self._report(key, f"is {value!r}: {_REFUSED[value]}")
+                self._report(key, f"is {shown(value)}: {_REFUSED[value]}")
             else:
-                self._report(key, f"is {value!r}; known are {', '.join(FORMATS)}")
+                self._report(key, f"is {shown(value)}; known are {', '.join(FORMATS)}")
 
     def _check_transforms(self, found: Declared) -> None:
         transforms = found.get("transform_config")
@@ -147,8 +147,8 @@ class CtConfig:
                 if place not in _OFFLINE:
                     self._report(
                         f"transform_config.config_groups.{name}",
-                        f"rotates at location {place!r} while the model runs: the weights alone "
-                        "are not the model",
+                        f"rotates at location {shown(place)} while the model runs: the weights "
+                        "alone are not the model",
                     )
 
     def _read_groups(self, found: Declared) -> None:
@@ -156,7 +156,7 @@ class CtConfig:
         if groups is None:
             return
         if not isinstance(groups, Mapping):
-            self._report("config_groups", f"is {groups!r}, expected an object")
+            self._report("config_groups", f"is {shown(groups)}, expected an object")
             return
         for name, group in groups.items():
             where = f"{self.where}.config_groups.{name}"
@@ -165,11 +165,11 @@ class CtConfig:
             elif isinstance(group, Mapping):
                 scheme, targets = self._scheme(group, where), group.get("targets") or []
             else:
-                self.problems.append(Problem(where, f"is {group!r}, expected an object"))
+                self.problems.append(Problem(where, f"is {shown(group)}, expected an object"))
                 continue
             for target in targets:
                 if not isinstance(target, str):
-                    message = f"holds {target!r}, expected names"
+                    message = f"holds {shown(target)}, expected names"
                     self.problems.append(Problem(f"{where}.targets", message))
                     continue
                 self._schemes.pop(target, None)
@@ -213,7 +213,7 @@ class CtConfig:
         if high > 0 and wide > 0:
             return high, wide
         key = f"{where}.block_structure"
-        self.problems.append(Problem(key, f"is {value!r}, expected [rows, columns]"))
+        self.problems.append(Problem(key, f"is {shown(value)}, expected [rows, columns]"))
         return None
 
     def _preset(self, name: str, where: str) -> Scheme:

@@ -13,7 +13,7 @@ from enum import StrEnum
 import numpy as np
 
 from requant.arrays import native
-from requant.errors import InvariantError
+from requant.errors import InvariantError, span
 from requant.formats.packing import Cut, IntegerPacking, Parts, Scratch, mlx_bits, stream_codes
 from requant.schema import Quantization
 
@@ -181,7 +181,7 @@ class CtPlain(_CtInteger):
         if self.bits < 8 and (codes >> self.bits).any():
             low, high = int(parts["weight"].min()), int(parts["weight"].max())
             raise InvariantError(
-                f"its codes reach from {low} to {high}, but the config says {self.bits} bits: "
+                f"its codes are {span(low, high)}, but the config says {self.bits} bits: "
                 f"{-int(middle)} to {int(middle) - 1}"
             )
         return np.asarray(codes)

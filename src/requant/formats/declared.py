@@ -9,7 +9,7 @@ from typing import Any
 
 from requant.checkpoint import Checkpoint
 from requant.dtypes import KERNEL_FLOATS
-from requant.errors import Problem
+from requant.errors import Problem, shown
 from requant.source_folder import CONFIG, QUANTIZATION_FILES
 
 _KEYS = ("quantization_config", "compression_config")
@@ -51,7 +51,9 @@ class Declared:
         value = self.get(key, default)
         if value is None or (isinstance(value, int) and not isinstance(value, bool)):
             return value
-        problems.append(Problem(f"{self.where}.{key}", f"is {value!r}, expected a whole number"))
+        problems.append(
+            Problem(f"{self.where}.{key}", f"is {shown(value)}, expected a whole number")
+        )
         return default
 
     def boolean(self, key: str, problems: list[Problem], default: bool) -> bool:
@@ -59,7 +61,9 @@ class Declared:
         value = self.get(key, default)
         if isinstance(value, bool):
             return value
-        problems.append(Problem(f"{self.where}.{key}", f"is {value!r}, expected true or false"))
+        problems.append(
+            Problem(f"{self.where}.{key}", f"is {shown(value)}, expected true or false")
+        )
         return default
 
     def names(self, key: str, problems: list[Problem]) -> tuple[str, ...]:
@@ -69,7 +73,9 @@ class Declared:
             return ()
         if isinstance(value, list) and all(isinstance(item, str) for item in value):
             return tuple(value)
-        problems.append(Problem(f"{self.where}.{key}", f"is {value!r}, expected a list of names"))
+        problems.append(
+            Problem(f"{self.where}.{key}", f"is {shown(value)}, expected a list of names")
+        )
         return ()
 
 

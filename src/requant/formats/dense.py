@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from requant.checkpoint import Checkpoint
-from requant.errors import Problem
+from requant.errors import Problem, shown
 from requant.formats.base import SourceLayout, dense_layer, foreign_part
 
 
@@ -25,7 +25,7 @@ class Dense:
             problems.append(
                 Problem(
                     "config.json: quantization_config",
-                    f"quant_method {method!r} is none that is read; docs/formats lists those "
+                    f"quant_method {shown(method)} is none that is read; docs/formats lists those "
                     "that are",
                 )
             )

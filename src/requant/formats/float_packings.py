@@ -19,7 +19,7 @@ import numpy as np
 from requant.arrays import native
 from requant.arrays.decode import e4m3_values_into
 from requant.arrays.repack import transpose_into
-from requant.errors import InvariantError
+from requant.errors import InvariantError, count_are
 from requant.formats.packing import Cut, Exactness, Fidelity, Packing, Parts, Scratch
 from requant.schema import Quantization, QuantMode
 
@@ -63,10 +63,10 @@ def scale_values(scales: np.ndarray) -> np.ndarray:
 def check_exponents(scales: np.ndarray) -> np.ndarray:
     """Bytes of E8M0 scales, none of them NaN (which MLX would read as infinity)."""
     found = scales.view(np.uint8)
-    count = int((found == _NAN_EXPONENT).sum())
-    if count:
+    bad = int((found == _NAN_EXPONENT).sum())
+    if bad:
         raise InvariantError(
-            f"{count:,} scale bytes are 255, which is NaN in E8M0: the source is damaged"
+            f"{count_are(bad, 'scale byte')} 255, which is NaN in E8M0: the source is damaged"
         )
     return found
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from math import prod
 
 from requant.checkpoint import Checkpoint, SourceTensor
+from requant.errors import shown
 from requant.formats.base import SourceLayer, SourceLayout
 from requant.formats.declared import Declared, declared
 from requant.formats.float8_layers import (
@@ -95,7 +96,7 @@ def _block(found: Declared | None, sorter: Sorter) -> tuple[int, int] | None:
         if all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in block):
             return high, wide
     where = f"{found.where}.weight_block_size"
-    sorter.problem(where, f"is {block!r}, expected two whole numbers, rows and columns")
+    sorter.problem(where, f"is {shown(block)}, expected two whole numbers, rows and columns")
     return None
 
 

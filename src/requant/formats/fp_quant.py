@@ -13,6 +13,7 @@ from typing import Any, Final
 import numpy as np
 
 from requant.checkpoint import Checkpoint, SourceTensor
+from requant.errors import shown
 from requant.formats.base import SourceLayer, SourceLayout, fallback_for
 from requant.formats.declared import Declared, declared
 from requant.formats.float_packings import MxBlocks
@@ -112,7 +113,7 @@ def _check_rotation(sorter: Sorter, found: Declared, path: str, tensors: _Tensor
     matrices = [tensors[role] for role in _MATRICES if role in tensors]
     if not matrices and kind != "identity":
         where = f"{found.where}.transform_init"
-        message = f"is {kind!r}: weights are stored rotated, and only 'identity' is read"
+        message = f"is {shown(kind)}: weights are stored rotated, and only 'identity' is read"
         raise Refused(where, message)
     for matrix in matrices:
         square = len(matrix.info.shape) == 2 and len(set(matrix.info.shape)) == 1
@@ -123,8 +124,8 @@ def _check_rotation(sorter: Sorter, found: Declared, path: str, tensors: _Tensor
         if not np.array_equal(stored, np.eye(matrix.info.shape[0])):
             raise Refused(
                 matrix.name,
-                f"rotates the weight of {path} (transform_init {kind!r}); its inputs would have "
-                "to be rotated too, which MLX does not, and only the identity is read",
+                f"rotates the weight of {path} (transform_init {shown(kind)}); its inputs would "
+                "have to be rotated too, which MLX does not, and only the identity is read",
             )
 
 
@@ -156,7 +157,7 @@ def _layer(sorter: Sorter, found: Declared, path: str, tensors: _Tensors) -> Sou
         return nvfp4_layer(sorter.checkpoint, sorter, path, weight, scale, divisor, divides=True)
     number = float(sorter.checkpoint.peek(divisor.name).reshape(-1)[0])
     if not 0 < number < float("inf"):
-        raise Refused(divisor.name, f"holds {number}, expected a finite number above 0")
+        raise Refused(divisor.name, f"holds {shown(number)}, expected a finite number above 0")
     packing = MxBlocks(rows, 2 * nbytes, rows, 4, nbytes)
     parts = {"weight": weight, "scale": scale}
     layer = SourceLayer(

@@ -16,7 +16,7 @@ from requant.arrays import values
 from requant.arrays.gguf import TYPES, BlockType, values_into, words_into
 from requant.checkpoint import Checkpoint, SourceTensor
 from requant.dtypes import FLOATS
-from requant.errors import InvariantError, Problem
+from requant.errors import InvariantError, Problem, count_are
 from requant.formats.base import SourceLayer, SourceLayout, dense_layer
 from requant.formats.packing import (
     DTYPE_WORD,
@@ -196,13 +196,11 @@ def _check_scales(kind: BlockType, scales: np.ndarray) -> None:
     """
     if kind.name == "NVFP4":
         scales[scales == _ZERO_SCALE] = 0  # 0 for llama.cpp, NaN for MLX
-        count = int((scales >= _SIGN).sum())
-        what = "have a sign, which this type has not"
+        bad, what = int((scales >= _SIGN).sum()), "negative, which this type has not"
     else:
-        count = int((scales == _NAN_EXPONENT).sum())
-        what = "are 255, which is NaN in E8M0"
-    if count:
-        raise InvariantError(f"{count:,} scale bytes {what}: the source is damaged")
+        bad, what = int((scales == _NAN_EXPONENT).sum()), "255, which is NaN in E8M0"
+    if bad:
+        raise InvariantError(f"{count_are(bad, 'scale byte')} {what}: the source is damaged")
 
 
 class Gguf:

@@ -14,7 +14,7 @@ import numpy as np
 from requant.arrays.repack import HQQ
 from requant.checkpoint import Checkpoint, SourceTensor
 from requant.dtypes import FLOATS, NUMPY_DTYPE
-from requant.errors import Problem
+from requant.errors import Problem, shown
 from requant.formats.base import SourceLayer, SourceLayout, fallback_for, scale_dtype
 from requant.formats.declared import Declared, declared
 from requant.formats.hqq_packings import W_Q, HqqColumns, HqqRows, element
@@ -120,7 +120,7 @@ class _Params:
             self.block = block
         elif block is not None:
             problems.append(
-                Problem(f"{self.where}.quant_config", f"is {block!r}, expected an object")
+                Problem(f"{self.where}.quant_config", f"is {shown(block)}, expected an object")
             )
 
     def of(self, path: str, key: str) -> Any:
@@ -250,14 +250,14 @@ class _Layer:
     def _axis(self) -> int:
         axis = self._number("axis", 1)
         if axis not in (0, 1):
-            self._report("axis", f"is {axis!r}, expected 0 or 1")
+            self._report("axis", f"is {shown(axis)}, expected 0 or 1")
         return int(axis == 1)
 
     def _packing(self) -> tuple[int | None, str | None]:
         """Bits of a code, and HQQ's name of the packing."""
         said = self._number("nbits", None)
         if not isinstance(said, int | float | None):
-            self._report("nbits", f"is {said!r}, expected a number")
+            self._report("nbits", f"is {shown(said)}, expected a number")
             return None, None
         bits = 2 if isinstance(said, float) and round(said, 2) == 1.58 else said
         packing = self._text("packing") or _PACKING_OF.get(bits or 0)
@@ -271,13 +271,15 @@ class _Layer:
         if packing != "8bit_u8":
             # 1.58 bits are read back as 1.
             if bits not in (None, width) and (packing, bits) != ("2bit_u8", 1):
-                self._report("nbits", f"is {said!r}, but packing {packing!r} holds {width} bits")
+                self._report(
+                    "nbits", f"is {shown(said)}, but packing {packing!r} holds {width} bits"
+                )
                 return None, None
             return width, packing
         if bits is None:
             bits = width
         if bits not in (5, 6, 7, 8):
-            self._report("nbits", f"is {said!r}, but packing {packing!r} holds 5 to 8 bits")
+            self._report("nbits", f"is {shown(said)}, but packing {packing!r} holds 5 to 8 bits")
             return None, None
         return int(bits), packing
 
@@ -299,7 +301,9 @@ class _Layer:
         group = size // scales
         said = self._number("group_size", None)
         if said is not None and said != group:
-            message = f"is {said!r}, but {scales:,} scales for {list(shape)} make groups of {group}"
+            message = (
+                f"is {shown(said)}, but {scales:,} scales for {list(shape)} make groups of {group}"
+            )
             self._report("group_size", message)
         view = (scales, group) if axis else (group, scales)
         packed = (HQQ[packing].block(view[0]), view[1] * expected_dtype.itemsize // stored.itemsize)

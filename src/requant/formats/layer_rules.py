@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from requant.errors import Problem
+from requant.errors import Problem, shown
 from requant.formats.declared import Declared
 from requant.patterns import Pattern, PatternError
 
@@ -71,7 +71,9 @@ class LayerRules:
         if table is None or table is False:
             return
         if not isinstance(table, Mapping):
-            problems.append(Problem(f"{self.where}.{key}", f"is {table!r}, expected an object"))
+            problems.append(
+                Problem(f"{self.where}.{key}", f"is {shown(table)}, expected an object")
+            )
             return
         anchored = key == "dynamic"
         for name, fields in table.items():
@@ -81,7 +83,7 @@ class LayerRules:
             if fields is False:
                 negative, fields = True, {}
             if not isinstance(fields, Mapping):
-                problems.append(Problem(where, f"is {fields!r}, expected an object"))
+                problems.append(Problem(where, f"is {shown(fields)}, expected an object"))
                 continue
             rule = self._rule(Declared(where, fields), negative, problems)
             if not anchored:

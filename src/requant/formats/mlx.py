@@ -151,7 +151,7 @@ def _layer(
         info = parts[role].info
         if info.shape != (*leading, groups) or info.dtype not in dtypes:
             expected = TensorInfo(dtypes[0], (*leading, groups))
-            message = f"{info}, expected {expected} for {quantization} of {weight}"
+            message = f"{info}, expected {expected} for {describe(quantization, '')} of {weight}"
             problems.append(Problem(f"{path}.{role}", message))
     for role in ("biases",) if not affine else ():
         if role in parts:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from requant.checkpoint import Checkpoint, SourceTensor
+from requant.errors import shown
 from requant.formats.base import SourceLayer, SourceLayout
 from requant.formats.declared import Declared, declared
 from requant.formats.modelopt_layers import make_layer, stored_kind
@@ -101,7 +102,7 @@ class _Reader:
             self.sorter.problem(where, "is NVFP4_SVD: its low-rank branch has no place in MLX")
         elif name not in (*_ALGORITHMS, _MIXED):
             self.sorter.problem(
-                where, f"is {value!r}; known are {', '.join(_ALGORITHMS)}, {_MIXED}"
+                where, f"is {shown(value)}; known are {', '.join(_ALGORITHMS)}, {_MIXED}"
             )
         return name
 
@@ -112,7 +113,7 @@ class _Reader:
         if table is None:
             return {}
         if not isinstance(table, Mapping):
-            self.sorter.problem(where, f"is {table!r}, expected an object")
+            self.sorter.problem(where, f"is {shown(table)}, expected an object")
             return {}
         return {
             path: self._algorithm(said.get("quant_algo"), f"{where}[{path!r}].quant_algo")

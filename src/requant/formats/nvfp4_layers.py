@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from requant.checkpoint import Checkpoint, SourceTensor
+from requant.errors import shown
 from requant.formats.base import Rows, SourceLayer, fallback_for
 from requant.formats.float_packings import (
     NVFP4,
@@ -63,7 +64,7 @@ def nvfp4_layer(
     factors = checkpoint.peek(tensor_scale.name).astype(np.float32).reshape(-1)
     if not (np.isfinite(factors) & (factors > 0)).all():
         worst = factors[~(np.isfinite(factors) & (factors > 0))][0]
-        message = f"holds {worst}, expected a finite number above 0"
+        message = f"holds {shown(float(worst))}, expected a finite number above 0"
         sorter.problem(tensor_scale.name, message)
         return None
     parts["tensor_scale"] = tensor_scale

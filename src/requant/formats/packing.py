@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 
 from requant.arrays import decode, repack
-from requant.errors import InvariantError
+from requant.errors import InvariantError, span
 from requant.schema import Quantization, QuantMode
 
 Parts = Mapping[str, np.ndarray]
@@ -246,7 +246,7 @@ def check_symmetric(zeros: np.ndarray, bits: int) -> None:
     if not (zeros == middle).all():
         raise InvariantError(
             f"the config calls the layer symmetric, so that every zero is {middle}, but its "
-            f"zeros are {int(zeros.min())} to {int(zeros.max())}; correct sym, or the format "
+            f"zeros are {span(int(zeros.min()), int(zeros.max()))}; correct sym, or the format "
             "that says how zeros are stored"
         )
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from requant.checkpoint import Checkpoint, SourceTensor
+from requant.errors import few, shown
 from requant.formats.base import SourceLayer, SourceLayout
 from requant.formats.declared import declared
 from requant.formats.float8_layers import EXPONENTS, FLOAT8, SCALES, float8_layer, tile_of
@@ -143,13 +144,15 @@ class _Reader:
             said, where = table[fits[0]], f"layer_quant_config[{fits[0]!r}]"
             if any(table[pattern] != said for pattern in fits):
                 both = f"{self.found.where}.layer_quant_config"
-                raise Refused(path, f"fits patterns of {both} that contradict each other: {fits}")
+                raise Refused(
+                    path, f"fits patterns of {both} that contradict each other: {few(fits)}"
+                )
         weight = said.get("weight") if isinstance(said, Mapping) else None
         levels = weight if isinstance(weight, list) else [weight]
         where = f"{self.found.where}.{where}.weight"
         schemes = tuple(level for level in levels if isinstance(level, Mapping))
         if not schemes or len(schemes) < len(levels):
-            raise Refused(path, f"is quantized, but {where} is {weight!r}, expected a scheme")
+            raise Refused(path, f"is quantized, but {where} is {shown(weight)}, expected a scheme")
         return _Scheme(where, schemes)
 
     # -- the tensors -----------------------------------------------------------------------
@@ -194,7 +197,7 @@ class _Reader:
         if dtype in ("fp8_e4m3", "fp8"):
             return self._fp8(path, tensors, scheme)
         known = ", ".join((*_INTEGERS, "fp4", "fp6_e2m3", "fp6_e3m2", "fp8_e4m3", "mx"))
-        raise Refused(path, f"has dtype {dtype!r} by {scheme.where}; read are {known}")
+        raise Refused(path, f"has dtype {shown(dtype)} by {scheme.where}; read are {known}")
 
     def _integer(self, path: str, tensors: _Tensors, scheme: _Scheme, dtype: str) -> SourceLayer:
         weight, scale, zeros = (tensors.get(role) for role in _ROLES[:3])
@@ -205,7 +208,7 @@ class _Reader:
         if qscheme not in _SCHEMES:
             raise Refused(path, f"has qscheme {qscheme!r} by {scheme.where}; read are {_SCHEMES}")
         if bits == 4 and pack not in _PACKS:
-            message = f"is {pack!r}, expected one of {_PACKS}: the order of 4-bit codes"
+            message = f"is {shown(pack)}, expected one of {_PACKS}: the order of 4-bit codes"
             raise Refused(f"{self.found.where}.export.pack_method", message)
         wanted = ("I32", "U32") if bits == 4 else ("I8", "U8")
         if weight.info.dtype not in wanted:
@@ -305,7 +308,7 @@ class _Reader:
         rows, nbytes = weight.info.shape
         groups, ragged = divmod(nbytes, 17)
         if kind not in ("fp4", "fp4_e2m1"):
-            raise Refused(path, f"holds mx blocks of {kind!r}; read are blocks of fp4")
+            raise Refused(path, f"holds mx blocks of {shown(kind)}; read are blocks of fp4")
         if weight.info.dtype != "U8" or ragged:
             raise Refused(weight.name, f"{weight.info}, expected U8 [out, 17 * groups of 32]")
         packing = QuarkMx(rows, 32 * groups)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from requant.errors import Problem
+from requant.errors import Problem, shown
 from requant.formats.declared import Declared
 from requant.formats.gptq_packings import Zeros
 
@@ -123,7 +123,7 @@ class _Config:
 
     def _unknown(self, key: str, value: str, known: list[str]) -> Convention:
         names = ", ".join(name for name in known if name)
-        self._problem(f"{self.found.where}.{key}", f"is {value!r}; known are {names}")
+        self._problem(f"{self.found.where}.{key}", f"is {shown(value)}; known are {names}")
         return Convention("")
 
     def _by_gptqmodel(self) -> bool:

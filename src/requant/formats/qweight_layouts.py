@@ -8,7 +8,7 @@ import numpy as np
 
 from requant.checkpoint import Checkpoint, SourceTensor
 from requant.dtypes import FLOATS, TensorInfo
-from requant.errors import Problem
+from requant.errors import Problem, count
 from requant.formats.awq_packings import AwqFast, AwqGemm, AwqGemv, Marlin, gemv_width
 from requant.formats.declared import Declared
 from requant.formats.gptq_packings import PLANES, Gptq, Zeros
@@ -262,8 +262,8 @@ class Layouts:
         if -(-n_in // group) != groups:
             self._report(
                 path,
-                f"has {groups} groups of scales for {n_in} inputs, but {rule.where} says "
-                f"group_size {stated}",
+                f"has scales for {count(groups, 'group')} of {count(n_in, 'input')} in all, but "
+                f"{rule.where} says group_size {stated}",
             )
             return None
         return min(group, n_in)
@@ -308,7 +308,7 @@ class Layouts:
         found = np.where(found < 0, found + groups, found)  # GPTQModel counts from the end too
         if n_in and not 0 <= found.min() <= found.max() < groups:
             bad = int(found[(found < 0) | (found >= groups)][0])
-            self._report(name, f"holds group {bad}, but there are {groups} groups of scales")
+            self._report(name, f"holds group {bad}, but scales are there for {groups}")
             return None
         if groups == 1 or np.array_equal(found, np.arange(n_in) // group):
             return False

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any, Final
 
 from requant.checkpoint import Checkpoint, SourceTensor
+from requant.errors import shown
 from requant.formats.base import SourceLayer, SourceLayout
 from requant.formats.ct_packings import Zeros
 from requant.formats.declared import Declared, declared
@@ -119,7 +120,7 @@ class _Reader:
             missing = [name for name in names if str(name) not in tensors]
             if missing:
                 absent = f"{path}.{_PREFIX}{missing[0]}"
-                raise Refused(where, f"names {missing[0]!r}, but {absent} is missing")
+                raise Refused(where, f"names {shown(missing[0])}, but {absent} is missing")
         return said["_type"], data
 
     def _guessed(self, path: str, tensors: _Tensors) -> tuple[str, Mapping[str, Any]]:
@@ -131,7 +132,8 @@ class _Reader:
         if kind.startswith("Float8"):
             return "Float8Tensor", {}
         raise Refused(
-            path, f"has no metadata that tells its type, and the config's {kind!r} does not either"
+            path,
+            f"has no metadata that tells its type, and the config's {shown(kind)} does not either",
         )
 
     def _layer(self, path: str, tensors: _Tensors) -> SourceLayer | None:
@@ -152,7 +154,7 @@ class _Reader:
             "NVFP4Tensor": self._nvfp4,
         }
         if kind not in make:
-            raise Refused(path, f"is of type {kind!r}; known are {', '.join(make)}")
+            raise Refused(path, f"is of type {shown(kind)}; known are {', '.join(make)}")
         for role in ("qdata", "scale"):
             if role not in tensors:
                 raise Refused(path, f"has no {path}.{_PREFIX}{role}")
@@ -246,7 +248,7 @@ class _Reader:
         if bits == 4 and qdata.info.dtype != "U8":
             raise Refused(qdata.name, f"{qdata.info}, expected F8_E4M3 or packed FP4 (U8) codes")
         if data.get("block_size", 32) != 32:
-            message = f"has blocks of {data.get('block_size')!r}; MLX's are of 32"
+            message = f"has blocks of {shown(data.get('block_size'))}; MLX's are of 32"
             raise Refused(path, message)
         rows, nbytes = qdata.info.shape
         columns = nbytes * 8 // bits
@@ -269,7 +271,7 @@ class _Reader:
         if qdata.info.dtype != "U8":
             raise Refused(qdata.name, f"{qdata.info}, expected U8, two codes a byte")
         if data.get("block_size", 16) != 16:
-            message = f"has blocks of {data.get('block_size')!r}; MLX's are of 16"
+            message = f"has blocks of {shown(data.get('block_size'))}; MLX's are of 16"
             raise Refused(path, message)
         if scale.info.dtype not in ("F8_E4M3", "U8"):
             raise Refused(scale.name, f"{scale.info}, expected F8_E4M3")
@@ -306,5 +308,5 @@ def _bits(path: str, data: Mapping[str, Any]) -> int:
     if word is None:
         return 8
     if str(word) not in {f"int{bits}" for bits in range(1, 9)}:
-        raise Refused(path, f"has target_dtype {word!r}, expected int1 to int8")
+        raise Refused(path, f"has target_dtype {shown(word)}, expected int1 to int8")
     return int(str(word).removeprefix("int"))

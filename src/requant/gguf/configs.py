@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from requant.errors import shown
 from requant.gguf.metadata import Metadata
 from requant.gguf.special import special_ids
 
@@ -124,7 +125,7 @@ def _rope_scaling(settings: Settings) -> dict[str, Any] | None:
         }
     if kind != "longrope":
         key = f"{settings.prefix}rope.scaling.type"
-        settings.metadata.report(key, f"is {kind!r}, known are none, linear, yarn, longrope")
+        settings.metadata.report(key, f"is {shown(kind)}, known are none, linear, yarn, longrope")
     return None
 
 

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from requant.arrays.gguf import TYPES, BlockType
-from requant.errors import Problem
+from requant.errors import Problem, shown
 from requant.limits import (
     MAX_GGUF_HEADER_BYTES,
     MAX_GGUF_ITEMS,
@@ -31,7 +31,7 @@ from requant.limits import (
     MAX_PROBLEMS,
     MAX_TENSORS,
 )
-from requant.safetensors_header import check_name, shown
+from requant.safetensors_header import check_name, place
 from requant.source_folder import open_regular
 
 MAGIC = b"GGUF"
@@ -170,7 +170,12 @@ def header_nbytes(file: BinaryIO, size: int) -> int:
 def _parse(cursor: _Cursor, name: str, problems: list[Problem]) -> Header:
     magic = cursor.take(min(len(MAGIC), cursor.size), "the magic")
     if magic != MAGIC:
-        raise _Damaged(f"is no GGUF file: it starts with {magic!r}, expected {MAGIC!r}")
+        if not magic:
+            raise _Damaged("is no GGUF file: it is empty")
+        first, expected = magic.hex(" "), MAGIC.hex(" ")
+        raise _Damaged(
+            f"is no GGUF file: it starts with {first}, expected {expected}, the word GGUF"
+        )
     version = cursor.number("I", "the version")
     if version not in VERSIONS:
         swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
@@ -247,7 +252,7 @@ def _read_entry(cursor: _Cursor, file: str, problems: list[Problem]) -> TableEnt
         raise _Damaged(f"{shown(name)} has {axes} axes, at most {_MAX_AXES} are known")
     sizes = [cursor.number("Q", shown(name)) for _ in range(axes)]
     number, offset = cursor.number("I", shown(name)), cursor.number("Q", shown(name))
-    where = f"{file}: {shown(name)}"
+    where = f"{file}: {place(name)}"
     wrong = check_name(name)
     if wrong:
         _report(problems, where, wrong[0])

@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from requant.errors import shown
 from requant.gguf.metadata import Metadata
 from requant.gguf.special import CONTROL, NORMAL, UNKNOWN, USER_DEFINED, special_id, token_kinds
 from requant.gguf.splitting import SPLITTINGS, UNSAID, Splitting, splitting_of
@@ -30,12 +31,12 @@ def tokenizer_files(metadata: Metadata) -> tuple[Files, str]:
     if model in ("", "no_vocab", "none") or not tokens:
         return {}, "the file holds no tokenizer"
     if model not in ("gpt2", "llama"):
-        return {}, f"its tokenizer is of kind {model!r}, known are gpt2 and llama"
+        return {}, f"its tokenizer is of kind {shown(model)}, known are gpt2 and llama"
     pre = metadata.word("tokenizer.ggml.pre")
     splitting = splitting_of(pre) if model == "gpt2" else Splitting()
     if splitting is None:
         known = ", ".join(sorted(SPLITTINGS))
-        return {}, f"how its tokenizer splits words ({pre!r}) is not known; known are {known}"
+        return {}, f"how its tokenizer splits words ({shown(pre)}) is not known; known are {known}"
     maker = _Tokenizer(metadata, model, splitting, tokens)
     return {
         "tokenizer.json": lambda: _dump(maker.tokenizer()),

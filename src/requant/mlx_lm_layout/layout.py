@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 
 from requant.dtypes import TensorInfo
+from requant.errors import count, few
 from requant.mlx_lm_layout.pipeline import (
     HEADER_NAME,
     MLX_DTYPE,
@@ -171,9 +172,8 @@ def mlx_lm_layout(
     given = {name: _info(x) for name, x in made.traced.items()}
     if given != made.loaded:  # a legacy method that repacks weights after the rule
         unlike = [x for x in {**given, **made.loaded} if given.get(x) != made.loaded.get(x)]
-        listed = ", ".join(unlike[:5])
         raise LayoutError(
-            f"mlx-lm changes {len(unlike)} tensors after its renaming ({listed}): "
+            f"mlx-lm changes {count(len(unlike), 'tensor')} after its renaming ({few(unlike, 5)}): "
             "turn the source into MLX triples first"
         )
     outputs = {name: _output(x) for name, x in made.traced.items()}

@@ -12,6 +12,7 @@ import copy
 import inspect
 import io
 import json
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ import mlx.nn
 from mlx.utils import tree_flatten, tree_map_with_path
 
 from requant.dtypes import TensorInfo
-from requant.errors import RequantError, UsageError
+from requant.errors import RequantError, UsageError, count, few, in_a_line
 from requant.mlx_lm_classes import WITHOUT_A_CLASS
 from requant.mlx_lm_layout.trace import Traced, trace
 from requant.safetensors_header import build_header
@@ -108,8 +109,8 @@ def run(
     utils = _import_utils()
     unloadable = [f"{name} ({x.dtype})" for name, x in tensors.items() if x.dtype not in MLX_DTYPE]
     if unloadable:
-        listed = ", ".join(unloadable[:10])
-        raise LayoutError(f"MLX cannot load {len(unloadable)} tensors, so mlx-lm cannot: {listed}")
+        held = f"{count(len(unloadable), 'tensor')}, so mlx-lm cannot: {few(unloadable, 10)}"
+        raise LayoutError(f"MLX cannot load {held}")
     rule = _Rule(tuple(tensors))
     with contextlib.redirect_stdout(io.StringIO()):  # the pipeline prints as it goes
         model, loaded_config = _load(utils, config, tensors, rule)
@@ -210,15 +211,20 @@ def _failing(doing: str) -> Iterator[None]:
     except RequantError:
         raise
     except Exception as error:
-        message = str(error)
-        if isinstance(error, KeyError):
+        message = in_a_line(error)
+        missing = re.search(r"missing \d+ required .*?arguments?: (.*)", message)
+        surplus = re.search(r"Received (\d+) parameters not in model: (.*)", message)
+        if missing and "ModelArgs" in message:
+            message = f"config.json lacks what its class for this model needs: {missing[1]}"
+        elif surplus:
+            held = count(int(surplus[1]), "tensor")
+            message = f"its class for this model has no place for {held}: {surplus[2]}"
+        elif isinstance(error, KeyError):
             message = f"the tensor or setting {message} is missing"
         elif "during function transformations" in message:
             message = "its rule looks at values, which a plan from headers does not have"
         elif "Unable to get state" in message:
             message = f"its rule uses what MLX cannot trace: {message}"
-        elif not message:
-            message = type(error).__name__
         raise LayoutError(f"mlx-lm, {doing}: {message}") from error
 
 

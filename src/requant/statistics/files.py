@@ -20,7 +20,7 @@ from typing import BinaryIO
 import numpy as np
 
 from requant.dtypes import TensorInfo
-from requant.errors import Problem
+from requant.errors import Problem, shown
 from requant.limits import MAX_PROBLEMS
 from requant.safetensors_header import (
     PREFIX_BYTES,
@@ -28,7 +28,7 @@ from requant.safetensors_header import (
     build_header,
     header_length,
     parse_header,
-    shown,
+    place,
 )
 from requant.source_folder import open_regular
 from requant.statistics import imatrix
@@ -108,14 +108,14 @@ def _bad_numbers(fd: int, seen: list[Seen]) -> Iterator[Problem]:
     """Layers whose mean squares, or counts, are none."""
     for entry in seen:
         if not np.isfinite(entry.divisors).all() or entry.divisors.min(initial=0) < 0:
-            yield Problem(shown(entry.name), "has counts that are negative or no numbers")
+            yield Problem(place(entry.name), "has counts that are negative or no numbers")
             continue
         left, offset = 4 * entry.size, entry.offset
         while left:
             data = os.pread(fd, min(left, _CHUNK_BYTES), offset)
             values = np.frombuffer(data[: len(data) & ~3], "<f4")
             if not values.size or not np.isfinite(values).all() or values.min() < 0:
-                yield Problem(shown(entry.name), "holds values that are negative or no numbers")
+                yield Problem(place(entry.name), "holds values that are negative or no numbers")
                 break
             left, offset = left - values.nbytes, offset + values.nbytes
 

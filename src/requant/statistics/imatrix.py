@@ -16,10 +16,10 @@ from typing import BinaryIO
 
 import numpy as np
 
-from requant.errors import Problem
+from requant.errors import Problem, shown
 from requant.gguf.header import TableEntry, read_header
 from requant.limits import MAX_INT, MAX_NAME_CHARS, MAX_TENSORS
-from requant.safetensors_header import check_name, shown
+from requant.safetensors_header import check_name
 from requant.source_folder import open_regular
 from requant.statistics.layers import Seen
 
