@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from requant.blueprint import LayerPlan, Step
 from requant.choices import KEEPS_DTYPE, Chooser, Decided
 from requant.dtypes import KERNEL_FLOATS
-from requant.errors import few
+from requant.errors import count, few
 from requant.formats import SourceLayer
 from requant.formats.packing import DTYPE_WORD
 from requant.relayout import ON_VALUES, Relayout
@@ -40,11 +40,11 @@ def _extra(moved: Relayout | None) -> Iterator[str]:
     if moved is None or not moved.extra:
         return
     names = moved.extra
-    listed = f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
-    loads = "mlx-lm ignores them when it loads the result."
+    loads = "it ignores such tensors when it loads the result."
     if moved.refusal:
         loads = f"mlx-lm does not load the result as it is: {moved.refusal}"
-    yield (f"{len(names):,} tensors that mlx-lm has no use for are kept ({listed}); {loads}")
+    held = count(len(names), "tensor")
+    yield f"mlx-lm has no use for {held} that --keep-extra keeps ({few(names)}); {loads}"
 
 
 def rotated_layers(decided: Iterable[Decided]) -> list[SourceLayer]:

@@ -158,8 +158,8 @@ class OutputFolder:
         consumed = [line["consumed"] for line in entries if "consumed" in line]
         if consumed and not (self.resume and self.release):
             raise OutputError(
-                f"{self.output}: {count_are(len(consumed), 'file')} deleted from the source "
-                f"already, and what was made of that is in {self.staging}; "
+                f"{self.output}: {count_are(len(consumed), 'source file')} deleted already, and "
+                f"what was made so far is in {self.staging}; "
                 "go on with --consume-source --yes"
             )
         if before and self.resume:

@@ -556,7 +556,7 @@ def test_bad_headers_are_named_with_file_and_tensor(tmp_path: Path) -> None:
 
     assert problems_of(write_folder(tmp_path, files, weight_map=weight_map)) == {
         "one.safetensors: a.weight": "U8 [4] takes 4 bytes, but data_offsets [0, 5] hold 5",
-        "two.safetensors": "the file ends after 1 bytes, expected 8 with the length of the header",
+        "two.safetensors": "the file ends after 1 byte, expected 8 with the length of the header",
     }
 
 
@@ -566,7 +566,7 @@ def test_file_cut_short(tmp_path: Path) -> None:
 
     assert only_problem(folder) == (
         "model.safetensors: b: ends at byte 8 of the data, of which the file has 6 "
-        "(and 1 more tensors); was it downloaded to its end?"
+        "(and 1 more tensor); was it downloaded to its end?"
     )
 
 

@@ -86,7 +86,11 @@ def test_documents_of_a_text(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("line", "message"),
-    [(b"{", "line 2 is no JSON"), (b"[1]", "line 2 is list"), (b"\xff", "is not UTF-8")],
+    [
+        (b"{", "line 2 is no JSON"),
+        (b"[1]", r"line 2 is \[1\], expected"),
+        (b"\xff", "is not UTF-8"),
+    ],
 )
 def test_bad_texts_are_named(line: bytes, message: str, tmp_path: Path) -> None:
     path = tmp_path / "text.jsonl"

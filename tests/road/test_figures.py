@@ -100,8 +100,8 @@ def spoil(output: Path, target: Path, layer: str, key: str, value: Any) -> Path:
     "key, value, said",
     [
         ("shape", [1, -2], r"shape \[1, -2\] and bytes .* are no counts"),
-        ("shape", "x", "shape: is str, expected list"),
-        ("bytes_in", True, "bytes_in: is bool, expected int"),
+        ("shape", "x", "shape: is 'x', expected a list"),
+        ("bytes_in", True, "bytes_in: is true, expected a whole number"),
         ("target", None, "target: is missing"),
         ("bytes_out", KeyError, "bytes_out: is missing"),
         ("error", [1], r"error: is \[1\], expected two numbers or null"),

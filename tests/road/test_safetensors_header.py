@@ -333,7 +333,7 @@ def test_every_problem_in_one_run() -> None:
         *["bare"] * 3,
         "far",
     ]
-    assert "(and 1 more tensors)" in problems[-1].message
+    assert "(and 1 more tensor)" in problems[-1].message
     assert list(entries) == ["good"]
 
 
