@@ -21,14 +21,16 @@ from requant.allocation import Allocation, Option, allocate
 from requant.blueprint import LayerPlan, Operation, Plan, Step, Treatment
 from requant.checkpoint import Checkpoint
 from requant.errors import CheckpointError, Problem, UsageError
-from requant.execute import Finding, Progress, make_budget, run_plan
+from requant.execute import Progress, run_plan
+from requant.findings import Finding
+from requant.memory import make_budget
 from requant.planner import make_plan
 from requant.recipes import ROLES, Recipe, Rule, places
 from requant.record import version
 from requant.schema import Quantization
+from requant.sink import Nowhere
 from requant.specs import parse_budget, spec_text
 from requant.wishes import Wishes
-from requant.writer import Nowhere
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)

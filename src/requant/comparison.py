@@ -27,8 +27,9 @@ from requant.evaluation import (
     load_as_stored,
     read_tokens,
 )
-from requant.execute import make_budget, run_plan
+from requant.execute import run_plan
 from requant.hub import find_repository
+from requant.memory import make_budget
 from requant.planner import make_plan
 from requant.wishes import Wishes
 

@@ -16,12 +16,15 @@ from requant.budgets import measured_of, settle
 from requant.checkpoint import Checkpoint
 from requant.consuming import most_with_consume_source
 from requant.errors import CheckpointError, OutputError, Problem, UsageError, count_are
-from requant.execute import Finding, Outcome, Progress, make_budget, run_plan
+from requant.execute import Progress, run_plan
+from requant.findings import Finding, Outcome
 from requant.hub import Repository, find_repository, reach
+from requant.memory import make_budget
 from requant.planner import make_plan
 from requant.recipes import toml_of
 from requant.report import Report, recorded_errors
 from requant.schema import Quantization
+from requant.sink import Nowhere, Sink
 from requant.source_folder import is_gguf
 from requant.specs import Spec
 from requant.staging import (
@@ -33,7 +36,7 @@ from requant.staging import (
     twins_of,
 )
 from requant.wishes import Wishes
-from requant.writer import Nowhere, OutputFolder, Sink, check_output
+from requant.writer import OutputFolder, check_output
 
 Source = str | os.PathLike[str]
 

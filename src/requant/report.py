@@ -9,7 +9,7 @@ from math import prod, sqrt
 from typing import Any
 
 from requant.blueprint import LayerPlan, Plan
-from requant.execute import Outcome
+from requant.findings import Outcome
 from requant.formats.packing import Exactness
 
 

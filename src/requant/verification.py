@@ -18,10 +18,11 @@ from requant.blueprint import OutputTensor, Plan
 from requant.checkpoint import Checkpoint, FileRange, SourceTensor, read_checkpoint, read_json
 from requant.conversion import Source
 from requant.errors import CheckpointError, ParseError, Problem, UsageError, cannot_be, shown
-from requant.execute import Progress, make_budget, run_plan
+from requant.execute import Progress, run_plan
 from requant.formats import detect
 from requant.hub import find_repository, reach
 from requant.limits import MAX_PROBLEMS
+from requant.memory import Budget, make_budget
 from requant.patterns import time_counted
 from requant.planner import make_plan
 from requant.record import (
@@ -311,7 +312,7 @@ def _compare(
     plan: Plan,
     place: Path,
     found: _Findings,
-    budget: Any,
+    budget: Budget,
     progress: Callable[[Progress], None] | None,
 ) -> None:
     for name, value in ((CONFIG, dict(plan.config)), (INDEX, plan.index())):

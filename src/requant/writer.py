@@ -14,56 +14,18 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 from requant.blueprint import OutputTensor, Plan
 from requant.consuming import delete_source, make_twins, most_with_consume_source, release
 from requant.errors import InvariantError, OutputError, count_are
 from requant.journal import Done, Found, Journal, read_journal
 from requant.record import hash_range, make_record, spelled, version
+from requant.sink import Ledger
 from requant.source_folder import CONFIG, INDEX, RECORD, open_regular
 from requant.staging import bytes_on_disk, downloads_of, fsync, lock_staging, staging_of, twins_of
 
 _COPIED_BYTES = 1 << 20
-
-
-class Ledger(Protocol):
-    """What a run asks before it starts, and tells as it goes on."""
-
-    @property
-    def state(self) -> Done:
-        """What was done by an earlier run."""
-
-    @property
-    def order(self) -> Sequence[int]:
-        """Numbers of the plan's steps, as they are to be run."""
-
-    def done(self, step: int, start: int, stop: int, found: Found) -> Sequence[str]:
-        """Note that a range of a step's rows was written; thread-safe.
-
-        Returns:
-            Source files that are gone now.
-        """
-
-
-class Sink(Protocol):
-    """Where the bytes of a plan's shards go."""
-
-    @property
-    def ledger(self) -> Ledger | None:
-        """Where to note what is done; None where nothing outlives the process."""
-
-    def write(self, file: str, offset: int, data: memoryview) -> None:
-        """Take ``data`` for an absolute offset of a shard; thread-safe, and ``data`` is lent."""
-
-
-class Nowhere:
-    """A sink for a run of which only the findings are wanted."""
-
-    ledger = None
-
-    def write(self, file: str, offset: int, data: memoryview) -> None:
-        """Forget the data."""
 
 
 class OutputFolder:

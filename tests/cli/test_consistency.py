@@ -14,7 +14,7 @@ import pytest
 
 import requant
 import requant.mlx_lm
-from requant.execute import make_budget
+from requant.memory import make_budget
 from requant.page import render_page
 from requant.recipes import load_recipe
 

@@ -18,8 +18,8 @@ import pytest
 from requant.checkpoint import read_checkpoint
 from requant.conversion import convert, plan
 from requant.errors import OutOfRangeError, UsageError
-from requant.execute import BASE_MEMORY_BYTES, MLX_LM_MEMORY_BYTES, make_budget
 from requant.formats.base import Rows, SourceLayer
+from requant.memory import BASE_MEMORY_BYTES, MLX_LM_MEMORY_BYTES, make_budget
 from requant.relayout import _global_scales
 from tests.mlx_lm.checks import MLX_LM, NEW_FORMS, as_bytes, class_checkpoint, write_folder
 from tests.mlx_lm.families import model_types, small_config

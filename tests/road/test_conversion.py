@@ -380,16 +380,16 @@ def test_too_little_room_is_seen_before_anything_is_written(
 def test_a_source_cut_while_it_is_read(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from requant import execute
+    from requant import source_reader
 
-    real = execute._Source.__enter__
+    real = source_reader.SourceReader.__enter__
 
     def cut(self):
         entered = real(self)
         os.truncate(dense / "model.safetensors", 9000)
         return entered
 
-    monkeypatch.setattr(execute._Source, "__enter__", cut)
+    monkeypatch.setattr(source_reader.SourceReader, "__enter__", cut)
     with pytest.raises(CheckpointError, match=r"model\.safetensors: ends at byte"):
         convert(dense, tmp_path / "out", bits=4)
     assert not (tmp_path / "out").exists()

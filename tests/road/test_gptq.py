@@ -134,7 +134,7 @@ def test_what_cannot_be_is_told(source: Path, stats: Path, tmp_path: Path) -> No
 
 
 def test_memory_of_the_factorisation_is_in_the_plan(source: Path, stats: Path) -> None:
-    from requant.execute import make_budget
+    from requant.memory import make_budget
 
     peaks = [
         make_budget(requant.plan(source, statistics=stats, **WISHES | {"gptq": wished}), 2)
@@ -177,8 +177,9 @@ def test_a_budget_counts_what_is_lost_as_the_search_does(source: Path, tmp_path:
 def test_weighed_errors_are_the_sums(weights: np.ndarray | None) -> None:
     """Against float64, matrix by matrix."""
     from requant.blueprint import OutputTensor
+    from requant.chunks import Chunk
     from requant.dtypes import TensorInfo
-    from requant.execute import _Chunk, _weighed
+    from requant.operations import _weighed
 
     class Of:
         def weights(self, matrix: int) -> np.ndarray | None:
@@ -194,7 +195,7 @@ def test_weighed_errors_are_the_sums(weights: np.ndarray | None) -> None:
     dense = random.normal(0, 1, (10, 96)).astype(BF16)
     decoded = (dense.astype(np.float32) + random.normal(0, 0.1, (10, 96))).astype(BF16)
     matrices = np.array([0] * 3 + [1] * 7)
-    chunk = _Chunk(Like(), 4, 14)  # type: ignore[arg-type]  # three rows of the first matrix
+    chunk = Chunk(Like(), 4, 14)  # type: ignore[arg-type]  # three rows of the first matrix
     error, energy = _weighed(chunk, dense, decoded)
     each = np.ones((10, 96)) if weights is None else np.outer(matrices + 1.0, weights)
     wide, far = dense.astype(np.float64), decoded.astype(np.float64)

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from requant import execute, journal, writer
+from requant import execute, journal, source_reader, writer
 from requant.conversion import convert, plan
 from requant.errors import CheckpointError, OutputError
 from requant.journal import Done, Journal, read_journal
@@ -378,8 +378,10 @@ def test_a_source_file_that_disappears(dense: Path, tmp_path: Path) -> None:
         assert not (tmp_path / "out").exists()
         (tmp_path / "elsewhere").rename(path)
     with pytest.MonkeyPatch.context() as patch:  # between the plan and the first read
-        real = execute._Source.__enter__
-        patch.setattr(execute._Source, "__enter__", lambda self: (shard.unlink(), real(self))[1])
+        real = source_reader.SourceReader.__enter__
+        patch.setattr(
+            source_reader.SourceReader, "__enter__", lambda self: (shard.unlink(), real(self))[1]
+        )
         kept = shard.read_bytes()
         times = shard.stat()
         with pytest.raises(CheckpointError, match=r"model\.safetensors: No such file"):
@@ -468,14 +470,14 @@ def test_a_hidden_folder_that_is_a_link_is_not_written_through(dense: Path, tmp_
 def test_a_pipe_in_the_place_of_a_shard_does_not_block(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = execute._Source.__enter__
+    real = source_reader.SourceReader.__enter__
 
     def swapped(self):
         (dense / "model.safetensors").unlink()
         os.mkfifo(dense / "model.safetensors")
         return real(self)
 
-    monkeypatch.setattr(execute._Source, "__enter__", swapped)
+    monkeypatch.setattr(source_reader.SourceReader, "__enter__", swapped)
     with pytest.raises(CheckpointError, match="no regular file"):
         convert(dense, tmp_path / "out", bits=4)
 

@@ -17,7 +17,8 @@ import numpy as np
 
 from requant.blueprint import Plan
 from requant.consuming import part_of
-from requant.execute import make_budget, run_plan
+from requant.execute import run_plan
+from requant.memory import make_budget
 from requant.mlx_lm import Memory
 
 if TYPE_CHECKING:

@@ -414,7 +414,7 @@ def _print_plan(
 ) -> None:
     from requant.cli import tables
     from requant.consuming import most_with_consume_source
-    from requant.execute import make_budget
+    from requant.memory import make_budget
     from requant.writer import check_output
 
     budget = make_budget(made, threads, max_memory)

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from requant.calibration import Calibration
     from requant.comparison import Comparison, LayerComparison
     from requant.evaluation import Estimate, Evaluation
-    from requant.execute import Budget
     from requant.figures import Figures
     from requant.inspection import Inspection, Stored
+    from requant.memory import Budget
     from requant.mlx_lm import Generation
     from requant.publishing import Upload
     from requant.recipes import Recipe

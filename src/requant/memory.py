@@ -1,0 +1,115 @@
+"""Step 4 of the road: how much runs at once, so that a run keeps to the memory it may use.
+
+Looks at a plan's sizes only; reads nothing and starts nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from requant.blueprint import Plan, Step
+from requant.checkpoint import ComputedTensor
+from requant.errors import OutOfRangeError
+from requant.hessians import bytes_for
+
+# A chunk and what is made of it stay in a core's cache.
+DEFAULT_CHUNK_BYTES = 4 << 20
+# A chunk of a layer whose rows are spread over the whole tensor: read in runs of some KB.
+STRIDED_CHUNK_BYTES = 64 << 20
+# Python, NumPy and the plan itself, before the first buffer (measured: 45 to 60 MB).
+BASE_MEMORY_BYTES = 80 << 20
+# What the import of mlx-lm adds (measured: 41 MB).
+MLX_LM_MEMORY_BYTES = 48 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """How much runs at once: threads, and bytes that each may hold."""
+
+    threads: int
+    chunk_bytes: int
+    strided_bytes: int = 0  # for steps that read in strides; 0: as any other
+    beside_bytes: int = 0  # held beside the chunks: mlx-lm, and tensors that it computes
+
+    def chunk_of(self, step: Step) -> int:
+        """Bytes that a worker holds of a step at a time."""
+        strided = step.packing is not None and step.packing.strided
+        return max(self.chunk_bytes, self.strided_bytes) if strided else self.chunk_bytes
+
+    @property
+    def peak_bytes(self) -> int:
+        """What the process holds at the most, mapped or cached file pages aside."""
+        base = BASE_MEMORY_BYTES + self.beside_bytes
+        return base + self.threads * max(self.chunk_bytes, self.strided_bytes)
+
+
+def make_budget(
+    plan: Plan,
+    threads: int | None = None,
+    max_memory: int | None = None,
+    chunk_bytes: int | None = None,
+) -> Budget:
+    """Fit threads and chunks into the memory allowed.
+
+    Args:
+        plan: What is to be run; its longest row is the least that a worker holds.
+        threads: Worker threads; None for every processor of this process.
+        max_memory: Most bytes to hold, mapped pages aside; None for small chunks that
+            suit a processor's cache.
+        chunk_bytes: Overrules the size of a worker's chunk; for tests and tuning.
+
+    Raises:
+        OutOfRangeError: Not even one row a worker fits into ``max_memory``.
+    """
+    if threads is None:
+        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+        threads = threads or os.cpu_count() or 1
+    if threads < 1:
+        raise OutOfRangeError("at least one thread is needed", "threads", threads)
+    longest = max((s.least_work_bytes for s in plan.steps if s.rows), default=1)
+    if max_memory is None:
+        strided = [s for s in plan.steps if s.packing is not None and s.packing.strided]
+        widest = max((s.rows * s.work_bytes_per_row for s in strided), default=0)
+        return Budget(
+            threads,
+            max(chunk_bytes or DEFAULT_CHUNK_BYTES, longest),
+            0 if chunk_bytes else min(STRIDED_CHUNK_BYTES, widest),
+            _beside(plan, threads),
+        )
+    least = BASE_MEMORY_BYTES + _beside(plan, 1) + longest
+    if max_memory < least:
+        what = (
+            "largest tensor that mlx-lm computes" if _beside(plan, 1) > longest else "longest row"
+        )
+        message = f"the {what} of this model needs at least {least:,} bytes"
+        raise OutOfRangeError(message, "max_memory", f"{max_memory:,}")
+    while max_memory < BASE_MEMORY_BYTES + _beside(plan, threads) + threads * longest:
+        threads -= 1
+    beside = _beside(plan, threads)
+    room = (max_memory - BASE_MEMORY_BYTES - beside) // threads
+    return Budget(threads, min(chunk_bytes or DEFAULT_CHUNK_BYTES, room), beside_bytes=beside)
+
+
+def _beside(plan: Plan, threads: int) -> int:
+    """Bytes that are held beside the workers' chunks.
+
+    One computed tensor at a time is made, from all of its inputs; meanwhile each other
+    worker may hold another that is ready, and small ones of the same batch wait.
+    """
+    widest = max((step.columns for step in plan.steps if step.gptq), default=0)
+    factored = bytes_for(widest, threads)
+    if plan.relayout is None:
+        return factored
+    sizes = {
+        name: sum(out.info.nbytes for out in step.outputs.values())
+        for name, step in plan.materials.items()
+    }
+    tensors = [t for step in plan.steps for t in step.inputs.values()]
+    ready, made = [0], [0]
+    for tensor in tensors:
+        if isinstance(tensor, ComputedTensor):
+            ready.append(tensor.info.nbytes)
+            made.append(tensor.info.nbytes + sum(sizes[name] for name in tensor.inputs))
+    batch = min(sum(made), plan.relayout.batch_bytes)
+    return factored + MLX_LM_MEMORY_BYTES + max(max(made), batch) + (threads - 1) * max(ready)

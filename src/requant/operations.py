@@ -1,0 +1,271 @@
+"""Step 4 of the road: what is done to a chunk that was read: copy, cast, encode, decode, move.
+
+Arrays in, arrays out, in a worker's own memory, through kernels that release the GIL; no files,
+and of threads only that each has its own ``Buffers``.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+
+from requant.arrays import gptq, native, values
+from requant.blueprint import Operation, Step
+from requant.chunks import Chunk, runs_of_a_matrix
+from requant.dtypes import HEADER_NAME, NUMPY_DTYPE
+from requant.errors import RequantError
+from requant.findings import Finding
+from requant.formats.packing import Packing
+from requant.hessians import Hessians
+from requant.schema import Quantization
+
+Arrays = dict[str, np.ndarray]
+
+
+# The role of the global scale of each row (NVFP4), beside those of the inputs.
+ROW_SCALES = "row scales"
+
+
+class Buffers:
+    """One worker's memory: an array per role, as large as its largest use so far.
+
+    Attributes:
+        hessians: What all workers share of GPTQ.
+    """
+
+    def __init__(self, hessians: Hessians) -> None:
+        self.hessians = hessians
+        self._arrays: dict[str, np.ndarray] = {}
+
+    def take(self, role: str, dtype: str, rows: int, row_bytes: int) -> np.ndarray:
+        """An uninitialised ``(rows, row_bytes / itemsize)`` array of the role's memory."""
+        nbytes = rows * row_bytes
+        held = self._arrays.get(role)
+        if held is None or held.nbytes < nbytes:
+            held = self._arrays[role] = np.empty(nbytes, np.uint8)
+        return held[:nbytes].view(NUMPY_DTYPE[dtype]).reshape(rows, -1)
+
+
+def make_outputs(chunk: Chunk, inputs: Arrays, buffers: Buffers) -> tuple[Arrays, Finding]:
+    """Do what a chunk's step says.
+
+    Args:
+        chunk: Which rows they are, and of what.
+        inputs: By role, the rows as stored; of a packed layer the rectangles that it cuts.
+        buffers: Memory for the outputs.
+
+    Returns:
+        Outputs by role, shape ``(rows, ...)``, and what was found in them.
+
+    Raises:
+        RequantError: The data contradict themselves; ``layer`` says where.
+    """
+    step, outputs = chunk.step, {}
+    for role, out in step.outputs.items():
+        if step.operation is Operation.COPY:
+            outputs[role] = inputs[role]
+        else:
+            size = step.row_bytes(out)
+            outputs[role] = buffers.take(f"out {role}", out.info.dtype, chunk.rows, size)
+    try:
+        if step.packing is None:
+            return outputs, _OF_ROWS[step.operation](chunk, inputs, outputs, buffers)
+        return outputs, _of_packed(chunk, step.packing, inputs, outputs, buffers)
+    except RequantError as error:
+        error.layer = error.layer or step.layer
+        raise
+
+
+def _copy(chunk: Chunk, inputs: Arrays, outputs: Arrays, buffers: Buffers) -> Finding:
+    return Finding()
+
+
+def _cast(chunk: Chunk, inputs: Arrays, outputs: Arrays, buffers: Buffers) -> Finding:
+    return Finding(overflowed=values.cast_into(inputs["weight"], outputs["weight"]))
+
+
+def _encode(chunk: Chunk, inputs: Arrays, outputs: Arrays, buffers: Buffers) -> Finding:
+    step, dense, finding = chunk.step, inputs["weight"], Finding()
+    if step.inputs["weight"].info.dtype != step.dtype:
+        wanted = buffers.take("dense", step.dtype, *_dense_shape(step, dense))
+        finding.overflowed = values.cast_into(dense, wanted)
+        dense = wanted
+    return _quantize(chunk, dense, outputs, buffers, finding)
+
+
+def _decode(chunk: Chunk, inputs: Arrays, outputs: Arrays, buffers: Buffers) -> Finding:
+    step, dense, finding = chunk.step, outputs["weight"], Finding()
+    assert step.source is not None
+    _dequantize(step.source, inputs, dense, buffers)
+    if step.dtype == "F16" and step.inputs["scales"].info.dtype != "F16":
+        # The one dtype with a narrower range than the values had.
+        finding.overflowed = values.count_nonfinite(dense)
+    return finding
+
+
+def _recode(chunk: Chunk, inputs: Arrays, outputs: Arrays, buffers: Buffers) -> Finding:
+    step = chunk.step
+    dense = buffers.take("dense", step.dtype, *_dense_shape(step, inputs["weight"]))
+    assert step.source is not None
+    _dequantize(step.source, inputs, dense, buffers)
+    return _quantize(chunk, dense, outputs, buffers, Finding())
+
+
+def _dense_shape(step: Step, rows_of: np.ndarray) -> tuple[int, int]:
+    return rows_of.shape[0], step.columns * NUMPY_DTYPE[step.dtype].itemsize
+
+
+def _dequantize(source: Quantization, parts: Arrays, dense: np.ndarray, buffers: Buffers) -> None:
+    words, scales, row_scales = parts["weight"], parts["scales"], parts.get(ROW_SCALES)
+    encoding = (source.group_size, source.bits, source.mode.value)
+    if row_scales is None:
+        native.dequantize_into(words, scales, parts.get("biases"), *encoding, dense)
+        return
+    # MLX gives float32 here; a run of rows with one global scale is one call.
+    wide = dense if dense.dtype == np.float32 else buffers.take("wide", "F32", *_wide(dense))
+    borders = [0, *(np.flatnonzero(np.diff(row_scales)) + 1).tolist(), len(row_scales)]
+    for start, stop in pairwise(borders):
+        native.dequantize_into(
+            words[start:stop],
+            scales[start:stop],
+            None,
+            *encoding,
+            wide[start:stop],
+            float(row_scales[start]),
+        )
+    if wide is not dense:
+        values.cast_into(wide, dense)
+
+
+def _wide(dense: np.ndarray) -> tuple[int, int]:
+    return dense.shape[0], 4 * dense.shape[1]
+
+
+def _quantize(
+    chunk: Chunk, dense: np.ndarray, outputs: Arrays, buffers: Buffers, finding: Finding
+) -> Finding:
+    """Encode, and measure what was lost while the chunk is still in the cache."""
+    step = chunk.step
+    target = step.target
+    assert target is not None
+    finding.nonfinite = values.count_nonfinite(dense)
+    if finding.nonfinite:
+        finding.first_nonfinite_row = values.first_nonfinite_row(dense)
+        return finding
+    rows, scales = dense.shape[0], outputs["scales"]
+    for first, last, matrix in runs_of_a_matrix(chunk):
+        if step.gptq and _compensate(step, dense, outputs, first, last, matrix, buffers.hessians):
+            continue
+        weights = None if step.importance is None else step.importance.weights(matrix)
+        finding.flushed_groups += native.quantize_into(
+            dense[first:last],
+            target.group_size,
+            target.bits,
+            target.mode.value,
+            outputs["weight"][first:last],
+            scales[first:last],
+            outputs["biases"][first:last] if "biases" in outputs else None,
+            search=None if step.search == "off" else step.search,
+            weights=weights,
+        )
+    decoded = buffers.take("decoded", step.dtype, rows, dense.nbytes // rows)
+    _dequantize(target, outputs, decoded, buffers)
+    group_max = buffers.take("group_max", "F32", rows, 4 * scales.shape[1])
+    finding.squared_error, finding.squared_values, finding.max_error_steps = values.encoding_error(
+        dense, decoded, scales, target.mode.value, group_max
+    )
+    if step.weigh and step.importance is not None:
+        finding.squared_error, finding.squared_values = _weighed(chunk, dense, decoded)
+    return finding
+
+
+def _weighed(chunk: Chunk, dense: np.ndarray, decoded: np.ndarray) -> tuple[float, float]:
+    """Squared errors and squared values of a chunk, each input counted as its mean square."""
+    error = energy = 0.0
+    importance = chunk.step.importance
+    assert importance is not None
+    for first, last, matrix in runs_of_a_matrix(chunk):
+        weights = importance.weights(matrix)
+        wide = dense[first:last].astype(np.float32)
+        lost = decoded[first:last].astype(np.float32) - wide
+        sums = [np.einsum("ri,ri->i", x, x, dtype=np.float64) for x in (lost, wide)]
+        counted = [float(x.sum() if weights is None else x @ weights) for x in sums]
+        error, energy = error + counted[0], energy + counted[1]
+    return error, energy
+
+
+def _compensate(
+    step: Step,
+    dense: np.ndarray,
+    outputs: Arrays,
+    first: int,
+    last: int,
+    matrix: int,
+    hessians: Hessians,
+) -> bool:
+    """Encode rows of one matrix with their errors handed on; False where no token reached it."""
+    assert step.importance is not None
+    assert step.target is not None
+    made = hessians.compensation(step.importance, matrix)
+    if made is None:
+        return False
+    target = step.target
+    parts = gptq.quantize(dense[first:last], made, target.group_size, target.bits, step.search)
+    for role, array in zip(("weight", "scales", "biases"), parts, strict=True):
+        outputs[role][first:last] = array
+    return True
+
+
+def _of_packed(
+    chunk: Chunk, packing: Packing, inputs: Arrays, outputs: Arrays, buffers: Buffers
+) -> Finding:
+    """Move or decode the rows of a packed layer."""
+    step = chunk.step
+    rows = step.packed_rows(chunk.start, chunk.stop)
+    between = _Between(outputs, step.row_step, rows[1] - rows[0], buffers)
+    if step.operation is Operation.REPACK:
+        packing.unpack(inputs, *rows, between.wide, buffers)
+        between.thin()
+        floats = [array for array in outputs.values() if array.dtype not in (np.uint32, np.uint8)]
+        return Finding(overflowed=sum(values.count_nonfinite(array) for array in floats))
+    if step.operation is Operation.DECODE:
+        packing.dense(inputs, *rows, between.wide["weight"], buffers)
+        between.thin()
+        return Finding(overflowed=values.count_nonfinite(outputs["weight"]))
+    width = step.columns * NUMPY_DTYPE[step.dtype].itemsize
+    dense = buffers.take("dense", step.dtype, chunk.rows, width)
+    between = _Between({"weight": dense}, step.row_step, rows[1] - rows[0], buffers)
+    packing.dense(inputs, *rows, between.wide["weight"], buffers)
+    between.thin()
+    return _quantize(chunk, dense, outputs, buffers, Finding())
+
+
+class _Between:
+    """Room for rows of which only every ``step``-th is wanted; the outputs themselves at 1."""
+
+    def __init__(self, outputs: Arrays, step: int, rows: int, buffers: Buffers) -> None:
+        self.outputs, self.step = outputs, step
+        self.wide = outputs
+        if step > 1:
+            self.wide = {
+                role: buffers.take(
+                    f"wide {role}", HEADER_NAME[array.dtype], rows, array.shape[1] * array.itemsize
+                )
+                for role, array in outputs.items()
+            }
+
+    def thin(self) -> None:
+        """Move the rows that are wanted into the outputs."""
+        if self.step > 1:
+            for role, array in self.outputs.items():
+                array[:] = self.wide[role][:: self.step]
+
+
+_OF_ROWS = {
+    Operation.COPY: _copy,
+    Operation.CAST: _cast,
+    Operation.ENCODE: _encode,
+    Operation.DECODE: _decode,
+    Operation.RECODE: _recode,
+}
