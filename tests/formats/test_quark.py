@@ -272,7 +272,7 @@ Change = Callable[[dict[str, Any], dict[str, Any]], Any]
         ),
         (
             lambda t, b: b.update(layer_quant_config={"u*": {"weight": {}}, "*p": {}}),
-            "contradict each other: ['u*', '*p']",
+            "contradict each other: u*, *p",
         ),
         (
             lambda t, b: t.update({"gate.codes": np.zeros((4, 16), np.uint8)}),

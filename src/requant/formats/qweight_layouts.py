@@ -308,7 +308,9 @@ class Layouts:
         found = np.where(found < 0, found + groups, found)  # GPTQModel counts from the end too
         if n_in and not 0 <= found.min() <= found.max() < groups:
             bad = int(found[(found < 0) | (found >= groups)][0])
-            self._report(name, f"holds group {bad}, but scales are there for {groups}")
+            self._report(
+                name, f"holds group {bad}, but there are scales for {count(groups, 'group')}"
+            )
             return None
         if groups == 1 or np.array_equal(found, np.arange(n_in) // group):
             return False
