@@ -186,8 +186,16 @@ class Figures:
         return shlex.join(words)
 
     def verify_command(self, source: str = "SOURCE", output: str = "OUTPUT") -> str:
-        """The command that repeats the conversion and compares every byte."""
-        return shlex.join(["requant", "verify", source, output])
+        """The command that repeats the conversion and compares every byte.
+
+        Files that the conversion was given besides the source are named as they were then.
+        """
+        words = ["requant", "verify", source, output]
+        if self.wishes.config_from is not None:
+            words += ["--config-from", self.wishes.config_from]
+        if self.wishes.statistics is not None:
+            words += ["--imatrix", self.wishes.statistics]
+        return shlex.join(words)
 
     def to_dict(self) -> dict[str, Any]:
         """The figures as JSON data."""

@@ -198,7 +198,7 @@ def model_card(
 {figures.command("" if known else base or "")}
 ```
 
-{_table(figures)}
+{_statistics(figures)}{_table(figures)}
 {_errors(figures)}
 ## How to run it
 
@@ -235,6 +235,19 @@ def _table(figures: Figures) -> str:
     return (
         "| treatment | from | to | exactness | layers | parameters | bytes |\n"
         "|---|---|---|---|---:|---:|---:|\n" + "".join(rows)
+    )
+
+
+def _statistics(figures: Figures) -> str:
+    name = figures.wishes.statistics
+    if name is None:
+        return ""
+    weighed = "Errors count by how large the inputs of each layer are on a text"
+    if figures.wishes.gptq:
+        weighed += ", and those of a column are made good in the columns after it (GPTQ)"
+    return (
+        f"{weighed}: `{name}` holds these statistics. It is not in this repository; making and "
+        "checking the model anew takes the same file.\n\n"
     )
 
 

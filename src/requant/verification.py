@@ -113,7 +113,7 @@ def verify(
     """
     place = Path(folder if output is None else output)
     found = _Findings()
-    record = _read_record(place, found)
+    record = _read_record(place, found, None if output is None else Path(folder))
     checkpoint = _read_output(place, found)
     if checkpoint is not None:
         workers = threads or os.cpu_count() or 1
@@ -154,9 +154,11 @@ class _Findings:
                 self.by_place.setdefault(where, Problem(where, message))
 
 
-def _read_record(place: Path, found: _Findings) -> dict[str, Any]:
+def _read_record(place: Path, found: _Findings, source: Path | None) -> dict[str, Any]:
     if not os.path.lexists(place / RECORD):
         message = "is missing: the folder was not written by requant, or by an older version"
+        if source is not None and os.path.lexists(source / RECORD):
+            message = f"is missing, but {source} has one: the source comes first, then the output"
         raise CheckpointError(str(place), [Problem(RECORD, message)])
     record = read_json(place, RECORD)
     if record.get("record") != FORMAT_VERSION:

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from requant.conversion import convert
+from requant.figures import read_figures
+from requant.publishing import model_card
 from requant.verification import verify
 
 from .conftest import Result
@@ -29,3 +31,21 @@ def test_from_the_command_line(tmp_path: Path, requant: Requant) -> None:
     assert not any("found no statistics" in note for note in report.plan.notes)
     assert all(not layer.reason for layer in report.plan.layers if layer.target.startswith("aff"))
     assert verify(LLAMA, tmp_path / "out", statistics=stats).ok
+
+
+def test_what_a_report_says_to_check_with_is_enough(
+    tmp_path: Path, requant: Requant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = ("--tokens", "256", "--window", "64")
+    assert requant("calibrate", LLAMA, "-o", "s.safetensors", "--hessian", *text).code == 0
+    asked = ("--bits", "3", "--gptq", "--imatrix", "s.safetensors", "--quiet")
+    assert requant("convert", LLAMA, "out", *asked).code == 0
+    said = requant("report", "out").out
+    (check,) = [line for line in said.splitlines() if line.startswith("check: ")]
+    assert check == "check: requant verify SOURCE out --imatrix s.safetensors"
+    words = check.removeprefix("check: requant ").replace("SOURCE", str(LLAMA)).split()
+    assert requant(*words).code == 0
+    card = model_card(read_figures("out"), "me/out", None, {})
+    assert "`s.safetensors` holds these statistics" in card and "(GPTQ)" in card
+    assert "requant verify SOURCE out --imatrix s.safetensors" in card

@@ -545,3 +545,6 @@ def test_verify_exits_1_where_a_bit_differs(requant: Requant, model: Path, tmp_p
     assert "1 problem" in result.out and "SHA-256" in result.out
     assert json.loads(requant("verify", model, out, "--json").out)["ok"] is False
     assert requant("verify", tmp_path / "nowhere").code == 1
+    turned = requant("verify", out, model)
+    assert turned.code == 1
+    assert f"is missing, but {out} has one: the source comes first" in turned.err
