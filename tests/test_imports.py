@@ -23,8 +23,11 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("triples", "weights", "specs", "allocation"),
     ("recipes",),
     ("wishes",),
-    ("source_folder",),
-    ("checkpoint", "gguf"),
+    ("source_folder", "gguf_model"),
+    ("checkpoint",),
+    ("safetensors_folder",),
+    ("gguf",),
+    ("sources",),
     ("statistics", "hub_client"),
     ("downloads", "hub_listing", "hub_places"),
     ("hub",),
@@ -98,6 +101,21 @@ def test_architecture_page_names_every_module() -> None:
     assert {place(path) for path in modules()} - {"__init__", "__main__"} <= named
 
 
+def test_no_module_imports_one_below_its_line_of_the_page() -> None:
+    page = (PACKAGE.parents[1] / "docs" / "architecture.md").read_text()
+    tree = page.partition("src/requant/\n")[2].partition("```")[0]
+    lines = re.findall(r"^  (\w+)(?:\.py|/)\s", tree, re.M)
+    line_of = {name: number for number, name in enumerate(lines)}
+    upward = {
+        f"{mine} <- {other}"
+        for path in modules()
+        if (mine := place(path)) in line_of
+        for other in imported(path) & line_of.keys()
+        if line_of[other] > line_of[mine]
+    }
+    assert upward == set()
+
+
 def test_the_route_of_one_tensor_names_what_is_there() -> None:
     page = (PACKAGE.parents[1] / "docs" / "architecture.md").read_text()
     route = page.partition("## The route of one tensor")[2].partition("\n## ")[0]
@@ -105,7 +123,7 @@ def test_the_route_of_one_tensor_names_what_is_there() -> None:
     for module, name in (dotted.rsplit(".", 1) for dotted in named if dotted[0].islower()):
         if module.partition(".")[0] in FLOOR_OF:
             assert hasattr(import_module(f"requant.{module}"), name), f"{module} has no {name}"
-    assert "checkpoint.read_checkpoint" in named
+    assert "sources.read_checkpoint" in named
 
 
 def test_importing_requant_stays_light() -> None:

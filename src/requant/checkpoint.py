@@ -1,62 +1,24 @@
-"""Step 1 of the road: a folder becomes a Checkpoint.
+"""Step 1 of the road: what a Checkpoint is, whichever files it was read from.
 
-Folder, shard index, safetensors headers and config.json are read and checked; tensor data
-is not. Everything that is wrong is found in one run and raised in one CheckpointError.
+Frozen data about names, shapes and places of bytes; of the bytes it reads at most the small
+tensors that a format peeks at. ``sources.read_checkpoint`` makes one.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from requant.dtypes import NUMPY_DTYPE, TensorInfo
-from requant.errors import CheckpointError, Problem, UsageError, count, shown
-from requant.limits import (
-    MAX_CONFIG_BYTES,
-    MAX_INDEX_BYTES,
-    MAX_JSON_VALUES,
-    MAX_PEEK_BYTES,
-    MAX_PROBLEMS,
-    MAX_RECORD_BYTES,
-    MAX_RECORD_VALUES,
-    MAX_SHARDS,
-)
-from requant.safetensors_header import (
-    PREFIX_BYTES,
-    HeaderEntry,
-    check_name,
-    header_length,
-    parse_header,
-    parse_json_object,
-)
-from requant.source_folder import (
-    CONFIG,
-    INDEX,
-    QUANTIZATION_FILES,
-    RECORD,
-    SINGLE,
-    Listing,
-    check_folder,
-    check_shard_path,
-    describe_no_weights,
-    file_size,
-    find_gaps,
-    is_gguf,
-    list_folder,
-    natural_key,
-    open_regular,
-)
-
-if TYPE_CHECKING:
-    from requant.gguf.model import GgufModel
+from requant.errors import CheckpointError, Problem
+from requant.gguf_model import GgufModel
+from requant.limits import MAX_PEEK_BYTES
+from requant.source_folder import open_regular
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +154,7 @@ class Checkpoint:
 
     def place_of(self, file: str) -> Path:
         """Where a weight file is read: its twin, where the file itself is gone."""
-        return _place_of(self.path, self.twins, file)
+        return place_of(self.path, self.twins, file)
 
     def peek(self, name: str) -> np.ndarray:
         """The data of a small tensor that decides what a layer is: a ``g_idx``, block scales.
@@ -231,275 +193,7 @@ class Checkpoint:
         return data
 
 
-def read_json(folder: Path, name: str) -> dict[str, Any]:
-    """Read a JSON object of a folder, as config.json is read.
-
-    Raises:
-        CheckpointError: It is not there, or no JSON object.
-    """
-    reader = _Reader(folder)
-    value, _ = reader.json(name)
-    if reader.problems:
-        raise CheckpointError(str(folder), reader.problems)
-    return value
-
-
-def _place_of(folder: Path, twins: Path | None, file: str) -> Path:
+def place_of(folder: Path, twins: Path | None, file: str) -> Path:
+    """Where a weight file of a folder is read: its twin, where the file itself is gone."""
     gone = twins is not None and not os.path.lexists(folder / file)
     return twins / file if twins is not None and gone else folder / file
-
-
-def read_checkpoint(
-    path: str | os.PathLike[str],
-    config_from: str | os.PathLike[str] | None = None,
-    twins: Path | None = None,
-) -> Checkpoint:
-    """Read a checkpoint: headers and JSON only.
-
-    Weights are ``model.safetensors``, or the shards that ``model.safetensors.index.json``
-    names, or, without either, every ``*.safetensors`` file of the folder. A file, or a folder
-    without any of these, may be GGUF.
-
-    Args:
-        path: The folder, or a GGUF file.
-        config_from: For GGUF: a folder whose config.json and side files are taken.
-        twins: Where the headers of weight files are that are gone from it.
-
-    Raises:
-        CheckpointError: With everything that is wrong with the source.
-        UsageError: ``config_from`` for another source than GGUF.
-    """
-    folder = Path(path)
-    if is_gguf(folder):
-        from requant.gguf.source import read_gguf
-
-        return read_gguf(folder, None if config_from is None else Path(config_from))
-    if config_from is not None:
-        raise UsageError(f"--config-from is for GGUF sources; {folder} has its own config.json")
-    message = check_folder(folder)
-    if message:
-        raise CheckpointError(str(folder), [Problem(str(folder), message)])
-    reader = _Reader(folder, twins)
-    config, config_text = reader.json(CONFIG)
-    described = {
-        name: reader.json(name)[0] for name in QUANTIZATION_FILES if (folder / name).exists()
-    }
-    shard_of = reader.index()
-    listing = list_folder(folder, set(shard_of.values()))
-    reader.problems += listing.problems
-    if twins is not None:
-        names = {path.name for path in twins.glob("*.safetensors")}
-        gone = {name for name in names if not os.path.lexists(folder / name)}
-        listing.weights += sorted(gone - set(shard_of.values()), key=natural_key)
-    names = reader.choose_shards(shard_of, listing)
-    if len(names) > MAX_SHARDS:
-        message = f"holds {len(names):,} weight files, at most {MAX_SHARDS:,} are read"
-        raise CheckpointError(str(folder), [*reader.problems, Problem(str(folder), message)])
-    tensors = reader.shards(sorted(names, key=natural_key), shard_of)
-    if names and not tensors and not reader.problems:
-        reader.report(str(folder), "the weight files hold no tensors")
-    if reader.problems:
-        raise CheckpointError(str(folder), reader.problems)
-    return Checkpoint(
-        path=folder,
-        files=tuple(reader.files),
-        tensors=MappingProxyType(tensors),
-        config=config,
-        config_text=config_text,
-        side_files=tuple(listing.side_files),
-        left_out=tuple(listing.left_out),
-        quantization_files=MappingProxyType(described),
-        metadata=MappingProxyType(reader.metadata),
-        twins=twins,
-    )
-
-
-def read_config(folder: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The config.json of a folder, parsed, and the files beside it that an output takes along.
-
-    Raises:
-        CheckpointError: There is no config.json, or something is wrong with it.
-    """
-    message = check_folder(folder)
-    reader = _Reader(folder)
-    if message:
-        reader.report(str(folder), message)
-    else:
-        config, _ = reader.json(CONFIG)
-        listing = list_folder(folder, ())
-        reader.problems += listing.problems
-    if reader.problems:
-        raise CheckpointError(f"--config-from {folder}", reader.problems)
-    return config, tuple(listing.side_files)
-
-
-class _Reader:
-    """Reads the parts of one folder and collects what is wrong with them."""
-
-    def __init__(self, folder: Path, twins: Path | None = None) -> None:
-        self.folder, self.twins = folder, twins
-        self.files: list[SourceFile] = []
-        self.metadata: dict[str, str] = {}
-        self.problems: list[Problem] = []
-        self.has_index = os.path.lexists(folder / INDEX)
-        self.index_is_sound = False  # then files and index can be held against each other
-
-    def report(self, where: str, message: str) -> None:
-        if len(self.problems) < MAX_PROBLEMS:
-            self.problems.append(Problem(where, message))
-
-    def json(self, name: str) -> tuple[dict[str, Any], str]:
-        """Read a JSON object and its text; empty if there is none."""
-        size, message = file_size(self.folder, name)
-        most = {INDEX: MAX_INDEX_BYTES, RECORD: MAX_RECORD_BYTES}.get(name, MAX_CONFIG_BYTES)
-        if not message and size > most:
-            message = f"takes {size:,} bytes, at most {most:,} are read"
-        if message:
-            self.report(name, message)
-            return {}, ""
-        try:
-            with open(open_regular(self.folder / name), "rb", buffering=0) as file:
-                raw = file.read(size)  # not a byte more, should the file grow meanwhile
-        except OSError as error:
-            self.report(name, f"cannot be read: {error.strerror or error}")
-            return {}, ""
-        is_config = name == CONFIG
-        values = MAX_RECORD_VALUES if name == RECORD else MAX_JSON_VALUES
-        value, messages = parse_json_object(
-            raw, nan=is_config, same_twice=is_config, max_values=values
-        )
-        for message in messages:
-            self.report(name, message)
-        return value, "" if messages else raw.decode("utf-8")
-
-    def index(self) -> dict[str, str]:
-        """Read the index, if there is one: tensor name to shard, sound entries only."""
-        if not self.has_index:
-            return {}
-        before = len(self.problems)
-        value, _ = self.json(INDEX)
-        if len(self.problems) > before:
-            return {}
-        weight_map = value.get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            found = f"is {shown(weight_map)}" if "weight_map" in value else "is missing"
-            message = "is empty" if weight_map == {} else found
-            expected = "expected an object with a file for each tensor"
-            self.report(f"{INDEX}: weight_map", f"{message}, {expected}")
-            return {}
-        shard_of: dict[str, str] = {}
-        verdicts: dict[str, str] = {}
-        for tensor, shard in weight_map.items():
-            wrong = check_name(tensor)
-            if wrong:
-                self.report(f"{INDEX}: {shown(tensor)}", wrong[0])
-            elif not isinstance(shard, str):
-                self.report(f"{INDEX}: {tensor}", f"is {shown(shard)}, expected a file name")
-            elif shard not in verdicts:
-                verdicts[shard] = check_shard_path(self.folder, shard)
-                if verdicts[shard]:
-                    self.report(f"{INDEX}: {tensor}", f"{shown(shard)} {verdicts[shard]}")
-            if not wrong and isinstance(shard, str) and not verdicts[shard]:
-                shard_of[tensor] = shard
-        if len(verdicts) > MAX_SHARDS:
-            self.report(INDEX, f"names {len(verdicts):,} files, at most {MAX_SHARDS:,} are read")
-            return {}
-        self.index_is_sound = len(self.problems) == before
-        return shard_of
-
-    def choose_shards(self, shard_of: Mapping[str, str], listing: Listing) -> set[str]:
-        """Decide which files hold the weights, and report those whose role is unclear."""
-        weights = set(listing.weights)
-        if self.index_is_sound:
-            for name in listing.weights:
-                self.report(
-                    name,
-                    "shard not in the index; if its tensors belong to the model, add them to "
-                    f"{INDEX}, otherwise move the file out of the folder",
-                )
-            return set(shard_of.values())
-        if self.has_index:  # what is wrong with it was reported: look at all that is there
-            return weights | set(shard_of.values())
-        if not weights:
-            self.report(str(self.folder), describe_no_weights(listing))
-        elif SINGLE in weights:
-            for name in sorted(weights - {SINGLE}, key=natural_key):
-                self.report(
-                    name,
-                    f"stands beside {SINGLE} without an index that says whether its tensors "
-                    "belong to the model; move it out of the folder, or write "
-                    f"{INDEX}",
-                )
-        for name, message in find_gaps(weights):
-            self.report(name, message)
-        return weights
-
-    def shards(self, names: Iterable[str], shard_of: Mapping[str, str]) -> dict[str, StoredTensor]:
-        """Read the header of each shard and compare them with each other and the index."""
-        tensors: dict[str, StoredTensor] = {}
-        held: dict[str, set[str]] = {}
-        placed = Counter(shard_of.values())
-        for name in names:
-            before = len(self.problems)
-            entries = self.header(name, placed[name])
-            if len(self.problems) == before:  # of a damaged file we know too little to compare
-                held[name] = {entry.name for entry in entries}
-            for entry in entries:
-                first = tensors.setdefault(entry.name, entry)
-                if first is not entry and not self.has_index:
-                    self.report(
-                        f"{name}: {entry.name}",
-                        f"is in {first.file} too; keep one of the two and remove the other",
-                    )
-        if self.index_is_sound:
-            self.compare(held, shard_of)
-        return tensors
-
-    def header(self, name: str, placed: int) -> list[StoredTensor]:
-        """Read the header of a shard; its tensors in the order of their data."""
-        path = _place_of(self.folder, self.twins, name)
-        size, message = file_size(path.parent if path.name == name else self.folder, name)
-        raw = b""
-        if not message:
-            try:
-                # Unbuffered: not a byte too many.
-                with open(open_regular(path), "rb", buffering=0) as file:
-                    raw = file.read(PREFIX_BYTES)
-                    length, message = header_length(raw, size)
-                    raw += file.read(length)
-            except OSError as error:
-                message = f"cannot be read: {error.strerror or error}"
-        if message:
-            if placed and not raw:
-                message += f"; {INDEX} places {count(placed, 'tensor')} in it"
-            self.report(name, message)
-            return []
-        entries, metadata, problems = parse_header(raw, size - len(raw))
-        self.metadata = metadata | self.metadata
-        for problem in problems:
-            self.report(f"{name}: {problem.where}", problem.message)
-        self.files.append(SourceFile(name, size, hashlib.sha256(raw).hexdigest()))
-        return [
-            StoredTensor(tensor, entry.info, name, len(raw) + entry.start)
-            for tensor, entry in sorted(entries.items(), key=_by_offset)
-        ]
-
-    def compare(self, held: Mapping[str, set[str]], shard_of: Mapping[str, str]) -> None:
-        """Hold the index against what the sound shards contain."""
-        expected = defaultdict(set)
-        for tensor, shard in shard_of.items():
-            expected[shard].add(tensor)
-        for shard, tensors in held.items():
-            for tensor in sorted(expected[shard] - tensors):
-                self.report(f"{INDEX}: {tensor}", f"is not in {shard}, where the index places it")
-            for tensor in sorted(tensors - expected[shard]):
-                place = shard_of.get(tensor)
-                self.report(
-                    f"{shard}: {tensor}",
-                    f"is placed in {place} by {INDEX}" if place else f"is not in {INDEX}",
-                )
-
-
-def _by_offset(item: tuple[str, HeaderEntry]) -> tuple[int, int, str]:
-    name, entry = item
-    return entry.start, entry.stop, name

@@ -15,12 +15,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from requant.checkpoint import read_json
 from requant.conversion import Source
 from requant.errors import CheckpointError, ParseError, Problem, cannot_be, shown
 from requant.recipes import recipe_names
 from requant.record import FORMAT_VERSION, of_another_version
 from requant.report import Group
+from requant.safetensors_folder import read_json
 from requant.schema import QuantMode
 from requant.source_folder import RECORD
 from requant.specs import spec_text

@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from requant.checkpoint import Checkpoint, FileRange, read_checkpoint
+from requant.checkpoint import Checkpoint, FileRange
 from requant.downloads import HELD_FILES, Downloads, fetch_all
 from requant.errors import CheckpointError, HubError, Problem, UsageError
 from requant.gguf.choice import choose_model, gguf_models
@@ -38,6 +38,7 @@ from requant.source_folder import (
     names_repository,
     wanted_files,
 )
+from requant.sources import read_checkpoint
 
 _FIRST_BYTES = 128 << 10  # of a weight file: most headers are within
 CARD = "README.md"

@@ -8,13 +8,14 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from requant.checkpoint import SourceFile, read_checkpoint
+from requant.checkpoint import SourceFile
 from requant.conversion import Source
 from requant.errors import Problem, cannot_be
 from requant.formats import detect
 from requant.hub import find_repository
 from requant.patterns import time_counted
 from requant.schema import PerLayerQuantization
+from requant.sources import read_checkpoint
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from requant.blueprint import LayerPlan, Plan, Step, Treatment, place
-from requant.checkpoint import Checkpoint, read_checkpoint
+from requant.checkpoint import Checkpoint
 from requant.choices import Chooser, is_quantized, override_of
 from requant.errors import CheckpointError, UsageError
 from requant.formats import SourceLayer, SourceLayout, detect
@@ -24,6 +24,7 @@ from requant.patterns import time_counted
 from requant.plan_notes import notes_on, rotated_layers
 from requant.relayout import Relayout, relayout
 from requant.schema import SKIP, PerLayerQuantization, Quantization
+from requant.sources import read_checkpoint
 from requant.specs import resolve_quantization
 from requant.statistics import read_statistics
 from requant.steps import fidelity, layer_steps, material_steps, with_global_scale

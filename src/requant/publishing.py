@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from requant.checkpoint import read_json
 from requant.conversion import Source
 from requant.errors import HubError, UsageError
 from requant.figures import Figures, read_figures
 from requant.hub import CARD, Repository
 from requant.hub_client import asking
+from requant.safetensors_folder import read_json
 from requant.source_folder import CONFIG
 
 # What a card takes over from the source's; the rest would describe another model.

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from requant.blueprint import OutputTensor, Plan
-from requant.checkpoint import Checkpoint, FileRange, SourceTensor, read_checkpoint, read_json
+from requant.checkpoint import Checkpoint, FileRange, SourceTensor
 from requant.conversion import Source
 from requant.errors import CheckpointError, ParseError, Problem, UsageError, cannot_be, shown
 from requant.execute import Progress, run_plan
@@ -34,6 +34,7 @@ from requant.record import (
     spelled,
     version,
 )
+from requant.safetensors_folder import read_json
 from requant.source_folder import (
     CONFIG,
     INDEX,
@@ -42,6 +43,7 @@ from requant.source_folder import (
     names_repository,
     open_regular,
 )
+from requant.sources import read_checkpoint
 from requant.wishes import Wishes
 
 

@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 
-from requant.checkpoint import read_checkpoint
 from requant.conversion import convert
 from requant.dtypes import NUMPY_DTYPE
 from requant.errors import RequantError
@@ -29,6 +28,7 @@ from requant.patterns import Pattern
 from requant.planner import make_plan
 from requant.record import record_hash
 from requant.safetensors_header import parse_header
+from requant.sources import read_checkpoint
 from requant.statistics import read_statistics
 from requant.verification import verify
 from requant.wishes import Wishes

@@ -16,10 +16,11 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_map_with_path
 
-from requant.checkpoint import Checkpoint, read_checkpoint
+from requant.checkpoint import Checkpoint
 from requant.mlx_lm_layout import Computed, MlxLmLayout, Moved, mlx_lm_layout
 from requant.mlx_lm_layout.pipeline import MLX_DTYPE
 from requant.schema import Quantization
+from requant.sources import read_checkpoint
 
 Weights = dict[str, mx.array]
 # The installed mlx-lm; scripts/test-oldest-mlx-lm runs these tests with the oldest.

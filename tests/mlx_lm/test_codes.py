@@ -15,12 +15,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from requant.checkpoint import read_checkpoint
 from requant.conversion import convert, plan
 from requant.errors import OutOfRangeError, UsageError
 from requant.formats.base import Rows, SourceLayer
 from requant.memory import BASE_MEMORY_BYTES, MLX_LM_MEMORY_BYTES, make_budget
 from requant.relayout import _global_scales
+from requant.sources import read_checkpoint
 from tests.mlx_lm.checks import MLX_LM, NEW_FORMS, as_bytes, class_checkpoint, write_folder
 from tests.mlx_lm.families import model_types, small_config
 from tests.mlx_lm.hub_forms import FORMS

@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 import safetensors
 
-from requant import checkpoint as checkpoint_module
-from requant.checkpoint import Checkpoint, SourceFile, StoredTensor, read_checkpoint
+from requant import safetensors_folder
+from requant.checkpoint import Checkpoint, SourceFile, StoredTensor
 from requant.dtypes import TensorInfo
 from requant.errors import CheckpointError
 from requant.limits import MAX_PROBLEMS, MAX_PROBLEMS_SHOWN
 from requant.source_folder import open_regular
+from requant.sources import read_checkpoint
 from tests.road.builders import INDEX, SHARED, entry, header, weights, write_folder
 
 ONE = {"a.weight": ("BF16", [2, 3])}
@@ -511,7 +512,7 @@ def test_more_files_than_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_more_shards_than_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("requant.checkpoint.MAX_SHARDS", 2)
+    monkeypatch.setattr("requant.safetensors_folder.MAX_SHARDS", 2)
     names = {f"t{n}.weight": f"{n}.safetensors" for n in range(3)}
     files = {file: weights({tensor: ("U8", [1])}) for tensor, file in names.items()}
     folder = write_folder(tmp_path / "files", files)
@@ -576,9 +577,9 @@ def test_file_that_shrinks_while_it_is_read(
     folder = write_folder(tmp_path, {"model.safetensors": weights(ONE)})
     size = (folder / "model.safetensors").stat().st_size
     os.truncate(folder / "model.safetensors", 20)
-    real = checkpoint_module.file_size
+    real = safetensors_folder.file_size
     monkeypatch.setattr(
-        checkpoint_module,
+        safetensors_folder,
         "file_size",
         lambda at, name: (size, "") if name.endswith(".safetensors") else real(at, name),
     )

@@ -27,7 +27,7 @@ from requant.formats.packing import (
     Parts,
     Scratch,
 )
-from requant.gguf.model import GgufModel, GgufTensor
+from requant.gguf_model import GgufModel, GgufTensor
 from requant.schema import Quantization, QuantMode
 
 # Types whose scales and biases are float16 numbers as they are, or powers of two times those.

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from requant.checkpoint import Checkpoint, FileRange, SourceFile, StoredTensor, read_config
+from requant.checkpoint import Checkpoint, FileRange, SourceFile, StoredTensor
 from requant.dtypes import TensorInfo
 from requant.errors import CheckpointError, Problem, few
 from requant.gguf.choice import PART, SUFFIX
@@ -26,9 +26,10 @@ from requant.gguf.configs import Settings, make_config
 from requant.gguf.families import Family, family_of, setting_of
 from requant.gguf.header import Header, TableEntry, read_header
 from requant.gguf.metadata import Metadata
-from requant.gguf.model import GgufModel, GgufTensor
 from requant.gguf.tokenizer import Files, guessed_splitting, tokenizer_files
+from requant.gguf_model import GgufModel, GgufTensor
 from requant.limits import MAX_SHARDS
+from requant.safetensors_folder import read_config
 from requant.source_folder import CONFIG, file_size, list_folder, printable
 
 _MMPROJ = "a vision or audio part for llama.cpp (mmproj), which is no language model"

@@ -1,0 +1,43 @@
+"""Step 1 of the road: SOURCE becomes a Checkpoint, be it a folder with safetensors or GGUF.
+
+Headers and JSON only; the modules that know one kind of source each do the reading.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from requant.checkpoint import Checkpoint
+from requant.errors import UsageError
+from requant.gguf.source import read_gguf
+from requant.safetensors_folder import read_folder
+from requant.source_folder import is_gguf
+
+
+def read_checkpoint(
+    path: str | os.PathLike[str],
+    config_from: str | os.PathLike[str] | None = None,
+    twins: Path | None = None,
+) -> Checkpoint:
+    """Read a checkpoint: headers and JSON only.
+
+    Weights are ``model.safetensors``, or the shards that ``model.safetensors.index.json``
+    names, or, without either, every ``*.safetensors`` file of the folder. A file, or a folder
+    without any of these, may be GGUF.
+
+    Args:
+        path: The folder, or a GGUF file.
+        config_from: For GGUF: a folder whose config.json and side files are taken.
+        twins: Where the headers of weight files are that are gone from it.
+
+    Raises:
+        CheckpointError: With everything that is wrong with the source.
+        UsageError: ``config_from`` for another source than GGUF.
+    """
+    folder = Path(path)
+    if is_gguf(folder):
+        return read_gguf(folder, None if config_from is None else Path(config_from))
+    if config_from is not None:
+        raise UsageError(f"--config-from is for GGUF sources; {folder} has its own config.json")
+    return read_folder(folder, twins)
