@@ -289,14 +289,9 @@ def convert(
             f"{budget} --save-recipe FILE.toml, then --recipe FILE.toml with --consume-source"
         )
     remote = find_repository(source, revision)
-    if consume_source and not yes and remote is None:
-        raise UsageError(
-            f"--consume-source deletes the weights in {source}; afterwards nothing can be verified "
-            "against them, and no other conversion made of them. --yes says that this is meant"
-        )
-    if consume_source and is_gguf(Path(source)):
-        raise UsageError("--consume-source is for safetensors; a GGUF file goes as a whole or not")
-    if not consume_source:
+    if consume_source:
+        _check_consuming(source, remote, yes)
+    else:
         _refuse_half_consumed(Path(output))
     only_copy = consume_source and remote is None
     twins = twins_of(Path(output)) if only_copy else None
@@ -346,6 +341,17 @@ def convert(
     if budget is not None:
         measured_of(Path(output)).unlink(missing_ok=True)
     return Report.build(made, str(output), outcome, time.perf_counter() - began)
+
+
+def _check_consuming(source: Source, remote: Repository | None, yes: bool) -> None:
+    """Refuse to delete what nobody said may be deleted, or what does not go file by file."""
+    if remote is None and not yes:
+        raise UsageError(
+            f"--consume-source deletes the weights in {source}; afterwards nothing can be verified "
+            "against them, and no other conversion made of them. --yes says that this is meant"
+        )
+    if is_gguf(Path(source)):
+        raise UsageError("--consume-source is for safetensors; a GGUF file goes as a whole or not")
 
 
 def _refuse_half_consumed(output: Path) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from requant.checkpoint import Checkpoint
 from requant.errors import UsageError
-from requant.gguf.source import read_gguf
 from requant.safetensors_folder import read_folder
 from requant.source_folder import is_gguf
 
@@ -37,6 +36,8 @@ def read_checkpoint(
     """
     folder = Path(path)
     if is_gguf(folder):
+        from requant.gguf.source import read_gguf  # nothing else needs it: a faster start
+
         return read_gguf(folder, None if config_from is None else Path(config_from))
     if config_from is not None:
         raise UsageError(f"--config-from is for GGUF sources; {folder} has its own config.json")

@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import SwitchGLU, SwitchLinear
 
 import requant
-from requant.calibration import blocks, calibrate, run
+from requant.calibration import blocks, calibrate, run, windows
 from requant.calibration.collecting import Collector
 from requant.calibration.run import _Run
 from requant.errors import CheckpointError, OutputError, UsageError
@@ -435,11 +435,11 @@ def test_each_file_and_all_of_a_long_one_have_their_share(
     long, other = tmp_path / "long.txt", tmp_path / "other.jsonl"
     long.write_text("".join(chr(65 + n // 400) * 10 for n in range(8000)))
     other.write_text("".join(json.dumps(chr(97 + n % 26) * 50) + "\n" for n in range(999)))
-    monkeypatch.setattr(run, "_PIECE_CHARS", 1000)
-    letters = run._windows(_Letters(), [long, other], 800, 10, 0).ravel()
+    monkeypatch.setattr(windows, "_PIECE_CHARS", 1000)
+    letters = windows.windows_of(_Letters(), [long, other], 800, 10, 0).ravel()
     assert len(letters) == 800 and 0.3 < (letters >= 97).mean() < 0.7
     assert len({*letters[letters < 97].tolist()}) > 3
-    again = run._windows(_Letters(), [long, other], 800, 10, 0).ravel()
+    again = windows.windows_of(_Letters(), [long, other], 800, 10, 0).ravel()
     assert (letters == again).all()
 
 

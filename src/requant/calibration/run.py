@@ -1,4 +1,4 @@
-"""The door of calibration: text to windows, the model through them, sums to a file.
+"""The door of calibration: windows of text through a model, sums over its layers to a file.
 
 A run keeps what it has in ``.OUTPUT.requant-calibrating`` beside OUTPUT: the hidden states after
 the last finished block, and a statistics file a block. The same command goes on from there.
@@ -23,6 +23,7 @@ import numpy as np
 from requant.blueprint import Plan
 from requant.calibration.blocks import Layered, NotLayered
 from requant.calibration.collecting import Collector, hessian_bytes
+from requant.calibration.windows import texts_of, windows_of
 from requant.conversion import Source
 from requant.errors import (
     BackendError,
@@ -32,7 +33,7 @@ from requant.errors import (
     UsageError,
     cannot_be,
 )
-from requant.evaluation import on_cpu, read_documents
+from requant.evaluation import on_cpu
 from requant.hub import find_repository, reach
 from requant.mlx_lm import Loaded, check_installed, load_tokenizer, load_with_report, skeleton
 from requant.planner import make_plan
@@ -46,12 +47,9 @@ if TYPE_CHECKING:
 
 DEFAULT_TOKENS = 32_768
 DEFAULT_WINDOW = 512
-DEFAULT_TEXT = Path(__file__).parent.parent / "assets" / "calibration.txt"
 # Of all Hessians of one layer; a wider layer is left out, and named.
 MOST_HESSIAN_BYTES = 4 << 30
-_PIECE_CHARS = 1 << 18  # of a longer text, pieces are drawn
 _STATE = 2  # changes with what is kept of a stopped run
-_READ_AHEAD = 8  # times the tokens wanted are read, for windows from all over the text
 
 Told = Callable[[str, int, int], None]
 
@@ -156,7 +154,7 @@ def calibrate(
         config_from=config_from,
     )
     plan = make_plan(reach(model, find_repository(model, revision), wishes.config_from), wishes)
-    ids = _windows(load_tokenizer(model, plan), _texts(text), tokens, window, seed)
+    ids = windows_of(load_tokenizer(model, plan), texts_of(text), tokens, window, seed)
     metadata = {
         "requant": version(),
         "tokens": str(ids.size),
@@ -196,55 +194,6 @@ def _check_output(place: Path, force: bool) -> None:
         raise OutputError(f"{place} is there already; --force replaces it")
     if not place.parent.is_dir():
         raise OutputError(f"{place}: there is no folder {place.parent}")
-
-
-def _texts(text: Source | Sequence[Source] | None) -> list[Path]:
-    if text is None:
-        return [DEFAULT_TEXT]
-    named = [text] if isinstance(text, str | os.PathLike) else list(text)
-    return [Path(one) for one in named] or [DEFAULT_TEXT]
-
-
-def _windows(
-    tokenizer: Any, texts: Sequence[Path], tokens: int, window: int, seed: int
-) -> np.ndarray:
-    """Token ids, int64 ``(windows, window)``: windows from all over the texts, in their order.
-
-    Raises:
-        UsageError: The texts do not fill one window, or cannot be read.
-    """
-    ids: list[int] = []
-    for number, path in enumerate(texts, 1):
-        most = _READ_AHEAD * tokens * number // len(texts)  # each file has its share
-        try:
-            for piece in _pieces(path, seed):
-                if len(ids) >= most:
-                    break
-                ids += tokenizer.encode(piece)
-        except OSError as error:
-            raise UsageError(f"--text {path}: {error.strerror or error}") from error
-    count = len(ids) // window
-    if not count:
-        names = ", ".join(map(str, texts))
-        raise UsageError(
-            f"{names}: {len(ids):,} tokens do not fill one window of "
-            f"{window:,}: give more text, or a lower --window"
-        )
-    cut = np.array(ids[: count * window], np.int64).reshape(count, window)
-    wanted = min(tokens // window, count)
-    taken = np.sort(np.random.default_rng(seed).permutation(count)[:wanted])
-    return cut[taken]
-
-
-def _pieces(path: Path, seed: int) -> Iterator[str]:
-    """The documents of a file in an order of the seed's; long ones in pieces."""
-    pieces = [
-        document[start : start + _PIECE_CHARS]
-        for document in read_documents(path)
-        for start in range(0, len(document), _PIECE_CHARS)
-    ]
-    for number in np.random.default_rng(seed).permutation(len(pieces)):
-        yield pieces[number]
 
 
 class _Run:
