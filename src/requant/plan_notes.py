@@ -57,8 +57,8 @@ def _rotations(decided: Iterable[Decided]) -> Iterator[str]:
     turned = rotated_layers(decided)
     if turned:
         yield (
-            f"{len(turned)} layers keep the rotation of their inputs: requant.mlx_lm.load and "
-            "requant generate run them, other loaders do not; --fold-rotation makes plain "
+            f"Inputs of {count(len(turned), 'layer')} are still to be rotated: requant.mlx_lm.load "
+            "and requant generate do it, other loaders do not; --fold-rotation makes plain "
             "8-bit layers."
         )
 
@@ -92,7 +92,7 @@ def _search(chooser: Chooser, steps: Iterable[Step]) -> Iterator[str]:
     """Say where the bits are not those of MLX's own rule."""
     searched = {step.layer: step.gptq for step in steps if step.search != "off"}
     if searched:
-        layers = f"{len(searched)} layer{'s' * (len(searched) > 1)}"
+        layers = count(len(searched), "layer")
         # What GPTQ hands on makes single groups worse and the layer better.
         promise = "" if any(searched.values()) else "no group is worse than by MLX's rule, and "
         yield (

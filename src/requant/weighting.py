@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from requant.blueprint import Step
-from requant.errors import Problem, few
+from requant.errors import Problem, count, few
 from requant.limits import MAX_GPTQ_INPUTS
 from requant.schema import QuantMode
 from requant.statistics import Importance, Statistics, refused
@@ -42,20 +42,20 @@ class Weighted:
         """What the user should know of them."""
         searched = {step.layer for step in self.steps if step.importance is not None}
         name = statistics.source.rpartition("/")[2]
-        yield f"Errors of {len(searched)} layers are weighted by {name} (--imatrix)."
+        yield f"Errors of {count(len(searched), 'layer')} are weighted by {name} (--imatrix)."
         if self.without:
             yield f"{few(self.without)} found no statistics: searched without weights."
         compensated = {step.layer for step in self.steps if step.gptq}
         if compensated:
-            yield f"Errors of {len(compensated)} layers are handed on column by column (--gptq)."
+            held = count(len(compensated), "layer")
+            yield f"Errors of {held} are handed on column by column (--gptq)."
         for why in dict.fromkeys(self.alone.values()):
             names = tuple(layer for layer, reason in self.alone.items() if reason == why)
             yield f"{few(names)}: {why}."
         if self.unseen:
-            count = sum(self.unseen.values())
+            experts = count(sum(self.unseen.values()), "expert")
             yield (
-                f"{count:,} experts of {few(tuple(self.unseen))} saw no token: searched "
-                "without weights."
+                f"{experts} of {few(tuple(self.unseen))} saw no token: searched without weights."
             )
 
 

@@ -23,6 +23,7 @@ from requant.calibration.run import _Run
 from requant.errors import CheckpointError, OutputError, UsageError
 from requant.statistics import Importance, read_statistics
 from tests.gguf_source.writer import write_gguf
+from tests.mlx_lm.families import small_config
 from tests.mlx_lm.test_codes import as_awq
 from tests.road.test_against_mlx_lm import model
 
@@ -345,6 +346,26 @@ def test_an_embedding_counts_as_the_head_without_a_word_in_the_config(
     found = calibrate(folder, output, text, tokens=WINDOW, window=WINDOW)
     assert not found.missed
     assert entry(output, "model.embed_tokens", (1, 128)).weights(0) is not None
+
+
+def test_layers_of_a_class_that_is_not_watched_are_named(text: Path, tmp_path: Path) -> None:
+    """``MultiLinear`` is a matrix a head, multiplied from either side."""
+    from mlx_lm.models.deepseek_v3 import Model, ModelArgs
+
+    config = small_config("deepseek_v3")
+    config["vocab_size"] = json.loads((LLAMA / "config.json").read_text())["vocab_size"]
+    folder = tmp_path / "mla"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((LLAMA / name).read_bytes())
+    made = Model(ModelArgs.from_dict(config))
+    weights = dict(tree_flatten(made.parameters()))
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
+    found = calibrate(folder, tmp_path / "s.safetensors", text, tokens=WINDOW, window=WINDOW)
+    heads = [n for n, m in made.named_modules() if type(m).__name__ == "MultiLinear"]
+    assert heads and set(heads) <= set(found.missed)
+    assert not any(name.endswith("o_proj") for name in found.missed)
 
 
 @pytest.mark.parametrize("tokens", [5, 100])  # mlx-lm sorts rows by expert from 64 on

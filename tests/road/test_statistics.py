@@ -359,7 +359,7 @@ def test_each_matrix_is_weighted_by_its_own(mode: str, source: Path, tmp_path: P
         notes = " ".join(report.plan.notes)
         assert "weighted by" in notes
         assert "model.layers.0.self_attn.o_proj found no statistics" in notes
-        assert ("1 experts of" in notes) == (path.suffix != ".dat")
+        assert ("1 expert of" in notes) == (path.suffix != ".dat")
         reasons = {x.layer: x.reason for x in report.plan.layers}
         assert "no statistics" in reasons["model.layers.0.self_attn.o_proj"]
         assert not reasons["model.layers.0.self_attn.q_proj"]

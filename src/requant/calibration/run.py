@@ -66,7 +66,9 @@ class Calibration:
         layers: Layers, or stacks of experts, with statistics of their own.
         hessians: Layers with a Hessian, among them.
         too_wide: Layers that a Hessian was asked for, but that are too wide for one.
-        missed: Layers that were never called: they will be searched without weights.
+        missed: Layers whose inputs were not seen: never called, or of a class that also
+            multiplies the other way round (mlx-lm's ``MultiLinear``). They will be searched
+            without weights.
         unseen: Stack of experts -> how many of them saw no token.
         blockwise: One block at a time was in memory; else the whole model, for ``why``.
         why: Why the model was run as a whole.
@@ -368,7 +370,7 @@ class _Run:
                         collector.flush()
             self._keep(collector, len(calls) + 1)
         self._say("writing", steps, steps)
-        return self._told(watched, _embeddings(model), "")
+        return self._told(model, watched, "")
 
     def whole(self, loaded: Loaded, why: str) -> dict[str, Any]:
         """Run the whole model, window by window."""
@@ -383,7 +385,7 @@ class _Run:
                 with _failing():
                     collector.flush(loaded.model(mx.array(row[None])))
         self._keep(collector, 0)
-        return self._told(watched, _embeddings(loaded.model), why)
+        return self._told(loaded.model, watched, why)
 
     def _collector(self, watched: dict[int, str], *, with_numpy: bool = False) -> Collector:
         return Collector(watched, self.hessian, MOST_HESSIAN_BYTES, with_numpy=with_numpy)
@@ -409,18 +411,14 @@ class _Run:
                     raise OutputError(f"{path}: {message}")
                 yield row
 
-    def _told(
-        self, watched: dict[int, str], embeddings: dict[int, str], why: str
-    ) -> dict[str, Any]:
-        layers = self.state["layers"]
+    def _told(self, model: Any, watched: dict[int, str], why: str) -> dict[str, Any]:
+        layers, seen = self.state["layers"], {*self.state["called"], *_embeddings(model).values()}
         return {
             "layers": len(layers),
             "hessians": sum(layer["hessian"] for layer in layers.values()),
             "too_wide": tuple(self.state["too_wide"]),
             "missed": tuple(
-                path
-                for path in watched.values()
-                if path not in self.state["called"] and path not in embeddings.values()
+                path for path in (*watched.values(), *_unwatched(model)) if path not in seen
             ),
             "unseen": {path: x["unseen"] for path, x in layers.items() if x["unseen"]},
             "blockwise": not why,
@@ -436,6 +434,16 @@ def _watched(model: Any) -> dict[int, str]:
     kinds = (Linear, SwitchLinear)
     found = {id(m): path for path, m in model.named_modules() if isinstance(m, kinds)}
     return found | _embeddings(model)
+
+
+def _unwatched(model: Any) -> list[str]:
+    """Layers of other classes that mlx-lm quantizes all the same."""
+    watched = _watched(model)
+    return [
+        path
+        for path, m in model.named_modules()
+        if hasattr(m, "to_quantized") and id(m) not in watched
+    ]
 
 
 def _embeddings(model: Any) -> dict[int, str]:

@@ -304,7 +304,7 @@ def show_calibration(found: Calibration) -> None:
         page.line(f"  The whole model was in memory: {found.why}.")
     for names, what in (
         (found.too_wide, "too wide for a Hessian"),
-        (found.missed, "never called: no statistics"),
+        (found.missed, "inputs not seen: no statistics"),
     ):
         if names:
             page.line(f"  {few(names)}: {what}.", "yellow")
