@@ -39,7 +39,7 @@ class Buffers:
         self._arrays: dict[str, np.ndarray] = {}
 
     def take(self, role: str, dtype: str, rows: int, row_bytes: int) -> np.ndarray:
-        """An uninitialised ``(rows, row_bytes / itemsize)`` array of the role's memory."""
+        """An uninitialized ``(rows, row_bytes / itemsize)`` array of the role's memory."""
         nbytes = rows * row_bytes
         held = self._arrays.get(role)
         if held is None or held.nbytes < nbytes:

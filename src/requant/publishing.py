@@ -102,8 +102,8 @@ def check_name(repository: str) -> None:
     Raises:
         UsageError: It is none.
     """
-    organisation, slash, name = repository.partition("/")
-    if not (organisation and slash and name) or "/" in name:
+    organization, slash, name = repository.partition("/")
+    if not (organization and slash and name) or "/" in name:
         raise UsageError(f"{repository!r} is no repository; write it as org/name")
 
 

@@ -101,7 +101,7 @@ def test_generate_prints_text_and_speed(requant: Requant) -> None:
     wishes = (MICRO_LLAMA, "--prompt", "The file", "--bits", 4, "--max-tokens", 6)
     result = requant("generate", *wishes)
     assert result.code == 0
-    assert result.err.startswith("6 tokens, ") and "4.52 bits a weight" in result.err
+    assert result.err.startswith("6 tokens, ") and "4.52 bits per weight" in result.err
     document = json.loads(requant("generate", *wishes, "--json").out)
     assert result.out == document["text"] + "\n"
     assert (document["tokens"], document["finish_reason"]) == (6, "length")

@@ -14,9 +14,11 @@ import pytest
 
 import requant
 import requant.mlx_lm
+from requant.cli.options import parse_size
 from requant.memory import make_budget
 from requant.page import render_page
 from requant.recipes import load_recipe
+from requant.wishes import Wishes
 
 from ..commands import COMMANDS, check_usage
 from .conftest import Result
@@ -70,6 +72,38 @@ def test_help_has_examples_that_parse(requant: Callable[..., Result], command: s
     assert any(line.split()[1] == command for line in examples), text
     for line in examples:
         check_usage(line)
+
+
+def test_the_doors_take_the_same_wishes() -> None:
+    """plan, convert and what checks for both: same names, same defaults."""
+    doors = (requant.plan, requant.convert, Wishes.build)
+    plan, convert, build = (dict(inspect.signature(door).parameters) for door in doors)
+    build["shard_size"] = build.pop("max_shard_bytes")  # the field's name, which records keep
+    for name, parameter in build.items():
+        for known in (plan, convert):
+            assert known[name].default == parameter.default, name
+            assert known[name].kind == parameter.kind, name
+    assert plan.keys() <= convert.keys()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_defaults_are_those_of_python(command: str) -> None:
+    known = {n: p for door in doors(command) for n, p in inspect.signature(door).parameters.items()}
+    for option in COMMANDS[command].params:
+        python = known.get(option.name)
+        if python is None or python.default is inspect.Parameter.empty:
+            continue
+        told = parse_size(option.default) if option.name == "shard_size" else option.default
+        assert (told or None) == (python.default or None), f"{command} --{option.name}"
+
+
+def test_help_of_the_program_cuts_no_sentence(requant: Callable[..., Result]) -> None:
+    text = requant("--help").out
+    assert "..." not in text.partition("Commands:")[2]
+    assert requant("help").out == text
+    for command in COMMANDS:
+        assert requant("help", command).out == requant(command, "-h").out
+    assert "Did you mean 'convert'" in requant("help", "convret").err
 
 
 def test_help_fits_a_terminal(requant: Callable[..., Result]) -> None:

@@ -91,5 +91,8 @@ def run(arguments: Sequence[str] | None = None) -> NoReturn:
             reconfigure(errors="backslashreplace")
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _terminate)
-    app(arguments, prog_name="requant")
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["help"]:  # as with git and pip: help, help convert
+        words = [*words[1:], "--help"]
+    app(words, prog_name="requant")
     raise SystemExit(0)

@@ -275,7 +275,7 @@ def generate(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Let a model say something: convert SOURCE in memory, go on from a prompt.
+    """Convert SOURCE in memory and let it go on from a prompt.
 
     A look at what a conversion is worth, before or after it is written; needs mlx-lm.
     The wishes are those of convert, and so are the weights. The likeliest token is taken
@@ -333,11 +333,12 @@ def calibrate(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Run a model over a text and write what the inputs of its layers look like.
+    """Run a model over a text and write statistics of its layers.
 
-    The file weighs the search of convert: --imatrix FILE. Give text like that which the
-    model will see, and not the text that you judge it by. Needs mlx-lm; one block's weights
-    are in memory at a time. Stopped, the same command goes on where it was.
+    They say what the inputs of each layer look like, and weigh the search of convert:
+    --imatrix FILE. Give text like that which the model will see, and not the text that you
+    judge it by. Needs mlx-lm; one block's weights are in memory at a time. Stopped, the same
+    command goes on where it was.
 
     \b
     Examples:

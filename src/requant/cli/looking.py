@@ -29,12 +29,13 @@ from requant.cli.options import (
     offer,
 )
 from requant.cli.progress import counting_display, progress_display
+from requant.errors import UsageError
 
 
 def inspect(
     source: Source, config_from: ConfigFrom = None, revision: Revision = None, json: Json = False
 ) -> None:
-    """Show what a folder holds: format, layers, dtypes, sizes, problems.
+    """Show what SOURCE holds: format, layers, sizes, problems.
 
     Exits with 1 if there are problems.
 
@@ -56,7 +57,7 @@ def inspect(
 
 
 def verify(
-    folder: Verified,
+    folder: Verified = None,
     output: AgainstSource = None,
     config_from: ConfigFrom = None,
     imatrix: Imatrix = None,
@@ -81,6 +82,10 @@ def verify(
     from requant.cli import tables
 
     with answering_errors(), progress_display(quiet) as progress:
+        if folder is None:
+            raise UsageError(
+                "give the OUTPUT to check, or SOURCE and OUTPUT: requant verify --help"
+            )
         found = verification.verify(
             folder,
             output,
@@ -166,7 +171,7 @@ def recipes(
     name: Annotated[
         str | None,
         typer.Argument(
-            metavar="[NAME|FILE]", help="Show this one.", autocompletion=offer(known_recipes)
+            metavar="NAME|FILE", help="Show this one.", autocompletion=offer(known_recipes)
         ),
     ] = None,
     json: Json = False,

@@ -87,13 +87,16 @@ Output = Annotated[
     Path, typer.Argument(metavar="OUTPUT", help="Folder to write; appears when complete.")
 ]
 Verified = Annotated[
-    Path, typer.Argument(metavar="[SOURCE]", help="What OUTPUT was made from.", show_default=False)
+    Path | None,
+    typer.Argument(
+        metavar="SOURCE", help="What OUTPUT was made from; may be left out.", show_default=False
+    ),
 ]
 AgainstSource = Annotated[
     Path | None, typer.Argument(metavar="OUTPUT", help="Folder to check.", show_default=False)
 ]
 Bits = Annotated[
-    int | None, typer.Option("--bits", metavar="N", help="Bits a weight; affine: 1 to 6, 8.")
+    int | None, typer.Option("--bits", metavar="N", help="Bits per weight; affine: 1 to 6, 8.")
 ]
 GroupSize = Annotated[
     int | None,
@@ -105,7 +108,7 @@ Mode = Annotated[
         "--mode",
         metavar="MODE",
         autocompletion=offer(_modes),
-        help="affine, mxfp4, mxfp8 or nvfp4.",
+        help="Quantization mode: affine, mxfp4, mxfp8 or nvfp4.",
     ),
 ]
 Dequantize = Annotated[bool, typer.Option("--dequantize", "-d", help="Write every layer dense.")]
@@ -115,7 +118,7 @@ Dtype = Annotated[
         "--dtype",
         metavar="DTYPE",
         autocompletion=offer(_choices("DTYPES")),
-        help="float16, bfloat16 or float32 for floats.",
+        help="Dtype of floating tensors: float16, bfloat16 or float32.",
     ),
 ]
 Overrides = Annotated[
@@ -253,7 +256,7 @@ MaxMemory = Annotated[
 Threads = Annotated[
     int | None,
     typer.Option(
-        "--threads", "-j", metavar="N", min=1, help="Worker threads; one a processor unless given."
+        "--threads", "-j", metavar="N", min=1, help="Worker threads; by default one a processor."
     ),
 ]
 Force = Annotated[bool, typer.Option("--force", "-f", help="Replace an existing OUTPUT.")]
@@ -288,7 +291,9 @@ Html = Annotated[
 ]
 Revision = Annotated[
     str | None,
-    typer.Option("--revision", metavar="REV", help="Of a SOURCE on the hub: branch, tag, commit."),
+    typer.Option(
+        "--revision", metavar="REV", help="Of a repository on the hub: branch, tag or commit."
+    ),
 ]
 Repository = Annotated[str, typer.Argument(metavar="REPO", help="Repository on the hub, org/name.")]
 UploadTo = Annotated[

@@ -49,7 +49,7 @@ def describe_generation(made: Generation) -> str:
     return (
         f"{made.tokens:,} tokens, {made.tokens_per_s:,.1f} a second; prompt {made.prompt_tokens:,} "
         f"tokens, {made.prompt_tokens_per_s:,.1f} a second; "
-        f"{made.report.bits_per_weight:.2f} bits a weight; ready after {made.load_s:.1f} s"
+        f"{made.report.bits_per_weight:.2f} bits per weight; ready after {made.load_s:.1f} s"
     )
 
 

@@ -65,6 +65,7 @@ def send(
     with answering_errors():
         bars = not quiet and sys.stderr.isatty()
         if not quiet and not bars:
+            publishing.check_name(repository)
             say(f"uploading {output} to {repository}")
         done = publishing.upload(
             output, repository, base_model=base_model, private=private, show_progress=bars

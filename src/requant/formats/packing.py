@@ -53,7 +53,7 @@ class Scratch(Protocol):
     """Memory that a worker keeps for its whole run."""
 
     def take(self, role: str, dtype: str, rows: int, row_bytes: int) -> np.ndarray:
-        """An uninitialised ``(rows, row_bytes / itemsize)`` array; one a role at a time."""
+        """An uninitialized ``(rows, row_bytes / itemsize)`` array; one a role at a time."""
 
 
 class Packing(ABC):
