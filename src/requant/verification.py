@@ -297,7 +297,10 @@ def _repeated_plan(
     if plan.hash != record.get("plan"):
         maker = record.get("requant")
         by = "" if maker == version() else f"; it was made by requant {maker}, this is {version()}"
-        found.add(f"{RECORD}: plan", f"this source gives another plan{by}{_why(plan, record)}")
+        why = _why(plan, record)
+        if not by and not why and statistics is not None:
+            why = f"; {statistics} is another file than the {made.statistics} of then, it seems"
+        found.add(f"{RECORD}: plan", f"this source gives another plan{by}{why}")
     return plan
 
 

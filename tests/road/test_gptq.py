@@ -95,6 +95,12 @@ def test_each_matrix_by_its_own_hessian(
     reasons = {x.layer: x.reason for x in report.plan.layers}
     assert (reasons[Q], reasons[DOWN]) == ("", "no Hessian: searched without --gptq")
     assert requant.verify(source, tmp_path / "out", statistics=stats).ok
+    other = tmp_path / "other.safetensors"
+    data = bytearray(stats.read_bytes())
+    data[-4:] = np.float32(4.0).tobytes()
+    other.write_bytes(data)
+    (plan, *_) = requant.verify(source, tmp_path / "out", statistics=other).problems
+    assert f"{other} is another file than the s.safetensors of then" in str(plan)
 
 
 def test_the_outputs_of_a_layer_are_nearer(source: Path, stats: Path, tmp_path: Path) -> None:
