@@ -1,4 +1,7 @@
-"""The doors: ``plan`` and ``convert``. Start reading here; the road is steps 1 to 6 in order."""
+"""The doors: ``plan`` and ``convert``. Start reading here; the road is steps 1 to 6 in order.
+
+What a caller says is checked here and handed down; the steps themselves do the work.
+"""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from requant.errors import HubError
 from requant.hub_client import stream_range
@@ -23,6 +24,7 @@ _SECTION_BYTES = 1 << 30  # of one request: addresses of storage expire
 _TRIES = 4  # without a new byte
 _FIRST_PAUSE_S = 0.5
 _POLL_S = 0.1
+_HASHED_BYTES = 1 << 20  # at a time, of what came before
 
 
 class Downloads:
@@ -187,14 +189,39 @@ class Downloads:
         return None
 
     def _grow(self, file: RemoteFile, fd: int) -> Path | None:
+        """Go on with a file until it is whole; None if all is to end."""
+        digest = file.new_hash()
+        have = self._take_up(file, fd, digest)
+        if not self._receive(file, fd, have, digest):
+            return None
+        if digest.hexdigest() != file.digest:
+            os.ftruncate(fd, 0)
+            raise HubError(
+                f"{self.repository}: {file.name}: what came has the hash "
+                f"{digest.hexdigest()[:12]}..., the hub lists {file.digest[:12]}... at commit "
+                f"{self.commit[:12]}: it was changed there, or damaged on its way. It is "
+                "dropped: try again"
+            )
+        os.fsync(fd)
+        return self.place.keep(file)
+
+    def _take_up(self, file: RemoteFile, fd: int, digest: Any) -> int:
+        """Hash what came before; how many bytes that is."""
         have = os.fstat(fd).st_size
         if have > file.nbytes:
             os.ftruncate(fd, 0)
             have = 0
-        digest = file.new_hash()
-        for start in range(0, have, 1 << 20):
-            digest.update(os.pread(fd, min(1 << 20, have - start), start))
+        for start in range(0, have, _HASHED_BYTES):
+            digest.update(os.pread(fd, min(_HASHED_BYTES, have - start), start))
         self._count(have)
+        return have
+
+    def _receive(self, file: RemoteFile, fd: int, have: int, digest: Any) -> bool:
+        """Append what is missing, after failures that may pass once more; False if all is to end.
+
+        Raises:
+            HubError: The hub refuses, or nothing came several times in a row.
+        """
         failed = 0
         while have < file.nbytes:
             before = have
@@ -206,7 +233,7 @@ class Downloads:
                     have += len(block)
                     self._count(len(block))
                     if self._ended.is_set():
-                        return None
+                        return False
                 if have == before:
                     raise HubError(f"{self.repository}: {file.name}: no more bytes came")
             except HubError as error:
@@ -215,17 +242,8 @@ class Downloads:
                     raise
                 self._ended.wait(_FIRST_PAUSE_S * 2**failed)
             if self._ended.is_set():
-                return None
-        if digest.hexdigest() != file.digest:
-            os.ftruncate(fd, 0)
-            raise HubError(
-                f"{self.repository}: {file.name}: what came has the hash "
-                f"{digest.hexdigest()[:12]}..., the hub lists {file.digest[:12]}... at commit "
-                f"{self.commit[:12]}: it was changed there, or damaged on its way. It is "
-                "dropped: try again"
-            )
-        os.fsync(fd)
-        return self.place.keep(file)
+                return False
+        return True
 
     def _count(self, nbytes: int) -> None:
         with self._changed:

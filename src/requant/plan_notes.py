@@ -1,4 +1,7 @@
-"""What a plan tells its reader beside the table: in words, one function a subject."""
+"""What a plan tells its reader beside the table: in words, one function a subject.
+
+Reads what was decided and changes nothing of it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Step 6 of the road: what was done, layer by layer, for people and for programs."""
+"""Step 6 of the road: what was done, layer by layer, for people and for programs.
+
+Sums up a plan and what a run found in it; touches no files.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""A decided layer becomes steps: which operation, on which rows, into which tensors."""
+"""A decided layer becomes steps: which operation, on which rows, into which tensors.
+
+Pure: it counts rows and bytes from shapes and dtypes, and decides nothing about layers.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""``verify``: is an output what its record says, and what its source gives?"""
+"""``verify``: is an output what its record says, and what its source gives?
+
+Two questions: hashes and files against ``requant.json``, and, where the source is given, the
+whole conversion again into a sink that compares. It writes nothing.
+"""
 
 from __future__ import annotations
 
