@@ -175,5 +175,5 @@ def test_what_is_no_hessian_is_refused(spoil) -> None:
 def test_shapes_that_disagree_are_both_told() -> None:
     with pytest.raises(ShapeMismatchError, match=r"\[64, 64\], got \[32, 32\]"):
         gptq.compensation_of(np.eye(32), 64)
-    with pytest.raises(ShapeMismatchError, match=r"\(128, 128\), got \(64, 64\)"):
+    with pytest.raises(ShapeMismatchError, match=r"\[128, 128\], got \[64, 64\]"):
         gptq.quantize(weights_of(2, 128), gptq.compensation_of(np.eye(64), 64), 64, 4)
