@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from requant.errors import Problem
+from requant.errors import Problem, shown
 
 
 class Metadata:
@@ -105,5 +105,4 @@ class Metadata:
 def _kind(value: Any) -> str:
     if isinstance(value, (tuple, np.ndarray)):
         return f"an array of {len(value):,}"
-    text = repr(value)
-    return text if len(text) <= 60 else text[:60] + "..."
+    return shown(value)
