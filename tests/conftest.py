@@ -15,6 +15,7 @@ def pytest_configure() -> None:
     messages.watch()
 
 
+@pytest.hookimpl(trylast=True)  # after the fixtures are gone: failing here must not keep them
 def pytest_runtest_teardown(item: pytest.Item) -> None:
     """A test fails that raised a message which does not read well; a fuzzer may say anything."""
     told = messages.take()

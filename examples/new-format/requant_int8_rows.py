@@ -5,19 +5,13 @@ Value: ``w = code * scale``. ``{layer}.weight`` is I8 ``[out, in]``, ``{layer}.s
 becomes ``code + 128`` with ``bias = -128 * scale``: exact.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 
-from requant.arrays import native
-from requant.checkpoint import Checkpoint
-from requant.formats.base import SourceLayout
 from requant.formats.integer_layers import integer_layer
 from requant.formats.packing import Cut, IntegerPacking
 from requant.formats.sorting import Refused, Sorter
 
 
-@dataclass(frozen=True)
 class Int8Packing(IntegerPacking):
     """How rows of MLX's layer come out of the two tensors."""
 
@@ -28,9 +22,6 @@ class Int8Packing(IntegerPacking):
     def codes(self, parts, start, stop, scratch):
         return parts["weight"].view(np.uint8) ^ 0x80  # two's complement, plus 128
 
-    def words(self, parts, start, stop, out, scratch):
-        out[:] = native.pack_words(self.codes(parts, start, stop, scratch), self.bits)
-
     def scales(self, parts, start, stop):
         return parts["scale"].reshape(-1, 1)
 
@@ -40,12 +31,12 @@ class Int8Rows:
 
     name = "int8-rows"
 
-    def claims(self, checkpoint: Checkpoint) -> str | None:
+    def claims(self, checkpoint):
         block = checkpoint.config.get("quantization_config")
         ours = isinstance(block, dict) and block.get("quant_method") == self.name
         return "config.json: quant_method int8-rows" if ours else None
 
-    def read(self, checkpoint: Checkpoint) -> SourceLayout:
+    def read(self, checkpoint):
         sorter = Sorter(checkpoint)
         for name, weight in checkpoint.tensors.items():
             path = name.removesuffix(".weight")

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -18,9 +17,8 @@ from typing import Any
 from requant.conversion import Source
 from requant.errors import CheckpointError, ParseError, Problem, cannot_be, shown
 from requant.recipes import recipe_names
-from requant.record import FORMAT_VERSION, of_another_version
+from requant.record import read_record
 from requant.report import Group
-from requant.safetensors_folder import read_json
 from requant.schema import QuantMode
 from requant.source_folder import RECORD
 from requant.specs import spec_text
@@ -239,13 +237,7 @@ def read_figures(output: Source) -> Figures:
         ['model.layers.3.self_attn.o_proj', ...]
     """
     place = Path(output)
-    if not place.is_dir() or not os.path.lexists(place / RECORD):
-        what = "is missing: requant wrote no such folder" if place.is_dir() else "no such folder"
-        raise CheckpointError(str(place), [Problem(RECORD, what)])
-    record = read_json(place, RECORD)
-    if record.get("record") != FORMAT_VERSION:
-        message = of_another_version(record)
-        raise CheckpointError(str(place), [Problem(RECORD, message)])
+    record = read_record(place)
     try:
         source = _typed(record, "source", dict)
         layers = _typed(record, "layers", dict)

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from requant.blueprint import Plan
-from requant.errors import shown
-from requant.source_folder import open_regular
+from requant.errors import CheckpointError, Problem, shown
+from requant.safetensors_folder import read_json
+from requant.source_folder import RECORD, check_folder, open_regular
 
 _BLOCK_BYTES = 1 << 20
 FORMAT_VERSION = 1
@@ -28,10 +29,27 @@ def version() -> str:
     return installed_version("requant")
 
 
-def of_another_version(record: Mapping[str, Any]) -> str:
-    """What to say of a record that this version cannot read."""
-    told = f"record is {shown(record.get('record'))}, this version reads {FORMAT_VERSION}"
-    return f"{told}: take the requant that wrote it, {shown(record.get('requant'))}"
+def read_record(folder: Path, instead: str = "") -> dict[str, Any]:
+    """The record in a folder that ``convert`` wrote.
+
+    Args:
+        folder: The output.
+        instead: What to say where there is no record, if the caller knows better.
+
+    Raises:
+        CheckpointError: There is no folder, no record in it, or one of another version.
+    """
+    if missing := check_folder(folder):
+        raise CheckpointError(str(folder), [Problem(str(folder), missing)])
+    if not os.path.lexists(folder / RECORD):
+        message = "is missing: requant did not write this folder, or an older version did"
+        raise CheckpointError(str(folder), [Problem(RECORD, instead or message)])
+    record = read_json(folder, RECORD)
+    if record.get("record") != FORMAT_VERSION:
+        told = f"record is {shown(record.get('record'))}, this version reads {FORMAT_VERSION}"
+        message = f"{told}: take the requant that wrote it, {shown(record.get('requant'))}"
+        raise CheckpointError(str(folder), [Problem(RECORD, message)])
+    return record
 
 
 def make_record(

@@ -30,15 +30,13 @@ from requant.memory import Budget, make_budget
 from requant.patterns import time_counted
 from requant.planner import make_plan
 from requant.record import (
-    FORMAT_VERSION,
     hash_file,
     hash_range,
-    of_another_version,
+    read_record,
     record_hash,
     spelled,
     version,
 )
-from requant.safetensors_folder import read_json
 from requant.source_folder import (
     CONFIG,
     INDEX,
@@ -161,15 +159,10 @@ class _Findings:
 
 
 def _read_record(place: Path, found: _Findings, source: Path | None) -> dict[str, Any]:
-    if not os.path.lexists(place / RECORD):
-        message = "is missing: the folder was not written by requant, or by an older version"
-        if source is not None and os.path.lexists(source / RECORD):
-            message = f"is missing, but {source} has one: the source comes first, then the output"
-        raise CheckpointError(str(place), [Problem(RECORD, message)])
-    record = read_json(place, RECORD)
-    if record.get("record") != FORMAT_VERSION:
-        message = of_another_version(record)
-        raise CheckpointError(str(place), [Problem(RECORD, message)])
+    instead = ""
+    if source is not None and os.path.lexists(source / RECORD):
+        instead = f"is missing, but {source} has one: the source comes first, then the output"
+    record = read_record(place, instead)
     if record.get("sha256") != record_hash(record):
         found.add(RECORD, "is not as it was written: its own hash differs")
     return record

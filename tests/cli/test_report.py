@@ -47,7 +47,7 @@ def test_json(output: Path, requant: Requant) -> None:
 def test_no_record_is_an_error(model: Path, requant: Requant) -> None:
     result = requant("report", model, "--html", model / "page.html")
     assert result.code == 1
-    assert "requant.json: is missing: requant wrote no such folder" in result.err
+    assert "requant.json: is missing: requant did not write this folder" in result.err
     assert not (model / "page.html").exists()
 
 

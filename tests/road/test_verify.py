@@ -131,6 +131,12 @@ def test_another_plan_is_told(dense: Path, output: Path, monkeypatch: pytest.Mon
     assert "another plan" in problem.message and "this is 99" in problem.message
 
 
+def test_an_output_that_is_not_there(dense: Path, tmp_path: Path) -> None:
+    for folders in ((tmp_path / "nowhere",), (dense, tmp_path / "nowhere")):
+        with pytest.raises(CheckpointError, match="there is no such folder"):
+            requant.verify(*folders)
+
+
 def test_no_record(output: Path) -> None:
     (output / "requant.json").unlink()
     with pytest.raises(CheckpointError, match=r"requant\.json: is missing"):

@@ -12,7 +12,6 @@ from typing import Final
 
 import numpy as np
 
-from requant.arrays import native
 from requant.arrays.repack import BITNET
 from requant.checkpoint import Checkpoint, SourceTensor
 from requant.errors import InvariantError, shown
@@ -59,9 +58,6 @@ class Ternary(IntegerPacking):
         if codes.size and codes.max() == 3:
             raise InvariantError("holds code 3, which is none of its three values: 0, 1 and 2")
         return codes
-
-    def words(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
-        out[:] = native.pack_words(self.codes(parts, start, stop, scratch), self.bits)
 
     def scales(self, parts: Parts, start: int, stop: int) -> np.ndarray:
         scale = parts["weight_scale"].astype(np.float32)

@@ -12,7 +12,6 @@ from enum import StrEnum
 
 import numpy as np
 
-from requant.arrays import native
 from requant.errors import InvariantError, span
 from requant.formats.packing import Cut, IntegerPacking, Parts, Scratch, mlx_bits, stream_codes
 from requant.schema import Quantization
@@ -118,8 +117,7 @@ class CtPacked(_CtInteger):
         if not self.padded and mlx_bits(self.bits) == self.bits:
             out[:] = parts["weight_packed"].view(np.uint32)
         else:
-            codes = self.codes(parts, start, stop, scratch)
-            out[:] = native.pack_words(codes, mlx_bits(self.bits))
+            super().words(parts, start, stop, out, scratch)
 
     def codes(self, parts: Parts, start: int, stop: int, scratch: Scratch) -> np.ndarray:
         return np.ascontiguousarray(self._unpacked(parts["weight_packed"], self.columns))
@@ -172,8 +170,7 @@ class CtPlain(_CtInteger):
         if self.bits == 8:
             np.bitwise_xor(parts["weight"].view(np.uint32), np.uint32(0x80808080), out=out)
         else:
-            codes = self.codes(parts, start, stop, scratch)
-            out[:] = native.pack_words(codes, mlx_bits(self.bits))
+            super().words(parts, start, stop, out, scratch)
 
     def codes(self, parts: Parts, start: int, stop: int, scratch: Scratch) -> np.ndarray:
         middle = np.uint8(1 << (self.bits - 1))

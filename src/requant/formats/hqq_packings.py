@@ -14,7 +14,6 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
-from requant.arrays import native
 from requant.arrays.decode import integer_values_into
 from requant.arrays.repack import HQQ, RowBlocks
 from requant.dtypes import NUMPY_DTYPE
@@ -30,7 +29,6 @@ from requant.formats.packing import (
     Parts,
     Scratch,
     is_narrower,
-    mlx_bits,
 )
 from requant.formats.row_blocks import NEXT, block_codes, block_cuts
 from requant.schema import Quantization
@@ -106,9 +104,6 @@ class HqqRows(IntegerPacking):
         skipped = start * self.columns % self.group
         count = (stop - start) * self.columns
         return view[skipped : skipped + count].reshape(stop - start, self.columns)
-
-    def words(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
-        out[:] = native.pack_words(self.codes(parts, start, stop, scratch), mlx_bits(self.bits))
 
     def scales(self, parts: Parts, start: int, stop: int) -> np.ndarray:
         return parts["scale"].reshape(stop - start, -1)

@@ -9,7 +9,6 @@ from typing import ClassVar, Final
 
 import numpy as np
 
-from requant.arrays import native
 from requant.arrays.repack import row_pairs_into
 from requant.checkpoint import SourceTensor
 from requant.formats.base import SourceLayer
@@ -46,9 +45,6 @@ class RowPairs(IntegerPacking):
         codes = scratch.take("codes", "U8", stop - start, self.columns)
         row_pairs_into(parts["weight"], codes)
         return codes
-
-    def words(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
-        out[:] = native.pack_words(self.codes(parts, start, stop, scratch), self.bits)
 
     def scales(self, parts: Parts, start: int, stop: int) -> np.ndarray:
         return parts["weight_scale"]

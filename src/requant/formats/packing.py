@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
-from requant.arrays import decode, repack
+from requant.arrays import decode, native, repack
 from requant.errors import InvariantError, span
 from requant.schema import Quantization, QuantMode
 
@@ -165,9 +165,12 @@ class IntegerPacking(Packing):
             return None
         return Quantization(group, mlx_bits(self.bits), QuantMode.AFFINE)
 
-    @abstractmethod
     def words(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
-        """Fill ``out``, uint32 ``(rows, columns * mlx_bits / 32)``, with the codes."""
+        """Fill ``out``, uint32 ``(rows, columns * mlx_bits / 32)``, with the codes.
+
+        Where stored words can be moved as they are, or by one kernel, a format does that instead.
+        """
+        out[:] = native.pack_words(self.codes(parts, start, stop, scratch), mlx_bits(self.bits))
 
     @abstractmethod
     def codes(self, parts: Parts, start: int, stop: int, scratch: Scratch) -> np.ndarray:
