@@ -214,11 +214,14 @@ def _failing(doing: str) -> Iterator[None]:
         message = in_a_line(error)
         missing = re.search(r"missing \d+ required .*?arguments?: (.*)", message)
         surplus = re.search(r"Received (\d+) parameters not in model: (.*)", message)
+        refused = re.search(r"(\w+)\.\w+\(\) got an unexpected keyword argument '(\w+)'", message)
         if missing and "ModelArgs" in message:
             message = f"config.json lacks what its class for this model needs: {missing[1]}"
         elif surplus:
             held = count(int(surplus[1]), "tensor")
             message = f"its class for this model has no place for {held}: {surplus[2]}"
+        elif refused:
+            message = f"its own layer, {refused[1]}, does not take the setting '{refused[2]}'"
         elif isinstance(error, KeyError):
             message = f"the tensor or setting {message} is missing"
         elif "during function transformations" in message:
