@@ -78,9 +78,19 @@ def plan(
     each layer's error measured, with ``threads``, ``max_memory`` and ``progress`` as there.
     ``save_recipe`` names a file for what was chosen.
 
+    Returns:
+        Layers with what becomes of each, the tensors to read and to write with their places,
+        sizes in bytes and bits per weight; ``to_dict`` is what ``requant plan --json`` prints.
+
     Raises:
         CheckpointError: Everything that is wrong with the source.
+        HubError: A repository is not reached, or refuses.
         UsageError: Wishes that contradict each other or name no layer.
+        OutOfRangeError, UnknownValueError: A wish has a value that there is not.
+
+    Example:
+        >>> made = plan("Llama-3.2-1B", bits=4, group_size=32)  # doctest: +SKIP
+        >>> made.bits_per_weight, made.bytes_out  # doctest: +SKIP
     """
     wishes = Wishes.build(
         quantization,

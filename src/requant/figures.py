@@ -228,6 +228,9 @@ def read_figures(output: Source) -> Figures:
     Args:
         output: A folder that ``convert`` wrote.
 
+    Returns:
+        Layers with treatment, exactness, sizes in bytes and errors, and where all comes from.
+
     Raises:
         CheckpointError: It has no record, or one that says not what it must.
 

@@ -92,8 +92,21 @@ def inspect(
     Problems of the format (a missing scale, a shape that disagrees) are listed in the
     result.
 
+    Args:
+        source: Folder, GGUF file, or ``org/name`` on the hub, as ``convert`` takes it.
+        config_from: For GGUF, as in ``convert``.
+        revision: Of a repository on the hub: branch, tag or commit.
+
+    Returns:
+        Format, layers with their encodings, sizes in bytes, and problems.
+
     Raises:
         CheckpointError: The folder itself cannot be read as a checkpoint.
+        HubError: A repository is not reached, or refuses.
+
+    Example:
+        >>> found = inspect("Llama-3-8B-AWQ")  # doctest: +SKIP
+        >>> found.nbytes, found.problems  # doctest: +SKIP
     """
     remote = find_repository(source, revision)
     checkpoint = (

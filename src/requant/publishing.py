@@ -68,6 +68,9 @@ def upload(
         preview: Only make the card and the list of files; the hub is not asked.
         show_progress: Let huggingface_hub draw its bars on standard error.
 
+    Returns:
+        The card, the files with their sizes in bytes and, unless previewed, the commit's address.
+
     Raises:
         CheckpointError: The folder has no record of ours, or a damaged one.
         HubError: The hub is not reached or refuses.

@@ -16,6 +16,13 @@ def default_eligible(path: str, weight: Array) -> bool:
 
     The shape still decides. Where the architecture is known, a narrower rule is safer: a norm
     with a two-axis weight, say, would be quantized as well.
+
+    Args:
+        path: The layer's path: the tensor's name without ``.weight``.
+        weight: The tensor.
+
+    Returns:
+        True.
     """
     return True
 

@@ -135,7 +135,11 @@ def calibrate(
         progress: Called with what is done, how many, and of how many.
         on_note: Called before the model is run, with what the file will lack.
 
+    Returns:
+        How many layers and Hessians were collected, of how many tokens, and what is missing.
+
     Raises:
+        HubError: A repository is not reached, or refuses.
         CheckpointError: The model cannot be read, or mlx-lm has no class for it.
         UsageError: The text is too short, or the output's name is no ``.safetensors``.
         OutputError: The output exists, or the disk refuses it.
