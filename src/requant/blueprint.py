@@ -218,6 +218,11 @@ class Plan:
         """Bits of the output per logical weight, scales and biases included."""
         return 8 * self.bytes_out / self.parameters if self.parameters else 0.0
 
+    @property
+    def bits_per_weight_in(self) -> float:
+        """Bits of the source per logical weight, counted as ``bits_per_weight`` counts them."""
+        return 8 * self.bytes_in / self.parameters if self.parameters else 0.0
+
     def index(self) -> dict[str, Any]:
         """The ``model.safetensors.index.json`` of the output."""
         names = {t.name: shard.name for shard in self.shards for t in shard.tensors}

@@ -73,7 +73,7 @@ class Comparison:
         layers: Tensors that both have, in A's order.
         only_a: Names that B lacks.
         only_b: Names that A lacks.
-        bits_per_weight_a: Of A's files.
+        bits_per_weight_a: Of A's tensors, as ``report`` counts them: without the files' headers.
         bits_per_weight_b: Of B's.
         evaluation: Both on the text; None without one.
     """
@@ -152,9 +152,6 @@ def compare(
     evaluation = None
     if text is not None:
         evaluation = _evaluated(a, b, Path(text), tokens, window, threads, progress)
-    bits_a, bits_b = (
-        8 * sum(f.nbytes for f in plan.files) / max(plan.parameters, 1) for plan in plans
-    )
     return Comparison(
         str(a),
         str(b),
@@ -162,8 +159,8 @@ def compare(
         tuple(layers),
         tuple(name for name in places[0] if name not in places[1]),
         tuple(name for name in places[1] if name not in places[0]),
-        bits_a,
-        bits_b,
+        plans[0].bits_per_weight_in,
+        plans[1].bits_per_weight_in,
         evaluation,
     )
 

@@ -52,6 +52,14 @@ def test_an_output_against_its_source_has_the_error_of_its_report(
     assert found["model.layers.0.input_layernorm"].max_error == 0.0
 
 
+def test_bits_per_weight_are_those_of_the_report(dense: Path, tmp_path: Path) -> None:
+    """Tensors count, the headers of files do not."""
+    report = requant.convert(dense, tmp_path / "out", bits=4, layout="keep")
+    found = requant.compare(dense, tmp_path / "out")
+    assert found.bits_per_weight_b == report.bits_per_weight
+    assert found.bits_per_weight_a == 8 * report.plan.bytes_in / report.plan.parameters
+
+
 def test_a_faulty_model_is_named_and_cannot_be_compared(dense: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"nothing cannot be compared:\n.*no such folder"):
         requant.compare(dense, tmp_path / "nothing")
