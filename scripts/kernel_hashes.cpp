@@ -265,8 +265,6 @@ void repacking() {
     for (int out_bits = bits; out_bits <= 8; out_bits++) {
       kernels.stream_columns(words, n_in, n_out, bits, bits % 2 == 0, out_bits % 2 == 0, out_words, out_bits);
       print("stream_columns", "", bits, out_bits, hash(out.data(), n_in * n_out / 8 * size_t(out_bits)));
-      kernels.widen_words(words, n_in * n_out, bits, out_words, out_bits);
-      print("widen_words", "", bits, out_bits, hash(out.data(), n_in * n_out / 8 * size_t(out_bits)));
       if (bits == 1) continue;
       kernels.planar_columns(words, n_in, n_out, bits, out_words, out_bits);
       print("planar_columns", "", bits, out_bits, hash(out.data(), n_in * n_out / 8 * size_t(out_bits)));
@@ -285,10 +283,6 @@ void repacking() {
   print("marlin_words", "", 0, 0, hash(out.data(), tiled));
   kernels.fast_words(reinterpret_cast<const uint16_t*>(src.data()), 192, 64, out_words);
   print("fast_words", "", 0, 0, hash(out.data(), tiled));
-  for (int bits : {1, 2, 4}) {
-    kernels.reverse_codes(src.data(), src.size(), bits, out.data());
-    print("reverse_codes", "", bits, 0, hash(out.data(), out.size()));
-  }
   kernels.deinterleave_words(words, src.size() / 4, out_words);
   print("deinterleave_words", "", 0, 0, hash(out.data(), out.size()));
 }
@@ -306,17 +300,10 @@ void decoding(const Format& o) {
     const size_t nans = kernels.float8_values(codes.data(), fnuz, s, kRows, kCols, 6, 5, 100, 3, out.data(), o.dtype);
     print("float8_values", o.name, fnuz, int(nans), hash_values(out, o));
   }
-  for (size_t group : {16, 32, 72}) {
-    kernels.e2m1_values(codes.data(), s, kRows / 2, 2 * kCols, group, out.data(), o.dtype);
-    print("e2m1_values", o.name, int(group), 0, hash_values(out, o));
-  }
   for (bool high_first : {false, true}) {
     kernels.lut_values(codes.data(), codes.size(), high_first, s + kCols, s, 64, 10, out.data(), o.dtype);
     print("lut_values", o.name, high_first, 0, hash_values(out, o));
   }
-  const std::vector<uint8_t> own = weights(o);
-  kernels.zero_biases(own.data(), o.dtype, s, size_t(kRows) * kCols, out.data());
-  print("zero_biases", o.name, 0, 0, hash_values(out, o));
 }
 
 }  // namespace

@@ -500,18 +500,6 @@ void stream_codes(In src, int bits, Out out, bool padded) {
   });
 }
 
-void widen_words(In src, int bits, Out out, int out_bits) {
-  check_out_bits(bits, out_bits);
-  check_rank(src, "src", 2);
-  check_layout(src, "src", 32);
-  check_groups("src", src.shape(1), bits);
-  const size_t runs = src.shape(1) / size_t(bits);
-  check_shape(out, "out", 32, src.shape(0), runs * size_t(out_bits));
-  run([&] {
-    kernels().widen_words(data<uint32_t>(src), src.shape(0) * runs * 32, bits, data<uint32_t>(out), out_bits);
-  });
-}
-
 void field_codes(In src, int shift, int bits, int flip, Out out, size_t first, size_t step) {
   check_bits(bits);
   check_rank(src, "src", 2);
@@ -532,14 +520,6 @@ void field_codes(In src, int shift, int bits, int flip, Out out, size_t first, s
     kernels().field_codes(src.data(), item / 8, rows, src.shape(1), shift, bits, uint8_t(flip), data<uint8_t>(out),
                           first, step);
   });
-}
-
-void reverse_codes(In src, int bits, Out out) {
-  if (bits != 1 && bits != 2 && bits != 4) fail("bits: expected 1, 2 or 4, got " + std::to_string(bits));
-  check_rank(src, "src", 2);
-  check_layout(src, "src", 8);
-  check_shape(out, "out", 8, src.shape(0), src.shape(1));
-  run([&] { kernels().reverse_codes(data<uint8_t>(src), src.size(), bits, data<uint8_t>(out)); });
 }
 
 void deinterleave_words(In src, Out out) {
@@ -594,20 +574,6 @@ size_t float8_values(In bytes, In scales, ptrdiff_t block_rows, ptrdiff_t block_
   });
 }
 
-void e2m1_values(In bytes, In scales, ptrdiff_t group, Out out, const std::string& out_dtype) {
-  const size_t size = check_positive("group", group);
-  if (size % 2 != 0) fail("group: expected an even number, got " + std::to_string(size));
-  const Dtype o = dtype_of(out_dtype);
-  check_rank(bytes, "bytes", 2);
-  check_layout(bytes, "bytes", 8);
-  const size_t rows = bytes.shape(0), cols = 2 * bytes.shape(1);
-  check_shape(scales, "scales", 32, rows, ceil_div(cols, size));
-  check_shape(out, "out", bits_of(o), rows, cols);
-  run([&] {
-    kernels().e2m1_values(data<uint8_t>(bytes), data<float>(scales), rows, cols, size, out.data(), o);
-  });
-}
-
 void lut_values(In bytes, In book, In absmax, ptrdiff_t block, ptrdiff_t first, bool high_first, Out out,
                 const std::string& out_dtype) {
   const size_t size = check_positive("block", block);
@@ -634,15 +600,6 @@ void lut_values(In bytes, In book, In absmax, ptrdiff_t block, ptrdiff_t first, 
     kernels().lut_values(data<uint8_t>(bytes), count, high_first, data<float>(book), data<float>(absmax), size,
                          size_t(first), out.data(), o);
   });
-}
-
-void zero_biases(In scales, const std::string& dtype, In zeros, Out biases) {
-  const Dtype t = dtype_of(dtype);
-  check_rank(scales, "scales", 2);
-  check_layout(scales, "scales", bits_of(t));
-  check_shape(zeros, "zeros", 32, scales.shape(0), scales.shape(1));
-  check_shape(biases, "biases", bits_of(t), scales.shape(0), scales.shape(1));
-  run([&] { kernels().zero_biases(scales.data(), t, data<float>(zeros), scales.size(), biases.data()); });
 }
 
 // ---------------------------------------------------------------- GGUF blocks
@@ -760,22 +717,16 @@ NB_MODULE(_native, m) {
   m.def("marlin_words", &marlin_words, "src"_a.noconvert(), "out"_a.noconvert());
   m.def("fast_words", &fast_words, "src"_a.noconvert(), "out"_a.noconvert());
   m.def("stream_codes", &stream_codes, "src"_a.noconvert(), "bits"_a, "out"_a.noconvert(), "padded"_a);
-  m.def("widen_words", &widen_words, "src"_a.noconvert(), "bits"_a, "out"_a.noconvert(), "out_bits"_a);
   m.def("field_codes", &field_codes, "src"_a.noconvert(), "shift"_a, "bits"_a, "flip"_a, "out"_a.noconvert(),
         "first"_a, "step"_a, "Row r of src becomes row first + r * step of out.");
-  m.def("reverse_codes", &reverse_codes, "src"_a.noconvert(), "bits"_a, "out"_a.noconvert());
   m.def("deinterleave_words", &deinterleave_words, "src"_a.noconvert(), "out"_a.noconvert());
   m.def("integer_values", &integer_values, "codes"_a.noconvert(), "scales"_a.noconvert(), "zeros"_a.noconvert(),
         "group"_a, "out"_a.noconvert(), "out_dtype"_a, "difference"_a);
   m.def("float8_values", &float8_values, "bytes"_a.noconvert(), "scales"_a.noconvert(), "block_rows"_a,
         "block_cols"_a, "first_row"_a, "out"_a.noconvert(), "out_dtype"_a, "fnuz"_a,
         "Returns the number of NaN bytes.");
-  m.def("e2m1_values", &e2m1_values, "bytes"_a.noconvert(), "scales"_a.noconvert(), "group"_a, "out"_a.noconvert(),
-        "out_dtype"_a);
   m.def("lut_values", &lut_values, "bytes"_a.noconvert(), "book"_a.noconvert(), "absmax"_a.noconvert(), "block"_a,
         "first"_a, "high_first"_a, "out"_a.noconvert(), "out_dtype"_a);
-  m.def("zero_biases", &zero_biases, "scales"_a.noconvert(), "dtype"_a, "zeros"_a.noconvert(),
-        "biases"_a.noconvert());
 
   m.def("gguf_block", &gguf_block, "type"_a,
         "Values and bytes of a block, bits and group size of the affine codes that hold it (bits 0:\n"

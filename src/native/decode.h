@@ -78,35 +78,6 @@ size_t float8_values(const uint8_t* bytes, const float* scales, size_t rows, siz
 
 // ---------------------------------------------------------------- 4-bit codes
 
-template <class Out>
-REQUANT_INLINE void e2m1_run(const uint8_t* REQUANT_RESTRICT codes, float scale, size_t count,
-                             typename Out::Stored* REQUANT_RESTRICT out) {
-  for (size_t i = 0; i < count; i++) out[i] = Out::store(decode_e2m1(codes[i]) * scale);
-}
-
-// Element times the scale of its group; bytes hold two elements, the first in the low nibble.
-// cols and group are even; the last group of a row may be short.
-template <class Out>
-void e2m1_values(const uint8_t* bytes, const float* scales, size_t rows, size_t cols, size_t group, void* out_) {
-  auto* out = static_cast<typename Out::Stored*>(out_);
-  alignas(64) uint8_t codes[kBlock];
-  for (size_t r = 0; r < rows; r++)
-    for (size_t start = 0; start < cols; start += group) {
-      const float scale = *scales++;
-      const size_t stop = cols - start < group ? cols : start + group;
-      for (size_t i = start; i < stop; i += kBlock) {
-        const size_t count = stop - i < kBlock ? stop - i : kBlock;
-        unpack_codes<4>(bytes + (r * cols + i) / 2, count, codes);
-        if (count == 16)  // MLX's groups: loops of known length
-          e2m1_run<Out>(codes, scale, 16, out + r * cols + i);
-        else if (count == 32)
-          e2m1_run<Out>(codes, scale, 32, out + r * cols + i);
-        else
-          e2m1_run<Out>(codes, scale, count, out + r * cols + i);
-      }
-    }
-}
-
 // book[code] * absmax of the block, two codes a byte. The first value is number `first` of
 // its block; count, first and block are even.
 template <class Out>
@@ -129,16 +100,6 @@ void lut_values(const uint8_t* bytes, size_t count, bool high_first, const float
     count -= run;
     first = 0;
   }
-}
-
-// ---------------------------------------------------------------- biases
-
-// -(scale * zero), the bias of w = scale * code + bias.
-template <class T>
-void zero_biases(const void* scales_, const float* zeros, size_t count, void* out_) {
-  const auto* scales = static_cast<const typename T::Stored*>(scales_);
-  auto* out = static_cast<typename T::Stored*>(out_);
-  for (size_t i = 0; i < count; i++) out[i] = T::store(-(T::load(scales[i]) * zeros[i]));
 }
 
 }  // namespace

@@ -237,21 +237,11 @@ void field_codes_any(const void* src, size_t item_bytes, size_t rows, size_t col
     field_codes<uint32_t>(src, rows, cols, shift, bits, flip, out, first, step);
 }
 
-void e2m1_values_any(const uint8_t* bytes, const float* scales, size_t rows, size_t cols, size_t group, void* out,
-                     Dtype out_dtype) {
-  with_dtype(out_dtype,
-             [&](auto o) { e2m1_values<typename decltype(o)::Type>(bytes, scales, rows, cols, group, out); });
-}
-
 void lut_values_any(const uint8_t* bytes, size_t count, bool high_first, const float* book, const float* absmax,
                     size_t block, size_t first, void* out, Dtype out_dtype) {
   with_dtype(out_dtype, [&](auto o) {
     lut_values<typename decltype(o)::Type>(bytes, count, high_first, book, absmax, block, first, out);
   });
-}
-
-void zero_biases_any(const void* scales, Dtype dtype, const float* zeros, size_t count, void* biases) {
-  with_dtype(dtype, [&](auto t) { zero_biases<typename decltype(t)::Type>(scales, zeros, count, biases); });
 }
 
 template <class T, class = void>
@@ -313,9 +303,8 @@ const Kernels REQUANT_JOIN(kernels_, REQUANT_ISA) = {
     mx_search_any,             nvfp4_search_any,    gptq_group,            pack_words_any,
     unpack_words_any,          cast_any,            count_nonfinite_any,   first_nonfinite_any,
     group_errors_any,          transpose_any,       stream_columns,        planar_columns,
-    marlin_words,              fast_words,          stream_codes,          widen_words,
-    field_codes_any,           reverse_codes,       deinterleave_words,    integer_values_any,
-    float8_values_any,         e2m1_values_any,     lut_values_any,        zero_biases_any,
+    marlin_words,              fast_words,          stream_codes,          field_codes_any,
+    deinterleave_words,        integer_values_any,  float8_values_any,     lut_values_any,
     gguf_block_any,            gguf_affine_any,     gguf_fp4_any,          gguf_values_any,
 };
 

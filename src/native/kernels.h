@@ -80,11 +80,9 @@ struct Kernels {
   // per_word 0: each row one bit stream; else so many codes in the low bits of each word.
   void (*stream_codes)(const uint32_t* src, size_t rows, size_t row_words, int bits, size_t per_word, size_t count,
                        uint8_t* codes);
-  void (*widen_words)(const uint32_t* src, size_t count, int bits, uint32_t* out, int out_bits);
   // Bits from shift on of elements of 1 or 4 bytes; row r becomes row first + r * step of out.
   void (*field_codes)(const void* src, size_t item_bytes, size_t rows, size_t cols, int shift, int bits, uint8_t flip,
                       uint8_t* out, size_t first, size_t step);
-  void (*reverse_codes)(const uint8_t* src, size_t count, int bits, uint8_t* out);
   void (*deinterleave_words)(const uint32_t* src, size_t count, uint32_t* out);
 
   // Values computed (decode.h). The last group or block of a row or column may be short.
@@ -95,12 +93,9 @@ struct Kernels {
   size_t (*float8_values)(const uint8_t* bytes, bool fnuz, const float* scales, size_t rows, size_t cols,
                           size_t scale_cols, size_t block_rows, size_t block_cols, size_t first_row, void* out,
                           Dtype out_dtype);
-  void (*e2m1_values)(const uint8_t* bytes, const float* scales, size_t rows, size_t cols, size_t group, void* out,
-                      Dtype out_dtype);
   // Flat: the first value is number `first` of its block.
   void (*lut_values)(const uint8_t* bytes, size_t count, bool high_first, const float* book, const float* absmax,
                      size_t block, size_t first, void* out, Dtype out_dtype);
-  void (*zero_biases)(const void* scales, Dtype dtype, const float* zeros, size_t count, void* biases);
 
   // GGUF (gguf.h): count blocks of a type, one after another.
   GgufBlock (*gguf_block)(int type);

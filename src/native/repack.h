@@ -265,19 +265,6 @@ void stream_codes(const uint32_t* src, size_t rows, size_t row_words, int bits, 
   }
 }
 
-// count, a multiple of 32, codes of `bits` bits to words of `out_bits`.
-void widen_words(const uint32_t* src, size_t count, int bits, uint32_t* out_, int out_bits) {
-  constexpr size_t block = 2048;
-  const auto* in = reinterpret_cast<const uint8_t*>(src);
-  auto* out = reinterpret_cast<uint8_t*>(out_);
-  alignas(64) uint8_t codes[block];
-  for (size_t i = 0; i < count; i += block) {
-    const size_t run = least(block, count - i);
-    unpack_codes(bits, in + i / 8 * size_t(bits), run, codes);
-    pack_codes(out_bits, codes, run, out + i / 8 * size_t(out_bits));
-  }
-}
-
 // Bits shift .. shift + bits - 1 of each element, xor flip; row r of src becomes row
 // first + r * step of out.
 template <class T>
@@ -289,17 +276,6 @@ void field_codes(const void* src_, size_t rows, size_t cols, int shift, int bits
     const T* REQUANT_RESTRICT from = src + r * cols;
     uint8_t* REQUANT_RESTRICT to = out + (first + r * step) * cols;
     for (size_t i = 0; i < cols; i++) to[i] = uint8_t((from[i] >> shift) & mask) ^ flip;
-  }
-}
-
-// The codes of each byte, first code in the high bits, with the first in the low bits; bits 1, 2 or 4.
-void reverse_codes(const uint8_t* REQUANT_RESTRICT src, size_t count, int bits, uint8_t* REQUANT_RESTRICT out) {
-  for (size_t i = 0; i < count; i++) {
-    uint8_t x = src[i];
-    x = uint8_t(x << 4 | x >> 4);
-    if (bits <= 2) x = uint8_t((x & 0x33u) << 2 | ((x >> 2) & 0x33u));
-    if (bits == 1) x = uint8_t((x & 0x55u) << 1 | ((x >> 1) & 0x55u));
-    out[i] = x;
   }
 }
 

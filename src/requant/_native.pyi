@@ -73,12 +73,8 @@ def fast_words(src: numpy.typing.NDArray[Any], out: numpy.typing.NDArray[Any]) -
 
 def stream_codes(src: numpy.typing.NDArray[Any], bits: int, out: numpy.typing.NDArray[Any], padded: bool) -> None: ...
 
-def widen_words(src: numpy.typing.NDArray[Any], bits: int, out: numpy.typing.NDArray[Any], out_bits: int) -> None: ...
-
 def field_codes(src: numpy.typing.NDArray[Any], shift: int, bits: int, flip: int, out: numpy.typing.NDArray[Any], first: int, step: int) -> None:
     """Row r of src becomes row first + r * step of out."""
-
-def reverse_codes(src: numpy.typing.NDArray[Any], bits: int, out: numpy.typing.NDArray[Any]) -> None: ...
 
 def deinterleave_words(src: numpy.typing.NDArray[Any], out: numpy.typing.NDArray[Any]) -> None: ...
 
@@ -87,11 +83,7 @@ def integer_values(codes: numpy.typing.NDArray[Any], scales: numpy.typing.NDArra
 def float8_values(bytes: numpy.typing.NDArray[Any], scales: numpy.typing.NDArray[Any], block_rows: int, block_cols: int, first_row: int, out: numpy.typing.NDArray[Any], out_dtype: str, fnuz: bool) -> int:
     """Returns the number of NaN bytes."""
 
-def e2m1_values(bytes: numpy.typing.NDArray[Any], scales: numpy.typing.NDArray[Any], group: int, out: numpy.typing.NDArray[Any], out_dtype: str) -> None: ...
-
 def lut_values(bytes: numpy.typing.NDArray[Any], book: numpy.typing.NDArray[Any], absmax: numpy.typing.NDArray[Any], block: int, first: int, high_first: bool, out: numpy.typing.NDArray[Any], out_dtype: str) -> None: ...
-
-def zero_biases(scales: numpy.typing.NDArray[Any], dtype: str, zeros: numpy.typing.NDArray[Any], biases: numpy.typing.NDArray[Any]) -> None: ...
 
 def gguf_block(type: int) -> tuple[int, int, int, int, bool] | None:
     """

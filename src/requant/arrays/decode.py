@@ -84,19 +84,6 @@ def e4m3_values_into(
     )
 
 
-def e2m1_values_into(codes: Array, scales: Array, group: int, out: Array) -> None:
-    """Fill ``out`` with ``float4_e2m1(code) * scale``.
-
-    Args:
-        codes: uint8 ``(rows, columns / 2)``: two codes a byte, the first in the low nibble.
-        scales: float32 ``(rows, ceil(columns / group))``.
-        group: Columns with one scale, an even number.
-        out: ``(rows, columns)``; overwritten.
-    """
-    bits, name = float_bits(out, "out")
-    _native.e2m1_values(codes, _float32(scales, "scales"), group, bits, name)
-
-
 def lut_values_into(
     codes: Array,
     book: Array,
@@ -131,20 +118,6 @@ def lut_values_into(
         bits.reshape(-1),
         name,
     )
-
-
-def zero_biases_into(scales: Array, zeros: Array, biases: Array) -> None:
-    """Fill ``biases`` with ``-(scale * zero)``: float32, then one rounding.
-
-    Args:
-        scales: float32, float16 or bfloat16 ``(rows, groups)``, as they will be stored.
-        zeros: float32, like the scales.
-        biases: Like the scales, of their dtype; overwritten.
-    """
-    bits, name = float_bits(scales, "scales")
-    if biases.dtype != scales.dtype:
-        raise UnsupportedDtypeError("[decode] biases", biases.dtype.name, (scales.dtype.name,))
-    _native.zero_biases(bits, name, _float32(zeros, "zeros"), float_bits(biases, "biases")[0])
 
 
 def scale_values(scales: Array, format: str) -> Array:

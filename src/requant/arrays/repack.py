@@ -159,55 +159,9 @@ def stream_codes_into(
     _native.transpose(codes, out)
 
 
-def pack_into(codes: Array, bits: int, out: Array) -> None:
-    """Pack uint8 ``(rows, n)``, n a multiple of 32, into uint32 ``(rows, n * bits / 32)``."""
-    _native.pack_words(codes, bits, out)
-
-
 def unpack_into(words: Array, bits: int, out: Array) -> None:
     """Unpack uint32 ``(rows, n * bits / 32)``, n a multiple of 32, into uint8 ``(rows, n)``."""
     _native.unpack_words(words, bits, out)
-
-
-def widen_into(words: Array, bits: int, out: Array, out_bits: int) -> None:
-    """Give codes more bits: 7 to 8 and 1 to 2, the widths that MLX's kernels lack.
-
-    Args:
-        words: uint32 ``(rows, n * bits / 32)``, n a multiple of 32.
-        bits: Width of a stored code.
-        out: uint32 ``(rows, n * out_bits / 32)``; overwritten.
-        out_bits: ``bits`` or more.
-    """
-    _native.widen_words(words, bits, out, out_bits)
-
-
-def flip_signs_into(words: Array, bits: int, out: Array) -> None:
-    """Turn two's complement codes into codes from 0 on: ``2 ** (bits - 1)`` is added to each.
-
-    Args:
-        words: uint32 ``(rows, n * bits / 32)``, MLX words, n a multiple of 32. int8 weights
-            are 8-bit words, four a word.
-        bits: 1 to 8.
-        out: Like ``words``, which it may be; overwritten.
-    """
-    ones = np.full((1, 32), 1 << (bits - 1), np.uint8)
-    mask = np.empty((1, bits), np.uint32)
-    _native.pack_words(ones, bits, mask)
-    if words.shape[1] % bits:
-        raise ValueError(f"words: {words.shape[1]} columns are not a multiple of {bits}")
-    runs = (*words.shape[:1], words.shape[1] // bits, bits)
-    np.bitwise_xor(words.reshape(runs), mask, out=_whole(out, "out").reshape(runs))
-
-
-def reverse_bytes_into(source: Array, bits: int, out: Array) -> None:
-    """Turn codes that begin in the high bits of a byte into codes that begin in the low bits.
-
-    Args:
-        source: uint8; ``8 / bits`` codes a byte: FP4 with the high nibble first, Quark's uint2.
-        bits: 1, 2 or 4.
-        out: Like ``source``; its rows viewed as uint32 are MLX words. Overwritten.
-    """
-    _native.reverse_codes(source, bits, out)
 
 
 def deinterleave_into(words: Array, out: Array) -> None:
