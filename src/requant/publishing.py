@@ -29,12 +29,15 @@ class Upload:
         card: The model card, Markdown.
         files: Relative path -> bytes, the card included.
         url: Of the commit; "" for a preview.
+        removed: Weight files of an earlier upload that the commit deletes, as the output has none
+            of that name and a loader would read both; empty for a preview, which asks nobody.
     """
 
     repository: str
     card: str
     files: Mapping[str, int]
     url: str = ""
+    removed: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The upload as JSON data."""
@@ -42,6 +45,7 @@ class Upload:
             "repository": self.repository,
             "files": dict(self.files),
             "url": self.url,
+            "removed": list(self.removed),
             "card": self.card,
         }
 
@@ -58,7 +62,8 @@ def upload(
     """Upload a folder that ``convert`` wrote, with a model card, as one commit.
 
     Weight files that reached the hub before are not sent again, so the same call goes on where
-    one was stopped.
+    one was stopped. Weight files of an earlier upload that the output has not are deleted in the
+    same commit: a loader would read them too.
 
     Args:
         output: The folder; it is not changed.
@@ -94,9 +99,17 @@ def upload(
     api = huggingface_hub.HfApi()
     with asking(repository, "main", sending=True), _bars(show_progress):
         api.create_repo(repository, private=private, exist_ok=True)
+        there = [x.rfilename for x in api.model_info(repository).siblings or ()]
+        removed = tuple(name for name in there if _is_weights(name) and name not in paths)
+        operations += [huggingface_hub.CommitOperationDelete(name) for name in removed]
         message = f"Converted by requant {figures.requant}"
         made = api.create_commit(repository, operations, commit_message=message)
-    return Upload(repository, card, sizes, str(made.commit_url))
+    return Upload(repository, card, sizes, str(made.commit_url), removed)
+
+
+def _is_weights(name: str) -> bool:
+    """Whether a file of a repository is one that a loader of MLX checkpoints takes for weights."""
+    return "/" not in name and name.endswith((".safetensors", ".safetensors.index.json"))
 
 
 def check_name(repository: str) -> None:

@@ -248,6 +248,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif path == "/api/repos/create":
             made = json.loads(body)
             name = f"{made['organization']}/{made['name']}"
+            self.state.repositories.setdefault(name, {})
             self.json({"url": f"{self.state.url}/{name}", "id": name})
         elif path == "/api/validate-yaml":
             self.json({"warnings": [], "errors": []})

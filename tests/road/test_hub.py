@@ -268,6 +268,23 @@ def test_upload(hub: Hub, call: Call, output: Path) -> None:
     assert b"# micro-4bit\n" in card and b"| quantized | BF16 | affine 4-bit g64 |" in card
 
 
+def test_shards_of_an_earlier_upload_go(hub: Hub, call: Call, output: Path) -> None:
+    """mlx-lm reads every model*.safetensors of a folder; one of another size must not stay."""
+    old = (
+        "model-00001-of-00009.safetensors",
+        "model.safetensors",
+        "own/adapter.safetensors",
+        "a.md",
+    )
+    hub.repositories["me/m"] = dict.fromkeys(old, b"old")
+    done = call("upload", output, "me/m", "--json", HF_TOKEN="hf_x")
+    deleted = [x["value"]["path"] for x in hub.commits["me/m"] if x["key"] == "deletedFile"]
+    assert deleted == list(old[:2]) == json.loads(ok(done))["removed"]
+    assert set(committed(hub, "me/m")) == set(contents(output))
+    said = call("upload", output, "me/m", HF_TOKEN="hf_x").stderr
+    assert f"removed there, of an earlier upload: {old[0]}, {old[1]}\n" in said
+
+
 def committed(hub: Hub, name: str) -> dict[str, bytes]:
     """The files of a commit."""
     found = {}

@@ -15,6 +15,7 @@ from requant.cli.options import (
     Repository,
     Written,
 )
+from requant.errors import few
 
 
 def upload(
@@ -73,4 +74,6 @@ def send(
         if json:
             print_json(done.to_dict())
         elif not quiet:
+            if done.removed:
+                say(f"removed there, of an earlier upload: {few(done.removed)}")
             say(f"uploaded: {done.url}")
