@@ -306,8 +306,8 @@ def _plot(layers: Sequence[LayerFigures]) -> str:
 
 def _drawing(label: str, height: int, content: str) -> str:
     return (
-        f'<svg role="img" aria-label="{escape(label)}" viewBox="0 0 {_WIDTH} {height}">'
-        f"{content}</svg>"
+        f'<div class="wide"><svg role="img" aria-label="{escape(label)}" '
+        f'viewBox="0 0 {_WIDTH} {height}">{content}</svg></div>'
     )
 
 
