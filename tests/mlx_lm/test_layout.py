@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -475,7 +474,7 @@ def test_a_70b_model_takes_no_memory(tmp_path: Path):
     assert mlx_bytes < 1 << 20
 
 
-def test_a_big_mixture_is_planned_in_seconds():
+def test_a_big_mixture_is_planned_without_memory():
     infos = {}
     for name, info in infos_of("qwen3_moe", BIG_MOE).items():
         for e in range(128 if "switch_mlp" in name else 1):
@@ -485,11 +484,8 @@ def test_a_big_mixture_is_planned_in_seconds():
     assert len(infos) > 23_000
     mx.reset_peak_memory()
     before = mx.get_peak_memory()
-    begun = time.perf_counter()
     layout = mlx_lm_layout(BIG_MOE, infos, quantization=Quantization.affine(64, 4))
-    elapsed_s = time.perf_counter() - begun
     assert mx.get_peak_memory() - before < 1 << 20
-    assert elapsed_s < 10
     assert len(layout.tensors) == 723
     assert layout.targets["model.layers.0.mlp.gate"] == Quantization.affine(64, 8)
 

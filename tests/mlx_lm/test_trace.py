@@ -11,7 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from requant.mlx_lm_layout import trace as tracing
-from requant.mlx_lm_layout.trace import MAX_PIECES, Piece, Traced, trace
+from requant.mlx_lm_layout.trace import MAX_PIECES, Extent, Traced, trace
 from tests.mlx_lm.checks import as_bytes
 
 
@@ -19,14 +19,14 @@ def put_together(traced: Traced, arrays: dict[str, mx.array]) -> bytes:
     """The bytes that the pieces name."""
     assert traced.pieces is not None
     data = {name: as_bytes(array) for name, array in arrays.items()}
-    return b"".join(data[p.source][start:stop] for p in traced.pieces for start, stop in p.ranges)
+    return b"".join(data[p.tensor][start:stop] for p in traced.pieces for start, stop in p.ranges)
 
 
 def test_untouched_and_renamed():
     a = mx.zeros((2, 3), mx.float32)
     result = trace(lambda w: {"x": w["a"], "y": w["b"]}, {"a": a, "b": mx.zeros((4,), mx.uint8)})
-    assert result["x"].pieces == (Piece("a", 0, 24),)
-    assert result["y"] == Traced((4,), mx.uint8, (Piece("b", 0, 4),), ("b",))
+    assert result["x"].pieces == (Extent("a", 0, 24),)
+    assert result["y"] == Traced((4,), mx.uint8, (Extent("b", 0, 4),), ("b",))
 
 
 def test_stacked_and_split_by_hand():
@@ -42,13 +42,13 @@ def test_stacked_and_split_by_hand():
         }
 
     result = trace(rule, arrays)
-    assert result["stack"].pieces == (Piece("b", 0, 8), Piece("a", 0, 8))
-    assert result["second rows"].pieces == (Piece("b", 4, 8), Piece("a", 4, 8))
+    assert result["stack"].pieces == (Extent("b", 0, 8), Extent("a", 0, 8))
+    assert result["second rows"].pieces == (Extent("b", 4, 8), Extent("a", 4, 8))
     assert result["joined columns"].pieces == (
-        Piece("a", 0, 4),
-        Piece("b", 0, 4),
-        Piece("a", 4, 8),
-        Piece("b", 4, 8),
+        Extent("a", 0, 4),
+        Extent("b", 0, 4),
+        Extent("a", 4, 8),
+        Extent("b", 4, 8),
     )
 
 
@@ -124,7 +124,7 @@ def test_a_mover_that_is_wrong_is_taken_off(monkeypatch):
 
     def lying(arguments, inputs, outputs):
         (value,), (output,) = inputs, outputs
-        return [(Piece(value.pieces[0].source, 0, output.nbytes),)]
+        return [(Extent(value.pieces[0].tensor, 0, output.nbytes),)]
 
     wrong["Slice"] = lying
     monkeypatch.setattr(tracing, "_MOVERS", wrong)
@@ -177,7 +177,7 @@ def test_chains_of_operations(seed):
         assert (tuple(expected[name].shape), expected[name].dtype) == (traced.shape, traced.dtype)
         if traced.pieces is not None:
             assert put_together(traced, arrays) == as_bytes(expected[name]), f"seed {seed}: {name}"
-            assert set(traced.sources) == {piece.source for piece in traced.pieces}
+            assert set(traced.sources) == {piece.tensor for piece in traced.pieces}
         else:
             assert set(traced.sources) <= {"a", "b"} and traced.sources
 
@@ -214,5 +214,5 @@ def test_any_slices_of_slices(
 def test_every_other_row_is_one_piece():
     arrays = {"a": mx.zeros((3, 2 * MAX_PIECES, 4), mx.uint8)}
     result = trace(lambda w: {"x": w["a"][:, 1::2], "y": w["a"][..., ::2, :][1:2]}, arrays)
-    assert result["x"].pieces == (Piece("a", 4, 8, 8, 3 * MAX_PIECES),)
-    assert result["y"].pieces == (Piece("a", 8 * MAX_PIECES, 8 * MAX_PIECES + 4, 8, MAX_PIECES),)
+    assert result["x"].pieces == (Extent("a", 4, 8, 8, 3 * MAX_PIECES),)
+    assert result["y"].pieces == (Extent("a", 8 * MAX_PIECES, 8 * MAX_PIECES + 4, 8, MAX_PIECES),)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ from requant.mlx_lm_layout.pipeline import (
     UnknownModelError,
     run,
 )
-from requant.mlx_lm_layout.trace import Traced
+from requant.mlx_lm_layout.trace import Extent, Traced
 from requant.schema import Quantization
 
 __all__ = [
@@ -34,28 +34,6 @@ __all__ = [
 # Small computed tensors share a run of the rule; inputs and results of one run stay below
 # this, unless a single tensor is larger.
 BATCH_BYTES = 64 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class Extent:
-    """A range of bytes of a source tensor's data, or ``times`` of them ``stride`` bytes apart."""
-
-    tensor: str
-    start: int
-    stop: int
-    stride: int = 0
-    times: int = 1
-
-    @property
-    def nbytes(self) -> int:
-        """Size in bytes."""
-        return (self.stop - self.start) * self.times
-
-    @property
-    def ranges(self) -> Iterator[tuple[int, int]]:
-        """Start and stop of each range, in order."""
-        for index in range(self.times):
-            yield self.start + index * self.stride, self.stop + index * self.stride
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +179,7 @@ def _output(traced: Traced) -> Moved | Computed:
     info = _info(traced)
     if traced.pieces is None:
         return Computed(info, traced.sources)
-    return Moved(info, tuple(Extent(*piece) for piece in traced.pieces))
+    return Moved(info, traced.pieces)
 
 
 # -- computed tensors ------------------------------------------------------------------------

@@ -30,10 +30,10 @@ MAX_PIECES = 1024
 Shape = tuple[int, ...]
 
 
-class Piece(NamedTuple):
-    """A range of bytes of one input, or ``times`` ranges as long, ``stride`` bytes apart."""
+class Extent(NamedTuple):
+    """A range of bytes of a source tensor's data, or ``times`` of them ``stride`` bytes apart."""
 
-    source: str
+    tensor: str
     start: int
     stop: int
     stride: int = 0
@@ -64,7 +64,7 @@ class Traced:
 
     shape: Shape
     dtype: mx.Dtype
-    pieces: tuple[Piece, ...] | None
+    pieces: tuple[Extent, ...] | None
     sources: tuple[str, ...] = ()
 
     @property
@@ -124,7 +124,7 @@ class _Graph:
         if kind == "inputs":
             for name, (key, shape, dtype) in zip(self.names, event["inputs"], strict=True):
                 nbytes = prod(shape) * dtype.size
-                self.values[key] = Traced(shape, dtype, (Piece(name, 0, nbytes),), (name,))
+                self.values[key] = Traced(shape, dtype, (Extent(name, 0, nbytes),), (name,))
         elif kind == "outputs":
             self.outputs = [key for key, _, _ in event["outputs"]]
         elif kind == "constants":
@@ -140,7 +140,7 @@ class _Graph:
         if len(inputs) > 1:
             sources = tuple(dict.fromkeys(chain.from_iterable(x.sources for x in inputs)))
         mover = self.movers.get(event["name"])
-        moved: Sequence[tuple[Piece, ...] | None] = [None] * len(outputs)
+        moved: Sequence[tuple[Extent, ...] | None] = [None] * len(outputs)
         if mover is not None and all(x.pieces is not None for x in inputs):
             with suppress(TypeError, ValueError, IndexError):  # arguments of another form
                 moved = mover(event["arguments"], inputs, outputs)
@@ -150,20 +150,20 @@ class _Graph:
                 continue
             needed = sources
             if len(sources) > 1:
-                needed = tuple(dict.fromkeys(piece.source for piece in pieces))
+                needed = tuple(dict.fromkeys(piece.tensor for piece in pieces))
             self.values[key] = Traced(output.shape, output.dtype, pieces, needed)
 
 
 # -- primitives that move bytes --------------------------------------------------------------
 
 Mover = Callable[
-    [Sequence[Any], Sequence[Traced], Sequence[Traced]], Sequence[tuple[Piece, ...] | None]
+    [Sequence[Any], Sequence[Traced], Sequence[Traced]], Sequence[tuple[Extent, ...] | None]
 ]
 
 
 def _same_bytes(
     arguments: Sequence[Any], inputs: Sequence[Traced], outputs: Sequence[Traced]
-) -> Sequence[tuple[Piece, ...] | None]:
+) -> Sequence[tuple[Extent, ...] | None]:
     """Another shape (or, for View, dtype) of the same bytes."""
     (value,), (output,) = inputs, outputs
     return [value.pieces if value.nbytes == output.nbytes else None]
@@ -171,14 +171,14 @@ def _same_bytes(
 
 def _as_type(
     arguments: Sequence[Any], inputs: Sequence[Traced], outputs: Sequence[Traced]
-) -> Sequence[tuple[Piece, ...] | None]:
+) -> Sequence[tuple[Extent, ...] | None]:
     (value,), (output,) = inputs, outputs
     return [value.pieces if value.dtype == output.dtype else None]
 
 
 def _transpose(
     arguments: Sequence[Any], inputs: Sequence[Traced], outputs: Sequence[Traced]
-) -> Sequence[tuple[Piece, ...] | None]:
+) -> Sequence[tuple[Extent, ...] | None]:
     """Moving axes of length 1 leaves the bytes alone."""
     ((value,), (axes,)) = inputs, arguments
     rank = len(value.shape)
@@ -188,7 +188,7 @@ def _transpose(
 
 def _slice(
     arguments: Sequence[Any], inputs: Sequence[Traced], outputs: Sequence[Traced]
-) -> Sequence[tuple[Piece, ...] | None]:
+) -> Sequence[tuple[Extent, ...] | None]:
     ((value,), (output,), (start, stop, strides)) = inputs, outputs, arguments
     if any(stride < 1 for stride in strides):
         return [None]
@@ -201,7 +201,7 @@ def _slice(
 
 def _split(
     arguments: Sequence[Any], inputs: Sequence[Traced], outputs: Sequence[Traced]
-) -> Sequence[tuple[Piece, ...] | None]:
+) -> Sequence[tuple[Extent, ...] | None]:
     (value,), (cuts, axis) = inputs, arguments
     edges = [0, *cuts, value.shape[axis]]
     moved = []
@@ -215,7 +215,7 @@ def _split(
 
 def _concatenate(
     arguments: Sequence[Any], inputs: Sequence[Traced], outputs: Sequence[Traced]
-) -> Sequence[tuple[Piece, ...] | None]:
+) -> Sequence[tuple[Extent, ...] | None]:
     ((output,), (axis,)) = outputs, arguments
     outer = prod(output.shape[:axis])
     if outer * len(inputs) > MAX_PIECES and outer > 1:
@@ -241,7 +241,7 @@ _MOVERS: dict[str, Mover] = {
 }
 
 
-def _select(value: Traced, ranges: Sequence[range]) -> tuple[Piece, ...] | None:
+def _select(value: Traced, ranges: Sequence[range]) -> tuple[Extent, ...] | None:
     """The bytes of a block of ``value``, one range an axis."""
     if not all(ranges):
         return ()
@@ -261,13 +261,13 @@ def _select(value: Traced, ranges: Sequence[range]) -> tuple[Piece, ...] | None:
     if prod(len(r) for r in ranges[:last]) > MAX_PIECES:
         return None
     cut = _cutter(value.pieces or ())
-    pieces: list[Piece] = []
+    pieces: list[Extent] = []
     for index in product(*ranges[:last], chosen[:1]):
         low = sum(i * step for i, step in zip(index, steps, strict=True))
         spanned = list(cut(low, low + stride * (count - 1) + run))
         if len(spanned) == 1 and spanned[0].times == 1:
             source, start = spanned[0][:2]
-            pieces.append(Piece(source, start, start + run, stride, count))
+            pieces.append(Extent(source, start, start + run, stride, count))
         elif count > MAX_PIECES:
             return None
         else:
@@ -276,11 +276,11 @@ def _select(value: Traced, ranges: Sequence[range]) -> tuple[Piece, ...] | None:
     return _join(pieces)
 
 
-def _cutter(pieces: Sequence[Piece]) -> Callable[[int, int], Iterator[Piece]]:
+def _cutter(pieces: Sequence[Extent]) -> Callable[[int, int], Iterator[Extent]]:
     """A function that gives the bytes ``low..high`` of ``pieces`` laid end to end."""
     edges = [0, *accumulate(piece.nbytes for piece in pieces)]
 
-    def cut(low: int, high: int) -> Iterator[Piece]:
+    def cut(low: int, high: int) -> Iterator[Extent]:
         at = bisect_right(edges, low) - 1
         while low < high:
             piece, end = pieces[at], min(high, edges[at + 1])
@@ -289,44 +289,44 @@ def _cutter(pieces: Sequence[Piece]) -> Callable[[int, int], Iterator[Piece]]:
             begin = piece.start + index * piece.stride + within
             whole = 1 if within else max((end - low) // run, 1)
             if whole > 1:
-                yield Piece(piece.source, begin, begin + run, piece.stride, whole)
+                yield Extent(piece.tensor, begin, begin + run, piece.stride, whole)
                 low += whole * run
             else:
                 size = min(run - within, end - low)
-                yield Piece(piece.source, begin, begin + size)
+                yield Extent(piece.tensor, begin, begin + size)
                 low += size
             at += low == edges[at + 1]
 
     return cut
 
 
-def _join(pieces: Iterator[Piece] | Sequence[Piece]) -> tuple[Piece, ...] | None:
+def _join(pieces: Iterator[Extent] | Sequence[Extent]) -> tuple[Extent, ...] | None:
     """Melt neighbours together; None where too many are left."""
-    joined: list[Piece] = []
+    joined: list[Extent] = []
     for piece in pieces:
         melted = _melted(joined[-1], piece) if joined else None
         if melted is not None:
             joined[-1] = melted
         elif piece.nbytes:
             joined.append(piece)
-    sources = {piece.source for piece in joined}
+    sources = {piece.tensor for piece in joined}
     # Stacking many whole tensors is no shredding: only pieces beyond one a source count.
     return tuple(joined) if len(joined) <= max(MAX_PIECES, len(sources)) else None
 
 
-def _melted(left: Piece, right: Piece) -> Piece | None:
+def _melted(left: Extent, right: Extent) -> Extent | None:
     """One piece for two that go on from each other."""
-    if left.source != right.source:
+    if left.tensor != right.tensor:
         return None
     if left.times == right.times == 1:
         goes_on = left.stop == right.start
-        return Piece(left.source, left.start, right.stop) if goes_on else None
+        return Extent(left.tensor, left.start, right.stop) if goes_on else None
     stride = left.stride or right.stride
     alike = stride == (right.stride or stride)
     alike &= left.stop - left.start == right.stop - right.start
     if not alike or left.start + stride * left.times != right.start:
         return None
-    return Piece(left.source, left.start, left.stop, stride, left.times + right.times)
+    return Extent(left.tensor, left.start, left.stop, stride, left.times + right.times)
 
 
 # -- what MLX cannot export ------------------------------------------------------------------
