@@ -108,8 +108,10 @@ def asking(
         raise HubError(message) from error
     except errors.HfHubHTTPError as error:
         code = error.response.status_code if error.response is not None else "?"
-        said = (error.server_message or str(error)).splitlines()[0]
+        said = (error.server_message or str(error)).splitlines()[0].rstrip(".")
         hint = "; log in with `hf auth login` or set HF_TOKEN" if code in (401, 403) else ""
+        if code in _TEMPORARY:
+            hint = f". {kept}: try again in a while"
         answer = f"{where}: the hub answers {code}: {said}{hint}"
         raise (_temporary(answer) if code in _TEMPORARY else HubError(answer)) from error
     except errors.HFValidationError as error:

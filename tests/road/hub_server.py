@@ -59,6 +59,7 @@ class Hub:
     served: dict[str, dict[str, bytes]] = field(default_factory=dict)
     readonly: bool = False
     down: bool = False
+    busy: int = 0  # the code that every question is answered with
     tokens: tuple[str, ...] = ()
     storing: threading.Lock = field(default_factory=threading.Lock)
     late: list[str] = field(default_factory=list)
@@ -140,6 +141,9 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if token and self.state.tokens and token not in self.state.tokens:
             self.answer(401, X_Error_Message="Invalid credentials in Authorization header")
+            return
+        if self.state.busy:
+            self.answer(self.state.busy, X_Error_Message="Not now")
             return
         if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
             self.about(found[1], found[2])

@@ -226,6 +226,17 @@ def test_what_cannot_be_had(
     assert not (tmp_path / "hf" / "x").exists()
 
 
+@pytest.mark.parametrize("code", [429, 503])
+def test_a_hub_that_has_no_time(hub: Hub, call: Call, code: int, tmp_path: Path) -> None:
+    hub.busy = code
+    for command in (("plan", NAME), ("convert", NAME, "out")):
+        done = call(*command)
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+        assert f"{NAME}: the hub answers {code}: Not now. What came is kept" in done.stderr
+        assert "try again in a while" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_revision_is_for_the_hub(call: Call) -> None:
     done = call("plan", MICRO, "--revision", "main")
     assert done.returncode == 2 and "is for repositories on the hub" in done.stderr
