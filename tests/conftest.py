@@ -5,8 +5,40 @@ from __future__ import annotations
 import signal
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from . import messages
+
+# A property test draws the same examples in every run, so that none fails by chance for a change
+# that has nothing to do with it; ``--explore`` draws others. Time says nothing: the first call of
+# a library compiles or loads something. No fixture here is changed by the test that asks for it.
+settings.register_profile(
+    "repeatable",
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("repeatable")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--explore",
+        type=int,
+        metavar="N",
+        help="property tests draw N times their examples, by chance: scripts/test --explore 20",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Other examples, and more of them, where ``--explore`` asks for it."""
+    times = config.getoption("--explore")
+    for item in items if times else []:
+        function = getattr(item, "obj", None)
+        ours = getattr(function, "_hypothesis_internal_use_settings", None)
+        if ours is not None:
+            more = settings(ours, derandomize=False, max_examples=times * ours.max_examples)
+            getattr(function, "__func__", function)._hypothesis_internal_use_settings = more
 
 
 def pytest_configure() -> None:

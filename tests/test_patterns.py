@@ -27,7 +27,7 @@ def grown(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
     )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(
     st.recursive(st.sampled_from(ATOMS), grown, max_leaves=8),
     st.text("ab.1\n", max_size=8),

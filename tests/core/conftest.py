@@ -11,11 +11,8 @@ import ml_dtypes
 import mlx.core as mx
 import numpy as np
 import pytest
-from hypothesis import settings
 
-# The first call of a library compiles or loads something: time says nothing here.
-settings.register_profile("core", deadline=None)
-settings.load_profile("core")
+from tests.core.helpers import Poison
 
 
 class NumPyLibrary:
@@ -60,6 +57,12 @@ Library = NumPyLibrary | MlxLibrary
 def lib(request: pytest.FixtureRequest) -> Library:
     """The array library of the test."""
     return request.param
+
+
+@pytest.fixture
+def poison() -> Poison:
+    """Makes arrays that raise when they are evaluated."""
+    return Poison()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -70,7 +70,17 @@ def assert_same_arrays(actual: dict[str, Any], expected: dict[str, Any]) -> None
         assert actual[name] is array, name
 
 
-def poison(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
-    """A lazy array that raises when it is evaluated: MLX cannot quantize float64."""
-    _, scales, _ = mx.quantize(mx.ones((1, 32), dtype=mx.float64), group_size=32, bits=4)
-    return mx.broadcast_to(scales.reshape(()).astype(dtype), shape)
+class Poison:
+    """Lazy arrays that raise when they are evaluated: MLX cannot quantize float64.
+
+    All of them share what fails: of two failures in one evaluation MLX 0.32 throws the first, and
+    keeps the second for an evaluation that has nothing to do with it, or waits for ever. It fails
+    once: every test needs arrays of its own.
+    """
+
+    def __init__(self) -> None:
+        _, scales, _ = mx.quantize(mx.ones((1, 32), dtype=mx.float64), group_size=32, bits=4)
+        self._scalar = scales.reshape(())
+
+    def __call__(self, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+        return mx.broadcast_to(self._scalar.astype(dtype), shape)

@@ -31,7 +31,7 @@ from requant.errors import (
 from requant.formats.awq import AwqLoadConfig, transform_awq_weights, unpack_awq_weights
 from requant.schema import PerLayerQuantization, Quantization
 from requant.weights import dequantize_weights
-from tests.core.helpers import CountingMap, assert_bits, assert_same_arrays, poison
+from tests.core.helpers import CountingMap, assert_bits, assert_same_arrays
 
 # AutoAWQ's own order: the lowest nibble of a word holds output 0, the next output 2, ...
 OUTPUT_IN_NIBBLE = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -619,7 +619,7 @@ def test_mlx_arrays_are_not_evaluated():
 
 
 @pytest.mark.parametrize("zero_point", [True, False])
-def test_mlx_arrays_that_cannot_be_evaluated_are_no_obstacle(zero_point):
+def test_mlx_arrays_that_cannot_be_evaluated_are_no_obstacle(zero_point, poison):
     weights = {
         "up.qweight": poison((32, 2), mx.int32),
         "up.qzeros": poison((1, 2), mx.int32),
@@ -632,7 +632,7 @@ def test_mlx_arrays_that_cannot_be_evaluated_are_no_obstacle(zero_point):
         mx.eval(*got.values())
 
 
-def test_unpack_does_not_evaluate_mlx_arrays():
+def test_unpack_does_not_evaluate_mlx_arrays(poison):
     codes = unpack_awq_weights(poison((32, 2), mx.int32))
     with pytest.raises(RuntimeError):
         mx.eval(codes)

@@ -29,7 +29,6 @@ from tests.core.helpers import (
     assert_same_arrays,
     config,
     mx_quantize,
-    poison,
 )
 
 # Codes 0 to 15, twice: one affine group of 32 at 4 bits.
@@ -346,7 +345,7 @@ def test_mlx_arrays_are_not_evaluated():
     assert dequantize_weights(weights, AFFINE)["up.weight"].shape == (2**20, 2**20)
 
 
-def test_mlx_arrays_that_cannot_be_evaluated_are_no_obstacle():
+def test_mlx_arrays_that_cannot_be_evaluated_are_no_obstacle(poison):
     weights = {
         "up.weight": poison((2, 4), mx.uint32),
         "up.scales": poison((2, 1), mx.float32),

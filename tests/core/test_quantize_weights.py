@@ -30,7 +30,6 @@ from tests.core.helpers import (
     assert_same_arrays,
     config,
     mx_quantize,
-    poison,
 )
 
 FLOATS = ("float32", "float16", "bfloat16")
@@ -473,7 +472,7 @@ def test_mlx_arrays_are_not_evaluated():
     assert got["up.scales"].shape == (2**20, 2**15)
 
 
-def test_mlx_arrays_that_cannot_be_evaluated_are_no_obstacle():
+def test_mlx_arrays_that_cannot_be_evaluated_are_no_obstacle(poison):
     weights = {
         "up.weight": poison((2, 32), mx.float32),
         "down.weight": poison((2, 4), mx.uint32),

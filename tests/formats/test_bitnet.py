@@ -66,7 +66,7 @@ def test_bytes_written_by_hand(tmp_path: Path) -> None:
     assert made.values[:, 0].tolist() == [0.5, 0, -0.5, 0.5, 0, 0, 0.5, -0.5]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     packed=st.integers(1, 20),
     columns=st.sampled_from([7, 32, 96, 256]),

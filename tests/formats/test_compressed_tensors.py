@@ -219,7 +219,7 @@ def exact_values(signed: np.ndarray, scale: np.ndarray, zeros: Any, group: int) 
     return (np.float32(signed) - shift) * wide
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     bits=st.integers(1, 8),
     padded=st.booleans(),

@@ -204,7 +204,7 @@ def test_without_a_config_the_tensors_tell(tmp_path: Path) -> None:
     assert read_folder(tmp_path / "out")["up.scales"].tolist() == [[127]] * 4
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     rows=st.integers(1, 40),
     columns=st.integers(1, 90),

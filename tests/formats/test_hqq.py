@@ -123,7 +123,7 @@ def test_every_packing_becomes_codes(packing: str, nbits: Any, bits: int, tmp_pa
     assert found.exactness == "rounded"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     packing=st.sampled_from(list(PACKINGS)),
     axis=st.sampled_from([0, 1]),

@@ -66,7 +66,7 @@ def test_two_rows_a_byte(tmp_path: Path) -> None:
     ]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     pairs=st.integers(1, 12),
     groups=st.integers(1, 5),

@@ -67,7 +67,7 @@ def check(
 shapes = st.tuples(st.integers(1, 9), st.integers(1, 5), st.integers(0, 2**32 - 1))
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(shapes, st.sampled_from([4, 5, 6, 7, 8]), st.sampled_from([32, 64, 128]))
 def test_awq_gemm(shape: tuple[int, int, int], bits: int, group: int) -> None:
     out, groups = 32 * shape[0] if bits != 4 else 8 * shape[0], shape[1]
@@ -78,7 +78,7 @@ def test_awq_gemm(shape: tuple[int, int, int], bits: int, group: int) -> None:
     assert found.group_size == group
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(shapes, st.sampled_from([32, 64, 128]))
 def test_awq_gemv(shape: tuple[int, int, int], group: int) -> None:
     out, groups = shape[0], shape[1]
@@ -87,7 +87,7 @@ def test_awq_gemv(shape: tuple[int, int, int], group: int) -> None:
     check(packers.gemv(codes, zeros, scales), block, codes, zeros, scales, group)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(shapes, st.sampled_from([64, 128]), st.sampled_from(["qzeros", "scaled_zeros"]))
 def test_awq_gemv_fast(shape: tuple[int, int, int], group: int, role: str) -> None:
     out, groups = 4 * shape[0], shape[1]
@@ -98,7 +98,7 @@ def test_awq_gemv_fast(shape: tuple[int, int, int], group: int, role: str) -> No
     check(packers.fast(codes, zeros, scales, role), block, codes, zeros, scales, group)
 
 
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 @given(st.integers(1, 3), st.integers(1, 3), st.integers(0, 2**32 - 1), st.booleans())
 def test_marlin(blocks: int, groups: int, seed: int, by_gptq: bool) -> None:
     out, group = 64 * blocks, 128
@@ -112,7 +112,7 @@ def test_marlin(blocks: int, groups: int, seed: int, by_gptq: bool) -> None:
     check(packers.marlin(codes, scales, names), block, codes, 8, scales, group)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     shapes,
     st.sampled_from([2, 3, 4, 5, 6, 7, 8]),
@@ -137,7 +137,7 @@ def test_gptq(
     assert found.group_size == min(group, 128)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     shapes,
     st.sampled_from([2, 3, 4, 5, 6, 7, 8]),
@@ -154,7 +154,7 @@ def test_auto_round_is_a_stream_at_every_width(
     check(tensors, block | {"packing_format": written}, codes, zeros, scales, group)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.integers(1, 40), st.integers(0, 2**32 - 1))
 def test_outputs_that_fill_no_word(out: int, seed: int) -> None:
     """A tool pads qzeros to whole words where the outputs end within one."""

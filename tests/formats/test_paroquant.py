@@ -137,7 +137,7 @@ def _bare(count: int, rounds: int) -> Any:
     return layer
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.integers(1, 3), st.sampled_from([64, 128]), st.integers(1, 8), st.integers(0, 2**32 - 1))
 def test_any_rotation(blocks: int, group: int, rounds: int, seed: int) -> None:
     """The layer, and the folded weight, against the formula pair by pair."""

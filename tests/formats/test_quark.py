@@ -57,7 +57,7 @@ def test_words_written_by_hand() -> None:
     assert hex(pack_words(codes, "order")[0, 0]) == "0x76543210"
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     dtype=st.sampled_from(["int4", "uint4", "int8", "uint8"]),
     eights=st.integers(1, 5),

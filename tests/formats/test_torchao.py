@@ -63,7 +63,7 @@ def swizzle(scales: np.ndarray) -> np.ndarray:
     return tiles.reshape(32 * down, 16 * across)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     rows=st.integers(1, 300),
     groups=st.integers(1, 9),

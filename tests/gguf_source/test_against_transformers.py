@@ -79,7 +79,7 @@ def test_config(name: str, theirs: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["micro-llama", "qwen3-16m"])
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(text=TEXT)
 def test_tokenizer_of_a_trained_model(name: str, text: str) -> None:
     """The same numbers as the original tokenizer, and as transformers on the same file."""
@@ -119,7 +119,7 @@ def test_special_tokens_of_a_trained_model() -> None:
 
 
 @pytest.mark.parametrize("pre", sorted(set(SPLITTINGS) & set(mapping.GGUF_PRE_TOKENIZER_SPLITS)))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(text=TEXT)
 def test_splitting_of_words(pre: str, text: str) -> None:
     files, _ = tokenizer_files(

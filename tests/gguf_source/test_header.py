@@ -9,7 +9,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from requant.errors import Problem
@@ -17,9 +17,7 @@ from requant.gguf.header import Header, read_header
 
 KINDS = gguf.GGMLQuantizationType
 BLOCKY = [KINDS.Q4_0, KINDS.Q8_0, KINDS.Q4_K, KINDS.IQ2_XXS, KINDS.TQ1_0, KINDS.NVFP4]
-MANY = settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+MANY = settings(max_examples=60)
 
 
 def string(text: str | bytes) -> bytes:

@@ -59,7 +59,7 @@ def merged(text: str, scores: list[float]) -> list[str]:
         parts[at : at + 2] = [parts[at] + parts[at + 1]]
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(text=st.text("abc ", min_size=1, max_size=20), order=st.permutations(range(len(PIECES))))
 def test_sentencepiece_merges_by_score(text: str, order: list[int]) -> None:
     scores = [-float(rank) for rank in order]

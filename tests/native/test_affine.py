@@ -5,7 +5,7 @@ import itertools
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from requant.arrays.native import AFFINE_BITS, AFFINE_GROUP_SIZES, dequantize, pack_words, quantize
@@ -70,9 +70,7 @@ def test_dequantize_mixed_dtypes(s, b, bits):
         assert_same_bits(values, theirs)
 
 
-@settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=40)
 @given(
     bits=st.sampled_from(AFFINE_BITS),
     group_size=st.sampled_from(AFFINE_GROUP_SIZES),

@@ -3,7 +3,7 @@
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from requant.arrays import decode
@@ -11,9 +11,7 @@ from requant.errors import UnknownValueError, UnsupportedDtypeError
 from tests.native.inputs import DTYPES, assert_same_bits
 from tests.native.reference import F32, decode_e4m3, rounded
 
-MANY = settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+MANY = settings(max_examples=40)
 SEEDS = st.integers(0, 2**32 - 1)
 NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 FN, FNUZ = ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e4m3fnuz

@@ -7,7 +7,7 @@ import ml_dtypes
 import mlx.core as mx
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from requant.arrays.gguf import BY_NAME, TYPES, BlockType, values_into, words_into
@@ -18,9 +18,7 @@ BLOCKS = [kind for kind in TYPES.values() if not kind.dtype]
 KNOWN = [kind for kind in BLOCKS if kind.name != "Q1_0"]  # the package cannot decode that one
 FITTING = [kind for kind in KNOWN if kind.encoding is not None]
 EXACT_IN_F16 = {"Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "TQ1_0", "TQ2_0"}
-MANY = settings(
-    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+MANY = settings(max_examples=20)
 DTYPES = [np.float32, np.float16, ml_dtypes.bfloat16]
 QS = "f0e1d2c3b4a5968778695a4b3c2d1e0f"
 # Offsets of the float16 numbers of a block; IQ1_M's is spread over four bytes.

@@ -43,7 +43,7 @@ def reference(w, start, group_size, bits, scales, biases, carry):
 
 
 @pytest.mark.parametrize("bits", AFFINE_BITS)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.integers(0, 9), st.sampled_from([32, 64, 128]), st.integers(1, 6), st.randoms())
 def test_kernel_is_the_reference(bits, rows, group_size, groups, random) -> None:
     rng = np.random.default_rng(random.getrandbits(32))

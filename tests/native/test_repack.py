@@ -2,16 +2,14 @@
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from requant.arrays import repack
 from tests.native import reference
 from tests.native.inputs import assert_same_bits
 
-MANY = settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+MANY = settings(max_examples=40)
 SEEDS = st.integers(0, 2**32 - 1)
 INTERLEAVE = [0, 2, 4, 6, 1, 3, 5, 7]
 

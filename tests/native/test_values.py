@@ -10,7 +10,7 @@ import threading
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from requant import _native
@@ -20,11 +20,7 @@ from tests.native import reference
 from tests.native.inputs import DTYPES, assert_same_bits, bits, finite_inputs, nonfinite_inputs
 
 NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-MANY = settings(
-    max_examples=60,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+MANY = settings(max_examples=60)
 
 
 @MANY

@@ -410,7 +410,6 @@ INFOS = st.builds(
 )
 
 
-@settings(deadline=None)
 @given(
     tensors=st.dictionaries(SAFE_NAMES, INFOS, max_size=8),
     metadata=st.dictionaries(SAFE_NAMES, st.text(st.characters(exclude_categories=["Cs"]))),
@@ -466,7 +465,7 @@ VALID = weights(
 (VALID_LENGTH,) = struct.unpack("<Q", VALID[:8])
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(
     edits=st.lists(
         st.tuples(
@@ -507,7 +506,6 @@ def test_a_damaged_header_never_raises_and_never_passes(
         } == as_seen_by_the_referee(damaged)
 
 
-@settings(deadline=None)
 @given(raw=st.binary(max_size=64), data_bytes=st.integers(0, 64))
 def test_any_bytes_at_all(raw: bytes, data_bytes: int) -> None:
     parse_header(raw, data_bytes)
@@ -528,7 +526,6 @@ JSON = st.recursive(
 )
 
 
-@settings(deadline=None)
 @given(value=st.dictionaries(st.sampled_from(["__metadata__", "a", "b", "\x07"]), JSON))
 def test_any_json_at_all(value: dict[str, Any]) -> None:
     head = header(value)

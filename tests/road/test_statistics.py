@@ -195,7 +195,7 @@ def test_experts_with_a_name_each_make_a_stack(tmp_path: Path) -> None:
         np.testing.assert_allclose(weights, squares(96, seed=number), rtol=1e-6)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     shapes=st.dictionaries(
         st.text("abcd.", min_size=1, max_size=9).map(lambda s: f"x{s}x"),
