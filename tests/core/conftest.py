@@ -12,8 +12,6 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from tests.core.helpers import Poison
-
 
 class NumPyLibrary:
     """Makes and reads NumPy arrays."""
@@ -57,12 +55,6 @@ Library = NumPyLibrary | MlxLibrary
 def lib(request: pytest.FixtureRequest) -> Library:
     """The array library of the test."""
     return request.param
-
-
-@pytest.fixture
-def poison() -> Poison:
-    """Makes arrays that raise when they are evaluated."""
-    return Poison()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import numpy as np
 
 from requant.schema import PerLayerQuantization, Quantization
+
+T = TypeVar("T")
 
 AFFINE = PerLayerQuantization.from_global(Quantization.affine(32, 4))
 
@@ -70,17 +72,13 @@ def assert_same_arrays(actual: dict[str, Any], expected: dict[str, Any]) -> None
         assert actual[name] is array, name
 
 
-class Poison:
-    """Lazy arrays that raise when they are evaluated: MLX cannot quantize float64.
+def memory_taken(call: Callable[[], T]) -> tuple[T, int]:
+    """What a call returns, and how far MLX's memory rose above what was held: bytes.
 
-    All of them share what fails: of two failures in one evaluation MLX 0.32 throws the first, and
-    keeps the second for an evaluation that has nothing to do with it, or waits for ever. It fails
-    once: every test needs arrays of its own.
+    A lazy array takes none until it is evaluated, so that a call which evaluates nothing takes
+    no more than its own constants do.
     """
-
-    def __init__(self) -> None:
-        _, scales, _ = mx.quantize(mx.ones((1, 32), dtype=mx.float64), group_size=32, bits=4)
-        self._scalar = scales.reshape(())
-
-    def __call__(self, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
-        return mx.broadcast_to(self._scalar.astype(dtype), shape)
+    held = mx.get_active_memory()
+    mx.reset_peak_memory()
+    result = call()
+    return result, max(0, mx.get_peak_memory() - held)
