@@ -20,7 +20,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("patterns",),
     ("schema",),
     ("arrays", "safetensors_header"),
-    ("triples", "weights", "specs", "allocation"),
+    ("triples", "weights", "awq_weights", "specs", "allocation"),
     ("recipes",),
     ("wishes",),
     ("source_folder", "gguf_model"),
@@ -124,6 +124,28 @@ def test_the_route_of_one_tensor_names_what_is_there() -> None:
         if module.partition(".")[0] in FLOOR_OF:
             assert hasattr(import_module(f"requant.{module}"), name), f"{module} has no {name}"
     assert "sources.read_checkpoint" in named
+
+
+def test_the_map_of_the_formats_names_every_module_of_theirs_and_no_other() -> None:
+    folder = PACKAGE / "formats"
+    docstring = ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or ""
+    table = docstring.partition("is read\n")[2].partition("\n\n")[0]
+    of_formats = {name for line in table.splitlines() for name in re.findall(r"\w+", line[38:])}
+    shared = docstring.partition("Shared by several of them:")[2].partition("\n\n``")[0]
+    named = of_formats | set(re.findall(r"``([a-z]\w+)``", shared))
+    assert named == {path.stem for path in folder.glob("*.py")} - {"__init__"}
+
+
+def test_the_road_of_an_awq_folder_names_what_is_there() -> None:
+    page = (PACKAGE.parents[1] / "docs" / "architecture.md").read_text()
+    road = page.partition("An AutoAWQ folder, for one:")[2].partition("\n## ")[0]
+    named = [dotted.split(".") for dotted in re.findall(r"`((?:\w+\.)+\w+)`", road)]
+    named = [names for names in named if names[-1] != "py"]
+    for module, *names in named:
+        found = import_module(f"requant.formats.{module}")
+        for name in names:
+            found = getattr(found, name)
+    assert ["qweight_layouts", "Layouts", "packing"] in named
 
 
 def test_importing_requant_stays_light() -> None:

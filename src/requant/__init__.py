@@ -7,6 +7,7 @@ are in memory already.
 
 from __future__ import annotations
 
+from requant.awq_weights import AwqLoadConfig, transform_awq_weights, unpack_awq_weights
 from requant.blueprint import Plan
 from requant.calibration import Calibration, calibrate
 from requant.comparison import Comparison, compare
@@ -32,7 +33,6 @@ from requant.errors import (
     UsageError,
 )
 from requant.figures import Figures, read_figures
-from requant.formats.awq import AwqLoadConfig, transform_awq_weights, unpack_awq_weights
 from requant.inspection import Inspection, inspect
 from requant.publishing import upload
 from requant.report import Report

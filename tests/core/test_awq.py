@@ -15,6 +15,7 @@ from safetensors import safe_open
 
 from requant.arrays import NUMPY
 from requant.arrays import mlx as mlx_backend
+from requant.awq_weights import AwqLoadConfig, transform_awq_weights, unpack_awq_weights
 from requant.errors import (
     BackendError,
     DivisibilityError,
@@ -28,7 +29,6 @@ from requant.errors import (
     UnknownValueError,
     UnsupportedDtypeError,
 )
-from requant.formats.awq import AwqLoadConfig, transform_awq_weights, unpack_awq_weights
 from requant.schema import PerLayerQuantization, Quantization
 from requant.weights import dequantize_weights
 from tests.core.helpers import CountingMap, assert_bits, assert_same_arrays, memory_taken

@@ -7,7 +7,7 @@ import importlib
 
 import pytest
 
-EXAMPLES = ["requant.schema", "requant.weights", "requant.formats.awq"]
+EXAMPLES = ["requant.schema", "requant.weights", "requant.awq_weights"]
 
 
 @pytest.mark.parametrize("name", EXAMPLES)

@@ -21,12 +21,12 @@ from requant.formats.base import (
     scale_dtype,
 )
 from requant.formats.declared import Declared, declared, model_dtype
-from requant.formats.fold_order import find_folds
+from requant.formats.gptq_act_order import find_folds
 from requant.formats.gptq_packings import Gptq
-from requant.formats.layer_rules import LayerRules
 from requant.formats.packing import IntegerPacking
 from requant.formats.qweight_config import METHODS, is_elsewhere, method_of, read_convention
 from requant.formats.qweight_layouts import WORDS, Layouts
+from requant.formats.qweight_rules import LayerRules
 from requant.formats.rotation import ROLES as ROTATION
 from requant.formats.rotation import (
     RotatedGemm,

@@ -12,9 +12,9 @@ from requant.errors import Problem, count
 from requant.formats.awq_packings import AwqFast, AwqGemm, AwqGemv, Marlin, gemv_width
 from requant.formats.declared import Declared
 from requant.formats.gptq_packings import PLANES, Gptq, Zeros
-from requant.formats.layer_rules import LayerRule
 from requant.formats.packing import IntegerPacking, stream_codes
 from requant.formats.qweight_config import Convention
+from requant.formats.qweight_rules import LayerRule
 
 WORDS = ("I32", "U32")
 _GPTQ_WORDS = (*WORDS, "I8", "I16", "I64")
