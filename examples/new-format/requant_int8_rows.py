@@ -48,12 +48,13 @@ class Int8Rows:
 
 
 def layer(sorter, path, parts):
-    """One layer, or what is wrong with it: where, what was found, what was expected."""
-    weight, scale = parts["weight"].info, parts["scale"].info if "scale" in parts else None
+    """One layer, or what is wrong with it: where, found, expected, and what to do."""
+    if "scale" not in parts:
+        raise Refused(f"{path}.weight", f"has no {path}.scale; take both from one export")
+    weight, scale = parts["weight"].info, parts["scale"].info
     n_out, n_in = weight.shape if len(weight.shape) == 2 else (0, 0)
-    fits = scale is not None and scale.dtype in ("F16", "BF16") and scale.shape == (n_out,)
-    if not n_out or not fits:
+    if not n_out or scale.dtype not in ("F16", "BF16") or scale.shape != (n_out,):
         message = f"{weight} with scale {scale}, expected I8 [out, in] and F16 or BF16 [out]"
-        raise Refused(f"{path}.weight", message)
+        raise Refused(f"{path}.weight", f"{message}; export the model again")
     packing = Int8Packing(n_out, n_in, 8, n_in, symmetric=True, scale_dtype=scale.dtype)
     return integer_layer(sorter, path, parts, (n_out, n_in), packing, "int8-rows")

@@ -147,10 +147,14 @@ def answer(folder: Path, site: Path) -> tuple[int, str]:
 
 
 def test_what_is_wrong_is_named(int8_rows: Path, tmp_path: Path) -> None:
-    int8_folder(tmp_path / "source", **{"up.scale": np.ones(3, np.float16)})
+    """A scale of another layer, and one that is not there: both at once, each with a way out."""
+    lone = {"up.scale": np.ones(3, np.float16), "down.weight": np.ones((4, 128), np.int8)}
+    int8_folder(tmp_path / "source", **lone)
     code, said = answer(tmp_path / "source", int8_rows)
     assert code == 1
     assert "up.weight: I8 [4, 128] with scale F16 [3], expected I8 [out, in]" in said
+    assert "F16 or BF16 [out]; export the model again" in said
+    assert "down.weight: has no down.scale; take both from one export" in said
 
 
 def test_broken_plug_ins_are_all_named(tmp_path: Path) -> None:

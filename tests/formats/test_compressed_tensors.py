@@ -614,6 +614,10 @@ CORRUPTIONS: dict[str, tuple[Callable[[Tensors, dict[str, Any]], None], tuple[st
         with_key("ignore", value=["re:(["]),
         ("ignore: '([' is no regular expression",),
     ),
+    "preset that is none": (
+        lambda tensors, config: config["config_groups"].update({"w4a99x": ["Linear"]}),
+        ("config_groups.w4a99x: 'w4a99x' is no preset", "correct the name, or give the scheme"),
+    ),
     "bits that are none": (
         with_key(*WEIGHTS, "num_bits", value="four"),
         ("group_0.weights.num_bits: is 'four', expected a whole number",),

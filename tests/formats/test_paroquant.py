@@ -383,7 +383,7 @@ def test_experts_keep_their_own_names(experts: Any, tmp_path: Path) -> None:
     [
         (
             lambda t: t.pop("model.layers.0.mlp.experts.down_weight_pairs"),
-            ("down_proj.pairs", "is missing beside the other two"),
+            ("down_proj.pairs", "is missing: a rotation is theta, pairs and channel_scales"),
         ),
         (
             lambda t: t["model.layers.0.mlp.experts.down_weight_pairs"].fill(0),
@@ -414,6 +414,7 @@ def test_broken_shared_rotations_are_named(
 @pytest.mark.parametrize(
     ("edit", "words"),
     [
+        (lambda t: t.pop(f"{DOWN}.theta"), (f"{DOWN}.theta", "missing", "take all three from")),
         (lambda t: t.pop(f"{DOWN}.pairs"), (f"{DOWN}.pairs", "missing")),
         (lambda t: t.pop(f"{DOWN}.channel_scales"), (f"{DOWN}.channel_scales", "missing")),
         (
@@ -422,11 +423,15 @@ def test_broken_shared_rotations_are_named(
         ),
         (
             lambda t: t.update({f"{DOWN}.pairs": np.zeros_like(t[f"{DOWN}.pairs"])}),
-            (f"{DOWN}.pairs", "round 0", "group 0"),
+            (f"{DOWN}.pairs", "round 0", "group 0", "0 to 63", "correct group_size"),
         ),
         (
             lambda t: t.update({f"{DOWN}.pairs": t[f"{DOWN}.pairs"] + np.int16(64)}),
             (f"{DOWN}.pairs", "does not pair off"),
+        ),
+        (
+            lambda t: t.update({f"{DOWN}.theta": t[f"{DOWN}.theta"] * np.float16(np.nan)}),
+            (f"{DOWN}.theta: holds NaN or infinity", "take the file from its publisher again"),
         ),
         (
             lambda t: t.update({"x.experts.gate_up_weight_theta": np.zeros((8, 4), np.float16)}),
@@ -443,6 +448,7 @@ def test_broken_rotations_are_named(edit: Any, words: tuple[str, ...], tmp_path:
     with pytest.raises(requant.CheckpointError) as caught:
         requant.convert(folder, tmp_path / "out")
     assert all(word in str(caught.value) for word in words), str(caught.value)
+    assert len(caught.value.problems) == 1  # the whole parts are not called wrong for it
     assert not (tmp_path / "out").exists()
 
 
@@ -451,5 +457,7 @@ def test_an_output_whose_config_forgot_the_rotation_is_refused(tmp_path: Path) -
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     del config["rotation"]
     (tmp_path / "out" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(requant.CheckpointError, match="rotation"):
+    with pytest.raises(requant.CheckpointError) as caught:
         requant.plan(tmp_path / "out")
+    assert "config.json: rotation: gives no group_size for the rotation of " in str(caught.value)
+    assert 'such as {"method": "paroquant", "group_size": 128, "krot": 8}' in str(caught.value)

@@ -216,13 +216,18 @@ class CtConfig:
         self.problems.append(Problem(key, f"is {shown(value)}, expected [rows, columns]"))
         return None
 
-    def _preset(self, name: str, where: str) -> Scheme:
-        name = name.upper()
+    def _preset(self, preset: str, where: str) -> Scheme:
+        name = preset.upper()
         if name == "UNQUANTIZED":
             return Scheme(where=where)
         match = _PRESET.fullmatch("W8A8" if name == "INT8" else name)
         if match is None:
-            self.problems.append(Problem(where, f"is no preset of compressed-tensors: {name!r}"))
+            message = (
+                f"{shown(preset)} is no preset of compressed-tensors (W4A16, FP8_DYNAMIC, NVFP4, "
+                '...); correct the name, or give the scheme: {"targets": [...], "weights": '
+                '{"num_bits": 4, "type": "int", ...}}'
+            )
+            self.problems.append(Problem(where, message))
             return Scheme()
         bits, kind = (int(match["int"]), "int") if match["int"] else (int(match["float"]), "float")
         return Scheme(bits, kind, not match["asym"], where=where)

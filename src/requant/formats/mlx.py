@@ -6,7 +6,7 @@ A row is one little-endian bit stream of codes in uint32 words.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from requant.formats.base import (
 )
 from requant.formats.rotation import ROLES as ROTATION
 from requant.formats.rotation import RotatedTriple, read_rotation
+from requant.formats.sorting import Refused
 from requant.schema import PerLayerQuantization, Quantization, QuantMode
 from requant.specs import MODE_DEFAULTS
 
@@ -120,55 +121,87 @@ def _layer(
 ) -> tuple[SourceLayer | None, list[Problem]]:
     """Hold a triple against its parameters; all that disagrees is listed."""
     if quantization is None:
-        where = f"config.json: quantization.{path}"
-        return None, [Problem(where, f"is false, yet {path}.scales stands in the checkpoint")]
+        message = (
+            f"is false, yet {path}.scales stands in the checkpoint; say the group_size and bits "
+            "of its codes there, or remove the scales if the weight is dense"
+        )
+        return None, [Problem(f"config.json: quantization.{path}", message)]
     try:
         check_quantization(quantization.bits, quantization.group_size, quantization.mode.value)
     except OutOfRangeError as error:
         return None, [Problem(f"config.json: quantization ({path})", str(error))]
+    try:
+        shape = _logical_shape(path, parts["weight"].info, quantization)
+    except Refused as refused:
+        return None, [refused.problem]
+    problems = [
+        *_wrong_scales(path, parts, shape, quantization),
+        *_wrong_global_scale(path, parts, shape, quantization),
+    ]
+    if problems:
+        return None, problems
+    dtype = _decoded_dtype(parts, quantization)
+    return SourceLayer(path, parts, quantization, shape, dtype), []
 
-    weight = parts["weight"].info
-    problems: list[Problem] = []
+
+def _logical_shape(path: str, weight: TensorInfo, quantization: Quantization) -> tuple[int, ...]:
+    """``(..., out, in)`` of packed words ``(..., out, in * bits / 32)``.
+
+    Raises:
+        Refused: They are no words, or hold no whole groups.
+    """
     if weight.dtype != "U32" or len(weight.shape) < 2:
         message = f"{weight}, expected U32 of rank 2 or more beside {path}.scales"
-        return None, [Problem(f"{path}.weight", message)]
+        raise Refused(f"{path}.weight", message)
     *leading, words = weight.shape
     n_in, remainder = divmod(words * 32, quantization.bits)
-    groups = n_in // quantization.group_size
     if remainder or n_in % quantization.group_size:
         message = (
             f"{weight}: {words} words hold no whole number of groups of "
             f"{quantization.group_size} at {quantization.bits} bits"
         )
-        return None, [Problem(f"{path}.weight", message)]
+        raise Refused(f"{path}.weight", message)
+    return (*leading, n_in)
 
-    affine = quantization.mode is QuantMode.AFFINE
+
+def _wrong_scales(
+    path: str,
+    parts: Mapping[str, SourceTensor],
+    shape: tuple[int, ...],
+    quantization: Quantization,
+) -> Iterator[Problem]:
+    """What is wrong with the scales and biases of a layer of this shape."""
+    mode, affine = quantization.mode, quantization.mode is QuantMode.AFFINE
     dtypes = KERNEL_FLOATS if affine else _SCALE_BYTES
+    expected = TensorInfo(dtypes[0], (*shape[:-1], shape[-1] // quantization.group_size))
     for role in ("scales", "biases") if affine else ("scales",):
         if role not in parts:
-            problems.append(Problem(f"{path}.{role}", f"is missing (mode {quantization.mode})"))
+            yield Problem(f"{path}.{role}", f"is missing (mode {mode})")
             continue
         info = parts[role].info
-        if info.shape != (*leading, groups) or info.dtype not in dtypes:
-            expected = TensorInfo(dtypes[0], (*leading, groups))
-            message = f"{info}, expected {expected} for {describe(quantization, '')} of {weight}"
-            problems.append(Problem(f"{path}.{role}", message))
-    for role in ("biases",) if not affine else ():
-        if role in parts:
-            message = f"must not be there: {quantization.mode} has scales only"
-            problems.append(Problem(f"{path}.{role}", message))
-    if quantization.mode is not QuantMode.NVFP4 and "global_scale" in parts:
-        message = f"must not be there: {quantization.mode} has no global scale"
-        problems.append(Problem(f"{path}.global_scale", message))
-    if "global_scale" in parts:
-        info, experts = parts["global_scale"].info, leading[0] if len(leading) > 1 else 1
-        if info.dtype != "F32" or info.size not in (1, experts):
-            message = f"{info}, expected one F32, or one for each of {experts} experts"
-            problems.append(Problem(f"{path}.global_scale", message))
-    if problems:
-        return None, problems
-    dtype = _decoded_dtype(parts, quantization)
-    return SourceLayer(path, parts, quantization, (*leading, n_in), dtype), []
+        if info.shape != expected.shape or info.dtype not in dtypes:
+            whose = f"{describe(quantization, '')} of {parts['weight'].info}"
+            yield Problem(f"{path}.{role}", f"{info}, expected {expected} for {whose}")
+    if not affine and "biases" in parts:
+        yield Problem(f"{path}.biases", f"must not be there: {mode} has scales only")
+
+
+def _wrong_global_scale(
+    path: str,
+    parts: Mapping[str, SourceTensor],
+    shape: tuple[int, ...],
+    quantization: Quantization,
+) -> Iterator[Problem]:
+    """What is wrong with ``global_scale``, which nvfp4 may have: one number, or one an expert."""
+    if "global_scale" not in parts:
+        return
+    name, info = f"{path}.global_scale", parts["global_scale"].info
+    if quantization.mode is not QuantMode.NVFP4:
+        yield Problem(name, f"must not be there: {quantization.mode} has no global scale")
+    experts = shape[0] if len(shape) > 2 else 1
+    if info.dtype != "F32" or info.size not in (1, experts):
+        each = f", or one for each of {experts} experts" if experts > 1 else ""
+        yield Problem(name, f"{info}, expected one F32{each}")
 
 
 def _rotated(
@@ -181,7 +214,10 @@ def _rotated(
     entry = checkpoint.config.get("rotation")
     group = entry.get("group_size") if isinstance(entry, dict) else None
     if not isinstance(group, int) or group < 1:
-        message = f"gives no group_size for the rotation of {layer.path}"
+        message = (
+            f"gives no group_size for the rotation of {layer.path}; put the block back that the "
+            'conversion wrote, such as {"method": "paroquant", "group_size": 128, "krot": 8}'
+        )
         problems.append(Problem("config.json: rotation", message))
         return None
     if layer.encoding is None or layer.encoding.mode is not QuantMode.AFFINE:

@@ -67,8 +67,32 @@ def read_rotation(
         problems: Filled.
     """
     before = len(problems)
-    shape = tensors["theta"].info.shape if "theta" in tensors else ()
-    krot = shape[0] if len(shape) == 2 else 0
+    krot = _rounds(tensors)
+    _check_shapes(path, tensors, krot, n_in, problems)
+    if group % 2 or n_in % group:
+        problems.append(Problem(path, f"{n_in} inputs are not made of groups of {group}"))
+    if len(problems) == before:
+        _check_turns(checkpoint, tensors, krot, group, problems)
+    return krot if len(problems) == before else None
+
+
+def _rounds(tensors: Mapping[str, SourceTensor]) -> int:
+    """The first axis of ``theta``, or of ``pairs`` where that is missing; 0 where none tells."""
+    for role in ("theta", "pairs"):
+        if role in tensors:
+            shape = tensors[role].info.shape
+            return shape[0] if len(shape) == 2 else 0
+    return 0
+
+
+def _check_shapes(
+    path: str,
+    tensors: Mapping[str, SourceTensor],
+    krot: int,
+    n_in: int,
+    problems: list[Problem],
+) -> None:
+    """Hold what there is of a rotation against its ``krot`` rounds of ``n_in`` inputs."""
     expected = {
         "theta": (FLOATS, ((krot, n_in // 2),)),
         "pairs": (("I32", "I16"), ((krot, n_in),)),
@@ -77,15 +101,25 @@ def read_rotation(
     for role, (dtypes, shapes) in expected.items():
         found = tensors.get(role)
         if found is None:
-            problems.append(Problem(f"{path}.{role}", "is missing beside the other two"))
+            message = (
+                "is missing: a rotation is theta, pairs and channel_scales; take all three from "
+                "the checkpoint that the codes are from"
+            )
+            problems.append(Problem(f"{path}.{role}", message))
         elif found.info.shape not in shapes or found.info.dtype not in dtypes:
             fits = found.info.dtype in dtypes
             wanted = TensorInfo(found.info.dtype if fits else dtypes[-1], shapes[0])
             problems.append(Problem(found.name, f"{found.info}, expected {wanted}"))
-    if group % 2 or n_in % group:
-        problems.append(Problem(path, f"{n_in} inputs are not made of groups of {group}"))
-    if len(problems) > before:
-        return None
+
+
+def _check_turns(
+    checkpoint: Checkpoint,
+    tensors: Mapping[str, SourceTensor],
+    krot: int,
+    group: int,
+    problems: list[Problem],
+) -> None:
+    """Every round pairs off the inputs of each group once, or turns none of them."""
     names = {role: tensor.name for role, tensor in tensors.items()}
     pairs = checkpoint.peek(names["pairs"]).astype(np.int64).reshape(krot, -1, group)
     theta = checkpoint.peek(names["theta"]).astype(np.float32).reshape(krot, -1, group // 2)
@@ -95,11 +129,15 @@ def read_rotation(
     wrong = np.argwhere(~whole.all(-1) & ~idle)
     if wrong.size:
         turn, number = (int(n) for n in wrong[0])
-        message = f"round {turn} does not pair off the inputs of group {number}"
+        message = (
+            f"round {turn} does not pair off the inputs of group {number}: each of 0 to "
+            f"{group - 1} is due once; correct group_size if it is not {group}, else take the "
+            "file from its publisher again"
+        )
         problems.append(Problem(names["pairs"], message))
     if not np.isfinite(theta).all():
-        problems.append(Problem(names["theta"], "holds NaN or infinity"))
-    return None if len(problems) > before else krot
+        message = "holds NaN or infinity, which no angle is; take the file from its publisher again"
+        problems.append(Problem(names["theta"], message))
 
 
 def rotation_entry(group: int, krot: int) -> dict[str, Any]:
