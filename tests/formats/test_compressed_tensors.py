@@ -559,6 +559,13 @@ CORRUPTIONS: dict[str, tuple[Callable[[Tensors, dict[str, Any]], None], tuple[st
         with_tensor("up.weight_scale", np.ones((8, 2), np.int32)),
         ("up.weight_scale: I32 [8, 2], expected floats",),
     ),
+    "no shape, and a width of 0": (
+        lambda tensors, config: (
+            tensors.pop("up.weight_shape"),
+            config["config_groups"]["group_0"]["weights"].update({"num_bits": 0}),
+        )[-1],
+        ("up: has no weight_shape, and the config does not tell its inputs",),
+    ),
     "zero points of another width": (
         with_tensor("up.weight_zero_point", np.zeros((2, 2), np.int32)),
         ("up.weight_zero_point: I32 [2, 2], expected I32 [1, 2] or I8 [8, 2] for 4 bits",),

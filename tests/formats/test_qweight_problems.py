@@ -119,6 +119,14 @@ FAULTS = {
     "contradicting bits": (GPTQ, say(bits=8), (DOWN, "4-bit", "8")),
     "contradicting group": (GPTQ, say(group_size=32), (DOWN, "3 groups", "group_size 32")),
     "a group size that is no number": (GPTQ, say(group_size="64"), ("group_size", "'64'")),
+    "no zeros that tell the bits, and 0 in the config": (
+        GPTQ,
+        lambda tensors, block: (
+            [tensors.pop(n) for n in list(tensors) if n.endswith((".qzeros", ".g_idx"))],
+            block.update({"bits": 0}),
+        )[-1],
+        (f"{DOWN}: has no qzeros that tell its width", "says 0 bits; GPTQ writes 2 to 8"),
+    ),
     "an impossible group size": (GPTQ, say(group_size=0), ("group_size", "0")),
     "bits that are no number": (GPTQ, say(bits=[4]), ("bits", "[4]")),
     "an unknown checkpoint_format": (
@@ -201,6 +209,16 @@ _OWN = ("qweight", "qzeros", "scales", "g_idx")
 def test_fault(fault: str, tmp_path: Path) -> None:
     name, edit, words = FAULTS[fault]
     refused(tmp_path, name, edit, *words)
+
+
+def test_a_width_that_contradicts_the_config_is_one_problem(tmp_path: Path) -> None:
+    """Zeros that tell the width are not called missing for it."""
+    folder = broken(tmp_path, GPTQ, say(bits=8))
+    with pytest.raises(requant.CheckpointError) as caught:
+        requant.plan(folder, layout="keep")
+    places = [problem.where for problem in caught.value.problems]
+    assert len(places) == len(set(places))
+    assert "no qzeros" not in str(caught.value)
 
 
 def test_all_faults_in_one_run(tmp_path: Path) -> None:

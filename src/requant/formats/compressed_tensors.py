@@ -275,7 +275,7 @@ class _Reader:
         n_out, words = packed.info.shape[-2:]
         if shape is None:
             bits = scheme.bits
-            if bits is None or words * 32 % bits:
+            if bits is None or not 1 <= bits <= 8 or words * 32 % bits:
                 self._report(path, "has no weight_shape, and the config does not tell its inputs")
                 return None
             return words * 32 // bits

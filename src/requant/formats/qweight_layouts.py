@@ -165,37 +165,74 @@ class Layouts:
     def _gptq(
         self, path: str, infos: Mapping[str, TensorInfo], rule: LayerRule
     ) -> IntegerPacking | None:
-        height = infos["qweight"].shape[0] * _word_bits(infos["qweight"])
         groups, rows = infos["scales"].shape
-        has_zeros = "qzeros" in infos
-        if has_zeros and len(infos["qzeros"].shape) == 2:
-            width = infos["qzeros"].shape[1] * _word_bits(infos["qzeros"])
-            bits = self._bits(path, width, rows, rule, range(2, 9))
-        else:
-            bits = rule.bits
-        if bits is None:
-            self._report(path, f"has no qzeros that tell its width, and {rule.where} no bits")
+        bits = self._gptq_bits(path, infos, rows, rule)
+        n_in = None if bits is None else self._gptq_inputs(path, infos, bits)
+        group = None if n_in is None else self._group(path, n_in, groups, rule)
+        if bits is None or n_in is None or group is None:
             return None
-        n_in = infos["g_idx"].size if "g_idx" in infos else height // bits
-        if height != -(-n_in * bits // _word_bits(infos["qweight"])) * _word_bits(infos["qweight"]):
-            self._report(
-                f"{path}.qweight",
-                f"{infos['qweight']} does not hold {n_in} inputs of {bits} bits"
-                + (f" (g_idx has {n_in})" if "g_idx" in infos else ""),
-            )
-            return None
-        group = self._group(path, n_in, groups, rule)
-        if group is None:
-            return None
-        unit, dtype = _word_bits(infos["qweight"]), infos["qweight"].dtype
-        zeros_shape = (groups, -(-rows * bits // unit))
-        if has_zeros:
-            self._expect(path, "qzeros", infos, zeros_shape, (dtype,))
-        elif rule.symmetric is False:
-            self._report(path, "has no qzeros, and the config calls it asymmetric")
+        self._check_gptq_zeros(path, infos, bits, rule)
         act_order = self._act_order(path, infos, n_in, group, groups)
         if act_order is None:
             return None
+        planar, zeros = self._gptq_dialect(bits)
+        packing = Gptq(
+            rows,
+            n_in,
+            bits,
+            group,
+            rule.symmetric is not False,
+            infos["scales"].dtype,
+            planar,
+            zeros,
+            "qzeros" in infos,
+            act_order,
+            word_bits=_word_bits(infos["qweight"]),
+        )
+        self.disputed += self._is_disputed(path, infos, packing)
+        return packing
+
+    def _gptq_bits(
+        self, path: str, infos: Mapping[str, TensorInfo], rows: int, rule: LayerRule
+    ) -> int | None:
+        """The width that the zeros tell, held against the config; without them the config's."""
+        zeros = infos.get("qzeros")
+        if zeros is not None and len(zeros.shape) == 2:
+            return self._bits(path, zeros.shape[1] * _word_bits(zeros), rows, rule, PLANES)
+        if rule.bits is None:
+            self._report(path, f"has no qzeros that tell its width, and {rule.where} no bits")
+        elif rule.bits not in PLANES:
+            self._report(
+                path,
+                f"has no qzeros that tell its width, and {rule.where} says {rule.bits} bits; GPTQ "
+                f"writes {min(PLANES)} to {max(PLANES)}",
+            )
+            return None
+        return rule.bits
+
+    def _gptq_inputs(self, path: str, infos: Mapping[str, TensorInfo], bits: int) -> int | None:
+        """As many as ``g_idx`` has, else as the words hold; words for as many must be there."""
+        words = infos["qweight"]
+        unit, there = _word_bits(words), words.shape[0] * _word_bits(words)
+        n_in = infos["g_idx"].size if "g_idx" in infos else there // bits
+        if there == -(-n_in * bits // unit) * unit:
+            return n_in
+        said = f" (g_idx has {n_in})" if "g_idx" in infos else ""
+        message = f"{words} does not hold {n_in} inputs of {bits} bits{said}"
+        self._report(f"{path}.qweight", message)
+        return None
+
+    def _check_gptq_zeros(
+        self, path: str, infos: Mapping[str, TensorInfo], bits: int, rule: LayerRule
+    ) -> None:
+        if "qzeros" in infos:
+            due = _gptq_zeros(infos, bits)
+            self._expect(path, "qzeros", infos, due.shape, (due.dtype,))
+        elif rule.symmetric is False:
+            self._report(path, "has no qzeros, and the config calls it asymmetric")
+
+    def _gptq_dialect(self, bits: int) -> tuple[bool, Zeros]:
+        """Whether codes of this width are in planes, and how their zeros are stored."""
         # GPTQModel writes 5, 6 and 7 bits in planes whatever the label says; AutoRound never.
         planar = self.convention.planar or (self.name == "gptq" and bits in (5, 6, 7))
         zeros = self.convention.zeros
@@ -203,31 +240,17 @@ class Layouts:
             zeros = Zeros.AS_STORED
         if zeros is Zeros.WORD_PLUS_ONE and bits not in (2, 4, 8):
             zeros = Zeros.PLUS_ONE
-        symmetric = rule.symmetric is not False
-        packing = Gptq(
-            rows,
-            n_in,
-            bits,
-            group,
-            symmetric,
-            infos["scales"].dtype,
-            planar,
-            zeros,
-            has_zeros,
-            act_order,
-            word_bits=_word_bits(infos["qweight"]),
-        )
-        if bits not in PLANES:
-            self._report(path, f"has {bits}-bit codes; GPTQ writes 2 to 8")
-        elif (
-            has_zeros
-            and zeros is Zeros.PLUS_ONE
-            and not symmetric
-            and infos["qzeros"] == TensorInfo(dtype, zeros_shape)
-        ):
-            fields = stream_codes(self.checkpoint.peek(f"{path}.qzeros"), bits, rows)
-            self.disputed += bool((fields == (1 << bits) - 1).any())
-        return packing
+        return planar, zeros
+
+    def _is_disputed(self, path: str, infos: Mapping[str, TensorInfo], packing: Gptq) -> bool:
+        """Whether a zero is stored as all ones, which readers of version 1 take for 0 or 2^bits."""
+        if packing.symmetric or packing.stored_zeros is not Zeros.PLUS_ONE:
+            return False
+        if infos.get("qzeros") != _gptq_zeros(infos, packing.bits):
+            return False
+        stored = self.checkpoint.peek(f"{path}.qzeros")
+        fields = stream_codes(stored, packing.bits, packing.rows)
+        return bool((fields == (1 << packing.bits) - 1).any())
 
     # -- checks that layouts share -------------------------------------------------------
 
@@ -325,6 +348,12 @@ class Layouts:
             )
             return None
         return True
+
+
+def _gptq_zeros(infos: Mapping[str, TensorInfo], bits: int) -> TensorInfo:
+    """What ``qzeros`` must be: a stream of fields along the outputs, in words as the codes' are."""
+    (groups, rows), words = infos["scales"].shape, infos["qweight"]
+    return TensorInfo(words.dtype, (groups, -(-rows * bits // _word_bits(words))))
 
 
 def _word_bits(info: TensorInfo) -> int:

@@ -14,7 +14,6 @@ from requant.errors import Problem, shown
 from requant.formats.declared import Declared
 from requant.patterns import Pattern, PatternError
 
-_BITS = range(1, 9)
 DENSE_BITS = 16  # AutoRound: 16 bits or more is a dense layer
 
 
