@@ -198,9 +198,8 @@ def transform_awq_weights(
     _check_config(config)
     _refuse_group_order(weights)
     layers = sorted(layer for name in weights if (layer := layer_of(name, QWEIGHT)) is not None)
+    _check_layers(backend, weights, layers, config.group_size)
     target = _common_dtype(backend, weights, layers)
-    for layer in layers:
-        _check_layer(backend, weights, layer, config.group_size)
 
     result: dict[str, Array] = {}
     for layer in layers:
@@ -233,24 +232,23 @@ def _refuse_group_order(weights: Weights) -> None:
             )
 
 
-def _common_dtype(backend: Backend, weights: Weights, layers: Sequence[str]) -> str | None:
-    """One dtype that holds the scales of all layers; None without layers.
-
-    Raises:
-        UnsupportedDtypeError: Scales that are not floats; converting to them would ruin the rest.
-        MissingKeyError: A layer has no scales.
-    """
+def _check_layers(
+    backend: Backend, weights: Weights, layers: Sequence[str], group_size: int
+) -> None:
+    """Refuse what cannot be converted: the scales of all layers first, then layer by layer."""
     for layer in layers:
-        if layer + SCALES in weights:
+        if layer + SCALES in weights:  # converting to a dtype that is no float would ruin the rest
             _check_dtype(backend, weights[layer + SCALES], SCALE_DTYPES, layer + SCALES)
-    found = set()
     for layer in layers:
         if layer + SCALES not in weights:
             raise MissingKeyError("an AWQ layer has no scales", layer + SCALES, layer=layer)
-        found.add(backend.dtype(weights[layer + SCALES]))
-    if found == {"float16", "bfloat16"}:
-        return "float32"  # neither holds the other: precision here, range there
-    return next((dtype for dtype in _BY_WIDTH if dtype in found), None)
+    for layer in layers:
+        _check_layer(backend, weights, layer, group_size)
+    for layer in layers:
+        n_in, _ = backend.shape(weights[layer + QWEIGHT])
+        if n_in % CODES_PER_WORD:
+            what = "MLX packs whole words along the inputs"
+            raise _ragged(what, n_in, CODES_PER_WORD, layer)
 
 
 def _check_layer(backend: Backend, weights: Weights, layer: str, group_size: int) -> None:
@@ -267,13 +265,7 @@ def _check_layer(backend: Backend, weights: Weights, layer: str, group_size: int
     if group_size == 0:
         raise OutOfRangeError("must be positive", "group_size", group_size, layer=layer)
     if n_in % group_size:
-        raise DivisibilityError(
-            "inputs do not fill their groups",
-            "in_features",
-            n_in,
-            group_size,
-            layer=layer + QWEIGHT,
-        )
+        raise _ragged("inputs do not fill their groups", n_in, group_size, layer)
     groups = n_in // group_size
     expected, actual = (groups, words * CODES_PER_WORD), backend.shape(scales)
     if actual != expected:
@@ -288,20 +280,22 @@ def _check_layer(backend: Backend, weights: Weights, layer: str, group_size: int
             )
 
 
+def _ragged(what: str, n_in: int, divisor: int, layer: str) -> DivisibilityError:
+    return DivisibilityError(what, "in_features", n_in, divisor, layer=layer + QWEIGHT)
+
+
+def _common_dtype(backend: Backend, weights: Weights, layers: Sequence[str]) -> str:
+    """One dtype that holds the scales of all layers."""
+    found = {backend.dtype(weights[layer + SCALES]) for layer in layers}
+    if found == {"float16", "bfloat16"}:
+        return "float32"  # neither holds the other: precision here, range there
+    return next((dtype for dtype in _BY_WIDTH if dtype in found), _BY_WIDTH[0])
+
+
 def _convert_layer(
-    backend: Backend, weights: Weights, layer: str, config: AwqLoadConfig, target: str | None
+    backend: Backend, weights: Weights, layer: str, config: AwqLoadConfig, target: str
 ) -> dict[str, Array]:
     qweight, stored = weights[layer + QWEIGHT], weights[layer + SCALES]
-    n_in, _ = backend.shape(qweight)
-    if n_in % CODES_PER_WORD:
-        raise DivisibilityError(
-            "MLX packs whole words along the inputs",
-            "in_features",
-            n_in,
-            CODES_PER_WORD,
-            layer=layer + QWEIGHT,
-        )
-    dtype = target if target is not None else backend.dtype(stored)
     scales = backend.transpose(stored)
     qzeros = weights.get(layer + QZEROS) if config.zero_point else None
     biases = (
@@ -311,8 +305,8 @@ def _convert_layer(
     )
     return {
         layer + WEIGHT: backend.pack(backend.transpose(_unpack(backend, qweight)), MLX_SHIFTS),
-        layer + SCALES: backend.astype(scales, dtype),
-        layer + BIASES: backend.astype(biases, dtype),
+        layer + SCALES: backend.astype(scales, target),
+        layer + BIASES: backend.astype(biases, target),
     }
 
 

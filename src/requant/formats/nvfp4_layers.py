@@ -51,39 +51,46 @@ def nvfp4_layer(
     """
     *leading, n_out, nbytes = weight.info.shape
     shape = (*leading, n_out, 2 * nbytes)
-    rows, matrices = prod(leading) * n_out, prod(leading)
     parts = {"weight": weight, "scale": scale}
+    packing = NvBlocks(prod(leading) * n_out, 2 * nbytes, n_out)
+    bare = SourceLayer(path, parts, NVFP4, shape, sorter.dtype, packing, "nvfp4")
     if tensor_scale is None:
-        plain = NvBlocks(rows, 2 * nbytes, n_out)
-        return SourceLayer(path, parts, NVFP4, shape, sorter.dtype, plain, "nvfp4")
+        return bare
+    factors = _factors(checkpoint, sorter, tensor_scale, prod(leading))
+    if factors is None:
+        return None
+    info = tensor_scale.info
+    exact = _folds(checkpoint, scale, factors, divides)
+    packing = replace(
+        packing,
+        tensor_scales=info.size,
+        tensor_scale_width=info.shape[-1] if info.shape else 1,
+        divides=divides,
+        exact=exact,
+    )
+    scaled = replace(bare, parts={**parts, "tensor_scale": tensor_scale}, packing=packing)
+    if exact:
+        return scaled
+    fallback = fallback_for(2 * nbytes)
+    return replace(scaled, encoding=None, stored=_STORED, fallback=fallback, reason=_REASON)
+
+
+def _factors(
+    checkpoint: Checkpoint, sorter: Sorter, tensor_scale: SourceTensor, matrices: int
+) -> np.ndarray | None:
+    """The tensor scales, float32, one or one for each matrix; None with a problem."""
     info = tensor_scale.info
     if info.dtype not in ("F32", "BF16", "F16") or info.size not in (1, matrices):
         each = f", or one for each of {matrices} experts" if matrices > 1 else ""
         sorter.problem(tensor_scale.name, f"{info}, expected one F32{each}")
         return None
     factors = checkpoint.peek(tensor_scale.name).astype(np.float32).reshape(-1)
-    if not (np.isfinite(factors) & (factors > 0)).all():
-        worst = factors[~(np.isfinite(factors) & (factors > 0))][0]
-        message = f"holds {shown(float(worst))}, expected a finite number above 0"
+    sound = np.isfinite(factors) & (factors > 0)
+    if not sound.all():
+        message = f"holds {shown(float(factors[~sound][0]))}, expected a finite number above 0"
         sorter.problem(tensor_scale.name, message)
         return None
-    parts["tensor_scale"] = tensor_scale
-    width = info.shape[-1] if info.shape else 1
-    exact = _folds(checkpoint, scale, factors, divides)
-    packing = NvBlocks(rows, 2 * nbytes, n_out, info.size, width, divides, exact)
-    if exact:
-        return SourceLayer(path, parts, NVFP4, shape, sorter.dtype, packing, "nvfp4")
-    return SourceLayer(
-        path,
-        parts,
-        None,
-        shape,
-        sorter.dtype,
-        packing,
-        _STORED,
-        fallback_for(2 * nbytes),
-        _REASON,
-    )
+    return factors
 
 
 def has_tensor_scale(layer: SourceLayer) -> bool:

@@ -62,6 +62,42 @@ class _Scheme:
         return bool(self.levels) and self.levels[0].get("symmetric") is True
 
 
+@dataclass(frozen=True, slots=True)
+class _Integers:
+    """The tensors of a layer of integers, and how its codes are stored."""
+
+    weight: SourceTensor
+    scale: SourceTensor
+    zeros: SourceTensor | None
+    bits: int
+    signed: bool
+    reordered: bool
+    said_symmetric: bool
+
+    @property
+    def words(self) -> tuple[str, str]:
+        """What the codes may be stored in."""
+        return ("I32", "U32") if self.bits == 4 else ("I8", "U8")
+
+    @property
+    def a_word(self) -> int:
+        """Codes in one of them."""
+        return 8 if self.bits == 4 else 1
+
+    @property
+    def parts(self) -> dict[str, SourceTensor]:
+        """By the roles that the packings name."""
+        parts = {"weight": self.weight, "weight_scale": self.scale}
+        return parts if self.zeros is None else {**parts, "weight_zero_point": self.zeros}
+
+    @property
+    def how(self) -> tuple[bool, str, bool, bool, bool]:
+        """What both packings take behind the group: ``symmetric`` to ``has_zeros``."""
+        no_zeros = self.zeros is None
+        symmetric = no_zeros or self.said_symmetric
+        return symmetric, self.scale.info.dtype, self.signed, self.reordered, not no_zeros
+
+
 class _Reader:
     """Reads one checkpoint and collects what is wrong with it."""
 
@@ -200,9 +236,16 @@ class _Reader:
         raise Refused(path, f"has dtype {shown(dtype)} by {scheme.where}; read are {known}")
 
     def _integer(self, path: str, tensors: _Tensors, scheme: _Scheme, dtype: str) -> SourceLayer:
-        weight, scale, zeros = (tensors.get(role) for role in _ROLES[:3])
-        assert weight is not None
-        assert scale is not None
+        """Codes of 4 or 8 bits: ``[in, out]`` with scales for groups, ``[out, in]`` for others."""
+        stored = self._integers(path, tensors, scheme, dtype)
+        if scheme.word("qscheme") == "per_group":
+            return self._by_column(path, stored, scheme)
+        return self._by_row(path, stored, scheme)
+
+    def _integers(self, path: str, tensors: _Tensors, scheme: _Scheme, dtype: str) -> _Integers:
+        """The tensors of a layer of integers, if they are what its scheme says."""
+        weight, scale = tensors["weight"], tensors["weight_scale"]
+        zeros = tensors.get("weight_zero_point")
         bits, qscheme = int(dtype[-1]), scheme.word("qscheme")
         pack = str(self.export.get("pack_method", "")).lower()
         if qscheme not in _SCHEMES:
@@ -210,49 +253,47 @@ class _Reader:
         if bits == 4 and pack not in _PACKS:
             message = f"is {shown(pack)}, expected one of {_PACKS}: the order of 4-bit codes"
             raise Refused(f"{self.found.where}.export.pack_method", message)
-        wanted = ("I32", "U32") if bits == 4 else ("I8", "U8")
-        if weight.info.dtype not in wanted:
-            raise Refused(weight.name, f"{weight.info}, expected {wanted[0]} for {dtype}")
+        signed = dtype.startswith("int")
+        stored = _Integers(weight, scale, zeros, bits, signed, pack == "reorder", scheme.symmetric)
+        if weight.info.dtype not in stored.words:
+            raise Refused(weight.name, f"{weight.info}, expected {stored.words[0]} for {dtype}")
         if scale.info.dtype not in _FLOATS:
             raise Refused(scale.name, f"{scale.info}, expected floats")
-        signed, a_word = dtype.startswith("int"), 8 if bits == 4 else 1
         if zeros is None and not signed:
             raise Refused(path, f"holds {dtype} codes, but has no {path}.weight_zero_point")
-        height, width = weight.info.shape
-        arguments = (signed, pack == "reorder", zeros is not None)
-        symmetric = zeros is None or scheme.symmetric
-        parts = {"weight": weight, "weight_scale": scale}
-        if zeros is not None:
-            parts["weight_zero_point"] = zeros
-        if qscheme == "per_group":
-            columns, rows = height, width * a_word
-            groups = scale.info.shape[0] if scale.info.shape else 0
-            if not groups or scale.info.shape != (groups, rows) or columns % groups:
-                expected = f"[groups, {rows}] for {weight.info}, stored [in, out]"
-                raise Refused(scale.name, f"{scale.info}, expected {expected}")
-            _expect(zeros, (groups, width), wanted)
-            group = columns // groups
-            said = scheme.levels[0].get("group_size")
-            if _is_count(said) and said != group:
-                message = f"{scale.info} gives {group} inputs a scale, {scheme.where} says {said}"
-                raise Refused(scale.name, message)
-            by_column = QuarkColumns(
-                rows, columns, bits, group, symmetric, scale.info.dtype, *arguments
-            )
-            return integer_layer(self.sorter, path, parts, (rows, columns), by_column, "quark")
-        rows, columns = height, width * a_word
+        return stored
+
+    def _by_column(self, path: str, stored: _Integers, scheme: _Scheme) -> SourceLayer:
+        weight, scale = stored.weight, stored.scale
+        columns, width = weight.info.shape
+        rows, groups = width * stored.a_word, scale.info.shape[0] if scale.info.shape else 0
+        if not groups or scale.info.shape != (groups, rows) or columns % groups:
+            expected = f"[groups, {rows}] for {weight.info}, stored [in, out]"
+            raise Refused(scale.name, f"{scale.info}, expected {expected}")
+        _expect(stored.zeros, (groups, width), stored.words)
+        group, said = columns // groups, scheme.levels[0].get("group_size")
+        if _is_count(said) and said != group:
+            message = f"{scale.info} gives {group} inputs a scale, {scheme.where} says {said}"
+            raise Refused(scale.name, message)
+        packing = QuarkColumns(rows, columns, stored.bits, group, *stored.how)
+        shape = (rows, columns)
+        return integer_layer(self.sorter, path, stored.parts, shape, packing, "quark")
+
+    def _by_row(self, path: str, stored: _Integers, scheme: _Scheme) -> SourceLayer:
+        scale, zeros, qscheme = stored.scale, stored.zeros, scheme.word("qscheme")
+        rows, width = stored.weight.info.shape
+        columns = width * stored.a_word
         one = scale.info.size == 1 and qscheme == "per_tensor"
         if not one and scale.info.shape != (rows,):
             raise Refused(scale.name, f"{scale.info}, expected [{rows}] for {qscheme}")
-        if bits == 4 and zeros is not None:
+        if stored.bits == 4 and zeros is not None:
             message = "beside 4-bit codes with a scale a row: how it is packed is not known"
             raise Refused(zeros.name, f"{zeros.info} {message}")
         _expect(zeros, scale.info.shape, ("I8", "U8", "I32"))
-        by_row = QuarkRows(
-            rows, columns, bits, columns, symmetric, scale.info.dtype, *arguments, one
-        )
+        packing = QuarkRows(rows, columns, stored.bits, columns, *stored.how, one)
         words = "a scale a tensor" if one else "a scale a row"
-        return integer_layer(self.sorter, path, parts, (rows, columns), by_row, "quark", words)
+        shape = (rows, columns)
+        return integer_layer(self.sorter, path, stored.parts, shape, packing, "quark", words)
 
     def _fp4(self, path: str, tensors: _Tensors, scheme: _Scheme) -> SourceLayer | None:
         weight, scale = tensors["weight"], tensors["weight_scale"]
