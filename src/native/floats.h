@@ -19,6 +19,7 @@
 #endif
 
 #define REQUANT_INLINE inline __attribute__((always_inline))
+#define REQUANT_NOINLINE __attribute__((noinline))
 #define REQUANT_RESTRICT __restrict__
 
 namespace {

@@ -477,19 +477,25 @@ REQUANT_INLINE void affine_scales(const float* s, const float* o, size_t groups,
   }
 }
 
+// Words, scales and offsets of up to kBundle blocks: one copy, whatever the dtype of the scales.
+template <class T>
+REQUANT_NOINLINE void decode_words(const uint8_t* blocks, size_t count, uint8_t* words, float* s, float* o) {
+  alignas(64) uint8_t codes[kBundle<T> * T::kElements];
+  decode_bundle<T>(blocks, count, codes, s, o);
+  pack_codes<T::kBits>(codes, count * T::kElements, words);
+}
+
 template <class T, class S>
 void gguf_affine(const uint8_t* blocks, size_t count, uint32_t* words_, void* scales_, void* biases_) {
   auto* words = reinterpret_cast<uint8_t*>(words_);
   auto* scales = static_cast<typename S::Stored*>(scales_);
   auto* biases = static_cast<typename S::Stored*>(biases_);
-  alignas(64) uint8_t codes[kBundle<T> * T::kElements];
   alignas(64) float s[kBundle<T> * kRuns<T>], o[kBundle<T> * kRuns<T>];
   while (count > 0) {
     const size_t bundle = count < kBundle<T> ? count : kBundle<T>;
     const size_t groups = bundle * T::kElements / T::kGroup;
-    decode_bundle<T>(blocks, bundle, codes, s, o);
+    decode_words<T>(blocks, bundle, words, s, o);
     affine_scales<T, S>(s, o, groups, scales, biases);
-    pack_codes<T::kBits>(codes, bundle * T::kElements, words);
     scales += groups;
     biases += groups;
     words += bundle * T::kElements * T::kBits / 8;
@@ -516,27 +522,33 @@ void gguf_fp4(const uint8_t* blocks, size_t count, uint32_t* words_, uint8_t* sc
   }
 }
 
+// Values of up to kBundle blocks: one copy, whatever the dtype that they are stored in.
+template <class T>
+REQUANT_NOINLINE void decode_values(const uint8_t* blocks, size_t count, float* REQUANT_RESTRICT values) {
+  alignas(64) uint8_t codes[kBundle<T> * T::kElements];
+  alignas(64) float s[kBundle<T> * kRuns<T>], o[kBundle<T> * kRuns<T>];
+  decode_bundle<T>(blocks, count, codes, s, o);
+  for (size_t run = 0; run < count * kRuns<T>; run++) {
+    const uint8_t* c = codes + run * T::kRun;
+    float* v = values + run * T::kRun;
+    for (int i = 0; i < T::kRun; i++) {
+      const float code = float(int(c[i]) * T::kMul - T::kSub);
+      v[i] = s[run] * (T::kOffset == Offset::Inner ? code + o[run] : code);
+    }
+  }
+  seal(values);
+  if (T::kOffset == Offset::Added)
+    for (size_t run = 0; run < count * kRuns<T>; run++)
+      for (int i = 0; i < T::kRun; i++) values[run * T::kRun + i] += o[run];
+}
+
 template <class T, class Out>
 void gguf_values(const uint8_t* blocks, size_t count, void* out_) {
   auto* REQUANT_RESTRICT out = static_cast<typename Out::Stored*>(out_);
-  alignas(64) uint8_t codes[kBundle<T> * T::kElements];
-  alignas(64) float s[kBundle<T> * kRuns<T>], o[kBundle<T> * kRuns<T>];
   alignas(64) float values[kBundle<T> * T::kElements];
   while (count > 0) {
     const size_t bundle = count < kBundle<T> ? count : kBundle<T>;
-    decode_bundle<T>(blocks, bundle, codes, s, o);
-    for (size_t run = 0; run < bundle * kRuns<T>; run++) {
-      const uint8_t* c = codes + run * T::kRun;
-      float* v = values + run * T::kRun;
-      for (int i = 0; i < T::kRun; i++) {
-        const float code = float(int(c[i]) * T::kMul - T::kSub);
-        v[i] = s[run] * (T::kOffset == Offset::Inner ? code + o[run] : code);
-      }
-    }
-    seal(values);
-    if (T::kOffset == Offset::Added)
-      for (size_t run = 0; run < bundle * kRuns<T>; run++)
-        for (int i = 0; i < T::kRun; i++) values[run * T::kRun + i] += o[run];
+    decode_values<T>(blocks, bundle, values);
     for (size_t i = 0; i < bundle * T::kElements; i++) out[i] = Out::store(values[i]);
     out += bundle * T::kElements;
     blocks += bundle * T::kBytes;
