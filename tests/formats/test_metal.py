@@ -106,7 +106,7 @@ Change = Callable[[dict[str, Any], dict[str, Any]], Any]
             "up.weight: U32 [4, 16] holds codes, but up.scales is missing",
         ),
         (lambda t, b: b.update(modules_to_not_convert=["up"]), "up: is named dense by"),
-        (lambda t, b: b.update(bits=3), "bits: is 3, expected one of (2, 4, 8)"),
+        (lambda t, b: b.update(bits=3), "bits: is 3, expected 2, 4 or 8"),
         (lambda t, b: b.update(bits="4"), "bits: is '4', expected a whole number"),
         (lambda t, b: b.update(group_size=0), "group_size: is 0, expected a count of inputs"),
         (lambda t, b: b.update(group_size=48), "holds 128 inputs of 4 bits, no multiple of 48"),

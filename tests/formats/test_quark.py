@@ -247,8 +247,15 @@ Change = Callable[[dict[str, Any], dict[str, Any]], Any]
             lambda t, b: b.update(block("int4")),
             "up.weight: U8 [4, 16], expected I32 for int4",
         ),
-        (lambda t, b: b.update(block("int4", pack="x")), "export.pack_method: is 'x'"),
-        (lambda t, b: b.update(block("int4", "per_row")), "has qscheme 'per_row'"),
+        (
+            lambda t, b: b.update(block("int4", pack="x")),
+            "export.pack_method: is 'x', expected reorder or order: the order of 4-bit codes",
+        ),
+        (
+            lambda t, b: b.update(block("int4", "per_row")),
+            "has qscheme 'per_row' by config.json: quantization_config.global_quant_config.weight; "
+            "read is per_tensor, per_channel or per_group",
+        ),
         (lambda t, b: b.update(block("uint2")), "has dtype 'uint2' by config.json"),
         (lambda t, b: b.update(block("int3")), "has dtype 'int3' by config.json"),
         (

@@ -14,7 +14,7 @@ from typing import Final
 import numpy as np
 
 from requant.checkpoint import Checkpoint, SourceTensor
-from requant.errors import shown
+from requant.errors import one_of, shown
 from requant.formats.base import SourceLayer, SourceLayout
 from requant.formats.declared import declared
 from requant.formats.integer_layers import integer_layer
@@ -99,7 +99,7 @@ class MetalFormat:
             bits = found.integer("bits", sorter.problems)
             group = found.integer("group_size", sorter.problems)
         if bits not in _WIDTHS and not sorter.problems:
-            sorter.problem(f"{where}.bits", f"is {shown(bits)}, expected one of {_WIDTHS}")
+            sorter.problem(f"{where}.bits", f"is {shown(bits)}, expected {one_of(_WIDTHS)}")
         elif (group is None or group < 1) and not sorter.problems:
             sorter.problem(f"{where}.group_size", f"is {shown(group)}, expected a count of inputs")
         if bits is None or group is None or sorter.problems:

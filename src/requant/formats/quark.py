@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from requant.checkpoint import Checkpoint, SourceTensor
-from requant.errors import few, shown
+from requant.errors import few, one_of, shown
 from requant.formats.base import SourceLayer, SourceLayout
 from requant.formats.declared import declared
 from requant.formats.float8_layers import EXPONENTS, FLOAT8, SCALES, float8_layer, tile_of
@@ -249,9 +249,10 @@ class _Reader:
         bits, qscheme = int(dtype[-1]), scheme.word("qscheme")
         pack = str(self.export.get("pack_method", "")).lower()
         if qscheme not in _SCHEMES:
-            raise Refused(path, f"has qscheme {qscheme!r} by {scheme.where}; read are {_SCHEMES}")
+            known = one_of(_SCHEMES)
+            raise Refused(path, f"has qscheme {shown(qscheme)} by {scheme.where}; read is {known}")
         if bits == 4 and pack not in _PACKS:
-            message = f"is {shown(pack)}, expected one of {_PACKS}: the order of 4-bit codes"
+            message = f"is {shown(pack)}, expected {one_of(_PACKS)}: the order of 4-bit codes"
             raise Refused(f"{self.found.where}.export.pack_method", message)
         signed = dtype.startswith("int")
         stored = _Integers(weight, scale, zeros, bits, signed, pack == "reorder", scheme.symmetric)
