@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import requant
 from tests.formats import packers
+from tests.formats.folders import refusal, write
 from tests.formats.harness import codes_of
 from tests.road.conftest import write_file
 
@@ -76,6 +77,26 @@ def test_awq_gemm(shape: tuple[int, int, int], bits: int, group: int) -> None:
     found = check(packers.gemm(codes, zeros, scales, bits), block, codes, zeros, scales, group)
     assert found.bits == (8 if bits == 7 else bits)
     assert found.group_size == group
+
+
+@pytest.mark.parametrize("stored", [True, False], ids=["zeros stored", "no zeros"])
+def test_awq_gemm_without_zero_points(stored: bool, tmp_path: Path) -> None:
+    """Every zero is 8, whether or not it is stored: exact; other zeros stop the run."""
+    codes, _, scales = layer(16, 64, 2, 4, 11)
+    eights = np.full(scales.shape, 8)
+    block = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": False}
+    tensors = packers.gemm(codes, eights, scales)
+    if not stored:
+        del tensors["qzeros"]
+    check(tensors, block, codes, 8, scales, 32)
+    of_layer = {f"{LAYER}.{role}": part for role, part in tensors.items()}
+    source = write(tmp_path / "source", of_layer, block, dtype="float16")
+    report = requant.convert(source, tmp_path / "out", layout="keep")
+    assert [str(found.exactness) for found in report.plan.layers] == ["exact"]
+
+    of_layer[f"{LAYER}.qzeros"] = packers.gemm(codes, eights - 1, scales)["qzeros"]
+    bad = write(tmp_path / "bad", of_layer, block, dtype="float16")
+    assert "every zero is 8, but its zeros are 7" in refusal(bad, tmp_path / "none")
 
 
 @settings(max_examples=30)

@@ -249,8 +249,8 @@ def check_symmetric(zeros: np.ndarray, bits: int) -> None:
     if not (zeros == middle).all():
         raise InvariantError(
             f"the config calls the layer symmetric, so that every zero is {middle}, but its "
-            f"zeros are {span(int(zeros.min()), int(zeros.max()))}; correct sym, or the format "
-            "that says how zeros are stored"
+            f"zeros are {span(int(zeros.min()), int(zeros.max()))}; correct that setting "
+            "(sym, symmetric or zero_point, by tool), or the format that says how zeros are stored"
         )
 
 
