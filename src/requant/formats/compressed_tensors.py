@@ -6,6 +6,7 @@ codes, the group of a ragged row), and where the two contradict each other the l
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 from typing import Final
 
@@ -13,12 +14,13 @@ import numpy as np
 
 from requant.checkpoint import Checkpoint, SourceTensor
 from requant.dtypes import FLOATS
-from requant.formats.base import SourceLayer, SourceLayout, fallback_for, scale_dtype
+from requant.formats.base import SourceLayer, SourceLayout, scale_dtype
 from requant.formats.ct_config import CtConfig, Scheme
 from requant.formats.ct_packings import CtActOrder, CtPacked, CtPlain, Zeros, packed_words
 from requant.formats.declared import declared
 from requant.formats.float8_layers import EXPONENTS, FLOAT8, SCALES, float8_layer, tile_of
 from requant.formats.float_packings import MxBlocks, Mxfp6Blocks
+from requant.formats.integer_layers import integer_layer
 from requant.formats.nvfp4_layers import nvfp4_layer
 from requant.formats.sorting import Sorter
 
@@ -161,16 +163,42 @@ class _Reader:
     # -- integers ------------------------------------------------------------------------
 
     def _packed(self, path: str, parts: _Parts, scheme: Scheme) -> SourceLayer | None:
-        packed = parts["weight_packed"]
-        *leading, n_out, words = packed.info.shape
+        *leading, n_out, _ = parts["weight_packed"].info.shape
         n_in = self._columns(path, parts, scheme)
-        if n_in is None:
+        width = None if n_in is None else self._width(parts["weight_packed"], n_in, scheme)
+        if n_in is None or width is None:
             return None
+        bits, padded = width
+        shape, scale = (*leading, n_out, n_in), parts["weight_scale"].info
+        group = self._group(path, parts, shape, scheme)
+        zeros = self._zeros(path, parts, bits, padded, scheme)
+        if group is None or zeros is None:
+            return None
+        act_order = self._act_order(path, parts, n_in, group, scheme)
+        if act_order is None:
+            return None
+        packing = (CtActOrder if act_order else CtPacked)(
+            prod(leading) * n_out,
+            n_in,
+            bits,
+            group,
+            zeros is Zeros.MIDDLE,
+            scale.dtype,
+            n_out,
+            scale.size == 1,
+            zeros,
+            padded,
+        )
+        return self._integer_layer(path, parts, shape, packing, "pack")
+
+    def _width(self, packed: SourceTensor, n_in: int, scheme: Scheme) -> tuple[int, bool] | None:
+        """Bits of a code, and whether words hold whole codes only: what fills a row's words."""
+        words = packed.info.shape[-1]
         widths = [
             (bits, padded)
             for padded in (False, True)
             for bits in ((scheme.bits,) if scheme.bits else range(1, 9))
-            if bits is not None and 1 <= bits <= 8 and packed_words(n_in, bits, padded) == words
+            if 1 <= bits <= 8 and packed_words(n_in, bits, padded) == words
         ]
         if not widths:
             width = f"{scheme.bits} bits" if scheme.bits else "any width"
@@ -181,38 +209,17 @@ class _Reader:
             )
             return None
         bits, padded = widths[0]
-        if (bits, True) in widths[1:] and 32 % bits:  # both layouts take as many words
-            if self.config.padded is None:
-                self._report(
-                    packed.name,
-                    f"{packed.info} may hold {n_in} inputs of {bits} bits "
-                    "as compressed-tensors packs them before or since 0.18, and "
-                    f"{self.config.where or 'no config'} gives no version that tells",
-                )
-                return None
-            padded = self.config.padded
-        rows = prod(leading) * n_out
-        group = self._group(path, parts, (*leading, n_out, n_in), scheme)
-        zeros = self._zeros(path, parts, bits, padded, scheme)
-        if group is None or zeros is None:
+        if (bits, True) not in widths[1:] or 32 % bits == 0:
+            return bits, padded
+        if self.config.padded is None:  # both layouts take as many words
+            self._report(
+                packed.name,
+                f"{packed.info} may hold {n_in} inputs of {bits} bits "
+                "as compressed-tensors packs them before or since 0.18, and "
+                f"{self.config.where or 'no config'} gives no version that tells",
+            )
             return None
-        arguments = (
-            rows,
-            n_in,
-            bits,
-            group,
-            zeros is Zeros.MIDDLE,
-            parts["weight_scale"].info.dtype,
-            n_out,
-            parts["weight_scale"].info.size == 1,
-            zeros,
-            padded,
-        )
-        act_order = self._act_order(path, parts, n_in, group, scheme)
-        if act_order is None:
-            return None
-        packing = CtActOrder(*arguments) if act_order else CtPacked(*arguments)
-        return self._integer_layer(path, parts, (*leading, n_out, n_in), packing, "pack")
+        return bits, self.config.padded
 
     def _plain(self, path: str, parts: _Parts, scheme: Scheme) -> SourceLayer | None:
         shape = parts["weight"].info.shape
@@ -246,28 +253,14 @@ class _Reader:
         kind: str,
     ) -> SourceLayer:
         roles = packing.cuts(0, min(packing.matrix, 32))
-        act_order = isinstance(packing, CtActOrder)
-        group = f"g{packing.group}" if packing.groups > 1 else "a scale a row"
-        if packing.one_scale:
-            group = "a scale a tensor"
-        reason = ""
-        if act_order:
-            reason = "act-order: its inputs take their scales from any group"
-        elif packing.encoding is None:
-            reason = f"no group of MLX's fits groups of {packing.group} in {packing.columns} inputs"
-        stored = f"compressed-tensors {kind} {packing.bits}-bit {group}"
-        return SourceLayer(
-            path,
-            {role: parts[role] for role in roles},
-            packing.encoding,
-            shape,
-            scale_dtype(packing.scale_dtype, self.sorter.dtype),
-            packing,
-            stored + (" act-order" if act_order else ""),
-            None if packing.encoding else fallback_for(packing.columns),
-            reason,
-            act_order=act_order,
-        )
+        used = {role: parts[role] for role in roles}
+        tool = f"compressed-tensors {kind}"
+        words = "a scale a tensor" if packing.one_scale else "a scale a row"
+        layer = integer_layer(self.sorter, path, used, shape, packing, tool, words)
+        if not isinstance(packing, CtActOrder):
+            return layer
+        reason = "act-order: its inputs take their scales from any group"
+        return replace(layer, stored=f"{layer.stored} act-order", reason=reason, act_order=True)
 
     def _columns(self, path: str, parts: _Parts, scheme: Scheme) -> int | None:
         """Inputs: what weight_shape says, else what the words hold."""

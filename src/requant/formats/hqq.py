@@ -18,6 +18,7 @@ from requant.errors import Problem, shown
 from requant.formats.base import SourceLayer, SourceLayout, fallback_for, scale_dtype
 from requant.formats.declared import Declared, declared
 from requant.formats.hqq_packings import W_Q, HqqColumns, HqqRows, element
+from requant.formats.integer_layers import integer_layer
 from requant.formats.row_blocks import NEXT
 from requant.formats.sorting import Sorter
 
@@ -158,36 +159,29 @@ class _Layer:
         group = self._group(shape, axis, bits, packing)
         if group is None:
             return None
-        parts = self.parts | {f"{role}{NEXT}": part for role, part in self.parts.items()}
-        scale, zero = self.parts["scale"].info, self.parts["zero"].info
-        dtype = scale_dtype(scale.dtype, self.sorter.dtype)
-        stored, width = f"hqq {bits}-bit g{group}", self.parts[W_Q].info.shape[-1]
         if axis == 0:
-            by_column = HqqColumns(*shape, bits, group, packing, self.parts[W_Q].info.dtype)
-            reason = "axis 0: scales vary from input to input"
-            fallback = fallback_for(shape[1])
-            stored += " axis 0"
-            return SourceLayer(
-                self.path, parts, None, shape, dtype, by_column, stored, fallback, reason
-            )
-        by_row = HqqRows(
-            *shape,
-            bits,
-            group,
-            False,
-            scale.dtype,
-            packing,
-            width,
-            zero.dtype,
-        )
-        encoding, reason, fallback = by_row.encoding, "", None
-        if encoding is None:
-            reason = f"no group of MLX's fits groups of {group} in {shape[1]} inputs"
-            fallback = fallback_for(shape[1])
-        parts = {role: part for role, part in parts.items() if role in (W_Q, W_Q + NEXT, *_CODES)}
-        return SourceLayer(
-            self.path, parts, encoding, shape, dtype, by_row, stored, fallback, reason
-        )
+            return self._by_column(shape, bits, group, packing)
+        return self._by_row(shape, bits, group, packing)
+
+    def _by_column(
+        self, shape: tuple[int, int], bits: int, group: int, packing: str
+    ) -> SourceLayer:
+        """Axis 0: no mode of MLX holds its scales."""
+        packed = HqqColumns(*shape, bits, group, packing, self.parts[W_Q].info.dtype)
+        dtype = scale_dtype(self.parts["scale"].info.dtype, self.sorter.dtype)
+        parts = self.parts | {f"{role}{NEXT}": part for role, part in self.parts.items()}
+        stored = f"hqq {bits}-bit g{group} axis 0"
+        reason = "axis 0: scales vary from input to input"
+        fallback = fallback_for(shape[1])
+        return SourceLayer(self.path, parts, None, shape, dtype, packed, stored, fallback, reason)
+
+    def _by_row(self, shape: tuple[int, int], bits: int, group: int, packing: str) -> SourceLayer:
+        """Axis 1: MLX's groups, where none spans two rows."""
+        codes, scale, zero = (self.parts[role].info for role in (W_Q, *_CODES))
+        width = codes.shape[-1]
+        packed = HqqRows(*shape, bits, group, False, scale.dtype, packing, width, zero.dtype)
+        parts = self.parts | {f"{W_Q}{NEXT}": self.parts[W_Q]}
+        return integer_layer(self.sorter, self.path, parts, shape, packed, "hqq", f"g{group}")
 
     def _report(self, role: str, message: str) -> None:
         self.sorter.problem(f"{self.path}.{role}" if role else self.path, message)
