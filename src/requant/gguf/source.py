@@ -20,7 +20,7 @@ import numpy as np
 
 from requant.checkpoint import Checkpoint, FileRange, SourceFile, StoredTensor
 from requant.dtypes import TensorInfo
-from requant.errors import CheckpointError, Problem, few
+from requant.errors import CheckpointError, Problem, count, few
 from requant.gguf.choice import PART, SUFFIX
 from requant.gguf.configs import Settings, make_config
 from requant.gguf.families import Family, family_of, setting_of
@@ -260,7 +260,7 @@ class _Reading:
         heads = family.heads_of(entry.name, self.metadata)
         rows = shape[-2] if entry.name.endswith(".weight") and len(shape) > 1 else shape[-1]
         if heads and rows % (2 * heads):
-            message = f"has {rows} rows, no multiple of twice its {heads} heads"
+            message = f"has {count(rows, 'row')}, no multiple of twice its {count(heads, 'head')}"
             self.problems.append(Problem(entry.name, message))
             heads = 0
         return GgufTensor(entry.kind, shape, entry.name, heads, family.is_shifted(named))
