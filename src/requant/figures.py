@@ -338,6 +338,15 @@ def _layer(name: str, entry: Mapping[str, Any]) -> LayerFigures:
     )
 
 
+def percent(share: float | None) -> str:
+    """An error in percent, three digits; "" for None.
+
+    A record holds four digits and ``compare`` has all of them: both are cut to four first, so that
+    they show the same.
+    """
+    return "" if share is None else f"{100 * float(f'{share:.4g}'):#.3g} %"
+
+
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
 

@@ -13,7 +13,7 @@ from math import ceil, log10
 from pathlib import Path
 from typing import NamedTuple
 
-from requant.figures import Figures, KindFigures, LayerFigures
+from requant.figures import Figures, KindFigures, LayerFigures, percent
 
 _WIDTH = 760
 _BAR, _GAP, _NAMES, _NUMBERS = 16, 6, 190, 120
@@ -84,7 +84,7 @@ def _summary(figures: Figures) -> str:
     ]
     if figures.measured:
         worst = figures.measured[0]
-        tiles.append((_percent(worst.relative_rms), f"worst error: {worst.layer}"))
+        tiles.append((percent(worst.relative_rms), f"worst error: {worst.layer}"))
     cells = "".join(
         f"<div><strong>{escape(number)}</strong><span>{escape(what)}</span></div>"
         for number, what in tiles
@@ -159,7 +159,7 @@ def _errors(figures: Figures) -> str:
         _Bar(
             k.kind,
             [((k.median_rms or 0) / top, "c1"), ((k.worst_rms or 0) / top, "worst")],
-            f"{_percent(k.median_rms)}, worst {_percent(k.worst_rms)}",
+            f"{percent(k.median_rms)}, worst {percent(k.worst_rms)}",
         )
         for k in sorted(kinds, key=_median, reverse=True)[:_KINDS]
     ]
@@ -261,7 +261,7 @@ def _cell(value: object, column: str) -> str:
         if column in ("before", "after", "bytes"):
             shown = _size(value)
         elif column.startswith("error"):
-            shown = _percent(value)
+            shown = percent(value)
         return f'<td class="n" data-value="{value}">{shown}</td>'
     return f"<td>{escape(str(value))}</td>"
 
@@ -299,7 +299,7 @@ def _plot(layers: Sequence[LayerFigures]) -> str:
     step = (right - left - 16) / max(len(layers) - 1, 1)
     for place, (layer, error) in enumerate(zip(layers, errors, strict=True)):
         x, y = left + 8 + place * step, base - error / top * (base - 12)
-        title = f"<title>{escape(layer.layer)}: {_percent(error)}</title>"
+        title = f"<title>{escape(layer.layer)}: {percent(error)}</title>"
         drawn.append(f'<circle class="c1" cx="{x:.1f}" cy="{y:.1f}" r="3.5">{title}</circle>')
     return _drawing("Error of each layer", _PLOT_HEIGHT, "".join(drawn))
 
@@ -331,10 +331,6 @@ def _round_up(value: float) -> float:
         return 0.0
     unit = float(10 ** int(log10(value) // 1))
     return next((unit * step for step in (1, 2, 5) if value <= unit * step), unit * 10)
-
-
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{100 * share:#.3g} %"
 
 
 def _count(number: float) -> str:

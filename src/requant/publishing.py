@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from requant.conversion import Source
-from requant.errors import HubError, UsageError
+from requant.errors import CheckpointError, HubError, UsageError
 from requant.figures import Figures, read_figures
 from requant.hub import CARD, Repository
 from requant.hub_client import asking
 from requant.safetensors_folder import read_json
-from requant.source_folder import CONFIG
+from requant.source_folder import CONFIG, RECORD
+from requant.verification import verify
 
 # What a card takes over from the source's; the rest would describe another model.
 _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
+_ALTERED = f"uploaded, for it is not what its {RECORD} says; convert it anew"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,8 @@ def upload(
 ) -> Upload:
     """Upload a folder that ``convert`` wrote, with a model card, as one commit.
 
+    What is uploaded is what the record says: the folder is verified first. Hidden files stay.
+
     Weight files that reached the hub before are not sent again, so the same call goes on where
     one was stopped. Weight files of an earlier upload that the output has not are deleted in the
     same commit: a loader would read them too.
@@ -69,7 +73,7 @@ def upload(
         output: The folder; it is not changed.
         repository: ``org/name``; created if it does not exist.
         base_model: Id of the source on the hub; None takes what the record knows.
-        private: Create the repository as a private one.
+        private: Create the repository as a private one; one that is public is refused.
         preview: Only make the card and the list of files; the hub is not asked.
         show_progress: Let huggingface_hub draw its bars on standard error.
 
@@ -77,7 +81,7 @@ def upload(
         The card, the files with their sizes in bytes and, unless previewed, the commit's address.
 
     Raises:
-        CheckpointError: The folder has no record of ours, or a damaged one.
+        CheckpointError: The folder has no record of ours, or is not what it says.
         HubError: The hub is not reached or refuses.
         UsageError: ``repository`` is no ``org/name``.
     """
@@ -87,11 +91,13 @@ def upload(
     huggingface_hub = _library()
     card = model_card(figures, repository, base_model, _source_card(folder, figures))
     paths = {x.relative_to(folder).as_posix(): x for x in sorted(folder.rglob("*")) if x.is_file()}
-    paths = {name: path for name, path in paths.items() if not name.startswith(".")}
+    paths = {name: path for name, path in paths.items() if not _is_hidden(name)}
     sizes = {name: path.stat().st_size for name, path in paths.items()}
     sizes[CARD] = len(card.encode())
     if preview:
         return Upload(repository, card, sizes)
+    if problems := verify(folder).problems:
+        raise CheckpointError(str(folder), problems, _ALTERED)
     paths.pop(CARD, None)
     add = huggingface_hub.CommitOperationAdd
     operations = [add(name, str(path)) for name, path in paths.items()]
@@ -99,12 +105,22 @@ def upload(
     api = huggingface_hub.HfApi()
     with asking(repository, "main", sending=True), _bars(show_progress):
         api.create_repo(repository, private=private, exist_ok=True)
-        there = [x.rfilename for x in api.model_info(repository).siblings or ()]
+        known = api.model_info(repository)
+        if private and known.private is False:
+            raise HubError(
+                f"{repository}: is public already, and --private is for a new repository; nothing "
+                "was uploaded. Make it private in its settings, or leave out --private"
+            )
+        there = [x.rfilename for x in known.siblings or ()]
         removed = tuple(name for name in there if _is_weights(name) and name not in paths)
         operations += [huggingface_hub.CommitOperationDelete(name) for name in removed]
         message = f"Converted by requant {figures.requant}"
         made = api.create_commit(repository, operations, commit_message=message)
     return Upload(repository, card, sizes, str(made.commit_url), removed)
+
+
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith(".") for part in name.split("/"))
 
 
 def _is_weights(name: str) -> bool:

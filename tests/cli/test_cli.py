@@ -69,6 +69,13 @@ def test_plan_takes_every_wish_of_convert(requant: Requant) -> None:
     assert options[1] <= options[0]
 
 
+@pytest.mark.parametrize(("option", "partner"), [("--private", "--upload"), ("--yes", "--consume")])
+def test_an_option_that_says_nothing_alone(requant: Requant, option: str, partner: str) -> None:
+    result = requant("convert", "nowhere", "out", option)
+    assert (result.code, result.out) == (2, "")
+    assert result.err.startswith(f"error: {option} ") and partner in result.err
+
+
 def test_generate_takes_every_wish_that_is_not_about_files(requant: Requant) -> None:
     options = [
         {line.split()[0] for line in requant(c, "-h").out.splitlines() if line.startswith("  --")}

@@ -62,6 +62,8 @@ def main() -> int:
     )
     parser.add_argument("--keep", type=Path, default=harness.SEEDS, help="where findings go")
     asked = parser.parse_args()
+    if wrong := sorted(set(asked.kinds.split(",")) - set(SHARES)):
+        parser.error(f"--kinds: no {', '.join(wrong)}; there are {', '.join(SHARES)}")
     if asked.memory:
         resource.setrlimit(resource.RLIMIT_AS, (asked.memory, asked.memory))
     signal.signal(signal.SIGALRM, alarm)

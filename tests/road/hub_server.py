@@ -41,6 +41,7 @@ class Hub:
         gates: File -> byte of it from which on it is sent, and what must be true before; a test
             that is over, or ten seconds, open all.
         served: Files that are sent instead of those that are listed.
+        public: Ids of repositories that anybody may read; the hub says so of each.
         readonly: Nothing may be written.
         down: Every connection is closed without an answer.
         tokens: Those that are known; empty takes any.
@@ -57,6 +58,7 @@ class Hub:
     heads: dict[str, str] = field(default_factory=dict)
     gates: dict[str, tuple[int, Callable[[], bool]]] = field(default_factory=dict)
     served: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    public: set[str] = field(default_factory=set)
     readonly: bool = False
     down: bool = False
     busy: int = 0  # the code that every question is answered with
@@ -161,7 +163,8 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             siblings = [self.listed(file, x) for file, x in files.items()]
             sha = self.head(name) if revision in (None, "main") else Hub.commit(name)
-            self.json({"id": name, "sha": sha, "siblings": siblings})
+            private = name not in self.state.public
+            self.json({"id": name, "sha": sha, "siblings": siblings, "private": private})
 
     def head(self, name: str) -> str:
         return self.state.heads.get(name) or Hub.commit(name)

@@ -296,6 +296,38 @@ def test_shards_of_an_earlier_upload_go(hub: Hub, call: Call, output: Path) -> N
     assert f"removed there, of an earlier upload: {old[0]}, {old[1]}\n" in said
 
 
+def test_only_what_the_record_says_is_uploaded(hub: Hub, call: Call, output: Path) -> None:
+    """Not a file that was cut or altered since; nothing is asked of the hub then."""
+    (output / ".cache").mkdir()
+    (output / ".cache" / "notes.txt").write_text("own")
+    (output / "own").mkdir()
+    (output / "own" / ".DS_Store").write_text("own")
+    ok(call("upload", output, "me/m", HF_TOKEN="hf_x"))
+    assert not [name for name in committed(hub, "me/m") if "/" in name]
+    shard = min(output.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    asked = len(hub.log)
+    done = call("upload", output, "me/n", HF_TOKEN="hf_x")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert (
+        "out cannot be uploaded, for it is not what its requant.json says; convert it anew"
+        in done.stderr
+    )
+    assert len(hub.log) == asked and "me/n" not in hub.commits
+
+
+def test_a_public_repository_does_not_become_private(hub: Hub, call: Call, output: Path) -> None:
+    """The hub leaves it as it is; whoever asked for a private one must hear of it before."""
+    hub.repositories["me/m"] = {}
+    hub.public.add("me/m")
+    done = call("upload", output, "me/m", "--private", HF_TOKEN="hf_x")
+    assert done.returncode == 1 and "me/m" not in hub.commits and not hub.objects
+    assert "me/m: is public already, and --private is for a new repository" in done.stderr
+    ok(call("upload", output, "me/new", "--private", HF_TOKEN="hf_x"))
+    ok(call("upload", output, "me/m", HF_TOKEN="hf_x"))
+    assert {"me/new", "me/m"} <= set(hub.commits)
+
+
 def committed(hub: Hub, name: str) -> dict[str, bytes]:
     """The files of a commit."""
     found = {}

@@ -57,6 +57,7 @@ from requant.cli.options import (
 from requant.cli.progress import counting_display, progress_display
 from requant.cli.uploading import send
 from requant.cli.words import printable
+from requant.errors import UsageError
 
 if TYPE_CHECKING:
     from requant.blueprint import Plan
@@ -152,6 +153,10 @@ def convert(
             _print_plan(plan, threads, max_memory, json, quiet, output, force)
         return
     with answering_errors():
+        if private and upload_to is None:
+            raise UsageError("--private is about an upload: add --upload ORG/NAME")
+        if yes and not consume_source:
+            raise UsageError("--yes answers the question of --consume-source: add it")
         if upload_to is not None:
             publishing.check_ready(upload_to)
     with (

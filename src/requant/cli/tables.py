@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from requant.cli.words import format_seconds, format_size, printable
 from requant.consuming import most_with_consume_source
 from requant.errors import count, few
+from requant.figures import percent
 from requant.limits import MAX_PROBLEMS_SHOWN
 
 if TYPE_CHECKING:
@@ -332,25 +333,21 @@ def show_figures(figures: Figures) -> None:
                 f"{k.layers:,}",
                 format_size(k.bytes_in),
                 format_size(k.bytes_out),
-                _percent(k.median_rms),
-                _percent(k.worst_rms),
+                percent(k.median_rms),
+                percent(k.worst_rms),
             )
             for k in measured
         ]
         page.columns(rows, right=(1, 2, 3, 4, 5), header=header)
         page.line()
         for layer in figures.measured[:_WORST_LINES]:
-            page.line(f"worst: {layer.layer}, {_percent(layer.relative_rms)}, {layer.target}")
+            page.line(f"worst: {layer.layer}, {percent(layer.relative_rms)}, {layer.target}")
     page.line()
     sizes = f"{format_size(figures.bytes_in)} -> {format_size(figures.bytes_out)}"
     page.line(f"{figures.bits_per_weight:.2f} bits per weight, {sizes}")
     page.line(f"from {figures.source_format}, by requant {figures.requant}")
     page.line(f"again: {figures.command(output=figures.output)}")
     page.line(f"check: {figures.verify_command(output=figures.output)}")
-
-
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{100 * share:#.3g} %"
 
 
 def show_comparison(found: Comparison) -> None:
@@ -365,7 +362,7 @@ def show_comparison(found: Comparison) -> None:
             a,
             b,
             f"{len(layers):,}",
-            _percent(_largest(layer.relative_rms for layer in layers)),
+            percent(_largest(layer.relative_rms for layer in layers)),
             f"{max(layer.max_error for layer in layers):.3g}",
             f"{min(1.0 if x.cosine is None else x.cosine for x in layers):.6f}",
         )
@@ -382,7 +379,7 @@ def show_comparison(found: Comparison) -> None:
     worst = sorted(found.layers, key=lambda layer: -(layer.relative_rms or 0.0))
     for layer in worst[:_WORST_LINES]:
         if layer.relative_rms:
-            page.line(f"worst: {layer.name}, {_percent(layer.relative_rms)}")
+            page.line(f"worst: {layer.name}, {percent(layer.relative_rms)}")
     if not any(layer.relative_rms or layer.max_error for layer in found.layers):
         page.line(f"all {count(len(found.layers), 'tensor')} equal")
     spoiled = [layer.name for layer in found.layers if layer.nonfinite]
