@@ -11,6 +11,7 @@ import pytest
 
 import requant
 from requant.cli import run
+from requant.figures import percent
 from requant.record import record_hash
 
 MICRO = Path(__file__).parents[2] / "examples" / "micro-llama"
