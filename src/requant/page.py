@@ -6,6 +6,7 @@ page, and its content policy forbids everything else. Without JavaScript it lack
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from html import escape
 from importlib.resources import files
@@ -16,7 +17,7 @@ from typing import NamedTuple
 from requant.figures import Figures, KindFigures, LayerFigures, percent
 
 _WIDTH = 760
-_BAR, _GAP, _NAMES, _NUMBERS = 16, 6, 190, 120
+_BAR, _GAP, _NAMES, _NUMBERS = 16, 6, 210, 110
 _PLOT_HEIGHT = 220
 _WORST = 10
 _KINDS = 24
@@ -86,7 +87,7 @@ def _summary(figures: Figures) -> str:
         worst = figures.measured[0]
         tiles.append((percent(worst.relative_rms), f"worst error: {worst.layer}"))
     cells = "".join(
-        f"<div><strong>{escape(number)}</strong><span>{escape(what)}</span></div>"
+        f"<div><strong>{_unbroken(number)}</strong><span>{escape(what)}</span></div>"
         for number, what in tiles
     )
     return f'<section class="tiles" aria-label="Summary">{cells}</section>'
@@ -94,14 +95,13 @@ def _summary(figures: Figures) -> str:
 
 def _treatments(figures: Figures) -> str:
     groups = figures.groups
-    most = max((group.nbytes for group in groups), default=1)
+    made = Counter[str]()  # from whatever source: the table below tells those apart
+    for group in groups:
+        made[f"{group.treatment}: {group.target}"] += group.nbytes
+    most = max(made.values(), default=1)
     bars = [
-        _Bar(
-            f"{g.treatment}: {g.target}",
-            [(g.nbytes / max(most, 1), f"c{number % _COLOURS}")],
-            _size(g.nbytes),
-        )
-        for number, g in enumerate(groups)
+        _Bar(name, [(nbytes / max(most, 1), f"c{number % _COLOURS}")], _size(nbytes))
+        for number, (name, nbytes) in enumerate(made.most_common())
     ]
     rows = [
         (g.treatment, g.source, g.target, g.exactness, g.layers, g.parameters, g.nbytes)
@@ -273,7 +273,7 @@ def _bars(bars: Sequence[_Bar], label: str) -> str:
     for number, bar in enumerate(bars):
         top = _GAP + number * (_BAR + _GAP)
         thick = _BAR / len(bar.parts)
-        drawn.append(_text(_NAMES - 8, top + 12, bar.name, "end", cut=28))
+        drawn.append(_text(_NAMES - 8, top + 12, bar.name, "end", cut=30))
         end = _NAMES
         for place, (length, kind) in enumerate(bar.parts):
             width = max(length * room, 1)
@@ -316,6 +316,11 @@ def _text(x: float, y: float, text: str, anchor: str, cut: int | None = None) ->
     title = "" if short == text else f"<title>{escape(text)}</title>"
     where = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
     return f"<text {where}>{escape(short)}{title}</text>"
+
+
+def _unbroken(numbers: str) -> str:
+    """Numbers that stay with their units: a line breaks before an arrow only."""
+    return escape(numbers).replace(" ", "&nbsp;").replace("&nbsp;→", " →")
 
 
 # -- numbers -------------------------------------------------------------------------------

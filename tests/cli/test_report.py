@@ -70,6 +70,18 @@ def test_the_page_stands_alone(page: Path) -> None:
     assert not re.search(r"(src|href)\s*=|@import|url\(|https?:", text)
 
 
+def test_one_bar_for_what_becomes_the_same(tmp_path: Path, requant: Requant) -> None:
+    """From whatever dtype, the table tells those apart; and a size stays with its unit."""
+    weights = {"a.weight": np.ones((64, 64), BF16), "b.weight": np.ones((64, 64), np.float32)}
+    model = write_model(tmp_path / "m", weights)
+    assert requant("convert", model, tmp_path / "o", "--layout", "keep", "--quiet").code == 0
+    assert requant("report", tmp_path / "o", "--html", tmp_path / "page.html").code == 0
+    text = (tmp_path / "page.html").read_text()
+    assert text.count(">quantized: affine 4-bit g64<") == 1
+    assert text.count("<td>affine 4-bit g64</td>") >= 2
+    assert re.search(r"<strong>[\d.]+&nbsp;kB →&nbsp;[\d.]+&nbsp;kB</strong>", text)
+
+
 def test_names_are_only_text(tmp_path: Path, requant: Requant) -> None:
     model = write_model(tmp_path / "m", {f"{EVIL}.weight": np.ones((64, 64), BF16)})
     assert requant("convert", model, tmp_path / "o", "--layout", "keep", "--quiet").code == 0
