@@ -29,6 +29,8 @@ SCALES = (
     ("mlp.up.qweight", "mlp.up.qzeros", Role.ZERO),
     ("mlp.up.qweight", "mlp.up.g_idx", Role.INDEX),
     ("mlp.up.W_q", "mlp.up.zero", Role.ZERO),
+    ("mlp.up.weight", "mlp.up.biases", Role.OFFSET),
+    ("mlp.up.weight", "mlp.up.qbiases", Role.OFFSET),
     ("mlp.up._weight_qdata", "mlp.up._weight_scale", Role.SCALE),
     ("mlp.up.weight._data", "mlp.up.weight._scale", Role.SCALE),
     ("mlp.up.weight._data", "mlp.up.weight._shift", Role.ZERO),

@@ -27,6 +27,7 @@ class Role(StrEnum):
     SCALE = "scale"  # a factor for a group, tile, row, matrix or tensor
     TENSOR_SCALE = "tensor_scale"  # a second factor, over a matrix or tensor
     ZERO = "zero"  # what is subtracted from codes
+    OFFSET = "offset"  # what is added to codes times scales
     INPUT_SCALE = "input_scale"  # a factor for each input, which the weight is divided by
     INDEX = "index"  # which group an input belongs to
     OTHER = "other"  # the shape, table or order of codes
@@ -54,6 +55,8 @@ _WORDS: Final = {
     "zeros": Role.ZERO,
     "qzeros": Role.ZERO,
     "scaled_zeros": Role.ZERO,
+    "biases": Role.OFFSET,
+    "qbiases": Role.OFFSET,
     "pre_quant_scale": Role.INPUT_SCALE,
     "g_idx": Role.INDEX,
     "quant_map": Role.OTHER,
@@ -70,7 +73,7 @@ _OF_WEIGHTS: Final = {
     "shape": Role.OTHER,
 }
 # Words that parameters of dense models bear too: RMSNorm's scale, CLIP's logit_scale.
-_COMMON: Final = frozenset({"scale", "scales", "zero", "zeros", "shift", "shape"})
+_COMMON: Final = frozenset({"scale", "scales", "zero", "zeros", "biases"})
 _LONGEST_FIRST: Final = tuple(sorted(_WORDS | _OF_WEIGHTS, key=len, reverse=True))
 _JOINTS: Final = ("._", ".", "_")
 _WEIGHTS: Final = tuple(f"{a}weight{b}" for a in _JOINTS for b in ("_quantizer", ""))

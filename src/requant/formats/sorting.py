@@ -60,6 +60,7 @@ class Sorter:
         self.problems: list[Problem] = []
         self.notes: list[str] = []
         self.dropped: dict[str, str] = {}
+        self.unfulfilled: Problem | None = None
         self.dtype = model_dtype(checkpoint, "BF16")
         self._owner: dict[str, str] = {}  # tensor name -> layer path
         self._layers: dict[str, SourceLayer] = {}
@@ -67,6 +68,10 @@ class Sorter:
     def problem(self, where: str, message: str) -> None:
         """Note what is wrong in one place."""
         self.problems.append(Problem(where, message))
+
+    def no_layer(self, where: str, message: str) -> None:
+        """Note what the config promises and no layer is; said only where no tensor holds codes."""
+        self.unfulfilled = Problem(where, message)
 
     def add(self, layer: SourceLayer | None, used: Iterable[SourceTensor] = ()) -> None:
         """Keep a layer; ``used`` are tensors that were read into its description."""
@@ -161,6 +166,7 @@ class Sorter:
             tuple(self.problems),
             tuple(self.dropped.items()),
             tuple(self.notes),
+            unfulfilled=self.unfulfilled,
         )
 
 
