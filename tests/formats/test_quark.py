@@ -234,7 +234,7 @@ Change = Callable[[dict[str, Any], dict[str, Any]], Any]
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda t, b: t.pop("up.weight"), "but no up.weight"),
+        (lambda t, b: t.pop("up.weight"), "up.weight_scale: U8 [4, 1] has no codes beside it"),
         (
             lambda t, b: t.pop("up.weight_scale"),
             "up.weight: U8 [4, 16] has no up.weight_scale beside it",
@@ -283,7 +283,7 @@ Change = Callable[[dict[str, Any], dict[str, Any]], Any]
         ),
         (
             lambda t, b: t.update({"gate.codes": np.zeros((4, 16), np.uint8)}),
-            "gate.codes: U8 [4, 16] holds codes, but its scale is missing",
+            "gate.codes: U8 [4, 16] holds codes, but has no scale beside it",
         ),
         (
             lambda t, b: (

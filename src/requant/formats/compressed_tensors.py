@@ -148,6 +148,11 @@ class _Reader:
             return self._small_floats(path, parts)
         if codes.info.dtype == "I8":
             return self._plain(path, parts, scheme)
+        if codes.info.dtype == "U8" and (scheme.kind, scheme.bits) != ("float", 8):
+            said = f"{scheme.where} says {scheme.bits}-bit {scheme.kind}" if scheme.where else ""
+            message = f"{codes.info} beside {scale.name} is FP8 only where the config says so"
+            self._report(codes.name, f"{message}; {said or 'it says nothing of this layer'}")
+            return None
         if codes.info.dtype in FLOAT8:
             return self._float8(path, codes, scale, scheme)
         self._report(codes.name, f"{codes.info}, expected I8 or F8_E4M3 codes")

@@ -104,7 +104,7 @@ class MetalFormat:
         elif (group is None or group < 1) and not sorter.problems:
             sorter.problem(f"{where}.group_size", f"is {shown(group)}, expected a count of inputs")
         if bits is None or group is None or sorter.problems:
-            return sorter.layout()
+            return SourceLayout((), None, tuple(sorter.problems))
         width, size = bits, group
         for path, parts in _parts(sorter).items():
             sorter.make(path, parts, lambda p, t: _layer(sorter, p, t, width, size))

@@ -86,6 +86,7 @@ CODE_ENDINGS: Final = (
     ".blocks",
     ".packed",
     "._weight_qdata",
+    "_qdata",
     ".weight._data",
     "_weight_packed",
     "_weight",

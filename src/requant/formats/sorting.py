@@ -35,6 +35,7 @@ _RUNTIME = {
     "k_proj.k_bias": _CACHE_BIAS,
     "v_proj.v_bias": _CACHE_BIAS,
 }
+_RUNTIME_NAMES = tuple(_RUNTIME)
 _SHAPE = "only says the shape of its weight"
 _NAMED = 3  # of many tensors, how many a note names
 
@@ -50,6 +51,22 @@ class Refused(Exception):
     def __init__(self, where: str, message: str) -> None:
         super().__init__(message)
         self.problem = Problem(where, message)
+
+
+def runtime_scales(names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
+    """Of tensors that no layer took, those that scale activations and caches, and notes of them."""
+    dropped = {
+        name: why
+        for name in names
+        if name.endswith(_RUNTIME_NAMES)
+        for why in [next(why for end, why in _RUNTIME.items() if name.endswith(end))]
+    }
+    notes = []
+    for reason in dict.fromkeys(dropped.values()):
+        found = [name for name, why in dropped.items() if why == reason]
+        each = "each " if len(found) > 1 else ""
+        notes.append(f"Left out: {few(found, _NAMED)}, {each}{reason}.")
+    return dropped, notes
 
 
 class Sorter:
@@ -123,15 +140,9 @@ class Sorter:
 
     def drop_runtime_scales(self) -> None:
         """Drop what scales activations and caches, and say so."""
-        found: dict[str, list[str]] = {}
-        for tensor in self.left:
-            reason = next((why for end, why in _RUNTIME.items() if tensor.name.endswith(end)), "")
-            if reason:
-                self.drop(tensor.name, reason)
-                found.setdefault(reason, []).append(tensor.name)
-        for reason, names in found.items():
-            each = "each " if len(names) > 1 else ""
-            self.notes.append(f"Left out: {few(names, _NAMED)}, {each}{reason}.")
+        dropped, notes = runtime_scales(tensor.name for tensor in self.left)
+        self.dropped |= dropped
+        self.notes += notes
 
     def check_named_dense(
         self, found: Declared, keys: Sequence[str] = ("modules_to_not_convert",)

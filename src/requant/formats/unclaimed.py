@@ -16,6 +16,7 @@ from requant.errors import Problem, few
 from requant.formats.base import Format, SourceLayout
 from requant.formats.declared import float_form
 from requant.formats.scale_names import Role, ScaleName, ScaleNames, code_paths, parse_scale_name
+from requant.formats.sorting import runtime_scales
 
 # What models store beside floats: positions and counts, masks, rotary tables.
 _TABLES: Final = frozenset({"I64", "BOOL", "C64"})
@@ -33,6 +34,7 @@ _TABLE_NAMES: Final = (
     "offsets",
 )
 _MASK_NAMES: Final = ("attn.bias", "attention.bias")  # GPT-2, GPT-J: [1, 1, n, n]
+_FP8: Final = ("fp8", "mxfp8")  # how layers of FP8 are described
 _UNREADABLE: Final = ("F8_E5M2", "F8_E5M2FNUZ")
 
 
@@ -49,13 +51,29 @@ def check_unclaimed(checkpoint: Checkpoint, layout: SourceLayout, found: Format)
         that these are the values.
     """
     read = any(layer.is_quantized for layer in layout.layers)
-    if layout.problems and not read:
-        return layout  # the config itself is at fault, or no layer could be read
+    if read and checkpoint.gguf is None:
+        layout = _without_runtime_scales(layout)
+    if layout.problems and found.name == "dense":
+        return layout  # the block in the config is of no format that is read
     step = _Unclaimed(checkpoint, layout, found)
     layout = step.checked()
     if layout.unfulfilled is None or read or step.float_form or layout.problems:
         return layout
     return replace(layout, problems=(layout.unfulfilled,))
+
+
+def _without_runtime_scales(layout: SourceLayout) -> SourceLayout:
+    """The layout without scales of activations and caches that no layer took."""
+    loose = [layer for layer in layout.layers if not layer.is_quantized and len(layer.parts) == 1]
+    dropped, notes = runtime_scales(part.name for x in loose for part in x.parts.values())
+    if not dropped:
+        return layout
+    return replace(
+        layout,
+        layers=tuple(x for x in layout.layers if not dropped.keys() & _names(x.parts.values())),
+        dropped=(*layout.dropped, *dropped.items()),
+        notes=(*layout.notes, *notes),
+    )
 
 
 class _Unclaimed:
@@ -85,7 +103,7 @@ class _Unclaimed:
         self.final: dict[str, str] = {}  # scale of a float weight whose values are final -> why
 
     def checked(self) -> SourceLayout:
-        problems = [*self._of_scales(), *self._of_codes()]
+        problems = [*self._of_scales(), *self._of_codes(), *self._of_layers(), *self._of_bytes()]
         layout = self.layout
         if self.final:
             layout = replace(
@@ -219,16 +237,47 @@ class _Unclaimed:
                 message = f"{self.tensors[name].info} has no codes beside it{also}"
                 yield Problem(name, message + self._due(f"{path}.weight"))
 
+    def _of_layers(self) -> Iterator[Problem]:
+        """What lies in a quantized layer under another name may be a part of its arithmetic."""
+        layers = {x.path: x for x in self.layout.layers if x.is_quantized}
+        for name, tensor in self.tensors.items():
+            path, _, role = name.rpartition(".")
+            if name in self.seen or role.endswith(("bias", *_TABLE_NAMES)):
+                continue
+            layer = layers.get(path) if role != "weight" else None
+            if layer is not None:
+                yield Problem(
+                    name,
+                    f"{tensor.info} lies in {path}, which is read as {layer.stored_as} without it; "
+                    "remove it if it is stale" + self._due(f"{path}.weight"),
+                )
+
+    def _of_bytes(self) -> Iterator[Problem]:
+        """Plain bytes are FP8 in arrays that came without dtypes, and not beside others."""
+        codes = [
+            layer.parts["weight"]
+            for layer in self.layout.layers
+            if layer.stored.startswith(_FP8) and "weight" in layer.parts
+        ]
+        others = [part for part in codes if part.info.dtype.startswith("F8_")]
+        for part in codes if others else ():
+            if part.info.dtype == "U8":
+                yield Problem(
+                    part.name,
+                    f"{part.info} is read as FP8, but FP8 here is stored as {others[0].info.dtype} "
+                    f"({others[0].name}): it holds other codes",
+                )
+
     def _is_of_layer(self, each: list[ScaleName]) -> bool:
         """Whether names that dense models have too are those of a quantized layer."""
         if any(found.is_certain for found in each):
             return True
         infos = [self.tensors[found.name].info for found in each]
-        if len({found.role for found in each}) > 1 or any(info.dtype in _CODES for info in infos):
+        if len({found.role for found in each}) > 1 or any(x.dtype not in FLOATS for x in infos):
             return True
         axes = [n for info in infos for n in info.shape if n > 1]
-        joined = any(found.name == f"{found.path}.{found.word}" for found in each)
-        return not self.is_dense and joined and len(axes) > 1
+        words = {x.word for x in each if x.name == f"{x.path}.{x.word}"}
+        return len(axes) > 1 and ("scales" in words if self.is_dense else bool(words))
 
 
 def _names(parts: Iterable[SourceTensor]) -> set[str]:
