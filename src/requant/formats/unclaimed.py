@@ -128,17 +128,22 @@ class _Unclaimed:
     # -- codes, and floats beside a scale ---------------------------------------------------
 
     def _of_codes(self) -> Iterator[Problem]:
+        scales = []
         for name, tensor in self.tensors.items():
             if name in self.seen:
                 continue
-            is_float = tensor.info.dtype in FLOATS or name in self.decoded
-            own = parse_scale_name(name)
-            if own is not None and (is_float or self.names.codes_of(own) is not None):
-                continue  # a scale
-            if is_float:
+            if parse_scale_name(name) is not None:
+                scales.append(tensor)
+            elif self._is_float(tensor):
                 yield from self._floats(tensor)
             else:
                 yield from self._coded(tensor)
+        for tensor in scales:  # those that no weight has named
+            if tensor.name not in self.seen and not self._is_float(tensor):
+                yield from self._coded(tensor)
+
+    def _is_float(self, tensor: SourceTensor) -> bool:
+        return tensor.info.dtype in FLOATS or tensor.name in self.decoded
 
     def _coded(self, tensor: SourceTensor) -> Iterator[Problem]:
         """A tensor of integers or FP8 must be a table of the model's own."""
@@ -275,9 +280,12 @@ class _Unclaimed:
         infos = [self.tensors[found.name].info for found in each]
         if len({found.role for found in each}) > 1 or any(x.dtype not in FLOATS for x in infos):
             return True
-        axes = [n for info in infos for n in info.shape if n > 1]
+        matrix = any(
+            sum(n > 1 for n in info.shape) > 1 or (len(info.shape) == 2 and info.shape[0] > 1)
+            for info in infos
+        )
         words = {x.word for x in each if x.name == f"{x.path}.{x.word}"}
-        return len(axes) > 1 and ("scales" in words if self.is_dense else bool(words))
+        return matrix and ("scales" in words if self.is_dense else bool(words))
 
 
 def _names(parts: Iterable[SourceTensor]) -> set[str]:
