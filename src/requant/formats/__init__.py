@@ -29,7 +29,7 @@ Shared by several of them:
 * ``declared``: the quantization block, wherever a tool wrote it down;
 * ``sorting``: tensors into layers, problems, what is left out and why;
 * ``scale_names``: what tools call scales and zero points; ``unclaimed``: nothing coded leaves as
-  a dense tensor, checked after every format by ``read_layout``;
+  a dense tensor, checked after every format;
 * ``integer_layers``, ``float8_layers``, ``nvfp4_layers``: layers of one kind of code, of any
   tool; ``input_scaled``: any of them with a scale for each input;
 * ``float_packings``: FP8, FP4 and FP6 codes of any tool; ``row_blocks``: rows in the bits of one

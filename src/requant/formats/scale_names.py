@@ -161,14 +161,22 @@ class ScaleNames:
 
     def __init__(self, names: Iterable[str]) -> None:
         self._names = frozenset(names)
+        self._found: dict[str, ScaleName] = {}
         self._beside: dict[str, list[ScaleName]] = {}
         for name in sorted(self._names):
             found = parse_scale_name(name)
             if found is not None:
+                self._found[name] = found
                 self._beside.setdefault(found.path, []).append(found)
+
+    def get(self, name: str) -> ScaleName | None:
+        """What a name says; None where it is that of no scale, zero point or the like."""
+        return self._found.get(name)
 
     def beside(self, name: str, *roles: Role) -> tuple[ScaleName, ...]:
         """What stands beside a tensor: scales, zero points and the like (of ``roles``, if any)."""
+        if not self._beside:
+            return ()
         return tuple(
             found
             for path in code_paths(name)

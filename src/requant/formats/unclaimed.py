@@ -13,9 +13,9 @@ from typing import Final
 from requant.checkpoint import Checkpoint, SourceTensor
 from requant.dtypes import FLOATS, NUMPY_DTYPE, TensorInfo
 from requant.errors import Problem, few
-from requant.formats.base import Format, SourceLayout
+from requant.formats.base import Format, SourceLayer, SourceLayout
 from requant.formats.declared import float_form
-from requant.formats.scale_names import Role, ScaleName, ScaleNames, code_paths, parse_scale_name
+from requant.formats.scale_names import Role, ScaleName, ScaleNames, code_paths
 from requant.formats.sorting import runtime_scales
 
 # What models store beside floats: positions and counts, masks, rotary tables.
@@ -83,21 +83,19 @@ class _Unclaimed:
         self.layout, self.found = layout, found
         self.names = ScaleNames(checkpoint.tensors)
         self.is_dense = found.name == "dense"
-        self.tensors: dict[str, SourceTensor] = {}  # stored as they go out
+        self.tensors: dict[str, SourceTensor] = {}  # that no quantized layer has
+        self.layers: dict[str, SourceLayer] = {}  # quantized, by path
         self.owner: dict[str, str] = {}  # part of a quantized layer -> its path
+        self.decoded: set[str] = set()  # blocks of a GGUF vector, say: other bytes go out
         for layer in layout.layers:
-            parts = [*layer.parts.values(), *layer.carried.values()]
+            names = {part.name: part for part in (*layer.parts.values(), *layer.carried.values())}
             if layer.is_quantized:
-                self.owner |= dict.fromkeys((part.name for part in parts), layer.path)
+                self.layers[layer.path] = layer
+                self.owner |= dict.fromkeys(names, layer.path)
             else:
-                self.tensors |= {part.name: part for part in parts}
-        # GGUF's blocks of a vector, say, are decoded: their bytes are not what goes out.
-        self.decoded = {
-            part.name
-            for layer in layout.layers
-            if layer.packing is not None and not layer.is_quantized
-            for part in layer.parts.values()
-        }
+                self.tensors |= names
+                if layer.packing is not None:
+                    self.decoded |= names.keys()
         self.float_form = float_form(checkpoint)
         self.seen: set[str] = set()  # tensors that a problem or a note names
         self.final: dict[str, str] = {}  # scale of a float weight whose values are final -> why
@@ -132,7 +130,7 @@ class _Unclaimed:
         for name, tensor in self.tensors.items():
             if name in self.seen:
                 continue
-            if parse_scale_name(name) is not None:
+            if self.names.get(name) is not None:
                 scales.append(tensor)
             elif self._is_float(tensor):
                 yield from self._floats(tensor)
@@ -179,8 +177,7 @@ class _Unclaimed:
         return f"; a layer of {self.found.name} is {parts}" if parts else ""
 
     def _stale(self, info: TensorInfo, path: str) -> str:
-        layer = next(x for x in self.layout.layers if x.is_quantized and x.path == path)
-        codes = next(iter(layer.parts.values())).name
+        codes = next(iter(self.layers[path].parts.values())).name
         return f"{info} stands beside {codes}; remove the one that is stale"
 
     def _floats(self, tensor: SourceTensor) -> Iterator[Problem]:
@@ -221,7 +218,7 @@ class _Unclaimed:
         """A scale whose codes are missing, or are read without it."""
         alone: dict[str, list[ScaleName]] = {}
         for name in self.tensors:
-            found = parse_scale_name(name)
+            found = self.names.get(name)
             if found is None:
                 continue
             codes = self.names.codes_of(found)
@@ -244,12 +241,11 @@ class _Unclaimed:
 
     def _of_layers(self) -> Iterator[Problem]:
         """What lies in a quantized layer under another name may be a part of its arithmetic."""
-        layers = {x.path: x for x in self.layout.layers if x.is_quantized}
         for name, tensor in self.tensors.items():
             path, _, role = name.rpartition(".")
             if name in self.seen or role.endswith(("bias", *_TABLE_NAMES)):
                 continue
-            layer = layers.get(path) if role != "weight" else None
+            layer = self.layers.get(path) if role != "weight" else None
             if layer is not None:
                 yield Problem(
                     name,
