@@ -11,7 +11,7 @@ from typing import Any
 from requant.checkpoint import SourceFile
 from requant.conversion import Source
 from requant.errors import Problem, cannot_be
-from requant.formats import detect
+from requant.formats import read_layout
 from requant.hub import find_repository
 from requant.patterns import time_counted
 from requant.schema import PerLayerQuantization
@@ -112,8 +112,7 @@ def inspect(
     checkpoint = (
         remote.headers(config_from) if remote else read_checkpoint(Path(source), config_from)
     )
-    found = detect(checkpoint)
-    layout = found.read(checkpoint)
+    found, layout = read_layout(checkpoint)
     return Inspection(
         source=str(source),
         format=found.name,

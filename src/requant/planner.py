@@ -16,7 +16,7 @@ from requant.blueprint import LayerPlan, Plan, Step, Treatment, place
 from requant.checkpoint import Checkpoint
 from requant.choices import Chooser, is_quantized, override_of
 from requant.errors import CheckpointError, UsageError
-from requant.formats import SourceLayer, SourceLayout, detect
+from requant.formats import SourceLayer, SourceLayout, read_layout
 from requant.formats.base import describe
 from requant.formats.packing import Exactness, Fidelity
 from requant.mlx_lm_classes import WITHOUT_A_CLASS
@@ -54,8 +54,7 @@ def make_plan(source: str | Path | Checkpoint, wishes: Wishes, twins: Path | Non
         checkpoint = source  # with what --config-from names
     else:
         raise UsageError(f"--config-from is for GGUF files; {source.source} is on the hub")
-    found = detect(checkpoint)
-    layout = found.read(checkpoint)
+    found, layout = read_layout(checkpoint)
     if layout.problems:
         raise CheckpointError(str(checkpoint.source), layout.problems)
     if wishes.fold_rotation:

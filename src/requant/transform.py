@@ -20,7 +20,7 @@ from requant.checkpoint import Checkpoint, StoredTensor
 from requant.choices import fit_group
 from requant.dtypes import HEADER_NAME, NUMPY_DTYPE, TensorInfo
 from requant.errors import CheckpointError, InvariantError, UnsupportedDtypeError, count
-from requant.formats import SourceLayer, detect
+from requant.formats import SourceLayer, read_layout
 from requant.formats.packing import Packing
 from requant.patterns import time_counted
 from requant.schema import PerLayerQuantization, Quantization
@@ -78,8 +78,7 @@ def transform_weights(
     """
     library = backend_for(weights)
     checkpoint = _InMemory.of(weights, library, quantization_config)
-    found = detect(checkpoint)
-    layout = found.read(checkpoint)
+    layout = read_layout(checkpoint)[1]
     if layout.problems:
         raise CheckpointError("weights", layout.problems)
     undecided = [layer.path for layer in layout.layers if layer.needs_wish and layer.kept is None]

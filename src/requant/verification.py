@@ -23,7 +23,7 @@ from requant.checkpoint import Checkpoint, FileRange, SourceTensor
 from requant.conversion import Source
 from requant.errors import CheckpointError, ParseError, Problem, UsageError, cannot_be, shown
 from requant.execute import Progress, run_plan
-from requant.formats import detect
+from requant.formats import read_layout
 from requant.hub import find_repository, reach
 from requant.limits import MAX_PROBLEMS
 from requant.memory import Budget, make_budget
@@ -230,7 +230,7 @@ def _check_hashes(
 
 def _check_layers(checkpoint: Checkpoint, found: _Findings) -> None:
     """Every quantized layer must be whole, and as the config says."""
-    for problem in detect(checkpoint).read(checkpoint).problems:
+    for problem in read_layout(checkpoint)[1].problems:
         found.add(problem.where, problem.message)
 
 

@@ -104,11 +104,14 @@ Change = Callable[[dict[str, Any], dict[str, Any]], Any]
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda t, b: t.pop("up.weight_scale"), "has no up.weight_scale beside it"),
-        (lambda t, b: t.pop("up.weight"), "scales no packed weight: up.weight is missing"),
+        (
+            lambda t, b: t.pop("up.weight_scale"),
+            "up.weight: U8 [2, 32] holds codes, but has no scale beside it",
+        ),
+        (lambda t, b: t.pop("up.weight"), "up.weight_scale: BF16 [1] has no codes beside it"),
         (
             lambda t, b: t.update({"up.weight": np.zeros((8, 32), BF16)}),
-            "scales no packed weight: up.weight is BF16 [8, 32]",
+            "up.weight: BF16 [8, 32] stands beside up.weight_scale",
         ),
         (
             lambda t, b: t.update({"up.weight": np.zeros((2, 2, 32), np.uint8)}),
@@ -139,7 +142,7 @@ Change = Callable[[dict[str, Any], dict[str, Any]], Any]
         (lambda t, b: b.update(use_rms_norm=True), "normalizes its inputs first"),
         (
             lambda t, b: t.update({"experts.up": np.zeros((2, 2, 32), np.uint8)}),
-            "experts.up: U8 [2, 2, 32] holds codes of no known layer",
+            "experts.up: U8 [2, 2, 32] holds codes, but has no scale beside it",
         ),
     ],
 )

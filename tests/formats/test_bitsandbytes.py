@@ -150,7 +150,7 @@ def state(**fields: Any) -> Change:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda t: t.pop(STATE), "up.weight.absmax: has no up.weight.quant_state"),
+        (lambda t: t.pop(STATE), "up.weight: U8 [256, 1] holds codes, with up.weight.absmax"),
         (lambda t: t.pop("up.weight.absmax"), "up.weight: has no up.weight.absmax"),
         (lambda t: t.pop("up.weight.quant_map"), "up.weight: has no up.weight.quant_map"),
         (lambda t: t.pop("up.weight"), "describes up.weight, which is missing"),
@@ -178,7 +178,8 @@ def state(**fields: Any) -> Change:
         ),
         (
             lambda t: t.update({"gate.weight": np.zeros((8, 64), np.int8)}),
-            "gate.weight: I8 [8, 64] holds codes, but gate.SCB is missing",
+            "gate.weight: I8 [8, 64] holds codes, but has no scale beside it; a layer of "
+            "bitsandbytes is gate.weight with gate.SCB",
         ),
         (
             lambda t: t.update(

@@ -250,12 +250,17 @@ def good() -> dict[str, np.ndarray]:
 
 CORRUPTIONS: list[tuple[str, dict[str, np.ndarray | None], dict[str, Any], tuple[str, ...]]] = [
     ("no scale", {"up.weight_scale_inv": None}, FP8, ("up.weight", "has no scale")),
-    ("no weight", {"up.weight": None}, FP8, ("up.weight_scale_inv", "up.weight is missing")),
+    (
+        "no weight",
+        {"up.weight": None},
+        FP8,
+        ("up.weight_scale_inv: F32 [2, 2] has no codes beside it",),
+    ),
     (
         "dense weight with a scale",
         {"up.weight": np.ones((130, 160), BF16)},
         FP8,
-        ("up.weight_scale_inv", "its weight is BF16 [130, 160]"),
+        ("up.weight: BF16 [130, 160] stands beside up.weight_scale_inv",),
     ),
     (
         "a tile short",

@@ -90,7 +90,7 @@ Change = Callable[[dict[str, Any], dict[str, Any]], Any]
             lambda t, b: t.pop("up.weight_global_scale"),
             "up.qweight: has no up.weight_global_scale beside it",
         ),
-        (lambda t, b: t.pop("up.qweight"), "up.scales: U8 [6, 4] holds codes of no layer"),
+        (lambda t, b: t.pop("up.qweight"), "up.scales: U8 [6, 4] has no codes beside it"),
         (
             lambda t, b: t.update({"up.scales": np.zeros((128, 4), np.uint8)}),
             "up.scales: U8 [128, 4], expected U8 [6, 4], unpadded",

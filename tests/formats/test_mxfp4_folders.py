@@ -66,7 +66,10 @@ def test_every_byte_under_every_scale(tmp_path: Path) -> None:
     ("changes", "words"),
     [
         ({"experts.down_proj_scales": None}, "experts.down_proj_blocks: has no scales"),
-        ({"experts.down_proj_blocks": None}, "experts.down_proj_scales: stands alone"),
+        (
+            {"experts.down_proj_blocks": None},
+            "experts.down_proj_scales: U8 [2, 6, 3] has no codes beside it",
+        ),
         (
             {"experts.down_proj_scales": np.ones((2, 6, 2), np.uint8)},
             "experts.down_proj_scales: U8 [2, 6, 2], expected U8 [2, 6, 3]",

@@ -157,7 +157,7 @@ FAULTS = {
     "two formats in one folder": (
         GPTQ,
         add(f"{Q}.weight_packed", np.zeros((64, 8), np.int32)),
-        (f"{Q}.weight_packed", "compressed-tensors"),
+        (f"{Q}.weight_packed", f"stands beside {Q}.qweight", "stale"),
     ),
     "a stale weight": (
         GPTQ,

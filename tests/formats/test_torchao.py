@@ -294,7 +294,7 @@ def test_zeros_that_the_config_denies_are_refused(tmp_path: Path) -> None:
 def test_codes_that_are_no_weight_are_refused(tmp_path: Path) -> None:
     tensors = {"experts._gate_up_proj_qdata": np.zeros((2, 4, 64), np.int8)}
     folder = write(tmp_path / "source", tensors, BLOCK)
-    assert "holds codes, and is no part of a weight that is read" in refusal(
+    assert "experts._gate_up_proj_qdata: I8 [2, 4, 64] holds codes, but has no scale" in refusal(
         folder, tmp_path / "out"
     )
 

@@ -28,6 +28,8 @@ Shared by several of them:
   integer codes that most build upon;
 * ``declared``: the quantization block, wherever a tool wrote it down;
 * ``sorting``: tensors into layers, problems, what is left out and why;
+* ``scale_names``: what tools call scales and zero points; ``unclaimed``: nothing coded leaves as
+  a dense tensor, checked after every format;
 * ``integer_layers``, ``float8_layers``, ``nvfp4_layers``: layers of one kind of code, of any
   tool; ``input_scaled``: any of them with a scale for each input;
 * ``float_packings``: FP8, FP4 and FP6 codes of any tool; ``row_blocks``: rows in the bits of one
@@ -46,6 +48,7 @@ from requant.formats.base import Format, SourceLayer, SourceLayout
 from requant.formats.bitnet import BitNet
 from requant.formats.bitsandbytes import Bitsandbytes
 from requant.formats.compressed_tensors import CompressedTensors
+from requant.formats.declared import float_form
 from requant.formats.dense import Dense
 from requant.formats.fp8 import Fp8
 from requant.formats.fp_quant import FpQuant
@@ -59,8 +62,9 @@ from requant.formats.plugins import plugged_in
 from requant.formats.quark import Quark
 from requant.formats.qweight import QweightFormat
 from requant.formats.torchao import Torchao
+from requant.formats.unclaimed import check_unclaimed
 
-__all__ = ["FORMATS", "Format", "SourceLayer", "SourceLayout", "detect"]
+__all__ = ["FORMATS", "Format", "SourceLayer", "SourceLayout", "detect", "read_layout"]
 
 FORMATS: tuple[Format, ...] = (
     Gguf(),
@@ -97,3 +101,19 @@ def detect(checkpoint: Checkpoint) -> Format:
     if problems:
         raise CheckpointError(str(checkpoint.path), problems)
     return next((known for known in foreign if known.claims(checkpoint)), _DENSE)
+
+
+def read_layout(checkpoint: Checkpoint) -> tuple[Format, SourceLayout]:
+    """The format of a checkpoint, and every tensor sorted into layers: the only way in.
+
+    What the format leaves is looked at for codes, whichever it is (``unclaimed``).
+
+    Raises:
+        CheckpointError: As ``detect``.
+    """
+    found = detect(checkpoint)
+    layout = check_unclaimed(checkpoint, found.read(checkpoint), found)
+    floats = float_form(checkpoint)
+    if floats and not layout.problems and not any(layer.is_quantized for layer in layout.layers):
+        return Dense(floats), layout
+    return found, layout

@@ -15,24 +15,6 @@ from requant.errors import Problem
 from requant.formats.packing import Packing
 from requant.schema import PerLayerQuantization, Quantization
 
-# Suffixes that only quantized layers have, and the format that writes them.
-_FOREIGN_SUFFIXES = {
-    ".qweight": "AWQ or GPTQ",
-    ".qzeros": "AWQ or GPTQ",
-    ".g_idx": "GPTQ",
-    ".W_q": "HQQ",
-    ".SCB": "bitsandbytes int8",
-    ".weight_packed": "compressed-tensors",
-    ".weight_scale": "FP8, compressed-tensors, ModelOpt, BitNet or Quark",
-    ".weight_scale_inv": "FP8",
-    ".weight.absmax": "bitsandbytes",
-    ".weight_quantizer._scale": "ModelOpt",
-    ".pre_quant_scale": "ModelOpt",
-    "._weight_qdata": "torchao",
-    ".dqweight": "FP-Quant",
-    "_blocks": "MXFP4",
-}
-
 
 @dataclass(frozen=True)
 class RowOrder:
@@ -189,6 +171,8 @@ class SourceLayout:
         notes: What the user should know, one sentence each.
         folds: Layers that may be kept by reordering others.
         rotation: What the config of an output says about layers with a rotation.
+        unfulfilled: What is wrong where the config names a format and no layer is of it; said
+            only where no tensor holds codes (``unclaimed``).
     """
 
     layers: tuple[SourceLayer, ...]
@@ -198,6 +182,7 @@ class SourceLayout:
     notes: tuple[str, ...] = ()
     folds: tuple[Fold, ...] = ()
     rotation: Mapping[str, Any] | None = None
+    unfulfilled: Problem | None = None
 
     def without_rotations(self) -> SourceLayout:
         """The same with every rotation folded into the values of its layer."""
@@ -258,11 +243,6 @@ def describe(encoding: Quantization | None, dtype: str) -> str:
     if encoding is None:
         return dtype
     return f"{encoding.mode} {encoding.bits}-bit g{encoding.group_size}"
-
-
-def foreign_part(name: str) -> str | None:
-    """The format whose layers have a tensor of this name, where a dense one has none."""
-    return next((who for end, who in _FOREIGN_SUFFIXES.items() if name.endswith(end)), None)
 
 
 def fallback_for(n_in: int) -> Quantization | None:

@@ -82,6 +82,7 @@ class BitNet:
     """A folder with ``quant_method: bitnet``."""
 
     name = "bitnet"
+    layer_parts = "PATH.weight with PATH.weight_scale"
 
     def claims(self, checkpoint: Checkpoint) -> str | None:
         """The config names it; nothing else tells whether scales divide."""
@@ -97,19 +98,18 @@ class BitNet:
         divides = _divides(found, sorter)
         for name, tensor in checkpoint.tensors.items():
             path = name.removesuffix(".weight")
-            if path != name and tensor.info.dtype in ("U8", "I8"):
-                scale = checkpoint.tensors.get(f"{path}.weight_scale")
-                parts = {"weight": tensor} | ({} if scale is None else {"weight_scale": scale})
+            scale = checkpoint.tensors.get(f"{path}.weight_scale")
+            if path != name and scale is not None and tensor.info.dtype in ("U8", "I8"):
+                parts = {"weight": tensor, "weight_scale": scale}
                 sorter.make(path, parts, lambda p, t: _layer(sorter, p, t, divides))
-        _check_loose(sorter)
         sorter.check_named_dense(found)
         if sorter.quantized:
             sorter.notes.append(
                 "BitNet rounds activations to 8 bits while it runs; MLX does not, so that outputs "
                 "differ a little from the source's."
             )
-        elif not sorter.problems:
-            sorter.problem(
+        else:
+            sorter.no_layer(
                 found.where,
                 "says quant_method bitnet, but no weight is U8: if the weights are dense, remove "
                 "the block",
@@ -137,25 +137,11 @@ def _divides(found: Declared, sorter: Sorter) -> bool:
     return kind != "autobitlinear"
 
 
-def _check_loose(sorter: Sorter) -> None:
-    """What belongs to no layer must make sense alone."""
-    for tensor in sorter.left:
-        path, _, role = tensor.name.rpartition(".")
-        if role == "weight_scale":
-            beside = sorter.tensors.get(f"{path}.weight")
-            what = "is missing" if beside is None else f"is {beside.info}"
-            sorter.problem(tensor.name, f"scales no packed weight: {path}.weight {what}")
-        elif tensor.info.dtype in ("U8", "I8") and role != "weight":
-            sorter.problem(tensor.name, f"{tensor.info} holds codes of no known layer")
-
-
 def _layer(
     sorter: Sorter, path: str, parts: Mapping[str, SourceTensor], divides: bool
 ) -> SourceLayer:
     """One layer, if its tensors fit each other."""
-    weight, scale = parts["weight"], parts.get("weight_scale")
-    if scale is None:
-        raise Refused(weight.name, f"{weight.info} has no {path}.weight_scale beside it")
+    weight, scale = parts["weight"], parts["weight_scale"]
     if len(weight.info.shape) != 2 or 0 in weight.info.shape:
         raise Refused(weight.name, f"{weight.info}, expected U8 [out / 4, in]")
     if scale.info.size != 1 or scale.info.dtype not in _FLOATS:

@@ -23,7 +23,6 @@ from requant.safetensors_header import parse_json_object
 _STATE: Final = ".quant_state.bitsandbytes__"
 _TABLES: Final = ("nf4", "fp4")
 _ROLES: Final = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
-_INT8_ROLES: Final = ("SCB", "weight_format")
 # The orders of 8-bit codes that current bitsandbytes refuses to load.
 _ORDERS: Final = {1: "col32", 2: "col_turing", 3: "col_ampere"}
 _REASON = "a table of 16 values, which no mode of MLX holds"
@@ -33,6 +32,10 @@ class Bitsandbytes:
     """A folder with ``quant_method: bitsandbytes``, or with the tensors of one."""
 
     name = "bitsandbytes"
+    layer_parts = (
+        "PATH.weight with PATH.SCB, or with PATH.weight.absmax, PATH.weight.quant_map and "
+        "PATH.weight.quant_state.bitsandbytes__nf4 (or fp4)"
+    )
 
     def claims(self, checkpoint: Checkpoint) -> str | None:
         """The config names it (old ones by ``load_in_4bit``); without one, tensors tell."""
@@ -52,28 +55,13 @@ class Bitsandbytes:
                 _read_int8(sorter, name.removesuffix(".SCB"))
             elif _STATE in name:
                 _read_table(sorter, name)
-        for tensor in sorter.left:
-            _check_loose(sorter, tensor)
-        if not sorter.quantized and not sorter.problems:
-            sorter.problem(
+        if not sorter.quantized:
+            sorter.no_layer(
                 "config.json: quantization_config",
                 "says bitsandbytes, but no tensor ends in .SCB or has a quant_state: if the "
                 "weights are dense, remove the block",
             )
         return sorter.layout()
-
-
-def _check_loose(sorter: Sorter, tensor: SourceTensor) -> None:
-    """What belongs to no layer must make sense alone."""
-    name, info = tensor.name, tensor.info
-    owner, _, role = name.rpartition(".")
-    if role in _ROLES:
-        sorter.problem(name, f"has no {owner}{_STATE}nf4 (or fp4) that says what it belongs to")
-    elif role == "weight_format":
-        sorter.problem(name, f"has no {owner}.SCB beside it")
-    elif role == "weight" and info.dtype in ("I8", "U8"):
-        what = "SCB" if info.dtype == "I8" else f"weight{_STATE}nf4 (or fp4)"
-        sorter.problem(name, f"{info} holds codes, but {owner}.{what} is missing")
 
 
 # -- int8 --------------------------------------------------------------------------------------

@@ -48,6 +48,7 @@ class CompressedTensors:
     """A folder with ``quant_method: compressed-tensors``, or with packed weights of its kind."""
 
     name = "compressed-tensors"
+    layer_parts = "PATH.weight_packed (I8 and F8_E4M3: PATH.weight) with PATH.weight_scale"
 
     def claims(self, checkpoint: Checkpoint) -> str | None:
         """The config names it, or the old key of its block does; else ``weight_packed`` tells."""
@@ -89,8 +90,8 @@ class _Reader:
             sorter.add(layer, unused)
         sorter.drop_runtime_scales()
         self._check_loose()
-        if not sorter.quantized and not sorter.problems:
-            sorter.problem(
+        if not sorter.quantized:
+            sorter.no_layer(
                 self.config.where,
                 "says compressed-tensors, but no layer has a weight_packed or a weight_scale: if "
                 "the weights are dense, remove the block",
@@ -104,17 +105,15 @@ class _Reader:
             path, _, role = name.rpartition(".")
             if role in _ROLES:
                 found.setdefault(path, {})[role] = tensor
-        return {path: parts for path, parts in found.items() if parts.keys() != {"weight"}}
+        return {path: parts for path, parts in found.items() if _has_codes(parts)}
 
     def _check_loose(self) -> None:
         """What belongs to no layer must make sense alone."""
         sorter = self.sorter
         for tensor in sorter.left:
-            path, _, role = tensor.name.rpartition(".")
+            role = tensor.name.rpartition(".")[2]
             if role in _SPARSE:
                 sorter.problem(tensor.name, f"is a part of {_SPARSE[role]}, which is not read")
-            elif tensor.info.dtype in ("I8", *FLOAT8) and role == "weight":
-                sorter.problem(tensor.name, f"{tensor.info} has no {path}.weight_scale")
         dense = {tensor.name for tensor in sorter.left}
         for path, scheme in self.config.named():
             if f"{path}.weight" in dense and self.config.ignored(path) is None and scheme.bits:
@@ -149,12 +148,14 @@ class _Reader:
             return self._small_floats(path, parts)
         if codes.info.dtype == "I8":
             return self._plain(path, parts, scheme)
+        if codes.info.dtype == "U8" and (scheme.kind, scheme.bits) != ("float", 8):
+            said = f"{scheme.where} says {scheme.bits}-bit {scheme.kind}" if scheme.where else ""
+            message = f"{codes.info} beside {scale.name} is FP8 only where the config says so"
+            self._report(codes.name, f"{message}; {said or 'it says nothing of this layer'}")
+            return None
         if codes.info.dtype in FLOAT8:
             return self._float8(path, codes, scale, scheme)
-        status = self.config.found.word("quantization_status") if self.config.found else ""
-        why = f" (quantization_status is {status!r})" if status not in ("", "compressed") else ""
-        message = f"{codes.info} beside a weight_scale, expected I8 or F8_E4M3 codes{why}"
-        self._report(codes.name, message)
+        self._report(codes.name, f"{codes.info}, expected I8 or F8_E4M3 codes")
         return None
 
     def _report(self, where: str, message: str) -> None:
@@ -417,3 +418,11 @@ class _Reader:
             "E4M3, weight_global_scale) nor mxfp4 or mxfp6 (32 inputs a scale, U8)",
         )
         return None
+
+
+def _has_codes(parts: _Parts) -> bool:
+    """Whether a layer has codes; floats beside a scale are looked at later, by ``unclaimed``."""
+    weight = parts.get("weight")
+    if weight is not None and weight.info.dtype in FLOATS:
+        return "weight_packed" in parts
+    return "weight_packed" in parts or (weight is not None and parts.keys() != {"weight"})

@@ -94,6 +94,30 @@ def declared(checkpoint: Checkpoint) -> Declared | None:
     return None
 
 
+_BEFORE_COMPRESSION = ("initialized", "calibration", "frozen")
+
+
+def float_form(checkpoint: Checkpoint) -> str:
+    """Where the config says that weights are stored as floats, scales beside them; "" nowhere.
+
+    compressed-tensors saves so before it compresses, Quark in its "fake_quantized" form.
+    """
+    found = declared(checkpoint)
+    if found is None:
+        return ""
+    export = found.get("export")
+    weight_format = export.get("weight_format") if isinstance(export, Mapping) else None
+    said = (
+        ("quantization_status", found.get("quantization_status"), _BEFORE_COMPRESSION),
+        ("format", found.block.get("format"), ("dense",)),
+        ("export.weight_format", weight_format, ("fake_quantized",)),
+    )
+    for key, value, words in said:
+        if isinstance(value, str) and value.lower() in words:
+            return f"{found.where}.{key} is {shown(value)}"
+    return ""
+
+
 DTYPE_WORDS = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "half": "F16"}
 
 

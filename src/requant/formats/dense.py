@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from requant.checkpoint import Checkpoint
 from requant.errors import Problem, shown
-from requant.formats.base import SourceLayout, dense_layer, foreign_part
+from requant.formats.base import SourceLayout, dense_layer
 
 
 class Dense:
@@ -12,12 +12,15 @@ class Dense:
 
     name = "dense"
 
+    def __init__(self, evidence: str = "no quantization found") -> None:
+        self.evidence = evidence
+
     def claims(self, checkpoint: Checkpoint) -> str | None:
-        """Every checkpoint could be dense; ``read`` names what contradicts it."""
-        return "no quantization found"
+        """Every checkpoint could be dense; ``unclaimed`` names what contradicts it."""
+        return self.evidence
 
     def read(self, checkpoint: Checkpoint) -> SourceLayout:
-        """One layer per tensor; a tensor that only a quantized layer has is a problem."""
+        """One layer per tensor; a quantization block that no format takes is a problem."""
         problems = []
         block = checkpoint.config.get("quantization_config")
         method = block.get("quant_method") if isinstance(block, dict) else None
@@ -29,32 +32,5 @@ class Dense:
                     "that are",
                 )
             )
-        layers = []
-        for tensor in checkpoint.tensors.values():
-            layers.append(dense_layer(tensor))
-            foreign = foreign_part(tensor.name)
-            if foreign is not None and not block:
-                problems.append(
-                    Problem(
-                        tensor.name,
-                        f"is a part of a quantized layer ({foreign}), but "
-                        "config.json has no quantization_config that says how to read it",
-                    )
-                )
-            elif tensor.info.dtype.startswith("F8_") and not block:
-                problems.append(
-                    Problem(
-                        tensor.name,
-                        f"{tensor.info} has no scale beside it, and config.json does not say "
-                        "what its values are multiplied by",
-                    )
-                )
-            elif tensor.info.dtype == "U32" and tensor.name.endswith(".weight") and not block:
-                problems.append(
-                    Problem(
-                        tensor.name,
-                        f"{tensor.info} looks like MLX's packed codes, but config.json has no "
-                        '"quantization" block that gives group_size and bits',
-                    )
-                )
-        return SourceLayout(tuple(layers), None, tuple(problems))
+        layers = tuple(dense_layer(tensor) for tensor in checkpoint.tensors.values())
+        return SourceLayout(layers, None, tuple(problems))

@@ -25,13 +25,13 @@ from requant.formats.sorting import Sorter
 _METHODS = ("fp8", "mxfp8", "fbgemm_fp8")
 # Names of the one factor: DeepSeek, vLLM, DeepSeek V4, Mistral.
 _ROLES = ("weight_scale_inv", "weight_scale", "scale", "qscale_weight")
-_UNREADABLE = ("F8_E5M2", "F8_E5M2FNUZ")
 
 
 class Fp8:
     """A folder with ``quant_method`` fp8, mxfp8 or fbgemm_fp8, or with FP8 weights and scales."""
 
     name = "fp8"
+    layer_parts = "PATH.weight with PATH.weight_scale_inv or PATH.weight_scale"
 
     def claims(self, checkpoint: Checkpoint) -> str | None:
         """The config names it; without one, an FP8 weight with a scale beside it tells."""
@@ -54,19 +54,10 @@ class Fp8:
         transposed = found is not None and found.method == "fbgemm_fp8"
         for name, tensor in checkpoint.tensors.items():
             scale = _scale_name(checkpoint, name)
-            if tensor.info.dtype in FLOAT8[:2] and scale is None:
-                roles = ", ".join(f"{_path(name)}.{role}" for role in _ROLES)
-                sorter.problem(name, f"{tensor.info} has no scale; looked for {roles}")
-                sorter.claim([name], name)
-            elif tensor.info.dtype in _UNREADABLE:
-                message = f"{tensor.info}: this dtype has no published use for weights"
-                sorter.problem(name, f"{message} and is not read; expected F8_E4M3")
-                sorter.claim([name], name)
-            elif scale is not None and tensor.info.dtype in (*FLOAT8, "I8"):
+            if scale is not None and tensor.info.dtype in (*FLOAT8, "I8"):
                 layer = _layer(sorter, tensor, checkpoint.tensors[scale], block, transposed)
                 sorter.add(layer)
         sorter.drop_runtime_scales()
-        _check_scales_alone(sorter)
         if found is not None:
             sorter.check_named_dense(found, ("modules_to_not_convert", "ignored_layers"))
         return sorter.layout()
@@ -157,13 +148,3 @@ def _fp4_layer(
     shape = (*leading, n_out, 2 * nbytes)
     parts = {"weight": weight, "scale": scale}
     return SourceLayer(path, parts, packing.encoding, shape, sorter.dtype, packing, "mxfp4")
-
-
-def _check_scales_alone(sorter: Sorter) -> None:
-    """A scale whose weight is missing, or is no FP8, tells of a damaged checkpoint."""
-    for tensor in sorter.left:
-        path, _, role = tensor.name.rpartition(".")
-        if role in _ROLES[:2] or role == _ROLES[3]:
-            weight = sorter.tensors.get(f"{path}.weight")
-            what = f"{path}.weight is missing" if weight is None else f"its weight is {weight.info}"
-            sorter.problem(tensor.name, f"scales no FP8 weight: {what}")

@@ -60,6 +60,7 @@ class FpQuant:
     """A folder with ``quant_method: fp_quant``."""
 
     name = "fp-quant"
+    layer_parts = "PATH.qweight with PATH.scales and PATH.weight_global_scale"
 
     def claims(self, checkpoint: Checkpoint) -> str | None:
         """The config names it; nothing else tells."""
@@ -83,11 +84,9 @@ class FpQuant:
             elif role == "dqweight":
                 message = "holds values of a rotated weight (pseudoquantization), which is not read"
                 sorter.problem(tensor.name, message)
-            elif tensor.info.dtype == "U8":
-                sorter.problem(tensor.name, f"{tensor.info} holds codes of no layer that is read")
         sorter.check_named_dense(found)
-        if not sorter.quantized and not sorter.problems:
-            sorter.problem(
+        if not sorter.quantized:
+            sorter.no_layer(
                 found.where,
                 "says fp_quant, but no tensor is a qweight: if the weights are dense, remove the "
                 "block",

@@ -63,6 +63,7 @@ class Hqq:
     """A folder with ``quant_method: hqq``, or with the tensors of one."""
 
     name = "hqq"
+    layer_parts = "PATH.W_q with PATH.scale, PATH.zero and PATH.shape"
 
     def claims(self, checkpoint: Checkpoint) -> str | None:
         """The config names it; without one, ``W_q`` tells."""
@@ -83,8 +84,8 @@ class Hqq:
             for name in layer.said.values():
                 sorter.drop(name, _WHY)
         _check_loose(sorter, set(paths))
-        if not paths and not sorter.problems:
-            sorter.problem(
+        if not paths:
+            sorter.no_layer(
                 params.where,
                 "says quant_method hqq, but no tensor ends in .W_q: if the weights are dense, "
                 "remove the block",
@@ -96,17 +97,13 @@ def _check_loose(sorter: Sorter, paths: set[str]) -> None:
     """What belongs to a layer must have its codes beside it."""
     for tensor in sorter.left:
         path, _, role = tensor.name.rpartition(".")
-        if path in paths and role == "weight":
-            sorter.problem(
-                tensor.name, f"{tensor.info} stands beside {path}.W_q; remove the one that is stale"
-            )
-        elif path in paths and (role in _IN_CODES or role.startswith("meta_")):
+        if path in paths and (role in _IN_CODES or role.startswith("meta_")):
             sorter.problem(
                 tensor.name,
                 "holds scales or zeros as codes (quant_scale, quant_zero of old HQQ files), which "
                 "are not read; save the model again with a current hqq",
             )
-        elif role in ("zero", "scale", "nbits", "packing", "view_as_float") and path not in paths:
+        elif role in ("nbits", "packing", "view_as_float") and path not in paths:
             sorter.problem(tensor.name, f"{tensor.info} has no {path}.W_q beside it")
 
 

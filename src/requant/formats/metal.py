@@ -81,6 +81,7 @@ class MetalFormat:
     """A folder with ``quant_method: metal``, or with ``qbiases``."""
 
     name = "metal"
+    layer_parts = "PATH.weight with PATH.scales and PATH.qbiases"
 
     def claims(self, checkpoint: Checkpoint) -> str | None:
         """The config names it; without one, ``qbiases`` tells."""
@@ -103,19 +104,14 @@ class MetalFormat:
         elif (group is None or group < 1) and not sorter.problems:
             sorter.problem(f"{where}.group_size", f"is {shown(group)}, expected a count of inputs")
         if bits is None or group is None or sorter.problems:
-            return sorter.layout()
+            return SourceLayout((), None, tuple(sorter.problems))
         width, size = bits, group
         for path, parts in _parts(sorter).items():
             sorter.make(path, parts, lambda p, t: _layer(sorter, p, t, width, size))
         if found is not None:
             sorter.check_named_dense(found)
-        for tensor in sorter.left:
-            if tensor.info.dtype in ("U32", "I32") and tensor.name.endswith(".weight"):
-                path = tensor.name.removesuffix(".weight")
-                message = f"{tensor.info} holds codes, but {path}.scales is missing"
-                sorter.problem(tensor.name, message)
-        if not sorter.quantized and not sorter.problems:
-            sorter.problem(
+        if not sorter.quantized:
+            sorter.no_layer(
                 where,
                 "says metal, but no layer has scales: if the weights are dense, remove the block",
             )

@@ -35,6 +35,7 @@ class Mlx:
     """A folder that MLX tools wrote, told by the ``quantization`` block of its config."""
 
     name = "mlx"
+    layer_parts = "PATH.weight with PATH.scales (and PATH.biases)"
 
     def claims(self, checkpoint: Checkpoint) -> str | None:
         """MLX folders carry a block without ``quant_method``."""
@@ -68,11 +69,6 @@ class Mlx:
                 problems += wrong
                 if found is not None:
                     layers.append(found)
-        for name, tensor in tensors.items():
-            if name in taken or not name.endswith(".weight") or tensor.info.dtype != "U32":
-                continue
-            message = f"{tensor.info} holds packed codes, but {name[:-7]}.scales is missing"
-            problems.append(Problem(name, message))
         turned = any(layer.carried for layer in layers)
         rotation = checkpoint.config.get("rotation") if turned else None
         return SourceLayout(tuple(layers), quantization, tuple(problems), rotation=rotation)

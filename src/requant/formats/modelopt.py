@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from requant.checkpoint import Checkpoint, SourceTensor
+from requant.dtypes import FLOATS
 from requant.errors import shown
 from requant.formats.base import SourceLayer, SourceLayout
 from requant.formats.declared import Declared, declared
@@ -35,15 +36,15 @@ _ALGORITHMS: Final = {
     "W8A8_SQ_PER_CHANNEL": "int8",
 }
 _MIXED: Final = "MIXED_PRECISION"
-_CODES: Final = ("U8", "I8", "F8_E4M3", "F8_E5M2")
 _ROLES: Final = ("weight", "weight_scale", "weight_scale_2", "pre_quant_scale")
-_LOW_RANK: Final = ("svdquant_lora_a", "svdquant_lora_b")
+_LOW_RANK: Final = (".svdquant_lora_a", ".svdquant_lora_b")
 
 
 class ModelOpt:
     """A folder with ``quant_method: modelopt``, or with an hf_quant_config.json."""
 
     name = "modelopt"
+    layer_parts = "PATH.weight with PATH.weight_scale"
 
     def claims(self, checkpoint: Checkpoint) -> str | None:
         """The config names it; without one, ``weight_scale_2`` beside bytes tells."""
@@ -83,8 +84,8 @@ class _Reader:
                 self._check_excluded(layer)
         sorter.drop_runtime_scales()
         self._check_loose()
-        if not sorter.quantized and not sorter.problems and self.algorithm:
-            sorter.problem(
+        if not sorter.quantized and self.algorithm:
+            sorter.no_layer(
                 f"{self.found.where}.quant_algo",
                 f"is {self.algorithm}, but no layer has a weight_scale: if the weights are dense, "
                 "remove the block",
@@ -137,20 +138,20 @@ class _Reader:
             path, _, role = name.rpartition(".")
             if role in _ROLES:
                 found.setdefault(path, {})[role] = tensor
-        return {path: parts for path, parts in found.items() if parts.keys() != {"weight"}}
+        return {
+            path: parts
+            for path, parts in found.items()
+            if len(parts) > 1 and "weight" in parts and parts["weight"].info.dtype not in FLOATS
+        }
 
     def _check_loose(self) -> None:
         """What belongs to no layer must make sense alone."""
         sorter = self.sorter
         for tensor in sorter.left:
-            path, _, role = tensor.name.rpartition(".")
-            if role in _LOW_RANK:
+            if tensor.name.endswith(_LOW_RANK):
                 sorter.problem(
                     tensor.name, "is a part of NVFP4_SVD's low-rank branch, which is not read"
                 )
-            elif tensor.info.dtype in _CODES:
-                where = f"{path}.weight_scale" if role == "weight" else "its scale"
-                sorter.problem(tensor.name, f"{tensor.info} holds codes, but {where} is missing")
         known = {layer.path for layer in sorter.quantized}
         told = {problem.where.removesuffix(".weight") for problem in sorter.problems}
         for path in self.by_layer.keys() - known - told:

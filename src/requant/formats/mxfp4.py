@@ -20,6 +20,7 @@ class Mxfp4:
     """A folder with ``quant_method: mxfp4``, or with the tensors of one."""
 
     name = "mxfp4"
+    layer_parts = "PATH_blocks with PATH_scales"
 
     def claims(self, checkpoint: Checkpoint) -> str | None:
         """The config names it; without one, blocks with scales beside them tell."""
@@ -41,14 +42,11 @@ class Mxfp4:
                 path = name.removesuffix(blocks)
                 if path != name:
                     sorter.add(_layer(sorter, path, tensor, f"{path}{scales}"))
-                path = name.removesuffix(scales)
-                if path != name and f"{path}{blocks}" not in checkpoint.tensors:
-                    sorter.problem(name, f"stands alone: {path}{blocks} is missing")
         found = declared(checkpoint)
         if found is not None:
             sorter.check_named_dense(found)
-        if not sorter.problems and not sorter.quantized:
-            sorter.problem(
+        if not sorter.quantized:
+            sorter.no_layer(
                 "config.json: quantization_config",
                 "says quant_method mxfp4, but no tensor ends in _blocks: if the weights are "
                 "dense, remove the block",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from requant.checkpoint import Checkpoint, SourceTensor
+from requant.dtypes import FLOATS
 from requant.errors import few, one_of, shown
 from requant.formats.base import SourceLayer, SourceLayout
 from requant.formats.declared import declared
@@ -31,6 +32,7 @@ class Quark:
     """A folder with ``quant_method: quark``."""
 
     name = "quark"
+    layer_parts = "PATH.weight with PATH.weight_scale"
 
     def claims(self, checkpoint: Checkpoint) -> str | None:
         """The config names it; exports in the form of fp8 or awq are these formats' own."""
@@ -114,21 +116,13 @@ class _Reader:
     def read(self) -> SourceLayout:
         sorter = self.sorter
         for path, tensors in self._tensors().items():
-            if self.fake and "weight" in tensors and tensors["weight"].info.dtype in _FLOATS:
-                for role in tensors.keys() - {"weight"}:
-                    sorter.drop(tensors[role].name, "a scale of weights that are stored dense")
-                continue
             layer = sorter.make(path, tensors, self._layer)
             if layer is not None:
                 self._check_excluded(layer)
         sorter.drop_runtime_scales()
         self._check_named()
-        for tensor in sorter.left:
-            dtype = tensor.info.dtype
-            if dtype in ("I8", "U8", "I32") or dtype.startswith("F8_"):
-                sorter.problem(tensor.name, f"{tensor.info} holds codes, but its scale is missing")
-        if not sorter.quantized and not sorter.problems and not self.fake:
-            sorter.problem(
+        if not sorter.quantized and not self.fake:
+            sorter.no_layer(
                 self.found.where,
                 "says quark, but no layer has a weight_scale: if the weights are dense, remove the "
                 "block",
@@ -203,7 +197,7 @@ class _Reader:
         return {
             path: tensors
             for path, tensors in found.items()
-            if tensors.keys() != {"weight"} or tensors["weight"].info.dtype == "U8"
+            if "weight" in tensors and tensors["weight"].info.dtype not in FLOATS
         }
 
     def _layer(self, path: str, tensors: _Tensors) -> SourceLayer | None:

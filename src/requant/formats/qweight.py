@@ -17,7 +17,6 @@ from requant.formats.base import (
     SourceLayout,
     dense_layer,
     fallback_for,
-    foreign_part,
     scale_dtype,
 )
 from requant.formats.declared import Declared, declared, model_dtype
@@ -45,6 +44,8 @@ _DISPUTED = (
 
 class QweightFormat:
     """A folder whose config names one of the methods of ``name``."""
+
+    layer_parts = "PATH.qweight with PATH.scales and PATH.qzeros"
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -94,8 +95,6 @@ class _Reader:
                 layer = self._layer(path, parts_of[path])
                 if layer is not None:
                     layers.append(layer)
-        if not parts_of:
-            self._report(self.found.where, f"says {self.name}, but no layer has a .qweight")
         disputed = self.layouts.disputed
         folds = [] if self.problems else find_folds(self.checkpoint, layers)
         turned = next((x.packing for x in layers if isinstance(x.packing, RotatedGemm)), None)
@@ -106,7 +105,12 @@ class _Reader:
             folds=tuple(folds),
             notes=(_DISPUTED.format(disputed),) if disputed else (),
             rotation=None if turned is None else rotation_entry(turned.group, turned.krot),
+            unfulfilled=None if parts_of else self._none(),
         )
+
+    def _none(self) -> Problem:
+        message = f"says {self.name}, but no layer has a .qweight"
+        return Problem(self.found.where, f"{message}: if the weights are dense, remove the block")
 
     def _report(self, where: str, message: str) -> None:
         self.problems.append(Problem(where, message))
@@ -130,11 +134,9 @@ class _Reader:
         """A tensor that belongs to no packed layer must make sense without one."""
         name, info = tensor.name, tensor.info
         path, _, role = name.rpartition(".")
-        if path in layers and role == "weight":
-            self._report(name, f"{info} stands beside {path}.qweight; remove the one that is stale")
-        elif is_shared_rotation(name):
+        if is_shared_rotation(name):
             self._report(name, f"is a rotation that experts share, but {path} has none to turn")
-        elif role in ("qzeros", "scaled_zeros", "g_idx", "theta", "pairs", "channel_scales"):
+        elif role in ROTATION:
             self._report(name, f"{info} has no {path}.qweight beside it")
         elif role == "scales" and len(info.shape) == 1:
             self._report(
@@ -142,12 +144,8 @@ class _Reader:
                 f"{info} divides an activation at run time (AutoAWQ's ScaledActivation); no layer "
                 "of MLX does that, so the weights alone are not the model",
             )
-        elif role == "scales":
-            self._report(name, f"{info} has no {path}.qweight beside it")
         elif role in ("lora_A", "lora_B") or "lora_A." in name or "lora_B." in name:
             self._report(name, "is an adapter beside the weights; merge it into the model first")
-        elif foreign := foreign_part(name):
-            self._report(name, f"is a part of another format ({foreign}); one folder holds one")
 
     def _layer(self, path: str, parts: Mapping[str, SourceTensor]) -> SourceLayer | None:
         """One packed layer, or None with its problems reported."""

@@ -35,6 +35,7 @@ _RUNTIME = {
     "k_proj.k_bias": _CACHE_BIAS,
     "v_proj.v_bias": _CACHE_BIAS,
 }
+_RUNTIME_NAMES = tuple(_RUNTIME)
 _SHAPE = "only says the shape of its weight"
 _NAMED = 3  # of many tensors, how many a note names
 
@@ -52,6 +53,22 @@ class Refused(Exception):
         self.problem = Problem(where, message)
 
 
+def runtime_scales(names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
+    """Of tensors that no layer took, those that scale activations and caches, and notes of them."""
+    dropped = {
+        name: why
+        for name in names
+        if name.endswith(_RUNTIME_NAMES)
+        for why in [next(why for end, why in _RUNTIME.items() if name.endswith(end))]
+    }
+    notes = []
+    for reason in dict.fromkeys(dropped.values()):
+        found = [name for name, why in dropped.items() if why == reason]
+        each = "each " if len(found) > 1 else ""
+        notes.append(f"Left out: {few(found, _NAMED)}, {each}{reason}.")
+    return dropped, notes
+
+
 class Sorter:
     """Collects layers, problems and tensors without use, and puts them in order."""
 
@@ -60,6 +77,7 @@ class Sorter:
         self.problems: list[Problem] = []
         self.notes: list[str] = []
         self.dropped: dict[str, str] = {}
+        self.unfulfilled: Problem | None = None
         self.dtype = model_dtype(checkpoint, "BF16")
         self._owner: dict[str, str] = {}  # tensor name -> layer path
         self._layers: dict[str, SourceLayer] = {}
@@ -67,6 +85,10 @@ class Sorter:
     def problem(self, where: str, message: str) -> None:
         """Note what is wrong in one place."""
         self.problems.append(Problem(where, message))
+
+    def no_layer(self, where: str, message: str) -> None:
+        """Note what the config promises and no layer is; said only where no tensor holds codes."""
+        self.unfulfilled = Problem(where, message)
 
     def add(self, layer: SourceLayer | None, used: Iterable[SourceTensor] = ()) -> None:
         """Keep a layer; ``used`` are tensors that were read into its description."""
@@ -118,15 +140,9 @@ class Sorter:
 
     def drop_runtime_scales(self) -> None:
         """Drop what scales activations and caches, and say so."""
-        found: dict[str, list[str]] = {}
-        for tensor in self.left:
-            reason = next((why for end, why in _RUNTIME.items() if tensor.name.endswith(end)), "")
-            if reason:
-                self.drop(tensor.name, reason)
-                found.setdefault(reason, []).append(tensor.name)
-        for reason, names in found.items():
-            each = "each " if len(names) > 1 else ""
-            self.notes.append(f"Left out: {few(names, _NAMED)}, {each}{reason}.")
+        dropped, notes = runtime_scales(tensor.name for tensor in self.left)
+        self.dropped |= dropped
+        self.notes += notes
 
     def check_named_dense(
         self, found: Declared, keys: Sequence[str] = ("modules_to_not_convert",)
@@ -161,6 +177,7 @@ class Sorter:
             tuple(self.problems),
             tuple(self.dropped.items()),
             tuple(self.notes),
+            unfulfilled=self.unfulfilled,
         )
 
 

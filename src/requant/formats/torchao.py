@@ -36,6 +36,7 @@ class Torchao:
     """A folder with ``quant_method: torchao``, or whose metadata describes torchao's tensors."""
 
     name = "torchao"
+    layer_parts = "PATH._weight_qdata with PATH._weight_scale"
 
     def claims(self, checkpoint: Checkpoint) -> str | None:
         """The config names it; without one, the metadata of the files does."""
@@ -70,12 +71,8 @@ class _Reader:
             sorter.make(path, tensors, self._layer)
         self._check_described(parts.keys())
         sorter.check_named_dense(self.found)
-        for tensor in sorter.left:
-            if tensor.info.dtype in ("I8", "U8") or tensor.info.dtype.startswith("F8_"):
-                message = f"{tensor.info} holds codes, and is no part of a weight that is read"
-                sorter.problem(tensor.name, message)
-        if not parts and not sorter.problems:
-            sorter.problem(
+        if not parts:
+            sorter.no_layer(
                 self.found.where,
                 "says torchao, but no tensor is a _weight_qdata: if the weights are dense, remove "
                 "the block",

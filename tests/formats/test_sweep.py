@@ -1,0 +1,308 @@
+"""Every format against what can go wrong with names: each is read right, or refused by name.
+
+Nothing that holds codes may leave as a dense tensor, and no values may be other than those that
+the source stands for.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import requant
+from tests.formats.folders import BF16, e4m3
+from tests.formats.harness import mlx_values, read_folder
+from tests.formats.sources import IN, OUT, SOURCES, Source
+
+FORMATS = list(SOURCES)
+FLOATS = ("float16", "float32", "bfloat16")
+
+
+def check_dense(made: dict[str, np.ndarray], source: Source, more: dict[str, Any]) -> None:
+    """Only known tensors, and in each the values that the source stands for."""
+    for name, array in made.items():
+        path = name.removesuffix(".weight")
+        assert path in source.values, f"{name} went out as {array.dtype} {array.shape}"
+        assert array.dtype in (np.float32, np.int64) or array.ndim < 2
+        allowed = [source.values[path], *more.get(path, ())]
+        assert any(np.array_equal(array, values) for values in allowed), name
+
+
+def check_quantized(made: dict[str, np.ndarray], block: Any, source: Source, more: Any) -> None:
+    """Codes are those of layers that MLX dequantizes to about the values."""
+    paths = {
+        name[:-7] for name in made if name.endswith(".scales") and f"{name[:-6]}weight" in made
+    }
+    for name, array in made.items():
+        if not (array.dtype.name in FLOATS or array.dtype == np.int64 or array.ndim < 2):
+            path, _, role = name.rpartition(".")
+            assert path in paths and role in ("weight", "scales"), name
+    for path in paths:
+        spec = {"mode": "affine"} | block.get(path, block)
+        values = np.asarray(mlx_values(made, path, spec), np.float32)
+        allowed = [source.values[path], *more.get(path, ())]
+        near = [np.abs(values - x).max() <= 0.02 * np.abs(x).max() for x in allowed]
+        assert any(near), path
+
+
+def outcome(source: Source, names: tuple[str, ...] = (), **more: Any) -> str:
+    """What the source becomes: "read" if it is right, else what is said; one of ``names`` in it.
+
+    ``more`` has further values that a layer may stand for.
+    """
+    with tempfile.TemporaryDirectory() as place:
+        folder = source.write(Path(place) / "source")
+        words = []
+        for number, wishes in enumerate(({"dequantize": True, "dtype": "float32"}, {"bits": 8})):
+            output = Path(place) / f"out{number}"
+            try:
+                report = requant.convert(folder, output, layout="keep", **wishes)
+            except requant.RequantError as error:
+                assert not output.exists()
+                words.append(str(error))
+                continue
+            if number == 0:
+                check_dense(read_folder(output), source, more)
+            else:
+                block = report.plan.quantization
+                assert block is not None
+                check_quantized(read_folder(output), block.to_dict(), source, more)
+            words.append("read")
+    if words[0] != "read":
+        assert words[1] != "read"
+        assert any(name in words[0] for name in names), words[0]
+        inspected(source, words[0])
+    return words[0]
+
+
+def inspected(source: Source, refusal: str) -> None:
+    """Other ways in refuse the same: ``inspect`` lists it, ``transform_weights`` raises it."""
+    with tempfile.TemporaryDirectory() as place:
+        found = requant.inspect(source.write(Path(place) / "source"))
+        assert found.problems
+        assert all(str(problem)[:4000] in refusal for problem in found.problems)
+    if not source.metadata and "quantization_config" in source.config:
+        with pytest.raises(requant.RequantError):
+            requant.transform_weights(source.tensors, source.config["quantization_config"])
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_whole(name: str) -> None:
+    assert outcome(SOURCES[name]()) == "read"
+
+
+# -- stacks that are not of the folder's format, or lie under names that it has not -----------
+
+STACKS: dict[str, np.ndarray] = {
+    "I32": np.full((2, 64, 16), 0x12345678, np.int32),
+    "U32": np.full((2, 64, 16), 0x12345678, np.uint32),
+    "U8": np.full((2, 64, 64), 0x5A, np.uint8),
+    "I8": np.full((2, 64, 128), 90, np.int8),
+    "I16": np.full((2, 64, 32), 0x1234, np.int16),
+    "F8_E4M3": e4m3(2, 64, 128),
+}
+STACK_NAMES = (
+    ("experts.gate_up_proj", "experts.gate_up_proj_weight_scale"),
+    ("experts.gate_up_proj", "experts.gate_up_proj_scaling"),  # no name of a scale
+    ("experts.gate_up_proj_packed", "experts.gate_up_proj_scale"),
+    ("experts.w13_weight", "experts.w13_weight_scale_inv"),
+    ("experts.w2_weight", "experts.w2_absmax"),
+    ("experts.down_proj", "experts.down_proj_zero_point"),
+    ("experts.down_proj_blocks", "experts.down_proj_qzeros"),
+    ("experts.0.w1.kernel", "experts.0.w1.factor"),
+)
+
+
+@pytest.mark.parametrize("dtype", list(STACKS))
+@pytest.mark.parametrize("name", [*FORMATS, "dense"])
+def test_stacks(name: str, dtype: str) -> None:
+    """Odd scales (37 in a row) fit no format, so that none may read them."""
+    for codes, scale in STACK_NAMES:
+        source = dense() if name == "dense" else SOURCES[name]()
+        source.tensors |= {codes: STACKS[dtype], scale: np.ones((2, 64, 37), BF16)}
+        assert outcome(source, (codes,)) != "read", (codes, scale)
+
+
+def dense() -> Source:
+    source = SOURCES["awq"]()
+    for name in source.parts:
+        del source.tensors[name]
+    source.config = {}
+    return source
+
+
+# -- parts renamed, missing, and of nothing ----------------------------------------------------
+
+ENDINGS = (
+    "weight_scale",
+    "weight_scale_inv",
+    "weight_scales",
+    "scale",
+    "scale_inv",
+    "scales",
+    "weight.absmax",
+    "SCB",
+    "zero_point",
+    "qzeros",
+    "zeros",
+    "weight_global_scale",
+    "weight_scale_2",
+    "qweight",
+    "weight_packed",
+    "weight",
+    "kernel",
+    "something",
+)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_renamed_parts(name: str) -> None:
+    for part in SOURCES[name]().parts:
+        for ending in ENDINGS:
+            source = SOURCES[name]()
+            path = next(iter(source.values))
+            renamed = f"{path}.{ending}"
+            if renamed not in source.tensors:
+                source.tensors[renamed] = source.tensors.pop(part)
+                outcome(source, (path, part, renamed))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_missing_parts(name: str) -> None:
+    for part in SOURCES[name]().parts:
+        source = SOURCES[name]()
+        path = next(iter(source.values))
+        del source.tensors[part]
+        outcome(
+            source, (path,), **{path: [source.optional[part]] if part in source.optional else []}
+        )
+
+
+@pytest.mark.parametrize("name", [*FORMATS, "dense"])
+@pytest.mark.parametrize("beside", ["head", "nothing"])
+@pytest.mark.parametrize(
+    "ending",
+    [
+        "weight_scale",
+        "weight_scale_inv",
+        "scales",
+        "weight.absmax",
+        "qzeros",
+        "SCB",
+        "weight_zero_point",
+        "weight_global_scale",
+        "weight_scale_2",
+        "pre_quant_scale",
+        "g_idx",
+    ],
+)
+def test_stray_scales(name: str, beside: str, ending: str) -> None:
+    """Beside floats, and beside nothing."""
+    source = dense() if name == "dense" else SOURCES[name]()
+    stray = f"{beside}.{ending}"
+    source.tensors[stray] = np.full((OUT, 4), 0.5, np.float32)
+    said = outcome(source, (stray, f"{beside}: has no {beside}."))
+    assert said != "read"
+    assert "remove the block" not in said
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_second_layer_of_floats_beside_the_scales_of_the_first(name: str) -> None:
+    """The dense weight of a layer that is quantized: one of the two is stale."""
+    source = SOURCES[name]()
+    path = next(iter(source.values))
+    stale = path if name == "mxfp4" else f"{path}.weight"
+    if stale in source.tensors:
+        stale = f"{path}.weight_packed"
+    source.tensors[stale] = np.ones((OUT, IN), BF16)
+    assert outcome(source, (path,)) != "read"
+
+
+# -- what configs say --------------------------------------------------------------------------
+
+LISTS = ("modules_to_not_convert", "ignore", "ignored_layers", "exclude_modules", "exclude")
+
+
+@pytest.mark.parametrize("name", [x for x in FORMATS if x != "mlx"])
+@pytest.mark.parametrize("key", LISTS)
+def test_excluded_layers_that_hold_codes(name: str, key: str) -> None:
+    source = SOURCES[name]()
+    path = next(iter(source.values))
+    source.config["quantization_config"] = source.config["quantization_config"] | {key: [path]}
+    outcome(source, (path,))
+
+
+@pytest.mark.parametrize("name", [x for x in FORMATS if x != "mlx"])
+@pytest.mark.parametrize("key", ["text_config", "llm_config", "thinker_config", "language_config"])
+def test_nested_configs(name: str, key: str) -> None:
+    source = SOURCES[name]()
+    block = source.config.pop("quantization_config")
+    source.config[key] = {"hidden_size": 64, "quantization_config": block}
+    outcome(source, (next(iter(source.values)), "config.json"))
+
+
+@pytest.mark.parametrize("second", FORMATS)
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_second_format_in_the_folder(name: str, second: str) -> None:
+    source, other = SOURCES[name](), SOURCES[second]()
+    path = next(iter(other.values))
+    for part in other.parts:
+        source.tensors[part.replace(path, "other", 1)] = other.tensors[part]
+    source.values["other"] = other.values[path]
+    outcome(source, ("other", "up"))
+
+
+# -- anything else -----------------------------------------------------------------------------
+
+WORDS = st.sampled_from([*ENDINGS, "bias", "weight_shape", "g_idx", "zero", "biases", "_data"])
+JOINTS = st.sampled_from([".", "_", "._", ".weight.", "_weight_"])
+Change = Callable[[Source, str, str], Any]
+
+
+def removed(source: Source, part: str, name: str) -> None:
+    source.tensors.pop(part)
+
+
+def renamed(source: Source, part: str, name: str) -> None:
+    source.tensors.setdefault(name, source.tensors.pop(part))
+
+
+def doubled(source: Source, part: str, name: str) -> None:
+    source.tensors.setdefault(name, source.tensors[part])
+
+
+def stacked(source: Source, part: str, name: str) -> None:
+    array = source.tensors[part]
+    source.tensors.setdefault(f"experts.{name}", np.stack([array, array]))
+
+
+@settings(max_examples=400)
+@given(
+    format=st.sampled_from(FORMATS),
+    change=st.sampled_from([removed, renamed, doubled, stacked]),
+    at=st.integers(0, 9),
+    joint=JOINTS,
+    word=WORDS,
+    owner=st.sampled_from(["", "head", "other"]),
+)
+def test_no_change_of_names_lets_codes_out(
+    format: str, change: Change, at: int, joint: str, word: str, owner: str
+) -> None:
+    source = SOURCES[format]()
+    path = next(iter(source.values))
+    part = source.parts[at % len(source.parts)]
+    target = owner or path
+    change(source, part, f"{target}{joint}{word}")
+    more = {path: [source.optional[part]] if part in source.optional else []}
+    for name, array in source.tensors.items():
+        # Floats of any name may be a dense tensor, and so may vectors of integers and I64.
+        if array.dtype.name in FLOATS or array.ndim < 2 or array.dtype == np.int64:
+            source.values.setdefault(name.removesuffix(".weight"), array.astype(np.float32))
+    outcome(source, (path, target, part, "experts."), **more)
