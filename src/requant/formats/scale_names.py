@@ -1,0 +1,187 @@
+"""Names of scales: what tools call the tensors beside codes, in layers and in stacks.
+
+One list for every reader, and for the check that no codes leave as a dense tensor. A layer is
+its *path* (``mlp.experts.gate_up_proj``, ``experts.w13``); its codes and what stands beside them
+have the path and an ending::
+
+    q_proj.weight           q_proj.weight_scale       q_proj.weight.absmax     q_proj.scales
+    experts.w13_weight      experts.w13_weight_scale  experts.w13_weight_scale_2
+    experts.gate_up_proj    experts.gate_up_proj_scale_inv
+    experts.down_proj_packed   experts.down_proj_scale
+    experts.down_proj_blocks   experts.down_proj_scales
+
+so that a scale is found by the path of its codes, whatever joins the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+
+class Role(StrEnum):
+    """What a tensor beside codes is."""
+
+    SCALE = "scale"  # a factor for a group, tile, row, matrix or tensor
+    TENSOR_SCALE = "tensor_scale"  # a second factor, over a matrix or tensor
+    ZERO = "zero"  # what is subtracted from codes
+    INPUT_SCALE = "input_scale"  # a factor for each input, which the weight is divided by
+    INDEX = "index"  # which group an input belongs to
+    OTHER = "other"  # the shape, table or order of codes
+
+
+# What tools call them, behind the path and ".", "_" or "._", with or without "weight" between.
+_WORDS: Final = {
+    "scale": Role.SCALE,
+    "scales": Role.SCALE,
+    "scale_inv": Role.SCALE,
+    "scales_inv": Role.SCALE,
+    "absmax": Role.SCALE,
+    "SCB": Role.SCALE,
+    "qscale": Role.SCALE,
+    "qscale_weight": Role.SCALE,
+    "Wscale": Role.SCALE,
+    "scale_2": Role.TENSOR_SCALE,
+    "scales_2": Role.TENSOR_SCALE,
+    "global_scale": Role.TENSOR_SCALE,
+    "double_scale": Role.TENSOR_SCALE,
+    "nested_absmax": Role.TENSOR_SCALE,
+    "zero_point": Role.ZERO,
+    "zero_points": Role.ZERO,
+    "zero": Role.ZERO,
+    "zeros": Role.ZERO,
+    "qzeros": Role.ZERO,
+    "scaled_zeros": Role.ZERO,
+    "pre_quant_scale": Role.INPUT_SCALE,
+    "g_idx": Role.INDEX,
+    "quant_map": Role.OTHER,
+    "nested_quant_map": Role.OTHER,
+    "quant_state.bitsandbytes__nf4": Role.OTHER,
+    "quant_state.bitsandbytes__fp4": Role.OTHER,
+    "weight_format": Role.OTHER,
+}
+# Words that tell nothing unless "weight" stands before them.
+_OF_WEIGHTS: Final = {
+    "shift": Role.ZERO,
+    "zp": Role.ZERO,
+    "amax": Role.SCALE,
+    "shape": Role.OTHER,
+}
+# Words that parameters of dense models bear too: RMSNorm's scale, CLIP's logit_scale.
+_COMMON: Final = frozenset({"scale", "scales", "zero", "zeros", "shift", "shape"})
+_LONGEST_FIRST: Final = tuple(sorted(_WORDS | _OF_WEIGHTS, key=len, reverse=True))
+_JOINTS: Final = ("._", ".", "_")
+_WEIGHTS: Final = tuple(f"{a}weight{b}" for a in _JOINTS for b in ("_quantizer", ""))
+# Endings of codes behind the path; "" is a stack whose name is the path itself.
+CODE_ENDINGS: Final = (
+    ".weight",
+    ".weight_packed",
+    ".qweight",
+    ".W_q",
+    ".blocks",
+    ".packed",
+    "._weight_qdata",
+    ".weight._data",
+    "_weight_packed",
+    "_weight",
+    "_packed",
+    "_qweight",
+    "_blocks",
+    "",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ScaleName:
+    """The name of a tensor beside codes, taken apart.
+
+    Attributes:
+        name: The whole.
+        path: Of the layer.
+        role: What it is.
+        word: The last word, without joints: "scale_inv".
+        of_weight: Whether "weight" stands before the word.
+    """
+
+    name: str
+    path: str
+    role: Role
+    word: str
+    of_weight: bool
+
+    @property
+    def is_certain(self) -> bool:
+        """Whether only a quantized layer has a tensor of this name."""
+        return self.of_weight or self.word not in _COMMON
+
+
+def parse_scale_name(name: str) -> ScaleName | None:
+    """Take a name apart; None where it is none of a scale, a zero point or the like."""
+    if not name.endswith(_LONGEST_FIRST):
+        return None
+    for word in _LONGEST_FIRST:
+        if not name.endswith(word):
+            continue
+        before = name[: -len(word)]
+        joint = next((joint for joint in _JOINTS if before.endswith(joint)), None)
+        if joint is None:
+            continue
+        path, of_weight = before[: -len(joint)], False
+        for ending in _WEIGHTS:
+            if path.endswith(ending):
+                path, of_weight = path[: -len(ending)], True
+                break
+        role = _WORDS.get(word) or (_OF_WEIGHTS[word] if of_weight else None)
+        if role is not None and path:
+            return ScaleName(name, path, role, word, of_weight)
+    return None
+
+
+def code_paths(name: str) -> tuple[str, ...]:
+    """The paths that a tensor may be the codes of: ``w13_weight`` is of ``w13``, or its own."""
+    return tuple(
+        name[: len(name) - len(ending)]
+        for ending in CODE_ENDINGS
+        if name.endswith(ending) and len(name) > len(ending)
+    )
+
+
+class ScaleNames:
+    """The scales among a checkpoint's tensors, found by the codes that they belong to.
+
+    Args:
+        names: Of all tensors; looked at once.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._names = frozenset(names)
+        self._beside: dict[str, list[ScaleName]] = {}
+        for name in sorted(self._names):
+            found = parse_scale_name(name)
+            if found is not None:
+                self._beside.setdefault(found.path, []).append(found)
+
+    def beside(self, name: str, *roles: Role) -> tuple[ScaleName, ...]:
+        """What stands beside a tensor: scales, zero points and the like (of ``roles``, if any)."""
+        return tuple(
+            found
+            for path in code_paths(name)
+            for found in self._beside.get(path, ())
+            if found.name != name and (not roles or found.role in roles)
+        )
+
+    def of_path(self, path: str, *roles: Role) -> tuple[ScaleName, ...]:
+        """What stands beside the codes of a layer."""
+        return tuple(x for x in self._beside.get(path, ()) if not roles or x.role in roles)
+
+    def codes_of(self, scale: ScaleName) -> str | None:
+        """The tensor that a scale belongs to, by its name; None where there is none."""
+        each = (f"{scale.path}{ending}" for ending in CODE_ENDINGS)
+        return next((name for name in each if name in self._names and name != scale.name), None)
+
+    @property
+    def paths(self) -> Iterable[str]:
+        """The paths of all layers with a scale, a zero point or the like."""
+        return self._beside.keys()
