@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import cached_property
 
 from requant.checkpoint import Checkpoint, SourceTensor
 from requant.errors import Problem, few
 from requant.formats.base import SourceLayer, SourceLayout, dense_layer
 from requant.formats.declared import Declared, model_dtype
+from requant.formats.expert_shapes import Orientation
+from requant.formats.layer_names import LayerNames, layer_names
 
 _ACTIVATIONS = "a scale of activations, which MLX does not quantize"
 _CACHE = "a scale of the key and value cache, which MLX keeps in floats"
@@ -57,12 +60,37 @@ class Sorter:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint, self.tensors = checkpoint, checkpoint.tensors
+        self.names = LayerNames(checkpoint.tensors, {})
         self.problems: list[Problem] = []
         self.notes: list[str] = []
         self.dropped: dict[str, str] = {}
         self.dtype = model_dtype(checkpoint, "BF16")
         self._owner: dict[str, str] = {}  # tensor name -> layer path
         self._layers: dict[str, SourceLayer] = {}
+
+    @staticmethod
+    def by_role(checkpoint: Checkpoint) -> Sorter:
+        """A sorter whose ``parts`` have the names of ``layer_names``, however tools spell them."""
+        made = Sorter(checkpoint)
+        made.names = layer_names(checkpoint.tensors)
+        for one, other in made.names.twice:
+            made.problem(other, f"stands for the same part of a layer as {one}; remove one")
+        return made
+
+    @property
+    def parts(self) -> Mapping[str, SourceTensor]:
+        """Every tensor under the name that a part of a layer has."""
+        return self.names.tensors
+
+    @cached_property
+    def orientation(self) -> Orientation:
+        """Which way the stacks of unpacked codes lie."""
+        stacks = {
+            name.removesuffix(".weight"): tensor.info.shape
+            for name, tensor in self.parts.items()
+            if name.endswith(".weight")
+        }
+        return Orientation(self.checkpoint.config, stacks)
 
     def problem(self, where: str, message: str) -> None:
         """Note what is wrong in one place."""
@@ -72,7 +100,7 @@ class Sorter:
         """Keep a layer; ``used`` are tensors that were read into its description."""
         if layer is None:
             return
-        self._layers[layer.path] = layer
+        self._layers[layer.path] = layer = self.names.called(layer)
         for part in layer.parts.values():
             self._owner[part.name] = layer.path
         for part in used:
@@ -119,8 +147,9 @@ class Sorter:
     def drop_runtime_scales(self) -> None:
         """Drop what scales activations and caches, and say so."""
         found: dict[str, list[str]] = {}
+        stacks = {*self.names.own, *self.names.own.values()}
         for tensor in self.left:
-            reason = next((why for end, why in _RUNTIME.items() if tensor.name.endswith(end)), "")
+            reason = _runtime(tensor.name, stacks)
             if reason:
                 self.drop(tensor.name, reason)
                 found.setdefault(reason, []).append(tensor.name)
@@ -162,6 +191,15 @@ class Sorter:
             tuple(self.dropped.items()),
             tuple(self.notes),
         )
+
+
+def _runtime(name: str, stacks: Collection[str]) -> str:
+    """Why a tensor is of no use outside of its runtime; "" for any other."""
+    for end, why in _RUNTIME.items():
+        joined = end.startswith(".") and name.endswith(f"_{end[1:]}")
+        if name.endswith(end) or (joined and name[: -len(end)] in stacks):
+            return why
+    return ""
 
 
 def _first_inside(paths: Sequence[str], name: str) -> str | None:
