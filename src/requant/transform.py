@@ -219,7 +219,7 @@ def _transform(
     for role, array in out.items():
         if layer.row_order is not None:
             array = array[layer.row_order.rows]
-        yield f"{layer.path}.{role}", array
+        yield layer.dense_name if target is None else f"{layer.path}.{role}", array
 
 
 def _pieces(packing: Packing) -> Iterator[tuple[int, int]]:

@@ -102,7 +102,7 @@ def test_stacked_experts_without_a_dot(tmp_path: Path) -> None:
     tensors = {"experts.gate_up_proj": e4m3(2, 6, 64), "experts.gate_up_proj_scale_inv": scales}
     folder = write(tmp_path / "source", tensors, FP8)
     expected = tensors["experts.gate_up_proj"].astype(np.float32) * scales
-    out = dense(folder, tmp_path / "out")["experts.gate_up_proj.weight"]
+    out = dense(folder, tmp_path / "out")["experts.gate_up_proj"]
     assert np.array_equal(out, expected)
 
 

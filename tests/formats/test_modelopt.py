@@ -206,7 +206,10 @@ def nvfp4() -> dict[str, Any]:
     [
         (lambda t: t.pop("up.weight_scale"), "up.weight: has no weight_scale beside it"),
         (lambda t: t.pop("up.weight"), "up.weight_scale: F8_E4M3 [4, 4] has no codes beside it"),
-        (lambda t: t.pop("up.weight_scale_2"), "up: is laid out as ModelOpt does not write it"),
+        (
+            lambda t: t.pop("up.weight_scale_2"),
+            "up: has E4M3 scales of NVFP4, but no weight_scale_2",
+        ),
         (
             lambda t: t.update({"up.weight_scale": np.ones((4, 2), E4M3)}),
             "weight U8 [4, 32], weight_scale F8_E4M3 [4, 2]",

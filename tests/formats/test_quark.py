@@ -264,7 +264,7 @@ Change = Callable[[dict[str, Any], dict[str, Any]], Any]
                 b.update(block("fp8_e4m3")),
                 t.update({"up.weight_scale": np.full((3, 1), 127, np.uint8)}),
             ),
-            "up.weight_scale: U8 [3, 1] fits no tiling of U8 [4, 16]",
+            "up.weight_scale: U8 [3, 1] fits no tiling of up.weight [4, 16]",
         ),
         (lambda t, b: b.update(block([{"dtype": "fp4"}] * 2)), "but no up.weight_scale_2"),
         (lambda t, b: b.update(global_quant_config={}), "weight is null, expected a scheme"),

@@ -189,7 +189,7 @@ FAULTS = {
     "codes with three axes": (
         GPTQ,
         put(f"{DOWN}.qweight", lambda a: a[None].copy()),
-        (f"{DOWN}.qweight", "two axes"),
+        (f"{DOWN}.qzeros", f"expected 1 expert on its first axis, as {DOWN}.qweight"),
     ),
     "codes of another tool": (
         AWQ,

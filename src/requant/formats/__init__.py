@@ -28,8 +28,11 @@ Shared by several of them:
   integer codes that most build upon;
 * ``declared``: the quantization block, wherever a tool wrote it down;
 * ``sorting``: tensors into layers, problems, what is left out and why;
-* ``scale_names``: what tools call scales and zero points; ``unclaimed``: nothing coded leaves as
-  a dense tensor, checked after every format;
+* ``scale_names``: what tools call scales and zero points; ``layer_names``: tensors of layers and
+  stacks by role, whatever they are called; ``unclaimed``: nothing coded leaves as a dense tensor,
+  checked after every format by ``read_layout``;
+* ``stacks``: experts that a reader knows one by one, or that are stored turned, with
+  ``expert_packings`` for their rows and ``expert_shapes`` for which way they lie;
 * ``integer_layers``, ``float8_layers``, ``nvfp4_layers``: layers of one kind of code, of any
   tool; ``input_scaled``: any of them with a scale for each input;
 * ``float_packings``: FP8, FP4 and FP6 codes of any tool; ``row_blocks``: rows in the bits of one

@@ -99,7 +99,8 @@ def _read_int8(sorter: Sorter, path: str) -> None:
         True,
         scale.info.dtype,
         shape[0],
-        False,
+        1,
+        scale.info.shape[-1],
         Zeros.MIDDLE,
     )
     parts = {"weight": weight, "weight_scale": scale}

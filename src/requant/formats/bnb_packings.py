@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from requant.arrays.decode import lut_values_into
-from requant.formats.ct_packings import Int8Rows
-from requant.formats.float_packings import flat_cut
+from requant.formats.ct_packings import CtPlain
 from requant.formats.packing import (
     DTYPE_WORD,
     PRECISION,
@@ -22,13 +21,14 @@ from requant.formats.packing import (
     Packing,
     Parts,
     Scratch,
+    flat_cut,
 )
 
 _ONE_PART = np.float32(1 / 127)
 
 
 @dataclass(frozen=True)
-class BnbInt8(Int8Rows):
+class BnbInt8(CtPlain):
     """LLM.int8: ``w = code * SCB / 127``, SCB the largest magnitude of a row, float32."""
 
     def scales(self, parts: Parts, start: int, stop: int) -> np.ndarray:

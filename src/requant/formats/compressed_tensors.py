@@ -18,11 +18,13 @@ from requant.formats.base import SourceLayer, SourceLayout, scale_dtype
 from requant.formats.ct_config import CtConfig, Scheme
 from requant.formats.ct_packings import CtActOrder, CtPacked, CtPlain, Zeros, packed_words
 from requant.formats.declared import declared
-from requant.formats.float8_layers import EXPONENTS, FLOAT8, SCALES, float8_layer, tile_of
+from requant.formats.float8_layers import EXPONENTS, FLOAT8, float8_stack
 from requant.formats.float_packings import MxBlocks, Mxfp6Blocks
 from requant.formats.integer_layers import integer_layer
-from requant.formats.nvfp4_layers import nvfp4_layer
-from requant.formats.sorting import Sorter
+from requant.formats.layer_names import layer_names
+from requant.formats.nvfp4_layers import nvfp4_layer, nvfp4_without_tensor_scale
+from requant.formats.sorting import Refused, Sorter
+from requant.formats.stacks import Experts, are_turned, rows_with_one_scale
 
 _ROLES: Final = (
     "weight_packed",
@@ -59,7 +61,8 @@ class CompressedTensors:
             if not found.method and "config_groups" in found.block:
                 known = "quant_algo" not in found.block and "quantization" not in found.block
             return f"{found.where}: compressed-tensors" if known or by_key else None
-        return next((n for n in checkpoint.tensors if n.endswith(".weight_packed")), None)
+        parts = layer_names(checkpoint.tensors).tensors
+        return next((part.name for n, part in parts.items() if n.endswith(".weight_packed")), None)
 
     def read(self, checkpoint: Checkpoint) -> SourceLayout:
         """Find every layer, hold its tensors against each other and against the config."""
@@ -70,14 +73,18 @@ class _Reader:
     """Reads one checkpoint and collects what is wrong with it."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint, self.sorter = checkpoint, Sorter(checkpoint)
+        self.checkpoint, self.sorter = checkpoint, Sorter.by_role(checkpoint)
         self.config = CtConfig(declared(checkpoint), self.sorter.problems)
 
     def read(self) -> SourceLayout:
         sorter = self.sorter
         for path, parts in self._parts().items():
             before = len(sorter.problems)
-            layer = self._layer(path, parts)
+            try:
+                layer = self._stack(path, parts)
+            except Refused as refused:
+                layer = None
+                sorter.problems.append(refused.problem)
             if layer is None or len(sorter.problems) > before:
                 sorter.claim([part.name for part in parts.values()], path)
                 continue
@@ -101,7 +108,7 @@ class _Reader:
     def _parts(self) -> dict[str, _Parts]:
         """Layer path -> role -> tensor, for each layer with codes or a scale."""
         found: dict[str, _Parts] = {}
-        for name, tensor in self.sorter.tensors.items():
+        for name, tensor in self.sorter.parts.items():
             path, _, role = name.rpartition(".")
             if role in _ROLES:
                 found.setdefault(path, {})[role] = tensor
@@ -121,6 +128,20 @@ class _Reader:
                 sorter.problem(path, message)
 
     # -- one layer -----------------------------------------------------------------------
+
+    def _stack(self, path: str, parts: _Parts) -> SourceLayer | None:
+        """A layer; of a stack whose packed codes are stored ``(experts, in, out)``, by expert."""
+        codes, scale = parts.get("weight_packed", parts.get("weight")), parts.get("weight_scale")
+        floats = codes is not None and codes.info.dtype in FLOAT8[:2]
+        if codes is None or scale is None or floats or not are_turned(codes.info, scale.info):
+            return self._layer(path, parts)
+        shape = parts.pop("weight_shape", None)
+        roles = tuple(role for role, part in parts.items() if len(part.info.shape) == 3)
+        experts = Experts.of(codes.info.shape[0], parts, roles)
+        layer = self._layer(path, experts.one())
+        if shape is not None:
+            parts["weight_shape"] = shape
+        return None if layer is None else experts.stack(layer)
 
     def _layer(self, path: str, parts: _Parts) -> SourceLayer | None:
         """One layer by what its tensors say, or None with its problems reported."""
@@ -142,7 +163,7 @@ class _Reader:
             self._report(path, "has both weight_packed and weight; remove the one that is stale")
             return None
         scheme = self.config.of(path)
-        if codes.name.endswith("weight_packed"):
+        if "weight_packed" in parts:
             if codes.info.dtype in _WORDS:
                 return self._packed(path, parts, scheme)
             return self._small_floats(path, parts)
@@ -186,10 +207,12 @@ class _Reader:
             zeros is Zeros.MIDDLE,
             scale.dtype,
             n_out,
-            scale.size == 1,
+            *self._sharing(parts["weight_scale"], shape),
             zeros,
             padded,
         )
+        if isinstance(packing, CtActOrder):
+            packing = replace(packing, index_of_each=len(parts["weight_g_idx"].info.shape) > 1)
         return self._integer_layer(path, parts, shape, packing, "pack")
 
     def _width(self, packed: SourceTensor, n_in: int, scheme: Scheme) -> tuple[int, bool] | None:
@@ -240,10 +263,16 @@ class _Reader:
             zeros is Zeros.MIDDLE,
             parts["weight_scale"].info.dtype,
             shape[-2],
-            parts["weight_scale"].info.size == 1,
+            *self._sharing(parts["weight_scale"], shape),
             zeros,
         )
         return self._integer_layer(path, parts, shape, packing, "int")
+
+    def _sharing(self, scale: SourceTensor, shape: tuple[int, ...]) -> tuple[int, int]:
+        """Rows that share their scales, and the last axis of the stored scales."""
+        found = rows_with_one_scale(shape, scale.info.shape)
+        assert found is not None  # or _group had refused it
+        return found[0], scale.info.shape[-1] if scale.info.shape else 1
 
     def _integer_layer(
         self,
@@ -256,7 +285,7 @@ class _Reader:
         roles = packing.cuts(0, min(packing.matrix, 32))
         used = {role: parts[role] for role in roles}
         tool = f"compressed-tensors {kind}"
-        words = "a scale a tensor" if packing.one_scale else "a scale a row"
+        words = "a scale a row" if packing.scale_rows == 1 else "a scale a tensor"
         layer = integer_layer(self.sorter, path, used, shape, packing, tool, words)
         if not isinstance(packing, CtActOrder):
             return layer
@@ -273,12 +302,17 @@ class _Reader:
                 self._report(path, "has no weight_shape, and the config does not tell its inputs")
                 return None
             return words * 32 // bits
-        axes = len(packed.info.shape)
-        if not shape.info.dtype.startswith(("I", "U")) or shape.info.shape not in ((2,), (axes,)):
+        axes, last = len(packed.info.shape), shape.info.shape[-1:]
+        fits = shape.info.shape[:-1] in ((), packed.info.shape[:-2]) and last in ((2,), (axes,))
+        if not shape.info.dtype.startswith(("I", "U")) or not fits:
             message = f"{shape.info}, expected two whole numbers: outputs, inputs"
             self._report(shape.name, message)
             return None
-        *leading, rows, columns = self.checkpoint.peek(shape.name).tolist()
+        said = self.checkpoint.peek(shape.name).reshape(-1, *last)
+        *leading, rows, columns = said[0].tolist()
+        if (said != said[0]).any():
+            self._report(shape.name, "says other numbers for some experts than for the first")
+            return None
         fits = (*leading, rows) in ((n_out,), packed.info.shape[:-1])
         if not fits or columns < 1:
             message = f"says {[*leading, rows, columns]}, but {packed.name} is {packed.info}"
@@ -295,11 +329,12 @@ class _Reader:
         if scale.info.dtype not in FLOATS:
             self._report(scale.name, f"{scale.info}, expected floats")
             return None
-        if scale.info.size == 1:
-            return n_in
-        groups = scale.info.shape[-1] if len(scale.info.shape) == len(shape) else 0
+        rows, groups = rows_with_one_scale(shape, scale.info.shape) or (0, 0)
         declared_group = scheme.group_size
-        fits = groups > 0 and scale.info.shape == (*leading, n_out, groups)
+        by_row = len(scale.info.shape) == len(shape) and rows == 1
+        if rows and not by_row and (len(shape) > 2 or rows > 1 or scale.info.size == 1):
+            return n_in
+        fits = by_row and groups > 0
         if fits and declared_group is not None:
             fits = groups == -(-n_in // declared_group)
         elif fits:
@@ -347,8 +382,9 @@ class _Reader:
                 self._report(path, message)
                 return None
             return False
-        if index.info.dtype != "I32" or index.info.shape != (n_in,):
-            self._report(index.name, f"{index.info}, expected I32 [{n_in}]")
+        leading = parts["weight_packed"].info.shape[:-2]
+        if index.info.dtype != "I32" or index.info.shape not in ((n_in,), (*leading, n_in)):
+            self._report(index.name, f"{index.info}, expected I32 {[*leading, n_in]}")
             return None
         of = self.checkpoint.peek(index.name)
         if (of == -1).any():  # never set: compressed-tensors ignores it too
@@ -358,27 +394,16 @@ class _Reader:
             message = f"names groups {of.min()} to {of.max()}, but there are {groups}"
             self._report(index.name, message)
             return None
-        return not np.array_equal(of, np.arange(n_in) // group)
+        return bool((of != np.arange(n_in) // group).any())
 
     # -- floats --------------------------------------------------------------------------
 
     def _float8(
         self, path: str, weight: SourceTensor, scale: SourceTensor, scheme: Scheme
-    ) -> SourceLayer | None:
-        if scale.info.dtype not in SCALES:
-            expected = ", ".join(SCALES)
-            self._report(scale.name, f"{scale.info}, expected a scale of dtype {expected}")
-            return None
-        shape = weight.info.shape
-        tile = tile_of(shape, scale.info.shape, scheme.block)
-        if tile is None:
-            high, wide = scheme.block or (128, 128)
-            grid = [*shape[:-2], -(-shape[-2] // high), -(-shape[-1] // wide)]
-            message = f"{scale.info} fits no tiling of {weight.name} {list(shape)}; expected "
-            self._report(scale.name, f"{message}{grid} for {high}x{wide} blocks")
-            return None
+    ) -> SourceLayer:
         dtype = scale_dtype(scale.info.dtype, self.sorter.dtype)
-        return float8_layer(self.checkpoint, path, weight, scale, tile, dtype)
+        turned = self.sorter.orientation.is_turned(path, weight.info.shape)
+        return float8_stack(self.sorter, path, weight, scale, scheme.block, dtype, turned=turned)
 
     def _small_floats(self, path: str, parts: _Parts) -> SourceLayer | None:
         """FP4 and FP6 in bytes: the ratio of bytes to scales tells which."""
@@ -398,6 +423,9 @@ class _Reader:
                     parts["weight_global_scale"],
                     divides=True,
                 )
+        elif scale.info.dtype in _BYTES and groups * 8 == nbytes and groups:
+            missing = "weight_global_scale that divides them"
+            return nvfp4_without_tensor_scale(self.sorter, path, packed, scale, missing)
         elif scale.info.dtype in EXPONENTS and groups:
             names = {"weight": packed, "scale": scale}
             dtype = self.sorter.dtype
@@ -408,10 +436,6 @@ class _Reader:
             if groups * 24 == nbytes:
                 six = Mxfp6Blocks(rows, groups * 32, n_out)
                 return SourceLayer(path, names, six.encoding, shape, dtype, six, "mxfp6 e2m3")
-        elif scale.info.dtype == "F8_E4M3":
-            message = "has E4M3 scales of NVFP4, but no weight_global_scale that divides them"
-            self._report(path, message)
-            return None
         self._report(
             packed.name,
             f"{packed.info} with a weight_scale {scale.info} is neither nvfp4 (16 inputs a scale, "

@@ -13,7 +13,15 @@ from enum import StrEnum
 import numpy as np
 
 from requant.errors import InvariantError, span
-from requant.formats.packing import Cut, IntegerPacking, Parts, Scratch, mlx_bits, stream_codes
+from requant.formats.packing import (
+    Cut,
+    IntegerPacking,
+    Parts,
+    Scratch,
+    flat_cut,
+    mlx_bits,
+    stream_codes,
+)
 from requant.schema import Quantization
 
 
@@ -34,16 +42,18 @@ def packed_words(count: int, bits: int, padded: bool) -> int:
 class _CtInteger(IntegerPacking):
     """What packed and plain codes have in common: scales and zeros.
 
-    ``weight_scale`` ``[..., out, groups]``, or one number for all.
+    ``weight_scale`` ``[..., out, groups]``, or a number for each row, matrix or run of rows.
 
     Attributes:
         matrix: Output rows of one matrix.
-        one_scale: Whether one scale (and zero) serves the whole tensor.
+        scale_rows: Rows that share their scales (and zeros): 1, those of a matrix, or all.
+        scale_width: Last axis of the stored scales.
         zero_points: Where the zeros are.
     """
 
     matrix: int
-    one_scale: bool
+    scale_rows: int
+    scale_width: int
     zero_points: Zeros
 
     @property
@@ -51,7 +61,8 @@ class _CtInteger(IntegerPacking):
         return self.matrix
 
     def _scale_cut(self, start: int, stop: int) -> Cut:
-        return Cut((0, 1), (0, 1)) if self.one_scale else Cut((start, stop), (0, self.groups))
+        first, last = start // self.scale_rows, -(-stop // self.scale_rows)
+        return flat_cut(first * self.groups, last * self.groups, self.scale_width)
 
     def cuts(self, start: int, stop: int) -> dict[str, Cut]:
         cuts = {"weight_scale": self._scale_cut(start, stop)}
@@ -60,7 +71,10 @@ class _CtInteger(IntegerPacking):
         return cuts
 
     def _each_row(self, array: np.ndarray, start: int, stop: int) -> np.ndarray:
-        return np.broadcast_to(array, (stop - start, self.groups))
+        rows = array.reshape(-1, self.groups)
+        if self.scale_rows == 1:
+            return rows
+        return rows[np.arange(start, stop) // self.scale_rows - start // self.scale_rows]
 
     def scales(self, parts: Parts, start: int, stop: int) -> np.ndarray:
         return self._each_row(parts["weight_scale"], start, stop)
@@ -136,8 +150,13 @@ class CtPacked(_CtInteger):
 class CtActOrder(CtPacked):
     """The same with inputs that take their scale from any group.
 
-    ``weight_g_idx`` int32 ``[in]``: the group of each input.
+    ``weight_g_idx`` int32 ``[in]``, or ``[experts, in]``: the group of each input.
+
+    Attributes:
+        index_of_each: Whether each expert has an order of its own.
     """
+
+    index_of_each: bool = False
 
     @property
     def encoding(self) -> Quantization | None:
@@ -145,7 +164,9 @@ class CtActOrder(CtPacked):
         return None
 
     def cuts(self, start: int, stop: int) -> dict[str, Cut]:
-        return {**super().cuts(start, stop), "weight_g_idx": Cut((0, 1), (0, self.columns))}
+        which = start // self.matrix if self.index_of_each else 0
+        index = Cut((which, which + 1), (0, self.columns))
+        return {**super().cuts(start, stop), "weight_g_idx": index}
 
     def dense(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
         """``(code - zero) * scale`` in float32, rounded once."""
@@ -182,14 +203,3 @@ class CtPlain(_CtInteger):
                 f"{-int(middle)} to {int(middle) - 1}"
             )
         return np.asarray(codes)
-
-
-@dataclass(frozen=True)
-class Int8Rows(CtPlain):
-    """The same with a vector of scales, one a row, as bitsandbytes, ModelOpt and Quark write it."""
-
-    def _scale_cut(self, start: int, stop: int) -> Cut:
-        return Cut((0, 1), (start, stop))
-
-    def scales(self, parts: Parts, start: int, stop: int) -> np.ndarray:
-        return parts["weight_scale"].reshape(-1, 1)

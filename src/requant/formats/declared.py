@@ -10,6 +10,7 @@ from typing import Any
 from requant.checkpoint import Checkpoint
 from requant.dtypes import KERNEL_FLOATS
 from requant.errors import Problem, shown
+from requant.formats.scale_names import parse_scale_name
 from requant.source_folder import CONFIG, QUANTIZATION_FILES
 
 _KEYS = ("quantization_config", "compression_config")
@@ -134,9 +135,6 @@ def model_dtype(checkpoint: Checkpoint, otherwise: str = "F16") -> str:
                 return DTYPE_WORDS[word]
     sizes = Counter[str]()
     for tensor in checkpoint.tensors.values():
-        if tensor.info.dtype in KERNEL_FLOATS and not tensor.name.endswith(_SCALES):
+        if tensor.info.dtype in KERNEL_FLOATS and parse_scale_name(tensor.name) is None:
             sizes[tensor.info.dtype] += tensor.info.nbytes
     return sizes.most_common(1)[0][0] if sizes else otherwise
-
-
-_SCALES = (".scales", "_scale", "_scale_inv", ".scale", ".zero")

@@ -11,10 +11,11 @@ from requant.formats.base import SourceLayer
 from requant.formats.float_packings import (
     MXFP8,
     Float8,
-    Float8Columns,
     MxBlocks,
     exponent_bytes,
 )
+from requant.formats.sorting import Refused, Sorter
+from requant.formats.stacks import Experts, are_turned
 
 # mx.load gives E4M3 as plain bytes.
 FLOAT8 = ("F8_E4M3", "F8_E4M3FNUZ", "U8")
@@ -30,8 +31,9 @@ def tile_of(
 
     Args:
         shape: Of the weight, ``(..., out, in)``.
-        scale: Of its scales: one number, one a matrix, ``(..., out)`` or ``(..., out, 1)``, or
-            a grid ``(..., ceil(out / high), ceil(in / wide))``, also as ``(high, 1, wide, 1)``.
+        scale: Of its scales: one number, one a matrix, ``(..., out)`` or ``(..., out, 1)``,
+            for stacks one each for gate and up, ``(..., 2)``, or a grid
+            ``(..., ceil(out / high), ceil(in / wide))``, also as ``(..., high, 1, wide, 1)``.
         block: The tile that the config names.
     """
     *leading, n_out, n_in = shape
@@ -41,12 +43,15 @@ def tile_of(
         due = (1,) if block is None else (-(-n_out // block[0]), -(-n_in // block[1]))
         # A lone number laid out as a grid of blocks is one block's scale, not the whole weight's.
         return None if len(grid) > 1 and prod(due) > 1 else (matrices * n_out, n_in)
-    if len(grid) == 4 and not leading and (grid[1], grid[3]) == (1, 1):
-        grid = (grid[0], grid[2])
+    if len(grid) == len(leading) + 4 and (grid[-3], grid[-1]) == (1, 1):
+        grid = (*grid[:-4], grid[-4], grid[-2])
     if grid in ((*leading, n_out), (*leading, n_out, 1)):
         return 1, n_in
     if count == matrices and grid[: len(leading)] == tuple(leading):
         return n_out, n_in
+    # Gate and up of a stack, one number each; (1, 2) may be a grid of blocks of one matrix.
+    if matrices > 1 and grid == (*leading, 2) and n_out % 2 == 0:
+        return n_out // 2, n_in
     for high, wide in ((block,) if block else ()) + _USUAL_TILES:
         if grid == (*leading, -(-n_out // high), -(-n_in // wide)):
             return high, wide
@@ -86,19 +91,84 @@ def float8_layer(
     return _layer(path, weight, scale, shape, dtype, packing)
 
 
-def float8_columns_layer(
-    checkpoint: Checkpoint, path: str, weight: SourceTensor, scale: SourceTensor, dtype: str
+def float8_stack(
+    sorter: Sorter,
+    path: str,
+    weight: SourceTensor,
+    scale: SourceTensor,
+    block: tuple[int, int] | None,
+    dtype: str,
+    *,
+    turned: bool,
 ) -> SourceLayer:
-    """Describe FP8 experts stored ``(experts, in, out)`` with one scale an output."""
-    experts, columns, n_out = weight.info.shape
-    rows, tile, width = experts * n_out, (1, columns), scale.info.shape[-1]
-    packing = Float8Columns(rows, columns, n_out, tile, width)
-    if packing.fits_mxfp8 and _powers_of_two(checkpoint, scale, weight):
-        packing = Float8Columns(rows, columns, n_out, tile, width, exact=True)
-    made = _layer(path, weight, scale, (experts, n_out, columns), dtype, packing)
+    """Describe an FP8 layer, or a stack of them, by the shapes of its weight and scale.
+
+    Args:
+        sorter: Of the checkpoint.
+        path: Layer path.
+        weight: FP8 ``(..., out, in)``, or a stack ``(experts, in, out)``.
+        scale: What ``tile_of`` takes; of a turned stack the same with its axes exchanged, or one
+            number an output.
+        block: The tile that the config names.
+        dtype: Header name of the decoded values' dtype.
+        turned: Whether the tool, or the model, stores ``(experts, in, out)``; scales of outputs
+            on the last axis say so too.
+
+    Raises:
+        Refused: The scales fit no tiling.
+    """
+    shape = weight.info.shape
+    if len(shape) < 2 or 0 in shape:
+        raise Refused(weight.name, f"{weight.info}, expected a matrix or a stack of matrices")
+    if scale.info.dtype not in SCALES:
+        expected = ", ".join(SCALES)
+        raise Refused(scale.name, f"{scale.info}, expected a scale of dtype {expected}")
+    tile = None if turned and len(shape) == 3 else tile_of(shape, scale.info.shape, block)
+    if tile is not None:
+        return float8_layer(sorter.checkpoint, path, weight, scale, tile, dtype)
+    if are_turned(weight.info, scale.info) or (turned and len(shape) == 3):
+        return _turned_stack(sorter, path, weight, scale, block, dtype)
+    raise Refused(scale.name, _no_tiling(weight, scale, block))
+
+
+def _no_tiling(weight: SourceTensor, scale: SourceTensor, block: tuple[int, int] | None) -> str:
+    shape = weight.info.shape
+    high, wide = block or (128, 128)
+    grid = [*shape[:-2], -(-shape[-2] // high), -(-shape[-1] // wide)]
+    fits = f"{scale.info} fits no tiling of {weight.name} {list(shape)}"
+    return f"{fits}; expected {grid} for {high}x{wide} blocks"
+
+
+def _turned_stack(
+    sorter: Sorter,
+    path: str,
+    weight: SourceTensor,
+    scale: SourceTensor,
+    block: tuple[int, int] | None,
+    dtype: str,
+) -> SourceLayer:
+    """Describe FP8 experts stored ``(experts, in, out)``."""
+    count, n_in, n_out = weight.info.shape
+    grid = scale.info.shape
+    # fbgemm stores (experts, out, 1) too, the order of an output's scale in the values.
+    in_order = len(grid) != 3 or grid == (count, n_out, 1)
+    turned = ("weight",) if in_order else ("weight", "scale")
+    experts = Experts.of(count, {"weight": weight, "scale": scale}, turned)
+    one = experts.one()
+    tile = tile_of(one["weight"].info.shape, one["scale"].info.shape, block and block[::-1])
+    if tile is None:
+        expected = f"[{count}, 1, {n_out}], [{count}, {n_out}, 1] or one number an expert"
+        message = f"{scale.info}, expected {expected} for {weight.info}"
+        raise Refused(scale.name, f"{message}, stored as [experts, in, out]")
+    layer = float8_layer(sorter.checkpoint, path, one["weight"], one["scale"], tile, dtype)
+    made = experts.stack(layer)
     if path != weight.name:
         return made
-    in_place = Float8(experts * columns, n_out, columns, (columns, 1), width)
+    # A model class is shown the values as they lie, under the name that it knows.
+    rows, matrix, tile = count * n_in, n_in, tile[::-1]
+    if scale.info.size == 1:
+        matrix, tile = rows, (rows, n_out)
+    in_place = Float8(rows, n_out, matrix, tile, grid[-1] if grid else 1)
     shape, fallback = weight.info.shape, made.encoding
     named = replace(made, shape=shape, packing=in_place, encoding=None, fallback=fallback)
     return replace(made, as_named=replace(named, name=path))

@@ -18,9 +18,8 @@ import numpy as np
 
 from requant.arrays import native
 from requant.arrays.decode import e4m3_values_into
-from requant.arrays.repack import transpose_into
 from requant.errors import InvariantError, count_are
-from requant.formats.packing import Cut, Exactness, Fidelity, Packing, Parts, Scratch
+from requant.formats.packing import Cut, Exactness, Fidelity, Packing, Parts, Scratch, flat_cut
 from requant.schema import Quantization, QuantMode
 
 MXFP4 = Quantization(32, 4, QuantMode.MXFP4)
@@ -74,17 +73,6 @@ def check_exponents(scales: np.ndarray) -> np.ndarray:
 def _as_float8(stored: np.ndarray) -> np.ndarray:
     """Plain bytes, as ``mx.load`` gives FP8, are E4M3."""
     return stored.view(ml_dtypes.float8_e4m3fn) if stored.dtype == np.uint8 else stored
-
-
-def flat_cut(start: int, stop: int, width: int) -> Cut:
-    """Elements ``start`` to ``stop`` of a tensor whose last axis is ``width``.
-
-    They are whole rows of that axis, or lie in one of them.
-    """
-    row = start // width
-    if start % width == 0 and stop % width == 0:
-        return Cut((row, stop // width), (0, width))
-    return Cut((row, row + 1), (start - row * width, stop - row * width))
 
 
 @dataclass(frozen=True)
@@ -141,10 +129,6 @@ class Float8(Packing):
             "scale": flat_cut(first * across, last * across, self.scale_width),
         }
 
-    def codes(self, parts: Parts, scratch: Scratch) -> np.ndarray:
-        """The bytes of these rows, an ml_dtypes float8 array ``(rows, columns)``."""
-        return _as_float8(parts["weight"])
-
     def _down(self, start: int, stop: int) -> np.ndarray:
         """Which of the tile rows at hand each row lies in."""
         first = start % self.matrix
@@ -154,7 +138,7 @@ class Float8(Packing):
     def unpack(
         self, parts: Parts, start: int, stop: int, out: Mapping[str, np.ndarray], scratch: Scratch
     ) -> None:
-        out["weight"][:] = self.codes(parts, scratch).view(np.uint32)
+        out["weight"][:] = _as_float8(parts["weight"]).view(np.uint32)
         found = exponent_bytes(parts["scale"])
         if found is None:
             raise InvariantError("its scales are no powers of two any more: the source changed")
@@ -164,7 +148,7 @@ class Float8(Packing):
 
     def dense(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
         """``byte * scale`` in float32, rounded once."""
-        codes = self.codes(parts, scratch)
+        codes = _as_float8(parts["weight"])
         tiles = scale_values(parts["scale"]).reshape(-1, self.grid[1])
         # What is no number is counted where the values are stored or encoded.
         e4m3_values_into(
@@ -175,25 +159,6 @@ class Float8(Packing):
             first_row=start % self.matrix % self.tile[0],
             fnuz=codes.dtype == np.dtype(ml_dtypes.float8_e4m3fnuz),
         )
-
-
-@dataclass(frozen=True)
-class Float8Columns(Float8):
-    """The same with the axes of each matrix exchanged: ``weight`` FP8 ``[..., in, out]``."""
-
-    strided: ClassVar[bool] = True
-
-    def cuts(self, start: int, stop: int) -> dict[str, Cut]:
-        expert, first = divmod(start, self.matrix)
-        inputs = (expert * self.columns, (expert + 1) * self.columns)
-        cut = Cut(inputs, (first, first + stop - start))
-        return {**super().cuts(start, stop), "weight": cut}
-
-    def codes(self, parts: Parts, scratch: Scratch) -> np.ndarray:
-        stored = _as_float8(parts["weight"])
-        turned = scratch.take("turned", "U8", stored.shape[1], stored.shape[0])
-        transpose_into(stored.view(np.uint8), turned)
-        return turned.view(stored.dtype)
 
 
 @dataclass(frozen=True)

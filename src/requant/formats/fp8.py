@@ -5,6 +5,7 @@ Value: ``w = e4m3 * scale``; what DeepSeek calls ``weight_scale_inv`` is that fa
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from math import prod
 
 from requant.checkpoint import Checkpoint, SourceTensor
@@ -14,17 +15,15 @@ from requant.formats.declared import Declared, declared
 from requant.formats.float8_layers import (
     EXPONENTS,
     FLOAT8,
-    SCALES,
-    float8_columns_layer,
-    float8_layer,
-    tile_of,
+    float8_stack,
 )
 from requant.formats.float_packings import MxBlocks
-from requant.formats.sorting import Sorter
+from requant.formats.layer_names import layer_names
+from requant.formats.sorting import Refused, Sorter
 
 _METHODS = ("fp8", "mxfp8", "fbgemm_fp8")
+_SCALE = "weight_scale"
 # Names of the one factor: DeepSeek, vLLM, DeepSeek V4, Mistral.
-_ROLES = ("weight_scale_inv", "weight_scale", "scale", "qscale_weight")
 
 
 class Fp8:
@@ -39,24 +38,28 @@ class Fp8:
         if found is not None:
             known = found.method in _METHODS
             return f"{found.where}: quant_method {found.method}" if known else None
-        for name, tensor in checkpoint.tensors.items():
-            scale, dtype = _scale_name(checkpoint, name), tensor.info.dtype
+        parts = layer_names(checkpoint.tensors).tensors
+        for name, tensor in parts.items():
+            scale, dtype = parts.get(f"{_path(name)}.{_SCALE}"), tensor.info.dtype
+            if not name.endswith(".weight") or scale is None:
+                continue
             # Plain bytes are FP8 to mx.load; beside a weight_scale other codes are bytes too.
-            if scale and dtype in (FLOAT8 if scale.endswith("_scale_inv") else FLOAT8[:2]):
-                return f"{name} is {dtype}, with {scale}"
+            if dtype in (FLOAT8 if scale.name.endswith("_scale_inv") else FLOAT8[:2]):
+                return f"{tensor.name} is {dtype}, with {scale.name}"
         return None
 
     def read(self, checkpoint: Checkpoint) -> SourceLayout:
         """Pair each FP8 weight with its scales; everything else is dense."""
         found = declared(checkpoint)
-        sorter = Sorter(checkpoint)
+        sorter = Sorter.by_role(checkpoint)
         block = _block(found, sorter)
-        transposed = found is not None and found.method == "fbgemm_fp8"
-        for name, tensor in checkpoint.tensors.items():
-            scale = _scale_name(checkpoint, name)
+        fbgemm = found is not None and found.method == "fbgemm_fp8"
+        for name, tensor in sorter.parts.items():
+            path = _path(name)
+            scale = sorter.parts.get(f"{path}.{_SCALE}") if name.endswith(".weight") else None
             if scale is not None and tensor.info.dtype in (*FLOAT8, "I8"):
-                layer = _layer(sorter, tensor, checkpoint.tensors[scale], block, transposed)
-                sorter.add(layer)
+                parts = {"weight": tensor, "weight_scale": scale}
+                sorter.make(path, parts, _maker(sorter, block, fbgemm))
         sorter.drop_runtime_scales()
         if found is not None:
             sorter.check_named_dense(found, ("modules_to_not_convert", "ignored_layers"))
@@ -65,16 +68,6 @@ class Fp8:
 
 def _path(name: str) -> str:
     return name.removesuffix(".weight")
-
-
-def _scale_name(checkpoint: Checkpoint, name: str) -> str | None:
-    """The scale that stands beside a weight, under any of its names."""
-    path = _path(name)
-    if path != name:
-        names = [f"{path}.{role}" for role in _ROLES]
-    else:  # a stack of experts is no .weight: gate_up_proj beside gate_up_proj_scale_inv
-        names = [f"{path}_scale_inv", f"{path}_scale"]
-    return next((found for found in names if found in checkpoint.tensors), None)
 
 
 def _block(found: Declared | None, sorter: Sorter) -> tuple[int, int] | None:
@@ -91,58 +84,43 @@ def _block(found: Declared | None, sorter: Sorter) -> tuple[int, int] | None:
     return None
 
 
-def _layer(
-    sorter: Sorter,
-    weight: SourceTensor,
-    scale: SourceTensor,
-    block: tuple[int, int] | None,
-    transposed: bool,
-) -> SourceLayer | None:
-    """One layer, if its tensors fit each other."""
-    path, shape, stored = _path(weight.name), weight.info.shape, scale.info.shape
-    sorter.claim([weight.name, scale.name], path)
-    if len(shape) < 2 or 0 in shape:
-        sorter.problem(weight.name, f"{weight.info}, expected a matrix or a stack of matrices")
-        return None
-    if scale.info.dtype not in SCALES:
-        expected = ", ".join(SCALES)
-        sorter.problem(scale.name, f"{scale.info}, expected a scale of dtype {expected}")
-        return None
-    if weight.info.dtype not in FLOAT8:
-        return _fp4_layer(sorter, path, weight, scale)
-    checkpoint, dtype = sorter.checkpoint, sorter.dtype
-    if transposed and len(shape) == 3:
-        experts, _, n_out = shape
-        if stored not in ((experts, 1, n_out), (experts, n_out, 1)):
-            expected_shapes = f"[{experts}, 1, {n_out}] or [{experts}, {n_out}, 1]"
-            message = f"{scale.info}, expected {expected_shapes} for {weight.info}"
-            sorter.problem(scale.name, f"{message}, stored as fbgemm does: [experts, in, out]")
-            return None
-        return float8_columns_layer(checkpoint, path, weight, scale, dtype)
-    tile = tile_of(shape, stored, block)
-    if tile is None:
-        high, wide = block or (128, 128)
-        grid = [*shape[:-2], -(-shape[-2] // high), -(-shape[-1] // wide)]
-        message = f"{scale.info} fits no tiling of {weight.name} {list(shape)}; expected "
-        sorter.problem(scale.name, f"{message}{grid} for {high}x{wide} blocks")
-        return None
-    return float8_layer(checkpoint, path, weight, scale, tile, dtype)
+def _maker(
+    sorter: Sorter, block: tuple[int, int] | None, fbgemm: bool
+) -> Callable[[str, Mapping[str, SourceTensor]], SourceLayer]:
+    """What makes one layer, if its tensors fit each other."""
+
+    def make(path: str, parts: Mapping[str, SourceTensor]) -> SourceLayer:
+        weight, scale = parts["weight"], parts["weight_scale"]
+        shape = weight.info.shape
+        if len(shape) < 2 or 0 in shape:
+            expected = "expected a matrix or a stack of matrices"
+            raise Refused(weight.name, f"{weight.info}, {expected}")
+        if weight.info.dtype not in FLOAT8 or _is_fp4(weight, scale):
+            return _fp4_layer(sorter, path, weight, scale)
+        turned = fbgemm or sorter.orientation.is_turned(path, shape)
+        return float8_stack(sorter, path, weight, scale, block, sorter.dtype, turned=turned)
+
+    return make
 
 
-def _fp4_layer(
-    sorter: Sorter, path: str, weight: SourceTensor, scale: SourceTensor
-) -> SourceLayer | None:
+def _is_fp4(weight: SourceTensor, scale: SourceTensor) -> bool:
+    """Whether bytes, which may be FP8 to mx.load, are two elements each: 16 for a scale."""
+    *rows, nbytes = weight.info.shape
+    by_group = scale.info.shape == (*rows, nbytes // 16) and scale.info.dtype in EXPONENTS
+    return weight.info.dtype == "U8" and by_group
+
+
+def _fp4_layer(sorter: Sorter, path: str, weight: SourceTensor, scale: SourceTensor) -> SourceLayer:
     """DeepSeek V4's experts: two E2M1 elements in a byte that the header calls int8."""
     *leading, n_out, nbytes = weight.info.shape
     groups, ragged = divmod(2 * nbytes, 32)
     expected = (*leading, n_out, groups)
     if ragged or scale.info.shape != expected or scale.info.dtype not in EXPONENTS:
-        message = (
+        raise Refused(
+            weight.name,
             f"{weight.info} is read as packed FP4 (two elements a byte); its scale must be "
-            f"F8_E8M0 {list(expected)} then, {scale.name} is {scale.info}"
+            f"F8_E8M0 {list(expected)} then, {scale.name} is {scale.info}",
         )
-        sorter.problem(weight.name, message)
-        return None
     rows = prod(leading) * n_out
     packing = MxBlocks(rows, 2 * nbytes, n_out, 4, nbytes)
     shape = (*leading, n_out, 2 * nbytes)

@@ -15,7 +15,8 @@ from requant.dtypes import FLOATS
 from requant.errors import shown
 from requant.formats.base import SourceLayer, SourceLayout
 from requant.formats.declared import Declared, declared
-from requant.formats.modelopt_layers import make_layer, stored_kind
+from requant.formats.layer_names import layer_names
+from requant.formats.modelopt_layers import make_layer, stored_kind, turned_experts
 from requant.formats.sorting import Refused, Sorter
 from requant.patterns import Wildcards
 
@@ -28,11 +29,19 @@ _ALGORITHMS: Final = {
     "FP8": "fp8",
     "FP8_PER_CHANNEL_PER_TOKEN": "fp8",
     "FP8_PB_WO": "fp8",
+    "FP8_PB_REAL": "fp8",
+    "FP8_BLOCK_SCALES": "fp8",
     "MXFP8": "mxfp8",
     "W4A8_MXFP4_FP8": "mxfp4",
+    "W4A8_MXFP4_MXFP8": "mxfp4",
+    "W4A16_MXFP4": "mxfp4",
+    "MXFP4": "mxfp4",
     "W4A16_AWQ": "int4",
     "W4A8_AWQ": "int4",
+    "INT4_AWQ": "int4",
     "W8A16": "int8",
+    "INT8_WO": "int8",
+    "INT8_SQ": "int8",
     "W8A8_SQ_PER_CHANNEL": "int8",
 }
 _MIXED: Final = "MIXED_PRECISION"
@@ -47,25 +56,35 @@ class ModelOpt:
     layer_parts = "PATH.weight with PATH.weight_scale"
 
     def claims(self, checkpoint: Checkpoint) -> str | None:
-        """The config names it; without one, ``weight_scale_2`` beside bytes tells."""
+        """The config names it; without one, scales of NVFP4 beside bytes tell."""
         found = declared(checkpoint)
         if found is not None:
             if found.method.startswith("modelopt"):
                 return f"{found.where}: quant_method {found.method}"
             alone = not found.method and isinstance(found.get("quantization"), Mapping)
             return found.where if alone or (not found.method and found.get("quant_algo")) else None
-        return next((n for n in checkpoint.tensors if n.endswith(".weight_scale_2")), None)
+        parts = layer_names(checkpoint.tensors).tensors
+        return next((part.name for name, part in parts.items() if _is_nvfp4(name, parts)), None)
 
     def read(self, checkpoint: Checkpoint) -> SourceLayout:
         """Describe each layer that has a scale; everything else is dense."""
         return _Reader(checkpoint).read()
 
 
+def _is_nvfp4(name: str, parts: Mapping[str, SourceTensor]) -> bool:
+    """Whether this is a tensor scale, or the E4M3 scale of bytes."""
+    path, _, role = name.rpartition(".")
+    codes = parts.get(f"{path}.weight")
+    beside_bytes = codes is not None and codes.info.dtype == "U8"
+    e4m3 = role == "weight_scale" and parts[name].info.dtype == "F8_E4M3"
+    return role == "weight_scale_2" or (e4m3 and beside_bytes)
+
+
 class _Reader:
     """Reads one checkpoint and collects what is wrong with it."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint, self.sorter = checkpoint, Sorter(checkpoint)
+        self.checkpoint, self.sorter = checkpoint, Sorter.by_role(checkpoint)
         found = declared(checkpoint) or Declared("hf_quant_config.json", {})
         inner = found.get("quantization")
         if isinstance(inner, Mapping):
@@ -134,7 +153,7 @@ class _Reader:
     def _parts(self) -> dict[str, dict[str, SourceTensor]]:
         """Layer path -> role -> tensor, for each layer with more than a weight."""
         found: dict[str, dict[str, SourceTensor]] = {}
-        for name, tensor in self.sorter.tensors.items():
+        for name, tensor in self.sorter.parts.items():
             path, _, role = name.rpartition(".")
             if role in _ROLES:
                 found.setdefault(path, {})[role] = tensor
@@ -165,6 +184,10 @@ class _Reader:
         Raises:
             Refused: They contradict each other or the config.
         """
+        experts = turned_experts(self.sorter, path, parts)
+        if experts is not None:
+            layer = self._layer(path, experts.one())
+            return None if layer is None else experts.stack(layer)
         kind = stored_kind(path, parts)
         named = self.by_layer.get(path, "" if self.algorithm == _MIXED else self.algorithm)
         if _ALGORITHMS.get(named, kind) != kind:

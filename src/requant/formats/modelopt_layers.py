@@ -12,14 +12,15 @@ import numpy as np
 from requant.arrays.repack import row_pairs_into
 from requant.checkpoint import SourceTensor
 from requant.formats.base import SourceLayer
-from requant.formats.ct_packings import Int8Rows, Zeros
-from requant.formats.float8_layers import EXPONENTS, FLOAT8, float8_layer, tile_of
+from requant.formats.ct_packings import CtPlain, Zeros
+from requant.formats.float8_layers import EXPONENTS, FLOAT8, float8_stack, tile_of
 from requant.formats.float_packings import MxBlocks
 from requant.formats.input_scaled import input_scaled
 from requant.formats.integer_layers import integer_layer
-from requant.formats.nvfp4_layers import nvfp4_layer
+from requant.formats.nvfp4_layers import nvfp4_layer, nvfp4_without_tensor_scale
 from requant.formats.packing import Cut, IntegerPacking, Parts, Scratch
 from requant.formats.sorting import Refused, Sorter
+from requant.formats.stacks import Experts, are_turned, rows_with_one_scale
 
 _FLOATS: Final = ("F32", "BF16", "F16")
 _Tensors = Mapping[str, SourceTensor]
@@ -73,16 +74,16 @@ def stored_kind(path: str, parts: _Tensors) -> str:
     *leading, height, width = codes.shape
     by_row = scales.shape[:-1] == codes.shape[:-1]
     group_codes = width / scales.shape[-1] if by_row else 0  # elements of a row with one scale
-    two_scales = "weight_scale_2" in parts
     if scales.dtype in _FLOATS:
         in_pairs = scales.shape[:-1] == (*leading, 2 * height)
         if codes.dtype == "I8":
             return "int8"
         if codes.dtype == "U8" and in_pairs and width % scales.shape[-1] == 0:
             return "int4"
-        if codes.dtype in FLOAT8 and tile_of(codes.shape, scales.shape, None):
+        bytes_in_tiles = codes.dtype == "U8" and tile_of(codes.shape, scales.shape, None)
+        if codes.dtype in FLOAT8[:2] or bytes_in_tiles:
             return "fp8"
-    elif codes.dtype == "U8" and scales.dtype in _E4M3 and group_codes == 8 and two_scales:
+    elif codes.dtype == "U8" and scales.dtype in _E4M3 and group_codes == 8:
         return "nvfp4"
     elif codes.dtype == "U8" and group_codes == 16 and scales.dtype in EXPONENTS:
         return "mxfp4"
@@ -90,6 +91,23 @@ def stored_kind(path: str, parts: _Tensors) -> str:
         return "mxfp8"
     beside = ", ".join(f"{role} {part.info}" for role, part in parts.items())
     raise Refused(path, f"is laid out as ModelOpt does not write it: {beside}")
+
+
+def turned_experts(sorter: Sorter, path: str, parts: _Tensors) -> Experts | None:
+    """The experts of a stack of packed codes that is stored ``(experts, in, out)``.
+
+    ModelOpt turns the stacks of Llama 4 and gpt-oss back after it has quantized them, so that
+    bytes and groups run down the axis before the last. FP8 is told by ``float8_stack``.
+
+    Raises:
+        Refused: Its tensors are of different numbers of experts.
+    """
+    weight, scale = parts.get("weight"), parts.get("weight_scale")
+    if weight is None or scale is None or not are_turned(weight.info, scale.info):
+        return None
+    if weight.info.dtype in FLOAT8[:2] and scale.info.dtype not in EXPONENTS:
+        return None
+    return Experts.of(weight.info.shape[0], parts, ("weight", "weight_scale"))
 
 
 def make_layer(sorter: Sorter, kind: str, path: str, parts: _Tensors) -> SourceLayer | None:
@@ -101,14 +119,16 @@ def make_layer(sorter: Sorter, kind: str, path: str, parts: _Tensors) -> SourceL
     weight, scale = parts["weight"], parts["weight_scale"]
     second, inputs = parts.get("weight_scale_2"), parts.get("pre_quant_scale")
     layer: SourceLayer | None
-    if kind == "nvfp4":
+    if kind == "nvfp4" and second is None:
+        missing = "weight_scale_2 that multiplies them"
+        layer = nvfp4_without_tensor_scale(sorter, path, weight, scale, missing)
+    elif kind == "nvfp4":
         layer = nvfp4_layer(sorter.checkpoint, sorter, path, weight, scale, second, divides=False)
     elif second is not None:
         raise Refused(second.name, f"stands beside {kind} codes; what it scales is not known")
     elif kind == "fp8":
-        tile = tile_of(weight.info.shape, scale.info.shape, None)
-        assert tile is not None
-        layer = float8_layer(sorter.checkpoint, path, weight, scale, tile, sorter.dtype)
+        turned = sorter.orientation.is_turned(path, weight.info.shape)
+        layer = float8_stack(sorter, path, weight, scale, None, sorter.dtype, turned=turned)
     elif kind in ("mxfp4", "mxfp8"):
         layer = _mx(sorter, path, weight, scale, 4 if kind == "mxfp4" else 8)
     else:
@@ -142,9 +162,15 @@ def _int4(sorter: Sorter, path: str, weight: SourceTensor, scale: SourceTensor) 
 
 def _int8(sorter: Sorter, path: str, weight: SourceTensor, scale: SourceTensor) -> SourceLayer:
     shape = weight.info.shape
-    if len(shape) != 2 or scale.info.shape != shape[:1]:
-        raise Refused(scale.name, f"{scale.info}, expected [{shape[-2]}], one a row of codes")
-    dtype = scale.info.dtype
-    packing = Int8Rows(*shape, 8, shape[1], True, dtype, shape[0], False, Zeros.MIDDLE)
+    found = rows_with_one_scale(shape, scale.info.shape)
+    if found is None or found[1] != 1:
+        *leading, n_out, _ = shape
+        expected = f"{[*leading, n_out]}, one a row of codes"
+        raise Refused(scale.name, f"{scale.info}, expected {expected}")
+    rows, dtype = prod(shape[:-1]), scale.info.dtype
+    width = scale.info.shape[-1] if scale.info.shape else 1
+    packing = CtPlain(
+        rows, shape[-1], 8, shape[-1], True, dtype, shape[-2], found[0], width, Zeros.MIDDLE
+    )
     parts = {"weight": weight, "weight_scale": scale}
     return integer_layer(sorter, path, parts, shape, packing, "modelopt")

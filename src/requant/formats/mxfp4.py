@@ -1,15 +1,22 @@
-"""gpt-oss folders: experts in MXFP4 blocks.
+"""MXFP4 folders: experts in gpt-oss's blocks, or bytes and scales as vLLM names them.
 
 Value: ``w = element * 2^(scale - 127)``, 32 inputs a scale; MLX's mxfp4, byte for byte.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from math import prod
+
 from requant.checkpoint import Checkpoint, SourceTensor
+from requant.dtypes import FLOATS
 from requant.formats.base import SourceLayer, SourceLayout
 from requant.formats.declared import declared
+from requant.formats.float8_layers import EXPONENTS
 from requant.formats.float_packings import MxBlocks
-from requant.formats.sorting import Sorter
+from requant.formats.layer_names import layer_names
+from requant.formats.sorting import Refused, Sorter
+from requant.formats.stacks import Experts, are_turned
 
 # Of the blocks, and of the scales beside them: as transformers and as OpenAI name them.
 _SUFFIXES = (("_blocks", "_scales"), (".blocks", ".scales"))
@@ -32,26 +39,77 @@ class Mxfp4:
                 path = name.removesuffix(blocks)
                 if path != name and f"{path}{scales}" in checkpoint.tensors:
                     return f"{name} beside {path}{scales}"
+        parts = layer_names(checkpoint.tensors).tensors
+        for path, (weight, scale) in _pairs(parts).items():
+            if _is_flat(weight, scale):
+                return f"{parts[f'{path}.weight'].name} beside {scale.name}"
         return None
 
     def read(self, checkpoint: Checkpoint) -> SourceLayout:
         """Pair blocks with scales; everything else is dense."""
-        sorter = Sorter(checkpoint)
+        sorter = Sorter.by_role(checkpoint)
         for name, tensor in checkpoint.tensors.items():
             for blocks, scales in _SUFFIXES:
                 path = name.removesuffix(blocks)
                 if path != name:
                     sorter.add(_layer(sorter, path, tensor, f"{path}{scales}"))
+        for path, (weight, scale) in _pairs(sorter.parts).items():
+            parts = {"weight": weight, "weight_scale": scale}
+            sorter.make(path, parts, lambda path, parts: _flat_layer(sorter, path, parts))
+        sorter.drop_runtime_scales()
         found = declared(checkpoint)
         if found is not None:
             sorter.check_named_dense(found)
         if not sorter.quantized:
             sorter.no_layer(
                 "config.json: quantization_config",
-                "says quant_method mxfp4, but no tensor ends in _blocks: if the weights are "
-                "dense, remove the block",
+                "says quant_method mxfp4, but no tensor ends in _blocks, and none has bytes and "
+                f"scales of MXFP4: {_advice(checkpoint)}",
             )
         return sorter.layout()
+
+
+def _advice(checkpoint: Checkpoint) -> str:
+    """What to do about a block that no tensor bears out."""
+    coded = next((x for x in checkpoint.tensors.values() if x.info.dtype not in FLOATS), None)
+    if coded is None:
+        return "the weights are dense, so remove the block"
+    return f"{coded.name} is {coded.info}, whose scales are missing or have another name"
+
+
+def _pairs(parts: Mapping[str, SourceTensor]) -> dict[str, tuple[SourceTensor, SourceTensor]]:
+    """Layer path -> bytes and their scales, not cut into blocks: vLLM's ``w13_weight``."""
+    found = {}
+    for name, tensor in parts.items():
+        path = name.removesuffix(".weight_packed").removesuffix(".weight")
+        scale = parts.get(f"{path}.weight_scale")
+        if path != name and scale is not None and tensor.info.dtype == "U8":
+            found[path] = (tensor, scale)
+    return found
+
+
+def _is_flat(weight: SourceTensor, scale: SourceTensor) -> bool:
+    """Whether a scale belongs to 16 bytes of a row, 32 elements."""
+    *rows, nbytes = weight.info.shape
+    grid = (*rows, nbytes // _BLOCK_BYTES)
+    whole = nbytes > 0 and nbytes % _BLOCK_BYTES == 0
+    return whole and scale.info.shape == grid and scale.info.dtype in EXPONENTS
+
+
+def _flat_layer(sorter: Sorter, path: str, parts: Mapping[str, SourceTensor]) -> SourceLayer:
+    """A layer or stack of bytes ``(..., out, in / 2)`` with scales ``(..., out, in / 32)``."""
+    weight, scale = parts["weight"], parts["weight_scale"]
+    if are_turned(weight.info, scale.info):
+        experts = Experts.of(weight.info.shape[0], parts, ("weight", "weight_scale"))
+        return experts.stack(_flat_layer(sorter, path, experts.one()))
+    if len(weight.info.shape) < 2 or 0 in weight.info.shape or not _is_flat(weight, scale):
+        *rows, nbytes = weight.info.shape or (0,)
+        expected = f"U8 {[*rows, nbytes // _BLOCK_BYTES]}, a scale for {_BLOCK_BYTES} bytes"
+        raise Refused(scale.name, f"{scale.info}, expected {expected} of {weight.name}")
+    *leading, n_out, nbytes = weight.info.shape
+    packing = MxBlocks(prod(leading) * n_out, 2 * nbytes, n_out, 4, nbytes)
+    shape, stored = (*leading, n_out, 2 * nbytes), {"weight": weight, "scale": scale}
+    return SourceLayer(path, stored, packing.encoding, shape, sorter.dtype, packing, "mxfp4")
 
 
 def _layer(sorter: Sorter, path: str, blocks: SourceTensor, scales: str) -> SourceLayer | None:

@@ -19,9 +19,12 @@ from requant.formats.float_packings import (
     apply_tensor_scale,
     fold_e4m3,
 )
-from requant.formats.sorting import Sorter
+from requant.formats.sorting import Refused, Sorter
 
 _STORED = "nvfp4 with a tensor scale"
+_ENDINGS = (".weight_global_scale", ".weight_scale_2")
+_LARGEST = 448.0
+_BARE = "Stacks in NVFP4 have no tensor scale: their values are element * group scale."
 _REASON = "MLX's nvfp4 has no place for its tensor scale"
 
 
@@ -46,17 +49,22 @@ def nvfp4_layer(
         path: Layer path.
         weight: Bytes ``(..., out, in / 2)``.
         scale: E4M3 ``(..., out, in / 16)``.
-        tensor_scale: One number, or one for each matrix; None where there is none.
+        tensor_scale: One number, one for each matrix, or for stacks one each for gate and up,
+            ``(experts, 2)``; None where there is none.
         divides: Whether group scales are divided by it, as compressed-tensors does.
     """
     *leading, n_out, nbytes = weight.info.shape
     shape = (*leading, n_out, 2 * nbytes)
     parts = {"weight": weight, "scale": scale}
-    packing = NvBlocks(prod(leading) * n_out, 2 * nbytes, n_out)
+    matrices = prod(leading)
+    halves = tensor_scale is not None and tensor_scale.info.shape == (*leading, 2)
+    if halves and matrices > 1 and n_out % 2 == 0:  # gate and up of a stack, one number each
+        matrices *= 2
+    packing = NvBlocks(prod(leading) * n_out, 2 * nbytes, prod(leading) * n_out // matrices)
     bare = SourceLayer(path, parts, NVFP4, shape, sorter.dtype, packing, "nvfp4")
     if tensor_scale is None:
         return bare
-    factors = _factors(checkpoint, sorter, tensor_scale, prod(leading))
+    factors = _factors(checkpoint, sorter, tensor_scale, matrices)
     if factors is None:
         return None
     info = tensor_scale.info
@@ -75,13 +83,47 @@ def nvfp4_layer(
     return replace(scaled, encoding=None, stored=_STORED, fallback=fallback, reason=_REASON)
 
 
+def nvfp4_without_tensor_scale(
+    sorter: Sorter, path: str, weight: SourceTensor, scale: SourceTensor, missing: str
+) -> SourceLayer | None:
+    """Describe a stack of NVFP4 matrices whose group scales are all there is.
+
+    Tools that write a tensor scale choose it so that the largest group scale of a matrix is 448,
+    E4M3's largest number. A stack whose scales reach that has lost its tensor scale, and so has
+    one in a folder where others have theirs, and any single matrix.
+
+    Args:
+        sorter: Of the checkpoint.
+        path: Layer path.
+        weight: Bytes ``(..., out, in / 2)``.
+        scale: E4M3 ``(..., out, in / 16)``.
+        missing: What the tensor scale would be called.
+
+    Raises:
+        Refused: The layer has lost its tensor scale.
+    """
+    message = f"has E4M3 scales of NVFP4, but no {missing}"
+    other = next((x for end in _ENDINGS for x in sorter.parts if x.endswith(end)), None)
+    if len(sorter.checkpoint.tensors[weight.name].info.shape) < 3:
+        raise Refused(path, message)
+    if other is not None:
+        raise Refused(path, f"{message}; other layers have theirs ({sorter.parts[other].name})")
+    stored = sorter.checkpoint.peek(scale.name).view(ml_dtypes.float8_e4m3fn)
+    if (np.abs(stored.astype(np.float32)) >= _LARGEST).any():
+        why = f"and scales of {_LARGEST:g}, as only a tensor scale leaves them"
+        raise Refused(path, f"{message}, {why}: the source is incomplete")
+    if _BARE not in sorter.notes:
+        sorter.notes.append(_BARE)
+    return nvfp4_layer(sorter.checkpoint, sorter, path, weight, scale, None, divides=False)
+
+
 def _factors(
     checkpoint: Checkpoint, sorter: Sorter, tensor_scale: SourceTensor, matrices: int
 ) -> np.ndarray | None:
     """The tensor scales, float32, one or one for each matrix; None with a problem."""
     info = tensor_scale.info
     if info.dtype not in ("F32", "BF16", "F16") or info.size not in (1, matrices):
-        each = f", or one for each of {matrices} experts" if matrices > 1 else ""
+        each = f", or one for each of {matrices} matrices" if matrices > 1 else ""
         sorter.problem(tensor_scale.name, f"{info}, expected one F32{each}")
         return None
     factors = checkpoint.peek(tensor_scale.name).astype(np.float32).reshape(-1)
@@ -116,7 +158,7 @@ def kept_apart(
     if scales is None:
         return None
     pieces = tuple(replace(run, layer=_apart(run.layer)) for run in runs)
-    made = replace(layer, path=path, shape=shape, encoding=NVFP4, fallback=None, reason="")
+    made = replace(layer, path=path, name="", shape=shape, encoding=NVFP4, fallback=None, reason="")
     return replace(made, stored=_STORED, pieces=pieces, global_scale=scales)
 
 

@@ -49,6 +49,17 @@ class Cut:
     columns: tuple[int, int]
 
 
+def flat_cut(start: int, stop: int, width: int) -> Cut:
+    """Elements ``start`` to ``stop`` of a tensor whose last axis is ``width``.
+
+    They are whole rows of that axis, or lie in one of them.
+    """
+    row = start // width
+    if start % width == 0 and stop % width == 0:
+        return Cut((row, stop // width), (0, width))
+    return Cut((row, row + 1), (start - row * width, stop - row * width))
+
+
 class Scratch(Protocol):
     """Memory that a worker keeps for its whole run."""
 

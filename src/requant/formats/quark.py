@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any, Final
 
 from requant.checkpoint import Checkpoint, SourceTensor
@@ -11,12 +12,13 @@ from requant.dtypes import FLOATS
 from requant.errors import few, one_of, shown
 from requant.formats.base import SourceLayer, SourceLayout
 from requant.formats.declared import declared
-from requant.formats.float8_layers import EXPONENTS, FLOAT8, SCALES, float8_layer, tile_of
+from requant.formats.float8_layers import EXPONENTS, FLOAT8, float8_stack
 from requant.formats.float_packings import MxBlocks, Mxfp6Blocks
 from requant.formats.integer_layers import integer_layer
-from requant.formats.nvfp4_layers import nvfp4_layer
+from requant.formats.nvfp4_layers import nvfp4_layer, nvfp4_without_tensor_scale
 from requant.formats.quark_packings import QuarkColumns, QuarkMx, QuarkRows
 from requant.formats.sorting import Refused, Sorter
+from requant.formats.stacks import Experts, are_turned
 from requant.patterns import Wildcards
 
 _ROLES: Final = ("weight", "weight_scale", "weight_zero_point", "weight_scale_2")
@@ -24,6 +26,7 @@ _FLOATS: Final = ("F32", "BF16", "F16")
 _INTEGERS: Final = ("int4", "uint4", "int8", "uint8")
 _SCHEMES: Final = ("per_tensor", "per_channel", "per_group")
 _ROTATIONS: Final = ("rotation", "quarot", "spinquant")
+_E4M3: Final = ("F8_E4M3", "U8")  # arrays in memory may hold them as bytes
 _PACKS: Final = ("reorder", "order")
 _Tensors = Mapping[str, SourceTensor]
 
@@ -104,7 +107,7 @@ class _Reader:
     """Reads one checkpoint and collects what is wrong with it."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint, self.sorter = checkpoint, Sorter(checkpoint)
+        self.checkpoint, self.sorter = checkpoint, Sorter.by_role(checkpoint)
         found = declared(checkpoint)
         assert found is not None
         self.found = found
@@ -190,7 +193,7 @@ class _Reader:
     def _tensors(self) -> dict[str, dict[str, SourceTensor]]:
         """Layer path -> role -> tensor, for each layer with a scale, or with blocks of old mx."""
         found: dict[str, dict[str, SourceTensor]] = {}
-        for name, tensor in self.sorter.tensors.items():
+        for name, tensor in self.sorter.parts.items():
             path, _, role = name.rpartition(".")
             if role in _ROLES:
                 found.setdefault(path, {})[role] = tensor
@@ -210,10 +213,14 @@ class _Reader:
         if weight is None:
             names = ", ".join(tensor.name for tensor in tensors.values())
             raise Refused(path, f"has {names}, but no {path}.weight")
-        if len(weight.info.shape) != 2 or 0 in weight.info.shape:
-            raise Refused(weight.name, f"{weight.info}, expected a matrix")
+        if len(weight.info.shape) not in (2, 3) or 0 in weight.info.shape:
+            raise Refused(weight.name, f"{weight.info}, expected a matrix or a stack of them")
         scheme = self._scheme(path)
         dtype = scheme.word("dtype")
+        experts = _one_by_one(tensors, dtype)
+        if experts is not None:
+            layer = self._layer(path, experts.one())
+            return None if layer is None else experts.stack(layer)
         if dtype == "mx":
             return self._old_mx(path, tensors, scheme)
         if "weight_scale" not in tensors:
@@ -292,51 +299,54 @@ class _Reader:
 
     def _fp4(self, path: str, tensors: _Tensors, scheme: _Scheme) -> SourceLayer | None:
         weight, scale = tensors["weight"], tensors["weight_scale"]
-        rows, nbytes = weight.info.shape
+        *rows, nbytes = weight.info.shape
         if weight.info.dtype != "U8":
             raise Refused(weight.name, f"{weight.info}, expected U8, two codes a byte")
         factor = tensors.get("weight_scale_2")
         if factor is not None or len(scheme.levels) > 1:
-            if factor is None:
+            if factor is None and len(rows) == 1:
                 raise Refused(path, f"has two levels of scales, but no {path}.weight_scale_2")
-            if scale.info.shape != (rows, nbytes // 8) or scale.info.dtype != "F8_E4M3":
-                expected = f"F8_E4M3 [{rows}, {nbytes // 8}]"
+            if scale.info.shape != (*rows, nbytes // 8) or scale.info.dtype not in _E4M3:
+                expected = f"F8_E4M3 {[*rows, nbytes // 8]}"
                 raise Refused(scale.name, f"{scale.info}, expected {expected}")
+            if factor is None:
+                missing = "weight_scale_2 that multiplies them"
+                return nvfp4_without_tensor_scale(self.sorter, path, weight, scale, missing)
             return nvfp4_layer(
                 self.checkpoint, self.sorter, path, weight, scale, factor, divides=False
             )
-        if scale.info.shape != (rows, nbytes // 16) or scale.info.dtype not in EXPONENTS:
-            expected = f"U8 [{rows}, {nbytes // 16}]: groups of 32 with E8M0 scales"
+        if scale.info.shape != (*rows, nbytes // 16) or scale.info.dtype not in EXPONENTS:
+            expected = f"U8 {[*rows, nbytes // 16]}: groups of 32 with E8M0 scales"
             raise Refused(scale.name, f"{scale.info}, expected {expected}")
-        packing = MxBlocks(rows, 2 * nbytes, rows, 4, nbytes)
+        packing = MxBlocks(prod(rows), 2 * nbytes, rows[-1], 4, nbytes)
         parts = {"weight": weight, "scale": scale}
-        shape, dtype = (rows, 2 * nbytes), self.sorter.dtype
+        shape, dtype = (*rows, 2 * nbytes), self.sorter.dtype
         return SourceLayer(path, parts, packing.encoding, shape, dtype, packing, "mxfp4")
 
     def _fp6(self, path: str, tensors: _Tensors, element: str) -> SourceLayer:
         weight, scale = tensors["weight"], tensors["weight_scale"]
-        rows, nbytes = weight.info.shape
+        *rows, nbytes = weight.info.shape
         groups, ragged = divmod(nbytes, 24)
         if weight.info.dtype != "U8" or ragged:
             raise Refused(weight.name, f"{weight.info}, expected U8 [out, 24 * groups]")
-        if scale.info.shape != (rows, groups) or scale.info.dtype not in EXPONENTS:
-            raise Refused(scale.name, f"{scale.info}, expected U8 [{rows}, {groups}]")
-        packing = Mxfp6Blocks(rows, 32 * groups, rows, element)
-        parts, shape = {"weight": weight, "scale": scale}, (rows, 32 * groups)
+        if scale.info.shape != (*rows, groups) or scale.info.dtype not in EXPONENTS:
+            raise Refused(scale.name, f"{scale.info}, expected U8 {[*rows, groups]}")
+        packing = Mxfp6Blocks(prod(rows), 32 * groups, rows[-1], element)
+        parts, shape = {"weight": weight, "scale": scale}, (*rows, 32 * groups)
         dtype, stored = self.sorter.dtype, f"mxfp6 {element}"
         return SourceLayer(path, parts, packing.encoding, shape, dtype, packing, stored)
 
-    def _fp8(self, path: str, tensors: _Tensors, scheme: _Scheme) -> SourceLayer | None:
+    def _fp8(self, path: str, tensors: _Tensors, scheme: _Scheme) -> SourceLayer:
         weight, scale = tensors["weight"], tensors["weight_scale"]
         if weight.info.dtype not in FLOAT8:
             raise Refused(weight.name, f"{weight.info}, expected F8_E4M3 codes")
         block = scheme.levels[0].get("block_size")
         pair = block if isinstance(block, list) and len(block) == 2 else None
         named = (int(pair[0]), int(pair[1])) if pair and all(map(_is_count, pair)) else None
-        tile = tile_of(weight.info.shape, scale.info.shape, named)
-        if tile is None or scale.info.dtype not in SCALES:
-            raise Refused(scale.name, f"{scale.info} fits no tiling of {weight.info}")
-        return float8_layer(self.checkpoint, path, weight, scale, tile, self.sorter.dtype)
+        turned = self.sorter.orientation.is_turned(path, weight.info.shape)
+        return float8_stack(
+            self.sorter, path, weight, scale, named, self.sorter.dtype, turned=turned
+        )
 
     def _old_mx(self, path: str, tensors: _Tensors, scheme: _Scheme) -> SourceLayer:
         weight = tensors["weight"]
@@ -352,6 +362,18 @@ class _Reader:
         return SourceLayer(
             path, {"weight": weight}, packing.encoding, shape, dtype, packing, "mxfp4, old blocks"
         )
+
+
+def _one_by_one(tensors: _Tensors, dtype: str) -> Experts | None:
+    """The experts of a stack that is read expert by expert: of integers, or stored turned."""
+    weight, scale = tensors["weight"], tensors.get("weight_scale")
+    if len(weight.info.shape) < 3 or dtype.startswith("fp8"):
+        return None
+    turned = scale is not None and are_turned(weight.info, scale.info)
+    if dtype in _INTEGERS or dtype == "mx":
+        return Experts.of(weight.info.shape[0], tensors)
+    roles = ("weight", "weight_scale") if turned else ()
+    return Experts.of(weight.info.shape[0], tensors, roles) if turned else None
 
 
 def _is_count(value: Any) -> bool:

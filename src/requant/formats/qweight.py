@@ -22,6 +22,7 @@ from requant.formats.base import (
 from requant.formats.declared import Declared, declared, model_dtype
 from requant.formats.gptq_act_order import find_folds
 from requant.formats.gptq_packings import Gptq
+from requant.formats.layer_names import layer_names
 from requant.formats.packing import IntegerPacking
 from requant.formats.qweight_config import METHODS, is_elsewhere, method_of, read_convention
 from requant.formats.qweight_layouts import WORDS, Layouts
@@ -34,6 +35,8 @@ from requant.formats.rotation import (
     rotation_entry,
     shared_rotation,
 )
+from requant.formats.sorting import Refused
+from requant.formats.stacks import Experts
 
 _ROLES = (*ROTATION, "qweight", "qzeros", "scales", "scaled_zeros", "g_idx", "B", "s")
 _DISPUTED = (
@@ -72,7 +75,11 @@ class _Reader:
     def __init__(self, name: str, checkpoint: Checkpoint, found: Declared) -> None:
         self.name, self.checkpoint, self.found = name, checkpoint, found
         self.tensors = checkpoint.tensors
-        self.problems: list[Problem] = []
+        self.names = layer_names(checkpoint.tensors)
+        self.problems: list[Problem] = [
+            Problem(other, f"stands for the same part of a layer as {one}; remove one")
+            for one, other in self.names.twice
+        ]
         self.rotations: dict[tuple[str, ...], int | None] = {}
         self.rules = LayerRules(found, self.problems)
         self.model_dtype = model_dtype(checkpoint)
@@ -117,17 +124,18 @@ class _Reader:
 
     def _parts(self) -> dict[str, dict[str, SourceTensor]]:
         """Layer path -> role -> tensor, for each layer with packed words."""
+        tensors = self.names.tensors
         paths = dict.fromkeys(
             name.rpartition(".")[0]
-            for name, tensor in self.tensors.items()
+            for name, tensor in tensors.items()
             if name.endswith(".qweight") or (name.endswith(".B") and tensor.info.dtype in WORDS)
         )
         found: dict[str, dict[str, SourceTensor]] = {}
         for path in paths:
             names = {role: f"{path}.{role}" for role in _ROLES}
-            if not any(names[role] in self.tensors for role in ROTATION):
+            if not any(names[role] in tensors for role in ROTATION):
                 names |= shared_rotation(path)
-            found[path] = {r: self.tensors[n] for r, n in names.items() if n in self.tensors}
+            found[path] = {r: tensors[n] for r, n in names.items() if n in tensors}
         return found
 
     def _check_loose(self, tensor: SourceTensor, layers: Mapping[str, object]) -> None:
@@ -154,6 +162,9 @@ class _Reader:
             if not part.info.size:
                 self._report(part.name, f"{part.info} holds nothing")
                 return None
+        words = parts.get("qweight")
+        if words is not None and len(words.info.shape) == 3:
+            return self._stack(path, parts, words.info.shape[0])
         rule = self.rules.of(path)
         packing = self.layouts.packing(path, parts, rule)
         if packing is None or len(self.problems) > before:
@@ -179,6 +190,22 @@ class _Reader:
             act_order=act_order,
             carried=carried,
         )
+
+    def _stack(
+        self, path: str, parts: Mapping[str, SourceTensor], count: int
+    ) -> SourceLayer | None:
+        """A stack of experts, each packed as a layer of its own."""
+        turned = next((parts[role] for role in ROTATION if role in parts), None)
+        if turned is not None:
+            self._report(turned.name, "rotates the inputs of a stack of experts, which is not read")
+            return None
+        try:
+            experts = Experts.of(count, parts)
+        except Refused as refused:
+            self.problems.append(refused.problem)
+            return None
+        layer = self._layer(path, experts.one())
+        return None if layer is None else self.names.called(experts.stack(layer))
 
     def _rotated(
         self, path: str, packing: IntegerPacking, carried: Mapping[str, SourceTensor]

@@ -38,14 +38,20 @@ class Layouts:
         self.name, self.checkpoint, self.found = name, checkpoint, found
         self.convention, self.problems = convention, problems
         self.disputed = 0
+        self._stored: Mapping[str, SourceTensor] = {}  # the parts of the layer at hand
 
     def _report(self, where: str, message: str) -> None:
         self.problems.append(Problem(where, message))
+
+    def _name(self, path: str, role: str) -> str:
+        """What the file calls a part of the layer at hand; a stack's parts have other names."""
+        return self._stored[role].name if role in self._stored else f"{path}.{role}"
 
     def packing(
         self, path: str, parts: Mapping[str, SourceTensor], rule: LayerRule
     ) -> IntegerPacking | None:
         """The packing of one layer, or None with its problems reported."""
+        self._stored = parts
         words = parts.get("qweight", parts.get("B"))
         scales = parts.get("scales", parts.get("s"))
         assert words is not None
@@ -136,7 +142,9 @@ class Layouts:
         group = self._declared_group(path, n_in, rule)
         self._check_bits(path, 4, rule)
         if n_in % 64:
-            self._report(f"{path}.qweight", f"has {n_in} inputs, expected a multiple of 64")
+            self._report(
+                self._name(path, "qweight"), f"has {n_in} inputs, expected a multiple of 64"
+            )
         if role not in infos:
             self._report(path, "has no qzeros or scaled_zeros beside its scales")
         if group is None or role not in infos:
@@ -157,7 +165,9 @@ class Layouts:
         group = self._group(path, n_in, groups, rule)
         self._check_bits(path, 4, rule)
         if rows % 64:
-            self._report(f"{path}.{roles[1]}", f"has {rows} outputs, expected a multiple of 64")
+            self._report(
+                self._name(path, roles[1]), f"has {rows} outputs, expected a multiple of 64"
+            )
         if group is None:
             return None
         return Marlin(rows, n_in, 4, group, True, infos[roles[1]].dtype, *roles)
@@ -219,7 +229,7 @@ class Layouts:
             return n_in
         said = f" (g_idx has {n_in})" if "g_idx" in infos else ""
         message = f"{words} does not hold {n_in} inputs of {bits} bits{said}"
-        self._report(f"{path}.qweight", message)
+        self._report(self._name(path, "qweight"), message)
         return None
 
     def _check_gptq_zeros(
@@ -248,7 +258,8 @@ class Layouts:
             return False
         if infos.get("qzeros") != _gptq_zeros(infos, packing.bits):
             return False
-        stored = self.checkpoint.peek(f"{path}.qzeros")
+        stored = self.checkpoint.peek(self._name(path, "qzeros"))
+        stored = stored.reshape(-1, stored.shape[-1])
         fields = stream_codes(stored, packing.bits, packing.rows)
         return bool((fields == (1 << packing.bits) - 1).any())
 
@@ -311,7 +322,7 @@ class Layouts:
         dtypes: tuple[str, ...],
     ) -> None:
         """Report a missing part, or one of another shape or dtype."""
-        name, info = f"{path}.{role}", infos.get(role)
+        name, info = self._name(path, role), infos.get(role)
         if info is None:
             self._report(name, "is missing")
         elif info.shape != shape or info.dtype not in dtypes:
@@ -323,11 +334,11 @@ class Layouts:
         """Whether ``g_idx`` puts inputs into groups out of order; None if it cannot be."""
         if "g_idx" not in infos:
             return False
-        name = f"{path}.g_idx"
+        name = self._name(path, "g_idx")
         if infos["g_idx"].dtype not in ("I32", "I64") or len(infos["g_idx"].shape) != 1:
             self._report(name, f"{infos['g_idx']}, expected I32 [{n_in}]")
             return None
-        found = self.checkpoint.peek(name).astype(np.int64)
+        found = self.checkpoint.peek(name).astype(np.int64).reshape(-1, n_in)  # an expert a row
         found = np.where(found < 0, found + groups, found)  # GPTQModel counts from the end too
         if n_in and not 0 <= found.min() <= found.max() < groups:
             bad = int(found[(found < 0) | (found >= groups)][0])
@@ -335,11 +346,12 @@ class Layouts:
                 name, f"holds group {bad}, but there are scales for {count(groups, 'group')}"
             )
             return None
-        if groups == 1 or np.array_equal(found, np.arange(n_in) // group):
+        if groups == 1 or (found == np.arange(n_in) // group).all():
             return False
-        sizes = np.bincount(found, minlength=groups)
         expected = np.minimum(group, n_in - group * np.arange(groups))
-        if not np.array_equal(sizes, expected):
+        for sizes in (np.bincount(of, minlength=groups) for of in found):
+            if np.array_equal(sizes, expected):
+                continue
             wrong = int(np.flatnonzero(sizes != expected)[0])
             self._report(
                 name,

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import cached_property
 
 from requant.checkpoint import Checkpoint, SourceTensor
 from requant.errors import Problem, few
 from requant.formats.base import SourceLayer, SourceLayout, dense_layer
 from requant.formats.declared import Declared, model_dtype
+from requant.formats.expert_shapes import Orientation
+from requant.formats.layer_names import LayerNames, layer_names
 
 _ACTIVATIONS = "a scale of activations, which MLX does not quantize"
 _CACHE = "a scale of the key and value cache, which MLX keeps in floats"
@@ -35,7 +38,8 @@ _RUNTIME = {
     "k_proj.k_bias": _CACHE_BIAS,
     "v_proj.v_bias": _CACHE_BIAS,
 }
-_RUNTIME_NAMES = tuple(_RUNTIME)
+# With "." before, or joined to the path of a stack by "_".
+_RUNTIME_NAMES = tuple({*_RUNTIME, *(f"_{end[1:]}" for end in _RUNTIME if end.startswith("."))})
 _SHAPE = "only says the shape of its weight"
 _NAMED = 3  # of many tensors, how many a note names
 
@@ -53,14 +57,16 @@ class Refused(Exception):
         self.problem = Problem(where, message)
 
 
-def runtime_scales(names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
-    """Of tensors that no layer took, those that scale activations and caches, and notes of them."""
-    dropped = {
-        name: why
-        for name in names
-        if name.endswith(_RUNTIME_NAMES)
-        for why in [next(why for end, why in _RUNTIME.items() if name.endswith(end))]
-    }
+def runtime_scales(
+    names: Iterable[str], stacks: Collection[str] = ()
+) -> tuple[dict[str, str], list[str]]:
+    """Of tensors that no layer took, those that scale activations and caches, and notes of them.
+
+    Args:
+        names: Tensors.
+        stacks: Paths of stacks of experts, to which such a name may be joined by "_".
+    """
+    dropped = {name: why for name in names if (why := _runtime(name, stacks))}
     notes = []
     for reason in dict.fromkeys(dropped.values()):
         found = [name for name, why in dropped.items() if why == reason]
@@ -74,6 +80,7 @@ class Sorter:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint, self.tensors = checkpoint, checkpoint.tensors
+        self.names = LayerNames(checkpoint.tensors, {})
         self.problems: list[Problem] = []
         self.notes: list[str] = []
         self.dropped: dict[str, str] = {}
@@ -81,6 +88,30 @@ class Sorter:
         self.dtype = model_dtype(checkpoint, "BF16")
         self._owner: dict[str, str] = {}  # tensor name -> layer path
         self._layers: dict[str, SourceLayer] = {}
+
+    @staticmethod
+    def by_role(checkpoint: Checkpoint) -> Sorter:
+        """A sorter whose ``parts`` have the names of ``layer_names``, however tools spell them."""
+        made = Sorter(checkpoint)
+        made.names = layer_names(checkpoint.tensors)
+        for one, other in made.names.twice:
+            made.problem(other, f"stands for the same part of a layer as {one}; remove one")
+        return made
+
+    @property
+    def parts(self) -> Mapping[str, SourceTensor]:
+        """Every tensor under the name that a part of a layer has."""
+        return self.names.tensors
+
+    @cached_property
+    def orientation(self) -> Orientation:
+        """Which way the stacks of unpacked codes lie."""
+        stacks = {
+            name.removesuffix(".weight"): tensor.info.shape
+            for name, tensor in self.parts.items()
+            if name.endswith(".weight")
+        }
+        return Orientation(self.checkpoint.config, stacks)
 
     def problem(self, where: str, message: str) -> None:
         """Note what is wrong in one place."""
@@ -94,7 +125,7 @@ class Sorter:
         """Keep a layer; ``used`` are tensors that were read into its description."""
         if layer is None:
             return
-        self._layers[layer.path] = layer
+        self._layers[layer.path] = layer = self.names.called(layer)
         for part in layer.parts.values():
             self._owner[part.name] = layer.path
         for part in used:
@@ -140,7 +171,8 @@ class Sorter:
 
     def drop_runtime_scales(self) -> None:
         """Drop what scales activations and caches, and say so."""
-        dropped, notes = runtime_scales(tensor.name for tensor in self.left)
+        stacks = {*self.names.own, *self.names.own.values()}
+        dropped, notes = runtime_scales((tensor.name for tensor in self.left), stacks)
         self.dropped |= dropped
         self.notes += notes
 
@@ -179,6 +211,17 @@ class Sorter:
             tuple(self.notes),
             unfulfilled=self.unfulfilled,
         )
+
+
+def _runtime(name: str, stacks: Collection[str]) -> str:
+    """Why a tensor is of no use outside of its runtime; "" for any other."""
+    if not name.endswith(_RUNTIME_NAMES):
+        return ""
+    for end, why in _RUNTIME.items():
+        joined = end.startswith(".") and name.endswith(f"_{end[1:]}")
+        if name.endswith(end) or (joined and name[: -len(end)] in stacks):
+            return why
+    return ""
 
 
 def _first_inside(paths: Sequence[str], name: str) -> str | None:

@@ -194,7 +194,8 @@ class _Reader:
             zeros is None or self._symmetric(zeros),
             scale.info.dtype,
             rows,
-            one,
+            rows if one else 1,
+            wide,
             stored,
         )
         parts = {"weight": qdata, "weight_scale": scale}

@@ -1,0 +1,137 @@
+"""The rows of a stack of experts, each expert's by the packing of one matrix.
+
+Also where matrices are stored with their axes exchanged, ``(experts, in, out)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+
+from requant.arrays.repack import transpose_into
+from requant.formats.packing import Cut, Fidelity, Packing, Parts, Scratch
+from requant.schema import Quantization
+
+_UNSIGNED: Final = {1: "U8", 2: "U16", 4: "U32"}
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where the part of one expert is in the tensor of all.
+
+    Attributes:
+        height: Rows of the last axis that an expert has; 0 where a tensor has one number an
+            expert in a single row, -1 where all experts share it.
+        turned: Whether the last two axes are exchanged.
+    """
+
+    height: int
+    turned: bool = False
+
+
+@dataclass(frozen=True)
+class StackedExperts(Packing):
+    """The matrices of a stack, one after another, each by the packing of one.
+
+    Attributes:
+        layer: The packing of one expert.
+        experts: How many.
+        places: Role -> where an expert's part is.
+    """
+
+    layer: Packing
+    experts: int
+    places: tuple[tuple[str, Place], ...]
+
+    @property
+    def rows(self) -> int:  # type: ignore[override]
+        """Output rows, experts included."""
+        return self.experts * self.layer.rows
+
+    @property
+    def columns(self) -> int:  # type: ignore[override]
+        """Inputs."""
+        return self.layer.columns
+
+    @property
+    def matrix_rows(self) -> int:
+        return self.layer.matrix_rows
+
+    @property
+    def row_unit(self) -> int:  # type: ignore[override]
+        """That of one expert."""
+        return self.layer.row_unit
+
+    @property
+    def strided(self) -> bool:  # type: ignore[override]
+        """Whether rows are spread over the tensors of one expert."""
+        return self.layer.strided or self.is_turned
+
+    @property
+    def is_turned(self) -> bool:
+        """Whether matrices are stored ``(in, out)``."""
+        return any(place.turned for _, place in self.places)
+
+    @property
+    def encoding(self) -> Quantization | None:
+        """MLX's encoding of one expert."""
+        found: Quantization | None = getattr(self.layer, "encoding", None)
+        return found
+
+    def _within(self, start: int, stop: int) -> tuple[int, int, int]:
+        expert, first = divmod(start, self.layer.rows)
+        return expert, first, first + stop - start
+
+    def cuts(self, start: int, stop: int) -> dict[str, Cut]:
+        expert, first, last = self._within(start, stop)
+        places = dict(self.places)
+        cuts = self.layer.cuts(first, last)
+        return {role: _moved(cut, places[role], expert) for role, cut in cuts.items()}
+
+    def _of_one(self, parts: Parts, scratch: Scratch) -> Parts:
+        turned = {role for role, place in self.places if place.turned}
+        return {
+            role: _turned(part, role, scratch) if role in turned else part
+            for role, part in parts.items()
+        }
+
+    def unpack(
+        self, parts: Parts, start: int, stop: int, out: Mapping[str, np.ndarray], scratch: Scratch
+    ) -> None:
+        _, first, last = self._within(start, stop)
+        self.layer.unpack(self._of_one(parts, scratch), first, last, out, scratch)
+
+    def dense(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
+        _, first, last = self._within(start, stop)
+        self.layer.dense(self._of_one(parts, scratch), first, last, out, scratch)
+
+    def fidelity(self, dtype: str) -> Fidelity:
+        return self.layer.fidelity(dtype)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "layer": self.layer.to_dict()}
+
+
+def _moved(cut: Cut, place: Place, expert: int) -> Cut:
+    """A rectangle of one expert's part as one of the whole tensor."""
+    if place.height < 0:
+        return cut
+    if place.height == 0:
+        return Cut((0, 1), (expert, expert + 1))
+    rows, columns = (cut.columns, cut.rows) if place.turned else (cut.rows, cut.columns)
+    above = expert * place.height
+    return Cut((above + rows[0], above + rows[1]), columns)
+
+
+def _turned(stored: np.ndarray, role: str, scratch: Scratch) -> np.ndarray:
+    size = stored.dtype.itemsize
+    if size not in _UNSIGNED or not stored.flags.c_contiguous:
+        return np.ascontiguousarray(stored.T)
+    height, width = stored.shape
+    word = _UNSIGNED[size]
+    turned = scratch.take(f"turned {role}", word, width, height * size)
+    transpose_into(stored.view(turned.dtype), turned)
+    return turned.view(stored.dtype)

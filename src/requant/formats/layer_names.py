@@ -1,0 +1,138 @@
+"""Tensors of layers and of stacks under one set of names, whatever their tools call them.
+
+A reader knows the parts of a layer by role: ``{path}.weight`` or ``{path}.weight_packed``,
+``{path}.weight_scale``, ``{path}.weight_scale_2``, ``{path}.qweight``, ``{path}.scales`` and so
+on. Other spellings are found by ``scale_names`` and get these names here::
+
+    experts.gate_up_proj_packed        experts.gate_up_proj.weight_packed
+    experts.gate_up_proj_scale_inv     experts.gate_up_proj.weight_scale
+    experts.w13_weight_scale_2         experts.w13.weight_scale_2
+    experts.w2_qzeros                  experts.w2.qzeros
+    q_proj.weight_scale_inv            q_proj.weight_scale
+
+A tensor keeps its own name in ``SourceTensor.name``, for messages and for the output.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Final
+
+from requant.checkpoint import SourceTensor
+from requant.dtypes import FLOATS
+from requant.formats.base import SourceLayer
+from requant.formats.expert_packings import StackedExperts
+from requant.formats.scale_names import Role, ScaleNames, parse_scale_name
+
+# What ends the name of codes -> role. The stacks of fused experts have no module of their own,
+# so that their tensors are joined with "_", or are the path itself.
+_DOTTED: Final = {
+    ".weight": "weight",
+    ".weight_packed": "weight_packed",
+    ".packed": "weight_packed",
+    ".qweight": "qweight",
+}
+_JOINED: Final = {
+    "_weight_packed": "weight_packed",
+    "_packed": "weight_packed",
+    "_qweight": "qweight",
+    "_weight": "weight",
+    "": "weight",
+}
+_OF_WORDS: Final = {  # beside qweight: AWQ and GPTQ
+    **dict.fromkeys(("scale", "scales"), "scales"),
+    **dict.fromkeys(("zero_point", "zero_points", "zeros", "qzeros"), "qzeros"),
+    "scaled_zeros": "scaled_zeros",
+    "g_idx": "g_idx",
+}
+_OF_WEIGHT: Final = {
+    **dict.fromkeys(
+        ("scale", "scales", "scale_inv", "scales_inv", "qscale", "qscale_weight"), "weight_scale"
+    ),
+    **dict.fromkeys(("scale_2", "scales_2"), "weight_scale_2"),
+    "global_scale": "weight_global_scale",
+    **dict.fromkeys(("zero_point", "zero_points", "zp"), "weight_zero_point"),
+    "g_idx": "weight_g_idx",
+    "shape": "weight_shape",
+    "pre_quant_scale": "pre_quant_scale",
+}
+_VLLM: Final = re.compile(r"(?:^|\.)w(?:1|2|3|13)$")
+"""Paths whose dense tensor ends in ``_weight``."""
+
+
+@dataclass(frozen=True)
+class LayerNames:
+    """A checkpoint's tensors by the names of the parts of layers.
+
+    Attributes:
+        tensors: Every tensor, under its own name where that is none of another spelling.
+        own: Path -> the name of the dense weight, where it is not ``{path}.weight``.
+        twice: Pairs of names that stand for the same part of a layer.
+    """
+
+    tensors: Mapping[str, SourceTensor]
+    own: Mapping[str, str]
+    twice: tuple[tuple[str, str], ...] = ()
+
+    def called(self, layer: SourceLayer) -> SourceLayer:
+        """The layer with the name of its dense weight, where that is no ``{path}.weight``.
+
+        A stack that is stored turned is not called so: as ``(experts, out, in)`` it is not what
+        has that name.
+        """
+        own, packing = self.own.get(layer.path, ""), layer.packing
+        turned = isinstance(packing, StackedExperts) and packing.is_turned
+        if not own or turned or packing is None or layer.name:
+            return layer
+        return replace(layer, name=own)
+
+
+def layer_names(tensors: Mapping[str, SourceTensor]) -> LayerNames:
+    """Find the layers and stacks of codes among ``tensors``, and name their parts by role."""
+    beside, renamed = ScaleNames(tensors), dict[str, str]()
+    own = dict[str, str]()
+    for name, tensor in tensors.items():
+        found = _codes(name, tensor, beside)
+        if found is None:
+            continue
+        path, role = found
+        renamed[name] = f"{path}.{role}"
+        if name not in (f"{path}.weight", renamed[name]):
+            own[path] = f"{path}_weight" if _VLLM.search(path) else path
+        roles = _OF_WORDS if role == "qweight" else _OF_WEIGHT
+        for scale in beside.of_path(path):
+            if scale.word in roles:
+                renamed.setdefault(scale.name, f"{path}.{roles[scale.word]}")
+        shape = f"{path}_shape"  # of llm-compressor's stacks
+        if role == "weight_packed" and shape in tensors:
+            renamed.setdefault(shape, f"{path}.weight_shape")
+    named: dict[str, SourceTensor] = {}
+    twice: list[tuple[str, str]] = []
+    for name, tensor in tensors.items():
+        part = renamed.get(name, name)
+        if part in named:
+            twice.append((named[part].name, name))
+            part = name
+        named[part] = tensor
+    return LayerNames(named, own, tuple(twice))
+
+
+def _codes(name: str, tensor: SourceTensor, beside: ScaleNames) -> tuple[str, str] | None:
+    """Path and role of a tensor of codes; None for any other."""
+    info = tensor.info
+    if info.dtype in FLOATS or info.dtype == "BOOL":
+        return None
+    for ending, role in _DOTTED.items():
+        if name.endswith(ending):
+            return name.removesuffix(ending), role
+    if len(info.shape) < 3 or parse_scale_name(name) is not None:
+        return None
+    for ending, role in _JOINED.items():
+        path = name.removesuffix(ending)
+        if name.endswith(ending) and any(
+            scale.word in (*_OF_WORDS, *_OF_WEIGHT) for scale in beside.of_path(path, Role.SCALE)
+        ):
+            return path, role
+    return None
