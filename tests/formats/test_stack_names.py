@@ -348,7 +348,7 @@ Make = Callable[[], tuple[dict[str, Any], Tensors]]
                 {"quant_method": "mxfp4"},
                 wrong({"weight": np.zeros((EXPERTS, OUT, IN // 2), np.uint8)}),
             ),
-            "w13_weight is U8 [3, 64, 64], whose scales are missing or have another name",
+            "w13_weight: U8 [3, 64, 64] holds codes, but has no scale beside it",
         ),
     ],
 )
