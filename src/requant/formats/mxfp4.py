@@ -42,9 +42,6 @@ class Mxfp4:
                 path = name.removesuffix(blocks)
                 if path != name:
                     sorter.add(_layer(sorter, path, tensor, f"{path}{scales}"))
-        found = declared(checkpoint)
-        if found is not None:
-            sorter.check_named_dense(found)
         if not sorter.quantized:
             sorter.no_layer(
                 "config.json: quantization_config",
