@@ -6,6 +6,7 @@ tensors that a format peeks at. ``sources.read_checkpoint`` makes one.
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -151,6 +152,13 @@ class Checkpoint:
 
     twins: Path | None = None
     peeked: list[FileRange] = field(default_factory=list, compare=False)
+
+    def altered(self, **changes: Any) -> Checkpoint:
+        """The same source with other tensors or another config, read as this one is."""
+        made = copy.copy(self)
+        for name, value in changes.items():
+            object.__setattr__(made, name, value)
+        return made
 
     def place_of(self, file: str) -> Path:
         """Where a weight file is read: its twin, where the file itself is gone."""

@@ -18,6 +18,7 @@ from requant.choices import Chooser, is_quantized, override_of
 from requant.errors import CheckpointError, UsageError
 from requant.formats import SourceLayer, SourceLayout, read_layout
 from requant.formats.base import describe
+from requant.formats.declared import text_sections, without_blocks
 from requant.formats.packing import Exactness, Fidelity
 from requant.mlx_lm_classes import WITHOUT_A_CLASS
 from requant.patterns import time_counted
@@ -30,9 +31,6 @@ from requant.statistics import read_statistics
 from requant.steps import fidelity, layer_steps, material_steps, with_global_scale
 from requant.weighting import weighted
 from requant.wishes import DTYPES, Wishes
-
-# Where the tools of sources say how they quantized; no longer true of an output.
-_QUANTIZATION_KEYS = ("quantization", "quantization_config", "compression_config")
 
 
 @time_counted()
@@ -260,15 +258,13 @@ class Planner:
             base["rotation"] = dict(self.layout.rotation)
         if self.mlx_lm is not None and not (changed or chosen):
             return base
-        config = {key: value for key, value in base.items() if key not in _QUANTIZATION_KEYS}
-        text = config.get("text_config")
-        if isinstance(text, dict) and self.format not in ("dense", "mlx"):
-            config["text_config"] = {k: v for k, v in text.items() if k not in _QUANTIZATION_KEYS}
+        # Where the tools of sources say how they quantized; no longer true of an output.
+        config = without_blocks(base)
         if self.wishes.dtype is not None:
             name = next(word for word, header in DTYPES.items() if header == self.wishes.dtype)
-            for part in (config, config.get("text_config")):
-                if isinstance(part, dict):
-                    part.update({key: name for key in ("dtype", "torch_dtype") if key in part})
+            for part in text_sections(config):
+                assert isinstance(part, dict)
+                part.update({key: name for key in ("dtype", "torch_dtype") if key in part})
         if quantization is not None:
             block = quantization.to_dict()
             for path in block.keys() & with_global_scale:

@@ -32,6 +32,7 @@ from requant.checkpoint import (
 from requant.dtypes import NUMPY_DTYPE, TensorInfo
 from requant.errors import CheckpointError, Problem, RequantError, UsageError
 from requant.formats.base import Rows, SourceLayer, SourceLayout, dense_layer, describe
+from requant.formats.declared import without_blocks
 from requant.formats.nvfp4_layers import has_tensor_scale, kept_apart
 from requant.formats.packing import mlx_group
 from requant.mlx_lm_classes import WITHOUT_A_CLASS, why_no_class
@@ -315,10 +316,7 @@ def relayout(
         # Not our own reading of config.json: mlx-lm adds what generation_config.json says.
         made = checkpoint.gguf is not None
         config = deepcopy(dict(checkpoint.config)) if made else load_config(checkpoint.path)
-        for part in (config, config.get("text_config")):
-            if isinstance(part, dict):  # it is shown the values that the codes stand for
-                part.pop("quantization", None)
-                part.pop("quantization_config", None)
+        config = without_blocks(config)  # it is shown the values that the codes stand for
         layout = mlx_lm_layout(config, infos, quantization=quantization, recipe=recipe, dtype=dtype)
     except UsageError:
         raise

@@ -68,10 +68,6 @@ CORRUPTIONS: dict[str, tuple[Callable[[Tensors, dict[str, Any]], None], tuple[st
         with_tensor("up.weight_packed", np.zeros((8, 7), np.int32)),
         ("up.weight_packed: I32 [8, 7]: 7 words do not hold 64 inputs of 4 bits, expected 8",),
     ),
-    "another width": (
-        with_key(*WEIGHTS, "num_bits", value=8),
-        ("up.weight_packed: I32 [8, 8]: 8 words do not hold 64 inputs of 8 bits, expected 16",),
-    ),
     "shape of another layer": (
         with_tensor("up.weight_shape", np.array([16, 64])),
         ("up.weight_shape: says [16, 64], but up.weight_packed is I32 [8, 8]",),
@@ -122,17 +118,6 @@ CORRUPTIONS: dict[str, tuple[Callable[[Tensors, dict[str, Any]], None], tuple[st
     "never compressed": (
         with_tensor("down.weight_scale", np.ones((8, 1), BF16)),
         ("down.weight_scale: BF16 [8, 1] has no codes beside it",),
-    ),
-    "ignored, yet quantized": (
-        with_key("ignore", value=["re:u"]),
-        ("up: is named dense by config.json: quantization_config.ignore ('re:u')",),
-    ),
-    "named, yet dense": (
-        lambda tensors, config: (
-            tensors.update({"a.b.weight": np.ones((4, 64), BF16)}),
-            config["config_groups"].update({"g": {"targets": ["a.b"], "weights": {"num_bits": 4}}}),
-        )[-1],
-        ("a.b: is quantized by config.json: quantization_config.config_groups.g.weights",),
     ),
     "unknown format": (
         with_key("format", value="pack-quantised"),

@@ -305,12 +305,6 @@ CORRUPTIONS: list[tuple[str, dict[str, np.ndarray | None], dict[str, Any], tuple
         ("quantization_config.weight_block_size: is [128, 0]",),
     ),
     (
-        "named dense",
-        {},
-        FP8 | {"modules_to_not_convert": ["up"]},
-        ("up: is named dense by config.json: quantization_config.modules_to_not_convert",),
-    ),
-    (
         "a list that is none",
         {},
         FP8 | {"ignored_layers": "lm_head"},

@@ -83,7 +83,6 @@ Change = Callable[[dict[str, Any], dict[str, Any]], Any]
             lambda t, b: (t.pop("up.forward_hadamard_matrix"), b.update(transform_init="gsr")),
             "transform_init: is 'gsr': weights are stored rotated",
         ),
-        (lambda t, b: b.update(modules_to_not_convert=["up"]), "up: is named dense by"),
         (lambda t, b: b.update(forward_dtype="mxfp8"), "forward_dtype: is 'mxfp8'; read are"),
         (lambda t, b: t.pop("up.scales"), "up.qweight: has no up.scales beside it"),
         (

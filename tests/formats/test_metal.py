@@ -105,7 +105,6 @@ Change = Callable[[dict[str, Any], dict[str, Any]], Any]
             lambda t, b: (t.pop("up.qbiases"), t.pop("up.scales")),
             "up.weight: U32 [4, 16] holds codes, but has no scale beside it",
         ),
-        (lambda t, b: b.update(modules_to_not_convert=["up"]), "up: is named dense by"),
         (lambda t, b: b.update(bits=3), "bits: is 3, expected 2, 4 or 8"),
         (lambda t, b: b.update(bits="4"), "bits: is '4', expected a whole number"),
         (lambda t, b: b.update(group_size=0), "group_size: is 0, expected a count of inputs"),

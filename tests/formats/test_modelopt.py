@@ -244,12 +244,6 @@ def nvfp4() -> dict[str, Any]:
             ),
             "up: is stored as mxfp8, but config.json: quantization_config.quant_algo says NVFP4",
         ),
-        (
-            lambda t: t.update(
-                {"gate.weight": random(2, 32), "gate.weight_scale": np.ones((4, 1), np.float32)}
-            ),
-            "gate: is stored as int4, but",
-        ),
     ],
 )
 def test_damaged_folders_are_refused(change: Change, words: str, tmp_path: Path) -> None:
@@ -264,17 +258,8 @@ def test_damaged_folders_are_refused(change: Change, words: str, tmp_path: Path)
     [
         (block("NVFP3"), "quant_algo: is 'NVFP3'; known are NVFP4"),
         (block("NVFP4_SVD"), "its low-rank branch has no place in MLX"),
-        (block("NVFP4", exclude_modules=["u?"]), "up: is named dense by config.json"),
-        (
-            block("MIXED_PRECISION", quantized_layers={"head": {"quant_algo": "FP8"}}),
-            "head: is quantized by quantized_layers, but has no weight_scale",
-        ),
         (block("NVFP4", ignore="up"), "ignore: is 'up', expected a list of names"),
         (block("MIXED_PRECISION", quantized_layers=[1]), "quantized_layers: is [1]"),
-        (
-            block("MIXED_PRECISION", quantized_layers={"up": {"quant_algo": "FP8"}}),
-            "up: is stored as nvfp4, but config.json: quantization_config.quantized_layers says",
-        ),
     ],
 )
 def test_configs_that_cannot_be_met(config: dict[str, Any], words: str, tmp_path: Path) -> None:

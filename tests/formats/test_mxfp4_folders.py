@@ -101,9 +101,3 @@ def test_corrupted_folders_are_refused(
 ) -> None:
     tensors = {k: v for k, v in (good() | changes).items() if v is not None}
     assert words in refusal(write(tmp_path / "source", tensors, BLOCK), tmp_path / "out")
-
-
-def test_experts_that_the_config_calls_dense_are_refused(tmp_path: Path) -> None:
-    block = BLOCK | {"modules_to_not_convert": ["model.layers.*.self_attn", "experts"]}
-    text = refusal(write(tmp_path / "source", good(), block), tmp_path / "out")
-    assert "experts.down_proj: is named dense by config.json: quantization_config" in text

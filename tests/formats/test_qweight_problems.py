@@ -105,19 +105,7 @@ FAULTS = {
         put(f"{DOWN}.scales", lambda a: a.astype(np.int32)),
         (f"{DOWN}.scales", "I32", "floats"),
     ),
-    "another version than the tensors": (
-        AWQ,
-        say(version="gemv"),
-        (DOWN, "laid out as gemm", "version", "gemv"),
-    ),
     "an unknown version": (AWQ, say(version="exllama"), ("version", "'exllama'", "gemm")),
-    "GPTQ tensors called AWQ": (
-        GPTQ,
-        say(quant_method="awq", version="gemm", checkpoint_format="gemm", format="gemm"),
-        (DOWN, "laid out as gptq", "gemm"),
-    ),
-    "contradicting bits": (GPTQ, say(bits=8), (DOWN, "4-bit", "8")),
-    "contradicting group": (GPTQ, say(group_size=32), (DOWN, "3 groups", "group_size 32")),
     "a group size that is no number": (GPTQ, say(group_size="64"), ("group_size", "'64'")),
     "no zeros that tell the bits, and 0 in the config": (
         GPTQ,
@@ -127,7 +115,6 @@ FAULTS = {
         )[-1],
         (f"{DOWN}: has no qzeros that tell its width", "says 0 bits; GPTQ writes 2 to 8"),
     ),
-    "an impossible group size": (GPTQ, say(group_size=0), ("group_size", "0")),
     "bits that are no number": (GPTQ, say(bits=[4]), ("bits", "[4]")),
     "an unknown checkpoint_format": (
         GPTQ,
@@ -176,11 +163,6 @@ FAULTS = {
     ),
     "an online rotation": (GPTQ, say(rotation="hadamard"), ("rotation", "Hadamard")),
     "a pattern that is none": (GPTQ, say(dynamic={"+:(": {"bits": 8}}), ("dynamic", "'+:('")),
-    "a rule that contradicts the tensors": (
-        GPTQ,
-        say(dynamic={r"+:.*down_proj": {"bits": 8}}),
-        (DOWN, "4-bit", "dynamic", "8"),
-    ),
     "no quantized layer at all": (
         GPTQ,
         lambda tensors, _: [tensors.pop(n) for n in list(tensors) if n.rpartition(".")[2] in _OWN],
@@ -211,14 +193,40 @@ def test_fault(fault: str, tmp_path: Path) -> None:
     refused(tmp_path, name, edit, *words)
 
 
-def test_a_width_that_contradicts_the_config_is_one_problem(tmp_path: Path) -> None:
-    """Zeros that tell the width are not called missing for it."""
-    folder = broken(tmp_path, GPTQ, say(bits=8))
-    with pytest.raises(requant.CheckpointError) as caught:
-        requant.plan(folder, layout="keep")
-    places = [problem.where for problem in caught.value.problems]
-    assert len(places) == len(set(places))
-    assert "no qzeros" not in str(caught.value)
+# What the config says wrongly, and shapes (and symmetric zeros) tell.
+CONTRADICTED = {
+    "another version than the tensors": (
+        AWQ,
+        say(version="gemv"),
+        (DOWN, "laid out as gemm", "version", "gemv"),
+    ),
+    "GPTQ tensors called AWQ": (
+        GPTQ,
+        say(quant_method="awq", version="gemm", checkpoint_format="gemm", format="gemm"),
+        (DOWN, "laid out as gptq", "gemm"),
+    ),
+    "contradicting bits": (GPTQ, say(bits=8), (DOWN, "4-bit", "8")),
+    "contradicting group": (GPTQ, say(group_size=32), (DOWN, "3 groups", "group_size 32")),
+    "an impossible group size": (GPTQ, say(group_size=0), ("group_size", "0")),
+    "a rule that contradicts the tensors": (
+        GPTQ,
+        say(dynamic={r"+:.*down_proj": {"bits": 8}}),
+        (DOWN, "4-bit", "dynamic", "8"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(CONTRADICTED))
+def test_the_tensors_are_believed(name: str, tmp_path: Path) -> None:
+    """The same output as from the config that is right, and a note with what is wrong."""
+    fixed, edit, words = CONTRADICTED[name]
+    folder = broken(tmp_path, fixed, edit)
+    report = requant.convert(folder, tmp_path / "out", layout="keep")
+    requant.convert(fixture(fixed) / "checkpoint", tmp_path / "plain", layout="keep")
+    files = [tmp_path / output / "model.safetensors" for output in ("out", "plain")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    notes = [note for note in report.plan.notes if "are believed" in note]
+    assert all(any(word in note for note in notes) for word in words), notes
 
 
 def test_all_faults_in_one_run(tmp_path: Path) -> None:

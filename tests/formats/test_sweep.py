@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import requant
+from requant.formats.scale_names import CODE_ENDINGS
 from tests.formats.folders import BF16, e4m3
 from tests.formats.harness import mlx_values, read_folder
 from tests.formats.sources import IN, OUT, SOURCES, Source
@@ -127,7 +128,10 @@ def test_stacks(name: str, dtype: str) -> None:
     for codes, scale in STACK_NAMES:
         source = dense() if name == "dense" else SOURCES[name]()
         source.tensors |= {codes: STACKS[dtype], scale: np.ones((2, 64, 37), BF16)}
-        assert outcome(source, (codes,)) != "read", (codes, scale)
+        path = next(
+            (codes[: -len(end)] for end in CODE_ENDINGS if end and codes.endswith(end)), codes
+        )
+        assert outcome(source, (codes, f"{path}: ", scale)) != "read", (codes, scale)
 
 
 def dense() -> Source:

@@ -299,7 +299,7 @@ def test_codes_that_are_no_weight_are_refused(tmp_path: Path) -> None:
     )
 
 
-def test_layers_that_are_absent_or_called_dense_are_refused(tmp_path: Path) -> None:
+def test_layers_that_are_absent_are_refused(tmp_path: Path) -> None:
     parts = {"qdata": np.zeros((4, 64), np.int8), "scale": np.ones((4, 1), np.float32)}
     folder = source(tmp_path / "a", parts, "Int8Tensor", block=BLOCK)
     tensors = {f"up._weight_{role}": array for role, array in parts.items()}
@@ -307,6 +307,3 @@ def test_layers_that_are_absent_or_called_dense_are_refused(tmp_path: Path) -> N
     write_file(folder / "model.safetensors", tensors, said | {"norm.weight": '{"_type": "Tensor"}'})
     text = refusal(folder, tmp_path / "out")
     assert "metadata: gate.weight: describes its Int8Tensor, but gate._weight_qdata is miss" in text
-    block = BLOCK | {"modules_to_not_convert": ["up"]}
-    folder = source(tmp_path / "b", parts, "Int8Tensor", block=block)
-    assert "up: is named dense by config.json" in refusal(folder, tmp_path / "out")

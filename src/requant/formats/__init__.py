@@ -5,7 +5,7 @@ says how the rows of a layer come out of its tensors (``packing.Packing``). ::
 
     format                            its modules, in the order in which a folder is read
     gguf                              gguf
-    mlx                               mlx, rotation
+    mlx                               mlx, mlx_block, rotation
     awq, gptq, auto-round, paroquant  qweight, qweight_config, qweight_rules, qweight_layouts,
                                       awq_packings, gptq_packings, rotation, gptq_act_order
     compressed-tensors                compressed_tensors, ct_config, ct_packings
@@ -28,9 +28,12 @@ Shared by several of them:
   integer codes that most build upon;
 * ``declared``: the quantization block, wherever a tool wrote it down;
 * ``sorting``: tensors into layers, problems, what is left out and why;
+* ``other_layers``: layers of another kind than the format that claims the folder, each read by
+  its tensors where ``one_reading`` finds these certain; ``left_qweights``: those with a qweight;
+  ``exclusions``: layers that a config calls dense and that are not;
 * ``scale_names``: what tools call scales and zero points; ``layer_names``: tensors of layers and
   stacks by role, whatever they are called; ``unclaimed``: nothing coded leaves as a dense tensor,
-  checked after every format by ``read_layout``;
+  checked after every format;
 * ``stacks``: experts that a reader knows one by one, or that are stored turned, with
   ``expert_packings`` for their rows and ``expert_shapes`` for which way they lie;
 * ``integer_layers``, ``float8_layers``, ``nvfp4_layers``: layers of one kind of code, of any
@@ -45,14 +48,24 @@ in its own module.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from requant.checkpoint import Checkpoint
-from requant.errors import CheckpointError
+from requant.errors import CheckpointError, Problem
 from requant.formats.base import Format, SourceLayer, SourceLayout
 from requant.formats.bitnet import BitNet
 from requant.formats.bitsandbytes import Bitsandbytes
 from requant.formats.compressed_tensors import CompressedTensors
-from requant.formats.declared import float_form
+from requant.formats.declared import (
+    Declared,
+    contradicted_keys,
+    contradicting,
+    declared,
+    float_form,
+    with_block,
+)
 from requant.formats.dense import Dense
+from requant.formats.exclusions import with_exclusions
 from requant.formats.fp8 import Fp8
 from requant.formats.fp_quant import FpQuant
 from requant.formats.gguf import Gguf
@@ -61,6 +74,7 @@ from requant.formats.metal import MetalFormat
 from requant.formats.mlx import Mlx
 from requant.formats.modelopt import ModelOpt
 from requant.formats.mxfp4 import Mxfp4
+from requant.formats.other_layers import read_each_layer
 from requant.formats.plugins import plugged_in
 from requant.formats.quark import Quark
 from requant.formats.qweight import QweightFormat
@@ -107,16 +121,65 @@ def detect(checkpoint: Checkpoint) -> Format:
 
 
 def read_layout(checkpoint: Checkpoint) -> tuple[Format, SourceLayout]:
-    """The format of a checkpoint, and every tensor sorted into layers: the only way in.
+    """Find the format of a checkpoint and read its layers, each by what its tensors are.
 
-    What the format leaves is looked at for codes, whichever it is (``unclaimed``).
+    Where several quantization blocks contradict each other, the one counts that fits the tensors;
+    where more than one does, and they lead to other values, the layout has a problem.
+    What no layer takes is looked at for codes, whichever the format is (``unclaimed``).
 
     Raises:
         CheckpointError: As ``detect``.
     """
-    found = detect(checkpoint)
-    layout = check_unclaimed(checkpoint, found.read(checkpoint), found)
+    found, layout, against = _read(checkpoint)
+    first = declared(checkpoint)
+    others = contradicting(checkpoint)
+    if first is None or not others:
+        return found, layout
+    best = (first, found, layout, against)
+    for other in others:
+        known, made, wrong = _read(with_block(checkpoint, other, other.block))
+        if (bool(made.problems), wrong) < (bool(best[2].problems), best[3]):
+            best = (other, known, made, wrong)
+            continue
+        both = not made.problems and not best[2].problems and wrong == best[3]
+        if both and _readings(made) != _readings(best[2]):
+            return found, replace(best[2], problems=(_undecided(best[0], other),))
+    counts, known, made, _ = best
+    if counts is not first:
+        note = (
+            f"{first.where} and {counts.where} contradict each other "
+            f"({_keys(first, counts)}): the tensors fit {counts.where}, which counts."
+        )
+        made = replace(made, notes=(*made.notes, note))
+    return known, made
+
+
+def _read(checkpoint: Checkpoint) -> tuple[Format, SourceLayout, int]:
+    """Format, layers, and how many of these the config describes wrongly."""
+    found, against = detect(checkpoint), 0
+    if found in FORMATS and not isinstance(found, Gguf):
+        layout, against = read_each_layer(found, FORMATS, checkpoint)
+    else:
+        layout = found.read(checkpoint)
+    layout = check_unclaimed(checkpoint, layout, found)
     floats = float_form(checkpoint)
     if floats and not layout.problems and not any(layer.is_quantized for layer in layout.layers):
-        return Dense(floats), layout
-    return found, layout
+        return Dense(floats), layout, against
+    return found, with_exclusions(checkpoint, layout), against
+
+
+def _readings(layout: SourceLayout) -> list[tuple[object, ...]]:
+    """What decides the values of each layer."""
+    return [(x.path, x.parts, x.packing, x.encoding) for x in layout.layers]
+
+
+def _keys(one: Declared, other: Declared) -> str:
+    return ", ".join(contradicted_keys(one, other))
+
+
+def _undecided(one: Declared, other: Declared) -> Problem:
+    message = (
+        f"and {other.where} contradict each other ({_keys(one, other)}), and the tensors fit "
+        "both: remove the one that is stale"
+    )
+    return Problem(one.where, message)

@@ -16,6 +16,12 @@ from requant.formats.packing import Packing
 from requant.schema import PerLayerQuantization, Quantization
 
 
+class NoReading(Problem):
+    """The config gives a layer a kind of codes that no reader knows."""
+
+    __slots__ = ()
+
+
 @dataclass(frozen=True)
 class RowOrder:
     """Rows of a layer in another order: row ``i`` of the output is row ``rows[i]``.

@@ -14,13 +14,14 @@ import numpy as np
 
 from requant.checkpoint import Checkpoint, SourceTensor
 from requant.dtypes import FLOATS
+from requant.errors import one_of
 from requant.formats.base import SourceLayer, SourceLayout, scale_dtype
 from requant.formats.ct_config import CtConfig, Scheme
 from requant.formats.ct_packings import CtActOrder, CtPacked, CtPlain, Zeros, packed_words
 from requant.formats.declared import declared
 from requant.formats.float8_layers import EXPONENTS, FLOAT8, float8_stack
 from requant.formats.float_packings import MxBlocks, Mxfp6Blocks
-from requant.formats.integer_layers import integer_layer
+from requant.formats.integer_layers import groups_of, integer_layer
 from requant.formats.layer_names import layer_names
 from requant.formats.nvfp4_layers import nvfp4_layer, nvfp4_without_tensor_scale
 from requant.formats.sorting import Refused, Sorter
@@ -88,11 +89,6 @@ class _Reader:
             if layer is None or len(sorter.problems) > before:
                 sorter.claim([part.name for part in parts.values()], path)
                 continue
-            entry = self.config.ignored(path)
-            if entry is not None:
-                where = f"{self.config.where}.ignore"
-                message = f"is named dense by {where} ({entry!r}), but is stored as {layer.stored}"
-                sorter.problem(path, message)
             unused = [part for part in parts.values() if part not in layer.parts.values()]
             sorter.add(layer, unused)
         sorter.drop_runtime_scales()
@@ -121,11 +117,12 @@ class _Reader:
             role = tensor.name.rpartition(".")[2]
             if role in _SPARSE:
                 sorter.problem(tensor.name, f"is a part of {_SPARSE[role]}, which is not read")
-        dense = {tensor.name for tensor in sorter.left}
-        for path, scheme in self.config.named():
-            if f"{path}.weight" in dense and self.config.ignored(path) is None and scheme.bits:
-                message = f"is quantized by {scheme.where}, but its weight_scale is missing"
-                sorter.problem(path, message)
+        named = [
+            path
+            for path, scheme in self.config.named()
+            if scheme.bits and self.config.ignored(path) is None
+        ]
+        sorter.note_dense(f"{self.config.where}.config_groups", named)
 
     # -- one layer -----------------------------------------------------------------------
 
@@ -170,7 +167,8 @@ class _Reader:
         if codes.info.dtype == "I8":
             return self._plain(path, parts, scheme)
         if codes.info.dtype == "U8" and (scheme.kind, scheme.bits) != ("float", 8):
-            said = f"{scheme.where} says {scheme.bits}-bit {scheme.kind}" if scheme.where else ""
+            kind = f"{scheme.bits}-bit {scheme.kind}" if scheme.bits else scheme.kind
+            said = f"{scheme.where} says {kind}" if scheme.where else ""
             message = f"{codes.info} beside {scale.name} is FP8 only where the config says so"
             self._report(codes.name, f"{message}; {said or 'it says nothing of this layer'}")
             return None
@@ -224,12 +222,27 @@ class _Reader:
             for bits in ((scheme.bits,) if scheme.bits else range(1, 9))
             if 1 <= bits <= 8 and packed_words(n_in, bits, padded) == words
         ]
+        if scheme.bits is None and self.config.found is not None:
+            # What words hold that are padded is too easily met by chance to tell the width.
+            widths = [
+                (bits, padded)
+                for bits, padded in widths
+                if 32 % bits == 0 or self.config.padded or (bits, False) in widths
+            ]
         if not widths:
             width = f"{scheme.bits} bits" if scheme.bits else "any width"
             expected = f", expected {packed_words(n_in, scheme.bits, False)}" if scheme.bits else ""
             self._report(
                 packed.name,
                 f"{packed.info}: {words} words do not hold {n_in} inputs of {width}{expected}",
+            )
+            return None
+        whole = [bits for bits, padded in widths if not padded]
+        if len(whole) > 1:
+            self._report(
+                packed.name,
+                f"{packed.info} may hold {n_in} inputs of {one_of(whole)} bits; write num_bits "
+                f"of its layer into {self.config.where or 'a quantization_config'}",
             )
             return None
         bits, padded = widths[0]
@@ -337,10 +350,18 @@ class _Reader:
         fits = by_row and groups > 0
         if fits and declared_group is not None:
             fits = groups == -(-n_in // declared_group)
-        elif fits:
-            fits = n_in % groups == 0
-        if fits:
-            return declared_group or n_in // groups
+        if fits and declared_group is not None:
+            return declared_group
+        likely = groups_of(n_in, groups) if fits else []
+        if len(likely) == 1:
+            return likely[0]
+        if likely:
+            self._report(
+                scale.name,
+                f"{scale.info} fits groups of {one_of(likely)} in {n_in} inputs; write the "
+                f"group_size of {path} into {self.config.where or 'a quantization_config'}",
+            )
+            return None
         expected = -(-n_in // declared_group) if declared_group else 1
         where = f" ({scheme.where}: group_size {declared_group})" if declared_group else ""
         wanted = [*leading, n_out, expected]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from requant.checkpoint import Checkpoint
 from requant.dtypes import KERNEL_FLOATS
@@ -14,6 +14,26 @@ from requant.formats.scale_names import parse_scale_name
 from requant.source_folder import CONFIG, QUANTIZATION_FILES
 
 _KEYS = ("quantization_config", "compression_config")
+QUANTIZATION_KEYS: Final = ("quantization", *_KEYS)
+_DEEPEST = 4  # sections inside sections of config.json
+# What the name of a section holds that describes the language model, or what it is a part of.
+_OF_TEXT = ("text", "llm", "language", "lang_", "lm_", "decoder", "thinker", "talker", "backbone")
+# Keys that decide how tensors are read; where two blocks give other values, they contradict.
+_DECIDING = (
+    "quant_method",
+    "bits",
+    "group_size",
+    "sym",
+    "zero_point",
+    "desc_act",
+    "checkpoint_format",
+    "packing_format",
+    "version",
+    "quant_algo",
+    "weight_block_size",
+    "linear_class",
+    "forward_dtype",
+)
 # Names of one thing in the configs of different tools (AutoAWQ, llm-awq, AutoGPTQ, GPTQModel).
 _ALIASES = {
     "bits": ("bits", "w_bit", "wbits", "weight_bits", "num_bits", "nbits"),
@@ -25,10 +45,17 @@ _ALIASES = {
 
 @dataclass(frozen=True, slots=True)
 class Declared:
-    """A quantization block and where it stands ("config.json: quantization_config")."""
+    """A quantization block and where it stands ("config.json: quantization_config").
+
+    Attributes:
+        where: For messages.
+        block: The block.
+        keys: Of config.json, from the outermost in; empty for a block in a file of its own.
+    """
 
     where: str
     block: Mapping[str, Any]
+    keys: tuple[str, ...] = ()
 
     @property
     def method(self) -> str:
@@ -80,19 +107,102 @@ class Declared:
         return ()
 
 
-def declared(checkpoint: Checkpoint) -> Declared | None:
-    """Find the block: in config.json, in its text_config, or in a file of the tool's own."""
-    config = checkpoint.config
-    for prefix, part in (("", config), ("text_config.", config.get("text_config"))):
+def sections(config: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Mapping[str, Any]]]:
+    """The config and every section inside it, with the keys that lead there.
+
+    Outer ones come first, and among neighbours those of the language model.
+    """
+    level: list[tuple[tuple[str, ...], Mapping[str, Any]]] = [((), config)]
+    for _ in range(_DEEPEST + 1):
+        yield from level
+        level = [
+            ((*keys, key), part)
+            for keys, section in level
+            for key, part in sorted(section.items(), key=lambda item: not _is_of_text(item[0]))
+            if isinstance(part, Mapping) and key not in QUANTIZATION_KEYS
+        ]
+
+
+def text_sections(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """The config, then its sections that describe the language model."""
+    return (part for keys, part in sections(config) if all(map(_is_of_text, keys)))
+
+
+def _is_of_text(key: str) -> bool:
+    return any(word in key.lower() for word in _OF_TEXT)
+
+
+def blocks(checkpoint: Checkpoint) -> list[Declared]:
+    """Every quantization block: those of config.json, then those in files of the tools' own."""
+    found = []
+    for keys, section in sections(checkpoint.config):
         for key in _KEYS:
-            block = part.get(key) if isinstance(part, Mapping) else None
+            block = section.get(key)
             if isinstance(block, Mapping) and block:
-                return Declared(f"{CONFIG}: {prefix}{key}", block)
-    for name in QUANTIZATION_FILES:
-        found = checkpoint.quantization_files.get(name)
-        if found:
-            return Declared(name, found)
-    return None
+                path = (*keys, key)
+                found.append(Declared(f"{CONFIG}: {'.'.join(path)}", block, path))
+    files = checkpoint.quantization_files
+    return found + [Declared(name, files[name]) for name in QUANTIZATION_FILES if files.get(name)]
+
+
+def declared(checkpoint: Checkpoint) -> Declared | None:
+    """The block that counts: the outermost in config.json, else that of a file."""
+    return next(iter(blocks(checkpoint)), None)
+
+
+def contradicting(checkpoint: Checkpoint) -> list[Declared]:
+    """The blocks that give another value than the first for a key that decides how to read."""
+    first, *others = blocks(checkpoint) or [Declared("", {})]
+    return [other for other in others if contradicted_keys(first, other)]
+
+
+def contradicted_keys(one: Declared, other: Declared) -> list[str]:
+    """The deciding keys to which two blocks give different values."""
+    mine, theirs = _inner(one), _inner(other)
+    pairs = ((key, mine.get(key), theirs.get(key)) for key in _DECIDING)
+    return [key for key, a, b in pairs if None not in (a, b) and _plain(a) != _plain(b)]
+
+
+def _inner(found: Declared) -> Declared:
+    """What a block says, where ModelOpt's own file has it."""
+    inner = found.block.get("quantization")
+    return Declared(found.where, inner) if isinstance(inner, Mapping) else found
+
+
+def _plain(value: Any) -> Any:
+    return value.lower() if isinstance(value, str) else value
+
+
+def with_block(checkpoint: Checkpoint, found: Declared, block: Mapping[str, Any]) -> Checkpoint:
+    """The checkpoint as if ``block`` stood in the place of ``found``, and no other anywhere."""
+    config = without_blocks(checkpoint.config)
+    if not found.keys:
+        return checkpoint.altered(config=config, quantization_files={found.where: block})
+    part = config
+    for key in found.keys[:-1]:
+        part = part[key]
+    part[found.keys[-1]] = block
+    return checkpoint.altered(config=config, quantization_files={})
+
+
+def without_blocks(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a config without its quantization blocks, wherever they stand."""
+    return _without_blocks(config, 0)
+
+
+def _without_blocks(section: Mapping[str, Any], depth: int) -> dict[str, Any]:
+    left = {}
+    for key, value in section.items():
+        if key in _KEYS or (key == "quantization" and (not depth or is_mlx_block(value))):
+            continue
+        inner = isinstance(value, Mapping) and depth < _DEEPEST
+        left[key] = _without_blocks(value, depth + 1) if inner else value
+    return left
+
+
+def is_mlx_block(value: Any) -> bool:
+    """Whether a value has the form of MLX's block: codecs call other things "quantization"."""
+    return isinstance(value, Mapping) and bool(value.keys() & {"bits", "group_size"})
 
 
 _BEFORE_COMPRESSION = ("initialized", "calibration", "frozen")
@@ -127,10 +237,9 @@ def model_dtype(checkpoint: Checkpoint, otherwise: str = "F16") -> str:
 
     ``otherwise`` is what it is where nothing is dense.
     """
-    config = checkpoint.config
-    for part in (config, config.get("text_config")):
+    for part in text_sections(checkpoint.config):
         for key in ("dtype", "torch_dtype"):
-            word = str(part.get(key)).removeprefix("torch.") if isinstance(part, Mapping) else ""
+            word = str(part.get(key)).removeprefix("torch.")
             if word in DTYPE_WORDS:
                 return DTYPE_WORDS[word]
     sizes = Counter[str]()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from requant.checkpoint import Checkpoint
+from requant.dtypes import FLOATS
 from requant.errors import Problem, shown
 from requant.formats.base import SourceLayout, dense_layer
+from requant.formats.declared import declared
 
 
 class Dense:
@@ -23,11 +25,17 @@ class Dense:
         """One layer per tensor; a quantization block that no format takes is a problem."""
         problems = []
         block = checkpoint.config.get("quantization_config")
-        method = block.get("quant_method") if isinstance(block, dict) else None
+        where, method = "config.json: quantization_config", None
+        if isinstance(block, dict):
+            method = block.get("quant_method")
+        elif any(x.info.dtype not in FLOATS for x in checkpoint.tensors.values()):
+            found = declared(checkpoint)  # in a section, perhaps of another part of the model
+            if found is not None:
+                where, block, method = found.where, found.block, found.get("quant_method")
         if block:
             problems.append(
                 Problem(
-                    "config.json: quantization_config",
+                    where,
                     f"quant_method {shown(method)} is none that is read; docs/formats lists those "
                     "that are",
                 )

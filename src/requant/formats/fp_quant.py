@@ -84,7 +84,6 @@ class FpQuant:
             elif role == "dqweight":
                 message = "holds values of a rotated weight (pseudoquantization), which is not read"
                 sorter.problem(tensor.name, message)
-        sorter.check_named_dense(found)
         if not sorter.quantized:
             sorter.no_layer(
                 found.where,

@@ -9,6 +9,26 @@ from requant.formats.base import SourceLayer, fallback_for, scale_dtype
 from requant.formats.packing import IntegerPacking
 from requant.formats.sorting import Sorter
 
+_SMALLEST_GROUP = 8
+
+
+def groups_of(n_in: int, scales: int) -> list[int]:
+    """The groups that ``scales`` scales of a row may stand for: equal parts, or a power of two.
+
+    The last group of a power of two may be short.
+    """
+    if scales < 1:
+        return []
+    if scales == 1:
+        return [n_in]
+    found = [n_in // scales] if n_in % scales == 0 else []
+    group = _SMALLEST_GROUP
+    while group < n_in:
+        if -(-n_in // group) == scales and group not in found:
+            found.append(group)
+        group *= 2
+    return found
+
 
 def integer_layer(
     sorter: Sorter,

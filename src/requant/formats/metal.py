@@ -108,8 +108,6 @@ class MetalFormat:
         width, size = bits, group
         for path, parts in _parts(sorter).items():
             sorter.make(path, parts, lambda p, t: _layer(sorter, p, t, width, size))
-        if found is not None:
-            sorter.check_named_dense(found)
         if not sorter.quantized:
             sorter.no_layer(
                 where,

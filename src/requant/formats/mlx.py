@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any
 
 from requant.arrays.native import check_quantization
 from requant.checkpoint import Checkpoint, SourceTensor
 from requant.dtypes import KERNEL_FLOATS, TensorInfo
-from requant.errors import OutOfRangeError, ParseError, Problem
+from requant.errors import OutOfRangeError, Problem
 from requant.formats.base import (
     SourceLayer,
     SourceLayout,
@@ -21,14 +20,18 @@ from requant.formats.base import (
     describe,
     fallback_for,
 )
+from requant.formats.mlx_block import (
+    SCALE_BYTES,
+    Stated,
+    encodings,
+    find_block,
+    read_block,
+    words_for,
+)
 from requant.formats.rotation import ROLES as ROTATION
 from requant.formats.rotation import RotatedTriple, read_rotation
 from requant.formats.sorting import Refused
-from requant.schema import PerLayerQuantization, Quantization, QuantMode
-from requant.specs import MODE_DEFAULTS
-
-# A float8 view of the scale bytes is accepted as the same bytes.
-_SCALE_BYTES = ("U8", "F8_E8M0", "F8_E4M3")
+from requant.schema import Quantization, QuantMode
 
 
 class Mlx:
@@ -39,21 +42,17 @@ class Mlx:
 
     def claims(self, checkpoint: Checkpoint) -> str | None:
         """MLX folders carry a block without ``quant_method``."""
-        key, block = _block(checkpoint)
-        return None if block is None else f"config.json: {key}"
+        where, block = find_block(checkpoint)
+        return None if block is None else where
 
     def read(self, checkpoint: Checkpoint) -> SourceLayout:
         """Find the triples, check each against its parameters, and leave the rest dense."""
-        key, block = _block(checkpoint)
-        try:
-            quantization = PerLayerQuantization.from_dict(_without_nulls(block))
-        except ParseError as error:
-            problem = Problem(f"config.json: {key}", error.message)
-            return SourceLayout((), None, (problem,))
-
         tensors = checkpoint.tensors
+        paths = {name.rpartition(".")[0] for name in tensors}
+        block = read_block(*find_block(checkpoint), paths.__contains__)
         layers: list[SourceLayer] = []
-        problems: list[Problem] = []
+        problems = block.problems
+        notes: list[str] = []
         parts_of = _parts(tensors)
         taken = {part.name for parts in parts_of.values() for part in parts.values()}
         for tensor in tensors.values():
@@ -63,7 +62,7 @@ class Mlx:
             elif tensor.name == f"{path}.weight":
                 parts = parts_of[path]
                 carried = {role: parts.pop(role) for role in ROTATION if role in parts}
-                found, wrong = _layer(path, parts, quantization.quantization_for(path))
+                found, wrong = _layer(path, parts, block.of(path), notes)
                 if found is not None and carried:
                     found = _rotated(checkpoint, found, carried, wrong)
                 problems += wrong
@@ -71,32 +70,13 @@ class Mlx:
                     layers.append(found)
         turned = any(layer.carried for layer in layers)
         rotation = checkpoint.config.get("rotation") if turned else None
-        return SourceLayout(tuple(layers), quantization, tuple(problems), rotation=rotation)
-
-
-def _without_nulls(block: Any) -> Any:
-    """The block with MLX's defaults for ``null``, which mlx-lm's mixed recipes leave behind."""
-    if not isinstance(block, dict):
-        return block
-    tags = {mode.value: default for mode, default in MODE_DEFAULTS.items()}
-    filled = {}
-    for key, value in block.items():
-        if isinstance(value, dict) and (default := tags.get(str(value.get("mode", "affine")))):
-            defaults = dict(zip(("group_size", "bits"), default, strict=True))
-            value = {k: defaults.get(k) if v is None else v for k, v in value.items()}
-        filled[key] = value
-    return filled
-
-
-def _block(checkpoint: Checkpoint) -> tuple[str, Any]:
-    """The quantization block that MLX reads first, and its key."""
-    config = checkpoint.config
-    if "quantization" in config:
-        return "quantization", config["quantization"]
-    block = config.get("quantization_config")
-    if isinstance(block, dict) and "quant_method" not in block and "bits" in block:
-        return "quantization_config", block
-    return "quantization", None
+        return SourceLayout(
+            tuple(layers),
+            block.quantization,
+            tuple(problems),
+            notes=tuple(notes),
+            rotation=rotation,
+        )
 
 
 def _parts(tensors: Mapping[str, SourceTensor]) -> dict[str, dict[str, SourceTensor]]:
@@ -113,27 +93,50 @@ def _parts(tensors: Mapping[str, SourceTensor]) -> dict[str, dict[str, SourceTen
 
 
 def _layer(
-    path: str, parts: Mapping[str, SourceTensor], quantization: Quantization | None
+    path: str, parts: Mapping[str, SourceTensor], said: Stated | None, notes: list[str]
 ) -> tuple[SourceLayer | None, list[Problem]]:
-    """Hold a triple against its parameters; all that disagrees is listed."""
+    """Hold a triple against its parameters; all that disagrees is listed.
+
+    Where shapes allow one encoding, they are believed over what is said, and where they allow
+    one that has every value that is said, over the defaults for what is not.
+    """
+    if said is None:  # a problem already
+        return None, []
+    fitting = encodings(parts)
+    quantization = said.quantization
+    if quantization not in fitting:
+        agreeing = [each for each in fitting if said.quantization and said.agrees(each)]
+        believed = agreeing if len(agreeing) == 1 else fitting
+        if len(believed) == 1:
+            if believed is fitting:
+                words = "false" if quantization is None else describe(quantization, "")
+                notes.append(
+                    f"{said.where} says {words} of {path}, but its tensors leave one reading, "
+                    f"{words_for(believed)}, and are believed."
+                )
+            quantization = believed[0]
+    either = f"; its shapes fit {words_for(fitting)}" if len(fitting) > 1 else ""
     if quantization is None:
         message = (
             f"is false, yet {path}.scales stands in the checkpoint; say the group_size and bits "
-            "of its codes there, or remove the scales if the weight is dense"
+            f"of its codes there, or remove the scales if the weight is dense{either}"
         )
-        return None, [Problem(f"config.json: quantization.{path}", message)]
+        return None, [Problem(said.where, message)]
     try:
         check_quantization(quantization.bits, quantization.group_size, quantization.mode.value)
     except OutOfRangeError as error:
-        return None, [Problem(f"config.json: quantization ({path})", str(error))]
+        return None, [Problem(f"{said.where} ({path})", f"{error}{either}")]
     try:
         shape = _logical_shape(path, parts["weight"].info, quantization)
     except Refused as refused:
-        return None, [refused.problem]
+        return None, [Problem(refused.problem.where, f"{refused.problem.message}{either}")]
     problems = [
         *_wrong_scales(path, parts, shape, quantization),
         *_wrong_global_scale(path, parts, shape, quantization),
     ]
+    if problems and quantization not in fitting and either:
+        last = problems[-1]
+        problems[-1] = Problem(last.where, f"{last.message} ({said.where}){either}")
     if problems:
         return None, problems
     dtype = _decoded_dtype(parts, quantization)
@@ -168,7 +171,7 @@ def _wrong_scales(
 ) -> Iterator[Problem]:
     """What is wrong with the scales and biases of a layer of this shape."""
     mode, affine = quantization.mode, quantization.mode is QuantMode.AFFINE
-    dtypes = KERNEL_FLOATS if affine else _SCALE_BYTES
+    dtypes = KERNEL_FLOATS if affine else SCALE_BYTES
     expected = TensorInfo(dtypes[0], (*shape[:-1], shape[-1] // quantization.group_size))
     for role in ("scales", "biases") if affine else ("scales",):
         if role not in parts:

@@ -18,7 +18,6 @@ from requant.formats.declared import Declared, declared
 from requant.formats.layer_names import layer_names
 from requant.formats.modelopt_layers import make_layer, stored_kind, turned_experts
 from requant.formats.sorting import Refused, Sorter
-from requant.patterns import Wildcards
 
 # quant_algo -> how its layers are stored.
 _ALGORITHMS: Final = {
@@ -92,15 +91,11 @@ class _Reader:
         self.found = found
         self.algorithm = self._algorithm(found.get("quant_algo"), f"{found.where}.quant_algo")
         self.by_layer = self._by_layer()
-        key = "exclude_modules" if found.get("exclude_modules") is not None else "ignore"
-        self.excluded = (key, Wildcards(found.names(key, self.sorter.problems)))
 
     def read(self) -> SourceLayout:
         sorter = self.sorter
         for path, parts in self._parts().items():
-            layer = sorter.make(path, parts, self._layer)
-            if layer is not None:
-                self._check_excluded(layer)
+            sorter.make(path, parts, self._layer)
         sorter.drop_runtime_scales()
         self._check_loose()
         if not sorter.quantized and self.algorithm:
@@ -141,13 +136,6 @@ class _Reader:
             if isinstance(said, Mapping)
         }
 
-    def _check_excluded(self, layer: SourceLayer) -> None:
-        key, names = self.excluded
-        for name in names.fitting(layer.path):
-            where = f"{self.found.where}.{key}"
-            message = f"is named dense by {where} ({name!r}), but is stored as "
-            self.sorter.problem(layer.path, message + layer.stored)
-
     # -- the tensors ---------------------------------------------------------------------
 
     def _parts(self) -> dict[str, dict[str, SourceTensor]]:
@@ -171,12 +159,7 @@ class _Reader:
                 sorter.problem(
                     tensor.name, "is a part of NVFP4_SVD's low-rank branch, which is not read"
                 )
-        known = {layer.path for layer in sorter.quantized}
-        told = {problem.where.removesuffix(".weight") for problem in sorter.problems}
-        for path in self.by_layer.keys() - known - told:
-            if f"{path}.weight" in sorter.tensors:
-                message = "is quantized by quantized_layers, but has no weight_scale"
-                sorter.problem(path, message)
+        sorter.note_dense(f"{self.found.where}.quantized_layers", self.by_layer)
 
     def _layer(self, path: str, parts: Mapping[str, SourceTensor]) -> SourceLayer | None:
         """One layer by what its tensors say.

@@ -57,9 +57,6 @@ class Mxfp4:
             parts = {"weight": weight, "weight_scale": scale}
             sorter.make(path, parts, lambda path, parts: _flat_layer(sorter, path, parts))
         sorter.drop_runtime_scales()
-        found = declared(checkpoint)
-        if found is not None:
-            sorter.check_named_dense(found)
         if not sorter.quantized:
             sorter.no_layer(
                 "config.json: quantization_config",

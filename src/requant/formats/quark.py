@@ -119,9 +119,7 @@ class _Reader:
     def read(self) -> SourceLayout:
         sorter = self.sorter
         for path, tensors in self._tensors().items():
-            layer = sorter.make(path, tensors, self._layer)
-            if layer is not None:
-                self._check_excluded(layer)
+            sorter.make(path, tensors, self._layer)
         sorter.drop_runtime_scales()
         self._check_named()
         if not sorter.quantized and not self.fake:
@@ -149,24 +147,15 @@ class _Reader:
                 "gives schemes by class of layer, which names of tensors do not tell; "
                 "layer_quant_config by name is read",
             )
-        self.excluded = Wildcards(found.names("exclude", sorter.problems))
         table = found.get("layer_quant_config")
         self.by_layer = Wildcards(table if isinstance(table, Mapping) else ())
 
-    def _check_excluded(self, layer: SourceLayer) -> None:
-        for name in self.excluded.fitting(layer.path):
-            message = f"is named dense by {self.found.where}.exclude ({name!r}), but is "
-            self.sorter.problem(layer.path, f"{message}stored as {layer.stored}")
-
     def _check_named(self) -> None:
-        """A layer that the config names by its path, with a scheme, must hold codes."""
+        """Say of a layer that the config names by its path, with a scheme, that it is dense."""
         table = self.found.get("layer_quant_config")
-        dense = {tensor.name for tensor in self.sorter.left if tensor.info.dtype in _FLOATS}
-        for path, said in table.items() if isinstance(table, Mapping) else ():
-            named = isinstance(said, Mapping) and said.get("weight")
-            if named and f"{path}.weight" in dense and not self.fake:
-                where = f"{self.found.where}.layer_quant_config"
-                self.sorter.problem(path, f"is quantized by {where}, but its codes are missing")
+        rows = table.items() if isinstance(table, Mapping) and not self.fake else ()
+        named = [path for path, said in rows if isinstance(said, Mapping) and said.get("weight")]
+        self.sorter.note_dense(f"{self.found.where}.layer_quant_config", named)
 
     def _scheme(self, path: str) -> _Scheme:
         """The weight's scheme: that of the patterns that fit the layer, else the global one."""
@@ -234,7 +223,8 @@ class _Reader:
         if dtype in ("fp8_e4m3", "fp8"):
             return self._fp8(path, tensors, scheme)
         known = ", ".join((*_INTEGERS, "fp4", "fp6_e2m3", "fp6_e3m2", "fp8_e4m3", "mx"))
-        raise Refused(path, f"has dtype {shown(dtype)} by {scheme.where}; read are {known}")
+        message = f"has dtype {shown(dtype)} by {scheme.where}; read are {known}"
+        raise Refused(path, message, unknown=True)
 
     def _integer(self, path: str, tensors: _Tensors, scheme: _Scheme, dtype: str) -> SourceLayer:
         """Codes of 4 or 8 bits: ``[in, out]`` with scales for groups, ``[out, in]`` for others."""
@@ -354,7 +344,8 @@ class _Reader:
         rows, nbytes = weight.info.shape
         groups, ragged = divmod(nbytes, 17)
         if kind not in ("fp4", "fp4_e2m1"):
-            raise Refused(path, f"holds mx blocks of {shown(kind)}; read are blocks of fp4")
+            message = f"holds mx blocks of {shown(kind)}; read are blocks of fp4"
+            raise Refused(path, message, unknown=True)
         if weight.info.dtype != "U8" or ragged:
             raise Refused(weight.name, f"{weight.info}, expected U8 [out, 17 * groups of 32]")
         packing = QuarkMx(rows, 32 * groups)

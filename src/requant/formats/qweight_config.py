@@ -28,12 +28,14 @@ _AUTO_ROUND: Final = {  # packing_format -> layout, how zeros are stored
     "auto_round:auto_awq": ("gemm", Zeros.AS_STORED),
     "auto_round:awq": ("gemm", Zeros.AS_STORED),
 }
-_ELSEWHERE = ("llm_compressor", "mlx")  # AutoRound's exports that are other formats
+_ELSEWHERE = ("mlx",)  # AutoRound's exports that are other formats
+# What AutoRound calls layers that are no integers, behind "auto_round:"; tensors tell the kind.
+_OF_FLOATS: Final = ("fp8", "mx", "nv", "llm_compressor")
 METHODS: Final = {
     "awq": ("awq", "awq_marlin"),
     "gptq": ("gptq", "gptq_marlin", "marlin"),
     "paroquant": ("paroquant",),
-    "auto-round": ("auto-round", "auto_round", "intel/auto-round"),
+    "auto-round": ("auto-round", "auto_round", "intel/auto-round", "auto_round:fp8"),
 }
 _NOT_IN_WEIGHTS = {
     "rotation": "an online Hadamard rotation",
@@ -49,13 +51,13 @@ class Convention:
 
     Attributes:
         layout: "gptq", "gemm", "gemv", "gemv_fast" or "marlin"; "" for what the tensors say.
-        zeros: How a stored zero field becomes the zero.
+        zeros: How a stored zero field becomes the zero; None where the config does not tell.
         planar: Whether codes are stored plane by plane.
         where: The key that says so.
     """
 
     layout: str
-    zeros: Zeros = Zeros.AS_STORED
+    zeros: Zeros | None = Zeros.AS_STORED
     planar: bool = False
     where: str = ""
 
@@ -116,6 +118,8 @@ class _Config:
 
     def _auto_round(self) -> Convention:
         written = self.found.word("packing_format")
+        if (written or self.found.method).removeprefix("auto_round:").startswith(_OF_FLOATS):
+            return Convention("", None, where=f"{self.found.where}.packing_format")
         if written not in _AUTO_ROUND:
             return self._unknown("packing_format", written, list(_AUTO_ROUND))
         layout, zeros = _AUTO_ROUND[written]

@@ -8,10 +8,11 @@ import numpy as np
 
 from requant.checkpoint import Checkpoint, SourceTensor
 from requant.dtypes import FLOATS, TensorInfo
-from requant.errors import Problem, count
+from requant.errors import Problem, count, one_of
 from requant.formats.awq_packings import AwqFast, AwqGemm, AwqGemv, Marlin, gemv_width
 from requant.formats.declared import Declared
 from requant.formats.gptq_packings import PLANES, Gptq, Zeros
+from requant.formats.integer_layers import groups_of
 from requant.formats.packing import IntegerPacking, stream_codes
 from requant.formats.qweight_config import Convention
 from requant.formats.qweight_rules import LayerRule
@@ -185,6 +186,10 @@ class Layouts:
         act_order = self._act_order(path, infos, n_in, group, groups)
         if act_order is None:
             return None
+        if self.convention.zeros is None and "qzeros" in infos:
+            message = f"has zeros, and {self.convention.where} does not say how they are stored"
+            self._report(path, message)
+            return None
         planar, zeros = self._gptq_dialect(bits)
         packing = Gptq(
             rows,
@@ -245,7 +250,7 @@ class Layouts:
         """Whether codes of this width are in planes, and how their zeros are stored."""
         # GPTQModel writes 5, 6 and 7 bits in planes whatever the label says; AutoRound never.
         planar = self.convention.planar or (self.name == "gptq" and bits in (5, 6, 7))
-        zeros = self.convention.zeros
+        zeros = self.convention.zeros or Zeros.AS_STORED
         if planar and self.name == "gptq":
             zeros = Zeros.AS_STORED
         if zeros is Zeros.WORD_PLUS_ONE and bits not in (2, 4, 8):
@@ -276,7 +281,13 @@ class Layouts:
             self._report(path, f"holds {row_bits} bits for {rows} outputs: no width of a code fits")
             return None
         if rule.bits is not None:
-            self._report(path, f"holds {fitting[0]}-bit codes, but {rule.where} says {rule.bits}")
+            held = one_of([f"{bits}-bit" for bits in fitting])
+            self._report(path, f"holds {held} codes, but {rule.where} says {rule.bits}")
+            return None
+        if len(fitting) > 1:
+            held = one_of([f"{bits}-bit" for bits in fitting])
+            message = f"may hold {held} codes by its shapes; write its bits into {rule.where}"
+            self._report(path, message)
             return None
         return fitting[0]
 
@@ -288,7 +299,16 @@ class Layouts:
         """Inputs with one scale, from the number of scales, held against the config."""
         stated = rule.group_size
         if stated is None:
-            stated = n_in if groups == 1 else n_in // max(groups, 1)
+            fitting = groups_of(n_in, groups)
+            if len(fitting) == 1:
+                return fitting[0]
+            either = f", which fit groups of {one_of(fitting)}" if fitting else ""
+            self._report(
+                path,
+                f"has scales for {count(groups, 'group')} of {count(n_in, 'input')} in all"
+                f"{either}; write its group_size into {rule.where}",
+            )
+            return None
         group = n_in if stated == -1 else stated
         if group < 1:
             self._report(rule.where, f"group_size is {stated}, expected a positive number or -1")

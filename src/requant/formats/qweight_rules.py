@@ -15,6 +15,8 @@ from requant.formats.declared import Declared
 from requant.patterns import Pattern, PatternError
 
 DENSE_BITS = 16  # AutoRound: 16 bits or more is a dense layer
+# AutoRound's data types of codes that are no integers: such layers are of other formats.
+_OF_FLOATS = ("fp", "mx", "nv", "float", "bf", "nf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +47,10 @@ class LayerRules:
         for key, means in (("sym", True), ("zero_point", False)):
             if found.get(key) is not None:
                 symmetric = found.boolean(key, problems, True) is means
-        self.default = LayerRule(
-            found.integer("bits", problems),
-            found.integer("group_size", problems),
-            symmetric,
-            where=found.where,
-        )
+        self.default = LayerRule(None, None, symmetric, where=found.where)
+        if not _is_of_floats(found):
+            bits, group = (found.integer(key, problems) for key in ("bits", "group_size"))
+            self.default = LayerRule(bits, group, symmetric, where=found.where)
         self._exact: dict[str, LayerRule] = {}
         self._patterns: list[tuple[Pattern, bool, LayerRule]] = []
         self._read(found, "dynamic", problems)
@@ -79,7 +79,7 @@ class LayerRules:
             where = f"{self.where}.{key}[{name!r}]"
             negative = anchored and name.startswith("-:")
             text = name.removeprefix("-:").removeprefix("+:") if anchored else name
-            if fields is False:
+            if fields is False or (negative and fields is None):
                 negative, fields = True, {}
             if not isinstance(fields, Mapping):
                 problems.append(Problem(where, f"is {shown(fields)}, expected an object"))
@@ -95,6 +95,8 @@ class LayerRules:
 
     def _rule(self, fields: Declared, negative: bool, problems: list[Problem]) -> LayerRule:
         default = self.default
+        if _is_of_floats(fields):
+            return LayerRule(None, None, default.symmetric, where=fields.where)
         bits = fields.integer("bits", problems, default.bits)
         dense = negative or (bits is not None and bits >= DENSE_BITS)
         symmetric = default.symmetric
@@ -102,9 +104,14 @@ class LayerRules:
             symmetric = fields.boolean("sym", problems, True)
         return replace(
             default,
-            bits=bits,
+            bits=bits if bits is None or bits < DENSE_BITS else None,
             group_size=fields.integer("group_size", problems, default.group_size),
             symmetric=symmetric,
             quantized=not dense,
             where=fields.where,
         )
+
+
+def _is_of_floats(fields: Declared) -> bool:
+    """Whether AutoRound's ``data_type`` says that codes are no integers."""
+    return fields.word("data_type").startswith(_OF_FLOATS)

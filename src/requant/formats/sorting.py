@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import cached_property
 
 from requant.checkpoint import Checkpoint, SourceTensor
-from requant.errors import Problem, few
-from requant.formats.base import SourceLayer, SourceLayout, dense_layer
-from requant.formats.declared import Declared, model_dtype
+from requant.dtypes import FLOATS
+from requant.errors import Problem, count_are, few
+from requant.formats.base import NoReading, SourceLayer, SourceLayout, dense_layer
+from requant.formats.declared import model_dtype
 from requant.formats.expert_shapes import Orientation
 from requant.formats.layer_names import LayerNames, layer_names
 
@@ -50,11 +50,12 @@ class Refused(Exception):
     Args:
         where: A tensor or layer.
         message: What was found and what was expected.
+        unknown: Whether the config names a kind of codes that no reader knows.
     """
 
-    def __init__(self, where: str, message: str) -> None:
+    def __init__(self, where: str, message: str, *, unknown: bool = False) -> None:
         super().__init__(message)
-        self.problem = Problem(where, message)
+        self.problem = (NoReading if unknown else Problem)(where, message)
 
 
 def runtime_scales(
@@ -176,20 +177,19 @@ class Sorter:
         self.dropped |= dropped
         self.notes += notes
 
-    def check_named_dense(
-        self, found: Declared, keys: Sequence[str] = ("modules_to_not_convert",)
-    ) -> None:
-        """Layers that the config calls dense, or that lie in a module so called, hold no codes."""
-        paths = sorted(self._layers)
-        for key in keys:
-            for name in found.names(key, self.problems):
-                path = _first_inside(paths, name)
-                if path is not None:
-                    self.problem(
-                        path,
-                        f"is named dense by {found.where}.{key} ({name!r}), but is stored as "
-                        f"{self._layers[path].stored}; correct the list",
-                    )
+    def note_dense(self, where: str, paths: Iterable[str]) -> None:
+        """Layers that the config quantizes by their names, and that hold plain values: said."""
+        weights = {f"{path}.weight" for path in paths}
+        dense = [x for x in self.left if x.name in weights and x.info.dtype in FLOATS]
+        if dense:
+            names = few([tensor.name for tensor in dense], _NAMED)
+            kinds = few(list(dict.fromkeys(tensor.info.dtype for tensor in dense)))
+            each = "is quantized" if len(dense) == 1 else "are quantized"
+            stored = count_are(len(dense), "tensor")
+            self.notes.append(
+                f"By {where}, {names} {each}, but {stored} stored as {kinds} without a scale: "
+                "read as plain values."
+            )
 
     def layout(self) -> SourceLayout:
         """Everything, in the order of the checkpoint; what no layer took is dense."""
@@ -222,12 +222,3 @@ def _runtime(name: str, stacks: Collection[str]) -> str:
         if name.endswith(end) or (joined and name[: -len(end)] in stacks):
             return why
     return ""
-
-
-def _first_inside(paths: Sequence[str], name: str) -> str | None:
-    """Of sorted layer paths, the one that ``name`` names, or the first one below it."""
-    for start in (name, f"{name}."):
-        at = bisect_left(paths, start)
-        if at < len(paths) and (paths[at] == name or paths[at].startswith(f"{name}.")):
-            return paths[at]
-    return None

@@ -70,7 +70,6 @@ class _Reader:
                 sorter.drop(tensors[role].name, _ACTIVATIONS)
             sorter.make(path, tensors, self._layer)
         self._check_described(parts.keys())
-        sorter.check_named_dense(self.found)
         if not parts:
             sorter.no_layer(
                 self.found.where,

@@ -1,0 +1,181 @@
+"""MLX's ``quantization`` block as folders hold it, and the encodings that a layer's shapes allow.
+
+An entry may say less than all: what it leaves out is the default of its mode, as MLX takes it, or
+what the tensors of its layer leave.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from requant.arrays.native import AFFINE_BITS, AFFINE_GROUP_SIZES
+from requant.checkpoint import Checkpoint, SourceTensor
+from requant.dtypes import KERNEL_FLOATS
+from requant.errors import ParseError, Problem, one_of, shown
+from requant.formats.base import describe
+from requant.formats.declared import is_mlx_block, sections
+from requant.schema import (
+    RESERVED_KEYS,
+    SKIP,
+    PerLayerQuantization,
+    Quantization,
+    QuantMode,
+    Skip,
+)
+from requant.source_folder import CONFIG
+from requant.specs import MODE_DEFAULTS
+
+_PARAMETERS: Final = ("group_size", "bits", "mode")
+# A float8 view of the scale bytes is accepted as the same bytes.
+SCALE_BYTES: Final = ("U8", "F8_E8M0", "F8_E4M3")
+
+
+@dataclass(frozen=True, slots=True)
+class Stated:
+    """What the block says of a layer.
+
+    Attributes:
+        where: The key that says so.
+        quantization: With MLX's defaults for what is not said; None for a dense layer.
+        said: The parameters that are said.
+    """
+
+    where: str
+    quantization: Quantization | None
+    said: frozenset[str] = frozenset()
+
+    def agrees(self, other: Quantization) -> bool:
+        """Whether ``other`` has every value that is said."""
+        mine = {} if self.quantization is None else self.quantization.to_dict()
+        return all(other.to_dict()[key] == mine[key] for key in self.said)
+
+
+@dataclass
+class MlxBlock:
+    """One block.
+
+    Attributes:
+        where: "config.json: quantization".
+        default: For layers without an entry; None where the block gives none that is legal.
+        entries: Layer path -> what its entry says.
+        problems: Entries that say nothing that can be.
+    """
+
+    where: str
+    default: Stated | None = None
+    entries: dict[str, Stated] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+
+    def of(self, path: str) -> Stated | None:
+        """What holds for a layer."""
+        return self.entries.get(path, self.default)
+
+    @property
+    def quantization(self) -> PerLayerQuantization:
+        """The whole as the output's block is made from it."""
+        own: dict[str, Quantization | Skip] = {
+            path: SKIP if said.quantization is None else said.quantization
+            for path, said in self.entries.items()
+        }
+        default = None if self.default is None else self.default.quantization
+        return PerLayerQuantization(default, own)
+
+
+def find_block(checkpoint: Checkpoint) -> tuple[str, Any]:
+    """Where the block stands that MLX reads first, and the block; None where there is none.
+
+    Blocks inside sections of config.json count too: tools that wrap a model leave them there.
+    """
+    for keys, section in sections(checkpoint.config):
+        where = f"{CONFIG}: {'.'.join((*keys, 'quantization'))}"
+        block = section.get("quantization")
+        if block is not None and (not keys or is_mlx_block(block)):
+            return where, block
+        block = section.get("quantization_config")
+        if isinstance(block, Mapping) and "quant_method" not in block and "bits" in block:
+            return f"{where}_config", block
+    return f"{CONFIG}: quantization", None
+
+
+def read_block(where: str, block: Any, names_layer: Callable[[str], bool]) -> MlxBlock:
+    """Read a block, and collect what is wrong with it.
+
+    Args:
+        where: The key.
+        block: Its value.
+        names_layer: Whether there are tensors under a path; what names none and is no object
+            is a remark of another tool.
+    """
+    made = MlxBlock(where)
+    if not isinstance(block, Mapping):
+        message = f"the quantization block must be an object, got {shown(block)}"
+        made.problems.append(Problem(where, message))
+        return made
+    made.default = _stated(where, {key: block.get(key) for key in _PARAMETERS}, made.problems)
+    for path, value in block.items():
+        if path in RESERVED_KEYS or value is True:
+            continue
+        place = f"{where}.{path}"
+        if value is False or (value is None and names_layer(path)):
+            made.entries[path] = Stated(place, None)
+        elif isinstance(value, Mapping):
+            said = _stated(place, value, made.problems)
+            if said is not None:
+                made.entries[path] = said
+        elif names_layer(path):
+            message = (
+                f"must be false or a quantization object, got {shown(value)}; write "
+                '{"group_size": 64, "bits": 4} with the values of its codes'
+            )
+            made.problems.append(Problem(place, message))
+    return made
+
+
+def _stated(where: str, fields: Mapping[str, Any], problems: list[Problem]) -> Stated | None:
+    """The parameters of one layer or of all, with MLX's defaults for what is not said."""
+    said = {key: fields[key] for key in _PARAMETERS if fields.get(key) is not None}
+    tags = {mode.value: numbers for mode, numbers in MODE_DEFAULTS.items()}
+    mode = said.get("mode", QuantMode.AFFINE.value)
+    group, bits = tags.get(mode, (64, 4)) if isinstance(mode, str) else (64, 4)
+    try:
+        filled = Quantization.from_dict({"group_size": group, "bits": bits} | said)
+    except ParseError as error:
+        problems.append(Problem(where, error.message))
+        return None
+    return Stated(where, filled, frozenset(said))
+
+
+def encodings(parts: Mapping[str, SourceTensor]) -> list[Quantization]:
+    """Every encoding of MLX's that the shapes and dtypes of a layer's tensors allow."""
+    weight, scales, biases = (
+        parts[role].info if role in parts else None for role in ("weight", "scales", "biases")
+    )
+    if weight is None or scales is None or weight.dtype != "U32" or not scales.shape:
+        return []
+    if weight.shape[:-1] != scales.shape[:-1] or not scales.size:
+        return []
+    affine = scales.dtype in KERNEL_FLOATS
+    if affine and (biases is None or biases.shape != scales.shape):
+        return []
+    if not affine and (biases is not None or scales.dtype not in SCALE_BYTES):
+        return []
+    stored = 32 * weight.shape[-1]
+    return [x for x in _legal(affine) if stored == x.bits * x.group_size * scales.shape[-1]]
+
+
+def _legal(affine: bool) -> Iterator[Quantization]:
+    if affine:
+        for bits in AFFINE_BITS:
+            for group in AFFINE_GROUP_SIZES:
+                yield Quantization.affine(group, bits)
+    else:
+        for mode, (group, bits) in MODE_DEFAULTS.items():
+            if mode is not QuantMode.AFFINE:
+                yield Quantization(group, bits, mode)
+
+
+def words_for(found: list[Quantization]) -> str:
+    """The encodings that fit, for a message."""
+    return one_of([describe(each, "") for each in found])

@@ -1,0 +1,323 @@
+"""Layers of another kind than the format that claims a folder: each is read by its own tensors.
+
+A folder may hold integer layers, FP8 and NVFP4 side by side, and its config often speaks of one
+of them. What the format has left over is offered to the readers of other kinds. A layer is taken
+where its tensors are complete and leave one reading; one whose bits or group the config gives
+wrongly is read again without them. What stays is the format's own to refuse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+
+from requant.checkpoint import Checkpoint, SourceTensor
+from requant.dtypes import FLOATS
+from requant.errors import Problem, count_are, few
+from requant.formats.base import Format, NoReading, SourceLayer, SourceLayout
+from requant.formats.declared import Declared, declared, with_block, without_blocks
+from requant.formats.exclusions import excluded_paths
+from requant.formats.gptq_act_order import find_folds
+from requant.formats.left_qweights import read_qweights
+from requant.formats.one_reading import (
+    OWN_NAMES,
+    demands_more,
+    is_certain,
+    is_float8_of_bytes,
+    says_float8,
+    without_what_shapes_tell,
+)
+from requant.formats.packing import IntegerPacking
+from requant.formats.qweight_config import METHODS
+from requant.formats.scale_names import CODE_ENDINGS, ScaleNames
+
+# The readers that are asked, each with the block that it is given.
+_READERS: Final[tuple[tuple[str, Mapping[str, Any] | None], ...]] = (
+    ("fp8", None),
+    ("modelopt", None),
+    ("compressed-tensors", None),
+    ("mxfp4", None),
+    ("hqq", None),
+    ("bitsandbytes", None),
+    ("torchao", None),
+    ("fp-quant", {"quant_method": "fp_quant", "forward_dtype": "mxfp4"}),
+    ("fp-quant", {"quant_method": "fp_quant", "forward_dtype": "nvfp4"}),
+)
+_PLACE: Final = Declared("", {}, ("quantization_config",))
+_TELLING: Final = ("g_idx", "weight_g_idx", "weight_shape")  # read, and in order
+_NAMED: Final = 3  # of many layers, how many a note names
+
+
+@dataclass
+class _Taken:
+    """What other readers have taken so far.
+
+    Attributes:
+        layers: In no order.
+        names: Of their tensors, those without use included.
+        dropped: Tensors without use, each with the reason.
+        notes: What the readers, and the step itself, say.
+        problems: Layers with more than one reading.
+        disputed: Names of the tensors of those.
+        against: How many layers the config describes wrongly.
+    """
+
+    layers: list[SourceLayer] = field(default_factory=list)
+    names: set[str] = field(default_factory=set)
+    dropped: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    disputed: set[str] = field(default_factory=set)
+    against: int = 0
+
+
+def read_each_layer(
+    known: Format, formats: Sequence[Format], checkpoint: Checkpoint
+) -> tuple[SourceLayout, int]:
+    """Every layer of a checkpoint: by the format that claims it, or by what its tensors are.
+
+    Args:
+        known: The format that claims the checkpoint.
+        formats: All of ours.
+        checkpoint: The source.
+
+    Returns:
+        The layout, and how many layers the config describes wrongly.
+    """
+    step = _Step(known, formats, checkpoint)
+    layout = step.layout
+    if not any(_holds_codes(tensor) for tensor in step.left.values()):
+        return layout, 0
+    step.read_without_what_shapes_tell()
+    step.read_as_others()
+    if not step.taken.layers and not step.taken.problems:
+        return layout, 0
+    return step.joined(), step.taken.against
+
+
+def _holds_codes(tensor: SourceTensor) -> bool:
+    return tensor.info.dtype not in (*FLOATS, "BOOL") and len(tensor.info.shape) > 1
+
+
+class _Step:
+    """One checkpoint: what is left of it, and what was taken."""
+
+    def __init__(self, known: Format, formats: Sequence[Format], checkpoint: Checkpoint) -> None:
+        self.known, self.formats, self.checkpoint = known, formats, checkpoint
+        dtypes = {tensor.info.dtype for tensor in checkpoint.tensors.values()}
+        self.names_float8 = not dtypes.isdisjoint(("F8_E4M3", "F8_E4M3FNUZ"))
+        self.found = declared(checkpoint)
+        self.layout = layout = self._by_format(checkpoint)
+        self.taken = _Taken()
+        gone = {name for name, _ in layout.dropped}
+        for layer in layout.layers:
+            if layer.is_quantized:
+                gone |= _used(layer)
+        self.left = {n: t for n, t in checkpoint.tensors.items() if n not in gone}
+        self._scales = ScaleNames(checkpoint.tensors)
+        self._inside: dict[str, set[str]] = {}
+        for name in checkpoint.tensors:
+            path = name.rpartition(".")[0]
+            # bitsandbytes: up.weight.absmax, which belongs to up
+            for each in {path, path.removesuffix(".weight")}:
+                self._inside.setdefault(each, set()).add(name)
+
+    # -- readings ------------------------------------------------------------------------
+
+    def _by_format(self, checkpoint: Checkpoint) -> SourceLayout:
+        """What the format reads; plain bytes are FP8 where only the config calls them so."""
+        layout = self.known.read(checkpoint)
+        said = self.found is not None and says_float8(self.found.block)
+        if said and not self.names_float8:  # as mx.load gives them
+            return layout
+        what = (
+            "this folder stores that as F8_E4M3"
+            if self.names_float8
+            else "the config does not speak of FP8"
+        )
+        false = [layer for layer in layout.layers if is_float8_of_bytes(layer)]
+        problems = [
+            Problem(
+                layer.parts["weight"].name,
+                f"{layer.parts['weight'].info} beside {layer.parts['scale'].name} may be anything "
+                f"but FP8: {what}",
+            )
+            for layer in false
+        ]
+        layers = tuple(layer for layer in layout.layers if layer not in false)
+        return replace(layout, layers=layers, problems=(*layout.problems, *problems))
+
+    def read_without_what_shapes_tell(self) -> None:
+        """By the same format, without the bits and groups that the config gives."""
+        found = self.found
+        if found is None or self.known.name == "mlx":
+            return
+        bare = without_what_shapes_tell(found.block)
+        if bare == found.block:
+            return
+        view = with_block(self.checkpoint, found, bare)
+        self._tell_contradicted(self._take(self.known, view, own=True))
+
+    def read_as_others(self) -> None:
+        """By the readers of other kinds, that see nothing of the config's block."""
+        bare = self.checkpoint.altered(
+            config=without_blocks(self.checkpoint.config), quantization_files={}
+        )
+        found: list[SourceLayer] = []
+        for name, block in _READERS:
+            reader = next(known for known in self.formats if known.name == name)
+            if name != self.known.name:
+                view = bare if block is None else with_block(bare, _PLACE, block)
+                found += self._take(reader, view)
+        layers, problems = read_qweights(bare.altered(tensors=self.left), self.found)
+        accepted = self._accept(layers, {}, ())
+        if self.known.name in METHODS:
+            self._tell_contradicted(accepted)
+        else:
+            found += accepted
+        for problem in problems:
+            self.taken.problems.append(problem)
+            self.taken.disputed |= self._names_of(problem.where) | {problem.where}
+        self._tell(found)
+
+    def _take(self, reader: Format, view: Checkpoint, own: bool = False) -> list[SourceLayer]:
+        """The layers that a reader makes of what is left, if each is complete."""
+        made = self._made(reader.read(view.altered(tensors=self.left)), own)
+        names = {name for layer in made for name in self._names_of(layer.path) | _used(layer)}
+        alone = {n: t for n, t in self.left.items() if n in names}
+        if not alone:
+            return []
+        layout = reader.read(view.altered(tensors=alone))
+        wrong = {problem.where for problem in layout.problems}
+        sound = [
+            layer
+            for layer in self._made(layout, own)
+            if not wrong & (self._names_of(layer.path) | _used(layer) | {layer.path})
+        ]
+        dropped = dict(self.layout.dropped) | dict(layout.dropped)
+        return self._accept(sound, dropped, layout.notes)
+
+    def _made(self, layout: SourceLayout, own: bool) -> Iterator[SourceLayer]:
+        """The layers of a layout that may be taken."""
+        for layer in layout.layers:
+            if not layer.is_quantized or not (own or self._is_free(layer)):
+                continue
+            if is_certain(layer, self.known.name, self.left, self.names_float8):
+                yield layer
+
+    def _accept(
+        self, layers: Iterable[SourceLayer], dropped: Mapping[str, str], notes: Iterable[str]
+    ) -> list[SourceLayer]:
+        accepted = []
+        for layer in layers:
+            names, used = self._names_of(layer.path), _used(layer)
+            idle = {n for n in names - used if n in dropped or n.rpartition(".")[2] in _TELLING}
+            if names <= used | idle:
+                accepted.append(layer)
+                self.taken.names |= names | used
+                self.taken.dropped |= {name: dropped[name] for name in idle if name in dropped}
+        if accepted:
+            self.taken.layers += accepted
+            self.taken.notes += notes
+            self.left = {n: t for n, t in self.left.items() if n not in self.taken.names}
+        return accepted
+
+    def _names_of(self, path: str) -> set[str]:
+        """Every tensor of a layer, but its bias."""
+        names = set(self._inside.get(path, ()))
+        names |= {found.name for found in self._scales.of_path(path)}
+        names |= {f"{path}{end}" for end in CODE_ENDINGS} & self.checkpoint.tensors.keys()
+        return {name for name in names if not name.endswith((".bias", "_bias"))}
+
+    def _is_free(self, layer: SourceLayer) -> bool:
+        """Whether the format that claims the folder has no reason of its own to refuse a layer."""
+        names = self._names_of(layer.path) | {layer.path}
+        if any(isinstance(x, NoReading) and x.where in names for x in self.layout.problems):
+            return False
+        if not isinstance(layer.packing, IntegerPacking):
+            return True
+        if self.found is None or not demands_more(self.found.block):
+            return True
+        own = OWN_NAMES.get(self.known.name, ())
+        return not any(f"{layer.path}{ending}" in names for ending in own)
+
+    # -- what is said --------------------------------------------------------------------
+
+    def _why(self, layer: SourceLayer) -> str:
+        """What the format said of a layer that it refused."""
+        names = self._names_of(layer.path) | {layer.path}
+        told = [problem for problem in self.layout.problems if problem.where in names]
+        where = "" if self.found is None else self.found.where
+        told += [problem for problem in self.layout.problems if problem.where.startswith(where)]
+        return told[0].message if told else f"{where or 'config.json'} says otherwise"
+
+    def _tell_contradicted(self, layers: Sequence[SourceLayer]) -> None:
+        """Say of layers of the format's own kind what the config says, and what they are."""
+        self.taken.against += len(layers)
+        together: dict[tuple[str, str], list[str]] = {}
+        for layer in layers:
+            together.setdefault((self._why(layer), layer.stored_as), []).append(layer.path)
+        for (why, stored), paths in together.items():
+            self.taken.notes.append(
+                f"{few(paths, _NAMED)}: {why}. The tensors leave one reading, {stored}, and are "
+                "believed."
+            )
+
+    def _tell(self, layers: Sequence[SourceLayer]) -> None:
+        """One note for each way in which layers are stored that the config does not speak of."""
+        paths = [layer.path for layer in layers]
+        told = set() if self.found is None else excluded_paths(self.found, paths)
+        together: dict[str, list[str]] = {}
+        for layer in layers:
+            if layer.path not in told and not self._is_said(layer):
+                together.setdefault(layer.stored_as, []).append(layer.path)
+        where = "config.json" if self.found is None else self.found.where
+        for stored, names in together.items():
+            self.taken.notes.append(
+                f"{count_are(len(names), 'layer')} stored as {stored}, of which {where} says "
+                f"nothing ({few(names, _NAMED)}): read by what the tensors are."
+            )
+
+    def _is_said(self, layer: SourceLayer) -> bool:
+        """Whether AutoRound's config gives a layer, or all of them, the kind of its codes."""
+        table = None if self.found is None else self.found.get("extra_config")
+        entry = table.get(layer.path) if isinstance(table, Mapping) else None
+        said = entry.get("data_type") if isinstance(entry, Mapping) else None
+        if said is None and self.found is not None:
+            said = self.found.get("data_type")
+        return isinstance(said, str) and (
+            said.lower().startswith("int") is isinstance(layer.packing, IntegerPacking)
+        )
+
+    # -- the whole -----------------------------------------------------------------------
+
+    def joined(self) -> SourceLayout:
+        """What the format reads of the rest, and what was taken, in the checkpoint's order."""
+        checkpoint, taken = self.checkpoint, self.taken
+        rest = {n: t for n, t in checkpoint.tensors.items() if n not in taken.names}
+        layout = self._by_format(checkpoint.altered(tensors=rest))
+        place = {name: at for at, name in enumerate(checkpoint.tensors)}
+
+        def first(layer: SourceLayer) -> int:
+            return min(place[part.name] for part in layer.parts.values())
+
+        own = [x for x in layout.layers if taken.disputed.isdisjoint(_used(x))]
+        layers = tuple(sorted((*own, *taken.layers), key=first))
+        problems = [x for x in layout.problems if x.where not in taken.disputed]
+        # A layer between may be one of those that were taken.
+        folds = tuple(find_folds(checkpoint, layers)) if layout.folds else ()
+        return replace(
+            layout,
+            layers=layers,
+            problems=(*problems, *taken.problems),
+            dropped=(*layout.dropped, *taken.dropped.items()),
+            notes=(*layout.notes, *dict.fromkeys(taken.notes)),
+            folds=folds,
+            unfulfilled=None if taken.layers else layout.unfulfilled,
+        )
+
+
+def _used(layer: SourceLayer) -> set[str]:
+    """The tensors that a layer is made of."""
+    return {part.name for part in (*layer.parts.values(), *layer.carried.values())}
