@@ -128,9 +128,8 @@ def test_stacks(name: str, dtype: str) -> None:
     for codes, scale in STACK_NAMES:
         source = dense() if name == "dense" else SOURCES[name]()
         source.tensors |= {codes: STACKS[dtype], scale: np.ones((2, 64, 37), BF16)}
-        path = next(
-            (codes[: -len(end)] for end in CODE_ENDINGS if end and codes.endswith(end)), codes
-        )
+        ends = (end for end in CODE_ENDINGS if end and codes.endswith(end))
+        path = next((codes.removesuffix(end) for end in ends), codes)
         assert outcome(source, (codes, f"{path}: ", scale)) != "read", (codes, scale)
 
 

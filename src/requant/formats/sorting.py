@@ -126,7 +126,16 @@ class Sorter:
         """Keep a layer; ``used`` are tensors that were read into its description."""
         if layer is None:
             return
-        self._layers[layer.path] = layer = self.names.called(layer)
+        layer = self.names.called(layer)
+        before = self._layers.get(layer.path)
+        if before is not None and before.parts != layer.parts:
+            codes, others = (next(iter(x.parts.values())) for x in (layer, before))
+            self.problem(
+                codes.name,
+                f"{codes.info} holds the codes of {layer.path}, and so does {others.name}; remove "
+                "the tensors that are stale",
+            )
+        self._layers[layer.path] = layer
         for part in layer.parts.values():
             self._owner[part.name] = layer.path
         for part in used:
