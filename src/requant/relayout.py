@@ -60,6 +60,7 @@ class Relayout:
         source: The source's layers as they are stored.
         extra: Names that were shown, that mlx-lm has no use for, and that are kept.
         refusal: Why mlx-lm would not load the output with these; "" where it does.
+        form: What was done to the experts before the class saw them; "" where nothing was.
     """
 
     layout: MlxLmLayout
@@ -67,6 +68,7 @@ class Relayout:
     source: SourceLayout
     extra: tuple[str, ...] = ()
     refusal: str = ""
+    form: str = ""
 
     @property
     def batch_bytes(self) -> int:
@@ -305,7 +307,7 @@ def relayout(
     try:
         from mlx_lm.utils import load_config
 
-        from requant.mlx_lm_layout import mlx_lm_layout
+        from requant.mlx_lm_layout import layout_in_any_form
     except Exception as error:  # mlx-lm raises limits of the process while it is imported
         message = f"mlx-lm cannot be imported ({error}). {WITHOUT_A_CLASS}"
         raise _refusal(checkpoint, message) from error
@@ -319,16 +321,18 @@ def relayout(
             if isinstance(part, dict):  # it is shown the values that the codes stand for
                 part.pop("quantization", None)
                 part.pop("quantization_config", None)
-        layout = mlx_lm_layout(config, infos, quantization=quantization, recipe=recipe, dtype=dtype)
+        layout, form = layout_in_any_form(
+            config, infos, quantization=quantization, recipe=recipe, dtype=dtype
+        )
     except UsageError:
         raise
     except RequantError as error:
         raise _refusal(checkpoint, str(error)) from error
     if not keep_extra:
-        return Relayout(layout, shown, source)
+        return Relayout(layout, shown, source, form=form)
     extra = tuple(name for name in layout.dropped if name not in layout.tensors)
     infos = {name: x.info for name, x in layout.tensors.items()} | {x: infos[x] for x in extra}
-    return Relayout(layout, shown, source, extra, _why_refused(layout, infos))
+    return Relayout(layout, shown, source, extra, _why_refused(layout, infos), form)
 
 
 def _why_refused(layout: MlxLmLayout, infos: Mapping[str, TensorInfo]) -> str:

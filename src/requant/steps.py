@@ -94,7 +94,7 @@ def _packed_steps(
     if target is not None:
         outputs = triple_infos(layer.shape, dtype, target)
         operation = Operation.REPACK if target == layer.encoding else Operation.RECODE
-    names = {"weight": layer.dense_name}
+    names = {"weight": layer.dense_name} if target is None else {}
     into_row = 0
     for run in layer.pieces or (Rows(layer, 0, packing.rows),):
         assert run.layer.packing is not None

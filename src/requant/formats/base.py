@@ -146,9 +146,14 @@ class SourceLayer:
 
     @property
     def dense_name(self) -> str:
-        """What its tensor is called once it is dense."""
+        """What its tensor is called once it is dense: as its codes are, where they have its name.
+
+        A stack of experts is stored as ``experts.gate_up_proj``, without ``.weight``.
+        """
         if self.packing is None and not self.is_weight:
             return self.parts["weight"].name
+        if any(part.name == self.path for part in self.parts.values()):
+            return self.path
         return self.name or f"{self.path}.weight"
 
     @property
