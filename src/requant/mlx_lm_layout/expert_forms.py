@@ -43,7 +43,7 @@ _STACK = re.compile(
 # modeling_gpt_oss.py: gate_up[..., ::2] and gate_up[..., 1::2]).
 _IN_TURNS = ("gpt_oss", "openai_privacy_filter")
 
-_PARENTS = ("mlp", "block_sparse_moe", "feed_forward")
+_PARENTS = ("mlp", "block_sparse_moe", "feed_forward")  # as transformers calls it, and others
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,7 @@ FORMS = (
         fused=True,
         place="{layer}{parent}",
     ),
+    Form("stacks", place="{layer}{parent}"),
 )
 
 _Key = tuple[str, str]  # role ("gate", "up", "down" or "gate_up") and "weight" or "bias"
