@@ -335,6 +335,21 @@ def relayout(
     return Relayout(layout, shown, source, extra, _why_refused(layout, infos), form)
 
 
+def why_unloadable(config: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> str:
+    """Why mlx-lm does not load a folder with this config and these tensors, or ``""``."""
+    if why := why_no_class(config):
+        return why
+    try:
+        from requant.mlx_lm_layout import mlx_lm_layout
+
+        mlx_lm_layout(deepcopy(dict(config)), infos)
+    except RequantError as error:
+        return " ".join(str(error).split(WITHOUT_A_CLASS)[0].split()).rstrip(".")
+    except Exception as error:  # as in relayout
+        return f"mlx-lm cannot be imported ({error})"
+    return ""
+
+
 def _why_refused(layout: MlxLmLayout, infos: Mapping[str, TensorInfo]) -> str:
     """Why mlx-lm does not load its own layout with tensors beside it, or ``""``.
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from requant.mlx_lm_layout import Computed, LayoutError, layout_in_any_form
+from requant.mlx_lm_layout import layout_in_any_form
 from tests.mlx_lm.checks import (
     NEW_FORMS,
     Source,
@@ -49,7 +49,9 @@ PLACES = {
     "granitemoehybrid": "model.layers.{}.block_sparse_moe.experts",
     "step3p5": "model.layers.{}.moe.experts",
 }
-OTHERWISE = re.compile(r".*\.(moe\.(gate|up|down)_proj|block_sparse_moe\.(in|out)put_linear)\.weight")
+OTHERWISE = re.compile(
+    r".*\.(moe\.(gate|up|down)_proj|block_sparse_moe\.(in|out)put_linear)\.weight"
+)
 CONFIGS = {"afmoe": {"num_dense_layers": 1}}
 WRAPPERS = {"gemma4", "kimi_k25", "kimi_vl", "minimax_m3_vl", "qwen3_5_moe", "qwen3_vl_moe"}
 # Families whose experts are no stacks in the class, or are called like nobody else's.

@@ -1,4 +1,4 @@
-"""mlx-lm's layout of a checkpoint whose experts may be published in another form than its class takes.
+"""mlx-lm's layout of a checkpoint whose experts may have another form than its class takes.
 
 First the class is shown the checkpoint as it is stored. Where it does not take that, the experts
 are brought into each form that some class takes (``expert_forms``) until the class loads all of
@@ -75,9 +75,7 @@ def _moved(
     places = {match[1] for name in experts if (match := _OWN.fullmatch(name))}
     if not computed or len(places) != 1:
         return made
-    own = replace(
-        Form(form.words, place=f"{{layer}}{places.pop()}"), in_turns=form.in_turns
-    )
+    own = replace(Form(form.words, place=f"{{layer}}{places.pop()}"), in_turns=form.in_turns)
     try:
         direct = mlx_lm_layout(config, tensors, adapt=reader.adapter(own), **options)
     except LayoutError:

@@ -193,7 +193,7 @@ class _Rule:
             pristine = copy.deepcopy(args)
             self._build = lambda: model_class(copy.deepcopy(pristine))
             model: Module = model_class(args)
-            self.class_names = tuple(name for name, _ in tree_flatten(model.parameters()))
+            self.class_names = tuple(dict(tree_flatten(model.parameters())))
             methods = {"sanitize": lambda spied, weights: self._spy(spied, model_class, weights)}
             model.__class__ = type(model_class.__name__, (model_class,), methods)
             return model
