@@ -77,6 +77,14 @@ def make_plan(source: str | Path | Checkpoint, wishes: Wishes, twins: Path | Non
     return Planner(Chooser(checkpoint, found.name, layout, wishes), refused).plan()
 
 
+def _as_named(
+    layer: SourceLayer, target: Quantization | None, reason: str
+) -> tuple[SourceLayer, Quantization | None, str]:
+    """A layer and its decision; under the name that it has in the source it keeps its shape too."""
+    keeps_name = target is None and layer.as_named is not None
+    return (layer.as_named or layer if keeps_name else layer), target, reason
+
+
 def _folded(layout: SourceLayout, wishes: Wishes) -> SourceLayout:
     """Move act-order into other layers wherever the codes then stay."""
 
@@ -109,9 +117,10 @@ def _why(error: CheckpointError) -> str:
     first, more = error.problems[0], len(error.problems) - 1
     words = str(first).removeprefix("--layout mlx-lm: ").split(WITHOUT_A_CLASS)[0]
     line = " ".join(words.split())
+    line = line.rstrip(".")
     if len(line) > _MOST_LETTERS:
-        line = f"{line[:_MOST_LETTERS]} ..."
-    return line.rstrip(".") + (f" (and {more:,} more problems)" if more else "")
+        line = f"{line[:_MOST_LETTERS].rstrip(', ')} …"
+    return line + (f" (and {more:,} more problems)" if more else "")
 
 
 class Planner:
@@ -140,7 +149,7 @@ class Planner:
             UsageError: With all wishes that cannot be met.
         """
         self.chooser.check_patterns()
-        decided = [(layer, *self.chooser.decide(layer)) for layer in self.layout.layers]
+        decided = [_as_named(layer, *self.chooser.decide(layer)) for layer in self.layout.layers]
         self.chooser.check_needs(decided)
         most = left_behind(self.chooser, decided)
         if most is not None and most.is_most and self.refused:

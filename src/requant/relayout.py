@@ -204,7 +204,7 @@ class Relayout:
         if runs is None or len(rotations) > 1 or len({_kind(layer) for layer in sources}) > 1:
             return self._decoded(name, sources)
         shape = output.info.shape
-        made = replace(first, path=path, shape=shape, parts={})
+        made = replace(first, path=path, name="", as_named=None, shape=shape, parts={})
         strided = sum(run.count for run in runs if run.step > 1)
         if first.packing is None and strided > _MOST_RANGES:
             return self._decoded(name, sources)

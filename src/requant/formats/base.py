@@ -106,7 +106,9 @@ class SourceLayer:
             source's; empty where ``packing`` and ``parts`` are the whole layer.
         carried: Role -> tensor that goes with the codes and is needed to run them: a rotation
             of the inputs. Its values are a part of what ``packing`` decodes.
-        name: Of a packed tensor that is no ``{path}.weight``; else "".
+        name: Of a packed tensor whose dense values are no ``{path}.weight``; else "". Stacks of
+            fused experts have no module: their codes become ``{path}.weight``, their values
+            ``{path}`` or what the tool calls them.
         global_scale: The rows, one number each, that make up ``{path}.global_scale``: nvfp4
             in experts, whose tensor scales go out as numbers of their own.
         as_named: The same values under the name and in the shape that the tool gives them,
@@ -146,21 +148,16 @@ class SourceLayer:
 
     @property
     def dense_name(self) -> str:
-        """What its tensor is called once it is dense: as its codes are, where they have its name.
-
-        A stack of experts is stored as ``experts.gate_up_proj``, without ``.weight``.
-        """
+        """What its tensor is called once it is dense."""
         if self.packing is None and not self.is_weight:
             return self.parts["weight"].name
-        if any(part.name == self.path for part in self.parts.values()):
-            return self.path
         return self.name or f"{self.path}.weight"
 
     @property
     def is_weight(self) -> bool:
-        """Whether this is a ``{layer}.weight``, the only thing that is ever quantized."""
+        """Whether this is a ``{layer}.weight``, or codes: the only things ever quantized."""
         if self.packing is not None:
-            return not self.name
+            return not self.name or self.packing.holds_codes
         return self.parts["weight"].name == f"{self.path}.weight"
 
     @property

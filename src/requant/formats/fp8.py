@@ -5,6 +5,7 @@ Value: ``w = e4m3 * scale``; what DeepSeek calls ``weight_scale_inv`` is that fa
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 
 from requant.checkpoint import Checkpoint, SourceTensor
@@ -64,6 +65,8 @@ class Fp8:
                 sorter.claim([name], name)
             elif scale is not None and tensor.info.dtype in (*FLOAT8, "I8"):
                 layer = _layer(sorter, tensor, checkpoint.tensors[scale], block, transposed)
+                if layer is not None and layer.path == name:  # a stack without .weight
+                    layer = replace(layer, name=name)
                 sorter.add(layer)
         sorter.drop_runtime_scales()
         _check_scales_alone(sorter)

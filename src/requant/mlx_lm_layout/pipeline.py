@@ -232,7 +232,10 @@ def _failing(doing: str) -> Iterator[None]:
         missing = re.search(r"missing \d+ required .*?arguments?: (.*)", message)
         surplus = re.search(r"Received (\d+) parameters not in model: (.*)", message)
         refused = re.search(r"(\w+)\.\w+\(\) got an unexpected keyword argument '(\w+)'", message)
-        if missing and "ModelArgs" in message:
+        unquantized = re.search(r"Unable to quantize model of type <class '[\w.]*?(\w+)'>", message)
+        if unquantized:
+            message = f"its class holds a layer dense ({unquantized[1]}) that is quantized here"
+        elif missing and "ModelArgs" in message:
             message = f"config.json lacks what its class for this model needs: {missing[1]}"
         elif surplus:
             held = count(int(surplus[1]), "tensor")
