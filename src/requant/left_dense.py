@@ -38,6 +38,8 @@ _MODULES = (
     r"(siglip|clip|dino|eva_clip|conformer)(v?\d+)?(_\w+)?",
 )
 _TOWER = re.compile(rf"(^|\.)({'|'.join(_MODULES)})(\.|$)")
+# Beside a module that is called the language model, an encoder is for what is no language.
+_TEXT, _ENCODER = re.compile(r"(model\.)?language_model\."), re.compile(r"(model\.)?encoder\.")
 # Keys of a config that has such a part beside a text model.
 _KEYS = re.compile(
     r"(vision|visual|vit|audio|speech|sound|image|img|perceiver|projector|mm|acoustic)"
@@ -74,10 +76,12 @@ def _towers(layers: Iterable[SourceLayer], config: Mapping[str, Any]) -> Iterato
     of its weights would be the tower.
     """
     inside, outside, paths = 0, 0, []
+    layers = tuple(layers)
+    beside = any(_TEXT.match(layer.path) for layer in layers)
     for layer in layers:
         if len(layer.shape) < 2 or not layer.is_weight:
             continue
-        if is_of_a_tower(layer.path):
+        if is_of_a_tower(layer.path) or (beside and _ENCODER.match(layer.path)):
             inside += prod(layer.shape)
             paths.append(layer.path)
         else:

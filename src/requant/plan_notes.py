@@ -155,15 +155,13 @@ def on_names(
         )
         yield f"{said}." if mlx_lm_refuses() else f"{said}: --layout mlx-lm stacks them as it does."
     block = config.get("quantization") or {}
-    entries = [path for path in coded if isinstance(block.get(path), dict)]
+    entries = {path: block[path] for path in sorted(coded) if isinstance(block.get(path), dict)}
     names = module_names(entries)
     if names:
-        first = next(iter(names))
-        entries_of = count(len(names), "layer")
         yield (
-            f"config.json names the quantization of {entries_of} twice: loaders look for it "
-            f"by module: as in the file ({first}) and as in mlx-vlm ({names[first]}). "
-            "A loader with other names does not find it."
+            "Loaders look for a layer's own quantization by module path, so config.json has those "
+            f"of {count(len(entries), 'layer')} under other names too ({few(list(names))}); a "
+            "loader with still other names does not find them."
         )
 
 

@@ -109,6 +109,11 @@ def _laid_out(checkpoint: Checkpoint, layout: SourceLayout, wishes: Wishes) -> R
     return relayout(checkpoint, layout, target, wishes.dtype, mixed, wishes.keep_extra)
 
 
+def _entries(block: Mapping[str, Any]) -> dict[str, Any]:
+    """The layers of a quantization block that have a quantization of their own."""
+    return {path: entry for path, entry in block.items() if isinstance(entry, dict)}
+
+
 _MOST_LETTERS = 240
 
 
@@ -329,7 +334,6 @@ class Planner:
                 # A layer with an entry of its own has what that says, and no more.
                 block[path]["global_scale"] = True
             if self.moved is None:
-                names = module_names(path for path, entry in block.items() if entry and "." in path)
-                block |= {name: block[path] for path, name in names.items()}
+                block |= module_names(_entries(block))
             config |= {"quantization": block, "quantization_config": block}
         return config
