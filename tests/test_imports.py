@@ -32,7 +32,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("downloads", "hub_listing", "hub_places"),
     ("hub",),
     ("formats", "mlx_lm_classes", "mlx_lm_layout"),
-    ("relayout",),
+    ("relayout", "left_dense", "loader_names"),
     ("blueprint",),
     ("choices", "steps"),
     ("plan_notes", "weighting", "hessians"),

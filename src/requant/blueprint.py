@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
@@ -24,8 +24,6 @@ from requant.relayout import Relayout
 from requant.safetensors_header import build_header
 from requant.schema import PerLayerQuantization, Quantization
 from requant.statistics import Importance
-
-METADATA = {"format": "mlx"}
 
 
 class Operation(StrEnum):
@@ -144,15 +142,25 @@ class LayerPlan:
 
 @dataclass(frozen=True, slots=True)
 class OutputShard:
-    """One weight file of the output: its tensors in the order of their bytes."""
+    """One weight file of the output: its tensors in the order of their bytes.
+
+    Attributes:
+        name: Name of the file.
+        nbytes: Its size.
+        tensors: What it holds.
+        names_of: Whose names the tensors have, as the header's ``format`` says it: "mlx" for
+            those of an MLX class, "pt" for those of PyTorch. Loaders in Swift take "mlx" for
+            tensors that no longer have to be renamed, turned or shifted.
+    """
 
     name: str
     nbytes: int
     tensors: tuple[OutputTensor, ...]
+    names_of: str = "mlx"
 
     def header(self) -> bytes:
         """The safetensors header, length prefix included."""
-        return build_header({t.name: t.info for t in self.tensors}, METADATA)[0]
+        return _header(self.tensors, self.names_of)[0]
 
 
 @dataclass(frozen=True)
@@ -255,6 +263,7 @@ class Plan:
             "materials": {name: _step_dict(step) for name, step in self.materials.items()},
             "shards": [
                 {"name": s.name, "nbytes": s.nbytes, "tensors": [asdict(t) for t in s.tensors]}
+                | ({} if s.names_of == "mlx" else {"names_of": s.names_of})
                 for s in self.shards
             ],
             "config": dict(self.config),
@@ -293,8 +302,12 @@ def _step_dict(step: Step) -> dict[str, Any]:
     }
 
 
+def _header(tensors: Iterable[OutputTensor], names_of: str) -> tuple[bytes, dict[str, int]]:
+    return build_header({t.name: t.info for t in tensors}, {"format": names_of})
+
+
 def place(
-    steps: Sequence[Step], max_shard_bytes: int
+    steps: Sequence[Step], max_shard_bytes: int, names_of: str = "mlx"
 ) -> tuple[tuple[OutputShard, ...], list[Step]]:
     """Give every output tensor its file and offset.
 
@@ -324,13 +337,13 @@ def place(
         name = f"model-{number:05d}-of-{len(buckets):05d}.safetensors"
         name = name if len(buckets) > 1 else "model.safetensors"
         ordered = sorted(bucket, key=lambda t: -TensorInfo(t.info.dtype, ()).nbytes)
-        header, offsets = build_header({t.name: t.info for t in ordered}, METADATA)
+        header, offsets = _header(ordered, names_of)
         tensors = tuple(
             OutputTensor(t.name, t.info, name, len(header) + offsets[t.name]) for t in ordered
         )
         placed |= {t.name: t for t in tensors}
         nbytes = len(header) + sum(t.info.nbytes for t in tensors)
-        shards.append(OutputShard(name, nbytes, tensors))
+        shards.append(OutputShard(name, nbytes, tensors, names_of))
     return tuple(shards), [
         replace(s, outputs={role: placed[t.name] for role, t in s.outputs.items()}) for s in steps
     ]

@@ -15,6 +15,7 @@ from requant.dtypes import FLOATS, KERNEL_FLOATS
 from requant.errors import Problem
 from requant.formats import SourceLayer, SourceLayout
 from requant.formats.base import describe
+from requant.left_dense import left_dense
 from requant.patterns import search
 from requant.recipes import ROLES, Choice
 from requant.relayout import Relayout
@@ -37,6 +38,7 @@ _NAMED_DENSE = tuple(
         ("position table", r"(^|\.)wpe$|pos(ition)?_?emb|embed_positions|relative_.*bias|rotary"),
     )
 )
+NOT_A_WEIGHT = "not named .weight"
 # Float tensors that must keep their dtype whatever --dtype says: routers add this bias to
 # scores that are compared with each other (mlx_lm/models/deepseek_v3.py, cast_predicate).
 KEEPS_DTYPE = re.compile(r"e_score_correction_bias$")
@@ -68,6 +70,7 @@ class Chooser:
         self.notes: list[str] = []
         self.problems: list[Problem] = []
         self.default = self._default()
+        self.left_dense = self._left_dense()
         self.extra = frozenset(moved.shown[x].path for x in moved.extra) if moved else frozenset()
         self.by_recipe = self._choices()
 
@@ -141,6 +144,18 @@ class Chooser:
             ]
         return recipe.choose(paths, self.default)
 
+    def _left_dense(self) -> dict[str, str]:
+        """Layers that MLX's libraries leave dense, under the source's names; path -> reason.
+
+        ``only`` names one where it matches nothing else.
+        """
+        if self.moved is not None:
+            return {}
+        dense = left_dense(self.layout.layers, self.checkpoint.config)
+        others = [x.path for x in self.layout.layers if x.is_weight and x.path not in dense]
+        named = [p for p in self.wishes.only if not any(search(p, path) for path in others)]
+        return {k: why for k, why in dense.items() if not any(search(p, k) for p in named)}
+
     def _default(self) -> Quantization | None:
         """The quantization of a chosen layer that no override names."""
         if self.wishes.quantization is not None or self.wishes.dequantize:
@@ -184,6 +199,8 @@ class Chooser:
         if layer.is_quantized:
             target, reason = fit_group(layer.shape[-1], wish)
             return target or layer.kept, reason
+        if layer.path in self.left_dense and not (choice is not None and choice.names):
+            return None, self.left_dense[layer.path]
         return _dense_target(layer, wish, wishes.dtype, any_name=points)
 
     def _in_mlx_lm_s_layout(
@@ -255,7 +272,7 @@ def _dense_target(
     if len(shape) < 2:
         return None, ""
     if not layer.is_weight:
-        return None, "not named .weight"
+        return None, NOT_A_WEIGHT
     for reason, pattern in _NAMED_DENSE:
         if pattern.search(layer.path) and not any_name:
             return None, reason

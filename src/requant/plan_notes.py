@@ -7,18 +7,23 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
 
 from requant.blueprint import LayerPlan, Step
-from requant.choices import KEEPS_DTYPE, Chooser, Decided
+from requant.choices import KEEPS_DTYPE, NOT_A_WEIGHT, Chooser, Decided
 from requant.dtypes import KERNEL_FLOATS
-from requant.errors import count, few
+from requant.errors import Problem, count, few
 from requant.formats import SourceLayer
 from requant.formats.packing import DTYPE_WORD
+from requant.left_dense import TIED
+from requant.loader_names import module_names
 from requant.relayout import ON_VALUES, Relayout
 from requant.steps import with_global_scale
 
-_EXPERT = re.compile(r"\.experts\.\d+\.")
+_EXPERT = re.compile(r"(^|\.)experts\.")
 
 
 def notes_on(
@@ -27,12 +32,13 @@ def notes_on(
     """Everything that the user should know of a plan."""
     decided, layers, steps = tuple(decided), tuple(layers), tuple(steps)
     yield from _extra(chooser.moved)
+    yield from _tied(chooser, decided)
     yield from _rotations(decided)
     yield from _global_scales(decided)
     yield from _values(chooser, layers)
     yield from _search(chooser, steps)
     yield from _budget(chooser)
-    yield from _experts(layers)
+    yield from _form(chooser.moved)
     if chooser.from_codes:
         yield from _dtypes(steps)
     yield from _unloadable(layers)
@@ -53,6 +59,17 @@ def _extra(moved: Relayout | None) -> Iterator[str]:
 def rotated_layers(decided: Iterable[Decided]) -> list[SourceLayer]:
     """The layers that keep a rotation of their inputs beside their codes."""
     return [x for x, target, _ in decided if x.carried and target == x.encoding]
+
+
+def _tied(chooser: Chooser, decided: Iterable[Decided]) -> Iterator[str]:
+    """Say that an embedding stays dense for a head that has no weight of its own."""
+    for layer, target, reason in decided:
+        if reason == TIED and target is None:
+            yield (
+                f"{layer.path} stays dense: a head of masked words shares it (only the head's "
+                "bias is stored), and loaders copy it there without scales. --override "
+                f"{layer.path}={chooser.default.bits if chooser.default else 8} quantizes it."
+            )
 
 
 def _rotations(decided: Iterable[Decided]) -> Iterator[str]:
@@ -111,13 +128,103 @@ def _budget(chooser: Chooser) -> Iterator[str]:
         yield recipe.description
 
 
-def _experts(layers: Iterable[LayerPlan]) -> Iterator[str]:
-    """Warn of experts that mlx-lm does not find under their own names."""
-    if any(_EXPERT.search(x.layer) and x.target != x.source for x in layers):
-        yield (
-            "Experts keep their own names here, and mlx-lm does not load them quantized so: "
-            "--layout mlx-lm stacks them as it does."
+def _form(moved: Relayout | None) -> Iterator[str]:
+    """Say that experts were brought into another form."""
+    if moved is not None and moved.form:
+        yield f"Experts are brought into another form for mlx-lm: {moved.form}."
+
+
+def on_names(
+    layers: Iterable[LayerPlan],
+    config: Mapping[str, Any],
+    why_unloadable: Callable[[], str],
+    mlx_lm_refuses: Callable[[], str],
+) -> Iterator[str]:
+    """What loaders have against the source's names.
+
+    Args:
+        layers: What becomes of them.
+        config: Of the output.
+        why_unloadable: Why mlx-lm does not load the output; "" where it does.
+        mlx_lm_refuses: Why mlx-lm's layout cannot be; "" where it can.
+    """
+    coded = {x.layer for x in layers if x.treatment not in ("dense", "dequantized")}
+    if any(_EXPERT.search(path) for path in coded) and (why := why_unloadable()):
+        said = (
+            f"Experts keep their own names here, and mlx-lm does not load them quantized so ({why})"
         )
+        yield f"{said}." if mlx_lm_refuses() else f"{said}: --layout mlx-lm stacks them as it does."
+    block = config.get("quantization") or {}
+    entries = {path: block[path] for path in sorted(coded) if isinstance(block.get(path), dict)}
+    names = module_names(entries)
+    if names:
+        yield (
+            "Loaders look for a layer's own quantization by module path, so config.json has those "
+            f"of {count(len(entries), 'layer')} under other names too ({few(list(names))}); a "
+            "loader with still other names does not find them."
+        )
+
+
+@dataclass(frozen=True)
+class LeftBehind:
+    """Matrices that no name makes a layer of: they cannot be quantized under the source's names.
+
+    Attributes:
+        names: Their names.
+        share: Their part of all weights.
+        dtype: What they stay.
+    """
+
+    names: tuple[str, ...]
+    share: float
+    dtype: str
+
+    @property
+    def is_most(self) -> bool:
+        """Whether the request comes to nothing for most of the weights."""
+        return self.share > 0.5
+
+    def note(self, refused: str) -> str:
+        """What the user should know; ``refused`` says why mlx-lm's layout cannot be."""
+        way = "--layout mlx-lm gives them such names and quantizes them"
+        return (
+            f"{self._said('stay')}; {f'mlx-lm does not take them: {refused}' if refused else way}."
+        )
+
+    def problem(self, refused: str) -> Problem:
+        """The same where it stops the conversion."""
+        return Problem(
+            self.names[0],
+            f"{self._said('would stay')}; mlx-lm's layout would name them, but {refused}. "
+            "--layout keep quantizes the other layers all the same, --dequantize none",
+        )
+
+    def _said(self, stay: str) -> str:
+        held = count(len(self.names), "tensor")
+        return (
+            f"{self.share:.0%} of the weights {stay} {self.dtype}: {held} not named .weight "
+            f"({few(self.names)}), and no loader looks for codes under such names"
+        )
+
+
+def left_behind(chooser: Chooser, decided: Iterable[Decided]) -> LeftBehind | None:
+    """The matrices that were asked to be quantized, and have no name that can be."""
+    if chooser.moved is not None or chooser.default is None or chooser.wishes.only:
+        return None
+    sizes, behind = Counter[str](), []
+    for layer, _, reason in decided:
+        if len(layer.shape) < 2:
+            continue
+        size = prod(layer.shape)
+        sizes["all"] += size
+        if reason == NOT_A_WEIGHT and layer.dtype in KERNEL_FLOATS:
+            sizes["behind"] += size
+            behind.append(layer)
+    share = sizes["behind"] / max(sizes["all"], 1)
+    experts = any(_EXPERT.search(layer.path) for layer in behind)
+    if not behind or not (experts or share > 0.1):
+        return None
+    return LeftBehind(tuple(x.dense_name for x in behind), share, behind[0].dtype)
 
 
 def _dtypes(steps: Iterable[Step]) -> Iterator[str]:

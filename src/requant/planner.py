@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from requant.blueprint import LayerPlan, Plan, Step, Treatment, place
+from requant.blueprint import LayerPlan, OutputShard, Plan, Step, Treatment, place
 from requant.checkpoint import Checkpoint
 from requant.choices import Chooser, is_quantized, override_of
 from requant.errors import CheckpointError, UsageError
@@ -20,10 +20,12 @@ from requant.formats import SourceLayer, SourceLayout, read_layout
 from requant.formats.base import describe
 from requant.formats.declared import text_sections, without_blocks
 from requant.formats.packing import Exactness, Fidelity
+from requant.left_dense import is_of_a_tower
+from requant.loader_names import module_names
 from requant.mlx_lm_classes import WITHOUT_A_CLASS
 from requant.patterns import time_counted
-from requant.plan_notes import notes_on, rotated_layers
-from requant.relayout import Relayout, relayout
+from requant.plan_notes import left_behind, notes_on, on_names, rotated_layers
+from requant.relayout import Relayout, relayout, why_unloadable
 from requant.schema import SKIP, PerLayerQuantization, Quantization
 from requant.sources import read_checkpoint
 from requant.specs import resolve_quantization
@@ -57,7 +59,7 @@ def make_plan(source: str | Path | Checkpoint, wishes: Wishes, twins: Path | Non
         raise CheckpointError(str(checkpoint.source), layout.problems)
     if wishes.fold_rotation:
         layout = layout.without_rotations()
-    notes: list[str] = []
+    refused = ""
     if wishes.layout != "keep":
         try:
             moved = _laid_out(checkpoint, _folded(layout, wishes), wishes)
@@ -67,9 +69,17 @@ def make_plan(source: str | Path | Checkpoint, wishes: Wishes, twins: Path | Non
         except CheckpointError as error:
             if wishes.layout != "auto":
                 raise
-            notes.append(f"Tensors keep the source's names (--layout keep): {_why(error)}")
+            refused = _why(error)
     layout = _folded(layout, wishes)
-    return Planner(Chooser(checkpoint, found.name, layout, wishes), notes).plan()
+    return Planner(Chooser(checkpoint, found.name, layout, wishes), refused).plan()
+
+
+def _as_named(
+    layer: SourceLayer, target: Quantization | None, reason: str
+) -> tuple[SourceLayer, Quantization | None, str]:
+    """A layer and its decision; under the name that it has in the source it keeps its shape too."""
+    keeps_name = target is None and layer.as_named is not None
+    return (layer.as_named or layer if keeps_name else layer), target, reason
 
 
 def _folded(layout: SourceLayout, wishes: Wishes) -> SourceLayout:
@@ -96,6 +106,11 @@ def _laid_out(checkpoint: Checkpoint, layout: SourceLayout, wishes: Wishes) -> R
     return relayout(checkpoint, layout, target, wishes.dtype, mixed, wishes.keep_extra)
 
 
+def _entries(block: Mapping[str, Any]) -> dict[str, Any]:
+    """The layers of a quantization block that have a quantization of their own."""
+    return {path: entry for path, entry in block.items() if isinstance(entry, dict)}
+
+
 _MOST_LETTERS = 240
 
 
@@ -104,23 +119,30 @@ def _why(error: CheckpointError) -> str:
     first, more = error.problems[0], len(error.problems) - 1
     words = str(first).removeprefix("--layout mlx-lm: ").split(WITHOUT_A_CLASS)[0]
     line = " ".join(words.split())
+    line = line.rstrip(".")
     if len(line) > _MOST_LETTERS:
-        line = f"{line[:_MOST_LETTERS]} ..."
-    return line.rstrip(".") + (f" (and {more:,} more problems)" if more else "")
+        line = f"{line[:_MOST_LETTERS].rstrip(', ')} …"
+    return line + (f" (and {more:,} more problems)" if more else "")
 
 
 class Planner:
-    """Asks what becomes of each layer, then lays out steps and shards."""
+    """Asks what becomes of each layer, then lays out steps and shards.
 
-    def __init__(self, chooser: Chooser, notes: Iterable[str] = ()) -> None:
-        self.chooser = chooser
+    Args:
+        chooser: Decides about layers.
+        refused: Why mlx-lm's layout was tried and cannot be; "" where it was not tried.
+    """
+
+    def __init__(self, chooser: Chooser, refused: str = "") -> None:
+        self.chooser, self.refused = chooser, refused
         self.checkpoint, self.format, self.layout = (
             chooser.checkpoint,
             chooser.format,
             chooser.layout,
         )
         self.wishes, self.moved, self.mlx_lm = chooser.wishes, chooser.moved, chooser.mlx_lm
-        self.notes = (*notes, *self.layout.notes)
+        kept = f"Tensors keep the source's names (--layout keep): {refused}"
+        self.notes = (*([kept] if refused else []), *self.layout.notes)
 
     def plan(self) -> Plan:
         """Decide every layer, then place every byte.
@@ -129,8 +151,11 @@ class Planner:
             UsageError: With all wishes that cannot be met.
         """
         self.chooser.check_patterns()
-        decided = [(layer, *self.chooser.decide(layer)) for layer in self.layout.layers]
+        decided = [_as_named(layer, *self.chooser.decide(layer)) for layer in self.layout.layers]
         self.chooser.check_needs(decided)
+        most = left_behind(self.chooser, decided)
+        if most is not None and most.is_most and self.refused:
+            raise CheckpointError(str(self.checkpoint.source), [most.problem(self.refused)])
         if self.chooser.problems:
             lines = "".join(f"\n  {problem}" for problem in self.chooser.problems)
             raise UsageError(f"{self.checkpoint.source}: wishes that cannot be met:{lines}")
@@ -146,8 +171,9 @@ class Planner:
                 per_layer[layer.path] = target
         rotated = bool(rotated_layers(decided))
         layers, steps, weighing = self._weighted(layers, steps)
-        shards, steps = place(steps, self.wishes.max_shard_bytes)
+        shards, steps = place(steps, self.wishes.max_shard_bytes, self._names_of())
         quantization = self._quantization(per_layer)
+        config = self._config(quantization, rotated, with_global_scale(decided))
         return Plan(
             source=str(self.checkpoint.source),
             format=self.format,
@@ -155,14 +181,16 @@ class Planner:
             layers=tuple(layers),
             steps=tuple(steps),
             shards=shards,
-            config=self._config(quantization, rotated, with_global_scale(decided)),
+            config=config,
             quantization=quantization,
             side_files=(*self.checkpoint.side_files, *sorted(self.checkpoint.made_files)),
             left_out=self.checkpoint.left_out,
             notes=(
+                *([most.note(self._mlx_lm_refuses())] if most is not None else []),
                 *self.notes,
                 *self.chooser.notes,
                 *notes_on(self.chooser, decided, layers, steps),
+                *self._on_names(layers, shards, config),
                 *weighing,
             ),
             dropped=self.layout.dropped,
@@ -172,6 +200,31 @@ class Planner:
             relayout=self.moved,
             materials=material_steps(self.layout, self.moved, self.wishes),
         )
+
+    def _names_of(self) -> str:
+        """Whose names the tensors have: an MLX class's, or what the source's files say."""
+        if self.moved is not None:
+            return "mlx"
+        return "mlx" if self.checkpoint.metadata.get("format") == "mlx" else "pt"
+
+    def _mlx_lm_refuses(self) -> str:
+        """Why mlx-lm's layout cannot be, or "" where it can; tried where it was not yet."""
+        if self.moved is not None or self.refused:
+            return self.refused
+        try:
+            _laid_out(self.checkpoint, self.layout, self.wishes)
+        except CheckpointError as error:
+            return _why(error)
+        return ""
+
+    def _on_names(
+        self, layers: Sequence[LayerPlan], shards: Sequence[OutputShard], config: Mapping[str, Any]
+    ) -> Iterable[str]:
+        """What loaders have against the source's names."""
+        if self.moved is not None:
+            return ()
+        infos = {tensor.name: tensor.info for shard in shards for tensor in shard.tensors}
+        return on_names(layers, config, lambda: why_unloadable(config, infos), self._mlx_lm_refuses)
 
     def _weighted(
         self, layers: list[LayerPlan], steps: list[Step]
@@ -234,11 +287,16 @@ class Planner:
         return PerLayerQuantization.from_layers(per_layer, default, skipped)
 
     def _base_config(self) -> dict[str, Any]:
-        """The source's config, or mlx-lm's with the ``vision_config`` that mlx-lm takes away."""
-        if self.mlx_lm is None:
+        """The source's config, or mlx-lm's.
+
+        mlx-lm takes ``vision_config`` away, and loaders choose by it what they expect: it stays
+        only where a tower does.
+        """
+        if self.mlx_lm is None or self.moved is None:
             return dict(self.checkpoint.config)
         config, key = self.mlx_lm.config, "vision_config"
-        if key in config or key not in self.checkpoint.config:
+        has_tower = any(map(is_of_a_tower, self.moved.extra))
+        if key in config or key not in self.checkpoint.config or not has_tower:
             return dict(config)
         return dict(sorted({**config, key: self.checkpoint.config[key]}.items()))
 
@@ -270,5 +328,7 @@ class Planner:
             for path in block.keys() & with_global_scale:
                 # A layer with an entry of its own has what that says, and no more.
                 block[path]["global_scale"] = True
+            if self.moved is None:
+                block |= module_names(_entries(block))
             config |= {"quantization": block, "quantization_config": block}
         return config

@@ -106,11 +106,13 @@ class Choice:
         spec: The target, or SKIP.
         points: The rule means this kind of layer, so one that stays dense by its name too.
         rule: Which rule it was, from 1; 0 for mlx-lm's own.
+        names: The rule names the layer by a pattern or its path, not by a role alone.
     """
 
     spec: Spec
     points: bool
     rule: int
+    names: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +174,8 @@ class Recipe:
                 if named[number - 1] and path not in named[number - 1]:
                     continue
                 if rule.fits(path, stands.get(path)):
-                    found[path] = Choice(specs[number - 1], rule.points, number)
+                    names = bool(rule.match or rule.layers)
+                    found[path] = Choice(specs[number - 1], rule.points, number, names)
                     break
         return found
 

@@ -61,6 +61,7 @@ class Relayout:
         source: The source's layers as they are stored.
         extra: Names that were shown, that mlx-lm has no use for, and that are kept.
         refusal: Why mlx-lm would not load the output with these; "" where it does.
+        form: What was done to the experts before the class saw them; "" where nothing was.
     """
 
     layout: MlxLmLayout
@@ -68,6 +69,7 @@ class Relayout:
     source: SourceLayout
     extra: tuple[str, ...] = ()
     refusal: str = ""
+    form: str = ""
 
     @property
     def batch_bytes(self) -> int:
@@ -306,7 +308,7 @@ def relayout(
     try:
         from mlx_lm.utils import load_config
 
-        from requant.mlx_lm_layout import mlx_lm_layout
+        from requant.mlx_lm_layout import layout_in_any_form
     except Exception as error:  # mlx-lm raises limits of the process while it is imported
         message = f"mlx-lm cannot be imported ({error}). {WITHOUT_A_CLASS}"
         raise _refusal(checkpoint, message) from error
@@ -317,16 +319,33 @@ def relayout(
         made = checkpoint.gguf is not None
         config = deepcopy(dict(checkpoint.config)) if made else load_config(checkpoint.path)
         config = without_blocks(config)  # it is shown the values that the codes stand for
-        layout = mlx_lm_layout(config, infos, quantization=quantization, recipe=recipe, dtype=dtype)
+        layout, form = layout_in_any_form(
+            config, infos, quantization=quantization, recipe=recipe, dtype=dtype
+        )
     except UsageError:
         raise
     except RequantError as error:
         raise _refusal(checkpoint, str(error)) from error
     if not keep_extra:
-        return Relayout(layout, shown, source)
+        return Relayout(layout, shown, source, form=form)
     extra = tuple(name for name in layout.dropped if name not in layout.tensors)
     infos = {name: x.info for name, x in layout.tensors.items()} | {x: infos[x] for x in extra}
-    return Relayout(layout, shown, source, extra, _why_refused(layout, infos))
+    return Relayout(layout, shown, source, extra, _why_refused(layout, infos), form)
+
+
+def why_unloadable(config: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> str:
+    """Why mlx-lm does not load a folder with this config and these tensors, or ``""``."""
+    if why := why_no_class(config):
+        return why
+    try:
+        from requant.mlx_lm_layout import mlx_lm_layout
+
+        mlx_lm_layout(deepcopy(dict(config)), infos)
+    except RequantError as error:
+        return " ".join(str(error).split(WITHOUT_A_CLASS)[0].split()).rstrip(".")
+    except Exception as error:  # as in relayout
+        return f"mlx-lm cannot be imported ({error})"
+    return ""
 
 
 def _why_refused(layout: MlxLmLayout, infos: Mapping[str, TensorInfo]) -> str:

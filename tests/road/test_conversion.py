@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -99,10 +100,19 @@ def test_shards_in_and_out(checkpoint: Callable[..., Path], tmp_path: Path) -> N
         expect_triple(out, path[:-7], to_mx(tensors[path]), "affine", 4, 64)
 
 
-def test_metadata_says_mlx(dense: Path, tmp_path: Path) -> None:
-    convert(dense, tmp_path / "out", bits=4)
+@pytest.mark.parametrize("stored", ["pt", "mlx", None])
+def test_metadata_say_whose_names_the_tensors_have(
+    dense: Path, tmp_path: Path, stored: str | None
+) -> None:
+    """Swift loaders take "mlx" for tensors that need no renaming, turning or shifting."""
+    shutil.copytree(dense, tmp_path / "copy")
+    path = str(tmp_path / "copy" / "model.safetensors")
+    arrays = dict(mx.load(path))
+    mx.eval(arrays)
+    mx.save_safetensors(path, arrays, {"format": stored} if stored else {})
+    convert(tmp_path / "copy", tmp_path / "out", bits=4, layout="keep")
     _, metadata = mx.load(str(tmp_path / "out/model.safetensors"), return_metadata=True)
-    assert metadata == {"format": "mlx"}
+    assert metadata == {"format": "mlx" if stored == "mlx" else "pt"}
 
 
 def test_safetensors_package_reads_the_output(dense: Path, tmp_path: Path) -> None:

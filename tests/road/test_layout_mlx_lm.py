@@ -15,7 +15,14 @@ from mlx.utils import tree_flatten
 
 from requant.conversion import convert, plan
 from requant.errors import CheckpointError, UnknownValueError
-from tests.mlx_lm.checks import MLX, class_checkpoint, random_like, write_folder
+from requant.schema import Quantization
+from tests.mlx_lm.checks import (
+    MLX,
+    class_checkpoint,
+    convert_with_mlx_lm,
+    random_like,
+    write_folder,
+)
 from tests.mlx_lm.families import small_config
 from tests.mlx_lm.hub_forms import FORMS
 
@@ -273,14 +280,25 @@ def test_what_is_dropped_is_listed_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("keep_extra", [False, True])
-def test_vision_config_and_processor_stay(tmp_path: Path, keep_extra: bool) -> None:
-    """mlx-lm takes the one out of the config; what reads the tower needs both."""
-    source = vlm(tmp_path / "vlm")
+def test_vision_config_stays_beside_its_tower(tmp_path: Path, keep_extra: bool) -> None:
+    """mlx-lm takes the key out of the config, and loaders choose by it what they expect."""
+    source = vlm(tmp_path / "vlm", audio_config={"layers": 1})
     convert(source, tmp_path / "out", bits=4, group_size=32, keep_extra=keep_extra)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["vision_config"] == {"depth": 1}
+    assert config.get("vision_config") == ({"depth": 1} if keep_extra else None)
     assert list(config) == sorted(config)
+    _, wanted = convert_with_mlx_lm(source, Quantization.affine(32, 4))
+    config.pop("vision_config", None)
+    assert config == wanted
     assert (tmp_path / "out" / "preprocessor_config.json").read_text() == PROCESSOR
+
+
+def test_vision_config_goes_where_no_tensor_of_a_tower_is_kept(tmp_path: Path) -> None:
+    """What --keep-extra keeps need not be a tower."""
+    source = vlm(tmp_path / "next", "qwen3_next", {"mtp.fc.weight": (128, 256)})
+    convert(source, tmp_path / "out", bits=4, group_size=32, keep_extra=True)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "vision_config" not in config
 
 
 @pytest.mark.parametrize("dtype", [None, "float16"])

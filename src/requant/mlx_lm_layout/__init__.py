@@ -8,6 +8,7 @@ be computed; then it is computed alone, by the rule itself, from its own inputs.
 Importing this package needs MLX; calling it needs mlx-lm.
 """
 
+from requant.mlx_lm_layout.any_form import layout_in_any_form
 from requant.mlx_lm_layout.layout import (
     Computed,
     Extent,
@@ -25,5 +26,6 @@ __all__ = [
     "MlxLmLayout",
     "Moved",
     "UnknownModelError",
+    "layout_in_any_form",
     "mlx_lm_layout",
 ]

@@ -11,6 +11,7 @@ import mlx.core as mx
 
 from requant.dtypes import TensorInfo
 from requant.errors import count, few
+from requant.mlx_lm_layout.expert_forms import Adapter
 from requant.mlx_lm_layout.pipeline import (
     HEADER_NAME,
     MLX_DTYPE,
@@ -124,6 +125,7 @@ def mlx_lm_layout(
     recipe: str | None = None,
     dtype: str | None = None,
     global_scale: bool = False,
+    adapt: Adapter | None = None,
 ) -> MlxLmLayout:
     """Learn what ``mlx_lm.convert`` would make of a checkpoint, without its data.
 
@@ -136,6 +138,7 @@ def mlx_lm_layout(
         recipe: One of mlx-lm's mixed recipes (``mixed_2_6``); affine only.
         dtype: Header name ("BF16") to cast floating tensors to; None takes the config's.
         global_scale: Plan mlx-lm's one scale an expert, nvfp4 only.
+        adapt: What is done to a weight map before the class's rule sees it.
 
     Returns:
         The layout.
@@ -146,7 +149,7 @@ def mlx_lm_layout(
             named), or its rule looks at values.
         UsageError: A recipe with another mode than affine.
     """
-    made = run(config, tensors, quantization, recipe, dtype, global_scale)
+    made = run(config, tensors, quantization, recipe, dtype, global_scale, adapt)
     given = {name: _info(x) for name, x in made.traced.items()}
     if given != made.loaded:  # a legacy method that repacks weights after the rule
         unlike = [x for x in {**given, **made.loaded} if given.get(x) != made.loaded.get(x)]

@@ -26,6 +26,7 @@ from mlx.utils import tree_flatten, tree_map_with_path
 from requant.dtypes import TensorInfo
 from requant.errors import RequantError, UsageError, count, few, in_a_line
 from requant.mlx_lm_classes import WITHOUT_A_CLASS
+from requant.mlx_lm_layout.expert_forms import Adapter
 from requant.mlx_lm_layout.trace import Traced, trace
 from requant.safetensors_header import build_header
 from requant.schema import Quantization, QuantMode
@@ -63,7 +64,13 @@ class UnknownModelError(RequantError, LookupError):
 
 
 class LayoutError(RequantError, ValueError):
-    """mlx-lm has a class for the model, but its conversion would fail, or cannot be followed."""
+    """mlx-lm has a class for the model, but its conversion would fail, or cannot be followed.
+
+    Attributes:
+        class_names: The parameters of the class, where it could be built.
+    """
+
+    class_names: tuple[str, ...] = ()
 
 
 @dataclass
@@ -104,6 +111,7 @@ def run(
     recipe: str | None,
     dtype: str | None,
     global_scale: bool,
+    adapt: Adapter | None = None,
 ) -> Converted:
     """Take the steps of ``mlx_lm.convert``; see :func:`requant.mlx_lm_layout.mlx_lm_layout`."""
     utils = _import_utils()
@@ -111,7 +119,7 @@ def run(
     if unloadable:
         held = f"{count(len(unloadable), 'tensor')}, so mlx-lm cannot: {few(unloadable, 10)}"
         raise LayoutError(f"MLX cannot load {held}")
-    rule = _Rule(tuple(tensors))
+    rule = _Rule(tuple(tensors), adapt)
     with contextlib.redirect_stdout(io.StringIO()):  # the pipeline prints as it goes
         model, loaded_config = _load(utils, config, tensors, rule)
         loaded = _infos(model)
@@ -155,18 +163,27 @@ def run(
 
 
 class _Rule:
-    """Keeps what it takes to run a model's ``sanitize`` again, and traces its first run."""
+    """Keeps what it takes to run a model's ``sanitize`` again, and traces its first run.
 
-    def __init__(self, order: tuple[str, ...]) -> None:
+    Where the experts are adapted to the class, that is the first part of the rule.
+    """
+
+    def __init__(self, order: tuple[str, ...], adapt: Adapter | None = None) -> None:
         self.order = order
         self.traced: dict[str, Traced] = {}
+        self.class_names: tuple[str, ...] = ()
+        self._adapt = adapt
         self._build: Callable[[], Module] | None = None
 
     def __call__(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         assert self._build is not None
-        model = self._build()
-        sanitize = getattr(model, "sanitize", None)
-        return dict(sanitize(weights)) if sanitize is not None else weights
+        return self._of(self._build())(weights)
+
+    def _of(self, model: Module) -> Callable[[dict[str, mx.array]], dict[str, mx.array]]:
+        """The rule of a model, with what comes before it."""
+        sanitize = getattr(model, "sanitize", None) or (lambda given: given)
+        adapt = self._adapt or (lambda given: given)
+        return lambda weights: dict(sanitize(adapt(weights)))
 
     def classes(self, get: Callable[..., Any], config: dict[str, Any]) -> tuple[Any, Any]:
         """Stands in for mlx-lm's class look-up: the models that it builds report to us."""
@@ -176,6 +193,7 @@ class _Rule:
             pristine = copy.deepcopy(args)
             self._build = lambda: model_class(copy.deepcopy(pristine))
             model: Module = model_class(args)
+            self.class_names = tuple(dict(tree_flatten(model.parameters())))
             methods = {"sanitize": lambda spied, weights: self._spy(spied, model_class, weights)}
             model.__class__ = type(model_class.__name__, (model_class,), methods)
             return model
@@ -186,9 +204,8 @@ class _Rule:
         self, model: Module, model_class: type, weights: dict[str, mx.array]
     ) -> dict[str, mx.array]:
         model.__class__ = model_class
-        sanitize = getattr(model, "sanitize", None) or (lambda given: given)
         ordered = {name: weights[name] for name in self.order}
-        self.traced = trace(sanitize, ordered)
+        self.traced = trace(self._of(model), ordered)
         return {name: mx.zeros(x.shape, x.dtype) for name, x in self.traced.items()}
 
 
@@ -215,7 +232,10 @@ def _failing(doing: str) -> Iterator[None]:
         missing = re.search(r"missing \d+ required .*?arguments?: (.*)", message)
         surplus = re.search(r"Received (\d+) parameters not in model: (.*)", message)
         refused = re.search(r"(\w+)\.\w+\(\) got an unexpected keyword argument '(\w+)'", message)
-        if missing and "ModelArgs" in message:
+        unquantized = re.search(r"Unable to quantize model of type <class '[\w.]*?(\w+)'>", message)
+        if unquantized:
+            message = f"its class holds a layer dense ({unquantized[1]}) that is quantized here"
+        elif missing and "ModelArgs" in message:
             message = f"config.json lacks what its class for this model needs: {missing[1]}"
         elif surplus:
             held = count(int(surplus[1]), "tensor")
@@ -256,8 +276,14 @@ def _load(
         with (folder / "model.safetensors").open("wb") as file:
             file.write(header)
             file.truncate(len(header) + sum(info.nbytes for info in tensors.values()))
-        with _failing(f"loading {model_type}"):
-            model, loaded = utils.load_model(folder, lazy=True, get_model_classes=get_model_classes)
+        try:
+            with _failing(f"loading {model_type}"):
+                model, loaded = utils.load_model(
+                    folder, lazy=True, get_model_classes=get_model_classes
+                )
+        except LayoutError as error:
+            error.class_names = rule.class_names
+            raise
     return model, loaded
 
 

@@ -1,0 +1,299 @@
+"""Experts in the form that a model class takes, made from the form in which they are published.
+
+The same experts are published in several forms: one tensor an expert and projection, or stacks;
+gate and up apart, or in one tensor (fused); rows as outputs, or turned. A class of mlx-lm knows
+one or two of them. Here one form is turned into another, as functions of weight maps on MLX
+arrays, so that they can be traced and computed as a part of the class's own rule::
+
+    model.layers.0.mlp.experts.7.gate_proj.weight   (out, in)              one by one
+    model.layers.0.mlp.experts.gate_up_proj         (experts, 2 out, in)   fused
+    model.layers.0.mlp.experts.gate_up_proj         (experts, in, 2 out)   fused and turned
+    model.layers.0.mlp.experts.w13_weight           (experts, 2 out, in)   fused, vLLM's names
+
+Which way a stack lies is decided by the shapes of gate and down together: they have no reading
+in which both ways fit. Whether gate and up lie one after the other or take turns is a property
+of the model's family, which no shape tells.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import mlx.core as mx
+
+Weights = dict[str, mx.array]
+Adapter = Callable[[Weights], Weights]
+
+_ROLES = {
+    **dict.fromkeys(("gate_proj", "w1"), "gate"),
+    **dict.fromkeys(("up_proj", "w3"), "up"),
+    **dict.fromkeys(("down_proj", "w2"), "down"),
+    **dict.fromkeys(("gate_up_proj", "w13"), "gate_up"),
+}
+_NAMES = "|".join(_ROLES)
+_ONE = re.compile(rf"(.+\.experts)\.(\d+)\.({_NAMES})\.(weight|bias)")
+_STACK = re.compile(
+    rf"(.+\.experts)\.({_NAMES})(?:_weight)?(\.weight|)|(.+\.experts)\.({_NAMES})[._]bias"
+)
+
+# Families whose fused experts take turns: row 0 is the gate's, row 1 up's (transformers,
+# modeling_gpt_oss.py: gate_up[..., ::2] and gate_up[..., 1::2]).
+_IN_TURNS = ("gpt_oss", "openai_privacy_filter")
+
+_PARENTS = ("mlp", "block_sparse_moe", "feed_forward")  # as transformers calls it, and others
+
+
+@dataclass(frozen=True)
+class Form:
+    """A form of experts that some class takes.
+
+    Attributes:
+        words: What it is, for a note.
+        names: What gate, up, down, and gate and up in one tensor are called.
+        fused: Whether gate and up are one tensor.
+        one_by_one: Whether each expert has tensors of its own.
+        turned: Whether a stack is ``(experts, in, out)``.
+        suffix: What ends the name of a weight.
+        bias: What ends the name of a bias.
+        in_turns: Whether it is for families whose gate and up take turns only.
+        place: The module that holds them, with {layer} and {parent}.
+        parent: What the module above them is called; "" as in the source.
+    """
+
+    words: str
+    names: tuple[str, str, str, str] = ("gate_proj", "up_proj", "down_proj", "gate_up_proj")
+    fused: bool = False
+    one_by_one: bool = False
+    turned: bool = False
+    suffix: str = ".weight"
+    bias: str = ".bias"
+    in_turns: bool = False
+    place: str = "{layer}{parent}.experts"
+    parent: str = ""
+
+
+FORMS = (
+    Form("fused stacks", fused=True, suffix="", bias="_bias"),
+    Form("single experts", one_by_one=True),
+    Form("single experts", ("w1", "w3", "w2", ""), one_by_one=True),
+    Form("fused stacks", fused=True, bias="_bias", in_turns=True),
+    Form("fused and turned stacks", fused=True, turned=True, suffix="", bias="_bias"),
+    Form(
+        "fused stacks",
+        ("", "", "output_linear", "input_linear"),
+        fused=True,
+        place="{layer}{parent}",
+    ),
+    Form("stacks", place="{layer}{parent}"),
+)
+
+_Key = tuple[str, str]  # role ("gate", "up", "down" or "gate_up") and "weight" or "bias"
+_Experts = Mapping[_Key, mx.array]  # (experts, out, in), and biases (experts, out)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Finds the experts of a checkpoint.
+
+    Attributes:
+        in_turns: Whether gate and up of fused tensors take turns.
+        hidden: Width of the model; 0 where it is not known.
+    """
+
+    in_turns: bool
+    hidden: int
+
+    @staticmethod
+    def of(config: Mapping[str, Any]) -> Reader:
+        """A reader for the family that ``config`` names."""
+        text = config.get("text_config")
+        parts = [part for part in (config, text) if isinstance(part, Mapping)]
+        in_turns = any(part.get("model_type") in _IN_TURNS for part in parts)
+        widths = (part.get("hidden_size") for part in reversed(parts))
+        return Reader(in_turns, next((n for n in widths if isinstance(n, int)), 0))
+
+    def forms(self, class_names: Iterable[str]) -> Iterator[Form]:
+        """The forms that are worth a try, the likeliest first.
+
+        Args:
+            class_names: The parameters of the class.
+        """
+        forms = [form for form in FORMS if self.in_turns or not form.in_turns]
+        yield from forms
+        modules = {part for name in class_names for part in name.split(".")}
+        for parent in _PARENTS:
+            if parent in modules:
+                yield from (replace(form, parent=parent) for form in forms)
+
+    def adapter(self, form: Form) -> Adapter:
+        """A function that brings experts into a form, and leaves every other tensor alone."""
+
+        def adapt(weights: Weights) -> Weights:
+            found, rest = self.gathered(weights)
+            if form.parent:
+                rest = _moved(rest, found, form.parent)
+            for prefix, experts in found.items():
+                rest |= _emitted(prefix, experts, form, self.in_turns)
+            return rest
+
+        return adapt
+
+    def gathered(self, weights: Weights) -> tuple[dict[str, _Experts], Weights]:
+        """The experts of each layer, by the prefix of their names, and all other tensors."""
+        names: dict[str, dict[_Key, list[tuple[int, str]]]] = {}
+        for name in weights:
+            if one := _ONE.fullmatch(name):
+                key, number, prefix = (_ROLES[one[3]], one[4]), int(one[2]), one[1]
+            elif stack := _STACK.fullmatch(name):
+                key = _ROLES[stack[2] or stack[5]], "weight" if stack[2] else "bias"
+                number, prefix = -1, stack[1] or stack[4]
+            else:
+                continue
+            names.setdefault(prefix, {}).setdefault(key, []).append((number, name))
+        found: dict[str, _Experts] = {}
+        rest = dict(weights)
+        for prefix, tensors in names.items():
+            made = self._read(weights, tensors)
+            if made is not None:
+                found[prefix] = made
+                for _, name in (pair for pairs in tensors.values() for pair in pairs):
+                    del rest[name]
+        return found, rest
+
+    def _read(
+        self, weights: Weights, tensors: Mapping[_Key, list[tuple[int, str]]]
+    ) -> _Experts | None:
+        """Every projection as a stack whose rows are outputs; None if they are no whole set."""
+        read: dict[_Key, mx.array] = {}
+        for key, pairs in tensors.items():
+            pairs = sorted(pairs)
+            arrays = [weights[name] for _, name in pairs]
+            numbers = [number for number, _ in pairs]
+            if len({tuple(array.shape) for array in arrays}) > 1:
+                return None
+            if numbers != [-1] and numbers != list(range(len(numbers))):
+                return None
+            read[key] = arrays[0] if numbers == [-1] else mx.stack(arrays)
+        roles = {role for role, kind in read if kind == "weight"}
+        if roles not in ({"gate_up", "down"}, {"gate", "up", "down"}, {"up", "down"}):
+            return None
+        if any(len(x.shape) != {"weight": 3, "bias": 2}[kind] for (_, kind), x in read.items()):
+            return None
+        if len({x.shape[0] for x in read.values()}) != 1:
+            return None
+        last = (name for pairs in tensors.values() for _, name in pairs)
+        turned = self._is_turned(read, all(name.endswith(("weight", "bias")) for name in last))
+        if turned is None:
+            return None
+        return {
+            key: mx.swapaxes(x, 1, 2) if turned and key[1] == "weight" else x
+            for key, x in read.items()
+        }
+
+    def _is_turned(self, read: _Experts, are_weights: bool) -> bool | None:
+        """Whether stacks are ``(experts, in, out)``; None where their shapes do not fit."""
+        down = tuple(read["down", "weight"].shape)
+        if ("gate_up", "weight") in read:
+            _, first, second = read["gate_up", "weight"].shape
+            if (second, first) == (down[1], 2 * down[2]):
+                return False
+            return True if (first, second) == (down[2], 2 * down[1]) else None
+        _, first, second = read["up", "weight"].shape
+        if (first, second) != (down[2], down[1]):
+            return None
+        if are_weights:  # rows of a .weight are outputs
+            return False
+        return None if first == second else first == self.hidden
+
+
+def has_experts(names: Collection[str]) -> bool:
+    """Whether any tensor is one of experts, in a form that is known here."""
+    return any(_ONE.fullmatch(name) or _STACK.fullmatch(name) for name in names)
+
+
+def words_for(names: Collection[str]) -> str:
+    """What the experts of a checkpoint are, for a note."""
+    ones = any(_ONE.fullmatch(name) for name in names)
+    return "single experts" if ones else "stacks"
+
+
+# -- writing ---------------------------------------------------------------------------------
+
+
+def _emitted(prefix: str, experts: _Experts, form: Form, in_turns: bool) -> Weights:
+    """One layer's experts in a form."""
+    base = _base(prefix, form)
+    names = dict(zip(("gate", "up", "down", "gate_up"), form.names, strict=True))
+    arrays = _fused(experts, in_turns) if form.fused else _apart(experts, in_turns)
+    made: Weights = {}
+    for (role, kind), array in arrays.items():
+        end = form.suffix if kind == "weight" else form.bias
+        if form.turned and kind == "weight":
+            array = mx.swapaxes(array, 1, 2)
+        if not form.one_by_one:
+            made[f"{base}.{names[role]}{end}"] = array
+            continue
+        for number in range(array.shape[0]):
+            made[f"{base}.{number}.{names[role]}{end}"] = array[number]
+    return made
+
+
+def _apart(experts: _Experts, in_turns: bool) -> _Experts:
+    """Gate and up each alone."""
+    made: dict[_Key, mx.array] = {}
+    for (role, kind), array in experts.items():
+        if role != "gate_up":
+            made[role, kind] = array
+        elif in_turns:
+            made["gate", kind], made["up", kind] = array[:, ::2], array[:, 1::2]
+        else:
+            half = array.shape[1] // 2
+            made["gate", kind], made["up", kind] = array[:, :half], array[:, half:]
+    return made
+
+
+def _fused(experts: _Experts, in_turns: bool) -> _Experts:
+    """Gate and up in one tensor, where there is a gate."""
+    made = dict(experts)
+    for kind in ("weight", "bias"):
+        if ("gate", kind) not in made or ("up", kind) not in made:
+            continue
+        gate, up = made.pop(("gate", kind)), made.pop(("up", kind))
+        if in_turns:
+            pairs = mx.stack([gate, up], axis=2)
+            made["gate_up", kind] = pairs.reshape(gate.shape[0], -1, *gate.shape[2:])
+        else:
+            made["gate_up", kind] = mx.concatenate([gate, up], axis=1)
+    return made
+
+
+_LAYER = re.compile(r"(.*\.\d+\.|)(.+)")
+
+
+def _base(prefix: str, form: Form) -> str:
+    """The module that holds the experts of a layer."""
+    above = _LAYER.fullmatch(prefix.removesuffix(".experts"))
+    if above is None:  # experts right in the layer
+        return prefix
+    layer, parent = above.groups()
+    return form.place.format(layer=layer, parent=form.parent or parent)
+
+
+def _moved(rest: Weights, found: Mapping[str, _Experts], parent: str) -> Weights:
+    """What stands beside experts (the router) under another name of the module above."""
+    above = {prefix.removesuffix(".experts") for prefix in found}
+    renamed: Weights = {}
+    for name, array in rest.items():
+        module = next((x for x in _modules_of(name) if x in above), None)
+        if module is not None:
+            name = f"{module.rpartition('.')[0]}.{parent}{name.removeprefix(module)}"
+        renamed[name] = array
+    return renamed
+
+
+def _modules_of(name: str) -> Iterator[str]:
+    while name := name.rpartition(".")[0]:
+        yield name
