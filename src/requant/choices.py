@@ -176,9 +176,6 @@ class Chooser:
             dense = layer.act_order and wishes.act_order == "dense"
             return None if dense else layer.kept, layer.reason
         points = choice is not None and choice.points
-        dense = self.format == "dense" or self._is_dense_gguf
-        if not (layer.is_quantized or dense or wishes.only or points):
-            return None, "dense in the source"
         if self.mlx_lm is not None:
             return self._in_mlx_lm_s_layout(layer, self.mlx_lm, choice)
         if layer.is_quantized:
@@ -229,11 +226,6 @@ class Chooser:
         assert self.mlx_lm is not None
         loaded = f"{layer.path}.weight" in self.mlx_lm.tensors
         return not loaded or layer.path in self.mlx_lm.quantizable
-
-    @property
-    def _is_dense_gguf(self) -> bool:
-        """A GGUF file without codes is quantized like any dense source."""
-        return self.checkpoint.gguf is not None and not self.from_codes
 
 
 def override_of(wishes: Wishes, path: str) -> Spec | None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from requant.blueprint import LayerPlan, Plan, Step, Treatment, place
 from requant.checkpoint import Checkpoint
-from requant.choices import Chooser, is_quantized, override_of
+from requant.choices import Chooser, fit_group, is_quantized, override_of
 from requant.errors import CheckpointError, UsageError
 from requant.formats import SourceLayer, SourceLayout, detect
 from requant.formats.base import describe
@@ -31,6 +31,7 @@ from requant.steps import fidelity, layer_steps, material_steps, with_global_sca
 from requant.weighting import weighted
 from requant.wishes import DTYPES, Wishes
 
+_CODES_MOVED = "the same codes, scales and biases in more bits or smaller groups"
 # Where the tools of sources say how they quantized; no longer true of an output.
 _QUANTIZATION_KEYS = ("quantization", "quantization_config", "compression_config")
 
@@ -79,8 +80,10 @@ def _folded(layout: SourceLayout, wishes: Wishes) -> SourceLayout:
     """Move act-order into other layers wherever the codes then stay."""
 
     def keeps(layer: SourceLayer) -> bool:
-        wish = override_of(wishes, layer.path) or wishes.quantization
-        return not wishes.dequantize and (wish is SKIP or wish in (None, layer.encoding))
+        override = override_of(wishes, layer.path)
+        wish = wishes.quantization if override is None else override
+        target = fit_group(layer.shape[-1], wish)[0] if isinstance(wish, Quantization) else None
+        return not wishes.dequantize and (target is None or layer.keeps_codes(target))
 
     return layout.folded(keeps)
 
@@ -197,8 +200,10 @@ class Planner:
     ) -> LayerPlan:
         if not layer.is_quantized:
             treatment = Treatment.DENSE if target is None else Treatment.QUANTIZED
-        elif layer.encoding == target and target is not None:
+        elif layer.keeps_codes(target):
             treatment = Treatment.KEPT
+            if target != layer.encoding:
+                reason = reason or _CODES_MOVED
         else:
             treatment = Treatment.DEQUANTIZED if target is None else Treatment.REQUANTIZED
         costs = [fidelity(step) for step in steps]
