@@ -95,12 +95,11 @@ def _values(chooser: Chooser, layers: Iterable[LayerPlan]) -> Iterator[str]:
 def _dense_in_source(chooser: Chooser, layers: Iterable[LayerPlan]) -> Iterator[str]:
     """Name the dense layers of a quantized source that a request covers, as in a dense source."""
     new = [x.layer for x in layers if x.treatment == "quantized"]
-    source = chooser.layout.quantization
-    if not new or not (chooser.from_codes or source is not None) or chooser.default is None:
+    if not new or not chooser.from_codes or chooser.default is None:
         return
     yield (
-        f"{count_are(len(new), 'layer')} dense in the source and quantized like the others here: "
-        f"{few(new)}. --override 'REGEX=skip' leaves such layers dense, --only chooses others."
+        f"{count_are(len(new), 'layer')} dense in the source and quantized here, as in a dense "
+        f"model: {few(new)}. --override 'REGEX=skip' leaves such layers dense."
     )
     skips = chooser.checkpoint.config.get("quantization")
     skipped = [x for x in new if isinstance(skips, dict) and skips.get(x) is False]
@@ -111,9 +110,7 @@ def _dense_in_source(chooser: Chooser, layers: Iterable[LayerPlan]) -> Iterator[
         )
 
 
-def _search(
-    chooser: Chooser, layers: Iterable[LayerPlan], steps: Iterable[Step]
-) -> Iterator[str]:
+def _search(chooser: Chooser, layers: Iterable[LayerPlan], steps: Iterable[Step]) -> Iterator[str]:
     """Say where the bits are not those of MLX's own rule, and where a search finds nothing."""
     searched = {step.layer: step.gptq for step in steps if step.search != "off"}
     if searched:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -30,10 +30,10 @@ from requant.checkpoint import (
     SourceTensor,
     StoredTensor,
 )
-from requant.dtypes import NUMPY_DTYPE, TensorInfo
+from requant.dtypes import KERNEL_FLOATS, NUMPY_DTYPE, TensorInfo
 from requant.errors import CheckpointError, Problem, RequantError, UsageError
 from requant.formats.base import Rows, SourceLayer, SourceLayout, dense_layer
-from requant.formats.members import members_joined, reencoded
+from requant.formats.members import in_float32, members_joined, reencoded
 from requant.formats.nvfp4_layers import has_tensor_scale, kept_apart
 from requant.mlx_lm_classes import WITHOUT_A_CLASS, why_no_class
 from requant.schema import PerLayerQuantization, Quantization
@@ -312,7 +312,12 @@ def relayout(
             if isinstance(part, dict):  # it is shown the values that the codes stand for
                 part.pop("quantization", None)
                 part.pop("quantization_config", None)
-        layout = mlx_lm_layout(config, infos, quantization=quantization, recipe=recipe, dtype=dtype)
+        laid_out = partial(mlx_lm_layout, quantization=quantization, recipe=recipe, dtype=dtype)
+        layout = laid_out(config, infos)
+        if unlike := _unlike(layout, shown):
+            shown |= {name: in_float32(shown[name]) for name in unlike}
+            infos = {name: TensorInfo(layer.dtype, layer.shape) for name, layer in shown.items()}
+            layout = laid_out(config, infos)
     except UsageError:
         raise
     except RequantError as error:
@@ -322,6 +327,19 @@ def relayout(
     extra = tuple(name for name in layout.dropped if name not in layout.tensors)
     infos = {name: x.info for name, x in layout.tensors.items()} | {x: infos[x] for x in extra}
     return Relayout(layout, shown, source, extra, _why_refused(layout, infos))
+
+
+def _unlike(layout: MlxLmLayout, shown: Mapping[str, SourceLayer]) -> list[str]:
+    """Inputs of outputs that join codes and differ in dtype: float32 holds the values of all."""
+    found: list[str] = []
+    for output in layout.tensors.values():
+        layers = [shown[name] for name in output.inputs]
+        dtypes = {layer.dtype for layer in layers}
+        if len(dtypes) > 1 and dtypes <= set(KERNEL_FLOATS) and any(x.is_quantized for x in layers):
+            found += (
+                x for x, layer in zip(output.inputs, layers, strict=True) if layer.dtype != "F32"
+            )
+    return found
 
 
 def _why_refused(layout: MlxLmLayout, infos: Mapping[str, TensorInfo]) -> str:

@@ -20,9 +20,7 @@ MEMBERS_MOVED = "members differ: the codes of all in the widest code and the sma
 MEMBERS_REENCODED = "members differ: codes are moved, and what has none that fit gets 8 bits"
 
 
-def members_joined(
-    path: str, shape: tuple[int, ...], runs: Sequence[Rows]
-) -> SourceLayer | None:
+def members_joined(path: str, shape: tuple[int, ...], runs: Sequence[Rows]) -> SourceLayer | None:
     """A layer of rows that are stored unlike each other.
 
     Args:
@@ -63,6 +61,13 @@ def members_joined(
         name="",
         as_named=None,
     )
+
+
+def in_float32(layer: SourceLayer) -> SourceLayer:
+    """The layer with its values, and its scales in the output, in float32."""
+    if layer.packing is None and not layer.is_quantized:
+        layer = replace(layer, packing=stored_rows(layer))
+    return replace(layer, dtype="F32")
 
 
 def common_encoding(encodings: Iterable[Quantization | None]) -> Quantization | None:
