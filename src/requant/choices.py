@@ -9,6 +9,7 @@ import difflib
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from requant.dtypes import FLOATS, KERNEL_FLOATS
@@ -179,7 +180,7 @@ class Chooser:
         if self.mlx_lm is not None:
             return self._in_mlx_lm_s_layout(layer, self.mlx_lm, choice)
         if layer.is_quantized:
-            target, reason = fit_group(layer.shape[-1], wish)
+            target, reason = fit_codes(layer, wish, wishes)
             return target or layer.kept, reason
         return _dense_target(layer, wish, wishes.dtype, any_name=points)
 
@@ -188,6 +189,9 @@ class Chooser:
     ) -> tuple[Quantization | None, str]:
         """mlx-lm's choice for a layer, or the recipe's where mlx-lm can load that."""
         own, reason = mlx_lm.targets.get(layer.path), layer.reason
+        if own is not None and layer.is_quantized:
+            own, grouped = fit_codes(layer, own, self.wishes)
+            reason = grouped or reason
         if own is None:
             reason = mlx_lm.dense_reasons.get(layer.path, reason)
             own = layer.kept if layer.is_quantized else None
@@ -258,6 +262,19 @@ def _dense_target(
     if 0 in shape:
         return None, "empty"
     return fit_group(shape[-1], wish)
+
+
+def fit_codes(
+    layer: SourceLayer, wish: Quantization, wishes: Wishes
+) -> tuple[Quantization | None, str]:
+    """As ``fit_group``, or in the source's group if none was asked for and its codes then stay."""
+    target, reason = fit_group(layer.shape[-1], wish)
+    if target is None or layer.encoding is None or not wishes.own_groups:
+        return target, reason
+    own = replace(target, group_size=layer.encoding.group_size)
+    if layer.keeps_codes(target) or not layer.keeps_codes(own):
+        return target, reason
+    return own, f"no group size was asked for: keeps its codes in groups of {own.group_size}"
 
 
 def fit_group(n_in: int, wish: Quantization) -> tuple[Quantization | None, str]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from requant.blueprint import LayerPlan, Plan, Step, Treatment, place
 from requant.checkpoint import Checkpoint
-from requant.choices import Chooser, fit_group, is_quantized, override_of
+from requant.choices import Chooser, fit_codes, fit_group, is_quantized, override_of
 from requant.errors import CheckpointError, UsageError
 from requant.formats import SourceLayer, SourceLayout, detect
 from requant.formats.base import describe
@@ -82,7 +82,14 @@ def _folded(layout: SourceLayout, wishes: Wishes) -> SourceLayout:
     def keeps(layer: SourceLayer) -> bool:
         override = override_of(wishes, layer.path)
         wish = wishes.quantization if override is None else override
-        target = fit_group(layer.shape[-1], wish)[0] if isinstance(wish, Quantization) else None
+        target = None
+        if isinstance(wish, Quantization):
+            fit = (
+                fit_codes(layer, wish, wishes)
+                if override is None
+                else fit_group(layer.shape[-1], wish)
+            )
+            target = fit[0]
         return not wishes.dequantize and (target is None or layer.keeps_codes(target))
 
     return layout.folded(keeps)
