@@ -146,7 +146,7 @@ class Chooser:
         """The quantization of a chosen layer that no override names."""
         if self.wishes.quantization is not None or self.wishes.dequantize:
             return self.wishes.quantization
-        if self.from_codes:
+        if self.from_codes or not self._is_dense:
             return None
         self.notes.append(
             "No bits or mode were asked for: affine, 4 bits, group 64 (MLX's default); "
@@ -230,6 +230,11 @@ class Chooser:
         assert self.mlx_lm is not None
         loaded = f"{layer.path}.weight" in self.mlx_lm.tensors
         return not loaded or layer.path in self.mlx_lm.quantizable
+
+    @property
+    def _is_dense(self) -> bool:
+        """Whether no tool has quantized the source, nor says that it has."""
+        return self.format == "dense" or (self.checkpoint.gguf is not None and not self.from_codes)
 
 
 def override_of(wishes: Wishes, path: str) -> Spec | None:

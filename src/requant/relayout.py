@@ -33,7 +33,7 @@ from requant.checkpoint import (
 from requant.dtypes import KERNEL_FLOATS, NUMPY_DTYPE, TensorInfo
 from requant.errors import CheckpointError, Problem, RequantError, UsageError
 from requant.formats.base import Rows, SourceLayer, SourceLayout, dense_layer
-from requant.formats.members import in_float32, members_joined, reencoded
+from requant.formats.members import in_float32, members_joined, recomputed
 from requant.formats.nvfp4_layers import has_tensor_scale, kept_apart
 from requant.mlx_lm_classes import WITHOUT_A_CLASS, why_no_class
 from requant.schema import PerLayerQuantization, Quantization
@@ -264,7 +264,7 @@ class Relayout:
         return replace(
             layer,
             stored=" and ".join(dict.fromkeys(x.stored_as for x in sources)),
-            fallback=reencoded(sources, layer.shape[-1]) if codes else None,
+            fallback=recomputed(sources, layer.shape[-1]) if codes else None,
             reason=ON_VALUES,
             needs_wish=next((x.needs_wish for x in sources if x.needs_wish), ""),
         )

@@ -14,7 +14,7 @@ from requant.dtypes import KERNEL_FLOATS
 from requant.formats.base import Rows, SourceLayer, fallback_for
 from requant.formats.packing import mlx_group
 from requant.formats.widening import stored_rows
-from requant.schema import Quantization
+from requant.schema import Quantization, QuantMode
 
 MEMBERS_MOVED = "members differ: the codes of all in the widest code and the smallest group"
 MEMBERS_REENCODED = "members differ: codes are moved, and what has none that fit gets 8 bits"
@@ -93,6 +93,15 @@ def reencoded(members: Iterable[SourceLayer], n_in: int) -> Quantization | None:
         return None
     group = mlx_group(max(min(*groups, fallback.group_size), 32), n_in)
     return None if group is None else Quantization.affine(group, 8)
+
+
+def recomputed(members: Sequence[SourceLayer], n_in: int) -> Quantization | None:
+    """As ``reencoded``, of values that were computed; where all were mxfp8 it may hold them."""
+    kept = {x.fallback if x.carried else x.kept for x in members}
+    only = kept.pop() if len(kept) == 1 else None
+    if only is not None and only.mode is QuantMode.MXFP8 and n_in % only.group_size == 0:
+        return only
+    return reencoded(members, n_in)
 
 
 def _has_rows(layer: SourceLayer) -> bool:
