@@ -14,6 +14,7 @@ from requant.choices import KEEPS_DTYPE, Chooser, Decided
 from requant.dtypes import KERNEL_FLOATS
 from requant.errors import count, count_are, few
 from requant.formats import SourceLayer
+from requant.formats.members import MEMBERS_REENCODED
 from requant.formats.packing import DTYPE_WORD
 from requant.relayout import ON_VALUES, Relayout
 from requant.steps import with_global_scale
@@ -83,13 +84,15 @@ def _values(chooser: Chooser, layers: Iterable[LayerPlan]) -> Iterator[str]:
         return
     codes = {x.path for x in chooser.layout.layers if x.kept is not None and not x.act_order}
     values = [x for x in layers if x.treatment == "requantized" and x.reason == ON_VALUES]
+    members = [x for x in layers if x.reason == MEMBERS_REENCODED]
     dense = [x for x in layers if x.treatment == "dequantized" and x.layer in codes]
     for found, what in (
-        (values, "re-encoded: mlx-lm's rule for this model works on values"),
+        (values, "re-encoded with 8 bits: mlx-lm's rule for this model works on values"),
+        (members, "made of members without common codes: what has none that fit gets 8 bits"),
         (dense, "dequantized: mlx-lm's class has no codes there"),
     ):
         if found:
-            yield f"{few([x.layer for x in found])} are {what}."
+            yield f"{few([x.layer for x in found])} {'is' if len(found) == 1 else 'are'} {what}."
 
 
 def _dense_in_source(chooser: Chooser, layers: Iterable[LayerPlan]) -> Iterator[str]:

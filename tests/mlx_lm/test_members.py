@@ -162,6 +162,7 @@ def test_what_must_be_encoded_again_gets_8_bits(name: str, dense: mx.Dtype, tmp_
     layer = next(x for x in report.plan.layers if x.layer == STACK)
     assert (layer.exactness, layer.treatment) == ("re-encoded", "requantized")
     assert "8 bits" in layer.reason
+    assert any(STACK in note and "8 bits" in note for note in report.plan.notes)
     found, spec = stacked(tmp_path / "out")
     assert spec == {"group_size": group, "bits": bits, "mode": "affine"}
     before = read_folder(source)
@@ -203,6 +204,17 @@ def test_members_in_more_bits_than_any_has(tmp_path: Path) -> None:
     before = read_folder(source)
     for number, own in enumerate(specs):
         assert np.array_equal(found[number], wanted(before, UP.format(number), own))
+
+
+def test_in_memory_as_in_a_folder(tmp_path: Path) -> None:
+    from requant.mlx_lm import load_weights
+
+    specs: list[Spec] = [(4, 64, "affine", B), (2, 128, "affine", B), None, (3, 32, "affine", B)]
+    source = moe(tmp_path / "source", dict(enumerate(specs)))
+    requant.convert(source, tmp_path / "out", bits=8, group_size=32)
+    held, _ = load_weights(source, bits=8, group_size=32)
+    for name, array in mx.load(str(tmp_path / "out" / "model.safetensors")).items():
+        assert mx.array_equal(held[name], array), name
 
 
 # -- another tool's members ------------------------------------------------------------------

@@ -162,8 +162,9 @@ class Widened(Packing):
             self._widen(narrow["weight"], out["weight"], scratch)
         for role in out.keys() - {"weight"}:
             if narrow[role] is not out[role]:
-                groups = out[role].reshape(rows, -1, times)
-                groups[:] = narrow[role][:, :, None]
+                bits = f"u{out[role].itemsize}"  # NumPy copies integers faster than bfloat16
+                groups = out[role].view(bits).reshape(rows, -1, times)
+                groups[:] = narrow[role].view(bits)[:, :, None]
 
     def _widen(self, words: np.ndarray, out: np.ndarray, scratch: Scratch) -> None:
         codes = scratch.take("wide codes", "U8", out.shape[0], self.columns)
