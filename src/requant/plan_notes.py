@@ -98,7 +98,7 @@ def _values(chooser: Chooser, layers: Iterable[LayerPlan]) -> Iterator[str]:
 def _dense_in_source(chooser: Chooser, layers: Iterable[LayerPlan]) -> Iterator[str]:
     """Name the dense layers of a quantized source that a request covers, as in a dense source."""
     new = [x.layer for x in layers if x.treatment == "quantized"]
-    if not new or not chooser.from_codes or chooser.default is None:
+    if not new or not chooser.from_codes or chooser.default is None or chooser.wishes.only:
         return
     yield (
         f"{count_are(len(new), 'layer')} dense in the source and quantized here, as in a dense "
