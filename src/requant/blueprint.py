@@ -109,6 +109,8 @@ class Step:
         """Bytes that a worker holds for one row: inputs, outputs, and dense values between."""
         held = sum(self.row_bytes(t) for t in self.inputs.values())
         held += sum(self.row_bytes(t) for t in self.outputs.values())
+        if self.packing is not None and self.operation is Operation.REPACK:
+            held += self.packing.scratch_row_bytes
         coded = self.operation in (Operation.ENCODE, Operation.RECODE)
         unpacked = self.packing is not None and self.operation is not Operation.REPACK
         return (held + (2 * coded + unpacked) * 4 * self.columns) * self.row_step

@@ -9,6 +9,7 @@ import difflib
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from requant.dtypes import FLOATS, KERNEL_FLOATS
@@ -160,7 +161,7 @@ class Chooser:
         """The quantization of a chosen layer that no override names."""
         if self.wishes.quantization is not None or self.wishes.dequantize:
             return self.wishes.quantization
-        if self.from_codes:
+        if self.from_codes or not self._is_dense:
             return None
         self.notes.append(
             "No bits or mode were asked for: affine, 4 bits, group 64 (MLX's default); "
@@ -191,13 +192,10 @@ class Chooser:
             dense = layer.act_order and wishes.act_order == "dense"
             return None if dense else layer.kept, layer.reason
         points = choice is not None and choice.points
-        dense = self.format == "dense" or self._is_dense_gguf
-        if not (layer.is_quantized or dense or wishes.only or points):
-            return None, "dense in the source"
         if self.mlx_lm is not None:
             return self._in_mlx_lm_s_layout(layer, self.mlx_lm, choice)
         if layer.is_quantized:
-            target, reason = fit_group(layer.shape[-1], wish)
+            target, reason = fit_codes(layer, wish, wishes)
             return target or layer.kept, reason
         if layer.path in self.left_dense and not (choice is not None and choice.names):
             return None, self.left_dense[layer.path]
@@ -208,6 +206,9 @@ class Chooser:
     ) -> tuple[Quantization | None, str]:
         """mlx-lm's choice for a layer, or the recipe's where mlx-lm can load that."""
         own, reason = mlx_lm.targets.get(layer.path), layer.reason
+        if own is not None and layer.is_quantized:
+            own, grouped = fit_codes(layer, own, self.wishes)
+            reason = grouped or reason
         if own is None:
             reason = mlx_lm.dense_reasons.get(layer.path, reason)
             own = layer.kept if layer.is_quantized else None
@@ -248,9 +249,9 @@ class Chooser:
         return not loaded or layer.path in self.mlx_lm.quantizable
 
     @property
-    def _is_dense_gguf(self) -> bool:
-        """A GGUF file without codes is quantized like any dense source."""
-        return self.checkpoint.gguf is not None and not self.from_codes
+    def _is_dense(self) -> bool:
+        """Whether no tool has quantized the source, nor says that it has."""
+        return self.format == "dense" or (self.checkpoint.gguf is not None and not self.from_codes)
 
 
 def override_of(wishes: Wishes, path: str) -> Spec | None:
@@ -283,6 +284,19 @@ def _dense_target(
     if 0 in shape:
         return None, "empty"
     return fit_group(shape[-1], wish)
+
+
+def fit_codes(
+    layer: SourceLayer, wish: Quantization, wishes: Wishes
+) -> tuple[Quantization | None, str]:
+    """As ``fit_group``, or in the source's group if none was asked for and its codes then stay."""
+    target, reason = fit_group(layer.shape[-1], wish)
+    if target is None or layer.encoding is None or not wishes.own_groups:
+        return target, reason
+    own = replace(target, group_size=layer.encoding.group_size)
+    if layer.keeps_codes(target) or not layer.keeps_codes(own):
+        return target, reason
+    return own, f"no group size was asked for: keeps its codes in groups of {own.group_size}"
 
 
 def fit_group(n_in: int, wish: Quantization) -> tuple[Quantization | None, str]:

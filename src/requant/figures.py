@@ -283,7 +283,8 @@ def arguments(wishes: Wishes) -> list[str]:
         q = wishes.quantization
         words += [] if q.mode is QuantMode.AFFINE else ["--mode", q.mode.value]
         if q.mode is QuantMode.AFFINE:
-            words += ["--bits", str(q.bits), "--group-size", str(q.group_size)]
+            words += ["--bits", str(q.bits)]
+            words += [] if wishes.own_groups else ["--group-size", str(q.group_size)]
     if recipe is not None and wishes.budget is None:
         known = recipe.name in recipe_names()
         words += ["--recipe", recipe.name if known else f"{recipe.name}.toml"]

@@ -15,8 +15,9 @@ from typing import Any
 from requant.blueprint import LayerPlan, Step
 from requant.choices import KEEPS_DTYPE, NOT_A_WEIGHT, Chooser, Decided
 from requant.dtypes import KERNEL_FLOATS
-from requant.errors import Problem, count, few
+from requant.errors import Problem, count, count_are, few
 from requant.formats import SourceLayer
+from requant.formats.members import MEMBERS_REENCODED
 from requant.formats.packing import DTYPE_WORD
 from requant.left_dense import TIED
 from requant.loader_names import module_names
@@ -36,7 +37,8 @@ def notes_on(
     yield from _rotations(decided)
     yield from _global_scales(decided)
     yield from _values(chooser, layers)
-    yield from _search(chooser, steps)
+    yield from _dense_in_source(chooser, layers)
+    yield from _search(chooser, layers, steps)
     yield from _budget(chooser)
     yield from _form(chooser.moved)
     if chooser.from_codes:
@@ -58,7 +60,7 @@ def _extra(moved: Relayout | None) -> Iterator[str]:
 
 def rotated_layers(decided: Iterable[Decided]) -> list[SourceLayer]:
     """The layers that keep a rotation of their inputs beside their codes."""
-    return [x for x, target, _ in decided if x.carried and target == x.encoding]
+    return [x for x, target, _ in decided if x.carried and x.keeps_codes(target)]
 
 
 def _tied(chooser: Chooser, decided: Iterable[Decided]) -> Iterator[str]:
@@ -99,25 +101,51 @@ def _values(chooser: Chooser, layers: Iterable[LayerPlan]) -> Iterator[str]:
         return
     codes = {x.path for x in chooser.layout.layers if x.kept is not None and not x.act_order}
     values = [x for x in layers if x.treatment == "requantized" and x.reason == ON_VALUES]
+    members = [x for x in layers if x.reason == MEMBERS_REENCODED]
     dense = [x for x in layers if x.treatment == "dequantized" and x.layer in codes]
     for found, what in (
-        (values, "re-encoded: mlx-lm's rule for this model works on values"),
+        (values, "re-encoded with 8 bits: mlx-lm's rule for this model works on values"),
+        (members, "made of members without common codes: what has none that fit gets 8 bits"),
         (dense, "dequantized: mlx-lm's class has no codes there"),
     ):
         if found:
-            yield f"{few([x.layer for x in found])} are {what}."
+            yield f"{few([x.layer for x in found])} {'is' if len(found) == 1 else 'are'} {what}."
 
 
-def _search(chooser: Chooser, steps: Iterable[Step]) -> Iterator[str]:
-    """Say where the bits are not those of MLX's own rule."""
+def _dense_in_source(chooser: Chooser, layers: Iterable[LayerPlan]) -> Iterator[str]:
+    """Name the dense layers of a quantized source that a request covers, as in a dense source."""
+    new = [x.layer for x in layers if x.treatment == "quantized"]
+    if not new or not chooser.from_codes or chooser.default is None or chooser.wishes.only:
+        return
+    yield (
+        f"{count_are(len(new), 'layer')} dense in the source and quantized here, as in a dense "
+        f"model: {few(new)}. --override 'REGEX=skip' leaves such layers dense."
+    )
+    skips = chooser.checkpoint.config.get("quantization")
+    skipped = [x for x in new if isinstance(skips, dict) and skips.get(x) is False]
+    if skipped:
+        yield (
+            f"The source's quantization block says false for {few(skipped)}: what was asked for "
+            "covers such layers too."
+        )
+
+
+def _search(chooser: Chooser, layers: Iterable[LayerPlan], steps: Iterable[Step]) -> Iterator[str]:
+    """Say where the bits are not those of MLX's own rule, and where a search finds nothing."""
     searched = {step.layer: step.gptq for step in steps if step.search != "off"}
     if searched:
-        layers = count(len(searched), "layer")
+        held = count(len(searched), "layer")
         # What GPTQ hands on makes single groups worse and the layer better.
         promise = "" if any(searched.values()) else "no group is worse than by MLX's rule, and "
         yield (
-            f"Scales of {layers} are searched for ({chooser.wishes.search}): {promise}the bits are "
+            f"Scales of {held} are searched for ({chooser.wishes.search}): {promise}the bits are "
             "not MLX's."
+        )
+    moved = [x.layer for x in layers if x.treatment == "kept" and x.layer not in searched]
+    if chooser.wishes.search != "off" and chooser.default is not None and moved:
+        yield (
+            f"Codes of {count(len(moved), 'layer')} are moved as they are ({few(moved)}): there "
+            "is nothing to search for."
         )
 
 

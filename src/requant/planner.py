@@ -14,7 +14,7 @@ from typing import Any
 
 from requant.blueprint import LayerPlan, OutputShard, Plan, Step, Treatment, place
 from requant.checkpoint import Checkpoint
-from requant.choices import Chooser, is_quantized, override_of
+from requant.choices import Chooser, fit_codes, fit_group, is_quantized, override_of
 from requant.errors import CheckpointError, UsageError
 from requant.formats import SourceLayer, SourceLayout, read_layout
 from requant.formats.base import describe
@@ -33,6 +33,8 @@ from requant.statistics import read_statistics
 from requant.steps import fidelity, layer_steps, material_steps, with_global_scale
 from requant.weighting import weighted
 from requant.wishes import DTYPES, Wishes
+
+_CODES_MOVED = "the same codes, scales and biases in more bits or smaller groups"
 
 
 @time_counted()
@@ -86,8 +88,17 @@ def _folded(layout: SourceLayout, wishes: Wishes) -> SourceLayout:
     """Move act-order into other layers wherever the codes then stay."""
 
     def keeps(layer: SourceLayer) -> bool:
-        wish = override_of(wishes, layer.path) or wishes.quantization
-        return not wishes.dequantize and (wish is SKIP or wish in (None, layer.encoding))
+        override = override_of(wishes, layer.path)
+        wish = wishes.quantization if override is None else override
+        target = None
+        if isinstance(wish, Quantization):
+            fit = (
+                fit_codes(layer, wish, wishes)
+                if override is None
+                else fit_group(layer.shape[-1], wish)
+            )
+            target = fit[0]
+        return not wishes.dequantize and (target is None or layer.keeps_codes(target))
 
     return layout.folded(keeps)
 
@@ -247,8 +258,10 @@ class Planner:
     ) -> LayerPlan:
         if not layer.is_quantized:
             treatment = Treatment.DENSE if target is None else Treatment.QUANTIZED
-        elif layer.encoding == target and target is not None:
+        elif layer.keeps_codes(target):
             treatment = Treatment.KEPT
+            if target != layer.encoding:
+                reason = reason or _CODES_MOVED
         else:
             treatment = Treatment.DEQUANTIZED if target is None else Treatment.REQUANTIZED
         costs = [fidelity(step) for step in steps]

@@ -4,9 +4,10 @@ What mlx-lm merely moves (renamed, stacked, split) stays bytes of the source fil
 model class computes is computed when the run comes to it, one tensor at a time.
 
 A quantized layer is shown to mlx-lm as the dense weight that it stands for. Where the rule
-moves whole rows of such weights, the rows of the codes, scales and biases are moved alike;
-where it does anything else, the layer is decoded, and its fallback says how it is encoded
-again.
+moves whole rows of such weights, the rows of the codes, scales and biases are moved alike, and
+members that are stored unlike each other take an encoding that holds them all (``members``).
+Where it does anything else, the layer is decoded, and its fallback, 8 bits, says how it is
+encoded again.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -29,14 +30,14 @@ from requant.checkpoint import (
     SourceTensor,
     StoredTensor,
 )
-from requant.dtypes import NUMPY_DTYPE, TensorInfo
+from requant.dtypes import KERNEL_FLOATS, NUMPY_DTYPE, TensorInfo
 from requant.errors import CheckpointError, Problem, RequantError, UsageError
-from requant.formats.base import Rows, SourceLayer, SourceLayout, dense_layer, describe
+from requant.formats.base import Rows, SourceLayer, SourceLayout, dense_layer
 from requant.formats.declared import without_blocks
+from requant.formats.members import in_float32, members_joined, recomputed
 from requant.formats.nvfp4_layers import has_tensor_scale, kept_apart
-from requant.formats.packing import mlx_group
 from requant.mlx_lm_classes import WITHOUT_A_CLASS, why_no_class
-from requant.schema import PerLayerQuantization, Quantization, QuantMode
+from requant.schema import PerLayerQuantization, Quantization
 
 if TYPE_CHECKING:
     from requant.mlx_lm_layout import MlxLmLayout, Moved
@@ -201,18 +202,18 @@ class Relayout:
             apart = kept_apart(first, path, output.info.shape, runs)
             if apart is not None:
                 return apart
-        rotations = {tuple(x.name for x in layer.carried.values()) for layer in sources}
-        if runs is None or len(rotations) > 1 or len({_kind(layer) for layer in sources}) > 1:
+        if runs is None or not all(map(_whole_units, runs)):
+            return self._decoded(name, sources)
+        if len({_kind(layer) for layer in sources}) > 1:
+            return members_joined(path, output.info.shape, runs) or self._decoded(name, sources)
+        if len({tuple(x.name for x in layer.carried.values()) for layer in sources}) > 1:
             return self._decoded(name, sources)
         shape = output.info.shape
         made = replace(first, path=path, name="", as_named=None, shape=shape, parts={})
-        strided = sum(run.count for run in runs if run.step > 1)
-        if first.packing is None and strided > _MOST_RANGES:
-            return self._decoded(name, sources)
         if first.packing is not None:
-            if not all(_whole_units(run) for run in runs):
-                return self._decoded(name, sources)
             return replace(made, parts=first.parts, pieces=runs)
+        if sum(run.count for run in runs if run.step > 1) > _MOST_RANGES:
+            return members_joined(path, shape, runs) or self._decoded(name, sources)
         parts: dict[str, SourceTensor] = {}
         for role, part in first.parts.items():
             if role == "global_scale":
@@ -259,22 +260,14 @@ class Relayout:
         return tuple(runs)
 
     def _decoded(self, name: str, sources: Sequence[SourceLayer]) -> SourceLayer:
-        """A layer whose values are needed; its fallback is the finest of its sources'."""
+        """A layer whose values are needed; without a request it is encoded with 8 bits."""
         output = self.layout.tensors[name]
-        tensor = ComputedTensor(name, output.info, output.inputs)
-        specs = (layer.fallback if layer.carried else layer.kept for layer in sources)
-        kept = [spec for spec in specs if spec is not None]
-        fallback = max(kept, key=lambda q: (q.bits, -q.group_size), default=None)
-        layer = dense_layer(tensor)
-        if fallback is not None and layer.path in self.layout.quantizable:
-            fallback = _fitting(fallback, layer.shape[-1])
-        else:
-            fallback = None
-        stored = dict.fromkeys(x.stored or describe(x.encoding, x.dtype) for x in sources)
+        layer = dense_layer(ComputedTensor(name, output.info, output.inputs))
+        codes = layer.path in self.layout.quantizable
         return replace(
             layer,
-            stored=" and ".join(stored),
-            fallback=fallback,
+            stored=" and ".join(dict.fromkeys(x.stored_as for x in sources)),
+            fallback=recomputed(sources, layer.shape[-1]) if codes else None,
             reason=ON_VALUES,
             needs_wish=next((x.needs_wish for x in sources if x.needs_wish), ""),
         )
@@ -319,9 +312,14 @@ def relayout(
         made = checkpoint.gguf is not None
         config = deepcopy(dict(checkpoint.config)) if made else load_config(checkpoint.path)
         config = without_blocks(config)  # it is shown the values that the codes stand for
-        layout, form = layout_in_any_form(
-            config, infos, quantization=quantization, recipe=recipe, dtype=dtype
+        laid_out = partial(
+            layout_in_any_form, quantization=quantization, recipe=recipe, dtype=dtype
         )
+        layout, form = laid_out(config, infos)
+        if unlike := _unlike(layout, shown):
+            shown |= {name: in_float32(shown[name]) for name in unlike}
+            infos = {name: TensorInfo(layer.dtype, layer.shape) for name, layer in shown.items()}
+            layout, form = laid_out(config, infos)
     except UsageError:
         raise
     except RequantError as error:
@@ -346,6 +344,19 @@ def why_unloadable(config: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -
     except Exception as error:  # as in relayout
         return f"mlx-lm cannot be imported ({error})"
     return ""
+
+
+def _unlike(layout: MlxLmLayout, shown: Mapping[str, SourceLayer]) -> list[str]:
+    """Inputs of outputs that join codes and differ in dtype: float32 holds the values of all."""
+    found: list[str] = []
+    for output in layout.tensors.values():
+        layers = [shown[name] for name in output.inputs]
+        dtypes = {layer.dtype for layer in layers}
+        if len(dtypes) > 1 and dtypes <= set(KERNEL_FLOATS) and any(x.is_quantized for x in layers):
+            found += (
+                x for x, layer in zip(output.inputs, layers, strict=True) if layer.dtype != "F32"
+            )
+    return found
 
 
 def _why_refused(layout: MlxLmLayout, infos: Mapping[str, TensorInfo]) -> str:
@@ -376,16 +387,6 @@ def _kind(layer: SourceLayer) -> tuple[object, ...]:
     """What layers must have in common for their rows to stand in one."""
     dtypes = tuple((role, part.info.dtype) for role, part in layer.parts.items())
     return layer.encoding, layer.fallback, layer.dtype, layer.stored, type(layer.packing), dtypes
-
-
-def _fitting(quantization: Quantization, columns: int) -> Quantization | None:
-    """The same with a group that divides ``columns``, if there is one."""
-    if columns % quantization.group_size == 0:
-        return quantization
-    group = mlx_group(quantization.group_size, columns)
-    if quantization.mode is not QuantMode.AFFINE or group is None:
-        return None
-    return replace(quantization, group_size=group)
 
 
 def _strided(values: np.ndarray, start: int, run: int, stride: int, count: int) -> np.ndarray:
@@ -436,7 +437,8 @@ def _row_ranges(run: Rows, role: str) -> Iterator[FileRange]:
 def _whole_units(run: Rows) -> bool:
     """Whether a packed layer can give these rows alone."""
     packing = run.layer.packing
-    assert packing is not None
+    if packing is None:
+        return True
     if run.step > 1:
         return packing.row_unit == 1
     ends = run.start % packing.matrix_rows, (run.start + run.count) % packing.matrix_rows

@@ -121,6 +121,26 @@ class Quantization:
             raise ParseError(f"'mode' must be one of {', '.join(tags)}, got {shown(mode)}")
         return cls(group_size, bits, QuantMode(mode))
 
+    def holds(self, codes: Quantization) -> bool:
+        """Whether every layer of ``codes`` can be stored so without a change of its values.
+
+        Affine codes stay integers in more bits, and smaller groups repeat their scale and bias.
+        The values of mxfp4 (E2M1) are values of mxfp8 (E4M3) under the same scale.
+
+        Example:
+            >>> Quantization.affine(32, 8).holds(Quantization.affine(64, 4))
+            True
+            >>> Quantization.affine(64, 8).holds(Quantization.affine(32, 4))
+            False
+        """
+        if self.mode is codes.mode is QuantMode.AFFINE:
+            return self.bits >= codes.bits and codes.group_size % self.group_size == 0
+        return self == codes or (
+            self.mode is QuantMode.MXFP8
+            and codes.mode is QuantMode.MXFP4
+            and self.group_size == codes.group_size
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """The form that MLX writes to ``config.json``; the mode is always there."""
         return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode.value}

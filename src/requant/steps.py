@@ -6,6 +6,7 @@ Pure: it counts rows and bytes from shapes and dtypes, and decides nothing about
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from math import lcm, prod
 
 from requant.blueprint import Operation, OutputTensor, Step
@@ -15,6 +16,7 @@ from requant.dtypes import FLOATS, TensorInfo
 from requant.formats import SourceLayer, SourceLayout
 from requant.formats.base import RowOrder, Rows
 from requant.formats.packing import Exactness, Fidelity, Packing
+from requant.formats.widening import stored_rows, widened
 from requant.relayout import Relayout
 from requant.schema import Quantization, QuantMode
 from requant.wishes import Wishes
@@ -39,6 +41,8 @@ def layer_steps(
         for part in layer.parts.values():
             floats = part.info.dtype in FLOATS and not part.name.endswith(".global_scale")
             yield _flat_step(layer.path, part, wishes.dtype or part.info.dtype if floats else None)
+    elif layer.keeps_codes(target):
+        yield from _packed_steps(layer, stored_rows(layer), target, dtype, wishes)
     else:
         yield _coding_step(layer, target, dtype, wishes)
 
@@ -87,17 +91,19 @@ def _packed_steps(
 ) -> Iterator[Step]:
     """Move the codes where they stay, else decode, and encode again where wished.
 
-    A layer under another layout than the source's takes one step for each run of rows.
+    A layer under another layout than the source's takes one step for each run of rows. Where its
+    members are stored unlike each other, the codes of some may stay and those of others not.
     """
     outputs = {"weight": TensorInfo(dtype, layer.shape)}
-    operation = Operation.DECODE
     if target is not None:
         outputs = triple_infos(layer.shape, dtype, target)
-        operation = Operation.REPACK if target == layer.encoding else Operation.RECODE
+    if layer.packing is None and wishes.dtype is None:  # of MLX's own: each keeps its dtype
+        own = {role: part.info.dtype for role, part in layer.parts.items() if role != "weight"}
+        outputs |= {role: TensorInfo(x, outputs[role].shape) for role, x in own.items()}
     names = {"weight": layer.dense_name} if target is None else {}
     into_row = 0
-    for run in layer.pieces or (Rows(layer, 0, packing.rows),):
-        assert run.layer.packing is not None
+    for run in layer.pieces or (Rows(replace(layer, packing=packing), 0, packing.rows),):
+        operation, rows_packing = _moved(layer, run, target)
         yield Step(
             layer.path,
             operation,
@@ -111,7 +117,7 @@ def _packed_steps(
             None,
             target,
             dtype,
-            packing=run.layer.packing,
+            packing=rows_packing,
             first_row=run.start,
             into_row=into_row,
             row_step=run.step,
@@ -119,10 +125,23 @@ def _packed_steps(
             row_order=run.layer.row_order,
         )
         into_row += run.count
-    if operation is Operation.REPACK:
+    if layer.keeps_codes(target):
         for role, tensor in layer.carried.items():
             yield _flat_step(layer.path, tensor, None, name=f"{layer.path}.{role}")
         yield from _global_scale_steps(layer)
+
+
+def _moved(layer: SourceLayer, run: Rows, target: Quantization | None) -> tuple[Operation, Packing]:
+    """What is done to a run of a layer's rows, and the packing that gives them."""
+    packing, encoding = run.layer.packing, run.layer.encoding
+    assert packing is not None
+    if target is None:
+        return Operation.DECODE, packing
+    # Codes of a rotated weight and values of the plain one never share a layer.
+    alone = not layer.carried and run.layer.keeps_codes(target)
+    if encoding is None or not (alone or layer.keeps_codes(target)):
+        return Operation.RECODE, packing
+    return Operation.REPACK, widened(packing, encoding, target)
 
 
 def with_global_scale(

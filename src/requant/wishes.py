@@ -71,6 +71,7 @@ class Wishes:
         config_from: For GGUF: the folder whose config.json and tokenizer files are taken; None
             makes them from the metadata.
         max_shard_bytes: Output shards are cut before they exceed this.
+        own_groups: No group size was asked for: layers whose codes then stay keep their own.
         spoiled: Layers that a first pass found to hold NaN or infinity; left as they are.
     """
 
@@ -91,6 +92,7 @@ class Wishes:
     budget: str | None = None
     statistics: str | None = None
     gptq: bool = False
+    own_groups: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """The wishes as JSON data; ``from_dict`` reads them back equal."""
@@ -168,6 +170,7 @@ class Wishes:
         """
         if budget is not None:
             _check_alone(quantization, bits, mode, recipe, dequantize)
+        own_groups = (bits, mode) != (None, None) and group_size is None and recipe is None
         if quantization is not None:
             if (bits, group_size, mode) != (None, None, None):
                 raise UsageError("give either a Quantization, or bits, group_size and mode")
@@ -215,6 +218,7 @@ class Wishes:
             budget=None if budget is None else parse_budget(budget).text,
             statistics=None if statistics is None else os.fspath(statistics),
             gptq=gptq,
+            own_groups=own_groups,
         )
 
 

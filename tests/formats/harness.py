@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -244,9 +245,10 @@ def check_values(
 
 
 def _check_dense_tensors(checked: Checked) -> None:
-    """Tensors that both folders name are the same, but for the layers' own."""
+    """Tensors that both folders name are the same, but for those of layers that have codes."""
     before = read_folder(checked.source)
-    own = tuple(f"{path}." for path in checked.expected)
+    coded = [x.layer for x in checked.report.plan.layers if x.treatment == "quantized"]
+    own = tuple(f"{path}." for path in (*checked.expected, *coded))
     for name, array in before.items():
         if name in checked.weights and (not name.startswith(own) or name.endswith(".bias")):
             after = checked.weights[name]
@@ -293,6 +295,12 @@ def check_in_memory(checked: Checked, wishes: Mapping[str, Any]) -> None:
             pass
         else:
             return  # every layer has a fate of its own
+        # A conversion covers layers that are dense in the source, too; this does not.
+        only = [f"^{re.escape(path)}$" for path in checked.expected]
+        output = checked.output.with_name("only")
+        requant.convert(checked.source, output, only=only, **wishes)
+        same_in_memory(checked.source, output, otherwise)
+        return
     same_in_memory(checked.source, checked.output, otherwise)
 
 

@@ -24,7 +24,7 @@ FOLDERS: list[tuple[str, dict[str, Any], float]] = [
     ("ct-pack-int4-actorder-weight", {}, 0.05),
     ("ct-pack-int4-actorder-group", {}, 0.05),
     ("ct-nvfp4-pack", {}, 0.05),
-    ("ct-float-fp8-block", {"bits": 8}, 0.05),
+    ("ct-float-fp8-block", {"bits": 8, "overrides": ["lm_head|embed_tokens=skip"]}, 0.05),
     ("ct-float-fp8-channel", {"bits": 8}, 0.05),
     ("ct-float-fp8-tensor", {"dequantize": True, "dtype": "float32"}, 1e-4),
     ("ct-naive-fp8-tensor", {"bits": 8}, 0.12),

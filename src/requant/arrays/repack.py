@@ -164,6 +164,11 @@ def unpack_into(words: Array, bits: int, out: Array) -> None:
     _native.unpack_words(words, bits, out)
 
 
+def pack_into(codes: Array, bits: int, out: Array) -> None:
+    """Pack uint8 ``(rows, n)``, n a multiple of 32, into uint32 ``(rows, n * bits / 32)``."""
+    _native.pack_words(codes, bits, out)
+
+
 def deinterleave_into(words: Array, out: Array) -> None:
     """Put nibbles stored in the order 0, 2, 4, 6, 1, 3, 5, 7 along a row into MLX's order.
 

@@ -39,7 +39,9 @@ Shared by several of them:
 * ``integer_layers``, ``float8_layers``, ``nvfp4_layers``: layers of one kind of code, of any
   tool; ``input_scaled``: any of them with a scale for each input;
 * ``float_packings``: FP8, FP4 and FP6 codes of any tool; ``row_blocks``: rows in the bits of one
-  packed row (HQQ, BitNet).
+  packed row (HQQ, BitNet);
+* ``widening``: codes of any layer moved into more bits or smaller groups; ``members``: layers
+  of unlike kinds in one (experts of a stack).
 
 ``*_config`` and ``qweight_rules`` read JSON alone, ``*_layouts`` and ``*_layers`` decide by
 dtypes and shapes, ``*_packings`` move codes and know no file. A format with one packing has it

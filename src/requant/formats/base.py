@@ -153,6 +153,10 @@ class SourceLayer:
         """What becomes of the layer when nothing is wished; None is dense."""
         return self.encoding or self.fallback
 
+    def keeps_codes(self, target: Quantization | None) -> bool:
+        """Whether the stored codes are moved unchanged where the output has ``target``."""
+        return self.encoding is not None and target is not None and target.holds(self.encoding)
+
 
 @dataclass(frozen=True, slots=True)
 class Fold:

@@ -164,7 +164,8 @@ def kept_apart(
 
 def _apart(layer: SourceLayer) -> SourceLayer:
     assert isinstance(layer.packing, NvBlocks)
-    return replace(layer, packing=replace(layer.packing, apart=True, exact=False))
+    packing = replace(layer.packing, apart=True, exact=False)
+    return replace(layer, packing=packing, encoding=NVFP4)
 
 
 def _scales_of_matrices(shape: tuple[int, ...], runs: Sequence[Rows]) -> tuple[Rows, ...] | None:

@@ -92,6 +92,11 @@ class Packing(ABC):
         """Output rows of one matrix."""
         return self.rows
 
+    @property
+    def scratch_row_bytes(self) -> int:
+        """Bytes of scratch memory that ``unpack`` takes for a row, where they are many."""
+        return 0
+
     @abstractmethod
     def cuts(self, start: int, stop: int) -> dict[str, Cut]:
         """What the rows ``start`` to ``stop`` need of each part."""

@@ -1,0 +1,218 @@
+"""Codes moved into more bits or smaller groups, and rows of layers that are stored as MLX's.
+
+``w = code * scale + bias`` stays what it is where the same integers lie in wider fields and
+each scale and bias is repeated: 4 bits in groups of 64 are 8 bits in groups of 32. mxfp4
+becomes mxfp8 value by value under the same scales: every E2M1 number is an E4M3 number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any, ClassVar
+
+import ml_dtypes
+import numpy as np
+
+from requant.arrays import native, repack, values
+from requant.formats.base import SourceLayer
+from requant.formats.packing import Cut, Exactness, Fidelity, Packing, Parts, Scratch, is_narrower
+from requant.schema import Quantization, QuantMode
+
+# E2M1 codes 0 to 15 as E4M3 bytes; bit 3 is the sign.
+_E4M3 = np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(ml_dtypes.float8_e4m3fn)
+_E4M3_BYTES = _E4M3.view(np.uint8)
+
+
+@dataclass(frozen=True)
+class MlxRows(Packing):
+    """Rows of words, scales and biases that are stored as MLX stores them.
+
+    Attributes:
+        rows: Output rows, experts included.
+        columns: Inputs.
+        encoding: Of the codes.
+        scale_dtypes: Header names of the stored scales and biases; bytes have none.
+    """
+
+    rows: int
+    columns: int
+    encoding: Quantization
+    scale_dtypes: tuple[str, ...] = ()
+
+    def cuts(self, start: int, stop: int) -> dict[str, Cut]:
+        """The same rows of each tensor."""
+        words = self.columns * self.encoding.bits // 32
+        groups = (0, self.columns // self.encoding.group_size)
+        cuts = {"weight": Cut((start, stop), (0, words)), "scales": Cut((start, stop), groups)}
+        if self.encoding.mode.has_biases:
+            cuts["biases"] = Cut((start, stop), groups)
+        return cuts
+
+    def unpack(
+        self, parts: Parts, start: int, stop: int, out: Mapping[str, np.ndarray], scratch: Scratch
+    ) -> None:
+        """The rows as they are; scales and biases rounded to another dtype."""
+        for role, rows in out.items():
+            if role != "weight" and self.encoding.mode.has_biases:
+                values.cast_into(parts[role], rows)
+            else:
+                rows[:] = parts[role].view(rows.dtype)
+
+    def dense(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
+        """The values that MLX computes."""
+        codes = self.encoding
+        triple = (parts["weight"], parts["scales"], parts.get("biases"))
+        native.dequantize_into(*triple, codes.group_size, codes.bits, codes.mode.value, out)
+
+    def fidelity(self, dtype: str) -> Fidelity:
+        """Exact where no scale and no bias rounds."""
+        if any(is_narrower(dtype, stored) for stored in self.scale_dtypes):
+            return Fidelity(Exactness.ROUNDED)
+        return Fidelity(Exactness.EXACT)
+
+
+@dataclass(frozen=True)
+class DenseRows(Packing):
+    """Rows of plain values, beside rows of codes in one layer.
+
+    Attributes:
+        rows: Output rows.
+        columns: Inputs.
+    """
+
+    holds_codes: ClassVar[bool] = False
+
+    rows: int
+    columns: int
+
+    def cuts(self, start: int, stop: int) -> dict[str, Cut]:
+        """The same rows."""
+        return {"weight": Cut((start, stop), (0, self.columns))}
+
+    def dense(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
+        """The values, rounded once."""
+        values.cast_into(parts["weight"], out)
+
+
+@dataclass(frozen=True)
+class Widened(Packing):
+    """The codes of another packing in an encoding that holds them.
+
+    Attributes:
+        packing: How the rows come out of stored tensors.
+        encoding: What its ``unpack`` gives.
+        target: What this one gives.
+    """
+
+    packing: Packing
+    encoding: Quantization
+    target: Quantization
+
+    @property
+    def rows(self) -> int:  # type: ignore[override]  # a field of other packings
+        """Output rows, experts included."""
+        return self.packing.rows
+
+    @property
+    def columns(self) -> int:  # type: ignore[override]
+        """Inputs."""
+        return self.packing.columns
+
+    @property
+    def matrix_rows(self) -> int:
+        return self.packing.matrix_rows
+
+    @property
+    def row_unit(self) -> int:  # type: ignore[override]  # a constant of other packings
+        """As the packing within."""
+        return self.packing.row_unit
+
+    @property
+    def strided(self) -> bool:  # type: ignore[override]
+        """As the packing within."""
+        return self.packing.strided
+
+    @property
+    def scratch_row_bytes(self) -> int:
+        """The codes, the words before them, and the scales before they are repeated."""
+        narrow = self.columns * self.encoding.bits // 8
+        groups = self.columns // self.encoding.group_size
+        return self.packing.scratch_row_bytes + self.columns + narrow + 8 * groups
+
+    def cuts(self, start: int, stop: int) -> dict[str, Cut]:
+        """As the packing within."""
+        return self.packing.cuts(start, stop)
+
+    def unpack(
+        self, parts: Parts, start: int, stop: int, out: Mapping[str, np.ndarray], scratch: Scratch
+    ) -> None:
+        """The codes in wider fields, scales and biases repeated."""
+        rows, narrow = stop - start, dict(out)
+        if self.encoding.bits != self.target.bits:
+            width = self.columns * self.encoding.bits // 8
+            narrow["weight"] = scratch.take("narrow weight", "U32", rows, width)
+        times = self.encoding.group_size // self.target.group_size
+        if times > 1:
+            for role in out.keys() - {"weight"}:
+                narrow[role] = _like(out[role], rows, times, f"narrow {role}", scratch)
+        self.packing.unpack(parts, start, stop, narrow, scratch)
+        if narrow["weight"] is not out["weight"]:
+            self._widen(narrow["weight"], out["weight"], scratch)
+        for role in out.keys() - {"weight"}:
+            if narrow[role] is not out[role]:
+                bits = f"u{out[role].itemsize}"  # NumPy copies integers faster than bfloat16
+                groups = out[role].view(bits).reshape(rows, -1, times)
+                groups[:] = narrow[role].view(bits)[:, :, None]
+
+    def _widen(self, words: np.ndarray, out: np.ndarray, scratch: Scratch) -> None:
+        codes = scratch.take("wide codes", "U8", out.shape[0], self.columns)
+        repack.unpack_into(words, self.encoding.bits, codes)
+        if self.target.mode is QuantMode.AFFINE:
+            repack.pack_into(codes, self.target.bits, out)
+        else:
+            np.take(_E4M3_BYTES, codes, out=out.view(np.uint8), mode="clip")
+
+    def dense(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
+        """As the packing within."""
+        self.packing.dense(parts, start, stop, out, scratch)
+
+    def fidelity(self, dtype: str) -> Fidelity:
+        """As the packing within: nothing rounds on the way into wider fields."""
+        return self.packing.fidelity(dtype)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The packing as JSON data, with the one within."""
+        return {
+            "kind": type(self).__name__,
+            "packing": self.packing.to_dict(),
+            "encoding": self.encoding.to_dict(),
+            "target": self.target.to_dict(),
+        }
+
+
+def _like(out: np.ndarray, rows: int, times: int, role: str, scratch: Scratch) -> np.ndarray:
+    """Room for the scales of groups that are ``times`` as large."""
+    shape = (rows, out.shape[1] // times)
+    room = scratch.take(role, "U8", rows, shape[1] * out.itemsize)
+    return room.reshape(-1).view(out.dtype).reshape(shape)
+
+
+def widened(packing: Packing, encoding: Quantization, target: Quantization) -> Packing:
+    """A packing that gives ``target``, of one that gives ``encoding``, which ``target`` holds."""
+    if encoding == target:
+        return packing
+    if isinstance(packing, Widened):
+        return widened(packing.packing, packing.encoding, target)
+    return Widened(packing, encoding, target)
+
+
+def stored_rows(layer: SourceLayer) -> Packing:
+    """How the rows of a layer without a packing come out of its tensors: they are MLX's."""
+    rows, columns = prod(layer.shape[:-1]), layer.shape[-1]
+    if layer.encoding is None:
+        return DenseRows(rows, columns)
+    roles = ("scales", "biases") if layer.encoding.mode.has_biases else ()
+    dtypes = tuple(layer.parts[role].info.dtype for role in roles)
+    return MlxRows(rows, columns, layer.encoding, dtypes)
