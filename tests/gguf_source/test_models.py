@@ -62,6 +62,26 @@ OWN: dict[str, dict[str, Any]] = {
     },
     "seed_oss": {"attention_bias": True},
     "olmo2": {},
+    "olmo3": {
+        "num_hidden_layers": 8,
+        "sliding_window": 4,
+        "layer_types": [
+            "sliding_attention",
+            "sliding_attention",
+            "full_attention",
+            "full_attention",
+        ]
+        * 2,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "type": "yarn",
+            "factor": 8.0,
+            "original_max_position_embeddings": 4,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "attention_factor": 1.2079441,
+        },
+    },
 }
 
 

@@ -20,6 +20,7 @@ from requant.gguf.configs import (
     configure_llama,
     configure_ministral_3,
     configure_mixtral,
+    configure_olmo_3,
     configure_phi_3,
     configure_qwen,
     configure_qwen_moe,
@@ -27,6 +28,7 @@ from requant.gguf.configs import (
     configure_smollm_3,
 )
 from requant.gguf.metadata import Metadata
+from requant.gguf.settings import PLAIN, Support
 
 _TOP = {
     "token_embd": "model.embed_tokens",
@@ -109,6 +111,7 @@ class Family:
         shifted_norms: Whether one was added to the weights of norms.
         wide: Whether activations leave the range of float16.
         configure: Adds what only this architecture has to a config.
+        support: What mlx-lm's class reads of a config.
     """
 
     model_type: str
@@ -118,6 +121,7 @@ class Family:
     permuted: bool = False
     shifted_norms: bool = False
     wide: bool = False
+    support: Support = PLAIN
 
     def name_of(self, name: str) -> str | None:
         """Hugging Face's name of a tensor; None if this architecture has none of that name."""
@@ -158,18 +162,34 @@ def setting_of(name: str) -> str | None:
 
 
 _LLAMA_NAMES = {**_ATTENTION, **_MLP}
+_BY_HIDDEN = Support(head_dim=False)
+_NO_SCALING = frozenset[str]()
 _FAMILIES = {
     "llama": Family("llama", "LlamaForCausalLM", _LLAMA_NAMES, configure_llama, permuted=True),
-    "qwen2": Family("qwen2", "Qwen2ForCausalLM", _LLAMA_NAMES, configure_qwen),
+    "qwen2": Family("qwen2", "Qwen2ForCausalLM", _LLAMA_NAMES, configure_qwen, support=_BY_HIDDEN),
     "qwen3": Family("qwen3", "Qwen3ForCausalLM", _LLAMA_NAMES, configure_qwen),
     "qwen2moe": Family(
-        "qwen2_moe", "Qwen2MoeForCausalLM", {**_ATTENTION, **_QWEN_MOE}, configure_qwen_moe
+        "qwen2_moe",
+        "Qwen2MoeForCausalLM",
+        {**_ATTENTION, **_QWEN_MOE},
+        configure_qwen_moe,
+        support=Support(_NO_SCALING, head_dim=False),
     ),
     "qwen3moe": Family(
-        "qwen3_moe", "Qwen3MoeForCausalLM", {**_LLAMA_NAMES, **_QWEN_MOE}, configure_qwen_moe
+        "qwen3_moe",
+        "Qwen3MoeForCausalLM",
+        {**_LLAMA_NAMES, **_QWEN_MOE},
+        configure_qwen_moe,
+        support=Support(_NO_SCALING),
     ),
     "gemma": Family(
-        "gemma", "GemmaForCausalLM", _LLAMA_NAMES, configure_gemma, shifted_norms=True, wide=True
+        "gemma",
+        "GemmaForCausalLM",
+        _LLAMA_NAMES,
+        configure_gemma,
+        shifted_norms=True,
+        wide=True,
+        support=Support(_NO_SCALING),
     ),
     "gemma2": Family(
         "gemma2",
@@ -178,6 +198,7 @@ _FAMILIES = {
         configure_gemma_2,
         shifted_norms=True,
         wide=True,
+        support=Support(_NO_SCALING),
     ),
     "gemma3": Family(
         "gemma3_text",
@@ -187,12 +208,23 @@ _FAMILIES = {
         shifted_norms=True,
         wide=True,
     ),
-    "phi3": Family("phi3", "Phi3ForCausalLM", {**_ATTENTION, **_PHI_3}, configure_phi_3),
+    "phi3": Family(
+        "phi3",
+        "Phi3ForCausalLM",
+        {**_ATTENTION, **_PHI_3},
+        configure_phi_3,
+        support=Support(frozenset({"linear", "longrope"}), head_dim=False, partial_rotary=True),
+    ),
     "smollm3": Family(
         "smollm3", "SmolLM3ForCausalLM", _LLAMA_NAMES, configure_smollm_3, permuted=True
     ),
     "granite": Family(
-        "granite", "GraniteForCausalLM", _LLAMA_NAMES, configure_granite, permuted=True
+        "granite",
+        "GraniteForCausalLM",
+        _LLAMA_NAMES,
+        configure_granite,
+        permuted=True,
+        support=_BY_HIDDEN,
     ),
     "seed_oss": Family(
         "seed_oss",
@@ -209,8 +241,14 @@ _MINISTRAL_FAMILY = Family(
     "ministral3", "Ministral3ForCausalLM", _LLAMA_NAMES, configure_ministral_3, permuted=True
 )
 _MIXTRAL_FAMILY = Family(
-    "mixtral", "MixtralForCausalLM", {**_ATTENTION, **_MIXTRAL}, configure_mixtral, permuted=True
+    "mixtral",
+    "MixtralForCausalLM",
+    {**_ATTENTION, **_MIXTRAL},
+    configure_mixtral,
+    permuted=True,
+    support=Support(_NO_SCALING, head_dim=False),
 )
+_OLMO_3_FAMILY = Family("olmo3", "Olmo3ForCausalLM", {**_LLAMA_NAMES, **_OLMO_2}, configure_olmo_3)
 # The language parts of models that see: of text alone, their positions are those of the others.
 _FAMILIES |= {
     "qwen2vl": _FAMILIES["qwen2"],
@@ -224,8 +262,8 @@ ARCHITECTURES = (*_FAMILIES, "mistral3")
 def family_of(metadata: Metadata) -> Family | None:
     """The architecture of a file, or None if it is not known.
 
-    Mixtral calls itself llama, and Mistral's models of 2025 mistral3, whether or not their
-    attention is Ministral's.
+    Mixtral calls itself llama, OLMo 3 olmo2, and Mistral's models of 2025 mistral3, whether or
+    not their attention is Ministral's.
     """
     name = metadata.architecture
     if name == "mistral3":
@@ -234,4 +272,6 @@ def family_of(metadata: Metadata) -> Family | None:
         name = "llama"
     if name == "llama" and metadata.find_int(f"{metadata.architecture}.expert_count"):
         return _MIXTRAL_FAMILY
+    if name == "olmo2" and metadata.find_int("olmo2.attention.sliding_window"):
+        return _OLMO_3_FAMILY
     return _FAMILIES.get(name)

@@ -22,10 +22,11 @@ from requant.checkpoint import Checkpoint, FileRange, SourceFile, StoredTensor
 from requant.dtypes import TensorInfo
 from requant.errors import CheckpointError, Problem, count, few
 from requant.gguf.choice import PART, SUFFIX
-from requant.gguf.configs import Settings, make_config
+from requant.gguf.configs import make_config
 from requant.gguf.families import Family, family_of, setting_of
 from requant.gguf.header import Header, TableEntry, read_header
 from requant.gguf.metadata import Metadata
+from requant.gguf.settings import Settings
 from requant.gguf.tokenizer import Files, guessed_splitting, tokenizer_files
 from requant.gguf_model import GgufModel, GgufTensor
 from requant.limits import MAX_SHARDS
@@ -300,8 +301,9 @@ class _Reading:
         if family is None:
             return {"model_type": self.metadata.architecture, "torch_dtype": words[dtype]}, files
         shapes = {name: entry.shape for name, (_, entry) in table.items()}
-        settings = Settings(self.metadata, shapes, partial(self._peek, table))
+        settings = Settings(self.metadata, shapes, partial(self._peek, table), family.support)
         config = make_config(settings, family.model_type, family.cls, family.configure)
+        self.notes += settings.notes
         config["torch_dtype"] = words[dtype]
         return config, files
 
