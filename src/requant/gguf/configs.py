@@ -98,7 +98,8 @@ def _rotary(config: dict[str, Any], settings: Settings) -> int:
 
 
 def configure_llama(config: dict[str, Any], settings: Settings) -> None:
-    config["attention_bias"] = settings.has("blk.0.attn_q.bias")
+    names = ("blk.0.attn_q.bias", "blk.0.attn_qkv.bias")
+    config["attention_bias"] = any(settings.has(name) for name in names)
     config["mlp_bias"] = settings.has("blk.0.ffn_up.bias")
     config["hidden_act"] = "silu"
 

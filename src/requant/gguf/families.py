@@ -89,8 +89,15 @@ _OLMO_2 = {  # norms behind the two halves of a block, none before
     "post_ffw_norm": "post_feedforward_layernorm",
 }
 _OLD_EXPERTS = {"ffn_gate": "w1", "ffn_down": "w2", "ffn_up": "w3"}  # one tensor an expert
-_BLOCK = re.compile(r"blk\.(\d{1,6})\.([a-z_]+)(?:\.(\d{1,6}))?\.(weight|bias)")
-_TOP_NAME = re.compile(r"([a-z_]+)\.(weight|bias)")
+_FUSED = {  # one tensor of several, row after row: its name -> theirs
+    "attn_qkv": ("attn_q", "attn_k", "attn_v"),
+    "ffn_gate_up_exps": ("ffn_gate_exps", "ffn_up_exps"),
+}
+SCALES = (".scale", ".input_scale")
+"""What the values of a tensor, or of its input, are multiplied with."""
+_SUFFIX = r"(weight|bias|scale|input_scale)"
+_BLOCK = re.compile(rf"blk\.(\d{{1,6}})\.([a-z_]+)(?:\.(\d{{1,6}}))?\.{_SUFFIX}")
+_TOP_NAME = re.compile(rf"([a-z_]+)\.{_SUFFIX}")
 # What is computed from settings that the config has: name -> where it goes.
 _SETTINGS = {
     "rope_freqs": "rope_scaling in config.json stands for it",
@@ -140,6 +147,16 @@ class Family:
         if found and found[1] in _TOP:
             return f"{_TOP[found[1]]}.{found[2]}"
         return None
+
+    def fused_of(self, name: str) -> tuple[str, ...]:
+        """The names that the parts of a fused tensor would have; none of any other."""
+        found = _BLOCK.fullmatch(name)
+        if found is None or found[3] or found[2] in self.blocks:
+            return ()
+        roles = _FUSED.get(found[2], ())
+        if not all(role in self.blocks for role in roles):
+            return ()
+        return tuple(f"blk.{found[1]}.{role}.{found[4]}" for role in roles)
 
     def heads_of(self, name: str, metadata: Metadata) -> int:
         """Heads whose rows are reordered in a tensor; 0 where none are."""

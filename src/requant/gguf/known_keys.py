@@ -205,7 +205,7 @@ def _same_as(name: str, settings: Settings, config: Mapping[str, Any]) -> float 
     if name == "expert_feed_forward_length":
         return settings.expert_width() or None
     if name == "attention.scale":
-        return float(config["head_dim"]) ** -0.5
+        return float(config["head_dim"] ** -0.5)
     if name == "attention.temperature_length":
         rope = config.get("rope_parameters", {})
         return float(rope.get("original_max_position_embeddings", 0))
