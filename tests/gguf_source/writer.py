@@ -82,7 +82,7 @@ def write_gguf(
         tokenizer: A folder with tokenizer.json of byte-level BPE.
         split_tensors: Tensors of one part; 0 for one file.
         extra: Further tensors by their GGUF names.
-        more: Further settings by key, without the architecture.
+        more: Further settings by key, without the architecture; after a ``!`` as it stands.
     """
     architecture = ARCHITECTURES[config["model_type"]]
     writer = gguf.GGUFWriter(path, architecture, split_max_tensors=split_tensors)
@@ -157,9 +157,15 @@ def _settings(writer: gguf.GGUFWriter, config: Mapping[str, Any], more: Mapping[
         kinds = config["layer_types"]
         writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in kinds])
     for key, value in more.items():
-        key = f"{writer.arch}.{key}"
+        key = key[1:] if key.startswith("!") else f"{writer.arch}.{key}"
+        if key in writer.kv_data[0]:
+            del writer.kv_data[0][key]
         if isinstance(value, str):
             writer.add_string(key, value)
+        elif isinstance(value, bool):
+            writer.add_bool(key, value)
+        elif isinstance(value, list):
+            writer.add_array(key, value)
         elif isinstance(value, int):
             writer.add_uint32(key, value)
         else:

@@ -286,7 +286,7 @@ def _layer(
         parts["tensor_scale"] = scale
         scales = scale.info.size
         if stored.is_shifted or (stored.kind.dtype and stored.kind.dtype not in FLOATS):
-            message = f"scales {tensor.name}, a tensor that no tool scales: remove one of the two"
+            message = f"scales {tensor.name}, a norm or whole numbers: such a scale is not known"
             problems.append(Problem(scale.name, message))
     if stored.kind.dtype:
         return _plain(parts, stored, model.dtype, scales)

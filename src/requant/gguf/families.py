@@ -28,7 +28,7 @@ from requant.gguf.configs import (
     configure_smollm_3,
 )
 from requant.gguf.metadata import Metadata
-from requant.gguf.settings import PLAIN, Support
+from requant.gguf.settings import ALL_SCALINGS, PLAIN, Support
 
 _TOP = {
     "token_embd": "model.embed_tokens",
@@ -230,7 +230,7 @@ _FAMILIES = {
         "Phi3ForCausalLM",
         {**_ATTENTION, **_PHI_3},
         configure_phi_3,
-        support=Support(frozenset({"linear", "longrope"}), head_dim=False, partial_rotary=True),
+        support=Support(frozenset({"longrope"}), head_dim=False, partial_rotary=True),
     ),
     "smollm3": Family(
         "smollm3", "SmolLM3ForCausalLM", _LLAMA_NAMES, configure_smollm_3, permuted=True
@@ -251,7 +251,12 @@ _FAMILIES = {
     ),
     "olmo2": Family("olmo2", "Olmo2ForCausalLM", {**_LLAMA_NAMES, **_OLMO_2}, configure_llama),
     "gpt-oss": Family(
-        "gpt_oss", "GptOssForCausalLM", {**_ATTENTION, **_GPT_OSS}, configure_gpt_oss, wide=True
+        "gpt_oss",
+        "GptOssForCausalLM",
+        {**_ATTENTION, **_GPT_OSS},
+        configure_gpt_oss,
+        wide=True,
+        support=Support(ALL_SCALINGS - {"longrope"}),
     ),
 }
 _MINISTRAL_FAMILY = Family(

@@ -15,22 +15,28 @@ from requant.gguf.settings import ADVICE, Settings
 
 _ANY_PREFIX = ("rope.", "attention.")
 
-# Says nothing about the computation, whatever its value: key -> why.
-_SILENT = {
-    "vocab_size": "the embeddings have that many rows",
-    "tensor_data_layout": "a name of the order of rows that this architecture has anyway",
-    "n_deepstack_layers": "blocks that take images in, and the file holds the language model",
-    "num_deepstack_layers": "blocks that take images in, and the file holds the language model",
-    "deepstack_mapping": "blocks that take images in, and the file holds the language model",
-}
-# The same, but a reader may miss it: these are told in a note.
+# Changes nothing, whatever its value: key -> why, which a note says.
+_NO_VECTOR = "how one vector is made of a text is not in config.json"
+_IMAGES = "it is for images, and the file holds the language model"
+_NO_WINDOWS = "no block has a window"
 _NOTED = {
-    "pooling_type": "how one vector is made of a text is not in config.json",
-    "classifier.pooling_type": "how one vector is made of a text is not in config.json",
-    "classifier.output_labels": "labels are not in config.json",
     "attention.layer_norm_epsilon": "norms of this architecture are RMS norms",
-    "rope.scaling.finetuned": "it tells how the model was trained",
+    "classifier.output_labels": "labels are not in config.json",
+    "classifier.pooling_type": _NO_VECTOR,
     "decoder_start_token_id": "there is no decoder beside an encoder",
+    "deepstack_mapping": _IMAGES,
+    "n_deepstack_layers": _IMAGES,
+    "num_deepstack_layers": _IMAGES,
+    "pooling_type": _NO_VECTOR,
+    "rope.scaling.finetuned": "it tells how the model was trained",
+    "tensor_data_layout": "rows have the order of this architecture",
+    "vocab_size": "the embeddings tell it",
+}
+# Of these no note is needed, since every file of an architecture has them.
+_USUAL = {
+    "qwen2vl": ("rope.dimension_sections",),
+    "qwen3vl": ("rope.dimension_sections", "n_deepstack_layers"),
+    "qwen3vlmoe": ("rope.dimension_sections", "n_deepstack_layers"),
 }
 # Off at zero, false or nothing: what other architectures have, and these have not.
 _OFF_AT_ZERO_LINES = """
@@ -61,8 +67,8 @@ _OFF_AT_ZERO_LINES = """
     hyper_connection.epsilon hyper_connection.low_rank hyper_connection.magnitude
     hyper_connection.sinkhorn_iterations interleave_moe_layer_step kda.head_dim kda.safe_gate
     leading_dense_block_count logit_scale moe_every_n_layers moe_latent_size
-    nextn_predict_layers norm_before_fc norm_before_residual num_loops ple.conv_kernel
-    ple.heads_per_ngram ple.layers ple.ngram_size pooling_type posnet.block_count
+    n_deepstack_layers nextn_predict_layers norm_before_fc norm_before_residual num_loops
+    ple.conv_kernel ple.heads_per_ngram ple.layers ple.ngram_size pooling_type posnet.block_count
     posnet.embedding_length
     rescale_every_n_layers residual_scale rope.dimension_sections rope.scale_linear
     rope.scaling.alpha rope.scaling.factor rope.scaling.yarn_ext_factor
@@ -99,6 +105,7 @@ _NEUTRAL: Mapping[str, Sequence[float | bool]] = {
 _SOFTMAX, _SOFTMAX_OF_CHOSEN = 1, 3
 # What a class computes whatever config.json says: model_type -> key -> the values that say so.
 _OWN: Mapping[str, Mapping[str, Sequence[float | bool]]] = {
+    "granite": {"rope.scaling.finetuned": (True,), "expert_weights_norm": (False,)},
     "mixtral": {"expert_gating_func": (_SOFTMAX,), "expert_weights_norm": (True,)},
     "qwen2_moe": {"expert_gating_func": (_SOFTMAX,), "expert_weights_norm": (False,)},
     "qwen3_moe": {"expert_gating_func": (_SOFTMAX,)},
@@ -108,7 +115,7 @@ _OWN: Mapping[str, Mapping[str, Sequence[float | bool]]] = {
     },
 }
 _WITHOUT_EXPERTS: Mapping[str, Sequence[float | bool]] = {"expert_weights_norm": (False,)}
-_OFF = {  # with these scalings of positions off, so is what belongs to them
+_OF_SCALINGS = {  # without these scalings of positions
     "rope.scaling.original_context_length": "only YaRN and longrope count from it",
     "rope.scaling.yarn_beta_fast": "there is no YaRN",
     "rope.scaling.yarn_beta_slow": "there is no YaRN",
@@ -137,14 +144,15 @@ def report_unread(settings: Settings, config: Mapping[str, Any]) -> None:
         if key in metadata.read or not (mine or key.startswith(_ANY_PREFIX)):
             continue
         name = key.removeprefix(settings.prefix)
+        if name in _USUAL.get(metadata.architecture, ()):
+            continue
         if _changes_nothing(name, value, settings, config):
             continue
-        why = _NOTED.get(name) or (None if _scaling(config) else _OFF.get(name))
-        if why is not None and not _is_switch(name, config):
+        why = _why_harmless(name, value, config)
+        if why:
             told.append(f"{key} ({why})")
             continue
-        is_known = name in _OFF_AT_ZERO or name in _NEUTRAL or name in _KNOWN
-        verb = "changes" if is_known else "is not known here and may change"
+        verb = "changes" if name in _KNOWN else "is not known here and may change"
         metadata.report(
             key,
             f"is {metadata.shown(key)}: that {verb} what the model computes, and config.json of "
@@ -154,6 +162,20 @@ def report_unread(settings: Settings, config: Mapping[str, Any]) -> None:
         settings.notes.append(f"Nothing is made of {', '.join(told)}.")
 
 
+def _why_harmless(name: str, value: object, config: Mapping[str, Any]) -> str:
+    """Why a key changes nothing in this model, "" if it may."""
+    if name == "rope.dimension_sections":  # of time, height and width: one number in a text
+        is_three = isinstance(value, np.ndarray) and not value[3:].any()
+        return _IMAGES if is_three else ""
+    if name == "rope.scaling.finetuned" and config["model_type"] == "granite":
+        return ""  # its files turn positions off by that
+    if name in _OF_WINDOWS and not _has_windows(config):
+        return _NO_WINDOWS
+    if name in _OF_SCALINGS and not _scaling(config):
+        return _OF_SCALINGS[name]
+    return _NOTED.get(name, "")
+
+
 def _scaling(config: Mapping[str, Any]) -> str:
     """The kind of scaling that counts from original lengths, or ""."""
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
@@ -161,24 +183,10 @@ def _scaling(config: Mapping[str, Any]) -> str:
     return kind if kind in ("yarn", "longrope") else ""
 
 
-def _is_switch(name: str, config: Mapping[str, Any]) -> bool:
-    """Granite's files turn positions off with what others write for the record."""
-    return name == "rope.scaling.finetuned" and config["model_type"] == "granite"
-
-
 def _changes_nothing(
     name: str, value: object, settings: Settings, config: Mapping[str, Any]
 ) -> bool:
-    if name in _SILENT:
-        return True
-    if name in _OF_WINDOWS and not _has_windows(config):
-        return True
-    if name == "rope.dimension_sections":  # of time, height, width: in a text all are the same
-        return isinstance(value, np.ndarray) and not value[3:].any()
-    if _is_switch(name, config):
-        return value is True
-    if name == "rope.scaling.type":
-        return value in ("none", "linear")
+    """Whether a value says what is so without it."""
     items = _items(value)
     if items is None:
         return False
@@ -203,7 +211,7 @@ def _same_as(name: str, settings: Settings, config: Mapping[str, Any]) -> float 
     if name == "expert_shared_count":
         return 1 if settings.width("ffn_up_shexp.weight") else None
     if name == "expert_feed_forward_length":
-        return settings.expert_width() or None
+        return settings.stored_expert_width or None
     if name == "attention.scale":
         return float(config["head_dim"] ** -0.5)
     if name == "attention.temperature_length":
@@ -221,8 +229,12 @@ _SAME = {
     "rope.dimension_count": "head_dim",
     "rope.dimension_count_swa": "head_dim",
     "rope.freq_base_swa": "rope_theta",
+    "vocab_size": "vocab_size",
 }
-_KNOWN = {*_OFF, *_OF_WINDOWS, *_SAME, *_NOTED, "rope.scaling.type", "expert_weights_norm"}
+_KNOWN = {
+    *(*_OFF_AT_ZERO, *_NEUTRAL, *_NOTED, *_OF_SCALINGS, *_OF_WINDOWS, *_SAME),
+    *("expert_weights_norm",),
+}
 
 
 def _items(value: object) -> list[Any] | None:

@@ -16,6 +16,7 @@ from requant.gguf.settings import ADVICE, Settings
 
 _TYPE = "rope.scaling.type"
 _FACTOR = "rope.scaling.factor"
+_OLD_FACTOR = "rope.scale_linear"
 _ORIGINAL = "rope.scaling.original_context_length"
 _ATTENTION = "rope.scaling.attn_factor"
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -41,7 +42,7 @@ def rope_scaling(settings: Settings, model_type: str, rotary: int) -> dict[str, 
     elif settings.has("rope_factors_long.weight") or kind == "longrope":
         found, where = _longrope(settings, model_type, rotary), "rope_factors_long.weight"
     elif kind in ("", "none", "linear"):
-        found, where = _linear(settings, kind), settings.prefix + _FACTOR
+        found, where = _linear(settings, kind), settings.prefix + _factor_key(settings)
     elif kind == "yarn":
         found, where = _yarn(settings), settings.prefix + _TYPE
     else:
@@ -60,8 +61,14 @@ def rope_scaling(settings: Settings, model_type: str, rotary: int) -> dict[str, 
     return None
 
 
+def _factor_key(settings: Settings) -> str:
+    """The key that says how far positions are stretched; old files have another."""
+    is_old = settings.prefix + _FACTOR not in settings.metadata.values
+    return _OLD_FACTOR if is_old else _FACTOR
+
+
 def _linear(settings: Settings, kind: str) -> dict[str, Any] | None:
-    factor = settings.find_float(_FACTOR) or settings.find_float("rope.scale_linear")
+    factor = settings.find_float(_factor_key(settings))
     if kind == "none" or factor in (None, 0.0, 1.0):
         return None
     return {"rope_type": "linear", "type": "linear", "factor": factor}
@@ -73,7 +80,7 @@ def _mscale(factor: float, times: float = 1.0) -> float:
 
 
 def _yarn(settings: Settings) -> dict[str, Any]:
-    factor = settings.find_float(_FACTOR) or settings.find_float("rope.scale_linear") or 1.0
+    factor = settings.find_float(_factor_key(settings)) or 1.0
     original = settings.find_int(_ORIGINAL) or settings.need_int("context_length")
     found: dict[str, Any] = {
         "rope_type": "yarn",
@@ -101,6 +108,9 @@ def _attention(settings: Settings, factor: float) -> dict[str, float]:
     stated = settings.find_float("rope.scaling.yarn_attn_factor")
     times = settings.find_float(_ATTENTION)
     usual = _mscale(factor)
+    if stated is not None and all_dim:
+        message = f"is {all_dim:g} beside rope.scaling.yarn_attn_factor, which says it otherwise"
+        settings.report("rope.scaling.yarn_log_multiplier", f"{message}; {ADVICE}")
     if stated is None and times in (None, 1.0):
         return {"mscale": 1.0, "mscale_all_dim": all_dim} if all_dim else {}
     wanted = usual / _mscale(factor, all_dim) if stated is None else stated
@@ -121,7 +131,8 @@ def _longrope(settings: Settings, model_type: str, rotary: int) -> dict[str, Any
     for end in ("long", "short"):
         name = f"rope_factors_{end}.weight"
         if not settings.has(name):
-            settings.metadata.report(name, f"is missing: it belongs to longrope; {ADVICE}")
+            message = f"is longrope, but its factors, {name}, are missing; {ADVICE}"
+            settings.report(_TYPE, message)
             return None
         factors = settings.peek(name).reshape(-1)
         if factors.size != rotary // 2:
@@ -150,10 +161,11 @@ def _longrope(settings: Settings, model_type: str, rotary: int) -> dict[str, Any
 
 def _llama3(settings: Settings) -> dict[str, Any] | None:
     """The setting that ``rope_freqs`` was computed from; it holds the factor of each frequency."""
-    factor = settings.find_float(_FACTOR)
+    key = _factor_key(settings)
+    factor = settings.find_float(key)
     if settings.word(_TYPE) != "none" and factor not in (None, 0.0, 1.0):
         message = f"is {factor:g}, and rope_freqs.weight has factors of its own; {ADVICE}"
-        settings.report(_FACTOR, message)
+        settings.report(key, message)
     stored = settings.peek("rope_freqs.weight").reshape(-1).astype(np.float64)
     base = settings.find_float("rope.freq_base") or 10000.0
     if (stored == 1).all():

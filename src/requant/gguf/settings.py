@@ -77,11 +77,15 @@ class Settings:
         shape = next(found, None)
         return shape[-2] if shape is not None and len(shape) > 1 else None
 
-    def expert_width(self) -> int:
-        """Outputs of an expert's first matrix, as the tensors have it."""
+    @property
+    def stored_expert_width(self) -> int:
+        """Outputs of an expert's first matrix, as the tensors have it; 0 without experts."""
         fused = self.width("ffn_gate_up_exps.weight")
-        said = self.find_int("expert_feed_forward_length")
-        stored = self.width("ffn_up_exps.weight") or (fused // 2 if fused else 0)
+        return self.width("ffn_up_exps.weight") or (fused // 2 if fused else 0)
+
+    def expert_width(self) -> int:
+        """The same, held against what the file says."""
+        said, stored = self.find_int("expert_feed_forward_length"), self.stored_expert_width
         if said and stored and said != stored:
             message = f"is {said:,}, but the tensors of experts have {stored:,} rows"
             self.report("expert_feed_forward_length", message)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from requant.checkpoint import Checkpoint, FileRange, SourceFile
-from requant.errors import CheckpointError, Problem
+from requant.errors import CheckpointError, Problem, few, shown
 from requant.gguf.choice import PART, SUFFIX
 from requant.gguf.configs import make_config
 from requant.gguf.families import Family, family_of
@@ -26,7 +26,12 @@ from requant.gguf.header import Header, TableEntry, read_header
 from requant.gguf.metadata import Metadata
 from requant.gguf.naming import Naming
 from requant.gguf.settings import Settings
-from requant.gguf.tokenizer import Files, guessed_splitting, tokenizer_files
+from requant.gguf.tokenizer import (
+    Files,
+    guessed_splitting,
+    missing_templates,
+    tokenizer_files,
+)
 from requant.gguf_model import GgufModel
 from requant.limits import MAX_SHARDS
 from requant.safetensors_folder import read_config
@@ -35,6 +40,7 @@ from requant.source_folder import CONFIG, file_size, list_folder, printable
 _MMPROJ = "a vision or audio part for llama.cpp (mmproj), which is no language model"
 _MAX_SETTING_BYTES = 1 << 20
 _MAX_NAMED = 20
+_QUANTIZATION_VERSION = 2
 _OTHER_KINDS = {  # general.type -> what it is
     "adapter": "a LoRA adapter; merge it into its model first, then give the model",
     "imatrix": "an importance matrix, which is no model",
@@ -163,6 +169,7 @@ class _Reading:
         if not self.metadata.architecture:
             self.metadata.report("general.architecture", "is missing, or no string")
         self._check_parts()
+        self._check_version()
         table = {t.name: (header.file, t) for header in self.headers for t in header.tensors}
         if not table:
             vocabulary = len(self.metadata.words("tokenizer.ggml.tokens"))
@@ -199,12 +206,16 @@ class _Reading:
             return
         count = self.metadata.find_int("split.count")
         if count != len(self.headers):
-            message = f"says that the model has {count} parts, found {len(self.headers)}"
+            parts = "is missing" if count is None else f"says that the model has {count:,} parts"
+            message = (
+                f"{parts}, found {len(self.headers):,}; the parts of a model lie in one folder and "
+                "end in -00001-of-00003.gguf and so on"
+            )
             self.problems.append(Problem(f"{self.first.file}: split.count", message))
         for number, header in enumerate(self.headers):
             said = header.metadata.get("split.no")
             if said != number:
-                message = f"says that it is part {said}, its place is {number}"
+                message = f"says that it is part {shown(said)}, its place is {number}"
                 self.problems.append(Problem(f"{header.file}: split.no", message))
         total = self.metadata.find_int("split.tensors.count")
         held = sum(len(header.tensors) for header in self.headers)
@@ -217,6 +228,17 @@ class _Reading:
                 if twice[tensor.name] > 1:
                     message = "is in another part too"
                     self.problems.append(Problem(f"{header.file}: {tensor.name}", message))
+
+    def _check_version(self) -> None:
+        """How blocks are laid out changed twice before GGUF, and may again."""
+        version = self.metadata.find_int("general.quantization_version")
+        has_blocks = any(not t.kind.dtype for header in self.headers for t in header.tensors)
+        if version not in (None, _QUANTIZATION_VERSION) and has_blocks:
+            message = (
+                f"is {version}, known is {_QUANTIZATION_VERSION}: blocks may be laid out "
+                "otherwise; quantize the model anew with llama.cpp"
+            )
+            self.metadata.report("general.quantization_version", message)
 
     # -- config and tokenizer --------------------------------------------------------------
 
@@ -237,6 +259,8 @@ class _Reading:
                 "The file does not say how its tokenizer splits words (tokenizer.ggml.pre): "
                 "GPT-2's rule is taken. --config-from takes the original tokenizer."
             )
+        elif missing := missing_templates(self.metadata):
+            self.notes.append(f"The chat templates {few(missing)} are listed, but not in the file.")
         if family is None:
             return {"model_type": self.metadata.architecture, "torch_dtype": words[dtype]}, files
         shapes = {name: entry.shape for name, (_, entry) in table.items()}
