@@ -55,16 +55,19 @@ def support_of(model_type: str) -> Any:
     return family.support
 
 
-def logits_with(model_type: str, changes: dict[str, Any]) -> np.ndarray:
-    """Of the tiny model of mlx-lm under another config."""
+def sharp(model_type: str, **changes: Any) -> tuple[Any, dict[str, Any]]:
+    """A tiny model of mlx-lm whose attention tells positions well apart, and its config."""
     made, config = tiny(model_type)
+    config |= changes
     module = importlib.import_module(f"mlx_lm.models.{model_type}")
-    other = module.Model(module.ModelArgs.from_dict(config | changes))
-    other.update(made.parameters())
-    other.update(
-        tree_map(lambda x: x * 10, {"model": {"layers": other.parameters()["model"]["layers"]}})
-    )
-    return np.array(other(TOKENS))
+    other = module.Model(module.ModelArgs.from_dict(config))
+    other.update(tree_map(lambda x: x * (6 if x.ndim > 1 else 20), made.parameters()))
+    return other, config
+
+
+def logits_with(model_type: str, changes: dict[str, Any]) -> np.ndarray:
+    made, _ = sharp(model_type, **changes)
+    return np.array(made(TOKENS))
 
 
 @pytest.mark.parametrize("kind", sorted(ALL_SCALINGS))
