@@ -202,14 +202,14 @@ def configure_gemma_3(config: dict[str, Any], settings: Settings) -> None:
         config |= {"sliding_window_pattern": 1, "layer_types": ["full_attention"] * blocks}
         return
     sliding = settings.sliding_layers(blocks, 6)
-    periods = (n for n in range(1, blocks + 2) if settings.alternating(blocks, n) == sliding)
-    period = 6 if sliding == settings.alternating(blocks, 6) else next(periods, None)
-    if period is None:
+    usual = sliding == settings.alternating(blocks, 6)
+    period = 6 if usual else (sliding.index(False) if False in sliding else blocks) + 1
+    if sliding != settings.alternating(blocks, period):
         message = f"has no period, and mlx-lm's class for gemma3_text wants one; {ADVICE}"
         settings.report("attention.sliding_window_pattern", message)
     config |= {
         "sliding_window": window,
-        "sliding_window_pattern": period or 6,
+        "sliding_window_pattern": period,
         "rope_local_base_freq": settings.find_float("rope.freq_base_swa") or 10000.0,
     }
 

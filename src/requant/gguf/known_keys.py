@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from requant.gguf.settings import ADVICE, Settings
+from requant.limits import MAX_PROBLEMS
 
 _ANY_PREFIX = ("rope.", "attention.")
 
@@ -143,6 +144,8 @@ def report_unread(settings: Settings, config: Mapping[str, Any]) -> None:
         mine = key.startswith(settings.prefix)
         if key in metadata.read or not (mine or key.startswith(_ANY_PREFIX)):
             continue
+        if len(metadata.problems) >= MAX_PROBLEMS:
+            break
         name = key.removeprefix(settings.prefix)
         if name in _USUAL.get(metadata.architecture, ()):
             continue

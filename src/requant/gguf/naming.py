@@ -19,6 +19,8 @@ from requant.gguf.header import TableEntry
 from requant.gguf.metadata import Metadata
 from requant.gguf_model import GgufModel, GgufTensor
 
+_MAX_EXPERTS = 1 << 14
+
 Table = Mapping[str, tuple[str, TableEntry]]
 """Name in the file -> its file, and its line of the tensor table."""
 
@@ -103,8 +105,12 @@ class Naming:
         axis = len(entry.shape) - (2 if is_matrix else 1)
         rows = entry.shape[axis] if axis >= 0 else 0
         sizes = self._sizes(names, rows)
-        if sum(sizes) != rows or not rows or (not is_matrix and not entry.kind.dtype):
-            message = f"{entry.kind.name} {list(entry.shape)}, expected {count(sum(sizes), 'row')}"
+        is_odd = not rows or (not is_matrix and not entry.kind.dtype)
+        if is_odd or sum(sizes) != rows or prod(entry.shape[:axis]) > _MAX_EXPERTS:
+            wanted = count(sum(sizes) or 2, "row")
+            if prod(entry.shape[:axis]) > _MAX_EXPERTS:
+                wanted = f"at most {_MAX_EXPERTS:,} experts"
+            message = f"{entry.kind.name} {list(entry.shape)}, expected {wanted}"
             self.problems.append(Problem(f"{file}: {entry.name}", message))
             yield whole
             return

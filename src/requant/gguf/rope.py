@@ -6,7 +6,7 @@ of transformers (modeling_rope_utils.py).
 
 from __future__ import annotations
 
-from math import log, sqrt
+from math import inf, isfinite, log, sqrt
 from typing import Any
 
 import numpy as np
@@ -113,13 +113,16 @@ def _attention(settings: Settings, factor: float) -> dict[str, float]:
         settings.report("rope.scaling.yarn_log_multiplier", f"{message}; {ADVICE}")
     if stated is None and times in (None, 1.0):
         return {"mscale": 1.0, "mscale_all_dim": all_dim} if all_dim else {}
-    wanted = usual / _mscale(factor, all_dim) if stated is None else stated
+    of_all_dim = _mscale(factor, all_dim)
+    wanted = stated if stated is not None else usual / of_all_dim if of_all_dim else inf
     wanted = float(f"{wanted * (1.0 if times is None else times):.8g}")
     if abs(wanted - usual) <= _TOLERANCE * usual:
         return {"attention_factor": wanted}
-    if factor <= 1:
+    if factor <= 1 or not isfinite(wanted):
         key = _ATTENTION if stated is None else "rope.scaling.yarn_attn_factor"
-        settings.report(key, f"has no place in config.json where YaRN's factor is 1; {ADVICE}")
+        settings.report(
+            key, f"has no place in config.json where YaRN's factor is {factor:g}; {ADVICE}"
+        )
         return {}
     mscale = (wanted - 1) / (0.1 * log(factor))
     return {"attention_factor": wanted, "mscale": mscale, "mscale_all_dim": 0.0}
