@@ -46,7 +46,7 @@ def theirs(monkeypatch: pytest.MonkeyPatch) -> Any:
     return lambda path: reader.load_gguf_checkpoint(str(path), return_tensors=False)["config"]
 
 
-UNKNOWN_TO_THEM = ("gemma", "ministral3", "smollm3", "granite", "seed_oss", "olmo2")
+UNKNOWN_TO_THEM = ("gemma", "ministral3", "smollm3", "granite", "seed_oss", "olmo2", "olmo3")
 MORE: dict[str, dict[str, Any]] = {  # settings that llama.cpp's converter writes
     "llama": {"vocab_size": 256, "rope.dimension_count": 32},
     "gemma2": {"attention.sliding_window": 64},

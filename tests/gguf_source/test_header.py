@@ -12,7 +12,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from requant.arrays.gguf import TYPES
 from requant.errors import Problem
+from requant.gguf.foreign_types import (
+    _INTERNAL,
+    _NEWER,
+    _OF_FORK,
+    _REMOVED,
+    foreign_type,
+)
 from requant.gguf.header import Header, read_header
 
 KINDS = gguf.GGMLQuantizationType
@@ -156,7 +164,7 @@ HUGE = 2**63
             "general.alignment is no power of two",
         ),
         (built([entry("w", [1] * 5, 0)]), "'w' has 5 axes, at most 4 are known"),
-        (built([entry("w", [32, 2], 99)]), "m.gguf: w: is stored as type 99; known are Q4_0"),
+        (built([entry("w", [32, 2], 99)]), "m.gguf: w: is stored as type 99: Q8_2_X4 of"),
         (built([entry("w", [32, 2], 15)]), "is stored as type 15"),
         (built([entry("w", [0, 2], 0)]), "has the impossible shape [2, 0]"),
         (built([entry("w", [2**40, 2**40], 0)]), "has the impossible shape"),
@@ -204,3 +212,39 @@ def test_noise_behind_the_magic(noise: bytes, tmp_path: Path) -> None:
     for data in (noise, b"GGUF" + noise, b"GGUF\x03\0\0\0" + noise):
         header, problems = read(tmp_path / "m.gguf", data)
         assert header is not None or problems
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (4, "Q4_2, removed from llama.cpp"),
+        (31, "Q4_0_4_4, removed from llama.cpp, which repacks rows while it loads them"),
+        (33, "Q4_0_8_8, removed"),
+        (36, "IQ4_NL_4_4 (in ik_llama.cpp I2_S), removed"),
+        (38, "IQ4_NL_8_8, removed"),
+        (9, "Q8_1, which llama.cpp keeps for products in memory"),
+        (15, "Q8_K, which llama.cpp keeps"),
+        (42, "Q2_0 of llama.cpp, not read here yet; known are Q4_0"),
+        (137, "IQ2_K of the fork ik_llama.cpp"),
+        (139, "IQ4_K of the fork ik_llama.cpp"),
+        (144, "IQ4_KS of the fork ik_llama.cpp"),
+        (155, "IQ4_KT of the fork ik_llama.cpp"),
+        (212, "Q4_K_R4 of the fork ik_llama.cpp"),
+        (399, "Q8_K_R8 of the fork ik_llama.cpp"),
+        (1234, "which llama.cpp does not have"),
+    ],
+)
+def test_types_of_others_are_named_with_a_way_out(number: int, words: str, tmp_path: Path) -> None:
+    found = message(tmp_path / "m.gguf", built([entry("w", [256, 2], number)]))
+    assert f"m.gguf: w: is stored as type {number}" in found and words in found
+    if number != 42:
+        assert "take a file of the model in another type" in found
+
+
+def test_every_type_of_the_package_is_read_or_named() -> None:
+    for kind in KINDS:
+        if kind not in TYPES:
+            assert kind.name in foreign_type(kind), kind
+    numbers = {*_REMOVED, *_INTERNAL, *_NEWER, *_OF_FORK}
+    assert not numbers & set(TYPES)
+    assert len(numbers) == sum(map(len, (_REMOVED, _INTERNAL, _NEWER, _OF_FORK)))

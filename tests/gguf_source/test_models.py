@@ -62,6 +62,26 @@ OWN: dict[str, dict[str, Any]] = {
     },
     "seed_oss": {"attention_bias": True},
     "olmo2": {},
+    "olmo3": {
+        "num_hidden_layers": 8,
+        "sliding_window": 4,
+        "layer_types": [
+            "sliding_attention",
+            "sliding_attention",
+            "full_attention",
+            "full_attention",
+        ]
+        * 2,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "type": "yarn",
+            "factor": 8.0,
+            "original_max_position_embeddings": 4,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "attention_factor": 1.2079441,
+        },
+    },
 }
 
 
@@ -177,6 +197,35 @@ def test_split_files_equal_the_whole_one(tmp_path: Path) -> None:
     parts[1].unlink()
     with pytest.raises(CheckpointError, match=r"m-00002-of-\d+\.gguf: does not exist"):
         requant.convert(parts[0], tmp_path / "c")
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"!split.count": 4}, r"split\.count: says that the model has 4 parts, found 1; the parts"),
+        (
+            {"!general.quantization_version": 3},
+            r"general\.quantization_version: is 3, known is 2: blocks may be laid out otherwise",
+        ),
+    ],
+)
+def test_files_that_say_they_are_other_than_they_are(
+    more: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    weights, config = trained("micro-llama")
+    write_gguf(tmp_path / "m.gguf", weights, config, "Q8_0", more=more)
+    with pytest.raises(CheckpointError, match=words):
+        requant.plan(tmp_path / "m.gguf")
+
+
+def test_parts_that_do_not_say_how_many(tmp_path: Path) -> None:
+    weights, config = trained("micro-llama")
+    for number in (1, 2):
+        name = f"m-0000{number}-of-00002.gguf"
+        more = {"!split.no": "x"}
+        write_gguf(tmp_path / name, weights, config, "Q8_0", more=more)
+    with pytest.raises(CheckpointError, match=r"split\.count: is missing, found 2; the parts of"):
+        requant.plan(tmp_path / "m-00001-of-00002.gguf")
 
 
 def test_a_dense_file_is_quantized_like_a_dense_folder(tmp_path: Path) -> None:

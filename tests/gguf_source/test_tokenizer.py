@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from requant.gguf.metadata import Metadata
-from requant.gguf.tokenizer import tokenizer_files
+from requant.gguf.tokenizer import missing_templates, tokenizer_files
 
 SPACE = "\u2581"
 PIECES = ["a", "b", "c", SPACE, "ab", "bc", "abc", SPACE + "a", SPACE + "ab", "cc", "ca", "bca"]
@@ -142,3 +143,74 @@ def test_what_is_not_known_is_said(values: dict[str, Any], why: str) -> None:
     files, found = tokenizer_files(metadata(**values))
     assert not files
     assert why in found
+
+
+# -- chat templates --------------------------------------------------------------------------
+
+
+def templates_of(**values: Any) -> Any:
+    found = metadata(model="gpt2", pre="gpt-2", tokens=("a", "b"))
+    for key, value in values.items():
+        found.values[f"tokenizer.{key}".replace("__", ".")] = value  # type: ignore[index]
+    files, _ = tokenizer_files(found)
+    made = json.loads(files["tokenizer_config.json"]())
+    return made.get("chat_template"), missing_templates(found)
+
+
+@pytest.mark.parametrize(
+    ("values", "kept", "missing"),
+    [
+        ({}, None, []),
+        ({"chat_template": "D"}, "D", []),
+        ({"chat_template": "D", "chat_templates": ()}, "D", []),
+        (
+            {
+                "chat_template": "D",
+                "chat_templates": ("tool_use", "rag"),
+                "chat_template__rag": "R",
+                "chat_template__tool_use": "T",
+            },
+            {"default": "D", "tool_use": "T", "rag": "R"},
+            [],
+        ),
+        (
+            {"chat_template": "D", "chat_template__rag": "R"},  # not listed, and there
+            {"default": "D", "rag": "R"},
+            [],
+        ),
+        (
+            {"chat_templates": ("rerank",), "chat_template__rerank": "R"},  # no default
+            {"rerank": "R"},
+            [],
+        ),
+        ({"chat_template": "D", "chat_templates": ("default", "gone")}, "D", ["gone"]),
+    ],
+)
+def test_every_chat_template_is_kept(values: Any, kept: Any, missing: list[str]) -> None:
+    found, gone = templates_of(**values)
+    if isinstance(kept, dict):
+        kept = [{"name": name, "template": text} for name, text in kept.items()]
+    assert found == kept and gone == missing
+
+
+def test_named_templates_in_transformers(tmp_path: Path) -> None:
+    """The default is used without tools, tool_use with them, any other by its name."""
+    transformers = pytest.importorskip("transformers")
+    found = metadata(model="gpt2", pre="gpt-2", tokens=("a", "b"))
+    named = {"tool_use": "tools {{ tools | length }}", "rag": "rag"}
+    found.values["tokenizer.chat_template"] = "plain"  # type: ignore[index]
+    found.values["tokenizer.chat_templates"] = tuple(named)  # type: ignore[index]
+    for name, text in named.items():
+        found.values[f"tokenizer.chat_template.{name}"] = text  # type: ignore[index]
+    for name, make in tokenizer_files(found)[0].items():
+        (tmp_path / name).write_bytes(make())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    talk = [{"role": "user", "content": "a"}]
+    tool = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {}}}
+
+    def asked(**options: Any) -> str:
+        return str(tokenizer.apply_chat_template(talk, tokenize=False, **options))
+
+    assert asked() == "plain"
+    assert asked(tools=[tool]) == "tools 1"
+    assert asked(chat_template="rag") == "rag"

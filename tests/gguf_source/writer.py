@@ -27,8 +27,10 @@ ARCHITECTURES = {  # model_type -> llama.cpp's name
     "granite": "granite",
     "seed_oss": "seed_oss",
     "olmo2": "olmo2",
+    "olmo3": "olmo2",
 }
 PERMUTED = ("llama", "mistral3", "smollm3", "granite")  # rows of q and k, by the converter
+WINDOWED = ("gemma2", "gemma3_text", "phi3", "gpt_oss", "olmo3")
 _EXPERTS = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 _KINDS = gguf.GGMLQuantizationType
 
@@ -80,7 +82,7 @@ def write_gguf(
         tokenizer: A folder with tokenizer.json of byte-level BPE.
         split_tensors: Tensors of one part; 0 for one file.
         extra: Further tensors by their GGUF names.
-        more: Further settings by key, without the architecture.
+        more: Further settings by key, without the architecture; after a ``!`` as it stands.
     """
     architecture = ARCHITECTURES[config["model_type"]]
     writer = gguf.GGUFWriter(path, architecture, split_max_tensors=split_tensors)
@@ -123,14 +125,18 @@ def _settings(writer: gguf.GGUFWriter, config: Mapping[str, Any], more: Mapping[
     writer.add_head_count(config["num_attention_heads"])
     writer.add_head_count_kv(config.get("num_key_value_heads", config["num_attention_heads"]))
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    rope = config["rope_parameters"] if config["model_type"] == "ministral3" else config
-    writer.add_rope_freq_base(rope["rope_theta"])
+    is_ministral = config["model_type"] == "ministral3"
+    writer.add_rope_freq_base((config["rope_parameters"] if is_ministral else config)["rope_theta"])
+    rope = config.get("rope_parameters" if is_ministral else "rope_scaling") or {}
     if rope.get("rope_type") == "yarn":
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         writer.add_rope_scaling_factor(rope["factor"])
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
         writer.add_rope_scaling_yarn_beta_fast(rope["beta_fast"])
         writer.add_rope_scaling_yarn_beta_slow(rope["beta_slow"])
+        if "attention_factor" in rope:
+            writer.add_rope_scaling_yarn_attn_factor(rope["attention_factor"])
+    if is_ministral:
         writer.add_rope_scaling_yarn_log_mul(rope["mscale_all_dim"])
         writer.add_attn_temperature_scale(rope["llama_4_scaling_beta"])
     if config["model_type"] == "granite":
@@ -145,12 +151,21 @@ def _settings(writer: gguf.GGUFWriter, config: Mapping[str, Any], more: Mapping[
     if experts:
         writer.add_expert_count(experts)
         writer.add_expert_used_count(config["num_experts_per_tok"])
-    if config.get("sliding_window"):
+    if config["model_type"] in WINDOWED and config.get("sliding_window"):
         writer.add_sliding_window(config["sliding_window"])
+    if config["model_type"] == "olmo3":
+        kinds = config["layer_types"]
+        writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in kinds])
     for key, value in more.items():
-        key = f"{writer.arch}.{key}"
+        key = key[1:] if key.startswith("!") else f"{writer.arch}.{key}"
+        if key in writer.kv_data[0]:
+            del writer.kv_data[0][key]
         if isinstance(value, str):
             writer.add_string(key, value)
+        elif isinstance(value, bool):
+            writer.add_bool(key, value)
+        elif isinstance(value, list):
+            writer.add_array(key, value)
         elif isinstance(value, int):
             writer.add_uint32(key, value)
         else:

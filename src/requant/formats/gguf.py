@@ -113,6 +113,36 @@ class GgufValues(_GgufRows):
 
 
 @dataclass(frozen=True)
+class GgufScaledValues(GgufValues):
+    """Plain numbers that are multiplied with a scale.
+
+    ``tensor_scale``: as for ``GgufBlocks``.
+
+    Attributes:
+        tensor_scales: Numbers in ``tensor_scale``.
+    """
+
+    tensor_scales: int = 1
+
+    def cuts(self, start: int, stop: int) -> dict[str, Cut]:
+        scale = _scale_cut(self.tensor_scales, start // self.matrix)
+        return super().cuts(start, stop) | {"tensor_scale": scale}
+
+    def dense(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
+        """The products in float32, rounded once."""
+        wide = self.stored(parts).astype(np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):
+            wide *= parts["tensor_scale"].reshape(-1)[0]
+        values.cast_into(wide, out)
+
+
+def _scale_cut(scales: int, matrix: int) -> Cut:
+    """The scale of a matrix: its own, or the one of all."""
+    which = matrix if scales > 1 else 0
+    return Cut((0, 1), (which, which + 1))
+
+
+@dataclass(frozen=True)
 class GgufVector(GgufValues):
     """One vector whose elements belong to heads: the bias of a layer with such rows."""
 
@@ -143,8 +173,7 @@ class GgufBlocks(_GgufRows):
     def cuts(self, start: int, stop: int) -> dict[str, Cut]:
         cuts = super().cuts(start, stop)
         if self.tensor_scales:
-            which = start // self.matrix if self.tensor_scales > 1 else 0
-            cuts["tensor_scale"] = Cut((0, 1), (which, which + 1))
+            cuts["tensor_scale"] = _scale_cut(self.tensor_scales, start // self.matrix)
         return cuts
 
     def unpack(
@@ -231,32 +260,36 @@ class Gguf:
 
 
 def _owner(name: str, model: GgufModel) -> str | None:
-    """The NVFP4 tensor that a tensor scales, or None."""
+    """The tensor that a tensor scales, or None."""
     path, _, role = name.rpartition(".")
     if role not in ("scale", "input_scale"):
         return None
     weight = f"{path}.weight"
-    found = model.tensors.get(weight)
-    return weight if found is not None and found.kind.name == "NVFP4" else None
+    return weight if weight in model.tensors else None
 
 
 def _layer(
     tensor: SourceTensor, model: GgufModel, checkpoint: Checkpoint, problems: list[Problem]
 ) -> SourceLayer:
     stored = model.tensors[tensor.name]
-    if stored.kind.dtype:
-        return _plain(tensor, stored, model.dtype)
-    *leading, columns = stored.shape
+    *leading, columns = stored.shape or (1,)
     rows = prod(leading)
     matrix = leading[-1] if leading else 1
     parts = {"weight": tensor}
     scale = checkpoint.tensors.get(f"{_path(tensor.name)}.scale")
     scales = 0
-    if stored.kind.name == "NVFP4" and scale is not None:
-        matrices = rows // matrix
-        if _scales(checkpoint, scale, matrices, problems):
-            parts["tensor_scale"] = scale
-            scales = scale.info.size
+    if (
+        scale is not None
+        and tensor.name.endswith(".weight")
+        and _scales(checkpoint, scale, rows // matrix, problems)
+    ):
+        parts["tensor_scale"] = scale
+        scales = scale.info.size
+        if stored.is_shifted or (stored.kind.dtype and stored.kind.dtype not in FLOATS):
+            message = f"scales {tensor.name}, a norm or whole numbers: such a scale is not known"
+            problems.append(Problem(scale.name, message))
+    if stored.kind.dtype:
+        return _plain(parts, stored, model.dtype, scales)
     is_layer = tensor.name.endswith(".weight") and len(stored.shape) in (2, 3)
     packing = (GgufBlocks if is_layer else GgufDenseBlocks)(
         rows,
@@ -303,29 +336,29 @@ def _scales(
     return bool((checkpoint.peek(scale.name) != 1).any())
 
 
-def _plain(tensor: SourceTensor, stored: GgufTensor, dtype: str) -> SourceLayer:
+def _plain(
+    parts: Mapping[str, SourceTensor], stored: GgufTensor, dtype: str, scales: int
+) -> SourceLayer:
     """A tensor of numbers; floats take the dtype of the model."""
+    tensor = parts["weight"]
     layer = dense_layer(tensor)
     if stored.kind.dtype not in FLOATS:
         return layer
-    if stored.kind.dtype == dtype and not stored.heads and not stored.is_shifted:
+    plain = not (stored.heads or stored.is_shifted or scales)
+    if stored.kind.dtype == dtype and plain:
         return layer
-    *leading, columns = stored.shape
+    *leading, columns = stored.shape or (1,)
     common = (prod(leading), columns, leading[-1] if leading else 1, stored.kind.number, columns)
     packing: GgufValues
-    if leading:
-        head = leading[-1] // stored.heads if stored.heads else 1
+    head = leading[-1] // stored.heads if leading and stored.heads else 1
+    if scales:
+        packing = GgufScaledValues(*common, head, tensor_scales=scales)
+    elif leading:
         packing = GgufValues(*common, head, shift=stored.is_shifted)
     else:
         packing = GgufVector(*common, shift=stored.is_shifted, heads=stored.heads)
     return SourceLayer(
-        _path(tensor.name),
-        {"weight": tensor},
-        None,
-        stored.shape,
-        dtype,
-        packing,
-        name=_name(tensor.name),
+        _path(tensor.name), parts, None, stored.shape, dtype, packing, name=_name(tensor.name)
     )
 
 

@@ -6,49 +6,15 @@ and of its readers of hyperparameters (src/models/), where files leave out what 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from requant.errors import shown
-from requant.gguf.metadata import Metadata
+from requant.gguf.known_keys import report_unread
+from requant.gguf.rope import rope_scaling
+from requant.gguf.settings import ADVICE, Settings
 from requant.gguf.special import special_ids
-
-Shapes = Mapping[str, tuple[int, ...]]
-"""Name in the file -> shape, outermost axis first."""
-Peek = Callable[[str], np.ndarray]
-"""Values of a small float32 tensor of the file."""
-
-
-class Settings:
-    """What configs are made of: metadata under the architecture's prefix, shapes, values."""
-
-    def __init__(self, metadata: Metadata, shapes: Shapes, peek: Peek) -> None:
-        self.metadata, self.shapes, self.peek = metadata, shapes, peek
-        self.prefix = f"{metadata.architecture}."
-
-    def need_int(self, key: str) -> int:
-        return self.metadata.need_int(self.prefix + key)
-
-    def find_int(self, key: str) -> int | None:
-        return self.metadata.find_int(self.prefix + key)
-
-    def find_float(self, key: str) -> float | None:
-        return self.metadata.find_float(self.prefix + key)
-
-    def word(self, key: str) -> str:
-        return self.metadata.word(self.prefix + key)
-
-    def has(self, name: str) -> bool:
-        return name in self.shapes
-
-    def width(self, name: str) -> int | None:
-        """Rows of a block's tensor, from the first block that has it."""
-        found = (s for n, s in self.shapes.items() if n.startswith("blk.") and n.endswith(name))
-        shape = next(found, None)
-        return shape[-2] if shape is not None and len(shape) > 1 else None
-
 
 Configure = Callable[[dict[str, Any], Settings], None]
 """Adds what only one architecture has to a config."""
@@ -57,7 +23,7 @@ Configure = Callable[[dict[str, Any], Settings], None]
 def make_config(
     settings: Settings, model_type: str, cls: str, configure: Configure
 ) -> dict[str, Any]:
-    """``config.json`` of a known architecture; what is missing becomes a problem.
+    """``config.json`` of a known architecture; what is missing or has no place is a problem.
 
     Args:
         settings: Of the file.
@@ -92,78 +58,48 @@ def make_config(
         "rope_theta": settings.find_float("rope.freq_base") or 10000.0,
         "tie_word_embeddings": not settings.has("output.weight"),
     }
-    scaling = _rope_scaling(settings)
+    _check_head_dim(config, settings)
+    rotary = _rotary(config, settings)
+    scaling = rope_scaling(settings, model_type, rotary)
     if scaling is not None:
         config["rope_scaling"] = scaling
     configure(config, settings)
     config |= special_ids(settings.metadata)
+    report_unread(settings, config)
     return config
 
 
-def _rope_scaling(settings: Settings) -> dict[str, Any] | None:
-    if settings.has("rope_freqs.weight"):
-        return _llama3_scaling(settings)
-    kind = settings.word("rope.scaling.type")
-    factor = settings.find_float("rope.scaling.factor") or settings.find_float("rope.scale_linear")
-    if kind in ("", "none", "linear"):
-        if kind == "none" or factor in (None, 1.0):
-            return None
-        return {"rope_type": "linear", "type": "linear", "factor": factor}
-    original = settings.find_int("rope.scaling.original_context_length")
-    if kind == "yarn":
-        betas = {
-            key: value
-            for key in ("beta_fast", "beta_slow")
-            if (value := settings.find_float(f"rope.scaling.yarn_{key}")) is not None
-        }
-        return {
-            "rope_type": "yarn",
-            "type": "yarn",
-            "factor": factor or 1.0,
-            "original_max_position_embeddings": original or settings.need_int("context_length"),
-            **betas,
-        }
-    if kind != "longrope":
-        key = f"{settings.prefix}rope.scaling.type"
-        settings.metadata.report(key, f"is {shown(kind)}, known are none, linear, yarn, longrope")
-    return None
-
-
-_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
-_LLAMA3_CONTEXT = 8192
-
-
-def _llama3_scaling(settings: Settings) -> dict[str, Any] | None:
-    """The setting that ``rope_freqs`` was computed from; it holds the factor of each frequency."""
-    stored = settings.peek("rope_freqs.weight").reshape(-1).astype(np.float64)
-    base = settings.find_float("rope.freq_base") or 10000.0
-    if (stored == 1).all():
-        return None
-    factor = float(stored.max(initial=1.0))
-    low, high = _LLAMA3["low_freq_factor"], _LLAMA3["high_freq_factor"]
-    waves = 2 * np.pi * base ** (np.arange(stored.size) / max(stored.size, 1))
-    smooth = np.clip((_LLAMA3_CONTEXT / waves - low) / (high - low), 0, 1)
-    if not np.allclose(stored, 1 / ((1 - smooth) / factor + smooth), rtol=1e-4):
-        settings.metadata.report(
-            "rope_freqs.weight",
-            "holds factors that no setting of Llama 3 gives; --config-from takes the config "
-            "of the original model",
+def _check_head_dim(config: dict[str, Any], settings: Settings) -> None:
+    """Some classes compute the width of a head, whatever config.json says."""
+    by_hidden = config["hidden_size"] // config["num_attention_heads"]
+    if not settings.support.head_dim and config["head_dim"] != by_hidden:
+        message = (
+            f"is {config['head_dim']:,}, but mlx-lm's class for {config['model_type']} takes "
+            f"embedding_length / attention.head_count = {by_hidden:,}; {ADVICE}"
         )
-        return None
-    return {
-        "rope_type": "llama3",
-        "type": "llama3",
-        "factor": factor,
-        **_LLAMA3,
-        "original_max_position_embeddings": _LLAMA3_CONTEXT,
-    }
+        settings.report("attention.key_length", message)
+
+
+def _rotary(config: dict[str, Any], settings: Settings) -> int:
+    """How many values of a head are rotated; a part of them only where config.json can say it."""
+    width: int = config["head_dim"]
+    if not settings.support.partial_rotary:
+        return width
+    rotary = settings.find_int("rope.dimension_count") or width
+    if rotary > width:
+        settings.report("rope.dimension_count", f"is {rotary:,}, but a head has {width:,} values")
+    elif rotary != width:
+        part = rotary / width
+        config["partial_rotary_factor"] = part if int(width * part) == rotary else part + 1e-9
+    return rotary
 
 
 # -- what only one architecture has --------------------------------------------------------------
 
 
 def configure_llama(config: dict[str, Any], settings: Settings) -> None:
-    config["attention_bias"] = settings.has("blk.0.attn_q.bias")
+    names = ("blk.0.attn_q.bias", "blk.0.attn_qkv.bias")
+    config["attention_bias"] = any(settings.has(name) for name in names)
     config["mlp_bias"] = settings.has("blk.0.ffn_up.bias")
     config["hidden_act"] = "silu"
 
@@ -179,15 +115,16 @@ def configure_qwen(config: dict[str, Any], settings: Settings) -> None:
 
 
 def configure_qwen_moe(config: dict[str, Any], settings: Settings) -> None:
-    width = settings.find_int("expert_feed_forward_length")
+    is_3 = config["model_type"] == "qwen3_moe"
+    norm = settings.flag("expert_weights_norm") if is_3 else False
     config |= {
         "hidden_act": "silu",
         "num_experts": settings.need_int("expert_count"),
         "num_experts_per_tok": settings.need_int("expert_used_count"),
-        "moe_intermediate_size": width or settings.width("ffn_up_exps.weight") or 0,
+        "moe_intermediate_size": settings.expert_width(),
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
-        "norm_topk_prob": config["model_type"] == "qwen3_moe",
+        "norm_topk_prob": is_3 if norm is None else norm,
     }
     shared = settings.width("ffn_up_shexp.weight")
     if shared is not None:
@@ -205,27 +142,83 @@ _LARGEST_GEMMA = {
 }  # blocks of the two whose queries scale otherwise
 
 
+def _window(settings: Settings, usual: int) -> int:
+    """Tokens that a block with a window sees."""
+    window = settings.find_int("attention.sliding_window")
+    if window == 0:
+        message = f"is 0, and config.json of this model can only say a window; {ADVICE}"
+        settings.report("attention.sliding_window", message)
+    return window or usual
+
+
+def _kinds_of(sliding: list[bool]) -> list[str]:
+    return ["sliding_attention" if yes else "full_attention" for yes in sliding]
+
+
+def _note_window(config: dict[str, Any], settings: Settings) -> None:
+    settings.notes.append(
+        f"mlx-lm's class for {config['model_type']} lets every block see the whole text, not a "
+        f"window of {config['sliding_window']:,} tokens as config.json says: longer texts differ."
+    )
+
+
+def _soft_cap(settings: Settings, key: str, usual: float) -> float:
+    """A bound of logits, which the class divides by."""
+    value = settings.find_float(key)
+    if value == 0:
+        settings.report(key, f"is 0, and mlx-lm's class for gemma2 divides by it; {ADVICE}")
+    return usual if value is None else value
+
+
+def _query_scale(config: dict[str, Any]) -> int:
+    largest = config["num_hidden_layers"] == _LARGEST_GEMMA[config["model_type"]]
+    by_width: int = config["hidden_size"] // config["num_attention_heads"]
+    return by_width if largest else config["head_dim"]
+
+
 def configure_gemma_2(config: dict[str, Any], settings: Settings) -> None:
     configure_gemma(config, settings)
-    largest = config["num_hidden_layers"] == _LARGEST_GEMMA[config["model_type"]]
-    by_width = config["hidden_size"] // config["num_attention_heads"]
-    config["query_pre_attn_scalar"] = by_width if largest else config["head_dim"]
-    window = settings.find_int("attention.sliding_window")
-    if window:
-        config["sliding_window"] = window
-    if config["model_type"] == "gemma2":
-        attention = settings.find_float("attn_logit_softcapping")
-        final = settings.find_float("final_logit_softcapping")
-        config["attn_logit_softcapping"] = 50.0 if attention is None else attention
-        config["final_logit_softcapping"] = 30.0 if final is None else final
+    sliding = settings.sliding_layers(config["num_hidden_layers"], 2)
+    config |= {
+        "query_pre_attn_scalar": _query_scale(config),
+        "sliding_window": _window(settings, 4096),
+        "attn_logit_softcapping": _soft_cap(settings, "attn_logit_softcapping", 50.0),
+        "final_logit_softcapping": _soft_cap(settings, "final_logit_softcapping", 30.0),
+    }
+    if sliding != settings.alternating(config["num_hidden_layers"], 2):
+        config["layer_types"] = _kinds_of(sliding)
+    _note_window(config, settings)
 
 
 def configure_gemma_3(config: dict[str, Any], settings: Settings) -> None:
-    configure_gemma_2(config, settings)
-    config["sliding_window_pattern"] = 6
-    config["rope_local_base_freq"] = settings.find_float("rope.freq_base_swa") or 10000.0
+    """Five blocks with a window and positions of their own, then one without."""
+    configure_gemma(config, settings)
+    blocks = config["num_hidden_layers"]
+    config["query_pre_attn_scalar"] = _query_scale(config)
     if settings.find_float("rope.freq_base") is None:
         config["rope_theta"] = 1_000_000.0
+    window = settings.find_int("attention.sliding_window")
+    if not window:
+        config |= {"sliding_window_pattern": 1, "layer_types": ["full_attention"] * blocks}
+        return
+    sliding = settings.sliding_layers(blocks, 6)
+    usual = sliding == settings.alternating(blocks, 6)
+    period = 6 if usual else (sliding.index(False) if False in sliding else blocks) + 1
+    if sliding != settings.alternating(blocks, period):
+        message = f"has no period, and mlx-lm's class for gemma3_text wants one; {ADVICE}"
+        settings.report("attention.sliding_window_pattern", message)
+    config |= {
+        "sliding_window": window,
+        "sliding_window_pattern": period,
+        "rope_local_base_freq": settings.find_float("rope.freq_base_swa") or 10000.0,
+    }
+
+
+def configure_olmo_3(config: dict[str, Any], settings: Settings) -> None:
+    """Three blocks with a window, then one without; only those without are scaled by YaRN."""
+    configure_llama(config, settings)
+    config["sliding_window"] = settings.need_int("attention.sliding_window")
+    config["layer_types"] = _kinds_of(settings.sliding_layers(config["num_hidden_layers"], 4))
 
 
 def configure_phi_3(config: dict[str, Any], settings: Settings) -> None:
@@ -235,34 +228,17 @@ def configure_phi_3(config: dict[str, Any], settings: Settings) -> None:
     window = settings.find_int("attention.sliding_window")
     if window:
         config["sliding_window"] = window
-    rotary = settings.find_int("rope.dimension_count")
-    if rotary and rotary != config["head_dim"]:
-        config["partial_rotary_factor"] = rotary / config["head_dim"]
-    factors = {
-        f"{end}_factor": settings.peek(f"rope_factors_{end}.weight").reshape(-1)
-        for end in ("long", "short")
-        if settings.has(f"rope_factors_{end}.weight")
-    }
-    if factors:
-        config["rope_scaling"] = {
-            "type": "longrope",
-            "rope_type": "longrope",
-            **{key: [float(str(x)) for x in values] for key, values in factors.items()},
-        }
+        if window < config["max_position_embeddings"]:
+            _note_window(config, settings)
 
 
 def configure_gpt_oss(config: dict[str, Any], settings: Settings) -> None:
-    width = settings.find_int("expert_feed_forward_length")
-    width = width or settings.width("ffn_up_exps.weight") or config["intermediate_size"]
     config |= {
-        "intermediate_size": width,
+        "intermediate_size": settings.expert_width() or config["intermediate_size"],
         "num_local_experts": settings.need_int("expert_count"),
         "num_experts_per_tok": settings.need_int("expert_used_count"),
-        "sliding_window": settings.find_int("attention.sliding_window") or 128,
-        "layer_types": [
-            "full_attention" if number % 2 else "sliding_attention"
-            for number in range(config["num_hidden_layers"])
-        ],
+        "sliding_window": _window(settings, 128),
+        "layer_types": _kinds_of(settings.sliding_layers(config["num_hidden_layers"], 2)),
         "hidden_act": "silu",
         "attention_bias": True,
     }
@@ -275,10 +251,10 @@ def configure_ministral_3(config: dict[str, Any], settings: Settings) -> None:
     """Yarn, and attention that cools with the length of the text."""
     config["hidden_act"] = "silu"
     scaling = config.pop("rope_scaling", None) or {"rope_type": "default", "type": "default"}
-    original = config["max_position_embeddings"]
+    original = settings.find_int("rope.scaling.original_context_length")
     config["rope_parameters"] = {
         "rope_theta": config["rope_theta"],
-        "original_max_position_embeddings": original,
+        "original_max_position_embeddings": original or config["max_position_embeddings"],
         "mscale": 1.0,
         "mscale_all_dim": settings.find_float("rope.scaling.yarn_log_multiplier") or 0.0,
         "llama_4_scaling_beta": settings.find_float("attention.temperature_scale"),

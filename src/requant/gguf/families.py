@@ -20,6 +20,7 @@ from requant.gguf.configs import (
     configure_llama,
     configure_ministral_3,
     configure_mixtral,
+    configure_olmo_3,
     configure_phi_3,
     configure_qwen,
     configure_qwen_moe,
@@ -27,6 +28,7 @@ from requant.gguf.configs import (
     configure_smollm_3,
 )
 from requant.gguf.metadata import Metadata
+from requant.gguf.settings import ALL_SCALINGS, PLAIN, Support
 
 _TOP = {
     "token_embd": "model.embed_tokens",
@@ -87,8 +89,15 @@ _OLMO_2 = {  # norms behind the two halves of a block, none before
     "post_ffw_norm": "post_feedforward_layernorm",
 }
 _OLD_EXPERTS = {"ffn_gate": "w1", "ffn_down": "w2", "ffn_up": "w3"}  # one tensor an expert
-_BLOCK = re.compile(r"blk\.(\d{1,6})\.([a-z_]+)(?:\.(\d{1,6}))?\.(weight|bias)")
-_TOP_NAME = re.compile(r"([a-z_]+)\.(weight|bias)")
+_FUSED = {  # one tensor of several, row after row: its name -> theirs
+    "attn_qkv": ("attn_q", "attn_k", "attn_v"),
+    "ffn_gate_up_exps": ("ffn_gate_exps", "ffn_up_exps"),
+}
+SCALES = (".scale", ".input_scale")
+"""What the values of a tensor, or of its input, are multiplied with."""
+_SUFFIX = r"(weight|bias|scale|input_scale)"
+_BLOCK = re.compile(rf"blk\.(\d{{1,6}})\.([a-z_]+)(?:\.(\d{{1,6}}))?\.{_SUFFIX}")
+_TOP_NAME = re.compile(rf"([a-z_]+)\.{_SUFFIX}")
 # What is computed from settings that the config has: name -> where it goes.
 _SETTINGS = {
     "rope_freqs": "rope_scaling in config.json stands for it",
@@ -109,6 +118,7 @@ class Family:
         shifted_norms: Whether one was added to the weights of norms.
         wide: Whether activations leave the range of float16.
         configure: Adds what only this architecture has to a config.
+        support: What mlx-lm's class reads of a config.
     """
 
     model_type: str
@@ -118,6 +128,7 @@ class Family:
     permuted: bool = False
     shifted_norms: bool = False
     wide: bool = False
+    support: Support = PLAIN
 
     def name_of(self, name: str) -> str | None:
         """Hugging Face's name of a tensor; None if this architecture has none of that name."""
@@ -136,6 +147,16 @@ class Family:
         if found and found[1] in _TOP:
             return f"{_TOP[found[1]]}.{found[2]}"
         return None
+
+    def fused_of(self, name: str) -> tuple[str, ...]:
+        """The names that the parts of a fused tensor would have; none of any other."""
+        found = _BLOCK.fullmatch(name)
+        if found is None or found[3] or found[2] in self.blocks:
+            return ()
+        roles = _FUSED.get(found[2], ())
+        if not all(role in self.blocks for role in roles):
+            return ()
+        return tuple(f"blk.{found[1]}.{role}.{found[4]}" for role in roles)
 
     def heads_of(self, name: str, metadata: Metadata) -> int:
         """Heads whose rows are reordered in a tensor; 0 where none are."""
@@ -158,18 +179,34 @@ def setting_of(name: str) -> str | None:
 
 
 _LLAMA_NAMES = {**_ATTENTION, **_MLP}
+_BY_HIDDEN = Support(head_dim=False)
+_NO_SCALING = frozenset[str]()
 _FAMILIES = {
     "llama": Family("llama", "LlamaForCausalLM", _LLAMA_NAMES, configure_llama, permuted=True),
-    "qwen2": Family("qwen2", "Qwen2ForCausalLM", _LLAMA_NAMES, configure_qwen),
+    "qwen2": Family("qwen2", "Qwen2ForCausalLM", _LLAMA_NAMES, configure_qwen, support=_BY_HIDDEN),
     "qwen3": Family("qwen3", "Qwen3ForCausalLM", _LLAMA_NAMES, configure_qwen),
     "qwen2moe": Family(
-        "qwen2_moe", "Qwen2MoeForCausalLM", {**_ATTENTION, **_QWEN_MOE}, configure_qwen_moe
+        "qwen2_moe",
+        "Qwen2MoeForCausalLM",
+        {**_ATTENTION, **_QWEN_MOE},
+        configure_qwen_moe,
+        support=Support(_NO_SCALING, head_dim=False),
     ),
     "qwen3moe": Family(
-        "qwen3_moe", "Qwen3MoeForCausalLM", {**_LLAMA_NAMES, **_QWEN_MOE}, configure_qwen_moe
+        "qwen3_moe",
+        "Qwen3MoeForCausalLM",
+        {**_LLAMA_NAMES, **_QWEN_MOE},
+        configure_qwen_moe,
+        support=Support(_NO_SCALING),
     ),
     "gemma": Family(
-        "gemma", "GemmaForCausalLM", _LLAMA_NAMES, configure_gemma, shifted_norms=True, wide=True
+        "gemma",
+        "GemmaForCausalLM",
+        _LLAMA_NAMES,
+        configure_gemma,
+        shifted_norms=True,
+        wide=True,
+        support=Support(_NO_SCALING),
     ),
     "gemma2": Family(
         "gemma2",
@@ -178,6 +215,7 @@ _FAMILIES = {
         configure_gemma_2,
         shifted_norms=True,
         wide=True,
+        support=Support(_NO_SCALING),
     ),
     "gemma3": Family(
         "gemma3_text",
@@ -187,12 +225,23 @@ _FAMILIES = {
         shifted_norms=True,
         wide=True,
     ),
-    "phi3": Family("phi3", "Phi3ForCausalLM", {**_ATTENTION, **_PHI_3}, configure_phi_3),
+    "phi3": Family(
+        "phi3",
+        "Phi3ForCausalLM",
+        {**_ATTENTION, **_PHI_3},
+        configure_phi_3,
+        support=Support(frozenset({"longrope"}), head_dim=False, partial_rotary=True),
+    ),
     "smollm3": Family(
         "smollm3", "SmolLM3ForCausalLM", _LLAMA_NAMES, configure_smollm_3, permuted=True
     ),
     "granite": Family(
-        "granite", "GraniteForCausalLM", _LLAMA_NAMES, configure_granite, permuted=True
+        "granite",
+        "GraniteForCausalLM",
+        _LLAMA_NAMES,
+        configure_granite,
+        permuted=True,
+        support=_BY_HIDDEN,
     ),
     "seed_oss": Family(
         "seed_oss",
@@ -202,15 +251,26 @@ _FAMILIES = {
     ),
     "olmo2": Family("olmo2", "Olmo2ForCausalLM", {**_LLAMA_NAMES, **_OLMO_2}, configure_llama),
     "gpt-oss": Family(
-        "gpt_oss", "GptOssForCausalLM", {**_ATTENTION, **_GPT_OSS}, configure_gpt_oss, wide=True
+        "gpt_oss",
+        "GptOssForCausalLM",
+        {**_ATTENTION, **_GPT_OSS},
+        configure_gpt_oss,
+        wide=True,
+        support=Support(ALL_SCALINGS - {"longrope"}),
     ),
 }
 _MINISTRAL_FAMILY = Family(
     "ministral3", "Ministral3ForCausalLM", _LLAMA_NAMES, configure_ministral_3, permuted=True
 )
 _MIXTRAL_FAMILY = Family(
-    "mixtral", "MixtralForCausalLM", {**_ATTENTION, **_MIXTRAL}, configure_mixtral, permuted=True
+    "mixtral",
+    "MixtralForCausalLM",
+    {**_ATTENTION, **_MIXTRAL},
+    configure_mixtral,
+    permuted=True,
+    support=Support(_NO_SCALING, head_dim=False),
 )
+_OLMO_3_FAMILY = Family("olmo3", "Olmo3ForCausalLM", {**_LLAMA_NAMES, **_OLMO_2}, configure_olmo_3)
 # The language parts of models that see: of text alone, their positions are those of the others.
 _FAMILIES |= {
     "qwen2vl": _FAMILIES["qwen2"],
@@ -224,8 +284,8 @@ ARCHITECTURES = (*_FAMILIES, "mistral3")
 def family_of(metadata: Metadata) -> Family | None:
     """The architecture of a file, or None if it is not known.
 
-    Mixtral calls itself llama, and Mistral's models of 2025 mistral3, whether or not their
-    attention is Ministral's.
+    Mixtral calls itself llama, OLMo 3 olmo2, and Mistral's models of 2025 mistral3, whether or
+    not their attention is Ministral's.
     """
     name = metadata.architecture
     if name == "mistral3":
@@ -234,4 +294,6 @@ def family_of(metadata: Metadata) -> Family | None:
         name = "llama"
     if name == "llama" and metadata.find_int(f"{metadata.architecture}.expert_count"):
         return _MIXTRAL_FAMILY
+    if name == "olmo2" and metadata.find_int("olmo2.attention.sliding_window"):
+        return _OLMO_3_FAMILY
     return _FAMILIES.get(name)

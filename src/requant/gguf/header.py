@@ -21,6 +21,7 @@ import numpy as np
 
 from requant.arrays.gguf import TYPES, BlockType
 from requant.errors import Problem, shown
+from requant.gguf.foreign_types import foreign_type
 from requant.limits import (
     MAX_GGUF_HEADER_BYTES,
     MAX_GGUF_ITEMS,
@@ -181,7 +182,9 @@ def _parse(cursor: _Cursor, name: str, problems: list[Problem]) -> Header:
         swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
         if swapped in VERSIONS:
             raise _Damaged("is big-endian; write it anew with gguf-py's gguf_convert_endian")
-        raise _Damaged(f"is version {version} of GGUF, known are 2 and 3")
+        raise _Damaged(
+            f"is version {version} of GGUF, known are 2 and 3; take a newer file of the model"
+        )
     count, keys = cursor.number("Q", "the header"), cursor.number("Q", "the header")
     if count > MAX_TENSORS:
         raise _Damaged(f"says that it holds {count:,} tensors, at most {MAX_TENSORS:,} are read")
@@ -260,8 +263,7 @@ def _read_entry(cursor: _Cursor, file: str, problems: list[Problem]) -> TableEnt
     shape = tuple(reversed(sizes))
     kind = TYPES.get(number)
     if kind is None:
-        known = ", ".join(t.name for t in TYPES.values())
-        _report(problems, where, f"is stored as type {number}; known are {known}")
+        _report(problems, where, f"is stored as {foreign_type(number)}")
         return None
     if 0 in sizes or prod(sizes) > MAX_INT:
         _report(problems, where, f"has the impossible shape {list(shape)}")

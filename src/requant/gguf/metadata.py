@@ -1,4 +1,4 @@
-"""Values of a GGUF file's metadata, each asked for by key and type."""
+"""Values of a GGUF file's metadata, each asked for by key and type; which were is kept."""
 
 from __future__ import annotations
 
@@ -11,11 +11,16 @@ from requant.errors import Problem, shown
 
 
 class Metadata:
-    """The metadata of one model; what is missing or of a wrong type becomes a problem."""
+    """The metadata of one model; what is missing or of a wrong type becomes a problem.
+
+    Attributes:
+        read: Keys that were asked for.
+    """
 
     def __init__(self, file: str, values: Mapping[str, Any]) -> None:
         self.file, self.values = file, values
         self.problems: list[Problem] = []
+        self.read: set[str] = set()
 
     @property
     def architecture(self) -> str:
@@ -55,6 +60,20 @@ class Metadata:
         self._wrong(key, "a boolean")
         return None
 
+    def flags(self, key: str) -> list[bool] | None:
+        """An array of yes and no, or None."""
+        value = self.numbers(key)
+        if value is None:
+            return None
+        if value.dtype.kind in "bui" and np.isin(value, (0, 1)).all():
+            return [bool(item) for item in value]
+        self._wrong(key, "an array of booleans")
+        return None
+
+    def is_array(self, key: str) -> bool:
+        """Whether a key has several values."""
+        return isinstance(self.values.get(key), (tuple, np.ndarray))
+
     def find_int(self, key: str) -> int | None:
         """A whole number that is not negative, or None; an array of one number is that number."""
         value = self._find(key)
@@ -89,16 +108,21 @@ class Metadata:
             self._wrong(key, "a number")
         return value or 0.0
 
+    def shown(self, key: str) -> str:
+        """The value of a key in a few characters."""
+        return _kind(self.values.get(key))
+
     def report(self, key: str, message: str) -> None:
         """Add a problem with a key."""
         self.problems.append(Problem(f"{self.file}: {key}", message))
 
     def _find(self, key: str) -> Any:
+        self.read.add(key)
         return self.values.get(key)
 
     def _wrong(self, key: str, expected: str) -> None:
         value = self._find(key)
-        found = "is missing" if value is None else f"is {_kind(value)}"
+        found = "is missing" if value is None else f"is {self.shown(key)}"
         self.report(key, f"{found}, expected {expected}")
 
 

@@ -11,23 +11,28 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from math import prod
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from requant.checkpoint import Checkpoint, FileRange, SourceFile, StoredTensor
-from requant.dtypes import TensorInfo
-from requant.errors import CheckpointError, Problem, count, few
+from requant.checkpoint import Checkpoint, FileRange, SourceFile
+from requant.errors import CheckpointError, Problem, few, shown
 from requant.gguf.choice import PART, SUFFIX
-from requant.gguf.configs import Settings, make_config
-from requant.gguf.families import Family, family_of, setting_of
+from requant.gguf.configs import make_config
+from requant.gguf.families import Family, family_of
 from requant.gguf.header import Header, TableEntry, read_header
 from requant.gguf.metadata import Metadata
-from requant.gguf.tokenizer import Files, guessed_splitting, tokenizer_files
-from requant.gguf_model import GgufModel, GgufTensor
+from requant.gguf.naming import Naming
+from requant.gguf.settings import Settings
+from requant.gguf.tokenizer import (
+    Files,
+    guessed_splitting,
+    missing_templates,
+    tokenizer_files,
+)
+from requant.gguf_model import GgufModel
 from requant.limits import MAX_SHARDS
 from requant.safetensors_folder import read_config
 from requant.source_folder import CONFIG, file_size, list_folder, printable
@@ -35,6 +40,7 @@ from requant.source_folder import CONFIG, file_size, list_folder, printable
 _MMPROJ = "a vision or audio part for llama.cpp (mmproj), which is no language model"
 _MAX_SETTING_BYTES = 1 << 20
 _MAX_NAMED = 20
+_QUANTIZATION_VERSION = 2
 _OTHER_KINDS = {  # general.type -> what it is
     "adapter": "a LoRA adapter; merge it into its model first, then give the model",
     "imatrix": "an importance matrix, which is no model",
@@ -163,6 +169,7 @@ class _Reading:
         if not self.metadata.architecture:
             self.metadata.report("general.architecture", "is missing, or no string")
         self._check_parts()
+        self._check_version()
         table = {t.name: (header.file, t) for header in self.headers for t in header.tensors}
         if not table:
             vocabulary = len(self.metadata.words("tokenizer.ggml.tokens"))
@@ -170,7 +177,10 @@ class _Reading:
             self.problems.append(Problem(self.first.file, f"holds no tensors{message}"))
             raise CheckpointError(str(self.source), self.problems)
         family = family_of(self.metadata)
-        tensors, model = self._tensors(table, family)
+        naming = Naming(self.metadata, family)
+        tensors, model = naming.name_all(table)
+        self.problems += naming.problems
+        self.notes += naming.notes
         config, files = self._config_and_files(table, family, model.dtype)
         self.problems += self.metadata.problems
         if self.problems:
@@ -196,12 +206,16 @@ class _Reading:
             return
         count = self.metadata.find_int("split.count")
         if count != len(self.headers):
-            message = f"says that the model has {count} parts, found {len(self.headers)}"
+            parts = "is missing" if count is None else f"says that the model has {count:,} parts"
+            message = (
+                f"{parts}, found {len(self.headers):,}; the parts of a model lie in one folder and "
+                "end in -00001-of-00003.gguf and so on"
+            )
             self.problems.append(Problem(f"{self.first.file}: split.count", message))
         for number, header in enumerate(self.headers):
             said = header.metadata.get("split.no")
             if said != number:
-                message = f"says that it is part {said}, its place is {number}"
+                message = f"says that it is part {shown(said)}, its place is {number}"
                 self.problems.append(Problem(f"{header.file}: split.no", message))
         total = self.metadata.find_int("split.tensors.count")
         held = sum(len(header.tensors) for header in self.headers)
@@ -215,68 +229,16 @@ class _Reading:
                     message = "is in another part too"
                     self.problems.append(Problem(f"{header.file}: {tensor.name}", message))
 
-    # -- tensors -------------------------------------------------------------------------
-
-    def _tensors(
-        self, table: Mapping[str, tuple[str, TableEntry]], family: Family | None
-    ) -> tuple[dict[str, StoredTensor], GgufModel]:
-        tensors: dict[str, StoredTensor] = {}
-        stored: dict[str, GgufTensor] = {}
-        dropped: list[tuple[str, str]] = []
-        unknown: list[str] = []
-        for name, (file, entry) in table.items():
-            reason = setting_of(name) if family else None
-            if reason is not None:
-                dropped.append((name, reason))
-                continue
-            named = name if family is None else family.name_of(name)
-            if named is None:
-                unknown.append(name)
-                named = name
-            if named in tensors:
-                message = f"would be named {named}, as {stored[named].name_in_file} is"
-                self.problems.append(Problem(f"{file}: {name}", message))
-                continue
-            tensor = self._describe(entry, family, named)
-            stored[named] = tensor
-            info = _info(entry, tensor.shape)
-            tensors[named] = StoredTensor(named, info, file, entry.offset)
-        self._note_names(family, unknown)
-        model = GgufModel(
-            self.metadata.architecture,
-            MappingProxyType(stored),
-            _model_dtype(table.values(), family),
-            tuple(dropped),
-            (),
-        )
-        return tensors, model
-
-    def _describe(self, entry: TableEntry, family: Family | None, named: str) -> GgufTensor:
-        shape = entry.shape
-        if named.endswith("shared_expert_gate.weight") and len(shape) == 1:
-            shape = (1, *shape)  # the converter squeezes it
-        if family is None:
-            return GgufTensor(entry.kind, shape, entry.name)
-        heads = family.heads_of(entry.name, self.metadata)
-        rows = shape[-2] if entry.name.endswith(".weight") and len(shape) > 1 else shape[-1]
-        if heads and rows % (2 * heads):
-            message = f"has {count(rows, 'row')}, no multiple of twice its {count(heads, 'head')}"
-            self.problems.append(Problem(entry.name, message))
-            heads = 0
-        return GgufTensor(entry.kind, shape, entry.name, heads, family.is_shifted(named))
-
-    def _note_names(self, family: Family | None, unknown: Sequence[str]) -> None:
-        if family is None:
-            known = self.metadata.architecture
-            self.notes.append(
-                f"The architecture {known!r} is not known here: tensors keep the names of the GGUF "
-                "file, in its order of rows, and config.json says little."
+    def _check_version(self) -> None:
+        """How blocks are laid out changed twice before GGUF, and may again."""
+        version = self.metadata.find_int("general.quantization_version")
+        has_blocks = any(not t.kind.dtype for header in self.headers for t in header.tensors)
+        if version not in (None, _QUANTIZATION_VERSION) and has_blocks:
+            message = (
+                f"is {version}, known is {_QUANTIZATION_VERSION}: blocks may be laid out "
+                "otherwise; quantize the model anew with llama.cpp"
             )
-        elif unknown:
-            self.notes.append(
-                f"{few(unknown)} have no name in Hugging Face's "
-                f"{family.model_type}: they keep their own."
-            )
+            self.metadata.report("general.quantization_version", message)
 
     # -- config and tokenizer --------------------------------------------------------------
 
@@ -297,11 +259,14 @@ class _Reading:
                 "The file does not say how its tokenizer splits words (tokenizer.ggml.pre): "
                 "GPT-2's rule is taken. --config-from takes the original tokenizer."
             )
+        elif missing := missing_templates(self.metadata):
+            self.notes.append(f"The chat templates {few(missing)} are listed, but not in the file.")
         if family is None:
             return {"model_type": self.metadata.architecture, "torch_dtype": words[dtype]}, files
         shapes = {name: entry.shape for name, (_, entry) in table.items()}
-        settings = Settings(self.metadata, shapes, partial(self._peek, table))
+        settings = Settings(self.metadata, shapes, partial(self._peek, table), family.support)
         config = make_config(settings, family.model_type, family.cls, family.configure)
+        self.notes += settings.notes
         config["torch_dtype"] = words[dtype]
         return config, files
 
@@ -326,24 +291,3 @@ class _Reading:
         part = FileRange(file, entry.offset, entry.nbytes)
         empty = Checkpoint(self.folder, (), {}, {}, "", (), (), fetch=self.fetch)
         return np.frombuffer(empty.read_range(part), np.float32)
-
-
-def _info(entry: TableEntry, shape: tuple[int, ...]) -> TensorInfo:
-    """What is stored: numbers, or bytes of blocks."""
-    if entry.kind.dtype:
-        return TensorInfo(entry.kind.dtype, shape)
-    rows = prod(shape[:-1])
-    return TensorInfo("U8", (*shape[:-1], entry.nbytes // rows))
-
-
-def _model_dtype(table: Any, family: Family | None) -> str:
-    """The dtype of values: float16, as the scales of blocks are, unless it is too narrow."""
-    if family is not None and family.wide:
-        return "BF16"
-    kinds = Counter[str]()
-    for _, entry in table:
-        if len(entry.shape) > 1:
-            kinds[entry.kind.name] += entry.nbytes
-    if "BF16" in kinds:
-        return "BF16"
-    return "F32" if set(kinds) == {"F32"} else "F16"

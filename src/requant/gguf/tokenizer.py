@@ -15,6 +15,7 @@ from requant.gguf.metadata import Metadata
 from requant.gguf.special import CONTROL, NORMAL, UNKNOWN, USER_DEFINED, special_id, token_kinds
 from requant.gguf.splitting import SPLITTINGS, UNSAID, Splitting, splitting_of
 
+_TEMPLATE = "tokenizer.chat_template"
 _SPACE = "\u2581"  # SentencePiece's
 
 Files = Mapping[str, Callable[[], bytes]]
@@ -48,6 +49,33 @@ def guessed_splitting(metadata: Metadata) -> bool:
     """Whether a file keeps quiet about how words are split, so that GPT-2's rule stands in."""
     pre = metadata.word("tokenizer.ggml.pre")
     return metadata.word("tokenizer.ggml.model") == "gpt2" and pre in UNSAID
+
+
+def chat_templates(metadata: Metadata) -> str | list[dict[str, str]]:
+    """The chat template, or each with its name, as transformers reads them; "" where none is.
+
+    ``tokenizer.chat_template`` is the one called default; the others have a key each, and
+    ``tokenizer.chat_templates`` lists their names.
+    """
+    default = metadata.word(_TEMPLATE)
+    found = {"default": default} if default else {}
+    listed = metadata.words(f"{_TEMPLATE}s")
+    keys = (key for key in metadata.values if key.startswith(f"{_TEMPLATE}."))
+    for name in dict.fromkeys([*listed, *(key.removeprefix(f"{_TEMPLATE}.") for key in keys)]):
+        if template := metadata.word(f"{_TEMPLATE}.{name}"):
+            found.setdefault(name, template)
+    if found.keys() <= {"default"}:
+        return found.get("default", "")
+    return [{"name": name, "template": template} for name, template in found.items()]
+
+
+def missing_templates(metadata: Metadata) -> list[str]:
+    """Names of chat templates that a file lists and does not hold."""
+    listed = metadata.words(f"{_TEMPLATE}s")
+    default = {"default"} if metadata.word(_TEMPLATE) else set()
+    return [
+        name for name in listed if name not in default and not metadata.word(f"{_TEMPLATE}.{name}")
+    ]
 
 
 def _dump(value: Mapping[str, Any]) -> bytes:
@@ -101,8 +129,8 @@ class _Tokenizer:
         length = self.metadata.find_int(f"{self.metadata.architecture}.context_length")
         if length:
             config["model_max_length"] = length
-        if template := self.metadata.word("tokenizer.chat_template"):
-            config["chat_template"] = template
+        if templates := chat_templates(self.metadata):
+            config["chat_template"] = templates
         return config
 
     def tokenizer(self) -> dict[str, Any]:

@@ -1,0 +1,212 @@
+"""Tensors of GGUF files under Hugging Face's names; those that files fuse are taken apart.
+
+A fused tensor is cut by rows, so its parts are runs of bytes of the file: nothing is decoded.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from math import prod
+from types import MappingProxyType
+
+from requant.checkpoint import FileRange, JoinedTensor, StoredTensor
+from requant.dtypes import TensorInfo
+from requant.errors import Problem, count, few, shown
+from requant.gguf.families import SCALES, Family, setting_of
+from requant.gguf.header import TableEntry
+from requant.gguf.metadata import Metadata
+from requant.gguf_model import GgufModel, GgufTensor
+
+_MAX_EXPERTS = 1 << 14
+
+Table = Mapping[str, tuple[str, TableEntry]]
+"""Name in the file -> its file, and its line of the tensor table."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A run of rows of each matrix of a tensor, or all of it.
+
+    Attributes:
+        entry: As the file would have it on its own.
+        name_in_file: Of the whole.
+        ranges: Where its bytes lie.
+    """
+
+    entry: TableEntry
+    name_in_file: str
+    ranges: tuple[FileRange, ...]
+
+
+@dataclass
+class Naming:
+    """The tensors of one model while they get their names.
+
+    Attributes:
+        metadata: Of the model.
+        family: Its architecture; None if it is not known.
+        problems: What is wrong with them.
+        notes: What the user should know.
+    """
+
+    metadata: Metadata
+    family: Family | None
+    problems: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def name_all(self, table: Table) -> tuple[dict[str, StoredTensor | JoinedTensor], GgufModel]:
+        """Every tensor by its name, and how it is stored."""
+        tensors: dict[str, StoredTensor | JoinedTensor] = {}
+        stored: dict[str, GgufTensor] = {}
+        dropped: list[tuple[str, str]] = []
+        unknown: list[str] = []
+        for name, (file, entry) in table.items():
+            reason = setting_of(name) if self.family else None
+            if reason is not None:
+                dropped.append((name, reason))
+                continue
+            self._check_scale(name, file, table)
+            for part in self._parts(entry, file):
+                named = self.family.name_of(part.entry.name) if self.family else name
+                if named is None:
+                    unknown.append(name)
+                    named = name
+                if named in tensors:
+                    message = f"would be named {named}, as {stored[named].name_in_file} is"
+                    self.problems.append(Problem(f"{file}: {name}", message))
+                    continue
+                stored[named] = described = self._describe(part, named)
+                info = _info(part.entry, described.shape)
+                tensors[named] = _placed(named, info, part.ranges)
+        self._note_names(unknown)
+        model = GgufModel(
+            self.metadata.architecture,
+            MappingProxyType(stored),
+            _model_dtype((entry for _, entry in table.values()), self.family),
+            tuple(dropped),
+            (),
+        )
+        return tensors, model
+
+    def _parts(self, entry: TableEntry, file: str) -> Iterator[_Part]:
+        """A tensor, or what it is fused of."""
+        names = self.family.fused_of(entry.name) if self.family else ()
+        whole = _Part(entry, entry.name, (FileRange(file, entry.offset, entry.nbytes),))
+        if not names:
+            yield whole
+            return
+        if entry.name.endswith(SCALES):  # one for all rows
+            for name in names:
+                yield replace(whole, entry=replace(entry, name=name))
+            return
+        is_matrix = entry.name.endswith(".weight")
+        axis = len(entry.shape) - (2 if is_matrix else 1)
+        rows = entry.shape[axis] if axis >= 0 else 0
+        sizes = self._sizes(names, rows)
+        is_odd = not rows or (not is_matrix and not entry.kind.dtype)
+        if is_odd or sum(sizes) != rows or prod(entry.shape[:axis]) > _MAX_EXPERTS:
+            wanted = count(sum(sizes) or 2, "row")
+            if prod(entry.shape[:axis]) > _MAX_EXPERTS:
+                wanted = f"at most {_MAX_EXPERTS:,} experts"
+            message = f"{entry.kind.name} {list(entry.shape)}, expected {wanted}"
+            self.problems.append(Problem(f"{file}: {entry.name}", message))
+            yield whole
+            return
+        start = 0
+        for name, size in zip(names, sizes, strict=True):
+            yield _cut(entry, file, name, axis, start, size)
+            start += size
+
+    def _sizes(self, names: tuple[str, ...], rows: int) -> list[int]:
+        """Rows of each part: of queries, keys and values, or halves."""
+        if len(names) == 2:
+            return [rows // 2] * 2
+        prefix = f"{self.metadata.architecture}.attention."
+        heads = self.metadata.need_int(f"{prefix}head_count")
+        kv_heads = self.metadata.find_int(f"{prefix}head_count_kv") or heads
+        hidden = self.metadata.need_int(f"{self.metadata.architecture}.embedding_length")
+        keys = self.metadata.find_int(f"{prefix}key_length") or hidden // heads
+        values = self.metadata.find_int(f"{prefix}value_length") or hidden // heads
+        return [heads * keys, kv_heads * keys, kv_heads * values]
+
+    def _describe(self, part: _Part, named: str) -> GgufTensor:
+        entry, name = part.entry, part.name_in_file
+        shape = entry.shape
+        if named.endswith("shared_expert_gate.weight") and len(shape) == 1:
+            shape = (1, *shape)  # the converter squeezes it
+        if self.family is None or entry.name.endswith(SCALES):
+            return GgufTensor(entry.kind, shape, name)
+        heads = self.family.heads_of(entry.name, self.metadata)
+        rows = shape[-2] if entry.name.endswith(".weight") and len(shape) > 1 else shape[-1]
+        if heads and rows % (2 * heads):
+            message = f"has {count(rows, 'row')}, no multiple of twice its {count(heads, 'head')}"
+            self.problems.append(Problem(name, message))
+            heads = 0
+        return GgufTensor(entry.kind, shape, name, heads, self.family.is_shifted(named))
+
+    def _check_scale(self, name: str, file: str, table: Table) -> None:
+        """A scale belongs to a tensor, which it is multiplied with."""
+        path, _, suffix = name.rpartition(".")
+        if self.family and f".{suffix}" in SCALES and f"{path}.weight" not in table:
+            message = f"is a scale, but {shown(f'{path}.weight')} that it scales is not there"
+            self.problems.append(Problem(f"{file}: {name}", message))
+
+    def _note_names(self, unknown: list[str]) -> None:
+        if self.family is None:
+            known = self.metadata.architecture
+            self.notes.append(
+                f"The architecture {known!r} is not known here: tensors keep the names of the GGUF "
+                "file, in its order of rows, and config.json says little."
+            )
+        elif unknown:
+            self.notes.append(
+                f"{few(unknown)} have no name in Hugging Face's "
+                f"{self.family.model_type}: they keep their own."
+            )
+
+
+def _cut(entry: TableEntry, file: str, name: str, axis: int, start: int, size: int) -> _Part:
+    """``size`` rows from ``start`` on of each matrix of a tensor, as a tensor called ``name``."""
+    rows = entry.shape[axis]
+    matrices = prod(entry.shape[:axis])
+    row_bytes = entry.nbytes // (matrices * rows)
+    first = entry.offset + start * row_bytes
+    ranges = tuple(
+        FileRange(file, first + matrix * rows * row_bytes, size * row_bytes)
+        for matrix in range(matrices)
+    )
+    shape = (*entry.shape[:axis], size, *entry.shape[axis + 1 :])
+    nbytes = matrices * size * row_bytes
+    part = TableEntry(name, entry.kind, shape, first, nbytes)
+    return _Part(part, entry.name, ranges)
+
+
+def _placed(
+    name: str, info: TensorInfo, ranges: tuple[FileRange, ...]
+) -> StoredTensor | JoinedTensor:
+    if len(ranges) > 1:
+        return JoinedTensor(name, info, ranges)
+    return StoredTensor(name, info, ranges[0].file, ranges[0].offset)
+
+
+def _info(entry: TableEntry, shape: tuple[int, ...]) -> TensorInfo:
+    """What is stored: numbers, or bytes of blocks."""
+    if entry.kind.dtype:
+        return TensorInfo(entry.kind.dtype, shape)
+    rows = prod(shape[:-1])
+    return TensorInfo("U8", (*shape[:-1], entry.nbytes // rows))
+
+
+def _model_dtype(entries: Iterable[TableEntry], family: Family | None) -> str:
+    """The dtype of values: float16, as the scales of blocks are, unless it is too narrow."""
+    if family is not None and family.wide:
+        return "BF16"
+    kinds = Counter[str]()
+    for entry in entries:
+        if len(entry.shape) > 1:
+            kinds[entry.kind.name] += entry.nbytes
+    if "BF16" in kinds:
+        return "BF16"
+    return "F32" if set(kinds) == {"F32"} else "F16"

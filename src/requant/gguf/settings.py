@@ -1,0 +1,115 @@
+"""What a config is made from: a file's metadata, its shapes, and what mlx-lm's class reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from requant.gguf.metadata import Metadata
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Name in the file -> shape, outermost axis first."""
+Peek = Callable[[str], np.ndarray]
+"""Values of a small float32 tensor of the file."""
+
+ALL_SCALINGS = frozenset({"linear", "llama3", "yarn", "longrope"})
+ADVICE = "--config-from takes config.json and tokenizer of the original model instead"
+
+
+@dataclass(frozen=True)
+class Support:
+    """What mlx-lm's class of a model reads of its config, beside what all read.
+
+    Attributes:
+        scalings: Kinds of ``rope_scaling``.
+        head_dim: Whether heads may be of another width than ``hidden_size`` gives.
+        partial_rotary: Whether a part of a head may be left unrotated.
+    """
+
+    scalings: frozenset[str] = ALL_SCALINGS
+    head_dim: bool = True
+    partial_rotary: bool = False
+
+
+PLAIN = Support()
+
+
+class Settings:
+    """Metadata under the architecture's prefix, shapes and values of tensors.
+
+    Attributes:
+        notes: What the user should know of the config.
+    """
+
+    def __init__(
+        self, metadata: Metadata, shapes: Shapes, peek: Peek, support: Support = PLAIN
+    ) -> None:
+        self.metadata, self.shapes, self.peek, self.support = metadata, shapes, peek, support
+        self.prefix = f"{metadata.architecture}."
+        self.notes: list[str] = []
+
+    def need_int(self, key: str) -> int:
+        return self.metadata.need_int(self.prefix + key)
+
+    def find_int(self, key: str) -> int | None:
+        return self.metadata.find_int(self.prefix + key)
+
+    def find_float(self, key: str) -> float | None:
+        return self.metadata.find_float(self.prefix + key)
+
+    def flag(self, key: str) -> bool | None:
+        return self.metadata.flag(self.prefix + key)
+
+    def word(self, key: str) -> str:
+        return self.metadata.word(self.prefix + key)
+
+    def report(self, key: str, message: str) -> None:
+        self.metadata.report(self.prefix + key, message)
+
+    def has(self, name: str) -> bool:
+        return name in self.shapes
+
+    def width(self, name: str) -> int | None:
+        """Rows of a block's tensor, from the first block that has it."""
+        found = (s for n, s in self.shapes.items() if n.startswith("blk.") and n.endswith(name))
+        shape = next(found, None)
+        return shape[-2] if shape is not None and len(shape) > 1 else None
+
+    @property
+    def stored_expert_width(self) -> int:
+        """Outputs of an expert's first matrix, as the tensors have it; 0 without experts."""
+        fused = self.width("ffn_gate_up_exps.weight")
+        return self.width("ffn_up_exps.weight") or (fused // 2 if fused else 0)
+
+    def expert_width(self) -> int:
+        """The same, held against what the file says."""
+        said, stored = self.find_int("expert_feed_forward_length"), self.stored_expert_width
+        if said and stored and said != stored:
+            message = f"is {said:,}, but the tensors of experts have {stored:,} rows"
+            self.report("expert_feed_forward_length", message)
+        return said or stored
+
+    def sliding_layers(self, blocks: int, period: int) -> list[bool]:
+        """Which blocks see no more than a window of the text.
+
+        Args:
+            blocks: How many there are.
+            period: Every how many blocks one sees all, where the file does not say it.
+        """
+        key = f"{self.prefix}attention.sliding_window_pattern"
+        if self.metadata.is_array(key):
+            layers = self.metadata.flags(key)
+            if layers is None:
+                return [False] * blocks
+            if len(layers) < blocks:
+                self.metadata.report(key, f"has {len(layers):,} entries for {blocks:,} blocks")
+            return (layers + [False] * blocks)[:blocks]
+        said = self.metadata.find_int(key)
+        return self.alternating(blocks, period if said is None else said)
+
+    @staticmethod
+    def alternating(blocks: int, period: int) -> list[bool]:
+        """Every ``period`` blocks the last sees all; none does where it is 0."""
+        return [period == 0 or block % period < period - 1 for block in range(blocks)]

@@ -1,0 +1,233 @@
+"""No key that llama.cpp's graphs use is lost: config.json says it, or it is named."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+
+import requant
+from requant.errors import CheckpointError
+from requant.gguf.configs import make_config
+from requant.gguf.families import family_of
+from requant.gguf.header import Header, read_header
+from requant.gguf.metadata import Metadata
+from requant.gguf.settings import Settings
+from tests.gguf_source.test_models import SEEING, TOKENS, output_of, tiny, values
+from tests.gguf_source.writer import ARCHITECTURES, write_gguf
+
+# What llama.cpp reads (src/llama-arch.cpp) and this version of the package does not list.
+_NEWER = """
+    activation.situ_beta adapters.lora_rank attention.compress_ratios attention.rope_pattern
+    attention.value_scale attn_res.block_size block_size classifier.pooling_type
+    deepstack_mapping expert_latent_length hidden_activation hrm.h_cycles
+    hyper_connection.count norm_before_residual num_loops ple.layers rope.scale_linear
+    skip_loop_final_norm target_layers
+"""
+# Sizes that tensors have too: another value is a damaged file, not another model.
+SIZES = {
+    *("block_count", "embedding_length", "feed_forward_length", "context_length"),
+    *("attention.head_count", "attention.head_count_kv", "attention.layer_norm_rms_epsilon"),
+    *("attention.key_length", "rope.freq_base", "expert_count", "expert_used_count"),
+}
+# Never off by a number that is not theirs.
+VALUES: dict[str, list[Any]] = {
+    "attention.causal": [False],
+    "attention.rope_pattern": [[True, False]],
+    "attention.sliding_window_pattern": [3, [False, True]],
+    "classifier.output_labels": [["yes", "no"]],
+    "deepstack_mapping": [[-1, 1]],
+    "diffusion.shift_logits": [True],
+    "expert_weights_norm": [True, False],
+    "hidden_activation": ["gelu"],
+    "n_deepstack_layers": [3],
+    "rope.dimension_sections": [[8, 4, 4, 0], [8, 4, 2, 2]],
+    "rope.scaling.finetuned": [True, False],
+    "rope.scaling.type": ["yarn", "longrope", "dynamic"],
+    "swin_norm": [True],
+    "tensor_data_layout": ["Meta AI original pth", "other"],
+    "use_parallel_residual": [True],
+}
+# Known to change nothing as it stands, so that nobody must be told.
+SILENT = {
+    ("qwen2vl", "rope.dimension_sections", "[8, 4, 4, 0]"),
+    ("qwen2vl", "rope.dimension_sections", "[8, 4, 2, 2]"),
+    ("qwen3vl", "rope.dimension_sections", "[8, 4, 4, 0]"),
+    ("qwen3vl", "rope.dimension_sections", "[8, 4, 2, 2]"),
+    ("qwen3vlmoe", "rope.dimension_sections", "[8, 4, 4, 0]"),
+    ("qwen3vlmoe", "rope.dimension_sections", "[8, 4, 2, 2]"),
+    ("qwen3vl", "n_deepstack_layers", "3"),
+    ("qwen3vlmoe", "n_deepstack_layers", "3"),
+    # What the architecture computes without the key.
+    ("llama/mixtral", "expert_weights_norm", "True"),
+    ("qwen2moe", "expert_weights_norm", "False"),
+    ("qwen3moe", "expert_weights_norm", "True"),
+    ("qwen3vlmoe", "expert_weights_norm", "True"),
+    ("gpt-oss", "expert_weights_norm", "True"),
+    ("gpt-oss", "expert_weights_norm", "False"),
+    ("gpt-oss", "expert_gating_func", "3"),
+    ("granite", "rope.scaling.finetuned", "True"),
+    ("mistral3", "rope.scaling.type", "yarn"),
+}
+WITH = {"yarn": {"rope.scaling.factor": 4.0}}  # what a value is written with
+NO_EXPERTS = ("expert_weights_norm", "False")
+
+
+def keys_of_the_package() -> list[str]:
+    """Every key below an architecture's prefix."""
+    found = set(_NEWER.split())
+
+    def walk(place: Any) -> None:
+        for name, value in vars(place).items():
+            if isinstance(value, type) and not name.startswith("_"):
+                walk(value)
+            elif isinstance(value, str) and value.startswith("{arch}."):
+                found.add(value.removeprefix("{arch}."))
+
+    walk(gguf.Keys)
+    return sorted(key for key in found if "{" not in key)
+
+
+KEYS = keys_of_the_package()
+ALL = {  # name of the case -> model_type, llama.cpp's name
+    **{("llama/mixtral" if k == "mixtral" else v): (k, v) for k, v in ARCHITECTURES.items()},
+    "olmo2": ("olmo2", "olmo2"),
+    "olmo2/olmo3": ("olmo3", "olmo2"),
+    **{name: (kind, name) for name, kind in SEEING.items()},
+}
+
+
+@cache
+def model_of(model_type: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    made, config = tiny(model_type)
+    config.setdefault("tie_word_embeddings", False)
+    return {k: v for k, v in values(made).items() if "rotary" not in k}, config
+
+
+@cache
+def header_of(case: str) -> Header:
+    """Of a file of a tiny model, as the converter writes it."""
+    model_type, architecture = ALL[case]
+    weights, config = model_of(model_type)
+    folder = Path(mkdtemp())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ARCHITECTURES, model_type, architecture)
+        write_gguf(folder / "m.gguf", weights, config)
+    header, problems = read_header(folder, "m.gguf", (folder / "m.gguf").stat().st_size)
+    assert header is not None and not problems
+    return header
+
+
+def read_with(case: str, more: Mapping[str, Any]) -> tuple[dict[str, Any], str, list[str]]:
+    """Config, notes, and keys with problems of a tiny model with further metadata."""
+    header = header_of(case)
+    found = {f"{ALL[case][1]}.{key}": stored(value) for key, value in more.items()}
+    metadata = Metadata("m.gguf", {**header.metadata, **found})
+    family = family_of(metadata)
+    assert family is not None
+    shapes = {entry.name: entry.shape for entry in header.tensors}
+    settings = Settings(metadata, shapes, lambda _: np.ones(1, np.float32), family.support)
+    config = make_config(settings, family.model_type, family.cls, family.configure)
+    named = [problem.where.removeprefix("m.gguf: ") for problem in metadata.problems]
+    return config, "\n".join(settings.notes), named
+
+
+def stored(value: Any) -> Any:
+    """A value as the reader of headers gives it."""
+    if isinstance(value, list):
+        return tuple(value) if isinstance(value[0], str) else np.array(value)
+    return value
+
+
+def values_of(key: str) -> Iterator[Any]:
+    yield from VALUES.get(key, [5, 2.5])
+
+
+@pytest.mark.parametrize("case", ALL)
+def test_no_key_is_lost(case: str) -> None:
+    """Another value gives another config, a note that names the key, or an error that does."""
+    usual, notes, problems = read_with(case, {})
+    assert problems == []
+    lost = []
+    for key in KEYS:
+        if key in SIZES:
+            continue
+        full = f"{ALL[case][1]}.{key}"
+        for value in values_of(key):
+            silent = (case, key, str(value)) in SILENT
+            silent |= (key, str(value)) == NO_EXPERTS and "expert" not in str(usual)
+            config, said, named = read_with(case, WITH.get(str(value), {}) | {key: value})
+            is_told = full in named or full in said.replace(notes, "") or config != usual
+            if is_told == silent:
+                lost.append(f"{key} = {value}: {named}")
+    assert lost == []
+
+
+@pytest.mark.parametrize("case", ALL)
+def test_neutral_values_are_taken(case: str) -> None:
+    """What llama.cpp writes for what a model has not."""
+    _, config = model_of(ALL[case][0])
+    width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    neutral: dict[str, Any] = {
+        "attention.causal": True,
+        "attention.clamp_kqv": 0.0,
+        "attention.max_alibi_bias": 0.0,
+        "attention.value_length": width,
+        "embedding_length_out": 0,
+        "expert_group_count": 0,
+        "expert_shared_count": 0,
+        "expert_weights_scale": 1.0,
+        "leading_dense_block_count": 0,
+        "nextn_predict_layers": 0,
+        "pooling_type": 0,
+        "rope.dimension_count": width,
+        "rope.scaling.attn_factor": 1.0,
+        "rope.scaling.type": "none",
+        "rope.scaling.yarn_ext_factor": -1.0,
+        "swiglu_clamp_exp": [0.0, 0.0],
+        "use_parallel_residual": False,
+        "vocab_size": 256,
+    }
+    if ALL[case][0] in ("olmo3", "ministral3"):  # theirs is YaRN
+        del neutral["rope.scaling.type"]
+    assert read_with(case, neutral) == read_with(case, {})
+
+
+@pytest.mark.parametrize("key", ["rope.freq_base", "attention.scale", "llama.attention.new_thing"])
+def test_keys_that_nobody_knows(key: str, tmp_path: Path) -> None:
+    weights, config = model_of("llama")
+    write_gguf(tmp_path / "m.gguf", weights, config, more={f"!{key}": 2.5})
+    with pytest.raises(
+        CheckpointError, match=f"m.gguf: {key}: is 2.5: that (changes|is not known)"
+    ):
+        requant.plan(tmp_path / "m.gguf")
+
+
+def test_every_key_is_named_at_once_and_a_config_of_ones_own_helps(tmp_path: Path) -> None:
+    weights, config = model_of("llama")
+    more = {"attention.clamp_kqv": 2.5, "residual_scale": 0.5, "expert_weights_scale": 1.5}
+    write_gguf(tmp_path / "m.gguf", weights, config, more=more)
+    with pytest.raises(CheckpointError) as caught:
+        requant.plan(tmp_path / "m.gguf")
+    named = [problem.where for problem in caught.value.problems]
+    assert named == [f"m.gguf: llama.{key}" for key in more]
+    assert all("--config-from" in problem.message for problem in caught.value.problems)
+    (tmp_path / "original").mkdir()
+    (tmp_path / "original" / "config.json").write_text(json.dumps(config))
+    out = tmp_path / "out"
+    requant.convert(
+        tmp_path / "m.gguf",
+        out,
+        config_from=tmp_path / "original",
+        dequantize=True,
+        dtype="float32",
+    )
+    made, _ = tiny("llama")
+    np.testing.assert_allclose(output_of(out), np.array(made(TOKENS)), atol=2e-5)
