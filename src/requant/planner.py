@@ -123,7 +123,7 @@ class Planner:
             chooser.layout,
         )
         self.wishes, self.moved, self.mlx_lm = chooser.wishes, chooser.moved, chooser.mlx_lm
-        self.notes = (*notes, *self.layout.notes)
+        self.notes = (*notes, *self.checkpoint.notes, *self.layout.notes)
 
     def plan(self) -> Plan:
         """Decide every layer, then place every byte.

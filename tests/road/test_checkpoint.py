@@ -205,7 +205,7 @@ def test_name_with_a_nul() -> None:
         (["a.pt"], ["a.pt", "can run code"]),
         (["a.pth", "b.pth", "c.pth", "d.pth"], ["a.pth", "and 1 more"]),
         (["m.gguf"], ["m.gguf", "is no GGUF file"]),
-        (["vae/m.safetensors"], ["vae/m.safetensors", "give one of those"]),
+        (["vae/m.safetensors"], ["vae/m.safetensors", "give the folder of the model itself"]),
         (["README.md"], ["holds no weights", "model.safetensors"]),
         ([], ["holds no weights"]),
     ],
@@ -502,7 +502,7 @@ def test_a_name_that_claims_a_million_shards(tmp_path: Path) -> None:
 
 
 def test_more_files_than_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("requant.source_folder.MAX_ENTRIES", 10)
+    monkeypatch.setattr("requant.source_listing.MAX_ENTRIES", 10)
     folder = write_folder(tmp_path, {"model.safetensors": ONE})
     assert read_checkpoint(folder)
     for number in range(9):

@@ -30,7 +30,8 @@ from requant.gguf.tokenizer import Files, guessed_splitting, tokenizer_files
 from requant.gguf_model import GgufModel, GgufTensor
 from requant.limits import MAX_SHARDS
 from requant.safetensors_folder import read_config
-from requant.source_folder import CONFIG, file_size, list_folder, printable
+from requant.source_folder import CONFIG, file_size, printable
+from requant.source_listing import list_folder
 
 _MMPROJ = "a vision or audio part for llama.cpp (mmproj), which is no language model"
 _MAX_SETTING_BYTES = 1 << 20
