@@ -45,7 +45,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("execute",),
     ("record",),
     ("writer",),
-    ("report", "transform", "budgets"),
+    ("report", "running", "transform", "budgets"),
     ("conversion", "turning"),
     ("nn", "figures"),
     ("page",),

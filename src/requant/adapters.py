@@ -40,7 +40,13 @@ _PROMPTS = {
     "XLORA",
     "POLY",
 }
-_WORDS = {"LORA": "LoRA", "ADALORA": "AdaLoRA", "LOHA": "LoHa", "LOKR": "LoKr", "LYCORIS": "LyCORIS"}
+_WORDS = {
+    "LORA": "LoRA",
+    "ADALORA": "AdaLoRA",
+    "LOHA": "LoHa",
+    "LOKR": "LoKr",
+    "LYCORIS": "LyCORIS",
+}
 
 
 def is_adapter_file(name: str) -> bool:
@@ -58,7 +64,9 @@ def holds_only_an_adapter(tensors: Collection[str]) -> bool:
     """Whether all tensors belong to adapters, in PEFT's, mlx-lm's or kohya's names."""
     kohya = {name.partition(".")[0] for name in tensors if adapter_part(name)}
     return bool(tensors) and all(
-        adapter_part(name) or name.partition(".")[0] in kohya or name.startswith("base_model.model.")
+        adapter_part(name)
+        or name.partition(".")[0] in kohya
+        or name.startswith("base_model.model.")
         for name in tensors
     )
 
@@ -99,9 +107,10 @@ def problems_in(tensors: Iterable[str]) -> list[Problem]:
         return []
     first = next(iter(found))
     parts = few(sorted(set(found.values())), 4)
+    held = count(len(found), "tensor")
     message = (
-        f"is a tensor of an adapter that was not merged into the model ({count(len(found), 'tensor')} "
-        f"of this kind: {parts}). MLX's loaders would leave it out: merge first (PEFT: load with "
+        f"is a tensor of an adapter that was not merged into the model ({held} of this kind: "
+        f"{parts}). MLX's loaders would leave it out: merge first (PEFT: load with "
         "PeftModel, then merge_and_unload and save_pretrained; mlx-lm: mlx_lm.fuse) and convert "
         "what comes of it"
     )
@@ -114,8 +123,8 @@ def _describe_peft(where: str, config: Mapping[str, Any]) -> str:
     of = f" for {shown(base)}" if isinstance(base, str) and base else ""
     if kind in _PROMPTS:
         return (
-            f"holds {shown(kind)} of PEFT{of}, an adapter that adds inputs and no weights: it cannot "
-            "be merged, and MLX has nothing that runs it; only its base model can be converted"
+            f"holds {shown(kind)} of PEFT{of}, an adapter that adds inputs and no weights: it "
+            "cannot be merged, and MLX has nothing that runs it; only its base model can be converted"
         )
     word = "DoRA" if config.get("use_dora") else _WORDS.get(kind, kind)
     code = (

@@ -21,7 +21,7 @@ from requant.formats.base import describe
 from requant.formats.packing import Exactness, Fidelity
 from requant.mlx_lm_classes import WITHOUT_A_CLASS
 from requant.patterns import time_counted
-from requant.plan_notes import notes_on, rotated_layers
+from requant.plan_notes import notes_on, rotated_layers, unloadable_dtypes
 from requant.relayout import Relayout, relayout
 from requant.schema import SKIP, PerLayerQuantization, Quantization
 from requant.sources import read_checkpoint
@@ -171,7 +171,9 @@ class Planner:
             dropped=self.layout.dropped,
             checkpoint=self.checkpoint,
             layout="keep" if self.moved is None else "mlx-lm",
-            loads=self.moved is not None and not self.moved.refusal and not rotated,
+            loads=self.moved is not None
+            and not (self.moved.refusal or rotated or unloadable_dtypes(layers)),
+            rotated=rotated,
             relayout=self.moved,
             materials=material_steps(self.layout, self.moved, self.wishes),
         )

@@ -10,6 +10,7 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -55,6 +56,8 @@ from requant.source_folder import (
     open_regular,
 )
 from requant.source_listing import Listing, describe_no_weights, list_folder
+
+_WITHOUT_INDEX = "write it anew, or delete the file to read every .safetensors file of the folder"
 
 
 def read_folder(folder: Path, twins: Path | None = None) -> Checkpoint:
@@ -181,12 +184,15 @@ class _Reader:
         before = len(self.problems)
         value, _ = self.json(INDEX)
         if len(self.problems) > before:
+            self.problems[before:] = [
+                replace(x, message=f"{x.message}; {_WITHOUT_INDEX}") for x in self.problems[before:]
+            ]
             return {}
         weight_map = value.get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             found = f"is {shown(weight_map)}" if "weight_map" in value else "is missing"
             message = "is empty" if weight_map == {} else found
-            expected = "expected an object with a file for each tensor"
+            expected = f"expected an object with a file for each tensor; {_WITHOUT_INDEX}"
             self.report(f"{INDEX}: weight_map", f"{message}, {expected}")
             return {}
         shard_of: dict[str, str] = {}
@@ -243,6 +249,8 @@ class _Reader:
             message = f"holds {len(names):,} weight files, at most {MAX_SHARDS:,} are read"
             self.report(str(self.folder), message)
             raise CheckpointError(str(self.folder), self.problems)
+        if not self.has_index:
+            self.check_set(names)
         tensors, held = self.headers(names, Counter(shard_of.values()))
         if self.index_is_sound:
             damaged = set(names) - held.keys()
@@ -250,8 +258,6 @@ class _Reader:
             problems, self.notes = judge(files)
             for problem in problems:
                 self.report(problem.where, problem.message)
-        elif not self.has_index:
-            self.check_set(names)
         if names and not tensors and not self.problems:
             self.report(str(self.folder), "the weight files hold no tensors")
         return tensors

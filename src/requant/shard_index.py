@@ -42,8 +42,8 @@ class Files:
         return sorted(found, key=natural_key)
 
     def holds_everything(self, files: Sequence[str]) -> bool:
-        """Whether some files hold, each once, all tensors that the index names, and are a set."""
-        if any(name in self.damaged for name in files) or find_gaps(files):
+        """Whether some files hold all tensors that the index names, each once."""
+        if any(name in self.damaged for name in files):
             return False
         held = Counter(tensor for name in files for tensor in self.held.get(name, ()))
         return self.shard_of.keys() <= held.keys() and max(held.values(), default=0) == 1
@@ -73,10 +73,12 @@ def judge(files: Files) -> tuple[list[Problem], list[str]]:
 
 def _no_file_named(files: Files) -> tuple[list[Problem], list[str]]:
     what, few_extra = count(len(files.missing), "file"), few(files.extra)
-    none = f"none of the {what} that it names is there" if len(files.missing) > 1 else (
-        f"{files.missing[0]}, which it names, is not there"
+    none = (
+        f"none of the {what} that it names is there"
+        if len(files.missing) > 1
+        else (f"{files.missing[0]}, which it names, is not there")
     )
-    if files.holds_everything(files.extra):
+    if files.holds_everything(files.extra) and not find_gaps(files.extra):
         return [], [
             f"{INDEX} is stale: {none}. {few_extra} {_hold(files.extra)} all of its tensors and "
             f"{_is(files.extra)} read instead; delete {INDEX}, which other loaders may follow."
@@ -143,10 +145,11 @@ def _compare(files: Files) -> tuple[list[Problem], list[str]]:
             unknown.append(tensor)
         if len(places) > 1:
             home = files.shard_of.get(tensor, places[0])
+            placed = ", where the index places it" if tensor in files.shard_of else ""
             problems += (
                 Problem(
                     f"{name}: {tensor}",
-                    f"is in {home} too{', where the index places it' * (tensor in files.shard_of)}; "
+                    f"is in {home} too{placed}; "
                     "which of the two is the model's is not known: remove it from one of them",
                 )
                 for name in places

@@ -118,9 +118,9 @@ def list_folder(folder: Path, shards: Collection[str]) -> Listing:
     _leave_second_copies(listing, any(os.path.lexists(folder / name) for name in shards))
     carried = [x for x in listing.side_files if below.namer(x) and _is_weights(x, nbytes[x])]
     if carried:
+        namers = few(sorted({*map(below.namer, carried)}))
         listing.notes.append(
-            f"Weights carried over as they are, named by {few(sorted(set(map(below.namer, carried))))}: "
-            f"{few(carried)}."
+            f"Weights carried over as they are, named by {namers}: {few(sorted(carried))}."
         )
     listing.sort()
     return listing

@@ -124,7 +124,7 @@ def first_module(names: Collection[str], read: Callable[[str], bytes]) -> str:
     entries = modules.get("modules", [])
     first = entries[0] if isinstance(entries, list) and entries else {}
     path = first.get("path") if isinstance(first, dict) else None
-    return path.strip("/") if isinstance(path, str) else ""
+    return posixpath.normpath(path) if isinstance(path, str) and path else ""
 
 
 def _missing(modules: Mapping[str, Any], names: Collection[str]) -> Iterator[str]:
@@ -136,7 +136,7 @@ def _missing(modules: Mapping[str, Any], names: Collection[str]) -> Iterator[str
         kind, path = str(entry.get("type", "")).rpartition(".")[2], entry.get("path")
         if kind not in _WITH_WEIGHTS or not isinstance(path, str) or not path:
             continue
-        below = path.strip("/") + "/"
+        below = posixpath.normpath(path) + "/"
         if not any(x.startswith(below) and x.endswith((".safetensors", ".bin")) for x in names):
             yield (
                 f"{MODULES} names {path}, and no weights of it are there: was the download "
