@@ -6,6 +6,7 @@ base without the changes is another model: neither is converted, each is named w
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Collection, Iterable, Mapping
@@ -29,6 +30,7 @@ _PARTS = re.compile(
     r"|oft_(?:r|R|blocks|diag)|boft_[Rs]|ia3_l|vera_lambda_[bd]|vblora_\w+|fourierft_spectrum"
     r"|hra_u|randlora_\w+|trainable_tokens_delta)(?=\.|$)"
 )
+_WRAPPED = {"base_layer", "original_module"}  # the model's own weights, inside an adapter's layer
 # PEFT's kinds that add tokens or inputs of their own: nothing can be added to the weights.
 _PROMPTS = {
     "PROMPT_TUNING",
@@ -61,13 +63,13 @@ def adapter_part(tensor: str) -> str:
 
 
 def holds_only_an_adapter(tensors: Collection[str]) -> bool:
-    """Whether all tensors belong to adapters, in PEFT's, mlx-lm's or kohya's names."""
-    kohya = {name.partition(".")[0] for name in tensors if adapter_part(name)}
-    return bool(tensors) and all(
-        adapter_part(name)
-        or name.partition(".")[0] in kohya
-        or name.startswith("base_model.model.")
-        for name in tensors
+    """Whether all tensors belong to an adapter, in the names of PEFT, mlx-lm or LyCORIS."""
+    found = {name: match for name in tensors if (match := _PARTS.search(name))}
+    if not found or any(match["part"] in _WRAPPED for match in found.values()):
+        return False
+    scales = {f"{name[: match.start()]}.alpha" for name, match in found.items()}
+    return all(
+        name in found or name in scales or name.startswith("base_model.model.") for name in tensors
     )
 
 
@@ -124,31 +126,31 @@ def _describe_peft(where: str, config: Mapping[str, Any]) -> str:
     if kind in _PROMPTS:
         return (
             f"holds {shown(kind)} of PEFT{of}, an adapter that adds inputs and no weights: it "
-            "cannot be merged, and MLX has nothing that runs it; only its base model can be converted"
+            "cannot be merged, and MLX has nothing that runs it; convert its base model alone"
         )
     word = "DoRA" if config.get("use_dora") else _WORDS.get(kind, kind)
     code = (
         "from peft import AutoPeftModelForCausalLM as Model; "
-        f"Model.from_pretrained({where!r}).merge_and_unload().save_pretrained('merged')"
+        f"Model.from_pretrained({json.dumps(where, ensure_ascii=False)})"
+        '.merge_and_unload().save_pretrained("merged")'
     )
     return (
         f"holds a {word} adapter of PEFT{of}, which is changes to a model and no model. Merge it "
-        f'first: python -c "{code}" and copy the tokenizer files of the base model there; then '
-        "convert the folder 'merged'"
+        f"first: python -c {shlex.quote(code)} and copy the tokenizer files of the base model "
+        "there; then convert the folder merged"
     )
 
 
 def _describe_mlx(where: str, config: Mapping[str, Any], remote: bool) -> str:
     base = config.get("model")
     base = base if isinstance(base, str) and base else "BASE"
-    word = {"dora": "DoRA", "full": "fine-tuned layers as an"}.get(
-        str(config.get("fine_tune_type")), "LoRA"
-    )
+    words = {"dora": "a DoRA", "full": "fine-tuned layers as an"}
+    word = words.get(str(config.get("fine_tune_type")), "a LoRA")
     folder = where.rpartition("/")[2] if remote else where
     first = f"hf download {where} --local-dir {folder}, then " if remote else ""
     known = "" if base != "BASE" else " with the base model for BASE"
     return (
-        f"holds a {word} adapter of mlx-lm, which is changes to a model and no model. Fuse it "
+        f"holds {word} adapter of mlx-lm, which is changes to a model and no model. Fuse it "
         f"first{known}: {first}mlx_lm.fuse --model {shlex.quote(base)} --adapter-path "
         f"{shlex.quote(folder)} --save-path fused; then convert the folder fused"
     )

@@ -59,6 +59,8 @@ from requant.source_listing import Listing, describe_no_weights, list_folder
 
 _WITHOUT_INDEX = "write it anew, or delete the file to read every .safetensors file of the folder"
 
+_COPY_CONFIG = "copy the one of the original model here, beside the weights"
+
 
 def read_folder(folder: Path, twins: Path | None = None) -> Checkpoint:
     """Read a folder with safetensors, as ``sources.read_checkpoint`` says.
@@ -160,7 +162,8 @@ class _Reader:
         if not message and size > most:
             message = f"takes {size:,} bytes, at most {most:,} are read"
         if message:
-            self.report(name, message)
+            absent = name == CONFIG and not os.path.lexists(self.folder / name)
+            self.report(name, message + (f"; {_COPY_CONFIG}" if absent else ""))
             return {}, ""
         try:
             with open(open_regular(self.folder / name), "rb", buffering=0) as file:

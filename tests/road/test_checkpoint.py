@@ -264,7 +264,8 @@ def test_a_gigabyte_of_json(tmp_path: Path, name: str, most: str) -> None:
     (folder / name).touch()
     os.truncate(folder / name, 1 << 30)
 
-    assert only_problem(folder) == f"{name}: takes 1,073,741,824 bytes, at most {most} are read"
+    found = f"{name}: takes 1,073,741,824 bytes, at most {most} are read"
+    assert only_problem(folder).partition(";")[0] == found
 
 
 @pytest.mark.parametrize("kind", ["fifo", "device", "link", "cut"])

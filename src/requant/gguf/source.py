@@ -37,7 +37,8 @@ _MMPROJ = "a vision or audio part for llama.cpp (mmproj), which is no language m
 _MAX_SETTING_BYTES = 1 << 20
 _MAX_NAMED = 20
 _OTHER_KINDS = {  # general.type -> what it is
-    "adapter": "a LoRA adapter; merge it into its model first, then give the model",
+    "adapter": "a LoRA adapter; merge it into its model first (llama.cpp: llama-export-lora "
+    "-m MODEL.gguf --lora THIS.gguf -o MERGED.gguf) and convert MERGED.gguf",
     "imatrix": "an importance matrix, which is no model",
 }
 
