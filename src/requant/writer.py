@@ -97,7 +97,8 @@ class OutputFolder:
         if self.release and self._remote:
             here = bytes_on_disk(downloads_of(self.output))
             return max(most_with_consume_source(self.plan) - here, 0)
-        existing = next(p for p in self.output.absolute().parents if p.exists())
+        place = self.output.absolute()
+        existing = next(p for p in (*place.parents, place) if p.exists())
         same = existing.stat().st_dev == self.plan.checkpoint.path.stat().st_dev
         return self.release.extra_bytes if self.release and same else None
 

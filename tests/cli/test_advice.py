@@ -5,6 +5,7 @@ Each case: a situation, the words of the message, and the command that follows i
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -202,7 +203,12 @@ def test_what_stands_at_output_is_said_at_once(
 )
 @pytest.mark.parametrize("force", [False, True])
 def test_an_output_that_cannot_be(
-    requant: Requant, tmp_path: Path, place: str, words: str, force: bool
+    requant: Requant,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+    words: str,
+    force: bool,
 ) -> None:
     home = tmp_path / "home"
     home.mkdir()
@@ -213,12 +219,8 @@ def test_an_output_that_cannot_be(
         (home / "micro").rename(source)
     else:
         source = home / "micro"
-    here = os.getcwd()
-    os.chdir(home)
-    try:
-        first = requant("convert", source, place, *(["--force"] if force else []))
-    finally:
-        os.chdir(here)
+    monkeypatch.chdir(home)
+    first = requant("convert", source, place, *(["--force"] if force else []))
     assert first.code == 1
     assert words in first.err
 
@@ -260,14 +262,23 @@ def wide(tmp_path: Path) -> Path:
     return folder_of(tmp_path / "source", tensors)
 
 
-def uneven(tmp_path: Path) -> Path:
-    source = folder_of(
-        tmp_path / "first", {"up.weight": bf16(64, 64), "norm.weight": np.ones(64, np.float32)}
-    )
-    import requant as package
+def gptq(tmp_path: Path, order: np.ndarray | None = None) -> Path:
+    words = np.arange(16 * 64, dtype=np.int32).reshape(16, 64) * 7919
+    layer = "model.layers.0.self_attn.q_proj"
+    tensors = {
+        f"{layer}.qweight": words,
+        f"{layer}.qzeros": words[:4, :8],
+        f"{layer}.scales": np.ones((4, 64), np.float16),
+        f"{layer}.g_idx": np.asarray(np.arange(128) // 32 if order is None else order, np.int32),
+        "model.norm.weight": np.ones(64, np.float32),
+    }
+    block = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True, "sym": True}
+    config = {"model_type": "none", "quantization_config": block}
+    return folder_of(tmp_path / "source", tensors, config)
 
-    package.convert(source, tmp_path / "source", bits=4, layout="keep")
-    return tmp_path / "source"
+
+def act_order(tmp_path: Path) -> Path:
+    return gptq(tmp_path, np.random.default_rng(0).permutation(128) // 32)
 
 
 def strange(tmp_path: Path) -> Path:
@@ -289,6 +300,12 @@ SOURCES: dict[str, tuple[Callable[[Path], Path], str, str, tuple[str, ...]]] = {
         ("--dtype bfloat16 --dequantize", "--dtype float16 --dequantize --allow-overflow"),
     ),
     "NaN": (spoiled, "--bits 4", "--allow-nonfinite leaves", ("--bits 4 --allow-nonfinite",)),
+    "act-order": (
+        act_order,
+        "--act-order refuse",
+        "--act-order requantize or dense says what such layers become",
+        ("--act-order requantize", "--act-order dense"),
+    ),
     "a class that there is not": (
         strange,
         "--bits 4 --layout mlx-lm",
@@ -320,10 +337,10 @@ NOTES: dict[str, tuple[Callable[[Path], Path], str, str, str]] = {
         "--bits 4 --dtype bfloat16",
     ),
     "scales of another dtype": (
-        uneven,
+        gptq,
         "",
-        "--dtype bfloat16 makes all of them bfloat16",
-        "--dtype bfloat16",
+        "--dtype float16 makes all of them float16",
+        "--dtype float16",
     ),
 }
 
@@ -401,8 +418,7 @@ def test_next_runs_the_output(
     line = next_of(requant("convert", MICRO, name, *typed.split()))
     program, *words = shlex.split(line)
     assert program == "mlx_lm.generate"
-    from mlx_lm import generate
-
+    generate = importlib.import_module("mlx_lm.generate")
     parsed = generate.setup_arg_parser().parse_args(words)
     assert (parsed.model, parsed.prompt) == (name, "Hello")
     from mlx_lm import load
