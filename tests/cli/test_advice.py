@@ -272,7 +272,7 @@ def gptq(tmp_path: Path, order: np.ndarray | None = None) -> Path:
         f"{layer}.g_idx": np.asarray(np.arange(128) // 32 if order is None else order, np.int32),
         "model.norm.weight": np.ones(64, np.float32),
     }
-    block = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True, "sym": True}
+    block = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True, "sym": False}
     config = {"model_type": "none", "quantization_config": block}
     return folder_of(tmp_path / "source", tensors, config)
 
