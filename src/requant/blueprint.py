@@ -184,6 +184,7 @@ class Plan:
         dropped: Tensors of the source that the output has no use for, with the reason.
         layout: "mlx-lm" where names and shapes are those of mlx-lm's class; else "keep".
         loads: mlx-lm is known to load the output.
+        rotated: Inputs of layers are still to be rotated when it runs.
         checkpoint: The source.
         relayout: mlx-lm's layout of it, where that was asked for.
         materials: What computed tensors are made from: name -> the step whose one output is
@@ -204,6 +205,7 @@ class Plan:
     dropped: tuple[tuple[str, str], ...] = ()
     layout: str = "keep"
     loads: bool = False
+    rotated: bool = False
     checkpoint: Checkpoint = field(repr=False, compare=False, kw_only=True)
     relayout: Relayout | None = field(default=None, repr=False, compare=False, kw_only=True)
     materials: Mapping[str, Step] = field(default_factory=dict, kw_only=True)

@@ -116,6 +116,7 @@ class Checkpoint:
         config_text: ``config.json`` as it stands.
         side_files: Relative paths of the files that an output carries over unchanged.
         left_out: Relative paths of files that it does not, each with the reason.
+        notes: What the user should know of the files: what is read or carried over, and why.
         quantization_files: The JSON files beside config.json in which tools describe their
             quantization, parsed, by name.
         metadata: ``__metadata__`` of the weight files, the first file's word where two differ.
@@ -136,6 +137,7 @@ class Checkpoint:
     config_text: str
     side_files: tuple[str, ...]
     left_out: tuple[tuple[str, str], ...]
+    notes: tuple[str, ...] = ()
     quantization_files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
     made_files: Mapping[str, Callable[[], bytes]] = field(default_factory=dict)

@@ -13,12 +13,14 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from requant.adapters import ADAPTER_CONFIG, describe_adapter, is_adapter_file
 from requant.checkpoint import Checkpoint, FileRange
 from requant.downloads import HELD_FILES, Downloads, fetch_all
 from requant.errors import CheckpointError, HubError, Problem, UsageError
@@ -26,18 +28,18 @@ from requant.gguf.choice import choose_model, gguf_models
 from requant.gguf.header import header_nbytes
 from requant.gguf.source import read_gguf
 from requant.hub_client import asking, read_range
-from requant.hub_listing import home, is_digest, list_repository
+from requant.hub_listing import Listing, home, is_digest, list_repository
 from requant.hub_places import SUFFIX, Area, HubCache, Place, RemoteFile
 from requant.limits import MAX_CONFIG_BYTES, MAX_INDEX_BYTES
-from requant.safetensors_header import PREFIX_BYTES, header_length
+from requant.safetensors_header import PREFIX_BYTES, header_length, parse_json_object
 from requant.source_folder import (
     CONFIG,
     INDEX,
     QUANTIZATION_FILES,
     describe_pickles,
     names_repository,
-    wanted_files,
 )
+from requant.source_listing import wanted_files
 from requant.sources import read_checkpoint
 
 _FIRST_BYTES = 128 << 10  # of a weight file: most headers are within
@@ -66,8 +68,10 @@ def find_repository(source: str | os.PathLike[str], revision: str | None) -> Rep
             return None
         raise HubError(f"{source}: the hub needs huggingface_hub: pip install 'requant[hub]'")
     found = list_repository(name, revision)
-    files = wanted_files(found.sizes)
+
+    files = wanted_files(found.sizes, partial(_small_file, name, found))
     has_weights = any(x.endswith((".safetensors", ".gguf")) for x in found.sizes)
+    has_weights = has_weights or ADAPTER_CONFIG in found.sizes
     pickles = "" if has_weights else describe_pickles(found.sizes)
     if pickles:
         raise CheckpointError(name, [Problem(name, pickles)])
@@ -76,6 +80,33 @@ def find_repository(source: str | os.PathLike[str], revision: str | None) -> Rep
         files = [*gguf_models(found.sizes)[kind], *(x for x in (CARD,) if x in found.sizes)]
     digests = {file: found.digests.get(file, "") for file in files}
     return Repository(name, found.commit, {x: found.sizes[x] for x in files}, digests, kind)
+
+
+def _small_file(name: str, listing: Listing, file: str) -> bytes:
+    """A JSON file of a repository as a whole, kept in its mirror."""
+    kept = home(name) / listing.commit / file
+    with suppress(OSError):
+        content = kept.read_bytes()
+        if content.strip(b"\0"):  # one that was not read is full of zeros
+            return content
+    size = listing.sizes[file]
+    content = read_range(name, listing.commit, file, 0, size) if size else b""
+    _write_mirror(kept, home(name) / "new", content, size)
+    return content
+
+
+def _write_mirror(target: Path, beside: Path, content: bytes, size: int) -> None:
+    """A file of the right size with the bytes that are known of it; whole or not there."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        beside.mkdir(exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=beside)
+        with open(handle, "wb") as out:
+            out.write(content)
+            out.truncate(size)
+        Path(name).rename(target)
+    except OSError as error:
+        raise HubError(f"{target} cannot be written: {error.strerror or error}") from error
 
 
 def reach(
@@ -159,6 +190,7 @@ class Repository:
             CheckpointError: Everything that is wrong with what the headers say.
         """
         folder = home(self.name) / self.commit
+        self._check_adapter()
         missing = [file for file in self.sizes if not (folder / file).exists()]
         with ThreadPoolExecutor(_STREAMS) as pool:
             list(pool.map(lambda file: self._mirror(folder, file, self.sizes[file]), missing))
@@ -169,6 +201,23 @@ class Repository:
         if config_from is not None:
             raise UsageError(f"--config-from is for GGUF files; {self.name} has its own config")
         return self._named(read_checkpoint, folder, fetch=self._fetch)
+
+    def _check_adapter(self) -> None:
+        """Say of a repository with an adapter and no model what to do.
+
+        Raises:
+            CheckpointError: It is one.
+        """
+        files = [x for x in self.sizes if "/" not in x and x.endswith((".safetensors", ".npz"))]
+        if self.gguf or INDEX in self.sizes or not all(map(is_adapter_file, files)):
+            return
+        if ADAPTER_CONFIG in self.sizes or files:
+            known = ADAPTER_CONFIG in self.sizes
+            size = self.sizes.get(ADAPTER_CONFIG, 0)
+            raw = self._bytes(ADAPTER_CONFIG, 0, min(size, MAX_CONFIG_BYTES)) if known else b"{}"
+            config, _ = parse_json_object(raw)
+            message = describe_adapter(self.name, config, remote=True)
+            raise CheckpointError(self.name, [Problem(self.name, message)])
 
     def _mirror(self, folder: Path, file: str, size: int) -> None:
         """A file of the right size with the bytes that planning reads; whole or not there."""
@@ -185,18 +234,7 @@ class Repository:
             ahead = _Ahead(lambda start, stop: self._bytes(file, start, stop), size)
             nbytes = header_nbytes(cast(BinaryIO, ahead), size)
             content = ahead.content[:nbytes]
-        target = folder / file
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            beside = folder.parent / "new"
-            beside.mkdir(exist_ok=True)
-            handle, name = tempfile.mkstemp(dir=beside)
-            with open(handle, "wb") as out:
-                out.write(content)
-                out.truncate(size)
-            Path(name).rename(target)
-        except OSError as error:
-            raise HubError(f"{target} cannot be written: {error.strerror or error}") from error
+        _write_mirror(folder / file, folder.parent / "new", content, size)
 
     def _fetch(self, part: FileRange) -> bytes:
         known = self._fetched.get(part)
@@ -298,7 +336,10 @@ class Repository:
             problems = [
                 replace(x, where=x.where.replace(str(folder), self.name)) for x in error.problems
             ]
-            raise CheckpointError(self.source, problems) from error
+            raised = CheckpointError(self.source, problems)
+            copy = f"hf download {self.name} --local-dir {self.name.rpartition('/')[2]}"
+            raised.add_note(f"To change files of the repository: {copy}, then give that folder")
+            raise raised from error
         # Other programs may have put other files of the repository beside ours.
         return replace(
             checkpoint,

@@ -77,18 +77,28 @@ def make_budget(
             0 if chunk_bytes else min(STRIDED_CHUNK_BYTES, widest),
             _beside(plan, threads),
         )
-    least = BASE_MEMORY_BYTES + _beside(plan, 1) + longest
+    beside = _beside(plan, 1)
+    least = BASE_MEMORY_BYTES + beside + longest
     if max_memory < least:
-        what = (
-            "largest tensor that mlx-lm computes" if _beside(plan, 1) > longest else "longest row"
-        )
-        message = f"the {what} of this model needs at least {least:,} bytes"
+        parts = [f"{BASE_MEMORY_BYTES:,} for Python, NumPy and the plan"]
+        if beside:
+            parts.append(f"{beside:,} for {_held_beside(plan)}")
+        parts.append(f"{longest:,} for the longest row of the model")
+        needs = f"at least {least:,} bytes are needed: {', '.join(parts[:-1])} and {parts[-1]}"
+        message = f"{needs}; give --max-memory {least}"
         raise OutOfRangeError(message, "max_memory", f"{max_memory:,}")
     while max_memory < BASE_MEMORY_BYTES + _beside(plan, threads) + threads * longest:
         threads -= 1
     beside = _beside(plan, threads)
     room = (max_memory - BASE_MEMORY_BYTES - beside) // threads
     return Budget(threads, min(chunk_bytes or DEFAULT_CHUNK_BYTES, room), beside_bytes=beside)
+
+
+def _held_beside(plan: Plan) -> str:
+    """What ``_beside`` counts, in words."""
+    held = ["mlx-lm and the tensors that it computes"] if plan.relayout is not None else []
+    held += ["factors of Hessians (--gptq)"] if any(step.gptq for step in plan.steps) else []
+    return " and ".join(held)
 
 
 def _beside(plan: Plan, threads: int) -> int:

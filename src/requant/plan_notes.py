@@ -277,8 +277,13 @@ def _dtypes(steps: Iterable[Step]) -> Iterator[str]:
         )
 
 
+def unloadable_dtypes(layers: Iterable[LayerPlan]) -> list[str]:
+    """Dtypes of an output that MLX cannot load (mlx-layouts: F64 and F8_E5M2 raise)."""
+    return sorted({x.target for x in layers} & {"F64", "F8_E5M2", "C64"})
+
+
 def _unloadable(layers: Iterable[LayerPlan]) -> Iterator[str]:
-    """Warn of dtypes that MLX cannot load (mlx-layouts: F64 and F8_E5M2 raise)."""
-    dtypes = sorted({x.target for x in layers} & {"F64", "F8_E5M2", "C64"})
+    dtypes = unloadable_dtypes(layers)
     if dtypes:
-        yield f"MLX cannot load tensors of dtype {', '.join(dtypes)}; --dtype casts F64."
+        casts = "; --dtype bfloat16 casts F64" if "F64" in dtypes else ""
+        yield f"MLX cannot load tensors of dtype {', '.join(dtypes)}{casts}."

@@ -24,7 +24,13 @@ from requant.left_dense import is_of_a_tower
 from requant.loader_names import module_names
 from requant.mlx_lm_classes import WITHOUT_A_CLASS
 from requant.patterns import time_counted
-from requant.plan_notes import left_behind, notes_on, on_names, rotated_layers
+from requant.plan_notes import (
+    left_behind,
+    notes_on,
+    on_names,
+    rotated_layers,
+    unloadable_dtypes,
+)
 from requant.relayout import Relayout, relayout, why_unloadable
 from requant.schema import SKIP, PerLayerQuantization, Quantization
 from requant.sources import read_checkpoint
@@ -153,7 +159,7 @@ class Planner:
         )
         self.wishes, self.moved, self.mlx_lm = chooser.wishes, chooser.moved, chooser.mlx_lm
         kept = f"Tensors keep the source's names (--layout keep): {refused}"
-        self.notes = (*([kept] if refused else []), *self.layout.notes)
+        self.notes = (*([kept] if refused else []), *self.checkpoint.notes, *self.layout.notes)
 
     def plan(self) -> Plan:
         """Decide every layer, then place every byte.
@@ -207,7 +213,9 @@ class Planner:
             dropped=self.layout.dropped,
             checkpoint=self.checkpoint,
             layout="keep" if self.moved is None else "mlx-lm",
-            loads=self.moved is not None and not self.moved.refusal and not rotated,
+            loads=self.moved is not None
+            and not (self.moved.refusal or rotated or unloadable_dtypes(layers)),
+            rotated=rotated,
             relayout=self.moved,
             materials=material_steps(self.layout, self.moved, self.wishes),
         )

@@ -13,6 +13,7 @@ from requant.errors import CheckpointError, HubError, UsageError
 from requant.figures import Figures, read_figures
 from requant.hub import CARD, Repository
 from requant.hub_client import asking
+from requant.running import generates_text
 from requant.safetensors_folder import read_json
 from requant.source_folder import CONFIG, RECORD
 from requant.verification import verify
@@ -251,7 +252,12 @@ def _speaks(figures: Figures) -> bool:
     config = read_json(Path(figures.output), CONFIG)
     named = config.get("architectures")
     causal = isinstance(named, list) and any(str(x).endswith("ForCausalLM") for x in named)
-    return causal or figures.wishes.layout == "mlx-lm"
+    return causal or (figures.wishes.layout == "mlx-lm" and _generates(figures, config))
+
+
+def _generates(figures: Figures, config: Mapping[str, Any]) -> bool:
+    """Whether mlx_lm.generate has a head and a tokenizer to work with."""
+    return generates_text(config, (x.name for x in Path(figures.output).iterdir()))
 
 
 def _is_dense(figures: Figures) -> bool:
@@ -300,8 +306,10 @@ def _running(figures: Figures, repository: str) -> str:
     if figures.wishes.layout != "mlx-lm":
         return (
             "Tensors have the source's names: for loaders of one's own. For mlx-lm, convert with "
-            "`--layout mlx-lm`.\n"
+            "`--layout mlx-lm`, if it has a class for the model.\n"
         )
+    if not _generates(figures, config):
+        return "Tensors have the names of mlx-lm's class; it is no model that generates text.\n"
     if config.get("rotation"):
         return "Its layers are rotated: `requant.mlx_lm.load` of the requant package runs them.\n"
     return (

@@ -8,12 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from requant.adapters import (
+    ADAPTER_CONFIG,
+    describe_adapter,
+    describe_adapter_beside,
+    holds_only_an_adapter,
+    problems_in,
+)
 from requant.checkpoint import Checkpoint, SourceFile, StoredTensor, place_of
 from requant.errors import CheckpointError, Problem, count, shown
 from requant.limits import (
@@ -33,22 +41,25 @@ from requant.safetensors_header import (
     parse_header,
     parse_json_object,
 )
+from requant.shard_index import Files, judge
 from requant.source_folder import (
     CONFIG,
     INDEX,
     QUANTIZATION_FILES,
     RECORD,
     SINGLE,
-    Listing,
     check_folder,
     check_shard_path,
-    describe_no_weights,
     file_size,
     find_gaps,
-    list_folder,
     natural_key,
     open_regular,
 )
+from requant.source_listing import Listing, describe_no_weights, list_folder
+
+_WITHOUT_INDEX = "write it anew, or delete the file to read every .safetensors file of the folder"
+
+_COPY_CONFIG = "copy the one of the original model here, beside the weights"
 
 
 def read_folder(folder: Path, twins: Path | None = None) -> Checkpoint:
@@ -72,13 +83,13 @@ def read_folder(folder: Path, twins: Path | None = None) -> Checkpoint:
         names = {path.name for path in twins.glob("*.safetensors")}
         gone = {name for name in names if not os.path.lexists(folder / name)}
         listing.weights += sorted(gone - set(shard_of.values()), key=natural_key)
-    names = reader.choose_shards(shard_of, listing)
-    if len(names) > MAX_SHARDS:
-        message = f"holds {len(names):,} weight files, at most {MAX_SHARDS:,} are read"
-        raise CheckpointError(str(folder), [*reader.problems, Problem(str(folder), message)])
-    tensors = reader.shards(sorted(names, key=natural_key), shard_of)
-    if names and not tensors and not reader.problems:
-        reader.report(str(folder), "the weight files hold no tensors")
+    reader.adapters(listing, bool(shard_of))
+    if not listing.weights and not reader.has_index:
+        raise CheckpointError(str(folder), reader.without_weights(listing))
+    tensors = reader.weights(shard_of, listing)
+    if holds_only_an_adapter(tensors):
+        raise CheckpointError(str(folder), [reader.adapter()])
+    reader.problems += problems_in(tensors)
     if reader.problems:
         raise CheckpointError(str(folder), reader.problems)
     return Checkpoint(
@@ -89,6 +100,7 @@ def read_folder(folder: Path, twins: Path | None = None) -> Checkpoint:
         config_text=config_text,
         side_files=tuple(listing.side_files),
         left_out=tuple(listing.left_out),
+        notes=(*reader.notes, *listing.notes),
         quantization_files=MappingProxyType(described),
         metadata=MappingProxyType(reader.metadata),
         twins=twins,
@@ -135,6 +147,7 @@ class _Reader:
         self.files: list[SourceFile] = []
         self.metadata: dict[str, str] = {}
         self.problems: list[Problem] = []
+        self.notes: list[str] = []
         self.has_index = os.path.lexists(folder / INDEX)
         self.index_is_sound = False  # then files and index can be held against each other
 
@@ -149,7 +162,8 @@ class _Reader:
         if not message and size > most:
             message = f"takes {size:,} bytes, at most {most:,} are read"
         if message:
-            self.report(name, message)
+            absent = name == CONFIG and not os.path.lexists(self.folder / name)
+            self.report(name, message + (f"; {_COPY_CONFIG}" if absent else ""))
             return {}, ""
         try:
             with open(open_regular(self.folder / name), "rb", buffering=0) as file:
@@ -173,12 +187,15 @@ class _Reader:
         before = len(self.problems)
         value, _ = self.json(INDEX)
         if len(self.problems) > before:
+            self.problems[before:] = [
+                replace(x, message=f"{x.message}; {_WITHOUT_INDEX}") for x in self.problems[before:]
+            ]
             return {}
         weight_map = value.get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             found = f"is {shown(weight_map)}" if "weight_map" in value else "is missing"
             message = "is empty" if weight_map == {} else found
-            expected = "expected an object with a file for each tensor"
+            expected = f"expected an object with a file for each tensor; {_WITHOUT_INDEX}"
             self.report(f"{INDEX}: weight_map", f"{message}, {expected}")
             return {}
         shard_of: dict[str, str] = {}
@@ -201,41 +218,75 @@ class _Reader:
         self.index_is_sound = len(self.problems) == before
         return shard_of
 
-    def choose_shards(self, shard_of: Mapping[str, str], listing: Listing) -> set[str]:
-        """Decide which files hold the weights, and report those whose role is unclear."""
-        weights = set(listing.weights)
+    def adapters(self, listing: Listing, has_shards: bool) -> None:
+        """Take adapter files out of the weights; they make a problem of their own.
+
+        Raises:
+            CheckpointError: The folder holds an adapter and no model.
+        """
+        listing.weights = [x for x in listing.weights if x not in listing.adapters]
+        alone = not listing.weights and not has_shards
+        if alone and (listing.adapters or os.path.lexists(self.folder / ADAPTER_CONFIG)):
+            raise CheckpointError(str(self.folder), [self.adapter()])
+        for name in listing.adapters:
+            self.report(name, describe_adapter_beside(listing.adapters))
+
+    def adapter(self) -> Problem:
+        """What is wrong with a folder that holds an adapter."""
+        config = _Reader(self.folder).json(ADAPTER_CONFIG)[0]
+        return Problem(str(self.folder), describe_adapter(str(self.folder), config))
+
+    def without_weights(self, listing: Listing) -> list[Problem]:
+        """What is wrong with a folder in which there are no weights."""
+        absent = not os.path.lexists(self.folder / CONFIG)
+        others = [x for x in self.problems if not (absent and x.where == CONFIG)]
+        return [*others, Problem(str(self.folder), describe_no_weights(self.folder, listing))]
+
+    def weights(self, shard_of: Mapping[str, str], listing: Listing) -> dict[str, StoredTensor]:
+        """Read the header of each weight file, and hold the files against the index."""
+        named = {*shard_of.values()}
+        missing = [x for x in named if not os.path.lexists(place_of(self.folder, self.twins, x))]
+        missing.sort(key=natural_key)
+        names = sorted({*named, *listing.weights}.difference(missing), key=natural_key)
+        if len(names) > MAX_SHARDS:
+            message = f"holds {len(names):,} weight files, at most {MAX_SHARDS:,} are read"
+            self.report(str(self.folder), message)
+            raise CheckpointError(str(self.folder), self.problems)
+        if not self.has_index:
+            self.check_set(names)
+        tensors, held = self.headers(names, Counter(shard_of.values()))
         if self.index_is_sound:
-            for name in listing.weights:
-                self.report(
-                    name,
-                    "shard not in the index; if its tensors belong to the model, add them to "
-                    f"{INDEX}, otherwise move the file out of the folder",
-                )
-            return set(shard_of.values())
-        if self.has_index:  # what is wrong with it was reported: look at all that is there
-            return weights | set(shard_of.values())
-        if not weights:
-            self.report(str(self.folder), describe_no_weights(listing))
-        elif SINGLE in weights:
-            for name in sorted(weights - {SINGLE}, key=natural_key):
+            damaged = set(names) - held.keys()
+            files = Files(shard_of, held, missing, listing.weights, damaged)
+            problems, self.notes = judge(files)
+            for problem in problems:
+                self.report(problem.where, problem.message)
+        if names and not tensors and not self.problems:
+            self.report(str(self.folder), "the weight files hold no tensors")
+        return tensors
+
+    def check_set(self, names: Sequence[str]) -> None:
+        """Report files whose role is unclear where no index says it."""
+        if SINGLE in names:
+            for name in (x for x in names if x != SINGLE):
                 self.report(
                     name,
                     f"stands beside {SINGLE} without an index that says whether its tensors "
                     "belong to the model; move it out of the folder, or write "
                     f"{INDEX}",
                 )
-        for name, message in find_gaps(weights):
+        for name, message in find_gaps(names):
             self.report(name, message)
-        return weights
 
-    def shards(self, names: Iterable[str], shard_of: Mapping[str, str]) -> dict[str, StoredTensor]:
-        """Read the header of each shard and compare them with each other and the index."""
+    def headers(
+        self, names: Iterable[str], placed: Mapping[str, int]
+    ) -> tuple[dict[str, StoredTensor], dict[str, set[str]]]:
+        """Read the header of each file: every tensor, and the tensors of each sound file."""
         tensors: dict[str, StoredTensor] = {}
         held: dict[str, set[str]] = {}
-        placed = Counter(shard_of.values())
         for name in names:
             before = len(self.problems)
-            entries = self.header(name, placed[name])
+            entries = self.header(name, placed.get(name, 0))
             if len(self.problems) == before:  # of a damaged file we know too little to compare
                 held[name] = {entry.name for entry in entries}
             for entry in entries:
@@ -245,9 +296,7 @@ class _Reader:
                         f"{name}: {entry.name}",
                         f"is in {first.file} too; keep one of the two and remove the other",
                     )
-        if self.index_is_sound:
-            self.compare(held, shard_of)
-        return tensors
+        return tensors, held
 
     def header(self, name: str, placed: int) -> list[StoredTensor]:
         """Read the header of a shard; its tensors in the order of their data."""
@@ -277,21 +326,6 @@ class _Reader:
             StoredTensor(tensor, entry.info, name, len(raw) + entry.start)
             for tensor, entry in sorted(entries.items(), key=_by_offset)
         ]
-
-    def compare(self, held: Mapping[str, set[str]], shard_of: Mapping[str, str]) -> None:
-        """Hold the index against what the sound shards contain."""
-        expected = defaultdict(set)
-        for tensor, shard in shard_of.items():
-            expected[shard].add(tensor)
-        for shard, tensors in held.items():
-            for tensor in sorted(expected[shard] - tensors):
-                self.report(f"{INDEX}: {tensor}", f"is not in {shard}, where the index places it")
-            for tensor in sorted(tensors - expected[shard]):
-                place = shard_of.get(tensor)
-                self.report(
-                    f"{shard}: {tensor}",
-                    f"is placed in {place} by {INDEX}" if place else f"is not in {INDEX}",
-                )
 
 
 def _by_offset(item: tuple[str, HeaderEntry]) -> tuple[int, int, str]:

@@ -1,7 +1,4 @@
-"""What lies in a source folder: weight files, files to carry over, files to leave out.
-
-Only names, sizes and kinds of files are looked at here; nothing is opened.
-"""
+"""What a source folder is, and which of its files may be read: names, sizes and kinds only."""
 
 from __future__ import annotations
 
@@ -10,14 +7,12 @@ import os
 import re
 import stat
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
-from itertools import count, islice
+from itertools import count
 from pathlib import Path, PurePosixPath
 
-from requant.errors import CheckpointError, Problem, few
-from requant.limits import MAX_ENTRIES
+from requant.errors import few
 from requant.safetensors_header import unprintable
 
 CONFIG = "config.json"
@@ -33,23 +28,8 @@ QUANTIZATION_FILES = (
     "hf_quant_config.json",
 )
 
-# Never listed: caches and version control, which are no part of the checkpoint.
-_SKIPPED = {".git", ".cache", "__pycache__"}
-# Weights in formats that are not read. They would be stale in the output.
+# Weights that are not read.
 _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
-_STALE = {
-    **dict.fromkeys(("pytorch_model*", "*.pt", "*.pth", "*.ckpt"), "weights in pickle files"),
-    "*.gguf": "weights in GGUF",
-    "*.h5": "weights in HDF5",
-    "*.msgpack": "weights for Flax",
-    "*.onnx": "weights in ONNX",
-    "*.onnx_data": "weights in ONNX",
-    "*.ot": "weights for Rust's tch",
-    "consolidated*": "a second copy of the weights, in Mistral's or Meta's own layout",
-    "*.safetensors.index.json": "index of other weights",
-    RECORD: "describes the conversion that made the source",
-    **dict.fromkeys(QUANTIZATION_FILES, "describes the source's quantization"),
-}
 _NO_PICKLES = (
     "Loading those can run code, so they are not read: load the model with transformers where "
     "you trust it, and save it as safetensors with save_pretrained"
@@ -59,23 +39,6 @@ _HUB_GGUF = re.compile(rf"{_HUB_ID.pattern}:[\w.+/ -]+", re.ASCII)
 _NUMBERED = re.compile(r"(.*)-([0-9]{5,6})-of-([0-9]{5,6})\.safetensors")
 _MAX_NAME_BYTES = 255
 _MAX_PATH_BYTES = 2048  # systems take 4096 with the folder's own
-_STALE_BIN_BYTES = 1 << 20  # a *.bin above this is weights; below, often a vocabulary
-
-
-@dataclass
-class Listing:
-    """Everything in a folder, sorted into what becomes of it; paths are relative."""
-
-    weights: list[str] = field(default_factory=list)  # *.safetensors directly in the folder
-    side_files: list[str] = field(default_factory=list)
-    left_out: list[tuple[str, str]] = field(default_factory=list)
-    problems: list[Problem] = field(default_factory=list)
-
-    def sort(self) -> None:
-        """Bring every list into an order that depends on names only."""
-        self.weights.sort(key=natural_key)
-        self.side_files.sort()
-        self.left_out.sort()
 
 
 def natural_key(name: str) -> tuple[list[tuple[int, str]], str]:
@@ -229,87 +192,6 @@ def describe_pickles(names: Iterable[str]) -> str:
     return f"holds no safetensors files, only pickle files ({few(pickles)}). {_NO_PICKLES}"
 
 
-def describe_no_weights(listing: Listing) -> str:
-    """Say what a folder without weights holds instead."""
-    names = [name for name, _ in listing.left_out]
-    pickles = describe_pickles(names)
-    if pickles:
-        return pickles
-    nested = [name for name in names if name.endswith(".safetensors")]
-    if nested:
-        return f"holds safetensors files in subfolders only ({few(nested)}); give one of those"
-    return f"holds no weights: no {SINGLE}, no {INDEX}, no other *.safetensors file"
-
-
-def list_folder(folder: Path, shards: Collection[str]) -> Listing:
-    """Sort every file below a folder into weights, side files and what is left out.
-
-    Args:
-        folder: The source.
-        shards: Relative paths that the index names; they are in none of the lists.
-
-    Raises:
-        CheckpointError: It holds more than is read.
-    """
-    listing = Listing()
-    seen = 0
-    pending = [""]
-    while pending:  # a loop, since a hostile tree can be deeper than the stack
-        below = pending.pop()
-        try:
-            with os.scandir(folder / below) as found:
-                entries = list(islice(found, MAX_ENTRIES + 1 - seen))
-        except OSError as error:
-            listing.problems.append(
-                Problem(printable(below) or str(folder), f"cannot be listed: {error.strerror}")
-            )
-            continue
-        seen += len(entries)
-        if seen > MAX_ENTRIES:
-            message = f"holds more than {MAX_ENTRIES:,} files and folders, which are not read"
-            raise CheckpointError(str(folder), [Problem(str(folder), message)])
-        for entry in sorted(entries, key=lambda entry: entry.name):
-            name = f"{below}{entry.name}"
-            if entry.name in _SKIPPED or name in shards or name in (CONFIG, INDEX):
-                continue
-            if entry.is_dir(follow_symlinks=False):
-                if name == "original":
-                    listing.left_out.append(("original/", _STALE["consolidated*"]))
-                elif printable(name) != name:
-                    listing.left_out.append((printable(name) + "/", "the name is not UTF-8"))
-                else:
-                    pending.append(name + "/")
-            else:
-                _sort_file(listing, folder, name)
-    if shards or SINGLE in listing.weights or os.path.lexists(folder / INDEX):
-        for name in [n for n in listing.weights if n.startswith("consolidated")]:
-            listing.weights.remove(name)
-            listing.left_out.append((name, _STALE["consolidated*"]))
-    listing.sort()
-    return listing
-
-
-def wanted_files(sizes: Mapping[str, int]) -> list[str]:
-    """Of the files of a repository, those that a conversion reads: what ``list_folder`` keeps.
-
-    Args:
-        sizes: Relative path -> bytes.
-    """
-    second_copy = INDEX in sizes or SINGLE in sizes
-    found = []
-    for name, size in sizes.items():
-        *folders, base = name.split("/")
-        if set(folders) & _SKIPPED or folders[:1] == ["original"]:
-            continue
-        if base.endswith(".safetensors"):
-            wanted = not folders and not (second_copy and base.startswith("consolidated"))
-        else:
-            wanted = name in (CONFIG, INDEX, *QUANTIZATION_FILES) or not _stale(base, size)
-        if wanted:
-            found.append(name)
-    return sorted(found, key=natural_key)
-
-
 def names_repository(source: str | os.PathLike[str]) -> bool:
     """Whether a source that is not on this disk has the form of a repository's id.
 
@@ -323,35 +205,3 @@ def names_repository(source: str | os.PathLike[str]) -> bool:
 def printable(name: str) -> str:
     r"""A file name with bytes that are not UTF-8 spelled ``\xff``."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
-
-
-def _sort_file(listing: Listing, folder: Path, name: str) -> None:
-    if printable(name) != name:
-        listing.left_out.append((printable(name), "the name is not UTF-8"))
-        return
-    base = name.rpartition("/")[2]
-    if base.endswith(".safetensors"):
-        if name == base:
-            listing.weights.append(name)  # even a dangling link: reading it says so
-        else:
-            listing.left_out.append((name, "weights in a subfolder"))
-        return
-    size, message = file_size(folder, name)
-    if message.startswith("is a folder"):
-        message = "a link to a folder is not followed"
-    reason = message or _stale(base, size)
-    if reason:
-        listing.left_out.append((name, reason))
-    elif os.access(folder / name, os.R_OK):
-        listing.side_files.append(name)
-    else:
-        listing.problems.append(Problem(name, "cannot be read: permission denied"))
-
-
-def _stale(base: str, size: int) -> str:
-    for pattern, reason in _STALE.items():
-        if fnmatchcase(base, pattern):
-            return reason
-    if base.endswith(".bin") and size > _STALE_BIN_BYTES:
-        return f"weights in another format (a .bin file of {size} bytes)"
-    return ""

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import ml_dtypes
 import numpy as np
 
+from requant.adapters import problems_in
 from requant.arrays import Array, Backend, Weights, backend_for, native
 from requant.checkpoint import Checkpoint, StoredTensor
 from requant.choices import fit_group
@@ -79,8 +80,8 @@ def transform_weights(
     library = backend_for(weights)
     checkpoint = _InMemory.of(weights, library, quantization_config)
     layout = read_layout(checkpoint)[1]
-    if layout.problems:
-        raise CheckpointError("weights", layout.problems)
+    if problems := [*problems_in(weights), *layout.problems]:
+        raise CheckpointError("weights", problems)
     undecided = [layer.path for layer in layout.layers if layer.needs_wish and layer.kept is None]
     if undecided and otherwise is None:
         more = f" (and {count(len(undecided) - 1, 'more layer')})" if len(undecided) > 1 else ""

@@ -12,6 +12,7 @@ import shutil
 import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -96,7 +97,8 @@ class OutputFolder:
         if self.release and self._remote:
             here = bytes_on_disk(downloads_of(self.output))
             return max(most_with_consume_source(self.plan) - here, 0)
-        existing = next(p for p in self.output.absolute().parents if p.exists())
+        place = self.output.absolute()
+        existing = next(p for p in (*place.parents, place) if p.exists())
         same = existing.stat().st_dev == self.plan.checkpoint.path.stat().st_dev
         return self.release.extra_bytes if self.release and same else None
 
@@ -450,16 +452,16 @@ def check_output(
     within = target == source or target in source.parents or source in target.parents
     if within and plan.checkpoint.repository is None:
         raise OutputError(f"{output}: the source {source} must not be changed; name another folder")
-    if output.is_symlink() or (output.exists() and not output.is_dir()):
-        raise OutputError(f"{output} exists and is no folder")
+    if why := _why_not_writable(output, target):
+        raise OutputError(f"{output} {why}; name another folder")
     if output.exists() and any(output.iterdir()):
-        if not force:
-            raise OutputError(f"{output} exists; --force replaces it")
         if not (output / "config.json").is_file():
             raise OutputError(
                 f"{output} exists and holds no config.json, so it is no checkpoint; "
                 "--force replaces checkpoints only. Remove it yourself or name another folder"
             )
+        if not force:
+            raise OutputError(f"{output} exists; --force replaces it")
     existing = next(p for p in (target, *target.parents) if p.exists())
     side = sum((plan.checkpoint.path / name).stat().st_size for name in plan.checkpoint.side_files)
     whole = sum(shard.nbytes for shard in plan.shards)
@@ -469,6 +471,25 @@ def check_output(
         raise OutputError(
             f"{output}: the disk is too full: {needed:,} bytes are needed, {free:,} are free"
         )
+
+
+def _why_not_writable(output: Path, target: Path) -> str:
+    """Why a folder cannot get the name of OUTPUT, or nothing; --force changes none of it."""
+    if output.is_symlink() or (output.exists() and not output.is_dir()):
+        return "exists and is no folder, which --force does not replace"
+    if not target.name:
+        return "is the root of the file system"
+    if os.path.ismount(target):
+        return "is where a disk is mounted, and cannot be replaced; one inside it can be made"
+    with suppress(FileNotFoundError):  # a shell can stand in a folder that was deleted
+        if target == Path.cwd():
+            return "is the folder that this command runs in, and is not replaced"
+    above = next(p for p in target.parents if os.path.lexists(p))
+    if not above.is_dir():
+        return f"cannot be made: {above} is no folder"
+    if not os.access(above, os.W_OK | os.X_OK):
+        return f"cannot be made: writing in {above} is not permitted"
+    return ""
 
 
 def _fdatasync(fd: int) -> None:

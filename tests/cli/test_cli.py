@@ -369,7 +369,7 @@ def test_a_source_cannot_drive_the_terminal(requant: Requant, tmp_path: Path) ->
         (["--recipe", "mixed"], "error: there is no recipe 'mixed'; near it: mixed_"),
         (["--recipe", "no.toml"], "error: recipe no.toml: No such file"),
         (["--recipe", "ends-8", "--dequantize"], "error: choose one: dequantize"),
-        (["--max-memory", "1MB"], "the longest row of this model needs at least"),
+        (["--max-memory", "1MB"], "for the longest row of the model; give --max-memory"),
         (["--max-memory", "2 parsecs"], "'2 parsecs' is no size; write 500MB"),
         (["--shard-size", "0"], "'0' is less than one byte"),
         (["--threads", "0"], "Invalid value for '--threads'"),

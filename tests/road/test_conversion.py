@@ -354,7 +354,7 @@ def test_a_link_to_the_source_is_the_source(dense: Path, tmp_path: Path) -> None
 
 def test_an_unwritable_parent(dense: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
-    with pytest.raises(OutputError, match="cannot be written"):
+    with pytest.raises(OutputError, match="is no folder; name another folder"):
         convert(dense, tmp_path / "file" / "out", bits=4)
 
 

@@ -194,7 +194,7 @@ def test_an_output_in_the_way_is_told_before_the_download(
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "x").touch()
     done = call("convert", NAME, "out", "--layout", "keep")
-    assert done.returncode == 1 and "out exists; --force replaces it" in done.stderr
+    assert done.returncode == 1 and "out exists and holds no config.json" in done.stderr
     assert hub.sent < 200_000
 
 

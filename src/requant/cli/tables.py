@@ -6,7 +6,6 @@ Rich is imported inside functions: ``--help`` and ``--version`` do not wait for 
 from __future__ import annotations
 
 import re
-import shlex
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,6 +18,7 @@ from requant.consuming import most_with_consume_source
 from requant.errors import count, few
 from requant.figures import percent
 from requant.limits import MAX_PROBLEMS_SHOWN
+from requant.running import command_of
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -154,8 +154,8 @@ def show_report(report: Report) -> None:
     came = report.bytes_downloaded
     downloaded = f", {format_size(came)} downloaded" if came else ""
     page.line(f"{_sizes(plan)}, {format_seconds(report.elapsed_s)}, {rate}/s{downloaded}")
-    if plan.loads:
-        page.line(f'next: mlx_lm.generate --model {shlex.quote(report.output)} --prompt "Hello"')
+    if command := command_of(plan, report.output):
+        page.line(f"next: {command}")
 
 
 def show_recipes(recipes: Sequence[Recipe]) -> None:

@@ -35,14 +35,16 @@ from requant.gguf.tokenizer import (
 from requant.gguf_model import GgufModel
 from requant.limits import MAX_SHARDS
 from requant.safetensors_folder import read_config
-from requant.source_folder import CONFIG, file_size, list_folder, printable
+from requant.source_folder import CONFIG, file_size, printable
+from requant.source_listing import list_folder
 
 _MMPROJ = "a vision or audio part for llama.cpp (mmproj), which is no language model"
 _MAX_SETTING_BYTES = 1 << 20
 _MAX_NAMED = 20
 _QUANTIZATION_VERSION = 2
 _OTHER_KINDS = {  # general.type -> what it is
-    "adapter": "a LoRA adapter; merge it into its model first, then give the model",
+    "adapter": "a LoRA adapter; merge it into its model first (llama.cpp: llama-export-lora "
+    "-m MODEL.gguf --lora THIS.gguf -o MERGED.gguf) and convert MERGED.gguf",
     "imatrix": "an importance matrix, which is no model",
 }
 
