@@ -12,6 +12,7 @@ from requant.checkpoint import SourceFile
 from requant.conversion import Source
 from requant.errors import Problem, cannot_be
 from requant.formats import detect
+from requant.formats.stale import read_source
 from requant.hub import find_repository
 from requant.patterns import time_counted
 from requant.schema import PerLayerQuantization
@@ -112,12 +113,12 @@ def inspect(
     checkpoint = (
         remote.headers(config_from) if remote else read_checkpoint(Path(source), config_from)
     )
-    found = detect(checkpoint)
-    layout = found.read(checkpoint)
+    read = read_source(checkpoint, detect(checkpoint))
+    layout = read.layout
     return Inspection(
         source=str(source),
-        format=found.name,
-        evidence=found.claims(checkpoint) or "",
+        format=read.format,
+        evidence=read.evidence,
         model_type=str(checkpoint.config.get("model_type", "")),
         files=checkpoint.files,
         layers=tuple(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,30 +20,37 @@ from requant.errors import CheckpointError, UsageError
 from requant.formats import SourceLayer, SourceLayout, detect
 from requant.formats.base import describe
 from requant.formats.packing import Exactness, Fidelity
+from requant.formats.stale import QUANTIZATION_KEYS, read_source
 from requant.mlx_lm_classes import WITHOUT_A_CLASS
 from requant.patterns import time_counted
 from requant.plan_notes import notes_on, rotated_layers
 from requant.relayout import Relayout, relayout
+from requant.requests import nothing_quantized, unfulfilled
 from requant.schema import SKIP, PerLayerQuantization, Quantization
 from requant.sources import read_checkpoint
 from requant.specs import resolve_quantization
 from requant.statistics import read_statistics
 from requant.steps import fidelity, layer_steps, material_steps, with_global_scale
+from requant.tied_heads import agreed, laid_out
 from requant.weighting import weighted
 from requant.wishes import DTYPES, Wishes
 
-# Where the tools of sources say how they quantized; no longer true of an output.
-_QUANTIZATION_KEYS = ("quantization", "quantization_config", "compression_config")
-
 
 @time_counted()
-def make_plan(source: str | Path | Checkpoint, wishes: Wishes, twins: Path | None = None) -> Plan:
+def make_plan(
+    source: str | Path | Checkpoint,
+    wishes: Wishes,
+    twins: Path | None = None,
+    *,
+    is_trial: bool = False,
+) -> Plan:
     """Read the headers of ``source``, if they are not yet, and lay out what ``wishes`` make of it.
 
     Args:
         source: The folder, or what was read of it.
         wishes: What is to become of it.
         twins: Where the headers of weight files are that a stopped run has consumed.
+        is_trial: Whether the options are one candidate of several, and may reach no layer.
 
     Raises:
         CheckpointError: With everything that is wrong with the source.
@@ -54,8 +62,8 @@ def make_plan(source: str | Path | Checkpoint, wishes: Wishes, twins: Path | Non
         checkpoint = source  # with what --config-from names
     else:
         raise UsageError(f"--config-from is for GGUF files; {source.source} is on the hub")
-    found = detect(checkpoint)
-    layout = found.read(checkpoint)
+    read = read_source(checkpoint, detect(checkpoint))
+    checkpoint, layout = read.checkpoint, read.layout
     if layout.problems:
         raise CheckpointError(str(checkpoint.source), layout.problems)
     if wishes.fold_rotation:
@@ -63,16 +71,17 @@ def make_plan(source: str | Path | Checkpoint, wishes: Wishes, twins: Path | Non
     notes: list[str] = []
     if wishes.layout != "keep":
         try:
-            moved = _laid_out(checkpoint, _folded(layout, wishes), wishes)
-            if not moved.keeps_row_orders:
-                moved = _laid_out(checkpoint, layout, wishes)
-            return Planner(Chooser(checkpoint, found.name, moved.layers, wishes, moved)).plan()
+            laid = laid_out(checkpoint, layout, lambda x, y: _laid_out(x, y, wishes))
+            chooser = Chooser(laid[0], read.format, laid[1].layers, wishes, laid[1])
+            return Planner(chooser, laid[2]).plan(is_trial)
         except CheckpointError as error:
             if wishes.layout != "auto":
                 raise
             notes.append(f"Tensors keep the source's names (--layout keep): {_why(error)}")
-    layout = _folded(layout, wishes)
-    return Planner(Chooser(checkpoint, found.name, layout, wishes), notes).plan()
+    kept = agreed(checkpoint, layout)
+    layout = _folded(kept.layout, wishes)
+    notes += kept.notes
+    return Planner(Chooser(kept.checkpoint, read.format, layout, wishes), notes).plan(is_trial)
 
 
 def _folded(layout: SourceLayout, wishes: Wishes) -> SourceLayout:
@@ -96,7 +105,15 @@ def _laid_out(checkpoint: Checkpoint, layout: SourceLayout, wishes: Wishes) -> R
         target = resolve_quantization()
     recipe = wishes.recipe
     mixed = recipe.name if recipe is not None and recipe.is_mixed else None
-    return relayout(checkpoint, layout, target, wishes.dtype, mixed, wishes.keep_extra)
+    take = partial(
+        relayout,
+        quantization=target,
+        dtype=wishes.dtype,
+        recipe=mixed,
+        keep_extra=wishes.keep_extra,
+    )
+    moved = take(checkpoint, _folded(layout, wishes))
+    return moved if moved.keeps_row_orders else take(checkpoint, layout)
 
 
 _MOST_LETTERS = 240
@@ -125,8 +142,11 @@ class Planner:
         self.wishes, self.moved, self.mlx_lm = chooser.wishes, chooser.moved, chooser.mlx_lm
         self.notes = (*notes, *self.layout.notes)
 
-    def plan(self) -> Plan:
+    def plan(self, is_trial: bool = False) -> Plan:
         """Decide every layer, then place every byte.
+
+        Args:
+            is_trial: Whether a request that no layer fulfils is no error.
 
         Raises:
             UsageError: With all wishes that cannot be met.
@@ -137,6 +157,8 @@ class Planner:
         if self.chooser.problems:
             lines = "".join(f"\n  {problem}" for problem in self.chooser.problems)
             raise UsageError(f"{self.checkpoint.source}: wishes that cannot be met:{lines}")
+        if not is_trial and (why := unfulfilled(self.chooser, decided)):
+            raise UsageError(f"{self.checkpoint.source}: {why}")
         layers: list[LayerPlan] = []
         steps: list[Step] = []
         per_layer: dict[str, Quantization] = {}
@@ -166,6 +188,7 @@ class Planner:
                 *self.notes,
                 *self.chooser.notes,
                 *notes_on(self.chooser, decided, layers, steps),
+                *nothing_quantized(self.chooser, decided),
                 *weighing,
             ),
             dropped=self.layout.dropped,
@@ -261,10 +284,10 @@ class Planner:
             base["rotation"] = dict(self.layout.rotation)
         if self.mlx_lm is not None and not (changed or chosen):
             return base
-        config = {key: value for key, value in base.items() if key not in _QUANTIZATION_KEYS}
+        config = {key: value for key, value in base.items() if key not in QUANTIZATION_KEYS}
         text = config.get("text_config")
         if isinstance(text, dict) and self.format not in ("dense", "mlx"):
-            config["text_config"] = {k: v for k, v in text.items() if k not in _QUANTIZATION_KEYS}
+            config["text_config"] = {k: v for k, v in text.items() if k not in QUANTIZATION_KEYS}
         if self.wishes.dtype is not None:
             name = next(word for word, header in DTYPES.items() if header == self.wishes.dtype)
             for part in (config, config.get("text_config")):

@@ -6,6 +6,7 @@ Pure: it counts rows and bytes from shapes and dtypes, and decides nothing about
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from math import lcm, prod
 
 from requant.blueprint import Operation, OutputTensor, Step
@@ -36,9 +37,11 @@ def layer_steps(
     elif layer.encoding is None and target is None:
         yield _flat_step(layer.path, layer.parts["weight"], dtype, layer.row_order)
     elif layer.encoding == target:
-        for part in layer.parts.values():
-            floats = part.info.dtype in FLOATS and not part.name.endswith(".global_scale")
-            yield _flat_step(layer.path, part, wishes.dtype or part.info.dtype if floats else None)
+        assert target is not None
+        for role, part in layer.parts.items():
+            floats = part.info.dtype in FLOATS and role != "global_scale"
+            step = _flat_step(layer.path, part, wishes.dtype or part.info.dtype if floats else None)
+            yield step if role == "weight" else replace(step, scales_of=target.mode)
     else:
         yield _coding_step(layer, target, dtype, wishes)
 

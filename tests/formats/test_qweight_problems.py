@@ -181,11 +181,6 @@ FAULTS = {
         say(dynamic={r"+:.*down_proj": {"bits": 8}}),
         (DOWN, "4-bit", "dynamic", "8"),
     ),
-    "no quantized layer at all": (
-        GPTQ,
-        lambda tensors, _: [tensors.pop(n) for n in list(tensors) if n.rpartition(".")[2] in _OWN],
-        ("no layer has a .qweight",),
-    ),
     "codes with three axes": (
         GPTQ,
         put(f"{DOWN}.qweight", lambda a: a[None].copy()),

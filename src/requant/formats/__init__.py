@@ -28,6 +28,8 @@ Shared by several of them:
   integer codes that most build upon;
 * ``declared``: the quantization block, wherever a tool wrote it down;
 * ``sorting``: tensors into layers, problems, what is left out and why;
+* ``stale``: the step that reads any format, and a block that outlived its codes; ``empty``: weights
+  without values;
 * ``integer_layers``, ``float8_layers``, ``nvfp4_layers``: layers of one kind of code, of any
   tool; ``input_scaled``: any of them with a scale for each input;
 * ``float_packings``: FP8, FP4 and FP6 codes of any tool; ``row_blocks``: rows in the bits of one
