@@ -22,7 +22,7 @@ from requant.formats.base import RowOrder
 from requant.formats.packing import Exactness, Packing
 from requant.relayout import Relayout
 from requant.safetensors_header import build_header
-from requant.schema import PerLayerQuantization, Quantization
+from requant.schema import PerLayerQuantization, Quantization, QuantMode
 from requant.statistics import Importance
 
 
@@ -86,6 +86,7 @@ class Step:
     importance: Importance | None = None  # what errors of each input count in the search
     gptq: bool = False  # each column's error is handed on to the columns after it
     weigh: bool = False  # what is lost is measured as ``importance`` counts it
+    scales_of: QuantMode | None = None  # the tensor holds scales or biases of this mode
 
     def row_bytes(self, tensor: SourceTensor | OutputTensor) -> int:
         """Bytes that one row takes in ``tensor``; of a packed layer's part, its share of them."""

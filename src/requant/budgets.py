@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
@@ -108,7 +108,7 @@ def settle(
     """
     if wishes.budget is None or wishes.recipe is not None:
         return wishes
-    base = make_plan(source, _unsettled(wishes))
+    base = make_plan(source, _unsettled(wishes), is_trial=True)
     if check is not None:
         check(base)
     key = _key(base, wishes)
@@ -126,7 +126,7 @@ def settle(
             raise CheckpointError(base.source, list(problems.values()))
         else:
             wishes = replace(wishes, spoiled=wishes.spoiled | problems.keys())
-            base = make_plan(base.checkpoint, _unsettled(wishes))
+            base = make_plan(base.checkpoint, _unsettled(wishes), is_trial=True)
     default = _unsettled(wishes).quantization
     return replace(wishes, quantization=default, recipe=_recipe(measured, wishes, default))
 
@@ -172,7 +172,7 @@ class _Trial:
 
     def problems(self, found: Mapping[str, Finding]) -> dict[str, Problem]:
         """The layers that hold what no code stands for."""
-        told = {self.named[name][0]: x for name, x in found.items() if x.nonfinite}
+        told = {self.named[name][0]: x for name, x in found.items() if x.is_no_number}
         return {layer: x.nonfinite_problem(layer) for layer, x in told.items()}
 
     def measured(self, found: Mapping[str, Finding]) -> Measured:
@@ -202,7 +202,7 @@ class _Trial:
             {x.layer: spec for x in self.base.layers if (spec := self._fixed(x, layers))},
             layers,
             {x.layer: prod(x.shape) for x in free},
-            _together(layers, self.base.checkpoint.config),
+            _together(layers),
         )
 
     def _fixed(self, layer: LayerPlan, free: Mapping[str, object]) -> str:
@@ -220,7 +220,8 @@ def _candidate_plans(base: Plan, wishes: Wishes) -> Iterator[Plan]:
             yield make_plan(base.checkpoint, _without(wishes, None))
     groups = GROUP_SIZES if wishes.quantization is None else (wishes.quantization.group_size,)
     for group_size, bits in product(groups, BITS):
-        yield make_plan(base.checkpoint, _without(wishes, Quantization.affine(group_size, bits)))
+        candidate = _without(wishes, Quantization.affine(group_size, bits))
+        yield make_plan(base.checkpoint, candidate, is_trial=True)
 
 
 def _without(wishes: Wishes, target: Quantization | None) -> Wishes:
@@ -244,18 +245,11 @@ def _rounded(figure: float) -> float:
 _EXPERT = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
 
 
-def _together(
-    layers: Mapping[str, tuple[Candidate, ...]], config: Mapping[str, object]
-) -> tuple[tuple[str, ...], ...]:
-    """Layers that must agree: the experts of one stack, and a head tied to its embedding."""
-    text = config.get("text_config")
-    tied = config.get("tie_word_embeddings") or (
-        isinstance(text, Mapping) and text.get("tie_word_embeddings")
-    )
+def _together(layers: Iterable[str]) -> tuple[tuple[str, ...], ...]:
+    """Layers that must agree: the experts of one stack. A tied head is no layer of its own."""
     runs: dict[str, list[str]] = {}
     for layer in layers:
-        ends = tied and any(re.search(ROLES[role], layer) for role in ("embedding", "head"))
-        runs.setdefault("tied" if ends else _EXPERT.sub("*", layer), []).append(layer)
+        runs.setdefault(_EXPERT.sub("*", layer), []).append(layer)
     return tuple(tuple(run) for run in runs.values())
 
 

@@ -8,18 +8,27 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 
-from requant.dtypes import NUMPY_DTYPE, TensorInfo
-from requant.errors import CheckpointError, Problem
+from requant.dtypes import FLOATS, NUMPY_DTYPE, TensorInfo
+from requant.errors import CheckpointError, Problem, damage
 from requant.gguf_model import GgufModel
 from requant.limits import MAX_PEEK_BYTES
 from requant.source_folder import open_regular
+
+Key = tuple[str, ...]
+"""Where a value of a config stands: ("text_config", "tie_word_embeddings")."""
+
+COMPARED: Final = "compared.json"
+"""Beside twins: which tensors were found to be equal, or not, before files went."""
+
+REMOVED: Final = object()
+"""Instead of a value of a config: the key is to go."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +74,16 @@ class ComputedTensor:
 
 
 SourceTensor = StoredTensor | JoinedTensor | ComputedTensor
+
+
+def cut(tensor: SourceTensor, start: int, stop: int) -> Iterator[FileRange]:
+    """Where bytes ``start`` to ``stop`` of a tensor lie."""
+    assert not isinstance(tensor, ComputedTensor)
+    for piece in tensor.ranges:
+        low, high = max(start, 0), min(stop, piece.nbytes)
+        if low < high:
+            yield FileRange(piece.file, piece.offset + low, high - low)
+        start, stop = start - piece.nbytes, stop - piece.nbytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,10 +140,14 @@ class Checkpoint:
             quantization, parsed, by name.
         metadata: ``__metadata__`` of the weight files, the first file's word where two differ.
         made_files: Name -> content of files that an output gets and the folder does not have.
+        corrections: Key of ``config`` -> what it is by the tensors, where the file says another
+            thing.
         gguf: How tensors are stored, where the source is GGUF.
         origin: What the user named, where it is not the folder.
         twins: A folder with the headers of weight files that a stopped run has consumed.
         peeked: What was read of the weight files so far.
+        damaged: What was read so and is NaN or infinite: one problem a tensor.
+        compared: Names of two tensors -> whether they hold the same values, once that is known.
         repository: Of the hub: its id, and the commit.
         fetch: Reads a run of bytes where the files hold headers only (``hub``).
         supply: Brings the weight files, where they are not in the folder.
@@ -141,6 +164,7 @@ class Checkpoint:
     quantization_files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
     made_files: Mapping[str, Callable[[], bytes]] = field(default_factory=dict)
+    corrections: Mapping[Key, Any] = field(default_factory=dict)
     gguf: GgufModel | None = None
     origin: Path | None = None
     repository: tuple[str, str] | None = None
@@ -154,6 +178,15 @@ class Checkpoint:
 
     twins: Path | None = None
     peeked: list[FileRange] = field(default_factory=list, compare=False)
+    damaged: dict[str, Problem] = field(default_factory=dict, compare=False)
+    compared: dict[str, bool] = field(default_factory=dict, compare=False)
+
+    def corrected(self, changes: Mapping[Key, Any]) -> Checkpoint:
+        """The same with other values in its config; ``REMOVED`` takes a key out."""
+        if not changes:
+            return self
+        config = with_changes(self.config, changes)
+        return replace(self, config=config, corrections={**self.corrections, **changes})
 
     def altered(self, **changes: Any) -> Checkpoint:
         """The same source with other tensors or another config, read as this one is."""
@@ -182,7 +215,12 @@ class Checkpoint:
         for part in tensor.ranges:
             data += self.read_range(part)
             self.peeked.append(part)
-        return np.frombuffer(bytes(data), NUMPY_DTYPE[tensor.info.dtype]).reshape(tensor.info.shape)
+        found = np.frombuffer(bytes(data), NUMPY_DTYPE[tensor.info.dtype])
+        bad = ~np.isfinite(found) if tensor.info.dtype in FLOATS else np.zeros(0, np.bool_)
+        if bad.any():
+            row = int(bad.argmax()) // (tensor.info.shape or (1,))[-1]
+            self.damaged[name] = Problem(name, damage("scales", int(bad.sum()), row))
+        return found.reshape(tensor.info.shape)
 
     def read_range(self, part: FileRange) -> bytes:
         """A run of bytes of a weight file."""
@@ -201,6 +239,19 @@ class Checkpoint:
         if message:
             raise CheckpointError(str(self.path), [Problem(part.file, message)])
         return data
+
+
+def with_changes(config: Mapping[str, Any], changes: Mapping[Key, Any]) -> dict[str, Any]:
+    """A config with other values under some of its keys; ``config`` stays as it is."""
+    changed = dict(config)
+    for (key, *rest), value in changes.items():
+        if rest:
+            changed[key] = with_changes(changed.get(key) or {}, {tuple(rest): value})
+        elif value is REMOVED:
+            changed.pop(key, None)
+        else:
+            changed[key] = value
+    return changed
 
 
 def place_of(folder: Path, twins: Path | None, file: str) -> Path:

@@ -10,12 +10,14 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from requant.dtypes import FLOATS, KERNEL_FLOATS
 from requant.errors import Problem
 from requant.formats import SourceLayer, SourceLayout
 from requant.formats.base import describe
+from requant.head_names import serves_as_head
 from requant.left_dense import left_dense
 from requant.patterns import search
 from requant.recipes import ROLES, Choice
@@ -85,6 +87,9 @@ class Chooser:
                 continue
             near = ", ".join(_near(pattern, paths))
             hint = f"near it: {near}" if near else "requant inspect lists the names"
+            tied = serves_as_head(self.layout.layers, partial(search, pattern))
+            if tied:
+                hint = f"the head is tied to {tied}, which serves as both: name that"
             if self.moved is not None:
                 old = [x.path for x in self.moved.source.layers if search(pattern, x.path)]
                 if old:

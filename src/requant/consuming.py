@@ -6,6 +6,7 @@ run plans from twins as from the files.
 
 from __future__ import annotations
 
+import json
 import os
 import struct
 from collections import Counter, defaultdict
@@ -14,7 +15,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from requant.blueprint import Plan, Step
-from requant.checkpoint import Checkpoint, ComputedTensor, FileRange, SourceFile, SourceTensor
+from requant.checkpoint import (
+    COMPARED,
+    Checkpoint,
+    ComputedTensor,
+    FileRange,
+    SourceFile,
+    SourceTensor,
+)
 from requant.downloads import HELD_FILES
 from requant.errors import OutputError
 from requant.safetensors_header import PREFIX_BYTES
@@ -113,7 +121,10 @@ def _files_of_tensor(tensor: SourceTensor, plan: Plan) -> Iterator[str]:
 
 
 def make_twins(checkpoint: Checkpoint, files: Sequence[SourceFile], place: Path) -> None:
-    """Keep of each weight file its size, its header and what was looked at: holes elsewhere."""
+    """Keep of each weight file its size, its header and what was looked at: holes elsewhere.
+
+    Of tensors that were compared the outcome stays.
+    """
     place.mkdir(exist_ok=True)
     for file in files:
         twin = place / file.name
@@ -131,6 +142,14 @@ def make_twins(checkpoint: Checkpoint, files: Sequence[SourceFile], place: Path)
             os.fsync(new.fileno())
         fresh.rename(twin)
         fsync(twin.parent)
+    kept = place / COMPARED
+    fresh = kept.with_name(kept.name + ".new")
+    with fresh.open("w", encoding="utf-8") as new:
+        json.dump(checkpoint.compared, new)
+        new.flush()
+        os.fsync(new.fileno())
+    fresh.rename(kept)
+    fsync(place)
 
 
 def _header_range(checkpoint: Checkpoint, name: str) -> FileRange:

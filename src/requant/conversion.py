@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -430,7 +430,7 @@ def carry_out(
     supply = made.checkpoint.supply
 
     def refused_at_once(found: Finding) -> bool:
-        return bool(found.nonfinite) or bool(found.overflowed and not allow_overflow)
+        return found.is_no_number or bool(found.overflowed and not allow_overflow)
 
     # What comes and goes is not downloaded to the end for a run that is refused.
     stop_at = refused_at_once if supply and supply.consumed and not allow_nonfinite else None
@@ -438,8 +438,9 @@ def carry_out(
         budget = make_budget(made, threads, max_memory, chunk_bytes)
         with open_sink(made, wishes) as sink:
             outcome = run_plan(made, sink, budget, progress, stop_at)
-            spoiled = [layer for layer, found in outcome.findings.items() if found.nonfinite]
-            problems = _refused(outcome, allow_overflow)
+            found = outcome.findings
+            spoiled = {x for x, finding in found.items() if finding.is_no_number} - wishes.spoiled
+            problems = _refused(found, wishes.spoiled, allow_overflow)
             if not problems:
                 finish(sink, outcome)
                 return made, outcome
@@ -451,11 +452,13 @@ def carry_out(
         made = make_plan(source, wishes, twins)
 
 
-def _refused(outcome: Outcome, allow_overflow: bool) -> list[Problem]:
+def _refused(
+    findings: Mapping[str, Finding], spoiled: Collection[str], allow_overflow: bool
+) -> list[Problem]:
     """What forbids publishing: values that were no numbers, or would be lost."""
     problems = []
-    for layer, found in outcome.findings.items():
-        if found.nonfinite:
+    for layer, found in findings.items():
+        if found.is_no_number and layer not in spoiled:
             problems.append(found.nonfinite_problem(layer))
         if found.overflowed and not allow_overflow:
             message = (

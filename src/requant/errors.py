@@ -204,6 +204,12 @@ def count_are(number: int, word: str) -> str:
     return f"{count(number, word)} {'is' if number == 1 else 'are'}"
 
 
+def damage(what: str, number: int, row: int) -> str:
+    """``scales hold NaN or infinity (2 values, first in row 3): the source is damaged``."""
+    where = f"{count(number, 'value')}, first in row {row}"
+    return f"{what} hold NaN or infinity ({where}): the source is damaged"
+
+
 def one_of(values: Sequence[object]) -> str:
     """``32, 64 or 128``."""
     *rest, last = (str(value) for value in values)

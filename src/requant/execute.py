@@ -18,13 +18,14 @@ from requant.blueprint import Plan
 from requant.checkpoint import ComputedTensor, SourceTensor
 from requant.chunks import Chunk, chunks_left, runs_of
 from requant.consuming import files_of
+from requant.damage import ROW_SCALES
 from requant.dtypes import NUMPY_DTYPE
 from requant.findings import Finding, Outcome
 from requant.formats.packing import Packing
 from requant.hessians import Hessians
 from requant.journal import Done
 from requant.memory import Budget
-from requant.operations import ROW_SCALES, Arrays, Buffers, make_outputs
+from requant.operations import Arrays, Buffers, make_outputs
 from requant.sink import Ledger, Sink
 from requant.source_reader import SourceReader, Stopped, bytes_of
 
@@ -193,7 +194,10 @@ class _Run:
         step = self.plan.materials[name]
         whole = Chunk(step, 0, step.rows)
         for part in whole.parts(self.budget.chunk_of(step)):
-            outputs, _, _ = self._make(part, buffers, {})
+            outputs, finding, _ = self._make(part, buffers, {})
+            if finding.damaged:
+                with self.lock:
+                    self.outcome.findings.setdefault(step.layer, Finding()).add(finding)
             (data,) = map(bytes_of, outputs.values())
             (out,) = step.outputs.values()
             row_bytes = step.row_bytes(out)

@@ -11,7 +11,7 @@ from typing import Any
 from requant.checkpoint import SourceFile
 from requant.conversion import Source
 from requant.errors import Problem, cannot_be
-from requant.formats import read_layout
+from requant.formats.stale import read_source
 from requant.hub import find_repository
 from requant.patterns import time_counted
 from requant.schema import PerLayerQuantization
@@ -112,11 +112,12 @@ def inspect(
     checkpoint = (
         remote.headers(config_from) if remote else read_checkpoint(Path(source), config_from)
     )
-    found, layout = read_layout(checkpoint)
+    read = read_source(checkpoint)
+    layout = read.layout
     return Inspection(
         source=str(source),
-        format=found.name,
-        evidence=found.claims(checkpoint) or "",
+        format=read.format,
+        evidence=read.evidence,
         model_type=str(checkpoint.config.get("model_type", "")),
         files=checkpoint.files,
         layers=tuple(

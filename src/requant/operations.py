@@ -13,18 +13,15 @@ import numpy as np
 from requant.arrays import gptq, native, values
 from requant.blueprint import Operation, Step
 from requant.chunks import Chunk, runs_of_a_matrix
+from requant.damage import ROW_SCALES, damaged_inputs, damaged_outputs
 from requant.dtypes import HEADER_NAME, NUMPY_DTYPE
-from requant.errors import RequantError
+from requant.errors import InvariantError, RequantError
 from requant.findings import Finding
 from requant.formats.packing import Packing
 from requant.hessians import Hessians
 from requant.schema import Quantization
 
 Arrays = dict[str, np.ndarray]
-
-
-# The role of the global scale of each row (NVFP4), beside those of the inputs.
-ROW_SCALES = "row scales"
 
 
 class Buffers:
@@ -68,13 +65,39 @@ def make_outputs(chunk: Chunk, inputs: Arrays, buffers: Buffers) -> tuple[Arrays
         else:
             size = step.row_bytes(out)
             outputs[role] = buffers.take(f"out {role}", out.info.dtype, chunk.rows, size)
+    damaged = damaged_inputs(chunk, inputs)
     try:
         if step.packing is None:
-            return outputs, _OF_ROWS[step.operation](chunk, inputs, outputs, buffers)
-        return outputs, _of_packed(chunk, step.packing, inputs, outputs, buffers)
+            finding = _OF_ROWS[step.operation](chunk, inputs, outputs, buffers)
+        else:
+            finding = _of_packed(chunk, step.packing, inputs, outputs, buffers)
+            finding.add(_unlike_numbers(chunk, inputs, outputs, buffers, damaged, finding))
+        finding.add(damaged)
+        if finding.damaged:
+            finding.overflowed = 0  # no dtype holds what is no number
+        return outputs, finding
     except RequantError as error:
+        if damaged.damaged:  # what else is wrong follows from it
+            message = f"{damaged.damage}. Take the file from its publisher again"
+            raise InvariantError(message, layer=damaged.damaged_tensor) from error
         error.layer = error.layer or step.layer
         raise
+
+
+def _unlike_numbers(
+    chunk: Chunk,
+    inputs: Arrays,
+    outputs: Arrays,
+    buffers: Buffers,
+    damaged: Finding,
+    finding: Finding,
+) -> Finding:
+    """Damage that only the results show: in scales that are bytes, or lie within blocks."""
+    operation = chunk.step.operation
+    in_bytes = operation is Operation.REPACK and "biases" not in outputs
+    if damaged.damaged or operation is Operation.RECODE or not (in_bytes or finding.overflowed):
+        return Finding()
+    return damaged_outputs(chunk, inputs, outputs, buffers)
 
 
 def _copy(chunk: Chunk, inputs: Arrays, outputs: Arrays, buffers: Buffers) -> Finding:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ from requant.blueprint import LayerPlan, OutputShard, Plan, Step, Treatment, pla
 from requant.checkpoint import Checkpoint
 from requant.choices import Chooser, fit_codes, fit_group, is_quantized, override_of
 from requant.errors import CheckpointError, UsageError
-from requant.formats import SourceLayer, SourceLayout, read_layout
+from requant.formats import SourceLayer, SourceLayout
 from requant.formats.base import describe
 from requant.formats.declared import text_sections, without_blocks
 from requant.formats.packing import Exactness, Fidelity
+from requant.formats.stale import read_source
 from requant.left_dense import is_of_a_tower
 from requant.loader_names import module_names
 from requant.mlx_lm_classes import WITHOUT_A_CLASS
@@ -32,11 +34,13 @@ from requant.plan_notes import (
     unloadable_dtypes,
 )
 from requant.relayout import Relayout, relayout, why_unloadable
+from requant.requests import nothing_quantized, unfulfilled
 from requant.schema import SKIP, PerLayerQuantization, Quantization
 from requant.sources import read_checkpoint
 from requant.specs import resolve_quantization
 from requant.statistics import read_statistics
 from requant.steps import fidelity, layer_steps, material_steps, with_global_scale
+from requant.tied_heads import agreed, laid_out
 from requant.weighting import weighted
 from requant.wishes import DTYPES, Wishes
 
@@ -44,13 +48,20 @@ _CODES_MOVED = "the same codes, scales and biases in more bits or smaller groups
 
 
 @time_counted()
-def make_plan(source: str | Path | Checkpoint, wishes: Wishes, twins: Path | None = None) -> Plan:
+def make_plan(
+    source: str | Path | Checkpoint,
+    wishes: Wishes,
+    twins: Path | None = None,
+    *,
+    is_trial: bool = False,
+) -> Plan:
     """Read the headers of ``source``, if they are not yet, and lay out what ``wishes`` make of it.
 
     Args:
         source: The folder, or what was read of it.
         wishes: What is to become of it.
         twins: Where the headers of weight files are that a stopped run has consumed.
+        is_trial: Whether the options are one candidate of several, and may reach no layer.
 
     Raises:
         CheckpointError: With everything that is wrong with the source.
@@ -62,7 +73,8 @@ def make_plan(source: str | Path | Checkpoint, wishes: Wishes, twins: Path | Non
         checkpoint = source  # with what --config-from names
     else:
         raise UsageError(f"--config-from is for GGUF files; {source.source} is on the hub")
-    found, layout = read_layout(checkpoint)
+    read = read_source(checkpoint)
+    checkpoint, layout = read.checkpoint, read.layout
     if layout.problems:
         raise CheckpointError(str(checkpoint.source), layout.problems)
     if wishes.fold_rotation:
@@ -70,16 +82,17 @@ def make_plan(source: str | Path | Checkpoint, wishes: Wishes, twins: Path | Non
     refused = ""
     if wishes.layout != "keep":
         try:
-            moved = _laid_out(checkpoint, _folded(layout, wishes), wishes)
-            if not moved.keeps_row_orders:
-                moved = _laid_out(checkpoint, layout, wishes)
-            return Planner(Chooser(checkpoint, found.name, moved.layers, wishes, moved)).plan()
+            laid = laid_out(checkpoint, layout, lambda x, y: _laid_out(x, y, wishes))
+            chooser = Chooser(laid[0], read.format, laid[1].layers, wishes, laid[1])
+            return Planner(chooser, laid[2]).plan(is_trial)
         except CheckpointError as error:
             if wishes.layout != "auto":
                 raise
             refused = _why(error)
-    layout = _folded(layout, wishes)
-    return Planner(Chooser(checkpoint, found.name, layout, wishes), refused).plan()
+    agreement = agreed(checkpoint, layout)
+    layout = _folded(agreement.layout, wishes)
+    chooser = Chooser(agreement.checkpoint, read.format, layout, wishes)
+    return Planner(chooser, agreement.notes, refused).plan(is_trial)
 
 
 def _as_named(
@@ -120,7 +133,15 @@ def _laid_out(checkpoint: Checkpoint, layout: SourceLayout, wishes: Wishes) -> R
         target = resolve_quantization()
     recipe = wishes.recipe
     mixed = recipe.name if recipe is not None and recipe.is_mixed else None
-    return relayout(checkpoint, layout, target, wishes.dtype, mixed, wishes.keep_extra)
+    take = partial(
+        relayout,
+        quantization=target,
+        dtype=wishes.dtype,
+        recipe=mixed,
+        keep_extra=wishes.keep_extra,
+    )
+    moved = take(checkpoint, _folded(layout, wishes))
+    return moved if moved.keeps_row_orders else take(checkpoint, layout)
 
 
 def _entries(block: Mapping[str, Any]) -> dict[str, Any]:
@@ -150,7 +171,7 @@ class Planner:
         refused: Why mlx-lm's layout was tried and cannot be; "" where it was not tried.
     """
 
-    def __init__(self, chooser: Chooser, refused: str = "") -> None:
+    def __init__(self, chooser: Chooser, notes: Iterable[str] = (), refused: str = "") -> None:
         self.chooser, self.refused = chooser, refused
         self.checkpoint, self.format, self.layout = (
             chooser.checkpoint,
@@ -159,10 +180,18 @@ class Planner:
         )
         self.wishes, self.moved, self.mlx_lm = chooser.wishes, chooser.moved, chooser.mlx_lm
         kept = f"Tensors keep the source's names (--layout keep): {refused}"
-        self.notes = (*([kept] if refused else []), *self.checkpoint.notes, *self.layout.notes)
+        self.notes = (
+            *([kept] if refused else []),
+            *notes,
+            *self.checkpoint.notes,
+            *self.layout.notes,
+        )
 
-    def plan(self) -> Plan:
+    def plan(self, is_trial: bool = False) -> Plan:
         """Decide every layer, then place every byte.
+
+        Args:
+            is_trial: Whether a request that no layer fulfils is no error.
 
         Raises:
             UsageError: With all wishes that cannot be met.
@@ -176,6 +205,8 @@ class Planner:
         if self.chooser.problems:
             lines = "".join(f"\n  {problem}" for problem in self.chooser.problems)
             raise UsageError(f"{self.checkpoint.source}: wishes that cannot be met:{lines}")
+        if not is_trial and (why := unfulfilled(self.chooser, decided)):
+            raise UsageError(f"{self.checkpoint.source}: {why}")
         layers: list[LayerPlan] = []
         steps: list[Step] = []
         per_layer: dict[str, Quantization] = {}
@@ -208,6 +239,7 @@ class Planner:
                 *self.chooser.notes,
                 *notes_on(self.chooser, decided, layers, steps),
                 *self._on_names(layers, shards, config),
+                *nothing_quantized(self.chooser, decided),
                 *weighing,
             ),
             dropped=self.layout.dropped,

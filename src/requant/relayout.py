@@ -29,6 +29,8 @@ from requant.checkpoint import (
     JoinedTensor,
     SourceTensor,
     StoredTensor,
+    cut,
+    with_changes,
 )
 from requant.dtypes import KERNEL_FLOATS, NUMPY_DTYPE, TensorInfo
 from requant.errors import CheckpointError, Problem, RequantError, UsageError
@@ -190,7 +192,7 @@ class Relayout:
         for extent in output.extents:
             part = self.shown[extent.tensor].parts["weight"]
             for start, stop in extent.ranges:
-                yield from _cut(part, start, stop)
+                yield from cut(part, start, stop)
 
     def _quantized(self, name: str, sources: Sequence[SourceLayer]) -> SourceLayer:
         """Rows of one or more quantized layers, or the values of what cannot stay codes."""
@@ -311,7 +313,7 @@ def relayout(
         # Not our own reading of config.json: mlx-lm adds what generation_config.json says.
         made = checkpoint.gguf is not None
         config = deepcopy(dict(checkpoint.config)) if made else load_config(checkpoint.path)
-        config = without_blocks(config)  # it is shown the values that the codes stand for
+        config = without_blocks(with_changes(config, checkpoint.corrections))
         laid_out = partial(
             layout_in_any_form, quantization=quantization, recipe=recipe, dtype=dtype
         )
@@ -413,25 +415,15 @@ def _joined(name: str, info: TensorInfo, ranges: Iterator[FileRange]) -> SourceT
     return JoinedTensor(name, info, tuple(melted))
 
 
-def _cut(part: SourceTensor, start: int, stop: int) -> Iterator[FileRange]:
-    """Where the bytes ``start`` to ``stop`` of a tensor lie."""
-    assert not isinstance(part, ComputedTensor)
-    for piece in part.ranges:
-        low, high = max(start, 0), min(stop, piece.nbytes)
-        if low < high:
-            yield FileRange(piece.file, piece.offset + low, high - low)
-        start, stop = start - piece.nbytes, stop - piece.nbytes
-
-
 def _row_ranges(run: Rows, role: str) -> Iterator[FileRange]:
     """Where a part of a triple has these rows."""
     part = run.layer.parts[role]
     row_bytes = part.info.nbytes // prod(run.layer.shape[:-1])
     if run.step == 1:
-        yield from _cut(part, run.start * row_bytes, (run.start + run.count) * row_bytes)
+        yield from cut(part, run.start * row_bytes, (run.start + run.count) * row_bytes)
         return
     for row in range(run.start, run.start + run.count * run.step, run.step):
-        yield from _cut(part, row * row_bytes, (row + 1) * row_bytes)
+        yield from cut(part, row * row_bytes, (row + 1) * row_bytes)
 
 
 def _whole_units(run: Rows) -> bool:
@@ -460,7 +452,7 @@ def _global_scales(
         while row < run.count:
             at, within = divmod(run.start + row * run.step, each)
             into, filled = divmod(first + row, rows)
-            (scale,) = _cut(part, 4 * at, 4 * at + 4)
+            (scale,) = cut(part, 4 * at, 4 * at + 4)
             if found.setdefault(into, scale) != scale:
                 return None
             row += min(-(-(each - within) // run.step), rows - filled)

@@ -77,7 +77,7 @@ def recorded_errors(plan: Plan, outcome: Outcome) -> dict[str, tuple[float, floa
     return {layer: (error.relative_rms, error.max_steps) for layer, error in errors.items()}
 
 
-_COUNTS = ("nonfinite", "overflowed", "flushed_groups")
+_COUNTS = ("damaged", "nonfinite", "overflowed", "flushed_groups")
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ is not. Everything that is wrong is found in one run and raised in one Checkpoin
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,7 +23,7 @@ from requant.adapters import (
     holds_only_an_adapter,
     problems_in,
 )
-from requant.checkpoint import Checkpoint, SourceFile, StoredTensor, place_of
+from requant.checkpoint import COMPARED, Checkpoint, SourceFile, StoredTensor, place_of
 from requant.errors import CheckpointError, Problem, count, shown
 from requant.limits import (
     MAX_CONFIG_BYTES,
@@ -104,7 +105,17 @@ def read_folder(folder: Path, twins: Path | None = None) -> Checkpoint:
         quantization_files=MappingProxyType(described),
         metadata=MappingProxyType(reader.metadata),
         twins=twins,
+        compared={} if twins is None else _compared(twins),
     )
+
+
+def _compared(twins: Path) -> dict[str, bool]:
+    """What a stopped run found when it compared tensors of files that are gone since."""
+    try:
+        found = json.loads((twins / COMPARED).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return {key: value for key, value in found.items() if isinstance(value, bool)}
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:

@@ -38,9 +38,11 @@ def layer_steps(
     elif layer.encoding is None and target is None:
         yield _flat_step(layer.path, layer.parts["weight"], dtype, layer.row_order)
     elif layer.encoding == target:
-        for part in layer.parts.values():
-            floats = part.info.dtype in FLOATS and not part.name.endswith(".global_scale")
-            yield _flat_step(layer.path, part, wishes.dtype or part.info.dtype if floats else None)
+        assert target is not None
+        for role, part in layer.parts.items():
+            floats = part.info.dtype in FLOATS and role != "global_scale"
+            step = _flat_step(layer.path, part, wishes.dtype or part.info.dtype if floats else None)
+            yield step if role == "weight" else replace(step, scales_of=target.mode)
     elif layer.keeps_codes(target):
         yield from _packed_steps(layer, stored_rows(layer), target, dtype, wishes)
     else:

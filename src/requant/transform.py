@@ -19,9 +19,11 @@ from requant.adapters import problems_in
 from requant.arrays import Array, Backend, Weights, backend_for, native
 from requant.checkpoint import Checkpoint, StoredTensor
 from requant.choices import fit_group
+from requant.damage import damaged_parts
 from requant.dtypes import HEADER_NAME, NUMPY_DTYPE, TensorInfo
 from requant.errors import CheckpointError, InvariantError, UnsupportedDtypeError, count
 from requant.formats import SourceLayer, read_layout
+from requant.formats.empty import empty_weights
 from requant.formats.packing import Packing
 from requant.patterns import time_counted
 from requant.schema import PerLayerQuantization, Quantization
@@ -59,8 +61,8 @@ def transform_weights(
 
     Raises:
         CheckpointError: Everything that is wrong with the map, by tensor and key.
-        InvariantError: The map mixes array libraries, or there are layers whose fate must be
-            said and is not.
+        InvariantError: The map mixes array libraries, there are layers whose fate must be
+            said and is not, or scales hold NaN or infinity.
         UnsupportedDtypeError: A value is an array of neither library.
 
     Example:
@@ -80,7 +82,8 @@ def transform_weights(
     library = backend_for(weights)
     checkpoint = _InMemory.of(weights, library, quantization_config)
     layout = read_layout(checkpoint)[1]
-    if problems := [*problems_in(weights), *layout.problems]:
+    empty = empty_weights(checkpoint, layout)
+    if problems := [*problems_in(weights), *empty, *layout.problems]:
         raise CheckpointError("weights", problems)
     undecided = [layer.path for layer in layout.layers if layer.needs_wish and layer.kept is None]
     if undecided and otherwise is None:
@@ -193,12 +196,15 @@ def _transform(
     out = {role: np.empty(info.shape, NUMPY_DTYPE[info.dtype]) for role, info in infos.items()}
     flat = {role: array.reshape(packing.rows, -1) for role, array in out.items()}
     matrices = {role: _matrix(checkpoint.peek(part.name)) for role, part in layer.parts.items()}
-    scratch = _Fresh()
+    names, scratch = {role: part.name for role, part in layer.parts.items()}, _Fresh()
     for start, stop in _pieces(packing):
         parts = {
             role: np.ascontiguousarray(matrices[role][slice(*cut.rows), slice(*cut.columns)])
             for role, cut in packing.cuts(start, stop).items()
         }
+        damaged = damaged_parts(packing, names, parts, start, stop)
+        if damaged.damaged:
+            raise InvariantError(damaged.damage, layer=damaged.damaged_tensor)
         rows = {role: array[start:stop] for role, array in flat.items()}
         if target is not None and target == layer.encoding:
             packing.unpack(parts, start, stop, rows, scratch)

@@ -127,7 +127,7 @@ Change = Callable[[dict[str, Any], dict[str, Any]], Any]
         ),
         (
             lambda t, b: t.update({"up.weight_scale": np.array([np.nan], np.float32)}),
-            "up.weight_scale: holds NaN",
+            "up.weight_scale: scales hold NaN",
         ),
         (
             lambda t, b: t.update({"up.weight": np.full((2, 32), 3, np.uint8)}),

@@ -217,8 +217,3 @@ def test_damaged_folders_are_refused(change: Change, words: str, tmp_path: Path)
     change(tensors)
     source = write(tmp_path / "source", tensors, BLOCK)
     assert words in refusal(source, tmp_path / "out")
-
-
-def test_a_folder_without_codes_is_refused(tmp_path: Path) -> None:
-    source = write(tmp_path / "source", {"up.weight": np.zeros((12, 64), np.float16)}, BLOCK)
-    assert "no tensor ends in .SCB" in refusal(source, tmp_path / "out")

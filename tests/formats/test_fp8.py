@@ -313,7 +313,7 @@ CORRUPTIONS: list[tuple[str, dict[str, np.ndarray | None], dict[str, Any], tuple
         "NaN scale byte",
         {"up.weight_scale_inv": np.full((2, 2), 255, np.uint8).view(E8M0)},
         FP8,
-        ("up: ", "255, which is NaN"),
+        ("up.weight_scale_inv: scales hold NaN", "first in row 0"),
     ),
 ]
 

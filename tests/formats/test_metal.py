@@ -127,8 +127,3 @@ def test_damaged_folders_are_refused(change: Change, words: str, tmp_path: Path)
     change(tensors, config)
     source = write(tmp_path / "source", tensors, config)
     assert words in refusal(source, tmp_path / "out")
-
-
-def test_dense_weights_are_refused(tmp_path: Path) -> None:
-    source = write(tmp_path / "source", {"up.weight": np.zeros((4, 64), BF16)}, block())
-    assert "no layer has scales" in refusal(source, tmp_path / "out")

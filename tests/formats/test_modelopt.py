@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -266,9 +265,3 @@ def test_configs_that_cannot_be_met(config: dict[str, Any], words: str, tmp_path
     tensors = nvfp4() | {"head.weight": np.ones((4, 32), np.float32)}
     source = write(tmp_path / "source", tensors, config)
     assert words in refusal(source, tmp_path / "out")
-
-
-def test_dense_weights_under_an_algorithm_are_refused(tmp_path: Path) -> None:
-    tensors = {"up.weight": np.zeros((4, 32), ml_dtypes.bfloat16)}
-    source = write(tmp_path / "source", tensors, block("FP8"))
-    assert "no layer has a weight_scale" in refusal(source, tmp_path / "out")

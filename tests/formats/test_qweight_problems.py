@@ -163,11 +163,6 @@ FAULTS = {
     ),
     "an online rotation": (GPTQ, say(rotation="hadamard"), ("rotation", "Hadamard")),
     "a pattern that is none": (GPTQ, say(dynamic={"+:(": {"bits": 8}}), ("dynamic", "'+:('")),
-    "no quantized layer at all": (
-        GPTQ,
-        lambda tensors, _: [tensors.pop(n) for n in list(tensors) if n.rpartition(".")[2] in _OWN],
-        ("no layer has a .qweight",),
-    ),
     "codes with three axes": (
         GPTQ,
         put(f"{DOWN}.qweight", lambda a: a[None].copy()),

@@ -221,3 +221,31 @@ def test_formats_that_look_at_data_while_they_plan(tmp_path: Path) -> None:
     assert shards(tmp_path / "source") == []
     convert(tmp_path / "source", tmp_path / "out", **wishes, **CONSUME)
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("part", [0.5, 0.75, 0.95])
+@pytest.mark.parametrize("head", ["a copy", "its own"])
+def test_a_head_that_was_compared_with_the_embedding(
+    head: str, part: float, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """What is compared while planning may be gone when a stopped run is planned again."""
+    embedding = bf16(1200, 64, seed=20)
+    other = embedding.copy()
+    other[-1, -1] += 1
+    tensors = {
+        "model.embed_tokens.weight": embedding,
+        "a.weight": bf16(64, 128, seed=1),
+        "b.weight": bf16(64, 128, seed=2),
+        "lm_head.weight": embedding if head == "a copy" else other,
+    }
+    source = checkpoint(tensors, {"tie_word_embeddings": True}, shards=4)
+    convert(source, tmp_path / "whole", bits=4)
+    small = {"bits": 4, "threads": 1, "chunk_bytes": 9000}
+    with pytest.MonkeyPatch.context() as patch:
+        whole = count_of_a_pass(source, tmp_path, small)
+        stop_after(patch, whole + int(part * whole))  # the first pass computes everything
+        with pytest.raises(Stop):
+            convert(source, tmp_path / "out", **small, **CONSUME)
+    assert len(shards(source)) < 4
+    convert(source, tmp_path / "out", **small, **CONSUME)
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")

@@ -239,7 +239,8 @@ def test_packed_codes_without_a_block_are_refused(checkpoint: Callable[..., Path
 
 
 def test_float64_and_integers_stay_dense_with_the_reason(checkpoint: Callable[..., Path]) -> None:
-    source = checkpoint({"a.weight": np.zeros((8, 64)), "b.weight": np.zeros((8, 64), np.int32)})
+    tensors = {"a.weight": np.zeros((8, 64)), "b.weight": np.zeros((8, 64), np.int32)}
+    source = checkpoint(tensors | {"c.weight": np.zeros((8, 64), np.float32)})
     found = fates(plan(source, bits=4))
 
     assert found["a"] == ("dense", "F64", "dtype F64 cannot be quantized")

@@ -109,7 +109,7 @@ def convert(
     Examples:
       requant convert Llama-3.2-1B out --bits 4
       requant convert Llama-3.2-1B out --mode mxfp4
-      requant convert Llama-3.2-1B out --bits 4 --override 'lm_head=6'
+      requant convert Llama-3.2-1B out --bits 4 --override 'embed_tokens=6'
       requant convert Mixtral-8x7B out --bits 4 --layout mlx-lm
       requant convert Qwen3-30B-A3B out --recipe mixed_3_6
       requant convert Llama-3.2-1B out --bits 3 --search best

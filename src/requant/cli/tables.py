@@ -269,6 +269,7 @@ def warnings(report: Report) -> list[str]:
         "overflowed": ("value", "became infinite: too large for the dtype asked for"),
         "flushed_groups": ("group", "became zero: too small for the scales of the mode"),
         "nonfinite": ("value", "NaN or infinite: the layer stays dense"),
+        "damaged": ("scale or value", "NaN or infinite in the source, and left so"),
     }
     found = []
     for key, (word, what) in sentences.items():

@@ -36,6 +36,8 @@ Shared by several of them:
   checked after every format;
 * ``stacks``: experts that a reader knows one by one, or that are stored turned, with
   ``expert_packings`` for their rows and ``expert_shapes`` for which way they lie;
+* ``stale``: the step that reads any format, and a block that outlived its codes; ``empty``: weights
+  without values;
 * ``integer_layers``, ``float8_layers``, ``nvfp4_layers``: layers of one kind of code, of any
   tool; ``input_scaled``: any of them with a scale for each input;
 * ``float_packings``: FP8, FP4 and FP6 codes of any tool; ``row_blocks``: rows in the bits of one
