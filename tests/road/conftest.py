@@ -22,6 +22,8 @@ _HEADER_NAME = {
     np.dtype(np.int32): "I32",
     np.dtype(np.int64): "I64",
     np.dtype(np.int16): "I16",
+    np.dtype(np.uint16): "U16",
+    np.dtype(np.bool_): "BOOL",
     np.dtype(np.uint8): "U8",
     np.dtype(np.int8): "I8",
     np.dtype(ml_dtypes.float8_e4m3fn): "F8_E4M3",

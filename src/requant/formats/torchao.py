@@ -65,6 +65,7 @@ class _Reader:
             path, _, last = name.rpartition(".")
             if last.startswith(_PREFIX):
                 parts.setdefault(path, {})[last.removeprefix(_PREFIX)] = tensor
+        parts = {path: tensors for path, tensors in parts.items() if "qdata" in tensors}
         for path, tensors in parts.items():
             for role in tensors.keys() & {"act_per_tensor_scale", "act_scale"}:
                 sorter.drop(tensors[role].name, _ACTIVATIONS)
@@ -151,9 +152,8 @@ class _Reader:
         }
         if kind not in make:
             raise Refused(path, f"is of type {shown(kind)}; known are {', '.join(make)}")
-        for role in ("qdata", "scale"):
-            if role not in tensors:
-                raise Refused(path, f"has no {path}.{_PREFIX}{role}")
+        if "scale" not in tensors:
+            raise Refused(path, f"has no {path}.{_PREFIX}scale")
         qdata, scale = tensors["qdata"], tensors["scale"]
         if len(qdata.info.shape) != 2 or 0 in (*qdata.info.shape, *scale.info.shape):
             raise Refused(qdata.name, f"{qdata.info}, expected a matrix")
