@@ -10,7 +10,7 @@ import pytest
 import requant
 from requant.schema import Quantization
 from tests.formats import packers
-from tests.formats.folders import refusal
+from tests.formats.folders import BF16, e4m3, refusal
 from tests.formats.harness import read_folder
 from tests.formats.sources import SOURCES, Source, Tensors
 
@@ -347,3 +347,103 @@ def test_act_order_is_not_moved_past_a_layer_of_another_kind(tmp_path: Path) -> 
         got = again[f"mlp.{name}.weight"].astype(np.float32)
         want = wanted[f"mlp.{name}.weight"][rows]
         assert np.abs(got - want).max() <= 0.02 * np.abs(want).max(), name
+
+
+# -- bits, groups and blocks ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "value"),
+    [
+        ("gptq", ("bits",), 8),
+        ("gptq", ("group_size",), 64),
+        ("gptq", ("group_size",), -1),
+        ("gptq", ("dynamic",), {"+:up": {"bits": 8, "group_size": 128}}),
+        ("awq", ("bits",), 8),
+        ("awq", ("group_size",), 128),
+        ("awq", ("version",), "gemv"),
+        ("auto-round", ("bits",), 2),
+        ("auto-round", ("extra_config",), {"up": {"bits": 8, "group_size": 128}}),
+        ("ct-int4", ("config_groups", "group_0", "weights", "num_bits"), 8),
+        ("ct-int4", ("config_groups", "group_0", "weights", "group_size"), 64),
+        ("modelopt-nvfp4", ("quant_algo",), "FP8"),
+        ("modelopt-fp8", ("quant_algo",), "W4A16_AWQ"),
+        ("hqq", ("quant_config", "weight_quant_params", "group_size"), 64),
+        ("quark", ("global_quant_config", "weight", "dtype"), "uint4"),
+        ("fp-quant", ("forward_dtype",), "nvfp4"),
+    ],
+)
+def test_shapes_are_believed_over_the_config(
+    name: str, keys: tuple[str, ...], value: object, tmp_path: Path
+) -> None:
+    """With a note of both, or, where not everything is told by shapes, a refusal of both."""
+    source = SOURCES[name]()
+    part = source.config["quantization_config"]
+    for key in keys[:-1]:
+        part = part[key]
+    part[keys[-1]] = value
+    folder = source.write(tmp_path / "source")
+    if name == "fp-quant":
+        assert "up.scales" in refusal(folder, tmp_path / "out")
+        return
+    made, _ = dense_of(folder, tmp_path / "out")
+    check_values(made, source.values)
+    assert "up" in notes_of(folder)
+
+
+@pytest.mark.parametrize("first", ["fp8", "gptq"])
+def test_a_grid_that_is_not_of_the_blocks_that_the_config_names(first: str, tmp_path: Path) -> None:
+    source = SOURCES["fp8"]()
+    random = np.random.default_rng(0)
+    codes, grid = e4m3(256, 256), random.uniform(0.5, 2, (2, 2)).astype(np.float32)
+    source.tensors |= {"up.weight": codes, "up.weight_scale_inv": grid}
+    source.values["up"] = codes.astype(np.float32) * grid.repeat(128, 0).repeat(128, 1)
+    block = source.config["quantization_config"] | {"weight_block_size": [64, 64]}
+    source.config["quantization_config"] = block | {"quant_method": first}
+    folder = source.write(tmp_path / "source")
+    made, _ = dense_of(folder, tmp_path / "out")
+    check_values(made, source.values)
+    assert "weight_block_size is not the blocks of up" in notes_of(folder)
+
+
+@pytest.mark.parametrize("first", ["gptq", "modelopt-nvfp4", "ct-int4"])
+@pytest.mark.parametrize("change", ["a scale of a tensor as a grid", "a scale of inputs"])
+def test_what_is_not_whole_is_not_read(first: str, change: str, tmp_path: Path) -> None:
+    """A grid of which one number is left; a further tensor that no reader takes."""
+    source, other = SOURCES[first](), SOURCES["fp8"]()
+    other.tensors["up.weight"] = e4m3(256, 256)
+    if change == "a scale of inputs":
+        other.tensors["up.weight_scale_inv"] = np.ones((2, 2), np.float32)
+        other.tensors["up.pre_quant_scale"] = np.ones(256, BF16)
+    both = beside(source, other)
+    text = refusal(both.write(tmp_path / "source"), tmp_path / "out", bits=8)
+    assert "other.up" in text
+
+
+def test_plain_bytes_are_no_fp8_where_fp8_has_its_name(tmp_path: Path) -> None:
+    source = SOURCES["fp8"]()
+    bytes_of = np.random.default_rng(0).integers(0, 120, (16, 128), np.uint8)
+    source.tensors |= {"gate.weight": bytes_of, "gate.weight_scale": np.ones(1, BF16)}
+    text = refusal(source.write(tmp_path / "source"), tmp_path / "out", bits=8)
+    assert "gate.weight: U8 [16, 128] beside gate.weight_scale may be anything but FP8" in text
+
+
+@pytest.mark.parametrize("method", ["fp8", "bitnet", "compressed-tensors"])
+def test_plain_bytes_of_mx_load(method: str) -> None:
+    """In memory FP8 has no name: the config's word decides."""
+    codes = e4m3(64, 128)
+    weights = {
+        "up.weight": codes.view(np.uint8),
+        "up.weight_scale": np.full((64, 1), 0.375, np.float32),
+    }
+    block: dict[str, object] = {"quant_method": method}
+    if method == "compressed-tensors":
+        group = {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "float"}}
+        block["config_groups"] = {"group_0": group}
+    if method == "bitnet":
+        with pytest.raises(requant.CheckpointError, match=r"up\.weight"):
+            requant.transform_weights(weights, block, otherwise="dense")
+        return
+    made, _ = requant.transform_weights(weights, block, otherwise="dense")
+    wanted = (codes.astype(np.float32) * np.float32(0.375)).astype(made["up.weight"].dtype)
+    assert np.array_equal(made["up.weight"], wanted)

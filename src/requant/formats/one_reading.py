@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, Final
 
 from requant.dtypes import FLOATS
 from requant.formats.base import SourceLayer
 from requant.formats.bnb_packings import BnbInt8
+from requant.formats.declared import Declared
 from requant.formats.float_packings import Float8, MxBlocks
 from requant.formats.qweight_config import METHODS
 
@@ -65,6 +66,21 @@ def is_float8_of_bytes(layer: SourceLayer) -> bool:
         return False
     of_floats = scale.info.dtype in FLOATS and not scale.name.endswith("_inv")
     return weight.info.dtype == "U8" and of_floats
+
+
+def in_other_blocks(found: Declared | None, layers: Iterable[SourceLayer]) -> list[str]:
+    """FP8 layers whose grid of scales is not that of the blocks that the config names."""
+    said = None if found is None else found.get("weight_block_size")
+    if not isinstance(said, list) or len(said) != 2:
+        return []
+    packed = ((layer.path, layer.packing) for layer in layers)
+    return [
+        path
+        for path, packing in packed
+        if isinstance(packing, Float8)
+        and packing.tile[1] != packing.columns
+        and list(packing.tile) != said
+    ]
 
 
 def demands_more(block: Mapping[str, Any]) -> bool:

@@ -23,6 +23,7 @@ from requant.formats.left_qweights import read_qweights
 from requant.formats.one_reading import (
     OWN_NAMES,
     demands_more,
+    in_other_blocks,
     is_certain,
     is_float8_of_bytes,
     says_float8,
@@ -87,13 +88,19 @@ def read_each_layer(
     """
     step = _Step(known, formats, checkpoint)
     layout = step.layout
-    if not any(_holds_codes(tensor) for tensor in step.left.values()):
-        return layout, 0
-    step.read_without_what_shapes_tell()
-    step.read_as_others()
-    if not step.taken.layers and not step.taken.problems:
-        return layout, 0
-    return step.joined(), step.taken.against
+    if any(_holds_codes(tensor) for tensor in step.left.values()):
+        step.read_without_what_shapes_tell()
+        step.read_as_others()
+        if step.taken.layers or step.taken.problems:
+            layout = step.joined()
+    odd = in_other_blocks(step.found, layout.layers)
+    if odd and step.found is not None:
+        note = (
+            f"{step.found.where}.weight_block_size is not the blocks of {few(odd, _NAMED)}: the "
+            "grid of their scales is believed."
+        )
+        layout = replace(layout, notes=(*layout.notes, note))
+    return layout, step.taken.against + len(odd)
 
 
 def _holds_codes(tensor: SourceTensor) -> bool:
@@ -110,9 +117,10 @@ class _Step:
         self.found = declared(checkpoint)
         self.layout = layout = self._by_format(checkpoint)
         self.taken = _Taken()
-        gone = {name for name, _ in layout.dropped}
+        gone: set[str] = set()
+        refused = {place for problem in layout.problems for place in _places(problem.where)}
         for layer in layout.layers:
-            if layer.is_quantized:
+            if layer.is_quantized and layer.path not in refused:
                 gone |= _used(layer)
         self.left = {n: t for n, t in checkpoint.tensors.items() if n not in gone}
         self._scales = ScaleNames(checkpoint.tensors)
@@ -316,6 +324,13 @@ class _Step:
             folds=folds,
             unfulfilled=None if taken.layers else layout.unfulfilled,
         )
+
+
+def _places(where: str) -> Iterator[str]:
+    """A path, and the paths that it lies below."""
+    while where:
+        yield where
+        where = where.rpartition(".")[0]
 
 
 def _used(layer: SourceLayer) -> set[str]:

@@ -1,0 +1,165 @@
+"""Entries of MLX's block that say less than all, or what the tensors contradict."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import requant
+from tests.formats.folders import refusal
+from tests.formats.harness import read_folder
+
+DEFAULT = {"group_size": 64, "bits": 4}
+UP = {"affine-6": (64, 6, "affine"), "affine-32": (32, 4, "affine")}
+UP |= {"mxfp4": (32, 4, "mxfp4"), "mxfp8": (32, 8, "mxfp8"), "nvfp4": (16, 4, "nvfp4")}
+
+
+def folder(
+    place: Path, block: Any, up: tuple[int, int, str] = (64, 4, "affine"), **config: Any
+) -> Path:
+    """``down`` is 4-bit g64, ``up`` as said; written by MLX."""
+    place.mkdir()
+    random = mx.random.key(0)
+    tensors = {}
+    layers = {"down": (64, 4, "affine"), "up": up}
+    for path, (group, bits, mode) in layers.items():
+        weight = mx.random.normal((64, 128), key=random).astype(mx.bfloat16)
+        made = mx.quantize(weight, group_size=group, bits=bits, mode=mode)
+        roles = ("weight", "scales", "biases")
+        tensors |= {f"{path}.{role}": x for role, x in zip(roles, made, strict=False)}
+    mx.save_safetensors(str(place / "model.safetensors"), tensors)
+    whole = {"model_type": "some_model", "quantization": block} | config
+    (place / "config.json").write_text(json.dumps(whole))
+    return place
+
+
+def notes_of(source: Path, output: Path, up: tuple[int, int, str]) -> list[str]:
+    """The notes, once the output is the source's tensors with the encodings that they have."""
+    report = requant.convert(source, output, layout="keep")
+    before, after = read_folder(source), read_folder(output)
+    assert before.keys() == after.keys()
+    assert all(after[name].tobytes() == before[name].tobytes() for name in before)
+    text = (output / "config.json").read_text()
+    block = requant.parse_quantization(text)
+    assert block is not None
+    assert block.quantization_for("up") == requant.Quantization(*up)
+    assert block.quantization_for("down") == requant.Quantization.affine(64, 4)
+    return list(report.plan.notes)
+
+
+@pytest.mark.parametrize(
+    ("up", "entry"),
+    [
+        ("affine-6", {"bits": 6}),
+        ("affine-6", {"bits": 6, "group_size": None}),
+        ("affine-6", {"bits": 6, "mode": None}),
+        ("affine-6", {"bits": 6, "mode": "affine", "remark": "x"}),
+        ("affine-32", {"group_size": 32}),
+        ("affine-32", {"group_size": 32, "bits": None}),
+        ("affine-32", {"bits": 4}),  # the default of 64 does not fit, 32 alone does
+        ("mxfp4", {"mode": "mxfp4"}),
+        ("mxfp4", {"mode": "mxfp4", "bits": 4}),
+        ("mxfp8", {"mode": "mxfp8", "group_size": 32}),
+        ("nvfp4", {"mode": "nvfp4", "group_size": None, "bits": None}),
+    ],
+)
+def test_an_entry_that_says_less(up: str, entry: dict[str, Any], tmp_path: Path) -> None:
+    source = folder(tmp_path / "source", DEFAULT | {"up": entry}, UP[up])
+    notes = notes_of(source, tmp_path / "out", UP[up])
+    assert not any("believed" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    "block", [{"bits": 4}, {"group_size": 64}, {"mode": "affine"}, {"bits": 4, "group_size": None}]
+)
+def test_a_block_that_says_less(block: dict[str, Any], tmp_path: Path) -> None:
+    source = folder(tmp_path / "source", block)
+    notes_of(source, tmp_path / "out", (64, 4, "affine"))
+
+
+@pytest.mark.parametrize("up", ["mxfp4", "mxfp8", "nvfp4"])
+@pytest.mark.parametrize("entry", [False, None, {"group_size": 64, "bits": 4}, {"mode": "affine"}])
+def test_scales_that_are_bytes_leave_one_mode(up: str, entry: Any, tmp_path: Path) -> None:
+    source = folder(tmp_path / "source", DEFAULT | {"up": entry}, UP[up])
+    notes = notes_of(source, tmp_path / "out", UP[up])
+    found = [note for note in notes if "its tensors leave one reading" in note]
+    assert len(found) == 1
+    assert "config.json: quantization.up" in found[0]
+    assert up in found[0]
+
+
+def test_float_codes_that_the_block_does_not_name(tmp_path: Path) -> None:
+    source = folder(tmp_path / "source", DEFAULT, UP["nvfp4"])
+    notes = notes_of(source, tmp_path / "out", UP["nvfp4"])
+    assert any("says affine 4-bit g64 of up, but" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("up", "entry", "words"),
+    [
+        (
+            "affine-6",
+            {"group_size": 64, "bits": 4},
+            "fit affine 3-bit g128 or affine 6-bit g64",
+        ),
+        ("affine-6", False, "is false, yet up.scales stands in the checkpoint"),
+        ("affine-6", None, "is false, yet up.scales stands in the checkpoint"),
+        ("affine-6", {"bits": "6"}, "'bits' must be an integer, got '6'"),
+        ("affine-6", {"bits": 6.0}, "'bits' must be an integer, got 6.0"),
+        ("affine-6", {"bits": 6, "mode": "int"}, "'mode' must be one of affine"),
+        ("affine-6", {"bits": 6, "mode": 1}, "'mode' must be one of affine"),
+        ("affine-6", "6 bits", "must be false or a quantization object, got '6 bits'"),
+        ("affine-6", 6, "must be false or a quantization object, got 6"),
+        ("affine-6", [6], "must be false or a quantization object, got [6]"),
+        ("affine-6", {"bits": 7}, "7"),
+    ],
+)
+def test_what_is_wrong_is_named_by_its_entry(
+    up: str, entry: Any, words: str, tmp_path: Path
+) -> None:
+    source = folder(tmp_path / "source", DEFAULT | {"up": entry}, UP[up])
+    text = refusal(source, tmp_path / "out")
+    assert "config.json: quantization.up" in text
+    assert words in text, text
+
+
+def test_every_entry_is_named_in_one_run(tmp_path: Path) -> None:
+    block = DEFAULT | {"up": {"bits": "6"}, "down": {"group_size": []}}
+    text = refusal(folder(tmp_path / "source", block), tmp_path / "out")
+    assert "config.json: quantization.up: 'bits'" in text
+    assert "config.json: quantization.down: 'group_size'" in text
+
+
+def test_remarks_of_other_tools_name_no_layer(tmp_path: Path) -> None:
+    block = DEFAULT | {"dataset": "wikitext", "version": 2, "tuned": None, "gone": {"bits": "x"}}
+    text = refusal(folder(tmp_path / "source", block), tmp_path / "out")
+    assert "config.json: quantization.gone: 'bits'" in text
+    del block["gone"]
+    notes_of(folder(tmp_path / "b", block), tmp_path / "out", (64, 4, "affine"))
+
+
+def test_the_default_is_named_as_the_block(tmp_path: Path) -> None:
+    text = refusal(folder(tmp_path / "source", {"group_size": "64", "bits": 4}), tmp_path / "out")
+    assert "config.json: quantization: 'group_size' must be an integer, got '64'" in text
+
+
+@pytest.mark.parametrize("key", ["quantization", "quantization_config"])
+def test_in_a_section(key: str, tmp_path: Path) -> None:
+    source = folder(tmp_path / "source", None, text_config={key: DEFAULT, "hidden_size": 128})
+    notes_of(source, tmp_path / "out", (64, 4, "affine"))
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["text_config"] == {"hidden_size": 128}
+
+
+def test_values_are_mlx_s(tmp_path: Path) -> None:
+    source = folder(tmp_path / "source", DEFAULT | {"up": {"bits": 6}}, UP["affine-6"])
+    requant.convert(source, tmp_path / "out", layout="keep", dequantize=True, dtype="float32")
+    stored = mx.load(str(source / "model.safetensors"))
+    parts = [stored[f"up.{role}"] for role in ("weight", "scales", "biases")]
+    wanted = mx.dequantize(*parts, group_size=64, bits=6).astype(mx.float32)
+    assert np.array_equal(read_folder(tmp_path / "out")["up.weight"], np.array(wanted))
