@@ -1,7 +1,8 @@
 """compressed-tensors folders (llm-compressor, Kimi): integer, FP8, FP4 and FP6 layers.
 
 The tensors of a layer tell its format; the config says what no shape can (the width of padded
-codes, the group of a ragged row), and where the two contradict each other the layer is refused.
+codes, the group of a ragged row). Where the two contradict each other the layer is refused here;
+``other_layers`` reads it if shapes leave one reading.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ _DECIDING = (
     "forward_dtype",
 )
 # Names of one thing in the configs of different tools (AutoAWQ, llm-awq, AutoGPTQ, GPTQModel).
-_ALIASES = {
+ALIASES: Final = {
     "bits": ("bits", "w_bit", "wbits", "weight_bits", "num_bits", "nbits"),
     "group_size": ("group_size", "q_group_size", "groupsize"),
     "quant_method": ("quant_method", "method"),
@@ -64,7 +64,7 @@ class Declared:
 
     def get(self, key: str, default: Any = None) -> Any:
         """A value under any of the names that tools give it."""
-        for name in _ALIASES.get(key, (key,)):
+        for name in ALIASES.get(key, (key,)):
             if self.block.get(name) is not None:
                 return self.block[name]
         return default

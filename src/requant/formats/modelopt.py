@@ -2,7 +2,7 @@
 
 The config stands in config.json or, in older folders, in hf_quant_config.json alone. Tensors
 tell how a layer is stored; where the algorithm that the config names contradicts them, the
-layer is refused.
+layer is refused here, and read by ``other_layers``.
 """
 
 from __future__ import annotations

@@ -8,14 +8,12 @@ from typing import Any, Final
 from requant.dtypes import FLOATS
 from requant.formats.base import SourceLayer
 from requant.formats.bnb_packings import BnbInt8
-from requant.formats.declared import Declared
+from requant.formats.declared import ALIASES, Declared
 from requant.formats.float_packings import Float8, MxBlocks
 from requant.formats.qweight_config import METHODS
 
 # What shapes tell too; where the two contradict each other, shapes are believed.
-_BITS: Final = ("bits", "w_bit", "wbits", "weight_bits", "num_bits", "nbits")
-_GROUPS: Final = ("group_size", "q_group_size", "groupsize")
-_TOLD_BY_SHAPES: Final = frozenset((*_BITS, *_GROUPS, "quant_algo"))
+_TOLD_BY_SHAPES: Final = frozenset((*ALIASES["bits"], *ALIASES["group_size"], "quant_algo"))
 # Integer layers with these names are the format's own; where its config demands a tensor that is
 # missing (zeros, an order of inputs), they are not what they seem.
 OWN_NAMES: Final[Mapping[str, tuple[str, ...]]] = {

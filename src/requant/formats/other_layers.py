@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Final
 
 from requant.checkpoint import Checkpoint, SourceTensor
@@ -123,13 +124,20 @@ class _Step:
             if layer.is_quantized and layer.path not in refused:
                 gone |= _used(layer)
         self.left = {n: t for n, t in checkpoint.tensors.items() if n not in gone}
-        self._scales = ScaleNames(checkpoint.tensors)
-        self._inside: dict[str, set[str]] = {}
-        for name in checkpoint.tensors:
+
+    @cached_property
+    def _scales(self) -> ScaleNames:
+        return ScaleNames(self.checkpoint.tensors)
+
+    @cached_property
+    def _inside(self) -> dict[str, set[str]]:
+        """Path -> the tensors whose names have one part more, or "weight" and one part more."""
+        inside: dict[str, set[str]] = {}
+        for name in self.checkpoint.tensors:
             path = name.rpartition(".")[0]
-            # bitsandbytes: up.weight.absmax, which belongs to up
             for each in {path, path.removesuffix(".weight")}:
-                self._inside.setdefault(each, set()).add(name)
+                inside.setdefault(each, set()).add(name)
+        return inside
 
     # -- readings ------------------------------------------------------------------------
 

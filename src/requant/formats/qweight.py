@@ -1,8 +1,8 @@
 """Folders of AutoAWQ, llm-awq, AutoGPTQ, GPTQModel and AutoRound: layers with a ``qweight``.
 
 The shapes of a layer's tensors tell its layout and width; the config says what no shape can
-(how zeros are stored, the group of a padded layer), and where the two contradict each other
-the layer is refused.
+(how zeros are stored, the group of a padded layer). Where the two contradict each other the layer
+is refused here; ``other_layers`` reads it if shapes leave one reading.
 """
 
 from __future__ import annotations
