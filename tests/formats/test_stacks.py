@@ -402,9 +402,30 @@ def cases() -> list[Any]:
     for key, make in STACKS.items():
         kind = key.partition(" (")[0]
         for naming in NAMINGS if kind not in seen else ["vllm"]:
+            if naming == "modelopt" and is_foreign(make()):
+                continue  # test_foreign_stacks
             found.append(pytest.param(make, naming, id=f"{key}-{naming}"))
         seen.add(kind)
     return found
+
+
+def is_foreign(stack: Stack) -> bool:
+    """Whether the names of ModelOpt are all that tells how a stack is stored, in another folder."""
+    bare = {"weight", "weight_scale"} <= stack.parts.keys()
+    return bare and stack.block.get("quant_method") != "modelopt"
+
+
+@pytest.mark.parametrize("key", [key for key, make in STACKS.items() if is_foreign(make())])
+def test_foreign_stacks(key: str, tmp_path: Path) -> None:
+    """Refused by name; under the name that the message gives they are read."""
+    stack = STACKS[key]()
+    source = write(tmp_path / "source", named(stack.parts, modelopt), stack.block, model_type="moe")
+    with pytest.raises(requant.CheckpointError) as error:
+        requant.plan(source, layout="keep", dequantize=True)
+    (problem,) = error.value.problems
+    assert problem.where == f"{PLACE}.gate_up_proj"
+    assert f"{PLACE}.gate_up_proj_weight_scale beside it" in problem.message
+    assert problem.message.endswith(f"call the scale {PLACE}.gate_up_proj_scale")
 
 
 @pytest.mark.parametrize(("make", "naming"), cases())

@@ -33,7 +33,7 @@ Shared by several of them:
   ``exclusions``: layers that a config calls dense and that are not;
 * ``scale_names``: what tools call scales and zero points; ``layer_names``: tensors of layers and
   stacks by role, whatever they are called; ``unclaimed``: nothing coded leaves as a dense tensor,
-  checked after every format;
+  checked after every format, as ``foreign_stacks`` is: stacks under names of another tool;
 * ``stacks``: experts that a reader knows one by one, or that are stored turned, with
   ``expert_packings`` for their rows and ``expert_shapes`` for which way they lie;
 * ``stale``: the step that reads any format, and a block that outlived its codes; ``empty``: weights
@@ -70,6 +70,7 @@ from requant.formats.declared import (
 )
 from requant.formats.dense import Dense
 from requant.formats.exclusions import with_exclusions
+from requant.formats.foreign_stacks import foreign_stacks
 from requant.formats.fp8 import Fp8
 from requant.formats.fp_quant import FpQuant
 from requant.formats.gguf import Gguf
@@ -166,6 +167,8 @@ def _read(checkpoint: Checkpoint) -> tuple[Format, SourceLayout, int]:
     else:
         layout = found.read(checkpoint)
     layout = check_unclaimed(checkpoint, layout, found)
+    if foreign := tuple(foreign_stacks(checkpoint, layout)):
+        layout = replace(layout, problems=(*layout.problems, *foreign))
     floats = float_form(checkpoint)
     if floats and not layout.problems and not any(layer.is_quantized for layer in layout.layers):
         return Dense(floats), layout, against

@@ -17,7 +17,7 @@ from requant.schema import PerLayerQuantization, Quantization
 
 
 class NoReading(Problem):
-    """The config gives a layer a kind of codes that no reader knows."""
+    """A layer that no other reader may take: of a kind that none knows, or known to lack a part."""
 
     __slots__ = ()
 

@@ -105,13 +105,14 @@ def nvfp4_without_tensor_scale(
     message = f"has E4M3 scales of NVFP4, but no {missing}"
     other = next((x for end in _ENDINGS for x in sorter.parts if x.endswith(end)), None)
     if len(sorter.checkpoint.tensors[weight.name].info.shape) < 3:
-        raise Refused(path, message)
+        raise Refused(path, message, unknown=True)
     if other is not None:
-        raise Refused(path, f"{message}; other layers have theirs ({sorter.parts[other].name})")
+        theirs = f"other layers have theirs ({sorter.parts[other].name})"
+        raise Refused(path, f"{message}; {theirs}", unknown=True)
     stored = sorter.checkpoint.peek(scale.name).view(ml_dtypes.float8_e4m3fn)
     if (np.abs(stored.astype(np.float32)) >= _LARGEST).any():
         why = f"and scales of {_LARGEST:g}, as only a tensor scale leaves them"
-        raise Refused(path, f"{message}, {why}: the source is incomplete")
+        raise Refused(path, f"{message}, {why}: the source is incomplete", unknown=True)
     if _BARE not in sorter.notes:
         sorter.notes.append(_BARE)
     return nvfp4_layer(sorter.checkpoint, sorter, path, weight, scale, None, divides=False)

@@ -50,7 +50,8 @@ class Refused(Exception):
     Args:
         where: A tensor or layer.
         message: What was found and what was expected.
-        unknown: Whether the config names a kind of codes that no reader knows.
+        unknown: Whether no other reader may take the layer: the config names a kind of codes
+            that none knows, or the layer is known to lack a part.
     """
 
     def __init__(self, where: str, message: str, *, unknown: bool = False) -> None:
