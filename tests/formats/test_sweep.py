@@ -127,7 +127,7 @@ def test_stacks(name: str, dtype: str) -> None:
     for codes, scale in STACK_NAMES:
         source = dense() if name == "dense" else SOURCES[name]()
         source.tensors |= {codes: STACKS[dtype], scale: np.ones((2, 64, 37), BF16)}
-        assert outcome(source, (codes,)) != "read", (codes, scale)
+        assert outcome(source, (codes, scale)) != "read", (codes, scale)
 
 
 def dense() -> Source:
@@ -223,6 +223,22 @@ def test_a_second_layer_of_floats_beside_the_scales_of_the_first(name: str) -> N
         stale = f"{path}.weight_packed"
     source.tensors[stale] = np.ones((OUT, IN), BF16)
     assert outcome(source, (path,)) != "read"
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_else_lies_in_a_quantized_layer(name: str) -> None:
+    """A factor under a name that nobody knows may belong to the arithmetic; a bias is known."""
+    source = SOURCES[name]()
+    path = next(iter(source.values))
+    joint = "_" if name == "mxfp4" else "."
+    for role in ("factor", "rescale", "gamma"):
+        source.tensors[f"{path}{joint}{role}"] = np.full(OUT, 2, BF16)
+        assert outcome(source, (f"{path}{joint}{role}",)) != "read"
+        del source.tensors[f"{path}{joint}{role}"]
+    bias = np.ones(OUT, np.float32)
+    source.tensors[f"{path}{joint}bias"] = bias
+    source.values[f"{path}{joint}bias"] = bias
+    assert outcome(source) == "read"
 
 
 # -- what configs say --------------------------------------------------------------------------

@@ -187,7 +187,11 @@ Change = Callable[[dict[str, Any], dict[str, Any]], Any]
         ("Int4TilePackedTo4dTensor", None, "codes in the order of a GPU kernel, not read"),
         ("Int4PlainInt32Tensor", None, "codes in the order of a GPU kernel, not read"),
         ("AffineQuantizedTensor", None, "is of type 'AffineQuantizedTensor'; known are Int8Tensor"),
-        ("Int8Tensor", lambda p, d: p.pop("qdata"), "up._weight_scale: F32 [4, 1] has no codes beside it"),
+        (
+            "Int8Tensor",
+            lambda p, d: p.pop("qdata"),
+            "up._weight_scale: F32 [4, 1] has no codes beside it",
+        ),
         ("Int8Tensor", lambda p, d: p.pop("scale"), "up: has no up._weight_scale"),
         (
             "Int8Tensor",
