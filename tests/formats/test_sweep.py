@@ -228,6 +228,22 @@ def test_a_second_layer_of_floats_beside_the_scales_of_the_first(name: str) -> N
     assert outcome(source, (path,)) != "read"
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_else_lies_in_a_quantized_layer(name: str) -> None:
+    """A factor under a name that nobody knows may belong to the arithmetic; a bias is known."""
+    source = SOURCES[name]()
+    path = next(iter(source.values))
+    joint = "_" if name == "mxfp4" else "."
+    for role in ("factor", "rescale", "gamma"):
+        source.tensors[f"{path}{joint}{role}"] = np.full(OUT, 2, BF16)
+        assert outcome(source, (f"{path}{joint}{role}",)) != "read"
+        del source.tensors[f"{path}{joint}{role}"]
+    bias = np.ones(OUT, np.float32)
+    source.tensors[f"{path}{joint}bias"] = bias
+    source.values[f"{path}{joint}bias"] = bias
+    assert outcome(source) == "read"
+
+
 # -- what configs say --------------------------------------------------------------------------
 
 LISTS = ("modules_to_not_convert", "ignore", "ignored_layers", "exclude_modules", "exclude")

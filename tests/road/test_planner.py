@@ -239,12 +239,13 @@ def test_packed_codes_without_a_block_are_refused(checkpoint: Callable[..., Path
 
 
 def test_float64_and_integers_stay_dense_with_the_reason(checkpoint: Callable[..., Path]) -> None:
-    tensors = {"a.weight": np.zeros((8, 64)), "b.weight": np.zeros((8, 64), np.int32)}
-    source = checkpoint(tensors | {"c.weight": np.zeros((8, 64), np.float32)})
+    table = {"gate.tid2eid.weight": np.zeros((8, 64), np.int32)}  # no codes: experts by token
+    tensors = {"a.weight": np.zeros((8, 64)), "c.weight": np.zeros((8, 64), np.float32)}
+    source = checkpoint(tensors | table)
     found = fates(plan(source, bits=4))
 
     assert found["a"] == ("dense", "F64", "dtype F64 cannot be quantized")
-    assert found["b"] == ("dense", "I32", "dtype I32 cannot be quantized")
+    assert found["gate.tid2eid"] == ("dense", "I32", "dtype I32 cannot be quantized")
     made = plan(source, bits=4, dtype="float32")
     assert fates(made)["a"][:2] == ("quantized", "affine 4-bit g64")
     assert any("MLX cannot load" in note for note in plan(source, bits=4).notes)

@@ -86,12 +86,15 @@ class _Unclaimed:
         self.tensors: dict[str, SourceTensor] = {}  # that no quantized layer has
         self.layers: dict[str, SourceLayer] = {}  # quantized, by path
         self.owner: dict[str, str] = {}  # part of a quantized layer -> its path
+        self.stacks: dict[str, SourceLayer] = {}  # of them, those whose codes are no "path.x"
         self.decoded: set[str] = set()  # blocks of a GGUF vector, say: other bytes go out
         for layer in layout.layers:
             names = {part.name: part for part in (*layer.parts.values(), *layer.carried.values())}
             if layer.is_quantized:
                 self.layers[layer.path] = layer
                 self.owner |= dict.fromkeys(names, layer.path)
+                if not any(name.startswith(f"{layer.path}.") for name in names):
+                    self.stacks[layer.path] = layer
             else:
                 self.tensors |= names
                 if layer.packing is not None:
@@ -242,16 +245,23 @@ class _Unclaimed:
     def _of_layers(self) -> Iterator[Problem]:
         """What lies in a quantized layer under another name may be a part of its arithmetic."""
         for name, tensor in self.tensors.items():
-            path, _, role = name.rpartition(".")
-            if name in self.seen or role.endswith(("bias", *_TABLE_NAMES)):
-                continue
-            layer = self.layers.get(path) if role != "weight" else None
+            layer = None if name in self.seen else self._layer_of(name)
             if layer is not None:
                 yield Problem(
                     name,
-                    f"{tensor.info} lies in {path}, which is read as {layer.stored_as} without it; "
-                    "remove it if it is stale" + self._due(f"{path}.weight"),
+                    f"{tensor.info} lies in {layer.path}, which is read as {layer.stored_as} "
+                    f"without it; remove it if it is stale{self._due(f'{layer.path}.weight')}",
                 )
+
+    def _layer_of(self, name: str) -> SourceLayer | None:
+        """The quantized layer that a tensor lies in: ``up.x`` in ``up``, a stack's ``up_x`` too."""
+        path, _, role = name.rpartition(".")
+        if role == "weight" or role.endswith(("bias", *_TABLE_NAMES)):
+            return None
+        if path in self.layers:
+            return self.layers[path]
+        ends = (len(name) - len(role) + at for at, letter in enumerate(role) if letter == "_")
+        return next((self.stacks[name[:end]] for end in ends if name[:end] in self.stacks), None)
 
     def _of_bytes(self) -> Iterator[Problem]:
         """Plain bytes are FP8 in arrays that came without dtypes, and not beside others."""
