@@ -217,7 +217,9 @@ class _Step:
     def _made(self, layout: SourceLayout, own: bool) -> Iterator[SourceLayer]:
         """The layers of a layout that may be taken."""
         for layer in layout.layers:
-            if not layer.is_quantized or not (own or self._is_free(layer)):
+            if not layer.is_quantized or self._is_barred(layer):
+                continue
+            if not (own or self._is_free(layer)):
                 continue
             if is_certain(layer, self.known.name, self.left, self.names_float8):
                 yield layer
@@ -246,11 +248,14 @@ class _Step:
         names |= {f"{path}{end}" for end in CODE_ENDINGS} & self.checkpoint.tensors.keys()
         return {name for name in names if not name.endswith((".bias", "_bias"))}
 
+    def _is_barred(self, layer: SourceLayer) -> bool:
+        """Whether the format that claims the folder says that no reader may take a layer."""
+        names = self._names_of(layer.path) | {layer.path}
+        return any(isinstance(x, NoReading) and x.where in names for x in self.layout.problems)
+
     def _is_free(self, layer: SourceLayer) -> bool:
         """Whether the format that claims the folder has no reason of its own to refuse a layer."""
         names = self._names_of(layer.path) | {layer.path}
-        if any(isinstance(x, NoReading) and x.where in names for x in self.layout.problems):
-            return False
         if not isinstance(layer.packing, IntegerPacking):
             return True
         if self.found is None or not demands_more(self.found.block):
