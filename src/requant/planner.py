@@ -22,9 +22,10 @@ from requant.formats.base import describe
 from requant.formats.declared import text_sections, without_blocks
 from requant.formats.packing import Exactness, Fidelity
 from requant.formats.stale import read_source
+from requant.idle_tensors import without_idle_tensors
 from requant.left_dense import is_of_a_tower
 from requant.loader_names import module_names
-from requant.mlx_lm_classes import WITHOUT_A_CLASS
+from requant.mlx_lm_classes import WITHOUT_A_CLASS, why_no_class
 from requant.patterns import time_counted
 from requant.plan_notes import (
     left_behind,
@@ -82,9 +83,9 @@ def make_plan(
     refused = ""
     if wishes.layout != "keep":
         try:
-            laid = laid_out(checkpoint, layout, lambda x, y: _laid_out(x, y, wishes))
-            chooser = Chooser(laid[0], read.format, laid[1].layers, wishes, laid[1])
-            return Planner(chooser, laid[2]).plan(is_trial)
+            made, moved, notes = _in_mlx_lm(checkpoint, layout, wishes)
+            chooser = Chooser(made, read.format, moved.layers, wishes, moved)
+            return Planner(chooser, notes).plan(is_trial)
         except CheckpointError as error:
             if wishes.layout != "auto":
                 raise
@@ -93,6 +94,35 @@ def make_plan(
     layout = _folded(agreement.layout, wishes)
     chooser = Chooser(agreement.checkpoint, read.format, layout, wishes)
     return Planner(chooser, agreement.notes, refused).plan(is_trial)
+
+
+def _in_mlx_lm(
+    checkpoint: Checkpoint, layout: SourceLayout, wishes: Wishes
+) -> tuple[Checkpoint, Relayout, tuple[str, ...]]:
+    """mlx-lm's layout: of all tensors, or of all that the model computes with.
+
+    Returns:
+        The checkpoint with the config that the layout is of, the layout, and notes.
+
+    Raises:
+        CheckpointError: mlx-lm is not there, or does not take this checkpoint.
+    """
+    attempt = partial(_laid_out, wishes=wishes)
+    try:
+        return laid_out(checkpoint, layout, attempt)
+    except CheckpointError:
+        if wishes.keep_extra or why_no_class(checkpoint.config):
+            raise
+        reduced = without_idle_tensors(checkpoint, layout)
+        if reduced is None:
+            raise
+        try:
+            made, moved, notes = laid_out(checkpoint, reduced.layout, attempt)
+        except CheckpointError:
+            made = None
+        if made is None:
+            raise
+        return made, moved, (*notes, *reduced.notes)
 
 
 def _as_named(
