@@ -90,7 +90,8 @@ class _Unclaimed:
         self.decoded: set[str] = set()  # blocks of a GGUF vector, say: other bytes go out
         for layer in layout.layers:
             names = {part.name: part for part in (*layer.parts.values(), *layer.carried.values())}
-            if layer.is_quantized:
+            takes_scales = layer.packing is not None and len(names) > 1  # floats times a scale
+            if layer.is_quantized or takes_scales:
                 self.layers[layer.path] = layer
                 self.owner |= dict.fromkeys(names, layer.path)
                 if not any(name.startswith(f"{layer.path}.") for name in names):
