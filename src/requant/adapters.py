@@ -1,4 +1,4 @@
-"""Adapters (LoRA and its relatives): how they are recognised, and how to make a model of them.
+"""Adapters (LoRA and its relatives): how they are recognized, and how to make a model of them.
 
 An adapter holds changes to the weights of a base model. Without the base it is no model, and a
 base without the changes is another model: neither is converted, each is named with the way out.

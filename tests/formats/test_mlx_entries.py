@@ -163,3 +163,70 @@ def test_values_are_mlx_s(tmp_path: Path) -> None:
     parts = [stored[f"up.{role}"] for role in ("weight", "scales", "biases")]
     wanted = mx.dequantize(*parts, group_size=64, bits=6).astype(mx.float32)
     assert np.array_equal(read_folder(tmp_path / "out")["up.weight"], np.array(wanted))
+
+
+WRAPPED = {
+    "model.layers.0.up": ("layers.0.up", "language_model.model.layers.0.up"),
+    "language_model.model.layers.0.up": ("model.layers.0.up", "language_model.layers.0.up"),
+    "model.language_model.layers.0.up": ("language_model.model.layers.0.up", "layers.0.up"),
+}
+MIXED = [(path, name) for path, names in WRAPPED.items() for name in names]
+
+
+def wrapped(place: Path, path: str, up: tuple[int, int, str], block: Any) -> Path:
+    source = folder(place, block, up)
+    tensors = mx.load(str(source / "model.safetensors"))
+    assert isinstance(tensors, dict)
+    tensors = {name.replace("up.", f"{path}."): array for name, array in tensors.items()}
+    mx.save_safetensors(str(source / "model.safetensors"), tensors)
+    return source
+
+
+@pytest.mark.parametrize(("path", "name"), MIXED)
+@pytest.mark.parametrize("up", [(64, 8, "affine"), (32, 8, "affine"), (64, 3, "affine")])
+def test_an_entry_under_another_prefix(
+    path: str, name: str, up: tuple[int, int, str], tmp_path: Path
+) -> None:
+    """The shapes of 8 bits and g32 are those of the default too, 4 bits and g64."""
+    entry = dict(zip(("group_size", "bits", "mode"), up, strict=True))
+    source = wrapped(tmp_path / "source", path, up, DEFAULT | {name: entry})
+    report = requant.convert(source, tmp_path / "out", layout="keep")
+    before, after = read_folder(source), read_folder(tmp_path / "out")
+    assert {k: v.tobytes() for k, v in after.items()} == {k: v.tobytes() for k, v in before.items()}
+    block = requant.parse_quantization((tmp_path / "out" / "config.json").read_text())
+    assert block is not None
+    assert block.quantization_for(path) == requant.Quantization(*up)
+    assert block.quantization_for("down") == requant.Quantization.affine(64, 4)
+    assert any("another prefix" in note and path in note for note in report.plan.notes)
+
+
+def test_entries_of_other_layers_do_not_count(tmp_path: Path) -> None:
+    """A tower's layer, one that a tensor has the name of, one that the shapes do not allow."""
+    path, other = "model.layers.0.up", {"group_size": 32, "bits": 8}
+    entries = {"vision_tower.layers.0.up": other, "layers.0.up": {"group_size": 64, "bits": 6}}
+    source = wrapped(tmp_path / "source", path, (64, 4, "affine"), DEFAULT | entries)
+    report = requant.convert(source, tmp_path / "out", layout="keep")
+    block = requant.parse_quantization((tmp_path / "out" / "config.json").read_text())
+    assert block is not None
+    assert block.quantization_for(path) == requant.Quantization.affine(64, 4)
+    assert not any("prefix" in note for note in report.plan.notes)
+
+
+def test_two_entries_under_other_prefixes_that_differ(tmp_path: Path) -> None:
+    """Neither is believed; the default does not fit, and the shapes allow two readings."""
+    path = "model.language_model.layers.0.up"
+    entries = {
+        "language_model.model.layers.0.up": {"group_size": 64, "bits": 8},
+        "layers.0.up": {"group_size": 128, "bits": 4},
+    }
+    source = wrapped(tmp_path / "source", path, (64, 8, "affine"), DEFAULT | entries)
+    message = refusal(source, tmp_path / "out")
+    assert f"{path}.scales" in message
+    assert "affine 4-bit g128 or affine 8-bit g64" in message
+
+
+@pytest.mark.parametrize("method", [None, "mlx"])
+def test_a_block_in_quantization_config_alone(method: str | None, tmp_path: Path) -> None:
+    block = DEFAULT | {"quant_method": method} if method else DEFAULT
+    source = folder(tmp_path / "source", None, quantization_config=block)
+    notes_of(source, tmp_path / "out", (64, 4, "affine"))

@@ -324,8 +324,8 @@ def test_act_order_is_not_moved_past_a_layer_of_another_kind(tmp_path: Path) -> 
         codes, zeros = random.integers(0, 16, (out, n_in)), np.full((out, n_in // 32), 8)
         scales = (random.integers(1, 9, (out, n_in // 32)) / 64).astype(np.float16)
         parts = packers.gptq(codes, zeros, scales, 4, stored_minus=1)
-        if name == "down_proj":
-            parts["g_idx"] = groups
+        in_order = np.arange(n_in, dtype=np.int32) // 32
+        parts["g_idx"] = groups if name == "down_proj" else in_order
         source.tensors |= {f"mlp.{name}.{role}": array for role, array in parts.items()}
     source.tensors["mlp.gate_proj.weight"] = source.tensors.pop("up.weight")
     source.tensors["mlp.gate_proj.weight_scale_inv"] = source.tensors.pop("up.weight_scale_inv")

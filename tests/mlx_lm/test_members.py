@@ -244,7 +244,7 @@ def gptq_moe(folder: Path, rules: Mapping[int, dict[str, Any]]) -> dict[int, np.
         of = np.arange(n_in) // group
         if rule.get("desc_act"):
             of = rng.permutation(of)
-            packed["g_idx"] = of.astype(np.int32)
+        packed["g_idx"] = of.astype(np.int32)
         tensors |= {f"{path}.{role}": part for role, part in packed.items()}
         if path == UP.format(number):
             values[number] = (codes - zeros[:, of]) * scales[:, of].astype(np.float64)

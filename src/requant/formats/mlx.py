@@ -12,7 +12,7 @@ from dataclasses import replace
 from requant.arrays.native import check_quantization
 from requant.checkpoint import Checkpoint, SourceTensor
 from requant.dtypes import KERNEL_FLOATS, TensorInfo
-from requant.errors import OutOfRangeError, Problem
+from requant.errors import OutOfRangeError, Problem, count, few
 from requant.formats.base import (
     SourceLayer,
     SourceLayout,
@@ -53,6 +53,7 @@ class Mlx:
         layers: list[SourceLayer] = []
         problems = block.problems
         notes: list[str] = []
+        renamed: list[str] = []
         parts_of = _parts(tensors)
         taken = {part.name for parts in parts_of.values() for part in parts.values()}
         for tensor in tensors.values():
@@ -62,12 +63,20 @@ class Mlx:
             elif tensor.name == f"{path}.weight":
                 parts = parts_of[path]
                 carried = {role: parts.pop(role) for role in ROTATION if role in parts}
-                found, wrong = _layer(path, parts, block.of(path), notes)
+                said = block.of(path, encodings(parts))
+                if said is not None and said not in (block.default, block.entries.get(path)):
+                    renamed.append(path)
+                found, wrong = _layer(path, parts, said, notes)
                 if found is not None and carried:
                     found = _rotated(checkpoint, found, carried, wrong)
                 problems += wrong
                 if found is not None:
                     layers.append(found)
+        if renamed:
+            notes.append(
+                f"{block.where} has {count(len(renamed), 'layer')} under names with another "
+                f"prefix ({few(renamed)}); their tensors fit what it says, and they are read so."
+            )
         turned = any(layer.carried for layer in layers)
         rotation = checkpoint.config.get("rotation") if turned else None
         return SourceLayout(

@@ -6,7 +6,8 @@ what the tensors of its layer leave.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -30,6 +31,8 @@ from requant.specs import MODE_DEFAULTS
 _PARAMETERS: Final = ("group_size", "bits", "mode")
 # A float8 view of the scale bytes is accepted as the same bytes.
 SCALE_BYTES: Final = ("U8", "F8_E8M0", "F8_E4M3")
+# What wrappers of a language model put before the names of its layers.
+_WRAPPERS: Final = re.compile(r"(?:(?:model|language_model|text_model|llm|module|_orig_mod)\.)+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,16 +64,27 @@ class MlxBlock:
         default: For layers without an entry; None where the block gives none that is legal.
         entries: Layer path -> what its entry says.
         problems: Entries that say nothing that can be.
+        strays: Layer path without the prefixes of wrappers -> the entries of that path that no
+            tensors have the name of.
     """
 
     where: str
     default: Stated | None = None
     entries: dict[str, Stated] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
+    strays: dict[str, list[Stated]] = field(default_factory=dict)
 
-    def of(self, path: str) -> Stated | None:
-        """What holds for a layer."""
-        return self.entries.get(path, self.default)
+    def of(self, path: str, fitting: Sequence[Quantization]) -> Stated | None:
+        """What holds for a layer whose shapes allow ``fitting``.
+
+        Loaders rename layers, and entries have the names that a loader gives: one that names no
+        layer holds for the layer that differs in its prefix only, where its tensors allow it.
+        """
+        if path in self.entries:
+            return self.entries[path]
+        strays = self.strays.get(_bare(path), ())
+        found = [each for each in strays if each.quantization in fitting]
+        return found[0] if len({each.quantization for each in found}) == 1 else self.default
 
     @property
     def quantization(self) -> PerLayerQuantization:
@@ -94,9 +108,17 @@ def find_block(checkpoint: Checkpoint) -> tuple[str, Any]:
         if block is not None and (not keys or is_mlx_block(block)):
             return where, block
         block = section.get("quantization_config")
-        if isinstance(block, Mapping) and "quant_method" not in block and "bits" in block:
+        if isinstance(block, Mapping) and _is_of_mlx(block):
             return f"{where}_config", block
     return f"{CONFIG}: quantization", None
+
+
+def _is_of_mlx(block: Mapping[str, Any]) -> bool:
+    return "bits" in block and block.get("quant_method") in (None, "mlx")
+
+
+def _bare(path: str) -> str:
+    return path[found.end() :] if (found := _WRAPPERS.match(path)) else path
 
 
 def read_block(where: str, block: Any, names_layer: Callable[[str], bool]) -> MlxBlock:
@@ -130,6 +152,9 @@ def read_block(where: str, block: Any, names_layer: Callable[[str], bool]) -> Ml
                 '{"group_size": 64, "bits": 4} with the values of its codes'
             )
             made.problems.append(Problem(place, message))
+    for path, said in made.entries.items():
+        if not names_layer(path):
+            made.strays.setdefault(_bare(path), []).append(said)
     return made
 
 

@@ -187,12 +187,14 @@ class _Step:
                 view = bare if block is None else with_block(bare, _PLACE, block)
                 found += self._take(reader, view)
         layers, problems = read_qweights(bare.altered(tensors=self.left), self.found)
-        accepted = self._accept(layers, {}, ())
+        accepted = self._accept([x for x in layers if not self._is_barred(x.path)], {}, ())
         if self.known.name in METHODS:
             self._tell_contradicted(accepted)
         else:
             found += accepted
         for problem in problems:
+            if self._is_barred(problem.where):
+                continue
             self.taken.problems.append(problem)
             self.taken.disputed |= self._names_of(problem.where) | {problem.where}
         self._tell(found)
@@ -217,7 +219,7 @@ class _Step:
     def _made(self, layout: SourceLayout, own: bool) -> Iterator[SourceLayer]:
         """The layers of a layout that may be taken."""
         for layer in layout.layers:
-            if not layer.is_quantized or self._is_barred(layer):
+            if not layer.is_quantized or self._is_barred(layer.path):
                 continue
             if not (own or self._is_free(layer)):
                 continue
@@ -248,9 +250,9 @@ class _Step:
         names |= {f"{path}{end}" for end in CODE_ENDINGS} & self.checkpoint.tensors.keys()
         return {name for name in names if not name.endswith((".bias", "_bias"))}
 
-    def _is_barred(self, layer: SourceLayer) -> bool:
+    def _is_barred(self, path: str) -> bool:
         """Whether the format that claims the folder says that no reader may take a layer."""
-        names = self._names_of(layer.path) | {layer.path}
+        names = self._names_of(path) | {path}
         return any(isinstance(x, NoReading) and x.where in names for x in self.layout.problems)
 
     def _is_free(self, layer: SourceLayer) -> bool:

@@ -158,6 +158,8 @@ class _Reader:
     def _layer(self, path: str, parts: Mapping[str, SourceTensor]) -> SourceLayer | None:
         """One packed layer, or None with its problems reported."""
         before = len(self.problems)
+        # One that was never filled: some loaders leave it so.
+        parts = {role: part for role, part in parts.items() if role != "g_idx" or part.info.size}
         for part in parts.values():
             if not part.info.size:
                 self._report(part.name, f"{part.info} holds nothing")

@@ -10,6 +10,7 @@ from requant.checkpoint import Checkpoint, SourceTensor
 from requant.dtypes import FLOATS, TensorInfo
 from requant.errors import Problem, count, one_of
 from requant.formats.awq_packings import AwqFast, AwqGemm, AwqGemv, Marlin, gemv_width
+from requant.formats.base import NoReading
 from requant.formats.declared import Declared
 from requant.formats.gptq_packings import PLANES, Gptq, Zeros
 from requant.formats.integer_layers import groups_of
@@ -183,7 +184,7 @@ class Layouts:
         if bits is None or n_in is None or group is None:
             return None
         self._check_gptq_zeros(path, infos, bits, rule)
-        act_order = self._act_order(path, infos, n_in, group, groups)
+        act_order = self._act_order(path, infos, (n_in, group, groups), rule)
         if act_order is None:
             return None
         if self.convention.zeros is None and "qzeros" in infos:
@@ -349,10 +350,27 @@ class Layouts:
             self._report(name, f"{info}, expected {TensorInfo(dtypes[0], shape)}")
 
     def _act_order(
-        self, path: str, infos: Mapping[str, TensorInfo], n_in: int, group: int, groups: int
+        self,
+        path: str,
+        infos: Mapping[str, TensorInfo],
+        sizes: tuple[int, int, int],
+        rule: LayerRule,
     ) -> bool | None:
-        """Whether ``g_idx`` puts inputs into groups out of order; None if it cannot be."""
+        """Whether ``g_idx`` puts inputs into groups out of order; None if it cannot be.
+
+        Where nothing says that they are out of order, one that was never filled (empty, or all
+        zero) says nothing: loaders ignore it too.
+        """
+        n_in, group, groups = sizes
         if "g_idx" not in infos:
+            if rule.shuffled and groups > 1:
+                message = (
+                    f"has no g_idx that says which group an input is of, but {rule.where}: "
+                    "desc_act is true; take the weight files from their publisher again, or say "
+                    "false there if the inputs are in order"
+                )
+                self.problems.append(NoReading(path, message))
+                return None
             return False
         name = self._name(path, "g_idx")
         if infos["g_idx"].dtype not in ("I32", "I64") or len(infos["g_idx"].shape) != 1:
@@ -366,16 +384,21 @@ class Layouts:
                 name, f"holds group {bad}, but there are scales for {count(groups, 'group')}"
             )
             return None
+        if not found.any() and groups > 1:
+            if not rule.shuffled:
+                return False
+            self.problems.append(NoReading(name, f"puts every input into group 0 of {groups}"))
+            return None
         if groups == 1 or (found == np.arange(n_in) // group).all():
             return False
         expected = np.minimum(group, n_in - group * np.arange(groups))
-        for sizes in (np.bincount(of, minlength=groups) for of in found):
-            if np.array_equal(sizes, expected):
+        for held in (np.bincount(of, minlength=groups) for of in found):
+            if np.array_equal(held, expected):
                 continue
-            wrong = int(np.flatnonzero(sizes != expected)[0])
+            wrong = int(np.flatnonzero(held != expected)[0])
             self._report(
                 name,
-                f"puts {int(sizes[wrong])} inputs into group {wrong}, expected "
+                f"puts {int(held[wrong])} inputs into group {wrong}, expected "
                 f"{int(expected[wrong])}",
             )
             return None

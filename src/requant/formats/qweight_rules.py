@@ -29,6 +29,7 @@ class LayerRule:
         symmetric: Whether every zero is the middle code; None where it is silent.
         quantized: Whether the layer is to be quantized at all.
         where: The key that decided.
+        shuffled: Whether the inputs of a group are said to be anywhere in the row (desc_act).
     """
 
     bits: int | None
@@ -36,6 +37,7 @@ class LayerRule:
     symmetric: bool | None
     quantized: bool = True
     where: str = ""
+    shuffled: bool = False
 
 
 class LayerRules:
@@ -51,6 +53,7 @@ class LayerRules:
         if not _is_of_floats(found):
             bits, group = (found.integer(key, problems) for key in ("bits", "group_size"))
             self.default = LayerRule(bits, group, symmetric, where=found.where)
+        self.default = replace(self.default, shuffled=found.get("desc_act") is True)
         self._exact: dict[str, LayerRule] = {}
         self._patterns: list[tuple[Pattern, bool, LayerRule]] = []
         self._read(found, "dynamic", problems)
@@ -109,6 +112,7 @@ class LayerRules:
             symmetric=symmetric,
             quantized=not dense,
             where=fields.where,
+            shuffled=fields.get("desc_act", default.shuffled) is True,
         )
 
 
