@@ -296,7 +296,7 @@ def fit_codes(
 ) -> tuple[Quantization | None, str]:
     """As ``fit_group``, or in the source's group if none was asked for and its codes then stay."""
     target, reason = fit_group(layer.shape[-1], wish)
-    if target is None or layer.encoding is None or not wishes.own_groups:
+    if target is None or layer.encoding is None or not wishes.own_groups or layer.carried:
         return target, reason
     own = replace(target, group_size=layer.encoding.group_size)
     if layer.keeps_codes(target) or not layer.keeps_codes(own):

@@ -76,8 +76,9 @@ def test_a_stale_block_is_left_out_and_the_request_fulfilled(name: str, tmp_path
     for file in ("model.safetensors", "config.json"):
         found, expected = ((tmp_path / x / file).read_bytes() for x in ("out", "expected"))
         assert found == expected
-    (note,) = [note for note in report.plan.notes if "stale" in note]
-    assert note.startswith("config.json: quantization")
+    if "frozen" not in name:  # such a block says itself that the values are floats
+        (note,) = [note for note in report.plan.notes if "stale" in note]
+        assert note.startswith("config.json: quantization")
     assert requant.inspect(source).format == "dense"
     assert requant.inspect(source).problems == ()
 

@@ -100,17 +100,17 @@ def test_another_dtype_rounds_the_scales_and_says_so(tmp_path: Path) -> None:
 
 
 def test_mxfp4_is_mxfp8_of_the_same_values(tmp_path: Path) -> None:
-    """Every code under every scale; 255 is NaN in both."""
-    nibbles = np.tile(np.arange(16, dtype=np.uint32), (256, 2)).reshape(256, 4, 8)
+    """Every code under every scale; 255, NaN, is refused."""
+    nibbles = np.tile(np.arange(16, dtype=np.uint32), (255, 2)).reshape(255, 4, 8)
     words = (nibbles << (4 * np.arange(8, dtype=np.uint32))).sum(-1).astype(np.uint32)
     weights = {"up.weight": mx.array(words)}
-    weights["up.scales"] = mx.array(np.arange(256, dtype=np.uint8)[:, None])
+    weights["up.scales"] = mx.array(np.arange(255, dtype=np.uint8)[:, None])
     block = {"group_size": 32, "bits": 4, "mode": "mxfp4"}
     source = mlx_folder(tmp_path / "source", weights, block)
     report = requant.convert(source, tmp_path / "out", mode="mxfp8", layout="keep")
     assert [x.exactness for x in report.plan.layers] == ["exact"]
     after = load(tmp_path / "out")
-    assert after["up.weight"].shape == (256, 8)
+    assert after["up.weight"].shape == (255, 8)
     for dtype in DTYPES.values():
         before, now = (
             mx.dequantize(
@@ -265,7 +265,8 @@ def test_codes_of_every_fixture(name: str, tmp_path: Path) -> None:
             assert quantization is not None
             was = quantization.quantization_for(path)
             assert was is not None
-            if not Quantization.affine(group, bits).holds(was):
+            rotated = f"{path}.theta" in before  # other bits fold the rotation into the values
+            if rotated or not Quantization.affine(group, bits).holds(was):
                 assert fate[path].exactness == "re-encoded"
                 continue
             assert (fate[path].treatment, fate[path].exactness) == ("kept", old.exactness)

@@ -252,7 +252,8 @@ def test_a_quantization_block_that_does_not_parse(
     checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     triple = {"a.weight": np.zeros((8, 8), np.uint32), "a.scales": bf16(8, 1)}
-    source = checkpoint(triple, {"quantization": {"bits": 4}})
+    triple["a.biases"] = bf16(8, 1)
+    source = checkpoint(triple, {"quantization": {"group_size": "wide", "bits": 4}})
     with pytest.raises(CheckpointError) as raised:
         convert(source, tmp_path / "out")
     assert "group_size" in str(raised.value)

@@ -154,7 +154,13 @@ class SourceLayer:
         return self.encoding or self.fallback
 
     def keeps_codes(self, target: Quantization | None) -> bool:
-        """Whether the stored codes are moved unchanged where the output has ``target``."""
+        """Whether the stored codes are moved unchanged where the output has ``target``.
+
+        Under a request for another quantization a rotation is folded into the values, so that
+        every loader runs the layer.
+        """
+        if self.carried:
+            return target == self.encoding
         return self.encoding is not None and target is not None and target.holds(self.encoding)
 
 
