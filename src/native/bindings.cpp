@@ -279,7 +279,7 @@ void affine_search(In w, const std::string& dtype, int group_size, int bits, con
   });
 }
 
-void gptq_group(Out w, size_t start, int group_size, int bits, In scales, In biases, In carry, Out codes,
+void gptq_group(Out w, size_t start, int group_size, int bits, In scales, In biases, In propagation, Out codes,
                 Out errors) {
   check_affine(group_size, bits);
   check_rank(w, "w", 2);
@@ -289,12 +289,12 @@ void gptq_group(Out w, size_t start, int group_size, int bits, In scales, In bia
   if (start % group != 0 || start >= cols) fail("start: " + std::to_string(start) + " begins no group");
   check_shape(scales, "scales", 32, rows, 1);
   check_shape(biases, "biases", 32, rows, 1);
-  check_shape(carry, "carry", 32, cols, cols);
+  check_shape(propagation, "propagation", 32, cols, cols);
   check_shape(codes, "codes", 8, rows, group);
   check_shape(errors, "errors", 32, rows, group);
   run([&] {
     kernels().gptq_group(data<float>(w), rows, cols, start, group, bits, data<float>(scales), data<float>(biases),
-                         data<float>(carry), data<uint8_t>(codes), data<float>(errors));
+                         data<float>(propagation), data<uint8_t>(codes), data<float>(errors));
   });
 }
 
@@ -474,13 +474,13 @@ void marlin_words(In src, Out out) {
   run([&] { kernels().marlin_words(data<uint32_t>(src), n_in, n_out, data<uint32_t>(out)); });
 }
 
-void fast_words(In src, Out out) {
+void awq_gemv_fast_words(In src, Out out) {
   check_rank(src, "src", 2);
   check_layout(src, "src", 16);
   check_groups("src", src.shape(1), 64);
   const size_t n_in = src.shape(1), n_out = src.shape(0) * 4;
   check_shape(out, "out", 32, n_out, n_in / 8);
-  run([&] { kernels().fast_words(data<uint16_t>(src), n_in, n_out, data<uint32_t>(out)); });
+  run([&] { kernels().awq_gemv_fast_words(data<uint16_t>(src), n_in, n_out, data<uint32_t>(out)); });
 }
 
 void stream_codes(In src, int bits, Out out, bool padded) {
@@ -500,7 +500,7 @@ void stream_codes(In src, int bits, Out out, bool padded) {
   });
 }
 
-void field_codes(In src, int shift, int bits, int flip, Out out, size_t first, size_t step) {
+void extract_bitfield(In src, int shift, int bits, int flip, Out out, size_t first, size_t step) {
   check_bits(bits);
   check_rank(src, "src", 2);
   const size_t item = src.dtype().bits;
@@ -517,7 +517,7 @@ void field_codes(In src, int shift, int bits, int flip, Out out, size_t first, s
     fail("out: " + std::to_string(rows) + " rows from " + std::to_string(first) + " in steps of " +
          std::to_string(step) + " lie beyond shape " + text(shape_of(out)));
   run([&] {
-    kernels().field_codes(src.data(), item / 8, rows, src.shape(1), shift, bits, uint8_t(flip), data<uint8_t>(out),
+    kernels().extract_bitfield(src.data(), item / 8, rows, src.shape(1), shift, bits, uint8_t(flip), data<uint8_t>(out),
                           first, step);
   });
 }
@@ -574,7 +574,7 @@ size_t float8_values(In bytes, In scales, ptrdiff_t block_rows, ptrdiff_t block_
   });
 }
 
-void lut_values(In bytes, In book, In absmax, ptrdiff_t block, ptrdiff_t first, bool high_first, Out out,
+void lut_values(In bytes, In codebook, In absmax, ptrdiff_t block, ptrdiff_t first, bool high_first, Out out,
                 const std::string& out_dtype) {
   const size_t size = check_positive("block", block);
   if (size % 2 != 0 || first % 2 != 0) fail("block, first: expected even numbers");
@@ -582,9 +582,9 @@ void lut_values(In bytes, In book, In absmax, ptrdiff_t block, ptrdiff_t first, 
   const Dtype o = dtype_of(out_dtype);
   check_rank(bytes, "bytes", 1);
   check_layout(bytes, "bytes", 8);
-  check_rank(book, "book", 1);
-  check_layout(book, "book", 32);
-  if (book.size() != 16) fail("book: expected 16 values, got " + std::to_string(book.size()));
+  check_rank(codebook, "codebook", 1);
+  check_layout(codebook, "codebook", 32);
+  if (codebook.size() != 16) fail("codebook: expected 16 values, got " + std::to_string(codebook.size()));
   check_rank(absmax, "absmax", 1);
   check_layout(absmax, "absmax", 32);
   check_rank(out, "out", 1);
@@ -597,7 +597,7 @@ void lut_values(In bytes, In book, In absmax, ptrdiff_t block, ptrdiff_t first, 
          std::to_string(size) + " on need " + std::to_string(ceil_div(size_t(first) + count, size)) + ", got " +
          std::to_string(absmax.size()));
   run([&] {
-    kernels().lut_values(data<uint8_t>(bytes), count, high_first, data<float>(book), data<float>(absmax), size,
+    kernels().lut_values(data<uint8_t>(bytes), count, high_first, data<float>(codebook), data<float>(absmax), size,
                          size_t(first), out.data(), o);
   });
 }
@@ -606,8 +606,8 @@ void lut_values(In bytes, In book, In absmax, ptrdiff_t block, ptrdiff_t first, 
 
 // The type, once the blocks' shape (rows, bytes) fits it.
 requant::GgufBlock check_blocks(int type, const In& blocks) {
-  const requant::GgufBlock found = kernels().gguf_block(type);
-  if (found.elements == 0) fail("type: no block type of GGUF has number " + std::to_string(type));
+  requant::GgufBlock found;
+  if (!kernels().gguf_block(type, found)) fail("type: no block type of GGUF has number " + std::to_string(type));
   check_rank(blocks, "blocks", 2);
   check_layout(blocks, "blocks", 8);
   if (blocks.shape(1) % size_t(found.bytes) != 0)
@@ -617,8 +617,8 @@ requant::GgufBlock check_blocks(int type, const In& blocks) {
 }
 
 std::optional<std::tuple<int, int, int, int, bool>> gguf_block(int type) {
-  const requant::GgufBlock b = kernels().gguf_block(type);
-  if (b.elements == 0) return std::nullopt;
+  requant::GgufBlock b;
+  if (!kernels().gguf_block(type, b)) return std::nullopt;
   return std::make_tuple(b.elements, b.bytes, b.bits, b.group, b.fp4);
 }
 
@@ -693,7 +693,7 @@ NB_MODULE(_native, m) {
         "weights"_a.noconvert().none(), "words"_a.noconvert(), "scales"_a.noconvert(), "biases"_a.noconvert(),
         "As affine_quantize, with scales and biases searched for; weights: float32 bits, one a column, or None.");
   m.def("gptq_group", &gptq_group, "w"_a.noconvert(), "start"_a, "group_size"_a, "bits"_a, "scales"_a.noconvert(),
-        "biases"_a.noconvert(), "carry"_a.noconvert(), "codes"_a.noconvert(), "errors"_a.noconvert(),
+        "biases"_a.noconvert(), "propagation"_a.noconvert(), "codes"_a.noconvert(), "errors"_a.noconvert(),
         "Codes of a group's columns one by one; each one's error is handed on to the later columns of w, in place.");
   m.def("mx_search", &mx_search, "w"_a.noconvert(), "dtype"_a, "mode"_a, "level"_a, "weights"_a.noconvert().none(),
         "words"_a.noconvert(), "scales"_a.noconvert(), "Returns what mx_quantize does.");
@@ -715,9 +715,9 @@ NB_MODULE(_native, m) {
   m.def("planar_columns", &planar_columns, "src"_a.noconvert(), "bits"_a, "out"_a.noconvert(), "out_bits"_a,
         "out_bits 0: out holds codes, one a byte.");
   m.def("marlin_words", &marlin_words, "src"_a.noconvert(), "out"_a.noconvert());
-  m.def("fast_words", &fast_words, "src"_a.noconvert(), "out"_a.noconvert());
+  m.def("awq_gemv_fast_words", &awq_gemv_fast_words, "src"_a.noconvert(), "out"_a.noconvert());
   m.def("stream_codes", &stream_codes, "src"_a.noconvert(), "bits"_a, "out"_a.noconvert(), "padded"_a);
-  m.def("field_codes", &field_codes, "src"_a.noconvert(), "shift"_a, "bits"_a, "flip"_a, "out"_a.noconvert(),
+  m.def("extract_bitfield", &extract_bitfield, "src"_a.noconvert(), "shift"_a, "bits"_a, "flip"_a, "out"_a.noconvert(),
         "first"_a, "step"_a, "Row r of src becomes row first + r * step of out.");
   m.def("deinterleave_words", &deinterleave_words, "src"_a.noconvert(), "out"_a.noconvert());
   m.def("integer_values", &integer_values, "codes"_a.noconvert(), "scales"_a.noconvert(), "zeros"_a.noconvert(),
@@ -725,7 +725,7 @@ NB_MODULE(_native, m) {
   m.def("float8_values", &float8_values, "bytes"_a.noconvert(), "scales"_a.noconvert(), "block_rows"_a,
         "block_cols"_a, "first_row"_a, "out"_a.noconvert(), "out_dtype"_a, "fnuz"_a,
         "Returns the number of NaN bytes.");
-  m.def("lut_values", &lut_values, "bytes"_a.noconvert(), "book"_a.noconvert(), "absmax"_a.noconvert(), "block"_a,
+  m.def("lut_values", &lut_values, "bytes"_a.noconvert(), "codebook"_a.noconvert(), "absmax"_a.noconvert(), "block"_a,
         "first"_a, "high_first"_a, "out"_a.noconvert(), "out_dtype"_a);
 
   m.def("gguf_block", &gguf_block, "type"_a,

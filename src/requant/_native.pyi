@@ -30,7 +30,7 @@ def affine_search(w: numpy.typing.NDArray[Any], dtype: str, group_size: int, bit
     As affine_quantize, with scales and biases searched for; weights: float32 bits, one a column, or None.
     """
 
-def gptq_group(w: numpy.typing.NDArray[Any], start: int, group_size: int, bits: int, scales: numpy.typing.NDArray[Any], biases: numpy.typing.NDArray[Any], carry: numpy.typing.NDArray[Any], codes: numpy.typing.NDArray[Any], errors: numpy.typing.NDArray[Any]) -> None:
+def gptq_group(w: numpy.typing.NDArray[Any], start: int, group_size: int, bits: int, scales: numpy.typing.NDArray[Any], biases: numpy.typing.NDArray[Any], propagation: numpy.typing.NDArray[Any], codes: numpy.typing.NDArray[Any], errors: numpy.typing.NDArray[Any]) -> None:
     """
     Codes of a group's columns one by one; each one's error is handed on to the later columns of w, in place.
     """
@@ -69,11 +69,11 @@ def planar_columns(src: numpy.typing.NDArray[Any], bits: int, out: numpy.typing.
 
 def marlin_words(src: numpy.typing.NDArray[Any], out: numpy.typing.NDArray[Any]) -> None: ...
 
-def fast_words(src: numpy.typing.NDArray[Any], out: numpy.typing.NDArray[Any]) -> None: ...
+def awq_gemv_fast_words(src: numpy.typing.NDArray[Any], out: numpy.typing.NDArray[Any]) -> None: ...
 
 def stream_codes(src: numpy.typing.NDArray[Any], bits: int, out: numpy.typing.NDArray[Any], padded: bool) -> None: ...
 
-def field_codes(src: numpy.typing.NDArray[Any], shift: int, bits: int, flip: int, out: numpy.typing.NDArray[Any], first: int, step: int) -> None:
+def extract_bitfield(src: numpy.typing.NDArray[Any], shift: int, bits: int, flip: int, out: numpy.typing.NDArray[Any], first: int, step: int) -> None:
     """Row r of src becomes row first + r * step of out."""
 
 def deinterleave_words(src: numpy.typing.NDArray[Any], out: numpy.typing.NDArray[Any]) -> None: ...
@@ -83,7 +83,7 @@ def integer_values(codes: numpy.typing.NDArray[Any], scales: numpy.typing.NDArra
 def float8_values(bytes: numpy.typing.NDArray[Any], scales: numpy.typing.NDArray[Any], block_rows: int, block_cols: int, first_row: int, out: numpy.typing.NDArray[Any], out_dtype: str, fnuz: bool) -> int:
     """Returns the number of NaN bytes."""
 
-def lut_values(bytes: numpy.typing.NDArray[Any], book: numpy.typing.NDArray[Any], absmax: numpy.typing.NDArray[Any], block: int, first: int, high_first: bool, out: numpy.typing.NDArray[Any], out_dtype: str) -> None: ...
+def lut_values(bytes: numpy.typing.NDArray[Any], codebook: numpy.typing.NDArray[Any], absmax: numpy.typing.NDArray[Any], block: int, first: int, high_first: bool, out: numpy.typing.NDArray[Any], out_dtype: str) -> None: ...
 
 def gguf_block(type: int) -> tuple[int, int, int, int, bool] | None:
     """
