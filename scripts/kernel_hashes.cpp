@@ -107,7 +107,7 @@ uint64_t hash_values(std::vector<uint8_t> values, const Format& f) {
 }
 
 void print(const char* what, const char* dtype, int a, int b, uint64_t h) {
-  std::printf("%-18s %-9s %4d %4d  %016" PRIx64 "\n", what, dtype, a, b, h);
+  std::printf("%-19s %-9s %4d %4d  %016" PRIx64 "\n", what, dtype, a, b, h);
 }
 
 void affine(const Format& f) {
