@@ -107,7 +107,7 @@ uint64_t hash_values(std::vector<uint8_t> values, const Format& f) {
 }
 
 void print(const char* what, const char* dtype, int a, int b, uint64_t h) {
-  std::printf("%-18s %-9s %4d %4d  %016" PRIx64 "\n", what, dtype, a, b, h);
+  std::printf("%-19s %-9s %4d %4d  %016" PRIx64 "\n", what, dtype, a, b, h);
 }
 
 void affine(const Format& f) {
@@ -274,15 +274,15 @@ void repacking() {
       kernels.stream_codes(words, 10, 24, bits, per_word, 77, out.data());
       print("stream_codes", "", bits, int(per_word), hash(out.data(), 770));
       for (size_t item : {1, 4}) {
-        kernels.field_codes(src.data(), item, 20, 76, int(item) * 8 - 8, bits, uint8_t(bits / 2), out.data(), 1, 2);
-        print("field_codes", "", bits, int(item), hash(out.data(), 41 * 76));
+        kernels.extract_bitfield(src.data(), item, 20, 76, int(item) * 8 - 8, bits, uint8_t(bits / 2), out.data(), 1, 2);
+        print("extract_bitfield", "", bits, int(item), hash(out.data(), 41 * 76));
       }
     }
   const size_t tiled = 96 * 128 / 2;  // bytes of 96 inputs by 128 outputs
   kernels.marlin_words(words, 96, 128, out_words);
   print("marlin_words", "", 0, 0, hash(out.data(), tiled));
-  kernels.fast_words(reinterpret_cast<const uint16_t*>(src.data()), 192, 64, out_words);
-  print("fast_words", "", 0, 0, hash(out.data(), tiled));
+  kernels.awq_gemv_fast_words(reinterpret_cast<const uint16_t*>(src.data()), 192, 64, out_words);
+  print("awq_gemv_fast_words", "", 0, 0, hash(out.data(), tiled));
   kernels.deinterleave_words(words, src.size() / 4, out_words);
   print("deinterleave_words", "", 0, 0, hash(out.data(), out.size()));
 }

@@ -48,12 +48,12 @@ REQUANT_INLINE void range_of(const typename T::Stored* REQUANT_RESTRICT w, bool 
 // Scale and bias of each group from its range.
 REQUANT_INLINE void affine_parameters(const float* REQUANT_RESTRICT hi, const float* REQUANT_RESTRICT lo,
                                       int count, int bits, float* REQUANT_RESTRICT scale,
-                                      float* REQUANT_RESTRICT beta) {
+                                      float* REQUANT_RESTRICT bias) {
   if (bits == 1) {
     for (int i = 0; i < count; i++) {
       const float s = hi[i] - lo[i];
       scale[i] = s < kEps ? kEps : s;
-      beta[i] = lo[i];
+      bias[i] = lo[i];
     }
     return;
   }
@@ -67,18 +67,18 @@ REQUANT_INLINE void affine_parameters(const float* REQUANT_RESTRICT hi, const fl
     const float k = round_even(edge / s);
     const float fitted = edge / k;
     scale[i] = k != 0.0f ? fitted : s;
-    beta[i] = k != 0.0f ? edge : 0.0f;
+    bias[i] = k != 0.0f ? edge : 0.0f;
   }
 }
 
 template <class T, int GROUP>
-REQUANT_INLINE void affine_codes(const typename T::Stored* REQUANT_RESTRICT w, float scale, float beta, float n,
+REQUANT_INLINE void affine_codes(const typename T::Stored* REQUANT_RESTRICT w, float scale, float bias, float n,
                                  uint8_t* REQUANT_RESTRICT codes) {
   for (int i = 0; i < GROUP; i++) {
-    float t = (T::load(w[i]) - beta) / scale;
+    float t = (T::load(w[i]) - bias) / scale;
     t = t > 0.0f ? t : 0.0f;  // NaN too
     t = t < n ? t : n;
-    codes[i] = uint8_t(bits_of(t + 8388608.0f));  // the sum rounds to nearest even
+    codes[i] = uint8_t(bits_of(t + kRoundMagic));  // the sum rounds to nearest even
   }
 }
 
@@ -92,16 +92,16 @@ void affine_quantize(const void* w_, size_t groups, int bits, uint32_t* words, v
   auto* biases = static_cast<Stored*>(biases_);
   const float n = float((1 << bits) - 1);
 
-  alignas(64) float hi[per_block], lo[per_block], scale[per_block], beta[per_block];
+  alignas(64) float hi[per_block], lo[per_block], scale[per_block], bias[per_block];
   alignas(64) uint8_t codes[kBlock];
   while (groups > 0) {
     const int count = int(groups < per_block ? groups : per_block);
     for (int j = 0; j < count; j++) range_of<T, GROUP>(w + j * GROUP, bits == 1, hi[j], lo[j]);
-    affine_parameters(hi, lo, count, bits, scale, beta);
+    affine_parameters(hi, lo, count, bits, scale, bias);
     for (int j = 0; j < count; j++)
-      affine_codes<T, GROUP>(w + j * GROUP, scale[j], beta[j], n, codes + j * GROUP);
+      affine_codes<T, GROUP>(w + j * GROUP, scale[j], bias[j], n, codes + j * GROUP);
     for (int j = 0; j < count; j++) scales[j] = T::store(scale[j]);
-    for (int j = 0; j < count; j++) biases[j] = T::store(beta[j]);
+    for (int j = 0; j < count; j++) biases[j] = T::store(bias[j]);
     pack_codes(bits, codes, size_t(count) * GROUP, out);
     w += count * GROUP;
     out += size_t(count) * GROUP * bits / 8;
@@ -124,7 +124,7 @@ REQUANT_INLINE void affine_values(const uint8_t* REQUANT_RESTRICT codes, float s
   } else {
     alignas(64) float product[GROUP];
     for (int i = 0; i < GROUP; i++) product[i] = float(codes[i]) * scale;
-    seal(product);
+    prevent_fma(product);
     for (int i = 0; i < GROUP; i++) out[i] = Out::store(P::template round_known<FINITE>(product[i] + bias));
   }
 }

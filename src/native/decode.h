@@ -78,10 +78,10 @@ size_t float8_values(const uint8_t* bytes, const float* scales, size_t rows, siz
 
 // ---------------------------------------------------------------- 4-bit codes
 
-// book[code] * absmax of the block, two codes a byte. The first value is number `first` of
+// codebook[code] * absmax of the block, two codes a byte. The first value is number `first` of
 // its block; count, first and block are even.
 template <class Out>
-void lut_values(const uint8_t* bytes, size_t count, bool high_first, const float* book, const float* absmax,
+void lut_values(const uint8_t* bytes, size_t count, bool high_first, const float* codebook, const float* absmax,
                 size_t block, size_t first, void* out_) {
   using Stored = typename Out::Stored;
   auto* out = static_cast<Stored*>(out_);
@@ -90,7 +90,7 @@ void lut_values(const uint8_t* bytes, size_t count, bool high_first, const float
     const size_t run = block - first < count ? block - first : count;
     const float scale = *absmax++;
     Stored table[16];  // of this block, rounded already
-    for (int c = 0; c < 16; c++) table[c] = Out::store(book[c] * scale);
+    for (int c = 0; c < 16; c++) table[c] = Out::store(codebook[c] * scale);
     for (size_t i = 0; i < run / 2; i++) {
       out[2 * i] = table[(bytes[i] >> low) & 15u];
       out[2 * i + 1] = table[(bytes[i] >> high) & 15u];

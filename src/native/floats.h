@@ -3,7 +3,7 @@
 //
 // Every helper is branch-free integer or single-operation float code, so that
 // loops over it vectorize, and every compiler gives the same bits. Where a
-// product must be rounded before it is added to, seal() stands between the two:
+// product must be rounded before it is added to, prevent_fma() stands between the two:
 // no compiler, whatever its flags, may then fuse them.
 
 #pragma once
@@ -39,10 +39,14 @@ REQUANT_INLINE float float_of(uint32_t u) {
 }
 
 // What stands in the buffer before this point is stored, rounded, and read back.
-REQUANT_INLINE void seal(const void* buffer) { __asm__ volatile("" : : "r"(buffer) : "memory"); }
+REQUANT_INLINE void prevent_fma(const void* buffer) { __asm__ volatile("" : : "r"(buffer) : "memory"); }
 
 constexpr uint32_t kAbs32 = 0x7fffffffu;
 constexpr uint32_t kInf32 = 0x7f800000u;
+constexpr float kEpsilon32 = 0x1p-23f;  // from 1 to the next float
+// From here on every float is an integer: added to a smaller magnitude and taken off again,
+// it rounds to the nearest integer, ties to even; after the sum alone the integer is the low bits.
+constexpr float kRoundMagic = 0x1p23f;
 
 // ---------------------------------------------------------------- storage types
 
@@ -160,8 +164,8 @@ REQUANT_INLINE float decode_e4m3(uint32_t code) {
 REQUANT_INLINE float round_even(float x) {
   const uint32_t u = bits_of(x);
   const float a = float_of(u & kAbs32);
-  const float r = (a + 8388608.0f) - 8388608.0f;
-  return float_of((a < 8388608.0f ? bits_of(r) : (u & kAbs32)) | (u & ~kAbs32));
+  const float r = (a + kRoundMagic) - kRoundMagic;
+  return float_of((a < kRoundMagic ? bits_of(r) : (u & kAbs32)) | (u & ~kAbs32));
 }
 
 }  // namespace

@@ -536,7 +536,7 @@ REQUANT_NOINLINE void decode_values(const uint8_t* blocks, size_t count, float* 
       v[i] = s[run] * (T::kOffset == Offset::Inner ? code + o[run] : code);
     }
   }
-  seal(values);
+  prevent_fma(values);
   if (T::kOffset == Offset::Added)
     for (size_t run = 0; run < count * kRuns<T>; run++)
       for (int i = 0; i < T::kRun; i++) values[run * T::kRun + i] += o[run];
@@ -556,6 +556,34 @@ void gguf_values(const uint8_t* blocks, size_t count, void* out_) {
   }
 }
 
+// Numbers of block types in a file, by llama.cpp's names (GGML_TYPE_...).
+enum class GgmlType : int {
+  Q4_0 = 2,
+  Q4_1 = 3,
+  Q5_0 = 6,
+  Q5_1 = 7,
+  Q8_0 = 8,
+  Q2_K = 10,
+  Q3_K = 11,
+  Q4_K = 12,
+  Q5_K = 13,
+  Q6_K = 14,
+  IQ2_XXS = 16,
+  IQ2_XS = 17,
+  IQ3_XXS = 18,
+  IQ1_S = 19,
+  IQ4_NL = 20,
+  IQ3_S = 21,
+  IQ2_S = 22,
+  IQ4_XS = 23,
+  IQ1_M = 29,
+  TQ1_0 = 34,
+  TQ2_0 = 35,
+  MXFP4 = 39,
+  NVFP4 = 40,
+  Q1_0 = 41,
+};
+
 // Calls with the type of a block, by its number in the file; false for a number without one.
 template <class T>
 struct BlockTag {
@@ -564,31 +592,31 @@ struct BlockTag {
 
 template <class Call>
 bool with_block(int type, Call call) {
-  switch (type) {
-    case 2: return call(BlockTag<Q4_0>()), true;
-    case 3: return call(BlockTag<Q4_1>()), true;
-    case 6: return call(BlockTag<Q5_0>()), true;
-    case 7: return call(BlockTag<Q5_1>()), true;
-    case 8: return call(BlockTag<Q8_0>()), true;
-    case 10: return call(BlockTag<Q2K>()), true;
-    case 11: return call(BlockTag<Q3K>()), true;
-    case 12: return call(BlockTag<Q4K>()), true;
-    case 13: return call(BlockTag<Q5K>()), true;
-    case 14: return call(BlockTag<Q6K>()), true;
-    case 16: return call(BlockTag<Iq2Xxs>()), true;
-    case 17: return call(BlockTag<Iq2Xs>()), true;
-    case 18: return call(BlockTag<Iq3Xxs>()), true;
-    case 19: return call(BlockTag<Iq1S>()), true;
-    case 20: return call(BlockTag<Iq4Nl>()), true;
-    case 21: return call(BlockTag<Iq3S>()), true;
-    case 22: return call(BlockTag<Iq2S>()), true;
-    case 23: return call(BlockTag<Iq4Xs>()), true;
-    case 29: return call(BlockTag<Iq1M>()), true;
-    case 34: return call(BlockTag<Tq1_0>()), true;
-    case 35: return call(BlockTag<Tq2_0>()), true;
-    case 39: return call(BlockTag<Mxfp4>()), true;
-    case 40: return call(BlockTag<Nvfp4>()), true;
-    case 41: return call(BlockTag<Q1_0>()), true;
+  switch (GgmlType(type)) {
+    case GgmlType::Q4_0: return call(BlockTag<Q4_0>()), true;
+    case GgmlType::Q4_1: return call(BlockTag<Q4_1>()), true;
+    case GgmlType::Q5_0: return call(BlockTag<Q5_0>()), true;
+    case GgmlType::Q5_1: return call(BlockTag<Q5_1>()), true;
+    case GgmlType::Q8_0: return call(BlockTag<Q8_0>()), true;
+    case GgmlType::Q2_K: return call(BlockTag<Q2K>()), true;
+    case GgmlType::Q3_K: return call(BlockTag<Q3K>()), true;
+    case GgmlType::Q4_K: return call(BlockTag<Q4K>()), true;
+    case GgmlType::Q5_K: return call(BlockTag<Q5K>()), true;
+    case GgmlType::Q6_K: return call(BlockTag<Q6K>()), true;
+    case GgmlType::IQ2_XXS: return call(BlockTag<Iq2Xxs>()), true;
+    case GgmlType::IQ2_XS: return call(BlockTag<Iq2Xs>()), true;
+    case GgmlType::IQ3_XXS: return call(BlockTag<Iq3Xxs>()), true;
+    case GgmlType::IQ1_S: return call(BlockTag<Iq1S>()), true;
+    case GgmlType::IQ4_NL: return call(BlockTag<Iq4Nl>()), true;
+    case GgmlType::IQ3_S: return call(BlockTag<Iq3S>()), true;
+    case GgmlType::IQ2_S: return call(BlockTag<Iq2S>()), true;
+    case GgmlType::IQ4_XS: return call(BlockTag<Iq4Xs>()), true;
+    case GgmlType::IQ1_M: return call(BlockTag<Iq1M>()), true;
+    case GgmlType::TQ1_0: return call(BlockTag<Tq1_0>()), true;
+    case GgmlType::TQ2_0: return call(BlockTag<Tq2_0>()), true;
+    case GgmlType::MXFP4: return call(BlockTag<Mxfp4>()), true;
+    case GgmlType::NVFP4: return call(BlockTag<Nvfp4>()), true;
+    case GgmlType::Q1_0: return call(BlockTag<Q1_0>()), true;
     default: return false;
   }
 }

@@ -12,12 +12,12 @@ namespace {
 
 constexpr int kTile = 512;  // columns of the trailing update that stay in the cache
 
-// w: rows x cols, changed in place. carry: cols x cols, row j holds how much of column j's error
+// w: rows x cols, changed in place. propagation: cols x cols, row j holds how much of column j's error
 // each later column takes (upper triangle, the diagonal aside). scales, biases: one a row.
 // codes: rows x group.
 inline void gptq_group(float* REQUANT_RESTRICT w, size_t rows, size_t cols, size_t start, size_t group, int bits,
                        const float* REQUANT_RESTRICT scales, const float* REQUANT_RESTRICT biases,
-                       const float* REQUANT_RESTRICT carry, uint8_t* REQUANT_RESTRICT codes,
+                       const float* REQUANT_RESTRICT propagation, uint8_t* REQUANT_RESTRICT codes,
                        float* REQUANT_RESTRICT errors) {
   const float n = float((1 << bits) - 1);
   const size_t end = start + group;
@@ -29,12 +29,12 @@ inline void gptq_group(float* REQUANT_RESTRICT w, size_t rows, size_t cols, size
       float t = scale != 0.0f ? (row[j] - bias) / scale : 0.0f;
       t = t > 0.0f ? t : 0.0f;
       t = t < n ? t : n;
-      const float code = (t + 8388608.0f) - 8388608.0f;
+      const float code = (t + kRoundMagic) - kRoundMagic;
       const float product = code * scale;
       const float e = row[j] - (product + bias);
       codes[r * group + (j - start)] = uint8_t(code);
       error[j - start] = e;
-      const float* REQUANT_RESTRICT share = carry + j * cols;
+      const float* REQUANT_RESTRICT share = propagation + j * cols;
       for (size_t c = j + 1; c < end; c++) row[c] -= e * share[c];
     }
   }
@@ -44,7 +44,7 @@ inline void gptq_group(float* REQUANT_RESTRICT w, size_t rows, size_t cols, size
       float* REQUANT_RESTRICT row = w + r * cols + from;
       const float* REQUANT_RESTRICT e = errors + r * group;
       for (size_t j = 0; j < group; j += 4) {
-        const float* REQUANT_RESTRICT a = carry + (start + j) * cols + from;
+        const float* REQUANT_RESTRICT a = propagation + (start + j) * cols + from;
         const float* REQUANT_RESTRICT b = a + cols;
         const float* REQUANT_RESTRICT c = b + cols;
         const float* REQUANT_RESTRICT d = c + cols;

@@ -7,11 +7,12 @@
 #include "affine.h"
 #include "decode.h"
 #include "gguf.h"
+#include "gptq.h"
 #include "minifloat.h"
 #include "pack.h"
 #include "repack.h"
-#include "search.h"
-#include "gptq.h"
+#include "search_affine.h"
+#include "search_float.h"
 #include "values.h"
 
 namespace {
@@ -41,8 +42,8 @@ struct Promoted<S, S> {
   using Type = S;
 };
 
-void affine_quantize_any(const void* w, Dtype dtype, size_t rows, size_t cols, int group_size, int bits,
-                         uint32_t* words, void* scales, void* biases) {
+void affine_quantize_dispatch(const void* w, Dtype dtype, size_t rows, size_t cols, int group_size, int bits,
+                              uint32_t* words, void* scales, void* biases) {
   const size_t groups = rows * (cols / group_size);
   with_dtype(dtype, [&](auto t) {
     using T = typename decltype(t)::Type;
@@ -54,9 +55,9 @@ void affine_quantize_any(const void* w, Dtype dtype, size_t rows, size_t cols, i
   });
 }
 
-void affine_dequantize_any(const uint32_t* words, const void* scales, Dtype scales_dtype, const void* biases,
-                           Dtype biases_dtype, size_t rows, size_t cols, int group_size, int bits, void* out,
-                           Dtype out_dtype) {
+void affine_dequantize_dispatch(const uint32_t* words, const void* scales, Dtype scales_dtype, const void* biases,
+                                Dtype biases_dtype, size_t rows, size_t cols, int group_size, int bits, void* out,
+                                Dtype out_dtype) {
   const size_t groups = rows * (cols / group_size);
   with_dtype(scales_dtype, [&](auto s) {
     with_dtype(biases_dtype, [&](auto b) {
@@ -75,8 +76,8 @@ void affine_dequantize_any(const uint32_t* words, const void* scales, Dtype scal
   });
 }
 
-size_t mx_quantize_any(const void* w, Dtype dtype, size_t rows, size_t cols, int bits, uint32_t* words,
-                       uint8_t* scales) {
+size_t mx_quantize_dispatch(const void* w, Dtype dtype, size_t rows, size_t cols, int bits, uint32_t* words,
+                            uint8_t* scales) {
   const size_t groups = rows * (cols / 32);
   return with_dtype(dtype, [&](auto t) {
     using T = typename decltype(t)::Type;
@@ -84,8 +85,8 @@ size_t mx_quantize_any(const void* w, Dtype dtype, size_t rows, size_t cols, int
   });
 }
 
-void mx_dequantize_any(const uint32_t* words, const uint8_t* scales, size_t rows, size_t cols, int bits, void* out,
-                       Dtype out_dtype) {
+void mx_dequantize_dispatch(const uint32_t* words, const uint8_t* scales, size_t rows, size_t cols, int bits, void* out,
+                            Dtype out_dtype) {
   const size_t groups = rows * (cols / 32);
   with_dtype(out_dtype, [&](auto o) {
     using Out = typename decltype(o)::Type;
@@ -96,16 +97,16 @@ void mx_dequantize_any(const uint32_t* words, const uint8_t* scales, size_t rows
   });
 }
 
-void nvfp4_quantize_any(const void* w, Dtype dtype, size_t rows, size_t cols, uint32_t* words, uint8_t* scales,
-                        const float* global_scale) {
+void nvfp4_quantize_dispatch(const void* w, Dtype dtype, size_t rows, size_t cols, uint32_t* words, uint8_t* scales,
+                             const float* global_scale) {
   with_dtype(dtype, [&](auto t) {
     nvfp4_quantize<typename decltype(t)::Type>(w, rows * (cols / 16), words, scales, global_scale);
   });
 }
 
-void nvfp4_dequantize_any(const uint32_t* words, const uint8_t* scales, size_t rows, size_t cols,
-                          const float* global_scale, void* out, Dtype out_dtype) {
-  const float dec = global_scale != nullptr ? *global_scale / 2688.0f : 1.0f;
+void nvfp4_dequantize_dispatch(const uint32_t* words, const uint8_t* scales, size_t rows, size_t cols,
+                               const float* global_scale, void* out, Dtype out_dtype) {
+  const float dec = global_scale != nullptr ? *global_scale / kNvfp4Max : 1.0f;
   with_dtype(out_dtype, [&](auto o) {
     nvfp4_dequantize<typename decltype(o)::Type>(words, scales, rows * (cols / 16), dec, out);
   });
@@ -119,8 +120,8 @@ auto with_weights(const float* weights, Call call) {
 template <class W>
 constexpr bool weighted = !__is_same(typename W::Type, void);
 
-void affine_search_any(const void* w, Dtype dtype, size_t rows, size_t cols, int group_size, int bits,
-                       const float* weights, bool best, uint32_t* words, void* scales, void* biases) {
+void affine_search_dispatch(const void* w, Dtype dtype, size_t rows, size_t cols, int group_size, int bits,
+                            const float* weights, bool best, uint32_t* words, void* scales, void* biases) {
   const size_t per_row = cols / group_size, groups = rows * per_row;
   with_dtype(dtype, [&](auto t) {
     with_weights(weights, [&](auto h) {
@@ -135,8 +136,8 @@ void affine_search_any(const void* w, Dtype dtype, size_t rows, size_t cols, int
   });
 }
 
-size_t mx_search_any(const void* w, Dtype dtype, size_t rows, size_t cols, int bits, const float* weights, bool best,
-                     uint32_t* words, uint8_t* scales) {
+size_t mx_search_dispatch(const void* w, Dtype dtype, size_t rows, size_t cols, int bits, const float* weights,
+                          bool best, uint32_t* words, uint8_t* scales) {
   const size_t per_row = cols / 32, groups = rows * per_row;
   return with_dtype(dtype, [&](auto t) {
     return with_weights(weights, [&](auto h) {
@@ -148,8 +149,8 @@ size_t mx_search_any(const void* w, Dtype dtype, size_t rows, size_t cols, int b
   });
 }
 
-void nvfp4_search_any(const void* w, Dtype dtype, size_t rows, size_t cols, const float* weights, bool best,
-                      uint32_t* words, uint8_t* scales, const float* global_scale) {
+void nvfp4_search_dispatch(const void* w, Dtype dtype, size_t rows, size_t cols, const float* weights, bool best,
+                           uint32_t* words, uint8_t* scales, const float* global_scale) {
   const size_t per_row = cols / 16, groups = rows * per_row;
   with_dtype(dtype, [&](auto t) {
     with_weights(weights, [&](auto h) {
@@ -159,15 +160,15 @@ void nvfp4_search_any(const void* w, Dtype dtype, size_t rows, size_t cols, cons
   });
 }
 
-void pack_words_any(const uint8_t* codes, size_t rows, size_t cols, int bits, uint32_t* words) {
+void pack_words_dispatch(const uint8_t* codes, size_t rows, size_t cols, int bits, uint32_t* words) {
   pack_codes(bits, codes, rows * cols, reinterpret_cast<uint8_t*>(words));
 }
 
-void unpack_words_any(const uint32_t* words, size_t rows, size_t cols, int bits, uint8_t* codes) {
+void unpack_words_dispatch(const uint32_t* words, size_t rows, size_t cols, int bits, uint8_t* codes) {
   unpack_codes(bits, reinterpret_cast<const uint8_t*>(words), rows * cols, codes);
 }
 
-size_t cast_any(const void* src, Dtype src_dtype, size_t count, void* dst, Dtype dst_dtype) {
+size_t cast_dispatch(const void* src, Dtype src_dtype, size_t count, void* dst, Dtype dst_dtype) {
   return with_dtype(src_dtype, [&](auto s) {
     return with_dtype(dst_dtype, [&](auto d) {
       return cast_values<typename decltype(s)::Type, typename decltype(d)::Type>(src, count, dst);
@@ -175,16 +176,16 @@ size_t cast_any(const void* src, Dtype src_dtype, size_t count, void* dst, Dtype
   });
 }
 
-size_t count_nonfinite_any(const void* w, Dtype dtype, size_t count) {
+size_t count_nonfinite_dispatch(const void* w, Dtype dtype, size_t count) {
   return with_dtype(dtype, [&](auto t) { return count_nonfinite<typename decltype(t)::Type>(w, count); });
 }
 
-ptrdiff_t first_nonfinite_any(const void* w, Dtype dtype, size_t count) {
+ptrdiff_t first_nonfinite_dispatch(const void* w, Dtype dtype, size_t count) {
   return with_dtype(dtype, [&](auto t) { return first_nonfinite<typename decltype(t)::Type>(w, count); });
 }
 
-void group_errors_any(const void* a, Dtype a_dtype, const void* b, Dtype b_dtype, size_t count, size_t group_size,
-                      float* group_max, double* out) {
+void group_errors_dispatch(const void* a, Dtype a_dtype, const void* b, Dtype b_dtype, size_t count, size_t group_size,
+                           float* group_max, double* out) {
   with_dtype(a_dtype, [&](auto s) {
     with_dtype(b_dtype, [&](auto t) {
       using A = typename decltype(s)::Type;
@@ -199,7 +200,7 @@ void group_errors_any(const void* a, Dtype a_dtype, const void* b, Dtype b_dtype
   });
 }
 
-void transpose_any(const void* src, size_t item_bytes, size_t rows, size_t cols, void* out) {
+void transpose_dispatch(const void* src, size_t item_bytes, size_t rows, size_t cols, void* out) {
   switch (item_bytes) {
     case 1: return transpose<uint8_t>(src, rows, cols, out);
     case 2: return transpose<uint16_t>(src, rows, cols, out);
@@ -207,8 +208,8 @@ void transpose_any(const void* src, size_t item_bytes, size_t rows, size_t cols,
   }
 }
 
-void integer_values_any(const uint8_t* codes, const float* scales, const float* zeros, size_t rows, size_t cols,
-                        size_t group, Dtype difference, void* out, Dtype out_dtype) {
+void integer_values_dispatch(const uint8_t* codes, const float* scales, const float* zeros, size_t rows, size_t cols,
+                             size_t group, Dtype difference, void* out, Dtype out_dtype) {
   with_dtype(difference, [&](auto d) {
     with_dtype(out_dtype, [&](auto o) {
       integer_values<typename decltype(d)::Type, typename decltype(o)::Type>(codes, scales, zeros, rows, cols, group,
@@ -217,9 +218,9 @@ void integer_values_any(const uint8_t* codes, const float* scales, const float* 
   });
 }
 
-size_t float8_values_any(const uint8_t* bytes, bool fnuz, const float* scales, size_t rows, size_t cols,
-                         size_t scale_cols, size_t block_rows, size_t block_cols, size_t first_row, void* out,
-                         Dtype out_dtype) {
+size_t float8_values_dispatch(const uint8_t* bytes, bool fnuz, const float* scales, size_t rows, size_t cols,
+                              size_t scale_cols, size_t block_rows, size_t block_cols, size_t first_row, void* out,
+                              Dtype out_dtype) {
   return with_dtype(out_dtype, [&](auto o) {
     using Out = typename decltype(o)::Type;
     return fnuz ? float8_values<E4M3FNUZ, Out>(bytes, scales, rows, cols, scale_cols, block_rows, block_cols,
@@ -229,18 +230,18 @@ size_t float8_values_any(const uint8_t* bytes, bool fnuz, const float* scales, s
   });
 }
 
-void field_codes_any(const void* src, size_t item_bytes, size_t rows, size_t cols, int shift, int bits, uint8_t flip,
-                     uint8_t* out, size_t first, size_t step) {
+void extract_bitfield_dispatch(const void* src, size_t item_bytes, size_t rows, size_t cols, int shift, int bits,
+                               uint8_t flip, uint8_t* out, size_t first, size_t step) {
   if (item_bytes == 1)
-    field_codes<uint8_t>(src, rows, cols, shift, bits, flip, out, first, step);
+    extract_bitfield<uint8_t>(src, rows, cols, shift, bits, flip, out, first, step);
   else
-    field_codes<uint32_t>(src, rows, cols, shift, bits, flip, out, first, step);
+    extract_bitfield<uint32_t>(src, rows, cols, shift, bits, flip, out, first, step);
 }
 
-void lut_values_any(const uint8_t* bytes, size_t count, bool high_first, const float* book, const float* absmax,
-                    size_t block, size_t first, void* out, Dtype out_dtype) {
+void lut_values_dispatch(const uint8_t* bytes, size_t count, bool high_first, const float* codebook,
+                         const float* absmax, size_t block, size_t first, void* out, Dtype out_dtype) {
   with_dtype(out_dtype, [&](auto o) {
-    lut_values<typename decltype(o)::Type>(bytes, count, high_first, book, absmax, block, first, out);
+    lut_values<typename decltype(o)::Type>(bytes, count, high_first, codebook, absmax, block, first, out);
   });
 }
 
@@ -253,18 +254,16 @@ struct IsFp4<T, decltype(void(T::kScaleBytes))> {
   static constexpr int kScaleBytes = T::kScaleBytes;
 };
 
-requant::GgufBlock gguf_block_any(int type) {
-  requant::GgufBlock found = {};
-  with_block(type, [&](auto tag) {
+bool gguf_block_dispatch(int type, requant::GgufBlock& block) {
+  return with_block(type, [&](auto tag) {
     using T = typename decltype(tag)::Type;
     constexpr int kScaleBytes = IsFp4<T>::kScaleBytes;
-    found = {T::kElements, T::kBytes, T::kBits, T::kGroup, kScaleBytes != 0, kScaleBytes};
+    block = {T::kElements, T::kBytes, T::kBits, T::kGroup, kScaleBytes != 0, kScaleBytes};
   });
-  return found;
 }
 
-void gguf_affine_any(int type, const uint8_t* blocks, size_t count, uint32_t* words, void* scales, void* biases,
-                     Dtype dtype) {
+void gguf_affine_dispatch(int type, const uint8_t* blocks, size_t count, uint32_t* words, void* scales, void* biases,
+                          Dtype dtype) {
   with_block(type, [&](auto tag) {
     using T = typename decltype(tag)::Type;
     if constexpr (T::kBits != 0)
@@ -273,14 +272,14 @@ void gguf_affine_any(int type, const uint8_t* blocks, size_t count, uint32_t* wo
   });
 }
 
-void gguf_fp4_any(int type, const uint8_t* blocks, size_t count, uint32_t* words, uint8_t* scales) {
+void gguf_fp4_dispatch(int type, const uint8_t* blocks, size_t count, uint32_t* words, uint8_t* scales) {
   with_block(type, [&](auto tag) {
     using T = typename decltype(tag)::Type;
     if constexpr (IsFp4<T>::kScaleBytes != 0) gguf_fp4<T>(blocks, count, words, scales);
   });
 }
 
-void gguf_values_any(int type, const uint8_t* blocks, size_t count, void* out, Dtype dtype) {
+void gguf_values_dispatch(int type, const uint8_t* blocks, size_t count, void* out, Dtype dtype) {
   with_block(type, [&](auto tag) {
     using T = typename decltype(tag)::Type;
     with_dtype(dtype, [&](auto o) { gguf_values<T, typename decltype(o)::Type>(blocks, count, out); });
@@ -298,14 +297,17 @@ namespace requant {
 
 extern const Kernels REQUANT_JOIN(kernels_, REQUANT_ISA);
 const Kernels REQUANT_JOIN(kernels_, REQUANT_ISA) = {
-    REQUANT_TEXT(REQUANT_ISA), affine_quantize_any, affine_dequantize_any, mx_quantize_any,
-    mx_dequantize_any,         nvfp4_quantize_any,  nvfp4_dequantize_any,  affine_search_any,
-    mx_search_any,             nvfp4_search_any,    gptq_group,            pack_words_any,
-    unpack_words_any,          cast_any,            count_nonfinite_any,   first_nonfinite_any,
-    group_errors_any,          transpose_any,       stream_columns,        planar_columns,
-    marlin_words,              fast_words,          stream_codes,          field_codes_any,
-    deinterleave_words,        integer_values_any,  float8_values_any,     lut_values_any,
-    gguf_block_any,            gguf_affine_any,     gguf_fp4_any,          gguf_values_any,
+    REQUANT_TEXT(REQUANT_ISA), affine_quantize_dispatch, affine_dequantize_dispatch,
+    mx_quantize_dispatch,      mx_dequantize_dispatch,   nvfp4_quantize_dispatch,
+    nvfp4_dequantize_dispatch, affine_search_dispatch,   mx_search_dispatch,
+    nvfp4_search_dispatch,     gptq_group,               pack_words_dispatch,
+    unpack_words_dispatch,     cast_dispatch,            count_nonfinite_dispatch,
+    first_nonfinite_dispatch,  group_errors_dispatch,    transpose_dispatch,
+    stream_columns,            planar_columns,           marlin_words,
+    awq_gemv_fast_words,       stream_codes,             extract_bitfield_dispatch,
+    deinterleave_words,        integer_values_dispatch,  float8_values_dispatch,
+    lut_values_dispatch,       gguf_block_dispatch,      gguf_affine_dispatch,
+    gguf_fp4_dispatch,         gguf_values_dispatch,
 };
 
 }  // namespace requant

@@ -11,7 +11,7 @@
 
 namespace requant {
 
-// A type of GGUF's blocks; elements 0: there is none of this number.
+// A type of GGUF's blocks.
 struct GgufBlock {
   int elements, bytes;
   int bits, group;  // of MLX's affine codes that hold it; bits 0: none do
@@ -53,7 +53,7 @@ struct Kernels {
   // Codes of the columns [start, start + group) with each one's error handed on; group is a
   // multiple of 4. w changes in place; errors: rows x group, for the kernel's use.
   void (*gptq_group)(float* w, size_t rows, size_t cols, size_t start, size_t group, int bits, const float* scales,
-                     const float* biases, const float* carry, uint8_t* codes, float* errors);
+                     const float* biases, const float* propagation, uint8_t* codes, float* errors);
 
   // cols is a multiple of 32.
   void (*pack_words)(const uint8_t* codes, size_t rows, size_t cols, int bits, uint32_t* words);
@@ -76,13 +76,13 @@ struct Kernels {
   void (*planar_columns)(const uint32_t* src, size_t n_in, size_t n_out, int bits, void* out, int out_bits);
   // Marlin tiles (n_in / 16, 2 * n_out), and gemv_fast (n_out / 4, n_in), to words (n_out, n_in / 8).
   void (*marlin_words)(const uint32_t* src, size_t n_in, size_t n_out, uint32_t* out);
-  void (*fast_words)(const uint16_t* src, size_t n_in, size_t n_out, uint32_t* out);
+  void (*awq_gemv_fast_words)(const uint16_t* src, size_t n_in, size_t n_out, uint32_t* out);
   // per_word 0: each row one bit stream; else so many codes in the low bits of each word.
   void (*stream_codes)(const uint32_t* src, size_t rows, size_t row_words, int bits, size_t per_word, size_t count,
                        uint8_t* codes);
   // Bits from shift on of elements of 1 or 4 bytes; row r becomes row first + r * step of out.
-  void (*field_codes)(const void* src, size_t item_bytes, size_t rows, size_t cols, int shift, int bits, uint8_t flip,
-                      uint8_t* out, size_t first, size_t step);
+  void (*extract_bitfield)(const void* src, size_t item_bytes, size_t rows, size_t cols, int shift, int bits,
+                           uint8_t flip, uint8_t* out, size_t first, size_t step);
   void (*deinterleave_words)(const uint32_t* src, size_t count, uint32_t* out);
 
   // Values computed (decode.h). The last group or block of a row or column may be short.
@@ -94,11 +94,12 @@ struct Kernels {
                           size_t scale_cols, size_t block_rows, size_t block_cols, size_t first_row, void* out,
                           Dtype out_dtype);
   // Flat: the first value is number `first` of its block.
-  void (*lut_values)(const uint8_t* bytes, size_t count, bool high_first, const float* book, const float* absmax,
+  void (*lut_values)(const uint8_t* bytes, size_t count, bool high_first, const float* codebook, const float* absmax,
                      size_t block, size_t first, void* out, Dtype out_dtype);
 
   // GGUF (gguf.h): count blocks of a type, one after another.
-  GgufBlock (*gguf_block)(int type);
+  // False: no block type has this number, and block is left alone.
+  bool (*gguf_block)(int type, GgufBlock& block);
   void (*gguf_affine)(int type, const uint8_t* blocks, size_t count, uint32_t* words, void* scales, void* biases,
                       Dtype dtype);
   void (*gguf_fp4)(int type, const uint8_t* blocks, size_t count, uint32_t* words, uint8_t* scales);

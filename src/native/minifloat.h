@@ -9,6 +9,10 @@
 
 namespace {
 
+constexpr float kE2M1Max = 6.0f, kE4M3Max = 448.0f;
+constexpr float kE4M3MinNormal = 0x1p-6f;
+constexpr float kNvfp4Max = kE2M1Max * kE4M3Max;  // the largest value under a global scale of one
+
 // ---------------------------------------------------------------- float4_e2m1
 
 // By halfway points: as MLX's table search, a tie goes toward zero and code 8
@@ -52,7 +56,7 @@ template <class T>
 struct E4M3Thresholds {
   typename T::Key normal, halfway[8];
 
-  E4M3Thresholds() : normal(typename T::Key(T::store(0.015625f))) {
+  E4M3Thresholds() : normal(typename T::Key(T::store(kE4M3MinNormal))) {
     // A code is passed by a strictly larger magnitude; odd ones let the tie pass.
     for (int k = 0; k < 8; k++)
       halfway[k] = typename T::Key(T::store((float(k) + 0.5f) * 0.001953125f) - uint32_t(k & 1));
@@ -132,7 +136,7 @@ REQUANT_INLINE int ceil_log2(float s) {
   uint32_t u = bits_of(s);
   int shift = 0;
   if (u < 0x00800000u) {
-    u = bits_of(s * 8388608.0f);
+    u = bits_of(s * 0x1p23f);
     shift = 23;
   }
   return int((u + 0x7fffffu) >> 23) - 127 - shift;
@@ -157,7 +161,7 @@ template <class T, int BITS>
 size_t mx_quantize(const void* w_, size_t groups, uint32_t* words, uint8_t* scales) {
   using Stored = typename T::Stored;
   constexpr int group = 32;
-  constexpr float largest = BITS == 4 ? 6.0f : 448.0f;
+  constexpr float largest = BITS == 4 ? kE2M1Max : kE4M3Max;
   constexpr size_t per_block = kBlock / group;
   const auto* w = static_cast<const Stored*>(w_);
   auto* out = reinterpret_cast<uint8_t*>(words);
@@ -282,8 +286,8 @@ void nvfp4_codes(const typename T::Stored* REQUANT_RESTRICT x, float top, float 
   alignas(64) float scaled[group];
   const float most = float_of(bits_of(T::round(top / d) * enc) & kAbs32);
   for (int i = 0; i < group; i++) scaled[i] = T::round(T::load(x[i]) / d) * enc;
-  seal(scaled);
-  if (most < 8388608.0f)
+  prevent_fma(scaled);
+  if (most < kRoundMagic)
     for (int i = 0; i < group; i++) c[i] = uint8_t(encode_e2m1(scaled[i]));
   else
     for (int i = 0; i < group; i++) c[i] = uint8_t(search_e2m1(scaled[i]));
@@ -295,7 +299,7 @@ void nvfp4_quantize(const void* w_, size_t groups, uint32_t* words, uint8_t* sca
   static const Nvfp4Thresholds<T> thresholds;
   constexpr int group = 16;
   constexpr int per_block = int(kBlock) / group;
-  const float enc = global_scale != nullptr ? 2688.0f / *global_scale : 1.0f;
+  const float enc = global_scale != nullptr ? kNvfp4Max / *global_scale : 1.0f;
   const auto* w = static_cast<const Stored*>(w_);
   auto* out = reinterpret_cast<uint8_t*>(words);
 
@@ -304,7 +308,7 @@ void nvfp4_quantize(const void* w_, size_t groups, uint32_t* words, uint8_t* sca
   while (groups > 0) {
     const int count = groups < size_t(per_block) ? int(groups) : per_block;
     for (int j = 0; j < count; j++) top[j] = T::load(Stored(largest_magnitude<T>(w + j * group, group)));
-    for (int j = 0; j < count; j++) scales[j] = uint8_t(encode_e4m3(T::round(top[j] / 6.0f) * enc));
+    for (int j = 0; j < count; j++) scales[j] = uint8_t(encode_e4m3(T::round(top[j] / kE2M1Max) * enc));
     for (int j = 0; j < count; j++) {
       const Stored* x = w + j * group;
       // Byte 0x7e may be saturated, where quotients grow without bound.

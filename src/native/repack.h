@@ -40,7 +40,7 @@ REQUANT_INLINE T* transpose_tile(T* REQUANT_RESTRICT tile, T* REQUANT_RESTRICT s
   return from;
 }
 
-REQUANT_INLINE size_t least(size_t a, size_t b) { return a < b ? a : b; }
+REQUANT_INLINE size_t min(size_t a, size_t b) { return a < b ? a : b; }
 
 template <class T>
 REQUANT_INLINE void copy_line(T* REQUANT_RESTRICT to, const T* REQUANT_RESTRICT from, size_t count) {
@@ -58,8 +58,8 @@ void transpose(const void* src_, size_t rows, size_t cols, void* out_) {
   alignas(64) T tile[edge * edge], spare[edge * edge];
   for (size_t band = 0; band < cols; band += wide)
     for (size_t r = 0; r < rows; r += edge)
-      for (size_t c = band; c < least(band + wide, cols); c += edge) {
-        const size_t high = least(edge, rows - r), broad = least(edge, cols - c);
+      for (size_t c = band; c < min(band + wide, cols); c += edge) {
+        const size_t high = min(edge, rows - r), broad = min(edge, cols - c);
         for (size_t i = 0; i < high; i++) copy_line(tile + i * edge, src + (r + i) * cols + c, broad);
         const T* turned = transpose_tile(tile, spare);
         for (size_t i = 0; i < broad; i++) copy_line(out + (c + i) * rows + r, turned + i * edge, high);
@@ -108,8 +108,8 @@ void nibble_columns(const uint32_t* src, size_t n_in, size_t n_out, const uint8_
   alignas(64) uint32_t spare[edge * edge];
   for (size_t band = 0; band < src_words; band += wide)
     for (size_t w = 0; w < out_words; w += edge)
-      for (size_t c = band; c < least(band + wide, src_words); c += edge) {
-        const size_t high = least(edge, out_words - w), broad = least(edge, src_words - c);
+      for (size_t c = band; c < min(band + wide, src_words); c += edge) {
+        const size_t high = min(edge, out_words - w), broad = min(edge, src_words - c);
         for (size_t e = 0; e < high; e++)
           for (size_t k = 0; k < 8; k++)
             copy_line(planes[k] + e * edge, src + (8 * (w + e) + k) * src_words + c, broad);
@@ -135,7 +135,7 @@ REQUANT_INLINE void tiles_to_words(size_t n_in, size_t n_out, int out_bits, cons
   alignas(64) uint8_t tile[edge * edge] = {}, spare[edge * edge];
   for (size_t o = 0; o < n_out; o += edge)
     for (size_t k = 0; k < n_in; k += edge) {
-      const size_t inputs = least(edge, n_in - k), outputs = least(edge, n_out - o);
+      const size_t inputs = min(edge, n_in - k), outputs = min(edge, n_out - o);
       fill(tile, k, inputs, o, outputs);
       if (flip != 0)
         for (size_t i = 0; i < edge * edge; i++) tile[i] ^= flip;
@@ -203,7 +203,7 @@ void marlin_words(const uint32_t* src, size_t n_in, size_t n_out, uint32_t* out)
   alignas(64) uint32_t rows[64][2 * deep];
   for (size_t n = 0; n < n_out; n += 64)
     for (size_t k = 0; k < tiles; k += deep) {
-      const size_t high = least(deep, tiles - k);
+      const size_t high = min(deep, tiles - k);
       for (size_t i = 0; i < high; i++) {
         const uint32_t* tile = src + (k + i) * 2 * n_out + 2 * n;
         for (size_t column = 0; column < 32; column++) {  // 8 t + lane / 4
@@ -226,7 +226,7 @@ void marlin_words(const uint32_t* src, size_t n_in, size_t n_out, uint32_t* out)
 
 // AutoAWQ gemv_fast, llm-awq: src (n_out / 4, n_in) of 16 bits. 64 inputs of four rows are 64
 // elements: 16 a row, 8 a half; nibble n of element k is input 32 * half + 8 n + k.
-void fast_words(const uint16_t* src, size_t n_in, size_t n_out, uint32_t* out) {
+void awq_gemv_fast_words(const uint16_t* src, size_t n_in, size_t n_out, uint32_t* out) {
   for (size_t r = 0; r < n_out / 4; r++)
     for (size_t block = 0; block < n_in / 64; block++)
       for (size_t row = 0; row < 4; row++) {
@@ -268,8 +268,8 @@ void stream_codes(const uint32_t* src, size_t rows, size_t row_words, int bits, 
 // Bits shift .. shift + bits - 1 of each element, xor flip; row r of src becomes row
 // first + r * step of out.
 template <class T>
-void field_codes(const void* src_, size_t rows, size_t cols, int shift, int bits, uint8_t flip, uint8_t* out,
-                 size_t first, size_t step) {
+void extract_bitfield(const void* src_, size_t rows, size_t cols, int shift, int bits, uint8_t flip, uint8_t* out,
+                      size_t first, size_t step) {
   const auto* src = static_cast<const T*>(src_);
   const T mask = T((1u << bits) - 1u);
   for (size_t r = 0; r < rows; r++) {

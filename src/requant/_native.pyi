@@ -10,80 +10,116 @@ from typing import Any
 import numpy.typing
 
 
-def affine_quantize(w: numpy.typing.NDArray[Any], dtype: str, group_size: int, bits: int, words: numpy.typing.NDArray[Any], scales: numpy.typing.NDArray[Any], biases: numpy.typing.NDArray[Any]) -> None: ...
+def affine_quantize(w: numpy.typing.NDArray[Any], dtype: str, group_size: int, bits: int, words: numpy.typing.NDArray[Any], scales: numpy.typing.NDArray[Any], biases: numpy.typing.NDArray[Any]) -> None:
+    """
+    Quantizes to mode affine: a scale and a bias of the dtype of w for each group.
+    """
 
-def affine_dequantize(words: numpy.typing.NDArray[Any], scales: numpy.typing.NDArray[Any], scales_dtype: str, biases: numpy.typing.NDArray[Any], biases_dtype: str, group_size: int, bits: int, out: numpy.typing.NDArray[Any], out_dtype: str) -> None: ...
+def affine_dequantize(words: numpy.typing.NDArray[Any], scales: numpy.typing.NDArray[Any], scales_dtype: str, biases: numpy.typing.NDArray[Any], biases_dtype: str, group_size: int, bits: int, out: numpy.typing.NDArray[Any], out_dtype: str) -> None:
+    """Values of mode affine; scales and biases may differ in dtype."""
 
 def mx_quantize(w: numpy.typing.NDArray[Any], dtype: str, mode: str, words: numpy.typing.NDArray[Any], scales: numpy.typing.NDArray[Any]) -> int:
     """
-    Returns the number of groups flushed to zero: too small for an E8M0 scale.
+    Quantizes to mxfp4 or mxfp8; returns the number of groups flushed to zero: too small for an E8M0 scale.
     """
 
-def mx_dequantize(words: numpy.typing.NDArray[Any], scales: numpy.typing.NDArray[Any], mode: str, out: numpy.typing.NDArray[Any], out_dtype: str) -> None: ...
+def mx_dequantize(words: numpy.typing.NDArray[Any], scales: numpy.typing.NDArray[Any], mode: str, out: numpy.typing.NDArray[Any], out_dtype: str) -> None:
+    """Values of mxfp4 or mxfp8."""
 
-def nvfp4_quantize(w: numpy.typing.NDArray[Any], dtype: str, words: numpy.typing.NDArray[Any], scales: numpy.typing.NDArray[Any], global_scale: float | None = None) -> None: ...
+def nvfp4_quantize(w: numpy.typing.NDArray[Any], dtype: str, words: numpy.typing.NDArray[Any], scales: numpy.typing.NDArray[Any], global_scale: float | None = None) -> None:
+    """Quantizes to nvfp4, with a global scale of the tensor or without."""
 
-def nvfp4_dequantize(words: numpy.typing.NDArray[Any], scales: numpy.typing.NDArray[Any], out: numpy.typing.NDArray[Any], out_dtype: str, global_scale: float | None = None) -> None: ...
+def nvfp4_dequantize(words: numpy.typing.NDArray[Any], scales: numpy.typing.NDArray[Any], out: numpy.typing.NDArray[Any], out_dtype: str, global_scale: float | None = None) -> None:
+    """Values of nvfp4; F32 where there is a global scale."""
 
 def affine_search(w: numpy.typing.NDArray[Any], dtype: str, group_size: int, bits: int, level: str, weights: numpy.typing.NDArray[Any] | None, words: numpy.typing.NDArray[Any], scales: numpy.typing.NDArray[Any], biases: numpy.typing.NDArray[Any]) -> None:
     """
     As affine_quantize, with scales and biases searched for; weights: float32 bits, one a column, or None.
     """
 
-def gptq_group(w: numpy.typing.NDArray[Any], start: int, group_size: int, bits: int, scales: numpy.typing.NDArray[Any], biases: numpy.typing.NDArray[Any], carry: numpy.typing.NDArray[Any], codes: numpy.typing.NDArray[Any], errors: numpy.typing.NDArray[Any]) -> None:
+def mx_search(w: numpy.typing.NDArray[Any], dtype: str, mode: str, level: str, weights: numpy.typing.NDArray[Any] | None, words: numpy.typing.NDArray[Any], scales: numpy.typing.NDArray[Any]) -> int:
+    """
+    As mx_quantize, with scales searched for; weights as those of affine_search.
+    """
+
+def nvfp4_search(w: numpy.typing.NDArray[Any], dtype: str, level: str, weights: numpy.typing.NDArray[Any] | None, words: numpy.typing.NDArray[Any], scales: numpy.typing.NDArray[Any], global_scale: float | None = None) -> None:
+    """
+    As nvfp4_quantize, with scales searched for; weights as those of affine_search.
+    """
+
+def gptq_group(w: numpy.typing.NDArray[Any], start: int, group_size: int, bits: int, scales: numpy.typing.NDArray[Any], biases: numpy.typing.NDArray[Any], propagation: numpy.typing.NDArray[Any], codes: numpy.typing.NDArray[Any], errors: numpy.typing.NDArray[Any]) -> None:
     """
     Codes of a group's columns one by one; each one's error is handed on to the later columns of w, in place.
     """
-
-def mx_search(w: numpy.typing.NDArray[Any], dtype: str, mode: str, level: str, weights: numpy.typing.NDArray[Any] | None, words: numpy.typing.NDArray[Any], scales: numpy.typing.NDArray[Any]) -> int:
-    """Returns what mx_quantize does."""
-
-def nvfp4_search(w: numpy.typing.NDArray[Any], dtype: str, level: str, weights: numpy.typing.NDArray[Any] | None, words: numpy.typing.NDArray[Any], scales: numpy.typing.NDArray[Any], global_scale: float | None = None) -> None: ...
-
-def pack_words(codes: numpy.typing.NDArray[Any], bits: int, words: numpy.typing.NDArray[Any]) -> None: ...
-
-def unpack_words(words: numpy.typing.NDArray[Any], bits: int, codes: numpy.typing.NDArray[Any]) -> None: ...
 
 def cast(src: numpy.typing.NDArray[Any], src_dtype: str, dst: numpy.typing.NDArray[Any], dst_dtype: str) -> int:
     """
     Rounds to nearest even; returns the number of finite values that became infinite.
     """
 
-def count_nonfinite(w: numpy.typing.NDArray[Any], dtype: str) -> int: ...
+def count_nonfinite(w: numpy.typing.NDArray[Any], dtype: str) -> int:
+    """The number of infinities and NaNs."""
 
 def first_nonfinite(w: numpy.typing.NDArray[Any], dtype: str) -> int:
-    """Flat index, or -1."""
+    """Flat index of the first infinity or NaN, or -1."""
 
 def group_errors(a: numpy.typing.NDArray[Any], a_dtype: str, b: numpy.typing.NDArray[Any], b_dtype: str, group_size: int, group_max: numpy.typing.NDArray[Any]) -> tuple[float, float]:
     """
     Writes the largest |a - b| of each group (float32 bits); returns the sums of (a - b)^2 and of a^2.
     """
 
-def transpose(src: numpy.typing.NDArray[Any], out: numpy.typing.NDArray[Any]) -> None: ...
+def pack_words(codes: numpy.typing.NDArray[Any], bits: int, words: numpy.typing.NDArray[Any]) -> None:
+    """Codes, one a byte, to words: each row one bit stream."""
+
+def unpack_words(words: numpy.typing.NDArray[Any], bits: int, codes: numpy.typing.NDArray[Any]) -> None:
+    """Words to codes, one a byte; undoes pack_words."""
+
+def transpose(src: numpy.typing.NDArray[Any], out: numpy.typing.NDArray[Any]) -> None:
+    """Rows to columns; elements of 8, 16 or 32 bits."""
 
 def stream_columns(src: numpy.typing.NDArray[Any], bits: int, out: numpy.typing.NDArray[Any], out_bits: int, interleaved: bool, is_signed: bool) -> None:
-    """out_bits 0: out holds codes, one a byte."""
+    """
+    Rows of inputs, each one bit stream along the outputs, to rows of outputs; out_bits 0: codes, one a byte.
+    """
 
 def planar_columns(src: numpy.typing.NDArray[Any], bits: int, out: numpy.typing.NDArray[Any], out_bits: int) -> None:
-    """out_bits 0: out holds codes, one a byte."""
+    """
+    Bit planes down the rows (GPTQModel) to rows of outputs; out_bits 0: out holds codes, one a byte.
+    """
 
-def marlin_words(src: numpy.typing.NDArray[Any], out: numpy.typing.NDArray[Any]) -> None: ...
+def marlin_words(src: numpy.typing.NDArray[Any], out: numpy.typing.NDArray[Any]) -> None:
+    """4-bit codes in Marlin's tiles to rows of outputs."""
 
-def fast_words(src: numpy.typing.NDArray[Any], out: numpy.typing.NDArray[Any]) -> None: ...
+def awq_gemv_fast_words(src: numpy.typing.NDArray[Any], out: numpy.typing.NDArray[Any]) -> None:
+    """4-bit codes in the order of AutoAWQ's gemv_fast to rows of outputs."""
 
-def stream_codes(src: numpy.typing.NDArray[Any], bits: int, out: numpy.typing.NDArray[Any], padded: bool) -> None: ...
+def stream_codes(src: numpy.typing.NDArray[Any], bits: int, out: numpy.typing.NDArray[Any], padded: bool) -> None:
+    """
+    Codes of rows that are bit streams, or with padded, as many codes as fit in the low bits of each word.
+    """
 
-def field_codes(src: numpy.typing.NDArray[Any], shift: int, bits: int, flip: int, out: numpy.typing.NDArray[Any], first: int, step: int) -> None:
-    """Row r of src becomes row first + r * step of out."""
+def extract_bitfield(src: numpy.typing.NDArray[Any], shift: int, bits: int, flip: int, out: numpy.typing.NDArray[Any], first: int, step: int) -> None:
+    """
+    Bits from shift on of each element, xor flip; row r of src becomes row first + r * step of out.
+    """
 
-def deinterleave_words(src: numpy.typing.NDArray[Any], out: numpy.typing.NDArray[Any]) -> None: ...
+def deinterleave_words(src: numpy.typing.NDArray[Any], out: numpy.typing.NDArray[Any]) -> None:
+    """Words of 4-bit codes in AutoAWQ's order to words in order."""
 
-def integer_values(codes: numpy.typing.NDArray[Any], scales: numpy.typing.NDArray[Any], zeros: numpy.typing.NDArray[Any], group: int, out: numpy.typing.NDArray[Any], out_dtype: str, difference: str) -> None: ...
+def integer_values(codes: numpy.typing.NDArray[Any], scales: numpy.typing.NDArray[Any], zeros: numpy.typing.NDArray[Any], group: int, out: numpy.typing.NDArray[Any], out_dtype: str, difference: str) -> None:
+    """
+    (code - zero) * scale; difference: the dtype that code - zero is rounded to first.
+    """
 
 def float8_values(bytes: numpy.typing.NDArray[Any], scales: numpy.typing.NDArray[Any], block_rows: int, block_cols: int, first_row: int, out: numpy.typing.NDArray[Any], out_dtype: str, fnuz: bool) -> int:
-    """Returns the number of NaN bytes."""
+    """
+    E4M3 bytes times the scale of their block; returns the number of NaN bytes.
+    """
 
-def lut_values(bytes: numpy.typing.NDArray[Any], book: numpy.typing.NDArray[Any], absmax: numpy.typing.NDArray[Any], block: int, first: int, high_first: bool, out: numpy.typing.NDArray[Any], out_dtype: str) -> None: ...
+def lut_values(bytes: numpy.typing.NDArray[Any], codebook: numpy.typing.NDArray[Any], absmax: numpy.typing.NDArray[Any], block: int, first: int, high_first: bool, out: numpy.typing.NDArray[Any], out_dtype: str) -> None:
+    """
+    codebook[code] * absmax of the block, two codes a byte; the first value is number first of its block.
+    """
 
 def gguf_block(type: int) -> tuple[int, int, int, int, bool] | None:
     """
@@ -91,14 +127,20 @@ def gguf_block(type: int) -> tuple[int, int, int, int, bool] | None:
     none), and whether a float mode of MLX does; None for a number without blocks.
     """
 
-def gguf_affine(type: int, blocks: numpy.typing.NDArray[Any], words: numpy.typing.NDArray[Any], scales: numpy.typing.NDArray[Any], biases: numpy.typing.NDArray[Any], dtype: str) -> None: ...
+def gguf_affine(type: int, blocks: numpy.typing.NDArray[Any], words: numpy.typing.NDArray[Any], scales: numpy.typing.NDArray[Any], biases: numpy.typing.NDArray[Any], dtype: str) -> None:
+    """Blocks to words, scales and biases of mode affine."""
 
-def gguf_fp4(type: int, blocks: numpy.typing.NDArray[Any], words: numpy.typing.NDArray[Any], scales: numpy.typing.NDArray[Any]) -> None: ...
+def gguf_fp4(type: int, blocks: numpy.typing.NDArray[Any], words: numpy.typing.NDArray[Any], scales: numpy.typing.NDArray[Any]) -> None:
+    """Blocks to words and scales of a float mode of 4 bits."""
 
-def gguf_values(type: int, blocks: numpy.typing.NDArray[Any], out: numpy.typing.NDArray[Any], dtype: str) -> None: ...
+def gguf_values(type: int, blocks: numpy.typing.NDArray[Any], out: numpy.typing.NDArray[Any], dtype: str) -> None:
+    """Values of blocks."""
 
-def isa() -> str: ...
+def isa() -> str:
+    """The instruction set whose kernels run."""
 
-def set_isa(name: str) -> None: ...
+def set_isa(name: str) -> None:
+    """Has the kernels of another instruction set run, in all threads."""
 
-def available_isas() -> list[str]: ...
+def available_isas() -> list[str]:
+    """Instruction sets that this processor has kernels for, the best last."""

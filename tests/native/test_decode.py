@@ -211,7 +211,7 @@ def test_wrong_arguments_are_refused():
         (lambda: decode.e4m3_values_into(codes[:, ::2], one, 1, 64, out), "C-contiguous"),
         (
             lambda: decode.lut_values_into(codes, one[:, 0].copy(), one, 64, out),
-            "book: expected 16",
+            "codebook: expected 16",
         ),
         (
             lambda: decode.lut_values_into(codes[:2], np.ones(16, np.float32), one[:3], 64, out),

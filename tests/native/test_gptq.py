@@ -28,7 +28,7 @@ def weights_of(rows: int, n_in: int, dtype: object = np.float32, seed: int = 0) 
     return np.random.default_rng(seed).normal(0, 0.02, (rows, n_in)).astype(dtype)
 
 
-def reference(w, start, group_size, bits, scales, biases, carry):
+def reference(w, start, group_size, bits, scales, biases, propagation):
     """The same steps, a column at a time over all rows, in float32."""
     w, codes = w.copy(), np.empty((len(w), group_size), np.uint8)
     top = np.float32(2**bits - 1)
@@ -38,7 +38,7 @@ def reference(w, start, group_size, bits, scales, biases, carry):
             code = np.rint(np.clip(t, np.float32(0), top))
             error = w[:, j] - (code * scales + biases)
             codes[:, j - start] = code
-            w[:, j + 1 :] -= error[:, None] * carry[j, j + 1 :]
+            w[:, j + 1 :] -= error[:, None] * propagation[j, j + 1 :]
     return w, codes
 
 
@@ -50,15 +50,15 @@ def test_kernel_is_the_reference(bits, rows, group_size, groups, random) -> None
     n_in = group_size * groups
     start = group_size * int(rng.integers(groups))
     w = rng.normal(size=(rows, n_in)).astype(np.float32)
-    carry = np.triu(rng.normal(size=(n_in, n_in)) * 0.1).astype(np.float32)
+    propagation = np.triu(rng.normal(size=(n_in, n_in)) * 0.1).astype(np.float32)
     scales = (rng.normal(size=rows) * 0.3).astype(np.float32)
     scales[rng.random(rows) < 0.1] = 0.0
     biases = rng.normal(size=rows).astype(np.float32)
-    expected_w, expected = reference(w, start, group_size, bits, scales, biases, carry)
+    expected_w, expected = reference(w, start, group_size, bits, scales, biases, propagation)
     codes = np.empty((rows, group_size), np.uint8)
     errors = np.empty((rows, group_size), np.uint32)
     columns = [a.view(np.uint32)[:, None] for a in (scales, biases)]
-    parts = [*columns, carry.view(np.uint32)]
+    parts = [*columns, propagation.view(np.uint32)]
     _native.gptq_group(w.view(np.uint32), start, group_size, bits, *parts, codes, errors)
     assert codes.tolist() == expected.tolist()
     stop = start + group_size  # the group's own columns are only work space
@@ -80,7 +80,7 @@ def test_the_whole_layer_is_the_reference(dtype, bits) -> None:
         assert_same_bits(scales[:, group], s[:, 0])
         assert_same_bits(biases[:, group], b[:, 0])
         wide = [a[:, 0].astype(np.float32) for a in (s, b)]
-        values, codes = reference(values, 64 * group, 64, bits, *wide, made.carry)
+        values, codes = reference(values, 64 * group, 64, bits, *wide, made.propagation)
         found = unpack_words(words, bits)[:, 64 * group : 64 * group + 64]
         assert found.tolist() == codes.tolist()
 
@@ -114,7 +114,7 @@ def test_outputs_are_nearer_than_by_the_search(bits) -> None:
 def test_independent_inputs_have_nothing_to_hand_on() -> None:
     w = weights_of(8, 128)
     made = gptq.compensation_of(np.eye(128, dtype=np.float32), 128)
-    assert made.carry.tolist() == np.eye(128).tolist()
+    assert made.propagation.tolist() == np.eye(128).tolist()
     words, *_ = gptq.quantize(w, made, 64, 4)
     assert (words == native.quantize(w, 64, 4, "affine", search="best")[0]).mean() > 0.9
 
@@ -122,7 +122,7 @@ def test_independent_inputs_have_nothing_to_hand_on() -> None:
 def test_shares_by_hand() -> None:
     """H = [[2, 1], [1, 2]]: half of what the first input loses is the second's to repair."""
     made = gptq.compensation_of(np.array([[2.0, 1.0], [1.0, 2.0]]), 2, damping=0.0)
-    np.testing.assert_allclose(made.carry, [[1.0, -0.5], [0.0, 1.0]], rtol=1e-6)
+    np.testing.assert_allclose(made.propagation, [[1.0, -0.5], [0.0, 1.0]], rtol=1e-6)
 
 
 def test_a_singular_hessian_is_damped_until_it_can_be_factored() -> None:
@@ -131,7 +131,7 @@ def test_a_singular_hessian_is_damped_until_it_can_be_factored() -> None:
     assert exact.damping == gptq.DAMPING
     slightly_negative = np.diag([1.0] * 63 + [0.5]) - 1.05 / 64 * np.ones((64, 64))
     made = gptq.compensation_of(slightly_negative, 64)
-    assert made.damping > gptq.DAMPING and np.isfinite(made.carry).all()
+    assert made.damping > gptq.DAMPING and np.isfinite(made.propagation).all()
 
 
 def test_dead_inputs_take_and_give_nothing() -> None:
@@ -139,8 +139,8 @@ def test_dead_inputs_take_and_give_nothing() -> None:
     hessian[5], hessian[:, 5] = 0.0, 0.0
     made = gptq.compensation_of(hessian, 64)
     assert made.dead == 1
-    assert made.carry[5].tolist() == np.eye(64)[5].tolist()
-    assert made.carry[:, 5].tolist() == np.eye(64)[:, 5].tolist()
+    assert made.propagation[5].tolist() == np.eye(64)[5].tolist()
+    assert made.propagation[:, 5].tolist() == np.eye(64)[:, 5].tolist()
 
 
 def test_a_layer_that_saw_nothing_is_searched_alone() -> None:

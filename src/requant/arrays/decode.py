@@ -86,7 +86,7 @@ def e4m3_values_into(
 
 def lut_values_into(
     codes: Array,
-    book: Array,
+    codebook: Array,
     absmax: Array,
     block: int,
     out: Array,
@@ -94,11 +94,11 @@ def lut_values_into(
     first: int = 0,
     high_first: bool = True,
 ) -> None:
-    """Fill ``out`` with ``book[code] * absmax`` (bitsandbytes nf4 and fp4).
+    """Fill ``out`` with ``codebook[code] * absmax`` (bitsandbytes nf4 and fp4).
 
     Args:
         codes: uint8, any shape: two codes a byte of the flattened matrix.
-        book: float32 ``(16,)``.
+        codebook: float32 ``(16,)``.
         absmax: float32, flat: of the block that the first value lies in, and on.
         block: Values of the flattened matrix with one absmax, an even number.
         out: As many values, any shape; overwritten.
@@ -110,7 +110,7 @@ def lut_values_into(
         raise ValueError("out: expected a C-contiguous array")
     _native.lut_values(
         codes.reshape(-1),
-        _float32(book, "book"),
+        _float32(codebook, "codebook"),
         _float32(absmax, "absmax").reshape(-1),
         block,
         first,

@@ -2,9 +2,9 @@
 
 A layer's Hessian is the mean of ``x x^T`` over its inputs, ``(in_features, in_features)``. With
 ``inverse(H) = U^T U``, U upper triangular, rounding input j by ``e`` is repaired best by taking
-``e * U[j, k] / U[j, j]`` from each later input k: these shares are ``carry``. Groups keep their
-places, and the scale and bias of each are searched for on the repaired weights, so the result
-is plain affine.
+``e * U[j, k] / U[j, j]`` from each later input k: these shares are ``propagation``. Groups keep
+their places, and the scale and bias of each are searched for on the repaired weights, so the
+result is plain affine.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ class Compensation:
     """What a layer's Hessian says about handing on errors.
 
     Attributes:
-        carry: float32 ``(in_features, in_features)``, upper triangular, the diagonal 1: row j is
-            the share of input j's error that each later input takes.
+        propagation: float32 ``(in_features, in_features)``, upper triangular, the diagonal 1: row
+            j is the share of input j's error that each later input takes.
         importance: float64 ``(in_features,)``: the Hessian's diagonal, which weighs the search.
         damping: Share of the mean of the diagonal that was added to it.
         dead: Inputs that were zero for every token; they are rounded alone.
     """
 
-    carry: Array
+    propagation: Array
     importance: Array
     damping: float
     dead: int
@@ -68,14 +68,14 @@ def compensation_of(hessian: Array, in_features: int, damping: float = DAMPING) 
         return Compensation(alone, importance, 0.0, in_features)
     mean = float(importance[~dead].mean())
     while damping <= _MOST_DAMPING:
-        carry = _carry(hessian, dead, damping * mean)
-        if carry is not None:
-            return Compensation(carry, importance, damping, int(dead.sum()))
+        propagation = _propagation(hessian, dead, damping * mean)
+        if propagation is not None:
+            return Compensation(propagation, importance, damping, int(dead.sum()))
         damping *= _GROWTH
     raise InvariantError("[gptq] hessian is not positive semidefinite: no mean of x x^T")
 
 
-def _carry(hessian: Array, dead: Array, added: float) -> Array | None:
+def _propagation(hessian: Array, dead: Array, added: float) -> Array | None:
     """The shares, or None where the damped Hessian is not positive definite."""
     damped = hessian.astype(np.float64)
     damped[dead] = 0.0
@@ -112,8 +112,8 @@ def quantize(
         ShapeMismatchError: The Hessian was another layer's.
     """
     rows, n_in = w.shape
-    if compensation.carry.shape != (n_in, n_in):
-        raise ShapeMismatchError("[gptq] carry", (n_in, n_in), compensation.carry.shape)
+    if compensation.propagation.shape != (n_in, n_in):
+        raise ShapeMismatchError("[gptq] propagation", (n_in, n_in), compensation.propagation.shape)
     repaired = w.astype(np.float32)
     codes = np.empty((rows, n_in), np.uint8)
     scales = np.empty((rows, n_in // group_size), w.dtype)
@@ -138,7 +138,7 @@ def quantize(
             bits,
             scale.astype(np.float32).view(np.uint32),
             bias.astype(np.float32).view(np.uint32),
-            compensation.carry.view(np.uint32),
+            compensation.propagation.view(np.uint32),
             group_codes,
             errors,
         )

@@ -126,7 +126,7 @@ def gemv_fast_into(source: Array, out: Array) -> None:
         source: uint16 ``(out_features / 4, in_features)``, a multiple of 64 inputs.
         out: uint32 ``(out_features, in_features / 8)``; overwritten.
     """
-    _native.fast_words(source, out)
+    _native.awq_gemv_fast_words(source, out)
 
 
 def stream_codes_into(
@@ -237,7 +237,7 @@ def row_blocks_into(
                 f"packed: expected packed rows {inner} to {inner + count}, "
                 f"got {first} to {first + packed.shape[0]}"
             )
-        _native.field_codes(held, blocks.shifts[number], blocks.bits, 0, out, row - start, 1)
+        _native.extract_bitfield(held, blocks.shifts[number], blocks.bits, 0, out, row - start, 1)
         row += count
 
 
@@ -252,7 +252,7 @@ def row_pairs_into(packed: Array, out: Array) -> None:
     if out.shape[0] != 2 * packed.shape[0]:
         raise ValueError(f"out: expected {2 * packed.shape[0]} rows, got {out.shape[0]}")
     for half in range(2):
-        _native.field_codes(packed, 4 * half, 4, 8, out, half, 2)
+        _native.extract_bitfield(packed, 4 * half, 4, 8, out, half, 2)
 
 
 def mx_blocks_into(blocks: Array, words: Array, scales: Array) -> None:

@@ -1,0 +1,37 @@
+// GPTQ's steps over one group of columns.
+
+#include "checks.h"
+
+namespace requant::bindings {
+
+namespace {
+
+void gptq_group(Out w, size_t start, int group_size, int bits, In scales, In biases, In propagation, Out codes,
+                Out errors) {
+  check_affine(group_size, bits);
+  check_rank(w, "w", 2);
+  const size_t rows = w.shape(0), cols = w.shape(1), group = size_t(group_size);
+  check_layout(w, "w", 32);
+  check_multiple("w", cols, group_size);
+  if (start % group != 0 || start >= cols)
+    throw_value_error("start: " + std::to_string(start) + " begins no group");
+  check_shape(scales, "scales", 32, rows, 1);
+  check_shape(biases, "biases", 32, rows, 1);
+  check_shape(propagation, "propagation", 32, cols, cols);
+  check_shape(codes, "codes", 8, rows, group);
+  check_shape(errors, "errors", 32, rows, group);
+  run([&] {
+    kernels().gptq_group(data<float>(w), rows, cols, start, group, bits, data<float>(scales), data<float>(biases),
+                         data<float>(propagation), data<uint8_t>(codes), data<float>(errors));
+  });
+}
+
+}  // namespace
+
+void init_gptq(nb::module_& m) {
+  m.def("gptq_group", &gptq_group, "w"_a.noconvert(), "start"_a, "group_size"_a, "bits"_a, "scales"_a.noconvert(),
+        "biases"_a.noconvert(), "propagation"_a.noconvert(), "codes"_a.noconvert(), "errors"_a.noconvert(),
+        "Codes of a group's columns one by one; each one's error is handed on to the later columns of w, in place.");
+}
+
+}  // namespace requant::bindings
