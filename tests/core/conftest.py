@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -64,14 +62,3 @@ def _mlx_on_the_cpu() -> Iterator[None]:
     mx.set_default_device(mx.cpu)
     yield
     mx.set_default_device(before)
-
-
-@pytest.fixture(scope="session")
-def shared() -> Path:
-    """The folder with the fixture checkpoints, beside the repository."""
-    path = Path(__file__).parents[2].parent / "shared"
-    if not path.is_dir():
-        if os.environ.get("REQUANT_REQUIRE_SHARED") == "1":
-            pytest.fail(f"{path} is required and absent")
-        pytest.skip("no shared folder beside the repository")
-    return path

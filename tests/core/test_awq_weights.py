@@ -18,6 +18,7 @@ from requant.schema import PerLayerQuantization, Quantization
 from requant.weights import dequantize_weights
 from tests.core.awq_layers import CONFIG, awq_words, mlx_words, stored
 from tests.core.helpers import CountingMap, assert_bits, assert_same_arrays, memory_taken
+from tests.fixture_folders import fixture
 
 # ---- what comes out
 
@@ -302,9 +303,9 @@ FIXTURES = ["awq-gemm-g128", "awq-gemm-g32", "awq-gemm-g64-bias", "awq-gemm-g64-
 
 
 @pytest.mark.parametrize("name", FIXTURES)
-def test_checkpoint_written_by_autoawq(lib, shared, name):
+def test_checkpoint_written_by_autoawq(lib, name):
     """The values are those that AutoAWQ itself decodes, exactly, with the scales in float32."""
-    folder = shared / "fixtures" / name
+    folder = fixture(name)
     block = json.loads((folder / "checkpoint/config.json").read_text())["quantization_config"]
     weights = {}
     with safe_open(folder / "checkpoint/model.safetensors", "np") as file:

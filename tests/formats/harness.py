@@ -1,14 +1,13 @@
 """Hold what requant makes of a fixture against the values of the fixture's own tool.
 
 A fixture is a folder ``checkpoint`` that a tool wrote and ``expected.safetensors`` with the
-dense weights that the tool itself decodes: float32, exact. Values are read here with NumPy and
-MLX alone, never with code of requant.
+dense weights that the tool itself decodes: float32, exact (``tests/fixture_folders.py`` says
+where they lie). Values are read here with NumPy and MLX alone, never with code of requant.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,14 +17,13 @@ from typing import Any
 import ml_dtypes
 import mlx.core as mx
 import numpy as np
-import pytest
 
 import requant
 from requant.schema import Quantization
 from requant.specs import resolve_quantization
+from tests.fixture_folders import fixture
 from tests.road.conftest import to_mx
 
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "fixtures"
 _NUMPY = {
     "F64": np.float64,
     "F32": np.float32,
@@ -41,15 +39,6 @@ _NUMPY = {
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
-
-
-def fixture(name: str) -> Path:
-    """The folder of a fixture; skips where the shared files are not there."""
-    folder = SHARED / name
-    if not folder.is_dir():
-        assert os.environ.get("REQUANT_REQUIRE_SHARED") != "1", f"{folder} is missing"
-        pytest.skip("the shared fixtures are not here")
-    return folder
 
 
 def read_file(path: Path) -> dict[str, np.ndarray]:

@@ -16,8 +16,9 @@ import pytest
 
 import requant
 from requant.schema import Quantization
+from tests import fixture_folders
 from tests.formats import packers
-from tests.formats.harness import SHARED, fixture
+from tests.formats.harness import fixture
 from tests.road.conftest import bf16, load, same, to_mx, tree, write_file
 
 BITS, GROUPS = (1, 2, 3, 4, 5, 6, 8), (32, 64, 128)
@@ -238,10 +239,7 @@ def test_codes_of_other_tools(kind: str, tmp_path: Path) -> None:
     assert one == two
 
 
-NAMES = sorted(x.name for x in SHARED.iterdir() if x.is_dir()) if SHARED.is_dir() else []
-
-
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", fixture_folders.NAMES)
 def test_codes_of_every_fixture(name: str, tmp_path: Path) -> None:
     source = fixture(name) / "checkpoint"
     file = next(source.glob("*.gguf"), source)

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 import requant
-from tests.formats.harness import SHARED, fixture, read_folder
+from tests import fixture_folders
+from tests.formats.harness import fixture, read_folder
 
 FAMILIES = ("bitnet", "ct-", "fp8", "modelopt", "mxfp4", "torchao")
-NAMES = sorted(path.name for path in SHARED.glob("*") if path.name.startswith(FAMILIES))
+NAMES = [name for name in fixture_folders.NAMES if name.startswith(FAMILIES)]
 # Bytes with a float scale, ternary or FP8, and int8 with one, integers or packed FP4.
 AMBIGUOUS = {"bitnet-autobitlinear", "bitnet-bitlinear", "ct-int-quantized"}
 

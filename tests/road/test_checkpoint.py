@@ -20,6 +20,7 @@ from requant.errors import CheckpointError
 from requant.limits import MAX_PROBLEMS, MAX_PROBLEMS_SHOWN
 from requant.source_folder import open_regular
 from requant.sources import read_checkpoint
+from tests.fixture_folders import NAMES, fixture
 from tests.road.builders import INDEX, SHARED, entry, header, weights, write_folder
 
 ONE = {"a.weight": ("BF16", [2, 3])}
@@ -827,9 +828,5 @@ def test_real_models_are_read_as_the_referee_reads_them(name: str) -> None:
 
 
 def test_real_checkpoints_of_every_tool_are_read() -> None:
-    folders = sorted((SHARED / "fixtures").glob("*/checkpoint"))
-    if not folders:
-        assert os.environ.get("REQUANT_REQUIRE_SHARED") != "1", "the fixtures are missing"
-        pytest.skip("the shared fixtures are not here")
-    for folder in folders:
-        assert len(read_checkpoint(folder).tensors) > 0
+    for name in NAMES:
+        assert len(read_checkpoint(fixture(name) / "checkpoint").tensors) > 0

@@ -16,7 +16,7 @@ from requant.conversion import convert
 from requant.errors import CheckpointError, OutputError, UsageError
 from requant.journal import read_journal
 from requant.staging import staging_of
-from tests.road.builders import SHARED
+from tests.fixture_folders import fixture
 from tests.road.conftest import bf16
 from tests.road.killing import tree
 from tests.road.test_resume import Stop, stop_after
@@ -204,10 +204,7 @@ def test_too_little_room_for_all_is_enough_for_a_part(
 
 def test_formats_that_look_at_data_while_they_plan(tmp_path: Path) -> None:
     """A g_idx decides what a layer is: the resumed plan must see it without the file."""
-    fixture = SHARED / "fixtures" / "gptq-b4-g64-actorder-v1" / "checkpoint"
-    if not fixture.is_dir():
-        pytest.skip("the larger fixtures are not here")
-    shutil.copytree(fixture, tmp_path / "source")
+    shutil.copytree(fixture("gptq-b4-g64-actorder-v1") / "checkpoint", tmp_path / "source")
     wishes = {"layout": "keep", "threads": 1}
     convert(tmp_path / "source", tmp_path / "whole", **wishes)
     with pytest.MonkeyPatch.context() as patch:

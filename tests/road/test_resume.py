@@ -22,7 +22,7 @@ from requant.conversion import convert, plan
 from requant.errors import CheckpointError, OutputError
 from requant.journal import Done, Journal, read_journal
 from requant.staging import lock_staging
-from tests.road.builders import SHARED
+from tests.fixture_folders import fixture
 from tests.road.conftest import bf16
 from tests.road.gguf_files import gguf_file
 from tests.road.killing import tree
@@ -535,10 +535,9 @@ def jobs(
         "fp8-block-llama",
         "mxfp4-gpt-oss",
     ):
-        fixture = SHARED / "fixtures" / name / "checkpoint"
-        if fixture.is_dir():
-            dense_too = {"dequantize": True} if name == "fp8-block-llama" else {}
-            found.append((str(fixture), str(tmp_path / name), {"layout": "keep", **dense_too}))
+        source = str(fixture(name) / "checkpoint")
+        dense_too = {"dequantize": True} if name == "fp8-block-llama" else {}
+        found.append((source, str(tmp_path / name), {"layout": "keep", **dense_too}))
     return found
 
 

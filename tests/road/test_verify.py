@@ -18,7 +18,7 @@ from requant.conversion import convert
 from requant.errors import CheckpointError, UsageError
 from requant.record import spelled
 from requant.wishes import Wishes
-from tests.road.builders import SHARED
+from tests.fixture_folders import fixture
 
 
 @pytest.fixture
@@ -266,9 +266,7 @@ def test_wishes_are_read_back_equal(wishes: dict) -> None:
     ["awq-gemm-g128", "gptq-b4-g64-actorder-v1", "ct-pack-int4-asym-g32", "mxfp4-gpt-oss"],
 )
 def test_formats_of_other_tools(name: str, tmp_path: Path) -> None:
-    source = SHARED / "fixtures" / name / "checkpoint"
-    if not source.is_dir():
-        pytest.skip("the larger fixtures are not here")
+    source = fixture(name) / "checkpoint"
     convert(source, tmp_path / "out")
     assert requant.verify(tmp_path / "out").problems == ()
     assert requant.verify(source, tmp_path / "out").problems == ()
@@ -276,10 +274,7 @@ def test_formats_of_other_tools(name: str, tmp_path: Path) -> None:
 
 def test_a_gguf_source_with_a_config_from_elsewhere(tmp_path: Path) -> None:
     """The record names no path of this machine; who verifies names the folder again."""
-    place = SHARED / "fixtures" / "gguf-q8_0" / "checkpoint"
-    if not place.is_dir():
-        pytest.skip("the larger fixtures are not here")
-    source = next(place.glob("*.gguf"))
+    source = fixture("gguf-q8_0") / "checkpoint" / "model.gguf"
     convert(source, tmp_path / "out")
     assert requant.verify(source, tmp_path / "out").ok
     (tmp_path / "original").mkdir()

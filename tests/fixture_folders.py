@@ -1,0 +1,102 @@
+"""Where the checkpoints of other tools lie: full beside the repository, cut in tests/fixtures.
+
+``scripts/cut-fixtures`` makes the cuts. A cut holds the tool's own bytes of some quantized
+layers, and the values that the tool decodes, packed; it is unpacked here, and filled with random
+dense matrices where it lacks those of a whole model. Every test of a fixture runs on the full
+one where that is there and on the cut elsewhere, or with ``REQUANT_CUT_FIXTURES=1``. The source
+distribution holds neither.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import json
+import lzma
+import os
+import shutil
+import tempfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+FULL = Path(__file__).resolve().parents[2] / "shared" / "fixtures"
+CUT = Path(__file__).parent / "fixtures"
+NAMES = sorted(path.name for path in CUT.iterdir()) if CUT.is_dir() else []
+_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+
+
+def fixture(name: str) -> Path:
+    """The folder of a fixture: ``checkpoint`` and ``expected.safetensors``, not to be changed."""
+    if os.environ.get("REQUANT_CUT_FIXTURES") == "1":
+        return cut_fixture(name)
+    if (FULL / name).is_dir():
+        return FULL / name
+    assert os.environ.get("REQUANT_REQUIRE_SHARED") != "1", f"{FULL / name} is missing"
+    return cut_fixture(name)
+
+
+@functools.cache
+def cut_fixture(name: str) -> Path:
+    """The cut of a fixture, unpacked and whole."""
+    if not CUT.is_dir():
+        pytest.skip("the source distribution holds no fixtures")
+    folder = _scratch() / name
+    shutil.copytree(CUT / name, folder)
+    packed = folder / "expected.safetensors.xz"
+    if packed.exists():
+        (folder / "expected.safetensors").write_bytes(lzma.decompress(packed.read_bytes()))
+        packed.unlink()
+        filled = json.loads((folder / "meta.json").read_text())["filled"]
+        _fill(folder / "checkpoint" / "model.safetensors", filled)
+    else:
+        _decode(folder / "checkpoint" / "model.gguf", folder / "expected.safetensors")
+    return folder
+
+
+@functools.cache
+def _scratch() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="requant-fixtures-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def _fill(file: Path, filled: dict[str, tuple[str, list[int]]]) -> None:
+    """Append dense matrices; the same in every run, and outputs of a layer as large as inputs."""
+    raw = file.read_bytes()
+    start = 8 + int.from_bytes(raw[:8], "little")
+    header, data = json.loads(raw[8:start]), [raw[start:]]
+    for name, (dtype, shape) in filled.items():
+        values = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape)
+        data.append((values / np.sqrt(shape[-1])).astype(_DTYPES[dtype]).tobytes())
+        first = sum(map(len, data[:-1]))
+        offsets = [first, first + len(data[-1])]
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+    _write(file, header, data)
+
+
+def _decode(file: Path, output: Path) -> None:
+    """The values of every matrix of a GGUF file, decoded by the package that wrote it."""
+    import gguf
+
+    header: dict[str, Any] = {}
+    data: list[bytes] = []
+    first = 0
+    for tensor in gguf.GGUFReader(file).tensors:
+        if len(tensor.shape) > 1:
+            values = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype("<f4")
+            shape = [int(length) for length in tensor.shape[::-1]]
+            offsets = [first, first + values.nbytes]
+            header[tensor.name] = {"dtype": "F32", "shape": shape, "data_offsets": offsets}
+            data.append(values.tobytes())
+            first += values.nbytes
+    _write(output, header, data)
+
+
+def _write(file: Path, header: dict[str, Any], data: list[bytes]) -> None:
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(data))
