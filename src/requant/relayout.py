@@ -326,6 +326,9 @@ def relayout(
         raise
     except RequantError as error:
         raise _refusal(checkpoint, str(error)) from error
+    except OSError as error:  # the placeholders are written to a temporary folder
+        message = f"mlx-lm cannot be shown the model: {error.strerror or error}"
+        raise _refusal(checkpoint, message) from error
     if not keep_extra:
         return Relayout(layout, shown, source, form=form)
     extra = tuple(name for name in layout.dropped if name not in layout.tensors)

@@ -293,7 +293,8 @@ def _repeated_plan(
         return None
     if plan.hash != record.get("plan"):
         maker = record.get("requant")
-        by = "" if maker == version() else f"; it was made by requant {maker}, this is {version()}"
+        other = maker if isinstance(maker, str) else shown(maker)
+        by = "" if maker == version() else f"; it was made by requant {other}, this is {version()}"
         why = _why(plan, record)
         if not by and not why and statistics is not None:
             why = f"; {statistics} is another file than the {made.statistics} of then, it seems"
