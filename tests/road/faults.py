@@ -44,7 +44,7 @@ class Job:
         if self.consumes:
             shutil.copytree(self.kept, self.source)
         if self.old:
-            requant.convert(self.kept, self.output, bits=8)
+            requant.convert(self.kept, self.output, bits=8, layout="keep")
             self.older = tree(self.output)
 
     def convert(self) -> None:

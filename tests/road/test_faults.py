@@ -46,7 +46,7 @@ def experts(checkpoint: Build) -> Path:
     source = checkpoint(
         {
             "model.embed_tokens.weight": bf16(32, 64, seed=1),
-            "model.layers.0.mlp.experts.gate_up_proj": bf16(2, 64, 64, seed=2),
+            "model.layers.0.mlp.experts.gate_up_proj.weight": bf16(2, 64, 64, seed=2),
             "model.layers.0.mlp.up_proj.weight": bf16(64, 64, seed=3),
             "model.norm.weight": bf16(64, seed=4),
         },
