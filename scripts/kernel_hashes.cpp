@@ -116,15 +116,15 @@ void affine(const Format& f) {
     for (int bits : {1, 2, 3, 4, 5, 6, 8}) {
       std::vector<uint32_t> words(size_t(kRows) * kCols / 32 * bits);
       std::vector<uint8_t> scales(kRows * (kCols / group) * f.bytes()), biases(scales.size());
-      kernels.affine_quantize(w.data(), f.dtype, kRows, kCols, group, bits, words.data(), scales.data(),
-                              biases.data());
+      kernels.affine_quantize({w.data(), f.dtype, kRows, kCols}, {group, bits},
+                              {words.data(), scales.data(), biases.data()});
       print("affine_words", f.name, group, bits, hash(words.data(), words.size() * 4));
       print("affine_scales", f.name, group, bits, hash_values(scales, f));
       print("affine_biases", f.name, group, bits, hash_values(biases, f));
       for (const Format& o : kFormats) {
         std::vector<uint8_t> out(size_t(kRows) * kCols * o.bytes());
-        kernels.affine_dequantize(words.data(), scales.data(), f.dtype, biases.data(), f.dtype, kRows, kCols, group,
-                                  bits, out.data(), o.dtype);
+        kernels.affine_dequantize({words.data(), {scales.data(), f.dtype}, {biases.data(), f.dtype}}, {group, bits},
+                                  {out.data(), o.dtype, kRows, kCols});
         print("affine_values", (std::string(f.name) + ">" + o.name).c_str(), group, bits, hash_values(out, o));
       }
     }
@@ -139,8 +139,8 @@ void mixed(const Format& s, const Format& b) {
   for (uint32_t& word : words) word = random.next() ^ random.next() << 1;
   for (const Format& o : kFormats) {
     std::vector<uint8_t> out(size_t(rows) * cols * o.bytes());
-    kernels.affine_dequantize(words.data(), scales.data(), s.dtype, biases.data(), b.dtype, rows, cols, 32, 5,
-                              out.data(), o.dtype);
+    kernels.affine_dequantize({words.data(), {scales.data(), s.dtype}, {biases.data(), b.dtype}}, {32, 5},
+                              {out.data(), o.dtype, rows, cols});
     print("mixed_values", (std::string(s.name) + "+" + b.name).c_str(), int(o.bytes()), o.mantissa_bits,
           hash_values(out, o));
   }
@@ -151,13 +151,13 @@ void float_modes(const Format& f) {
   for (int bits : {4, 8}) {
     std::vector<uint32_t> words(size_t(kRows) * kCols / 32 * bits);
     std::vector<uint8_t> scales(kRows * (kCols / 32));
-    const size_t flushed = kernels.mx_quantize(w.data(), f.dtype, kRows, kCols, bits, words.data(), scales.data());
+    const size_t flushed = kernels.mx_quantize({w.data(), f.dtype, kRows, kCols}, bits, {words.data(), scales.data()});
     print("mx_flushed", f.name, 32, bits, flushed);
     print("mx_words", f.name, 32, bits, hash(words.data(), words.size() * 4));
     print("mx_scales", f.name, 32, bits, hash(scales.data(), scales.size()));
     for (const Format& o : kFormats) {
       std::vector<uint8_t> out(size_t(kRows) * kCols * o.bytes());
-      kernels.mx_dequantize(words.data(), scales.data(), kRows, kCols, bits, out.data(), o.dtype);
+      kernels.mx_dequantize({words.data(), scales.data()}, bits, {out.data(), o.dtype, kRows, kCols});
       print("mx_values", (std::string(f.name) + ">" + o.name).c_str(), 32, bits, hash_values(out, o));
     }
   }
@@ -166,13 +166,13 @@ void float_modes(const Format& f) {
     const float* global = k < 0 ? nullptr : &globals[k];
     std::vector<uint32_t> words(size_t(kRows) * kCols / 8);
     std::vector<uint8_t> scales(kRows * (kCols / 16));
-    kernels.nvfp4_quantize(w.data(), f.dtype, kRows, kCols, words.data(), scales.data(), global);
+    kernels.nvfp4_quantize({w.data(), f.dtype, kRows, kCols}, global, {words.data(), scales.data()});
     print("nvfp4_words", f.name, 16, k, hash(words.data(), words.size() * 4));
     print("nvfp4_scales", f.name, 16, k, hash(scales.data(), scales.size()));
     for (const Format& o : kFormats) {
       if (global != nullptr && o.dtype != Dtype::F32) continue;
       std::vector<uint8_t> out(size_t(kRows) * kCols * o.bytes());
-      kernels.nvfp4_dequantize(words.data(), scales.data(), kRows, kCols, global, out.data(), o.dtype);
+      kernels.nvfp4_dequantize({words.data(), scales.data()}, global, {out.data(), o.dtype, kRows, kCols});
       print("nvfp4_values", (std::string(f.name) + ">" + o.name).c_str(), 16, k, hash_values(out, o));
     }
   }
@@ -190,20 +190,20 @@ void searches(const Format& f) {
       for (int bits : {1, 2, 3, 4, 5, 6, 8}) {
         std::vector<uint32_t> words(size_t(kRows) * kCols / 32 * bits);
         std::vector<uint8_t> scales(kRows * (kCols / group) * f.bytes()), biases(scales.size());
-        kernels.affine_search(w.data(), f.dtype, kRows, kCols, group, bits, importance, best, words.data(),
-                              scales.data(), biases.data());
+        kernels.affine_search({w.data(), f.dtype, kRows, kCols}, {group, bits}, {importance, best},
+                              {words.data(), scales.data(), biases.data()});
         const uint64_t h1 = hash(words.data(), words.size() * 4), h2 = hash_values(scales, f);
         print("affine_search", f.name, group, bits * 10 + level, h1 ^ h2 * 3 ^ hash_values(biases, f) * 5);
       }
     for (int bits : {4, 8}) {
       std::vector<uint32_t> words(size_t(kRows) * kCols / 32 * bits);
       std::vector<uint8_t> scales(kRows * (kCols / 32));
-      kernels.mx_search(w.data(), f.dtype, kRows, kCols, bits, importance, best, words.data(), scales.data());
+      kernels.mx_search({w.data(), f.dtype, kRows, kCols}, bits, {importance, best}, {words.data(), scales.data()});
       print("mx_search", f.name, level, bits, hash(words.data(), words.size() * 4) ^ hash(scales.data(), scales.size()));
     }
     std::vector<uint32_t> words(size_t(kRows) * kCols / 8);
     std::vector<uint8_t> scales(kRows * (kCols / 16));
-    kernels.nvfp4_search(w.data(), f.dtype, kRows, kCols, importance, best, words.data(), scales.data(), nullptr);
+    kernels.nvfp4_search({w.data(), f.dtype, kRows, kCols}, nullptr, {importance, best}, {words.data(), scales.data()});
     print("nvfp4_search", f.name, level, 4, hash(words.data(), words.size() * 4) ^ hash(scales.data(), scales.size()));
   }
 }
@@ -211,11 +211,11 @@ void searches(const Format& f) {
 void values(const Format& a) {
   const std::vector<uint8_t> x = weights(a);
   const size_t count = size_t(kRows) * kCols;
-  print("count_nonfinite", a.name, 0, 0, kernels.count_nonfinite(x.data(), a.dtype, count));
+  print("count_nonfinite", a.name, 0, 0, kernels.count_nonfinite({x.data(), a.dtype}, count));
   for (const Format& b : kFormats) {
     const std::string pair = std::string(a.name) + ">" + b.name;
     std::vector<uint8_t> y(count * b.bytes());
-    const size_t overflows = kernels.cast(x.data(), a.dtype, count, y.data(), b.dtype);
+    const size_t overflows = kernels.cast({x.data(), a.dtype}, count, {y.data(), b.dtype});
     print("cast_overflows", pair.c_str(), 0, 0, overflows);
     print("cast", pair.c_str(), 0, 0, hash_values(y, b));
     y = weights(b);  // about 1 only, where the sums stay finite
@@ -224,7 +224,7 @@ void values(const Format& a) {
     const size_t at = size_t(kCols);
     for (int repeat = 0; repeat < kRepeats; repeat++) {
       const size_t row = (size_t(repeat) * kFamilies + 1) * at;
-      kernels.group_errors(&x[row * a.bytes()], a.dtype, &y[row * b.bytes()], b.dtype, at, 32, most.data(), sums);
+      kernels.group_errors({&x[row * a.bytes()], a.dtype}, {&y[row * b.bytes()], b.dtype}, at, 32, most.data(), sums);
       print("group_errors", pair.c_str(), repeat, 0, hash(most.data(), most.size() * 4) ^ hash(sums, sizeof sums));
     }
   }
@@ -258,23 +258,24 @@ void repacking() {
   const auto* words = reinterpret_cast<const uint32_t*>(src.data());
   auto* out_words = reinterpret_cast<uint32_t*>(out.data());
   for (size_t item : {1, 2, 4}) {
-    kernels.transpose(src.data(), item, n_in, n_out / item, out.data());
+    kernels.transpose({src.data(), item, n_in, n_out / item}, out.data());
     print("transpose", "", int(item), 0, hash(out.data(), out.size()));
   }
   for (int bits = 1; bits <= 8; bits++)
     for (int out_bits = bits; out_bits <= 8; out_bits++) {
-      kernels.stream_columns(words, n_in, n_out, bits, bits % 2 == 0, out_bits % 2 == 0, out_words, out_bits);
+      kernels.stream_columns({words, n_in, n_out, bits}, bits % 2 == 0, out_bits % 2 == 0, out_words, out_bits);
       print("stream_columns", "", bits, out_bits, hash(out.data(), n_in * n_out / 8 * size_t(out_bits)));
       if (bits == 1) continue;
-      kernels.planar_columns(words, n_in, n_out, bits, out_words, out_bits);
+      kernels.planar_columns({words, n_in, n_out, bits}, out_words, out_bits);
       print("planar_columns", "", bits, out_bits, hash(out.data(), n_in * n_out / 8 * size_t(out_bits)));
     }
   for (int bits = 1; bits <= 8; bits++)
     for (size_t per_word : {size_t(0), size_t(32 / bits)}) {
-      kernels.stream_codes(words, 10, 24, bits, per_word, 77, out.data());
+      kernels.stream_codes({words, 10, 24, 77, bits, per_word}, out.data());
       print("stream_codes", "", bits, int(per_word), hash(out.data(), 770));
       for (size_t item : {1, 4}) {
-        kernels.extract_bitfield(src.data(), item, 20, 76, int(item) * 8 - 8, bits, uint8_t(bits / 2), out.data(), 1, 2);
+        kernels.extract_bitfield({src.data(), item, 20, 76}, {int(item) * 8 - 8, bits, uint8_t(bits / 2)},
+                                 {out.data(), 1, 2});
         print("extract_bitfield", "", bits, int(item), hash(out.data(), 41 * 76));
       }
     }
@@ -293,15 +294,16 @@ void decoding(const Format& o) {
   const auto* s = reinterpret_cast<const float*>(scales.data());
   std::vector<uint8_t> out(codes.size() * o.bytes());
   for (const Format& d : kFormats) {
-    kernels.integer_values(codes.data(), s, s + kRows * 8, kRows, kCols, 72, d.dtype, out.data(), o.dtype);
+    kernels.integer_values({codes.data(), s, s + kRows * 8, 72, d.dtype}, {out.data(), o.dtype, kRows, kCols});
     print("integer_values", o.name, int(d.bytes()), d.mantissa_bits, hash_values(out, o));
   }
   for (bool fnuz : {false, true}) {
-    const size_t nans = kernels.float8_values(codes.data(), fnuz, s, kRows, kCols, 6, 5, 100, 3, out.data(), o.dtype);
+    const size_t nans =
+        kernels.float8_values({codes.data(), s, 6, 5, 100, 3, fnuz}, {out.data(), o.dtype, kRows, kCols});
     print("float8_values", o.name, fnuz, int(nans), hash_values(out, o));
   }
   for (bool high_first : {false, true}) {
-    kernels.lut_values(codes.data(), codes.size(), high_first, s + kCols, s, 64, 10, out.data(), o.dtype);
+    kernels.lut_values({codes.data(), s + kCols, s, 64, 10, high_first}, codes.size(), {out.data(), o.dtype});
     print("lut_values", o.name, high_first, 0, hash_values(out, o));
   }
 }

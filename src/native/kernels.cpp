@@ -17,7 +17,27 @@
 
 namespace {
 
+using requant::Affine;
+using requant::AffineTensors;
+using requant::Bitfield;
+using requant::ConstAffineTensors;
+using requant::ConstFloatTensors;
+using requant::ConstMatrix;
+using requant::ConstValues;
 using requant::Dtype;
+using requant::Elements;
+using requant::Float8Blocks;
+using requant::FloatTensors;
+using requant::GgufBlocks;
+using requant::GptqGroup;
+using requant::IntegerCodes;
+using requant::LutBlocks;
+using requant::Matrix;
+using requant::PackedColumns;
+using requant::PackedRows;
+using requant::Search;
+using requant::SpacedRows;
+using requant::Values;
 
 template <class T>
 struct Tag {
@@ -42,73 +62,68 @@ struct Promoted<S, S> {
   using Type = S;
 };
 
-void affine_quantize_dispatch(const void* w, Dtype dtype, size_t rows, size_t cols, int group_size, int bits,
-                              uint32_t* words, void* scales, void* biases) {
-  const size_t groups = rows * (cols / group_size);
-  with_dtype(dtype, [&](auto t) {
+void affine_quantize_dispatch(ConstMatrix w, Affine mode, AffineTensors out) {
+  const size_t groups = w.rows * (w.cols / mode.group_size);
+  with_dtype(w.dtype, [&](auto t) {
     using T = typename decltype(t)::Type;
-    switch (group_size) {
-      case 32: return affine_quantize<T, 32>(w, groups, bits, words, scales, biases);
-      case 64: return affine_quantize<T, 64>(w, groups, bits, words, scales, biases);
-      case 128: return affine_quantize<T, 128>(w, groups, bits, words, scales, biases);
+    switch (mode.group_size) {
+      case 32: return affine_quantize<T, 32>(w.data, groups, mode.bits, out.words, out.scales, out.biases);
+      case 64: return affine_quantize<T, 64>(w.data, groups, mode.bits, out.words, out.scales, out.biases);
+      case 128: return affine_quantize<T, 128>(w.data, groups, mode.bits, out.words, out.scales, out.biases);
     }
   });
 }
 
-void affine_dequantize_dispatch(const uint32_t* words, const void* scales, Dtype scales_dtype, const void* biases,
-                                Dtype biases_dtype, size_t rows, size_t cols, int group_size, int bits, void* out,
-                                Dtype out_dtype) {
-  const size_t groups = rows * (cols / group_size);
-  with_dtype(scales_dtype, [&](auto s) {
-    with_dtype(biases_dtype, [&](auto b) {
-      with_dtype(out_dtype, [&](auto o) {
+void affine_dequantize_dispatch(ConstAffineTensors in, Affine mode, Matrix out) {
+  const size_t groups = out.rows * (out.cols / mode.group_size);
+  const void *scales = in.scales.data, *biases = in.biases.data;
+  with_dtype(in.scales.dtype, [&](auto s) {
+    with_dtype(in.biases.dtype, [&](auto b) {
+      with_dtype(out.dtype, [&](auto o) {
         using S = typename decltype(s)::Type;
         using B = typename decltype(b)::Type;
         using Out = typename decltype(o)::Type;
         using P = typename Promoted<S, B>::Type;
-        switch (group_size) {
-          case 32: return affine_dequantize<S, B, P, Out, 32>(words, scales, biases, groups, bits, out);
-          case 64: return affine_dequantize<S, B, P, Out, 64>(words, scales, biases, groups, bits, out);
-          case 128: return affine_dequantize<S, B, P, Out, 128>(words, scales, biases, groups, bits, out);
+        switch (mode.group_size) {
+          case 32: return affine_dequantize<S, B, P, Out, 32>(in.words, scales, biases, groups, mode.bits, out.data);
+          case 64: return affine_dequantize<S, B, P, Out, 64>(in.words, scales, biases, groups, mode.bits, out.data);
+          case 128: return affine_dequantize<S, B, P, Out, 128>(in.words, scales, biases, groups, mode.bits, out.data);
         }
       });
     });
   });
 }
 
-size_t mx_quantize_dispatch(const void* w, Dtype dtype, size_t rows, size_t cols, int bits, uint32_t* words,
-                            uint8_t* scales) {
-  const size_t groups = rows * (cols / 32);
-  return with_dtype(dtype, [&](auto t) {
+size_t mx_quantize_dispatch(ConstMatrix w, int bits, FloatTensors out) {
+  const size_t groups = w.rows * (w.cols / 32);
+  return with_dtype(w.dtype, [&](auto t) {
     using T = typename decltype(t)::Type;
-    return bits == 4 ? mx_quantize<T, 4>(w, groups, words, scales) : mx_quantize<T, 8>(w, groups, words, scales);
+    return bits == 4 ? mx_quantize<T, 4>(w.data, groups, out.words, out.scales)
+                     : mx_quantize<T, 8>(w.data, groups, out.words, out.scales);
   });
 }
 
-void mx_dequantize_dispatch(const uint32_t* words, const uint8_t* scales, size_t rows, size_t cols, int bits, void* out,
-                            Dtype out_dtype) {
-  const size_t groups = rows * (cols / 32);
-  with_dtype(out_dtype, [&](auto o) {
+void mx_dequantize_dispatch(ConstFloatTensors in, int bits, Matrix out) {
+  const size_t groups = out.rows * (out.cols / 32);
+  with_dtype(out.dtype, [&](auto o) {
     using Out = typename decltype(o)::Type;
     if (bits == 4)
-      mx_dequantize<Out, 4>(words, scales, groups, out);
+      mx_dequantize<Out, 4>(in.words, in.scales, groups, out.data);
     else
-      mx_dequantize<Out, 8>(words, scales, groups, out);
+      mx_dequantize<Out, 8>(in.words, in.scales, groups, out.data);
   });
 }
 
-void nvfp4_quantize_dispatch(const void* w, Dtype dtype, size_t rows, size_t cols, uint32_t* words, uint8_t* scales,
-                             const float* global_scale) {
-  with_dtype(dtype, [&](auto t) {
-    nvfp4_quantize<typename decltype(t)::Type>(w, rows * (cols / 16), words, scales, global_scale);
+void nvfp4_quantize_dispatch(ConstMatrix w, const float* global_scale, FloatTensors out) {
+  with_dtype(w.dtype, [&](auto t) {
+    nvfp4_quantize<typename decltype(t)::Type>(w.data, w.rows * (w.cols / 16), out.words, out.scales, global_scale);
   });
 }
 
-void nvfp4_dequantize_dispatch(const uint32_t* words, const uint8_t* scales, size_t rows, size_t cols,
-                               const float* global_scale, void* out, Dtype out_dtype) {
+void nvfp4_dequantize_dispatch(ConstFloatTensors in, const float* global_scale, Matrix out) {
   const float dec = global_scale != nullptr ? *global_scale / kNvfp4Max : 1.0f;
-  with_dtype(out_dtype, [&](auto o) {
-    nvfp4_dequantize<typename decltype(o)::Type>(words, scales, rows * (cols / 16), dec, out);
+  with_dtype(out.dtype, [&](auto o) {
+    nvfp4_dequantize<typename decltype(o)::Type>(in.words, in.scales, out.rows * (out.cols / 16), dec, out.data);
   });
 }
 
@@ -120,44 +135,50 @@ auto with_weights(const float* weights, Call call) {
 template <class W>
 constexpr bool weighted = !__is_same(typename W::Type, void);
 
-void affine_search_dispatch(const void* w, Dtype dtype, size_t rows, size_t cols, int group_size, int bits,
-                            const float* weights, bool best, uint32_t* words, void* scales, void* biases) {
-  const size_t per_row = cols / group_size, groups = rows * per_row;
-  with_dtype(dtype, [&](auto t) {
-    with_weights(weights, [&](auto h) {
+void affine_search_dispatch(ConstMatrix w, Affine mode, Search search, AffineTensors out) {
+  const size_t per_row = w.cols / mode.group_size, groups = w.rows * per_row;
+  with_dtype(w.dtype, [&](auto t) {
+    with_weights(search.weights, [&](auto h) {
       using T = typename decltype(t)::Type;
       constexpr bool W = weighted<decltype(h)>;
-      switch (group_size) {
-        case 32: return affine_search<T, 32, W>(w, groups, per_row, bits, weights, best, words, scales, biases);
-        case 64: return affine_search<T, 64, W>(w, groups, per_row, bits, weights, best, words, scales, biases);
-        case 128: return affine_search<T, 128, W>(w, groups, per_row, bits, weights, best, words, scales, biases);
+      const auto take = [&](auto kernel) {
+        kernel(w.data, groups, per_row, mode.bits, search.weights, search.best, out.words, out.scales, out.biases);
+      };
+      switch (mode.group_size) {
+        case 32: return take(affine_search<T, 32, W>);
+        case 64: return take(affine_search<T, 64, W>);
+        case 128: return take(affine_search<T, 128, W>);
       }
     });
   });
 }
 
-size_t mx_search_dispatch(const void* w, Dtype dtype, size_t rows, size_t cols, int bits, const float* weights,
-                          bool best, uint32_t* words, uint8_t* scales) {
-  const size_t per_row = cols / 32, groups = rows * per_row;
-  return with_dtype(dtype, [&](auto t) {
-    return with_weights(weights, [&](auto h) {
+size_t mx_search_dispatch(ConstMatrix w, int bits, Search search, FloatTensors out) {
+  const size_t per_row = w.cols / 32, groups = w.rows * per_row;
+  return with_dtype(w.dtype, [&](auto t) {
+    return with_weights(search.weights, [&](auto h) {
       using T = typename decltype(t)::Type;
       constexpr bool W = weighted<decltype(h)>;
-      return bits == 4 ? mx_search<T, 4, W>(w, groups, per_row, weights, best, words, scales)
-                       : mx_search<T, 8, W>(w, groups, per_row, weights, best, words, scales);
+      const auto take = [&](auto kernel) {
+        return kernel(w.data, groups, per_row, search.weights, search.best, out.words, out.scales);
+      };
+      return bits == 4 ? take(mx_search<T, 4, W>) : take(mx_search<T, 8, W>);
     });
   });
 }
 
-void nvfp4_search_dispatch(const void* w, Dtype dtype, size_t rows, size_t cols, const float* weights, bool best,
-                           uint32_t* words, uint8_t* scales, const float* global_scale) {
-  const size_t per_row = cols / 16, groups = rows * per_row;
-  with_dtype(dtype, [&](auto t) {
-    with_weights(weights, [&](auto h) {
-      nvfp4_search<typename decltype(t)::Type, weighted<decltype(h)>>(w, groups, per_row, weights, best, words, scales,
-                                                                      global_scale);
+void nvfp4_search_dispatch(ConstMatrix w, const float* global_scale, Search search, FloatTensors out) {
+  const size_t per_row = w.cols / 16, groups = w.rows * per_row;
+  with_dtype(w.dtype, [&](auto t) {
+    with_weights(search.weights, [&](auto h) {
+      nvfp4_search<typename decltype(t)::Type, weighted<decltype(h)>>(
+          w.data, groups, per_row, search.weights, search.best, out.words, out.scales, global_scale);
     });
   });
+}
+
+void gptq_group_dispatch(const GptqGroup& g) {
+  gptq_group(g.w, g.rows, g.cols, g.start, g.size, g.bits, g.scales, g.biases, g.propagation, g.codes, g.errors);
 }
 
 void pack_words_dispatch(const uint8_t* codes, size_t rows, size_t cols, int bits, uint32_t* words) {
@@ -168,80 +189,92 @@ void unpack_words_dispatch(const uint32_t* words, size_t rows, size_t cols, int 
   unpack_codes(bits, reinterpret_cast<const uint8_t*>(words), rows * cols, codes);
 }
 
-size_t cast_dispatch(const void* src, Dtype src_dtype, size_t count, void* dst, Dtype dst_dtype) {
-  return with_dtype(src_dtype, [&](auto s) {
-    return with_dtype(dst_dtype, [&](auto d) {
-      return cast_values<typename decltype(s)::Type, typename decltype(d)::Type>(src, count, dst);
+size_t cast_dispatch(ConstValues src, size_t count, Values dst) {
+  return with_dtype(src.dtype, [&](auto s) {
+    return with_dtype(dst.dtype, [&](auto d) {
+      return cast_values<typename decltype(s)::Type, typename decltype(d)::Type>(src.data, count, dst.data);
     });
   });
 }
 
-size_t count_nonfinite_dispatch(const void* w, Dtype dtype, size_t count) {
-  return with_dtype(dtype, [&](auto t) { return count_nonfinite<typename decltype(t)::Type>(w, count); });
+size_t count_nonfinite_dispatch(ConstValues w, size_t count) {
+  return with_dtype(w.dtype, [&](auto t) { return count_nonfinite<typename decltype(t)::Type>(w.data, count); });
 }
 
-ptrdiff_t first_nonfinite_dispatch(const void* w, Dtype dtype, size_t count) {
-  return with_dtype(dtype, [&](auto t) { return first_nonfinite<typename decltype(t)::Type>(w, count); });
+ptrdiff_t first_nonfinite_dispatch(ConstValues w, size_t count) {
+  return with_dtype(w.dtype, [&](auto t) { return first_nonfinite<typename decltype(t)::Type>(w.data, count); });
 }
 
-void group_errors_dispatch(const void* a, Dtype a_dtype, const void* b, Dtype b_dtype, size_t count, size_t group_size,
-                           float* group_max, double* out) {
-  with_dtype(a_dtype, [&](auto s) {
-    with_dtype(b_dtype, [&](auto t) {
+void group_errors_dispatch(ConstValues a, ConstValues b, size_t count, size_t group_size, float* group_max,
+                           double* sums) {
+  with_dtype(a.dtype, [&](auto s) {
+    with_dtype(b.dtype, [&](auto t) {
       using A = typename decltype(s)::Type;
       using B = typename decltype(t)::Type;
       switch (group_size) {
-        case 16: return group_errors<A, B, 16>(a, b, count, group_max, out);
-        case 32: return group_errors<A, B, 32>(a, b, count, group_max, out);
-        case 64: return group_errors<A, B, 64>(a, b, count, group_max, out);
-        case 128: return group_errors<A, B, 128>(a, b, count, group_max, out);
+        case 16: return group_errors<A, B, 16>(a.data, b.data, count, group_max, sums);
+        case 32: return group_errors<A, B, 32>(a.data, b.data, count, group_max, sums);
+        case 64: return group_errors<A, B, 64>(a.data, b.data, count, group_max, sums);
+        case 128: return group_errors<A, B, 128>(a.data, b.data, count, group_max, sums);
       }
     });
   });
 }
 
-void transpose_dispatch(const void* src, size_t item_bytes, size_t rows, size_t cols, void* out) {
-  switch (item_bytes) {
-    case 1: return transpose<uint8_t>(src, rows, cols, out);
-    case 2: return transpose<uint16_t>(src, rows, cols, out);
-    case 4: return transpose<uint32_t>(src, rows, cols, out);
+void transpose_dispatch(const Elements& src, void* out) {
+  switch (src.item_bytes) {
+    case 1: return transpose<uint8_t>(src.data, src.rows, src.cols, out);
+    case 2: return transpose<uint16_t>(src.data, src.rows, src.cols, out);
+    case 4: return transpose<uint32_t>(src.data, src.rows, src.cols, out);
   }
 }
 
-void integer_values_dispatch(const uint8_t* codes, const float* scales, const float* zeros, size_t rows, size_t cols,
-                             size_t group, Dtype difference, void* out, Dtype out_dtype) {
-  with_dtype(difference, [&](auto d) {
-    with_dtype(out_dtype, [&](auto o) {
-      integer_values<typename decltype(d)::Type, typename decltype(o)::Type>(codes, scales, zeros, rows, cols, group,
-                                                                             out);
+void integer_values_dispatch(const IntegerCodes& in, Matrix out) {
+  with_dtype(in.difference, [&](auto d) {
+    with_dtype(out.dtype, [&](auto o) {
+      integer_values<typename decltype(d)::Type, typename decltype(o)::Type>(in.codes, in.scales, in.zeros, out.rows,
+                                                                             out.cols, in.group, out.data);
     });
   });
 }
 
-size_t float8_values_dispatch(const uint8_t* bytes, bool fnuz, const float* scales, size_t rows, size_t cols,
-                              size_t scale_cols, size_t block_rows, size_t block_cols, size_t first_row, void* out,
-                              Dtype out_dtype) {
-  return with_dtype(out_dtype, [&](auto o) {
+size_t float8_values_dispatch(const Float8Blocks& in, Matrix out) {
+  return with_dtype(out.dtype, [&](auto o) {
     using Out = typename decltype(o)::Type;
-    return fnuz ? float8_values<E4M3FNUZ, Out>(bytes, scales, rows, cols, scale_cols, block_rows, block_cols,
-                                               first_row, out)
-                : float8_values<E4M3FN, Out>(bytes, scales, rows, cols, scale_cols, block_rows, block_cols,
-                                             first_row, out);
+    const auto take = [&](auto kernel) {
+      return kernel(in.bytes, in.scales, out.rows, out.cols, in.scale_cols, in.block_rows, in.block_cols, in.first_row,
+                    out.data);
+    };
+    return in.fnuz ? take(float8_values<E4M3FNUZ, Out>) : take(float8_values<E4M3FN, Out>);
   });
 }
 
-void extract_bitfield_dispatch(const void* src, size_t item_bytes, size_t rows, size_t cols, int shift, int bits,
-                               uint8_t flip, uint8_t* out, size_t first, size_t step) {
-  if (item_bytes == 1)
-    extract_bitfield<uint8_t>(src, rows, cols, shift, bits, flip, out, first, step);
-  else
-    extract_bitfield<uint32_t>(src, rows, cols, shift, bits, flip, out, first, step);
+void stream_columns_dispatch(const PackedColumns& src, bool interleaved, bool is_signed, void* out, int out_bits) {
+  stream_columns(src.words, src.n_in, src.n_out, src.bits, interleaved, is_signed, out, out_bits);
 }
 
-void lut_values_dispatch(const uint8_t* bytes, size_t count, bool high_first, const float* codebook,
-                         const float* absmax, size_t block, size_t first, void* out, Dtype out_dtype) {
-  with_dtype(out_dtype, [&](auto o) {
-    lut_values<typename decltype(o)::Type>(bytes, count, high_first, codebook, absmax, block, first, out);
+void planar_columns_dispatch(const PackedColumns& src, void* out, int out_bits) {
+  planar_columns(src.words, src.n_in, src.n_out, src.bits, out, out_bits);
+}
+
+void stream_codes_dispatch(const PackedRows& src, uint8_t* codes) {
+  stream_codes(src.data, src.rows, src.words, src.bits, src.per_word, src.count, codes);
+}
+
+void extract_bitfield_dispatch(const Elements& src, Bitfield field, SpacedRows out) {
+  const auto take = [&](auto kernel) {
+    kernel(src.data, src.rows, src.cols, field.shift, field.bits, field.flip, out.data, out.first, out.step);
+  };
+  if (src.item_bytes == 1)
+    take(extract_bitfield<uint8_t>);
+  else
+    take(extract_bitfield<uint32_t>);
+}
+
+void lut_values_dispatch(const LutBlocks& in, size_t count, Values out) {
+  with_dtype(out.dtype, [&](auto o) {
+    lut_values<typename decltype(o)::Type>(in.bytes, count, in.high_first, in.codebook, in.absmax, in.block, in.first,
+                                           out.data);
   });
 }
 
@@ -262,27 +295,27 @@ bool gguf_block_dispatch(int type, requant::GgufBlock& block) {
   });
 }
 
-void gguf_affine_dispatch(int type, const uint8_t* blocks, size_t count, uint32_t* words, void* scales, void* biases,
-                          Dtype dtype) {
-  with_block(type, [&](auto tag) {
+void gguf_affine_dispatch(GgufBlocks in, AffineTensors out, Dtype dtype) {
+  with_block(in.type, [&](auto tag) {
     using T = typename decltype(tag)::Type;
     if constexpr (T::kBits != 0)
-      with_dtype(dtype,
-                 [&](auto s) { gguf_affine<T, typename decltype(s)::Type>(blocks, count, words, scales, biases); });
+      with_dtype(dtype, [&](auto s) {
+        gguf_affine<T, typename decltype(s)::Type>(in.data, in.count, out.words, out.scales, out.biases);
+      });
   });
 }
 
-void gguf_fp4_dispatch(int type, const uint8_t* blocks, size_t count, uint32_t* words, uint8_t* scales) {
-  with_block(type, [&](auto tag) {
+void gguf_fp4_dispatch(GgufBlocks in, FloatTensors out) {
+  with_block(in.type, [&](auto tag) {
     using T = typename decltype(tag)::Type;
-    if constexpr (IsFp4<T>::kScaleBytes != 0) gguf_fp4<T>(blocks, count, words, scales);
+    if constexpr (IsFp4<T>::kScaleBytes != 0) gguf_fp4<T>(in.data, in.count, out.words, out.scales);
   });
 }
 
-void gguf_values_dispatch(int type, const uint8_t* blocks, size_t count, void* out, Dtype dtype) {
-  with_block(type, [&](auto tag) {
+void gguf_values_dispatch(GgufBlocks in, Values out) {
+  with_block(in.type, [&](auto tag) {
     using T = typename decltype(tag)::Type;
-    with_dtype(dtype, [&](auto o) { gguf_values<T, typename decltype(o)::Type>(blocks, count, out); });
+    with_dtype(out.dtype, [&](auto o) { gguf_values<T, typename decltype(o)::Type>(in.data, in.count, out.data); });
   });
 }
 
@@ -300,11 +333,11 @@ const Kernels REQUANT_JOIN(kernels_, REQUANT_ISA) = {
     REQUANT_TEXT(REQUANT_ISA), affine_quantize_dispatch, affine_dequantize_dispatch,
     mx_quantize_dispatch,      mx_dequantize_dispatch,   nvfp4_quantize_dispatch,
     nvfp4_dequantize_dispatch, affine_search_dispatch,   mx_search_dispatch,
-    nvfp4_search_dispatch,     gptq_group,               pack_words_dispatch,
+    nvfp4_search_dispatch,     gptq_group_dispatch,      pack_words_dispatch,
     unpack_words_dispatch,     cast_dispatch,            count_nonfinite_dispatch,
     first_nonfinite_dispatch,  group_errors_dispatch,    transpose_dispatch,
-    stream_columns,            planar_columns,           marlin_words,
-    awq_gemv_fast_words,       stream_codes,             extract_bitfield_dispatch,
+    stream_columns_dispatch,   planar_columns_dispatch,  marlin_words,
+    awq_gemv_fast_words,       stream_codes_dispatch,    extract_bitfield_dispatch,
     deinterleave_words,        integer_values_dispatch,  float8_values_dispatch,
     lut_values_dispatch,       gguf_block_dispatch,      gguf_affine_dispatch,
     gguf_fp4_dispatch,         gguf_values_dispatch,

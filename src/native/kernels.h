@@ -21,89 +21,196 @@ struct GgufBlock {
 
 enum class Dtype { F32, F16, BF16 };
 
+// Values, (rows, cols), row after row.
+struct ConstMatrix {
+  const void* data;
+  Dtype dtype;
+  size_t rows, cols;
+};
+struct Matrix {
+  void* data;
+  Dtype dtype;
+  size_t rows, cols;
+};
+
+// Values, one after another.
+struct ConstValues {
+  const void* data;
+  Dtype dtype;
+};
+struct Values {
+  void* data;
+  Dtype dtype;
+};
+
+// Mode affine: bits of a code, and the columns that share a scale and a bias.
+struct Affine {
+  int group_size, bits;
+};
+
+// The tensors of an affine layer; scales and biases have the dtype of the weights.
+struct AffineTensors {
+  uint32_t* words;
+  void* scales;
+  void* biases;
+};
+struct ConstAffineTensors {
+  const uint32_t* words;
+  ConstValues scales, biases;  // may differ in dtype
+};
+
+// The tensors of a layer in mode mxfp4, mxfp8 or nvfp4.
+struct FloatTensors {
+  uint32_t* words;
+  uint8_t* scales;
+};
+struct ConstFloatTensors {
+  const uint32_t* words;
+  const uint8_t* scales;
+};
+
+// How scales are searched for. weights: one for each column, or null; best: the slower level.
+struct Search {
+  const float* weights;
+  bool best;
+};
+
+// The columns [start, start + size) of a layer whose columns are encoded one by one (gptq.h); size
+// is a multiple of 4.
+struct GptqGroup {
+  float* w;  // (rows, cols), changed in place
+  size_t rows, cols, start, size;
+  int bits;
+  const float *scales, *biases;  // one for each row
+  const float* propagation;      // (cols, cols)
+  uint8_t* codes;                // (rows, size)
+  float* errors;                 // (rows, size), for the kernel's use
+};
+
+// Codes of all outputs of each input, packed: (n_in, n_out) codes.
+struct PackedColumns {
+  const uint32_t* words;
+  size_t n_in, n_out;
+  int bits;
+};
+
+// Rows of packed codes: `words` words a row, `count` codes taken of each. per_word 0: a row is one
+// bit stream; else so many codes are in the low bits of each word.
+struct PackedRows {
+  const uint32_t* data;
+  size_t rows, words, count;
+  int bits;
+  size_t per_word;
+};
+
+// Elements of 1, 2 or 4 bytes, (rows, cols).
+struct Elements {
+  const void* data;
+  size_t item_bytes, rows, cols;
+};
+
+// Bits [shift, shift + bits) of an element, xor flip.
+struct Bitfield {
+  int shift, bits;
+  uint8_t flip;
+};
+
+// Row r goes to row first + r * step of data.
+struct SpacedRows {
+  uint8_t* data;
+  size_t first, step;
+};
+
+// (code - zero) * scale, scale and zero shared by `group` columns. The last group may be short.
+struct IntegerCodes {
+  const uint8_t* codes;
+  const float *scales, *zeros;
+  size_t group;
+  Dtype difference;  // what code - zero is rounded to before it is multiplied
+};
+
+// E4M3 bytes with a scale for each block of rows and columns. The last block may be short.
+struct Float8Blocks {
+  const uint8_t* bytes;
+  const float* scales;
+  size_t scale_cols, block_rows, block_cols;
+  size_t first_row;  // row r of bytes is row first_row + r of the grid of blocks
+  bool fnuz;
+};
+
+// Two codes of 4 bits a byte: codebook[code] * absmax of the block, whose value number `first` is
+// the first one.
+struct LutBlocks {
+  const uint8_t* bytes;
+  const float *codebook, *absmax;
+  size_t block, first;
+  bool high_first;
+};
+
+// GGUF blocks of one type, one after another.
+struct GgufBlocks {
+  int type;
+  const uint8_t* data;
+  size_t count;
+};
+
 struct Kernels {
   const char* name;
 
-  void (*affine_quantize)(const void* w, Dtype dtype, size_t rows, size_t cols, int group_size, int bits,
-                          uint32_t* words, void* scales, void* biases);
-  void (*affine_dequantize)(const uint32_t* words, const void* scales, Dtype scales_dtype, const void* biases,
-                            Dtype biases_dtype, size_t rows, size_t cols, int group_size, int bits, void* out,
-                            Dtype out_dtype);
+  void (*affine_quantize)(ConstMatrix w, Affine mode, AffineTensors out);
+  void (*affine_dequantize)(ConstAffineTensors codes, Affine mode, Matrix out);
 
   // bits 4: mxfp4; bits 8: mxfp8. Returns the number of groups too small for E8M0.
-  size_t (*mx_quantize)(const void* w, Dtype dtype, size_t rows, size_t cols, int bits, uint32_t* words,
-                        uint8_t* scales);
-  void (*mx_dequantize)(const uint32_t* words, const uint8_t* scales, size_t rows, size_t cols, int bits,
-                        void* out, Dtype out_dtype);
+  size_t (*mx_quantize)(ConstMatrix w, int bits, FloatTensors out);
+  void (*mx_dequantize)(ConstFloatTensors codes, int bits, Matrix out);
 
   // global_scale: a pointer to one float, or null.
-  void (*nvfp4_quantize)(const void* w, Dtype dtype, size_t rows, size_t cols, uint32_t* words, uint8_t* scales,
-                         const float* global_scale);
-  void (*nvfp4_dequantize)(const uint32_t* words, const uint8_t* scales, size_t rows, size_t cols,
-                           const float* global_scale, void* out, Dtype out_dtype);
+  void (*nvfp4_quantize)(ConstMatrix w, const float* global_scale, FloatTensors out);
+  void (*nvfp4_dequantize)(ConstFloatTensors codes, const float* global_scale, Matrix out);
 
-  // As the three above, with scales found by search. weights: one a column, or null.
-  void (*affine_search)(const void* w, Dtype dtype, size_t rows, size_t cols, int group_size, int bits,
-                        const float* weights, bool best, uint32_t* words, void* scales, void* biases);
-  size_t (*mx_search)(const void* w, Dtype dtype, size_t rows, size_t cols, int bits, const float* weights, bool best,
-                      uint32_t* words, uint8_t* scales);
-  void (*nvfp4_search)(const void* w, Dtype dtype, size_t rows, size_t cols, const float* weights, bool best,
-                       uint32_t* words, uint8_t* scales, const float* global_scale);
+  // As the three *_quantize, with scales found by search.
+  void (*affine_search)(ConstMatrix w, Affine mode, Search search, AffineTensors out);
+  size_t (*mx_search)(ConstMatrix w, int bits, Search search, FloatTensors out);
+  void (*nvfp4_search)(ConstMatrix w, const float* global_scale, Search search, FloatTensors out);
 
-  // Codes of the columns [start, start + group) with each one's error handed on; group is a
-  // multiple of 4. w changes in place; errors: rows x group, for the kernel's use.
-  void (*gptq_group)(float* w, size_t rows, size_t cols, size_t start, size_t group, int bits, const float* scales,
-                     const float* biases, const float* propagation, uint8_t* codes, float* errors);
+  // Codes of a group's columns; the error of each is propagated to the columns after it.
+  void (*gptq_group)(const GptqGroup& group);
 
   // cols is a multiple of 32.
   void (*pack_words)(const uint8_t* codes, size_t rows, size_t cols, int bits, uint32_t* words);
   void (*unpack_words)(const uint32_t* words, size_t rows, size_t cols, int bits, uint8_t* codes);
 
-  size_t (*cast)(const void* src, Dtype src_dtype, size_t count, void* dst, Dtype dst_dtype);
-  size_t (*count_nonfinite)(const void* w, Dtype dtype, size_t count);
-  ptrdiff_t (*first_nonfinite)(const void* w, Dtype dtype, size_t count);
-  // out: sum of (a - b)^2, sum of a^2; group_max: the largest |a - b| of each group.
-  void (*group_errors)(const void* a, Dtype a_dtype, const void* b, Dtype b_dtype, size_t count, size_t group_size,
-                       float* group_max, double* out);
+  size_t (*cast)(ConstValues src, size_t count, Values dst);
+  size_t (*count_nonfinite)(ConstValues w, size_t count);
+  ptrdiff_t (*first_nonfinite)(ConstValues w, size_t count);
+  // sums: of (a - b)^2, and of a^2; group_max: the largest |a - b| of each group.
+  void (*group_errors)(ConstValues a, ConstValues b, size_t count, size_t group_size, float* group_max, double* sums);
 
-  // Codes moved (repack.h). Elements of 1, 2 or 4 bytes: (rows, cols) to (cols, rows).
-  void (*transpose)(const void* src, size_t item_bytes, size_t rows, size_t cols, void* out);
-  // Each input's codes one bit stream along the outputs, (n_in, n_out * bits / 32), to words
+  // Codes repacked (repack.h). (rows, cols) to (cols, rows).
+  void (*transpose)(const Elements& src, void* out);
+  // Each input's codes one bit stream along the outputs, (n_in, n_out * bits / 32) words, to words
   // (n_out, n_in * out_bits / 32). n_out is a multiple of 8; n_in too, unless out_bits is 8.
-  void (*stream_columns)(const uint32_t* src, size_t n_in, size_t n_out, int bits, bool interleaved, bool is_signed,
-                         void* out, int out_bits);
-  // The same from GPTQModel's planes down the rows, (n_in * bits / 32, n_out); n_in a multiple of 32.
-  void (*planar_columns)(const uint32_t* src, size_t n_in, size_t n_out, int bits, void* out, int out_bits);
+  void (*stream_columns)(const PackedColumns& src, bool interleaved, bool is_signed, void* out, int out_bits);
+  // The same from GPTQModel's planes down the rows, (n_in * bits / 32, n_out) words; n_in a multiple of 32.
+  void (*planar_columns)(const PackedColumns& src, void* out, int out_bits);
   // Marlin tiles (n_in / 16, 2 * n_out), and gemv_fast (n_out / 4, n_in), to words (n_out, n_in / 8).
   void (*marlin_words)(const uint32_t* src, size_t n_in, size_t n_out, uint32_t* out);
   void (*awq_gemv_fast_words)(const uint16_t* src, size_t n_in, size_t n_out, uint32_t* out);
-  // per_word 0: each row one bit stream; else so many codes in the low bits of each word.
-  void (*stream_codes)(const uint32_t* src, size_t rows, size_t row_words, int bits, size_t per_word, size_t count,
-                       uint8_t* codes);
-  // Bits from shift on of elements of 1 or 4 bytes; row r becomes row first + r * step of out.
-  void (*extract_bitfield)(const void* src, size_t item_bytes, size_t rows, size_t cols, int shift, int bits,
-                           uint8_t flip, uint8_t* out, size_t first, size_t step);
+  void (*stream_codes)(const PackedRows& src, uint8_t* codes);
+  void (*extract_bitfield)(const Elements& src, Bitfield field, SpacedRows out);
   void (*deinterleave_words)(const uint32_t* src, size_t count, uint32_t* out);
 
-  // Values computed (decode.h). The last group or block of a row or column may be short.
-  // difference: what code - zero is rounded to before it is multiplied.
-  void (*integer_values)(const uint8_t* codes, const float* scales, const float* zeros, size_t rows, size_t cols,
-                         size_t group, Dtype difference, void* out, Dtype out_dtype);
+  // Values computed (decode.h).
+  void (*integer_values)(const IntegerCodes& codes, Matrix out);
   // Returns the number of NaN bytes.
-  size_t (*float8_values)(const uint8_t* bytes, bool fnuz, const float* scales, size_t rows, size_t cols,
-                          size_t scale_cols, size_t block_rows, size_t block_cols, size_t first_row, void* out,
-                          Dtype out_dtype);
-  // Flat: the first value is number `first` of its block.
-  void (*lut_values)(const uint8_t* bytes, size_t count, bool high_first, const float* codebook, const float* absmax,
-                     size_t block, size_t first, void* out, Dtype out_dtype);
+  size_t (*float8_values)(const Float8Blocks& blocks, Matrix out);
+  void (*lut_values)(const LutBlocks& blocks, size_t count, Values out);
 
-  // GGUF (gguf.h): count blocks of a type, one after another.
-  // False: no block type has this number, and block is left alone.
+  // GGUF (gguf.h). False: no block type has this number, and block is left alone.
   bool (*gguf_block)(int type, GgufBlock& block);
-  void (*gguf_affine)(int type, const uint8_t* blocks, size_t count, uint32_t* words, void* scales, void* biases,
-                      Dtype dtype);
-  void (*gguf_fp4)(int type, const uint8_t* blocks, size_t count, uint32_t* words, uint8_t* scales);
-  void (*gguf_values)(int type, const uint8_t* blocks, size_t count, void* out, Dtype dtype);
+  void (*gguf_affine)(GgufBlocks blocks, AffineTensors out, Dtype dtype);
+  void (*gguf_fp4)(GgufBlocks blocks, FloatTensors out);
+  void (*gguf_values)(GgufBlocks blocks, Values out);
 };
 
 // Rounding to nearest even with subnormals kept, for as long as one lives:

@@ -49,7 +49,7 @@ def nvfp4_search(w: numpy.typing.NDArray[Any], dtype: str, level: str, weights: 
 
 def gptq_group(w: numpy.typing.NDArray[Any], start: int, group_size: int, bits: int, scales: numpy.typing.NDArray[Any], biases: numpy.typing.NDArray[Any], propagation: numpy.typing.NDArray[Any], codes: numpy.typing.NDArray[Any], errors: numpy.typing.NDArray[Any]) -> None:
     """
-    Codes of a group's columns one by one; each one's error is handed on to the later columns of w, in place.
+    Codes of a group's columns one by one; the error of each is propagated to the later columns of w, in place.
     """
 
 def cast(src: numpy.typing.NDArray[Any], src_dtype: str, dst: numpy.typing.NDArray[Any], dst_dtype: str) -> int:

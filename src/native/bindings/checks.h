@@ -163,14 +163,14 @@ class GlobalScale {
 
 // ---------------------------------------------------------------- a matrix and its quantized form
 
-// Values, (rows, cols), or what a quantized matrix stands for.
-struct Values {
+// Shape and dtype of a matrix, or of the values of a quantized one.
+struct MatrixInfo {
   size_t rows, cols;
   Dtype dtype;
 };
 
 // A matrix to be quantized: its columns fill groups.
-inline Values check_values(const In& w, const std::string& dtype, int group_size) {
+inline MatrixInfo check_values(const In& w, const std::string& dtype, int group_size) {
   const Dtype t = dtype_of(dtype);
   check_rank(w, "w", 2);
   check_layout(w, "w", bits_of(t));
@@ -179,21 +179,39 @@ inline Values check_values(const In& w, const std::string& dtype, int group_size
 }
 
 // A matrix to be dequantized, by its scales; dtype is that of the result.
-inline Values check_scales(const In& scales, size_t scale_bits, int group_size, Dtype dtype) {
+inline MatrixInfo check_scales(const In& scales, size_t scale_bits, int group_size, Dtype dtype) {
   check_rank(scales, "scales", 2);
   check_layout(scales, "scales", scale_bits);
   return {scales.shape(0), scales.shape(1) * size_t(group_size), dtype};
 }
 
 template <class Array>
-void check_words(const Array& words, const Values& values, int group_size, int bits) {
+void check_words(const Array& words, const MatrixInfo& values, int group_size, int bits) {
   check_shape(words, "words", 32, values.rows, values.cols / size_t(group_size) * size_t(group_size * bits / 32));
 }
 
 // An array with one element a group.
 template <class Array>
-void check_group_array(const Array& array, const char* name, size_t bits, const Values& values, int group_size) {
+void check_group_array(const Array& array, const char* name, size_t bits, const MatrixInfo& values, int group_size) {
   check_shape(array, name, bits, values.rows, values.cols / size_t(group_size));
+}
+
+// ---------------------------------------------------------------- kernels' arguments
+
+inline ConstMatrix matrix(const In& w, const MatrixInfo& info) { return {w.data(), info.dtype, info.rows, info.cols}; }
+
+inline Matrix matrix(const Out& out, const MatrixInfo& info) { return {out.data(), info.dtype, info.rows, info.cols}; }
+
+inline FloatTensors float_tensors(const Out& words, const Out& scales) {
+  return {data<uint32_t>(words), data<uint8_t>(scales)};
+}
+
+inline ConstFloatTensors float_tensors(const In& words, const In& scales) {
+  return {data<uint32_t>(words), data<uint8_t>(scales)};
+}
+
+inline AffineTensors affine_tensors(const Out& words, const Out& scales, const Out& biases) {
+  return {data<uint32_t>(words), scales.data(), biases.data()};
 }
 
 // ---------------------------------------------------------------- kernels

@@ -24,8 +24,8 @@ void integer_values(In codes, In scales, In zeros, ptrdiff_t group, Out out, con
   check_shape(zeros, "zeros", 32, rows, ceil_div(cols, size));
   check_shape(out, "out", bits_of(o), rows, cols);
   run([&] {
-    kernels().integer_values(data<uint8_t>(codes), data<float>(scales), data<float>(zeros), rows, cols, size, d,
-                             out.data(), o);
+    kernels().integer_values({data<uint8_t>(codes), data<float>(scales), data<float>(zeros), size, d},
+                             {out.data(), o, rows, cols});
   });
 }
 
@@ -44,8 +44,9 @@ size_t float8_values(In bytes, In scales, ptrdiff_t block_rows, ptrdiff_t block_
   check_shape(scales, "scales", 32, scales.shape(0), ceil_div(cols, broad));
   check_shape(out, "out", bits_of(o), rows, cols);
   return run([&] {
-    return kernels().float8_values(data<uint8_t>(bytes), fnuz, data<float>(scales), rows, cols, scales.shape(1), high,
-                                   broad, first, out.data(), o);
+    return kernels().float8_values(
+        {data<uint8_t>(bytes), data<float>(scales), scales.shape(1), high, broad, first, fnuz},
+        {out.data(), o, rows, cols});
   });
 }
 
@@ -74,8 +75,9 @@ void lut_values(In bytes, In codebook, In absmax, ptrdiff_t block, ptrdiff_t fir
                       " of a block of " + std::to_string(size) + " on need " +
                       std::to_string(ceil_div(size_t(first) + count, size)) + ", got " + std::to_string(absmax.size()));
   run([&] {
-    kernels().lut_values(data<uint8_t>(bytes), count, high_first, data<float>(codebook), data<float>(absmax), size,
-                         size_t(first), out.data(), o);
+    kernels().lut_values(
+        {data<uint8_t>(bytes), data<float>(codebook), data<float>(absmax), size, size_t(first), high_first}, count,
+        {out.data(), o});
   });
 }
 

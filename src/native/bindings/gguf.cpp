@@ -39,8 +39,7 @@ void gguf_affine(int type, In blocks, Out words, Out scales, Out biases, const s
   check_shape(scales, "scales", bits_of(d), rows, cols / size_t(b.group));
   check_shape(biases, "biases", bits_of(d), rows, cols / size_t(b.group));
   run([&] {
-    kernels().gguf_affine(type, data<uint8_t>(blocks), rows * count, data<uint32_t>(words), scales.data(),
-                          biases.data(), d);
+    kernels().gguf_affine({type, data<uint8_t>(blocks), rows * count}, affine_tensors(words, scales, biases), d);
   });
 }
 
@@ -51,7 +50,7 @@ void gguf_fp4(int type, In blocks, Out words, Out scales) {
   check_shape(words, "words", 32, rows, cols / 8);
   check_shape(scales, "scales", 8, rows, count * size_t(b.scale_bytes));
   run([&] {
-    kernels().gguf_fp4(type, data<uint8_t>(blocks), rows * count, data<uint32_t>(words), data<uint8_t>(scales));
+    kernels().gguf_fp4({type, data<uint8_t>(blocks), rows * count}, float_tensors(words, scales));
   });
 }
 
@@ -60,7 +59,7 @@ void gguf_values(int type, In blocks, Out out, const std::string& dtype) {
   const Dtype d = dtype_of(dtype);
   const size_t rows = blocks.shape(0), count = blocks.shape(1) / size_t(b.bytes);
   check_shape(out, "out", bits_of(d), rows, count * size_t(b.elements));
-  run([&] { kernels().gguf_values(type, data<uint8_t>(blocks), rows * count, out.data(), d); });
+  run([&] { kernels().gguf_values({type, data<uint8_t>(blocks), rows * count}, {out.data(), d}); });
 }
 
 }  // namespace

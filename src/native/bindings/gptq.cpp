@@ -21,8 +21,8 @@ void gptq_group(Out w, size_t start, int group_size, int bits, In scales, In bia
   check_shape(codes, "codes", 8, rows, group);
   check_shape(errors, "errors", 32, rows, group);
   run([&] {
-    kernels().gptq_group(data<float>(w), rows, cols, start, group, bits, data<float>(scales), data<float>(biases),
-                         data<float>(propagation), data<uint8_t>(codes), data<float>(errors));
+    kernels().gptq_group({data<float>(w), rows, cols, start, group, bits, data<float>(scales), data<float>(biases),
+                          data<float>(propagation), data<uint8_t>(codes), data<float>(errors)});
   });
 }
 
@@ -31,7 +31,7 @@ void gptq_group(Out w, size_t start, int group_size, int bits, In scales, In bia
 void init_gptq(nb::module_& m) {
   m.def("gptq_group", &gptq_group, "w"_a.noconvert(), "start"_a, "group_size"_a, "bits"_a, "scales"_a.noconvert(),
         "biases"_a.noconvert(), "propagation"_a.noconvert(), "codes"_a.noconvert(), "errors"_a.noconvert(),
-        "Codes of a group's columns one by one; each one's error is handed on to the later columns of w, in place.");
+        "Codes of a group's columns one by one; the error of each is propagated to the later columns of w, in place.");
 }
 
 }  // namespace requant::bindings

@@ -10,13 +10,12 @@ namespace {
 
 void affine_quantize(In w, const std::string& dtype, int group_size, int bits, Out words, Out scales, Out biases) {
   check_affine(group_size, bits);
-  const Values v = check_values(w, dtype, group_size);
+  const MatrixInfo v = check_values(w, dtype, group_size);
   check_words(words, v, group_size, bits);
   check_group_array(scales, "scales", bits_of(v.dtype), v, group_size);
   check_group_array(biases, "biases", bits_of(v.dtype), v, group_size);
   run([&] {
-    kernels().affine_quantize(w.data(), v.dtype, v.rows, v.cols, group_size, bits, data<uint32_t>(words),
-                              scales.data(), biases.data());
+    kernels().affine_quantize(matrix(w, v), {group_size, bits}, affine_tensors(words, scales, biases));
   });
 }
 
@@ -25,46 +24,38 @@ void affine_dequantize(In words, In scales, const std::string& scales_dtype, In 
                        const std::string& out_dtype) {
   check_affine(group_size, bits);
   const Dtype s = dtype_of(scales_dtype), b = dtype_of(biases_dtype), o = dtype_of(out_dtype);
-  const Values v = check_scales(scales, bits_of(s), group_size, o);
+  const MatrixInfo v = check_scales(scales, bits_of(s), group_size, o);
   check_words(words, v, group_size, bits);
   check_group_array(biases, "biases", bits_of(b), v, group_size);
   check_shape(out, "out", bits_of(o), v.rows, v.cols);
   run([&] {
-    kernels().affine_dequantize(data<uint32_t>(words), scales.data(), s, biases.data(), b, v.rows, v.cols, group_size,
-                                bits, out.data(), o);
+    kernels().affine_dequantize({data<uint32_t>(words), {scales.data(), s}, {biases.data(), b}}, {group_size, bits},
+                                matrix(out, v));
   });
 }
 
 size_t mx_quantize(In w, const std::string& dtype, const std::string& mode, Out words, Out scales) {
   const int bits = mx_bits(mode);
-  const Values v = check_values(w, dtype, kMxGroup);
+  const MatrixInfo v = check_values(w, dtype, kMxGroup);
   check_words(words, v, kMxGroup, bits);
   check_group_array(scales, "scales", 8, v, kMxGroup);
-  return run([&] {
-    return kernels().mx_quantize(w.data(), v.dtype, v.rows, v.cols, bits, data<uint32_t>(words),
-                                 data<uint8_t>(scales));
-  });
+  return run([&] { return kernels().mx_quantize(matrix(w, v), bits, float_tensors(words, scales)); });
 }
 
 void mx_dequantize(In words, In scales, const std::string& mode, Out out, const std::string& out_dtype) {
   const int bits = mx_bits(mode);
-  const Values v = check_scales(scales, 8, kMxGroup, dtype_of(out_dtype));
+  const MatrixInfo v = check_scales(scales, 8, kMxGroup, dtype_of(out_dtype));
   check_words(words, v, kMxGroup, bits);
   check_shape(out, "out", bits_of(v.dtype), v.rows, v.cols);
-  run([&] {
-    kernels().mx_dequantize(data<uint32_t>(words), data<uint8_t>(scales), v.rows, v.cols, bits, out.data(), v.dtype);
-  });
+  run([&] { kernels().mx_dequantize(float_tensors(words, scales), bits, matrix(out, v)); });
 }
 
 void nvfp4_quantize(In w, const std::string& dtype, Out words, Out scales, std::optional<double> global_scale) {
-  const Values v = check_values(w, dtype, kNvfp4Group);
+  const MatrixInfo v = check_values(w, dtype, kNvfp4Group);
   check_words(words, v, kNvfp4Group, kNvfp4Bits);
   check_group_array(scales, "scales", 8, v, kNvfp4Group);
   const GlobalScale global(global_scale);
-  run([&] {
-    kernels().nvfp4_quantize(w.data(), v.dtype, v.rows, v.cols, data<uint32_t>(words), data<uint8_t>(scales),
-                             global.get());
-  });
+  run([&] { kernels().nvfp4_quantize(matrix(w, v), global.get(), float_tensors(words, scales)); });
 }
 
 void nvfp4_dequantize(In words, In scales, Out out, const std::string& out_dtype,
@@ -72,14 +63,11 @@ void nvfp4_dequantize(In words, In scales, Out out, const std::string& out_dtype
   const Dtype o = dtype_of(out_dtype);
   if (global_scale && o != Dtype::F32)
     throw_value_error("out: with a global scale the result is F32, got " + out_dtype);
-  const Values v = check_scales(scales, 8, kNvfp4Group, o);
+  const MatrixInfo v = check_scales(scales, 8, kNvfp4Group, o);
   check_words(words, v, kNvfp4Group, kNvfp4Bits);
   check_shape(out, "out", bits_of(o), v.rows, v.cols);
   const GlobalScale global(global_scale);
-  run([&] {
-    kernels().nvfp4_dequantize(data<uint32_t>(words), data<uint8_t>(scales), v.rows, v.cols, global.get(), out.data(),
-                               o);
-  });
+  run([&] { kernels().nvfp4_dequantize(float_tensors(words, scales), global.get(), matrix(out, v)); });
 }
 
 }  // namespace

@@ -33,7 +33,7 @@ void transpose(In src, Out out) {
     throw_value_error("src: expected uint8, uint16 or uint32, got " + to_string(src.dtype()));
   check_layout(src, "src", bits);
   check_shape(out, "out", bits, src.shape(1), src.shape(0));
-  run([&] { kernels().transpose(src.data(), bits / 8, src.shape(0), src.shape(1), out.data()); });
+  run([&] { kernels().transpose({src.data(), bits / 8, src.shape(0), src.shape(1)}, out.data()); });
 }
 
 // Words of `bits`-bit codes along an axis; widths of packed rows are whole words.
@@ -72,8 +72,8 @@ int check_rows(In src, int bits, const Out& out, int out_bits) {
 void stream_columns(In src, int bits, Out out, int out_bits, bool interleaved, bool is_signed) {
   const int wide = check_rows(src, bits, out, out_bits);
   run([&] {
-    kernels().stream_columns(data<uint32_t>(src), src.shape(0), out.shape(0), bits, interleaved, is_signed, out.data(),
-                             wide);
+    kernels().stream_columns({data<uint32_t>(src), src.shape(0), out.shape(0), bits}, interleaved, is_signed,
+                             out.data(), wide);
   });
 }
 
@@ -90,7 +90,7 @@ void planar_columns(In src, int bits, Out out, int out_bits) {
   const size_t n_in = src.shape(0) / size_t(bits) * 32, n_out = src.shape(1);
   check_layout(src, "src", 32);
   check_shape(out, "out", bytes ? 8 : 32, n_out, bytes ? n_in : n_in / 32 * size_t(wide));
-  run([&] { kernels().planar_columns(data<uint32_t>(src), n_in, n_out, bits, out.data(), wide); });
+  run([&] { kernels().planar_columns({data<uint32_t>(src), n_in, n_out, bits}, out.data(), wide); });
 }
 
 void marlin_words(In src, Out out) {
@@ -126,7 +126,7 @@ void stream_codes(In src, int bits, Out out, bool padded) {
     throw_value_error("src: " + std::to_string(words) + " words of a row hold " + std::to_string(held) +
                       " codes, expected " + std::to_string(count));
   run([&] {
-    kernels().stream_codes(data<uint32_t>(src), rows, words, bits, per_word, count, data<uint8_t>(out));
+    kernels().stream_codes({data<uint32_t>(src), rows, words, count, bits, per_word}, data<uint8_t>(out));
   });
 }
 
@@ -147,8 +147,8 @@ void extract_bitfield(In src, int shift, int bits, int flip, Out out, size_t fir
     throw_value_error("out: " + std::to_string(rows) + " rows from " + std::to_string(first) + " in steps of " +
                       std::to_string(step) + " lie beyond shape " + to_string(shape_of(out)));
   run([&] {
-    kernels().extract_bitfield(src.data(), item / 8, rows, src.shape(1), shift, bits, uint8_t(flip), data<uint8_t>(out),
-                          first, step);
+    kernels().extract_bitfield({src.data(), item / 8, rows, src.shape(1)}, {shift, bits, uint8_t(flip)},
+                               {data<uint8_t>(out), first, step});
   });
 }
 

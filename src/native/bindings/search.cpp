@@ -8,12 +8,6 @@ namespace requant::bindings {
 
 namespace {
 
-// Column weights, null or one float32 a column, and the level.
-struct Search {
-  const float* weights;
-  bool best;
-};
-
 Search check_search(const std::string& level, const std::optional<In>& weights, size_t cols) {
   if (weights) {
     check_rank(*weights, "weights", 1);
@@ -29,41 +23,34 @@ Search check_search(const std::string& level, const std::optional<In>& weights, 
 void affine_search(In w, const std::string& dtype, int group_size, int bits, const std::string& level,
                    std::optional<In> weights, Out words, Out scales, Out biases) {
   check_affine(group_size, bits);
-  const Values v = check_values(w, dtype, group_size);
+  const MatrixInfo v = check_values(w, dtype, group_size);
   check_words(words, v, group_size, bits);
   check_group_array(scales, "scales", bits_of(v.dtype), v, group_size);
   check_group_array(biases, "biases", bits_of(v.dtype), v, group_size);
   const Search search = check_search(level, weights, v.cols);
   run([&] {
-    kernels().affine_search(w.data(), v.dtype, v.rows, v.cols, group_size, bits, search.weights, search.best,
-                            data<uint32_t>(words), scales.data(), biases.data());
+    kernels().affine_search(matrix(w, v), {group_size, bits}, search, affine_tensors(words, scales, biases));
   });
 }
 
 size_t mx_search(In w, const std::string& dtype, const std::string& mode, const std::string& level,
                  std::optional<In> weights, Out words, Out scales) {
   const int bits = mx_bits(mode);
-  const Values v = check_values(w, dtype, kMxGroup);
+  const MatrixInfo v = check_values(w, dtype, kMxGroup);
   check_words(words, v, kMxGroup, bits);
   check_group_array(scales, "scales", 8, v, kMxGroup);
   const Search search = check_search(level, weights, v.cols);
-  return run([&] {
-    return kernels().mx_search(w.data(), v.dtype, v.rows, v.cols, bits, search.weights, search.best,
-                               data<uint32_t>(words), data<uint8_t>(scales));
-  });
+  return run([&] { return kernels().mx_search(matrix(w, v), bits, search, float_tensors(words, scales)); });
 }
 
 void nvfp4_search(In w, const std::string& dtype, const std::string& level, std::optional<In> weights, Out words,
                   Out scales, std::optional<double> global_scale) {
-  const Values v = check_values(w, dtype, kNvfp4Group);
+  const MatrixInfo v = check_values(w, dtype, kNvfp4Group);
   check_words(words, v, kNvfp4Group, kNvfp4Bits);
   check_group_array(scales, "scales", 8, v, kNvfp4Group);
   const Search search = check_search(level, weights, v.cols);
   const GlobalScale global(global_scale);
-  run([&] {
-    kernels().nvfp4_search(w.data(), v.dtype, v.rows, v.cols, search.weights, search.best, data<uint32_t>(words),
-                           data<uint8_t>(scales), global.get());
-  });
+  run([&] { kernels().nvfp4_search(matrix(w, v), global.get(), search, float_tensors(words, scales)); });
 }
 
 }  // namespace

@@ -18,19 +18,19 @@ size_t cast(In src, const std::string& src_dtype, Out dst, const std::string& ds
   check_layout(dst, "dst", bits_of(d));
   if (src.size() != dst.size())
     throw_value_error("dst: expected shape " + to_string(shape_of(src)) + ", got " + to_string(shape_of(dst)));
-  return run([&] { return kernels().cast(src.data(), s, src.size(), dst.data(), d); });
+  return run([&] { return kernels().cast({src.data(), s}, src.size(), {dst.data(), d}); });
 }
 
 size_t count_nonfinite(In w, const std::string& dtype) {
   const Dtype t = dtype_of(dtype);
   check_layout(w, "w", bits_of(t));
-  return run([&] { return kernels().count_nonfinite(w.data(), t, w.size()); });
+  return run([&] { return kernels().count_nonfinite({w.data(), t}, w.size()); });
 }
 
 ptrdiff_t first_nonfinite(In w, const std::string& dtype) {
   const Dtype t = dtype_of(dtype);
   check_layout(w, "w", bits_of(t));
-  return run([&] { return kernels().first_nonfinite(w.data(), t, w.size()); });
+  return run([&] { return kernels().first_nonfinite({w.data(), t}, w.size()); });
 }
 
 std::tuple<double, double> group_errors(In a, const std::string& a_dtype, In b, const std::string& b_dtype,
@@ -48,8 +48,7 @@ std::tuple<double, double> group_errors(In a, const std::string& a_dtype, In b, 
                       to_string(shape_of(group_max)));
   double out[2];
   run([&] {
-    kernels().group_errors(a.data(), s, b.data(), t, a.size(), size_t(group_size),
-                           static_cast<float*>(group_max.data()), out);
+    kernels().group_errors({a.data(), s}, {b.data(), t}, a.size(), size_t(group_size), data<float>(group_max), out);
   });
   return {out[0], out[1]};
 }
