@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "requant"
 # The floors of docs/architecture.md, lowest first; a module may import its own floor.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("limits",),
-    ("errors", "dtypes", "_native"),
+    ("errors", "dtypes", "reasons", "_native"),
     ("patterns",),
     ("schema",),
     ("arrays", "safetensors_header"),

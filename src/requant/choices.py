@@ -20,6 +20,7 @@ from requant.formats.base import describe
 from requant.head_names import serves_as_head
 from requant.left_dense import left_dense
 from requant.patterns import search
+from requant.reasons import Note, NoteCode, Reason, ReasonCode
 from requant.recipes import ROLES, Choice
 from requant.relayout import Relayout
 from requant.schema import SKIP, Quantization, QuantMode
@@ -33,20 +34,23 @@ if TYPE_CHECKING:
 # Layers that stay dense unless an override names them: (reason, pattern on the layer path).
 # What they hold is small, or no matrix product ever reads it.
 _NAMED_DENSE = tuple(
-    (reason, re.compile(pattern))
-    for reason, pattern in (
-        ("convolution", r"conv"),
-        ("norm", r"norm|(^|[._])ln(_|\d|$)"),
-        ("router", ROLES["router"]),
-        ("position table", r"(^|\.)wpe$|pos(ition)?_?emb|embed_positions|relative_.*bias|rotary"),
+    (Reason(code, text), re.compile(pattern))
+    for code, text, pattern in (
+        (ReasonCode.CONVOLUTION, "convolution", r"conv"),
+        (ReasonCode.NORM, "norm", r"norm|(^|[._])ln(_|\d|$)"),
+        (ReasonCode.ROUTER, "router", ROLES["router"]),
+        (
+            ReasonCode.POSITION_TABLE,
+            "position table",
+            r"(^|\.)wpe$|pos(ition)?_?emb|embed_positions|relative_.*bias|rotary",
+        ),
     )
 )
-NOT_A_WEIGHT = "not named .weight"
 # Float tensors that must keep their dtype whatever --dtype says: routers add this bias to
 # scores that are compared with each other (mlx_lm/models/deepseek_v3.py, cast_predicate).
 KEEPS_DTYPE = re.compile(r"e_score_correction_bias$")
 
-Decided = tuple[SourceLayer, Quantization | None, str]
+Decided = tuple[SourceLayer, Quantization | None, Reason | None]
 
 
 class Chooser:
@@ -70,7 +74,7 @@ class Chooser:
         self.wishes, self.moved = wishes, moved
         self.mlx_lm = None if moved is None else moved.layout
         self.from_codes = is_quantized(layout)
-        self.notes: list[str] = []
+        self.notes: list[Note] = []
         self.problems: list[Problem] = []
         self.default = self._default()
         self.left_dense = self._left_dense()
@@ -96,11 +100,11 @@ class Chooser:
                     hint += f". It names {old[0]} in the source: --layout keep keeps such names"
             self.problems.append(Problem(f"--{option} {pattern!r}", f"matches no layer; {hint}"))
 
-    def decide(self, layer: SourceLayer) -> tuple[Quantization | None, str]:
+    def decide(self, layer: SourceLayer) -> tuple[Quantization | None, Reason | None]:
         """The layer's quantization in the output (None: dense) and the reason to tell."""
         target, reason = self._chosen(layer)
         if target is not None and self.mlx_lm is not None and not self._fits_class(layer):
-            return None, "mlx-lm's class holds it dense"
+            return None, Reason(ReasonCode.DENSE_IN_CLASS, "mlx-lm's class holds it dense")
         return target, reason
 
     def value_dtype(self, layer: SourceLayer) -> str:
@@ -145,12 +149,15 @@ class Chooser:
         paths = [layer.path for layer in self.layout.layers if layer.is_weight]
         if not recipe.is_shipped:
             self.notes += [
-                f"Recipe {recipe.name}: match {pattern!r} fits no layer."
+                Note(
+                    NoteCode.UNMATCHED_PATTERN,
+                    f"Recipe {recipe.name}: match {pattern!r} fits no layer.",
+                )
                 for pattern in recipe.idle_patterns(paths)
             ]
         return recipe.choose(paths, self.default)
 
-    def _left_dense(self) -> dict[str, str]:
+    def _left_dense(self) -> dict[str, Reason]:
         """Layers that MLX's libraries leave dense, under the source's names; path -> reason.
 
         ``only`` names one where it matches nothing else.
@@ -168,30 +175,31 @@ class Chooser:
             return self.wishes.quantization
         if self.from_codes or not self._is_dense:
             return None
-        self.notes.append(
+        text = (
             "No bits or mode were asked for: affine, 4 bits, group 64 (MLX's default); "
             "--dequantize keeps the model dense."
         )
+        self.notes.append(Note(NoteCode.DEFAULT_TARGET, text))
         return resolve_quantization()
 
-    def _chosen(self, layer: SourceLayer) -> tuple[Quantization | None, str]:
+    def _chosen(self, layer: SourceLayer) -> tuple[Quantization | None, Reason | None]:
         wishes = self.wishes
         if layer.path in wishes.spoiled:
-            return layer.encoding, "holds NaN or infinity"
+            return layer.encoding, Reason(ReasonCode.NONFINITE, "holds NaN or infinity")
         override = override_of(self.wishes, layer.path) if layer.is_weight else None
         if isinstance(override, Quantization):
-            return self._forced(layer, override), ""
+            return self._forced(layer, override), None
         if override is SKIP:
-            return layer.encoding, "skipped by an override"
+            return layer.encoding, Reason(ReasonCode.SKIPPED_BY_OVERRIDE, "skipped by an override")
         if layer.path in self.extra and not wishes.dequantize:
-            return layer.kept, "mlx-lm has no use for it"
+            return layer.kept, Reason(ReasonCode.UNUSED_BY_CLASS, "mlx-lm has no use for it")
         if wishes.only and not any(search(p, layer.path) for p in wishes.only):
-            return layer.kept, "not matched by --only"
+            return layer.kept, Reason(ReasonCode.NOT_IN_ONLY, "not matched by --only")
         if wishes.dequantize:
-            return None, ""
+            return None, None
         choice = self.by_recipe.get(layer.path)
         if choice is not None and choice.spec is SKIP:
-            return layer.encoding, "skipped by the recipe"
+            return layer.encoding, Reason(ReasonCode.SKIPPED_BY_RECIPE, "skipped by the recipe")
         wish = choice.spec if choice is not None else self.default
         if not isinstance(wish, Quantization):
             dense = layer.act_order and wishes.act_order == "dense"
@@ -208,7 +216,7 @@ class Chooser:
 
     def _in_mlx_lm_s_layout(
         self, layer: SourceLayer, mlx_lm: MlxLmLayout, choice: Choice | None
-    ) -> tuple[Quantization | None, str]:
+    ) -> tuple[Quantization | None, Reason | None]:
         """mlx-lm's choice for a layer, or the recipe's where mlx-lm can load that."""
         own, reason = mlx_lm.targets.get(layer.path), layer.reason
         if own is not None and layer.is_quantized:
@@ -224,8 +232,9 @@ class Chooser:
             return own, reason
         group_size, n_in = choice.spec.group_size, layer.shape[-1]
         if n_in % group_size:
-            return own, f"last axis {n_in} is no multiple of group {group_size}"
-        return choice.spec, ""
+            text = f"last axis {n_in} is no multiple of group {group_size}"
+            return own, Reason(ReasonCode.NO_GROUP_SIZE, text)
+        return choice.spec, None
 
     def _forced(self, layer: SourceLayer, target: Quantization) -> Quantization | None:
         """An override is met exactly or refused."""
@@ -272,28 +281,30 @@ def is_quantized(layout: SourceLayout) -> bool:
 
 def _dense_target(
     layer: SourceLayer, wish: Quantization, dtype: str | None, any_name: bool = False
-) -> tuple[Quantization | None, str]:
+) -> tuple[Quantization | None, Reason | None]:
     """Whether a dense layer is quantized, with which group, and why not."""
     shape = layer.shape
     if len(shape) < 2:
-        return None, ""
+        return None, None
     if not layer.is_weight:
-        return None, NOT_A_WEIGHT
+        return None, Reason(ReasonCode.NOT_A_WEIGHT, "not named .weight")
     for reason, pattern in _NAMED_DENSE:
         if pattern.search(layer.path) and not any_name:
             return None, reason
     if len(shape) > 3:
-        return None, f"rank {len(shape)}, taken for a convolution"
+        text = f"rank {len(shape)}, taken for a convolution"
+        return None, Reason(ReasonCode.UNSUPPORTED_RANK, text)
     if layer.dtype not in FLOATS or (layer.dtype not in KERNEL_FLOATS and dtype is None):
-        return None, f"dtype {layer.dtype} cannot be quantized"
+        text = f"dtype {layer.dtype} cannot be quantized"
+        return None, Reason(ReasonCode.UNSUPPORTED_DTYPE, text)
     if 0 in shape:
-        return None, "empty"
+        return None, Reason(ReasonCode.EMPTY, "empty")
     return fit_group(shape[-1], wish)
 
 
 def fit_codes(
     layer: SourceLayer, wish: Quantization, wishes: Wishes
-) -> tuple[Quantization | None, str]:
+) -> tuple[Quantization | None, Reason | None]:
     """As ``fit_group``, or in the source's group if none was asked for and its codes then stay."""
     target, reason = fit_group(layer.shape[-1], wish)
     if target is None or layer.encoding is None or not wishes.own_groups or layer.carried:
@@ -301,19 +312,22 @@ def fit_codes(
     own = replace(target, group_size=layer.encoding.group_size)
     if layer.keeps_codes(target) or not layer.keeps_codes(own):
         return target, reason
-    return own, f"no group size was asked for: keeps its codes in groups of {own.group_size}"
+    text = f"no group size was asked for: keeps its codes in groups of {own.group_size}"
+    return own, Reason(ReasonCode.SOURCE_GROUP_SIZE, text)
 
 
-def fit_group(n_in: int, wish: Quantization) -> tuple[Quantization | None, str]:
+def fit_group(n_in: int, wish: Quantization) -> tuple[Quantization | None, Reason | None]:
     """The wished quantization with the largest group that divides the last axis."""
     if n_in % wish.group_size == 0:
-        return wish, ""
+        return wish, None
     if wish.mode is QuantMode.AFFINE:
         for group_size in (64, 32):
             if group_size < wish.group_size and n_in % group_size == 0:
-                reason = f"last axis {n_in} takes group {group_size}, not {wish.group_size}"
+                text = f"last axis {n_in} takes group {group_size}, not {wish.group_size}"
+                reason = Reason(ReasonCode.SMALLER_GROUP_SIZE, text)
                 return Quantization(group_size, wish.bits, wish.mode), reason
-    return None, f"last axis {n_in} is no multiple of group {wish.group_size} or a smaller one"
+    text = f"last axis {n_in} is no multiple of group {wish.group_size} or a smaller one"
+    return None, Reason(ReasonCode.NO_GROUP_SIZE, text)
 
 
 def _near(pattern: str, paths: Sequence[str]) -> list[str]:

@@ -24,6 +24,7 @@ from requant.findings import Finding, Outcome
 from requant.hub import Repository, find_repository, reach
 from requant.memory import make_budget
 from requant.planner import make_plan
+from requant.reasons import Note, NoteCode
 from requant.recipes import toml_of
 from requant.report import Report, recorded_errors
 from requant.schema import Quantization
@@ -127,7 +128,7 @@ def plan(
     if remote is None:
         return make_plan(Path(source), wishes)
     made = make_plan(remote.headers(wishes.config_from), wishes)
-    return replace(made, notes=(*made.notes, remote.announcement()))
+    return replace(made, notes=(*made.notes, Note(NoteCode.DOWNLOAD, remote.announcement())))
 
 
 def check_saving(save_recipe: Source | None, wishes: Wishes) -> None:

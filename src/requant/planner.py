@@ -15,7 +15,7 @@ from typing import Any
 
 from requant.blueprint import LayerPlan, OutputShard, Plan, Step, Treatment, place
 from requant.checkpoint import Checkpoint
-from requant.choices import Chooser, fit_codes, fit_group, is_quantized, override_of
+from requant.choices import Chooser, Decided, fit_codes, fit_group, is_quantized, override_of
 from requant.errors import CheckpointError, UsageError
 from requant.formats import SourceLayer, SourceLayout
 from requant.formats.base import describe
@@ -25,7 +25,7 @@ from requant.formats.stale import read_source
 from requant.idle_tensors import without_idle_tensors
 from requant.left_dense import is_of_a_tower
 from requant.loader_names import module_names
-from requant.mlx_lm_classes import WITHOUT_A_CLASS, why_no_class
+from requant.mlx_lm_classes import why_no_class
 from requant.patterns import time_counted
 from requant.plan_notes import (
     left_behind,
@@ -34,7 +34,14 @@ from requant.plan_notes import (
     rotated_layers,
     unloadable_dtypes,
 )
-from requant.relayout import Relayout, relayout, why_unloadable
+from requant.reasons import Note, NoteCode, Reason, ReasonCode
+from requant.relayout import (
+    MlxLmLayoutError,
+    Relayout,
+    one_sentence,
+    relayout,
+    why_unloadable,
+)
 from requant.requests import nothing_quantized, unfulfilled
 from requant.schema import SKIP, PerLayerQuantization, Quantization
 from requant.sources import read_checkpoint
@@ -45,7 +52,9 @@ from requant.tied_heads import agreed, laid_out
 from requant.weighting import weighted
 from requant.wishes import DTYPES, Wishes
 
-_CODES_MOVED = "the same codes, scales and biases in more bits or smaller groups"
+_CODES_MOVED = Reason(
+    ReasonCode.CODES_WIDENED, "the same codes, scales and biases in more bits or smaller groups"
+)
 
 
 @time_counted()
@@ -98,7 +107,7 @@ def make_plan(
 
 def _in_mlx_lm(
     checkpoint: Checkpoint, layout: SourceLayout, wishes: Wishes
-) -> tuple[Checkpoint, Relayout, tuple[str, ...]]:
+) -> tuple[Checkpoint, Relayout, tuple[Note, ...]]:
     """mlx-lm's layout: of all tensors, or of all that the model computes with.
 
     Returns:
@@ -125,9 +134,7 @@ def _in_mlx_lm(
         return made, moved, (*notes, *reduced.notes)
 
 
-def _as_named(
-    layer: SourceLayer, target: Quantization | None, reason: str
-) -> tuple[SourceLayer, Quantization | None, str]:
+def _as_named(layer: SourceLayer, target: Quantization | None, reason: Reason | None) -> Decided:
     """A layer and its decision; under the name that it has in the source it keeps its shape too."""
     keeps_name = target is None and layer.as_named is not None
     return (layer.as_named or layer if keeps_name else layer), target, reason
@@ -185,9 +192,7 @@ _MOST_LETTERS = 240
 def _why(error: CheckpointError) -> str:
     """The first problem of a layout that cannot be, in a line."""
     first, more = error.problems[0], len(error.problems) - 1
-    words = str(first).removeprefix("--layout mlx-lm: ").split(WITHOUT_A_CLASS)[0]
-    line = " ".join(words.split())
-    line = line.rstrip(".")
+    line = one_sentence(error.why if isinstance(error, MlxLmLayoutError) else str(first))
     if len(line) > _MOST_LETTERS:
         line = f"{line[:_MOST_LETTERS].rstrip(', ')} …"
     return line + (f" (and {more:,} more problems)" if more else "")
@@ -201,7 +206,7 @@ class Planner:
         refused: Why mlx-lm's layout was tried and cannot be; "" where it was not tried.
     """
 
-    def __init__(self, chooser: Chooser, notes: Iterable[str] = (), refused: str = "") -> None:
+    def __init__(self, chooser: Chooser, notes: Iterable[Note] = (), refused: str = "") -> None:
         self.chooser, self.refused = chooser, refused
         self.checkpoint, self.format, self.layout = (
             chooser.checkpoint,
@@ -209,7 +214,8 @@ class Planner:
             chooser.layout,
         )
         self.wishes, self.moved, self.mlx_lm = chooser.wishes, chooser.moved, chooser.mlx_lm
-        kept = f"Tensors keep the source's names (--layout keep): {refused}"
+        text = f"Tensors keep the source's names (--layout keep): {refused}"
+        kept = Note(NoteCode.LAYOUT_KEPT, text)
         self.notes = (
             *([kept] if refused else []),
             *notes,
@@ -300,7 +306,7 @@ class Planner:
 
     def _on_names(
         self, layers: Sequence[LayerPlan], shards: Sequence[OutputShard], config: Mapping[str, Any]
-    ) -> Iterable[str]:
+    ) -> Iterable[Note]:
         """What loaders have against the source's names."""
         if self.moved is not None:
             return ()
@@ -309,21 +315,21 @@ class Planner:
 
     def _weighted(
         self, layers: list[LayerPlan], steps: list[Step]
-    ) -> tuple[list[LayerPlan], list[Step], list[str]]:
+    ) -> tuple[list[LayerPlan], list[Step], list[Note]]:
         """Layers and steps with the statistics that were given, and what to say of them."""
         if self.wishes.statistics is None:
             return layers, steps, []
         statistics = read_statistics(self.wishes.statistics)
         shapes = {x.layer: x.shape for x in layers}
         made = weighted(steps, shapes, statistics, self.wishes.gptq)
-        layers = [replace(x, reason=x.reason or made.reasons.get(x.layer, "")) for x in layers]
+        layers = [replace(x, reason=x.reason or made.reasons.get(x.layer)) for x in layers]
         return layers, list(made.steps), list(made.notes(statistics))
 
     def _layer_plan(
         self,
         layer: SourceLayer,
         target: Quantization | None,
-        reason: str,
+        reason: Reason | None,
         steps: Sequence[Step],
     ) -> LayerPlan:
         if not layer.is_quantized:

@@ -39,12 +39,15 @@ from requant.formats.declared import without_blocks
 from requant.formats.members import in_float32, members_joined, recomputed
 from requant.formats.nvfp4_layers import has_tensor_scale, kept_apart
 from requant.mlx_lm_classes import WITHOUT_A_CLASS, why_no_class
+from requant.reasons import Reason, ReasonCode
 from requant.schema import PerLayerQuantization, Quantization
 
 if TYPE_CHECKING:
     from requant.mlx_lm_layout import MlxLmLayout, Moved
 
-ON_VALUES = "mlx-lm's rule for this model works on its values"
+ON_VALUES = Reason(
+    ReasonCode.REENCODED_BY_SANITIZE, "mlx-lm's rule for this model works on its values"
+)
 """Why a quantized layer could not keep its codes under mlx-lm's names."""
 
 # Strided bytes are read range by range up to so many of them, else by way of memory.
@@ -52,6 +55,26 @@ _MOST_RANGES = 1024
 
 Fill = Callable[[str, memoryview], None]
 """Writes the values of a source tensor or decoded layer, by the name that mlx-lm was shown."""
+
+
+class MlxLmLayoutError(CheckpointError):
+    """mlx-lm's layout cannot be made of a checkpoint.
+
+    Attributes:
+        why: The reason, with the tensor that it is about, without the advice that the message adds.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, why: str, advice: str = "", tensor: str = ""
+    ) -> None:
+        self.why = f"{tensor}: {why}" if tensor else why
+        message = f"{why}. {advice}" if advice else why
+        super().__init__(str(checkpoint.source), [Problem(tensor or "--layout mlx-lm", message)])
+
+
+def one_sentence(text: str) -> str:
+    """A message on one line, without its full stop."""
+    return " ".join(text.split()).rstrip(".")
 
 
 @dataclass(frozen=True)
@@ -299,14 +322,14 @@ def relayout(
             fail on this checkpoint.
     """
     if why := why_no_class(checkpoint.config):
-        raise _refusal(checkpoint, f"{why}. {WITHOUT_A_CLASS}")
+        raise MlxLmLayoutError(checkpoint, why, WITHOUT_A_CLASS)
     try:
         from mlx_lm.utils import load_config
 
-        from requant.mlx_lm_layout import layout_in_any_form
+        from requant.mlx_lm_layout import UnknownModelError, layout_in_any_form
     except Exception as error:  # mlx-lm raises limits of the process while it is imported
-        message = f"mlx-lm cannot be imported ({error}). {WITHOUT_A_CLASS}"
-        raise _refusal(checkpoint, message) from error
+        why = f"mlx-lm cannot be imported ({error})"
+        raise MlxLmLayoutError(checkpoint, why, WITHOUT_A_CLASS) from error
     shown = {x.dense_name: x for x in (layer.as_named or layer for layer in source.layers)}
     infos = {name: TensorInfo(layer.dtype, layer.shape) for name, layer in shown.items()}
     try:
@@ -324,11 +347,13 @@ def relayout(
             layout, form = laid_out(config, infos)
     except UsageError:
         raise
+    except UnknownModelError as error:
+        raise MlxLmLayoutError(checkpoint, error.why, WITHOUT_A_CLASS) from error
     except RequantError as error:
-        raise _refusal(checkpoint, str(error)) from error
+        raise MlxLmLayoutError(checkpoint, str(error)) from error
     except OSError as error:  # the placeholders are written to a temporary folder
         message = f"mlx-lm cannot be shown the model: {error.strerror or error}"
-        raise _refusal(checkpoint, message) from error
+        raise MlxLmLayoutError(checkpoint, message) from error
     if not keep_extra:
         return Relayout(layout, shown, source, form=form)
     extra = tuple(name for name in layout.dropped if name not in layout.tensors)
@@ -341,12 +366,16 @@ def why_unloadable(config: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -
     if why := why_no_class(config):
         return why
     try:
-        from requant.mlx_lm_layout import mlx_lm_layout
-
-        mlx_lm_layout(deepcopy(dict(config)), infos)
-    except RequantError as error:
-        return " ".join(str(error).split(WITHOUT_A_CLASS)[0].split()).rstrip(".")
+        from requant.mlx_lm_layout import UnknownModelError, mlx_lm_layout
     except Exception as error:  # as in relayout
+        return f"mlx-lm cannot be imported ({error})"
+    try:
+        mlx_lm_layout(deepcopy(dict(config)), infos)
+    except UnknownModelError as error:
+        return one_sentence(error.why)
+    except RequantError as error:
+        return one_sentence(str(error))
+    except Exception as error:
         return f"mlx-lm cannot be imported ({error})"
     return ""
 
@@ -382,10 +411,6 @@ def _why_refused(layout: MlxLmLayout, infos: Mapping[str, TensorInfo]) -> str:
         if not same or made.info != infos.get(name):
             return f"with them its rule changes {name} once more"
     return ""
-
-
-def _refusal(checkpoint: Checkpoint, why: str) -> CheckpointError:
-    return CheckpointError(str(checkpoint.source), [Problem("--layout mlx-lm", why)])
 
 
 def _kind(layer: SourceLayer) -> tuple[object, ...]:

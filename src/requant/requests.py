@@ -11,10 +11,12 @@ from collections.abc import Iterable, Iterator
 from requant.choices import Chooser, Decided, override_of
 from requant.errors import few
 from requant.patterns import search
+from requant.reasons import Note, NoteCode
 from requant.schema import SKIP, Quantization
 from requant.wishes import Wishes
 
 _REASONS = 3  # of many reasons, how many a message gives
+_KEEPS_CODES = "keeps its codes"
 _NO_REASON = "a vector or a tensor of another kind, which is never quantized"
 
 
@@ -30,10 +32,10 @@ def unfulfilled(chooser: Chooser, decided: Iterable[Decided]) -> str:
     )
 
 
-def nothing_quantized(chooser: Chooser, decided: Iterable[Decided]) -> Iterator[str]:
+def nothing_quantized(chooser: Chooser, decided: Iterable[Decided]) -> Iterator[Note]:
     """A note where MLX's default, which nobody asked for, reaches no layer."""
     if not _asked(chooser.wishes) and (why := _why_nothing(chooser, decided)):
-        yield f"Nothing is quantized: {why}."
+        yield Note(NoteCode.NOTHING_QUANTIZED, f"Nothing is quantized: {why}.")
 
 
 def _why_nothing(chooser: Chooser, decided: Iterable[Decided]) -> str:
@@ -46,9 +48,9 @@ def _why_nothing(chooser: Chooser, decided: Iterable[Decided]) -> str:
         if target is not None and _is_asked_for(chooser, layer.path, target):
             return ""
         if layer.is_weight:
-            reason = reason or (_NO_REASON if target is None else "keeps its codes")
-            left[reason] += 1
-            first.setdefault(reason, layer.path)
+            text = reason.text if reason else _NO_REASON if target is None else _KEEPS_CODES
+            left[text] += 1
+            first.setdefault(text, layer.path)
     reasons = [
         f"{first[reason]}{f' and {number - 1:,} more' if number > 1 else ''}: {reason}"
         for reason, number in left.most_common(_REASONS)

@@ -120,7 +120,7 @@ def test_reasons_of_dense_layers(tmp_path: Path):
     source = Source(tmp_path / "m")
     layout = mlx_lm_layout(source.checkpoint.config, source.infos, quantization=AFFINE)
     down = "model.layers.0.mlp.down_proj"
-    assert layout.dense_reasons[down] == "last axis 144 is no multiple of group 32"
+    assert layout.dense_reasons[down].text == "last axis 144 is no multiple of group 32"
     assert down not in layout.targets
 
     if MLX_LM < (0, 32):  # has no such family
@@ -128,7 +128,7 @@ def test_reasons_of_dense_layers(tmp_path: Path):
     make(tmp_path / "s", "spark2_5")
     source = Source(tmp_path / "s")
     layout = mlx_lm_layout(source.checkpoint.config, source.infos, quantization=AFFINE)
-    assert layout.dense_reasons["model.layers.0.self_attn.g_proj"] == (
+    assert layout.dense_reasons["model.layers.0.self_attn.g_proj"].text == (
         "mlx-lm leaves it dense in this model"
     )
 

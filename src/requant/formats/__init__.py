@@ -85,6 +85,7 @@ from requant.formats.quark import Quark
 from requant.formats.qweight import QweightFormat
 from requant.formats.torchao import Torchao
 from requant.formats.unclaimed import check_unclaimed
+from requant.reasons import Note, NoteCode
 
 __all__ = ["FORMATS", "Format", "SourceLayer", "SourceLayout", "detect", "read_layout"]
 
@@ -151,9 +152,10 @@ def read_layout(checkpoint: Checkpoint) -> tuple[Format, SourceLayout]:
             return found, replace(best[2], problems=(_undecided(best[0], other),))
     counts, known, made, _ = best
     if counts is not first:
-        note = (
+        note = Note(
+            NoteCode.CONTRADICTING_BLOCKS,
             f"{first.where} and {counts.where} contradict each other "
-            f"({_keys(first, counts)}): the tensors fit {counts.where}, which counts."
+            f"({_keys(first, counts)}): the tensors fit {counts.where}, which counts.",
         )
         made = replace(made, notes=(*made.notes, note))
     return known, made

@@ -20,12 +20,16 @@ from requant.formats.float_packings import (
     fold_e4m3,
 )
 from requant.formats.sorting import Refused, Sorter
+from requant.reasons import Note, NoteCode, Reason, ReasonCode
 
 _STORED = "nvfp4 with a tensor scale"
 _ENDINGS = (".weight_global_scale", ".weight_scale_2")
 _LARGEST = 448.0
-_BARE = "Stacks in NVFP4 have no tensor scale: their values are element * group scale."
-_REASON = "MLX's nvfp4 has no place for its tensor scale"
+_BARE = Note(
+    NoteCode.NO_TENSOR_SCALE,
+    "Stacks in NVFP4 have no tensor scale: their values are element * group scale.",
+)
+_REASON = Reason(ReasonCode.TENSOR_SCALE, "MLX's nvfp4 has no place for its tensor scale")
 
 
 def nvfp4_layer(
@@ -159,7 +163,9 @@ def kept_apart(
     if scales is None:
         return None
     pieces = tuple(replace(run, layer=_apart(run.layer)) for run in runs)
-    made = replace(layer, path=path, name="", shape=shape, encoding=NVFP4, fallback=None, reason="")
+    made = replace(
+        layer, path=path, name="", shape=shape, encoding=NVFP4, fallback=None, reason=None
+    )
     return replace(made, stored=_STORED, pieces=pieces, global_scale=scales)
 
 

@@ -20,6 +20,7 @@ from requant.mlx_lm_layout.pipeline import (
     run,
 )
 from requant.mlx_lm_layout.trace import Extent, Traced
+from requant.reasons import Reason
 from requant.schema import Quantization
 
 __all__ = [
@@ -91,7 +92,7 @@ class MlxLmLayout:
     tensors: Mapping[str, Moved | Computed]
     dropped: tuple[str, ...]
     targets: Mapping[str, Quantization]
-    dense_reasons: Mapping[str, str]
+    dense_reasons: Mapping[str, Reason]
     dtype: str | None
     keeps_dtype: frozenset[str]
     config: dict[str, Any]
