@@ -30,6 +30,7 @@ from requant.recipes import ROLES, Recipe, Rule, places
 from requant.record import version
 from requant.schema import Quantization
 from requant.sink import Nowhere
+from requant.sources import as_checkpoint
 from requant.specs import parse_budget, spec_text
 from requant.wishes import Wishes
 
@@ -109,7 +110,7 @@ def settle(
     """
     if wishes.budget is None or wishes.recipe is not None:
         return wishes
-    base = make_plan(source, _unsettled(wishes), is_trial=True)
+    base = make_plan(as_checkpoint(source, wishes.config_from), _unsettled(wishes), is_trial=True)
     if check is not None:
         check(base)
     key = _key(base, wishes)
