@@ -20,6 +20,7 @@ from requant.checkpoint import Checkpoint, SourceFile, SourceTensor
 from requant.dtypes import TensorInfo
 from requant.formats.base import RowOrder
 from requant.formats.packing import Exactness, Packing
+from requant.reasons import Note, Reason, ReasonCode
 from requant.relayout import Relayout
 from requant.safetensors_header import build_header
 from requant.schema import PerLayerQuantization, Quantization, QuantMode
@@ -139,8 +140,20 @@ class LayerPlan:
     exactness: Exactness
     nbytes: int  # of its tensors in the output
     is_weight: bool
-    reason: str = ""  # why it was left dense, or why the group is another
+    reason: Reason | None = None  # why it was left dense, or why the group is another
     bound: str = ""  # what "rounded" costs at the most, in words
+
+    @property
+    def reason_code(self) -> ReasonCode | None:
+        """The code of the reason; None where there is none."""
+        return self.reason.code if self.reason else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The layer as JSON data; the reason as its text and its code, "" where there is none."""
+        return asdict(self) | {
+            "reason": self.reason.text if self.reason else "",
+            "reason_code": self.reason_code or "",
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +194,7 @@ class Plan:
         quantization: The output's quantization; None if nothing stays quantized.
         side_files: Files carried over byte for byte.
         left_out: Files not carried over, with the reason.
-        notes: What the user should know, one sentence each.
+        notes: What the user should know.
         dropped: Tensors of the source that the output has no use for, with the reason.
         layout: "mlx-lm" where names and shapes are those of mlx-lm's class; else "keep".
         loads: mlx-lm is known to load the output.
@@ -202,7 +215,7 @@ class Plan:
     quantization: PerLayerQuantization | None
     side_files: tuple[str, ...]
     left_out: tuple[tuple[str, str], ...]
-    notes: tuple[str, ...] = ()
+    notes: tuple[Note, ...] = ()
     dropped: tuple[tuple[str, str], ...] = ()
     layout: str = "keep"
     loads: bool = False
@@ -256,14 +269,14 @@ class Plan:
             "bytes_in": self.bytes_in,
             "bytes_out": self.bytes_out,
             "bits_per_weight": self.bits_per_weight,
-            "notes": list(self.notes),
+            "notes": [note.text for note in self.notes],
             **self._content(),
         }
 
     def _content(self) -> dict[str, Any]:
         return {
             "files": [asdict(file) for file in self.files],
-            "layers": [asdict(layer) for layer in self.layers],
+            "layers": [layer.to_dict() for layer in self.layers],
             "steps": [_step_dict(step) for step in self.steps],
             "materials": {name: _step_dict(step) for name, step in self.materials.items()},
             "shards": [

@@ -25,10 +25,12 @@ from requant.execute import Progress, run_plan
 from requant.findings import Finding
 from requant.memory import make_budget
 from requant.planner import make_plan
+from requant.reasons import ReasonCode
 from requant.recipes import ROLES, Recipe, Rule, places
 from requant.record import version
 from requant.schema import Quantization
 from requant.sink import Nowhere
+from requant.sources import as_checkpoint
 from requant.specs import parse_budget, spec_text
 from requant.wishes import Wishes
 
@@ -108,7 +110,7 @@ def settle(
     """
     if wishes.budget is None or wishes.recipe is not None:
         return wishes
-    base = make_plan(source, _unsettled(wishes), is_trial=True)
+    base = make_plan(as_checkpoint(source, wishes.config_from), _unsettled(wishes), is_trial=True)
     if check is not None:
         check(base)
     key = _key(base, wishes)
@@ -209,8 +211,8 @@ class _Trial:
         """What a recipe must say of a layer that the wishes settle; "" for nothing."""
         if layer.layer in free or not layer.is_weight or len(layer.shape) < 2:
             return ""
-        by_wish = "skipped" in layer.reason or "--only" in layer.reason
-        return _spec_of(self.base, layer) or ("skip" if by_wish else "")
+        is_excluded = layer.reason is not None and layer.reason.code in _EXCLUDED
+        return _spec_of(self.base, layer) or ("skip" if is_excluded else "")
 
 
 def _candidate_plans(base: Plan, wishes: Wishes) -> Iterator[Plan]:
@@ -243,6 +245,12 @@ def _rounded(figure: float) -> float:
 
 
 _EXPERT = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
+# Layers that the options exclude: a recipe must skip them too.
+_EXCLUDED = (
+    ReasonCode.SKIPPED_BY_OVERRIDE,
+    ReasonCode.SKIPPED_BY_RECIPE,
+    ReasonCode.NOT_IN_ONLY,
+)
 
 
 def _together(layers: Iterable[str]) -> tuple[tuple[str, ...], ...]:

@@ -19,6 +19,7 @@ from requant.dtypes import FLOATS, NUMPY_DTYPE, TensorInfo
 from requant.errors import CheckpointError, Problem, damage
 from requant.gguf_model import GgufModel
 from requant.limits import MAX_PEEK_BYTES
+from requant.reasons import Note
 from requant.source_folder import open_regular
 
 Key = tuple[str, ...]
@@ -160,7 +161,7 @@ class Checkpoint:
     config_text: str
     side_files: tuple[str, ...]
     left_out: tuple[tuple[str, str], ...]
-    notes: tuple[str, ...] = ()
+    notes: tuple[Note, ...] = ()
     quantization_files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
     made_files: Mapping[str, Callable[[], bytes]] = field(default_factory=dict)

@@ -31,6 +31,7 @@ from requant.execute import run_plan
 from requant.hub import find_repository
 from requant.memory import make_budget
 from requant.planner import make_plan
+from requant.sources import read_checkpoint
 from requant.wishes import Wishes
 
 _BLOCK = 1 << 18  # values that are summed at a time
@@ -171,10 +172,11 @@ def _plans(a: Source, b: Source) -> list[Plan]:
         if find_repository(source, None) is not None:
             raise UsageError(f"compare reads folders and GGUF files; download {source} first")
     wishes = Wishes.build(dequantize=True, dtype="float32")
-    plans = [make_plan(Path(source), wishes) for source in (a, b)]
+    checkpoints = [read_checkpoint(source) for source in (a, b)]
+    plans = [make_plan(checkpoint, wishes) for checkpoint in checkpoints]
     if plans[0].layout != plans[1].layout:
         kept = replace(wishes, layout="keep")
-        plans = [make_plan(Path(source), kept) for source in (a, b)]
+        plans = [make_plan(checkpoint, kept) for checkpoint in checkpoints]
     return plans
 
 

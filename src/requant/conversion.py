@@ -24,11 +24,13 @@ from requant.findings import Finding, Outcome
 from requant.hub import Repository, find_repository, reach
 from requant.memory import make_budget
 from requant.planner import make_plan
+from requant.reasons import Note, NoteCode
 from requant.recipes import toml_of
 from requant.report import Report, recorded_errors
 from requant.schema import Quantization
 from requant.sink import Nowhere, Sink
 from requant.source_folder import is_gguf
+from requant.sources import as_checkpoint
 from requant.specs import Spec
 from requant.staging import (
     bytes_on_disk,
@@ -125,9 +127,10 @@ def plan(
         )
         save(save_recipe, wishes)
     if remote is None:
-        return make_plan(Path(source), wishes)
-    made = make_plan(remote.headers(wishes.config_from), wishes)
-    return replace(made, notes=(*made.notes, remote.announcement()))
+        return make_plan(as_checkpoint(source, wishes.config_from), wishes)
+    checkpoint = as_checkpoint(remote.headers(wishes.config_from), wishes.config_from)
+    made = make_plan(checkpoint, wishes)
+    return replace(made, notes=(*made.notes, Note(NoteCode.DOWNLOAD, remote.announcement())))
 
 
 def check_saving(save_recipe: Source | None, wishes: Wishes) -> None:
@@ -400,7 +403,7 @@ def _arriving(
     remote: Repository, wishes: Wishes, output: Path, force: bool, area: Path | None
 ) -> Checkpoint:
     """A source on the hub, to be downloaded now that its headers hold no problem."""
-    checkpoint = remote.headers(wishes.config_from)
+    checkpoint = as_checkpoint(remote.headers(wishes.config_from), wishes.config_from)
     made, spent = make_plan(checkpoint, wishes), spent_on(output)
     if area is None:
         most = sum(shard.nbytes for shard in made.shards) + remote.room_beside(output)
@@ -426,7 +429,7 @@ def carry_out(
     twins: Path | None = None,
 ) -> tuple[Plan, Outcome]:
     """Plan, run and check; ``finish`` is called once, with what holds the whole result."""
-    made = make_plan(source, wishes, twins)
+    made = make_plan(as_checkpoint(source, wishes.config_from, twins), wishes)
     supply = made.checkpoint.supply
 
     def refused_at_once(found: Finding) -> bool:
@@ -449,7 +452,7 @@ def carry_out(
             raise CheckpointError(made.source, problems)
         # The layout of the output changes with a layer that stays dense: plan again.
         wishes = replace(wishes, spoiled=wishes.spoiled.union(spoiled))
-        made = make_plan(source, wishes, twins)
+        made = make_plan(as_checkpoint(source, wishes.config_from, twins), wishes)
 
 
 def _refused(

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from requant.arrays.gguf import BlockType
+from requant.reasons import Note
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,4 +44,4 @@ class GgufModel:
     tensors: Mapping[str, GgufTensor]
     dtype: str
     dropped: tuple[tuple[str, str], ...]
-    notes: tuple[str, ...]
+    notes: tuple[Note, ...]

@@ -19,6 +19,7 @@ from requant.errors import count, few
 from requant.formats import SourceLayer, SourceLayout
 from requant.formats.declared import text_sections
 from requant.left_dense import is_of_a_tower
+from requant.reasons import Note, NoteCode
 
 _BIAS: Final = ".bias"
 _LARGEST_BIAS: Final = 4 << 20  # bytes; a bias is read while planning
@@ -39,7 +40,7 @@ class Reduced:
     """
 
     layout: SourceLayout
-    notes: tuple[str, ...]
+    notes: tuple[Note, ...]
 
 
 def without_idle_tensors(checkpoint: Checkpoint, layout: SourceLayout) -> Reduced | None:
@@ -59,10 +60,11 @@ def without_idle_tensors(checkpoint: Checkpoint, layout: SourceLayout) -> Reduce
     for reason in dict.fromkeys(idle.values()):
         names = [name for name, why in dropped if why == reason]
         each = "each of which " if len(names) > 1 else "which "
-        notes.append(
+        text = (
             f"Left out: {count(len(names), 'tensor')} ({few(names, _NAMED)}), {each}{reason}; "
             "mlx-lm's class has no place for such."
         )
+        notes.append(Note(NoteCode.IDLE_TENSORS, text))
     return Reduced(replace(layout, layers=layers, dropped=(*layout.dropped, *dropped)), (*notes,))
 
 

@@ -12,9 +12,10 @@ from math import prod
 from typing import Any
 
 from requant.formats import SourceLayer
+from requant.reasons import Reason, ReasonCode
 
-TOWER = "tower for images or sound"
-TIED = "shared with a head of masked words"
+TOWER = Reason(ReasonCode.TOWER, "tower for images or sound")
+TIED = Reason(ReasonCode.TIED_EMBEDDING, "shared with a head of masked words")
 
 # What towers and projectors are called, as a part of a layer path between dots.
 _MODULES = (
@@ -53,7 +54,7 @@ _HEAD = re.compile(
 _EMBEDDING = re.compile(r"(^|[._])(embed_tokens|tok_embeddings|word_embeddings|wte|embeddings?)$")
 
 
-def left_dense(layers: Iterable[SourceLayer], config: Mapping[str, Any]) -> dict[str, str]:
+def left_dense(layers: Iterable[SourceLayer], config: Mapping[str, Any]) -> dict[str, Reason]:
     """The layers of a checkpoint that stay dense unless they are named, each with the reason.
 
     Args:
@@ -69,7 +70,9 @@ def is_of_a_tower(name: str) -> bool:
     return _TOWER.search(name) is not None
 
 
-def _towers(layers: Iterable[SourceLayer], config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _towers(
+    layers: Iterable[SourceLayer], config: Mapping[str, Any]
+) -> Iterator[tuple[str, Reason]]:
     """Towers, where they stand beside a model of another kind.
 
     A vision model alone is no tower of anything: its config has no part for images, and most
@@ -96,7 +99,7 @@ def _has_part(config: Mapping[str, Any]) -> bool:
     return any(_KEYS.fullmatch(key) for part in parts for key in part)
 
 
-def _tied_embeddings(layers: Iterable[SourceLayer]) -> Iterator[tuple[str, str]]:
+def _tied_embeddings(layers: Iterable[SourceLayer]) -> Iterator[tuple[str, Reason]]:
     """Embeddings whose rows a stored bias counts: the weight of that head is the embedding.
 
     Such a head has its bias alone in the file. Loaders copy the embedding's weight to it, and

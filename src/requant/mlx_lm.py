@@ -22,6 +22,7 @@ from requant.conversion import Source, carry_out
 from requant.errors import BackendError, CheckpointError, Problem, UsageError, in_a_line
 from requant.hub import find_repository, reach
 from requant.mlx_lm_classes import why_no_class
+from requant.reasons import NoteCode
 from requant.report import Report
 from requant.schema import Quantization
 from requant.wishes import Wishes
@@ -135,9 +136,9 @@ def _check_tokenizer(source: Source, plan: Plan) -> None:
     """A GGUF file may hold no tokenizer that can be made: the plan's note says why."""
     checkpoint = plan.checkpoint
     if checkpoint.gguf is not None and "tokenizer.json" not in checkpoint.made_files:
-        notes = [note for note in plan.notes if "tokenizer" in note]
+        notes = [note for note in plan.notes if note.code is NoteCode.NO_TOKENIZER]
         if notes:
-            raise CheckpointError(str(source), [Problem("tokenizer", " ".join(notes))])
+            raise CheckpointError(str(source), [Problem("tokenizer", notes[0].text)])
 
 
 def load_weights(
@@ -329,7 +330,7 @@ class Generation:
             "tokens_per_s": self.tokens_per_s,
             "finish_reason": self.finish_reason,
             "load_s": self.load_s,
-            "notes": list(self.report.plan.notes),
+            "notes": [note.text for note in self.report.plan.notes],
         }
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from requant.blueprint import Treatment
 from requant.conversion import Source
 from requant.errors import CheckpointError, HubError, UsageError
 from requant.figures import Figures, read_figures
@@ -261,7 +262,9 @@ def _generates(figures: Figures, config: Mapping[str, Any]) -> bool:
 
 
 def _is_dense(figures: Figures) -> bool:
-    return all(layer.treatment in ("dense", "dequantized") for layer in figures.layers)
+    return all(
+        layer.treatment in (Treatment.DENSE, Treatment.DEQUANTIZED) for layer in figures.layers
+    )
 
 
 def _table(figures: Figures) -> str:

@@ -93,7 +93,7 @@ def make_record(
                 "shape": list(layer.shape),
                 "bytes_in": bytes_in[layer.layer],
                 "bytes_out": layer.nbytes,
-                "reason": layer.reason,
+                "reason": layer.reason.text if layer.reason else "",
                 "bound": layer.bound,
                 "error": _figures((errors or {}).get(layer.layer)),
             }

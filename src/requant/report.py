@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from math import prod, sqrt
 from typing import Any
 
-from requant.blueprint import LayerPlan, Plan
+from requant.blueprint import LayerPlan, Plan, Treatment
 from requant.findings import Outcome
 from requant.formats.packing import Exactness
 
@@ -43,7 +43,7 @@ def group_layers(layers: Iterable[LayerPlan]) -> list[Group]:
 
 def left_dense(layers: Iterable[LayerPlan]) -> list[LayerPlan]:
     """Layers that could have been quantized by their rank but stay dense, largest first."""
-    found = [x for x in layers if x.treatment == "dense" and x.reason and len(x.shape) > 1]
+    found = [x for x in layers if x.treatment is Treatment.DENSE and x.reason and len(x.shape) > 1]
     return sorted(found, key=lambda layer: -layer.nbytes)
 
 
@@ -146,9 +146,9 @@ class Report:
             "side_files": list(plan.side_files),
             "left_out": [list(pair) for pair in plan.left_out],
             "dropped": [list(pair) for pair in plan.dropped],
-            "notes": list(plan.notes),
+            "notes": [note.text for note in plan.notes],
         }
 
     def _layer_dict(self, layer: LayerPlan) -> dict[str, Any]:
         error = self.errors.get(layer.layer)
-        return asdict(layer) | {"error": None if error is None else asdict(error)}
+        return layer.to_dict() | {"error": None if error is None else asdict(error)}

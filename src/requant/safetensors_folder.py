@@ -34,6 +34,7 @@ from requant.limits import (
     MAX_RECORD_VALUES,
     MAX_SHARDS,
 )
+from requant.reasons import Note
 from requant.safetensors_header import (
     PREFIX_BYTES,
     HeaderEntry,
@@ -158,7 +159,7 @@ class _Reader:
         self.files: list[SourceFile] = []
         self.metadata: dict[str, str] = {}
         self.problems: list[Problem] = []
-        self.notes: list[str] = []
+        self.notes: list[Note] = []
         self.has_index = os.path.lexists(folder / INDEX)
         self.index_is_sound = False  # then files and index can be held against each other
 

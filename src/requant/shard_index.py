@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from requant.errors import Problem, count, few
+from requant.reasons import Note, NoteCode
 from requant.source_folder import INDEX, find_gaps, natural_key
 
 _STALE = "is stale, it seems (left from another save of the model)"
@@ -49,7 +50,7 @@ class Files:
         return self.shard_of.keys() <= held.keys() and max(held.values(), default=0) == 1
 
 
-def judge(files: Files) -> tuple[list[Problem], list[str]]:
+def judge(files: Files) -> tuple[list[Problem], list[Note]]:
     """What is wrong between an index and the files, and what to note where nothing is.
 
     Where there are no problems, every file that is there is read.
@@ -65,13 +66,14 @@ def judge(files: Files) -> tuple[list[Problem], list[str]]:
         return [Problem(INDEX, message)], []
     if files.missing and not files.extra and files.holds_everything(files.named):
         gone = f"names {few(files.missing)}, which {_is(files.missing)} not there"
-        return [], [f"{INDEX} {gone}; {few(files.named)} {_hold(files.named)} all of its tensors."]
+        text = f"{INDEX} {gone}; {few(files.named)} {_hold(files.named)} all of its tensors."
+        return [], [Note(NoteCode.STALE_INDEX, text)]
     problems = [*_missing(files), *_extra(files)]
     compared, notes = _compare(files)
     return problems + compared, notes if not problems else []
 
 
-def _no_file_named(files: Files) -> tuple[list[Problem], list[str]]:
+def _no_file_named(files: Files) -> tuple[list[Problem], list[Note]]:
     what, few_extra = count(len(files.missing), "file"), few(files.extra)
     none = (
         f"none of the {what} that it names is there"
@@ -79,10 +81,11 @@ def _no_file_named(files: Files) -> tuple[list[Problem], list[str]]:
         else (f"{files.missing[0]}, which it names, is not there")
     )
     if files.holds_everything(files.extra) and not find_gaps(files.extra):
-        return [], [
+        text = (
             f"{INDEX} is stale: {none}. {few_extra} {_hold(files.extra)} all of its tensors and "
             f"{_is(files.extra)} read instead; delete {INDEX}, which other loaders may follow."
-        ]
+        )
+        return [], [Note(NoteCode.STALE_INDEX, text)]
     lacking = files.shard_of.keys() - {t for name in files.extra for t in files.held.get(name, ())}
     some = few(sorted(lacking, key=natural_key))
     lacks = f" and without {count(len(lacking), 'tensor')} of its names ({some})" if lacking else ""
@@ -122,7 +125,7 @@ def _extra(files: Files) -> Iterator[Problem]:
             )
 
 
-def _compare(files: Files) -> tuple[list[Problem], list[str]]:
+def _compare(files: Files) -> tuple[list[Problem], list[Note]]:
     """Hold the index against what the sound files contain."""
     problems, moved, unknown = [], [], []
     homes = defaultdict(list)
@@ -166,10 +169,11 @@ def _compare(files: Files) -> tuple[list[Problem], list[str]]:
         )
     notes = []
     if moved or unknown:
-        notes.append(
+        text = (
             f"{INDEX} does not fit the files ({few(sorted([*moved, *unknown]))}): their tensors "
             "are read where the files have them."
         )
+        notes.append(Note(NoteCode.STALE_INDEX, text))
     return problems, notes
 
 

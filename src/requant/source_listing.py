@@ -18,6 +18,7 @@ from requant import subfolders
 from requant.adapters import ADAPTER_CONFIG, is_adapter_file
 from requant.errors import CheckpointError, Problem, few
 from requant.limits import MAX_ENTRIES, MAX_INDEX_BYTES
+from requant.reasons import Note, NoteCode
 from requant.safetensors_header import parse_json_object
 from requant.source_folder import (
     CONFIG,
@@ -61,7 +62,7 @@ class Listing:
     side_files: list[str] = field(default_factory=list)
     left_out: list[tuple[str, str]] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    notes: list[Note] = field(default_factory=list)
     nested: list[str] = field(default_factory=list)  # *.safetensors below it, whatever they are
 
     def sort(self) -> None:
@@ -119,9 +120,8 @@ def list_folder(folder: Path, shards: Collection[str]) -> Listing:
     carried = [x for x in listing.side_files if below.namer(x) and _is_weights(x, nbytes[x])]
     if carried:
         namers = few(sorted({*map(below.namer, carried)}))
-        listing.notes.append(
-            f"Weights carried over as they are, named by {namers}: {few(sorted(carried))}."
-        )
+        text = f"Weights carried over as they are, named by {namers}: {few(sorted(carried))}."
+        listing.notes.append(Note(NoteCode.CARRIED_WEIGHTS, text))
     listing.sort()
     return listing
 
@@ -244,7 +244,8 @@ def _sort_file(
         listing.weights.append(name)  # even a dangling link: reading it says so
         return
     size, message = sizes[name]
-    if message.startswith("is a folder"):
+    # The walk does not enter links. Path.is_dir would raise where a target cannot be reached.
+    if message and os.path.isdir(folder / name):  # noqa: PTH112
         message = "a link to a folder is not followed"
     reason = message or _why_left_out(name, size, below, sizes.keys())
     if reason:

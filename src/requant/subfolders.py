@@ -16,6 +16,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from requant.adapters import ADAPTER_CONFIG
+from requant.reasons import Note, NoteCode
 from requant.safetensors_header import parse_json_object
 
 MODULES = "modules.json"
@@ -44,7 +45,7 @@ class Subfolders:
 
     named: Mapping[str, str] = field(default_factory=dict)
     apart: Mapping[str, str] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+    notes: tuple[Note, ...] = ()
 
     def namer(self, name: str) -> str:
         """What makes a file part of the model; "" where nothing does."""
@@ -127,7 +128,7 @@ def first_module(names: Collection[str], read: Callable[[str], bytes]) -> str:
     return posixpath.normpath(path) if isinstance(path, str) and path else ""
 
 
-def _missing(modules: Mapping[str, Any], names: Collection[str]) -> Iterator[str]:
+def _missing(modules: Mapping[str, Any], names: Collection[str]) -> Iterator[Note]:
     """Say which modules of sentence-transformers lack their weights."""
     entries = modules.get("modules", [])
     for entry in entries if isinstance(entries, list) else ():
@@ -138,9 +139,10 @@ def _missing(modules: Mapping[str, Any], names: Collection[str]) -> Iterator[str
             continue
         below = posixpath.normpath(path) + "/"
         if not any(x.startswith(below) and x.endswith((".safetensors", ".bin")) for x in names):
-            yield (
+            yield Note(
+                NoteCode.MISSING_MODULE_WEIGHTS,
                 f"{MODULES} names {path}, and no weights of it are there: was the download "
-                "complete? sentence-transformers does not load the result without them."
+                "complete? sentence-transformers does not load the result without them.",
             )
 
 

@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from requant.checkpoint import Checkpoint, Key
-from requant.errors import CheckpointError, Problem, shown
+from requant.errors import CheckpointError, shown
 from requant.formats import SourceLayer, SourceLayout
 from requant.head_names import Pair, find_pair, flag_places, flags, has_scores
 from requant.mlx_lm_classes import why_no_class
-from requant.relayout import Relayout
+from requant.reasons import Note, NoteCode
+from requant.relayout import MlxLmLayoutError, Relayout
 from requant.same_values import same_values
 
 
@@ -26,12 +27,12 @@ class Variant:
     Attributes:
         checkpoint: With the flag corrected.
         layout: Without the head, where that is the embedding.
-        notes: What was changed, one sentence each.
+        notes: What was changed.
     """
 
     checkpoint: Checkpoint
     layout: SourceLayout
-    notes: tuple[str, ...] = ()
+    notes: tuple[Note, ...] = ()
 
 
 def _is_copy(checkpoint: Checkpoint, pair: Pair) -> bool:
@@ -63,7 +64,7 @@ def laid_out(
     checkpoint: Checkpoint,
     layout: SourceLayout,
     attempt: Callable[[Checkpoint, SourceLayout], Relayout],
-) -> tuple[Checkpoint, Relayout, tuple[str, ...]]:
+) -> tuple[Checkpoint, Relayout, tuple[Note, ...]]:
     """A layout of mlx-lm's class in which a head that the model has is kept.
 
     Where the class drops such a head, or has no place for a tensor, the flag is set wherever
@@ -158,7 +159,7 @@ def _without_copy(
     return Variant(
         checkpoint.corrected(_changes(said, True)),
         replace(layout, layers=layers, dropped=(*layout.dropped, *dropped)),
-        (note,),
+        (Note(NoteCode.TIED_HEAD, note),),
     )
 
 
@@ -188,7 +189,8 @@ def _with_copy(
     )
     layers = (*layout.layers, replace(embedding, path=path, parts=parts))
     changed = checkpoint.corrected(_changes(said, False))
-    return Variant(changed, replace(layout, layers=layers), (note,))
+    notes = (Note(NoteCode.TIED_HEAD, note),)
+    return Variant(changed, replace(layout, layers=layers), notes)
 
 
 def _untied(
@@ -204,7 +206,8 @@ def _untied(
             f"mlx-lm's class has a head in every model, here the values of {embedding.dense_name}"
         )
     note = f"{found}: the head is kept{_set(said, False)}."
-    return Variant(checkpoint.corrected(_changes(said, False)), layout, (note,))
+    notes = (Note(NoteCode.TIED_HEAD, note),)
+    return Variant(checkpoint.corrected(_changes(said, False)), layout, notes)
 
 
 def _tied(
@@ -214,7 +217,8 @@ def _tied(
         f"There is no head beside {pair.embedding.dense_name}: the head is tied to it"
         f"{_set(said, True)}."
     )
-    return Variant(checkpoint.corrected(_changes(said, True)), layout, (note,))
+    notes = (Note(NoteCode.TIED_HEAD, note),)
+    return Variant(checkpoint.corrected(_changes(said, True)), layout, notes)
 
 
 def _changes(said: Mapping[Key, bool | None], value: bool) -> dict[Key, bool]:
@@ -238,4 +242,4 @@ def _always_tied(checkpoint: Checkpoint, pair: Pair) -> CheckpointError:
         f"{shown(checkpoint.config.get('model_type'))} has no head but its embedding; --layout "
         "keep keeps both"
     )
-    return CheckpointError(str(checkpoint.source), [Problem(pair.head.dense_name, message)])
+    return MlxLmLayoutError(checkpoint, message, tensor=pair.head.dense_name)

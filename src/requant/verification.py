@@ -45,7 +45,7 @@ from requant.source_folder import (
     names_repository,
     open_regular,
 )
-from requant.sources import read_checkpoint
+from requant.sources import as_checkpoint, read_checkpoint
 from requant.wishes import Wishes
 
 
@@ -287,7 +287,8 @@ def _repeated_plan(
             )
         if made.statistics is None and statistics is not None:
             raise UsageError(f"--imatrix {statistics}: the output was made without statistics")
-        plan = make_plan(source, replace(made, config_from=config_from, statistics=statistics))
+        checkpoint = as_checkpoint(source, config_from)
+        plan = make_plan(checkpoint, replace(made, config_from=config_from, statistics=statistics))
     except ParseError as error:
         found.add(f"{RECORD}: wishes", str(error))
         return None

@@ -11,10 +11,13 @@ from dataclasses import dataclass, field, replace
 from requant.blueprint import Step
 from requant.errors import Problem, count, few
 from requant.limits import MAX_GPTQ_INPUTS
+from requant.reasons import Note, NoteCode, Reason, ReasonCode
 from requant.schema import QuantMode
 from requant.statistics import Importance, Statistics, refused
 
-WITHOUT_STATISTICS = "no statistics: searched without weights"
+WITHOUT_STATISTICS = Reason(
+    ReasonCode.WITHOUT_STATISTICS, "no statistics: searched without weights"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,32 +34,34 @@ class Weighted:
     steps: tuple[Step, ...]
     without: tuple[str, ...]
     unseen: Mapping[str, int]
-    alone: Mapping[str, str] = field(default_factory=dict)
+    alone: Mapping[str, Reason] = field(default_factory=dict)
 
     @property
-    def reasons(self) -> dict[str, str]:
+    def reasons(self) -> dict[str, Reason]:
         """Layer -> what is to be said of it in the table."""
         return {**self.alone, **dict.fromkeys(self.without, WITHOUT_STATISTICS)}
 
-    def notes(self, statistics: Statistics) -> Iterator[str]:
+    def notes(self, statistics: Statistics) -> Iterator[Note]:
         """What the user should know of them."""
         searched = {step.layer for step in self.steps if step.importance is not None}
         name = statistics.source.rpartition("/")[2]
-        yield f"Errors of {count(len(searched), 'layer')} are weighted by {name} (--imatrix)."
+        text = f"Errors of {count(len(searched), 'layer')} are weighted by {name} (--imatrix)."
+        yield Note(NoteCode.IMPORTANCE, text)
         if self.without:
-            yield f"{few(self.without)} found no statistics: searched without weights."
+            text = f"{few(self.without)} found no statistics: searched without weights."
+            yield Note(NoteCode.WITHOUT_STATISTICS, text)
         compensated = {step.layer for step in self.steps if step.gptq}
         if compensated:
             held = count(len(compensated), "layer")
-            yield f"Errors of {held} are handed on column by column (--gptq)."
+            text = f"Errors of {held} are handed on column by column (--gptq)."
+            yield Note(NoteCode.GPTQ, text)
         for why in dict.fromkeys(self.alone.values()):
             names = tuple(layer for layer, reason in self.alone.items() if reason == why)
-            yield f"{few(names)}: {why}."
+            yield Note(NoteCode.GPTQ_SKIPPED, f"{few(names)}: {why.text}.")
         if self.unseen:
             experts = count(sum(self.unseen.values()), "expert")
-            yield (
-                f"{experts} of {few(tuple(self.unseen))} saw no token: searched without weights."
-            )
+            text = f"{experts} of {few(tuple(self.unseen))} saw no token: searched without weights."
+            yield Note(NoteCode.EXPERTS_WITHOUT_TOKENS, text)
 
 
 def weighted(
@@ -120,12 +125,14 @@ def _with(step: Step, importance: Importance | None, gptq: bool) -> Step:
     return replace(step, importance=importance, gptq=gptq)
 
 
-def _why_alone(step: Step, importance: Importance | None) -> str:
-    """Why GPTQ does not work on a layer that is searched; "" where it does."""
+def _why_alone(step: Step, importance: Importance | None) -> Reason | None:
+    """Why GPTQ does not work on a layer that is searched; None where it does."""
     if step.target is None or step.target.mode is not QuantMode.AFFINE:
-        return "not affine: searched without --gptq"
-    if importance is None or not importance.has_hessians:
-        return "no Hessian: searched without --gptq"
-    if importance.in_features > MAX_GPTQ_INPUTS:
-        return f"more than {MAX_GPTQ_INPUTS:,} inputs: searched without --gptq"
-    return ""
+        text = "not affine: searched without --gptq"
+    elif importance is None or not importance.has_hessians:
+        text = "no Hessian: searched without --gptq"
+    elif importance.in_features > MAX_GPTQ_INPUTS:
+        text = f"more than {MAX_GPTQ_INPUTS:,} inputs: searched without --gptq"
+    else:
+        return None
+    return Reason(ReasonCode.GPTQ_SKIPPED, text)

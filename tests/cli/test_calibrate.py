@@ -12,6 +12,7 @@ from requant.conversion import convert
 from requant.figures import read_figures
 from requant.publishing import model_card
 from requant.verification import verify
+from tests.plan_texts import note_texts, reason_text
 
 from .conftest import Result
 
@@ -28,8 +29,10 @@ def test_from_the_command_line(tmp_path: Path, requant: Requant) -> None:
     assert done.code == 0, done.err
     assert json.loads(done.out)["windows"] == 4
     report = convert(LLAMA, tmp_path / "out", bits=3, statistics=stats)
-    assert not any("found no statistics" in note for note in report.plan.notes)
-    assert all(not layer.reason for layer in report.plan.layers if layer.target.startswith("aff"))
+    assert not any("found no statistics" in note for note in note_texts(report.plan.notes))
+    assert all(
+        not reason_text(layer) for layer in report.plan.layers if layer.target.startswith("aff")
+    )
     assert verify(LLAMA, tmp_path / "out", statistics=stats).ok
 
 

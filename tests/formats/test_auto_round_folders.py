@@ -8,6 +8,7 @@ import pytest
 
 import requant
 from tests.formats.harness import check_fixture, fixture
+from tests.plan_texts import note_texts
 
 
 @pytest.mark.parametrize(
@@ -26,8 +27,8 @@ def test_fixture(name: str, exactness: str, bits: int, tmp_path: Path) -> None:
 def test_a_model_that_would_compute_in_float32_is_warned_about(tmp_path: Path) -> None:
     """AutoRound leaves norms and embeddings of these models in float32 beside float16 scales."""
     source = fixture("auto-round-native-w4g64") / "checkpoint"
-    notes = " ".join(requant.plan(source, layout="keep").notes)
+    notes = " ".join(note_texts(requant.plan(source, layout="keep").notes))
     assert "--dtype float16" in notes
     assert "float32" in notes
     same = requant.plan(source, layout="keep", dtype="float16")
-    assert not any("computes in float32" in note for note in same.notes)
+    assert not any("computes in float32" in note for note in note_texts(same.notes))

@@ -16,6 +16,7 @@ import requant
 from tests.formats.folders import BF16, refusal, write
 from tests.formats.harness import affine, check_fixture, read_folder
 from tests.formats.logits import check_logits
+from tests.plan_texts import note_texts
 
 BLOCK = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "offline"}
 
@@ -38,7 +39,9 @@ def layer(rows: int, columns: int, scale: float = 0.25) -> tuple[dict[str, Any],
 def test_scales_that_multiply_are_exact(tmp_path: Path) -> None:
     checked = check_fixture("bitnet-autobitlinear", tmp_path, "exact")
     assert checked.config["quantization"] == {"group_size": 64, "bits": 2, "mode": "affine"}
-    assert any("rounds activations to 8 bits" in note for note in checked.report.plan.notes)
+    assert any(
+        "rounds activations to 8 bits" in note for note in note_texts(checked.report.plan.notes)
+    )
 
 
 def test_scales_that_divide_round_once(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tests.formats.ct_layers import block, convert, pack, packed
 from tests.formats.folders import BF16, E4M3, e4m3, write
 from tests.formats.harness import affine, float_values
+from tests.plan_texts import reason_text
 
 # -- worked vectors --------------------------------------------------------------------------
 
@@ -113,7 +114,7 @@ def test_nvfp4_element(tmp_path: Path) -> None:
     assert out["up.weight"].tolist() == [[0.5] * 32] * 2
     out, report = convert(folder, tmp_path / "kept")
     assert report.plan.layers[0].target == "affine 8-bit g32"
-    assert "tensor scale" in report.plan.layers[0].reason
+    assert "tensor scale" in reason_text(report.plan.layers[0])
 
 
 @pytest.mark.parametrize("divisor", [1.0, 0.25, 16.0])

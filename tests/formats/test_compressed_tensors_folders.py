@@ -8,6 +8,7 @@ import pytest
 
 import requant
 from tests.formats.harness import check_fixture, fixture, read_file
+from tests.plan_texts import reason_text
 
 # Half a unit in the last place of a bfloat16 bias of at most 15 steps.
 BIAS_STEPS = 15 * 2**-8
@@ -40,7 +41,9 @@ def test_act_order(tmp_path: Path) -> None:
 def test_nvfp4(tmp_path: Path) -> None:
     checked = check_fixture("ct-nvfp4-pack", tmp_path, "re-encoded", largest_rms=0.02)
     reasons = {
-        layer.reason for layer in checked.report.plan.layers if layer.layer in checked.expected
+        reason_text(layer)
+        for layer in checked.report.plan.layers
+        if layer.layer in checked.expected
     }
     assert reasons == {"MLX's nvfp4 has no place for its tensor scale"}
 

@@ -16,6 +16,7 @@ from requant.formats.ct_config import CtConfig
 from requant.formats.declared import Declared
 from tests.formats.ct_layers import Tensors, block, convert, packed
 from tests.formats.folders import BF16, e4m3, write
+from tests.plan_texts import note_texts
 
 
 def two_layers() -> Tensors:
@@ -102,7 +103,7 @@ def test_cache_scales_are_left_out_with_a_note(tmp_path: Path) -> None:
     config = groups((["re:.*q"], 4), (["re:.*k"], 8)) | {"kv_cache_scheme": {"num_bits": 8}}
     out, report = convert(write(tmp_path / "s", tensors, config), tmp_path / "o")
     assert not [name for name in out if name.endswith("_scale")]
-    notes = " ".join(report.plan.notes)
+    notes = " ".join(note_texts(report.plan.notes))
     assert "a.k_scale, a.v_scale, each a scale of the key and value cache" in notes
     assert "a.q_proj.input_scale, a scale of activations" in notes
 

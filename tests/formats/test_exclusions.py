@@ -12,6 +12,7 @@ import requant
 from tests.formats.folders import BF16, refusal
 from tests.formats.harness import read_folder
 from tests.formats.sources import SOURCES, Source
+from tests.plan_texts import note_texts
 
 LISTS = (
     "ignore",
@@ -44,7 +45,7 @@ def converted(source: Source, folder: Path) -> list[str]:
     got = made.get(f"{path}.weight", made.get(path))
     assert got is not None
     assert np.array_equal(got, source.values[path])
-    return list(report.plan.notes)
+    return list(note_texts(report.plan.notes))
 
 
 @pytest.mark.parametrize("key", LISTS)

@@ -8,6 +8,7 @@ import pytest
 
 import requant
 from tests.formats.harness import check_fixture, fixture, read_file
+from tests.plan_texts import reason_text
 
 BLOCKS = ["fp8-block-llama", "fp8-block-deepseek-edge"]
 
@@ -35,7 +36,7 @@ def test_ragged_blocks(tmp_path: Path) -> None:
     assert len(ragged) == 4
     classes = {"": "re-encoded"} | dict.fromkeys(ragged, "rounded")
     checked = check_fixture(name, tmp_path, classes, mode="mxfp8", largest_rms=0.03)
-    reasons = {layer.layer: layer.reason for layer in checked.report.plan.layers}
+    reasons = {layer.layer: reason_text(layer) for layer in checked.report.plan.layers}
     assert reasons[ragged[0]] == "last axis 136 is no multiple of group 32 or a smaller one"
 
 

@@ -13,6 +13,7 @@ import pytest
 import requant
 from tests.formats.folders import refusal
 from tests.formats.harness import read_folder
+from tests.plan_texts import note_texts
 
 DEFAULT = {"group_size": 64, "bits": 4}
 UP = {"affine-6": (64, 6, "affine"), "affine-32": (32, 4, "affine")}
@@ -49,7 +50,7 @@ def notes_of(source: Path, output: Path, up: tuple[int, int, str]) -> list[str]:
     assert block is not None
     assert block.quantization_for("up") == requant.Quantization(*up)
     assert block.quantization_for("down") == requant.Quantization.affine(64, 4)
-    return list(report.plan.notes)
+    return list(note_texts(report.plan.notes))
 
 
 @pytest.mark.parametrize(
@@ -197,7 +198,7 @@ def test_an_entry_under_another_prefix(
     assert block is not None
     assert block.quantization_for(path) == requant.Quantization(*up)
     assert block.quantization_for("down") == requant.Quantization.affine(64, 4)
-    assert any("another prefix" in note and path in note for note in report.plan.notes)
+    assert any("another prefix" in note and path in note for note in note_texts(report.plan.notes))
 
 
 def test_entries_of_other_layers_do_not_count(tmp_path: Path) -> None:
@@ -209,7 +210,7 @@ def test_entries_of_other_layers_do_not_count(tmp_path: Path) -> None:
     block = requant.parse_quantization((tmp_path / "out" / "config.json").read_text())
     assert block is not None
     assert block.quantization_for(path) == requant.Quantization.affine(64, 4)
-    assert not any("prefix" in note for note in report.plan.notes)
+    assert not any("prefix" in note for note in note_texts(report.plan.notes))
 
 
 def test_two_entries_under_other_prefixes_that_differ(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import requant
 from tests.formats.folders import BF16, E4M3, e4m3, refusal, write
 from tests.formats.harness import affine, float_values, read_folder
+from tests.plan_texts import reason_text
 
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 E2M1 = np.concatenate([E2M1, -E2M1])
@@ -120,7 +121,7 @@ def test_nvfp4_with_scaled_inputs_is_folded(tmp_path: Path) -> None:
     assert np.array_equal(dense(tensors, block("NVFP4_AWQ"), tmp_path), values)
     _, layer = converted(tensors, block("NVFP4_AWQ"), tmp_path)
     assert layer.exactness == "re-encoded"
-    assert layer.reason == "pre_quant_scale is folded into its columns"
+    assert reason_text(layer) == "pre_quant_scale is folded into its columns"
 
 
 @pytest.mark.parametrize(("algorithm", "bits"), [("W4A8_MXFP4_FP8", 4), ("MXFP8", 8)])

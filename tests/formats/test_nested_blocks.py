@@ -14,6 +14,7 @@ import requant
 from tests.formats.folders import BF16, refusal
 from tests.formats.harness import read_folder
 from tests.formats.sources import SOURCES, Source
+from tests.plan_texts import note_texts
 
 Config = dict[str, Any]
 NESTS: dict[str, Callable[[Config], Config]] = {
@@ -126,7 +127,7 @@ def test_the_block_counts_that_fits_the_tensors(key: str, order: int, tmp_path: 
         folder, tmp_path / "out", layout="keep", dequantize=True, dtype="float32"
     )
     assert np.array_equal(read_folder(tmp_path / "out")["up.weight"], source.values["up"])
-    notes = [note for note in report.plan.notes if "contradict each other" in note]
+    notes = [note for note in note_texts(report.plan.notes) if "contradict each other" in note]
     assert bool(notes) is (order == -1)
     if notes:
         assert key in notes[0]
@@ -139,7 +140,9 @@ def test_a_file_that_fits_counts_before_a_config_that_does_not(tmp_path: Path) -
     folder = write(source, tmp_path / "source", {"quantization_config": {**right, "bits": 8}})
     (folder / "quant_config.json").write_text(json.dumps(right))
     report = requant.convert(folder, tmp_path / "out", layout="keep")
-    assert any("fit quant_config.json, which counts" in note for note in report.plan.notes)
+    assert any(
+        "fit quant_config.json, which counts" in note for note in note_texts(report.plan.notes)
+    )
 
 
 @pytest.mark.parametrize("place", ["text_config", "quantize_config.json"])
@@ -185,5 +188,5 @@ def test_two_that_say_the_same_in_other_words_are_no_contradiction(tmp_path: Pat
     folder = write(source, tmp_path / "source", source.config)
     side = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4"}}
     (folder / "hf_quant_config.json").write_text(json.dumps(side))
-    notes = requant.plan(folder, layout="keep").notes
+    notes = note_texts(requant.plan(folder, layout="keep").notes)
     assert not any("contradict" in note for note in notes)

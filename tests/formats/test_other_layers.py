@@ -13,6 +13,7 @@ from tests.formats import packers
 from tests.formats.folders import BF16, e4m3, refusal
 from tests.formats.harness import read_folder
 from tests.formats.sources import SOURCES, Source, Tensors
+from tests.plan_texts import note_texts
 
 # Whose tensors leave one reading without a word of the config.
 TELLING = [
@@ -144,7 +145,7 @@ HEADS = ("head", "norm")
 
 
 def notes_of(folder: Path) -> str:
-    return "\n".join(requant.plan(folder, layout="keep", dequantize=True).notes)
+    return "\n".join(note_texts(requant.plan(folder, layout="keep", dequantize=True).notes))
 
 
 def gptq_layer(version: int, symmetric: bool = True, bits: int = 4) -> tuple[Tensors, np.ndarray]:

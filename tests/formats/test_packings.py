@@ -16,6 +16,7 @@ import requant
 from tests.formats import packers
 from tests.formats.folders import refusal, write
 from tests.formats.harness import codes_of
+from tests.plan_texts import note_texts
 from tests.road.conftest import write_file
 
 LAYER = "model.layers.0.mlp.up_proj"
@@ -351,5 +352,5 @@ def test_a_zero_that_readers_dispute_is_noted(field: int, noted: bool, tmp_path:
     block = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False}
     config = {"model_type": "llama", "quantization_config": block}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    notes = requant.plan(tmp_path, layout="keep").notes
+    notes = note_texts(requant.plan(tmp_path, layout="keep").notes)
     assert any("taken for 0" in note for note in notes) is noted

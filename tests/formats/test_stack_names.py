@@ -19,6 +19,7 @@ from tests.formats.folders import E4M3, e4m3, refusal, write
 from tests.formats.harness import read_folder
 from tests.formats.test_quark import block as quark_block
 from tests.formats.test_stacks import E2M1, EXPERTS, IN, OUT, PLACE, nibbles, small_e4m3
+from tests.plan_texts import note_texts
 
 FP8 = {"quant_method": "fp8"}
 MIXED = {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION"}
@@ -238,7 +239,7 @@ def test_scales_of_activations_are_left_out(joint: str, word: str, tmp_path: Pat
     source = write(tmp_path / "source", tensors, FP8, model_type="some_moe")
     report = requant.convert(source, tmp_path / "out", layout="keep", dequantize=True)
     assert read_folder(tmp_path / "out").keys() == {name}
-    assert any(f"{joint}_{word}" in note for note in report.plan.notes)
+    assert any(f"{joint}_{word}" in note for note in note_texts(report.plan.notes))
 
 
 def bare_nvfp4(high: int = 0x77, experts: int = EXPERTS) -> Tensors:
@@ -273,7 +274,7 @@ def test_a_tensor_scale_that_is_missing(folder: str, tmp_path: Path) -> None:
         write(tmp_path / "bare", stack, block, model_type="moe"), tmp_path / "made", layout="keep"
     )
     assert {layer.exactness for layer in report.plan.layers} == {"exact"}
-    assert any("have no tensor scale" in note for note in report.plan.notes)
+    assert any("have no tensor scale" in note for note in note_texts(report.plan.notes))
 
     largest = in_nvfp4_folder(folder, bare_nvfp4(0x7E), f"{PLACE}.w13", "_")
     source = write(tmp_path / "largest", largest, block, model_type="moe")

@@ -14,6 +14,7 @@ import pytest
 import requant
 from requant.errors import CheckpointError
 from tests.formats.folders import write
+from tests.plan_texts import note_texts
 from tests.road.conftest import bf16, load
 
 PACK = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
@@ -77,7 +78,7 @@ def test_a_stale_block_is_left_out_and_the_request_fulfilled(name: str, tmp_path
         found, expected = ((tmp_path / x / file).read_bytes() for x in ("out", "expected"))
         assert found == expected
     if "frozen" not in name:  # such a block says itself that the values are floats
-        (note,) = [note for note in report.plan.notes if "stale" in note]
+        (note,) = [note for note in note_texts(report.plan.notes) if "stale" in note]
         assert note.startswith("config.json: quantization")
     assert requant.inspect(source).format == "dense"
     assert requant.inspect(source).problems == ()
@@ -88,7 +89,7 @@ def test_without_a_request_it_is_a_dense_model(name: str, tmp_path: Path) -> Non
     made = requant.plan(stale(tmp_path / "source", BLOCKS[name]), layout="keep")
     assert made.format == "dense"
     assert {x.target for x in made.layers if x.treatment == "quantized"} == {"affine 4-bit g64"}
-    assert any("No bits or mode" in note for note in made.notes)
+    assert any("No bits or mode" in note for note in note_texts(made.notes))
 
 
 @pytest.mark.parametrize("name", ["gptq", "fp8", "compressed-tensors"])
@@ -157,4 +158,4 @@ def test_a_block_of_which_some_layers_are_left_is_read(tmp_path: Path) -> None:
     (tmp_path / "first/config.json").write_text(json.dumps(config))
     made = requant.plan(tmp_path / "first", layout="keep")
     assert made.format == "mlx"
-    assert not any("stale" in note for note in made.notes)
+    assert not any("stale" in note for note in note_texts(made.notes))

@@ -14,6 +14,7 @@ from requant.formats import FORMATS
 from requant.formats.base import SourceLayout, dense_layer
 from tests.formats.folders import BF16, E4M3, e4m3, refusal, write
 from tests.formats.harness import read_folder
+from tests.plan_texts import note_texts
 
 CT: dict[str, Any] = {
     "quant_method": "compressed-tensors",
@@ -57,7 +58,7 @@ def test_weights_that_were_never_compressed(status: str, wishes: Any, tmp_path: 
     assert "compressed-tensors" not in config
     assert any(
         "up.weight_scale" in note and f"quantization_status is '{status}'" in note
-        for note in report.plan.notes
+        for note in note_texts(report.plan.notes)
     )
     assert {name for name, _ in report.plan.dropped} == {
         "up.weight_scale",

@@ -325,7 +325,7 @@ class FolderReader:
         self.write(folder)
         for wishes in (Wishes(layout="keep"), Wishes(layout="keep", dequantize=True)):
             try:
-                plan = make_plan(self.place, wishes)
+                plan = make_plan(read_checkpoint(self.place), wishes)
                 assert len(plan.hash) == 64
             except RequantError as error:
                 assert str(error)
@@ -343,7 +343,7 @@ class GgufReader:
         (self.place / "m.gguf").write_bytes(data)
         for wishes in (Wishes(layout="keep"), Wishes(layout="keep", dequantize=True)):
             try:
-                plan = make_plan(self.place / "m.gguf", wishes)
+                plan = make_plan(read_checkpoint(self.place / "m.gguf"), wishes)
                 assert len(plan.hash) == 64
                 for make in plan.checkpoint.made_files.values():
                     json.loads(make())

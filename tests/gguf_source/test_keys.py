@@ -22,6 +22,7 @@ from requant.gguf.metadata import Metadata
 from requant.gguf.settings import Settings
 from tests.gguf_source.test_models import SEEING, TOKENS, output_of, tiny, values
 from tests.gguf_source.writer import ARCHITECTURES, write_gguf
+from tests.plan_texts import note_texts
 
 # What llama.cpp reads (src/llama-arch.cpp) and this version of the package does not list.
 _NEWER = """
@@ -136,7 +137,7 @@ def read_with(case: str, more: Mapping[str, Any]) -> tuple[dict[str, Any], str, 
     settings = Settings(metadata, shapes, lambda _: np.ones(1, np.float32), family.support)
     config = make_config(settings, family.model_type, family.cls, family.configure)
     named = [problem.where.removeprefix("m.gguf: ") for problem in metadata.problems]
-    return config, "\n".join(settings.notes), named
+    return config, "\n".join(note_texts(settings.notes)), named
 
 
 def stored(value: Any) -> Any:

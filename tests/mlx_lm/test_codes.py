@@ -19,11 +19,12 @@ from requant.conversion import convert, plan
 from requant.errors import OutOfRangeError, UsageError
 from requant.formats.base import Rows, SourceLayer
 from requant.memory import BASE_MEMORY_BYTES, MLX_LM_MEMORY_BYTES, make_budget
-from requant.relayout import _global_scales
+from requant.row_ranges import stacked_global_scales
 from requant.sources import read_checkpoint
 from tests.mlx_lm.checks import MLX_LM, NEW_FORMS, as_bytes, class_checkpoint, write_folder
 from tests.mlx_lm.families import model_types, small_config
 from tests.mlx_lm.hub_forms import FORMS
+from tests.plan_texts import note_texts, reason_text
 
 Weights = dict[str, mx.array]
 # Families whose rule decodes or transposes a layer that could be quantized.
@@ -139,7 +140,7 @@ def test_packed_experts_are_stacked(wishes: dict, tmp_path: Path) -> None:
     stacked = [x for x in report.plan.layers if "switch_mlp" in x.layer]
     assert {x.source for x in stacked} == {"awq gemm 4-bit g32"}
     own_group = "no group size was asked for: keeps its codes in groups of 32"
-    assert {x.reason for x in stacked} == {own_group if "bits" in wishes else ""}
+    assert {reason_text(x) for x in stacked} == {own_group if "bits" in wishes else ""}
 
 
 def test_packed_rows_that_are_computed(tmp_path: Path) -> None:
@@ -152,7 +153,7 @@ def test_packed_rows_that_are_computed(tmp_path: Path) -> None:
     assert layers["embed_q"].exactness == "re-encoded"
     assert layers["embed_q"].treatment == "requantized"
     assert layers["unembed_out"].treatment == "kept"
-    assert any("embed_q" in note for note in report.plan.notes)
+    assert any("embed_q" in note for note in note_texts(report.plan.notes))
 
 
 def test_experts_of_several_encodings_keep_their_codes(tmp_path: Path) -> None:
@@ -202,7 +203,7 @@ def test_bits_on_a_quantized_source_are_mlx_lm_s_choice(tmp_path: Path) -> None:
     assert by_layer["model.layers.1.mlp.switch_mlp.down_proj"].treatment == "kept"
     gate = by_layer["model.layers.1.mlp.gate"]
     assert (gate.treatment, gate.target) == ("quantized", "affine 8-bit g64")
-    assert any("model.layers.1.mlp.gate" in note for note in made.notes)
+    assert any("model.layers.1.mlp.gate" in note for note in note_texts(made.notes))
 
 
 def test_a_layer_that_the_class_holds_dense_is_decoded(tmp_path: Path) -> None:
@@ -215,7 +216,7 @@ def test_a_layer_that_the_class_holds_dense_is_decoded(tmp_path: Path) -> None:
     found = next(x for x in made.layers if x.layer == gate)
     assert (found.treatment, found.target) == ("dequantized", "BF16")
     assert gate not in made.config["quantization"]
-    assert any(gate in note and "dequantized" in note for note in made.notes)
+    assert any(gate in note and "dequantized" in note for note in note_texts(made.notes))
     with pytest.raises(UsageError, match=r"holds model\.layers\.1\.mlp\.gate dense"):
         plan(tmp_path / "q", layout="mlx-lm", overrides=[f"{gate}$=8"])
 
@@ -255,7 +256,7 @@ def test_global_scales_of_stacked_and_split_matrices(tmp_path: Path) -> None:
     zero, one, two = layer("0", 4, 16), layer("1", 4, 16), layer("two", 2, 4, 16)
 
     def read(shape: tuple[int, ...], *runs: Rows) -> list[float] | None:
-        made = _global_scales("x", shape, runs)
+        made = stacked_global_scales("x", shape, runs)
         if made is None:
             return None
         data = b"".join(

@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 
 import requant
-from requant.mlx_lm_layout import LayoutError, layout_in_any_form
+from requant.mlx_lm_classes import LayoutError
+from requant.mlx_lm_layout import layout_in_any_form
 from tests.mlx_lm.checks import (
     NEW_FORMS,
     Source,
@@ -32,6 +33,7 @@ from tests.mlx_lm.checks import (
 )
 from tests.mlx_lm.families import model_types, small_config
 from tests.mlx_lm.hub_forms import FORMS
+from tests.plan_texts import note_texts
 
 # The stacks of a class, and how published experts are found: a regex up to what holds them.
 STACKS = re.compile(
@@ -312,7 +314,7 @@ def test_experts_that_no_class_takes_stop_the_conversion(tmp_path: Path) -> None
     with pytest.raises(requant.CheckpointError, match=r"\d\d% of the weights would stay BF16"):
         requant.plan(tmp_path / "source", bits=8, group_size=32)
     made = requant.plan(tmp_path / "source", bits=8, group_size=32, layout="keep")
-    first = made.notes[0]
+    first = note_texts(made.notes)[0]
     assert re.search(r"\d\d% of the weights stay BF16: 6 tensors not named \.weight", first)
     assert "mlx-lm does not take them" in first and "--layout mlx-lm gives" not in first
 
@@ -321,9 +323,9 @@ def test_a_note_advises_a_layout_that_works(tmp_path: Path) -> None:
     """Under kept names fused stacks stay dense; the note's advice is followed."""
     stored_as("gpt_oss", "turned", tmp_path)
     made = requant.plan(tmp_path / "source", bits=8, layout="keep", group_size=32)
-    assert "--layout mlx-lm gives them such names and quantizes them" in made.notes[0]
+    assert "--layout mlx-lm gives them such names and quantizes them" in note_texts(made.notes)[0]
     followed = requant.plan(tmp_path / "source", bits=8, layout="mlx-lm", group_size=32)
-    assert "another form for mlx-lm" in " ".join(followed.notes)
+    assert "another form for mlx-lm" in " ".join(note_texts(followed.notes))
     assert not [
         x
         for x in followed.layers
@@ -341,7 +343,7 @@ def test_a_note_says_whether_mlx_lm_loads_kept_experts(
     stored_as(family, "single", tmp_path)
     options = {"bits": 8, "group_size": 32, "layout": "keep"}
     report = requant.convert(tmp_path / "source", tmp_path / "out", **options)
-    notes = [note for note in report.plan.notes if note.startswith("Experts keep")]
+    notes = [note for note in note_texts(report.plan.notes) if note.startswith("Experts keep")]
     assert len(notes) == (0 if loads else 1)
     if loads:
         load_model(tmp_path / "out", strict=True)

@@ -22,6 +22,7 @@ from tests.formats.harness import affine, float_values, read_folder
 from tests.mlx_lm.checks import class_checkpoint
 from tests.mlx_lm.families import small_config
 from tests.mlx_lm.hub_forms import FORMS
+from tests.plan_texts import note_texts, reason_text
 from tests.road.conftest import write_file
 
 ROLES = ("weight", "scales", "biases")
@@ -161,8 +162,8 @@ def test_what_must_be_encoded_again_gets_8_bits(name: str, dense: mx.Dtype, tmp_
     report = requant.convert(source, tmp_path / "out", layout="mlx-lm")
     layer = next(x for x in report.plan.layers if x.layer == STACK)
     assert (layer.exactness, layer.treatment) == ("re-encoded", "requantized")
-    assert "8 bits" in layer.reason
-    assert any(STACK in note and "8 bits" in note for note in report.plan.notes)
+    assert "8 bits" in reason_text(layer)
+    assert any(STACK in note and "8 bits" in note for note in note_texts(report.plan.notes))
     found, spec = stacked(tmp_path / "out")
     assert spec == {"group_size": group, "bits": bits, "mode": "affine"}
     before = read_folder(source)

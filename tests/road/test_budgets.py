@@ -17,6 +17,7 @@ from requant.budgets import measured_of, sensitivity
 from requant.errors import CheckpointError, UsageError
 from requant.specs import parse_budget
 from tests.mlx_lm.checks import class_checkpoint  # noqa: F401  # mlx-lm is there
+from tests.plan_texts import note_texts
 
 from .test_against_mlx_lm import model
 
@@ -67,7 +68,7 @@ def test_the_output_is_within_the_budget_and_near_it(source: Path, budget: Any) 
     limit = parse_budget(budget).limit(plan.parameters)
     assert 0.93 * limit < plan.bytes_out <= limit
     assert plan.bits_per_weight <= 8 * limit / plan.parameters
-    assert any("Chosen within" in note for note in plan.notes)
+    assert any("Chosen within" in note for note in note_texts(plan.notes))
 
 
 def test_a_budget_above_every_candidate_gives_the_least_error(source: Path) -> None:

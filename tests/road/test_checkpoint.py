@@ -21,6 +21,7 @@ from requant.limits import MAX_PROBLEMS, MAX_PROBLEMS_SHOWN
 from requant.source_folder import open_regular
 from requant.sources import read_checkpoint
 from tests.fixture_folders import NAMES, fixture
+from tests.plan_texts import note_texts
 from tests.road.builders import INDEX, SHARED, entry, header, weights, write_folder
 
 ONE = {"a.weight": ("BF16", [2, 3])}
@@ -359,7 +360,7 @@ def test_tensor_that_the_index_does_not_know(tmp_path: Path) -> None:
 
     found = read_checkpoint(folder)
     assert list(found.tensors) == ["a.weight", "b.weight"]
-    assert found.notes == (
+    assert note_texts(found.notes) == (
         f"{INDEX} does not fit the files (b.weight): their tensors are read where the files have "
         "them.",
     )

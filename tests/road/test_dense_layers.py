@@ -21,6 +21,7 @@ from tests.formats import packers
 from tests.mlx_lm.checks import class_checkpoint
 from tests.mlx_lm.families import small_config
 from tests.mlx_lm.hub_forms import FORMS
+from tests.plan_texts import note_texts
 from tests.road.conftest import write_file
 
 pytest.importorskip("mlx_lm")
@@ -137,7 +138,7 @@ def test_the_layers_of_a_dense_source(
         assert "lm_head" not in quantized(made)
     new = {x.layer for x in made.layers if x.treatment == "quantized"}
     assert "model.embed_tokens" in new
-    assert sum("dense in the source" in note for note in made.notes) == 1
+    assert sum("dense in the source" in note for note in note_texts(made.notes)) == 1
 
 
 @pytest.mark.parametrize("layout", ["keep", "mlx-lm"])
@@ -149,7 +150,7 @@ def test_without_a_request_dense_layers_stay(tool: str, layout: str, tmp_path: P
         made = requant.plan(source, layout=layout, **wishes)  # type: ignore[arg-type]
         ends = {path.rpartition(".")[2] for path in quantized(made)}
         assert ends == {"up_proj", "down_proj"}
-        assert not any("dense in the source" in note for note in made.notes)
+        assert not any("dense in the source" in note for note in note_texts(made.notes))
 
 
 @pytest.mark.parametrize("layout", ["keep", "mlx-lm"])
@@ -181,7 +182,7 @@ def test_what_the_block_of_an_mlx_folder_says_is_false(layout: str, tmp_path: Pa
     made = requant.plan(source, layout=layout, bits=4)
     assert "lm_head" in quantized(made)
     assert "lm_head" not in made.config["quantization"]
-    assert [note for note in made.notes if "says false for lm_head" in note]
+    assert [note for note in note_texts(made.notes) if "says false for lm_head" in note]
 
 
 @pytest.mark.parametrize("layout", ["keep", "mlx-lm"])

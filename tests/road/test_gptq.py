@@ -15,6 +15,7 @@ from requant.arrays import gptq, native
 from requant.errors import CheckpointError, RequantError, UsageError
 from requant.statistics import LayerStatistics, write_statistics
 from tests.formats.harness import read_folder
+from tests.plan_texts import note_texts, reason_text
 from tests.road.conftest import write_file
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -88,11 +89,11 @@ def test_each_matrix_by_its_own_hessian(
     w = weights[f"{DOWN}.weight"]
     check(DOWN, None, native.quantize(w, 32, 3, "affine", search="best", weights=ones))
 
-    notes = " ".join(report.plan.notes)
+    notes = " ".join(note_texts(report.plan.notes))
     assert "2 layers are handed on" in notes
     assert "no group is worse" not in notes
     assert f"{DOWN}: no Hessian: searched without --gptq" in notes
-    reasons = {x.layer: x.reason for x in report.plan.layers}
+    reasons = {x.layer: reason_text(x) for x in report.plan.layers}
     assert (reasons[Q], reasons[DOWN]) == ("", "no Hessian: searched without --gptq")
     assert requant.verify(source, tmp_path / "out", statistics=stats).ok
     other = tmp_path / "other.safetensors"

@@ -25,6 +25,7 @@ from tests.mlx_lm.checks import (
 )
 from tests.mlx_lm.families import small_config
 from tests.mlx_lm.hub_forms import FORMS
+from tests.plan_texts import note_texts
 
 from .conftest import load, same, tree
 from .test_against_mlx_lm import by_mlx_lm, model
@@ -138,14 +139,14 @@ def test_auto_is_mlx_lm_s_layout_where_mlx_lm_takes_the_model(name: str) -> None
     made = plan(model(name), bits=4)
     assert made.layout == "mlx-lm"
     assert made.hash == plan(model(name), bits=4, layout="mlx-lm").hash
-    assert not any("--layout" in note for note in made.notes)
+    assert not any("--layout" in note for note in note_texts(made.notes))
 
 
 def kept_because(folder: Path, **wishes: object) -> str:
     """The note with which a plan keeps the source's names."""
     made, kept = plan(folder, **wishes), plan(folder, layout="keep", **wishes)
     assert (made.layout, made.hash) == ("keep", kept.hash)
-    (note,) = set(made.notes) - set(kept.notes)
+    (note,) = set(note_texts(made.notes)) - set(note_texts(kept.notes))
     return note.removeprefix("Tensors keep the source's names (--layout keep): ")
 
 
@@ -314,7 +315,7 @@ def test_extra_tensors_are_kept_dense_under_their_names(tmp_path: Path, dtype: s
         expected = stored[name] if dtype is None else stored[name].astype(mx.float16)
         assert same(kept[name], expected)
     assert made.dropped == ()
-    (note,) = [note for note in made.notes if "has no use for" in note]
+    (note,) = [note for note in note_texts(made.notes) if "has no use for" in note]
     assert note.startswith("mlx-lm has no use for 4 tensors ")
     assert note.endswith("ignores such tensors when it loads the result.")
 
@@ -343,7 +344,7 @@ def test_where_mlx_lm_refuses_them_a_note_says_so(tmp_path: Path) -> None:
     report = convert(source, tmp_path / "out", bits=4, group_size=32, keep_extra=True)
     made = report.plan
     assert not made.loads
-    (note,) = [note for note in made.notes if "has no use for" in note]
+    (note,) = [note for note in note_texts(made.notes) if "has no use for" in note]
     assert "does not load the result as it is: mlx-lm, loading qwen3_next: its class" in note
     with pytest.raises(ValueError, match=r"mtp\.fc\.weight"):
         load_model(tmp_path / "out")

@@ -12,19 +12,20 @@ import pytest
 from requant.conversion import plan
 from requant.errors import CheckpointError, OutOfRangeError, UnknownValueError, UsageError
 from requant.schema import Quantization
+from tests.plan_texts import note_texts, reason_text
 
 from .conftest import bf16
 
 
 def fates(made) -> dict[str, tuple[str, str, str]]:
-    return {x.layer: (x.treatment.value, x.target, x.reason) for x in made.layers}
+    return {x.layer: (x.treatment.value, x.target, reason_text(x)) for x in made.layers}
 
 
 def test_dense_source_without_wishes_takes_mlx_default_and_says_so(dense: Path) -> None:
     made = plan(dense)
 
     assert made.quantization.quantization == Quantization.affine(64, 4)
-    assert any("4 bits, group 64" in note for note in made.notes)
+    assert any("4 bits, group 64" in note for note in note_texts(made.notes))
 
 
 def test_what_is_quantized_in_a_dense_source(dense: Path) -> None:
@@ -248,4 +249,4 @@ def test_float64_and_integers_stay_dense_with_the_reason(checkpoint: Callable[..
     assert found["gate.tid2eid"] == ("dense", "I32", "dtype I32 cannot be quantized")
     made = plan(source, bits=4, dtype="float32")
     assert fates(made)["a"][:2] == ("quantized", "affine 4-bit g64")
-    assert any("MLX cannot load" in note for note in plan(source, bits=4).notes)
+    assert any("MLX cannot load" in note for note in note_texts(plan(source, bits=4).notes))

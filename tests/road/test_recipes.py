@@ -13,6 +13,7 @@ from requant.errors import UsageError
 from requant.recipes import MIXED, load_recipe
 from tests.mlx_lm.checks import class_checkpoint
 from tests.mlx_lm.families import small_config
+from tests.plan_texts import note_texts, reason_text
 
 from .conftest import bf16, load, same
 from .test_against_mlx_lm import by_mlx_lm, model
@@ -107,7 +108,7 @@ def test_a_recipe_of_ours(mine: Path, layout: str, tmp_path: Path) -> None:
     assert "model.embed_tokens" not in found
     assert made.config["quantization"]["model.embed_tokens"] is False
     assert made.config["quantization"]["bits"] == 3
-    assert made.notes == () or layout == "keep"
+    assert note_texts(made.notes) == () or layout == "keep"
     if layout == "mlx-lm":
         convert(model("micro-moe"), tmp_path / "out", recipe=mine, layout=layout)
         loaded, tokenizer = mlx_lm.load(str(tmp_path / "out"))
@@ -133,9 +134,9 @@ def test_overrides_and_only_win(mine: Path, layout: str) -> None:
 
 def test_rules_that_fit_no_layer_are_noted_for_own_files_only(mine: Path) -> None:
     mine.write_text("[default]\n[[rules]]\nmatch = 'v_porj'\nspec = 8\n")
-    (note,) = plan(model("micro-llama"), recipe=mine).notes
+    (note,) = note_texts(plan(model("micro-llama"), recipe=mine).notes)
     assert note.endswith("match 'v_porj' fits no layer.")
-    assert plan(model("micro-llama"), recipe="experts-3").notes == ()
+    assert note_texts(plan(model("micro-llama"), recipe="experts-3").notes) == ()
 
 
 def test_a_group_that_does_not_fit_is_no_error(mine: Path, tmp_path: Path) -> None:
@@ -147,7 +148,7 @@ def test_a_group_that_does_not_fit_is_no_error(mine: Path, tmp_path: Path) -> No
         made = plan(tmp_path / "m", recipe=mine, layout=layout)
         (layer,) = [x for x in made.layers if x.layer == path]
         assert layer.target == target
-        assert layer.reason.startswith("last axis 192 ")
+        assert reason_text(layer).startswith("last axis 192 ")
 
 
 def test_on_a_quantized_source(mine: Path, tmp_path: Path) -> None:

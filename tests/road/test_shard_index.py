@@ -11,6 +11,7 @@ import pytest
 from requant.checkpoint import Checkpoint
 from requant.errors import CheckpointError
 from requant.sources import read_checkpoint
+from tests.plan_texts import note_texts
 from tests.road.builders import INDEX, write_folder
 
 A, B, C = ({f"{x}.weight": ("BF16", [2, 3])} for x in "abc")
@@ -50,7 +51,7 @@ def test_an_index_of_files_that_are_not_there(tmp_path: Path, files: Files) -> N
     found = read_checkpoint(folder)
 
     assert names(found) == sorted({k for tensors in files.values() for k in tensors})
-    (note,) = found.notes
+    (note,) = note_texts(found.notes)
     assert f"{INDEX} is stale: none of the 2 files that it names is there" in note
     (folder / INDEX).unlink()  # as the note says
     assert names(read_checkpoint(folder)) == names(found)
@@ -60,7 +61,7 @@ def test_an_index_of_files_that_are_not_there(tmp_path: Path, files: Files) -> N
 def test_all_tensors_are_in_those_files_that_are_there(tmp_path: Path) -> None:
     found = read_checkpoint(make(tmp_path, {ONE: A | B}))
     assert names(found) == ["a.weight", "b.weight"]
-    assert "holds all of its tensors" in found.notes[0]
+    assert "holds all of its tensors" in note_texts(found.notes)[0]
 
 
 def test_tensors_are_in_other_files_than_the_index_says(tmp_path: Path) -> None:
@@ -70,7 +71,7 @@ def test_tensors_are_in_other_files_than_the_index_says(tmp_path: Path) -> None:
         "a.weight": TWO,
         "c.weight": TWO,
     }
-    assert "a.weight, b.weight, c.weight" in found.notes[0]
+    assert "a.weight, b.weight, c.weight" in note_texts(found.notes)[0]
 
 
 def test_mistrals_copy_beside_shards(tmp_path: Path) -> None:

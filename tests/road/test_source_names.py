@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from requant.conversion import convert, plan
+from tests.plan_texts import note_texts, reason_text
 
 from .conftest import bf16
 
@@ -69,7 +70,7 @@ def test_a_tower_beside_a_language_model_stays_dense(path: str, checkpoint: Buil
     assert found.pop(path) == "dense"
     assert set(found.values()) == {"quantized"}
     made = plan(source, layout="keep", bits=4)
-    reason = next(layer.reason for layer in made.layers if layer.layer == path)
+    reason = next(reason_text(layer) for layer in made.layers if layer.layer == path)
     assert reason == "tower for images or sound"
 
 
@@ -152,7 +153,7 @@ def test_a_shared_embedding_stays_dense(family: str, checkpoint: Build) -> None:
     source = checkpoint(masked(family, tied=True), {"model_type": family})
     embedding = MASKED[family][0]
     assert treatments(source, group_size=64)[embedding] == "dense"
-    (note,) = [x for x in plan(source, bits=8).notes if "head of masked words" in x]
+    (note,) = [x for x in note_texts(plan(source, bits=8).notes) if "head of masked words" in x]
     assert f"--override {embedding}=8" in note
     assert treatments(source, overrides=[f"{embedding}=8"])[embedding] == "quantized"
 
@@ -185,7 +186,7 @@ def test_entries_have_the_names_of_modules_too(
     report = convert(source, tmp_path / "out", bits=4, overrides=override, layout="keep")
     block = json.loads((tmp_path / "out" / "config.json").read_text())["quantization"]
     assert block[module] == block[path] == EIGHT
-    assert [note for note in report.plan.notes if "under other names too" in note]
+    assert [note for note in note_texts(report.plan.notes) if "under other names too" in note]
     # The output is a source as before, with the same codes.
     again = convert(tmp_path / "out", tmp_path / "again", layout="keep")
     assert {x.exactness for x in again.plan.layers} == {"exact"}

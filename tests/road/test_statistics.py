@@ -22,6 +22,7 @@ from requant.gguf.families import _FAMILIES as FAMILIES
 from requant.statistics import LayerStatistics, read_statistics, write_statistics
 from requant.statistics.names import Key, key_of
 from tests.formats.harness import read_folder
+from tests.plan_texts import note_texts, reason_text
 from tests.road.conftest import write_file
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -356,11 +357,11 @@ def test_each_matrix_is_weighted_by_its_own(mode: str, source: Path, tmp_path: P
             unseen = expert == 1 and path.suffix != ".dat"
             mine = None if unseen else squares(4, 96, seed=2)[expert]
             check("model.layers.0.mlp.switch_mlp.up_proj", expert, mine)
-        notes = " ".join(report.plan.notes)
+        notes = " ".join(note_texts(report.plan.notes))
         assert "weighted by" in notes
         assert "model.layers.0.self_attn.o_proj found no statistics" in notes
         assert ("1 expert of" in notes) == (path.suffix != ".dat")
-        reasons = {x.layer: x.reason for x in report.plan.layers}
+        reasons = {x.layer: reason_text(x) for x in report.plan.layers}
         assert "no statistics" in reasons["model.layers.0.self_attn.o_proj"]
         assert not reasons["model.layers.0.self_attn.q_proj"]
 

@@ -13,6 +13,7 @@ import pytest
 
 import requant
 from requant.sources import read_checkpoint
+from tests.plan_texts import note_texts
 from tests.road.builders import INDEX, header, weights, write_folder
 from tests.road.conftest import bf16, tree, write_file
 
@@ -134,7 +135,7 @@ def test_weights_that_a_copied_file_names_are_carried_over(tmp_path: Path, case:
     assert set(found.side_files) == expected
     assert named <= expected
     assert [name for name, _ in found.left_out] == ["other.pt"] * ("other.pt" in files)
-    (note,) = found.notes
+    (note,) = note_texts(found.notes)
     assert note.startswith("Weights carried over as they are, named by ")
     assert list(found.tensors) == ["embed_tokens.weight"]
 
@@ -226,7 +227,9 @@ def test_a_damaged_list_of_modules_names_nothing(tmp_path: Path, raw: bytes) -> 
 def test_a_module_without_its_weights_is_noted(tmp_path: Path) -> None:
     files = {"modules.json": modules("2_Dense"), "2_Dense/config.json": b"{}"}
     found = read_checkpoint(write_folder(tmp_path, {"model.safetensors": MODEL, **files}))
-    assert found.notes[0].startswith("modules.json names 2_Dense, and no weights of it are there")
+    assert note_texts(found.notes)[0].startswith(
+        "modules.json names 2_Dense, and no weights of it are there"
+    )
 
 
 def test_a_model_in_a_subfolder_is_named_and_can_be_given(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from requant.same_values import same_values
 from requant.sources import read_checkpoint
 from tests.formats import ct_layers
 from tests.mlx_lm.families import small_config
+from tests.plan_texts import note_texts
 
 from .conftest import bf16, load, same, to_mx
 
@@ -97,7 +98,7 @@ def test_a_copy_of_the_embedding_is_left_out(
     assert not any(name.startswith("lm_head") for name in load(tmp_path / "out"))
     assert config_of(tmp_path / "out")["tie_word_embeddings"] is True
     assert dict(report.plan.dropped)[HEAD].startswith(f"holds the values of {EMBEDDING}")
-    assert any(HEAD in note and "left out" in note for note in report.plan.notes)
+    assert any(HEAD in note and "left out" in note for note in note_texts(report.plan.notes))
     logits(tmp_path / "out")
 
 
@@ -109,7 +110,10 @@ def test_a_head_of_its_own_is_kept_and_the_flag_set_false(
     report = requant.convert(source, tmp_path / "out", layout=layout, dequantize=True)
     assert same(load(tmp_path / "out")[HEAD], to_mx(OWN))
     assert config_of(tmp_path / "out")["tie_word_embeddings"] is False
-    assert any("the head is kept" in note and "true in the" in note for note in report.plan.notes)
+    assert any(
+        "the head is kept" in note and "true in the" in note
+        for note in note_texts(report.plan.notes)
+    )
     honest = checkpoint(*llama(OWN, tie_word_embeddings=False), name="honest")
     assert mx.array_equal(logits(tmp_path / "out"), logits(honest))
 
@@ -119,7 +123,10 @@ def test_a_model_without_a_head_is_tied(layout: str, checkpoint: Build, tmp_path
     source = checkpoint(*llama(None, tie_word_embeddings=False))
     report = requant.convert(source, tmp_path / "out", layout=layout, dequantize=True)
     assert config_of(tmp_path / "out")["tie_word_embeddings"] is True
-    assert any("no head beside" in note and "false in the" in note for note in report.plan.notes)
+    assert any(
+        "no head beside" in note and "false in the" in note
+        for note in note_texts(report.plan.notes)
+    )
     honest = checkpoint(*llama(None, tie_word_embeddings=True), name="honest")
     assert mx.array_equal(logits(tmp_path / "out"), logits(honest))
 
@@ -133,7 +140,7 @@ def test_what_agrees_is_left_alone(
     report = requant.convert(source, tmp_path / "out", layout=layout, bits=8)
     assert config_of(tmp_path / "out")["tie_word_embeddings"] is flag
     assert (f"{HEAD[:-7]}.scales" in load(tmp_path / "out")) is (head is not None)
-    assert not any("head" in note for note in report.plan.notes)
+    assert not any("head" in note for note in note_texts(report.plan.notes))
 
 
 def test_a_flag_that_is_absent_is_what_the_class_takes(checkpoint: Build, tmp_path: Path) -> None:
@@ -284,7 +291,9 @@ def test_a_quantized_head_beside_a_dense_embedding(
     report = requant.convert(checkpoint(tensors, config), tmp_path / "out", layout=layout)
     assert "lm_head.scales" in load(tmp_path / "out")
     assert config_of(tmp_path / "out")["tie_word_embeddings"] is False
-    assert any("compressed-tensors" in note and "BF16" in note for note in report.plan.notes)
+    assert any(
+        "compressed-tensors" in note and "BF16" in note for note in note_texts(report.plan.notes)
+    )
     logits(tmp_path / "out")
 
 
@@ -386,7 +395,7 @@ def test_a_model_without_scores_of_tokens_has_no_head(architecture: str, checkpo
     tensors, config = llama(None, tie_word_embeddings=False, architectures=[architecture])
     made = requant.plan(checkpoint(tensors, config), bits=8, layout="keep")
     assert made.config["tie_word_embeddings"] is False
-    assert not any("head" in note for note in made.notes)
+    assert not any("head" in note for note in note_texts(made.notes))
 
 
 # -- classes --------------------------------------------------------------------------------
@@ -411,7 +420,7 @@ def test_a_class_that_always_ties(flag: bool, checkpoint: Build, tmp_path: Path)
     made = requant.plan(source, bits=8)
     assert made.layout == "keep"
     assert made.config["tie_word_embeddings"] is False
-    assert any("differs from" in note for note in made.notes)
+    assert any("differs from" in note for note in note_texts(made.notes))
 
 
 def test_a_class_that_never_ties_gets_the_embedding_once_more(
@@ -428,7 +437,7 @@ def test_a_class_that_never_ties_gets_the_embedding_once_more(
     report = requant.convert(folder, tmp_path / "out", dequantize=True, layout="mlx-lm")
     out = load(tmp_path / "out")
     assert same(out[HEAD], out[EMBEDDING])
-    assert any("copy of the embedding" in note for note in report.plan.notes)
+    assert any("copy of the embedding" in note for note in note_texts(report.plan.notes))
     logits(tmp_path / "out")
 
 

@@ -38,6 +38,7 @@ from requant.hub import find_repository, reach
 from requant.mlx_lm import Loaded, check_installed, load_tokenizer, load_with_report, skeleton
 from requant.planner import make_plan
 from requant.record import version
+from requant.sources import as_checkpoint
 from requant.staging import lock_staging
 from requant.statistics.files import merge_statistics, write_statistics
 from requant.wishes import Wishes
@@ -159,7 +160,8 @@ def calibrate(
         layout="mlx-lm",
         config_from=config_from,
     )
-    plan = make_plan(reach(model, find_repository(model, revision), wishes.config_from), wishes)
+    source = reach(model, find_repository(model, revision), wishes.config_from)
+    plan = make_plan(as_checkpoint(source, wishes.config_from), wishes)
     ids = windows_of(load_tokenizer(model, plan), texts_of(text), tokens, window, seed)
     metadata = {
         "requant": version(),

@@ -8,11 +8,11 @@ from __future__ import annotations
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from requant.blueprint import Treatment
 from requant.cli.words import format_seconds, format_size, printable
 from requant.consuming import most_with_consume_source
 from requant.errors import count, few
@@ -37,6 +37,12 @@ if TYPE_CHECKING:
     from requant.verification import Verification
 
 _REASON_LINES = 10
+# Layers with a reason, by what becomes of them; those that stay dense come first.
+_REASON_TITLES = (
+    (Treatment.QUANTIZED, "another group size:"),
+    (Treatment.KEPT, "kept, but stored otherwise:"),
+    (Treatment.REQUANTIZED, "encoded anew:"),
+)
 _FILE_LINES = 4
 _NAME_LINES = 40
 _WORST_LINES = 5
@@ -192,18 +198,15 @@ def _show_layers(page: _Page, plan: Plan) -> None:
     page.line()
     _show_groups(page, group_layers(plan.layers))
     _show_reasons(page, "stays dense:", left_dense(plan.layers))
-    other_group = [x for x in plan.layers if x.reason and x.treatment == "quantized"]
-    _show_reasons(page, "another group size:", other_group)
-    kept = [x for x in plan.layers if x.reason and x.treatment == "kept"]
-    _show_reasons(page, "kept, but stored otherwise:", kept)
-    anew = [x for x in plan.layers if x.reason and x.treatment == "requantized"]
-    _show_reasons(page, "encoded anew:", anew)
-    rounded = [replace(x, reason=x.bound) for x in plan.layers if x.bound]
-    _show_reasons(page, "rounded:", rounded)
+    for treatment, title in _REASON_TITLES:
+        found = [x for x in plan.layers if x.reason and x.treatment is treatment]
+        _show_reasons(page, title, found)
+    rounded = [x for x in plan.layers if x.bound]
+    _show_reasons(page, "rounded:", rounded, lambda layer: layer.bound)
     if plan.notes or plan.left_out or plan.dropped:
         page.line()
     for note in plan.notes:
-        page.line(f"note: {note}")
+        page.line(f"note: {note.text}")
     for reason, names in _by_reason(plan.dropped).items():
         kinds = list(dict.fromkeys(map(_without_numbers, names)))
         page.line(f"dropped: {count(len(names), 'tensor')} ({reason}): {few(kinds, 3)}")
@@ -238,13 +241,22 @@ def _by_reason(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
     return found
 
 
-def _show_reasons(page: _Page, title: str, layers: Sequence[LayerPlan]) -> None:
+def _reason_text(layer: LayerPlan) -> str:
+    return layer.reason.text if layer.reason else ""
+
+
+def _show_reasons(
+    page: _Page,
+    title: str,
+    layers: Sequence[LayerPlan],
+    text_of: Callable[[LayerPlan], str] = _reason_text,
+) -> None:
     """One line a reason, largest first: how many layers, how large, which names."""
     if not layers:
         return
     alike: dict[str, list[LayerPlan]] = defaultdict(list)
     for layer in layers:
-        alike[layer.reason].append(layer)
+        alike[text_of(layer)].append(layer)
     found = sorted(alike.items(), key=lambda item: -sum(x.nbytes for x in item[1]))
     rows = [
         (

@@ -39,7 +39,8 @@ Shared by several of them:
 * ``stale``: the step that reads any format, and a block that outlived its codes; ``empty``: weights
   without values;
 * ``integer_layers``, ``float8_layers``, ``nvfp4_layers``: layers of one kind of code, of any
-  tool; ``input_scaled``: any of them with a scale for each input;
+  tool; ``input_scaled``: any of them with a scale for each input; ``matrix_scales``: which scale
+  each matrix of a stack has;
 * ``float_packings``: FP8, FP4 and FP6 codes of any tool; ``row_blocks``: rows in the bits of one
   packed row (HQQ, BitNet);
 * ``widening``: codes of any layer moved into more bits or smaller groups; ``members``: layers
@@ -85,6 +86,7 @@ from requant.formats.quark import Quark
 from requant.formats.qweight import QweightFormat
 from requant.formats.torchao import Torchao
 from requant.formats.unclaimed import check_unclaimed
+from requant.reasons import Note, NoteCode
 
 __all__ = ["FORMATS", "Format", "SourceLayer", "SourceLayout", "detect", "read_layout"]
 
@@ -151,9 +153,10 @@ def read_layout(checkpoint: Checkpoint) -> tuple[Format, SourceLayout]:
             return found, replace(best[2], problems=(_undecided(best[0], other),))
     counts, known, made, _ = best
     if counts is not first:
-        note = (
+        note = Note(
+            NoteCode.CONTRADICTING_BLOCKS,
             f"{first.where} and {counts.where} contradict each other "
-            f"({_keys(first, counts)}): the tensors fit {counts.where}, which counts."
+            f"({_keys(first, counts)}): the tensors fit {counts.where}, which counts.",
         )
         made = replace(made, notes=(*made.notes, note))
     return known, made

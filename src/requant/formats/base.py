@@ -13,6 +13,7 @@ import numpy as np
 from requant.checkpoint import Checkpoint, SourceTensor
 from requant.errors import Problem
 from requant.formats.packing import Packing
+from requant.reasons import Note, NoteCode, Reason, ReasonCode
 from requant.schema import PerLayerQuantization, Quantization
 
 
@@ -111,7 +112,7 @@ class SourceLayer:
     packing: Packing | None = None
     stored: str = ""
     fallback: Quantization | None = None
-    reason: str = ""
+    reason: Reason | None = None
     needs_wish: str = ""
     act_order: bool = False
     row_order: RowOrder | None = None
@@ -186,7 +187,7 @@ class SourceLayout:
         quantization: The MLX quantization that the source declares, if it is MLX's.
         problems: What is wrong with the checkpoint.
         dropped: Tensors that have no use in MLX, each with the reason.
-        notes: What the user should know, one sentence each.
+        notes: What the user should know.
         folds: Layers that may be kept by reordering others.
         rotation: What the config of an output says about layers with a rotation.
         unfulfilled: What is wrong where the config names a format and no layer is of it; said
@@ -197,17 +198,16 @@ class SourceLayout:
     quantization: PerLayerQuantization | None = None
     problems: tuple[Problem, ...] = ()
     dropped: tuple[tuple[str, str], ...] = ()
-    notes: tuple[str, ...] = ()
+    notes: tuple[Note, ...] = ()
     folds: tuple[Fold, ...] = ()
     rotation: Mapping[str, Any] | None = None
     unfulfilled: Problem | None = None
 
     def without_rotations(self) -> SourceLayout:
         """The same with every rotation folded into the values of its layer."""
+        reason = Reason(ReasonCode.ROTATION_FOLDED, "its rotation is folded into the weight")
         layers = tuple(
-            replace(x, encoding=None, carried={}, reason="its rotation is folded into the weight")
-            if x.carried
-            else x
+            replace(x, encoding=None, carried={}, reason=reason) if x.carried else x
             for x in self.layers
         )
         return replace(self, layers=layers, rotation=None)
@@ -226,9 +226,10 @@ class SourceLayout:
             replace(changed.get(layer.path, layer), row_order=orders.get(layer.path))
             for layer in self.layers
         )
-        note = (
+        note = Note(
+            NoteCode.ACT_ORDER_MOVED,
             f"act-order of {len(changed)} layers was moved into the rows of the layers before "
-            "them: their codes stay as they are."
+            "them: their codes stay as they are.",
         )
         return replace(self, layers=layers, notes=(*self.notes, note))
 

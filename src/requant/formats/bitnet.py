@@ -30,6 +30,7 @@ from requant.formats.packing import (
 )
 from requant.formats.row_blocks import NEXT, block_codes, block_cuts
 from requant.formats.sorting import Refused, Sorter
+from requant.reasons import Note, NoteCode
 
 _CLASSES: Final = ("bitlinear", "autobitlinear")
 _FLOATS: Final = ("BF16", "F16", "F32")
@@ -103,10 +104,11 @@ class BitNet:
                 parts = {"weight": tensor, "weight_scale": scale}
                 sorter.make(path, parts, lambda p, t: _layer(sorter, p, t, divides))
         if sorter.quantized:
-            sorter.notes.append(
+            text = (
                 "BitNet rounds activations to 8 bits while it runs; MLX does not, so that outputs "
                 "differ a little from the source's."
             )
+            sorter.notes.append(Note(NoteCode.ROUNDED_ACTIVATIONS, text))
         else:
             sorter.no_layer(
                 found.where,

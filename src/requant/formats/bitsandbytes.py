@@ -18,6 +18,7 @@ from requant.formats.ct_packings import Zeros
 from requant.formats.declared import DTYPE_WORDS, declared
 from requant.formats.integer_layers import integer_layer
 from requant.formats.sorting import Sorter
+from requant.reasons import Reason, ReasonCode
 from requant.safetensors_header import parse_json_object
 
 _STATE: Final = ".quant_state.bitsandbytes__"
@@ -25,7 +26,7 @@ _TABLES: Final = ("nf4", "fp4")
 _ROLES: Final = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 # The orders of 8-bit codes that current bitsandbytes refuses to load.
 _ORDERS: Final = {1: "col32", 2: "col_turing", 3: "col_ampere"}
-_REASON = "a table of 16 values, which no mode of MLX holds"
+_REASON = Reason(ReasonCode.NO_MLX_MODE, "a table of 16 values, which no mode of MLX holds")
 
 
 class Bitsandbytes:

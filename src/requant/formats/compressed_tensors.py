@@ -27,6 +27,7 @@ from requant.formats.layer_names import layer_names
 from requant.formats.nvfp4_layers import nvfp4_layer, nvfp4_without_tensor_scale
 from requant.formats.sorting import Refused, Sorter
 from requant.formats.stacks import Experts, are_turned, rows_with_one_scale
+from requant.reasons import Reason, ReasonCode
 
 _ROLES: Final = (
     "weight_packed",
@@ -58,7 +59,7 @@ class CompressedTensors:
         """The config names it, or the old key of its block does; else ``weight_packed`` tells."""
         found = declared(checkpoint)
         if found is not None:
-            by_key = found.where.endswith("compression_config")
+            by_key = found.keys[-1:] == ("compression_config",)
             known = found.method in ("compressed-tensors", "compressed_tensors")
             if not found.method and "config_groups" in found.block:
                 known = "quant_algo" not in found.block and "quantization" not in found.block
@@ -303,7 +304,8 @@ class _Reader:
         layer = integer_layer(self.sorter, path, used, shape, packing, tool, words)
         if not isinstance(packing, CtActOrder):
             return layer
-        reason = "act-order: its inputs take their scales from any group"
+        text = "act-order: its inputs take their scales from any group"
+        reason = Reason(ReasonCode.ACT_ORDER, text)
         return replace(layer, stored=f"{layer.stored} act-order", reason=reason, act_order=True)
 
     def _columns(self, path: str, parts: _Parts, scheme: Scheme) -> int | None:

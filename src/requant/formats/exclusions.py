@@ -16,6 +16,7 @@ from requant.errors import Problem, count_are, few
 from requant.formats.base import SourceLayer, SourceLayout
 from requant.formats.declared import Declared, declared
 from requant.patterns import Pattern, PatternError, Wildcards
+from requant.reasons import Note, NoteCode
 
 # Lists of names: exact paths, modules that hold a layer or the end of its path; with "*" or "?"
 # wildcards, behind "re:" regular expressions.
@@ -56,11 +57,13 @@ def with_exclusions(checkpoint: Checkpoint, layout: SourceLayout) -> SourceLayou
         hits = dict(_named(entries, coded))
         if hits:
             told = few([repr(entry) for entry in dict.fromkeys(hits.values())], _NAMED)
-            notes.append(f"{found.where}.{key} calls {told} dense, but {_stored(hits, coded)}")
+            text = f"{found.where}.{key} calls {told} dense, but {_stored(hits, coded)}"
+            notes.append(Note(NoteCode.QUANTIZED_THOUGH_EXCLUDED, text))
     for key in _POSITIVE:
         left_out = list(_left_out(found.get(key), coded))
         if left_out:
-            notes.append(f"{found.where}.{key} leaves layers out, but {_stored(left_out, coded)}")
+            text = f"{found.where}.{key} leaves layers out, but {_stored(left_out, coded)}"
+            notes.append(Note(NoteCode.QUANTIZED_THOUGH_EXCLUDED, text))
     return replace(layout, problems=(*layout.problems, *problems), notes=(*layout.notes, *notes))
 
 

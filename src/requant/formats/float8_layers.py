@@ -16,6 +16,7 @@ from requant.formats.float_packings import (
 )
 from requant.formats.sorting import Refused, Sorter
 from requant.formats.stacks import Experts, are_turned
+from requant.reasons import Reason, ReasonCode
 
 # mx.load gives E4M3 as plain bytes.
 FLOAT8 = ("F8_E4M3", "F8_E4M3FNUZ", "U8")
@@ -207,5 +208,13 @@ def _layer(
         f"({'32' if dtype == 'F32' else '16'})"
     )
     return SourceLayer(
-        path, parts, None, shape, dtype, packing, stored, reason=reason, needs_wish=needs_wish
+        path,
+        parts,
+        None,
+        shape,
+        dtype,
+        packing,
+        stored,
+        reason=Reason(ReasonCode.NO_MLX_MODE, reason),
+        needs_wish=needs_wish,
     )

@@ -20,6 +20,7 @@ from requant.formats.float_packings import MxBlocks
 from requant.formats.nvfp4_layers import nvfp4_layer
 from requant.formats.packing import Cut, Packing, Parts, Scratch
 from requant.formats.sorting import Refused, Sorter
+from requant.reasons import Reason, ReasonCode
 
 _CODES: Final = ("qweight", "scales", "weight_global_scale")
 _MATRICES: Final = ("forward_hadamard_matrix", "backward_hadamard_matrix")
@@ -171,5 +172,5 @@ def _layer(sorter: Sorter, found: Declared, path: str, tensors: _Tensors) -> Sou
         packing=Divided(rows, 2 * nbytes, packing),
         stored="mxfp4 with a global scale",
         fallback=fallback_for(2 * nbytes),
-        reason="MLX's mxfp4 has no place for its global scale",
+        reason=Reason(ReasonCode.TENSOR_SCALE, "MLX's mxfp4 has no place for its global scale"),
     )

@@ -28,6 +28,7 @@ from requant.formats.packing import (
     Scratch,
 )
 from requant.gguf_model import GgufModel, GgufTensor
+from requant.reasons import Reason, ReasonCode
 from requant.schema import Quantization, QuantMode
 
 # Types whose scales and biases are float16 numbers as they are, or powers of two times those.
@@ -306,11 +307,13 @@ def _layer(
             _path(tensor.name), parts, None, stored.shape, model.dtype, packing, name=name
         )
     encoding = packing.encoding
-    reason = ""
+    reason = None
     if encoding is None:
-        reason = f"a scale of {stored.kind.name} covers fewer values than any of MLX's"
+        text = f"a scale of {stored.kind.name} covers fewer values than any of MLX's"
+        reason = Reason(ReasonCode.NO_MLX_GROUP, text)
         if scales:
-            reason = "a scale over the whole tensor is multiplied in"
+            text = "a scale over the whole tensor is multiplied in"
+            reason = Reason(ReasonCode.TENSOR_SCALE, text)
     return SourceLayer(
         _path(tensor.name),
         parts,

@@ -15,6 +15,7 @@ from math import prod
 from requant.checkpoint import Checkpoint
 from requant.formats.base import Fold, RowOrder, SourceLayer
 from requant.formats.gptq_packings import Gptq, group_order
+from requant.reasons import Reason, ReasonCode
 
 # Consumer -> its producers, in one module.
 _MLPS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -43,7 +44,10 @@ def find_folds(checkpoint: Checkpoint, layers: Sequence[SourceLayer]) -> list[Fo
             packing=moved,
             encoding=moved.encoding,
             fallback=None,
-            reason="act-order moved into " + " and ".join(_tail(p.path) for p in producers),
+            reason=Reason(
+                ReasonCode.ACT_ORDER_MOVED,
+                "act-order moved into " + " and ".join(_tail(p.path) for p in producers),
+            ),
             act_order=False,
         )
         rows = {p.path: RowOrder.of(order, p.shape[0] // order.size) for p in producers}

@@ -21,6 +21,7 @@ from requant.formats.hqq_packings import W_Q, HqqColumns, HqqRows, element
 from requant.formats.integer_layers import integer_layer
 from requant.formats.row_blocks import NEXT
 from requant.formats.sorting import Sorter
+from requant.reasons import Reason, ReasonCode
 
 _SUFFIX: Final = f".{W_Q}"
 _CODES: Final = ("scale", "zero")
@@ -168,7 +169,7 @@ class _Layer:
         dtype = scale_dtype(self.parts["scale"].info.dtype, self.sorter.dtype)
         parts = self.parts | {f"{role}{NEXT}": part for role, part in self.parts.items()}
         stored = f"hqq {bits}-bit g{group} axis 0"
-        reason = "axis 0: scales vary from input to input"
+        reason = Reason(ReasonCode.NO_MLX_MODE, "axis 0: scales vary from input to input")
         fallback = fallback_for(shape[1])
         return SourceLayer(self.path, parts, None, shape, dtype, packed, stored, fallback, reason)
 

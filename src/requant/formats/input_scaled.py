@@ -10,6 +10,7 @@ import numpy as np
 from requant.checkpoint import SourceTensor
 from requant.formats.base import SourceLayer, fallback_for
 from requant.formats.packing import Cut, Packing, Parts, Scratch
+from requant.reasons import Reason, ReasonCode
 
 _ROLE: Final = "input_scale"
 
@@ -66,5 +67,8 @@ def input_scaled(layer: SourceLayer, scale: SourceTensor) -> SourceLayer:
         packing=InputScaled(rows, columns, layer.packing),
         stored=f"{layer.stored}, inputs scaled",
         fallback=None if layer.needs_wish else fallback_for(columns),
-        reason=f"{scale.name.rpartition('.')[2]} is folded into its columns",
+        reason=Reason(
+            ReasonCode.INPUT_SCALE_FOLDED,
+            f"{scale.name.rpartition('.')[2]} is folded into its columns",
+        ),
     )

@@ -8,6 +8,7 @@ from requant.checkpoint import SourceTensor
 from requant.formats.base import SourceLayer, fallback_for, scale_dtype
 from requant.formats.packing import IntegerPacking
 from requant.formats.sorting import Sorter
+from requant.reasons import Reason, ReasonCode
 
 _SMALLEST_GROUP = 8
 
@@ -51,9 +52,10 @@ def integer_layer(
         scales: The words for scales that are not one a group.
     """
     group = f"g{packing.group}" if packing.groups > 1 else scales
-    encoding, reason, fallback = packing.encoding, "", None
+    encoding, reason, fallback = packing.encoding, None, None
     if encoding is None:
-        reason = f"no group of MLX's fits groups of {packing.group} in {packing.columns} inputs"
+        text = f"no group of MLX's fits groups of {packing.group} in {packing.columns} inputs"
+        reason = Reason(ReasonCode.NO_MLX_GROUP, text)
         fallback = fallback_for(packing.columns)
     return SourceLayer(
         path,

@@ -14,10 +14,17 @@ from requant.dtypes import KERNEL_FLOATS
 from requant.formats.base import Rows, SourceLayer, fallback_for
 from requant.formats.packing import mlx_group
 from requant.formats.widening import stored_rows
+from requant.reasons import Reason, ReasonCode
 from requant.schema import Quantization, QuantMode
 
-MEMBERS_MOVED = "members differ: the codes of all in the widest code and the smallest group"
-MEMBERS_REENCODED = "members differ: codes are moved, and what has none that fit gets 8 bits"
+MEMBERS_MOVED = Reason(
+    ReasonCode.MEMBERS_MOVED,
+    "members differ: the codes of all in the widest code and the smallest group",
+)
+MEMBERS_REENCODED = Reason(
+    ReasonCode.MEMBERS_REENCODED,
+    "members differ: codes are moved, and what has none that fit gets 8 bits",
+)
 
 
 def members_joined(path: str, shape: tuple[int, ...], runs: Sequence[Rows]) -> SourceLayer | None:

@@ -31,6 +31,7 @@ from requant.formats.mlx_block import (
 from requant.formats.rotation import ROLES as ROTATION
 from requant.formats.rotation import RotatedTriple, read_rotation
 from requant.formats.sorting import Refused
+from requant.reasons import Note, NoteCode
 from requant.schema import Quantization, QuantMode
 
 
@@ -52,7 +53,7 @@ class Mlx:
         block = read_block(*find_block(checkpoint), paths.__contains__)
         layers: list[SourceLayer] = []
         problems = block.problems
-        notes: list[str] = []
+        notes: list[Note] = []
         renamed: list[str] = []
         parts_of = _parts(tensors)
         taken = {part.name for parts in parts_of.values() for part in parts.values()}
@@ -73,10 +74,11 @@ class Mlx:
                 if found is not None:
                     layers.append(found)
         if renamed:
-            notes.append(
+            text = (
                 f"{block.where} has {count(len(renamed), 'layer')} under names with another "
                 f"prefix ({few(renamed)}); their tensors fit what it says, and they are read so."
             )
+            notes.append(Note(NoteCode.OTHER_PREFIX, text))
         turned = any(layer.carried for layer in layers)
         rotation = checkpoint.config.get("rotation") if turned else None
         return SourceLayout(
@@ -102,7 +104,7 @@ def _parts(tensors: Mapping[str, SourceTensor]) -> dict[str, dict[str, SourceTen
 
 
 def _layer(
-    path: str, parts: Mapping[str, SourceTensor], said: Stated | None, notes: list[str]
+    path: str, parts: Mapping[str, SourceTensor], said: Stated | None, notes: list[Note]
 ) -> tuple[SourceLayer | None, list[Problem]]:
     """Hold a triple against its parameters; all that disagrees is listed.
 
@@ -119,10 +121,11 @@ def _layer(
         if len(believed) == 1:
             if believed is fitting:
                 words = "false" if quantization is None else describe(quantization, "")
-                notes.append(
+                text = (
                     f"{said.where} says {words} of {path}, but its tensors leave one reading, "
                     f"{words_for(believed)}, and are believed."
                 )
+                notes.append(Note(NoteCode.CONFIG_CONTRADICTED, text))
             quantization = believed[0]
     either = f"; its shapes fit {words_for(fitting)}" if len(fitting) > 1 else ""
     if quantization is None:

@@ -9,8 +9,12 @@ from requant.dtypes import FLOATS
 from requant.formats.base import SourceLayer
 from requant.formats.bnb_packings import BnbInt8
 from requant.formats.declared import ALIASES, Declared
+from requant.formats.expert_packings import StackedExperts
 from requant.formats.float_packings import Float8, MxBlocks
+from requant.formats.input_scaled import InputScaled
+from requant.formats.packing import Packing
 from requant.formats.qweight_config import METHODS
+from requant.formats.torchao_packings import Swizzled
 
 # What shapes tell too; where the two contradict each other, shapes are believed.
 _TOLD_BY_SHAPES: Final = frozenset((*ALIASES["bits"], *ALIASES["group_size"], "quant_algo"))
@@ -55,6 +59,13 @@ def is_certain(layer: SourceLayer, claimed_by: str, beside: Collection[str], oth
         return True
     inverse = scale is not None and scale.name.endswith("_inv")
     return inverse and not bytes_too and not others
+
+
+def holds_float8(packing: Packing | None) -> bool:
+    """Whether the codes of a packing are FP8, within packings that wrap another too."""
+    while isinstance(packing, StackedExperts | InputScaled | Swizzled):
+        packing = packing.layer
+    return isinstance(packing, Float8) or (isinstance(packing, MxBlocks) and packing.bits == 8)
 
 
 def is_float8_of_bytes(layer: SourceLayer) -> bool:

@@ -33,6 +33,7 @@ from requant.formats.one_reading import (
 from requant.formats.packing import IntegerPacking
 from requant.formats.qweight_config import METHODS
 from requant.formats.scale_names import CODE_ENDINGS, ScaleNames
+from requant.reasons import Note, NoteCode
 
 # The readers that are asked, each with the block that it is given.
 _READERS: Final[tuple[tuple[str, Mapping[str, Any] | None], ...]] = (
@@ -68,7 +69,7 @@ class _Taken:
     layers: list[SourceLayer] = field(default_factory=list)
     names: set[str] = field(default_factory=set)
     dropped: dict[str, str] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    notes: list[Note] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     disputed: set[str] = field(default_factory=set)
     against: int = 0
@@ -96,9 +97,10 @@ def read_each_layer(
             layout = step.joined()
     odd = in_other_blocks(step.found, layout.layers)
     if odd and step.found is not None:
-        note = (
+        note = Note(
+            NoteCode.CONFIG_CONTRADICTED,
             f"{step.found.where}.weight_block_size is not the blocks of {few(odd, _NAMED)}: the "
-            "grid of their scales is believed."
+            "grid of their scales is believed.",
         )
         layout = replace(layout, notes=(*layout.notes, note))
     return layout, step.taken.against + len(odd)
@@ -227,7 +229,7 @@ class _Step:
                 yield layer
 
     def _accept(
-        self, layers: Iterable[SourceLayer], dropped: Mapping[str, str], notes: Iterable[str]
+        self, layers: Iterable[SourceLayer], dropped: Mapping[str, str], notes: Iterable[Note]
     ) -> list[SourceLayer]:
         accepted = []
         for layer in layers:
@@ -282,10 +284,11 @@ class _Step:
         for layer in layers:
             together.setdefault((self._why(layer), layer.stored_as), []).append(layer.path)
         for (why, stored), paths in together.items():
-            self.taken.notes.append(
+            text = (
                 f"{few(paths, _NAMED)}: {why}. The tensors leave one reading, {stored}, and are "
                 "believed."
             )
+            self.taken.notes.append(Note(NoteCode.CONFIG_CONTRADICTED, text))
 
     def _tell(self, layers: Sequence[SourceLayer]) -> None:
         """One note for each way in which layers are stored that the config does not speak of."""
@@ -297,10 +300,11 @@ class _Step:
                 together.setdefault(layer.stored_as, []).append(layer.path)
         where = "config.json" if self.found is None else self.found.where
         for stored, names in together.items():
-            self.taken.notes.append(
+            text = (
                 f"{count_are(len(names), 'layer')} stored as {stored}, of which {where} says "
                 f"nothing ({few(names, _NAMED)}): read by what the tensors are."
             )
+            self.taken.notes.append(Note(NoteCode.UNDECLARED_LAYERS, text))
 
     def _is_said(self, layer: SourceLayer) -> bool:
         """Whether AutoRound's config gives a layer, or all of them, the kind of its codes."""

@@ -37,6 +37,7 @@ from requant.formats.rotation import (
 )
 from requant.formats.sorting import Refused
 from requant.formats.stacks import Experts
+from requant.reasons import Note, NoteCode, Reason, ReasonCode
 
 _ROLES = (*ROTATION, "qweight", "qzeros", "scales", "scaled_zeros", "g_idx", "B", "s")
 _DISPUTED = (
@@ -102,7 +103,9 @@ class _Reader:
                 layer = self._layer(path, parts_of[path])
                 if layer is not None:
                     layers.append(layer)
-        disputed = self.layouts.disputed
+        notes = []
+        if disputed := self.layouts.disputed:
+            notes.append(Note(NoteCode.CONFIG_CONTRADICTED, _DISPUTED.format(disputed)))
         folds = [] if self.problems else find_folds(self.checkpoint, layers)
         turned = next((x.packing for x in layers if isinstance(x.packing, RotatedGemm)), None)
         return SourceLayout(
@@ -110,7 +113,7 @@ class _Reader:
             None,
             tuple(self.problems),
             folds=tuple(folds),
-            notes=(_DISPUTED.format(disputed),) if disputed else (),
+            notes=tuple(notes),
             rotation=None if turned is None else rotation_entry(turned.group, turned.krot),
             unfulfilled=None if parts_of else self._none(),
         )
@@ -244,18 +247,20 @@ class _Reader:
         return " ".join(word for word in words if word)
 
 
-def _reason(packing: IntegerPacking) -> str:
+def _reason(packing: IntegerPacking) -> Reason | None:
     """Why a layer gets no encoding, or another group or width than it has."""
     encoding = packing.encoding
     if encoding is None:
         if packing.columns % 32:
-            return f"{packing.columns} inputs are no multiple of MLX's smallest group, 32"
+            text = f"{packing.columns} inputs are no multiple of MLX's smallest group, 32"
+            return Reason(ReasonCode.NO_MLX_GROUP, text)
         if isinstance(packing, Gptq) and packing.act_order:
-            return "act-order: its groups are not consecutive inputs"
-        return f"no group of MLX's lies within groups of {packing.group}"
+            return Reason(ReasonCode.ACT_ORDER, "act-order: its groups are not consecutive inputs")
+        text = f"no group of MLX's lies within groups of {packing.group}"
+        return Reason(ReasonCode.NO_MLX_GROUP, text)
     words = []
     if encoding.bits != packing.bits:
         words.append(f"{packing.bits}-bit codes in {encoding.bits}-bit words")
     if encoding.group_size != packing.group:
         words.append(f"scales repeated for groups of {encoding.group_size}")
-    return "; ".join(words)
+    return Reason(ReasonCode.CODES_WIDENED, "; ".join(words)) if words else None

@@ -12,6 +12,7 @@ from requant.formats.base import NoReading, SourceLayer, SourceLayout, dense_lay
 from requant.formats.declared import model_dtype
 from requant.formats.expert_shapes import Orientation
 from requant.formats.layer_names import LayerNames, layer_names
+from requant.reasons import Note, NoteCode
 
 _ACTIVATIONS = "a scale of activations, which MLX does not quantize"
 _CACHE = "a scale of the key and value cache, which MLX keeps in floats"
@@ -61,7 +62,7 @@ class Refused(Exception):
 
 def runtime_scales(
     names: Iterable[str], stacks: Collection[str] = ()
-) -> tuple[dict[str, str], list[str]]:
+) -> tuple[dict[str, str], list[Note]]:
     """Of tensors that no layer took, those that scale activations and caches, and notes of them.
 
     Args:
@@ -73,7 +74,8 @@ def runtime_scales(
     for reason in dict.fromkeys(dropped.values()):
         found = [name for name, why in dropped.items() if why == reason]
         each = "each " if len(found) > 1 else ""
-        notes.append(f"Left out: {few(found, _NAMED)}, {each}{reason}.")
+        text = f"Left out: {few(found, _NAMED)}, {each}{reason}."
+        notes.append(Note(NoteCode.RUNTIME_SCALES, text))
     return dropped, notes
 
 
@@ -84,7 +86,7 @@ class Sorter:
         self.checkpoint, self.tensors = checkpoint, checkpoint.tensors
         self.names = LayerNames(checkpoint.tensors, {})
         self.problems: list[Problem] = []
-        self.notes: list[str] = []
+        self.notes: list[Note] = []
         self.dropped: dict[str, str] = {}
         self.unfulfilled: Problem | None = None
         self.dtype = model_dtype(checkpoint, "BF16")
@@ -196,10 +198,11 @@ class Sorter:
             kinds = few(list(dict.fromkeys(tensor.info.dtype for tensor in dense)))
             each = "is quantized" if len(dense) == 1 else "are quantized"
             stored = count_are(len(dense), "tensor")
-            self.notes.append(
+            text = (
                 f"By {where}, {names} {each}, but {stored} stored as {kinds} without a scale: "
                 "read as plain values."
             )
+            self.notes.append(Note(NoteCode.DENSE_THOUGH_NAMED, text))
 
     def layout(self) -> SourceLayout:
         """Everything, in the order of the checkpoint; what no layer took is dense."""

@@ -17,6 +17,7 @@ from requant.formats.base import SourceLayout
 from requant.formats.empty import empty_weights
 from requant.formats.scale_names import ScaleNames, parse_scale_name
 from requant.formats.sorting import Sorter
+from requant.reasons import Note, NoteCode
 from requant.source_folder import CONFIG
 
 QUANTIZATION_KEYS: Final = ("quantization", "quantization_config", "compression_config")
@@ -69,7 +70,10 @@ def read_source(checkpoint: Checkpoint) -> Read:
     where = f"{CONFIG}: " * bool(blocks) + " and ".join(map(".".join, named))
     say = "say" if len(named) > 1 else "says"
     text = f"{where} {say} {found.name}, but every tensor is dense"
-    note = f"{text}: the block is stale and left out, and the weights are taken as dense."
+    note = Note(
+        NoteCode.STALE_BLOCK,
+        f"{text}: the block is stale and left out, and the weights are taken as dense.",
+    )
     layout = replace(layout, quantization=None, notes=(*layout.notes, note))
     checkpoint = checkpoint.corrected(dict.fromkeys(blocks, REMOVED))
     return Read(replace(checkpoint, quantization_files={}), "dense", text, layout)

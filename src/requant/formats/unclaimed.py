@@ -15,8 +15,10 @@ from requant.dtypes import FLOATS, NUMPY_DTYPE, TensorInfo
 from requant.errors import Problem, few
 from requant.formats.base import Format, SourceLayer, SourceLayout
 from requant.formats.declared import float_form
+from requant.formats.one_reading import holds_float8
 from requant.formats.scale_names import Role, ScaleName, ScaleNames, code_paths
 from requant.formats.sorting import runtime_scales
+from requant.reasons import Note, NoteCode
 
 # What models store beside floats: positions and counts, masks, rotary tables.
 _TABLES: Final = frozenset({"I64", "BOOL", "C64"})
@@ -34,7 +36,6 @@ _TABLE_NAMES: Final = (
     "offsets",
 )
 _MASK_NAMES: Final = ("attn.bias", "attention.bias")  # GPT-2, GPT-J: [1, 1, n, n]
-_FP8: Final = ("fp8", "mxfp8")  # how layers of FP8 are described
 _UNREADABLE: Final = ("F8_E5M2", "F8_E5M2FNUZ")
 
 
@@ -120,11 +121,12 @@ class _Unclaimed:
             )
         return replace(layout, problems=(*layout.problems, *problems))
 
-    def _final_note(self) -> str:
+    def _final_note(self) -> Note:
         are = "scales weights that are" if len(self.final) == 1 else "scale weights that are"
-        return (
+        return Note(
+            NoteCode.FINAL_SCALES,
             f"Left out: {few(list(self.final))}, which {are} stored as floats: {self.float_form}, "
-            "so that their values stand as they are."
+            "so that their values stand as they are.",
         )
 
     # -- codes, and floats beside a scale ---------------------------------------------------
@@ -269,7 +271,7 @@ class _Unclaimed:
         codes = [
             layer.parts["weight"]
             for layer in self.layout.layers
-            if layer.stored.startswith(_FP8) and "weight" in layer.parts
+            if holds_float8(layer.packing) and "weight" in layer.parts
         ]
         others = [part for part in codes if part.info.dtype.startswith("F8_")]
         for part in codes if others else ():

@@ -15,6 +15,7 @@ from requant.gguf.known_keys import report_unread
 from requant.gguf.rope import rope_scaling
 from requant.gguf.settings import ADVICE, Settings
 from requant.gguf.special import special_ids
+from requant.reasons import Note, NoteCode
 
 Configure = Callable[[dict[str, Any], Settings], None]
 """Adds what only one architecture has to a config."""
@@ -157,8 +158,12 @@ def _kinds_of(sliding: list[bool]) -> list[str]:
 
 def _note_window(config: dict[str, Any], settings: Settings) -> None:
     settings.notes.append(
-        f"mlx-lm's class for {config['model_type']} lets every block see the whole text, not a "
-        f"window of {config['sliding_window']:,} tokens as config.json says: longer texts differ."
+        Note(
+            NoteCode.IGNORED_WINDOW,
+            f"mlx-lm's class for {config['model_type']} lets every block see the whole text, not a "
+            f"window of {config['sliding_window']:,} tokens as config.json says: longer texts "
+            "differ.",
+        )
     )
 
 

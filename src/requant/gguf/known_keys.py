@@ -13,6 +13,7 @@ import numpy as np
 
 from requant.gguf.settings import ADVICE, Settings
 from requant.limits import MAX_PROBLEMS
+from requant.reasons import Note, NoteCode
 
 _ANY_PREFIX = ("rope.", "attention.")
 
@@ -162,7 +163,8 @@ def report_unread(settings: Settings, config: Mapping[str, Any]) -> None:
             f"model_type '{config['model_type']}' has no place for it; {ADVICE}",
         )
     if told:
-        settings.notes.append(f"Nothing is made of {', '.join(told)}.")
+        text = f"Nothing is made of {', '.join(told)}."
+        settings.notes.append(Note(NoteCode.IGNORED_METADATA, text))
 
 
 def _why_harmless(name: str, value: object, config: Mapping[str, Any]) -> str:

@@ -15,12 +15,14 @@ class Metadata:
 
     Attributes:
         read: Keys that were asked for.
+        reported: Keys with a problem.
     """
 
     def __init__(self, file: str, values: Mapping[str, Any]) -> None:
         self.file, self.values = file, values
         self.problems: list[Problem] = []
         self.read: set[str] = set()
+        self.reported: set[str] = set()
 
     @property
     def architecture(self) -> str:
@@ -97,14 +99,14 @@ class Metadata:
     def need_int(self, key: str) -> int:
         """A whole number that must be there and is positive."""
         value = self.find_int(key)
-        if not value and not any(problem.where.endswith(f" {key}") for problem in self.problems):
+        if not value and key not in self.reported:
             self._wrong(key, "a positive whole number")
         return value or 1
 
     def need_float(self, key: str) -> float:
         """A number that must be there."""
         value = self.find_float(key)
-        if value is None and not any(p.where.endswith(f" {key}") for p in self.problems):
+        if value is None and key not in self.reported:
             self._wrong(key, "a number")
         return value or 0.0
 
@@ -114,6 +116,7 @@ class Metadata:
 
     def report(self, key: str, message: str) -> None:
         """Add a problem with a key."""
+        self.reported.add(key)
         self.problems.append(Problem(f"{self.file}: {key}", message))
 
     def _find(self, key: str) -> Any:

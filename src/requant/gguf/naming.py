@@ -18,6 +18,7 @@ from requant.gguf.families import SCALES, Family, setting_of
 from requant.gguf.header import TableEntry
 from requant.gguf.metadata import Metadata
 from requant.gguf_model import GgufModel, GgufTensor
+from requant.reasons import Note, NoteCode
 
 _MAX_EXPERTS = 1 << 14
 
@@ -54,7 +55,7 @@ class Naming:
     metadata: Metadata
     family: Family | None
     problems: list[Problem] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    notes: list[Note] = field(default_factory=list)
 
     def name_all(self, table: Table) -> tuple[dict[str, StoredTensor | JoinedTensor], GgufModel]:
         """Every tensor by its name, and how it is stored."""
@@ -157,14 +158,18 @@ class Naming:
         if self.family is None:
             known = self.metadata.architecture
             self.notes.append(
-                f"The architecture {known!r} is not known here: tensors keep the names of the GGUF "
-                "file, in its order of rows, and config.json says little."
+                Note(
+                    NoteCode.UNKNOWN_ARCHITECTURE,
+                    f"The architecture {known!r} is not known here: tensors keep the names of the "
+                    "GGUF file, in its order of rows, and config.json says little.",
+                )
             )
         elif unknown:
-            self.notes.append(
-                f"{few(unknown)} have no name in Hugging Face's "
-                f"{self.family.model_type}: they keep their own."
+            text = (
+                f"{few(unknown)} have no name in Hugging Face's {self.family.model_type}: they "
+                "keep their own."
             )
+            self.notes.append(Note(NoteCode.UNKNOWN_TENSOR_NAMES, text))
 
 
 def _cut(entry: TableEntry, file: str, name: str, axis: int, start: int, size: int) -> _Part:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from requant.gguf.metadata import Metadata
+from requant.reasons import Note
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Name in the file -> shape, outermost axis first."""
@@ -48,7 +49,7 @@ class Settings:
     ) -> None:
         self.metadata, self.shapes, self.peek, self.support = metadata, shapes, peek, support
         self.prefix = f"{metadata.architecture}."
-        self.notes: list[str] = []
+        self.notes: list[Note] = []
 
     def need_int(self, key: str) -> int:
         return self.metadata.need_int(self.prefix + key)

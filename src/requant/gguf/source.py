@@ -34,6 +34,7 @@ from requant.gguf.tokenizer import (
 )
 from requant.gguf_model import GgufModel
 from requant.limits import MAX_SHARDS
+from requant.reasons import Note, NoteCode
 from requant.safetensors_folder import read_config
 from requant.source_folder import CONFIG, file_size, printable
 from requant.source_listing import list_folder
@@ -156,7 +157,7 @@ class _Reading:
 
     def __post_init__(self) -> None:
         self.problems: list[Problem] = []
-        self.notes: list[str] = []
+        self.notes: list[Note] = []
         self.first = self.headers[0]
         self.metadata = Metadata(self.first.file, self.first.metadata)
 
@@ -255,14 +256,17 @@ class _Reading:
         words = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
         files, why = tokenizer_files(self.metadata)
         if why:
-            self.notes.append(f"No tokenizer is written: {why}. --config-from takes one.")
+            text = f"No tokenizer is written: {why}. --config-from takes one."
+            self.notes.append(Note(NoteCode.NO_TOKENIZER, text))
         elif guessed_splitting(self.metadata):
-            self.notes.append(
+            text = (
                 "The file does not say how its tokenizer splits words (tokenizer.ggml.pre): "
                 "GPT-2's rule is taken. --config-from takes the original tokenizer."
             )
+            self.notes.append(Note(NoteCode.GUESSED_PRETOKENIZER, text))
         elif missing := missing_templates(self.metadata):
-            self.notes.append(f"The chat templates {few(missing)} are listed, but not in the file.")
+            text = f"The chat templates {few(missing)} are listed, but not in the file."
+            self.notes.append(Note(NoteCode.MISSING_CHAT_TEMPLATES, text))
         if family is None:
             return {"model_type": self.metadata.architecture, "torch_dtype": words[dtype]}, files
         shapes = {name: entry.shape for name, (_, entry) in table.items()}

@@ -25,9 +25,10 @@ from mlx.utils import tree_flatten, tree_map_with_path
 
 from requant.dtypes import TensorInfo
 from requant.errors import RequantError, UsageError, count, few, in_a_line
-from requant.mlx_lm_classes import WITHOUT_A_CLASS
+from requant.mlx_lm_classes import LayoutError, UnknownModelError
 from requant.mlx_lm_layout.expert_forms import Adapter
 from requant.mlx_lm_layout.trace import Traced, trace
+from requant.reasons import Reason, ReasonCode
 from requant.safetensors_header import build_header
 from requant.schema import Quantization, QuantMode
 from requant.wishes import DTYPES
@@ -56,23 +57,6 @@ Module = Any
 _is_module: Callable[[Any], bool] = vars(mlx.nn)["Module"].is_module
 
 
-class UnknownModelError(RequantError, LookupError):
-    """mlx-lm is not installed, or has no class for this model."""
-
-    def __init__(self, why: str) -> None:
-        super().__init__(f"{why}. {WITHOUT_A_CLASS}")
-
-
-class LayoutError(RequantError, ValueError):
-    """mlx-lm has a class for the model, but its conversion would fail, or cannot be followed.
-
-    Attributes:
-        class_names: The parameters of the class, where it could be built.
-    """
-
-    class_names: tuple[str, ...] = ()
-
-
 @dataclass
 class Converted:
     """What came out of the pipeline.
@@ -98,7 +82,7 @@ class Converted:
     dtype: str | None
     keeps_dtype: frozenset[str]
     targets: dict[str, Quantization]
-    dense_reasons: dict[str, str]
+    dense_reasons: dict[str, Reason]
     quantizable: frozenset[str]
     with_global_scale: frozenset[str]
     config: dict[str, Any]
@@ -128,7 +112,7 @@ def run(
         keeps_dtype = _cast(model, dtype)
         modules = _modules(model)
         if quantization is not None:
-            with _failing(f"quantizing {config['model_type']}"):
+            with _wrap_mlx_lm_errors(f"quantizing {config['model_type']}"):
                 options: dict[str, Any] = {"mode": quantization.mode.value}
                 if predicate is not None:
                     options["quant_predicate"] = predicate
@@ -220,35 +204,63 @@ def _import_utils() -> Any:
     return utils
 
 
+# mlx-lm and MLX raise built-in exceptions, so that their text is all there is to tell them apart:
+# (class, pattern, what it means). The first row that fits is taken. "{0}" is the whole message,
+# "{1}" and "{2}" are the groups; digits become a count of tensors.
+_MLX_LM_ERRORS: tuple[tuple[type[Exception], re.Pattern[str], str], ...] = tuple(
+    (kind, re.compile(pattern), template)
+    for kind, pattern, template in (
+        (
+            Exception,
+            r"Unable to quantize model of type <class '[\w.]*?(\w+)'>",
+            "its class holds a layer dense ({1}) that is quantized here",
+        ),
+        (
+            Exception,
+            r"ModelArgs.*missing \d+ required .*?arguments?: (.*)",
+            "config.json lacks what its class for this model needs: {1}",
+        ),
+        (
+            Exception,
+            r"Received (\d+) parameters not in model: (.*)",
+            "its class for this model has no place for {1}: {2}",
+        ),
+        (
+            Exception,
+            r"(\w+)\.\w+\(\) got an unexpected keyword argument '(\w+)'",
+            "its own layer, {1}, does not take the setting '{2}'",
+        ),
+        (KeyError, r"", "the tensor or setting {0} is missing"),
+        (
+            Exception,
+            r"during function transformations",
+            "its rule looks at values, which a plan from headers does not have",
+        ),
+        (Exception, r"Unable to get state", "its rule uses what MLX cannot trace: {0}"),
+    )
+)
+
+
+def _explain_mlx_lm_error(error: Exception) -> str:
+    """What an exception of mlx-lm or MLX means for a checkpoint; else its text in one line."""
+    message = in_a_line(error)
+    for kind, pattern, template in _MLX_LM_ERRORS:
+        match = pattern.search(message)
+        if match is not None and isinstance(error, kind):
+            groups = (count(int(x), "tensor") if x.isdigit() else x for x in match.groups())
+            return template.format(message, *groups)
+    return message
+
+
 @contextlib.contextmanager
-def _failing(doing: str) -> Iterator[None]:
-    """Whatever mlx-lm raises becomes a LayoutError that says where."""
+def _wrap_mlx_lm_errors(doing: str) -> Iterator[None]:
+    """Turn whatever mlx-lm raises into a LayoutError that says where."""
     try:
         yield
     except RequantError:
         raise
     except Exception as error:
-        message = in_a_line(error)
-        missing = re.search(r"missing \d+ required .*?arguments?: (.*)", message)
-        surplus = re.search(r"Received (\d+) parameters not in model: (.*)", message)
-        refused = re.search(r"(\w+)\.\w+\(\) got an unexpected keyword argument '(\w+)'", message)
-        unquantized = re.search(r"Unable to quantize model of type <class '[\w.]*?(\w+)'>", message)
-        if unquantized:
-            message = f"its class holds a layer dense ({unquantized[1]}) that is quantized here"
-        elif missing and "ModelArgs" in message:
-            message = f"config.json lacks what its class for this model needs: {missing[1]}"
-        elif surplus:
-            held = count(int(surplus[1]), "tensor")
-            message = f"its class for this model has no place for {held}: {surplus[2]}"
-        elif refused:
-            message = f"its own layer, {refused[1]}, does not take the setting '{refused[2]}'"
-        elif isinstance(error, KeyError):
-            message = f"the tensor or setting {message} is missing"
-        elif "during function transformations" in message:
-            message = "its rule looks at values, which a plan from headers does not have"
-        elif "Unable to get state" in message:
-            message = f"its rule uses what MLX cannot trace: {message}"
-        raise LayoutError(f"mlx-lm, {doing}: {message}") from error
+        raise LayoutError(f"mlx-lm, {doing}: {_explain_mlx_lm_error(error)}") from error
 
 
 def _load(
@@ -277,7 +289,7 @@ def _load(
             file.write(header)
             file.truncate(len(header) + sum(info.nbytes for info in tensors.values()))
         try:
-            with _failing(f"loading {model_type}"):
+            with _wrap_mlx_lm_errors(f"loading {model_type}"):
                 model, loaded = utils.load_model(
                     folder, lazy=True, get_model_classes=get_model_classes
                 )
@@ -296,7 +308,7 @@ def _recipe(
         raise UsageError(f"recipe {recipe} is for the affine mode")
     from mlx_lm.convert import mixed_quant_predicate_builder
 
-    with _failing(f"recipe {recipe}"):
+    with _wrap_mlx_lm_errors(f"recipe {recipe}"):
         made: Callable[..., Any] = mixed_quant_predicate_builder(
             recipe, model, quantization.group_size
         )
@@ -354,9 +366,9 @@ def _infos(model: Module) -> dict[str, TensorInfo]:
 
 def _compare(
     before: Mapping[str, Module], after: Mapping[str, Module], wish: Quantization | None
-) -> tuple[dict[str, Quantization], dict[str, str]]:
+) -> tuple[dict[str, Quantization], dict[str, Reason]]:
     targets: dict[str, Quantization] = {}
-    reasons: dict[str, str] = {}
+    reasons: dict[str, Reason] = {}
     if wish is None:
         return targets, reasons
     for path, module in before.items():
@@ -368,7 +380,9 @@ def _compare(
             targets[path] = Quantization(made.group_size, made.bits, mode)
         elif module.weight.shape[-1] % wish.group_size:
             columns = module.weight.shape[-1]
-            reasons[path] = f"last axis {columns} is no multiple of group {wish.group_size}"
+            text = f"last axis {columns} is no multiple of group {wish.group_size}"
+            reasons[path] = Reason(ReasonCode.NO_GROUP_SIZE, text)
         else:
-            reasons[path] = "mlx-lm leaves it dense in this model"
+            text = "mlx-lm leaves it dense in this model"
+            reasons[path] = Reason(ReasonCode.DENSE_BY_MLX_LM, text)
     return targets, reasons

@@ -1,0 +1,18 @@
+"""Notes and reasons of a plan as their texts, for tests of what people read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from requant.blueprint import LayerPlan
+from requant.reasons import Note
+
+
+def note_texts(notes: Iterable[Note]) -> tuple[str, ...]:
+    """The text of each note."""
+    return tuple(note.text for note in notes)
+
+
+def reason_text(layer: LayerPlan) -> str:
+    """The text of a layer's reason; "" where it has none."""
+    return layer.reason.text if layer.reason else ""
