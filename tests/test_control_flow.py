@@ -97,5 +97,7 @@ def test_the_check_finds(line: str) -> None:
 
 
 def test_the_check_finds_the_text_of_an_error() -> None:
-    source = "def f():\n    try: g()\n    except OSError as error:\n        return 'x' in str(error)\n"
+    source = (
+        "def f():\n    try: g()\n    except OSError as error:\n        return 'x' in str(error)\n"
+    )
     assert len(list(offences(ast.parse(source)))) == 1

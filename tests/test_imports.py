@@ -35,7 +35,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("hub",),
     ("formats", "mlx_lm_classes", "mlx_lm_layout"),
     ("same_values", "head_names", "relayout", "left_dense", "loader_names"),
-    ("tied_heads", "idle_tensors", "blueprint"),
+    ("tied_heads", "idle_tensors", "blueprint", "plan_source"),
     ("choices", "steps"),
     ("plan_notes", "requests", "weighting", "hessians"),
     ("planner", "journal", "staging"),

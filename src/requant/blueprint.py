@@ -12,16 +12,14 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
-from functools import cached_property
 from math import prod
 from typing import Any
 
-from requant.checkpoint import Checkpoint, SourceFile, SourceTensor
+from requant.checkpoint import SourceFile, SourceTensor
 from requant.dtypes import TensorInfo
 from requant.formats.base import RowOrder
 from requant.formats.packing import Exactness, Packing
 from requant.reasons import Note, Reason, ReasonCode
-from requant.relayout import Relayout
 from requant.safetensors_header import build_header
 from requant.schema import PerLayerQuantization, Quantization, QuantMode
 from requant.statistics import Importance
@@ -179,9 +177,11 @@ class OutputShard:
         return _header(self.tensors, self.names_of)[0]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Everything a conversion will do; data only.
+    """Everything a conversion will do: plain data, which pickles and compares.
+
+    What a plan is run on, opened files and mlx-lm's functions, is a ``PlanSource``.
 
     Attributes:
         source: Path of the source as given.
@@ -199,8 +199,10 @@ class Plan:
         layout: "mlx-lm" where names and shapes are those of mlx-lm's class; else "keep".
         loads: mlx-lm is known to load the output.
         rotated: Inputs of layers are still to be rotated when it runs.
-        checkpoint: The source.
-        relayout: mlx-lm's layout of it, where that was asked for.
+        load_error: Why mlx-lm would not load an output in its own layout, rotations aside; ""
+            where it would.
+        repository: Of a source on the hub: its id, and the commit.
+        side_bytes: Size of those side files that are copied from the source.
         materials: What computed tensors are made from: name -> the step whose one output is
             that tensor, dense.
     """
@@ -220,21 +222,22 @@ class Plan:
     layout: str = "keep"
     loads: bool = False
     rotated: bool = False
-    checkpoint: Checkpoint = field(repr=False, compare=False, kw_only=True)
-    relayout: Relayout | None = field(default=None, repr=False, compare=False, kw_only=True)
-    materials: Mapping[str, Step] = field(default_factory=dict, kw_only=True)
+    load_error: str = ""
+    repository: tuple[str, str] | None = None
+    side_bytes: int = 0
+    materials: Mapping[str, Step] = field(default_factory=dict)
 
-    @cached_property
+    @property
     def parameters(self) -> int:
         """Logical weights: what the model has, however they are stored."""
         return sum(prod(layer.shape) for layer in self.layers)
 
-    @cached_property
+    @property
     def bytes_in(self) -> int:
         """Bytes of tensor data to read."""
         return sum(step.bytes_in for step in self.steps)
 
-    @cached_property
+    @property
     def bytes_out(self) -> int:
         """Bytes of tensor data to write."""
         return sum(t.info.nbytes for shard in self.shards for t in shard.tensors)
@@ -290,7 +293,7 @@ class Plan:
             "dropped": [list(pair) for pair in self.dropped],
         }
 
-    @cached_property
+    @property
     def hash(self) -> str:
         """SHA-256 over all that decides the output's bytes; not over the source's path."""
         text = json.dumps(self._content(), sort_keys=True, separators=(",", ":"))

@@ -24,7 +24,7 @@ from requant.errors import CheckpointError, Problem, UsageError
 from requant.execute import Progress, run_plan
 from requant.findings import Finding
 from requant.memory import make_budget
-from requant.planner import make_plan
+from requant.planner import make_plan, plan_with_source
 from requant.reasons import ReasonCode
 from requant.recipes import ROLES, Recipe, Rule, places
 from requant.record import version
@@ -109,15 +109,15 @@ def settle(
     """
     if wishes.budget is None or wishes.recipe is not None:
         return wishes
-    base = make_plan(source, _unsettled(wishes), is_trial=True)
+    base, opened = plan_with_source(source, _unsettled(wishes), is_trial=True)
     if check is not None:
         check(base)
     key = _key(base, wishes)
     measured = None if keep is None else _kept(keep, key)
     while measured is None:
-        trial = _Trial(base, wishes)
+        trial = _Trial(base, opened.checkpoint, wishes)
         run = make_budget(trial.plan, threads, max_memory, chunk_bytes)
-        found = run_plan(trial.plan, Nowhere(), run, progress).findings
+        found = run_plan(trial.plan, opened, Nowhere(), run, progress).findings
         problems = trial.problems(found)
         if not problems:
             measured = trial.measured(found)
@@ -127,7 +127,8 @@ def settle(
             raise CheckpointError(base.source, list(problems.values()))
         else:
             wishes = replace(wishes, spoiled=wishes.spoiled | problems.keys())
-            base = make_plan(base.checkpoint, _unsettled(wishes), is_trial=True)
+            trial_wishes = _unsettled(wishes)
+            base, opened = plan_with_source(opened.checkpoint, trial_wishes, is_trial=True)
     default = _unsettled(wishes).quantization
     return replace(wishes, quantization=default, recipe=_recipe(measured, wishes, default))
 
@@ -150,12 +151,12 @@ class _Trial:
         named: Name of a step -> layer and spec.
     """
 
-    def __init__(self, base: Plan, wishes: Wishes) -> None:
+    def __init__(self, base: Plan, checkpoint: Checkpoint, wishes: Wishes) -> None:
         self.base = base
         self.tried: dict[str, dict[str, int]] = {x.layer: {} for x in base.layers}
         self.named: dict[str, tuple[str, str]] = {}
         steps: dict[str, list[Step]] = {layer: [] for layer in self.tried}
-        for plan in _candidate_plans(base, wishes):
+        for plan in _candidate_plans(base, checkpoint, wishes):
             new = {}
             for layer in plan.layers:
                 spec = _spec_of(plan, layer)
@@ -214,15 +215,15 @@ class _Trial:
         return _spec_of(self.base, layer) or ("skip" if is_excluded else "")
 
 
-def _candidate_plans(base: Plan, wishes: Wishes) -> Iterator[Plan]:
+def _candidate_plans(base: Plan, checkpoint: Checkpoint, wishes: Wishes) -> Iterator[Plan]:
     """A plan for each candidate of every layer; codes that stay lose nothing."""
     if any(x.treatment not in (Treatment.DENSE, Treatment.QUANTIZED) for x in base.layers):
         with suppress(UsageError):  # not all of this source's codes can stay
-            yield make_plan(base.checkpoint, _without(wishes, None))
+            yield make_plan(checkpoint, _without(wishes, None))
     groups = GROUP_SIZES if wishes.quantization is None else (wishes.quantization.group_size,)
     for group_size, bits in product(groups, BITS):
         candidate = _without(wishes, Quantization.affine(group_size, bits))
-        yield make_plan(base.checkpoint, candidate, is_trial=True)
+        yield make_plan(checkpoint, candidate, is_trial=True)
 
 
 def _without(wishes: Wishes, target: Quantization | None) -> Wishes:

@@ -63,7 +63,7 @@ def runs_of(chunk: Chunk) -> Iterator[tuple[int, int, int]]:
     if chunk.step.row_order is None:
         yield 0, chunk.rows, chunk.start
         return
-    places = chunk.step.row_order.places[chunk.start : chunk.stop]
+    places = chunk.step.row_order.inverse[chunk.start : chunk.stop]
     borders = [0, *(np.flatnonzero(np.diff(places) != 1) + 1).tolist(), len(places)]
     for first, last in pairwise(borders):
         yield first, last, int(places[first])
@@ -76,7 +76,7 @@ def runs_of_a_matrix(chunk: Chunk) -> Iterator[tuple[int, int, int]]:
         yield 0, count, 0
         return
     rows = np.arange(chunk.start, chunk.stop)
-    places = rows if step.row_order is None else step.row_order.places[rows]
+    places = rows if step.row_order is None else step.row_order.inverse[rows]
     matrices = (places + step.into_row) // step.outputs["weight"].info.shape[-2]
     borders = [0, *(np.flatnonzero(np.diff(matrices)) + 1).tolist(), count]
     for first, last in pairwise(borders):

@@ -30,7 +30,7 @@ from requant.evaluation import (
 from requant.execute import run_plan
 from requant.hub import find_repository
 from requant.memory import make_budget
-from requant.planner import make_plan
+from requant.planner import Planned, plan_with_source
 from requant.wishes import Wishes
 
 _BLOCK = 1 << 18  # values that are summed at a time
@@ -133,7 +133,8 @@ def compare(
     """
     if text is not None:
         Path(text).open("rb").close()  # before the long work
-    plans = _plans(a, b)
+    planned = _plans(a, b)
+    plans = [x.plan for x in planned]
     places = [_places(plan) for plan in plans]
     common = [name for name in places[0] if name in places[1]]
     if not common:
@@ -145,7 +146,10 @@ def compare(
         if progress is not None:
             progress(name, number, len(common))
         sides = [
-            (stored[n].get(places[n][name].layer, ""), _values(plans[n], places[n][name], threads))
+            (
+                stored[n].get(places[n][name].layer, ""),
+                _values(planned[n], places[n][name], threads),
+            )
             for n in (0, 1)
         ]
         layers.append(_compared(name, places[0][name].tensor.info.shape, *sides))
@@ -165,16 +169,16 @@ def compare(
     )
 
 
-def _plans(a: Source, b: Source) -> list[Plan]:
+def _plans(a: Source, b: Source) -> list[Planned]:
     """Both models dense in float32, under names of one layout."""
     for source in (a, b):
         if find_repository(source, None) is not None:
             raise UsageError(f"compare reads folders and GGUF files; download {source} first")
     wishes = Wishes.build(dequantize=True, dtype="float32")
-    plans = [make_plan(Path(source), wishes) for source in (a, b)]
-    if plans[0].layout != plans[1].layout:
+    plans = [plan_with_source(Path(source), wishes) for source in (a, b)]
+    if plans[0].plan.layout != plans[1].plan.layout:
         kept = replace(wishes, layout="keep")
-        plans = [make_plan(Path(source), kept) for source in (a, b)]
+        plans = [plan_with_source(Path(source), kept) for source in (a, b)]
     return plans
 
 
@@ -229,11 +233,11 @@ class _OneTensor:
             self.data[start : start + data.nbytes] = data
 
 
-def _values(plan: Plan, place: _Place, threads: int | None) -> np.ndarray:
+def _values(planned: Planned, place: _Place, threads: int | None) -> np.ndarray:
     """A tensor's values, flat, in the dtype that the plan gives it."""
-    part = part_of(plan, place.steps)
+    part = part_of(planned.plan, place.steps)
     sink = _OneTensor(place.tensor)
-    run_plan(part, sink, make_budget(part, threads))
+    run_plan(part, planned.source, sink, make_budget(part, threads))
     return np.frombuffer(sink.data, NUMPY_DTYPE[place.tensor.info.dtype])
 
 

@@ -96,7 +96,7 @@ def make_budget(
 
 def _held_beside(plan: Plan) -> str:
     """What ``_beside`` counts, in words."""
-    held = ["mlx-lm and the tensors that it computes"] if plan.relayout is not None else []
+    held = ["mlx-lm and the tensors that it computes"] if plan.layout == "mlx-lm" else []
     held += ["factors of Hessians (--gptq)"] if any(step.gptq for step in plan.steps) else []
     return " and ".join(held)
 
@@ -109,8 +109,10 @@ def _beside(plan: Plan, threads: int) -> int:
     """
     widest = max((step.columns for step in plan.steps if step.gptq), default=0)
     factored = bytes_for(widest, threads)
-    if plan.relayout is None:
+    if plan.layout != "mlx-lm":
         return factored
+    from requant.mlx_lm_layout.layout import BATCH_BYTES  # imports MLX, which such a plan needs
+
     sizes = {
         name: sum(out.info.nbytes for out in step.outputs.values())
         for name, step in plan.materials.items()
@@ -121,5 +123,5 @@ def _beside(plan: Plan, threads: int) -> int:
         if isinstance(tensor, ComputedTensor):
             ready.append(tensor.info.nbytes)
             made.append(tensor.info.nbytes + sum(sizes[name] for name in tensor.inputs))
-    batch = min(sum(made), plan.relayout.batch_bytes)
+    batch = min(sum(made), BATCH_BYTES)
     return factored + MLX_LM_MEMORY_BYTES + max(max(made), batch) + (threads - 1) * max(ready)

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from requant.blueprint import LayerPlan, OutputShard, Plan, Step, Treatment, place
 from requant.checkpoint import Checkpoint
@@ -34,6 +34,7 @@ from requant.plan_notes import (
     rotated_layers,
     unloadable_dtypes,
 )
+from requant.plan_source import PlanSource
 from requant.reasons import Note, NoteCode, Reason, ReasonCode
 from requant.relayout import (
     MlxLmLayoutError,
@@ -57,7 +58,6 @@ _CODES_MOVED = Reason(
 )
 
 
-@time_counted()
 def make_plan(
     source: str | Path | Checkpoint,
     wishes: Wishes,
@@ -65,6 +65,25 @@ def make_plan(
     *,
     is_trial: bool = False,
 ) -> Plan:
+    """The plan alone of ``plan_with_source``: data, for a conversion that is not run here."""
+    return plan_with_source(source, wishes, twins, is_trial=is_trial).plan
+
+
+class Planned(NamedTuple):
+    """A plan, and what it is run on."""
+
+    plan: Plan
+    source: PlanSource
+
+
+@time_counted()
+def plan_with_source(
+    source: str | Path | Checkpoint,
+    wishes: Wishes,
+    twins: Path | None = None,
+    *,
+    is_trial: bool = False,
+) -> Planned:
     """Read the headers of ``source``, if they are not yet, and lay out what ``wishes`` make of it.
 
     Args:
@@ -94,7 +113,7 @@ def make_plan(
         try:
             made, moved, notes = _in_mlx_lm(checkpoint, layout, wishes)
             chooser = Chooser(made, read.format, moved.layers, wishes, moved)
-            return Planner(chooser, notes).plan(is_trial)
+            return Planned(Planner(chooser, notes).plan(is_trial), PlanSource(made, moved))
         except CheckpointError as error:
             if wishes.layout != "auto":
                 raise
@@ -102,7 +121,8 @@ def make_plan(
     agreement = agreed(checkpoint, layout)
     layout = _folded(agreement.layout, wishes)
     chooser = Chooser(agreement.checkpoint, read.format, layout, wishes)
-    return Planner(chooser, agreement.notes, refused).plan(is_trial)
+    made_plan = Planner(chooser, agreement.notes, refused).plan(is_trial)
+    return Planned(made_plan, PlanSource(agreement.checkpoint))
 
 
 def _in_mlx_lm(
@@ -267,7 +287,10 @@ class Planner:
             shards=shards,
             config=config,
             quantization=quantization,
-            side_files=(*self.checkpoint.side_files, *sorted(self.checkpoint.made_files)),
+            side_files=(
+                *self.checkpoint.side_files,
+                *sorted(self.checkpoint.opened.generated_files),
+            ),
             left_out=self.checkpoint.left_out,
             notes=(
                 *([most.note(self._mlx_lm_refuses())] if most is not None else []),
@@ -279,12 +302,13 @@ class Planner:
                 *weighing,
             ),
             dropped=self.layout.dropped,
-            checkpoint=self.checkpoint,
             layout="keep" if self.moved is None else "mlx-lm",
             loads=self.moved is not None
             and not (self.moved.refusal or rotated or unloadable_dtypes(layers)),
             rotated=rotated,
-            relayout=self.moved,
+            load_error="" if self.moved is None else self.moved.refusal,
+            repository=self.checkpoint.repository,
+            side_bytes=self.checkpoint.opened.size_of(self.checkpoint.side_files),
             materials=material_steps(self.layout, self.moved, self.wishes),
         )
 

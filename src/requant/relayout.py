@@ -77,9 +77,11 @@ def one_sentence(text: str) -> str:
     return " ".join(text.split()).rstrip(".")
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Relayout:
     """What mlx-lm decides about a checkpoint, and its layers under mlx-lm's names.
+
+    Not data: it holds mlx-lm's functions, and keeps what it computed once.
 
     Attributes:
         layout: mlx-lm's names, choice of layers and config.
@@ -96,13 +98,6 @@ class Relayout:
     extra: tuple[str, ...] = ()
     refusal: str = ""
     form: str = ""
-
-    @property
-    def batch_bytes(self) -> int:
-        """Most bytes of the small tensors that are computed together."""
-        from requant.mlx_lm_layout.layout import BATCH_BYTES
-
-        return BATCH_BYTES
 
     @cached_property
     def layers(self) -> SourceLayout:

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from requant.blueprint import Plan
 from requant.calibration.blocks import Layered, NotLayered
 from requant.calibration.collecting import Collector, hessian_bytes
 from requant.calibration.windows import texts_of, windows_of
@@ -36,7 +35,7 @@ from requant.errors import (
 from requant.evaluation import on_cpu
 from requant.hub import find_repository, reach
 from requant.mlx_lm import Loaded, check_installed, load_tokenizer, load_with_report, skeleton
-from requant.planner import make_plan
+from requant.planner import Planned, plan_with_source
 from requant.record import version
 from requant.staging import lock_staging
 from requant.statistics.files import merge_statistics, write_statistics
@@ -159,8 +158,9 @@ def calibrate(
         layout="mlx-lm",
         config_from=config_from,
     )
-    plan = make_plan(reach(model, find_repository(model, revision), wishes.config_from), wishes)
-    ids = windows_of(load_tokenizer(model, plan), texts_of(text), tokens, window, seed)
+    place_of_model = reach(model, find_repository(model, revision), wishes.config_from)
+    planned = plan_with_source(place_of_model, wishes)
+    ids = windows_of(load_tokenizer(model, planned), texts_of(text), tokens, window, seed)
     metadata = {
         "requant": version(),
         "tokens": str(ids.size),
@@ -168,7 +168,7 @@ def calibrate(
         "seed": str(seed),
         "text_sha256": hashlib.sha256(ids.tobytes()).hexdigest(),
     }
-    with _Run(plan, ids, hessian, place, resume, threads, progress, on_note) as run:
+    with _Run(planned, ids, hessian, place, resume, threads, progress, on_note) as run:
         try:
             made = run.blockwise()
         except NotLayered as error:
@@ -207,7 +207,7 @@ class _Run:
 
     def __init__(
         self,
-        plan: Plan,
+        planned: Planned,
         ids: np.ndarray,
         hessian: bool,
         output: Path,
@@ -216,10 +216,11 @@ class _Run:
         progress: Told | None,
         on_note: Callable[[str], None] | None,
     ) -> None:
-        self.plan, self.ids, self.hessian, self.output = plan, ids, hessian, output
+        self.plan, self.source = planned
+        self.ids, self.hessian, self.output = ids, hessian, output
         self.threads, self.progress, self.on_note = threads, progress, on_note
         self.folder = output.with_name(f".{output.name}.requant-calibrating")
-        told = [_STATE, plan.hash, version(), hessian, list(ids.shape)]
+        told = [_STATE, self.plan.hash, version(), hessian, list(ids.shape)]
         self._lock = self._locked()
         self.key = hashlib.sha256(json.dumps(told).encode() + ids.tobytes()).hexdigest()
         self.state: dict[str, Any] = {}
@@ -339,7 +340,7 @@ class _Run:
         import mlx.core as mx
 
         model = skeleton(self.plan)
-        layered = Layered(model, self.plan, self.threads)
+        layered = Layered(model, self.plan, self.source, self.threads)
         watched = _watched(model)
         self._announce(model)
         layered.load_rest()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,16 +22,18 @@ class NoReading(Problem):
     __slots__ = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class RowOrder:
     """Rows of a layer in another order: row ``i`` of the output is row ``rows[i]``.
 
     Attributes:
-        rows: int64; compared by ``digest``.
+        rows: int64, read-only; compared by ``digest``.
+        inverse: Row ``i`` of the source becomes row ``inverse[i]`` of the output; read-only.
         digest: SHA-256 of the order.
     """
 
     rows: np.ndarray = field(repr=False, compare=False)
+    inverse: np.ndarray = field(repr=False, compare=False)
     digest: str
 
     @staticmethod
@@ -40,14 +41,10 @@ class RowOrder:
         """The order of one hidden vector, for each of ``times`` blocks of rows."""
         blocks = [order + block * order.size for block in range(times)]
         rows = np.concatenate(blocks).astype(np.int64)
-        return RowOrder(rows, hashlib.sha256(rows.tobytes()).hexdigest())
-
-    @cached_property
-    def places(self) -> np.ndarray:
-        """Where each row of the source goes."""
-        places = np.empty_like(self.rows)
-        places[self.rows] = np.arange(self.rows.size)
-        return places
+        inverse = np.empty_like(rows)
+        inverse[rows] = np.arange(rows.size)
+        rows.flags.writeable = inverse.flags.writeable = False
+        return RowOrder(rows, inverse, hashlib.sha256(rows.tobytes()).hexdigest())
 
 
 @dataclass(frozen=True, slots=True)

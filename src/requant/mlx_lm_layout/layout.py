@@ -69,9 +69,9 @@ class Computed:
     inputs: tuple[str, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class MlxLmLayout:
-    """What mlx-lm's conversion of one checkpoint would be.
+    """What mlx-lm's conversion of one checkpoint would be, and its functions to compute tensors.
 
     Attributes:
         tensors: Name after mlx-lm's renaming -> how the tensor comes to be. Nothing is cast
@@ -99,7 +99,7 @@ class MlxLmLayout:
     saved: Mapping[str, TensorInfo]
     quantizable: frozenset[str]
     with_global_scale: frozenset[str]
-    _computer: _Computer = field(repr=False, compare=False)
+    _computer: _Computer = field(repr=False)
 
     def compute(self, name: str, load: Callable[[str], mx.array]) -> mx.array:
         """Evaluate one :class:`Computed` tensor, by the model's own rule on the CPU.

@@ -32,7 +32,7 @@ from requant.safetensors_header import (
 )
 from requant.source_folder import open_regular
 from requant.statistics import imatrix
-from requant.statistics.layers import Seen, Statistics, refused, stamp_of, unreadable
+from requant.statistics.layers import FileIdentity, Seen, Statistics, refused, stamp_of, unreadable
 
 FORMAT, VERSION = "requant-statistics", "1"
 _ROLES = ("mean_square", "mean_absolute", "count", "hessian")
@@ -101,7 +101,7 @@ def _read(source: str, stamp: tuple[int, int]) -> Statistics:
         problems = [Problem("statistics", "holds no layer")]
     if problems:
         raise refused(source, problems[:MAX_PROBLEMS])
-    return Statistics(source, digest, seen, stamp)
+    return Statistics(FileIdentity(source, digest, stamp), seen)
 
 
 def _bad_numbers(fd: int, seen: list[Seen]) -> Iterator[Problem]:
