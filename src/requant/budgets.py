@@ -30,6 +30,7 @@ from requant.recipes import ROLES, Recipe, Rule, places
 from requant.record import version
 from requant.schema import Quantization
 from requant.sink import Nowhere
+from requant.sources import as_checkpoint
 from requant.specs import parse_budget, spec_text
 from requant.wishes import Wishes
 
@@ -109,15 +110,16 @@ def settle(
     """
     if wishes.budget is None or wishes.recipe is not None:
         return wishes
-    base, opened = plan_with_source(source, _unsettled(wishes), is_trial=True)
+    checkpoint = as_checkpoint(source, wishes.config_from)
+    base, plan_source = plan_with_source(checkpoint, _unsettled(wishes), is_trial=True)
     if check is not None:
         check(base)
     key = _key(base, wishes)
     measured = None if keep is None else _kept(keep, key)
     while measured is None:
-        trial = _Trial(base, opened.checkpoint, wishes)
+        trial = _Trial(base, plan_source.checkpoint, wishes)
         run = make_budget(trial.plan, threads, max_memory, chunk_bytes)
-        found = run_plan(trial.plan, opened, Nowhere(), run, progress).findings
+        found = run_plan(trial.plan, plan_source, Nowhere(), run, progress).findings
         problems = trial.problems(found)
         if not problems:
             measured = trial.measured(found)
@@ -128,7 +130,9 @@ def settle(
         else:
             wishes = replace(wishes, spoiled=wishes.spoiled | problems.keys())
             trial_wishes = _unsettled(wishes)
-            base, opened = plan_with_source(opened.checkpoint, trial_wishes, is_trial=True)
+            base, plan_source = plan_with_source(
+                plan_source.checkpoint, trial_wishes, is_trial=True
+            )
     default = _unsettled(wishes).quantization
     return replace(wishes, quantization=default, recipe=_recipe(measured, wishes, default))
 

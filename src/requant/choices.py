@@ -1,65 +1,75 @@
-"""What becomes of each layer: the wishes, the recipe and mlx-lm's choice met with what is there.
+"""What each layer becomes: options, recipe and mlx-lm's choice applied to the source's layers.
 
-Pure, as the planner that asks: only shapes, dtypes and names decide, never the values.
+Pure: shapes, dtypes and names decide, never values. ``RULES`` lists the precedence.
 """
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from requant.dtypes import FLOATS, KERNEL_FLOATS
 from requant.errors import Problem
 from requant.formats import SourceLayer, SourceLayout
 from requant.formats.base import describe
-from requant.head_names import serves_as_head
 from requant.left_dense import left_dense
 from requant.patterns import search
 from requant.reasons import Note, NoteCode, Reason, ReasonCode
-from requant.recipes import ROLES, Choice
+from requant.recipes import Choice
 from requant.relayout import Relayout
-from requant.schema import SKIP, Quantization, QuantMode
+from requant.schema import SKIP, Quantization
 from requant.specs import Spec, resolve_quantization
+from requant.target_fitting import Fit, fit_codes, fit_dense_layer
 from requant.wishes import Wishes
 
 if TYPE_CHECKING:
     from requant.checkpoint import Checkpoint
-    from requant.mlx_lm_layout import MlxLmLayout
 
-# Layers that stay dense unless an override names them: (reason, pattern on the layer path).
-# What they hold is small, or no matrix product ever reads it.
-_NAMED_DENSE = tuple(
-    (Reason(code, text), re.compile(pattern))
-    for code, text, pattern in (
-        (ReasonCode.CONVOLUTION, "convolution", r"conv"),
-        (ReasonCode.NORM, "norm", r"norm|(^|[._])ln(_|\d|$)"),
-        (ReasonCode.ROUTER, "router", ROLES["router"]),
-        (
-            ReasonCode.POSITION_TABLE,
-            "position table",
-            r"(^|\.)wpe$|pos(ition)?_?emb|embed_positions|relative_.*bias|rotary",
-        ),
-    )
-)
 # Float tensors that must keep their dtype whatever --dtype says: routers add this bias to
 # scores that are compared with each other (mlx_lm/models/deepseek_v3.py, cast_predicate).
 KEEPS_DTYPE = re.compile(r"e_score_correction_bias$")
 
-Decided = tuple[SourceLayer, Quantization | None, Reason | None]
 
-
-class Chooser:
-    """Takes one decision per layer.
+@dataclass(frozen=True, slots=True)
+class LayerDecision:
+    """What one layer becomes.
 
     Attributes:
-        default: The quantization of a chosen layer that nothing else names; None keeps codes.
-        notes: What the user should know of the wishes.
-        problems: Wishes that cannot be met.
+        layer: The layer as the source stores it.
+        target: Its quantization in the output; None for dense.
+        reason: Why, where that is not simply what was requested.
+        problem: Why that cannot be, where an override demands it.
+    """
+
+    layer: SourceLayer
+    target: Quantization | None
+    reason: Reason | None = None
+    problem: Problem | None = None
+
+    @property
+    def reason_code(self) -> ReasonCode | None:
+        """The code of the reason; None where there is none."""
+        return self.reason.code if self.reason else None
+
+
+class TargetSelector:
+    """Selects the target of every layer.
+
+    Attributes:
+        checkpoint: The source.
+        format: Name of its format.
+        layout: Its layers, under the names of the output.
+        options: What was requested.
+        relayout: mlx-lm's layout of the source; None where tensors keep the source's names.
+        mlx_lm: What mlx-lm itself decides, of the same layout.
+        source_is_quantized: Whether any layer of the source holds codes.
+        default: The quantization of a layer that nothing else names; None keeps codes.
+        recipe_targets: Layer path -> what the recipe says of it.
+        dense_by_libraries: Layer path -> why MLX's libraries leave the layer dense.
+        extra: Paths of layers that are kept though mlx-lm's class has no use for them.
+        notes: What the user should know of the options.
     """
 
     def __init__(
@@ -67,113 +77,81 @@ class Chooser:
         checkpoint: Checkpoint,
         format_name: str,
         layout: SourceLayout,
-        wishes: Wishes,
-        moved: Relayout | None = None,
+        options: Wishes,
+        relayout: Relayout | None = None,
     ) -> None:
         self.checkpoint, self.format, self.layout = checkpoint, format_name, layout
-        self.wishes, self.moved = wishes, moved
-        self.mlx_lm = None if moved is None else moved.layout
-        self.from_codes = is_quantized(layout)
+        self.options, self.relayout = options, relayout
+        self.mlx_lm = None if relayout is None else relayout.layout
+        self.source_is_quantized = is_quantized(layout)
         self.notes: list[Note] = []
-        self.problems: list[Problem] = []
-        self.default = self._default()
-        self.left_dense = self._left_dense()
-        self.extra = frozenset(moved.shown[x].path for x in moved.extra) if moved else frozenset()
-        self.by_recipe = self._choices()
+        self.default = self._default_target()
+        self.dense_by_libraries = self._dense_by_libraries()
+        self.extra: frozenset[str] = frozenset()
+        if relayout is not None:
+            self.extra = frozenset(relayout.shown[x].path for x in relayout.extra)
+        self.recipe_targets = self._recipe_targets()
 
-    def check_patterns(self) -> None:
-        """A pattern that matches no layer is a slip of the pen: suggest what was meant."""
-        paths = [layer.path for layer in self.layout.layers if layer.is_weight]
-        named = [("override", pattern) for pattern, _ in self.wishes.overrides]
-        named += [("only", pattern) for pattern in self.wishes.only]
-        for option, pattern in named:
-            if any(search(pattern, path) for path in paths):
-                continue
-            near = ", ".join(_near(pattern, paths))
-            hint = f"near it: {near}" if near else "requant inspect lists the names"
-            tied = serves_as_head(self.layout.layers, partial(search, pattern))
-            if tied:
-                hint = f"the head is tied to {tied}, which serves as both: name that"
-            if self.moved is not None:
-                old = [x.path for x in self.moved.source.layers if search(pattern, x.path)]
-                if old:
-                    hint += f". It names {old[0]} in the source: --layout keep keeps such names"
-            self.problems.append(Problem(f"--{option} {pattern!r}", f"matches no layer; {hint}"))
+    def select(self) -> tuple[LayerDecision, ...]:
+        """Decide about every layer, in their order."""
+        return tuple(map(self.decide, self.layout.layers))
 
-    def decide(self, layer: SourceLayer) -> tuple[Quantization | None, Reason | None]:
-        """The layer's quantization in the output (None: dense) and the reason to tell."""
-        target, reason = self._chosen(layer)
-        if target is not None and self.mlx_lm is not None and not self._fits_class(layer):
-            return None, Reason(ReasonCode.DENSE_IN_CLASS, "mlx-lm's class holds it dense")
-        return target, reason
+    def decide(self, layer: SourceLayer) -> LayerDecision:
+        """The decision of the first rule that applies, unless mlx-lm cannot load it.
+
+        A layer that stays dense keeps the name and the shape that the source gives it.
+        """
+        decision = next(made for _, rule in RULES if (made := rule(self, layer)) is not None)
+        if decision.target is not None and not self.is_quantizable(layer):
+            reason = Reason(ReasonCode.DENSE_IN_CLASS, "mlx-lm's class holds it dense")
+            decision = LayerDecision(layer, None, reason, decision.problem)
+        if decision.target is None and layer.as_named is not None:
+            return LayerDecision(layer.as_named, None, decision.reason, decision.problem)
+        return decision
 
     def value_dtype(self, layer: SourceLayer) -> str:
         """Dtype of the layer's values before they are quantized or stored dense."""
-        wish = self.wishes.dtype
+        requested = self.options.dtype
         castable = layer.dtype in FLOATS and not KEEPS_DTYPE.search(layer.path)
         if self.mlx_lm is not None and not (layer.is_quantized or layer.path in self.extra):
             # A source that keeps its codes keeps its dtypes too.
-            wish = wish if self.from_codes else self.mlx_lm.dtype
+            requested = requested if self.source_is_quantized else self.mlx_lm.dtype
             castable = layer.dtype in FLOATS and (
                 layer.parts["weight"].name not in self.mlx_lm.keeps_dtype
             )
-        return wish if wish is not None and castable else layer.dtype
+        return requested if requested is not None and castable else layer.dtype
 
-    def check_needs(self, decided: Iterable[Decided]) -> None:
-        """Refuse layers whose fate the user must choose, once for each kind of them."""
-        if self.wishes.act_order == "refuse" and self.default is None:
-            for layer, target, _ in decided:
-                if layer.act_order and target == layer.kept:
-                    message = (
-                        "has its inputs in act-order, and --act-order refuse takes none; "
-                        "--act-order requantize or dense says what such layers become"
-                    )
-                    self.problems.append(Problem(layer.path, message))
-        needs = Counter[str]()
-        first: dict[str, str] = {}
-        wished = self.wishes.dequantize or self.default is not None
-        for layer, target, _ in decided:
-            skipped = override_of(self.wishes, layer.path) is SKIP
-            if layer.needs_wish and target is None and not (wished or skipped):
-                needs[layer.needs_wish] += 1
-                first.setdefault(layer.needs_wish, layer.path)
-        for message, count in needs.items():
-            where = first[message] + (f" and {count - 1} more" if count > 1 else "")
-            self.problems.append(Problem(where, message))
+    # -- what is known before the first layer -------------------------------------------------
 
-    def _choices(self) -> dict[str, Choice]:
+    def _recipe_targets(self) -> dict[str, Choice]:
         """What the recipe says about each layer that it names."""
-        recipe = self.wishes.recipe
+        recipe = self.options.recipe
         if recipe is None:
             return {}
         paths = [layer.path for layer in self.layout.layers if layer.is_weight]
         if not recipe.is_shipped:
-            self.notes += [
-                Note(
-                    NoteCode.UNMATCHED_PATTERN,
-                    f"Recipe {recipe.name}: match {pattern!r} fits no layer.",
-                )
-                for pattern in recipe.idle_patterns(paths)
-            ]
+            for pattern in recipe.idle_patterns(paths):
+                text = f"Recipe {recipe.name}: match {pattern!r} fits no layer."
+                self.notes.append(Note(NoteCode.UNMATCHED_PATTERN, text))
         return recipe.choose(paths, self.default)
 
-    def _left_dense(self) -> dict[str, Reason]:
+    def _dense_by_libraries(self) -> dict[str, Reason]:
         """Layers that MLX's libraries leave dense, under the source's names; path -> reason.
 
         ``only`` names one where it matches nothing else.
         """
-        if self.moved is not None:
+        if self.relayout is not None:
             return {}
         dense = left_dense(self.layout.layers, self.checkpoint.config)
         others = [x.path for x in self.layout.layers if x.is_weight and x.path not in dense]
-        named = [p for p in self.wishes.only if not any(search(p, path) for path in others)]
+        named = [p for p in self.options.only if not any(search(p, path) for path in others)]
         return {k: why for k, why in dense.items() if not any(search(p, k) for p in named)}
 
-    def _default(self) -> Quantization | None:
-        """The quantization of a chosen layer that no override names."""
-        if self.wishes.quantization is not None or self.wishes.dequantize:
-            return self.wishes.quantization
-        if self.from_codes or not self._is_dense:
+    def _default_target(self) -> Quantization | None:
+        """The quantization of a layer that neither an override nor a recipe names."""
+        if self.options.quantization is not None or self.options.dequantize:
+            return self.options.quantization
+        if self.source_is_quantized or not self._is_dense:
             return None
         text = (
             "No bits or mode were asked for: affine, 4 bits, group 64 (MLX's default); "
@@ -182,159 +160,194 @@ class Chooser:
         self.notes.append(Note(NoteCode.DEFAULT_TARGET, text))
         return resolve_quantization()
 
-    def _chosen(self, layer: SourceLayer) -> tuple[Quantization | None, Reason | None]:
-        wishes = self.wishes
-        if layer.path in wishes.spoiled:
-            return layer.encoding, Reason(ReasonCode.NONFINITE, "holds NaN or infinity")
-        override = override_of(self.wishes, layer.path) if layer.is_weight else None
-        if isinstance(override, Quantization):
-            return self._forced(layer, override), None
-        if override is SKIP:
-            return layer.encoding, Reason(ReasonCode.SKIPPED_BY_OVERRIDE, "skipped by an override")
-        if layer.path in self.extra and not wishes.dequantize:
-            return layer.kept, Reason(ReasonCode.UNUSED_BY_CLASS, "mlx-lm has no use for it")
-        if wishes.only and not any(search(p, layer.path) for p in wishes.only):
-            return layer.kept, Reason(ReasonCode.NOT_IN_ONLY, "not matched by --only")
-        if wishes.dequantize:
-            return None, None
-        choice = self.by_recipe.get(layer.path)
-        if choice is not None and choice.spec is SKIP:
-            return layer.encoding, Reason(ReasonCode.SKIPPED_BY_RECIPE, "skipped by the recipe")
-        wish = choice.spec if choice is not None else self.default
-        if not isinstance(wish, Quantization):
-            dense = layer.act_order and wishes.act_order == "dense"
-            return None if dense else layer.kept, layer.reason
-        points = choice is not None and choice.points
-        if self.mlx_lm is not None:
-            return self._in_mlx_lm_s_layout(layer, self.mlx_lm, choice)
-        if layer.is_quantized:
-            target, reason = fit_codes(layer, wish, wishes)
-            return target or layer.kept, reason
-        if layer.path in self.left_dense and not (choice is not None and choice.names):
-            return None, self.left_dense[layer.path]
-        return _dense_target(layer, wish, wishes.dtype, any_name=points)
-
-    def _in_mlx_lm_s_layout(
-        self, layer: SourceLayer, mlx_lm: MlxLmLayout, choice: Choice | None
-    ) -> tuple[Quantization | None, Reason | None]:
-        """mlx-lm's choice for a layer, or the recipe's where mlx-lm can load that."""
-        own, reason = mlx_lm.targets.get(layer.path), layer.reason
-        if own is not None and layer.is_quantized:
-            own, grouped = fit_codes(layer, own, self.wishes)
-            reason = grouped or reason
-        if own is None:
-            reason = mlx_lm.dense_reasons.get(layer.path, reason)
-            own = layer.kept if layer.is_quantized else None
-        mixed = self.wishes.recipe is not None and self.wishes.recipe.is_mixed
-        if choice is None or not isinstance(choice.spec, Quantization) or mixed:
-            return own, reason
-        if own is None and not (choice.points and layer.path in mlx_lm.quantizable):
-            return own, reason
-        group_size, n_in = choice.spec.group_size, layer.shape[-1]
-        if n_in % group_size:
-            text = f"last axis {n_in} is no multiple of group {group_size}"
-            return own, Reason(ReasonCode.NO_GROUP_SIZE, text)
-        return choice.spec, None
-
-    def _forced(self, layer: SourceLayer, target: Quantization) -> Quantization | None:
-        """An override is met exactly or refused."""
-        shape, dtype = layer.shape, self.value_dtype(layer)
-        message = ""
-        if self.mlx_lm is not None and not self._fits_class(layer):
-            message = f"mlx-lm's class holds {layer.path} dense; --layout keep does not ask it"
-        elif len(shape) < 2:
-            message = f"{layer.path}.weight has shape {list(shape)}: a vector is not quantized"
-        elif shape[-1] % target.group_size:
-            message = (
-                f"the last axis of {layer.path}.weight {list(shape)} is no multiple of group "
-                f"size {target.group_size}"
-            )
-        elif dtype not in KERNEL_FLOATS:
-            message = f"{layer.path}.weight is {dtype}; give a float dtype with --dtype"
-        if message:
-            spec = describe(target, "")
-            self.problems.append(Problem(f"--override to {spec}", message))
-        return target
-
-    def _fits_class(self, layer: SourceLayer) -> bool:
-        """Whether mlx-lm can load the layer quantized; what it does not load is free."""
-        assert self.mlx_lm is not None
-        loaded = f"{layer.path}.weight" in self.mlx_lm.tensors
-        return not loaded or layer.path in self.mlx_lm.quantizable
-
     @property
     def _is_dense(self) -> bool:
         """Whether no tool has quantized the source, nor says that it has."""
-        return self.format == "dense" or (self.checkpoint.gguf is not None and not self.from_codes)
+        of_gguf = self.checkpoint.gguf is not None
+        return self.format == "dense" or (of_gguf and not self.source_is_quantized)
+
+    def is_quantizable(self, layer: SourceLayer) -> bool:
+        """Whether mlx-lm can load the layer quantized; layers that it does not load can be."""
+        if self.mlx_lm is None:
+            return True
+        is_loaded = f"{layer.path}.weight" in self.mlx_lm.tensors
+        return not is_loaded or layer.path in self.mlx_lm.quantizable
 
 
-def override_of(wishes: Wishes, path: str) -> Spec | None:
+# -- the rules, in the order of RULES --------------------------------------------------------------
+
+
+def _nonfinite(selector: TargetSelector, layer: SourceLayer) -> LayerDecision | None:
+    if layer.path not in selector.options.spoiled:
+        return None
+    reason = Reason(ReasonCode.NONFINITE, "holds NaN or infinity")
+    return LayerDecision(layer, layer.encoding, reason)
+
+
+def _override(selector: TargetSelector, layer: SourceLayer) -> LayerDecision | None:
+    override = find_override(selector.options, layer.path) if layer.is_weight else None
+    if isinstance(override, Quantization):
+        return LayerDecision(layer, override, problem=_why_not_exactly(selector, layer, override))
+    if override is SKIP:
+        reason = Reason(ReasonCode.SKIPPED_BY_OVERRIDE, "skipped by an override")
+        return LayerDecision(layer, layer.encoding, reason)
+    return None
+
+
+def _unused(selector: TargetSelector, layer: SourceLayer) -> LayerDecision | None:
+    if layer.path not in selector.extra or selector.options.dequantize:
+        return None
+    reason = Reason(ReasonCode.UNUSED_BY_CLASS, "mlx-lm has no use for it")
+    return LayerDecision(layer, layer.kept, reason)
+
+
+def _only(selector: TargetSelector, layer: SourceLayer) -> LayerDecision | None:
+    only = selector.options.only
+    if not only or any(search(pattern, layer.path) for pattern in only):
+        return None
+    reason = Reason(ReasonCode.NOT_IN_ONLY, "not matched by --only")
+    return LayerDecision(layer, layer.kept, reason)
+
+
+def _dequantize(selector: TargetSelector, layer: SourceLayer) -> LayerDecision | None:
+    return LayerDecision(layer, None) if selector.options.dequantize else None
+
+
+def _recipe_skip(selector: TargetSelector, layer: SourceLayer) -> LayerDecision | None:
+    choice = selector.recipe_targets.get(layer.path)
+    if choice is None or choice.spec is not SKIP:
+        return None
+    reason = Reason(ReasonCode.SKIPPED_BY_RECIPE, "skipped by the recipe")
+    return LayerDecision(layer, layer.encoding, reason)
+
+
+def _nothing_requested(selector: TargetSelector, layer: SourceLayer) -> LayerDecision | None:
+    if _requested(selector, layer) is not None:
+        return None
+    is_dense = layer.act_order and selector.options.act_order == "dense"
+    return LayerDecision(layer, None if is_dense else layer.kept, layer.reason)
+
+
+def _mlx_lm_target(selector: TargetSelector, layer: SourceLayer) -> LayerDecision | None:
+    """mlx-lm's choice for a layer, or the recipe's where mlx-lm can load that."""
+    mlx_lm, choice = selector.mlx_lm, selector.recipe_targets.get(layer.path)
+    if mlx_lm is None:
+        return None
+    own, reason = mlx_lm.targets.get(layer.path), layer.reason
+    if own is not None and layer.is_quantized:
+        own, grouped = fit_codes(layer, own, own_groups=selector.options.own_groups)
+        reason = grouped or reason
+    if own is None:
+        reason = mlx_lm.dense_reasons.get(layer.path, reason)
+        own = layer.kept if layer.is_quantized else None
+    recipe = selector.options.recipe
+    is_mixed = recipe is not None and recipe.is_mixed  # mlx-lm has applied it
+    if choice is None or not isinstance(choice.spec, Quantization) or is_mixed:
+        return LayerDecision(layer, own, reason)
+    if own is None and not (choice.points and layer.path in mlx_lm.quantizable):
+        return LayerDecision(layer, own, reason)
+    group_size, n_in = choice.spec.group_size, layer.shape[-1]
+    if n_in % group_size:
+        text = f"last axis {n_in} is no multiple of group {group_size}"
+        return LayerDecision(layer, own, Reason(ReasonCode.NO_GROUP_SIZE, text))
+    return LayerDecision(layer, choice.spec)
+
+
+def _quantized_layer(selector: TargetSelector, layer: SourceLayer) -> LayerDecision | None:
+    requested = _requested(selector, layer)
+    if not layer.is_quantized or requested is None:
+        return None
+    target, reason = fit_codes(layer, requested, own_groups=selector.options.own_groups)
+    return LayerDecision(layer, target or layer.kept, reason)
+
+
+def _dense_in_libraries(selector: TargetSelector, layer: SourceLayer) -> LayerDecision | None:
+    choice = selector.recipe_targets.get(layer.path)
+    is_named = choice is not None and choice.names
+    if layer.path not in selector.dense_by_libraries or is_named:
+        return None
+    return LayerDecision(layer, None, selector.dense_by_libraries[layer.path])
+
+
+def _dense_layer(selector: TargetSelector, layer: SourceLayer) -> LayerDecision | None:
+    requested, choice = _requested(selector, layer), selector.recipe_targets.get(layer.path)
+    if requested is None:
+        return None
+    any_name = choice is not None and choice.points
+    fit: Fit = fit_dense_layer(layer, requested, selector.options.dtype, any_name=any_name)
+    return LayerDecision(layer, *fit)
+
+
+def _requested(selector: TargetSelector, layer: SourceLayer) -> Quantization | None:
+    """The recipe's quantization of a layer, else the default."""
+    choice = selector.recipe_targets.get(layer.path)
+    requested = choice.spec if choice is not None else selector.default
+    return requested if isinstance(requested, Quantization) else None
+
+
+def _why_not_exactly(
+    selector: TargetSelector, layer: SourceLayer, target: Quantization
+) -> Problem | None:
+    """Why a layer cannot have the target of an override; overrides are met exactly."""
+    shape, dtype = layer.shape, selector.value_dtype(layer)
+    if not selector.is_quantizable(layer):
+        message = f"mlx-lm's class holds {layer.path} dense; --layout keep does not ask it"
+    elif len(shape) < 2:
+        message = f"{layer.path}.weight has shape {list(shape)}: a vector is not quantized"
+    elif shape[-1] % target.group_size:
+        message = (
+            f"the last axis of {layer.path}.weight {list(shape)} is no multiple of group "
+            f"size {target.group_size}"
+        )
+    elif dtype not in KERNEL_FLOATS:
+        message = f"{layer.path}.weight is {dtype}; give a float dtype with --dtype"
+    else:
+        return None
+    return Problem(f"--override to {describe(target, '')}", message)
+
+
+Rule = Callable[[TargetSelector, SourceLayer], LayerDecision | None]
+
+RULES: tuple[tuple[str, Rule], ...] = (
+    ("nonfinite", _nonfinite),
+    ("override", _override),
+    ("unused", _unused),
+    ("only", _only),
+    ("dequantize", _dequantize),
+    ("recipe-skip", _recipe_skip),
+    ("nothing-requested", _nothing_requested),
+    ("mlx-lm", _mlx_lm_target),
+    ("quantized-layer", _quantized_layer),
+    ("dense-in-libraries", _dense_in_libraries),
+    ("dense-layer", _dense_layer),
+)
+"""The precedence of everything that decides about a layer; the first rule that applies wins.
+
+1. ``nonfinite``: a layer with NaN or infinity (``--allow-nonfinite``) stays as it is.
+2. ``override``: the last ``--override`` that matches, exactly or with a problem; ``skip`` leaves
+   the layer as the source stores it.
+3. ``unused``: with ``--keep-extra``, layers that mlx-lm's class does not have stay as they are.
+4. ``only``: layers that no ``--only`` matches stay as they are.
+5. ``dequantize``: every layer becomes dense.
+6. ``recipe-skip``: the recipe leaves the layer as the source stores it.
+7. ``nothing-requested``: without a target of the recipe or by ``--bits`` and ``--mode``, codes stay
+   where MLX can hold them, else the format's default (``--act-order dense`` makes them dense).
+8. ``mlx-lm``: in mlx-lm's layout, mlx-lm's own choice, or the recipe's where mlx-lm loads that.
+9. ``quantized-layer``: codes of the source take the target with a group size that fits.
+10. ``dense-in-libraries``: towers and shared embeddings, which MLX's libraries leave dense, unless
+    the recipe names them.
+11. ``dense-layer``: the target, where name, shape and dtype allow it.
+
+Whatever they decide, a layer that mlx-lm's class holds dense becomes dense in mlx-lm's layout.
+"""
+
+
+def find_override(options: Wishes, path: str) -> Spec | None:
     """The last override that matches: a target, SKIP, or None."""
-    hits = [spec for pattern, spec in wishes.overrides if search(pattern, path)]
+    hits = [spec for pattern, spec in options.overrides if search(pattern, path)]
     return hits[-1] if hits else None
 
 
 def is_quantized(layout: SourceLayout) -> bool:
     """Whether any layer of the source holds codes."""
     return any(layer.is_quantized for layer in layout.layers)
-
-
-def _dense_target(
-    layer: SourceLayer, wish: Quantization, dtype: str | None, any_name: bool = False
-) -> tuple[Quantization | None, Reason | None]:
-    """Whether a dense layer is quantized, with which group, and why not."""
-    shape = layer.shape
-    if len(shape) < 2:
-        return None, None
-    if not layer.is_weight:
-        return None, Reason(ReasonCode.NOT_A_WEIGHT, "not named .weight")
-    for reason, pattern in _NAMED_DENSE:
-        if pattern.search(layer.path) and not any_name:
-            return None, reason
-    if len(shape) > 3:
-        text = f"rank {len(shape)}, taken for a convolution"
-        return None, Reason(ReasonCode.UNSUPPORTED_RANK, text)
-    if layer.dtype not in FLOATS or (layer.dtype not in KERNEL_FLOATS and dtype is None):
-        text = f"dtype {layer.dtype} cannot be quantized"
-        return None, Reason(ReasonCode.UNSUPPORTED_DTYPE, text)
-    if 0 in shape:
-        return None, Reason(ReasonCode.EMPTY, "empty")
-    return fit_group(shape[-1], wish)
-
-
-def fit_codes(
-    layer: SourceLayer, wish: Quantization, wishes: Wishes
-) -> tuple[Quantization | None, Reason | None]:
-    """As ``fit_group``, or in the source's group if none was asked for and its codes then stay."""
-    target, reason = fit_group(layer.shape[-1], wish)
-    if target is None or layer.encoding is None or not wishes.own_groups or layer.carried:
-        return target, reason
-    own = replace(target, group_size=layer.encoding.group_size)
-    if layer.keeps_codes(target) or not layer.keeps_codes(own):
-        return target, reason
-    text = f"no group size was asked for: keeps its codes in groups of {own.group_size}"
-    return own, Reason(ReasonCode.SOURCE_GROUP_SIZE, text)
-
-
-def fit_group(n_in: int, wish: Quantization) -> tuple[Quantization | None, Reason | None]:
-    """The wished quantization with the largest group that divides the last axis."""
-    if n_in % wish.group_size == 0:
-        return wish, None
-    if wish.mode is QuantMode.AFFINE:
-        for group_size in (64, 32):
-            if group_size < wish.group_size and n_in % group_size == 0:
-                text = f"last axis {n_in} takes group {group_size}, not {wish.group_size}"
-                reason = Reason(ReasonCode.SMALLER_GROUP_SIZE, text)
-                return Quantization(group_size, wish.bits, wish.mode), reason
-    text = f"last axis {n_in} is no multiple of group {wish.group_size} or a smaller one"
-    return None, Reason(ReasonCode.NO_GROUP_SIZE, text)
-
-
-def _near(pattern: str, paths: Sequence[str]) -> list[str]:
-    """Layer names that the writer of ``pattern`` may have meant."""
-    plain = re.sub(r"\\([.\[\]()])", r"\1", pattern).strip("^$").replace(".*", "")
-    last = plain.rsplit(".", 1)[-1]
-    names = dict.fromkeys(path.rsplit(".", 1)[-1] for path in paths)
-    close = difflib.get_close_matches(last, list(names), 3, 0.6)
-    whole = difflib.get_close_matches(plain, list(paths), 3, 0.6)
-    return close or whole

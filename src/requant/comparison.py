@@ -31,6 +31,7 @@ from requant.execute import run_plan
 from requant.hub import find_repository
 from requant.memory import make_budget
 from requant.planner import Planned, plan_with_source
+from requant.sources import read_checkpoint
 from requant.wishes import Wishes
 
 _BLOCK = 1 << 18  # values that are summed at a time
@@ -175,10 +176,11 @@ def _plans(a: Source, b: Source) -> list[Planned]:
         if find_repository(source, None) is not None:
             raise UsageError(f"compare reads folders and GGUF files; download {source} first")
     wishes = Wishes.build(dequantize=True, dtype="float32")
-    plans = [plan_with_source(Path(source), wishes) for source in (a, b)]
+    checkpoints = [read_checkpoint(source) for source in (a, b)]
+    plans = [plan_with_source(checkpoint, wishes) for checkpoint in checkpoints]
     if plans[0].plan.layout != plans[1].plan.layout:
         kept = replace(wishes, layout="keep")
-        plans = [plan_with_source(Path(source), kept) for source in (a, b)]
+        plans = [plan_with_source(checkpoint, kept) for checkpoint in checkpoints]
     return plans
 
 

@@ -31,6 +31,7 @@ from requant.report import Report, recorded_errors
 from requant.schema import Quantization
 from requant.sink import Nowhere, Sink
 from requant.source_folder import is_gguf
+from requant.sources import as_checkpoint
 from requant.specs import Spec
 from requant.staging import (
     bytes_on_disk,
@@ -127,8 +128,9 @@ def plan(
         )
         save(save_recipe, wishes)
     if remote is None:
-        return make_plan(Path(source), wishes)
-    made = make_plan(remote.headers(wishes.config_from), wishes)
+        return make_plan(as_checkpoint(source, wishes.config_from), wishes)
+    checkpoint = as_checkpoint(remote.headers(wishes.config_from), wishes.config_from)
+    made = make_plan(checkpoint, wishes)
     return replace(made, notes=(*made.notes, Note(NoteCode.DOWNLOAD, remote.announcement())))
 
 
@@ -343,9 +345,9 @@ def convert(
         wishes = replace(wishes, spoiled=frozenset(spoiled_before(Path(output))))
     planned, outcome = run(
         wishes,
-        lambda made, opened, wished: OutputFolder(
+        lambda made, plan_source, wished: OutputFolder(
             made,
-            opened.opened,
+            plan_source.opened,
             Path(output),
             force,
             resume=resume,
@@ -388,7 +390,7 @@ def _checked(run: Callable[..., tuple[Planned, Outcome]], wishes: Wishes) -> Wis
     tried: list[Wishes] = []
 
     @contextmanager
-    def nowhere(made: Plan, opened: PlanSource, wished: Wishes) -> Iterator[Nowhere]:
+    def nowhere(made: Plan, plan_source: PlanSource, wished: Wishes) -> Iterator[Nowhere]:
         tried.append(wished)
         yield Nowhere()
 
@@ -403,7 +405,7 @@ def _arriving(
     remote: Repository, wishes: Wishes, output: Path, force: bool, area: Path | None
 ) -> Checkpoint:
     """A source on the hub, to be downloaded now that its headers hold no problem."""
-    checkpoint = remote.headers(wishes.config_from)
+    checkpoint = as_checkpoint(remote.headers(wishes.config_from), wishes.config_from)
     made, spent = make_plan(checkpoint, wishes), spent_on(output)
     if area is None:
         most = sum(shard.nbytes for shard in made.shards) + remote.room_beside(output)
@@ -429,8 +431,9 @@ def carry_out(
     twins: Path | None = None,
 ) -> tuple[Planned, Outcome]:
     """Plan, run and check; ``finish`` is called once, with what holds the whole result."""
-    made, opened = plan_with_source(source, wishes, twins)
-    downloader = opened.opened.downloader
+    checkpoint = as_checkpoint(source, wishes.config_from, twins)
+    made, plan_source = plan_with_source(checkpoint, wishes)
+    downloader = plan_source.opened.downloader
 
     def refused_at_once(found: Finding) -> bool:
         return found.is_no_number or bool(found.overflowed and not allow_overflow)
@@ -440,20 +443,21 @@ def carry_out(
     stop_at = refused_at_once if goes and not allow_nonfinite else None
     while True:
         budget = make_budget(made, threads, max_memory, chunk_bytes)
-        with open_sink(made, opened, wishes) as sink:
-            outcome = run_plan(made, opened, sink, budget, progress, stop_at)
+        with open_sink(made, plan_source, wishes) as sink:
+            outcome = run_plan(made, plan_source, sink, budget, progress, stop_at)
             found = outcome.findings
             spoiled = {x for x, finding in found.items() if finding.is_no_number} - wishes.spoiled
             problems = _refused(found, wishes.spoiled, allow_overflow)
             if not problems:
                 finish(sink, outcome)
-                return Planned(made, opened), outcome
+                return Planned(made, plan_source), outcome
         # Left without an error: nothing is kept.
         if not spoiled or not allow_nonfinite:
             raise CheckpointError(made.source, problems)
         # The layout of the output changes with a layer that stays dense: plan again.
         wishes = replace(wishes, spoiled=wishes.spoiled.union(spoiled))
-        made, opened = plan_with_source(source, wishes, twins)
+        checkpoint = as_checkpoint(source, wishes.config_from, twins)
+        made, plan_source = plan_with_source(checkpoint, wishes)
 
 
 def _refused(

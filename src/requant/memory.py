@@ -12,6 +12,7 @@ from requant.blueprint import Plan, Step
 from requant.checkpoint import ComputedTensor
 from requant.errors import OutOfRangeError
 from requant.hessians import bytes_for
+from requant.outputs import BATCH_BYTES
 
 # A chunk and what is made of it stay in a core's cache.
 DEFAULT_CHUNK_BYTES = 4 << 20
@@ -111,8 +112,6 @@ def _beside(plan: Plan, threads: int) -> int:
     factored = bytes_for(widest, threads)
     if plan.layout != "mlx-lm":
         return factored
-    from requant.mlx_lm_layout.layout import BATCH_BYTES  # imports MLX, which such a plan needs
-
     sizes = {
         name: sum(out.info.nbytes for out in step.outputs.values())
         for name, step in plan.materials.items()

@@ -1,4 +1,4 @@
-"""Whether mlx-lm can have a class for a model, found out without importing it.
+"""Whether mlx-lm can have a class for a model, found out without importing it; and its errors.
 
 mlx-lm looks for ``mlx_lm/models/{model_type}.py``, after a table of other names. Importing it
 takes about a second, most of it transformers; looking for the file takes a millisecond.
@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from requant.errors import shown
+from requant.errors import RequantError, shown
 
 # mlx_lm/utils.py: {model_type: module}, and (in newer ones) {(model_type, architecture): module}.
 _NAMES, _NAMES_BY_ARCHITECTURE = "MODEL_REMAPPING", "MODEL_ARCHITECTURE_REMAPPING"
@@ -24,6 +24,28 @@ WITHOUT_A_CLASS = (
     "it expects are not known. --layout keep needs no class: it keeps the source's tensor "
     "names and chooses layers by names and shapes"
 )
+
+
+class UnknownModelError(RequantError, LookupError):
+    """mlx-lm is not installed, or has no class for this model.
+
+    Attributes:
+        why: Which of these, without the advice that the message adds.
+    """
+
+    def __init__(self, why: str) -> None:
+        self.why = why
+        super().__init__(f"{why}. {WITHOUT_A_CLASS}")
+
+
+class LayoutError(RequantError, ValueError):
+    """mlx-lm has a class for the model, but its conversion would fail, or cannot be followed.
+
+    Attributes:
+        class_names: The parameters of the class, where it could be built.
+    """
+
+    class_names: tuple[str, ...] = ()
 
 
 def why_no_class(config: Mapping[str, Any]) -> str:

@@ -32,6 +32,21 @@ class _Bar(NamedTuple):
     text: str
 
 
+class _Number(NamedTuple):
+    """A number of a table: the value that it is sorted by, and its text; None is empty."""
+
+    value: float | None
+    text: str
+
+
+def _bytes(nbytes: int) -> _Number:
+    return _Number(nbytes, _size(nbytes))
+
+
+def _share(share: float | None) -> _Number:
+    return _Number(share, percent(share))
+
+
 def render_page(figures: Figures) -> str:
     """The whole page, HTML in UTF-8.
 
@@ -104,7 +119,7 @@ def _treatments(figures: Figures) -> str:
         for number, (name, nbytes) in enumerate(made.most_common())
     ]
     rows = [
-        (g.treatment, g.source, g.target, g.exactness, g.layers, g.parameters, g.nbytes)
+        (g.treatment, g.source, g.target, g.exactness, g.layers, g.parameters, _bytes(g.nbytes))
         for g in groups
     ]
     header = ("treatment", "from", "to", "exactness", "layers", "parameters", "bytes")
@@ -163,7 +178,7 @@ def _errors(figures: Figures) -> str:
         )
         for k in sorted(kinds, key=_median, reverse=True)[:_KINDS]
     ]
-    rows = [(x.layer, x.source, x.target, x.relative_rms, x.max_steps) for x in worst]
+    rows = [(x.layer, x.source, x.target, _share(x.relative_rms), x.max_steps) for x in worst]
     header = ("layer", "from", "to", "error (rms)", "largest, in steps")
     legend = '<span class="key c1"></span> median <span class="key worst"></span> worst'
     return _section(
@@ -199,9 +214,9 @@ def _all_layers(layers: Iterable[LayerFigures]) -> str:
             x.target,
             x.exactness,
             round(x.bits_per_weight, 3),
-            x.bytes_in,
-            x.bytes_out,
-            x.relative_rms,
+            _bytes(x.bytes_in),
+            _bytes(x.bytes_out),
+            _share(x.relative_rms),
             x.reason or x.bound,
         )
         for x in layers
@@ -212,7 +227,7 @@ def _all_layers(layers: Iterable[LayerFigures]) -> str:
 
 
 def _provenance(figures: Figures) -> str:
-    source_files = [(name, nbytes, digest) for name, nbytes, digest in figures.source_files]
+    source_files = [(name, _bytes(nbytes), digest) for name, nbytes, digest in figures.source_files]
     return _section(
         "Where it comes from",
         f"<dl><dt>Source</dt><dd>{escape(figures.source_format)}{_repository(figures)}</dd>"
@@ -243,27 +258,23 @@ def _section(title: str, body: str, remark: str = "") -> str:
 def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A table whose headings sort; numbers carry their value beside what is shown."""
     heads = "".join(f'<th scope="col"><button>{escape(name)}</button></th>' for name in header)
-    body = "".join(
-        "<tr>" + "".join(_cell(value, name) for value, name in zip(row, header, strict=True))
-        for row in rows
-    )
+    body = "".join("<tr>" + "".join(map(_cell, row)) for row in rows)
     return (
         f'<div class="wide"><table class="sortable"><thead><tr>{heads}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
 
 
-def _cell(value: object, column: str) -> str:
-    if value is None:
-        return '<td class="n" data-value="-1"></td>'
+def _cell(value: object) -> str:
     if isinstance(value, int | float):
-        shown = f"{value:,}"
-        if column in ("before", "after", "bytes"):
-            shown = _size(value)
-        elif column.startswith("error"):
-            shown = percent(value)
-        return f'<td class="n" data-value="{value}">{shown}</td>'
-    return f"<td>{escape(str(value))}</td>"
+        value = _Number(value, f"{value:,}")
+    if value is None:
+        value = _Number(None, "")
+    if not isinstance(value, _Number):
+        return f"<td>{escape(str(value))}</td>"
+    if value.value is None:
+        return '<td class="n" data-value="-1"></td>'
+    return f'<td class="n" data-value="{value.value}">{value.text}</td>'
 
 
 def _bars(bars: Sequence[_Bar], label: str) -> str:

@@ -1,7 +1,4 @@
-"""What a plan tells its reader beside the table: in words, one function a subject.
-
-Reads what was decided and changes nothing of it.
-"""
+"""Notes of a plan: what the user should know beside the table, one function a subject."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ from math import prod
 from typing import Any
 
 from requant.blueprint import LayerPlan, Step, Treatment
-from requant.choices import KEEPS_DTYPE, Chooser, Decided
+from requant.choices import KEEPS_DTYPE, LayerDecision, TargetSelector
 from requant.dtypes import KERNEL_FLOATS
 from requant.errors import Problem, count, count_are, few
 from requant.formats import SourceLayer
@@ -26,58 +23,62 @@ from requant.steps import with_global_scale
 _EXPERT = re.compile(r"(^|\.)experts\.")
 
 
-def notes_on(
-    chooser: Chooser, decided: Iterable[Decided], layers: Iterable[LayerPlan], steps: Iterable[Step]
+def plan_notes(
+    selector: TargetSelector,
+    decisions: Iterable[LayerDecision],
+    layers: Iterable[LayerPlan],
+    steps: Iterable[Step],
 ) -> Iterator[Note]:
     """Everything that the user should know of a plan."""
-    decided, layers, steps = tuple(decided), tuple(layers), tuple(steps)
-    yield from _extra(chooser.moved)
-    yield from _tied(chooser, decided)
-    yield from _rotations(decided)
-    yield from _global_scales(decided)
-    yield from _values(chooser, layers)
-    yield from _dense_in_source(chooser, layers)
-    yield from _search(chooser, layers, steps)
-    yield from _budget(chooser)
-    yield from _form(chooser.moved)
-    if chooser.from_codes:
+    decisions, layers, steps = tuple(decisions), tuple(layers), tuple(steps)
+    yield from _extra(selector.relayout)
+    yield from _tied(selector, decisions)
+    yield from _rotations(decisions)
+    yield from _global_scales(decisions)
+    yield from _values(selector, layers)
+    yield from _dense_in_source(selector, layers)
+    yield from _search(selector, layers, steps)
+    yield from _budget(selector)
+    yield from _form(selector.relayout)
+    if selector.source_is_quantized:
         yield from _dtypes(steps)
     yield from _unloadable(layers)
 
 
-def _extra(moved: Relayout | None) -> Iterator[Note]:
+def _extra(relayout: Relayout | None) -> Iterator[Note]:
     """Say what becomes of the kept tensors that mlx-lm's class has no use for."""
-    if moved is None or not moved.extra:
+    if relayout is None or not relayout.extra:
         return
-    names = moved.extra
+    names = relayout.extra
     loads = "it ignores such tensors when it loads the result."
-    if moved.refusal:
-        loads = f"mlx-lm does not load the result as it is: {moved.refusal}"
+    if relayout.refusal:
+        loads = f"mlx-lm does not load the result as it is: {relayout.refusal}"
     held = count(len(names), "tensor")
     text = f"mlx-lm has no use for {held} that --keep-extra keeps ({few(names)}); {loads}"
     yield Note(NoteCode.EXTRA_TENSORS, text)
 
 
-def rotated_layers(decided: Iterable[Decided]) -> list[SourceLayer]:
+def rotated_layers(decisions: Iterable[LayerDecision]) -> list[SourceLayer]:
     """The layers that keep a rotation of their inputs beside their codes."""
-    return [x for x, target, _ in decided if x.carried and x.keeps_codes(target)]
+    return [x.layer for x in decisions if x.layer.carried and x.layer.keeps_codes(x.target)]
 
 
-def _tied(chooser: Chooser, decided: Iterable[Decided]) -> Iterator[Note]:
+def _tied(selector: TargetSelector, decisions: Iterable[LayerDecision]) -> Iterator[Note]:
     """Say that an embedding stays dense for a head that has no weight of its own."""
-    for layer, target, reason in decided:
-        if reason is not None and reason.code is ReasonCode.TIED_EMBEDDING and target is None:
+    for decision in decisions:
+        layer = decision.layer
+        if decision.reason_code is ReasonCode.TIED_EMBEDDING and decision.target is None:
             yield Note(
                 NoteCode.TIED_EMBEDDING,
                 f"{layer.path} stays dense: a head of masked words shares it (only the head's "
                 "bias is stored), and loaders copy it there without scales. --override "
-                f"{layer.path}={chooser.default.bits if chooser.default else 8} quantizes it.",
+                f"{layer.path}={selector.default.bits if selector.default else 8} quantizes it.",
             )
 
 
-def _rotations(decided: Iterable[Decided]) -> Iterator[Note]:
+def _rotations(decisions: Iterable[LayerDecision]) -> Iterator[Note]:
     """Say who can run layers whose inputs are rotated."""
-    turned = rotated_layers(decided)
+    turned = rotated_layers(decisions)
     if turned:
         yield Note(
             NoteCode.ROTATED_INPUTS,
@@ -87,9 +88,9 @@ def _rotations(decided: Iterable[Decided]) -> Iterator[Note]:
         )
 
 
-def _global_scales(decided: Iterable[Decided]) -> Iterator[Note]:
+def _global_scales(decisions: Iterable[LayerDecision]) -> Iterator[Note]:
     """Say who can run experts with tensor scales of their own."""
-    count = len(with_global_scale(decided))
+    count = len(with_global_scale(decisions))
     if count:
         yield Note(
             NoteCode.GLOBAL_SCALES,
@@ -98,11 +99,11 @@ def _global_scales(decided: Iterable[Decided]) -> Iterator[Note]:
         )
 
 
-def _values(chooser: Chooser, layers: Iterable[LayerPlan]) -> Iterator[Note]:
+def _values(selector: TargetSelector, layers: Iterable[LayerPlan]) -> Iterator[Note]:
     """Name the layers whose codes mlx-lm's layout has no place for."""
-    if chooser.mlx_lm is None or chooser.wishes.dequantize or chooser.default is not None:
+    if selector.mlx_lm is None or selector.options.dequantize or selector.default is not None:
         return
-    codes = {x.path for x in chooser.layout.layers if x.kept is not None and not x.act_order}
+    codes = {x.path for x in selector.layout.layers if x.kept is not None and not x.act_order}
     values = [
         x
         for x in layers
@@ -129,17 +130,22 @@ def _values(chooser: Chooser, layers: Iterable[LayerPlan]) -> Iterator[Note]:
             yield Note(code, f"{few([x.layer for x in found])} {verb} {what}.")
 
 
-def _dense_in_source(chooser: Chooser, layers: Iterable[LayerPlan]) -> Iterator[Note]:
+def _dense_in_source(selector: TargetSelector, layers: Iterable[LayerPlan]) -> Iterator[Note]:
     """Name the dense layers of a quantized source that a request covers, as in a dense source."""
     new = [x.layer for x in layers if x.treatment is Treatment.QUANTIZED]
-    if not new or not chooser.from_codes or chooser.default is None or chooser.wishes.only:
+    if (
+        not new
+        or not selector.source_is_quantized
+        or selector.default is None
+        or selector.options.only
+    ):
         return
     yield Note(
         NoteCode.DENSE_IN_SOURCE,
         f"{count_are(len(new), 'layer')} dense in the source and quantized here, as in a dense "
         f"model: {few(new)}. --override 'REGEX=skip' leaves such layers dense.",
     )
-    skips = chooser.checkpoint.config.get("quantization")
+    skips = selector.checkpoint.config.get("quantization")
     skipped = [x for x in new if isinstance(skips, dict) and skips.get(x) is False]
     if skipped:
         yield Note(
@@ -149,7 +155,9 @@ def _dense_in_source(chooser: Chooser, layers: Iterable[LayerPlan]) -> Iterator[
         )
 
 
-def _search(chooser: Chooser, layers: Iterable[LayerPlan], steps: Iterable[Step]) -> Iterator[Note]:
+def _search(
+    selector: TargetSelector, layers: Iterable[LayerPlan], steps: Iterable[Step]
+) -> Iterator[Note]:
     """Say where the bits are not those of MLX's own rule, and where a search finds nothing."""
     searched = {step.layer: step.gptq for step in steps if step.search != "off"}
     if searched:
@@ -158,11 +166,11 @@ def _search(chooser: Chooser, layers: Iterable[LayerPlan], steps: Iterable[Step]
         promise = "" if any(searched.values()) else "no group is worse than by MLX's rule, and "
         yield Note(
             NoteCode.SEARCHED,
-            f"Scales of {held} are searched for ({chooser.wishes.search}): {promise}the bits are "
+            f"Scales of {held} are searched for ({selector.options.search}): {promise}the bits are "
             "not MLX's.",
         )
     moved = [x.layer for x in layers if x.treatment is Treatment.KEPT and x.layer not in searched]
-    if chooser.wishes.search != "off" and chooser.default is not None and moved:
+    if selector.options.search != "off" and selector.default is not None and moved:
         yield Note(
             NoteCode.NOTHING_TO_SEARCH,
             f"Codes of {count(len(moved), 'layer')} are moved as they are ({few(moved)}): there "
@@ -170,33 +178,33 @@ def _search(chooser: Chooser, layers: Iterable[LayerPlan], steps: Iterable[Step]
         )
 
 
-def _budget(chooser: Chooser) -> Iterator[Note]:
+def _budget(selector: TargetSelector) -> Iterator[Note]:
     """Say what a budget came to."""
-    recipe = chooser.wishes.recipe
-    if chooser.wishes.budget is not None and recipe is not None:
+    recipe = selector.options.recipe
+    if selector.options.budget is not None and recipe is not None:
         yield Note(NoteCode.BUDGET, recipe.description)
 
 
-def _form(moved: Relayout | None) -> Iterator[Note]:
+def _form(relayout: Relayout | None) -> Iterator[Note]:
     """Say that experts were brought into another form."""
-    if moved is not None and moved.form:
-        text = f"Experts are brought into another form for mlx-lm: {moved.form}."
+    if relayout is not None and relayout.form:
+        text = f"Experts are brought into another form for mlx-lm: {relayout.form}."
         yield Note(NoteCode.EXPERTS_IN_OTHER_FORM, text)
 
 
-def on_names(
+def loader_notes(
     layers: Iterable[LayerPlan],
     config: Mapping[str, Any],
     why_unloadable: Callable[[], str],
-    mlx_lm_refuses: Callable[[], str],
+    why_not_mlx_lm: Callable[[], str],
 ) -> Iterator[Note]:
-    """What loaders have against the source's names.
+    """Problems that loaders have with the source's names.
 
     Args:
         layers: What becomes of them.
         config: Of the output.
         why_unloadable: Why mlx-lm does not load the output; "" where it does.
-        mlx_lm_refuses: Why mlx-lm's layout cannot be; "" where it can.
+        why_not_mlx_lm: Why mlx-lm's layout cannot be; "" where it can.
     """
     without_codes = (Treatment.DENSE, Treatment.DEQUANTIZED)
     coded = {x.layer for x in layers if x.treatment not in without_codes}
@@ -204,7 +212,7 @@ def on_names(
         said = (
             f"Experts keep their own names here, and mlx-lm does not load them quantized so ({why})"
         )
-        advice = "." if mlx_lm_refuses() else ": --layout mlx-lm stacks them as it does."
+        advice = "." if why_not_mlx_lm() else ": --layout mlx-lm stacks them as it does."
         yield Note(NoteCode.UNLOADABLE_EXPERTS, said + advice)
     block = config.get("quantization") or {}
     entries = {path: block[path] for path in sorted(coded) if isinstance(block.get(path), dict)}
@@ -219,7 +227,7 @@ def on_names(
 
 
 @dataclass(frozen=True)
-class LeftBehind:
+class UnnamedMatrices:
     """Matrices that no name makes a layer of: they cannot be quantized under the source's names.
 
     Attributes:
@@ -237,22 +245,22 @@ class LeftBehind:
         """Whether the request comes to nothing for most of the weights."""
         return self.share > 0.5
 
-    def note(self, refused: str) -> Note:
-        """What the user should know; ``refused`` says why mlx-lm's layout cannot be."""
+    def note(self, rejection: str) -> Note:
+        """What the user should know; ``rejection`` says why mlx-lm's layout cannot be made."""
         way = "--layout mlx-lm gives them such names and quantizes them"
-        if refused:
-            way = f"mlx-lm does not take them: {refused}"
-        return Note(NoteCode.UNNAMED_MATRICES, f"{self._said('stay')}; {way}.")
+        if rejection:
+            way = f"mlx-lm does not take them: {rejection}"
+        return Note(NoteCode.UNNAMED_MATRICES, f"{self._describe('stay')}; {way}.")
 
-    def problem(self, refused: str) -> Problem:
+    def problem(self, rejection: str) -> Problem:
         """The same where it stops the conversion."""
         return Problem(
             self.names[0],
-            f"{self._said('would stay')}; mlx-lm's layout would name them, but {refused}. "
+            f"{self._describe('would stay')}; mlx-lm's layout would name them, but {rejection}. "
             "--layout keep quantizes the other layers all the same, --dequantize none",
         )
 
-    def _said(self, stay: str) -> str:
+    def _describe(self, stay: str) -> str:
         held = count(len(self.names), "tensor")
         return (
             f"{self.share:.0%} of the weights {stay} {self.dtype}: {held} not named .weight "
@@ -260,25 +268,28 @@ class LeftBehind:
         )
 
 
-def left_behind(chooser: Chooser, decided: Iterable[Decided]) -> LeftBehind | None:
+def find_unnamed_matrices(
+    selector: TargetSelector, decisions: Iterable[LayerDecision]
+) -> UnnamedMatrices | None:
     """The matrices that were asked to be quantized, and have no name that can be."""
-    if chooser.moved is not None or chooser.default is None or chooser.wishes.only:
+    if selector.relayout is not None or selector.default is None or selector.options.only:
         return None
-    sizes, behind = Counter[str](), []
-    for layer, _, reason in decided:
+    sizes, unnamed = Counter[str](), []
+    for decision in decisions:
+        layer = decision.layer
         if len(layer.shape) < 2:
             continue
         size = prod(layer.shape)
         sizes["all"] += size
-        is_unnamed = reason is not None and reason.code is ReasonCode.NOT_A_WEIGHT
+        is_unnamed = decision.reason_code is ReasonCode.NOT_A_WEIGHT
         if is_unnamed and layer.dtype in KERNEL_FLOATS:
-            sizes["behind"] += size
-            behind.append(layer)
-    share = sizes["behind"] / max(sizes["all"], 1)
-    experts = any(_EXPERT.search(layer.path) for layer in behind)
-    if not behind or not (experts or share > 0.1):
+            sizes["unnamed"] += size
+            unnamed.append(layer)
+    share = sizes["unnamed"] / max(sizes["all"], 1)
+    experts = any(_EXPERT.search(layer.path) for layer in unnamed)
+    if not unnamed or not (experts or share > 0.1):
         return None
-    return LeftBehind(tuple(x.dense_name for x in behind), share, behind[0].dtype)
+    return UnnamedMatrices(tuple(x.dense_name for x in unnamed), share, unnamed[0].dtype)
 
 
 def _dtypes(steps: Iterable[Step]) -> Iterator[Note]:

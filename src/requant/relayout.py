@@ -1,18 +1,19 @@
-"""Between steps 2 and 3: a checkpoint under the names that mlx-lm would give its tensors.
+"""A checkpoint's layers under the names that mlx-lm gives its tensors.
 
-What mlx-lm merely moves (renamed, stacked, split) stays bytes of the source files; what its
-model class computes is computed when the run comes to it, one tensor at a time.
+What mlx-lm only moves (renames, stacks, splits) stays bytes of the source files; what its
+model class computes is computed during the run, one tensor at a time.
 
-A quantized layer is shown to mlx-lm as the dense weight that it stands for. Where the rule
+A quantized layer is shown to mlx-lm as the dense weight that it stands for. Where ``sanitize``
 moves whole rows of such weights, the rows of the codes, scales and biases are moved alike, and
 members that are stored unlike each other take an encoding that holds them all (``members``).
-Where it does anything else, the layer is decoded, and its fallback, 8 bits, says how it is
-encoded again.
+Where it does anything else, the layer is decoded, and its default target, 8 bits, says how it is
+requantized.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -26,32 +27,37 @@ from requant.checkpoint import (
     Checkpoint,
     ComputedTensor,
     FileRange,
-    JoinedTensor,
     SourceTensor,
-    StoredTensor,
     cut,
     with_changes,
 )
-from requant.dtypes import KERNEL_FLOATS, NUMPY_DTYPE, TensorInfo
+from requant.dtypes import KERNEL_FLOATS, TensorInfo
 from requant.errors import CheckpointError, Problem, RequantError, UsageError
 from requant.formats.base import Rows, SourceLayer, SourceLayout, dense_layer
 from requant.formats.declared import without_blocks
 from requant.formats.members import in_float32, members_joined, recomputed
 from requant.formats.nvfp4_layers import has_tensor_scale, kept_apart
-from requant.mlx_lm_classes import WITHOUT_A_CLASS, why_no_class
+from requant.mlx_lm_classes import WITHOUT_A_CLASS, UnknownModelError, why_no_class
+from requant.outputs import ByteCopy
 from requant.reasons import Reason, ReasonCode
+from requant.row_ranges import (
+    MAX_RANGES,
+    coalesced_tensor,
+    in_whole_units,
+    row_byte_ranges,
+    row_runs,
+    stacked_global_scales,
+    strided_view,
+)
 from requant.schema import PerLayerQuantization, Quantization
 
 if TYPE_CHECKING:
-    from requant.mlx_lm_layout import MlxLmLayout, Moved
+    from requant.mlx_lm_layout import MlxLmLayout
 
 ON_VALUES = Reason(
     ReasonCode.REENCODED_BY_SANITIZE, "mlx-lm's rule for this model works on its values"
 )
 """Why a quantized layer could not keep its codes under mlx-lm's names."""
-
-# Strided bytes are read range by range up to so many of them, else by way of memory.
-_MOST_RANGES = 1024
 
 Fill = Callable[[str, memoryview], None]
 """Writes the values of a source tensor or decoded layer, by the name that mlx-lm was shown."""
@@ -146,10 +152,8 @@ class Relayout:
             name: Its name.
             fill: Called for each source that is needed.
         """
-        from requant.mlx_lm_layout import Moved
-
         output = self.layout.tensors[name]
-        if isinstance(output, Moved):
+        if isinstance(output, ByteCopy):
             return self._gather(output, fill)
         from requant.arrays.mlx import empty, raw_bytes
         from requant.mlx_lm_layout.pipeline import MLX_DTYPE
@@ -162,7 +166,7 @@ class Relayout:
 
         return raw_bytes(self.layout.compute(name, load))
 
-    def _gather(self, output: Moved, fill: Fill) -> np.ndarray:
+    def _gather(self, output: ByteCopy, fill: Fill) -> np.ndarray:
         """Bytes that are moved, but not in whole rows of one encoding; one source at a time."""
         result = np.empty(output.info.nbytes, np.uint8)
         starts = [0, *accumulate(extent.nbytes for extent in output.extents)]
@@ -174,113 +178,103 @@ class Relayout:
                 if extent.tensor == source:
                     run = extent.stop - extent.start
                     into = result[start : start + extent.nbytes].reshape(-1, run)
-                    into[:] = _strided(dense, extent.start, run, extent.stride, extent.times)
+                    into[:] = strided_view(dense, extent.start, run, extent.stride, extent.times)
         return result
 
     # -- one layer under its new name ----------------------------------------------------
 
     def _layer(self, name: str) -> SourceLayer:
-        from requant.mlx_lm_layout import Moved
-
         output = self.layout.tensors[name]
         sources = [self.shown[source] for source in output.inputs]
         if any(layer.is_quantized for layer in sources):
-            return self._quantized(name, sources)
+            return self._moved_codes(name, sources) or self._decoded(name, sources)
         if any(layer.packing is not None for layer in sources):
             return self._in_other_order(name, sources)
-        strided = (x.times for x in getattr(output, "extents", ()) if x.times > 1)
-        if isinstance(output, Moved) and sum(strided) <= _MOST_RANGES:
-            layer = dense_layer(_joined(name, output.info, self._stored(output)))
-            return replace(layer, row_order=sources[0].row_order) if sources else layer
+        if isinstance(output, ByteCopy):
+            strided = sum(extent.times for extent in output.extents if extent.times > 1)
+            if strided <= MAX_RANGES:
+                tensor = coalesced_tensor(name, output.info, self._stored(output))
+                return replace(
+                    dense_layer(tensor), row_order=sources[0].row_order if sources else None
+                )
         return dense_layer(ComputedTensor(name, output.info, output.inputs))
 
     def _in_other_order(self, name: str, sources: Sequence[SourceLayer]) -> SourceLayer:
         """A dense tensor whose values a packing brings into order."""
-        from requant.mlx_lm_layout import Moved
-
         output, first = self.layout.tensors[name], sources[0]
-        whole = isinstance(output, Moved) and len(sources) == len(output.extents) == 1
+        whole = isinstance(output, ByteCopy) and len(sources) == len(output.extents) == 1
         if not whole or output.info != TensorInfo(first.dtype, first.shape):
             return dense_layer(ComputedTensor(name, output.info, output.inputs))
         is_weight = name.endswith(".weight")
         path = name.removesuffix(".weight") if is_weight else name
         return replace(first, path=path, name="" if is_weight else name)
 
-    def _stored(self, output: Moved) -> Iterator[FileRange]:
+    def _stored(self, output: ByteCopy) -> Iterator[FileRange]:
         for extent in output.extents:
             part = self.shown[extent.tensor].parts["weight"]
             for start, stop in extent.ranges:
                 yield from cut(part, start, stop)
 
-    def _quantized(self, name: str, sources: Sequence[SourceLayer]) -> SourceLayer:
-        """Rows of one or more quantized layers, or the values of what cannot stay codes."""
+    def _runs(self, name: str) -> tuple[Rows, ...] | None:
+        """The rows of source layers that make up an output; None if it is not made of rows."""
         output = self.layout.tensors[name]
-        path = name.removesuffix(".weight")
-        first = sources[0]
+        if not isinstance(output, ByteCopy) or not name.endswith(".weight"):
+            return None
+        return row_runs(output, self.shown)
+
+    def _moved_codes(self, name: str, sources: Sequence[SourceLayer]) -> SourceLayer | None:
+        """The codes of the sources as rows of one layer; None where only their values serve."""
+        path, shape = name.removesuffix(".weight"), self.layout.tensors[name].info.shape
         runs = self._runs(name)
-        if runs is not None and self._has_scales_apart(path, sources):
-            apart = kept_apart(first, path, output.info.shape, runs)
-            if apart is not None:
-                return apart
-        if runs is None or not all(map(_whole_units, runs)):
-            return self._decoded(name, sources)
-        if len({_kind(layer) for layer in sources}) > 1:
-            return members_joined(path, output.info.shape, runs) or self._decoded(name, sources)
+        if runs is None:
+            return None
+        first = sources[0]
+        if self._keeps_tensor_scales(path, sources):
+            stack = kept_apart(first, path, shape, runs)
+            if stack is not None:
+                return stack
+        if not all(map(in_whole_units, runs)):
+            return None
+        if len({_merge_key(layer) for layer in sources}) > 1:
+            return members_joined(path, shape, runs)
         if len({tuple(x.name for x in layer.carried.values()) for layer in sources}) > 1:
-            return self._decoded(name, sources)
-        shape = output.info.shape
-        made = replace(first, path=path, name="", as_named=None, shape=shape, parts={})
+            return None  # rows of one layer cannot have their inputs rotated differently
+        if first.packing is None and sum(run.count for run in runs if run.step > 1) > MAX_RANGES:
+            return members_joined(path, shape, runs)
+        made = replace(first, path=path, name="", as_named=None, shape=shape)
         if first.packing is not None:
-            return replace(made, parts=first.parts, pieces=runs)
-        if sum(run.count for run in runs if run.step > 1) > _MOST_RANGES:
-            return members_joined(path, shape, runs) or self._decoded(name, sources)
+            return replace(made, pieces=runs)
+        parts = self._moved_parts(path, shape, runs)
+        return None if parts is None else replace(made, parts=parts)
+
+    def _moved_parts(
+        self, path: str, shape: tuple[int, ...], runs: Sequence[Rows]
+    ) -> dict[str, SourceTensor] | None:
+        """Weight, scales and biases of rows that are stored as MLX's; None without a place."""
         parts: dict[str, SourceTensor] = {}
-        for role, part in first.parts.items():
+        for role, part in runs[0].layer.parts.items():
             if role == "global_scale":
-                scales = _global_scales(path, shape, runs)
+                scales = stacked_global_scales(path, shape, runs)
                 if scales is None or path not in self.layout.with_global_scale:
-                    return self._decoded(name, sources)
+                    return None
                 parts[role] = scales
                 continue
             info = TensorInfo(part.info.dtype, (*shape[:-1], part.info.shape[-1]))
-            ranges = (piece for run in runs for piece in _row_ranges(run, role))
-            parts[role] = _joined(f"{path}.{role}", info, ranges)
-        return replace(made, parts=parts)
+            ranges = (piece for run in runs for piece in row_byte_ranges(run, role))
+            parts[role] = coalesced_tensor(f"{path}.{role}", info, ranges)
+        return parts
 
-    def _has_scales_apart(self, path: str, sources: Sequence[SourceLayer]) -> bool:
-        """Whether tensor scales of NVFP4 do not fold, and the class takes them as they are."""
+    def _keeps_tensor_scales(self, path: str, sources: Sequence[SourceLayer]) -> bool:
+        """Whether NVFP4's tensor scales stay numbers of their own.
+
+        They do where they do not fold into the group scales, and the class takes them.
+        """
         if path not in self.layout.with_global_scale:
             return False
         return all(map(has_tensor_scale, sources)) and any(x.encoding is None for x in sources)
 
-    def _runs(self, name: str) -> tuple[Rows, ...] | None:
-        """The rows of source layers that make up an output; None if it is not made of rows."""
-        from requant.mlx_lm_layout import Moved
-
-        output = self.layout.tensors[name]
-        if not isinstance(output, Moved) or not name.endswith(".weight"):
-            return None
-        runs = []
-        for extent in output.extents:
-            layer = self.shown[extent.tensor]
-            columns = layer.shape[-1] if len(layer.shape) > 1 else 0
-            row_bytes = columns * NUMPY_DTYPE[layer.dtype].itemsize
-            if not row_bytes or columns != output.info.shape[-1] or extent.start % row_bytes:
-                return None
-            count, rest = divmod(extent.stop - extent.start, row_bytes)
-            step, uneven = divmod(extent.stride, row_bytes)
-            if rest or uneven:
-                return None
-            if extent.times > 1 and count == 1:
-                runs.append(Rows(layer, extent.start // row_bytes, extent.times, step))
-            elif extent.times > _MOST_RANGES:
-                return None
-            else:
-                runs += [Rows(layer, start // row_bytes, count) for start, _ in extent.ranges]
-        return tuple(runs)
-
     def _decoded(self, name: str, sources: Sequence[SourceLayer]) -> SourceLayer:
-        """A layer whose values are needed; without a request it is encoded with 8 bits."""
+        """A layer whose values are needed; without a request it is requantized to 8 bits."""
         output = self.layout.tensors[name]
         layer = dense_layer(ComputedTensor(name, output.info, output.inputs))
         codes = layer.path in self.layout.quantizable
@@ -321,25 +315,35 @@ def relayout(
     try:
         from mlx_lm.utils import load_config
 
-        from requant.mlx_lm_layout import UnknownModelError, layout_in_any_form
+        from requant.mlx_lm_layout import layout_in_any_form
     except Exception as error:  # mlx-lm raises limits of the process while it is imported
         why = f"mlx-lm cannot be imported ({error})"
         raise MlxLmLayoutError(checkpoint, why, WITHOUT_A_CLASS) from error
     shown = {x.dense_name: x for x in (layer.as_named or layer for layer in source.layers)}
     infos = {name: TensorInfo(layer.dtype, layer.shape) for name, layer in shown.items()}
-    try:
+    take = partial(layout_in_any_form, quantization=quantization, recipe=recipe, dtype=dtype)
+    with _layout_errors(checkpoint):
         # Not our own reading of config.json: mlx-lm adds what generation_config.json says.
-        made = checkpoint.gguf is not None
-        config = deepcopy(dict(checkpoint.config)) if made else load_config(checkpoint.path)
+        is_made = checkpoint.gguf is not None
+        config = deepcopy(dict(checkpoint.config)) if is_made else load_config(checkpoint.path)
         config = without_blocks(with_changes(config, checkpoint.corrections))
-        laid_out = partial(
-            layout_in_any_form, quantization=quantization, recipe=recipe, dtype=dtype
-        )
-        layout, form = laid_out(config, infos)
+        layout, form = take(config, infos)
         if unlike := _unlike(layout, shown):
             shown |= {name: in_float32(shown[name]) for name in unlike}
             infos = {name: TensorInfo(layer.dtype, layer.shape) for name, layer in shown.items()}
-            layout, form = laid_out(config, infos)
+            layout, form = take(config, infos)
+    if not keep_extra:
+        return Relayout(layout, shown, source, form=form)
+    extra = tuple(name for name in layout.dropped if name not in layout.tensors)
+    infos = {name: x.info for name, x in layout.tensors.items()} | {x: infos[x] for x in extra}
+    return Relayout(layout, shown, source, extra, _why_refused(layout, infos), form)
+
+
+@contextmanager
+def _layout_errors(checkpoint: Checkpoint) -> Iterator[None]:
+    """Raise what mlx-lm has against a checkpoint as one class of errors."""
+    try:
+        yield
     except UsageError:
         raise
     except UnknownModelError as error:
@@ -349,11 +353,6 @@ def relayout(
     except OSError as error:  # the placeholders are written to a temporary folder
         message = f"mlx-lm cannot be shown the model: {error.strerror or error}"
         raise MlxLmLayoutError(checkpoint, message) from error
-    if not keep_extra:
-        return Relayout(layout, shown, source, form=form)
-    extra = tuple(name for name in layout.dropped if name not in layout.tensors)
-    infos = {name: x.info for name, x in layout.tensors.items()} | {x: infos[x] for x in extra}
-    return Relayout(layout, shown, source, extra, _why_refused(layout, infos), form)
 
 
 def why_unloadable(config: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> str:
@@ -361,7 +360,7 @@ def why_unloadable(config: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -
     if why := why_no_class(config):
         return why
     try:
-        from requant.mlx_lm_layout import UnknownModelError, mlx_lm_layout
+        from requant.mlx_lm_layout import mlx_lm_layout
     except Exception as error:  # as in relayout
         return f"mlx-lm cannot be imported ({error})"
     try:
@@ -394,7 +393,7 @@ def _why_refused(layout: MlxLmLayout, infos: Mapping[str, TensorInfo]) -> str:
     It runs its rule on what it loads too, so the rule must drop these tensors again, and
     leave the others as they are.
     """
-    from requant.mlx_lm_layout import Moved, mlx_lm_layout
+    from requant.mlx_lm_layout import mlx_lm_layout
 
     dense = {k: v for k, v in layout.config.items() if not k.startswith("quantization")}
     try:
@@ -402,85 +401,13 @@ def _why_refused(layout: MlxLmLayout, infos: Mapping[str, TensorInfo]) -> str:
     except RequantError as error:
         return " ".join(str(error).split())
     for name, made in again.tensors.items():
-        same = isinstance(made, Moved) and made.inputs == (name,) and len(made.extents) == 1
+        same = isinstance(made, ByteCopy) and made.inputs == (name,) and len(made.extents) == 1
         if not same or made.info != infos.get(name):
             return f"with them its rule changes {name} once more"
     return ""
 
 
-def _kind(layer: SourceLayer) -> tuple[object, ...]:
+def _merge_key(layer: SourceLayer) -> tuple[object, ...]:
     """What layers must have in common for their rows to stand in one."""
     dtypes = tuple((role, part.info.dtype) for role, part in layer.parts.items())
     return layer.encoding, layer.fallback, layer.dtype, layer.stored, type(layer.packing), dtypes
-
-
-def _strided(values: np.ndarray, start: int, run: int, stride: int, count: int) -> np.ndarray:
-    """A view of ``count`` runs of bytes, ``stride`` apart."""
-    assert start + (count - 1) * stride + run <= values.size
-    shape, strides = (count, run), (stride, 1)
-    return np.lib.stride_tricks.as_strided(values[start:], shape, strides, writeable=False)
-
-
-# -- where rows lie --------------------------------------------------------------------------
-
-
-def _joined(name: str, info: TensorInfo, ranges: Iterator[FileRange]) -> SourceTensor:
-    """A tensor of these bytes; neighbours melt together."""
-    melted: list[FileRange] = []
-    for piece in ranges:
-        last = melted[-1] if melted else None
-        if last and (last.file, last.offset + last.nbytes) == (piece.file, piece.offset):
-            melted[-1] = FileRange(last.file, last.offset, last.nbytes + piece.nbytes)
-        elif piece.nbytes:
-            melted.append(piece)
-    if len(melted) == 1:
-        return StoredTensor(name, info, melted[0].file, melted[0].offset)
-    return JoinedTensor(name, info, tuple(melted))
-
-
-def _row_ranges(run: Rows, role: str) -> Iterator[FileRange]:
-    """Where a part of a triple has these rows."""
-    part = run.layer.parts[role]
-    row_bytes = part.info.nbytes // prod(run.layer.shape[:-1])
-    if run.step == 1:
-        yield from cut(part, run.start * row_bytes, (run.start + run.count) * row_bytes)
-        return
-    for row in range(run.start, run.start + run.count * run.step, run.step):
-        yield from cut(part, row * row_bytes, (row + 1) * row_bytes)
-
-
-def _whole_units(run: Rows) -> bool:
-    """Whether a packed layer can give these rows alone."""
-    packing = run.layer.packing
-    if packing is None:
-        return True
-    if run.step > 1:
-        return packing.row_unit == 1
-    ends = run.start % packing.matrix_rows, (run.start + run.count) % packing.matrix_rows
-    return not any(row % packing.row_unit for row in ends)
-
-
-def _global_scales(
-    path: str, shape: tuple[int, ...], runs: Sequence[Rows]
-) -> StoredTensor | JoinedTensor | None:
-    """One global scale for each matrix of the output; None where rows of two meet in one."""
-    matrices = shape[0] if len(shape) > 2 else 1
-    rows = prod(shape[:-1]) // matrices
-    found: dict[int, FileRange] = {}
-    first = 0
-    for run in runs:
-        part = run.layer.parts["global_scale"]
-        each = prod(run.layer.shape[:-1]) // part.info.size
-        row = 0
-        while row < run.count:
-            at, within = divmod(run.start + row * run.step, each)
-            into, filled = divmod(first + row, rows)
-            (scale,) = cut(part, 4 * at, 4 * at + 4)
-            if found.setdefault(into, scale) != scale:
-                return None
-            row += min(-(-(each - within) // run.step), rows - filled)
-        first += run.count
-    name, info = f"{path}.global_scale", TensorInfo("F32", (matrices,))
-    made = _joined(name, info, (found[n] for n in sorted(found)))
-    assert not isinstance(made, ComputedTensor)
-    return made

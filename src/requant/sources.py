@@ -42,3 +42,26 @@ def read_checkpoint(
     if config_from is not None:
         raise UsageError(f"--config-from is for GGUF sources; {folder} has its own config.json")
     return read_folder(folder, twins)
+
+
+def as_checkpoint(
+    source: str | os.PathLike[str] | Checkpoint,
+    config_from: str | os.PathLike[str] | None = None,
+    twins: Path | None = None,
+) -> Checkpoint:
+    """A source that may have been read already.
+
+    Args:
+        source: What ``read_checkpoint`` takes, or the checkpoint of a repository on the hub.
+        config_from: As in ``read_checkpoint``.
+        twins: As in ``read_checkpoint``.
+
+    Raises:
+        CheckpointError: With everything that is wrong with the source.
+        UsageError: ``config_from`` for another source than GGUF.
+    """
+    if not isinstance(source, Checkpoint):
+        return read_checkpoint(source, config_from, twins)
+    if config_from is not None and source.gguf is None:
+        raise UsageError(f"--config-from is for GGUF files; {source.source} is on the hub")
+    return source

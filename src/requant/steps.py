@@ -11,7 +11,7 @@ from math import lcm, prod
 
 from requant.blueprint import Operation, OutputTensor, Step
 from requant.checkpoint import ComputedTensor, SourceTensor
-from requant.choices import Decided
+from requant.choices import LayerDecision
 from requant.dtypes import FLOATS, TensorInfo
 from requant.formats import SourceLayer, SourceLayout
 from requant.formats.base import RowOrder, Rows
@@ -146,16 +146,14 @@ def _moved(layer: SourceLayer, run: Rows, target: Quantization | None) -> tuple[
     return Operation.REPACK, widened(packing, encoding, target)
 
 
-def with_global_scale(
-    decided: Iterable[Decided],
-) -> frozenset[str]:
+def with_global_scale(decisions: Iterable[LayerDecision]) -> frozenset[str]:
     """Paths of the layers whose output has a ``global_scale``."""
     return frozenset(
-        layer.path
-        for layer, target, _ in decided
-        if target is not None
-        and layer.encoding == target
-        and (layer.global_scale or "global_scale" in layer.parts)
+        x.layer.path
+        for x in decisions
+        if x.target is not None
+        and x.layer.encoding == x.target
+        and (x.layer.global_scale or "global_scale" in x.layer.parts)
     )
 
 

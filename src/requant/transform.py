@@ -18,7 +18,6 @@ import numpy as np
 from requant.adapters import problems_in
 from requant.arrays import Array, Backend, Weights, backend_for, native
 from requant.checkpoint import Checkpoint, OpenedSource, SourceTensor, StoredTensor
-from requant.choices import fit_group
 from requant.damage import damaged_parts
 from requant.dtypes import HEADER_NAME, NUMPY_DTYPE, TensorInfo
 from requant.errors import CheckpointError, InvariantError, UnsupportedDtypeError, count
@@ -28,6 +27,7 @@ from requant.formats.packing import Packing
 from requant.patterns import time_counted
 from requant.schema import PerLayerQuantization, Quantization
 from requant.steps import triple_infos
+from requant.target_fitting import fit_group
 
 # Rows are decoded in pieces of about this many values: one piece stays in a cache.
 _PIECE_VALUES = 1 << 21

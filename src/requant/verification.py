@@ -46,7 +46,7 @@ from requant.source_folder import (
     names_repository,
     open_regular,
 )
-from requant.sources import read_checkpoint
+from requant.sources import as_checkpoint, read_checkpoint
 from requant.wishes import Wishes
 
 
@@ -290,7 +290,7 @@ def _repeated_plan(
         if made.statistics is None and statistics is not None:
             raise UsageError(f"--imatrix {statistics}: the output was made without statistics")
         repeated = replace(made, config_from=config_from, statistics=statistics)
-        planned = plan_with_source(source, repeated)
+        planned = plan_with_source(as_checkpoint(source, config_from), repeated)
     except ParseError as error:
         found.add(f"{RECORD}: wishes", str(error))
         return None

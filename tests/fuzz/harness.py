@@ -25,7 +25,7 @@ from requant.dtypes import NUMPY_DTYPE
 from requant.errors import RequantError
 from requant.figures import read_figures
 from requant.patterns import Pattern
-from requant.planner import make_plan, plan_with_source
+from requant.planner import make_plan
 from requant.record import record_hash
 from requant.safetensors_header import parse_header
 from requant.sources import read_checkpoint
@@ -325,7 +325,7 @@ class FolderReader:
         self.write(folder)
         for wishes in (Wishes(layout="keep"), Wishes(layout="keep", dequantize=True)):
             try:
-                plan = make_plan(self.place, wishes)
+                plan = make_plan(read_checkpoint(self.place), wishes)
                 assert len(plan.hash) == 64
             except RequantError as error:
                 assert str(error)
@@ -343,9 +343,10 @@ class GgufReader:
         (self.place / "m.gguf").write_bytes(data)
         for wishes in (Wishes(layout="keep"), Wishes(layout="keep", dequantize=True)):
             try:
-                plan, source = plan_with_source(self.place / "m.gguf", wishes)
+                checkpoint = read_checkpoint(self.place / "m.gguf")
+                plan = make_plan(checkpoint, wishes)
                 assert len(plan.hash) == 64
-                for make in source.opened.generated_files.values():
+                for make in checkpoint.opened.generated_files.values():
                     json.loads(make())
             except RequantError as error:
                 assert str(error)

@@ -17,8 +17,9 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map_with_path
 
 from requant.checkpoint import Checkpoint
-from requant.mlx_lm_layout import Computed, MlxLmLayout, Moved, mlx_lm_layout
+from requant.mlx_lm_layout import MlxLmLayout, mlx_lm_layout
 from requant.mlx_lm_layout.pipeline import MLX_DTYPE
+from requant.outputs import ByteCopy, ComputedBySanitize
 from requant.schema import Quantization
 from requant.sources import read_checkpoint
 
@@ -72,13 +73,13 @@ def carry_out(layout: MlxLmLayout, source: Source) -> Weights:
     """Every tensor that the layout promises, in its final form."""
     result: Weights = {}
     for name, tensor in layout.tensors.items():
-        if isinstance(tensor, Moved):
+        if isinstance(tensor, ByteCopy):
             data = b"".join(
                 source.read(e.tensor, *pair) for e in tensor.extents for pair in e.ranges
             )
             array = as_array(data, tensor.info.dtype, tensor.info.shape)
         else:
-            assert isinstance(tensor, Computed)
+            assert isinstance(tensor, ComputedBySanitize)
             array = layout.compute(name, source.load)
             assert (tuple(array.shape), array.dtype) == (
                 tensor.info.shape,

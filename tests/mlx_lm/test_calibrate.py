@@ -22,6 +22,7 @@ from requant.calibration.collecting import Collector
 from requant.calibration.run import _Run
 from requant.errors import CheckpointError, OutputError, UsageError
 from requant.planner import plan_with_source
+from requant.sources import read_checkpoint
 from requant.statistics import Importance, read_statistics
 from requant.wishes import Wishes
 from tests.gguf_source.writer import write_gguf
@@ -299,7 +300,7 @@ class _Model(nn.Module):
 
 
 def layered(model: Any) -> blocks.Layered:
-    plan, source = plan_with_source(LLAMA, Wishes(dequantize=True))
+    plan, source = plan_with_source(read_checkpoint(LLAMA), Wishes(dequantize=True))
     return blocks.Layered(model, replace(plan, steps=(), shards=()), source, None)
 
 

@@ -19,7 +19,7 @@ from requant.conversion import convert, plan
 from requant.errors import OutOfRangeError, UsageError
 from requant.formats.base import Rows, SourceLayer
 from requant.memory import BASE_MEMORY_BYTES, MLX_LM_MEMORY_BYTES, make_budget
-from requant.relayout import _global_scales
+from requant.row_ranges import stacked_global_scales
 from requant.sources import read_checkpoint
 from tests.mlx_lm.checks import MLX_LM, NEW_FORMS, as_bytes, class_checkpoint, write_folder
 from tests.mlx_lm.families import model_types, small_config
@@ -256,7 +256,7 @@ def test_global_scales_of_stacked_and_split_matrices(tmp_path: Path) -> None:
     zero, one, two = layer("0", 4, 16), layer("1", 4, 16), layer("two", 2, 4, 16)
 
     def read(shape: tuple[int, ...], *runs: Rows) -> list[float] | None:
-        made = _global_scales("x", shape, runs)
+        made = stacked_global_scales("x", shape, runs)
         if made is None:
             return None
         data = b"".join(

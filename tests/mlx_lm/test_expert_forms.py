@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 
 import requant
-from requant.mlx_lm_layout import LayoutError, layout_in_any_form
+from requant.mlx_lm_classes import LayoutError
+from requant.mlx_lm_layout import layout_in_any_form
 from tests.mlx_lm.checks import (
     NEW_FORMS,
     Source,

@@ -19,14 +19,9 @@ from mlx.utils import tree_flatten
 from requant.conversion import plan
 from requant.dtypes import TensorInfo
 from requant.errors import CheckpointError, UsageError
-from requant.mlx_lm_layout import (
-    Computed,
-    Extent,
-    LayoutError,
-    Moved,
-    UnknownModelError,
-    mlx_lm_layout,
-)
+from requant.mlx_lm_classes import LayoutError, UnknownModelError
+from requant.mlx_lm_layout import mlx_lm_layout
+from requant.outputs import ByteCopy, ComputedBySanitize, Extent
 from requant.schema import Quantization
 from tests.mlx_lm.checks import (
     MLX_LM,
@@ -78,7 +73,7 @@ def test_shared_models(name: str, quantization: Quantization | None, tmp_path: P
         shutil.copyfile(file, folder / file.name)
     layout, different = compare(folder, quantization)
     assert different == []
-    assert all(isinstance(tensor, Moved) for tensor in layout.tensors.values())
+    assert all(isinstance(tensor, ByteCopy) for tensor in layout.tensors.values())
 
 
 # -- what comes to be of a tensor ----------------------------------------------------------
@@ -92,7 +87,7 @@ def test_experts_are_extents_of_whole_tensors(tmp_path: Path):
     layout = mlx_lm_layout(source.checkpoint.config, source.infos, quantization=AFFINE)
     prefix = "model.layers.1.block_sparse_moe"
     stacked = layout.tensors[f"{prefix}.switch_mlp.down_proj.weight"]
-    assert stacked == Moved(
+    assert stacked == ByteCopy(
         TensorInfo("BF16", (4, 128, 128)),
         tuple(Extent(f"{prefix}.experts.{e}.w2.weight", 0, 2 * 128 * 128) for e in range(4)),
     )
@@ -107,8 +102,8 @@ def test_the_comparison_sees_what_is_wrong(tmp_path: Path):
     layout = mlx_lm_layout(source.checkpoint.config, source.infos)
     name = "model.layers.0.block_sparse_moe.switch_mlp.up_proj.weight"
     stacked = layout.tensors[name]
-    assert isinstance(stacked, Moved)
-    swapped = Moved(stacked.info, (stacked.extents[1], stacked.extents[0], *stacked.extents[2:]))
+    assert isinstance(stacked, ByteCopy)
+    swapped = ByteCopy(stacked.info, (stacked.extents[1], stacked.extents[0], *stacked.extents[2:]))
     wrong = replace(layout, tensors={**layout.tensors, name: swapped})
     theirs, _ = convert_with_mlx_lm(tmp_path / "m", None)
     assert differences(carry_out(wrong, source), theirs) == [f"{name}: other bytes"]
@@ -193,7 +188,7 @@ def test_triples_keep_their_codes(tmp_path: Path):
     quantized(tmp_path / "m", "llama")
     layout, different = compare(tmp_path / "m")
     assert different == []
-    assert all(isinstance(tensor, Moved) for tensor in layout.tensors.values())
+    assert all(isinstance(tensor, ByteCopy) for tensor in layout.tensors.values())
 
 
 @pytest.mark.parametrize("model_type", ["qwen2_moe", "deepseek_v2", "glm4_moe", "mixtral"])
@@ -206,7 +201,7 @@ def test_triples_of_experts_are_stacked_alike(model_type: str, tmp_path: Path):
     assert {name.rpartition(".")[2] for name in stacked} == {"weight", "scales", "biases"}
     for name in stacked:
         tensor = layout.tensors[name]
-        assert isinstance(tensor, Moved)
+        assert isinstance(tensor, ByteCopy)
         assert len(tensor.extents) == 4
 
 
@@ -255,7 +250,7 @@ def test_published_mxfp4(tmp_path: Path):
     write_folder(tmp_path / "m", config, weights)
     layout, different = compare(tmp_path / "m", dtype="bfloat16")
     assert different == []
-    assert all(isinstance(tensor, Moved) for tensor in layout.tensors.values())
+    assert all(isinstance(tensor, ByteCopy) for tensor in layout.tensors.values())
 
 
 # -- refusals ------------------------------------------------------------------------------
@@ -371,7 +366,7 @@ def test_compute_asks_for_its_inputs_alone(tmp_path: Path, monkeypatch: pytest.M
     source = Source(tmp_path / "m")
     layout = mlx_lm_layout(source.checkpoint.config, source.infos)
     expected, _ = convert_with_mlx_lm(tmp_path / "m", None)
-    computed = {k: v for k, v in layout.tensors.items() if isinstance(v, Computed)}
+    computed = {k: v for k, v in layout.tensors.items() if isinstance(v, ComputedBySanitize)}
     assert computed
     for name, tensor in reversed(computed.items()):
         asked: list[str] = []
@@ -394,7 +389,7 @@ def test_threads_get_what_they_ask_for(tmp_path: Path):
     source = Source(tmp_path / "m")
     layout = mlx_lm_layout(source.checkpoint.config, source.infos)
     expected, _ = convert_with_mlx_lm(tmp_path / "m", None)
-    names = [name for name, x in layout.tensors.items() if isinstance(x, Computed)]
+    names = [name for name, x in layout.tensors.items() if isinstance(x, ComputedBySanitize)]
     assert len(names) > 8
     results: dict[str, mx.array] = {}
 

@@ -21,6 +21,7 @@ from requant.limits import MAX_PATTERN_S, MAX_PATTERNS_S
 from requant.patterns import PatternError
 from requant.planner import make_plan
 from requant.record import record_hash, spelled
+from requant.sources import read_checkpoint
 from requant.transform import transform_weights
 from requant.wishes import Wishes
 from tests.fuzz.harness import FolderReader, corpus
@@ -108,7 +109,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 def test_of_a_foreign_config(place: str, tmp_path: Path, asked: set[str]) -> None:
     FolderReader(tmp_path / "source").write(with_block(*CONFIGS[place]))
     with within(20):
-        make_plan(tmp_path / "source", Wishes(layout="keep", dequantize=True))
+        make_plan(read_checkpoint(tmp_path / "source"), Wishes(layout="keep", dequantize=True))
         requant.inspect(tmp_path / "source")
     assert any(text == BOMB or text.endswith("!") for text in asked)
 
@@ -230,7 +231,7 @@ def test_lists_without_end(
     began = time.process_time()
     with within(60):
         try:
-            make_plan(tmp_path / "source", Wishes(layout="keep", dequantize=True))
+            make_plan(read_checkpoint(tmp_path / "source"), Wishes(layout="keep", dequantize=True))
         except RequantError as error:
             assert len(str(error)) < 1_000_000
     assert time.process_time() - began < 20

@@ -23,6 +23,7 @@ from requant.blueprint import Plan
 from requant.checkpoint import ComputedTensor
 from requant.planner import make_plan, plan_with_source
 from requant.schema import Quantization
+from requant.sources import read_checkpoint
 from requant.statistics import LayerStatistics, write_statistics
 from requant.wishes import Wishes
 from tests.fixture_folders import NAMES, cut_fixture
@@ -81,21 +82,26 @@ def test_a_plan_of_any_format_is_plain_data(name: str) -> None:
         Wishes(layout="keep"),
     ):
         try:
-            plan = make_plan(source, wishes)
+            plan = make_plan(read_checkpoint(source), wishes)
         except requant.errors.RequantError:
             continue
         check(plan)
 
 
 def test_a_plan_with_statistics_is_plain_data(dense: Path, tmp_path: Path) -> None:
-    shapes = {x.layer: x.shape for x in make_plan(dense, Wishes()).layers if len(x.shape) == 2}
+    shapes = {
+        x.layer: x.shape
+        for x in make_plan(read_checkpoint(dense), Wishes()).layers
+        if len(x.shape) == 2
+    }
     layers = {
         name: LayerStatistics(np.ones(shape[-1], np.float32), np.ones(1))
         for name, shape in shapes.items()
     }
     file = tmp_path / "statistics.safetensors"
     write_statistics(file, layers)
-    plan = make_plan(dense, Wishes(layout="keep", search="fast", statistics=str(file)))
+    options = Wishes(layout="keep", search="fast", statistics=str(file))
+    plan = make_plan(read_checkpoint(dense), options)
     assert any(step.importance for step in plan.steps)
     check(plan)
 
@@ -103,7 +109,7 @@ def test_a_plan_with_statistics_is_plain_data(dense: Path, tmp_path: Path) -> No
 def test_a_plan_that_computes_tensors_is_plain_data_and_its_source_is_not(tmp_path: Path) -> None:
     """What mlx-lm's ``sanitize`` computes is named in the plan; the function is the source's."""
     published(tmp_path / "m", "deepseek_v3")
-    plan, source = plan_with_source(tmp_path / "m", Wishes(layout="mlx-lm"))
+    plan, source = plan_with_source(read_checkpoint(tmp_path / "m"), Wishes(layout="mlx-lm"))
     tensors = [t for step in plan.steps for t in step.inputs.values()]
     assert any(isinstance(tensor, ComputedTensor) for tensor in tensors)
     assert plan.materials

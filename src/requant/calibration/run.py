@@ -37,6 +37,7 @@ from requant.hub import find_repository, reach
 from requant.mlx_lm import Loaded, check_installed, load_tokenizer, load_with_report, skeleton
 from requant.planner import Planned, plan_with_source
 from requant.record import version
+from requant.sources import as_checkpoint
 from requant.staging import lock_staging
 from requant.statistics.files import merge_statistics, write_statistics
 from requant.wishes import Wishes
@@ -158,8 +159,8 @@ def calibrate(
         layout="mlx-lm",
         config_from=config_from,
     )
-    place_of_model = reach(model, find_repository(model, revision), wishes.config_from)
-    planned = plan_with_source(place_of_model, wishes)
+    source = reach(model, find_repository(model, revision), wishes.config_from)
+    planned = plan_with_source(as_checkpoint(source, wishes.config_from), wishes)
     ids = windows_of(load_tokenizer(model, planned), texts_of(text), tokens, window, seed)
     metadata = {
         "requant": version(),

@@ -39,7 +39,8 @@ Shared by several of them:
 * ``stale``: the step that reads any format, and a block that outlived its codes; ``empty``: weights
   without values;
 * ``integer_layers``, ``float8_layers``, ``nvfp4_layers``: layers of one kind of code, of any
-  tool; ``input_scaled``: any of them with a scale for each input;
+  tool; ``input_scaled``: any of them with a scale for each input; ``matrix_scales``: which scale
+  each matrix of a stack has;
 * ``float_packings``: FP8, FP4 and FP6 codes of any tool; ``row_blocks``: rows in the bits of one
   packed row (HQQ, BitNet);
 * ``widening``: codes of any layer moved into more bits or smaller groups; ``members``: layers

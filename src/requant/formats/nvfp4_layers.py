@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from math import prod
 
@@ -19,6 +19,7 @@ from requant.formats.float_packings import (
     apply_tensor_scale,
     fold_e4m3,
 )
+from requant.formats.matrix_scales import MatrixScale, scale_of_each_matrix
 from requant.formats.sorting import Refused, Sorter
 from requant.reasons import Note, NoteCode, Reason, ReasonCode
 
@@ -159,14 +160,14 @@ def kept_apart(
     Returns:
         The stack; None where rows of two tensor scales meet in one matrix.
     """
-    scales = _scales_of_matrices(shape, runs)
+    scales = scale_of_each_matrix(runs, shape[-2], _rows_per_tensor_scale)
     if scales is None:
         return None
     pieces = tuple(replace(run, layer=_apart(run.layer)) for run in runs)
     made = replace(
         layer, path=path, name="", shape=shape, encoding=NVFP4, fallback=None, reason=None
     )
-    return replace(made, stored=_STORED, pieces=pieces, global_scale=scales)
+    return replace(made, stored=_STORED, pieces=pieces, global_scale=tuple(_as_rows(scales)))
 
 
 def _apart(layer: SourceLayer) -> SourceLayer:
@@ -175,43 +176,22 @@ def _apart(layer: SourceLayer) -> SourceLayer:
     return replace(layer, packing=packing, encoding=NVFP4)
 
 
-def _scales_of_matrices(shape: tuple[int, ...], runs: Sequence[Rows]) -> tuple[Rows, ...] | None:
-    """Which stored tensor scale each matrix of the output has, neighbours in one run."""
-    height, filled = shape[-2], 0
-    found: list[tuple[SourceLayer, int]] = []
-    for run in runs:
-        packing = run.layer.packing
-        assert isinstance(packing, NvBlocks)
-        row = 0
-        while row < run.count:
-            at = run.start + row * run.step
-            which = at // packing.matrix
-            number = (run.layer, which if packing.tensor_scales > 1 else 0)
-            left = -(-((which + 1) * packing.matrix - at) // run.step)
-            taken = min(left, run.count - row, height - filled % height)
-            if filled % height == 0:
-                found.append(number)
-            elif not _same(found[-1], number):
-                return None
-            filled, row = filled + taken, row + taken
-    return tuple(_runs_of(found))
+def _rows_per_tensor_scale(layer: SourceLayer) -> int:
+    packing = layer.packing
+    assert isinstance(packing, NvBlocks)
+    return packing.matrix if packing.tensor_scales > 1 else packing.rows
 
 
-def _same(one: tuple[SourceLayer, int], other: tuple[SourceLayer, int]) -> bool:
-    return one[0].path == other[0].path and one[1] == other[1]
-
-
-def _runs_of(found: Sequence[tuple[SourceLayer, int]]) -> Iterator[Rows]:
-    last: Rows | None = None
-    for layer, index in found:
-        if last is not None and last.layer.path == layer.path and last.start + last.count == index:
-            last = replace(last, count=last.count + 1)
-            continue
-        if last is not None:
-            yield last
-        last = Rows(_numbers(layer), index, 1)
-    if last is not None:
-        yield last
+def _as_rows(scales: Sequence[MatrixScale]) -> tuple[Rows, ...]:
+    """The same numbers as rows of the tensors that hold them, neighbours in one run."""
+    runs: list[Rows] = []
+    for scale in scales:
+        last = runs[-1] if runs else None
+        if last and (last.layer.path, last.start + last.count) == (scale.layer.path, scale.index):
+            runs[-1] = replace(last, count=last.count + 1)
+        else:
+            runs.append(Rows(_numbers(scale.layer), scale.index, 1))
+    return tuple(runs)
 
 
 def _numbers(layer: SourceLayer) -> SourceLayer:

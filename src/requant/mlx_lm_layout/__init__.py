@@ -9,23 +9,6 @@ Importing this package needs MLX; calling it needs mlx-lm.
 """
 
 from requant.mlx_lm_layout.any_form import layout_in_any_form
-from requant.mlx_lm_layout.layout import (
-    Computed,
-    Extent,
-    LayoutError,
-    MlxLmLayout,
-    Moved,
-    UnknownModelError,
-    mlx_lm_layout,
-)
+from requant.mlx_lm_layout.layout import MlxLmLayout, mlx_lm_layout
 
-__all__ = [
-    "Computed",
-    "Extent",
-    "LayoutError",
-    "MlxLmLayout",
-    "Moved",
-    "UnknownModelError",
-    "layout_in_any_form",
-    "mlx_lm_layout",
-]
+__all__ = ["MlxLmLayout", "layout_in_any_form", "mlx_lm_layout"]

@@ -14,8 +14,10 @@ from dataclasses import replace
 from typing import Any
 
 from requant.dtypes import TensorInfo
+from requant.mlx_lm_classes import LayoutError
 from requant.mlx_lm_layout.expert_forms import Form, Reader, has_experts, words_for
-from requant.mlx_lm_layout.layout import Computed, LayoutError, MlxLmLayout, mlx_lm_layout
+from requant.mlx_lm_layout.layout import MlxLmLayout, mlx_lm_layout
+from requant.outputs import ComputedBySanitize
 from requant.schema import Quantization
 
 
@@ -71,7 +73,7 @@ def _moved(
     does the same to every other tensor: some rules do nothing where they find their own names.
     """
     experts = {name for name in made.tensors if _is_of_experts(made, name)}
-    computed = any(isinstance(made.tensors[name], Computed) for name in experts)
+    computed = any(isinstance(made.tensors[name], ComputedBySanitize) for name in experts)
     places = {match[1] for name in experts if (match := _OWN.fullmatch(name))}
     if not computed or len(places) != 1:
         return made

@@ -11,62 +11,15 @@ import mlx.core as mx
 
 from requant.dtypes import TensorInfo
 from requant.errors import count, few
+from requant.mlx_lm_classes import LayoutError
 from requant.mlx_lm_layout.expert_forms import Adapter
-from requant.mlx_lm_layout.pipeline import (
-    HEADER_NAME,
-    MLX_DTYPE,
-    LayoutError,
-    UnknownModelError,
-    run,
-)
-from requant.mlx_lm_layout.trace import Extent, Traced
+from requant.mlx_lm_layout.pipeline import HEADER_NAME, MLX_DTYPE, run
+from requant.mlx_lm_layout.trace import Traced
+from requant.outputs import BATCH_BYTES, ByteCopy, ComputedBySanitize
 from requant.reasons import Reason
 from requant.schema import Quantization
 
-__all__ = [
-    "Computed",
-    "Extent",
-    "LayoutError",
-    "MlxLmLayout",
-    "Moved",
-    "UnknownModelError",
-    "mlx_lm_layout",
-]
-
-# Small computed tensors share a run of the rule; inputs and results of one run stay below
-# this, unless a single tensor is larger.
-BATCH_BYTES = 64 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class Moved:
-    """A tensor whose bytes are bytes of source tensors.
-
-    Attributes:
-        info: Dtype and shape.
-        extents: The bytes, in row-major order.
-    """
-
-    info: TensorInfo
-    extents: tuple[Extent, ...]
-
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        """The source tensors that it needs, in order."""
-        return tuple(dict.fromkeys(extent.tensor for extent in self.extents))
-
-
-@dataclass(frozen=True, slots=True)
-class Computed:
-    """A tensor that the model's rule computes.
-
-    Attributes:
-        info: Dtype and shape.
-        inputs: The source tensors that it needs, in order.
-    """
-
-    info: TensorInfo
-    inputs: tuple[str, ...]
+__all__ = ["MlxLmLayout", "mlx_lm_layout"]
 
 
 @dataclass(eq=False)
@@ -89,7 +42,7 @@ class MlxLmLayout:
         with_global_scale: Those of them that can hold nvfp4 with a global scale.
     """
 
-    tensors: Mapping[str, Moved | Computed]
+    tensors: Mapping[str, ByteCopy | ComputedBySanitize]
     dropped: tuple[str, ...]
     targets: Mapping[str, Quantization]
     dense_reasons: Mapping[str, Reason]
@@ -102,7 +55,7 @@ class MlxLmLayout:
     _computer: _Computer = field(repr=False)
 
     def compute(self, name: str, load: Callable[[str], mx.array]) -> mx.array:
-        """Evaluate one :class:`Computed` tensor, by the model's own rule on the CPU.
+        """Evaluate one :class:`ComputedBySanitize` tensor, by the model's own rule on the CPU.
 
         Small ones are evaluated several at a time and the others kept until asked for, so ask
         in the order of ``tensors``. Threads may call; they take turns.
@@ -179,11 +132,11 @@ def _info(traced: Traced) -> TensorInfo:
     return TensorInfo(HEADER_NAME[traced.dtype], tuple(traced.shape))
 
 
-def _output(traced: Traced) -> Moved | Computed:
+def _output(traced: Traced) -> ByteCopy | ComputedBySanitize:
     info = _info(traced)
     if traced.pieces is None:
-        return Computed(info, traced.sources)
-    return Moved(info, traced.pieces)
+        return ComputedBySanitize(info, traced.sources)
+    return ByteCopy(info, traced.pieces)
 
 
 # -- computed tensors ------------------------------------------------------------------------
@@ -200,11 +153,13 @@ class _Computer:
         self,
         rule: Callable[[dict[str, mx.array]], dict[str, mx.array]],
         tensors: Mapping[str, TensorInfo],
-        outputs: Mapping[str, Moved | Computed],
+        outputs: Mapping[str, ByteCopy | ComputedBySanitize],
     ) -> None:
         self._rule = rule
         self._tensors = tensors
-        self._outputs = {name: x for name, x in outputs.items() if isinstance(x, Computed)}
+        self._outputs = {
+            name: x for name, x in outputs.items() if isinstance(x, ComputedBySanitize)
+        }
         self._batch_of = self._batches()
         self._ready: dict[str, mx.array] = {}
         self._begun: set[int] = set()

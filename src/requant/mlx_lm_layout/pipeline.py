@@ -25,7 +25,7 @@ from mlx.utils import tree_flatten, tree_map_with_path
 
 from requant.dtypes import TensorInfo
 from requant.errors import RequantError, UsageError, count, few, in_a_line
-from requant.mlx_lm_classes import WITHOUT_A_CLASS
+from requant.mlx_lm_classes import LayoutError, UnknownModelError
 from requant.mlx_lm_layout.expert_forms import Adapter
 from requant.mlx_lm_layout.trace import Traced, trace
 from requant.reasons import Reason, ReasonCode
@@ -55,28 +55,6 @@ HEADER_NAME = {dtype: name for name, dtype in reversed(MLX_DTYPE.items())}
 # MLX ships no types for its Python part.
 Module = Any
 _is_module: Callable[[Any], bool] = vars(mlx.nn)["Module"].is_module
-
-
-class UnknownModelError(RequantError, LookupError):
-    """mlx-lm is not installed, or has no class for this model.
-
-    Attributes:
-        why: Which of these, without the advice that the message adds.
-    """
-
-    def __init__(self, why: str) -> None:
-        self.why = why
-        super().__init__(f"{why}. {WITHOUT_A_CLASS}")
-
-
-class LayoutError(RequantError, ValueError):
-    """mlx-lm has a class for the model, but its conversion would fail, or cannot be followed.
-
-    Attributes:
-        class_names: The parameters of the class, where it could be built.
-    """
-
-    class_names: tuple[str, ...] = ()
 
 
 @dataclass

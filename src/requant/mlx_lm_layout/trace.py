@@ -19,36 +19,17 @@ from dataclasses import dataclass, field
 from functools import cache
 from itertools import accumulate, chain, product
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
+
+from requant.outputs import Extent
 
 # A tensor in more pieces than this is computed: a plan would hold one entry for each.
 MAX_PIECES = 1024
 
 Shape = tuple[int, ...]
-
-
-class Extent(NamedTuple):
-    """A range of bytes of a source tensor's data, or ``times`` of them ``stride`` bytes apart."""
-
-    tensor: str
-    start: int
-    stop: int
-    stride: int = 0
-    times: int = 1
-
-    @property
-    def nbytes(self) -> int:
-        """Size in bytes."""
-        return (self.stop - self.start) * self.times
-
-    @property
-    def ranges(self) -> Iterator[tuple[int, int]]:
-        """Start and stop of each range, in order."""
-        for index in range(self.times):
-            yield self.start + index * self.stride, self.stop + index * self.stride
 
 
 @dataclass(frozen=True, slots=True)
