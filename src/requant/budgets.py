@@ -18,7 +18,7 @@ from math import prod
 from pathlib import Path
 
 from requant.allocation import Allocation, Option, allocate
-from requant.blueprint import LayerPlan, Operation, Plan, Step, Treatment
+from requant.blueprint import LayerPlan, Plan, Step, Treatment
 from requant.checkpoint import Checkpoint
 from requant.errors import CheckpointError, Problem, UsageError
 from requant.execute import Progress, run_plan
@@ -168,10 +168,11 @@ class _Trial:
                     new[layer.layer] = spec
                     self.tried[layer.layer][spec] = layer.nbytes
             for step in plan.steps:
-                if step.layer in new and step.operation in (Operation.ENCODE, Operation.RECODE):
+                if step.layer in new and step.encode is not None:
                     name = f"{step.layer} as {new[step.layer]}"
                     self.named[name] = step.layer, new[step.layer]
-                    trial = replace(step, layer=name, gptq=False, weigh=True)
+                    encode = replace(step.encode, gptq=False, weighted_error=True)
+                    trial = replace(step, layer=name, encode=encode)
                     steps[step.layer].append(trial)
         free = [layer for layer, specs in self.tried.items() if len(specs) > 1]
         self.plan = replace(base, steps=tuple(step for layer in free for step in steps[layer]))
@@ -203,12 +204,12 @@ class _Trial:
                 )
         free = [x for x in self.base.layers if x.layer in layers]
         return Measured(
-            self.base.parameters,
-            self.base.bytes_out - sum(x.nbytes for x in free),
-            {x.layer: spec for x in self.base.layers if (spec := self._fixed(x, layers))},
-            layers,
-            {x.layer: prod(x.shape) for x in free},
-            _together(layers),
+            parameters=self.base.parameters,
+            fixed_bytes=self.base.bytes_out - sum(x.nbytes for x in free),
+            fixed={x.layer: spec for x in self.base.layers if (spec := self._fixed(x, layers))},
+            layers=layers,
+            sizes={x.layer: prod(x.shape) for x in free},
+            together=_together(layers),
         )
 
     def _fixed(self, layer: LayerPlan, free: Mapping[str, object]) -> str:
@@ -288,12 +289,12 @@ def _kept(file: Path, key: str) -> Measured | None:
             return None
         layers = {x: tuple(Candidate(*y) for y in told) for x, told in data["layers"].items()}
         return Measured(
-            data["parameters"],
-            data["fixed_bytes"],
-            data["fixed"],
-            layers,
-            data["sizes"],
-            tuple(map(tuple, data["together"])),
+            parameters=data["parameters"],
+            fixed_bytes=data["fixed_bytes"],
+            fixed=data["fixed"],
+            layers=layers,
+            sizes=data["sizes"],
+            together=tuple(map(tuple, data["together"])),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

@@ -156,17 +156,19 @@ def compare(
         layers.append(_compared(name, places[0][name].tensor.info.shape, *sides))
     evaluation = None
     if text is not None:
-        evaluation = _evaluated(a, b, Path(text), tokens, window, threads, progress)
+        evaluation = _evaluated(
+            a, b, Path(text), tokens=tokens, window=window, threads=threads, progress=progress
+        )
     return Comparison(
-        str(a),
-        str(b),
-        plans[0].layout,
-        tuple(layers),
-        tuple(name for name in places[0] if name not in places[1]),
-        tuple(name for name in places[1] if name not in places[0]),
-        plans[0].bits_per_weight_in,
-        plans[1].bits_per_weight_in,
-        evaluation,
+        a=str(a),
+        b=str(b),
+        layout=plans[0].layout,
+        layers=tuple(layers),
+        only_a=tuple(name for name in places[0] if name not in places[1]),
+        only_b=tuple(name for name in places[1] if name not in places[0]),
+        bits_per_weight_a=plans[0].bits_per_weight_in,
+        bits_per_weight_b=plans[1].bits_per_weight_in,
+        evaluation=evaluation,
     )
 
 
@@ -269,14 +271,14 @@ def _compared(
     same = difference == 0.0
     norm = sqrt(squares_a) * sqrt(squares_b)
     return LayerComparison(
-        name,
-        shape,
-        stored_a,
-        stored_b,
-        sqrt(difference / squares_a) if squares_a else (0.0 if same else None),
-        most,
-        1.0 if same else min(1.0, max(-1.0, product / norm)) if norm else None,
-        nonfinite,
+        name=name,
+        shape=shape,
+        a=stored_a,
+        b=stored_b,
+        relative_rms=sqrt(difference / squares_a) if squares_a else (0.0 if same else None),
+        max_error=most,
+        cosine=1.0 if same else min(1.0, max(-1.0, product / norm)) if norm else None,
+        nonfinite=nonfinite,
     )
 
 

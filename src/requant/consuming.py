@@ -95,7 +95,7 @@ def most_with_consume_source(plan: Plan) -> int:
 
 def _bytes_out(step: Step) -> int:
     """Bytes that a step writes; one of several pieces of a tensor writes its share."""
-    return sum(step.row_bytes(out) for out in step.outputs.values()) * step.rows
+    return sum(step.row_bytes(out) for out in step.outputs.values()) * step.rows.count
 
 
 def files_of(step: Step, plan: Plan) -> Iterator[str]:

@@ -444,7 +444,9 @@ def carry_out(
     while True:
         budget = make_budget(made, threads, max_memory, chunk_bytes)
         with open_sink(made, plan_source, wishes) as sink:
-            outcome = run_plan(made, plan_source, sink, budget, progress, stop_at)
+            outcome = run_plan(
+                made, plan_source, sink, budget=budget, progress=progress, stop_at=stop_at
+            )
             found = outcome.findings
             spoiled = {x for x, finding in found.items() if finding.is_no_number} - wishes.spoiled
             problems = _refused(found, wishes.spoiled, allow_overflow)

@@ -72,7 +72,9 @@ def run_plan(
     before = folder.ledger.state.consumed if folder.ledger is not None else ()
     needed = _needed(plan, folder.ledger)
     with SourceReader(plan.files, source.opened, tuple(before), needed) as reader:
-        run = _Run(plan, source, reader, folder, budget, stop_at)
+        run = _Run(
+            plan=plan, source=source, reader=reader, folder=folder, budget=budget, stop_at=stop_at
+        )
         return run.go(progress)
 
 
@@ -80,7 +82,7 @@ def _needed(plan: Plan, ledger: Ledger | None) -> list[str]:
     """The source files that are still to be read, as they are needed."""
     before = Done() if ledger is None else ledger.state
     order = range(len(plan.steps)) if ledger is None else ledger.order
-    steps = (plan.steps[n] for n in order if any(before.left(n, plan.steps[n].rows)))
+    steps = (plan.steps[n] for n in order if any(before.left(n, plan.steps[n].rows.count)))
     return list(dict.fromkeys(name for step in steps for name in files_of(step, plan)))
 
 
@@ -121,7 +123,7 @@ class _Run:
         for number, ranges in before.rows.items():
             step = self.plan.steps[number]
             rows = sum(stop - start for start, stop in ranges)
-            self.bytes_done += step.bytes_in * rows // max(step.rows, 1)
+            self.bytes_done += step.bytes_in * rows // max(step.rows.count, 1)
 
     def go(self, progress: Callable[[Progress], None] | None) -> Outcome:
         began = time.perf_counter()
@@ -151,13 +153,13 @@ class _Run:
     def _progress(self, began: float) -> Progress:
         downloader = self.reader.downloader
         return Progress(
-            self.layer,
-            self.bytes_done,
-            self.bytes_in,
-            time.perf_counter() - began,
-            self.bytes_written,
-            0 if downloader is None else downloader.bytes_here,
-            0 if downloader is None else downloader.bytes_expected,
+            layer=self.layer,
+            bytes_done=self.bytes_done,
+            bytes_total=self.bytes_in,
+            elapsed_s=time.perf_counter() - began,
+            bytes_written=self.bytes_written,
+            bytes_downloaded=0 if downloader is None else downloader.bytes_here,
+            bytes_to_download=0 if downloader is None else downloader.bytes_expected,
         )
 
     def _work(self) -> None:
@@ -199,7 +201,7 @@ class _Run:
     def _fill(self, name: str, into: memoryview, buffers: Buffers) -> None:
         """Write the dense values of what a computed tensor is made from."""
         step = self.plan.materials[name]
-        whole = Chunk(step, 0, step.rows)
+        whole = Chunk(step, 0, step.rows.count)
         for part in whole.parts(self.budget.chunk_of(step)):
             outputs, finding, _ = self._make(part, buffers, {})
             if finding.damaged:
@@ -219,11 +221,11 @@ class _Run:
             row_bytes = step.row_bytes(out)
             data = bytes_of(outputs[role])
             for first, last, place in runs_of(chunk):
-                offset = out.offset + (step.into_row + place) * row_bytes
+                offset = out.offset + (step.rows.output_row + place) * row_bytes
                 self.folder.write(out.file, offset, data[first * row_bytes : last * row_bytes])
             written += data.nbytes
         if finding.first_nonfinite_row is not None:
-            finding.first_nonfinite_row += step.into_row + chunk.start
+            finding.first_nonfinite_row += step.rows.output_row + chunk.start
         with self.lock:
             self.outcome.findings.setdefault(step.layer, Finding()).add(finding)
             self.layer = step.layer
@@ -267,7 +269,7 @@ class _Run:
     def _cut_parts(self, chunk: Chunk, packing: Packing, buffers: Buffers) -> Arrays:
         """The rectangles of a packed layer's parts that a chunk needs."""
         step, found = chunk.step, {}
-        for role, cut in packing.cuts(*step.packed_rows(chunk.start, chunk.stop)).items():
+        for role, cut in packing.cuts(*step.rows.stored_rows(chunk.start, chunk.stop)).items():
             tensor = step.inputs[role]
             assert not isinstance(tensor, ComputedTensor)
             height = cut.rows[1] - cut.rows[0]
@@ -281,5 +283,5 @@ class _Run:
         assert not isinstance(stored, ComputedTensor)
         scales = np.empty(stored.info.size, np.float32)
         self.reader.read_tensor(stored, 0, bytes_of(scales))
-        expert = np.arange(chunk.start, chunk.stop) * scales.size // chunk.step.rows
+        expert = np.arange(chunk.start, chunk.stop) * scales.size // chunk.step.rows.count
         return scales[expert]

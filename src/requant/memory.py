@@ -68,10 +68,10 @@ def make_budget(
         threads = threads or os.cpu_count() or 1
     if threads < 1:
         raise OutOfRangeError("at least one thread is needed", "threads", threads)
-    longest = max((s.least_work_bytes for s in plan.steps if s.rows), default=1)
+    longest = max((s.least_work_bytes for s in plan.steps if s.rows.count), default=1)
     if max_memory is None:
         strided = [s for s in plan.steps if s.packing is not None and s.packing.strided]
-        widest = max((s.rows * s.work_bytes_per_row for s in strided), default=0)
+        widest = max((s.rows.count * s.work_bytes_per_row for s in strided), default=0)
         return Budget(
             threads,
             max(chunk_bytes or DEFAULT_CHUNK_BYTES, longest),
@@ -108,7 +108,7 @@ def _beside(plan: Plan, threads: int) -> int:
     One computed tensor at a time is made, from all of its inputs; meanwhile each other
     worker may hold another that is ready, and small ones of the same batch wait.
     """
-    widest = max((step.columns for step in plan.steps if step.gptq), default=0)
+    widest = max((step.rows.columns for step in plan.steps if step.gptq), default=0)
     factored = bytes_for(widest, threads)
     if plan.layout != "mlx-lm":
         return factored

@@ -378,14 +378,14 @@ def generate(
     except (RuntimeError, ValueError) as error:
         raise BackendError(f"MLX cannot run this model here: {error}") from error
     return Generation(
-        "".join(pieces),
-        last.prompt_tokens,
-        last.prompt_tps,
-        last.generation_tokens,
-        last.generation_tps,
-        last.finish_reason,
-        loaded.load_s,
-        loaded.report,
+        text="".join(pieces),
+        prompt_tokens=last.prompt_tokens,
+        prompt_tokens_per_s=last.prompt_tps,
+        tokens=last.generation_tokens,
+        tokens_per_s=last.generation_tps,
+        finish_reason=last.finish_reason,
+        load_s=loaded.load_s,
+        report=loaded.report,
     )
 
 

@@ -205,7 +205,7 @@ def _layer_plan(decision: LayerDecision, dtype: str, steps: Sequence[Step]) -> L
         costs.append(Fidelity(Exactness.ROUNDED))
     worst = max(costs, key=lambda cost: list(Exactness).index(cost.exactness))
     # Steps that write further rows of a tensor have the tensors of the first one.
-    outputs = (t for step in steps if not step.into_row for t in step.outputs.values())
+    outputs = (t for step in steps if not step.rows.output_row for t in step.outputs.values())
     return LayerPlan(
         layer=layer.path,
         shape=layer.shape,

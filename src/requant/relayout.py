@@ -33,7 +33,7 @@ from requant.checkpoint import (
 )
 from requant.dtypes import KERNEL_FLOATS, TensorInfo
 from requant.errors import CheckpointError, Problem, RequantError, UsageError
-from requant.formats.base import Rows, SourceLayer, SourceLayout, dense_layer
+from requant.formats.base import DefaultPolicy, Rows, SourceLayer, SourceLayout, dense_layer
 from requant.formats.declared import without_blocks
 from requant.formats.members import in_float32, members_joined, recomputed
 from requant.formats.nvfp4_layers import has_tensor_scale, kept_apart
@@ -281,9 +281,13 @@ class Relayout:
         return replace(
             layer,
             stored=" and ".join(dict.fromkeys(x.stored_as for x in sources)),
-            fallback=recomputed(sources, layer.shape[-1]) if codes else None,
-            reason=ON_VALUES,
-            needs_wish=next((x.needs_wish for x in sources if x.needs_wish), ""),
+            policy=DefaultPolicy(
+                fallback=recomputed(sources, layer.shape[-1]) if codes else None,
+                reason=ON_VALUES,
+                requires_choice=next(
+                    (x.policy.requires_choice for x in sources if x.policy.requires_choice), ""
+                ),
+            ),
         )
 
 
@@ -336,7 +340,14 @@ def relayout(
         return Relayout(layout, shown, source, form=form)
     extra = tuple(name for name in layout.dropped if name not in layout.tensors)
     infos = {name: x.info for name, x in layout.tensors.items()} | {x: infos[x] for x in extra}
-    return Relayout(layout, shown, source, extra, _why_refused(layout, infos), form)
+    return Relayout(
+        layout=layout,
+        shown=shown,
+        source=source,
+        extra=extra,
+        refusal=_why_refused(layout, infos),
+        form=form,
+    )
 
 
 @contextmanager
@@ -410,4 +421,11 @@ def _why_refused(layout: MlxLmLayout, infos: Mapping[str, TensorInfo]) -> str:
 def _merge_key(layer: SourceLayer) -> tuple[object, ...]:
     """What layers must have in common for their rows to stand in one."""
     dtypes = tuple((role, part.info.dtype) for role, part in layer.parts.items())
-    return layer.encoding, layer.fallback, layer.dtype, layer.stored, type(layer.packing), dtypes
+    return (
+        layer.encoding,
+        layer.policy.fallback,
+        layer.dtype,
+        layer.stored,
+        type(layer.packing),
+        dtypes,
+    )

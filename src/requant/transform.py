@@ -85,7 +85,9 @@ def transform_weights(
     empty = empty_weights(checkpoint, layout)
     if problems := [*problems_in(weights), *empty, *layout.problems]:
         raise CheckpointError("weights", problems)
-    undecided = [layer.path for layer in layout.layers if layer.needs_wish and layer.kept is None]
+    undecided = [
+        layer.path for layer in layout.layers if layer.policy.requires_choice and layer.kept is None
+    ]
     if undecided and otherwise is None:
         more = f" (and {count(len(undecided) - 1, 'more layer')})" if len(undecided) > 1 else ""
         raise InvariantError(
@@ -96,8 +98,11 @@ def transform_weights(
     result: dict[str, Array] = {}
     per_layer: dict[str, Quantization] = {}
     for layer in layout.folded(lambda _: True).layers:
-        if layer.needs_wish and isinstance(otherwise, Quantization):
-            layer = replace(layer, fallback=fit_group(layer.shape[-1], otherwise)[0])
+        if layer.policy.requires_choice and isinstance(otherwise, Quantization):
+            layer = replace(
+                layer,
+                policy=replace(layer.policy, fallback=fit_group(layer.shape[-1], otherwise)[0]),
+            )
         if layer.packing is None:
             result |= {
                 part.name: _in_order(weights[part.name], layer, library.name)

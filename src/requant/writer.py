@@ -150,7 +150,9 @@ class OutputFolder:
             self._lay_out()
         self._journal = Journal(self.staging / "journal", head, entries, self._sync)
         for number, step in enumerate(self.plan.steps):
-            left = sum(stop - start for start, stop in self._journal.state.left(number, step.rows))
+            left = sum(
+                stop - start for start, stop in self._journal.state.left(number, step.rows.count)
+            )
             for out in step.outputs.values():
                 self._rows_left[out.name] += left
             for name in self.release.needs[number] if self.release else ():
@@ -425,9 +427,9 @@ class OutputFolder:
         return (self.staging / "journal").exists()
 
     def _share_done(self) -> float:
-        total = sum(step.rows * step.columns for step in self.plan.steps)
+        total = sum(step.rows.count * step.rows.columns for step in self.plan.steps)
         done = sum(
-            (stop - start) * self.plan.steps[number].columns
+            (stop - start) * self.plan.steps[number].rows.columns
             for number, ranges in self.state.rows.items()
             for start, stop in ranges
         )

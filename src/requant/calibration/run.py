@@ -169,7 +169,16 @@ def calibrate(
         "seed": str(seed),
         "text_sha256": hashlib.sha256(ids.tobytes()).hexdigest(),
     }
-    with _Run(planned, ids, hessian, place, resume, threads, progress, on_note) as run:
+    with _Run(
+        planned=planned,
+        ids=ids,
+        hessian=hessian,
+        output=place,
+        resume=resume,
+        threads=threads,
+        progress=progress,
+        on_note=on_note,
+    ) as run:
         try:
             made = run.blockwise()
         except NotLayered as error:

@@ -103,7 +103,15 @@ def mlx_lm_layout(
             named), or its rule looks at values.
         UsageError: A recipe with another mode than affine.
     """
-    made = run(config, tensors, quantization, recipe, dtype, global_scale, adapt)
+    made = run(
+        config,
+        tensors,
+        quantization,
+        recipe=recipe,
+        dtype=dtype,
+        global_scale=global_scale,
+        adapt=adapt,
+    )
     given = {name: _info(x) for name, x in made.traced.items()}
     if given != made.loaded:  # a legacy method that repacks weights after the rule
         unlike = [x for x in {**given, **made.loaded} if given.get(x) != made.loaded.get(x)]

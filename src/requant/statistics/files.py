@@ -148,12 +148,12 @@ def _ours(file: BinaryIO, raw: bytes, size: int) -> imatrix.Found:
             divisors = np.where(counts > 0, 1.0, counts.astype(np.float64))  # means already
         seen.append(
             Seen(
-                layer,
-                square.info.size,
-                len(raw) + square.start,
-                divisors,
-                experts,
-                None if hessian is None else len(raw) + hessian.start,
+                name=layer,
+                size=square.info.size,
+                offset=len(raw) + square.start,
+                divisors=divisors,
+                experts=experts,
+                hessian=None if hessian is None else len(raw) + hessian.start,
             )
         )
     return seen, problems
