@@ -36,7 +36,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("formats", "outputs", "mlx_lm_classes", "mlx_lm_layout"),
     ("load_check", "row_ranges"),
     ("same_values", "head_names", "relayout", "left_dense", "loader_names"),
-    ("tied_heads", "idle_tensors", "blueprint"),
+    ("tied_heads", "idle_tensors", "blueprint", "plan_source"),
     ("target_fitting",),
     ("choices", "layout_selection", "steps"),
     ("unnamed_matrices", "output_config", "plan_notes", "requests", "weighting", "hessians"),

@@ -12,16 +12,14 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
-from functools import cached_property
 from math import prod
 from typing import Any
 
-from requant.checkpoint import Checkpoint, SourceFile, SourceTensor
+from requant.checkpoint import SourceFile, SourceTensor
 from requant.dtypes import TensorInfo
 from requant.formats.base import RowOrder
 from requant.formats.packing import Exactness, Packing
 from requant.reasons import Note, Reason, ReasonCode
-from requant.relayout import Relayout
 from requant.safetensors_header import build_header
 from requant.schema import PerLayerQuantization, Quantization, QuantMode
 from requant.statistics import Importance
@@ -58,53 +56,136 @@ class OutputTensor:
     offset: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowMapping:
+    """Which rows a step computes: where they are in the source, and where in the outputs.
+
+    Row ``r`` of a step, ``0 <= r < count``, is row ``first + r * step`` of the packed layer that
+    it is read from, and row ``output_row + r`` of the outputs; with an ``order``, it is row
+    ``output_row + order.inverse[r]`` of the outputs instead.
+
+    Example: gate and up of an expert take turns in a stored matrix of 8 rows. Up is ``count=4,
+    first=1, step=2``: its rows are the stored rows 1, 3, 5 and 7. As the second of two experts in
+    a stack its ``output_row`` is 4, so that they become the rows 4, 5, 6 and 7 of the output.
+
+    Attributes:
+        count: How many rows.
+        columns: Logical values in a row.
+        first: First row of the packed layer; 0 without a packing.
+        step: Of the packed layer, from one row to the next.
+        output_row: Row of the outputs that the first row becomes.
+        order: Rows of the outputs in another order than the source's; None for the same.
+    """
+
+    count: int
+    columns: int
+    first: int = 0
+    step: int = 1
+    output_row: int = 0
+    order: RowOrder | None = None
+
+    def stored_rows(self, start: int, stop: int) -> tuple[int, int]:
+        """The rows of the packed layer that the rows ``start`` to ``stop`` are within.
+
+        With ``first=1, step=2``, rows 1 to 3 of the step are the stored rows 3 and 5: (3, 6).
+        """
+        first = self.first + start * self.step
+        return first, first + (stop - start - 1) * self.step + 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodeParams:
+    """How dense rows become codes.
+
+    Attributes:
+        target: The quantization.
+        search: How scales are found: "off" as ``mx.quantize`` does, "fast" or "best".
+        importance: How errors of each input are weighted in the search; None weights all alike.
+        gptq: Whether each column's error is compensated in the columns after it.
+        weighted_error: Whether the error is measured with the weights of ``importance``.
+    """
+
+    target: Quantization
+    search: str = "off"
+    importance: Importance | None = None
+    gptq: bool = False
+    weighted_error: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
     """One operation over the rows of one layer's tensors.
 
-    Every output holds ``rows``, each a contiguous run of bytes, and so does every input but
-    for a packed layer, whose packing knows where its rows lie: any range of rows can be
-    computed alone. A step may be a piece of a larger tensor: its rows are those of the packed
-    layer from ``first_row`` on, and land in the outputs from row ``into_row`` on.
+    Every output holds ``rows.count`` rows, each a contiguous range of bytes, and so does every
+    input but for a packed layer, whose packing knows where its rows are: any range of rows can be
+    computed alone. A step may be a piece of a larger tensor; ``rows`` says which.
+
+    Attributes:
+        layer: Path of the layer.
+        operation: What is done to the rows.
+        rows: Which rows they are.
+        inputs: Role -> tensor of the source.
+        outputs: Role -> tensor of the output.
+        source: MLX's quantization of the inputs; None where they are dense or packed.
+        encode: How codes are computed; None where the operation computes none.
+        repack: REPACK: MLX's quantization of the codes that are moved.
+        dtype: Header name of the values between decoding and encoding.
+        global_scale: nvfp4: one float32 for all rows, or one an expert.
+        packing: How the rows of a packed layer come out of the inputs.
+        scales_of: The tensor holds scales or biases of this mode.
     """
 
     layer: str
     operation: Operation
-    rows: int
-    columns: int  # logical values in a row
+    rows: RowMapping
     inputs: Mapping[str, SourceTensor]
     outputs: Mapping[str, OutputTensor]
     source: Quantization | None = None
-    target: Quantization | None = None
-    dtype: str = ""  # header name of the values between decoding and encoding
-    global_scale: SourceTensor | None = None  # nvfp4: one float32 for all rows, or one an expert
+    encode: EncodeParams | None = None
+    repack: Quantization | None = None
+    dtype: str = ""
+    global_scale: SourceTensor | None = None
     packing: Packing | None = None
-    first_row: int = 0
-    into_row: int = 0
-    row_step: int = 1  # of a packed layer: from one row to the next
-    search: str = "off"  # how scales of new codes are found
-    row_order: RowOrder | None = None  # rows of the output in another order than the source's
-    importance: Importance | None = None  # what errors of each input count in the search
-    gptq: bool = False  # each column's error is handed on to the columns after it
-    weigh: bool = False  # what is lost is measured as ``importance`` counts it
-    scales_of: QuantMode | None = None  # the tensor holds scales or biases of this mode
+    scales_of: QuantMode | None = None
+
+    @property
+    def target(self) -> Quantization | None:
+        """The quantization of the outputs; None for dense ones."""
+        return self.repack if self.encode is None else self.encode.target
+
+    @property
+    def search(self) -> str:
+        """How scales of new codes are found; "off" where none are computed."""
+        return "off" if self.encode is None else self.encode.search
+
+    @property
+    def importance(self) -> Importance | None:
+        """How errors of each input are weighted; None where no codes are computed."""
+        return None if self.encode is None else self.encode.importance
+
+    @property
+    def gptq(self) -> bool:
+        """Whether errors are compensated."""
+        return self.encode is not None and self.encode.gptq
 
     def row_bytes(self, tensor: SourceTensor | OutputTensor) -> int:
         """Bytes that one row takes in ``tensor``; of a packed layer's part, its share of them."""
         if self.packing is not None and not isinstance(tensor, OutputTensor):
             return -(-tensor.info.nbytes // max(self.packing.rows, 1))
-        rows = self.rows
+        count = self.rows.count
         if self.packing is not None:
-            of_values = self.operation is Operation.DECODE and self.columns == 1
-            rows = prod(tensor.info.shape if of_values else tensor.info.shape[:-1])
-        return tensor.info.nbytes // max(rows, 1)
+            of_values = self.operation is Operation.DECODE and self.rows.columns == 1
+            count = prod(tensor.info.shape if of_values else tensor.info.shape[:-1])
+        return tensor.info.nbytes // max(count, 1)
 
     @property
     def bytes_in(self) -> int:
         """Bytes of tensor data to read; a piece of a packed layer reads its share."""
         # A packing may cut one tensor under two roles.
         nbytes = sum({t.name: t.info.nbytes for t in self.inputs.values()}.values())
-        return nbytes * self.rows // max(self.packing.rows, 1) if self.packing else nbytes
+        if self.packing is None:
+            return nbytes
+        return nbytes * self.rows.count // max(self.packing.rows, 1)
 
     @property
     def work_bytes_per_row(self) -> int:
@@ -113,14 +194,10 @@ class Step:
         held += sum(self.row_bytes(t) for t in self.outputs.values())
         if self.packing is not None and self.operation is Operation.REPACK:
             held += self.packing.scratch_row_bytes
-        coded = self.operation in (Operation.ENCODE, Operation.RECODE)
         unpacked = self.packing is not None and self.operation is not Operation.REPACK
-        return (held + (2 * coded + unpacked) * 4 * self.columns) * self.row_step
-
-    def packed_rows(self, start: int, stop: int) -> tuple[int, int]:
-        """The rows of a packed layer that the rows ``start`` to ``stop`` lie in."""
-        first = self.first_row + start * self.row_step
-        return first, first + (stop - start - 1) * self.row_step + 1
+        # Encoding holds the values of a row twice in float32: as they are, and decoded again.
+        dense = 2 * (self.encode is not None) + unpacked
+        return (held + dense * 4 * self.rows.columns) * self.rows.step
 
     @property
     def least_work_bytes(self) -> int:
@@ -179,9 +256,11 @@ class OutputShard:
         return _header(self.tensors, self.names_of)[0]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Everything a conversion will do; data only.
+    """Everything a conversion will do: plain data, which pickles and compares.
+
+    What a plan is run on, opened files and mlx-lm's functions, is a ``PlanSource``.
 
     Attributes:
         source: Path of the source as given.
@@ -199,8 +278,10 @@ class Plan:
         layout: "mlx-lm" where names and shapes are those of mlx-lm's class; else "keep".
         loads: mlx-lm is known to load the output.
         rotated: Inputs of layers are still to be rotated when it runs.
-        checkpoint: The source.
-        relayout: mlx-lm's layout of it, where that was asked for.
+        load_error: Why mlx-lm would not load an output in its own layout, rotations aside; ""
+            where it would.
+        repository: Of a source on the hub: its id, and the commit.
+        side_bytes: Size of those side files that are copied from the source.
         materials: What computed tensors are made from: name -> the step whose one output is
             that tensor, dense.
     """
@@ -220,21 +301,22 @@ class Plan:
     layout: str = "keep"
     loads: bool = False
     rotated: bool = False
-    checkpoint: Checkpoint = field(repr=False, compare=False, kw_only=True)
-    relayout: Relayout | None = field(default=None, repr=False, compare=False, kw_only=True)
-    materials: Mapping[str, Step] = field(default_factory=dict, kw_only=True)
+    load_error: str = ""
+    repository: tuple[str, str] | None = None
+    side_bytes: int = 0
+    materials: Mapping[str, Step] = field(default_factory=dict)
 
-    @cached_property
+    @property
     def parameters(self) -> int:
         """Logical weights: what the model has, however they are stored."""
         return sum(prod(layer.shape) for layer in self.layers)
 
-    @cached_property
+    @property
     def bytes_in(self) -> int:
         """Bytes of tensor data to read."""
         return sum(step.bytes_in for step in self.steps)
 
-    @cached_property
+    @property
     def bytes_out(self) -> int:
         """Bytes of tensor data to write."""
         return sum(t.info.nbytes for shard in self.shards for t in shard.tensors)
@@ -290,7 +372,7 @@ class Plan:
             "dropped": [list(pair) for pair in self.dropped],
         }
 
-    @cached_property
+    @property
     def hash(self) -> str:
         """SHA-256 over all that decides the output's bytes; not over the source's path."""
         text = json.dumps(self._content(), sort_keys=True, separators=(",", ":"))
@@ -301,8 +383,8 @@ def _step_dict(step: Step) -> dict[str, Any]:
     return {
         "layer": step.layer,
         "operation": step.operation,
-        "rows": step.rows,
-        "columns": step.columns,
+        "rows": step.rows.count,
+        "columns": step.rows.columns,
         "inputs": {role: asdict(t) for role, t in step.inputs.items()},
         "outputs": {role: t.name for role, t in step.outputs.items()},
         "source": step.source and step.source.to_dict(),
@@ -310,11 +392,11 @@ def _step_dict(step: Step) -> dict[str, Any]:
         "dtype": step.dtype,
         "global_scale": step.global_scale and asdict(step.global_scale),
         "packing": step.packing and step.packing.to_dict(),
-        "first_row": step.first_row,
-        "into_row": step.into_row,
-        "row_step": step.row_step,
+        "first_row": step.rows.first,
+        "into_row": step.rows.output_row,
+        "row_step": step.rows.step,
         "search": step.search,
-        "row_order": step.row_order and step.row_order.digest,
+        "row_order": step.rows.order and step.rows.order.digest,
         **({"importance": step.importance.to_dict()} if step.importance else {}),
         **({"gptq": True} if step.gptq else {}),
     }
@@ -337,7 +419,7 @@ def place(
     last_layer: str | None = None
     sizes = Counter[str]()
     for step in steps:
-        if not step.into_row:
+        if not step.rows.output_row:
             sizes[step.layer] += sum(t.info.nbytes for t in step.outputs.values())
     for step in steps:
         if step.layer != last_layer:
@@ -346,7 +428,7 @@ def place(
                 filled = 0
             filled += sizes[step.layer]
             last_layer = step.layer
-        if not step.into_row:  # further pieces share the tensors of the first
+        if not step.rows.output_row:  # further pieces share the tensors of the first
             buckets[-1] += step.outputs.values()
 
     shards: list[OutputShard] = []

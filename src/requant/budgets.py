@@ -18,13 +18,13 @@ from math import prod
 from pathlib import Path
 
 from requant.allocation import Allocation, Option, allocate
-from requant.blueprint import LayerPlan, Operation, Plan, Step, Treatment
+from requant.blueprint import LayerPlan, Plan, Step, Treatment
 from requant.checkpoint import Checkpoint
 from requant.errors import CheckpointError, Problem, UsageError
 from requant.execute import Progress, run_plan
 from requant.findings import Finding
 from requant.memory import make_budget
-from requant.planner import make_plan
+from requant.planner import make_plan, plan_with_source
 from requant.reasons import ReasonCode
 from requant.recipes import ROLES, Recipe, Rule, places
 from requant.record import version
@@ -110,15 +110,16 @@ def settle(
     """
     if wishes.budget is None or wishes.recipe is not None:
         return wishes
-    base = make_plan(as_checkpoint(source, wishes.config_from), _unsettled(wishes), is_trial=True)
+    checkpoint = as_checkpoint(source, wishes.config_from)
+    base, plan_source = plan_with_source(checkpoint, _unsettled(wishes), is_trial=True)
     if check is not None:
         check(base)
     key = _key(base, wishes)
     measured = None if keep is None else _kept(keep, key)
     while measured is None:
-        trial = _Trial(base, wishes)
+        trial = _Trial(base, plan_source.checkpoint, wishes)
         run = make_budget(trial.plan, threads, max_memory, chunk_bytes)
-        found = run_plan(trial.plan, Nowhere(), run, progress).findings
+        found = run_plan(trial.plan, plan_source, Nowhere(), run, progress).findings
         problems = trial.problems(found)
         if not problems:
             measured = trial.measured(found)
@@ -128,7 +129,10 @@ def settle(
             raise CheckpointError(base.source, list(problems.values()))
         else:
             wishes = replace(wishes, spoiled=wishes.spoiled | problems.keys())
-            base = make_plan(base.checkpoint, _unsettled(wishes), is_trial=True)
+            trial_wishes = _unsettled(wishes)
+            base, plan_source = plan_with_source(
+                plan_source.checkpoint, trial_wishes, is_trial=True
+            )
     default = _unsettled(wishes).quantization
     return replace(wishes, quantization=default, recipe=_recipe(measured, wishes, default))
 
@@ -151,12 +155,12 @@ class _Trial:
         named: Name of a step -> layer and spec.
     """
 
-    def __init__(self, base: Plan, wishes: Wishes) -> None:
+    def __init__(self, base: Plan, checkpoint: Checkpoint, wishes: Wishes) -> None:
         self.base = base
         self.tried: dict[str, dict[str, int]] = {x.layer: {} for x in base.layers}
         self.named: dict[str, tuple[str, str]] = {}
         steps: dict[str, list[Step]] = {layer: [] for layer in self.tried}
-        for plan in _candidate_plans(base, wishes):
+        for plan in _candidate_plans(base, checkpoint, wishes):
             new = {}
             for layer in plan.layers:
                 spec = _spec_of(plan, layer)
@@ -164,10 +168,11 @@ class _Trial:
                     new[layer.layer] = spec
                     self.tried[layer.layer][spec] = layer.nbytes
             for step in plan.steps:
-                if step.layer in new and step.operation in (Operation.ENCODE, Operation.RECODE):
+                if step.layer in new and step.encode is not None:
                     name = f"{step.layer} as {new[step.layer]}"
                     self.named[name] = step.layer, new[step.layer]
-                    trial = replace(step, layer=name, gptq=False, weigh=True)
+                    encode = replace(step.encode, gptq=False, weighted_error=True)
+                    trial = replace(step, layer=name, encode=encode)
                     steps[step.layer].append(trial)
         free = [layer for layer, specs in self.tried.items() if len(specs) > 1]
         self.plan = replace(base, steps=tuple(step for layer in free for step in steps[layer]))
@@ -199,12 +204,12 @@ class _Trial:
                 )
         free = [x for x in self.base.layers if x.layer in layers]
         return Measured(
-            self.base.parameters,
-            self.base.bytes_out - sum(x.nbytes for x in free),
-            {x.layer: spec for x in self.base.layers if (spec := self._fixed(x, layers))},
-            layers,
-            {x.layer: prod(x.shape) for x in free},
-            _together(layers),
+            parameters=self.base.parameters,
+            fixed_bytes=self.base.bytes_out - sum(x.nbytes for x in free),
+            fixed={x.layer: spec for x in self.base.layers if (spec := self._fixed(x, layers))},
+            layers=layers,
+            sizes={x.layer: prod(x.shape) for x in free},
+            together=_together(layers),
         )
 
     def _fixed(self, layer: LayerPlan, free: Mapping[str, object]) -> str:
@@ -215,15 +220,15 @@ class _Trial:
         return _spec_of(self.base, layer) or ("skip" if is_excluded else "")
 
 
-def _candidate_plans(base: Plan, wishes: Wishes) -> Iterator[Plan]:
+def _candidate_plans(base: Plan, checkpoint: Checkpoint, wishes: Wishes) -> Iterator[Plan]:
     """A plan for each candidate of every layer; codes that stay lose nothing."""
     if any(x.treatment not in (Treatment.DENSE, Treatment.QUANTIZED) for x in base.layers):
         with suppress(UsageError):  # not all of this source's codes can stay
-            yield make_plan(base.checkpoint, _without(wishes, None))
+            yield make_plan(checkpoint, _without(wishes, None))
     groups = GROUP_SIZES if wishes.quantization is None else (wishes.quantization.group_size,)
     for group_size, bits in product(groups, BITS):
         candidate = _without(wishes, Quantization.affine(group_size, bits))
-        yield make_plan(base.checkpoint, candidate, is_trial=True)
+        yield make_plan(checkpoint, candidate, is_trial=True)
 
 
 def _without(wishes: Wishes, target: Quantization | None) -> Wishes:
@@ -284,12 +289,12 @@ def _kept(file: Path, key: str) -> Measured | None:
             return None
         layers = {x: tuple(Candidate(*y) for y in told) for x, told in data["layers"].items()}
         return Measured(
-            data["parameters"],
-            data["fixed_bytes"],
-            data["fixed"],
-            layers,
-            data["sizes"],
-            tuple(map(tuple, data["together"])),
+            parameters=data["parameters"],
+            fixed_bytes=data["fixed_bytes"],
+            fixed=data["fixed"],
+            layers=layers,
+            sizes=data["sizes"],
+            together=tuple(map(tuple, data["together"])),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

@@ -1,14 +1,15 @@
-"""Step 1 of the road: what a Checkpoint is, whichever files it was read from.
+"""Pipeline stage 1: what a Checkpoint is, whichever files it was read from.
 
-Frozen data about names, shapes and places of bytes; of the bytes it reads at most the small
-tensors that a format peeks at. ``sources.read_checkpoint`` makes one.
+A ``Checkpoint`` is frozen data about names, shapes and byte ranges, and refers to an
+``OpenedSource``: the object that reads bytes, and that changes while it does. Of tensor data only
+the small tensors are read that formats need to describe a layer. ``sources.read_checkpoint``
+makes a Checkpoint.
 """
 
 from __future__ import annotations
 
-import copy
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -124,90 +125,76 @@ class Supply(Protocol):
         """Let nothing come any more."""
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """A source folder with everything that can be known without reading tensor data.
+class OpenedSource:
+    """The files of one checkpoint while they are read. Not data: its state grows with the reads.
+
+    It reads ranges of bytes and small tensors, remembers which, and holds what is alive about a
+    source: the function that fetches bytes from the hub, the downloader of weight files, and the
+    functions that generate files. A ``Plan`` refers to none of it.
+
+    Args:
+        path: The folder of the files.
+        header_stubs: A folder with the headers of weight files that a stopped run has deleted.
+        fetch: Reads a range of bytes where the files hold headers only (``hub``).
+        downloader: Brings the weight files, where they are not in the folder.
+        generated_files: Name -> content of files that an output gets and the folder does not have.
+        compared: What an earlier run found when it compared tensors.
 
     Attributes:
-        path: The folder.
-        files: The weight files, in natural order.
-        tensors: Every tensor by name, in the order of files, then of offsets.
-        config: ``config.json``, parsed.
-        config_text: ``config.json`` as it stands.
-        side_files: Relative paths of the files that an output carries over unchanged.
-        left_out: Relative paths of files that it does not, each with the reason.
-        notes: What the user should know of the files: what is read or carried over, and why.
-        quantization_files: The JSON files beside config.json in which tools describe their
-            quantization, parsed, by name.
-        metadata: ``__metadata__`` of the weight files, the first file's word where two differ.
-        made_files: Name -> content of files that an output gets and the folder does not have.
-        corrections: Key of ``config`` -> what it is by the tensors, where the file says another
-            thing.
-        gguf: How tensors are stored, where the source is GGUF.
-        origin: What the user named, where it is not the folder.
-        twins: A folder with the headers of weight files that a stopped run has consumed.
-        peeked: What was read of the weight files so far.
-        damaged: What was read so and is NaN or infinite: one problem a tensor.
+        small_tensor_ranges: What was read of the weight files so far.
+        damaged: Of the small tensors that were read, those with NaN or infinity: one problem each.
         compared: Names of two tensors -> whether they hold the same values, once that is known.
-        repository: Of the hub: its id, and the commit.
-        fetch: Reads a run of bytes where the files hold headers only (``hub``).
-        supply: Brings the weight files, where they are not in the folder.
     """
 
-    path: Path
-    files: tuple[SourceFile, ...]
-    tensors: Mapping[str, SourceTensor]
-    config: Mapping[str, Any]
-    config_text: str
-    side_files: tuple[str, ...]
-    left_out: tuple[tuple[str, str], ...]
-    notes: tuple[Note, ...] = ()
-    quantization_files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    metadata: Mapping[str, str] = field(default_factory=dict)
-    made_files: Mapping[str, Callable[[], bytes]] = field(default_factory=dict)
-    corrections: Mapping[Key, Any] = field(default_factory=dict)
-    gguf: GgufModel | None = None
-    origin: Path | None = None
-    repository: tuple[str, str] | None = None
-    fetch: Callable[[FileRange], bytes] | None = None
-    supply: Supply | None = None
+    def __init__(
+        self,
+        path: Path,
+        *,
+        header_stubs: Path | None = None,
+        fetch: Callable[[FileRange], bytes] | None = None,
+        downloader: Supply | None = None,
+        generated_files: Mapping[str, Callable[[], bytes]] | None = None,
+        compared: Mapping[str, bool] | None = None,
+    ) -> None:
+        self.path = path
+        self.header_stubs = header_stubs
+        self.fetch = fetch
+        self.downloader = downloader
+        self.generated_files = dict(generated_files or {})
+        self.small_tensor_ranges: list[FileRange] = []
+        self.damaged: dict[str, Problem] = {}
+        self.compared: dict[str, bool] = dict(compared or {})
 
-    @property
-    def source(self) -> Path:
-        """What the user named."""
-        return self.origin or self.path
+    def with_downloader(self, path: Path, downloader: Supply) -> OpenedSource:
+        """The same source in another folder, into which the downloader brings the weight files."""
+        opened = OpenedSource(
+            path,
+            header_stubs=self.header_stubs,
+            fetch=self.fetch,
+            downloader=downloader,
+            generated_files=self.generated_files,
+            compared=self.compared,
+        )
+        opened.small_tensor_ranges += self.small_tensor_ranges
+        opened.damaged |= self.damaged
+        return opened
 
-    twins: Path | None = None
-    peeked: list[FileRange] = field(default_factory=list, compare=False)
-    damaged: dict[str, Problem] = field(default_factory=dict, compare=False)
-    compared: dict[str, bool] = field(default_factory=dict, compare=False)
+    def weight_path(self, file: str) -> Path:
+        """Where a weight file is read: its header stub, where the file itself is gone."""
+        return place_of(self.path, self.header_stubs, file)
 
-    def corrected(self, changes: Mapping[Key, Any]) -> Checkpoint:
-        """The same with other values in its config; ``REMOVED`` takes a key out."""
-        if not changes:
-            return self
-        config = with_changes(self.config, changes)
-        return replace(self, config=config, corrections={**self.corrections, **changes})
+    def size_of(self, files: Iterable[str]) -> int:
+        """Bytes of files of the folder together."""
+        return sum((self.path / file).stat().st_size for file in files)
 
-    def altered(self, **changes: Any) -> Checkpoint:
-        """The same source with other tensors or another config, read as this one is."""
-        made = copy.copy(self)
-        for name, value in changes.items():
-            object.__setattr__(made, name, value)
-        return made
-
-    def place_of(self, file: str) -> Path:
-        """Where a weight file is read: its twin, where the file itself is gone."""
-        return place_of(self.path, self.twins, file)
-
-    def peek(self, name: str) -> np.ndarray:
+    def read_small_tensor(self, tensor: SourceTensor) -> np.ndarray:
         """The data of a small tensor that decides what a layer is: a ``g_idx``, block scales.
 
         Raises:
             CheckpointError: The file cannot be read, or is shorter than its header says, or
-                the tensor is too large to look at before the work begins.
+                the tensor is too large to be read before the work begins.
         """
-        tensor = self.tensors[name]
+        name = tensor.name
         assert not isinstance(tensor, ComputedTensor), name
         if tensor.info.nbytes > MAX_PEEK_BYTES:
             message = f"{tensor.info}, at most {MAX_PEEK_BYTES:,} bytes are read while planning"
@@ -215,7 +202,7 @@ class Checkpoint:
         data = bytearray()
         for part in tensor.ranges:
             data += self.read_range(part)
-            self.peeked.append(part)
+            self.small_tensor_ranges.append(part)
         found = np.frombuffer(bytes(data), NUMPY_DTYPE[tensor.info.dtype])
         bad = ~np.isfinite(found) if tensor.info.dtype in FLOATS else np.zeros(0, np.bool_)
         if bad.any():
@@ -224,12 +211,12 @@ class Checkpoint:
         return found.reshape(tensor.info.shape)
 
     def read_range(self, part: FileRange) -> bytes:
-        """A run of bytes of a weight file."""
+        """A range of bytes of a weight file."""
         if self.fetch is not None:
             return self.fetch(part)
         message = ""
         try:
-            with open(open_regular(self.place_of(part.file)), "rb", buffering=0) as file:
+            with open(open_regular(self.weight_path(part.file)), "rb", buffering=0) as file:
                 file.seek(part.offset)
                 data = file.read(part.nbytes)
         except OSError as error:
@@ -240,6 +227,69 @@ class Checkpoint:
         if message:
             raise CheckpointError(str(self.path), [Problem(part.file, message)])
         return data
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A source with everything that can be known without reading tensor data.
+
+    Frozen data, but for ``opened``: the object that reads the source's files. Two checkpoints
+    are equal if their data are.
+
+    Attributes:
+        files: The weight files, in natural order.
+        tensors: Every tensor by name, in the order of files, then of offsets.
+        config: ``config.json``, parsed.
+        config_text: ``config.json`` as it is in the file.
+        side_files: Relative paths of the files that an output carries over unchanged.
+        left_out: Relative paths of files that it does not, each with the reason.
+        notes: What the user should know of the files: what is read or carried over, and why.
+        quantization_files: The JSON files beside config.json in which tools describe their
+            quantization, parsed, by name.
+        metadata: ``__metadata__`` of the weight files, the first file's entry where two differ.
+        corrections: Key of ``config`` -> what it is by the tensors, where the file says another
+            thing.
+        gguf: How tensors are stored, where the source is GGUF.
+        origin: What the user named, where it is not the folder.
+        repository: Of the hub: its id, and the commit.
+        opened: The files, for whatever reads them.
+    """
+
+    files: tuple[SourceFile, ...]
+    tensors: Mapping[str, SourceTensor]
+    config: Mapping[str, Any]
+    config_text: str
+    side_files: tuple[str, ...]
+    left_out: tuple[tuple[str, str], ...]
+    notes: tuple[Note, ...] = ()
+    quantization_files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    corrections: Mapping[Key, Any] = field(default_factory=dict)
+    gguf: GgufModel | None = None
+    origin: Path | None = None
+    repository: tuple[str, str] | None = None
+    opened: OpenedSource = field(compare=False, repr=False)
+
+    @property
+    def path(self) -> Path:
+        """The folder."""
+        return self.opened.path
+
+    @property
+    def source(self) -> Path:
+        """What the user named."""
+        return self.origin or self.path
+
+    def corrected(self, changes: Mapping[Key, Any]) -> Checkpoint:
+        """The same with other values in its config; ``REMOVED`` takes a key out."""
+        if not changes:
+            return self
+        config = with_changes(self.config, changes)
+        return replace(self, config=config, corrections={**self.corrections, **changes})
+
+    def peek(self, name: str) -> np.ndarray:
+        """The data of a small tensor, as ``OpenedSource.read_small_tensor`` reads it."""
+        return self.opened.read_small_tensor(self.tensors[name])
 
 
 def with_changes(config: Mapping[str, Any], changes: Mapping[Key, Any]) -> dict[str, Any]:

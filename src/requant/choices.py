@@ -224,8 +224,8 @@ def _recipe_skip(selector: TargetSelector, layer: SourceLayer) -> LayerDecision 
 def _nothing_requested(selector: TargetSelector, layer: SourceLayer) -> LayerDecision | None:
     if _requested(selector, layer) is not None:
         return None
-    is_dense = layer.act_order and selector.options.act_order == "dense"
-    return LayerDecision(layer, None if is_dense else layer.kept, layer.reason)
+    is_dense = layer.policy.act_order and selector.options.act_order == "dense"
+    return LayerDecision(layer, None if is_dense else layer.kept, layer.policy.reason)
 
 
 def _mlx_lm_target(selector: TargetSelector, layer: SourceLayer) -> LayerDecision | None:
@@ -233,7 +233,7 @@ def _mlx_lm_target(selector: TargetSelector, layer: SourceLayer) -> LayerDecisio
     mlx_lm, choice = selector.mlx_lm, selector.recipe_targets.get(layer.path)
     if mlx_lm is None:
         return None
-    own, reason = mlx_lm.targets.get(layer.path), layer.reason
+    own, reason = mlx_lm.targets.get(layer.path), layer.policy.reason
     if own is not None and layer.is_quantized:
         own, grouped = fit_codes(layer, own, own_groups=selector.options.own_groups)
         reason = grouped or reason

@@ -51,19 +51,19 @@ class Chunk:
         rows = max(rows // step.packing.row_unit, 1) * step.packing.row_unit
         start = self.start  # rows of a piece count from the packed layer's first_row
         while start < self.stop:
-            within = step.packed_rows(start, start + 1)[0] % step.packing.matrix_rows
-            left = -(-(step.packing.matrix_rows - within) // step.row_step)
-            room = min(rows if step.row_step > 1 else rows - within % rows, left)
+            within = step.rows.stored_rows(start, start + 1)[0] % step.packing.matrix_rows
+            left = -(-(step.packing.matrix_rows - within) // step.rows.step)
+            room = min(rows if step.rows.step > 1 else rows - within % rows, left)
             yield replace(self, start=start, stop=min(start + room, self.stop))
             start += room
 
 
 def runs_of(chunk: Chunk) -> Iterator[tuple[int, int, int]]:
     """Rows of a chunk that stay together: first, last, and the place of the first."""
-    if chunk.step.row_order is None:
+    if chunk.step.rows.order is None:
         yield 0, chunk.rows, chunk.start
         return
-    places = chunk.step.row_order.places[chunk.start : chunk.stop]
+    places = chunk.step.rows.order.inverse[chunk.start : chunk.stop]
     borders = [0, *(np.flatnonzero(np.diff(places) != 1) + 1).tolist(), len(places)]
     for first, last in pairwise(borders):
         yield first, last, int(places[first])
@@ -76,8 +76,8 @@ def runs_of_a_matrix(chunk: Chunk) -> Iterator[tuple[int, int, int]]:
         yield 0, count, 0
         return
     rows = np.arange(chunk.start, chunk.stop)
-    places = rows if step.row_order is None else step.row_order.places[rows]
-    matrices = (places + step.into_row) // step.outputs["weight"].info.shape[-2]
+    places = rows if step.rows.order is None else step.rows.order.inverse[rows]
+    matrices = (places + step.rows.output_row) // step.outputs["weight"].info.shape[-2]
     borders = [0, *(np.flatnonzero(np.diff(matrices)) + 1).tolist(), count]
     for first, last in pairwise(borders):
         yield first, last, int(matrices[first])
@@ -88,7 +88,7 @@ def chunks_left(steps: Sequence[Step], budget: Budget, ledger: Ledger | None) ->
     before = Done() if ledger is None else ledger.state
     for number in range(len(steps)) if ledger is None else ledger.order:
         step = steps[number]
-        for start, stop in list(before.left(number, step.rows)):
+        for start, stop in list(before.left(number, step.rows.count)):
             whole = Chunk(step, start, stop, number)
             if any(isinstance(tensor, ComputedTensor) for tensor in step.inputs.values()):
                 yield whole

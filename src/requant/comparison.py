@@ -30,7 +30,7 @@ from requant.evaluation import (
 from requant.execute import run_plan
 from requant.hub import find_repository
 from requant.memory import make_budget
-from requant.planner import make_plan
+from requant.planner import Planned, plan_with_source
 from requant.sources import read_checkpoint
 from requant.wishes import Wishes
 
@@ -134,7 +134,8 @@ def compare(
     """
     if text is not None:
         Path(text).open("rb").close()  # before the long work
-    plans = _plans(a, b)
+    planned = _plans(a, b)
+    plans = [x.plan for x in planned]
     places = [_places(plan) for plan in plans]
     common = [name for name in places[0] if name in places[1]]
     if not common:
@@ -146,37 +147,42 @@ def compare(
         if progress is not None:
             progress(name, number, len(common))
         sides = [
-            (stored[n].get(places[n][name].layer, ""), _values(plans[n], places[n][name], threads))
+            (
+                stored[n].get(places[n][name].layer, ""),
+                _values(planned[n], places[n][name], threads),
+            )
             for n in (0, 1)
         ]
         layers.append(_compared(name, places[0][name].tensor.info.shape, *sides))
     evaluation = None
     if text is not None:
-        evaluation = _evaluated(a, b, Path(text), tokens, window, threads, progress)
+        evaluation = _evaluated(
+            a, b, Path(text), tokens=tokens, window=window, threads=threads, progress=progress
+        )
     return Comparison(
-        str(a),
-        str(b),
-        plans[0].layout,
-        tuple(layers),
-        tuple(name for name in places[0] if name not in places[1]),
-        tuple(name for name in places[1] if name not in places[0]),
-        plans[0].bits_per_weight_in,
-        plans[1].bits_per_weight_in,
-        evaluation,
+        a=str(a),
+        b=str(b),
+        layout=plans[0].layout,
+        layers=tuple(layers),
+        only_a=tuple(name for name in places[0] if name not in places[1]),
+        only_b=tuple(name for name in places[1] if name not in places[0]),
+        bits_per_weight_a=plans[0].bits_per_weight_in,
+        bits_per_weight_b=plans[1].bits_per_weight_in,
+        evaluation=evaluation,
     )
 
 
-def _plans(a: Source, b: Source) -> list[Plan]:
+def _plans(a: Source, b: Source) -> list[Planned]:
     """Both models dense in float32, under names of one layout."""
     for source in (a, b):
         if find_repository(source, None) is not None:
             raise UsageError(f"compare reads folders and GGUF files; download {source} first")
     wishes = Wishes.build(dequantize=True, dtype="float32")
     checkpoints = [read_checkpoint(source) for source in (a, b)]
-    plans = [make_plan(checkpoint, wishes) for checkpoint in checkpoints]
-    if plans[0].layout != plans[1].layout:
+    plans = [plan_with_source(checkpoint, wishes) for checkpoint in checkpoints]
+    if plans[0].plan.layout != plans[1].plan.layout:
         kept = replace(wishes, layout="keep")
-        plans = [make_plan(checkpoint, kept) for checkpoint in checkpoints]
+        plans = [plan_with_source(checkpoint, kept) for checkpoint in checkpoints]
     return plans
 
 
@@ -231,11 +237,11 @@ class _OneTensor:
             self.data[start : start + data.nbytes] = data
 
 
-def _values(plan: Plan, place: _Place, threads: int | None) -> np.ndarray:
+def _values(planned: Planned, place: _Place, threads: int | None) -> np.ndarray:
     """A tensor's values, flat, in the dtype that the plan gives it."""
-    part = part_of(plan, place.steps)
+    part = part_of(planned.plan, place.steps)
     sink = _OneTensor(place.tensor)
-    run_plan(part, sink, make_budget(part, threads))
+    run_plan(part, planned.source, sink, make_budget(part, threads))
     return np.frombuffer(sink.data, NUMPY_DTYPE[place.tensor.info.dtype])
 
 
@@ -265,14 +271,14 @@ def _compared(
     same = difference == 0.0
     norm = sqrt(squares_a) * sqrt(squares_b)
     return LayerComparison(
-        name,
-        shape,
-        stored_a,
-        stored_b,
-        sqrt(difference / squares_a) if squares_a else (0.0 if same else None),
-        most,
-        1.0 if same else min(1.0, max(-1.0, product / norm)) if norm else None,
-        nonfinite,
+        name=name,
+        shape=shape,
+        a=stored_a,
+        b=stored_b,
+        relative_rms=sqrt(difference / squares_a) if squares_a else (0.0 if same else None),
+        max_error=most,
+        cosine=1.0 if same else min(1.0, max(-1.0, product / norm)) if norm else None,
+        nonfinite=nonfinite,
     )
 
 

@@ -17,9 +17,9 @@ from pathlib import Path
 from requant.blueprint import Plan, Step
 from requant.checkpoint import (
     COMPARED,
-    Checkpoint,
     ComputedTensor,
     FileRange,
+    OpenedSource,
     SourceFile,
     SourceTensor,
 )
@@ -87,7 +87,7 @@ def most_with_consume_source(plan: Plan) -> int:
 
     Beyond the source itself; with a source on the hub, of which a few files are here, in all.
     """
-    if plan.checkpoint.repository is None:
+    if plan.repository is None:
         return release(plan).extra_bytes
     largest = sorted((file.nbytes for file in plan.files), reverse=True)
     return sum(shard.nbytes for shard in plan.shards) + sum(largest[:HELD_FILES])
@@ -95,7 +95,7 @@ def most_with_consume_source(plan: Plan) -> int:
 
 def _bytes_out(step: Step) -> int:
     """Bytes that a step writes; one of several pieces of a tensor writes its share."""
-    return sum(step.row_bytes(out) for out in step.outputs.values()) * step.rows
+    return sum(step.row_bytes(out) for out in step.outputs.values()) * step.rows.count
 
 
 def files_of(step: Step, plan: Plan) -> Iterator[str]:
@@ -120,7 +120,7 @@ def _files_of_tensor(tensor: SourceTensor, plan: Plan) -> Iterator[str]:
         yield from (part.file for part in tensor.ranges)
 
 
-def make_twins(checkpoint: Checkpoint, files: Sequence[SourceFile], place: Path) -> None:
+def make_twins(source: OpenedSource, files: Sequence[SourceFile], place: Path) -> None:
     """Keep of each weight file its size, its header and what was looked at: holes elsewhere.
 
     Of tensors that were compared the outcome stays.
@@ -134,10 +134,10 @@ def make_twins(checkpoint: Checkpoint, files: Sequence[SourceFile], place: Path)
         fresh = twin.with_name(twin.name + ".new")
         with fresh.open("wb") as new:
             new.truncate(file.nbytes)
-            for part in (_header_range(checkpoint, file.name), *checkpoint.peeked):
+            for part in (_header_range(source, file.name), *source.small_tensor_ranges):
                 if part.file == file.name:
                     new.seek(part.offset)
-                    new.write(checkpoint.read_range(part))
+                    new.write(source.read_range(part))
             new.flush()
             os.fsync(new.fileno())
         fresh.rename(twin)
@@ -145,15 +145,15 @@ def make_twins(checkpoint: Checkpoint, files: Sequence[SourceFile], place: Path)
     kept = place / COMPARED
     fresh = kept.with_name(kept.name + ".new")
     with fresh.open("w", encoding="utf-8") as new:
-        json.dump(checkpoint.compared, new)
+        json.dump(source.compared, new)
         new.flush()
         os.fsync(new.fileno())
     fresh.rename(kept)
     fsync(place)
 
 
-def _header_range(checkpoint: Checkpoint, name: str) -> FileRange:
-    (length,) = struct.unpack("<Q", checkpoint.read_range(FileRange(name, 0, PREFIX_BYTES)))
+def _header_range(source: OpenedSource, name: str) -> FileRange:
+    (length,) = struct.unpack("<Q", source.read_range(FileRange(name, 0, PREFIX_BYTES)))
     return FileRange(name, 0, PREFIX_BYTES + length)
 
 

@@ -23,7 +23,8 @@ from requant.execute import Progress, run_plan
 from requant.findings import Finding, Outcome
 from requant.hub import Repository, find_repository, reach
 from requant.memory import make_budget
-from requant.planner import make_plan
+from requant.plan_source import PlanSource
+from requant.planner import Planned, make_plan, plan_with_source
 from requant.reasons import Note, NoteCode
 from requant.recipes import toml_of
 from requant.report import Report, recorded_errors
@@ -342,10 +343,11 @@ def convert(
         wishes = _checked(run, wishes)
     elif allow_nonfinite and resume:
         wishes = replace(wishes, spoiled=frozenset(spoiled_before(Path(output))))
-    made, outcome = run(
+    planned, outcome = run(
         wishes,
-        lambda made, wished: OutputFolder(
+        lambda made, plan_source, wished: OutputFolder(
             made,
+            plan_source.opened,
             Path(output),
             force,
             resume=resume,
@@ -356,7 +358,7 @@ def convert(
     )
     if budget is not None:
         measured_of(Path(output)).unlink(missing_ok=True)
-    return Report.build(made, str(output), outcome, time.perf_counter() - began)
+    return Report.build(planned.plan, str(output), outcome, time.perf_counter() - began)
 
 
 def _check_consuming(source: Source, remote: Repository | None, yes: bool) -> None:
@@ -379,7 +381,7 @@ def _refuse_half_consumed(output: Path) -> None:
         )
 
 
-def _checked(run: Callable[..., tuple[Plan, Outcome]], wishes: Wishes) -> Wishes:
+def _checked(run: Callable[..., tuple[Planned, Outcome]], wishes: Wishes) -> Wishes:
     """Read and compute everything once, so that nothing is found after files are gone.
 
     Returns:
@@ -388,7 +390,7 @@ def _checked(run: Callable[..., tuple[Plan, Outcome]], wishes: Wishes) -> Wishes
     tried: list[Wishes] = []
 
     @contextmanager
-    def nowhere(made: Plan, wished: Wishes) -> Iterator[Nowhere]:
+    def nowhere(made: Plan, plan_source: PlanSource, wished: Wishes) -> Iterator[Nowhere]:
         tried.append(wished)
         yield Nowhere()
 
@@ -417,7 +419,7 @@ def _arriving(
 def carry_out(
     source: Path | Checkpoint,
     wishes: Wishes,
-    open_sink: Callable[[Plan, Wishes], AbstractContextManager[AnySink]],
+    open_sink: Callable[[Plan, PlanSource, Wishes], AbstractContextManager[AnySink]],
     finish: Callable[[AnySink, Outcome], None],
     *,
     max_memory: int | None = None,
@@ -427,32 +429,37 @@ def carry_out(
     progress: Callable[[Progress], None] | None = None,
     chunk_bytes: int | None = None,
     twins: Path | None = None,
-) -> tuple[Plan, Outcome]:
+) -> tuple[Planned, Outcome]:
     """Plan, run and check; ``finish`` is called once, with what holds the whole result."""
-    made = make_plan(as_checkpoint(source, wishes.config_from, twins), wishes)
-    supply = made.checkpoint.supply
+    checkpoint = as_checkpoint(source, wishes.config_from, twins)
+    made, plan_source = plan_with_source(checkpoint, wishes)
+    downloader = plan_source.opened.downloader
 
     def refused_at_once(found: Finding) -> bool:
         return found.is_no_number or bool(found.overflowed and not allow_overflow)
 
     # What comes and goes is not downloaded to the end for a run that is refused.
-    stop_at = refused_at_once if supply and supply.consumed and not allow_nonfinite else None
+    goes = downloader is not None and downloader.consumed
+    stop_at = refused_at_once if goes and not allow_nonfinite else None
     while True:
         budget = make_budget(made, threads, max_memory, chunk_bytes)
-        with open_sink(made, wishes) as sink:
-            outcome = run_plan(made, sink, budget, progress, stop_at)
+        with open_sink(made, plan_source, wishes) as sink:
+            outcome = run_plan(
+                made, plan_source, sink, budget=budget, progress=progress, stop_at=stop_at
+            )
             found = outcome.findings
             spoiled = {x for x, finding in found.items() if finding.is_no_number} - wishes.spoiled
             problems = _refused(found, wishes.spoiled, allow_overflow)
             if not problems:
                 finish(sink, outcome)
-                return made, outcome
+                return Planned(made, plan_source), outcome
         # Left without an error: nothing is kept.
         if not spoiled or not allow_nonfinite:
             raise CheckpointError(made.source, problems)
         # The layout of the output changes with a layer that stays dense: plan again.
         wishes = replace(wishes, spoiled=wishes.spoiled.union(spoiled))
-        made = make_plan(as_checkpoint(source, wishes.config_from, twins), wishes)
+        checkpoint = as_checkpoint(source, wishes.config_from, twins)
+        made, plan_source = plan_with_source(checkpoint, wishes)
 
 
 def _refused(

@@ -39,14 +39,14 @@ def damaged_inputs(chunk: Chunk, inputs: Arrays) -> Finding:
     step, finding = chunk.step, Finding()
     if step.packing is not None:
         names = {role: part.name for role, part in step.inputs.items()}
-        rows = step.packed_rows(chunk.start, chunk.stop)
+        rows = step.rows.stored_rows(chunk.start, chunk.stop)
         return damaged_parts(step.packing, names, inputs, *rows)
     if step.global_scale is not None and not np.isfinite(inputs[ROW_SCALES]).all():
         finding.add(_finding(1, step.global_scale.name, 0))
     for role, mode in _scales_of_rows(step):
         array, part = inputs[role], step.inputs[role]
         first = chunk.start
-        if step.columns == 1 and part.info.shape:  # a row is one number
+        if step.rows.columns == 1 and part.info.shape:  # a row is one number
             width = part.info.shape[-1]
             bad = np.flatnonzero(_is_bad(array, mode).reshape(-1))
             if bad.size:
@@ -93,17 +93,17 @@ def damaged_outputs(chunk: Chunk, inputs: Arrays, outputs: Arrays, scratch: Scra
     if step.target is not None and step.target.mode is not QuantMode.AFFINE:
         bad = _is_bad(outputs["scales"], step.target.mode)
         return _of_rows(bad, step.outputs["scales"].name, chunk)
-    first, last = step.packed_rows(chunk.start, chunk.stop)
+    first, last = step.rows.stored_rows(chunk.start, chunk.stop)
     wide = np.empty((last - first, packing.columns), np.float32)
     packing.dense(inputs, first, last, wide, scratch)
-    return _of_rows(~np.isfinite(wide[:: step.row_step]), name, chunk, "values")
+    return _of_rows(~np.isfinite(wide[:: step.rows.step]), name, chunk, "values")
 
 
 def _of_rows(bad: np.ndarray, name: str, chunk: Chunk, what: str = "scales") -> Finding:
     rows = np.flatnonzero(bad.any(axis=1))
     if not rows.size:
         return Finding()
-    first = chunk.step.first_row + (chunk.start + int(rows[0])) * chunk.step.row_step
+    first = chunk.step.rows.first + (chunk.start + int(rows[0])) * chunk.step.rows.step
     return _finding(int(bad.sum()), name, first, what)
 
 

@@ -26,6 +26,7 @@ from requant.hessians import Hessians
 from requant.journal import Done
 from requant.memory import Budget
 from requant.operations import Arrays, Buffers, make_outputs
+from requant.plan_source import PlanSource
 from requant.sink import Ledger, Sink
 from requant.source_reader import SourceReader, Stopped, bytes_of
 
@@ -47,6 +48,7 @@ class Progress:
 
 def run_plan(
     plan: Plan,
+    source: PlanSource,
     folder: Sink,
     budget: Budget,
     progress: Callable[[Progress], None] | None = None,
@@ -56,6 +58,7 @@ def run_plan(
 
     Args:
         plan: What is to be done.
+        source: What it is done with: the opened files, and mlx-lm's functions.
         folder: Where the bytes go.
         budget: Threads and memory.
         progress: Called about ten times a second.
@@ -67,8 +70,11 @@ def run_plan(
         OutputError: The disk refused a write.
     """
     before = folder.ledger.state.consumed if folder.ledger is not None else ()
-    with SourceReader(plan, tuple(before), _needed(plan, folder.ledger)) as source:
-        run = _Run(plan, source, folder, budget, stop_at)
+    needed = _needed(plan, folder.ledger)
+    with SourceReader(plan.files, source.opened, tuple(before), needed) as reader:
+        run = _Run(
+            plan=plan, source=source, reader=reader, folder=folder, budget=budget, stop_at=stop_at
+        )
         return run.go(progress)
 
 
@@ -76,7 +82,7 @@ def _needed(plan: Plan, ledger: Ledger | None) -> list[str]:
     """The source files that are still to be read, as they are needed."""
     before = Done() if ledger is None else ledger.state
     order = range(len(plan.steps)) if ledger is None else ledger.order
-    steps = (plan.steps[n] for n in order if any(before.left(n, plan.steps[n].rows)))
+    steps = (plan.steps[n] for n in order if any(before.left(n, plan.steps[n].rows.count)))
     return list(dict.fromkeys(name for step in steps for name in files_of(step, plan)))
 
 
@@ -86,17 +92,20 @@ class _Run:
     def __init__(
         self,
         plan: Plan,
-        source: SourceReader,
+        source: PlanSource,
+        reader: SourceReader,
         folder: Sink,
         budget: Budget,
         stop_at: Callable[[Finding], bool] | None,
     ) -> None:
-        self.plan, self.source, self.folder, self.budget = plan, source, folder, budget
+        self.plan, self.source, self.reader = plan, source, reader
+        self.folder, self.budget = folder, budget
+        self.bytes_in = plan.bytes_in
         self.ledger: Ledger | None = folder.ledger
         self.chunks = chunks_left(plan.steps, budget, self.ledger)
         self.lock = threading.Lock()
         self.error: BaseException | None = None
-        self.stop, self.stop_at = source.stop, stop_at
+        self.stop, self.stop_at = reader.stop, stop_at
         self.done = threading.Event()
         self.running = budget.threads
         self.hessians = Hessians(budget.threads)
@@ -114,7 +123,7 @@ class _Run:
         for number, ranges in before.rows.items():
             step = self.plan.steps[number]
             rows = sum(stop - start for start, stop in ranges)
-            self.bytes_done += step.bytes_in * rows // max(step.rows, 1)
+            self.bytes_done += step.bytes_in * rows // max(step.rows.count, 1)
 
     def go(self, progress: Callable[[Progress], None] | None) -> Outcome:
         began = time.perf_counter()
@@ -137,20 +146,20 @@ class _Run:
         if progress is not None:
             progress(self._progress(began))
         self.outcome.elapsed_s = time.perf_counter() - began
-        if self.source.supply is not None:
-            self.outcome.bytes_downloaded = self.source.supply.bytes_here
+        if self.reader.downloader is not None:
+            self.outcome.bytes_downloaded = self.reader.downloader.bytes_here
         return self.outcome
 
     def _progress(self, began: float) -> Progress:
-        supply = self.source.supply
+        downloader = self.reader.downloader
         return Progress(
-            self.layer,
-            self.bytes_done,
-            self.plan.bytes_in,
-            time.perf_counter() - began,
-            self.bytes_written,
-            0 if supply is None else supply.bytes_here,
-            0 if supply is None else supply.bytes_expected,
+            layer=self.layer,
+            bytes_done=self.bytes_done,
+            bytes_total=self.bytes_in,
+            elapsed_s=time.perf_counter() - began,
+            bytes_written=self.bytes_written,
+            bytes_downloaded=0 if downloader is None else downloader.bytes_here,
+            bytes_to_download=0 if downloader is None else downloader.bytes_expected,
         )
 
     def _work(self) -> None:
@@ -175,11 +184,11 @@ class _Run:
 
     def _do_all(self, chunk: Chunk, buffers: Buffers) -> None:
         computed = {
-            tensor.name: self.plan.relayout.compute(
+            tensor.name: self.source.compute(
                 tensor.name, lambda name, into: self._fill(name, into, buffers)
             )
             for tensor in chunk.step.inputs.values()
-            if isinstance(tensor, ComputedTensor) and self.plan.relayout is not None
+            if isinstance(tensor, ComputedTensor)
         }
         if not computed:
             self._do(chunk, buffers, computed)
@@ -192,7 +201,7 @@ class _Run:
     def _fill(self, name: str, into: memoryview, buffers: Buffers) -> None:
         """Write the dense values of what a computed tensor is made from."""
         step = self.plan.materials[name]
-        whole = Chunk(step, 0, step.rows)
+        whole = Chunk(step, 0, step.rows.count)
         for part in whole.parts(self.budget.chunk_of(step)):
             outputs, finding, _ = self._make(part, buffers, {})
             if finding.damaged:
@@ -212,11 +221,11 @@ class _Run:
             row_bytes = step.row_bytes(out)
             data = bytes_of(outputs[role])
             for first, last, place in runs_of(chunk):
-                offset = out.offset + (step.into_row + place) * row_bytes
+                offset = out.offset + (step.rows.output_row + place) * row_bytes
                 self.folder.write(out.file, offset, data[first * row_bytes : last * row_bytes])
             written += data.nbytes
         if finding.first_nonfinite_row is not None:
-            finding.first_nonfinite_row += step.into_row + chunk.start
+            finding.first_nonfinite_row += step.rows.output_row + chunk.start
         with self.lock:
             self.outcome.findings.setdefault(step.layer, Finding()).add(finding)
             self.layer = step.layer
@@ -227,7 +236,7 @@ class _Run:
             return
         if self.ledger is not None:
             for name in self.ledger.done(chunk.number, chunk.start, chunk.stop, finding.told()):
-                self.source.forget(name)
+                self.reader.forget(name)
 
     def _make(
         self, chunk: Chunk, buffers: Buffers, computed: Arrays
@@ -253,26 +262,26 @@ class _Run:
             if isinstance(tensor, ComputedTensor):
                 bytes_of(array)[:] = computed[tensor.name][start : start + array.nbytes].data
             else:
-                self.source.read_tensor(tensor, start, bytes_of(array))
+                self.reader.read_tensor(tensor, start, bytes_of(array))
             found[role] = array
         return found
 
     def _cut_parts(self, chunk: Chunk, packing: Packing, buffers: Buffers) -> Arrays:
         """The rectangles of a packed layer's parts that a chunk needs."""
         step, found = chunk.step, {}
-        for role, cut in packing.cuts(*step.packed_rows(chunk.start, chunk.stop)).items():
+        for role, cut in packing.cuts(*step.rows.stored_rows(chunk.start, chunk.stop)).items():
             tensor = step.inputs[role]
             assert not isinstance(tensor, ComputedTensor)
             height = cut.rows[1] - cut.rows[0]
             width = (cut.columns[1] - cut.columns[0]) * NUMPY_DTYPE[tensor.info.dtype].itemsize
             found[role] = buffers.take(f"in {role}", tensor.info.dtype, height, width)
-            self.source.read_cut(tensor, cut, found[role])
+            self.reader.read_cut(tensor, cut, found[role])
         return found
 
     def _row_scales(self, chunk: Chunk, stored: SourceTensor) -> np.ndarray:
         """The global scale of each row of a chunk, from one for all or one an expert."""
         assert not isinstance(stored, ComputedTensor)
         scales = np.empty(stored.info.size, np.float32)
-        self.source.read_tensor(stored, 0, bytes_of(scales))
-        expert = np.arange(chunk.start, chunk.stop) * scales.size // chunk.step.rows
+        self.reader.read_tensor(stored, 0, bytes_of(scales))
+        expert = np.arange(chunk.start, chunk.stop) * scales.size // chunk.step.rows.count
         return scales[expert]

@@ -158,13 +158,13 @@ class Figures:
             errors = [x.relative_rms for x in some if x.relative_rms is not None]
             found.append(
                 KindFigures(
-                    kind,
-                    len(some),
-                    sum(x.parameters for x in some),
-                    sum(x.bytes_in for x in some),
-                    sum(x.bytes_out for x in some),
-                    median(errors) if errors else None,
-                    max(errors, default=None),
+                    kind=kind,
+                    layers=len(some),
+                    parameters=sum(x.parameters for x in some),
+                    bytes_in=sum(x.bytes_in for x in some),
+                    bytes_out=sum(x.bytes_out for x in some),
+                    median_rms=median(errors) if errors else None,
+                    worst_rms=max(errors, default=None),
                 )
             )
         return sorted(found, key=lambda kind: -kind.bytes_out)
@@ -245,18 +245,18 @@ def read_figures(output: Source) -> Figures:
         source = _typed(record, "source", dict)
         layers = _typed(record, "layers", dict)
         return Figures(
-            str(place),
-            _typed(record, "requant", str),
-            _typed(record, "plan", str),
-            _typed(source, "format", str),
-            _repository(source.get("repository")),
-            tuple(
+            output=str(place),
+            requant=_typed(record, "requant", str),
+            plan_hash=_typed(record, "plan", str),
+            source_format=_typed(source, "format", str),
+            repository=_repository(source.get("repository")),
+            source_files=tuple(
                 (_typed(x, "name", str), _typed(x, "nbytes", int), _typed(x, "header_sha256", str))
                 for x in _typed(source, "files", list)
             ),
-            Wishes.from_dict(_typed(record, "wishes", dict)),
-            len(_typed(record, "tensors", dict)),
-            tuple(_layer(name, _typed(layers, name, dict)) for name in layers),
+            wishes=Wishes.from_dict(_typed(record, "wishes", dict)),
+            tensors=len(_typed(record, "tensors", dict)),
+            layers=tuple(_layer(name, _typed(layers, name, dict)) for name in layers),
         )
     except ParseError as error:
         raise CheckpointError(str(place), [Problem(RECORD, str(error))]) from None

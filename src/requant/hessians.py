@@ -9,9 +9,7 @@ import threading
 from collections import OrderedDict
 
 from requant.arrays.gptq import Compensation, compensation_of
-from requant.statistics import Importance
-
-_Key = tuple[str, int]
+from requant.statistics import Importance, MatrixStatistics
 
 
 class Hessians:
@@ -19,7 +17,7 @@ class Hessians:
 
     def __init__(self, keep: int) -> None:
         self._keep = keep
-        self._made: OrderedDict[_Key, Compensation | None] = OrderedDict()
+        self._made: OrderedDict[MatrixStatistics, Compensation | None] = OrderedDict()
         self._lock = threading.Lock()  # one factorisation at a time: LAPACK has threads of its own
 
     def compensation(self, importance: Importance, matrix: int) -> Compensation | None:
@@ -29,7 +27,7 @@ class Hessians:
             InvariantError: What is stored is no Hessian.
             CheckpointError: The statistics file is no longer what it was.
         """
-        key = importance.place(matrix)
+        key = importance.entry(matrix)
         with self._lock:
             if key in self._made:
                 self._made.move_to_end(key)

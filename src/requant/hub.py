@@ -14,14 +14,14 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import BinaryIO, cast
 
 from requant.adapters import ADAPTER_CONFIG, describe_adapter, is_adapter_file
-from requant.checkpoint import Checkpoint, FileRange
+from requant.checkpoint import Checkpoint, FileRange, OpenedSource
 from requant.downloads import HELD_FILES, Downloads, fetch_all
 from requant.errors import CheckpointError, HubError, Problem, UsageError
 from requant.gguf.choice import choose_model, gguf_models
@@ -147,24 +147,28 @@ def _gguf_kind(name: str, files: Iterable[str], wanted: str, has_safetensors: bo
     return kind
 
 
-@dataclass(frozen=True, slots=True)
 class Repository:
-    """A repository at one commit.
+    """A repository at one commit, and the small ranges of its files that were read so far.
 
-    Attributes:
+    Args:
         name: ``org/name``.
         commit: Its hash.
         sizes: Of the files that a conversion reads: relative path -> bytes.
-        digests: SHA-256 of those in LFS, git's id of the others, where the hub tells.
+        digests: SHA-256 of those in LFS, git's id of the others, where the hub lists one.
         gguf: Which of its GGUF models is meant ("Q4_K_M"); "" for safetensors.
     """
 
-    name: str
-    commit: str
-    sizes: Mapping[str, int]
-    digests: Mapping[str, str] = field(default_factory=dict)
-    gguf: str = ""
-    _fetched: dict[FileRange, bytes] = field(default_factory=dict, compare=False)
+    def __init__(
+        self,
+        name: str,
+        commit: str,
+        sizes: Mapping[str, int],
+        digests: Mapping[str, str] | None = None,
+        gguf: str = "",
+    ) -> None:
+        self.name, self.commit, self.sizes = name, commit, sizes
+        self.digests, self.gguf = digests or {}, gguf
+        self._fetched: dict[FileRange, bytes] = {}
 
     # -- headers -------------------------------------------------------------------------
 
@@ -197,10 +201,10 @@ class Repository:
         if self.gguf:
             taken = None if config_from is None else Path(config_from)
             read = partial(read_gguf, config_from=taken, fetch=self._fetch)
-            return self._named(read, folder / next(iter(self.sizes)), fetch=self._fetch)
+            return self._named(read, folder / next(iter(self.sizes)))
         if config_from is not None:
             raise UsageError(f"--config-from is for GGUF files; {self.name} has its own config")
-        return self._named(read_checkpoint, folder, fetch=self._fetch)
+        return self._named(read_checkpoint, folder)
 
     def _check_adapter(self) -> None:
         """Say of a repository with an adapter and no model what to do.
@@ -282,7 +286,7 @@ class Repository:
         files = {x.name: self._remote_file(self._below + x.name) for x in checkpoint.files}
         window = None if area is None else HELD_FILES
         supply = Downloads(self.name, self.commit, files, place, window)
-        return replace(checkpoint, path=folder, supply=supply)
+        return replace(checkpoint, opened=checkpoint.opened.with_downloader(folder, supply))
 
     def _remote_file(self, name: str) -> RemoteFile:
         """What the hub lists of a file; its server is asked where the list is not whole."""
@@ -325,13 +329,13 @@ class Repository:
 
         return {file: size for file, size in self.sizes.items() if not cached(file)}
 
-    def _named(self, read: Any, folder: Path, **more: Any) -> Checkpoint:
+    def _named(self, read: Callable[[Path], Checkpoint], folder: Path) -> Checkpoint:
         """The checkpoint in a folder, under the repository's name also where it is at fault."""
         if CONFIG not in self.sizes and not self.gguf:
             problem = Problem(CONFIG, "is not in the repository, or no model of this kind is")
             raise CheckpointError(self.name, [problem])
         try:
-            checkpoint: Checkpoint = read(folder)
+            checkpoint = read(folder)
         except CheckpointError as error:
             problems = [
                 replace(x, where=x.where.replace(str(folder), self.name)) for x in error.problems
@@ -347,7 +351,11 @@ class Repository:
             left_out=tuple(pair for pair in checkpoint.left_out if pair[0] in self.sizes),
             origin=Path(self.source),
             repository=(self.source, self.commit),
-            **more,
+            opened=OpenedSource(
+                checkpoint.path,
+                fetch=self._fetch,
+                generated_files=checkpoint.opened.generated_files,
+            ),
         )
 
     @property

@@ -130,7 +130,7 @@ def inspect(
             for layer in layout.layers
         ),
         quantization=layout.quantization,
-        side_files=(*checkpoint.side_files, *sorted(checkpoint.made_files)),
+        side_files=(*checkpoint.side_files, *sorted(checkpoint.opened.generated_files)),
         left_out=checkpoint.left_out,
         problems=layout.problems,
     )

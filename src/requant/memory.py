@@ -12,6 +12,7 @@ from requant.blueprint import Plan, Step
 from requant.checkpoint import ComputedTensor
 from requant.errors import OutOfRangeError
 from requant.hessians import bytes_for
+from requant.outputs import BATCH_BYTES
 
 # A chunk and what is made of it stay in a core's cache.
 DEFAULT_CHUNK_BYTES = 4 << 20
@@ -67,10 +68,10 @@ def make_budget(
         threads = threads or os.cpu_count() or 1
     if threads < 1:
         raise OutOfRangeError("at least one thread is needed", "threads", threads)
-    longest = max((s.least_work_bytes for s in plan.steps if s.rows), default=1)
+    longest = max((s.least_work_bytes for s in plan.steps if s.rows.count), default=1)
     if max_memory is None:
         strided = [s for s in plan.steps if s.packing is not None and s.packing.strided]
-        widest = max((s.rows * s.work_bytes_per_row for s in strided), default=0)
+        widest = max((s.rows.count * s.work_bytes_per_row for s in strided), default=0)
         return Budget(
             threads,
             max(chunk_bytes or DEFAULT_CHUNK_BYTES, longest),
@@ -96,7 +97,7 @@ def make_budget(
 
 def _held_beside(plan: Plan) -> str:
     """What ``_beside`` counts, in words."""
-    held = ["mlx-lm and the tensors that it computes"] if plan.relayout is not None else []
+    held = ["mlx-lm and the tensors that it computes"] if plan.layout == "mlx-lm" else []
     held += ["factors of Hessians (--gptq)"] if any(step.gptq for step in plan.steps) else []
     return " and ".join(held)
 
@@ -107,9 +108,9 @@ def _beside(plan: Plan, threads: int) -> int:
     One computed tensor at a time is made, from all of its inputs; meanwhile each other
     worker may hold another that is ready, and small ones of the same batch wait.
     """
-    widest = max((step.columns for step in plan.steps if step.gptq), default=0)
+    widest = max((step.rows.columns for step in plan.steps if step.gptq), default=0)
     factored = bytes_for(widest, threads)
-    if plan.relayout is None:
+    if plan.layout != "mlx-lm":
         return factored
     sizes = {
         name: sum(out.info.nbytes for out in step.outputs.values())
@@ -121,5 +122,5 @@ def _beside(plan: Plan, threads: int) -> int:
         if isinstance(tensor, ComputedTensor):
             ready.append(tensor.info.nbytes)
             made.append(tensor.info.nbytes + sum(sizes[name] for name in tensor.inputs))
-    batch = min(sum(made), plan.relayout.batch_bytes)
+    batch = min(sum(made), BATCH_BYTES)
     return factored + MLX_LM_MEMORY_BYTES + max(max(made), batch) + (threads - 1) * max(ready)

@@ -22,6 +22,8 @@ from requant.conversion import Source, carry_out
 from requant.errors import BackendError, CheckpointError, Problem, UsageError, in_a_line
 from requant.hub import find_repository, reach
 from requant.mlx_lm_classes import why_no_class
+from requant.plan_source import PlanSource
+from requant.planner import Planned
 from requant.reasons import NoteCode
 from requant.report import Report
 from requant.schema import Quantization
@@ -98,17 +100,17 @@ def load_with_report(
 ) -> Loaded:
     """Do as ``load`` does, and say what the conversion did."""
     began = time.perf_counter()
-    weights, report = load_weights(source, quantization, **wishes)
+    weights, report, planned = _convert(source, quantization, **wishes)
     _check_tokenizer(source, report.plan)
     with _failing(source, "mlx-lm, building the model"):
         model, config = _build(report.plan.config, weights)
-    tokenizer = load_tokenizer(source, report.plan, tokenizer_config, config.get("eos_token_id"))
+    tokenizer = load_tokenizer(source, planned, tokenizer_config, config.get("eos_token_id"))
     return Loaded(model, tokenizer, report, time.perf_counter() - began)
 
 
 def load_tokenizer(
     source: Source,
-    plan: Plan,
+    planned: Planned,
     tokenizer_config: Mapping[str, Any] | None = None,
     eos_token_ids: Any = None,
 ) -> Any:
@@ -117,8 +119,8 @@ def load_tokenizer(
     Raises:
         CheckpointError: There is none, or its library refuses it.
     """
-    _check_tokenizer(source, plan)
-    with _failing(source, "tokenizer"), _tokenizer_folder(plan) as folder:
+    _check_tokenizer(source, planned.plan)
+    with _failing(source, "tokenizer"), _tokenizer_folder(planned) as folder:
         return _utils().load_tokenizer(folder, tokenizer_config, eos_token_ids=eos_token_ids)
 
 
@@ -134,11 +136,9 @@ def skeleton(plan: Plan) -> Any:
 
 def _check_tokenizer(source: Source, plan: Plan) -> None:
     """A GGUF file may hold no tokenizer that can be made: the plan's note says why."""
-    checkpoint = plan.checkpoint
-    if checkpoint.gguf is not None and "tokenizer.json" not in checkpoint.made_files:
-        notes = [note for note in plan.notes if note.code is NoteCode.NO_TOKENIZER]
-        if notes:
-            raise CheckpointError(str(source), [Problem("tokenizer", notes[0].text)])
+    notes = [note for note in plan.notes if note.code is NoteCode.NO_TOKENIZER]
+    if notes:
+        raise CheckpointError(str(source), [Problem("tokenizer", notes[0].text)])
 
 
 def load_weights(
@@ -152,6 +152,14 @@ def load_weights(
         The weights by name, and the report of the conversion; its plan holds the
         ``config.json`` that belongs to them.
     """
+    weights, report, _ = _convert(source, quantization, **wishes)
+    return weights, report
+
+
+def _convert(
+    source: Source, quantization: Quantization | None, **wishes: Any
+) -> tuple[dict[str, mx.array], Report, Planned]:
+    """The weights, the report, and the plan with what it was run on."""
     began = time.perf_counter()
     options = {name: wishes.pop(name) for name in _OPTIONS if name in wishes}
     revision = wishes.pop("revision", None)
@@ -161,14 +169,15 @@ def load_weights(
     results: list[dict[str, mx.array]] = []
     measuring = {name: x for name, x in options.items() if name != "allow_overflow"}
     made = settle(place, made, **measuring)
-    plan, outcome = carry_out(
+    planned, outcome = carry_out(
         place,
         made,
         _in_memory,
         lambda sink, _: results.append(sink.arrays),
         **options,
     )
-    return results[0], Report.build(plan, "", outcome, time.perf_counter() - began)
+    report = Report.build(planned.plan, "", outcome, time.perf_counter() - began)
+    return results[0], report, planned
 
 
 _OPTIONS = ("max_memory", "threads", "allow_nonfinite", "allow_overflow", "progress", "chunk_bytes")
@@ -213,19 +222,20 @@ class Memory:
 
 
 @contextmanager
-def _in_memory(plan: Plan, _: Wishes) -> Iterator[Memory]:
+def _in_memory(plan: Plan, source: PlanSource, options: Wishes) -> Iterator[Memory]:
     yield Memory(plan)
 
 
 @contextmanager
-def _tokenizer_folder(plan: Plan) -> Iterator[Path]:
+def _tokenizer_folder(planned: Planned) -> Iterator[Path]:
     """The folder with the tokenizer's files; those that a GGUF file stands for are made."""
-    if plan.checkpoint.gguf is None:
-        yield plan.checkpoint.path
+    plan, checkpoint = planned.plan, planned.source.checkpoint
+    if checkpoint.gguf is None:
+        yield checkpoint.path
         return
     with tempfile.TemporaryDirectory(prefix="requant-") as name:
         (Path(name) / "config.json").write_text(json.dumps(plan.config))
-        for file, make in plan.checkpoint.made_files.items():
+        for file, make in checkpoint.opened.generated_files.items():
             target = Path(name) / file
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(make())
@@ -368,14 +378,14 @@ def generate(
     except (RuntimeError, ValueError) as error:
         raise BackendError(f"MLX cannot run this model here: {error}") from error
     return Generation(
-        "".join(pieces),
-        last.prompt_tokens,
-        last.prompt_tps,
-        last.generation_tokens,
-        last.generation_tps,
-        last.finish_reason,
-        loaded.load_s,
-        loaded.report,
+        text="".join(pieces),
+        prompt_tokens=last.prompt_tokens,
+        prompt_tokens_per_s=last.prompt_tps,
+        tokens=last.generation_tokens,
+        tokens_per_s=last.generation_tps,
+        finish_reason=last.finish_reason,
+        load_s=loaded.load_s,
+        report=loaded.report,
     )
 
 

@@ -11,7 +11,7 @@ from itertools import pairwise
 import numpy as np
 
 from requant.arrays import gptq, native, values
-from requant.blueprint import Operation, Step
+from requant.blueprint import EncodeParams, Operation, Step
 from requant.chunks import Chunk, runs_of_a_matrix
 from requant.damage import ROW_SCALES, damaged_inputs, damaged_outputs
 from requant.dtypes import HEADER_NAME, NUMPY_DTYPE
@@ -20,6 +20,7 @@ from requant.findings import Finding
 from requant.formats.packing import Packing
 from requant.hessians import Hessians
 from requant.schema import Quantization
+from requant.statistics import Importance
 
 Arrays = dict[str, np.ndarray]
 
@@ -71,7 +72,11 @@ def make_outputs(chunk: Chunk, inputs: Arrays, buffers: Buffers) -> tuple[Arrays
             finding = _OF_ROWS[step.operation](chunk, inputs, outputs, buffers)
         else:
             finding = _of_packed(chunk, step.packing, inputs, outputs, buffers)
-            finding.add(_unlike_numbers(chunk, inputs, outputs, buffers, damaged, finding))
+            finding.add(
+                _unlike_numbers(
+                    chunk, inputs, outputs, buffers=buffers, damaged=damaged, finding=finding
+                )
+            )
         finding.add(damaged)
         if finding.damaged:
             finding.overflowed = 0  # no dtype holds what is no number
@@ -136,7 +141,7 @@ def _recode(chunk: Chunk, inputs: Arrays, outputs: Arrays, buffers: Buffers) -> 
 
 
 def _dense_shape(step: Step, rows_of: np.ndarray) -> tuple[int, int]:
-    return rows_of.shape[0], step.columns * NUMPY_DTYPE[step.dtype].itemsize
+    return rows_of.shape[0], step.rows.columns * NUMPY_DTYPE[step.dtype].itemsize
 
 
 def _dequantize(source: Quantization, parts: Arrays, dense: np.ndarray, buffers: Buffers) -> None:
@@ -168,29 +173,29 @@ def _wide(dense: np.ndarray) -> tuple[int, int]:
 def _quantize(
     chunk: Chunk, dense: np.ndarray, outputs: Arrays, buffers: Buffers, finding: Finding
 ) -> Finding:
-    """Encode, and measure what was lost while the chunk is still in the cache."""
-    step = chunk.step
-    target = step.target
-    assert target is not None
+    """Encode, and measure the quantization error while the chunk is still in the cache."""
+    step, params = chunk.step, chunk.step.encode
+    assert params is not None, f"{step.operation} without EncodeParams"
+    target = params.target
     finding.nonfinite = values.count_nonfinite(dense)
     if finding.nonfinite:
         finding.first_nonfinite_row = values.first_nonfinite_row(dense)
         return finding
     rows, scales = dense.shape[0], outputs["scales"]
     for first, last, matrix in runs_of_a_matrix(chunk):
-        if step.gptq and _compensate(step, dense, outputs, first, last, matrix, buffers.hessians):
+        part = {role: array[first:last] for role, array in outputs.items()}
+        if params.gptq and _compensate(params, dense[first:last], part, matrix, buffers.hessians):
             continue
-        weights = None if step.importance is None else step.importance.weights(matrix)
         finding.flushed_groups += native.quantize_into(
             dense[first:last],
             target.group_size,
             target.bits,
             target.mode.value,
-            outputs["weight"][first:last],
-            scales[first:last],
-            outputs["biases"][first:last] if "biases" in outputs else None,
-            search=None if step.search == "off" else step.search,
-            weights=weights,
+            part["weight"],
+            part["scales"],
+            part.get("biases"),
+            search=None if params.search == "off" else params.search,
+            weights=None if params.importance is None else params.importance.weights(matrix),
         )
     decoded = buffers.take("decoded", step.dtype, rows, dense.nbytes // rows)
     _dequantize(target, outputs, decoded, buffers)
@@ -198,16 +203,17 @@ def _quantize(
     finding.squared_error, finding.squared_values, finding.max_error_steps = values.encoding_error(
         dense, decoded, scales, target.mode.value, group_max
     )
-    if step.weigh and step.importance is not None:
-        finding.squared_error, finding.squared_values = _weighed(chunk, dense, decoded)
+    if params.weighted_error and params.importance is not None:
+        weighted = _weighed(chunk, params.importance, dense, decoded)
+        finding.squared_error, finding.squared_values = weighted
     return finding
 
 
-def _weighed(chunk: Chunk, dense: np.ndarray, decoded: np.ndarray) -> tuple[float, float]:
-    """Squared errors and squared values of a chunk, each input counted as its mean square."""
+def _weighed(
+    chunk: Chunk, importance: Importance, dense: np.ndarray, decoded: np.ndarray
+) -> tuple[float, float]:
+    """Squared errors and squared values of a chunk, each input weighted with its mean square."""
     error = energy = 0.0
-    importance = chunk.step.importance
-    assert importance is not None
     for first, last, matrix in runs_of_a_matrix(chunk):
         weights = importance.weights(matrix)
         wide = dense[first:last].astype(np.float32)
@@ -219,24 +225,18 @@ def _weighed(chunk: Chunk, dense: np.ndarray, decoded: np.ndarray) -> tuple[floa
 
 
 def _compensate(
-    step: Step,
-    dense: np.ndarray,
-    outputs: Arrays,
-    first: int,
-    last: int,
-    matrix: int,
-    hessians: Hessians,
+    params: EncodeParams, dense: np.ndarray, outputs: Arrays, matrix: int, hessians: Hessians
 ) -> bool:
-    """Encode rows of one matrix with their errors handed on; False where no token reached it."""
-    assert step.importance is not None
-    assert step.target is not None
-    made = hessians.compensation(step.importance, matrix)
+    """Encode rows of one matrix by GPTQ; False where no token reached the matrix."""
+    if params.importance is None:
+        return False
+    made = hessians.compensation(params.importance, matrix)
     if made is None:
         return False
-    target = step.target
-    parts = gptq.quantize(dense[first:last], made, target.group_size, target.bits, step.search)
+    target = params.target
+    parts = gptq.quantize(dense, made, target.group_size, target.bits, params.search)
     for role, array in zip(("weight", "scales", "biases"), parts, strict=True):
-        outputs[role][first:last] = array
+        outputs[role][:] = array
     return True
 
 
@@ -245,8 +245,8 @@ def _of_packed(
 ) -> Finding:
     """Move or decode the rows of a packed layer."""
     step = chunk.step
-    rows = step.packed_rows(chunk.start, chunk.stop)
-    between = _Between(outputs, step.row_step, rows[1] - rows[0], buffers)
+    rows = step.rows.stored_rows(chunk.start, chunk.stop)
+    between = _Between(outputs, step.rows.step, rows[1] - rows[0], buffers)
     if step.operation is Operation.REPACK:
         packing.unpack(inputs, *rows, between.wide, buffers)
         between.thin()
@@ -256,9 +256,9 @@ def _of_packed(
         packing.dense(inputs, *rows, between.wide["weight"], buffers)
         between.thin()
         return Finding(overflowed=values.count_nonfinite(outputs["weight"]))
-    width = step.columns * NUMPY_DTYPE[step.dtype].itemsize
+    width = step.rows.columns * NUMPY_DTYPE[step.dtype].itemsize
     dense = buffers.take("dense", step.dtype, chunk.rows, width)
-    between = _Between({"weight": dense}, step.row_step, rows[1] - rows[0], buffers)
+    between = _Between({"weight": dense}, step.rows.step, rows[1] - rows[0], buffers)
     packing.dense(inputs, *rows, between.wide["weight"], buffers)
     between.thin()
     return _quantize(chunk, dense, outputs, buffers, Finding())

@@ -101,7 +101,9 @@ def _values(selector: TargetSelector, layers: Iterable[LayerPlan]) -> Iterator[N
     """Name the layers whose codes mlx-lm's layout has no place for."""
     if selector.mlx_lm is None or selector.options.dequantize or selector.default is not None:
         return
-    codes = {x.path for x in selector.layout.layers if x.kept is not None and not x.act_order}
+    codes = {
+        x.path for x in selector.layout.layers if x.kept is not None and not x.policy.act_order
+    }
     values = [
         x
         for x in layers

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from requant.blueprint import LayerPlan, OutputShard, Plan, Step, Treatment, place
 from requant.checkpoint import Checkpoint
@@ -29,6 +29,7 @@ from requant.plan_notes import (
     rotated_layers,
     unloadable_dtypes,
 )
+from requant.plan_source import PlanSource
 from requant.reasons import Note, NoteCode, Reason, ReasonCode
 from requant.requests import (
     check_patterns,
@@ -47,8 +48,20 @@ _CODES_WIDENED = Reason(
 )
 
 
-@time_counted()
+class Planned(NamedTuple):
+    """A plan, and what it is run on."""
+
+    plan: Plan
+    source: PlanSource
+
+
 def make_plan(checkpoint: Checkpoint, options: Wishes, *, is_trial: bool = False) -> Plan:
+    """The plan alone of ``plan_with_source``: data, for a conversion that is not run here."""
+    return plan_with_source(checkpoint, options, is_trial=is_trial).plan
+
+
+@time_counted()
+def plan_with_source(checkpoint: Checkpoint, options: Wishes, *, is_trial: bool = False) -> Planned:
     """Plan what ``options`` make of a checkpoint.
 
     Args:
@@ -84,7 +97,7 @@ def make_plan(checkpoint: Checkpoint, options: Wishes, *, is_trial: bool = False
         *nothing_quantized(selector, decisions),
         *work.notes,
     )
-    return Plan(
+    plan = Plan(
         source=str(chosen.checkpoint.source),
         format=read.format,
         files=chosen.checkpoint.files,
@@ -93,17 +106,22 @@ def make_plan(checkpoint: Checkpoint, options: Wishes, *, is_trial: bool = False
         shards=shards,
         config=config,
         quantization=quantization,
-        side_files=(*chosen.checkpoint.side_files, *sorted(chosen.checkpoint.made_files)),
+        side_files=(
+            *chosen.checkpoint.side_files,
+            *sorted(chosen.checkpoint.opened.generated_files),
+        ),
         left_out=chosen.checkpoint.left_out,
         notes=notes,
         dropped=chosen.layout.dropped,
-        checkpoint=chosen.checkpoint,
         layout="keep" if chosen.relayout is None else "mlx-lm",
         loads=_is_loadable(chosen, work.layers, rotated=rotated),
         rotated=rotated,
-        relayout=chosen.relayout,
+        load_error="" if chosen.relayout is None else chosen.relayout.refusal,
+        repository=chosen.checkpoint.repository,
+        side_bytes=chosen.checkpoint.opened.size_of(chosen.checkpoint.side_files),
         materials=material_steps(chosen.layout, chosen.relayout, options),
     )
+    return Planned(plan, PlanSource(chosen.checkpoint, chosen.relayout))
 
 
 def _check_decisions(
@@ -186,7 +204,7 @@ def _layer_plan(decision: LayerDecision, dtype: str, steps: Sequence[Step]) -> L
         costs.append(Fidelity(Exactness.ROUNDED))
     worst = max(costs, key=lambda cost: list(Exactness).index(cost.exactness))
     # Steps that write further rows of a tensor have the tensors of the first one.
-    outputs = (t for step in steps if not step.into_row for t in step.outputs.values())
+    outputs = (t for step in steps if not step.rows.output_row for t in step.outputs.values())
     return LayerPlan(
         layer=layer.path,
         shape=layer.shape,

@@ -433,7 +433,9 @@ class _Reader:
             )
         if len(self.problems) > before:
             return None
-        return Rule(spec, match or "", roles, first, last, layers)
+        return Rule(
+            spec=spec, match=match or "", roles=roles, first=first, last=last, layers=layers
+        )
 
     def spec(self, where: str, table: Mapping[str, Any]) -> str:
         if "spec" not in table:

@@ -82,7 +82,7 @@ def make_record(
         "source": {
             "format": plan.format,
             "files": [asdict(file) for file in plan.files],
-            "repository": plan.checkpoint.repository and list(plan.checkpoint.repository),
+            "repository": plan.repository and list(plan.repository),
         },
         "layers": {
             layer.layer: {

@@ -33,13 +33,13 @@ from requant.checkpoint import (
 )
 from requant.dtypes import KERNEL_FLOATS, TensorInfo
 from requant.errors import CheckpointError, Problem, RequantError, UsageError
-from requant.formats.base import Rows, SourceLayer, SourceLayout, dense_layer
+from requant.formats.base import DefaultPolicy, Rows, SourceLayer, SourceLayout, dense_layer
 from requant.formats.declared import without_blocks
 from requant.formats.members import in_float32, members_joined, recomputed
 from requant.formats.nvfp4_layers import has_tensor_scale, kept_apart
 from requant.load_check import find_load_error
 from requant.mlx_lm_classes import WITHOUT_A_CLASS, UnknownModelError, why_no_class
-from requant.outputs import BATCH_BYTES, ByteCopy
+from requant.outputs import ByteCopy
 from requant.reasons import Reason, ReasonCode
 from requant.row_ranges import (
     MAX_RANGES,
@@ -79,9 +79,11 @@ class MlxLmLayoutError(CheckpointError):
         super().__init__(str(checkpoint.source), [Problem(tensor or "--layout mlx-lm", message)])
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Relayout:
     """What mlx-lm decides about a checkpoint, and its layers under mlx-lm's names.
+
+    Not data: it holds mlx-lm's functions, and keeps what it computed once.
 
     Attributes:
         layout: mlx-lm's names, choice of layers and config.
@@ -98,11 +100,6 @@ class Relayout:
     extra: tuple[str, ...] = ()
     refusal: str = ""
     form: str = ""
-
-    @property
-    def batch_bytes(self) -> int:
-        """Most bytes of the small tensors that are computed together."""
-        return BATCH_BYTES
 
     @cached_property
     def layers(self) -> SourceLayout:
@@ -280,9 +277,13 @@ class Relayout:
         return replace(
             layer,
             stored=" and ".join(dict.fromkeys(x.stored_as for x in sources)),
-            fallback=recomputed(sources, layer.shape[-1]) if codes else None,
-            reason=ON_VALUES,
-            needs_wish=next((x.needs_wish for x in sources if x.needs_wish), ""),
+            policy=DefaultPolicy(
+                fallback=recomputed(sources, layer.shape[-1]) if codes else None,
+                reason=ON_VALUES,
+                requires_choice=next(
+                    (x.policy.requires_choice for x in sources if x.policy.requires_choice), ""
+                ),
+            ),
         )
 
 
@@ -335,7 +336,14 @@ def relayout(
         return Relayout(layout, shown, source, form=form)
     extra = tuple(name for name in layout.dropped if name not in layout.tensors)
     infos = {name: x.info for name, x in layout.tensors.items()} | {x: infos[x] for x in extra}
-    return Relayout(layout, shown, source, extra, find_load_error(layout, infos), form)
+    return Relayout(
+        layout=layout,
+        shown=shown,
+        source=source,
+        extra=extra,
+        refusal=find_load_error(layout, infos),
+        form=form,
+    )
 
 
 @contextmanager
@@ -370,4 +378,11 @@ def _unlike(layout: MlxLmLayout, shown: Mapping[str, SourceLayer]) -> list[str]:
 def _merge_key(layer: SourceLayer) -> tuple[object, ...]:
     """What layers must have in common for their rows to stand in one."""
     dtypes = tuple((role, part.info.dtype) for role, part in layer.parts.items())
-    return layer.encoding, layer.fallback, layer.dtype, layer.stored, type(layer.packing), dtypes
+    return (
+        layer.encoding,
+        layer.policy.fallback,
+        layer.dtype,
+        layer.stored,
+        type(layer.packing),
+        dtypes,
+    )

@@ -112,7 +112,14 @@ class Report:
             if counted:
                 counts[layer.layer] = counted
         errors = layer_errors(plan, outcome)
-        return Report(plan, output, elapsed_s, counts, errors, outcome.bytes_downloaded)
+        return Report(
+            plan=plan,
+            output=output,
+            elapsed_s=elapsed_s,
+            findings=counts,
+            errors=errors,
+            bytes_downloaded=outcome.bytes_downloaded,
+        )
 
     @property
     def groups(self) -> list[Group]:

@@ -52,7 +52,7 @@ def check_required_choices(
     decisions = tuple(decisions)
     if selector.options.act_order == "refuse" and selector.default is None:
         for decision in decisions:
-            if decision.layer.act_order and decision.target == decision.layer.kept:
+            if decision.layer.policy.act_order and decision.target == decision.layer.kept:
                 message = (
                     "has its inputs in act-order, and --act-order refuse takes none; "
                     "--act-order requantize or dense says what such layers become"
@@ -62,11 +62,11 @@ def check_required_choices(
     counts = Counter[str]()
     first: dict[str, str] = {}
     for layer in (x.layer for x in decisions if x.target is None):
-        if not layer.needs_wish or is_chosen:
+        if not layer.policy.requires_choice or is_chosen:
             continue
         if find_override(selector.options, layer.path) is not SKIP:
-            counts[layer.needs_wish] += 1
-            first.setdefault(layer.needs_wish, layer.path)
+            counts[layer.policy.requires_choice] += 1
+            first.setdefault(layer.policy.requires_choice, layer.path)
     for message, count in counts.items():
         where = first[message] + (f" and {count - 1} more" if count > 1 else "")
         yield Problem(where, message)

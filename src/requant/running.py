@@ -45,11 +45,11 @@ def command_of(plan: Plan, output: str) -> str:
         plan: What was written.
         output: Its folder, as the user named it.
     """
-    if not generates_text(plan.checkpoint.config, plan.side_files):
+    if not generates_text(plan.config, plan.side_files):
         return ""
     place = shlex.quote(f"./{output}" if output.startswith("-") else output)
     if plan.loads:
         return f'mlx_lm.generate --model {place} --prompt "Hello"'
-    if plan.rotated and plan.relayout is not None and not plan.relayout.refusal:
+    if plan.rotated and plan.layout == "mlx-lm" and not plan.load_error:
         return f'requant generate {place} --prompt "Hello"'
     return ""

@@ -23,7 +23,14 @@ from requant.adapters import (
     holds_only_an_adapter,
     problems_in,
 )
-from requant.checkpoint import COMPARED, Checkpoint, SourceFile, StoredTensor, place_of
+from requant.checkpoint import (
+    COMPARED,
+    Checkpoint,
+    OpenedSource,
+    SourceFile,
+    StoredTensor,
+    place_of,
+)
 from requant.errors import CheckpointError, Problem, count, shown
 from requant.limits import (
     MAX_CONFIG_BYTES,
@@ -95,7 +102,6 @@ def read_folder(folder: Path, twins: Path | None = None) -> Checkpoint:
     if reader.problems:
         raise CheckpointError(str(folder), reader.problems)
     return Checkpoint(
-        path=folder,
         files=tuple(reader.files),
         tensors=MappingProxyType(tensors),
         config=config,
@@ -105,8 +111,11 @@ def read_folder(folder: Path, twins: Path | None = None) -> Checkpoint:
         notes=(*reader.notes, *listing.notes),
         quantization_files=MappingProxyType(described),
         metadata=MappingProxyType(reader.metadata),
-        twins=twins,
-        compared={} if twins is None else _compared(twins),
+        opened=OpenedSource(
+            folder,
+            header_stubs=twins,
+            compared=None if twins is None else _compared(twins),
+        ),
     )
 
 

@@ -23,9 +23,10 @@ def same_values(checkpoint: Checkpoint, one: SourceLayer, other: SourceLayer) ->
     where their codes, scales and all other parts are. What is stored in two ways is different.
     """
     key = f"{one.path} = {other.path}"
-    if key not in checkpoint.compared:
-        checkpoint.compared[key] = _compare(checkpoint, one, other)
-    return checkpoint.compared[key]
+    compared = checkpoint.opened.compared
+    if key not in compared:
+        compared[key] = _compare(checkpoint, one, other)
+    return compared[key]
 
 
 def _compare(checkpoint: Checkpoint, one: SourceLayer, other: SourceLayer) -> bool:
@@ -75,4 +76,4 @@ def _equal(a: np.ndarray, b: np.ndarray) -> bool:
 
 def _read(checkpoint: Checkpoint, tensor: SourceTensor, start: int, stop: int) -> bytes:
     """Bytes ``start`` to ``stop`` of a tensor."""
-    return b"".join(map(checkpoint.read_range, cut(tensor, start, stop)))
+    return b"".join(map(checkpoint.opened.read_range, cut(tensor, start, stop)))

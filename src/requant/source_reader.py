@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from requant.blueprint import Plan
-from requant.checkpoint import JoinedTensor, StoredTensor
+from requant.checkpoint import JoinedTensor, OpenedSource, SourceFile, StoredTensor
 from requant.errors import CheckpointError, Problem
 from requant.formats.packing import Cut
 from requant.source_folder import open_regular
@@ -29,17 +28,23 @@ class SourceReader:
     Those of a folder are opened at once, those of the hub when they have come.
     """
 
-    def __init__(self, plan: Plan, consumed: Collection[str], needed: Sequence[str]) -> None:
+    def __init__(
+        self,
+        files: Iterable[SourceFile],
+        opened: OpenedSource,
+        consumed: Collection[str],
+        needed: Sequence[str],
+    ) -> None:
         self.consumed, self.needed = consumed, needed
-        self.path, self.sizes = plan.checkpoint.path, {f.name: f.nbytes for f in plan.files}
-        self.supply = plan.checkpoint.supply
+        self.path, self.sizes = opened.path, {f.name: f.nbytes for f in files}
+        self.downloader = opened.downloader
         self.stop = threading.Event()
         self.fds: dict[str, int] = {}
         self._opening = threading.Lock()
 
     def __enter__(self) -> SourceReader:
-        if self.supply is not None:
-            self.supply.begin(self.needed)
+        if self.downloader is not None:
+            self.downloader.begin(self.needed)
             return self
         try:
             for name in self.sizes:
@@ -60,8 +65,8 @@ class SourceReader:
             self._fail(name, f"has {actual:,} bytes now, {planned:,} when it was planned")
 
     def __exit__(self, *_: object) -> None:
-        if self.supply is not None:
-            self.supply.end()
+        if self.downloader is not None:
+            self.downloader.end()
         for fd in self.fds.values():
             os.close(fd)
         self.fds.clear()
@@ -71,15 +76,15 @@ class SourceReader:
         fd = self.fds.pop(name, None)
         if fd is not None:
             os.close(fd)
-        if self.supply is not None:
-            self.supply.release(name)
+        if self.downloader is not None:
+            self.downloader.release(name)
 
     def _fd(self, name: str) -> int:
         """An open file; one that is on its way is waited for."""
         fd = self.fds.get(name)
-        if fd is not None or self.supply is None:
+        if fd is not None or self.downloader is None:
             return self.fds[name]
-        path = self.supply.take(name, self.stop.is_set)
+        path = self.downloader.take(name, self.stop.is_set)
         if path is None:
             raise Stopped
         with self._opening:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from math import lcm, prod
 
-from requant.blueprint import Operation, OutputTensor, Step
+from requant.blueprint import EncodeParams, Operation, OutputTensor, RowMapping, Step
 from requant.checkpoint import ComputedTensor, SourceTensor
 from requant.choices import LayerDecision
 from requant.dtypes import FLOATS, TensorInfo
@@ -63,25 +63,18 @@ def _coding_step(
     unit = lcm(*units) if layer.row_order is None else layer.shape[-1]
     rows, columns = _row_view(layer.shape, unit)
     return Step(
-        layer.path,
-        operation,
-        rows,
-        columns,
-        {role: part for role, part in layer.parts.items() if role != "global_scale"},
-        {role: OutputTensor(f"{layer.path}.{role}", info) for role, info in outputs.items()},
-        encoding,
-        target,
-        dtype,
-        layer.parts.get("global_scale"),
-        search=_search(operation, wishes),
-        row_order=layer.row_order,
+        layer=layer.path,
+        operation=operation,
+        rows=RowMapping(count=rows, columns=columns, order=layer.row_order),
+        inputs={role: part for role, part in layer.parts.items() if role != "global_scale"},
+        outputs={
+            role: OutputTensor(f"{layer.path}.{role}", info) for role, info in outputs.items()
+        },
+        source=encoding,
+        encode=None if target is None else EncodeParams(target=target, search=wishes.search),
+        dtype=dtype,
+        global_scale=layer.parts.get("global_scale"),
     )
-
-
-def _search(operation: Operation, wishes: Wishes) -> str:
-    """How a step finds scales; "off" where it computes none."""
-    coded = operation in (Operation.ENCODE, Operation.RECODE)
-    return wishes.search if coded else "off"
 
 
 def _packed_steps(
@@ -103,30 +96,35 @@ def _packed_steps(
         own = {role: part.info.dtype for role, part in layer.parts.items() if role != "weight"}
         outputs |= {role: TensorInfo(x, outputs[role].shape) for role, x in own.items()}
     names = {"weight": layer.dense_name} if target is None else {}
-    into_row = 0
+    output_row = 0
     for run in layer.pieces or (Rows(replace(layer, packing=packing), 0, packing.rows),):
         operation, rows_packing = _moved(layer, run, target)
         yield Step(
-            layer.path,
-            operation,
-            run.count,
-            packing.columns,
-            run.layer.parts,
-            {
+            layer=layer.path,
+            operation=operation,
+            rows=RowMapping(
+                count=run.count,
+                columns=packing.columns,
+                first=run.start,
+                step=run.step,
+                output_row=output_row,
+                order=run.layer.row_order,
+            ),
+            inputs=run.layer.parts,
+            outputs={
                 role: OutputTensor(names.get(role, f"{layer.path}.{role}"), x)
                 for role, x in outputs.items()
             },
-            None,
-            target,
-            dtype,
+            encode=(
+                EncodeParams(target=target, search=wishes.search)
+                if target is not None and operation is Operation.RECODE
+                else None
+            ),
+            repack=target if operation is Operation.REPACK else None,
+            dtype=dtype,
             packing=rows_packing,
-            first_row=run.start,
-            into_row=into_row,
-            row_step=run.step,
-            search=_search(operation, wishes),
-            row_order=run.layer.row_order,
         )
-        into_row += run.count
+        output_row += run.count
     if layer.keeps_codes(target):
         for role, tensor in layer.carried.items():
             yield _flat_step(layer.path, tensor, None, name=f"{layer.path}.{role}")
@@ -161,21 +159,18 @@ def _global_scale_steps(layer: SourceLayer) -> Iterator[Step]:
     """The tensor scales of an nvfp4 stack, one float32 a matrix."""
     count = sum(run.count for run in layer.global_scale)
     output = OutputTensor(f"{layer.path}.global_scale", TensorInfo("F32", (count,)))
-    into_row = 0
+    output_row = 0
     for run in layer.global_scale:
         yield Step(
-            layer.path,
-            Operation.DECODE,
-            run.count,
-            1,
-            run.layer.parts,
-            {"weight": output},
+            layer=layer.path,
+            operation=Operation.DECODE,
+            rows=RowMapping(count=run.count, columns=1, first=run.start, output_row=output_row),
+            inputs=run.layer.parts,
+            outputs={"weight": output},
             dtype="F32",
             packing=run.layer.packing,
-            first_row=run.start,
-            into_row=into_row,
         )
-        into_row += run.count
+        output_row += run.count
 
 
 def material_steps(layout: SourceLayout, moved: Relayout | None, wishes: Wishes) -> dict[str, Step]:
@@ -226,8 +221,14 @@ def _flat_step(
     operation = Operation.COPY if dtype == part.info.dtype else Operation.CAST
     rows = part.info.size if order is None else order.rows.size
     columns = 1 if order is None else part.info.size // rows
-    parts, outputs = {"weight": part}, {"weight": output}
-    return Step(layer, operation, rows, columns, parts, outputs, dtype=dtype, row_order=order)
+    return Step(
+        layer=layer,
+        operation=operation,
+        rows=RowMapping(count=rows, columns=columns, order=order),
+        inputs={"weight": part},
+        outputs={"weight": output},
+        dtype=dtype,
+    )
 
 
 # A row longer than this is cut at group borders: memory must not grow with a tensor's width.

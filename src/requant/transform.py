@@ -17,7 +17,7 @@ import numpy as np
 
 from requant.adapters import problems_in
 from requant.arrays import Array, Backend, Weights, backend_for, native
-from requant.checkpoint import Checkpoint, StoredTensor
+from requant.checkpoint import Checkpoint, OpenedSource, SourceTensor, StoredTensor
 from requant.damage import damaged_parts
 from requant.dtypes import HEADER_NAME, NUMPY_DTYPE, TensorInfo
 from requant.errors import CheckpointError, InvariantError, UnsupportedDtypeError, count
@@ -80,12 +80,14 @@ def transform_weights(
         [-2.0, -2.0, -2.0, -2.0, -2.0, -2.0, -2.0, -2.0]
     """
     library = backend_for(weights)
-    checkpoint = _InMemory.of(weights, library, quantization_config)
+    checkpoint = _checkpoint_of(weights, library, quantization_config)
     layout = read_layout(checkpoint)[1]
     empty = empty_weights(checkpoint, layout)
     if problems := [*problems_in(weights), *empty, *layout.problems]:
         raise CheckpointError("weights", problems)
-    undecided = [layer.path for layer in layout.layers if layer.needs_wish and layer.kept is None]
+    undecided = [
+        layer.path for layer in layout.layers if layer.policy.requires_choice and layer.kept is None
+    ]
     if undecided and otherwise is None:
         more = f" (and {count(len(undecided) - 1, 'more layer')})" if len(undecided) > 1 else ""
         raise InvariantError(
@@ -96,8 +98,11 @@ def transform_weights(
     result: dict[str, Array] = {}
     per_layer: dict[str, Quantization] = {}
     for layer in layout.folded(lambda _: True).layers:
-        if layer.needs_wish and isinstance(otherwise, Quantization):
-            layer = replace(layer, fallback=fit_group(layer.shape[-1], otherwise)[0])
+        if layer.policy.requires_choice and isinstance(otherwise, Quantization):
+            layer = replace(
+                layer,
+                policy=replace(layer.policy, fallback=fit_group(layer.shape[-1], otherwise)[0]),
+            )
         if layer.packing is None:
             result |= {
                 part.name: _in_order(weights[part.name], layer, library.name)
@@ -129,34 +134,35 @@ def _in_order(array: Array, layer: SourceLayer, library: str) -> Array:
     return mx.take(array, mx.array(layer.row_order.rows), axis=0)
 
 
-class _InMemory(Checkpoint):
+def _checkpoint_of(weights: Weights, library: Backend, block: Mapping[str, Any]) -> Checkpoint:
     """A checkpoint whose tensors are arrays."""
-
-    arrays: Weights
-
-    @staticmethod
-    def of(weights: Weights, library: Backend, block: Mapping[str, Any]) -> _InMemory:
-        tensors = {
-            name: StoredTensor(
-                name, TensorInfo(_header_name(library, name, array), library.shape(array)), "", 0
-            )
-            for name, array in weights.items()
-        }
-        made = _InMemory(
-            path=Path(os.devnull),
-            files=(),
-            tensors=MappingProxyType(tensors),
-            config={"quantization_config": dict(block)},
-            config_text="",
-            side_files=(),
-            left_out=(),
+    tensors = {
+        name: StoredTensor(
+            name, TensorInfo(_header_name(library, name, array), library.shape(array)), "", 0
         )
-        object.__setattr__(made, "arrays", weights)
-        return made
+        for name, array in weights.items()
+    }
+    return Checkpoint(
+        files=(),
+        tensors=MappingProxyType(tensors),
+        config={"quantization_config": dict(block)},
+        config_text="",
+        side_files=(),
+        left_out=(),
+        opened=_Arrays(weights),
+    )
 
-    def peek(self, name: str) -> np.ndarray:
+
+class _Arrays(OpenedSource):
+    """The tensors of a checkpoint in memory: there are no files to read."""
+
+    def __init__(self, weights: Weights) -> None:
+        super().__init__(Path(os.devnull))
+        self._weights = weights
+
+    def read_small_tensor(self, tensor: SourceTensor) -> np.ndarray:
         """The array as NumPy sees it."""
-        array, dtype = self.arrays[name], NUMPY_DTYPE[self.tensors[name].info.dtype]
+        array, dtype = self._weights[tensor.name], NUMPY_DTYPE[tensor.info.dtype]
         if isinstance(array, np.ndarray):
             return array.astype(array.dtype.newbyteorder("="), copy=False)
         import mlx.core as mx
@@ -186,7 +192,7 @@ class _Fresh:
 
 
 def _transform(
-    checkpoint: _InMemory, layer: SourceLayer, packing: Packing
+    checkpoint: Checkpoint, layer: SourceLayer, packing: Packing
 ) -> Iterator[tuple[str, np.ndarray]]:
     """The layer's tensors in MLX's layout."""
     target = layer.kept

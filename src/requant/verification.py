@@ -28,7 +28,8 @@ from requant.hub import find_repository, reach
 from requant.limits import MAX_PROBLEMS
 from requant.memory import Budget, make_budget
 from requant.patterns import time_counted
-from requant.planner import make_plan
+from requant.plan_source import PlanSource
+from requant.planner import Planned, plan_with_source
 from requant.record import (
     hash_file,
     hash_range,
@@ -128,9 +129,10 @@ def verify(
         wished = None if config_from is None else os.fspath(config_from)
         source = _source(folder, record, wished)
         known = None if statistics is None else os.fspath(statistics)
-        plan = _repeated_plan(source, record, wished, known, found)
-        if plan is not None:
-            _compare(plan, place, found, make_budget(plan, threads, max_memory), progress)
+        planned = _repeated_plan(source, record, wished, known, found)
+        if planned is not None:
+            budget = make_budget(planned.plan, threads, max_memory)
+            _compare(*planned, place, found, budget, progress)
     tensors = checkpoint.tensors.values() if checkpoint is not None else ()
     return Verification(
         str(place),
@@ -271,7 +273,7 @@ def _repeated_plan(
     config_from: str | None,
     statistics: str | None,
     found: _Findings,
-) -> Plan | None:
+) -> Planned | None:
     """The plan that the record was made from, made again.
 
     Raises:
@@ -287,11 +289,12 @@ def _repeated_plan(
             )
         if made.statistics is None and statistics is not None:
             raise UsageError(f"--imatrix {statistics}: the output was made without statistics")
-        checkpoint = as_checkpoint(source, config_from)
-        plan = make_plan(checkpoint, replace(made, config_from=config_from, statistics=statistics))
+        repeated = replace(made, config_from=config_from, statistics=statistics)
+        planned = plan_with_source(as_checkpoint(source, config_from), repeated)
     except ParseError as error:
         found.add(f"{RECORD}: wishes", str(error))
         return None
+    plan = planned.plan
     if plan.hash != record.get("plan"):
         maker = record.get("requant")
         other = maker if isinstance(maker, str) else shown(maker)
@@ -300,7 +303,7 @@ def _repeated_plan(
         if not by and not why and statistics is not None:
             why = f"; {statistics} is another file than the {made.statistics} of then, it seems"
         found.add(f"{RECORD}: plan", f"this source gives another plan{by}{why}")
-    return plan
+    return planned
 
 
 def _why(plan: Plan, record: Mapping[str, Any]) -> str:
@@ -316,6 +319,7 @@ def _why(plan: Plan, record: Mapping[str, Any]) -> str:
 
 def _compare(
     plan: Plan,
+    source: PlanSource,
     place: Path,
     found: _Findings,
     budget: Budget,
@@ -327,14 +331,14 @@ def _compare(
                 found.add(name, "is not what the conversion of this source gives")
     for name in plan.side_files:
         with suppress(OSError):
-            made = plan.checkpoint.made_files.get(name)
-            path = plan.checkpoint.path / name
+            made = source.opened.generated_files.get(name)
+            path = source.opened.path / name
             wanted = hash_file(path) if made is None else hashlib.sha256(made()).hexdigest()
             _, wrong = file_size(place, name)
             if wrong or hash_file(place / name) != wanted:
                 found.add(name, wrong or "is not the source's")
     with _Comparing(plan, place, found) as sink:
-        run_plan(plan, sink, budget, progress)
+        run_plan(plan, source, sink, budget, progress)
 
 
 class _Comparing:

@@ -120,9 +120,11 @@ def weighted(
 
 
 def _with(step: Step, importance: Importance | None, gptq: bool) -> Step:
-    if importance is None or step.search == "off" or step.columns != importance.in_features:
+    if importance is None or step.encode is None or step.search == "off":
         return step
-    return replace(step, importance=importance, gptq=gptq)
+    if step.rows.columns != importance.in_features:
+        return step
+    return replace(step, encode=replace(step.encode, importance=importance, gptq=gptq))
 
 
 def _why_alone(step: Step, importance: Importance | None) -> Reason | None:

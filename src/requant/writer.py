@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from requant.blueprint import OutputTensor, Plan
+from requant.checkpoint import OpenedSource
 from requant.consuming import delete_source, make_twins, most_with_consume_source, release
 from requant.errors import InvariantError, OutputError, count_are
 from requant.journal import Done, Found, Journal, read_journal
@@ -38,6 +39,7 @@ class OutputFolder:
 
     Args:
         plan: What is written.
+        source: The opened files that it is made from.
         output: The folder to be.
         force: Replace a checkpoint that stands there.
         resume: Go on where an earlier run of the same plan stopped; else start over.
@@ -49,13 +51,15 @@ class OutputFolder:
     def __init__(
         self,
         plan: Plan,
+        source: OpenedSource,
         output: Path,
         force: bool,
         resume: bool = True,
         wishes: Mapping[str, Any] | None = None,
         consume: bool = False,
     ) -> None:
-        self.plan, self.output, self.force, self.resume = plan, output, force, resume
+        self.plan, self.source, self.output = plan, source, output
+        self.force, self.resume = force, resume
         self.wishes = dict(wishes or {})
         self.staging = staging_of(output)
         self.inside = self.staging / "output"
@@ -99,13 +103,13 @@ class OutputFolder:
             return max(most_with_consume_source(self.plan) - here, 0)
         place = self.output.absolute()
         existing = next(p for p in (*place.parents, place) if p.exists())
-        same = existing.stat().st_dev == self.plan.checkpoint.path.stat().st_dev
+        same = existing.stat().st_dev == self.source.path.stat().st_dev
         return self.release.extra_bytes if self.release and same else None
 
     @property
     def _remote(self) -> bool:
         """Whether the source is on the hub: then nothing here is the only copy."""
-        return self.plan.checkpoint.supply is not None
+        return self.source.downloader is not None
 
     def _put_back(self) -> None:
         """Undo a replacement that a killed process left half done."""
@@ -146,7 +150,9 @@ class OutputFolder:
             self._lay_out()
         self._journal = Journal(self.staging / "journal", head, entries, self._sync)
         for number, step in enumerate(self.plan.steps):
-            left = sum(stop - start for start, stop in self._journal.state.left(number, step.rows))
+            left = sum(
+                stop - start for start, stop in self._journal.state.left(number, step.rows.count)
+            )
             for out in step.outputs.values():
                 self._rows_left[out.name] += left
             for name in self.release.needs[number] if self.release else ():
@@ -156,14 +162,13 @@ class OutputFolder:
 
     def _begin_consuming(self) -> None:
         """Keep what a later plan needs of files that go; finish what a killed run began."""
-        checkpoint = self.plan.checkpoint
-        if checkpoint.supply is not None:
+        if self.source.downloader is not None:
             for file in self.plan.files:
                 if not self._source_rows[file.name]:
-                    checkpoint.supply.release(file.name)
+                    self.source.downloader.release(file.name)
             return
         for file in self.plan.files:
-            path = checkpoint.path / file.name
+            path = self.source.path / file.name
             if file.name in self.state.consumed:
                 delete_source(path)  # killed after the journal said so
             elif path.is_symlink():
@@ -171,7 +176,7 @@ class OutputFolder:
                     f"{path} is a link: deleting it would free nothing, or what others use; "
                     "--consume-source wants the file itself"
                 )
-        make_twins(checkpoint, self.plan.files, self.twins)
+        make_twins(self.source, self.plan.files, self.twins)
         for file in self.plan.files:  # what the last run had no time to delete
             if not self._source_rows[file.name] and file.name not in self.state.consumed:
                 self._consume(file.name)
@@ -182,7 +187,7 @@ class OutputFolder:
             self.journal.make_durable()
             return
         self.journal.add({"consumed": name}, durable=True)
-        delete_source(self.plan.checkpoint.path / name)
+        delete_source(self.source.path / name)
 
     def _head(self) -> dict[str, Any]:
         """What must be the same for a run to go on where another stopped."""
@@ -195,10 +200,9 @@ class OutputFolder:
 
     def _stamps(self) -> dict[str, Any]:
         """What tells a source file from a changed one, without reading it."""
-        checkpoint = self.plan.checkpoint
-        if checkpoint.repository is not None:
-            return {f.name: [f.nbytes, *checkpoint.repository] for f in self.plan.files}
-        places = {f.name: checkpoint.path / f.name for f in self.plan.files}
+        if self.plan.repository is not None:
+            return {f.name: [f.nbytes, *self.plan.repository] for f in self.plan.files}
+        places = {f.name: self.source.path / f.name for f in self.plan.files}
         stats = {name: path.stat() for name, path in places.items() if path.exists()}
         return {name: [s.st_size, s.st_mtime_ns] for name, s in stats.items()}
 
@@ -350,14 +354,14 @@ class OutputFolder:
         """Copy a file of the source; its hash."""
         target = self.inside / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        made = self.plan.checkpoint.made_files.get(name)
+        made = self.source.generated_files.get(name)
         if made is not None:
             data = made()
             target.write_bytes(data)
             fsync(target)
             return hashlib.sha256(data).hexdigest()
         digest = hashlib.sha256()
-        path = self.plan.checkpoint.path / name
+        path = self.source.path / name
         with open(open_regular(path), "rb") as source, target.open("wb") as file:
             while block := source.read(_COPIED_BYTES):
                 digest.update(block)
@@ -423,9 +427,9 @@ class OutputFolder:
         return (self.staging / "journal").exists()
 
     def _share_done(self) -> float:
-        total = sum(step.rows * step.columns for step in self.plan.steps)
+        total = sum(step.rows.count * step.rows.columns for step in self.plan.steps)
         done = sum(
-            (stop - start) * self.plan.steps[number].columns
+            (stop - start) * self.plan.steps[number].rows.columns
             for number, ranges in self.state.rows.items()
             for start, stop in ranges
         )
@@ -448,9 +452,9 @@ def check_output(
         OutputError: OUTPUT exists and ``force`` is not set, is no checkpoint folder, lies
             in SOURCE or holds it, or the disk has too little room.
     """
-    source, target = plan.checkpoint.source.resolve(), output.resolve()
+    source, target = Path(plan.source).resolve(), output.resolve()
     within = target == source or target in source.parents or source in target.parents
-    if within and plan.checkpoint.repository is None:
+    if within and plan.repository is None:
         raise OutputError(f"{output}: the source {source} must not be changed; name another folder")
     if why := _why_not_writable(output, target):
         raise OutputError(f"{output} {why}; name another folder")
@@ -463,9 +467,8 @@ def check_output(
         if not force:
             raise OutputError(f"{output} exists; --force replaces it")
     existing = next(p for p in (target, *target.parents) if p.exists())
-    side = sum((plan.checkpoint.path / name).stat().st_size for name in plan.checkpoint.side_files)
     whole = sum(shard.nbytes for shard in plan.shards)
-    needed = max((whole if most is None else most) + side - spent, 0)
+    needed = max((whole if most is None else most) + plan.side_bytes - spent, 0)
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise OutputError(

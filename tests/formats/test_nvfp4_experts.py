@@ -219,7 +219,14 @@ def stored_layer(name: str, experts: int, height: int, scales: int) -> SourceLay
     part = StoredTensor(f"{name}.scale_2", TensorInfo("F32", (scales,)), "f", 0)
     packing = NvBlocks(experts * height, 32, height, scales, scales)
     shape = (experts, height, 32)
-    return SourceLayer(name, {"tensor_scale": part}, None, shape, "BF16", packing)
+    return SourceLayer(
+        path=name,
+        parts={"tensor_scale": part},
+        encoding=None,
+        shape=shape,
+        dtype="BF16",
+        packing=packing,
+    )
 
 
 def test_which_scale_each_matrix_takes() -> None:

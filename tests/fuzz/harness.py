@@ -343,9 +343,10 @@ class GgufReader:
         (self.place / "m.gguf").write_bytes(data)
         for wishes in (Wishes(layout="keep"), Wishes(layout="keep", dequantize=True)):
             try:
-                plan = make_plan(read_checkpoint(self.place / "m.gguf"), wishes)
+                checkpoint = read_checkpoint(self.place / "m.gguf")
+                plan = make_plan(checkpoint, wishes)
                 assert len(plan.hash) == 64
-                for make in plan.checkpoint.made_files.values():
+                for make in checkpoint.opened.generated_files.values():
                     json.loads(make())
             except RequantError as error:
                 assert str(error)

@@ -21,7 +21,10 @@ from requant.calibration import blocks, calibrate, run, windows
 from requant.calibration.collecting import Collector
 from requant.calibration.run import _Run
 from requant.errors import CheckpointError, OutputError, UsageError
+from requant.planner import plan_with_source
+from requant.sources import read_checkpoint
 from requant.statistics import Importance, read_statistics
+from requant.wishes import Wishes
 from tests.gguf_source.writer import write_gguf
 from tests.mlx_lm.families import small_config
 from tests.mlx_lm.test_codes import as_awq
@@ -297,8 +300,8 @@ class _Model(nn.Module):
 
 
 def layered(model: Any) -> blocks.Layered:
-    plan = requant.plan(LLAMA, dequantize=True)
-    return blocks.Layered(model, replace(plan, steps=(), shards=()), None)
+    plan, source = plan_with_source(read_checkpoint(LLAMA), Wishes(dequantize=True))
+    return blocks.Layered(model, replace(plan, steps=(), shards=()), source, None)
 
 
 def test_blocks_stay_of_their_class() -> None:

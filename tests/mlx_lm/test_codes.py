@@ -250,7 +250,11 @@ def test_global_scales_of_stacked_and_split_matrices(tmp_path: Path) -> None:
 
     def layer(name: str, *shape: int) -> SourceLayer:
         return SourceLayer(
-            name, {"global_scale": tensors[f"{name}.global_scale"]}, None, shape, "F32"
+            path=name,
+            parts={"global_scale": tensors[f"{name}.global_scale"]},
+            encoding=None,
+            shape=shape,
+            dtype="F32",
         )
 
     zero, one, two = layer("0", 4, 16), layer("1", 4, 16), layer("two", 2, 4, 16)

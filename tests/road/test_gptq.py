@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -13,6 +13,7 @@ import pytest
 import requant
 from requant.arrays import gptq, native
 from requant.errors import CheckpointError, RequantError, UsageError
+from requant.schema import Quantization
 from requant.statistics import LayerStatistics, write_statistics
 from tests.formats.harness import read_folder
 from tests.plan_texts import note_texts, reason_text
@@ -183,7 +184,13 @@ def test_a_budget_counts_what_is_lost_as_the_search_does(source: Path, tmp_path:
 @pytest.mark.parametrize("weights", [None, np.linspace(0, 2, 96).astype(np.float32)])
 def test_weighed_errors_are_the_sums(weights: np.ndarray | None) -> None:
     """Against float64, matrix by matrix."""
-    from requant.blueprint import OutputTensor
+    from requant.blueprint import (
+        EncodeParams,
+        Operation,
+        OutputTensor,
+        RowMapping,
+        Step,
+    )
     from requant.chunks import Chunk
     from requant.dtypes import TensorInfo
     from requant.operations import _weighed
@@ -192,18 +199,22 @@ def test_weighed_errors_are_the_sums(weights: np.ndarray | None) -> None:
         def weights(self, matrix: int) -> np.ndarray | None:
             return None if weights is None else weights * (matrix + 1)
 
-    class Like:
-        importance = Of()
-        row_order = None
-        into_row = 0
-        outputs: ClassVar = {"weight": OutputTensor("w", TensorInfo("U32", (2, 7, 9)))}
-
+    importance: Any = Of()
+    target = Quantization.affine(32, 3)
+    step = Step(
+        layer="w",
+        operation=Operation.ENCODE,
+        rows=RowMapping(count=14, columns=96),
+        inputs={},
+        outputs={"weight": OutputTensor("w", TensorInfo("U32", (2, 7, 9)))},
+        encode=EncodeParams(target=target, importance=importance, weighted_error=True),
+    )
     random = np.random.default_rng(0)
     dense = random.normal(0, 1, (10, 96)).astype(BF16)
     decoded = (dense.astype(np.float32) + random.normal(0, 0.1, (10, 96))).astype(BF16)
     matrices = np.array([0] * 3 + [1] * 7)
-    chunk = Chunk(Like(), 4, 14)  # type: ignore[arg-type]  # three rows of the first matrix
-    error, energy = _weighed(chunk, dense, decoded)
+    chunk = Chunk(step, 4, 14)  # three rows of the first matrix
+    error, energy = _weighed(chunk, importance, dense, decoded)
     each = np.ones((10, 96)) if weights is None else np.outer(matrices + 1.0, weights)
     wide, far = dense.astype(np.float64), decoded.astype(np.float64)
     assert error == pytest.approx((each * (far - wide) ** 2).sum(), rel=1e-5)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from requant.checkpoint import Checkpoint
+from requant.checkpoint import Checkpoint, OpenedSource
 from requant.errors import HubError
 from requant.hub import Repository
 
@@ -327,8 +327,17 @@ def test_a_disk_that_is_too_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     source = Repository(NAME, "0" * 40, {"config.json": 2, "model.safetensors": 1 << 60})
+    empty = Checkpoint(
+        files=(),
+        tensors={},
+        config={},
+        config_text="",
+        side_files=(),
+        left_out=(),
+        opened=OpenedSource(tmp_path),
+    )
     with pytest.raises(HubError, match="too full: 1,152,921,504,606,846,978 bytes are to be"):
-        source.arriving(Checkpoint(tmp_path, (), {}, {}, "", (), ()))
+        source.arriving(empty)
 
 
 @pytest.mark.parametrize(

@@ -263,7 +263,7 @@ def test_power_lost_in_the_middle(
     assert 5 < sum(map(len, done.rows.values())) < 41
     garbled = 0
     for number, step in enumerate(plan(dense, bits=4).steps):
-        for start, stop in done.left(number, step.rows):
+        for start, stop in done.left(number, step.rows.count):
             for out in step.outputs.values():
                 row = step.row_bytes(out)
                 with (staging / "output" / out.file).open("r+b") as file:

@@ -161,7 +161,7 @@ def test_three_forms_say_the_same(tmp_path: Path) -> None:
             other = found.find(f"model.layers.0.self_attn.{name}", (32, 64))
             assert not isinstance(other, str | None)
             assert not isinstance(dense, str | None)
-            assert other.places == dense.places
+            assert other.entries == dense.entries
         stack = found.find("model.layers.0.mlp.switch_mlp.gate_proj", (4, 32, 96))
         one = found.find("model.layers.0.mlp.experts.2.up_proj", (32, 96))
         assert not isinstance(stack, str | None)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import requant
-from requant.checkpoint import FileRange
+from requant.checkpoint import Checkpoint, FileRange, OpenedSource
 from requant.errors import CheckpointError, UsageError
 from requant.formats import detect
 from requant.formats.base import SourceLayer
@@ -200,7 +200,7 @@ def test_what_is_no_number_is_equal_to_itself(checkpoint: Build) -> None:
     assert HEAD in dict(requant.plan(source, bits=8, layout="keep").dropped)
 
 
-def layers_of(folder: Path) -> tuple[Any, SourceLayer, SourceLayer]:
+def layers_of(folder: Path) -> tuple[Checkpoint, SourceLayer, SourceLayer]:
     found = read_checkpoint(folder)
     pair = find_pair(detect(found).read(found).layers)
     assert pair is not None
@@ -217,12 +217,13 @@ def test_a_difference_is_found_without_reading_on(checkpoint: Build) -> None:
 
     def fetch(part: FileRange) -> bytes:
         asked.append(part)
-        return replace(found, fetch=None).read_range(part)
+        return found.opened.read_range(part)
 
-    assert not same_values(replace(found, fetch=fetch), head, embedding)
+    remote = replace(found, opened=OpenedSource(found.path, fetch=fetch))
+    assert not same_values(remote, head, embedding)
     assert sum(part.nbytes for part in asked) <= 2 << 16 < large.nbytes
     asked.clear()
-    assert not same_values(replace(found, fetch=fetch), head, embedding)  # as was found before
+    assert not same_values(remote, head, embedding)  # as was found before
     assert asked == []
 
 
@@ -233,9 +234,10 @@ def test_memory_is_bounded_where_all_is_equal(checkpoint: Build) -> None:
 
     def fetch(part: FileRange) -> bytes:
         asked.append(part.nbytes)
-        return replace(found, fetch=None).read_range(part)
+        return found.opened.read_range(part)
 
-    assert same_values(replace(found, fetch=fetch), head, embedding)
+    remote = replace(found, opened=OpenedSource(found.path, fetch=fetch))
+    assert same_values(remote, head, embedding)
     assert sum(asked) == 2 * large.nbytes
     assert max(asked) <= 8 << 20
 

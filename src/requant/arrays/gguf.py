@@ -9,7 +9,6 @@ A shape, dtype or layout that does not fit is a ``ValueError`` that says what wa
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 from numpy.typing import NDArray
@@ -39,7 +38,7 @@ class BlockType:
     name: str
     dtype: str = ""
 
-    @cached_property
+    @property
     def _block(self) -> tuple[int, int, int, int, bool]:
         found = _native.gguf_block(self.number)
         assert found is not None, self.name
@@ -60,7 +59,7 @@ class BlockType:
         """Bytes of one block."""
         return self._block[1]
 
-    @cached_property
+    @property
     def encoding(self) -> Quantization | None:
         """MLX's encoding of the same codes; None where scales cover fewer than 32 values."""
         _, _, bits, group, fp4 = self._block

@@ -20,6 +20,7 @@ from requant.consuming import part_of
 from requant.execute import run_plan
 from requant.memory import make_budget
 from requant.mlx_lm import Memory
+from requant.plan_source import PlanSource
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -46,11 +47,12 @@ class Layered:
     Attributes:
         model: Of mlx-lm, its weights not there yet.
         plan: What gives them.
+        source: What the plan is run on.
         blocks: Its blocks.
         prefixes: Of the names of each block's tensors.
     """
 
-    def __init__(self, model: Any, plan: Plan, threads: int | None) -> None:
+    def __init__(self, model: Any, plan: Plan, source: PlanSource, threads: int | None) -> None:
         """Find the blocks.
 
         Raises:
@@ -58,7 +60,7 @@ class Layered:
         """
         from mlx.utils import tree_flatten
 
-        self.model, self.plan, self.threads = model, plan, threads
+        self.model, self.plan, self.source, self.threads = model, plan, source, threads
         lists = [
             (module, attribute, f"{path}.{attribute}" if path else attribute)
             for path, module in model.named_modules()
@@ -110,7 +112,7 @@ class Layered:
             for shard in plan.shards
         )
         sink = Memory(replace(part, shards=shards))
-        run_plan(part, sink, make_budget(part, self.threads))
+        run_plan(part, self.source, sink, make_budget(part, self.threads))
         return sink.arrays
 
     # -- runs ------------------------------------------------------------------------------

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from requant.blueprint import Plan
 from requant.calibration.blocks import Layered, NotLayered
 from requant.calibration.collecting import Collector, hessian_bytes
 from requant.calibration.windows import texts_of, windows_of
@@ -36,7 +35,7 @@ from requant.errors import (
 from requant.evaluation import on_cpu
 from requant.hub import find_repository, reach
 from requant.mlx_lm import Loaded, check_installed, load_tokenizer, load_with_report, skeleton
-from requant.planner import make_plan
+from requant.planner import Planned, plan_with_source
 from requant.record import version
 from requant.sources import as_checkpoint
 from requant.staging import lock_staging
@@ -161,8 +160,8 @@ def calibrate(
         config_from=config_from,
     )
     source = reach(model, find_repository(model, revision), wishes.config_from)
-    plan = make_plan(as_checkpoint(source, wishes.config_from), wishes)
-    ids = windows_of(load_tokenizer(model, plan), texts_of(text), tokens, window, seed)
+    planned = plan_with_source(as_checkpoint(source, wishes.config_from), wishes)
+    ids = windows_of(load_tokenizer(model, planned), texts_of(text), tokens, window, seed)
     metadata = {
         "requant": version(),
         "tokens": str(ids.size),
@@ -170,7 +169,16 @@ def calibrate(
         "seed": str(seed),
         "text_sha256": hashlib.sha256(ids.tobytes()).hexdigest(),
     }
-    with _Run(plan, ids, hessian, place, resume, threads, progress, on_note) as run:
+    with _Run(
+        planned=planned,
+        ids=ids,
+        hessian=hessian,
+        output=place,
+        resume=resume,
+        threads=threads,
+        progress=progress,
+        on_note=on_note,
+    ) as run:
         try:
             made = run.blockwise()
         except NotLayered as error:
@@ -209,7 +217,7 @@ class _Run:
 
     def __init__(
         self,
-        plan: Plan,
+        planned: Planned,
         ids: np.ndarray,
         hessian: bool,
         output: Path,
@@ -218,10 +226,11 @@ class _Run:
         progress: Told | None,
         on_note: Callable[[str], None] | None,
     ) -> None:
-        self.plan, self.ids, self.hessian, self.output = plan, ids, hessian, output
+        self.plan, self.source = planned
+        self.ids, self.hessian, self.output = ids, hessian, output
         self.threads, self.progress, self.on_note = threads, progress, on_note
         self.folder = output.with_name(f".{output.name}.requant-calibrating")
-        told = [_STATE, plan.hash, version(), hessian, list(ids.shape)]
+        told = [_STATE, self.plan.hash, version(), hessian, list(ids.shape)]
         self._lock = self._locked()
         self.key = hashlib.sha256(json.dumps(told).encode() + ids.tobytes()).hexdigest()
         self.state: dict[str, Any] = {}
@@ -341,7 +350,7 @@ class _Run:
         import mlx.core as mx
 
         model = skeleton(self.plan)
-        layered = Layered(model, self.plan, self.threads)
+        layered = Layered(model, self.plan, self.source, self.threads)
         watched = _watched(model)
         self._announce(model)
         layered.load_rest()

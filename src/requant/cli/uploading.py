@@ -39,7 +39,7 @@ def upload(
       requant upload Llama-3.2-1B-4bit me/Llama-3.2-1B-4bit --base-model meta-llama/Llama-3.2-1B
     """  # noqa: D301
     if not preview:
-        send(output, repository, base_model, private, quiet, json)
+        send(output, repository, base_model, private=private, quiet=quiet, json=json)
         return
     from requant import publishing
     from requant.cli import tables

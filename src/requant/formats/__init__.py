@@ -57,7 +57,7 @@ from dataclasses import replace
 
 from requant.checkpoint import Checkpoint
 from requant.errors import CheckpointError, Problem
-from requant.formats.base import Format, SourceLayer, SourceLayout
+from requant.formats.base import DefaultPolicy, Format, SourceLayer, SourceLayout
 from requant.formats.bitnet import BitNet
 from requant.formats.bitsandbytes import Bitsandbytes
 from requant.formats.compressed_tensors import CompressedTensors
@@ -88,7 +88,15 @@ from requant.formats.torchao import Torchao
 from requant.formats.unclaimed import check_unclaimed
 from requant.reasons import Note, NoteCode
 
-__all__ = ["FORMATS", "Format", "SourceLayer", "SourceLayout", "detect", "read_layout"]
+__all__ = [
+    "FORMATS",
+    "DefaultPolicy",
+    "Format",
+    "SourceLayer",
+    "SourceLayout",
+    "detect",
+    "read_layout",
+]
 
 FORMATS: tuple[Format, ...] = (
     Gguf(),

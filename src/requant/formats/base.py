@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,16 +22,18 @@ class NoReading(Problem):
     __slots__ = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class RowOrder:
     """Rows of a layer in another order: row ``i`` of the output is row ``rows[i]``.
 
     Attributes:
-        rows: int64; compared by ``digest``.
+        rows: int64, read-only; compared by ``digest``.
+        inverse: Row ``i`` of the source becomes row ``inverse[i]`` of the output; read-only.
         digest: SHA-256 of the order.
     """
 
     rows: np.ndarray = field(repr=False, compare=False)
+    inverse: np.ndarray = field(repr=False, compare=False)
     digest: str
 
     @staticmethod
@@ -40,14 +41,10 @@ class RowOrder:
         """The order of one hidden vector, for each of ``times`` blocks of rows."""
         blocks = [order + block * order.size for block in range(times)]
         rows = np.concatenate(blocks).astype(np.int64)
-        return RowOrder(rows, hashlib.sha256(rows.tobytes()).hexdigest())
-
-    @cached_property
-    def places(self) -> np.ndarray:
-        """Where each row of the source goes."""
-        places = np.empty_like(self.rows)
-        places[self.rows] = np.arange(self.rows.size)
-        return places
+        inverse = np.empty_like(rows)
+        inverse[rows] = np.arange(rows.size)
+        rows.flags.writeable = inverse.flags.writeable = False
+        return RowOrder(rows, inverse, hashlib.sha256(rows.tobytes()).hexdigest())
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +64,24 @@ class Rows:
     step: int = 1
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DefaultPolicy:
+    """What becomes of a layer's codes when nothing is requested for it.
+
+    Attributes:
+        fallback: What a layer without ``encoding`` is requantized to; None leaves it dense.
+        reason: Why it has no ``encoding``, or another group or width than the source.
+        requires_choice: Why the user must say what becomes of it; "" where ``fallback`` serves.
+        act_order: Whether only ``--act-order`` decides between ``fallback``, dense and rejection.
+    """
+
+    fallback: Quantization | None = None
+    reason: Reason | None = None
+    requires_choice: str = ""
+    act_order: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SourceLayer:
     """One layer, or one tensor that belongs to none, as the source stores it.
 
@@ -85,12 +99,8 @@ class SourceLayer:
         packing: How rows come out of ``parts``; None where the parts are row by row what
             MLX stores.
         stored: How the source stores it, in a few words ("awq gemm 4-bit g128").
-        fallback: What becomes of a layer without ``encoding`` that was quantized, when
-            nothing is wished; None leaves it dense.
-        reason: Why it has no ``encoding``, or another group or width than the source.
-        act_order: Whether only ``--act-order`` decides between ``fallback``, dense and refusal.
+        policy: What becomes of its codes when nothing is requested.
         row_order: The order in which the output stores the rows; None as the source.
-        needs_wish: Why the user must say what becomes of it; "" where ``fallback`` serves.
         pieces: The rows of packed layers that it consists of, under another layout than the
             source's; empty where ``packing`` and ``parts`` are the whole layer.
         carried: Role -> tensor that goes with the codes and is needed to run them: a rotation
@@ -111,10 +121,7 @@ class SourceLayer:
     dtype: str
     packing: Packing | None = None
     stored: str = ""
-    fallback: Quantization | None = None
-    reason: Reason | None = None
-    needs_wish: str = ""
-    act_order: bool = False
+    policy: DefaultPolicy = DefaultPolicy()
     row_order: RowOrder | None = None
     pieces: tuple[Rows, ...] = ()
     carried: Mapping[str, SourceTensor] = field(default_factory=dict)
@@ -152,7 +159,7 @@ class SourceLayer:
     @property
     def kept(self) -> Quantization | None:
         """What becomes of the layer when nothing is wished; None is dense."""
-        return self.encoding or self.fallback
+        return self.encoding or self.policy.fallback
 
     def keeps_codes(self, target: Quantization | None) -> bool:
         """Whether the stored codes are moved unchanged where the output has ``target``.
@@ -207,7 +214,9 @@ class SourceLayout:
         """The same with every rotation folded into the values of its layer."""
         reason = Reason(ReasonCode.ROTATION_FOLDED, "its rotation is folded into the weight")
         layers = tuple(
-            replace(x, encoding=None, carried={}, reason=reason) if x.carried else x
+            replace(x, encoding=None, carried={}, policy=replace(x.policy, reason=reason))
+            if x.carried
+            else x
             for x in self.layers
         )
         return replace(self, layers=layers, rotation=None)
@@ -254,7 +263,13 @@ def dense_layer(tensor: SourceTensor) -> SourceLayer:
     """Describe a tensor that is stored as its values."""
     name = tensor.name
     path = name.removesuffix(".weight") if name.endswith(".weight") else name
-    return SourceLayer(path, {"weight": tensor}, None, tensor.info.shape, tensor.info.dtype)
+    return SourceLayer(
+        path=path,
+        parts={"weight": tensor},
+        encoding=None,
+        shape=tensor.info.shape,
+        dtype=tensor.info.dtype,
+    )
 
 
 def describe(encoding: Quantization | None, dtype: str) -> str:

@@ -50,12 +50,12 @@ class Ternary(IntegerPacking):
     divides: bool
 
     def cuts(self, start: int, stop: int) -> dict[str, Cut]:
-        packed = block_cuts("weight", BITNET, self.rows, start, stop, self.columns)
+        packed = block_cuts("weight", BITNET, self.rows, start=start, stop=stop, width=self.columns)
         return {**packed, "weight_scale": Cut((0, 1), (0, 1))}
 
     def codes(self, parts: Parts, start: int, stop: int, scratch: Scratch) -> np.ndarray:
         codes = scratch.take("codes", "U8", stop - start, self.columns)
-        block_codes("weight", BITNET, self.rows, start, parts, codes)
+        block_codes("weight", BITNET, self.rows, start=start, parts=parts, out=codes)
         if codes.size and codes.max() == 3:
             raise InvariantError("holds code 3, which is none of its three values: 0, 1 and 2")
         return codes
@@ -155,6 +155,22 @@ def _layer(
     bias = sorter.tensors.get(f"{path}.bias")
     if bias is not None and n_out - _ROWS_A_BYTE < bias.info.size < n_out:
         n_out = bias.info.size  # rows are padded to fill the last bytes
-    packing = Ternary(n_out, n_in, 2, n_in, True, scale.info.dtype, divides)
+    packing = Ternary(
+        rows=n_out,
+        columns=n_in,
+        bits=2,
+        group=n_in,
+        symmetric=True,
+        scale_dtype=scale.info.dtype,
+        divides=divides,
+    )
     used = {"weight": weight, f"weight{NEXT}": weight, "weight_scale": scale}
-    return integer_layer(sorter, path, used, (n_out, n_in), packing, "bitnet", "a scale a tensor")
+    return integer_layer(
+        sorter,
+        path,
+        used,
+        shape=(n_out, n_in),
+        packing=packing,
+        tool="bitnet",
+        scales="a scale a tensor",
+    )

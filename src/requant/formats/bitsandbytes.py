@@ -12,7 +12,7 @@ from typing import Any, Final
 from requant.checkpoint import Checkpoint, SourceTensor
 from requant.dtypes import NUMPY_DTYPE
 from requant.errors import shown
-from requant.formats.base import SourceLayer, SourceLayout, fallback_for, scale_dtype
+from requant.formats.base import DefaultPolicy, SourceLayer, SourceLayout, fallback_for, scale_dtype
 from requant.formats.bnb_packings import BnbInt8, BnbTable
 from requant.formats.ct_packings import Zeros
 from requant.formats.declared import DTYPE_WORDS, declared
@@ -105,7 +105,9 @@ def _read_int8(sorter: Sorter, path: str) -> None:
         Zeros.MIDDLE,
     )
     parts = {"weight": weight, "weight_scale": scale}
-    sorter.add(integer_layer(sorter, path, parts, shape, packing, "bitsandbytes"))
+    sorter.add(
+        integer_layer(sorter, path, parts, shape=shape, packing=packing, tool="bitsandbytes")
+    )
 
 
 # -- nf4, fp4 ----------------------------------------------------------------------------------
@@ -137,7 +139,18 @@ def _read_table(sorter: Sorter, name: str) -> None:
     used = {"weight": weight} | {role: parts[role] for role in packing.cuts(0, 1) if role in parts}
     stored = f"bitsandbytes {kind}{nested}"
     fallback = fallback_for(shape[-1])
-    sorter.add(SourceLayer(path, used, None, shape, dtype, packing, stored, fallback, _REASON))
+    sorter.add(
+        SourceLayer(
+            path=path,
+            parts=used,
+            encoding=None,
+            shape=shape,
+            dtype=dtype,
+            packing=packing,
+            stored=stored,
+            policy=DefaultPolicy(fallback=fallback, reason=_REASON),
+        )
+    )
 
 
 def _state(sorter: Sorter, name: str) -> Mapping[str, Any] | None:
@@ -201,4 +214,11 @@ def _table(
             sorter.problem(weight.name, f"has no {weight.name}.{role}")
         elif part.info.dtype != dtype or part.info.shape != (count,):
             sorter.problem(part.name, f"{part.info}, expected {dtype} [{count}]")
-    return BnbTable(rows, columns, block, storage, nested, float(offset or 0))
+    return BnbTable(
+        rows=rows,
+        columns=columns,
+        block=block,
+        storage_bytes=storage,
+        nested_block=nested,
+        nested_offset=float(offset or 0),
+    )

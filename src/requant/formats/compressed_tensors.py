@@ -301,12 +301,18 @@ class _Reader:
         used = {role: parts[role] for role in roles}
         tool = f"compressed-tensors {kind}"
         words = "a scale a row" if packing.scale_rows == 1 else "a scale a tensor"
-        layer = integer_layer(self.sorter, path, used, shape, packing, tool, words)
+        layer = integer_layer(
+            self.sorter, path, used, shape=shape, packing=packing, tool=tool, scales=words
+        )
         if not isinstance(packing, CtActOrder):
             return layer
         text = "act-order: its inputs take their scales from any group"
         reason = Reason(ReasonCode.ACT_ORDER, text)
-        return replace(layer, stored=f"{layer.stored} act-order", reason=reason, act_order=True)
+        return replace(
+            layer,
+            stored=f"{layer.stored} act-order",
+            policy=replace(layer.policy, reason=reason, act_order=True),
+        )
 
     def _columns(self, path: str, parts: _Parts, scheme: Scheme) -> int | None:
         """Inputs: what weight_shape says, else what the words hold."""
@@ -427,7 +433,9 @@ class _Reader:
     ) -> SourceLayer:
         dtype = scale_dtype(scale.info.dtype, self.sorter.dtype)
         turned = self.sorter.orientation.is_turned(path, weight.info.shape)
-        return float8_stack(self.sorter, path, weight, scale, scheme.block, dtype, turned=turned)
+        return float8_stack(
+            self.sorter, path, weight, scale=scale, block=scheme.block, dtype=dtype, turned=turned
+        )
 
     def _small_floats(self, path: str, parts: _Parts) -> SourceLayer | None:
         """FP4 and FP6 in bytes: the ratio of bytes to scales tells which."""
@@ -442,9 +450,9 @@ class _Reader:
                     self.checkpoint,
                     self.sorter,
                     path,
-                    packed,
-                    scale,
-                    parts["weight_global_scale"],
+                    weight=packed,
+                    scale=scale,
+                    tensor_scale=parts["weight_global_scale"],
                     divides=True,
                 )
         elif scale.info.dtype in _BYTES and groups * 8 == nbytes and groups:
@@ -456,10 +464,26 @@ class _Reader:
             shape = (*leading, n_out, groups * 32)
             if groups * 16 == nbytes:
                 four = MxBlocks(rows, groups * 32, n_out, 4, nbytes)
-                return SourceLayer(path, names, four.encoding, shape, dtype, four, "mxfp4")
+                return SourceLayer(
+                    path=path,
+                    parts=names,
+                    encoding=four.encoding,
+                    shape=shape,
+                    dtype=dtype,
+                    packing=four,
+                    stored="mxfp4",
+                )
             if groups * 24 == nbytes:
                 six = Mxfp6Blocks(rows, groups * 32, n_out)
-                return SourceLayer(path, names, six.encoding, shape, dtype, six, "mxfp6 e2m3")
+                return SourceLayer(
+                    path=path,
+                    parts=names,
+                    encoding=six.encoding,
+                    shape=shape,
+                    dtype=dtype,
+                    packing=six,
+                    stored="mxfp6 e2m3",
+                )
         self._report(
             packed.name,
             f"{packed.info} with a weight_scale {scale.info} is neither nvfp4 (16 inputs a scale, "

@@ -192,13 +192,13 @@ class CtConfig:
         if weights.get("strategy") in ("tensor", "channel", "block"):
             group_size = None
         return Scheme(
-            fields.integer("num_bits", self.problems),
-            fields.word("type"),
-            symmetric,
-            group_size if group_size and group_size > 0 else None,
-            self._block(weights.get("block_structure"), where),
-            where,
-            "" if (order := weights.get("actorder")) is None else str(order),
+            bits=fields.integer("num_bits", self.problems),
+            kind=fields.word("type"),
+            symmetric=symmetric,
+            group_size=group_size if group_size and group_size > 0 else None,
+            block=self._block(weights.get("block_structure"), where),
+            where=where,
+            actorder="" if (order := weights.get("actorder")) is None else str(order),
         )
 
     def _block(self, value: Any, where: str) -> tuple[int, int] | None:

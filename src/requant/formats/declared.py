@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from requant.checkpoint import Checkpoint
@@ -177,12 +177,12 @@ def with_block(checkpoint: Checkpoint, found: Declared, block: Mapping[str, Any]
     """The checkpoint as if ``block`` stood in the place of ``found``, and no other anywhere."""
     config = without_blocks(checkpoint.config)
     if not found.keys:
-        return checkpoint.altered(config=config, quantization_files={found.where: block})
+        return replace(checkpoint, config=config, quantization_files={found.where: block})
     part = config
     for key in found.keys[:-1]:
         part = part[key]
     part[found.keys[-1]] = block
-    return checkpoint.altered(config=config, quantization_files={})
+    return replace(checkpoint, config=config, quantization_files={})
 
 
 def without_blocks(config: Mapping[str, Any]) -> dict[str, Any]:

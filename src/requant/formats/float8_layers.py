@@ -7,7 +7,7 @@ from dataclasses import replace
 from math import prod
 
 from requant.checkpoint import Checkpoint, SourceTensor
-from requant.formats.base import SourceLayer
+from requant.formats.base import DefaultPolicy, SourceLayer
 from requant.formats.float_packings import (
     MXFP8,
     Float8,
@@ -85,11 +85,19 @@ def float8_layer(
     if tile == (1, 32) and scale.info.dtype in EXPONENTS and columns % 32 == 0:
         blocks = MxBlocks(rows, columns, matrix, 8, columns)
         parts = {"weight": weight, "scale": scale}
-        return SourceLayer(path, parts, MXFP8, shape, dtype, blocks, "mxfp8")
+        return SourceLayer(
+            path=path,
+            parts=parts,
+            encoding=MXFP8,
+            shape=shape,
+            dtype=dtype,
+            packing=blocks,
+            stored="mxfp8",
+        )
     packing = Float8(rows, columns, matrix, tile, width)
     if packing.fits_mxfp8 and _powers_of_two(checkpoint, scale, weight):
         packing = Float8(rows, columns, matrix, tile, width, exact=True)
-    return _layer(path, weight, scale, shape, dtype, packing)
+    return _layer(path, weight, scale, shape=shape, dtype=dtype, packing=packing)
 
 
 def float8_stack(
@@ -126,9 +134,9 @@ def float8_stack(
         raise Refused(scale.name, f"{scale.info}, expected a scale of dtype {expected}")
     tile = None if turned and len(shape) == 3 else tile_of(shape, scale.info.shape, block)
     if tile is not None:
-        return float8_layer(sorter.checkpoint, path, weight, scale, tile, dtype)
+        return float8_layer(sorter.checkpoint, path, weight, scale=scale, tile=tile, dtype=dtype)
     if are_turned(weight.info, scale.info) or (turned and len(shape) == 3):
-        return _turned_stack(sorter, path, weight, scale, block, dtype)
+        return _turned_stack(sorter, path, weight, scale=scale, block=block, dtype=dtype)
     raise Refused(scale.name, _no_tiling(weight, scale, block))
 
 
@@ -161,7 +169,9 @@ def _turned_stack(
         expected = f"[{count}, 1, {n_out}], [{count}, {n_out}, 1] or one number an expert"
         message = f"{scale.info}, expected {expected} for {weight.info}"
         raise Refused(scale.name, f"{message}, stored as [experts, in, out]")
-    layer = float8_layer(sorter.checkpoint, path, one["weight"], one["scale"], tile, dtype)
+    layer = float8_layer(
+        sorter.checkpoint, path, one["weight"], scale=one["scale"], tile=tile, dtype=dtype
+    )
     made = experts.stack(layer)
     if path != weight.name:
         return made
@@ -171,7 +181,13 @@ def _turned_stack(
         matrix, tile = rows, (rows, n_out)
     in_place = Float8(rows, n_out, matrix, tile, grid[-1] if grid else 1)
     shape, fallback = weight.info.shape, made.encoding
-    named = replace(made, shape=shape, packing=in_place, encoding=None, fallback=fallback)
+    named = replace(
+        made,
+        shape=shape,
+        packing=in_place,
+        encoding=None,
+        policy=replace(made.policy, fallback=fallback),
+    )
     return replace(made, as_named=replace(named, name=path))
 
 
@@ -200,7 +216,15 @@ def _layer(
     stored = f"fp8 {kind}, {scales}"
     parts = {"weight": weight, "scale": scale}
     if packing.exact:
-        return SourceLayer(path, parts, MXFP8, shape, dtype, packing, stored)
+        return SourceLayer(
+            path=path,
+            parts=parts,
+            encoding=MXFP8,
+            shape=shape,
+            dtype=dtype,
+            packing=packing,
+            stored=stored,
+        )
     reason = "no mode of MLX holds FP8 with such scales"
     needs_wish = (
         f"is stored as {stored}; {reason}, so say what it becomes: add --bits 8 (8.5 bits a "
@@ -208,13 +232,14 @@ def _layer(
         f"({'32' if dtype == 'F32' else '16'})"
     )
     return SourceLayer(
-        path,
-        parts,
-        None,
-        shape,
-        dtype,
-        packing,
-        stored,
-        reason=Reason(ReasonCode.NO_MLX_MODE, reason),
-        needs_wish=needs_wish,
+        path=path,
+        parts=parts,
+        encoding=None,
+        shape=shape,
+        dtype=dtype,
+        packing=packing,
+        stored=stored,
+        policy=DefaultPolicy(
+            reason=Reason(ReasonCode.NO_MLX_MODE, reason), requires_choice=needs_wish
+        ),
     )

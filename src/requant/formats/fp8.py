@@ -96,7 +96,9 @@ def _maker(
         if weight.info.dtype not in FLOAT8 or _is_fp4(weight, scale):
             return _fp4_layer(sorter, path, weight, scale)
         turned = fbgemm or sorter.orientation.is_turned(path, shape)
-        return float8_stack(sorter, path, weight, scale, block, sorter.dtype, turned=turned)
+        return float8_stack(
+            sorter, path, weight, scale=scale, block=block, dtype=sorter.dtype, turned=turned
+        )
 
     return make
 
@@ -123,4 +125,12 @@ def _fp4_layer(sorter: Sorter, path: str, weight: SourceTensor, scale: SourceTen
     packing = MxBlocks(rows, 2 * nbytes, n_out, 4, nbytes)
     shape = (*leading, n_out, 2 * nbytes)
     parts = {"weight": weight, "scale": scale}
-    return SourceLayer(path, parts, packing.encoding, shape, sorter.dtype, packing, "mxfp4")
+    return SourceLayer(
+        path=path,
+        parts=parts,
+        encoding=packing.encoding,
+        shape=shape,
+        dtype=sorter.dtype,
+        packing=packing,
+        stored="mxfp4",
+    )

@@ -153,14 +153,28 @@ def _layer(sorter: Sorter, found: Declared, path: str, tensors: _Tensors) -> Sou
     if divisor.info.size != 1 or divisor.info.dtype not in _FLOATS:
         raise Refused(divisor.name, f"{divisor.info}, expected one float")
     if dtype == "nvfp4":
-        return nvfp4_layer(sorter.checkpoint, sorter, path, weight, scale, divisor, divides=True)
+        return nvfp4_layer(
+            sorter.checkpoint,
+            sorter,
+            path,
+            weight=weight,
+            scale=scale,
+            tensor_scale=divisor,
+            divides=True,
+        )
     number = float(sorter.checkpoint.peek(divisor.name).reshape(-1)[0])
     if not 0 < number < float("inf"):
         raise Refused(divisor.name, f"holds {shown(number)}, expected a finite number above 0")
     packing = MxBlocks(rows, 2 * nbytes, rows, 4, nbytes)
     parts = {"weight": weight, "scale": scale}
     layer = SourceLayer(
-        path, parts, packing.encoding, (rows, 2 * nbytes), sorter.dtype, packing, "mxfp4"
+        path=path,
+        parts=parts,
+        encoding=packing.encoding,
+        shape=(rows, 2 * nbytes),
+        dtype=sorter.dtype,
+        packing=packing,
+        stored="mxfp4",
     )
     if number == 1:
         sorter.drop(divisor.name, "is 1, which changes nothing")
@@ -171,6 +185,9 @@ def _layer(sorter: Sorter, found: Declared, path: str, tensors: _Tensors) -> Sou
         encoding=None,
         packing=Divided(rows, 2 * nbytes, packing),
         stored="mxfp4 with a global scale",
-        fallback=fallback_for(2 * nbytes),
-        reason=Reason(ReasonCode.TENSOR_SCALE, "MLX's mxfp4 has no place for its global scale"),
+        policy=replace(
+            layer.policy,
+            fallback=fallback_for(2 * nbytes),
+            reason=Reason(ReasonCode.TENSOR_SCALE, "MLX's mxfp4 has no place for its global scale"),
+        ),
     )

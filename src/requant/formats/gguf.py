@@ -17,7 +17,7 @@ from requant.arrays.gguf import TYPES, BlockType, values_into, words_into
 from requant.checkpoint import Checkpoint, SourceTensor
 from requant.dtypes import FLOATS
 from requant.errors import InvariantError, Problem, count_are
-from requant.formats.base import SourceLayer, SourceLayout, dense_layer
+from requant.formats.base import DefaultPolicy, SourceLayer, SourceLayout, dense_layer
 from requant.formats.packing import (
     DTYPE_WORD,
     Cut,
@@ -293,18 +293,24 @@ def _layer(
         return _plain(parts, stored, model.dtype, scales)
     is_layer = tensor.name.endswith(".weight") and len(stored.shape) in (2, 3)
     packing = (GgufBlocks if is_layer else GgufDenseBlocks)(
-        rows,
-        columns,
-        matrix,
-        stored.kind.number,
-        tensor.info.shape[-1],
-        matrix // stored.heads if stored.heads else 1,
+        rows=rows,
+        columns=columns,
+        matrix=matrix,
+        type_number=stored.kind.number,
+        width=tensor.info.shape[-1],
+        head=matrix // stored.heads if stored.heads else 1,
         tensor_scales=scales,
     )
     if not is_layer:
         name = _name(tensor.name)
         return SourceLayer(
-            _path(tensor.name), parts, None, stored.shape, model.dtype, packing, name=name
+            path=_path(tensor.name),
+            parts=parts,
+            encoding=None,
+            shape=stored.shape,
+            dtype=model.dtype,
+            packing=packing,
+            name=name,
         )
     encoding = packing.encoding
     reason = None
@@ -315,15 +321,14 @@ def _layer(
             text = "a scale over the whole tensor is multiplied in"
             reason = Reason(ReasonCode.TENSOR_SCALE, text)
     return SourceLayer(
-        _path(tensor.name),
-        parts,
-        encoding,
-        stored.shape,
-        model.dtype,
-        packing,
-        f"gguf {stored.kind.name}",
-        None if encoding else _FALLBACK,
-        reason,
+        path=_path(tensor.name),
+        parts=parts,
+        encoding=encoding,
+        shape=stored.shape,
+        dtype=model.dtype,
+        packing=packing,
+        stored=f"gguf {stored.kind.name}",
+        policy=DefaultPolicy(fallback=None if encoding else _FALLBACK, reason=reason),
     )
 
 
@@ -361,7 +366,13 @@ def _plain(
     else:
         packing = GgufVector(*common, shift=stored.is_shifted, heads=stored.heads)
     return SourceLayer(
-        _path(tensor.name), parts, None, stored.shape, dtype, packing, name=_name(tensor.name)
+        path=_path(tensor.name),
+        parts=parts,
+        encoding=None,
+        shape=stored.shape,
+        dtype=dtype,
+        packing=packing,
+        name=_name(tensor.name),
     )
 
 

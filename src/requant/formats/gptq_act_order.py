@@ -43,12 +43,15 @@ def find_folds(checkpoint: Checkpoint, layers: Sequence[SourceLayer]) -> list[Fo
             layer,
             packing=moved,
             encoding=moved.encoding,
-            fallback=None,
-            reason=Reason(
-                ReasonCode.ACT_ORDER_MOVED,
-                "act-order moved into " + " and ".join(_tail(p.path) for p in producers),
+            policy=replace(
+                layer.policy,
+                fallback=None,
+                reason=Reason(
+                    ReasonCode.ACT_ORDER_MOVED,
+                    "act-order moved into " + " and ".join(_tail(p.path) for p in producers),
+                ),
+                act_order=False,
             ),
-            act_order=False,
         )
         rows = {p.path: RowOrder.of(order, p.shape[0] // order.size) for p in producers}
         folds.append(Fold(consumer, rows))

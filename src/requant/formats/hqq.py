@@ -15,7 +15,7 @@ from requant.arrays.repack import HQQ
 from requant.checkpoint import Checkpoint, SourceTensor
 from requant.dtypes import FLOATS, NUMPY_DTYPE
 from requant.errors import Problem, shown
-from requant.formats.base import SourceLayer, SourceLayout, fallback_for, scale_dtype
+from requant.formats.base import DefaultPolicy, SourceLayer, SourceLayout, fallback_for, scale_dtype
 from requant.formats.declared import Declared, declared
 from requant.formats.hqq_packings import W_Q, HqqColumns, HqqRows, element
 from requant.formats.integer_layers import integer_layer
@@ -171,7 +171,16 @@ class _Layer:
         stored = f"hqq {bits}-bit g{group} axis 0"
         reason = Reason(ReasonCode.NO_MLX_MODE, "axis 0: scales vary from input to input")
         fallback = fallback_for(shape[1])
-        return SourceLayer(self.path, parts, None, shape, dtype, packed, stored, fallback, reason)
+        return SourceLayer(
+            path=self.path,
+            parts=parts,
+            encoding=None,
+            shape=shape,
+            dtype=dtype,
+            packing=packed,
+            stored=stored,
+            policy=DefaultPolicy(fallback=fallback, reason=reason),
+        )
 
     def _by_row(self, shape: tuple[int, int], bits: int, group: int, packing: str) -> SourceLayer:
         """Axis 1: MLX's groups, where none spans two rows."""
@@ -179,7 +188,15 @@ class _Layer:
         width = codes.shape[-1]
         packed = HqqRows(*shape, bits, group, False, scale.dtype, packing, width, zero.dtype)
         parts = self.parts | {f"{W_Q}{NEXT}": self.parts[W_Q]}
-        return integer_layer(self.sorter, self.path, parts, shape, packed, "hqq", f"g{group}")
+        return integer_layer(
+            self.sorter,
+            self.path,
+            parts,
+            shape=shape,
+            packing=packed,
+            tool="hqq",
+            scales=f"g{group}",
+        )
 
     def _report(self, role: str, message: str) -> None:
         self.sorter.problem(f"{self.path}.{role}" if role else self.path, message)

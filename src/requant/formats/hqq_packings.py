@@ -85,7 +85,9 @@ class HqqRows(IntegerPacking):
     def cuts(self, start: int, stop: int) -> dict[str, Cut]:
         first, last = self._groups_of(start, stop)
         each = Cut((first, last), (0, 1))
-        packed = block_cuts(W_Q, self._blocks, self._view_rows, first, last, self.packed_width)
+        packed = block_cuts(
+            W_Q, self._blocks, self._view_rows, start=first, stop=last, width=self.packed_width
+        )
         return {**packed, "scale": each, "zero": each}
 
     def _view(self, parts: Parts, start: int, stop: int, scratch: Scratch) -> np.ndarray:
@@ -94,7 +96,7 @@ class HqqRows(IntegerPacking):
         dtype = element(self.packing)
         packed = {role: part.view(dtype) for role, part in parts.items() if role.startswith(W_Q)}
         codes = scratch.take("codes", "U8", last - first, self.group)
-        block_codes(W_Q, self._blocks, self._view_rows, first, packed, codes)
+        block_codes(W_Q, self._blocks, self._view_rows, start=first, parts=packed, out=codes)
         if self._blocks.bits > self.bits:
             _check_codes(codes, self.bits)
         return codes
@@ -211,9 +213,18 @@ class HqqColumns(Packing):
         for number, (row, left, right) in enumerate(segments):
             if alone:
                 packed = row % block
-                yield _Piece(NEXT * number, row, left, right, (packed, packed + 1), (left, right))
+                yield _Piece(
+                    ending=NEXT * number,
+                    row=row,
+                    left=left,
+                    right=right,
+                    rows=(packed, packed + 1),
+                    columns=(left, right),
+                )
             else:
-                yield _Piece("", row, left, right, (0, block), (0, width))
+                yield _Piece(
+                    ending="", row=row, left=left, right=right, rows=(0, block), columns=(0, width)
+                )
 
     def cuts(self, start: int, stop: int) -> dict[str, Cut]:
         found = {}

@@ -66,9 +66,12 @@ def input_scaled(layer: SourceLayer, scale: SourceTensor) -> SourceLayer:
         encoding=None,
         packing=InputScaled(rows, columns, layer.packing),
         stored=f"{layer.stored}, inputs scaled",
-        fallback=None if layer.needs_wish else fallback_for(columns),
-        reason=Reason(
-            ReasonCode.INPUT_SCALE_FOLDED,
-            f"{scale.name.rpartition('.')[2]} is folded into its columns",
+        policy=replace(
+            layer.policy,
+            fallback=None if layer.policy.requires_choice else fallback_for(columns),
+            reason=Reason(
+                ReasonCode.INPUT_SCALE_FOLDED,
+                f"{scale.name.rpartition('.')[2]} is folded into its columns",
+            ),
         ),
     )

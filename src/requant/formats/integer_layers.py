@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from requant.checkpoint import SourceTensor
-from requant.formats.base import SourceLayer, fallback_for, scale_dtype
+from requant.formats.base import DefaultPolicy, SourceLayer, fallback_for, scale_dtype
 from requant.formats.packing import IntegerPacking
 from requant.formats.sorting import Sorter
 from requant.reasons import Reason, ReasonCode
@@ -58,13 +58,12 @@ def integer_layer(
         reason = Reason(ReasonCode.NO_MLX_GROUP, text)
         fallback = fallback_for(packing.columns)
     return SourceLayer(
-        path,
-        parts,
-        encoding,
-        shape,
-        scale_dtype(packing.scale_dtype, sorter.dtype),
-        packing,
-        f"{tool} {packing.bits}-bit {group}",
-        fallback,
-        reason,
+        path=path,
+        parts=parts,
+        encoding=encoding,
+        shape=shape,
+        dtype=scale_dtype(packing.scale_dtype, sorter.dtype),
+        packing=packing,
+        stored=f"{tool} {packing.bits}-bit {group}",
+        policy=DefaultPolicy(fallback=fallback, reason=reason),
     )

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from requant.dtypes import KERNEL_FLOATS
-from requant.formats.base import Rows, SourceLayer, fallback_for
+from requant.formats.base import DefaultPolicy, Rows, SourceLayer, fallback_for
 from requant.formats.packing import mlx_group
 from requant.formats.widening import stored_rows
 from requant.reasons import Reason, ReasonCode
@@ -59,10 +59,14 @@ def members_joined(path: str, shape: tuple[int, ...], runs: Sequence[Rows]) -> S
         shape=shape,
         dtype=dtypes.pop() if len(dtypes) == 1 else "F32",
         stored=" and ".join(dict.fromkeys(x.stored_as for x in members)),
-        fallback=fallback,
-        reason=reason if len(members) > 1 else packed[0].layer.reason,
-        needs_wish=next((x.needs_wish for x in members if x.needs_wish), ""),
-        act_order=any(x.act_order for x in members),
+        policy=DefaultPolicy(
+            fallback=fallback,
+            reason=reason if len(members) > 1 else packed[0].layer.policy.reason,
+            requires_choice=next(
+                (x.policy.requires_choice for x in members if x.policy.requires_choice), ""
+            ),
+            act_order=any(x.policy.act_order for x in members),
+        ),
         row_order=None,
         pieces=tuple(packed),
         name="",
@@ -104,7 +108,7 @@ def reencoded(members: Iterable[SourceLayer], n_in: int) -> Quantization | None:
 
 def recomputed(members: Sequence[SourceLayer], n_in: int) -> Quantization | None:
     """As ``reencoded``, of values that were computed; where all were mxfp8 it may hold them."""
-    kept = {x.fallback if x.carried else x.kept for x in members}
+    kept = {x.policy.fallback if x.carried else x.kept for x in members}
     only = kept.pop() if len(kept) == 1 else None
     if only is not None and only.mode is QuantMode.MXFP8 and n_in % only.group_size == 0:
         return only

@@ -148,5 +148,14 @@ def _layer(
     if scales.info.dtype != biases.info.dtype:
         message = f"{biases.info}, expected {scales.info.dtype} as its scales"
         raise Refused(biases.name, message)
-    packing = Metal(prod(leading), columns, bits, group, False, scales.info.dtype)
-    return integer_layer(sorter, path, parts, (*leading, columns), packing, "metal")
+    packing = Metal(
+        rows=prod(leading),
+        columns=columns,
+        bits=bits,
+        group=group,
+        symmetric=False,
+        scale_dtype=scales.info.dtype,
+    )
+    return integer_layer(
+        sorter, path, parts, shape=(*leading, columns), packing=packing, tool="metal"
+    )

@@ -152,7 +152,7 @@ def _layer(
     if problems:
         return None, problems
     dtype = _decoded_dtype(parts, quantization)
-    return SourceLayer(path, parts, quantization, shape, dtype), []
+    return SourceLayer(path=path, parts=parts, encoding=quantization, shape=shape, dtype=dtype), []
 
 
 def _logical_shape(path: str, weight: TensorInfo, quantization: Quantization) -> tuple[int, ...]:
@@ -235,7 +235,9 @@ def _rotated(
         problems.append(Problem(layer.path, "has a rotation, but no affine codes"))
         return None
     columns = layer.shape[-1]
-    krot = read_rotation(checkpoint, layer.path, carried, columns, group, problems)
+    krot = read_rotation(
+        checkpoint, layer.path, carried, n_in=columns, group=group, problems=problems
+    )
     if krot is None:
         return None
     packing = RotatedTriple(layer.shape, layer.encoding, group, krot)
@@ -244,7 +246,7 @@ def _rotated(
         parts={**layer.parts, **carried},
         packing=packing,
         stored=f"{describe(layer.encoding, layer.dtype)} rotated",
-        fallback=fallback_for(columns),
+        policy=replace(layer.policy, fallback=fallback_for(columns)),
         carried=dict(carried),
     )
 

@@ -123,12 +123,22 @@ def make_layer(sorter: Sorter, kind: str, path: str, parts: _Tensors) -> SourceL
         missing = "weight_scale_2 that multiplies them"
         layer = nvfp4_without_tensor_scale(sorter, path, weight, scale, missing)
     elif kind == "nvfp4":
-        layer = nvfp4_layer(sorter.checkpoint, sorter, path, weight, scale, second, divides=False)
+        layer = nvfp4_layer(
+            sorter.checkpoint,
+            sorter,
+            path,
+            weight=weight,
+            scale=scale,
+            tensor_scale=second,
+            divides=False,
+        )
     elif second is not None:
         raise Refused(second.name, f"stands beside {kind} codes; what it scales is not known")
     elif kind == "fp8":
         turned = sorter.orientation.is_turned(path, weight.info.shape)
-        layer = float8_stack(sorter, path, weight, scale, None, sorter.dtype, turned=turned)
+        layer = float8_stack(
+            sorter, path, weight, scale=scale, block=None, dtype=sorter.dtype, turned=turned
+        )
     elif kind in ("mxfp4", "mxfp8"):
         layer = _mx(sorter, path, weight, scale, 4 if kind == "mxfp4" else 8)
     else:
@@ -149,15 +159,30 @@ def _mx(
     packing = MxBlocks(prod(leading) * n_out, n_in, n_out, bits, nbytes)
     parts = {"weight": weight, "scale": scale}
     shape, stored = (*leading, n_out, n_in), f"mxfp{bits}"
-    return SourceLayer(path, parts, packing.encoding, shape, sorter.dtype, packing, stored)
+    return SourceLayer(
+        path=path,
+        parts=parts,
+        encoding=packing.encoding,
+        shape=shape,
+        dtype=sorter.dtype,
+        packing=packing,
+        stored=stored,
+    )
 
 
 def _int4(sorter: Sorter, path: str, weight: SourceTensor, scale: SourceTensor) -> SourceLayer:
     *leading, pairs, n_in = weight.info.shape
     shape, groups = (*leading, 2 * pairs, n_in), scale.info.shape[-1]
-    packing = RowPairs(prod(shape[:-1]), n_in, 4, n_in // groups, True, scale.info.dtype)
+    packing = RowPairs(
+        rows=prod(shape[:-1]),
+        columns=n_in,
+        bits=4,
+        group=n_in // groups,
+        symmetric=True,
+        scale_dtype=scale.info.dtype,
+    )
     parts = {"weight": weight, "weight_scale": scale}
-    return integer_layer(sorter, path, parts, shape, packing, "modelopt")
+    return integer_layer(sorter, path, parts, shape=shape, packing=packing, tool="modelopt")
 
 
 def _int8(sorter: Sorter, path: str, weight: SourceTensor, scale: SourceTensor) -> SourceLayer:
@@ -170,7 +195,16 @@ def _int8(sorter: Sorter, path: str, weight: SourceTensor, scale: SourceTensor) 
     rows, dtype = prod(shape[:-1]), scale.info.dtype
     width = scale.info.shape[-1] if scale.info.shape else 1
     packing = CtPlain(
-        rows, shape[-1], 8, shape[-1], True, dtype, shape[-2], found[0], width, Zeros.MIDDLE
+        rows=rows,
+        columns=shape[-1],
+        bits=8,
+        group=shape[-1],
+        symmetric=True,
+        scale_dtype=dtype,
+        matrix=shape[-2],
+        scale_rows=found[0],
+        scale_width=width,
+        zero_points=Zeros.MIDDLE,
     )
     parts = {"weight": weight, "weight_scale": scale}
-    return integer_layer(sorter, path, parts, shape, packing, "modelopt")
+    return integer_layer(sorter, path, parts, shape=shape, packing=packing, tool="modelopt")

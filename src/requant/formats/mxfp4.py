@@ -106,7 +106,15 @@ def _flat_layer(sorter: Sorter, path: str, parts: Mapping[str, SourceTensor]) ->
     *leading, n_out, nbytes = weight.info.shape
     packing = MxBlocks(prod(leading) * n_out, 2 * nbytes, n_out, 4, nbytes)
     shape, stored = (*leading, n_out, 2 * nbytes), {"weight": weight, "scale": scale}
-    return SourceLayer(path, stored, packing.encoding, shape, sorter.dtype, packing, "mxfp4")
+    return SourceLayer(
+        path=path,
+        parts=stored,
+        encoding=packing.encoding,
+        shape=shape,
+        dtype=sorter.dtype,
+        packing=packing,
+        stored="mxfp4",
+    )
 
 
 def _layer(sorter: Sorter, path: str, blocks: SourceTensor, scales: str) -> SourceLayer | None:
@@ -129,4 +137,12 @@ def _layer(sorter: Sorter, path: str, blocks: SourceTensor, scales: str) -> Sour
     packing = MxBlocks(rows, n_in, n_out, 4, _BLOCK_BYTES)
     logical = (*leading, n_out, n_in)
     parts = {"weight": blocks, "scale": scale}
-    return SourceLayer(path, parts, packing.encoding, logical, sorter.dtype, packing, "mxfp4")
+    return SourceLayer(
+        path=path,
+        parts=parts,
+        encoding=packing.encoding,
+        shape=logical,
+        dtype=sorter.dtype,
+        packing=packing,
+        stored="mxfp4",
+    )

@@ -66,7 +66,15 @@ def nvfp4_layer(
     if halves and matrices > 1 and n_out % 2 == 0:  # gate and up of a stack, one number each
         matrices *= 2
     packing = NvBlocks(prod(leading) * n_out, 2 * nbytes, prod(leading) * n_out // matrices)
-    bare = SourceLayer(path, parts, NVFP4, shape, sorter.dtype, packing, "nvfp4")
+    bare = SourceLayer(
+        path=path,
+        parts=parts,
+        encoding=NVFP4,
+        shape=shape,
+        dtype=sorter.dtype,
+        packing=packing,
+        stored="nvfp4",
+    )
     if tensor_scale is None:
         return bare
     factors = _factors(checkpoint, sorter, tensor_scale, matrices)
@@ -85,7 +93,12 @@ def nvfp4_layer(
     if exact:
         return scaled
     fallback = fallback_for(2 * nbytes)
-    return replace(scaled, encoding=None, stored=_STORED, fallback=fallback, reason=_REASON)
+    return replace(
+        scaled,
+        encoding=None,
+        stored=_STORED,
+        policy=replace(scaled.policy, fallback=fallback, reason=_REASON),
+    )
 
 
 def nvfp4_without_tensor_scale(
@@ -120,7 +133,15 @@ def nvfp4_without_tensor_scale(
         raise Refused(path, f"{message}, {why}: the source is incomplete", unknown=True)
     if _BARE not in sorter.notes:
         sorter.notes.append(_BARE)
-    return nvfp4_layer(sorter.checkpoint, sorter, path, weight, scale, None, divides=False)
+    return nvfp4_layer(
+        sorter.checkpoint,
+        sorter,
+        path,
+        weight=weight,
+        scale=scale,
+        tensor_scale=None,
+        divides=False,
+    )
 
 
 def _factors(
@@ -165,7 +186,12 @@ def kept_apart(
         return None
     pieces = tuple(replace(run, layer=_apart(run.layer)) for run in runs)
     made = replace(
-        layer, path=path, name="", shape=shape, encoding=NVFP4, fallback=None, reason=None
+        layer,
+        path=path,
+        name="",
+        shape=shape,
+        encoding=NVFP4,
+        policy=replace(layer.policy, fallback=None, reason=None),
     )
     return replace(made, stored=_STORED, pieces=pieces, global_scale=tuple(_as_rows(scales)))
 
@@ -201,7 +227,9 @@ def _numbers(layer: SourceLayer) -> SourceLayer:
     scales = GlobalScales(packing.tensor_scales, packing.tensor_scale_width, packing.divides)
     parts = {"tensor_scale": layer.parts["tensor_scale"]}
     shape = (packing.tensor_scales,)
-    return SourceLayer(layer.path, parts, None, shape, "F32", scales)
+    return SourceLayer(
+        path=layer.path, parts=parts, encoding=None, shape=shape, dtype="F32", packing=scales
+    )
 
 
 def _folds(checkpoint: Checkpoint, scale: SourceTensor, factors: np.ndarray, divides: bool) -> bool:

@@ -179,8 +179,8 @@ class _Step:
 
     def read_as_others(self) -> None:
         """By the readers of other kinds, that see nothing of the config's block."""
-        bare = self.checkpoint.altered(
-            config=without_blocks(self.checkpoint.config), quantization_files={}
+        bare = replace(
+            self.checkpoint, config=without_blocks(self.checkpoint.config), quantization_files={}
         )
         found: list[SourceLayer] = []
         for name, block in _READERS:
@@ -188,7 +188,7 @@ class _Step:
             if name != self.known.name:
                 view = bare if block is None else with_block(bare, _PLACE, block)
                 found += self._take(reader, view)
-        layers, problems = read_qweights(bare.altered(tensors=self.left), self.found)
+        layers, problems = read_qweights(replace(bare, tensors=self.left), self.found)
         accepted = self._accept([x for x in layers if not self._is_barred(x.path)], {}, ())
         if self.known.name in METHODS:
             self._tell_contradicted(accepted)
@@ -203,12 +203,12 @@ class _Step:
 
     def _take(self, reader: Format, view: Checkpoint, own: bool = False) -> list[SourceLayer]:
         """The layers that a reader makes of what is left, if each is complete."""
-        made = self._made(reader.read(view.altered(tensors=self.left)), own)
+        made = self._made(reader.read(replace(view, tensors=self.left)), own)
         names = {name for layer in made for name in self._names_of(layer.path) | _used(layer)}
         alone = {n: t for n, t in self.left.items() if n in names}
         if not alone:
             return []
-        layout = reader.read(view.altered(tensors=alone))
+        layout = reader.read(replace(view, tensors=alone))
         wrong = {problem.where for problem in layout.problems}
         sound = [
             layer
@@ -323,7 +323,7 @@ class _Step:
         """What the format reads of the rest, and what was taken, in the checkpoint's order."""
         checkpoint, taken = self.checkpoint, self.taken
         rest = {n: t for n, t in checkpoint.tensors.items() if n not in taken.names}
-        layout = self._by_format(checkpoint.altered(tensors=rest))
+        layout = self._by_format(replace(checkpoint, tensors=rest))
         place = {name: at for at, name in enumerate(checkpoint.tensors)}
 
         def first(layer: SourceLayer) -> int:

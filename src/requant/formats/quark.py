@@ -246,7 +246,15 @@ class _Reader:
             message = f"is {shown(pack)}, expected {one_of(_PACKS)}: the order of 4-bit codes"
             raise Refused(f"{self.found.where}.export.pack_method", message)
         signed = dtype.startswith("int")
-        stored = _Integers(weight, scale, zeros, bits, signed, pack == "reorder", scheme.symmetric)
+        stored = _Integers(
+            weight=weight,
+            scale=scale,
+            zeros=zeros,
+            bits=bits,
+            signed=signed,
+            reordered=pack == "reorder",
+            said_symmetric=scheme.symmetric,
+        )
         if weight.info.dtype not in stored.words:
             raise Refused(weight.name, f"{weight.info}, expected {stored.words[0]} for {dtype}")
         if scale.info.dtype not in _FLOATS:
@@ -269,7 +277,9 @@ class _Reader:
             raise Refused(scale.name, message)
         packing = QuarkColumns(rows, columns, stored.bits, group, *stored.how)
         shape = (rows, columns)
-        return integer_layer(self.sorter, path, stored.parts, shape, packing, "quark")
+        return integer_layer(
+            self.sorter, path, stored.parts, shape=shape, packing=packing, tool="quark"
+        )
 
     def _by_row(self, path: str, stored: _Integers, scheme: _Scheme) -> SourceLayer:
         scale, zeros, qscheme = stored.scale, stored.zeros, scheme.word("qscheme")
@@ -285,7 +295,15 @@ class _Reader:
         packing = QuarkRows(rows, columns, stored.bits, columns, *stored.how, one)
         words = "a scale a tensor" if one else "a scale a row"
         shape = (rows, columns)
-        return integer_layer(self.sorter, path, stored.parts, shape, packing, "quark", words)
+        return integer_layer(
+            self.sorter,
+            path,
+            stored.parts,
+            shape=shape,
+            packing=packing,
+            tool="quark",
+            scales=words,
+        )
 
     def _fp4(self, path: str, tensors: _Tensors, scheme: _Scheme) -> SourceLayer | None:
         weight, scale = tensors["weight"], tensors["weight_scale"]
@@ -303,7 +321,13 @@ class _Reader:
                 missing = "weight_scale_2 that multiplies them"
                 return nvfp4_without_tensor_scale(self.sorter, path, weight, scale, missing)
             return nvfp4_layer(
-                self.checkpoint, self.sorter, path, weight, scale, factor, divides=False
+                self.checkpoint,
+                self.sorter,
+                path,
+                weight=weight,
+                scale=scale,
+                tensor_scale=factor,
+                divides=False,
             )
         if scale.info.shape != (*rows, nbytes // 16) or scale.info.dtype not in EXPONENTS:
             expected = f"U8 {[*rows, nbytes // 16]}: groups of 32 with E8M0 scales"
@@ -311,7 +335,15 @@ class _Reader:
         packing = MxBlocks(prod(rows), 2 * nbytes, rows[-1], 4, nbytes)
         parts = {"weight": weight, "scale": scale}
         shape, dtype = (*rows, 2 * nbytes), self.sorter.dtype
-        return SourceLayer(path, parts, packing.encoding, shape, dtype, packing, "mxfp4")
+        return SourceLayer(
+            path=path,
+            parts=parts,
+            encoding=packing.encoding,
+            shape=shape,
+            dtype=dtype,
+            packing=packing,
+            stored="mxfp4",
+        )
 
     def _fp6(self, path: str, tensors: _Tensors, element: str) -> SourceLayer:
         weight, scale = tensors["weight"], tensors["weight_scale"]
@@ -324,7 +356,15 @@ class _Reader:
         packing = Mxfp6Blocks(prod(rows), 32 * groups, rows[-1], element)
         parts, shape = {"weight": weight, "scale": scale}, (*rows, 32 * groups)
         dtype, stored = self.sorter.dtype, f"mxfp6 {element}"
-        return SourceLayer(path, parts, packing.encoding, shape, dtype, packing, stored)
+        return SourceLayer(
+            path=path,
+            parts=parts,
+            encoding=packing.encoding,
+            shape=shape,
+            dtype=dtype,
+            packing=packing,
+            stored=stored,
+        )
 
     def _fp8(self, path: str, tensors: _Tensors, scheme: _Scheme) -> SourceLayer:
         weight, scale = tensors["weight"], tensors["weight_scale"]
@@ -335,7 +375,13 @@ class _Reader:
         named = (int(pair[0]), int(pair[1])) if pair and all(map(_is_count, pair)) else None
         turned = self.sorter.orientation.is_turned(path, weight.info.shape)
         return float8_stack(
-            self.sorter, path, weight, scale, named, self.sorter.dtype, turned=turned
+            self.sorter,
+            path,
+            weight,
+            scale=scale,
+            block=named,
+            dtype=self.sorter.dtype,
+            turned=turned,
         )
 
     def _old_mx(self, path: str, tensors: _Tensors, scheme: _Scheme) -> SourceLayer:
@@ -351,7 +397,13 @@ class _Reader:
         packing = QuarkMx(rows, 32 * groups)
         shape, dtype = (rows, 32 * groups), self.sorter.dtype
         return SourceLayer(
-            path, {"weight": weight}, packing.encoding, shape, dtype, packing, "mxfp4, old blocks"
+            path=path,
+            parts={"weight": weight},
+            encoding=packing.encoding,
+            shape=shape,
+            dtype=dtype,
+            packing=packing,
+            stored="mxfp4, old blocks",
         )
 
 

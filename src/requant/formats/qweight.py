@@ -13,6 +13,7 @@ from requant.checkpoint import Checkpoint, SourceTensor
 from requant.errors import Problem
 from requant.formats.awq_packings import AwqFast, AwqGemm, AwqGemv, Marlin
 from requant.formats.base import (
+    DefaultPolicy,
     SourceLayer,
     SourceLayout,
     dense_layer,
@@ -183,16 +184,20 @@ class _Reader:
         dtype = scale_dtype(packing.scale_dtype, self.model_dtype)
         act_order = isinstance(packing, Gptq) and packing.act_order
         return SourceLayer(
-            path,
-            {role: parts[role] for role in packing.cuts(0, min(packing.rows, 64))},
-            packing.encoding,
-            (packing.rows, packing.columns),
-            dtype,
-            packing,
-            self._stored(packing),
-            None if packing.encoding and not carried else fallback_for(packing.columns),
-            _reason(packing),
-            act_order=act_order,
+            path=path,
+            parts={role: parts[role] for role in packing.cuts(0, min(packing.rows, 64))},
+            encoding=packing.encoding,
+            shape=(packing.rows, packing.columns),
+            dtype=dtype,
+            packing=packing,
+            stored=self._stored(packing),
+            policy=DefaultPolicy(
+                fallback=None
+                if packing.encoding and not carried
+                else fallback_for(packing.columns),
+                reason=_reason(packing),
+                act_order=act_order,
+            ),
             carried=carried,
         )
 
@@ -222,7 +227,12 @@ class _Reader:
         whose = tuple(tensor.name for tensor in carried.values())
         if whose not in self.rotations:  # experts share one
             self.rotations[whose] = read_rotation(
-                self.checkpoint, path, carried, packing.columns, packing.group, self.problems
+                self.checkpoint,
+                path,
+                carried,
+                n_in=packing.columns,
+                group=packing.group,
+                problems=self.problems,
             )
         krot = self.rotations[whose]
         if krot is None:

@@ -115,7 +115,13 @@ class Layouts:
         elif not rule.symmetric:
             self._report(path, "has no qzeros, and the config does not call it symmetric")
         return AwqGemm(
-            rows, n_in, bits, group, bool(rule.symmetric), infos["scales"].dtype, has_zeros
+            rows=rows,
+            columns=n_in,
+            bits=bits,
+            group=group,
+            symmetric=bool(rule.symmetric),
+            scale_dtype=infos["scales"].dtype,
+            has_zeros=has_zeros,
         )
 
     def _gemv(
@@ -133,7 +139,14 @@ class Layouts:
             return None
         self._expect(path, "qzeros", infos, (rows, width), WORDS)
         self._expect(path, "scales", infos, (rows, 8 * width), FLOATS)
-        return AwqGemv(rows, n_in, 4, group, False, infos["scales"].dtype)
+        return AwqGemv(
+            rows=rows,
+            columns=n_in,
+            bits=4,
+            group=group,
+            symmetric=False,
+            scale_dtype=infos["scales"].dtype,
+        )
 
     def _fast(
         self, path: str, infos: Mapping[str, TensorInfo], rule: LayerRule
@@ -155,7 +168,15 @@ class Layouts:
         height = infos["scales"].shape[0] if width is None else 8 * width
         self._expect(path, "scales", infos, (height, rows), FLOATS)
         self._expect(path, role, infos, (height, rows), FLOATS)
-        return AwqFast(rows, n_in, 4, group, False, infos["scales"].dtype, role)
+        return AwqFast(
+            rows=rows,
+            columns=n_in,
+            bits=4,
+            group=group,
+            symmetric=False,
+            scale_dtype=infos["scales"].dtype,
+            bias_role=role,
+        )
 
     def _marlin(
         self, path: str, infos: Mapping[str, TensorInfo], rule: LayerRule
@@ -193,16 +214,16 @@ class Layouts:
             return None
         planar, zeros = self._gptq_dialect(bits)
         packing = Gptq(
-            rows,
-            n_in,
-            bits,
-            group,
-            rule.symmetric is not False,
-            infos["scales"].dtype,
-            planar,
-            zeros,
-            "qzeros" in infos,
-            act_order,
+            rows=rows,
+            columns=n_in,
+            bits=bits,
+            group=group,
+            symmetric=rule.symmetric is not False,
+            scale_dtype=infos["scales"].dtype,
+            planar=planar,
+            stored_zeros=zeros,
+            has_zeros="qzeros" in infos,
+            act_order=act_order,
             word_bits=_word_bits(infos["qweight"]),
         )
         self.disputed += self._is_disputed(path, infos, packing)

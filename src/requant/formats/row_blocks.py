@@ -45,7 +45,9 @@ def block_codes(
     role: str, blocks: RowBlocks, rows: int, start: int, parts: Parts, out: np.ndarray
 ) -> None:
     """Fill ``out``, uint8 ``(rows wanted, columns)``, from what ``block_cuts`` asked for."""
-    cuts = block_cuts(role, blocks, rows, start, start + out.shape[0], out.shape[1])
+    cuts = block_cuts(
+        role, blocks, rows, start=start, stop=start + out.shape[0], width=out.shape[1]
+    )
     done = 0
     for cut_role in (role, f"{role}{NEXT}"):
         if cut_role in cuts:

@@ -50,7 +50,7 @@ def read_source(checkpoint: Checkpoint) -> Read:
     """Read a checkpoint by its format, or as dense where the block in its config is stale."""
     found, layout = read_layout(checkpoint)
     evidence = found.claims(checkpoint) or ""
-    damaged = (x for name, x in checkpoint.damaged.items() if parse_scale_name(name))
+    damaged = (x for name, x in checkpoint.opened.damaged.items() if parse_scale_name(name))
     if broken := (*empty_weights(checkpoint, layout), *damaged):
         places = {problem.where for problem in broken}
         others = (problem for problem in layout.problems if problem.where not in places)

@@ -186,22 +186,30 @@ class _Reader:
             raise Refused(zeros.name, f"{zeros.info}, expected {expected}")
         stored = Zeros.MIDDLE if zeros is None else Zeros.SIGNED
         packing = TorchaoInteger(
-            rows,
-            columns,
-            bits,
-            columns if one else columns // wide,
-            zeros is None or self._symmetric(zeros),
-            scale.info.dtype,
-            rows,
-            rows if one else 1,
-            wide,
-            stored,
+            rows=rows,
+            columns=columns,
+            bits=bits,
+            group=columns if one else columns // wide,
+            symmetric=zeros is None or self._symmetric(zeros),
+            scale_dtype=scale.info.dtype,
+            matrix=rows,
+            scale_rows=rows if one else 1,
+            scale_width=wide,
+            zero_points=stored,
         )
         parts = {"weight": qdata, "weight_scale": scale}
         if zeros is not None:
             parts["weight_zero_point"] = zeros
         words = "a scale a tensor" if one else "a scale a row"
-        return integer_layer(self.sorter, path, parts, qdata.info.shape, packing, "torchao", words)
+        return integer_layer(
+            self.sorter,
+            path,
+            parts,
+            shape=qdata.info.shape,
+            packing=packing,
+            tool="torchao",
+            scales=words,
+        )
 
     def _symmetric(self, zeros: SourceTensor) -> bool:
         """Whether every zero is 0: as the config says (held against the data later), or read."""
@@ -226,9 +234,18 @@ class _Reader:
             if part.info.dtype not in _FLOATS:
                 raise Refused(part.name, f"{part.info}, expected floats")
         columns = 2 * nbytes
-        packing = TorchaoInt4(rows, columns, 4, columns // groups, False, scale.info.dtype)
+        packing = TorchaoInt4(
+            rows=rows,
+            columns=columns,
+            bits=4,
+            group=columns // groups,
+            symmetric=False,
+            scale_dtype=scale.info.dtype,
+        )
         parts = {"qdata": qdata, "scale": scale, "zero_point": zeros}
-        return integer_layer(self.sorter, path, parts, (rows, columns), packing, "torchao")
+        return integer_layer(
+            self.sorter, path, parts, shape=(rows, columns), packing=packing, tool="torchao"
+        )
 
     def _float8(self, path: str, tensors: _Tensors, data: Mapping[str, Any]) -> SourceLayer | None:
         qdata, scale = tensors["qdata"], tensors["scale"]
@@ -237,7 +254,9 @@ class _Reader:
         tile = tile_of(qdata.info.shape, scale.info.shape, None)
         if tile is None or scale.info.dtype not in _FLOATS:
             raise Refused(scale.name, f"{scale.info} fits no tiling of {qdata.info}")
-        return float8_layer(self.checkpoint, path, qdata, scale, tile, self.sorter.dtype)
+        return float8_layer(
+            self.checkpoint, path, qdata, scale=scale, tile=tile, dtype=self.sorter.dtype
+        )
 
     def _mx(self, path: str, tensors: _Tensors, data: Mapping[str, Any]) -> SourceLayer:
         qdata, scale = tensors["qdata"], tensors["scale"]
@@ -251,13 +270,13 @@ class _Reader:
         columns = nbytes * 8 // bits
         packing = MxBlocks(rows, columns, rows, bits, nbytes)
         layer = SourceLayer(
-            path,
-            {"weight": qdata, "scale": scale},
-            packing.encoding,
-            (rows, columns),
-            self.sorter.dtype,
-            packing,
-            f"mxfp{bits}",
+            path=path,
+            parts={"weight": qdata, "scale": scale},
+            encoding=packing.encoding,
+            shape=(rows, columns),
+            dtype=self.sorter.dtype,
+            packing=packing,
+            stored=f"mxfp{bits}",
         )
         if scale.info.dtype not in EXPONENTS:
             raise Refused(scale.name, f"{scale.info}, expected F8_E8M0")
@@ -273,7 +292,15 @@ class _Reader:
         if scale.info.dtype not in ("F8_E4M3", "U8"):
             raise Refused(scale.name, f"{scale.info}, expected F8_E4M3")
         factor = tensors.get("per_tensor_scale")
-        layer = nvfp4_layer(self.checkpoint, self.sorter, path, qdata, scale, factor, divides=False)
+        layer = nvfp4_layer(
+            self.checkpoint,
+            self.sorter,
+            path,
+            weight=qdata,
+            scale=scale,
+            tensor_scale=factor,
+            divides=False,
+        )
         return None if layer is None else _unswizzled(layer, scale, 16, data)
 
 

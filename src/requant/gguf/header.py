@@ -199,7 +199,7 @@ def _parse(cursor: _Cursor, name: str, problems: list[Problem]) -> Header:
     start = -(-cursor.at // alignment) * alignment
     tensors = [TableEntry(e.name, e.kind, e.shape, start + e.offset, e.nbytes) for e in found if e]
     tensors.sort(key=lambda tensor: (tensor.offset, tensor.name))
-    _check_places(tensors, start, alignment, cursor.size, name, problems)
+    _check_places(tensors, start, alignment, size=cursor.size, file=name, problems=problems)
     return Header(name, cursor.size, cursor.hash.hexdigest(), metadata, tuple(tensors))
 
 

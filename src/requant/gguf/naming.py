@@ -117,7 +117,7 @@ class Naming:
             return
         start = 0
         for name, size in zip(names, sizes, strict=True):
-            yield _cut(entry, file, name, axis, start, size)
+            yield _cut(entry, file, name, axis=axis, start=start, size=size)
             start += size
 
     def _sizes(self, names: tuple[str, ...], rows: int) -> list[int]:

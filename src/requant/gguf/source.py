@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from requant.checkpoint import Checkpoint, FileRange, SourceFile
+from requant.checkpoint import Checkpoint, FileRange, OpenedSource, SourceFile
 from requant.errors import CheckpointError, Problem, few, shown
 from requant.gguf.choice import PART, SUFFIX
 from requant.gguf.configs import make_config
@@ -189,18 +189,17 @@ class _Reading:
         if self.problems:
             raise CheckpointError(str(self.source), self.problems)
         return Checkpoint(
-            path=self.folder,
             files=tuple(SourceFile(h.file, h.nbytes, h.sha256) for h in self.headers),
             tensors=MappingProxyType(tensors),
             config=config,
             config_text=json.dumps(config),
             side_files=(),
             left_out=left_out,
-            made_files=files,
             gguf=GgufModel(
                 model.architecture, model.tensors, model.dtype, model.dropped, tuple(self.notes)
             ),
             origin=self.source,
+            opened=OpenedSource(self.folder, fetch=self.fetch, generated_files=files),
         )
 
     def _check_parts(self) -> None:
@@ -295,5 +294,5 @@ class _Reading:
             self.problems.append(Problem(f"{file}: {name}", message))
             return np.ones(1, np.float32)
         part = FileRange(file, entry.offset, entry.nbytes)
-        empty = Checkpoint(self.folder, (), {}, {}, "", (), (), fetch=self.fetch)
-        return np.frombuffer(empty.read_range(part), np.float32)
+        opened = OpenedSource(self.folder, fetch=self.fetch)
+        return np.frombuffer(opened.read_range(part), np.float32)

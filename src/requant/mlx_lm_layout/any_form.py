@@ -50,7 +50,7 @@ def layout_in_any_form(
                 made = mlx_lm_layout(config, tensors, adapt=reader.adapter(form), **options)
             except LayoutError:
                 continue
-            made = _moved(made, reader, form, config, tensors, options)
+            made = _moved(made, reader, form, config=config, tensors=tensors, options=options)
             done = f"the source has {words_for(tensors.keys())}, its class takes {form.words}"
             return made, done
         raise

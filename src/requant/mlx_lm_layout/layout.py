@@ -22,9 +22,9 @@ from requant.schema import Quantization
 __all__ = ["MlxLmLayout", "mlx_lm_layout"]
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class MlxLmLayout:
-    """What mlx-lm's conversion of one checkpoint would be.
+    """What mlx-lm's conversion of one checkpoint would be, and its functions to compute tensors.
 
     Attributes:
         tensors: Name after mlx-lm's renaming -> how the tensor comes to be. Nothing is cast
@@ -52,7 +52,7 @@ class MlxLmLayout:
     saved: Mapping[str, TensorInfo]
     quantizable: frozenset[str]
     with_global_scale: frozenset[str]
-    _computer: _Computer = field(repr=False, compare=False)
+    _computer: _Computer = field(repr=False)
 
     def compute(self, name: str, load: Callable[[str], mx.array]) -> mx.array:
         """Evaluate one :class:`ComputedBySanitize` tensor, by the model's own rule on the CPU.
@@ -103,7 +103,15 @@ def mlx_lm_layout(
             named), or its rule looks at values.
         UsageError: A recipe with another mode than affine.
     """
-    made = run(config, tensors, quantization, recipe, dtype, global_scale, adapt)
+    made = run(
+        config,
+        tensors,
+        quantization,
+        recipe=recipe,
+        dtype=dtype,
+        global_scale=global_scale,
+        adapt=adapt,
+    )
     given = {name: _info(x) for name, x in made.traced.items()}
     if given != made.loaded:  # a legacy method that repacks weights after the rule
         unlike = [x for x in {**given, **made.loaded} if given.get(x) != made.loaded.get(x)]

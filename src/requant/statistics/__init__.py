@@ -6,11 +6,12 @@ on the disk until they are asked for, so nothing here grows with the model.
 """
 
 from requant.statistics.files import LayerStatistics, read_statistics, write_statistics
-from requant.statistics.layers import Importance, Statistics, refused
+from requant.statistics.layers import Importance, MatrixStatistics, Statistics, refused
 
 __all__ = [
     "Importance",
     "LayerStatistics",
+    "MatrixStatistics",
     "Statistics",
     "read_statistics",
     "refused",

@@ -32,7 +32,7 @@ from requant.safetensors_header import (
 )
 from requant.source_folder import open_regular
 from requant.statistics import imatrix
-from requant.statistics.layers import Seen, Statistics, refused, stamp_of, unreadable
+from requant.statistics.layers import FileIdentity, Seen, Statistics, refused, stamp_of, unreadable
 
 FORMAT, VERSION = "requant-statistics", "1"
 _ROLES = ("mean_square", "mean_absolute", "count", "hessian")
@@ -101,7 +101,7 @@ def _read(source: str, stamp: tuple[int, int]) -> Statistics:
         problems = [Problem("statistics", "holds no layer")]
     if problems:
         raise refused(source, problems[:MAX_PROBLEMS])
-    return Statistics(source, digest, seen, stamp)
+    return Statistics(FileIdentity(source, digest, stamp), seen)
 
 
 def _bad_numbers(fd: int, seen: list[Seen]) -> Iterator[Problem]:
@@ -148,12 +148,12 @@ def _ours(file: BinaryIO, raw: bytes, size: int) -> imatrix.Found:
             divisors = np.where(counts > 0, 1.0, counts.astype(np.float64))  # means already
         seen.append(
             Seen(
-                layer,
-                square.info.size,
-                len(raw) + square.start,
-                divisors,
-                experts,
-                None if hessian is None else len(raw) + hessian.start,
+                name=layer,
+                size=square.info.size,
+                offset=len(raw) + square.start,
+                divisors=divisors,
+                experts=experts,
+                hessian=None if hessian is None else len(raw) + hessian.start,
             )
         )
     return seen, problems

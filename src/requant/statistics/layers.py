@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -39,22 +39,58 @@ class Seen:
 
 
 @dataclass(frozen=True, slots=True)
-class Importance:
-    """What a squared error of each input counts, for the matrices of one layer.
+class FileIdentity:
+    """A statistics file as it was when a plan was made.
 
     Attributes:
-        statistics: The file.
-        places: For each matrix of the layer, its place in the file: name and expert.
+        path: As the user named it.
+        sha256: Of the whole file; part of every plan that is made with it.
+        stamp: Size and time of change: by these the file is recognized when it is read again.
+    """
+
+    path: str
+    sha256: str
+    stamp: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class MatrixStatistics:
+    """Where a statistics file has what belongs to one matrix.
+
+    Attributes:
+        name: The layer, as the file names it.
+        expert: Number of the matrix in its stack.
+        divisor: What the sums are over; 0 if no token reached the matrix.
+        offset: Of its float32 ``(in,)`` sums of squares.
+        hessian: Of its float32 ``(in, in)``; None if there is none.
+    """
+
+    name: str
+    expert: int
+    divisor: float
+    offset: int
+    hessian: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Importance:
+    """How a squared error of each input is weighted, for the matrices of one layer.
+
+    Plain data, as a part of a plan: the numbers are read from the file when they are asked for.
+
+    Attributes:
+        file: The statistics file.
+        entries: One a matrix of the layer, or one for all that the file does not tell apart.
         in_features: Inputs.
     """
 
-    statistics: Statistics = field(repr=False, compare=False)
-    places: tuple[tuple[str, int], ...]
+    file: FileIdentity
+    entries: tuple[MatrixStatistics, ...]
     in_features: int
 
-    def place(self, matrix: int) -> tuple[str, int]:
-        """Where the file has what belongs to a matrix: name and expert."""
-        return self.places[matrix if len(self.places) > 1 else 0]
+    def entry(self, matrix: int) -> MatrixStatistics:
+        """Where the file has what belongs to a matrix."""
+        return self.entries[matrix if len(self.entries) > 1 else 0]
 
     def weights(self, matrix: int) -> np.ndarray | None:
         """Mean squares of the inputs of one matrix, float32 ``(in_features,)``.
@@ -65,22 +101,23 @@ class Importance:
         Raises:
             CheckpointError: The file is no longer what it was.
         """
-        name, expert = self.place(matrix)
-        return self.statistics.mean_square(name, expert, self.in_features)
+        entry = self.entry(matrix)
+        if not entry.divisor:
+            return None
+        sums = _read(self.file, entry.offset, self.in_features)
+        if not sums.any():
+            return None
+        return (sums.astype(np.float64) / entry.divisor).astype(np.float32)
 
     @property
     def unseen(self) -> list[int]:
         """Matrices that no token reached."""
-        return [
-            number
-            for number, (name, expert) in enumerate(self.places)
-            if not self.statistics.divisor(name, expert)
-        ]
+        return [number for number, entry in enumerate(self.entries) if not entry.divisor]
 
     @property
     def has_hessians(self) -> bool:
         """Whether each matrix has a Hessian."""
-        return all(self.statistics.seen[name].hessian is not None for name, _ in self.places)
+        return all(entry.hessian is not None for entry in self.entries)
 
     def hessian(self, matrix: int) -> np.ndarray:
         """The mean of ``x x^T`` over the inputs of one matrix, float32 ``(in, in)``.
@@ -88,32 +125,30 @@ class Importance:
         Raises:
             CheckpointError: The file is no longer what it was.
         """
-        name, expert = self.place(matrix)
-        return self.statistics.hessian(name, expert, self.in_features)
+        entry, n_in = self.entry(matrix), self.in_features
+        assert entry.hessian is not None
+        return _read(self.file, entry.hessian, n_in * n_in).reshape(n_in, n_in)
 
     def to_dict(self) -> dict[str, Any]:
         """As plans hold it: equal data give equal weights."""
         return {
-            "sha256": self.statistics.sha256,
-            "places": [f"{name}[{expert}]" for name, expert in self.places],
+            "sha256": self.file.sha256,
+            "places": [f"{entry.name}[{entry.expert}]" for entry in self.entries],
         }
 
 
 class Statistics:
-    """A statistics file; its numbers are read when they are asked for.
+    """What a statistics file holds, by layer; its numbers are read when they are asked for.
 
     Attributes:
         source: The file, for messages.
-        sha256: Of the whole file; part of every plan that is made with it.
+        file: The file as it is.
         seen: Layer, as the file names it -> where its numbers are.
     """
 
-    def __init__(
-        self, source: str, sha256: str, seen: Sequence[Seen], stamp: tuple[int, int]
-    ) -> None:
-        self.source, self.sha256 = source, sha256
+    def __init__(self, file: FileIdentity, seen: Sequence[Seen]) -> None:
+        self.source, self.file = file.path, file
         self.seen = {entry.name: entry for entry in seen}
-        self._stamp = stamp
         self._by_key: dict[Key, str] = {}
         for name in self.seen:
             key = key_of(name)
@@ -159,10 +194,9 @@ class Statistics:
         if expert is not None:
             told = entry.experts if entry.experts is not None else held
             if held and told == held and expert < held and matrices == 1:
-                return Importance(self, ((name, expert),), n_in)
+                return self._importance([(name, expert)], n_in)
         elif held == matrices and entry.experts in (None, matrices):
-            places = tuple((name, number) for number in range(matrices))
-            return Importance(self, places, n_in)
+            return self._importance([(name, number) for number in range(matrices)], n_in)
         stack = f"{matrices} experts of " if matrices > 1 else ""
         wanted = f"{stack}{n_in} inputs" if expert is None else f"expert {expert} of {n_in} inputs"
         return f"{self.source}: {name} has {_sizes(entry)}, the layer has {wanted}"
@@ -172,46 +206,41 @@ class Statistics:
             if self.seen[name].size != n_in:
                 found = _sizes(self.seen[name])
                 return f"{self.source}: {name} has {found}, the layer has {n_in} inputs"
-        return Importance(self, tuple((name, 0) for name in names), n_in)
+        return self._importance([(name, 0) for name in names], n_in)
 
-    # -- numbers ---------------------------------------------------------------------------
+    def _importance(self, matrices: Iterable[tuple[str, int]], n_in: int) -> Importance:
+        """The importance of matrices, each a name and the number of an expert."""
 
-    def mean_square(self, name: str, expert: int, n_in: int) -> np.ndarray | None:
-        """Mean squares of one matrix's inputs, float32; None if nothing was seen."""
-        divisor = self.divisor(name, expert)
-        if not divisor:
-            return None
-        sums = self._read(self.seen[name].offset + 4 * n_in * expert, n_in)
-        if not sums.any():
-            return None
-        return (sums.astype(np.float64) / divisor).astype(np.float32)
+        def entry(name: str, expert: int) -> MatrixStatistics:
+            stored = self.seen[name]
+            hessian = None if stored.hessian is None else stored.hessian + 4 * n_in * n_in * expert
+            offset = stored.offset + 4 * n_in * expert
+            return MatrixStatistics(name, expert, self.divisor(name, expert), offset, hessian)
 
-    def hessian(self, name: str, expert: int, n_in: int) -> np.ndarray:
-        """The Hessian of one matrix, float32 ``(in, in)``."""
-        offset = self.seen[name].hessian
-        assert offset is not None
-        return self._read(offset + 4 * n_in * n_in * expert, n_in * n_in).reshape(n_in, n_in)
+        return Importance(self.file, tuple(entry(*matrix) for matrix in matrices), n_in)
 
-    def _read(self, offset: int, count: int) -> np.ndarray:
-        found = np.empty(count, "<f4")
-        view = found.view(np.uint8).data
+
+def _read(file: FileIdentity, offset: int, count: int) -> np.ndarray:
+    """float32 numbers of a statistics file that is what it was."""
+    found = np.empty(count, "<f4")
+    view = found.view(np.uint8).data
+    try:
+        fd = open_regular(Path(file.path))
         try:
-            fd = open_regular(Path(self.source))
-            try:
-                if stamp_of(fd) != self._stamp:
-                    message = "is another file now than when it was planned"
-                    raise refused(self.source, [Problem("statistics", message)])
-                while view:
-                    got = os.preadv(fd, [view], offset)
-                    if not got:
-                        message = f"ends at byte {offset:,}"
-                        raise refused(self.source, [Problem("statistics", message)])
-                    view, offset = view[got:], offset + got
-            finally:
-                os.close(fd)
-        except OSError as error:
-            raise unreadable(self.source, error) from error
-        return found
+            if stamp_of(fd) != file.stamp:
+                message = "is another file now than when it was planned"
+                raise refused(file.path, [Problem("statistics", message)])
+            while view:
+                got = os.preadv(fd, [view], offset)
+                if not got:
+                    message = f"ends at byte {offset:,}"
+                    raise refused(file.path, [Problem("statistics", message)])
+                view, offset = view[got:], offset + got
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise unreadable(file.path, error) from error
+    return found
 
 
 def stamp_of(fd: int) -> tuple[int, int]:

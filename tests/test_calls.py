@@ -1,0 +1,45 @@
+"""A call with many positional arguments does not say what they are: six or more have names."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import requant
+
+PACKAGE = Path(requant.__file__).parent
+MOST = 5
+
+
+def calls(path: Path) -> list[str]:
+    """Calls with more than ``MOST`` positional arguments.
+
+    Kernels take pointers, sizes and arrays by position: calls of ``_native``, and of the module
+    that wraps it, are not counted.
+    """
+    return [
+        f"line {node.lineno}: {ast.unparse(node.func)} takes {len(node.args)}"
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call)
+        and len(node.args) > MOST
+        and not ast.unparse(node.func).startswith(("native.", "_native."))
+    ]
+
+
+# Kernel wrappers, and two modules that pass options one by one.
+EXCEPT = ("arrays/", "cli/converting.py", "wishes.py")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        path
+        for path in sorted(PACKAGE.rglob("*.py"))
+        if not str(path.relative_to(PACKAGE)).startswith(EXCEPT)
+    ],
+    ids=lambda path: str(path.relative_to(PACKAGE)),
+)
+def test_no_call_has_more_than_five_positional_arguments(path: Path) -> None:
+    assert calls(path) == []
