@@ -12,8 +12,7 @@ from requant.conversion import convert
 from requant.figures import read_figures
 from requant.publishing import model_card
 from requant.verification import verify
-
-from .conftest import Result
+from tests.support.commands import Result
 
 pytest.importorskip("mlx_lm")
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 import requant
-from tests.formats.harness import check_fixture, fixture
+from tests.support.fixture_checks import check_fixture
+from tests.support.fixture_folders import fixture
 
 
 @pytest.mark.parametrize(

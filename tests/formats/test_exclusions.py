@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 import requant
-from tests.formats.folders import BF16, refusal
-from tests.formats.harness import read_folder
-from tests.formats.sources import SOURCES, Source
+from tests.support.conversions import refusal
+from tests.support.format_folders import SOURCES, Source
+from tests.support.number_formats import BF16
+from tests.support.safetensors_files import read_folder
 
 LISTS = (
     "ignore",

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import requant
-from tests.fixture_folders import CUT, FULL, NAMES, cut_fixture
-from tests.formats.harness import read_file, read_folder
+from tests.support.fixture_folders import CUT, FULL, NAMES, cut_fixture
+from tests.support.safetensors_files import read_file, read_folder
 
 ROOT = Path(__file__).parents[2]
 # The tool's own order of float32 operations; every other value is exact.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.formats.logits import check_logits
+from tests.support.logits import check_logits
 
 pytest.importorskip("mlx_lm")
 

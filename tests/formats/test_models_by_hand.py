@@ -14,22 +14,19 @@ import numpy as np
 import pytest
 
 import requant
-from tests.formats import test_compressed_tensors as compressed_tensors
-from tests.formats import test_quark as quark
-from tests.formats.folders import BF16, e4m3
-from tests.formats.harness import fixture, read_file
-from tests.formats.logits import logits
-from tests.mlx_lm.checks import class_checkpoint
-from tests.mlx_lm.families import model_types, small_config
-from tests.mlx_lm.hub_forms import FORMS, W123, W_EXPERTS, Form, unstacked
-from tests.road.conftest import write_file
+from tests.support.families import model_types, small_config
+from tests.support.fixture_folders import fixture
+from tests.support.hub_forms import FORMS, W123, W_EXPERTS, Form, unstacked
+from tests.support.layers import compressed_tensors, quark
+from tests.support.logits import logits
+from tests.support.mlx_lm_conversion import class_checkpoint
+from tests.support.number_formats import BF16, E2M1, e4m3
+from tests.support.safetensors_files import read_file, write_file
 
 Tensors = dict[str, np.ndarray]
 # Output rows, inputs and a source of random numbers -> tensors by what is added to the layer's
 # path, and the values that they stand for.
 Coder = Callable[[int, int, np.random.Generator], tuple[Tensors, np.ndarray]]
-E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
-E2M1 = np.concatenate([E2M1, -E2M1])
 
 
 def scales_of(random: np.random.Generator, *shape: int) -> np.ndarray:

@@ -9,10 +9,11 @@ import pytest
 
 import requant
 from requant.schema import Quantization
-from tests.formats import packers
-from tests.formats.folders import BF16, e4m3, refusal
-from tests.formats.harness import read_folder
-from tests.formats.sources import SOURCES, Source, Tensors
+from tests.support.conversions import refusal
+from tests.support.format_folders import SOURCES, Source, Tensors
+from tests.support.layers import packers
+from tests.support.number_formats import BF16, e4m3
+from tests.support.safetensors_files import read_folder
 
 # Whose tensors leave one reading without a word of the config.
 TELLING = [

@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 
 import requant
 from requant.nn import RotateQuantizedExperts, RotateQuantizedLinear
-from tests.formats.harness import check_fixture, fixture, read_file, read_folder
-from tests.formats.logits import TOKENS, dense_folder, logits
-from tests.formats.packers import gemm
-from tests.gguf_source.test_models import tiny, values
-from tests.road.conftest import write_file
-from tests.road.test_against_mlx_lm import model
+from tests.support.checkpoints import model
+from tests.support.fixture_checks import check_fixture
+from tests.support.fixture_folders import fixture
+from tests.support.gguf_models import tiny, values
+from tests.support.layers.packers import gemm
+from tests.support.logits import TOKENS, dense_folder, logits
+from tests.support.safetensors_files import read_file, read_folder, write_file
 
 pytest.importorskip("mlx_lm")
 import requant.mlx_lm

@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 
 import requant
 from requant.formats.scale_names import CODE_ENDINGS
-from tests.formats.folders import BF16, e4m3
-from tests.formats.harness import mlx_values, read_folder
-from tests.formats.sources import IN, OUT, SOURCES, Source
+from tests.support.format_folders import IN, OUT, SOURCES, Source
+from tests.support.mlx_reference import mlx_values
+from tests.support.number_formats import BF16, e4m3
+from tests.support.safetensors_files import read_folder
 
 FORMATS = list(SOURCES)
 FLOATS = ("float16", "float32", "bfloat16")

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 import requant
-from tests.formats.harness import fixture, read_folder
+from tests.support.fixture_folders import fixture
+from tests.support.safetensors_files import read_folder
 
 SOURCES = ["awq-gemm-g64-skip", "gptq-b4-g32-actorder-asym-v2", "auto-round-native-w2g32-asym"]
 

@@ -22,10 +22,10 @@ from requant.calibration.collecting import Collector
 from requant.calibration.run import _Run
 from requant.errors import CheckpointError, OutputError, UsageError
 from requant.statistics import Importance, read_statistics
-from tests.gguf_source.writer import write_gguf
-from tests.mlx_lm.families import small_config
-from tests.mlx_lm.test_codes import as_awq
-from tests.road.test_against_mlx_lm import model
+from tests.support.checkpoints import model
+from tests.support.families import small_config
+from tests.support.gguf_files import write_gguf
+from tests.support.published_models import as_awq
 
 LLAMA = Path(__file__).parents[2] / "examples" / "micro-llama"
 TEXT = "A file holds bytes, and a tensor is a run of them with a shape. " * 30

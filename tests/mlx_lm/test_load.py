@@ -14,9 +14,9 @@ import pytest
 import requant.mlx_lm
 from requant.conversion import convert
 from requant.errors import BackendError, CheckpointError, UsageError
-from tests.mlx_lm.checks import as_bytes
-from tests.mlx_lm.test_codes import as_awq, published
-from tests.road.test_against_mlx_lm import model
+from tests.support.checkpoints import model
+from tests.support.mlx_reference import as_bytes
+from tests.support.published_models import as_awq, published
 
 
 def logits(loaded) -> mx.array:

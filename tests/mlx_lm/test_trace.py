@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from requant.mlx_lm_layout import trace as tracing
 from requant.mlx_lm_layout.trace import MAX_PIECES, Extent, Traced, trace
-from tests.mlx_lm.checks import as_bytes
+from tests.support.mlx_reference import as_bytes
 
 
 def put_together(traced: Traced, arrays: dict[str, mx.array]) -> bytes:

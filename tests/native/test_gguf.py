@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from requant.arrays.gguf import BY_NAME, TYPES, BlockType, values_into, words_into
 from requant.schema import QuantMode
 from tests.native.mlx_arrays import to_mlx
+from tests.support.gguf_files import HALVES, random_blocks
 
 BLOCKS = [kind for kind in TYPES.values() if not kind.dtype]
 KNOWN = [kind for kind in BLOCKS if kind.name != "Q1_0"]  # the package cannot decode that one
@@ -21,41 +22,10 @@ EXACT_IN_F16 = {"Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "TQ1_0", "TQ2_
 MANY = settings(max_examples=20)
 DTYPES = [np.float32, np.float16, ml_dtypes.bfloat16]
 QS = "f0e1d2c3b4a5968778695a4b3c2d1e0f"
-# Offsets of the float16 numbers of a block; IQ1_M's is spread over four bytes.
-HALVES = {
-    "Q4_1": (0, 2),
-    "Q5_1": (0, 2),
-    "Q2_K": (80, 82),
-    "Q3_K": (108,),
-    "Q4_K": (0, 2),
-    "Q5_K": (0, 2),
-    "Q6_K": (208,),
-    "TQ1_0": (52,),
-    "TQ2_0": (64,),
-    "MXFP4": (),
-    "NVFP4": (),
-    "IQ1_M": (),
-}
 
 
 def by_name(kind: BlockType) -> str:
     return kind.name
-
-
-def random_blocks(kind: BlockType, rows: int, count: int, seed: int) -> np.ndarray:
-    """Blocks of random bytes whose scales are numbers, of either sign."""
-    rng = np.random.default_rng(seed)
-    blocks = rng.integers(0, 256, (rows * count, kind.nbytes), np.uint8)
-    for at in HALVES.get(kind.name, (0,)):
-        scales = rng.uniform(-2, 2, len(blocks)) * 2.0 ** rng.integers(-24, 4, len(blocks))
-        blocks[:, at : at + 2] = scales.astype(np.float16)[:, None].view(np.uint8)
-    if kind.name == "IQ1_M":
-        blocks[:, 55] &= 0xBF  # the exponent is not all ones
-    if kind.name == "NVFP4":
-        blocks[:, :4] &= 0x7F
-    if kind.name == "MXFP4":
-        blocks[:, 0] = np.minimum(blocks[:, 0], 254)
-    return blocks.reshape(rows, -1)
 
 
 def peer(kind: BlockType, blocks: np.ndarray) -> np.ndarray:

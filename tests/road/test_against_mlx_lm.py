@@ -11,8 +11,8 @@ import mlx.core as mx
 import pytest
 
 from requant.conversion import convert
-
-from .conftest import load, same, tree
+from tests.support.checkpoints import tree
+from tests.support.mlx_reference import by_mlx_lm, load, same
 
 ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared" / "models"
@@ -26,13 +26,6 @@ def model(name: str) -> Path:
         assert os.environ.get("REQUANT_REQUIRE_SHARED") != "1", f"{SHARED / name} is missing"
         pytest.skip(f"{name} lies outside the repository")
     return SHARED / name
-
-
-def by_mlx_lm(source: Path, target: Path, **wishes) -> dict[str, mx.array]:
-    import mlx_lm
-
-    mlx_lm.convert(str(source), str(target), **wishes)
-    return load(target)
 
 
 @pytest.mark.parametrize("bits", BITS)

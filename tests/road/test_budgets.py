@@ -16,9 +16,7 @@ import requant
 from requant.budgets import measured_of, sensitivity
 from requant.errors import CheckpointError, UsageError
 from requant.specs import parse_budget
-from tests.mlx_lm.checks import class_checkpoint  # noqa: F401  # mlx-lm is there
-
-from .test_against_mlx_lm import model
+from tests.support.checkpoints import model
 
 KEEP: dict[str, Any] = {"layout": "keep"}
 

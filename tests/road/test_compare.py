@@ -16,8 +16,7 @@ import requant
 from requant.comparison import LayerComparison
 from requant.errors import CheckpointError, ParseError, UsageError
 from requant.evaluation import Estimate, evaluate, read_documents, read_tokens
-
-from .conftest import bf16
+from tests.support.number_formats import bf16
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "micro-llama"
 

@@ -17,8 +17,9 @@ import pytest
 from requant.conversion import convert
 from requant.errors import CheckpointError, OutOfRangeError, OutputError
 from requant.schema import parse_quantization
-
-from .conftest import CONFIG, bf16, load, same, to_mx, tree
+from tests.support.checkpoints import CONFIG, tree
+from tests.support.mlx_reference import load, same, to_mx
+from tests.support.number_formats import bf16
 
 MODES = [("affine", b, g) for b in (1, 2, 3, 4, 5, 6, 8) for g in (32, 64, 128)]
 MODES += [("mxfp4", 4, 32), ("mxfp8", 8, 32), ("nvfp4", 4, 16)]

@@ -19,9 +19,9 @@ from safetensors.numpy import save_file
 from requant.checkpoint import Checkpoint
 from requant.errors import HubError
 from requant.hub import Repository
-
-from .hub_server import Hub, either_way, serving
-from .test_hub import Call, call, contents, ok  # noqa: F401  (a fixture)
+from tests.road.hub_server import Hub, either_way, serving
+from tests.support.checkpoints import tree
+from tests.support.hub_commands import Call, call, ok  # noqa: F401  (a fixture)
 
 pytest.importorskip("huggingface_hub")
 NAME = "a/large"
@@ -69,7 +69,7 @@ def expected(call: Call, tmp_path: Path) -> dict[str, bytes]:  # noqa: F811
 
 
 def without_record(folder: Path) -> dict[str, bytes]:
-    return {name: data for name, data in contents(folder).items() if name != "requant.json"}
+    return {name: data for name, data in tree(folder).items() if name != "requant.json"}
 
 
 def journal(tmp_path: Path) -> str:
@@ -368,7 +368,7 @@ def test_offline_with_everything_here(hub: Hub, call: Call, tmp_path: Path) -> N
     asked = len(hub.log)
     ok(call("convert", NAME, "again", *WISHES, "--quiet", **offline))
     assert len(hub.log) == asked
-    assert contents(tmp_path / "again") == contents(tmp_path / "out")
+    assert tree(tmp_path / "again") == tree(tmp_path / "out")
 
 
 def test_interrupted_by_the_user(hub: Hub, call: Call, tmp_path: Path) -> None:  # noqa: F811

@@ -16,18 +16,17 @@ from mlx.utils import tree_flatten
 from requant.conversion import convert, plan
 from requant.errors import CheckpointError, UnknownValueError
 from requant.schema import Quantization
-from tests.mlx_lm.checks import (
+from tests.support.checkpoints import model, tree
+from tests.support.families import small_config
+from tests.support.hub_forms import FORMS
+from tests.support.mlx_lm_conversion import (
     MLX,
     class_checkpoint,
     convert_with_mlx_lm,
     random_like,
-    write_folder,
+    write_mlx_checkpoint,
 )
-from tests.mlx_lm.families import small_config
-from tests.mlx_lm.hub_forms import FORMS
-
-from .conftest import load, same, tree
-from .test_against_mlx_lm import by_mlx_lm, model
+from tests.support.mlx_reference import by_mlx_lm, load, same
 
 
 @pytest.mark.parametrize(
@@ -262,7 +261,7 @@ def vlm(folder: Path, family: str = "qwen2_vl", extra: dict = EXTRA, **config: o
     mx.eval(weights)
     weights = FORMS[family][0](weights) | {x: random_like(x, s) for x, s in extra.items()}
     config = small_config(family) | {"vision_config": {"depth": 1}, **config}
-    write_folder(folder, config, weights)
+    write_mlx_checkpoint(folder, config, weights)
     (folder / "preprocessor_config.json").write_text(PROCESSOR)
     return folder
 

@@ -12,8 +12,7 @@ import pytest
 from requant.conversion import plan
 from requant.errors import CheckpointError, OutOfRangeError, UnknownValueError, UsageError
 from requant.schema import Quantization
-
-from .conftest import bf16
+from tests.support.number_formats import bf16
 
 
 def fates(made) -> dict[str, tuple[str, str, str]]:

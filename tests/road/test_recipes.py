@@ -11,11 +11,11 @@ import pytest
 from requant.conversion import convert, plan
 from requant.errors import UsageError
 from requant.recipes import MIXED, load_recipe
-from tests.mlx_lm.checks import class_checkpoint
-from tests.mlx_lm.families import small_config
-
-from .conftest import bf16, load, same
-from .test_against_mlx_lm import by_mlx_lm, model
+from tests.support.checkpoints import model
+from tests.support.families import small_config
+from tests.support.mlx_lm_conversion import class_checkpoint
+from tests.support.mlx_reference import by_mlx_lm, load, same
+from tests.support.number_formats import bf16
 
 
 def targets(made) -> dict[str, str]:

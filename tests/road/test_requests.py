@@ -11,8 +11,7 @@ import pytest
 
 import requant
 from requant.errors import UsageError
-
-from .conftest import bf16
+from tests.support.number_formats import bf16
 
 Build = Callable[..., Path]
 NARROW = {"a.weight": bf16(64, 48), "b.weight": bf16(64, 40), "norm.weight": bf16(48)}

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from requant.conversion import convert, plan
-
-from .conftest import bf16
+from tests.support.number_formats import bf16
 
 Build = Callable[..., Path]
 EIGHT = {"group_size": 64, "bits": 8, "mode": "affine"}

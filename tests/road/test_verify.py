@@ -18,7 +18,7 @@ from requant.conversion import convert
 from requant.errors import CheckpointError, UsageError
 from requant.record import spelled
 from requant.wishes import Wishes
-from tests.fixture_folders import fixture
+from tests.support.fixture_folders import fixture
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ import numpy as np
 from mlx_lm.utils import load_model
 
 import requant
-from tests.formats.harness import fixture, read_file
-from tests.road.conftest import write_file
+from tests.support.fixture_folders import fixture
+from tests.support.safetensors_files import read_file, write_file
 
 TOKENS = mx.array([[3, 1, 4, 15, 9, 26, 5, 35]])
 

@@ -1,8 +1,9 @@
-"""Fails, or kills, a conversion at each of its system calls; run as a script by test_faults.
+"""Fails, or kills, a conversion at each of its system calls; run by test_faults as a script.
 
 Reads a job as ``{"place", "source", "wishes", "trace"}`` and modes with a stride from the command
-line; ``faults.so`` is preloaded. Prints how many calls were tried in each mode. A job may have
-``"old": true``: OUTPUT holds an older conversion, which --force replaces.
+line; the library made from ``fault_injection.c`` is preloaded. Prints how many calls were tried
+in each mode. A job may have ``"old": true``: OUTPUT holds an older conversion, which --force
+replaces.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 
 import requant
 from requant.errors import RequantError
-from tests.road.killing import tree
+from tests.support.checkpoints import tree
 
 OFF, COUNT, ONCE, FULL, KILL = range(5)
 MODES = {"once": ONCE, "full": FULL, "kill": KILL}
@@ -35,7 +36,7 @@ class Job:
         self.output = place / "out"
         self.consumes = "consume_source" in wishes
         self.source = place / "source" if self.consumes else self.kept
-        self.older: dict[str, str] = {}
+        self.older: dict[str, bytes] = {}
 
     def lay_out(self) -> None:
         """What there is before the command."""
@@ -78,7 +79,7 @@ class Job:
         calls, said = json.loads(told) if told else (0, "")
         return status, calls, said
 
-    def check(self, expected: dict[str, str], where: str) -> bool:
+    def check(self, expected: dict[str, bytes], where: str) -> bool:
         """Whether OUTPUT is whole; ends the script where it is neither that nor what it was."""
         if not self.output.exists():
             return False
@@ -90,7 +91,7 @@ class Job:
         raise SystemExit(f"{where}: OUTPUT exists and is another than the whole one")
 
 
-def strike(job: Job, mode: str, at: int, expected: dict[str, str]) -> bool:
+def strike(job: Job, mode: str, at: int, expected: dict[str, bytes]) -> bool:
     """One run with a fault, and one after it; false where it ended before the fault."""
     where = f"{mode} at call {at}"
     job.lay_out()
