@@ -48,6 +48,11 @@ class Job:
             requant.convert(self.kept, self.output, bits=8, layout="keep")
             self.older = tree(self.output)
 
+    def import_all(self) -> None:
+        """Convert once in this process, so that no child imports MLX and mlx-lm anew (a second)."""
+        wishes = {k: v for k, v in self.wishes.items() if k not in ("consume_source", "yes")}
+        requant.convert(self.kept, self.place.with_name("warm"), **wishes)
+
     def convert(self) -> None:
         """The command."""
         requant.convert(
@@ -118,6 +123,7 @@ def main() -> None:
     """Strike each mode at every ``stride``-th call, until the runs are through before it."""
     told, modes = json.loads(sys.argv[1]), json.loads(sys.argv[2])
     job = Job(Path(told["place"]), told["source"], told["wishes"], told.get("old", False))
+    job.import_all()
     job.lay_out()
     trace = os.open(told["trace"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     status, calls, said = job.child(COUNT, 0, trace)
