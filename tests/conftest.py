@@ -28,6 +28,28 @@ settings.register_profile(
 settings.load_profile("repeatable")
 
 
+def mark_sweeps(items: list[pytest.Item]) -> None:
+    """Of tests marked ``sweep(cases, tests=...)`` all but a few cases get the marker ``slow``.
+
+    Fast stay ``cases`` parametrizations of each test, evenly spread; of the tests named in
+    ``tests`` alone, where it is given.
+    """
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for each in cases.values():
+        sweep = each[0].get_closest_marker("sweep")
+        if sweep is None:
+            continue
+        fast = min(sweep.args[0], len(each))
+        if sweep.kwargs and each[0].name.partition("[")[0] not in sweep.kwargs["tests"]:
+            fast = 0
+        stay = {number * len(each) // fast for number in range(fast)}
+        for number, item in enumerate(each):
+            if number not in stay:
+                item.add_marker(pytest.mark.slow)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--explore",
@@ -37,8 +59,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest looks at -m
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Other examples, and more of them, where ``--explore`` asks for it."""
+    """Mark the tail of sweeps slow; other and more examples, where ``--explore`` asks for it."""
+    mark_sweeps(items)
     times = config.getoption("--explore")
     for item in items if times else []:
         function = getattr(item, "obj", None)

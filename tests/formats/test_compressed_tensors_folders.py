@@ -11,6 +11,8 @@ from tests.support.fixture_checks import check_fixture
 from tests.support.fixture_folders import fixture
 from tests.support.safetensors_files import read_file
 
+pytestmark = pytest.mark.sweep(3)
+
 # Half a unit in the last place of a bfloat16 bias of at most 15 steps.
 BIAS_STEPS = 15 * 2**-8
 

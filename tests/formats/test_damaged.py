@@ -22,6 +22,8 @@ from tests.support.layers import fp_quant, metal, quark
 from tests.support.number_formats import BF16
 from tests.support.safetensors_files import read_file, write_file
 
+pytestmark = pytest.mark.sweep(4)
+
 FIXTURES = [
     "bitnet-autobitlinear",
     "bitnet-bitlinear",

@@ -16,6 +16,8 @@ from tests.support.checkpoints import write_quantized
 from tests.support.safetensors_files import read_folder
 from tests.support.small_layers import FOLDERS, scales_of, spoil
 
+pytestmark = pytest.mark.sweep(8)
+
 NAMES = [(name, tensor) for name, make in FOLDERS.items() for tensor in scales_of(make()[0])]
 WISHES: list[dict[str, Any]] = [
     {},

@@ -15,6 +15,8 @@ from tests.support.gguf_files import write_gguf
 from tests.support.number_formats import bf16
 from tests.support.small_layers import FOLDERS
 
+pytestmark = pytest.mark.sweep(8)
+
 # Tensors of which a single number or text says how the others lie, and what is left out.
 _SETTINGS = ("g_idx", "shape", "nbits", "axis", "group_size", "quant_map", "quant_state", "packing")
 _SETTINGS += (

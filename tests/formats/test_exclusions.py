@@ -14,6 +14,8 @@ from tests.support.format_folders import SOURCES, Source
 from tests.support.number_formats import BF16
 from tests.support.safetensors_files import read_folder
 
+pytestmark = pytest.mark.sweep(3)
+
 LISTS = (
     "ignore",
     "ignored_layers",

@@ -20,6 +20,8 @@ from tests.support.logits import logits
 from tests.support.mlx_reference import affine
 from tests.support.safetensors_files import read_file, read_folder
 
+pytestmark = pytest.mark.sweep(2)
+
 EXACT = ("F32", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4")
 CLASSES = {"Q4_K": "rounded", "Q6_K": "re-encoded"}
 NAMES = ["mxfp4", "q4_0", "q4_1", "q4_k_m", "q5_0", "q5_1", "q6_k", "q8_0"]

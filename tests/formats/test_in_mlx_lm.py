@@ -11,6 +11,8 @@ import pytest
 from tests.support.logits import check_logits, dense_folder, logits
 from tests.support.safetensors_files import read_file, write_file
 
+pytestmark = pytest.mark.sweep(2)
+
 # name, wishes, and how far logits may be off (relative to the largest): what the codes lose.
 FOLDERS: list[tuple[str, dict[str, Any], float]] = [
     ("ct-pack-int4-sym-g128", {}, 1e-4),

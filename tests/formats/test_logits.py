@@ -8,6 +8,8 @@ import pytest
 
 from tests.support.logits import check_logits
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("mlx_lm")
 
 EXACT = [

@@ -23,6 +23,8 @@ from tests.support.mlx_lm_conversion import class_checkpoint
 from tests.support.number_formats import BF16, E2M1, e4m3
 from tests.support.safetensors_files import read_file, write_file
 
+pytestmark = pytest.mark.sweep(1)
+
 Tensors = dict[str, np.ndarray]
 # Output rows, inputs and a source of random numbers -> tensors by what is added to the layer's
 # path, and the values that they stand for.
@@ -222,6 +224,7 @@ PUBLISHED: dict[str, tuple[Form, dict[str, Any], str, Coder]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", PUBLISHED)
 def test_published_experts(model_type: str, tmp_path: Path) -> None:
     """Kimi K2 and K3 and MiniMax M3 as published; mlx-lm reads their folders itself."""

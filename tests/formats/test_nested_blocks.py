@@ -16,6 +16,8 @@ from tests.support.format_folders import SOURCES, Source
 from tests.support.number_formats import BF16
 from tests.support.safetensors_files import read_folder
 
+pytestmark = pytest.mark.sweep(4)
+
 Config = dict[str, Any]
 NESTS: dict[str, Callable[[Config], Config]] = {
     "text_config": lambda c: {"text_config": c},

@@ -27,6 +27,8 @@ from tests.support.safetensors_files import read_file, read_folder, write_file
 pytest.importorskip("mlx_lm")
 import requant.mlx_lm
 
+pytestmark = pytest.mark.sweep(2)
+
 DOWN = "model.layers.0.mlp.down_proj"
 
 
@@ -288,6 +290,7 @@ def dense_logits(folder: Path, plain: dict[str, np.ndarray], place: Path) -> np.
     return logits(place)
 
 
+@pytest.mark.slow
 def test_experts_share_a_rotation(experts: Any, tmp_path: Path) -> None:
     """Kept: the loaded model gives the plain model's logits, from the source and the output."""
     folder, plain = experts
@@ -312,6 +315,7 @@ def test_experts_share_a_rotation(experts: Any, tmp_path: Path) -> None:
         assert np.abs(found - wanted).max() <= 2e-5 * np.abs(wanted).max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("again", [False, True], ids=["source", "output"])
 def test_experts_fold(experts: Any, again: bool, tmp_path: Path) -> None:
     """Plain 8-bit experts that stock mlx-lm runs; dense ones equal the formula."""

@@ -22,6 +22,8 @@ from tests.support.layers.stacks import EXPERTS, IN, OUT, PLACE, small_e4m3
 from tests.support.number_formats import E2M1, E4M3, e4m3, nibbles
 from tests.support.safetensors_files import read_folder
 
+pytestmark = pytest.mark.sweep(5)
+
 FP8 = {"quant_method": "fp8"}
 MIXED = {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION"}
 CT = ct_layers.block("float-quantized", num_bits=8, type="float", strategy="channel")

@@ -17,6 +17,8 @@ from tests.support.conversions import refusal
 from tests.support.number_formats import BF16, E4M3, e4m3
 from tests.support.safetensors_files import read_folder
 
+pytestmark = pytest.mark.sweep(10)
+
 CT: dict[str, Any] = {
     "quant_method": "compressed-tensors",
     "format": "pack-quantized",

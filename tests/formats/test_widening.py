@@ -24,6 +24,8 @@ from tests.support.mlx_reference import load, same, to_mx
 from tests.support.number_formats import bf16
 from tests.support.safetensors_files import write_file
 
+pytestmark = pytest.mark.sweep(3)
+
 BITS, GROUPS = (1, 2, 3, 4, 5, 6, 8), (32, 64, 128)
 PAIRS = [(bits, group) for bits in BITS for group in GROUPS]
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}

@@ -23,6 +23,8 @@ from tests.support.checkpoints import model
 from tests.support.gguf_files import write_gguf
 from tests.support.gguf_models import OWN, tiny, trained, values
 
+pytestmark = pytest.mark.sweep(2)
+
 transformers = pytest.importorskip("transformers")
 reader = pytest.importorskip("transformers.modeling_gguf_pytorch_utils")
 mapping = pytest.importorskip("transformers.integrations.gguf.gguf_tokenizer_mapping")

@@ -15,6 +15,8 @@ from tests.support.gguf_files import ARCHITECTURES, write_gguf
 from tests.support.gguf_models import ALL, TOKENS, output_of, sharp, tiny, values, weights_of
 from tests.support.safetensors_files import read_folder
 
+pytestmark = pytest.mark.sweep(6)
+
 KINDS = gguf.GGMLQuantizationType
 Tensors = dict[str, tuple[np.ndarray, KINDS]]
 

@@ -23,6 +23,8 @@ from tests.support.gguf_models import (
     tiny,
 )
 
+pytestmark = pytest.mark.sweep(6)
+
 # What llama.cpp reads (src/llama-arch.cpp) and this version of the package does not list.
 _NEWER = """
     activation.situ_beta adapters.lora_rank attention.compress_ratios attention.rope_pattern

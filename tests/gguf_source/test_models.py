@@ -24,6 +24,8 @@ from tests.support.gguf_files import ARCHITECTURES, write_gguf
 from tests.support.gguf_models import OWN, SEEING, TOKENS, output_of, tiny, trained, values
 from tests.support.safetensors_files import read_folder
 
+pytestmark = pytest.mark.sweep(3)
+
 
 @pytest.mark.parametrize("name", OWN)
 def test_every_family(name: str, tmp_path: Path) -> None:
@@ -55,6 +57,7 @@ def logits_of(made: Any, weights: dict[str, np.ndarray]) -> np.ndarray:
     return np.array(made(TOKENS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["micro-llama", "qwen3-16m"])
 def test_trained_models_at_q8(name: str, tmp_path: Path) -> None:
     """Codes are kept; logits are those of the dense model but for Q8_0's own error."""

@@ -29,6 +29,8 @@ from tests.support.gguf_models import (
     weights_of,
 )
 
+pytestmark = pytest.mark.sweep(6)
+
 SCALINGS: dict[str, dict[str, Any]] = {
     "linear": {"factor": 4.0},
     "llama3": {

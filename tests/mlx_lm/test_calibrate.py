@@ -27,6 +27,8 @@ from tests.support.families import small_config
 from tests.support.gguf_files import write_gguf
 from tests.support.published_models import as_awq
 
+pytestmark = pytest.mark.sweep(1)
+
 LLAMA = Path(__file__).parents[2] / "examples" / "micro-llama"
 TEXT = "A file holds bytes, and a tensor is a run of them with a shape. " * 30
 WINDOW = 48
@@ -540,6 +542,7 @@ def test_hidden_states_that_were_cut_are_noticed(
     assert output.exists()
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_an_error_and_not_a_signal(text: Path, tmp_path: Path) -> None:
     """A limit on the size of files stands for the disk."""
     code = (

@@ -31,6 +31,8 @@ from tests.support.mlx_lm_conversion import (
 from tests.support.mlx_reference import as_bytes, load
 from tests.support.published_models import as_awq, published
 
+pytestmark = pytest.mark.sweep(3)
+
 # Families whose rule decodes or transposes a layer that could be quantized.
 REENCODED = {
     "bailing_hybrid": {"embed_q"},

@@ -33,6 +33,8 @@ from tests.support.mlx_lm_conversion import (
 )
 from tests.support.mlx_reference import as_bytes
 
+pytestmark = pytest.mark.sweep(6)
+
 # The stacks of a class, and how published experts are found: a regex up to what holds them.
 STACKS = re.compile(
     r"(?P<head>.*?\.(?:layers|blocks|h)\.)(?P<layer>\d+)\.(?P<module>.*)\."

@@ -19,6 +19,8 @@ from tests.support.mlx_lm_conversion import (
     write_mlx_checkpoint,
 )
 
+pytestmark = pytest.mark.sweep(4)
+
 # Families that cannot be built here, or that mlx-lm 0.32.2 itself does not quantize.
 NOT_BUILT = {
     "olmo": "needs the package ai2-olmo",

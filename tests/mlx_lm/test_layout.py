@@ -43,6 +43,8 @@ from tests.support.mlx_lm_conversion import (
     write_mlx_checkpoint,
 )
 
+pytestmark = pytest.mark.sweep(3)
+
 AFFINE = Quantization.affine(32, 4)
 SHARED = Path(__file__).parents[2].parent / "shared" / "models"
 

@@ -24,6 +24,8 @@ from tests.support.mlx_lm_conversion import class_checkpoint
 from tests.support.mlx_reference import affine, float_values
 from tests.support.safetensors_files import read_folder, write_file
 
+pytestmark = pytest.mark.sweep(3)
+
 ROLES = ("weight", "scales", "biases")
 UP = "model.layers.0.mlp.experts.{}.up_proj"
 STACK = "model.layers.0.mlp.switch_mlp.up_proj"

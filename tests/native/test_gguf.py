@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import gguf
 import ml_dtypes
 import mlx.core as mx
@@ -10,10 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from requant import _native
 from requant.arrays.gguf import BY_NAME, TYPES, BlockType, values_into, words_into
 from requant.schema import QuantMode
 from tests.native.mlx_arrays import to_mlx
 from tests.support.gguf_files import HALVES, random_blocks
+
+pytestmark = pytest.mark.sweep(2)
 
 BLOCKS = [kind for kind in TYPES.values() if not kind.dtype]
 KNOWN = [kind for kind in BLOCKS if kind.name != "Q1_0"]  # the package cannot decode that one
@@ -57,8 +62,9 @@ def test_values_are_those_of_the_package(kind: BlockType, rows: int, count: int,
         assert out.tobytes() == wanted.tobytes(), dtype
 
 
+@pytest.mark.parametrize("isa", [None])  # no fixture: one reference for all builds
 @pytest.mark.parametrize("kind", KNOWN, ids=by_name)
-def test_every_number_of_a_scale(kind: BlockType) -> None:
+def test_every_number_of_a_scale(kind: BlockType, isa: None, set_isa: Callable[..., None]) -> None:
     """All float16 scales, infinities and NaN included, and all scale bytes of the others."""
     halves = np.arange(65536, dtype=np.uint16)[:, None].view(np.uint8)
     blocks = random_blocks(kind, len(halves), 1, 0)
@@ -69,10 +75,13 @@ def test_every_number_of_a_scale(kind: BlockType) -> None:
         blocks[:, 0] = halves[:, 0]
     if kind.name == "NVFP4":
         blocks[:, :2] = halves
-    out = np.empty((len(halves), kind.elements), np.float32)
-    values_into(kind, blocks, out)
     with np.errstate(invalid="ignore", over="ignore"):
-        assert np.array_equal(out, peer(kind, blocks), equal_nan=True)
+        expected = peer(kind, blocks)
+    for build in _native.available_isas():
+        set_isa(build)
+        out = np.empty((len(halves), kind.elements), np.float32)
+        values_into(kind, blocks, out)
+        assert np.array_equal(out, expected, equal_nan=True), build
 
 
 def arrays(kind: BlockType, blocks: np.ndarray, dtype: type) -> tuple[np.ndarray, ...]:

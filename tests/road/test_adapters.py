@@ -217,6 +217,7 @@ def run(line: str, folder: Path, path: Path | None = None) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_an_adapter_of_mlx_lm_is_fused_as_the_message_says(tmp_path: Path) -> None:
     pytest.importorskip("mlx_lm")
     adapter = tmp_path / "my adapter"
@@ -320,6 +321,7 @@ def hub() -> Iterator[Hub]:
         yield running
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "words"),
     [

@@ -165,6 +165,7 @@ def test_verify_repeats_it_without_measuring(
     assert "--budget 4" in str(command)
 
 
+@pytest.mark.slow
 def test_threads_and_chunks_change_nothing(source: Path, tmp_path: Path) -> None:
     written = []
     for number, options in enumerate(({}, {"threads": 1, "chunk_bytes": 4000}, {"threads": 5})):
@@ -209,6 +210,7 @@ def test_what_was_measured_of_another_source_is_not_believed(source: Path, tmp_p
 # -- sources -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["keep", "mlx-lm"])
 @pytest.mark.parametrize("name", ["micro-llama", "micro-moe"])
 def test_models_under_both_layouts(name: str, layout: str, tmp_path: Path) -> None:

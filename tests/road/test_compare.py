@@ -145,6 +145,7 @@ def test_two_models_by_hand() -> None:
         evaluate(says([1, 3]), says([1, 1, 1]), ids)
 
 
+@pytest.mark.slow
 def test_command_with_a_text(tmp_path: Path) -> None:
     requant.convert(EXAMPLE, tmp_path / "out", bits=4)
     text = tmp_path / "text.txt"

@@ -23,6 +23,8 @@ from tests.support.layers import packers
 from tests.support.mlx_lm_conversion import class_checkpoint
 from tests.support.safetensors_files import write_file
 
+pytestmark = pytest.mark.sweep(6)
+
 pytest.importorskip("mlx_lm")
 E4M3 = ml_dtypes.float8_e4m3fn
 Tensors = dict[str, np.ndarray]

@@ -23,9 +23,12 @@ ROOT = Path(__file__).parents[2]
 EVERY_CALL = bool(os.environ.get("REQUANT_FAULTS"))
 STRIDE = 1 if EVERY_CALL else 11
 
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or shutil.which("cc") is None, reason="needs Linux and a C compiler"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        sys.platform != "linux" or shutil.which("cc") is None, reason="needs Linux and a C compiler"
+    ),
+    pytest.mark.slow,
+]
 
 
 @pytest.fixture(scope="session")

@@ -25,6 +25,8 @@ from requant.transform import transform_weights
 from requant.wishes import Wishes
 from tests.fuzz.harness import FolderReader, corpus
 
+pytestmark = pytest.mark.sweep(3)
+
 BOMB = r"([a-z0-9._]+)+!"  # re takes years over a path of 40 letters
 WILD = "*.*_*" * 40 + "!"
 # Config, its method, and where the bomb goes: keys of the block, then what stands there.
@@ -198,6 +200,7 @@ def test_many_patterns_share_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
 LONG = [f"model.layers.{n}.mlp.up_proj.none" for n in range(40_000)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method, key, names",
     [

@@ -16,6 +16,8 @@ from tests.road.hub_server import Hub, serving
 from tests.support.checkpoints import tree
 from tests.support.hub_commands import Call, ok
 
+pytestmark = pytest.mark.sweep(1, tests=("test_a_plan_reads_headers_only",))
+
 pytest.importorskip("huggingface_hub")
 MICRO = Path(__file__).parents[2] / "examples" / "micro-llama"
 NAME = "someone/micro"

@@ -16,12 +16,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+import requant
 from requant.checkpoint import Checkpoint
 from requant.errors import HubError
 from requant.hub import Repository
 from tests.road.hub_server import Hub, either_way, serving
 from tests.support.checkpoints import tree
 from tests.support.hub_commands import Call, call, ok  # noqa: F401  (a fixture)
+
+pytestmark = pytest.mark.slow
 
 pytest.importorskip("huggingface_hub")
 NAME = "a/large"
@@ -58,14 +61,15 @@ def hub() -> Iterator[Hub]:
     assert running.late == [], "a gate was not opened in time"
 
 
-@pytest.fixture
-def expected(call: Call, tmp_path: Path) -> dict[str, bytes]:  # noqa: F811
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """What a conversion of the same folder gives, but for the record."""
+    source, output = (tmp_path_factory.mktemp("local") / name for name in ("source", "output"))
+    source.mkdir()
     for name, content in FILES.items():
-        (tmp_path / "local").mkdir(exist_ok=True)
-        (tmp_path / "local" / name).write_bytes(content)
-    ok(call("convert", "local", "expected", *WISHES, "--quiet"))
-    return without_record(tmp_path / "expected")
+        (source / name).write_bytes(content)
+    requant.convert(source, output, bits=4, layout="keep")
+    return without_record(output)
 
 
 def without_record(folder: Path) -> dict[str, bytes]:

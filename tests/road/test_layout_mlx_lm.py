@@ -28,6 +28,8 @@ from tests.support.mlx_lm_conversion import (
 )
 from tests.support.mlx_reference import by_mlx_lm, load, same
 
+pytestmark = pytest.mark.sweep(2)
+
 
 @pytest.mark.parametrize(
     "wishes, theirs",
@@ -210,6 +212,7 @@ def test_a_folder_in_mlx_lm_s_names_stays_so(wishes: dict, tmp_path: Path) -> No
     assert ("quantization" in first.config) == (wishes != {"dequantize": True})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "heavy"),
     [

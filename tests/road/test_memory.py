@@ -33,6 +33,7 @@ pytestmark = [
     pytest.mark.skipif(
         "asan" in os.environ.get("LD_PRELOAD", ""), reason="a sanitizer holds memory"
     ),
+    pytest.mark.slow,
 ]
 
 

@@ -17,6 +17,8 @@ from tests.support.mlx_lm_conversion import class_checkpoint
 from tests.support.mlx_reference import by_mlx_lm, load, same
 from tests.support.number_formats import bf16
 
+pytestmark = pytest.mark.sweep(4)
+
 
 def targets(made) -> dict[str, str]:
     return {x.layer: x.target for x in made.layers if x.treatment != "dense"}

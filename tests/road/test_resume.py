@@ -468,6 +468,7 @@ def test_a_pipe_in_the_place_of_a_shard_does_not_block(
 # -- real processes ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_within_a_second_and_says_how_to_go_on(
     checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -524,6 +525,7 @@ def jobs(
     return found
 
 
+@pytest.mark.slow
 def test_killed_at_a_hundred_random_moments(
     dense: Path, checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:

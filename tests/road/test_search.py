@@ -14,6 +14,8 @@ from requant.arrays import native
 from requant.errors import InvariantError, UnknownValueError
 from requant.schema import PerLayerQuantization, Quantization
 
+pytestmark = pytest.mark.slow
+
 WISHES = [{"bits": bits} for bits in (2, 3, 4, 8)] + [{"mode": "mxfp4"}, {"mode": "nvfp4"}]
 
 
