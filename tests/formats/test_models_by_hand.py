@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import requant
+from tests.support.checkpoints import write_checkpoint
 from tests.support.families import model_types, small_config
 from tests.support.fixture_folders import fixture
 from tests.support.hub_forms import FORMS, W123, W_EXPERTS, Form, unstacked
@@ -21,7 +22,7 @@ from tests.support.layers import compressed_tensors, quark
 from tests.support.logits import logits
 from tests.support.mlx_lm_conversion import class_checkpoint
 from tests.support.number_formats import BF16, E2M1, e4m3
-from tests.support.safetensors_files import read_file, write_file
+from tests.support.safetensors_files import read_file
 
 pytestmark = pytest.mark.sweep(1)
 
@@ -142,13 +143,6 @@ def encoded(tensors: Tensors, pattern: str, coder: Coder) -> tuple[Tensors, Tens
     return stored, dense
 
 
-def folder_of(folder: Path, config: Mapping[str, Any], tensors: Tensors) -> Path:
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    write_file(folder / "model.safetensors", tensors)
-    return folder
-
-
 def check(
     config: dict[str, Any],
     block: dict[str, Any],
@@ -159,8 +153,9 @@ def check(
 ) -> tuple[Path, np.ndarray]:
     """Convert and compare; the source's folder and the logits of the dense values."""
     stored, dense = both
-    wanted = logits(folder_of(tmp_path / "dense", config, dense))
-    source = folder_of(tmp_path / "source", config | {"quantization_config": block}, stored)
+    wanted = logits(write_checkpoint(tmp_path / "dense", dense, config))
+    quantized = config | {"quantization_config": block}
+    source = write_checkpoint(tmp_path / "source", stored, quantized)
     requant.convert(source, tmp_path / "out", layout="mlx-lm", **wishes)
     error = np.abs(logits(tmp_path / "out") - wanted).max() / np.abs(wanted).max()
     assert error <= room, error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import Path
 
@@ -11,23 +10,12 @@ import mlx.core as mx
 import pytest
 
 from requant.conversion import convert
-from tests.support.checkpoints import tree
+from tests.support.checkpoints import model, tree
 from tests.support.mlx_reference import by_mlx_lm, load, same
 
 pytestmark = pytest.mark.sweep(1)
 
-ROOT = Path(__file__).parents[2]
-SHARED = ROOT.parent / "shared" / "models"
 BITS = (2, 3, 4, 5, 6, 8)
-
-
-def model(name: str) -> Path:
-    if name == "micro-llama":
-        return ROOT / "examples" / name
-    if not (SHARED / name).is_dir():
-        assert os.environ.get("REQUANT_REQUIRE_SHARED") != "1", f"{SHARED / name} is missing"
-        pytest.skip(f"{name} lies outside the repository")
-    return SHARED / name
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import ml_dtypes
-import mlx.core as mx
 import numpy as np
 import pytest
 
@@ -16,17 +15,14 @@ import requant
 from requant.budgets import measured_of, sensitivity
 from requant.errors import CheckpointError, UsageError
 from requant.specs import parse_budget
-from tests.support.checkpoints import model
+from tests.support.checkpoints import model, write_checkpoint
 
 KEEP: dict[str, Any] = {"layout": "keep"}
 
 
 def write(folder: Path, tensors: dict[str, np.ndarray], config: dict[str, Any]) -> Path:
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    arrays = {n: mx.array(w.astype(np.float32)).astype(mx.bfloat16) for n, w in tensors.items()}
-    mx.save_safetensors(str(folder / "model.safetensors"), arrays, {"format": "mlx"})
-    return folder
+    arrays = {name: array.astype(ml_dtypes.bfloat16) for name, array in tensors.items()}
+    return write_checkpoint(folder, arrays, config, metadata={"format": "mlx"})
 
 
 @pytest.fixture

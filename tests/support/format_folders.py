@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from tests.support.checkpoints import write_checkpoint
 from tests.support.layers import packers
 from tests.support.layers.compressed_tensors import pack
 from tests.support.number_formats import BF16, E2M1, E4M3, E8M0, e4m3, nibbles
-from tests.support.safetensors_files import write_file
 
 OUT, IN, GROUP = 64, 128, 32
 Tensors = dict[str, np.ndarray]
@@ -47,11 +47,8 @@ class Source:
         return [name for name in self.tensors if name not in ("head.weight", "norm.weight")]
 
     def write(self, folder: Path) -> Path:
-        folder.mkdir(parents=True)
         config = {"model_type": "some_model", "dtype": "bfloat16"} | self.config
-        (folder / "config.json").write_text(json.dumps(config))
-        write_file(folder / "model.safetensors", self.tensors, dict(self.metadata))
-        return folder
+        return write_checkpoint(folder, self.tensors, config, metadata=self.metadata)
 
 
 def _random(seed: int = 0) -> np.random.Generator:
