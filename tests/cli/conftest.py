@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import signal
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 from requant.cli import run
-
-BF16 = ml_dtypes.bfloat16
-
-
-def write_model(
-    folder: Path, tensors: Mapping[str, np.ndarray], config: Mapping[str, Any] | None = None
-) -> Path:
-    """Write a checkpoint folder of one file through the safetensors package."""
-    folder.mkdir(parents=True)
-    save_file(dict(tensors), folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config or {"model_type": "llama"}))
-    (folder / "tokenizer.json").write_text("{}")
-    return folder
+from tests.support.checkpoints import write_model
+from tests.support.commands import Result
+from tests.support.number_formats import BF16
 
 
 @pytest.fixture
@@ -47,15 +32,6 @@ def model(tmp_path: Path) -> Path:
             f"model.layers.{n}.input_layernorm.weight": np.ones(64, BF16),
         }
     return write_model(tmp_path / "model", tensors)
-
-
-@dataclass
-class Result:
-    """What a command left behind."""
-
-    code: object
-    out: str
-    err: str
 
 
 @pytest.fixture

@@ -19,10 +19,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from tests.commands import COMMANDS
-from tests.road.conftest import bf16, write_file
-
-from .conftest import Result
+from tests.support.commands import COMMANDS, Result
+from tests.support.number_formats import bf16
+from tests.support.safetensors_files import write_file
 
 Requant = Callable[..., Result]
 MICRO = Path(__file__).parents[2] / "examples" / "micro-llama"
@@ -475,8 +474,8 @@ LLAMA = ("Llama-3.2-1B", "Llama-3-8B-AWQ", "mlx-4bit", "Llama-3.2-1B-4bit")
 
 
 def moe(folder: Path, kind: str) -> None:
-    from tests.mlx_lm.checks import class_checkpoint
-    from tests.mlx_lm.families import small_config
+    from tests.support.families import small_config
+    from tests.support.mlx_lm_conversion import class_checkpoint
 
     names = {"mixtral": "MixtralForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
     class_checkpoint(folder, small_config(kind) | {"architectures": [names[kind]]})

@@ -12,9 +12,8 @@ from requant.conversion import convert
 from requant.figures import read_figures
 from requant.publishing import model_card
 from requant.verification import verify
-from tests.plan_texts import note_texts, reason_text
-
-from .conftest import Result
+from tests.support.commands import Result
+from tests.support.plan_texts import note_texts, reason_text
 
 pytest.importorskip("mlx_lm")
 

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 
 from requant import OutputError, __version__, conversion
-
-from ..commands import COMMANDS
-from .conftest import BF16, Result, write_model
+from tests.support.checkpoints import write_model
+from tests.support.commands import COMMANDS, Result
+from tests.support.number_formats import BF16
 
 Requant = Callable[..., Result]
 MICRO_LLAMA = Path(__file__).parents[2] / "examples" / "micro-llama"

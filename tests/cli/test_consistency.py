@@ -19,9 +19,7 @@ from requant.memory import make_budget
 from requant.page import render_page
 from requant.recipes import load_recipe
 from requant.wishes import Wishes
-
-from ..commands import COMMANDS, check_usage
-from .conftest import Result
+from tests.support.commands import COMMANDS, Result, check_usage
 
 # Where the function of a command is another, or several, than ``requant.NAME``.
 DOORS: dict[str, tuple[Callable[..., Any], ...]] = {

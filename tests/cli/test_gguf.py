@@ -12,9 +12,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from tests.cli.test_cli import MICRO_LLAMA
-from tests.formats.harness import read_folder
-from tests.gguf_source.writer import write_gguf
+from tests.support.checkpoints import MICRO_LLAMA
+from tests.support.gguf_files import write_gguf
+from tests.support.safetensors_files import read_folder
 
 pytest.importorskip("mlx_lm")
 Requant = Callable[..., Any]

@@ -12,9 +12,7 @@ import jsonschema
 import pytest
 
 from requant.figures import SCHEMA_VERSION
-
-from ..commands import COMMANDS
-from .conftest import Result
+from tests.support.commands import COMMANDS, Result
 
 MICRO = Path(__file__).parents[2] / "examples" / "micro-llama"
 WITH_JSON = [name for name, c in COMMANDS.items() if any(p.name == "json" for p in c.params)]
@@ -102,7 +100,8 @@ def test_verify(requant: Requant, output: Path) -> None:
 def test_a_folder_with_problems(requant: Requant, tmp_path: Path) -> None:
     import numpy as np
 
-    from .conftest import BF16, write_model
+    from tests.support.checkpoints import write_model
+    from tests.support.number_formats import BF16
 
     tensors = {"up.weight": np.zeros((8, 8), np.uint32), "norm.weight": np.ones(8, BF16)}
     config = {"quantization": {"group_size": 64, "bits": 4}}

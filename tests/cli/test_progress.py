@@ -11,8 +11,7 @@ import pytest
 
 from requant.cli import progress
 from requant.execute import Progress
-
-from .conftest import Result
+from tests.support.commands import Result
 
 MICRO = Path(__file__).parents[2] / "examples" / "micro-llama"
 

@@ -15,7 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from .conftest import BF16, Result, write_model
+from tests.support.checkpoints import write_model
+from tests.support.commands import Result
+from tests.support.number_formats import BF16
 
 Requant = Callable[..., Result]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

@@ -18,8 +18,8 @@ from requant.arrays import mlx as mlx_backend
 from requant.errors import BackendError, InvariantError, UnsupportedDtypeError
 from requant.schema import PerLayerQuantization, Quantization
 from requant.weights import dequantize_weights, quantize_weights
-from tests.core.conftest import MlxLibrary, NumPyLibrary
-from tests.core.helpers import LEGAL, assert_bits
+from tests.support.array_libraries import MlxLibrary, NumPyLibrary
+from tests.support.quantized_weights import LEGAL, assert_bits
 
 MLX, NP = MlxLibrary(), NumPyLibrary()
 

@@ -18,7 +18,7 @@ from requant.errors import (
     UnknownValueError,
     UnsupportedDtypeError,
 )
-from tests.core.awq_layers import CONFIG, stored
+from tests.support.layers.awq import CONFIG, stored
 
 
 def refused(error, weights, config=CONFIG, layer=None):

@@ -12,8 +12,8 @@ from requant.arrays import NUMPY
 from requant.arrays import mlx as mlx_backend
 from requant.awq_weights import unpack_awq_weights
 from requant.errors import BackendError, RankMismatchError, UnsupportedDtypeError
-from tests.core.awq_layers import OUTPUT_IN_NIBBLE
-from tests.core.helpers import assert_bits, memory_taken
+from tests.support.layers.awq import OUTPUT_IN_NIBBLE
+from tests.support.quantized_weights import assert_bits, memory_taken
 
 
 @pytest.mark.parametrize("dtype", ["int32", "uint32"])

@@ -16,9 +16,14 @@ from safetensors import safe_open
 from requant.awq_weights import AwqLoadConfig, transform_awq_weights
 from requant.schema import PerLayerQuantization, Quantization
 from requant.weights import dequantize_weights
-from tests.core.awq_layers import CONFIG, awq_words, mlx_words, stored
-from tests.core.helpers import CountingMap, assert_bits, assert_same_arrays, memory_taken
-from tests.fixture_folders import fixture
+from tests.support.fixture_folders import fixture
+from tests.support.layers.awq import CONFIG, awq_words, mlx_words, stored
+from tests.support.quantized_weights import (
+    CountingMap,
+    assert_bits,
+    assert_same_arrays,
+    memory_taken,
+)
 
 # ---- what comes out
 

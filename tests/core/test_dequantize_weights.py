@@ -21,7 +21,7 @@ from requant.errors import (
 )
 from requant.schema import SKIP, PerLayerQuantization, Quantization
 from requant.weights import dequantize_weights, quantize_weights
-from tests.core.helpers import (
+from tests.support.quantized_weights import (
     AFFINE,
     LEGAL,
     CountingMap,

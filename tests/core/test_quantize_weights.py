@@ -22,7 +22,7 @@ from requant.errors import (
 )
 from requant.schema import SKIP, PerLayerQuantization, Quantization
 from requant.weights import default_eligible, quantize_weights
-from tests.core.helpers import (
+from tests.support.quantized_weights import (
     AFFINE,
     LEGAL,
     CountingMap,

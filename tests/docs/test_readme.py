@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ..commands import check_usage
+from tests.support.commands import check_usage
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -59,7 +59,7 @@ def test_examples_of_docstrings_are_code(site: Path) -> None:
 
 
 def test_the_commands_are_those_of_the_program(site: Path) -> None:
-    from ..commands import COMMANDS
+    from tests.support.commands import COMMANDS
 
     page = text_of(site / "reference" / "commands.html")
     for name, command in COMMANDS.items():

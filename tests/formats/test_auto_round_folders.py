@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 import requant
-from tests.formats.harness import check_fixture, fixture
-from tests.plan_texts import note_texts
+from tests.support.fixture_checks import check_fixture
+from tests.support.fixture_folders import fixture
+from tests.support.plan_texts import note_texts
 
 
 @pytest.mark.parametrize(

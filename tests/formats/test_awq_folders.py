@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.formats.harness import check_fixture
+from tests.support.fixture_checks import check_fixture
 
 # Half a unit in the last place of a float16 bias of at most 15 steps.
 BOUND = 15 * 2**-11

@@ -13,27 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import requant
-from tests.formats.folders import BF16, refusal, write
-from tests.formats.harness import affine, check_fixture, read_folder
-from tests.formats.logits import check_logits
-from tests.plan_texts import note_texts
-
-BLOCK = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "offline"}
-
-
-def pack(ternary: np.ndarray) -> np.ndarray:
-    """Four row blocks a byte, the first in the lowest bits, value + 1."""
-    packed = -(-len(ternary) // 4)
-    codes = np.zeros((4 * packed, ternary.shape[1]), np.uint8)
-    codes[: len(ternary)] = ternary + 1
-    blocks = codes.reshape(4, packed, -1)
-    return blocks[0] | blocks[1] << 2 | blocks[2] << 4 | blocks[3] << 6
-
-
-def layer(rows: int, columns: int, scale: float = 0.25) -> tuple[dict[str, Any], np.ndarray]:
-    ternary = np.random.default_rng(rows).integers(-1, 2, (rows, columns))
-    tensors = {"up.weight": pack(ternary), "up.weight_scale": np.array([scale], BF16)}
-    return tensors, ternary.astype(np.float32)
+from tests.support.checkpoints import write_quantized
+from tests.support.conversions import refusal
+from tests.support.fixture_checks import check_fixture
+from tests.support.layers.bitnet import BLOCK, layer
+from tests.support.logits import check_logits
+from tests.support.mlx_reference import affine
+from tests.support.number_formats import BF16
+from tests.support.plan_texts import note_texts
+from tests.support.safetensors_files import read_folder
 
 
 def test_scales_that_multiply_are_exact(tmp_path: Path) -> None:
@@ -62,7 +50,7 @@ def test_bytes_written_by_hand(tmp_path: Path) -> None:
         "up.weight": np.tile(np.array([[0x92], [0x19]], np.uint8), (1, 32)),
         "up.weight_scale": np.array([0.5], BF16),
     }
-    source = write(tmp_path / "source", tensors, BLOCK)
+    source = write_quantized(tmp_path / "source", tensors, BLOCK)
     requant.convert(source, tmp_path / "out", layout="keep")
     made = affine(read_folder(tmp_path / "out"), "up", 32, 2)
     assert made.codes[:, 0].tolist() == [2, 1, 0, 2, 1, 1, 2, 0]
@@ -87,7 +75,7 @@ def test_any_shape(
         tensors["up.bias"] = np.zeros(rows, BF16)
     block = BLOCK | {"linear_class": "bitlinear" if divides else "autobitlinear"}
     with tempfile.TemporaryDirectory() as name:
-        source = write(Path(name) / "source", tensors, block)
+        source = write_quantized(Path(name) / "source", tensors, block)
         wishes: dict[str, Any] = {"layout": "keep", "chunk_bytes": chunk_bytes, "dtype": "float32"}
         requant.convert(source, Path(name) / "dense", dequantize=True, **wishes)
         dense = read_folder(Path(name) / "dense")["up.weight"]
@@ -149,10 +137,10 @@ def test_damaged_folders_are_refused(change: Change, words: str, tmp_path: Path)
     tensors, _ = layer(8, 32)
     block: dict[str, Any] = dict(BLOCK)
     change(tensors, block)
-    source = write(tmp_path / "source", tensors, block)
+    source = write_quantized(tmp_path / "source", tensors, block)
     assert words in refusal(source, tmp_path / "out")
 
 
 def test_dense_weights_are_refused(tmp_path: Path) -> None:
-    source = write(tmp_path / "source", {"up.weight": np.zeros((8, 32), BF16)}, BLOCK)
+    source = write_quantized(tmp_path / "source", {"up.weight": np.zeros((8, 32), BF16)}, BLOCK)
     assert "but no weight is U8" in refusal(source, tmp_path / "out")

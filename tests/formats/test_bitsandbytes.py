@@ -15,50 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import requant
-from tests.formats.folders import refusal, write
-from tests.formats.harness import affine, read_folder
-
-BLOCK = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-STATE = "up.weight.quant_state.bitsandbytes__nf4"
-_NEGATIVE = (-1, -0.69619, -0.52507, -0.39492, -0.28444, -0.18477, -0.09105, 0)
-_POSITIVE = (0.07958, 0.16093, 0.24611, 0.33792, 0.44071, 0.56262, 0.72296, 1)
-NF4 = np.array([*_NEGATIVE, *_POSITIVE], np.float32)
-
-
-def table(
-    shape: tuple[int, ...], block: int = 64, nested: int = 0, seed: int = 0
-) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """A layer ``up`` and its values, by the formulas of the format's document."""
-    random = np.random.default_rng(seed)
-    size = int(np.prod(shape))
-    blocks = -(-size // block)
-    codes = random.integers(0, 16, size + size % 2, np.uint8)
-    absmax = random.uniform(0.5, 2, blocks).astype(np.float32)
-    state: dict[str, Any] = {"quant_type": "nf4", "blocksize": block, "shape": list(shape)}
-    state |= {"dtype": "bfloat16"}
-    tensors = {
-        "up.weight": (codes[::2] << 4 | codes[1::2]).reshape(-1, 1),
-        "up.weight.absmax": absmax,
-        "up.weight.quant_map": NF4,
-    }
-    if nested:
-        book = np.linspace(-1, 1, 256).astype(np.float32)
-        stored = random.integers(0, 256, blocks, np.uint8)
-        above = random.uniform(0.5, 2, -(-blocks // nested)).astype(np.float32)
-        tensors |= {
-            "up.weight.absmax": stored,
-            "up.weight.nested_absmax": above,
-            "up.weight.nested_quant_map": book,
-        }
-        state |= {"nested_blocksize": nested, "nested_offset": 0.25, "nested_dtype": "float32"}
-        absmax = book[stored] * above.repeat(nested)[:blocks] + np.float32(0.25)
-    tensors[STATE] = np.frombuffer(json.dumps(state).encode(), np.uint8)
-    values = NF4[codes[:size]] * absmax.repeat(block)[:size]
-    return tensors, values.reshape(shape)
+from tests.support.checkpoints import write_quantized
+from tests.support.conversions import refusal
+from tests.support.layers.bitsandbytes import BLOCK, NF4, STATE, table
+from tests.support.mlx_reference import affine
+from tests.support.safetensors_files import read_folder
 
 
 def dense(tensors: dict[str, np.ndarray], folder: Path, **wishes: Any) -> np.ndarray:
-    source = write(folder / "source", tensors, BLOCK)
+    source = write_quantized(folder / "source", tensors, BLOCK)
     requant.convert(
         source, folder / "dense", layout="keep", dequantize=True, dtype="float32", **wishes
     )
@@ -82,7 +47,7 @@ def test_int8_written_by_hand(tmp_path: Path) -> None:
         "up.weight_format": np.array(0, np.uint8),
         "up.bias": np.ones(2, np.float16),
     }
-    source = write(tmp_path / "source", tensors, {"load_in_8bit": True}, dtype="float16")
+    source = write_quantized(tmp_path / "source", tensors, {"load_in_8bit": True}, dtype="float16")
     requant.convert(source, tmp_path / "out", layout="keep")
     made = read_folder(tmp_path / "out")
     assert {hex(word) for word in made["up.weight"].ravel()} == {"0xff807f00"}
@@ -131,7 +96,7 @@ def test_in_memory_a_table_is_encoded_anew(tmp_path: Path) -> None:
 
 def test_without_a_config_the_tensors_tell(tmp_path: Path) -> None:
     tensors, values = table((4, 64))
-    source = write(tmp_path / "source", tensors, None)
+    source = write_quantized(tmp_path / "source", tensors, None)
     requant.convert(source, tmp_path / "out", layout="keep", dequantize=True, dtype="float32")
     assert np.array_equal(read_folder(tmp_path / "out")["up.weight"], values)
 
@@ -215,5 +180,5 @@ def state(**fields: Any) -> Change:
 def test_damaged_folders_are_refused(change: Change, words: str, tmp_path: Path) -> None:
     tensors, _ = table((8, 64))
     change(tensors)
-    source = write(tmp_path / "source", tensors, BLOCK)
+    source = write_quantized(tmp_path / "source", tensors, BLOCK)
     assert words in refusal(source, tmp_path / "out")

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.formats.harness import check_fixture
-from tests.formats.logits import check_logits
+from tests.support.fixture_checks import check_fixture
+from tests.support.logits import check_logits
 
 TABLES = ["bnb-nf4", "bnb-nf4-double", "bnb-fp4"]
 

@@ -11,10 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.formats.ct_layers import block, convert, pack, packed
-from tests.formats.folders import BF16, E4M3, e4m3, write
-from tests.formats.harness import affine, float_values
-from tests.plan_texts import reason_text
+from tests.support.checkpoints import write_quantized
+from tests.support.conversions import convert
+from tests.support.layers.compressed_tensors import block, pack, packed
+from tests.support.mlx_reference import affine, float_values
+from tests.support.number_formats import BF16, E4M3, e4m3
+from tests.support.plan_texts import reason_text
 
 # -- worked vectors --------------------------------------------------------------------------
 
@@ -26,7 +28,7 @@ def test_symmetric_word(tmp_path: Path) -> None:
         "up.weight_scale": np.array([[0.1]], BF16),
         "up.weight_shape": np.array([1, 32]),
     }
-    out, _ = convert(write(tmp_path / "s", tensors, block(group_size=32)), tmp_path / "o")
+    out, _ = convert(write_quantized(tmp_path / "s", tensors, block(group_size=32)), tmp_path / "o")
     assert out["up.weight"].tolist() == [[0xFEA98710] * 4]
     assert out["up.scales"].view(np.uint16).tolist() == [[0x3DCD]]
     assert out["up.biases"].view(np.uint16).tolist() == [[0xBF4D]]
@@ -52,7 +54,7 @@ def test_words_of_odd_widths(
     signed = codes - (1 << (bits - 1))
     for how in (False, True):
         tensors = packed(signed, bits, np.ones((1, 1), BF16), padded=how)
-        folder = write(tmp_path / f"s{how}", tensors, block(num_bits=bits, group_size=64))
+        folder = write_quantized(tmp_path / f"s{how}", tensors, block(num_bits=bits, group_size=64))
         out, report = convert(folder, tmp_path / f"o{how}")
         assert out["up.weight"][0, :3].tolist() == dense
         assert report.plan.layers[0].exactness.value == "exact"
@@ -64,7 +66,7 @@ def test_zero_points_of_the_document(tmp_path: Path) -> None:
     tensors = packed(np.zeros((8, 64), int), 4, np.ones((8, 2), BF16), zeros)
     words = tensors["up.weight_zero_point"].view(np.uint32)
     assert words.tolist() == [[0xFCBA9810, 0x210FEDCB]]
-    folder = write(tmp_path / "s", tensors, block(group_size=32, symmetric=False))
+    folder = write_quantized(tmp_path / "s", tensors, block(group_size=32, symmetric=False))
     out, _ = convert(folder, tmp_path / "o")
     assert out["up.biases"].astype(int).tolist() == (-(zeros + 8)).tolist()
 
@@ -73,7 +75,9 @@ def test_int8_word(tmp_path: Path) -> None:
     """-128 -1 0 127 become 00 7f 80 ff: the word ff807f00."""
     signed = np.tile(np.array([-128, -1, 0, 127], np.int8), (2, 8))
     tensors = {"up.weight": signed, "up.weight_scale": np.array([[0.5], [2]], BF16)}
-    folder = write(tmp_path / "s", tensors, block("int-quantized", num_bits=8, strategy="channel"))
+    folder = write_quantized(
+        tmp_path / "s", tensors, block("int-quantized", num_bits=8, strategy="channel")
+    )
     out, _ = convert(folder, tmp_path / "o")
     assert out["up.weight"].tolist() == [[0xFF807F00] * 8] * 2
     assert out["up.biases"].astype(int).tolist() == [[-64], [-256]]
@@ -88,7 +92,7 @@ def test_fp6_bytes(tmp_path: Path) -> None:
         "up.weight_scale": np.array([[127, 126], [0, 140]], np.uint8),
     }
     config = block("mxfp6-pack-quantized", num_bits=6, type="float", group_size=32)
-    out, report = convert(write(tmp_path / "s", tensors, config), tmp_path / "o")
+    out, report = convert(write_quantized(tmp_path / "s", tensors, config), tmp_path / "o")
     assert report.plan.layers[0].exactness.value == "exact"
     values = float_values(out, "up", {"group_size": 32, "bits": 8, "mode": "mxfp8"})
     assert values[0, :4].tolist() == [0.125, 7.5, -0.125, 1.0]
@@ -109,7 +113,7 @@ def test_nvfp4_element(tmp_path: Path) -> None:
         "up.weight_global_scale": np.array([2688], np.float32),
     }
     config = block("nvfp4-pack-quantized", type="float", strategy="tensor_group", group_size=16)
-    folder = write(tmp_path / "s", tensors, config)
+    folder = write_quantized(tmp_path / "s", tensors, config)
     out, _ = convert(folder, tmp_path / "o", dequantize=True, dtype="float32")
     assert out["up.weight"].tolist() == [[0.5] * 32] * 2
     out, report = convert(folder, tmp_path / "kept")
@@ -126,7 +130,7 @@ def test_nvfp4_folds_where_every_scale_stays_e4m3(divisor: float, tmp_path: Path
         "up.weight_global_scale": np.array([divisor], np.float32),
     }
     config = block("nvfp4-pack-quantized", type="float", strategy="tensor_group", group_size=16)
-    folder = write(tmp_path / "s", tensors, config)
+    folder = write_quantized(tmp_path / "s", tensors, config)
     out, report = convert(folder, tmp_path / "o")
     assert report.plan.layers[0].exactness.value == "exact"
     assert out["up.weight"].tobytes() == tensors["up.weight_packed"].tobytes()
@@ -142,7 +146,7 @@ def test_nvfp4_does_not_fold_where_a_scale_is_lost(tmp_path: Path) -> None:
         "up.weight_global_scale": np.array([2], np.float32),
     }
     config = block("nvfp4-pack-quantized", type="float", strategy="tensor_group", group_size=16)
-    _, report = convert(write(tmp_path / "s", tensors, config), tmp_path / "o")
+    _, report = convert(write_quantized(tmp_path / "s", tensors, config), tmp_path / "o")
     assert report.plan.layers[0].exactness.value == "re-encoded"
 
 
@@ -196,7 +200,7 @@ def test_packed_layers_of_any_shape(
     config["version"] = "0.17.1" if padded else "0.18.0"
     expected = exact_values(signed, scale, 0 if zeros is None else zeros, group)
     with tempfile.TemporaryDirectory() as place:
-        folder = write(Path(place) / "s", tensors, config)
+        folder = write_quantized(Path(place) / "s", tensors, config)
         wishes = {"dequantize": True, "dtype": "float32", "chunk_bytes": 3000, "threads": 2}
         out, _ = convert(folder, Path(place) / "dense", **wishes)
         assert np.array_equal(out["up.weight"], expected)
@@ -238,7 +242,7 @@ def test_plain_integers(bits: int, strategy: str, symmetric: bool, tmp_path: Pat
         symmetric=symmetric,
         group_size=32 if strategy == "group" else None,
     )
-    folder = write(tmp_path / "s", tensors, config)
+    folder = write_quantized(tmp_path / "s", tensors, config)
     out, _ = convert(folder, tmp_path / "dense", dequantize=True, dtype="float32")
     wide = scale.reshape(1, 1, 1) if strategy == "tensor" else scale
     assert np.array_equal(out["up.weight"], exact_values(signed, wide, zeros, group))
@@ -261,7 +265,7 @@ def test_order_of_inputs(tmp_path: Path) -> None:
         ("unset", np.full(96, -1, np.int32)),
     ):
         tensors = packed(signed, 4, scale) | {"up.weight_g_idx": index}
-        folder = write(tmp_path / name, tensors, config)
+        folder = write_quantized(tmp_path / name, tensors, config)
         out, report = convert(folder, tmp_path / f"dense {name}", dequantize=True, dtype="float32")
         of = index if name == "shuffled" else np.arange(96) // 32
         assert np.array_equal(out["up.weight"], np.float32(signed) * np.float32(scale)[:, of])
@@ -278,7 +282,7 @@ def test_mxfp8_and_mxfp4_bytes(tmp_path: Path) -> None:
         ("mxfp4-pack-quantized", {"up.weight_packed": fp4}, {"bits": 4, "mode": "mxfp4"}),
     ):
         config = block(name, num_bits=spec["bits"], type="float", group_size=32)
-        folder = write(tmp_path / name, tensors | {"up.weight_scale": scale}, config)
+        folder = write_quantized(tmp_path / name, tensors | {"up.weight_scale": scale}, config)
         out, _ = convert(folder, tmp_path / f"o {name}")
         assert out["up.weight"].tobytes() == next(iter(tensors.values())).tobytes()
         assert out["up.scales"].tobytes() == scale.tobytes()

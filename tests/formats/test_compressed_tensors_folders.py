@@ -7,8 +7,12 @@ from pathlib import Path
 import pytest
 
 import requant
-from tests.formats.harness import check_fixture, fixture, read_file
-from tests.plan_texts import reason_text
+from tests.support.fixture_checks import check_fixture
+from tests.support.fixture_folders import fixture
+from tests.support.plan_texts import reason_text
+from tests.support.safetensors_files import read_file
+
+pytestmark = pytest.mark.sweep(3)
 
 # Half a unit in the last place of a bfloat16 bias of at most 15 steps.
 BIAS_STEPS = 15 * 2**-8

@@ -14,9 +14,11 @@ import requant
 from requant.errors import Problem
 from requant.formats.ct_config import CtConfig
 from requant.formats.declared import Declared
-from tests.formats.ct_layers import Tensors, block, convert, packed
-from tests.formats.folders import BF16, e4m3, write
-from tests.plan_texts import note_texts
+from tests.support.checkpoints import write_quantized
+from tests.support.conversions import convert
+from tests.support.layers.compressed_tensors import Tensors, block, packed
+from tests.support.number_formats import BF16, e4m3
+from tests.support.plan_texts import note_texts
 
 
 def two_layers() -> Tensors:
@@ -54,7 +56,7 @@ def test_schemes_resolve_as_the_peers_loader_does(
     entries: list[tuple[list[str], int]], tmp_path: Path
 ) -> None:
     """A wrong scheme would take the 8-bit layer's words for 4 bits, and be refused."""
-    folder = write(tmp_path / "s", two_layers(), groups(*entries))
+    folder = write_quantized(tmp_path / "s", two_layers(), groups(*entries))
     _, report = convert(folder, tmp_path / "o")
     targets = {layer.layer: layer.target for layer in report.plan.layers}
     assert targets["a.q_proj"] == "affine 4-bit g64"
@@ -66,7 +68,7 @@ def test_presets_and_the_old_key(tmp_path: Path) -> None:
         "format": "pack-quantized",
         "config_groups": {"W4A16": ["re:.*q"], "W8A16": ["a.k_proj"]},
     }
-    folder = write(tmp_path / "s", two_layers(), None, compression_config=config)
+    folder = write_quantized(tmp_path / "s", two_layers(), None, compression_config=config)
     assert requant.inspect(folder).format == "compressed-tensors"
     out, _ = convert(folder, tmp_path / "o")
     assert out["a.k_proj.weight"].shape == (4, 16)
@@ -91,7 +93,7 @@ def test_every_preset_of_the_peer() -> None:
 
 
 def test_without_a_config_the_tensors_tell(tmp_path: Path) -> None:
-    folder = write(tmp_path / "s", two_layers(), None)
+    folder = write_quantized(tmp_path / "s", two_layers(), None)
     out, _ = convert(folder, tmp_path / "o")
     assert out["a.q_proj.weight"].shape == (4, 8)
     assert out["a.k_proj.weight"].shape == (4, 16)
@@ -101,7 +103,7 @@ def test_cache_scales_are_left_out_with_a_note(tmp_path: Path) -> None:
     one = np.ones(1, BF16)
     tensors = two_layers() | {"a.k_scale": one, "a.v_scale": one, "a.q_proj.input_scale": one}
     config = groups((["re:.*q"], 4), (["re:.*k"], 8)) | {"kv_cache_scheme": {"num_bits": 8}}
-    out, report = convert(write(tmp_path / "s", tensors, config), tmp_path / "o")
+    out, report = convert(write_quantized(tmp_path / "s", tensors, config), tmp_path / "o")
     assert not [name for name in out if name.endswith("_scale")]
     notes = " ".join(note_texts(report.plan.notes))
     assert "a.k_scale, a.v_scale, each a scale of the key and value cache" in notes
@@ -113,7 +115,7 @@ def test_offline_transforms_are_in_the_weights(tmp_path: Path) -> None:
     config = groups((["re:.*q"], 4), (["re:.*k"], 8)) | {
         "transform_config": {"config_groups": {"u": {"type": "hadamard", "apply": [use]}}}
     }
-    convert(write(tmp_path / "s", two_layers(), config), tmp_path / "o")
+    convert(write_quantized(tmp_path / "s", two_layers(), config), tmp_path / "o")
 
 
 def test_in_memory(tmp_path: Path) -> None:
@@ -128,7 +130,7 @@ def test_in_memory(tmp_path: Path) -> None:
     tensors["down.weight_scale"].view(np.uint8)[:] &= 0x7F
     config = block(group_size=64)
     config["config_groups"]["nv"] = {"targets": ["down"], "weights": {"num_bits": 4}}
-    folder = write(tmp_path / "s", tensors, config)
+    folder = write_quantized(tmp_path / "s", tensors, config)
     out, _ = convert(folder, tmp_path / "o")
     made, _ = requant.transform_weights(tensors, config)
     assert {name: array.tobytes() for name, array in made.items()} == {

@@ -16,13 +16,14 @@ import pytest
 
 import requant
 from requant.errors import CheckpointError
-from tests.formats import test_fp_quant as fp_quant
-from tests.formats import test_metal as metal
-from tests.formats import test_quark as quark
-from tests.formats.folders import BF16, write
-from tests.formats.harness import fixture, read_file
-from tests.plan_texts import note_texts
-from tests.road.conftest import write_file
+from tests.support.checkpoints import write_quantized
+from tests.support.fixture_folders import fixture
+from tests.support.layers import fp_quant, metal, quark
+from tests.support.number_formats import BF16
+from tests.support.plan_texts import note_texts
+from tests.support.safetensors_files import read_file, write_file
+
+pytestmark = pytest.mark.sweep(4)
 
 FIXTURES = [
     "bitnet-autobitlinear",
@@ -108,11 +109,11 @@ def metadata_of(folder: Path) -> dict[str, str]:
 def by_hand(name: str, folder: Path) -> Path:
     """A folder of a format without a fixture."""
     if name == "metal":
-        return write(folder, metal.layer(8, 128, 4, 64)[0], metal.block())
+        return write_quantized(folder, metal.layer(8, 128, 4, 64)[0], metal.block())
     if name.startswith("fp-quant"):
         nvfp4 = name.endswith("nvfp4")
         tensors, _ = fp_quant.layer(1, nvfp4)
-        return write(folder, tensors, fp_quant.block("nvfp4" if nvfp4 else "mxfp4"))
+        return write_quantized(folder, tensors, fp_quant.block("nvfp4" if nvfp4 else "mxfp4"))
     random, dtype = np.random.default_rng(0), name.removeprefix("quark-")
     if dtype == "uint4":
         words = random.integers(0, 1 << 31, (64, 2)).astype(np.int32)
@@ -120,10 +121,12 @@ def by_hand(name: str, folder: Path) -> Path:
         scales = np.ones((2, 16), BF16)
         tensors = {"up.weight": words, "up.weight_scale": scales, "up.weight_zero_point": zeros}
         scheme = {"dtype": dtype, "qscheme": "per_group", "group_size": 32}
-        return write(folder, tensors, quark.block(scheme))
+        return write_quantized(folder, tensors, quark.block(scheme))
     codes = random.integers(0, 256, (16, 48), np.uint8)
     exponents = np.full((16, 3 if dtype == "fp4" else 2), 127, np.uint8)
-    return write(folder, {"up.weight": codes, "up.weight_scale": exponents}, quark.block(dtype))
+    return write_quantized(
+        folder, {"up.weight": codes, "up.weight_scale": exponents}, quark.block(dtype)
+    )
 
 
 BY_HAND = [

@@ -12,9 +12,11 @@ import pytest
 
 import requant
 from requant.errors import RequantError
-from tests.formats.folders import write
-from tests.formats.harness import read_folder
-from tests.formats.small import FOLDERS, scales_of, spoil
+from tests.support.checkpoints import write_quantized
+from tests.support.safetensors_files import read_folder
+from tests.support.small_layers import FOLDERS, scales_of, spoil
+
+pytestmark = pytest.mark.sweep(8)
 
 NAMES = [(name, tensor) for name, make in FOLDERS.items() for tensor in scales_of(make()[0])]
 WISHES: list[dict[str, Any]] = [
@@ -35,7 +37,7 @@ def test_the_source_is_called_damaged(
 ) -> None:
     tensors, config = FOLDERS[name]()
     tensors[tensor] = spoil(tensors[tensor], value, name)
-    source = write(tmp_path / "source", tensors, None, **config)
+    source = write_quantized(tmp_path / "source", tensors, None, **config)
     with pytest.raises(RequantError) as raised:
         requant.convert(source, tmp_path / "out", layout="keep", **wishes)
     said = str(raised.value)
@@ -61,7 +63,7 @@ def test_tensor_and_row_are_named(
 ) -> None:
     tensors, config = FOLDERS[name]()
     tensors[tensor] = spoil(tensors[tensor], np.nan, name)
-    source = write(tmp_path / "source", tensors, None, **config)
+    source = write_quantized(tmp_path / "source", tensors, None, **config)
     with pytest.raises(RequantError) as raised:
         requant.convert(source, tmp_path / "out", layout="keep", chunk_bytes=600, **wishes)
     where = f"{tensor}: scales hold NaN or infinity (1 value, first in row {row}): the source is"
@@ -76,7 +78,7 @@ def test_it_may_be_kept_as_it_is(name: str, tmp_path: Path) -> None:
     (scales,) = [x for x in scales_of(sound) if not x.endswith("biases")]
     tensors = {k.replace("up.", "down."): v for k, v in sound.items()}
     tensors |= sound | {scales: spoil(sound[scales], np.nan)}
-    source = write(tmp_path / "source", tensors, None, **config)
+    source = write_quantized(tmp_path / "source", tensors, None, **config)
     for wishes in ({}, {"bits": 8}):
         out = tmp_path / f"out{len(wishes)}"
         report = requant.convert(source, out, layout="keep", allow_nonfinite=True, **wishes)
@@ -91,7 +93,7 @@ def test_a_large_scale_is_no_damage(tmp_path: Path) -> None:
     tensors, config = FOLDERS["compressed-tensors"]()
     tensors["up.weight_scale"] = tensors["up.weight_scale"].astype(np.float32)
     tensors["up.weight_scale"][3, 0] = 1e6
-    source = write(tmp_path / "source", tensors, None, **config | {"dtype": "float16"})
+    source = write_quantized(tmp_path / "source", tensors, None, **config | {"dtype": "float16"})
     with pytest.raises(RequantError, match="too large for the dtype asked for"):
         requant.convert(source, tmp_path / "out", layout="keep")
     with pytest.raises(RequantError, match="too large for the dtype asked for"):
@@ -113,6 +115,6 @@ def test_experts_that_a_class_computes(tmp_path: Path) -> None:
     tensors, config = FOLDERS["mlx affine"]()
     tensors = {k: v.astype(dtype) if v.dtype == np.float32 else v for k, v in tensors.items()}
     tensors["up.scales"] = spoil(tensors["up.scales"], np.nan)
-    source = write(tmp_path / "source", tensors, None, **config)
+    source = write_quantized(tmp_path / "source", tensors, None, **config)
     with pytest.raises(RequantError, match="damaged"):
         requant.convert(source, tmp_path / "out", budget=5, layout="keep")

@@ -10,10 +10,12 @@ import pytest
 
 import requant
 from requant.errors import CheckpointError
-from tests.formats.folders import write
-from tests.formats.small import FOLDERS
-from tests.gguf_source.writer import write_gguf
-from tests.road.conftest import bf16
+from tests.support.checkpoints import write_quantized
+from tests.support.gguf_files import write_gguf
+from tests.support.number_formats import bf16
+from tests.support.small_layers import FOLDERS
+
+pytestmark = pytest.mark.sweep(8)
 
 # Tensors of which a single number or text says how the others lie, and what is left out.
 _SETTINGS = ("g_idx", "shape", "nbits", "axis", "group_size", "quant_map", "quant_state", "packing")
@@ -42,7 +44,9 @@ def emptied(array: np.ndarray) -> list[np.ndarray]:
 def test_each_empty_tensor_of_a_layer_is_named(name: str, tensor: str, tmp_path: Path) -> None:
     tensors, config = FOLDERS[name]()
     for number, empty in enumerate(emptied(tensors[tensor])):
-        source = write(tmp_path / f"source{number}", tensors | {tensor: empty}, None, **config)
+        source = write_quantized(
+            tmp_path / f"source{number}", tensors | {tensor: empty}, None, **config
+        )
         for layout in ("keep", "auto"):
             with pytest.raises(CheckpointError) as raised:
                 requant.convert(source, tmp_path / "out", bits=8, layout=layout)
@@ -56,7 +60,7 @@ def test_all_but_one_tensor_of_a_model(tmp_path: Path) -> None:
     """FSDP and DeepSpeed ZeRO-3 leave ``[0]`` for what other processes hold, norms too."""
     names = [f"model.layers.{n}.{x}.weight" for n in range(9) for x in ("up", "down", "q", "norm")]
     tensors = dict.fromkeys(names, bf16(0)) | {"model.embed_tokens.weight": bf16(96, 128)}
-    source = write(tmp_path / "source", tensors, None)
+    source = write_quantized(tmp_path / "source", tensors, None)
     with pytest.raises(CheckpointError) as raised:
         requant.plan(source, bits=4)
     assert "36 tensors are empty, of 37" in str(raised.value)
@@ -70,17 +74,17 @@ def test_all_but_one_tensor_of_a_model(tmp_path: Path) -> None:
 def test_any_float_tensor_counts(name: str, dtype: type, tmp_path: Path) -> None:
     tensors = {"up.weight": bf16(64, 128), name: np.zeros((0,), dtype)}
     with pytest.raises(CheckpointError, match=f"{name}: F.. .0. holds no values"):
-        requant.plan(write(tmp_path / "source", tensors, None), dequantize=True)
+        requant.plan(write_quantized(tmp_path / "source", tensors, None), dequantize=True)
 
 
 def test_buffers_of_integers_may_be_empty(tmp_path: Path) -> None:
     tensors = {"up.weight": bf16(64, 128), "order": np.zeros((0,), np.int64)}
-    requant.plan(write(tmp_path / "source", tensors, None), bits=4)
+    requant.plan(write_quantized(tmp_path / "source", tensors, None), bits=4)
     tensors, config = FOLDERS["gptq"]()
     tensors["up.g_idx_sort_indices"] = np.zeros((0,), np.int32)
     tensors["up.g_idx"] = np.zeros((0,), np.int32)
     try:  # a format may ask for the order of inputs; it says so itself then
-        requant.plan(write(tmp_path / "gptq", tensors, None, **config), layout="keep")
+        requant.plan(write_quantized(tmp_path / "gptq", tensors, None, **config), layout="keep")
     except CheckpointError as error:
         assert "not gathered" not in str(error) or "g_idx" in str(error)
 

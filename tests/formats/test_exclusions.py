@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 
 import requant
-from tests.formats.folders import BF16, refusal
-from tests.formats.harness import read_folder
-from tests.formats.sources import SOURCES, Source
-from tests.plan_texts import note_texts
+from tests.support.conversions import refusal
+from tests.support.format_folders import SOURCES, Source
+from tests.support.number_formats import BF16
+from tests.support.plan_texts import note_texts
+from tests.support.safetensors_files import read_folder
+
+pytestmark = pytest.mark.sweep(3)
 
 LISTS = (
     "ignore",
@@ -48,12 +51,18 @@ def converted(source: Source, folder: Path) -> list[str]:
     return list(note_texts(report.plan.notes))
 
 
+ENTRIES = ("{}", "{}*", "re:.*{}", "*{}", "{last}")
+
+
 @pytest.mark.parametrize("key", LISTS)
 @pytest.mark.parametrize("name", [name for name in sorted(SOURCES) if name != "mlx"])
 def test_a_layer_that_a_list_calls_dense_is_read_with_a_note(
     name: str, key: str, tmp_path: Path
 ) -> None:
-    for number, entry in enumerate(("{}", "{}*", "re:.*{}", "*{}", "{last}")):
+    """Two spellings each: a format meets all five under some key, and a key in some format."""
+    first = sorted(SOURCES).index(name) + LISTS.index(key)
+    for number in (first, first + 2):
+        entry = ENTRIES[number % len(ENTRIES)]
         source = SOURCES[name]()
         path = path_of(source)
         entry = entry.format(path, last=path.rpartition(".")[2])

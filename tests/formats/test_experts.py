@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 import requant
-from tests.formats import packers
-from tests.formats.harness import affine, codes_of, read_file, read_folder
-from tests.formats.logits import logits
-from tests.road.conftest import write_file
-from tests.road.test_against_mlx_lm import model
+from tests.support.checkpoints import model
+from tests.support.layers import packers
+from tests.support.logits import logits
+from tests.support.mlx_reference import affine, codes_of
+from tests.support.safetensors_files import read_file, read_folder, write_file
 
 pytest.importorskip("mlx_lm")
 

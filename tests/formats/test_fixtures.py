@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 
 import requant
-from tests.fixture_folders import CUT, FULL, NAMES, cut_fixture
-from tests.formats.harness import read_file, read_folder
+from tests.support.fixture_folders import CUT, FULL, NAMES, cut_fixture
+from tests.support.safetensors_files import read_file, read_folder
+
+pytestmark = pytest.mark.sweep(3)
 
 ROOT = Path(__file__).parents[2]
 # The tool's own order of float32 operations; every other value is exact.
@@ -48,6 +50,7 @@ def test_the_gguf_package_decodes_the_values_that_it_wrote() -> None:
         assert all(np.array_equal(decoded[key], stored[key]) for key in stored), name
 
 
+@pytest.mark.slow
 def test_the_script_makes_what_is_committed(tmp_path: Path) -> None:
     needs_full_fixtures()
     script = ROOT / "scripts" / "cut-fixtures"

@@ -13,9 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import requant
-from tests.formats.folders import BF16, E4M3, E8M0, e4m3, refusal, write
-from tests.formats.harness import float_values, read_folder
-from tests.plan_texts import note_texts
+from tests.support.checkpoints import write_quantized
+from tests.support.conversions import refusal
+from tests.support.mlx_reference import float_values
+from tests.support.number_formats import BF16, E4M3, E8M0, e4m3
+from tests.support.plan_texts import note_texts
+from tests.support.safetensors_files import read_folder
 
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 MXFP8 = {"group_size": 32, "bits": 8, "mode": "mxfp8"}
@@ -32,7 +35,7 @@ def test_deepseeks_own_numbers(tmp_path: Path) -> None:
         "up.weight": np.full((1, 32), 0x3A, np.uint8).view(E4M3),
         "up.weight_scale_inv": np.array([[0x3C4985F0]], np.uint32).view(np.float32),
     }
-    folder = write(tmp_path / "source", tensors, FP8)
+    folder = write_quantized(tmp_path / "source", tensors, FP8)
     assert dense(folder, tmp_path / "a")["up.weight"][0, 0] == np.float32(1.25) * np.float32(0.0123)
     in_bf16 = dense(folder, tmp_path / "b", "bfloat16")["up.weight"]
     assert in_bf16.view(np.uint16).tolist() == [[0x3C7C] * 32]
@@ -61,7 +64,7 @@ def test_every_place_of_a_scale(
     """Every factor is distinct: a scale on the wrong row, tile or expert shows."""
     factors = 0.01 + 0.003 * np.arange(np.prod(scale, dtype=int), dtype=np.float32).reshape(scale)
     weight = e4m3(*shape)
-    folder = write(
+    folder = write_quantized(
         tmp_path / "source", {"up.weight": weight, f"up.{name}": np.float32(factors)}, FP8
     )
     spread: Any = factors
@@ -82,7 +85,7 @@ def test_fbgemm_experts_keep_name_and_shape(tmp_path: Path) -> None:
     }
     tensors = {f"experts.{name}": array for name, array in weights.items()}
     tensors |= {f"experts.{name}_scale": array for name, array in scales.items()}
-    folder = write(tmp_path / "source", tensors, {"quant_method": "fbgemm_fp8"})
+    folder = write_quantized(tmp_path / "source", tensors, {"quant_method": "fbgemm_fp8"})
     out = dense(folder, tmp_path / "out")
     for name, weight in weights.items():
         expected = weight.astype(np.float32) * scales[name].reshape(2, 1, -1)
@@ -91,7 +94,7 @@ def test_fbgemm_experts_keep_name_and_shape(tmp_path: Path) -> None:
 
 def test_fbgemm_linear(tmp_path: Path) -> None:
     tensors = {"up.weight": e4m3(4, 32), "up.weight_scale": np.full((4, 1), 0.3, np.float32)}
-    folder = write(tmp_path / "source", tensors, {"quant_method": "fbgemm_fp8"})
+    folder = write_quantized(tmp_path / "source", tensors, {"quant_method": "fbgemm_fp8"})
     expected = tensors["up.weight"].astype(np.float32) * np.float32(0.3)
     assert np.array_equal(dense(folder, tmp_path / "out")["up.weight"], expected)
 
@@ -100,7 +103,7 @@ def test_stacked_experts_without_a_dot(tmp_path: Path) -> None:
     """transformers' gate_up_proj beside gate_up_proj_scale_inv is [experts, out, in]."""
     scales = np.array([0.1, 0.2], np.float32).reshape(2, 1, 1)
     tensors = {"experts.gate_up_proj": e4m3(2, 6, 64), "experts.gate_up_proj_scale_inv": scales}
-    folder = write(tmp_path / "source", tensors, FP8)
+    folder = write_quantized(tmp_path / "source", tensors, FP8)
     expected = tensors["experts.gate_up_proj"].astype(np.float32) * scales
     out = dense(folder, tmp_path / "out")["experts.gate_up_proj"]
     assert np.array_equal(out, expected)
@@ -114,7 +117,7 @@ def test_fnuz_bytes(tmp_path: Path) -> None:
     codes[codes == 0x80] = 0
     four = np.array([4.0], np.float32)
     tensors = {"up.weight": codes.view(ml_dtypes.float8_e4m3fnuz), "up.weight_scale": four}
-    folder = write(tmp_path / "source", tensors, {"quant_method": "fp8"})
+    folder = write_quantized(tmp_path / "source", tensors, {"quant_method": "fp8"})
     expected = codes.view(E4M3).astype(np.float32) / 2 * 4
     assert np.array_equal(dense(folder, tmp_path / "out")["up.weight"], expected)
     assert "no mode of MLX" in refusal(folder, tmp_path / "kept")
@@ -140,7 +143,7 @@ def test_powers_of_two_are_mxfp8(tile: tuple[int, int], stored: str, tmp_path: P
     block = {"quant_method": "mxfp8"} if tile == (1, 32) else FP8
     if grid == (1, 1):  # of a whole matrix: no block is named
         block = {"quant_method": "fp8"}
-    folder = write(tmp_path / "source", tensors, block)
+    folder = write_quantized(tmp_path / "source", tensors, block)
     report = requant.convert(folder, tmp_path / "out", layout="keep")
     assert report.plan.layers[0].exactness.value == "exact"
     out = read_folder(tmp_path / "out")
@@ -155,7 +158,9 @@ def test_one_other_scale_and_the_layer_is_not_mxfp8(tmp_path: Path) -> None:
     scales = np.full((2, 2), 0.5, np.float32)
     scales[1, 1] = np.nextafter(np.float32(0.5), np.float32(1))
     tensors = {"up.weight": e4m3(200, 160), "up.weight_scale_inv": scales}
-    assert "--bits 4" in refusal(write(tmp_path / "source", tensors, FP8), tmp_path / "out")
+    assert "--bits 4" in refusal(
+        write_quantized(tmp_path / "source", tensors, FP8), tmp_path / "out"
+    )
 
 
 def test_fp4_experts_in_int8(tmp_path: Path) -> None:
@@ -165,7 +170,7 @@ def test_fp4_experts_in_int8(tmp_path: Path) -> None:
         "experts.0.w1.weight": codes.view(np.int8),
         "experts.0.w1.scale": np.array([[0x7F], [0x80], [0x7A]], np.uint8).view(E8M0),
     }
-    folder = write(tmp_path / "source", tensors, FP8 | {"expert_dtype": "fp4"})
+    folder = write_quantized(tmp_path / "source", tensors, FP8 | {"expert_dtype": "fp4"})
     requant.convert(folder, tmp_path / "out", layout="keep")
     out = read_folder(tmp_path / "out")
     assert out["experts.0.w1.weight"][0].tolist() == [0x76543210, 0xFEDCBA98] * 2
@@ -184,7 +189,7 @@ def test_runtime_scales_are_left_out_with_a_note(tmp_path: Path) -> None:
         "attn.v_proj.output_scale": one,
         "norm.weight": np.ones(32, BF16),
     }
-    folder = write(tmp_path / "source", tensors, {"quant_method": "fp8"})
+    folder = write_quantized(tmp_path / "source", tensors, {"quant_method": "fp8"})
     report = requant.convert(folder, tmp_path / "out", layout="keep")
     assert sorted(read_folder(tmp_path / "out")) == [
         "attn.k_proj.scales",
@@ -198,7 +203,7 @@ def test_runtime_scales_are_left_out_with_a_note(tmp_path: Path) -> None:
 
 def test_without_a_config_the_tensors_tell(tmp_path: Path) -> None:
     tensors = {"up.weight": e4m3(4, 32), "up.weight_scale_inv": np.ones((1, 1), np.float32)}
-    folder = write(tmp_path / "source", tensors, None)
+    folder = write_quantized(tmp_path / "source", tensors, None)
     assert requant.inspect(folder).format == "fp8"
     requant.convert(folder, tmp_path / "out", layout="keep")
     assert read_folder(tmp_path / "out")["up.scales"].tolist() == [[127]] * 4
@@ -222,7 +227,7 @@ def test_any_shape_and_block(
     scales = np.random.default_rng(seed).normal(1, 0.3, grid).astype(np.float32)
     spread = scales.repeat(high, axis=-2)[..., :rows, :].repeat(wide, axis=-1)[..., :columns]
     with tempfile.TemporaryDirectory() as place:
-        folder = write(
+        folder = write_quantized(
             Path(place) / "source",
             {"up.weight": weight, "up.weight_scale_inv": scales},
             {"quant_method": "fp8", "weight_block_size": [high, wide]},
@@ -331,7 +336,7 @@ def test_corrupted_folders_are_refused(
     tmp_path: Path,
 ) -> None:
     tensors = {k: v for k, v in (good() | changes).items() if v is not None}
-    folder = write(tmp_path / "source", tensors, block)
+    folder = write_quantized(tmp_path / "source", tensors, block)
     text = refusal(folder, tmp_path / "out")
     for word in words:
         assert word in text
@@ -341,7 +346,7 @@ def test_not_a_number_is_found_while_it_is_encoded(tmp_path: Path) -> None:
     tensors = good()
     tensors["up.weight"].view(np.uint8)[77, 3] = 0x7F
     tensors["up.weight_scale_inv"][:] = 0.3
-    folder = write(tmp_path / "source", tensors, FP8)
+    folder = write_quantized(tmp_path / "source", tensors, FP8)
     text = refusal(folder, tmp_path / "out", bits=4)
     assert "up.weight: 1 value is NaN or infinite, first in row 77" in text
 
@@ -352,7 +357,7 @@ def test_in_memory_as_mx_load_gives_it(tmp_path: Path) -> None:
         "up.weight": e4m3(130, 160),
         "up.weight_scale_inv": np.full((2, 2), 125, np.uint8).view(E8M0),
     }
-    folder = write(tmp_path / "source", tensors, FP8)
+    folder = write_quantized(tmp_path / "source", tensors, FP8)
     loaded = mx.load(str(folder / "model.safetensors"))
     made, quantization = requant.transform_weights(loaded, FP8)
     assert quantization.quantization == requant.Quantization(32, 8, requant.QuantMode.MXFP8)

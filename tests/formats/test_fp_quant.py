@@ -10,37 +10,13 @@ import numpy as np
 import pytest
 
 import requant
-from tests.formats.folders import BF16, E4M3, refusal, write
-from tests.formats.harness import float_values, read_folder, same_in_memory
-
-E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
-E2M1 = np.concatenate([E2M1, -E2M1])
-
-
-def block(dtype: str = "mxfp4", init: str = "identity") -> dict[str, Any]:
-    return {"quant_method": "fp_quant", "forward_dtype": dtype, "transform_init": init}
-
-
-def layer(divisor: float = 1, nvfp4: bool = False) -> tuple[dict[str, Any], np.ndarray]:
-    random = np.random.default_rng(0)
-    packed = random.integers(0, 256, (6, 64), np.uint8)
-    group = 16 if nvfp4 else 32
-    scales: Any = random.integers(100, 140, (6, 4), np.uint8)
-    factors: Any = np.exp2(scales.astype(np.float32) - 127)
-    if nvfp4:
-        factors = random.uniform(1, 4, (6, 8)).astype(E4M3)
-        scales, factors = factors.view(np.uint8), factors.astype(np.float32)
-        factors = factors / np.float32(divisor)
-    tensors = {
-        "up.qweight": packed,
-        "up.scales": scales,
-        "up.weight_global_scale": np.array([divisor], BF16),
-        "up.act_global_scale": np.ones(1, BF16),
-        "up.forward_hadamard_matrix": np.eye(32, dtype=BF16),
-    }
-    codes = np.stack([packed & 15, packed >> 4], axis=-1).reshape(6, 128)
-    values = E2M1[codes] * factors.repeat(group, axis=1)
-    return tensors, values if nvfp4 else values / np.float32(divisor)
+from tests.support.checkpoints import write_quantized
+from tests.support.conversions import refusal
+from tests.support.fixture_checks import same_in_memory
+from tests.support.layers.fp_quant import block, layer
+from tests.support.mlx_reference import float_values
+from tests.support.number_formats import BF16
+from tests.support.safetensors_files import read_folder
 
 
 @pytest.mark.parametrize("nvfp4", [False, True])
@@ -49,7 +25,7 @@ def test_identity_is_read(nvfp4: bool, divisor: float, tmp_path: Path) -> None:
     """A global scale of 1 leaves the bytes; 3 fits no mode of MLX."""
     mode = "nvfp4" if nvfp4 else "mxfp4"
     tensors, values = layer(divisor, nvfp4)
-    source = write(tmp_path / "source", tensors, block(mode))
+    source = write_quantized(tmp_path / "source", tensors, block(mode))
     requant.convert(
         source, tmp_path / "dense", layout="keep", dequantize=True, dtype="float32", chunk_bytes=1
     )
@@ -116,5 +92,5 @@ def test_what_is_not_read_is_refused(change: Change, words: str, tmp_path: Path)
     tensors, _ = layer()
     config = block()
     change(tensors, config)
-    source = write(tmp_path / "source", tensors, config)
+    source = write_quantized(tmp_path / "source", tensors, config)
     assert words in refusal(source, tmp_path / "out")

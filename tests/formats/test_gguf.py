@@ -13,18 +13,15 @@ import pytest
 import requant
 from requant.arrays.gguf import TYPES, BlockType
 from requant.errors import CheckpointError
-from tests.formats.harness import (
-    Checked,
-    affine,
-    check_values,
-    fixture,
-    read_file,
-    read_folder,
-)
-from tests.formats.logits import logits
-from tests.gguf_source.writer import permuted
-from tests.native.test_gguf import random_blocks
-from tests.plan_texts import reason_text
+from tests.support.fixture_checks import Checked, check_values
+from tests.support.fixture_folders import fixture
+from tests.support.gguf_files import permuted, random_blocks
+from tests.support.logits import logits
+from tests.support.mlx_reference import affine
+from tests.support.plan_texts import reason_text
+from tests.support.safetensors_files import read_file, read_folder
+
+pytestmark = pytest.mark.sweep(2)
 
 EXACT = ("F32", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4")
 CLASSES = {"Q4_K": "rounded", "Q6_K": "re-encoded"}

@@ -9,7 +9,11 @@ import numpy as np
 import pytest
 
 import requant
-from tests.formats.harness import check_fixture, fixture, read_folder
+from tests.support.fixture_checks import check_fixture
+from tests.support.fixture_folders import fixture
+from tests.support.safetensors_files import read_folder
+
+pytestmark = pytest.mark.sweep(3)
 
 FLOAT16 = 2**-11  # half a unit in the last place
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import requant
-from tests.formats.folders import refusal
-from tests.formats.harness import read_folder
-from tests.formats.sources import IN, SOURCES, Source
+from tests.support.conversions import refusal
+from tests.support.format_folders import IN, SOURCES, Source
+from tests.support.safetensors_files import read_folder
 
 NAME = "up.g_idx"
 INDICES: dict[str, np.ndarray | None] = {

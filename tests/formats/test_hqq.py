@@ -13,70 +13,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import requant
-from tests.formats.folders import refusal, write
-from tests.formats.harness import affine, read_folder
-
-BLOCK = {"quant_method": "hqq", "quant_config": {"weight_quant_params": {"nbits": 4, "axis": 1}}}
-# packing -> bits of a field, shift of each strip of rows, dtype of W_q: as HQQ's document says.
-PACKINGS: dict[str, tuple[int, list[int], Any]] = {
-    "8bit_u8": (8, [0], np.uint8),
-    "4bit_u8": (4, [4, 0], np.uint8),
-    "3bit_32": (3, [27, 24, 21, 18, 15, 12, 9, 6, 3, 0], np.int32),
-    "2bit_u8": (2, [6, 4, 2, 0], np.uint8),
-    "1bit_u8": (1, [7, 6, 5, 4, 3, 2, 1, 0], np.uint8),
-}
-
-
-def text(word: str) -> np.ndarray:
-    return np.frombuffer(word.encode(), np.uint8)
-
-
-def layer(
-    view: np.ndarray,
-    shape: tuple[int, int],
-    packing: str,
-    axis: int = 1,
-    nbits: Any = None,
-    dtype: Any = np.float16,
-    seed: int = 0,
-) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """A layer ``up`` that holds the view's codes, and its values in float32."""
-    bits, shifts, stored = PACKINGS[packing]
-    strip = -(-len(view) // len(shifts))
-    w_q = np.zeros((strip, view.shape[1]), np.uint32)
-    for row, codes in enumerate(view):
-        w_q[row % strip] |= codes.astype(np.uint32) << np.uint32(shifts[row // strip])
-    random = np.random.default_rng(seed)
-    one = (len(view), 1) if axis else (1, view.shape[1])
-    scale = random.uniform(0.01, 0.1, one).astype(dtype)
-    zero = random.uniform(-1, 2**bits, one).astype(dtype)
-    values = (view.astype(np.float32) - zero.astype(np.float32)) * scale.astype(np.float32)
-    said = bits if nbits is None else nbits
-    tensors = {
-        "up.W_q": w_q.astype(stored),
-        "up.scale": scale,
-        "up.zero": zero,
-        "up.shape": np.array(shape, np.int64),
-        "up.axis": np.array(axis, np.int32),
-        "up.nbits": np.array(said, np.float32 if isinstance(said, float) else np.int32),
-        "up.packing": text(packing),
-        "up.view_as_float": np.array(0, np.uint8),
-        "up.compute_dtype": text("torch.float16"),
-    }
-    return tensors, values.reshape(shape)
+from tests.support.checkpoints import write_quantized
+from tests.support.conversions import refusal
+from tests.support.layers.hqq import BLOCK, PACKINGS, layer, random_view, text
+from tests.support.mlx_reference import affine
+from tests.support.safetensors_files import read_folder
 
 
 def dense(tensors: dict[str, np.ndarray], folder: Path, **wishes: Any) -> np.ndarray:
     """Values of the layer, converted from a folder and in memory; both must agree."""
-    source = write(folder / "source", tensors, BLOCK)
+    source = write_quantized(folder / "source", tensors, BLOCK)
     requant.convert(
         source, folder / "dense", layout="keep", dequantize=True, dtype="float32", **wishes
     )
     return read_folder(folder / "dense")["up.weight"]
-
-
-def random_view(rows: int, columns: int, bits: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 1 << bits, (rows, columns), np.uint8)
 
 
 def test_a_byte_written_by_hand(tmp_path: Path) -> None:
@@ -85,7 +35,7 @@ def test_a_byte_written_by_hand(tmp_path: Path) -> None:
     tensors["up.W_q"] = np.full((1, 32), 0x2F, np.uint8)
     tensors["up.scale"] = np.array([[0.5], [0.25]], np.float16)
     tensors["up.zero"] = np.array([[1.5], [7.25]], np.float16)
-    source = write(tmp_path / "source", tensors, BLOCK)
+    source = write_quantized(tmp_path / "source", tensors, BLOCK)
     requant.convert(source, tmp_path / "out", layout="keep")
     made = read_folder(tmp_path / "out")
     assert made["up.weight"].tolist() == [[0x22222222] * 4, [0xFFFFFFFF] * 4]
@@ -114,7 +64,7 @@ def test_every_packing_becomes_codes(packing: str, nbits: Any, bits: int, tmp_pa
     width = min(int(nbits) if nbits != 1.58 else 2, PACKINGS[packing][0])
     view = random_view(192, 64, width)
     tensors, values = layer(view, (96, 128), packing, nbits=nbits)
-    source = write(tmp_path / "source", tensors, BLOCK)
+    source = write_quantized(tmp_path / "source", tensors, BLOCK)
     report = requant.convert(source, tmp_path / "out", layout="keep", chunk_bytes=1)
     made = affine(read_folder(tmp_path / "out"), "up", 64, bits)
     assert np.array_equal(made.codes, view.reshape(96, 128))
@@ -173,7 +123,7 @@ def test_what_the_config_says_where_the_layer_is_silent(tmp_path: Path) -> None:
     }
     params = {"weight_quant_params": {"nbits": 4, "group_size": 32, "axis": 1}}
     block = {"quant_method": "hqq", "quant_config": {"mlp.up_proj": params}}
-    source = write(tmp_path / "source", tensors, block)
+    source = write_quantized(tmp_path / "source", tensors, block)
     requant.convert(source, tmp_path / "out", layout="keep", dequantize=True, dtype="float32")
     assert np.array_equal(read_folder(tmp_path / "out")[f"{path}.weight"], values)
 
@@ -182,7 +132,7 @@ def test_bfloat16_range_and_memory(tmp_path: Path) -> None:
     """In memory and from a folder the bytes are the same; the bias stays."""
     tensors, _ = layer(random_view(24, 32, 4), (12, 64), "4bit_u8")
     tensors["up.bias"] = np.arange(12, dtype=np.float16)
-    source = write(tmp_path / "source", tensors, BLOCK)
+    source = write_quantized(tmp_path / "source", tensors, BLOCK)
     requant.convert(source, tmp_path / "out", layout="keep")
     made, quantization = requant.transform_weights(tensors, BLOCK)
     stored = read_folder(tmp_path / "out")
@@ -272,11 +222,11 @@ Change = Callable[[dict[str, Any]], Any]
 def test_damaged_folders_are_refused(change: Change, words: str, tmp_path: Path) -> None:
     tensors, _ = layer(random_view(24, 32, 4), (12, 64), "4bit_u8")
     change(tensors)
-    source = write(tmp_path / "source", tensors, BLOCK)
+    source = write_quantized(tmp_path / "source", tensors, BLOCK)
     assert words in refusal(source, tmp_path / "out")
 
 
 def test_codes_beyond_their_width_are_refused(tmp_path: Path) -> None:
     tensors, _ = layer(random_view(24, 32, 8), (12, 64), "8bit_u8", nbits=5)
-    source = write(tmp_path / "source", tensors, BLOCK)
+    source = write_quantized(tmp_path / "source", tensors, BLOCK)
     assert "but nbits says 5: 0 to 31" in refusal(source, tmp_path / "out")

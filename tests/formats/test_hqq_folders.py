@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.formats.harness import check_fixture
-from tests.formats.logits import check_logits
-from tests.plan_texts import reason_text
+from tests.support.fixture_checks import check_fixture
+from tests.support.logits import check_logits
+from tests.support.plan_texts import reason_text
 
 # Most that a bias may be off, in steps: half a unit in the last place of the largest zero.
 ROWS = {"hqq-b2-g32": 0.002, "hqq-b3-g64": 0.03, "hqq-b4-g64": 0.0075, "hqq-b8-g64": 0.87}

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.formats.harness import read_file
-from tests.formats.logits import check_logits, dense_folder, logits
-from tests.road.conftest import write_file
+from tests.support.logits import check_logits, dense_folder, logits
+from tests.support.safetensors_files import read_file, write_file
+
+pytestmark = pytest.mark.sweep(2)
 
 # name, wishes, and how far logits may be off (relative to the largest): what the codes lose.
 FOLDERS: list[tuple[str, dict[str, Any], float]] = [

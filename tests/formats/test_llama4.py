@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 import requant
-from tests.formats.folders import e4m3
-from tests.formats.harness import float_values, read_file, read_folder
-from tests.road.conftest import write_file
+from tests.support.mlx_reference import float_values
+from tests.support.number_formats import e4m3
+from tests.support.safetensors_files import read_file, read_folder, write_file
 
 pytest.importorskip("mlx_lm")
 
@@ -22,9 +22,9 @@ EXPERTS = "language_model.model.layers.1.feed_forward.experts"
 
 def folders(tmp_path: Path, exponents: bool = False) -> tuple[Path, Path]:
     """A small Llama 4 with FP8 experts, and its dense twin in float32."""
-    from tests.mlx_lm.checks import write_folder
-    from tests.mlx_lm.families import small_config
-    from tests.mlx_lm.test_codes import published
+    from tests.support.families import small_config
+    from tests.support.mlx_lm_conversion import write_mlx_checkpoint
+    from tests.support.published_models import published
 
     published(tmp_path / "plain", "llama4", small_config("llama4"))
     config = small_config("llama4")
@@ -42,8 +42,10 @@ def folders(tmp_path: Path, exponents: bool = False) -> tuple[Path, Path]:
         stored[name] = codes
         stored[f"{name}_scale"] = scales.reshape(count, n_out, 1) if is_down else scales
         dense[name] = (codes.astype(np.float32) * scales).astype(ml_dtypes.bfloat16)
-    write_folder(tmp_path / "fp8", config | {"dtype": "bfloat16"} | BLOCK, {"x": mx.zeros(1)})
-    write_folder(tmp_path / "twin", config | {"dtype": "bfloat16"}, {"x": mx.zeros(1)})
+    write_mlx_checkpoint(
+        tmp_path / "fp8", config | {"dtype": "bfloat16"} | BLOCK, {"x": mx.zeros(1)}
+    )
+    write_mlx_checkpoint(tmp_path / "twin", config | {"dtype": "bfloat16"}, {"x": mx.zeros(1)})
     write_file(tmp_path / "fp8" / "model.safetensors", stored)
     write_file(tmp_path / "twin" / "model.safetensors", dense)
     return tmp_path / "fp8", tmp_path / "twin"

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.formats.logits import check_logits
+from tests.support.logits import check_logits
+
+pytestmark = pytest.mark.slow
 
 pytest.importorskip("mlx_lm")
 

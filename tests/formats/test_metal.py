@@ -12,30 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import requant
-from requant.arrays import native
-from tests.formats.folders import BF16, refusal, write
-from tests.formats.harness import affine, read_folder
-
-
-def block(bits: Any = 4, group: Any = 64) -> dict[str, Any]:
-    return {"quant_method": "metal", "bits": bits, "group_size": group}
-
-
-def layer(
-    rows: int, columns: int, bits: int, group: int, dtype: Any = BF16
-) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
-    """Tensors of ``up``, its codes and its values."""
-    random = np.random.default_rng(rows)
-    codes = random.integers(0, 1 << bits, (rows, columns), np.uint8)
-    scales = random.uniform(-1, 1, (rows, columns // group)).astype(dtype)
-    biases = random.uniform(-1, 1, (rows, columns // group)).astype(dtype)
-    tensors = {
-        "up.weight": native.pack_words(codes, bits),
-        "up.scales": scales,
-        "up.qbiases": biases,
-    }
-    spread = [x.astype(np.float32).repeat(group, axis=1) for x in (scales, biases)]
-    return tensors, codes, codes * spread[0] + spread[1]
+from tests.support.checkpoints import write_quantized
+from tests.support.conversions import refusal
+from tests.support.layers.metal import block, layer
+from tests.support.mlx_reference import affine
+from tests.support.number_formats import BF16
+from tests.support.safetensors_files import read_folder
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -43,7 +25,7 @@ def test_qbiases_are_biases(bits: int, tmp_path: Path) -> None:
     """The same bytes under MLX's names, from a folder and in memory."""
     tensors, _, _ = layer(8, 128, bits, 64)
     tensors["up.bias"] = np.ones(8, BF16)
-    source = write(tmp_path / "source", tensors, block(bits))
+    source = write_quantized(tmp_path / "source", tensors, block(bits))
     report = requant.convert(source, tmp_path / "out", layout="keep", chunk_bytes=1)
     made = read_folder(tmp_path / "out")
     assert made.keys() == {"up.weight", "up.scales", "up.biases", "up.bias"}
@@ -68,7 +50,7 @@ def test_any_group(rows: int, groups: int, group: int, bits: int, tmp_path_facto
     tmp_path = tmp_path_factory.mktemp("metal")
     columns = 32 * group * groups // np.gcd(32, group)
     tensors, codes, values = layer(rows, columns, bits, group)
-    source = write(tmp_path / "source", tensors, block(bits, group))
+    source = write_quantized(tmp_path / "source", tensors, block(bits, group))
     requant.convert(
         source, tmp_path / "dense", layout="keep", dequantize=True, dtype="float32", chunk_bytes=1
     )
@@ -85,7 +67,7 @@ def test_any_group(rows: int, groups: int, group: int, bits: int, tmp_path_facto
 
 def test_a_narrower_dtype_rounds(tmp_path: Path) -> None:
     tensors, _, _ = layer(4, 64, 4, 64, np.float32)
-    source = write(tmp_path / "source", tensors, block())
+    source = write_quantized(tmp_path / "source", tensors, block())
     report = requant.convert(source, tmp_path / "out", layout="keep")
     (found,) = report.plan.layers
     words = "scales and biases rounded to bfloat16, relative error at most 0.0039"
@@ -125,5 +107,5 @@ def test_damaged_folders_are_refused(change: Change, words: str, tmp_path: Path)
     tensors, _, _ = layer(4, 128, 4, 64)
     config = block()
     change(tensors, config)
-    source = write(tmp_path / "source", tensors, config)
+    source = write_quantized(tmp_path / "source", tensors, config)
     assert words in refusal(source, tmp_path / "out")

@@ -12,8 +12,8 @@ import pytest
 
 import requant
 from requant.errors import CheckpointError
-from tests.formats.harness import fixture, read_file
-from tests.road.conftest import write_file
+from tests.support.fixture_folders import fixture
+from tests.support.safetensors_files import read_file, write_file
 
 LAYER = "model.layers.0.mlp.down_proj"
 Tensors = dict[str, np.ndarray]

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 import requant
-from tests.formats.folders import refusal
-from tests.formats.harness import read_folder
-from tests.plan_texts import note_texts
+from tests.support.conversions import refusal
+from tests.support.plan_texts import note_texts
+from tests.support.safetensors_files import read_folder
 
 DEFAULT = {"group_size": 64, "bits": 4}
 UP = {"affine-6": (64, 6, "affine"), "affine-32": (32, 4, "affine")}

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.formats.folders import BF16, refusal
-from tests.road.conftest import write_file
+from tests.support.conversions import refusal
+from tests.support.number_formats import BF16
+from tests.support.safetensors_files import write_file
 
 Tensors = dict[str, np.ndarray]
 Change = Callable[[Tensors, dict[str, Any]], object]

@@ -12,28 +12,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import requant
-from tests.formats.folders import BF16, E4M3, e4m3, refusal, write
-from tests.formats.harness import affine, float_values, read_folder
-from tests.plan_texts import reason_text
-
-E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
-E2M1 = np.concatenate([E2M1, -E2M1])
-
-
-def block(algorithm: str | None, **more: Any) -> dict[str, Any]:
-    return {"quant_method": "modelopt", "quant_algo": algorithm} | more
+from tests.support.checkpoints import write_quantized
+from tests.support.conversions import refusal
+from tests.support.layers.modelopt import block
+from tests.support.mlx_reference import affine, float_values
+from tests.support.number_formats import BF16, E2M1, E4M3, e4m3, nibbles
+from tests.support.plan_texts import reason_text
+from tests.support.safetensors_files import read_folder
 
 
 def random(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
 
 
-def nibbles(packed: np.ndarray) -> np.ndarray:
-    return np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)
-
-
 def dense(tensors: dict[str, np.ndarray], config: dict[str, Any], folder: Path) -> np.ndarray:
-    source = write(folder / "dense-source", tensors, config)
+    source = write_quantized(folder / "dense-source", tensors, config)
     requant.convert(
         source, folder / "dense", layout="keep", dequantize=True, dtype="float32", chunk_bytes=1
     )
@@ -43,7 +36,7 @@ def dense(tensors: dict[str, np.ndarray], config: dict[str, Any], folder: Path) 
 def converted(
     tensors: dict[str, np.ndarray], config: dict[str, Any], folder: Path, **wishes: Any
 ) -> tuple[dict[str, np.ndarray], Any]:
-    source = write(folder / "source", tensors, config)
+    source = write_quantized(folder / "source", tensors, config)
     report = requant.convert(source, folder / "out", **{"layout": "keep"} | wishes)
     return read_folder(folder / "out"), report.plan.layers[0]
 
@@ -183,7 +176,7 @@ def test_mixed_precision_and_wildcards(tmp_path: Path) -> None:
         "k_proj.k_bias": np.ones(1, np.float32),
     }
     more = {"quantized_layers": layers, "exclude_modules": ["he*", "*.router"]}
-    source = write(tmp_path / "source", tensors, block("MIXED_PRECISION", **more))
+    source = write_quantized(tmp_path / "source", tensors, block("MIXED_PRECISION", **more))
     report = requant.convert(source, tmp_path / "out", layout="keep")
     stored = {layer.layer: layer.source for layer in report.plan.layers}
     assert stored == {"up": "mxfp8", "down": "modelopt 8-bit a scale a row", "head": "F32"}
@@ -249,7 +242,7 @@ def nvfp4() -> dict[str, Any]:
 def test_damaged_folders_are_refused(change: Change, words: str, tmp_path: Path) -> None:
     tensors = nvfp4()
     change(tensors)
-    source = write(tmp_path / "source", tensors, block("NVFP4"))
+    source = write_quantized(tmp_path / "source", tensors, block("NVFP4"))
     assert words in refusal(source, tmp_path / "out")
 
 
@@ -264,5 +257,5 @@ def test_damaged_folders_are_refused(change: Change, words: str, tmp_path: Path)
 )
 def test_configs_that_cannot_be_met(config: dict[str, Any], words: str, tmp_path: Path) -> None:
     tensors = nvfp4() | {"head.weight": np.ones((4, 32), np.float32)}
-    source = write(tmp_path / "source", tensors, config)
+    source = write_quantized(tmp_path / "source", tensors, config)
     assert words in refusal(source, tmp_path / "out")

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 import requant
-from tests.formats.harness import check_fixture, fixture, read_folder
-from tests.formats.logits import check_logits
+from tests.support.fixture_checks import check_fixture
+from tests.support.fixture_folders import fixture
+from tests.support.logits import check_logits
+from tests.support.safetensors_files import read_folder
 
 
 def test_nvfp4_with_a_tensor_scale_is_encoded_anew(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +14,22 @@ import numpy as np
 import pytest
 
 import requant
-from tests.formats import test_compressed_tensors as compressed_tensors
-from tests.formats import test_quark as quark
-from tests.formats.folders import BF16, e4m3
-from tests.formats.harness import fixture, read_file
-from tests.formats.logits import logits
-from tests.mlx_lm.checks import class_checkpoint
-from tests.mlx_lm.families import model_types, small_config
-from tests.mlx_lm.hub_forms import FORMS, W123, W_EXPERTS, Form, unstacked
-from tests.road.conftest import write_file
+from tests.support.checkpoints import write_checkpoint
+from tests.support.families import model_types, small_config
+from tests.support.fixture_folders import fixture
+from tests.support.hub_forms import FORMS, W123, W_EXPERTS, Form, unstacked
+from tests.support.layers import compressed_tensors, quark
+from tests.support.logits import logits
+from tests.support.mlx_lm_conversion import class_checkpoint
+from tests.support.number_formats import BF16, E2M1, e4m3
+from tests.support.safetensors_files import read_file
+
+pytestmark = pytest.mark.sweep(1)
 
 Tensors = dict[str, np.ndarray]
 # Output rows, inputs and a source of random numbers -> tensors by what is added to the layer's
 # path, and the values that they stand for.
 Coder = Callable[[int, int, np.random.Generator], tuple[Tensors, np.ndarray]]
-E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
-E2M1 = np.concatenate([E2M1, -E2M1])
 
 
 def scales_of(random: np.random.Generator, *shape: int) -> np.ndarray:
@@ -143,13 +143,6 @@ def encoded(tensors: Tensors, pattern: str, coder: Coder) -> tuple[Tensors, Tens
     return stored, dense
 
 
-def folder_of(folder: Path, config: Mapping[str, Any], tensors: Tensors) -> Path:
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    write_file(folder / "model.safetensors", tensors)
-    return folder
-
-
 def check(
     config: dict[str, Any],
     block: dict[str, Any],
@@ -160,8 +153,9 @@ def check(
 ) -> tuple[Path, np.ndarray]:
     """Convert and compare; the source's folder and the logits of the dense values."""
     stored, dense = both
-    wanted = logits(folder_of(tmp_path / "dense", config, dense))
-    source = folder_of(tmp_path / "source", config | {"quantization_config": block}, stored)
+    wanted = logits(write_checkpoint(tmp_path / "dense", dense, config))
+    quantized = config | {"quantization_config": block}
+    source = write_checkpoint(tmp_path / "source", stored, quantized)
     requant.convert(source, tmp_path / "out", layout="mlx-lm", **wishes)
     error = np.abs(logits(tmp_path / "out") - wanted).max() / np.abs(wanted).max()
     assert error <= room, error
@@ -225,6 +219,7 @@ PUBLISHED: dict[str, tuple[Form, dict[str, Any], str, Coder]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", PUBLISHED)
 def test_published_experts(model_type: str, tmp_path: Path) -> None:
     """Kimi K2 and K3 and MiniMax M3 as published; mlx-lm reads their folders itself."""

@@ -8,8 +8,12 @@ import numpy as np
 import pytest
 
 import requant
-from tests.formats.folders import BF16, refusal, write
-from tests.formats.harness import check_fixture, float_values, read_folder
+from tests.support.checkpoints import write_quantized
+from tests.support.conversions import refusal
+from tests.support.fixture_checks import check_fixture
+from tests.support.mlx_reference import float_values
+from tests.support.number_formats import BF16
+from tests.support.safetensors_files import read_folder
 
 BLOCK = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
 SPEC = {"group_size": 32, "bits": 4, "mode": "mxfp4"}
@@ -37,7 +41,7 @@ def test_worked_vector(names: tuple[str, str], tmp_path: Path) -> None:
         f"mlp1_weight{names[1]}": np.array([[[0x7F], [0x80]]], np.uint8),
     }
     for number, block in enumerate((BLOCK, None)):  # the config, or the tensors alone
-        folder = write(tmp_path / f"source{number}", tensors, block)
+        folder = write_quantized(tmp_path / f"source{number}", tensors, block)
         requant.convert(folder, tmp_path / f"out{number}", layout="keep")
         out = read_folder(tmp_path / f"out{number}")
         values = float_values(out, "mlp1_weight", SPEC)
@@ -52,7 +56,7 @@ def test_every_byte_under_every_scale(tmp_path: Path) -> None:
         "w_blocks": (codes[:, ::2] | codes[:, 1::2] << 4).reshape(255, 1, 16),
         "w_scales": np.arange(255, dtype=np.uint8).reshape(255, 1),
     }
-    folder = write(tmp_path / "source", tensors, BLOCK)
+    folder = write_quantized(tmp_path / "source", tensors, BLOCK)
     requant.convert(folder, tmp_path / "out", layout="keep")
     elements = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
     elements = np.concatenate([elements, -elements])[codes]
@@ -96,4 +100,4 @@ def test_corrupted_folders_are_refused(
     changes: dict[str, np.ndarray | None], words: str, tmp_path: Path
 ) -> None:
     tensors = {k: v for k, v in (good() | changes).items() if v is not None}
-    assert words in refusal(write(tmp_path / "source", tensors, BLOCK), tmp_path / "out")
+    assert words in refusal(write_quantized(tmp_path / "source", tensors, BLOCK), tmp_path / "out")

@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 
 import requant
-from tests.formats.folders import BF16, refusal
-from tests.formats.harness import read_folder
-from tests.formats.sources import SOURCES, Source
-from tests.plan_texts import note_texts
+from tests.support.conversions import refusal
+from tests.support.format_folders import SOURCES, Source
+from tests.support.number_formats import BF16
+from tests.support.plan_texts import note_texts
+from tests.support.safetensors_files import read_folder
+
+pytestmark = pytest.mark.sweep(4)
 
 Config = dict[str, Any]
 NESTS: dict[str, Callable[[Config], Config]] = {

@@ -21,11 +21,10 @@ from requant.dtypes import TensorInfo
 from requant.formats.base import Rows, SourceLayer
 from requant.formats.float_packings import GlobalScales, NvBlocks
 from requant.formats.nvfp4_layers import kept_apart
-from tests.formats.folders import e4m3
-from tests.formats.harness import read_file, read_folder
-from tests.plan_texts import note_texts, reason_text
-from tests.road.conftest import write_file
-from tests.road.test_against_mlx_lm import model
+from tests.support.checkpoints import model
+from tests.support.number_formats import E2M1, e4m3
+from tests.support.plan_texts import note_texts, reason_text
+from tests.support.safetensors_files import read_file, read_folder, write_file
 
 pytest.importorskip("mlx_lm")
 pytestmark = pytest.mark.skipif(
@@ -35,8 +34,6 @@ pytestmark = pytest.mark.skipif(
 BASE = "model.layers.0.mlp"
 STACKS = ("gate_proj", "up_proj", "down_proj")
 NVFP4 = {"group_size": 16, "bits": 4, "mode": "nvfp4"}
-E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
-E2M1 = np.concatenate([E2M1, -E2M1])
 CT_GROUP = {
     "targets": ["Linear"],
     "weights": {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16},

@@ -13,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import requant
-from tests.formats import packers
-from tests.formats.folders import refusal, write
-from tests.formats.harness import codes_of
-from tests.plan_texts import note_texts
-from tests.road.conftest import write_file
+from tests.support.checkpoints import write_quantized
+from tests.support.conversions import refusal
+from tests.support.layers import packers
+from tests.support.mlx_reference import codes_of
+from tests.support.plan_texts import note_texts
+from tests.support.safetensors_files import write_file
 
 LAYER = "model.layers.0.mlp.up_proj"
 
@@ -91,12 +92,12 @@ def test_awq_gemm_without_zero_points(stored: bool, tmp_path: Path) -> None:
         del tensors["qzeros"]
     check(tensors, block, codes, 8, scales, 32)
     of_layer = {f"{LAYER}.{role}": part for role, part in tensors.items()}
-    source = write(tmp_path / "source", of_layer, block, dtype="float16")
+    source = write_quantized(tmp_path / "source", of_layer, block, dtype="float16")
     report = requant.convert(source, tmp_path / "out", layout="keep")
     assert [str(found.exactness) for found in report.plan.layers] == ["exact"]
 
     of_layer[f"{LAYER}.qzeros"] = packers.gemm(codes, eights - 1, scales)["qzeros"]
-    bad = write(tmp_path / "bad", of_layer, block, dtype="float16")
+    bad = write_quantized(tmp_path / "bad", of_layer, block, dtype="float16")
     assert "every zero is 8, but its zeros are 7" in refusal(bad, tmp_path / "none")
 
 

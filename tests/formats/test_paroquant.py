@@ -16,15 +16,18 @@ from hypothesis import strategies as st
 
 import requant
 from requant.nn import RotateQuantizedExperts, RotateQuantizedLinear
-from tests.formats.harness import check_fixture, fixture, read_file, read_folder
-from tests.formats.logits import TOKENS, dense_folder, logits
-from tests.formats.packers import gemm
-from tests.gguf_source.test_models import tiny, values
-from tests.road.conftest import write_file
-from tests.road.test_against_mlx_lm import model
+from tests.support.checkpoints import model
+from tests.support.fixture_checks import check_fixture
+from tests.support.fixture_folders import fixture
+from tests.support.gguf_models import tiny, values
+from tests.support.layers.packers import gemm
+from tests.support.logits import TOKENS, dense_folder, logits
+from tests.support.safetensors_files import read_file, read_folder, write_file
 
 pytest.importorskip("mlx_lm")
 import requant.mlx_lm
+
+pytestmark = pytest.mark.sweep(2)
 
 DOWN = "model.layers.0.mlp.down_proj"
 
@@ -287,6 +290,7 @@ def dense_logits(folder: Path, plain: dict[str, np.ndarray], place: Path) -> np.
     return logits(place)
 
 
+@pytest.mark.slow
 def test_experts_share_a_rotation(experts: Any, tmp_path: Path) -> None:
     """Kept: the loaded model gives the plain model's logits, from the source and the output."""
     folder, plain = experts
@@ -311,6 +315,7 @@ def test_experts_share_a_rotation(experts: Any, tmp_path: Path) -> None:
         assert np.abs(found - wanted).max() <= 2e-5 * np.abs(wanted).max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("again", [False, True], ids=["source", "output"])
 def test_experts_fold(experts: Any, again: bool, tmp_path: Path) -> None:
     """Plain 8-bit experts that stock mlx-lm runs; dense ones equal the formula."""

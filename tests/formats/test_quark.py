@@ -12,28 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import requant
-from tests.formats.folders import BF16, E4M3, e4m3, refusal, write
-from tests.formats.harness import affine, float_values, read_folder, same_in_memory
-
-E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
-E2M1 = np.concatenate([E2M1, -E2M1])
-ORDERS = {"order": range(8), "reorder": (0, 2, 4, 6, 1, 3, 5, 7)}
-
-
-def block(dtype: Any, qscheme: str = "per_group", pack: str = "order", **more: Any) -> Any:
-    weight = {"dtype": dtype, "qscheme": qscheme} if isinstance(dtype, str) else dtype
-    return {
-        "quant_method": "quark",
-        "global_quant_config": {"weight": weight},
-        "export": {"pack_method": pack},
-    } | more
-
-
-def pack_words(codes: np.ndarray, order: str) -> np.ndarray:
-    """Eight codes of 4 bits a word along the last axis: nibble i holds code ORDERS[i]."""
-    eights = codes.reshape(*codes.shape[:-1], -1, 8).astype(np.uint32) & 15
-    shifts = 4 * np.arange(8, dtype=np.uint32)
-    return (eights[..., list(ORDERS[order])] << shifts).sum(-1, dtype=np.uint32).view(np.int32)
+from tests.support.checkpoints import write_quantized
+from tests.support.conversions import refusal
+from tests.support.fixture_checks import same_in_memory
+from tests.support.layers.quark import ORDERS, block, pack_words
+from tests.support.mlx_reference import affine, float_values
+from tests.support.number_formats import BF16, E2M1, E4M3, e4m3
+from tests.support.safetensors_files import read_folder
 
 
 def dense(folder: Path, output: Path) -> np.ndarray:
@@ -87,7 +72,7 @@ def test_groups_are_stored_by_input(
     if has_zeros:
         packed = pack_words(zeros, order) if bits == 4 else zeros.astype(stored)
         tensors["up.weight_zero_point"] = packed
-    folder = write(tmp_path / "source", tensors, block(dtype, pack=order))
+    folder = write_quantized(tmp_path / "source", tensors, block(dtype, pack=order))
     steps = (codes - zeros.repeat(32, axis=0)).astype(np.float32)
     values = (steps * scales.astype(np.float32).repeat(32, axis=0)).T
     assert np.array_equal(dense(folder, tmp_path / "dense"), values)
@@ -115,7 +100,7 @@ def test_channels_are_stored_by_output(
     }
     if not signed:
         tensors["up.weight_zero_point"] = zeros.astype(stored)
-    folder = write(tmp_path / "source", tensors, block(dtype, qscheme, order))
+    folder = write_quantized(tmp_path / "source", tensors, block(dtype, qscheme, order))
     steps = (codes - np.broadcast_to(zeros.reshape(-1, 1), (6, 1))).astype(np.float32)
     values = steps * scales.astype(np.float32).reshape(-1, 1)
     assert np.array_equal(dense(folder, tmp_path / "dense"), values)
@@ -128,12 +113,12 @@ def test_fp4_and_its_older_blocks(tmp_path: Path) -> None:
     nibbles = np.array([0x10, 0x32, 0x54, 0x76, 0x98, 0xBA, 0xDC, 0xFE] * 2, np.uint8)
     old = np.concatenate([np.array([0xFE], np.uint8), nibbles])
     values = np.tile(E2M1 * np.float32(0.25), 2)
-    first = write(tmp_path / "a", {"up.weight": np.tile(old, (3, 2))}, block("mx"))
+    first = write_quantized(tmp_path / "a", {"up.weight": np.tile(old, (3, 2))}, block("mx"))
     tensors = {
         "up.weight": np.tile(nibbles, (3, 2)),
         "up.weight_scale": np.full((3, 2), 0x7D, np.uint8),
     }
-    second = write(tmp_path / "b", tensors, block("fp4"))
+    second = write_quantized(tmp_path / "b", tensors, block("fp4"))
     spec = {"group_size": 32, "bits": 4, "mode": "mxfp4"}
     for name, folder in (("old", first), ("new", second)):
         made, layer = converted(folder, tmp_path / name)
@@ -154,7 +139,7 @@ def test_two_levels_are_nvfp4(tmp_path: Path) -> None:
         "up.weight_scale": np.full((4, 4), 2, E4M3),
         "up.weight_scale_2": np.array(0.3, np.float32),
     }
-    folder = write(tmp_path / "source", tensors, block(levels))
+    folder = write_quantized(tmp_path / "source", tensors, block(levels))
     pairs = np.stack([packed & 15, packed >> 4], axis=-1).reshape(4, 64)
     values = E2M1[pairs] * (np.float32(2) * np.float32(0.3))
     assert np.array_equal(dense(folder, tmp_path / "dense"), values)
@@ -174,7 +159,7 @@ def test_fp6_becomes_mxfp8(dtype: str, values: list[float], tmp_path: Path) -> N
         "up.weight": np.tile(np.array([0xC1, 0x17, 0x22], np.uint8), (2, 8)),
         "up.weight_scale": np.full((2, 1), 128, np.uint8),
     }
-    folder = write(tmp_path / "source", tensors, block(dtype))
+    folder = write_quantized(tmp_path / "source", tensors, block(dtype))
     made, layer = converted(folder, tmp_path / "out")
     spec = {"group_size": 32, "bits": 8, "mode": "mxfp8"}
     assert float_values(made, "up", spec)[0, :4].tolist() == values
@@ -195,7 +180,7 @@ def test_every_fp6_field_keeps_its_value(element: str, tmp_path: Path) -> None:
     row = np.packbits(bits.astype(np.uint8).ravel(), bitorder="little")
     scales = np.array([[0, 127], [120, 246]], np.uint8)
     tensors = {"up.weight": np.stack([row, row]), "up.weight_scale": scales}
-    folder = write(tmp_path / "source", tensors, block(f"fp6_{element}"))
+    folder = write_quantized(tmp_path / "source", tensors, block(f"fp6_{element}"))
     wanted = np.stack([values, values]) * 2.0 ** (scales.astype(int) - 127).repeat(32, axis=1)
     made, _ = converted(folder, tmp_path / "out")
     spec = {"group_size": 32, "bits": 8, "mode": "mxfp8"}
@@ -213,7 +198,7 @@ def test_fp8_by_pattern(tmp_path: Path) -> None:
     }
     scheme = {"weight": {"dtype": "fp8_e4m3", "qscheme": "per_channel"}}
     more = {"layer_quant_config": {"u*": scheme}}
-    folder = write(tmp_path / "source", tensors, block("int4", **more))
+    folder = write_quantized(tmp_path / "source", tensors, block("int4", **more))
     expected = weight.astype(np.float32) * tensors["up.weight_scale"][:, None]
     assert np.array_equal(dense(folder, tmp_path / "dense"), expected)
 
@@ -224,7 +209,7 @@ def test_fake_quantized_weights_are_dense(tmp_path: Path) -> None:
         "up.weight_scale": np.ones(4, np.float32),
     }
     config = block("int8", export={"weight_format": "fake_quantized"})
-    source = write(tmp_path / "source", tensors, config)
+    source = write_quantized(tmp_path / "source", tensors, config)
     assert dense(source, tmp_path / "out").tolist() == np.ones((4, 32)).tolist()
     assert read_folder(tmp_path / "out").keys() == {"up.weight"}
 
@@ -325,5 +310,5 @@ def test_damaged_folders_are_refused(change: Change, words: str, tmp_path: Path)
     }
     config = block("fp4")
     change(tensors, config)
-    folder = write(tmp_path / "source", tensors, config)
+    folder = write_quantized(tmp_path / "source", tensors, config)
     assert words in refusal(folder, tmp_path / "out")

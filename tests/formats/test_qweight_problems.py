@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 import requant
-from tests.formats.harness import fixture, read_file
-from tests.plan_texts import note_texts
-from tests.road.conftest import write_file
+from tests.support.fixture_folders import fixture
+from tests.support.plan_texts import note_texts
+from tests.support.safetensors_files import read_file, write_file
 
 Tensors = dict[str, np.ndarray]
 Edit = Callable[[Tensors, dict[str, Any]], None]

@@ -14,12 +14,16 @@ from requant.checkpoint import StoredTensor
 from requant.dtypes import TensorInfo
 from requant.formats.expert_shapes import Orientation
 from requant.formats.layer_names import layer_names
-from tests.formats import ct_layers
-from tests.formats.folders import E4M3, e4m3, refusal, write
-from tests.formats.harness import read_folder
-from tests.formats.test_quark import block as quark_block
-from tests.formats.test_stacks import E2M1, EXPERTS, IN, OUT, PLACE, nibbles, small_e4m3
-from tests.plan_texts import note_texts
+from tests.support.checkpoints import write_quantized
+from tests.support.conversions import refusal
+from tests.support.layers import compressed_tensors as ct_layers
+from tests.support.layers.quark import block as quark_block
+from tests.support.layers.stacks import EXPERTS, IN, OUT, PLACE, small_e4m3
+from tests.support.number_formats import E2M1, E4M3, e4m3, nibbles
+from tests.support.plan_texts import note_texts
+from tests.support.safetensors_files import read_folder
+
+pytestmark = pytest.mark.sweep(5)
 
 FP8 = {"quant_method": "fp8"}
 MIXED = {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION"}
@@ -70,7 +74,7 @@ def test_two_scales_of_one_layer(tmp_path: Path) -> None:
     scale = np.full((OUT, 1), 0.01, np.float32)
     tensors = {"up.weight": e4m3(OUT, IN), "up.weight_scale": scale, "up.weight_scale_inv": scale}
     for block in (FP8, MIXED, CT, quark_block("fp8_e4m3", "per_channel")):
-        source = write(tmp_path / str(block["quant_method"]), tensors, block)
+        source = write_quantized(tmp_path / str(block["quant_method"]), tensors, block)
         text = refusal(source, tmp_path / "out", bits=8)
         assert "up.weight_scale_inv: stands for the same part of a layer as up.weight_scale" in text
 
@@ -96,7 +100,7 @@ def test_a_scale_of_fp8_by_any_name(
     codes = e4m3(OUT, IN)
     scale = (0.01 + 0.001 * np.arange(np.prod(shape, dtype=int))).astype(np.float32).reshape(shape)
     tensors = {"up.weight": codes, f"up.{spelling}": scale}
-    source = write(tmp_path / "source", tensors, FOLDERS[folder])
+    source = write_quantized(tmp_path / "source", tensors, FOLDERS[folder])
     requant.convert(source, tmp_path / "out", layout="keep", dequantize=True, dtype="float32")
     made = read_folder(tmp_path / "out")
     assert made.keys() == {"up.weight"}
@@ -122,7 +126,9 @@ def test_names_of_modelopt_s_algorithms(algorithm: str, kind: str, tmp_path: Pat
     }[kind]
     tensors = dict(zip(("up.weight", "up.weight_scale"), parts, strict=True))
     block = {"quant_method": "modelopt", "quant_algo": algorithm}
-    report = requant.convert(write(tmp_path / "s", tensors, block), tmp_path / "o", layout="keep")
+    report = requant.convert(
+        write_quantized(tmp_path / "s", tensors, block), tmp_path / "o", layout="keep"
+    )
     assert [layer.treatment for layer in report.plan.layers] == ["kept"]
 
 
@@ -159,7 +165,7 @@ def test_stacks_without_a_block(kind: str, path: str, tmp_path: Path) -> None:
     parts, values = unnamed()[kind]
     tensors = {f"{PLACE}.{path}_{role}": part for role, part in parts.items()}
     tensors["model.norm.weight"] = np.ones(IN, np.float32)
-    source = write(tmp_path / "source", tensors, None, model_type="some_moe")
+    source = write_quantized(tmp_path / "source", tensors, None, model_type="some_moe")
     requant.convert(source, tmp_path / "out", layout="keep", dequantize=True, dtype="float32")
     made = read_folder(tmp_path / "out")
     assert made.keys() == {"model.norm.weight", f"{PLACE}.{path}_weight"}
@@ -213,7 +219,7 @@ def test_fp8_that_is_stored_turned(
         tensors[f"{PLACE}.{name}_{word}"] = scale.reshape(grid)
         factor = scale.reshape(-1, 1, 1) if grid == (EXPERTS,) else scale.reshape(grid)
         expected[f"{PLACE}.{name}"] = codes.astype(np.float32) * factor
-    source = write(tmp_path / "source", tensors, block, model_type="some_moe")
+    source = write_quantized(tmp_path / "source", tensors, block, model_type="some_moe")
     requant.convert(
         source, tmp_path / "out", layout="keep", dequantize=True, dtype="float32", chunk_bytes=5000
     )
@@ -236,7 +242,7 @@ def test_scales_of_activations_are_left_out(joint: str, word: str, tmp_path: Pat
         f"{name}_scale": scale,
         f"{PLACE}.{joint}_{word}": scale,
     }
-    source = write(tmp_path / "source", tensors, FP8, model_type="some_moe")
+    source = write_quantized(tmp_path / "source", tensors, FP8, model_type="some_moe")
     report = requant.convert(source, tmp_path / "out", layout="keep", dequantize=True)
     assert read_folder(tmp_path / "out").keys() == {name}
     assert any(f"{joint}_{word}" in note for note in note_texts(report.plan.notes))
@@ -271,24 +277,26 @@ def test_a_tensor_scale_that_is_missing(folder: str, tmp_path: Path) -> None:
     block, missing = NVFP4_FOLDERS[folder]
     stack = in_nvfp4_folder(folder, bare_nvfp4(), f"{PLACE}.w13", "_")
     report = requant.convert(
-        write(tmp_path / "bare", stack, block, model_type="moe"), tmp_path / "made", layout="keep"
+        write_quantized(tmp_path / "bare", stack, block, model_type="moe"),
+        tmp_path / "made",
+        layout="keep",
     )
     assert {layer.exactness for layer in report.plan.layers} == {"exact"}
     assert any("have no tensor scale" in note for note in note_texts(report.plan.notes))
 
     largest = in_nvfp4_folder(folder, bare_nvfp4(0x7E), f"{PLACE}.w13", "_")
-    source = write(tmp_path / "largest", largest, block, model_type="moe")
+    source = write_quantized(tmp_path / "largest", largest, block, model_type="moe")
     text = refusal(source, tmp_path / "out")
     assert missing in text and "448" in text and f"{PLACE}.w13" in text
 
     matrix = in_nvfp4_folder(folder, bare_nvfp4(experts=0), "up", ".")
-    source = write(tmp_path / "matrix", stack | matrix, block, model_type="moe")
+    source = write_quantized(tmp_path / "matrix", stack | matrix, block, model_type="moe")
     assert missing in refusal(source, tmp_path / "out")
 
     whole = in_nvfp4_folder(folder, bare_nvfp4(experts=0), "up", ".")
     second = "weight_global_scale" if folder == "ct" else "weight_scale_2"
     whole[f"up.{second}"] = np.array([0.3], np.float32)
-    source = write(tmp_path / "others", stack | whole, block, model_type="moe")
+    source = write_quantized(tmp_path / "others", stack | whole, block, model_type="moe")
     text = refusal(source, tmp_path / "out")
     assert f"other layers have theirs (up.{second})" in text and f"{PLACE}.w13: has" in text
 
@@ -357,5 +365,5 @@ Make = Callable[[], tuple[dict[str, Any], Tensors]]
 )
 def test_stacks_that_do_not_fit(make: Make, words: str, tmp_path: Path) -> None:
     block, tensors = make()
-    source = write(tmp_path / "source", tensors, block, model_type="some_moe")
+    source = write_quantized(tmp_path / "source", tensors, block, model_type="some_moe")
     assert words in refusal(source, tmp_path / "out", bits=8)

@@ -16,16 +16,18 @@ import pytest
 
 import requant
 from requant.schema import Quantization
-from tests.formats import ct_layers, packers
-from tests.formats.folders import BF16, E4M3, E8M0, e4m3, write
-from tests.formats.harness import read_folder, same_in_memory
-from tests.formats.test_quark import block as quark_block
-from tests.formats.test_quark import pack_words
+from tests.support.checkpoints import write_quantized
+from tests.support.fixture_checks import same_in_memory
+from tests.support.layers import compressed_tensors as ct_layers
+from tests.support.layers import packers
+from tests.support.layers.quark import block as quark_block
+from tests.support.layers.quark import pack_words
+from tests.support.layers.stacks import EXPERTS, IN, OUT, PLACE, small_e4m3
+from tests.support.number_formats import BF16, E2M1, E8M0, e4m3, nibbles
+from tests.support.safetensors_files import read_folder
 
-EXPERTS, OUT, IN = 3, 64, 128
-PLACE = "model.layers.0.mlp.experts"
-E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
-E2M1 = np.concatenate([E2M1, -E2M1])
+pytestmark = pytest.mark.sweep(4)
+
 Parts = dict[str, np.ndarray]
 
 
@@ -199,15 +201,6 @@ def ct_groups(asymmetric: bool = False, act_order: bool = False, turned: bool = 
         parts = {role: np.ascontiguousarray(np.swapaxes(x, 1, 2)) for role, x in parts.items()}
     values = (codes - zero).astype(np.float32) * spread
     return Stack(block, parts, values, single, turned=turned)
-
-
-def nibbles(packed: np.ndarray) -> np.ndarray:
-    return np.stack([packed & 15, packed >> 4], -1).reshape(*packed.shape[:-1], -1)
-
-
-def small_e4m3(*shape: int) -> np.ndarray:
-    """E4M3 from 2^-6 to 240: no layer whose largest scale is 448 could be without another."""
-    return random(7).integers(0x08, 0x77, shape, np.uint8).view(E4M3)
 
 
 FACTORS = {name: SCALES[name] for name in ("()", "(1,)", "(E,)", "(E, 1)", "(E, 1, 1)", "(E, 2)")}
@@ -419,7 +412,9 @@ def is_foreign(stack: Stack) -> bool:
 def test_foreign_stacks(key: str, tmp_path: Path) -> None:
     """Refused by name; under the name that the message gives they are read."""
     stack = STACKS[key]()
-    source = write(tmp_path / "source", named(stack.parts, modelopt), stack.block, model_type="moe")
+    source = write_quantized(
+        tmp_path / "source", named(stack.parts, modelopt), stack.block, model_type="moe"
+    )
     with pytest.raises(requant.CheckpointError) as error:
         requant.plan(source, layout="keep", dequantize=True)
     (problem,) = error.value.problems
@@ -432,7 +427,9 @@ def test_foreign_stacks(key: str, tmp_path: Path) -> None:
 def test_values(make: Callable[[], Stack], naming: str, tmp_path: Path) -> None:
     """Decoded in float32 a stack is what NumPy makes of its description, to the last bit."""
     stack, (name, path, dense) = make(), NAMINGS[naming]
-    source = write(tmp_path / "source", named(stack.parts, name), stack.block, model_type="moe")
+    source = write_quantized(
+        tmp_path / "source", named(stack.parts, name), stack.block, model_type="moe"
+    )
     requant.convert(
         source, tmp_path / "out", layout="keep", dequantize=True, dtype="float32", chunk_bytes=3000
     )
@@ -447,7 +444,9 @@ def test_values(make: Callable[[], Stack], naming: str, tmp_path: Path) -> None:
 def test_a_stack_is_its_experts_bit_for_bit(make: Callable[[], Stack], tmp_path: Path) -> None:
     """And in memory, of either library of arrays, it is what the folder gives."""
     stack, (name, path, _) = make(), NAMINGS["vllm"]
-    whole = write(tmp_path / "whole", named(stack.parts, name), stack.block, model_type="moe")
+    whole = write_quantized(
+        tmp_path / "whole", named(stack.parts, name), stack.block, model_type="moe"
+    )
     requant.convert(whole, tmp_path / "stack", layout="keep", chunk_bytes=3000, **stack.wishes)
     same_in_memory(whole, tmp_path / "stack", Quantization.affine(64, 8) if stack.wishes else None)
     if stack.single is None:
@@ -456,7 +455,7 @@ def test_a_stack_is_its_experts_bit_for_bit(make: Callable[[], Stack], tmp_path:
     for expert in range(EXPERTS):
         parts = stack.single(expert)
         apart |= {f"{PLACE}.{expert}.up.{role}": part for role, part in parts.items()}
-    single = write(tmp_path / "apart", apart, stack.block, model_type="moe")
+    single = write_quantized(tmp_path / "apart", apart, stack.block, model_type="moe")
     requant.convert(single, tmp_path / "single", layout="keep", **stack.wishes)
     each = read_folder(tmp_path / "single")
     assert len(each) == EXPERTS * len(made)

@@ -12,17 +12,15 @@ import numpy as np
 import pytest
 
 import requant
-from tests.formats import ct_layers
-from tests.formats.folders import e4m3
-from tests.formats.harness import codes_of, read_file, read_folder
-from tests.road.conftest import write_file
+from tests.support.layers import compressed_tensors as ct_layers
+from tests.support.mlx_reference import codes_of
+from tests.support.number_formats import E2M1, e4m3
+from tests.support.safetensors_files import read_file, read_folder, write_file
 
 pytest.importorskip("mlx_lm")
 
 Parts = dict[str, np.ndarray]
 Code = Callable[[str, tuple[int, ...], int], tuple[Parts, np.ndarray]]
-E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
-E2M1 = np.concatenate([E2M1, -E2M1])
 
 
 def int4(name: str, shape: tuple[int, ...], seed: int) -> tuple[Parts, np.ndarray]:
@@ -77,9 +75,9 @@ BLOCKS: dict[str, tuple[Code, dict[str, Any]]] = {
 
 def folders(tmp_path: Path, family: str, tool: str) -> tuple[Path, Path]:
     """A small model with coded stacks, and its twin with their values in bfloat16."""
-    from tests.mlx_lm.checks import write_folder
-    from tests.mlx_lm.families import small_config
-    from tests.mlx_lm.test_codes import published
+    from tests.support.families import small_config
+    from tests.support.mlx_lm_conversion import write_mlx_checkpoint
+    from tests.support.published_models import published
 
     config = small_config(family)
     published(tmp_path / "plain", family, config)
@@ -96,7 +94,7 @@ def folders(tmp_path: Path, family: str, tool: str) -> tuple[Path, Path]:
     config = config | {"dtype": "bfloat16"}
     for kind, tensors, more in (("coded", stored, block), ("twin", dense, None)):
         quantized = {} if more is None else {"quantization_config": more}
-        write_folder(tmp_path / kind, config | quantized, {"x": mx.zeros(1)})
+        write_mlx_checkpoint(tmp_path / kind, config | quantized, {"x": mx.zeros(1)})
         write_file(tmp_path / kind / "model.safetensors", tensors)
     return tmp_path / "coded", tmp_path / "twin"
 

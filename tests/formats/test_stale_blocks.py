@@ -13,9 +13,10 @@ import pytest
 
 import requant
 from requant.errors import CheckpointError
-from tests.formats.folders import write
-from tests.plan_texts import note_texts
-from tests.road.conftest import bf16, load
+from tests.support.checkpoints import write_quantized
+from tests.support.mlx_reference import load
+from tests.support.number_formats import bf16
+from tests.support.plan_texts import note_texts
 
 PACK = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
 GROUPS = {"group_0": {"targets": ["Linear"], "weights": PACK}}
@@ -60,14 +61,14 @@ def stale(
     for key in where:
         part = part.setdefault(key, {})
     part[name] = dict(block)
-    return write(folder, TENSORS, None, **config)
+    return write_quantized(folder, TENSORS, None, **config)
 
 
 @pytest.mark.parametrize("name", BLOCKS)
 def test_a_stale_block_is_left_out_and_the_request_fulfilled(name: str, tmp_path: Path) -> None:
     source = stale(tmp_path / "source", BLOCKS[name])
     report = requant.convert(source, tmp_path / "out", bits=8, layout="keep")
-    fresh = write(tmp_path / "dense", TENSORS, None)
+    fresh = write_quantized(tmp_path / "dense", TENSORS, None)
     requant.convert(fresh, tmp_path / "expected", bits=8, layout="keep")
     assert {x.layer for x in report.plan.layers if x.treatment == "quantized"} == {
         "model.embed_tokens",
@@ -125,7 +126,7 @@ def test_a_block_with_any_codes_or_scales_is_not_stale(
     name: str, more: Mapping[str, np.ndarray], tmp_path: Path
 ) -> None:
     key = "quantization_config" if "quant_method" in BLOCKS[name] else "quantization"
-    source = write(tmp_path / "source", TENSORS | more, None, **{key: BLOCKS[name]})
+    source = write_quantized(tmp_path / "source", TENSORS | more, None, **{key: BLOCKS[name]})
     with pytest.raises(CheckpointError):
         requant.plan(source, bits=8, layout="keep")
 
@@ -150,7 +151,7 @@ def test_blocks_that_may_change_what_dense_weights_mean_are_refused(
 
 def test_a_block_of_which_some_layers_are_left_is_read(tmp_path: Path) -> None:
     """An MLX folder of which one layer was dequantized since."""
-    source = write(tmp_path / "dense", TENSORS, None)
+    source = write_quantized(tmp_path / "dense", TENSORS, None)
     requant.convert(source, tmp_path / "first", bits=4, overrides=["up_proj=skip"], layout="keep")
     config = json.loads((tmp_path / "first/config.json").read_text())
     for key in ("quantization", "quantization_config"):

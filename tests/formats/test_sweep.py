@@ -2,12 +2,17 @@
 
 Nothing that holds codes may leave as a dense tensor, and no values may be other than those that
 the source stands for.
+
+There are too many combinations of format, part, name and dtype to convert each: the tables are
+walked so that every pair of two columns occurs (every format with every dtype and every name,
+every dtype with every name), by steps that differ from format to format.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +23,25 @@ from hypothesis import strategies as st
 
 import requant
 from requant.formats.scale_names import CODE_ENDINGS
-from tests.formats.folders import BF16, e4m3
-from tests.formats.harness import mlx_values, read_folder
-from tests.formats.sources import IN, OUT, SOURCES, Source
+from tests.support.format_folders import IN, OUT, SOURCES, Source
+from tests.support.mlx_reference import mlx_values
+from tests.support.number_formats import BF16, e4m3
+from tests.support.safetensors_files import read_folder
+
+pytestmark = pytest.mark.sweep(2)
 
 FORMATS = list(SOURCES)
 FLOATS = ("float16", "float32", "bfloat16")
+
+
+@contextmanager
+def case(*what: object) -> Iterator[None]:
+    """A failure inside names the case."""
+    try:
+        yield
+    except BaseException as error:
+        error.add_note(f"case: {', '.join(map(str, what))}")
+        raise
 
 
 def check_dense(made: dict[str, np.ndarray], source: Source, more: dict[str, Any]) -> None:
@@ -121,16 +139,19 @@ STACK_NAMES = (
 )
 
 
-@pytest.mark.parametrize("dtype", list(STACKS))
 @pytest.mark.parametrize("name", [*FORMATS, "dense"])
-def test_stacks(name: str, dtype: str) -> None:
+def test_stacks(name: str) -> None:
     """Odd scales (37 in a row) fit no format, so that none may read them."""
-    for codes, scale in STACK_NAMES:
-        source = dense() if name == "dense" else SOURCES[name]()
-        source.tensors |= {codes: STACKS[dtype], scale: np.ones((2, 64, 37), BF16)}
-        ends = (end for end in CODE_ENDINGS if end and codes.endswith(end))
-        path = next((codes.removesuffix(end) for end in ends), codes)
-        assert outcome(source, (codes, f"{path}: ", scale)) != "read", (codes, scale)
+    first = [*FORMATS, "dense"].index(name)
+    for number, dtype in enumerate(STACKS):
+        for step in (0, 4):  # six dtypes, two names each: all eight names
+            codes, scale = STACK_NAMES[(first + number + step) % len(STACK_NAMES)]
+            source = dense() if name == "dense" else SOURCES[name]()
+            source.tensors |= {codes: STACKS[dtype], scale: np.ones((2, 64, 37), BF16)}
+            ends = (end for end in CODE_ENDINGS if end and codes.endswith(end))
+            path = next((codes.removesuffix(end) for end in ends), codes)
+            with case(dtype, codes, scale):
+                assert outcome(source, (codes, f"{path}: ", scale)) != "read"
 
 
 def dense() -> Source:
@@ -167,14 +188,16 @@ ENDINGS = (
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_renamed_parts(name: str) -> None:
-    for part in SOURCES[name]().parts:
-        for ending in ENDINGS:
+    """Each part under a third of the names; the parts of a format together have all of them."""
+    for number, part in enumerate(SOURCES[name]().parts, FORMATS.index(name)):
+        for ending in ENDINGS[number % 3 :: 3]:
             source = SOURCES[name]()
             path = next(iter(source.values))
             renamed = f"{path}.{ending}"
             if renamed not in source.tensors:
                 source.tensors[renamed] = source.tensors.pop(part)
-                outcome(source, (path, part, renamed))
+                with case(part, ending):
+                    outcome(source, (path, part, renamed))
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -183,37 +206,38 @@ def test_missing_parts(name: str) -> None:
         source = SOURCES[name]()
         path = next(iter(source.values))
         del source.tensors[part]
-        outcome(
-            source, (path,), **{path: [source.optional[part]] if part in source.optional else []}
-        )
+        with case(part):
+            allowed = [source.optional[part]] if part in source.optional else []
+            outcome(source, (path,), **{path: allowed})
+
+
+STRAY = (
+    "weight_scale",
+    "weight_scale_inv",
+    "scales",
+    "weight.absmax",
+    "qzeros",
+    "SCB",
+    "weight_zero_point",
+    "weight_global_scale",
+    "weight_scale_2",
+    "pre_quant_scale",
+    "g_idx",
+)
 
 
 @pytest.mark.parametrize("name", [*FORMATS, "dense"])
-@pytest.mark.parametrize("beside", ["head", "nothing"])
-@pytest.mark.parametrize(
-    "ending",
-    [
-        "weight_scale",
-        "weight_scale_inv",
-        "scales",
-        "weight.absmax",
-        "qzeros",
-        "SCB",
-        "weight_zero_point",
-        "weight_global_scale",
-        "weight_scale_2",
-        "pre_quant_scale",
-        "g_idx",
-    ],
-)
-def test_stray_scales(name: str, beside: str, ending: str) -> None:
-    """Beside floats, and beside nothing."""
-    source = dense() if name == "dense" else SOURCES[name]()
-    stray = f"{beside}.{ending}"
-    source.tensors[stray] = np.full((OUT, 4), 0.5, np.float32)
-    said = outcome(source, (stray, f"{beside}: has no {beside}."))
-    assert said != "read"
-    assert "remove the block" not in said
+def test_stray_scales(name: str) -> None:
+    """Beside floats and beside nothing, in turn."""
+    for number, ending in enumerate(STRAY, [*FORMATS, "dense"].index(name)):
+        source = dense() if name == "dense" else SOURCES[name]()
+        beside = ("head", "nothing")[number % 2]
+        stray = f"{beside}.{ending}"
+        source.tensors[stray] = np.full((OUT, 4), 0.5, np.float32)
+        with case(stray):
+            said = outcome(source, (stray, f"{beside}: has no {beside}."))
+            assert said != "read"
+            assert "remove the block" not in said
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -249,33 +273,43 @@ def test_what_else_lies_in_a_quantized_layer(name: str) -> None:
 LISTS = ("modules_to_not_convert", "ignore", "ignored_layers", "exclude_modules", "exclude")
 
 
-@pytest.mark.parametrize("name", [x for x in FORMATS if x != "mlx"])
-@pytest.mark.parametrize("key", LISTS)
-def test_excluded_layers_that_hold_codes(name: str, key: str) -> None:
-    source = SOURCES[name]()
-    path = next(iter(source.values))
-    source.config["quantization_config"] = source.config["quantization_config"] | {key: [path]}
-    outcome(source, (path,))
+NESTED = ("text_config", "llm_config", "thinker_config", "language_config")
 
 
 @pytest.mark.parametrize("name", [x for x in FORMATS if x != "mlx"])
-@pytest.mark.parametrize("key", ["text_config", "llm_config", "thinker_config", "language_config"])
-def test_nested_configs(name: str, key: str) -> None:
+def test_excluded_layers_that_hold_codes(name: str) -> None:
+    """Two of the lists; ``test_exclusions`` goes through all of them."""
+    for step in (0, 2):
+        source = SOURCES[name]()
+        path, key = next(iter(source.values)), LISTS[(FORMATS.index(name) + step) % len(LISTS)]
+        block = source.config["quantization_config"]
+        source.config["quantization_config"] = block | {key: [path]}
+        with case(key):
+            outcome(source, (path,))
+
+
+@pytest.mark.parametrize("name", [x for x in FORMATS if x != "mlx"])
+def test_nested_configs(name: str) -> None:
+    """One of the keys; ``test_nested_blocks`` goes through all of them."""
     source = SOURCES[name]()
+    key = NESTED[FORMATS.index(name) % len(NESTED)]
     block = source.config.pop("quantization_config")
     source.config[key] = {"hidden_size": 64, "quantization_config": block}
-    outcome(source, (next(iter(source.values)), "config.json"))
+    with case(key):
+        outcome(source, (next(iter(source.values)), "config.json"))
 
 
-@pytest.mark.parametrize("second", FORMATS)
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_second_format_in_the_folder(name: str, second: str) -> None:
-    source, other = SOURCES[name](), SOURCES[second]()
-    path = next(iter(other.values))
-    for part in other.parts:
-        source.tensors[part.replace(path, "other", 1)] = other.tensors[part]
-    source.values["other"] = other.values[path]
-    outcome(source, ("other", "up"))
+def test_a_second_format_in_the_folder(name: str) -> None:
+    """Every fourth; ``test_other_layers`` makes floats of every pair."""
+    for second in FORMATS[FORMATS.index(name) // 2 % 4 :: 4]:
+        source, other = SOURCES[name](), SOURCES[second]()
+        path = next(iter(other.values))
+        for part in other.parts:
+            source.tensors[part.replace(path, "other", 1)] = other.tensors[part]
+        source.values["other"] = other.values[path]
+        with case(second):
+            outcome(source, ("other", "up"))
 
 
 # -- anything else -----------------------------------------------------------------------------
@@ -302,7 +336,8 @@ def stacked(source: Source, part: str, name: str) -> None:
     source.tensors.setdefault(f"experts.{name}", np.stack([array, array]))
 
 
-@settings(max_examples=400)
+@pytest.mark.slow
+@settings(max_examples=200)
 @given(
     format=st.sampled_from(FORMATS),
     change=st.sampled_from([removed, renamed, doubled, stacked]),

@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import requant
-from tests.formats.folders import BF16, E4M3, E8M0, e4m3, refusal, write
-from tests.formats.harness import affine, float_values, read_folder
-from tests.road.conftest import write_file
+from tests.support.checkpoints import write_quantized
+from tests.support.conversions import refusal
+from tests.support.mlx_reference import affine, float_values
+from tests.support.number_formats import BF16, E2M1, E4M3, E8M0, e4m3
+from tests.support.safetensors_files import read_folder, write_file
 
 BLOCK = {"quant_method": "torchao"}
-E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
-E2M1 = np.concatenate([E2M1, -E2M1])
 MX = ("MXTensor", {"block_size": 32})
 
 
@@ -32,7 +32,7 @@ def source(
 ) -> Path:
     """A folder with one weight ``up``, taken apart, and the metadata that describes it."""
     tensors = {f"up._weight_{role}": array for role, array in parts.items()}
-    write(folder, tensors, block)
+    write_quantized(folder, tensors, block)
     said = {"_type": kind, "_data": data or {}, "_tensor_data_names": list(parts)}
     metadata = {"up.weight": json.dumps(said), "tensor_names": '["up.weight"]'}
     write_file(folder / "model.safetensors", tensors, metadata)
@@ -277,7 +277,7 @@ def test_metadata_that_does_not_fit(text: str | None, words: str, tmp_path: Path
         "up._weight_qdata": np.zeros((4, 64), np.int8),
         "up._weight_scale": np.ones((4, 1), np.float32),
     }
-    folder = write(tmp_path / "source", tensors, BLOCK)
+    folder = write_quantized(tmp_path / "source", tensors, BLOCK)
     metadata = {} if text is None else {"up.weight": text}
     write_file(folder / "model.safetensors", tensors, metadata)
     assert words in refusal(folder, tmp_path / "out")
@@ -297,7 +297,7 @@ def test_zeros_that_the_config_denies_are_refused(tmp_path: Path) -> None:
 
 def test_codes_that_are_no_weight_are_refused(tmp_path: Path) -> None:
     tensors = {"experts._gate_up_proj_qdata": np.zeros((2, 4, 64), np.int8)}
-    folder = write(tmp_path / "source", tensors, BLOCK)
+    folder = write_quantized(tmp_path / "source", tensors, BLOCK)
     assert "experts._gate_up_proj_qdata: I8 [2, 4, 64] holds codes, but has no scale" in refusal(
         folder, tmp_path / "out"
     )

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 import requant
-from tests.formats.harness import check_fixture, fixture
-from tests.formats.logits import check_logits
+from tests.support.fixture_checks import check_fixture
+from tests.support.fixture_folders import fixture
+from tests.support.logits import check_logits
 
 
 def test_int4_in_bytes_keeps_its_codes(tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ import pytest
 from requant import turning
 from requant.turning import KERNEL, PLAIN, Rotation
 
+pytestmark = pytest.mark.sweep(1)
+
 # What the kernel's text needs of Metal, in C++: attributes, the threadgroup's memory and its
 # barrier. Threadgroups run one after the other, the lanes of each at once.
 HOST = """
@@ -83,6 +85,7 @@ def inputs(rotation: Rotation, x: np.ndarray) -> bytes:
     return b"".join([x.tobytes(), *(np.array(part).tobytes() for part in parts)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sanitizer", ["", "thread"])
 @pytest.mark.parametrize(
     ("rounds", "group", "groups", "idle"),

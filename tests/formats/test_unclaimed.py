@@ -12,9 +12,13 @@ import requant
 from requant.checkpoint import Checkpoint
 from requant.formats import FORMATS
 from requant.formats.base import SourceLayout, dense_layer
-from tests.formats.folders import BF16, E4M3, e4m3, refusal, write
-from tests.formats.harness import read_folder
-from tests.plan_texts import note_texts
+from tests.support.checkpoints import write_quantized
+from tests.support.conversions import refusal
+from tests.support.number_formats import BF16, E4M3, e4m3
+from tests.support.plan_texts import note_texts
+from tests.support.safetensors_files import read_folder
+
+pytestmark = pytest.mark.sweep(10)
 
 CT: dict[str, Any] = {
     "quant_method": "compressed-tensors",
@@ -47,9 +51,9 @@ def test_weights_that_were_never_compressed(status: str, wishes: Any, tmp_path: 
         input_scale=np.ones(1, BF16),
     )
     del tensors["up.input_scale"]
-    source = write(tmp_path / "source", tensors, CT | {"quantization_status": status})
+    source = write_quantized(tmp_path / "source", tensors, CT | {"quantization_status": status})
     report = requant.convert(source, tmp_path / "out", layout="keep", **wishes)
-    plain = write(tmp_path / "plain", floats(), None)
+    plain = write_quantized(tmp_path / "plain", floats(), None)
     requant.convert(plain, tmp_path / "expected", layout="keep", **wishes)
     made, expected = read_folder(tmp_path / "out"), read_folder(tmp_path / "expected")
     assert made.keys() == expected.keys()
@@ -69,7 +73,7 @@ def test_weights_that_were_never_compressed(status: str, wishes: Any, tmp_path: 
 
 def test_the_dense_format_of_compressed_tensors(tmp_path: Path) -> None:
     block = CT | {"format": "dense", "quantization_status": "compressed"}
-    source = write(tmp_path / "source", floats(weight_scale=scales()), block)
+    source = write_quantized(tmp_path / "source", floats(weight_scale=scales()), block)
     requant.convert(source, tmp_path / "out", layout="keep", dequantize=True)
     assert read_folder(tmp_path / "out")["up.weight"].tobytes() == UP.tobytes()
 
@@ -111,15 +115,17 @@ def test_floats_beside_a_scale_are_refused_and_the_advice_works(
 ) -> None:
     """Where nothing says that they are the values. Both ways out lead to success."""
     tensors = floats(**{role: scales()})
-    text = refusal(write(tmp_path / "source", tensors, BLOCKS[name]), tmp_path / "out", bits=8)
+    text = refusal(
+        write_quantized(tmp_path / "source", tensors, BLOCKS[name]), tmp_path / "out", bits=8
+    )
     assert f"up.weight: BF16 [64, 128] stands beside up.{role}: its numbers are" in text or (
         f"up.{role}" in text or "up: has no up." in text
     )
     if "quantization_status" not in text:
         return
     said = {"quant_method": "compressed-tensors", "quantization_status": "frozen"}
-    requant.convert(write(tmp_path / "said", tensors, said), tmp_path / "one", bits=8)
-    removed = write(tmp_path / "removed", floats(), None)
+    requant.convert(write_quantized(tmp_path / "said", tensors, said), tmp_path / "one", bits=8)
+    removed = write_quantized(tmp_path / "removed", floats(), None)
     requant.convert(removed, tmp_path / "two", bits=8)
     one, two = read_folder(tmp_path / "one"), read_folder(tmp_path / "two")
     assert one.keys() == two.keys()
@@ -136,11 +142,11 @@ def test_only_a_folder_without_codes_is_told_to_drop_the_block(name: str, tmp_pa
         "experts.w13": np.full((4, 64, 64), 0x5A, np.uint8),
         "experts.w13_factors": np.full((4, 64, 3), 120, np.uint8),
     }
-    source = write(tmp_path / "source", floats() | codes, BLOCKS[name])
+    source = write_quantized(tmp_path / "source", floats() | codes, BLOCKS[name])
     text = refusal(source, tmp_path / "out", bits=8)
     assert "experts.w13: U8 [4, 64, 64] holds codes" in text
     assert "remove the block" not in text
-    bare = write(tmp_path / "bare", floats() | codes, None)
+    bare = write_quantized(tmp_path / "bare", floats() | codes, None)
     assert "experts.w13: U8 [4, 64, 64] holds codes" in refusal(bare, tmp_path / "out", bits=8)
 
 
@@ -164,7 +170,7 @@ def test_only_a_folder_without_codes_is_told_to_drop_the_block(name: str, tmp_pa
 )
 def test_codes_without_a_scale(name: str, array: np.ndarray, tmp_path: Path) -> None:
     """Nothing in a dense model has these dtypes; FP8 of no axis even."""
-    source = write(tmp_path / "source", {"head.weight": UP, name: array}, None)
+    source = write_quantized(tmp_path / "source", {"head.weight": UP, name: array}, None)
     assert f"{name}: " in refusal(source, tmp_path / "out", bits=8)
 
 
@@ -182,7 +188,7 @@ def test_a_vector_of_codes_is_told_by_its_scale(
     codes: str, scale: str, dtype: Any, tmp_path: Path
 ) -> None:
     tensors = {"head.weight": UP, codes: np.ones(4096, dtype), scale: np.ones(64, np.float32)}
-    text = refusal(write(tmp_path / "source", tensors, None), tmp_path / "out", bits=8)
+    text = refusal(write_quantized(tmp_path / "source", tensors, None), tmp_path / "out", bits=8)
     assert f"{codes}: " in text
     assert scale in text
 
@@ -214,7 +220,7 @@ def test_tables_of_the_model_s_own_stay(quantized: bool, tmp_path: Path) -> None
     if quantized:
         block = {"quant_method": "fp8"}
         tensors |= {"up.weight": e4m3(64, 128), "up.weight_scale": np.ones(1, np.float32)}
-    source = write(tmp_path / "source", tensors, block)
+    source = write_quantized(tmp_path / "source", tensors, block)
     requant.convert(source, tmp_path / "out", layout="keep", bits=8)
     made = read_folder(tmp_path / "out")
     for name, array in TABLES.items():
@@ -240,7 +246,7 @@ class Careless:
 def test_formats_of_other_packages_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("requant.formats.FORMATS", (Careless(), *FORMATS))
     tensors = {"head.weight": UP, "up.codes": np.ones((64, 128), np.int8)}
-    source = write(tmp_path / "source", tensors, None)
+    source = write_quantized(tmp_path / "source", tensors, None)
     message = "up.codes: I8 [64, 128] holds codes, but has no scale beside it; a layer of careless"
     assert message in refusal(source, tmp_path / "out", bits=8)
     assert any(message in str(problem) for problem in requant.inspect(source).problems)

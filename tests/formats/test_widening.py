@@ -16,11 +16,16 @@ import pytest
 
 import requant
 from requant.schema import Quantization
-from tests import fixture_folders
-from tests.formats import packers
-from tests.formats.harness import fixture
-from tests.plan_texts import note_texts
-from tests.road.conftest import bf16, load, same, to_mx, tree, write_file
+from tests.support import fixture_folders
+from tests.support.checkpoints import tree
+from tests.support.fixture_folders import fixture
+from tests.support.layers import packers
+from tests.support.mlx_reference import load, same, to_mx
+from tests.support.number_formats import bf16
+from tests.support.plan_texts import note_texts
+from tests.support.safetensors_files import write_file
+
+pytestmark = pytest.mark.sweep(3)
 
 BITS, GROUPS = (1, 2, 3, 4, 5, 6, 8), (32, 64, 128)
 PAIRS = [(bits, group) for bits in BITS for group in GROUPS]

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 import requant
-from tests.formats.harness import fixture, read_folder
-from tests.plan_texts import note_texts
+from tests.support.fixture_folders import fixture
+from tests.support.plan_texts import note_texts
+from tests.support.safetensors_files import read_folder
 
 SOURCES = ["awq-gemm-g64-skip", "gptq-b4-g32-actorder-asym-v2", "auto-round-native-w2g32-asym"]
 

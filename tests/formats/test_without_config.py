@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 import requant
-from tests import fixture_folders
-from tests.formats.harness import fixture, read_folder
+from tests.support import fixture_folders
+from tests.support.fixture_folders import fixture
+from tests.support.safetensors_files import read_folder
 
 FAMILIES = ("bitnet", "ct-", "fp8", "modelopt", "mxfp4", "torchao")
 NAMES = [name for name in fixture_folders.NAMES if name.startswith(FAMILIES)]

@@ -32,6 +32,7 @@ from requant.sources import read_checkpoint
 from requant.statistics import read_statistics
 from requant.verification import verify
 from requant.wishes import Wishes
+from tests.support.safetensors_files import prefixed
 
 HERE = Path(__file__).parent
 SEEDS = HERE / "seeds"
@@ -307,7 +308,7 @@ class FolderReader:
         self.place.mkdir(parents=True)
         text, size = header_of(folder["tensors"], folder.get("metadata"))
         with (self.place / "model.safetensors").open("wb") as file:
-            file.write(struct.pack("<Q", len(text)) + text)
+            file.write(prefixed(text))
             # Beyond what a file system holds the header is refused by size: as well.
             file.truncate(min(8 + len(text) + size, 1 << 42))
             header = json.loads(text)
@@ -447,7 +448,7 @@ def statistics_file(rng: random.Random) -> bytes:
         body = (
             rng.randbytes(nbytes % (1 << 16)) if rng.random() < 0.5 else bytes(nbytes % (1 << 16))
         )
-        return struct.pack("<Q", len(text)) + text + body
+        return prefixed(text) + body
     entries = []
     for name, size in zip(names, sizes, strict=True):
         entries += [(f"{name}.in_sum2", (1, size)), (f"{name}.counts", (1, rng.choice((1, 1, 2))))]
@@ -464,7 +465,7 @@ def statistics_file(rng: random.Random) -> bytes:
 def _shard(names: list[str]) -> bytes:
     """A sound file with tensors of zeros."""
     text, size = header_of({name: ["F32", [32, 64]] for name in names})
-    return struct.pack("<Q", len(text)) + text + bytes(size)
+    return prefixed(text) + bytes(size)
 
 
 def read_pattern(text: str) -> None:

@@ -19,9 +19,11 @@ import requant
 from requant.gguf.metadata import Metadata
 from requant.gguf.splitting import SPLITTINGS
 from requant.gguf.tokenizer import tokenizer_files
-from tests.gguf_source.test_models import OWN, tiny, trained, values
-from tests.gguf_source.writer import write_gguf
-from tests.road.test_against_mlx_lm import model
+from tests.support.checkpoints import model
+from tests.support.gguf_files import write_gguf
+from tests.support.gguf_models import OWN, tiny, trained, values
+
+pytestmark = pytest.mark.sweep(2)
 
 transformers = pytest.importorskip("transformers")
 reader = pytest.importorskip("transformers.modeling_gguf_pytorch_utils")

@@ -11,12 +11,12 @@ import pytest
 
 import requant
 from requant.errors import CheckpointError
-from tests.formats.harness import read_folder
-from tests.gguf_source.test_keys import ALL
-from tests.gguf_source.test_models import TOKENS, output_of, tiny, values
-from tests.gguf_source.test_positions import sharp, weights_of
-from tests.gguf_source.writer import ARCHITECTURES, write_gguf
-from tests.plan_texts import note_texts
+from tests.support.gguf_files import ARCHITECTURES, write_gguf
+from tests.support.gguf_models import ALL, TOKENS, output_of, sharp, tiny, values, weights_of
+from tests.support.plan_texts import note_texts
+from tests.support.safetensors_files import read_folder
+
+pytestmark = pytest.mark.sweep(6)
 
 KINDS = gguf.GGMLQuantizationType
 Tensors = dict[str, tuple[np.ndarray, KINDS]]

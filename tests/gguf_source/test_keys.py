@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from functools import cache
+from collections.abc import Iterator
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 import gguf
@@ -15,14 +13,17 @@ import pytest
 
 import requant
 from requant.errors import CheckpointError
-from requant.gguf.configs import make_config
-from requant.gguf.families import family_of
-from requant.gguf.header import Header, read_header
-from requant.gguf.metadata import Metadata
-from requant.gguf.settings import Settings
-from tests.gguf_source.test_models import SEEING, TOKENS, output_of, tiny, values
-from tests.gguf_source.writer import ARCHITECTURES, write_gguf
-from tests.plan_texts import note_texts
+from tests.support.gguf_files import write_gguf
+from tests.support.gguf_models import (
+    ALL,
+    TOKENS,
+    model_of,
+    output_of,
+    read_with,
+    tiny,
+)
+
+pytestmark = pytest.mark.sweep(6)
 
 # What llama.cpp reads (src/llama-arch.cpp) and this version of the package does not list.
 _NEWER = """
@@ -97,54 +98,6 @@ def keys_of_the_package() -> list[str]:
 
 
 KEYS = keys_of_the_package()
-ALL = {  # name of the case -> model_type, llama.cpp's name
-    **{("llama/mixtral" if k == "mixtral" else v): (k, v) for k, v in ARCHITECTURES.items()},
-    "olmo2": ("olmo2", "olmo2"),
-    "olmo2/olmo3": ("olmo3", "olmo2"),
-    **{name: (kind, name) for name, kind in SEEING.items()},
-}
-
-
-@cache
-def model_of(model_type: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    made, config = tiny(model_type)
-    config.setdefault("tie_word_embeddings", False)
-    return {k: v for k, v in values(made).items() if "rotary" not in k}, config
-
-
-@cache
-def header_of(case: str) -> Header:
-    """Of a file of a tiny model, as the converter writes it."""
-    model_type, architecture = ALL[case]
-    weights, config = model_of(model_type)
-    folder = Path(mkdtemp())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(ARCHITECTURES, model_type, architecture)
-        write_gguf(folder / "m.gguf", weights, config)
-    header, problems = read_header(folder, "m.gguf", (folder / "m.gguf").stat().st_size)
-    assert header is not None and not problems
-    return header
-
-
-def read_with(case: str, more: Mapping[str, Any]) -> tuple[dict[str, Any], str, list[str]]:
-    """Config, notes, and keys with problems of a tiny model with further metadata."""
-    header = header_of(case)
-    found = {f"{ALL[case][1]}.{key}": stored(value) for key, value in more.items()}
-    metadata = Metadata("m.gguf", {**header.metadata, **found})
-    family = family_of(metadata)
-    assert family is not None
-    shapes = {entry.name: entry.shape for entry in header.tensors}
-    settings = Settings(metadata, shapes, lambda _: np.ones(1, np.float32), family.support)
-    config = make_config(settings, family.model_type, family.cls, family.configure)
-    named = [problem.where.removeprefix("m.gguf: ") for problem in metadata.problems]
-    return config, "\n".join(note_texts(settings.notes)), named
-
-
-def stored(value: Any) -> Any:
-    """A value as the reader of headers gives it."""
-    if isinstance(value, list):
-        return tuple(value) if isinstance(value[0], str) else np.array(value)
-    return value
 
 
 def values_of(key: str) -> Iterator[Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten, tree_map
 from mlx_lm.utils import load_model
 
 import requant
@@ -21,90 +19,13 @@ from requant.errors import CheckpointError, UsageError
 from requant.gguf.families import ARCHITECTURES as KNOWN
 from requant.gguf.metadata import Metadata
 from requant.gguf.special import special_ids, token_kinds
-from tests.formats.harness import read_folder
-from tests.gguf_source.writer import ARCHITECTURES, write_gguf
-from tests.mlx_lm.families import COMMON
-from tests.plan_texts import note_texts
-from tests.road.test_against_mlx_lm import model
+from tests.support.checkpoints import model
+from tests.support.gguf_files import ARCHITECTURES, write_gguf
+from tests.support.gguf_models import OWN, SEEING, TOKENS, output_of, tiny, trained, values
+from tests.support.plan_texts import note_texts
+from tests.support.safetensors_files import read_folder
 
-TOKENS = mx.array([[1, 5, 9, 200, 31, 7]])
-OWN: dict[str, dict[str, Any]] = {
-    "llama": {"rope_scaling": None, "tie_word_embeddings": True},
-    "mixtral": {},
-    "qwen2": {"tie_word_embeddings": True},
-    "qwen3": {},
-    "qwen2_moe": {},
-    "qwen3_moe": {},
-    "gemma": {},
-    "gemma2": {"query_pre_attn_scalar": 32.0},
-    "gemma3_text": {"query_pre_attn_scalar": 32, "rope_theta": 1e6, "num_hidden_layers": 6},
-    "phi3": {"partial_rotary_factor": 1.0},
-    "gpt_oss": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 128},
-    "ministral3": {
-        "rope_parameters": {
-            "rope_type": "yarn",
-            "rope_theta": 1e6,
-            "factor": 4.0,
-            "original_max_position_embeddings": 4,
-            "beta_fast": 32.0,
-            "beta_slow": 1.0,
-            "mscale": 1.0,
-            "mscale_all_dim": 0.5,
-            "llama_4_scaling_beta": 0.1,
-        },
-        "tie_word_embeddings": False,
-    },
-    "smollm3": {"num_hidden_layers": 4},
-    "granite": {
-        "attention_multiplier": 0.125,
-        "embedding_multiplier": 3.0,
-        "residual_multiplier": 0.5,
-        "logits_scaling": 2.0,
-    },
-    "seed_oss": {"attention_bias": True},
-    "olmo2": {},
-    "olmo3": {
-        "num_hidden_layers": 8,
-        "sliding_window": 4,
-        "layer_types": [
-            "sliding_attention",
-            "sliding_attention",
-            "full_attention",
-            "full_attention",
-        ]
-        * 2,
-        "rope_scaling": {
-            "rope_type": "yarn",
-            "type": "yarn",
-            "factor": 8.0,
-            "original_max_position_embeddings": 4,
-            "beta_fast": 32.0,
-            "beta_slow": 1.0,
-            "attention_factor": 1.2079441,
-        },
-    },
-}
-
-
-def tiny(name: str) -> tuple[Any, dict[str, Any]]:
-    """A random model of mlx-lm, float32, and its config."""
-    module = importlib.import_module(f"mlx_lm.models.{name}")
-    known = module.ModelArgs.__dataclass_fields__
-    config = {k: v for k, v in COMMON.items() if k in known} | {"model_type": name} | OWN[name]
-    mx.random.seed(7)
-    made = module.Model(module.ModelArgs.from_dict(config))
-    made.update(tree_map(lambda x: mx.random.normal(x.shape) * 0.05, made.parameters()))
-    mx.eval(made.parameters())
-    return made, config
-
-
-def values(made: Any) -> dict[str, np.ndarray]:
-    return {name: np.array(x) for name, x in tree_flatten(made.parameters())}
-
-
-def output_of(folder: Path) -> np.ndarray:
-    loaded, _ = load_model(folder)
-    return np.array(loaded(TOKENS).astype(mx.float32))
+pytestmark = pytest.mark.sweep(3)
 
 
 @pytest.mark.parametrize("name", OWN)
@@ -126,15 +47,6 @@ def test_every_family(name: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(output_of(tmp_path / "out"), expected, atol=2e-5)
 
 
-def trained(name: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    folder = model(name)
-    weights = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        loaded = mx.load(str(file))
-        weights |= {k: np.array(v.astype(mx.float32)) for k, v in loaded.items()}
-    return weights, json.loads((folder / "config.json").read_text())
-
-
 def as_q8(values: np.ndarray) -> np.ndarray:
     kind = gguf.GGMLQuantizationType.Q8_0
     return gguf.dequantize(gguf.quantize(values, kind), kind)
@@ -146,6 +58,7 @@ def logits_of(made: Any, weights: dict[str, np.ndarray]) -> np.ndarray:
     return np.array(made(TOKENS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["micro-llama", "qwen3-16m"])
 def test_trained_models_at_q8(name: str, tmp_path: Path) -> None:
     """Codes are kept; logits are those of the dense model but for Q8_0's own error."""
@@ -418,9 +331,6 @@ def test_architectures_are_all_here() -> None:
     assert set(KNOWN) == set(ARCHITECTURES.values()) | set(SEEING)
 
 
-SEEING = {"qwen2vl": "qwen2", "qwen3vl": "qwen3", "qwen3vlmoe": "qwen3_moe"}
-
-
 @pytest.mark.parametrize("architecture", SEEING)
 def test_language_parts_of_models_that_see(
     architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -443,7 +353,7 @@ def test_mistral3_without_scaled_attention_is_llama(tmp_path: Path) -> None:
     weights, config = trained("micro-llama")
     architectures = {**ARCHITECTURES, "llama": "mistral3"}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tests.gguf_source.writer.ARCHITECTURES", architectures)
+        patch.setattr("tests.support.gguf_files.ARCHITECTURES", architectures)
         write_gguf(tmp_path / "m.gguf", weights, config)
     plan = requant.plan(tmp_path / "m.gguf")
     assert plan.config["model_type"] == "llama"

@@ -10,16 +10,26 @@ from typing import Any
 
 import numpy as np
 import pytest
-from mlx.utils import tree_map
 
 import requant
 from requant.errors import CheckpointError
 from requant.gguf.families import _FAMILIES, family_of
 from requant.gguf.metadata import Metadata
 from requant.gguf.settings import ALL_SCALINGS
-from tests.gguf_source.test_keys import ALL, read_with
-from tests.gguf_source.test_models import OWN, TOKENS, output_of, tiny, values
-from tests.gguf_source.writer import write_gguf
+from tests.support.gguf_files import write_gguf
+from tests.support.gguf_models import (
+    ALL,
+    OWN,
+    TOKENS,
+    output_of,
+    read_with,
+    sharp,
+    tiny,
+    values,
+    weights_of,
+)
+
+pytestmark = pytest.mark.sweep(6)
 
 SCALINGS: dict[str, dict[str, Any]] = {
     "linear": {"factor": 4.0},
@@ -53,16 +63,6 @@ def support_of(model_type: str) -> Any:
     family = family_of(Metadata("m.gguf", metadata))
     assert family is not None and family.model_type == model_type
     return family.support
-
-
-def sharp(model_type: str, **changes: Any) -> tuple[Any, dict[str, Any]]:
-    """A tiny model of mlx-lm whose attention tells positions well apart, and its config."""
-    made, config = tiny(model_type)
-    config |= changes
-    module = importlib.import_module(f"mlx_lm.models.{model_type}")
-    other = module.Model(module.ModelArgs.from_dict(config))
-    other.update(tree_map(lambda x: x * (6 if x.ndim > 1 else 20), made.parameters()))
-    return other, config
 
 
 def logits_with(model_type: str, changes: dict[str, Any]) -> np.ndarray:
@@ -109,10 +109,6 @@ def test_classes_of_mlx_lm_that_read_head_dim(model_type: str) -> None:
 def test_heads_of_a_width_that_the_class_does_not_read(case: str) -> None:
     _, _, named = read_with(case, {"attention.key_length": 64, "attention.value_length": 64})
     assert f"{ALL[case][1]}.attention.key_length" in named
-
-
-def weights_of(made: Any) -> dict[str, np.ndarray]:
-    return {k: v for k, v in values(made).items() if "rotary" not in k}
 
 
 def check_logits(folder: Path, made: Any, other: Any) -> None:

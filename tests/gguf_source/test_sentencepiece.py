@@ -76,6 +76,7 @@ def fields(model: Any, prefix: bool) -> dict[str, Any]:
 RUNS = ("\u2581\u2581", "\u2581\u2581\u2581", "\n\n", "<td>")
 
 
+@pytest.mark.slow
 @settings(max_examples=150)
 @given(text=st.text("ab <td>\n", max_size=30))
 def test_runs_of_spaces_as_gemma_has_them(text: str) -> None:

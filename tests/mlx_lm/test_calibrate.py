@@ -25,10 +25,12 @@ from requant.planner import plan_with_source
 from requant.sources import read_checkpoint
 from requant.statistics import Importance, read_statistics
 from requant.wishes import Wishes
-from tests.gguf_source.writer import write_gguf
-from tests.mlx_lm.families import small_config
-from tests.mlx_lm.test_codes import as_awq
-from tests.road.test_against_mlx_lm import model
+from tests.support.checkpoints import model
+from tests.support.families import small_config
+from tests.support.gguf_files import write_gguf
+from tests.support.published_models import as_awq
+
+pytestmark = pytest.mark.sweep(1)
 
 LLAMA = Path(__file__).parents[2] / "examples" / "micro-llama"
 TEXT = "A file holds bytes, and a tensor is a run of them with a shape. " * 30
@@ -543,6 +545,7 @@ def test_hidden_states_that_were_cut_are_noticed(
     assert output.exists()
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_an_error_and_not_a_signal(text: Path, tmp_path: Path) -> None:
     """A limit on the size of files stands for the disk."""
     code = (

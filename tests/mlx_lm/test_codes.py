@@ -7,7 +7,6 @@ against mlx-lm itself: values that codes stand for are moved as the codes are.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,20 @@ from requant.formats.base import Rows, SourceLayer
 from requant.memory import BASE_MEMORY_BYTES, MLX_LM_MEMORY_BYTES, make_budget
 from requant.row_ranges import stacked_global_scales
 from requant.sources import read_checkpoint
-from tests.mlx_lm.checks import MLX_LM, NEW_FORMS, as_bytes, class_checkpoint, write_folder
-from tests.mlx_lm.families import model_types, small_config
-from tests.mlx_lm.hub_forms import FORMS
-from tests.plan_texts import note_texts, reason_text
+from tests.support.families import model_types, small_config
+from tests.support.hub_forms import FORMS
+from tests.support.mlx_lm_conversion import (
+    MLX_LM,
+    NEW_FORMS,
+    class_checkpoint,
+    write_mlx_checkpoint,
+)
+from tests.support.mlx_reference import as_bytes, load
+from tests.support.plan_texts import note_texts, reason_text
+from tests.support.published_models import as_awq, published
 
-Weights = dict[str, mx.array]
+pytestmark = pytest.mark.sweep(3)
+
 # Families whose rule decodes or transposes a layer that could be quantized.
 REENCODED = {
     "bailing_hybrid": {"embed_q"},
@@ -46,22 +53,6 @@ REENCODED = {
     "longcat_flash_ngram": {"embed_q"},
     "mistral4": {"embed_q"},
 }
-
-
-def load(folder: Path) -> Weights:
-    weights: Weights = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        weights |= mx.load(str(file))
-    return weights
-
-
-def published(folder: Path, model_type: str, config: Mapping[str, Any] | None = None) -> None:
-    """A random checkpoint of a small model as its authors publish it."""
-    config = config or small_config(model_type)
-    class_checkpoint(folder, config)
-    weights = mx.load(str(folder / "model.safetensors"))
-    mx.eval(weights)
-    write_folder(folder, config, FORMS[model_type][0](weights))
 
 
 # minimax is published in FP8, which is no dense form.
@@ -95,29 +86,6 @@ def test_codes_come_through(model_type: str, tmp_path: Path) -> None:
 
 
 # -- sources that take other ways --------------------------------------------------------------
-
-
-def as_awq(folder: Path, skip: str = "norm|embed|lm_head|gate$") -> None:
-    """Turn a dense folder's projections into AutoAWQ layers of random codes."""
-    import re
-
-    rng = np.random.default_rng(3)
-    weights: Weights = {}
-    for name, array in load(folder).items():
-        path = name.removesuffix(".weight")
-        if array.ndim != 2 or re.search(skip, path):
-            weights[name] = array.astype(mx.float16)
-            continue
-        n_out, n_in = array.shape
-        words = {"qweight": (n_in, n_out // 8), "qzeros": (n_in // 32, n_out // 8)}
-        for role, shape in words.items():
-            codes = rng.integers(-(2**31), 2**31, shape).astype(np.int32)
-            weights[f"{path}.{role}"] = mx.array(codes)
-        scales = rng.uniform(0.001, 0.01, (n_in // 32, n_out)).astype(np.float16)
-        weights[f"{path}.scales"] = mx.array(scales)
-    config = json.loads((folder / "config.json").read_text())
-    block = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}
-    write_folder(folder, config | {"quantization_config": block}, weights)
 
 
 @pytest.mark.parametrize("wishes", [{}, {"bits": 8}, {"mode": "mxfp4"}, {"dequantize": True}])
@@ -231,7 +199,7 @@ def test_nvfp4_global_scales(tmp_path: Path) -> None:
     model, config = load_model(tmp_path / "m")
     model, config = quantize_model(model, config, 16, 4, mode="nvfp4", global_scale=True)
     weights = dict(tree_flatten(model.parameters()))
-    write_folder(tmp_path / "q", config, weights)
+    write_mlx_checkpoint(tmp_path / "q", config, weights)
     save_config(config, tmp_path / "q" / "config.json")
 
     report = convert(tmp_path / "q", tmp_path / "ours", layout="mlx-lm")
@@ -245,7 +213,7 @@ def test_nvfp4_global_scales(tmp_path: Path) -> None:
 def test_global_scales_of_stacked_and_split_matrices(tmp_path: Path) -> None:
     scales = {f"{n}.global_scale": mx.array([float(n)]) for n in range(2)}
     scales["two.global_scale"] = mx.array([5.0, 6.0])
-    write_folder(tmp_path / "s", {"model_type": "llama"}, scales)
+    write_mlx_checkpoint(tmp_path / "s", {"model_type": "llama"}, scales)
     tensors = read_checkpoint(tmp_path / "s").tensors
 
     def layer(name: str, *shape: int) -> SourceLayer:
@@ -328,7 +296,7 @@ def gpt_oss(folder: Path, coded: bool) -> None:
             weights[f"{pre}.{name}_blocks"] = mx.array(blocks)
             weights[f"{pre}.{name}_scales"] = mx.array(scales)
     block = {"quantization_config": {"quant_method": "mxfp4"}} if coded else {}
-    write_folder(folder, config | block | {"torch_dtype": "bfloat16"}, weights)
+    write_mlx_checkpoint(folder, config | block | {"torch_dtype": "bfloat16"}, weights)
 
 
 @pytest.mark.parametrize("coded", [True, False])

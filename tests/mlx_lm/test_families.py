@@ -10,15 +10,17 @@ import pytest
 from requant.mlx_lm_classes import LayoutError
 from requant.outputs import ComputedBySanitize
 from requant.schema import Quantization
-from tests.mlx_lm.checks import (
+from tests.support.families import model_types, small_config
+from tests.support.hub_forms import FORMS
+from tests.support.mlx_lm_conversion import (
     NEW_FORMS,
     class_checkpoint,
     compare,
     convert_with_mlx_lm,
-    write_folder,
+    write_mlx_checkpoint,
 )
-from tests.mlx_lm.families import model_types, small_config
-from tests.mlx_lm.hub_forms import FORMS
+
+pytestmark = pytest.mark.sweep(4)
 
 # Families that cannot be built here, or that mlx-lm 0.32.2 itself does not quantize.
 NOT_BUILT = {
@@ -75,7 +77,7 @@ def test_published_form(model_type: str, tmp_path: Path):
     weights = mx.load(str(folder / "model.safetensors"))
     mx.eval(weights)
     form, all_moved = FORMS[model_type]
-    write_folder(folder, config, form(weights))
+    write_mlx_checkpoint(folder, config, form(weights))
     if model_type in NEW_FORMS:
         with pytest.raises((ValueError, KeyError)):
             convert_with_mlx_lm(folder, AFFINE)

@@ -23,7 +23,9 @@ from requant.mlx_lm_classes import LayoutError, UnknownModelError
 from requant.mlx_lm_layout import mlx_lm_layout
 from requant.outputs import ByteCopy, ComputedBySanitize, Extent
 from requant.schema import Quantization
-from tests.mlx_lm.checks import (
+from tests.support.families import small_config
+from tests.support.hub_forms import FORMS
+from tests.support.mlx_lm_conversion import (
     MLX_LM,
     Source,
     carry_out,
@@ -33,10 +35,10 @@ from tests.mlx_lm.checks import (
     differences,
     load_config,
     random_like,
-    write_folder,
+    write_mlx_checkpoint,
 )
-from tests.mlx_lm.families import small_config
-from tests.mlx_lm.hub_forms import FORMS
+
+pytestmark = pytest.mark.sweep(3)
 
 AFFINE = Quantization.affine(32, 4)
 SHARED = Path(__file__).parents[2].parent / "shared" / "models"
@@ -54,7 +56,7 @@ def quantized(folder: Path, model_type: str, form=lambda w: w, **changes: object
     """A checkpoint in MLX's quantized format, its triples under the names that ``form`` gives."""
     make(folder, model_type, **changes)
     weights, config = convert_with_mlx_lm(folder, AFFINE)
-    write_folder(folder, config, form(weights))
+    write_mlx_checkpoint(folder, config, form(weights))
 
 
 # -- the shared models ---------------------------------------------------------------------
@@ -82,7 +84,7 @@ def test_shared_models(name: str, quantization: Quantization | None, tmp_path: P
 def test_experts_are_extents_of_whole_tensors(tmp_path: Path):
     weights = make(tmp_path / "m", "mixtral")
     form, _ = FORMS["mixtral"]
-    write_folder(tmp_path / "m", small_config("mixtral"), form(weights))
+    write_mlx_checkpoint(tmp_path / "m", small_config("mixtral"), form(weights))
     source = Source(tmp_path / "m")
     layout = mlx_lm_layout(source.checkpoint.config, source.infos, quantization=AFFINE)
     prefix = "model.layers.1.block_sparse_moe"
@@ -97,7 +99,9 @@ def test_experts_are_extents_of_whole_tensors(tmp_path: Path):
 def test_the_comparison_sees_what_is_wrong(tmp_path: Path):
     """A control of the tests themselves: one extent moved by a row is a difference."""
     form, _ = FORMS["mixtral"]
-    write_folder(tmp_path / "m", small_config("mixtral"), form(make(tmp_path / "m", "mixtral")))
+    write_mlx_checkpoint(
+        tmp_path / "m", small_config("mixtral"), form(make(tmp_path / "m", "mixtral"))
+    )
     source = Source(tmp_path / "m")
     layout = mlx_lm_layout(source.checkpoint.config, source.infos)
     name = "model.layers.0.block_sparse_moe.switch_mlp.up_proj.weight"
@@ -131,7 +135,7 @@ def test_reasons_of_dense_layers(tmp_path: Path):
 def test_tied_head_and_towers_are_listed_as_dropped(tmp_path: Path):
     weights = make(tmp_path / "m", "qwen3", tie_word_embeddings=True)
     extra = {"lm_head.weight": random_like("h", (256, 128))}
-    write_folder(
+    write_mlx_checkpoint(
         tmp_path / "m", small_config("qwen3") | {"tie_word_embeddings": True}, extra | weights
     )
     layout, different = compare(tmp_path / "m", AFFINE)
@@ -211,7 +215,7 @@ def test_the_rest_of_a_partly_quantized_source(tmp_path: Path):
     weights, config = convert_with_mlx_lm(tmp_path / "m", AFFINE)
     up = "model.layers.0.mlp.up_proj"
     some = {k: v for k, v in weights.items() if not k.startswith(up)}
-    write_folder(tmp_path / "m", config, some | {f"{up}.weight": dense[f"{up}.weight"]})
+    write_mlx_checkpoint(tmp_path / "m", config, some | {f"{up}.weight": dense[f"{up}.weight"]})
     layout, different = compare(tmp_path / "m", Quantization.affine(64, 8))
     assert different == []
     assert dict(layout.targets) == {up: Quantization.affine(64, 8)}
@@ -247,7 +251,7 @@ def test_published_mxfp4(tmp_path: Path):
             scales = mx.random.randint(110, 130, (4, rows, 4)).astype(mx.uint8)
             weights[f"{prefix}.{proj}_scales"] = scales
             weights[f"{prefix}.{proj}_bias"] = random_like(f"{layer}{proj}", (4, rows))
-    write_folder(tmp_path / "m", config, weights)
+    write_mlx_checkpoint(tmp_path / "m", config, weights)
     layout, different = compare(tmp_path / "m", dtype="bfloat16")
     assert different == []
     assert all(isinstance(tensor, ByteCopy) for tensor in layout.tensors.values())
@@ -360,7 +364,7 @@ def test_compute_asks_for_its_inputs_alone(tmp_path: Path, monkeypatch: pytest.M
     """With batches of one, each tensor loads what ``inputs`` says; asked twice, it is the same."""
     monkeypatch.setattr("requant.mlx_lm_layout.layout.BATCH_BYTES", 0)
     form, _ = FORMS["qwen3_next"]
-    write_folder(
+    write_mlx_checkpoint(
         tmp_path / "m", small_config("qwen3_next"), form(make(tmp_path / "m", "qwen3_next"))
     )
     source = Source(tmp_path / "m")
@@ -385,7 +389,9 @@ def test_compute_asks_for_its_inputs_alone(tmp_path: Path, monkeypatch: pytest.M
 
 def test_threads_get_what_they_ask_for(tmp_path: Path):
     form, _ = FORMS["falcon_h1"]
-    write_folder(tmp_path / "m", small_config("falcon_h1"), form(make(tmp_path / "m", "falcon_h1")))
+    write_mlx_checkpoint(
+        tmp_path / "m", small_config("falcon_h1"), form(make(tmp_path / "m", "falcon_h1"))
+    )
     source = Source(tmp_path / "m")
     layout = mlx_lm_layout(source.checkpoint.config, source.infos)
     expected, _ = convert_with_mlx_lm(tmp_path / "m", None)

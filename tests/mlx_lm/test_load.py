@@ -14,9 +14,9 @@ import pytest
 import requant.mlx_lm
 from requant.conversion import convert
 from requant.errors import BackendError, CheckpointError, UsageError
-from tests.mlx_lm.checks import as_bytes
-from tests.mlx_lm.test_codes import as_awq, published
-from tests.road.test_against_mlx_lm import model
+from tests.support.checkpoints import model
+from tests.support.mlx_reference import as_bytes
+from tests.support.published_models import as_awq, published
 
 
 def logits(loaded) -> mx.array:
@@ -24,11 +24,20 @@ def logits(loaded) -> mx.array:
     return loaded[0](tokens)
 
 
+MIXED = {"bits": 8, "dtype": "float16", "overrides": ["q_proj=4"]}
+
+
 @pytest.mark.parametrize(
-    "wishes",
-    [{"bits": 4}, {"mode": "mxfp4"}, {"bits": 8, "dtype": "float16", "overrides": ["q_proj=4"]}],
+    ("name", "wishes"),
+    [
+        ("micro-llama", {"bits": 4}),
+        ("micro-llama", {"mode": "mxfp4"}),
+        ("micro-llama", MIXED),
+        ("micro-moe", {"bits": 4}),
+        ("micro-moe", MIXED),
+        pytest.param("qwen3-16m", {"bits": 4}, marks=pytest.mark.slow),
+    ],
 )
-@pytest.mark.parametrize("name", ["micro-llama", "micro-moe", "qwen3-16m"])
 def test_logits_are_those_of_the_converted_folder(name: str, wishes: dict, tmp_path: Path) -> None:
     import mlx_lm
 

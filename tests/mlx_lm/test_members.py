@@ -17,13 +17,15 @@ import numpy as np
 import pytest
 
 import requant
-from tests.formats import packers
-from tests.formats.harness import affine, float_values, read_folder
-from tests.mlx_lm.checks import class_checkpoint
-from tests.mlx_lm.families import small_config
-from tests.mlx_lm.hub_forms import FORMS
-from tests.plan_texts import note_texts, reason_text
-from tests.road.conftest import write_file
+from tests.support.families import small_config
+from tests.support.hub_forms import FORMS
+from tests.support.layers import packers
+from tests.support.mlx_lm_conversion import class_checkpoint
+from tests.support.mlx_reference import affine, float_values
+from tests.support.plan_texts import note_texts, reason_text
+from tests.support.safetensors_files import read_folder, write_file
+
+pytestmark = pytest.mark.sweep(3)
 
 ROLES = ("weight", "scales", "biases")
 UP = "model.layers.0.mlp.experts.{}.up_proj"

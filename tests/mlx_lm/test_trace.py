@@ -11,9 +11,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from requant.mlx_lm_layout import trace as tracing
-from requant.mlx_lm_layout.trace import MAX_PIECES, Traced, trace
-from requant.outputs import Extent
-from tests.mlx_lm.checks import as_bytes
+from requant.mlx_lm_layout.trace import MAX_PIECES, Extent, Traced, trace
+from tests.support.mlx_reference import as_bytes
 
 
 def put_together(traced: Traced, arrays: dict[str, mx.array]) -> bytes:

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from requant.schema import Quantization
-from tests.mlx_lm.checks import compare
-from tests.mlx_lm.families import model_types, small_config
+from tests.support.families import model_types, small_config
+from tests.support.mlx_lm_conversion import compare
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -5,22 +5,13 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 
-from tests.native.reference import BF16
+from tests.support.mlx_reference import to_mx, to_numpy
 
 _NAMES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 
 def to_mlx(array):
-    array = np.ascontiguousarray(array)
-    if array.dtype == BF16:
-        return mx.array(array.view(np.uint16)).view(mx.bfloat16)
-    return mx.array(array)
-
-
-def to_numpy(array):
-    if array.dtype == mx.bfloat16:
-        return np.array(array.view(mx.uint16)).view(BF16)
-    return np.array(array)
+    return to_mx(np.ascontiguousarray(array))
 
 
 def mlx_quantize(w, group_size, bits, mode, global_scale=None):

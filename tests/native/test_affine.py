@@ -13,6 +13,8 @@ from tests.native import reference
 from tests.native.inputs import DTYPES, assert_same_bits, finite_inputs, nonfinite_inputs
 from tests.native.mlx_arrays import mlx_dequantize, mlx_quantize
 
+pytestmark = pytest.mark.sweep(12)
+
 CASES = list(itertools.product(AFFINE_BITS, AFFINE_GROUP_SIZES, DTYPES))
 
 

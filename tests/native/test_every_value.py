@@ -15,6 +15,8 @@ from tests.native.inputs import assert_same_bits
 from tests.native.mlx_arrays import mlx_quantize
 from tests.native.reference import BF16, F16
 
+pytestmark = pytest.mark.sweep(1)
+
 LARGEST = {"mxfp4": 6.0, "mxfp8": 448.0}
 
 

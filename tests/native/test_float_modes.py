@@ -11,6 +11,8 @@ from tests.native import reference
 from tests.native.inputs import DTYPES, assert_same_bits, finite_inputs, nonfinite_inputs
 from tests.native.mlx_arrays import mlx_dequantize, mlx_quantize
 
+pytestmark = pytest.mark.sweep(8)
+
 MX = {"mxfp4": 4, "mxfp8": 8}
 GLOBAL_SCALES = (None, 3.0, 0.3, 448.0, 1e-20, 1e20, 1.0)
 

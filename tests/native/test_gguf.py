@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import gguf
 import ml_dtypes
 import mlx.core as mx
@@ -10,9 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from requant import _native
 from requant.arrays.gguf import BY_NAME, TYPES, BlockType, values_into, words_into
 from requant.schema import QuantMode
 from tests.native.mlx_arrays import to_mlx
+from tests.support.gguf_files import HALVES, random_blocks
+
+pytestmark = pytest.mark.sweep(2)
 
 BLOCKS = [kind for kind in TYPES.values() if not kind.dtype]
 KNOWN = [kind for kind in BLOCKS if kind.name != "Q1_0"]  # the package cannot decode that one
@@ -21,41 +27,10 @@ EXACT_IN_F16 = {"Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "TQ1_0", "TQ2_
 MANY = settings(max_examples=20)
 DTYPES = [np.float32, np.float16, ml_dtypes.bfloat16]
 QS = "f0e1d2c3b4a5968778695a4b3c2d1e0f"
-# Offsets of the float16 numbers of a block; IQ1_M's is spread over four bytes.
-HALVES = {
-    "Q4_1": (0, 2),
-    "Q5_1": (0, 2),
-    "Q2_K": (80, 82),
-    "Q3_K": (108,),
-    "Q4_K": (0, 2),
-    "Q5_K": (0, 2),
-    "Q6_K": (208,),
-    "TQ1_0": (52,),
-    "TQ2_0": (64,),
-    "MXFP4": (),
-    "NVFP4": (),
-    "IQ1_M": (),
-}
 
 
 def by_name(kind: BlockType) -> str:
     return kind.name
-
-
-def random_blocks(kind: BlockType, rows: int, count: int, seed: int) -> np.ndarray:
-    """Blocks of random bytes whose scales are numbers, of either sign."""
-    rng = np.random.default_rng(seed)
-    blocks = rng.integers(0, 256, (rows * count, kind.nbytes), np.uint8)
-    for at in HALVES.get(kind.name, (0,)):
-        scales = rng.uniform(-2, 2, len(blocks)) * 2.0 ** rng.integers(-24, 4, len(blocks))
-        blocks[:, at : at + 2] = scales.astype(np.float16)[:, None].view(np.uint8)
-    if kind.name == "IQ1_M":
-        blocks[:, 55] &= 0xBF  # the exponent is not all ones
-    if kind.name == "NVFP4":
-        blocks[:, :4] &= 0x7F
-    if kind.name == "MXFP4":
-        blocks[:, 0] = np.minimum(blocks[:, 0], 254)
-    return blocks.reshape(rows, -1)
 
 
 def peer(kind: BlockType, blocks: np.ndarray) -> np.ndarray:
@@ -87,8 +62,9 @@ def test_values_are_those_of_the_package(kind: BlockType, rows: int, count: int,
         assert out.tobytes() == wanted.tobytes(), dtype
 
 
+@pytest.mark.parametrize("isa", [None])  # no fixture: one reference for all builds
 @pytest.mark.parametrize("kind", KNOWN, ids=by_name)
-def test_every_number_of_a_scale(kind: BlockType) -> None:
+def test_every_number_of_a_scale(kind: BlockType, isa: None, set_isa: Callable[..., None]) -> None:
     """All float16 scales, infinities and NaN included, and all scale bytes of the others."""
     halves = np.arange(65536, dtype=np.uint16)[:, None].view(np.uint8)
     blocks = random_blocks(kind, len(halves), 1, 0)
@@ -99,10 +75,13 @@ def test_every_number_of_a_scale(kind: BlockType) -> None:
         blocks[:, 0] = halves[:, 0]
     if kind.name == "NVFP4":
         blocks[:, :2] = halves
-    out = np.empty((len(halves), kind.elements), np.float32)
-    values_into(kind, blocks, out)
     with np.errstate(invalid="ignore", over="ignore"):
-        assert np.array_equal(out, peer(kind, blocks), equal_nan=True)
+        expected = peer(kind, blocks)
+    for build in _native.available_isas():
+        set_isa(build)
+        out = np.empty((len(halves), kind.elements), np.float32)
+        values_into(kind, blocks, out)
+        assert np.array_equal(out, expected, equal_nan=True), build
 
 
 def arrays(kind: BlockType, blocks: np.ndarray, dtype: type) -> tuple[np.ndarray, ...]:

@@ -15,6 +15,8 @@ from requant.arrays.native import AFFINE_BITS, unpack_words
 from requant.errors import InvariantError, ShapeMismatchError
 from tests.native.inputs import DTYPES, assert_same_bits
 
+pytestmark = pytest.mark.sweep(6)
+
 
 def hessian_of(n_in: int, tokens: int = 4096, seed: int = 0) -> np.ndarray:
     """Of inputs that go together in a few directions."""

@@ -14,6 +14,8 @@ from requant.arrays.native import AFFINE_BITS, dequantize, quantize, quantize_in
 from requant.errors import InvariantError, ShapeMismatchError, UnknownValueError
 from tests.native.inputs import BITS, COLS, DTYPES, assert_same_bits, finite_inputs
 
+pytestmark = pytest.mark.sweep(12)
+
 FLOAT_MODES = [("mxfp4", 4, 32), ("mxfp8", 8, 32), ("nvfp4", 4, 16)]
 SPECS = [("affine", bits, group) for bits in AFFINE_BITS for group in (32, 64, 128)] + FLOAT_MODES
 LEVELS = ("fast", "best")

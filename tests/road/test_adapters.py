@@ -20,11 +20,11 @@ from safetensors.numpy import load_file, save_file
 import requant
 from requant.errors import CheckpointError
 from requant.sources import read_checkpoint
-from tests.road.builders import write_folder
-from tests.road.conftest import bf16, write_file
-
-from .hub_server import Hub, serving
-from .test_hub import Call
+from tests.road.hub_server import Hub, serving
+from tests.support.checkpoints import write_folder
+from tests.support.hub_commands import Call
+from tests.support.number_formats import bf16
+from tests.support.safetensors_files import write_file
 
 MICRO = Path(__file__).parents[2] / "examples" / "micro-llama"
 LAYER = "model.layers.0.self_attn.q_proj"
@@ -217,6 +217,7 @@ def run(line: str, folder: Path, path: Path | None = None) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_an_adapter_of_mlx_lm_is_fused_as_the_message_says(tmp_path: Path) -> None:
     pytest.importorskip("mlx_lm")
     adapter = tmp_path / "my adapter"
@@ -320,6 +321,7 @@ def hub() -> Iterator[Hub]:
         yield running
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "words"),
     [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import Path
 
@@ -11,28 +10,12 @@ import mlx.core as mx
 import pytest
 
 from requant.conversion import convert
+from tests.support.checkpoints import model, tree
+from tests.support.mlx_reference import by_mlx_lm, load, same
 
-from .conftest import load, same, tree
+pytestmark = pytest.mark.sweep(1)
 
-ROOT = Path(__file__).parents[2]
-SHARED = ROOT.parent / "shared" / "models"
 BITS = (2, 3, 4, 5, 6, 8)
-
-
-def model(name: str) -> Path:
-    if name == "micro-llama":
-        return ROOT / "examples" / name
-    if not (SHARED / name).is_dir():
-        assert os.environ.get("REQUANT_REQUIRE_SHARED") != "1", f"{SHARED / name} is missing"
-        pytest.skip(f"{name} lies outside the repository")
-    return SHARED / name
-
-
-def by_mlx_lm(source: Path, target: Path, **wishes) -> dict[str, mx.array]:
-    import mlx_lm
-
-    mlx_lm.convert(str(source), str(target), **wishes)
-    return load(target)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -56,8 +39,9 @@ def test_every_tensor_is_what_mlx_lm_writes(name: str, bits: int, tmp_path: Path
     assert indexes[0] == indexes[1]
 
 
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("name", ["micro-llama", "qwen3-16m"])
+@pytest.mark.parametrize(
+    ("name", "bits"), [("micro-llama", 2), ("micro-llama", 8), ("qwen3-16m", 3), ("qwen3-16m", 4)]
+)
 def test_mlx_lm_loads_and_generates(name: str, bits: int, tmp_path: Path) -> None:
     import mlx_lm
 
@@ -88,8 +72,9 @@ def test_moe_experts_stacked_are_what_mlx_lm_writes(bits: int, tmp_path: Path) -
     assert compared == 4 * 3 * 3  # layers, projections, parts
 
 
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("name", ["micro-llama", "micro-moe", "qwen3-16m"])
+@pytest.mark.parametrize(
+    ("name", "bits"), list(zip(["micro-llama", "micro-moe", "qwen3-16m"] * 2, BITS, strict=True))
+)
 def test_back_to_dense_is_mx_dequantize(name: str, bits: int, tmp_path: Path) -> None:
     convert(model(name), tmp_path / "quantized", bits=bits, layout="keep")
     convert(tmp_path / "quantized", tmp_path / "dense", dequantize=True, layout="keep")
@@ -109,8 +94,7 @@ def test_back_to_dense_is_mx_dequantize(name: str, bits: int, tmp_path: Path) ->
 def test_same_bytes_for_any_threads_and_chunks(name: str, tmp_path: Path) -> None:
     convert(model(name), tmp_path / "reference", bits=4, threads=1)
     expected = tree(tmp_path / "reference")
-    for threads in (1, 2):
-        for chunk_bytes in (8 << 10, 1 << 20, 1 << 30):
-            output = tmp_path / f"{threads}-{chunk_bytes}"
-            convert(model(name), output, bits=4, threads=threads, chunk_bytes=chunk_bytes)
-            assert tree(output) == expected
+    for threads, chunk_bytes in ((1, 8 << 10), (2, 8 << 10), (2, 1 << 20), (2, 1 << 30)):
+        output = tmp_path / f"{threads}-{chunk_bytes}"
+        convert(model(name), output, bits=4, threads=threads, chunk_bytes=chunk_bytes)
+        assert tree(output) == expected

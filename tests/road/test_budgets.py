@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import ml_dtypes
-import mlx.core as mx
 import numpy as np
 import pytest
 
@@ -16,20 +15,15 @@ import requant
 from requant.budgets import measured_of, sensitivity
 from requant.errors import CheckpointError, UsageError
 from requant.specs import parse_budget
-from tests.mlx_lm.checks import class_checkpoint  # noqa: F401  # mlx-lm is there
-from tests.plan_texts import note_texts
-
-from .test_against_mlx_lm import model
+from tests.support.checkpoints import model, write_checkpoint
+from tests.support.plan_texts import note_texts
 
 KEEP: dict[str, Any] = {"layout": "keep"}
 
 
 def write(folder: Path, tensors: dict[str, np.ndarray], config: dict[str, Any]) -> Path:
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    arrays = {n: mx.array(w.astype(np.float32)).astype(mx.bfloat16) for n, w in tensors.items()}
-    mx.save_safetensors(str(folder / "model.safetensors"), arrays, {"format": "mlx"})
-    return folder
+    arrays = {name: array.astype(ml_dtypes.bfloat16) for name, array in tensors.items()}
+    return write_checkpoint(folder, arrays, config, metadata={"format": "mlx"})
 
 
 @pytest.fixture
@@ -168,6 +162,7 @@ def test_verify_repeats_it_without_measuring(
     assert "--budget 4" in str(command)
 
 
+@pytest.mark.slow
 def test_threads_and_chunks_change_nothing(source: Path, tmp_path: Path) -> None:
     written = []
     for number, options in enumerate(({}, {"threads": 1, "chunk_bytes": 4000}, {"threads": 5})):
@@ -212,6 +207,7 @@ def test_what_was_measured_of_another_source_is_not_believed(source: Path, tmp_p
 # -- sources -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["keep", "mlx-lm"])
 @pytest.mark.parametrize("name", ["micro-llama", "micro-moe"])
 def test_models_under_both_layouts(name: str, layout: str, tmp_path: Path) -> None:

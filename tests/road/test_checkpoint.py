@@ -20,9 +20,10 @@ from requant.errors import CheckpointError
 from requant.limits import MAX_PROBLEMS, MAX_PROBLEMS_SHOWN
 from requant.source_folder import open_regular
 from requant.sources import read_checkpoint
-from tests.fixture_folders import NAMES, fixture
-from tests.plan_texts import note_texts
-from tests.road.builders import INDEX, SHARED, entry, header, weights, write_folder
+from tests.support.checkpoints import INDEX, SHARED, write_folder
+from tests.support.fixture_folders import NAMES, fixture
+from tests.support.plan_texts import note_texts
+from tests.support.safetensors_files import entry, header, weights
 
 ONE = {"a.weight": ("BF16", [2, 3])}
 TWO = {"b.weight": ("F32", [4])}

@@ -16,8 +16,7 @@ import requant
 from requant.comparison import LayerComparison
 from requant.errors import CheckpointError, ParseError, UsageError
 from requant.evaluation import Estimate, evaluate, read_documents, read_tokens
-
-from .conftest import bf16
+from tests.support.number_formats import bf16
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "micro-llama"
 
@@ -146,6 +145,7 @@ def test_two_models_by_hand() -> None:
         evaluate(says([1, 3]), says([1, 1, 1]), ids)
 
 
+@pytest.mark.slow
 def test_command_with_a_text(tmp_path: Path) -> None:
     requant.convert(EXAMPLE, tmp_path / "out", bits=4)
     text = tmp_path / "text.txt"

@@ -16,10 +16,12 @@ from requant.conversion import convert
 from requant.errors import CheckpointError, OutputError, UsageError
 from requant.journal import read_journal
 from requant.staging import staging_of
-from tests.fixture_folders import fixture
-from tests.road.conftest import bf16
-from tests.road.killing import tree
-from tests.road.test_resume import Stop, stop_after
+from tests.support.checkpoints import tree
+from tests.support.fixture_folders import fixture
+from tests.support.interruptions import Stop, stop_after
+from tests.support.number_formats import bf16
+
+pytestmark = pytest.mark.sweep(4)
 
 CONSUME = {"consume_source": True, "yes": True}
 

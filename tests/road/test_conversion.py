@@ -17,9 +17,12 @@ import pytest
 from requant.conversion import convert
 from requant.errors import CheckpointError, OutOfRangeError, OutputError
 from requant.schema import parse_quantization
-from tests.plan_texts import reason_text
+from tests.support.checkpoints import CONFIG, tree
+from tests.support.mlx_reference import load, same, to_mx
+from tests.support.number_formats import bf16
+from tests.support.plan_texts import reason_text
 
-from .conftest import CONFIG, bf16, load, same, to_mx, tree
+pytestmark = pytest.mark.sweep(6)
 
 MODES = [("affine", b, g) for b in (1, 2, 3, 4, 5, 6, 8) for g in (32, 64, 128)]
 MODES += [("mxfp4", 4, 32), ("mxfp8", 8, 32), ("nvfp4", 4, 16)]

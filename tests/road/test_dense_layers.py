@@ -17,12 +17,14 @@ import pytest
 
 import requant
 from requant.blueprint import Plan
-from tests.formats import packers
-from tests.mlx_lm.checks import class_checkpoint
-from tests.mlx_lm.families import small_config
-from tests.mlx_lm.hub_forms import FORMS
-from tests.plan_texts import note_texts
-from tests.road.conftest import write_file
+from tests.support.families import small_config
+from tests.support.hub_forms import FORMS
+from tests.support.layers import packers
+from tests.support.mlx_lm_conversion import class_checkpoint
+from tests.support.plan_texts import note_texts
+from tests.support.safetensors_files import write_file
+
+pytestmark = pytest.mark.sweep(6)
 
 pytest.importorskip("mlx_lm")
 E4M3 = ml_dtypes.float8_e4m3fn

@@ -16,23 +16,26 @@ from typing import Any
 
 import pytest
 
-from tests.road.conftest import bf16
-from tests.road.gguf_files import gguf_file
+from tests.support.gguf_files import gguf_file
+from tests.support.number_formats import bf16
 
 ROOT = Path(__file__).parents[2]
 EVERY_CALL = bool(os.environ.get("REQUANT_FAULTS"))
 STRIDE = 1 if EVERY_CALL else 11
 
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or shutil.which("cc") is None, reason="needs Linux and a C compiler"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        sys.platform != "linux" or shutil.which("cc") is None, reason="needs Linux and a C compiler"
+    ),
+    pytest.mark.slow,
+]
 
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What is preloaded."""
     made = tmp_path_factory.mktemp("faults") / "faults.so"
-    source = Path(__file__).parent / "faults.c"
+    source = ROOT / "tests" / "support" / "fault_injection.c"
     flags = ["-std=c11", "-O1", "-shared", "-fPIC"]
     subprocess.run(["cc", *flags, "-o", str(made), str(source), "-ldl"], check=True)
     return made
@@ -71,10 +74,16 @@ def job(name: str, checkpoint: Build, place: Path) -> dict[str, Any]:
 
 
 def struck(library: Path, told: dict[str, Any], modes: dict[str, int]) -> dict[str, Any]:
-    """What tests/road/faults.py says of a job."""
+    """What tests/support/fault_injection.py says of a job."""
     preloaded = f"{os.environ.get('LD_PRELOAD', '')} {library}".strip()
     run = subprocess.run(
-        [sys.executable, "-m", "tests.road.faults", json.dumps(told), json.dumps(modes)],
+        [
+            sys.executable,
+            "-m",
+            "tests.support.fault_injection",
+            json.dumps(told),
+            json.dumps(modes),
+        ],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -15,9 +15,8 @@ from requant.arrays import gptq, native
 from requant.errors import CheckpointError, RequantError, UsageError
 from requant.schema import Quantization
 from requant.statistics import LayerStatistics, write_statistics
-from tests.formats.harness import read_folder
-from tests.plan_texts import note_texts, reason_text
-from tests.road.conftest import write_file
+from tests.support.plan_texts import note_texts, reason_text
+from tests.support.safetensors_files import read_folder, write_file
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 Q, DOWN, UP = (

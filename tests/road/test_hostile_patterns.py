@@ -25,7 +25,9 @@ from requant.sources import read_checkpoint
 from requant.transform import transform_weights
 from requant.wishes import Wishes
 from tests.fuzz.harness import FolderReader, corpus
-from tests.plan_texts import note_texts
+from tests.support.plan_texts import note_texts
+
+pytestmark = pytest.mark.sweep(3)
 
 BOMB = r"([a-z0-9._]+)+!"  # re takes years over a path of 40 letters
 WILD = "*.*_*" * 40 + "!"
@@ -200,6 +202,7 @@ def test_many_patterns_share_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
 LONG = [f"model.layers.{n}.mlp.up_proj.none" for n in range(40_000)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method, key, names",
     [

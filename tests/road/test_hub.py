@@ -5,57 +5,27 @@ from __future__ import annotations
 import base64
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from .hub_server import Hub, serving
+from tests.road.hub_server import Hub, serving
+from tests.support.checkpoints import tree
+from tests.support.hub_commands import Call, ok
+
+pytestmark = pytest.mark.sweep(1, tests=("test_a_plan_reads_headers_only",))
 
 pytest.importorskip("huggingface_hub")
 MICRO = Path(__file__).parents[2] / "examples" / "micro-llama"
 NAME = "someone/micro"
 
 
-class Call:
-    """The command line in a process of its own, whose hub is ours."""
-
-    def __init__(self, hub: Hub, folder: Path) -> None:
-        self.hub, self.folder = hub, folder
-
-    def command(self, *arguments: object, **env: str) -> tuple[list[str], dict[str, Any]]:
-        """What ``subprocess`` takes."""
-        settings = {
-            "HF_ENDPOINT": self.hub.url,
-            "HF_HOME": str(self.folder / "hf"),
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-            "HF_HUB_OFFLINE": "0",
-        }
-        known = {k: v for k, v in os.environ.items() if k not in ("HF_TOKEN", "HF_HUB_CACHE")}
-        command = [sys.executable, "-m", "requant", *map(str, arguments)]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        return command, {"cwd": self.folder, "env": known | settings | env, **pipes}
-
-    def __call__(self, *arguments: object, **env: str) -> subprocess.CompletedProcess[str]:
-        command, options = self.command(*arguments, **env)
-        done: subprocess.CompletedProcess[str] = subprocess.run(command, **options)
-        return done
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    found = (path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
-
-
 @pytest.fixture
 def hub() -> Iterator[Hub]:
-    files = contents(MICRO)
+    files = tree(MICRO)
     files["pytorch_model.bin"] = bytes(3 << 20)
     files["original/params.json"] = b"{}"
     files["README.md"] = (
@@ -68,11 +38,6 @@ def hub() -> Iterator[Hub]:
 @pytest.fixture
 def call(hub: Hub, tmp_path: Path) -> Call:
     return Call(hub, tmp_path)
-
-
-def ok(done: subprocess.CompletedProcess[str]) -> str:
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 def test_a_plan_reads_headers_only(hub: Hub, call: Call) -> None:
@@ -215,7 +180,7 @@ def test_an_output_in_the_way_is_told_before_the_download(
 def test_what_cannot_be_had(
     hub: Hub, call: Call, arguments: list[str], env: dict[str, str], said: str, tmp_path: Path
 ) -> None:
-    hub.repositories |= {"a/gated": contents(MICRO), "a/empty": {"x.txt": b""}}
+    hub.repositories |= {"a/gated": tree(MICRO), "a/empty": {"x.txt": b""}}
     hub.repositories["a/pickle"] = {"pytorch_model.bin": b"x" * 99, "config.json": b"{}"}
     hub.repositories["a/evil"] = {"../../x": b"x", "config.json": b"{}"}
     hub.gated.add("a/gated")
@@ -272,7 +237,7 @@ def test_upload(hub: Hub, call: Call, output: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert f"uploaded: {hub.url}/me/micro-4bit/commit/" in done.stderr
     came = committed(hub, "me/micro-4bit")
-    expected = contents(output)
+    expected = tree(output)
     card = came.pop("README.md")
     assert expected.pop("README.md").endswith(b"# Of the source\n")
     assert came == expected
@@ -291,7 +256,7 @@ def test_shards_of_an_earlier_upload_go(hub: Hub, call: Call, output: Path) -> N
     done = call("upload", output, "me/m", "--json", HF_TOKEN="hf_x")
     deleted = [x["value"]["path"] for x in hub.commits["me/m"] if x["key"] == "deletedFile"]
     assert deleted == list(old[:2]) == json.loads(ok(done))["removed"]
-    assert set(committed(hub, "me/m")) == set(contents(output))
+    assert set(committed(hub, "me/m")) == set(tree(output))
     said = call("upload", output, "me/m", HF_TOKEN="hf_x").stderr
     assert f"removed there, of an earlier upload: {old[0]}, {old[1]}\n" in said
 

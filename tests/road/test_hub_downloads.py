@@ -16,12 +16,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+import requant
 from requant.checkpoint import Checkpoint, OpenedSource
 from requant.errors import HubError
 from requant.hub import Repository
+from tests.road.hub_server import Hub, either_way, serving
+from tests.support.checkpoints import tree
+from tests.support.hub_commands import Call, call, ok  # noqa: F401  (a fixture)
 
-from .hub_server import Hub, either_way, serving
-from .test_hub import Call, call, contents, ok  # noqa: F401  (a fixture)
+pytestmark = pytest.mark.slow
 
 pytest.importorskip("huggingface_hub")
 NAME = "a/large"
@@ -58,18 +61,19 @@ def hub() -> Iterator[Hub]:
     assert running.late == [], "a gate was not opened in time"
 
 
-@pytest.fixture
-def expected(call: Call, tmp_path: Path) -> dict[str, bytes]:  # noqa: F811
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """What a conversion of the same folder gives, but for the record."""
+    source, output = (tmp_path_factory.mktemp("local") / name for name in ("source", "output"))
+    source.mkdir()
     for name, content in FILES.items():
-        (tmp_path / "local").mkdir(exist_ok=True)
-        (tmp_path / "local" / name).write_bytes(content)
-    ok(call("convert", "local", "expected", *WISHES, "--quiet"))
-    return without_record(tmp_path / "expected")
+        (source / name).write_bytes(content)
+    requant.convert(source, output, bits=4, layout="keep")
+    return without_record(output)
 
 
 def without_record(folder: Path) -> dict[str, bytes]:
-    return {name: data for name, data in contents(folder).items() if name != "requant.json"}
+    return {name: data for name, data in tree(folder).items() if name != "requant.json"}
 
 
 def journal(tmp_path: Path) -> str:
@@ -377,7 +381,7 @@ def test_offline_with_everything_here(hub: Hub, call: Call, tmp_path: Path) -> N
     asked = len(hub.log)
     ok(call("convert", NAME, "again", *WISHES, "--quiet", **offline))
     assert len(hub.log) == asked
-    assert contents(tmp_path / "again") == contents(tmp_path / "out")
+    assert tree(tmp_path / "again") == tree(tmp_path / "out")
 
 
 def test_interrupted_by_the_user(hub: Hub, call: Call, tmp_path: Path) -> None:  # noqa: F811

@@ -9,10 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import requant
 from requant.gguf.choice import choose_model, gguf_models
+from tests.road.hub_server import Hub, serving
+from tests.support.checkpoints import MICRO_LLAMA, tree
+from tests.support.hub_commands import Call, call, ok  # noqa: F401  (a fixture)
 
-from .hub_server import Hub, either_way, serving
-from .test_hub import MICRO, Call, call, contents, ok  # noqa: F401  (a fixture)
+pytestmark = pytest.mark.sweep(1, tests=("test_models_are_told_by_the_end_of_their_names",))
 
 pytest.importorskip("huggingface_hub")
 NAME = "someone/micro-GGUF"
@@ -56,18 +59,20 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     pytest.importorskip("gguf")
     from safetensors.numpy import load_file
 
-    from tests.gguf_source.writer import write_gguf
+    from tests.support.gguf_files import write_gguf
 
     folder = tmp_path_factory.mktemp("gguf")
-    stored = load_file(MICRO / "model.safetensors")
+    stored = load_file(MICRO_LLAMA / "model.safetensors")
     weights = {name: x.astype(np.float32) for name, x in stored.items()}
-    config = json.loads((MICRO / "config.json").read_text())
+    config = json.loads((MICRO_LLAMA / "config.json").read_text())
     (folder / "Q4_0").mkdir()
     dim = config["hidden_size"] // config["num_attention_heads"]
     extra = {"rope_freqs.weight": np.ones(dim // 2, np.float32)}  # a setting behind the header
-    write_gguf(folder / "micro-Q8_0.gguf", weights, config, "Q8_0", tokenizer=MICRO, extra=extra)
+    write_gguf(
+        folder / "micro-Q8_0.gguf", weights, config, "Q8_0", tokenizer=MICRO_LLAMA, extra=extra
+    )
     write_gguf(folder / "Q4_0" / "m-Q4_0.gguf", weights, config, "Q4_0", split_tensors=7)
-    found = contents(folder)
+    found = tree(folder)
     assert len(found) > 3
     return found | {"mmproj-micro-f16.gguf": b"GGUF", "README.md": CARD}
 
@@ -75,7 +80,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 @pytest.fixture
 def hub(files: dict[str, bytes]) -> Iterator[Hub]:
     known = {NAME: dict(files), "someone/one": {"m.gguf": files["micro-Q8_0.gguf"]}}
-    with serving(Hub(known | {"someone/micro": contents(MICRO)})) as running:
+    with serving(Hub(known | {"someone/micro": tree(MICRO_LLAMA)})) as running:
         yield running
 
 
@@ -86,8 +91,10 @@ def written(tmp_path: Path, files: dict[str, bytes]) -> Path:
     return tmp_path / "local"
 
 
-@pytest.mark.parametrize("kind", ["Q8_0", "q4_0", "micro-Q8_0.gguf"])
-@either_way
+@pytest.mark.parametrize(
+    ("kind", "option"),
+    [("Q8_0", ()), ("q4_0", ("--consume-source",)), ("micro-Q8_0.gguf", ())],
+)
 def test_a_file_of_a_repository(
     hub: Hub,
     call: Call,  # noqa: F811
@@ -103,8 +110,8 @@ def test_a_file_of_a_repository(
     assert hub.sent < size
     assert f"{NAME}:{'Q8_0' if '8' in kind else 'Q4_0'} at " in said
     ok(call("convert", f"{NAME}:{kind}", "out", *option, "--quiet"))
-    ok(call("convert", local, "expected", "--quiet"))
-    ours, theirs = contents(tmp_path / "out"), contents(tmp_path / "expected")
+    requant.convert(local, tmp_path / "expected")
+    ours, theirs = tree(tmp_path / "out"), tree(tmp_path / "expected")
     record = json.loads(ours.pop("requant.json"))
     theirs.pop("requant.json")
     assert ours == theirs
@@ -130,10 +137,10 @@ def test_which_one_is_meant(hub: Hub, call: Call) -> None:  # noqa: F811
 
 
 def test_config_from_a_folder(hub: Hub, call: Call, tmp_path: Path) -> None:  # noqa: F811
-    ok(call("convert", f"{NAME}:Q8_0", "out", "--config-from", MICRO, "--quiet"))
+    ok(call("convert", f"{NAME}:Q8_0", "out", "--config-from", MICRO_LLAMA, "--quiet"))
     made = (tmp_path / "out" / "tokenizer.json").read_bytes()
-    assert made == (MICRO / "tokenizer.json").read_bytes()
-    done = call("plan", "someone/micro", "--config-from", MICRO)
+    assert made == (MICRO_LLAMA / "tokenizer.json").read_bytes()
+    done = call("plan", "someone/micro", "--config-from", MICRO_LLAMA)
     assert done.returncode == 2 and "--config-from is for GGUF files" in done.stderr
 
 
@@ -148,7 +155,7 @@ def test_the_card_of_a_gguf_model(hub: Hub, call: Call) -> None:  # noqa: F811
 def test_generate_takes_a_repository(hub: Hub, call: Call) -> None:  # noqa: F811
     wishes = ("--prompt", "The file", "--bits", "4", "--max-tokens", "6", "--json")
     said = json.loads(ok(call("generate", "someone/micro", "--revision", "v1", *wishes)))
-    local = json.loads(ok(call("generate", MICRO, *wishes)))
+    local = json.loads(ok(call("generate", MICRO_LLAMA, *wishes)))
     assert said["text"] == local["text"]
     sent = hub.sent
     ok(call("generate", f"{NAME}:Q8_0", "--prompt", "The", "--max-tokens", "2", "--quiet"))

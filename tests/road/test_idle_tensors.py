@@ -12,10 +12,10 @@ import pytest
 from mlx_lm.utils import load_model
 
 import requant
-from tests.mlx_lm.checks import class_checkpoint
-from tests.mlx_lm.families import small_config
-from tests.plan_texts import note_texts
-from tests.road.conftest import load, same
+from tests.support.families import small_config
+from tests.support.mlx_lm_conversion import class_checkpoint
+from tests.support.mlx_reference import load, same
+from tests.support.plan_texts import note_texts
 
 
 def with_more(folder: Path, more: dict[str, mx.array]) -> Path:

@@ -16,19 +16,20 @@ from mlx.utils import tree_flatten
 from requant.conversion import convert, plan
 from requant.errors import CheckpointError, UnknownValueError
 from requant.schema import Quantization
-from tests.mlx_lm.checks import (
+from tests.support.checkpoints import model, tree
+from tests.support.families import small_config
+from tests.support.hub_forms import FORMS
+from tests.support.mlx_lm_conversion import (
     MLX,
     class_checkpoint,
     convert_with_mlx_lm,
     random_like,
-    write_folder,
+    write_mlx_checkpoint,
 )
-from tests.mlx_lm.families import small_config
-from tests.mlx_lm.hub_forms import FORMS
-from tests.plan_texts import note_texts
+from tests.support.mlx_reference import by_mlx_lm, load, same
+from tests.support.plan_texts import note_texts
 
-from .conftest import load, same, tree
-from .test_against_mlx_lm import by_mlx_lm, model
+pytestmark = pytest.mark.sweep(2)
 
 
 @pytest.mark.parametrize(
@@ -212,6 +213,7 @@ def test_a_folder_in_mlx_lm_s_names_stays_so(wishes: dict, tmp_path: Path) -> No
     assert ("quantization" in first.config) == (wishes != {"dequantize": True})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "heavy"),
     [
@@ -263,7 +265,7 @@ def vlm(folder: Path, family: str = "qwen2_vl", extra: dict = EXTRA, **config: o
     mx.eval(weights)
     weights = FORMS[family][0](weights) | {x: random_like(x, s) for x, s in extra.items()}
     config = small_config(family) | {"vision_config": {"depth": 1}, **config}
-    write_folder(folder, config, weights)
+    write_mlx_checkpoint(folder, config, weights)
     (folder / "preprocessor_config.json").write_text(PROCESSOR)
     return folder
 

@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from tests.road.conftest import write_file
+from tests.support.safetensors_files import write_file
 
 MB = 1 << 20
 BF16, E4M3 = np.dtype(ml_dtypes.bfloat16), np.dtype(ml_dtypes.float8_e4m3fn)
@@ -33,6 +33,7 @@ pytestmark = [
     pytest.mark.skipif(
         "asan" in os.environ.get("LD_PRELOAD", ""), reason="a sanitizer holds memory"
     ),
+    pytest.mark.slow,
 ]
 
 

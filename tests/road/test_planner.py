@@ -12,9 +12,8 @@ import pytest
 from requant.conversion import plan
 from requant.errors import CheckpointError, OutOfRangeError, UnknownValueError, UsageError
 from requant.schema import Quantization
-from tests.plan_texts import note_texts, reason_text
-
-from .conftest import bf16
+from tests.support.number_formats import bf16
+from tests.support.plan_texts import note_texts, reason_text
 
 
 def fates(made) -> dict[str, tuple[str, str, str]]:

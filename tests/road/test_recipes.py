@@ -11,12 +11,14 @@ import pytest
 from requant.conversion import convert, plan
 from requant.errors import UsageError
 from requant.recipes import MIXED, load_recipe
-from tests.mlx_lm.checks import class_checkpoint
-from tests.mlx_lm.families import small_config
-from tests.plan_texts import note_texts, reason_text
+from tests.support.checkpoints import model
+from tests.support.families import small_config
+from tests.support.mlx_lm_conversion import class_checkpoint
+from tests.support.mlx_reference import by_mlx_lm, load, same
+from tests.support.number_formats import bf16
+from tests.support.plan_texts import note_texts, reason_text
 
-from .conftest import bf16, load, same
-from .test_against_mlx_lm import by_mlx_lm, model
+pytestmark = pytest.mark.sweep(4)
 
 
 def targets(made) -> dict[str, str]:

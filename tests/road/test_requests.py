@@ -11,9 +11,8 @@ import pytest
 
 import requant
 from requant.errors import UsageError
-from tests.plan_texts import note_texts
-
-from .conftest import bf16
+from tests.support.number_formats import bf16
+from tests.support.plan_texts import note_texts
 
 Build = Callable[..., Path]
 NARROW = {"a.weight": bf16(64, 48), "b.weight": bf16(64, 40), "norm.weight": bf16(48)}

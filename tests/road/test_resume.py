@@ -22,30 +22,13 @@ from requant.conversion import convert, plan
 from requant.errors import CheckpointError, OutputError
 from requant.journal import Done, Journal, read_journal
 from requant.staging import lock_staging
-from tests.fixture_folders import fixture
-from tests.road.conftest import bf16
-from tests.road.gguf_files import gguf_file
-from tests.road.killing import tree
+from tests.support.checkpoints import tree
+from tests.support.fixture_folders import fixture
+from tests.support.gguf_files import gguf_file
+from tests.support.interruptions import Stop, stop_after
+from tests.support.number_formats import bf16
 
 ROOT = Path(__file__).parents[2]
-
-
-class Stop(BaseException):
-    """Stands for a process that ends here."""
-
-
-def stop_after(monkeypatch: pytest.MonkeyPatch, chunks: int) -> None:
-    """Let a run end after so many chunks, as by Ctrl-C."""
-    real, count = execute._Run._do, 0
-
-    def counted(self, *args):
-        nonlocal count
-        count += 1
-        if count > chunks:
-            raise Stop
-        return real(self, *args)
-
-    monkeypatch.setattr(execute._Run, "_do", counted)
 
 
 def stopped(source: Path, output: Path, chunks: int = 3, **wishes) -> BaseException:
@@ -485,6 +468,7 @@ def test_a_pipe_in_the_place_of_a_shard_does_not_block(
 # -- real processes ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_within_a_second_and_says_how_to_go_on(
     checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -541,6 +525,7 @@ def jobs(
     return found
 
 
+@pytest.mark.slow
 def test_killed_at_a_hundred_random_moments(
     dense: Path, checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -552,7 +537,7 @@ def test_killed_at_a_hundred_random_moments(
     command = [
         sys.executable,
         "-m",
-        "tests.road.killing",
+        "tests.support.interruptions",
         json.dumps(jobs(dense, checkpoint, tmp_path)),
         os.environ.get("REQUANT_SEED", "1"),
         str(kills),

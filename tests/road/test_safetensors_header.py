@@ -25,7 +25,7 @@ from requant.safetensors_header import (
     header_length,
     parse_header,
 )
-from tests.road.builders import entry, header, prefixed, weights
+from tests.support.safetensors_files import entry, header, prefixed, weights
 
 U8 = entry("U8", [4], 0, 4)
 

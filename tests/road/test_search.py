@@ -13,7 +13,9 @@ import requant
 from requant.arrays import native
 from requant.errors import InvariantError, UnknownValueError
 from requant.schema import PerLayerQuantization, Quantization
-from tests.plan_texts import note_texts
+from tests.support.plan_texts import note_texts
+
+pytestmark = pytest.mark.slow
 
 WISHES = [{"bits": bits} for bits in (2, 3, 4, 8)] + [{"mode": "mxfp4"}, {"mode": "nvfp4"}]
 

@@ -11,8 +11,8 @@ import pytest
 from requant.checkpoint import Checkpoint
 from requant.errors import CheckpointError
 from requant.sources import read_checkpoint
-from tests.plan_texts import note_texts
-from tests.road.builders import INDEX, write_folder
+from tests.support.checkpoints import INDEX, write_folder
+from tests.support.plan_texts import note_texts
 
 A, B, C = ({f"{x}.weight": ("BF16", [2, 3])} for x in "abc")
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"

@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 
 from requant.conversion import convert, plan
-from tests.plan_texts import note_texts, reason_text
-
-from .conftest import bf16
+from tests.support.number_formats import bf16
+from tests.support.plan_texts import note_texts, reason_text
 
 Build = Callable[..., Path]
 EIGHT = {"group_size": 64, "bits": 8, "mode": "affine"}

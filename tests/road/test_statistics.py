@@ -21,9 +21,8 @@ from requant.errors import CheckpointError, RequantError
 from requant.gguf.families import _FAMILIES as FAMILIES
 from requant.statistics import LayerStatistics, read_statistics, write_statistics
 from requant.statistics.names import Key, key_of
-from tests.formats.harness import read_folder
-from tests.plan_texts import note_texts, reason_text
-from tests.road.conftest import write_file
+from tests.support.plan_texts import note_texts, reason_text
+from tests.support.safetensors_files import read_folder, write_file
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 Vectors = Mapping[str, np.ndarray]

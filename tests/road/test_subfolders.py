@@ -13,12 +13,12 @@ import pytest
 
 import requant
 from requant.sources import read_checkpoint
-from tests.plan_texts import note_texts
-from tests.road.builders import INDEX, header, weights, write_folder
-from tests.road.conftest import bf16, tree, write_file
-
-from .hub_server import Hub, serving
-from .test_hub import Call
+from tests.road.hub_server import Hub, serving
+from tests.support.checkpoints import INDEX, tree, write_folder
+from tests.support.hub_commands import Call
+from tests.support.number_formats import bf16
+from tests.support.plan_texts import note_texts
+from tests.support.safetensors_files import header, weights, write_file
 
 DENSE = weights({"linear.weight": ("F32", [4, 2])})
 MODEL = weights({"embed_tokens.weight": ("BF16", [4, 2])})

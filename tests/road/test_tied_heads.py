@@ -20,11 +20,11 @@ from requant.formats.base import SourceLayer
 from requant.head_names import find_pair
 from requant.same_values import same_values
 from requant.sources import read_checkpoint
-from tests.formats import ct_layers
-from tests.mlx_lm.families import small_config
-from tests.plan_texts import note_texts
-
-from .conftest import bf16, load, same, to_mx
+from tests.support.families import small_config
+from tests.support.layers import compressed_tensors as ct_layers
+from tests.support.mlx_reference import load, same, to_mx
+from tests.support.number_formats import bf16
+from tests.support.plan_texts import note_texts
 
 H, V, INNER = 64, 96, 128
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -429,7 +429,7 @@ def test_a_class_that_never_ties_gets_the_embedding_once_more(
     checkpoint: Build, tmp_path: Path
 ) -> None:
     config = small_config("stablelm") | {"tie_word_embeddings": True}
-    from tests.mlx_lm.checks import class_checkpoint
+    from tests.support.mlx_lm_conversion import class_checkpoint
 
     folder = tmp_path / "source"
     class_checkpoint(folder, config)

@@ -19,7 +19,9 @@ from requant.errors import CheckpointError, UsageError
 from requant.record import spelled
 from requant.sources import read_checkpoint
 from requant.wishes import Wishes
-from tests.fixture_folders import fixture
+from tests.support.fixture_folders import fixture
+
+pytestmark = pytest.mark.sweep(6)
 
 
 @pytest.fixture
@@ -222,6 +224,7 @@ def test_files_of_a_record_that_are_none(dense: Path, output: Path, name: str) -
     assert requant.verify(dense, output).problems
 
 
+@pytest.mark.slow
 def test_the_record_of_a_large_model_is_read(output: Path) -> None:
     """Seventy thousand layers, as of 384 experts in 61 blocks, in three tensors each."""
     record = json.loads((output / "requant.json").read_text())

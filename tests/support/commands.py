@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from dataclasses import dataclass
 from typing import Any
 
 import typer
@@ -30,3 +31,12 @@ def check_usage(line: str) -> None:
     except Exception as error:
         message = getattr(error, "message", error)
         raise AssertionError(f"{line}: {message}") from None
+
+
+@dataclass
+class Result:
+    """What a command left behind."""
+
+    code: object
+    out: str
+    err: str

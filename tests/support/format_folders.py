@@ -14,14 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from tests.formats import packers
-from tests.formats.ct_layers import pack
-from tests.formats.folders import BF16, E4M3, E8M0, e4m3
-from tests.road.conftest import write_file
+from tests.support.checkpoints import write_checkpoint
+from tests.support.layers import packers
+from tests.support.layers.compressed_tensors import pack
+from tests.support.number_formats import BF16, E2M1, E4M3, E8M0, e4m3, nibbles
 
 OUT, IN, GROUP = 64, 128, 32
-E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
-E2M1 = np.concatenate([E2M1, -E2M1])
 Tensors = dict[str, np.ndarray]
 
 
@@ -49,11 +47,8 @@ class Source:
         return [name for name in self.tensors if name not in ("head.weight", "norm.weight")]
 
     def write(self, folder: Path) -> Path:
-        folder.mkdir(parents=True)
         config = {"model_type": "some_model", "dtype": "bfloat16"} | self.config
-        (folder / "config.json").write_text(json.dumps(config))
-        write_file(folder / "model.safetensors", self.tensors, dict(self.metadata))
-        return folder
+        return write_checkpoint(folder, self.tensors, config, metadata=self.metadata)
 
 
 def _random(seed: int = 0) -> np.random.Generator:
@@ -62,10 +57,6 @@ def _random(seed: int = 0) -> np.random.Generator:
 
 def _bytes(*shape: int) -> np.ndarray:
     return _random().integers(0, 256, shape, np.uint8)
-
-
-def _nibbles(packed: np.ndarray) -> np.ndarray:
-    return np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)
 
 
 def _scales(groups: int, dtype: Any = np.float16) -> np.ndarray:
@@ -180,7 +171,7 @@ def _nvfp4(codes_role: str, factor_role: str, factor: float, block: Mapping[str,
     """``factor`` is what the values are multiplied by; compressed-tensors stores what divides."""
     packed = _bytes(OUT, IN // 2)
     scales = (_random(4).integers(1, 9, (OUT, IN // 16)) / 4).astype(E4M3)
-    values = E2M1[_nibbles(packed)] * scales.astype(np.float32).repeat(16, 1)
+    values = E2M1[nibbles(packed)] * scales.astype(np.float32).repeat(16, 1)
     stored = np.array([1 / factor if codes_role == "weight_packed" else factor], np.float32)
     parts = _named({codes_role: packed, "weight_scale": scales, factor_role: stored})
     source = _source(parts, values * np.float32(factor), quantization_config=dict(block))
@@ -202,7 +193,7 @@ def mxfp4() -> Source:
     packed = _bytes(2, OUT, IN // GROUP, GROUP // 2)
     exponents = _random(5).integers(120, 126, (2, OUT, IN // GROUP)).astype(np.uint8)
     factors = np.exp2(exponents.astype(np.float32) - 127)
-    values = E2M1[_nibbles(packed)].reshape(2, OUT, IN) * factors.repeat(GROUP, -1)
+    values = E2M1[nibbles(packed)].reshape(2, OUT, IN) * factors.repeat(GROUP, -1)
     path = "experts.down_proj"
     parts = {f"{path}_blocks": packed, f"{path}_scales": exponents}
     return _source(parts, values, path, quantization_config={"quant_method": "mxfp4"})
@@ -288,7 +279,7 @@ def fp_quant() -> Source:
     packed = _bytes(OUT, IN // 2)
     exponents = _random(5).integers(120, 126, (OUT, IN // GROUP)).astype(np.uint8)
     factors = np.exp2(exponents.astype(np.float32) - 127)
-    values = E2M1[_nibbles(packed)] * factors.repeat(GROUP, 1)
+    values = E2M1[nibbles(packed)] * factors.repeat(GROUP, 1)
     values = values / 4
     factor = np.full(1, 4, BF16)
     parts = {"qweight": packed, "scales": exponents, "weight_global_scale": factor}

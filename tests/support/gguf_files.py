@@ -10,6 +10,8 @@ from typing import Any
 import gguf
 import numpy as np
 
+from requant.arrays.gguf import BlockType
+
 ARCHITECTURES = {  # model_type -> llama.cpp's name
     "llama": "llama",
     "mixtral": "llama",
@@ -187,3 +189,61 @@ def _tokenizer(writer: gguf.GGUFWriter, folder: Path) -> None:
     writer.add_bos_token_id(vocabulary[settings["bos_token"]])
     writer.add_eos_token_id(vocabulary[settings["eos_token"]])
     writer.add_chat_template("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+
+
+# Offsets of the float16 numbers of a block; IQ1_M's is spread over four bytes.
+HALVES = {
+    "Q4_1": (0, 2),
+    "Q5_1": (0, 2),
+    "Q2_K": (80, 82),
+    "Q3_K": (108,),
+    "Q4_K": (0, 2),
+    "Q5_K": (0, 2),
+    "Q6_K": (208,),
+    "TQ1_0": (52,),
+    "TQ2_0": (64,),
+    "MXFP4": (),
+    "NVFP4": (),
+    "IQ1_M": (),
+}
+
+
+def random_blocks(kind: BlockType, rows: int, count: int, seed: int) -> np.ndarray:
+    """Blocks of random bytes whose scales are numbers, of either sign."""
+    rng = np.random.default_rng(seed)
+    blocks = rng.integers(0, 256, (rows * count, kind.nbytes), np.uint8)
+    for at in HALVES.get(kind.name, (0,)):
+        scales = rng.uniform(-2, 2, len(blocks)) * 2.0 ** rng.integers(-24, 4, len(blocks))
+        blocks[:, at : at + 2] = scales.astype(np.float16)[:, None].view(np.uint8)
+    if kind.name == "IQ1_M":
+        blocks[:, 55] &= 0xBF  # the exponent is not all ones
+    if kind.name == "NVFP4":
+        blocks[:, :4] &= 0x7F
+    if kind.name == "MXFP4":
+        blocks[:, 0] = np.minimum(blocks[:, 0], 254)
+    return blocks.reshape(rows, -1)
+
+
+def gguf_file(place: Path) -> Path:
+    """A small model with codes, in a folder."""
+    rng = np.random.default_rng(5)
+    names = {"embed_tokens": (64, 64), "layers.0.mlp.up_proj": (96, 64)}
+    weights = {
+        f"model.{name}.weight": rng.standard_normal(shape).astype(np.float32)
+        for name, shape in names.items()
+    }
+    weights["model.norm.weight"] = np.ones(64, np.float32)
+    config = {
+        "model_type": "llama",
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e4,
+        "vocab_size": 64,
+    }
+    write_gguf(place / "model.gguf", weights, config, "Q8_0")
+    return place / "model.gguf"

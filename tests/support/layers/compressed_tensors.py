@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-import requant
-from tests.formats.harness import read_folder
 
 Tensors = dict[str, np.ndarray]
 
@@ -60,8 +56,3 @@ def packed(
             np.swapaxes(pack(along, bits, **how), -1, -2)
         )
     return tensors
-
-
-def convert(folder: Path, output: Path, **wishes: Any) -> tuple[Tensors, requant.Report]:
-    report = requant.convert(folder, output, **{"layout": "keep"} | wishes)
-    return read_folder(output), report

@@ -1,12 +1,12 @@
-"""Converts in processes that are killed at random moments; run by test_resume as a script.
+"""Conversions that end early: in this process, and in children that are killed.
 
-Reads ``[[source, output, wishes], ...]``, a seed and a number of kills from the command line;
-prints how many runs were killed, and how many went on where another stopped.
+Run as a script (by test_resume) it kills at random moments: it reads
+``[[source, output, wishes], ...]``, a seed and a number of kills from the command line, and prints
+how many runs were killed and how many resumed another.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import random
@@ -17,8 +17,29 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import requant
-from requant import writer
+from requant import execute, writer
+from tests.support.checkpoints import tree
+
+
+class Stop(BaseException):
+    """Stands for a process that ends here."""
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, chunks: int) -> None:
+    """Let a run end after so many chunks, as by Ctrl-C."""
+    real, count = execute._Run._do, 0
+
+    def counted(self, *args):
+        nonlocal count
+        count += 1
+        if count > chunks:
+            raise Stop
+        return real(self, *args)
+
+    monkeypatch.setattr(execute._Run, "_do", counted)
 
 
 def convert(source: str, output: str, wishes: dict[str, Any]) -> None:
@@ -33,15 +54,6 @@ def fresh(job: list[Any]) -> str:
         return str(source)
     shutil.rmtree(f"{output}-source", ignore_errors=True)
     return str(shutil.copytree(source, f"{output}-source"))
-
-
-def tree(folder: Path) -> dict[str, str]:
-    """Hash of every file, however deep."""
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in files
-    }
 
 
 def forked(job: list[Any], after_s: float) -> tuple[bool, bool]:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
-from tests.mlx_lm.checks import Weights, random_like
+from tests.support.mlx_lm_conversion import Weights, random_like
 
 Form = Callable[[Weights], Weights]
 

@@ -9,14 +9,10 @@ import ml_dtypes
 import mlx.core as mx
 import numpy as np
 
-from tests.formats import ct_layers
-from tests.formats import test_bitnet as bitnet
-from tests.formats import test_bitsandbytes as bnb
-from tests.formats import test_fp_quant as fp_quant
-from tests.formats import test_hqq as hqq
-from tests.formats import test_metal as metal
-from tests.formats import test_modelopt as modelopt
-from tests.formats.folders import BF16, E4M3, e4m3
+from tests.support.layers import bitnet, fp_quant, hqq, metal, modelopt
+from tests.support.layers import bitsandbytes as bnb
+from tests.support.layers import compressed_tensors as ct_layers
+from tests.support.number_formats import BF16, E4M3, e4m3
 
 Tensors = dict[str, np.ndarray]
 Folder = tuple[Tensors, dict[str, Any]]

@@ -1,8 +1,8 @@
 """Hold what requant makes of a fixture against the values of the fixture's own tool.
 
 A fixture is a folder ``checkpoint`` that a tool wrote and ``expected.safetensors`` with the
-dense weights that the tool itself decodes: float32, exact (``tests/fixture_folders.py`` says
-where they lie). Values are read here with NumPy and MLX alone, never with code of requant.
+dense weights that the tool itself decodes: float32, exact (``fixture_folders`` says where they
+lie). Values are read here with NumPy and MLX alone, never with code of requant.
 """
 
 from __future__ import annotations
@@ -14,102 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import mlx.core as mx
 import numpy as np
 
 import requant
 from requant.schema import Quantization
 from requant.specs import resolve_quantization
-from tests.fixture_folders import fixture
-from tests.road.conftest import to_mx
-
-_NUMPY = {
-    "F64": np.float64,
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": ml_dtypes.bfloat16,
-    "F8_E4M3": ml_dtypes.float8_e4m3fn,
-    "F8_E8M0": ml_dtypes.float8_e8m0fnu,
-    "I64": np.int64,
-    "I32": np.int32,
-    "I16": np.int16,
-    "I8": np.int8,
-    "U32": np.uint32,
-    "U8": np.uint8,
-    "BOOL": np.bool_,
-}
-
-
-def read_file(path: Path) -> dict[str, np.ndarray]:
-    """A safetensors file as NumPy arrays, float8 and bfloat16 included."""
-    raw = path.read_bytes()
-    length = int.from_bytes(raw[:8], "little")
-    header = json.loads(raw[8 : 8 + length])
-    header.pop("__metadata__", None)
-    return {
-        name: np.frombuffer(
-            raw[8 + length + entry["data_offsets"][0] : 8 + length + entry["data_offsets"][1]],
-            _NUMPY[entry["dtype"]],
-        ).reshape(entry["shape"])
-        for name, entry in header.items()
-    }
-
-
-def read_folder(folder: Path) -> dict[str, np.ndarray]:
-    """Every tensor of a folder."""
-    found: dict[str, np.ndarray] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        found |= read_file(file)
-    return found
-
-
-def codes_of(words: np.ndarray, bits: int) -> np.ndarray:
-    """The codes of MLX words: a little-endian bit stream a row."""
-    stream = np.unpackbits(words.view(np.uint8), axis=-1, bitorder="little")
-    fields = stream.reshape(*words.shape[:-1], -1, bits)
-    return (fields << np.arange(bits, dtype=np.uint8)).sum(-1).astype(np.uint8)
-
-
-@dataclass
-class Affine:
-    """One affine layer of an output, taken apart."""
-
-    codes: np.ndarray
-    scales: np.ndarray  # float64, repeated to a value a code
-    biases: np.ndarray
-
-    @property
-    def values(self) -> np.ndarray:
-        return self.codes * self.scales + self.biases
-
-
-def affine(weights: Mapping[str, np.ndarray], path: str, group: int, bits: int) -> Affine:
-    """Take an affine layer apart; scales and biases widened exactly."""
-    scales, biases = (
-        weights[f"{path}.{role}"].astype(np.float64).repeat(group, axis=-1)
-        for role in ("scales", "biases")
-    )
-    return Affine(codes_of(weights[f"{path}.weight"], bits), scales, biases)
-
-
-def float_values(weights: Mapping[str, np.ndarray], path: str, spec: Mapping[str, Any]) -> Any:
-    """The values of an mxfp4, mxfp8 or nvfp4 layer, by MLX, in float32."""
-    arrays = [mx.array(weights[f"{path}.{role}"]) for role in ("weight", "scales")]
-    arguments = {key: spec[key] for key in ("group_size", "bits", "mode")}
-    scale = weights.get(f"{path}.global_scale")
-    if scale is not None:
-        arguments["global_scale"] = mx.array(scale)
-    return np.array(mx.dequantize(*arrays, **arguments, dtype=mx.float32))
-
-
-def mlx_values(weights: Mapping[str, np.ndarray], path: str, spec: Mapping[str, Any]) -> Any:
-    """What MLX computes for a layer, as float32; affine in the dtype of its scales."""
-    if spec["mode"] != "affine":
-        return float_values(weights, path, spec)
-    arrays = [to_mx(weights[f"{path}.{role}"]) for role in ("weight", "scales", "biases")]
-    values = mx.dequantize(*arrays, group_size=spec["group_size"], bits=spec["bits"])
-    return np.array(values.astype(mx.float32))
+from tests.support.fixture_folders import fixture
+from tests.support.mlx_reference import affine, float_values, mlx_values
+from tests.support.safetensors_files import read_file, read_folder
 
 
 @dataclass

@@ -22,18 +22,13 @@ from requant.mlx_lm_layout.pipeline import MLX_DTYPE
 from requant.outputs import ByteCopy, ComputedBySanitize
 from requant.schema import Quantization
 from requant.sources import read_checkpoint
+from tests.support.checkpoints import write_checkpoint
+from tests.support.mlx_reference import Weights, as_bytes, to_numpy
 
-Weights = dict[str, mx.array]
 # The installed mlx-lm; scripts/test-oldest-mlx-lm runs these tests with the oldest.
 MLX_LM, MLX = (tuple(map(int, version(x).split(".")[:3])) for x in ("mlx-lm", "mlx"))
 # Published forms that mlx-lm itself refuses before 0.32.
 NEW_FORMS = {"mistral3", "qwen3_vl", "qwen3_vl_moe"} if MLX_LM < (0, 32) else set()
-
-
-def as_bytes(array: mx.array) -> bytes:
-    """Row-major bytes of an array, without a conversion of values."""
-    with mx.stream(mx.cpu):
-        return np.array(mx.contiguous(array).reshape(-1).view(mx.uint8)).tobytes()
 
 
 def as_array(data: bytes, dtype: str, shape: tuple[int, ...]) -> mx.array:
@@ -198,11 +193,11 @@ def compare(
     return layout, found
 
 
-def write_folder(folder: Path, config: Mapping[str, Any], weights: Mapping[str, mx.array]) -> None:
+def write_mlx_checkpoint(
+    folder: Path, config: Mapping[str, Any], weights: Mapping[str, mx.array]
+) -> None:
     """A checkpoint folder with one weight file."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    mx.save_safetensors(str(folder / "model.safetensors"), dict(weights), {"format": "pt"})
+    write_checkpoint(folder, {name: to_numpy(array) for name, array in weights.items()}, config)
 
 
 def random_like(name: str, shape: tuple[int, ...], dtype: mx.Dtype = mx.bfloat16) -> mx.array:
@@ -227,4 +222,4 @@ def class_checkpoint(
     for name, array in tree_flatten(model.parameters()):
         floating = mx.issubdtype(array.dtype, mx.floating)
         weights[name] = random_like(name, tuple(array.shape), dtype) if floating else array
-    write_folder(folder, config, weights)
+    write_mlx_checkpoint(folder, config, weights)

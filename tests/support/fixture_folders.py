@@ -18,16 +18,16 @@ import shutil
 import tempfile
 import zlib
 from pathlib import Path
-from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
 
-FULL = Path(__file__).resolve().parents[2] / "shared" / "fixtures"
-CUT = Path(__file__).parent / "fixtures"
+from tests.support.checkpoints import ROOT, SHARED
+from tests.support.safetensors_files import DTYPES, read_file, read_metadata, write_file
+
+FULL = SHARED / "fixtures"
+CUT = ROOT / "tests" / "fixtures"
 NAMES = sorted(path.name for path in CUT.iterdir()) if CUT.is_dir() else []
-_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
 
 def fixture(name: str) -> Path:
@@ -67,36 +67,20 @@ def _scratch() -> Path:
 
 def _fill(file: Path, filled: dict[str, tuple[str, list[int]]]) -> None:
     """Append dense matrices; the same in every run, and outputs of a layer as large as inputs."""
-    raw = file.read_bytes()
-    start = 8 + int.from_bytes(raw[:8], "little")
-    header, data = json.loads(raw[8:start]), [raw[start:]]
+    tensors, metadata = read_file(file), read_metadata(file)
     for name, (dtype, shape) in filled.items():
         values = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape)
-        data.append((values / np.sqrt(shape[-1])).astype(_DTYPES[dtype]).tobytes())
-        first = sum(map(len, data[:-1]))
-        offsets = [first, first + len(data[-1])]
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
-    _write(file, header, data)
+        tensors[name] = (values / np.sqrt(shape[-1])).astype(DTYPES[dtype])
+    write_file(file, tensors, metadata)
 
 
 def _decode(file: Path, output: Path) -> None:
     """The values of every matrix of a GGUF file, decoded by the package that wrote it."""
     import gguf
 
-    header: dict[str, Any] = {}
-    data: list[bytes] = []
-    first = 0
+    tensors: dict[str, np.ndarray] = {}
     for tensor in gguf.GGUFReader(file).tensors:
         if len(tensor.shape) > 1:
             values = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype("<f4")
-            shape = [int(length) for length in tensor.shape[::-1]]
-            offsets = [first, first + values.nbytes]
-            header[tensor.name] = {"dtype": "F32", "shape": shape, "data_offsets": offsets}
-            data.append(values.tobytes())
-            first += values.nbytes
-    _write(output, header, data)
-
-
-def _write(file: Path, header: dict[str, Any], data: list[bytes]) -> None:
-    text = json.dumps(header).encode()
-    file.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(data))
+            tensors[tensor.name] = values.reshape([int(length) for length in tensor.shape[::-1]])
+    write_file(output, tensors)

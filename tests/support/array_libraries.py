@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import ml_dtypes
 import mlx.core as mx
 import numpy as np
-import pytest
 
 
 class NumPyLibrary:
@@ -47,18 +45,3 @@ class MlxLibrary:
 
 
 Library = NumPyLibrary | MlxLibrary
-
-
-@pytest.fixture(scope="session", params=[MlxLibrary(), NumPyLibrary()], ids=lambda lib: lib.name)
-def lib(request: pytest.FixtureRequest) -> Library:
-    """The array library of the test."""
-    return request.param
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _mlx_on_the_cpu() -> Iterator[None]:
-    """Our bits are those of MLX's CPU backend, whatever else the machine has."""
-    before = mx.default_device()
-    mx.set_default_device(mx.cpu)
-    yield
-    mx.set_default_device(before)

@@ -1,8 +1,9 @@
-"""Fails, or kills, a conversion at each of its system calls; run as a script by test_faults.
+"""Fails, or kills, a conversion at each of its system calls; run by test_faults as a script.
 
 Reads a job as ``{"place", "source", "wishes", "trace"}`` and modes with a stride from the command
-line; ``faults.so`` is preloaded. Prints how many calls were tried in each mode. A job may have
-``"old": true``: OUTPUT holds an older conversion, which --force replaces.
+line; the library made from ``fault_injection.c`` is preloaded. Prints how many calls were tried
+in each mode. A job may have ``"old": true``: OUTPUT holds an older conversion, which --force
+replaces.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 
 import requant
 from requant.errors import RequantError
-from tests.road.killing import tree
+from tests.support.checkpoints import tree
 
 OFF, COUNT, ONCE, FULL, KILL = range(5)
 MODES = {"once": ONCE, "full": FULL, "kill": KILL}
@@ -35,7 +36,7 @@ class Job:
         self.output = place / "out"
         self.consumes = "consume_source" in wishes
         self.source = place / "source" if self.consumes else self.kept
-        self.older: dict[str, str] = {}
+        self.older: dict[str, bytes] = {}
 
     def lay_out(self) -> None:
         """What there is before the command."""
@@ -46,6 +47,11 @@ class Job:
         if self.old:
             requant.convert(self.kept, self.output, bits=8, layout="keep")
             self.older = tree(self.output)
+
+    def import_all(self) -> None:
+        """Convert once in this process, so that no child imports MLX and mlx-lm anew (a second)."""
+        wishes = {k: v for k, v in self.wishes.items() if k not in ("consume_source", "yes")}
+        requant.convert(self.kept, self.place.with_name("warm"), **wishes)
 
     def convert(self) -> None:
         """The command."""
@@ -78,7 +84,7 @@ class Job:
         calls, said = json.loads(told) if told else (0, "")
         return status, calls, said
 
-    def check(self, expected: dict[str, str], where: str) -> bool:
+    def check(self, expected: dict[str, bytes], where: str) -> bool:
         """Whether OUTPUT is whole; ends the script where it is neither that nor what it was."""
         if not self.output.exists():
             return False
@@ -90,7 +96,7 @@ class Job:
         raise SystemExit(f"{where}: OUTPUT exists and is another than the whole one")
 
 
-def strike(job: Job, mode: str, at: int, expected: dict[str, str]) -> bool:
+def strike(job: Job, mode: str, at: int, expected: dict[str, bytes]) -> bool:
     """One run with a fault, and one after it; false where it ended before the fault."""
     where = f"{mode} at call {at}"
     job.lay_out()
@@ -117,6 +123,7 @@ def main() -> None:
     """Strike each mode at every ``stride``-th call, until the runs are through before it."""
     told, modes = json.loads(sys.argv[1]), json.loads(sys.argv[2])
     job = Job(Path(told["place"]), told["source"], told["wishes"], told.get("old", False))
+    job.import_all()
     job.lay_out()
     trace = os.open(told["trace"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     status, calls, said = job.child(COUNT, 0, trace)

@@ -11,8 +11,9 @@ import numpy as np
 from mlx_lm.utils import load_model
 
 import requant
-from tests.formats.harness import fixture, read_file
-from tests.road.conftest import write_file
+from tests.support.checkpoints import write_checkpoint
+from tests.support.fixture_folders import fixture
+from tests.support.safetensors_files import read_file
 
 TOKENS = mx.array([[3, 1, 4, 15, 9, 26, 5, 35]])
 
@@ -36,12 +37,9 @@ def dense_folder(name: str, folder: Path) -> Path:
         for key, array in read_file(source / "checkpoint" / "model.safetensors").items()
         if not key.startswith(own) or key.endswith("bias")
     }
-    folder.mkdir(parents=True)
-    write_file(folder / "model.safetensors", kept | values)
     config = json.loads((source / "checkpoint" / "config.json").read_text())
     del config["quantization_config"]
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
+    return write_checkpoint(folder, kept | values, config)
 
 
 def check_logits(name: str, tmp_path: Path, largest: float, **wishes: Any) -> None:

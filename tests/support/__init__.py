@@ -1,0 +1,1 @@
+"""What several tests build, compare and break; no test module imports another one."""

@@ -1,0 +1,29 @@
+"""Conversions that several tests make in the same way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import requant
+from tests.support.safetensors_files import read_folder
+
+
+def refusal(folder: Path, output: Path, **options: Any) -> str:
+    """The error of a conversion that must fail, which may leave nothing behind."""
+    before = sorted(output.parent.iterdir())
+    with pytest.raises(requant.RequantError) as refused:
+        requant.convert(folder, output, **{"layout": "keep"} | options)
+    assert sorted(output.parent.iterdir()) == before
+    return str(refused.value)
+
+
+def convert(
+    folder: Path, output: Path, **options: Any
+) -> tuple[dict[str, np.ndarray], requant.Report]:
+    """Convert under the source's own names; the output's tensors and the report."""
+    report = requant.convert(folder, output, **{"layout": "keep"} | options)
+    return read_folder(output), report

@@ -1,0 +1,9 @@
+"""Quantization blocks of ModelOpt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def block(algorithm: str | None, **more: Any) -> dict[str, Any]:
+    return {"quant_method": "modelopt", "quant_algo": algorithm} | more

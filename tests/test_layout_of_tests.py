@@ -1,0 +1,39 @@
+"""What tests share lies in ``tests/support``: no test module imports another, or a conftest."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+MODULES = sorted(path.relative_to(TESTS) for path in TESTS.rglob("*.py"))
+
+
+def imported(module: Path) -> list[str]:
+    """Full names of what a module imports from ``tests``, or relatively (with the dots)."""
+    found = []
+    for node in ast.walk(ast.parse((TESTS / module).read_text())):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = "." * node.level + (node.module or "")
+            found += [f"{base}.{alias.name}" for alias in node.names]
+    return [name for name in found if name.startswith((".", "tests"))]
+
+
+@pytest.mark.parametrize("module", MODULES, ids=str)
+def test_imports_of_a_test_module(module: Path) -> None:
+    for name in imported(module):
+        assert not name.startswith("."), f"{name}: import from tests absolutely"
+        parts = name.split(".")[1:]
+        private = [part for part in parts if part == "conftest" or part.startswith("test_")]
+        assert private == [], f"{name}: what two modules need belongs in tests/support"
+
+
+def test_support_is_found() -> None:
+    """The check sees the imports that there are."""
+    assert "tests.support.safetensors_files.write_file" in imported(
+        Path("support", "checkpoints.py")
+    )
