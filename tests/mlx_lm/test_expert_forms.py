@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 
 import requant
-from requant.mlx_lm_layout import LayoutError, layout_in_any_form
+from requant.mlx_lm_classes import LayoutError
+from requant.mlx_lm_layout import layout_in_any_form
 from tests.support.families import model_types, small_config
 from tests.support.hub_forms import FORMS
 from tests.support.mlx_lm_conversion import (

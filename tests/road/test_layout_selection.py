@@ -12,7 +12,7 @@ from requant.formats import read_layout
 from requant.layout_selection import LayoutResult, choose_layout, why_not_mlx_lm
 from requant.sources import read_checkpoint
 from requant.wishes import Wishes
-from tests.road.builders import write_folder
+from tests.support.checkpoints import write_folder
 
 TENSORS = {"model.up.weight": ("BF16", [64, 128]), "model.norm.weight": ("BF16", [128])}
 NO_CLASS = "mlx-lm has no class for model_type 'no_such_model'"

@@ -17,7 +17,7 @@ from requant.output_config import output_config, output_quantization
 from requant.schema import SKIP, PerLayerQuantization, Quantization
 from requant.sources import read_checkpoint
 from requant.wishes import Wishes
-from tests.road.builders import write_folder
+from tests.support.checkpoints import write_folder
 
 FOUR, EIGHT = Quantization.affine(64, 4), Quantization.affine(64, 8)
 CONFIG = {

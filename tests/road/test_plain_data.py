@@ -26,8 +26,8 @@ from requant.schema import Quantization
 from requant.sources import read_checkpoint
 from requant.statistics import LayerStatistics, write_statistics
 from requant.wishes import Wishes
-from tests.fixture_folders import NAMES, cut_fixture
 from tests.mlx_lm.test_codes import published
+from tests.support.fixture_folders import NAMES, cut_fixture
 
 PACKAGE = Path(requant.__file__).parent
 

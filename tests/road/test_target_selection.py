@@ -22,7 +22,7 @@ from requant.relayout import Relayout
 from requant.schema import SKIP, Quantization, QuantMode
 from requant.sources import read_checkpoint
 from requant.wishes import Wishes
-from tests.road.builders import write_folder
+from tests.support.checkpoints import write_folder
 
 Q, UP, NORM = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj", "model.norm"
 ROUTER, TOWER, ODD = "model.layers.0.mlp.gate", "vision_tower.layers.0.q_proj", "model.odd_proj"
