@@ -14,9 +14,10 @@ from requant.choices import find_override, is_quantized
 from requant.errors import CheckpointError
 from requant.formats import SourceLayer, SourceLayout
 from requant.idle_tensors import without_idle_tensors
+from requant.load_check import one_sentence
 from requant.mlx_lm_classes import why_no_class
 from requant.reasons import Note
-from requant.relayout import MlxLmLayoutError, Relayout, one_sentence, relayout
+from requant.relayout import MlxLmLayoutError, Relayout, relayout
 from requant.schema import Quantization
 from requant.specs import resolve_quantization
 from requant.target_fitting import fit_codes, fit_group

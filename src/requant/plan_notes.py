@@ -5,14 +5,12 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 from requant.blueprint import LayerPlan, Step, Treatment
 from requant.choices import KEEPS_DTYPE, LayerDecision, TargetSelector
 from requant.dtypes import KERNEL_FLOATS
-from requant.errors import Problem, count, count_are, few
+from requant.errors import count, count_are, few
 from requant.formats import SourceLayer
 from requant.formats.packing import DTYPE_WORD
 from requant.loader_names import module_names
@@ -90,11 +88,11 @@ def _rotations(decisions: Iterable[LayerDecision]) -> Iterator[Note]:
 
 def _global_scales(decisions: Iterable[LayerDecision]) -> Iterator[Note]:
     """Say who can run experts with tensor scales of their own."""
-    count = len(with_global_scale(decisions))
-    if count:
+    number = len(with_global_scale(decisions))
+    if number:
         yield Note(
             NoteCode.GLOBAL_SCALES,
-            f"{count} stack{'s' * (count > 1)} of experts keep their tensor scales, as MLX's "
+            f"{count(number, 'stack')} of experts keep their tensor scales, as MLX's "
             "global_scale: mlx-lm runs that on the GPU only (MLX 0.32.4).",
         )
 
@@ -226,72 +224,6 @@ def loader_notes(
             f"of {count(len(entries), 'layer')} under other names too ({few(list(names))}); a "
             "loader with still other names does not find them.",
         )
-
-
-@dataclass(frozen=True)
-class UnnamedMatrices:
-    """Matrices that no name makes a layer of: they cannot be quantized under the source's names.
-
-    Attributes:
-        names: Their names.
-        share: Their part of all weights.
-        dtype: What they stay.
-    """
-
-    names: tuple[str, ...]
-    share: float
-    dtype: str
-
-    @property
-    def is_most(self) -> bool:
-        """Whether the request comes to nothing for most of the weights."""
-        return self.share > 0.5
-
-    def note(self, rejection: str) -> Note:
-        """What the user should know; ``rejection`` says why mlx-lm's layout cannot be made."""
-        way = "--layout mlx-lm gives them such names and quantizes them"
-        if rejection:
-            way = f"mlx-lm does not take them: {rejection}"
-        return Note(NoteCode.UNNAMED_MATRICES, f"{self._describe('stay')}; {way}.")
-
-    def problem(self, rejection: str) -> Problem:
-        """The same where it stops the conversion."""
-        return Problem(
-            self.names[0],
-            f"{self._describe('would stay')}; mlx-lm's layout would name them, but {rejection}. "
-            "--layout keep quantizes the other layers all the same, --dequantize none",
-        )
-
-    def _describe(self, stay: str) -> str:
-        held = count(len(self.names), "tensor")
-        return (
-            f"{self.share:.0%} of the weights {stay} {self.dtype}: {held} not named .weight "
-            f"({few(self.names)}), and no loader looks for codes under such names"
-        )
-
-
-def find_unnamed_matrices(
-    selector: TargetSelector, decisions: Iterable[LayerDecision]
-) -> UnnamedMatrices | None:
-    """The matrices that were asked to be quantized, and have no name that can be."""
-    if selector.relayout is not None or selector.default is None or selector.options.only:
-        return None
-    sizes, unnamed = Counter[str](), []
-    for decision in decisions:
-        layer = decision.layer
-        if len(layer.shape) < 2:
-            continue
-        size = prod(layer.shape)
-        sizes["all"] += size
-        is_unnamed = decision.reason_code is ReasonCode.NOT_A_WEIGHT
-        if is_unnamed and layer.dtype in KERNEL_FLOATS:
-            sizes["unnamed"] += size
-            unnamed.append(layer)
-    share = sizes["unnamed"] / max(sizes["all"], 1)
-    experts = any(_EXPERT.search(layer.path) for layer in unnamed)
-    if not unnamed or not (experts or share > 0.1):
-        return None
-    return UnnamedMatrices(tuple(x.dense_name for x in unnamed), share, unnamed[0].dtype)
 
 
 def _dtypes(steps: Iterable[Step]) -> Iterator[Note]:

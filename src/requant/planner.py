@@ -20,11 +20,10 @@ from requant.formats.base import describe
 from requant.formats.packing import Exactness, Fidelity
 from requant.formats.stale import read_source
 from requant.layout_selection import LayoutResult, choose_layout, why_not_mlx_lm
+from requant.load_check import why_unloadable
 from requant.output_config import output_config, output_quantization
 from requant.patterns import time_counted
 from requant.plan_notes import (
-    UnnamedMatrices,
-    find_unnamed_matrices,
     loader_notes,
     plan_notes,
     rotated_layers,
@@ -32,7 +31,6 @@ from requant.plan_notes import (
 )
 from requant.plan_source import PlanSource
 from requant.reasons import Note, NoteCode, Reason, ReasonCode
-from requant.relayout import why_unloadable
 from requant.requests import (
     check_patterns,
     check_required_choices,
@@ -41,6 +39,7 @@ from requant.requests import (
 )
 from requant.statistics import read_statistics
 from requant.steps import fidelity, layer_steps, material_steps
+from requant.unnamed_matrices import UnnamedMatrices, find_unnamed_matrices
 from requant.weighting import weighted
 from requant.wishes import Wishes
 

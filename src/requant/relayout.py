@@ -37,6 +37,7 @@ from requant.formats.base import DefaultPolicy, Rows, SourceLayer, SourceLayout,
 from requant.formats.declared import without_blocks
 from requant.formats.members import in_float32, members_joined, recomputed
 from requant.formats.nvfp4_layers import has_tensor_scale, kept_apart
+from requant.load_check import find_load_error
 from requant.mlx_lm_classes import WITHOUT_A_CLASS, UnknownModelError, why_no_class
 from requant.outputs import ByteCopy
 from requant.reasons import Reason, ReasonCode
@@ -76,11 +77,6 @@ class MlxLmLayoutError(CheckpointError):
         self.why = f"{tensor}: {why}" if tensor else why
         message = f"{why}. {advice}" if advice else why
         super().__init__(str(checkpoint.source), [Problem(tensor or "--layout mlx-lm", message)])
-
-
-def one_sentence(text: str) -> str:
-    """A message on one line, without its full stop."""
-    return " ".join(text.split()).rstrip(".")
 
 
 @dataclass(eq=False)
@@ -345,7 +341,7 @@ def relayout(
         shown=shown,
         source=source,
         extra=extra,
-        refusal=_why_refused(layout, infos),
+        refusal=find_load_error(layout, infos),
         form=form,
     )
 
@@ -366,25 +362,6 @@ def _layout_errors(checkpoint: Checkpoint) -> Iterator[None]:
         raise MlxLmLayoutError(checkpoint, message) from error
 
 
-def why_unloadable(config: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> str:
-    """Why mlx-lm does not load a folder with this config and these tensors, or ``""``."""
-    if why := why_no_class(config):
-        return why
-    try:
-        from requant.mlx_lm_layout import mlx_lm_layout
-    except Exception as error:  # as in relayout
-        return f"mlx-lm cannot be imported ({error})"
-    try:
-        mlx_lm_layout(deepcopy(dict(config)), infos)
-    except UnknownModelError as error:
-        return one_sentence(error.why)
-    except RequantError as error:
-        return one_sentence(str(error))
-    except Exception as error:
-        return f"mlx-lm cannot be imported ({error})"
-    return ""
-
-
 def _unlike(layout: MlxLmLayout, shown: Mapping[str, SourceLayer]) -> list[str]:
     """Inputs of outputs that join codes and differ in dtype: float32 holds the values of all."""
     found: list[str] = []
@@ -396,26 +373,6 @@ def _unlike(layout: MlxLmLayout, shown: Mapping[str, SourceLayer]) -> list[str]:
                 x for x, layer in zip(output.inputs, layers, strict=True) if layer.dtype != "F32"
             )
     return found
-
-
-def _why_refused(layout: MlxLmLayout, infos: Mapping[str, TensorInfo]) -> str:
-    """Why mlx-lm does not load its own layout with tensors beside it, or ``""``.
-
-    It runs its rule on what it loads too, so the rule must drop these tensors again, and
-    leave the others as they are.
-    """
-    from requant.mlx_lm_layout import mlx_lm_layout
-
-    dense = {k: v for k, v in layout.config.items() if not k.startswith("quantization")}
-    try:
-        again = mlx_lm_layout(dense, infos)
-    except RequantError as error:
-        return " ".join(str(error).split())
-    for name, made in again.tensors.items():
-        same = isinstance(made, ByteCopy) and made.inputs == (name,) and len(made.extents) == 1
-        if not same or made.info != infos.get(name):
-            return f"with them its rule changes {name} once more"
-    return ""
 
 
 def _merge_key(layer: SourceLayer) -> tuple[object, ...]:
