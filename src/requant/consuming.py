@@ -1,32 +1,17 @@
-"""For small disks: an order of steps that frees source files early, and what is kept of them.
+"""For small disks: an order of steps that frees source files early, and the disk space it takes.
 
-Of a weight file that goes a *twin* stays: its size, header and what planning looked at. A later
-run plans from twins as from the files.
+Looks at a plan only; ``source_removal`` deletes the files.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import struct
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from requant.blueprint import Plan, Step
-from requant.checkpoint import (
-    COMPARED,
-    ComputedTensor,
-    FileRange,
-    OpenedSource,
-    SourceFile,
-    SourceTensor,
-)
+from requant.checkpoint import ComputedTensor, SourceTensor
 from requant.downloads import HELD_FILES
-from requant.errors import OutputError
-from requant.safetensors_header import PREFIX_BYTES
-from requant.staging import fsync
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,48 +103,3 @@ def _files_of_tensor(tensor: SourceTensor, plan: Plan) -> Iterator[str]:
             yield from files_of(plan.materials[name], plan)
     else:
         yield from (part.file for part in tensor.ranges)
-
-
-def make_twins(source: OpenedSource, files: Sequence[SourceFile], place: Path) -> None:
-    """Keep of each weight file its size, its header and what was looked at: holes elsewhere.
-
-    Of tensors that were compared the outcome stays.
-    """
-    place.mkdir(exist_ok=True)
-    for file in files:
-        twin = place / file.name
-        if twin.exists():
-            continue
-        twin.parent.mkdir(parents=True, exist_ok=True)
-        fresh = twin.with_name(twin.name + ".new")
-        with fresh.open("wb") as new:
-            new.truncate(file.nbytes)
-            for part in (_header_range(source, file.name), *source.small_tensor_ranges):
-                if part.file == file.name:
-                    new.seek(part.offset)
-                    new.write(source.read_range(part))
-            new.flush()
-            os.fsync(new.fileno())
-        fresh.rename(twin)
-        fsync(twin.parent)
-    kept = place / COMPARED
-    fresh = kept.with_name(kept.name + ".new")
-    with fresh.open("w", encoding="utf-8") as new:
-        json.dump(source.compared, new)
-        new.flush()
-        os.fsync(new.fileno())
-    fresh.rename(kept)
-    fsync(place)
-
-
-def _header_range(source: OpenedSource, name: str) -> FileRange:
-    (length,) = struct.unpack("<Q", source.read_range(FileRange(name, 0, PREFIX_BYTES)))
-    return FileRange(name, 0, PREFIX_BYTES + length)
-
-
-def delete_source(path: Path) -> None:
-    """Delete a source file that is needed no more, unless it is gone."""
-    try:
-        path.unlink(missing_ok=True)
-    except OSError as error:
-        raise OutputError(f"{path} cannot be deleted: {error.strerror or error}") from error

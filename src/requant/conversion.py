@@ -25,6 +25,7 @@ from requant.hub import Repository, find_repository, reach
 from requant.memory import make_budget
 from requant.plan_source import PlanSource
 from requant.planner import Planned, make_plan, plan_with_source
+from requant.preflight import check_output
 from requant.reasons import Note, NoteCode
 from requant.recipes import toml_of
 from requant.report import Report, recorded_errors
@@ -42,7 +43,7 @@ from requant.staging import (
     twins_of,
 )
 from requant.wishes import Wishes
-from requant.writer import OutputFolder, check_output
+from requant.writer import OutputFolder
 
 Source = str | os.PathLike[str]
 

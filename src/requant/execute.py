@@ -210,9 +210,9 @@ class _Run:
             (data,) = map(bytes_of, outputs.values())
             (out,) = step.outputs.values()
             row_bytes = step.row_bytes(out)
-            for first, last, place in runs_of(part):
-                stop = (place + last - first) * row_bytes
-                into[place * row_bytes : stop] = data[first * row_bytes : last * row_bytes]
+            for first, last, row in runs_of(part):
+                stop = (row + last - first) * row_bytes
+                into[row * row_bytes : stop] = data[first * row_bytes : last * row_bytes]
 
     def _do(self, chunk: Chunk, buffers: Buffers, computed: Arrays) -> None:
         step, written = chunk.step, 0
@@ -220,8 +220,9 @@ class _Run:
         for role, out in step.outputs.items():
             row_bytes = step.row_bytes(out)
             data = bytes_of(outputs[role])
-            for first, last, place in runs_of(chunk):
-                offset = out.offset + (step.rows.output_row + place) * row_bytes
+            for first, last, row in runs_of(chunk):
+                # A run of the chunk's rows, first to last, begins at this row of the tensor.
+                offset = out.offset + (step.rows.output_row + row) * row_bytes
                 self.folder.write(out.file, offset, data[first * row_bytes : last * row_bytes])
             written += data.nbytes
         if finding.first_nonfinite_row is not None:
@@ -283,5 +284,6 @@ class _Run:
         assert not isinstance(stored, ComputedTensor)
         scales = np.empty(stored.info.size, np.float32)
         self.reader.read_tensor(stored, 0, bytes_of(scales))
+        # 8 rows and 2 scales: rows 0 to 3 take the first, 4 to 7 the second.
         expert = np.arange(chunk.start, chunk.stop) * scales.size // chunk.step.rows.count
         return scales[expert]

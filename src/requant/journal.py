@@ -168,6 +168,15 @@ class Journal:
             self._make_durable()
 
     def _make_durable(self) -> None:
+        """Sync the data of all lines so far, and append a marker that counts them.
+
+        Lines are counted after the head, markers included. Example: 10 lines are there when the
+        sync begins. If no other thread appends a line during the sync, the marker
+        ``{"durable": 10}`` is line 11, and it is synced with the journal itself: all 11 lines are
+        durable, and the next call has nothing to do. If two lines are appended meanwhile, the
+        marker is line 13: only the data of the first 10 lines is known to be durable, and the next
+        call syncs again.
+        """
         with self._lock:
             lines = self._lines
         if lines == self._durable:
@@ -176,11 +185,11 @@ class Journal:
         if self._stop.is_set():  # the files may be closed already: what was synced is unknown
             return
         with self._lock:
-            # The marker counts lines after the head, itself included from now on.
+            appended_meanwhile = self._lines > lines
             _write(self._fd, _spelled({"durable": lines}))
             self._lines += 1
             os.fsync(self._fd)
-            self._durable = self._lines if lines == self._lines - 1 else lines
+            self._durable = lines if appended_meanwhile else self._lines
 
     def close(self) -> None:
         """Stop writing; the file stays. A sync that takes long is not waited for."""

@@ -265,7 +265,11 @@ def _of_packed(
 
 
 class _Between:
-    """Room for rows of which only every ``step``-th is wanted; the outputs themselves at 1."""
+    """Room for rows of which only every ``step``-th is wanted; the outputs themselves at 1.
+
+    Example: rows 1 to 3 of a step with ``first=1, step=2`` are the stored rows 3 and 5. The
+    packing decodes the stored rows 3, 4 and 5 into ``wide``; ``thin`` takes the first and third.
+    """
 
     def __init__(self, outputs: Arrays, step: int, rows: int, buffers: Buffers) -> None:
         self.outputs, self.step = outputs, step

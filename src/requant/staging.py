@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import socket
 from contextlib import suppress
 from pathlib import Path
@@ -68,6 +69,89 @@ def lock_staging(staging: Path, output: Path) -> int:
                     os.pwrite(fd, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
                 return fd
         os.close(fd)
+
+
+class StagingFolder:
+    """The hidden folder of one output: its parts, its lock, and the renames at the end.
+
+    Attributes:
+        output: The folder that the output becomes.
+        path: The hidden folder.
+        staged_output: Where the output grows.
+        replaced: Where the folder that --force replaces is, between two renames.
+        header_stubs: Headers of source files that were deleted.
+        downloads: Weight files of a source on the hub.
+        journal: What is done.
+    """
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+        self.path = staging_of(output)
+        self.staged_output = self.path / "output"
+        self.replaced = self.path / "replaced"
+        self.header_stubs = twins_of(output)
+        self.downloads = downloads_of(output)
+        self.journal = self.path / "journal"
+        self._lock: int | None = None
+
+    @property
+    def is_locked(self) -> bool:
+        """Whether this process holds the lock."""
+        return self._lock is not None
+
+    def lock(self) -> None:
+        """Make the folder, take its lock, and undo a replacement that a killed run left half done.
+
+        Raises:
+            OutputError: Another process has the lock.
+        """
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = lock_staging(self.path, self.output)
+        if not self.replaced.exists():
+            return
+        if self.output.exists():  # the second rename was done, the removal was not
+            shutil.rmtree(self.replaced)
+        else:
+            self.replaced.rename(self.output)
+
+    def unlock(self) -> None:
+        """Give the lock back."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def clear(self) -> None:
+        """Remove what an earlier run wrote, and make the folder in which the output grows."""
+        for name in ("journal", "journal.new"):
+            (self.path / name).unlink(missing_ok=True)
+        if self.staged_output.exists():
+            shutil.rmtree(self.staged_output)
+        self.staged_output.mkdir()
+
+    def sync_names(self) -> None:
+        """Make the names of all files so far durable."""
+        for folder in (self.staged_output, self.path, self.output.parent):
+            fsync(folder)
+
+    def name_output(self) -> None:
+        """Sync the staged folders and give the output its name; what is there is replaced."""
+        for folder, _, _ in os.walk(self.staged_output):
+            fsync(Path(folder))
+        if self.output.exists():
+            self.output.rename(self.replaced)
+            try:
+                self.staged_output.rename(self.output)
+            except OSError:
+                self.replaced.rename(self.output)
+                raise
+        else:
+            self.staged_output.rename(self.output)
+        fsync(self.output.parent)
+        self.remove()
+
+    def remove(self) -> None:
+        """Remove the folder with all that is in it."""
+        shutil.rmtree(self.path, ignore_errors=True)
 
 
 def spoiled_before(output: Path) -> list[str]:

@@ -236,7 +236,11 @@ _LONGEST_ROW = 1 << 20
 
 
 def _row_view(shape: tuple[int, ...], unit: int) -> tuple[int, int]:
-    """Rows and columns that chunks are cut by; groups never span two rows."""
+    """Rows and columns that chunks are cut by; groups never span two rows.
+
+    Example: ``(2, 4, 64)`` is 8 rows of 64 values. ``(4, 1 << 21)`` with groups of 64 is 1 << 17
+    rows of 64 values: the same bytes, but a worker may hold less than a whole row of the tensor.
+    """
     columns = shape[-1]
     if columns > _LONGEST_ROW and columns % unit == 0:
         columns = unit

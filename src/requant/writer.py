@@ -1,49 +1,201 @@
-"""Step 5 of the road: the output folder, laid out before data arrives, named when complete.
+"""Pipeline stage 5: the output folder, laid out before data arrives, named when complete.
 
-It grows in the hidden folder that ``staging`` describes. Until the rename nothing stands under
-OUTPUT's name, or what stood there before.
+It grows in the hidden folder that ``staging`` describes. Until the rename OUTPUT's name is free, or
+is that of the folder that was there before. ``OutputFolder`` opens and publishes it; ``ShardFiles``
+writes the weights, and ``JournaledProgress`` notes what is done.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from requant.blueprint import OutputTensor, Plan
+from requant.blueprint import OutputShard, OutputTensor, Plan
 from requant.checkpoint import OpenedSource
-from requant.consuming import delete_source, make_twins, most_with_consume_source, release
+from requant.consuming import most_with_consume_source
 from requant.errors import InvariantError, OutputError, count_are
 from requant.journal import Done, Found, Journal, read_journal
+from requant.preflight import check_output
 from requant.record import hash_range, make_record, spelled, version
 from requant.sink import Ledger
 from requant.source_folder import CONFIG, INDEX, RECORD, open_regular
-from requant.staging import bytes_on_disk, downloads_of, fsync, lock_staging, staging_of, twins_of
+from requant.source_removal import SourceRemoval
+from requant.staging import StagingFolder, bytes_on_disk, fsync
 
 _COPIED_BYTES = 1 << 20
 
 
-class OutputFolder:
-    """An output that appears under its name only when it is whole.
+class ShardFiles:
+    """The weight files of an output while they are written, by positioned writes from any thread.
 
-    Used as a context manager. Leaving it without ``publish`` removes what was written;
-    leaving it by an error keeps what is done for the next run, and says so in a note of the
-    error. ``write`` and ``done`` are called from several threads.
+    Args:
+        folder: Where they are.
+        output: The folder that they will be in; for messages.
+        shards: Their headers and sizes.
+    """
+
+    def __init__(self, folder: Path, output: Path, shards: Sequence[OutputShard]) -> None:
+        self._folder, self._output, self._shards = folder, output, shards
+        self._fds: dict[str, int] = {}
+
+    def open(self) -> bool:
+        """Open the files of an earlier run; False, and none open, if they are not as planned."""
+        try:
+            for shard in self._shards:
+                fd = os.open(self._folder / shard.name, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+                self._fds[shard.name] = fd
+                header = shard.header()
+                is_sized = os.fstat(fd).st_size == shard.nbytes
+                if not is_sized or os.pread(fd, len(header), 0) != header:
+                    self.close()
+                    return False
+        except FileNotFoundError:
+            self.close()
+            return False
+        return True
+
+    def create(self) -> None:
+        """Make the files with their headers, at full size."""
+        for shard in self._shards:
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            fd = os.open(self._folder / shard.name, flags, 0o666)
+            self._fds[shard.name] = fd
+            os.ftruncate(fd, shard.nbytes)
+            os.pwrite(fd, shard.header(), 0)
+
+    def write(self, file: str, offset: int, data: memoryview) -> None:
+        """Write ``data`` at an absolute offset of a shard; thread-safe."""
+        fd = self._fds[file]
+        try:
+            while data:
+                written = os.pwrite(fd, data, offset)
+                data, offset = data[written:], offset + written
+        except OSError as error:
+            raise _write_error(self._output, error) from error
+
+    def hash(self, tensor: OutputTensor) -> str:
+        """SHA-256, in hex, of a tensor's bytes as they are in its file."""
+        try:
+            return hash_range(self._fds[tensor.file], tensor.offset, tensor.info.nbytes)
+        except OSError as error:
+            raise OutputError(
+                f"{self._folder / tensor.file} cannot be read back: {error.strerror or error}"
+            ) from error
+
+    def sync_data(self) -> None:
+        """Make what was written durable."""
+        for fd in list(self._fds.values()):
+            getattr(os, "fdatasync", os.fsync)(fd)
+
+    def finish(self) -> None:
+        """Make the files durable, and close them."""
+        for fd in self._fds.values():
+            os.fsync(fd)
+        self.close()
+
+    def close(self) -> None:
+        """Close the files."""
+        fds, self._fds = self._fds, {}
+        for fd in fds.values():
+            os.close(fd)
+
+
+class JournaledProgress:
+    """The ``Ledger`` of an output: counts the rows that are done, hashes tensors that are whole.
+
+    Args:
+        plan: What is written.
+        journal: The open journal.
+        files: The weight files.
+        removal: Deletes source files that nothing else needs; None to keep them all.
+    """
+
+    def __init__(
+        self, plan: Plan, journal: Journal, files: ShardFiles, removal: SourceRemoval | None
+    ) -> None:
+        self.journal = journal
+        self._plan, self._files, self._removal = plan, files, removal
+        self._tensors = {t.name: t for shard in plan.shards for t in shard.tensors}
+        self._rows_left = Counter[str]()
+        self._counting = threading.Lock()
+        for number, step in enumerate(plan.steps):
+            left = sum(stop - start for start, stop in self.state.left(number, step.rows.count))
+            for out in step.outputs.values():
+                self._rows_left[out.name] += left
+            if removal is not None:
+                removal.add_rows(number, left)
+
+    @property
+    def state(self) -> Done:
+        """What is done, by this run and earlier ones."""
+        return self.journal.state
+
+    @property
+    def order(self) -> Sequence[int]:
+        """As the plan has them, or so that source files are free early."""
+        if self._removal is not None:
+            return self._removal.release.order
+        return range(len(self._plan.steps))
+
+    def done(self, step: int, start: int, stop: int, found: Found) -> Sequence[str]:
+        """Note a range of rows; hash the tensors, delete the source files that are done."""
+        self.journal.done(step, start, stop, found)
+        whole = []
+        with self._counting:
+            free = [] if self._removal is None else self._removal.count(step, stop - start)
+            for out in self._plan.steps[step].outputs.values():
+                self._rows_left[out.name] -= stop - start
+                if not self._rows_left[out.name]:
+                    whole.append(self._tensors[out.name])
+        for tensor in whole:
+            self._hash(tensor)
+        for name in free:
+            assert self._removal is not None
+            self._removal.remove(name, self.journal)
+        return free
+
+    def finish(self) -> dict[str, str]:
+        """The hash of every tensor; of those too that a killed run wrote and did not hash."""
+        for tensor in self._tensors.values():
+            if tensor.name not in self.state.hashes:
+                self._hash(tensor)
+        return dict(self.state.hashes)
+
+    def share(self) -> float:
+        """How much of the work is done, from 0 to 1."""
+        steps = self._plan.steps
+        total = sum(step.rows.count * step.rows.columns for step in steps)
+        done = sum(
+            (stop - start) * steps[number].rows.columns
+            for number, ranges in self.state.rows.items()
+            for start, stop in ranges
+        )
+        return done / total if total else 1.0
+
+    def _hash(self, tensor: OutputTensor) -> None:
+        self.journal.add({"hash": [tensor.name, self._files.hash(tensor)]})
+
+
+class OutputFolder:
+    """An output that appears under its name only when it is whole: the ``Sink`` of a conversion.
+
+    Used as a context manager. Leaving it without ``publish`` removes what was written; leaving it
+    by an error keeps what is done for the next run, and says so in a note of the error. ``write``,
+    and ``done`` of its ``ledger``, are called from several threads.
 
     Args:
         plan: What is written.
         source: The opened files that it is made from.
         output: The folder to be.
-        force: Replace a checkpoint that stands there.
-        resume: Go on where an earlier run of the same plan stopped; else start over.
-        wishes: What the plan was made from, for ``requant verify``.
+        force: Replace a checkpoint of that name.
+        resume: Resume an earlier run of the same plan; else start over.
+        wishes: The options that the plan was made from, for ``requant verify``.
         consume: Delete each source file once all that needs it is durable; of a source on the
             hub, what was downloaded of it.
     """
@@ -61,136 +213,82 @@ class OutputFolder:
         self.plan, self.source, self.output = plan, source, output
         self.force, self.resume = force, resume
         self.wishes = dict(wishes or {})
-        self.staging = staging_of(output)
-        self.inside = self.staging / "output"
-        self.replaced = self.staging / "replaced"
-        self.twins = twins_of(output)
+        self.staging = StagingFolder(output)
         self.resumed = False
-        self.release = release(plan) if consume else None
-        self._source_rows = Counter[str]()
-        self._files: dict[str, int] = {}
-        self._lock: int | None = None
+        self._files = ShardFiles(self.staging.staged_output, output, plan.shards)
+        self._removal = SourceRemoval(plan, source, self.staging.header_stubs) if consume else None
         self._journal: Journal | None = None
-        self._tensors = {t.name: t for shard in plan.shards for t in shard.tensors}
-        self._rows_left = Counter[str]()
-        self._counting = threading.Lock()
+        self._progress: JournaledProgress | None = None
 
     # -- opening -------------------------------------------------------------------------
 
     def __enter__(self) -> Self:
-        check_output(
-            self.plan, self.output, self.force, bytes_on_disk(self.inside), self._most_bytes()
-        )
+        self._check()  # before anything is made
         try:
-            self.output.parent.mkdir(parents=True, exist_ok=True)
-            self._lock = lock_staging(self.staging, self.output)
-            self._put_back()
-            check_output(
-                self.plan, self.output, self.force, bytes_on_disk(self.inside), self._most_bytes()
-            )
+            self.staging.lock()
+            self._check()  # the disk and the folder as they are now that no other process writes
             self._open()
         except BaseException as error:
             self._leave(error)
             if isinstance(error, OSError) and not isinstance(error, OutputError):
-                raise self._failure(error) from error
+                raise _write_error(self.output, error) from error
             raise
         return self
 
+    def _check(self) -> None:
+        staged = bytes_on_disk(self.staging.staged_output)
+        check_output(self.plan, self.output, self.force, staged, self._most_bytes())
+
     def _most_bytes(self) -> int | None:
         """What the disk must take at a time, where source files make room on the same disk."""
-        if self.release and self._remote:
-            here = bytes_on_disk(downloads_of(self.output))
-            return max(most_with_consume_source(self.plan) - here, 0)
-        place = self.output.absolute()
-        existing = next(p for p in (*place.parents, place) if p.exists())
-        same = existing.stat().st_dev == self.source.path.stat().st_dev
-        return self.release.extra_bytes if self.release and same else None
-
-    @property
-    def _remote(self) -> bool:
-        """Whether the source is on the hub: then nothing here is the only copy."""
-        return self.source.downloader is not None
-
-    def _put_back(self) -> None:
-        """Undo a replacement that a killed process left half done."""
-        if not self.replaced.exists():
-            return
-        if self.output.exists():
-            shutil.rmtree(self.replaced)
-        else:
-            self.replaced.rename(self.output)
+        if self._removal is None:
+            return None
+        if self.source.downloader is not None:
+            downloaded = bytes_on_disk(self.staging.downloads)
+            return max(most_with_consume_source(self.plan) - downloaded, 0)
+        path = self.output.absolute()
+        existing = next(p for p in (*path.parents, path) if p.exists())
+        same_disk = existing.stat().st_dev == self.source.path.stat().st_dev
+        return self._removal.release.extra_bytes if same_disk else None
 
     def _open(self) -> None:
         head = self._head()
-        before, entries = read_journal(self.staging / "journal")
-        consumed = [line["consumed"] for line in entries if "consumed" in line]
-        if consumed and not (self.resume and self.release):
+        before, entries = read_journal(self.staging.journal)
+        deleted = [line["consumed"] for line in entries if "consumed" in line]
+        if deleted and not (self.resume and self._removal):
             raise OutputError(
-                f"{self.output}: {count_are(len(consumed), 'source file')} deleted already, and "
-                f"what was made so far is in {self.staging}; "
+                f"{self.output}: {count_are(len(deleted), 'source file')} deleted already, and "
+                f"what was made so far is in {self.staging.path}; "
                 "go on with --consume-source --yes"
             )
         if before and self.resume:
-            for name in consumed:
+            for name in deleted:
                 head["sources"].setdefault(name, before["sources"].get(name))
             changed = _changed(before, head)
             if changed:
                 raise OutputError(
-                    f"{self.output}: a conversion that was stopped is kept in {self.staging}, and "
-                    f"{changed} since; --no-resume starts over, or give the same command as then"
+                    f"{self.output}: a conversion that was stopped is kept in "
+                    f"{self.staging.path}, and {changed} since; --no-resume starts over, or give "
+                    "the same command as then"
                 )
-        self.resumed = bool(before) and self.resume and self._open_shards()
-        if consumed and not self.resumed:
+        self.resumed = bool(before) and self.resume and self._files.open()
+        if deleted and not self.resumed:
             raise OutputError(
-                f"{self.output}: {self.inside} was changed, and files of the source that it was "
-                "made from are deleted: nothing can be made whole here. It is left as it is"
+                f"{self.output}: {self.staging.staged_output} was changed, and files of the source "
+                "that it was made from are deleted: nothing can be made whole here. It is left as "
+                "it is"
             )
         if not self.resumed:
             entries = []
-            self._lay_out()
-        self._journal = Journal(self.staging / "journal", head, entries, self._sync)
-        for number, step in enumerate(self.plan.steps):
-            left = sum(
-                stop - start for start, stop in self._journal.state.left(number, step.rows.count)
-            )
-            for out in step.outputs.values():
-                self._rows_left[out.name] += left
-            for name in self.release.needs[number] if self.release else ():
-                self._source_rows[name] += left
-        if self.release is not None:
-            self._begin_consuming()
-
-    def _begin_consuming(self) -> None:
-        """Keep what a later plan needs of files that go; finish what a killed run began."""
-        if self.source.downloader is not None:
-            for file in self.plan.files:
-                if not self._source_rows[file.name]:
-                    self.source.downloader.release(file.name)
-            return
-        for file in self.plan.files:
-            path = self.source.path / file.name
-            if file.name in self.state.consumed:
-                delete_source(path)  # killed after the journal said so
-            elif path.is_symlink():
-                raise OutputError(
-                    f"{path} is a link: deleting it would free nothing, or what others use; "
-                    "--consume-source wants the file itself"
-                )
-        make_twins(self.source, self.plan.files, self.twins)
-        for file in self.plan.files:  # what the last run had no time to delete
-            if not self._source_rows[file.name] and file.name not in self.state.consumed:
-                self._consume(file.name)
-
-    def _consume(self, name: str) -> None:
-        """Delete a source file: all that was made from it is on the disk."""
-        if self._remote:  # the run tells the supply; what is needed again comes again
-            self.journal.make_durable()
-            return
-        self.journal.add({"consumed": name}, durable=True)
-        delete_source(self.source.path / name)
+            self.staging.clear()
+            self._files.create()
+        self._journal = Journal(self.staging.journal, head, entries, self._sync)
+        self._progress = JournaledProgress(self.plan, self._journal, self._files, self._removal)
+        if self._removal is not None:
+            self._removal.start(self._journal)
 
     def _head(self) -> dict[str, Any]:
-        """What must be the same for a run to go on where another stopped."""
+        """What must be the same for a run to resume another."""
         return {
             "requant": version(),
             "plan": self.plan.hash,
@@ -202,105 +300,30 @@ class OutputFolder:
         """What tells a source file from a changed one, without reading it."""
         if self.plan.repository is not None:
             return {f.name: [f.nbytes, *self.plan.repository] for f in self.plan.files}
-        places = {f.name: self.source.path / f.name for f in self.plan.files}
-        stats = {name: path.stat() for name, path in places.items() if path.exists()}
+        paths = {f.name: self.source.path / f.name for f in self.plan.files}
+        stats = {name: path.stat() for name, path in paths.items() if path.exists()}
         return {name: [s.st_size, s.st_mtime_ns] for name, s in stats.items()}
 
-    def _open_shards(self) -> bool:
-        """Open the files of an earlier run, if they are what they should be."""
-        try:
-            for shard in self.plan.shards:
-                fd = os.open(self.inside / shard.name, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-                self._files[shard.name] = fd
-                header = shard.header()
-                sound = os.fstat(fd).st_size == shard.nbytes
-                if not sound or os.pread(fd, len(header), 0) != header:
-                    self._close_files()
-                    return False
-        except FileNotFoundError:
-            self._close_files()
-            return False
-        return True
-
-    def _lay_out(self) -> None:
-        for name in ("journal", "journal.new"):
-            (self.staging / name).unlink(missing_ok=True)
-        if self.inside.exists():
-            shutil.rmtree(self.inside)
-        self.inside.mkdir()
-        for shard in self.plan.shards:
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-            fd = os.open(self.inside / shard.name, flags, 0o666)
-            self._files[shard.name] = fd
-            os.ftruncate(fd, shard.nbytes)
-            os.pwrite(fd, shard.header(), 0)
+    def _sync(self) -> None:
+        self._files.sync_data()
+        self.staging.sync_names()
 
     # -- running -------------------------------------------------------------------------
 
     @property
+    def progress(self) -> JournaledProgress:
+        """What is done, once the folder was entered."""
+        assert self._progress is not None, "the folder was not entered"
+        return self._progress
+
+    @property
     def ledger(self) -> Ledger:
-        """The folder itself: it hashes each tensor whose last rows are done."""
-        return self
-
-    @property
-    def state(self) -> Done:
-        """What an earlier run did."""
-        return self.journal.state
-
-    @property
-    def journal(self) -> Journal:
-        """The open journal."""
-        assert self._journal is not None, "the folder was not entered"
-        return self._journal
+        """Where a run notes what is done."""
+        return self.progress
 
     def write(self, file: str, offset: int, data: memoryview) -> None:
         """Write ``data`` at an absolute offset of a shard; thread-safe."""
-        fd = self._files[file]
-        try:
-            while data:
-                written = os.pwrite(fd, data, offset)
-                data, offset = data[written:], offset + written
-        except OSError as error:
-            raise self._failure(error) from error
-
-    @property
-    def order(self) -> Sequence[int]:
-        """As the plan has them, or so that source files are free early."""
-        return self.release.order if self.release else range(len(self.plan.steps))
-
-    def done(self, step: int, start: int, stop: int, found: Found) -> Sequence[str]:
-        """Note a range of rows; hash the tensors, delete the source files that are done."""
-        self.journal.done(step, start, stop, found)
-        whole, free = [], []
-        with self._counting:
-            for name in self.release.needs[step] if self.release else ():
-                self._source_rows[name] -= stop - start
-                if not self._source_rows[name]:
-                    free.append(name)
-            for out in self.plan.steps[step].outputs.values():
-                self._rows_left[out.name] -= stop - start
-                if not self._rows_left[out.name]:
-                    whole.append(out.name)
-        for name in whole:
-            self._hash(self._tensors[name])
-        for name in free:
-            self._consume(name)
-        return free
-
-    def _hash(self, tensor: OutputTensor) -> None:
-        try:
-            digest = hash_range(self._files[tensor.file], tensor.offset, tensor.info.nbytes)
-        except OSError as error:
-            raise OutputError(
-                f"{self.inside / tensor.file} cannot be read back: {error.strerror or error}"
-            ) from error
-        self.journal.add({"hash": [tensor.name, digest]})
-
-    def _sync(self) -> None:
-        for fd in list(self._files.values()):
-            _fdatasync(fd)
-        for folder in (self.inside, self.staging, self.output.parent):
-            fsync(folder)
+        self._files.write(file, offset, data)
 
     # -- the end -------------------------------------------------------------------------
 
@@ -308,20 +331,15 @@ class OutputFolder:
         """Add everything that is no weight, make it durable, and give it its name.
 
         Args:
-            errors: What new codes lost, by layer, as ``make_record`` takes it.
+            errors: Quantization errors by layer, as ``make_record`` takes them.
 
         Raises:
             OutputError: A file cannot be written; OUTPUT is as it was before.
         """
         try:
-            for tensor in self._tensors.values():  # what a killed run wrote and did not hash
-                if tensor.name not in self.state.hashes:
-                    self._hash(tensor)
-            hashes = dict(self.state.hashes)
-            self.journal.close()
-            for shard_fd in self._files.values():
-                os.fsync(shard_fd)
-            self._close_files()
+            hashes = self.progress.finish()
+            self.progress.journal.close()
+            self._files.finish()
             files = {
                 INDEX: self._write_json(INDEX, self.plan.index()),
                 CONFIG: self._write_json(CONFIG, dict(self.plan.config)),
@@ -329,34 +347,19 @@ class OutputFolder:
             }
             record = make_record(self.plan, self.wishes, hashes, files, errors)
             self._write_json(RECORD, record)
-            for folder, _, _ in os.walk(self.inside):
-                fsync(Path(folder))
-            self._rename()
-            fsync(self.output.parent)
-            shutil.rmtree(self.staging, ignore_errors=True)
+            self.staging.name_output()
         except OSError as error:
             if isinstance(error, OutputError):
                 raise
-            raise self._failure(error) from error
-
-    def _rename(self) -> None:
-        if not self.output.exists():
-            self.inside.rename(self.output)
-            return
-        self.output.rename(self.replaced)
-        try:
-            self.inside.rename(self.output)
-        except OSError:
-            self.replaced.rename(self.output)
-            raise
+            raise _write_error(self.output, error) from error
 
     def _carry_over(self, name: str) -> str:
-        """Copy a file of the source; its hash."""
-        target = self.inside / name
+        """Copy a file of the source, or generate it; its hash."""
+        target = self.staging.staged_output / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        made = self.source.generated_files.get(name)
-        if made is not None:
-            data = made()
+        generate = self.source.generated_files.get(name)
+        if generate is not None:
+            data = generate()
             target.write_bytes(data)
             fsync(target)
             return hashlib.sha256(data).hexdigest()
@@ -370,19 +373,10 @@ class OutputFolder:
         return digest.hexdigest()
 
     def _write_json(self, name: str, value: object) -> str:
-        path, data = self.inside / name, spelled(value)
+        path, data = self.staging.staged_output / name, spelled(value)
         path.write_bytes(data)
         fsync(path)
         return hashlib.sha256(data).hexdigest()
-
-    def _failure(self, error: OSError) -> OutputError:
-        reason = error.strerror or str(error)
-        return OutputError(f"{error.filename or self.output} cannot be written: {reason}")
-
-    def _close_files(self) -> None:
-        files, self._files = self._files, {}
-        for fd in files.values():
-            os.close(fd)
 
     def __exit__(
         self,
@@ -393,110 +387,44 @@ class OutputFolder:
         self._leave(error)
 
     def _leave(self, error: BaseException | None) -> None:
-        """Close everything; keep what another run can go on from."""
-        entered, journal = self._journal is not None, self._journal
-        if journal is not None:
-            journal.close()
-        self._close_files()
-        if self._lock is None:
+        """Close everything; keep what another run can resume from."""
+        if self._journal is not None:
+            self._journal.close()
+        self._files.close()
+        if not self.staging.is_locked:
             return
-        kept = bool(journal.state.rows) if journal is not None else self._has_journal()
-        kept = kept or bytes_on_disk(downloads_of(self.output)) > 0
-        # What a layer's own data contradicts, no further run can do better.
-        keep = error is not None and kept and not isinstance(error, InvariantError)
-        if keep or self._holds_the_source():
-            if entered:
-                share = f"{self._share_done():.0%} is done and kept in {self.staging}"
-                (error or KeyboardInterrupt()).add_note(
-                    f"{share}; the same command goes on from there"
-                    + ("" if self._holds_the_source() else ", --no-resume starts over")
+        has_only_copy = self._has_only_copy()
+        # Another run fails on the same data again: there is nothing to resume.
+        is_final = error is None or isinstance(error, InvariantError)
+        if has_only_copy or (self._has_work() and not is_final):
+            if error is not None and self._progress is not None:
+                error.add_note(
+                    f"{self._progress.share():.0%} is done and kept in {self.staging.path}; the "
+                    "same command goes on from there"
+                    + ("" if has_only_copy else ", --no-resume starts over")
                 )
         else:
-            shutil.rmtree(self.staging, ignore_errors=True)
-        os.close(self._lock)
-        self._lock = None
+            self.staging.remove()
+        self.staging.unlock()
 
-    def _holds_the_source(self) -> bool:
-        """Whether the only copy of something is in the hidden folder."""
-        consumed = read_journal(self.staging / "journal")[1] if self._journal is None else []
-        if self._journal is not None:
-            return bool(self.state.consumed) and self.staging.exists() and self.inside.exists()
-        return any("consumed" in line for line in consumed)
+    def _has_work(self) -> bool:
+        """Whether the hidden folder has anything that a run can resume from."""
+        if bytes_on_disk(self.staging.downloads) > 0:
+            return True
+        if self._journal is None:
+            return self.staging.journal.exists()
+        return bool(self._journal.state.rows)
 
-    def _has_journal(self) -> bool:
-        return (self.staging / "journal").exists()
-
-    def _share_done(self) -> float:
-        total = sum(step.rows.count * step.rows.columns for step in self.plan.steps)
-        done = sum(
-            (stop - start) * self.plan.steps[number].rows.columns
-            for number, ranges in self.state.rows.items()
-            for start, stop in ranges
-        )
-        return done / total if total else 1.0
+    def _has_only_copy(self) -> bool:
+        """Whether the data of deleted source files is in the hidden folder, and nowhere else."""
+        if self._journal is None:
+            return any("consumed" in line for line in read_journal(self.staging.journal)[1])
+        return bool(self._journal.state.consumed) and self.staging.staged_output.exists()
 
 
-def check_output(
-    plan: Plan, output: Path, force: bool, spent: int = 0, most: int | None = None
-) -> None:
-    """Refuse an output that must not, or cannot, be written.
-
-    Args:
-        plan: What is to be written.
-        output: Where to.
-        force: Whether a checkpoint there may be replaced.
-        spent: Bytes on the disk that an earlier run wrote already.
-        most: Bytes of weights that the disk must take at a time; None for all of them.
-
-    Raises:
-        OutputError: OUTPUT exists and ``force`` is not set, is no checkpoint folder, lies
-            in SOURCE or holds it, or the disk has too little room.
-    """
-    source, target = Path(plan.source).resolve(), output.resolve()
-    within = target == source or target in source.parents or source in target.parents
-    if within and plan.repository is None:
-        raise OutputError(f"{output}: the source {source} must not be changed; name another folder")
-    if why := _why_not_writable(output, target):
-        raise OutputError(f"{output} {why}; name another folder")
-    if output.exists() and any(output.iterdir()):
-        if not (output / "config.json").is_file():
-            raise OutputError(
-                f"{output} exists and holds no config.json, so it is no checkpoint; "
-                "--force replaces checkpoints only. Remove it yourself or name another folder"
-            )
-        if not force:
-            raise OutputError(f"{output} exists; --force replaces it")
-    existing = next(p for p in (target, *target.parents) if p.exists())
-    whole = sum(shard.nbytes for shard in plan.shards)
-    needed = max((whole if most is None else most) + plan.side_bytes - spent, 0)
-    free = shutil.disk_usage(existing).free
-    if needed > free:
-        raise OutputError(
-            f"{output}: the disk is too full: {needed:,} bytes are needed, {free:,} are free"
-        )
-
-
-def _why_not_writable(output: Path, target: Path) -> str:
-    """Why a folder cannot get the name of OUTPUT, or nothing; --force changes none of it."""
-    if output.is_symlink() or (output.exists() and not output.is_dir()):
-        return "exists and is no folder, which --force does not replace"
-    if not target.name:
-        return "is the root of the file system"
-    if os.path.ismount(target):
-        return "is where a disk is mounted, and cannot be replaced; one inside it can be made"
-    with suppress(FileNotFoundError):  # a shell can stand in a folder that was deleted
-        if target == Path.cwd():
-            return "is the folder that this command runs in, and is not replaced"
-    above = next(p for p in target.parents if os.path.lexists(p))
-    if not above.is_dir():
-        return f"cannot be made: {above} is no folder"
-    if not os.access(above, os.W_OK | os.X_OK):
-        return f"cannot be made: writing in {above} is not permitted"
-    return ""
-
-
-def _fdatasync(fd: int) -> None:
-    getattr(os, "fdatasync", os.fsync)(fd)
+def _write_error(output: Path, error: OSError) -> OutputError:
+    reason = error.strerror or str(error)
+    return OutputError(f"{error.filename or output} cannot be written: {reason}")
 
 
 def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

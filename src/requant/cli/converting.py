@@ -421,7 +421,7 @@ def _print_plan(
     from requant.cli import tables
     from requant.consuming import most_with_consume_source
     from requant.memory import make_budget
-    from requant.writer import check_output
+    from requant.preflight import check_output
 
     budget = make_budget(made, threads, max_memory)
     if output is not None:

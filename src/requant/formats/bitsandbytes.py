@@ -94,15 +94,16 @@ def _read_int8(sorter: Sorter, path: str) -> None:
         sorter.problem(scale.name, f"{scale.info}, expected F32 [{shape[0]}] for {weight.info}")
         return
     packing = BnbInt8(
-        *shape,
-        8,
-        shape[1],
-        True,
-        scale.info.dtype,
-        shape[0],
-        1,
-        scale.info.shape[-1],
-        Zeros.MIDDLE,
+        rows=shape[0],
+        columns=shape[1],
+        bits=8,
+        group=shape[1],
+        symmetric=True,
+        scale_dtype=scale.info.dtype,
+        matrix=shape[0],
+        scale_rows=1,
+        scale_width=scale.info.shape[-1],
+        zero_points=Zeros.MIDDLE,
     )
     parts = {"weight": weight, "weight_scale": scale}
     sorter.add(

@@ -199,17 +199,19 @@ class _Reader:
         act_order = self._act_order(path, parts, n_in, group, scheme)
         if act_order is None:
             return None
+        scale_rows, scale_width = self._sharing(parts["weight_scale"], shape)
         packing = (CtActOrder if act_order else CtPacked)(
-            prod(leading) * n_out,
-            n_in,
-            bits,
-            group,
-            zeros is Zeros.MIDDLE,
-            scale.dtype,
-            n_out,
-            *self._sharing(parts["weight_scale"], shape),
-            zeros,
-            padded,
+            rows=prod(leading) * n_out,
+            columns=n_in,
+            bits=bits,
+            group=group,
+            symmetric=zeros is Zeros.MIDDLE,
+            scale_dtype=scale.dtype,
+            matrix=n_out,
+            scale_rows=scale_rows,
+            scale_width=scale_width,
+            zero_points=zeros,
+            padded=padded,
         )
         if isinstance(packing, CtActOrder):
             packing = replace(packing, index_of_each=len(parts["weight_g_idx"].info.shape) > 1)
@@ -270,16 +272,18 @@ class _Reader:
         zeros = self._zeros(path, parts, bits, False, scheme)
         if group is None or zeros is None:
             return None
+        scale_rows, scale_width = self._sharing(parts["weight_scale"], shape)
         packing = CtPlain(
-            prod(shape[:-1]),
-            shape[-1],
-            bits,
-            group,
-            zeros is Zeros.MIDDLE,
-            parts["weight_scale"].info.dtype,
-            shape[-2],
-            *self._sharing(parts["weight_scale"], shape),
-            zeros,
+            rows=prod(shape[:-1]),
+            columns=shape[-1],
+            bits=bits,
+            group=group,
+            symmetric=zeros is Zeros.MIDDLE,
+            scale_dtype=parts["weight_scale"].info.dtype,
+            matrix=shape[-2],
+            scale_rows=scale_rows,
+            scale_width=scale_width,
+            zero_points=zeros,
         )
         return self._integer_layer(path, parts, shape, packing, "int")
 

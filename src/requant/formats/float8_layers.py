@@ -226,7 +226,7 @@ def _layer(
             stored=stored,
         )
     reason = "no mode of MLX holds FP8 with such scales"
-    needs_wish = (
+    requires_choice = (
         f"is stored as {stored}; {reason}, so say what it becomes: add --bits 8 (8.5 bits a "
         "weight), --mode mxfp8 (8.25), --bits 4 (4.5) or --dequantize "
         f"({'32' if dtype == 'F32' else '16'})"
@@ -240,6 +240,6 @@ def _layer(
         packing=packing,
         stored=stored,
         policy=DefaultPolicy(
-            reason=Reason(ReasonCode.NO_MLX_MODE, reason), requires_choice=needs_wish
+            reason=Reason(ReasonCode.NO_MLX_MODE, reason), requires_choice=requires_choice
         ),
     )

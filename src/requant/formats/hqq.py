@@ -186,7 +186,17 @@ class _Layer:
         """Axis 1: MLX's groups, where none spans two rows."""
         codes, scale, zero = (self.parts[role].info for role in (W_Q, *_CODES))
         width = codes.shape[-1]
-        packed = HqqRows(*shape, bits, group, False, scale.dtype, packing, width, zero.dtype)
+        packed = HqqRows(
+            rows=shape[0],
+            columns=shape[1],
+            bits=bits,
+            group=group,
+            symmetric=False,
+            scale_dtype=scale.dtype,
+            packing=packing,
+            packed_width=width,
+            zero_dtype=zero.dtype,
+        )
         parts = self.parts | {f"{W_Q}{NEXT}": self.parts[W_Q]}
         return integer_layer(
             self.sorter,

@@ -96,11 +96,9 @@ class _Integers:
         return parts if self.zeros is None else {**parts, "weight_zero_point": self.zeros}
 
     @property
-    def how(self) -> tuple[bool, str, bool, bool, bool]:
-        """What both packings take behind the group: ``symmetric`` to ``has_zeros``."""
-        no_zeros = self.zeros is None
-        symmetric = no_zeros or self.said_symmetric
-        return symmetric, self.scale.info.dtype, self.signed, self.reordered, not no_zeros
+    def is_symmetric(self) -> bool:
+        """Whether every zero is the middle of the codes."""
+        return self.zeros is None or self.said_symmetric
 
 
 class _Reader:
@@ -275,7 +273,17 @@ class _Reader:
         if _is_count(said) and said != group:
             message = f"{scale.info} gives {group} inputs a scale, {scheme.where} says {said}"
             raise Refused(scale.name, message)
-        packing = QuarkColumns(rows, columns, stored.bits, group, *stored.how)
+        packing = QuarkColumns(
+            rows=rows,
+            columns=columns,
+            bits=stored.bits,
+            group=group,
+            symmetric=stored.is_symmetric,
+            scale_dtype=stored.scale.info.dtype,
+            signed=stored.signed,
+            reordered=stored.reordered,
+            has_zeros=stored.zeros is not None,
+        )
         shape = (rows, columns)
         return integer_layer(
             self.sorter, path, stored.parts, shape=shape, packing=packing, tool="quark"
@@ -292,7 +300,18 @@ class _Reader:
             message = "beside 4-bit codes with a scale a row: how it is packed is not known"
             raise Refused(zeros.name, f"{zeros.info} {message}")
         _expect(zeros, scale.info.shape, ("I8", "U8", "I32"))
-        packing = QuarkRows(rows, columns, stored.bits, columns, *stored.how, one)
+        packing = QuarkRows(
+            rows=rows,
+            columns=columns,
+            bits=stored.bits,
+            group=columns,
+            symmetric=stored.is_symmetric,
+            scale_dtype=stored.scale.info.dtype,
+            signed=stored.signed,
+            reordered=stored.reordered,
+            has_zeros=stored.zeros is not None,
+            one_scale=one,
+        )
         words = "a scale a tensor" if one else "a scale a row"
         shape = (rows, columns)
         return integer_layer(

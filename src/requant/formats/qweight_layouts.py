@@ -193,7 +193,16 @@ class Layouts:
             )
         if group is None:
             return None
-        return Marlin(rows, n_in, 4, group, True, infos[roles[1]].dtype, *roles)
+        return Marlin(
+            rows=rows,
+            columns=n_in,
+            bits=4,
+            group=group,
+            symmetric=True,
+            scale_dtype=infos[roles[1]].dtype,
+            weight_role=roles[0],
+            scale_role=roles[1],
+        )
 
     def _gptq(
         self, path: str, infos: Mapping[str, TensorInfo], rule: LayerRule
