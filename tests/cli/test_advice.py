@@ -23,6 +23,8 @@ from tests.support.commands import COMMANDS, Result
 from tests.support.number_formats import bf16
 from tests.support.safetensors_files import write_file
 
+pytestmark = pytest.mark.sweep(6)
+
 Requant = Callable[..., Result]
 MICRO = Path(__file__).parents[2] / "examples" / "micro-llama"
 BF16 = ml_dtypes.bfloat16
@@ -481,6 +483,7 @@ def moe(folder: Path, kind: str) -> None:
     class_checkpoint(folder, small_config(kind) | {"architectures": [names[kind]]})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", EXAMPLES)
 def test_the_examples_of_help_run_on_models_like_those_that_they_name(
     requant: Requant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str

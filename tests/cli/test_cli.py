@@ -441,6 +441,7 @@ def test_errors_through_the_process(model: Path, tmp_path: Path) -> None:
     assert json.loads(result.stdout)["format"] == "dense"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_a_closed_pipe_is_no_crash(model: Path, unbuffered: str) -> None:
     read, write = os.pipe()
@@ -493,6 +494,7 @@ def on_terminal(*arguments: object, **environment: str) -> tuple[int, str]:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), text.decode()
 
 
+@pytest.mark.slow
 def test_progress_is_drawn_on_a_terminal(model: Path, tmp_path: Path) -> None:
     code, text = on_terminal("convert", model, tmp_path / "out", "--bits", "4")
     assert code == 0
@@ -501,17 +503,20 @@ def test_progress_is_drawn_on_a_terminal(model: Path, tmp_path: Path) -> None:
     assert "bits per weight" in text
 
 
+@pytest.mark.slow
 def test_no_color_is_honoured(model: Path, tmp_path: Path) -> None:
     _, text = on_terminal("convert", model, tmp_path / "out", NO_COLOR="1")
     assert "\x1b[3" not in text and "\x1b[9" not in text
 
 
+@pytest.mark.slow
 def test_a_dumb_terminal_gets_plain_text(model: Path, tmp_path: Path) -> None:
     code, text = on_terminal("convert", model, tmp_path / "out", TERM="dumb")
     assert code == 0
     assert "\x1b" not in text and "quantized" in text
 
 
+@pytest.mark.slow
 def test_counting_is_drawn_on_a_terminal(tmp_path: Path) -> None:
     code, text = on_terminal("compare", MICRO_LLAMA, MICRO_LLAMA)
     assert code == 0
@@ -521,6 +526,7 @@ def test_counting_is_drawn_on_a_terminal(tmp_path: Path) -> None:
     assert code == 0 and "\x1b" not in text and "\r\x1b" not in text
 
 
+@pytest.mark.slow
 def test_a_narrow_terminal_cuts_nothing(requant: Requant, tmp_path: Path) -> None:
     code, text = on_terminal("recipes")
     assert code == 0 and "\u2026" not in text

@@ -57,6 +57,7 @@ def test_bash_completes() -> None:
     assert (done.stdout.strip(), done.stderr) == ("convert", "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shell", ["zsh", "fish"])
 def test_other_shells_are_answered(shell: str) -> None:
     answer = ask(
@@ -67,6 +68,7 @@ def test_other_shells_are_answered(shell: str) -> None:
     assert "convert" in answer and "inspect" not in answer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "option, values",
     [

@@ -98,6 +98,7 @@ def test_memory_in_use_is_that_of_a_python_process() -> None:
     assert 1 << 20 < progress.memory_in_use() < 1 << 40
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [

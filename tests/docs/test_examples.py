@@ -15,6 +15,8 @@ from safetensors.numpy import load_file, save_file
 
 import requant
 
+pytestmark = pytest.mark.sweep(1, tests=("test_no_example_is_forgotten",))
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 MICRO = EXAMPLES / "micro-llama"
 FORMAT = EXAMPLES / "new-format"

@@ -35,6 +35,7 @@ def place(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("language, text", examples())
 def test_example_runs(language: str, text: str, place: Path) -> None:
     if "scripts/" in text:

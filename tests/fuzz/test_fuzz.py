@@ -43,6 +43,7 @@ def test_the_corpus_is_mostly_read(tmp_path: Path) -> None:
     assert read > len(corpus()) * 0.6, read
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind, inputs",
     [

@@ -235,6 +235,7 @@ def test_global_scale(tmp_path: Path):
     assert layout.targets[experts] == nvfp4
 
 
+@pytest.mark.slow
 def test_published_mxfp4(tmp_path: Path):
     """gpt-oss as it is published: blocks of 16 bytes, gate and up rows in turn."""
     config = small_config("gpt_oss") | {"quantization_config": {"quant_method": "mxfp4"}}
@@ -464,6 +465,7 @@ print(json.dumps([peak() - before, mx.get_peak_memory(), len(layout.targets)]))
 """
 
 
+@pytest.mark.slow
 def test_a_70b_model_takes_no_memory(tmp_path: Path):
     shapes = {name: info.shape for name, info in infos_of("llama", BIG_LLAMA).items()}
     (tmp_path / "in.json").write_text(json.dumps([BIG_LLAMA, shapes]))
@@ -475,6 +477,7 @@ def test_a_70b_model_takes_no_memory(tmp_path: Path):
     assert mlx_bytes < 1 << 20
 
 
+@pytest.mark.slow
 def test_a_big_mixture_is_planned_without_memory():
     infos = {}
     for name, info in infos_of("qwen3_moe", BIG_MOE).items():

@@ -18,6 +18,8 @@ from tests.support.checkpoints import model
 from tests.support.mlx_reference import as_bytes
 from tests.support.published_models import as_awq, published
 
+pytestmark = pytest.mark.sweep(2)
+
 
 def logits(loaded) -> mx.array:
     tokens = mx.array([[1, 5, 9, 200, 31, 7]])
@@ -125,6 +127,7 @@ def test_what_is_missing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 # -- generate ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_text_is_mlx_lm_s(tmp_path: Path) -> None:
     import mlx_lm
 

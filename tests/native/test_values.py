@@ -285,6 +285,7 @@ def test_other_kernels_refuse():
         _native.set_isa("mmx")
 
 
+@pytest.mark.slow
 def test_isa_from_the_environment(isa):
     code = "from requant import _native; print(_native.isa())"
     run = subprocess.run(
