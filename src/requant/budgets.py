@@ -30,7 +30,7 @@ from requant.record import version
 from requant.schema import Quantization
 from requant.sink import Nowhere
 from requant.specs import parse_budget, spec_text
-from requant.wishes import Wishes
+from requant.wishes import ConvertOptions
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
@@ -77,7 +77,7 @@ class Measured:
 
 def settle(
     source: Path | Checkpoint,
-    wishes: Wishes,
+    wishes: ConvertOptions,
     *,
     check: Callable[[Plan], None] | None = None,
     keep: Path | None = None,
@@ -86,7 +86,7 @@ def settle(
     allow_nonfinite: bool = False,
     progress: Callable[[Progress], None] | None = None,
     chunk_bytes: int | None = None,
-) -> Wishes:
+) -> ConvertOptions:
     """Turn the budget of ``wishes`` into a recipe that holds one quantization a layer.
 
     Args:
@@ -120,18 +120,18 @@ def settle(
         problems = trial.problems(found)
         if not problems:
             measured = trial.measured(found)
-            if keep is not None and not wishes.spoiled:
+            if keep is not None and not wishes.nonfinite_layers:
                 _keep(keep, key, measured)
         elif not allow_nonfinite:
             raise CheckpointError(base.source, list(problems.values()))
         else:
-            wishes = replace(wishes, spoiled=wishes.spoiled | problems.keys())
+            wishes = replace(wishes, nonfinite_layers=wishes.nonfinite_layers | problems.keys())
             base = make_plan(base.checkpoint, _unsettled(wishes), is_trial=True)
     default = _unsettled(wishes).quantization
     return replace(wishes, quantization=default, recipe=_recipe(measured, wishes, default))
 
 
-def _unsettled(wishes: Wishes) -> Wishes:
+def _unsettled(wishes: ConvertOptions) -> ConvertOptions:
     """The wishes without the budget: what can be planned before anything is measured."""
     default = wishes.quantization or Quantization.affine(64, 4)
     return replace(wishes, budget=None, quantization=default)
@@ -149,7 +149,7 @@ class _Trial:
         named: Name of a step -> layer and spec.
     """
 
-    def __init__(self, base: Plan, wishes: Wishes) -> None:
+    def __init__(self, base: Plan, wishes: ConvertOptions) -> None:
         self.base = base
         self.tried: dict[str, dict[str, int]] = {x.layer: {} for x in base.layers}
         self.named: dict[str, tuple[str, str]] = {}
@@ -213,7 +213,7 @@ class _Trial:
         return _spec_of(self.base, layer) or ("skip" if by_wish else "")
 
 
-def _candidate_plans(base: Plan, wishes: Wishes) -> Iterator[Plan]:
+def _candidate_plans(base: Plan, wishes: ConvertOptions) -> Iterator[Plan]:
     """A plan for each candidate of every layer; codes that stay lose nothing."""
     if any(x.treatment not in (Treatment.DENSE, Treatment.QUANTIZED) for x in base.layers):
         with suppress(UsageError):  # not all of this source's codes can stay
@@ -224,7 +224,7 @@ def _candidate_plans(base: Plan, wishes: Wishes) -> Iterator[Plan]:
         yield make_plan(base.checkpoint, candidate, is_trial=True)
 
 
-def _without(wishes: Wishes, target: Quantization | None) -> Wishes:
+def _without(wishes: ConvertOptions, target: Quantization | None) -> ConvertOptions:
     """The wishes with one candidate for all; what ``config_from`` names has been read."""
     return replace(wishes, budget=None, quantization=target, config_from=None)
 
@@ -261,7 +261,7 @@ def measured_of(output: Path) -> Path:
     return output.parent / f".{output.name}.requant-measured"
 
 
-def _key(base: Plan, wishes: Wishes) -> str:
+def _key(base: Plan, wishes: ConvertOptions) -> str:
     """A hash of all that decides a measurement; not of the budget."""
     told = wishes.to_dict() | {"budget": None}
     data = [_FORMAT, version(), BITS, GROUP_SIZES, told, [asdict(file) for file in base.files]]
@@ -303,7 +303,7 @@ def _keep(file: Path, key: str, measured: Measured) -> None:
 # -- choosing --------------------------------------------------------------------------------
 
 
-def _recipe(measured: Measured, wishes: Wishes, default: Quantization | None) -> Recipe:
+def _recipe(measured: Measured, wishes: ConvertOptions, default: Quantization | None) -> Recipe:
     """The best choice within the budget, as a recipe.
 
     Raises:

@@ -24,7 +24,7 @@ from requant.recipes import ROLES, Choice
 from requant.relayout import Relayout
 from requant.schema import SKIP, Quantization, QuantMode
 from requant.specs import Spec, resolve_quantization
-from requant.wishes import Wishes
+from requant.wishes import ConvertOptions
 
 if TYPE_CHECKING:
     from requant.checkpoint import Checkpoint
@@ -63,7 +63,7 @@ class Chooser:
         checkpoint: Checkpoint,
         format_name: str,
         layout: SourceLayout,
-        wishes: Wishes,
+        wishes: ConvertOptions,
         moved: Relayout | None = None,
     ) -> None:
         self.checkpoint, self.format, self.layout = checkpoint, format_name, layout
@@ -176,7 +176,7 @@ class Chooser:
 
     def _chosen(self, layer: SourceLayer) -> tuple[Quantization | None, str]:
         wishes = self.wishes
-        if layer.path in wishes.spoiled:
+        if layer.path in wishes.nonfinite_layers:
             return layer.encoding, "holds NaN or infinity"
         override = override_of(self.wishes, layer.path) if layer.is_weight else None
         if isinstance(override, Quantization):
@@ -259,7 +259,7 @@ class Chooser:
         return self.format == "dense" or (self.checkpoint.gguf is not None and not self.from_codes)
 
 
-def override_of(wishes: Wishes, path: str) -> Spec | None:
+def override_of(wishes: ConvertOptions, path: str) -> Spec | None:
     """The last override that matches: a target, SKIP, or None."""
     hits = [spec for pattern, spec in wishes.overrides if search(pattern, path)]
     return hits[-1] if hits else None
@@ -292,7 +292,7 @@ def _dense_target(
 
 
 def fit_codes(
-    layer: SourceLayer, wish: Quantization, wishes: Wishes
+    layer: SourceLayer, wish: Quantization, wishes: ConvertOptions
 ) -> tuple[Quantization | None, str]:
     """As ``fit_group``, or in the source's group if none was asked for and its codes then stay."""
     target, reason = fit_group(layer.shape[-1], wish)

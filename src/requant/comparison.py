@@ -31,7 +31,7 @@ from requant.execute import run_plan
 from requant.hub import find_repository
 from requant.memory import make_budget
 from requant.planner import make_plan
-from requant.wishes import Wishes
+from requant.wishes import ConvertOptions
 
 _BLOCK = 1 << 18  # values that are summed at a time
 
@@ -170,7 +170,7 @@ def _plans(a: Source, b: Source) -> list[Plan]:
     for source in (a, b):
         if find_repository(source, None) is not None:
             raise UsageError(f"compare reads folders and GGUF files; download {source} first")
-    wishes = Wishes.build(dequantize=True, dtype="float32")
+    wishes = ConvertOptions.from_arguments(dequantize=True, dtype="float32")
     plans = [make_plan(Path(source), wishes) for source in (a, b)]
     if plans[0].layout != plans[1].layout:
         kept = replace(wishes, layout="keep")

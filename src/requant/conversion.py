@@ -38,7 +38,7 @@ from requant.staging import (
     staging_of,
     twins_of,
 )
-from requant.wishes import Wishes
+from requant.wishes import ConvertOptions
 from requant.writer import OutputFolder, check_output
 
 Source = str | os.PathLike[str]
@@ -92,7 +92,7 @@ def plan(
         >>> made = plan("Llama-3.2-1B", bits=4, group_size=32)  # doctest: +SKIP
         >>> made.bits_per_weight, made.bytes_out  # doctest: +SKIP
     """
-    wishes = Wishes.build(
+    wishes = ConvertOptions.from_arguments(
         quantization,
         bits=bits,
         group_size=group_size,
@@ -110,7 +110,7 @@ def plan(
         statistics=statistics,
         gptq=gptq,
         config_from=config_from,
-        max_shard_bytes=shard_size,
+        shard_size=shard_size,
         budget=budget,
     )
     check_saving(save_recipe, wishes)
@@ -130,7 +130,7 @@ def plan(
     return replace(made, notes=(*made.notes, remote.announcement()))
 
 
-def check_saving(save_recipe: Source | None, wishes: Wishes) -> None:
+def check_saving(save_recipe: Source | None, wishes: ConvertOptions) -> None:
     """Refuse a file for a recipe that nothing chooses, before anything is measured.
 
     Raises:
@@ -149,7 +149,7 @@ def check_saving(save_recipe: Source | None, wishes: Wishes) -> None:
         raise UsageError(f"--save-recipe {path}: there is no folder {path.parent}")
 
 
-def save(save_recipe: Source | None, wishes: Wishes) -> None:
+def save(save_recipe: Source | None, wishes: ConvertOptions) -> None:
     """Write the recipe that a budget chose.
 
     Raises:
@@ -274,7 +274,7 @@ def convert(
         4.5
     """
     began = time.perf_counter()
-    wishes = Wishes.build(
+    wishes = ConvertOptions.from_arguments(
         quantization,
         bits=bits,
         group_size=group_size,
@@ -292,7 +292,7 @@ def convert(
         statistics=statistics,
         gptq=gptq,
         config_from=config_from,
-        max_shard_bytes=shard_size,
+        shard_size=shard_size,
         budget=budget,
     )
     check_saving(save_recipe, wishes)
@@ -338,7 +338,7 @@ def convert(
     if only_copy and not begun:
         wishes = _checked(run, wishes)
     elif allow_nonfinite and resume:
-        wishes = replace(wishes, spoiled=frozenset(spoiled_before(Path(output))))
+        wishes = replace(wishes, nonfinite_layers=frozenset(spoiled_before(Path(output))))
     made, outcome = run(
         wishes,
         lambda made, wished: OutputFolder(
@@ -376,16 +376,16 @@ def _refuse_half_consumed(output: Path) -> None:
         )
 
 
-def _checked(run: Callable[..., tuple[Plan, Outcome]], wishes: Wishes) -> Wishes:
+def _checked(run: Callable[..., tuple[Plan, Outcome]], wishes: ConvertOptions) -> ConvertOptions:
     """Read and compute everything once, so that nothing is found after files are gone.
 
     Returns:
         The wishes, and the layers that they leave as they are.
     """
-    tried: list[Wishes] = []
+    tried: list[ConvertOptions] = []
 
     @contextmanager
-    def nowhere(made: Plan, wished: Wishes) -> Iterator[Nowhere]:
+    def nowhere(made: Plan, wished: ConvertOptions) -> Iterator[Nowhere]:
         tried.append(wished)
         yield Nowhere()
 
@@ -397,7 +397,7 @@ AnySink = TypeVar("AnySink", bound=Sink)
 
 
 def _arriving(
-    remote: Repository, wishes: Wishes, output: Path, force: bool, area: Path | None
+    remote: Repository, wishes: ConvertOptions, output: Path, force: bool, area: Path | None
 ) -> Checkpoint:
     """A source on the hub, to be downloaded now that its headers hold no problem."""
     checkpoint = remote.headers(wishes.config_from)
@@ -413,8 +413,8 @@ def _arriving(
 
 def carry_out(
     source: Path | Checkpoint,
-    wishes: Wishes,
-    open_sink: Callable[[Plan, Wishes], AbstractContextManager[AnySink]],
+    wishes: ConvertOptions,
+    open_sink: Callable[[Plan, ConvertOptions], AbstractContextManager[AnySink]],
     finish: Callable[[AnySink, Outcome], None],
     *,
     max_memory: int | None = None,
@@ -439,8 +439,10 @@ def carry_out(
         with open_sink(made, wishes) as sink:
             outcome = run_plan(made, sink, budget, progress, stop_at)
             found = outcome.findings
-            spoiled = {x for x, finding in found.items() if finding.is_no_number} - wishes.spoiled
-            problems = _refused(found, wishes.spoiled, allow_overflow)
+            spoiled = {
+                x for x, finding in found.items() if finding.is_no_number
+            } - wishes.nonfinite_layers
+            problems = _refused(found, wishes.nonfinite_layers, allow_overflow)
             if not problems:
                 finish(sink, outcome)
                 return made, outcome
@@ -448,7 +450,7 @@ def carry_out(
         if not spoiled or not allow_nonfinite:
             raise CheckpointError(made.source, problems)
         # The layout of the output changes with a layer that stays dense: plan again.
-        wishes = replace(wishes, spoiled=wishes.spoiled.union(spoiled))
+        wishes = replace(wishes, nonfinite_layers=wishes.nonfinite_layers.union(spoiled))
         made = make_plan(source, wishes, twins)
 
 

@@ -22,7 +22,7 @@ from requant.report import Group
 from requant.schema import QuantMode
 from requant.source_folder import RECORD
 from requant.specs import spec_text
-from requant.wishes import DTYPES, Wishes
+from requant.wishes import DTYPES, ConvertOptions
 
 SCHEMA_VERSION = 1  # of what --json prints, for all commands alike
 
@@ -111,7 +111,7 @@ class Figures:
     source_format: str
     repository: tuple[str, str] | None
     source_files: tuple[tuple[str, int, str], ...]
-    wishes: Wishes
+    wishes: ConvertOptions
     tensors: int
     layers: tuple[LayerFigures, ...]
 
@@ -205,7 +205,7 @@ class Figures:
             "source_format": self.source_format,
             "repository": self.repository and list(self.repository),
             "source_files": [list(file) for file in self.source_files],
-            "wishes": self.wishes.to_dict(),
+            "options": self.wishes.to_dict(),
             "command": self.command(output=self.output),
             "parameters": self.parameters,
             "bytes_in": self.bytes_in,
@@ -254,7 +254,7 @@ def read_figures(output: Source) -> Figures:
                 (_typed(x, "name", str), _typed(x, "nbytes", int), _typed(x, "header_sha256", str))
                 for x in _typed(source, "files", list)
             ),
-            Wishes.from_dict(_typed(record, "wishes", dict)),
+            ConvertOptions.from_dict(_typed(record, "options", dict)),
             len(_typed(record, "tensors", dict)),
             tuple(_layer(name, _typed(layers, name, dict)) for name in layers),
         )
@@ -270,7 +270,7 @@ def _repository(value: Any) -> tuple[str, str] | None:
     return value[0], value[1]
 
 
-def arguments(wishes: Wishes) -> list[str]:
+def arguments(wishes: ConvertOptions) -> list[str]:
     """What was wished, as it is typed after ``requant convert SOURCE OUTPUT``.
 
     A recipe that is none of requant's own stands as ``NAME.toml``: its file is not at hand.
@@ -292,7 +292,7 @@ def arguments(wishes: Wishes) -> list[str]:
         words += ["--override", f"{pattern}={spec_text(spec)}"]
     for pattern in wishes.only:
         words += ["--only", pattern]
-    given = Wishes()
+    given = ConvertOptions()
     if wishes.dtype is not None:
         words += ["--dtype", next(word for word, name in DTYPES.items() if name == wishes.dtype)]
     for name in ("layout", "act_order", "search"):
@@ -302,14 +302,14 @@ def arguments(wishes: Wishes) -> list[str]:
         words += ["--config-from", wishes.config_from]
     if wishes.statistics is not None:
         words += ["--imatrix", wishes.statistics]
-    if wishes.max_shard_bytes != given.max_shard_bytes:
-        words += ["--shard-size", str(wishes.max_shard_bytes)]
+    if wishes.shard_size != given.shard_size:
+        words += ["--shard-size", str(wishes.shard_size)]
     flags = {
         "--dequantize": wishes.dequantize,
         "--gptq": wishes.gptq,
         "--keep-extra": wishes.keep_extra,
         "--fold-rotation": wishes.fold_rotation,
-        "--allow-nonfinite": bool(wishes.spoiled),
+        "--allow-nonfinite": bool(wishes.nonfinite_layers),
     }
     return words + [flag for flag, given_ in flags.items() if given_]
 

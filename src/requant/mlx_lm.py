@@ -24,7 +24,7 @@ from requant.hub import find_repository, reach
 from requant.mlx_lm_classes import why_no_class
 from requant.report import Report
 from requant.schema import Quantization
-from requant.wishes import Wishes
+from requant.wishes import ConvertOptions
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -154,7 +154,7 @@ def load_weights(
     began = time.perf_counter()
     options = {name: wishes.pop(name) for name in _OPTIONS if name in wishes}
     revision = wishes.pop("revision", None)
-    made = Wishes.build(quantization, **wishes, layout="mlx-lm")
+    made = ConvertOptions.from_arguments(quantization, **wishes, layout="mlx-lm")
     check_installed(Path(source))
     place = reach(source, find_repository(source, revision), made.config_from)
     results: list[dict[str, mx.array]] = []
@@ -212,7 +212,7 @@ class Memory:
 
 
 @contextmanager
-def _in_memory(plan: Plan, _: Wishes) -> Iterator[Memory]:
+def _in_memory(plan: Plan, _: ConvertOptions) -> Iterator[Memory]:
     yield Memory(plan)
 
 

@@ -43,7 +43,7 @@ from requant.statistics import read_statistics
 from requant.steps import fidelity, layer_steps, material_steps, with_global_scale
 from requant.tied_heads import agreed, laid_out
 from requant.weighting import weighted
-from requant.wishes import DTYPES, Wishes
+from requant.wishes import DTYPES, ConvertOptions
 
 _CODES_MOVED = "the same codes, scales and biases in more bits or smaller groups"
 
@@ -51,7 +51,7 @@ _CODES_MOVED = "the same codes, scales and biases in more bits or smaller groups
 @time_counted()
 def make_plan(
     source: str | Path | Checkpoint,
-    wishes: Wishes,
+    wishes: ConvertOptions,
     twins: Path | None = None,
     *,
     is_trial: bool = False,
@@ -97,7 +97,7 @@ def make_plan(
 
 
 def _in_mlx_lm(
-    checkpoint: Checkpoint, layout: SourceLayout, wishes: Wishes
+    checkpoint: Checkpoint, layout: SourceLayout, wishes: ConvertOptions
 ) -> tuple[Checkpoint, Relayout, tuple[str, ...]]:
     """mlx-lm's layout: of all tensors, or of all that the model computes with.
 
@@ -133,7 +133,7 @@ def _as_named(
     return (layer.as_named or layer if keeps_name else layer), target, reason
 
 
-def _folded(layout: SourceLayout, wishes: Wishes) -> SourceLayout:
+def _folded(layout: SourceLayout, wishes: ConvertOptions) -> SourceLayout:
     """Move act-order into other layers wherever the codes then stay."""
 
     def keeps(layer: SourceLayer) -> bool:
@@ -152,7 +152,7 @@ def _folded(layout: SourceLayout, wishes: Wishes) -> SourceLayout:
     return layout.folded(keeps)
 
 
-def _laid_out(checkpoint: Checkpoint, layout: SourceLayout, wishes: Wishes) -> Relayout:
+def _laid_out(checkpoint: Checkpoint, layout: SourceLayout, wishes: ConvertOptions) -> Relayout:
     """The layers under mlx-lm's names.
 
     Raises:
@@ -249,7 +249,7 @@ class Planner:
                 per_layer[layer.path] = target
         rotated = bool(rotated_layers(decided))
         layers, steps, weighing = self._weighted(layers, steps)
-        shards, steps = place(steps, self.wishes.max_shard_bytes, self._names_of())
+        shards, steps = place(steps, self.wishes.shard_size, self._names_of())
         quantization = self._quantization(per_layer)
         config = self._config(quantization, rotated, with_global_scale(decided))
         return Plan(
@@ -391,7 +391,9 @@ class Planner:
     ) -> dict[str, Any]:
         """The source's config with the quantization and dtype that now hold."""
         wishes = self.wishes
-        changed = wishes.overrides or wishes.only or wishes.spoiled or self.format != "dense"
+        changed = (
+            wishes.overrides or wishes.only or wishes.nonfinite_layers or self.format != "dense"
+        )
         chosen = wishes.recipe is not None and not wishes.recipe.is_mixed
         base = self._base_config()
         base.pop("rotation", None)

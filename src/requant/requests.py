@@ -12,7 +12,7 @@ from requant.choices import Chooser, Decided, override_of
 from requant.errors import few
 from requant.patterns import search
 from requant.schema import SKIP, Quantization
-from requant.wishes import Wishes
+from requant.wishes import ConvertOptions
 
 _REASONS = 3  # of many reasons, how many a message gives
 _NO_REASON = "a vector or a tensor of another kind, which is never quantized"
@@ -56,7 +56,7 @@ def _why_nothing(chooser: Chooser, decided: Iterable[Decided]) -> str:
     return "; ".join(reasons) or "there is no tensor named .weight"
 
 
-def _asked(wishes: Wishes) -> list[str]:
+def _asked(wishes: ConvertOptions) -> list[str]:
     """The options that ask for a quantization."""
     given = []
     if wishes.budget is not None:

@@ -19,11 +19,11 @@ from requant.formats.packing import Exactness, Fidelity, Packing
 from requant.formats.widening import stored_rows, widened
 from requant.relayout import Relayout
 from requant.schema import Quantization, QuantMode
-from requant.wishes import Wishes
+from requant.wishes import ConvertOptions
 
 
 def layer_steps(
-    layer: SourceLayer, target: Quantization | None, dtype: str, wishes: Wishes
+    layer: SourceLayer, target: Quantization | None, dtype: str, wishes: ConvertOptions
 ) -> Iterator[Step]:
     """The work on one layer.
 
@@ -50,7 +50,7 @@ def layer_steps(
 
 
 def _coding_step(
-    layer: SourceLayer, target: Quantization | None, dtype: str, wishes: Wishes
+    layer: SourceLayer, target: Quantization | None, dtype: str, wishes: ConvertOptions
 ) -> Step:
     encoding = layer.encoding
     operation = Operation.ENCODE
@@ -78,7 +78,7 @@ def _coding_step(
     )
 
 
-def _search(operation: Operation, wishes: Wishes) -> str:
+def _search(operation: Operation, wishes: ConvertOptions) -> str:
     """How a step finds scales; "off" where it computes none."""
     coded = operation in (Operation.ENCODE, Operation.RECODE)
     return wishes.search if coded else "off"
@@ -89,7 +89,7 @@ def _packed_steps(
     packing: Packing,
     target: Quantization | None,
     dtype: str,
-    wishes: Wishes,
+    wishes: ConvertOptions,
 ) -> Iterator[Step]:
     """Move the codes where they stay, else decode, and encode again where wished.
 
@@ -180,7 +180,9 @@ def _global_scale_steps(layer: SourceLayer) -> Iterator[Step]:
         into_row += run.count
 
 
-def material_steps(layout: SourceLayout, moved: Relayout | None, wishes: Wishes) -> dict[str, Step]:
+def material_steps(
+    layout: SourceLayout, moved: Relayout | None, wishes: ConvertOptions
+) -> dict[str, Step]:
     """The steps that make dense what computed tensors are made from."""
     if moved is None:
         return {}
@@ -189,7 +191,7 @@ def material_steps(layout: SourceLayout, moved: Relayout | None, wishes: Wishes)
     return {name: _material(moved.shown[name], wishes) for name in dict.fromkeys(names)}
 
 
-def _material(layer: SourceLayer, wishes: Wishes) -> Step:
+def _material(layer: SourceLayer, wishes: ConvertOptions) -> Step:
     if layer.packing is not None:
         return next(_packed_steps(layer, layer.packing, None, layer.dtype, wishes))
     if layer.encoding is not None:

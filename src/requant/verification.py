@@ -46,7 +46,7 @@ from requant.source_folder import (
     open_regular,
 )
 from requant.sources import read_checkpoint
-from requant.wishes import Wishes
+from requant.wishes import ConvertOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,9 +277,9 @@ def _repeated_plan(
     Raises:
         UsageError: It was made with a statistics file, and none is given; or the reverse.
     """
-    wishes = record.get("wishes")
+    wishes = record.get("options")
     try:
-        made = Wishes.from_dict(wishes if isinstance(wishes, Mapping) else {})
+        made = ConvertOptions.from_dict(wishes if isinstance(wishes, Mapping) else {})
         if made.statistics is not None and statistics is None:
             raise UsageError(
                 f"the output was made with statistics, {made.statistics}: name that file with "
@@ -289,7 +289,7 @@ def _repeated_plan(
             raise UsageError(f"--imatrix {statistics}: the output was made without statistics")
         plan = make_plan(source, replace(made, config_from=config_from, statistics=statistics))
     except ParseError as error:
-        found.add(f"{RECORD}: wishes", str(error))
+        found.add(f"{RECORD}: options", str(error))
         return None
     if plan.hash != record.get("plan"):
         maker = record.get("requant")

@@ -45,7 +45,7 @@ def parse_override(
 
 
 @dataclass(frozen=True, slots=True)
-class Wishes:
+class ConvertOptions:
     """What to do with a source; every field as the option of the same name.
 
     Attributes:
@@ -70,9 +70,9 @@ class Wishes:
             it is the recipe.
         config_from: For GGUF: the folder whose config.json and tokenizer files are taken; None
             makes them from the metadata.
-        max_shard_bytes: Output shards are cut before they exceed this.
+        shard_size: Output shards are cut before they exceed this.
         own_groups: No group size was asked for: layers whose codes then stay keep their own.
-        spoiled: Layers that a first pass found to hold NaN or infinity; left as they are.
+        nonfinite_layers: Layers that a first pass found to hold NaN or infinity; left as they are.
     """
 
     quantization: Quantization | None = None
@@ -82,8 +82,8 @@ class Wishes:
     only: tuple[str, ...] = ()
     recipe: Recipe | None = None
     layout: str = "auto"
-    max_shard_bytes: int = 5 << 30
-    spoiled: frozenset[str] = frozenset()
+    shard_size: int = 5 << 30
+    nonfinite_layers: frozenset[str] = frozenset()
     act_order: str = "requantize"
     fold_rotation: bool = False
     keep_extra: bool = False
@@ -102,11 +102,11 @@ class Wishes:
             "overrides": [[pattern, _spec_data(spec)] for pattern, spec in self.overrides],
             "only": list(self.only),
             "recipe": self.recipe and asdict(self.recipe),
-            "spoiled": sorted(self.spoiled),
+            "nonfinite_layers": sorted(self.nonfinite_layers),
         }
 
     @staticmethod
-    def from_dict(data: Mapping[str, Any]) -> Wishes:
+    def from_dict(data: Mapping[str, Any]) -> ConvertOptions:
         """Read what ``to_dict`` gave.
 
         Raises:
@@ -119,13 +119,13 @@ class Wishes:
                 "overrides": tuple((str(p), _spec(spec)) for p, spec in found["overrides"]),
                 "only": tuple(map(str, found["only"])),
                 "recipe": None if found["recipe"] is None else _recipe(found["recipe"]),
-                "spoiled": frozenset(found["spoiled"]),
+                "nonfinite_layers": frozenset(found["nonfinite_layers"]),
             }
             for pattern in (*found["only"], *(pattern for pattern, _ in found["overrides"])):
                 check_regex(pattern, "wish")
             if unknown := sorted(str(key) for key in found.keys() - _DEFAULTS.keys()):
                 raise ValueError(f"{few(unknown)} is none of them")
-            wishes = Wishes(**found)
+            wishes = ConvertOptions(**found)
             if wishes.budget is not None:
                 parse_budget(wishes.budget)
             for name, default in _DEFAULTS.items():
@@ -151,7 +151,7 @@ class Wishes:
         only: Sequence[str] = (),
         recipe: str | os.PathLike[str] | None = None,
         layout: str = "auto",
-        max_shard_bytes: int = 5 << 30,
+        shard_size: int = 5 << 30,
         act_order: str = "requantize",
         fold_rotation: bool = False,
         keep_extra: bool = False,
@@ -160,11 +160,11 @@ class Wishes:
         budget: str | float | None = None,
         statistics: str | os.PathLike[str] | None = None,
         gptq: bool = False,
-    ) -> Wishes:
+    ) -> ConvertOptions:
         """Check and assemble what the command line and the Python doors take.
 
         Raises:
-            UsageError: Wishes contradict each other or cannot be parsed.
+            UsageError: ConvertOptions contradict each other or cannot be parsed.
             OutOfRangeError: MLX has no such bits or group size in the mode.
             UnknownValueError: Unknown mode or dtype.
         """
@@ -196,12 +196,12 @@ class Wishes:
             _check_gptq(statistics, quantization, dequantize)
         if statistics is not None and search == "off":
             search = "best"
-        if max_shard_bytes < 1:
-            raise UsageError(f"a shard of {max_shard_bytes} bytes holds nothing")
+        if shard_size < 1:
+            raise UsageError(f"a shard of {shard_size} bytes holds nothing")
         only = (only,) if isinstance(only, str) else tuple(only)
         for pattern in only:
             check_regex(pattern, "--only")
-        return Wishes(
+        return ConvertOptions(
             quantization,
             dequantize,
             None if dtype is None else DTYPES[dtype],
@@ -209,7 +209,7 @@ class Wishes:
             only,
             chooser,
             layout,
-            max_shard_bytes,
+            shard_size,
             act_order=act_order,
             fold_rotation=fold_rotation,
             keep_extra=keep_extra,
@@ -265,7 +265,7 @@ def _check_alone(
         )
 
 
-_DEFAULTS = {f.name: f.default for f in fields(Wishes)}
+_DEFAULTS = {f.name: f.default for f in fields(ConvertOptions)}
 _LEGAL: dict[str, tuple[str | None, ...]] = {
     "dtype": (None, *DTYPES.values()),
     "layout": LAYOUTS,
@@ -282,7 +282,7 @@ def _check_told(name: str, value: object, default: object) -> None:
         legal = isinstance(value, bool)
     elif isinstance(default, int):
         legal = isinstance(value, int) and 0 < value <= MAX_INT and not isinstance(value, bool)
-    elif name == "spoiled":
+    elif name == "nonfinite_layers":
         legal = isinstance(value, frozenset) and all(isinstance(x, str) for x in value)
     elif name in ("config_from", "budget", "statistics"):
         legal = value is None or isinstance(value, str)

@@ -18,7 +18,7 @@ from requant.cli.options import parse_size
 from requant.memory import make_budget
 from requant.page import render_page
 from requant.recipes import load_recipe
-from requant.wishes import Wishes
+from requant.wishes import ConvertOptions
 
 from ..commands import COMMANDS, check_usage
 from .conftest import Result
@@ -76,9 +76,9 @@ def test_help_has_examples_that_parse(requant: Callable[..., Result], command: s
 
 def test_the_doors_take_the_same_wishes() -> None:
     """plan, convert and what checks for both: same names, same defaults."""
-    doors = (requant.plan, requant.convert, Wishes.build)
+    doors = (requant.plan, requant.convert, ConvertOptions.from_arguments)
     plan, convert, build = (dict(inspect.signature(door).parameters) for door in doors)
-    build["shard_size"] = build.pop("max_shard_bytes")  # the field's name, which records keep
+
     for name, parameter in build.items():
         for known in (plan, convert):
             assert known[name].default == parameter.default, name

@@ -11,7 +11,7 @@ import pytest
 
 from requant.errors import RequantError
 from requant.planner import make_plan
-from requant.wishes import Wishes
+from requant.wishes import ConvertOptions
 from tests.fuzz.harness import (
     SEEDS,
     SLOW_S,
@@ -37,7 +37,7 @@ def test_the_corpus_is_mostly_read(tmp_path: Path) -> None:
     for folder in corpus():
         reader.write(folder)
         with suppress(RequantError):
-            make_plan(tmp_path / "source", Wishes(layout="keep", dequantize=True))
+            make_plan(tmp_path / "source", ConvertOptions(layout="keep", dequantize=True))
             read += 1
     assert read > len(corpus()) * 0.6, read
 

@@ -194,7 +194,7 @@ def _recipe_of(output: Path, tmp_path: Path) -> Path:
     from requant.recipes import recipe_from_dict, toml_of
 
     record = json.loads((output / "requant.json").read_text())
-    told = record["wishes"]["recipe"]
+    told = record["options"]["recipe"]
     file = tmp_path / "again.toml"
     file.write_text(toml_of(recipe_from_dict(told | {"default": None})))
     return file
