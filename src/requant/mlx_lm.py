@@ -14,33 +14,38 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from requant.blueprint import OutputTensor, Plan
 from requant.budgets import settle
-from requant.conversion import Source, carry_out
+from requant.conversion import Source
 from requant.errors import BackendError, CheckpointError, Problem, UsageError, in_a_line
 from requant.hub import find_repository, reach
 from requant.mlx_lm_classes import why_no_class
+from requant.option_signatures import read_arguments, takes_options
+from requant.planner import make_plan
 from requant.report import Report
+from requant.runner import options_for_retry, run_once
 from requant.schema import Quantization
-from requant.wishes import ConvertOptions
 
 if TYPE_CHECKING:
     import mlx.core as mx
 
+    from requant.option_keywords import LoadKeywords
 
+
+@takes_options("load")
 def load(
     source: Source,
     quantization: Quantization | None = None,
     *,
     tokenizer_config: Mapping[str, Any] | None = None,
-    **wishes: Any,
+    **arguments: Unpack[LoadKeywords],
 ) -> tuple[Any, Any]:
     """Convert a checkpoint in memory and load it, ready for ``mlx_lm.generate``.
 
     The model is the one that ``mlx_lm.load`` gives for what ``requant.convert`` writes with
-    the same wishes; beside it, memory holds one tensor at a time.
+    the same options; beside it, memory holds one tensor at a time.
 
     Args:
         source: Folder of any supported format, a GGUF file, or ``org/name`` on the hub, whose
@@ -48,11 +53,8 @@ def load(
         quantization: As in ``requant.convert``: None keeps a quantized source as it is, and
             means affine, 4 bits, group 64 for a dense one.
         tokenizer_config: Options of the tokenizer, as ``mlx_lm.load`` takes them.
-        **wishes: What else ``requant.convert`` takes, but for what concerns files: ``bits``,
-            ``group_size``, ``mode``, ``dequantize``, ``dtype``, ``overrides``, ``only``,
-            ``recipe``, ``act_order``, ``fold_rotation``, ``search``, ``statistics``, ``gptq``,
-            ``config_from``, ``budget``, ``threads``, ``max_memory``, ``allow_nonfinite``,
-            ``allow_overflow``, ``progress``, ``revision``.
+        **arguments: The options of ``requant.convert`` that do not concern files, each by its
+            name; ``help`` and the reference list them.
 
     Returns:
         The model and the tokenizer.
@@ -60,14 +62,14 @@ def load(
     Raises:
         CheckpointError: Everything that is wrong with the source; also that mlx-lm is not
             installed, or has no class for the model.
-        UsageError: Wishes that contradict each other or name no layer.
+        UsageError: Options that contradict each other or match no layer.
 
     Example:
         >>> import requant.mlx_lm, mlx_lm  # doctest: +SKIP
         >>> model, tokenizer = requant.mlx_lm.load("Qwen3-30B-A3B", bits=4)  # doctest: +SKIP
         >>> mlx_lm.generate(model, tokenizer, prompt="Hello")  # doctest: +SKIP
     """
-    loaded = load_with_report(source, quantization, tokenizer_config=tokenizer_config, **wishes)
+    loaded = load_with_report(source, quantization, tokenizer_config=tokenizer_config, **arguments)
     return loaded.model, loaded.tokenizer
 
 
@@ -88,16 +90,17 @@ class Loaded:
     load_s: float
 
 
+@takes_options("load")
 def load_with_report(
     source: Source,
     quantization: Quantization | None = None,
     *,
     tokenizer_config: Mapping[str, Any] | None = None,
-    **wishes: Any,
+    **arguments: Unpack[LoadKeywords],
 ) -> Loaded:
     """Do as ``load`` does, and say what the conversion did."""
     began = time.perf_counter()
-    weights, report = load_weights(source, quantization, **wishes)
+    weights, report = load_weights(source, quantization, **arguments)
     _check_tokenizer(source, report.plan)
     with _failing(source, "mlx-lm, building the model"):
         model, config = _build(report.plan.config, weights)
@@ -140,8 +143,9 @@ def _check_tokenizer(source: Source, plan: Plan) -> None:
             raise CheckpointError(str(source), [Problem("tokenizer", " ".join(notes))])
 
 
+@takes_options("load")
 def load_weights(
-    source: Source, quantization: Quantization | None = None, **wishes: Any
+    source: Source, quantization: Quantization | None = None, **arguments: Unpack[LoadKeywords]
 ) -> tuple[dict[str, mx.array], Report]:
     """Convert a checkpoint into arrays under mlx-lm's names.
 
@@ -152,25 +156,26 @@ def load_weights(
         ``config.json`` that belongs to them.
     """
     began = time.perf_counter()
-    options = {name: wishes.pop(name) for name in _OPTIONS if name in wishes}
-    revision = wishes.pop("revision", None)
-    made = ConvertOptions.from_arguments(quantization, **wishes, layout="mlx-lm")
+    options, run = read_arguments("load", quantization, arguments, layout="mlx-lm")
     check_installed(Path(source))
-    place = reach(source, find_repository(source, revision), made.config_from)
-    results: list[dict[str, mx.array]] = []
-    measuring = {name: x for name, x in options.items() if name != "allow_overflow"}
-    made = settle(place, made, **measuring)
-    plan, outcome = carry_out(
-        place,
-        made,
-        _in_memory,
-        lambda sink, _: results.append(sink.arrays),
-        **options,
+    opened = reach(source, find_repository(source, run.revision), options.config_from)
+    options = settle(
+        opened,
+        options,
+        threads=run.threads,
+        max_memory=run.max_memory,
+        allow_nonfinite=run.allow_nonfinite,
+        progress=run.progress,
+        chunk_bytes=run.chunk_bytes,
     )
-    return results[0], Report.build(plan, "", outcome, time.perf_counter() - began)
-
-
-_OPTIONS = ("max_memory", "threads", "allow_nonfinite", "allow_overflow", "progress", "chunk_bytes")
+    while True:
+        plan = make_plan(opened, options)
+        memory = Memory(plan)
+        attempt = run_once(plan, memory, options, run)
+        if not attempt.problems:
+            report = Report.build(plan, "", attempt.result, time.perf_counter() - began)
+            return memory.arrays, report
+        options = options_for_retry(plan, attempt, options, run)
 
 
 def check_installed(source: Path) -> None:
@@ -209,11 +214,6 @@ class Memory:
         tensor = tensors[bisect_right(offsets, offset) - 1]
         start = offset - tensor.offset
         self._views[tensor.name][start : start + data.nbytes] = data
-
-
-@contextmanager
-def _in_memory(plan: Plan, _: ConvertOptions) -> Iterator[Memory]:
-    yield Memory(plan)
 
 
 @contextmanager

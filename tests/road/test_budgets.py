@@ -180,7 +180,7 @@ def test_a_stopped_run_goes_on_without_measuring(
 ) -> None:
     output = tmp_path / "out"
     with monkeypatch.context() as patched:
-        patched.setattr("requant.conversion.run_plan", None)  # stops after the measuring
+        patched.setattr("requant.runner.run_plan", None)  # stops after the measuring
         with pytest.raises(TypeError):
             requant.convert(source, output, budget=4, **KEEP)
     assert measured_of(output).exists()
