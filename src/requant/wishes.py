@@ -11,7 +11,7 @@ To add an option, add a field; then run ``scripts/generate-keywords``.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,10 @@ _QUANTIZATION = ValueType(
     to_json=lambda value: value and value.to_dict(),
     from_json=_quantization_from_json,
     on_command_line="",
+)
+_MODE = replace(
+    choice(*(mode.value for mode in QuantMode)),
+    parse=lambda value: value.lower() if isinstance(value, str) else value,
 )
 _DTYPE = ValueType(
     annotation="str",
@@ -219,7 +223,7 @@ class ConvertOptions:
     )
     mode: str | None = option(
         None,
-        type=choice(*(mode.value for mode in QuantMode)),
+        type=_MODE,
         doc='"affine", "mxfp4", "mxfp8" or "nvfp4".',
         help="Quantization mode: affine, mxfp4, mxfp8 or nvfp4.",
         metavar="MODE",
@@ -579,8 +583,10 @@ class RunOptions:
 
 
 def _parsed(entry: Option, argument: Any) -> Any:
-    """The field's value of an argument; None stands for the default where that is None."""
-    return argument if argument is None else entry.type.parse(argument)
+    """The field's value of an argument, checked by itself."""
+    value = argument if argument is None else entry.type.parse(argument)
+    entry.check(value)
+    return value
 
 
 def _target(values: Mapping[str, Any]) -> Quantization | None:

@@ -1,5 +1,6 @@
-"""An option is written once: one more field of the table is all that Python, the command line,
-the record, the command of a report and the reference need.
+"""An option is written once: one more field of the table is all that it takes.
+
+Python, the command line, the record, the command of a report and the reference follow.
 """
 
 from __future__ import annotations
@@ -30,6 +31,15 @@ FIELD = """    sparkle: str = option(
     )
 """
 
+# The copy, not the package that an editable install leads to.
+PRELUDE = """
+import os, sys
+from importlib.machinery import PathFinder
+sys.meta_path.insert(0, PathFinder)
+import requant
+assert requant.__file__.startswith(os.environ["COPY"]), requant.__file__
+"""
+COMMAND = "from requant.cli import run; run(sys.argv[1:])"
 USE = """
 import inspect, json, sys
 import requant, requant.mlx_lm
@@ -45,7 +55,7 @@ except ValueError as error:
     message = str(error)
 print(json.dumps({
     "signatures": [str(inspect.signature(x).parameters["sparkle"]) for x in functions],
-    "documented": ["sparkle: How much the output sparkles in Python." in x.__doc__ for x in functions],
+    "documented": ["sparkle: How much the output sparkles in P" in x.__doc__ for x in functions],
     "record": record["options"]["sparkle"],
     "read back": ConvertOptions.from_dict(record["options"]).sparkle,
     "again": requant.read_figures(output).command("SOURCE"),
@@ -64,19 +74,19 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     mark = "    keep_extra: bool = option("
     assert text.count(mark) == 1
     table.write_text(text.replace(mark, FIELD + mark))
-    return os.environ | {"PYTHONPATH": str(folder)}
+    path = os.pathsep.join([str(folder), *sys.path])
+    return os.environ | {"PYTHONPATH": path, "COPY": str(folder)}
 
 
-def run(environment: dict[str, str], *command: str) -> str:
-    done = subprocess.run(
-        [sys.executable, *command], env=environment, capture_output=True, text=True
-    )
+def run(environment: dict[str, str], code: str, *arguments: str) -> str:
+    command = [sys.executable, "-c", PRELUDE + code, *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def test_a_new_field_is_an_option_of_python(environment: dict[str, str], tmp_path: Path) -> None:
-    found = json.loads(run(environment, "-c", USE, str(MICRO), str(tmp_path / "out")))
+    found = json.loads(run(environment, USE, str(MICRO), str(tmp_path / "out")))
     assert found == {
         "signatures": ["sparkle: 'str' = 'none'"] * 3,
         "documented": [True] * 3,
@@ -91,16 +101,16 @@ def test_a_new_field_is_an_option_of_the_commands(
     environment: dict[str, str], tmp_path: Path
 ) -> None:
     for command in ("convert", "plan", "generate"):
-        text = run(environment, "-m", "requant", command, "--help")
+        text = run(environment, COMMAND, command, "--help")
         assert "--sparkle AMOUNT" in text and "How much the output sparkles." in text
     output = tmp_path / "out"
-    run(environment, "-m", "requant", "convert", str(MICRO), str(output), "--sparkle", "some")
+    run(environment, COMMAND, "convert", str(MICRO), str(output), "--sparkle", "some")
     assert json.loads((output / "requant.json").read_text())["options"]["sparkle"] == "some"
 
 
 def test_a_new_field_is_a_keyword_for_type_checkers(environment: dict[str, str]) -> None:
     write = "from requant.option_signatures import keywords_module; print(keywords_module())"
-    assert "\n    sparkle: str\n" in run(environment, "-c", write)
+    assert "\n    sparkle: str\n" in run(environment, write)
 
 
 def test_the_keywords_for_type_checkers_are_those_of_the_table() -> None:
