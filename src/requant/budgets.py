@@ -125,7 +125,7 @@ def settle(
         elif not allow_nonfinite:
             raise CheckpointError(base.source, list(problems.values()))
         else:
-            wishes = replace(wishes, nonfinite_layers=wishes.nonfinite_layers | problems.keys())
+            wishes = replace(wishes, nonfinite_layers=wishes.nonfinite_layers.union(problems))
             base = make_plan(base.checkpoint, _unsettled(wishes), is_trial=True)
     default = _unsettled(wishes).quantization
     return replace(wishes, quantization=default, recipe=_recipe(measured, wishes, default))
