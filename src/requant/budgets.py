@@ -32,7 +32,7 @@ from requant.schema import Quantization
 from requant.sink import Nowhere
 from requant.sources import as_checkpoint
 from requant.specs import parse_budget, spec_text
-from requant.wishes import Wishes
+from requant.wishes import ConvertOptions
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
@@ -79,7 +79,7 @@ class Measured:
 
 def settle(
     source: Path | Checkpoint,
-    wishes: Wishes,
+    wishes: ConvertOptions,
     *,
     check: Callable[[Plan], None] | None = None,
     keep: Path | None = None,
@@ -88,7 +88,7 @@ def settle(
     allow_nonfinite: bool = False,
     progress: Callable[[Progress], None] | None = None,
     chunk_bytes: int | None = None,
-) -> Wishes:
+) -> ConvertOptions:
     """Turn the budget of ``wishes`` into a recipe that holds one quantization a layer.
 
     Args:
@@ -123,12 +123,12 @@ def settle(
         problems = trial.problems(found)
         if not problems:
             measured = trial.measured(found)
-            if keep is not None and not wishes.spoiled:
+            if keep is not None and not wishes.nonfinite_layers:
                 _keep(keep, key, measured)
         elif not allow_nonfinite:
             raise CheckpointError(base.source, list(problems.values()))
         else:
-            wishes = replace(wishes, spoiled=wishes.spoiled | problems.keys())
+            wishes = replace(wishes, nonfinite_layers=wishes.nonfinite_layers.union(problems))
             trial_wishes = _unsettled(wishes)
             base, plan_source = plan_with_source(
                 plan_source.checkpoint, trial_wishes, is_trial=True
@@ -137,7 +137,7 @@ def settle(
     return replace(wishes, quantization=default, recipe=_recipe(measured, wishes, default))
 
 
-def _unsettled(wishes: Wishes) -> Wishes:
+def _unsettled(wishes: ConvertOptions) -> ConvertOptions:
     """The wishes without the budget: what can be planned before anything is measured."""
     default = wishes.quantization or Quantization.affine(64, 4)
     return replace(wishes, budget=None, quantization=default)
@@ -155,7 +155,7 @@ class _Trial:
         named: Name of a step -> layer and spec.
     """
 
-    def __init__(self, base: Plan, checkpoint: Checkpoint, wishes: Wishes) -> None:
+    def __init__(self, base: Plan, checkpoint: Checkpoint, wishes: ConvertOptions) -> None:
         self.base = base
         self.tried: dict[str, dict[str, int]] = {x.layer: {} for x in base.layers}
         self.named: dict[str, tuple[str, str]] = {}
@@ -220,7 +220,7 @@ class _Trial:
         return _spec_of(self.base, layer) or ("skip" if is_excluded else "")
 
 
-def _candidate_plans(base: Plan, checkpoint: Checkpoint, wishes: Wishes) -> Iterator[Plan]:
+def _candidate_plans(base: Plan, checkpoint: Checkpoint, wishes: ConvertOptions) -> Iterator[Plan]:
     """A plan for each candidate of every layer; codes that stay lose nothing."""
     if any(x.treatment not in (Treatment.DENSE, Treatment.QUANTIZED) for x in base.layers):
         with suppress(UsageError):  # not all of this source's codes can stay
@@ -231,7 +231,7 @@ def _candidate_plans(base: Plan, checkpoint: Checkpoint, wishes: Wishes) -> Iter
         yield make_plan(checkpoint, candidate, is_trial=True)
 
 
-def _without(wishes: Wishes, target: Quantization | None) -> Wishes:
+def _without(wishes: ConvertOptions, target: Quantization | None) -> ConvertOptions:
     """The wishes with one candidate for all; what ``config_from`` names has been read."""
     return replace(wishes, budget=None, quantization=target, config_from=None)
 
@@ -274,7 +274,7 @@ def measured_of(output: Path) -> Path:
     return output.parent / f".{output.name}.requant-measured"
 
 
-def _key(base: Plan, wishes: Wishes) -> str:
+def _key(base: Plan, wishes: ConvertOptions) -> str:
     """A hash of all that decides a measurement; not of the budget."""
     told = wishes.to_dict() | {"budget": None}
     data = [_FORMAT, version(), BITS, GROUP_SIZES, told, [asdict(file) for file in base.files]]
@@ -316,7 +316,7 @@ def _keep(file: Path, key: str, measured: Measured) -> None:
 # -- choosing --------------------------------------------------------------------------------
 
 
-def _recipe(measured: Measured, wishes: Wishes, default: Quantization | None) -> Recipe:
+def _recipe(measured: Measured, wishes: ConvertOptions, default: Quantization | None) -> Recipe:
     """The best choice within the budget, as a recipe.
 
     Raises:

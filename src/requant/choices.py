@@ -22,7 +22,7 @@ from requant.relayout import Relayout
 from requant.schema import SKIP, Quantization
 from requant.specs import Spec, resolve_quantization
 from requant.target_fitting import Fit, fit_codes, fit_dense_layer
-from requant.wishes import Wishes
+from requant.wishes import ConvertOptions
 
 if TYPE_CHECKING:
     from requant.checkpoint import Checkpoint
@@ -77,7 +77,7 @@ class TargetSelector:
         checkpoint: Checkpoint,
         format_name: str,
         layout: SourceLayout,
-        options: Wishes,
+        options: ConvertOptions,
         relayout: Relayout | None = None,
     ) -> None:
         self.checkpoint, self.format, self.layout = checkpoint, format_name, layout
@@ -178,7 +178,7 @@ class TargetSelector:
 
 
 def _nonfinite(selector: TargetSelector, layer: SourceLayer) -> LayerDecision | None:
-    if layer.path not in selector.options.spoiled:
+    if layer.path not in selector.options.nonfinite_layers:
         return None
     reason = Reason(ReasonCode.NONFINITE, "holds NaN or infinity")
     return LayerDecision(layer, layer.encoding, reason)
@@ -342,7 +342,7 @@ Whatever they decide, a layer that mlx-lm's class holds dense becomes dense in m
 """
 
 
-def find_override(options: Wishes, path: str) -> Spec | None:
+def find_override(options: ConvertOptions, path: str) -> Spec | None:
     """The last override that matches: a target, SKIP, or None."""
     hits = [spec for pattern, spec in options.overrides if search(pattern, path)]
     return hits[-1] if hits else None

@@ -32,7 +32,7 @@ from requant.hub import find_repository
 from requant.memory import make_budget
 from requant.planner import Planned, plan_with_source
 from requant.sources import read_checkpoint
-from requant.wishes import Wishes
+from requant.wishes import ConvertOptions
 
 _BLOCK = 1 << 18  # values that are summed at a time
 
@@ -177,7 +177,7 @@ def _plans(a: Source, b: Source) -> list[Planned]:
     for source in (a, b):
         if find_repository(source, None) is not None:
             raise UsageError(f"compare reads folders and GGUF files; download {source} first")
-    wishes = Wishes.build(dequantize=True, dtype="float32")
+    wishes = ConvertOptions.from_arguments(dequantize=True, dtype="float32")
     checkpoints = [read_checkpoint(source) for source in (a, b)]
     plans = [plan_with_source(checkpoint, wishes) for checkpoint in checkpoints]
     if plans[0].plan.layout != plans[1].plan.layout:

@@ -16,13 +16,10 @@ from typing import Any
 
 from requant.conversion import Source
 from requant.errors import CheckpointError, ParseError, Problem, cannot_be, shown
-from requant.recipes import recipe_names
 from requant.record import read_record
 from requant.report import Group
-from requant.schema import QuantMode
 from requant.source_folder import RECORD
-from requant.specs import spec_text
-from requant.wishes import DTYPES, Wishes
+from requant.wishes import ConvertOptions
 
 SCHEMA_VERSION = 1  # of what --json prints, for all commands alike
 
@@ -100,7 +97,7 @@ class Figures:
         source_format: Name of the source's format.
         repository: Of the hub: id and commit of the source, where it came from there.
         source_files: Name, bytes and header's SHA-256 of each weight file of the source.
-        wishes: What was asked for.
+        options: What was asked for.
         tensors: Tensors in the output.
         layers: In the order of the source's bytes.
     """
@@ -111,7 +108,7 @@ class Figures:
     source_format: str
     repository: tuple[str, str] | None
     source_files: tuple[tuple[str, int, str], ...]
-    wishes: Wishes
+    options: ConvertOptions
     tensors: int
     layers: tuple[LayerFigures, ...]
 
@@ -177,7 +174,7 @@ class Figures:
 
     def command(self, source: str = "", output: str = "OUTPUT") -> str:
         """The command that gives this output again; ``source`` if it is not from the hub."""
-        words = ["requant", "convert", source or "SOURCE", output, *arguments(self.wishes)]
+        words = ["requant", "convert", source or "SOURCE", output, *self.options.command_words()]
         if self.repository is not None and not source:
             words[2] = self.repository[0]
             words += ["--revision", self.repository[1]]
@@ -189,10 +186,10 @@ class Figures:
         Files that the conversion was given besides the source are named as they were then.
         """
         words = ["requant", "verify", source, output]
-        if self.wishes.config_from is not None:
-            words += ["--config-from", self.wishes.config_from]
-        if self.wishes.statistics is not None:
-            words += ["--imatrix", self.wishes.statistics]
+        if self.options.config_from is not None:
+            words += ["--config-from", self.options.config_from]
+        if self.options.statistics is not None:
+            words += ["--imatrix", self.options.statistics]
         return shlex.join(words)
 
     def to_dict(self) -> dict[str, Any]:
@@ -205,7 +202,7 @@ class Figures:
             "source_format": self.source_format,
             "repository": self.repository and list(self.repository),
             "source_files": [list(file) for file in self.source_files],
-            "wishes": self.wishes.to_dict(),
+            "options": self.options.to_dict(),
             "command": self.command(output=self.output),
             "parameters": self.parameters,
             "bytes_in": self.bytes_in,
@@ -254,7 +251,7 @@ def read_figures(output: Source) -> Figures:
                 (_typed(x, "name", str), _typed(x, "nbytes", int), _typed(x, "header_sha256", str))
                 for x in _typed(source, "files", list)
             ),
-            wishes=Wishes.from_dict(_typed(record, "wishes", dict)),
+            options=ConvertOptions.from_dict(_typed(record, "options", dict)),
             tensors=len(_typed(record, "tensors", dict)),
             layers=tuple(_layer(name, _typed(layers, name, dict)) for name in layers),
         )
@@ -268,50 +265,6 @@ def _repository(value: Any) -> tuple[str, str] | None:
     if not isinstance(value, list) or [type(x) for x in value] != [str, str]:
         raise ParseError(f"source.repository: is {shown(value)}, expected an id and a commit")
     return value[0], value[1]
-
-
-def arguments(wishes: Wishes) -> list[str]:
-    """What was wished, as it is typed after ``requant convert SOURCE OUTPUT``.
-
-    A recipe that is none of requant's own stands as ``NAME.toml``: its file is not at hand.
-    """
-    recipe, words = wishes.recipe, []
-    if wishes.budget is not None:
-        words += ["--budget", wishes.budget]
-    target = None if recipe is not None and wishes.quantization == recipe.default else "default"
-    if target and wishes.quantization is not None:
-        q = wishes.quantization
-        words += [] if q.mode is QuantMode.AFFINE else ["--mode", q.mode.value]
-        if q.mode is QuantMode.AFFINE:
-            words += ["--bits", str(q.bits)]
-            words += [] if wishes.own_groups else ["--group-size", str(q.group_size)]
-    if recipe is not None and wishes.budget is None:
-        known = recipe.name in recipe_names()
-        words += ["--recipe", recipe.name if known else f"{recipe.name}.toml"]
-    for pattern, spec in wishes.overrides:
-        words += ["--override", f"{pattern}={spec_text(spec)}"]
-    for pattern in wishes.only:
-        words += ["--only", pattern]
-    given = Wishes()
-    if wishes.dtype is not None:
-        words += ["--dtype", next(word for word, name in DTYPES.items() if name == wishes.dtype)]
-    for name in ("layout", "act_order", "search"):
-        if getattr(wishes, name) != getattr(given, name):
-            words += ["--" + name.replace("_", "-"), str(getattr(wishes, name))]
-    if wishes.config_from is not None:
-        words += ["--config-from", wishes.config_from]
-    if wishes.statistics is not None:
-        words += ["--imatrix", wishes.statistics]
-    if wishes.max_shard_bytes != given.max_shard_bytes:
-        words += ["--shard-size", str(wishes.max_shard_bytes)]
-    flags = {
-        "--dequantize": wishes.dequantize,
-        "--gptq": wishes.gptq,
-        "--keep-extra": wishes.keep_extra,
-        "--fold-rotation": wishes.fold_rotation,
-        "--allow-nonfinite": bool(wishes.spoiled),
-    }
-    return words + [flag for flag, given_ in flags.items() if given_]
 
 
 def _layer(name: str, entry: Mapping[str, Any]) -> LayerFigures:

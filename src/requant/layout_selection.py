@@ -22,7 +22,7 @@ from requant.schema import Quantization
 from requant.specs import resolve_quantization
 from requant.target_fitting import fit_codes, fit_group
 from requant.tied_heads import agreed, laid_out
-from requant.wishes import Wishes
+from requant.wishes import ConvertOptions
 
 _MAX_REASON_CHARS = 240
 
@@ -47,7 +47,9 @@ class LayoutResult:
     rejection: str = ""
 
 
-def choose_layout(checkpoint: Checkpoint, layout: SourceLayout, options: Wishes) -> LayoutResult:
+def choose_layout(
+    checkpoint: Checkpoint, layout: SourceLayout, options: ConvertOptions
+) -> LayoutResult:
     """Choose between mlx-lm's layout and the source's names.
 
     Args:
@@ -68,7 +70,7 @@ def choose_layout(checkpoint: Checkpoint, layout: SourceLayout, options: Wishes)
         return _source_layout(checkpoint, layout, options, rejection=_first_problem(error))
 
 
-def why_not_mlx_lm(chosen: LayoutResult, options: Wishes) -> str:
+def why_not_mlx_lm(chosen: LayoutResult, options: ConvertOptions) -> str:
     """Why mlx-lm's layout cannot be made, tried now where it was not; "" where it can."""
     if chosen.relayout is not None or chosen.rejection:
         return chosen.rejection
@@ -80,7 +82,7 @@ def why_not_mlx_lm(chosen: LayoutResult, options: Wishes) -> str:
 
 
 def _source_layout(
-    checkpoint: Checkpoint, layout: SourceLayout, options: Wishes, rejection: str = ""
+    checkpoint: Checkpoint, layout: SourceLayout, options: ConvertOptions, rejection: str = ""
 ) -> LayoutResult:
     """The layers under the source's names, with a head that is the embedding left out."""
     agreement = agreed(checkpoint, layout)
@@ -88,7 +90,9 @@ def _source_layout(
     return LayoutResult(agreement.checkpoint, folded, None, agreement.notes, rejection)
 
 
-def _mlx_lm_layout(checkpoint: Checkpoint, layout: SourceLayout, options: Wishes) -> LayoutResult:
+def _mlx_lm_layout(
+    checkpoint: Checkpoint, layout: SourceLayout, options: ConvertOptions
+) -> LayoutResult:
     """mlx-lm's layout of all tensors, or of those that the model computes with.
 
     Raises:
@@ -111,7 +115,9 @@ def _mlx_lm_layout(checkpoint: Checkpoint, layout: SourceLayout, options: Wishes
     return LayoutResult(made, moved.layers, moved, notes)
 
 
-def _mlx_lm_relayout(checkpoint: Checkpoint, layout: SourceLayout, options: Wishes) -> Relayout:
+def _mlx_lm_relayout(
+    checkpoint: Checkpoint, layout: SourceLayout, options: ConvertOptions
+) -> Relayout:
     """The layers under mlx-lm's names.
 
     Raises:
@@ -133,7 +139,7 @@ def _mlx_lm_relayout(checkpoint: Checkpoint, layout: SourceLayout, options: Wish
     return moved if moved.keeps_row_orders else take(checkpoint, layout)
 
 
-def _fold_act_order(layout: SourceLayout, options: Wishes) -> SourceLayout:
+def _fold_act_order(layout: SourceLayout, options: ConvertOptions) -> SourceLayout:
     """Move act-order into the layers before it, wherever the codes then stay as they are."""
 
     def keeps(layer: SourceLayer) -> bool:

@@ -14,36 +14,40 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from requant.blueprint import OutputTensor, Plan
 from requant.budgets import settle
-from requant.conversion import Source, carry_out
+from requant.conversion import Source
 from requant.errors import BackendError, CheckpointError, Problem, UsageError, in_a_line
 from requant.hub import find_repository, reach
 from requant.mlx_lm_classes import why_no_class
-from requant.plan_source import PlanSource
-from requant.planner import Planned
+from requant.option_signatures import read_arguments, takes_options
+from requant.planner import Planned, plan_with_source
 from requant.reasons import NoteCode
 from requant.report import Report
+from requant.runner import options_for_retry, run_once
 from requant.schema import Quantization
-from requant.wishes import Wishes
+from requant.sources import as_checkpoint
 
 if TYPE_CHECKING:
     import mlx.core as mx
 
+    from requant.option_keywords import LoadKeywords
 
+
+@takes_options("load")
 def load(
     source: Source,
     quantization: Quantization | None = None,
     *,
     tokenizer_config: Mapping[str, Any] | None = None,
-    **wishes: Any,
+    **arguments: Unpack[LoadKeywords],
 ) -> tuple[Any, Any]:
     """Convert a checkpoint in memory and load it, ready for ``mlx_lm.generate``.
 
     The model is the one that ``mlx_lm.load`` gives for what ``requant.convert`` writes with
-    the same wishes; beside it, memory holds one tensor at a time.
+    the same options; beside it, memory holds one tensor at a time.
 
     Args:
         source: Folder of any supported format, a GGUF file, or ``org/name`` on the hub, whose
@@ -51,11 +55,8 @@ def load(
         quantization: As in ``requant.convert``: None keeps a quantized source as it is, and
             means affine, 4 bits, group 64 for a dense one.
         tokenizer_config: Options of the tokenizer, as ``mlx_lm.load`` takes them.
-        **wishes: What else ``requant.convert`` takes, but for what concerns files: ``bits``,
-            ``group_size``, ``mode``, ``dequantize``, ``dtype``, ``overrides``, ``only``,
-            ``recipe``, ``act_order``, ``fold_rotation``, ``search``, ``statistics``, ``gptq``,
-            ``config_from``, ``budget``, ``threads``, ``max_memory``, ``allow_nonfinite``,
-            ``allow_overflow``, ``progress``, ``revision``.
+        **arguments: The options of ``requant.convert`` that do not concern files, each by its
+            name; ``help`` and the reference list them.
 
     Returns:
         The model and the tokenizer.
@@ -63,14 +64,14 @@ def load(
     Raises:
         CheckpointError: Everything that is wrong with the source; also that mlx-lm is not
             installed, or has no class for the model.
-        UsageError: Wishes that contradict each other or name no layer.
+        UsageError: Options that contradict each other or match no layer.
 
     Example:
         >>> import requant.mlx_lm, mlx_lm  # doctest: +SKIP
         >>> model, tokenizer = requant.mlx_lm.load("Qwen3-30B-A3B", bits=4)  # doctest: +SKIP
         >>> mlx_lm.generate(model, tokenizer, prompt="Hello")  # doctest: +SKIP
     """
-    loaded = load_with_report(source, quantization, tokenizer_config=tokenizer_config, **wishes)
+    loaded = load_with_report(source, quantization, tokenizer_config=tokenizer_config, **arguments)
     return loaded.model, loaded.tokenizer
 
 
@@ -91,16 +92,17 @@ class Loaded:
     load_s: float
 
 
+@takes_options("load")
 def load_with_report(
     source: Source,
     quantization: Quantization | None = None,
     *,
     tokenizer_config: Mapping[str, Any] | None = None,
-    **wishes: Any,
+    **arguments: Unpack[LoadKeywords],
 ) -> Loaded:
     """Do as ``load`` does, and say what the conversion did."""
     began = time.perf_counter()
-    weights, report, planned = _convert(source, quantization, **wishes)
+    weights, report, planned = _convert(source, quantization, **arguments)
     _check_tokenizer(source, report.plan)
     with _failing(source, "mlx-lm, building the model"):
         model, config = _build(report.plan.config, weights)
@@ -141,8 +143,9 @@ def _check_tokenizer(source: Source, plan: Plan) -> None:
         raise CheckpointError(str(source), [Problem("tokenizer", notes[0].text)])
 
 
+@takes_options("load")
 def load_weights(
-    source: Source, quantization: Quantization | None = None, **wishes: Any
+    source: Source, quantization: Quantization | None = None, **arguments: Unpack[LoadKeywords]
 ) -> tuple[dict[str, mx.array], Report]:
     """Convert a checkpoint into arrays under mlx-lm's names.
 
@@ -152,35 +155,35 @@ def load_weights(
         The weights by name, and the report of the conversion; its plan holds the
         ``config.json`` that belongs to them.
     """
-    weights, report, _ = _convert(source, quantization, **wishes)
+    weights, report, _ = _convert(source, quantization, **arguments)
     return weights, report
 
 
 def _convert(
-    source: Source, quantization: Quantization | None, **wishes: Any
+    source: Source, quantization: Quantization | None, **arguments: Unpack[LoadKeywords]
 ) -> tuple[dict[str, mx.array], Report, Planned]:
     """The weights, the report, and the plan with what it was run on."""
     began = time.perf_counter()
-    options = {name: wishes.pop(name) for name in _OPTIONS if name in wishes}
-    revision = wishes.pop("revision", None)
-    made = Wishes.build(quantization, **wishes, layout="mlx-lm")
+    options, run = read_arguments("load", quantization, arguments, layout="mlx-lm")
     check_installed(Path(source))
-    place = reach(source, find_repository(source, revision), made.config_from)
-    results: list[dict[str, mx.array]] = []
-    measuring = {name: x for name, x in options.items() if name != "allow_overflow"}
-    made = settle(place, made, **measuring)
-    planned, outcome = carry_out(
-        place,
-        made,
-        _in_memory,
-        lambda sink, _: results.append(sink.arrays),
-        **options,
+    opened = reach(source, find_repository(source, run.revision), options.config_from)
+    options = settle(
+        opened,
+        options,
+        threads=run.threads,
+        max_memory=run.max_memory,
+        allow_nonfinite=run.allow_nonfinite,
+        progress=run.progress,
+        chunk_bytes=run.chunk_bytes,
     )
-    report = Report.build(planned.plan, "", outcome, time.perf_counter() - began)
-    return results[0], report, planned
-
-
-_OPTIONS = ("max_memory", "threads", "allow_nonfinite", "allow_overflow", "progress", "chunk_bytes")
+    while True:
+        planned = plan_with_source(as_checkpoint(opened, options.config_from), options)
+        memory = Memory(planned.plan)
+        attempt = run_once(planned, memory, options, run)
+        if not attempt.problems:
+            report = Report.build(planned.plan, "", attempt.result, time.perf_counter() - began)
+            return memory.arrays, report, planned
+        options = options_for_retry(planned.plan, attempt, options, run)
 
 
 def check_installed(source: Path) -> None:
@@ -222,13 +225,8 @@ class Memory:
 
 
 @contextmanager
-def _in_memory(plan: Plan, source: PlanSource, options: Wishes) -> Iterator[Memory]:
-    yield Memory(plan)
-
-
-@contextmanager
 def _tokenizer_folder(planned: Planned) -> Iterator[Path]:
-    """The folder with the tokenizer's files; those that a GGUF file stands for are made."""
+    """The folder with the tokenizer's files; those of a GGUF file are generated."""
     plan, checkpoint = planned.plan, planned.source.checkpoint
     if checkpoint.gguf is None:
         yield checkpoint.path

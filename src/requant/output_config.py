@@ -59,7 +59,9 @@ def output_config(
     config.pop("rotation", None)
     if rotated and selector.layout.rotation is not None:
         config["rotation"] = dict(selector.layout.rotation)
-    is_changed = options.overrides or options.only or options.spoiled or selector.format != "dense"
+    is_changed = (
+        options.overrides or options.only or options.nonfinite_layers or selector.format != "dense"
+    )
     by_recipe = options.recipe is not None and not options.recipe.is_mixed
     if selector.mlx_lm is not None and not (is_changed or by_recipe):
         return config  # mlx-lm's own: its block describes exactly what was decided

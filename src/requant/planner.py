@@ -41,7 +41,7 @@ from requant.statistics import read_statistics
 from requant.steps import fidelity, layer_steps, material_steps
 from requant.unnamed_matrices import UnnamedMatrices, find_unnamed_matrices
 from requant.weighting import weighted
-from requant.wishes import Wishes
+from requant.wishes import ConvertOptions
 
 _CODES_WIDENED = Reason(
     ReasonCode.CODES_WIDENED, "the same codes, scales and biases in more bits or smaller groups"
@@ -55,13 +55,15 @@ class Planned(NamedTuple):
     source: PlanSource
 
 
-def make_plan(checkpoint: Checkpoint, options: Wishes, *, is_trial: bool = False) -> Plan:
+def make_plan(checkpoint: Checkpoint, options: ConvertOptions, *, is_trial: bool = False) -> Plan:
     """The plan alone of ``plan_with_source``: data, for a conversion that is not run here."""
     return plan_with_source(checkpoint, options, is_trial=is_trial).plan
 
 
 @time_counted()
-def plan_with_source(checkpoint: Checkpoint, options: Wishes, *, is_trial: bool = False) -> Planned:
+def plan_with_source(
+    checkpoint: Checkpoint, options: ConvertOptions, *, is_trial: bool = False
+) -> Planned:
     """Plan what ``options`` make of a checkpoint.
 
     Args:
@@ -84,7 +86,7 @@ def plan_with_source(checkpoint: Checkpoint, options: Wishes, *, is_trial: bool 
     decisions = selector.select()
     unnamed = _check_decisions(selector, decisions, chosen.rejection, is_trial=is_trial)
     work = _plan_layers(selector, decisions)
-    shards, steps = place(work.steps, options.max_shard_bytes, _names_of(chosen))
+    shards, steps = place(work.steps, options.shard_size, _names_of(chosen))
     rotated = bool(rotated_layers(decisions))
     quantization = output_quantization(selector, decisions)
     config = output_config(selector, decisions, quantization, rotated=rotated)
@@ -261,7 +263,7 @@ def _layout_notes(chosen: LayoutResult) -> Iterator[Note]:
 
 def _notes_on_loaders(
     chosen: LayoutResult,
-    options: Wishes,
+    options: ConvertOptions,
     layers: Sequence[LayerPlan],
     shards: Sequence[OutputShard],
     config: Mapping[str, Any],

@@ -253,7 +253,7 @@ def _speaks(figures: Figures) -> bool:
     config = read_json(Path(figures.output), CONFIG)
     named = config.get("architectures")
     causal = isinstance(named, list) and any(str(x).endswith("ForCausalLM") for x in named)
-    return causal or (figures.wishes.layout == "mlx-lm" and _generates(figures, config))
+    return causal or (figures.options.layout == "mlx-lm" and _generates(figures, config))
 
 
 def _generates(figures: Figures, config: Mapping[str, Any]) -> bool:
@@ -280,11 +280,11 @@ def _table(figures: Figures) -> str:
 
 
 def _statistics(figures: Figures) -> str:
-    name = figures.wishes.statistics
+    name = figures.options.statistics
     if name is None:
         return ""
     weighed = "Errors count by how large the inputs of each layer are on a text"
-    if figures.wishes.gptq:
+    if figures.options.gptq:
         weighed += ", and those of a column are made good in the columns after it (GPTQ)"
     return (
         f"{weighed}: `{name}` holds these statistics. It is not in this repository; making and "
@@ -306,7 +306,7 @@ def _errors(figures: Figures) -> str:
 
 def _running(figures: Figures, repository: str) -> str:
     config = read_json(Path(figures.output), CONFIG)
-    if figures.wishes.layout != "mlx-lm":
+    if figures.options.layout != "mlx-lm":
         return (
             "Tensors have the source's names: for loaders of one's own. For mlx-lm, convert with "
             "`--layout mlx-lm`, if it has a class for the model.\n"

@@ -63,7 +63,7 @@ def make_record(
 
     Args:
         plan: What was carried out.
-        wishes: What the plan was made from, as ``Wishes.to_dict`` gives it.
+        wishes: What the plan was made from, as ``ConvertOptions.to_dict`` gives it.
         hashes: Tensor -> SHA-256 of its bytes.
         files: File that is no weight -> SHA-256 of its bytes.
         errors: Layer -> its relative RMS error and the largest error in steps, where new codes
@@ -77,7 +77,7 @@ def make_record(
         "requant": version(),
         "plan": plan.hash,
         # A path says nothing elsewhere: what verifies against a GGUF source names it again.
-        "wishes": dict(wishes)
+        "options": dict(wishes)
         | {"layout": plan.layout, "config_from": None, "statistics": _file_name(wishes)},
         "source": {
             "format": plan.format,

@@ -18,7 +18,7 @@ from requant.head_names import serves_as_head
 from requant.patterns import search
 from requant.reasons import Note, NoteCode
 from requant.schema import SKIP, Quantization
-from requant.wishes import Wishes
+from requant.wishes import ConvertOptions
 
 _REASONS = 3  # of many reasons, how many a message gives
 _KEEPS_CODES = "keeps its codes"
@@ -113,7 +113,7 @@ def _why_nothing(selector: TargetSelector, decisions: Iterable[LayerDecision]) -
     return "; ".join(reasons) or "there is no tensor named .weight"
 
 
-def _asked(options: Wishes) -> list[str]:
+def _asked(options: ConvertOptions) -> list[str]:
     """The options that ask for a quantization."""
     given = []
     if options.budget is not None:

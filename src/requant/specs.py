@@ -98,6 +98,44 @@ SIZE_UNITS |= {f"{unit}IB": size for unit, size in SIZE_UNITS.items() if unit}
 SIZE_UNITS |= {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
+def parse_size(text: str) -> int:
+    """Bytes of a size such as ``500MB``.
+
+    ``KB``, ``MB``, ``GB`` count in thousands, ``KiB``, ``MiB``, ``GiB`` and the bare
+    ``K``, ``M``, ``G`` in 1024s; upper or lower case; no unit means bytes.
+
+    Raises:
+        UsageError: The text is no size, or less than a byte.
+
+    Example:
+        >>> parse_size("2GB"), parse_size("1.5KiB")
+        (2000000000, 1536)
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    unit = SIZE_UNITS.get(match[2].upper()) if match else None
+    if match is None or unit is None:
+        raise UsageError(f"{text!r} is no size; write 500MB, 2GB, 1GiB or plain bytes")
+    whole, _, part = match[1].partition(".")
+    nbytes: int = int(whole + part) * unit // 10 ** len(part)
+    if nbytes < 1:
+        raise UsageError(f"{text!r} is less than one byte")
+    return nbytes
+
+
+def size_text(nbytes: int) -> str:
+    """A size as ``parse_size`` reads it, in the largest binary unit that divides it.
+
+    Example:
+        >>> size_text(5 << 30), size_text(1000)
+        ('5GiB', '1000')
+    """
+    units = ((unit, SIZE_UNITS[unit]) for unit in ("TIB", "GIB", "MIB", "KIB"))
+    for unit, size in units:
+        if nbytes and nbytes % size == 0:
+            return f"{nbytes // size}{unit[0]}iB"
+    return str(nbytes)
+
+
 @dataclass(frozen=True, slots=True)
 class SizeBudget:
     """How large an output may be.

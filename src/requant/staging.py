@@ -157,7 +157,7 @@ class StagingFolder:
 def spoiled_before(output: Path) -> list[str]:
     """Layers that a stopped run of this output had found to hold NaN or infinity."""
     head, _ = read_journal(staging_of(output) / "journal")
-    found = head.get("spoiled", [])
+    found = head.get("nonfinite_layers", [])
     return [layer for layer in found if isinstance(layer, str)] if isinstance(found, list) else []
 
 

@@ -19,11 +19,11 @@ from requant.formats.packing import Exactness, Fidelity, Packing
 from requant.formats.widening import stored_rows, widened
 from requant.relayout import Relayout
 from requant.schema import Quantization, QuantMode
-from requant.wishes import Wishes
+from requant.wishes import ConvertOptions
 
 
 def layer_steps(
-    layer: SourceLayer, target: Quantization | None, dtype: str, wishes: Wishes
+    layer: SourceLayer, target: Quantization | None, dtype: str, wishes: ConvertOptions
 ) -> Iterator[Step]:
     """The work on one layer.
 
@@ -50,7 +50,7 @@ def layer_steps(
 
 
 def _coding_step(
-    layer: SourceLayer, target: Quantization | None, dtype: str, wishes: Wishes
+    layer: SourceLayer, target: Quantization | None, dtype: str, wishes: ConvertOptions
 ) -> Step:
     encoding = layer.encoding
     operation = Operation.ENCODE
@@ -82,7 +82,7 @@ def _packed_steps(
     packing: Packing,
     target: Quantization | None,
     dtype: str,
-    wishes: Wishes,
+    wishes: ConvertOptions,
 ) -> Iterator[Step]:
     """Move the codes where they stay, else decode, and encode again where wished.
 
@@ -173,7 +173,9 @@ def _global_scale_steps(layer: SourceLayer) -> Iterator[Step]:
         output_row += run.count
 
 
-def material_steps(layout: SourceLayout, moved: Relayout | None, wishes: Wishes) -> dict[str, Step]:
+def material_steps(
+    layout: SourceLayout, moved: Relayout | None, wishes: ConvertOptions
+) -> dict[str, Step]:
     """The steps that make dense what computed tensors are made from."""
     if moved is None:
         return {}
@@ -182,7 +184,7 @@ def material_steps(layout: SourceLayout, moved: Relayout | None, wishes: Wishes)
     return {name: _material(moved.shown[name], wishes) for name in dict.fromkeys(names)}
 
 
-def _material(layer: SourceLayer, wishes: Wishes) -> Step:
+def _material(layer: SourceLayer, wishes: ConvertOptions) -> Step:
     if layer.packing is not None:
         return next(_packed_steps(layer, layer.packing, None, layer.dtype, wishes))
     if layer.encoding is not None:

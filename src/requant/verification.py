@@ -47,7 +47,7 @@ from requant.source_folder import (
     open_regular,
 )
 from requant.sources import as_checkpoint, read_checkpoint
-from requant.wishes import Wishes
+from requant.wishes import ConvertOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,9 +279,9 @@ def _repeated_plan(
     Raises:
         UsageError: It was made with a statistics file, and none is given; or the reverse.
     """
-    wishes = record.get("wishes")
+    wishes = record.get("options")
     try:
-        made = Wishes.from_dict(wishes if isinstance(wishes, Mapping) else {})
+        made = ConvertOptions.from_dict(wishes if isinstance(wishes, Mapping) else {})
         if made.statistics is not None and statistics is None:
             raise UsageError(
                 f"the output was made with statistics, {made.statistics}: name that file with "
@@ -292,7 +292,7 @@ def _repeated_plan(
         repeated = replace(made, config_from=config_from, statistics=statistics)
         planned = plan_with_source(as_checkpoint(source, config_from), repeated)
     except ParseError as error:
-        found.add(f"{RECORD}: wishes", str(error))
+        found.add(f"{RECORD}: options", str(error))
         return None
     plan = planned.plan
     if plan.hash != record.get("plan"):

@@ -293,7 +293,7 @@ class OutputFolder:
             "requant": version(),
             "plan": self.plan.hash,
             "sources": self._stamps(),
-            "spoiled": sorted(self.wishes.get("spoiled", ())),
+            "nonfinite_layers": sorted(self.wishes.get("nonfinite_layers", ())),
         }
 
     def _stamps(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from requant import OutputError, __version__, conversion
+from requant import OutputError, __version__, conversion, runner
 from tests.support.checkpoints import write_model
 from tests.support.commands import COMMANDS, Result
 from tests.support.number_formats import BF16
@@ -414,7 +414,7 @@ def test_interrupt_exits_130(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:  # all is written, nothing is published
-        patch.setattr(conversion, "_refused", interrupt)
+        patch.setattr(runner, "_find_fatal_values", interrupt)
         result = requant("convert", model, tmp_path / "out")
     kept = tmp_path / ".out.requant-partial"
     words = f"interrupted; 100% is done and kept in {kept}; the same command goes on from there"

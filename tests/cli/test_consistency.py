@@ -14,17 +14,18 @@ import pytest
 
 import requant
 import requant.mlx_lm
-from requant.cli.options import parse_size
 from requant.memory import make_budget
+from requant.option_table import options_of
 from requant.page import render_page
 from requant.recipes import load_recipe
-from requant.wishes import Wishes
+from requant.specs import parse_size
+from requant.wishes import ConvertOptions, RunOptions
 from tests.support.commands import COMMANDS, Result, check_usage
 
 # Where the function of a command is another, or several, than ``requant.NAME``.
 DOORS: dict[str, tuple[Callable[..., Any], ...]] = {
     "convert": (requant.convert, requant.upload),
-    "generate": (requant.convert, requant.mlx_lm.generate),  # load(**wishes) are convert's
+    "generate": (requant.convert, requant.mlx_lm.generate),  # load's options are convert's
     "plan": (requant.plan, make_budget),
     "recipes": (load_recipe,),
     "report": (requant.read_figures, render_page),
@@ -72,16 +73,17 @@ def test_help_has_examples_that_parse(requant: Callable[..., Result], command: s
         check_usage(line)
 
 
-def test_the_doors_take_the_same_wishes() -> None:
-    """plan, convert and what checks for both: same names, same defaults."""
-    doors = (requant.plan, requant.convert, Wishes.build)
-    plan, convert, build = (dict(inspect.signature(door).parameters) for door in doors)
-    build["shard_size"] = build.pop("max_shard_bytes")  # the field's name, which records keep
-    for name, parameter in build.items():
-        for known in (plan, convert):
-            assert known[name].default == parameter.default, name
-            assert known[name].kind == parameter.kind, name
-    assert plan.keys() <= convert.keys()
+def test_the_functions_take_the_options_of_the_table() -> None:
+    table = options_of(ConvertOptions, RunOptions)
+    functions = {"plan": requant.plan, "convert": requant.convert, "load": requant.mlx_lm.load}
+    for name, function in functions.items():
+        found = inspect.signature(function).parameters
+        for entry in table.values():
+            assert (entry.name in found) == (name in entry.functions), (name, entry.name)
+            if entry.name in found:
+                assert found[entry.name].default == entry.default
+                assert f"\n    {entry.name}: " in (inspect.getdoc(function) or "")
+        assert inspect.Parameter.VAR_KEYWORD not in {x.kind for x in found.values()}
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -6,11 +6,11 @@ from types import SimpleNamespace
 from typing import cast
 
 import pytest
-import typer
 
 from requant.cli import tables, words
-from requant.cli.options import parse_size
+from requant.errors import UsageError
 from requant.report import Report
+from requant.specs import parse_size, size_text
 
 
 @pytest.mark.parametrize(
@@ -34,8 +34,13 @@ def test_size(text: str, nbytes: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "GB", "-1", "1e9", "1,5GB", "2GBit", "0", "0.4"])
 def test_what_is_no_size(text: str) -> None:
-    with pytest.raises(typer.BadParameter):
+    with pytest.raises(UsageError):
         parse_size(text)
+
+
+@pytest.mark.parametrize("nbytes", [1, 1000, 1 << 20, 5 << 30, (1 << 20) + 1, 3 << 40])
+def test_a_size_is_read_back(nbytes: int) -> None:
+    assert parse_size(size_text(nbytes)) == nbytes
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from requant.recipes import (
     toml_of,
 )
 from requant.schema import SKIP, Quantization
-from requant.wishes import Wishes
+from requant.wishes import ConvertOptions
 
 AFFINE = Quantization.affine
 PATHS = [
@@ -190,17 +190,20 @@ def test_what_is_said_replaces_the_default(
     wishes: dict, default: Quantization, tmp_path: Path
 ) -> None:
     (tmp_path / "mine.toml").write_text("[default]\nbits = 3\ngroup_size = 32\n")
-    assert Wishes.build(recipe=tmp_path / "mine.toml", **wishes).quantization == default
+    assert (
+        ConvertOptions.from_arguments(recipe=tmp_path / "mine.toml", **wishes).quantization
+        == default
+    )
 
 
 def test_wishes_that_a_recipe_contradicts(tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text('[default]\nmode = "mxfp4"\n')
     with pytest.raises(UsageError, match="choose one"):
-        Wishes.build(recipe="ends-8", dequantize=True)
+        ConvertOptions.from_arguments(recipe="ends-8", dequantize=True)
     with pytest.raises(UsageError, match="mixed_2_6 is for the affine mode, not mxfp4"):
-        Wishes.build(recipe="mixed_2_6", mode="mxfp4")
+        ConvertOptions.from_arguments(recipe="mixed_2_6", mode="mxfp4")
     with pytest.raises(OutOfRangeError, match="mxfp4 takes"):
-        Wishes.build(recipe=tmp_path / "mine.toml", bits=8)
+        ConvertOptions.from_arguments(recipe=tmp_path / "mine.toml", bits=8)
 
 
 # -- errors ----------------------------------------------------------------------------
@@ -271,11 +274,13 @@ def test_names_and_files_that_are_not_there(tmp_path: Path) -> None:
 def test_a_recipe_turns_the_search_on(tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
     file.write_text('search = "fast"\n[default]\nbits = 3\n')
-    assert Wishes.build(recipe=file).search == "fast"
-    assert Wishes.build(recipe=file, search="best").search == "best"
+    assert ConvertOptions.from_arguments(recipe=file).search == "fast"
+    assert ConvertOptions.from_arguments(recipe=file, search="best").search == "best"
     recipe = load_recipe(file)
     assert parse_recipe(toml_of(recipe), str(file)) == recipe
-    assert Wishes.from_dict(Wishes.build(recipe=file).to_dict()) == Wishes.build(recipe=file)
+    assert ConvertOptions.from_dict(
+        ConvertOptions.from_arguments(recipe=file).to_dict()
+    ) == ConvertOptions.from_arguments(recipe=file)
     file.write_text('search = "slow"\n[default]\nbits = 3\n')
     with pytest.raises(UsageError, match="search: is 'slow', expected fast or best"):
         load_recipe(file)

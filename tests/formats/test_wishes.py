@@ -1,4 +1,4 @@
-"""Wishes on a quantized source: decode and encode in one pass is the same as in two."""
+"""ConvertOptions on a quantized source: decode and encode in one pass is the same as in two."""
 
 from __future__ import annotations
 

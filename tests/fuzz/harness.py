@@ -31,7 +31,7 @@ from requant.safetensors_header import parse_header
 from requant.sources import read_checkpoint
 from requant.statistics import read_statistics
 from requant.verification import verify
-from requant.wishes import Wishes
+from requant.wishes import ConvertOptions
 from tests.support.safetensors_files import prefixed
 
 HERE = Path(__file__).parent
@@ -324,7 +324,10 @@ class FolderReader:
     def __call__(self, folder: Folder) -> None:
         """Plan to keep what is there, and to make it dense."""
         self.write(folder)
-        for wishes in (Wishes(layout="keep"), Wishes(layout="keep", dequantize=True)):
+        for wishes in (
+            ConvertOptions(layout="keep"),
+            ConvertOptions(layout="keep", dequantize=True),
+        ):
             try:
                 plan = make_plan(read_checkpoint(self.place), wishes)
                 assert len(plan.hash) == 64
@@ -342,7 +345,10 @@ class GgufReader:
         shutil.rmtree(self.place, ignore_errors=True)
         self.place.mkdir(parents=True)
         (self.place / "m.gguf").write_bytes(data)
-        for wishes in (Wishes(layout="keep"), Wishes(layout="keep", dequantize=True)):
+        for wishes in (
+            ConvertOptions(layout="keep"),
+            ConvertOptions(layout="keep", dequantize=True),
+        ):
             try:
                 checkpoint = read_checkpoint(self.place / "m.gguf")
                 plan = make_plan(checkpoint, wishes)
@@ -680,8 +686,8 @@ def record_value(rng: random.Random) -> Any:
             name = rng.choice([*_PATHS, "extra.json", "x.weight", "", "x" * 300, "\ud800"])
             if isinstance(record.get(key), dict):
                 record[key][name] = rng.choice(list(_ODD))
-        elif kind < 0.4 and isinstance(record.get("wishes"), dict):
-            record["wishes"] = damage_json(record["wishes"], rng)
+        elif kind < 0.4 and isinstance(record.get("options"), dict):
+            record["options"] = damage_json(record["options"], rng)
         else:
             record = damage_json(record, rng)
     return record if isinstance(record, dict) else {"record": record}

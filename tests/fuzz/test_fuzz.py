@@ -12,7 +12,7 @@ import pytest
 from requant.errors import RequantError
 from requant.planner import make_plan
 from requant.sources import read_checkpoint
-from requant.wishes import Wishes
+from requant.wishes import ConvertOptions
 from tests.fuzz.harness import (
     SEEDS,
     SLOW_S,
@@ -38,7 +38,9 @@ def test_the_corpus_is_mostly_read(tmp_path: Path) -> None:
     for folder in corpus():
         reader.write(folder)
         with suppress(RequantError):
-            make_plan(read_checkpoint(tmp_path / "source"), Wishes(layout="keep", dequantize=True))
+            make_plan(
+                read_checkpoint(tmp_path / "source"), ConvertOptions(layout="keep", dequantize=True)
+            )
             read += 1
     assert read > len(corpus()) * 0.6, read
 

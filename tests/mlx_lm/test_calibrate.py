@@ -24,7 +24,7 @@ from requant.errors import CheckpointError, OutputError, UsageError
 from requant.planner import plan_with_source
 from requant.sources import read_checkpoint
 from requant.statistics import Importance, read_statistics
-from requant.wishes import Wishes
+from requant.wishes import ConvertOptions
 from tests.support.checkpoints import model
 from tests.support.families import small_config
 from tests.support.gguf_files import write_gguf
@@ -302,7 +302,7 @@ class _Model(nn.Module):
 
 
 def layered(model: Any) -> blocks.Layered:
-    plan, source = plan_with_source(read_checkpoint(LLAMA), Wishes(dequantize=True))
+    plan, source = plan_with_source(read_checkpoint(LLAMA), ConvertOptions(dequantize=True))
     return blocks.Layered(model, replace(plan, steps=(), shards=()), source, None)
 
 

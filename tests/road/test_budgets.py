@@ -176,7 +176,7 @@ def test_a_stopped_run_goes_on_without_measuring(
 ) -> None:
     output = tmp_path / "out"
     with monkeypatch.context() as patched:
-        patched.setattr("requant.conversion.run_plan", None)  # stops after the measuring
+        patched.setattr("requant.runner.run_plan", None)  # stops after the measuring
         with pytest.raises(TypeError):
             requant.convert(source, output, budget=4, **KEEP)
     assert measured_of(output).exists()
@@ -190,7 +190,7 @@ def _recipe_of(output: Path, tmp_path: Path) -> Path:
     from requant.recipes import recipe_from_dict, toml_of
 
     record = json.loads((output / "requant.json").read_text())
-    told = record["wishes"]["recipe"]
+    told = record["options"]["recipe"]
     file = tmp_path / "again.toml"
     file.write_text(toml_of(recipe_from_dict(told | {"default": None})))
     return file

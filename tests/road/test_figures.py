@@ -120,7 +120,7 @@ def test_a_foreign_record_is_refused(
         requant.read_figures(folder)
 
 
-@pytest.mark.parametrize("key, value", [("wishes", {}), ("layers", []), ("source", None)])
+@pytest.mark.parametrize("key, value", [("options", {}), ("layers", []), ("source", None)])
 def test_a_torn_record_is_refused(
     converted: tuple[Path, requant.Report], tmp_path: Path, key: str, value: Any
 ) -> None:

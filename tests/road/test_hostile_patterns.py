@@ -23,7 +23,7 @@ from requant.planner import make_plan
 from requant.record import record_hash, spelled
 from requant.sources import read_checkpoint
 from requant.transform import transform_weights
-from requant.wishes import Wishes
+from requant.wishes import ConvertOptions
 from tests.fuzz.harness import FolderReader, corpus
 from tests.support.plan_texts import note_texts
 
@@ -111,7 +111,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 def test_of_a_foreign_config(place: str, tmp_path: Path, asked: set[str]) -> None:
     FolderReader(tmp_path / "source").write(with_block(*CONFIGS[place]))
     with within(20):
-        make_plan(read_checkpoint(tmp_path / "source"), Wishes(layout="keep", dequantize=True))
+        make_plan(
+            read_checkpoint(tmp_path / "source"), ConvertOptions(layout="keep", dequantize=True)
+        )
         requant.inspect(tmp_path / "source")
     assert any(text == BOMB or text.endswith("!") for text in asked)
 
@@ -154,7 +156,7 @@ def test_of_a_foreign_record(dense: Path, tmp_path: Path) -> None:
     """``verify`` repeats the wishes that a stranger's requant.json holds."""
     requant.convert(dense, tmp_path / "out", bits=4)
     record = json.loads((tmp_path / "out" / "requant.json").read_text())
-    record["wishes"]["overrides"] = [[BOMB, "8"]]
+    record["options"]["overrides"] = [[BOMB, "8"]]
     record["sha256"] = record_hash(record)
     (tmp_path / "out" / "requant.json").write_bytes(spelled(record))
     with within(20):
@@ -234,7 +236,9 @@ def test_lists_without_end(
     began = time.process_time()
     with within(60):
         try:
-            make_plan(read_checkpoint(tmp_path / "source"), Wishes(layout="keep", dequantize=True))
+            make_plan(
+                read_checkpoint(tmp_path / "source"), ConvertOptions(layout="keep", dequantize=True)
+            )
         except RequantError as error:
             assert len(str(error)) < 1_000_000
     assert time.process_time() - began < 20

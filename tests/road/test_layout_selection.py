@@ -11,7 +11,7 @@ from requant.errors import CheckpointError
 from requant.formats import read_layout
 from requant.layout_selection import LayoutResult, choose_layout, why_not_mlx_lm
 from requant.sources import read_checkpoint
-from requant.wishes import Wishes
+from requant.wishes import ConvertOptions
 from tests.support.checkpoints import write_folder
 
 TENSORS = {"model.up.weight": ("BF16", [64, 128]), "model.norm.weight": ("BF16", [128])}
@@ -27,7 +27,7 @@ def checkpoint(tmp_path: Path) -> Checkpoint:
 
 
 def choose(checkpoint: Checkpoint, layout: str) -> LayoutResult:
-    return choose_layout(checkpoint, read_layout(checkpoint)[1], Wishes(layout=layout))
+    return choose_layout(checkpoint, read_layout(checkpoint)[1], ConvertOptions(layout=layout))
 
 
 def test_without_a_class_names_stay_and_the_reason_is_there(checkpoint: Checkpoint) -> None:
@@ -35,13 +35,13 @@ def test_without_a_class_names_stay_and_the_reason_is_there(checkpoint: Checkpoi
     assert chosen.relayout is None
     assert [layer.path for layer in chosen.layout.layers] == ["model.up", "model.norm"]
     assert chosen.rejection == NO_CLASS
-    assert why_not_mlx_lm(chosen, Wishes()) == NO_CLASS
+    assert why_not_mlx_lm(chosen, ConvertOptions()) == NO_CLASS
 
 
 def test_names_that_were_asked_for_need_no_reason(checkpoint: Checkpoint) -> None:
     chosen = choose(checkpoint, "keep")
     assert (chosen.relayout, chosen.rejection) == (None, "")
-    assert why_not_mlx_lm(chosen, Wishes()) == NO_CLASS
+    assert why_not_mlx_lm(chosen, ConvertOptions()) == NO_CLASS
 
 
 def test_mlx_lm_s_layout_or_none(checkpoint: Checkpoint) -> None:

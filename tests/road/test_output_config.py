@@ -16,7 +16,7 @@ from requant.formats.base import dense_layer
 from requant.output_config import output_config, output_quantization
 from requant.schema import SKIP, PerLayerQuantization, Quantization
 from requant.sources import read_checkpoint
-from requant.wishes import Wishes
+from requant.wishes import ConvertOptions
 from tests.support.checkpoints import write_folder
 
 FOUR, EIGHT = Quantization.affine(64, 4), Quantization.affine(64, 8)
@@ -40,7 +40,7 @@ def layer(path: str) -> SourceLayer:
 
 
 def made(
-    checkpoint: Checkpoint, options: Wishes, **layout: Any
+    checkpoint: Checkpoint, options: ConvertOptions, **layout: Any
 ) -> tuple[PerLayerQuantization | None, dict[str, Any]]:
     source = SourceLayout((layer("a"), layer("b"), layer("c")), **layout)
     selector = TargetSelector(checkpoint, "dense", source, options)
@@ -50,7 +50,7 @@ def made(
 
 
 def test_a_block_has_the_default_and_what_differs(checkpoint: Checkpoint) -> None:
-    options = Wishes(quantization=FOUR, overrides=(("b", EIGHT), ("c", SKIP)))
+    options = ConvertOptions(quantization=FOUR, overrides=(("b", EIGHT), ("c", SKIP)))
     _, config = made(checkpoint, options)
     block = config["quantization"]
     assert block == config["quantization_config"]
@@ -62,7 +62,7 @@ def test_a_block_has_the_default_and_what_differs(checkpoint: Checkpoint) -> Non
 
 def test_what_the_source_s_block_skips_is_skipped(checkpoint: Checkpoint) -> None:
     source = PerLayerQuantization(FOUR, {"c": SKIP})
-    options = Wishes(quantization=FOUR, only=("a",))
+    options = ConvertOptions(quantization=FOUR, only=("a",))
     quantization, config = made(checkpoint, options, quantization=source)
     assert quantization is not None
     assert config["quantization"]["c"] is False
@@ -70,7 +70,7 @@ def test_what_the_source_s_block_skips_is_skipped(checkpoint: Checkpoint) -> Non
 
 
 def test_a_dense_output_has_no_block_and_the_dtype_of_its_tensors(checkpoint: Checkpoint) -> None:
-    quantization, config = made(checkpoint, Wishes(dequantize=True, dtype="BF16"))
+    quantization, config = made(checkpoint, ConvertOptions(dequantize=True, dtype="BF16"))
     assert quantization is None
     assert config == {
         "model_type": "llama",
@@ -82,5 +82,5 @@ def test_a_dense_output_has_no_block_and_the_dtype_of_its_tensors(checkpoint: Ch
 
 def test_a_rotation_stays_only_where_layers_have_one(checkpoint: Checkpoint) -> None:
     changed = replace(checkpoint, config={**CONFIG, "rotation": {"group_size": 128}})
-    _, config = made(changed, Wishes(quantization=FOUR), rotation={"group_size": 64})
+    _, config = made(changed, ConvertOptions(quantization=FOUR), rotation={"group_size": 64})
     assert "rotation" not in config

@@ -25,7 +25,7 @@ from requant.planner import make_plan, plan_with_source
 from requant.schema import Quantization
 from requant.sources import read_checkpoint
 from requant.statistics import LayerStatistics, write_statistics
-from requant.wishes import Wishes
+from requant.wishes import ConvertOptions
 from tests.mlx_lm.test_codes import published
 from tests.support.fixture_folders import NAMES, cut_fixture
 
@@ -77,9 +77,9 @@ def test_a_plan_of_any_format_is_plain_data(name: str) -> None:
     gguf = sorted(folder.glob("*.gguf"))
     source = gguf[0] if gguf else folder
     for wishes in (
-        Wishes(),
-        Wishes(quantization=Quantization.affine(32, 4)),
-        Wishes(layout="keep"),
+        ConvertOptions(),
+        ConvertOptions(quantization=Quantization.affine(32, 4)),
+        ConvertOptions(layout="keep"),
     ):
         try:
             plan = make_plan(read_checkpoint(source), wishes)
@@ -91,7 +91,7 @@ def test_a_plan_of_any_format_is_plain_data(name: str) -> None:
 def test_a_plan_with_statistics_is_plain_data(dense: Path, tmp_path: Path) -> None:
     shapes = {
         x.layer: x.shape
-        for x in make_plan(read_checkpoint(dense), Wishes()).layers
+        for x in make_plan(read_checkpoint(dense), ConvertOptions()).layers
         if len(x.shape) == 2
     }
     layers = {
@@ -100,7 +100,7 @@ def test_a_plan_with_statistics_is_plain_data(dense: Path, tmp_path: Path) -> No
     }
     file = tmp_path / "statistics.safetensors"
     write_statistics(file, layers)
-    options = Wishes(layout="keep", search="fast", statistics=str(file))
+    options = ConvertOptions(layout="keep", search="fast", statistics=str(file))
     plan = make_plan(read_checkpoint(dense), options)
     assert any(step.importance for step in plan.steps)
     check(plan)
@@ -109,7 +109,9 @@ def test_a_plan_with_statistics_is_plain_data(dense: Path, tmp_path: Path) -> No
 def test_a_plan_that_computes_tensors_is_plain_data_and_its_source_is_not(tmp_path: Path) -> None:
     """What mlx-lm's ``sanitize`` computes is named in the plan; the function is the source's."""
     published(tmp_path / "m", "deepseek_v3")
-    plan, source = plan_with_source(read_checkpoint(tmp_path / "m"), Wishes(layout="mlx-lm"))
+    plan, source = plan_with_source(
+        read_checkpoint(tmp_path / "m"), ConvertOptions(layout="mlx-lm")
+    )
     tensors = [t for step in plan.steps for t in step.inputs.values()]
     assert any(isinstance(tensor, ComputedTensor) for tensor in tensors)
     assert plan.materials

@@ -110,7 +110,7 @@ def test_a_second_pass_without_spoiled_layers_goes_on(
     first_pass = len(count)
     stopped(source, tmp_path / "out", first_pass + 6, **wishes)
     head, _ = read_journal(tmp_path / ".out.requant-partial" / "journal")
-    assert head["spoiled"] == ["a"]
+    assert head["nonfinite_layers"] == ["a"]
 
     with pytest.MonkeyPatch.context() as patch:
         count = count_chunks(patch)

@@ -389,8 +389,8 @@ def test_verify_takes_the_file_again(source: Path, tmp_path: Path) -> None:
     path, out = ours(tmp_path / "s.safetensors", LAYERS), tmp_path / "out"
     requant.convert(source, out, statistics=path, **WISHES)
     record = json.loads((out / "requant.json").read_text())
-    assert record["wishes"]["statistics"] == "s.safetensors"
-    assert record["wishes"]["search"] == "best"
+    assert record["options"]["statistics"] == "s.safetensors"
+    assert record["options"]["search"] == "best"
     assert str(tmp_path) not in (out / "requant.json").read_text()
     assert requant.verify(out).ok
     assert requant.verify(source, out, statistics=path).ok

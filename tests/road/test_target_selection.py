@@ -21,7 +21,7 @@ from requant.recipes import Recipe, Rule
 from requant.relayout import Relayout
 from requant.schema import SKIP, Quantization, QuantMode
 from requant.sources import read_checkpoint
-from requant.wishes import Wishes
+from requant.wishes import ConvertOptions
 from tests.support.checkpoints import write_folder
 
 Q, UP, NORM = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj", "model.norm"
@@ -51,8 +51,8 @@ def recipe(spec: str, **conditions: Any) -> Recipe:
     return Recipe("mine", rules=(Rule(spec, **conditions),), is_shipped=False)
 
 
-def options(target: Quantization | None = FOUR, **others: Any) -> Wishes:
-    return Wishes(quantization=target, **others)
+def options(target: Quantization | None = FOUR, **others: Any) -> ConvertOptions:
+    return ConvertOptions(quantization=target, **others)
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def checkpoint(tmp_path: Path) -> Checkpoint:
 def decide(
     checkpoint: Checkpoint,
     layer: SourceLayer,
-    asked: Wishes,
+    asked: ConvertOptions,
     relayout: Relayout | None = None,
     format_name: str = "dense",
 ) -> LayerDecision:
@@ -229,7 +229,7 @@ def test_a_quantized_layer(checkpoint: Checkpoint, case: str) -> None:
     ],
 )
 def test_an_act_order_layer(
-    checkpoint: Checkpoint, asked: Wishes, target: Quantization | None
+    checkpoint: Checkpoint, asked: ConvertOptions, target: Quantization | None
 ) -> None:
     assert decide(checkpoint, act_order(Q), asked, format_name="gptq").target == target
 

@@ -18,7 +18,7 @@ from requant.conversion import convert
 from requant.errors import CheckpointError, UsageError
 from requant.record import spelled
 from requant.sources import read_checkpoint
-from requant.wishes import Wishes
+from requant.wishes import ConvertOptions
 from tests.support.fixture_folders import fixture
 
 pytestmark = pytest.mark.sweep(6)
@@ -158,8 +158,8 @@ def test_what_is_no_record(output: Path, text: str) -> None:
         {"tensors": None},
         {"files": {"../../etc/passwd": "0"}},
         {"files": {"/etc/passwd": "0"}},
-        {"wishes": {}},
-        {"wishes": None},
+        {"options": {}},
+        {"options": None},
         {"headers": 7},
         {"source": {"files": [7]}, "plan": 1},
     ],
@@ -180,11 +180,11 @@ def test_a_hostile_record_is_no_crash(dense: Path, output: Path, change: dict) -
         {"search": None},
         {"act_order": []},
         {"dequantize": "yes"},
-        {"max_shard_bytes": 0},
-        {"max_shard_bytes": True},
-        {"max_shard_bytes": 1e9},
-        {"spoiled": [["a"]]},
-        {"spoiled": [7]},
+        {"shard_size": 0},
+        {"shard_size": True},
+        {"shard_size": 1e9},
+        {"nonfinite_layers": [["a"]]},
+        {"nonfinite_layers": [7]},
         {"config_from": 7},
         {"quantization": {"group_size": 64, "bits": 33, "mode": "affine"}},
         {"overrides": [["a", {"group_size": 7, "bits": 4, "mode": "affine"}]]},
@@ -203,11 +203,11 @@ def test_wishes_that_nobody_can_have(dense: Path, output: Path, wish: dict) -> N
         whole = {"name": "r", "description": "", "default": None, "rules": []}
         whole |= {"is_mixed": False, "is_shipped": False}
         wish = {"recipe": whole | wish["recipe"]}
-    record["wishes"] |= wish
+    record["options"] |= wish
     record["sha256"] = verification.record_hash(record)
     (output / "requant.json").write_text(json.dumps(record))
     found = requant.verify(dense, output).problems
-    assert any(problem.where == "requant.json: wishes" for problem in found), found
+    assert any(problem.where == "requant.json: options" for problem in found), found
 
 
 @pytest.mark.parametrize("name", ["link.json", "a\0b", "x" * 300, "", "pipe"])
@@ -260,8 +260,8 @@ def test_a_converted_output_has_a_record_of_its_own(output: Path, tmp_path: Path
     ],
 )
 def test_wishes_are_read_back_equal(wishes: dict) -> None:
-    made = Wishes.build(**wishes)
-    assert Wishes.from_dict(json.loads(json.dumps(made.to_dict()))) == made
+    made = ConvertOptions.from_arguments(**wishes)
+    assert ConvertOptions.from_dict(json.loads(json.dumps(made.to_dict()))) == made
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ from requant.record import version
 from requant.sources import as_checkpoint
 from requant.staging import lock_staging
 from requant.statistics.files import merge_statistics, write_statistics
-from requant.wishes import Wishes
+from requant.wishes import ConvertOptions
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -153,7 +153,7 @@ def calibrate(
             "or lower --window (2 at the least)"
         )
     check_installed(Path(model))
-    wishes = Wishes.build(
+    wishes = ConvertOptions.from_arguments(
         dequantize=True,
         dtype="float32" if on_cpu() else None,
         layout="mlx-lm",

@@ -3,56 +3,30 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from requant.cli.answers import answering_errors, print_json, say
 from requant.cli.options import (
-    SHARD_SIZE,
-    ActOrder,
-    AllowNonfinite,
-    AllowOverflow,
-    Bits,
     Calibrated,
-    ConfigFrom,
-    ConsumeSource,
-    Dequantize,
     DryRun,
-    Dtype,
-    FoldRotation,
-    Force,
-    Gptq,
-    GroupSize,
     Hessian,
-    Imatrix,
     Json,
-    KeepExtra,
-    Layout,
-    MaxMemory,
     MaxTokens,
-    Mode,
-    NoResume,
-    Only,
     Output,
-    Overrides,
     Private,
     Prompt,
     Quiet,
     Raw,
-    Recipe,
-    Revision,
-    SaveRecipe,
-    Search,
     Seed,
-    ShardSize,
-    SizeBudget,
     Source,
     StatisticsFile,
+    TableOptions,
     Texts,
     TextTokens,
     TextWindow,
-    Threads,
     UploadTo,
-    Yes,
+    options_of_command,
+    with_options,
 )
 from requant.cli.progress import counting_display, progress_display
 from requant.cli.uploading import send
@@ -63,37 +37,12 @@ if TYPE_CHECKING:
     from requant.blueprint import Plan
 
 
+@with_options(*options_of_command("convert"))
 def convert(
     source: Source,
     output: Output,
-    bits: Bits = None,
-    group_size: GroupSize = None,
-    mode: Mode = None,
-    dequantize: Dequantize = False,
-    dtype: Dtype = None,
-    override: Overrides = None,
-    only: Only = None,
-    recipe: Recipe = None,
-    layout: Layout = "auto",
-    keep_extra: KeepExtra = False,
-    act_order: ActOrder = "requantize",
-    fold_rotation: FoldRotation = False,
-    search: Search = "off",
-    imatrix: Imatrix = None,
-    gptq: Gptq = False,
-    config_from: ConfigFrom = None,
-    budget: SizeBudget = None,
-    save_recipe: SaveRecipe = None,
-    max_memory: MaxMemory = None,
-    threads: Threads = None,
-    shard_size: ShardSize = SHARD_SIZE,  # type: ignore[assignment]  # parsed by parse_size
-    force: Force = False,
-    no_resume: NoResume = False,
-    consume_source: ConsumeSource = False,
-    yes: Yes = False,
-    allow_nonfinite: AllowNonfinite = False,
-    allow_overflow: AllowOverflow = False,
-    revision: Revision = None,
+    *,
+    options: TableOptions,
     upload_to: UploadTo = None,
     private: Private = False,
     dry_run: DryRun = False,
@@ -126,57 +75,23 @@ def convert(
     from requant import conversion, publishing
     from requant.cli import tables
 
-    wishes = _wishes(
-        bits,
-        group_size,
-        mode,
-        dequantize,
-        dtype,
-        override,
-        only,
-        recipe,
-        act_order,
-        fold_rotation,
-        layout,
-        shard_size,
-    )
-    wishes |= {"keep_extra": keep_extra, "search": search, "config_from": config_from}
-    wishes |= {"statistics": imatrix, "gptq": gptq}
-    wishes["revision"] = revision
-    wishes |= {"budget": budget, "save_recipe": save_recipe}
     if dry_run:
+        force = options["force"]
+        options = {name: options[name] for name in options_of_command("plan")}
         with answering_errors():
-            with progress_display(quiet or budget is None) as progress:
-                plan = conversion.plan(
-                    source, **wishes, threads=threads, max_memory=max_memory, progress=progress
-                )
-            _print_plan(plan, threads, max_memory, json, quiet, output, force)
+            with progress_display(quiet or options["budget"] is None) as progress:
+                plan = conversion.plan(source, **options, progress=progress)
+            _print_plan(plan, options, json, quiet, output, force)
         return
     with answering_errors():
         if private and upload_to is None:
             raise UsageError("--private is about an upload: add --upload ORG/NAME")
-        if yes and not consume_source:
+        if options["yes"] and not options["consume_source"]:
             raise UsageError("--yes answers the question of --consume-source: add it")
         if upload_to is not None:
             publishing.check_ready(upload_to)
-    with (
-        answering_errors(),
-        progress_display(quiet) as progress,
-    ):
-        report = conversion.convert(
-            source,
-            output,
-            **wishes,
-            max_memory=max_memory,
-            threads=threads,
-            force=force,
-            resume=not no_resume,
-            consume_source=consume_source,
-            yes=yes,
-            allow_nonfinite=allow_nonfinite,
-            allow_overflow=allow_overflow,
-            progress=progress,
-        )
+    with answering_errors(), progress_display(quiet) as progress:
+        report = conversion.convert(source, output, **options, progress=progress)
     if upload_to is not None:
         send(output, upload_to, None, private, quiet)
     with answering_errors():
@@ -189,32 +104,8 @@ def convert(
                 say(f"warning: {warning}")
 
 
-def plan(
-    source: Source,
-    bits: Bits = None,
-    group_size: GroupSize = None,
-    mode: Mode = None,
-    dequantize: Dequantize = False,
-    dtype: Dtype = None,
-    override: Overrides = None,
-    only: Only = None,
-    recipe: Recipe = None,
-    layout: Layout = "auto",
-    keep_extra: KeepExtra = False,
-    act_order: ActOrder = "requantize",
-    fold_rotation: FoldRotation = False,
-    search: Search = "off",
-    imatrix: Imatrix = None,
-    gptq: Gptq = False,
-    config_from: ConfigFrom = None,
-    budget: SizeBudget = None,
-    save_recipe: SaveRecipe = None,
-    max_memory: MaxMemory = None,
-    threads: Threads = None,
-    shard_size: ShardSize = SHARD_SIZE,  # type: ignore[assignment]  # parsed by parse_size
-    revision: Revision = None,
-    json: Json = False,
-) -> None:
+@with_options(*options_of_command("plan"))
+def plan(source: Source, *, options: TableOptions, json: Json = False) -> None:
     """Show what convert would write: layers, modes, sizes and memory.
 
     Reads headers and config.json only; --budget reads the weights too, and measures. --json
@@ -228,62 +119,27 @@ def plan(
     """  # noqa: D301
     from requant import conversion
 
-    wishes = _wishes(
-        bits,
-        group_size,
-        mode,
-        dequantize,
-        dtype,
-        override,
-        only,
-        recipe,
-        act_order,
-        fold_rotation,
-        layout,
-        shard_size,
-    )
-    wishes |= {"keep_extra": keep_extra, "search": search, "config_from": config_from}
-    wishes |= {"statistics": imatrix, "gptq": gptq}
-    wishes["revision"] = revision
-    wishes |= {"budget": budget, "save_recipe": save_recipe}
     with answering_errors():
-        with progress_display(quiet=budget is None) as progress:
-            made = conversion.plan(
-                source, **wishes, threads=threads, max_memory=max_memory, progress=progress
-            )
-        _print_plan(made, threads, max_memory, json)
+        with progress_display(quiet=options["budget"] is None) as progress:
+            made = conversion.plan(source, **options, progress=progress)
+        _print_plan(made, options, json)
 
 
+@with_options(*options_of_command("generate"))
 def generate(
     source: Source,
     prompt: Prompt,
+    *,
     max_tokens: MaxTokens = 100,
     raw: Raw = False,
-    bits: Bits = None,
-    group_size: GroupSize = None,
-    mode: Mode = None,
-    dequantize: Dequantize = False,
-    dtype: Dtype = None,
-    override: Overrides = None,
-    only: Only = None,
-    recipe: Recipe = None,
-    act_order: ActOrder = "requantize",
-    fold_rotation: FoldRotation = False,
-    search: Search = "off",
-    imatrix: Imatrix = None,
-    gptq: Gptq = False,
-    config_from: ConfigFrom = None,
-    budget: SizeBudget = None,
-    revision: Revision = None,
-    max_memory: MaxMemory = None,
-    threads: Threads = None,
+    options: TableOptions,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Convert SOURCE in memory and let it go on from a prompt.
 
     A look at what a conversion is worth, before or after it is written; needs mlx-lm.
-    The wishes are those of convert, and so are the weights. The likeliest token is taken
+    The options are those of convert, and so are the weights. The likeliest token is taken
     each time, so the same model says the same.
 
     \b
@@ -294,21 +150,12 @@ def generate(
     from requant import mlx_lm
     from requant.cli import tables
 
-    wishes = _wishes(
-        bits, group_size, mode, dequantize, dtype, override, only, recipe, act_order, fold_rotation
-    )
-    wishes |= {"search": search, "config_from": config_from, "revision": revision}
-    wishes |= {"statistics": imatrix, "gptq": gptq}
-    wishes["budget"] = budget
-
     def show(text: str) -> None:
         print(printable(text.expandtabs(4)), end="", flush=True)
 
     with answering_errors():
         with progress_display(quiet) as progress:
-            loaded = mlx_lm.load_with_report(
-                source, **wishes, max_memory=max_memory, threads=threads, progress=progress
-            )
+            loaded = mlx_lm.load_with_report(source, **options, progress=progress)
         for warning in tables.warnings(loaded.report):
             say(f"warning: {warning}")
         made = mlx_lm.generate(
@@ -322,19 +169,17 @@ def generate(
             say(tables.describe_generation(made))
 
 
+@with_options("revision", "config_from", "threads", "force", "resume")
 def calibrate(
     model: Calibrated,
     output: StatisticsFile,
+    *,
     text: Texts = None,
     hessian: Hessian = False,
     tokens: TextTokens = 32_768,
     window: TextWindow = 512,
     seed: Seed = 0,
-    revision: Revision = None,
-    config_from: ConfigFrom = None,
-    threads: Threads = None,
-    force: Force = False,
-    no_resume: NoResume = False,
+    options: TableOptions,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -364,11 +209,7 @@ def calibrate(
                 tokens=tokens,
                 window=window,
                 seed=seed,
-                revision=revision,
-                config_from=config_from,
-                threads=threads,
-                force=force,
-                resume=not no_resume,
+                **options,
                 progress=progress,
                 on_note=lambda note: say(f"warning: {note}"),
             )
@@ -378,41 +219,9 @@ def calibrate(
             tables.show_calibration(found)
 
 
-def _wishes(
-    bits: int | None,
-    group_size: int | None,
-    mode: str | None,
-    dequantize: bool,
-    dtype: str | None,
-    override: list[str] | None,
-    only: list[str] | None,
-    recipe: str | None,
-    act_order: str,
-    fold_rotation: bool,
-    layout: str | None = None,
-    shard_size: int | None = None,
-) -> dict[str, Any]:
-    """The keyword arguments that the Python doors share; those of files where they are given."""
-    files = {"layout": layout, "shard_size": shard_size}
-    return {
-        "bits": bits,
-        "group_size": group_size,
-        "mode": mode,
-        "dequantize": dequantize,
-        "dtype": dtype,
-        "overrides": override or (),
-        "only": only or (),
-        "recipe": recipe,
-        "act_order": act_order,
-        "fold_rotation": fold_rotation,
-        **{name: value for name, value in files.items() if value is not None},
-    }
-
-
 def _print_plan(
     made: Plan,
-    threads: int | None,
-    max_memory: int | None,
+    options: TableOptions,
     json: bool,
     quiet: bool = False,
     output: Path | None = None,
@@ -423,7 +232,7 @@ def _print_plan(
     from requant.memory import make_budget
     from requant.preflight import check_output
 
-    budget = make_budget(made, threads, max_memory)
+    budget = make_budget(made, options["threads"], options["max_memory"])
     if output is not None:
         check_output(made, output, force)
     if json:

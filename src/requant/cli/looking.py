@@ -9,32 +9,28 @@ import typer
 from requant.cli.answers import EXIT_FAULT, answering_errors, print_json, say
 from requant.cli.options import (
     AgainstSource,
-    ConfigFrom,
     Html,
-    Imatrix,
     Json,
-    MaxMemory,
     ModelA,
     ModelB,
     Quiet,
-    Revision,
     Source,
+    TableOptions,
     Text,
     TextTokens,
     TextWindow,
-    Threads,
     Verified,
     Written,
     known_recipes,
     offer,
+    with_options,
 )
 from requant.cli.progress import counting_display, progress_display
 from requant.errors import UsageError
 
 
-def inspect(
-    source: Source, config_from: ConfigFrom = None, revision: Revision = None, json: Json = False
-) -> None:
+@with_options("config_from", "revision")
+def inspect(source: Source, *, options: TableOptions, json: Json = False) -> None:
     """Show what SOURCE holds: format, layers, sizes, problems.
 
     Exits with 1 if there are problems.
@@ -47,7 +43,7 @@ def inspect(
     from requant.cli import tables
 
     with answering_errors():
-        found = inspection.inspect(source, config_from, revision)
+        found = inspection.inspect(source, **options)
         if json:
             print_json(found.to_dict())
         else:
@@ -56,13 +52,12 @@ def inspect(
         raise typer.Exit(EXIT_FAULT)
 
 
+@with_options("config_from", "statistics", "max_memory", "threads")
 def verify(
     folder: Verified = None,
     output: AgainstSource = None,
-    config_from: ConfigFrom = None,
-    imatrix: Imatrix = None,
-    max_memory: MaxMemory = None,
-    threads: Threads = None,
+    *,
+    options: TableOptions,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -86,15 +81,7 @@ def verify(
             raise UsageError(
                 "give the OUTPUT to check, or SOURCE and OUTPUT: requant verify --help"
             )
-        found = verification.verify(
-            folder,
-            output,
-            config_from=config_from,
-            statistics=imatrix,
-            threads=threads,
-            max_memory=max_memory,
-            progress=progress,
-        )
+        found = verification.verify(folder, output, **options, progress=progress)
     with answering_errors():
         if json:
             print_json(found.to_dict())
@@ -104,13 +91,15 @@ def verify(
         raise typer.Exit(EXIT_FAULT)
 
 
+@with_options("threads")
 def compare(
     a: ModelA,
     b: ModelB,
+    *,
     text: Text = None,
     tokens: TextTokens = 8192,
     window: TextWindow = 256,
-    threads: Threads = None,
+    options: TableOptions,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -132,7 +121,7 @@ def compare(
     with answering_errors():
         with counting_display(quiet) as progress:
             found = comparison.compare(
-                a, b, text=text, tokens=tokens, window=window, threads=threads, progress=progress
+                a, b, text=text, tokens=tokens, window=window, **options, progress=progress
             )
         if json:
             print_json(found.to_dict())

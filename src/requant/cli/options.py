@@ -1,45 +1,25 @@
-"""What can be typed after a command: each argument and option is said once, here.
+"""What can be typed after a command.
 
-The wishes of ``plan`` and ``convert`` are the same annotations, so their names, short forms
-and help cannot drift apart.
+The options that Python takes too come from the table of options (``with_options`` puts them into
+a command); arguments, and options of the command line alone, are the annotations below.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from requant.specs import SIZE_UNITS
+from requant.errors import UsageError
+from requant.option_table import Option, options_of
+from requant.specs import parse_size, size_text
+from requant.wishes import ConvertOptions, RunOptions
 
-SHARD_SIZE = "5GiB"  # the default of --shard-size, as a user would type it
-
-
-def parse_size(text: str) -> int:
-    """Bytes of a size such as ``500MB``.
-
-    ``KB``, ``MB``, ``GB`` count in thousands, ``KiB``, ``MiB``, ``GiB`` and the bare
-    ``K``, ``M``, ``G`` in 1024s; upper or lower case; no unit means bytes.
-
-    Raises:
-        typer.BadParameter: The text is no size, or less than a byte.
-
-    Example:
-        >>> parse_size("2GB"), parse_size("1.5KiB")
-        (2000000000, 1536)
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    unit = SIZE_UNITS.get(match[2].upper()) if match else None
-    if match is None or unit is None:
-        raise typer.BadParameter(f"{text!r} is no size; write 500MB, 2GB, 1GiB or plain bytes")
-    whole, _, part = match[1].partition(".")
-    nbytes: int = int(whole + part) * unit // 10 ** len(part)
-    if nbytes < 1:
-        raise typer.BadParameter(f"{text!r} is less than one byte")
-    return nbytes
+TableOptions = dict[str, Any]  # what a command's options of the table are in Python
 
 
 def offer(words: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
@@ -51,22 +31,100 @@ def offer(words: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
     return matching
 
 
-def _modes() -> Iterable[str]:
-    from requant.schema import QuantMode
+def options_of_command(command: str) -> list[str]:
+    """Names of the options of the table that a command takes, in the order of its help."""
+    table = options_of(ConvertOptions, RunOptions)
+    return [name for name, entry in table.items() if entry.is_in_command(command)]
 
-    return [mode.value for mode in QuantMode]
+
+def with_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Put options of the table where a command has its parameter ``options``.
+
+    Args:
+        *names: Names of the options. The command gets what was typed as keyword arguments for
+            Python, in one dictionary.
+    """
+    table = options_of(ConvertOptions, RunOptions)
+    entries = {_parameter_name(table[name]): table[name] for name in names}
+
+    def decorated(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def run(**values: Any) -> None:
+            typed = {name: values.pop(name) for name in entries}
+            options = dict(_argument(entries[name], value) for name, value in typed.items())
+            command(**values, options=options)
+
+        parameters: list[inspect.Parameter] = []
+        for parameter in inspect.signature(command, eval_str=True).parameters.values():
+            if parameter.name == "options":
+                parameters += (_parameter(name, entry) for name, entry in entries.items())
+            else:
+                parameters.append(parameter.replace(kind=parameter.KEYWORD_ONLY))
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {x.name: x.annotation for x in parameters}
+        return run
+
+    return decorated
 
 
-def _choices(name: str) -> Callable[[], Iterable[str]]:
-    """A table of `wishes`, by name."""
+def _parameter_name(entry: Option) -> str:
+    """The name of an option as the command line knows it: imatrix, no_resume."""
+    return entry.flag.lstrip("-").replace("-", "_")
 
-    def words() -> Iterable[str]:
-        from requant import wishes
 
-        known: Iterable[str] = getattr(wishes, name)
-        return known
+def _argument(entry: Option, value: Any) -> tuple[str, Any]:
+    """The keyword argument that something typed stands for."""
+    if entry.is_negated:
+        return entry.name, not value
+    if entry.type.on_command_line == "texts":
+        return entry.name, value or ()
+    return entry.name, value
 
-    return words
+
+_PYTHON_TYPES: Mapping[str, Any] = {
+    "flag": bool,
+    "int": int,
+    "size": int,
+    "text": str,
+    "path": Path,
+    "texts": list[str],
+}
+
+
+def _parameter(name: str, entry: Option) -> inspect.Parameter:
+    """An option of the table as typer takes it."""
+    kind = entry.type.on_command_line
+    words = entry.completions or (lambda: entry.type.choices)
+    has_words = entry.completions is not None or bool(entry.type.choices)
+    info = typer.Option(
+        *(entry.flags or (entry.flag,)),
+        metavar=entry.metavar or None,
+        help=entry.help or entry.doc,
+        min=entry.minimum,
+        parser=_size if kind == "size" else None,
+        autocompletion=offer(words) if has_words else None,
+    )
+    default = entry.default
+    if kind == "flag":
+        default = False
+    elif kind == "texts":
+        default = None
+    elif kind == "size" and default is not None:
+        default = size_text(default)
+    annotation = _PYTHON_TYPES[kind]
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=default,
+        annotation=Annotated[annotation if default is not None else annotation | None, info],
+    )
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_size(text)
+    except UsageError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def known_recipes() -> Iterable[str]:
@@ -95,119 +153,6 @@ Verified = Annotated[
 AgainstSource = Annotated[
     Path | None, typer.Argument(metavar="OUTPUT", help="Folder to check.", show_default=False)
 ]
-Bits = Annotated[
-    int | None, typer.Option("--bits", metavar="N", help="Bits per weight; affine: 1 to 6, 8.")
-]
-GroupSize = Annotated[
-    int | None,
-    typer.Option("--group-size", metavar="N", help="Inputs that share a scale; affine: 32 64 128."),
-]
-Mode = Annotated[
-    str | None,
-    typer.Option(
-        "--mode",
-        metavar="MODE",
-        autocompletion=offer(_modes),
-        help="Quantization mode: affine, mxfp4, mxfp8 or nvfp4.",
-    ),
-]
-Dequantize = Annotated[bool, typer.Option("--dequantize", "-d", help="Write every layer dense.")]
-Dtype = Annotated[
-    str | None,
-    typer.Option(
-        "--dtype",
-        metavar="DTYPE",
-        autocompletion=offer(_choices("DTYPES")),
-        help="Dtype of floating tensors: float16, bfloat16 or float32.",
-    ),
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--override",
-        metavar="REGEX=SPEC",
-        help="For layers whose path REGEX finds: bits (8), bits:group (8:32), a mode, or skip. "
-        "Repeatable; the last that matches wins.",
-    ),
-]
-Only = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--only", metavar="REGEX", help="Leave layers that REGEX does not find. Repeatable."
-    ),
-]
-Recipe = Annotated[
-    str | None,
-    typer.Option(
-        "--recipe",
-        metavar="NAME|FILE",
-        autocompletion=offer(known_recipes),
-        help="Bits by role, name and place: a name of `requant recipes`, or a TOML file.",
-    ),
-]
-SizeBudget = Annotated[
-    str | None,
-    typer.Option(
-        "--budget",
-        metavar="SIZE",
-        help="Choose bits and group of each layer so that the least is lost within 4.5 (bits per "
-        "weight) or 12GB; measures the source first.",
-    ),
-]
-SaveRecipe = Annotated[
-    Path | None,
-    typer.Option(
-        "--save-recipe",
-        metavar="FILE",
-        help="Write what --budget chose as a recipe, to be edited and given to --recipe.",
-    ),
-]
-Layout = Annotated[
-    str,
-    typer.Option(
-        "--layout",
-        metavar="LAYOUT",
-        autocompletion=offer(_choices("LAYOUTS")),
-        help="mlx-lm: what mlx-lm's converter would write; keep: the source's tensor names; "
-        "auto: the first where mlx-lm takes the model.",
-    ),
-]
-ActOrder = Annotated[
-    str,
-    typer.Option(
-        "--act-order",
-        metavar="WAY",
-        autocompletion=offer(_choices("ACT_ORDERS")),
-        help="GPTQ layers with inputs out of order: requantize (8 bits), dense or refuse.",
-    ),
-]
-Search = Annotated[
-    str,
-    typer.Option(
-        "--search",
-        metavar="LEVEL",
-        autocompletion=offer(_choices("SEARCHES")),
-        help="Scales of new codes: off (MLX's rule), fast, or best (least error, slower). Same "
-        "size, same format.",
-    ),
-]
-Imatrix = Annotated[
-    Path | None,
-    typer.Option(
-        "--imatrix",
-        metavar="FILE",
-        help="What an error of each input counts in the search: llama.cpp's imatrix (.gguf, .dat), "
-        "or the statistics that calibrate wrote.",
-    ),
-]
-Gptq = Annotated[
-    bool,
-    typer.Option(
-        "--gptq",
-        help="Hand each column's error on to the next ones, by the Hessians of --imatrix "
-        "(requant calibrate --hessian): least error, slower; affine.",
-    ),
-]
 Prompt = Annotated[
     str,
     typer.Option(
@@ -218,68 +163,6 @@ MaxTokens = Annotated[
     int, typer.Option("--max-tokens", metavar="N", min=1, help="Most tokens to generate.")
 ]
 Raw = Annotated[bool, typer.Option("--raw", help="Use the prompt without the chat template.")]
-KeepExtra = Annotated[
-    bool,
-    typer.Option(
-        "--keep-extra",
-        help="Keep tensors that mlx-lm's class drops (vision, audio, MTP), as they are. A note "
-        "says where its loader refuses them.",
-    ),
-]
-FoldRotation = Annotated[
-    bool,
-    typer.Option("--fold-rotation", help="ParoQuant: plain 8-bit layers that every loader runs."),
-]
-ConfigFrom = Annotated[
-    Path | None,
-    typer.Option(
-        "--config-from",
-        metavar="FOLDER",
-        help="GGUF: take config.json and tokenizer files of the original model's folder.",
-    ),
-]
-ShardSize = Annotated[
-    int,
-    typer.Option(
-        "--shard-size", metavar="SIZE", parser=parse_size, help="Most bytes of one weight file."
-    ),
-]
-MaxMemory = Annotated[
-    int | None,
-    typer.Option(
-        "--max-memory",
-        metavar="SIZE",
-        parser=parse_size,
-        help="Most memory to hold: 500MB, 2GB (thousands), 1GiB, 1G (1024s), or bytes.",
-    ),
-]
-Threads = Annotated[
-    int | None,
-    typer.Option(
-        "--threads", "-j", metavar="N", min=1, help="Worker threads; by default one a processor."
-    ),
-]
-Force = Annotated[bool, typer.Option("--force", "-f", help="Replace an existing OUTPUT.")]
-ConsumeSource = Annotated[
-    bool,
-    typer.Option(
-        "--consume-source",
-        help="Delete each weight file of SOURCE once all made from it is on the disk. Needs --yes, "
-        "but for the hub, of which a few files are here at a time.",
-    ),
-]
-Yes = Annotated[bool, typer.Option("--yes", help="Yes, the weights in SOURCE are to be deleted.")]
-NoResume = Annotated[
-    bool,
-    typer.Option("--no-resume", help="Start over instead of going on where a stopped run was."),
-]
-AllowNonfinite = Annotated[
-    bool,
-    typer.Option("--allow-nonfinite", help="Leave layers with NaN or infinity as they are."),
-]
-AllowOverflow = Annotated[
-    bool, typer.Option("--allow-overflow", help="Let values too large for --dtype be infinite.")
-]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", "-n", help="Check everything, print the plan, write nothing.")
 ]
@@ -288,12 +171,6 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="Print errors and warnings 
 Written = Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder that convert wrote.")]
 Html = Annotated[
     Path | None, typer.Option("--html", metavar="FILE", help="Write one self-contained page.")
-]
-Revision = Annotated[
-    str | None,
-    typer.Option(
-        "--revision", metavar="REV", help="Of a repository on the hub: branch, tag or commit."
-    ),
 ]
 Repository = Annotated[str, typer.Argument(metavar="REPO", help="Repository on the hub, org/name.")]
 UploadTo = Annotated[
