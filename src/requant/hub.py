@@ -27,7 +27,7 @@ from requant.errors import CheckpointError, HubError, Problem, UsageError
 from requant.gguf.choice import choose_model, gguf_models
 from requant.gguf.header import header_nbytes
 from requant.gguf.source import read_gguf
-from requant.hub_client import asking, read_range
+from requant.hub_client import hub_errors, read_range
 from requant.hub_listing import Listing, home, is_digest, list_repository
 from requant.hub_places import SUFFIX, Area, HubCache, Place, RemoteFile
 from requant.limits import MAX_CONFIG_BYTES, MAX_INDEX_BYTES
@@ -291,7 +291,7 @@ class Repository:
         digest = self.digests.get(name) or ""
         if not is_digest(digest):
             url = huggingface_hub.hf_hub_url(self.name, name, revision=self.commit)
-            with asking(self.name, self.commit, name):
+            with hub_errors(self.name, self.commit, name):
                 digest = huggingface_hub.get_hf_file_metadata(url).etag or ""
         if not is_digest(digest):
             raise HubError(f"{self.name}: {name}: the hub tells no hash of it, found {digest!r}")
