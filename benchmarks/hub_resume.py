@@ -32,7 +32,7 @@ from requant.downloads import Downloads, fetch_all
 from requant.hub_places import HubCache, RemoteFile
 cache = HubCache({name!r}, {commit!r})
 file = RemoteFile({file!r}, {nbytes}, {digest!r})
-fetch_all(Downloads({name!r}, {commit!r}, {{file.name: file}}, cache), [file.name])
+fetch_all(Downloads({{file.name: file}}, cache), [file.name])
 """
 
 
@@ -88,6 +88,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--python", default=sys.executable)
+    parser.add_argument("--only", default="", help="transfers whose title contains this")
     asked = parser.parse_args()
     content = os.urandom(1 << 20) * (asked.megabytes * 10**6 >> 20)
     with tempfile.TemporaryDirectory() as parent, serving(Hub({NAME: {FILE: content}})) as hub:
@@ -100,6 +101,8 @@ def main() -> None:
         }
         work = Path(parent) / "work"
         for title, code in transfers.items():
+            if asked.only not in title:
+                continue
             command = [asked.python, "-c", code]
             seconds = []
             for _ in range(asked.rounds):

@@ -31,7 +31,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("gguf",),
     ("sources",),
     ("statistics", "hub_client"),
-    ("downloads", "hub_listing", "hub_places"),
+    ("downloads", "hub_listing", "hub_places", "hub_transfer"),
     ("hub",),
     ("formats", "mlx_lm_classes", "mlx_lm_layout"),
     ("same_values", "head_names", "relayout", "left_dense", "loader_names"),

@@ -176,7 +176,11 @@ _Message = Callable[[_Request, Any], str]
 
 @cache
 def _messages() -> Mapping[type, _Message]:
-    """Exception class -> function that gives its message."""
+    """Exception class -> function that gives its message; the first class that fits counts.
+
+    The order matters: a RemoteEntryNotFoundError is an HfHubHTTPError first, then an
+    EntryNotFoundError, and most of the others are HfHubHTTPErrors too.
+    """
     from huggingface_hub import errors
 
     # huggingface_hub 1 uses httpx, 2 uses httpx2; HfHubHTTPError is derived from its HTTPError.
@@ -196,8 +200,7 @@ def _messages() -> Mapping[type, _Message]:
 
 
 def _message_function(error: BaseException) -> _Message | None:
-    """That of the most specific class in the table."""
-    return next((_messages()[x] for x in type(error).__mro__ if x in _messages()), None)
+    return next((give for kind, give in _messages().items() if isinstance(error, kind)), None)
 
 
 def _status_of(error: Any) -> int | None:
