@@ -32,7 +32,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("gguf",),
     ("sources",),
     ("statistics", "hub_client"),
-    ("downloads", "hub_listing", "hub_places"),
+    ("downloads", "hub_listing", "hub_places", "hub_transfer"),
     ("hub",),
     ("formats", "outputs", "mlx_lm_classes", "mlx_lm_layout"),
     ("load_check", "row_ranges"),

@@ -27,9 +27,9 @@ from requant.errors import CheckpointError, HubError, Problem, UsageError
 from requant.gguf.choice import choose_model, gguf_models
 from requant.gguf.header import header_nbytes
 from requant.gguf.source import read_gguf
-from requant.hub_client import asking, read_range
+from requant.hub_client import hub_errors, read_range
 from requant.hub_listing import Listing, home, is_digest, list_repository
-from requant.hub_places import SUFFIX, Area, HubCache, Place, RemoteFile
+from requant.hub_places import SUFFIX, HubCache, RemoteFile, TemporaryStorage
 from requant.limits import MAX_CONFIG_BYTES, MAX_INDEX_BYTES
 from requant.safetensors_header import PREFIX_BYTES, header_length, parse_json_object
 from requant.source_folder import (
@@ -276,16 +276,17 @@ class Repository:
             HubError: A file cannot be had, or the disk has too little room.
         """
         weights = {self._below + file.name for file in checkpoint.files}
-        cache = HubCache(self.name, self.commit)
-        place: Place = cache if area is None else Area(area, cache)
-        if area is None:
+        cache = storage = HubCache(self.name, self.commit)
+        if area is not None:
+            storage = TemporaryStorage(area, self.name, self.commit)
+        else:
             self._check_room(cache)
         small = {name: self._remote_file(name) for name in self.sizes if name not in weights}
-        fetch_all(Downloads(self.name, self.commit, small, cache), list(small))
+        fetch_all(Downloads(small, cache), list(small))
         folder = cache.snapshot if small and not self.gguf else checkpoint.path
         files = {x.name: self._remote_file(self._below + x.name) for x in checkpoint.files}
         window = None if area is None else HELD_FILES
-        supply = Downloads(self.name, self.commit, files, place, window)
+        supply = Downloads(files, storage, window)
         return replace(checkpoint, opened=checkpoint.opened.with_downloader(folder, supply))
 
     def _remote_file(self, name: str) -> RemoteFile:
@@ -295,7 +296,7 @@ class Repository:
         digest = self.digests.get(name) or ""
         if not is_digest(digest):
             url = huggingface_hub.hf_hub_url(self.name, name, revision=self.commit)
-            with asking(self.name, self.commit, name):
+            with hub_errors(self.name, self.commit, name):
                 digest = huggingface_hub.get_hf_file_metadata(url).etag or ""
         if not is_digest(digest):
             raise HubError(f"{self.name}: {name}: the hub tells no hash of it, found {digest!r}")
@@ -321,13 +322,8 @@ class Repository:
         return self._to_come(cache) if one == other else 0
 
     def _missing(self) -> dict[str, int]:
-        import huggingface_hub
-
-        def cached(file: str) -> bool:
-            found = huggingface_hub.try_to_load_from_cache(self.name, file, revision=self.commit)
-            return isinstance(found, str)
-
-        return {file: size for file, size in self.sizes.items() if not cached(file)}
+        cache = HubCache(self.name, self.commit)
+        return {file: size for file, size in self.sizes.items() if cache.cached(file) is None}
 
     def _named(self, read: Callable[[Path], Checkpoint], folder: Path) -> Checkpoint:
         """The checkpoint in a folder, under the repository's name also where it is at fault."""

@@ -1,19 +1,23 @@
-"""Talking to the model hub: ranges of files, and errors that say what to do.
+"""Requests to the model hub: byte ranges of files, and the translation of errors to HubError.
 
-huggingface_hub brings the session, the token and the addresses; this module, what is asked.
+huggingface_hub provides the HTTP session, the token and the URLs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
 from typing import Any
 
 from requant.errors import HubError
 
 _TIMEOUT_S = 30.0
 _BLOCK_BYTES = 256 << 10
-_TEMPORARY = (408, 429, 500, 502, 503, 504)  # answers of a server that may think better of it
+_RETRYABLE_CODES = (408, 429, 500, 502, 503, 504)
+_LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
 
 
 def stream_range(repository: str, commit: str, file: str, start: int, stop: int) -> Iterator[bytes]:
@@ -33,7 +37,7 @@ def stream_range(repository: str, commit: str, file: str, start: int, stop: int)
     headers |= {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
     session = utils.get_session()
     with (
-        asking(repository, commit, file),
+        hub_errors(repository, commit, file),
         session.stream("GET", url, headers=headers, timeout=_TIMEOUT_S) as response,
     ):
         if response.status_code >= 400:
@@ -63,69 +67,147 @@ def read_range(repository: str, commit: str, file: str, start: int, stop: int) -
     return data
 
 
-def _temporary(message: str) -> HubError:
-    error = HubError(message)
-    error.temporary = True
-    return error
-
-
 @contextmanager
-def asking(
+def hub_errors(
     repository: str, revision: str | None = None, file: str = "", *, sending: bool = False
 ) -> Iterator[None]:
-    """Turn what huggingface_hub and the network raise into a HubError that says what to do."""
-    from huggingface_hub import errors
+    """Translate errors of huggingface_hub and of the network to a HubError that says what to do.
 
-    where = f"{repository}: {file}" if file else repository
-    neither = f"{where}:" if file or sending else f"{where} is no folder here, and"
-    kept = "Files that arrived are not sent again" if sending else "What came is kept"
-    page = f"the page of {repository} on the hub"
+    Any other error passes through unchanged.
+
+    Args:
+        repository: ``org/name``.
+        revision: Branch, tag or commit of the request.
+        file: Path in the repository; "" for a request about the repository.
+        sending: Whether the request is part of an upload.
+    """
     try:
         yield
     except HubError:
         raise
-    except errors.GatedRepoError as error:
-        message = (
-            f"{where} is gated: accept its terms on {page}, then log in with `hf auth login` or "
-            "set HF_TOKEN"
-        )
-        raise HubError(message) from error
-    except errors.RevisionNotFoundError as error:
-        raise HubError(f"{repository} has no revision {revision!r}: see {page}") from error
-    except errors.RepositoryNotFoundError as error:
-        missing = (
-            f"{repository}: the hub takes nothing for it from you; check the name,"
-            if sending
-            else f"there is no folder {repository}, and no such model on the hub, or it is "
-            "private; for a private one"
-        )
-        message = f"{missing} log in with `hf auth login` or set HF_TOKEN"
-        raise HubError(message) from error
-    except errors.EntryNotFoundError as error:
-        raise HubError(f"{where} is not on the hub at {revision}") from error
-    except errors.OfflineModeIsEnabled as error:
-        message = f"{neither} HF_HUB_OFFLINE forbids to ask the hub for it"
-        raise HubError(message) from error
-    except errors.HfHubHTTPError as error:
-        code = error.response.status_code if error.response is not None else "?"
-        said = (error.server_message or str(error)).splitlines()[0].rstrip(".")
-        hint = "; log in with `hf auth login` or set HF_TOKEN" if code in (401, 403) else ""
-        if code in _TEMPORARY:
-            hint = f". {kept}: try again in a while"
-        answer = f"{where}: the hub answers {code}: {said}{hint}"
-        raise (_temporary(answer) if code in _TEMPORARY else HubError(answer)) from error
-    except errors.HFValidationError as error:
-        raise HubError(f"{where}: {error}") from error
     except Exception as error:
-        # Connections fail with the classes of whichever HTTP library huggingface_hub uses.
-        if isinstance(error, OSError) or type(error).__module__.partition(".")[0] in _HTTP:
-            what = f"{type(error).__name__}: {error}".splitlines()[0]
-            message = f"{neither} the hub cannot be reached ({what}). {kept}: try again"
-            raise _temporary(message) from error
-        if isinstance(error, RuntimeError) and error.__cause__ is not None:  # of one file of many
-            with asking(repository, revision, str(error).splitlines()[0], sending=sending):
-                raise error.__cause__ from error
-        raise
+        cause: BaseException = error
+        if isinstance(error, RuntimeError) and error.__cause__ is not None:
+            # An upload of many files: the message names the file, the cause is the HTTP error.
+            file, cause = str(error).splitlines()[0], error.__cause__
+        message_of = _message_function(cause)
+        if message_of is None:
+            raise
+        translated = HubError(message_of(_Request(repository, revision, file, sending), cause))
+        translated.temporary = message_of is _not_reached or _is_busy(cause)
+        raise translated from cause
 
 
-_HTTP = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3")
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """The arguments of ``hub_errors`` and the phrases that error messages make of them."""
+
+    repository: str
+    revision: str | None
+    file: str
+    sending: bool
+
+    @property
+    def target(self) -> str:
+        return f"{self.repository}: {self.file}" if self.file else self.repository
+
+    @property
+    def subject(self) -> str:
+        """The target; a repository's name could also be a mistyped path."""
+        known = self.file or self.sending
+        return f"{self.target}:" if known else f"{self.target} is no folder here, and"
+
+    @property
+    def page(self) -> str:
+        return f"the page of {self.repository} on the hub"
+
+    @property
+    def kept(self) -> str:
+        return "Files that arrived are not sent again" if self.sending else "What came is kept"
+
+
+def _gated(request: _Request, _: Any) -> str:
+    return f"{request.target} is gated: accept its terms on {request.page}, then {_LOG_IN}"
+
+
+def _no_revision(request: _Request, _: Any) -> str:
+    return f"{request.repository} has no revision {request.revision!r}: see {request.page}"
+
+
+def _no_repository(request: _Request, _: Any) -> str:
+    name = request.repository
+    if request.sending:
+        return f"{name}: the hub takes nothing for it from you; check the name, {_LOG_IN}"
+    return (
+        f"there is no folder {name}, and no such model on the hub, or it is private; for a "
+        f"private one {_LOG_IN}"
+    )
+
+
+def _no_file(request: _Request, _: Any) -> str:
+    return f"{request.target} is not on the hub at {request.revision}"
+
+
+def _offline(request: _Request, _: Any) -> str:
+    return f"{request.subject} HF_HUB_OFFLINE forbids to ask the hub for it"
+
+
+def _bad_status(request: _Request, error: Any) -> str:
+    """Message for an ``HfHubHTTPError`` that is of no class below it."""
+    code = _status_of(error)
+    reason = (error.server_message or str(error)).splitlines()[0].rstrip(".")
+    hint = f"; {_LOG_IN}" if code in (401, 403) else ""
+    if code in _RETRYABLE_CODES:
+        hint = f". {request.kept}: try again in a while"
+    return f"{request.target}: the hub answers {code or '?'}: {reason}{hint}"
+
+
+def _invalid_name(request: _Request, error: Any) -> str:
+    return f"{request.target}: {error}"
+
+
+def _not_reached(request: _Request, error: Any) -> str:
+    found = f"{type(error).__name__}: {error}".splitlines()[0]
+    return f"{request.subject} the hub cannot be reached ({found}). {request.kept}: try again"
+
+
+_Message = Callable[[_Request, Any], str]
+
+
+@cache
+def _messages() -> Mapping[type, _Message]:
+    """Exception class -> function that gives its message; the first class that fits counts.
+
+    The order matters: a RemoteEntryNotFoundError is an HfHubHTTPError first, then an
+    EntryNotFoundError, and most of the others are HfHubHTTPErrors too.
+    """
+    from huggingface_hub import errors
+
+    # huggingface_hub 1 uses httpx, 2 uses httpx2; HfHubHTTPError is derived from its HTTPError.
+    library: Any = import_module(errors.HfHubHTTPError.__bases__[0].__module__.partition(".")[0])
+    return {
+        errors.GatedRepoError: _gated,
+        errors.RevisionNotFoundError: _no_revision,
+        errors.RepositoryNotFoundError: _no_repository,
+        errors.EntryNotFoundError: _no_file,
+        errors.OfflineModeIsEnabled: _offline,
+        errors.HfHubHTTPError: _bad_status,
+        errors.HFValidationError: _invalid_name,
+        library.HTTPError: _not_reached,
+        library.InvalidURL: _not_reached,
+        OSError: _not_reached,
+    }
+
+
+def _message_function(error: BaseException) -> _Message | None:
+    return next((give for kind, give in _messages().items() if isinstance(error, kind)), None)
+
+
+def _status_of(error: Any) -> int | None:
+    response = getattr(error, "response", None)
+    return None if response is None else int(response.status_code)
+
+
+def _is_busy(error: BaseException) -> bool:
+    """Whether the hub answered that the same request may succeed later."""
+    return _status_of(error) in _RETRYABLE_CODES

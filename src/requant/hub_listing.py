@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import quote
 
 from requant.errors import HubError
-from requant.hub_client import asking
+from requant.hub_client import hub_errors
 from requant.limits import MAX_ENTRIES, MAX_INDEX_BYTES
 
 _HASH = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
@@ -56,11 +56,12 @@ def list_repository(name: str, revision: str | None) -> Listing:
             and nothing is remembered; or what it lists is no list of files.
     """
     import huggingface_hub
+    from huggingface_hub import constants
 
     remembered = home(name) / f"{quote(revision or 'main', safe='')}.json"
-    if huggingface_hub.is_offline_mode() and (known := _read(remembered)) is not None:
+    if constants.HF_HUB_OFFLINE and (known := _read(remembered)) is not None:
         return _checked(name, known)
-    with asking(name, revision):
+    with hub_errors(name, revision):
         found = huggingface_hub.HfApi().model_info(name, revision=revision, files_metadata=True)
     siblings = found.siblings or []
     listing = Listing(

@@ -1,6 +1,8 @@
-"""Where weight files of a repository come to rest: the hub's cache, or a conversion's own folder.
+"""Where downloaded files are stored: huggingface_hub's cache, or a folder of one conversion.
 
-Places know names and links; bytes are brought by ``downloads``.
+The classes here know paths and links; ``hub_transfer`` writes the bytes. The layout of the cache
+is the one that huggingface_hub documents ("Understand caching"); it has no function that adds a
+file to it.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import os
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 SUFFIX = ".requant.incomplete"
 
@@ -22,7 +24,7 @@ class RemoteFile:
     Attributes:
         name: Relative path.
         nbytes: Its size.
-        digest: SHA-256 or, for one outside LFS, git's id of a blob; in hex.
+        digest: SHA-256 or, for a file outside LFS, git's id of the blob; in hex.
     """
 
     name: str
@@ -30,34 +32,18 @@ class RemoteFile:
     digest: str
 
     def new_hash(self) -> Any:
-        """What is to give ``digest`` once all bytes went through."""
+        """A hash object that gives ``digest`` after all bytes of the file."""
         if len(self.digest) == 64:
             return hashlib.sha256()
         return hashlib.sha1(f"blob {self.nbytes}\0".encode(), usedforsecurity=False)
 
 
-class Place(Protocol):
-    """Where files go."""
-
-    @property
-    def consumed(self) -> bool:
-        """Whether a file goes as soon as nothing needs it."""
-
-    def find(self, file: RemoteFile) -> Path | None:
-        """A file that is here as a whole."""
-
-    def growing(self, file: RemoteFile) -> Path:
-        """Where it is until then."""
-
-    def keep(self, file: RemoteFile) -> Path:
-        """Give what has grown its name."""
-
-    def remove(self, file: RemoteFile) -> None:
-        """Delete a file, if it is ours to delete."""
-
-
 class HubCache:
-    """The place of huggingface_hub's own cache, where every program finds the files again."""
+    """The cache of huggingface_hub, in which every program finds the files.
+
+    Attributes:
+        consumed: Whether a file is deleted as soon as nothing needs it.
+    """
 
     consumed = False
 
@@ -67,31 +53,33 @@ class HubCache:
         self.repository, self.commit = repository, commit
         cache = Path(constants.HF_HUB_CACHE)
         self.folder = cache / f"models--{repository.replace('/', '--')}"
+        self.snapshot = self.folder / "snapshots" / commit
 
-    @property
-    def snapshot(self) -> Path:
-        """The folder of the commit."""
-        return self.folder / "snapshots" / self.commit
-
-    def find(self, file: RemoteFile) -> Path | None:
-        """The file in the snapshot of this commit."""
+    def cached(self, name: str) -> Path | None:
+        """The path of a file in the snapshot of this commit."""
         import huggingface_hub
 
-        found = huggingface_hub.try_to_load_from_cache(
-            self.repository, file.name, revision=self.commit
-        )
-        if isinstance(found, str):
-            return Path(found)
-        return self._linked(file) if (self.folder / "blobs" / file.digest).is_file() else None
+        found = huggingface_hub.try_to_load_from_cache(self.repository, name, revision=self.commit)
+        return Path(found) if isinstance(found, str) else None
 
-    def growing(self, file: RemoteFile) -> Path:
-        """Beside the cache's blobs."""
+    def find(self, file: RemoteFile) -> Path | None:
+        """The path of a complete file; one that another commit shares is linked first."""
+        found = self.cached(file.name)
+        if found is None and (self.folder / "blobs" / file.digest).is_file():
+            return self._linked(file)
+        return found
+
+    def partial_path(self, file: RemoteFile) -> Path:
+        """The path of a file until it is complete."""
         return self.folder / "blobs" / f"{file.digest}{SUFFIX}"
 
-    def keep(self, file: RemoteFile) -> Path:
-        """Make a blob of it, and a link in the snapshot."""
-        self.growing(file).rename(self.folder / "blobs" / file.digest)
+    def finalize(self, file: RemoteFile) -> Path:
+        """Rename a complete file to its final path, which is returned."""
+        self.partial_path(file).rename(self.folder / "blobs" / file.digest)
         return self._linked(file)
+
+    def remove(self, file: RemoteFile) -> None:
+        """Do nothing: other programs may use the file."""
 
     def _linked(self, file: RemoteFile) -> Path:
         link = self.snapshot / file.name
@@ -101,33 +89,31 @@ class HubCache:
             link.symlink_to(blob)
         return link
 
-    def remove(self, file: RemoteFile) -> None:
-        """Nothing: others may use it."""
 
-
-class Area:
-    """A folder of a conversion's own, whose files go one by one; what is in the cache is used."""
+class TemporaryStorage(HubCache):
+    """A folder of one conversion, whose files are deleted one by one; the cache is only read."""
 
     consumed = True
 
-    def __init__(self, folder: Path, cache: HubCache) -> None:
-        self.folder, self.cache = folder, cache
-
-    def _path(self, file: RemoteFile) -> Path:
-        return self.folder / f"{file.digest[:12]}-{file.name.replace('/', '--')[-150:]}"
+    def __init__(self, area: Path, repository: str, commit: str) -> None:
+        super().__init__(repository, commit)
+        self.area = area
 
     def find(self, file: RemoteFile) -> Path | None:
-        """The file here or in the cache."""
-        return self._path(file) if self._path(file).is_file() else self.cache.find(file)
+        """The path of a complete file in the folder or in the cache."""
+        return self._path(file) if self._path(file).is_file() else super().find(file)
 
-    def growing(self, file: RemoteFile) -> Path:
-        """In the folder itself."""
+    def partial_path(self, file: RemoteFile) -> Path:
+        """The path of a file until it is complete."""
         return Path(f"{self._path(file)}{SUFFIX}")
 
-    def keep(self, file: RemoteFile) -> Path:
-        """Take the suffix away."""
-        return self.growing(file).rename(self._path(file))
+    def finalize(self, file: RemoteFile) -> Path:
+        """Rename a complete file to its final path, which is returned."""
+        return self.partial_path(file).rename(self._path(file))
 
     def remove(self, file: RemoteFile) -> None:
-        """Delete it here."""
+        """Delete a file from the folder."""
         self._path(file).unlink(missing_ok=True)
+
+    def _path(self, file: RemoteFile) -> Path:
+        return self.area / f"{file.digest[:12]}-{file.name.replace('/', '--')[-150:]}"

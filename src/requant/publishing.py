@@ -13,7 +13,7 @@ from requant.conversion import Source
 from requant.errors import CheckpointError, HubError, UsageError
 from requant.figures import Figures, read_figures
 from requant.hub import CARD, Repository
-from requant.hub_client import asking
+from requant.hub_client import hub_errors
 from requant.running import generates_text
 from requant.safetensors_folder import read_json
 from requant.source_folder import CONFIG, RECORD
@@ -105,7 +105,7 @@ def upload(
     operations = [add(name, str(path)) for name, path in paths.items()]
     operations.append(add(CARD, card.encode()))
     api = huggingface_hub.HfApi()
-    with asking(repository, "main", sending=True), _bars(show_progress):
+    with hub_errors(repository, "main", sending=True), _bars(show_progress):
         api.create_repo(repository, private=private, exist_ok=True)
         known = api.model_info(repository)
         if private and known.private is False:

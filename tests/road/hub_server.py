@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import socket
 import sys
 import threading
 import time
@@ -39,7 +40,7 @@ class Hub:
         commits: Id -> lines of the commit that was made.
         heads: Id -> commit, where it is not the usual one.
         gates: File -> byte of it from which on it is sent, and what must be true before; a test
-            that is over, or ten seconds, open all.
+            that is over, or a minute, open all.
         served: Files that are sent instead of those that are listed.
         public: Ids of repositories that anybody may read; the hub says so of each.
         readonly: Nothing may be written.
@@ -230,15 +231,23 @@ class _Handler(BaseHTTPRequestHandler):
     def opened(self, file: str, byte: int) -> bool:
         """Wait at a gate; false where the connection is to be cut."""
         first, opens = self.state.gates.get(file, (byte, bool))
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while byte > first and not opens():
-            if self.state.over.is_set() or self.state.down:
+            if self.state.over.is_set() or self.state.down or self.client_is_gone():
                 return False
             if time.monotonic() > deadline:
                 self.state.late.append(file)
                 return True
             time.sleep(0.01)
         return True
+
+    def client_is_gone(self) -> bool:
+        try:
+            return self.connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
 
     # -- in ------------------------------------------------------------------------------
 

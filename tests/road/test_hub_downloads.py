@@ -97,7 +97,7 @@ def kill(process: subprocess.Popen[str]) -> None:
 
 
 def until(true: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not true():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline, "it did not come to it"
