@@ -7,10 +7,11 @@ answer, exact where its table is small and near it elsewhere. Nothing here knows
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import gcd
+from typing import NamedTuple
 
 import numpy as np
 
@@ -45,6 +46,19 @@ class Allocation:
     exact: bool
 
 
+class _Candidate(NamedTuple):
+    """A larger option that an item may take in place of its present one."""
+
+    saving_per_byte: float
+    item: int
+    option: int
+    nbytes: int  # beyond those of the present option
+
+    def rank(self) -> tuple[float, int, int]:
+        """A key for ``max``: the most saved a byte, among equals the first item and option."""
+        return self.saving_per_byte, -self.item, -self.option
+
+
 def allocate(
     items: Sequence[Sequence[Option]], limit: int, max_cells: int = MAX_CELLS
 ) -> Allocation | None:
@@ -63,27 +77,40 @@ def allocate(
         >>> allocate([[Option(2, 5.0), Option(4, 1.0)], [Option(2, 3.0), Option(4, 2.0)]], 6)
         Allocation(chosen=(1, 0), nbytes=6, cost=4.0, bound=4.0, exact=True)
     """
-    useful = [_useful(options) for options in items]
+    useful = [_pareto_front(options) for options in items]
     least = sum(items[n][kept[0]].nbytes for n, kept in enumerate(useful))
     if least > limit:
         return None
-    greedy, bound = _relaxed(items, useful, limit - least)
-    table, exact = _table(items, useful, limit - least, max_cells)
-    best = min((greedy, table), key=lambda chosen: _measure(items, chosen)[::-1])
-    if not exact:
-        best = _refined(items, useful, best, limit)
-    nbytes, cost = _measure(items, best)
-    bound = cost if exact else min(bound, cost)
-    return Allocation(tuple(best), nbytes, cost, bound, exact or cost <= bound)
+    greedy, bound = _greedy_relaxation(items, useful, limit - least)
+    table, exact = _dynamic_program(items, useful, limit - least, max_cells)
+    best = min((greedy, table), key=lambda chosen: _total(items, chosen).cost_then_bytes())
+    if exact:
+        nbytes, cost = _total(items, best)
+        return Allocation(tuple(best), nbytes, cost, bound=cost, exact=True)
+    best = _greedy_fill(items, useful, best, limit)
+    nbytes, cost = _total(items, best)
+    # A table of rounded sizes proves nothing, but an answer that costs no more than the relaxation
+    # is a best one all the same. With costs 5 and 1 for 2 and 4 bytes and a limit of 3 bytes the
+    # relaxation takes half of the step: its bound is 3, the answer costs 5, and is not proved.
+    # With a limit of 4 bytes it takes the whole step: both are 1.
+    return Allocation(tuple(best), nbytes, cost, bound=min(bound, cost), exact=cost <= bound)
 
 
-def _measure(items: Sequence[Sequence[Option]], chosen: Sequence[int]) -> tuple[int, float]:
+class _Total(NamedTuple):
+    nbytes: int
+    cost: float
+
+    def cost_then_bytes(self) -> tuple[float, int]:
+        return self.cost, self.nbytes
+
+
+def _total(items: Sequence[Sequence[Option]], chosen: Sequence[int]) -> _Total:
     """Bytes and cost of a choice."""
     picked = [options[index] for options, index in zip(items, chosen, strict=True)]
-    return sum(x.nbytes for x in picked), sum(x.cost for x in picked)
+    return _Total(sum(x.nbytes for x in picked), sum(x.cost for x in picked))
 
 
-def _useful(options: Sequence[Option]) -> list[int]:
+def _pareto_front(options: Sequence[Option]) -> list[int]:
     """Options by size, without those that a smaller or equal one is as good as."""
     kept: list[int] = []
     for index in sorted(range(len(options)), key=lambda n: (options[n].nbytes, options[n].cost, n)):
@@ -96,7 +123,7 @@ def _hull(options: Sequence[Option], kept: Sequence[int]) -> list[int]:
     """Of useful options, those on the lower convex hull of cost over size."""
     hull: list[int] = []
     for index in kept:
-        while len(hull) > 1 and _gain(options, hull[-2], hull[-1]) <= _gain(
+        while len(hull) > 1 and _saving_per_byte(options, hull[-2], hull[-1]) <= _saving_per_byte(
             options, hull[-1], index
         ):
             hull.pop()
@@ -104,13 +131,13 @@ def _hull(options: Sequence[Option], kept: Sequence[int]) -> list[int]:
     return hull
 
 
-def _gain(options: Sequence[Option], small: int, large: int) -> float:
+def _saving_per_byte(options: Sequence[Option], small: int, large: int) -> float:
     """Cost that a byte saves from one option to a larger one."""
     nbytes = options[large].nbytes - options[small].nbytes
     return (options[small].cost - options[large].cost) / nbytes
 
 
-def _relaxed(
+def _greedy_relaxation(
     items: Sequence[Sequence[Option]], useful: Sequence[Sequence[int]], room: int
 ) -> tuple[list[int], float]:
     """Steps up the hulls, those that save most a byte first.
@@ -124,7 +151,7 @@ def _relaxed(
     for n, options in enumerate(items):
         hull = _hull(options, useful[n])
         for at, (a, b) in enumerate(pairwise(hull)):
-            steps.append((-_gain(options, a, b), n, at, a, b))
+            steps.append((-_saving_per_byte(options, a, b), n, at, a, b))
     bound, left, stopped = cost, room, set[int]()
     fraction = True
     for gain, n, _, small, large in sorted(steps):
@@ -137,11 +164,13 @@ def _relaxed(
             chosen[n], left = large, left - nbytes
         else:
             stopped.add(n)
-    # The sums above were rounded: a bound must not lie above the truth by that.
+    # Each addition above rounds by up to 1e-16 of the cost at the start, so that the sum may lie
+    # above the true bound: for costs of 1e6 in all it is lowered by 1e-6. A bound that is too low
+    # says less; one that is too high would call an answer a best one that is not.
     return chosen, bound - 1e-12 * cost
 
 
-def _table(
+def _dynamic_program(
     items: Sequence[Sequence[Option]],
     useful: Sequence[Sequence[int]],
     room: int,
@@ -185,25 +214,38 @@ def _table(
     return chosen, exact
 
 
-def _refined(
+def _greedy_fill(
     items: Sequence[Sequence[Option]],
     useful: Sequence[Sequence[int]],
     chosen: Sequence[int],
     limit: int,
 ) -> list[int]:
-    """Take what still fits, the most saved a byte first, until nothing does."""
-    found = list(chosen)
-    left = limit - _measure(items, found)[0]
-    while True:
-        steps = [
-            (_gain(options, found[n], index), -n, -index)
-            for n, options in enumerate(items)
-            for index in useful[n]
-            if 0 < options[index].nbytes - options[found[n]].nbytes <= left
-            and options[index].cost < options[found[n]].cost
-        ]
-        if not steps:
-            return found
-        _, n, index = max(steps)
-        left -= items[-n][-index].nbytes - items[-n][found[-n]].nbytes
-        found[-n] = -index
+    """Take the larger option that saves most a byte and still fits, until none does.
+
+    Example: the chosen options leave 3 bytes. One item saves 4.0 with 4 bytes more (too large),
+    another 3.0 with 3 bytes, a third 2.0 with 1 byte: the third is taken, 2 bytes are left, and
+    neither of the others fits them.
+    """
+    filled = list(chosen)
+    left = limit - _total(items, filled).nbytes
+    while candidates := list(_larger_options(items, useful, filled, left)):
+        best = max(candidates, key=_Candidate.rank)
+        filled[best.item] = best.option
+        left -= best.nbytes
+    return filled
+
+
+def _larger_options(
+    items: Sequence[Sequence[Option]],
+    useful: Sequence[Sequence[int]],
+    chosen: Sequence[int],
+    left: int,
+) -> Iterator[_Candidate]:
+    """The options that cost less than the chosen ones and take at most ``left`` bytes more."""
+    for item, options in enumerate(items):
+        present = options[chosen[item]]
+        for index in useful[item]:
+            nbytes = options[index].nbytes - present.nbytes
+            if 0 < nbytes <= left and options[index].cost < present.cost:
+                saving = _saving_per_byte(options, chosen[item], index)
+                yield _Candidate(saving, item, index, nbytes)

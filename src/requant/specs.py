@@ -78,7 +78,7 @@ def parse_spec(text: str, base: Quantization | None = None) -> Spec:
 
 
 def check_regex(pattern: str, option: str) -> None:
-    """Raise UsageError where ``pattern`` is no regular expression."""
+    """Raise UsageError where ``pattern`` is not a valid regular expression."""
     try:
         compiled(pattern)
     except PatternError as error:

@@ -363,7 +363,7 @@ def test_a_source_cannot_drive_the_terminal(requant: Requant, tmp_path: Path) ->
         (["--bits", "4", "--dequantize"], "error: choose one: dequantize"),
         (["--override", "lm_head"], "error: --override 'lm_head' is not REGEX=SPEC"),
         (["--override", "lm_head=9"], "no quantization of MLX"),
-        (["--only", "("], "error: --only '(' is no regular expression"),
+        (["--only", "("], "error: --only '(' is not a valid regular expression"),
         (["--only", "q_prj"], "--only 'q_prj': matches no layer; near it: q_proj"),
         (["--override", "lm_haed=8"], "--override 'lm_haed': matches no layer; near it: lm_head"),
         (["--recipe", "mixed"], "error: there is no recipe 'mixed'; near it: mixed_"),

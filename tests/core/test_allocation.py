@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from requant.allocation import Option, allocate
+from requant.allocation import Option, _greedy_fill, allocate
 
 COSTS = st.floats(0, 1e6, allow_nan=False) | st.integers(0, 3).map(float)
 OPTIONS = st.builds(Option, st.integers(0, 60), COSTS)
@@ -80,3 +80,18 @@ def test_an_item_that_cannot_be_on_the_hull_is_chosen_where_it_fits_best() -> No
 def test_nothing_to_choose() -> None:
     assert allocate([], 0) is not None
     assert allocate([], -1) is None
+
+
+def test_what_saves_most_a_byte_is_filled_in_first() -> None:
+    """3 bytes are left: the third item saves 2.0 with one of them, and no other fits the rest."""
+    items = [
+        [Option(1, 9.0), Option(5, 5.0)],
+        [Option(1, 9.0), Option(4, 6.0)],
+        [Option(1, 9.0), Option(2, 7.0)],
+    ]
+    assert _greedy_fill(items, [[0, 1]] * 3, [0, 0, 0], limit=6) == [0, 0, 1]
+
+
+def test_among_equals_the_first_item_and_option_is_filled_in() -> None:
+    items = [[Option(1, 9.0), Option(2, 8.0), Option(3, 7.0)], [Option(1, 9.0), Option(2, 8.0)]]
+    assert _greedy_fill(items, [[0, 1, 2], [0, 1]], [0, 0], limit=3) == [1, 0]

@@ -233,7 +233,10 @@ def test_wishes_that_a_recipe_contradicts(tmp_path: Path) -> None:
         ("[[rules]]\nmatch = 'a'\nspec = true", "rules[1].spec: is true, expected bits"),
         ("[[rules]]\nmatch = 'a'\nspec = 7", "rules[1].spec: '7' is no quantization of MLX"),
         ("[[rules]]\nmatch = 'a'\nspec = 'skp'", "rules[1].spec: 'skp' is no SPEC; write bits"),
-        ("[[rules]]\nmatch = '('\nspec = 8", "rules[1].match: '(' is no regular expression"),
+        (
+            "[[rules]]\nmatch = '('\nspec = 8",
+            "rules[1].match: '(' is not a valid regular expression",
+        ),
         ("[[rules]]\nmatch = 4\nspec = 8", "rules[1].match: is 4, expected a regex"),
         ("[[rules]]\nrole = 'haed'\nspec = 8", "rules[1].role: 'haed' is no role; near it: head"),
         ("[[rules]]\nrole = [4]\nspec = 8", "rules[1].role: is [4], expected a role"),

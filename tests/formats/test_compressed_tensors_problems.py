@@ -143,7 +143,7 @@ CORRUPTIONS: dict[str, tuple[Callable[[Tensors, dict[str, Any]], None], tuple[st
     ),
     "pattern that is none": (
         with_key("ignore", value=["re:(["]),
-        ("ignore: '([' is no regular expression",),
+        ("ignore: '([' is not a valid regular expression",),
     ),
     "preset that is none": (
         lambda tensors, config: config["config_groups"].update({"w4a99x": ["Linear"]}),
