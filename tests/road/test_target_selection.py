@@ -92,7 +92,7 @@ DENSE = {
     ),
     "not finite over an override": (
         Q,
-        options(overrides=(("q_proj", EIGHT),), spoiled=frozenset({Q})),
+        options(overrides=(("q_proj", EIGHT),), nonfinite_layers=frozenset({Q})),
         None,
         CODES.NONFINITE,
     ),
@@ -206,7 +206,7 @@ QUANTIZED = {
         CODES.SKIPPED_BY_RECIPE,
     ),
     "not finite keeps codes": (
-        options(EIGHT, spoiled=frozenset({Q})),
+        options(EIGHT, nonfinite_layers=frozenset({Q})),
         FOUR,
         CODES.NONFINITE,
     ),
