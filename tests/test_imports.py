@@ -20,7 +20,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("patterns",),
     ("schema",),
     ("arrays", "safetensors_header"),
-    ("triples", "weights", "awq_weights", "specs", "allocation"),
+    ("triples", "weights", "awq_weights", "specs", "allocation", "budget_measurements"),
     ("recipes",),
     ("option_table",),
     ("wishes", "option_signatures"),

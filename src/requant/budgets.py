@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from hashlib import sha256
 from itertools import product
 from math import prod
@@ -19,6 +19,7 @@ from pathlib import Path
 
 from requant.allocation import Allocation, Option, allocate
 from requant.blueprint import LayerPlan, Plan, Step, Treatment
+from requant.budget_measurements import Candidate, Measured
 from requant.checkpoint import Checkpoint
 from requant.errors import CheckpointError, Problem, UsageError
 from requant.execute import Progress, run_plan
@@ -37,44 +38,6 @@ from requant.wishes import ConvertOptions
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
 _FORMAT = 1  # of the file that keeps measurements
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """A quantization of a layer, what it takes, and what it loses.
-
-    Attributes:
-        spec: As in an override ("4:64").
-        nbytes: Of its tensors in the output.
-        error: Squared error of its weights, summed.
-        energy: Squared weights, summed; 0 where the codes stay what they are.
-    """
-
-    spec: str
-    nbytes: int
-    error: float
-    energy: float
-
-
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """What each layer may become, and what does not depend on the budget.
-
-    Attributes:
-        parameters: Weights of the model, as ``bits_per_weight`` counts them.
-        fixed_bytes: Bytes of what no candidate changes.
-        fixed: Layers that the wishes settle, with their spec.
-        layers: The other ones, with their candidates.
-        sizes: How many weights these hold.
-        together: The same layers in runs that take one candidate.
-    """
-
-    parameters: int
-    fixed_bytes: int
-    fixed: Mapping[str, str]
-    layers: Mapping[str, tuple[Candidate, ...]]
-    sizes: Mapping[str, int]
-    together: tuple[tuple[str, ...], ...]
 
 
 def settle(
@@ -115,7 +78,7 @@ def settle(
     if check is not None:
         check(base)
     key = _key(base, wishes)
-    measured = None if keep is None else _kept(keep, key)
+    measured = None if keep is None else Measured.load(keep, key)
     while measured is None:
         trial = _Trial(base, plan_source.checkpoint, wishes)
         run = make_budget(trial.plan, threads, max_memory, chunk_bytes)
@@ -124,7 +87,7 @@ def settle(
         if not problems:
             measured = trial.measured(found)
             if keep is not None and not wishes.nonfinite_layers:
-                _keep(keep, key, measured)
+                measured.save(keep, key)
         elif not allow_nonfinite:
             raise CheckpointError(base.source, list(problems.values()))
         else:
@@ -266,51 +229,11 @@ def _together(layers: Iterable[str]) -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(run) for run in runs.values())
 
 
-# -- what was measured, on disk --------------------------------------------------------------
-
-
-def measured_of(output: Path) -> Path:
-    """Where measurements wait for a run that goes on."""
-    return output.parent / f".{output.name}.requant-measured"
-
-
 def _key(base: Plan, wishes: ConvertOptions) -> str:
     """A hash of all that decides a measurement; not of the budget."""
     told = wishes.to_dict() | {"budget": None}
     data = [_FORMAT, version(), BITS, GROUP_SIZES, told, [asdict(file) for file in base.files]]
     return sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _kept(file: Path, key: str) -> Measured | None:
-    """What was measured before, if it was this."""
-    try:
-        data = json.loads(file.read_bytes())
-        if data["key"] != key:
-            return None
-        layers = {x: tuple(Candidate(*y) for y in told) for x, told in data["layers"].items()}
-        return Measured(
-            parameters=data["parameters"],
-            fixed_bytes=data["fixed_bytes"],
-            fixed=data["fixed"],
-            layers=layers,
-            sizes=data["sizes"],
-            together=tuple(map(tuple, data["together"])),
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-
-
-def _keep(file: Path, key: str, measured: Measured) -> None:
-    """Write it, whole or not at all; a disk that refuses costs another measurement."""
-    layers = {
-        layer: [[x.spec, x.nbytes, x.error, x.energy] for x in found]
-        for layer, found in measured.layers.items()
-    }
-    fresh = file.with_name(file.name + ".new")
-    with suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        fresh.write_text(json.dumps({"key": key} | asdict(measured) | {"layers": layers}))
-        fresh.replace(file)
 
 
 # -- choosing --------------------------------------------------------------------------------

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
 from requant.blueprint import Plan
-from requant.budgets import measured_of, settle
+from requant.budget_measurements import measured_of
+from requant.budgets import settle
 from requant.checkpoint import Checkpoint
 from requant.consuming import most_with_consume_source
 from requant.errors import OutputError, UsageError

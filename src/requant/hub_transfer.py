@@ -27,7 +27,7 @@ _POLL_S = 0.1
 _HASH_BYTES = 1 << 20
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Transfer:
     """Downloads files of one repository to one storage.
 

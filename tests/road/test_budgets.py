@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 import requant
-from requant.budgets import measured_of, sensitivity
+from requant.budget_measurements import measured_of
+from requant.budgets import sensitivity
 from requant.errors import CheckpointError, UsageError
 from requant.specs import parse_budget
 from tests.support.checkpoints import model, write_checkpoint

@@ -120,12 +120,6 @@ DENSE = {
         None,
         CODES.NOT_IN_ONLY,
     ),
-    "dequantize over a recipe": (
-        Q,
-        options(None, dequantize=True, recipe=recipe("skip", match="q_proj")),
-        None,
-        None,
-    ),
     "a recipe that skips": (
         Q,
         options(recipe=recipe("skip", match="q_proj")),

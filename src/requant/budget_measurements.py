@@ -1,0 +1,86 @@
+"""The measured candidates of each layer, in memory and in the file that a resumed run reads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A quantization of a layer, its size and its quantization error.
+
+    Attributes:
+        spec: As in an override ("4:64").
+        nbytes: Of its tensors in the output.
+        error: Squared error of its weights, summed.
+        energy: Squared weights, summed; 0 where the codes stay what they are.
+    """
+
+    spec: str
+    nbytes: int
+    error: float
+    energy: float
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """The candidates of each layer, and what does not depend on the budget.
+
+    Attributes:
+        parameters: Weights of the model, as ``bits_per_weight`` counts them.
+        fixed_bytes: Bytes of what no candidate changes.
+        fixed: Layers that the wishes settle, with their spec.
+        layers: The other ones, with their candidates.
+        sizes: How many weights these hold.
+        together: The same layers in runs that take one candidate.
+    """
+
+    parameters: int
+    fixed_bytes: int
+    fixed: Mapping[str, str]
+    layers: Mapping[str, tuple[Candidate, ...]]
+    sizes: Mapping[str, int]
+    together: tuple[tuple[str, ...], ...]
+
+    @classmethod
+    def load(cls, file: Path, key: str) -> Measured | None:
+        """Read measurements; None where the file holds none, or those of another key."""
+        try:
+            data = json.loads(file.read_bytes())
+            if data["key"] != key:
+                return None
+            layers = {x: tuple(Candidate(*y) for y in rows) for x, rows in data["layers"].items()}
+            return cls(
+                data["parameters"],
+                data["fixed_bytes"],
+                data["fixed"],
+                layers,
+                data["sizes"],
+                tuple(map(tuple, data["together"])),
+            )
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None
+
+    def save(self, file: Path, key: str) -> None:
+        """Write the measurements, whole or not at all.
+
+        A disk that cannot be written is no error: the next run measures again.
+        """
+        layers = {
+            layer: [[x.spec, x.nbytes, x.error, x.energy] for x in found]
+            for layer, found in self.layers.items()
+        }
+        fresh = file.with_name(file.name + ".new")
+        with suppress(OSError):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            fresh.write_text(json.dumps({"key": key} | asdict(self) | {"layers": layers}))
+            fresh.replace(file)
+
+
+def measured_of(output: Path) -> Path:
+    """The file beside ``output`` that holds measurements for a resumed run."""
+    return output.parent / f".{output.name}.requant-measured"
