@@ -178,7 +178,7 @@ QUANTIZED = {
     "more bits": (options(EIGHT), EIGHT, None),
     "another mode": (options(MXFP4), MXFP4, None),
     "its own group": (
-        options(Quantization.affine(128, 8), own_groups=True),
+        options(Quantization.affine(128, 8), bits=8),
         EIGHT,
         CODES.SOURCE_GROUP_SIZE,
     ),
