@@ -83,10 +83,14 @@ def shapes(layers: int, form: str) -> dict[str, tuple[int, ...]]:
 def make(folder: Path, layers: int, form: str) -> None:
     """Write one form of the model."""
     write(folder, shapes(layers, form), 10**9, layers)
-    said = config(layers)
+    declared = config(layers)
     if form == "fused":
-        said = {"model_type": "qwen3_vl_moe", "torch_dtype": "bfloat16", "text_config": said}
-    (folder / "config.json").write_text(json.dumps(said))
+        declared = {
+            "model_type": "qwen3_vl_moe",
+            "torch_dtype": "bfloat16",
+            "text_config": declared,
+        }
+    (folder / "config.json").write_text(json.dumps(declared))
     for file in EXAMPLE.glob("token*"):
         shutil.copyfile(file, folder / file.name)
 

@@ -37,9 +37,9 @@ def main() -> None:
             script = [sys.executable, str(HERE / "make_checkpoint.py"), str(source)]
             subprocess.run([*script, "--layers", str(args.layers), *options], check=True)
             # The embedding is dense in an FP8 folder and stays so: neither run encodes it.
-            wishes = ["--bits", str(args.bits), "--override", "embed_tokens=skip"]
-            contenders[name] = lambda out, source=source, wishes=wishes: requant(
-                source, out, *wishes
+            convert_options = ["--bits", str(args.bits), "--override", "embed_tokens=skip"]
+            contenders[name] = lambda out, source=source, options=convert_options: requant(
+                source, out, *options
             )
         report(rounds(contenders, scratch, args.runs), "bf16", args.json)
 

@@ -69,11 +69,11 @@ class Model:
         return x / np.sqrt((x * x).mean(-1, keepdims=True) + self.epsilon) * weight
 
     def _heads(
-        self, weights: Weights, path: str, x: np.ndarray, count: int, turned: bool
+        self, weights: Weights, path: str, x: np.ndarray, count: int, transposed: bool
     ) -> np.ndarray:
         """Queries, keys or values: ``(heads, tokens, width)``."""
         made = (x @ weights[f"{path}_proj.weight"].T).reshape(len(x), count, self.width)
-        if not turned:
+        if not transposed:
             return made.transpose(1, 0, 2)
         if f"{path}_norm.weight" in weights:
             made = self._norm(made, weights[f"{path}_norm.weight"])
@@ -118,8 +118,8 @@ def forms(bits: list[int], statistics: Path | None) -> Iterator[tuple[str, dict[
         if statistics is not None:
             ways["best, statistics"] = {"statistics": statistics}
             ways["gptq"] = {"statistics": statistics, "gptq": True}
-        for name, wishes in ways.items():
-            yield f"{width} bits, {name}", {"bits": width, **wishes}
+        for name, options in ways.items():
+            yield f"{width} bits, {name}", {"bits": width, **options}
 
 
 def main() -> None:
@@ -144,13 +144,13 @@ def main() -> None:
     dense = model.losses(read_weights(args.model), windows)
     print(f"{windows.size:,} tokens, dense loss {dense.mean():.4f}", flush=True)
     rule = 0.0
-    for name, wishes in forms(args.bits, args.statistics):
+    for name, options in forms(args.bits, args.statistics):
         with tempfile.TemporaryDirectory() as folder:
-            made, values = Path(folder) / "made", Path(folder) / "values"
+            path, values = Path(folder) / "made", Path(folder) / "values"
             began = time.perf_counter()
-            requant.convert(args.model, made, layout="keep", **wishes)
+            requant.convert(args.model, path, layout="keep", **options)
             took = time.perf_counter() - began
-            requant.convert(made, values, dequantize=True, dtype="float32", layout="keep")
+            requant.convert(path, values, dequantize=True, dtype="float32", layout="keep")
             gaps = model.losses(read_weights(values), windows) - dense
         gap, error = gaps.mean(), gaps.std(ddof=1) / len(gaps) ** 0.5
         rule = gap if name.endswith("rule") else rule

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.road.hub_server import Hub, serving
 
 NAME = "bench/model"
-WISHES = ("--bits", "4", "--layout", "keep", "--quiet")
+OPTIONS = ("--bits", "4", "--layout", "keep", "--quiet")
 _DOWNLOAD = f"""
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -103,7 +103,7 @@ def main() -> None:
     parser.add_argument("--search", default="off")
     asked = parser.parse_args()
     files = checkpoint(asked.shards, asked.megabytes)
-    convert = [sys.executable, "-m", "requant", "convert", NAME, "out", *WISHES]
+    convert = [sys.executable, "-m", "requant", "convert", NAME, "out", *OPTIONS]
     convert += ["--search", asked.search]
     free, lock = [time.monotonic()], threading.Lock()
 
@@ -119,15 +119,15 @@ def main() -> None:
         hub.gates = dict.fromkeys(files, (0, throttled))
         work = Path(place)
         for _ in range(asked.rounds):
-            apart = run(work, [sys.executable, "-c", _DOWNLOAD, *files], hub.url)
+            separate = run(work, [sys.executable, "-c", _DOWNLOAD, *files], hub.url)
             then = run(work, convert, hub.url)
             clean(work)
             both = run(work, convert, hub.url)
             clean(work)
             consumed = run(work, [*convert, "--consume-source"], hub.url)
             clean(work)
-            rows.append((apart[0], then[0], both, consumed))
-            print(f"download {apart[0]:.2f} s, then convert {then[0]:.2f} s", end="; ")
+            rows.append((separate[0], then[0], both, consumed))
+            print(f"download {separate[0]:.2f} s, then convert {then[0]:.2f} s", end="; ")
             for name, (seconds, memory, disk) in (("at once", both), ("consumed", consumed)):
                 print(f"{name} {seconds:.2f} s, {memory:.0f} MB, {disk:.0f} MB of disk", end="; ")
             print(flush=True)

@@ -115,8 +115,8 @@ def main() -> None:
             print(f"{title}: {min(seconds):.2f} s", flush=True)
             for how in (signal.SIGKILL, signal.SIGINT):
                 work.mkdir()
-                said = stopped_at_half(hub, work, command, how)
-                print(f"{title}, {how.name} at half: {said}", flush=True)
+                declared = stopped_at_half(hub, work, command, how)
+                print(f"{title}, {how.name} at half: {declared}", flush=True)
                 shutil.rmtree(work)
             work.mkdir()
             print(f"{title}, cut at half: {cut_at_half(hub, work, command)}", flush=True)

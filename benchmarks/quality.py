@@ -22,7 +22,7 @@ import requant
 from requant.evaluation import load_as_stored, losses, read_tokens
 
 
-def wishes_of(spec: str) -> dict[str, Any]:
+def options_of(spec: str) -> dict[str, Any]:
     """``4``, ``4:32`` or a mode as keyword arguments."""
     if not spec[0].isdigit():
         return {"mode": spec}
@@ -38,10 +38,10 @@ def share_of(gaps: np.ndarray, rule: np.ndarray) -> tuple[float, float]:
     return float(gaps.sum() / rule.sum()), spread
 
 
-def converted_losses(source: Path, ids: np.ndarray, **wishes: Any) -> np.ndarray:
+def converted_losses(source: Path, ids: np.ndarray, **options: Any) -> np.ndarray:
     """Losses of what ``requant.convert`` writes with these wishes."""
     with tempfile.TemporaryDirectory() as folder:
-        requant.convert(source, Path(folder) / "out", **wishes)
+        requant.convert(source, Path(folder) / "out", **options)
         return losses(load_as_stored(Path(folder) / "out")[0], ids)
 
 
@@ -62,7 +62,7 @@ def main() -> None:
     for spec in args.specs:
         rule = np.zeros(0)
         for search in ("off", "fast", "best"):
-            gaps = converted_losses(args.model, ids, search=search, **wishes_of(spec)) - dense
+            gaps = converted_losses(args.model, ids, search=search, **options_of(spec)) - dense
             rule = gaps if search == "off" else rule
             share, spread = share_of(gaps, rule)
             print(f"{spec:8}{search:>8}{gaps.mean():9.4f}{share:8.3f}{spread:8.3f}", flush=True)

@@ -78,8 +78,8 @@ def _schemas() -> str:
 def _keys(schema: dict[str, Any]) -> str:
     lines = [schema.get("description", ""), "", "| key | type | |", "|---|---|---|"]
     for key, part in schema["properties"].items():
-        told = part.get("description", "").replace("|", "\\|")
-        lines.append(f"| `{key}` | {_type(part)} | {told} |")
+        reported = part.get("description", "").replace("|", "\\|")
+        lines.append(f"| `{key}` | {_type(part)} | {reported} |")
     return "\n".join(lines)
 
 

@@ -22,8 +22,8 @@ def spread(report: requant.Report) -> float:
 
 def main(source: str, output: str) -> None:
     """Convert both ways, and say what the bits bought."""
-    for name, wishes in (("flat", {"bits": 4}), ("mixed", {"recipe": RECIPE})):
-        report = requant.convert(source, f"{output}-{name}", force=True, **wishes)
+    for name, options in (("flat", {"bits": 4}), ("mixed", {"recipe": RECIPE})):
+        report = requant.convert(source, f"{output}-{name}", force=True, **options)
         worst = max(report.errors, key=lambda layer: report.errors[layer].relative_rms)
         print(
             f"{name}: {report.bits_per_weight:.2f} bits per weight, relative error "

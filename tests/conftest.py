@@ -81,9 +81,9 @@ def pytest_configure() -> None:
 @pytest.hookimpl(trylast=True)  # after the fixtures are gone: failing here must not keep them
 def pytest_runtest_teardown(item: pytest.Item) -> None:
     """A test fails that raised a message which does not read well."""
-    told = message_lint.take()
-    if told:
-        lines = "\n".join(told)
+    reported = message_lint.take()
+    if reported:
+        lines = "\n".join(reported)
         pytest.fail(f"messages of errors (tests/support/message_lint.py):\n{lines}", pytrace=False)
 
 

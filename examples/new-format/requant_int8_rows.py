@@ -8,16 +8,16 @@ becomes ``code + 128`` with ``bias = -128 * scale``: exact.
 import numpy as np
 
 from requant.formats.integer_layers import integer_layer
-from requant.formats.packing import Cut, IntegerPacking
-from requant.formats.sorting import Refused, Sorter
+from requant.formats.packing import IntegerPacking, Rect
+from requant.formats.sorting import TensorSorter, UnsupportedLayerError
 
 
 class Int8Packing(IntegerPacking):
     """How rows of MLX's layer come out of the two tensors."""
 
-    def cuts(self, start, stop):
+    def required_rects(self, start, stop):
         rows = (start, stop)
-        return {"weight": Cut(rows, (0, self.columns)), "scale": Cut((0, 1), rows)}
+        return {"weight": Rect(rows, (0, self.columns)), "scale": Rect((0, 1), rows)}
 
     def codes(self, parts, start, stop, scratch):
         return parts["weight"].view(np.uint8) ^ 0x80  # two's complement, plus 128
@@ -37,24 +37,28 @@ class Int8Rows:
         return "config.json: quant_method int8-rows" if ours else None
 
     def read(self, checkpoint):
-        sorter = Sorter(checkpoint)
+        tensor_sorter = TensorSorter(checkpoint)
         for name, weight in checkpoint.tensors.items():
             path = name.removesuffix(".weight")
             if path != name and weight.info.dtype == "I8":
                 scale = checkpoint.tensors.get(f"{path}.scale")
                 parts = {"weight": weight} | ({"scale": scale} if scale else {})
-                sorter.make(path, parts, lambda path, parts: layer(sorter, path, parts))
-        return sorter.layout()
+                tensor_sorter.make(
+                    path, parts, lambda path, parts: layer(tensor_sorter, path, parts)
+                )
+        return tensor_sorter.layout()
 
 
-def layer(sorter, path, parts):
+def layer(tensor_sorter, path, parts):
     """One layer, or what is wrong with it: where, found, expected, and what to do."""
     if "scale" not in parts:
-        raise Refused(f"{path}.weight", f"has no {path}.scale; take both from one export")
+        raise UnsupportedLayerError(
+            f"{path}.weight", f"has no {path}.scale; take both from one export"
+        )
     weight, scale = parts["weight"].info, parts["scale"].info
     n_out, n_in = weight.shape if len(weight.shape) == 2 else (0, 0)
     if not n_out or scale.dtype not in ("F16", "BF16") or scale.shape != (n_out,):
         message = f"{weight} with scale {scale}, expected I8 [out, in] and F16 or BF16 [out]"
-        raise Refused(f"{path}.weight", f"{message}; export the model again")
+        raise UnsupportedLayerError(f"{path}.weight", f"{message}; export the model again")
     packing = Int8Packing(n_out, n_in, 8, n_in, symmetric=True, scale_dtype=scale.dtype)
-    return integer_layer(sorter, path, parts, (n_out, n_in), packing, "int8-rows")
+    return integer_layer(tensor_sorter, path, parts, (n_out, n_in), packing, "int8-rows")

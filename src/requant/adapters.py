@@ -12,7 +12,7 @@ import shlex
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from requant.errors import Problem, count, few, shown
+from requant.errors import Problem, format_value, join_first, pluralize
 
 ADAPTER_CONFIG = "adapter_config.json"  # of PEFT, unsloth and mlx-lm
 
@@ -91,12 +91,13 @@ def describe_adapter(where: str, config: Mapping[str, Any], remote: bool = False
     )
 
 
-def describe_adapter_beside(names: Collection[str]) -> str:
+def describe_adapter_next_to(names: Collection[str]) -> str:
     """What to do about adapter files in the folder of a whole model."""
     files = sorted({*names, ADAPTER_CONFIG})
     return (
         "is an adapter (LoRA or a relative) beside a whole model, and whether it is to be applied "
-        f"is not known. To convert the model without it, move {few(files)} out of the folder; "
+        f"is not known. To convert the model without it, move {join_first(files)} out of the "
+        "folder; "
         "to convert both, merge it first (PEFT: merge_and_unload; mlx-lm: mlx_lm.fuse) and "
         "convert what comes of it"
     )
@@ -108,8 +109,8 @@ def problems_in(tensors: Iterable[str]) -> list[Problem]:
     if not found:
         return []
     first = next(iter(found))
-    parts = few(sorted(set(found.values())), 4)
-    held = count(len(found), "tensor")
+    parts = join_first(sorted(set(found.values())), 4)
+    held = pluralize(len(found), "tensor")
     message = (
         f"is a tensor of an adapter that was not merged into the model ({held} of this kind: "
         f"{parts}). MLX's loaders would leave it out: merge first (PEFT: load with "
@@ -122,10 +123,11 @@ def problems_in(tensors: Iterable[str]) -> list[Problem]:
 def _describe_peft(where: str, config: Mapping[str, Any]) -> str:
     kind = str(config["peft_type"]).upper()
     base = config.get("base_model_name_or_path")
-    of = f" for {shown(base)}" if isinstance(base, str) and base else ""
+    of = f" for {format_value(base)}" if isinstance(base, str) and base else ""
     if kind in _PROMPTS:
         return (
-            f"holds {shown(kind)} of PEFT{of}, an adapter that adds inputs and no weights: it "
+            f"holds {format_value(kind)} of PEFT{of}, an adapter that adds inputs and no weights: "
+            "it "
             "cannot be merged, and MLX has nothing that runs it; convert its base model alone"
         )
     word = "DoRA" if config.get("use_dora") else _WORDS.get(kind, kind)

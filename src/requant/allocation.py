@@ -241,7 +241,7 @@ def _larger_options(
     chosen: Sequence[int],
     left: int,
 ) -> Iterator[_Candidate]:
-    """The options that cost less than the chosen ones and take at most ``left`` bytes more."""
+    """The options that cost less than the chosen ones and take at most ``remaining`` bytes more."""
     for item, options in enumerate(items):
         present = options[chosen[item]]
         for index in useful[item]:

@@ -29,11 +29,11 @@ from requant.errors import (
     ShapeMismatchError,
     UnknownValueError,
     UnsupportedDtypeError,
-    shown,
+    format_value,
 )
 from requant.schema import PerLayerQuantization, Quantization, read_int
 from requant.triples import BIASES, SCALES, WEIGHT, layer_of
-from requant.weights import errors_name
+from requant.weights import attach_layer
 
 QWEIGHT: Final = ".qweight"
 QZEROS: Final = ".qzeros"
@@ -87,12 +87,12 @@ class AwqLoadConfig:
                 ``zero_point`` no boolean or ``version`` no string. ``null`` is none of these.
         """
         if not isinstance(block, Mapping):
-            raise ParseError(f"a quantization config must be an object, got {shown(block)}")
+            raise ParseError(f"a quantization config must be an object, got {format_value(block)}")
         zero_point, version = block.get("zero_point", True), block.get("version", "")
         if not isinstance(zero_point, bool):
-            raise ParseError(f"'zero_point' must be a boolean, got {shown(zero_point)}")
+            raise ParseError(f"'zero_point' must be a boolean, got {format_value(zero_point)}")
         if not isinstance(version, str):
-            raise ParseError(f"'version' must be a string, got {shown(version)}")
+            raise ParseError(f"'version' must be a string, got {format_value(version)}")
         return cls(
             bits=read_int(block, "bits", 4, low=0, high=_UINT32_MAX),
             group_size=read_int(block, "group_size", 128, low=0, high=_UINT32_MAX),
@@ -196,14 +196,14 @@ def transform_awq_weights(
     weights = dict(weights)
     backend = backend_for(weights)
     _check_config(config)
-    _refuse_group_order(weights)
+    _reject_group_order(weights)
     layers = sorted(layer for name in weights if (layer := layer_of(name, QWEIGHT)) is not None)
     _check_layers(backend, weights, layers, config.group_size)
     target = _common_dtype(backend, weights, layers)
 
     result: dict[str, Array] = {}
     for layer in layers:
-        with errors_name(layer):
+        with attach_layer(layer):
             result |= _convert_layer(backend, weights, layer, config, target)
     consumed = {layer + suffix for layer in layers for suffix in (QWEIGHT, QZEROS, SCALES)}
     result |= {name: array for name, array in weights.items() if name not in consumed}
@@ -224,7 +224,7 @@ def _check_config(config: AwqLoadConfig) -> None:
         )
 
 
-def _refuse_group_order(weights: Weights) -> None:
+def _reject_group_order(weights: Weights) -> None:
     for name in weights:
         if name.endswith(".g_idx"):
             raise InvariantError(

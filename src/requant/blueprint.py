@@ -200,7 +200,7 @@ class Step:
         return (held + dense * 4 * self.rows.columns) * self.rows.step
 
     @property
-    def least_work_bytes(self) -> int:
+    def min_work_bytes(self) -> int:
         """Bytes of the smallest range of rows that can be computed alone."""
         return self.work_bytes_per_row * (self.packing.row_unit if self.packing else 1)
 
@@ -282,7 +282,7 @@ class Plan:
             where it would.
         repository: Of a source on the hub: its id, and the commit.
         side_bytes: Size of those side files that are copied from the source.
-        materials: What computed tensors are made from: name -> the step whose one output is
+        intermediates: What computed tensors are made from: name -> the step whose one output is
             that tensor, dense.
     """
 
@@ -304,7 +304,7 @@ class Plan:
     load_error: str = ""
     repository: tuple[str, str] | None = None
     side_bytes: int = 0
-    materials: Mapping[str, Step] = field(default_factory=dict)
+    intermediates: Mapping[str, Step] = field(default_factory=dict)
 
     @property
     def parameters(self) -> int:
@@ -360,7 +360,7 @@ class Plan:
             "files": [asdict(file) for file in self.files],
             "layers": [layer.to_dict() for layer in self.layers],
             "steps": [_step_dict(step) for step in self.steps],
-            "materials": {name: _step_dict(step) for name, step in self.materials.items()},
+            "intermediates": {name: _step_dict(step) for name, step in self.intermediates.items()},
             "shards": [
                 {"name": s.name, "nbytes": s.nbytes, "tensors": [asdict(t) for t in s.tensors]}
                 | ({} if s.names_of == "mlx" else {"names_of": s.names_of})
@@ -406,7 +406,7 @@ def _header(tensors: Iterable[OutputTensor], names_of: str) -> tuple[bytes, dict
     return build_header({t.name: t.info for t in tensors}, {"format": names_of})
 
 
-def place(
+def assign_offsets(
     steps: Sequence[Step], max_shard_bytes: int, names_of: str = "mlx"
 ) -> tuple[tuple[OutputShard, ...], list[Step]]:
     """Give every output tensor its file and offset.

@@ -36,7 +36,7 @@ class Measured:
         fixed: Layers that the wishes settle, with their spec.
         layers: The other ones, with their candidates.
         sizes: How many weights these hold.
-        together: The same layers in runs that take one candidate.
+        tied_groups: The same layers in runs that take one candidate.
     """
 
     parameters: int
@@ -44,7 +44,7 @@ class Measured:
     fixed: Mapping[str, str]
     layers: Mapping[str, tuple[Candidate, ...]]
     sizes: Mapping[str, int]
-    together: tuple[tuple[str, ...], ...]
+    tied_groups: tuple[tuple[str, ...], ...]
 
     @classmethod
     def load(cls, file: Path, key: str) -> Measured | None:
@@ -81,6 +81,6 @@ class Measured:
             fresh.replace(file)
 
 
-def measured_of(output: Path) -> Path:
+def measurements_path(output: Path) -> Path:
     """The file beside ``output`` that holds measurements for a resumed run."""
     return output.parent / f".{output.name}.requant-measured"

@@ -23,16 +23,16 @@ from requant.budget_measurements import Candidate, Measured
 from requant.checkpoint import Checkpoint
 from requant.errors import CheckpointError, Problem, UsageError
 from requant.execute import Progress, run_plan
-from requant.findings import Finding
-from requant.memory import make_budget
+from requant.findings import LayerStats
+from requant.memory import plan_resources
 from requant.planner import make_plan, plan_with_source
 from requant.reasons import ReasonCode
-from requant.recipes import ROLES, Recipe, Rule, places
+from requant.recipes import ROLES, Recipe, Rule, block_positions
 from requant.record import version
 from requant.schema import Quantization
-from requant.sink import Nowhere
+from requant.sink import NullSink
 from requant.sources import as_checkpoint
-from requant.specs import parse_budget, spec_text
+from requant.specs import format_spec, parse_budget
 from requant.wishes import ConvertOptions
 
 BITS = (2, 3, 4, 5, 6, 8)
@@ -40,9 +40,9 @@ GROUP_SIZES = (32, 64, 128)
 _FORMAT = 1  # of the file that keeps measurements
 
 
-def settle(
+def allocate_bits(
     source: Path | Checkpoint,
-    wishes: ConvertOptions,
+    options: ConvertOptions,
     *,
     check: Callable[[Plan], None] | None = None,
     keep: Path | None = None,
@@ -52,11 +52,11 @@ def settle(
     progress: Callable[[Progress], None] | None = None,
     chunk_bytes: int | None = None,
 ) -> ConvertOptions:
-    """Turn the budget of ``wishes`` into a recipe that holds one quantization a layer.
+    """Turn the budget of ``options`` into a recipe that holds one quantization a layer.
 
     Args:
         source: Folder, or what was read of it.
-        wishes: Returned as they are where they hold no budget.
+        options: Returned as they are where they hold no budget.
         check: Called with a plan of the source before anything is measured; raises what forbids
             to go on.
         keep: File for what was measured: read if it is of this source and these wishes, else
@@ -71,45 +71,45 @@ def settle(
         CheckpointError: Everything that is wrong with the source.
         UsageError: Not even the smallest candidates fit.
     """
-    if wishes.budget is None or wishes.recipe is not None:
-        return wishes
-    checkpoint = as_checkpoint(source, wishes.config_from)
-    base, plan_source = plan_with_source(checkpoint, _unsettled(wishes), is_trial=True)
+    if options.budget is None or options.recipe is not None:
+        return options
+    checkpoint = as_checkpoint(source, options.config_from)
+    base, plan_source = plan_with_source(checkpoint, _without_budget(options), is_trial=True)
     if check is not None:
         check(base)
-    key = _key(base, wishes)
+    key = _key(base, options)
     measured = None if keep is None else Measured.load(keep, key)
     while measured is None:
-        trial = _Trial(base, plan_source.checkpoint, wishes)
-        run = make_budget(trial.plan, threads, max_memory, chunk_bytes)
-        found = run_plan(trial.plan, plan_source, Nowhere(), run, progress).findings
+        trial = _TrialRun(base, plan_source.checkpoint, options)
+        run = plan_resources(trial.plan, threads, max_memory, chunk_bytes)
+        found = run_plan(trial.plan, plan_source, NullSink(), run, progress).findings
         problems = trial.problems(found)
         if not problems:
-            measured = trial.measured(found)
-            if keep is not None and not wishes.nonfinite_layers:
+            measured = trial.collect(found)
+            if keep is not None and not options.nonfinite_layers:
                 measured.save(keep, key)
         elif not allow_nonfinite:
             raise CheckpointError(base.source, list(problems.values()))
         else:
-            wishes = replace(wishes, nonfinite_layers=wishes.nonfinite_layers.union(problems))
-            trial_wishes = _unsettled(wishes)
+            options = replace(options, nonfinite_layers=options.nonfinite_layers.union(problems))
+            trial_wishes = _without_budget(options)
             base, plan_source = plan_with_source(
                 plan_source.checkpoint, trial_wishes, is_trial=True
             )
-    default = _unsettled(wishes).quantization
-    return replace(wishes, quantization=default, recipe=_recipe(measured, wishes, default))
+    default = _without_budget(options).quantization
+    return replace(options, quantization=default, recipe=_recipe(measured, options, default))
 
 
-def _unsettled(wishes: ConvertOptions) -> ConvertOptions:
+def _without_budget(options: ConvertOptions) -> ConvertOptions:
     """The wishes without the budget: what can be planned before anything is measured."""
-    default = wishes.quantization or Quantization.affine(64, 4)
-    return replace(wishes, budget=None, quantization=default)
+    default = options.quantization or Quantization.affine(64, 4)
+    return replace(options, budget=None, quantization=default)
 
 
 # -- measuring -------------------------------------------------------------------------------
 
 
-class _Trial:
+class _TrialRun:
     """Every candidate of every layer as the steps of one plan, which is run for its errors.
 
     Attributes:
@@ -118,12 +118,12 @@ class _Trial:
         named: Name of a step -> layer and spec.
     """
 
-    def __init__(self, base: Plan, checkpoint: Checkpoint, wishes: ConvertOptions) -> None:
+    def __init__(self, base: Plan, checkpoint: Checkpoint, options: ConvertOptions) -> None:
         self.base = base
         self.tried: dict[str, dict[str, int]] = {x.layer: {} for x in base.layers}
         self.named: dict[str, tuple[str, str]] = {}
         steps: dict[str, list[Step]] = {layer: [] for layer in self.tried}
-        for plan in _candidate_plans(base, checkpoint, wishes):
+        for plan in _candidate_plans(base, checkpoint, options):
             new = {}
             for layer in plan.layers:
                 spec = _spec_of(plan, layer)
@@ -140,27 +140,29 @@ class _Trial:
         free = [layer for layer, specs in self.tried.items() if len(specs) > 1]
         self.plan = replace(base, steps=tuple(step for layer in free for step in steps[layer]))
 
-    def problems(self, found: Mapping[str, Finding]) -> dict[str, Problem]:
+    def problems(self, found: Mapping[str, LayerStats]) -> dict[str, Problem]:
         """The layers that hold what no code stands for."""
-        told = {self.named[name][0]: x for name, x in found.items() if x.is_no_number}
-        return {layer: x.nonfinite_problem(layer) for layer, x in told.items()}
+        reported = {self.named[name][0]: x for name, x in found.items() if x.is_no_number}
+        return {layer: x.nonfinite_problem(layer) for layer, x in reported.items()}
 
-    def measured(self, found: Mapping[str, Finding]) -> Measured:
+    def collect(self, found: Mapping[str, LayerStats]) -> Measured:
         """Put the errors to the candidates."""
-        errors: dict[str, dict[str, Finding]] = {layer: {} for layer in self.tried}
+        errors: dict[str, dict[str, LayerStats]] = {layer: {} for layer in self.tried}
         for name, finding in found.items():
             layer, spec = self.named[name]
             errors[layer][spec] = finding
         layers: dict[str, tuple[Candidate, ...]] = {}
         for layer, specs in self.tried.items():
             known = errors[layer]
-            energy = _rounded(max((x.squared_values for x in known.values()), default=0.0))
+            energy = _round_significant(
+                max((x.squared_values for x in known.values()), default=0.0)
+            )
             if len(specs) > 1:
                 layers[layer] = tuple(
                     Candidate(
                         spec,
                         nbytes,
-                        _rounded(known[spec].squared_error) if spec in known else 0.0,
+                        _round_significant(known[spec].squared_error) if spec in known else 0.0,
                         energy,
                     )
                     for spec, nbytes in specs.items()
@@ -172,7 +174,7 @@ class _Trial:
             fixed={x.layer: spec for x in self.base.layers if (spec := self._fixed(x, layers))},
             layers=layers,
             sizes={x.layer: prod(x.shape) for x in free},
-            together=_together(layers),
+            tied_groups=_tied_layer_groups(layers),
         )
 
     def _fixed(self, layer: LayerPlan, free: Mapping[str, object]) -> str:
@@ -183,20 +185,20 @@ class _Trial:
         return _spec_of(self.base, layer) or ("skip" if is_excluded else "")
 
 
-def _candidate_plans(base: Plan, checkpoint: Checkpoint, wishes: ConvertOptions) -> Iterator[Plan]:
+def _candidate_plans(base: Plan, checkpoint: Checkpoint, options: ConvertOptions) -> Iterator[Plan]:
     """A plan for each candidate of every layer; codes that stay lose nothing."""
     if any(x.treatment not in (Treatment.DENSE, Treatment.QUANTIZED) for x in base.layers):
         with suppress(UsageError):  # not all of this source's codes can stay
-            yield make_plan(checkpoint, _without(wishes, None))
-    groups = GROUP_SIZES if wishes.quantization is None else (wishes.quantization.group_size,)
+            yield make_plan(checkpoint, _with_uniform_target(options, None))
+    groups = GROUP_SIZES if options.quantization is None else (options.quantization.group_size,)
     for group_size, bits in product(groups, BITS):
-        candidate = _without(wishes, Quantization.affine(group_size, bits))
+        candidate = _with_uniform_target(options, Quantization.affine(group_size, bits))
         yield make_plan(checkpoint, candidate, is_trial=True)
 
 
-def _without(wishes: ConvertOptions, target: Quantization | None) -> ConvertOptions:
+def _with_uniform_target(options: ConvertOptions, target: Quantization | None) -> ConvertOptions:
     """The wishes with one candidate for all; what ``config_from`` names has been read."""
-    return replace(wishes, budget=None, quantization=target, config_from=None)
+    return replace(options, budget=None, quantization=target, config_from=None)
 
 
 def _spec_of(plan: Plan, layer: LayerPlan) -> str:
@@ -204,10 +206,10 @@ def _spec_of(plan: Plan, layer: LayerPlan) -> str:
     if plan.quantization is None or layer.treatment in (Treatment.DENSE, Treatment.DEQUANTIZED):
         return ""
     target = plan.quantization.quantization_for(layer.layer)
-    return "" if target is None else spec_text(target)
+    return "" if target is None else format_spec(target)
 
 
-def _rounded(figure: float) -> float:
+def _round_significant(figure: float) -> float:
     """Six digits: the last ones of a sum depend on how rows were cut into chunks."""
     return float(f"{figure:.6g}")
 
@@ -221,7 +223,7 @@ _EXCLUDED = (
 )
 
 
-def _together(layers: Iterable[str]) -> tuple[tuple[str, ...], ...]:
+def _tied_layer_groups(layers: Iterable[str]) -> tuple[tuple[str, ...], ...]:
     """Layers that must agree: the experts of one stack. A tied head is no layer of its own."""
     runs: dict[str, list[str]] = {}
     for layer in layers:
@@ -229,35 +231,37 @@ def _together(layers: Iterable[str]) -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(run) for run in runs.values())
 
 
-def _key(base: Plan, wishes: ConvertOptions) -> str:
+def _key(base: Plan, options: ConvertOptions) -> str:
     """A hash of all that decides a measurement; not of the budget."""
-    told = wishes.to_dict() | {"budget": None}
-    data = [_FORMAT, version(), BITS, GROUP_SIZES, told, [asdict(file) for file in base.files]]
+    reported = options.to_dict() | {"budget": None}
+    data = [_FORMAT, version(), BITS, GROUP_SIZES, reported, [asdict(file) for file in base.files]]
     return sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()
 
 
 # -- choosing --------------------------------------------------------------------------------
 
 
-def _recipe(measured: Measured, wishes: ConvertOptions, default: Quantization | None) -> Recipe:
+def _recipe(
+    measured: Measured, convert_options: ConvertOptions, default: Quantization | None
+) -> Recipe:
     """The best choice within the budget, as a recipe.
 
     Raises:
         UsageError: Nothing fits.
     """
-    assert wishes.budget is not None
-    budget = parse_budget(wishes.budget)
+    assert convert_options.budget is not None
+    budget = parse_budget(convert_options.budget)
     limit = budget.limit(measured.parameters)
-    stands = places(measured.layers)
-    weights = {layer: sensitivity(layer, stands.get(layer)) for layer in measured.layers}
+    remains = block_positions(measured.layers)
+    weights = {layer: sensitivity(layer, remains.get(layer)) for layer in measured.layers}
     runs, options = [], []
-    for run in measured.together:
-        for layers, ways in _shared(measured, run, weights):
+    for run in measured.tied_groups:
+        for layers, ways in _common_candidates(measured, run, weights):
             runs.append((layers, [spec for spec, _ in ways]))
             options.append([option for _, option in ways])
     answer = allocate(options, limit - measured.fixed_bytes)
     if answer is None:
-        raise UsageError(_impossible(budget.text, budget.is_size, measured, options))
+        raise UsageError(_infeasible_message(budget.text, budget.is_size, measured, options))
     specs = dict(measured.fixed)
     for (layers, spelled), index in zip(runs, answer.chosen, strict=True):
         specs |= dict.fromkeys(layers, spelled[index])
@@ -266,20 +270,20 @@ def _recipe(measured: Measured, wishes: ConvertOptions, default: Quantization | 
         by_spec.setdefault(specs[layer], []).append(layer)
     return Recipe(
         f"budget-{budget.text}",
-        _words(budget.text, budget.is_size, measured, answer, wishes.search),
+        _describe_allocation(budget.text, budget.is_size, measured, answer, convert_options.search),
         default,
         tuple(Rule(spec, layers=tuple(by_spec[spec])) for spec in sorted(by_spec)),
-        is_shipped=False,
-        search="" if wishes.search == "off" else wishes.search,
+        is_builtin=False,
+        search="" if convert_options.search == "off" else convert_options.search,
     )
 
 
-_Way = tuple[str, Option]
+_CandidateOption = tuple[str, Option]
 
 
-def _shared(
+def _common_candidates(
     measured: Measured, run: Sequence[str], weights: Mapping[str, float]
-) -> list[tuple[tuple[str, ...], list[_Way]]]:
+) -> list[tuple[tuple[str, ...], list[_CandidateOption]]]:
     """The candidates that all layers of a run have, summed over them.
 
     Layers without a common one cannot agree: each is then chosen for itself.
@@ -287,7 +291,7 @@ def _shared(
     found = {layer: {x.spec: x for x in measured.layers[layer]} for layer in run}
     common = [spec for spec in found[run[0]] if all(spec in other for other in found.values())]
     if not common:
-        return [pair for layer in run for pair in _shared(measured, (layer,), weights)]
+        return [pair for layer in run for pair in _common_candidates(measured, (layer,), weights)]
     ways = []
     for spec in common:
         members = [(layer, found[layer][spec]) for layer in run]
@@ -333,7 +337,9 @@ def cost(candidate: Candidate, size: int, weight: float) -> float:
     return weight * size * candidate.error / candidate.energy if candidate.energy else 0.0
 
 
-def _words(text: str, is_size: bool, measured: Measured, answer: Allocation, search: str) -> str:
+def _describe_allocation(
+    text: str, is_size: bool, measured: Measured, answer: Allocation, search: str
+) -> str:
     """What was chosen, in a sentence."""
     total = answer.nbytes + measured.fixed_bytes
     bits = 8 * total / max(measured.parameters, 1)
@@ -347,7 +353,7 @@ def _words(text: str, is_size: bool, measured: Measured, answer: Allocation, sea
     )
 
 
-def _impossible(
+def _infeasible_message(
     text: str, is_size: bool, measured: Measured, options: Sequence[Sequence[Option]]
 ) -> str:
     """The least that is possible, and what to type next."""

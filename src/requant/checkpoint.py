@@ -19,7 +19,7 @@ import numpy as np
 from requant.dtypes import FLOATS, NUMPY_DTYPE, TensorInfo
 from requant.errors import CheckpointError, Problem, damage
 from requant.gguf_model import GgufModel
-from requant.limits import MAX_PEEK_BYTES
+from requant.limits import MAX_SMALL_TENSOR_BYTES
 from requant.reasons import Note
 from requant.source_folder import open_regular
 
@@ -97,7 +97,7 @@ class SourceFile:
     header_sha256: str
 
 
-class Supply(Protocol):
+class WeightFileProvider(Protocol):
     """Weight files that come while others are read (``downloads``)."""
 
     @property
@@ -112,16 +112,16 @@ class Supply(Protocol):
     def bytes_expected(self) -> int:
         """How many were missing."""
 
-    def begin(self, order: Sequence[str]) -> None:
+    def start(self, order: Sequence[str]) -> None:
         """Let files come, those first that are needed first."""
 
-    def take(self, name: str, stop: Callable[[], bool]) -> Path | None:
+    def wait_for(self, name: str, stop: Callable[[], bool]) -> Path | None:
         """Where a file is, once it is; None if ``stop`` says so before."""
 
     def release(self, name: str) -> None:
         """Nothing will be read of a file any more."""
 
-    def end(self) -> None:
+    def stop(self) -> None:
         """Let nothing come any more."""
 
 
@@ -152,7 +152,7 @@ class OpenedSource:
         *,
         header_stubs: Path | None = None,
         fetch: Callable[[FileRange], bytes] | None = None,
-        downloader: Supply | None = None,
+        downloader: WeightFileProvider | None = None,
         generated_files: Mapping[str, Callable[[], bytes]] | None = None,
         compared: Mapping[str, bool] | None = None,
     ) -> None:
@@ -165,7 +165,7 @@ class OpenedSource:
         self.damaged: dict[str, Problem] = {}
         self.compared: dict[str, bool] = dict(compared or {})
 
-    def with_downloader(self, path: Path, downloader: Supply) -> OpenedSource:
+    def with_downloader(self, path: Path, downloader: WeightFileProvider) -> OpenedSource:
         """The same source in another folder, into which the downloader brings the weight files."""
         opened = OpenedSource(
             path,
@@ -181,7 +181,7 @@ class OpenedSource:
 
     def weight_path(self, file: str) -> Path:
         """Where a weight file is read: its header stub, where the file itself is gone."""
-        return place_of(self.path, self.header_stubs, file)
+        return weight_path(self.path, self.header_stubs, file)
 
     def size_of(self, files: Iterable[str]) -> int:
         """Bytes of files of the folder together."""
@@ -196,8 +196,10 @@ class OpenedSource:
         """
         name = tensor.name
         assert not isinstance(tensor, ComputedTensor), name
-        if tensor.info.nbytes > MAX_PEEK_BYTES:
-            message = f"{tensor.info}, at most {MAX_PEEK_BYTES:,} bytes are read while planning"
+        if tensor.info.nbytes > MAX_SMALL_TENSOR_BYTES:
+            message = (
+                f"{tensor.info}, at most {MAX_SMALL_TENSOR_BYTES:,} bytes are read while planning"
+            )
             raise CheckpointError(str(self.path), [Problem(name, message)])
         data = bytearray()
         for part in tensor.ranges:
@@ -287,7 +289,7 @@ class Checkpoint:
         config = with_changes(self.config, changes)
         return replace(self, config=config, corrections={**self.corrections, **changes})
 
-    def peek(self, name: str) -> np.ndarray:
+    def read_small_tensor(self, name: str) -> np.ndarray:
         """The data of a small tensor, as ``OpenedSource.read_small_tensor`` reads it."""
         return self.opened.read_small_tensor(self.tensors[name])
 
@@ -305,7 +307,7 @@ def with_changes(config: Mapping[str, Any], changes: Mapping[Key, Any]) -> dict[
     return changed
 
 
-def place_of(folder: Path, twins: Path | None, file: str) -> Path:
+def weight_path(folder: Path, stubs: Path | None, file: str) -> Path:
     """Where a weight file of a folder is read: its twin, where the file itself is gone."""
-    gone = twins is not None and not os.path.lexists(folder / file)
-    return twins / file if twins is not None and gone else folder / file
+    gone = stubs is not None and not os.path.lexists(folder / file)
+    return stubs / file if stubs is not None and gone else folder / file

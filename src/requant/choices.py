@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 from requant.dtypes import FLOATS, KERNEL_FLOATS
 from requant.errors import Problem
 from requant.formats import SourceLayer, SourceLayout
-from requant.formats.base import describe
+from requant.formats.base import describe_encoding
 from requant.left_dense import left_dense
 from requant.patterns import search
 from requant.reasons import Note, NoteCode, Reason, ReasonCode
-from requant.recipes import Choice
+from requant.recipes import LayerTarget
 from requant.relayout import Relayout
 from requant.schema import SKIP, Quantization
 from requant.specs import Spec, resolve_quantization
@@ -89,7 +89,7 @@ class TargetSelector:
         self.dense_by_libraries = self._dense_by_libraries()
         self.extra: frozenset[str] = frozenset()
         if relayout is not None:
-            self.extra = frozenset(relayout.shown[x].path for x in relayout.extra)
+            self.extra = frozenset(relayout.source_layers[x].path for x in relayout.extra_tensors)
         self.recipe_targets = self._recipe_targets()
 
     def select(self) -> tuple[LayerDecision, ...]:
@@ -123,14 +123,14 @@ class TargetSelector:
 
     # -- what is known before the first layer -------------------------------------------------
 
-    def _recipe_targets(self) -> dict[str, Choice]:
+    def _recipe_targets(self) -> dict[str, LayerTarget]:
         """What the recipe says about each layer that it names."""
         recipe = self.options.recipe
         if recipe is None:
             return {}
         paths = [layer.path for layer in self.layout.layers if layer.is_weight]
-        if not recipe.is_shipped:
-            for pattern in recipe.idle_patterns(paths):
+        if not recipe.is_builtin:
+            for pattern in recipe.unmatched_patterns(paths):
                 text = f"Recipe {recipe.name}: match {pattern!r} fits no layer."
                 self.notes.append(Note(NoteCode.UNMATCHED_PATTERN, text))
         return recipe.choose(paths, self.default)
@@ -198,7 +198,7 @@ def _unused(selector: TargetSelector, layer: SourceLayer) -> LayerDecision | Non
     if layer.path not in selector.extra or selector.options.dequantize:
         return None
     reason = Reason(ReasonCode.UNUSED_BY_CLASS, "mlx-lm has no use for it")
-    return LayerDecision(layer, layer.kept, reason)
+    return LayerDecision(layer, layer.default_target, reason)
 
 
 def _only(selector: TargetSelector, layer: SourceLayer) -> LayerDecision | None:
@@ -206,7 +206,7 @@ def _only(selector: TargetSelector, layer: SourceLayer) -> LayerDecision | None:
     if not only or any(search(pattern, layer.path) for pattern in only):
         return None
     reason = Reason(ReasonCode.NOT_IN_ONLY, "not matched by --only")
-    return LayerDecision(layer, layer.kept, reason)
+    return LayerDecision(layer, layer.default_target, reason)
 
 
 def _dequantize(selector: TargetSelector, layer: SourceLayer) -> LayerDecision | None:
@@ -225,7 +225,7 @@ def _nothing_requested(selector: TargetSelector, layer: SourceLayer) -> LayerDec
     if _requested(selector, layer) is not None:
         return None
     is_dense = layer.policy.act_order and selector.options.act_order == "dense"
-    return LayerDecision(layer, None if is_dense else layer.kept, layer.policy.reason)
+    return LayerDecision(layer, None if is_dense else layer.default_target, layer.policy.reason)
 
 
 def _mlx_lm_target(selector: TargetSelector, layer: SourceLayer) -> LayerDecision | None:
@@ -239,12 +239,12 @@ def _mlx_lm_target(selector: TargetSelector, layer: SourceLayer) -> LayerDecisio
         reason = grouped or reason
     if own is None:
         reason = mlx_lm.dense_reasons.get(layer.path, reason)
-        own = layer.kept if layer.is_quantized else None
+        own = layer.default_target if layer.is_quantized else None
     recipe = selector.options.recipe
     is_mixed = recipe is not None and recipe.is_mixed  # mlx-lm has applied it
     if choice is None or not isinstance(choice.spec, Quantization) or is_mixed:
         return LayerDecision(layer, own, reason)
-    if own is None and not (choice.points and layer.path in mlx_lm.quantizable):
+    if own is None and not (choice.explicit and layer.path in mlx_lm.quantizable):
         return LayerDecision(layer, own, reason)
     group_size, n_in = choice.spec.group_size, layer.shape[-1]
     if n_in % group_size:
@@ -258,7 +258,7 @@ def _quantized_layer(selector: TargetSelector, layer: SourceLayer) -> LayerDecis
     if not layer.is_quantized or requested is None:
         return None
     target, reason = fit_codes(layer, requested, own_groups=selector.options.own_groups)
-    return LayerDecision(layer, target or layer.kept, reason)
+    return LayerDecision(layer, target or layer.default_target, reason)
 
 
 def _dense_in_libraries(selector: TargetSelector, layer: SourceLayer) -> LayerDecision | None:
@@ -273,7 +273,7 @@ def _dense_layer(selector: TargetSelector, layer: SourceLayer) -> LayerDecision 
     requested, choice = _requested(selector, layer), selector.recipe_targets.get(layer.path)
     if requested is None:
         return None
-    any_name = choice is not None and choice.points
+    any_name = choice is not None and choice.explicit
     fit: Fit = fit_dense_layer(layer, requested, selector.options.dtype, any_name=any_name)
     return LayerDecision(layer, *fit)
 
@@ -303,7 +303,7 @@ def _why_not_exactly(
         message = f"{layer.path}.weight is {dtype}; give a float dtype with --dtype"
     else:
         return None
-    return Problem(f"--override to {describe(target, '')}", message)
+    return Problem(f"--override to {describe_encoding(target, '')}", message)
 
 
 Rule = Callable[[TargetSelector, SourceLayer], LayerDecision | None]
@@ -331,7 +331,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
 5. ``dequantize``: every layer becomes dense.
 6. ``recipe-skip``: the recipe leaves the layer as the source stores it.
 7. ``nothing-requested``: without a target of the recipe or by ``--bits`` and ``--mode``, codes stay
-   where MLX can hold them, else the format's default (``--act-order dense`` makes them dense).
+   where MLX can hold them, else the format's default (``--act-order decode`` makes them dense).
 8. ``mlx-lm``: in mlx-lm's layout, mlx-lm's own choice, or the recipe's where mlx-lm loads that.
 9. ``quantized-layer``: codes of the source take the target with a group size that fits.
 10. ``dense-in-libraries``: towers and shared embeddings, which MLX's libraries leave dense, unless

@@ -14,9 +14,9 @@ import numpy as np
 
 from requant.blueprint import Step
 from requant.checkpoint import ComputedTensor
-from requant.journal import Done
-from requant.memory import Budget
-from requant.sink import Ledger
+from requant.journal import CompletedWork
+from requant.memory import ResourceLimits
+from requant.sink import ProgressLog
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ class Chunk:
             start = stop
 
 
-def runs_of(chunk: Chunk) -> Iterator[tuple[int, int, int]]:
+def contiguous_runs(chunk: Chunk) -> Iterator[tuple[int, int, int]]:
     """Rows of a chunk that stay together in the output: first, last, and the first's output row.
 
     First and last count from the chunk's first row; ``rows.output_row`` is not added.
@@ -93,7 +93,7 @@ def runs_of(chunk: Chunk) -> Iterator[tuple[int, int, int]]:
         yield first, last, int(output_rows[first])
 
 
-def runs_of_a_matrix(chunk: Chunk) -> Iterator[tuple[int, int, int]]:
+def matrix_runs(chunk: Chunk) -> Iterator[tuple[int, int, int]]:
     """Rows of a chunk that belong to one matrix of a stack: first, last, and which it is.
 
     First and last count from the chunk's first row.
@@ -113,14 +113,16 @@ def runs_of_a_matrix(chunk: Chunk) -> Iterator[tuple[int, int, int]]:
         yield first, last, int(matrices[first])
 
 
-def chunks_left(steps: Sequence[Step], budget: Budget, ledger: Ledger | None) -> Iterator[Chunk]:
+def remaining_chunks(
+    steps: Sequence[Step], budget: ResourceLimits, progress_log: ProgressLog | None
+) -> Iterator[Chunk]:
     """What workers take one by one; a computed tensor stays with the worker that has it."""
-    before = Done() if ledger is None else ledger.state
-    for number in range(len(steps)) if ledger is None else ledger.order:
+    before = CompletedWork() if progress_log is None else progress_log.state
+    for number in range(len(steps)) if progress_log is None else progress_log.order:
         step = steps[number]
-        for start, stop in list(before.left(number, step.rows.count)):
+        for start, stop in list(before.remaining(number, step.rows.count)):
             whole = Chunk(step, start, stop, number)
             if any(isinstance(tensor, ComputedTensor) for tensor in step.inputs.values()):
                 yield whole
             else:
-                yield from whole.parts(budget.chunk_of(step))
+                yield from whole.parts(budget.chunk_bytes_for(step))

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from requant.blueprint import OutputTensor, Plan, Step
-from requant.consuming import part_of
+from requant.consuming import subplan
 from requant.conversion import Source
 from requant.dtypes import NUMPY_DTYPE
-from requant.errors import CheckpointError, Problem, UsageError, cannot_be
+from requant.errors import CheckpointError, Problem, UsageError, error_action
 from requant.evaluation import (
     DEFAULT_TOKENS,
     DEFAULT_WINDOW,
@@ -29,7 +29,7 @@ from requant.evaluation import (
 )
 from requant.execute import run_plan
 from requant.hub import find_repository
-from requant.memory import make_budget
+from requant.memory import plan_resources
 from requant.planner import Planned, plan_with_source
 from requant.sources import read_checkpoint
 from requant.wishes import ConvertOptions
@@ -94,7 +94,7 @@ class Comparison:
         return asdict(self)
 
 
-@cannot_be("compared")
+@error_action("compared")
 def compare(
     a: Source,
     b: Source,
@@ -153,7 +153,7 @@ def compare(
             )
             for n in (0, 1)
         ]
-        layers.append(_compared(name, places[0][name].tensor.info.shape, *sides))
+        layers.append(_compare_tensor(name, places[0][name].tensor.info.shape, *sides))
     evaluation = None
     if text is not None:
         evaluation = _evaluated(
@@ -177,17 +177,17 @@ def _plans(a: Source, b: Source) -> list[Planned]:
     for source in (a, b):
         if find_repository(source, None) is not None:
             raise UsageError(f"compare reads folders and GGUF files; download {source} first")
-    wishes = ConvertOptions.from_arguments(dequantize=True, dtype="float32")
+    options = ConvertOptions.from_arguments(dequantize=True, dtype="float32")
     checkpoints = [read_checkpoint(source) for source in (a, b)]
-    plans = [plan_with_source(checkpoint, wishes) for checkpoint in checkpoints]
+    plans = [plan_with_source(checkpoint, options) for checkpoint in checkpoints]
     if plans[0].plan.layout != plans[1].plan.layout:
-        kept = replace(wishes, layout="keep")
+        kept = replace(options, layout="keep")
         plans = [plan_with_source(checkpoint, kept) for checkpoint in checkpoints]
     return plans
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
+class _TensorSource:
     """A tensor of the plan's output, and the steps that make it."""
 
     layer: str
@@ -195,17 +195,17 @@ class _Place:
     steps: tuple[Step, ...]
 
 
-def _places(plan: Plan) -> dict[str, _Place]:
-    found: dict[str, _Place] = {}
+def _places(plan: Plan) -> dict[str, _TensorSource]:
+    found: dict[str, _TensorSource] = {}
     for step in plan.steps:
         for out in step.outputs.values():
             before = found[out.name].steps if out.name in found else ()
-            found[out.name] = _Place(step.layer, out, (*before, step))
+            found[out.name] = _TensorSource(step.layer, out, (*before, step))
     return found
 
 
 def _check_shapes(
-    source: str, common: list[str], a: Mapping[str, _Place], b: Mapping[str, _Place]
+    source: str, common: list[str], a: Mapping[str, _TensorSource], b: Mapping[str, _TensorSource]
 ) -> None:
     problems = []
     for name in common:
@@ -222,10 +222,10 @@ def _stored_as(plan: Plan) -> dict[str, str]:
     return {layer.layer: layer.source for layer in plan.layers}
 
 
-class _OneTensor:
+class _TensorSink:
     """Stands where the output folder would, for the bytes of one tensor."""
 
-    ledger = None
+    progress_log = None
 
     def __init__(self, tensor: OutputTensor) -> None:
         self.tensor, self.data = tensor, bytearray(tensor.info.nbytes)
@@ -237,15 +237,15 @@ class _OneTensor:
             self.data[start : start + data.nbytes] = data
 
 
-def _values(planned: Planned, place: _Place, threads: int | None) -> np.ndarray:
+def _values(planned: Planned, place: _TensorSource, threads: int | None) -> np.ndarray:
     """A tensor's values, flat, in the dtype that the plan gives it."""
-    part = part_of(planned.plan, place.steps)
-    sink = _OneTensor(place.tensor)
-    run_plan(part, planned.source, sink, make_budget(part, threads))
+    part = subplan(planned.plan, place.steps)
+    sink = _TensorSink(place.tensor)
+    run_plan(part, planned.source, sink, plan_resources(part, threads))
     return np.frombuffer(sink.data, NUMPY_DTYPE[place.tensor.info.dtype])
 
 
-def _compared(
+def _compare_tensor(
     name: str,
     shape: tuple[int, ...],
     side_a: tuple[str, np.ndarray],
@@ -294,5 +294,5 @@ def _evaluated(
     model_a, tokenizer = load_as_stored(a, threads=threads)
     ids = read_tokens(text, tokenizer, tokens, window)
     model_b, _ = load_as_stored(b, threads=threads)
-    told = None if progress is None else lambda done, of: progress("window of text", done, of)
-    return evaluate(model_a, model_b, ids, told)
+    reported = None if progress is None else lambda done, of: progress("window of text", done, of)
+    return evaluate(model_a, model_b, ids, reported)

@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 
 from requant.blueprint import Plan, Step
 from requant.checkpoint import ComputedTensor, SourceTensor
-from requant.downloads import HELD_FILES
+from requant.downloads import MAX_HELD_FILES
 
 
 @dataclass(frozen=True, slots=True)
-class Release:
+class ReleaseOrder:
     """When source files are free to go.
 
     Attributes:
@@ -32,12 +32,12 @@ class Release:
     needs: tuple[frozenset[str], ...]
 
 
-def release(plan: Plan) -> Release:
+def plan_release_order(plan: Plan) -> ReleaseOrder:
     """Order the steps so that source files become free early.
 
     Always the file next whose remaining steps write least for what it frees.
     """
-    needs = tuple(frozenset(files_of(step, plan)) for step in plan.steps)
+    needs = tuple(frozenset(source_files_of(step, plan)) for step in plan.steps)
     written = [_bytes_out(step) for step in plan.steps]
     steps_of: dict[str, list[int]] = defaultdict(list)
     pending = Counter[str]({file.name: 0 for file in plan.files})
@@ -64,18 +64,18 @@ def release(plan: Plan) -> Release:
         peak = max(peak, held)
         held -= sizes[name]
         files.append(name)
-    return Release(tuple(order), tuple(files), max(peak, 0), needs)
+    return ReleaseOrder(tuple(order), tuple(files), max(peak, 0), needs)
 
 
-def most_with_consume_source(plan: Plan) -> int:
+def peak_disk_bytes(plan: Plan) -> int:
     """The most that the disk holds at a time with --consume-source.
 
     Beyond the source itself; with a source on the hub, of which a few files are here, in all.
     """
     if plan.repository is None:
-        return release(plan).extra_bytes
+        return plan_release_order(plan).extra_bytes
     largest = sorted((file.nbytes for file in plan.files), reverse=True)
-    return sum(shard.nbytes for shard in plan.shards) + sum(largest[:HELD_FILES])
+    return sum(shard.nbytes for shard in plan.shards) + sum(largest[:MAX_HELD_FILES])
 
 
 def _bytes_out(step: Step) -> int:
@@ -83,16 +83,16 @@ def _bytes_out(step: Step) -> int:
     return sum(step.row_bytes(out) for out in step.outputs.values()) * step.rows.count
 
 
-def files_of(step: Step, plan: Plan) -> Iterator[str]:
+def source_files_of(step: Step, plan: Plan) -> Iterator[str]:
     """The source files that a step reads; one may come more than once."""
     tensors = [*step.inputs.values(), *([step.global_scale] if step.global_scale else [])]
     for tensor in tensors:
         yield from _files_of_tensor(tensor, plan)
 
 
-def part_of(plan: Plan, steps: Sequence[Step]) -> Plan:
+def subplan(plan: Plan, steps: Sequence[Step]) -> Plan:
     """A plan of some of the steps; no file but theirs is opened for it."""
-    needed = {name for step in steps for name in files_of(step, plan)}
+    needed = {name for step in steps for name in source_files_of(step, plan)}
     files = tuple(file for file in plan.files if file.name in needed)
     return replace(plan, steps=tuple(steps), files=files)
 
@@ -100,6 +100,6 @@ def part_of(plan: Plan, steps: Sequence[Step]) -> Plan:
 def _files_of_tensor(tensor: SourceTensor, plan: Plan) -> Iterator[str]:
     if isinstance(tensor, ComputedTensor):
         for name in tensor.inputs:
-            yield from files_of(plan.materials[name], plan)
+            yield from source_files_of(plan.intermediates[name], plan)
     else:
         yield from (part.file for part in tensor.ranges)

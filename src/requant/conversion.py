@@ -13,30 +13,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
 from requant.blueprint import Plan
-from requant.budget_measurements import measured_of
-from requant.budgets import settle
+from requant.budget_measurements import measurements_path
+from requant.budgets import allocate_bits
 from requant.checkpoint import Checkpoint
-from requant.consuming import most_with_consume_source
+from requant.consuming import peak_disk_bytes
 from requant.errors import OutputError, UsageError
-from requant.hub import Repository, find_repository, reach
+from requant.hub import Repository, find_repository, open_source
 from requant.option_signatures import read_arguments, takes_options
 from requant.planner import Planned, make_plan, plan_with_source
 from requant.preflight import check_output
 from requant.reasons import Note, NoteCode
-from requant.recipes import toml_of
-from requant.report import Report, recorded_errors
+from requant.recipes import to_toml
+from requant.report import Report, errors_for_record
 from requant.runner import options_for_retry, run_once
 from requant.schema import Quantization
-from requant.sink import Nowhere
+from requant.sink import NullSink
 from requant.source_folder import is_gguf
 from requant.sources import as_checkpoint
 from requant.staging import (
     bytes_on_disk,
-    downloads_of,
-    spent_on,
-    spoiled_before,
-    staging_of,
-    twins_of,
+    downloads_dir,
+    header_stubs_dir,
+    recorded_nonfinite_layers,
+    staged_bytes,
+    staging_dir,
 )
 from requant.wishes import ConvertOptions, RunOptions
 from requant.writer import OutputFolder
@@ -82,8 +82,8 @@ def plan(
     run.check_save_recipe(options)
     remote = find_repository(source, run.revision)
     if options.budget is not None:
-        options = settle(
-            reach(source, remote, options.config_from),
+        options = allocate_bits(
+            open_source(source, remote, options.config_from),
             options,
             threads=run.threads,
             max_memory=run.max_memory,
@@ -92,9 +92,9 @@ def plan(
         write_recipe(run, options)
     if remote is None:
         return make_plan(as_checkpoint(source, options.config_from), options)
-    checkpoint = as_checkpoint(remote.headers(options.config_from), options.config_from)
-    made = make_plan(checkpoint, options)
-    return replace(made, notes=(*made.notes, Note(NoteCode.DOWNLOAD, remote.announcement())))
+    checkpoint = as_checkpoint(remote.read_headers(options.config_from), options.config_from)
+    plan = make_plan(checkpoint, options)
+    return replace(plan, notes=(*plan.notes, Note(NoteCode.DOWNLOAD, remote.download_summary())))
 
 
 @takes_options("convert")
@@ -141,25 +141,25 @@ def convert(
         options = _allocate_bits(opened, folder, options, run)
         write_recipe(run, options)
     # A local source that is to be deleted is read and computed once before its first file goes.
-    twins = twins_of(folder) if run.consume_source and remote is None else None
-    if twins is not None and not twins.is_dir():
-        twins = None
+    stubs = header_stubs_dir(folder) if run.consume_source and remote is None else None
+    if stubs is not None and not stubs.is_dir():
+        stubs = None
         options = _dry_run(opened, options, run)
     elif run.allow_nonfinite and run.resume:
-        options = replace(options, nonfinite_layers=frozenset(spoiled_before(folder)))
+        options = replace(options, nonfinite_layers=frozenset(recorded_nonfinite_layers(folder)))
 
     while True:
-        planned = plan_with_source(as_checkpoint(opened, options.config_from, twins), options)
+        planned = plan_with_source(as_checkpoint(opened, options.config_from, stubs), options)
         with _open_output(planned, folder, options, run) as sink:
             attempt = run_once(planned, sink, options, run)
             if not attempt.problems:
-                sink.publish(recorded_errors(planned.plan, attempt.result))
+                sink.publish(errors_for_record(planned.plan, attempt.result))
                 break
         # The folder was left unpublished and without an error: nothing of it is kept.
         options = options_for_retry(planned.plan, attempt, options, run)
 
     if options.budget is not None:
-        measured_of(folder).unlink(missing_ok=True)
+        measurements_path(folder).unlink(missing_ok=True)
     return Report.build(planned.plan, str(output), attempt.result, time.perf_counter() - began)
 
 
@@ -173,7 +173,7 @@ def write_recipe(run: RunOptions, options: ConvertOptions) -> None:
         return
     try:
         with open(run.save_recipe, "x", encoding="utf-8") as file:
-            file.write(toml_of(options.recipe))
+            file.write(to_toml(options.recipe))
     except OSError as error:
         raise OutputError(f"{run.save_recipe}: {error.strerror or error}") from error
 
@@ -192,10 +192,10 @@ def _check_consume_source(
         OutputError: A conversion that deletes its source was stopped, and this one does not.
     """
     if not run.consume_source:
-        if twins_of(output).is_dir():
+        if header_stubs_dir(output).is_dir():
             raise OutputError(
                 f"{output}: a conversion that deletes its source was stopped, and what it made is "
-                f"in {staging_of(output)}; go on with --consume-source --yes"
+                f"in {staging_dir(output)}; go on with --consume-source --yes"
             )
         return
     if options.budget is not None:
@@ -217,27 +217,27 @@ def _start_download(
     remote: Repository, output: Path, options: ConvertOptions, run: RunOptions
 ) -> Checkpoint:
     """A source on the hub, to be downloaded now that its headers hold no problem."""
-    area = downloads_of(output) if run.consume_source else None
-    checkpoint = as_checkpoint(remote.headers(options.config_from), options.config_from)
-    made, spent = make_plan(checkpoint, options), spent_on(output)
+    area = downloads_dir(output) if run.consume_source else None
+    checkpoint = as_checkpoint(remote.read_headers(options.config_from), options.config_from)
+    plan, spent = make_plan(checkpoint, options), staged_bytes(output)
     if area is None:
-        most = sum(shard.nbytes for shard in made.shards) + remote.room_beside(output)
+        most = sum(shard.nbytes for shard in plan.shards) + remote.cache_bytes_on_disk_of(output)
     else:
         spent += bytes_on_disk(area)
-        most = most_with_consume_source(made)
-    check_output(made, output, run.force, spent, most)
-    return remote.arriving(checkpoint, area)
+        most = peak_disk_bytes(plan)
+    check_output(plan, output, run.force, spent, most)
+    return remote.start_download(checkpoint, area)
 
 
 def _allocate_bits(
     opened: Path | Checkpoint, output: Path, options: ConvertOptions, run: RunOptions
 ) -> ConvertOptions:
     """The options with the recipe that the budget comes to."""
-    return settle(
+    return allocate_bits(
         opened,
         options,
         check=lambda first: check_output(first, output, run.force),
-        keep=measured_of(output) if run.resume else None,
+        keep=measurements_path(output) if run.resume else None,
         threads=run.threads,
         max_memory=run.max_memory,
         allow_nonfinite=run.allow_nonfinite,
@@ -257,7 +257,7 @@ def _dry_run(opened: Path | Checkpoint, options: ConvertOptions, run: RunOptions
     """
     while True:
         planned = plan_with_source(as_checkpoint(opened, options.config_from), options)
-        attempt = run_once(planned, Nowhere(), options, run)
+        attempt = run_once(planned, NullSink(), options, run)
         if not attempt.problems:
             return options
         options = options_for_retry(planned.plan, attempt, options, run)
@@ -272,6 +272,6 @@ def _open_output(
         output,
         run.force,
         resume=run.resume,
-        wishes=options.to_dict(),
+        options=options.to_dict(),
         consume=run.consume_source,
     )

@@ -15,7 +15,7 @@ from requant.arrays import values
 from requant.blueprint import Step
 from requant.chunks import Chunk
 from requant.dtypes import KERNEL_FLOATS, NUMPY_DTYPE
-from requant.findings import Finding
+from requant.findings import LayerStats
 from requant.formats.packing import Packing, Scratch
 from requant.schema import QuantMode
 
@@ -34,15 +34,15 @@ ROW_SCALES = "row scales"
 Arrays = Mapping[str, np.ndarray]
 
 
-def damaged_inputs(chunk: Chunk, inputs: Arrays) -> Finding:
+def damaged_inputs(chunk: Chunk, inputs: Arrays) -> LayerStats:
     """Scales, biases and zero points of quantized rows that are NaN or infinite, as stored."""
-    step, finding = chunk.step, Finding()
+    step, finding = chunk.step, LayerStats()
     if step.packing is not None:
         names = {role: part.name for role, part in step.inputs.items()}
         rows = step.rows.stored_rows(chunk.start, chunk.stop)
         return damaged_parts(step.packing, names, inputs, *rows)
     if step.global_scale is not None and not np.isfinite(inputs[ROW_SCALES]).all():
-        finding.add(_finding(1, step.global_scale.name, 0))
+        finding.merge(_finding(1, step.global_scale.name, 0))
     for role, mode in _scales_of_rows(step):
         array, part = inputs[role], step.inputs[role]
         first = chunk.start
@@ -50,15 +50,15 @@ def damaged_inputs(chunk: Chunk, inputs: Arrays) -> Finding:
             width = part.info.shape[-1]
             bad = np.flatnonzero(_is_bad(array, mode).reshape(-1))
             if bad.size:
-                finding.add(_finding(bad.size, part.name, (first + int(bad[0])) // width))
+                finding.merge(_finding(bad.size, part.name, (first + int(bad[0])) // width))
         else:
-            finding.add(_count(array, part.name, first, mode))
+            finding.merge(_count(array, part.name, first, mode))
     return finding
 
 
 def damaged_parts(
     packing: Packing, names: Mapping[str, str], parts: Arrays, start: int, stop: int
-) -> Finding:
+) -> LayerStats:
     """Scales and zero points of rows of a packed layer that are NaN or infinite.
 
     Args:
@@ -68,10 +68,10 @@ def damaged_parts(
         start: First row.
         stop: The row after the last one.
     """
-    finding = Finding()
-    for role, cut in packing.cuts(start, stop).items():
+    finding = LayerStats()
+    for role, cut in packing.required_rects(start, stop).items():
         if _SCALES.search(role):
-            finding.add(_count(parts[role], names[role], cut.rows[0]))
+            finding.merge(_count(parts[role], names[role], cut.rows[0]))
     return finding
 
 
@@ -85,7 +85,7 @@ def _scales_of_rows(step: Step) -> Iterator[tuple[str, QuantMode | None]]:
                 yield role, step.source.mode
 
 
-def damaged_outputs(chunk: Chunk, inputs: Arrays, outputs: Arrays, scratch: Scratch) -> Finding:
+def damaged_outputs(chunk: Chunk, inputs: Arrays, outputs: Arrays, scratch: Scratch) -> LayerStats:
     """Rows of a packed layer that no dtype holds: damage in scales that are bytes, or in blocks."""
     step, packing = chunk.step, chunk.step.packing
     assert packing is not None
@@ -95,23 +95,23 @@ def damaged_outputs(chunk: Chunk, inputs: Arrays, outputs: Arrays, scratch: Scra
         return _of_rows(bad, step.outputs["scales"].name, chunk)
     first, last = step.rows.stored_rows(chunk.start, chunk.stop)
     wide = np.empty((last - first, packing.columns), np.float32)
-    packing.dense(inputs, first, last, wide, scratch)
+    packing.decode(inputs, first, last, wide, scratch)
     return _of_rows(~np.isfinite(wide[:: step.rows.step]), name, chunk, "values")
 
 
-def _of_rows(bad: np.ndarray, name: str, chunk: Chunk, what: str = "scales") -> Finding:
+def _of_rows(bad: np.ndarray, name: str, chunk: Chunk, what: str = "scales") -> LayerStats:
     rows = np.flatnonzero(bad.any(axis=1))
     if not rows.size:
-        return Finding()
+        return LayerStats()
     first = chunk.step.rows.first + (chunk.start + int(rows[0])) * chunk.step.rows.step
     return _finding(int(bad.sum()), name, first, what)
 
 
-def _count(array: np.ndarray, name: str, first: int, mode: QuantMode | None = None) -> Finding:
+def _count(array: np.ndarray, name: str, first: int, mode: QuantMode | None = None) -> LayerStats:
     bad = _is_bad(array, mode)
     rows = np.flatnonzero(bad.any(axis=1))
     if not rows.size:
-        return Finding()
+        return LayerStats()
     return _finding(int(bad.sum()), name, first + int(rows[0]))
 
 
@@ -130,5 +130,5 @@ def _is_bad(array: np.ndarray, mode: QuantMode | None) -> np.ndarray:
     return np.asarray(stored == _NAN_E8M0)
 
 
-def _finding(number: int, tensor: str, row: int, what: str = "scales") -> Finding:
-    return Finding(damaged=number, damaged_tensor=tensor, damaged_what=what, damaged_row=row)
+def _finding(number: int, tensor: str, row: int, what: str = "scales") -> LayerStats:
+    return LayerStats(damaged=number, damaged_tensor=tensor, damaged_what=what, damaged_row=row)

@@ -14,12 +14,12 @@ from requant.hub_places import HubCache, RemoteFile
 from requant.hub_transfer import Transfer
 
 _STREAMS = 2  # files that are downloaded at a time
-HELD_FILES = 3  # on the disk or being downloaded, where they are deleted one by one
+MAX_HELD_FILES = 3  # on the disk or being downloaded, where they are deleted one by one
 _POLL_S = 0.1
 
 
 class Downloads:
-    """Downloads files while others are read; the ``Supply`` of a checkpoint on the hub.
+    """Downloads files while others are read; the ``WeightFileProvider`` of a checkpoint on the hub.
 
     Args:
         files: By relative path.
@@ -53,7 +53,7 @@ class Downloads:
 
     # -- called by the conversion ----------------------------------------------------------
 
-    def begin(self, order: Sequence[str]) -> None:
+    def start(self, order: Sequence[str]) -> None:
         """Start to download files, in the order given, that are not stored yet."""
         self._ended.clear()
         self._error, self._coming, self._wanted = None, set(), set()
@@ -69,7 +69,7 @@ class Downloads:
         for thread in self._threads:
             thread.start()
 
-    def take(self, name: str, stop: Callable[[], bool]) -> Path | None:
+    def wait_for(self, name: str, stop: Callable[[], bool]) -> Path | None:
         """Wait for a file and return its path; None if ``stop`` returns true before.
 
         Raises:
@@ -94,7 +94,7 @@ class Downloads:
             self._paths.pop(name, None)
             self._changed.notify_all()
 
-    def end(self) -> None:
+    def stop(self) -> None:
         """Stop all downloads; incomplete files are kept and resumed later."""
         self._ended.set()
         with self._changed:
@@ -138,15 +138,15 @@ class Downloads:
             self.bytes_here += nbytes
 
 
-def fetch_all(downloads: Downloads, names: Sequence[str]) -> None:
+def download_all(downloads: Downloads, names: Sequence[str]) -> None:
     """Download files and wait for all of them.
 
     Raises:
         HubError: One cannot be downloaded.
     """
-    downloads.begin(names)
+    downloads.start(names)
     try:
         for name in names:
-            downloads.take(name, lambda: False)
+            downloads.wait_for(name, lambda: False)
     finally:
-        downloads.end()
+        downloads.stop()

@@ -124,7 +124,7 @@ class UnsupportedDtypeError(RequantError, TypeError):
         self, message: str, dtype: str, supported: Sequence[str], *, layer: str | None = None
     ) -> None:
         self.dtype, self.supported = dtype, tuple(supported)
-        super().__init__(f"{message}: {dtype}, expected {one_of(self.supported)}", layer=layer)
+        super().__init__(f"{message}: {dtype}, expected {join_or(self.supported)}", layer=layer)
 
 
 class OutOfRangeError(RequantError, ValueError):
@@ -176,69 +176,69 @@ class CheckpointError(RequantError, ValueError):
         lines = "".join(f"\n  {line[:MAX_PROBLEM_CHARS]}" for line in shown)
         more = len(self.problems) - MAX_PROBLEMS_SHOWN
         if more > 0:
-            lines += f"\n  and {count(more, 'more problem')}"
+            lines += f"\n  and {pluralize(more, 'more problem')}"
         super().__init__(f"{source} cannot be {action}:{lines}")
 
 
-def shown(value: object) -> str:
+def format_value(value: object) -> str:
     """A value out of a file in a few characters, as JSON spells it; names as 'name'."""
     if isinstance(value, dict):
         return "an object"
     if isinstance(value, list | tuple | frozenset):
         if len(value) > 8 or any(isinstance(item, list | tuple | dict | str) for item in value):
             return f"a list of {len(value):,}"
-        return "[" + ", ".join(shown(item) for item in value) + "]"
+        return "[" + ", ".join(format_value(item) for item in value) + "]"
     if isinstance(value, str):
         return repr(value if len(value) <= _SHOWN_CHARS else value[:_SHOWN_CHARS] + "...")
     text = json.dumps(value, default=str)
     return text if len(text) <= _SHOWN_CHARS else text[:_SHOWN_CHARS] + "..."
 
 
-def count(number: int, word: str) -> str:
+def pluralize(number: int, word: str) -> str:
     """``1 layer``, ``1,234 layers``."""
     return f"{number:,} {word}" if number == 1 else f"{number:,} {word}s"
 
 
-def count_are(number: int, word: str) -> str:
+def pluralize_are(number: int, word: str) -> str:
     """``1 value is``, ``1,234 values are``."""
-    return f"{count(number, word)} {'is' if number == 1 else 'are'}"
+    return f"{pluralize(number, word)} {'is' if number == 1 else 'are'}"
 
 
 def damage(what: str, number: int, row: int) -> str:
     """``scales hold NaN or infinity (2 values, first in row 3): the source is damaged``."""
-    where = f"{count(number, 'value')}, first in row {row}"
+    where = f"{pluralize(number, 'value')}, first in row {row}"
     return f"{what} hold NaN or infinity ({where}): the source is damaged"
 
 
-def one_of(values: Sequence[object]) -> str:
+def join_or(values: Sequence[object]) -> str:
     """``32, 64 or 128``."""
     *rest, last = (str(value) for value in values)
     return f"{', '.join(rest)} or {last}" if rest else last
 
 
-def span(low: int, high: int) -> str:
+def format_range(low: int, high: int) -> str:
     """``9``, or ``9 to 12``."""
     return str(low) if low == high else f"{low} to {high}"
 
 
-def not_utf8(error: UnicodeDecodeError) -> str:
+def utf8_error(error: UnicodeDecodeError) -> str:
     """What is wrong with bytes that are no text."""
     return f"is not UTF-8: byte {error.start:,} is 0x{error.object[error.start]:02x}"
 
 
-def in_a_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """What another library says, in one line and with no full stop."""
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__
 
 
-def few(names: Sequence[str], most: int = 3) -> str:
+def join_first(names: Sequence[str], most: int = 3) -> str:
     """The first of many names, and how many more there are."""
     shown, more = ", ".join(names[:most]), len(names) - most
     return f"{shown} and {more:,} more" if more > 0 else shown
 
 
 @contextmanager
-def cannot_be(action: str) -> Iterator[None]:
+def error_action(action: str) -> Iterator[None]:
     """Say of a faulty source that it cannot be ``action``, where nobody wants to convert it.
 
     What an error says of its own stays: a file of another kind, say, that "cannot be read".

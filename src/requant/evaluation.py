@@ -17,7 +17,7 @@ import numpy as np
 
 from requant.blueprint import Treatment
 from requant.conversion import Source, plan
-from requant.errors import BackendError, ParseError, UsageError, count, not_utf8, shown
+from requant.errors import BackendError, ParseError, UsageError, format_value, pluralize, utf8_error
 from requant.mlx_lm import load
 
 DEFAULT_TOKENS = 8192
@@ -81,7 +81,7 @@ def read_documents(path: Path) -> Iterator[str]:
     try:
         text = path.read_text("utf-8")
     except UnicodeDecodeError as error:
-        raise ParseError(f"{path}: {not_utf8(error)}") from error
+        raise ParseError(f"{path}: {utf8_error(error)}") from error
     if path.suffix != ".jsonl":
         yield text
         return
@@ -95,7 +95,7 @@ def read_documents(path: Path) -> Iterator[str]:
         found = document.get("text") if isinstance(document, dict) else document
         if not isinstance(found, str):
             raise ParseError(
-                f"{path}: line {number} is {shown(document)}, expected a string "
+                f"{path}: line {number} is {format_value(document)}, expected a string "
                 'or an object with a string "text"'
             )
         yield found
@@ -129,7 +129,7 @@ def read_tokens(path: Path, tokenizer: Any, most: int, window: int) -> np.ndarra
     whole = min(len(ids), most) // window
     if whole < 2:
         raise UsageError(
-            f"{path}: has {count(len(ids), 'token')}; a standard error needs two windows of "
+            f"{path}: has {pluralize(len(ids), 'token')}; a standard error needs two windows of "
             f"{window:,}: take a longer text, or a lower --window"
         )
     return np.array(ids[: whole * window]).reshape(whole, window)
@@ -153,8 +153,8 @@ def load_as_stored(source: Source, **options: Any) -> tuple[Any, Any]:
     """
     if on_cpu():
         return load(source, dequantize=True, dtype="float32", **options)
-    told = {key: options[key] for key in ("revision", "config_from") if key in options}
-    layers = plan(source, layout="keep", **told).layers
+    reported = {key: options[key] for key in ("revision", "config_from") if key in options}
+    layers = plan(source, layout="keep", **reported).layers
     kept = any(layer.treatment is Treatment.KEPT for layer in layers)
     return load(source, dequantize=not kept, **options)
 

@@ -16,19 +16,19 @@ import numpy as np
 
 from requant.blueprint import Plan
 from requant.checkpoint import ComputedTensor, SourceTensor
-from requant.chunks import Chunk, chunks_left, runs_of
-from requant.consuming import files_of
+from requant.chunks import Chunk, contiguous_runs, remaining_chunks
+from requant.consuming import source_files_of
 from requant.damage import ROW_SCALES
 from requant.dtypes import NUMPY_DTYPE
-from requant.findings import Finding, Outcome
+from requant.findings import LayerStats, RunResult
 from requant.formats.packing import Packing
-from requant.hessians import Hessians
-from requant.journal import Done
-from requant.memory import Budget
-from requant.operations import Arrays, Buffers, make_outputs
+from requant.hessians import HessianCache
+from requant.journal import CompletedWork
+from requant.memory import ResourceLimits
+from requant.operations import Arrays, WorkerBuffers, make_outputs
 from requant.plan_source import PlanSource
-from requant.sink import Ledger, Sink
-from requant.source_reader import SourceReader, Stopped, bytes_of
+from requant.sink import ProgressLog, Sink
+from requant.source_reader import RunCancelled, SourceReader, bytes_of
 
 _POLL_S = 0.1
 
@@ -50,10 +50,10 @@ def run_plan(
     plan: Plan,
     source: PlanSource,
     folder: Sink,
-    budget: Budget,
+    budget: ResourceLimits,
     progress: Callable[[Progress], None] | None = None,
-    stop_at: Callable[[Finding], bool] | None = None,
-) -> Outcome:
+    stop_at: Callable[[LayerStats], bool] | None = None,
+) -> RunResult:
     """Run every step of ``plan`` into ``folder``.
 
     Args:
@@ -69,21 +69,21 @@ def run_plan(
         HubError: A source file cannot be downloaded.
         OutputError: The disk refused a write.
     """
-    before = folder.ledger.state.consumed if folder.ledger is not None else ()
-    needed = _needed(plan, folder.ledger)
+    before = folder.progress_log.state.consumed if folder.progress_log is not None else ()
+    needed = _files_to_read(plan, folder.progress_log)
     with SourceReader(plan.files, source.opened, tuple(before), needed) as reader:
         run = _Run(
             plan=plan, source=source, reader=reader, folder=folder, budget=budget, stop_at=stop_at
         )
-        return run.go(progress)
+        return run.run(progress)
 
 
-def _needed(plan: Plan, ledger: Ledger | None) -> list[str]:
+def _files_to_read(plan: Plan, progress_log: ProgressLog | None) -> list[str]:
     """The source files that are still to be read, as they are needed."""
-    before = Done() if ledger is None else ledger.state
-    order = range(len(plan.steps)) if ledger is None else ledger.order
-    steps = (plan.steps[n] for n in order if any(before.left(n, plan.steps[n].rows.count)))
-    return list(dict.fromkeys(name for step in steps for name in files_of(step, plan)))
+    before = CompletedWork() if progress_log is None else progress_log.state
+    order = range(len(plan.steps)) if progress_log is None else progress_log.order
+    steps = (plan.steps[n] for n in order if any(before.remaining(n, plan.steps[n].rows.count)))
+    return list(dict.fromkeys(name for step in steps for name in source_files_of(step, plan)))
 
 
 class _Run:
@@ -95,37 +95,37 @@ class _Run:
         source: PlanSource,
         reader: SourceReader,
         folder: Sink,
-        budget: Budget,
-        stop_at: Callable[[Finding], bool] | None,
+        budget: ResourceLimits,
+        stop_at: Callable[[LayerStats], bool] | None,
     ) -> None:
         self.plan, self.source, self.reader = plan, source, reader
         self.folder, self.budget = folder, budget
         self.bytes_in = plan.bytes_in
-        self.ledger: Ledger | None = folder.ledger
-        self.chunks = chunks_left(plan.steps, budget, self.ledger)
+        self.progress_log: ProgressLog | None = folder.progress_log
+        self.chunks = remaining_chunks(plan.steps, budget, self.progress_log)
         self.lock = threading.Lock()
         self.error: BaseException | None = None
         self.stop, self.stop_at = reader.stop, stop_at
         self.done = threading.Event()
         self.running = budget.threads
-        self.hessians = Hessians(budget.threads)
-        self.outcome = Outcome()
+        self.hessians = HessianCache(budget.threads)
+        self.outcome = RunResult()
         self.layer, self.bytes_done, self.bytes_written = "", 0, 0
-        if self.ledger is not None:
-            self._take_up(self.ledger.state)
+        if self.progress_log is not None:
+            self._restore(self.progress_log.state)
 
-    def _take_up(self, before: Done) -> None:
+    def _restore(self, before: CompletedWork) -> None:
         """Count what an earlier run did and found."""
         for number, found in before.found:
-            finding = Finding(**found)  # type: ignore[arg-type]  # as asdict gave it
+            finding = LayerStats(**found)  # type: ignore[arg-type]  # as asdict gave it
             layer = self.plan.steps[number].layer
-            self.outcome.findings.setdefault(layer, Finding()).add(finding)
+            self.outcome.findings.setdefault(layer, LayerStats()).merge(finding)
         for number, ranges in before.rows.items():
             step = self.plan.steps[number]
             rows = sum(stop - start for start, stop in ranges)
             self.bytes_done += step.bytes_in * rows // max(step.rows.count, 1)
 
-    def go(self, progress: Callable[[Progress], None] | None) -> Outcome:
+    def run(self, progress: Callable[[Progress], None] | None) -> RunResult:
         began = time.perf_counter()
         threads = [
             threading.Thread(target=self._work, name=f"requant-{n}", daemon=True)
@@ -163,15 +163,15 @@ class _Run:
         )
 
     def _work(self) -> None:
-        buffers = Buffers(self.hessians)
+        buffers = WorkerBuffers(self.hessians)
         try:
             while not self.stop.is_set():
                 with self.lock:
                     chunk = next(self.chunks, None)
                 if chunk is None:
                     break
-                self._do_all(chunk, buffers)
-        except Stopped:
+                self._run_chunk_with_computed(chunk, buffers)
+        except RunCancelled:
             pass
         except BaseException as error:
             with self.lock:
@@ -182,45 +182,45 @@ class _Run:
             if not self.running or self.error is not None:
                 self.done.set()
 
-    def _do_all(self, chunk: Chunk, buffers: Buffers) -> None:
+    def _run_chunk_with_computed(self, chunk: Chunk, buffers: WorkerBuffers) -> None:
         computed = {
             tensor.name: self.source.compute(
-                tensor.name, lambda name, into: self._fill(name, into, buffers)
+                tensor.name, lambda name, into: self._fill_intermediate(name, into, buffers)
             )
             for tensor in chunk.step.inputs.values()
             if isinstance(tensor, ComputedTensor)
         }
         if not computed:
-            self._do(chunk, buffers, computed)
+            self._run_chunk(chunk, buffers, computed)
             return
         for part in chunk.parts(self.budget.chunk_bytes):
             if self.stop.is_set():
                 return
-            self._do(part, buffers, computed)
+            self._run_chunk(part, buffers, computed)
 
-    def _fill(self, name: str, into: memoryview, buffers: Buffers) -> None:
+    def _fill_intermediate(self, name: str, into: memoryview, buffers: WorkerBuffers) -> None:
         """Write the dense values of what a computed tensor is made from."""
-        step = self.plan.materials[name]
+        step = self.plan.intermediates[name]
         whole = Chunk(step, 0, step.rows.count)
-        for part in whole.parts(self.budget.chunk_of(step)):
-            outputs, finding, _ = self._make(part, buffers, {})
+        for part in whole.parts(self.budget.chunk_bytes_for(step)):
+            outputs, finding, _ = self._compute_chunk(part, buffers, {})
             if finding.damaged:
                 with self.lock:
-                    self.outcome.findings.setdefault(step.layer, Finding()).add(finding)
+                    self.outcome.findings.setdefault(step.layer, LayerStats()).merge(finding)
             (data,) = map(bytes_of, outputs.values())
             (out,) = step.outputs.values()
             row_bytes = step.row_bytes(out)
-            for first, last, row in runs_of(part):
+            for first, last, row in contiguous_runs(part):
                 stop = (row + last - first) * row_bytes
                 into[row * row_bytes : stop] = data[first * row_bytes : last * row_bytes]
 
-    def _do(self, chunk: Chunk, buffers: Buffers, computed: Arrays) -> None:
+    def _run_chunk(self, chunk: Chunk, buffers: WorkerBuffers, computed: Arrays) -> None:
         step, written = chunk.step, 0
-        outputs, finding, read = self._make(chunk, buffers, computed)
+        outputs, finding, read = self._compute_chunk(chunk, buffers, computed)
         for role, out in step.outputs.items():
             row_bytes = step.row_bytes(out)
             data = bytes_of(outputs[role])
-            for first, last, row in runs_of(chunk):
+            for first, last, row in contiguous_runs(chunk):
                 # A run of the chunk's rows, first to last, begins at this row of the tensor.
                 offset = out.offset + (step.rows.output_row + row) * row_bytes
                 self.folder.write(out.file, offset, data[first * row_bytes : last * row_bytes])
@@ -228,20 +228,22 @@ class _Run:
         if finding.first_nonfinite_row is not None:
             finding.first_nonfinite_row += step.rows.output_row + chunk.start
         with self.lock:
-            self.outcome.findings.setdefault(step.layer, Finding()).add(finding)
+            self.outcome.findings.setdefault(step.layer, LayerStats()).merge(finding)
             self.layer = step.layer
             self.bytes_done += read
             self.bytes_written += written
         if self.stop_at is not None and self.stop_at(finding):
             self.stop.set()
             return
-        if self.ledger is not None:
-            for name in self.ledger.done(chunk.number, chunk.start, chunk.stop, finding.told()):
-                self.reader.forget(name)
+        if self.progress_log is not None:
+            for name in self.progress_log.mark_done(
+                chunk.number, chunk.start, chunk.stop, finding.nonzero_fields()
+            ):
+                self.reader.close_file(name)
 
-    def _make(
-        self, chunk: Chunk, buffers: Buffers, computed: Arrays
-    ) -> tuple[Arrays, Finding, int]:
+    def _compute_chunk(
+        self, chunk: Chunk, buffers: WorkerBuffers, computed: Arrays
+    ) -> tuple[Arrays, LayerStats, int]:
         """Outputs by role, what was found in them, and how many bytes were read."""
         step = chunk.step
         if step.packing is None:
@@ -253,7 +255,7 @@ class _Run:
             inputs[ROW_SCALES] = self._row_scales(chunk, step.global_scale)
         return *make_outputs(chunk, inputs, buffers), read
 
-    def _read_rows(self, chunk: Chunk, buffers: Buffers, computed: Arrays) -> Arrays:
+    def _read_rows(self, chunk: Chunk, buffers: WorkerBuffers, computed: Arrays) -> Arrays:
         """The chunk's rows of every tensor of its step."""
         step, found = chunk.step, {}
         for role, tensor in step.inputs.items():
@@ -267,10 +269,12 @@ class _Run:
             found[role] = array
         return found
 
-    def _cut_parts(self, chunk: Chunk, packing: Packing, buffers: Buffers) -> Arrays:
+    def _cut_parts(self, chunk: Chunk, packing: Packing, buffers: WorkerBuffers) -> Arrays:
         """The rectangles of a packed layer's parts that a chunk needs."""
         step, found = chunk.step, {}
-        for role, cut in packing.cuts(*step.rows.stored_rows(chunk.start, chunk.stop)).items():
+        for role, cut in packing.required_rects(
+            *step.rows.stored_rows(chunk.start, chunk.stop)
+        ).items():
             tensor = step.inputs[role]
             assert not isinstance(tensor, ComputedTensor)
             height = cut.rows[1] - cut.rows[0]

@@ -15,9 +15,9 @@ from statistics import median
 from typing import Any
 
 from requant.conversion import Source
-from requant.errors import CheckpointError, ParseError, Problem, cannot_be, shown
+from requant.errors import CheckpointError, ParseError, Problem, error_action, format_value
 from requant.record import read_record
-from requant.report import Group
+from requant.report import LayerGroup
 from requant.source_folder import RECORD
 from requant.wishes import ConvertOptions
 
@@ -25,7 +25,7 @@ SCHEMA_VERSION = 1  # of what --json prints, for all commands alike
 
 
 @dataclass(frozen=True, slots=True)
-class LayerFigures:
+class LayerSummary:
     """What became of one layer.
 
     Attributes:
@@ -74,7 +74,7 @@ class LayerFigures:
 
 
 @dataclass(frozen=True, slots=True)
-class KindFigures:
+class KindSummary:
     """Layers of one kind; errors are None where no new codes were computed."""
 
     kind: str
@@ -110,7 +110,7 @@ class Figures:
     source_files: tuple[tuple[str, int, str], ...]
     options: ConvertOptions
     tensors: int
-    layers: tuple[LayerFigures, ...]
+    layers: tuple[LayerSummary, ...]
 
     @property
     def parameters(self) -> int:
@@ -133,28 +133,30 @@ class Figures:
         return 8 * self.bytes_out / self.parameters if self.parameters else 0.0
 
     @property
-    def groups(self) -> list[Group]:
+    def groups(self) -> list[LayerGroup]:
         """Layers that were treated alike, most bytes first."""
-        alike: dict[tuple[str, str, str, str], list[LayerFigures]] = defaultdict(list)
+        alike: dict[tuple[str, str, str, str], list[LayerSummary]] = defaultdict(list)
         for x in self.layers:
             alike[x.treatment, x.source, x.target, x.exactness].append(x)
         found = [
-            Group(*key, len(some), sum(x.parameters for x in some), sum(x.bytes_out for x in some))
+            LayerGroup(
+                *key, len(some), sum(x.parameters for x in some), sum(x.bytes_out for x in some)
+            )
             for key, some in alike.items()
         ]
         return sorted(found, key=lambda group: -group.nbytes)
 
     @property
-    def kinds(self) -> list[KindFigures]:
+    def kinds(self) -> list[KindSummary]:
         """Layers by kind, most bytes of the output first."""
-        alike: dict[str, list[LayerFigures]] = defaultdict(list)
+        alike: dict[str, list[LayerSummary]] = defaultdict(list)
         for layer in self.layers:
             alike[layer.kind].append(layer)
         found = []
         for kind, some in alike.items():
             errors = [x.relative_rms for x in some if x.relative_rms is not None]
             found.append(
-                KindFigures(
+                KindSummary(
                     kind=kind,
                     layers=len(some),
                     parameters=sum(x.parameters for x in some),
@@ -167,7 +169,7 @@ class Figures:
         return sorted(found, key=lambda kind: -kind.bytes_out)
 
     @property
-    def measured(self) -> list[LayerFigures]:
+    def measured(self) -> list[LayerSummary]:
         """Layers with a measured error, worst first."""
         found = [layer for layer in self.layers if layer.relative_rms is not None]
         return sorted(found, key=lambda layer: -(layer.relative_rms or 0.0))
@@ -218,7 +220,7 @@ class Figures:
         }
 
 
-@cannot_be("read")
+@error_action("read")
 def read_figures(output: Source) -> Figures:
     """Read what ``requant.json`` says about the conversion that wrote a folder.
 
@@ -239,21 +241,25 @@ def read_figures(output: Source) -> Figures:
     place = Path(output)
     record = read_record(place)
     try:
-        source = _typed(record, "source", dict)
-        layers = _typed(record, "layers", dict)
+        source = _require(record, "source", dict)
+        layers = _require(record, "layers", dict)
         return Figures(
             output=str(place),
-            requant=_typed(record, "requant", str),
-            plan_hash=_typed(record, "plan", str),
-            source_format=_typed(source, "format", str),
+            requant=_require(record, "requant", str),
+            plan_hash=_require(record, "plan", str),
+            source_format=_require(source, "format", str),
             repository=_repository(source.get("repository")),
             source_files=tuple(
-                (_typed(x, "name", str), _typed(x, "nbytes", int), _typed(x, "header_sha256", str))
-                for x in _typed(source, "files", list)
+                (
+                    _require(x, "name", str),
+                    _require(x, "nbytes", int),
+                    _require(x, "header_sha256", str),
+                )
+                for x in _require(source, "files", list)
             ),
-            options=ConvertOptions.from_dict(_typed(record, "options", dict)),
-            tensors=len(_typed(record, "tensors", dict)),
-            layers=tuple(_layer(name, _typed(layers, name, dict)) for name in layers),
+            options=ConvertOptions.from_dict(_require(record, "options", dict)),
+            tensors=len(_require(record, "tensors", dict)),
+            layers=tuple(_layer(name, _require(layers, name, dict)) for name in layers),
         )
     except ParseError as error:
         raise CheckpointError(str(place), [Problem(RECORD, str(error))]) from None
@@ -263,25 +269,29 @@ def _repository(value: Any) -> tuple[str, str] | None:
     if value is None:
         return None
     if not isinstance(value, list) or [type(x) for x in value] != [str, str]:
-        raise ParseError(f"source.repository: is {shown(value)}, expected an id and a commit")
+        raise ParseError(
+            f"source.repository: is {format_value(value)}, expected an id and a commit"
+        )
     return value[0], value[1]
 
 
-def _layer(name: str, entry: Mapping[str, Any]) -> LayerFigures:
+def _layer(name: str, entry: Mapping[str, Any]) -> LayerSummary:
     words = {
-        key: _typed(entry, key, str, name)
+        key: _require(entry, key, str, name)
         for key in ("treatment", "exactness", "source", "target", "reason", "bound")
     }
-    shape = _typed(entry, "shape", list, name)
-    sizes = [_typed(entry, key, int, name) for key in ("bytes_in", "bytes_out")]
+    shape = _require(entry, "shape", list, name)
+    sizes = [_require(entry, key, int, name) for key in ("bytes_in", "bytes_out")]
     if not all(_is_count(number) for number in (*shape, *sizes)):
         raise ParseError(f"layers.{name}: shape {shape} and bytes {sizes} are no counts")
     error = entry.get("error")
     pair = isinstance(error, list) and len(error) == 2 and all(map(_is_figure, error))
     if error is not None and not pair:
-        raise ParseError(f"layers.{name}.error: is {shown(error)}, expected two numbers or null")
+        raise ParseError(
+            f"layers.{name}.error: is {format_value(error)}, expected two numbers or null"
+        )
     rms, steps = error or (None, None)
-    return LayerFigures(
+    return LayerSummary(
         layer=name,
         shape=tuple(shape),
         bytes_in=sizes[0],
@@ -319,12 +329,12 @@ _KINDS: Mapping[Any, str] = {
 }
 
 
-def _typed(entry: Any, key: str, kind: Callable[..., Any], where: str = "") -> Any:
+def _require(entry: Any, key: str, kind: Callable[..., Any], where: str = "") -> Any:
     """A value of the record, of the type that it must have."""
     value = entry.get(key) if isinstance(entry, dict) else None
     if not isinstance(value, kind) or isinstance(value, bool):  # type: ignore[arg-type]
         place = f"layers.{where}.{key}" if where else key
         if value is None:
             raise ParseError(f"{place}: is missing; requant of this version writes it")
-        raise ParseError(f"{place}: is {shown(value)}, expected {_KINDS[kind]}")
+        raise ParseError(f"{place}: is {format_value(value)}, expected {_KINDS[kind]}")
     return value

@@ -8,11 +8,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from requant.errors import Problem, count_are, damage
+from requant.errors import Problem, damage, pluralize_are
 
 
 @dataclass(slots=True)
-class Finding:
+class LayerStats:
     """What was seen in one layer; sums over its chunks.
 
     Attributes:
@@ -33,9 +33,9 @@ class Finding:
     damaged_what: str = ""
     damaged_row: int | None = None
 
-    def told(self) -> dict[str, Any]:
+    def nonzero_fields(self) -> dict[str, Any]:
         """What is not nothing."""
-        nothing = Finding()
+        nothing = LayerStats()
         return {k: v for k, v in asdict(self).items() if v != getattr(nothing, k)}
 
     @property
@@ -59,11 +59,11 @@ class Finding:
             )
         return Problem(
             f"{layer}.weight",
-            f"{count_are(self.nonfinite, 'value')} NaN or infinite, first in row "
+            f"{pluralize_are(self.nonfinite, 'value')} NaN or infinite, first in row "
             f"{self.first_nonfinite_row}; {allowed}",
         )
 
-    def add(self, other: Finding) -> None:
+    def merge(self, other: LayerStats) -> None:
         """Merge what another chunk saw."""
         self.nonfinite += other.nonfinite
         self.overflowed += other.overflowed
@@ -84,9 +84,9 @@ class Finding:
 
 
 @dataclass(slots=True)
-class Outcome:
+class RunResult:
     """What a run did: findings by layer, and how long it took."""
 
-    findings: dict[str, Finding] = field(default_factory=dict)
+    findings: dict[str, LayerStats] = field(default_factory=dict)
     elapsed_s: float = 0.0
     bytes_downloaded: int = 0

@@ -12,7 +12,7 @@ from requant.arrays.gptq import Compensation, compensation_of
 from requant.statistics import Importance, MatrixStatistics
 
 
-class Hessians:
+class HessianCache:
     """Compensations by matrix: as many as there are workers stay, the oldest goes."""
 
     def __init__(self, keep: int) -> None:

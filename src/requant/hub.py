@@ -22,13 +22,13 @@ from typing import BinaryIO, cast
 
 from requant.adapters import ADAPTER_CONFIG, describe_adapter, is_adapter_file
 from requant.checkpoint import Checkpoint, FileRange, OpenedSource
-from requant.downloads import HELD_FILES, Downloads, fetch_all
+from requant.downloads import MAX_HELD_FILES, Downloads, download_all
 from requant.errors import CheckpointError, HubError, Problem, UsageError
-from requant.gguf.choice import choose_model, gguf_models
+from requant.gguf.choice import gguf_models, select_model
 from requant.gguf.header import header_nbytes
 from requant.gguf.source import read_gguf
 from requant.hub_client import hub_errors, read_range
-from requant.hub_listing import Listing, home, is_digest, list_repository
+from requant.hub_listing import RepositoryListing, is_digest, list_repository, metadata_dir
 from requant.hub_places import SUFFIX, HubCache, RemoteFile, TemporaryStorage
 from requant.limits import MAX_CONFIG_BYTES, MAX_INDEX_BYTES
 from requant.safetensors_header import PREFIX_BYTES, header_length, parse_json_object
@@ -37,9 +37,9 @@ from requant.source_folder import (
     INDEX,
     QUANTIZATION_FILES,
     describe_pickles,
-    names_repository,
+    is_repository_id,
 )
-from requant.source_listing import wanted_files
+from requant.source_listing import files_to_download
 from requant.sources import read_checkpoint
 
 _FIRST_BYTES = 128 << 10  # of a weight file: most headers are within
@@ -59,7 +59,7 @@ def find_repository(source: str | os.PathLike[str], revision: str | None) -> Rep
         UsageError: A revision of something that is not on the hub.
     """
     name, _, wanted = os.fspath(source).partition(":")
-    if not names_repository(source):
+    if not is_repository_id(source):
         if revision is not None:
             raise UsageError(f"--revision is for repositories on the hub, and {source} is none")
         return None
@@ -67,40 +67,40 @@ def find_repository(source: str | os.PathLike[str], revision: str | None) -> Rep
         if revision is None:
             return None
         raise HubError(f"{source}: the hub needs huggingface_hub: pip install 'requant[hub]'")
-    found = list_repository(name, revision)
+    listing = list_repository(name, revision)
 
-    files = wanted_files(found.sizes, partial(_small_file, name, found))
-    has_weights = any(x.endswith((".safetensors", ".gguf")) for x in found.sizes)
-    has_weights = has_weights or ADAPTER_CONFIG in found.sizes
-    pickles = "" if has_weights else describe_pickles(found.sizes)
+    files = files_to_download(listing.sizes, partial(_small_file, name, listing))
+    has_weights = any(x.endswith((".safetensors", ".gguf")) for x in listing.sizes)
+    has_weights = has_weights or ADAPTER_CONFIG in listing.sizes
+    pickles = "" if has_weights else describe_pickles(listing.sizes)
     if pickles:
         raise CheckpointError(name, [Problem(name, pickles)])
-    kind = _gguf_kind(name, found.sizes, wanted, any(x.endswith(".safetensors") for x in files))
+    kind = _gguf_kind(name, listing.sizes, wanted, any(x.endswith(".safetensors") for x in files))
     if kind:
-        files = [*gguf_models(found.sizes)[kind], *(x for x in (CARD,) if x in found.sizes)]
-    digests = {file: found.digests.get(file, "") for file in files}
-    return Repository(name, found.commit, {x: found.sizes[x] for x in files}, digests, kind)
+        files = [*gguf_models(listing.sizes)[kind], *(x for x in (CARD,) if x in listing.sizes)]
+    digests = {file: listing.digests.get(file, "") for file in files}
+    return Repository(name, listing.commit, {x: listing.sizes[x] for x in files}, digests, kind)
 
 
-def _small_file(name: str, listing: Listing, file: str) -> bytes:
+def _small_file(name: str, listing: RepositoryListing, file: str) -> bytes:
     """A JSON file of a repository as a whole, kept in its mirror."""
-    kept = home(name) / listing.commit / file
+    kept = metadata_dir(name) / listing.commit / file
     with suppress(OSError):
         content = kept.read_bytes()
         if content.strip(b"\0"):  # one that was not read is full of zeros
             return content
     size = listing.sizes[file]
     content = read_range(name, listing.commit, file, 0, size) if size else b""
-    _write_mirror(kept, home(name) / "new", content, size)
+    _write_mirror(kept, metadata_dir(name) / "new", content, size)
     return content
 
 
-def _write_mirror(target: Path, beside: Path, content: bytes, size: int) -> None:
+def _write_mirror(target: Path, siblings: Path, content: bytes, size: int) -> None:
     """A file of the right size with the bytes that are known of it; whole or not there."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        beside.mkdir(exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=beside)
+        siblings.mkdir(exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=siblings)
         with open(handle, "wb") as out:
             out.write(content)
             out.truncate(size)
@@ -109,7 +109,7 @@ def _write_mirror(target: Path, beside: Path, content: bytes, size: int) -> None
         raise HubError(f"{target} cannot be written: {error.strerror or error}") from error
 
 
-def reach(
+def open_source(
     source: str | os.PathLike[str],
     remote: Repository | None,
     config_from: str | os.PathLike[str] | None = None,
@@ -119,13 +119,15 @@ def reach(
     Args:
         source: As the user named it.
         remote: What ``find_repository`` made of that.
-        config_from: As in ``Repository.headers``.
+        config_from: As in ``Repository.read_headers``.
 
     Raises:
         HubError: A file cannot be had.
         CheckpointError: Everything that is wrong with what the headers say.
     """
-    return Path(source) if remote is None else remote.arriving(remote.headers(config_from))
+    return (
+        Path(source) if remote is None else remote.start_download(remote.read_headers(config_from))
+    )
 
 
 def _gguf_kind(name: str, files: Iterable[str], wanted: str, has_safetensors: bool) -> str:
@@ -135,7 +137,7 @@ def _gguf_kind(name: str, files: Iterable[str], wanted: str, has_safetensors: bo
         return ""
     if not models:
         raise HubError(f"{name} holds no GGUF files, so there is no {wanted!r} to choose")
-    kind = choose_model(models, wanted) if wanted else None
+    kind = select_model(models, wanted) if wanted else None
     if kind is None and not wanted and len(models) == 1:
         kind = next(iter(models))
     if kind is None:
@@ -183,7 +185,7 @@ class Repository:
         first = next(iter(self.sizes))  # the model's files stand before others
         return first[: first.rfind("/") + 1] if self.gguf else ""
 
-    def headers(self, config_from: str | os.PathLike[str] | None = None) -> Checkpoint:
+    def read_headers(self, config_from: str | os.PathLike[str] | None = None) -> Checkpoint:
         """The checkpoint, of which only headers and JSON are here.
 
         Args:
@@ -193,18 +195,22 @@ class Repository:
             HubError: A file cannot be had.
             CheckpointError: Everything that is wrong with what the headers say.
         """
-        folder = home(self.name) / self.commit
+        folder = metadata_dir(self.name) / self.commit
         self._check_adapter()
         missing = [file for file in self.sizes if not (folder / file).exists()]
         with ThreadPoolExecutor(_STREAMS) as pool:
-            list(pool.map(lambda file: self._mirror(folder, file, self.sizes[file]), missing))
+            list(
+                pool.map(
+                    lambda file: self._write_header_stub(folder, file, self.sizes[file]), missing
+                )
+            )
         if self.gguf:
             taken = None if config_from is None else Path(config_from)
             read = partial(read_gguf, config_from=taken, fetch=self._fetch)
-            return self._named(read, folder / next(iter(self.sizes)))
+            return self._read_named(read, folder / next(iter(self.sizes)))
         if config_from is not None:
             raise UsageError(f"--config-from is for GGUF files; {self.name} has its own config")
-        return self._named(read_checkpoint, folder)
+        return self._read_named(read_checkpoint, folder)
 
     def _check_adapter(self) -> None:
         """Say of a repository with an adapter and no model what to do.
@@ -223,7 +229,7 @@ class Repository:
             message = describe_adapter(self.name, config, remote=True)
             raise CheckpointError(self.name, [Problem(self.name, message)])
 
-    def _mirror(self, folder: Path, file: str, size: int) -> None:
+    def _write_header_stub(self, folder: Path, file: str, size: int) -> None:
         """A file of the right size with the bytes that planning reads; whole or not there."""
         content = b""
         most = MAX_INDEX_BYTES if file == INDEX else MAX_CONFIG_BYTES
@@ -235,7 +241,7 @@ class Repository:
             if length + PREFIX_BYTES > len(content):
                 content += self._bytes(file, len(content), length + PREFIX_BYTES)
         elif file.endswith(".gguf"):
-            ahead = _Ahead(lambda start, stop: self._bytes(file, start, stop), size)
+            ahead = _ReadAheadFile(lambda start, stop: self._bytes(file, start, stop), size)
             nbytes = header_nbytes(cast(BinaryIO, ahead), size)
             content = ahead.content[:nbytes]
         _write_mirror(folder / file, folder.parent / "new", content, size)
@@ -255,20 +261,20 @@ class Repository:
 
     # -- whole files ---------------------------------------------------------------------
 
-    def announcement(self) -> str:
+    def download_summary(self) -> str:
         """What a conversion downloads, in a sentence."""
         missing = self._missing()
         what = f"{len(missing)} of {len(self.sizes)} files, {sum(missing.values()):,} bytes"
         state = f"convert downloads {what}" if missing else "all of its files are downloaded"
         return f"{self.source} at {self.commit[:12]} on the hub: {state}."
 
-    def arriving(self, checkpoint: Checkpoint, area: Path | None = None) -> Checkpoint:
-        """The checkpoint of ``headers`` whose weight files come while it is read.
+    def start_download(self, checkpoint: Checkpoint, area: Path | None = None) -> Checkpoint:
+        """The checkpoint of ``read_headers`` whose weight files come while it is read.
 
         Small files are here when this returns. What was downloaded before is not again.
 
         Args:
-            checkpoint: What ``headers`` gave.
+            checkpoint: What ``read_headers`` gave.
             area: A folder for weight files that are deleted when nothing needs them any more;
                 None puts them into huggingface_hub's cache, where they stay.
 
@@ -282,12 +288,12 @@ class Repository:
         else:
             self._check_room(cache)
         small = {name: self._remote_file(name) for name in self.sizes if name not in weights}
-        fetch_all(Downloads(small, cache), list(small))
+        download_all(Downloads(small, cache), list(small))
         folder = cache.snapshot if small and not self.gguf else checkpoint.path
         files = {x.name: self._remote_file(self._below + x.name) for x in checkpoint.files}
-        window = None if area is None else HELD_FILES
-        supply = Downloads(files, storage, window)
-        return replace(checkpoint, opened=checkpoint.opened.with_downloader(folder, supply))
+        window = None if area is None else MAX_HELD_FILES
+        downloader = Downloads(files, storage, window)
+        return replace(checkpoint, opened=checkpoint.opened.with_downloader(folder, downloader))
 
     def _remote_file(self, name: str) -> RemoteFile:
         """What the hub lists of a file; its server is asked where the list is not whole."""
@@ -303,29 +309,32 @@ class Repository:
         return RemoteFile(name, self.sizes[name], digest)
 
     def _check_room(self, cache: HubCache) -> None:
-        free, needed = shutil.disk_usage(_existing(cache.folder)).free, self._to_come(cache)
+        free, needed = (
+            shutil.disk_usage(_existing(cache.folder)).free,
+            self._bytes_to_download(cache),
+        )
         if needed > free:
             raise HubError(
                 f"{self.name}: the disk of {cache.folder} is too full: {needed:,} bytes are to be "
                 f"downloaded, {free:,} are free; HF_HOME names another place"
             )
 
-    def _to_come(self, cache: HubCache) -> int:
+    def _bytes_to_download(self, cache: HubCache) -> int:
         """Bytes that are not yet in the cache; of files that were cut, the rest."""
         here = sum(x.stat().st_blocks * 512 for x in cache.folder.glob(f"blobs/*{SUFFIX}"))
         return max(sum(self._missing().values()) - here, 0)
 
-    def room_beside(self, output: Path) -> int:
+    def cache_bytes_on_disk_of(self, output: Path) -> int:
         """Bytes that downloads into the cache take on the disk of ``output``."""
         cache = HubCache(self.name, self.commit)
         one, other = (_existing(x.absolute()).stat().st_dev for x in (cache.folder, output))
-        return self._to_come(cache) if one == other else 0
+        return self._bytes_to_download(cache) if one == other else 0
 
     def _missing(self) -> dict[str, int]:
         cache = HubCache(self.name, self.commit)
         return {file: size for file, size in self.sizes.items() if cache.cached(file) is None}
 
-    def _named(self, read: Callable[[Path], Checkpoint], folder: Path) -> Checkpoint:
+    def _read_named(self, read: Callable[[Path], Checkpoint], folder: Path) -> Checkpoint:
         """The checkpoint in a folder, under the repository's name also where it is at fault."""
         if CONFIG not in self.sizes and not self.gguf:
             problem = Problem(CONFIG, "is not in the repository, or no model of this kind is")
@@ -364,7 +373,7 @@ def _existing(path: Path) -> Path:
     return next(place for place in (path, *path.parents) if place.exists())
 
 
-class _Ahead:
+class _ReadAheadFile:
     """A file that is read from its start, by requests for more than is asked for."""
 
     def __init__(self, fetch: Callable[[int, int], bytes], size: int) -> None:

@@ -22,7 +22,7 @@ _HASH = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
 
 
 @dataclass(frozen=True, slots=True)
-class Listing:
+class RepositoryListing:
     """The files of a repository.
 
     Attributes:
@@ -41,14 +41,14 @@ def is_digest(text: str) -> bool:
     return _HASH.fullmatch(text) is not None
 
 
-def home(repository: str) -> Path:
+def metadata_dir(repository: str) -> Path:
     """Where things of ours about a repository stand."""
     from huggingface_hub import constants
 
     return Path(constants.HF_HOME) / "requant" / repository.replace("/", "--")
 
 
-def list_repository(name: str, revision: str | None) -> Listing:
+def list_repository(name: str, revision: str | None) -> RepositoryListing:
     """The files of a repository at a branch, tag or commit; its main branch by default.
 
     Raises:
@@ -58,23 +58,23 @@ def list_repository(name: str, revision: str | None) -> Listing:
     import huggingface_hub
     from huggingface_hub import constants
 
-    remembered = home(name) / f"{quote(revision or 'main', safe='')}.json"
+    remembered = metadata_dir(name) / f"{quote(revision or 'main', safe='')}.json"
     if constants.HF_HUB_OFFLINE and (known := _read(remembered)) is not None:
-        return _checked(name, known)
+        return _dry_run(name, known)
     with hub_errors(name, revision):
         found = huggingface_hub.HfApi().model_info(name, revision=revision, files_metadata=True)
     siblings = found.siblings or []
-    listing = Listing(
+    listing = RepositoryListing(
         found.sha or "",
         {x.rfilename: x.size if x.size is not None else -1 for x in siblings},
         {x.rfilename: x.lfs.sha256 if x.lfs else x.blob_id or "" for x in siblings},
     )
-    _checked(name, listing)
+    _dry_run(name, listing)
     _write(remembered, listing)
     return listing
 
 
-def _checked(name: str, listing: Listing) -> Listing:
+def _dry_run(name: str, listing: RepositoryListing) -> RepositoryListing:
     if not is_digest(listing.commit):
         raise HubError(f"{name}: the hub gives {listing.commit!r} as its commit, expected a hash")
     if len(listing.sizes) > MAX_ENTRIES:
@@ -88,7 +88,7 @@ def _checked(name: str, listing: Listing) -> Listing:
     return listing
 
 
-def _write(path: Path, listing: Listing) -> None:
+def _write(path: Path, listing: RepositoryListing) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, fresh = tempfile.mkstemp(dir=path.parent, suffix=".new")
@@ -99,13 +99,13 @@ def _write(path: Path, listing: Listing) -> None:
         raise HubError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
-def _read(path: Path) -> Listing | None:
+def _read(path: Path) -> RepositoryListing | None:
     """What was remembered; None where it is not, or no listing."""
     try:
         with path.open("rb") as file:
             value: Any = json.loads(file.read(MAX_INDEX_BYTES))
         sizes = {str(name): int(size) for name, size in value["sizes"].items()}
         digests = {str(name): str(digest) for name, digest in value["digests"].items()}
-        return Listing(str(value["commit"]), sizes, digests)
+        return RepositoryListing(str(value["commit"]), sizes, digests)
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None

@@ -64,10 +64,10 @@ class HubCache:
 
     def find(self, file: RemoteFile) -> Path | None:
         """The path of a complete file; one that another commit shares is linked first."""
-        found = self.cached(file.name)
-        if found is None and (self.folder / "blobs" / file.digest).is_file():
+        path = self.cached(file.name)
+        if path is None and (self.folder / "blobs" / file.digest).is_file():
             return self._linked(file)
-        return found
+        return path
 
     def partial_path(self, file: RemoteFile) -> Path:
         """The path of a file until it is complete."""

@@ -57,10 +57,10 @@ class Transfer:
             if fd is None:
                 return None
             try:
-                found = self.storage.find(file)
-                if found is not None:
+                path = self.storage.find(file)
+                if path is not None:
                     partial.unlink(missing_ok=True)
-                    return found
+                    return path
                 return self._download(file, fd)
             finally:
                 os.close(fd)

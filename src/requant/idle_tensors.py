@@ -15,7 +15,7 @@ from typing import Any, Final
 import numpy as np
 
 from requant.checkpoint import Checkpoint, ComputedTensor
-from requant.errors import count, few
+from requant.errors import join_first, pluralize
 from requant.formats import SourceLayer, SourceLayout
 from requant.formats.declared import text_sections
 from requant.left_dense import is_of_a_tower
@@ -43,32 +43,33 @@ class Reduced:
     notes: tuple[Note, ...]
 
 
-def without_idle_tensors(checkpoint: Checkpoint, layout: SourceLayout) -> Reduced | None:
+def without_unused_tensors(checkpoint: Checkpoint, layout: SourceLayout) -> Reduced | None:
     """The layout without idle tensors; None where it has none.
 
     Args:
         checkpoint: For the config, and the values of biases.
         layout: Its layers.
     """
-    idle = dict(_idle(checkpoint, layout))
-    if not idle:
+    unused = dict(_unused(checkpoint, layout))
+    if not unused:
         return None
-    layers = tuple(layer for layer in layout.layers if layer.path not in idle)
-    gone = [layer for layer in layout.layers if layer.path in idle]
-    dropped = tuple((x.name, idle[layer.path]) for layer in gone for x in layer.parts.values())
+    layers = tuple(layer for layer in layout.layers if layer.path not in unused)
+    gone = [layer for layer in layout.layers if layer.path in unused]
+    dropped = tuple((x.name, unused[layer.path]) for layer in gone for x in layer.parts.values())
     notes = []
-    for reason in dict.fromkeys(idle.values()):
+    for reason in dict.fromkeys(unused.values()):
         names = [name for name, why in dropped if why == reason]
         each = "each of which " if len(names) > 1 else "which "
         text = (
-            f"Left out: {count(len(names), 'tensor')} ({few(names, _NAMED)}), {each}{reason}; "
+            f"Left out: {pluralize(len(names), 'tensor')} ({join_first(names, _NAMED)}), "
+            f"{each}{reason}; "
             "mlx-lm's class has no place for such."
         )
         notes.append(Note(NoteCode.IDLE_TENSORS, text))
     return Reduced(replace(layout, layers=layers, dropped=(*layout.dropped, *dropped)), (*notes,))
 
 
-def _idle(checkpoint: Checkpoint, layout: SourceLayout) -> Iterator[tuple[str, str]]:
+def _unused(checkpoint: Checkpoint, layout: SourceLayout) -> Iterator[tuple[str, str]]:
     """Path of a layer -> why the model does not compute with it."""
     blocks = _block_count(checkpoint.config)
     matrices = {x.path for x in layout.layers if x.is_weight and len(x.shape) > 1}
@@ -104,4 +105,4 @@ def _is_zero(checkpoint: Checkpoint, layer: SourceLayer) -> bool:
         return False
     if isinstance(part, ComputedTensor) or checkpoint.gguf is not None:
         return False
-    return not np.any(checkpoint.peek(part.name).astype(np.float32))
+    return not np.any(checkpoint.read_small_tensor(part.name).astype(np.float32))

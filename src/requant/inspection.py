@@ -10,10 +10,10 @@ from typing import Any
 
 from requant.checkpoint import SourceFile
 from requant.conversion import Source
-from requant.errors import Problem, cannot_be
+from requant.errors import Problem, error_action
 from requant.formats.stale import read_source
 from requant.hub import find_repository
-from requant.patterns import time_counted
+from requant.patterns import regex_time_budget
 from requant.schema import PerLayerQuantization
 from requant.sources import read_checkpoint
 
@@ -82,8 +82,8 @@ class Inspection:
         }
 
 
-@cannot_be("inspected")
-@time_counted()
+@error_action("inspected")
+@regex_time_budget()
 def inspect(
     source: Source, config_from: Source | None = None, revision: str | None = None
 ) -> Inspection:
@@ -110,7 +110,7 @@ def inspect(
     """
     remote = find_repository(source, revision)
     checkpoint = (
-        remote.headers(config_from) if remote else read_checkpoint(Path(source), config_from)
+        remote.read_headers(config_from) if remote else read_checkpoint(Path(source), config_from)
     )
     read = read_source(checkpoint)
     layout = read.layout

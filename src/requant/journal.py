@@ -23,11 +23,11 @@ SYNC_EVERY_S = 2.0
 _CLOSING_S = 0.3
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
-Found = Mapping[str, float]
+Stats = Mapping[str, float]
 
 
 @dataclass(slots=True)
-class Done:
+class CompletedWork:
     """What a journal says is done.
 
     Attributes:
@@ -38,7 +38,7 @@ class Done:
     """
 
     rows: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
-    found: list[tuple[int, Found]] = field(default_factory=list)
+    found: list[tuple[int, Stats]] = field(default_factory=list)
     hashes: dict[str, str] = field(default_factory=dict)
     consumed: list[str] = field(default_factory=list)
 
@@ -55,7 +55,7 @@ class Done:
         elif "consumed" in line:
             self.consumed.append(line["consumed"])
 
-    def left(self, step: int, rows: int) -> Iterator[tuple[int, int]]:
+    def remaining(self, step: int, rows: int) -> Iterator[tuple[int, int]]:
         """The ranges of a step's rows that are not done."""
         start = 0
         for first, last in sorted(self.rows.get(step, ())):
@@ -119,7 +119,7 @@ class Journal:
         entries: list[dict[str, Any]],
         sync: Callable[[], None],
     ) -> None:
-        self.path, self.state = path, Done()
+        self.path, self.state = path, CompletedWork()
         self._sync, self._lock, self._syncing = sync, threading.Lock(), threading.Lock()
         self._stop, self._thread = threading.Event(), threading.Thread(target=self._keep_durable)
         self._thread.name, self._thread.daemon = "requant-journal", True
@@ -131,14 +131,14 @@ class Journal:
         fresh = path.with_suffix(".new")
         with fresh.open("wb") as file:
             for line in ({**head, "boot": boot_id()}, *entries):
-                file.write(_spelled(line))
+                file.write(_encode_line(line))
             file.flush()
             os.fsync(file.fileno())
         fresh.rename(path)
         self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
         self._thread.start()
 
-    def done(self, step: int, start: int, stop: int, found: Found) -> None:
+    def mark_done(self, step: int, start: int, stop: int, found: Stats) -> None:
         """Say that a range of rows was written, and what was found in it."""
         self.add({"rows": [step, start, stop], **({"found": dict(found)} if found else {})})
 
@@ -154,7 +154,7 @@ class Journal:
             with self._lock:
                 if self._error is not None:
                     raise self._error
-                _write(self._fd, _spelled(line))
+                _write(self._fd, _encode_line(line))
                 self._lines += 1
                 self.state.add(line)
                 if durable:
@@ -186,7 +186,7 @@ class Journal:
             return
         with self._lock:
             appended_meanwhile = self._lines > lines
-            _write(self._fd, _spelled({"durable": lines}))
+            _write(self._fd, _encode_line({"durable": lines}))
             self._lines += 1
             os.fsync(self._fd)
             self._durable = lines if appended_meanwhile else self._lines
@@ -209,7 +209,7 @@ class Journal:
                 return
 
 
-def _spelled(line: Mapping[str, Any]) -> bytes:
+def _encode_line(line: Mapping[str, Any]) -> bytes:
     return json.dumps(line, separators=(",", ":")).encode() + b"\n"
 
 

@@ -13,14 +13,14 @@ from requant.checkpoint import Checkpoint
 from requant.choices import find_override, is_quantized
 from requant.errors import CheckpointError
 from requant.formats import SourceLayer, SourceLayout
-from requant.idle_tensors import without_idle_tensors
+from requant.idle_tensors import without_unused_tensors
 from requant.load_check import one_sentence
-from requant.mlx_lm_classes import why_no_class
+from requant.mlx_lm_classes import missing_class_reason
 from requant.reasons import Note
-from requant.relayout import MlxLmLayoutError, Relayout, relayout
+from requant.relayout import MlxLmLayoutError, Relayout, build_relayout
 from requant.schema import Quantization
 from requant.specs import resolve_quantization
-from requant.target_fitting import fit_codes, fit_group
+from requant.target_fitting import fit_codes, fit_group_size
 from requant.tied_heads import agreed, laid_out
 from requant.wishes import ConvertOptions
 
@@ -102,9 +102,9 @@ def _mlx_lm_layout(
     try:
         made, moved, notes = laid_out(checkpoint, layout, attempt)
     except CheckpointError as error:
-        if options.keep_extra or why_no_class(checkpoint.config):
+        if options.keep_extra or missing_class_reason(checkpoint.config):
             raise
-        reduced = without_idle_tensors(checkpoint, layout)
+        reduced = without_unused_tensors(checkpoint, layout)
         if reduced is None:
             raise
         try:
@@ -129,7 +129,7 @@ def _mlx_lm_relayout(
     recipe = options.recipe
     mixed = recipe.name if recipe is not None and recipe.is_mixed else None
     take = partial(
-        relayout,
+        build_relayout,
         quantization=target,
         dtype=options.dtype,
         recipe=mixed,
@@ -150,10 +150,10 @@ def _fold_act_order(layout: SourceLayout, options: ConvertOptions) -> SourceLayo
             if override is None:
                 target, _ = fit_codes(layer, requested, own_groups=options.own_groups)
             else:
-                target, _ = fit_group(layer.shape[-1], requested)
+                target, _ = fit_group_size(layer.shape[-1], requested)
         return not options.dequantize and (target is None or layer.keeps_codes(target))
 
-    return layout.folded(keeps)
+    return layout.with_act_order_folded(keeps)
 
 
 def _first_problem(error: CheckpointError) -> str:

@@ -80,11 +80,11 @@ def _towers(
     """
     inside, outside, paths = 0, 0, []
     layers = tuple(layers)
-    beside = any(_TEXT.match(layer.path) for layer in layers)
+    siblings = any(_TEXT.match(layer.path) for layer in layers)
     for layer in layers:
         if len(layer.shape) < 2 or not layer.is_weight:
             continue
-        if is_of_a_tower(layer.path) or (beside and _ENCODER.match(layer.path)):
+        if is_of_a_tower(layer.path) or (siblings and _ENCODER.match(layer.path)):
             inside += prod(layer.shape)
             paths.append(layer.path)
         else:

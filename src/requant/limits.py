@@ -31,7 +31,7 @@ MAX_JSON_DEPTH = 64
 # -- folders ---------------------------------------------------------------------------
 MAX_ENTRIES = 100_000  # files and folders below a source
 MAX_SHARDS = 10_000
-MAX_PEEK_BYTES = 1 << 30  # of one tensor that is read while planning
+MAX_SMALL_TENSOR_BYTES = 1 << 30  # of one tensor that is read while planning
 
 # -- GPTQ --------------------------------------------------------------------------------
 MAX_GPTQ_INPUTS = 16_384  # of a layer; its Hessian is factored in memory, 36 bytes x inputs^2

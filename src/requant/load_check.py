@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from requant.dtypes import TensorInfo
 from requant.errors import RequantError
-from requant.mlx_lm_classes import UnknownModelError, why_no_class
+from requant.mlx_lm_classes import UnknownModelError, missing_class_reason
 from requant.outputs import ByteCopy
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def why_unloadable(config: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> str:
     """Why mlx-lm does not load a folder with this config and these tensors; "" where it does."""
-    if why := why_no_class(config):
+    if why := missing_class_reason(config):
         return why
     try:
         from requant.mlx_lm_layout import mlx_lm_layout

@@ -25,15 +25,15 @@ MLX_LM_MEMORY_BYTES = 48 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Budget:
+class ResourceLimits:
     """How much runs at once: threads, and bytes that each may hold."""
 
     threads: int
     chunk_bytes: int
     strided_bytes: int = 0  # for steps that read in strides; 0: as any other
-    beside_bytes: int = 0  # held beside the chunks: mlx-lm, and tensors that it computes
+    overhead_bytes: int = 0  # held beside the chunks: mlx-lm, and tensors that it computes
 
-    def chunk_of(self, step: Step) -> int:
+    def chunk_bytes_for(self, step: Step) -> int:
         """Bytes that a worker holds of a step at a time."""
         strided = step.packing is not None and step.packing.strided
         return max(self.chunk_bytes, self.strided_bytes) if strided else self.chunk_bytes
@@ -41,16 +41,16 @@ class Budget:
     @property
     def peak_bytes(self) -> int:
         """What the process holds at the most, mapped or cached file pages aside."""
-        base = BASE_MEMORY_BYTES + self.beside_bytes
+        base = BASE_MEMORY_BYTES + self.overhead_bytes
         return base + self.threads * max(self.chunk_bytes, self.strided_bytes)
 
 
-def make_budget(
+def plan_resources(
     plan: Plan,
     threads: int | None = None,
     max_memory: int | None = None,
     chunk_bytes: int | None = None,
-) -> Budget:
+) -> ResourceLimits:
     """Fit threads and chunks into the memory allowed.
 
     Args:
@@ -68,41 +68,43 @@ def make_budget(
         threads = threads or os.cpu_count() or 1
     if threads < 1:
         raise OutOfRangeError("at least one thread is needed", "threads", threads)
-    longest = max((s.least_work_bytes for s in plan.steps if s.rows.count), default=1)
+    longest = max((s.min_work_bytes for s in plan.steps if s.rows.count), default=1)
     if max_memory is None:
         strided = [s for s in plan.steps if s.packing is not None and s.packing.strided]
         widest = max((s.rows.count * s.work_bytes_per_row for s in strided), default=0)
-        return Budget(
+        return ResourceLimits(
             threads,
             max(chunk_bytes or DEFAULT_CHUNK_BYTES, longest),
             0 if chunk_bytes else min(STRIDED_CHUNK_BYTES, widest),
-            _beside(plan, threads),
+            _overhead_bytes(plan, threads),
         )
-    beside = _beside(plan, 1)
-    least = BASE_MEMORY_BYTES + beside + longest
+    overhead = _overhead_bytes(plan, 1)
+    least = BASE_MEMORY_BYTES + overhead + longest
     if max_memory < least:
         parts = [f"{BASE_MEMORY_BYTES:,} for Python, NumPy and the plan"]
-        if beside:
-            parts.append(f"{beside:,} for {_held_beside(plan)}")
+        if overhead:
+            parts.append(f"{overhead:,} for {_held_next_to(plan)}")
         parts.append(f"{longest:,} for the longest row of the model")
         needs = f"at least {least:,} bytes are needed: {', '.join(parts[:-1])} and {parts[-1]}"
         message = f"{needs}; give --max-memory {least}"
         raise OutOfRangeError(message, "max_memory", f"{max_memory:,}")
-    while max_memory < BASE_MEMORY_BYTES + _beside(plan, threads) + threads * longest:
+    while max_memory < BASE_MEMORY_BYTES + _overhead_bytes(plan, threads) + threads * longest:
         threads -= 1
-    beside = _beside(plan, threads)
-    room = (max_memory - BASE_MEMORY_BYTES - beside) // threads
-    return Budget(threads, min(chunk_bytes or DEFAULT_CHUNK_BYTES, room), beside_bytes=beside)
+    overhead = _overhead_bytes(plan, threads)
+    room = (max_memory - BASE_MEMORY_BYTES - overhead) // threads
+    return ResourceLimits(
+        threads, min(chunk_bytes or DEFAULT_CHUNK_BYTES, room), overhead_bytes=overhead
+    )
 
 
-def _held_beside(plan: Plan) -> str:
-    """What ``_beside`` counts, in words."""
+def _held_next_to(plan: Plan) -> str:
+    """What ``_overhead_bytes`` counts, in words."""
     held = ["mlx-lm and the tensors that it computes"] if plan.layout == "mlx-lm" else []
     held += ["factors of Hessians (--gptq)"] if any(step.gptq for step in plan.steps) else []
     return " and ".join(held)
 
 
-def _beside(plan: Plan, threads: int) -> int:
+def _overhead_bytes(plan: Plan, threads: int) -> int:
     """Bytes that are held beside the workers' chunks.
 
     One computed tensor at a time is made, from all of its inputs; meanwhile each other
@@ -114,7 +116,7 @@ def _beside(plan: Plan, threads: int) -> int:
         return factored
     sizes = {
         name: sum(out.info.nbytes for out in step.outputs.values())
-        for name, step in plan.materials.items()
+        for name, step in plan.intermediates.items()
     }
     tensors = [t for step in plan.steps for t in step.inputs.values()]
     ready, made = [0], [0]

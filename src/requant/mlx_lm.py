@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from requant.blueprint import OutputTensor, Plan
-from requant.budgets import settle
+from requant.budgets import allocate_bits
 from requant.conversion import Source
-from requant.errors import BackendError, CheckpointError, Problem, UsageError, in_a_line
-from requant.hub import find_repository, reach
-from requant.mlx_lm_classes import why_no_class
+from requant.errors import BackendError, CheckpointError, Problem, UsageError, one_line
+from requant.hub import find_repository, open_source
+from requant.mlx_lm_classes import missing_class_reason
 from requant.option_signatures import read_arguments, takes_options
 from requant.planner import Planned, plan_with_source
 from requant.reasons import NoteCode
@@ -126,7 +126,7 @@ def load_tokenizer(
         return _utils().load_tokenizer(folder, tokenizer_config, eos_token_ids=eos_token_ids)
 
 
-def skeleton(plan: Plan) -> Any:
+def build_empty_model(plan: Plan) -> Any:
     """mlx-lm's model for a dense plan, without its weights: what is in it is not computed."""
     with _failing(plan.source, "mlx-lm, building the model"):
         config = dict(plan.config)
@@ -166,8 +166,8 @@ def _convert(
     began = time.perf_counter()
     options, run = read_arguments("load", quantization, arguments, layout="mlx-lm")
     check_installed(Path(source))
-    opened = reach(source, find_repository(source, run.revision), options.config_from)
-    options = settle(
+    opened = open_source(source, find_repository(source, run.revision), options.config_from)
+    options = allocate_bits(
         opened,
         options,
         threads=run.threads,
@@ -178,7 +178,7 @@ def _convert(
     )
     while True:
         planned = plan_with_source(as_checkpoint(opened, options.config_from), options)
-        memory = Memory(planned.plan)
+        memory = ArraySink(planned.plan)
         attempt = run_once(planned, memory, options, run)
         if not attempt.problems:
             report = Report.build(planned.plan, "", attempt.result, time.perf_counter() - began)
@@ -188,7 +188,7 @@ def _convert(
 
 def check_installed(source: Path) -> None:
     """Name what is missing before anything else is looked at."""
-    why = why_no_class({"model_type": "llama"})
+    why = missing_class_reason({"model_type": "llama"})
     if why:
         raise CheckpointError(str(source), [Problem("mlx-lm", why)])
 
@@ -196,10 +196,10 @@ def check_installed(source: Path) -> None:
 # -- arrays ----------------------------------------------------------------------------------
 
 
-class Memory:
+class ArraySink:
     """Stands where the output folder would: each tensor's bytes go into an array of MLX."""
 
-    ledger = None  # nothing outlives the process
+    progress_log = None  # nothing outlives the process
 
     def __init__(self, plan: Plan) -> None:
         from requant.arrays.mlx import empty
@@ -255,7 +255,7 @@ def _failing(source: Source, where: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        message = in_a_line(error)
+        message = one_line(error)
         raise CheckpointError(str(source), [Problem(where, message)]) from error
 
 
@@ -269,7 +269,9 @@ def _build(config: Mapping[str, Any], weights: dict[str, mx.array]) -> tuple[Any
         model_class, args_class = utils._get_classes(config)
         entry = config.get("rotation") or {}
         group = entry.get("group_size")
-        return lambda args: _supplied(model_class, model_class(args), weights, group), args_class
+        return lambda args: _model_with_weights(
+            model_class, model_class(args), weights, group
+        ), args_class
 
     with tempfile.TemporaryDirectory(prefix="requant-") as name:
         folder = Path(name)
@@ -280,7 +282,7 @@ def _build(config: Mapping[str, Any], weights: dict[str, mx.array]) -> tuple[Any
     return model, loaded
 
 
-def _supplied(
+def _model_with_weights(
     model_class: type, model: Any, weights: dict[str, mx.array], rotation_group: int | None
 ) -> Any:
     """The model, whose ``sanitize`` takes ``weights`` once, whatever it is given."""

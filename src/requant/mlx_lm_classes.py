@@ -13,13 +13,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from requant.errors import RequantError, shown
+from requant.errors import RequantError, format_value
 
 # mlx_lm/utils.py: {model_type: module}, and (in newer ones) {(model_type, architecture): module}.
 _NAMES, _NAMES_BY_ARCHITECTURE = "MODEL_REMAPPING", "MODEL_ARCHITECTURE_REMAPPING"
 
 # What the lack of a class means, after the reason.
-WITHOUT_A_CLASS = (
+NO_CLASS_HINT = (
     "Without mlx-lm's class, the names, the stacking of experts and the choice of layers that "
     "it expects are not known. --layout keep needs no class: it keeps the source's tensor "
     "names and chooses layers by names and shapes"
@@ -35,7 +35,7 @@ class UnknownModelError(RequantError, LookupError):
 
     def __init__(self, why: str) -> None:
         self.why = why
-        super().__init__(f"{why}. {WITHOUT_A_CLASS}")
+        super().__init__(f"{why}. {NO_CLASS_HINT}")
 
 
 class LayoutError(RequantError, ValueError):
@@ -48,7 +48,7 @@ class LayoutError(RequantError, ValueError):
     class_names: tuple[str, ...] = ()
 
 
-def why_no_class(config: Mapping[str, Any]) -> str:
+def missing_class_reason(config: Mapping[str, Any]) -> str:
     """Why mlx-lm surely has no class for ``config``, or ``""`` where it may have one.
 
     Args:
@@ -64,7 +64,7 @@ def why_no_class(config: Mapping[str, Any]) -> str:
         return "config.json has no model_type"
     if _has_module(folder, model_type) or _is_renamed(folder, model_type):
         return ""
-    return f"mlx-lm has no class for model_type {shown(model_type)}"
+    return f"mlx-lm has no class for model_type {format_value(model_type)}"
 
 
 def _mlx_lm_folder() -> Path | None:

@@ -1,7 +1,7 @@
 """Step 4 of the road: what is done to a chunk that was read: copy, cast, encode, decode, move.
 
 Arrays in, arrays out, in a worker's own memory, through kernels that release the GIL; no files,
-and of threads only that each has its own ``Buffers``.
+and of threads only that each has its own ``WorkerBuffers``.
 """
 
 from __future__ import annotations
@@ -12,27 +12,27 @@ import numpy as np
 
 from requant.arrays import gptq, native, values
 from requant.blueprint import EncodeParams, Operation, Step
-from requant.chunks import Chunk, runs_of_a_matrix
+from requant.chunks import Chunk, matrix_runs
 from requant.damage import ROW_SCALES, damaged_inputs, damaged_outputs
 from requant.dtypes import HEADER_NAME, NUMPY_DTYPE
 from requant.errors import InvariantError, RequantError
-from requant.findings import Finding
+from requant.findings import LayerStats
 from requant.formats.packing import Packing
-from requant.hessians import Hessians
+from requant.hessians import HessianCache
 from requant.schema import Quantization
 from requant.statistics import Importance
 
 Arrays = dict[str, np.ndarray]
 
 
-class Buffers:
+class WorkerBuffers:
     """One worker's memory: an array per role, as large as its largest use so far.
 
     Attributes:
         hessians: What all workers share of GPTQ.
     """
 
-    def __init__(self, hessians: Hessians) -> None:
+    def __init__(self, hessians: HessianCache) -> None:
         self.hessians = hessians
         self._arrays: dict[str, np.ndarray] = {}
 
@@ -45,7 +45,7 @@ class Buffers:
         return held[:nbytes].view(NUMPY_DTYPE[dtype]).reshape(rows, -1)
 
 
-def make_outputs(chunk: Chunk, inputs: Arrays, buffers: Buffers) -> tuple[Arrays, Finding]:
+def make_outputs(chunk: Chunk, inputs: Arrays, buffers: WorkerBuffers) -> tuple[Arrays, LayerStats]:
     """Do what a chunk's step says.
 
     Args:
@@ -72,12 +72,12 @@ def make_outputs(chunk: Chunk, inputs: Arrays, buffers: Buffers) -> tuple[Arrays
             finding = _OF_ROWS[step.operation](chunk, inputs, outputs, buffers)
         else:
             finding = _of_packed(chunk, step.packing, inputs, outputs, buffers)
-            finding.add(
+            finding.merge(
                 _unlike_numbers(
                     chunk, inputs, outputs, buffers=buffers, damaged=damaged, finding=finding
                 )
             )
-        finding.add(damaged)
+        finding.merge(damaged)
         if finding.damaged:
             finding.overflowed = 0  # no dtype holds what is no number
         return outputs, finding
@@ -93,28 +93,28 @@ def _unlike_numbers(
     chunk: Chunk,
     inputs: Arrays,
     outputs: Arrays,
-    buffers: Buffers,
-    damaged: Finding,
-    finding: Finding,
-) -> Finding:
+    buffers: WorkerBuffers,
+    damaged: LayerStats,
+    finding: LayerStats,
+) -> LayerStats:
     """Damage that only the results show: in scales that are bytes, or lie within blocks."""
     operation = chunk.step.operation
     in_bytes = operation is Operation.REPACK and "biases" not in outputs
     if damaged.damaged or operation is Operation.RECODE or not (in_bytes or finding.overflowed):
-        return Finding()
+        return LayerStats()
     return damaged_outputs(chunk, inputs, outputs, buffers)
 
 
-def _copy(chunk: Chunk, inputs: Arrays, outputs: Arrays, buffers: Buffers) -> Finding:
-    return Finding()
+def _copy(chunk: Chunk, inputs: Arrays, outputs: Arrays, buffers: WorkerBuffers) -> LayerStats:
+    return LayerStats()
 
 
-def _cast(chunk: Chunk, inputs: Arrays, outputs: Arrays, buffers: Buffers) -> Finding:
-    return Finding(overflowed=values.cast_into(inputs["weight"], outputs["weight"]))
+def _cast(chunk: Chunk, inputs: Arrays, outputs: Arrays, buffers: WorkerBuffers) -> LayerStats:
+    return LayerStats(overflowed=values.cast_into(inputs["weight"], outputs["weight"]))
 
 
-def _encode(chunk: Chunk, inputs: Arrays, outputs: Arrays, buffers: Buffers) -> Finding:
-    step, dense, finding = chunk.step, inputs["weight"], Finding()
+def _encode(chunk: Chunk, inputs: Arrays, outputs: Arrays, buffers: WorkerBuffers) -> LayerStats:
+    step, dense, finding = chunk.step, inputs["weight"], LayerStats()
     if step.inputs["weight"].info.dtype != step.dtype:
         wanted = buffers.take("dense", step.dtype, *_dense_shape(step, dense))
         finding.overflowed = values.cast_into(dense, wanted)
@@ -122,8 +122,8 @@ def _encode(chunk: Chunk, inputs: Arrays, outputs: Arrays, buffers: Buffers) -> 
     return _quantize(chunk, dense, outputs, buffers, finding)
 
 
-def _decode(chunk: Chunk, inputs: Arrays, outputs: Arrays, buffers: Buffers) -> Finding:
-    step, dense, finding = chunk.step, outputs["weight"], Finding()
+def _decode(chunk: Chunk, inputs: Arrays, outputs: Arrays, buffers: WorkerBuffers) -> LayerStats:
+    step, dense, finding = chunk.step, outputs["weight"], LayerStats()
     assert step.source is not None
     _dequantize(step.source, inputs, dense, buffers)
     if step.dtype == "F16" and step.inputs["scales"].info.dtype != "F16":
@@ -132,19 +132,21 @@ def _decode(chunk: Chunk, inputs: Arrays, outputs: Arrays, buffers: Buffers) -> 
     return finding
 
 
-def _recode(chunk: Chunk, inputs: Arrays, outputs: Arrays, buffers: Buffers) -> Finding:
+def _recode(chunk: Chunk, inputs: Arrays, outputs: Arrays, buffers: WorkerBuffers) -> LayerStats:
     step = chunk.step
     dense = buffers.take("dense", step.dtype, *_dense_shape(step, inputs["weight"]))
     assert step.source is not None
     _dequantize(step.source, inputs, dense, buffers)
-    return _quantize(chunk, dense, outputs, buffers, Finding())
+    return _quantize(chunk, dense, outputs, buffers, LayerStats())
 
 
 def _dense_shape(step: Step, rows_of: np.ndarray) -> tuple[int, int]:
     return rows_of.shape[0], step.rows.columns * NUMPY_DTYPE[step.dtype].itemsize
 
 
-def _dequantize(source: Quantization, parts: Arrays, dense: np.ndarray, buffers: Buffers) -> None:
+def _dequantize(
+    source: Quantization, parts: Arrays, dense: np.ndarray, buffers: WorkerBuffers
+) -> None:
     words, scales, row_scales = parts["weight"], parts["scales"], parts.get(ROW_SCALES)
     encoding = (source.group_size, source.bits, source.mode.value)
     if row_scales is None:
@@ -171,8 +173,8 @@ def _wide(dense: np.ndarray) -> tuple[int, int]:
 
 
 def _quantize(
-    chunk: Chunk, dense: np.ndarray, outputs: Arrays, buffers: Buffers, finding: Finding
-) -> Finding:
+    chunk: Chunk, dense: np.ndarray, outputs: Arrays, buffers: WorkerBuffers, finding: LayerStats
+) -> LayerStats:
     """Encode, and measure the quantization error while the chunk is still in the cache."""
     step, params = chunk.step, chunk.step.encode
     assert params is not None, f"{step.operation} without EncodeParams"
@@ -182,9 +184,11 @@ def _quantize(
         finding.first_nonfinite_row = values.first_nonfinite_row(dense)
         return finding
     rows, scales = dense.shape[0], outputs["scales"]
-    for first, last, matrix in runs_of_a_matrix(chunk):
+    for first, last, matrix in matrix_runs(chunk):
         part = {role: array[first:last] for role, array in outputs.items()}
-        if params.gptq and _compensate(params, dense[first:last], part, matrix, buffers.hessians):
+        if params.gptq and _quantize_gptq(
+            params, dense[first:last], part, matrix, buffers.hessians
+        ):
             continue
         finding.flushed_groups += native.quantize_into(
             dense[first:last],
@@ -204,28 +208,28 @@ def _quantize(
         dense, decoded, scales, target.mode.value, group_max
     )
     if params.weighted_error and params.importance is not None:
-        weighted = _weighed(chunk, params.importance, dense, decoded)
+        weighted = _weighted_error(chunk, params.importance, dense, decoded)
         finding.squared_error, finding.squared_values = weighted
     return finding
 
 
-def _weighed(
+def _weighted_error(
     chunk: Chunk, importance: Importance, dense: np.ndarray, decoded: np.ndarray
 ) -> tuple[float, float]:
     """Squared errors and squared values of a chunk, each input weighted with its mean square."""
     error = energy = 0.0
-    for first, last, matrix in runs_of_a_matrix(chunk):
+    for first, last, matrix in matrix_runs(chunk):
         weights = importance.weights(matrix)
         wide = dense[first:last].astype(np.float32)
-        lost = decoded[first:last].astype(np.float32) - wide
-        sums = [np.einsum("ri,ri->i", x, x, dtype=np.float64) for x in (lost, wide)]
+        weighted_error = decoded[first:last].astype(np.float32) - wide
+        sums = [np.einsum("ri,ri->i", x, x, dtype=np.float64) for x in (weighted_error, wide)]
         counted = [float(x.sum() if weights is None else x @ weights) for x in sums]
         error, energy = error + counted[0], energy + counted[1]
     return error, energy
 
 
-def _compensate(
-    params: EncodeParams, dense: np.ndarray, outputs: Arrays, matrix: int, hessians: Hessians
+def _quantize_gptq(
+    params: EncodeParams, dense: np.ndarray, outputs: Arrays, matrix: int, hessians: HessianCache
 ) -> bool:
     """Encode rows of one matrix by GPTQ; False where no token reached the matrix."""
     if params.importance is None:
@@ -241,37 +245,38 @@ def _compensate(
 
 
 def _of_packed(
-    chunk: Chunk, packing: Packing, inputs: Arrays, outputs: Arrays, buffers: Buffers
-) -> Finding:
+    chunk: Chunk, packing: Packing, inputs: Arrays, outputs: Arrays, buffers: WorkerBuffers
+) -> LayerStats:
     """Move or decode the rows of a packed layer."""
     step = chunk.step
     rows = step.rows.stored_rows(chunk.start, chunk.stop)
-    between = _Between(outputs, step.rows.step, rows[1] - rows[0], buffers)
+    between = _StridedOutput(outputs, step.rows.step, rows[1] - rows[0], buffers)
     if step.operation is Operation.REPACK:
-        packing.unpack(inputs, *rows, between.wide, buffers)
-        between.thin()
+        packing.repack(inputs, *rows, between.wide, buffers)
+        between.copy_selected_rows()
         floats = [array for array in outputs.values() if array.dtype not in (np.uint32, np.uint8)]
-        return Finding(overflowed=sum(values.count_nonfinite(array) for array in floats))
+        return LayerStats(overflowed=sum(values.count_nonfinite(array) for array in floats))
     if step.operation is Operation.DECODE:
-        packing.dense(inputs, *rows, between.wide["weight"], buffers)
-        between.thin()
-        return Finding(overflowed=values.count_nonfinite(outputs["weight"]))
+        packing.decode(inputs, *rows, between.wide["weight"], buffers)
+        between.copy_selected_rows()
+        return LayerStats(overflowed=values.count_nonfinite(outputs["weight"]))
     width = step.rows.columns * NUMPY_DTYPE[step.dtype].itemsize
     dense = buffers.take("dense", step.dtype, chunk.rows, width)
-    between = _Between({"weight": dense}, step.rows.step, rows[1] - rows[0], buffers)
-    packing.dense(inputs, *rows, between.wide["weight"], buffers)
-    between.thin()
-    return _quantize(chunk, dense, outputs, buffers, Finding())
+    between = _StridedOutput({"weight": dense}, step.rows.step, rows[1] - rows[0], buffers)
+    packing.decode(inputs, *rows, between.wide["weight"], buffers)
+    between.copy_selected_rows()
+    return _quantize(chunk, dense, outputs, buffers, LayerStats())
 
 
-class _Between:
+class _StridedOutput:
     """Room for rows of which only every ``step``-th is wanted; the outputs themselves at 1.
 
     Example: rows 1 to 3 of a step with ``first=1, step=2`` are the stored rows 3 and 5. The
-    packing decodes the stored rows 3, 4 and 5 into ``wide``; ``thin`` takes the first and third.
+    packing decodes the stored rows 3, 4 and 5 into ``wide``; ``copy_selected_rows`` takes the first
+    and third.
     """
 
-    def __init__(self, outputs: Arrays, step: int, rows: int, buffers: Buffers) -> None:
+    def __init__(self, outputs: Arrays, step: int, rows: int, buffers: WorkerBuffers) -> None:
         self.outputs, self.step = outputs, step
         self.wide = outputs
         if step > 1:
@@ -282,7 +287,7 @@ class _Between:
                 for role, array in outputs.items()
             }
 
-    def thin(self) -> None:
+    def copy_selected_rows(self) -> None:
         """Move the rows that are wanted into the outputs."""
         if self.step > 1:
             for role, array in self.outputs.items():

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from typing import Any
 
-from requant.errors import UnknownValueError, UsageError, shown
+from requant.errors import UnknownValueError, UsageError, format_value
 from requant.limits import MAX_INT
 from requant.specs import check_regex, size_text
 
@@ -197,7 +197,7 @@ class Option:
             return
         if self.type.choices and isinstance(value, str):
             raise UnknownValueError(f"no such {self.noun}", value, self.type.choices)
-        raise UsageError(f"{self.name} is {shown(value)}, expected {self.type.expected}")
+        raise UsageError(f"{self.name} is {format_value(value)}, expected {self.type.expected}")
 
     @property
     def noun(self) -> str:

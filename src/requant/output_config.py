@@ -85,7 +85,7 @@ def _base_config(selector: TargetSelector) -> dict[str, Any]:
     if selector.mlx_lm is None or selector.relayout is None:
         return dict(source)
     config, key = selector.mlx_lm.config, "vision_config"
-    has_tower = any(map(is_of_a_tower, selector.relayout.extra))
+    has_tower = any(map(is_of_a_tower, selector.relayout.extra_tensors))
     if key in config or key not in source or not has_tower:
         return dict(config)
     return dict(sorted({**config, key: source[key]}.items()))

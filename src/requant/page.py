@@ -14,7 +14,7 @@ from math import ceil, log10
 from pathlib import Path
 from typing import NamedTuple
 
-from requant.figures import Figures, KindFigures, LayerFigures, percent
+from requant.figures import Figures, KindSummary, LayerSummary, percent
 
 _WIDTH = 760
 _BAR, _GAP, _NAMES, _NUMBERS = 16, 6, 210, 110
@@ -102,7 +102,7 @@ def _summary(figures: Figures) -> str:
         worst = figures.measured[0]
         tiles.append((percent(worst.relative_rms), f"worst error: {worst.layer}"))
     cells = "".join(
-        f"<div><strong>{_unbroken(number)}</strong><span>{escape(what)}</span></div>"
+        f"<div><strong>{_nonbreaking(number)}</strong><span>{escape(what)}</span></div>"
         for number, what in tiles
     )
     return f'<section class="tiles" aria-label="Summary">{cells}</section>'
@@ -193,7 +193,7 @@ def _errors(figures: Figures) -> str:
     )
 
 
-def _all_layers(layers: Iterable[LayerFigures]) -> str:
+def _all_layers(layers: Iterable[LayerSummary]) -> str:
     header = (
         "layer",
         "treatment",
@@ -297,7 +297,7 @@ def _bars(bars: Sequence[_Bar], label: str) -> str:
     return _drawing(label, height, "".join(drawn))
 
 
-def _plot(layers: Sequence[LayerFigures]) -> str:
+def _plot(layers: Sequence[LayerSummary]) -> str:
     """One dot a layer, over its place in the source."""
     errors = [layer.relative_rms or 0.0 for layer in layers]
     top = _round_up(max(errors)) or 1.0
@@ -329,7 +329,7 @@ def _text(x: float, y: float, text: str, anchor: str, cut: int | None = None) ->
     return f"<text {where}>{escape(short)}{title}</text>"
 
 
-def _unbroken(numbers: str) -> str:
+def _nonbreaking(numbers: str) -> str:
     """Numbers that stay with their units: a line breaks before an arrow only."""
     return escape(numbers).replace(" ", "&nbsp;").replace("&nbsp;→", " →")
 
@@ -337,7 +337,7 @@ def _unbroken(numbers: str) -> str:
 # -- numbers -------------------------------------------------------------------------------
 
 
-def _median(kind: KindFigures) -> float:
+def _median(kind: KindSummary) -> float:
     return kind.median_rms or 0.0
 
 

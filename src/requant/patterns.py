@@ -81,7 +81,7 @@ _budget: ContextVar[_TimeBudget | None] = ContextVar("budget", default=None)
 
 
 @contextmanager
-def time_counted() -> Iterator[None]:
+def regex_time_budget() -> Iterator[None]:
     """Count the time of patterns over all that is done for one model; also a decorator.
 
     Outside of it each call has its own time.
@@ -256,7 +256,7 @@ class Wildcards:
         self._plain = {name for name in names if not any(mark in name for mark in "*?[")}
         self._wild = [(name, wildcard(name)) for name in names if name not in self._plain]
 
-    def fitting(self, name: str) -> Iterator[str]:
+    def matching(self, name: str) -> Iterator[str]:
         """Those that are ``name``, or fit the whole of it."""
         if name in self._plain:
             yield name
@@ -264,7 +264,7 @@ class Wildcards:
 
 
 @lru_cache(maxsize=1024)
-def compiled(text: str) -> Pattern:
+def compile(text: str) -> Pattern:
     """The pattern of a text, compiled once."""
     return Pattern(text)
 
@@ -275,4 +275,4 @@ def search(pattern: str, name: str) -> bool:
     Raises:
         PatternError: As ``Pattern``.
     """
-    return compiled(pattern).search(name)
+    return compile(pattern).search(name)

@@ -10,9 +10,9 @@ from typing import Any
 from requant.blueprint import LayerPlan, Step, Treatment
 from requant.choices import KEEPS_DTYPE, LayerDecision, TargetSelector
 from requant.dtypes import KERNEL_FLOATS
-from requant.errors import count, count_are, few
+from requant.errors import join_first, pluralize, pluralize_are
 from requant.formats import SourceLayer
-from requant.formats.packing import DTYPE_WORD
+from requant.formats.packing import DTYPE_NAME
 from requant.loader_names import module_names
 from requant.reasons import Note, NoteCode, ReasonCode
 from requant.relayout import Relayout
@@ -40,25 +40,27 @@ def plan_notes(
     yield from _form(selector.relayout)
     if selector.source_is_quantized:
         yield from _dtypes(steps)
-    yield from _unloadable(layers)
+    yield from _unsupported_dtype_note(layers)
 
 
 def _extra(relayout: Relayout | None) -> Iterator[Note]:
     """Say what becomes of the kept tensors that mlx-lm's class has no use for."""
-    if relayout is None or not relayout.extra:
+    if relayout is None or not relayout.extra_tensors:
         return
-    names = relayout.extra
+    names = relayout.extra_tensors
     loads = "it ignores such tensors when it loads the result."
-    if relayout.refusal:
-        loads = f"mlx-lm does not load the result as it is: {relayout.refusal}"
-    held = count(len(names), "tensor")
-    text = f"mlx-lm has no use for {held} that --keep-extra keeps ({few(names)}); {loads}"
+    if relayout.load_error:
+        loads = f"mlx-lm does not load the result as it is: {relayout.load_error}"
+    held = pluralize(len(names), "tensor")
+    text = f"mlx-lm has no use for {held} that --keep-extra keeps ({join_first(names)}); {loads}"
     yield Note(NoteCode.EXTRA_TENSORS, text)
 
 
 def rotated_layers(decisions: Iterable[LayerDecision]) -> list[SourceLayer]:
     """The layers that keep a rotation of their inputs beside their codes."""
-    return [x.layer for x in decisions if x.layer.carried and x.layer.keeps_codes(x.target)]
+    return [
+        x.layer for x in decisions if x.layer.rotation_tensors and x.layer.keeps_codes(x.target)
+    ]
 
 
 def _tied(selector: TargetSelector, decisions: Iterable[LayerDecision]) -> Iterator[Note]:
@@ -76,11 +78,12 @@ def _tied(selector: TargetSelector, decisions: Iterable[LayerDecision]) -> Itera
 
 def _rotations(decisions: Iterable[LayerDecision]) -> Iterator[Note]:
     """Say who can run layers whose inputs are rotated."""
-    turned = rotated_layers(decisions)
-    if turned:
+    transposed = rotated_layers(decisions)
+    if transposed:
         yield Note(
             NoteCode.ROTATED_INPUTS,
-            f"Inputs of {count(len(turned), 'layer')} are still to be rotated: requant.mlx_lm.load "
+            f"Inputs of {pluralize(len(transposed), 'layer')} are still to be rotated: "
+            "requant.mlx_lm.load "
             "and requant generate do it, other loaders do not; --fold-rotation makes plain "
             "8-bit layers.",
         )
@@ -92,7 +95,7 @@ def _global_scales(decisions: Iterable[LayerDecision]) -> Iterator[Note]:
     if number:
         yield Note(
             NoteCode.GLOBAL_SCALES,
-            f"{count(number, 'stack')} of experts keep their tensor scales, as MLX's "
+            f"{pluralize(number, 'stack')} of experts keep their tensor scales, as MLX's "
             "global_scale: mlx-lm runs that on the GPU only (MLX 0.32.4).",
         )
 
@@ -102,7 +105,9 @@ def _values(selector: TargetSelector, layers: Iterable[LayerPlan]) -> Iterator[N
     if selector.mlx_lm is None or selector.options.dequantize or selector.default is not None:
         return
     codes = {
-        x.path for x in selector.layout.layers if x.kept is not None and not x.policy.act_order
+        x.path
+        for x in selector.layout.layers
+        if x.default_target is not None and not x.policy.act_order
     }
     values = [
         x
@@ -127,7 +132,7 @@ def _values(selector: TargetSelector, layers: Iterable[LayerPlan]) -> Iterator[N
     ):
         if found:
             verb = "is" if len(found) == 1 else "are"
-            yield Note(code, f"{few([x.layer for x in found])} {verb} {what}.")
+            yield Note(code, f"{join_first([x.layer for x in found])} {verb} {what}.")
 
 
 def _dense_in_source(selector: TargetSelector, layers: Iterable[LayerPlan]) -> Iterator[Note]:
@@ -142,15 +147,16 @@ def _dense_in_source(selector: TargetSelector, layers: Iterable[LayerPlan]) -> I
         return
     yield Note(
         NoteCode.DENSE_IN_SOURCE,
-        f"{count_are(len(new), 'layer')} dense in the source and quantized here, as in a dense "
-        f"model: {few(new)}. --override 'REGEX=skip' leaves such layers dense.",
+        f"{pluralize_are(len(new), 'layer')} dense in the source and quantized here, as in a dense "
+        f"model: {join_first(new)}. --override 'REGEX=skip' leaves such layers dense.",
     )
     skips = selector.checkpoint.config.get("quantization")
     skipped = [x for x in new if isinstance(skips, dict) and skips.get(x) is False]
     if skipped:
         yield Note(
             NoteCode.QUANTIZED_THOUGH_EXCLUDED,
-            f"The source's quantization block says false for {few(skipped)}: what was asked for "
+            f"The source's quantization block says false for {join_first(skipped)}: what was asked "
+            "for "
             "covers such layers too.",
         )
 
@@ -161,7 +167,7 @@ def _search(
     """Say where the bits are not those of MLX's own rule, and where a search finds nothing."""
     searched = {step.layer: step.gptq for step in steps if step.search != "off"}
     if searched:
-        held = count(len(searched), "layer")
+        held = pluralize(len(searched), "layer")
         # What GPTQ hands on makes single groups worse and the layer better.
         promise = "" if any(searched.values()) else "no group is worse than by MLX's rule, and "
         yield Note(
@@ -173,7 +179,8 @@ def _search(
     if selector.options.search != "off" and selector.default is not None and moved:
         yield Note(
             NoteCode.NOTHING_TO_SEARCH,
-            f"Codes of {count(len(moved), 'layer')} are moved as they are ({few(moved)}): there "
+            f"Codes of {pluralize(len(moved), 'layer')} are moved as they are "
+            f"({join_first(moved)}): there "
             "is nothing to search for.",
         )
 
@@ -209,11 +216,11 @@ def loader_notes(
     without_codes = (Treatment.DENSE, Treatment.DEQUANTIZED)
     coded = {x.layer for x in layers if x.treatment not in without_codes}
     if any(_EXPERT.search(path) for path in coded) and (why := why_unloadable()):
-        said = (
+        declared = (
             f"Experts keep their own names here, and mlx-lm does not load them quantized so ({why})"
         )
         advice = "." if why_not_mlx_lm() else ": --layout mlx-lm stacks them as it does."
-        yield Note(NoteCode.UNLOADABLE_EXPERTS, said + advice)
+        yield Note(NoteCode.UNLOADABLE_EXPERTS, declared + advice)
     block = config.get("quantization") or {}
     entries = {path: block[path] for path in sorted(coded) if isinstance(block.get(path), dict)}
     names = module_names(entries)
@@ -221,7 +228,8 @@ def loader_notes(
         yield Note(
             NoteCode.MODULE_NAMES,
             "Loaders look for a layer's own quantization by module path, so config.json has those "
-            f"of {count(len(entries), 'layer')} under other names too ({few(list(names))}); a "
+            f"of {pluralize(len(entries), 'layer')} under other names too "
+            f"({join_first(list(names))}); a "
             "loader with still other names does not find them.",
         )
 
@@ -240,8 +248,8 @@ def _dtypes(steps: Iterable[Step]) -> Iterator[Note]:
         return
     others = sorted({*floats, *(d for d in scales if d in KERNEL_FLOATS)} - {common[0][0]})
     if others:
-        word = DTYPE_WORD[common[0][0]]
-        found_words = " and ".join(DTYPE_WORD[d] for d in others)
+        word = DTYPE_NAME[common[0][0]]
+        found_words = " and ".join(DTYPE_NAME[d] for d in others)
         yield Note(
             NoteCode.MIXED_DTYPES,
             f"Scales are {word}, other tensors {found_words}: MLX then computes in float32, "
@@ -254,7 +262,7 @@ def unloadable_dtypes(layers: Iterable[LayerPlan]) -> list[str]:
     return sorted({x.target for x in layers} & {"F64", "F8_E5M2", "C64"})
 
 
-def _unloadable(layers: Iterable[LayerPlan]) -> Iterator[Note]:
+def _unsupported_dtype_note(layers: Iterable[LayerPlan]) -> Iterator[Note]:
     dtypes = unloadable_dtypes(layers)
     if dtypes:
         casts = "; --dtype bfloat16 casts F64" if "F64" in dtypes else ""

@@ -8,7 +8,7 @@ import numpy as np
 
 from requant.checkpoint import Checkpoint, OpenedSource
 from requant.errors import InvariantError
-from requant.relayout import Fill, Relayout
+from requant.relayout import ReadValues, Relayout
 
 
 @dataclass(eq=False)
@@ -28,7 +28,7 @@ class PlanSource:
         """The source's files."""
         return self.checkpoint.opened
 
-    def compute(self, name: str, fill: Fill) -> np.ndarray:
+    def compute(self, name: str, fill: ReadValues) -> np.ndarray:
         """The bytes of a ``ComputedTensor``.
 
         Args:
@@ -37,4 +37,4 @@ class PlanSource:
         """
         if self.relayout is None:
             raise InvariantError("the plan computes this tensor, and its source cannot", layer=name)
-        return self.relayout.compute(name, fill)
+        return self.relayout.compute_tensor(name, fill)

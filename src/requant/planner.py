@@ -12,17 +12,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from requant.blueprint import LayerPlan, OutputShard, Plan, Step, Treatment, place
+from requant.blueprint import LayerPlan, OutputShard, Plan, Step, Treatment, assign_offsets
 from requant.checkpoint import Checkpoint
 from requant.choices import LayerDecision, TargetSelector
 from requant.errors import CheckpointError, UsageError
-from requant.formats.base import describe
+from requant.formats.base import describe_encoding
 from requant.formats.packing import Exactness, Fidelity
 from requant.formats.stale import read_source
 from requant.layout_selection import LayoutResult, choose_layout, why_not_mlx_lm
 from requant.load_check import why_unloadable
 from requant.output_config import output_config, output_quantization
-from requant.patterns import time_counted
+from requant.patterns import regex_time_budget
 from requant.plan_notes import (
     loader_notes,
     plan_notes,
@@ -38,9 +38,9 @@ from requant.requests import (
     unfulfilled,
 )
 from requant.statistics import read_statistics
-from requant.steps import fidelity, layer_steps, material_steps
+from requant.steps import fidelity, intermediate_steps, layer_steps
 from requant.unnamed_matrices import UnnamedMatrices, find_unnamed_matrices
-from requant.weighting import weighted
+from requant.weighting import attach_importance
 from requant.wishes import ConvertOptions
 
 _CODES_WIDENED = Reason(
@@ -60,7 +60,7 @@ def make_plan(checkpoint: Checkpoint, options: ConvertOptions, *, is_trial: bool
     return plan_with_source(checkpoint, options, is_trial=is_trial).plan
 
 
-@time_counted()
+@regex_time_budget()
 def plan_with_source(
     checkpoint: Checkpoint, options: ConvertOptions, *, is_trial: bool = False
 ) -> Planned:
@@ -86,7 +86,7 @@ def plan_with_source(
     decisions = selector.select()
     unnamed = _check_decisions(selector, decisions, chosen.rejection, is_trial=is_trial)
     work = _plan_layers(selector, decisions)
-    shards, steps = place(work.steps, options.shard_size, _names_of(chosen))
+    shards, steps = assign_offsets(work.steps, options.shard_size, _names_of(chosen))
     rotated = bool(rotated_layers(decisions))
     quantization = output_quantization(selector, decisions)
     config = output_config(selector, decisions, quantization, rotated=rotated)
@@ -118,10 +118,10 @@ def plan_with_source(
         layout="keep" if chosen.relayout is None else "mlx-lm",
         loads=_is_loadable(chosen, work.layers, rotated=rotated),
         rotated=rotated,
-        load_error="" if chosen.relayout is None else chosen.relayout.refusal,
+        load_error="" if chosen.relayout is None else chosen.relayout.load_error,
         repository=chosen.checkpoint.repository,
         side_bytes=chosen.checkpoint.opened.size_of(chosen.checkpoint.side_files),
-        materials=material_steps(chosen.layout, chosen.relayout, options),
+        intermediates=intermediate_steps(chosen.layout, chosen.relayout, options),
     )
     return Planned(plan, PlanSource(chosen.checkpoint, chosen.relayout))
 
@@ -211,7 +211,7 @@ def _layer_plan(decision: LayerDecision, dtype: str, steps: Sequence[Step]) -> L
         layer=layer.path,
         shape=layer.shape,
         source=layer.stored_as,
-        target=describe(target, dtype),
+        target=describe_encoding(target, dtype),
         treatment=treatment,
         exactness=worst.exactness,
         nbytes=sum(tensor.info.nbytes for tensor in outputs),
@@ -230,9 +230,11 @@ def _apply_importance(work: _Work, selector: TargetSelector) -> _Work:
     assert selector.options.statistics is not None
     statistics = read_statistics(selector.options.statistics)
     shapes = {x.layer: x.shape for x in work.layers}
-    made = weighted(work.steps, shapes, statistics, selector.options.gptq)
-    layers = tuple(replace(x, reason=x.reason or made.reasons.get(x.layer)) for x in work.layers)
-    return _Work(layers, made.steps, tuple(made.notes(statistics)))
+    weighted = attach_importance(work.steps, shapes, statistics, selector.options.gptq)
+    layers = tuple(
+        replace(x, reason=x.reason or weighted.reasons.get(x.layer)) for x in work.layers
+    )
+    return _Work(layers, weighted.steps, tuple(weighted.notes(statistics)))
 
 
 # -- the layout as a whole -------------------------------------------------------------------------
@@ -246,7 +248,7 @@ def _names_of(chosen: LayoutResult) -> str:
 
 def _is_loadable(chosen: LayoutResult, layers: Sequence[LayerPlan], *, rotated: bool) -> bool:
     """Whether mlx-lm is known to load the output."""
-    if chosen.relayout is None or chosen.relayout.refusal or rotated:
+    if chosen.relayout is None or chosen.relayout.load_error or rotated:
         return False
     return not unloadable_dtypes(layers)
 

@@ -209,7 +209,7 @@ def model_card(
     known = figures.repository[0].partition(":")[0] if figures.repository else None
     base = base_model or known
     data: dict[str, Any] = {**inherited, "library_name": "mlx", "tags": ["mlx", "requant"]}
-    if "pipeline_tag" not in data and _speaks(figures):
+    if "pipeline_tag" not in data and _generates_text(figures):
         data["pipeline_tag"] = "text-generation"
     if base is not None:
         relation = {} if _is_dense(figures) else {"base_model_relation": "quantized"}
@@ -248,7 +248,7 @@ source at hand repeats the conversion and compares every byte:
 """
 
 
-def _speaks(figures: Figures) -> bool:
+def _generates_text(figures: Figures) -> bool:
     """Whether the output is a model that mlx-lm lets generate text."""
     config = read_json(Path(figures.output), CONFIG)
     named = config.get("architectures")
@@ -283,11 +283,11 @@ def _statistics(figures: Figures) -> str:
     name = figures.options.statistics
     if name is None:
         return ""
-    weighed = "Errors count by how large the inputs of each layer are on a text"
+    weighted_by = "Errors count by how large the inputs of each layer are on a text"
     if figures.options.gptq:
-        weighed += ", and those of a column are made good in the columns after it (GPTQ)"
+        weighted_by += ", and those of a column are made good in the columns after it (GPTQ)"
     return (
-        f"{weighed}: `{name}` holds these statistics. It is not in this repository; making and "
+        f"{weighted_by}: `{name}` holds these statistics. It is not in this repository; making and "
         "checking the model anew takes the same file.\n\n"
     )
 

@@ -23,15 +23,15 @@ from requant.errors import (
     Problem,
     UnknownValueError,
     UsageError,
-    not_utf8,
-    one_of,
-    shown,
+    format_value,
+    join_or,
+    utf8_error,
 )
 from requant.patterns import search
 from requant.schema import Quantization
 from requant.specs import Spec, check_regex, parse_spec, resolve_quantization
 
-SHIPPED = Path(__file__).parent / "shipped_recipes"
+BUILTIN_RECIPES = Path(__file__).parent / "shipped_recipes"
 
 # Role -> pattern on the layer path, in Hugging Face's names and in mlx-lm's.
 ROLES = {
@@ -76,11 +76,11 @@ class Rule:
     layers: tuple[str, ...] = ()
 
     @property
-    def points(self) -> bool:
+    def is_explicit(self) -> bool:
         """Whether it says what the layer is, and not only where it stands."""
         return bool(self.match or self.roles or self.layers)
 
-    def fits(self, path: str, place: tuple[int, int] | None) -> bool:
+    def matches(self, path: str, place: tuple[int, int] | None) -> bool:
         """Whether a layer fulfils every condition.
 
         Args:
@@ -99,18 +99,18 @@ class Rule:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class LayerTarget:
     """What a recipe says about one layer.
 
     Attributes:
         spec: The target, or SKIP.
-        points: The rule means this kind of layer, so one that stays dense by its name too.
+        explicit: The rule means this kind of layer, so one that stays dense by its name too.
         rule: Which rule it was, from 1; 0 for mlx-lm's own.
         names: The rule names the layer by a pattern or its path, not by a role alone.
     """
 
     spec: Spec
-    points: bool
+    explicit: bool
     rule: int
     names: bool = False
 
@@ -125,7 +125,7 @@ class Recipe:
         default: What layers get that no rule names; None leaves that to the wishes.
         rules: The last that fits wins.
         is_mixed: It is one of ``MIXED``; there are no rules then.
-        is_shipped: It came with requant.
+        is_builtin: It came with requant.
         search: Level of the search for scales, unless another is wished; "" says nothing of it.
     """
 
@@ -134,7 +134,7 @@ class Recipe:
     default: Quantization | None = None
     rules: tuple[Rule, ...] = ()
     is_mixed: bool = False
-    is_shipped: bool = True
+    is_builtin: bool = True
     search: str = ""
 
     def to_dict(self) -> dict[str, Any]:
@@ -148,7 +148,7 @@ class Recipe:
             "rules": [asdict(rule) for rule in self.rules],
         }
 
-    def choose(self, paths: Sequence[str], base: Quantization | None) -> dict[str, Choice]:
+    def choose(self, paths: Sequence[str], base: Quantization | None) -> dict[str, LayerTarget]:
         """Go through a model's layers.
 
         Args:
@@ -163,34 +163,34 @@ class Recipe:
         """
         if self.is_mixed:
             group_size = 64 if base is None else base.group_size
-            return _mixed(self.name, paths, group_size)
+            return _mlx_lm_mixed_targets(self.name, paths, group_size)
         specs = [parse_spec(rule.spec, base) for rule in self.rules]
-        stands = places(paths)
-        found: dict[str, Choice] = {}
+        remains = block_positions(paths)
+        found: dict[str, LayerTarget] = {}
         named = [frozenset(rule.layers) for rule in self.rules]
         for path in paths:
             for number in range(len(self.rules), 0, -1):
                 rule = self.rules[number - 1]
                 if named[number - 1] and path not in named[number - 1]:
                     continue
-                if rule.fits(path, stands.get(path)):
+                if rule.matches(path, remains.get(path)):
                     names = bool(rule.match or rule.layers)
-                    found[path] = Choice(specs[number - 1], rule.points, number, names)
+                    found[path] = LayerTarget(specs[number - 1], rule.is_explicit, number, names)
                     break
         return found
 
-    def idle_patterns(self, paths: Sequence[str]) -> list[str]:
+    def unmatched_patterns(self, paths: Sequence[str]) -> list[str]:
         """Regexes of the rules that no layer path has."""
         patterns = dict.fromkeys(rule.match for rule in self.rules if rule.match)
-        idle = [x for x in patterns if not any(search(x, path) for path in paths)]
+        unused = [x for x in patterns if not any(search(x, path) for path in paths)]
         known = frozenset(paths)
-        return idle + [x for rule in self.rules for x in rule.layers if x not in known]
+        return unused + [x for rule in self.rules for x in rule.layers if x not in known]
 
 
 _BLOCK = re.compile(r"^(?:(.*?)\.)?(\d+)(?=\.|$)")
 
 
-def places(paths: Iterable[str]) -> dict[str, tuple[int, int]]:
+def block_positions(paths: Iterable[str]) -> dict[str, tuple[int, int]]:
     """Path -> index of its block, and how many blocks stand under the same name."""
     found = {path: match for path in paths if (match := _BLOCK.match(path))}
     blocks: dict[str | None, int] = defaultdict(int)
@@ -202,7 +202,9 @@ def places(paths: Iterable[str]) -> dict[str, tuple[int, int]]:
 # -- mlx-lm's mixed recipes ------------------------------------------------------------------
 
 
-def _mixed(name: str, paths: Sequence[str], group_size: int) -> dict[str, Choice]:
+def _mlx_lm_mixed_targets(
+    name: str, paths: Sequence[str], group_size: int
+) -> dict[str, LayerTarget]:
     """What ``mlx_lm.convert --quant-predicate`` chooses, by names alone."""
     low, high = (Quantization.affine(group_size, bits) for bits in MIXED[name])
     down = next((path for path in paths if "down_proj" in path), None)
@@ -224,7 +226,7 @@ def _mixed(name: str, paths: Sequence[str], group_size: int) -> dict[str, Choice
         favoured = index < eighth or index >= 7 * blocks // 8 or (index - eighth) % 3 == 2
         costly = any(x in path for x in ("v_proj", "v_a_proj", "v_b_proj", "down_proj"))
         more = "lm_head" in path or (costly and favoured)
-        found[path] = Choice(high if more else low, False, 0)
+        found[path] = LayerTarget(high if more else low, False, 0)
     return found
 
 
@@ -233,7 +235,7 @@ def _mixed(name: str, paths: Sequence[str], group_size: int) -> dict[str, Choice
 
 def recipe_names() -> list[str]:
     """Every recipe that comes with requant, mlx-lm's first."""
-    return [*MIXED, *sorted(path.stem for path in SHIPPED.glob("*.toml"))]
+    return [*MIXED, *sorted(path.stem for path in BUILTIN_RECIPES.glob("*.toml"))]
 
 
 def load_recipe(name: str | os.PathLike[str]) -> Recipe:
@@ -258,14 +260,16 @@ def load_recipe(name: str | os.PathLike[str]) -> Recipe:
         raise UsageError(
             f"there is no recipe {text!r}; {hint}known: {', '.join(recipe_names())}, or a TOML file"
         )
-    path = Path(text) if is_file else SHIPPED / f"{text}.toml"
+    path = Path(text) if is_file else BUILTIN_RECIPES / f"{text}.toml"
     return parse_recipe(_read(path), text, is_shipped=not is_file)
 
 
 def recipe_text(recipe: Recipe) -> str:
     """What there is to read: the file, or what mlx-lm's rule does."""
     if not recipe.is_mixed:
-        return _read(SHIPPED / f"{recipe.name}.toml" if recipe.is_shipped else Path(recipe.name))
+        return _read(
+            BUILTIN_RECIPES / f"{recipe.name}.toml" if recipe.is_builtin else Path(recipe.name)
+        )
     low, high = MIXED[recipe.name]
     return (
         f"# {recipe.name} is mlx-lm's (mlx_lm.convert --quant-predicate) and no file:\n"
@@ -275,7 +279,7 @@ def recipe_text(recipe: Recipe) -> str:
     )
 
 
-def toml_of(recipe: Recipe) -> str:
+def to_toml(recipe: Recipe) -> str:
     """A recipe as the text that ``parse_recipe`` reads; not one of mlx-lm's."""
     lines = [f"description = {json.dumps(recipe.description)}"]
     lines += [f"search = {json.dumps(recipe.search)}"] * bool(recipe.search)
@@ -299,7 +303,7 @@ def _read(path: Path) -> str:
     except OSError as error:
         raise UsageError(f"recipe {path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
-        raise UsageError(f"recipe {path}: {not_utf8(error)}") from error
+        raise UsageError(f"recipe {path}: {utf8_error(error)}") from error
 
 
 def parse_recipe(text: str, name: str, *, is_shipped: bool = False) -> Recipe:
@@ -317,7 +321,7 @@ def parse_recipe(text: str, name: str, *, is_shipped: bool = False) -> Recipe:
     description = reader.typed("description", table.get("description", ""), str, "a text")
     level = reader.typed("search", table.get("search", ""), str, "fast or best") or ""
     if level not in ("", *SEARCH_LEVELS):
-        reader.report("search", f"is {shown(level)}, expected {one_of(SEARCH_LEVELS)}")
+        reader.report("search", f"is {format_value(level)}, expected {join_or(SEARCH_LEVELS)}")
     default = reader.default(table["default"]) if "default" in table else None
     tables = reader.typed("rules", table.get("rules", []), list, "[[rules]] tables")
     rules = [reader.rule(f"rules[{n}]", value) for n, value in enumerate(tables or [], 1)]
@@ -331,7 +335,7 @@ def parse_recipe(text: str, name: str, *, is_shipped: bool = False) -> Recipe:
         description or "",
         default,
         tuple(x for x in rules if x),
-        is_shipped=is_shipped,
+        is_builtin=is_shipped,
         search=level,
     )
 
@@ -344,18 +348,20 @@ def recipe_from_dict(data: Mapping[str, Any]) -> Recipe:
         TypeError: A field is missing, of another type, or unknown.
     """
     reader, rules = _Reader(), []
-    for number, told in enumerate(data["rules"], 1):
-        table = dict(told)
+    for number, reported in enumerate(data["rules"], 1):
+        table = dict(reported)
         table["role"] = table.pop("roles")
         rules.append(reader.rule(f"rules[{number}]", table))
     if data.get("search", "") not in ("", *SEARCH_LEVELS):
-        reader.report("search", f"is {shown(data['search'])}, expected {one_of(SEARCH_LEVELS)}")
+        reader.report(
+            "search", f"is {format_value(data['search'])}, expected {join_or(SEARCH_LEVELS)}"
+        )
     for key in ("name", "description"):
         reader.typed(key, data[key], str, "a text")
-    for key in ("is_mixed", "is_shipped"):
+    for key in ("is_mixed", "is_builtin"):
         reader.typed(key, data[key], bool, "true or false")
     if data["is_mixed"] and data["name"] not in MIXED:
-        reader.report("name", f"is {shown(data['name'])}; mlx-lm's are {', '.join(MIXED)}")
+        reader.report("name", f"is {format_value(data['name'])}; mlx-lm's are {', '.join(MIXED)}")
     if reader.problems:
         raise UsageError("; ".join(map(str, reader.problems)))
     return Recipe(**{**data, "rules": tuple(rule for rule in rules if rule)})
@@ -385,7 +391,7 @@ class _Reader:
         """The value, or None and a problem where it is of another type."""
         if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
             return value
-        self.report(where, f"is {shown(value)}, expected {words}")
+        self.report(where, f"is {format_value(value)}, expected {words}")
         return None
 
     def default(self, value: object) -> Quantization | None:
@@ -443,7 +449,9 @@ class _Reader:
             return ""
         value = table["spec"]
         if isinstance(value, bool) or not isinstance(value, int | str):
-            self.report(where, f"is {shown(value)}, expected bits (8), '8:32', a mode or 'skip'")
+            self.report(
+                where, f"is {format_value(value)}, expected bits (8), '8:32', a mode or 'skip'"
+            )
             return ""
         try:
             parse_spec(str(value))
@@ -454,7 +462,7 @@ class _Reader:
     def roles(self, where: str, value: object) -> tuple[str, ...]:
         words = [value] if isinstance(value, str) else value
         if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-            self.report(where, f"is {shown(value)}, expected a role or a list of roles")
+            self.report(where, f"is {format_value(value)}, expected a role or a list of roles")
             return ()
         for word in words:
             if word not in ROLES:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from requant.blueprint import Plan
-from requant.errors import CheckpointError, Problem, shown
+from requant.errors import CheckpointError, Problem, format_value
 from requant.safetensors_folder import read_json
 from requant.source_folder import RECORD, check_folder, open_regular
 
@@ -46,15 +46,19 @@ def read_record(folder: Path, instead: str = "") -> dict[str, Any]:
         raise CheckpointError(str(folder), [Problem(RECORD, instead or message)])
     record = read_json(folder, RECORD)
     if record.get("record") != FORMAT_VERSION:
-        told = f"record is {shown(record.get('record'))}, this version reads {FORMAT_VERSION}"
-        message = f"{told}: take the requant that wrote it, {shown(record.get('requant'))}"
+        reported = (
+            f"record is {format_value(record.get('record'))}, this version reads {FORMAT_VERSION}"
+        )
+        message = (
+            f"{reported}: take the requant that wrote it, {format_value(record.get('requant'))}"
+        )
         raise CheckpointError(str(folder), [Problem(RECORD, message)])
     return record
 
 
-def make_record(
+def build_record(
     plan: Plan,
-    wishes: Mapping[str, Any],
+    options: Mapping[str, Any],
     hashes: Mapping[str, str],
     files: Mapping[str, str],
     errors: Mapping[str, tuple[float, float]] | None = None,
@@ -63,7 +67,7 @@ def make_record(
 
     Args:
         plan: What was carried out.
-        wishes: What the plan was made from, as ``ConvertOptions.to_dict`` gives it.
+        options: What the plan was made from, as ``ConvertOptions.to_dict`` gives it.
         hashes: Tensor -> SHA-256 of its bytes.
         files: File that is no weight -> SHA-256 of its bytes.
         errors: Layer -> its relative RMS error and the largest error in steps, where new codes
@@ -77,8 +81,8 @@ def make_record(
         "requant": version(),
         "plan": plan.hash,
         # A path says nothing elsewhere: what verifies against a GGUF source names it again.
-        "options": dict(wishes)
-        | {"layout": plan.layout, "config_from": None, "statistics": _file_name(wishes)},
+        "options": dict(options)
+        | {"layout": plan.layout, "config_from": None, "statistics": _file_name(options)},
         "source": {
             "format": plan.format,
             "files": [asdict(file) for file in plan.files],
@@ -95,7 +99,7 @@ def make_record(
                 "bytes_out": layer.nbytes,
                 "reason": layer.reason.text if layer.reason else "",
                 "bound": layer.bound,
-                "error": _figures((errors or {}).get(layer.layer)),
+                "error": _round_errors((errors or {}).get(layer.layer)),
             }
             for layer in plan.layers
         },
@@ -106,13 +110,13 @@ def make_record(
     return record | {"sha256": record_hash(record)}
 
 
-def _file_name(wishes: Mapping[str, Any]) -> str | None:
+def _file_name(options: Mapping[str, Any]) -> str | None:
     """The statistics file's name; its SHA-256 is in the plan's hash."""
-    path = wishes.get("statistics")
+    path = options.get("statistics")
     return None if path is None else Path(path).name
 
 
-def _figures(error: tuple[float, float] | None) -> list[float] | None:
+def _round_errors(error: tuple[float, float] | None) -> list[float] | None:
     """Errors in four digits: the last ones of a sum depend on how rows were cut into chunks."""
     return error and [float(f"{figure:.4g}") for figure in error]
 
@@ -124,7 +128,7 @@ def record_hash(record: Mapping[str, Any]) -> str:
     return sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def spelled(value: object) -> bytes:
+def encode_json(value: object) -> bytes:
     """A JSON file as an output holds it."""
     return (json.dumps(value, indent=4, ensure_ascii=False) + "\n").encode()
 

@@ -33,12 +33,12 @@ from requant.checkpoint import (
 )
 from requant.dtypes import KERNEL_FLOATS, TensorInfo
 from requant.errors import CheckpointError, Problem, RequantError, UsageError
-from requant.formats.base import DefaultPolicy, Rows, SourceLayer, SourceLayout, dense_layer
+from requant.formats.base import DefaultPolicy, RowRange, SourceLayer, SourceLayout, dense_layer
 from requant.formats.declared import without_blocks
 from requant.formats.members import in_float32, members_joined, recomputed
-from requant.formats.nvfp4_layers import has_tensor_scale, kept_apart
+from requant.formats.nvfp4_layers import has_tensor_scale, kept_separate
 from requant.load_check import find_load_error
-from requant.mlx_lm_classes import WITHOUT_A_CLASS, UnknownModelError, why_no_class
+from requant.mlx_lm_classes import NO_CLASS_HINT, UnknownModelError, missing_class_reason
 from requant.outputs import ByteCopy
 from requant.reasons import Reason, ReasonCode
 from requant.row_ranges import (
@@ -55,12 +55,12 @@ from requant.schema import PerLayerQuantization, Quantization
 if TYPE_CHECKING:
     from requant.mlx_lm_layout import MlxLmLayout
 
-ON_VALUES = Reason(
+REENCODED_BY_SANITIZE = Reason(
     ReasonCode.REENCODED_BY_SANITIZE, "mlx-lm's rule for this model works on its values"
 )
 """Why a quantized layer could not keep its codes under mlx-lm's names."""
 
-Fill = Callable[[str, memoryview], None]
+ReadValues = Callable[[str, memoryview], None]
 """Writes the values of a source tensor or decoded layer, by the name that mlx-lm was shown."""
 
 
@@ -87,25 +87,25 @@ class Relayout:
 
     Attributes:
         layout: mlx-lm's names, choice of layers and config.
-        shown: Name -> the source's layer that mlx-lm was shown under it, as dense values.
+        source_layers: Name -> the source's layer that mlx-lm was shown under it, as dense values.
         source: The source's layers as they are stored.
-        extra: Names that were shown, that mlx-lm has no use for, and that are kept.
-        refusal: Why mlx-lm would not load the output with these; "" where it does.
+        extra_tensors: Names that were shown, that mlx-lm has no use for, and that are kept.
+        load_error: Why mlx-lm would not load the output with these; "" where it does.
         form: What was done to the experts before the class saw them; "" where nothing was.
     """
 
     layout: MlxLmLayout
-    shown: Mapping[str, SourceLayer]
+    source_layers: Mapping[str, SourceLayer]
     source: SourceLayout
-    extra: tuple[str, ...] = ()
-    refusal: str = ""
+    extra_tensors: tuple[str, ...] = ()
+    load_error: str = ""
     form: str = ""
 
     @cached_property
     def layers(self) -> SourceLayout:
         """The layers with renamed, joined, cut and computed tensors."""
         layers = [self._layer(name) for name in self.layout.tensors]
-        layers += (self.shown[name] for name in self.extra)
+        layers += (self.source_layers[name] for name in self.extra_tensors)
         quantization = self.source.quantization
         if quantization is not None:  # its entries are the source's names
             quantization = PerLayerQuantization(quantization.quantization, {})
@@ -117,19 +117,19 @@ class Relayout:
     def _dropped(self) -> Iterator[tuple[str, str]]:
         """The source's tensors that mlx-lm has no use for, each with the reason."""
         for name in self.layout.dropped:
-            if name in self.extra:
+            if name in self.extra_tensors:
                 continue
             reason = "mlx-lm's class has no use for them; --keep-extra keeps them"
             if name in self.layout.tensors:
                 reason = "mlx-lm makes another tensor of this name"
-            for part in self.shown[name].parts.values():
+            for part in self.source_layers[name].parts.values():
                 yield part.name, reason
 
     @cached_property
     def keeps_row_orders(self) -> bool:
         """Whether every layer whose rows change their order is moved as a whole."""
         for name, output in self.layout.tensors.items():
-            ordered = [x for x in map(self.shown.__getitem__, output.inputs) if x.row_order]
+            ordered = [x for x in map(self.source_layers.__getitem__, output.inputs) if x.row_order]
             if not ordered:
                 continue
             runs = self._runs(name)
@@ -141,7 +141,7 @@ class Relayout:
                 return False
         return True
 
-    def compute(self, name: str, fill: Fill) -> np.ndarray:
+    def compute_tensor(self, name: str, fill: ReadValues) -> np.ndarray:
         """The bytes of a computed tensor.
 
         Args:
@@ -155,19 +155,19 @@ class Relayout:
         from requant.mlx_lm_layout.pipeline import MLX_DTYPE
 
         def load(source: str) -> Any:
-            layer = self.shown[source]
+            layer = self.source_layers[source]
             array, view = empty(layer.shape, MLX_DTYPE[layer.dtype])
             fill(source, view)
             return array
 
         return raw_bytes(self.layout.compute(name, load))
 
-    def _gather(self, output: ByteCopy, fill: Fill) -> np.ndarray:
+    def _gather(self, output: ByteCopy, fill: ReadValues) -> np.ndarray:
         """Bytes that are moved, but not in whole rows of one encoding; one source at a time."""
         result = np.empty(output.info.nbytes, np.uint8)
         starts = [0, *accumulate(extent.nbytes for extent in output.extents)]
         for source in output.inputs:
-            layer = self.shown[source]
+            layer = self.source_layers[source]
             dense = np.empty(TensorInfo(layer.dtype, layer.shape).nbytes, np.uint8)
             fill(source, dense.data)
             for extent, start in zip(output.extents, starts, strict=False):
@@ -181,7 +181,7 @@ class Relayout:
 
     def _layer(self, name: str) -> SourceLayer:
         output = self.layout.tensors[name]
-        sources = [self.shown[source] for source in output.inputs]
+        sources = [self.source_layers[source] for source in output.inputs]
         if any(layer.is_quantized for layer in sources):
             return self._moved_codes(name, sources) or self._decoded(name, sources)
         if any(layer.packing is not None for layer in sources):
@@ -207,16 +207,16 @@ class Relayout:
 
     def _stored(self, output: ByteCopy) -> Iterator[FileRange]:
         for extent in output.extents:
-            part = self.shown[extent.tensor].parts["weight"]
+            part = self.source_layers[extent.tensor].parts["weight"]
             for start, stop in extent.ranges:
                 yield from cut(part, start, stop)
 
-    def _runs(self, name: str) -> tuple[Rows, ...] | None:
+    def _runs(self, name: str) -> tuple[RowRange, ...] | None:
         """The rows of source layers that make up an output; None if it is not made of rows."""
         output = self.layout.tensors[name]
         if not isinstance(output, ByteCopy) or not name.endswith(".weight"):
             return None
-        return row_runs(output, self.shown)
+        return row_runs(output, self.source_layers)
 
     def _moved_codes(self, name: str, sources: Sequence[SourceLayer]) -> SourceLayer | None:
         """The codes of the sources as rows of one layer; None where only their values serve."""
@@ -226,25 +226,25 @@ class Relayout:
             return None
         first = sources[0]
         if self._keeps_tensor_scales(path, sources):
-            stack = kept_apart(first, path, shape, runs)
+            stack = kept_separate(first, path, shape, runs)
             if stack is not None:
                 return stack
         if not all(map(in_whole_units, runs)):
             return None
         if len({_merge_key(layer) for layer in sources}) > 1:
             return members_joined(path, shape, runs)
-        if len({tuple(x.name for x in layer.carried.values()) for layer in sources}) > 1:
+        if len({tuple(x.name for x in layer.rotation_tensors.values()) for layer in sources}) > 1:
             return None  # rows of one layer cannot have their inputs rotated differently
         if first.packing is None and sum(run.count for run in runs if run.step > 1) > MAX_RANGES:
             return members_joined(path, shape, runs)
-        made = replace(first, path=path, name="", as_named=None, shape=shape)
+        layer = replace(first, path=path, name="", as_named=None, shape=shape)
         if first.packing is not None:
-            return replace(made, pieces=runs)
+            return replace(layer, row_ranges=runs)
         parts = self._moved_parts(path, shape, runs)
-        return None if parts is None else replace(made, parts=parts)
+        return None if parts is None else replace(layer, parts=parts)
 
     def _moved_parts(
-        self, path: str, shape: tuple[int, ...], runs: Sequence[Rows]
+        self, path: str, shape: tuple[int, ...], runs: Sequence[RowRange]
     ) -> dict[str, SourceTensor] | None:
         """Weight, scales and biases of rows that are stored as MLX's; None without a place."""
         parts: dict[str, SourceTensor] = {}
@@ -276,10 +276,10 @@ class Relayout:
         codes = layer.path in self.layout.quantizable
         return replace(
             layer,
-            stored=" and ".join(dict.fromkeys(x.stored_as for x in sources)),
+            stored_description=" and ".join(dict.fromkeys(x.stored_as for x in sources)),
             policy=DefaultPolicy(
                 fallback=recomputed(sources, layer.shape[-1]) if codes else None,
-                reason=ON_VALUES,
+                reason=REENCODED_BY_SANITIZE,
                 requires_choice=next(
                     (x.policy.requires_choice for x in sources if x.policy.requires_choice), ""
                 ),
@@ -287,7 +287,7 @@ class Relayout:
         )
 
 
-def relayout(
+def build_relayout(
     checkpoint: Checkpoint,
     source: SourceLayout,
     quantization: Quantization | None,
@@ -310,15 +310,15 @@ def relayout(
         CheckpointError: mlx-lm is not installed, does not know the model, or would itself
             fail on this checkpoint.
     """
-    if why := why_no_class(checkpoint.config):
-        raise MlxLmLayoutError(checkpoint, why, WITHOUT_A_CLASS)
+    if why := missing_class_reason(checkpoint.config):
+        raise MlxLmLayoutError(checkpoint, why, NO_CLASS_HINT)
     try:
         from mlx_lm.utils import load_config
 
         from requant.mlx_lm_layout import layout_in_any_form
     except Exception as error:  # mlx-lm raises limits of the process while it is imported
         why = f"mlx-lm cannot be imported ({error})"
-        raise MlxLmLayoutError(checkpoint, why, WITHOUT_A_CLASS) from error
+        raise MlxLmLayoutError(checkpoint, why, NO_CLASS_HINT) from error
     shown = {x.dense_name: x for x in (layer.as_named or layer for layer in source.layers)}
     infos = {name: TensorInfo(layer.dtype, layer.shape) for name, layer in shown.items()}
     take = partial(layout_in_any_form, quantization=quantization, recipe=recipe, dtype=dtype)
@@ -338,10 +338,10 @@ def relayout(
     infos = {name: x.info for name, x in layout.tensors.items()} | {x: infos[x] for x in extra}
     return Relayout(
         layout=layout,
-        shown=shown,
+        source_layers=shown,
         source=source,
-        extra=extra,
-        refusal=find_load_error(layout, infos),
+        extra_tensors=extra,
+        load_error=find_load_error(layout, infos),
         form=form,
     )
 
@@ -354,7 +354,7 @@ def _layout_errors(checkpoint: Checkpoint) -> Iterator[None]:
     except UsageError:
         raise
     except UnknownModelError as error:
-        raise MlxLmLayoutError(checkpoint, error.why, WITHOUT_A_CLASS) from error
+        raise MlxLmLayoutError(checkpoint, error.why, NO_CLASS_HINT) from error
     except RequantError as error:
         raise MlxLmLayoutError(checkpoint, str(error)) from error
     except OSError as error:  # the placeholders are written to a temporary folder
@@ -382,7 +382,7 @@ def _merge_key(layer: SourceLayer) -> tuple[object, ...]:
         layer.encoding,
         layer.policy.fallback,
         layer.dtype,
-        layer.stored,
+        layer.stored_description,
         type(layer.packing),
         dtypes,
     )

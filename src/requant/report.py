@@ -12,12 +12,12 @@ from math import prod, sqrt
 from typing import Any
 
 from requant.blueprint import LayerPlan, Plan, Treatment
-from requant.findings import Outcome
+from requant.findings import RunResult
 from requant.formats.packing import Exactness
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class LayerGroup:
     """Layers that were treated alike."""
 
     treatment: str
@@ -29,19 +29,21 @@ class Group:
     nbytes: int
 
 
-def group_layers(layers: Iterable[LayerPlan]) -> list[Group]:
+def group_layers(layers: Iterable[LayerPlan]) -> list[LayerGroup]:
     """Sum up layers by what was done to them, largest group first."""
     alike: dict[tuple[str, str, str, str], list[LayerPlan]] = defaultdict(list)
     for layer in layers:
         alike[layer.treatment, layer.source, layer.target, layer.exactness].append(layer)
     groups = [
-        Group(*key, len(found), sum(prod(x.shape) for x in found), sum(x.nbytes for x in found))
+        LayerGroup(
+            *key, len(found), sum(prod(x.shape) for x in found), sum(x.nbytes for x in found)
+        )
         for key, found in alike.items()
     ]
     return sorted(groups, key=lambda group: -group.nbytes)
 
 
-def left_dense(layers: Iterable[LayerPlan]) -> list[LayerPlan]:
+def quantizable_but_dense(layers: Iterable[LayerPlan]) -> list[LayerPlan]:
     """Layers that could have been quantized by their rank but stay dense, largest first."""
     found = [x for x in layers if x.treatment is Treatment.DENSE and x.reason and len(x.shape) > 1]
     return sorted(found, key=lambda layer: -layer.nbytes)
@@ -60,7 +62,7 @@ class LayerError:
     max_steps: float
 
 
-def layer_errors(plan: Plan, outcome: Outcome) -> dict[str, LayerError]:
+def layer_errors(plan: Plan, outcome: RunResult) -> dict[str, LayerError]:
     """The measured error of each layer that was re-encoded."""
     errors = {}
     for layer in plan.layers:
@@ -71,7 +73,7 @@ def layer_errors(plan: Plan, outcome: Outcome) -> dict[str, LayerError]:
     return errors
 
 
-def recorded_errors(plan: Plan, outcome: Outcome) -> dict[str, tuple[float, float]]:
+def errors_for_record(plan: Plan, outcome: RunResult) -> dict[str, tuple[float, float]]:
     """The same as ``requant.json`` takes them."""
     errors = layer_errors(plan, outcome)
     return {layer: (error.relative_rms, error.max_steps) for layer, error in errors.items()}
@@ -101,7 +103,7 @@ class Report:
     bytes_downloaded: int = 0
 
     @staticmethod
-    def build(plan: Plan, output: str, outcome: Outcome, elapsed_s: float) -> Report:
+    def build(plan: Plan, output: str, outcome: RunResult, elapsed_s: float) -> Report:
         """Put together the plan and what its run found."""
         counts = {}
         for layer in plan.layers:
@@ -122,7 +124,7 @@ class Report:
         )
 
     @property
-    def groups(self) -> list[Group]:
+    def groups(self) -> list[LayerGroup]:
         """Layers by treatment."""
         return group_layers(self.plan.layers)
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 
 from requant.choices import LayerDecision, TargetSelector, find_override
-from requant.errors import Problem, few
+from requant.errors import Problem, join_first
 from requant.head_names import serves_as_head
 from requant.patterns import search
 from requant.reasons import Note, NoteCode
@@ -52,7 +52,7 @@ def check_required_choices(
     decisions = tuple(decisions)
     if selector.options.act_order == "refuse" and selector.default is None:
         for decision in decisions:
-            if decision.layer.policy.act_order and decision.target == decision.layer.kept:
+            if decision.layer.policy.act_order and decision.target == decision.layer.default_target:
                 message = (
                     "has its inputs in act-order, and --act-order refuse takes none; "
                     "--act-order requantize or dense says what such layers become"
@@ -79,7 +79,8 @@ def unfulfilled(selector: TargetSelector, decisions: Iterable[LayerDecision]) ->
     if not why:
         return ""
     return (
-        f"{few(asked)}: no layer takes this, and the output would be no smaller than the source; "
+        f"{join_first(asked)}: no layer takes this, and the output would be no smaller than the "
+        "source; "
         f"{why}. --dequantize is for a dense output"
     )
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from requant.checkpoint import FileRange, JoinedTensor, StoredTensor, cut
 from requant.dtypes import NUMPY_DTYPE, TensorInfo
-from requant.formats.base import Rows, SourceLayer
+from requant.formats.base import RowRange, SourceLayer
 from requant.formats.matrix_scales import scale_of_each_matrix
 from requant.outputs import ByteCopy
 
@@ -21,7 +21,7 @@ from requant.outputs import ByteCopy
 MAX_RANGES = 1024
 
 
-def row_runs(output: ByteCopy, layers: Mapping[str, SourceLayer]) -> tuple[Rows, ...] | None:
+def row_runs(output: ByteCopy, layers: Mapping[str, SourceLayer]) -> tuple[RowRange, ...] | None:
     """The rows of source layers that an output consists of; None if it is not made of whole rows.
 
     Args:
@@ -30,13 +30,13 @@ def row_runs(output: ByteCopy, layers: Mapping[str, SourceLayer]) -> tuple[Rows,
 
     Example: ``a`` is a BF16 weight of shape (4, 8), so that a row has 8 * 2 = 16 bytes.
 
-    * ``Extent("a", 16, 48)`` is bytes 16 to 48: rows 1 and 2, ``Rows(a, start=1, count=2)``.
+    * ``Extent("a", 16, 48)`` is bytes 16 to 48: rows 1 and 2, ``RowRange(a, start=1, count=2)``.
     * ``Extent("a", 0, 16, stride=32, times=2)`` is bytes 0 to 16 and 32 to 48: rows 0 and 2,
-      ``Rows(a, start=0, count=2, step=2)``.
+      ``RowRange(a, start=0, count=2, step=2)``.
     * ``Extent("a", 8, 24)`` begins in the middle of row 0: None.
     * Any of them in an output with rows of 4 values instead of 8: None.
     """
-    runs: list[Rows] = []
+    runs: list[RowRange] = []
     for extent in output.extents:
         layer = layers[extent.tensor]
         columns = layer.shape[-1] if len(layer.shape) > 1 else 0
@@ -48,19 +48,19 @@ def row_runs(output: ByteCopy, layers: Mapping[str, SourceLayer]) -> tuple[Rows,
         if rest or uneven:
             return None
         if extent.times > 1 and count == 1:
-            runs.append(Rows(layer, extent.start // row_bytes, extent.times, step))
+            runs.append(RowRange(layer, extent.start // row_bytes, extent.times, step))
         elif extent.times > MAX_RANGES:
             return None
         else:
-            runs += [Rows(layer, start // row_bytes, count) for start, _ in extent.ranges]
+            runs += [RowRange(layer, start // row_bytes, count) for start, _ in extent.ranges]
     return tuple(runs)
 
 
-def row_byte_ranges(run: Rows, role: str) -> Iterator[FileRange]:
+def row_byte_ranges(run: RowRange, role: str) -> Iterator[FileRange]:
     """Where one part of a quantized layer has these rows.
 
     Example: codes of 4 bits in a layer of shape (4, 8) have 4 bytes a row, so that
-    ``Rows(a, start=1, count=2)`` is bytes 4 to 12 of ``a.weight``; with ``step=2`` it is rows 1
+    ``RowRange(a, start=1, count=2)`` is bytes 4 to 12 of ``a.weight``; with ``step=2`` it is rows 1
     and 3, bytes 4 to 8 and 12 to 16.
     """
     part = run.layer.parts[role]
@@ -91,7 +91,7 @@ def coalesced_tensor(
     return JoinedTensor(name, info, tuple(joined))
 
 
-def in_whole_units(run: Rows) -> bool:
+def in_whole_units(run: RowRange) -> bool:
     """Whether a packed layer can give these rows alone.
 
     Example: a packing that stores 8 rows a word, in matrices of 20 rows, has ``row_unit`` 8; a
@@ -108,7 +108,7 @@ def in_whole_units(run: Rows) -> bool:
 
 
 def stacked_global_scales(
-    path: str, shape: tuple[int, ...], runs: Sequence[Rows]
+    path: str, shape: tuple[int, ...], runs: Sequence[RowRange]
 ) -> StoredTensor | JoinedTensor | None:
     """The global scales of a stack, one F32 a matrix; None where rows of two meet in one.
 

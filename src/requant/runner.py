@@ -6,10 +6,10 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 from requant.blueprint import Plan
-from requant.errors import CheckpointError, Problem, count_are
+from requant.errors import CheckpointError, Problem, pluralize_are
 from requant.execute import run_plan
-from requant.findings import Finding, Outcome
-from requant.memory import make_budget
+from requant.findings import LayerStats, RunResult
+from requant.memory import plan_resources
 from requant.planner import Planned
 from requant.sink import Sink
 from requant.wishes import ConvertOptions, RunOptions
@@ -25,7 +25,7 @@ class Attempt:
         nonfinite_layers: Layers with NaN or Inf that the options did not know of.
     """
 
-    result: Outcome
+    result: RunResult
     problems: tuple[Problem, ...]
     nonfinite_layers: frozenset[str]
 
@@ -40,10 +40,10 @@ def run_once(planned: Planned, sink: Sink, options: ConvertOptions, run: RunOpti
         run: Threads, memory, progress and what is allowed.
     """
     plan, source = planned.plan, planned.source
-    budget = make_budget(plan, run.threads, run.max_memory, run.chunk_bytes)
+    budget = plan_resources(plan, run.threads, run.max_memory, run.chunk_bytes)
     downloader = source.opened.downloader
 
-    def is_fatal(found: Finding) -> bool:
+    def is_fatal(found: LayerStats) -> bool:
         return found.is_no_number or bool(found.overflowed and not run.allow_overflow)
 
     # Files that are deleted after use are not downloaded to the end for a run that fails anyway.
@@ -77,7 +77,7 @@ def options_for_retry(
 
 
 def _find_fatal_values(
-    findings: Mapping[str, Finding], nonfinite_layers: Collection[str], allow_overflow: bool
+    findings: Mapping[str, LayerStats], nonfinite_layers: Collection[str], allow_overflow: bool
 ) -> list[Problem]:
     """What forbids to keep an output: values that were no numbers, or would be lost."""
     problems = []
@@ -86,7 +86,7 @@ def _find_fatal_values(
             problems.append(found.nonfinite_problem(layer))
         if found.overflowed and not allow_overflow:
             message = (
-                f"{count_are(found.overflowed, 'value')} too large for the dtype asked for and "
+                f"{pluralize_are(found.overflowed, 'value')} too large for the dtype asked for and "
                 "would become infinite; --dtype bfloat16 holds them, "
                 "--allow-overflow takes infinities"
             )

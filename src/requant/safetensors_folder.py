@@ -19,7 +19,7 @@ from typing import Any
 from requant.adapters import (
     ADAPTER_CONFIG,
     describe_adapter,
-    describe_adapter_beside,
+    describe_adapter_next_to,
     holds_only_an_adapter,
     problems_in,
 )
@@ -29,9 +29,9 @@ from requant.checkpoint import (
     OpenedSource,
     SourceFile,
     StoredTensor,
-    place_of,
+    weight_path,
 )
-from requant.errors import CheckpointError, Problem, count, shown
+from requant.errors import CheckpointError, Problem, format_value, pluralize
 from requant.limits import (
     MAX_CONFIG_BYTES,
     MAX_INDEX_BYTES,
@@ -64,14 +64,14 @@ from requant.source_folder import (
     natural_key,
     open_regular,
 )
-from requant.source_listing import Listing, describe_no_weights, list_folder
+from requant.source_listing import FolderListing, describe_no_weights, list_folder
 
 _WITHOUT_INDEX = "write it anew, or delete the file to read every .safetensors file of the folder"
 
 _COPY_CONFIG = "copy the one of the original model here, beside the weights"
 
 
-def read_folder(folder: Path, twins: Path | None = None) -> Checkpoint:
+def read_folder(folder: Path, stubs: Path | None = None) -> Checkpoint:
     """Read a folder with safetensors, as ``sources.read_checkpoint`` says.
 
     Raises:
@@ -80,7 +80,7 @@ def read_folder(folder: Path, twins: Path | None = None) -> Checkpoint:
     message = check_folder(folder)
     if message:
         raise CheckpointError(str(folder), [Problem(str(folder), message)])
-    reader = _Reader(folder, twins)
+    reader = _Reader(folder, stubs)
     config, config_text = reader.json(CONFIG)
     described = {
         name: reader.json(name)[0] for name in QUANTIZATION_FILES if (folder / name).exists()
@@ -88,8 +88,8 @@ def read_folder(folder: Path, twins: Path | None = None) -> Checkpoint:
     shard_of = reader.index()
     listing = list_folder(folder, set(shard_of.values()))
     reader.problems += listing.problems
-    if twins is not None:
-        names = {path.name for path in twins.glob("*.safetensors")}
+    if stubs is not None:
+        names = {path.name for path in stubs.glob("*.safetensors")}
         gone = {name for name in names if not os.path.lexists(folder / name)}
         listing.weights += sorted(gone - set(shard_of.values()), key=natural_key)
     reader.adapters(listing, bool(shard_of))
@@ -113,16 +113,16 @@ def read_folder(folder: Path, twins: Path | None = None) -> Checkpoint:
         metadata=MappingProxyType(reader.metadata),
         opened=OpenedSource(
             folder,
-            header_stubs=twins,
-            compared=None if twins is None else _compared(twins),
+            header_stubs=stubs,
+            compared=None if stubs is None else _compared(stubs),
         ),
     )
 
 
-def _compared(twins: Path) -> dict[str, bool]:
+def _compared(stubs: Path) -> dict[str, bool]:
     """What a stopped run found when it compared tensors of files that are gone since."""
     try:
-        found = json.loads((twins / COMPARED).read_bytes())
+        found = json.loads((stubs / COMPARED).read_bytes())
     except (OSError, ValueError):
         return {}
     return {key: value for key, value in found.items() if isinstance(value, bool)}
@@ -163,8 +163,8 @@ def read_config(folder: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
 class _Reader:
     """Reads the parts of one folder and collects what is wrong with them."""
 
-    def __init__(self, folder: Path, twins: Path | None = None) -> None:
-        self.folder, self.twins = folder, twins
+    def __init__(self, folder: Path, stubs: Path | None = None) -> None:
+        self.folder, self.stubs = folder, stubs
         self.files: list[SourceFile] = []
         self.metadata: dict[str, str] = {}
         self.problems: list[Problem] = []
@@ -214,7 +214,7 @@ class _Reader:
             return {}
         weight_map = value.get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
-            found = f"is {shown(weight_map)}" if "weight_map" in value else "is missing"
+            found = f"is {format_value(weight_map)}" if "weight_map" in value else "is missing"
             message = "is empty" if weight_map == {} else found
             expected = f"expected an object with a file for each tensor; {_WITHOUT_INDEX}"
             self.report(f"{INDEX}: weight_map", f"{message}, {expected}")
@@ -224,13 +224,13 @@ class _Reader:
         for tensor, shard in weight_map.items():
             wrong = check_name(tensor)
             if wrong:
-                self.report(f"{INDEX}: {shown(tensor)}", wrong[0])
+                self.report(f"{INDEX}: {format_value(tensor)}", wrong[0])
             elif not isinstance(shard, str):
-                self.report(f"{INDEX}: {tensor}", f"is {shown(shard)}, expected a file name")
+                self.report(f"{INDEX}: {tensor}", f"is {format_value(shard)}, expected a file name")
             elif shard not in verdicts:
                 verdicts[shard] = check_shard_path(self.folder, shard)
                 if verdicts[shard]:
-                    self.report(f"{INDEX}: {tensor}", f"{shown(shard)} {verdicts[shard]}")
+                    self.report(f"{INDEX}: {tensor}", f"{format_value(shard)} {verdicts[shard]}")
             if not wrong and isinstance(shard, str) and not verdicts[shard]:
                 shard_of[tensor] = shard
         if len(verdicts) > MAX_SHARDS:
@@ -239,7 +239,7 @@ class _Reader:
         self.index_is_sound = len(self.problems) == before
         return shard_of
 
-    def adapters(self, listing: Listing, has_shards: bool) -> None:
+    def adapters(self, listing: FolderListing, has_shards: bool) -> None:
         """Take adapter files out of the weights; they make a problem of their own.
 
         Raises:
@@ -250,23 +250,25 @@ class _Reader:
         if alone and (listing.adapters or os.path.lexists(self.folder / ADAPTER_CONFIG)):
             raise CheckpointError(str(self.folder), [self.adapter()])
         for name in listing.adapters:
-            self.report(name, describe_adapter_beside(listing.adapters))
+            self.report(name, describe_adapter_next_to(listing.adapters))
 
     def adapter(self) -> Problem:
         """What is wrong with a folder that holds an adapter."""
         config = _Reader(self.folder).json(ADAPTER_CONFIG)[0]
         return Problem(str(self.folder), describe_adapter(str(self.folder), config))
 
-    def without_weights(self, listing: Listing) -> list[Problem]:
+    def without_weights(self, listing: FolderListing) -> list[Problem]:
         """What is wrong with a folder in which there are no weights."""
         absent = not os.path.lexists(self.folder / CONFIG)
         others = [x for x in self.problems if not (absent and x.where == CONFIG)]
         return [*others, Problem(str(self.folder), describe_no_weights(self.folder, listing))]
 
-    def weights(self, shard_of: Mapping[str, str], listing: Listing) -> dict[str, StoredTensor]:
+    def weights(
+        self, shard_of: Mapping[str, str], listing: FolderListing
+    ) -> dict[str, StoredTensor]:
         """Read the header of each weight file, and hold the files against the index."""
         named = {*shard_of.values()}
-        missing = [x for x in named if not os.path.lexists(place_of(self.folder, self.twins, x))]
+        missing = [x for x in named if not os.path.lexists(weight_path(self.folder, self.stubs, x))]
         missing.sort(key=natural_key)
         names = sorted({*named, *listing.weights}.difference(missing), key=natural_key)
         if len(names) > MAX_SHARDS:
@@ -321,7 +323,7 @@ class _Reader:
 
     def header(self, name: str, placed: int) -> list[StoredTensor]:
         """Read the header of a shard; its tensors in the order of their data."""
-        path = place_of(self.folder, self.twins, name)
+        path = weight_path(self.folder, self.stubs, name)
         size, message = file_size(path.parent if path.name == name else self.folder, name)
         raw = b""
         if not message:
@@ -335,7 +337,7 @@ class _Reader:
                 message = f"cannot be read: {error.strerror or error}"
         if message:
             if placed and not raw:
-                message += f"; {INDEX} places {count(placed, 'tensor')} in it"
+                message += f"; {INDEX} places {pluralize(placed, 'tensor')} in it"
             self.report(name, message)
             return []
         entries, metadata, problems = parse_header(raw, size - len(raw))

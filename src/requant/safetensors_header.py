@@ -22,7 +22,14 @@ from math import prod
 from typing import Any, NoReturn
 
 from requant.dtypes import NUMPY_DTYPE, TensorInfo
-from requant.errors import KeyCollisionError, OutOfRangeError, Problem, count, not_utf8, shown
+from requant.errors import (
+    KeyCollisionError,
+    OutOfRangeError,
+    Problem,
+    format_value,
+    pluralize,
+    utf8_error,
+)
 from requant.limits import (
     MAX_EMPTY_AXES,
     MAX_HEADER_BYTES,
@@ -90,7 +97,7 @@ def parse_header(
         if len(problems) >= MAX_PROBLEMS:
             problems.append(Problem("header", "has more problems, which are not listed"))
             return {}, {}, problems
-        where = place(name)
+        where = format_tensor_name(name)
         messages = check_name(name)
         span, wrong = _parse_span(item)
         info, also_wrong = _parse_info(item)
@@ -157,7 +164,7 @@ def header_length(prefix: bytes, file_bytes: int) -> tuple[int, str]:
         The length and ``""``, or 0 and what is wrong.
     """
     if file_bytes < PREFIX_BYTES or len(prefix) < PREFIX_BYTES:
-        held = count(min(file_bytes, len(prefix)), "byte")
+        held = pluralize(min(file_bytes, len(prefix)), "byte")
         return 0, f"the file ends after {held}, expected 8 with the length of the header"
     if prefix == _LFS_POINTER:
         return 0, "is a Git LFS pointer, not the weights; fetch them with git lfs pull"
@@ -202,7 +209,7 @@ def parse_json_object(
                 first[key] = item
         return value
 
-    def refuse(word: str) -> NoReturn:
+    def reject(word: str) -> NoReturn:
         raise ValueError(f"{word} is no JSON number")
 
     data = bytes(raw)
@@ -212,11 +219,11 @@ def parse_json_object(
         return {}, [f"holds more than {max_values:,} JSON values"]
     try:
         text = data.decode("utf-8")
-        value = json.loads(text, object_pairs_hook=unique, parse_constant=None if nan else refuse)
+        value = json.loads(text, object_pairs_hook=unique, parse_constant=None if nan else reject)
         if "\\u" in text:  # a lone surrogate is a str that nothing can print or write
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError as error:
-        return {}, [not_utf8(error)]
+        return {}, [utf8_error(error)]
     except UnicodeEncodeError:
         return {}, ["is not JSON: half of a surrogate pair stands alone"]
     except RecursionError:
@@ -225,11 +232,11 @@ def parse_json_object(
         reason = str(error).partition(";")[0]  # of long numbers: how Python's limit is raised
         return {}, [f"is not JSON: {reason}"]
     if not isinstance(value, dict):
-        return {}, [f"is {shown(value)}, expected an object"]
+        return {}, [f"is {format_value(value)}, expected an object"]
     if _depth(value) > MAX_JSON_DEPTH:
         return {}, [f"is nested too deeply: at most {MAX_JSON_DEPTH} levels are read"]
     keys = islice(twice, MAX_PROBLEMS)
-    return value, [f"the key {shown(key)} stands more than once" for key in keys]
+    return value, [f"the key {format_value(key)} stands more than once" for key in keys]
 
 
 def _depth(value: object) -> int:
@@ -253,23 +260,23 @@ def check_name(name: str) -> list[str]:
         return ["the name of a tensor is empty"]
     if len(name) > MAX_NAME_CHARS:
         return [f"the name has {len(name):,} characters, at most {MAX_NAME_CHARS:,} are read"]
-    if bad := unprintable(name):
+    if bad := find_unprintable(name):
         return [f"the name holds the control character U+{ord(bad):04X}"]
     if name[0] == "/" or (".." in name and ".." in name.split("/")):
         return ["the name holds parts of a path ('..', or a slash in front)"]
     return []
 
 
-def unprintable(name: str) -> str:
+def find_unprintable(name: str) -> str:
     """The first character that does not look in a message as it is, or nothing."""
     bad = None if name.isprintable() else _UNPRINTABLE.search(name)
     return bad[0] if bad else ""
 
 
-def place(name: str) -> str:
+def format_tensor_name(name: str) -> str:
     """A tensor's name as a message names its place: as it is, quoted where it would mislead."""
-    sound = 0 < len(name) <= MAX_NAME_CHARS and not unprintable(name)
-    return name if sound else shown(name)
+    sound = 0 < len(name) <= MAX_NAME_CHARS and not find_unprintable(name)
+    return name if sound else format_value(name)
 
 
 def _is_count(value: object) -> bool:
@@ -280,9 +287,9 @@ def _parse_metadata(value: object) -> tuple[dict[str, str], list[str]]:
     if value is None:  # what mx.save_safetensors writes when it is given none
         return {}, []
     if not isinstance(value, dict):
-        return {}, [f"is {shown(value)}, expected an object of strings"]
+        return {}, [f"is {format_value(value)}, expected an object of strings"]
     wrong = [
-        f"{shown(key)} is {shown(item)}, expected a string"
+        f"{format_value(key)} is {format_value(item)}, expected a string"
         for key, item in islice(value.items(), MAX_PROBLEMS)
         if not isinstance(item, str)
     ]
@@ -292,7 +299,9 @@ def _parse_metadata(value: object) -> tuple[dict[str, str], list[str]]:
 def _parse_span(item: object) -> tuple[tuple[int, int] | None, list[str]]:
     """Read ``data_offsets``; an item that is no object is reported here, not twice."""
     if not isinstance(item, dict):
-        return None, [f"is {shown(item)}, expected an object with dtype, shape and data_offsets"]
+        return None, [
+            f"is {format_value(item)}, expected an object with dtype, shape and data_offsets"
+        ]
     if "data_offsets" not in item:
         return None, ["has no data_offsets"]
     match item["data_offsets"]:
@@ -301,7 +310,9 @@ def _parse_span(item: object) -> tuple[tuple[int, int] | None, list[str]]:
                 return None, [f"data_offsets [{start}, {stop}] end before they start"]
             return (start, stop), []
         case found:
-            return None, [f"data_offsets is {shown(found)}, expected two numbers [start, stop]"]
+            return None, [
+                f"data_offsets is {format_value(found)}, expected two numbers [start, stop]"
+            ]
 
 
 def _parse_info(item: object) -> tuple[TensorInfo | None, list[str]]:
@@ -312,18 +323,20 @@ def _parse_info(item: object) -> tuple[TensorInfo | None, list[str]]:
     if "dtype" not in item:
         messages.append("has no dtype")
     elif not isinstance(dtype, str) or dtype not in NUMPY_DTYPE:
-        messages.append(f"dtype is {shown(dtype)}, known: {', '.join(NUMPY_DTYPE)}")
+        messages.append(f"dtype is {format_value(dtype)}, known: {', '.join(NUMPY_DTYPE)}")
     if "shape" not in item:
         messages.append("has no shape")
     elif not isinstance(shape, list) or not all(map(_is_count, shape)):
-        messages.append(f"shape is {shown(shape)}, expected a list of numbers from 0 to 2**63 - 1")
+        messages.append(
+            f"shape is {format_value(shape)}, expected a list of numbers from 0 to 2**63 - 1"
+        )
     elif len(shape) > MAX_RANK:
         messages.append(f"shape has {len(shape)} axes, at most {MAX_RANK} are read")
     elif prod(filter(None, shape)) > MAX_INT:
-        messages.append(f"shape {shown(shape)} has more than 2**63 - 1 elements")
+        messages.append(f"shape {format_value(shape)} has more than 2**63 - 1 elements")
     elif 0 in shape and prod(filter(None, shape)) > MAX_EMPTY_AXES:
         messages.append(
-            f"shape {shown(shape)} holds nothing, and its other axes multiply to more than "
+            f"shape {format_value(shape)} holds nothing, and its other axes multiply to more than "
             f"{MAX_EMPTY_AXES:,}"
         )
     if messages or not isinstance(dtype, str) or not isinstance(shape, list):
@@ -364,7 +377,7 @@ def _check_spans(
         if stop >= end:
             end, owner = stop, name
     if beyond:  # one problem however many tensors: the file was cut
-        more = f" (and {count(len(beyond) - 1, 'more tensor')})" if len(beyond) > 1 else ""
+        more = f" (and {pluralize(len(beyond) - 1, 'more tensor')})" if len(beyond) > 1 else ""
         _, stop, name = beyond[0]
         problems.append(
             Problem(

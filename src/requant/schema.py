@@ -20,7 +20,13 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Final, NoReturn
 
-from requant.errors import InvariantError, KeyCollisionError, ParseError, UnknownValueError, shown
+from requant.errors import (
+    InvariantError,
+    KeyCollisionError,
+    ParseError,
+    UnknownValueError,
+    format_value,
+)
 
 _INT32_MAX = 2**31 - 1
 _INT32_MIN = -(2**31)
@@ -112,13 +118,13 @@ class Quantization:
                 or the mode is not one of MLX's tags.
         """
         if not isinstance(block, Mapping):
-            raise ParseError(f"a quantization must be an object, got {shown(block)}")
+            raise ParseError(f"a quantization must be an object, got {format_value(block)}")
         group_size = read_int(block, "group_size")
         bits = read_int(block, "bits")
         mode = block.get("mode", QuantMode.AFFINE.value)
         tags = [known.value for known in QuantMode]
         if not isinstance(mode, str) or mode not in tags:
-            raise ParseError(f"'mode' must be one of {', '.join(tags)}, got {shown(mode)}")
+            raise ParseError(f"'mode' must be one of {', '.join(tags)}, got {format_value(mode)}")
         return cls(group_size, bits, QuantMode(mode))
 
     def holds(self, codes: Quantization) -> bool:
@@ -212,7 +218,7 @@ class PerLayerQuantization:
             common = Counter(layers.values()).most_common(1)
             default = common[0][0] if common else None
         per_layer: dict[str, Quantization | Skip] = {
-            path: found for path, found in layers.items() if found != default
+            path: quantization for path, quantization in layers.items() if quantization != default
         }
         return cls(default, per_layer | dict.fromkeys(skipped, SKIP))
 
@@ -229,7 +235,7 @@ class PerLayerQuantization:
                 value is at fault, if it is one layer's.
         """
         if not isinstance(block, Mapping):
-            raise ParseError(f"the quantization block must be an object, got {shown(block)}")
+            raise ParseError(f"the quantization block must be an object, got {format_value(block)}")
         default = Quantization.from_dict({key: block[key] for key in _GLOBAL_KEYS if key in block})
         per_layer: dict[str, Quantization | Skip] = {}
         for layer, value in block.items():
@@ -278,7 +284,7 @@ def parse_quantization(config_json: str) -> PerLayerQuantization | None:
         True
     """
     try:
-        config = json.loads(config_json, parse_constant=_refuse_constant)
+        config = json.loads(config_json, parse_constant=_reject_constant)
     except (ValueError, RecursionError) as error:
         reason = str(error).partition(";")[0]  # of long numbers: how Python's limit is raised
         raise ParseError(f"the config is not JSON: {reason}") from error
@@ -307,7 +313,7 @@ def read_int(
         raise ParseError(f"{key!r} is missing")
     value = block[key]
     if not isinstance(value, int) or isinstance(value, bool):
-        raise ParseError(f"{key!r} must be an integer, got {shown(value)}")
+        raise ParseError(f"{key!r} must be an integer, got {format_value(value)}")
     if not low <= value <= high:
         raise ParseError(f"{key!r} must lie between {low} and {high}, got {value}")
     return value
@@ -317,7 +323,9 @@ def _parse_layer(layer: str, value: object) -> Quantization | Skip:
     if value is False:
         return SKIP
     if not isinstance(value, Mapping):
-        raise ParseError(f"must be false or a quantization object, got {shown(value)}", layer=layer)
+        raise ParseError(
+            f"must be false or a quantization object, got {format_value(value)}", layer=layer
+        )
     try:
         return Quantization.from_dict(value)
     except ParseError as error:
@@ -325,5 +333,5 @@ def _parse_layer(layer: str, value: object) -> Quantization | Skip:
         raise
 
 
-def _refuse_constant(name: str) -> NoReturn:
+def _reject_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")

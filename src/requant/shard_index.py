@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from requant.errors import Problem, count, few
+from requant.errors import Problem, join_first, pluralize
 from requant.reasons import Note, NoteCode
 from requant.source_folder import INDEX, find_gaps, natural_key
 
@@ -58,15 +58,16 @@ def judge(files: Files) -> tuple[list[Problem], list[Note]]:
     if files.missing and files.extra and not files.named:
         return _no_file_named(files)
     if files.missing and files.extra and files.holds_everything(files.extra):
-        others = few(files.named)
+        others = join_first(files.named)
         message = (
-            f"{_STALE}: {few(files.extra)} {_hold(files.extra)} the whole model. Delete {INDEX} "
+            f"{_STALE}: {join_first(files.extra)} {_hold(files.extra)} the whole model. Delete "
+            f"{INDEX} "
             f"and move what else it names ({others}) out of the folder"
         )
         return [Problem(INDEX, message)], []
     if files.missing and not files.extra and files.holds_everything(files.named):
-        gone = f"names {few(files.missing)}, which {_is(files.missing)} not there"
-        text = f"{INDEX} {gone}; {few(files.named)} {_hold(files.named)} all of its tensors."
+        gone = f"names {join_first(files.missing)}, which {_is(files.missing)} not there"
+        text = f"{INDEX} {gone}; {join_first(files.named)} {_hold(files.named)} all of its tensors."
         return [], [Note(NoteCode.STALE_INDEX, text)]
     problems = [*_missing(files), *_extra(files)]
     compared, notes = _compare(files)
@@ -74,7 +75,7 @@ def judge(files: Files) -> tuple[list[Problem], list[Note]]:
 
 
 def _no_file_named(files: Files) -> tuple[list[Problem], list[Note]]:
-    what, few_extra = count(len(files.missing), "file"), few(files.extra)
+    what, few_extra = pluralize(len(files.missing), "file"), join_first(files.extra)
     none = (
         f"none of the {what} that it names is there"
         if len(files.missing) > 1
@@ -87,8 +88,10 @@ def _no_file_named(files: Files) -> tuple[list[Problem], list[Note]]:
         )
         return [], [Note(NoteCode.STALE_INDEX, text)]
     lacking = files.shard_of.keys() - {t for name in files.extra for t in files.held.get(name, ())}
-    some = few(sorted(lacking, key=natural_key))
-    lacks = f" and without {count(len(lacking), 'tensor')} of its names ({some})" if lacking else ""
+    some = join_first(sorted(lacking, key=natural_key))
+    lacks = (
+        f" and without {pluralize(len(lacking), 'tensor')} of its names ({some})" if lacking else ""
+    )
     message = (
         f"{_STALE}, or the download was not complete: {none}, but {few_extra} "
         f"{_is(files.extra)}{lacks}. If {few_extra} {_hold(files.extra)} the whole model, delete "
@@ -101,7 +104,7 @@ def _missing(files: Files) -> Iterator[Problem]:
     placed = Counter(files.shard_of.values())
     alike = {name.lower(): name for name in files.extra}
     for name in files.missing:
-        message = f"does not exist; {INDEX} places {count(placed[name], 'tensor')} in it; "
+        message = f"does not exist; {INDEX} places {pluralize(placed[name], 'tensor')} in it; "
         other = alike.get(name.lower())
         yield Problem(name, message + (f"rename {other} to it" if other else _INCOMPLETE))
 
@@ -114,7 +117,7 @@ def _extra(files: Files) -> Iterator[Problem]:
         tensors = files.held.get(name, ())
         known = [tensor for tensor in tensors if tensor in files.shard_of]
         if known:
-            what = f"holds {count(len(known), 'tensor')} that {INDEX} places in other files"
+            what = f"holds {pluralize(len(known), 'tensor')} that {INDEX} places in other files"
             yield Problem(name, f"shard not in the index; {what}: move the file out of the folder")
         else:
             yield Problem(
@@ -133,14 +136,14 @@ def _compare(files: Files) -> tuple[list[Problem], list[Note]]:
         if name not in files.extra:
             for tensor in files.held[name]:
                 homes[tensor].append(name)
-    lost = 0
+    missing = 0
     for tensor, shard in files.shard_of.items():
         if shard not in files.held or shard in homes[tensor]:
             continue
         if len(homes[tensor]) == 1:
             moved.append(tensor)
         elif not homes[tensor]:
-            lost += 1
+            missing += 1
             message = f"is not in {shard}, where the index places it"
             problems.append(Problem(f"{INDEX}: {tensor}", message))
     for tensor, places in homes.items():
@@ -158,11 +161,12 @@ def _compare(files: Files) -> tuple[list[Problem], list[Note]]:
                 for name in places
                 if name != home
             )
-    if lost:
+    if missing:
         problems.append(
             Problem(
                 INDEX,
-                f"does not fit the files, which lack {count(lost, 'tensor')} of its names: if the "
+                f"does not fit the files, which lack {pluralize(missing, 'tensor')} of its names: "
+                "if the "
                 f"files are whole and the index is of another save, delete {INDEX}; if not, "
                 "download the files anew",
             )
@@ -170,7 +174,8 @@ def _compare(files: Files) -> tuple[list[Problem], list[Note]]:
     notes = []
     if moved or unknown:
         text = (
-            f"{INDEX} does not fit the files ({few(sorted([*moved, *unknown]))}): their tensors "
+            f"{INDEX} does not fit the files ({join_first(sorted([*moved, *unknown]))}): their "
+            "tensors "
             "are read where the files have them."
         )
         notes.append(Note(NoteCode.STALE_INDEX, text))

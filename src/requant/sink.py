@@ -8,21 +8,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from requant.journal import Done, Found
+from requant.journal import CompletedWork, Stats
 
 
-class Ledger(Protocol):
+class ProgressLog(Protocol):
     """What a run asks before it starts, and tells as it goes on."""
 
     @property
-    def state(self) -> Done:
+    def state(self) -> CompletedWork:
         """What was done by an earlier run."""
 
     @property
     def order(self) -> Sequence[int]:
         """Numbers of the plan's steps, as they are to be run."""
 
-    def done(self, step: int, start: int, stop: int, found: Found) -> Sequence[str]:
+    def mark_done(self, step: int, start: int, stop: int, found: Stats) -> Sequence[str]:
         """Note that a range of a step's rows was written; thread-safe.
 
         Returns:
@@ -34,17 +34,17 @@ class Sink(Protocol):
     """Where the bytes of a plan's shards go."""
 
     @property
-    def ledger(self) -> Ledger | None:
+    def progress_log(self) -> ProgressLog | None:
         """Where to note what is done; None where nothing outlives the process."""
 
     def write(self, file: str, offset: int, data: memoryview) -> None:
         """Take ``data`` for an absolute offset of a shard; thread-safe, and ``data`` is lent."""
 
 
-class Nowhere:
+class NullSink:
     """A sink for a run of which only the findings are wanted."""
 
-    ledger = None
+    progress_log = None
 
     def write(self, file: str, offset: int, data: memoryview) -> None:
         """Forget the data."""

@@ -12,8 +12,8 @@ from fnmatch import fnmatchcase
 from itertools import count
 from pathlib import Path, PurePosixPath
 
-from requant.errors import few
-from requant.safetensors_header import unprintable
+from requant.errors import join_first
+from requant.safetensors_header import find_unprintable
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -144,7 +144,7 @@ def check_shard_path(folder: Path, shard: str) -> str:
     path = PurePosixPath(shard)
     if (
         not shard
-        or unprintable(shard)
+        or find_unprintable(shard)
         or len(shard.encode()) > _MAX_PATH_BYTES
         or any(len(part.encode()) > _MAX_NAME_BYTES for part in path.parts)
     ):
@@ -189,10 +189,10 @@ def describe_pickles(names: Iterable[str]) -> str:
     pickles = [name for name in names if any(fnmatchcase(name, x) for x in _PICKLES)]
     if not pickles:
         return ""
-    return f"holds no safetensors files, only pickle files ({few(pickles)}). {_NO_PICKLES}"
+    return f"holds no safetensors files, only pickle files ({join_first(pickles)}). {_NO_PICKLES}"
 
 
-def names_repository(source: str | os.PathLike[str]) -> bool:
+def is_repository_id(source: str | os.PathLike[str]) -> bool:
     """Whether a source that is not on this disk has the form of a repository's id.
 
     A GGUF file of it may be named behind a colon: ``org/name:Q4_K_M``.
@@ -202,6 +202,6 @@ def names_repository(source: str | os.PathLike[str]) -> bool:
     return bool(formed) and not os.path.lexists(source)
 
 
-def printable(name: str) -> str:
+def decode_filename(name: str) -> str:
     r"""A file name with bytes that are not UTF-8 spelled ``\xff``."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")

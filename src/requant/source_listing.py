@@ -16,7 +16,7 @@ from pathlib import Path
 
 from requant import subfolders
 from requant.adapters import ADAPTER_CONFIG, is_adapter_file
-from requant.errors import CheckpointError, Problem, few
+from requant.errors import CheckpointError, Problem, join_first
 from requant.limits import MAX_ENTRIES, MAX_INDEX_BYTES
 from requant.reasons import Note, NoteCode
 from requant.safetensors_header import parse_json_object
@@ -26,11 +26,11 @@ from requant.source_folder import (
     QUANTIZATION_FILES,
     RECORD,
     SINGLE,
+    decode_filename,
     describe_pickles,
     file_size,
     natural_key,
     open_regular,
-    printable,
 )
 
 # Never listed: caches and version control, which are no part of the checkpoint.
@@ -54,7 +54,7 @@ _STALE_BIN_BYTES = 1 << 20  # a *.bin above this is weights; below, often a voca
 
 
 @dataclass
-class Listing:
+class FolderListing:
     """Everything in a folder, sorted into what becomes of it; paths are relative."""
 
     weights: list[str] = field(default_factory=list)  # *.safetensors directly in the folder
@@ -73,7 +73,7 @@ class Listing:
         self.left_out.sort()
 
 
-def describe_no_weights(folder: Path, listing: Listing) -> str:
+def describe_no_weights(folder: Path, listing: FolderListing) -> str:
     """Say what a folder without weights holds instead."""
     names = [*(name for name, _ in listing.left_out), *listing.side_files]
     nested = listing.nested
@@ -84,12 +84,12 @@ def describe_no_weights(folder: Path, listing: Listing) -> str:
         first = subfolders.first_module(names, partial(_small_file, folder))
         homes = sorted({x.rpartition("/")[0] for x in nested}, key=natural_key)
         home = first if first in homes else homes[0]
-        found = f"holds safetensors files in subfolders only ({few(nested)})"
+        found = f"holds safetensors files in subfolders only ({join_first(nested)})"
         return f"{found}; give the folder of the model itself: {folder / home}"
     return f"holds no weights: no {SINGLE}, no {INDEX}, no other *.safetensors file"
 
 
-def list_folder(folder: Path, shards: Collection[str]) -> Listing:
+def list_folder(folder: Path, shards: Collection[str]) -> FolderListing:
     """Sort every file below a folder into weights, side files and what is left out.
 
     Args:
@@ -99,7 +99,7 @@ def list_folder(folder: Path, shards: Collection[str]) -> Listing:
     Raises:
         CheckpointError: It holds more than is read.
     """
-    listing = Listing()
+    listing = FolderListing()
     names = [x for x in _walk(folder, listing) if x not in shards and x not in (CONFIG, INDEX)]
     sizes = {name: file_size(folder, name) for name in names}
     nbytes = {name: size for name, (size, message) in sizes.items() if not message}
@@ -108,25 +108,27 @@ def list_folder(folder: Path, shards: Collection[str]) -> Listing:
     below = _judge(nbytes, partial(_small_file, folder))
     listing.notes += below.notes
     listing.nested = sorted(x for x in nbytes if x.endswith(".safetensors") and "/" in x)
-    apart: dict[str, str] = {}
+    separate: dict[str, str] = {}
     for name in names:
-        home, why = below.why_apart(name)
+        home, why = below.separate_reason(name)
         if home:
-            apart[home + "/"] = why
+            separate[home + "/"] = why
         else:
             _sort_file(listing, folder, name, below, sizes)
-    listing.left_out += apart.items()
+    listing.left_out += separate.items()
     _leave_second_copies(listing, any(os.path.lexists(folder / name) for name in shards))
-    carried = [x for x in listing.side_files if below.namer(x) and _is_weights(x, nbytes[x])]
-    if carried:
-        namers = few(sorted({*map(below.namer, carried)}))
-        text = f"Weights carried over as they are, named by {namers}: {few(sorted(carried))}."
+    rotation_tensors = [
+        x for x in listing.side_files if below.namer(x) and _is_weights(x, nbytes[x])
+    ]
+    if rotation_tensors:
+        namers = join_first(sorted({*map(below.namer, rotation_tensors)}))
+        text = f"Weights carried over as they are, named by {namers}: {join_first(sorted(rotation_tensors))}."
         listing.notes.append(Note(NoteCode.CARRIED_WEIGHTS, text))
     listing.sort()
     return listing
 
 
-def wanted_files(sizes: Mapping[str, int], read: Callable[[str], bytes]) -> list[str]:
+def files_to_download(sizes: Mapping[str, int], read: Callable[[str], bytes]) -> list[str]:
     """Of the files of a repository, those that a conversion reads: what ``list_folder`` keeps.
 
     Args:
@@ -141,7 +143,7 @@ def wanted_files(sizes: Mapping[str, int], read: Callable[[str], bytes]) -> list
     second = [x for x in weights if x.startswith("consolidated") and x not in shards]
     found = []
     for name, size in sizes.items():
-        if name not in shards and below.why_apart(name)[0]:
+        if name not in shards and below.separate_reason(name)[0]:
             continue
         if name in shards:
             wanted = True
@@ -166,7 +168,7 @@ def _shards(sizes: Mapping[str, int], read: Callable[[str], bytes]) -> set[str]:
     return nested & {name for name in named if isinstance(name, str)}
 
 
-def _walk(folder: Path, listing: Listing) -> list[str]:
+def _walk(folder: Path, listing: FolderListing) -> list[str]:
     """Every file below a folder that may be a part of the checkpoint."""
     found: list[str] = []
     seen = 0
@@ -178,7 +180,9 @@ def _walk(folder: Path, listing: Listing) -> list[str]:
                 entries = list(islice(scanned, MAX_ENTRIES + 1 - seen))
         except OSError as error:
             listing.problems.append(
-                Problem(printable(below) or str(folder), f"cannot be listed: {error.strerror}")
+                Problem(
+                    decode_filename(below) or str(folder), f"cannot be listed: {error.strerror}"
+                )
             )
             continue
         seen += len(entries)
@@ -193,8 +197,8 @@ def _walk(folder: Path, listing: Listing) -> list[str]:
                 found.append(name)
             elif name == "original":
                 listing.left_out.append(("original/", _STALE["consolidated*"]))
-            elif printable(name) != name:
-                listing.left_out.append((printable(name) + "/", "the name is not UTF-8"))
+            elif decode_filename(name) != name:
+                listing.left_out.append((decode_filename(name) + "/", "the name is not UTF-8"))
             else:
                 pending.append(name + "/")
     return found
@@ -202,7 +206,7 @@ def _walk(folder: Path, listing: Listing) -> list[str]:
 
 def _judge(sizes: Mapping[str, int], read: Callable[[str], bytes]) -> subfolders.Subfolders:
     """What becomes of the weights below a source, and of those for other libraries."""
-    weights = [x for x, n in sizes.items() if _is_weights(x, n) and printable(x) == x]
+    weights = [x for x, n in sizes.items() if _is_weights(x, n) and decode_filename(x) == x]
     pointers = {x for x, n in sizes.items() if n <= subfolders.MAX_POINTER_BYTES}
     names = sizes.keys()
     return subfolders.judge(names, weights, lambda x: read(x) if x in pointers else b"")
@@ -220,7 +224,7 @@ def _small_file(folder: Path, name: str) -> bytes:
         return b""
 
 
-def _leave_second_copies(listing: Listing, has_shards: bool) -> None:
+def _leave_second_copies(listing: FolderListing, has_shards: bool) -> None:
     """Leave out Mistral's own layout where the weights are here in another."""
     second = [name for name in listing.weights if name.startswith("consolidated")]
     if has_shards or len(second) < len(listing.weights):
@@ -229,14 +233,14 @@ def _leave_second_copies(listing: Listing, has_shards: bool) -> None:
 
 
 def _sort_file(
-    listing: Listing,
+    listing: FolderListing,
     folder: Path,
     name: str,
     below: subfolders.Subfolders,
     sizes: Mapping[str, tuple[int, str]],
 ) -> None:
-    if printable(name) != name:
-        listing.left_out.append((printable(name), "the name is not UTF-8"))
+    if decode_filename(name) != name:
+        listing.left_out.append((decode_filename(name), "the name is not UTF-8"))
         return
     if "/" not in name and is_adapter_file(name):
         listing.adapters.append(name)

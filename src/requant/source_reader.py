@@ -14,11 +14,11 @@ import numpy as np
 
 from requant.checkpoint import JoinedTensor, OpenedSource, SourceFile, StoredTensor
 from requant.errors import CheckpointError, Problem
-from requant.formats.packing import Cut
+from requant.formats.packing import Rect
 from requant.source_folder import open_regular
 
 
-class Stopped(Exception):
+class RunCancelled(Exception):
     """The run ends, and what this worker waits for does not come any more."""
 
 
@@ -44,7 +44,7 @@ class SourceReader:
 
     def __enter__(self) -> SourceReader:
         if self.downloader is not None:
-            self.downloader.begin(self.needed)
+            self.downloader.start(self.needed)
             return self
         try:
             for name in self.sizes:
@@ -66,12 +66,12 @@ class SourceReader:
 
     def __exit__(self, *_: object) -> None:
         if self.downloader is not None:
-            self.downloader.end()
+            self.downloader.stop()
         for fd in self.fds.values():
             os.close(fd)
         self.fds.clear()
 
-    def forget(self, name: str) -> None:
+    def close_file(self, name: str) -> None:
         """Close a file that nothing will be read of any more."""
         fd = self.fds.pop(name, None)
         if fd is not None:
@@ -84,9 +84,9 @@ class SourceReader:
         fd = self.fds.get(name)
         if fd is not None or self.downloader is None:
             return self.fds[name]
-        path = self.downloader.take(name, self.stop.is_set)
+        path = self.downloader.wait_for(name, self.stop.is_set)
         if path is None:
-            raise Stopped
+            raise RunCancelled
         with self._opening:
             if name not in self.fds:
                 self._open(name, path)
@@ -105,7 +105,7 @@ class SourceReader:
                 into, start = into[size:], part.nbytes
             start -= part.nbytes
 
-    def read_cut(self, tensor: StoredTensor | JoinedTensor, cut: Cut, into: np.ndarray) -> None:
+    def read_cut(self, tensor: StoredTensor | JoinedTensor, cut: Rect, into: np.ndarray) -> None:
         """Fill ``into`` with a rectangle of a tensor; whole rows are one read."""
         width = tensor.info.shape[-1] if tensor.info.shape else 1
         size = into.dtype.itemsize

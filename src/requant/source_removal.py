@@ -15,7 +15,7 @@ from pathlib import Path
 
 from requant.blueprint import Plan
 from requant.checkpoint import COMPARED, FileRange, OpenedSource, SourceFile
-from requant.consuming import Release, release
+from requant.consuming import ReleaseOrder, plan_release_order
 from requant.errors import OutputError
 from requant.journal import Journal
 from requant.safetensors_header import PREFIX_BYTES
@@ -37,7 +37,7 @@ class SourceRemoval:
 
     def __init__(self, plan: Plan, source: OpenedSource, header_stubs: Path) -> None:
         self._plan, self._source, self._header_stubs = plan, source, header_stubs
-        self.release: Release = release(plan)
+        self.release: ReleaseOrder = plan_release_order(plan)
         self._rows_left = Counter[str]()
 
     def add_rows(self, step: int, rows: int) -> None:

@@ -17,7 +17,7 @@ from requant.source_folder import is_gguf
 def read_checkpoint(
     path: str | os.PathLike[str],
     config_from: str | os.PathLike[str] | None = None,
-    twins: Path | None = None,
+    stubs: Path | None = None,
 ) -> Checkpoint:
     """Read a checkpoint: headers and JSON only.
 
@@ -28,7 +28,7 @@ def read_checkpoint(
     Args:
         path: The folder, or a GGUF file.
         config_from: For GGUF: a folder whose config.json and side files are taken.
-        twins: Where the headers of weight files are that are gone from it.
+        stubs: Where the headers of weight files are that are gone from it.
 
     Raises:
         CheckpointError: With everything that is wrong with the source.
@@ -41,27 +41,27 @@ def read_checkpoint(
         return read_gguf(folder, None if config_from is None else Path(config_from))
     if config_from is not None:
         raise UsageError(f"--config-from is for GGUF sources; {folder} has its own config.json")
-    return read_folder(folder, twins)
+    return read_folder(folder, stubs)
 
 
 def as_checkpoint(
     source: str | os.PathLike[str] | Checkpoint,
     config_from: str | os.PathLike[str] | None = None,
-    twins: Path | None = None,
+    stubs: Path | None = None,
 ) -> Checkpoint:
     """A source that may have been read already.
 
     Args:
         source: What ``read_checkpoint`` takes, or the checkpoint of a repository on the hub.
         config_from: As in ``read_checkpoint``.
-        twins: As in ``read_checkpoint``.
+        stubs: As in ``read_checkpoint``.
 
     Raises:
         CheckpointError: With everything that is wrong with the source.
         UsageError: ``config_from`` for another source than GGUF.
     """
     if not isinstance(source, Checkpoint):
-        return read_checkpoint(source, config_from, twins)
+        return read_checkpoint(source, config_from, stubs)
     if config_from is not None and source.gguf is None:
         raise UsageError(f"--config-from is for GGUF files; {source.source} is on the hub")
     return source

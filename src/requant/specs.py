@@ -11,7 +11,7 @@ from fractions import Fraction
 
 from requant.arrays.native import check_quantization
 from requant.errors import OutOfRangeError, UnknownValueError, UsageError
-from requant.patterns import PatternError, compiled
+from requant.patterns import PatternError, compile
 from requant.schema import SKIP, Quantization, QuantMode, Skip
 
 Spec = Quantization | Skip
@@ -80,12 +80,12 @@ def parse_spec(text: str, base: Quantization | None = None) -> Spec:
 def check_regex(pattern: str, option: str) -> None:
     """Raise UsageError where ``pattern`` is not a valid regular expression."""
     try:
-        compiled(pattern)
+        compile(pattern)
     except PatternError as error:
         raise UsageError(f"{option} {error}".strip()) from error
 
 
-def spec_text(spec: Spec) -> str:
+def format_spec(spec: Spec) -> str:
     """A spec as it is typed."""
     if not isinstance(spec, Quantization):
         return "skip"

@@ -24,19 +24,19 @@ from requant.errors import OutputError
 from requant.journal import read_journal
 
 
-def staging_of(output: Path) -> Path:
+def staging_dir(output: Path) -> Path:
     """The hidden folder in which OUTPUT grows."""
     return output.parent / f".{output.name}.requant-partial"
 
 
-def twins_of(output: Path) -> Path:
+def header_stubs_dir(output: Path) -> Path:
     """Where the headers of source files are kept that OUTPUT's conversion deletes."""
-    return staging_of(output) / "source"
+    return staging_dir(output) / "source"
 
 
-def downloads_of(output: Path) -> Path:
+def downloads_dir(output: Path) -> Path:
     """Where weight files of the hub are that OUTPUT's conversion deletes."""
-    return staging_of(output) / "hub"
+    return staging_dir(output) / "hub"
 
 
 def lock_staging(staging: Path, output: Path) -> int:
@@ -86,11 +86,11 @@ class StagingFolder:
 
     def __init__(self, output: Path) -> None:
         self.output = output
-        self.path = staging_of(output)
+        self.path = staging_dir(output)
         self.staged_output = self.path / "output"
         self.replaced = self.path / "replaced"
-        self.header_stubs = twins_of(output)
-        self.downloads = downloads_of(output)
+        self.header_stubs = header_stubs_dir(output)
+        self.downloads = downloads_dir(output)
         self.journal = self.path / "journal"
         self._lock: int | None = None
 
@@ -154,16 +154,16 @@ class StagingFolder:
         shutil.rmtree(self.path, ignore_errors=True)
 
 
-def spoiled_before(output: Path) -> list[str]:
+def recorded_nonfinite_layers(output: Path) -> list[str]:
     """Layers that a stopped run of this output had found to hold NaN or infinity."""
-    head, _ = read_journal(staging_of(output) / "journal")
+    head, _ = read_journal(staging_dir(output) / "journal")
     found = head.get("nonfinite_layers", [])
     return [layer for layer in found if isinstance(layer, str)] if isinstance(found, list) else []
 
 
-def spent_on(output: Path) -> int:
+def staged_bytes(output: Path) -> int:
     """Bytes that a stopped run has put on the disk for OUTPUT."""
-    return bytes_on_disk(staging_of(output) / "output")
+    return bytes_on_disk(staging_dir(output) / "output")
 
 
 def bytes_on_disk(folder: Path) -> int:

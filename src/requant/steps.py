@@ -14,7 +14,7 @@ from requant.checkpoint import ComputedTensor, SourceTensor
 from requant.choices import LayerDecision
 from requant.dtypes import FLOATS, TensorInfo
 from requant.formats import SourceLayer, SourceLayout
-from requant.formats.base import RowOrder, Rows
+from requant.formats.base import RowOrder, RowRange
 from requant.formats.packing import Exactness, Fidelity, Packing
 from requant.formats.widening import stored_rows, widened
 from requant.relayout import Relayout
@@ -23,7 +23,7 @@ from requant.wishes import ConvertOptions
 
 
 def layer_steps(
-    layer: SourceLayer, target: Quantization | None, dtype: str, wishes: ConvertOptions
+    layer: SourceLayer, target: Quantization | None, dtype: str, options: ConvertOptions
 ) -> Iterator[Step]:
     """The work on one layer.
 
@@ -31,26 +31,28 @@ def layer_steps(
         layer: As the source holds it.
         target: Its quantization in the output; None for dense.
         dtype: Header name of the dtype that its values take before they are stored or quantized.
-        wishes: For the search of scales, and the dtype of what is copied.
+        options: For the search of scales, and the dtype of what is copied.
     """
     if layer.packing is not None:
-        yield from _packed_steps(layer, layer.packing, target, dtype, wishes)
+        yield from _packed_steps(layer, layer.packing, target, dtype, options)
     elif layer.encoding is None and target is None:
-        yield _flat_step(layer.path, layer.parts["weight"], dtype, layer.row_order)
+        yield _copy_or_cast_step(layer.path, layer.parts["weight"], dtype, layer.row_order)
     elif layer.encoding == target:
         assert target is not None
         for role, part in layer.parts.items():
             floats = part.info.dtype in FLOATS and role != "global_scale"
-            step = _flat_step(layer.path, part, wishes.dtype or part.info.dtype if floats else None)
+            step = _copy_or_cast_step(
+                layer.path, part, options.dtype or part.info.dtype if floats else None
+            )
             yield step if role == "weight" else replace(step, scales_of=target.mode)
     elif layer.keeps_codes(target):
-        yield from _packed_steps(layer, stored_rows(layer), target, dtype, wishes)
+        yield from _packed_steps(layer, stored_rows(layer), target, dtype, options)
     else:
-        yield _coding_step(layer, target, dtype, wishes)
+        yield _coding_step(layer, target, dtype, options)
 
 
 def _coding_step(
-    layer: SourceLayer, target: Quantization | None, dtype: str, wishes: ConvertOptions
+    layer: SourceLayer, target: Quantization | None, dtype: str, options: ConvertOptions
 ) -> Step:
     encoding = layer.encoding
     operation = Operation.ENCODE
@@ -58,7 +60,7 @@ def _coding_step(
         operation = Operation.DECODE if target is None else Operation.RECODE
     outputs = {"weight": TensorInfo(dtype, layer.shape)}
     if target is not None:
-        outputs = triple_infos(layer.shape, dtype, target)
+        outputs = quantized_tensor_infos(layer.shape, dtype, target)
     units = [q.group_size for q in (encoding, target) if q is not None]
     unit = lcm(*units) if layer.row_order is None else layer.shape[-1]
     rows, columns = _row_view(layer.shape, unit)
@@ -71,7 +73,7 @@ def _coding_step(
             role: OutputTensor(f"{layer.path}.{role}", info) for role, info in outputs.items()
         },
         source=encoding,
-        encode=None if target is None else EncodeParams(target=target, search=wishes.search),
+        encode=None if target is None else EncodeParams(target=target, search=options.search),
         dtype=dtype,
         global_scale=layer.parts.get("global_scale"),
     )
@@ -82,7 +84,7 @@ def _packed_steps(
     packing: Packing,
     target: Quantization | None,
     dtype: str,
-    wishes: ConvertOptions,
+    options: ConvertOptions,
 ) -> Iterator[Step]:
     """Move the codes where they stay, else decode, and encode again where wished.
 
@@ -91,13 +93,13 @@ def _packed_steps(
     """
     outputs = {"weight": TensorInfo(dtype, layer.shape)}
     if target is not None:
-        outputs = triple_infos(layer.shape, dtype, target)
-    if layer.packing is None and wishes.dtype is None:  # of MLX's own: each keeps its dtype
+        outputs = quantized_tensor_infos(layer.shape, dtype, target)
+    if layer.packing is None and options.dtype is None:  # of MLX's own: each keeps its dtype
         own = {role: part.info.dtype for role, part in layer.parts.items() if role != "weight"}
         outputs |= {role: TensorInfo(x, outputs[role].shape) for role, x in own.items()}
     names = {"weight": layer.dense_name} if target is None else {}
     output_row = 0
-    for run in layer.pieces or (Rows(replace(layer, packing=packing), 0, packing.rows),):
+    for run in layer.row_ranges or (RowRange(replace(layer, packing=packing), 0, packing.rows),):
         operation, rows_packing = _moved(layer, run, target)
         yield Step(
             layer=layer.path,
@@ -116,7 +118,7 @@ def _packed_steps(
                 for role, x in outputs.items()
             },
             encode=(
-                EncodeParams(target=target, search=wishes.search)
+                EncodeParams(target=target, search=options.search)
                 if target is not None and operation is Operation.RECODE
                 else None
             ),
@@ -126,19 +128,21 @@ def _packed_steps(
         )
         output_row += run.count
     if layer.keeps_codes(target):
-        for role, tensor in layer.carried.items():
-            yield _flat_step(layer.path, tensor, None, name=f"{layer.path}.{role}")
+        for role, tensor in layer.rotation_tensors.items():
+            yield _copy_or_cast_step(layer.path, tensor, None, name=f"{layer.path}.{role}")
         yield from _global_scale_steps(layer)
 
 
-def _moved(layer: SourceLayer, run: Rows, target: Quantization | None) -> tuple[Operation, Packing]:
+def _moved(
+    layer: SourceLayer, run: RowRange, target: Quantization | None
+) -> tuple[Operation, Packing]:
     """What is done to a run of a layer's rows, and the packing that gives them."""
     packing, encoding = run.layer.packing, run.layer.encoding
     assert packing is not None
     if target is None:
         return Operation.DECODE, packing
     # Codes of a rotated weight and values of the plain one never share a layer.
-    alone = not layer.carried and run.layer.keeps_codes(target)
+    alone = not layer.rotation_tensors and run.layer.keeps_codes(target)
     if encoding is None or not (alone or layer.keeps_codes(target)):
         return Operation.RECODE, packing
     return Operation.REPACK, widened(packing, encoding, target)
@@ -173,26 +177,29 @@ def _global_scale_steps(layer: SourceLayer) -> Iterator[Step]:
         output_row += run.count
 
 
-def material_steps(
-    layout: SourceLayout, moved: Relayout | None, wishes: ConvertOptions
+def intermediate_steps(
+    layout: SourceLayout, moved: Relayout | None, options: ConvertOptions
 ) -> dict[str, Step]:
     """The steps that make dense what computed tensors are made from."""
     if moved is None:
         return {}
     parts = (part for layer in layout.layers for part in layer.parts.values())
     names = (name for x in parts if isinstance(x, ComputedTensor) for name in x.inputs)
-    return {name: _material(moved.shown[name], wishes) for name in dict.fromkeys(names)}
+    return {
+        name: _intermediate_step(moved.source_layers[name], options)
+        for name in dict.fromkeys(names)
+    }
 
 
-def _material(layer: SourceLayer, wishes: ConvertOptions) -> Step:
+def _intermediate_step(layer: SourceLayer, options: ConvertOptions) -> Step:
     if layer.packing is not None:
-        return next(_packed_steps(layer, layer.packing, None, layer.dtype, wishes))
+        return next(_packed_steps(layer, layer.packing, None, layer.dtype, options))
     if layer.encoding is not None:
-        return _coding_step(layer, None, layer.dtype, wishes)
-    return _flat_step(layer.path, layer.parts["weight"], None)
+        return _coding_step(layer, None, layer.dtype, options)
+    return _copy_or_cast_step(layer.path, layer.parts["weight"], None)
 
 
-def triple_infos(
+def quantized_tensor_infos(
     shape: tuple[int, ...], dtype: str, quantization: Quantization
 ) -> dict[str, TensorInfo]:
     """Shapes and dtypes of a quantized layer's tensors, by role.
@@ -210,7 +217,7 @@ def triple_infos(
     return infos | {"scales": TensorInfo("U8", groups)}
 
 
-def _flat_step(
+def _copy_or_cast_step(
     layer: str,
     part: SourceTensor,
     dtype: str | None,

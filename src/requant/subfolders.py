@@ -39,21 +39,21 @@ class Subfolders:
 
     Attributes:
         named: Folder, or file, that is carried over -> what names it.
-        apart: Folder that is left out as a whole -> why.
+        separate: Folder that is left out as a whole -> why.
         notes: What the user should know of them.
     """
 
     named: Mapping[str, str] = field(default_factory=dict)
-    apart: Mapping[str, str] = field(default_factory=dict)
+    separate: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[Note, ...] = ()
 
     def namer(self, name: str) -> str:
         """What makes a file part of the model; "" where nothing does."""
         return next((self.named[x] for x in (*_above(name), name) if x in self.named), "")
 
-    def why_apart(self, name: str) -> tuple[str, str]:
+    def separate_reason(self, name: str) -> tuple[str, str]:
         """The folder around a file that is left out as a whole, and why; or two empty texts."""
-        return next(((x, self.apart[x]) for x in _above(name) if x in self.apart), ("", ""))
+        return next(((x, self.separate[x]) for x in _above(name) if x in self.separate), ("", ""))
 
     def is_copy(self, name: str, names: Collection[str]) -> bool:
         """Whether a file of a carried folder holds the same weights as safetensors beside it."""
@@ -100,10 +100,10 @@ def judge(
             path = posixpath.normpath(posixpath.join(below, text)) if text else ""
             if path in places and path not in (".", below):
                 named.setdefault(path, pointer)
-    apart: dict[str, str] = {}
+    separate: dict[str, str] = {}
     root = parsed(_CONFIG) if _CONFIG in names else {}
     for folder in sorted({folder for name in weights for folder in _above(name)}):
-        if any(x in named or x in apart for x in (*_above(folder), folder)):
+        if any(x in named or x in separate for x in (*_above(folder), folder)):
             continue
         why, config = "", f"{folder}/{_CONFIG}"
         if _TRAINING.fullmatch(folder.rpartition("/")[2]):
@@ -115,8 +115,8 @@ def judge(
         elif config in names:
             named[folder] = config
         if why:
-            apart[folder] = why
-    return Subfolders(named, apart, tuple(_missing(modules, names)))
+            separate[folder] = why
+    return Subfolders(named, separate, tuple(_missing(modules, names)))
 
 
 def first_module(names: Collection[str], read: Callable[[str], bytes]) -> str:

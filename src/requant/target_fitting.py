@@ -61,7 +61,7 @@ def fit_dense_layer(
         return None, Reason(ReasonCode.UNSUPPORTED_DTYPE, text)
     if 0 in shape:
         return None, Reason(ReasonCode.EMPTY, "empty")
-    return fit_group(shape[-1], requested)
+    return fit_group_size(shape[-1], requested)
 
 
 def fit_codes(layer: SourceLayer, requested: Quantization, *, own_groups: bool) -> Fit:
@@ -73,8 +73,8 @@ def fit_codes(layer: SourceLayer, requested: Quantization, *, own_groups: bool) 
         own_groups: No group size was requested: the layer takes the source's where its codes
             then stay as they are.
     """
-    target, reason = fit_group(layer.shape[-1], requested)
-    if target is None or layer.encoding is None or not own_groups or layer.carried:
+    target, reason = fit_group_size(layer.shape[-1], requested)
+    if target is None or layer.encoding is None or not own_groups or layer.rotation_tensors:
         return target, reason
     own = replace(target, group_size=layer.encoding.group_size)
     if layer.keeps_codes(target) or not layer.keeps_codes(own):
@@ -83,7 +83,7 @@ def fit_codes(layer: SourceLayer, requested: Quantization, *, own_groups: bool) 
     return own, Reason(ReasonCode.SOURCE_GROUP_SIZE, text)
 
 
-def fit_group(n_in: int, requested: Quantization) -> Fit:
+def fit_group_size(n_in: int, requested: Quantization) -> Fit:
     """Fit a quantization to ``n_in`` inputs: with the largest group size that divides them.
 
     Affine quantization takes a smaller group size than requested; the other modes have one each.

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from requant.checkpoint import Checkpoint, Key
-from requant.errors import CheckpointError, shown
+from requant.errors import CheckpointError, format_value
 from requant.formats import SourceLayer, SourceLayout
 from requant.head_names import Pair, find_pair, flag_places, flags, has_scores
-from requant.mlx_lm_classes import why_no_class
+from requant.mlx_lm_classes import missing_class_reason
 from requant.reasons import Note, NoteCode
 from requant.relayout import MlxLmLayoutError, Relayout
 from requant.same_values import same_values
@@ -46,18 +46,18 @@ def _is_copy(checkpoint: Checkpoint, pair: Pair) -> bool:
 def agreed(checkpoint: Checkpoint, layout: SourceLayout) -> Variant:
     """Correct what the flag says, where the tensors say another thing."""
     pair = find_pair(layout.layers)
-    said = dict(flags(checkpoint.config))
+    declared = dict(flags(checkpoint.config))
     unchanged = Variant(checkpoint, layout)
-    if pair is None or not said:
+    if pair is None or not declared:
         return unchanged
     if pair.head is None:
-        is_wrong = not all(said.values()) and has_scores(checkpoint.config)
-        return _tied(checkpoint, layout, pair, said) if is_wrong else unchanged
-    if not any(said.values()):
+        is_wrong = not all(declared.values()) and has_scores(checkpoint.config)
+        return _tied(checkpoint, layout, pair, declared) if is_wrong else unchanged
+    if not any(declared.values()):
         return unchanged
     if _is_copy(checkpoint, pair):
-        return _without_copy(checkpoint, layout, pair, said)
-    return _untied(checkpoint, layout, pair, said)
+        return _without_copy(checkpoint, layout, pair, declared)
+    return _untied(checkpoint, layout, pair, declared)
 
 
 def laid_out(
@@ -88,7 +88,7 @@ def laid_out(
             moved = attempt(variant.checkpoint, variant.layout)
         except CheckpointError as error:
             first = first or error
-            if pair is None or why_no_class(checkpoint.config):
+            if pair is None or missing_class_reason(checkpoint.config):
                 raise
             continue
         if pair is None or pair.head is None or not _loses(moved, pair.head):
@@ -148,16 +148,16 @@ def _loses(moved: Relayout, head: SourceLayer) -> bool:
 
 
 def _without_copy(
-    checkpoint: Checkpoint, layout: SourceLayout, pair: Pair, said: Mapping[Key, bool | None]
+    checkpoint: Checkpoint, layout: SourceLayout, pair: Pair, declared: Mapping[Key, bool | None]
 ) -> Variant:
     head, embedding = pair.head, pair.embedding
     assert head is not None
     reason = f"holds the values of {embedding.dense_name}, to which the head is tied"
     dropped = tuple((part.name, reason) for part in head.parts.values())
     layers = tuple(layer for layer in layout.layers if layer is not head)
-    note = f"{head.dense_name} {reason}: it is left out{_set(said, True)}."
+    note = f"{head.dense_name} {reason}: it is left out{_set(declared, True)}."
     return Variant(
-        checkpoint.corrected(_changes(said, True)),
+        checkpoint.corrected(_changes(declared, True)),
         replace(layout, layers=layers, dropped=(*layout.dropped, *dropped)),
         (Note(NoteCode.TIED_HEAD, note),),
     )
@@ -174,7 +174,7 @@ def _with_copy(
     checkpoint: Checkpoint,
     layout: SourceLayout,
     pair: Pair,
-    said: Mapping[Key, bool | None],
+    declared: Mapping[Key, bool | None],
     path: str,
 ) -> Variant:
     """For a class that has no form with a tied head: the embedding once more."""
@@ -185,16 +185,16 @@ def _with_copy(
     }
     note = (
         f"There is no head beside {embedding.dense_name}, and mlx-lm's class has one in every "
-        f"model: {path}.weight is a copy of the embedding{_set(said, False)}."
+        f"model: {path}.weight is a copy of the embedding{_set(declared, False)}."
     )
     layers = (*layout.layers, replace(embedding, path=path, parts=parts))
-    changed = checkpoint.corrected(_changes(said, False))
+    changed = checkpoint.corrected(_changes(declared, False))
     notes = (Note(NoteCode.TIED_HEAD, note),)
     return Variant(changed, replace(layout, layers=layers), notes)
 
 
 def _untied(
-    checkpoint: Checkpoint, layout: SourceLayout, pair: Pair, said: Mapping[Key, bool | None]
+    checkpoint: Checkpoint, layout: SourceLayout, pair: Pair, declared: Mapping[Key, bool | None]
 ) -> Variant:
     assert pair.head is not None
     head, embedding = pair.head, pair.embedding
@@ -205,41 +205,42 @@ def _untied(
         found = (
             f"mlx-lm's class has a head in every model, here the values of {embedding.dense_name}"
         )
-    note = f"{found}: the head is kept{_set(said, False)}."
+    note = f"{found}: the head is kept{_set(declared, False)}."
     notes = (Note(NoteCode.TIED_HEAD, note),)
-    return Variant(checkpoint.corrected(_changes(said, False)), layout, notes)
+    return Variant(checkpoint.corrected(_changes(declared, False)), layout, notes)
 
 
 def _tied(
-    checkpoint: Checkpoint, layout: SourceLayout, pair: Pair, said: Mapping[Key, bool | None]
+    checkpoint: Checkpoint, layout: SourceLayout, pair: Pair, declared: Mapping[Key, bool | None]
 ) -> Variant:
     note = (
         f"There is no head beside {pair.embedding.dense_name}: the head is tied to it"
-        f"{_set(said, True)}."
+        f"{_set(declared, True)}."
     )
     notes = (Note(NoteCode.TIED_HEAD, note),)
-    return Variant(checkpoint.corrected(_changes(said, True)), layout, notes)
+    return Variant(checkpoint.corrected(_changes(declared, True)), layout, notes)
 
 
-def _changes(said: Mapping[Key, bool | None], value: bool) -> dict[Key, bool]:
-    return {key: value for key, old in said.items() if old is not value}
+def _changes(declared: Mapping[Key, bool | None], value: bool) -> dict[Key, bool]:
+    return {key: value for key, old in declared.items() if old is not value}
 
 
-def _set(said: Mapping[Key, bool | None], value: bool) -> str:
+def _set(declared: Mapping[Key, bool | None], value: bool) -> str:
     """What becomes of the flags that say another thing."""
-    changed = _changes(said, value)
+    changed = _changes(declared, value)
     if not changed:
         return ""
     key = next(iter(changed))
-    was = "absent" if said[key] is None else shown(said[key])
-    return f", and {'.'.join(key)} is {shown(value)} in the output's config ({was} in the source's)"
+    was = "absent" if declared[key] is None else format_value(declared[key])
+    return f", and {'.'.join(key)} is {format_value(value)} in the output's config ({was} in the source's)"
 
 
 def _always_tied(checkpoint: Checkpoint, pair: Pair) -> CheckpointError:
     assert pair.head is not None
     message = (
         f"differs from {pair.embedding.dense_name}, and mlx-lm's class for model_type "
-        f"{shown(checkpoint.config.get('model_type'))} has no head but its embedding; --layout "
+        f"{format_value(checkpoint.config.get('model_type'))} has no head but its embedding; "
+        "--layout "
         "keep keeps both"
     )
     return MlxLmLayoutError(checkpoint, message, tensor=pair.head.dense_name)

@@ -20,20 +20,20 @@ from requant.arrays import Array, Backend, Weights, backend_for, native
 from requant.checkpoint import Checkpoint, OpenedSource, SourceTensor, StoredTensor
 from requant.damage import damaged_parts
 from requant.dtypes import HEADER_NAME, NUMPY_DTYPE, TensorInfo
-from requant.errors import CheckpointError, InvariantError, UnsupportedDtypeError, count
+from requant.errors import CheckpointError, InvariantError, UnsupportedDtypeError, pluralize
 from requant.formats import SourceLayer, read_layout
 from requant.formats.empty import empty_weights
 from requant.formats.packing import Packing
-from requant.patterns import time_counted
+from requant.patterns import regex_time_budget
 from requant.schema import PerLayerQuantization, Quantization
-from requant.steps import triple_infos
-from requant.target_fitting import fit_group
+from requant.steps import quantized_tensor_infos
+from requant.target_fitting import fit_group_size
 
 # Rows are decoded in pieces of about this many values: one piece stays in a cache.
 _PIECE_VALUES = 1 << 21
 
 
-@time_counted()
+@regex_time_budget()
 def transform_weights(
     weights: Weights,
     quantization_config: Mapping[str, Any],
@@ -86,10 +86,12 @@ def transform_weights(
     if problems := [*problems_in(weights), *empty, *layout.problems]:
         raise CheckpointError("weights", problems)
     undecided = [
-        layer.path for layer in layout.layers if layer.policy.requires_choice and layer.kept is None
+        layer.path
+        for layer in layout.layers
+        if layer.policy.requires_choice and layer.default_target is None
     ]
     if undecided and otherwise is None:
-        more = f" (and {count(len(undecided) - 1, 'more layer')})" if len(undecided) > 1 else ""
+        more = f" (and {pluralize(len(undecided) - 1, 'more layer')})" if len(undecided) > 1 else ""
         raise InvariantError(
             f"has codes that no mode of MLX holds{more}; say what they become: "
             "otherwise=Quantization.affine(64, 4), or otherwise='dense'",
@@ -97,11 +99,13 @@ def transform_weights(
         )
     result: dict[str, Array] = {}
     per_layer: dict[str, Quantization] = {}
-    for layer in layout.folded(lambda _: True).layers:
+    for layer in layout.with_act_order_folded(lambda _: True).layers:
         if layer.policy.requires_choice and isinstance(otherwise, Quantization):
             layer = replace(
                 layer,
-                policy=replace(layer.policy, fallback=fit_group(layer.shape[-1], otherwise)[0]),
+                policy=replace(
+                    layer.policy, fallback=fit_group_size(layer.shape[-1], otherwise)[0]
+                ),
             )
         if layer.packing is None:
             result |= {
@@ -110,11 +114,11 @@ def transform_weights(
             }
             kept = layer.encoding
         else:
-            kept = layer.kept
+            kept = layer.default_target
             if kept == layer.encoding:
                 result |= {
                     f"{layer.path}.{role}": weights[part.name]
-                    for role, part in layer.carried.items()
+                    for role, part in layer.rotation_tensors.items()
                 }
             for name, array in _transform(checkpoint, layer, layer.packing):
                 result[name] = array if library.name == "numpy" else _to_mlx(array)
@@ -183,7 +187,7 @@ def _header_name(library: Backend, name: str, array: Array) -> str:
         ) from None
 
 
-class _Fresh:
+class _NewBuffers:
     """Scratch memory that is never reused."""
 
     def take(self, role: str, dtype: str, rows: int, row_bytes: int) -> np.ndarray:
@@ -195,30 +199,32 @@ def _transform(
     checkpoint: Checkpoint, layer: SourceLayer, packing: Packing
 ) -> Iterator[tuple[str, np.ndarray]]:
     """The layer's tensors in MLX's layout."""
-    target = layer.kept
+    target = layer.default_target
     infos = {"weight": TensorInfo(layer.dtype, layer.shape)}
     if target is not None:
-        infos = triple_infos(layer.shape, layer.dtype, target)
+        infos = quantized_tensor_infos(layer.shape, layer.dtype, target)
     out = {role: np.empty(info.shape, NUMPY_DTYPE[info.dtype]) for role, info in infos.items()}
     flat = {role: array.reshape(packing.rows, -1) for role, array in out.items()}
-    matrices = {role: _matrix(checkpoint.peek(part.name)) for role, part in layer.parts.items()}
-    names, scratch = {role: part.name for role, part in layer.parts.items()}, _Fresh()
+    matrices = {
+        role: _matrix(checkpoint.read_small_tensor(part.name)) for role, part in layer.parts.items()
+    }
+    names, scratch = {role: part.name for role, part in layer.parts.items()}, _NewBuffers()
     for start, stop in _pieces(packing):
         parts = {
             role: np.ascontiguousarray(matrices[role][slice(*cut.rows), slice(*cut.columns)])
-            for role, cut in packing.cuts(start, stop).items()
+            for role, cut in packing.required_rects(start, stop).items()
         }
         damaged = damaged_parts(packing, names, parts, start, stop)
         if damaged.damaged:
             raise InvariantError(damaged.damage, layer=damaged.damaged_tensor)
         rows = {role: array[start:stop] for role, array in flat.items()}
         if target is not None and target == layer.encoding:
-            packing.unpack(parts, start, stop, rows, scratch)
+            packing.repack(parts, start, stop, rows, scratch)
             continue
         dense = rows["weight"]
         if target is not None:
             dense = np.empty((stop - start, packing.columns), NUMPY_DTYPE[layer.dtype])
-        packing.dense(parts, start, stop, dense, scratch)
+        packing.decode(parts, start, stop, dense, scratch)
         if target is not None:
             native.quantize_into(
                 dense,

@@ -30,11 +30,11 @@ SCALES: Final = ".scales"
 BIASES: Final = ".biases"
 
 
-class Triple(enum.Enum):
+class QuantizedState(enum.Enum):
     """What stands beside a layer's weight; a broken layout is an error instead."""
 
-    ABSENT = "absent"  # neither scales nor biases: a dense weight
-    VALID = "valid"  # the layer is quantized already
+    DENSE = "absent"  # neither scales nor biases: a dense weight
+    QUANTIZED = "valid"  # the layer is quantized already
 
 
 def layer_of(name: str, suffix: str) -> str | None:
@@ -42,9 +42,9 @@ def layer_of(name: str, suffix: str) -> str | None:
     return name.removesuffix(suffix) if name.endswith(suffix) else None
 
 
-def classify(
+def quantized_state(
     backend: Backend, weights: Weights, layer: str, config: PerLayerQuantization
-) -> Triple:
+) -> QuantizedState:
     """Look at what stands beside ``{layer}.weight``.
 
     Args:
@@ -54,7 +54,7 @@ def classify(
         config: Tells the mode of the layer, and so whether it has biases.
 
     Returns:
-        ``Triple.ABSENT`` or ``Triple.VALID``.
+        ``QuantizedState.DENSE`` or ``QuantizedState.QUANTIZED``.
 
     Raises:
         MissingKeyError: ``.biases`` without ``.scales``, or an affine layer without ``.biases``.
@@ -70,11 +70,11 @@ def classify(
     if layer + SCALES not in weights:
         if has_biases:
             raise MissingKeyError("biases stand without scales", layer + SCALES, layer=layer)
-        return Triple.ABSENT
+        return QuantizedState.DENSE
     quantization = _quantization_of(layer, config)
     check_biases(layer, quantization, has_biases)
     _check_layout(backend, layer, weights[layer + WEIGHT], weights[layer + SCALES])
-    return Triple.VALID
+    return QuantizedState.QUANTIZED
 
 
 def check_biases(layer: str, quantization: Quantization, has_biases: bool) -> None:

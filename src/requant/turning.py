@@ -15,7 +15,7 @@ from typing import Any, Final, cast
 import mlx.core as mx
 
 PLAIN: Final = "REQUANT_PLAIN_ROTATION"
-MOST_GROUP: Final = 2048  # two inputs a thread, 1024 threads
+MAX_GROUP: Final = 2048  # two inputs a thread, 1024 threads
 
 # One threadgroup turns one group of one row; a thread holds one pair of each round. Pairs of a
 # round are disjoint, so that threads wait for each other between rounds only. A pair that is not
@@ -74,7 +74,7 @@ class Rotation:
 
     def __call__(self, x: mx.array) -> mx.array:
         """``x`` ``[..., in]`` scaled and turned in float32, in its own dtype."""
-        if x.size and self.group <= MOST_GROUP and uses_metal(x.dtype):
+        if x.size and self.group <= MAX_GROUP and uses_metal(x.dtype):
             return self.on_metal(x)
         return self.plain(x)
 
@@ -83,10 +83,10 @@ class Rotation:
         if not self._steps:
             self._steps = [self._step(turn) for turn in range(self.pairs.shape[0])]
             mx.eval(self._steps)
-        turned = x.astype(mx.float32) * self.scales
+        rotated = x.astype(mx.float32) * self.scales
         for partners, cos, sin in self._steps:
-            turned = turned * cos + mx.take(turned, partners, axis=-1) * sin
-        return turned.astype(x.dtype)
+            rotated = rotated * cos + mx.take(rotated, partners, axis=-1) * sin
+        return rotated.astype(x.dtype)
 
     def _step(self, turn: int) -> tuple[mx.array, mx.array, mx.array]:
         """For each input: its partner, the cosine, and the sine with its sign."""
@@ -106,14 +106,14 @@ class Rotation:
         """With the kernel; gradients come from the plain operations."""
 
         @mx.custom_function
-        def turned(x: mx.array) -> mx.array:
+        def rotated(x: mx.array) -> mx.array:
             return self.launch(x)
 
-        @turned.vjp
+        @rotated.vjp
         def gradient(x: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
             return mx.vjp(self.plain, [x], [cotangent])[1][0]
 
-        return cast(mx.array, turned(x))
+        return cast(mx.array, rotated(x))
 
     def launch(self, x: mx.array) -> mx.array:
         """The kernel alone."""
@@ -146,14 +146,14 @@ def uses_metal(dtype: mx.Dtype) -> bool:
     """Whether rotations of ``dtype`` go through the kernel here."""
     if os.environ.get(PLAIN, "") not in ("", "0") or not mx.metal.is_available():
         return False
-    return mx.default_device() == mx.Device(mx.gpu) and _is_right(dtype)
+    return mx.default_device() == mx.Device(mx.gpu) and _kernel_matches_reference(dtype)
 
 
 _ROOM = {mx.float32: 1e-5, mx.float16: 2e-3, mx.bfloat16: 2e-2}
 
 
 @cache
-def _is_right(dtype: mx.Dtype) -> bool:
+def _kernel_matches_reference(dtype: mx.Dtype) -> bool:
     """Whether the kernel gives what the plain operations give; tried once a dtype."""
     if dtype not in _ROOM:
         return False

@@ -14,7 +14,7 @@ from math import prod
 
 from requant.choices import LayerDecision, TargetSelector
 from requant.dtypes import KERNEL_FLOATS
-from requant.errors import Problem, count, few
+from requant.errors import Problem, join_first, pluralize
 from requant.reasons import Note, NoteCode, ReasonCode
 
 _EXPERT = re.compile(r"(^|\.)experts\.")
@@ -56,10 +56,10 @@ class UnnamedMatrices:
         )
 
     def _describe(self, stay: str) -> str:
-        held = count(len(self.names), "tensor")
+        held = pluralize(len(self.names), "tensor")
         return (
             f"{self.share:.0%} of the weights {stay} {self.dtype}: {held} not named .weight "
-            f"({few(self.names)}), and no loader looks for codes under such names"
+            f"({join_first(self.names)}), and no loader looks for codes under such names"
         )
 
 

@@ -21,21 +21,28 @@ from typing import Any
 from requant.blueprint import OutputTensor, Plan
 from requant.checkpoint import Checkpoint, FileRange, SourceTensor
 from requant.conversion import Source
-from requant.errors import CheckpointError, ParseError, Problem, UsageError, cannot_be, shown
+from requant.errors import (
+    CheckpointError,
+    ParseError,
+    Problem,
+    UsageError,
+    error_action,
+    format_value,
+)
 from requant.execute import Progress, run_plan
 from requant.formats import read_layout
-from requant.hub import find_repository, reach
+from requant.hub import find_repository, open_source
 from requant.limits import MAX_PROBLEMS
-from requant.memory import Budget, make_budget
-from requant.patterns import time_counted
+from requant.memory import ResourceLimits, plan_resources
+from requant.patterns import regex_time_budget
 from requant.plan_source import PlanSource
 from requant.planner import Planned, plan_with_source
 from requant.record import (
+    encode_json,
     hash_file,
     hash_range,
     read_record,
     record_hash,
-    spelled,
     version,
 )
 from requant.source_folder import (
@@ -43,7 +50,7 @@ from requant.source_folder import (
     INDEX,
     RECORD,
     file_size,
-    names_repository,
+    is_repository_id,
     open_regular,
 )
 from requant.sources import as_checkpoint, read_checkpoint
@@ -78,8 +85,8 @@ class Verification:
         return asdict(self) | {"ok": self.ok}
 
 
-@cannot_be("verified")
-@time_counted()
+@error_action("verified")
+@regex_time_budget()
 def verify(
     folder: Source,
     output: Source | None = None,
@@ -117,7 +124,7 @@ def verify(
         True
     """
     place = Path(folder if output is None else output)
-    found = _Findings()
+    found = _ProblemCollector()
     record = _read_record(place, found, None if output is None else Path(folder))
     checkpoint = _read_output(place, found)
     if checkpoint is not None:
@@ -126,12 +133,12 @@ def verify(
         _check_layers(checkpoint, found)
     _check_files(place, record, found)
     if output is not None:
-        wished = None if config_from is None else os.fspath(config_from)
-        source = _source(folder, record, wished)
+        requested = None if config_from is None else os.fspath(config_from)
+        source = _source(folder, record, requested)
         known = None if statistics is None else os.fspath(statistics)
-        planned = _repeated_plan(source, record, wished, known, found)
+        planned = _repeated_plan(source, record, requested, known, found)
         if planned is not None:
-            budget = make_budget(planned.plan, threads, max_memory)
+            budget = plan_resources(planned.plan, threads, max_memory)
             _compare(*planned, place, found, budget, progress)
     tensors = checkpoint.tensors.values() if checkpoint is not None else ()
     return Verification(
@@ -143,7 +150,7 @@ def verify(
     )
 
 
-class _Findings:
+class _ProblemCollector:
     """Problems, one a place, from any thread."""
 
     def __init__(self) -> None:
@@ -160,7 +167,7 @@ class _Findings:
                 self.by_place.setdefault(where, Problem(where, message))
 
 
-def _read_record(place: Path, found: _Findings, source: Path | None) -> dict[str, Any]:
+def _read_record(place: Path, found: _ProblemCollector, source: Path | None) -> dict[str, Any]:
     instead = ""
     if source is not None and os.path.lexists(source / RECORD):
         instead = f"is missing, but {source} has one: the source comes first, then the output"
@@ -170,7 +177,7 @@ def _read_record(place: Path, found: _Findings, source: Path | None) -> dict[str
     return record
 
 
-def _read_output(place: Path, found: _Findings) -> Checkpoint | None:
+def _read_output(place: Path, found: _ProblemCollector) -> Checkpoint | None:
     try:
         return read_checkpoint(place)
     except CheckpointError as error:
@@ -189,7 +196,7 @@ def _check_hashes(
     checkpoint: Checkpoint,
     record: Mapping[str, Any],
     workers: int,
-    found: _Findings,
+    found: _ProblemCollector,
     progress: Callable[[Progress], None] | None,
 ) -> None:
     expected = _hashes(record, "tensors")
@@ -230,13 +237,13 @@ def _check_hashes(
                     progress(Progress(tensor.name, done, total, time.perf_counter() - began))
 
 
-def _check_layers(checkpoint: Checkpoint, found: _Findings) -> None:
+def _check_layers(checkpoint: Checkpoint, found: _ProblemCollector) -> None:
     """Every quantized layer must be whole, and as the config says."""
     for problem in read_layout(checkpoint)[1].problems:
         found.add(problem.where, problem.message)
 
 
-def _check_files(place: Path, record: Mapping[str, Any], found: _Findings) -> None:
+def _check_files(place: Path, record: Mapping[str, Any], found: _ProblemCollector) -> None:
     for name, digest in _hashes(record, "files").items():
         if name not in (CONFIG, INDEX) and (".." in Path(name).parts or Path(name).is_absolute()):
             found.add(f"{RECORD}: {name}", "leads out of the folder")
@@ -250,7 +257,7 @@ def _check_files(place: Path, record: Mapping[str, Any], found: _Findings) -> No
         except OSError as error:
             found.add(name, f"cannot be read: {error.strerror or error}")
         except ValueError:  # a NUL, or half a letter
-            found.add(f"{RECORD}: {shown(name)}", "is no file name")
+            found.add(f"{RECORD}: {format_value(name)}", "is no file name")
 
 
 def _source(
@@ -260,11 +267,11 @@ def _source(
     recorded = record.get("source")
     made = recorded.get("repository") if isinstance(recorded, Mapping) else None
     name, revision = os.fspath(folder), None
-    if isinstance(made, list) and len(made) == 2 and names_repository(folder):
+    if isinstance(made, list) and len(made) == 2 and is_repository_id(folder):
         then, commit = map(str, made)
         if name in (then, then.partition(":")[0]):  # which GGUF file it was need not be said
             name, revision = then, commit
-    return reach(name, find_repository(name, revision), config_from)
+    return open_source(name, find_repository(name, revision), config_from)
 
 
 def _repeated_plan(
@@ -272,16 +279,16 @@ def _repeated_plan(
     record: Mapping[str, Any],
     config_from: str | None,
     statistics: str | None,
-    found: _Findings,
+    found: _ProblemCollector,
 ) -> Planned | None:
     """The plan that the record was made from, made again.
 
     Raises:
         UsageError: It was made with a statistics file, and none is given; or the reverse.
     """
-    wishes = record.get("options")
+    options = record.get("options")
     try:
-        made = ConvertOptions.from_dict(wishes if isinstance(wishes, Mapping) else {})
+        made = ConvertOptions.from_dict(options if isinstance(options, Mapping) else {})
         if made.statistics is not None and statistics is None:
             raise UsageError(
                 f"the output was made with statistics, {made.statistics}: name that file with "
@@ -297,16 +304,16 @@ def _repeated_plan(
     plan = planned.plan
     if plan.hash != record.get("plan"):
         maker = record.get("requant")
-        other = maker if isinstance(maker, str) else shown(maker)
+        other = maker if isinstance(maker, str) else format_value(maker)
         by = "" if maker == version() else f"; it was made by requant {other}, this is {version()}"
-        why = _why(plan, record)
+        why = _describe_source_changes(plan, record)
         if not by and not why and statistics is not None:
             why = f"; {statistics} is another file than the {made.statistics} of then, it seems"
         found.add(f"{RECORD}: plan", f"this source gives another plan{by}{why}")
     return planned
 
 
-def _why(plan: Plan, record: Mapping[str, Any]) -> str:
+def _describe_source_changes(plan: Plan, record: Mapping[str, Any]) -> str:
     """Which source files differ from those of the record."""
     then = record.get("source")
     files = then.get("files") if isinstance(then, Mapping) else None
@@ -321,13 +328,13 @@ def _compare(
     plan: Plan,
     source: PlanSource,
     place: Path,
-    found: _Findings,
-    budget: Budget,
+    found: _ProblemCollector,
+    budget: ResourceLimits,
     progress: Callable[[Progress], None] | None,
 ) -> None:
     for name, value in ((CONFIG, dict(plan.config)), (INDEX, plan.index())):
         with suppress(OSError):
-            if (place / name).read_bytes() != spelled(value):
+            if (place / name).read_bytes() != encode_json(value):
                 found.add(name, "is not what the conversion of this source gives")
     for name in plan.side_files:
         with suppress(OSError):
@@ -337,16 +344,16 @@ def _compare(
             _, wrong = file_size(place, name)
             if wrong or hash_file(place / name) != wanted:
                 found.add(name, wrong or "is not the source's")
-    with _Comparing(plan, place, found) as sink:
+    with _CompareSink(plan, place, found) as sink:
         run_plan(plan, source, sink, budget, progress)
 
 
-class _Comparing:
+class _CompareSink:
     """Stands where the output folder would: what it is given is compared with what is there."""
 
-    ledger = None
+    progress_log = None
 
-    def __init__(self, plan: Plan, place: Path, found: _Findings) -> None:
+    def __init__(self, plan: Plan, place: Path, found: _ProblemCollector) -> None:
         self.place, self.found = place, found
         self._fds: dict[str, int] = {}
         self._tensors: dict[str, tuple[list[int], list[OutputTensor]]] = {}
@@ -355,7 +362,7 @@ class _Comparing:
             tensors = sorted((t for t in shard.tensors if t.info.nbytes), key=lambda t: t.offset)
             self._tensors[shard.name] = [t.offset for t in tensors], tensors
 
-    def __enter__(self) -> _Comparing:
+    def __enter__(self) -> _CompareSink:
         for name, header in self._headers.items():
             try:
                 self._fds[name] = open_regular(self.place / name)

@@ -9,11 +9,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from requant.blueprint import Step
-from requant.errors import Problem, count, few
+from requant.errors import Problem, join_first, pluralize
 from requant.limits import MAX_GPTQ_INPUTS
 from requant.reasons import Note, NoteCode, Reason, ReasonCode
 from requant.schema import QuantMode
-from requant.statistics import Importance, Statistics, refused
+from requant.statistics import Importance, StatisticsFile, statistics_error
 
 WITHOUT_STATISTICS = Reason(
     ReasonCode.WITHOUT_STATISTICS, "no statistics: searched without weights"
@@ -21,55 +21,59 @@ WITHOUT_STATISTICS = Reason(
 
 
 @dataclass(frozen=True, slots=True)
-class Weighted:
+class WeightedSteps:
     """Steps with the statistics of their layers.
 
     Attributes:
         steps: As they came, those that search with what their layer's inputs weigh.
-        without: Layers that are searched without statistics.
-        unseen: Layer -> its experts that no token reached; they are searched without, too.
-        alone: Layer -> why GPTQ, where it is wished, does not work on it.
+        layers_without_statistics: Layers that are searched without statistics.
+        experts_without_tokens: Layer -> its experts that no token reached; they are searched
+            without, too.
+        gptq_skipped: Layer -> why GPTQ, where it is wished, does not work on it.
     """
 
     steps: tuple[Step, ...]
-    without: tuple[str, ...]
-    unseen: Mapping[str, int]
-    alone: Mapping[str, Reason] = field(default_factory=dict)
+    layers_without_statistics: tuple[str, ...]
+    experts_without_tokens: Mapping[str, int]
+    gptq_skipped: Mapping[str, Reason] = field(default_factory=dict)
 
     @property
     def reasons(self) -> dict[str, Reason]:
         """Layer -> what is to be said of it in the table."""
-        return {**self.alone, **dict.fromkeys(self.without, WITHOUT_STATISTICS)}
+        return {
+            **self.gptq_skipped,
+            **dict.fromkeys(self.layers_without_statistics, WITHOUT_STATISTICS),
+        }
 
-    def notes(self, statistics: Statistics) -> Iterator[Note]:
+    def notes(self, statistics: StatisticsFile) -> Iterator[Note]:
         """What the user should know of them."""
         searched = {step.layer for step in self.steps if step.importance is not None}
         name = statistics.source.rpartition("/")[2]
-        text = f"Errors of {count(len(searched), 'layer')} are weighted by {name} (--imatrix)."
+        text = f"Errors of {pluralize(len(searched), 'layer')} are weighted by {name} (--imatrix)."
         yield Note(NoteCode.IMPORTANCE, text)
-        if self.without:
-            text = f"{few(self.without)} found no statistics: searched without weights."
+        if self.layers_without_statistics:
+            text = f"{join_first(self.layers_without_statistics)} found no statistics: searched without weights."
             yield Note(NoteCode.WITHOUT_STATISTICS, text)
         compensated = {step.layer for step in self.steps if step.gptq}
         if compensated:
-            held = count(len(compensated), "layer")
+            held = pluralize(len(compensated), "layer")
             text = f"Errors of {held} are handed on column by column (--gptq)."
             yield Note(NoteCode.GPTQ, text)
-        for why in dict.fromkeys(self.alone.values()):
-            names = tuple(layer for layer, reason in self.alone.items() if reason == why)
-            yield Note(NoteCode.GPTQ_SKIPPED, f"{few(names)}: {why.text}.")
-        if self.unseen:
-            experts = count(sum(self.unseen.values()), "expert")
-            text = f"{experts} of {few(tuple(self.unseen))} saw no token: searched without weights."
+        for why in dict.fromkeys(self.gptq_skipped.values()):
+            names = tuple(layer for layer, reason in self.gptq_skipped.items() if reason == why)
+            yield Note(NoteCode.GPTQ_SKIPPED, f"{join_first(names)}: {why.text}.")
+        if self.experts_without_tokens:
+            experts = pluralize(sum(self.experts_without_tokens.values()), "expert")
+            text = f"{experts} of {join_first(tuple(self.experts_without_tokens))} saw no token: searched without weights."
             yield Note(NoteCode.EXPERTS_WITHOUT_TOKENS, text)
 
 
-def weighted(
+def attach_importance(
     steps: Iterable[Step],
     shapes: Mapping[str, tuple[int, ...]],
-    statistics: Statistics,
+    statistics: StatisticsFile,
     gptq: bool = False,
-) -> Weighted:
+) -> WeightedSteps:
     """Give each step that searches the statistics of its layer.
 
     Args:
@@ -93,7 +97,7 @@ def weighted(
         elif answer is not None:
             found[layer] = answer
     if searched and not found and not problems:
-        known = few(tuple(statistics.seen))
+        known = join_first(tuple(statistics.seen))
         message = f"knows none of the layers searched, but {known}: is it of another model?"
         problems = [Problem("statistics", message)]
     if gptq and not problems and not any(entry.hessian for entry in statistics.seen.values()):
@@ -102,16 +106,21 @@ def weighted(
         )
         problems = [Problem("statistics", message)]
     if problems:
-        raise refused(statistics.source, problems)
+        raise statistics_error(statistics.source, problems)
     alone = {}
     for step in steps if gptq else ():
-        why = _why_alone(step, found.get(step.layer))
+        why = _gptq_skip_reason(step, found.get(step.layer))
         if why and step.search != "off":
             alone[step.layer] = why
-    unseen = {layer: len(x.unseen) for layer, x in found.items() if x.unseen}
-    return Weighted(
+    unseen = {
+        layer: len(x.matrices_without_tokens)
+        for layer, x in found.items()
+        if x.matrices_without_tokens
+    }
+    return WeightedSteps(
         tuple(
-            _with(step, found.get(step.layer), gptq and step.layer not in alone) for step in steps
+            _step_with_importance(step, found.get(step.layer), gptq and step.layer not in alone)
+            for step in steps
         ),
         tuple(layer for layer in searched if layer not in found),
         unseen,
@@ -119,7 +128,7 @@ def weighted(
     )
 
 
-def _with(step: Step, importance: Importance | None, gptq: bool) -> Step:
+def _step_with_importance(step: Step, importance: Importance | None, gptq: bool) -> Step:
     if importance is None or step.encode is None or step.search == "off":
         return step
     if step.rows.columns != importance.in_features:
@@ -127,7 +136,7 @@ def _with(step: Step, importance: Importance | None, gptq: bool) -> Step:
     return replace(step, encode=replace(step.encode, importance=importance, gptq=gptq))
 
 
-def _why_alone(step: Step, importance: Importance | None) -> Reason | None:
+def _gptq_skip_reason(step: Step, importance: Importance | None) -> Reason | None:
     """Why GPTQ does not work on a layer that is searched; None where it does."""
     if step.target is None or step.target.mode is not QuantMode.AFFINE:
         text = "not affine: searched without --gptq"

@@ -8,7 +8,15 @@ from contextlib import contextmanager
 from requant.arrays import Array, Backend, Weights, backend_for
 from requant.errors import InvariantError, MissingKeyError, OutOfRangeError, RequantError
 from requant.schema import PerLayerQuantization, Quantization
-from requant.triples import BIASES, SCALES, WEIGHT, Triple, check_biases, classify, layer_of
+from requant.triples import (
+    BIASES,
+    SCALES,
+    WEIGHT,
+    QuantizedState,
+    check_biases,
+    layer_of,
+    quantized_state,
+)
 
 
 def default_eligible(path: str, weight: Array) -> bool:
@@ -94,7 +102,7 @@ def quantize_weights(
         if layer is None or layer not in targets:
             result[name] = array
             continue
-        with errors_name(layer):
+        with attach_layer(layer):
             words, scales, biases = backend.quantize(array, targets[layer], search)
         result[layer + WEIGHT] = words
         result[layer + SCALES] = scales
@@ -143,7 +151,7 @@ def dequantize_weights(weights: Weights, config: PerLayerQuantization) -> dict[s
     """
     weights = dict(weights)
     backend = backend_for(weights)
-    _refuse_lost_scales(backend, weights)
+    _reject_missing_scales(backend, weights)
     quantized = {
         layer
         for name in weights
@@ -159,7 +167,7 @@ def dequantize_weights(weights: Weights, config: PerLayerQuantization) -> dict[s
 
 
 @contextmanager
-def errors_name(layer: str) -> Iterator[None]:
+def attach_layer(layer: str) -> Iterator[None]:
     """Errors raised inside are about ``layer``, unless they name another."""
     try:
         yield
@@ -180,7 +188,10 @@ def _targets(
     for name, array in weights.items():
         layer = layer_of(name, WEIGHT)
         # What stands beside a weight is checked first, whether or not it is to be quantized.
-        if layer is None or classify(backend, weights, layer, config) is Triple.VALID:
+        if (
+            layer is None
+            or quantized_state(backend, weights, layer, config) is QuantizedState.QUANTIZED
+        ):
             continue
         if not eligible(layer, array):
             continue
@@ -200,7 +211,7 @@ def _fits(layer: str, shape: tuple[int, ...], quantization: Quantization) -> boo
     return group_size != 0 and shape[-1] % group_size == 0
 
 
-def _refuse_lost_scales(backend: Backend, weights: Weights) -> None:
+def _reject_missing_scales(backend: Backend, weights: Weights) -> None:
     """A packed weight with biases and no scales would pass for a dense one."""
     for name in weights:
         layer = layer_of(name, BIASES)
@@ -223,7 +234,7 @@ def _dequantize_layer(
         )
     biases = weights.get(layer + BIASES)
     check_biases(layer, quantization, biases is not None)
-    with errors_name(layer):
+    with attach_layer(layer):
         return backend.dequantize(
             weights[layer + WEIGHT], weights[layer + SCALES], biases, quantization
         )

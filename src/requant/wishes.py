@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from requant.arrays.native import SEARCH_LEVELS, check_quantization
-from requant.errors import ParseError, UnknownValueError, UsageError, few
+from requant.errors import ParseError, UnknownValueError, UsageError, join_first
 from requant.option_table import (
     CALLBACK,
     FLAG,
@@ -36,10 +36,10 @@ from requant.schema import SKIP, Quantization, QuantMode
 from requant.specs import (
     Spec,
     check_regex,
+    format_spec,
     parse_budget,
     parse_spec,
     resolve_quantization,
-    spec_text,
 )
 
 DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
@@ -121,7 +121,7 @@ _OVERRIDES = ValueType(
     expected="a list of REGEX=SPEC",
     is_valid=lambda value: isinstance(value, tuple),
     parse=lambda value: (value,) if isinstance(value, str) else tuple(value),
-    to_words=lambda value: [f"{pattern}={spec_text(spec)}" for pattern, spec in value],
+    to_words=lambda value: [f"{pattern}={format_spec(spec)}" for pattern, spec in value],
     to_json=lambda value: [[pattern, _spec_to_json(spec)] for pattern, spec in value],
     from_json=lambda data: tuple(map(_override_from_json, data)),
     on_command_line="texts",
@@ -433,7 +433,7 @@ class ConvertOptions:
         table = options_of(ConvertOptions)
         try:
             if unknown := sorted(str(key) for key in data.keys() - table.keys()):
-                raise ValueError(f"{few(unknown)} is none of them")
+                raise ValueError(f"{join_first(unknown)} is none of them")
             return cls(**{name: x.type.from_json(data[name]) for name, x in table.items()})
         except KeyError as error:
             raise ParseError(

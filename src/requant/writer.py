@@ -18,12 +18,12 @@ from typing import Any, Self
 
 from requant.blueprint import OutputShard, OutputTensor, Plan
 from requant.checkpoint import OpenedSource
-from requant.consuming import most_with_consume_source
-from requant.errors import InvariantError, OutputError, count_are
-from requant.journal import Done, Found, Journal, read_journal
+from requant.consuming import peak_disk_bytes
+from requant.errors import InvariantError, OutputError, pluralize_are
+from requant.journal import CompletedWork, Journal, Stats, read_journal
 from requant.preflight import check_output
-from requant.record import hash_range, make_record, spelled, version
-from requant.sink import Ledger
+from requant.record import build_record, encode_json, hash_range, version
+from requant.sink import ProgressLog
 from requant.source_folder import CONFIG, INDEX, RECORD, open_regular
 from requant.source_removal import SourceRemoval
 from requant.staging import StagingFolder, bytes_on_disk, fsync
@@ -107,7 +107,7 @@ class ShardFiles:
 
 
 class JournaledProgress:
-    """The ``Ledger`` of an output: counts the rows that are done, hashes tensors that are whole.
+    """The ``ProgressLog`` of an output: counts the rows that are done, hashes tensors that are whole.
 
     Args:
         plan: What is written.
@@ -125,14 +125,16 @@ class JournaledProgress:
         self._rows_left = Counter[str]()
         self._counting = threading.Lock()
         for number, step in enumerate(plan.steps):
-            left = sum(stop - start for start, stop in self.state.left(number, step.rows.count))
+            left = sum(
+                stop - start for start, stop in self.state.remaining(number, step.rows.count)
+            )
             for out in step.outputs.values():
                 self._rows_left[out.name] += left
             if removal is not None:
                 removal.add_rows(number, left)
 
     @property
-    def state(self) -> Done:
+    def state(self) -> CompletedWork:
         """What is done, by this run and earlier ones."""
         return self.journal.state
 
@@ -143,9 +145,9 @@ class JournaledProgress:
             return self._removal.release.order
         return range(len(self._plan.steps))
 
-    def done(self, step: int, start: int, stop: int, found: Found) -> Sequence[str]:
+    def mark_done(self, step: int, start: int, stop: int, found: Stats) -> Sequence[str]:
         """Note a range of rows; hash the tensors, delete the source files that are done."""
-        self.journal.done(step, start, stop, found)
+        self.journal.mark_done(step, start, stop, found)
         whole = []
         with self._counting:
             free = [] if self._removal is None else self._removal.count(step, stop - start)
@@ -187,7 +189,7 @@ class OutputFolder:
 
     Used as a context manager. Leaving it without ``publish`` removes what was written; leaving it
     by an error keeps what is done for the next run, and says so in a note of the error. ``write``,
-    and ``done`` of its ``ledger``, are called from several threads.
+    and ``mark_done`` of its ``progress_log``, are called from several threads.
 
     Args:
         plan: What is written.
@@ -195,7 +197,7 @@ class OutputFolder:
         output: The folder to be.
         force: Replace a checkpoint of that name.
         resume: Resume an earlier run of the same plan; else start over.
-        wishes: The options that the plan was made from, for ``requant verify``.
+        options: The options that the plan was made from, for ``requant verify``.
         consume: Delete each source file once all that needs it is durable; of a source on the
             hub, what was downloaded of it.
     """
@@ -207,12 +209,12 @@ class OutputFolder:
         output: Path,
         force: bool,
         resume: bool = True,
-        wishes: Mapping[str, Any] | None = None,
+        options: Mapping[str, Any] | None = None,
         consume: bool = False,
     ) -> None:
         self.plan, self.source, self.output = plan, source, output
         self.force, self.resume = force, resume
-        self.wishes = dict(wishes or {})
+        self.options = dict(options or {})
         self.staging = StagingFolder(output)
         self.resumed = False
         self._files = ShardFiles(self.staging.staged_output, output, plan.shards)
@@ -229,7 +231,7 @@ class OutputFolder:
             self._check()  # the disk and the folder as they are now that no other process writes
             self._open()
         except BaseException as error:
-            self._leave(error)
+            self._cleanup(error)
             if isinstance(error, OSError) and not isinstance(error, OutputError):
                 raise _write_error(self.output, error) from error
             raise
@@ -245,26 +247,26 @@ class OutputFolder:
             return None
         if self.source.downloader is not None:
             downloaded = bytes_on_disk(self.staging.downloads)
-            return max(most_with_consume_source(self.plan) - downloaded, 0)
+            return max(peak_disk_bytes(self.plan) - downloaded, 0)
         path = self.output.absolute()
         existing = next(p for p in (*path.parents, path) if p.exists())
         same_disk = existing.stat().st_dev == self.source.path.stat().st_dev
         return self._removal.release.extra_bytes if same_disk else None
 
     def _open(self) -> None:
-        head = self._head()
+        head = self._journal_header()
         before, entries = read_journal(self.staging.journal)
         deleted = [line["consumed"] for line in entries if "consumed" in line]
         if deleted and not (self.resume and self._removal):
             raise OutputError(
-                f"{self.output}: {count_are(len(deleted), 'source file')} deleted already, and "
+                f"{self.output}: {pluralize_are(len(deleted), 'source file')} deleted already, and "
                 f"what was made so far is in {self.staging.path}; "
                 "go on with --consume-source --yes"
             )
         if before and self.resume:
             for name in deleted:
                 head["sources"].setdefault(name, before["sources"].get(name))
-            changed = _changed(before, head)
+            changed = _describe_change(before, head)
             if changed:
                 raise OutputError(
                     f"{self.output}: a conversion that was stopped is kept in "
@@ -287,16 +289,16 @@ class OutputFolder:
         if self._removal is not None:
             self._removal.start(self._journal)
 
-    def _head(self) -> dict[str, Any]:
+    def _journal_header(self) -> dict[str, Any]:
         """What must be the same for a run to resume another."""
         return {
             "requant": version(),
             "plan": self.plan.hash,
-            "sources": self._stamps(),
-            "nonfinite_layers": sorted(self.wishes.get("nonfinite_layers", ())),
+            "sources": self._file_stamps(),
+            "nonfinite_layers": sorted(self.options.get("nonfinite_layers", ())),
         }
 
-    def _stamps(self) -> dict[str, Any]:
+    def _file_stamps(self) -> dict[str, Any]:
         """What tells a source file from a changed one, without reading it."""
         if self.plan.repository is not None:
             return {f.name: [f.nbytes, *self.plan.repository] for f in self.plan.files}
@@ -317,7 +319,7 @@ class OutputFolder:
         return self._progress
 
     @property
-    def ledger(self) -> Ledger:
+    def progress_log(self) -> ProgressLog:
         """Where a run notes what is done."""
         return self.progress
 
@@ -331,7 +333,7 @@ class OutputFolder:
         """Add everything that is no weight, make it durable, and give it its name.
 
         Args:
-            errors: Quantization errors by layer, as ``make_record`` takes them.
+            errors: Quantization errors by layer, as ``build_record`` takes them.
 
         Raises:
             OutputError: A file cannot be written; OUTPUT is as it was before.
@@ -345,7 +347,7 @@ class OutputFolder:
                 CONFIG: self._write_json(CONFIG, dict(self.plan.config)),
                 **{name: self._carry_over(name) for name in self.plan.side_files},
             }
-            record = make_record(self.plan, self.wishes, hashes, files, errors)
+            record = build_record(self.plan, self.options, hashes, files, errors)
             self._write_json(RECORD, record)
             self.staging.name_output()
         except OSError as error:
@@ -373,7 +375,7 @@ class OutputFolder:
         return digest.hexdigest()
 
     def _write_json(self, name: str, value: object) -> str:
-        path, data = self.staging.staged_output / name, spelled(value)
+        path, data = self.staging.staged_output / name, encode_json(value)
         path.write_bytes(data)
         fsync(path)
         return hashlib.sha256(data).hexdigest()
@@ -384,9 +386,9 @@ class OutputFolder:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._leave(error)
+        self._cleanup(error)
 
-    def _leave(self, error: BaseException | None) -> None:
+    def _cleanup(self, error: BaseException | None) -> None:
         """Close everything; keep what another run can resume from."""
         if self._journal is not None:
             self._journal.close()
@@ -427,7 +429,7 @@ def _write_error(output: Path, error: OSError) -> OutputError:
     return OutputError(f"{error.filename or output} cannot be written: {reason}")
 
 
-def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+def _describe_change(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """What differs between two runs, in words; "" where nothing does."""
     if before.get("requant") != now["requant"]:
         return f"requant is {now['requant']}, it was {before.get('requant')}"

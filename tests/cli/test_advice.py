@@ -252,7 +252,7 @@ def large(tmp_path: Path) -> Path:
     return folder_of(tmp_path / "source", {"up.weight": np.full((64, 64), 1e6, BF16)})
 
 
-def spoiled(tmp_path: Path) -> Path:
+def nonfinite(tmp_path: Path) -> Path:
     values = bf16(64, 64)
     values[3, 4] = np.nan
     return folder_of(tmp_path / "source", {"up.weight": values, "down.weight": bf16(64, 64)})
@@ -300,7 +300,7 @@ SOURCES: dict[str, tuple[Callable[[Path], Path], str, str, tuple[str, ...]]] = {
         "--dtype bfloat16 holds them, --allow-overflow takes infinities",
         ("--dtype bfloat16 --dequantize", "--dtype float16 --dequantize --allow-overflow"),
     ),
-    "NaN": (spoiled, "--bits 4", "--allow-nonfinite leaves", ("--bits 4 --allow-nonfinite",)),
+    "NaN": (nonfinite, "--bits 4", "--allow-nonfinite leaves", ("--bits 4 --allow-nonfinite",)),
     "act-order": (
         act_order,
         "--act-order refuse",

@@ -43,8 +43,8 @@ def test_what_a_report_says_to_check_with_is_enough(
     assert requant("calibrate", LLAMA, "-o", "s.safetensors", "--hessian", *text).code == 0
     asked = ("--bits", "3", "--gptq", "--imatrix", "s.safetensors", "--quiet")
     assert requant("convert", LLAMA, "out", *asked).code == 0
-    said = requant("report", "out").out
-    (check,) = [line for line in said.splitlines() if line.startswith("check: ")]
+    declared = requant("report", "out").out
+    (check,) = [line for line in declared.splitlines() if line.startswith("check: ")]
     assert check == "check: requant verify SOURCE out --imatrix s.safetensors"
     words = check.removeprefix("check: requant ").replace("SOURCE", str(LLAMA)).split()
     assert requant(*words).code == 0

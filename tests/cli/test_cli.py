@@ -105,14 +105,14 @@ def test_start_imports_nothing_heavy(statement: str) -> None:
 
 
 def test_generate_prints_text_and_speed(requant: Requant) -> None:
-    wishes = (MICRO_LLAMA, "--prompt", "The file", "--bits", 4, "--max-tokens", 6)
-    result = requant("generate", *wishes)
+    options = (MICRO_LLAMA, "--prompt", "The file", "--bits", 4, "--max-tokens", 6)
+    result = requant("generate", *options)
     assert result.code == 0
     assert result.err.startswith("6 tokens, ") and "4.52 bits per weight" in result.err
-    document = json.loads(requant("generate", *wishes, "--json").out)
+    document = json.loads(requant("generate", *options, "--json").out)
     assert result.out == document["text"] + "\n"
     assert (document["tokens"], document["finish_reason"]) == (6, "length")
-    assert requant("generate", *wishes, "--quiet").err == ""
+    assert requant("generate", *options, "--quiet").err == ""
 
 
 def test_generate_says_what_is_missing(
@@ -197,9 +197,9 @@ def test_warnings_are_printed_even_if_quiet(requant: Requant, tmp_path: Path) ->
     arguments = ["convert", source, tmp_path / "out", "--dtype", "float16"]
     arguments += ["--override", "up=skip", "--quiet"]
 
-    refused = requant(*arguments)
-    assert refused.code == 1
-    assert "--allow-overflow" in refused.err
+    rejected = requant(*arguments)
+    assert rejected.code == 1
+    assert "--allow-overflow" in rejected.err
     assert not (tmp_path / "out").exists()
 
     result = requant(*arguments, "--allow-overflow")
@@ -212,9 +212,9 @@ def test_nonfinite_weights_stop_a_run_unless_allowed(requant: Requant, tmp_path:
     weight[3, 5] = np.nan
     source = write_model(tmp_path / "model", {"a.weight": weight, "b.weight": weight[:2]})
 
-    refused = requant("convert", source, tmp_path / "out")
-    assert refused.code == 1
-    assert "a.weight: 1 value is NaN or infinite, first in row 3" in refused.err
+    rejected = requant("convert", source, tmp_path / "out")
+    assert rejected.code == 1
+    assert "a.weight: 1 value is NaN or infinite, first in row 3" in rejected.err
     assert names_in(tmp_path) == ["model"]
 
     result = requant("convert", source, tmp_path / "out", "--allow-nonfinite")
@@ -310,9 +310,9 @@ def test_dry_run_is_the_plan_and_checks_the_output(
 
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "config.json").write_text("{}")
-    refused = requant("convert", model, tmp_path / "out", "--dry-run")
-    assert (refused.code, refused.out) == (1, "")
-    assert refused.err == f"error: {tmp_path / 'out'} exists; --force replaces it\n"
+    rejected = requant("convert", model, tmp_path / "out", "--dry-run")
+    assert (rejected.code, rejected.out) == (1, "")
+    assert rejected.err == f"error: {tmp_path / 'out'} exists; --force replaces it\n"
     assert requant("convert", model, tmp_path / "out", "--dry-run", "-f").code == 0
 
 
@@ -558,6 +558,6 @@ def test_verify_exits_1_where_a_bit_differs(requant: Requant, model: Path, tmp_p
     assert "1 problem" in result.out and "SHA-256" in result.out
     assert json.loads(requant("verify", model, out, "--json").out)["ok"] is False
     assert requant("verify", tmp_path / "nowhere").code == 1
-    turned = requant("verify", out, model)
-    assert turned.code == 1
-    assert f"is missing, but {out} has one: the source comes first" in turned.err
+    transposed = requant("verify", out, model)
+    assert transposed.code == 1
+    assert f"is missing, but {out} has one: the source comes first" in transposed.err

@@ -14,7 +14,7 @@ import pytest
 
 import requant
 import requant.mlx_lm
-from requant.memory import make_budget
+from requant.memory import plan_resources
 from requant.option_table import options_of
 from requant.page import render_page
 from requant.recipes import load_recipe
@@ -23,10 +23,10 @@ from requant.wishes import ConvertOptions, RunOptions
 from tests.support.commands import COMMANDS, Result, check_usage
 
 # Where the function of a command is another, or several, than ``requant.NAME``.
-DOORS: dict[str, tuple[Callable[..., Any], ...]] = {
+PUBLIC_FUNCTIONS: dict[str, tuple[Callable[..., Any], ...]] = {
     "convert": (requant.convert, requant.upload),
     "generate": (requant.convert, requant.mlx_lm.generate),  # load's options are convert's
-    "plan": (requant.plan, make_budget),
+    "plan": (requant.plan, plan_resources),
     "recipes": (load_recipe,),
     "report": (requant.read_figures, render_page),
 }
@@ -44,13 +44,15 @@ OTHERWISE = {
 }
 
 
-def doors(command: str) -> tuple[Callable[..., Any], ...]:
-    return DOORS.get(command) or (getattr(requant, command),)
+def functions(command: str) -> tuple[Callable[..., Any], ...]:
+    return PUBLIC_FUNCTIONS.get(command) or (getattr(requant, command),)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_option_has_its_name_in_python(command: str) -> None:
-    known = {name for door in doors(command) for name in inspect.signature(door).parameters}
+    known = {
+        name for function in functions(command) for name in inspect.signature(function).parameters
+    }
     for parameter in COMMANDS[command].params:
         spelt = {text.lstrip("-").replace("-", "_") for text in parameter.opts}
         assert spelt & known or {parameter.name} & OTHERWISE.keys(), (
@@ -88,13 +90,17 @@ def test_the_functions_take_the_options_of_the_table() -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_defaults_are_those_of_python(command: str) -> None:
-    known = {n: p for door in doors(command) for n, p in inspect.signature(door).parameters.items()}
+    known = {
+        n: p
+        for function in functions(command)
+        for n, p in inspect.signature(function).parameters.items()
+    }
     for option in COMMANDS[command].params:
         python = known.get(option.name)
         if python is None or python.default is inspect.Parameter.empty:
             continue
-        told = parse_size(option.default) if option.name == "shard_size" else option.default
-        assert (told or None) == (python.default or None), f"{command} --{option.name}"
+        reported = parse_size(option.default) if option.name == "shard_size" else option.default
+        assert (reported or None) == (python.default or None), f"{command} --{option.name}"
 
 
 def test_help_of_the_program_cuts_no_sentence(requant: Callable[..., Result]) -> None:

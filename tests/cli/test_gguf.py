@@ -42,20 +42,20 @@ def source(tmp_path: Path, weights: dict[str, np.ndarray]) -> Path:
 def test_generate_speaks_as_the_converted_folder_does(
     requant: Requant, source: Path, tmp_path: Path
 ) -> None:
-    wishes = ("--prompt", "The file", "--max-tokens", 6, "--raw", "--json")
+    options = ("--prompt", "The file", "--max-tokens", 6, "--raw", "--json")
     before = source.read_bytes()
-    from_file = requant("generate", source, *wishes)
+    from_file = requant("generate", source, *options)
     assert (from_file.code, from_file.err) == (0, "")
     assert sorted(path.name for path in source.parent.iterdir()) == [source.name]
     assert source.read_bytes() == before
     assert requant("convert", source, tmp_path / "out").code == 0
-    said, wanted = (
+    declared, wanted = (
         json.loads(from_file.out),
-        json.loads(requant("generate", tmp_path / "out", *wishes).out),
+        json.loads(requant("generate", tmp_path / "out", *options).out),
     )
-    assert said["text"] == wanted["text"]
-    assert said["tokens"] == wanted["tokens"] == 6
-    assert said["source"] == str(source)
+    assert declared["text"] == wanted["text"]
+    assert declared["tokens"] == wanted["tokens"] == 6
+    assert declared["source"] == str(source)
 
 
 def test_inspect_and_plan_read_headers_alone(requant: Requant, source: Path) -> None:
@@ -96,8 +96,8 @@ def test_convert_reports_each_tensor(requant: Requant, source: Path, tmp_path: P
 def test_dequantize_gives_the_package_s_values(
     requant: Requant, source: Path, tmp_path: Path, weights: dict[str, np.ndarray]
 ) -> None:
-    wishes = ("--dequantize", "--dtype", "float32")
-    assert requant("convert", source, tmp_path / "out", *wishes).code == 0
+    options = ("--dequantize", "--dtype", "float32")
+    assert requant("convert", source, tmp_path / "out", *options).code == 0
     out = read_folder(tmp_path / "out")
     assert out.keys() == weights.keys()
     for name, array in weights.items():
@@ -123,8 +123,8 @@ def test_mmproj_is_kept_apart(command: str, requant: Requant, source: Path, tmp_
         "generate": ("--prompt", "The file", "--max-tokens", 2),
     }.get(command, ())
     assert requant(command, source.parent, *rest).code == 0
-    refused = requant(command, part, *({"convert": (tmp_path / "no",)}.get(command, rest)))
-    assert refused.code == 1
-    assert f"{part.name}: is a vision or audio part for llama.cpp (mmproj)" in refused.err
-    assert "Traceback" not in refused.err
+    rejected = requant(command, part, *({"convert": (tmp_path / "no",)}.get(command, rest)))
+    assert rejected.code == 1
+    assert f"{part.name}: is a vision or audio part for llama.cpp (mmproj)" in rejected.err
+    assert "Traceback" not in rejected.err
     assert not (tmp_path / "no").exists()

@@ -53,8 +53,8 @@ def test_every_command_has_a_schema_that_explains(command: str) -> None:
     assert found["properties"]["schema"]["const"] == SCHEMA_VERSION
     assert found["description"]
     for name, part in found["properties"].items():
-        told = part.get("description") or "items" in part
-        assert told, f"{command}.json: {name} has no description"
+        reported = part.get("description") or "items" in part
+        assert reported, f"{command}.json: {name} has no description"
 
 
 def test_no_schema_is_left_over() -> None:
@@ -69,7 +69,7 @@ def output(requant: Requant, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "wishes",
+    "options",
     [
         ("--bits", 4),
         ("--mode", "nvfp4", "--dtype", "float16"),
@@ -78,9 +78,9 @@ def output(requant: Requant, tmp_path: Path) -> Path:
         ("--only", "mlp", "--override", "down_proj=skip", "--layout", "keep"),
     ],
 )
-def test_plan_and_convert(requant: Requant, tmp_path: Path, wishes: tuple[object, ...]) -> None:
-    plan = check("plan", requant("plan", MICRO, *wishes, "--json").out)
-    made = check("convert", requant("convert", MICRO, tmp_path / "out", *wishes, "--json").out)
+def test_plan_and_convert(requant: Requant, tmp_path: Path, options: tuple[object, ...]) -> None:
+    plan = check("plan", requant("plan", MICRO, *options, "--json").out)
+    made = check("convert", requant("convert", MICRO, tmp_path / "out", *options, "--json").out)
     assert made["plan_hash"] == plan["hash"]
     check("report", requant("report", tmp_path / "out", "--json").out)
     check("inspect", requant("inspect", tmp_path / "out", "--json").out)

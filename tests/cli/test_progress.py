@@ -125,10 +125,10 @@ def test_every_long_command_tells_a_log_where_it_is(
     monkeypatch.chdir(tmp_path)
     if "out" in words:
         assert requant("convert", MICRO, "out", "--quiet").err == ""
-    told = requant(*words, "--json")
-    assert told.code == 0, told.err
-    assert re.search(r"^ *\d+%  ", told.err, re.M), told.err
-    assert json.loads(told.out)["schema"]
+    reported = requant(*words, "--json")
+    assert reported.code == 0, reported.err
+    assert re.search(r"^ *\d+%  ", reported.err, re.M), reported.err
+    assert json.loads(reported.out)["schema"]
     if words[0] != "plan":  # which has nothing else to say
         again = ["--force"] if words[0] in ("convert", "calibrate") else []
         assert requant(*words, *again, "--json", "--quiet").err == ""

@@ -224,7 +224,7 @@ def test_other_names_pass(lib):
 # ---- what is refused
 
 
-def refused(error, weights, plan=AFFINE, layer="up"):
+def rejected(error, weights, plan=AFFINE, layer="up"):
     with pytest.raises(error) as caught:
         dequantize_weights(weights, plan)
     assert type(caught.value) is error
@@ -233,38 +233,38 @@ def refused(error, weights, plan=AFFINE, layer="up"):
 
 
 def test_packed_weight_with_biases_and_no_scales(lib):
-    assert refused(MissingKeyError, without(affine(lib), "up.scales")).key == "up.scales"
+    assert rejected(MissingKeyError, without(affine(lib), "up.scales")).key == "up.scales"
 
 
 def test_packed_weight_that_lost_its_scales_is_refused_even_if_skipped(lib):
     plan = PerLayerQuantization(None, {"up": SKIP})
-    refused(MissingKeyError, without(affine(lib), "up.scales"), plan)
+    rejected(MissingKeyError, without(affine(lib), "up.scales"), plan)
 
 
 def test_lost_scales_are_found_before_anything_is_computed(lib):
     weights = {**affine(lib, "a"), **without(affine(lib, "b"), "b.scales")}
-    refused(MissingKeyError, weights, config(32, 7), layer="b")
+    rejected(MissingKeyError, weights, config(32, 7), layer="b")
 
 
 def test_no_quantization_for_the_layer(lib):
-    refused(InvariantError, affine(lib), PerLayerQuantization())
+    rejected(InvariantError, affine(lib), PerLayerQuantization())
 
 
 def test_quantized_layer_that_the_config_skips(lib):
-    refused(InvariantError, affine(lib), PerLayerQuantization(Quantization(32, 4), {"up": SKIP}))
+    rejected(InvariantError, affine(lib), PerLayerQuantization(Quantization(32, 4), {"up": SKIP}))
 
 
 def test_no_quantization_is_said_before_missing_biases(lib):
-    refused(InvariantError, without(affine(lib), "up.biases"), PerLayerQuantization())
+    rejected(InvariantError, without(affine(lib), "up.biases"), PerLayerQuantization())
 
 
 def test_affine_layer_without_biases(lib):
-    assert refused(MissingKeyError, without(affine(lib), "up.biases")).key == "up.biases"
+    assert rejected(MissingKeyError, without(affine(lib), "up.biases")).key == "up.biases"
 
 
 @pytest.mark.parametrize("mode", ["mxfp4", "mxfp8", "nvfp4"])
 def test_float_mode_layer_with_biases(lib, mode):
-    error = refused(KeyCollisionError, affine(lib), config(32, 4, mode))
+    error = rejected(KeyCollisionError, affine(lib), config(32, 4, mode))
     assert error.key == "up.biases"
 
 
@@ -305,7 +305,7 @@ def test_backend_refuses(lib, what):
     weights = affine(lib)
     for suffix, (shape, dtype) in parts.items():
         weights[f"up.{suffix}"] = lib.make(np.ones(shape), dtype)
-    error = refused(BackendError if lib.name == "mlx" else kind, weights, config(group_size, bits))
+    error = rejected(BackendError if lib.name == "mlx" else kind, weights, config(group_size, bits))
     assert isinstance(error, RequantError)
     if lib.name == "mlx":
         assert error.__cause__ is not None
@@ -318,19 +318,19 @@ def test_biases_of_another_shape_than_the_scales(lib):
         "up.scales": lib.make([[1, 2]], "float32"),
         "up.biases": lib.make([[1]], "float32"),
     }
-    error = refused(ShapeMismatchError, weights)
+    error = rejected(ShapeMismatchError, weights)
     assert (error.expected, error.actual) == ((1, 2), (1, 1))
 
 
 def test_float_mode_scales_that_are_no_bytes(lib):
     weights = without(affine(lib), "up.biases")
     kind = BackendError if lib.name == "mlx" else UnsupportedDtypeError
-    refused(kind, weights, config(32, 4, "mxfp4"))
+    rejected(kind, weights, config(32, 4, "mxfp4"))
 
 
 def test_mixture_of_libraries():
     weights = {"a.weight": np.ones((2, 4), np.uint32), "a.scales": mx.ones((2, 1))}
-    refused(InvariantError, weights, layer="a.scales")
+    rejected(InvariantError, weights, layer="a.scales")
 
 
 # ---- laziness

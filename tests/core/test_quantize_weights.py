@@ -296,7 +296,7 @@ def test_triple_that_is_ineligible_passes(lib):
 # ---- what is refused: the parts of a layer contradict each other
 
 
-def refused(error, weights, plan=AFFINE, layer="up", **options):
+def rejected(error, weights, plan=AFFINE, layer="up", **options):
     with pytest.raises(error) as caught:
         quantize_weights(weights, plan, **options)
     assert type(caught.value) is error
@@ -306,93 +306,93 @@ def refused(error, weights, plan=AFFINE, layer="up", **options):
 
 
 def test_biases_without_scales(lib):
-    assert refused(MissingKeyError, triple(lib, scales=None)).key == "up.scales"
+    assert rejected(MissingKeyError, triple(lib, scales=None)).key == "up.scales"
 
 
 def test_biases_without_scales_beside_a_dense_weight(lib):
     weights = {**triple(lib, scales=None), "up.weight": lib.make(np.ones((2, 32)), "float32")}
-    assert refused(MissingKeyError, weights).key == "up.scales"
+    assert rejected(MissingKeyError, weights).key == "up.scales"
 
 
 def test_biases_without_scales_in_a_skipped_layer(lib):
     plan = PerLayerQuantization(Quantization(32, 4), {"up": SKIP})
-    assert refused(MissingKeyError, triple(lib, scales=None), plan).key == "up.scales"
+    assert rejected(MissingKeyError, triple(lib, scales=None), plan).key == "up.scales"
 
 
 def test_scales_in_a_skipped_layer(lib):
     plan = PerLayerQuantization(Quantization(32, 4), {"up": SKIP})
-    assert refused(KeyCollisionError, triple(lib), plan).key == "up.scales"
+    assert rejected(KeyCollisionError, triple(lib), plan).key == "up.scales"
 
 
 def test_scales_without_any_quantization(lib):
-    refused(InvariantError, triple(lib), PerLayerQuantization())
+    rejected(InvariantError, triple(lib), PerLayerQuantization())
 
 
 def test_affine_scales_without_biases(lib):
-    assert refused(MissingKeyError, triple(lib, biases=None)).key == "up.biases"
+    assert rejected(MissingKeyError, triple(lib, biases=None)).key == "up.biases"
 
 
 @pytest.mark.parametrize("mode", ["mxfp4", "mxfp8", "nvfp4"])
 def test_biases_in_a_float_mode(lib, mode):
-    assert refused(KeyCollisionError, triple(lib), config(32, 4, mode)).key == "up.biases"
+    assert rejected(KeyCollisionError, triple(lib), config(32, 4, mode)).key == "up.biases"
 
 
 def test_mode_of_the_layer_decides_over_the_default(lib):
     plan = PerLayerQuantization(Quantization(32, 4), {"up": Quantization(32, 4, "mxfp4")})
-    assert refused(KeyCollisionError, triple(lib), plan).key == "up.biases"
+    assert rejected(KeyCollisionError, triple(lib), plan).key == "up.biases"
     unchanged(triple(lib, biases=None), plan)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int32", "uint8"])
 def test_scales_beside_a_weight_that_is_not_packed(lib, dtype):
     weights = {**triple(lib), "up.weight": lib.make(np.ones((2, 32)), dtype)}
-    error = refused(UnsupportedDtypeError, weights)
+    error = rejected(UnsupportedDtypeError, weights)
     assert (error.dtype, error.supported) == (dtype, ("uint32",))
 
 
 @pytest.mark.parametrize("shape", [(), (4,)])
 def test_packed_weight_of_fewer_than_two_axes(lib, shape):
-    error = refused(RankMismatchError, triple(lib, words=shape, scales=shape, biases=shape))
+    error = rejected(RankMismatchError, triple(lib, words=shape, scales=shape, biases=shape))
     assert (error.rank, error.shape) == (len(shape), shape)
 
 
 @pytest.mark.parametrize("shape", [(2,), (1, 2, 1)])
 def test_scales_of_another_rank(lib, shape):
-    error = refused(LengthMismatchError, triple(lib, scales=shape))
+    error = rejected(LengthMismatchError, triple(lib, scales=shape))
     assert (error.expected, error.actual) == (2, len(shape))
 
 
 def test_scales_of_other_leading_axes(lib):
     weights = triple(lib, words=(5, 2, 4), scales=(5, 3, 1))
-    error = refused(ShapeMismatchError, weights)
+    error = rejected(ShapeMismatchError, weights)
     assert (error.expected, error.actual) == ((5, 2), (5, 3))
 
 
 def test_parts_are_checked_before_eligibility(lib):
-    refused(MissingKeyError, triple(lib, scales=None), eligible=lambda path, weight: False)
+    rejected(MissingKeyError, triple(lib, scales=None), eligible=lambda path, weight: False)
 
 
 def test_order_skip_before_biases(lib):
     plan = PerLayerQuantization(Quantization(32, 4), {"up": SKIP})
-    refused(KeyCollisionError, triple(lib, biases=None), plan)
+    rejected(KeyCollisionError, triple(lib, biases=None), plan)
 
 
 def test_order_biases_before_dtype(lib):
     weights = {**triple(lib, biases=None), "up.weight": lib.make(np.ones(32), "float32")}
-    refused(MissingKeyError, weights)
+    rejected(MissingKeyError, weights)
 
 
 def test_order_dtype_before_rank(lib):
     weights = {**triple(lib), "up.weight": lib.make(np.ones(32), "float32")}
-    refused(UnsupportedDtypeError, weights)
+    rejected(UnsupportedDtypeError, weights)
 
 
 def test_order_rank_before_scales(lib):
-    refused(RankMismatchError, triple(lib, words=(4,), scales=(2, 1)))
+    rejected(RankMismatchError, triple(lib, words=(4,), scales=(2, 1)))
 
 
 def test_order_rank_of_scales_before_their_axes(lib):
-    refused(LengthMismatchError, triple(lib, words=(2, 4), scales=(3,)))
+    rejected(LengthMismatchError, triple(lib, words=(2, 4), scales=(3,)))
 
 
 # ---- what is refused: the parameters or the arrays
@@ -400,14 +400,14 @@ def test_order_rank_of_scales_before_their_axes(lib):
 
 def test_negative_group_size(lib):
     weights = {"up.weight": lib.make(np.ones((2, 32)), "float32")}
-    error = refused(OutOfRangeError, weights, config(-32, 4))
+    error = rejected(OutOfRangeError, weights, config(-32, 4))
     assert (error.name, error.value) == ("group_size", -32)
 
 
 def test_bits_that_no_mode_has(lib):
     weights = {"up.weight": lib.make(np.ones((2, 32)), "float32")}
     kind = {"mlx": BackendError, "numpy": OutOfRangeError}[lib.name]
-    error = refused(kind, weights, config(32, 7))
+    error = rejected(kind, weights, config(32, 7))
     assert "7" in str(error)
     if lib.name == "mlx":
         assert isinstance(error.__cause__, ValueError)
@@ -416,24 +416,24 @@ def test_bits_that_no_mode_has(lib):
 def test_group_size_that_no_mode_has(lib):
     weights = {"up.weight": lib.make(np.ones((2, 32)), "float32")}
     kind = {"mlx": BackendError, "numpy": OutOfRangeError}[lib.name]
-    refused(kind, weights, config(16, 4))
+    rejected(kind, weights, config(16, 4))
 
 
 def test_group_size_that_the_mode_lacks(lib):
     weights = {"up.weight": lib.make(np.ones((2, 64)), "float32")}
     kind = {"mlx": BackendError, "numpy": OutOfRangeError}[lib.name]
-    refused(kind, weights, config(64, 4, "mxfp4"))
+    rejected(kind, weights, config(64, 4, "mxfp4"))
 
 
 @pytest.mark.parametrize("dtype", ["int32", "uint8"])
 def test_integer_weight(lib, dtype):
     weights = {"up.weight": lib.make(np.ones((2, 32)), dtype)}
     kind = {"mlx": BackendError, "numpy": UnsupportedDtypeError}[lib.name]
-    refused(kind, weights)
+    rejected(kind, weights)
 
 
 def test_float64_weight_on_numpy():
-    error = refused(UnsupportedDtypeError, {"up.weight": np.ones((2, 32))})
+    error = rejected(UnsupportedDtypeError, {"up.weight": np.ones((2, 32))})
     assert error.dtype == "float64"
     assert set(error.supported) == {"float32", "float16", "bfloat16"}
 
@@ -450,7 +450,7 @@ def test_first_layer_at_fault_is_named(lib):
 
 def test_mixture_of_libraries():
     weights = {"a.weight": np.ones((2, 32), np.float32), "b.weight": mx.ones((2, 32))}
-    error = refused(InvariantError, weights, layer="b.weight")
+    error = rejected(InvariantError, weights, layer="b.weight")
     assert re.search("mlx.*numpy", str(error))
 
 
@@ -458,7 +458,7 @@ def test_mixture_of_libraries():
     "value", [[[1.0] * 32], 1.0, None, np.float32(1)], ids=lambda v: type(v).__name__
 )
 def test_value_that_is_no_array(value):
-    error = refused(UnsupportedDtypeError, {"up.weight": value}, layer="up.weight")
+    error = rejected(UnsupportedDtypeError, {"up.weight": value}, layer="up.weight")
     assert error.supported == ("mlx.core.array", "numpy.ndarray")
 
 

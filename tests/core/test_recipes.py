@@ -9,12 +9,12 @@ import pytest
 from requant.errors import OutOfRangeError, UsageError
 from requant.recipes import (
     ROLES,
-    Choice,
+    LayerTarget,
     load_recipe,
     parse_recipe,
     recipe_names,
     recipe_text,
-    toml_of,
+    to_toml,
 )
 from requant.schema import SKIP, Quantization
 from requant.wishes import ConvertOptions
@@ -32,7 +32,7 @@ PATHS = [
 ]
 
 
-def choose(text: str, base: Quantization | None = None) -> dict[str, Choice]:
+def choose(text: str, base: Quantization | None = None) -> dict[str, LayerTarget]:
     return parse_recipe(text, "mine").choose(PATHS, base)
 
 
@@ -63,10 +63,12 @@ def rule(text: str) -> set[str]:
     ],
 )
 def test_roles(role: str, paths: list[str]) -> None:
-    made = parse_recipe(f'[[rules]]\nrole = "{role}"\nspec = 8', "mine")
+    recipe = parse_recipe(f'[[rules]]\nrole = "{role}"\nspec = 8', "mine")
     others = ["model.norm", "l.0.mlp.gate_up", "l.0.attn_output", "l.0.attention.output.dense"]
-    assert set(made.choose([*paths, *others], None)) - set(paths) <= {"l.0.attention.output.dense"}
-    assert set(paths) <= set(made.choose(paths, None))
+    assert set(recipe.choose([*paths, *others], None)) - set(paths) <= {
+        "l.0.attention.output.dense"
+    }
+    assert set(paths) <= set(recipe.choose(paths, None))
 
 
 def test_no_role_goes_untested() -> None:
@@ -75,8 +77,8 @@ def test_no_role_goes_untested() -> None:
 
 
 def test_experts_are_no_shared_experts() -> None:
-    made = parse_recipe('[[rules]]\nrole = "experts"\nspec = 3', "mine")
-    assert made.choose(["l.0.mlp.shared_experts.up_proj", "l.0.mlp.gate"], None) == {}
+    recipe = parse_recipe('[[rules]]\nrole = "experts"\nspec = 3', "mine")
+    assert recipe.choose(["l.0.mlp.shared_experts.up_proj", "l.0.mlp.gate"], None) == {}
 
 
 def test_match_is_searched_in_the_path() -> None:
@@ -106,12 +108,12 @@ def test_the_last_rule_that_fits_wins() -> None:
         spec = "skip"
     """
     found = choose(text)
-    assert found["model.layers.3.mlp.down_proj"] == Choice(AFFINE(64, 6), True, 1)
-    assert found["model.layers.3.mlp.experts.3.down_proj"] == Choice(SKIP, True, 2)
+    assert found["model.layers.3.mlp.down_proj"] == LayerTarget(AFFINE(64, 6), True, 1)
+    assert found["model.layers.3.mlp.experts.3.down_proj"] == LayerTarget(SKIP, True, 2)
 
 
 def test_a_rule_that_only_counts_blocks_points_at_no_kind_of_layer() -> None:
-    assert not choose("[[rules]]\nfirst = 1\nspec = 8")["model.layers.0.mlp.gate"].points
+    assert not choose("[[rules]]\nfirst = 1\nspec = 8")["model.layers.0.mlp.gate"].explicit
 
 
 @pytest.mark.parametrize(
@@ -177,7 +179,7 @@ def test_the_docs_describe_every_recipe_and_role() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wishes", "default"),
+    ("options", "default"),
     [
         ({}, AFFINE(32, 3)),
         ({"bits": 5}, AFFINE(32, 5)),
@@ -187,11 +189,11 @@ def test_the_docs_describe_every_recipe_and_role() -> None:
     ],
 )
 def test_what_is_said_replaces_the_default(
-    wishes: dict, default: Quantization, tmp_path: Path
+    options: dict, default: Quantization, tmp_path: Path
 ) -> None:
     (tmp_path / "mine.toml").write_text("[default]\nbits = 3\ngroup_size = 32\n")
     assert (
-        ConvertOptions.from_arguments(recipe=tmp_path / "mine.toml", **wishes).quantization
+        ConvertOptions.from_arguments(recipe=tmp_path / "mine.toml", **options).quantization
         == default
     )
 
@@ -280,7 +282,7 @@ def test_a_recipe_turns_the_search_on(tmp_path: Path) -> None:
     assert ConvertOptions.from_arguments(recipe=file).search == "fast"
     assert ConvertOptions.from_arguments(recipe=file, search="best").search == "best"
     recipe = load_recipe(file)
-    assert parse_recipe(toml_of(recipe), str(file)) == recipe
+    assert parse_recipe(to_toml(recipe), str(file)) == recipe
     assert ConvertOptions.from_dict(
         ConvertOptions.from_arguments(recipe=file).to_dict()
     ) == ConvertOptions.from_arguments(recipe=file)

@@ -187,9 +187,13 @@ def test_config_has_value_equality():
 
 def test_config_copies_and_pickles():
     config = PerLayerQuantization(Quantization(64, 4), {"up": SKIP, "down": Quantization(32, 8)})
-    for twin in (copy.deepcopy(config), copy.copy(config), pickle.loads(pickle.dumps(config))):
-        assert twin == config
-        assert twin.per_layer["up"] is SKIP
+    for counterpart in (
+        copy.deepcopy(config),
+        copy.copy(config),
+        pickle.loads(pickle.dumps(config)),
+    ):
+        assert counterpart == config
+        assert counterpart.per_layer["up"] is SKIP
 
 
 def test_block_with_the_default_alone():

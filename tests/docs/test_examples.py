@@ -49,8 +49,8 @@ def test_no_example_is_forgotten() -> None:
 
 
 def test_awq_in_memory(awq: Path, tmp_path: Path) -> None:
-    said = run(sys.executable, EXAMPLES / "awq_in_memory.py", awq, cwd=tmp_path)
-    assert "block 0: (1, 128)" in said
+    declared = run(sys.executable, EXAMPLES / "awq_in_memory.py", awq, cwd=tmp_path)
+    assert "block 0: (1, 128)" in declared
 
 
 def test_the_awq_folder_holds_the_model(awq: Path, tmp_path: Path) -> None:
@@ -67,8 +67,8 @@ def test_the_awq_folder_holds_the_model(awq: Path, tmp_path: Path) -> None:
 
 
 def test_mixed_precision(tmp_path: Path) -> None:
-    said = run(sys.executable, EXAMPLES / "mixed_precision.py", MICRO, "out", cwd=tmp_path)
-    assert [line.split(":")[0] for line in said.splitlines()] == ["flat", "mixed"]
+    declared = run(sys.executable, EXAMPLES / "mixed_precision.py", MICRO, "out", cwd=tmp_path)
+    assert [line.split(":")[0] for line in declared.splitlines()] == ["flat", "mixed"]
     plan = requant.plan(MICRO, recipe=EXAMPLES / "mixed.toml")
     assert {x.target for x in plan.layers if x.treatment == "quantized"} == {
         "affine 3-bit g64",
@@ -84,8 +84,8 @@ def test_back_to_dense(awq: Path, tmp_path: Path) -> None:
 
 
 def test_converting_in_ci(tmp_path: Path) -> None:
-    said = run(EXAMPLES / "convert_in_ci.sh", MICRO, "out", "--bits", "6", cwd=tmp_path)
-    assert said.splitlines()[-1].startswith("6.5")
+    declared = run(EXAMPLES / "convert_in_ci.sh", MICRO, "out", "--bits", "6", cwd=tmp_path)
+    assert declared.splitlines()[-1].startswith("6.5")
     assert (tmp_path / "out" / "requant.json").is_file()
 
 
@@ -129,8 +129,8 @@ def int8_folder(folder: Path, **changed: np.ndarray) -> tuple[np.ndarray, np.nda
 
 def test_a_format_of_ones_own(int8_rows: Path, tmp_path: Path) -> None:
     codes, scales = int8_folder(tmp_path / "source")
-    said = run("requant", "convert", "source", "out", cwd=tmp_path, path=int8_rows)
-    assert "int8-rows" in said and "exact" in said
+    declared = run("requant", "convert", "source", "out", cwd=tmp_path, path=int8_rows)
+    assert "int8-rows" in declared and "exact" in declared
     found = load_file(tmp_path / "out" / "model.safetensors")
     stored = found["up.weight"].view(np.uint8)  # eight bits: one code a byte
     values = stored * found["up.scales"].repeat(128, 1).astype(np.float64)[:, :128]
@@ -152,20 +152,20 @@ def test_what_is_wrong_is_named(int8_rows: Path, tmp_path: Path) -> None:
     """A scale of another layer, and one that is not there: both at once, each with a way out."""
     lone = {"up.scale": np.ones(3, np.float16), "down.weight": np.ones((4, 128), np.int8)}
     int8_folder(tmp_path / "source", **lone)
-    code, said = answer(tmp_path / "source", int8_rows)
+    code, declared = answer(tmp_path / "source", int8_rows)
     assert code == 1
-    assert "up.weight: I8 [4, 128] with scale F16 [3], expected I8 [out, in]" in said
-    assert "F16 or BF16 [out]; export the model again" in said
-    assert "down.weight: has no down.scale; take both from one export" in said
+    assert "up.weight: I8 [4, 128] with scale F16 [3], expected I8 [out, in]" in declared
+    assert "F16 or BF16 [out]; export the model again" in declared
+    assert "down.weight: has no down.scale; take both from one export" in declared
 
 
 def test_broken_plug_ins_are_all_named(tmp_path: Path) -> None:
     points = {"absent": "no_such_module_here:Format", "wrong": "collections:OrderedDict"}
     site = install(tmp_path / "site", points, "broken-formats")
     int8_folder(tmp_path / "source")
-    code, said = answer(tmp_path / "source", site)
-    assert code == 1 and "Traceback" not in said
-    absent, wrong = said.splitlines()[-2:]
+    code, declared = answer(tmp_path / "source", site)
+    assert code == 1 and "Traceback" not in declared
+    absent, wrong = declared.splitlines()[-2:]
     assert "'absent' (no_such_module_here:Format of broken-formats 1.0)" in absent
     assert "ModuleNotFoundError" in absent and "repair or uninstall it" in absent
     assert "is OrderedDict without name (a str), claims(), read()" in wrong

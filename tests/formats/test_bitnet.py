@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import requant
 from tests.support.checkpoints import write_quantized
-from tests.support.conversions import refusal
+from tests.support.conversions import rejection
 from tests.support.fixture_checks import check_fixture
 from tests.support.layers.bitnet import BLOCK, layer
 from tests.support.logits import check_logits
@@ -76,10 +76,10 @@ def test_any_shape(
     block = BLOCK | {"linear_class": "bitlinear" if divides else "autobitlinear"}
     with tempfile.TemporaryDirectory() as name:
         source = write_quantized(Path(name) / "source", tensors, block)
-        wishes: dict[str, Any] = {"layout": "keep", "chunk_bytes": chunk_bytes, "dtype": "float32"}
-        requant.convert(source, Path(name) / "dense", dequantize=True, **wishes)
+        options: dict[str, Any] = {"layout": "keep", "chunk_bytes": chunk_bytes, "dtype": "float32"}
+        requant.convert(source, Path(name) / "dense", dequantize=True, **options)
         dense = read_folder(Path(name) / "dense")["up.weight"]
-        requant.convert(source, Path(name) / "out", **wishes)
+        requant.convert(source, Path(name) / "out", **options)
         made = read_folder(Path(name) / "out")
     expected = ternary / np.float32(3) if divides else ternary * np.float32(0.375)
     assert np.array_equal(dense, expected)
@@ -138,9 +138,9 @@ def test_damaged_folders_are_refused(change: Change, words: str, tmp_path: Path)
     block: dict[str, Any] = dict(BLOCK)
     change(tensors, block)
     source = write_quantized(tmp_path / "source", tensors, block)
-    assert words in refusal(source, tmp_path / "out")
+    assert words in rejection(source, tmp_path / "out")
 
 
 def test_dense_weights_are_refused(tmp_path: Path) -> None:
     source = write_quantized(tmp_path / "source", {"up.weight": np.zeros((8, 32), BF16)}, BLOCK)
-    assert "but no weight is U8" in refusal(source, tmp_path / "out")
+    assert "but no weight is U8" in rejection(source, tmp_path / "out")

@@ -16,16 +16,16 @@ from hypothesis import strategies as st
 
 import requant
 from tests.support.checkpoints import write_quantized
-from tests.support.conversions import refusal
+from tests.support.conversions import rejection
 from tests.support.layers.bitsandbytes import BLOCK, NF4, STATE, table
 from tests.support.mlx_reference import affine
 from tests.support.safetensors_files import read_folder
 
 
-def dense(tensors: dict[str, np.ndarray], folder: Path, **wishes: Any) -> np.ndarray:
+def dense(tensors: dict[str, np.ndarray], folder: Path, **options: Any) -> np.ndarray:
     source = write_quantized(folder / "source", tensors, BLOCK)
     requant.convert(
-        source, folder / "dense", layout="keep", dequantize=True, dtype="float32", **wishes
+        source, folder / "dense", layout="keep", dequantize=True, dtype="float32", **options
     )
     return read_folder(folder / "dense")["up.weight"]
 
@@ -106,8 +106,8 @@ Change = Callable[[dict[str, Any]], Any]
 
 def state(**fields: Any) -> Change:
     def change(tensors: dict[str, Any]) -> None:
-        said = json.loads(tensors[STATE].tobytes())
-        tensors[STATE] = np.frombuffer(json.dumps(said | fields).encode(), np.uint8)
+        declared = json.loads(tensors[STATE].tobytes())
+        tensors[STATE] = np.frombuffer(json.dumps(declared | fields).encode(), np.uint8)
 
     return change
 
@@ -181,4 +181,4 @@ def test_damaged_folders_are_refused(change: Change, words: str, tmp_path: Path)
     tensors, _ = table((8, 64))
     change(tensors)
     source = write_quantized(tmp_path / "source", tensors, BLOCK)
-    assert words in refusal(source, tmp_path / "out")
+    assert words in rejection(source, tmp_path / "out")

@@ -201,8 +201,8 @@ def test_packed_layers_of_any_shape(
     expected = exact_values(signed, scale, 0 if zeros is None else zeros, group)
     with tempfile.TemporaryDirectory() as place:
         folder = write_quantized(Path(place) / "s", tensors, config)
-        wishes = {"dequantize": True, "dtype": "float32", "chunk_bytes": 3000, "threads": 2}
-        out, _ = convert(folder, Path(place) / "dense", **wishes)
+        options = {"dequantize": True, "dtype": "float32", "chunk_bytes": 3000, "threads": 2}
+        out, _ = convert(folder, Path(place) / "dense", **options)
         assert np.array_equal(out["up.weight"], expected)
         out, report = convert(folder, Path(place) / "kept", chunk_bytes=3000)
     layer = report.plan.layers[0]

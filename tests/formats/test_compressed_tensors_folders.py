@@ -69,5 +69,5 @@ def test_mixed_precision(tmp_path: Path) -> None:
     values = read_file(fixture(name) / "expected.safetensors")
     packed = [n.removesuffix(".weight") for n in values if ".mlp." in n]
     classes = {"": "re-encoded"} | dict.fromkeys(packed, "exact")
-    wishes = {"overrides": ["self_attn=mxfp8"]}
-    check_fixture(name, tmp_path, classes, largest_rms=0.03, **wishes)
+    options = {"overrides": ["self_attn=mxfp8"]}
+    check_fixture(name, tmp_path, classes, largest_rms=0.03, **options)

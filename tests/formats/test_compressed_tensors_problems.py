@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.support.checkpoints import write_quantized
-from tests.support.conversions import convert, refusal
+from tests.support.conversions import convert, rejection
 from tests.support.layers.compressed_tensors import Tensors, block, packed
 from tests.support.number_formats import BF16, e4m3
 
@@ -197,7 +197,7 @@ def test_corrupted_folders_are_refused(name: str, tmp_path: Path) -> None:
     change, words = CORRUPTIONS[name]
     tensors, config = good(), block(group_size=32, symmetric=False)
     change(tensors, config)
-    text = refusal(write_quantized(tmp_path / "source", tensors, config), tmp_path / "out")
+    text = rejection(write_quantized(tmp_path / "source", tensors, config), tmp_path / "out")
     for word in words:
         assert word in text
 
@@ -217,7 +217,7 @@ def test_layouts_that_only_the_version_tells(tmp_path: Path) -> None:
         assert tensors["up.weight_packed"].shape == (1, 6)
         config = block(num_bits=3, strategy="channel")
         folder = write_quantized(tmp_path / f"s{padded}", tensors, config)
-        text = refusal(folder, tmp_path / "none")
+        text = rejection(folder, tmp_path / "none")
         assert "up.weight_packed: I32 [1, 6] may hold 60 inputs of 3 bits" in text
         folder = write_quantized(tmp_path / version, tensors, config | {"version": version})
         out, _ = convert(folder, tmp_path / f"o{padded}")
@@ -227,7 +227,7 @@ def test_layouts_that_only_the_version_tells(tmp_path: Path) -> None:
 def test_codes_beyond_their_width(tmp_path: Path) -> None:
     tensors = {"up.weight": np.full((2, 64), 9, np.int8), "up.weight_scale": np.ones((2, 1), BF16)}
     config = block("int-quantized", num_bits=4, strategy="channel")
-    text = refusal(write_quantized(tmp_path / "source", tensors, config), tmp_path / "out")
+    text = rejection(write_quantized(tmp_path / "source", tensors, config), tmp_path / "out")
     assert "up: its codes are 9, but the config says 4 bits: -8 to 7" in text
 
 
@@ -235,7 +235,7 @@ def test_every_problem_is_named_at_once(tmp_path: Path) -> None:
     tensors = good()
     del tensors["up.weight_scale"]
     tensors["down.weight"] = e4m3(4, 32)
-    text = refusal(
+    text = rejection(
         write_quantized(tmp_path / "source", tensors, block(format="x")), tmp_path / "out"
     )
     assert all(word in text for word in ("up: ", "down.weight: ", ".format: is 'x'"))

@@ -13,7 +13,7 @@ import pytest
 import requant
 from requant.errors import Problem
 from requant.formats.ct_config import CtConfig
-from requant.formats.declared import Declared
+from requant.formats.declared import QuantizationBlock
 from tests.support.checkpoints import write_quantized
 from tests.support.conversions import convert
 from tests.support.layers.compressed_tensors import Tensors, block, packed
@@ -85,8 +85,8 @@ def test_every_preset_of_the_peer() -> None:
     widths |= dict.fromkeys(("MXFP6A16", "MXFP6A8"), 6)
     for name, bits in widths.items():
         problems: list[Problem] = []
-        found = Declared("here", {"config_groups": {name.lower(): ["Linear"]}})
-        scheme = CtConfig(found, problems).of("a.b")
+        block = QuantizationBlock("here", {"config_groups": {name.lower(): ["Linear"]}})
+        scheme = CtConfig(block, problems).of("a.b")
         assert (scheme.bits, problems) == (bits, []), name
         assert bits is None or scheme.kind == ("float" if "FP" in name[:4] else "int"), name
         assert scheme.symmetric is (None if bits is None else name != "W4A16_ASYM"), name

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import requant
-from tests.support.conversions import refusal
+from tests.support.conversions import rejection
 from tests.support.format_folders import SOURCES, Source
 from tests.support.number_formats import BF16
 from tests.support.plan_texts import note_texts
@@ -126,7 +126,7 @@ def test_blocks_that_a_list_does_not_hold(tmp_path: Path) -> None:
 def test_a_list_that_is_none(key: str, tmp_path: Path) -> None:
     source = SOURCES["fp8"]()
     block_of(source)[key] = "up"
-    text = refusal(source.write(tmp_path / "source"), tmp_path / "out", bits=8)
+    text = rejection(source.write(tmp_path / "source"), tmp_path / "out", bits=8)
     assert f"quantization_config.{key}: is 'up', expected a list of names" in text
 
 
@@ -135,7 +135,7 @@ def test_a_list_names_a_layer_that_is_not_whole(tmp_path: Path) -> None:
     source = SOURCES["modelopt-nvfp4"]()
     block_of(source)["exclude_modules"] = ["up"]
     del source.tensors["up.weight_scale"]
-    text = refusal(source.write(tmp_path / "source"), tmp_path / "out", bits=8)
+    text = rejection(source.write(tmp_path / "source"), tmp_path / "out", bits=8)
     assert "up." in text
 
 
@@ -154,7 +154,7 @@ SCHEME = {"weight": {"dtype": "int8", "qscheme": "per_channel"}}
 
 
 @pytest.mark.parametrize(
-    ("name", "said", "where"),
+    ("name", "declared", "where"),
     [
         (
             "modelopt-nvfp4",
@@ -167,10 +167,10 @@ SCHEME = {"weight": {"dtype": "int8", "qscheme": "per_channel"}}
     ],
 )
 def test_a_layer_that_is_called_quantized_and_is_not_stays_dense(
-    name: str, said: dict[str, Any], where: str, tmp_path: Path
+    name: str, declared: dict[str, Any], where: str, tmp_path: Path
 ) -> None:
     source = SOURCES[name]()
-    block_of(source).update(said)
+    block_of(source).update(declared)
     notes = converted(source, tmp_path)
     made = read_folder(tmp_path / "out")
     assert np.array_equal(made["head.weight"], source.values["head"])

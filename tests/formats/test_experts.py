@@ -61,7 +61,7 @@ def quantized_moe(folder: Path, pack: Pack, block: dict[str, Any]) -> tuple[Path
     return folder, dense
 
 
-def dense_twin(source: Path, folder: Path, dense: dict[str, np.ndarray]) -> Path:
+def dense_counterpart(source: Path, folder: Path, dense: dict[str, np.ndarray]) -> Path:
     """The values that the codes stand for, in a plain folder."""
     shutil.copytree(source, folder)
     write_file(folder / "model.safetensors", dense)
@@ -96,7 +96,7 @@ def test_awq_experts_are_stacked_with_their_codes(tmp_path: Path) -> None:
             path = f"model.layers.0.mlp.experts.{expert}.{name}.weight"
             assert np.array_equal(stack[expert], rounded(before[path])[0]), path
     assert {x.exactness for x in report.plan.layers} == {"exact"}  # float32 rounds nothing
-    wanted = logits(dense_twin(source, tmp_path / "dense", dense))
+    wanted = logits(dense_counterpart(source, tmp_path / "dense", dense))
     assert np.abs(logits(tmp_path / "out") - wanted).max() <= 2e-5 * np.abs(wanted).max()
 
 

@@ -27,8 +27,8 @@ GGUF = [name for name in NAMES if name.startswith("gguf-")]
 def test_values_of_the_tool(name: str, tmp_path: Path) -> None:
     """Of the cut, whether the full one is there or not."""
     folder = cut_fixture(name)
-    wishes = {"dequantize": True, "dtype": "float32", "layout": "keep"}
-    requant.convert(folder / "checkpoint", tmp_path / "dense", **wishes)
+    options = {"dequantize": True, "dtype": "float32", "layout": "keep"}
+    requant.convert(folder / "checkpoint", tmp_path / "dense", **options)
     made = read_folder(tmp_path / "dense")
     expected = read_file(folder / "expected.safetensors")
     compared = [key for key in expected if key.endswith(".weight")]

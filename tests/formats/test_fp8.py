@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import requant
 from tests.support.checkpoints import write_quantized
-from tests.support.conversions import refusal
+from tests.support.conversions import rejection
 from tests.support.mlx_reference import float_values
 from tests.support.number_formats import BF16, E4M3, E8M0, e4m3
 from tests.support.plan_texts import note_texts
@@ -120,7 +120,7 @@ def test_fnuz_bytes(tmp_path: Path) -> None:
     folder = write_quantized(tmp_path / "source", tensors, {"quant_method": "fp8"})
     expected = codes.view(E4M3).astype(np.float32) / 2 * 4
     assert np.array_equal(dense(folder, tmp_path / "out")["up.weight"], expected)
-    assert "no mode of MLX" in refusal(folder, tmp_path / "kept")
+    assert "no mode of MLX" in rejection(folder, tmp_path / "kept")
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_one_other_scale_and_the_layer_is_not_mxfp8(tmp_path: Path) -> None:
     scales = np.full((2, 2), 0.5, np.float32)
     scales[1, 1] = np.nextafter(np.float32(0.5), np.float32(1))
     tensors = {"up.weight": e4m3(200, 160), "up.weight_scale_inv": scales}
-    assert "--bits 4" in refusal(
+    assert "--bits 4" in rejection(
         write_quantized(tmp_path / "source", tensors, FP8), tmp_path / "out"
     )
 
@@ -337,7 +337,7 @@ def test_corrupted_folders_are_refused(
 ) -> None:
     tensors = {k: v for k, v in (good() | changes).items() if v is not None}
     folder = write_quantized(tmp_path / "source", tensors, block)
-    text = refusal(folder, tmp_path / "out")
+    text = rejection(folder, tmp_path / "out")
     for word in words:
         assert word in text
 
@@ -347,7 +347,7 @@ def test_not_a_number_is_found_while_it_is_encoded(tmp_path: Path) -> None:
     tensors["up.weight"].view(np.uint8)[77, 3] = 0x7F
     tensors["up.weight_scale_inv"][:] = 0.3
     folder = write_quantized(tmp_path / "source", tensors, FP8)
-    text = refusal(folder, tmp_path / "out", bits=4)
+    text = rejection(folder, tmp_path / "out", bits=4)
     assert "up.weight: 1 value is NaN or infinite, first in row 77" in text
 
 

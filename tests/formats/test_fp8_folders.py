@@ -17,9 +17,9 @@ BLOCKS = ["fp8-block-llama", "fp8-block-deepseek-edge"]
 
 @pytest.mark.parametrize("name", BLOCKS)
 def test_blocks_without_a_wish_explain_the_choices(name: str, tmp_path: Path) -> None:
-    with pytest.raises(requant.UsageError) as refused:
+    with pytest.raises(requant.UsageError) as rejected:
         requant.convert(fixture(name) / "checkpoint", tmp_path / "out", layout="keep")
-    text = str(refused.value)
+    text = str(rejected.value)
     assert "fp8 e4m3, one scale for 128x128" in text
     for option in ("--bits 8", "--bits 4", "--mode mxfp8", "--dequantize"):
         assert option in text

@@ -11,7 +11,7 @@ import pytest
 
 import requant
 from tests.support.checkpoints import write_quantized
-from tests.support.conversions import refusal
+from tests.support.conversions import rejection
 from tests.support.fixture_checks import same_in_memory
 from tests.support.layers.fp_quant import block, layer
 from tests.support.mlx_reference import float_values
@@ -93,4 +93,4 @@ def test_what_is_not_read_is_refused(change: Change, words: str, tmp_path: Path)
     config = block()
     change(tensors, config)
     source = write_quantized(tmp_path / "source", tensors, config)
-    assert words in refusal(source, tmp_path / "out")
+    assert words in rejection(source, tmp_path / "out")

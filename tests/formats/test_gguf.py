@@ -98,10 +98,10 @@ def test_logits(name: str, tmp_path: Path) -> None:
 
 def test_inspect_and_plan_say_what_is_stored() -> None:
     source = fixture("gguf-q4_k_m") / "checkpoint" / "model.gguf"
-    found = requant.inspect(source)
-    assert found.format == "gguf"
-    assert found.evidence == "model.gguf: architecture 'llama'"
-    assert set(found.encodings) == {"gguf Q4_K", "gguf Q5_0", "gguf Q6_K", "gguf Q8_0", "F32"}
+    inspection = requant.inspect(source)
+    assert inspection.format == "gguf"
+    assert inspection.evidence == "model.gguf: architecture 'llama'"
+    assert set(inspection.encodings) == {"gguf Q4_K", "gguf Q5_0", "gguf Q6_K", "gguf Q8_0", "F32"}
     layers = {layer.layer: layer for layer in requant.plan(source).layers}
     assert layers["lm_head"].target == "affine 8-bit g32"
     assert "covers fewer values" in reason_text(layers["lm_head"])
@@ -282,5 +282,7 @@ def test_every_type_of_blocks_is_converted(tmp_path: Path) -> None:
     for name, values in expected.items():
         assert np.array_equal(dense[name], values), name
     layers = {layer.layer: layer for layer in requant.plan(source).layers}
-    anew = {name.upper() for name, layer in layers.items() if layer.treatment == "requantized"}
-    assert anew == {"Q2_K", "Q3_K", "Q6_K", "IQ2_XS", "IQ2_S", "IQ1_M"}
+    requantized = {
+        name.upper() for name, layer in layers.items() if layer.treatment == "requantized"
+    }
+    assert requantized == {"Q2_K", "Q3_K", "Q6_K", "IQ2_XS", "IQ2_S", "IQ1_M"}

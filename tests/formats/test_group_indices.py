@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import requant
-from tests.support.conversions import refusal
+from tests.support.conversions import rejection
 from tests.support.format_folders import IN, SOURCES, Source
 from tests.support.safetensors_files import read_folder
 
@@ -22,24 +22,24 @@ INDICES: dict[str, np.ndarray | None] = {
 METHODS = ("gptq", "auto-round")
 
 
-def source_with(method: str, index: str, **said: Any) -> Source:
+def source_with(method: str, index: str, **declared: Any) -> Source:
     source = SOURCES[method]()
     found = INDICES[index]
     if found is None:
         del source.tensors[NAME]
     else:
         source.tensors[NAME] = found
-    source.config["quantization_config"] |= said
+    source.config["quantization_config"] |= declared
     return source
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("index", INDICES)
-@pytest.mark.parametrize("said", [{}, {"desc_act": False}])
+@pytest.mark.parametrize("declared", [{}, {"desc_act": False}])
 def test_in_order_where_nothing_says_otherwise(
-    method: str, index: str, said: dict[str, Any], tmp_path: Path
+    method: str, index: str, declared: dict[str, Any], tmp_path: Path
 ) -> None:
-    source = source_with(method, index, **said)
+    source = source_with(method, index, **declared)
     options: dict[str, Any] = {"layout": "keep", "dequantize": True, "dtype": "float32"}
     requant.convert(source.write(tmp_path / "source"), tmp_path / "out", **options)
     made = read_folder(tmp_path / "out")
@@ -52,7 +52,7 @@ def test_in_order_where_nothing_says_otherwise(
 def test_an_order_that_is_said_and_not_there(method: str, index: str, tmp_path: Path) -> None:
     """Codes read in another order than theirs are other values, and nothing shows it."""
     folder = source_with(method, index, desc_act=True).write(tmp_path / "source")
-    message = refusal(folder, tmp_path / "out")
+    message = rejection(folder, tmp_path / "out")
     assert (
         "up.g_idx: puts every input into group 0 of 4" in message or "up: has no g_idx" in message
     )
@@ -64,14 +64,14 @@ def test_a_layers_own_rule_decides(desc_act: bool, tmp_path: Path) -> None:
     source = source_with("gptq", "missing", desc_act=not desc_act, **rules)
     folder = source.write(tmp_path / "source")
     if desc_act:
-        assert "desc_act" in refusal(folder, tmp_path / "out")
+        assert "desc_act" in rejection(folder, tmp_path / "out")
     else:
         requant.convert(folder, tmp_path / "out", layout="keep")
 
 
 def test_the_advice_of_the_refusal_works(tmp_path: Path) -> None:
-    refused = source_with("gptq", "missing", desc_act=True).write(tmp_path / "refused")
-    assert "say false there" in refusal(refused, tmp_path / "out")
+    rejected = source_with("gptq", "missing", desc_act=True).write(tmp_path / "refused")
+    assert "say false there" in rejection(rejected, tmp_path / "out")
     mended = source_with("gptq", "missing", desc_act=False).write(tmp_path / "mended")
     requant.convert(mended, tmp_path / "out", layout="keep")
 

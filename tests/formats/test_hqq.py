@@ -14,17 +14,17 @@ from hypothesis import strategies as st
 
 import requant
 from tests.support.checkpoints import write_quantized
-from tests.support.conversions import refusal
+from tests.support.conversions import rejection
 from tests.support.layers.hqq import BLOCK, PACKINGS, layer, random_view, text
 from tests.support.mlx_reference import affine
 from tests.support.safetensors_files import read_folder
 
 
-def dense(tensors: dict[str, np.ndarray], folder: Path, **wishes: Any) -> np.ndarray:
+def dense(tensors: dict[str, np.ndarray], folder: Path, **options: Any) -> np.ndarray:
     """Values of the layer, converted from a folder and in memory; both must agree."""
     source = write_quantized(folder / "source", tensors, BLOCK)
     requant.convert(
-        source, folder / "dense", layout="keep", dequantize=True, dtype="float32", **wishes
+        source, folder / "dense", layout="keep", dequantize=True, dtype="float32", **options
     )
     return read_folder(folder / "dense")["up.weight"]
 
@@ -223,10 +223,10 @@ def test_damaged_folders_are_refused(change: Change, words: str, tmp_path: Path)
     tensors, _ = layer(random_view(24, 32, 4), (12, 64), "4bit_u8")
     change(tensors)
     source = write_quantized(tmp_path / "source", tensors, BLOCK)
-    assert words in refusal(source, tmp_path / "out")
+    assert words in rejection(source, tmp_path / "out")
 
 
 def test_codes_beyond_their_width_are_refused(tmp_path: Path) -> None:
     tensors, _ = layer(random_view(24, 32, 8), (12, 64), "8bit_u8", nbits=5)
     source = write_quantized(tmp_path / "source", tensors, BLOCK)
-    assert "but nbits says 5: 0 to 31" in refusal(source, tmp_path / "out")
+    assert "but nbits says 5: 0 to 31" in rejection(source, tmp_path / "out")

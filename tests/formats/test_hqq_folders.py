@@ -12,7 +12,7 @@ from tests.support.plan_texts import reason_text
 
 # Most that a bias may be off, in steps: half a unit in the last place of the largest zero.
 ROWS = {"hqq-b2-g32": 0.002, "hqq-b3-g64": 0.03, "hqq-b4-g64": 0.0075, "hqq-b8-g64": 0.87}
-SAID = {
+DECLARED = {
     name: f"rounded to {word}: biases by at most {part} of themselves, {steps} steps for a zero of "
     f"{middle}"
     for name, word, part, steps, middle in (
@@ -28,7 +28,7 @@ SAID = {
 def test_axis_1_keeps_its_codes(name: str, tmp_path: Path) -> None:
     checked = check_fixture(name, tmp_path, "rounded", bound=ROWS[name])
     bounds = {layer.bound for layer in checked.report.plan.layers if layer.bound}
-    assert bounds == {SAID[name]}
+    assert bounds == {DECLARED[name]}
 
 
 @pytest.mark.parametrize("name", ROWS)

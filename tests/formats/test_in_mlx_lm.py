@@ -50,7 +50,7 @@ def test_the_comparison_can_fail(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "wishes", "room"), FOLDERS, ids=[f"{n}-{'-'.join(w)}" for n, w, _ in FOLDERS]
+    ("name", "options", "room"), FOLDERS, ids=[f"{n}-{'-'.join(w)}" for n, w, _ in FOLDERS]
 )
-def test_logits(name: str, wishes: dict[str, Any], room: float, tmp_path: Path) -> None:
-    check_logits(name, tmp_path, room, layout="mlx-lm", **wishes)
+def test_logits(name: str, options: dict[str, Any], room: float, tmp_path: Path) -> None:
+    check_logits(name, tmp_path, room, layout="mlx-lm", **options)

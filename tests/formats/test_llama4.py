@@ -54,16 +54,16 @@ def folders(tmp_path: Path, exponents: bool = False) -> tuple[Path, Path]:
 BLOCK = {"quantization_config": {"quant_method": "fbgemm_fp8", "modules_to_not_convert": []}}
 
 
-@pytest.mark.parametrize("wishes", [{"bits": 8}, {"mode": "mxfp4"}, {"dequantize": True}], ids=str)
-def test_experts_as_from_dense_weights(wishes: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [{"bits": 8}, {"mode": "mxfp4"}, {"dequantize": True}], ids=str)
+def test_experts_as_from_dense_weights(options: dict[str, Any], tmp_path: Path) -> None:
     """Each tensor is what the dense bfloat16 twin gives, byte for byte; mlx-lm loads it."""
     from mlx_lm.utils import load_model
 
-    source, twin = folders(tmp_path)
-    if "dequantize" not in wishes:
-        wishes = wishes | {"only": [r"experts\."]}
-    requant.convert(source, tmp_path / "out", layout="mlx-lm", chunk_bytes=3000, **wishes)
-    requant.convert(twin, tmp_path / "wanted", layout="mlx-lm", **wishes)
+    source, counterpart = folders(tmp_path)
+    if "dequantize" not in options:
+        options = options | {"only": [r"experts\."]}
+    requant.convert(source, tmp_path / "out", layout="mlx-lm", chunk_bytes=3000, **options)
+    requant.convert(counterpart, tmp_path / "wanted", layout="mlx-lm", **options)
     made, wanted = read_folder(tmp_path / "out"), read_folder(tmp_path / "wanted")
     assert made.keys() == wanted.keys()
     assert f"{EXPERTS}.gate_proj.weight" in made
@@ -73,9 +73,9 @@ def test_experts_as_from_dense_weights(wishes: dict[str, Any], tmp_path: Path) -
 
 def test_powers_of_two_need_no_wish(tmp_path: Path) -> None:
     """mxfp8 holds the values; they are computed anew, because the rule turns them."""
-    source, twin = folders(tmp_path, exponents=True)
+    source, counterpart = folders(tmp_path, exponents=True)
     report = requant.convert(source, tmp_path / "out", layout="mlx-lm")
-    requant.convert(twin, tmp_path / "wanted", layout="mlx-lm", dequantize=True)
+    requant.convert(counterpart, tmp_path / "wanted", layout="mlx-lm", dequantize=True)
     made, wanted = read_folder(tmp_path / "out"), read_folder(tmp_path / "wanted")
     spec = {"group_size": 32, "bits": 8, "mode": "mxfp8"}
     for name in ("gate_proj", "up_proj", "down_proj"):
@@ -87,6 +87,6 @@ def test_powers_of_two_need_no_wish(tmp_path: Path) -> None:
 
 def test_without_a_wish_the_choices_are_named(tmp_path: Path) -> None:
     source, _ = folders(tmp_path)
-    with pytest.raises(requant.RequantError, match="say what it becomes") as refused:
+    with pytest.raises(requant.RequantError, match="say what it becomes") as rejected:
         requant.convert(source, tmp_path / "out", layout="mlx-lm")
-    assert "experts" in str(refused.value)
+    assert "experts" in str(rejected.value)

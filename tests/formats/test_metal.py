@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import requant
 from tests.support.checkpoints import write_quantized
-from tests.support.conversions import refusal
+from tests.support.conversions import rejection
 from tests.support.layers.metal import block, layer
 from tests.support.mlx_reference import affine
 from tests.support.number_formats import BF16
@@ -108,4 +108,4 @@ def test_damaged_folders_are_refused(change: Change, words: str, tmp_path: Path)
     config = block()
     change(tensors, config)
     source = write_quantized(tmp_path / "source", tensors, config)
-    assert words in refusal(source, tmp_path / "out")
+    assert words in rejection(source, tmp_path / "out")

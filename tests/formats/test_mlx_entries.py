@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import requant
-from tests.support.conversions import refusal
+from tests.support.conversions import rejection
 from tests.support.plan_texts import note_texts
 from tests.support.safetensors_files import read_folder
 
@@ -124,28 +124,28 @@ def test_what_is_wrong_is_named_by_its_entry(
     up: str, entry: Any, words: str, tmp_path: Path
 ) -> None:
     source = folder(tmp_path / "source", DEFAULT | {"up": entry}, UP[up])
-    text = refusal(source, tmp_path / "out")
+    text = rejection(source, tmp_path / "out")
     assert "config.json: quantization.up" in text
     assert words in text, text
 
 
 def test_every_entry_is_named_in_one_run(tmp_path: Path) -> None:
     block = DEFAULT | {"up": {"bits": "6"}, "down": {"group_size": []}}
-    text = refusal(folder(tmp_path / "source", block), tmp_path / "out")
+    text = rejection(folder(tmp_path / "source", block), tmp_path / "out")
     assert "config.json: quantization.up: 'bits'" in text
     assert "config.json: quantization.down: 'group_size'" in text
 
 
 def test_remarks_of_other_tools_name_no_layer(tmp_path: Path) -> None:
     block = DEFAULT | {"dataset": "wikitext", "version": 2, "tuned": None, "gone": {"bits": "x"}}
-    text = refusal(folder(tmp_path / "source", block), tmp_path / "out")
+    text = rejection(folder(tmp_path / "source", block), tmp_path / "out")
     assert "config.json: quantization.gone: 'bits'" in text
     del block["gone"]
     notes_of(folder(tmp_path / "b", block), tmp_path / "out", (64, 4, "affine"))
 
 
 def test_the_default_is_named_as_the_block(tmp_path: Path) -> None:
-    text = refusal(folder(tmp_path / "source", {"group_size": "64", "bits": 4}), tmp_path / "out")
+    text = rejection(folder(tmp_path / "source", {"group_size": "64", "bits": 4}), tmp_path / "out")
     assert "config.json: quantization: 'group_size' must be an integer, got '64'" in text
 
 
@@ -221,7 +221,7 @@ def test_two_entries_under_other_prefixes_that_differ(tmp_path: Path) -> None:
         "layers.0.up": {"group_size": 128, "bits": 4},
     }
     source = wrapped(tmp_path / "source", path, (64, 8, "affine"), DEFAULT | entries)
-    message = refusal(source, tmp_path / "out")
+    message = rejection(source, tmp_path / "out")
     assert f"{path}.scales" in message
     assert "affine 4-bit g128 or affine 8-bit g64" in message
 

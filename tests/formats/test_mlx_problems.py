@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.support.conversions import refusal
+from tests.support.conversions import rejection
 from tests.support.number_formats import BF16
 from tests.support.safetensors_files import write_file
 
@@ -121,5 +121,5 @@ def test_what_is_wrong_is_named(name: str, tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({"model_type": "llama", "quantization": block}))
     write_file(folder / "model.safetensors", tensors)
-    text = refusal(folder, tmp_path / "out") + "\n"
+    text = rejection(folder, tmp_path / "out") + "\n"
     assert all(word in text for word in words), text

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import requant
 from tests.support.checkpoints import write_quantized
-from tests.support.conversions import refusal
+from tests.support.conversions import rejection
 from tests.support.layers.modelopt import block
 from tests.support.mlx_reference import affine, float_values
 from tests.support.number_formats import BF16, E2M1, E4M3, e4m3, nibbles
@@ -34,10 +34,10 @@ def dense(tensors: dict[str, np.ndarray], config: dict[str, Any], folder: Path) 
 
 
 def converted(
-    tensors: dict[str, np.ndarray], config: dict[str, Any], folder: Path, **wishes: Any
+    tensors: dict[str, np.ndarray], config: dict[str, Any], folder: Path, **options: Any
 ) -> tuple[dict[str, np.ndarray], Any]:
     source = write_quantized(folder / "source", tensors, config)
-    report = requant.convert(source, folder / "out", **{"layout": "keep"} | wishes)
+    report = requant.convert(source, folder / "out", **{"layout": "keep"} | options)
     return read_folder(folder / "out"), report.plan.layers[0]
 
 
@@ -243,7 +243,7 @@ def test_damaged_folders_are_refused(change: Change, words: str, tmp_path: Path)
     tensors = nvfp4()
     change(tensors)
     source = write_quantized(tmp_path / "source", tensors, block("NVFP4"))
-    assert words in refusal(source, tmp_path / "out")
+    assert words in rejection(source, tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -258,4 +258,4 @@ def test_damaged_folders_are_refused(change: Change, words: str, tmp_path: Path)
 def test_configs_that_cannot_be_met(config: dict[str, Any], words: str, tmp_path: Path) -> None:
     tensors = nvfp4() | {"head.weight": np.ones((4, 32), np.float32)}
     source = write_quantized(tmp_path / "source", tensors, config)
-    assert words in refusal(source, tmp_path / "out")
+    assert words in rejection(source, tmp_path / "out")

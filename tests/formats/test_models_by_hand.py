@@ -149,14 +149,14 @@ def check(
     both: tuple[Tensors, Tensors],
     room: float,
     tmp_path: Path,
-    **wishes: Any,
+    **options: Any,
 ) -> tuple[Path, np.ndarray]:
     """Convert and compare; the source's folder and the logits of the dense values."""
     stored, dense = both
     wanted = logits(write_checkpoint(tmp_path / "dense", dense, config))
     quantized = config | {"quantization_config": block}
     source = write_checkpoint(tmp_path / "source", stored, quantized)
-    requant.convert(source, tmp_path / "out", layout="mlx-lm", **wishes)
+    requant.convert(source, tmp_path / "out", layout="mlx-lm", **options)
     error = np.abs(logits(tmp_path / "out") - wanted).max() / np.abs(wanted).max()
     assert error <= room, error
     return source, wanted
@@ -187,14 +187,14 @@ LLAMAS: dict[str, tuple[dict[str, Any], Coder, float, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("name", LLAMAS)
 def test_llamas(name: str, tmp_path: Path) -> None:
-    block, coder, room, wishes = LLAMAS[name]
+    block, coder, room, options = LLAMAS[name]
     source = fixture("ct-mxfp8")
     config = json.loads((source / "checkpoint" / "config.json").read_text())
     del config["quantization_config"]
     tensors = read_file(source / "checkpoint" / "model.safetensors")
     tensors = {key: array for key, array in tensors.items() if not key.endswith("_scale")}
     both = encoded(tensors, "_proj$", coder)
-    check(config, block, both, room, tmp_path, **wishes)
+    check(config, block, both, room, tmp_path, **options)
 
 
 K3_EXPERTS = unstacked(

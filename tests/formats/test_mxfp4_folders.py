@@ -9,7 +9,7 @@ import pytest
 
 import requant
 from tests.support.checkpoints import write_quantized
-from tests.support.conversions import refusal
+from tests.support.conversions import rejection
 from tests.support.fixture_checks import check_fixture
 from tests.support.mlx_reference import float_values
 from tests.support.number_formats import BF16
@@ -100,4 +100,6 @@ def test_corrupted_folders_are_refused(
     changes: dict[str, np.ndarray | None], words: str, tmp_path: Path
 ) -> None:
     tensors = {k: v for k, v in (good() | changes).items() if v is not None}
-    assert words in refusal(write_quantized(tmp_path / "source", tensors, BLOCK), tmp_path / "out")
+    assert words in rejection(
+        write_quantized(tmp_path / "source", tensors, BLOCK), tmp_path / "out"
+    )

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import requant
-from tests.support.conversions import refusal
+from tests.support.conversions import rejection
 from tests.support.format_folders import SOURCES, Source
 from tests.support.number_formats import BF16
 from tests.support.plan_texts import note_texts
@@ -107,7 +107,7 @@ def test_a_nested_block_of_no_format_that_is_read_is_named(tmp_path: Path) -> No
         tmp_path / "source",
         {"llm_config": {"quantization_config": {"quant_method": "other"}}},
     )
-    text = refusal(folder, tmp_path / "out", bits=8)
+    text = rejection(folder, tmp_path / "out", bits=8)
     assert "config.json: llm_config.quantization_config: quant_method 'other' is none" in text
 
 
@@ -159,7 +159,7 @@ def test_two_that_fit_and_mean_other_values_are_refused_by_name(place: str, tmp_
     folder = write(source, tmp_path / "source", config)
     if not nested:
         (folder / place).write_text(json.dumps(second))
-    text = refusal(folder, tmp_path / "out")
+    text = rejection(folder, tmp_path / "out")
     where = "config.json: text_config.quantization_config" if nested else place
     assert "config.json: quantization_config: and" in text
     assert f"and {where} contradict each other (checkpoint_format), and the tensors fit" in text

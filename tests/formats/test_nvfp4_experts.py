@@ -18,9 +18,9 @@ import pytest
 import requant
 from requant.checkpoint import StoredTensor
 from requant.dtypes import TensorInfo
-from requant.formats.base import Rows, SourceLayer
+from requant.formats.base import RowRange, SourceLayer
 from requant.formats.float_packings import GlobalScales, NvBlocks
-from requant.formats.nvfp4_layers import kept_apart
+from requant.formats.nvfp4_layers import kept_separate
 from tests.support.checkpoints import model
 from tests.support.number_formats import E2M1, e4m3
 from tests.support.plan_texts import note_texts, reason_text
@@ -140,9 +140,9 @@ def test_mlx_lm_loads_them_strictly(tmp_path: Path) -> None:
     entries = set[bool]()
     for name, only in (("all", ""), ("experts", "experts")):
         source = moe(tmp_path / name, "modelopt", only=only)
-        for wishes in ({}, {"overrides": ["_proj$=8", "switch_mlp=nvfp4"]}):
+        for options in ({}, {"overrides": ["_proj$=8", "switch_mlp=nvfp4"]}):
             shutil.rmtree(tmp_path / "out", ignore_errors=True)
-            requant.convert(source, tmp_path / "out", layout="mlx-lm", **wishes)
+            requant.convert(source, tmp_path / "out", layout="mlx-lm", **options)
             loaded, config = load_model(tmp_path / "out", strict=True)
             made = read_folder(tmp_path / "out")
             block = config["quantization"]
@@ -231,25 +231,25 @@ def test_which_scale_each_matrix_takes() -> None:
     two, other = stored_layer("two", 2, 4, 2), stored_layer("other", 1, 4, 1)
     shared = stored_layer("shared", 2, 4, 1)
 
-    def taken(shape: tuple[int, ...], *runs: Rows) -> list[tuple[str, int]] | None:
-        made = kept_apart(runs[0].layer, "x", shape, runs)
-        if made is None:
+    def taken(shape: tuple[int, ...], *runs: RowRange) -> list[tuple[str, int]] | None:
+        layer = kept_separate(runs[0].layer, "x", shape, runs)
+        if layer is None:
             return None
-        found = [(run, n) for run in made.global_scale for n in range(run.count)]
+        found = [(run, n) for run in layer.global_scale for n in range(run.count)]
         assert all(isinstance(run.layer.packing, GlobalScales) for run, _ in found)
         return [(run.layer.path, run.start + n) for run, n in found]
 
-    assert taken((2, 4, 32), Rows(two, 0, 8)) == [("two", 0), ("two", 1)]
-    halves = Rows(two, 0, 2), Rows(two, 4, 2)
+    assert taken((2, 4, 32), RowRange(two, 0, 8)) == [("two", 0), ("two", 1)]
+    halves = RowRange(two, 0, 2), RowRange(two, 4, 2)
     assert taken((2, 2, 32), *halves) == [("two", 0), ("two", 1)]
-    assert taken((2, 2, 32), Rows(two, 0, 4, 2)) == [("two", 0), ("two", 1)]
-    assert taken((2, 2, 32), Rows(two, 1, 4, 2)) == [("two", 0), ("two", 1)]
-    both = Rows(two, 4, 4), Rows(other, 0, 4)
+    assert taken((2, 2, 32), RowRange(two, 0, 4, 2)) == [("two", 0), ("two", 1)]
+    assert taken((2, 2, 32), RowRange(two, 1, 4, 2)) == [("two", 0), ("two", 1)]
+    both = RowRange(two, 4, 4), RowRange(other, 0, 4)
     assert taken((2, 4, 32), *both) == [("two", 1), ("other", 0)]
-    assert taken((2, 4, 32), Rows(shared, 0, 8)) == [("shared", 0), ("shared", 0)]
-    assert taken((1, 8, 32), Rows(shared, 0, 8)) == [("shared", 0)]
-    assert taken((1, 8, 32), Rows(two, 0, 8)) is None
-    assert taken((1, 4, 32), Rows(two, 2, 2), Rows(other, 0, 2)) is None
+    assert taken((2, 4, 32), RowRange(shared, 0, 8)) == [("shared", 0), ("shared", 0)]
+    assert taken((1, 8, 32), RowRange(shared, 0, 8)) == [("shared", 0)]
+    assert taken((1, 8, 32), RowRange(two, 0, 8)) is None
+    assert taken((1, 4, 32), RowRange(two, 2, 2), RowRange(other, 0, 2)) is None
 
 
 @pytest.mark.parametrize(("shape", "width"), [((5,), 5), ((5, 1), 1), ((5, 1, 1), 1), ((1, 5), 5)])
@@ -261,9 +261,9 @@ def test_global_scales_out_of_any_shape(shape: tuple[int, ...], width: int) -> N
         wanted = np.float32(2688) / stored if divides else stored * np.float32(2688)
         for start in range(5):
             for stop in range(start + 1, 6):
-                cut = packing.cuts(start, stop)["tensor_scale"]
+                cut = packing.required_rects(start, stop)["tensor_scale"]
                 parts = {"tensor_scale": matrix[slice(*cut.rows), slice(*cut.columns)]}
                 out = np.empty((stop - start, 1), np.float32)
-                packing.dense(parts, start, stop, out, None)  # type: ignore[arg-type]
+                packing.decode(parts, start, stop, out, None)  # type: ignore[arg-type]
                 assert np.array_equal(out[:, 0], wanted.reshape(-1)[start:stop])
     assert replace(packing, divides=False) != packing

@@ -9,7 +9,7 @@ import pytest
 
 import requant
 from requant.schema import Quantization
-from tests.support.conversions import refusal
+from tests.support.conversions import rejection
 from tests.support.format_folders import SOURCES, Source, Tensors
 from tests.support.layers import packers
 from tests.support.number_formats import BF16, e4m3
@@ -47,7 +47,7 @@ SHARED = {
 }
 
 
-def beside(first: Source, second: Source) -> Source:
+def siblings(first: Source, second: Source) -> Source:
     """A folder with the config of the first, and the layers of both."""
     tensors = dict(first.tensors)
     for name in second.parts:
@@ -76,10 +76,10 @@ def check_values(made: Tensors, values: dict[str, np.ndarray]) -> None:
 @pytest.mark.parametrize("second", TELLING)
 @pytest.mark.parametrize("first", sorted(SOURCES))
 def test_both_are_read(first: str, second: str, tmp_path: Path) -> None:
-    source = beside(SOURCES[first](), SOURCES[second]())
+    source = siblings(SOURCES[first](), SOURCES[second]())
     if (first, second) == ("ct-int4", "quark"):  # a config that demands zeros of every layer
         folder = source.write(tmp_path / "source")
-        assert "other.up: has no weight_zero_point" in refusal(folder, tmp_path / "out", bits=8)
+        assert "other.up: has no weight_zero_point" in rejection(folder, tmp_path / "out", bits=8)
         return
     made, _ = dense_of(source.write(tmp_path / "source"), tmp_path / "out")
     check_values(made, source.values)
@@ -97,9 +97,9 @@ UNREADABLE = [
 def test_what_has_several_readings_is_refused_by_name(
     first: str, second: str, tmp_path: Path
 ) -> None:
-    source = beside(SOURCES[first](), SOURCES[second]())
+    source = siblings(SOURCES[first](), SOURCES[second]())
     folder = source.write(tmp_path / "source")
-    assert "other.up" in refusal(folder, tmp_path / "out", bits=8)
+    assert "other.up" in rejection(folder, tmp_path / "out", bits=8)
 
 
 FIRSTS = ("gptq", "fp8", "modelopt-nvfp4", "mlx")
@@ -109,7 +109,7 @@ FIRSTS = ("gptq", "fp8", "modelopt-nvfp4", "mlx")
 def test_the_second_is_what_it_is_in_a_folder_of_its_own(second: str, tmp_path: Path) -> None:
     """Codes, scales and biases, beside one format or another."""
     other = SOURCES[second]()
-    source = beside(SOURCES[FIRSTS[TELLING.index(second) % len(FIRSTS)]](), other)
+    source = siblings(SOURCES[FIRSTS[TELLING.index(second) % len(FIRSTS)]](), other)
     made = []
     for name, each in (("both", source), ("alone", other)):
         folder = each.write(tmp_path / name)
@@ -126,7 +126,7 @@ def test_the_second_is_what_it_is_in_a_folder_of_its_own(second: str, tmp_path: 
 @pytest.mark.parametrize("second", [name for name in TELLING if name != "torchao"])
 def test_in_memory(second: str, tmp_path: Path) -> None:
     first = FIRSTS[(TELLING.index(second) + 1) % 3]  # not MLX's own: it has no block
-    source = beside(SOURCES[first](), SOURCES[second]())
+    source = siblings(SOURCES[first](), SOURCES[second]())
     folder = source.write(tmp_path / "source")
     otherwise = Quantization.affine(64, 8)
     block = source.config["quantization_config"]
@@ -192,7 +192,7 @@ def test_zeros_that_vary_need_a_word_of_the_config(
     source = SOURCES[first]()
     tensors, values = gptq_layer(version, symmetric=False)
     source.tensors |= tensors
-    text = refusal(source.write(tmp_path / "source"), tmp_path / "out", bits=8)
+    text = rejection(source.write(tmp_path / "source"), tmp_path / "out", bits=8)
     assert "other: is laid out as gptq, 4-bit codes in groups of 32" in text
     assert text.count("other") == 1
     assert '"checkpoint_format": "gptq" (version 1, less one) or "gptq_v2" (as they are)' in text
@@ -207,7 +207,7 @@ def test_without_any_block_the_advice_is_a_whole_one(tmp_path: Path) -> None:
     source.config.clear()
     tensors, values = gptq_layer(1, symmetric=False)
     source.tensors |= tensors
-    text = refusal(source.write(tmp_path / "source"), tmp_path / "out", bits=8)
+    text = rejection(source.write(tmp_path / "source"), tmp_path / "out", bits=8)
     assert 'write {"quant_method": "gptq", "sym": false, "checkpoint_format": "gptq"' in text
     block = {"quant_method": "gptq", "sym": False, "checkpoint_format": "gptq"}
     source.config["quantization_config"] = block
@@ -220,7 +220,7 @@ def test_two_versions_in_one_folder_are_certain_of_neither(tmp_path: Path) -> No
     for version in (1, 2):
         tensors, _ = gptq_layer(version)
         source.tensors |= {name.replace("other", f"v{version}"): a for name, a in tensors.items()}
-    text = refusal(source.write(tmp_path / "source"), tmp_path / "out", bits=8)
+    text = rejection(source.write(tmp_path / "source"), tmp_path / "out", bits=8)
     assert "v1: " in text
     assert "v2: " in text
 
@@ -275,7 +275,7 @@ def test_a_mixed_config_of_modelopt(tmp_path: Path) -> None:
     layers = {"up": {"quant_algo": "NVFP4"}, "other.up": {"quant_algo": "FP8"}}
     block = {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION"}
     source.config["quantization_config"] = block | {"quantized_layers": layers}
-    both = beside(source, fp8)
+    both = siblings(source, fp8)
     folder = both.write(tmp_path / "source")
     made, _ = dense_of(folder, tmp_path / "out")
     check_values(made, both.values)
@@ -291,7 +291,7 @@ def test_a_mixed_config_of_modelopt(tmp_path: Path) -> None:
 def test_quark_with_fp8_kept(tmp_path: Path) -> None:
     """Layers of the original that Quark left as they were, by its list or by no word."""
     for exclude in ([], ["other.*"]):
-        source = beside(SOURCES["quark"](), SOURCES["fp8"]())
+        source = siblings(SOURCES["quark"](), SOURCES["fp8"]())
         source.config["quantization_config"]["exclude"] = exclude
         folder = source.write(tmp_path / f"source{len(exclude)}")
         made, _ = dense_of(folder, tmp_path / f"out{len(exclude)}")
@@ -392,7 +392,7 @@ def test_shapes_are_believed_over_the_config(
     part[keys[-1]] = value
     folder = source.write(tmp_path / "source")
     if name == "fp-quant":
-        assert "up.scales" in refusal(folder, tmp_path / "out")
+        assert "up.scales" in rejection(folder, tmp_path / "out")
         return
     made, _ = dense_of(folder, tmp_path / "out")
     check_values(made, source.values)
@@ -418,8 +418,8 @@ def test_a_grid_that_is_not_of_the_blocks_that_the_config_names(first: str, tmp_
 def test_a_grid_of_which_one_number_is_left_is_not_read(first: str, tmp_path: Path) -> None:
     source, other = SOURCES[first](), SOURCES["fp8"]()
     other.tensors["up.weight"] = e4m3(256, 256)
-    both = beside(source, other)
-    text = refusal(both.write(tmp_path / "source"), tmp_path / "out", bits=8)
+    both = siblings(source, other)
+    text = rejection(both.write(tmp_path / "source"), tmp_path / "out", bits=8)
     assert "other.up" in text
 
 
@@ -427,7 +427,7 @@ def test_plain_bytes_are_no_fp8_where_fp8_has_its_name(tmp_path: Path) -> None:
     source = SOURCES["fp8"]()
     bytes_of = np.random.default_rng(0).integers(0, 120, (16, 128), np.uint8)
     source.tensors |= {"gate.weight": bytes_of, "gate.weight_scale": np.ones(1, BF16)}
-    text = refusal(source.write(tmp_path / "source"), tmp_path / "out", bits=8)
+    text = rejection(source.write(tmp_path / "source"), tmp_path / "out", bits=8)
     assert "gate.weight: U8 [16, 128] beside gate.weight_scale may be anything but FP8" in text
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import requant
 from tests.support.checkpoints import write_quantized
-from tests.support.conversions import refusal
+from tests.support.conversions import rejection
 from tests.support.layers import packers
 from tests.support.mlx_reference import codes_of
 from tests.support.plan_texts import note_texts
@@ -58,13 +58,13 @@ def check(
     group: int,
 ) -> requant.Quantization:
     """The codes bit for bit, the scales as stored, the biases ``-zero * scale``."""
-    got, got_scales, got_biases, found = converted(tensors, block)
+    got, got_scales, got_biases, quantization = converted(tensors, block)
     of = np.arange(codes.shape[1]) // group
     wanted = scales.astype(np.float64)
     assert np.array_equal(got, codes)
     assert np.array_equal(got_scales, wanted[:, of])
     assert np.array_equal(got_biases, (-wanted * zeros)[:, of])
-    return found
+    return quantization
 
 
 shapes = st.tuples(st.integers(1, 9), st.integers(1, 5), st.integers(0, 2**32 - 1))
@@ -76,9 +76,11 @@ def test_awq_gemm(shape: tuple[int, int, int], bits: int, group: int) -> None:
     out, groups = 32 * shape[0] if bits != 4 else 8 * shape[0], shape[1]
     codes, zeros, scales = layer(out, group * groups, groups, bits, shape[2])
     block = {"quant_method": "awq", "bits": bits, "group_size": group, "version": "GEMM"}
-    found = check(packers.gemm(codes, zeros, scales, bits), block, codes, zeros, scales, group)
-    assert found.bits == (8 if bits == 7 else bits)
-    assert found.group_size == group
+    quantization = check(
+        packers.gemm(codes, zeros, scales, bits), block, codes, zeros, scales, group
+    )
+    assert quantization.bits == (8 if bits == 7 else bits)
+    assert quantization.group_size == group
 
 
 @pytest.mark.parametrize("stored", [True, False], ids=["zeros stored", "no zeros"])
@@ -98,7 +100,7 @@ def test_awq_gemm_without_zero_points(stored: bool, tmp_path: Path) -> None:
 
     of_layer[f"{LAYER}.qzeros"] = packers.gemm(codes, eights - 1, scales)["qzeros"]
     bad = write_quantized(tmp_path / "bad", of_layer, block, dtype="float16")
-    assert "every zero is 8, but its zeros are 7" in refusal(bad, tmp_path / "none")
+    assert "every zero is 8, but its zeros are 7" in rejection(bad, tmp_path / "none")
 
 
 @settings(max_examples=30)
@@ -156,8 +158,8 @@ def test_gptq(
     block |= {"checkpoint_format": written, "sym": False}
     if by_gptqmodel:
         block["meta"] = {"quantizer": ["gptqmodel:7.7.0"]}
-    found = check(tensors, block, codes, zeros, scales, group)
-    assert found.group_size == min(group, 128)
+    quantization = check(tensors, block, codes, zeros, scales, group)
+    assert quantization.group_size == min(group, 128)
 
 
 @settings(max_examples=40)
@@ -192,8 +194,10 @@ def test_a_ragged_last_group_becomes_smaller_groups(n_in: int, group: int, group
     codes, zeros, scales = layer(32, n_in, groups, 4, 7)
     tensors = packers.gptq(codes, zeros, scales, 4)
     block = {"quant_method": "gptq", "bits": 4, "group_size": group, "sym": False}
-    found = check(tensors, block | {"checkpoint_format": "gptq_v2"}, codes, zeros, scales, group)
-    assert found.group_size == 32
+    quantization = check(
+        tensors, block | {"checkpoint_format": "gptq_v2"}, codes, zeros, scales, group
+    )
+    assert quantization.group_size == 32
 
 
 @pytest.mark.parametrize("pack_dtype", [np.int8, np.int16, np.int64])
@@ -213,8 +217,8 @@ def test_a_group_of_16_is_encoded_anew() -> None:
     codes, zeros, scales = layer(32, 64, 4, 4, 1)
     tensors = packers.gptq(codes, zeros, scales, 4)
     block = {"quant_method": "gptq", "bits": 4, "group_size": 16, "sym": False}
-    _, _, _, found = converted(tensors, block | {"checkpoint_format": "gptq_v2"})
-    assert found == requant.Quantization.affine(64, 8)
+    _, _, _, quantization = converted(tensors, block | {"checkpoint_format": "gptq_v2"})
+    assert quantization == requant.Quantization.affine(64, 8)
 
 
 def test_inputs_that_fill_no_group_of_mlx_stay_dense() -> None:

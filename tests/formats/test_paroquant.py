@@ -49,14 +49,14 @@ def rotated(x: np.ndarray, theta: np.ndarray, pairs: np.ndarray, scales: np.ndar
 def test_values_of_the_fixture(tmp_path: Path) -> None:
     """The codes hold the turned weight; dense values are those of the plain one."""
 
-    def turned(source: dict[str, np.ndarray], values: dict[str, np.ndarray]) -> None:
+    def transposed(source: dict[str, np.ndarray], values: dict[str, np.ndarray]) -> None:
         for name, array in read_file(fixture(name_) / "expected.safetensors").items():
             if name.endswith(".rotated_weight"):
                 values[name.removesuffix(".rotated_weight")] = array
 
     name_ = "paroquant-g64-bias"
     found = check_fixture(
-        name_, tmp_path, "rounded", bound=15 * 2**-11, values_rtol=1e-6, stored_as=turned
+        name_, tmp_path, "rounded", bound=15 * 2**-11, values_rtol=1e-6, stored_as=transposed
     )
     for role in ("theta", "pairs", "channel_scales"):
         stored = read_folder(found.source)[f"{DOWN}.{role}"]
@@ -67,7 +67,7 @@ def test_values_of_the_fixture(tmp_path: Path) -> None:
 def test_codes_of_the_fixture_without_its_turned_weight(tmp_path: Path) -> None:
     """What the codes hold follows from the plain weight: turned, and freed of the scales."""
 
-    def turned(source: dict[str, np.ndarray], values: dict[str, np.ndarray]) -> None:
+    def transposed(source: dict[str, np.ndarray], values: dict[str, np.ndarray]) -> None:
         for path, plain in list(values.items()):
             theta, pairs, scales = (
                 source[f"{path}.{role}"] for role in ("theta", "pairs", "channel_scales")
@@ -80,7 +80,7 @@ def test_codes_of_the_fixture_without_its_turned_weight(tmp_path: Path) -> None:
         "rounded",
         bound=15 * 2**-11,
         values_rtol=2e-6,
-        stored_as=turned,
+        stored_as=transposed,
     )
     stored = read_folder(found.source)
     for path in found.expected:
@@ -129,8 +129,8 @@ def test_tiny_vector() -> None:
     layer.channel_scales = mx.array([[1.0, 1.0, 2.0, 1.0]])
     layer.pairs = mx.array([[0, 2, 1, 3], [0, 1, 2, 3]], dtype=mx.int16)
     layer.theta = mx.array([[np.pi / 2, 0.0], [0.0, np.pi / 2]])
-    turned = np.array(layer.rotate(mx.array([1.0, 2.0, 3.0, 4.0])))
-    np.testing.assert_allclose(turned, [6.0, 2.0, 4.0, 1.0], atol=1e-6)
+    transposed = np.array(layer.rotate(mx.array([1.0, 2.0, 3.0, 4.0])))
+    np.testing.assert_allclose(transposed, [6.0, 2.0, 4.0, 1.0], atol=1e-6)
 
 
 def _bare(count: int, rounds: int) -> Any:
@@ -193,11 +193,11 @@ def random_rotation(rng: np.random.Generator, n_in: int) -> dict[str, np.ndarray
     }
 
 
-def plain_rows(turned: np.ndarray, parts: dict[str, np.ndarray]) -> np.ndarray:
+def plain_rows(transposed: np.ndarray, parts: dict[str, np.ndarray]) -> np.ndarray:
     """The plain weight, float64: its product with each input of the identity, turned."""
     scales = parts["channel_scales"]
-    identity = np.eye(turned.shape[1])
-    return turned @ rotated(identity, parts["theta"], parts["pairs"], scales, GROUP).T
+    identity = np.eye(transposed.shape[1])
+    return transposed @ rotated(identity, parts["theta"], parts["pairs"], scales, GROUP).T
 
 
 @pytest.fixture(scope="module")
@@ -260,7 +260,7 @@ def test_any_architecture(name: str, tmp_path: Path) -> None:
     made, config = tiny(name)
     config.setdefault("tie_word_embeddings", False)
     rng = np.random.default_rng(11)
-    stored, turned = {}, []
+    stored, transposed = {}, []
     for key, array in values(made).items():
         stored[key] = array
         if key.endswith("_proj.weight"):
@@ -269,13 +269,13 @@ def test_any_architecture(name: str, tmp_path: Path) -> None:
             path = key.removesuffix(".weight")
             stored |= {f"{path}.{role}": part for role, part in (packed | parts).items()}
             del stored[key]
-            turned.append((key, mx.array(plain)))
+            transposed.append((key, mx.array(plain)))
     source = paroquant_folder(tmp_path, stored, config)
     weights, report = requant.mlx_lm.load_weights(source, dtype="float32")
     loaded, _ = requant.mlx_lm._build(report.plan.config, weights)
     layers = [x for _, x in loaded.named_modules() if isinstance(x, RotateQuantizedLinear)]
-    assert len(layers) == len(turned) >= 8
-    made.load_weights(turned, strict=False)
+    assert len(layers) == len(transposed) >= 8
+    made.load_weights(transposed, strict=False)
     wanted = np.array(made(TOKENS))
     found = np.array(loaded(TOKENS))
     assert np.abs(found - wanted).max() <= 2e-5 * np.abs(wanted).max()
@@ -330,11 +330,11 @@ def test_experts_fold(experts: Any, again: bool, tmp_path: Path) -> None:
     assert all(error.relative_rms < 0.01 for error in report.errors.values())
     # Eight bits can turn the choice of an expert; so the values are compared, and that they run.
     requant.convert(tmp_path / "out", tmp_path / "twin", dequantize=True, dtype="float32")
-    twin = read_folder(tmp_path / "twin")
+    counterpart = read_folder(tmp_path / "twin")
     for number, name in itertools.product(range(4), ("gate", "up", "down")):
         base, role = f"model.layers.{number}.mlp", f"{name}_proj.weight"
         values = np.stack([plain[f"{base}.experts.{n}.{role}"] for n in range(8)])
-        error = twin[f"{base}.switch_mlp.{role}"] - values
+        error = counterpart[f"{base}.switch_mlp.{role}"] - values
         assert np.square(error).mean() <= 0.01**2 * np.square(values).mean()
     found, wanted = logits(tmp_path / "out"), logits(tmp_path / "twin")
     # Values of float16 layers are rounded to float16, as mx.dequantize does; products are not.
@@ -363,8 +363,10 @@ def test_the_layer_of_experts_is_mlx_lm_s_behind_a_rotation(bias: bool) -> None:
     assert not ours.trainable_parameters()
     x = mx.random.normal((5, 1, 1, 128))
     indices = mx.array([[0, 3], [1, 2], [2, 2], [3, 0], [1, 0]])
-    turned = rotated(np.array(x), *(parts[k] for k in ("theta", "pairs", "channel_scales")), GROUP)
-    wanted = stock(mx.array(turned.astype(np.float32)), indices)
+    transposed = rotated(
+        np.array(x), *(parts[k] for k in ("theta", "pairs", "channel_scales")), GROUP
+    )
+    wanted = stock(mx.array(transposed.astype(np.float32)), indices)
     assert ours(x, indices).shape == wanted.shape
     assert mx.allclose(ours(x, indices), wanted, atol=1e-4)
 

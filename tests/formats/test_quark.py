@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import requant
 from tests.support.checkpoints import write_quantized
-from tests.support.conversions import refusal
+from tests.support.conversions import rejection
 from tests.support.fixture_checks import same_in_memory
 from tests.support.layers.quark import ORDERS, block, pack_words
 from tests.support.mlx_reference import affine, float_values
@@ -311,4 +311,4 @@ def test_damaged_folders_are_refused(change: Change, words: str, tmp_path: Path)
     config = block("fp4")
     change(tensors, config)
     folder = write_quantized(tmp_path / "source", tensors, config)
-    assert words in refusal(folder, tmp_path / "out")
+    assert words in rejection(folder, tmp_path / "out")

@@ -37,7 +37,7 @@ def broken(tmp_path: Path, name: str, edit: Edit) -> Path:
     return folder
 
 
-def refused(tmp_path: Path, name: str, edit: Edit, *words: str) -> None:
+def rejected(tmp_path: Path, name: str, edit: Edit, *words: str) -> None:
     """Both plan and convert say what is wrong and where; no output stands."""
     folder = broken(tmp_path, name, edit)
     with pytest.raises(requant.RequantError) as caught:
@@ -186,7 +186,7 @@ _OWN = ("qweight", "qzeros", "scales", "g_idx")
 @pytest.mark.parametrize("fault", list(FAULTS))
 def test_fault(fault: str, tmp_path: Path) -> None:
     name, edit, words = FAULTS[fault]
-    refused(tmp_path, name, edit, *words)
+    rejected(tmp_path, name, edit, *words)
 
 
 # What the config says wrongly, and shapes (and symmetric zeros) tell.
@@ -231,7 +231,7 @@ def test_all_faults_in_one_run(tmp_path: Path) -> None:
         tensors[f"{Q}.weight"] = np.zeros((64, 64), np.float16)
         del tensors["model.layers.1.mlp.up_proj.scales"]
 
-    refused(tmp_path, AWQ, edit, f"{DOWN}: ", f"{Q}.weight", "model.layers.1.mlp.up_proj")
+    rejected(tmp_path, AWQ, edit, f"{DOWN}: ", f"{Q}.weight", "model.layers.1.mlp.up_proj")
 
 
 def test_settings_under_other_names(tmp_path: Path) -> None:

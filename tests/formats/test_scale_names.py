@@ -60,11 +60,11 @@ def test_a_scale_is_found_by_its_codes_and_the_codes_by_their_scale(
 ) -> None:
     names = ScaleNames(["mlp.down.weight", codes, scale, "norm.weight"])
 
-    (found,) = names.beside(codes)
+    (found,) = names.siblings(codes)
     assert (found.name, found.role) == (scale, role)
     assert names.codes_of(found) == codes
-    assert names.beside(codes, role) == (found,)
-    assert names.beside("mlp.down.weight") == names.beside("norm.weight") == ()
+    assert names.siblings(codes, role) == (found,)
+    assert names.siblings("mlp.down.weight") == names.siblings("norm.weight") == ()
 
 
 @pytest.mark.parametrize(
@@ -84,4 +84,4 @@ def test_names_that_dense_models_use_too_are_not_certain(name: str) -> None:
 
 def test_a_scale_of_activations_is_beside_no_codes() -> None:
     names = ScaleNames(["up.weight", "up.input_scale", "up.output_scale"])
-    assert names.beside("up.weight") == ()
+    assert names.siblings("up.weight") == ()

@@ -15,7 +15,7 @@ from requant.dtypes import TensorInfo
 from requant.formats.expert_shapes import Orientation
 from requant.formats.layer_names import layer_names
 from tests.support.checkpoints import write_quantized
-from tests.support.conversions import refusal
+from tests.support.conversions import rejection
 from tests.support.layers import compressed_tensors as ct_layers
 from tests.support.layers.quark import block as quark_block
 from tests.support.layers.stacks import EXPERTS, IN, OUT, PLACE, small_e4m3
@@ -75,7 +75,7 @@ def test_two_scales_of_one_layer(tmp_path: Path) -> None:
     tensors = {"up.weight": e4m3(OUT, IN), "up.weight_scale": scale, "up.weight_scale_inv": scale}
     for block in (FP8, MIXED, CT, quark_block("fp8_e4m3", "per_channel")):
         source = write_quantized(tmp_path / str(block["quant_method"]), tensors, block)
-        text = refusal(source, tmp_path / "out", bits=8)
+        text = rejection(source, tmp_path / "out", bits=8)
         assert "up.weight_scale_inv: stands for the same part of a layer as up.weight_scale" in text
 
 
@@ -176,7 +176,7 @@ def test_stacks_without_a_block(kind: str, path: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stacks", "config", "turned"),
+    ("stacks", "config", "transposed"),
     [
         ({"gate_up_proj": (4, 64, 32), "down_proj": (4, 32, 32)}, {}, False),
         ({"gate_up_proj": (4, 32, 64), "down_proj": (4, 32, 32)}, {}, True),
@@ -191,10 +191,10 @@ def test_stacks_without_a_block(kind: str, path: str, tmp_path: Path) -> None:
         ({"gate_up_proj": (4, 32, 96)}, {}, False),
     ],
 )
-def test_orientation(stacks: dict[str, Any], config: dict[str, Any], turned: bool) -> None:
+def test_orientation(stacks: dict[str, Any], config: dict[str, Any], transposed: bool) -> None:
     found = Orientation(config, {f"{PLACE}.{name}": shape for name, shape in stacks.items()})
     for name, shape in stacks.items():
-        assert found.is_turned(f"{PLACE}.{name}", shape) is turned, name
+        assert found.is_transposed(f"{PLACE}.{name}", shape) is transposed, name
 
 
 @pytest.mark.parametrize("block", [FP8, MIXED, CT, quark_block("fp8_e4m3", "per_tensor")])
@@ -286,18 +286,18 @@ def test_a_tensor_scale_that_is_missing(folder: str, tmp_path: Path) -> None:
 
     largest = in_nvfp4_folder(folder, bare_nvfp4(0x7E), f"{PLACE}.w13", "_")
     source = write_quantized(tmp_path / "largest", largest, block, model_type="moe")
-    text = refusal(source, tmp_path / "out")
+    text = rejection(source, tmp_path / "out")
     assert missing in text and "448" in text and f"{PLACE}.w13" in text
 
     matrix = in_nvfp4_folder(folder, bare_nvfp4(experts=0), "up", ".")
     source = write_quantized(tmp_path / "matrix", stack | matrix, block, model_type="moe")
-    assert missing in refusal(source, tmp_path / "out")
+    assert missing in rejection(source, tmp_path / "out")
 
     whole = in_nvfp4_folder(folder, bare_nvfp4(experts=0), "up", ".")
     second = "weight_global_scale" if folder == "ct" else "weight_scale_2"
     whole[f"up.{second}"] = np.array([0.3], np.float32)
     source = write_quantized(tmp_path / "others", stack | whole, block, model_type="moe")
-    text = refusal(source, tmp_path / "out")
+    text = rejection(source, tmp_path / "out")
     assert f"other layers have theirs (up.{second})" in text and f"{PLACE}.w13: has" in text
 
 
@@ -366,4 +366,4 @@ Make = Callable[[], tuple[dict[str, Any], Tensors]]
 def test_stacks_that_do_not_fit(make: Make, words: str, tmp_path: Path) -> None:
     block, tensors = make()
     source = write_quantized(tmp_path / "source", tensors, block, model_type="some_moe")
-    assert words in refusal(source, tmp_path / "out", bits=8)
+    assert words in rejection(source, tmp_path / "out", bits=8)

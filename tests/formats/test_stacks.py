@@ -84,16 +84,16 @@ class Stack:
         values: What it stands for, float32.
         single: Of an expert: role -> tensor of a layer of its own; None where a single layer
             has no such form.
-        wishes: What is asked for where codes cannot stay.
-        turned: Whether it is stored ``(experts, in, out)``.
+        options: What is asked for where codes cannot stay.
+        transposed: Whether it is stored ``(experts, in, out)``.
     """
 
     block: dict[str, Any]
     parts: Parts
     values: np.ndarray
     single: Callable[[int], Parts] | None
-    wishes: dict[str, Any] = field(default_factory=dict)
-    turned: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+    transposed: bool = False
 
 
 def random(seed: int = 0) -> np.random.Generator:
@@ -176,7 +176,7 @@ def ct_int(scale: str, packed: bool) -> Stack:
     return Stack(block, parts, values, rows_of(parts, rows, role))
 
 
-def ct_groups(asymmetric: bool = False, act_order: bool = False, turned: bool = False) -> Stack:
+def ct_groups(asymmetric: bool = False, act_order: bool = False, transposed: bool = False) -> Stack:
     codes = random(2).integers(-8, 8, (EXPERTS, OUT, IN))
     scales = random(3).uniform(0.01, 0.1, (EXPERTS, OUT, IN // 32)).astype(BF16)
     zeros = random(4).integers(-8, 8, scales.shape) if asymmetric else np.zeros(scales.shape, int)
@@ -197,16 +197,16 @@ def ct_groups(asymmetric: bool = False, act_order: bool = False, turned: bool = 
         group_size=32, symmetric=not asymmetric, actorder="group" if act_order else None
     )
     single = of_experts(dict(parts))
-    if turned:
+    if transposed:
         parts = {role: np.ascontiguousarray(np.swapaxes(x, 1, 2)) for role, x in parts.items()}
     values = (codes - zero).astype(np.float32) * spread
-    return Stack(block, parts, values, single, turned=turned)
+    return Stack(block, parts, values, single, transposed=transposed)
 
 
 FACTORS = {name: SCALES[name] for name in ("()", "(1,)", "(E,)", "(E, 1)", "(E, 1, 1)", "(E, 2)")}
 
 
-def nvfp4(factor: str, tool: str, turned: bool = False) -> Stack:
+def nvfp4(factor: str, tool: str, transposed: bool = False) -> Stack:
     packed = random(5).integers(0, 256, (EXPERTS, OUT, IN // 2), np.uint8)
     scale = small_e4m3(EXPERTS, OUT, IN // 16)
     wide = scale.astype(np.float32)
@@ -222,14 +222,16 @@ def nvfp4(factor: str, tool: str, turned: bool = False) -> Stack:
     if factor not in ("", "(E, 2)"):
         single = of_experts({codes: packed, "weight_scale": scale, second: rows[:, :1, 0].copy()})
 
-    if turned:
+    if transposed:
         for role in (codes, "weight_scale"):
             parts[role] = np.ascontiguousarray(np.swapaxes(parts[role], 1, 2))
     values = E2M1[nibbles(packed)] * wide.repeat(16, axis=2)
-    return Stack(block, parts, np.asarray(values, np.float32), single, turned=turned)
+    return Stack(block, parts, np.asarray(values, np.float32), single, transposed=transposed)
 
 
-def mx_codes(bits: int, block: dict[str, Any], role: str = "weight", turned: bool = False) -> Stack:
+def mx_codes(
+    bits: int, block: dict[str, Any], role: str = "weight", transposed: bool = False
+) -> Stack:
     scale = random(6).integers(100, 140, (EXPERTS, OUT, IN // 32), np.uint8)
     codes: np.ndarray = e4m3(EXPERTS, OUT, IN, seed=6)
     elements = codes.astype(np.float32)
@@ -238,10 +240,10 @@ def mx_codes(bits: int, block: dict[str, Any], role: str = "weight", turned: boo
         elements = E2M1[nibbles(codes)]
     parts = {role: codes, "weight_scale": scale}
     single = of_experts(dict(parts))
-    if turned:
+    if transposed:
         parts = {name: np.ascontiguousarray(np.swapaxes(x, 1, 2)) for name, x in parts.items()}
     values = elements * scale.view(E8M0).astype(np.float32).repeat(32, axis=2)
-    return Stack(block, parts, values, single, turned=turned)
+    return Stack(block, parts, values, single, transposed=transposed)
 
 
 def modelopt_int4() -> Stack:
@@ -351,7 +353,7 @@ STACKS: dict[str, Callable[[], Stack]] = {
     "ct int4 groups": ct_groups,
     "ct int4 asymmetric": lambda: ct_groups(asymmetric=True),
     "ct int4 act-order": lambda: ct_groups(act_order=True),
-    "ct int4 turned": lambda: ct_groups(turned=True),
+    "ct int4 turned": lambda: ct_groups(transposed=True),
     **{
         f"ct nvfp4 {factor}": lambda factor=factor: nvfp4(factor, "ct") for factor in ("", *FACTORS)
     },
@@ -359,20 +361,20 @@ STACKS: dict[str, Callable[[], Stack]] = {
         f"modelopt nvfp4 {factor}": lambda factor=factor: nvfp4(factor, "modelopt")
         for factor in ("", *FACTORS)
     },
-    "modelopt nvfp4 turned": lambda: nvfp4("()", "modelopt", turned=True),
-    "modelopt nvfp4 turned, a factor each": lambda: nvfp4("(E,)", "modelopt", turned=True),
+    "modelopt nvfp4 turned": lambda: nvfp4("()", "modelopt", transposed=True),
+    "modelopt nvfp4 turned, a factor each": lambda: nvfp4("(E,)", "modelopt", transposed=True),
     "quark nvfp4": lambda: quark_nvfp4("(E,)"),
     "quark nvfp4 without a factor": lambda: quark_nvfp4(""),
     "mxfp4": lambda: mx_codes(4, {"quant_method": "mxfp4"}),
     "mxfp4 packed": lambda: mx_codes(4, {"quant_method": "mxfp4"}, "weight_packed"),
-    "mxfp4 turned": lambda: mx_codes(4, {"quant_method": "mxfp4"}, turned=True),
+    "mxfp4 turned": lambda: mx_codes(4, {"quant_method": "mxfp4"}, transposed=True),
     "ct mxfp4": lambda: mx_codes(4, CT_MXFP4, "weight_packed"),
     "ct mxfp8": lambda: mx_codes(8, ct_layers.block("mxfp8-quantized", num_bits=8, type="float")),
     "fp8 mxfp8": lambda: mx_codes(8, {"quant_method": "mxfp8"}),
     "modelopt mxfp4": lambda: mx_codes(4, MODELOPT),
-    "modelopt mxfp4 turned": lambda: mx_codes(4, MODELOPT, turned=True),
+    "modelopt mxfp4 turned": lambda: mx_codes(4, MODELOPT, transposed=True),
     "modelopt mxfp8": lambda: mx_codes(8, MODELOPT),
-    "modelopt mxfp8 turned": lambda: mx_codes(8, MODELOPT, turned=True),
+    "modelopt mxfp8 turned": lambda: mx_codes(8, MODELOPT, transposed=True),
     "quark mxfp4": lambda: mx_codes(4, quark_block("fp4")),
     "modelopt int4": modelopt_int4,
     **{f"modelopt int8 {scale}": lambda scale=scale: modelopt_int8(scale) for scale in SCALES},
@@ -395,20 +397,20 @@ def cases() -> list[Any]:
     for key, make in STACKS.items():
         kind = key.partition(" (")[0]
         for naming in NAMINGS if kind not in seen else ["vllm"]:
-            if naming == "modelopt" and is_foreign(make()):
+            if naming == "modelopt" and is_external(make()):
                 continue  # test_foreign_stacks
             found.append(pytest.param(make, naming, id=f"{key}-{naming}"))
         seen.add(kind)
     return found
 
 
-def is_foreign(stack: Stack) -> bool:
+def is_external(stack: Stack) -> bool:
     """Whether the names of ModelOpt are all that tells how a stack is stored, in another folder."""
     bare = {"weight", "weight_scale"} <= stack.parts.keys()
     return bare and stack.block.get("quant_method") != "modelopt"
 
 
-@pytest.mark.parametrize("key", [key for key, make in STACKS.items() if is_foreign(make())])
+@pytest.mark.parametrize("key", [key for key, make in STACKS.items() if is_external(make())])
 def test_foreign_stacks(key: str, tmp_path: Path) -> None:
     """Refused by name; under the name that the message gives they are read."""
     stack = STACKS[key]()
@@ -434,7 +436,7 @@ def test_values(make: Callable[[], Stack], naming: str, tmp_path: Path) -> None:
         source, tmp_path / "out", layout="keep", dequantize=True, dtype="float32", chunk_bytes=3000
     )
     made = read_folder(tmp_path / "out")
-    assert list(made) == [f"{path}.weight" if stack.turned else dense]
+    assert list(made) == [f"{path}.weight" if stack.transposed else dense]
     (found,) = made.values()
     assert found.shape == stack.values.shape
     assert found.tobytes() == stack.values.astype(np.float32).tobytes()
@@ -447,16 +449,16 @@ def test_a_stack_is_its_experts_bit_for_bit(make: Callable[[], Stack], tmp_path:
     whole = write_quantized(
         tmp_path / "whole", named(stack.parts, name), stack.block, model_type="moe"
     )
-    requant.convert(whole, tmp_path / "stack", layout="keep", chunk_bytes=3000, **stack.wishes)
-    same_in_memory(whole, tmp_path / "stack", Quantization.affine(64, 8) if stack.wishes else None)
+    requant.convert(whole, tmp_path / "stack", layout="keep", chunk_bytes=3000, **stack.options)
+    same_in_memory(whole, tmp_path / "stack", Quantization.affine(64, 8) if stack.options else None)
     if stack.single is None:
         return
-    made, apart = read_folder(tmp_path / "stack"), Parts()
+    made, separate = read_folder(tmp_path / "stack"), Parts()
     for expert in range(EXPERTS):
         parts = stack.single(expert)
-        apart |= {f"{PLACE}.{expert}.up.{role}": part for role, part in parts.items()}
-    single = write_quantized(tmp_path / "apart", apart, stack.block, model_type="moe")
-    requant.convert(single, tmp_path / "single", layout="keep", **stack.wishes)
+        separate |= {f"{PLACE}.{expert}.up.{role}": part for role, part in parts.items()}
+    single = write_quantized(tmp_path / "apart", separate, stack.block, model_type="moe")
+    requant.convert(single, tmp_path / "single", layout="keep", **stack.options)
     each = read_folder(tmp_path / "single")
     assert len(each) == EXPERTS * len(made)
     for role in (key.rpartition(".")[2] for key in made):

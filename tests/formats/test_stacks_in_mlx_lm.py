@@ -104,14 +104,14 @@ def folders(tmp_path: Path, family: str, tool: str) -> tuple[Path, Path]:
 def test_a_class_takes_them_as_dense_ones(family: str, tool: str, tmp_path: Path) -> None:
     from mlx_lm.utils import load_model
 
-    source, twin = folders(tmp_path, family, tool)
-    for folder, out in ((source, "ours"), (twin, "expected")):
+    source, counterpart = folders(tmp_path, family, tool)
+    for folder, out in ((source, "ours"), (counterpart, "expected")):
         requant.convert(folder, tmp_path / out, layout="mlx-lm", dequantize=True)
     ours, expected = read_folder(tmp_path / "ours"), read_folder(tmp_path / "expected")
     assert ours.keys() == expected.keys()
     assert [name for name in ours if ours[name].tobytes() != expected[name].tobytes()] == []
-    wishes = {"bits": 8} if tool == "fp8" else {}
-    requant.convert(source, tmp_path / "kept", layout="mlx-lm", **wishes)
+    options = {"bits": 8} if tool == "fp8" else {}
+    requant.convert(source, tmp_path / "kept", layout="mlx-lm", **options)
     load_model(tmp_path / "kept", strict=True)
     if tool != "int4":
         return

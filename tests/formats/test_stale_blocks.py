@@ -87,19 +87,19 @@ def test_a_stale_block_is_left_out_and_the_request_fulfilled(name: str, tmp_path
 
 @pytest.mark.parametrize("name", ["awq", "fp8", "mlx", "bitsandbytes nf4"])
 def test_without_a_request_it_is_a_dense_model(name: str, tmp_path: Path) -> None:
-    made = requant.plan(stale(tmp_path / "source", BLOCKS[name]), layout="keep")
-    assert made.format == "dense"
-    assert {x.target for x in made.layers if x.treatment == "quantized"} == {"affine 4-bit g64"}
-    assert any("No bits or mode" in note for note in note_texts(made.notes))
+    plan = requant.plan(stale(tmp_path / "source", BLOCKS[name]), layout="keep")
+    assert plan.format == "dense"
+    assert {x.target for x in plan.layers if x.treatment == "quantized"} == {"affine 4-bit g64"}
+    assert any("No bits or mode" in note for note in note_texts(plan.notes))
 
 
 @pytest.mark.parametrize("name", ["gptq", "fp8", "compressed-tensors"])
 def test_a_nested_block_is_stale_too(name: str, tmp_path: Path) -> None:
     source = stale(tmp_path / "source", BLOCKS[name], ("text_config",), vision_config={"a": 1})
-    made = requant.plan(source, bits=8, layout="keep")
-    assert "quantization_config" not in made.config["text_config"]
-    assert made.config["vision_config"] == {"a": 1}
-    assert made.quantization is not None
+    plan = requant.plan(source, bits=8, layout="keep")
+    assert "quantization_config" not in plan.config["text_config"]
+    assert plan.config["vision_config"] == {"a": 1}
+    assert plan.quantization is not None
 
 
 def test_dequantize_of_a_stale_folder_copies_it(tmp_path: Path) -> None:
@@ -157,6 +157,6 @@ def test_a_block_of_which_some_layers_are_left_is_read(tmp_path: Path) -> None:
     for key in ("quantization", "quantization_config"):
         config[key] = {k: v for k, v in config[key].items() if v is not False}
     (tmp_path / "first/config.json").write_text(json.dumps(config))
-    made = requant.plan(tmp_path / "first", layout="keep")
-    assert made.format == "mlx"
-    assert not any("stale" in note for note in note_texts(made.notes))
+    plan = requant.plan(tmp_path / "first", layout="keep")
+    assert plan.format == "mlx"
+    assert not any("stale" in note for note in note_texts(plan.notes))

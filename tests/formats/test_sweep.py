@@ -79,10 +79,10 @@ def outcome(source: Source, names: tuple[str, ...] = (), **more: Any) -> str:
     with tempfile.TemporaryDirectory() as place:
         folder = source.write(Path(place) / "source")
         words = []
-        for number, wishes in enumerate(({"dequantize": True, "dtype": "float32"}, {"bits": 8})):
+        for number, options in enumerate(({"dequantize": True, "dtype": "float32"}, {"bits": 8})):
             output = Path(place) / f"out{number}"
             try:
-                report = requant.convert(folder, output, layout="keep", **wishes)
+                report = requant.convert(folder, output, layout="keep", **options)
             except requant.RequantError as error:
                 assert not output.exists()
                 words.append(str(error))
@@ -101,12 +101,12 @@ def outcome(source: Source, names: tuple[str, ...] = (), **more: Any) -> str:
     return words[0]
 
 
-def inspected(source: Source, refusal: str) -> None:
+def inspected(source: Source, rejection: str) -> None:
     """Other ways in refuse the same: ``inspect`` lists it, ``transform_weights`` raises it."""
     with tempfile.TemporaryDirectory() as place:
-        found = requant.inspect(source.write(Path(place) / "source"))
-        assert found.problems
-        assert all(str(problem)[:4000] in refusal for problem in found.problems)
+        inspection = requant.inspect(source.write(Path(place) / "source"))
+        assert inspection.problems
+        assert all(str(problem)[:4000] in rejection for problem in inspection.problems)
     if not source.metadata and "quantization_config" in source.config:
         with pytest.raises(requant.RequantError):
             requant.transform_weights(source.tensors, source.config["quantization_config"])
@@ -231,13 +231,13 @@ def test_stray_scales(name: str) -> None:
     """Beside floats and beside nothing, in turn."""
     for number, ending in enumerate(STRAY, [*FORMATS, "dense"].index(name)):
         source = dense() if name == "dense" else SOURCES[name]()
-        beside = ("head", "nothing")[number % 2]
-        stray = f"{beside}.{ending}"
+        siblings = ("head", "nothing")[number % 2]
+        stray = f"{siblings}.{ending}"
         source.tensors[stray] = np.full((OUT, 4), 0.5, np.float32)
         with case(stray):
-            said = outcome(source, (stray, f"{beside}: has no {beside}."))
-            assert said != "read"
-            assert "remove the block" not in said
+            declared = outcome(source, (stray, f"{siblings}: has no {siblings}."))
+            assert declared != "read"
+            assert "remove the block" not in declared
 
 
 @pytest.mark.parametrize("name", FORMATS)

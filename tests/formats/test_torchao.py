@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import requant
 from tests.support.checkpoints import write_quantized
-from tests.support.conversions import refusal
+from tests.support.conversions import rejection
 from tests.support.mlx_reference import affine, float_values
 from tests.support.number_formats import BF16, E2M1, E4M3, E8M0, e4m3
 from tests.support.safetensors_files import read_folder, write_file
@@ -33,8 +33,8 @@ def source(
     """A folder with one weight ``up``, taken apart, and the metadata that describes it."""
     tensors = {f"up._weight_{role}": array for role, array in parts.items()}
     write_quantized(folder, tensors, block)
-    said = {"_type": kind, "_data": data or {}, "_tensor_data_names": list(parts)}
-    metadata = {"up.weight": json.dumps(said), "tensor_names": '["up.weight"]'}
+    declared = {"_type": kind, "_data": data or {}, "_tensor_data_names": list(parts)}
+    metadata = {"up.weight": json.dumps(declared), "tensor_names": '["up.weight"]'}
     write_file(folder / "model.safetensors", tensors, metadata)
     return folder
 
@@ -46,8 +46,8 @@ def dense(folder: Path, output: Path) -> np.ndarray:
     return read_folder(output)["up.weight"]
 
 
-def converted(folder: Path, output: Path, **wishes: Any) -> tuple[dict[str, np.ndarray], Any]:
-    report = requant.convert(folder, output, layout="keep", chunk_bytes=3000, **wishes)
+def converted(folder: Path, output: Path, **options: Any) -> tuple[dict[str, np.ndarray], Any]:
+    report = requant.convert(folder, output, layout="keep", chunk_bytes=3000, **options)
     return read_folder(output), report.plan.layers[0]
 
 
@@ -253,7 +253,7 @@ def test_damaged_folders_are_refused(
     if change is not None:
         change(parts, data)
     folder = source(tmp_path / "source", parts, kind, data)
-    assert words in refusal(folder, tmp_path / "out")
+    assert words in rejection(folder, tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -280,7 +280,7 @@ def test_metadata_that_does_not_fit(text: str | None, words: str, tmp_path: Path
     folder = write_quantized(tmp_path / "source", tensors, BLOCK)
     metadata = {} if text is None else {"up.weight": text}
     write_file(folder / "model.safetensors", tensors, metadata)
-    assert words in refusal(folder, tmp_path / "out")
+    assert words in rejection(folder, tmp_path / "out")
 
 
 def test_zeros_that_the_config_denies_are_refused(tmp_path: Path) -> None:
@@ -292,13 +292,13 @@ def test_zeros_that_the_config_denies_are_refused(tmp_path: Path) -> None:
     }
     block = BLOCK | {"quant_type": {"default": scheme}}
     folder = source(tmp_path / "source", parts, "IntxUnpackedToInt8Tensor", None, block)
-    assert "the config calls the layer symmetric" in refusal(folder, tmp_path / "out")
+    assert "the config calls the layer symmetric" in rejection(folder, tmp_path / "out")
 
 
 def test_codes_that_are_no_weight_are_refused(tmp_path: Path) -> None:
     tensors = {"experts._gate_up_proj_qdata": np.zeros((2, 4, 64), np.int8)}
     folder = write_quantized(tmp_path / "source", tensors, BLOCK)
-    assert "experts._gate_up_proj_qdata: I8 [2, 4, 64] holds codes, but has no scale" in refusal(
+    assert "experts._gate_up_proj_qdata: I8 [2, 4, 64] holds codes, but has no scale" in rejection(
         folder, tmp_path / "out"
     )
 
@@ -307,7 +307,9 @@ def test_layers_that_are_absent_are_refused(tmp_path: Path) -> None:
     parts = {"qdata": np.zeros((4, 64), np.int8), "scale": np.ones((4, 1), np.float32)}
     folder = source(tmp_path / "a", parts, "Int8Tensor", block=BLOCK)
     tensors = {f"up._weight_{role}": array for role, array in parts.items()}
-    said = {"up.weight": '{"_type": "Int8Tensor"}', "gate.weight": '{"_type": "Int8Tensor"}'}
-    write_file(folder / "model.safetensors", tensors, said | {"norm.weight": '{"_type": "Tensor"}'})
-    text = refusal(folder, tmp_path / "out")
+    declared = {"up.weight": '{"_type": "Int8Tensor"}', "gate.weight": '{"_type": "Int8Tensor"}'}
+    write_file(
+        folder / "model.safetensors", tensors, declared | {"norm.weight": '{"_type": "Tensor"}'}
+    )
+    text = rejection(folder, tmp_path / "out")
     assert "metadata: gate.weight: describes its Int8Tensor, but gate._weight_qdata is miss" in text

@@ -68,13 +68,13 @@ int main() {
 """
 
 
-def made(rounds: int, group: int, groups: int, idle: bool = False) -> Rotation:
+def made(rounds: int, group: int, groups: int, no_op: bool = False) -> Rotation:
     """A random rotation; one whose last round turns nothing and names one input only."""
     rng = np.random.default_rng(rounds * group)
     pairs = [[rng.permutation(group) for _ in range(groups)] for _ in range(rounds)]
     listed = np.array(pairs).reshape(rounds, -1).astype(np.int16)
     theta = rng.standard_normal((rounds, group * groups // 2)).astype(np.float16)
-    if idle:
+    if no_op:
         listed[-1], theta[-1] = 0, 0
     scales = rng.uniform(0.5, 2, (1, group * groups)).astype(np.float16)
     return Rotation(mx.array(theta), mx.array(listed), mx.array(scales), group)
@@ -88,11 +88,11 @@ def inputs(rotation: Rotation, x: np.ndarray) -> bytes:
 @pytest.mark.slow
 @pytest.mark.parametrize("sanitizer", ["", "thread"])
 @pytest.mark.parametrize(
-    ("rounds", "group", "groups", "idle"),
+    ("rounds", "group", "groups", "no_op"),
     [(1, 32, 1, False), (8, 64, 3, False), (3, 128, 2, True), (2, 4, 5, False)],
 )
 def test_the_kernel_s_text(
-    rounds: int, group: int, groups: int, idle: bool, sanitizer: str, tmp_path: Path
+    rounds: int, group: int, groups: int, no_op: bool, sanitizer: str, tmp_path: Path
 ) -> None:
     """Its index arithmetic gives the plain operations' values, and no two lanes meet."""
     compiler = shutil.which("c++")
@@ -116,7 +116,7 @@ def test_the_kernel_s_text(
     if sanitizer and built.returncode and "tsan" in built.stderr:
         pytest.skip("the compiler comes without the thread sanitizer")
     assert built.returncode == 0, built.stderr
-    rotation = made(rounds, group, groups, idle)
+    rotation = made(rounds, group, groups, no_op)
     x = np.random.default_rng(1).standard_normal((rows, group * groups)).astype(np.float32)
     ran = subprocess.run([str(program)], input=inputs(rotation, x), capture_output=True)
     if sanitizer and b"unexpected memory mapping" in ran.stderr:
@@ -144,18 +144,18 @@ class Emulated:
         assert rest["threadgroup"] == (group // 2, 1, 1)
         assert rest["output_shapes"] == [x.shape]
         assert rest["output_dtypes"] == [x.dtype] == [sizes["T"]]
-        turned = np.array(x.astype(mx.float32)).reshape(-1, count // group, group)
-        turned *= np.array(scales).reshape(1, -1, group)
+        rotated = np.array(x.astype(mx.float32)).reshape(-1, count // group, group)
+        rotated *= np.array(scales).reshape(1, -1, group)
         for turn in range(sizes["ROUNDS"]):
             for number in range(count // group):
                 at = slice(number * group // 2, (number + 1) * group // 2)
                 c, s = np.array(cosines[turn])[at], np.array(sines[turn])[at]
                 listed = np.array(pairs[turn]).reshape(-1, group // 2, 2)[number]
                 i, j = listed[:, 0], listed[:, 1]
-                left, right = turned[:, number, i], turned[:, number, j]
-                turned[:, number, i] = c * left + s * right
-                turned[:, number, j] = c * right - s * left
-        return [mx.array(turned.reshape(x.shape) + self.error).astype(x.dtype)]
+                left, right = rotated[:, number, i], rotated[:, number, j]
+                rotated[:, number, i] = c * left + s * right
+                rotated[:, number, j] = c * right - s * left
+        return [mx.array(rotated.reshape(x.shape) + self.error).astype(x.dtype)]
 
 
 @pytest.fixture
@@ -170,9 +170,9 @@ def on_metal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         return emulated
 
     monkeypatch.delenv(PLAIN, raising=False)
-    turning._is_right.cache_clear()
+    turning._kernel_matches_reference.cache_clear()
     yield pretend
-    turning._is_right.cache_clear()
+    turning._kernel_matches_reference.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
@@ -242,7 +242,7 @@ def test_the_kernel_can_be_turned_off(on_metal: Any, monkeypatch: pytest.MonkeyP
 @pytest.mark.skipif(not mx.metal.is_available(), reason="Metal is not here")
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
 def test_on_metal(dtype: mx.Dtype) -> None:
-    rotation = made(8, 128, 4, idle=True)
+    rotation = made(8, 128, 4, no_op=True)
     x = mx.random.normal((5, 512)).astype(dtype)
     room = {mx.float32: 1e-5, mx.float16: 4e-3, mx.bfloat16: 4e-2}[dtype]
     assert turning.uses_metal(dtype)

@@ -13,7 +13,7 @@ from requant.checkpoint import Checkpoint
 from requant.formats import FORMATS
 from requant.formats.base import SourceLayout, dense_layer
 from tests.support.checkpoints import write_quantized
-from tests.support.conversions import refusal
+from tests.support.conversions import rejection
 from tests.support.number_formats import BF16, E4M3, e4m3
 from tests.support.plan_texts import note_texts
 from tests.support.safetensors_files import read_folder
@@ -28,9 +28,9 @@ CT: dict[str, Any] = {
 UP = np.linspace(-1, 1, 64 * 128).reshape(64, 128).astype(BF16)
 
 
-def floats(**beside: np.ndarray) -> dict[str, np.ndarray]:
+def floats(**siblings: np.ndarray) -> dict[str, np.ndarray]:
     tensors = {"up.weight": UP, "norm.weight": np.ones(128, BF16)}
-    return tensors | {f"up.{role}": array for role, array in beside.items()}
+    return tensors | {f"up.{role}": array for role, array in siblings.items()}
 
 
 def scales() -> np.ndarray:
@@ -41,8 +41,8 @@ def scales() -> np.ndarray:
 
 
 @pytest.mark.parametrize("status", ["frozen", "initialized", "calibration"])
-@pytest.mark.parametrize("wishes", [{"bits": 8}, {"dequantize": True}])
-def test_weights_that_were_never_compressed(status: str, wishes: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [{"bits": 8}, {"dequantize": True}])
+def test_weights_that_were_never_compressed(status: str, options: Any, tmp_path: Path) -> None:
     """As a dense source: the scales are left out with a note, the values as they stand."""
     tensors = floats(
         weight_scale=scales(),
@@ -52,9 +52,9 @@ def test_weights_that_were_never_compressed(status: str, wishes: Any, tmp_path: 
     )
     del tensors["up.input_scale"]
     source = write_quantized(tmp_path / "source", tensors, CT | {"quantization_status": status})
-    report = requant.convert(source, tmp_path / "out", layout="keep", **wishes)
+    report = requant.convert(source, tmp_path / "out", layout="keep", **options)
     plain = write_quantized(tmp_path / "plain", floats(), None)
-    requant.convert(plain, tmp_path / "expected", layout="keep", **wishes)
+    requant.convert(plain, tmp_path / "expected", layout="keep", **options)
     made, expected = read_folder(tmp_path / "out"), read_folder(tmp_path / "expected")
     assert made.keys() == expected.keys()
     assert all(array.tobytes() == expected[name].tobytes() for name, array in made.items())
@@ -115,7 +115,7 @@ def test_floats_beside_a_scale_are_refused_and_the_advice_works(
 ) -> None:
     """Where nothing says that they are the values. Both ways out lead to success."""
     tensors = floats(**{role: scales()})
-    text = refusal(
+    text = rejection(
         write_quantized(tmp_path / "source", tensors, BLOCKS[name]), tmp_path / "out", bits=8
     )
     assert f"up.weight: BF16 [64, 128] stands beside up.{role}: its numbers are" in text or (
@@ -123,8 +123,8 @@ def test_floats_beside_a_scale_are_refused_and_the_advice_works(
     )
     if "quantization_status" not in text:
         return
-    said = {"quant_method": "compressed-tensors", "quantization_status": "frozen"}
-    requant.convert(write_quantized(tmp_path / "said", tensors, said), tmp_path / "one", bits=8)
+    declared = {"quant_method": "compressed-tensors", "quantization_status": "frozen"}
+    requant.convert(write_quantized(tmp_path / "said", tensors, declared), tmp_path / "one", bits=8)
     removed = write_quantized(tmp_path / "removed", floats(), None)
     requant.convert(removed, tmp_path / "two", bits=8)
     one, two = read_folder(tmp_path / "one"), read_folder(tmp_path / "two")
@@ -143,11 +143,11 @@ def test_only_a_folder_without_codes_is_told_to_drop_the_block(name: str, tmp_pa
         "experts.w13_factors": np.full((4, 64, 3), 120, np.uint8),
     }
     source = write_quantized(tmp_path / "source", floats() | codes, BLOCKS[name])
-    text = refusal(source, tmp_path / "out", bits=8)
+    text = rejection(source, tmp_path / "out", bits=8)
     assert "experts.w13: U8 [4, 64, 64] holds codes" in text
     assert "remove the block" not in text
     bare = write_quantized(tmp_path / "bare", floats() | codes, None)
-    assert "experts.w13: U8 [4, 64, 64] holds codes" in refusal(bare, tmp_path / "out", bits=8)
+    assert "experts.w13: U8 [4, 64, 64] holds codes" in rejection(bare, tmp_path / "out", bits=8)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_only_a_folder_without_codes_is_told_to_drop_the_block(name: str, tmp_pa
 def test_codes_without_a_scale(name: str, array: np.ndarray, tmp_path: Path) -> None:
     """Nothing in a dense model has these dtypes; FP8 of no axis even."""
     source = write_quantized(tmp_path / "source", {"head.weight": UP, name: array}, None)
-    assert f"{name}: " in refusal(source, tmp_path / "out", bits=8)
+    assert f"{name}: " in rejection(source, tmp_path / "out", bits=8)
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_a_vector_of_codes_is_told_by_its_scale(
     codes: str, scale: str, dtype: Any, tmp_path: Path
 ) -> None:
     tensors = {"head.weight": UP, codes: np.ones(4096, dtype), scale: np.ones(64, np.float32)}
-    text = refusal(write_quantized(tmp_path / "source", tensors, None), tmp_path / "out", bits=8)
+    text = rejection(write_quantized(tmp_path / "source", tensors, None), tmp_path / "out", bits=8)
     assert f"{codes}: " in text
     assert scale in text
 
@@ -248,7 +248,7 @@ def test_formats_of_other_packages_too(tmp_path: Path, monkeypatch: pytest.Monke
     tensors = {"head.weight": UP, "up.codes": np.ones((64, 128), np.int8)}
     source = write_quantized(tmp_path / "source", tensors, None)
     message = "up.codes: I8 [64, 128] holds codes, but has no scale beside it; a layer of careless"
-    assert message in refusal(source, tmp_path / "out", bits=8)
+    assert message in rejection(source, tmp_path / "out", bits=8)
     assert any(message in str(problem) for problem in requant.inspect(source).problems)
     with pytest.raises(requant.RequantError, match="holds codes"):
         requant.transform_weights(tensors, {})

@@ -98,8 +98,8 @@ def test_scales_and_biases_of_two_dtypes_keep_them(tmp_path: Path) -> None:
 def test_another_dtype_rounds_the_scales_and_says_so(tmp_path: Path) -> None:
     source = every_pair(tmp_path / "source", mx.float32)
     out = tmp_path / "out"
-    wishes: dict[str, Any] = {"bits": 8, "group_size": 32, "layout": "keep"}
-    report = requant.convert(source, out, dtype="bfloat16", **wishes)
+    options: dict[str, Any] = {"bits": 8, "group_size": 32, "layout": "keep"}
+    report = requant.convert(source, out, dtype="bfloat16", **options)
     assert {x.exactness for x in report.plan.layers} == {"rounded"}
     path, before = "model.b3g64_proj", load(source)
     scales = mx.repeat(before[f"{path}.scales"].astype(mx.bfloat16), 2, axis=-1)
@@ -128,29 +128,29 @@ def test_mxfp4_is_mxfp8_of_the_same_values(tmp_path: Path) -> None:
         assert same(before[:255], now[:255])
 
 
-@pytest.mark.parametrize("wishes", [{"bits": 8, "group_size": 64}, {"mode": "nvfp4"}], ids=str)
+@pytest.mark.parametrize("options", [{"bits": 8, "group_size": 64}, {"mode": "nvfp4"}], ids=str)
 def test_what_holds_no_e2m1_under_a_power_of_two_is_encoded_again(
-    wishes: dict[str, Any], tmp_path: Path
+    options: dict[str, Any], tmp_path: Path
 ) -> None:
     words, scales = mx.quantize(to_mx(bf16(8, 64)), group_size=32, bits=4, mode="mxfp4")
     block = {"group_size": 32, "bits": 4, "mode": "mxfp4"}
     source = mlx_folder(tmp_path / "source", {"up.weight": words, "up.scales": scales}, block)
-    (layer,) = requant.plan(source, layout="keep", **wishes).layers
+    (layer,) = requant.plan(source, layout="keep", **options).layers
     assert layer.exactness == "re-encoded"
 
 
 def test_chunks_threads_and_memory_change_no_byte(tmp_path: Path) -> None:
     source = every_pair(tmp_path / "source", mx.bfloat16)
-    wishes: dict[str, Any] = {"bits": 8, "group_size": 32, "layout": "keep"}
-    requant.convert(source, tmp_path / "once", threads=1, **wishes)
+    options: dict[str, Any] = {"bits": 8, "group_size": 32, "layout": "keep"}
+    requant.convert(source, tmp_path / "once", threads=1, **options)
     once = tree(tmp_path / "once")["model.safetensors"]
     for number, chunk in enumerate((1, 700, 5000, 1 << 20)):
         out = tmp_path / f"{number}"
-        requant.convert(source, out, chunk_bytes=chunk, threads=1 + number, **wishes)
+        requant.convert(source, out, chunk_bytes=chunk, threads=1 + number, **options)
         assert tree(out)["model.safetensors"] == once, chunk
     assert not requant.verify(source, tmp_path / "once").problems
     shards = tmp_path / "shards"
-    requant.convert(source, shards, shard_size=40000, **wishes)
+    requant.convert(source, shards, shard_size=40000, **options)
     parts = load(shards)
     assert all(same(parts[name], array) for name, array in load(tmp_path / "once").items())
 
@@ -168,9 +168,9 @@ def test_a_stack_of_experts(tmp_path: Path) -> None:
 
 def test_a_search_has_nothing_to_do(tmp_path: Path) -> None:
     source = every_pair(tmp_path / "source", mx.bfloat16)
-    wishes: dict[str, Any] = {"bits": 8, "group_size": 32, "layout": "keep"}
-    plain = requant.convert(source, tmp_path / "plain", **wishes)
-    report = requant.convert(source, tmp_path / "best", search="best", **wishes)
+    options: dict[str, Any] = {"bits": 8, "group_size": 32, "layout": "keep"}
+    plain = requant.convert(source, tmp_path / "plain", **options)
+    report = requant.convert(source, tmp_path / "best", search="best", **options)
     one, other = (tree(tmp_path / x)["model.safetensors"] for x in ("plain", "best"))
     assert one == other
     assert not any("nothing to search" in note for note in note_texts(plain.plan.notes))
@@ -179,9 +179,9 @@ def test_a_search_has_nothing_to_do(tmp_path: Path) -> None:
 
 def test_an_override_and_a_recipe_move_codes_too(tmp_path: Path) -> None:
     source = every_pair(tmp_path / "source", mx.bfloat16)
-    made = requant.plan(source, layout="keep", overrides=["b4g64=8:32", "b2g64=6:64"])
-    assert {x.exactness for x in made.layers} == {"exact"}
-    targets = {x.layer: x.target for x in made.layers}
+    plan = requant.plan(source, layout="keep", overrides=["b4g64=8:32", "b2g64=6:64"])
+    assert {x.exactness for x in plan.layers} == {"exact"}
+    targets = {x.layer: x.target for x in plan.layers}
     assert targets["model.b4g64_proj"] == "affine 8-bit g32"
     assert targets["model.b2g64_proj"] == "affine 6-bit g64"
 
@@ -233,14 +233,14 @@ def test_codes_of_other_tools(kind: str, tmp_path: Path) -> None:
     source = tool_folder(kind, tmp_path / "source")
     path, bits = "model.layers.0.mlp.up_proj", int(BLOCKS[kind]["bits"])
     plain = requant.convert(source, tmp_path / "plain", layout="keep")
-    wishes: dict[str, Any] = {"bits": 8, "group_size": 32, "layout": "keep"}
-    report = requant.convert(source, tmp_path / "wide", chunk_bytes=9000, **wishes)
+    options: dict[str, Any] = {"bits": 8, "group_size": 32, "layout": "keep"}
+    report = requant.convert(source, tmp_path / "wide", chunk_bytes=9000, **options)
     assert {x.exactness for x in report.plan.layers} == {x.exactness for x in plain.plan.layers}
     assert {x.treatment for x in report.plan.layers} == {"kept"}
     wanted = values(load(tmp_path / "plain"), path, 64, bits)
     assert same(values(load(tmp_path / "wide"), path, 32, 8), wanted)
     assert not requant.verify(source, tmp_path / "wide").problems
-    requant.convert(tmp_path / "plain", tmp_path / "twice", **wishes)
+    requant.convert(tmp_path / "plain", tmp_path / "twice", **options)
     one, two = (tree(tmp_path / x)["model.safetensors"] for x in ("wide", "twice"))
     assert one == two
 
@@ -249,11 +249,11 @@ def test_codes_of_other_tools(kind: str, tmp_path: Path) -> None:
 def test_codes_of_every_fixture(name: str, tmp_path: Path) -> None:
     source = fixture(name) / "checkpoint"
     file = next(source.glob("*.gguf"), source)
-    settled = {"dequantize": True}
+    resolved = {"dequantize": True}
     try:
         plain = requant.convert(file, tmp_path / "plain", layout="keep")
     except requant.RequantError:
-        assert requant.plan(file, layout="keep", **settled)
+        assert requant.plan(file, layout="keep", **resolved)
         return  # FP8 that no mode of MLX holds: nothing is kept
     kept = {x.layer: x for x in plain.plan.layers if x.treatment == "kept"}
     quantization = plain.plan.quantization

@@ -16,28 +16,28 @@ SOURCES = ["awq-gemm-g64-skip", "gptq-b4-g32-actorder-asym-v2", "auto-round-nati
 
 
 # No codes of these sources fit into any of them; where all fit, test_widening looks at it.
-WISHES: dict[str, dict[str, Any]] = {
+OPTIONS: dict[str, dict[str, Any]] = {
     "3:64": {"bits": 3, "group_size": 64},
     "8:64": {"bits": 8, "group_size": 64},
     "mxfp4": {"mode": "mxfp4"},
     "4:32": {"bits": 4, "group_size": 32},
 }
-CASES = [(name, WISHES[wish]) for name in SOURCES for wish in ("3:64", "mxfp4")]
-CASES += [(name, WISHES["8:64"]) for name in SOURCES[1:]]
-CASES.append((SOURCES[1], WISHES["4:32"]))
+CASES = [(name, OPTIONS[option]) for name in SOURCES for option in ("3:64", "mxfp4")]
+CASES += [(name, OPTIONS["8:64"]) for name in SOURCES[1:]]
+CASES.append((SOURCES[1], OPTIONS["4:32"]))
 
 
-@pytest.mark.parametrize(("name", "wishes"), CASES, ids=str)
-def test_one_pass_is_two_passes(name: str, wishes: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "options"), CASES, ids=str)
+def test_one_pass_is_two_passes(name: str, options: dict[str, Any], tmp_path: Path) -> None:
     """The values in between are those that --dequantize writes, in the dtype of the source."""
     source = fixture(name) / "checkpoint"
     layers = requant.plan(source, layout="keep").layers
     quantized = [x.layer for x in layers if x.treatment != "dense"]
-    report = requant.convert(source, tmp_path / "one", layout="keep", **wishes)
+    report = requant.convert(source, tmp_path / "one", layout="keep", **options)
     by_layer = {x.layer: x for x in report.plan.layers}
     requant.convert(source, tmp_path / "dense", layout="keep", dequantize=True)
     only = [f"^{path}$".replace(".", r"\.") for path in quantized]
-    requant.convert(tmp_path / "dense", tmp_path / "two", layout="keep", only=only, **wishes)
+    requant.convert(tmp_path / "dense", tmp_path / "two", layout="keep", only=only, **options)
     one, two = (_tensors(tmp_path / folder) for folder in ("one", "two"))
     again = [path for path in quantized if by_layer[path].treatment == "requantized"]
     # A wish that is what the codes already are lets down_proj keep them: its order then moves.

@@ -253,16 +253,16 @@ def damage_bytes(data: bytes, rng: random.Random) -> bytes:
 
 def damage_words(folder: Folder, rng: random.Random) -> None:
     """Change what small tensors and the metadata say of a layer."""
-    said = [name for name, (_, _, *packed) in folder["tensors"].items() if packed]
+    declared = [name for name, (_, _, *packed) in folder["tensors"].items() if packed]
     metadata = folder.get("metadata", {})
-    if metadata and (not said or rng.random() < 0.5):
+    if metadata and (not declared or rng.random() < 0.5):
         name = rng.choice(list(metadata))
         try:
             metadata[name] = json.dumps(damage_json(json.loads(metadata[name]), rng))
         except ValueError:
             metadata[name] = "{"
-    elif said:
-        tensor = folder["tensors"][rng.choice(said)]
+    elif declared:
+        tensor = folder["tensors"][rng.choice(declared)]
         data = zlib.decompress(b64decode(tensor[2]))
         if data[:1] == b"{" and rng.random() < 0.8:
             try:
@@ -324,12 +324,12 @@ class FolderReader:
     def __call__(self, folder: Folder) -> None:
         """Plan to keep what is there, and to make it dense."""
         self.write(folder)
-        for wishes in (
+        for options in (
             ConvertOptions(layout="keep"),
             ConvertOptions(layout="keep", dequantize=True),
         ):
             try:
-                plan = make_plan(read_checkpoint(self.place), wishes)
+                plan = make_plan(read_checkpoint(self.place), options)
                 assert len(plan.hash) == 64
             except RequantError as error:
                 assert str(error)
@@ -345,13 +345,13 @@ class GgufReader:
         shutil.rmtree(self.place, ignore_errors=True)
         self.place.mkdir(parents=True)
         (self.place / "m.gguf").write_bytes(data)
-        for wishes in (
+        for options in (
             ConvertOptions(layout="keep"),
             ConvertOptions(layout="keep", dequantize=True),
         ):
             try:
                 checkpoint = read_checkpoint(self.place / "m.gguf")
-                plan = make_plan(checkpoint, wishes)
+                plan = make_plan(checkpoint, options)
                 assert len(plan.hash) == 64
                 for make in checkpoint.opened.generated_files.values():
                     json.loads(make())
@@ -416,12 +416,14 @@ class StatisticsReader:
         path = self.place / "statistics"
         path.write_bytes(data)
         try:
-            found = read_statistics(path)
+            statistics = read_statistics(path)
         except RequantError as error:
             assert str(error)
             return
-        for name, entry in found.seen.items():
-            answer = found.find(name, (entry.experts or 1, 1, entry.size // (entry.experts or 1)))
+        for name, entry in statistics.seen.items():
+            answer = statistics.find(
+                name, (entry.experts or 1, 1, entry.size // (entry.experts or 1))
+            )
             if answer is not None and not isinstance(answer, str):
                 for matrix in range(min(len(answer.places), 8)):
                     weights = answer.weights(matrix)
@@ -660,11 +662,13 @@ _PATHS = (
 
 def index_text(rng: random.Random) -> bytes:
     """An index of the three shards, damaged as a value, as text, or both."""
-    told = {name: f"{at}.safetensors" for at, names in enumerate(SHARDS) for name in names}
-    index: Any = {"metadata": {"total_size": 0}, "weight_map": told}
+    reported = {name: f"{at}.safetensors" for at, names in enumerate(SHARDS) for name in names}
+    index: Any = {"metadata": {"total_size": 0}, "weight_map": reported}
     for _ in range(rng.randint(0, 2)):
         if rng.random() < 0.5:
-            told[rng.choice([*told, "new", *_PATHS])] = rng.choice([*told.values(), *_PATHS])
+            reported[rng.choice([*reported, "new", *_PATHS])] = rng.choice(
+                [*reported.values(), *_PATHS]
+            )
         else:
             index = damage_json(index, rng)
     text = json.dumps(index).encode()

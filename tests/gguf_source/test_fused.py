@@ -86,9 +86,9 @@ def test_fused_tensors_are_those_that_they_are_fused_of(
 ) -> None:
     """Every byte of the output is what it is from the file that has them apart."""
     written(case, tmp_path / "apart.gguf", kind)
-    apart = tensors_of(tmp_path / "apart.gguf")
-    tensors = fuse(apart, *fused)
-    assert len(tensors) < len(apart)
+    separate = tensors_of(tmp_path / "apart.gguf")
+    tensors = fuse(separate, *fused)
+    assert len(tensors) < len(separate)
     rewrite(tmp_path / "apart.gguf", tmp_path / "fused.gguf", tensors)
     for name in ("apart", "fused"):
         report = requant.convert(
@@ -131,8 +131,8 @@ def test_rows_that_are_no_sum(name: str, tmp_path: Path) -> None:
 
 def test_experts_fused_and_apart_at_once(tmp_path: Path) -> None:
     written("qwen3moe", tmp_path / "apart.gguf", "F32")
-    apart = tensors_of(tmp_path / "apart.gguf")
-    rewrite(tmp_path / "apart.gguf", tmp_path / "m.gguf", fuse(apart, *GATE_UP) | apart)
+    separate = tensors_of(tmp_path / "apart.gguf")
+    rewrite(tmp_path / "apart.gguf", tmp_path / "m.gguf", fuse(separate, *GATE_UP) | separate)
     with pytest.raises(CheckpointError, match=r"would be named .*gate_proj"):
         requant.plan(tmp_path / "m.gguf")
 

@@ -19,7 +19,7 @@ from requant.gguf.foreign_types import (
     _NEWER,
     _OF_FORK,
     _REMOVED,
-    foreign_type,
+    unsupported_type,
 )
 from requant.gguf.header import Header, read_header
 
@@ -43,13 +43,15 @@ def built(
     table: list[bytes], pairs: list[bytes] | None = None, data: int = 4096, **changes: Any
 ) -> bytes:
     """A file written by hand: header, entries, table, padding, data."""
-    said = {
+    declared = {
         "magic": b"GGUF",
         "version": 3,
         "tensors": len(table),
         "keys": len(pairs or ()),
     } | changes
-    head = said["magic"] + struct.pack("<IQQ", said["version"], said["tensors"], said["keys"])
+    head = declared["magic"] + struct.pack(
+        "<IQQ", declared["version"], declared["tensors"], declared["keys"]
+    )
     head += b"".join(pairs or ()) + b"".join(table)
     return head + b"\0" * (-len(head) % 32) + bytes(data)
 
@@ -244,7 +246,7 @@ def test_types_of_others_are_named_with_a_way_out(number: int, words: str, tmp_p
 def test_every_type_of_the_package_is_read_or_named() -> None:
     for kind in KINDS:
         if kind not in TYPES:
-            assert kind.name in foreign_type(kind), kind
+            assert kind.name in unsupported_type(kind), kind
     numbers = {*_REMOVED, *_INTERNAL, *_NEWER, *_OF_FORK}
     assert not numbers & set(TYPES)
     assert len(numbers) == sum(map(len, (_REMOVED, _INTERNAL, _NEWER, _OF_FORK)))

@@ -109,7 +109,7 @@ def test_no_key_is_lost(case: str) -> None:
     """Another value gives another config, a note that names the key, or an error that does."""
     usual, notes, problems = read_with(case, {})
     assert problems == []
-    lost = []
+    missing = []
     for key in KEYS:
         if key in SIZES:
             continue
@@ -117,11 +117,11 @@ def test_no_key_is_lost(case: str) -> None:
         for value in values_of(key):
             silent = (case, key, str(value)) in SILENT
             silent |= (key, str(value)) == NO_EXPERTS and "expert" not in str(usual)
-            config, said, named = read_with(case, WITH.get(str(value), {}) | {key: value})
-            is_told = full in named or full in said.replace(notes, "") or config != usual
-            if is_told == silent:
-                lost.append(f"{key} = {value}: {named}")
-    assert lost == []
+            config, declared, named = read_with(case, WITH.get(str(value), {}) | {key: value})
+            is_reported = full in named or full in declared.replace(notes, "") or config != usual
+            if is_reported == silent:
+                missing.append(f"{key} = {value}: {named}")
+    assert missing == []
 
 
 @pytest.mark.parametrize("case", ALL)

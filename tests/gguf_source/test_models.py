@@ -74,10 +74,10 @@ def test_trained_models_at_q8(name: str, tmp_path: Path) -> None:
     original, _ = load_model(model(name))
     expected = logits_of(original, weights)
     rounded = {k: as_q8(v) if v.ndim > 1 else v for k, v in weights.items()}
-    twin = logits_of(original, rounded)  # the values that the codes stand for
+    counterpart = logits_of(original, rounded)  # the values that the codes stand for
     largest = np.abs(expected).max()
-    assert np.abs(output_of(tmp_path / "wide") - twin).max() <= 1e-4 * largest
-    assert np.square(twin - expected).mean() <= 0.02**2 * np.square(expected).mean()
+    assert np.abs(output_of(tmp_path / "wide") - counterpart).max() <= 1e-4 * largest
+    assert np.square(counterpart - expected).mean() <= 0.02**2 * np.square(expected).mean()
     # MLX's CPU backend sums products of float16 in float16.
     got = np.array(found(TOKENS).astype(mx.float32))
     assert np.square(got - expected).mean() <= 0.04**2 * np.square(expected).mean()

@@ -81,10 +81,15 @@ def calls_of(loaded: Any, ids: mx.array) -> tuple[Any, mx.array, Any]:
 def test_inputs_of_a_dense_model(text: Path, tmp_path: Path) -> None:
     """Of the first block's layers and of the head, in float32's rounding; Hessians too."""
     out = tmp_path / "s.safetensors"
-    made = calibrate(LLAMA, out, text, hessian=True, tokens=4 * WINDOW, window=WINDOW)
-    assert (made.tokens, made.windows, made.blockwise, made.missed) == (4 * WINDOW, 4, True, ())
+    calibration = calibrate(LLAMA, out, text, hessian=True, tokens=4 * WINDOW, window=WINDOW)
+    assert (
+        calibration.tokens,
+        calibration.windows,
+        calibration.blockwise,
+        calibration.not_observed,
+    ) == (4 * WINDOW, 4, True, ())
     count = json.loads((LLAMA / "config.json").read_text())["num_hidden_layers"]
-    assert made.layers == made.hessians == 4 * count + 1
+    assert calibration.layers == calibration.hessians == 4 * count + 1
     loaded, taken = plain(LLAMA), _taken(LLAMA, 4)
     block, hidden, mask = calls_of(loaded, taken)
     normed = block.input_layernorm(hidden)
@@ -95,12 +100,12 @@ def test_inputs_of_a_dense_model(text: Path, tmp_path: Path) -> None:
     last = loaded.model(taken)
     expected = {"self_attn.q_proj": normed, "mlp.up_proj": inner, "mlp.down_proj": down}
     for name, x in expected.items():
-        found = entry(out, f"model.layers.0.{name}", (1, x.shape[-1]))
-        np.testing.assert_allclose(found.weights(0), squares(x), rtol=1e-4)
+        importance = entry(out, f"model.layers.0.{name}", (1, x.shape[-1]))
+        np.testing.assert_allclose(importance.weights(0), squares(x), rtol=1e-4)
         rows = np.array(x).reshape(-1, x.shape[-1]).astype(np.float64)
         hessian = rows.T @ rows / len(rows)
         room = 1e-5 * np.abs(hessian).max()
-        np.testing.assert_allclose(found.hessian(0), hessian, rtol=1e-3, atol=room)
+        np.testing.assert_allclose(importance.hessian(0), hessian, rtol=1e-3, atol=room)
     tied = "model.embed_tokens" if "lm_head" not in loaded else "lm_head"
     head = entry(out, tied, (1, last.shape[-1]))
     np.testing.assert_allclose(head.weights(0), squares(last), rtol=1e-3)
@@ -118,8 +123,8 @@ def _taken(folder: Path, windows: int, seed: int = 0) -> mx.array:
 
 def test_experts_by_their_own_tokens(text: Path, tmp_path: Path) -> None:
     folder, out = model("micro-moe"), tmp_path / "s.safetensors"
-    made = calibrate(folder, out, text, tokens=2 * WINDOW, window=WINDOW)
-    assert made.blockwise
+    calibration = calibrate(folder, out, text, tokens=2 * WINDOW, window=WINDOW)
+    assert calibration.blockwise
     ids = _taken(folder, 2)
     block, hidden, mask = calls_of(plain(stacked(folder, tmp_path)), ids)
     after = hidden + block.self_attn(block.input_layernorm(hidden), mask, None)
@@ -127,16 +132,16 @@ def test_experts_by_their_own_tokens(text: Path, tmp_path: Path) -> None:
     gates = np.array(mx.softmax(block.mlp.gate(inner), axis=-1)).reshape(-1, 8)
     rows = np.array(inner).reshape(len(gates), -1).astype(np.float64)
     chosen = np.argsort(-gates, axis=1)[:, : block.mlp.top_k]
-    found = entry(out, "model.layers.0.mlp.switch_mlp.gate_proj", (8, 4, rows.shape[1]))
+    importance = entry(out, "model.layers.0.mlp.switch_mlp.gate_proj", (8, 4, rows.shape[1]))
     down = entry(out, "model.layers.0.mlp.switch_mlp.down_proj", (8, 4, 128))
     glu = block.mlp.switch_mlp
     seen = 0
     for expert in range(8):
         mine = (chosen == expert).any(1)
-        weights = found.weights(expert)
+        weights = importance.weights(expert)
         if not mine.any():
             assert weights is None
-            assert expert in found.unseen
+            assert expert in importance.matrices_without_tokens
             continue
         seen += 1
         np.testing.assert_allclose(weights, (rows[mine] ** 2).mean(0), rtol=1e-4)
@@ -179,24 +184,24 @@ def test_other_forms_of_the_model_give_the_same(make: Any, text: Path, tmp_path:
     make(source)
     dense = tmp_path / "values"
     requant.convert(source, dense, dequantize=True, dtype="float32")
-    told: dict[str, Any] = {"tokens": 2 * WINDOW, "window": WINDOW}
-    calibrate(source, tmp_path / "a.safetensors", text, **told)
-    calibrate(dense, tmp_path / "b.safetensors", text, **told)
+    reported: dict[str, Any] = {"tokens": 2 * WINDOW, "window": WINDOW}
+    calibrate(source, tmp_path / "a.safetensors", text, **reported)
+    calibrate(dense, tmp_path / "b.safetensors", text, **reported)
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
 
 
 def test_a_whole_model_gives_the_same(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told: dict[str, Any] = {"tokens": 2 * WINDOW, "window": WINDOW, "hessian": True}
-    calibrate(LLAMA, tmp_path / "a.safetensors", text, **told)
+    reported: dict[str, Any] = {"tokens": 2 * WINDOW, "window": WINDOW, "hessian": True}
+    calibrate(LLAMA, tmp_path / "a.safetensors", text, **reported)
 
-    def refuses(*_: Any) -> None:
-        raise blocks.NotLayered("of the test")
+    def rejects(*_: Any) -> None:
+        raise blocks.NotBlockwiseError("of the test")
 
-    monkeypatch.setattr(blocks.Layered, "calls", refuses)
-    made = calibrate(LLAMA, tmp_path / "b.safetensors", text, **told)
-    assert (made.blockwise, made.why) == (False, "of the test")
+    monkeypatch.setattr(blocks.BlockwiseModel, "calls", rejects)
+    calibration = calibrate(LLAMA, tmp_path / "b.safetensors", text, **reported)
+    assert (calibration.blockwise, calibration.reason) == (False, "of the test")
     a, b = (mx.load(str(tmp_path / f"{x}.safetensors")) for x in "ab")
     assert a.keys() == b.keys()
     for name, array in a.items():
@@ -205,20 +210,20 @@ def test_a_whole_model_gives_the_same(
 
 def test_a_stopped_run_goes_on(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped at each block and at the head, the bytes are those of an undisturbed run."""
-    told: dict[str, Any] = {"tokens": 2 * WINDOW, "window": WINDOW, "hessian": True}
-    calibrate(LLAMA, tmp_path / "whole.safetensors", text, **told)
+    reported: dict[str, Any] = {"tokens": 2 * WINDOW, "window": WINDOW, "hessian": True}
+    calibrate(LLAMA, tmp_path / "whole.safetensors", text, **reported)
     output = tmp_path / "s.safetensors"
-    kept, real = [], _Run._keep
+    kept, real = [], _Run._save_block
 
     def keep(self: Any, *args: Any) -> None:
         real(self, *args)
         kept.append(args[1])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(_Run, "_keep", keep)
+    monkeypatch.setattr(_Run, "_save_block", keep)
     while True:
         try:
-            calibrate(LLAMA, output, text, **told)
+            calibrate(LLAMA, output, text, **reported)
             break
         except KeyboardInterrupt:
             assert not output.exists()
@@ -233,19 +238,19 @@ def test_a_stopped_run_goes_on(text: Path, tmp_path: Path, monkeypatch: pytest.M
 def test_another_text_starts_over(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told: dict[str, Any] = {"tokens": 2 * WINDOW, "window": WINDOW}
-    output, real = tmp_path / "s.safetensors", _Run._keep
+    reported: dict[str, Any] = {"tokens": 2 * WINDOW, "window": WINDOW}
+    output, real = tmp_path / "s.safetensors", _Run._save_block
 
     def keep(self: Any, *args: Any) -> None:
         real(self, *args)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(_Run, "_keep", keep)
+        patch.setattr(_Run, "_save_block", keep)
         with pytest.raises(KeyboardInterrupt):
-            calibrate(LLAMA, output, text, **told)
-    calibrate(LLAMA, output, text, seed=3, **told)
-    calibrate(LLAMA, tmp_path / "t.safetensors", text, seed=3, **told)
+            calibrate(LLAMA, output, text, **reported)
+    calibrate(LLAMA, output, text, seed=3, **reported)
+    calibrate(LLAMA, tmp_path / "t.safetensors", text, seed=3, **reported)
     assert output.read_bytes() == (tmp_path / "t.safetensors").read_bytes()
 
 
@@ -261,10 +266,13 @@ def test_another_text_starts_over(
 def test_what_cannot_be_is_told(
     change: dict[str, Any], words: str, text: Path, tmp_path: Path
 ) -> None:
-    told: dict[str, Any] = {"output": "s.safetensors", "text": text.name, "tokens": 96} | change
-    told["output"], told["text"] = tmp_path / told["output"], tmp_path / told["text"]
+    reported: dict[str, Any] = {"output": "s.safetensors", "text": text.name, "tokens": 96} | change
+    reported["output"], reported["text"] = (
+        tmp_path / reported["output"],
+        tmp_path / reported["text"],
+    )
     with pytest.raises(UsageError, match=words):
-        calibrate(LLAMA, **{"window": WINDOW} | told)
+        calibrate(LLAMA, **{"window": WINDOW} | reported)
     assert [p.name for p in tmp_path.iterdir()] == [text.name]
 
 
@@ -301,9 +309,9 @@ class _Model(nn.Module):
         return h
 
 
-def layered(model: Any) -> blocks.Layered:
+def layered(model: Any) -> blocks.BlockwiseModel:
     plan, source = plan_with_source(read_checkpoint(LLAMA), ConvertOptions(dequantize=True))
-    return blocks.Layered(model, replace(plan, steps=(), shards=()), source, None)
+    return blocks.BlockwiseModel(model, replace(plan, steps=(), shards=()), source, None)
 
 
 def test_blocks_stay_of_their_class() -> None:
@@ -322,7 +330,7 @@ def test_blocks_stay_of_their_class() -> None:
     [({"between": 1}, "change between its blocks"), ({"backwards": True}, "once each, in order")],
 )
 def test_blocks_that_do_not_hand_on_what_they_are_given(change: dict[str, Any], why: str) -> None:
-    with pytest.raises(blocks.NotLayered, match=why):
+    with pytest.raises(blocks.NotBlockwiseError, match=why):
         layered(_Model(**change)).calls(np.arange(8), np.arange(8))
 
 
@@ -348,8 +356,8 @@ def test_an_embedding_counts_as_the_head_without_a_word_in_the_config(
         str(folder / "model.safetensors"), dict(tree_flatten(made.parameters())), {"format": "mlx"}
     )
     output = tmp_path / "s.safetensors"
-    found = calibrate(folder, output, text, tokens=WINDOW, window=WINDOW)
-    assert not found.missed
+    calibration = calibrate(folder, output, text, tokens=WINDOW, window=WINDOW)
+    assert not calibration.not_observed
     assert entry(output, "model.embed_tokens", (1, 128)).weights(0) is not None
 
 
@@ -367,10 +375,10 @@ def test_layers_of_a_class_that_is_not_watched_are_named(text: Path, tmp_path: P
     made = Model(ModelArgs.from_dict(config))
     weights = dict(tree_flatten(made.parameters()))
     mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
-    found = calibrate(folder, tmp_path / "s.safetensors", text, tokens=WINDOW, window=WINDOW)
+    calibration = calibrate(folder, tmp_path / "s.safetensors", text, tokens=WINDOW, window=WINDOW)
     heads = [n for n, m in made.named_modules() if type(m).__name__ == "MultiLinear"]
-    assert heads and set(heads) <= set(found.missed)
-    assert not any(name.endswith("o_proj") for name in found.missed)
+    assert heads and set(heads) <= set(calibration.not_observed)
+    assert not any(name.endswith("o_proj") for name in calibration.not_observed)
 
 
 @pytest.mark.parametrize("tokens", [5, 100])  # mlx-lm sorts rows by expert from 64 on
@@ -385,7 +393,7 @@ def test_numpy_multiplies_as_mlx_does(tokens: int) -> None:
     plain = glu(x, chosen), linear(x)
     paths = {id(m): n for n, m in glu.named_modules()} | {id(linear): "linear"}
     collector = Collector(paths, True, 1 << 30, with_numpy=True)
-    with collector.watching():
+    with collector.observing():
         made = glu(x, chosen), linear(x)
         collector.flush()
     for ours, theirs in zip(made, plain, strict=True):
@@ -406,7 +414,7 @@ def test_inputs_and_experts_spread_over_each_other(
     x = mx.array(rng.normal(size=(*batch, 2, 8)), mx.float32)
     chosen = mx.array(rng.integers(0, 4, asked), mx.uint32)
     collector = Collector({id(stack): "stack"}, False, 0, with_numpy=True)
-    with collector.watching():
+    with collector.observing():
         made = stack(x, chosen)
         collector.flush()
     plain = stack(x, chosen)
@@ -478,70 +486,70 @@ def test_inputs_that_are_no_numbers_are_named(text: Path, tmp_path: Path) -> Non
     name = "model.layers.1.mlp.up_proj.weight"
     weights[name] = mx.where(mx.arange(128) == 3, mx.nan, weights[name])
     mx.save_safetensors(str(folder / "model.safetensors"), weights)
-    with pytest.raises(CheckpointError) as refused:
+    with pytest.raises(CheckpointError) as rejected:
         calibrate(folder, tmp_path / "s.safetensors", text, tokens=96, window=WINDOW)
-    assert "nan cannot be calibrated" in str(refused.value)
-    assert [p.where for p in refused.value.problems] == ["model.layers.1.mlp.down_proj"]
+    assert "nan cannot be calibrated" in str(rejected.value)
+    assert [p.where for p in rejected.value.problems] == ["model.layers.1.mlp.down_proj"]
 
 
 def test_layers_too_wide_for_a_hessian_are_named_beforehand(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run, "MOST_HESSIAN_BYTES", 4 * 128 * 128)
-    told: list[str] = []
-    made = calibrate(
+    reported: list[str] = []
+    calibration = calibrate(
         LLAMA,
         tmp_path / "s.safetensors",
         text,
         hessian=True,
         tokens=96,
         window=WINDOW,
-        progress=lambda what, *_: told.append(what),
-        on_note=told.append,
+        progress=lambda what, *_: reported.append(what),
+        on_note=reported.append,
     )
     wide = tuple(f"model.layers.{number}.mlp.down_proj" for number in range(4))
-    assert tuple(line.split(":")[0] for line in told[:4]) == wide == made.too_wide
-    assert told[4].startswith("block 1")
+    assert tuple(line.split(":")[0] for line in reported[:4]) == wide == calibration.too_wide
+    assert reported[4].startswith("block 1")
 
 
 def test_two_runs_do_not_share_a_folder(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    output, told = tmp_path / "s.safetensors", {"tokens": 96, "window": WINDOW}
-    real, refused = _Run._keep, []
+    output, reported = tmp_path / "s.safetensors", {"tokens": 96, "window": WINDOW}
+    real, rejected = _Run._save_block, []
 
     def keep(self: Any, *args: Any) -> None:
-        monkeypatch.setattr(_Run, "_keep", real)
+        monkeypatch.setattr(_Run, "_save_block", real)
         with pytest.raises(OutputError, match="being written by another process"):
-            calibrate(LLAMA, output, text, **told)
-        refused.append(args)
+            calibrate(LLAMA, output, text, **reported)
+        rejected.append(args)
         real(self, *args)
 
-    monkeypatch.setattr(_Run, "_keep", keep)
-    calibrate(LLAMA, output, text, **told)
-    assert len(refused) == 1 and output.exists()
+    monkeypatch.setattr(_Run, "_save_block", keep)
+    calibrate(LLAMA, output, text, **reported)
+    assert len(rejected) == 1 and output.exists()
 
 
 def test_hidden_states_that_were_cut_are_noticed(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    output, told = tmp_path / "s.safetensors", {"tokens": 96, "window": WINDOW}
-    real = _Run._keep
+    output, reported = tmp_path / "s.safetensors", {"tokens": 96, "window": WINDOW}
+    real = _Run._save_block
 
     def keep(self: Any, *args: Any) -> None:
         real(self, *args)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as stopped:
-        patch.setattr(_Run, "_keep", keep)
-        calibrate(LLAMA, output, text, **told)
+        patch.setattr(_Run, "_save_block", keep)
+        calibrate(LLAMA, output, text, **reported)
     assert "the same command goes on" in stopped.value.__notes__[0]
     hidden = tmp_path / ".s.safetensors.requant-calibrating" / "hidden-0"
     hidden.write_bytes(hidden.read_bytes()[:-1])
     with pytest.raises(OutputError, match="--no-resume starts over") as cut:
-        calibrate(LLAMA, output, text, **told)
+        calibrate(LLAMA, output, text, **reported)
     assert not getattr(cut.value, "__notes__", [])
-    calibrate(LLAMA, output, text, **told, resume=False)
+    calibrate(LLAMA, output, text, **reported, resume=False)
     assert output.exists()
 
 

@@ -16,8 +16,8 @@ import pytest
 
 from requant.conversion import convert, plan
 from requant.errors import OutOfRangeError, UsageError
-from requant.formats.base import Rows, SourceLayer
-from requant.memory import BASE_MEMORY_BYTES, MLX_LM_MEMORY_BYTES, make_budget
+from requant.formats.base import RowRange, SourceLayer
+from requant.memory import BASE_MEMORY_BYTES, MLX_LM_MEMORY_BYTES, plan_resources
 from requant.row_ranges import stacked_global_scales
 from requant.sources import read_checkpoint
 from tests.support.families import model_types, small_config
@@ -88,14 +88,14 @@ def test_codes_come_through(model_type: str, tmp_path: Path) -> None:
 # -- sources that take other ways --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("wishes", [{}, {"bits": 8}, {"mode": "mxfp4"}, {"dequantize": True}])
-def test_packed_experts_are_stacked(wishes: dict, tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [{}, {"bits": 8}, {"mode": "mxfp4"}, {"dequantize": True}])
+def test_packed_experts_are_stacked(options: dict, tmp_path: Path) -> None:
     """AutoAWQ experts go straight into a stack, as by way of a folder under their own names."""
     published(tmp_path / "awq", "qwen3_moe")
     as_awq(tmp_path / "awq")
-    convert(tmp_path / "awq", tmp_path / "kept", layout="keep", **wishes)
-    convert(tmp_path / "kept", tmp_path / "expected", layout="mlx-lm", **wishes)
-    report = convert(tmp_path / "awq", tmp_path / "ours", layout="mlx-lm", threads=2, **wishes)
+    convert(tmp_path / "awq", tmp_path / "kept", layout="keep", **options)
+    convert(tmp_path / "kept", tmp_path / "expected", layout="mlx-lm", **options)
+    report = convert(tmp_path / "awq", tmp_path / "ours", layout="mlx-lm", threads=2, **options)
 
     ours, expected = load(tmp_path / "ours"), load(tmp_path / "expected")
     assert ours.keys() == expected.keys()
@@ -108,7 +108,7 @@ def test_packed_experts_are_stacked(wishes: dict, tmp_path: Path) -> None:
     stacked = [x for x in report.plan.layers if "switch_mlp" in x.layer]
     assert {x.source for x in stacked} == {"awq gemm 4-bit g32"}
     own_group = "no group size was asked for: keeps its codes in groups of 32"
-    assert {reason_text(x) for x in stacked} == {own_group if "bits" in wishes else ""}
+    assert {reason_text(x) for x in stacked} == {own_group if "bits" in options else ""}
 
 
 def test_packed_rows_that_are_computed(tmp_path: Path) -> None:
@@ -155,9 +155,9 @@ def test_what_the_rule_computes_on_values_gets_8_bits(spec: dict[str, Any], tmp_
     published(tmp_path / "m", "deepseek_v3")
     convert(tmp_path / "m", tmp_path / "q", layout="keep", **{"group_size": None} | spec)
     layers = plan(tmp_path / "q", layout="mlx-lm").layers
-    anew = [x for x in layers if x.treatment == "requantized"]
-    assert anew
-    assert {x.target for x in anew} == {"affine 8-bit g32"}
+    requantized = [x for x in layers if x.treatment == "requantized"]
+    assert requantized
+    assert {x.target for x in requantized} == {"affine 8-bit g32"}
     assert {x.exactness for x in layers if x.treatment == "kept"} == {"exact"}
 
 
@@ -227,7 +227,7 @@ def test_global_scales_of_stacked_and_split_matrices(tmp_path: Path) -> None:
 
     zero, one, two = layer("0", 4, 16), layer("1", 4, 16), layer("two", 2, 4, 16)
 
-    def read(shape: tuple[int, ...], *runs: Rows) -> list[float] | None:
+    def read(shape: tuple[int, ...], *runs: RowRange) -> list[float] | None:
         made = stacked_global_scales("x", shape, runs)
         if made is None:
             return None
@@ -238,13 +238,13 @@ def test_global_scales_of_stacked_and_split_matrices(tmp_path: Path) -> None:
         assert made.info.nbytes == len(data)
         return np.frombuffer(data, np.float32).tolist()
 
-    assert read((2, 4, 16), Rows(zero, 0, 4), Rows(one, 0, 4)) == [0, 1]
-    assert read((2, 2, 16), Rows(zero, 2, 2), Rows(one, 0, 2)) == [0, 1]
-    assert read((2, 2, 16), Rows(zero, 0, 4)) == [0, 0]
-    assert read((8, 16), Rows(zero, 0, 4), Rows(one, 0, 4)) is None
-    assert read((2, 4, 16), Rows(two, 0, 8)) == [5, 6]
-    assert read((2, 16), Rows(two, 5, 2)) == [6]
-    assert read((4, 16), Rows(two, 2, 4)) is None
+    assert read((2, 4, 16), RowRange(zero, 0, 4), RowRange(one, 0, 4)) == [0, 1]
+    assert read((2, 2, 16), RowRange(zero, 2, 2), RowRange(one, 0, 2)) == [0, 1]
+    assert read((2, 2, 16), RowRange(zero, 0, 4)) == [0, 0]
+    assert read((8, 16), RowRange(zero, 0, 4), RowRange(one, 0, 4)) is None
+    assert read((2, 4, 16), RowRange(two, 0, 8)) == [5, 6]
+    assert read((2, 16), RowRange(two, 5, 2)) == [6]
+    assert read((4, 16), RowRange(two, 2, 4)) is None
 
 
 @pytest.mark.skipif(bool(NEW_FORMS), reason="mlx-lm refuses this form before 0.32")
@@ -256,15 +256,15 @@ def test_the_memory_of_computed_tensors_is_in_the_budget(tmp_path: Path) -> None
     kept = plan(tmp_path / "m", bits=4, group_size=32, layout="keep")
 
     stack = 2 * 512 * 64 * 128  # bytes of one projection of all experts; two are stored fused
-    beside = make_budget(made, 1).peak_bytes - make_budget(kept, 1).peak_bytes
-    assert beside == MLX_LM_MEMORY_BYTES + min(2 * (2 * 3 + 2) * stack, 64 << 20)
-    more = make_budget(made, 3).beside_bytes - make_budget(made, 1).beside_bytes
+    siblings = plan_resources(made, 1).peak_bytes - plan_resources(kept, 1).peak_bytes
+    assert siblings == MLX_LM_MEMORY_BYTES + min(2 * (2 * 3 + 2) * stack, 64 << 20)
+    more = plan_resources(made, 3).overhead_bytes - plan_resources(made, 1).overhead_bytes
     assert more == 2 * stack
 
-    least = make_budget(made, 1, 10**9).beside_bytes + BASE_MEMORY_BYTES
+    least = plan_resources(made, 1, 10**9).overhead_bytes + BASE_MEMORY_BYTES
     with pytest.raises(OutOfRangeError, match="mlx-lm and the tensors that it computes"):
-        make_budget(made, 1, least)
-    assert make_budget(made, 8, least + stack + (1 << 20)).threads == 2
+        plan_resources(made, 1, least)
+    assert plan_resources(made, 8, least + stack + (1 << 20)).threads == 2
 
 
 # -- rows that are interleaved -----------------------------------------------------------------
@@ -307,10 +307,15 @@ def test_alternating_rows_are_mlx_lm_s(coded: bool, tmp_path: Path) -> None:
 
     gpt_oss(tmp_path / "m", coded)
     expected = dict(tree_flatten(load_model(tmp_path / "m")[0].parameters()))
-    wishes: dict[str, Any] = {} if coded else {"dequantize": True}
+    convert_options: dict[str, Any] = {} if coded else {"dequantize": True}
     for options in ({}, {"threads": 2, "chunk_bytes": 3000}):
         report = convert(
-            tmp_path / "m", tmp_path / "ours", layout="mlx-lm", force=True, **wishes, **options
+            tmp_path / "m",
+            tmp_path / "ours",
+            layout="mlx-lm",
+            force=True,
+            **convert_options,
+            **options,
         )
         ours = load(tmp_path / "ours")
         assert ours.keys() == expected.keys()
@@ -318,12 +323,12 @@ def test_alternating_rows_are_mlx_lm_s(coded: bool, tmp_path: Path) -> None:
         assert {x.exactness for x in report.plan.layers} == {"exact"}
 
 
-@pytest.mark.parametrize("wishes", [{"bits": 4}, {"dequantize": True}])
-def test_alternating_rows_are_decoded_as_they_are_kept(wishes: dict, tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [{"bits": 4}, {"dequantize": True}])
+def test_alternating_rows_are_decoded_as_they_are_kept(options: dict, tmp_path: Path) -> None:
     gpt_oss(tmp_path / "m", coded=True)
     convert(tmp_path / "m", tmp_path / "kept", layout="mlx-lm")
-    convert(tmp_path / "kept", tmp_path / "expected", layout="mlx-lm", **wishes)
-    convert(tmp_path / "m", tmp_path / "ours", layout="mlx-lm", chunk_bytes=20000, **wishes)
+    convert(tmp_path / "kept", tmp_path / "expected", layout="mlx-lm", **options)
+    convert(tmp_path / "m", tmp_path / "ours", layout="mlx-lm", chunk_bytes=20000, **options)
     ours, expected = load(tmp_path / "ours"), load(tmp_path / "expected")
     assert ours.keys() == expected.keys()
     assert [name for name in ours if as_bytes(ours[name]) != as_bytes(expected[name])] == []

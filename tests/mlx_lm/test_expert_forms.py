@@ -91,12 +91,12 @@ def joined(experts: Experts, in_turns: bool) -> Experts:
 
 
 def fused(
-    names: dict[str, str], weight: str = "", bias: str = "_bias", turned: bool = False
+    names: dict[str, str], weight: str = "", bias: str = "_bias", transposed: bool = False
 ) -> Callable[[str, Experts, bool], Weights]:
     def form(prefix: str, experts: Experts, in_turns: bool) -> Weights:
         result: Weights = {}
         for (role, part), array in joined(experts, in_turns).items():
-            if turned and part == "weight":
+            if transposed and part == "weight":
                 array = mx.contiguous(array.swapaxes(1, 2))
             result[f"{prefix}.{names[role]}{weight if part == 'weight' else bias}"] = array
         return result
@@ -112,7 +112,7 @@ SOURCE_FORMS = {
     "single w123": single({"gate": "w1", "up": "w3", "down": "w2"}),
     "fused": fused(FUSED),
     "fused .weight": fused(FUSED, ".weight", ".bias"),
-    "turned": fused(FUSED, turned=True),
+    "turned": fused(FUSED, transposed=True),
     "vllm": fused(VLLM, "_weight"),
 }
 
@@ -260,7 +260,7 @@ def test_fp8_stacks_reach_the_class_under_their_own_names(
     assert built is not None
     weights = mx.load(str(tmp_path / "source" / "model.safetensors"))
     mx.eval(weights)
-    stored, twin = dict(weights), dict(weights)
+    stored, counterpart = dict(weights), dict(weights)
     for name, array in weights.items():
         if array.ndim != 3 or "experts" not in name:
             continue
@@ -270,18 +270,18 @@ def test_fp8_stacks_reach_the_class_under_their_own_names(
         if family == "mistral4" and form == "fused":
             stored[f"{name}_activation_scale"] = mx.array(0.5)
         values = np.array(mx.from_fp8(codes, mx.float32, stream=mx.cpu)) * np.float32(0.0123)
-        twin[name] = mx.array(values).astype(mx.bfloat16)
+        counterpart[name] = mx.array(values).astype(mx.bfloat16)
     config = small_config(family) | {"torch_dtype": "bfloat16"}
-    write_mlx_checkpoint(tmp_path / "twin", config, twin)
+    write_mlx_checkpoint(tmp_path / "twin", config, counterpart)
     block = {"quant_method": "fp8", "activation_scheme": "static"}
     write_mlx_checkpoint(tmp_path / "fp8", config | {"quantization_config": block}, stored)
-    for wishes in (
+    for options in (
         {"dequantize": True},
         {"bits": 8, "group_size": 32, "only": [r"\.experts|switch"]},
     ):
         out, wanted = tmp_path / "out", tmp_path / "wanted"
-        requant.convert(tmp_path / "fp8", out, layout="mlx-lm", force=True, **wishes)
-        requant.convert(tmp_path / "twin", wanted, layout="mlx-lm", force=True, **wishes)
+        requant.convert(tmp_path / "fp8", out, layout="mlx-lm", force=True, **options)
+        requant.convert(tmp_path / "twin", wanted, layout="mlx-lm", force=True, **options)
         made, due = (mx.load(str(x / "model.safetensors")) for x in (out, wanted))
         assert made.keys() == due.keys()
         assert [name for name in due if as_bytes(made[name]) != as_bytes(due[name])] == []
@@ -326,8 +326,8 @@ def test_experts_that_no_class_takes_stop_the_conversion(tmp_path: Path) -> None
     write_mlx_checkpoint(tmp_path / "source", config | {"text_config": text}, weights | big)
     with pytest.raises(requant.CheckpointError, match=r"\d\d% of the weights would stay BF16"):
         requant.plan(tmp_path / "source", bits=8, group_size=32)
-    made = requant.plan(tmp_path / "source", bits=8, group_size=32, layout="keep")
-    first = note_texts(made.notes)[0]
+    plan = requant.plan(tmp_path / "source", bits=8, group_size=32, layout="keep")
+    first = note_texts(plan.notes)[0]
     assert re.search(r"\d\d% of the weights stay BF16: 6 tensors not named \.weight", first)
     assert "mlx-lm does not take them" in first and "--layout mlx-lm gives" not in first
 
@@ -335,8 +335,8 @@ def test_experts_that_no_class_takes_stop_the_conversion(tmp_path: Path) -> None
 def test_a_note_advises_a_layout_that_works(tmp_path: Path) -> None:
     """Under kept names fused stacks stay dense; the note's advice is followed."""
     stored_as("gpt_oss", "turned", tmp_path)
-    made = requant.plan(tmp_path / "source", bits=8, layout="keep", group_size=32)
-    assert "--layout mlx-lm gives them such names and quantizes them" in note_texts(made.notes)[0]
+    plan = requant.plan(tmp_path / "source", bits=8, layout="keep", group_size=32)
+    assert "--layout mlx-lm gives them such names and quantizes them" in note_texts(plan.notes)[0]
     followed = requant.plan(tmp_path / "source", bits=8, layout="mlx-lm", group_size=32)
     assert "another form for mlx-lm" in " ".join(note_texts(followed.notes))
     assert not [

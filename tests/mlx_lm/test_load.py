@@ -30,7 +30,7 @@ MIXED = {"bits": 8, "dtype": "float16", "overrides": ["q_proj=4"]}
 
 
 @pytest.mark.parametrize(
-    ("name", "wishes"),
+    ("name", "options"),
     [
         ("micro-llama", {"bits": 4}),
         ("micro-llama", {"mode": "mxfp4"}),
@@ -40,14 +40,14 @@ MIXED = {"bits": 8, "dtype": "float16", "overrides": ["q_proj=4"]}
         pytest.param("qwen3-16m", {"bits": 4}, marks=pytest.mark.slow),
     ],
 )
-def test_logits_are_those_of_the_converted_folder(name: str, wishes: dict, tmp_path: Path) -> None:
+def test_logits_are_those_of_the_converted_folder(name: str, options: dict, tmp_path: Path) -> None:
     import mlx_lm
 
-    convert(model(name), tmp_path / "there", layout="mlx-lm", **wishes)
-    convert(model(name), tmp_path / "kept", layout="keep", **wishes)
+    convert(model(name), tmp_path / "there", layout="mlx-lm", **options)
+    convert(model(name), tmp_path / "kept", layout="keep", **options)
     expected = logits(mlx_lm.load(str(tmp_path / "there")))
 
-    assert as_bytes(logits(requant.mlx_lm.load(model(name), **wishes))) == as_bytes(expected)
+    assert as_bytes(logits(requant.mlx_lm.load(model(name), **options))) == as_bytes(expected)
     assert as_bytes(logits(requant.mlx_lm.load(tmp_path / "there"))) == as_bytes(expected)
 
     # Experts that were quantized one by one; the router is not among what keep quantizes.
@@ -56,14 +56,14 @@ def test_logits_are_those_of_the_converted_folder(name: str, wishes: dict, tmp_p
     assert as_bytes(logits(requant.mlx_lm.load(tmp_path / "kept"))) == as_bytes(expected)
 
 
-@pytest.mark.parametrize("wishes", [{}, {"threads": 1}, {"threads": 2, "chunk_bytes": 5000}])
-def test_weights_are_those_of_the_folder(wishes: dict, tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [{}, {"threads": 1}, {"threads": 2, "chunk_bytes": 5000}])
+def test_weights_are_those_of_the_folder(options: dict, tmp_path: Path) -> None:
     """A packed source too, stacked on its way, with a layer that is computed."""
     published(tmp_path / "m", "deepseek_v3")
     as_awq(tmp_path / "m")
     convert(tmp_path / "m", tmp_path / "there", layout="mlx-lm")
     expected = mx.load(str(tmp_path / "there" / "model.safetensors"))
-    weights, report = requant.mlx_lm.load_weights(tmp_path / "m", **wishes)
+    weights, report = requant.mlx_lm.load_weights(tmp_path / "m", **options)
     assert weights.keys() == expected.keys()
     assert [name for name in weights if as_bytes(weights[name]) != as_bytes(expected[name])] == []
     assert {x.exactness for x in report.plan.layers} == {"exact", "rounded", "re-encoded"}

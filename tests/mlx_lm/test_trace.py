@@ -108,7 +108,7 @@ def test_many_whole_tensors_are_not_too_many():
 
 def test_every_mover_agrees_with_this_mlx():
     """The trial leaves the list as it is, and each mover has a trial that moves bytes."""
-    assert tracing._agreed() == tracing._MOVERS
+    assert tracing._verified_rules() == tracing._BYTE_MOVE_RULES
     a = mx.arange(72, dtype=mx.uint32).reshape(3, 4, 6)
     for name, trial in tracing._TRIALS.items():
         result = trace(
@@ -116,19 +116,19 @@ def test_every_mover_agrees_with_this_mlx():
         )
         moved = [x.pieces is not None for x in result.values()]
         assert any(moved) or name == "AsType", name
-    assert tracing._TRIALS.keys() == tracing._MOVERS.keys()
+    assert tracing._TRIALS.keys() == tracing._BYTE_MOVE_RULES.keys()
 
 
 def test_a_mover_that_is_wrong_is_taken_off(monkeypatch):
-    wrong = tracing._MOVERS | {"Slice": tracing._MOVERS["Reshape"]}
+    wrong = tracing._BYTE_MOVE_RULES | {"Slice": tracing._BYTE_MOVE_RULES["Reshape"]}
 
     def lying(arguments, inputs, outputs):
         (value,), (output,) = inputs, outputs
         return [(Extent(value.pieces[0].tensor, 0, output.nbytes),)]
 
     wrong["Slice"] = lying
-    monkeypatch.setattr(tracing, "_MOVERS", wrong)
-    assert "Slice" not in tracing._agreed.__wrapped__()
+    monkeypatch.setattr(tracing, "_BYTE_MOVE_RULES", wrong)
+    assert "Slice" not in tracing._verified_rules.__wrapped__()
 
 
 OPERATIONS = [

@@ -63,7 +63,7 @@ def finite_inputs(dtype, seed=7):
     ties = rng.choice(midpoints, (32, COLS)) * np.exp2(rng.integers(-8, 8, (32, 1)))
     ties *= rng.choice([-1.0, 1.0], ties.shape)
     ties = build(ties)
-    beside = (bits(ties) + rng.integers(-1, 2, ties.shape).astype(uint)).astype(uint).view(dtype)
+    siblings = (bits(ties) + rng.integers(-1, 2, ties.shape).astype(uint)).astype(uint).view(dtype)
     edge = rng.choice([6.0, 448.0], (16, COLS // 16)) * np.exp2(
         rng.integers(-12, 4, (16, COLS // 16))
     )
@@ -86,7 +86,7 @@ def finite_inputs(dtype, seed=7):
         "near the top": build(rng.choice([-1.0, 0.5, 0.99, 1.0], (8, COLS)) * largest),
         "below eps": build(normal(8, COLS) * 1e-8),
         "ties": ties,
-        "beside ties": beside,
+        "beside ties": siblings,
         "pinned maxima": near,
     }
 

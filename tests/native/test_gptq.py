@@ -157,7 +157,7 @@ def test_a_layer_that_saw_nothing_is_searched_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    "spoil",
+    "make_nonfinite",
     [
         lambda h: h.__setitem__((3, 4), np.nan),
         lambda h: h.__setitem__((3, 4), np.inf),
@@ -165,9 +165,9 @@ def test_a_layer_that_saw_nothing_is_searched_alone() -> None:
         lambda h: h.__imul__(0).__setitem__((0, 1), 1e30) or h.__setitem__((0, 0), 1.0),
     ],
 )
-def test_what_is_no_hessian_is_refused(spoil) -> None:
+def test_what_is_no_hessian_is_refused(make_nonfinite) -> None:
     hessian = np.eye(64, dtype=np.float32)
-    spoil(hessian)
+    make_nonfinite(hessian)
     if (hessian.diagonal() == 0).any():
         hessian[1, 1] = 1.0
     with pytest.raises(InvariantError, match="hessian"):

@@ -358,9 +358,9 @@ def test_stream_codes(bits, rows, count, extra, padded, seed):
     out = buffer(rows, count, np.uint8)
     repack.stream_codes_into(words, bits, out, padded=padded)
     assert_same_bits(out, codes)
-    turned = buffer(count, rows, np.uint8)
-    repack.stream_codes_into(np.ascontiguousarray(words.T), bits, turned, axis=0, padded=padded)
-    assert_same_bits(turned, codes.T)
+    transposed = buffer(count, rows, np.uint8)
+    repack.stream_codes_into(np.ascontiguousarray(words.T), bits, transposed, axis=0, padded=padded)
+    assert_same_bits(transposed, codes.T)
 
 
 @pytest.mark.parametrize(

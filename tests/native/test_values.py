@@ -107,12 +107,12 @@ def test_nonfinite(dtype):
     rng = np.random.default_rng(0)
     for value in (np.inf, -np.inf, np.nan):
         spots = np.sort(rng.choice(clean.size, 7, replace=False))
-        spoiled = clean.copy()
-        spoiled[spots] = value
-        assert _native.count_nonfinite(bits(spoiled), name) == 7
-        assert _native.first_nonfinite(bits(spoiled), name) == spots[0]
-        spoiled = spoiled.reshape(2, -1)
-        assert _native.count_nonfinite(bits(spoiled), name) == 7
+        nonfinite = clean.copy()
+        nonfinite[spots] = value
+        assert _native.count_nonfinite(bits(nonfinite), name) == 7
+        assert _native.first_nonfinite(bits(nonfinite), name) == spots[0]
+        nonfinite = nonfinite.reshape(2, -1)
+        assert _native.count_nonfinite(bits(nonfinite), name) == 7
     everything = all_values(dtype)
     count = np.count_nonzero(~np.isfinite(everything.astype(np.float32)))
     assert _native.count_nonfinite(bits(everything), name) == count

@@ -47,7 +47,7 @@ class Hub:
         down: Every connection is closed without an answer.
         tokens: Those that are known; empty takes any.
         cut_after: Files end after so many bytes, once; 0 lets all through.
-        refuse_objects: How many LFS objects are taken before the rest is refused; -1 is all.
+        reject_objects: How many LFS objects are taken before the rest is refused; -1 is all.
     """
 
     repositories: dict[str, dict[str, bytes]]
@@ -68,7 +68,7 @@ class Hub:
     late: list[str] = field(default_factory=list)
     over: threading.Event = field(default_factory=threading.Event)
     cut_after: int = 0
-    refuse_objects: int = -1
+    reject_objects: int = -1
     url: str = ""
 
     @staticmethod
@@ -303,7 +303,7 @@ class _Handler(BaseHTTPRequestHandler):
         oid = path.removeprefix("/lfs/")
         assert hashlib.sha256(body).hexdigest() == oid
         with self.state.storing:
-            full = len(self.state.objects) == self.state.refuse_objects
+            full = len(self.state.objects) == self.state.reject_objects
             if not full:
                 self.state.objects[oid] = body
         self.answer(400, b"no more") if full else self.answer(200)

@@ -31,7 +31,7 @@ LAYER = "model.layers.0.self_attn.q_proj"
 WEIGHT = ("BF16", [2, 3])
 PEFT = f"base_model.model.{LAYER}"
 # What a folder without a model holds -> words of the message.
-ALONE: dict[str, tuple[dict[str, Any], dict[str, Any] | None, str]] = {
+ONLY: dict[str, tuple[dict[str, Any], dict[str, Any] | None, str]] = {
     "LoRA of PEFT": (
         {"adapter_model.safetensors": {f"{PEFT}.lora_A.weight": WEIGHT}},
         {"peft_type": "LORA", "base_model_name_or_path": "org/base"},
@@ -105,11 +105,11 @@ def only_problem(folder: Path) -> str:
 
 
 @pytest.mark.parametrize("with_config", [False, True])
-@pytest.mark.parametrize("case", ALONE)
+@pytest.mark.parametrize("case", ONLY)
 def test_a_folder_with_an_adapter_is_said_to_be_one(
     tmp_path: Path, case: str, with_config: bool
 ) -> None:
-    files, described, words = ALONE[case]
+    files, described, words = ONLY[case]
     config = {"model_type": "llama"} if with_config else None
     folder = write_folder(tmp_path, files, config=config)
     if described is not None:
@@ -145,8 +145,10 @@ def test_an_adapter_beside_a_model(tmp_path: Path, name: str, index: bool) -> No
 def test_the_config_of_an_adapter_that_was_merged_is_left_out(tmp_path: Path) -> None:
     folder = write_folder(tmp_path, {"model.safetensors": {"a.weight": WEIGHT}})
     (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    found = read_checkpoint(folder)
-    assert found.left_out == (("adapter_config.json", "describes an adapter, which is not here"),)
+    checkpoint = read_checkpoint(folder)
+    assert checkpoint.left_out == (
+        ("adapter_config.json", "describes an adapter, which is not here"),
+    )
 
 
 # -- inside a model --------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import requant
-from requant.budget_measurements import measured_of
+from requant.budget_measurements import measurements_path
 from requant.budgets import sensitivity
 from requant.errors import CheckpointError, UsageError
 from requant.specs import parse_budget
@@ -132,31 +132,31 @@ def test_more_bits_go_where_errors_cost_more(source: Path) -> None:
 
 
 def test_a_saved_recipe_gives_the_same_bytes(source: Path, tmp_path: Path) -> None:
-    wishes = {"overrides": [r"2\.self_attn=6:32"], "search": "fast"} | KEEP
+    options = {"overrides": [r"2\.self_attn=6:32"], "search": "fast"} | KEEP
     file = tmp_path / "mine.toml"
-    made = requant.plan(source, budget=4.25, save_recipe=file, **wishes)
-    wishes.pop("overrides")
-    again = requant.plan(source, recipe=file, **wishes)
-    assert again.hash == made.hash
+    plan = requant.plan(source, budget=4.25, save_recipe=file, **options)
+    options.pop("overrides")
+    again = requant.plan(source, recipe=file, **options)
+    assert again.hash == plan.hash
 
     file.write_text(file.read_text().replace('spec = "6:32"', 'spec = "5:32"'))
-    edited = requant.plan(source, recipe=file, **wishes)
+    edited = requant.plan(source, recipe=file, **options)
     assert targets(edited)["model.layers.2.self_attn.v_proj"] == "affine 5-bit g32"
 
 
 def test_only_and_a_saved_recipe(source: Path, tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
-    made = requant.plan(source, budget=10, only=["experts"], save_recipe=file, **KEEP)
+    plan = requant.plan(source, budget=10, only=["experts"], save_recipe=file, **KEEP)
     again = requant.plan(source, recipe=file, **KEEP)
-    assert targets(again) == targets(made)
-    assert all("experts" in layer for layer in targets(made))
+    assert targets(again) == targets(plan)
+    assert all("experts" in layer for layer in targets(plan))
 
 
 def test_verify_repeats_it_without_measuring(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     requant.convert(source, tmp_path / "out", budget=4, **KEEP)
-    assert not measured_of(tmp_path / "out").exists()
+    assert not measurements_path(tmp_path / "out").exists()
     monkeypatch.setattr("requant.budgets.run_plan", None)
     assert requant.verify(source, tmp_path / "out").problems == ()
     command = requant.read_figures(tmp_path / "out").command(str(source))
@@ -180,7 +180,7 @@ def test_a_stopped_run_goes_on_without_measuring(
         patched.setattr("requant.runner.run_plan", None)  # stops after the measuring
         with pytest.raises(TypeError):
             requant.convert(source, output, budget=4, **KEEP)
-    assert measured_of(output).exists()
+    assert measurements_path(output).exists()
     monkeypatch.setattr("requant.budgets.run_plan", None)
     requant.convert(source, output, budget=4, **KEEP)
     requant.convert(source, tmp_path / "other", recipe=_recipe_of(output, tmp_path), **KEEP)
@@ -188,19 +188,19 @@ def test_a_stopped_run_goes_on_without_measuring(
 
 
 def _recipe_of(output: Path, tmp_path: Path) -> Path:
-    from requant.recipes import recipe_from_dict, toml_of
+    from requant.recipes import recipe_from_dict, to_toml
 
     record = json.loads((output / "requant.json").read_text())
-    told = record["options"]["recipe"]
+    reported = record["options"]["recipe"]
     file = tmp_path / "again.toml"
-    file.write_text(toml_of(recipe_from_dict(told | {"default": None})))
+    file.write_text(to_toml(recipe_from_dict(reported | {"default": None})))
     return file
 
 
 def test_what_was_measured_of_another_source_is_not_believed(source: Path, tmp_path: Path) -> None:
     expected = requant.plan(source, budget=4, **KEEP)
     for text in ("", "{}", '{"key": 1}', "[1]", "\0"):
-        measured_of(tmp_path / "out").write_text(text)
+        measurements_path(tmp_path / "out").write_text(text)
         report = requant.convert(source, tmp_path / "out", budget=4, force=True, **KEEP)
         assert report.plan.hash == expected.hash
 

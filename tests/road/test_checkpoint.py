@@ -56,28 +56,28 @@ def test_single_file(tmp_path: Path) -> None:
     folder = write_folder(tmp_path, {"model.safetensors": raw}, config=config.encode())
     (length,) = struct.unpack("<Q", raw[:8])
 
-    found = read_checkpoint(folder)
+    checkpoint = read_checkpoint(folder)
 
-    assert found.path == folder
-    assert found.files == (
+    assert checkpoint.path == folder
+    assert checkpoint.files == (
         SourceFile("model.safetensors", len(raw), hashlib.sha256(raw[: 8 + length]).hexdigest()),
     )
-    assert list(found.tensors.values()) == [
+    assert list(checkpoint.tensors.values()) == [
         StoredTensor("a.weight", TensorInfo("BF16", (2, 3)), "model.safetensors", 8 + length),
         StoredTensor("a.scales", TensorInfo("F32", (2,)), "model.safetensors", 8 + length + 12),
         StoredTensor("none", TensorInfo("U8", (0,)), "model.safetensors", 8 + length + 20),
     ]
-    assert list(found.tensors) == ["a.weight", "a.scales", "none"]
-    assert found.config["model_type"] == "llama"
-    assert found.config_text == config
-    assert found.side_files == found.left_out == ()
+    assert list(checkpoint.tensors) == ["a.weight", "a.scales", "none"]
+    assert checkpoint.config["model_type"] == "llama"
+    assert checkpoint.config_text == config
+    assert checkpoint.side_files == checkpoint.left_out == ()
 
 
 def test_tensors_are_read_only(tmp_path: Path) -> None:
-    found = read_checkpoint(write_folder(tmp_path, {"model.safetensors": ONE}))
+    checkpoint = read_checkpoint(write_folder(tmp_path, {"model.safetensors": ONE}))
 
     with pytest.raises(TypeError):
-        found.tensors["x"] = found.tensors["a.weight"]  # type: ignore[index]
+        checkpoint.tensors["x"] = checkpoint.tensors["a.weight"]  # type: ignore[index]
 
 
 def test_tensors_come_in_the_order_of_their_bytes(tmp_path: Path) -> None:
@@ -91,18 +91,20 @@ def test_tensors_come_in_the_order_of_their_bytes(tmp_path: Path) -> None:
 def test_shards_by_index_in_natural_order(tmp_path: Path) -> None:
     files = {f"model-{i}.safetensors": {f"t{i}": ("U8", [i])} for i in (10, 9, 2)}
     weight_map = {f"t{i}": f"model-{i}.safetensors" for i in (10, 9, 2)}
-    found = read_checkpoint(write_folder(tmp_path, files, weight_map=weight_map))
+    checkpoint = read_checkpoint(write_folder(tmp_path, files, weight_map=weight_map))
 
-    assert [file.name for file in found.files] == [f"model-{i}.safetensors" for i in (2, 9, 10)]
-    assert list(found.tensors) == ["t2", "t9", "t10"]
-    assert found.side_files == ()
+    assert [file.name for file in checkpoint.files] == [
+        f"model-{i}.safetensors" for i in (2, 9, 10)
+    ]
+    assert list(checkpoint.tensors) == ["t2", "t9", "t10"]
+    assert checkpoint.side_files == ()
 
 
 def test_shards_without_an_index(tmp_path: Path) -> None:
     files = {"weights.00.safetensors": ONE, "weights.01.safetensors": TWO}
-    found = read_checkpoint(write_folder(tmp_path, files))
+    checkpoint = read_checkpoint(write_folder(tmp_path, files))
 
-    assert {t.name: t.file for t in found.tensors.values()} == {
+    assert {t.name: t.file for t in checkpoint.tensors.values()} == {
         "a.weight": "weights.00.safetensors",
         "b.weight": "weights.01.safetensors",
     }
@@ -119,11 +121,11 @@ def test_single_file_with_an_index(tmp_path: Path) -> None:
 def test_shard_in_a_subfolder_named_by_the_index(tmp_path: Path) -> None:
     files = {"parts/one.safetensors": ONE, "parts/note.txt": b"x"}
     weight_map = {"a.weight": "parts/one.safetensors"}
-    found = read_checkpoint(write_folder(tmp_path, files, weight_map=weight_map))
+    checkpoint = read_checkpoint(write_folder(tmp_path, files, weight_map=weight_map))
 
-    assert found.tensors["a.weight"].file == "parts/one.safetensors"
-    assert found.side_files == ("parts/note.txt",)
-    assert found.left_out == ()
+    assert checkpoint.tensors["a.weight"].file == "parts/one.safetensors"
+    assert checkpoint.side_files == ("parts/note.txt",)
+    assert checkpoint.left_out == ()
 
 
 def test_a_cache_made_of_links(tmp_path: Path) -> None:
@@ -133,11 +135,11 @@ def test_a_cache_made_of_links(tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     for name, blob in {"model.safetensors": "0", "config.json": "1", "merges.txt": "2"}.items():
         (folder / name).symlink_to(blobs / blob)
-    found = read_checkpoint(folder)
+    checkpoint = read_checkpoint(folder)
 
-    assert list(found.tensors) == ["a.weight"]
-    assert found.config == {}
-    assert found.side_files == ("merges.txt",)
+    assert list(checkpoint.tensors) == ["a.weight"]
+    assert checkpoint.config == {}
+    assert checkpoint.side_files == ("merges.txt",)
 
 
 def test_only_headers_are_read(tmp_path: Path) -> None:
@@ -359,9 +361,9 @@ def test_tensor_that_the_index_does_not_know(tmp_path: Path) -> None:
         tmp_path, {"one.safetensors": ONE | TWO}, weight_map={"a.weight": "one.safetensors"}
     )
 
-    found = read_checkpoint(folder)
-    assert list(found.tensors) == ["a.weight", "b.weight"]
-    assert note_texts(found.notes) == (
+    checkpoint = read_checkpoint(folder)
+    assert list(checkpoint.tensors) == ["a.weight", "b.weight"]
+    assert note_texts(checkpoint.notes) == (
         f"{INDEX} does not fit the files (b.weight): their tensors are read where the files have "
         "them.",
     )
@@ -542,11 +544,11 @@ def test_a_pipe_that_takes_the_place_of_a_file_blocks_nothing(tmp_path: Path) ->
 
 
 def test_a_tensor_too_large_to_look_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = read_checkpoint(write_folder(tmp_path, {"model.safetensors": ONE}))
-    assert found.peek("a.weight").size
-    monkeypatch.setattr("requant.checkpoint.MAX_PEEK_BYTES", 3)
+    checkpoint = read_checkpoint(write_folder(tmp_path, {"model.safetensors": ONE}))
+    assert checkpoint.read_small_tensor("a.weight").size
+    monkeypatch.setattr("requant.checkpoint.MAX_SMALL_TENSOR_BYTES", 3)
     with pytest.raises(CheckpointError, match=r"a\.weight: .* at most 3 bytes are read"):
-        found.peek("a.weight")
+        checkpoint.read_small_tensor("a.weight")
 
 
 def test_an_error_lists_some_problems_and_counts_the_rest(tmp_path: Path) -> None:
@@ -607,7 +609,7 @@ def read_with(tmp_path: Path, files: dict[str, bytes]) -> Checkpoint:
 
 
 def test_side_files(tmp_path: Path) -> None:
-    carried = {
+    rotation_tensors = {
         ".gitattributes": b"x",
         "README.md": b"x",
         "modeling_x.py": b"x",
@@ -618,10 +620,10 @@ def test_side_files(tmp_path: Path) -> None:
         "sub/ä.txt": b"x",
     }
     skipped = [".git/HEAD", ".cache/huggingface/x", "__pycache__/x.pyc", "sub/__pycache__/y.pyc"]
-    found = read_with(tmp_path, carried | dict.fromkeys(skipped, b"x"))
+    checkpoint = read_with(tmp_path, rotation_tensors | dict.fromkeys(skipped, b"x"))
 
-    assert found.side_files == tuple(sorted(carried))
-    assert found.left_out == ()
+    assert checkpoint.side_files == tuple(sorted(rotation_tensors))
+    assert checkpoint.left_out == ()
 
 
 @pytest.mark.parametrize(
@@ -650,32 +652,34 @@ def test_side_files(tmp_path: Path) -> None:
     ],
 )
 def test_stale_weights_are_left_out(tmp_path: Path, name: str, reason: str) -> None:
-    found = read_with(tmp_path, {name: b"x"})
+    checkpoint = read_with(tmp_path, {name: b"x"})
 
-    assert found.side_files == ()
-    ((left, why),) = found.left_out
+    assert checkpoint.side_files == ()
+    ((left, why),) = checkpoint.left_out
     assert left == name
     assert reason in why
 
 
 def test_large_bin_is_weights(tmp_path: Path) -> None:
-    found = read_with(tmp_path, {"decoder.bin": bytes((1 << 20) + 1)})
+    checkpoint = read_with(tmp_path, {"decoder.bin": bytes((1 << 20) + 1)})
 
-    assert found.left_out == (
+    assert checkpoint.left_out == (
         ("decoder.bin", "weights in another format (a .bin file of 1048577 bytes)"),
     )
 
 
 def test_original_folder_is_left_out_as_a_whole(tmp_path: Path) -> None:
-    found = read_with(tmp_path, {"original/params.json": b"x", "original/a/consolidated.0": b"x"})
+    checkpoint = read_with(
+        tmp_path, {"original/params.json": b"x", "original/a/consolidated.0": b"x"}
+    )
 
-    assert [name for name, _ in found.left_out] == ["original/"]
-    assert found.side_files == ()
+    assert [name for name, _ in checkpoint.left_out] == ["original/"]
+    assert checkpoint.side_files == ()
 
 
 def test_second_copy_beside_an_index(tmp_path: Path) -> None:
     """Mistral's repositories hold the weights twice."""
-    found = read_checkpoint(
+    checkpoint = read_checkpoint(
         write_folder(
             tmp_path,
             {"one.safetensors": ONE, "consolidated.safetensors": TWO},
@@ -683,15 +687,15 @@ def test_second_copy_beside_an_index(tmp_path: Path) -> None:
         )
     )
 
-    assert list(found.tensors) == ["a.weight"]
-    assert [name for name, _ in found.left_out] == ["consolidated.safetensors"]
+    assert list(checkpoint.tensors) == ["a.weight"]
+    assert [name for name, _ in checkpoint.left_out] == ["consolidated.safetensors"]
 
 
 def test_the_only_copy_is_no_second_one(tmp_path: Path) -> None:
-    found = read_checkpoint(write_folder(tmp_path, {"consolidated.safetensors": ONE}))
+    checkpoint = read_checkpoint(write_folder(tmp_path, {"consolidated.safetensors": ONE}))
 
-    assert found.tensors["a.weight"].file == "consolidated.safetensors"
-    assert found.left_out == ()
+    assert checkpoint.tensors["a.weight"].file == "consolidated.safetensors"
+    assert checkpoint.left_out == ()
 
 
 def test_links_and_special_files_beside_the_weights(tmp_path: Path) -> None:
@@ -705,10 +709,10 @@ def test_links_and_special_files_beside_the_weights(tmp_path: Path) -> None:
     (folder / "folder").symlink_to(outside)
     (folder / "above").symlink_to("..")
     os.mkfifo(folder / "pipe")
-    found = read_checkpoint(folder)
+    checkpoint = read_checkpoint(folder)
 
-    assert found.side_files == ("good.txt", "sub/good.txt", "sub/x.txt")
-    left_out = dict(found.left_out)
+    assert checkpoint.side_files == ("good.txt", "sub/good.txt", "sub/x.txt")
+    left_out = dict(checkpoint.left_out)
     names = ["above", "dangling.txt", "folder", "loop.txt", "pipe", "secret.txt"]
     assert sorted(left_out) == names
     assert left_out["folder"] == left_out["above"] == "a link to a folder is not followed"
@@ -814,19 +818,23 @@ def test_real_models_are_read_as_the_referee_reads_them(name: str) -> None:
     if not folder.is_dir():
         assert os.environ.get("REQUANT_REQUIRE_SHARED") != "1", f"{folder} is missing"
         pytest.skip("the shared models are not here")
-    found = read_checkpoint(folder)
+    checkpoint = read_checkpoint(folder)
 
     expected = {}
     for file in sorted(folder.glob("*.safetensors")):
         raw = file.read_bytes()
         for tensor, parts in safetensors.deserialize(raw):
-            stored = found.tensors[tensor]
+            stored = checkpoint.tensors[tensor]
             data = raw[stored.offset : stored.offset + stored.info.nbytes]
             assert (stored.file, data) == (file.name, bytes(parts["data"]))
             expected[tensor] = TensorInfo(parts["dtype"], tuple(parts["shape"]))
-    assert {t.name: t.info for t in found.tensors.values()} == expected
-    assert found.config == json.loads((folder / "config.json").read_text())
-    assert found.side_files == ("generation_config.json", "tokenizer.json", "tokenizer_config.json")
+    assert {t.name: t.info for t in checkpoint.tensors.values()} == expected
+    assert checkpoint.config == json.loads((folder / "config.json").read_text())
+    assert checkpoint.side_files == (
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    )
 
 
 def test_real_checkpoints_of_every_tool_are_read() -> None:

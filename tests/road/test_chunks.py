@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 
 from requant.blueprint import EncodeParams, Operation, OutputTensor, RowMapping, Step
 from requant.checkpoint import StoredTensor
-from requant.chunks import Chunk, runs_of, runs_of_a_matrix
+from requant.chunks import Chunk, contiguous_runs, matrix_runs
 from requant.dtypes import TensorInfo
 from requant.execute import bytes_of
 from requant.formats.base import RowOrder
-from requant.formats.packing import Cut, Packing
-from requant.hessians import Hessians
-from requant.operations import Buffers, make_outputs
+from requant.formats.packing import Packing, Rect
+from requant.hessians import HessianCache
+from requant.operations import WorkerBuffers, make_outputs
 from requant.schema import Quantization
 
 COLUMNS = 32
@@ -43,11 +43,11 @@ class Numbered(Packing):
     def row_unit(self) -> int:  # type: ignore[override]
         return self.unit
 
-    def cuts(self, start: int, stop: int) -> dict[str, Cut]:
+    def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
         check_range(self, start, stop)
-        return {"rows": Cut((start, stop), (0, self.columns))}
+        return {"rows": Rect((start, stop), (0, self.columns))}
 
-    def dense(
+    def decode(
         self, parts: Mapping[str, np.ndarray], start: int, stop: int, out: np.ndarray, scratch: Any
     ) -> None:
         check_range(self, start, stop)
@@ -112,17 +112,17 @@ def starts(chunk: Chunk) -> Iterator[int]:
 
 def run(chunk: Chunk, room: int, written: dict[int, int]) -> None:
     """Decode a chunk piece by piece as ``execute`` does: output row -> the stored row in it."""
-    step, buffers = chunk.step, Buffers(Hessians(1))
+    step, buffers = chunk.step, WorkerBuffers(HessianCache(1))
     assert isinstance(step.packing, Numbered)
     tensor = np.repeat(np.arange(step.packing.rows, dtype=np.float32), COLUMNS).reshape(-1, COLUMNS)
     for part in chunk.parts(room * step.work_bytes_per_row):
         assert part.rows <= max(room, step.packing.row_unit)
-        cuts = step.packing.cuts(*step.rows.stored_rows(part.start, part.stop))
+        cuts = step.packing.required_rects(*step.rows.stored_rows(part.start, part.stop))
         inputs = {role: tensor[slice(*cut.rows)].copy() for role, cut in cuts.items()}
         outputs, finding = make_outputs(part, inputs, buffers)
-        assert not finding.told()
+        assert not finding.nonzero_fields()
         data = np.frombuffer(bytes_of(outputs["weight"]), np.float32).reshape(-1, COLUMNS)
-        for first, last, row in runs_of(part):
+        for first, last, row in contiguous_runs(part):
             for number, values in enumerate(data[first:last]):
                 at = step.rows.output_row + row + number
                 assert at not in written
@@ -184,7 +184,7 @@ def test_each_row_is_counted_to_the_matrix_that_it_is_written_to(
     )
     for start in range(count):
         chunk = Chunk(step, start, count)
-        found = [n for first, last, n in runs_of_a_matrix(chunk) for _ in range(first, last)]
+        found = [n for first, last, n in matrix_runs(chunk) for _ in range(first, last)]
         to = [row if order is None else int(order.inverse[row]) for row in range(start, count)]
         assert found == [(output_row + row) // matrix_rows for row in to]
 

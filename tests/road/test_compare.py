@@ -34,9 +34,9 @@ def test_zeros_and_values_that_are_no_numbers(checkpoint: Callable[..., Path]) -
     nan = np.array([1, np.nan, 2], np.float32)
     a = checkpoint({"zero": np.zeros(3, np.float32), "nan": nan}, name="a")
     b = checkpoint({"zero": np.ones(3, np.float32), "nan": nan}, name="b")
-    zero, spoiled = requant.compare(a, b).layers
+    zero, nonfinite = requant.compare(a, b).layers
     assert (zero.relative_rms, zero.cosine, zero.max_error) == (None, None, 1.0)
-    assert (spoiled.relative_rms, spoiled.cosine, spoiled.nonfinite) == (0.0, 1.0, 1)
+    assert (nonfinite.relative_rms, nonfinite.cosine, nonfinite.nonfinite) == (0.0, 1.0, 1)
     json.dumps(requant.compare(a, b).to_dict(), allow_nan=False)
 
 
@@ -54,9 +54,9 @@ def test_an_output_against_its_source_has_the_error_of_its_report(
 def test_bits_per_weight_are_those_of_the_report(dense: Path, tmp_path: Path) -> None:
     """Tensors count, the headers of files do not."""
     report = requant.convert(dense, tmp_path / "out", bits=4, layout="keep")
-    found = requant.compare(dense, tmp_path / "out")
-    assert found.bits_per_weight_b == report.bits_per_weight
-    assert found.bits_per_weight_a == 8 * report.plan.bytes_in / report.plan.parameters
+    comparison = requant.compare(dense, tmp_path / "out")
+    assert comparison.bits_per_weight_b == report.bits_per_weight
+    assert comparison.bits_per_weight_a == 8 * report.plan.bytes_in / report.plan.parameters
 
 
 def test_a_faulty_model_is_named_and_cannot_be_compared(dense: Path, tmp_path: Path) -> None:
@@ -71,13 +71,13 @@ def _kept(a: Path, b: Path) -> tuple[LayerComparison, ...]:
 def test_what_only_one_has_and_shapes_that_differ(checkpoint: Callable[..., Path]) -> None:
     a = checkpoint({"x": bf16(4, 8), "y": bf16(4, 8), "z": bf16(4)}, name="a")
     b = checkpoint({"x": bf16(4, 8), "w": bf16(4)}, name="b")
-    found = requant.compare(a, b)
-    assert (found.only_a, found.only_b) == (("y", "z"), ("w",))
+    comparison = requant.compare(a, b)
+    assert (comparison.only_a, comparison.only_b) == (("y", "z"), ("w",))
     c = checkpoint({"x": bf16(8, 4), "y": bf16(4, 9)}, name="c")
-    with pytest.raises(CheckpointError) as refused:
+    with pytest.raises(CheckpointError) as rejected:
         requant.compare(a, c)
-    assert [p.where for p in refused.value.problems] == ["x", "y"]
-    assert "[8, 4], expected [4, 8]" in str(refused.value)
+    assert [p.where for p in rejected.value.problems] == ["x", "y"]
+    assert "[8, 4], expected [4, 8]" in str(rejected.value)
     with pytest.raises(UsageError, match="share no name"):
         requant.compare(a, checkpoint({"q": bf16(2)}, name="d"))
 
@@ -128,12 +128,12 @@ def test_an_estimate_and_its_standard_error() -> None:
 def test_two_models_by_hand() -> None:
     """One answers 3:1 for token 1 wherever it is, the other is undecided."""
 
-    def says(odds: list[float]) -> Callable[[mx.array], mx.array]:
+    def reports(odds: list[float]) -> Callable[[mx.array], mx.array]:
         logits = mx.log(mx.array(odds))
         return lambda ids: mx.broadcast_to(logits, (*ids.shape, len(odds)))
 
     ids = np.array([[0, 1, 1], [0, 0, 1]])
-    found = evaluate(says([1, 3]), says([2, 2]), ids)
+    found = evaluate(reports([1, 3]), reports([2, 2]), ids)
     surprise = -np.log([0.25, 0.75])
     assert found.loss_a.value == pytest.approx((3 * surprise[1] + surprise[0]) / 4, abs=1e-6)
     assert found.loss_b.value == pytest.approx(np.log(2), abs=1e-6)
@@ -142,7 +142,7 @@ def test_two_models_by_hand() -> None:
     )
     assert (found.tokens, found.windows, found.same_top.value) == (4, 2, 0.0)
     with pytest.raises(UsageError, match="vocabularies differ"):
-        evaluate(says([1, 3]), says([1, 1, 1]), ids)
+        evaluate(reports([1, 3]), reports([1, 1, 1]), ids)
 
 
 @pytest.mark.slow

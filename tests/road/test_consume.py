@@ -11,11 +11,11 @@ import pytest
 
 import requant
 from requant import writer
-from requant.consuming import release
+from requant.consuming import plan_release_order
 from requant.conversion import convert
 from requant.errors import CheckpointError, OutputError, UsageError
 from requant.journal import read_journal
-from requant.staging import staging_of
+from requant.staging import staging_dir
 from tests.support.checkpoints import tree
 from tests.support.fixture_folders import fixture
 from tests.support.interruptions import Stop, stop_after
@@ -29,9 +29,9 @@ CONSUME = {"consume_source": True, "yes": True}
 @pytest.fixture
 def source(checkpoint: Callable[..., Path]) -> Path:
     """Four shards of three layers each."""
-    found = checkpoint({f"l{n:02}.weight": bf16(64, 128, seed=n) for n in range(12)}, shards=4)
-    (found / "tokenizer.json").write_text("{}")
-    return found
+    path = checkpoint({f"l{n:02}.weight": bf16(64, 128, seed=n) for n in range(12)}, shards=4)
+    (path / "tokenizer.json").write_text("{}")
+    return path
 
 
 def shards(folder: Path) -> list[str]:
@@ -47,7 +47,7 @@ def test_the_source_goes_and_the_output_is_the_same(source: Path, tmp_path: Path
     left = {"config.json", "tokenizer.json", "model.safetensors.index.json"}
     assert {path.name for path in source.iterdir()} == left
     assert requant.verify(tmp_path / "out").ok
-    assert not staging_of(tmp_path / "out").exists()
+    assert not staging_dir(tmp_path / "out").exists()
 
 
 def test_it_must_be_meant(source: Path, tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_stopped_anywhere_it_goes_on(
     gone = 4 - len(shards(source))
     if boot != "the same":
         monkeypatch.setattr("requant.journal.boot_id", lambda: boot)
-    _, lines = read_journal(staging_of(tmp_path / "out") / "journal")
+    _, lines = read_journal(staging_dir(tmp_path / "out") / "journal")
     assert sum("consumed" in line for line in lines) == gone
     if gone:
         with pytest.raises(OutputError, match="go on with --consume-source"):
@@ -103,10 +103,10 @@ def test_stopped_anywhere_it_goes_on(
     assert shards(source) == []
 
 
-def count_of_a_pass(source: Path, tmp_path: Path, wishes: dict[str, object]) -> int:
+def count_of_a_pass(source: Path, tmp_path: Path, options: dict[str, object]) -> int:
     from requant import execute
 
-    chunks, real = 0, execute._Run._do
+    chunks, real = 0, execute._Run._run_chunk
 
     def counted(self, *args):
         nonlocal chunks
@@ -114,8 +114,8 @@ def count_of_a_pass(source: Path, tmp_path: Path, wishes: dict[str, object]) -> 
         return real(self, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(execute._Run, "_do", counted)
-        convert(source, tmp_path / "counted", **wishes)
+        patch.setattr(execute._Run, "_run_chunk", counted)
+        convert(source, tmp_path / "counted", **options)
     return chunks
 
 
@@ -150,14 +150,14 @@ def test_a_file_goes_only_after_its_output_was_synced(
         if self.parent == source:
             with monkeypatch.context() as patch:
                 patch.setattr("requant.journal.boot_id", lambda: "after the power came back")
-                _, lines = read_journal(staging_of(tmp_path / "out") / "journal")
+                _, lines = read_journal(staging_dir(tmp_path / "out") / "journal")
             rows: dict[int, int] = {}
             for line in lines:
                 if "rows" in line:
                     step, start, stop = line["rows"]
                     rows[step] = rows.get(step, 0) + stop - start
             plan = requant.plan(tmp_path / "copy", bits=4)
-            needs = release(plan).needs
+            needs = plan_release_order(plan).needs
             for number, step in enumerate(plan.steps):
                 if self.name in needs[number]:
                     assert rows.get(number) == step.rows.count, (self.name, number)
@@ -183,20 +183,20 @@ def test_the_disk_that_it_takes(source: Path) -> None:
     """Four equal files, a quarter of which is written for each."""
     plan = requant.plan(source, bits=4)
     out = plan.shards[0].nbytes
-    found = release(plan)
+    found = plan_release_order(plan)
 
     assert sorted(found.order) == list(range(len(plan.steps)))
     assert sorted(found.files) == shards(source)
     assert out / 5 < found.extra_bytes < out / 3
     dense = requant.plan(source, dequantize=True, dtype="float32")
-    assert release(dense).extra_bytes <= dense.shards[0].nbytes
+    assert plan_release_order(dense).extra_bytes <= dense.shards[0].nbytes
 
 
 def test_too_little_room_for_all_is_enough_for_a_part(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = requant.plan(source, bits=4)
-    free = (release(plan).extra_bytes + plan.shards[0].nbytes) // 2
+    free = (plan_release_order(plan).extra_bytes + plan.shards[0].nbytes) // 2
     usage = shutil.disk_usage(tmp_path)._replace(free=free)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(OutputError, match="too full"):
@@ -207,8 +207,8 @@ def test_too_little_room_for_all_is_enough_for_a_part(
 def test_formats_that_look_at_data_while_they_plan(tmp_path: Path) -> None:
     """A g_idx decides what a layer is: the resumed plan must see it without the file."""
     shutil.copytree(fixture("gptq-b4-g64-actorder-v1") / "checkpoint", tmp_path / "source")
-    wishes = {"layout": "keep", "threads": 1}
-    convert(tmp_path / "source", tmp_path / "whole", **wishes)
+    options = {"layout": "keep", "threads": 1}
+    convert(tmp_path / "source", tmp_path / "whole", **options)
     with pytest.MonkeyPatch.context() as patch:
 
         def dying(self: writer.OutputFolder, *_: object) -> None:
@@ -216,9 +216,9 @@ def test_formats_that_look_at_data_while_they_plan(tmp_path: Path) -> None:
 
         patch.setattr(writer.OutputFolder, "publish", dying)
         with pytest.raises(Stop):
-            convert(tmp_path / "source", tmp_path / "out", **wishes, **CONSUME)
+            convert(tmp_path / "source", tmp_path / "out", **options, **CONSUME)
     assert shards(tmp_path / "source") == []
-    convert(tmp_path / "source", tmp_path / "out", **wishes, **CONSUME)
+    convert(tmp_path / "source", tmp_path / "out", **options, **CONSUME)
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
 

@@ -267,23 +267,23 @@ def test_a_quantization_block_that_does_not_parse(
 
 
 @pytest.fixture
-def spoiled(checkpoint: Callable[..., Path]) -> Path:
+def nonfinite(checkpoint: Callable[..., Path]) -> Path:
     bad = bf16(64, 128, seed=1)
     bad[3, 7], bad[40, 1] = np.nan, np.inf
     return checkpoint({"a.weight": bf16(64, 128), "b.weight": bad})
 
 
-def test_nan_stops_the_run_with_tensor_row_and_count(spoiled: Path, tmp_path: Path) -> None:
+def test_nan_stops_the_run_with_tensor_row_and_count(nonfinite: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as raised:
-        convert(spoiled, tmp_path / "out", bits=4, chunk_bytes=1000)
+        convert(nonfinite, tmp_path / "out", bits=4, chunk_bytes=1000)
 
     assert "b.weight: 2 values are NaN or infinite, first in row 3" in str(raised.value)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
 
 
-def test_allow_nonfinite_leaves_the_layer_dense(spoiled: Path, tmp_path: Path) -> None:
-    report = convert(spoiled, tmp_path / "out", bits=4, allow_nonfinite=True)
-    out, source = load(tmp_path / "out"), load(spoiled)
+def test_allow_nonfinite_leaves_the_layer_dense(nonfinite: Path, tmp_path: Path) -> None:
+    report = convert(nonfinite, tmp_path / "out", bits=4, allow_nonfinite=True)
+    out, source = load(tmp_path / "out"), load(nonfinite)
 
     assert same(out["b.weight"], source["b.weight"])
     assert "b.scales" not in out
@@ -312,12 +312,12 @@ def test_overflow_of_dequantized_values_is_counted_and_refused(
     large = bf16(8, 64)
     large[2, 5], large[6, 0] = 1e6, -1e6
     convert(checkpoint({"a.weight": large}), tmp_path / "q", bits=8, mode=mode)
-    wishes = {"dequantize": True, "dtype": "float16"}
+    options = {"dequantize": True, "dtype": "float16"}
     with pytest.raises(CheckpointError, match="a: 2 values are too large"):
-        convert(tmp_path / "q", tmp_path / "out", **wishes)
+        convert(tmp_path / "q", tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
 
-    report = convert(tmp_path / "q", tmp_path / "out", allow_overflow=True, **wishes)
+    report = convert(tmp_path / "q", tmp_path / "out", allow_overflow=True, **options)
     assert report.findings["a"]["overflowed"] == 2
 
 

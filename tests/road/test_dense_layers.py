@@ -131,16 +131,16 @@ def test_the_layers_of_a_dense_source(
 ) -> None:
     published(tmp_path / "dense", family)
     source = coded(tmp_path / "dense", tmp_path / "coded", tool, ("mlp.up_proj", "down_proj"))
-    wishes = {"layout": layout} | REQUESTS[request_]
-    due = requant.plan(tmp_path / "dense", **wishes)
-    made = requant.plan(source, **wishes)
-    assert quantized(due) == quantized(made)
-    assert {x.layer for x in made.layers} == {x.layer for x in due.layers}
+    options = {"layout": layout} | REQUESTS[request_]
+    due = requant.plan(tmp_path / "dense", **options)
+    plan = requant.plan(source, **options)
+    assert quantized(due) == quantized(plan)
+    assert {x.layer for x in plan.layers} == {x.layer for x in due.layers}
     if request_ == "skip":
-        assert "lm_head" not in quantized(made)
-    new = {x.layer for x in made.layers if x.treatment == "quantized"}
+        assert "lm_head" not in quantized(plan)
+    new = {x.layer for x in plan.layers if x.treatment == "quantized"}
     assert "model.embed_tokens" in new
-    assert sum("dense in the source" in note for note in note_texts(made.notes)) == 1
+    assert sum("dense in the source" in note for note in note_texts(plan.notes)) == 1
 
 
 @pytest.mark.parametrize("layout", ["keep", "mlx-lm"])
@@ -148,24 +148,24 @@ def test_the_layers_of_a_dense_source(
 def test_without_a_request_dense_layers_stay(tool: str, layout: str, tmp_path: Path) -> None:
     published(tmp_path / "dense", "llama")
     source = coded(tmp_path / "dense", tmp_path / "coded", tool, ("up_proj", "down_proj"))
-    for wishes in ({}, {"overrides": ["up_proj=8:32"]}):
-        made = requant.plan(source, layout=layout, **wishes)  # type: ignore[arg-type]
-        ends = {path.rpartition(".")[2] for path in quantized(made)}
+    for options in ({}, {"overrides": ["up_proj=8:32"]}):
+        plan = requant.plan(source, layout=layout, **options)  # type: ignore[arg-type]
+        ends = {path.rpartition(".")[2] for path in quantized(plan)}
         assert ends == {"up_proj", "down_proj"}
-        assert not any("dense in the source" in note for note in note_texts(made.notes))
+        assert not any("dense in the source" in note for note in note_texts(plan.notes))
 
 
 @pytest.mark.parametrize("layout", ["keep", "mlx-lm"])
 def test_only_and_skip_choose_as_before(layout: str, tmp_path: Path) -> None:
     published(tmp_path / "dense", "llama")
     source = coded(tmp_path / "dense", tmp_path / "coded", "mlx", ("up_proj", "down_proj"))
-    made = requant.plan(source, layout=layout, bits=8, only=["up_proj"])
-    fate = {x.layer: (x.treatment, x.target) for x in made.layers}
+    plan = requant.plan(source, layout=layout, bits=8, only=["up_proj"])
+    fate = {x.layer: (x.treatment, x.target) for x in plan.layers}
     assert fate["model.layers.0.mlp.up_proj"] == ("kept", "affine 8-bit g32")
     assert fate["model.layers.0.mlp.down_proj"] == ("kept", "affine 4-bit g32")
     assert fate["lm_head"] == ("dense", "BF16")
-    made = requant.plan(source, layout=layout, bits=8, only=["lm_head"])
-    fate = {x.layer: (x.treatment, x.target) for x in made.layers}
+    plan = requant.plan(source, layout=layout, bits=8, only=["lm_head"])
+    fate = {x.layer: (x.treatment, x.target) for x in plan.layers}
     assert fate["lm_head"] == ("quantized", "affine 8-bit g64")
     assert fate["model.embed_tokens"] == ("dense", "BF16")
 
@@ -181,10 +181,10 @@ def test_what_the_block_of_an_mlx_folder_says_is_false(layout: str, tmp_path: Pa
     kept = requant.plan(source, layout=layout)
     assert kept.config["quantization"].get("lm_head", False) is False
     assert "lm_head" not in quantized(kept)
-    made = requant.plan(source, layout=layout, bits=4)
-    assert "lm_head" in quantized(made)
-    assert "lm_head" not in made.config["quantization"]
-    assert [note for note in note_texts(made.notes) if "says false for lm_head" in note]
+    plan = requant.plan(source, layout=layout, bits=4)
+    assert "lm_head" in quantized(plan)
+    assert "lm_head" not in plan.config["quantization"]
+    assert [note for note in note_texts(plan.notes) if "says false for lm_head" in note]
 
 
 @pytest.mark.parametrize("layout", ["keep", "mlx-lm"])
@@ -192,10 +192,10 @@ def test_a_budget_chooses_for_dense_layers_too(layout: str, tmp_path: Path) -> N
     published(tmp_path / "dense", "llama")
     source = coded(tmp_path / "dense", tmp_path / "coded", "awq", ("up_proj", "down_proj"))
     report = requant.convert(source, tmp_path / "out", layout=layout, budget=5)
-    made = report.plan
-    assert "lm_head" in quantized(made)
-    assert "model.embed_tokens" in quantized(made)
-    assert made.bits_per_weight <= 5
+    plan = report.plan
+    assert "lm_head" in quantized(plan)
+    assert "model.embed_tokens" in quantized(plan)
+    assert plan.bits_per_weight <= 5
 
 
 def test_gpt_oss_in_its_own_mode(tmp_path: Path) -> None:
@@ -218,8 +218,8 @@ def test_gpt_oss_in_its_own_mode(tmp_path: Path) -> None:
     (source / "config.json").write_text(json.dumps(config))
     write_file(source / "model.safetensors", tensors)
     for mode, bits in (("mxfp4", 4), ("mxfp8", 8)):
-        made = requant.plan(source, layout="keep", mode=mode)
-        fate = {x.layer: (x.treatment, x.exactness, x.target) for x in made.layers}
+        plan = requant.plan(source, layout="keep", mode=mode)
+        fate = {x.layer: (x.treatment, x.exactness, x.target) for x in plan.layers}
         assert fate[f"{experts}.down_proj"] == ("kept", "exact", f"{mode} {bits}-bit g32")
         assert fate["model.layers.0.self_attn.q_proj"][0] == "quantized"
         assert fate["model.embed_tokens"][0] == "quantized"
@@ -236,10 +236,10 @@ def test_bits_without_a_group_keep_codes_in_theirs(tool: str, layout: str, tmp_p
     published(tmp_path / "dense", "llama")
     source = coded(tmp_path / "dense", tmp_path / "coded", tool, ("up_proj", "down_proj"))
     for bits in (4, 8):
-        made = requant.plan(source, layout=layout, bits=bits)
-        layer = next(x for x in made.layers if x.layer.endswith("up_proj"))
+        plan = requant.plan(source, layout=layout, bits=bits)
+        layer = next(x for x in plan.layers if x.layer.endswith("up_proj"))
         assert (layer.treatment, layer.target) == ("kept", f"affine {bits}-bit g32")
-        head = next(x for x in made.layers if x.layer == "lm_head")
+        head = next(x for x in plan.layers if x.layer == "lm_head")
         assert head.target == f"affine {bits}-bit g64"
         asked = requant.plan(source, layout=layout, bits=bits, group_size=64)
         layer = next(x for x in asked.layers if x.layer.endswith("up_proj"))

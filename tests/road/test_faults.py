@@ -34,11 +34,11 @@ pytestmark = [
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What is preloaded."""
-    made = tmp_path_factory.mktemp("faults") / "faults.so"
+    path = tmp_path_factory.mktemp("faults") / "faults.so"
     source = ROOT / "tests" / "support" / "fault_injection.c"
     flags = ["-std=c11", "-O1", "-shared", "-fPIC"]
-    subprocess.run(["cc", *flags, "-o", str(made), str(source), "-ldl"], check=True)
-    return made
+    subprocess.run(["cc", *flags, "-o", str(path), str(source), "-ldl"], check=True)
+    return path
 
 
 Build = Callable[..., Path]
@@ -63,17 +63,17 @@ def experts(checkpoint: Build) -> Path:
 
 def job(name: str, checkpoint: Build, place: Path) -> dict[str, Any]:
     """A source and what is asked of it."""
-    wishes: dict[str, Any] = {"bits": 4, "layout": "keep", "shard_size": 8000}
+    options: dict[str, Any] = {"bits": 4, "layout": "keep", "shard_size": 8000}
     if name == "consumed":
-        wishes |= {"consume_source": True, "yes": True}
+        options |= {"consume_source": True, "yes": True}
     if name == "gguf":
-        wishes = {"layout": "keep"}
+        options = {"layout": "keep"}
     source = gguf_file(place) if name == "gguf" else experts(checkpoint)
-    told = {"place": str(place / "work"), "source": str(source), "wishes": wishes}
-    return told | {"trace": str(place / "trace"), "old": name == "replaced"}
+    reported = {"place": str(place / "work"), "source": str(source), "options": options}
+    return reported | {"trace": str(place / "trace"), "old": name == "replaced"}
 
 
-def struck(library: Path, told: dict[str, Any], modes: dict[str, int]) -> dict[str, Any]:
+def struck(library: Path, reported: dict[str, Any], modes: dict[str, int]) -> dict[str, Any]:
     """What tests/support/fault_injection.py says of a job."""
     preloaded = f"{os.environ.get('LD_PRELOAD', '')} {library}".strip()
     run = subprocess.run(
@@ -81,7 +81,7 @@ def struck(library: Path, told: dict[str, Any], modes: dict[str, int]) -> dict[s
             sys.executable,
             "-m",
             "tests.support.fault_injection",
-            json.dumps(told),
+            json.dumps(reported),
             json.dumps(modes),
         ],
         cwd=ROOT,
@@ -139,12 +139,12 @@ def test_all_is_synced_before_it_has_its_name(
     name: str, library: Path, checkpoint: Build, tmp_path: Path
 ) -> None:
     """No file or folder of OUTPUT, however deep, waits for a sync; nor does the name after it."""
-    told = job(name, checkpoint, tmp_path)
-    struck(library, told, {})
+    reported = job(name, checkpoint, tmp_path)
+    struck(library, reported, {})
     disk, named, gone, synced, removed = Disk(), 0, 0, False, False
-    place = told["place"]
+    place = reported["place"]
     inside = f"{place}/.out.requant-partial/output"
-    for line in Path(told["trace"]).read_text().splitlines():
+    for line in Path(reported["trace"]).read_text().splitlines():
         call, path, other = line.split("\t")
         if call == "rename" and (path, other) == (inside, f"{place}/out"):
             assert disk.below(inside) == []

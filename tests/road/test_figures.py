@@ -20,8 +20,8 @@ MICRO = Path(__file__).parents[2] / "examples" / "micro-llama"
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, requant.Report]:
     output = tmp_path_factory.mktemp("figures") / "out"
-    wishes = {"bits": 4, "overrides": ["lm_head|embed_tokens=8:32", "v_proj=skip"]}
-    return output, requant.convert(MICRO, output, layout="keep", **wishes)
+    options = {"bits": 4, "overrides": ["lm_head|embed_tokens=8:32", "v_proj=skip"]}
+    return output, requant.convert(MICRO, output, layout="keep", **options)
 
 
 def test_figures_are_the_report_s(converted: tuple[Path, requant.Report]) -> None:
@@ -55,7 +55,7 @@ def test_kinds_and_bits(converted: tuple[Path, requant.Report]) -> None:
 
 
 @pytest.mark.parametrize(
-    "wishes",
+    "options",
     [
         [],
         ["--mode", "mxfp4", "--only", "mlp", "--override", "down_proj=6:32"],
@@ -64,11 +64,11 @@ def test_kinds_and_bits(converted: tuple[Path, requant.Report]) -> None:
         ["--dequantize", "--dtype", "float16", "--shard-size", "1MB"],
         ["--bits", "3", "--search", "fast", "--layout", "keep"],
     ],
-    ids=lambda wishes: " ".join(wishes) or "none",
+    ids=lambda options: " ".join(options) or "none",
 )
-def test_the_command_gives_the_output_again(wishes: list[str], tmp_path: Path) -> None:
+def test_the_command_gives_the_output_again(options: list[str], tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as end:
-        run(["convert", str(MICRO), str(tmp_path / "one"), *wishes, "--quiet"])
+        run(["convert", str(MICRO), str(tmp_path / "one"), *options, "--quiet"])
     assert not end.value.code
     command = requant.read_figures(tmp_path / "one").command(str(MICRO), str(tmp_path / "two"))
     program, *arguments = shlex.split(command)
@@ -87,7 +87,7 @@ def test_threads_and_chunks_change_no_record(tmp_path: Path) -> None:
     assert records[0] == records[1]
 
 
-def spoil(output: Path, target: Path, layer: str, key: str, value: Any) -> Path:
+def make_nonfinite(output: Path, target: Path, layer: str, key: str, value: Any) -> Path:
     """A record of which one entry is another; its own hash fits."""
     record = json.loads((output / "requant.json").read_text())
     place = record["layers"][layer] if layer else record
@@ -101,7 +101,7 @@ def spoil(output: Path, target: Path, layer: str, key: str, value: Any) -> Path:
 
 
 @pytest.mark.parametrize(
-    "key, value, said",
+    "key, value, declared",
     [
         ("shape", [1, -2], r"shape \[1, -2\] and bytes .* are no counts"),
         ("shape", "x", "shape: is 'x', expected a list"),
@@ -113,10 +113,12 @@ def spoil(output: Path, target: Path, layer: str, key: str, value: Any) -> Path:
     ],
 )
 def test_a_foreign_record_is_refused(
-    converted: tuple[Path, requant.Report], tmp_path: Path, key: str, value: Any, said: str
+    converted: tuple[Path, requant.Report], tmp_path: Path, key: str, value: Any, declared: str
 ) -> None:
-    folder = spoil(converted[0], tmp_path / "x", "model.embed_tokens", key, value)
-    with pytest.raises(requant.CheckpointError, match=f"requant.json: layers.model.emb.*{said}"):
+    folder = make_nonfinite(converted[0], tmp_path / "x", "model.embed_tokens", key, value)
+    with pytest.raises(
+        requant.CheckpointError, match=f"requant.json: layers.model.emb.*{declared}"
+    ):
         requant.read_figures(folder)
 
 
@@ -124,7 +126,7 @@ def test_a_foreign_record_is_refused(
 def test_a_torn_record_is_refused(
     converted: tuple[Path, requant.Report], tmp_path: Path, key: str, value: Any
 ) -> None:
-    folder = spoil(converted[0], tmp_path / "x", "", key, value)
+    folder = make_nonfinite(converted[0], tmp_path / "x", "", key, value)
     with pytest.raises(requant.CheckpointError, match=r"requant\.json: "):
         requant.read_figures(folder)
 

@@ -25,7 +25,7 @@ Q, DOWN, UP = (
     "model.layers.0.mlp.switch_mlp.up_proj",
 )
 SHAPES = {Q: (40, 64), DOWN: (24, 128), UP: (3, 32, 96)}
-WISHES: dict[str, Any] = {"bits": 3, "group_size": 32, "layout": "keep", "gptq": True}
+OPTIONS: dict[str, Any] = {"bits": 3, "group_size": 32, "layout": "keep", "gptq": True}
 
 
 def hessian_of(n_in: int, seed: int) -> np.ndarray:
@@ -69,7 +69,7 @@ def stats(tmp_path: Path) -> Path:
 def test_each_matrix_by_its_own_hessian(
     options: dict[str, Any], source: Path, stats: Path, tmp_path: Path
 ) -> None:
-    report = requant.convert(source, tmp_path / "out", statistics=stats, **WISHES, **options)
+    report = requant.convert(source, tmp_path / "out", statistics=stats, **OPTIONS, **options)
     made, weights = read_folder(tmp_path / "out"), read_folder(source)
 
     def check(layer: str, expert: int | None, expected: Any) -> None:
@@ -106,8 +106,8 @@ def test_each_matrix_by_its_own_hessian(
 
 def test_the_outputs_of_a_layer_are_nearer(source: Path, stats: Path, tmp_path: Path) -> None:
     """By the Hessian's own measure, and against the weighted search."""
-    requant.convert(source, tmp_path / "out", statistics=stats, **WISHES)
-    requant.convert(source, tmp_path / "searched", statistics=stats, **WISHES | {"gptq": False})
+    requant.convert(source, tmp_path / "out", statistics=stats, **OPTIONS)
+    requant.convert(source, tmp_path / "searched", statistics=stats, **OPTIONS | {"gptq": False})
     w, errors = read_folder(source)[f"{Q}.weight"].astype(np.float64), []
     for name in ("out", "searched"):
         requant.convert(
@@ -129,30 +129,35 @@ def test_what_cannot_be_is_told(source: Path, stats: Path, tmp_path: Path) -> No
     none = tmp_path / "none.safetensors"
     write_statistics(none, {Q: LayerStatistics(np.ones(64, np.float32), np.ones(1))})
     with pytest.raises(CheckpointError, match="holds no Hessians"):
-        requant.convert(source, out, statistics=none, **WISHES)
+        requant.convert(source, out, statistics=none, **OPTIONS)
     bad = tmp_path / "bad.safetensors"
     broken = np.full((64, 64), np.nan, np.float32)
     layers = {Q: LayerStatistics(np.ones(64, np.float32), np.ones(1))}
     write_statistics(bad, layers, {Q: (broken.shape, lambda: broken)})
     with pytest.raises(RequantError, match="hessian must be finite") as caught:
-        requant.convert(source, out, statistics=bad, only=["q_proj"], **WISHES)
+        requant.convert(source, out, statistics=bad, only=["q_proj"], **OPTIONS)
     assert Q in str(caught.value)
     assert not out.exists()
 
 
 def test_memory_of_the_factorisation_is_in_the_plan(source: Path, stats: Path) -> None:
-    from requant.memory import make_budget
+    from requant.memory import plan_resources
 
     peaks = [
-        make_budget(requant.plan(source, statistics=stats, **WISHES | {"gptq": wished}), 2)
-        for wished in (True, False)
+        plan_resources(requant.plan(source, statistics=stats, **OPTIONS | {"gptq": requested}), 2)
+        for requested in (True, False)
     ]
     assert peaks[0].peak_bytes - peaks[1].peak_bytes >= 96 * 96 * 36
 
 
 def test_a_budget_counts_what_is_lost_as_the_search_does(source: Path, tmp_path: Path) -> None:
     """Where only inputs count that half of the weights never touch, bits go to the other layer."""
-    told: dict[str, Any] = {"budget": 11.5, "layout": "keep", "group_size": 32, "search": "best"}
+    reported: dict[str, Any] = {
+        "budget": 11.5,
+        "layout": "keep",
+        "group_size": 32,
+        "search": "best",
+    }
     bits = []
     for loud in (Q, DOWN):
         path = tmp_path / f"{loud}.safetensors"
@@ -173,9 +178,9 @@ def test_a_budget_counts_what_is_lost_as_the_search_does(source: Path, tmp_path:
             weights[f"{name}.weight"] = array
         (source / "model.safetensors").unlink()
         write_file(source / "model.safetensors", weights)
-        made = requant.plan(source, statistics=path, only=["q_proj", "down_proj"], **told)
-        assert made.quantization is not None
-        found = {x.layer: x.nbytes / np.prod(x.shape) for x in made.layers}
+        plan = requant.plan(source, statistics=path, only=["q_proj", "down_proj"], **reported)
+        assert plan.quantization is not None
+        found = {x.layer: x.nbytes / np.prod(x.shape) for x in plan.layers}
         bits.append(found[Q] - found[DOWN])
     assert bits[0] > 0 > bits[1]
 
@@ -192,7 +197,7 @@ def test_weighed_errors_are_the_sums(weights: np.ndarray | None) -> None:
     )
     from requant.chunks import Chunk
     from requant.dtypes import TensorInfo
-    from requant.operations import _weighed
+    from requant.operations import _weighted_error
 
     class Of:
         def weights(self, matrix: int) -> np.ndarray | None:
@@ -213,7 +218,7 @@ def test_weighed_errors_are_the_sums(weights: np.ndarray | None) -> None:
     decoded = (dense.astype(np.float32) + random.normal(0, 0.1, (10, 96))).astype(BF16)
     matrices = np.array([0] * 3 + [1] * 7)
     chunk = Chunk(step, 4, 14)  # three rows of the first matrix
-    error, energy = _weighed(chunk, importance, dense, decoded)
+    error, energy = _weighted_error(chunk, importance, dense, decoded)
     each = np.ones((10, 96)) if weights is None else np.outer(matrices + 1.0, weights)
     wide, far = dense.astype(np.float64), decoded.astype(np.float64)
     assert error == pytest.approx((each * (far - wide) ** 2).sum(), rel=1e-5)

@@ -41,12 +41,14 @@ def call(hub: Hub, tmp_path: Path) -> Call:
 
 
 def test_a_plan_reads_headers_only(hub: Hub, call: Call) -> None:
-    said = ok(call("plan", NAME, "--bits", "4", "--layout", "keep"))
+    declared = ok(call("plan", NAME, "--bits", "4", "--layout", "keep"))
     size = len(hub.repositories[NAME]["model.safetensors"])
-    assert f"{NAME} (dense, 853,120 parameters)" in said
+    assert f"{NAME} (dense, 853,120 parameters)" in declared
     wanted = {k: v for k, v in hub.repositories[NAME].items() if k not in UNWANTED}
     downloads = f"{len(wanted)} of {len(wanted)} files, {sum(map(len, wanted.values())):,} bytes"
-    assert f"{NAME} at {Hub.commit(NAME)[:12]} on the hub: convert downloads {downloads}" in said
+    assert (
+        f"{NAME} at {Hub.commit(NAME)[:12]} on the hub: convert downloads {downloads}" in declared
+    )
     assert hub.sent < 150_000 < size
     assert {path.rpartition("/")[2] for method, path, _ in hub.log if "resolve" in path} == {
         "config.json",
@@ -79,9 +81,9 @@ def test_small_tensors_that_decide_come_by_range(hub: Hub, call: Call) -> None:
     for name, g_idx in (("a/sorted", np.arange(128) // 32), ("a/shuffled", order)):
         hub.repositories[name] = gptq_files(g_idx.astype(np.int32))
     kept = ok(call("plan", "a/sorted", "--layout", "keep"))
-    anew = ok(call("plan", "a/shuffled", "--layout", "keep"))
+    requantized = ok(call("plan", "a/shuffled", "--layout", "keep"))
     assert "kept" in kept and "requantized" not in kept
-    assert "requantized" in anew
+    assert "requantized" in requantized
 
 
 def gptq_files(g_idx: np.ndarray) -> dict[str, bytes]:
@@ -107,17 +109,17 @@ def gptq_files(g_idx: np.ndarray) -> dict[str, bytes]:
 
 
 def test_convert_downloads_and_records_the_commit(hub: Hub, call: Call, tmp_path: Path) -> None:
-    wishes = ("--bits", "4", "--layout", "keep", "--quiet")
-    ok(call("convert", NAME, "out", "--revision", "v1", *wishes))
-    ok(call("convert", MICRO, "local", *wishes))
+    options = ("--bits", "4", "--layout", "keep", "--quiet")
+    ok(call("convert", NAME, "out", "--revision", "v1", *options))
+    ok(call("convert", MICRO, "local", *options))
     assert not [path for _, path, _ in hub.log if path.endswith(UNWANTED)]
     out, local = ((tmp_path / x / "model.safetensors").read_bytes() for x in ("out", "local"))
     assert out == local
     record = json.loads((tmp_path / "out" / "requant.json").read_text())
     assert record["source"]["repository"] == [NAME, Hub.commit(NAME)]
-    said = ok(call("report", "out"))
-    assert f"requant convert {NAME} out --bits 4" in said
-    assert f"--revision {Hub.commit(NAME)}" in said
+    declared = ok(call("report", "out"))
+    assert f"requant convert {NAME} out --bits 4" in declared
+    assert f"--revision {Hub.commit(NAME)}" in declared
     ok(call("verify", "out"))
     snapshot = next((tmp_path / "hf" / "hub").glob("models--*/snapshots/*"))
     (snapshot / "pytorch_model.bin").write_bytes(bytes(3 << 20))  # another program's
@@ -133,12 +135,12 @@ def test_a_download_that_was_cut_goes_on(hub: Hub, call: Call, tmp_path: Path) -
     hub.repositories["a/large"] = {"config.json": b"{}", "model.safetensors": content}
     ok(call("plan", "a/large", "--layout", "keep"))
     before, hub.cut_after = hub.sent, 25_000_000
-    wishes = ("--bits", "4", "--layout", "keep", "--quiet")
-    first = call("convert", "a/large", "out", *wishes)
+    options = ("--bits", "4", "--layout", "keep", "--quiet")
+    first = call("convert", "a/large", "out", *options)
     if first.returncode:  # else the client went on by itself
         assert "try again" in first.stderr and "Traceback" not in first.stderr
         assert not (tmp_path / "out").exists()
-        ok(call("convert", "a/large", "out", *wishes))
+        ok(call("convert", "a/large", "out", *options))
     starts = [int(r[6:].split("-")[0]) for _, path, r in hub.log if r and "resolve" in path]
     assert max(starts) >= 10_000_000
     assert hub.sent - before < 1.5 * len(content)
@@ -164,7 +166,7 @@ def test_an_output_in_the_way_is_told_before_the_download(
 
 
 @pytest.mark.parametrize(
-    "arguments, env, said",
+    "arguments, env, declared",
     [
         (["no/such"], {}, "there is no folder no/such, and no such model on the hub"),
         ([NAME, "--revision", "v9"], {}, f"{NAME} has no revision 'v9'"),
@@ -178,7 +180,7 @@ def test_an_output_in_the_way_is_told_before_the_download(
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
 def test_what_cannot_be_had(
-    hub: Hub, call: Call, arguments: list[str], env: dict[str, str], said: str, tmp_path: Path
+    hub: Hub, call: Call, arguments: list[str], env: dict[str, str], declared: str, tmp_path: Path
 ) -> None:
     hub.repositories |= {"a/gated": tree(MICRO), "a/empty": {"x.txt": b""}}
     hub.repositories["a/pickle"] = {"pytorch_model.bin": b"x" * 99, "config.json": b"{}"}
@@ -187,7 +189,7 @@ def test_what_cannot_be_had(
     for command in ("plan", "inspect"):
         done = call(command, *arguments, **env)
         assert done.returncode == 1, done.stdout
-        assert said in done.stderr and "Traceback" not in done.stderr
+        assert declared in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "hf" / "x").exists()
 
 
@@ -218,18 +220,18 @@ def output(call: Call, tmp_path: Path) -> Path:
 
 def test_preview_asks_nobody(hub: Hub, call: Call, output: Path) -> None:
     asked = len(hub.log)
-    said = ok(call("upload", output, "me/micro-4bit", "--dry-run"))
-    assert ok(call("upload", output, "me/micro-4bit", "--preview")) == said
+    declared = ok(call("upload", output, "me/micro-4bit", "--dry-run"))
+    assert ok(call("upload", output, "me/micro-4bit", "--preview")) == declared
     assert len(hub.log) == asked
-    assert "pipeline_tag: text-generation\n" in said and "language: en\n" in said
-    assert f"base_model: {NAME}\n" in said and "license: apache-2.0\n" in said
-    assert "library_name: mlx\n" in said and "base_model_relation: quantized" in said
-    assert f"requant convert {NAME} OUTPUT --bits 4" in said
-    assert f"--revision {Hub.commit(NAME)}\n" in said
-    assert f"requant verify {NAME} micro-4bit" in said
-    assert "mlx_lm.generate --model me/micro-4bit" in said
-    assert "# Of the source" not in said and "tags: [x]" not in said
-    assert "model-00001-of-0000" in said
+    assert "pipeline_tag: text-generation\n" in declared and "language: en\n" in declared
+    assert f"base_model: {NAME}\n" in declared and "license: apache-2.0\n" in declared
+    assert "library_name: mlx\n" in declared and "base_model_relation: quantized" in declared
+    assert f"requant convert {NAME} OUTPUT --bits 4" in declared
+    assert f"--revision {Hub.commit(NAME)}\n" in declared
+    assert f"requant verify {NAME} micro-4bit" in declared
+    assert "mlx_lm.generate --model me/micro-4bit" in declared
+    assert "# Of the source" not in declared and "tags: [x]" not in declared
+    assert "model-00001-of-0000" in declared
 
 
 def test_upload(hub: Hub, call: Call, output: Path) -> None:
@@ -257,8 +259,8 @@ def test_shards_of_an_earlier_upload_go(hub: Hub, call: Call, output: Path) -> N
     deleted = [x["value"]["path"] for x in hub.commits["me/m"] if x["key"] == "deletedFile"]
     assert deleted == list(old[:2]) == json.loads(ok(done))["removed"]
     assert set(committed(hub, "me/m")) == set(tree(output))
-    said = call("upload", output, "me/m", HF_TOKEN="hf_x").stderr
-    assert f"removed there, of an earlier upload: {old[0]}, {old[1]}\n" in said
+    declared = call("upload", output, "me/m", HF_TOKEN="hf_x").stderr
+    assert f"removed there, of an earlier upload: {old[0]}, {old[1]}\n" in declared
 
 
 def test_only_what_the_record_says_is_uploaded(hub: Hub, call: Call, output: Path) -> None:
@@ -305,11 +307,11 @@ def committed(hub: Hub, name: str) -> dict[str, bytes]:
 
 
 def test_an_upload_that_was_stopped_goes_on(hub: Hub, call: Call, output: Path) -> None:
-    hub.refuse_objects = 1
+    hub.reject_objects = 1
     first = call("upload", output, "me/m", HF_TOKEN="hf_x")
     assert first.returncode == 1 and "Traceback" not in first.stderr
     assert len(hub.objects) == 1 and "me/m" not in hub.commits
-    hub.refuse_objects = -1
+    hub.reject_objects = -1
     there = len([1 for method, *_ in hub.log if method == "PUT"])
     ok(call("upload", output, "me/m", HF_TOKEN="hf_x"))
     again = len([1 for method, *_ in hub.log if method == "PUT"]) - there
@@ -326,11 +328,11 @@ def test_what_the_source_says_of_itself_is_kept(hub: Hub, call: Call) -> None:
     data = "license: other\nlicense_name: own\nlanguage: [de, fr]\npipeline_tag: feature-extraction"
     hub.repositories[NAME]["README.md"] = f"---\n{data}\n---\n".encode()
     ok(call("convert", NAME, "out", "--bits", "4", "--quiet"))
-    said = json.loads(ok(call("upload", "out", "me/m", "--dry-run", "--json")))["card"]
+    declared = json.loads(ok(call("upload", "out", "me/m", "--dry-run", "--json")))["card"]
     for line in ("license_name: own", "- de", "- fr", "pipeline_tag: feature-extraction"):
-        assert f"{line}\n" in said
-    said = ok(call("upload", "out", "me/m", "--dry-run", "--base-model", "the/original"))
-    assert "base_model: the/original\n" in said and f"requant convert {NAME} OUTPUT" in said
+        assert f"{line}\n" in declared
+    declared = ok(call("upload", "out", "me/m", "--dry-run", "--base-model", "the/original"))
+    assert "base_model: the/original\n" in declared and f"requant convert {NAME} OUTPUT" in declared
 
 
 def test_an_upload_that_cannot_be(hub: Hub, call: Call, output: Path) -> None:

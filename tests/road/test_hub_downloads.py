@@ -29,7 +29,7 @@ pytestmark = pytest.mark.slow
 pytest.importorskip("huggingface_hub")
 NAME = "a/large"
 SHARDS = [f"model-{n:05}-of-00006.safetensors" for n in range(1, 7)]
-WISHES = ("--bits", "4", "--layout", "keep")
+OPTIONS = ("--bits", "4", "--layout", "keep")
 STAGING = ".out.requant-partial"
 
 
@@ -114,14 +114,14 @@ def test_layers_are_written_before_all_shards_are_here(
 ) -> None:
     """The last shard comes only when eight layers of the others are written."""
     hub.gates[SHARDS[5]] = (200_000, lambda: converted(tmp_path) >= 8)
-    done = call("convert", NAME, "out", *WISHES, *option, "--json")
+    done = call("convert", NAME, "out", *OPTIONS, *option, "--json")
     assert json.loads(ok(done))["bytes_downloaded"] == WEIGHT_BYTES
     assert without_record(tmp_path / "out") == expected
     assert not (tmp_path / STAGING).exists()
 
 
 def test_shards_come_in_the_order_in_which_they_are_needed(hub: Hub, call: Call) -> None:  # noqa: F811
-    ok(call("convert", NAME, "out", *WISHES, "--quiet"))
+    ok(call("convert", NAME, "out", *OPTIONS, "--quiet"))
     asked = [path.rpartition("/")[2] for method, path, r in hub.log if method == "GET" and r]
     whole = [name for name in asked if name in SHARDS][len(SHARDS) :]  # after the headers
     assert sorted(whole) == SHARDS
@@ -137,13 +137,13 @@ def test_killed_while_it_downloads_and_converts_it_goes_on(
     option: tuple[str, ...],
 ) -> None:
     hub.gates[SHARDS[3]] = (700_000, lambda: False)  # never, in this process
-    process = begin(call, tmp_path, "convert", NAME, "out", *WISHES, *option, "--quiet")
+    process = begin(call, tmp_path, "convert", NAME, "out", *OPTIONS, *option, "--quiet")
     until(lambda: converted(tmp_path) >= 6 and growing(tmp_path, SHARDS[3]) >= 500_000, process)
     kill(process)
     assert not (tmp_path / "out").exists()
     hub.gates.clear()
 
-    ok(call("convert", NAME, "out", *WISHES, *option, "--quiet"))
+    ok(call("convert", NAME, "out", *OPTIONS, *option, "--quiet"))
     assert without_record(tmp_path / "out") == expected
     ok(call("verify", "out"))
     # What was not yet handed to the disk comes twice, and with it at most the headers.
@@ -178,7 +178,7 @@ def test_few_shards_are_on_the_disk_at_a_time(
         return True
 
     hub.gates = dict.fromkeys(SHARDS, (0, counted))
-    ok(call("convert", NAME, "out", *WISHES, "--consume-source", "--quiet"))
+    ok(call("convert", NAME, "out", *OPTIONS, "--consume-source", "--quiet"))
     assert without_record(tmp_path / "out") == expected
     assert 1 <= most <= 3
     blobs = [path.stat().st_size for path in tmp_path.rglob("blobs/*")]
@@ -194,7 +194,7 @@ def test_consumed_or_not_may_change_on_the_way(
 ) -> None:
     """Nothing here is the only copy: a stopped run goes on with or without the option."""
     hub.gates[SHARDS[3]] = (200_000, lambda: False)
-    command = ("convert", NAME, "out", *WISHES, "--quiet")
+    command = ("convert", NAME, "out", *OPTIONS, "--quiet")
     process = begin(call, tmp_path, *command, "--consume-source")
     until(lambda: converted(tmp_path) >= 6, process)
     kill(process)
@@ -210,9 +210,9 @@ def test_files_of_the_cache_are_used_and_stay(
     call: Call,  # noqa: F811
     tmp_path: Path,
 ) -> None:
-    ok(call("convert", NAME, "first", *WISHES, "--quiet"))
+    ok(call("convert", NAME, "first", *OPTIONS, "--quiet"))
     sent = hub.sent
-    ok(call("convert", NAME, "out", *WISHES, "--consume-source", "--quiet"))
+    ok(call("convert", NAME, "out", *OPTIONS, "--consume-source", "--quiet"))
     assert hub.sent == sent
     snapshot = next((tmp_path / "hf" / "hub").glob("models--*/snapshots/*"))
     assert {name: (snapshot / name).read_bytes() for name in FILES} == FILES
@@ -238,12 +238,12 @@ def test_numbers_that_are_none_are_refused(
     content = bytearray(FILES[SHARDS[1]])
     content[-2:] = b"\x00\x7e"  # NaN in float16
     hub.repositories[NAME][SHARDS[1]] = bytes(content)
-    done = call("convert", NAME, "out", *WISHES, *option, "--quiet")
+    done = call("convert", NAME, "out", *OPTIONS, *option, "--quiet")
     assert done.returncode == 1 and "l1.b.weight: 1 value is NaN" in done.stderr
     assert not (tmp_path / STAGING).exists() and not (tmp_path / "out").exists()
     if option:  # it is not downloaded to the end
         assert not [1 for _, path, r in hub.log if path.endswith(SHARDS[5]) and "=0-13" not in r]
-    ok(call("convert", NAME, "out", *WISHES, *option, "--allow-nonfinite", "--quiet"))
+    ok(call("convert", NAME, "out", *OPTIONS, *option, "--allow-nonfinite", "--quiet"))
     ok(call("verify", NAME, "out"))
 
 
@@ -263,12 +263,12 @@ def test_the_network_fails_on_the_way(
         return False
 
     hub.gates[SHARDS[3]] = (500_000, fail)
-    done = call("convert", NAME, "out", *WISHES, *option, "--quiet")
+    done = call("convert", NAME, "out", *OPTIONS, *option, "--quiet")
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "the hub cannot be reached" in done.stderr and "What came is kept" in done.stderr
     assert "is done and kept in" in done.stderr
     hub.down, hub.gates, before = False, {}, hub.sent
-    ok(call("convert", NAME, "out", *WISHES, *option, "--quiet"))
+    ok(call("convert", NAME, "out", *OPTIONS, *option, "--quiet"))
     assert without_record(tmp_path / "out") == expected
     assert hub.sent - before < 4.5 * len(FILES[SHARDS[3]])
 
@@ -283,12 +283,12 @@ def test_a_file_that_changes_on_the_server_is_refused(
     listed = hub.repositories[NAME]
     hub.served[NAME] = listed | {SHARDS[3]: shards(seed=1)[SHARDS[3]]}
     hub.gates.clear()
-    done = call("convert", NAME, "out", *WISHES, "--quiet")
+    done = call("convert", NAME, "out", *OPTIONS, "--quiet")
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert f"{SHARDS[3]}: what came has the hash" in done.stderr
     assert "it was changed there, or damaged on its way" in done.stderr
     hub.served.clear()
-    ok(call("convert", NAME, "out", *WISHES, "--quiet"))
+    ok(call("convert", NAME, "out", *OPTIONS, "--quiet"))
     ok(call("verify", NAME, "out"))
 
 
@@ -301,15 +301,15 @@ def test_a_new_commit_does_not_go_on_with_the_old_one(
     kill(cut_in_the_fourth(hub, call, tmp_path))
     hub.gates.clear()
     hub.heads[NAME] = "f" * 40
-    done = call("convert", NAME, "out", *WISHES, "--quiet")
+    done = call("convert", NAME, "out", *OPTIONS, "--quiet")
     assert done.returncode == 1 and "changed since; --no-resume starts over" in done.stderr
-    ok(call("convert", NAME, "out", *WISHES, "--quiet", "--revision", Hub.commit(NAME)))
+    ok(call("convert", NAME, "out", *OPTIONS, "--quiet", "--revision", Hub.commit(NAME)))
     assert without_record(tmp_path / "out") == expected
 
 
 def cut_in_the_fourth(hub: Hub, call: Call, tmp_path: Path) -> subprocess.Popen[str]:  # noqa: F811
     hub.gates[SHARDS[3]] = (500_000, lambda: False)
-    process = begin(call, tmp_path, "convert", NAME, "out", *WISHES, "--quiet")
+    process = begin(call, tmp_path, "convert", NAME, "out", *OPTIONS, "--quiet")
     until(lambda: converted(tmp_path) >= 6 and growing(tmp_path, SHARDS[3]) >= 250_000, process)
     return process
 
@@ -319,7 +319,7 @@ def test_two_conversions_share_one_download(
     call: Call,  # noqa: F811
     tmp_path: Path,
 ) -> None:
-    both = [begin(call, tmp_path, "convert", NAME, out, *WISHES, "--quiet") for out in "ab"]
+    both = [begin(call, tmp_path, "convert", NAME, out, *OPTIONS, "--quiet") for out in "ab"]
     assert [process.communicate()[1] for process in both] == ["", ""]
     assert without_record(tmp_path / "a") == without_record(tmp_path / "b")
     assert hub.sent < WEIGHT_BYTES + 2 * 6 * 140_000 + 100_000
@@ -341,20 +341,20 @@ def test_a_disk_that_is_too_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         opened=OpenedSource(tmp_path),
     )
     with pytest.raises(HubError, match="too full: 1,152,921,504,606,846,978 bytes are to be"):
-        source.arriving(empty)
+        source.start_download(empty)
 
 
 @pytest.mark.parametrize(
-    "fault, said",
+    "fault, declared",
     [
         ("gated", "is gated: accept its terms"),
         ("gone", "is not on the hub at"),
         ("token", "the hub answers 401: Invalid credentials in Authorization header; log in with"),
     ],
 )
-def test_what_is_refused_while_shards_come(hub: Hub, call: Call, fault: str, said: str) -> None:  # noqa: F811
+def test_what_is_refused_while_shards_come(hub: Hub, call: Call, fault: str, declared: str) -> None:  # noqa: F811
     """The headers were given, the shards are not; the message names the file."""
-    ok(call("plan", NAME, *WISHES, HF_TOKEN="hf_x"))
+    ok(call("plan", NAME, *OPTIONS, HF_TOKEN="hf_x"))
     if fault == "gated":
         hub.gated.add(NAME)
     elif fault == "gone":
@@ -362,8 +362,8 @@ def test_what_is_refused_while_shards_come(hub: Hub, call: Call, fault: str, sai
     else:
         hub.tokens = ("hf_y",)
     env = {"HF_TOKEN": "hf_x"} if fault == "token" else {}
-    done = call("convert", NAME, "out", *WISHES, "--quiet", **env)
-    assert done.returncode == 1 and said in done.stderr and "Traceback" not in done.stderr
+    done = call("convert", NAME, "out", *OPTIONS, "--quiet", **env)
+    assert done.returncode == 1 and declared in done.stderr and "Traceback" not in done.stderr
     if fault == "gone":
         assert f"{NAME}: {SHARDS[4]} is not on the hub" in done.stderr
 
@@ -371,15 +371,15 @@ def test_what_is_refused_while_shards_come(hub: Hub, call: Call, fault: str, sai
 def test_offline_with_everything_here(hub: Hub, call: Call, tmp_path: Path) -> None:  # noqa: F811
     """HF_HUB_OFFLINE: what was planned can be planned, what was downloaded converted."""
     offline = {"HF_HUB_OFFLINE": "1"}
-    ok(call("plan", NAME, *WISHES))
+    ok(call("plan", NAME, *OPTIONS))
     asked = len(hub.log)
-    ok(call("plan", NAME, *WISHES, **offline))
-    done = call("convert", NAME, "out", *WISHES, "--quiet", **offline)
+    ok(call("plan", NAME, *OPTIONS, **offline))
+    done = call("convert", NAME, "out", *OPTIONS, "--quiet", **offline)
     assert done.returncode == 1 and "HF_HUB_OFFLINE forbids" in done.stderr
     assert "Traceback" not in done.stderr and len(hub.log) == asked
-    ok(call("convert", NAME, "out", *WISHES, "--quiet"))
+    ok(call("convert", NAME, "out", *OPTIONS, "--quiet"))
     asked = len(hub.log)
-    ok(call("convert", NAME, "again", *WISHES, "--quiet", **offline))
+    ok(call("convert", NAME, "again", *OPTIONS, "--quiet", **offline))
     assert len(hub.log) == asked
     assert tree(tmp_path / "again") == tree(tmp_path / "out")
 
@@ -389,15 +389,15 @@ def test_interrupted_by_the_user(hub: Hub, call: Call, tmp_path: Path) -> None: 
     process = cut_in_the_fourth(hub, call, tmp_path)
     began = time.monotonic()
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate()
+    _, declared = process.communicate()
     assert process.returncode == 130 and time.monotonic() - began < 10
-    assert "interrupted; " in said and "the same command goes on from there" in said
-    assert "Traceback" not in said
+    assert "interrupted; " in declared and "the same command goes on from there" in declared
+    assert "Traceback" not in declared
 
 
 def test_progress_tells_of_downloads(hub: Hub, call: Call, tmp_path: Path) -> None:  # noqa: F811
     began = time.monotonic()
     hub.gates[SHARDS[5]] = (700_000, lambda: time.monotonic() - began > 8)
-    done = call("convert", NAME, "out", *WISHES, "--json")
+    done = call("convert", NAME, "out", *OPTIONS, "--json")
     json.loads(ok(done))
     assert re.search(r"\d% .* of 6\.29 MB downloaded", done.stderr), done.stderr

@@ -23,7 +23,7 @@ def answer(kind: Any, code: int) -> BaseException:
 
 
 @pytest.mark.parametrize(
-    ("raised", "said", "retryable"),
+    ("raised", "declared", "retryable"),
     [
         (answer(errors.GatedRepoError, 403), "a/b: x is gated: accept its terms", False),
         (answer(errors.RepositoryNotFoundError, 401), "there is no folder a/b, and no", False),
@@ -42,10 +42,10 @@ def answer(kind: Any, code: int) -> BaseException:
     ],
     ids=lambda x: type(x).__name__ if isinstance(x, BaseException) else "",
 )
-def test_each_class_has_its_message(raised: BaseException, said: str, retryable: bool) -> None:
+def test_each_class_has_its_message(raised: BaseException, declared: str, retryable: bool) -> None:
     with pytest.raises(HubError) as caught, hub_errors("a/b", "v9", "x"):
         raise raised
-    assert said in str(caught.value)
+    assert declared in str(caught.value)
     assert caught.value.temporary is retryable
     assert caught.value.__cause__ is raised
 

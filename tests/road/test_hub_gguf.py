@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import requant
-from requant.gguf.choice import choose_model, gguf_models
+from requant.gguf.choice import gguf_models, select_model
 from tests.road.hub_server import Hub, serving
 from tests.support.checkpoints import MICRO_LLAMA, tree
 from tests.support.hub_commands import Call, call, ok  # noqa: F401  (a fixture)
@@ -46,11 +46,11 @@ def test_models_are_told_by_the_end_of_their_names() -> None:
         "small-Q8_0": 1,
         "odd": 1,
     }
-    assert choose_model(models, "q4_k_m") == "Q4_K_M"
-    assert choose_model(models, "a-BF16-00001-of-00002.gguf") == "BF16"
-    assert choose_model(models, "large-q8_0.gguf") == "large-q8_0"
-    assert choose_model(models, "Q8_0") is None
-    assert choose_model(models, "Q4_K") is None
+    assert select_model(models, "q4_k_m") == "Q4_K_M"
+    assert select_model(models, "a-BF16-00001-of-00002.gguf") == "BF16"
+    assert select_model(models, "large-q8_0.gguf") == "large-q8_0"
+    assert select_model(models, "Q8_0") is None
+    assert select_model(models, "Q4_K") is None
 
 
 @pytest.fixture(scope="module")
@@ -106,9 +106,9 @@ def test_a_file_of_a_repository(
     folder = written(tmp_path, files)
     local = folder / ("micro-Q8_0.gguf" if "8" in kind else "Q4_0")
     size = sum(len(x) for name, x in files.items() if ("Q8_0" in name) == ("8" in kind))
-    said = ok(call("plan", f"{NAME}:{kind}"))
+    declared = ok(call("plan", f"{NAME}:{kind}"))
     assert hub.sent < size
-    assert f"{NAME}:{'Q8_0' if '8' in kind else 'Q4_0'} at " in said
+    assert f"{NAME}:{'Q8_0' if '8' in kind else 'Q4_0'} at " in declared
     ok(call("convert", f"{NAME}:{kind}", "out", *option, "--quiet"))
     requant.convert(local, tmp_path / "expected")
     ours, theirs = tree(tmp_path / "out"), tree(tmp_path / "expected")
@@ -124,12 +124,12 @@ def test_a_file_of_a_repository(
 
 
 def test_which_one_is_meant(hub: Hub, call: Call) -> None:  # noqa: F811
-    for wanted, said in (
+    for wanted, declared in (
         ("", f"{NAME} holds 2 GGUF models; write {NAME}:Q4_0, or one of: Q4_0, Q8_0"),
         (":Q4_K_M", f"{NAME} holds no GGUF file 'Q4_K_M'; write {NAME}:Q4_0, or one of"),
     ):
         done = call("inspect", NAME + wanted)
-        assert done.returncode == 1 and said in done.stderr and "Traceback" not in done.stderr
+        assert done.returncode == 1 and declared in done.stderr and "Traceback" not in done.stderr
     done = call("inspect", "someone/micro:Q4_K_M")
     assert "someone/micro holds no GGUF files, so there is no 'Q4_K_M'" in done.stderr
     assert "someone/one: gguf" in ok(call("inspect", "someone/one"))
@@ -146,17 +146,17 @@ def test_config_from_a_folder(hub: Hub, call: Call, tmp_path: Path) -> None:  # 
 
 def test_the_card_of_a_gguf_model(hub: Hub, call: Call) -> None:  # noqa: F811
     ok(call("convert", f"{NAME}:Q8_0", "out", "--quiet"))
-    said = ok(call("upload", "out", "me/m", "--dry-run"))
-    assert f"base_model: {NAME}\n" in said and "license: mit\n" in said
-    assert f"requant convert {NAME}:Q8_0 OUTPUT" in said
-    assert f"requant verify {NAME}:Q8_0 m\n" in said
+    declared = ok(call("upload", "out", "me/m", "--dry-run"))
+    assert f"base_model: {NAME}\n" in declared and "license: mit\n" in declared
+    assert f"requant convert {NAME}:Q8_0 OUTPUT" in declared
+    assert f"requant verify {NAME}:Q8_0 m\n" in declared
 
 
 def test_generate_takes_a_repository(hub: Hub, call: Call) -> None:  # noqa: F811
-    wishes = ("--prompt", "The file", "--bits", "4", "--max-tokens", "6", "--json")
-    said = json.loads(ok(call("generate", "someone/micro", "--revision", "v1", *wishes)))
-    local = json.loads(ok(call("generate", MICRO_LLAMA, *wishes)))
-    assert said["text"] == local["text"]
+    options = ("--prompt", "The file", "--bits", "4", "--max-tokens", "6", "--json")
+    declared = json.loads(ok(call("generate", "someone/micro", "--revision", "v1", *options)))
+    local = json.loads(ok(call("generate", MICRO_LLAMA, *options)))
+    assert declared["text"] == local["text"]
     sent = hub.sent
     ok(call("generate", f"{NAME}:Q8_0", "--prompt", "The", "--max-tokens", "2", "--quiet"))
     assert hub.sent > sent

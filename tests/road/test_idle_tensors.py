@@ -71,16 +71,16 @@ def test_a_bias_with_a_value_is_never_left_out(tmp_path: Path) -> None:
     source = with_more(tmp_path / "source", more)
     with pytest.raises(requant.CheckpointError, match="no place for"):
         requant.plan(source, bits=4, layout="mlx-lm")
-    made = requant.plan(source, bits=4)
-    assert made.layout == "keep" and name in made.index()["weight_map"]
+    plan = requant.plan(source, bits=4)
+    assert plan.layout == "keep" and name in plan.index()["weight_map"]
 
 
 def test_keep_leaves_nothing_out(tmp_path: Path) -> None:
     more = zero_biases(tmp_path / "plain")
     source = with_more(tmp_path / "source", more)
     for options in ({"layout": "keep"}, {"keep_extra": True}):
-        made = requant.plan(source, bits=4, **options)
-        assert more.keys() <= made.index()["weight_map"].keys()
+        plan = requant.plan(source, bits=4, **options)
+        assert more.keys() <= plan.index()["weight_map"].keys()
 
 
 def test_a_model_with_biases_keeps_those_that_are_zero(tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_a_model_with_biases_keeps_those_that_are_zero(tmp_path: Path) -> None:
     biases = {n: mx.zeros(x.shape, x.dtype) for n, x in weights.items() if n.endswith(".bias")}
     assert biases
     mx.save_safetensors(str(file), weights | biases, {"format": "pt"})
-    made = requant.plan(tmp_path / "source", bits=4)
-    assert made.layout == "mlx-lm" and made.dropped == ()
-    assert biases.keys() <= made.index()["weight_map"].keys()
+    plan = requant.plan(tmp_path / "source", bits=4)
+    assert plan.layout == "mlx-lm" and plan.dropped == ()
+    assert biases.keys() <= plan.index()["weight_map"].keys()
     assert json.loads((tmp_path / "source" / "config.json").read_text())["model_type"] == "qwen2"

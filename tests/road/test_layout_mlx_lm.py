@@ -33,7 +33,7 @@ pytestmark = pytest.mark.sweep(2)
 
 
 @pytest.mark.parametrize(
-    "wishes, theirs",
+    "options, theirs",
     [
         ({"bits": 4}, {"quantize": True, "q_bits": 4}),
         ({"bits": 3, "group_size": 32}, {"quantize": True, "q_bits": 3, "q_group_size": 32}),
@@ -43,14 +43,14 @@ pytestmark = pytest.mark.sweep(2)
         ({"dequantize": True}, {}),
         ({"bits": 4, "dtype": "float16"}, {"quantize": True, "q_bits": 4, "dtype": "float16"}),
     ],
-    ids=lambda wishes: "-".join(f"{k}={v}" for k, v in wishes.items()),
+    ids=lambda options: "-".join(f"{k}={v}" for k, v in options.items()),
 )
 @pytest.mark.parametrize("name", ["micro-llama", "micro-moe", "qwen3-16m"])
-def test_output_is_mlx_lm_s(name: str, wishes: dict, theirs: dict, tmp_path: Path) -> None:
-    if MLX < (0, 32, 4) and wishes.get("mode") in ("mxfp4", "mxfp8"):
+def test_output_is_mlx_lm_s(name: str, options: dict, theirs: dict, tmp_path: Path) -> None:
+    if MLX < (0, 32, 4) and options.get("mode") in ("mxfp4", "mxfp8"):
         pytest.skip("earlier mlx rounds the scales of these modes differently")
     expected = by_mlx_lm(model(name), tmp_path / "theirs", **theirs)
-    convert(model(name), tmp_path / "ours", layout="mlx-lm", **wishes)
+    convert(model(name), tmp_path / "ours", layout="mlx-lm", **options)
     ours = load(tmp_path / "ours")
 
     assert ours.keys() == expected.keys()
@@ -76,9 +76,9 @@ def test_stacked_experts_are_read_from_the_files_and_threads_change_nothing(
     stacked = [step for step in made.steps if "switch_mlp" in step.layer]
     assert {type(step.inputs["weight"]).__name__ for step in stacked} == {"JoinedTensor"}
 
-    wishes = {"layout": "mlx-lm", "bits": 4}
-    convert(model("micro-moe"), tmp_path / "one", threads=1, **wishes)
-    convert(model("micro-moe"), tmp_path / "two", threads=2, chunk_bytes=5000, **wishes)
+    options = {"layout": "mlx-lm", "bits": 4}
+    convert(model("micro-moe"), tmp_path / "one", threads=1, **options)
+    convert(model("micro-moe"), tmp_path / "two", threads=2, chunk_bytes=5000, **options)
     assert tree(tmp_path / "one") == tree(tmp_path / "two")
 
 
@@ -96,13 +96,13 @@ def test_overrides_rule_over_mlx_lm_s_choice(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "wishes", [{"bits": 4}, {"bits": 3, "group_size": 32}, {"mode": "mxfp4"}, {"mode": "nvfp4"}]
+    "options", [{"bits": 4}, {"bits": 3, "group_size": 32}, {"mode": "mxfp4"}, {"mode": "nvfp4"}]
 )
-def test_experts_quantized_one_by_one_are_stacked(wishes: dict, tmp_path: Path) -> None:
+def test_experts_quantized_one_by_one_are_stacked(options: dict, tmp_path: Path) -> None:
     """Codes, scales and biases alike, though mlx-lm's own rule stacks only ``.weight``."""
-    convert(model("micro-moe"), tmp_path / "kept", layout="keep", **wishes)
+    convert(model("micro-moe"), tmp_path / "kept", layout="keep", **options)
     report = convert(tmp_path / "kept", tmp_path / "ours", layout="mlx-lm")
-    convert(model("micro-moe"), tmp_path / "expected", layout="mlx-lm", **wishes)
+    convert(model("micro-moe"), tmp_path / "expected", layout="mlx-lm", **options)
 
     ours, expected = load(tmp_path / "ours"), load(tmp_path / "expected")
     kept = load(tmp_path / "kept")
@@ -143,9 +143,9 @@ def test_auto_is_mlx_lm_s_layout_where_mlx_lm_takes_the_model(name: str) -> None
     assert not any("--layout" in note for note in note_texts(made.notes))
 
 
-def kept_because(folder: Path, **wishes: object) -> str:
+def kept_because(folder: Path, **options: object) -> str:
     """The note with which a plan keeps the source's names."""
-    made, kept = plan(folder, **wishes), plan(folder, layout="keep", **wishes)
+    made, kept = plan(folder, **options), plan(folder, layout="keep", **options)
     assert (made.layout, made.hash) == ("keep", kept.hash)
     (note,) = set(note_texts(made.notes)) - set(note_texts(kept.notes))
     return note.removeprefix("Tensors keep the source's names (--layout keep): ")
@@ -198,19 +198,19 @@ def test_layers_that_the_model_wants_finer_stay_so(tmp_path: Path) -> None:
     assert made.config["quantization"]["model.layers.0.mlp.gate"]["bits"] == 8
 
 
-@pytest.mark.parametrize("wishes", [{}, {"bits": 8}, {"dequantize": True}])
-def test_a_folder_in_mlx_lm_s_names_stays_so(wishes: dict, tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [{}, {"bits": 8}, {"dequantize": True}])
+def test_a_folder_in_mlx_lm_s_names_stays_so(options: dict, tmp_path: Path) -> None:
     """Quantized sources too, with the block that then holds."""
     convert(model("micro-moe"), tmp_path / "first", bits=4)
-    first = plan(tmp_path / "first", **wishes)
-    kept = plan(tmp_path / "first", layout="keep", **wishes)
+    first = plan(tmp_path / "first", **options)
+    kept = plan(tmp_path / "first", layout="keep", **options)
     assert first.layout == "mlx-lm"
     assert {t.name: t.info for s in first.shards for t in s.tensors} == {
         t.name: t.info for s in kept.shards for t in s.tensors
     }
     for key in ("quantization", "quantization_config"):
         assert first.config.get(key) == kept.config.get(key)
-    assert ("quantization" in first.config) == (wishes != {"dequantize": True})
+    assert ("quantization" in first.config) == (options != {"dequantize": True})
 
 
 @pytest.mark.slow
@@ -273,11 +273,11 @@ def vlm(folder: Path, family: str = "qwen2_vl", extra: dict = EXTRA, **config: o
 def test_what_is_dropped_is_listed_by_name(tmp_path: Path) -> None:
     source = vlm(tmp_path / "vlm")
     report = convert(source, tmp_path / "out", bits=4, group_size=32)
-    made = report.plan
+    plan = report.plan
     expected = {*EXTRA, "visual.patch.weight"}
-    assert (made.layout, made.loads) == ("mlx-lm", True)
-    assert {name for name, _ in made.dropped} == expected
-    for document in (made.to_dict(), report.to_dict()):
+    assert (plan.layout, plan.loads) == ("mlx-lm", True)
+    assert {name for name, _ in plan.dropped} == expected
+    for document in (plan.to_dict(), report.to_dict()):
         assert {name for name, _ in document["dropped"]} == expected
     assert not expected & load(tmp_path / "out").keys()
 
@@ -307,17 +307,17 @@ def test_vision_config_goes_where_no_tensor_of_a_tower_is_kept(tmp_path: Path) -
 @pytest.mark.parametrize("dtype", [None, "float16"])
 def test_extra_tensors_are_kept_dense_under_their_names(tmp_path: Path, dtype: str | None) -> None:
     source = vlm(tmp_path / "vlm", torch_dtype="float32")
-    wishes = {"bits": 4, "group_size": 32, "dtype": dtype}
-    made = convert(source, tmp_path / "kept", **wishes, keep_extra=True).plan
-    convert(source, tmp_path / "dropped", **wishes)
+    options = {"bits": 4, "group_size": 32, "dtype": dtype}
+    plan = convert(source, tmp_path / "kept", **options, keep_extra=True).plan
+    convert(source, tmp_path / "dropped", **options)
     stored, kept, dropped = (load(tmp_path / x) for x in ("vlm", "kept", "dropped"))
     assert kept.keys() == dropped.keys() | EXTRA.keys() | {"visual.patch.weight"}
     assert all(same(kept[name], dropped[name]) for name in dropped)
     for name in EXTRA:
         expected = stored[name] if dtype is None else stored[name].astype(mx.float16)
         assert same(kept[name], expected)
-    assert made.dropped == ()
-    (note,) = [note for note in note_texts(made.notes) if "has no use for" in note]
+    assert plan.dropped == ()
+    (note,) = [note for note in note_texts(plan.notes) if "has no use for" in note]
     assert note.startswith("mlx-lm has no use for 4 tensors ")
     assert note.endswith("ignores such tensors when it loads the result.")
 
@@ -355,8 +355,8 @@ def test_where_mlx_lm_refuses_them_a_note_says_so(tmp_path: Path) -> None:
 
 def test_a_kept_tower_of_codes_stays_codes(tmp_path: Path) -> None:
     first = vlm(tmp_path / "vlm")
-    wishes = {"bits": 4, "group_size": 32, "keep_extra": True}
-    convert(first, tmp_path / "first", **wishes, overrides=[r"visual\.blocks=8:64"])
+    options = {"bits": 4, "group_size": 32, "keep_extra": True}
+    convert(first, tmp_path / "first", **options, overrides=[r"visual\.blocks=8:64"])
     convert(tmp_path / "first", tmp_path / "second", keep_extra=True)
     before, after = load(tmp_path / "first"), load(tmp_path / "second")
     assert before.keys() == after.keys() >= {"visual.blocks.0.scales"}

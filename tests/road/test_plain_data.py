@@ -76,13 +76,13 @@ def test_a_plan_of_any_format_is_plain_data(name: str) -> None:
     folder = cut_fixture(name) / "checkpoint"
     gguf = sorted(folder.glob("*.gguf"))
     source = gguf[0] if gguf else folder
-    for wishes in (
+    for options in (
         ConvertOptions(),
         ConvertOptions(quantization=Quantization.affine(32, 4)),
         ConvertOptions(layout="keep"),
     ):
         try:
-            plan = make_plan(read_checkpoint(source), wishes)
+            plan = make_plan(read_checkpoint(source), options)
         except requant.errors.RequantError:
             continue
         check(plan)
@@ -114,7 +114,7 @@ def test_a_plan_that_computes_tensors_is_plain_data_and_its_source_is_not(tmp_pa
     )
     tensors = [t for step in plan.steps for t in step.inputs.values()]
     assert any(isinstance(tensor, ComputedTensor) for tensor in tensors)
-    assert plan.materials
+    assert plan.intermediates
     check(plan)
     assert list(not_plain(source, "source")) != []
 

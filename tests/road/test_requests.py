@@ -20,7 +20,7 @@ WIDE = {"up.weight": bf16(64, 128), "router.weight": bf16(8, 128), "norm.weight"
 
 
 @pytest.mark.parametrize(
-    ("tensors", "wishes", "words"),
+    ("tensors", "options", "words"),
     [
         (NARROW, {"bits": 4}, "a: last axis 48 is no multiple of group 64"),
         (NARROW, {"mode": "mxfp4"}, "a: last axis 48 is no multiple of group 32"),
@@ -36,14 +36,14 @@ WIDE = {"up.weight": bf16(64, 128), "router.weight": bf16(8, 128), "norm.weight"
 )
 def test_nothing_in_a_dense_source(
     tensors: Mapping[str, np.ndarray],
-    wishes: Mapping[str, Any],
+    options: Mapping[str, Any],
     words: str,
     checkpoint: Build,
     tmp_path: Path,
 ) -> None:
     source = checkpoint(tensors)
     with pytest.raises(UsageError) as raised:
-        requant.convert(source, tmp_path / "out", layout="keep", **wishes)
+        requant.convert(source, tmp_path / "out", layout="keep", **options)
     assert words in str(raised.value)
     assert "no layer takes this" in str(raised.value)
     assert not (tmp_path / "out").exists()
@@ -63,12 +63,12 @@ def test_a_budget_that_no_layer_can_meet(checkpoint: Build) -> None:
 
 def test_a_budget_that_only_small_groups_meet(checkpoint: Build) -> None:
     """Its candidates may reach no layer; the choice among them does."""
-    made = requant.plan(checkpoint({"a.weight": bf16(64, 96)}), budget=5, layout="keep")
-    assert {layer.target for layer in made.layers} == {"affine 4-bit g32"}
+    plan = requant.plan(checkpoint({"a.weight": bf16(64, 96)}), budget=5, layout="keep")
+    assert {layer.target for layer in plan.layers} == {"affine 4-bit g32"}
 
 
 @pytest.mark.parametrize(
-    ("wishes", "words"),
+    ("options", "words"),
     [
         ({"mode": "nvfp4", "only": ["norm"]}, "norm: a vector"),
         ({"only": ["norm"]}, "--only 'norm'"),
@@ -76,36 +76,36 @@ def test_a_budget_that_only_small_groups_meet(checkpoint: Build) -> None:
     ids=str,
 )
 def test_nothing_in_a_quantized_source(
-    wishes: Mapping[str, Any], words: str, checkpoint: Build, tmp_path: Path
+    options: Mapping[str, Any], words: str, checkpoint: Build, tmp_path: Path
 ) -> None:
     """Layers that keep their codes are not what was asked for."""
     source = tmp_path / "quantized"
     requant.convert(checkpoint(NARROW | {"up.weight": bf16(64, 128)}), source, bits=4)
     with pytest.raises(UsageError) as raised:
-        requant.plan(source, layout="keep", **wishes)
+        requant.plan(source, layout="keep", **options)
     assert words in str(raised.value)
 
 
 def test_codes_that_are_what_is_asked_for_stay(checkpoint: Build, tmp_path: Path) -> None:
     requant.convert(checkpoint({"up.weight": bf16(64, 96)}), tmp_path / "q", bits=4, group_size=32)
-    made = requant.plan(tmp_path / "q", mode="mxfp8", layout="keep")
-    assert [layer.target for layer in made.layers] == ["mxfp8 8-bit g32"]
-    made = requant.plan(tmp_path / "q", bits=4, group_size=32, layout="keep")
-    assert [layer.treatment for layer in made.layers] == ["kept"]  # what is asked for is there
+    plan = requant.plan(tmp_path / "q", mode="mxfp8", layout="keep")
+    assert [layer.target for layer in plan.layers] == ["mxfp8 8-bit g32"]
+    plan = requant.plan(tmp_path / "q", bits=4, group_size=32, layout="keep")
+    assert [layer.treatment for layer in plan.layers] == ["kept"]  # what is asked for is there
 
 
 def test_one_layer_is_enough(checkpoint: Build) -> None:
-    made = requant.plan(checkpoint(NARROW | {"up.weight": bf16(64, 128)}), bits=4, layout="keep")
-    assert made.quantization is not None
-    made = requant.plan(checkpoint(NARROW, name="b"), overrides=["a=nvfp4"], layout="keep")
-    assert made.quantization is not None
+    plan = requant.plan(checkpoint(NARROW | {"up.weight": bf16(64, 128)}), bits=4, layout="keep")
+    assert plan.quantization is not None
+    plan = requant.plan(checkpoint(NARROW, name="b"), overrides=["a=nvfp4"], layout="keep")
+    assert plan.quantization is not None
 
 
 def test_without_a_request_a_note_says_that_nothing_is_quantized(checkpoint: Build) -> None:
-    made = requant.plan(checkpoint(NARROW), layout="keep")
-    assert made.quantization is None
+    plan = requant.plan(checkpoint(NARROW), layout="keep")
+    assert plan.quantization is None
     assert any(
-        note.startswith("Nothing is quantized: a: last axis 48") for note in note_texts(made.notes)
+        note.startswith("Nothing is quantized: a: last axis 48") for note in note_texts(plan.notes)
     )
-    made = requant.plan(checkpoint(NARROW, name="b"), layout="keep", dequantize=True)
-    assert not any(note.startswith("Nothing") for note in note_texts(made.notes))
+    plan = requant.plan(checkpoint(NARROW, name="b"), layout="keep", dequantize=True)
+    assert not any(note.startswith("Nothing") for note in note_texts(plan.notes))

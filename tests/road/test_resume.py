@@ -20,7 +20,7 @@ import pytest
 from requant import execute, journal, source_reader, writer
 from requant.conversion import convert, plan
 from requant.errors import CheckpointError, OutputError
-from requant.journal import Done, Journal, read_journal
+from requant.journal import CompletedWork, Journal, read_journal
 from requant.staging import lock_staging
 from tests.support.checkpoints import tree
 from tests.support.fixture_folders import fixture
@@ -31,20 +31,22 @@ from tests.support.number_formats import bf16
 ROOT = Path(__file__).parents[2]
 
 
-def stopped(source: Path, output: Path, chunks: int = 3, **wishes) -> BaseException:
+def stopped(source: Path, output: Path, chunks: int = 3, **options) -> BaseException:
     """Convert until a few chunks are done."""
     with pytest.MonkeyPatch.context() as patch:
         stop_after(patch, chunks)
         with pytest.raises(Stop) as raised:
-            convert(source, output, **wishes, threads=1, chunk_bytes=3000)
+            convert(source, output, **options, threads=1, chunk_bytes=3000)
     return raised.value
 
 
 def count_chunks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     done: list[int] = []
-    real = execute._Run._do
+    real = execute._Run._run_chunk
     monkeypatch.setattr(
-        execute._Run, "_do", lambda self, chunk, *rest: (done.append(1), real(self, chunk, *rest))
+        execute._Run,
+        "_run_chunk",
+        lambda self, chunk, *rest: (done.append(1), real(self, chunk, *rest)),
     )
     return done
 
@@ -101,20 +103,20 @@ def test_a_second_pass_without_spoiled_layers_goes_on(
     bad = bf16(64, 128, seed=1)
     bad[0, 7] = np.inf
     source = checkpoint({"a.weight": bad, "b.weight": bf16(64, 128)})
-    wishes = {"bits": 4, "allow_nonfinite": True}
-    convert(source, tmp_path / "whole", **wishes)
+    options = {"bits": 4, "allow_nonfinite": True}
+    convert(source, tmp_path / "whole", **options)
     with pytest.MonkeyPatch.context() as patch:
         count = count_chunks(patch)
         with pytest.raises(CheckpointError):
             convert(source, tmp_path / "refused", bits=4, threads=1, chunk_bytes=3000)
     first_pass = len(count)
-    stopped(source, tmp_path / "out", first_pass + 6, **wishes)
+    stopped(source, tmp_path / "out", first_pass + 6, **options)
     head, _ = read_journal(tmp_path / ".out.requant-partial" / "journal")
     assert head["nonfinite_layers"] == ["a"]
 
     with pytest.MonkeyPatch.context() as patch:
         count = count_chunks(patch)
-        convert(source, tmp_path / "out", **wishes, threads=1, chunk_bytes=3000)
+        convert(source, tmp_path / "out", **options, threads=1, chunk_bytes=3000)
     assert len(count) < first_pass + 2
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
@@ -193,9 +195,9 @@ def test_after_a_restart_only_synced_lines_count(
 ) -> None:
     monkeypatch.setattr(journal, "SYNC_EVERY_S", 1000)
     log = new_journal(tmp_path / "journal")
-    log.done(0, 0, 10, {})
+    log.mark_done(0, 0, 10, {})
     log.make_durable()
-    log.done(0, 10, 20, {"overflowed": 1})
+    log.mark_done(0, 10, 20, {"overflowed": 1})
     log.close()
     lines = read_journal(tmp_path / "journal")[1]
     assert [line["rows"] for line in lines] == [[0, 0, 10], [0, 10, 20]]
@@ -213,10 +215,10 @@ def test_lines_are_called_durable_after_their_data_was_synced(tmp_path: Path) ->
 
     def sync() -> None:
         seen.append(log._lines)
-        log.done(0, 50, 60, {})
+        log.mark_done(0, 50, 60, {})
 
     log = new_journal(tmp_path / "journal", sync=sync)
-    log.done(0, 0, 10, {})
+    log.mark_done(0, 0, 10, {})
     log.make_durable()
     log.close()
     marks = [
@@ -235,18 +237,18 @@ def test_power_lost_in_the_middle(
     convert(dense, tmp_path / "whole", bits=4)
     with monkeypatch.context() as patch:
         patch.setattr(journal, "SYNC_EVERY_S", 0.001)
-        real = execute._Run._make
-        patch.setattr(execute._Run, "_make", lambda *a: (time.sleep(0.003), real(*a))[1])
+        real = execute._Run._compute_chunk
+        patch.setattr(execute._Run, "_compute_chunk", lambda *a: (time.sleep(0.003), real(*a))[1])
         stopped(dense, tmp_path / "out", 40, bits=4)
     monkeypatch.setattr(journal, "boot_id", lambda: "after the power came back")
     staging = tmp_path / ".out.requant-partial"
-    done = Done()
+    done = CompletedWork()
     for line in read_journal(staging / "journal")[1]:
         done.add(line)
     assert 5 < sum(map(len, done.rows.values())) < 41
     garbled = 0
     for number, step in enumerate(plan(dense, bits=4).steps):
-        for start, stop in done.left(number, step.rows.count):
+        for start, stop in done.remaining(number, step.rows.count):
             for out in step.outputs.values():
                 row = step.row_bytes(out)
                 with (staging / "output" / out.file).open("r+b") as file:
@@ -270,11 +272,11 @@ def test_two_syncs_at_once_never_call_less_durable(tmp_path: Path) -> None:
             time.sleep(0.2)
 
     log = new_journal(tmp_path / "journal", sync=sync)
-    log.done(0, 0, 10, {})
+    log.mark_done(0, 0, 10, {})
     first = threading.Thread(target=log.make_durable)
     first.start()
     slow.wait()
-    log.done(0, 10, 20, {})
+    log.mark_done(0, 10, 20, {})
     log.add({"consumed": "a"}, durable=True)
     first.join()
     log.close()
@@ -288,7 +290,7 @@ def test_two_syncs_at_once_never_call_less_durable(tmp_path: Path) -> None:
 def test_a_torn_line_ends_the_journal(tmp_path: Path, cut: int) -> None:
     log = new_journal(tmp_path / "journal")
     for start in range(0, 100, 10):
-        log.done(3, start, start + 10, {})
+        log.mark_done(3, start, start + 10, {})
     log.close()
     os.truncate(tmp_path / "journal", (tmp_path / "journal").stat().st_size - cut)
     lines = read_journal(tmp_path / "journal")[1]
@@ -302,11 +304,11 @@ def test_what_is_no_journal_is_none(tmp_path: Path, text: bytes) -> None:
 
 
 def test_ranges_that_are_left() -> None:
-    done = Done(rows={0: [(20, 30), (0, 10), (25, 40)]})
-    assert list(done.left(0, 50)) == [(10, 20), (40, 50)]
-    assert list(done.left(1, 5)) == [(0, 5)]
-    assert list(done.left(0, 40)) == [(10, 20)]
-    assert list(done.left(2, 0)) == []
+    done = CompletedWork(rows={0: [(20, 30), (0, 10), (25, 40)]})
+    assert list(done.remaining(0, 50)) == [(10, 20), (40, 50)]
+    assert list(done.remaining(1, 5)) == [(0, 5)]
+    assert list(done.remaining(0, 40)) == [(10, 20)]
+    assert list(done.remaining(2, 0)) == []
 
 
 def test_a_sync_that_fails_stops_the_run(
@@ -473,8 +475,8 @@ def test_ctrl_c_ends_within_a_second_and_says_how_to_go_on(
     checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     source = checkpoint({f"l{n}.weight": bf16(512, 4096, seed=n) for n in range(12)})
-    slow = "import requant.execute as e,time\nreal=e._Run._do\n"
-    slow += "e._Run._do=lambda *a:(time.sleep(0.1),real(*a))\n"
+    slow = "import requant.execute as e,time\nreal=e._Run._run_chunk\n"
+    slow += "e._Run._run_chunk=lambda *a:(time.sleep(0.1),real(*a))\n"
     took = []
     for attempt in range(3):  # the machine may be busy with other things
         out = tmp_path / f"out{attempt}"
@@ -544,8 +546,8 @@ def test_killed_at_a_hundred_random_moments(
     ]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
-    told = json.loads(run.stdout)
-    print(told)
-    assert told["killed"] >= kills
-    assert told["resumed"] >= kills // 3
-    assert told["finished"] >= 4
+    reported = json.loads(run.stdout)
+    print(reported)
+    assert reported["killed"] >= kills
+    assert reported["resumed"] >= kills // 3
+    assert reported["finished"] >= 4

@@ -10,7 +10,7 @@ import pytest
 
 from requant.checkpoint import FileRange, JoinedTensor, StoredTensor
 from requant.dtypes import TensorInfo
-from requant.formats.base import Rows, SourceLayer, dense_layer
+from requant.formats.base import RowRange, SourceLayer, dense_layer
 from requant.formats.matrix_scales import MatrixScale, scale_of_each_matrix
 from requant.outputs import ByteCopy, Extent
 from requant.row_ranges import coalesced_tensor, in_whole_units, row_byte_ranges, row_runs
@@ -26,15 +26,15 @@ def output(columns: int, *extents: Extent) -> ByteCopy:
 @pytest.mark.parametrize(
     ("extent", "runs"),
     [
-        (Extent("a", 16, 48), (Rows(A, 1, 2),)),
-        (Extent("a", 0, 16, 32, 2), (Rows(A, 0, 2, 2),)),
-        (Extent("a", 0, 32, 32, 2), (Rows(A, 0, 2), Rows(A, 2, 2))),
+        (Extent("a", 16, 48), (RowRange(A, 1, 2),)),
+        (Extent("a", 0, 16, 32, 2), (RowRange(A, 0, 2, 2),)),
+        (Extent("a", 0, 32, 32, 2), (RowRange(A, 0, 2), RowRange(A, 2, 2))),
         (Extent("a", 8, 24), None),
         (Extent("a", 0, 8), None),
         (Extent("a", 0, 16, 24, 2), None),
     ],
 )
-def test_rows_of_bytes(extent: Extent, runs: tuple[Rows, ...] | None) -> None:
+def test_rows_of_bytes(extent: Extent, runs: tuple[RowRange, ...] | None) -> None:
     assert row_runs(output(8, extent), {"a": A}) == runs
 
 
@@ -52,7 +52,7 @@ def test_rows_of_another_width_are_no_rows() -> None:
 )
 def test_bytes_of_rows(run: tuple[int, int, int], bytes_of_run: list[tuple[int, int]]) -> None:
     start, count, step = run
-    found = list(row_byte_ranges(Rows(A, start, count, step), "weight"))
+    found = list(row_byte_ranges(RowRange(A, start, count, step), "weight"))
     assert found == [FileRange("f", offset, nbytes) for offset, nbytes in bytes_of_run]
 
 
@@ -62,8 +62,8 @@ def test_ranges_that_follow_each_other_become_one() -> None:
     made = coalesced_tensor("x", info, iter(pieces))
     assert made == JoinedTensor("x", info, (FileRange("f", 0, 16), FileRange("f", 32, 8)))
     assert coalesced_tensor("x", info, iter(pieces[:2])) == StoredTensor("x", info, "f", 0)
-    apart = [FileRange("f", 0, 8), FileRange("g", 8, 8), FileRange("g", 16, 0)]
-    assert coalesced_tensor("x", info, iter(apart)).ranges == tuple(apart[:2])
+    separate = [FileRange("f", 0, 8), FileRange("g", 8, 8), FileRange("g", 16, 0)]
+    assert coalesced_tensor("x", info, iter(separate)).ranges == tuple(separate[:2])
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,8 @@ class Packed:
 def test_whole_units(run: tuple[int, int, int], whole: bool) -> None:
     start, count, step = run
     layer = replace(A, packing=cast(Any, Packed()))
-    assert in_whole_units(Rows(layer, start, count, step)) is whole
-    assert in_whole_units(Rows(A, start, count, step))
+    assert in_whole_units(RowRange(layer, start, count, step)) is whole
+    assert in_whole_units(RowRange(A, start, count, step))
 
 
 GATE_UP = cast(SourceLayer, SimpleNamespace(path="gate_up"))
@@ -111,7 +111,7 @@ def test_the_scale_of_each_matrix(
     runs: list[tuple[int, int, int]], matrix_rows: int, scales: list[int] | None
 ) -> None:
     """A layer of 2 matrices of 8 rows, one scale each."""
-    rows = [Rows(GATE_UP, start, count, step) for start, count, step in runs]
+    rows = [RowRange(GATE_UP, start, count, step) for start, count, step in runs]
     found = scale_of_each_matrix(rows, matrix_rows, lambda _: 8)
     expected = None if scales is None else [MatrixScale(GATE_UP, index) for index in scales]
     assert found == expected

@@ -30,7 +30,7 @@ from tests.support.safetensors_files import entry, header, prefixed, weights
 U8 = entry("U8", [4], 0, 4)
 
 
-def referee_refuses(raw: bytes) -> bool:
+def reference_rejects(raw: bytes) -> bool:
     """Whether the safetensors package takes the file."""
     try:
         safetensors.deserialize(raw)
@@ -88,7 +88,7 @@ def test_build_refuses_a_header_that_nobody_reads(monkeypatch: pytest.MonkeyPatc
 
 
 # Bad headers: (header, bytes of data, where, what the message says).
-REFUSED_BY_BOTH: dict[str, tuple[bytes, int, str, str]] = {
+REJECTED_BY_BOTH: dict[str, tuple[bytes, int, str, str]] = {
     "empty file": (b"", 0, "header", "ends after 0 bytes, expected 8"),
     "seven bytes": (b"\2\0\0\0\0\0\0", 0, "header", "ends after 7 bytes, expected 8"),
     "length beyond the file": (
@@ -245,7 +245,7 @@ REFUSED_BY_BOTH: dict[str, tuple[bytes, int, str, str]] = {
         "'k' is 1, expected a string",
     ),
 }
-REFUSED_BY_US: dict[str, tuple[bytes, int, str, str]] = {
+REJECTED_BY_US: dict[str, tuple[bytes, int, str, str]] = {
     "tensor twice": (
         prefixed(b'{"a":%(e)s,"a":%(e)s}' % {b"e": json.dumps(U8).encode()}),
         4,
@@ -273,20 +273,20 @@ REFUSED_BY_US: dict[str, tuple[bytes, int, str, str]] = {
 }
 
 
-@pytest.mark.parametrize("case", REFUSED_BY_BOTH | REFUSED_BY_US)
+@pytest.mark.parametrize("case", REJECTED_BY_BOTH | REJECTED_BY_US)
 def test_what_is_wrong_is_said(case: str) -> None:
-    head, data_bytes, where, message = (REFUSED_BY_BOTH | REFUSED_BY_US)[case]
+    head, data_bytes, where, message = (REJECTED_BY_BOTH | REJECTED_BY_US)[case]
     problems = parse_header(head, data_bytes)[2]
 
     assert [problem.where for problem in problems] == [where]
     assert message in problems[0].message
 
 
-@pytest.mark.parametrize("case", REFUSED_BY_BOTH)
+@pytest.mark.parametrize("case", REJECTED_BY_BOTH)
 def test_the_referee_refuses_too(case: str) -> None:
-    head, data_bytes, _, _ = REFUSED_BY_BOTH[case]
+    head, data_bytes, _, _ = REJECTED_BY_BOTH[case]
 
-    assert referee_refuses(head + bytes(data_bytes))
+    assert reference_rejects(head + bytes(data_bytes))
 
 
 def test_header_larger_than_any_reader_takes() -> None:
@@ -496,7 +496,7 @@ def test_a_damaged_header_never_raises_and_never_passes(
 
     if message:
         assert problems
-    if referee_refuses(damaged):
+    if reference_rejects(damaged):
         assert problems
     elif not problems:
         data = damaged[len(head) :]

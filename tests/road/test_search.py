@@ -17,7 +17,7 @@ from tests.support.plan_texts import note_texts
 
 pytestmark = pytest.mark.slow
 
-WISHES = [{"bits": bits} for bits in (2, 3, 4, 8)] + [{"mode": "mxfp4"}, {"mode": "nvfp4"}]
+OPTIONS = [{"bits": bits} for bits in (2, 3, 4, 8)] + [{"mode": "mxfp4"}, {"mode": "nvfp4"}]
 
 
 @pytest.fixture
@@ -42,10 +42,10 @@ def rms(report: requant.Report) -> float:
     return sum(error.relative_rms for error in report.errors.values())
 
 
-@pytest.mark.parametrize("wishes", WISHES, ids=str)
-def test_less_error_at_the_same_size(source: Path, tmp_path: Path, wishes: dict) -> None:
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_less_error_at_the_same_size(source: Path, tmp_path: Path, options: dict) -> None:
     found = {
-        level: requant.convert(source, tmp_path / level, **wishes, search=level, layout="keep")
+        level: requant.convert(source, tmp_path / level, **options, search=level, layout="keep")
         for level in ("off", "fast", "best")
     }
     assert rms(found["best"]) <= rms(found["fast"]) < rms(found["off"])

@@ -24,14 +24,14 @@ def make(tmp_path: Path, files: Files, weight_map: dict[str, str] = MAP) -> Path
     return write_folder(tmp_path / "source", files, weight_map=weight_map)
 
 
-def told(folder: Path) -> str:
+def reported(folder: Path) -> str:
     with pytest.raises(CheckpointError) as caught:
         read_checkpoint(folder)
     return str(caught.value)
 
 
-def names(found: Checkpoint) -> list[str]:
-    return sorted(found.tensors)
+def names(checkpoint: Checkpoint) -> list[str]:
+    return sorted(checkpoint.tensors)
 
 
 # -- the files hold all that the index names ---------------------------------------------
@@ -48,47 +48,47 @@ def names(found: Checkpoint) -> list[str]:
 )
 def test_an_index_of_files_that_are_not_there(tmp_path: Path, files: Files) -> None:
     folder = make(tmp_path, files)
-    found = read_checkpoint(folder)
+    checkpoint = read_checkpoint(folder)
 
-    assert names(found) == sorted({k for tensors in files.values() for k in tensors})
-    (note,) = note_texts(found.notes)
+    assert names(checkpoint) == sorted({k for tensors in files.values() for k in tensors})
+    (note,) = note_texts(checkpoint.notes)
     assert f"{INDEX} is stale: none of the 2 files that it names is there" in note
     (folder / INDEX).unlink()  # as the note says
-    assert names(read_checkpoint(folder)) == names(found)
+    assert names(read_checkpoint(folder)) == names(checkpoint)
     assert read_checkpoint(folder).notes == ()
 
 
 def test_all_tensors_are_in_those_files_that_are_there(tmp_path: Path) -> None:
-    found = read_checkpoint(make(tmp_path, {ONE: A | B}))
-    assert names(found) == ["a.weight", "b.weight"]
-    assert "holds all of its tensors" in note_texts(found.notes)[0]
+    checkpoint = read_checkpoint(make(tmp_path, {ONE: A | B}))
+    assert names(checkpoint) == ["a.weight", "b.weight"]
+    assert "holds all of its tensors" in note_texts(checkpoint.notes)[0]
 
 
 def test_tensors_are_in_other_files_than_the_index_says(tmp_path: Path) -> None:
-    found = read_checkpoint(make(tmp_path, {ONE: B, TWO: A | C}))
-    assert {t.name: t.file for t in found.tensors.values()} == {
+    checkpoint = read_checkpoint(make(tmp_path, {ONE: B, TWO: A | C}))
+    assert {t.name: t.file for t in checkpoint.tensors.values()} == {
         "b.weight": ONE,
         "a.weight": TWO,
         "c.weight": TWO,
     }
-    assert "a.weight, b.weight, c.weight" in note_texts(found.notes)[0]
+    assert "a.weight, b.weight, c.weight" in note_texts(checkpoint.notes)[0]
 
 
 def test_mistrals_copy_beside_shards(tmp_path: Path) -> None:
     files = {ONE: A, TWO: B, "consolidated.safetensors": C}
     for index in (True, False):
         folder = write_folder(tmp_path / str(index), files, weight_map=MAP if index else None)
-        found = read_checkpoint(folder)
-        assert names(found) == ["a.weight", "b.weight"]
-        assert [name for name, _ in found.left_out] == ["consolidated.safetensors"]
+        checkpoint = read_checkpoint(folder)
+        assert names(checkpoint) == ["a.weight", "b.weight"]
+        assert [name for name, _ in checkpoint.left_out] == ["consolidated.safetensors"]
 
 
 def test_an_index_of_another_case_is_no_index(tmp_path: Path) -> None:
     folder = make(tmp_path, {"model.safetensors": A})
     (folder / INDEX).rename(folder / "Model.Safetensors.Index.json")
-    found = read_checkpoint(folder)
-    assert names(found) == ["a.weight"]
-    assert [why for _, why in found.left_out] == ["index of other weights"]
+    checkpoint = read_checkpoint(folder)
+    assert names(checkpoint) == ["a.weight"]
+    assert [why for _, why in checkpoint.left_out] == ["index of other weights"]
 
 
 # -- what is not known is asked, and each answer works -----------------------------------
@@ -207,7 +207,7 @@ ASKED: dict[str, tuple[Files, str, Callable[[Path], None], list[str]]] = {
 def test_what_the_message_says_to_do_works(tmp_path: Path, case: str) -> None:
     files, words, act, then = ASKED[case]
     folder = make(tmp_path, files)
-    assert words in told(folder)
+    assert words in reported(folder)
     act(folder)
     assert names(read_checkpoint(folder)) == then
 
@@ -216,7 +216,7 @@ def test_what_the_message_says_to_do_works(tmp_path: Path, case: str) -> None:
 def test_an_index_that_says_nothing_can_be_deleted(tmp_path: Path, weight_map: object) -> None:
     folder = write_folder(tmp_path, {"model.safetensors": A})
     (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
-    assert "delete the file to read every .safetensors file of the folder" in told(folder)
+    assert "delete the file to read every .safetensors file of the folder" in reported(folder)
     (folder / INDEX).unlink()
     assert names(read_checkpoint(folder)) == ["a.weight"]
 
@@ -225,4 +225,4 @@ def test_a_damaged_file_is_not_believed_whole(tmp_path: Path) -> None:
     folder = make(tmp_path, {"model.safetensors": A | B})
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
-    assert "was it downloaded to its end?" in told(folder)
+    assert "was it downloaded to its end?" in reported(folder)

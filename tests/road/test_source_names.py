@@ -57,8 +57,8 @@ def language_model() -> dict[str, np.ndarray]:
     }
 
 
-def treatments(source: Path, **wishes: Any) -> dict[str, str]:
-    made = plan(source, layout="keep", **{"bits": 4, **wishes})
+def treatments(source: Path, **options: Any) -> dict[str, str]:
+    made = plan(source, layout="keep", **{"bits": 4, **options})
     return {layer.layer: layer.treatment for layer in made.layers}
 
 

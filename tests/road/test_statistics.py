@@ -20,7 +20,7 @@ from requant.arrays import native
 from requant.errors import CheckpointError, RequantError
 from requant.gguf.families import _FAMILIES as FAMILIES
 from requant.statistics import LayerStatistics, read_statistics, write_statistics
-from requant.statistics.names import Key, key_of
+from requant.statistics.names import LayerKey, layer_key
 from tests.support.plan_texts import note_texts, reason_text
 from tests.support.safetensors_files import read_folder, write_file
 
@@ -76,19 +76,19 @@ def ours(path: Path, layers: Vectors, counts: Mapping[str, Any] | None = None) -
 @pytest.mark.parametrize(
     ("path", "key"),
     [
-        ("model.layers.3.self_attn.q_proj", Key(3, "attn_q")),
-        ("language_model.model.layers.3.self_attn.o_proj", Key(3, "attn_output")),
-        ("model.layers.0.mlp.experts.7.down_proj", Key(0, "ffn_down_exps", 7)),
-        ("model.layers.0.block_sparse_moe.experts.7.w3", Key(0, "ffn_up_exps", 7)),
-        ("model.layers.0.mlp.switch_mlp.gate_proj", Key(0, "ffn_gate_exps")),
-        ("model.layers.0.mlp.experts.gate_up_proj", Key(0, "ffn_gate_up_exps")),
-        ("model.layers.0.mlp.shared_expert.up_proj", Key(0, "ffn_up_shexp")),
-        ("model.layers.0.mlp.shared_experts.up_proj", Key(0, "ffn_up_shexp")),
-        ("transformer.h.1.mlp.c_proj", Key(1, "ffn_down")),
-        ("transformer.h.1.attn.c_proj", Key(1, "attn_output")),
-        ("blk.2.ffn_down.5", Key(2, "ffn_down_exps", 5)),
-        ("lm_head", Key(-1, "output")),
-        ("model.embed_tokens", Key(-1, "token_embd")),
+        ("model.layers.3.self_attn.q_proj", LayerKey(3, "attn_q")),
+        ("language_model.model.layers.3.self_attn.o_proj", LayerKey(3, "attn_output")),
+        ("model.layers.0.mlp.experts.7.down_proj", LayerKey(0, "ffn_down_exps", 7)),
+        ("model.layers.0.block_sparse_moe.experts.7.w3", LayerKey(0, "ffn_up_exps", 7)),
+        ("model.layers.0.mlp.switch_mlp.gate_proj", LayerKey(0, "ffn_gate_exps")),
+        ("model.layers.0.mlp.experts.gate_up_proj", LayerKey(0, "ffn_gate_up_exps")),
+        ("model.layers.0.mlp.shared_expert.up_proj", LayerKey(0, "ffn_up_shexp")),
+        ("model.layers.0.mlp.shared_experts.up_proj", LayerKey(0, "ffn_up_shexp")),
+        ("transformer.h.1.mlp.c_proj", LayerKey(1, "ffn_down")),
+        ("transformer.h.1.attn.c_proj", LayerKey(1, "attn_output")),
+        ("blk.2.ffn_down.5", LayerKey(2, "ffn_down_exps", 5)),
+        ("lm_head", LayerKey(-1, "output")),
+        ("model.embed_tokens", LayerKey(-1, "token_embd")),
         ("model.layers.0.mlp.gate", None),
         ("model.layers.0.input_layernorm", None),
         ("vision_tower.blocks.0.norm1", None),
@@ -100,13 +100,13 @@ def ours(path: Path, layers: Vectors, counts: Mapping[str, Any] | None = None) -
         ("mtp.layers.0.mlp.down_proj", None),
         ("multi_modal_projector.output", None),
         ("model.layers.0.self_attn.indexer.wk", None),
-        ("model.layers.layers.3.mlp.down_proj", Key(3, "ffn_down")),
-        ("transformer.encoder.layers.2.self_attention.query_key_value", Key(2, "attn_qkv")),
-        ("language_model.model.layers.2.self_attn.o_proj", Key(2, "attn_output")),
+        ("model.layers.layers.3.mlp.down_proj", LayerKey(3, "ffn_down")),
+        ("transformer.encoder.layers.2.self_attention.query_key_value", LayerKey(2, "attn_qkv")),
+        ("language_model.model.layers.2.self_attn.o_proj", LayerKey(2, "attn_output")),
     ],
 )
-def test_names(path: str, key: Key | None) -> None:
-    assert key_of(path) == key
+def test_names(path: str, key: LayerKey | None) -> None:
+    assert layer_key(path) == key
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -121,9 +121,9 @@ def test_every_matrix_of_a_gguf_family_has_one_key(family: str) -> None:
     for role, path in matrices.items():
         if "inp" in role:
             continue
-        theirs, names = key_of(f"model.layers.4.{path}"), key_of(f"blk.4.{role}")
+        theirs, names = layer_key(f"model.layers.4.{path}"), layer_key(f"blk.4.{role}")
         if path.endswith("gate_up_proj"):  # llama.cpp calls Phi's fused matrix ffn_up
-            assert theirs == Key(4, "ffn_gate_up")
+            assert theirs == LayerKey(4, "ffn_gate_up")
         else:
             assert theirs == names, path
 
@@ -143,9 +143,9 @@ COUNTS = {"blk.0.attn_q.weight": 40, "blk.0.ffn_up_exps.weight": [5, 0, 7, 9]}
 
 
 def three_forms(folder: Path) -> list[Path]:
-    told = {"model.layers.0.mlp.switch_mlp.up_proj": [5, 0, 7, 9]}
+    reported = {"model.layers.0.mlp.switch_mlp.up_proj": [5, 0, 7, 9]}
     return [
-        ours(folder / "stats.safetensors", LAYERS, told),
+        ours(folder / "stats.safetensors", LAYERS, reported),
         newer(folder / "imatrix.gguf", TENSORS, COUNTS),
         older(folder / "imatrix.dat", TENSORS),
     ]
@@ -153,16 +153,16 @@ def three_forms(folder: Path) -> list[Path]:
 
 def test_three_forms_say_the_same(tmp_path: Path) -> None:
     for path in three_forms(tmp_path):
-        found = read_statistics(path)
-        dense = found.find("model.layers.0.self_attn.q_proj", (32, 64))
+        statistics = read_statistics(path)
+        dense = statistics.find("model.layers.0.self_attn.q_proj", (32, 64))
         # The inputs of k, v and a fused qkv are those of q.
         for name in ("k_proj", "qkv_proj"):
-            other = found.find(f"model.layers.0.self_attn.{name}", (32, 64))
+            other = statistics.find(f"model.layers.0.self_attn.{name}", (32, 64))
             assert not isinstance(other, str | None)
             assert not isinstance(dense, str | None)
             assert other.entries == dense.entries
-        stack = found.find("model.layers.0.mlp.switch_mlp.gate_proj", (4, 32, 96))
-        one = found.find("model.layers.0.mlp.experts.2.up_proj", (32, 96))
+        stack = statistics.find("model.layers.0.mlp.switch_mlp.gate_proj", (4, 32, 96))
+        one = statistics.find("model.layers.0.mlp.experts.2.up_proj", (32, 96))
         assert not isinstance(stack, str | None)
         assert not isinstance(one, str | None)
         q = dense.weights(0)
@@ -175,10 +175,10 @@ def test_three_forms_say_the_same(tmp_path: Path) -> None:
             np.testing.assert_allclose(weights, experts[number], rtol=1e-6)
         assert np.array_equal(one.weights(0), stack.weights(2))  # type: ignore[arg-type]
         if path.suffix != ".dat":  # the older form does not tell
-            assert stack.unseen == [1]
+            assert stack.matrices_without_tokens == [1]
             assert stack.weights(1) is None
-        assert found.find("model.layers.1.self_attn.q_proj", (32, 64)) is None
-        wrong = found.find("model.layers.0.self_attn.q_proj", (32, 128))
+        assert statistics.find("model.layers.1.self_attn.q_proj", (32, 64)) is None
+        wrong = statistics.find("model.layers.0.self_attn.q_proj", (32, 128))
         assert isinstance(wrong, str)
         assert "blk.0.attn_q has 64 inputs" in wrong or "q_proj has 64 inputs" in wrong
         assert "the layer has 128 inputs" in wrong
@@ -186,8 +186,8 @@ def test_three_forms_say_the_same(tmp_path: Path) -> None:
 
 def test_experts_with_a_name_each_make_a_stack(tmp_path: Path) -> None:
     entries = {f"blk.0.ffn_up.{n}.weight": squares(96, seed=n) for n in range(3)}
-    found = read_statistics(older(tmp_path / "m.dat", entries))
-    stack = found.find("model.layers.0.mlp.switch_mlp.up_proj", (3, 8, 96))
+    statistics = read_statistics(older(tmp_path / "m.dat", entries))
+    stack = statistics.find("model.layers.0.mlp.switch_mlp.up_proj", (3, 8, 96))
     assert not isinstance(stack, str | None)
     for number in range(3):
         weights = stack.weights(number)
@@ -216,10 +216,10 @@ def test_what_is_written_is_read(
             full = squares(experts, n_in, n_in, seed=n)
             hessians[name] = (full.shape, lambda full=full: full)
     write_statistics(path, layers, hessians)
-    found = read_statistics(path)
-    assert set(found.seen) == set(shapes)
+    statistics = read_statistics(path)
+    assert set(statistics.seen) == set(shapes)
     for n, (name, (experts, n_in, with_hessian)) in enumerate(shapes.items()):
-        answer = found.find(name, (experts, 2, n_in))
+        answer = statistics.find(name, (experts, 2, n_in))
         assert not isinstance(answer, str | None)
         assert answer.has_hessians == with_hessian
         for expert in range(experts):
@@ -321,21 +321,21 @@ def source(tmp_path: Path) -> Path:
     return folder
 
 
-WISHES: dict[str, Any] = {"bits": 3, "group_size": 32, "layout": "keep"}
+OPTIONS: dict[str, Any] = {"bits": 3, "group_size": 32, "layout": "keep"}
 
 
 @pytest.mark.parametrize("mode", ["affine", "mxfp4", "nvfp4"])
 def test_each_matrix_is_weighted_by_its_own(mode: str, source: Path, tmp_path: Path) -> None:
     """The same as the kernels alone, matrix by matrix; whatever the chunks and the form."""
-    wishes: dict[str, Any] = {"mode": mode, "layout": "keep"}
+    options: dict[str, Any] = {"mode": mode, "layout": "keep"}
     if mode == "affine":
-        wishes |= WISHES
+        options |= OPTIONS
     weights = read_folder(source)
     group, bits = {"affine": (32, 3), "mxfp4": (32, 4), "nvfp4": (16, 4)}[mode]
     for number, path in enumerate(three_forms(tmp_path)):
         out = tmp_path / f"out{number}"
         report = requant.convert(
-            source, out, statistics=path, chunk_bytes=(1, 3000, None)[number], **wishes
+            source, out, statistics=path, chunk_bytes=(1, 3000, None)[number], **options
         )
         made = read_folder(out)
 
@@ -372,7 +372,7 @@ def test_other_shapes_are_told_all_at_once(source: Path, tmp_path: Path) -> None
     }
     path = ours(tmp_path / "s.safetensors", layers)
     with pytest.raises(CheckpointError) as caught:
-        requant.convert(source, tmp_path / "out", statistics=path, **WISHES)
+        requant.convert(source, tmp_path / "out", statistics=path, **OPTIONS)
     words = str(caught.value)
     assert "q_proj has 96 inputs, the layer has 64 inputs" in words
     assert "has 5 experts of 96 inputs, the layer has 4 experts of 96 inputs" in words
@@ -382,12 +382,12 @@ def test_other_shapes_are_told_all_at_once(source: Path, tmp_path: Path) -> None
 def test_statistics_of_another_model_are_refused(source: Path, tmp_path: Path) -> None:
     path = ours(tmp_path / "s.safetensors", {"encoder.up": squares(64)})
     with pytest.raises(CheckpointError, match=r"encoder\.up: is it of another model"):
-        requant.plan(source, statistics=path, **WISHES)
+        requant.plan(source, statistics=path, **OPTIONS)
 
 
 def test_verify_takes_the_file_again(source: Path, tmp_path: Path) -> None:
     path, out = ours(tmp_path / "s.safetensors", LAYERS), tmp_path / "out"
-    requant.convert(source, out, statistics=path, **WISHES)
+    requant.convert(source, out, statistics=path, **OPTIONS)
     record = json.loads((out / "requant.json").read_text())
     assert record["options"]["statistics"] == "s.safetensors"
     assert record["options"]["search"] == "best"
@@ -397,18 +397,18 @@ def test_verify_takes_the_file_again(source: Path, tmp_path: Path) -> None:
     with pytest.raises(RequantError, match=r"made with statistics, s\.safetensors"):
         requant.verify(source, out)
     other = ours(tmp_path / "other.safetensors", {k: v * v for k, v in LAYERS.items()})
-    found = requant.verify(source, out, statistics=other)
-    assert any("another plan" in problem.message for problem in found.problems)
+    verification = requant.verify(source, out, statistics=other)
+    assert any("another plan" in problem.message for problem in verification.problems)
     plain = tmp_path / "plain"
-    requant.convert(source, plain, **WISHES)
+    requant.convert(source, plain, **OPTIONS)
     with pytest.raises(RequantError, match="made without statistics"):
         requant.verify(source, plain, statistics=path)
 
 
 def test_a_file_that_changes_meanwhile_is_refused(source: Path, tmp_path: Path) -> None:
     path = ours(tmp_path / "s.safetensors", LAYERS)
-    found = read_statistics(path)
-    answer = found.find("model.layers.0.self_attn.q_proj", (32, 64))
+    statistics = read_statistics(path)
+    answer = statistics.find("model.layers.0.self_attn.q_proj", (32, 64))
     assert not isinstance(answer, str | None)
     ours(path, {k: v * 2 for k, v in LAYERS.items()})
     with pytest.raises(CheckpointError, match="another file now"):

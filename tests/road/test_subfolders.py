@@ -39,7 +39,7 @@ def text(**values: Any) -> bytes:
 
 
 # Files beside model.safetensors -> those of them that are weights and are carried over.
-CARRIED: dict[str, tuple[dict[str, bytes], set[str]]] = {
+COPIED: dict[str, tuple[dict[str, bytes], set[str]]] = {
     "modules.json": (
         {
             "modules.json": modules("1_Pooling", "2_Dense"),
@@ -125,24 +125,24 @@ CARRIED: dict[str, tuple[dict[str, bytes], set[str]]] = {
 }
 
 
-@pytest.mark.parametrize("case", CARRIED)
+@pytest.mark.parametrize("case", COPIED)
 def test_weights_that_a_copied_file_names_are_carried_over(tmp_path: Path, case: str) -> None:
-    files, named = CARRIED[case]
+    files, named = COPIED[case]
     folder = write_folder(tmp_path / "source", {"model.safetensors": MODEL, **files})
-    found = read_checkpoint(folder)
+    checkpoint = read_checkpoint(folder)
 
     expected = {name for name in files if name != "other.pt"}
-    assert set(found.side_files) == expected
+    assert set(checkpoint.side_files) == expected
     assert named <= expected
-    assert [name for name, _ in found.left_out] == ["other.pt"] * ("other.pt" in files)
-    (note,) = note_texts(found.notes)
+    assert [name for name, _ in checkpoint.left_out] == ["other.pt"] * ("other.pt" in files)
+    (note,) = note_texts(checkpoint.notes)
     assert note.startswith("Weights carried over as they are, named by ")
-    assert list(found.tensors) == ["embed_tokens.weight"]
+    assert list(checkpoint.tensors) == ["embed_tokens.weight"]
 
 
 @pytest.mark.parametrize("case", ["modules.json", "a router", "a part with a config of its own"])
 def test_they_are_in_the_output_byte_for_byte(tmp_path: Path, case: str) -> None:
-    files, _ = CARRIED[case]
+    files, _ = COPIED[case]
     model = {"up.weight": bf16(64, 64)}
     folder = write_folder(tmp_path / "source", files)
     write_file(folder / "model.safetensors", model)
@@ -154,7 +154,7 @@ def test_they_are_in_the_output_byte_for_byte(tmp_path: Path, case: str) -> None
 
 
 # Files beside model.safetensors -> what is left out, and the word that says why.
-APART: dict[str, tuple[dict[str, bytes], str, str]] = {
+SEPARATE: dict[str, tuple[dict[str, bytes], str, str]] = {
     "no config names it": ({"more/m.safetensors": DENSE}, "more/m.safetensors", "no config names"),
     "another copy": (
         {"bf16/config.json": text(model_type="llama"), "bf16/model.safetensors": DENSE},
@@ -195,15 +195,15 @@ APART: dict[str, tuple[dict[str, bytes], str, str]] = {
 }
 
 
-@pytest.mark.parametrize("case", APART)
+@pytest.mark.parametrize("case", SEPARATE)
 def test_what_is_left_out_is_left_out_with_what_describes_it(tmp_path: Path, case: str) -> None:
-    files, left, why = APART[case]
-    found = read_checkpoint(write_folder(tmp_path, {"model.safetensors": MODEL, **files}))
+    files, left, why = SEPARATE[case]
+    checkpoint = read_checkpoint(write_folder(tmp_path, {"model.safetensors": MODEL, **files}))
 
-    ((name, reason),) = found.left_out
+    ((name, reason),) = checkpoint.left_out
     assert name == left
     assert why in reason
-    assert not any(x.startswith(left) for x in found.side_files)
+    assert not any(x.startswith(left) for x in checkpoint.side_files)
 
 
 def test_a_path_out_of_the_source_names_nothing(tmp_path: Path) -> None:
@@ -213,21 +213,21 @@ def test_a_path_out_of_the_source_names_nothing(tmp_path: Path) -> None:
         "modules.json": modules("../secret", str(tmp_path / "secret"), "../source/2_Dense"),
         "2_Dense/m.safetensors": DENSE,
     }
-    found = read_checkpoint(write_folder(tmp_path / "source", files))
-    assert found.side_files == ("modules.json",)
+    checkpoint = read_checkpoint(write_folder(tmp_path / "source", files))
+    assert checkpoint.side_files == ("modules.json",)
 
 
 @pytest.mark.parametrize("raw", [b"", b"[", b"7", b"[7]", b'[{"path": 7}]', b"[" * 5000, b"\xff"])
 def test_a_damaged_list_of_modules_names_nothing(tmp_path: Path, raw: bytes) -> None:
     files = {"model.safetensors": MODEL, "modules.json": raw, "2_Dense/m.safetensors": DENSE}
-    found = read_checkpoint(write_folder(tmp_path, files))
-    assert [name for name, _ in found.left_out] == ["2_Dense/m.safetensors"]
+    checkpoint = read_checkpoint(write_folder(tmp_path, files))
+    assert [name for name, _ in checkpoint.left_out] == ["2_Dense/m.safetensors"]
 
 
 def test_a_module_without_its_weights_is_noted(tmp_path: Path) -> None:
     files = {"modules.json": modules("2_Dense"), "2_Dense/config.json": b"{}"}
-    found = read_checkpoint(write_folder(tmp_path, {"model.safetensors": MODEL, **files}))
-    assert note_texts(found.notes)[0].startswith(
+    checkpoint = read_checkpoint(write_folder(tmp_path, {"model.safetensors": MODEL, **files}))
+    assert note_texts(checkpoint.notes)[0].startswith(
         "modules.json names 2_Dense, and no weights of it are there"
     )
 

@@ -44,11 +44,13 @@ def quantized(path: str) -> SourceLayer:
 
 def act_order(path: str) -> SourceLayer:
     """Codes that MLX cannot hold, and what becomes of them if nothing is requested."""
-    return replace(dense(path), stored="gptq 4-bit act-order", fallback=EIGHT, act_order=True)
+    return replace(
+        dense(path), stored_description="gptq 4-bit act-order", fallback=EIGHT, act_order=True
+    )
 
 
 def recipe(spec: str, **conditions: Any) -> Recipe:
-    return Recipe("mine", rules=(Rule(spec, **conditions),), is_shipped=False)
+    return Recipe("mine", rules=(Rule(spec, **conditions),), is_builtin=False)
 
 
 def options(target: Quantization | None = FOUR, **others: Any) -> ConvertOptions:

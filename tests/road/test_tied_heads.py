@@ -89,12 +89,12 @@ COPY = bf16(V, H, seed=20)
 
 
 @pytest.mark.parametrize("layout", ["keep", "mlx-lm"])
-@pytest.mark.parametrize("wishes", [{"bits": 8}, {"dequantize": True}], ids=str)
+@pytest.mark.parametrize("options", [{"bits": 8}, {"dequantize": True}], ids=str)
 def test_a_copy_of_the_embedding_is_left_out(
-    layout: str, wishes: Mapping[str, Any], checkpoint: Build, tmp_path: Path
+    layout: str, options: Mapping[str, Any], checkpoint: Build, tmp_path: Path
 ) -> None:
     source = checkpoint(*llama(COPY, tie_word_embeddings=True))
-    report = requant.convert(source, tmp_path / "out", layout=layout, **wishes)
+    report = requant.convert(source, tmp_path / "out", layout=layout, **options)
     assert not any(name.startswith("lm_head") for name in load(tmp_path / "out"))
     assert config_of(tmp_path / "out")["tie_word_embeddings"] is True
     assert dict(report.plan.dropped)[HEAD].startswith(f"holds the values of {EMBEDDING}")
@@ -194,18 +194,18 @@ def test_values_are_compared_to_the_last(
 
 
 def test_what_is_no_number_is_equal_to_itself(checkpoint: Build) -> None:
-    spoiled = COPY.copy()
-    spoiled[3, 4] = np.nan
-    source = checkpoint({EMBEDDING: spoiled, HEAD: spoiled}, {"tie_word_embeddings": True})
+    nonfinite = COPY.copy()
+    nonfinite[3, 4] = np.nan
+    source = checkpoint({EMBEDDING: nonfinite, HEAD: nonfinite}, {"tie_word_embeddings": True})
     assert HEAD in dict(requant.plan(source, bits=8, layout="keep").dropped)
 
 
 def layers_of(folder: Path) -> tuple[Checkpoint, SourceLayer, SourceLayer]:
-    found = read_checkpoint(folder)
-    pair = find_pair(detect(found).read(found).layers)
+    checkpoint = read_checkpoint(folder)
+    pair = find_pair(detect(checkpoint).read(checkpoint).layers)
     assert pair is not None
     assert pair.head is not None
-    return found, pair.embedding, pair.head
+    return checkpoint, pair.embedding, pair.head
 
 
 def test_a_difference_is_found_without_reading_on(checkpoint: Build) -> None:
@@ -244,17 +244,17 @@ def test_memory_is_bounded_where_all_is_equal(checkpoint: Build) -> None:
 
 def test_a_head_with_a_bias_is_more_than_the_embedding(checkpoint: Build) -> None:
     tensors = {EMBEDDING: COPY, HEAD: COPY, "lm_head.bias": bf16(V)}
-    made = requant.plan(checkpoint(tensors, {"tie_word_embeddings": True}), bits=8, layout="keep")
-    assert made.dropped == ()
-    assert made.config["tie_word_embeddings"] is False
+    plan = requant.plan(checkpoint(tensors, {"tie_word_embeddings": True}), bits=8, layout="keep")
+    assert plan.dropped == ()
+    assert plan.config["tie_word_embeddings"] is False
 
 
 @pytest.mark.parametrize("flag", ["weight_tying", "share_input_output_layers"])
 def test_other_names_of_the_flag(flag: str, checkpoint: Build) -> None:
-    made = requant.plan(
+    plan = requant.plan(
         checkpoint({EMBEDDING: COPY, HEAD: OWN}, {flag: True}), bits=8, layout="keep"
     )
-    assert made.config[flag] is False
+    assert plan.config[flag] is False
 
 
 # -- quantized heads ------------------------------------------------------------------------
@@ -330,8 +330,8 @@ def test_heads_are_found_by_any_name(embedding: str, head: str, checkpoint: Buil
         "talker.model.embed_tokens.weight": bf16(V, H, seed=8),
     }
     tensors = others | {f"{embedding}.weight": COPY, f"{head}.weight": COPY}
-    made = requant.plan(checkpoint(tensors, {"tie_word_embeddings": True}), bits=8, layout="keep")
-    assert set(dict(made.dropped)) == {f"{head}.weight"}
+    plan = requant.plan(checkpoint(tensors, {"tie_word_embeddings": True}), bits=8, layout="keep")
+    assert set(dict(plan.dropped)) == {f"{head}.weight"}
     tensors[f"{head}.weight"] = OWN
     source = checkpoint(tensors, {"tie_word_embeddings": True}, name="own")
     assert requant.plan(source, bits=8, layout="keep").config["tie_word_embeddings"] is False
@@ -395,9 +395,9 @@ def test_a_model_with_a_text_config_loads(
 )
 def test_a_model_without_scores_of_tokens_has_no_head(architecture: str, checkpoint: Build) -> None:
     tensors, config = llama(None, tie_word_embeddings=False, architectures=[architecture])
-    made = requant.plan(checkpoint(tensors, config), bits=8, layout="keep")
-    assert made.config["tie_word_embeddings"] is False
-    assert not any("head" in note for note in note_texts(made.notes))
+    plan = requant.plan(checkpoint(tensors, config), bits=8, layout="keep")
+    assert plan.config["tie_word_embeddings"] is False
+    assert not any("head" in note for note in note_texts(plan.notes))
 
 
 # -- classes --------------------------------------------------------------------------------
@@ -419,10 +419,10 @@ def test_a_class_that_always_ties(flag: bool, checkpoint: Build, tmp_path: Path)
         requant.convert(source, tmp_path / "out", bits=8, layout="mlx-lm")
     assert HEAD in str(raised.value)
     assert f"differs from {EMBEDDING}" in str(raised.value)
-    made = requant.plan(source, bits=8)
-    assert made.layout == "keep"
-    assert made.config["tie_word_embeddings"] is False
-    assert any("differs from" in note for note in note_texts(made.notes))
+    plan = requant.plan(source, bits=8)
+    assert plan.layout == "keep"
+    assert plan.config["tie_word_embeddings"] is False
+    assert any("differs from" in note for note in note_texts(plan.notes))
 
 
 def test_a_class_that_never_ties_gets_the_embedding_once_more(
@@ -448,15 +448,15 @@ def test_a_class_that_never_ties_gets_the_embedding_once_more(
 
 @pytest.mark.parametrize("head", [None, COPY], ids=["none", "a copy"])
 @pytest.mark.parametrize(
-    "wishes", [{"overrides": ["lm_head=6"]}, {"only": [r"^lm_head$"]}], ids=str
+    "options", [{"overrides": ["lm_head=6"]}, {"only": [r"^lm_head$"]}], ids=str
 )
 @pytest.mark.parametrize("layout", ["keep", "mlx-lm"])
 def test_an_option_that_names_a_tied_head_is_told_the_embedding(
-    head: np.ndarray | None, wishes: Mapping[str, Any], layout: str, checkpoint: Build
+    head: np.ndarray | None, options: Mapping[str, Any], layout: str, checkpoint: Build
 ) -> None:
     source = checkpoint(*llama(head, tie_word_embeddings=True))
     with pytest.raises(UsageError, match=r"tied to model\.embed_tokens, which serves as both"):
-        requant.plan(source, bits=4, layout=layout, **wishes)
-    made = requant.plan(source, bits=4, layout=layout, overrides=["embed_tokens=6"])
-    found = {layer.layer: layer.target for layer in made.layers}
+        requant.plan(source, bits=4, layout=layout, **options)
+    plan = requant.plan(source, bits=4, layout=layout, overrides=["embed_tokens=6"])
+    found = {layer.layer: layer.target for layer in plan.layers}
     assert found["model.embed_tokens"] == "affine 6-bit g64"

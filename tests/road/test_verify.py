@@ -16,7 +16,7 @@ import requant
 from requant import verification
 from requant.conversion import convert
 from requant.errors import CheckpointError, UsageError
-from requant.record import spelled
+from requant.record import encode_json
 from requant.sources import read_checkpoint
 from requant.wishes import ConvertOptions
 from tests.support.fixture_folders import fixture
@@ -115,9 +115,11 @@ def test_another_source_is_told(dense: Path, output: Path, tmp_path: Path) -> No
     shutil.copytree(dense, other)
     stored = read_checkpoint(other).tensors["lm_head.weight"]
     flip(other / stored.file, stored.offset + 1, 6)
-    found = requant.verify(other, output)
-    assert {p.where.rpartition(".")[0] for p in found.problems} == {"lm_head"}
-    assert "differs from the conversion of this source, first at byte" in str(found.problems[0])
+    verification = requant.verify(other, output)
+    assert {p.where.rpartition(".")[0] for p in verification.problems} == {"lm_head"}
+    assert "differs from the conversion of this source, first at byte" in str(
+        verification.problems[0]
+    )
 
     (other / "tokenizer.json").write_text("{}")
     assert "tokenizer.json" in places(other, output)
@@ -172,7 +174,7 @@ def test_a_hostile_record_is_no_crash(dense: Path, output: Path, change: dict) -
 
 
 @pytest.mark.parametrize(
-    "wish",
+    "option",
     [
         {"dtype": 1 << 32},
         {"dtype": "F99"},
@@ -197,13 +199,13 @@ def test_a_hostile_record_is_no_crash(dense: Path, output: Path, change: dict) -
         {"unknown": 1},
     ],
 )
-def test_wishes_that_nobody_can_have(dense: Path, output: Path, wish: dict) -> None:
+def test_wishes_that_nobody_can_have(dense: Path, output: Path, option: dict) -> None:
     record = json.loads((output / "requant.json").read_text())
-    if wish.get("recipe"):
+    if option.get("recipe"):
         whole = {"name": "r", "description": "", "default": None, "rules": []}
-        whole |= {"is_mixed": False, "is_shipped": False}
-        wish = {"recipe": whole | wish["recipe"]}
-    record["options"] |= wish
+        whole |= {"is_mixed": False, "is_builtin": False}
+        option = {"recipe": whole | option["recipe"]}
+    record["options"] |= option
     record["sha256"] = verification.record_hash(record)
     (output / "requant.json").write_text(json.dumps(record))
     found = requant.verify(dense, output).problems
@@ -236,7 +238,7 @@ def test_the_record_of_a_large_model_is_read(output: Path) -> None:
         for part in ("weight", "scales", "biases"):
             record["tensors"][f"{path}.{part}"] = digest
     record["sha256"] = verification.record_hash(record)
-    (output / "requant.json").write_bytes(spelled(record))
+    (output / "requant.json").write_bytes(encode_json(record))
     found = requant.verify(output).problems
     assert found
     assert all("is missing; requant.json knows it" in problem.message for problem in found)
@@ -251,7 +253,7 @@ def test_a_converted_output_has_a_record_of_its_own(output: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    "wishes",
+    "options",
     [
         {},
         {"bits": 3, "group_size": 32, "overrides": ["a=skip", "b=8:32", "c=nvfp4"]},
@@ -259,8 +261,8 @@ def test_a_converted_output_has_a_record_of_its_own(output: Path, tmp_path: Path
         {"recipe": "mixed_3_6", "only": ["x", "y"], "layout": "keep", "keep_extra": True},
     ],
 )
-def test_wishes_are_read_back_equal(wishes: dict) -> None:
-    made = ConvertOptions.from_arguments(**wishes)
+def test_wishes_are_read_back_equal(options: dict) -> None:
+    made = ConvertOptions.from_arguments(**options)
     assert ConvertOptions.from_dict(json.loads(json.dumps(made.to_dict()))) == made
 
 
@@ -284,7 +286,7 @@ def test_a_gguf_source_with_a_config_from_elsewhere(tmp_path: Path) -> None:
     shutil.copy(tmp_path / "out" / "config.json", tmp_path / "original")
     convert(source, tmp_path / "two", config_from=tmp_path / "original")
     assert str(tmp_path) not in (tmp_path / "two" / "requant.json").read_text()
-    found = requant.verify(source, tmp_path / "two", config_from=tmp_path / "original")
-    assert found.problems == ()
+    verification = requant.verify(source, tmp_path / "two", config_from=tmp_path / "original")
+    assert verification.problems == ()
     with pytest.raises(UsageError, match="safetensors"):
         convert(source, tmp_path / "three", consume_source=True, yes=True)

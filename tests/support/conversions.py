@@ -12,13 +12,13 @@ import requant
 from tests.support.safetensors_files import read_folder
 
 
-def refusal(folder: Path, output: Path, **options: Any) -> str:
+def rejection(folder: Path, output: Path, **options: Any) -> str:
     """The error of a conversion that must fail, which may leave nothing behind."""
     before = sorted(output.parent.iterdir())
-    with pytest.raises(requant.RequantError) as refused:
+    with pytest.raises(requant.RequantError) as rejected:
         requant.convert(folder, output, **{"layout": "keep"} | options)
     assert sorted(output.parent.iterdir()) == before
-    return str(refused.value)
+    return str(rejected.value)
 
 
 def convert(

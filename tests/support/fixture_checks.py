@@ -54,7 +54,7 @@ def check_fixture(
     largest_rms: float = 0.0,
     values_rtol: float = 0.0,
     stored_as: Callable[[dict[str, np.ndarray], dict[str, np.ndarray]], None] | None = None,
-    **wishes: Any,
+    **options: Any,
 ) -> Checked:
     """Convert a fixture and compare every quantized layer with the tool's own values.
 
@@ -70,7 +70,7 @@ def check_fixture(
             largest value); 0 wherever the document says bit for bit.
         stored_as: Called with the source's tensors and the tool's values by layer path;
             brings the values into the order in which the output stores rows and inputs.
-        **wishes: For ``requant.convert``.
+        **options: For ``requant.convert``.
     """
     source = fixture(name) / "checkpoint"
     expected = {
@@ -78,8 +78,8 @@ def check_fixture(
         for key, value in read_file(fixture(name) / "expected.safetensors").items()
         if key.endswith(".weight")
     }
-    wishes = {"layout": "keep"} | wishes
-    report = requant.convert(source, tmp_path / "out", **wishes)
+    options = {"layout": "keep"} | options
+    report = requant.convert(source, tmp_path / "out", **options)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert "quant_method" not in config.get("quantization_config", {})
     weights = read_folder(tmp_path / "out")
@@ -92,15 +92,15 @@ def check_fixture(
         wanted = exactness if isinstance(exactness, str) else exactness.get(path, exactness[""])
         assert stated[path] == wanted, f"{path}: {stated[path]}"
         check_values(checked, path, values, wanted, bound, largest_rms, values_rtol)
-    if stored_as is None and "dtype" not in wishes:
+    if stored_as is None and "dtype" not in options:
         _check_dense_tensors(checked)
-    small = {**wishes, "chunk_bytes": 4096, "threads": 3}
+    small = {**options, "chunk_bytes": 4096, "threads": 3}
     requant.convert(source, tmp_path / "small", **small)
     assert (tmp_path / "small" / "model.safetensors").read_bytes() == (
         tmp_path / "out" / "model.safetensors"
     ).read_bytes()
     _check_dequantized(checked, tmp_path, values_rtol)
-    check_in_memory(checked, wishes)
+    check_in_memory(checked, options)
     return checked
 
 
@@ -179,13 +179,13 @@ def _check_dequantized(checked: Checked, tmp_path: Path, values_rtol: float) -> 
     assert "quantization_config" not in config
 
 
-def check_in_memory(checked: Checked, wishes: Mapping[str, Any]) -> None:
+def check_in_memory(checked: Checked, options: Mapping[str, Any]) -> None:
     """``transform_weights`` gives the folder's tensors for both array libraries.
 
     Only where the folder's wishes are those that it takes: none, or for layers that need one.
     """
-    given = {key: wishes[key] for key in ("bits", "group_size", "mode") if key in wishes}
-    if wishes.keys() - given.keys() != {"layout"}:
+    given = {key: options[key] for key in ("bits", "group_size", "mode") if key in options}
+    if options.keys() - given.keys() != {"layout"}:
         return
     otherwise = resolve_quantization(**given) if given else None
     block = json.loads((checked.source / "config.json").read_text())["quantization_config"]
@@ -200,7 +200,7 @@ def check_in_memory(checked: Checked, wishes: Mapping[str, Any]) -> None:
         # A conversion covers layers that are dense in the source, too; this does not.
         only = [f"^{re.escape(path)}$" for path in checked.expected]
         output = checked.output.with_name("only")
-        requant.convert(checked.source, output, only=only, **wishes)
+        requant.convert(checked.source, output, only=only, **options)
         same_in_memory(checked.source, output, otherwise)
         return
     same_in_memory(checked.source, checked.output, otherwise)

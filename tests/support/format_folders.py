@@ -306,8 +306,8 @@ def torchao() -> Source:
     codes, scales, values = _int8()
     parts = _named({"_weight_qdata": codes, "_weight_scale": scales[:, None]})
     source = _source(parts, values, quantization_config={"quant_method": "torchao"})
-    said = {"_type": "Int8Tensor", "_data": {}, "_tensor_data_names": ["qdata", "scale"]}
-    source.metadata = {"up.weight": json.dumps(said), "tensor_names": '["up.weight"]'}
+    declared = {"_type": "Int8Tensor", "_data": {}, "_tensor_data_names": ["qdata", "scale"]}
+    source.metadata = {"up.weight": json.dumps(declared), "tensor_names": '["up.weight"]'}
     return source
 
 

@@ -30,7 +30,7 @@ class Stop(BaseException):
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, chunks: int) -> None:
     """Let a run end after so many chunks, as by Ctrl-C."""
-    real, count = execute._Run._do, 0
+    real, count = execute._Run._run_chunk, 0
 
     def counted(self, *args):
         nonlocal count
@@ -39,18 +39,18 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, chunks: int) -> None:
             raise Stop
         return real(self, *args)
 
-    monkeypatch.setattr(execute._Run, "_do", counted)
+    monkeypatch.setattr(execute._Run, "_run_chunk", counted)
 
 
-def convert(source: str, output: str, wishes: dict[str, Any]) -> None:
+def convert(source: str, output: str, options: dict[str, Any]) -> None:
     """One conversion, in many small chunks."""
-    requant.convert(source, output, **wishes, chunk_bytes=500, threads=2)
+    requant.convert(source, output, **options, chunk_bytes=500, threads=2)
 
 
 def fresh(job: list[Any]) -> str:
     """The source of a job; a copy where the conversion deletes it."""
-    source, output, wishes = job
-    if "consume_source" not in wishes:
+    source, output, options = job
+    if "consume_source" not in options:
         return str(source)
     shutil.rmtree(f"{output}-source", ignore_errors=True)
     return str(shutil.copytree(source, f"{output}-source"))
@@ -85,11 +85,11 @@ def forked(job: list[Any], after_s: float) -> tuple[bool, bool]:
     if status is None:
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
-    told = os.read(marks, 1)
+    reported = os.read(marks, 1)
     os.close(marks)
     if os.WIFEXITED(status) and os.WEXITSTATUS(status):
         raise SystemExit(f"{job}: failed")
-    return os.WIFSIGNALED(status), told == b"r"
+    return os.WIFSIGNALED(status), reported == b"r"
 
 
 def main() -> None:
@@ -97,9 +97,9 @@ def main() -> None:
     jobs, seed, kills = json.loads(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     rng = random.Random(seed)
     expected, lasts = [], []
-    for number, (_, output, wishes) in enumerate(jobs):
+    for number, (_, output, options) in enumerate(jobs):
         began = time.monotonic()
-        convert(fresh(jobs[number]), f"{output}-reference-{number}", wishes)
+        convert(fresh(jobs[number]), f"{output}-reference-{number}", options)
         lasts.append(time.monotonic() - began)
         expected.append(tree(Path(f"{output}-reference-{number}")))
     killed = resumed = finished = number = 0

@@ -42,7 +42,7 @@ def dense_folder(name: str, folder: Path) -> Path:
     return write_checkpoint(folder, kept | values, config)
 
 
-def check_logits(name: str, tmp_path: Path, largest: float, **wishes: Any) -> None:
+def check_logits(name: str, tmp_path: Path, largest: float, **options: Any) -> None:
     """Hold logits of the converted fixture against those of the tool's dense weights.
 
     Args:
@@ -50,9 +50,9 @@ def check_logits(name: str, tmp_path: Path, largest: float, **wishes: Any) -> No
         tmp_path: Where outputs go.
         largest: The largest difference, relative to the largest logit. With scales in
             float32 nothing rounds but sums of products.
-        **wishes: For ``requant.convert``.
+        **options: For ``requant.convert``.
     """
     wanted = logits(dense_folder(name, tmp_path / "dense"))
-    requant.convert(fixture(name) / "checkpoint", tmp_path / "out", **wishes)
+    requant.convert(fixture(name) / "checkpoint", tmp_path / "out", **options)
     error = np.abs(logits(tmp_path / "out") - wanted).max() / np.abs(wanted).max()
     assert error <= largest, error

@@ -23,7 +23,7 @@ _FAULTS = {
     "a space too many": r"\A\s|\S  ",
 }
 _ANY = re.compile("|".join(f"(?:{fault})" for fault in _FAULTS.values()))
-_FOREIGN = re.compile(r"'[^']*'|\"[^\"]*\"|(?<!\w)[~.]*/\S+|\[\w+(?:::\w+)?\][^\n]*")
+_EXTERNAL = re.compile(r"'[^']*'|\"[^\"]*\"|(?<!\w)[~.]*/\S+|\[\w+(?:::\w+)?\][^\n]*")
 
 # Python objects that a caller gave, said back as the caller wrote them.
 _GIVEN = ("per-layer value must be a Quantization or SKIP", "not an array that requant computes")
@@ -39,7 +39,7 @@ def faults_of(message: str) -> list[str]:
     """What does not read well in a message."""
     if not _ANY.search(message):
         return []
-    own = _FOREIGN.sub("_", message)
+    own = _EXTERNAL.sub("_", message)
     if any(words in own for words in _GIVEN) or _MODULES in own:
         return []
     return [what for what, fault in _FAULTS.items() if re.search(fault, own)]
@@ -55,9 +55,9 @@ def _look(message: str) -> None:
 def take() -> list[str]:
     """What was found since the last call."""
     global looked
-    told, looked = list(found), 0
+    reported, looked = list(found), 0
     found.clear()
-    return told
+    return reported
 
 
 def watch() -> None:

@@ -97,8 +97,8 @@ def mlx_values(weights: Mapping[str, np.ndarray], path: str, spec: Mapping[str, 
     return np.array(values.astype(mx.float32))
 
 
-def by_mlx_lm(source: Path, target: Path, **wishes) -> Weights:
+def by_mlx_lm(source: Path, target: Path, **options) -> Weights:
     import mlx_lm
 
-    mlx_lm.convert(str(source), str(target), **wishes)
+    mlx_lm.convert(str(source), str(target), **options)
     return load(target)

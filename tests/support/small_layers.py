@@ -119,17 +119,17 @@ FOLDERS: dict[str, Callable[[], Folder]] = {
 }
 
 
-def spoil(array: np.ndarray, value: float, name: str = "") -> np.ndarray:
+def make_nonfinite(array: np.ndarray, value: float, name: str = "") -> np.ndarray:
     """The same with NaN or infinity in its middle; bytes take the NaN of the format's scales."""
-    spoiled = array.copy()
-    flat = spoiled.reshape(-1)
+    nonfinite = array.copy()
+    flat = nonfinite.reshape(-1)
     if array.dtype == np.uint8:
         flat[flat.size // 2] = 0x7F if "nvfp4" in name else 0xFF
     elif array.dtype == E4M3:
         flat.view(np.uint8)[flat.size // 2] = 0x7F
     else:
         flat[flat.size // 2] = value
-    return spoiled
+    return nonfinite
 
 
 def scales_of(tensors: Tensors) -> list[str]:

@@ -25,7 +25,7 @@ from requant.errors import (
     ShapeMismatchError,
     UnknownValueError,
     UnsupportedDtypeError,
-    one_of,
+    join_or,
 )
 
 Array = NDArray[Any]
@@ -74,9 +74,9 @@ def check_quantization(bits: int, group_size: int, mode: str) -> None:
     else:
         raise UnknownValueError("[quantization] unknown mode", str(mode), MODES)
     if bits not in legal_bits:
-        raise OutOfRangeError(f"{mode} takes {one_of(legal_bits)}", "bits", bits)
+        raise OutOfRangeError(f"{mode} takes {join_or(legal_bits)}", "bits", bits)
     if group_size not in legal_groups:
-        raise OutOfRangeError(f"{mode} takes {one_of(legal_groups)}", "group_size", group_size)
+        raise OutOfRangeError(f"{mode} takes {join_or(legal_groups)}", "group_size", group_size)
 
 
 def quantize(

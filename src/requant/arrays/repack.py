@@ -152,10 +152,10 @@ def stream_codes_into(
     if axis == 1:
         _native.stream_codes(words, bits, out, padded)
         return
-    turned = np.empty(words.shape[::-1], np.uint32)
-    _native.transpose(words, turned)
+    transposed = np.empty(words.shape[::-1], np.uint32)
+    _native.transpose(words, transposed)
     codes = np.empty(out.shape[::-1], np.uint8)
-    _native.stream_codes(turned, bits, codes, padded)
+    _native.stream_codes(transposed, bits, codes, padded)
     _native.transpose(codes, out)
 
 

@@ -45,7 +45,7 @@ def first_nonfinite_row(values: Array) -> int | None:
 def encoding_error(
     dense: Array, decoded: Array, scales: Array, mode: str, group_max: Array
 ) -> tuple[float, float, float]:
-    """What is lost between ``dense`` and what its codes decode to.
+    """What is lost between ``decode`` and what its codes decode to.
 
     Args:
         dense: Values that were quantized, C-contiguous.

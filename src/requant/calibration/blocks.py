@@ -3,7 +3,7 @@
 The model's own code is run, with stubs in place of its blocks: they show how blocks are called
 (masks and the like), take the embedded text from before the first, and hand what the last gave
 to what follows. Where a model's blocks cannot be run alone (they give more than one array, or are
-called otherwise for another text), ``NotLayered`` says why, and the model runs as a whole.
+called otherwise for another text), ``NotBlockwiseError`` says why, and the model runs as a whole.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from requant.blueprint import Plan
-from requant.consuming import part_of
+from requant.consuming import subplan
 from requant.execute import run_plan
-from requant.memory import make_budget
-from requant.mlx_lm import Memory
+from requant.memory import plan_resources
+from requant.mlx_lm import ArraySink
 from requant.plan_source import PlanSource
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _LISTS = ("layers", "h", "blocks")
 
 
-class NotLayered(Exception):
+class NotBlockwiseError(Exception):
     """The model's blocks cannot be run one by one."""
 
 
@@ -41,7 +41,7 @@ class _Call:
     kwargs: dict[str, Any]
 
 
-class Layered:
+class BlockwiseModel:
     """A model whose blocks are run one after the other over all windows.
 
     Attributes:
@@ -56,7 +56,7 @@ class Layered:
         """Find the blocks.
 
         Raises:
-            NotLayered: There are none, or names of tensors are not those of the model.
+            NotBlockwiseError: There are none, or names of tensors are not those of the model.
         """
         from mlx.utils import tree_flatten
 
@@ -68,16 +68,16 @@ class Layered:
             if isinstance(module.get(attribute), list) and len(module[attribute]) > 0
         ]
         if not lists:
-            raise NotLayered("it has no list of blocks")
+            raise NotBlockwiseError("it has no list of blocks")
         self.owner, self.attribute, path = max(lists, key=lambda found: len(found[0][found[1]]))
         self.blocks: list[Module] = list(self.owner[self.attribute])
         self.prefixes = [f"{path}.{number}." for number in range(len(self.blocks))]
         known = set(dict(tree_flatten(model.parameters())))
         names = {t.name for shard in plan.shards for t in shard.tensors}
         if unknown := names - known:
-            raise NotLayered(f"its class has no {min(unknown)}")
+            raise NotBlockwiseError(f"its class has no {min(unknown)}")
         if lacking := known - names:
-            raise NotLayered(f"no tensor is {min(lacking)}")
+            raise NotBlockwiseError(f"no tensor is {min(lacking)}")
 
     # -- weights ---------------------------------------------------------------------------
 
@@ -106,13 +106,13 @@ class Layered:
     def _read(self, wanted: Callable[[str], bool]) -> dict[str, mx.array]:
         plan = self.plan
         steps = [s for s in plan.steps if any(wanted(t.name) for t in s.outputs.values())]
-        part = part_of(plan, steps)
+        part = subplan(plan, steps)
         shards = tuple(
             replace(shard, tensors=tuple(t for t in shard.tensors if wanted(t.name)))
             for shard in plan.shards
         )
-        sink = Memory(replace(part, shards=shards))
-        run_plan(part, self.source, sink, make_budget(part, self.threads))
+        sink = ArraySink(replace(part, shards=shards))
+        run_plan(part, self.source, sink, plan_resources(part, self.threads))
         return sink.arrays
 
     # -- runs ------------------------------------------------------------------------------
@@ -140,25 +140,25 @@ class Layered:
         """How each block is called for any window of this length.
 
         Raises:
-            NotLayered: Two windows are treated differently.
+            NotBlockwiseError: Two windows are treated differently.
         """
         one, two = self._calls(first), self._calls(second)
         if not all(_alike(a, b) for a, b in zip(one, two, strict=True)):
-            raise NotLayered("its blocks are called with more than the text's hidden states")
+            raise NotBlockwiseError("its blocks are called with more than the text's hidden states")
         return one
 
     def _calls(self, ids: np.ndarray) -> list[_Call]:
         found: list[_Call] = []
-        handed: list[mx.array] = []
+        passed: list[mx.array] = []
 
         def act(number: int) -> Callable[..., Any]:
             def keep(x: mx.array, args: tuple[Any, ...], kwargs: dict[str, Any]) -> mx.array:
                 if number != len(found):
-                    raise NotLayered("its blocks are not called once each, in order")
-                if handed and x is not handed[0]:
-                    raise NotLayered("hidden states change between its blocks")
+                    raise NotBlockwiseError("its blocks are not called once each, in order")
+                if passed and x is not passed[0]:
+                    raise NotBlockwiseError("hidden states change between its blocks")
                 found.append(_Call(args, kwargs))
-                handed[:] = [x]
+                passed[:] = [x]
                 return x
 
             return keep
@@ -166,7 +166,7 @@ class Layered:
         with self._stubs([act(number) for number in range(len(self.blocks))]):
             _run(self.model, ids)
         if len(found) < len(self.blocks):
-            raise NotLayered("not every block is called")
+            raise NotBlockwiseError("not every block is called")
         return found
 
     def embed(self, ids: np.ndarray) -> mx.array:
@@ -191,13 +191,13 @@ class Layered:
         """A window through one block.
 
         Raises:
-            NotLayered: It gives something else than hidden states.
+            NotBlockwiseError: It gives something else than hidden states.
         """
         import mlx.core as mx
 
         made = block(hidden, *call.args, **call.kwargs)
         if not isinstance(made, mx.array) or made.shape != hidden.shape:
-            raise NotLayered("its blocks give more than hidden states")
+            raise NotBlockwiseError("its blocks give more than hidden states")
         return made
 
 
@@ -207,7 +207,7 @@ def _run(model: Module, ids: np.ndarray) -> None:
     try:
         model(mx.array(ids[None]))
     except (AttributeError, TypeError, ValueError, IndexError, KeyError) as error:
-        raise NotLayered(f"its code wants its own blocks: {error}") from error
+        raise NotBlockwiseError(f"its code wants its own blocks: {error}") from error
 
 
 def _alike(a: _Call, b: _Call) -> bool:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from requant.statistics import LayerStatistics
-from requant.statistics.names import key_of, same_input
+from requant.statistics.names import layer_key, same_input
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -110,7 +110,7 @@ class Collector:
         self._notes: list[_Note] = []
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
+    def observing(self) -> Iterator[None]:
         """Within, the layers' inputs are noted."""
         from mlx.nn.layers.embedding import Embedding
         from mlx.nn.layers.linear import Linear
@@ -192,7 +192,7 @@ def _share(note: _Note, other: _Note) -> bool:
     """Whether two layers read one input, and are found under each other's names."""
     if note.x is not other.x or note.experts is not other.experts:
         return False
-    mine, theirs = key_of(note.path), key_of(other.path)
+    mine, theirs = layer_key(note.path), layer_key(other.path)
     return mine is not None and theirs is not None and theirs in same_input(mine)
 
 

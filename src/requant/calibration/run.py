@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from requant.calibration.blocks import Layered, NotLayered
+from requant.calibration.blocks import BlockwiseModel, NotBlockwiseError
 from requant.calibration.collecting import Collector, hessian_bytes
 from requant.calibration.windows import texts_of, windows_of
 from requant.conversion import Source
@@ -30,11 +30,17 @@ from requant.errors import (
     OutputError,
     Problem,
     UsageError,
-    cannot_be,
+    error_action,
 )
 from requant.evaluation import on_cpu
-from requant.hub import find_repository, reach
-from requant.mlx_lm import Loaded, check_installed, load_tokenizer, load_with_report, skeleton
+from requant.hub import find_repository, open_source
+from requant.mlx_lm import (
+    Loaded,
+    build_empty_model,
+    check_installed,
+    load_tokenizer,
+    load_with_report,
+)
 from requant.planner import Planned, plan_with_source
 from requant.record import version
 from requant.sources import as_checkpoint
@@ -51,7 +57,7 @@ DEFAULT_WINDOW = 512
 MOST_HESSIAN_BYTES = 4 << 30
 _STATE = 2  # changes with what is kept of a stopped run
 
-Told = Callable[[str, int, int], None]
+ProgressCallback = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,12 +72,12 @@ class Calibration:
         layers: Layers, or stacks of experts, with statistics of their own.
         hessians: Layers with a Hessian, among them.
         too_wide: Layers that a Hessian was asked for, but that are too wide for one.
-        missed: Layers whose inputs were not seen: never called, or of a class that also
+        not_observed: Layers whose inputs were not seen: never called, or of a class that also
             multiplies the other way round (mlx-lm's ``MultiLinear``). They will be searched
             without weights.
-        unseen: Stack of experts -> how many of them saw no token.
-        blockwise: One block at a time was in memory; else the whole model, for ``why``.
-        why: Why the model was run as a whole.
+        without_tokens: Stack of experts -> how many of them saw no token.
+        blockwise: One block at a time was in memory; else the whole model, for ``reason``.
+        reason: Why the model was run as a whole.
         elapsed_s: Seconds that this call took.
     """
 
@@ -82,10 +88,10 @@ class Calibration:
     layers: int
     hessians: int
     too_wide: tuple[str, ...]
-    missed: tuple[str, ...]
-    unseen: dict[str, int]
+    not_observed: tuple[str, ...]
+    without_tokens: dict[str, int]
     blockwise: bool
-    why: str
+    reason: str
     elapsed_s: float
 
     def to_dict(self) -> dict[str, Any]:
@@ -93,7 +99,7 @@ class Calibration:
         return asdict(self)
 
 
-@cannot_be("calibrated")
+@error_action("calibrated")
 def calibrate(
     model: Source,
     output: Source,
@@ -108,7 +114,7 @@ def calibrate(
     threads: int | None = None,
     force: bool = False,
     resume: bool = True,
-    progress: Told | None = None,
+    progress: ProgressCallback | None = None,
     on_note: Callable[[str], None] | None = None,
 ) -> Calibration:
     """Run a model over a text, and write what the inputs of its layers look like.
@@ -153,14 +159,14 @@ def calibrate(
             "or lower --window (2 at the least)"
         )
     check_installed(Path(model))
-    wishes = ConvertOptions.from_arguments(
+    options = ConvertOptions.from_arguments(
         dequantize=True,
         dtype="float32" if on_cpu() else None,
         layout="mlx-lm",
         config_from=config_from,
     )
-    source = reach(model, find_repository(model, revision), wishes.config_from)
-    planned = plan_with_source(as_checkpoint(source, wishes.config_from), wishes)
+    source = open_source(model, find_repository(model, revision), options.config_from)
+    planned = plan_with_source(as_checkpoint(source, options.config_from), options)
     ids = windows_of(load_tokenizer(model, planned), texts_of(text), tokens, window, seed)
     metadata = {
         "requant": version(),
@@ -181,12 +187,12 @@ def calibrate(
     ) as run:
         try:
             made = run.blockwise()
-        except NotLayered as error:
+        except NotBlockwiseError as error:
             run.start_over()
             loaded = load_with_report(
                 model,
                 dequantize=True,
-                dtype=wishes.dtype and "float32",
+                dtype=options.dtype and "float32",
                 revision=revision,
                 config_from=config_from,
                 threads=threads,
@@ -223,21 +229,21 @@ class _Run:
         output: Path,
         resume: bool,
         threads: int | None,
-        progress: Told | None,
+        progress: ProgressCallback | None,
         on_note: Callable[[str], None] | None,
     ) -> None:
         self.plan, self.source = planned
         self.ids, self.hessian, self.output = ids, hessian, output
         self.threads, self.progress, self.on_note = threads, progress, on_note
         self.folder = output.with_name(f".{output.name}.requant-calibrating")
-        told = [_STATE, self.plan.hash, version(), hessian, list(ids.shape)]
+        reported = [_STATE, self.plan.hash, version(), hessian, list(ids.shape)]
         self._lock = self._locked()
-        self.key = hashlib.sha256(json.dumps(told).encode() + ids.tobytes()).hexdigest()
+        self.key = hashlib.sha256(json.dumps(reported).encode() + ids.tobytes()).hexdigest()
         self.state: dict[str, Any] = {}
         self.resume = resume
 
     def __enter__(self) -> _Run:
-        self.state = self._kept() if self.resume else {}
+        self.state = self._load_state() if self.resume else {}
         if not self.state:
             self.start_over()
         return self
@@ -259,7 +265,9 @@ class _Run:
         """Name the layers that are too wide for a Hessian, once, before the long work."""
         embeddings = _embeddings(model).values()
         modules = dict(model.named_modules())
-        for path in sorted(_watched(model).values()) if self.hessian and self.on_note else ():
+        for path in (
+            sorted(_observed_layers(model).values()) if self.hessian and self.on_note else ()
+        ):
             *stack, _, n_in = modules[path].weight.shape
             nbytes = hessian_bytes(prod(stack), n_in)
             if nbytes > MOST_HESSIAN_BYTES and path not in embeddings and self.on_note:
@@ -271,7 +279,7 @@ class _Run:
 
     # -- what is kept ----------------------------------------------------------------------
 
-    def _kept(self) -> dict[str, Any]:
+    def _load_state(self) -> dict[str, Any]:
         """What a stopped run of the same calibration left; {} if there is none."""
         try:
             found = json.loads((self.folder / "state.json").read_text("utf-8"))
@@ -287,20 +295,20 @@ class _Run:
         self.state = {"key": self.key, "done": -1, "parts": [], "layers": {}}
         self.state |= {"too_wide": [], "called": []}
 
-    def _say(self, what: str, done: int, of: int) -> None:
+    def _report(self, what: str, done: int, of: int) -> None:
         if self.progress is not None:
             self.progress(what, done, of)
 
-    def _keep(self, collector: Collector, done: int) -> None:
+    def _save_block(self, collector: Collector, done: int) -> None:
         """Write the sums of a block; from now on it is done.
 
         Raises:
             CheckpointError: They hold NaN or infinity.
         """
-        spoiled = [path for path, sums in collector.sums.items() if not sums.are_finite()]
-        if spoiled:
+        nonfinite_layers = [path for path, sums in collector.sums.items() if not sums.are_finite()]
+        if nonfinite_layers:
             message = "the text's inputs become NaN or infinite: weights before it hold such values"
-            problems = [Problem(path, message) for path in spoiled]
+            problems = [Problem(path, message) for path in nonfinite_layers]
             raise CheckpointError(str(self.plan.source), problems)
         name = f"{done:05d}.safetensors"
         layers = {path: sums.statistics() for path, sums in collector.sums.items()}
@@ -313,15 +321,15 @@ class _Run:
             with _writing(self.folder / name):
                 write_statistics(self.folder / name, layers, hessians)
         parts = [*self.state["parts"], name] if layers else self.state["parts"]
-        told = {
-            path: {"unseen": int((sums.count == 0).sum()), "hessian": path in hessians}
+        reported = {
+            path: {"without_tokens": int((sums.count == 0).sum()), "hessian": path in hessians}
             for path, sums in collector.sums.items()
         }
         self.state = {
             "key": self.key,
             "done": done,
             "parts": parts,
-            "layers": self.state["layers"] | told,
+            "layers": self.state["layers"] | reported,
             "too_wide": sorted({*self.state["too_wide"], *collector.too_wide}),
             "called": sorted({*self.state["called"], *collector.called}),
         }
@@ -345,13 +353,13 @@ class _Run:
         """Run the model block by block.
 
         Raises:
-            NotLayered: It cannot be.
+            NotBlockwiseError: It cannot be.
         """
         import mlx.core as mx
 
-        model = skeleton(self.plan)
-        layered = Layered(model, self.plan, self.source, self.threads)
-        watched = _watched(model)
+        model = build_empty_model(self.plan)
+        layered = BlockwiseModel(model, self.plan, self.source, self.threads)
+        watched = _observed_layers(model)
         self._announce(model)
         layered.load_rest()
         calls = layered.calls(self.ids[0], self.ids[-1])
@@ -359,12 +367,12 @@ class _Run:
         steps = len(layered.blocks) + 2
         shape = (*self.ids.shape, first.shape[-1])
         if self.state["done"] < 0:
-            self._put(0, (_numpy(layered.embed(row)) for row in self.ids))
-            self._keep(Collector({}, False, 0), 0)
+            self._write_hidden_states(0, (_numpy(layered.embed(row)) for row in self.ids))
+            self._save_block(Collector({}, False, 0), 0)
         for number, call in list(enumerate(calls))[self.state["done"] :]:
-            self._say(f"block {number + 1} of {len(calls)}", number + 1, steps)
+            self._report(f"block {number + 1} of {len(calls)}", number + 1, steps)
             collector = self._collector(watched, with_numpy=on_cpu())
-            with collector.watching(), layered.block(number) as block:
+            with collector.observing(), layered.block(number) as block:
 
                 def through(row: np.ndarray) -> np.ndarray:
                     hidden = mx.array(row[None]).astype(first.dtype)
@@ -373,41 +381,45 @@ class _Run:
                         collector.flush(made)  # noqa: B023
                     return _numpy(made)
 
-                self._put(number + 1, map(through, self._states(number, shape)))
-            self._keep(collector, number + 1)
+                self._write_hidden_states(
+                    number + 1, map(through, self._read_hidden_states(number, shape))
+                )
+            self._save_block(collector, number + 1)
         if self.state["done"] == len(calls):
-            self._say("head", steps - 1, steps)
+            self._report("head", steps - 1, steps)
             collector = self._collector(watched)
-            with collector.watching():
-                for row, hidden in zip(self.ids, self._states(len(calls), shape), strict=True):
+            with collector.observing():
+                for row, hidden in zip(
+                    self.ids, self._read_hidden_states(len(calls), shape), strict=True
+                ):
                     layered.finish(row, mx.array(hidden[None]).astype(first.dtype))
                     with _failing():
                         collector.flush()
-            self._keep(collector, len(calls) + 1)
-        self._say("writing", steps, steps)
-        return self._told(model, watched, "")
+            self._save_block(collector, len(calls) + 1)
+        self._report("writing", steps, steps)
+        return self._summary(model, watched, "")
 
     def whole(self, loaded: Loaded, why: str) -> dict[str, Any]:
         """Run the whole model, window by window."""
         import mlx.core as mx
 
-        watched = _watched(loaded.model)
+        watched = _observed_layers(loaded.model)
         self._announce(loaded.model)
         collector = self._collector(watched, with_numpy=on_cpu())
-        with collector.watching():
+        with collector.observing():
             for number, row in enumerate(self.ids):
-                self._say("window of text", number + 1, len(self.ids))
+                self._report("window of text", number + 1, len(self.ids))
                 with _failing():
                     collector.flush(loaded.model(mx.array(row[None])))
-        self._keep(collector, 0)
-        return self._told(loaded.model, watched, why)
+        self._save_block(collector, 0)
+        return self._summary(loaded.model, watched, why)
 
     def _collector(self, watched: dict[int, str], *, with_numpy: bool = False) -> Collector:
         return Collector(watched, self.hessian, MOST_HESSIAN_BYTES, with_numpy=with_numpy)
 
     # Hidden states before a block, float32, a window after the other; two files take turns.
 
-    def _put(self, number: int, states: Iterator[np.ndarray]) -> None:
+    def _write_hidden_states(self, number: int, states: Iterator[np.ndarray]) -> None:
         path = self.folder / f"hidden-{number % 2}"
         with _writing(path), path.open("wb") as file:
             for row in states:
@@ -415,7 +427,7 @@ class _Run:
             file.flush()
             os.fsync(file.fileno())
 
-    def _states(self, number: int, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
+    def _read_hidden_states(self, number: int, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
         path = self.folder / f"hidden-{number % 2}"
         with path.open("rb") as file:
             for _ in range(shape[0]):
@@ -426,22 +438,24 @@ class _Run:
                     raise OutputError(f"{path}: {message}")
                 yield row
 
-    def _told(self, model: Any, watched: dict[int, str], why: str) -> dict[str, Any]:
+    def _summary(self, model: Any, watched: dict[int, str], why: str) -> dict[str, Any]:
         layers, seen = self.state["layers"], {*self.state["called"], *_embeddings(model).values()}
         return {
             "layers": len(layers),
             "hessians": sum(layer["hessian"] for layer in layers.values()),
             "too_wide": tuple(self.state["too_wide"]),
-            "missed": tuple(
+            "not_observed": tuple(
                 path for path in (*watched.values(), *_unwatched(model)) if path not in seen
             ),
-            "unseen": {path: x["unseen"] for path, x in layers.items() if x["unseen"]},
+            "without_tokens": {
+                path: x["without_tokens"] for path, x in layers.items() if x["without_tokens"]
+            },
             "blockwise": not why,
-            "why": why,
+            "reason": why,
         }
 
 
-def _watched(model: Any) -> dict[int, str]:
+def _observed_layers(model: Any) -> dict[int, str]:
     """The layers to watch: ``id`` -> path. An embedding is called as one where it is the head."""
     from mlx.nn.layers.linear import Linear
     from mlx_lm.models.switch_layers import SwitchLinear
@@ -453,7 +467,7 @@ def _watched(model: Any) -> dict[int, str]:
 
 def _unwatched(model: Any) -> list[str]:
     """Layers of other classes that mlx-lm quantizes all the same."""
-    watched = _watched(model)
+    watched = _observed_layers(model)
     return [
         path
         for path, m in model.named_modules()

@@ -15,7 +15,7 @@ from typing import Any
 
 import typer
 
-from requant.cli.words import printable
+from requant.cli.words import escape_control_chars
 from requant.errors import OutOfRangeError, RequantError, UnknownValueError, UsageError
 
 EXIT_FAULT = 1
@@ -32,18 +32,18 @@ def print_json(document: dict[str, Any]) -> None:
     print(jsonlib.dumps({"schema": SCHEMA_VERSION} | document, indent=2))
 
 
-def say(text: str) -> None:
-    print(printable(text), file=sys.stderr)
+def print_stderr(text: str) -> None:
+    print(escape_control_chars(text), file=sys.stderr)
 
 
 @contextmanager
-def answering_errors() -> Iterator[None]:
+def handle_errors() -> Iterator[None]:
     """Turn what is not our defect into a line on standard error and an exit code."""
     try:
         yield
         sys.stdout.flush()
     except KeyboardInterrupt as error:
-        say("; ".join(["interrupted", *notes_of(error)]))
+        print_stderr("; ".join(["interrupted", *error_notes(error)]))
         raise typer.Exit(EXIT_INTERRUPTED) from None
     except BrokenPipeError:
         # The reader left. What is still buffered goes nowhere, so that Python's own last
@@ -51,17 +51,17 @@ def answering_errors() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(EXIT_PIPE) from None
     except RequantError as error:
-        say("\n".join([f"error: {error}", *notes_of(error)]))
+        print_stderr("\n".join([f"error: {error}", *error_notes(error)]))
         # With a layer, the number or word at fault is the source's and not the user's.
-        wish = isinstance(error, OutOfRangeError | UnknownValueError) and error.layer is None
-        usage = wish or isinstance(error, UsageError)
+        option = isinstance(error, OutOfRangeError | UnknownValueError) and error.layer is None
+        usage = option or isinstance(error, UsageError)
         raise typer.Exit(EXIT_USAGE if usage else EXIT_FAULT) from None
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        say(f"error: {where}{error.strerror or error}")
+        print_stderr(f"error: {where}{error.strerror or error}")
         raise typer.Exit(EXIT_FAULT) from None
 
 
-def notes_of(error: BaseException) -> list[str]:
+def error_notes(error: BaseException) -> list[str]:
     """What was added to an error on its way, such as how to go on."""
     return list(getattr(error, "__notes__", ()))

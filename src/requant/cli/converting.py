@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from requant.cli.answers import answering_errors, print_json, say
+from requant.cli.answers import handle_errors, print_json, print_stderr
 from requant.cli.options import (
     Calibrated,
     DryRun,
@@ -30,7 +30,7 @@ from requant.cli.options import (
 )
 from requant.cli.progress import counting_display, progress_display
 from requant.cli.uploading import send
-from requant.cli.words import printable
+from requant.cli.words import escape_control_chars
 from requant.errors import UsageError
 
 if TYPE_CHECKING:
@@ -78,30 +78,30 @@ def convert(
     if dry_run:
         force = options["force"]
         options = {name: options[name] for name in options_of_command("plan")}
-        with answering_errors():
+        with handle_errors():
             with progress_display(quiet or options["budget"] is None) as progress:
                 plan = conversion.plan(source, **options, progress=progress)
             _print_plan(plan, options, json, quiet, output, force)
         return
-    with answering_errors():
+    with handle_errors():
         if private and upload_to is None:
             raise UsageError("--private is about an upload: add --upload ORG/NAME")
         if options["yes"] and not options["consume_source"]:
             raise UsageError("--yes answers the question of --consume-source: add it")
         if upload_to is not None:
             publishing.check_ready(upload_to)
-    with answering_errors(), progress_display(quiet) as progress:
+    with handle_errors(), progress_display(quiet) as progress:
         report = conversion.convert(source, output, **options, progress=progress)
     if upload_to is not None:
         send(output, upload_to, None, private, quiet)
-    with answering_errors():
+    with handle_errors():
         if json:
             print_json(report.to_dict())
         elif not quiet:
             tables.show_report(report)
         if json or quiet:
             for warning in tables.warnings(report):
-                say(f"warning: {warning}")
+                print_stderr(f"warning: {warning}")
 
 
 @with_options(*options_of_command("plan"))
@@ -119,10 +119,10 @@ def plan(source: Source, *, options: TableOptions, json: Json = False) -> None:
     """  # noqa: D301
     from requant import conversion
 
-    with answering_errors():
+    with handle_errors():
         with progress_display(quiet=options["budget"] is None) as progress:
-            made = conversion.plan(source, **options, progress=progress)
-        _print_plan(made, options, json)
+            plan = conversion.plan(source, **options, progress=progress)
+        _print_plan(plan, options, json)
 
 
 @with_options(*options_of_command("generate"))
@@ -151,13 +151,13 @@ def generate(
     from requant.cli import tables
 
     def show(text: str) -> None:
-        print(printable(text.expandtabs(4)), end="", flush=True)
+        print(escape_control_chars(text.expandtabs(4)), end="", flush=True)
 
-    with answering_errors():
+    with handle_errors():
         with progress_display(quiet) as progress:
             loaded = mlx_lm.load_with_report(source, **options, progress=progress)
         for warning in tables.warnings(loaded.report):
-            say(f"warning: {warning}")
+            print_stderr(f"warning: {warning}")
         made = mlx_lm.generate(
             loaded, prompt, max_tokens=max_tokens, raw=raw, on_text=None if json else show
         )
@@ -166,7 +166,7 @@ def generate(
             return
         print(flush=True)
         if not quiet:
-            say(tables.describe_generation(made))
+            print_stderr(tables.describe_generation(made))
 
 
 @with_options("revision", "config_from", "threads", "force", "resume")
@@ -199,7 +199,7 @@ def calibrate(
     from requant import calibration
     from requant.cli import tables
 
-    with answering_errors():
+    with handle_errors():
         with counting_display(quiet) as progress:
             found = calibration.calibrate(
                 model,
@@ -211,7 +211,7 @@ def calibrate(
                 seed=seed,
                 **options,
                 progress=progress,
-                on_note=lambda note: say(f"warning: {note}"),
+                on_note=lambda note: print_stderr(f"warning: {note}"),
             )
         if json:
             print_json(found.to_dict())
@@ -220,7 +220,7 @@ def calibrate(
 
 
 def _print_plan(
-    made: Plan,
+    plan: Plan,
     options: TableOptions,
     json: bool,
     quiet: bool = False,
@@ -228,13 +228,13 @@ def _print_plan(
     force: bool = False,
 ) -> None:
     from requant.cli import tables
-    from requant.consuming import most_with_consume_source
-    from requant.memory import make_budget
+    from requant.consuming import peak_disk_bytes
+    from requant.memory import plan_resources
     from requant.preflight import check_output
 
-    budget = make_budget(made, options["threads"], options["max_memory"])
+    budget = plan_resources(plan, options["threads"], options["max_memory"])
     if output is not None:
-        check_output(made, output, force)
+        check_output(plan, output, force)
     if json:
         memory = {
             "peak_bytes": budget.peak_bytes,
@@ -242,9 +242,9 @@ def _print_plan(
             "chunk_bytes": budget.chunk_bytes,
         }
         disk = {
-            "extra_bytes": sum(shard.nbytes for shard in made.shards),
-            "extra_bytes_with_consume_source": most_with_consume_source(made),
+            "extra_bytes": sum(shard.nbytes for shard in plan.shards),
+            "extra_bytes_with_consume_source": peak_disk_bytes(plan),
         }
-        print_json(made.to_dict() | {"memory": memory, "disk": disk})
+        print_json(plan.to_dict() | {"memory": memory, "disk": disk})
     elif not quiet:
-        tables.show_plan(made, budget, output)
+        tables.show_plan(plan, budget, output)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from requant.cli.answers import EXIT_FAULT, answering_errors, print_json, say
+from requant.cli.answers import EXIT_FAULT, handle_errors, print_json, print_stderr
 from requant.cli.options import (
     AgainstSource,
     Html,
@@ -21,8 +21,8 @@ from requant.cli.options import (
     TextWindow,
     Verified,
     Written,
+    completion,
     known_recipes,
-    offer,
     with_options,
 )
 from requant.cli.progress import counting_display, progress_display
@@ -42,7 +42,7 @@ def inspect(source: Source, *, options: TableOptions, json: Json = False) -> Non
     from requant import inspection
     from requant.cli import tables
 
-    with answering_errors():
+    with handle_errors():
         found = inspection.inspect(source, **options)
         if json:
             print_json(found.to_dict())
@@ -76,13 +76,13 @@ def verify(
     from requant import verification
     from requant.cli import tables
 
-    with answering_errors(), progress_display(quiet) as progress:
+    with handle_errors(), progress_display(quiet) as progress:
         if folder is None:
             raise UsageError(
                 "give the OUTPUT to check, or SOURCE and OUTPUT: requant verify --help"
             )
         found = verification.verify(folder, output, **options, progress=progress)
-    with answering_errors():
+    with handle_errors():
         if json:
             print_json(found.to_dict())
         elif not quiet or found.problems:
@@ -118,7 +118,7 @@ def compare(
     from requant import comparison
     from requant.cli import tables
 
-    with answering_errors():
+    with handle_errors():
         with counting_display(quiet) as progress:
             found = comparison.compare(
                 a, b, text=text, tokens=tokens, window=window, **options, progress=progress
@@ -144,7 +144,7 @@ def report(output: Written, html: Html = None, json: Json = False) -> None:
     from requant.cli import tables
     from requant.figures import read_figures
 
-    with answering_errors():
+    with handle_errors():
         figures = read_figures(output)
         if html is not None:
             html.write_text(page.render_page(figures), "utf-8", "xmlcharrefreplace")
@@ -153,14 +153,14 @@ def report(output: Written, html: Html = None, json: Json = False) -> None:
         elif html is None:
             tables.show_figures(figures)
         else:
-            say(f"{html} written")
+            print_stderr(f"{html} written")
 
 
 def recipes(
     name: Annotated[
         str | None,
         typer.Argument(
-            metavar="NAME|FILE", help="Show this one.", autocompletion=offer(known_recipes)
+            metavar="NAME|FILE", help="Show this one.", autocompletion=completion(known_recipes)
         ),
     ] = None,
     json: Json = False,
@@ -177,7 +177,7 @@ def recipes(
     from requant.cli import tables
     from requant.recipes import load_recipe, recipe_names, recipe_text
 
-    with answering_errors():
+    with handle_errors():
         if name is not None:
             found = [load_recipe(name)]
         else:

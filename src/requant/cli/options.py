@@ -22,7 +22,7 @@ from requant.wishes import ConvertOptions, RunOptions
 TableOptions = dict[str, Any]  # what a command's options of the table are in Python
 
 
-def offer(words: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
+def completion(words: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
     """What a shell offers for a value; ``words`` imports only when it is asked."""
 
     def matching(incomplete: str) -> list[str]:
@@ -102,7 +102,7 @@ def _parameter(name: str, entry: Option) -> inspect.Parameter:
         help=entry.help or entry.doc,
         min=entry.minimum,
         parser=_size if kind == "size" else None,
-        autocompletion=offer(words) if has_words else None,
+        autocompletion=completion(words) if has_words else None,
     )
     default = entry.default
     if kind == "flag":

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from requant.cli.words import format_seconds, format_size, printable
+from requant.cli.words import escape_control_chars, format_seconds, format_size
 
 if TYPE_CHECKING:
     from requant.execute import Progress
@@ -58,12 +58,12 @@ def describe_progress(now: Progress) -> str:
         parts.append(f"{sizes} downloaded")
     if held := memory_in_use():
         parts.append(f"{format_size(held)} held")
-    return printable("  ".join((*parts, where)))
+    return escape_control_chars("  ".join((*parts, where)))
 
 
 def describe_count(what: str, done: int, of: int) -> str:
     """How many of how many, and which is at hand."""
-    return printable(f"{done:,} of {of:,}  {what}")
+    return escape_control_chars(f"{done:,} of {of:,}  {what}")
 
 
 @contextmanager

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from requant.blueprint import Treatment
-from requant.cli.words import format_seconds, format_size, printable
-from requant.consuming import most_with_consume_source
-from requant.errors import count, few
+from requant.cli.words import escape_control_chars, format_seconds, format_size
+from requant.consuming import peak_disk_bytes
+from requant.errors import join_first, pluralize
 from requant.figures import percent
 from requant.limits import MAX_PROBLEMS_SHOWN
 from requant.running import command_of
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
     from requant.evaluation import Estimate, Evaluation
     from requant.figures import Figures
     from requant.inspection import Inspection, Stored
-    from requant.memory import Budget
+    from requant.memory import ResourceLimits
     from requant.mlx_lm import Generation
     from requant.publishing import Upload
     from requant.recipes import Recipe
-    from requant.report import Group, LayerError, Report
+    from requant.report import LayerError, LayerGroup, Report
     from requant.verification import Verification
 
 _REASON_LINES = 10
@@ -65,7 +65,7 @@ def _without_numbers(path: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", path)
 
 
-class _Page:
+class _TablePrinter:
     """Lines and aligned columns on standard output."""
 
     def __init__(self) -> None:
@@ -83,7 +83,7 @@ class _Page:
 
     def line(self, text: str = "", style: str | None = None) -> None:
         """Print one line, however long."""
-        self._print(printable(text), style=style, soft_wrap=True)
+        self._print(escape_control_chars(text), style=style, soft_wrap=True)
 
     def columns(
         self, rows: Sequence[Sequence[str]], right: Sequence[int], header: Sequence[str] = ()
@@ -95,9 +95,10 @@ class _Page:
         from rich.cells import cell_len
         from rich.table import Table
 
-        told = [*rows, header] if header else rows
+        reported = [*rows, header] if header else rows
         widths = [
-            max(cell_len(printable(cell)) for cell in cells) for cells in zip(*told, strict=True)
+            max(cell_len(escape_control_chars(cell)) for cell in cells)
+            for cells in zip(*reported, strict=True)
         ]
         texts = [index for index in range(len(widths)) if index not in right]
         longest = max(texts, key=lambda index: widths[index], default=-1)
@@ -113,7 +114,7 @@ class _Page:
                 overflow="fold",
             )
         for row in rows:
-            table.add_row(*(printable(cell) for cell in row))
+            table.add_row(*(escape_control_chars(cell) for cell in row))
         self._print(table)
 
     def _print(self, content: RenderableType, **how: Any) -> None:
@@ -124,7 +125,7 @@ class _Page:
             print(line.rstrip())
 
 
-def show_plan(plan: Plan, budget: Budget, output: Path | None = None) -> None:
+def show_plan(plan: Plan, budget: ResourceLimits, output: Path | None = None) -> None:
     """Print what a conversion would do.
 
     Args:
@@ -132,15 +133,17 @@ def show_plan(plan: Plan, budget: Budget, output: Path | None = None) -> None:
         budget: The threads and memory it would run with.
         output: Folder that a dry run was asked to write.
     """
-    page = _Page()
+    page = _TablePrinter()
     page.line(f"{_title(plan)}{f' -> {output}' if output else ''}", "bold")
     _show_layers(page, plan)
     page.line()
     page.line(_sizes(plan))
-    page.line(f"memory {format_size(budget.peak_bytes)} at most, {count(budget.threads, 'thread')}")
+    page.line(
+        f"memory {format_size(budget.peak_bytes)} at most, {pluralize(budget.threads, 'thread')}"
+    )
     page.line(
         f"disk {format_size(sum(shard.nbytes for shard in plan.shards))} beside the source, "
-        f"{format_size(most_with_consume_source(plan))} at a time with --consume-source"
+        f"{format_size(peak_disk_bytes(plan))} at a time with --consume-source"
     )
     if output is not None:
         page.line("dry run: nothing was written")
@@ -148,14 +151,14 @@ def show_plan(plan: Plan, budget: Budget, output: Path | None = None) -> None:
 
 def show_report(report: Report) -> None:
     """Print what a conversion did, and what to type next."""
-    page, plan = _Page(), report.plan
+    page, plan = _TablePrinter(), report.plan
     page.line(f"{_title(plan)} -> {report.output}", "bold")
     _show_layers(page, plan)
     for warning in warnings(report):
         page.line(f"warning: {warning}", "yellow")
     page.line()
     if report.errors:
-        page.line(_errors(report.errors))
+        page.line(_error_summary(report.errors))
     rate = format_size(plan.bytes_in / max(report.elapsed_s, 1e-9))
     came = report.bytes_downloaded
     downloaded = f", {format_size(came)} downloaded" if came else ""
@@ -166,11 +169,11 @@ def show_report(report: Report) -> None:
 
 def show_recipes(recipes: Sequence[Recipe]) -> None:
     """Print one line a recipe."""
-    _Page().columns([(recipe.name, recipe.description) for recipe in recipes], right=())
+    _TablePrinter().columns([(recipe.name, recipe.description) for recipe in recipes], right=())
 
 
 def _title(plan: Plan) -> str:
-    return f"{plan.source} ({plan.format}, {count(plan.parameters, 'parameter')})"
+    return f"{plan.source} ({plan.format}, {pluralize(plan.parameters, 'parameter')})"
 
 
 def _sizes(plan: Plan) -> str:
@@ -181,7 +184,7 @@ def _sizes(plan: Plan) -> str:
     )
 
 
-def _errors(errors: Mapping[str, LayerError]) -> str:
+def _error_summary(errors: Mapping[str, LayerError]) -> str:
     """What new codes lost: the layer in the middle, and the worst one by name."""
     ranked = sorted(errors, key=lambda layer: errors[layer].relative_rms)
     middle, worst = (errors[ranked[n]].relative_rms for n in (len(ranked) // 2, -1))
@@ -191,13 +194,13 @@ def _errors(errors: Mapping[str, LayerError]) -> str:
     )
 
 
-def _show_layers(page: _Page, plan: Plan) -> None:
+def _show_layers(page: _TablePrinter, plan: Plan) -> None:
     """The part that a plan and a report share: what becomes of the layers, and why."""
-    from requant.report import group_layers, left_dense
+    from requant.report import group_layers, quantizable_but_dense
 
     page.line()
     _show_groups(page, group_layers(plan.layers))
-    _show_reasons(page, "stays dense:", left_dense(plan.layers))
+    _show_reasons(page, "stays dense:", quantizable_but_dense(plan.layers))
     for treatment, title in _REASON_TITLES:
         found = [x for x in plan.layers if x.reason and x.treatment is treatment]
         _show_reasons(page, title, found)
@@ -209,14 +212,14 @@ def _show_layers(page: _Page, plan: Plan) -> None:
         page.line(f"note: {note.text}")
     for reason, names in _by_reason(plan.dropped).items():
         kinds = list(dict.fromkeys(map(_without_numbers, names)))
-        page.line(f"dropped: {count(len(names), 'tensor')} ({reason}): {few(kinds, 3)}")
+        page.line(f"dropped: {pluralize(len(names), 'tensor')} ({reason}): {join_first(kinds, 3)}")
     for name, reason in plan.left_out[:_FILE_LINES]:
         page.line(f"left out: {name} ({reason})")
     if len(plan.left_out) > _FILE_LINES:
-        page.line(f"left out: {count(len(plan.left_out) - _FILE_LINES, 'more file')}")
+        page.line(f"left out: {pluralize(len(plan.left_out) - _FILE_LINES, 'more file')}")
 
 
-def _show_groups(page: _Page, groups: Iterable[Group]) -> None:
+def _show_groups(page: _TablePrinter, groups: Iterable[LayerGroup]) -> None:
     """Layers that were treated alike, a line each."""
     header = ("treatment", "from", "to", "exactness", "layers", "parameters", "size")
     rows = [
@@ -246,7 +249,7 @@ def _reason_text(layer: LayerPlan) -> str:
 
 
 def _show_reasons(
-    page: _Page,
+    page: _TablePrinter,
     title: str,
     layers: Sequence[LayerPlan],
     text_of: Callable[[LayerPlan], str] = _reason_text,
@@ -260,10 +263,10 @@ def _show_reasons(
     found = sorted(alike.items(), key=lambda item: -sum(x.nbytes for x in item[1]))
     rows = [
         (
-            f"  {count(len(group), 'layer')}",
+            f"  {pluralize(len(group), 'layer')}",
             format_size(sum(x.nbytes for x in group)),
             reason,
-            few(list(dict.fromkeys(_without_numbers(x.layer) for x in group)), 2),
+            join_first(list(dict.fromkeys(_without_numbers(x.layer) for x in group)), 2),
         )
         for reason, group in found[:_REASON_LINES]
     ]
@@ -272,7 +275,7 @@ def _show_reasons(
     page.columns(rows, right=(0, 1))
     more = sum(len(group) for _, group in found[_REASON_LINES:])
     if more:
-        page.line(f"  and {count(more, 'more layer')}")
+        page.line(f"  and {pluralize(more, 'more layer')}")
 
 
 def warnings(report: Report) -> list[str]:
@@ -287,53 +290,63 @@ def warnings(report: Report) -> list[str]:
     for key, (word, what) in sentences.items():
         hits = {layer: c[key] for layer, c in report.findings.items() if c.get(key)}
         if hits:
-            names = few(sorted(hits, key=lambda layer: -hits[layer]))
-            found.append(f"{count(sum(hits.values()), word)} {what} (in {names})")
+            names = join_first(sorted(hits, key=lambda layer: -hits[layer]))
+            found.append(f"{pluralize(sum(hits.values()), word)} {what} (in {names})")
     return found
 
 
-def show_verification(found: Verification) -> None:
+def show_verification(verification: Verification) -> None:
     """Print what a verification found."""
-    page = _Page()
-    compared = f"{count(found.tensors, 'tensor')}, {format_size(found.nbytes)}"
-    if found.problems:
-        page.line(f"{found.output}: {count(len(found.problems), 'problem')}", "bold red")
-        for problem in found.problems[:MAX_PROBLEMS_SHOWN]:
+    page = _TablePrinter()
+    compared = f"{pluralize(verification.tensors, 'tensor')}, {format_size(verification.nbytes)}"
+    if verification.problems:
+        page.line(
+            f"{verification.output}: {pluralize(len(verification.problems), 'problem')}", "bold red"
+        )
+        for problem in verification.problems[:MAX_PROBLEMS_SHOWN]:
             page.line(f"  {problem}")
         return
-    against = f"equal to a conversion of {found.source}" if found.source else "as requant.json says"
-    page.line(f"{found.output}: {compared}, {against}", "bold")
-
-
-def show_calibration(found: Calibration) -> None:
-    """Print what a calibration collected, and what it did not."""
-    page = _Page()
-    page.line(f"{found.output}: {count(found.layers, 'layer')}", "bold")
-    hessians = f", {count(found.hessians, 'Hessian')}" if found.hessians else ""
-    page.line(
-        f"  {count(found.tokens, 'token')} in {count(found.windows, 'window')}{hessians}, "
-        f"{format_seconds(found.elapsed_s)}"
+    against = (
+        f"equal to a conversion of {verification.source}"
+        if verification.source
+        else "as requant.json says"
     )
-    if found.why:
-        page.line(f"  The whole model was in memory: {found.why}.")
+    page.line(f"{verification.output}: {compared}, {against}", "bold")
+
+
+def show_calibration(calibration: Calibration) -> None:
+    """Print what a calibration collected, and what it did not."""
+    page = _TablePrinter()
+    page.line(f"{calibration.output}: {pluralize(calibration.layers, 'layer')}", "bold")
+    hessians = f", {pluralize(calibration.hessians, 'Hessian')}" if calibration.hessians else ""
+    page.line(
+        f"  {pluralize(calibration.tokens, 'token')} in "
+        f"{pluralize(calibration.windows, 'window')}{hessians}, "
+        f"{format_seconds(calibration.elapsed_s)}"
+    )
+    if calibration.reason:
+        page.line(f"  The whole model was in memory: {calibration.reason}.")
     for names, what in (
-        (found.too_wide, "too wide for a Hessian"),
-        (found.missed, "inputs not seen: no statistics"),
+        (calibration.too_wide, "too wide for a Hessian"),
+        (calibration.not_observed, "inputs not seen: no statistics"),
     ):
         if names:
-            page.line(f"  {few(names)}: {what}.", "yellow")
-    for name, unseen in found.unseen.items():
-        page.line(f"  {name}: {count(unseen, 'expert')} saw no token; more text helps.", "yellow")
-    gptq = " --gptq" if found.hessians else ""
+            page.line(f"  {join_first(names)}: {what}.", "yellow")
+    for name, unseen in calibration.without_tokens.items():
+        page.line(
+            f"  {name}: {pluralize(unseen, 'expert')} saw no token; more text helps.", "yellow"
+        )
+    gptq = " --gptq" if calibration.hessians else ""
     page.line(
-        f"  Next: requant convert {found.source} OUTPUT --bits 3 --imatrix {found.output}{gptq}"
+        f"  Next: requant convert {calibration.source} OUTPUT --bits 3 --imatrix "
+        f"{calibration.output}{gptq}"
     )
 
 
 def show_figures(figures: Figures) -> None:
     """Print what the record of an output says."""
-    page = _Page()
-    page.line(f"{figures.output} ({count(figures.parameters, 'parameter')})", "bold")
+    page = _TablePrinter()
+    page.line(f"{figures.output} ({pluralize(figures.parameters, 'parameter')})", "bold")
     page.line()
     _show_groups(page, figures.groups)
     measured = [kind for kind in figures.kinds if kind.median_rms is not None]
@@ -363,11 +376,11 @@ def show_figures(figures: Figures) -> None:
     page.line(f"check: {figures.verify_command(output=figures.output)}")
 
 
-def show_comparison(found: Comparison) -> None:
+def show_comparison(comparison: Comparison) -> None:
     """Print how two models differ: layers of a name together, the worst, and the text."""
-    page = _Page()
+    page = _TablePrinter()
     alike: dict[tuple[str, str, str], list[LayerComparison]] = defaultdict(list)
-    for layer in found.layers:
+    for layer in comparison.layers:
         alike[_without_numbers(layer.name), layer.a, layer.b].append(layer)
     rows = [
         (
@@ -381,48 +394,48 @@ def show_comparison(found: Comparison) -> None:
         )
         for (name, a, b), layers in alike.items()
     ]
-    page.line(f"{found.a} ({found.bits_per_weight_a:.2f} bits per weight)", "bold")
-    page.line(f"{found.b} ({found.bits_per_weight_b:.2f} bits per weight)", "bold")
+    page.line(f"{comparison.a} ({comparison.bits_per_weight_a:.2f} bits per weight)", "bold")
+    page.line(f"{comparison.b} ({comparison.bits_per_weight_b:.2f} bits per weight)", "bold")
     page.line()
     header = ("tensor", "a", "b", "count", "relative RMS", "largest error", "cosine")
     page.columns(rows[:_NAME_LINES], right=(3, 4, 5, 6), header=header)
     if len(rows) > _NAME_LINES:
         page.line(f"and {len(rows) - _NAME_LINES:,} more names; --json lists all")
     page.line()
-    worst = sorted(found.layers, key=lambda layer: -(layer.relative_rms or 0.0))
+    worst = sorted(comparison.layers, key=lambda layer: -(layer.relative_rms or 0.0))
     for layer in worst[:_WORST_LINES]:
         if layer.relative_rms:
             page.line(f"worst: {layer.name}, {percent(layer.relative_rms)}")
-    if not any(layer.relative_rms or layer.max_error for layer in found.layers):
-        page.line(f"all {count(len(found.layers), 'tensor')} equal")
-    spoiled = [layer.name for layer in found.layers if layer.nonfinite]
-    if spoiled:
-        page.line(f"NaN or infinite, not counted: {few(spoiled)}", "bold red")
-    for side, names in (("A", found.only_a), ("B", found.only_b)):
+    if not any(layer.relative_rms or layer.max_error for layer in comparison.layers):
+        page.line(f"all {pluralize(len(comparison.layers), 'tensor')} equal")
+    nonfinite_layers = [layer.name for layer in comparison.layers if layer.nonfinite]
+    if nonfinite_layers:
+        page.line(f"NaN or infinite, not counted: {join_first(nonfinite_layers)}", "bold red")
+    for side, names in (("A", comparison.only_a), ("B", comparison.only_b)):
         if names:
-            page.line(f"only in {side}: {few(names)}")
-    if found.evaluation is not None:
+            page.line(f"only in {side}: {join_first(names)}")
+    if comparison.evaluation is not None:
         page.line()
-        _show_evaluation(page, found.evaluation)
+        _show_evaluation(page, comparison.evaluation)
 
 
 def _largest(numbers: Iterable[float | None]) -> float | None:
     return max((number for number in numbers if number is not None), default=None)
 
 
-def _show_evaluation(page: _Page, found: Evaluation) -> None:
-    def told(estimate: Estimate, scale: float = 1.0, unit: str = "") -> tuple[str, str]:
+def _show_evaluation(page: _TablePrinter, found: Evaluation) -> None:
+    def reported(estimate: Estimate, scale: float = 1.0, unit: str = "") -> tuple[str, str]:
         return f"{scale * estimate.value:.4f}{unit}", f"+- {scale * estimate.error:.4f}"
 
     page.columns(
         [
-            ("loss of A, nats", *told(found.loss_a)),
-            ("loss of B, nats", *told(found.loss_b)),
-            ("loss gap, nats", *told(found.gap)),
-            ("perplexity of A", *told(found.perplexity_a)),
-            ("perplexity of B", *told(found.perplexity_b)),
-            ("KL divergence, nats", *told(found.divergence)),
-            ("same likeliest token", *told(found.same_top, 100, " %")),
+            ("loss of A, nats", *reported(found.loss_a)),
+            ("loss of B, nats", *reported(found.loss_b)),
+            ("loss gap, nats", *reported(found.gap)),
+            ("perplexity of A", *reported(found.perplexity_a)),
+            ("perplexity of B", *reported(found.perplexity_b)),
+            ("KL divergence, nats", *reported(found.divergence)),
+            ("same likeliest token", *reported(found.same_top, 100, " %")),
         ],
         right=(1, 2),
         header=(f"{found.tokens:,} tokens", "mean", "standard error"),
@@ -431,49 +444,49 @@ def _show_evaluation(page: _Page, found: Evaluation) -> None:
 
 def show_upload(found: Upload) -> None:
     """Print what an upload would send."""
-    page = _Page()
+    page = _TablePrinter()
     page.line(found.card)
     page.line(f"would upload to {found.repository}:", "bold")
     page.columns([(name, format_size(size)) for name, size in found.files.items()], right=(1,))
 
 
-def show_inspection(found: Inspection) -> None:
+def show_inspection(inspection: Inspection) -> None:
     """Print what a folder holds."""
-    page = _Page()
-    model = f", model_type {found.model_type}" if found.model_type else ""
-    page.line(f"{found.source}: {found.format} ({found.evidence}){model}", "bold")
-    if found.layers:
+    page = _TablePrinter()
+    model = f", model_type {inspection.model_type}" if inspection.model_type else ""
+    page.line(f"{inspection.source}: {inspection.format} ({inspection.evidence}){model}", "bold")
+    if inspection.layers:
         page.line()
         page.columns(
             [
                 (encoding, f"{layers:,}", f"{parameters:,}", format_size(nbytes))
-                for encoding, (layers, parameters, nbytes) in found.encodings.items()
+                for encoding, (layers, parameters, nbytes) in inspection.encodings.items()
             ],
             right=(1, 2, 3),
             header=("stored as", "layers", "parameters", "size"),
         )
         page.line()
-        _show_names(page, found.layers)
+        _show_names(page, inspection.layers)
         page.line()
-        bits = 8 * found.nbytes / found.parameters if found.parameters else 0.0
+        bits = 8 * inspection.nbytes / inspection.parameters if inspection.parameters else 0.0
         page.line(
-            f"{bits:.2f} bits per weight, {count(found.parameters, 'parameter')}, "
-            f"{format_size(found.nbytes)} in {count(len(found.files), 'weight file')}"
+            f"{bits:.2f} bits per weight, {pluralize(inspection.parameters, 'parameter')}, "
+            f"{format_size(inspection.nbytes)} in {pluralize(len(inspection.files), 'weight file')}"
         )
-    if found.side_files:
-        page.line(f"other files: {few(found.side_files, 8)}")
-    for name, reason in found.left_out:
+    if inspection.side_files:
+        page.line(f"other files: {join_first(inspection.side_files, 8)}")
+    for name, reason in inspection.left_out:
         page.line(f"not carried over: {name} ({reason})")
-    if found.problems:
+    if inspection.problems:
         page.line()
-        page.line(f"{count(len(found.problems), 'problem')}:", "bold red")
-        for problem in found.problems:
+        page.line(f"{pluralize(len(inspection.problems), 'problem')}:", "bold red")
+        for problem in inspection.problems:
             page.line(f"  {problem}")
     else:
         page.line("no problems found")
 
 
-def _show_names(page: _Page, layers: Sequence[Stored]) -> None:
+def _show_names(page: _TablePrinter, layers: Sequence[Stored]) -> None:
     """The names that ``--only`` and ``--override`` can match, numbers as ``*``."""
     alike: dict[tuple[str, str, tuple[int, ...]], list[Stored]] = defaultdict(list)
     for layer in layers:

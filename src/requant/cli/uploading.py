@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from requant.cli.answers import answering_errors, print_json, say
+from requant.cli.answers import handle_errors, print_json, print_stderr
 from requant.cli.options import (
     BaseModel,
     Json,
@@ -15,7 +15,7 @@ from requant.cli.options import (
     Repository,
     Written,
 )
-from requant.errors import few
+from requant.errors import join_first
 
 
 def upload(
@@ -44,7 +44,7 @@ def upload(
     from requant import publishing
     from requant.cli import tables
 
-    with answering_errors():
+    with handle_errors():
         found = publishing.upload(output, repository, base_model=base_model, preview=True)
         if json:
             print_json(found.to_dict())
@@ -63,11 +63,11 @@ def send(
     """Upload, with huggingface_hub's bars on a terminal and a line for a log."""
     from requant import publishing
 
-    with answering_errors():
+    with handle_errors():
         bars = not quiet and sys.stderr.isatty()
         if not quiet and not bars:
             publishing.check_name(repository)
-            say(f"uploading {output} to {repository}")
+            print_stderr(f"uploading {output} to {repository}")
         done = publishing.upload(
             output, repository, base_model=base_model, private=private, show_progress=bars
         )
@@ -75,5 +75,5 @@ def send(
             print_json(done.to_dict())
         elif not quiet:
             if done.removed:
-                say(f"removed there, of an earlier upload: {few(done.removed)}")
-            say(f"uploaded: {done.url}")
+                print_stderr(f"removed there, of an earlier upload: {join_first(done.removed)}")
+            print_stderr(f"uploaded: {done.url}")

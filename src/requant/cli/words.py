@@ -27,7 +27,7 @@ def format_seconds(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02} min"
 
 
-def printable(text: str) -> str:
+def escape_control_chars(text: str) -> str:
     """Escape what a name from a foreign file must not send to a terminal."""
     return "".join(
         c if c.isprintable() or c == "\n" else c.encode("unicode_escape", "surrogatepass").decode()

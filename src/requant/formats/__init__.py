@@ -62,10 +62,10 @@ from requant.formats.bitnet import BitNet
 from requant.formats.bitsandbytes import Bitsandbytes
 from requant.formats.compressed_tensors import CompressedTensors
 from requant.formats.declared import (
-    Declared,
+    QuantizationBlock,
     contradicted_keys,
     contradicting,
-    declared,
+    find_quantization_block,
     float_form,
     with_block,
 )
@@ -83,7 +83,7 @@ from requant.formats.mxfp4 import Mxfp4
 from requant.formats.other_layers import read_each_layer
 from requant.formats.plugins import plugged_in
 from requant.formats.quark import Quark
-from requant.formats.qweight import QweightFormat
+from requant.formats.qweight import GptqAwqFormat
 from requant.formats.torchao import Torchao
 from requant.formats.unclaimed import check_unclaimed
 from requant.reasons import Note, NoteCode
@@ -101,7 +101,7 @@ __all__ = [
 FORMATS: tuple[Format, ...] = (
     Gguf(),
     Mlx(),
-    *map(QweightFormat, ("awq", "gptq", "auto-round", "paroquant")),
+    *map(GptqAwqFormat, ("awq", "gptq", "auto-round", "paroquant")),
     CompressedTensors(),
     ModelOpt(),
     Fp8(),
@@ -129,10 +129,10 @@ def detect(checkpoint: Checkpoint) -> Format:
     for known in FORMATS:
         if known.claims(checkpoint):
             return known
-    foreign, problems = plugged_in()
+    external, problems = plugged_in()
     if problems:
         raise CheckpointError(str(checkpoint.path), problems)
-    return next((known for known in foreign if known.claims(checkpoint)), _DENSE)
+    return next((known for known in external if known.claims(checkpoint)), _DENSE)
 
 
 def read_layout(checkpoint: Checkpoint) -> tuple[Format, SourceLayout]:
@@ -145,12 +145,12 @@ def read_layout(checkpoint: Checkpoint) -> tuple[Format, SourceLayout]:
     Raises:
         CheckpointError: As ``detect``.
     """
-    found, layout, against = _read(checkpoint)
-    first = declared(checkpoint)
+    format, layout, against = _read(checkpoint)
+    first = find_quantization_block(checkpoint)
     others = contradicting(checkpoint)
     if first is None or not others:
-        return found, layout
-    best = (first, found, layout, against)
+        return format, layout
+    best = (first, format, layout, against)
     for other in others:
         known, made, wrong = _read(with_block(checkpoint, other, other.block))
         if (bool(made.problems), wrong) < (bool(best[2].problems), best[3]):
@@ -158,7 +158,7 @@ def read_layout(checkpoint: Checkpoint) -> tuple[Format, SourceLayout]:
             continue
         both = not made.problems and not best[2].problems and wrong == best[3]
         if both and _readings(made) != _readings(best[2]):
-            return found, replace(best[2], problems=(_undecided(best[0], other),))
+            return format, replace(best[2], problems=(_undecided(best[0], other),))
     counts, known, made, _ = best
     if counts is not first:
         note = Note(
@@ -172,18 +172,18 @@ def read_layout(checkpoint: Checkpoint) -> tuple[Format, SourceLayout]:
 
 def _read(checkpoint: Checkpoint) -> tuple[Format, SourceLayout, int]:
     """Format, layers, and how many of these the config describes wrongly."""
-    found, against = detect(checkpoint), 0
-    if found in FORMATS and not isinstance(found, Gguf):
-        layout, against = read_each_layer(found, FORMATS, checkpoint)
+    format, against = detect(checkpoint), 0
+    if format in FORMATS and not isinstance(format, Gguf):
+        layout, against = read_each_layer(format, FORMATS, checkpoint)
     else:
-        layout = found.read(checkpoint)
-    layout = check_unclaimed(checkpoint, layout, found)
-    if foreign := tuple(foreign_stacks(checkpoint, layout)):
-        layout = replace(layout, problems=(*layout.problems, *foreign))
+        layout = format.read(checkpoint)
+    layout = check_unclaimed(checkpoint, layout, format)
+    if external := tuple(foreign_stacks(checkpoint, layout)):
+        layout = replace(layout, problems=(*layout.problems, *external))
     floats = float_form(checkpoint)
     if floats and not layout.problems and not any(layer.is_quantized for layer in layout.layers):
         return Dense(floats), layout, against
-    return found, with_exclusions(checkpoint, layout), against
+    return format, with_exclusions(checkpoint, layout), against
 
 
 def _readings(layout: SourceLayout) -> list[tuple[object, ...]]:
@@ -191,11 +191,11 @@ def _readings(layout: SourceLayout) -> list[tuple[object, ...]]:
     return [(x.path, x.parts, x.packing, x.encoding) for x in layout.layers]
 
 
-def _keys(one: Declared, other: Declared) -> str:
+def _keys(one: QuantizationBlock, other: QuantizationBlock) -> str:
     return ", ".join(contradicted_keys(one, other))
 
 
-def _undecided(one: Declared, other: Declared) -> Problem:
+def _undecided(one: QuantizationBlock, other: QuantizationBlock) -> Problem:
     message = (
         f"and {other.where} contradict each other ({_keys(one, other)}), and the tensors fit "
         "both: remove the one that is stale"

@@ -13,11 +13,11 @@ import numpy as np
 
 from requant.arrays import repack
 from requant.formats.packing import (
-    Cut,
     Exactness,
     Fidelity,
     IntegerPacking,
     Parts,
+    Rect,
     Scratch,
     check_symmetric,
     mlx_bits,
@@ -40,14 +40,14 @@ class AwqGemm(IntegerPacking):
     row_unit: ClassVar[int] = 32
     strided: ClassVar[bool] = True
 
-    def cuts(self, start: int, stop: int) -> dict[str, Cut]:
+    def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
         """Columns of words, and of scales."""
         words = (start * self.bits // 32, stop * self.bits // 32)
         cuts = {
-            "qweight": Cut((0, self.columns), words),
-            "scales": Cut((0, self.groups), (start, stop)),
+            "qweight": Rect((0, self.columns), words),
+            "scales": Rect((0, self.groups), (start, stop)),
         }
-        return cuts | {"qzeros": Cut((0, self.groups), words)} if self.has_zeros else cuts
+        return cuts | {"qzeros": Rect((0, self.groups), words)} if self.has_zeros else cuts
 
     def words(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
         """Put the columns in order, transpose, pack: one kernel."""
@@ -83,13 +83,13 @@ class AwqGemv(IntegerPacking):
     ``[out, 8 * width]`` are padded with zeros to ``gemv_width`` words a row.
     """
 
-    def cuts(self, start: int, stop: int) -> dict[str, Cut]:
+    def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
         """Whole rows of words; of scales and zeros the groups that are not padding."""
         rows = (start, stop)
         return {
-            "qweight": Cut(rows, (0, self.columns // _PER_WORD)),
-            "qzeros": Cut(rows, (0, -(-self.groups // _PER_WORD))),
-            "scales": Cut(rows, (0, self.groups)),
+            "qweight": Rect(rows, (0, self.columns // _PER_WORD)),
+            "qzeros": Rect(rows, (0, -(-self.groups // _PER_WORD))),
+            "scales": Rect(rows, (0, self.groups)),
         }
 
     def words(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
@@ -130,10 +130,10 @@ class AwqFast(IntegerPacking):
     bias_role: str = "qzeros"
     row_unit: ClassVar[int] = 4
 
-    def cuts(self, start: int, stop: int) -> dict[str, Cut]:
+    def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
         """Whole interleaved rows; columns of scales and biases."""
-        groups = Cut((0, self.groups), (start, stop))
-        rows = Cut((start // 4, stop // 4), (0, self.columns))
+        groups = Rect((0, self.groups), (start, stop))
+        rows = Rect((start // 4, stop // 4), (0, self.columns))
         return {"qweight": rows, "scales": groups, self.bias_role: groups}
 
     def words(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
@@ -152,7 +152,9 @@ class AwqFast(IntegerPacking):
         """The stored values."""
         return parts[self.bias_role].T.astype(np.float32)
 
-    def dense(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
+    def decode(
+        self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch
+    ) -> None:
         """``code * scale + bias`` in float32, rounded once."""
         codes = self.codes(parts, start, stop, scratch).astype(np.float32)
         scales, biases = self.scales(parts, start, stop), parts[self.bias_role].T
@@ -179,11 +181,11 @@ class Marlin(IntegerPacking):
     row_unit: ClassVar[int] = 64
     strided: ClassVar[bool] = True
 
-    def cuts(self, start: int, stop: int) -> dict[str, Cut]:
+    def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
         """Tiles of 64 columns."""
         return {
-            self.weight_role: Cut((0, self.columns // 16), (2 * start, 2 * stop)),
-            self.scale_role: Cut((0, self.groups), (start, stop)),
+            self.weight_role: Rect((0, self.columns // 16), (2 * start, 2 * stop)),
+            self.scale_role: Rect((0, self.groups), (start, stop)),
         }
 
     def words(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:

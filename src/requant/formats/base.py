@@ -48,7 +48,7 @@ class RowOrder:
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
+class RowRange:
     """A run of rows of a source layer; several, one after another, make a renamed layer.
 
     Attributes:
@@ -98,12 +98,13 @@ class SourceLayer:
             and biases take it.
         packing: How rows come out of ``parts``; None where the parts are row by row what
             MLX stores.
-        stored: How the source stores it, in a few words ("awq gemm 4-bit g128").
+        stored_description: How the source stores it, in a few words ("awq gemm 4-bit g128").
         policy: What becomes of its codes when nothing is requested.
         row_order: The order in which the output stores the rows; None as the source.
-        pieces: The rows of packed layers that it consists of, under another layout than the
+        row_ranges: The rows of packed layers that it consists of, under another layout than the
             source's; empty where ``packing`` and ``parts`` are the whole layer.
-        carried: Role -> tensor that goes with the codes and is needed to run them: a rotation
+        rotation_tensors: Role -> tensor that goes with the codes and is needed to run them: a
+            rotation
             of the inputs. Its values are a part of what ``packing`` decodes.
         name: Of a packed tensor whose dense values are no ``{path}.weight``; else "". Stacks of
             fused experts have no module: their codes become ``{path}.weight``, their values
@@ -120,26 +121,26 @@ class SourceLayer:
     shape: tuple[int, ...]
     dtype: str
     packing: Packing | None = None
-    stored: str = ""
+    stored_description: str = ""
     policy: DefaultPolicy = DefaultPolicy()
     row_order: RowOrder | None = None
-    pieces: tuple[Rows, ...] = ()
-    carried: Mapping[str, SourceTensor] = field(default_factory=dict)
+    row_ranges: tuple[RowRange, ...] = ()
+    rotation_tensors: Mapping[str, SourceTensor] = field(default_factory=dict)
     name: str = ""
-    global_scale: tuple[Rows, ...] = ()
+    global_scale: tuple[RowRange, ...] = ()
     as_named: SourceLayer | None = None
 
     @property
     def is_quantized(self) -> bool:
         """Whether the source stores codes, though perhaps none that MLX could hold."""
         coded = self.packing is not None and self.packing.holds_codes
-        return self.encoding is not None or coded or bool(self.stored)
+        return self.encoding is not None or coded or bool(self.stored_description)
 
     @property
     def stored_as(self) -> str:
         """How the source stores it, in a few words."""
-        if self.stored or self.is_quantized:
-            return self.stored or describe(self.encoding, self.dtype)
+        if self.stored_description or self.is_quantized:
+            return self.stored_description or describe_encoding(self.encoding, self.dtype)
         return self.parts["weight"].info.dtype if self.parts else self.dtype
 
     @property
@@ -157,7 +158,7 @@ class SourceLayer:
         return self.parts["weight"].name == f"{self.path}.weight"
 
     @property
-    def kept(self) -> Quantization | None:
+    def default_target(self) -> Quantization | None:
         """What becomes of the layer when nothing is wished; None is dense."""
         return self.encoding or self.policy.fallback
 
@@ -167,13 +168,13 @@ class SourceLayer:
         Under a request for another quantization a rotation is folded into the values, so that
         every loader runs the layer.
         """
-        if self.carried:
+        if self.rotation_tensors:
             return target == self.encoding
         return self.encoding is not None and target is not None and target.holds(self.encoding)
 
 
 @dataclass(frozen=True, slots=True)
-class Fold:
+class ActOrderFold:
     """A layer that can keep its codes if the layers before it change the order of their rows.
 
     Attributes:
@@ -206,7 +207,7 @@ class SourceLayout:
     problems: tuple[Problem, ...] = ()
     dropped: tuple[tuple[str, str], ...] = ()
     notes: tuple[Note, ...] = ()
-    folds: tuple[Fold, ...] = ()
+    folds: tuple[ActOrderFold, ...] = ()
     rotation: Mapping[str, Any] | None = None
     unfulfilled: Problem | None = None
 
@@ -214,14 +215,14 @@ class SourceLayout:
         """The same with every rotation folded into the values of its layer."""
         reason = Reason(ReasonCode.ROTATION_FOLDED, "its rotation is folded into the weight")
         layers = tuple(
-            replace(x, encoding=None, carried={}, policy=replace(x.policy, reason=reason))
-            if x.carried
+            replace(x, encoding=None, rotation_tensors={}, policy=replace(x.policy, reason=reason))
+            if x.rotation_tensors
             else x
             for x in self.layers
         )
         return replace(self, layers=layers, rotation=None)
 
-    def folded(self, keeps: Callable[[SourceLayer], bool]) -> SourceLayout:
+    def with_act_order_folded(self, keeps: Callable[[SourceLayer], bool]) -> SourceLayout:
         """The same with every fold whose consumer ``keeps`` its codes, and a note of them."""
         changed: dict[str, SourceLayer] = {}
         orders: dict[str, RowOrder] = {}
@@ -247,7 +248,7 @@ class Format(Protocol):
     """A source format.
 
     It works on headers and JSON, and on the few small tensors that decide what a layer is
-    (``Checkpoint.peek``); no weights are read.
+    (``Checkpoint.read_small_tensor``); no weights are read.
     """
 
     name: str
@@ -272,7 +273,7 @@ def dense_layer(tensor: SourceTensor) -> SourceLayer:
     )
 
 
-def describe(encoding: Quantization | None, dtype: str) -> str:
+def describe_encoding(encoding: Quantization | None, dtype: str) -> str:
     """How a layer is stored, in a few words: "BF16" or "affine 4-bit g64"."""
     if encoding is None:
         return dtype

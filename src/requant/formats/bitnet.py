@@ -14,22 +14,22 @@ import numpy as np
 
 from requant.arrays.repack import BITNET
 from requant.checkpoint import Checkpoint, SourceTensor
-from requant.errors import InvariantError, shown
+from requant.errors import InvariantError, format_value
 from requant.formats.base import SourceLayer, SourceLayout
-from requant.formats.declared import Declared, declared
+from requant.formats.declared import QuantizationBlock, find_quantization_block
 from requant.formats.integer_layers import integer_layer
 from requant.formats.packing import (
-    DTYPE_WORD,
+    DTYPE_NAME,
     PRECISION,
-    Cut,
     Exactness,
     Fidelity,
     IntegerPacking,
     Parts,
+    Rect,
     Scratch,
 )
 from requant.formats.row_blocks import NEXT, block_codes, block_cuts
-from requant.formats.sorting import Refused, Sorter
+from requant.formats.sorting import TensorSorter, UnsupportedLayerError
 from requant.reasons import Note, NoteCode
 
 _CLASSES: Final = ("bitlinear", "autobitlinear")
@@ -49,9 +49,9 @@ class Ternary(IntegerPacking):
 
     divides: bool
 
-    def cuts(self, start: int, stop: int) -> dict[str, Cut]:
+    def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
         packed = block_cuts("weight", BITNET, self.rows, start=start, stop=stop, width=self.columns)
-        return {**packed, "weight_scale": Cut((0, 1), (0, 1))}
+        return {**packed, "weight_scale": Rect((0, 1), (0, 1))}
 
     def codes(self, parts: Parts, start: int, stop: int, scratch: Scratch) -> np.ndarray:
         codes = scratch.take("codes", "U8", stop - start, self.columns)
@@ -74,7 +74,7 @@ class Ternary(IntegerPacking):
             return super().fidelity(dtype)
         return Fidelity(
             Exactness.ROUNDED,
-            f"the scale, 1 / weight_scale, rounded to {DTYPE_WORD[dtype]}, relative error at most "
+            f"the scale, 1 / weight_scale, rounded to {DTYPE_NAME[dtype]}, relative error at most "
             f"{2.0 ** -PRECISION[dtype]:.2g}",
         )
 
@@ -87,72 +87,77 @@ class BitNet:
 
     def claims(self, checkpoint: Checkpoint) -> str | None:
         """The config names it; nothing else tells whether scales divide."""
-        found = declared(checkpoint)
-        if found is None or found.method != "bitnet":
+        block = find_quantization_block(checkpoint)
+        if block is None or block.method != "bitnet":
             return None
-        return f"{found.where}: quant_method bitnet"
+        return f"{block.where}: quant_method bitnet"
 
     def read(self, checkpoint: Checkpoint) -> SourceLayout:
         """Pair each packed weight with its scale; everything else is dense."""
-        sorter, found = Sorter(checkpoint), declared(checkpoint)
-        assert found is not None
-        divides = _divides(found, sorter)
+        tensor_sorter, block = TensorSorter(checkpoint), find_quantization_block(checkpoint)
+        assert block is not None
+        divides = _divides(block, tensor_sorter)
         for name, tensor in checkpoint.tensors.items():
             path = name.removesuffix(".weight")
             scale = checkpoint.tensors.get(f"{path}.weight_scale")
             if path != name and scale is not None and tensor.info.dtype in ("U8", "I8"):
                 parts = {"weight": tensor, "weight_scale": scale}
-                sorter.make(path, parts, lambda p, t: _layer(sorter, p, t, divides))
-        if sorter.quantized:
+                tensor_sorter.make(path, parts, lambda p, t: _layer(tensor_sorter, p, t, divides))
+        if tensor_sorter.quantized:
             text = (
                 "BitNet rounds activations to 8 bits while it runs; MLX does not, so that outputs "
                 "differ a little from the source's."
             )
-            sorter.notes.append(Note(NoteCode.ROUNDED_ACTIVATIONS, text))
+            tensor_sorter.notes.append(Note(NoteCode.ROUNDED_ACTIVATIONS, text))
         else:
-            sorter.no_layer(
-                found.where,
+            tensor_sorter.no_layer(
+                block.where,
                 "says quant_method bitnet, but no weight is U8: if the weights are dense, remove "
                 "the block",
             )
-        return sorter.layout()
+        return tensor_sorter.layout()
 
 
-def _divides(found: Declared, sorter: Sorter) -> bool:
+def _divides(block: QuantizationBlock, tensor_sorter: TensorSorter) -> bool:
     """Whether scales divide; what only a runtime of BitNet can do is a problem."""
-    kind = found.word("linear_class", "bitlinear")
+    kind = block.word("linear_class", "bitlinear")
     if kind not in _CLASSES:
         known = " and ".join(_CLASSES)
-        sorter.problem(f"{found.where}.linear_class", f"is {shown(kind)}; known are {known}")
-    if found.word("quantization_mode", "offline") != "offline":
-        sorter.problem(
-            f"{found.where}.quantization_mode",
-            f"is {shown(found.get('quantization_mode'))}: dense weights, rounded to three values "
+        tensor_sorter.problem(
+            f"{block.where}.linear_class", f"is {format_value(kind)}; known are {known}"
+        )
+    if block.word("quantization_mode", "offline") != "offline":
+        tensor_sorter.problem(
+            f"{block.where}.quantization_mode",
+            f"is {format_value(block.get('quantization_mode'))}: dense weights, rounded to three "
+            "values "
             "each time the model runs, which MLX does not; save the model in mode offline",
         )
-    if found.get("use_rms_norm"):
-        sorter.problem(
-            f"{found.where}.use_rms_norm",
+    if block.get("use_rms_norm"):
+        tensor_sorter.problem(
+            f"{block.where}.use_rms_norm",
             "is true: each layer normalizes its inputs first, which no linear layer of MLX does",
         )
     return kind != "autobitlinear"
 
 
 def _layer(
-    sorter: Sorter, path: str, parts: Mapping[str, SourceTensor], divides: bool
+    tensor_sorter: TensorSorter, path: str, parts: Mapping[str, SourceTensor], divides: bool
 ) -> SourceLayer:
     """One layer, if its tensors fit each other."""
     weight, scale = parts["weight"], parts["weight_scale"]
     if len(weight.info.shape) != 2 or 0 in weight.info.shape:
-        raise Refused(weight.name, f"{weight.info}, expected U8 [out / 4, in]")
+        raise UnsupportedLayerError(weight.name, f"{weight.info}, expected U8 [out / 4, in]")
     if scale.info.size != 1 or scale.info.dtype not in _FLOATS:
-        raise Refused(scale.name, f"{scale.info}, expected one float")
-    number = float(sorter.checkpoint.peek(scale.name).reshape(-1)[0])
+        raise UnsupportedLayerError(scale.name, f"{scale.info}, expected one float")
+    number = float(tensor_sorter.checkpoint.read_small_tensor(scale.name).reshape(-1)[0])
     if not 0 < number < float("inf"):
-        raise Refused(scale.name, f"holds {shown(number)}, expected a finite number above 0")
+        raise UnsupportedLayerError(
+            scale.name, f"holds {format_value(number)}, expected a finite number above 0"
+        )
     packed, n_in = weight.info.shape
     n_out = _ROWS_A_BYTE * packed
-    bias = sorter.tensors.get(f"{path}.bias")
+    bias = tensor_sorter.tensors.get(f"{path}.bias")
     if bias is not None and n_out - _ROWS_A_BYTE < bias.info.size < n_out:
         n_out = bias.info.size  # rows are padded to fill the last bytes
     packing = Ternary(
@@ -166,7 +171,7 @@ def _layer(
     )
     used = {"weight": weight, f"weight{NEXT}": weight, "weight_scale": scale}
     return integer_layer(
-        sorter,
+        tensor_sorter,
         path,
         used,
         shape=(n_out, n_in),

@@ -11,13 +11,13 @@ from typing import Any, Final
 
 from requant.checkpoint import Checkpoint, SourceTensor
 from requant.dtypes import NUMPY_DTYPE
-from requant.errors import shown
+from requant.errors import format_value
 from requant.formats.base import DefaultPolicy, SourceLayer, SourceLayout, fallback_for, scale_dtype
 from requant.formats.bnb_packings import BnbInt8, BnbTable
 from requant.formats.ct_packings import Zeros
-from requant.formats.declared import DTYPE_WORDS, declared
+from requant.formats.declared import DTYPE_WORDS, find_quantization_block
 from requant.formats.integer_layers import integer_layer
-from requant.formats.sorting import Sorter
+from requant.formats.sorting import TensorSorter
 from requant.reasons import Reason, ReasonCode
 from requant.safetensors_header import parse_json_object
 
@@ -40,58 +40,64 @@ class Bitsandbytes:
 
     def claims(self, checkpoint: Checkpoint) -> str | None:
         """The config names it (old ones by ``load_in_4bit``); without one, tensors tell."""
-        found = declared(checkpoint)
-        if found is not None:
-            loads = found.get("load_in_4bit") or found.get("load_in_8bit")
-            known = found.method == "bitsandbytes" or (not found.method and loads)
-            return f"{found.where}: bitsandbytes" if known else None
+        block = find_quantization_block(checkpoint)
+        if block is not None:
+            loads = block.get("load_in_4bit") or block.get("load_in_8bit")
+            known = block.method == "bitsandbytes" or (not block.method and loads)
+            return f"{block.where}: bitsandbytes" if known else None
         names = checkpoint.tensors
         return next((name for name in names if _STATE in name or name.endswith(".SCB")), None)
 
     def read(self, checkpoint: Checkpoint) -> SourceLayout:
         """Describe each layer that has a quant_state or an SCB; everything else is dense."""
-        sorter = Sorter(checkpoint)
+        tensor_sorter = TensorSorter(checkpoint)
         for name in checkpoint.tensors:
             if name.endswith(".SCB"):
-                _read_int8(sorter, name.removesuffix(".SCB"))
+                _read_int8(tensor_sorter, name.removesuffix(".SCB"))
             elif _STATE in name:
-                _read_table(sorter, name)
-        if not sorter.quantized:
-            sorter.no_layer(
+                _read_table(tensor_sorter, name)
+        if not tensor_sorter.quantized:
+            tensor_sorter.no_layer(
                 "config.json: quantization_config",
                 "says bitsandbytes, but no tensor ends in .SCB or has a quant_state: if the "
                 "weights are dense, remove the block",
             )
-        return sorter.layout()
+        return tensor_sorter.layout()
 
 
 # -- int8 --------------------------------------------------------------------------------------
 
 
-def _read_int8(sorter: Sorter, path: str) -> None:
-    tensors = sorter.tensors
+def _read_int8(tensor_sorter: TensorSorter, path: str) -> None:
+    tensors = tensor_sorter.tensors
     scale, weight = tensors[f"{path}.SCB"], tensors.get(f"{path}.weight")
     order = tensors.get(f"{path}.weight_format")
-    sorter.claim([scale.name, f"{path}.weight"], path)
+    tensor_sorter.claim([scale.name, f"{path}.weight"], path)
     if order is not None:
-        sorter.drop(order.name, "tells the order of the codes")
+        tensor_sorter.drop(order.name, "tells the order of the codes")
         if order.info.size != 1:
-            sorter.problem(order.name, f"is {order.info}, expected one number")
+            tensor_sorter.problem(order.name, f"is {order.info}, expected one number")
             return
-        stored = sorter.checkpoint.peek(order.name).reshape(-1).tolist()
+        stored = tensor_sorter.checkpoint.read_small_tensor(order.name).reshape(-1).tolist()
         if stored != [0]:
             known = _ORDERS.get(stored[0] if len(stored) == 1 else -1, "unknown")
-            sorter.problem(order.name, f"is {stored} ({known}), expected 0: codes row by row")
+            tensor_sorter.problem(
+                order.name, f"is {stored} ({known}), expected 0: codes row by row"
+            )
             return
     if weight is None:
-        sorter.problem(scale.name, f"has no {path}.weight beside it")
+        tensor_sorter.problem(scale.name, f"has no {path}.weight beside it")
         return
     shape = weight.info.shape
     if weight.info.dtype != "I8" or len(shape) != 2 or 0 in shape:
-        sorter.problem(weight.name, f"{weight.info} beside {scale.name}, expected I8 [out, in]")
+        tensor_sorter.problem(
+            weight.name, f"{weight.info} beside {scale.name}, expected I8 [out, in]"
+        )
         return
     if scale.info.dtype not in ("F32", "F16", "BF16") or scale.info.size != shape[0]:
-        sorter.problem(scale.name, f"{scale.info}, expected F32 [{shape[0]}] for {weight.info}")
+        tensor_sorter.problem(
+            scale.name, f"{scale.info}, expected F32 [{shape[0]}] for {weight.info}"
+        )
         return
     packing = BnbInt8(
         rows=shape[0],
@@ -106,41 +112,45 @@ def _read_int8(sorter: Sorter, path: str) -> None:
         zero_points=Zeros.MIDDLE,
     )
     parts = {"weight": weight, "weight_scale": scale}
-    sorter.add(
-        integer_layer(sorter, path, parts, shape=shape, packing=packing, tool="bitsandbytes")
+    tensor_sorter.add(
+        integer_layer(tensor_sorter, path, parts, shape=shape, packing=packing, tool="bitsandbytes")
     )
 
 
 # -- nf4, fp4 ----------------------------------------------------------------------------------
 
 
-def _read_table(sorter: Sorter, name: str) -> None:
+def _read_table(tensor_sorter: TensorSorter, name: str) -> None:
     """One layer by its quant_state."""
     weight_name, _, kind = name.partition(_STATE)
     path = weight_name.removesuffix(".weight")
-    tensors, before = sorter.tensors, len(sorter.problems)
-    sorter.drop(name, "tells how the codes are stored")
+    tensors, before = tensor_sorter.tensors, len(tensor_sorter.problems)
+    tensor_sorter.drop(name, "tells how the codes are stored")
     names = {role: f"{weight_name}.{role}" for role in _ROLES}
     parts = {role: tensors[each] for role, each in names.items() if each in tensors}
-    sorter.claim([weight_name, *(part.name for part in parts.values())], path)
-    state = _state(sorter, name)
+    tensor_sorter.claim([weight_name, *(part.name for part in parts.values())], path)
+    state = _state(tensor_sorter, name)
     weight = tensors.get(weight_name)
     if weight is None:
-        sorter.problem(name, f"describes {weight_name}, which is missing")
+        tensor_sorter.problem(name, f"describes {weight_name}, which is missing")
     if kind not in _TABLES:
-        sorter.problem(name, f"is of type {shown(kind)}; known are {', '.join(_TABLES)}")
-    if state is None or weight is None or len(sorter.problems) > before:
+        tensor_sorter.problem(
+            name, f"is of type {format_value(kind)}; known are {', '.join(_TABLES)}"
+        )
+    if state is None or weight is None or len(tensor_sorter.problems) > before:
         return
-    packing = _table(sorter, state, weight, parts)
-    if packing is None or len(sorter.problems) > before:
+    packing = _table(tensor_sorter, state, weight, parts)
+    if packing is None or len(tensor_sorter.problems) > before:
         return
-    dtype = scale_dtype(DTYPE_WORDS.get(str(state.get("dtype")), "F32"), sorter.dtype)
+    dtype = scale_dtype(DTYPE_WORDS.get(str(state.get("dtype")), "F32"), tensor_sorter.dtype)
     shape = tuple(state["shape"])
     nested = " with nested absmax" if packing.nested_block else ""
-    used = {"weight": weight} | {role: parts[role] for role in packing.cuts(0, 1) if role in parts}
+    used = {"weight": weight} | {
+        role: parts[role] for role in packing.required_rects(0, 1) if role in parts
+    }
     stored = f"bitsandbytes {kind}{nested}"
     fallback = fallback_for(shape[-1])
-    sorter.add(
+    tensor_sorter.add(
         SourceLayer(
             path=path,
             parts=used,
@@ -148,24 +158,28 @@ def _read_table(sorter: Sorter, name: str) -> None:
             shape=shape,
             dtype=dtype,
             packing=packing,
-            stored=stored,
+            stored_description=stored,
             policy=DefaultPolicy(fallback=fallback, reason=_REASON),
         )
     )
 
 
-def _state(sorter: Sorter, name: str) -> Mapping[str, Any] | None:
+def _state(tensor_sorter: TensorSorter, name: str) -> Mapping[str, Any] | None:
     """The JSON of a quant_state with a shape and whole numbers where they are due."""
-    state, wrong = parse_json_object(sorter.checkpoint.peek(name).tobytes())
+    state, wrong = parse_json_object(tensor_sorter.checkpoint.read_small_tensor(name).tobytes())
     if wrong:
-        sorter.problem(name, f"is no quant_state: {wrong[0]}")
+        tensor_sorter.problem(name, f"is no quant_state: {wrong[0]}")
         return None
     shape = state.get("shape")
     if not isinstance(shape, list) or len(shape) < 2 or not all(map(_is_count, shape)):
-        sorter.problem(name, f"gives shape {shown(shape)}, expected two counts or more, [out, in]")
+        tensor_sorter.problem(
+            name, f"gives shape {format_value(shape)}, expected two counts or more, [out, in]"
+        )
         return None
     if not _is_count(state.get("blocksize")):
-        sorter.problem(name, f"gives blocksize {shown(state.get('blocksize'))}, expected a count")
+        tensor_sorter.problem(
+            name, f"gives blocksize {format_value(state.get('blocksize'))}, expected a count"
+        )
         return None
     return state
 
@@ -180,7 +194,7 @@ def _is_float32(value: Any) -> bool:
 
 
 def _table(
-    sorter: Sorter,
+    tensor_sorter: TensorSorter,
     state: Mapping[str, Any],
     weight: SourceTensor,
     parts: Mapping[str, SourceTensor],
@@ -193,7 +207,7 @@ def _table(
     if weight.info.nbytes != -(-nbytes // storage) * storage or weight.info.shape[-1:] != (1,):
         elements = -(-nbytes // storage)
         expected = f"[{elements}, 1] of {weight.info.dtype} for {state['shape']}"
-        sorter.problem(weight.name, f"{weight.info}, expected {expected}, two codes a byte")
+        tensor_sorter.problem(weight.name, f"{weight.info}, expected {expected}, two codes a byte")
         return None
     blocks = -(-rows * columns // block)
     offset = state.get("nested_offset")
@@ -201,8 +215,8 @@ def _table(
     nested = state.get("nested_blocksize", 0)
     if offset is not None or nested != 0:
         if not _is_count(nested) or not _is_float32(offset):
-            message = f"gives nested_blocksize {shown(nested)} and nested_offset {shown(offset)}"
-            sorter.problem(weight.name, f"its quant_state {message}, expected two numbers")
+            message = f"gives nested_blocksize {format_value(nested)} and nested_offset {format_value(offset)}"
+            tensor_sorter.problem(weight.name, f"its quant_state {message}, expected two numbers")
             return None
         wanted |= {
             "absmax": ("U8", blocks),
@@ -212,9 +226,9 @@ def _table(
     for role, (dtype, count) in wanted.items():
         part = parts.get(role)
         if part is None:
-            sorter.problem(weight.name, f"has no {weight.name}.{role}")
+            tensor_sorter.problem(weight.name, f"has no {weight.name}.{role}")
         elif part.info.dtype != dtype or part.info.shape != (count,):
-            sorter.problem(part.name, f"{part.info}, expected {dtype} [{count}]")
+            tensor_sorter.problem(part.name, f"{part.info}, expected {dtype} [{count}]")
     return BnbTable(
         rows=rows,
         columns=columns,

@@ -13,13 +13,13 @@ import numpy as np
 from requant.arrays.decode import lut_values_into
 from requant.formats.ct_packings import CtPlain
 from requant.formats.packing import (
-    DTYPE_WORD,
+    DTYPE_NAME,
     PRECISION,
-    Cut,
     Exactness,
     Fidelity,
     Packing,
     Parts,
+    Rect,
     Scratch,
     flat_cut,
 )
@@ -35,7 +35,9 @@ class BnbInt8(CtPlain):
         largest = super().scales(parts, start, stop).astype(np.float32)
         return largest / np.float32(127)
 
-    def dense(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
+    def decode(
+        self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch
+    ) -> None:
         """``code * SCB``, then times float32(1 / 127), as bitsandbytes multiplies."""
         values = parts["weight"].astype(np.float32)
         values *= super().scales(parts, start, stop).astype(np.float32)
@@ -47,7 +49,7 @@ class BnbInt8(CtPlain):
         relative = 2.0 ** -PRECISION[dtype]
         return Fidelity(
             Exactness.ROUNDED,
-            f"scales SCB / 127 rounded to {DTYPE_WORD[dtype]}, relative error at most "
+            f"scales SCB / 127 rounded to {DTYPE_NAME[dtype]}, relative error at most "
             f"{relative:.2g}",
         )
 
@@ -83,19 +85,19 @@ class BnbTable(Packing):
     def _block_range(self, start: int, stop: int) -> tuple[int, int]:
         return start * self.columns // self.block, -(-stop * self.columns // self.block)
 
-    def cuts(self, start: int, stop: int) -> dict[str, Cut]:
+    def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
         held = 2 * self.storage_bytes
         elements = (start * self.columns // held, -(-stop * self.columns // held))
         first, last = self._block_range(start, stop)
         cuts = {
-            "weight": Cut(elements, (0, 1)),
-            "quant_map": Cut((0, 1), (0, 16)),
+            "weight": Rect(elements, (0, 1)),
+            "quant_map": Rect((0, 1), (0, 16)),
             "absmax": flat_cut(first, last, self._blocks),
         }
         if self.nested_block:
             above = -(-self._blocks // self.nested_block)
             nested = (first // self.nested_block, -(-last // self.nested_block))
-            cuts["nested_quant_map"] = Cut((0, 1), (0, 256))
+            cuts["nested_quant_map"] = Rect((0, 1), (0, 256))
             cuts["nested_absmax"] = flat_cut(*nested, above)
         return cuts
 
@@ -110,7 +112,9 @@ class BnbTable(Packing):
         values = parts["nested_quant_map"].reshape(-1)[stored] * nested
         return np.asarray(values + np.float32(self.nested_offset), np.float32)
 
-    def dense(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
+    def decode(
+        self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch
+    ) -> None:
         """``quant_map[code] * absmax`` in float32, rounded once."""
         codes = parts["weight"].view(np.uint8).reshape(-1)
         skipped = start * self.columns % (2 * self.storage_bytes)

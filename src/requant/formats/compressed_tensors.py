@@ -15,18 +15,18 @@ import numpy as np
 
 from requant.checkpoint import Checkpoint, SourceTensor
 from requant.dtypes import FLOATS
-from requant.errors import one_of
+from requant.errors import join_or
 from requant.formats.base import SourceLayer, SourceLayout, scale_dtype
 from requant.formats.ct_config import CtConfig, Scheme
 from requant.formats.ct_packings import CtActOrder, CtPacked, CtPlain, Zeros, packed_words
-from requant.formats.declared import declared
+from requant.formats.declared import find_quantization_block
 from requant.formats.float8_layers import EXPONENTS, FLOAT8, float8_stack
 from requant.formats.float_packings import MxBlocks, Mxfp6Blocks
 from requant.formats.integer_layers import groups_of, integer_layer
 from requant.formats.layer_names import layer_names
 from requant.formats.nvfp4_layers import nvfp4_layer, nvfp4_without_tensor_scale
-from requant.formats.sorting import Refused, Sorter
-from requant.formats.stacks import Experts, are_turned, rows_with_one_scale
+from requant.formats.sorting import TensorSorter, UnsupportedLayerError
+from requant.formats.stacks import Experts, are_transposed, rows_with_one_scale
 from requant.reasons import Reason, ReasonCode
 
 _ROLES: Final = (
@@ -57,13 +57,13 @@ class CompressedTensors:
 
     def claims(self, checkpoint: Checkpoint) -> str | None:
         """The config names it, or the old key of its block does; else ``weight_packed`` tells."""
-        found = declared(checkpoint)
-        if found is not None:
-            by_key = found.keys[-1:] == ("compression_config",)
-            known = found.method in ("compressed-tensors", "compressed_tensors")
-            if not found.method and "config_groups" in found.block:
-                known = "quant_algo" not in found.block and "quantization" not in found.block
-            return f"{found.where}: compressed-tensors" if known or by_key else None
+        block = find_quantization_block(checkpoint)
+        if block is not None:
+            by_key = block.keys[-1:] == ("compression_config",)
+            known = block.method in ("compressed-tensors", "compressed_tensors")
+            if not block.method and "config_groups" in block.block:
+                known = "quant_algo" not in block.block and "quantization" not in block.block
+            return f"{block.where}: compressed-tensors" if known or by_key else None
         parts = layer_names(checkpoint.tensors).tensors
         return next((part.name for n, part in parts.items() if n.endswith(".weight_packed")), None)
 
@@ -76,37 +76,37 @@ class _Reader:
     """Reads one checkpoint and collects what is wrong with it."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint, self.sorter = checkpoint, Sorter.by_role(checkpoint)
-        self.config = CtConfig(declared(checkpoint), self.sorter.problems)
+        self.checkpoint, self.tensor_sorter = checkpoint, TensorSorter.by_role(checkpoint)
+        self.config = CtConfig(find_quantization_block(checkpoint), self.tensor_sorter.problems)
 
     def read(self) -> SourceLayout:
-        sorter = self.sorter
+        tensor_sorter = self.tensor_sorter
         for path, parts in self._parts().items():
-            before = len(sorter.problems)
+            before = len(tensor_sorter.problems)
             try:
                 layer = self._stack(path, parts)
-            except Refused as refused:
+            except UnsupportedLayerError as rejected:
                 layer = None
-                sorter.problems.append(refused.problem)
-            if layer is None or len(sorter.problems) > before:
-                sorter.claim([part.name for part in parts.values()], path)
+                tensor_sorter.problems.append(rejected.problem)
+            if layer is None or len(tensor_sorter.problems) > before:
+                tensor_sorter.claim([part.name for part in parts.values()], path)
                 continue
             unused = [part for part in parts.values() if part not in layer.parts.values()]
-            sorter.add(layer, unused)
-        sorter.drop_runtime_scales()
+            tensor_sorter.add(layer, unused)
+        tensor_sorter.drop_runtime_scales()
         self._check_loose()
-        if not sorter.quantized:
-            sorter.no_layer(
+        if not tensor_sorter.quantized:
+            tensor_sorter.no_layer(
                 self.config.where,
                 "says compressed-tensors, but no layer has a weight_packed or a weight_scale: if "
                 "the weights are dense, remove the block",
             )
-        return sorter.layout()
+        return tensor_sorter.layout()
 
     def _parts(self) -> dict[str, _Parts]:
         """Layer path -> role -> tensor, for each layer with codes or a scale."""
         found: dict[str, _Parts] = {}
-        for name, tensor in self.sorter.parts.items():
+        for name, tensor in self.tensor_sorter.parts.items():
             path, _, role = name.rpartition(".")
             if role in _ROLES:
                 found.setdefault(path, {})[role] = tensor
@@ -114,17 +114,19 @@ class _Reader:
 
     def _check_loose(self) -> None:
         """What belongs to no layer must make sense alone."""
-        sorter = self.sorter
-        for tensor in sorter.left:
+        tensor_sorter = self.tensor_sorter
+        for tensor in tensor_sorter.left:
             role = tensor.name.rpartition(".")[2]
             if role in _SPARSE:
-                sorter.problem(tensor.name, f"is a part of {_SPARSE[role]}, which is not read")
+                tensor_sorter.problem(
+                    tensor.name, f"is a part of {_SPARSE[role]}, which is not read"
+                )
         named = [
             path
             for path, scheme in self.config.named()
             if scheme.bits and self.config.ignored(path) is None
         ]
-        sorter.note_dense(f"{self.config.where}.config_groups", named)
+        tensor_sorter.note_dense(f"{self.config.where}.config_groups", named)
 
     # -- one layer -----------------------------------------------------------------------
 
@@ -132,7 +134,7 @@ class _Reader:
         """A layer; of a stack whose packed codes are stored ``(experts, in, out)``, by expert."""
         codes, scale = parts.get("weight_packed", parts.get("weight")), parts.get("weight_scale")
         floats = codes is not None and codes.info.dtype in FLOAT8[:2]
-        if codes is None or scale is None or floats or not are_turned(codes.info, scale.info):
+        if codes is None or scale is None or floats or not are_transposed(codes.info, scale.info):
             return self._layer(path, parts)
         shape = parts.pop("weight_shape", None)
         roles = tuple(role for role, part in parts.items() if len(part.info.shape) == 3)
@@ -152,8 +154,8 @@ class _Reader:
             return None
         if scale is None:
             others = ", ".join(sorted(parts.keys() - {"weight", "weight_packed"}))
-            beside = f" (it has {others})" if others else ""
-            self._report(path, f"{codes.name} has no weight_scale beside it{beside}")
+            siblings = f" (it has {others})" if others else ""
+            self._report(path, f"{codes.name} has no weight_scale beside it{siblings}")
             return None
         if len(codes.info.shape) < 2 or 0 in codes.info.shape:
             self._report(codes.name, f"{codes.info}, expected a matrix or a stack of them")
@@ -170,9 +172,9 @@ class _Reader:
             return self._plain(path, parts, scheme)
         if codes.info.dtype == "U8" and (scheme.kind, scheme.bits) != ("float", 8):
             kind = f"{scheme.bits}-bit {scheme.kind}" if scheme.bits else scheme.kind
-            said = f"{scheme.where} says {kind}" if scheme.where else ""
+            declared = f"{scheme.where} says {kind}" if scheme.where else ""
             message = f"{codes.info} beside {scale.name} is FP8 only where the config says so"
-            self._report(codes.name, f"{message}; {said or 'it says nothing of this layer'}")
+            self._report(codes.name, f"{message}; {declared or 'it says nothing of this layer'}")
             return None
         if codes.info.dtype in FLOAT8:
             return self._float8(path, codes, scale, scheme)
@@ -180,7 +182,7 @@ class _Reader:
         return None
 
     def _report(self, where: str, message: str) -> None:
-        self.sorter.problem(where, message)
+        self.tensor_sorter.problem(where, message)
 
     # -- integers ------------------------------------------------------------------------
 
@@ -245,7 +247,7 @@ class _Reader:
         if len(whole) > 1:
             self._report(
                 packed.name,
-                f"{packed.info} may hold {n_in} inputs of {one_of(whole)} bits; write num_bits "
+                f"{packed.info} may hold {n_in} inputs of {join_or(whole)} bits; write num_bits "
                 f"of its layer into {self.config.where or 'a quantization_config'}",
             )
             return None
@@ -301,12 +303,12 @@ class _Reader:
         packing: CtPacked | CtPlain,
         kind: str,
     ) -> SourceLayer:
-        roles = packing.cuts(0, min(packing.matrix, 32))
+        roles = packing.required_rects(0, min(packing.matrix, 32))
         used = {role: parts[role] for role in roles}
         tool = f"compressed-tensors {kind}"
         words = "a scale a row" if packing.scale_rows == 1 else "a scale a tensor"
         layer = integer_layer(
-            self.sorter, path, used, shape=shape, packing=packing, tool=tool, scales=words
+            self.tensor_sorter, path, used, shape=shape, packing=packing, tool=tool, scales=words
         )
         if not isinstance(packing, CtActOrder):
             return layer
@@ -314,7 +316,7 @@ class _Reader:
         reason = Reason(ReasonCode.ACT_ORDER, text)
         return replace(
             layer,
-            stored=f"{layer.stored} act-order",
+            stored_description=f"{layer.stored_description} act-order",
             policy=replace(layer.policy, reason=reason, act_order=True),
         )
 
@@ -334,9 +336,9 @@ class _Reader:
             message = f"{shape.info}, expected two whole numbers: outputs, inputs"
             self._report(shape.name, message)
             return None
-        said = self.checkpoint.peek(shape.name).reshape(-1, *last)
-        *leading, rows, columns = said[0].tolist()
-        if (said != said[0]).any():
+        declared = self.checkpoint.read_small_tensor(shape.name).reshape(-1, *last)
+        *leading, rows, columns = declared[0].tolist()
+        if (declared != declared[0]).any():
             self._report(shape.name, "says other numbers for some experts than for the first")
             return None
         fits = (*leading, rows) in ((n_out,), packed.info.shape[:-1])
@@ -371,7 +373,7 @@ class _Reader:
         if likely:
             self._report(
                 scale.name,
-                f"{scale.info} fits groups of {one_of(likely)} in {n_in} inputs; write the "
+                f"{scale.info} fits groups of {join_or(likely)} in {n_in} inputs; write the "
                 f"group_size of {path} into {self.config.where or 'a quantization_config'}",
             )
             return None
@@ -420,7 +422,7 @@ class _Reader:
         if index.info.dtype != "I32" or index.info.shape not in ((n_in,), (*leading, n_in)):
             self._report(index.name, f"{index.info}, expected I32 {[*leading, n_in]}")
             return None
-        of = self.checkpoint.peek(index.name)
+        of = self.checkpoint.read_small_tensor(index.name)
         if (of == -1).any():  # never set: compressed-tensors ignores it too
             return False
         groups = -(-n_in // group)
@@ -435,10 +437,16 @@ class _Reader:
     def _float8(
         self, path: str, weight: SourceTensor, scale: SourceTensor, scheme: Scheme
     ) -> SourceLayer:
-        dtype = scale_dtype(scale.info.dtype, self.sorter.dtype)
-        turned = self.sorter.orientation.is_turned(path, weight.info.shape)
+        dtype = scale_dtype(scale.info.dtype, self.tensor_sorter.dtype)
+        transposed = self.tensor_sorter.orientation.is_transposed(path, weight.info.shape)
         return float8_stack(
-            self.sorter, path, weight, scale=scale, block=scheme.block, dtype=dtype, turned=turned
+            self.tensor_sorter,
+            path,
+            weight,
+            scale=scale,
+            block=scheme.block,
+            dtype=dtype,
+            transposed=transposed,
         )
 
     def _small_floats(self, path: str, parts: _Parts) -> SourceLayer | None:
@@ -452,7 +460,7 @@ class _Reader:
             if scale.info.dtype in _BYTES and groups * 8 == nbytes and groups:
                 return nvfp4_layer(
                     self.checkpoint,
-                    self.sorter,
+                    self.tensor_sorter,
                     path,
                     weight=packed,
                     scale=scale,
@@ -461,10 +469,10 @@ class _Reader:
                 )
         elif scale.info.dtype in _BYTES and groups * 8 == nbytes and groups:
             missing = "weight_global_scale that divides them"
-            return nvfp4_without_tensor_scale(self.sorter, path, packed, scale, missing)
+            return nvfp4_without_tensor_scale(self.tensor_sorter, path, packed, scale, missing)
         elif scale.info.dtype in EXPONENTS and groups:
             names = {"weight": packed, "scale": scale}
-            dtype = self.sorter.dtype
+            dtype = self.tensor_sorter.dtype
             shape = (*leading, n_out, groups * 32)
             if groups * 16 == nbytes:
                 four = MxBlocks(rows, groups * 32, n_out, 4, nbytes)
@@ -475,7 +483,7 @@ class _Reader:
                     shape=shape,
                     dtype=dtype,
                     packing=four,
-                    stored="mxfp4",
+                    stored_description="mxfp4",
                 )
             if groups * 24 == nbytes:
                 six = Mxfp6Blocks(rows, groups * 32, n_out)
@@ -486,7 +494,7 @@ class _Reader:
                     shape=shape,
                     dtype=dtype,
                     packing=six,
-                    stored="mxfp6 e2m3",
+                    stored_description="mxfp6 e2m3",
                 )
         self._report(
             packed.name,

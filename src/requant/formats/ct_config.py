@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from requant.errors import Problem, shown
-from requant.formats.declared import Declared
+from requant.errors import Problem, format_value
+from requant.formats.declared import QuantizationBlock
 from requant.patterns import Pattern, PatternError
 
 FORMATS = (
@@ -29,7 +29,7 @@ FORMATS = (
     "mxfp8-quantized",
     "mixed-precision",
 )
-_REFUSED = {
+_UNSUPPORTED = {
     "marlin-24": "2:4-sparse codes in the tiles of a GPU kernel, which its own library cannot "
     "decompress either",
     "sparse-24-bitmask": "values without their zeros; decompress it with compressed-tensors",
@@ -71,22 +71,22 @@ class Scheme:
 class CtConfig:
     """The block, checked when made."""
 
-    def __init__(self, found: Declared | None, problems: list[Problem]) -> None:
-        self.found, self.problems = found, problems
-        self.where = "" if found is None else found.where
+    def __init__(self, block: QuantizationBlock | None, problems: list[Problem]) -> None:
+        self.found, self.problems = block, problems
+        self.where = "" if block is None else block.where
         self._schemes: dict[str, Scheme] = {}  # target -> scheme
         self._patterns: list[tuple[Pattern, Scheme]] = []
         self._ignored: list[tuple[str, Pattern]] = []
         self._ignored_names: set[str] = set()
         self.padded: bool | None = None  # whether words hold whole codes only; None: not said
-        if found is not None:
-            release = re.match(r"(\d{1,9})\.(\d{1,9})", found.word("version"))
+        if block is not None:
+            release = re.match(r"(\d{1,9})\.(\d{1,9})", block.word("version"))
             if release is not None:
                 self.padded = tuple(map(int, release.groups())) < _BIT_STREAM_SINCE
-            self._check_formats(found)
-            self._check_transforms(found)
-            self._read_groups(found)
-            self._read_ignored(found)
+            self._check_formats(block)
+            self._check_transforms(block)
+            self._read_groups(block)
+            self._read_ignored(block)
         # A class name: the checkpoint does not say which layer is of which class.
         self._by_class: dict[bool, Scheme] = {}  # whether it is of embeddings -> scheme
         for target, scheme in self._schemes.items():
@@ -120,25 +120,25 @@ class CtConfig:
     def _report(self, key: str, message: str) -> None:
         self.problems.append(Problem(f"{self.where}.{key}", message))
 
-    def _check_formats(self, found: Declared) -> None:
-        sparsity = found.get("sparsity_config")
-        named = [("format", found.block.get("format"))]
+    def _check_formats(self, block: QuantizationBlock) -> None:
+        sparsity = block.get("sparsity_config")
+        named = [("format", block.block.get("format"))]
         if isinstance(sparsity, Mapping):
             named.append(("sparsity_config.format", sparsity.get("format")))
-        groups = found.get("config_groups")
+        groups = block.get("config_groups")
         for name, group in groups.items() if isinstance(groups, Mapping) else ():
             if isinstance(group, Mapping):
                 named.append((f"config_groups.{name}.format", group.get("format")))
         for key, value in named:
             if value is None or value in FORMATS:
                 continue
-            if isinstance(value, str) and value in _REFUSED:
-                self._report(key, f"is {shown(value)}: {_REFUSED[value]}")
+            if isinstance(value, str) and value in _UNSUPPORTED:
+                self._report(key, f"is {format_value(value)}: {_UNSUPPORTED[value]}")
             else:
-                self._report(key, f"is {shown(value)}; known are {', '.join(FORMATS)}")
+                self._report(key, f"is {format_value(value)}; known are {', '.join(FORMATS)}")
 
-    def _check_transforms(self, found: Declared) -> None:
-        transforms = found.get("transform_config")
+    def _check_transforms(self, block: QuantizationBlock) -> None:
+        transforms = block.get("transform_config")
         groups = transforms.get("config_groups") if isinstance(transforms, Mapping) else None
         for name, group in groups.items() if isinstance(groups, Mapping) else ():
             applied = group.get("apply") if isinstance(group, Mapping) else None
@@ -147,16 +147,17 @@ class CtConfig:
                 if place not in _OFFLINE:
                     self._report(
                         f"transform_config.config_groups.{name}",
-                        f"rotates at location {shown(place)} while the model runs: the weights "
+                        f"rotates at location {format_value(place)} while the model runs: the "
+                        "weights "
                         "alone are not the model",
                     )
 
-    def _read_groups(self, found: Declared) -> None:
-        groups = found.get("config_groups")
+    def _read_groups(self, block: QuantizationBlock) -> None:
+        groups = block.get("config_groups")
         if groups is None:
             return
         if not isinstance(groups, Mapping):
-            self._report("config_groups", f"is {shown(groups)}, expected an object")
+            self._report("config_groups", f"is {format_value(groups)}, expected an object")
             return
         for name, group in groups.items():
             where = f"{self.where}.config_groups.{name}"
@@ -165,11 +166,13 @@ class CtConfig:
             elif isinstance(group, Mapping):
                 scheme, targets = self._scheme(group, where), group.get("targets") or []
             else:
-                self.problems.append(Problem(where, f"is {shown(group)}, expected an object"))
+                self.problems.append(
+                    Problem(where, f"is {format_value(group)}, expected an object")
+                )
                 continue
             for target in targets:
                 if not isinstance(target, str):
-                    message = f"holds {shown(target)}, expected names"
+                    message = f"holds {format_value(target)}, expected names"
                     self.problems.append(Problem(f"{where}.targets", message))
                     continue
                 self._schemes.pop(target, None)
@@ -184,7 +187,7 @@ class CtConfig:
         if not isinstance(weights, Mapping):
             return Scheme(where=where)
         where = f"{where}.weights"
-        fields = Declared(where, weights)
+        fields = QuantizationBlock(where, weights)
         symmetric = None
         if weights.get("symmetric") is not None:
             symmetric = fields.boolean("symmetric", self.problems, True)
@@ -213,7 +216,7 @@ class CtConfig:
         if high > 0 and wide > 0:
             return high, wide
         key = f"{where}.block_structure"
-        self.problems.append(Problem(key, f"is {shown(value)}, expected [rows, columns]"))
+        self.problems.append(Problem(key, f"is {format_value(value)}, expected [rows, columns]"))
         return None
 
     def _preset(self, preset: str, where: str) -> Scheme:
@@ -223,7 +226,8 @@ class CtConfig:
         match = _PRESET.fullmatch("W8A8" if name == "INT8" else name)
         if match is None:
             message = (
-                f"{shown(preset)} is no preset of compressed-tensors (W4A16, FP8_DYNAMIC, NVFP4, "
+                f"{format_value(preset)} is no preset of compressed-tensors (W4A16, FP8_DYNAMIC, "
+                "NVFP4, "
                 '...); correct the name, or give the scheme: {"targets": [...], "weights": '
                 '{"num_bits": 4, "type": "int", ...}}'
             )
@@ -232,8 +236,8 @@ class CtConfig:
         bits, kind = (int(match["int"]), "int") if match["int"] else (int(match["float"]), "float")
         return Scheme(bits, kind, not match["asym"], where=where)
 
-    def _read_ignored(self, found: Declared) -> None:
-        for entry in found.names("ignore", self.problems):
+    def _read_ignored(self, block: QuantizationBlock) -> None:
+        for entry in block.names("ignore", self.problems):
             self._ignored_names.add(entry)
             if entry.startswith("re:"):
                 pattern = self._compiled(entry, f"{self.where}.ignore")

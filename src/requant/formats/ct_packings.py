@@ -12,11 +12,11 @@ from enum import StrEnum
 
 import numpy as np
 
-from requant.errors import InvariantError, span
+from requant.errors import InvariantError, format_range
 from requant.formats.packing import (
-    Cut,
     IntegerPacking,
     Parts,
+    Rect,
     Scratch,
     flat_cut,
     mlx_bits,
@@ -60,11 +60,11 @@ class _CtInteger(IntegerPacking):
     def matrix_rows(self) -> int:
         return self.matrix
 
-    def _scale_cut(self, start: int, stop: int) -> Cut:
+    def _scale_cut(self, start: int, stop: int) -> Rect:
         first, last = start // self.scale_rows, -(-stop // self.scale_rows)
         return flat_cut(first * self.groups, last * self.groups, self.scale_width)
 
-    def cuts(self, start: int, stop: int) -> dict[str, Cut]:
+    def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
         cuts = {"weight_scale": self._scale_cut(start, stop)}
         if self.zero_points is Zeros.SIGNED:
             cuts["weight_zero_point"] = self._scale_cut(start, stop)
@@ -108,14 +108,14 @@ class CtPacked(_CtInteger):
         first = start // 32 * self.bits  # 32 codes end with a word, whatever their width
         return first, -(-stop * self.bits // 32)
 
-    def cuts(self, start: int, stop: int) -> dict[str, Cut]:
-        cuts = {**super().cuts(start, stop)}
-        cuts["weight_packed"] = Cut((start, stop), (0, self._row_words))
+    def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
+        cuts = {**super().required_rects(start, stop)}
+        cuts["weight_packed"] = Rect((start, stop), (0, self._row_words))
         if self.zero_points is Zeros.PACKED:
             expert, within = divmod(start, self.matrix)
             first, last = self._zero_rows(within, within + stop - start)
             above = expert * packed_words(self.matrix, self.bits, self.padded)
-            cuts["weight_zero_point"] = Cut((above + first, above + last), (0, self.groups))
+            cuts["weight_zero_point"] = Rect((above + first, above + last), (0, self.groups))
         return cuts
 
     def _unpacked(self, words: np.ndarray, count: int) -> np.ndarray:
@@ -163,12 +163,14 @@ class CtActOrder(CtPacked):
         """None: a group of MLX's is a run of inputs."""
         return None
 
-    def cuts(self, start: int, stop: int) -> dict[str, Cut]:
+    def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
         which = start // self.matrix if self.index_of_each else 0
-        index = Cut((which, which + 1), (0, self.columns))
-        return {**super().cuts(start, stop), "weight_g_idx": index}
+        index = Rect((which, which + 1), (0, self.columns))
+        return {**super().required_rects(start, stop), "weight_g_idx": index}
 
-    def dense(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
+    def decode(
+        self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch
+    ) -> None:
         """``(code - zero) * scale`` in float32, rounded once."""
         of = parts["weight_g_idx"].reshape(-1)
         scales = np.asarray(self.scales(parts, start, stop), np.float32)
@@ -184,8 +186,11 @@ class CtActOrder(CtPacked):
 class CtPlain(_CtInteger):
     """``int-quantized``: ``weight`` int8 ``[..., out, in]``, signed codes of up to 8 bits."""
 
-    def cuts(self, start: int, stop: int) -> dict[str, Cut]:
-        return {**super().cuts(start, stop), "weight": Cut((start, stop), (0, self.columns))}
+    def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
+        return {
+            **super().required_rects(start, stop),
+            "weight": Rect((start, stop), (0, self.columns)),
+        }
 
     def words(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
         if self.bits == 8:
@@ -199,7 +204,7 @@ class CtPlain(_CtInteger):
         if self.bits < 8 and (codes >> self.bits).any():
             low, high = int(parts["weight"].min()), int(parts["weight"].max())
             raise InvariantError(
-                f"its codes are {span(low, high)}, but the config says {self.bits} bits: "
+                f"its codes are {format_range(low, high)}, but the config says {self.bits} bits: "
                 f"{-int(middle)} to {int(middle) - 1}"
             )
         return np.asarray(codes)

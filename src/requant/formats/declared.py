@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from requant.checkpoint import Checkpoint
 from requant.dtypes import KERNEL_FLOATS
-from requant.errors import Problem, shown
+from requant.errors import Problem, format_value
 from requant.formats.scale_names import parse_scale_name
 from requant.source_folder import CONFIG, QUANTIZATION_FILES
 
@@ -44,7 +44,7 @@ ALIASES: Final = {
 
 
 @dataclass(frozen=True, slots=True)
-class Declared:
+class QuantizationBlock:
     """A quantization block and where it stands ("config.json: quantization_config").
 
     Attributes:
@@ -80,7 +80,7 @@ class Declared:
         if value is None or (isinstance(value, int) and not isinstance(value, bool)):
             return value
         problems.append(
-            Problem(f"{self.where}.{key}", f"is {shown(value)}, expected a whole number")
+            Problem(f"{self.where}.{key}", f"is {format_value(value)}, expected a whole number")
         )
         return default
 
@@ -90,7 +90,7 @@ class Declared:
         if isinstance(value, bool):
             return value
         problems.append(
-            Problem(f"{self.where}.{key}", f"is {shown(value)}, expected true or false")
+            Problem(f"{self.where}.{key}", f"is {format_value(value)}, expected true or false")
         )
         return default
 
@@ -102,7 +102,7 @@ class Declared:
         if isinstance(value, list) and all(isinstance(item, str) for item in value):
             return tuple(value)
         problems.append(
-            Problem(f"{self.where}.{key}", f"is {shown(value)}, expected a list of names")
+            Problem(f"{self.where}.{key}", f"is {format_value(value)}, expected a list of names")
         )
         return ()
 
@@ -132,7 +132,7 @@ def _is_of_text(key: str) -> bool:
     return any(word in key.lower() for word in _OF_TEXT)
 
 
-def blocks(checkpoint: Checkpoint) -> list[Declared]:
+def blocks(checkpoint: Checkpoint) -> list[QuantizationBlock]:
     """Every quantization block: those of config.json, then those in files of the tools' own."""
     found = []
     for keys, section in sections(checkpoint.config):
@@ -140,40 +140,44 @@ def blocks(checkpoint: Checkpoint) -> list[Declared]:
             block = section.get(key)
             if isinstance(block, Mapping) and block:
                 path = (*keys, key)
-                found.append(Declared(f"{CONFIG}: {'.'.join(path)}", block, path))
+                found.append(QuantizationBlock(f"{CONFIG}: {'.'.join(path)}", block, path))
     files = checkpoint.quantization_files
-    return found + [Declared(name, files[name]) for name in QUANTIZATION_FILES if files.get(name)]
+    return found + [
+        QuantizationBlock(name, files[name]) for name in QUANTIZATION_FILES if files.get(name)
+    ]
 
 
-def declared(checkpoint: Checkpoint) -> Declared | None:
+def find_quantization_block(checkpoint: Checkpoint) -> QuantizationBlock | None:
     """The block that counts: the outermost in config.json, else that of a file."""
     return next(iter(blocks(checkpoint)), None)
 
 
-def contradicting(checkpoint: Checkpoint) -> list[Declared]:
+def contradicting(checkpoint: Checkpoint) -> list[QuantizationBlock]:
     """The blocks that give another value than the first for a key that decides how to read."""
-    first, *others = blocks(checkpoint) or [Declared("", {})]
+    first, *others = blocks(checkpoint) or [QuantizationBlock("", {})]
     return [other for other in others if contradicted_keys(first, other)]
 
 
-def contradicted_keys(one: Declared, other: Declared) -> list[str]:
+def contradicted_keys(one: QuantizationBlock, other: QuantizationBlock) -> list[str]:
     """The deciding keys to which two blocks give different values."""
     mine, theirs = _inner(one), _inner(other)
     pairs = ((key, mine.get(key), theirs.get(key)) for key in _DECIDING)
     return [key for key, a, b in pairs if None not in (a, b) and _plain(a) != _plain(b)]
 
 
-def _inner(found: Declared) -> Declared:
+def _inner(block: QuantizationBlock) -> QuantizationBlock:
     """What a block says, where ModelOpt's own file has it."""
-    inner = found.block.get("quantization")
-    return Declared(found.where, inner) if isinstance(inner, Mapping) else found
+    inner = block.block.get("quantization")
+    return QuantizationBlock(block.where, inner) if isinstance(inner, Mapping) else block
 
 
 def _plain(value: Any) -> Any:
     return value.lower() if isinstance(value, str) else value
 
 
-def with_block(checkpoint: Checkpoint, found: Declared, block: Mapping[str, Any]) -> Checkpoint:
+def with_block(
+    checkpoint: Checkpoint, found: QuantizationBlock, block: Mapping[str, Any]
+) -> Checkpoint:
     """The checkpoint as if ``block`` stood in the place of ``found``, and no other anywhere."""
     config = without_blocks(checkpoint.config)
     if not found.keys:
@@ -213,19 +217,19 @@ def float_form(checkpoint: Checkpoint) -> str:
 
     compressed-tensors saves so before it compresses, Quark in its "fake_quantized" form.
     """
-    found = declared(checkpoint)
-    if found is None:
+    block = find_quantization_block(checkpoint)
+    if block is None:
         return ""
-    export = found.get("export")
+    export = block.get("export")
     weight_format = export.get("weight_format") if isinstance(export, Mapping) else None
-    said = (
-        ("quantization_status", found.get("quantization_status"), _BEFORE_COMPRESSION),
-        ("format", found.block.get("format"), ("dense",)),
+    declared = (
+        ("quantization_status", block.get("quantization_status"), _BEFORE_COMPRESSION),
+        ("format", block.block.get("format"), ("dense",)),
         ("export.weight_format", weight_format, ("fake_quantized",)),
     )
-    for key, value, words in said:
+    for key, value, words in declared:
         if isinstance(value, str) and value.lower() in words:
-            return f"{found.where}.{key} is {shown(value)}"
+            return f"{block.where}.{key} is {format_value(value)}"
     return ""
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from requant.checkpoint import Checkpoint
 from requant.dtypes import FLOATS
-from requant.errors import Problem, shown
+from requant.errors import Problem, format_value
 from requant.formats.base import SourceLayout, dense_layer
-from requant.formats.declared import declared
+from requant.formats.declared import find_quantization_block
 
 
 class Dense:
@@ -29,14 +29,17 @@ class Dense:
         if isinstance(block, dict):
             method = block.get("quant_method")
         elif any(x.info.dtype not in FLOATS for x in checkpoint.tensors.values()):
-            found = declared(checkpoint)  # in a section, perhaps of another part of the model
+            found = find_quantization_block(
+                checkpoint
+            )  # in a section, perhaps of another part of the model
             if found is not None:
                 where, block, method = found.where, found.block, found.get("quant_method")
         if block:
             problems.append(
                 Problem(
                     where,
-                    f"quant_method {shown(method)} is none that is read; docs/formats lists those "
+                    f"quant_method {format_value(method)} is none that is read; docs/formats lists "
+                    "those "
                     "that are",
                 )
             )

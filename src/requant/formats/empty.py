@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from requant.checkpoint import Checkpoint
 from requant.dtypes import FLOATS
-from requant.errors import Problem, count_are
+from requant.errors import Problem, pluralize_are
 from requant.formats.base import SourceLayout
 from requant.formats.scale_names import Role, parse_scale_name
 
@@ -38,7 +38,7 @@ def empty_weights(checkpoint: Checkpoint, layout: SourceLayout) -> Iterator[Prob
             empty.append(tensor)
     if not empty:
         return
-    of_all = f"{count_are(len(empty), 'tensor')} empty, of {len(checkpoint.tensors):,}"
+    of_all = f"{pluralize_are(len(empty), 'tensor')} empty, of {len(checkpoint.tensors):,}"
     yield Problem(
         "weights",
         f"{of_all}: such files are written where each process holds a part of the model and the "

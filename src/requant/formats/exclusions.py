@@ -12,9 +12,9 @@ from dataclasses import replace
 from typing import Any, Final
 
 from requant.checkpoint import Checkpoint
-from requant.errors import Problem, count_are, few
+from requant.errors import Problem, join_first, pluralize_are
 from requant.formats.base import SourceLayer, SourceLayout
-from requant.formats.declared import Declared, declared
+from requant.formats.declared import QuantizationBlock, find_quantization_block
 from requant.patterns import Pattern, PatternError, Wildcards
 from requant.reasons import Note, NoteCode
 
@@ -44,63 +44,65 @@ def with_exclusions(checkpoint: Checkpoint, layout: SourceLayout) -> SourceLayou
 
     A list that is none is a problem.
     """
-    found = declared(checkpoint)
-    if found is None:
+    block = find_quantization_block(checkpoint)
+    if block is None:
         return layout
-    inner = found.get("quantization")
+    inner = block.get("quantization")
     if isinstance(inner, Mapping):  # ModelOpt's own file
-        found = Declared(f"{found.where}: quantization", inner)
+        block = QuantizationBlock(f"{block.where}: quantization", inner)
     coded = {layer.path: layer for layer in layout.layers if layer.is_quantized}
     problems: list[Problem] = []
     notes = []
-    for key, entries in _lists(found, problems):
+    for key, entries in _lists(block, problems):
         hits = dict(_named(entries, coded))
         if hits:
-            told = few([repr(entry) for entry in dict.fromkeys(hits.values())], _NAMED)
-            text = f"{found.where}.{key} calls {told} dense, but {_stored(hits, coded)}"
+            reported = join_first([repr(entry) for entry in dict.fromkeys(hits.values())], _NAMED)
+            text = f"{block.where}.{key} calls {reported} dense, but {_stored(hits, coded)}"
             notes.append(Note(NoteCode.QUANTIZED_THOUGH_EXCLUDED, text))
     for key in _POSITIVE:
-        left_out = list(_left_out(found.get(key), coded))
+        left_out = list(_left_out(block.get(key), coded))
         if left_out:
-            text = f"{found.where}.{key} leaves layers out, but {_stored(left_out, coded)}"
+            text = f"{block.where}.{key} leaves layers out, but {_stored(left_out, coded)}"
             notes.append(Note(NoteCode.QUANTIZED_THOUGH_EXCLUDED, text))
     return replace(layout, problems=(*layout.problems, *problems), notes=(*layout.notes, *notes))
 
 
-def excluded_paths(found: Declared, paths: Iterable[str]) -> set[str]:
+def excluded_paths(block: QuantizationBlock, paths: Iterable[str]) -> set[str]:
     """The layers that some list of a config calls dense."""
     paths = list(paths)
-    lists = list(_lists(found, []))
+    lists = list(_lists(block, []))
     return {path for _, entries in lists for path, _ in _named(entries, paths)}
 
 
 def _stored(paths: Iterable[str], coded: Mapping[str, SourceLayer]) -> str:
     names = list(paths)
     kinds = list(dict.fromkeys(coded[path].stored_as for path in names))
-    are = count_are(len(names), "layer")
+    are = pluralize_are(len(names), "layer")
     return (
-        f"{are} stored as {few(kinds, _NAMED)} with every tensor that this takes "
-        f"({few(names, _NAMED)}): read as stored."
+        f"{are} stored as {join_first(kinds, _NAMED)} with every tensor that this takes "
+        f"({join_first(names, _NAMED)}): read as stored."
     )
 
 
-def _lists(found: Declared, problems: list[Problem]) -> Iterator[tuple[str, Iterable[str]]]:
+def _lists(
+    block: QuantizationBlock, problems: list[Problem]
+) -> Iterator[tuple[str, Iterable[str]]]:
     """Every list of a config, and the keys of tables that say "not this one"."""
     for key in _LISTS:
-        names = found.names(key, problems)
+        names = block.names(key, problems)
         if names:
             yield key, names
-    dynamic = found.get("dynamic")
+    dynamic = block.get("dynamic")
     if isinstance(dynamic, Mapping):
         rules = [key for key, rule in dynamic.items() if key.startswith("-:") or rule is False]
         yield "dynamic", [f"re:{rule.removeprefix('-:').removeprefix('+:')}" for rule in rules]
-    extra = found.get("extra_config")
+    extra = block.get("extra_config")
     if isinstance(extra, Mapping):
         yield "extra_config", [_as_entry(key) for key, rule in extra.items() if _is_dense(rule)]
-    table = found.get("layer_quant_config")
+    table = block.get("layer_quant_config")
     if isinstance(table, Mapping):
         yield "layer_quant_config", [key for key, rule in table.items() if rule is None]
-    fqn = found.get("modules_to_config") or found.get("module_fqn_to_config")
+    fqn = block.get("modules_to_config") or block.get("module_fqn_to_config")
     if isinstance(fqn, Mapping):
         yield "module_fqn_to_config", [key for key, rule in fqn.items() if rule is None]
 
@@ -117,7 +119,7 @@ def _named(entries: Iterable[str], paths: Iterable[str]) -> Iterator[tuple[str, 
     patterns = list(_patterns(entries))
     for path in paths:
         entry = next((run for run in _runs(path) if run in plain), None)
-        entry = entry or next(iter(wild.fitting(path)), None)
+        entry = entry or next(iter(wild.matching(path)), None)
         entry = entry or next((text for text, pattern in patterns if pattern.match(path)), None)
         if entry is not None:
             yield path, entry

@@ -12,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 
 from requant.arrays.repack import transpose_into
-from requant.formats.packing import Cut, Fidelity, Packing, Parts, Scratch
+from requant.formats.packing import Fidelity, Packing, Parts, Rect, Scratch
 from requant.schema import Quantization
 
 _UNSIGNED: Final = {1: "U8", 2: "U16", 4: "U32"}
@@ -25,11 +25,11 @@ class Place:
     Attributes:
         height: Rows of the last axis that an expert has; 0 where a tensor has one number an
             expert in a single row, -1 where all experts share it.
-        turned: Whether the last two axes are exchanged.
+        transposed: Whether the last two axes are exchanged.
     """
 
     height: int
-    turned: bool = False
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,45 +68,47 @@ class StackedExperts(Packing):
     @property
     def strided(self) -> bool:  # type: ignore[override]
         """Whether rows are spread over the tensors of one expert."""
-        return self.layer.strided or self.is_turned
+        return self.layer.strided or self.is_transposed
 
     @property
-    def is_turned(self) -> bool:
+    def is_transposed(self) -> bool:
         """Whether matrices are stored ``(in, out)``."""
-        return any(place.turned for _, place in self.places)
+        return any(place.transposed for _, place in self.places)
 
     @property
     def encoding(self) -> Quantization | None:
         """MLX's encoding of one expert."""
-        found: Quantization | None = getattr(self.layer, "encoding", None)
-        return found
+        quantization: Quantization | None = getattr(self.layer, "encoding", None)
+        return quantization
 
     def _within(self, start: int, stop: int) -> tuple[int, int, int]:
         expert, first = divmod(start, self.layer.rows)
         return expert, first, first + stop - start
 
-    def cuts(self, start: int, stop: int) -> dict[str, Cut]:
+    def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
         expert, first, last = self._within(start, stop)
         places = dict(self.places)
-        cuts = self.layer.cuts(first, last)
+        cuts = self.layer.required_rects(first, last)
         return {role: _moved(cut, places[role], expert) for role, cut in cuts.items()}
 
     def _of_one(self, parts: Parts, scratch: Scratch) -> Parts:
-        turned = {role for role, place in self.places if place.turned}
+        transposed = {role for role, place in self.places if place.transposed}
         return {
-            role: _turned(part, role, scratch) if role in turned else part
+            role: _turned(part, role, scratch) if role in transposed else part
             for role, part in parts.items()
         }
 
-    def unpack(
+    def repack(
         self, parts: Parts, start: int, stop: int, out: Mapping[str, np.ndarray], scratch: Scratch
     ) -> None:
         _, first, last = self._within(start, stop)
-        self.layer.unpack(self._of_one(parts, scratch), first, last, out, scratch)
+        self.layer.repack(self._of_one(parts, scratch), first, last, out, scratch)
 
-    def dense(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
+    def decode(
+        self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch
+    ) -> None:
         _, first, last = self._within(start, stop)
-        self.layer.dense(self._of_one(parts, scratch), first, last, out, scratch)
+        self.layer.decode(self._of_one(parts, scratch), first, last, out, scratch)
 
     def fidelity(self, dtype: str) -> Fidelity:
         return self.layer.fidelity(dtype)
@@ -115,15 +117,15 @@ class StackedExperts(Packing):
         return {**super().to_dict(), "layer": self.layer.to_dict()}
 
 
-def _moved(cut: Cut, place: Place, expert: int) -> Cut:
+def _moved(cut: Rect, place: Place, expert: int) -> Rect:
     """A rectangle of one expert's part as one of the whole tensor."""
     if place.height < 0:
         return cut
     if place.height == 0:
-        return Cut((0, 1), (expert, expert + 1))
-    rows, columns = (cut.columns, cut.rows) if place.turned else (cut.rows, cut.columns)
+        return Rect((0, 1), (expert, expert + 1))
+    rows, columns = (cut.columns, cut.rows) if place.transposed else (cut.rows, cut.columns)
     above = expert * place.height
-    return Cut((above + rows[0], above + rows[1]), columns)
+    return Rect((above + rows[0], above + rows[1]), columns)
 
 
 def _turned(stored: np.ndarray, role: str, scratch: Scratch) -> np.ndarray:
@@ -132,6 +134,6 @@ def _turned(stored: np.ndarray, role: str, scratch: Scratch) -> np.ndarray:
         return np.ascontiguousarray(stored.T)
     height, width = stored.shape
     word = _UNSIGNED[size]
-    turned = scratch.take(f"turned {role}", word, width, height * size)
-    transpose_into(stored.view(turned.dtype), turned)
-    return turned.view(stored.dtype)
+    transposed = scratch.take(f"turned {role}", word, width, height * size)
+    transpose_into(stored.view(transposed.dtype), transposed)
+    return transposed.view(stored.dtype)

@@ -30,7 +30,7 @@ class Orientation:
             if len(shape) == 3 and name in (*_GATES, *_DOWNS):
                 self._stacks.setdefault(experts, {})[name] = shape
 
-    def is_turned(self, path: str, shape: Shape) -> bool:
+    def is_transposed(self, path: str, shape: Shape) -> bool:
         """Whether a stack is stored ``(experts, in, out)``; what nothing tells is not."""
         if len(shape) != 3:
             return False
@@ -38,15 +38,15 @@ class Orientation:
         gate = next((stacks[name] for name in _GATES if name in stacks), None)
         down = next((stacks[name] for name in _DOWNS if name in stacks), None)
         if gate is not None and down is not None:
-            usual, turned = _fits(gate, down), _fits(_exchanged(gate), _exchanged(down))
-            if usual != turned:
-                return turned
-        told = {
+            usual, transposed = _fits(gate, down), _fits(_exchanged(gate), _exchanged(down))
+            if usual != transposed:
+                return transposed
+        reported = {
             (stack[1] in self._hidden) == (stack is gate)
             for stack in (gate, down)
             if stack is not None and (stack[1] in self._hidden) != (stack[2] in self._hidden)
         }
-        return told == {True}
+        return reported == {True}
 
 
 def _fits(gate: Shape, down: Shape) -> bool:

@@ -14,8 +14,8 @@ from requant.formats.float_packings import (
     MxBlocks,
     exponent_bytes,
 )
-from requant.formats.sorting import Refused, Sorter
-from requant.formats.stacks import Experts, are_turned
+from requant.formats.sorting import TensorSorter, UnsupportedLayerError
+from requant.formats.stacks import Experts, are_transposed
 from requant.reasons import Reason, ReasonCode
 
 # mx.load gives E4M3 as plain bytes.
@@ -92,7 +92,7 @@ def float8_layer(
             shape=shape,
             dtype=dtype,
             packing=blocks,
-            stored="mxfp8",
+            stored_description="mxfp8",
         )
     packing = Float8(rows, columns, matrix, tile, width)
     if packing.fits_mxfp8 and _powers_of_two(checkpoint, scale, weight):
@@ -101,26 +101,26 @@ def float8_layer(
 
 
 def float8_stack(
-    sorter: Sorter,
+    tensor_sorter: TensorSorter,
     path: str,
     weight: SourceTensor,
     scale: SourceTensor,
     block: tuple[int, int] | None,
     dtype: str,
     *,
-    turned: bool,
+    transposed: bool,
 ) -> SourceLayer:
     """Describe an FP8 layer, or a stack of them, by the shapes of its weight and scale.
 
     Args:
-        sorter: Of the checkpoint.
+        tensor_sorter: Of the checkpoint.
         path: Layer path.
         weight: FP8 ``(..., out, in)``, or a stack ``(experts, in, out)``.
         scale: What ``tile_of`` takes; of a turned stack the same with its axes exchanged, or one
             number an output.
         block: The tile that the config names.
         dtype: Header name of the decoded values' dtype.
-        turned: Whether the tool, or the model, stores ``(experts, in, out)``; scales of outputs
+        transposed: Whether the tool, or the model, stores ``(experts, in, out)``; scales of outputs
             on the last axis say so too.
 
     Raises:
@@ -128,16 +128,22 @@ def float8_stack(
     """
     shape = weight.info.shape
     if len(shape) < 2 or 0 in shape:
-        raise Refused(weight.name, f"{weight.info}, expected a matrix or a stack of matrices")
+        raise UnsupportedLayerError(
+            weight.name, f"{weight.info}, expected a matrix or a stack of matrices"
+        )
     if scale.info.dtype not in SCALES:
         expected = ", ".join(SCALES)
-        raise Refused(scale.name, f"{scale.info}, expected a scale of dtype {expected}")
-    tile = None if turned and len(shape) == 3 else tile_of(shape, scale.info.shape, block)
+        raise UnsupportedLayerError(
+            scale.name, f"{scale.info}, expected a scale of dtype {expected}"
+        )
+    tile = None if transposed and len(shape) == 3 else tile_of(shape, scale.info.shape, block)
     if tile is not None:
-        return float8_layer(sorter.checkpoint, path, weight, scale=scale, tile=tile, dtype=dtype)
-    if are_turned(weight.info, scale.info) or (turned and len(shape) == 3):
-        return _turned_stack(sorter, path, weight, scale=scale, block=block, dtype=dtype)
-    raise Refused(scale.name, _no_tiling(weight, scale, block))
+        return float8_layer(
+            tensor_sorter.checkpoint, path, weight, scale=scale, tile=tile, dtype=dtype
+        )
+    if are_transposed(weight.info, scale.info) or (transposed and len(shape) == 3):
+        return _transposed_stack(tensor_sorter, path, weight, scale=scale, block=block, dtype=dtype)
+    raise UnsupportedLayerError(scale.name, _no_tiling(weight, scale, block))
 
 
 def _no_tiling(weight: SourceTensor, scale: SourceTensor, block: tuple[int, int] | None) -> str:
@@ -148,8 +154,8 @@ def _no_tiling(weight: SourceTensor, scale: SourceTensor, block: tuple[int, int]
     return f"{fits}; expected {grid} for {high}x{wide} blocks"
 
 
-def _turned_stack(
-    sorter: Sorter,
+def _transposed_stack(
+    tensor_sorter: TensorSorter,
     path: str,
     weight: SourceTensor,
     scale: SourceTensor,
@@ -161,16 +167,16 @@ def _turned_stack(
     grid = scale.info.shape
     # fbgemm stores (experts, out, 1) too, the order of an output's scale in the values.
     in_order = len(grid) != 3 or grid == (count, n_out, 1)
-    turned = ("weight",) if in_order else ("weight", "scale")
-    experts = Experts.of(count, {"weight": weight, "scale": scale}, turned)
+    transposed = ("weight",) if in_order else ("weight", "scale")
+    experts = Experts.of(count, {"weight": weight, "scale": scale}, transposed)
     one = experts.one()
     tile = tile_of(one["weight"].info.shape, one["scale"].info.shape, block and block[::-1])
     if tile is None:
         expected = f"[{count}, 1, {n_out}], [{count}, {n_out}, 1] or one number an expert"
         message = f"{scale.info}, expected {expected} for {weight.info}"
-        raise Refused(scale.name, f"{message}, stored as [experts, in, out]")
+        raise UnsupportedLayerError(scale.name, f"{message}, stored as [experts, in, out]")
     layer = float8_layer(
-        sorter.checkpoint, path, one["weight"], scale=one["scale"], tile=tile, dtype=dtype
+        tensor_sorter.checkpoint, path, one["weight"], scale=one["scale"], tile=tile, dtype=dtype
     )
     made = experts.stack(layer)
     if path != weight.name:
@@ -194,7 +200,10 @@ def _turned_stack(
 def _powers_of_two(checkpoint: Checkpoint, scale: SourceTensor, weight: SourceTensor) -> bool:
     if weight.info.dtype == "F8_E4M3FNUZ":
         return False
-    return scale.info.dtype in EXPONENTS or exponent_bytes(checkpoint.peek(scale.name)) is not None
+    return (
+        scale.info.dtype in EXPONENTS
+        or exponent_bytes(checkpoint.read_small_tensor(scale.name)) is not None
+    )
 
 
 def _layer(
@@ -223,7 +232,7 @@ def _layer(
             shape=shape,
             dtype=dtype,
             packing=packing,
-            stored=stored,
+            stored_description=stored,
         )
     reason = "no mode of MLX holds FP8 with such scales"
     requires_choice = (
@@ -238,7 +247,7 @@ def _layer(
         shape=shape,
         dtype=dtype,
         packing=packing,
-        stored=stored,
+        stored_description=stored,
         policy=DefaultPolicy(
             reason=Reason(ReasonCode.NO_MLX_MODE, reason), requires_choice=requires_choice
         ),

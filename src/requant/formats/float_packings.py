@@ -18,8 +18,8 @@ import numpy as np
 
 from requant.arrays import native
 from requant.arrays.decode import e4m3_values_into
-from requant.errors import InvariantError, count_are
-from requant.formats.packing import Cut, Exactness, Fidelity, Packing, Parts, Scratch, flat_cut
+from requant.errors import InvariantError, pluralize_are
+from requant.formats.packing import Exactness, Fidelity, Packing, Parts, Rect, Scratch, flat_cut
 from requant.schema import Quantization, QuantMode
 
 MXFP4 = Quantization(32, 4, QuantMode.MXFP4)
@@ -65,7 +65,7 @@ def check_exponents(scales: np.ndarray) -> np.ndarray:
     bad = int((found == _NAN_EXPONENT).sum())
     if bad:
         raise InvariantError(
-            f"{count_are(bad, 'scale byte')} 255, which is NaN in E8M0: the source is damaged"
+            f"{pluralize_are(bad, 'scale byte')} 255, which is NaN in E8M0: the source is damaged"
         )
     return found
 
@@ -121,11 +121,11 @@ class Float8(Packing):
         above = expert * self.grid[0]
         return above + first // self.tile[0], above + last // self.tile[0] + 1
 
-    def cuts(self, start: int, stop: int) -> dict[str, Cut]:
+    def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
         first, last = self._tiles(start, stop)
         across = self.grid[1]
         return {
-            "weight": Cut((start, stop), (0, self.columns)),
+            "weight": Rect((start, stop), (0, self.columns)),
             "scale": flat_cut(first * across, last * across, self.scale_width),
         }
 
@@ -135,7 +135,7 @@ class Float8(Packing):
         rows = np.arange(first, first + stop - start) // self.tile[0]
         return np.asarray(rows - rows[0])
 
-    def unpack(
+    def repack(
         self, parts: Parts, start: int, stop: int, out: Mapping[str, np.ndarray], scratch: Scratch
     ) -> None:
         out["weight"][:] = _as_float8(parts["weight"]).view(np.uint32)
@@ -146,7 +146,9 @@ class Float8(Packing):
         tiles = check_exponents(found).reshape(-1, self.grid[1])
         out["scales"][:] = tiles[:, groups][self._down(start, stop)]
 
-    def dense(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
+    def decode(
+        self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch
+    ) -> None:
         """``byte * scale`` in float32, rounded once."""
         codes = _as_float8(parts["weight"])
         tiles = scale_values(parts["scale"]).reshape(-1, self.grid[1])
@@ -188,16 +190,20 @@ class _ExponentBlocks(Packing):
     def _words(self, parts: Parts, rows: int) -> np.ndarray:
         """Rows of elements as ``encoding`` stores them, uint32."""
 
-    def unpack(
+    def repack(
         self, parts: Parts, start: int, stop: int, out: Mapping[str, np.ndarray], scratch: Scratch
     ) -> None:
         out["weight"][:] = self._words(parts, stop - start)
         out["scales"][:] = check_exponents(parts["scale"])
 
-    def dense(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
-        words, twin = self._words(parts, stop - start), self.encoding
+    def decode(
+        self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch
+    ) -> None:
+        words, counterpart = self._words(parts, stop - start), self.encoding
         scales = check_exponents(parts["scale"])
-        native.dequantize_into(words, scales, None, 32, twin.bits, twin.mode.value, out)
+        native.dequantize_into(
+            words, scales, None, 32, counterpart.bits, counterpart.mode.value, out
+        )
 
 
 @dataclass(frozen=True)
@@ -223,11 +229,11 @@ class MxBlocks(_ExponentBlocks):
         """MLX's twin."""
         return MXFP4 if self.bits == 4 else MXFP8
 
-    def cuts(self, start: int, stop: int) -> dict[str, Cut]:
+    def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
         row_bytes = self.columns * self.bits // 8
         return {
             "weight": flat_cut(start * row_bytes, stop * row_bytes, self.weight_width),
-            "scale": Cut((start, stop), (0, self.columns // 32)),
+            "scale": Rect((start, stop), (0, self.columns // 32)),
         }
 
     def _words(self, parts: Parts, rows: int) -> np.ndarray:
@@ -250,7 +256,7 @@ class NvBlocks(Packing):
         divides: Whether group scales are divided by it, not multiplied.
         exact: Whether every group scale times the tensor scale is an E4M3 number again, so
             that MLX's nvfp4 holds the same numbers.
-        apart: Whether ``unpack`` leaves the tensor scale to :class:`GlobalScales`.
+        separate: Whether ``repack`` leaves the tensor scale to :class:`GlobalScales`.
     """
 
     rows: int
@@ -260,16 +266,16 @@ class NvBlocks(Packing):
     tensor_scale_width: int = 1
     divides: bool = False
     exact: bool = False
-    apart: bool = False
+    separate: bool = False
 
     @property
     def matrix_rows(self) -> int:
         return self.matrix
 
-    def cuts(self, start: int, stop: int) -> dict[str, Cut]:
+    def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
         cuts = {
-            "weight": Cut((start, stop), (0, self.columns // 2)),
-            "scale": Cut((start, stop), (0, self.columns // 16)),
+            "weight": Rect((start, stop), (0, self.columns // 2)),
+            "scale": Rect((start, stop), (0, self.columns // 16)),
         }
         if self.tensor_scales:
             which = start // self.matrix if self.tensor_scales > 1 else 0
@@ -283,17 +289,19 @@ class NvBlocks(Packing):
             return scales
         return apply_tensor_scale(scales, parts["tensor_scale"].reshape(-1)[0], self.divides)
 
-    def unpack(
+    def repack(
         self, parts: Parts, start: int, stop: int, out: Mapping[str, np.ndarray], scratch: Scratch
     ) -> None:
         out["weight"][:] = parts["weight"].view(np.uint32)
-        folds = self.tensor_scales and not self.apart
+        folds = self.tensor_scales and not self.separate
         folded = fold_e4m3(self._scales(parts)) if folds else parts["scale"]
         if folded is None:
             raise InvariantError("its scales do not fold into E4M3 any more: the source changed")
         out["scales"][:] = folded.view(np.uint8)
 
-    def dense(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
+    def decode(
+        self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch
+    ) -> None:
         """``element * (group scale * tensor scale)`` in float32, rounded once."""
         values = _E2M1_PAIRS[parts["weight"].view(np.uint8)]
         with np.errstate(over="ignore", invalid="ignore"):
@@ -301,7 +309,7 @@ class NvBlocks(Packing):
         out[:] = groups.reshape(out.shape)
 
     def fidelity(self, dtype: str) -> Fidelity:
-        if not self.apart:
+        if not self.separate:
             return super().fidelity(dtype)
         return Fidelity(Exactness.ROUNDED, "tensor scale: 1/8388608 (float32) of itself")
 
@@ -326,12 +334,14 @@ class GlobalScales(Packing):
 
     holds_codes: ClassVar[bool] = False
 
-    def cuts(self, start: int, stop: int) -> dict[str, Cut]:
+    def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
         # Whole rows of the stored tensor: a range that begins inside of one is cut from it.
         rows = start // self.width, -(-stop // self.width)
-        return {"tensor_scale": Cut(rows, (0, self.width))}
+        return {"tensor_scale": Rect(rows, (0, self.width))}
 
-    def dense(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
+    def decode(
+        self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch
+    ) -> None:
         """``2688 / scale`` or ``scale * 2688``, in float32."""
         first = start % self.width
         stored = parts["tensor_scale"].reshape(-1)[first : first + stop - start].astype(np.float32)
@@ -371,10 +381,10 @@ class Mxfp6Blocks(_ExponentBlocks):
 
     element: str = "e2m3"
 
-    def cuts(self, start: int, stop: int) -> dict[str, Cut]:
+    def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
         return {
-            "weight": Cut((start, stop), (0, self.columns * 3 // 4)),
-            "scale": Cut((start, stop), (0, self.columns // 32)),
+            "weight": Rect((start, stop), (0, self.columns * 3 // 4)),
+            "scale": Rect((start, stop), (0, self.columns // 32)),
         }
 
     def _words(self, parts: Parts, rows: int) -> np.ndarray:

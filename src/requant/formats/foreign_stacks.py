@@ -13,7 +13,7 @@ from typing import Final
 from requant.checkpoint import Checkpoint
 from requant.errors import Problem
 from requant.formats.base import SourceLayout
-from requant.formats.declared import declared
+from requant.formats.declared import find_quantization_block
 
 # What ModelOpt's quant_algo says of the dtype of codes: beginnings of algorithms.
 _FLOAT8: Final = ("FP8", "MXFP8", "MIXED")
@@ -22,20 +22,20 @@ _INT8: Final = ("W8A", "INT8", "MIXED")
 
 def foreign_stacks(checkpoint: Checkpoint, layout: SourceLayout) -> Iterator[Problem]:
     """The stacks that were read by a name of their scale that is another tool's."""
-    found = declared(checkpoint)
-    if found is None:
+    block = find_quantization_block(checkpoint)
+    if block is None:
         return
-    said = _algorithms(found.block)
+    declared = _algorithms(block.block)
     for layer in layout.layers:
         parts = {part.name: part for part in layer.parts.values()} if layer.is_quantized else {}
         for name, codes in parts.items():
             scale = f"{name}_weight_scale"
-            if scale not in parts or _is_said(codes.info.dtype, found.method, said):
+            if scale not in parts or _is_declared(codes.info.dtype, block.method, declared):
                 continue
             yield Problem(
                 name,
                 f"{codes.info} with {scale} beside it has the names of a stack of ModelOpt, but "
-                f"{found.where} says nothing of such layers; if its values are codes times "
+                f"{block.where} says nothing of such layers; if its values are codes times "
                 f"scales, call the scale {name}_scale",
             )
 
@@ -48,7 +48,7 @@ def _algorithms(block: Mapping[str, object]) -> tuple[str, ...]:
     return (*([own] if isinstance(own, str) else []), *found)
 
 
-def _is_said(dtype: str, method: str, algorithms: tuple[str, ...]) -> bool:
+def _is_declared(dtype: str, method: str, algorithms: tuple[str, ...]) -> bool:
     """Whether a ModelOpt config speaks of codes of this dtype."""
     if not (method.startswith("modelopt") or (not method and algorithms)):
         return False

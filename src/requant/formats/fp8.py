@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping
 from math import prod
 
 from requant.checkpoint import Checkpoint, SourceTensor
-from requant.errors import shown
+from requant.errors import format_value
 from requant.formats.base import SourceLayer, SourceLayout
-from requant.formats.declared import Declared, declared
+from requant.formats.declared import QuantizationBlock, find_quantization_block
 from requant.formats.float8_layers import (
     EXPONENTS,
     FLOAT8,
@@ -19,7 +19,7 @@ from requant.formats.float8_layers import (
 )
 from requant.formats.float_packings import MxBlocks
 from requant.formats.layer_names import layer_names
-from requant.formats.sorting import Refused, Sorter
+from requant.formats.sorting import TensorSorter, UnsupportedLayerError
 
 _METHODS = ("fp8", "mxfp8", "fbgemm_fp8")
 _SCALE = "weight_scale"
@@ -34,10 +34,10 @@ class Fp8:
 
     def claims(self, checkpoint: Checkpoint) -> str | None:
         """The config names it; without one, an FP8 weight with a scale beside it tells."""
-        found = declared(checkpoint)
-        if found is not None:
-            known = found.method in _METHODS
-            return f"{found.where}: quant_method {found.method}" if known else None
+        block = find_quantization_block(checkpoint)
+        if block is not None:
+            known = block.method in _METHODS
+            return f"{block.where}: quant_method {block.method}" if known else None
         parts = layer_names(checkpoint.tensors).tensors
         for name, tensor in parts.items():
             scale, dtype = parts.get(f"{_path(name)}.{_SCALE}"), tensor.info.dtype
@@ -50,25 +50,27 @@ class Fp8:
 
     def read(self, checkpoint: Checkpoint) -> SourceLayout:
         """Pair each FP8 weight with its scales; everything else is dense."""
-        found = declared(checkpoint)
-        sorter = Sorter.by_role(checkpoint)
-        block = _block(found, sorter)
+        found = find_quantization_block(checkpoint)
+        tensor_sorter = TensorSorter.by_role(checkpoint)
+        block = _block(found, tensor_sorter)
         fbgemm = found is not None and found.method == "fbgemm_fp8"
-        for name, tensor in sorter.parts.items():
+        for name, tensor in tensor_sorter.parts.items():
             path = _path(name)
-            scale = sorter.parts.get(f"{path}.{_SCALE}") if name.endswith(".weight") else None
+            scale = (
+                tensor_sorter.parts.get(f"{path}.{_SCALE}") if name.endswith(".weight") else None
+            )
             if scale is not None and tensor.info.dtype in (*FLOAT8, "I8"):
                 parts = {"weight": tensor, "weight_scale": scale}
-                sorter.make(path, parts, _maker(sorter, block, fbgemm))
-        sorter.drop_runtime_scales()
-        return sorter.layout()
+                tensor_sorter.make(path, parts, _maker(tensor_sorter, block, fbgemm))
+        tensor_sorter.drop_runtime_scales()
+        return tensor_sorter.layout()
 
 
 def _path(name: str) -> str:
     return name.removesuffix(".weight")
 
 
-def _block(found: Declared | None, sorter: Sorter) -> tuple[int, int] | None:
+def _block(found: QuantizationBlock | None, tensor_sorter: TensorSorter) -> tuple[int, int] | None:
     """``weight_block_size``, checked."""
     block = None if found is None else found.get("weight_block_size")
     if block is None or found is None:
@@ -78,12 +80,14 @@ def _block(found: Declared | None, sorter: Sorter) -> tuple[int, int] | None:
         if all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in block):
             return high, wide
     where = f"{found.where}.weight_block_size"
-    sorter.problem(where, f"is {shown(block)}, expected two whole numbers, rows and columns")
+    tensor_sorter.problem(
+        where, f"is {format_value(block)}, expected two whole numbers, rows and columns"
+    )
     return None
 
 
 def _maker(
-    sorter: Sorter, block: tuple[int, int] | None, fbgemm: bool
+    tensor_sorter: TensorSorter, block: tuple[int, int] | None, fbgemm: bool
 ) -> Callable[[str, Mapping[str, SourceTensor]], SourceLayer]:
     """What makes one layer, if its tensors fit each other."""
 
@@ -92,12 +96,18 @@ def _maker(
         shape = weight.info.shape
         if len(shape) < 2 or 0 in shape:
             expected = "expected a matrix or a stack of matrices"
-            raise Refused(weight.name, f"{weight.info}, {expected}")
+            raise UnsupportedLayerError(weight.name, f"{weight.info}, {expected}")
         if weight.info.dtype not in FLOAT8 or _is_fp4(weight, scale):
-            return _fp4_layer(sorter, path, weight, scale)
-        turned = fbgemm or sorter.orientation.is_turned(path, shape)
+            return _fp4_layer(tensor_sorter, path, weight, scale)
+        transposed = fbgemm or tensor_sorter.orientation.is_transposed(path, shape)
         return float8_stack(
-            sorter, path, weight, scale=scale, block=block, dtype=sorter.dtype, turned=turned
+            tensor_sorter,
+            path,
+            weight,
+            scale=scale,
+            block=block,
+            dtype=tensor_sorter.dtype,
+            transposed=transposed,
         )
 
     return make
@@ -110,13 +120,15 @@ def _is_fp4(weight: SourceTensor, scale: SourceTensor) -> bool:
     return weight.info.dtype == "U8" and by_group
 
 
-def _fp4_layer(sorter: Sorter, path: str, weight: SourceTensor, scale: SourceTensor) -> SourceLayer:
+def _fp4_layer(
+    tensor_sorter: TensorSorter, path: str, weight: SourceTensor, scale: SourceTensor
+) -> SourceLayer:
     """DeepSeek V4's experts: two E2M1 elements in a byte that the header calls int8."""
     *leading, n_out, nbytes = weight.info.shape
     groups, ragged = divmod(2 * nbytes, 32)
     expected = (*leading, n_out, groups)
     if ragged or scale.info.shape != expected or scale.info.dtype not in EXPONENTS:
-        raise Refused(
+        raise UnsupportedLayerError(
             weight.name,
             f"{weight.info} is read as packed FP4 (two elements a byte); its scale must be "
             f"F8_E8M0 {list(expected)} then, {scale.name} is {scale.info}",
@@ -130,7 +142,7 @@ def _fp4_layer(sorter: Sorter, path: str, weight: SourceTensor, scale: SourceTen
         parts=parts,
         encoding=packing.encoding,
         shape=shape,
-        dtype=sorter.dtype,
+        dtype=tensor_sorter.dtype,
         packing=packing,
-        stored="mxfp4",
+        stored_description="mxfp4",
     )

@@ -13,13 +13,13 @@ from typing import Any, Final
 import numpy as np
 
 from requant.checkpoint import Checkpoint, SourceTensor
-from requant.errors import shown
+from requant.errors import format_value
 from requant.formats.base import SourceLayer, SourceLayout, fallback_for
-from requant.formats.declared import Declared, declared
+from requant.formats.declared import QuantizationBlock, find_quantization_block
 from requant.formats.float_packings import MxBlocks
 from requant.formats.nvfp4_layers import nvfp4_layer
-from requant.formats.packing import Cut, Packing, Parts, Scratch
-from requant.formats.sorting import Refused, Sorter
+from requant.formats.packing import Packing, Parts, Rect, Scratch
+from requant.formats.sorting import TensorSorter, UnsupportedLayerError
 from requant.reasons import Reason, ReasonCode
 
 _CODES: Final = ("qweight", "scales", "weight_global_scale")
@@ -42,13 +42,15 @@ class Divided(Packing):
     def matrix_rows(self) -> int:
         return self.layer.matrix_rows
 
-    def cuts(self, start: int, stop: int) -> dict[str, Cut]:
-        return {**self.layer.cuts(start, stop), "divisor": Cut((0, 1), (0, 1))}
+    def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
+        return {**self.layer.required_rects(start, stop), "divisor": Rect((0, 1), (0, 1))}
 
-    def dense(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
+    def decode(
+        self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch
+    ) -> None:
         """The layer's values in float32, divided, rounded once more."""
         values = scratch.take("undivided", "F32", stop - start, 4 * self.columns)
-        self.layer.dense(parts, start, stop, values, scratch)
+        self.layer.decode(parts, start, stop, values, scratch)
         values /= parts["divisor"].astype(np.float32)
         with np.errstate(over="ignore"):  # the caller counts infinities
             out[:] = values
@@ -65,106 +67,121 @@ class FpQuant:
 
     def claims(self, checkpoint: Checkpoint) -> str | None:
         """The config names it; nothing else tells."""
-        found = declared(checkpoint)
-        if found is None or found.method != "fp_quant":
+        block = find_quantization_block(checkpoint)
+        if block is None or block.method != "fp_quant":
             return None
-        return f"{found.where}: quant_method fp_quant"
+        return f"{block.where}: quant_method fp_quant"
 
     def read(self, checkpoint: Checkpoint) -> SourceLayout:
         """Describe each layer that has codes; everything else is dense."""
-        sorter, found = Sorter(checkpoint), declared(checkpoint)
-        assert found is not None
-        for path, tensors in _tensors(sorter).items():
-            sorter.make(path, tensors, lambda p, t: _layer(sorter, found, p, t))
-        for tensor in sorter.left:
+        tensor_sorter, block = TensorSorter(checkpoint), find_quantization_block(checkpoint)
+        assert block is not None
+        for path, tensors in _tensors(tensor_sorter).items():
+            tensor_sorter.make(path, tensors, lambda p, t: _layer(tensor_sorter, block, p, t))
+        for tensor in tensor_sorter.left:
             path, _, role = tensor.name.rpartition(".")
             if role == "act_global_scale":
-                sorter.drop(tensor.name, "a scale of activations, which MLX does not quantize")
+                tensor_sorter.drop(
+                    tensor.name, "a scale of activations, which MLX does not quantize"
+                )
             elif role in _MATRICES:
-                sorter.drop(tensor.name, "the identity, which changes nothing")
+                tensor_sorter.drop(tensor.name, "the identity, which changes nothing")
             elif role == "dqweight":
                 message = "holds values of a rotated weight (pseudoquantization), which is not read"
-                sorter.problem(tensor.name, message)
-        if not sorter.quantized:
-            sorter.no_layer(
-                found.where,
+                tensor_sorter.problem(tensor.name, message)
+        if not tensor_sorter.quantized:
+            tensor_sorter.no_layer(
+                block.where,
                 "says fp_quant, but no tensor is a qweight: if the weights are dense, remove the "
                 "block",
             )
-        return sorter.layout()
+        return tensor_sorter.layout()
 
 
-def _tensors(sorter: Sorter) -> dict[str, dict[str, SourceTensor]]:
+def _tensors(tensor_sorter: TensorSorter) -> dict[str, dict[str, SourceTensor]]:
     """Layer path -> role -> tensor, for each layer with codes."""
     found: dict[str, dict[str, SourceTensor]] = {}
-    for name in sorter.tensors:
+    for name in tensor_sorter.tensors:
         path = name.removesuffix(".qweight")
         if path != name:
             roles = (*_CODES, *_MATRICES)
-            tensors = {role: sorter.tensors.get(f"{path}.{role}") for role in roles}
+            tensors = {role: tensor_sorter.tensors.get(f"{path}.{role}") for role in roles}
             found[path] = {role: tensor for role, tensor in tensors.items() if tensor is not None}
     return found
 
 
-def _check_rotation(sorter: Sorter, found: Declared, path: str, tensors: _Tensors) -> None:
+def _check_rotation(
+    tensor_sorter: TensorSorter, block: QuantizationBlock, path: str, tensors: _Tensors
+) -> None:
     """A rotation must be the identity: by its matrix, or by the config where none is stored."""
-    kind = found.word("transform_init", "hadamard")
+    kind = block.word("transform_init", "hadamard")
     matrices = [tensors[role] for role in _MATRICES if role in tensors]
     if not matrices and kind != "identity":
-        where = f"{found.where}.transform_init"
-        message = f"is {shown(kind)}: weights are stored rotated, and only 'identity' is read"
-        raise Refused(where, message)
+        where = f"{block.where}.transform_init"
+        message = (
+            f"is {format_value(kind)}: weights are stored rotated, and only 'identity' is read"
+        )
+        raise UnsupportedLayerError(where, message)
     for matrix in matrices:
         square = len(matrix.info.shape) == 2 and len(set(matrix.info.shape)) == 1
         floats = matrix.info.dtype in _FLOATS
         if not floats or not square or matrix.info.shape[0] > _LARGEST_ROTATION:
-            raise Refused(matrix.name, f"{matrix.info}, expected a square matrix of floats")
-        stored = sorter.checkpoint.peek(matrix.name).astype(np.float64)
+            raise UnsupportedLayerError(
+                matrix.name, f"{matrix.info}, expected a square matrix of floats"
+            )
+        stored = tensor_sorter.checkpoint.read_small_tensor(matrix.name).astype(np.float64)
         if not np.array_equal(stored, np.eye(matrix.info.shape[0])):
-            raise Refused(
+            raise UnsupportedLayerError(
                 matrix.name,
-                f"rotates the weight of {path} (transform_init {shown(kind)}); its inputs would "
+                f"rotates the weight of {path} (transform_init {format_value(kind)}); its inputs "
+                "would "
                 "have to be rotated too, which MLX does not, and only the identity is read",
             )
 
 
-def _layer(sorter: Sorter, found: Declared, path: str, tensors: _Tensors) -> SourceLayer | None:
+def _layer(
+    tensor_sorter: TensorSorter, block: QuantizationBlock, path: str, tensors: _Tensors
+) -> SourceLayer | None:
     """One layer.
 
     Raises:
         Refused: It is rotated, or its tensors contradict each other or the config.
     """
-    dtype = found.word("forward_dtype", "mxfp4")
+    dtype = block.word("forward_dtype", "mxfp4")
     if dtype not in _GROUPS:
-        raise Refused(f"{found.where}.forward_dtype", f"is {dtype!r}; read are mxfp4 and nvfp4")
-    _check_rotation(sorter, found, path, tensors)
+        raise UnsupportedLayerError(
+            f"{block.where}.forward_dtype", f"is {dtype!r}; read are mxfp4 and nvfp4"
+        )
+    _check_rotation(tensor_sorter, block, path, tensors)
     weight, scale, divisor = (tensors.get(role) for role in _CODES)
     assert weight is not None
     if scale is None or divisor is None:
         missing = "scales" if scale is None else "weight_global_scale"
-        raise Refused(weight.name, f"has no {path}.{missing} beside it")
+        raise UnsupportedLayerError(weight.name, f"has no {path}.{missing} beside it")
     if weight.info.dtype != "U8" or len(weight.info.shape) != 2 or 0 in weight.info.shape:
-        raise Refused(weight.name, f"{weight.info}, expected U8 [out, in / 2]")
+        raise UnsupportedLayerError(weight.name, f"{weight.info}, expected U8 [out, in / 2]")
     rows, nbytes = weight.info.shape
     groups, ragged = divmod(2 * nbytes, _GROUPS[dtype])
     if ragged or scale.info.shape != (rows, groups) or scale.info.dtype != "U8":
         expected = f"U8 [{rows}, {groups}], unpadded, for {dtype}"
-        raise Refused(scale.name, f"{scale.info}, expected {expected}")
+        raise UnsupportedLayerError(scale.name, f"{scale.info}, expected {expected}")
     if divisor.info.size != 1 or divisor.info.dtype not in _FLOATS:
-        raise Refused(divisor.name, f"{divisor.info}, expected one float")
+        raise UnsupportedLayerError(divisor.name, f"{divisor.info}, expected one float")
     if dtype == "nvfp4":
         return nvfp4_layer(
-            sorter.checkpoint,
-            sorter,
+            tensor_sorter.checkpoint,
+            tensor_sorter,
             path,
             weight=weight,
             scale=scale,
             tensor_scale=divisor,
             divides=True,
         )
-    number = float(sorter.checkpoint.peek(divisor.name).reshape(-1)[0])
+    number = float(tensor_sorter.checkpoint.read_small_tensor(divisor.name).reshape(-1)[0])
     if not 0 < number < float("inf"):
-        raise Refused(divisor.name, f"holds {shown(number)}, expected a finite number above 0")
+        raise UnsupportedLayerError(
+            divisor.name, f"holds {format_value(number)}, expected a finite number above 0"
+        )
     packing = MxBlocks(rows, 2 * nbytes, rows, 4, nbytes)
     parts = {"weight": weight, "scale": scale}
     layer = SourceLayer(
@@ -172,19 +189,19 @@ def _layer(sorter: Sorter, found: Declared, path: str, tensors: _Tensors) -> Sou
         parts=parts,
         encoding=packing.encoding,
         shape=(rows, 2 * nbytes),
-        dtype=sorter.dtype,
+        dtype=tensor_sorter.dtype,
         packing=packing,
-        stored="mxfp4",
+        stored_description="mxfp4",
     )
     if number == 1:
-        sorter.drop(divisor.name, "is 1, which changes nothing")
+        tensor_sorter.drop(divisor.name, "is 1, which changes nothing")
         return layer
     return replace(
         layer,
         parts={**parts, "divisor": divisor},
         encoding=None,
         packing=Divided(rows, 2 * nbytes, packing),
-        stored="mxfp4 with a global scale",
+        stored_description="mxfp4 with a global scale",
         policy=replace(
             layer.policy,
             fallback=fallback_for(2 * nbytes),

@@ -16,15 +16,15 @@ from requant.arrays import values
 from requant.arrays.gguf import TYPES, BlockType, values_into, words_into
 from requant.checkpoint import Checkpoint, SourceTensor
 from requant.dtypes import FLOATS
-from requant.errors import InvariantError, Problem, count_are
+from requant.errors import InvariantError, Problem, pluralize_are
 from requant.formats.base import DefaultPolicy, SourceLayer, SourceLayout, dense_layer
 from requant.formats.packing import (
-    DTYPE_WORD,
-    Cut,
+    DTYPE_NAME,
     Exactness,
     Fidelity,
     Packing,
     Parts,
+    Rect,
     Scratch,
 )
 from requant.gguf_model import GgufModel, GgufTensor
@@ -88,8 +88,8 @@ class _GgufRows(Packing):
         """Rows of a head stay together."""
         return self.head
 
-    def cuts(self, start: int, stop: int) -> dict[str, Cut]:
-        return {"weight": Cut((start, stop), (0, self.width))}
+    def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
+        return {"weight": Rect((start, stop), (0, self.width))}
 
     def stored(self, parts: Parts) -> np.ndarray:
         """The rows as they are stored, in the output's order."""
@@ -105,7 +105,9 @@ class GgufValues(_GgufRows):
 
     shift: bool = False
 
-    def dense(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
+    def decode(
+        self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch
+    ) -> None:
         """The values, less one where ``shift`` says so (in float32), rounded once."""
         stored = self.stored(parts)
         if self.shift:
@@ -125,11 +127,13 @@ class GgufScaledValues(GgufValues):
 
     tensor_scales: int = 1
 
-    def cuts(self, start: int, stop: int) -> dict[str, Cut]:
+    def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
         scale = _scale_cut(self.tensor_scales, start // self.matrix)
-        return super().cuts(start, stop) | {"tensor_scale": scale}
+        return super().required_rects(start, stop) | {"tensor_scale": scale}
 
-    def dense(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
+    def decode(
+        self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch
+    ) -> None:
         """The products in float32, rounded once."""
         wide = self.stored(parts).astype(np.float32)
         with np.errstate(over="ignore", invalid="ignore"):
@@ -137,10 +141,10 @@ class GgufScaledValues(GgufValues):
         values.cast_into(wide, out)
 
 
-def _scale_cut(scales: int, matrix: int) -> Cut:
+def _scale_cut(scales: int, matrix: int) -> Rect:
     """The scale of a matrix: its own, or the one of all."""
     which = matrix if scales > 1 else 0
-    return Cut((0, 1), (which, which + 1))
+    return Rect((0, 1), (which, which + 1))
 
 
 @dataclass(frozen=True)
@@ -171,13 +175,13 @@ class GgufBlocks(_GgufRows):
         """MLX's encoding of the same codes."""
         return None if self.tensor_scales else self.kind.encoding
 
-    def cuts(self, start: int, stop: int) -> dict[str, Cut]:
-        cuts = super().cuts(start, stop)
+    def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
+        cuts = super().required_rects(start, stop)
         if self.tensor_scales:
             cuts["tensor_scale"] = _scale_cut(self.tensor_scales, start // self.matrix)
         return cuts
 
-    def unpack(
+    def repack(
         self, parts: Parts, start: int, stop: int, out: Mapping[str, np.ndarray], scratch: Scratch
     ) -> None:
         """Codes bit for bit; scales and biases rounded at most once."""
@@ -185,7 +189,9 @@ class GgufBlocks(_GgufRows):
         if "biases" not in out:
             _check_scales(self.kind, out["scales"])
 
-    def dense(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
+    def decode(
+        self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch
+    ) -> None:
         """Values in float32, as llama.cpp computes them; rounded once."""
         if not self.tensor_scales:
             values_into(self.kind, self.stored(parts), out)
@@ -203,7 +209,7 @@ class GgufBlocks(_GgufRows):
         if not affine or dtype == "F32" or (dtype == "F16" and name in _HALVES):
             return Fidelity(Exactness.EXACT)
         relative = 2.0**-11 if dtype == "F16" else 2.0**-8
-        word = DTYPE_WORD[dtype]
+        word = DTYPE_NAME[dtype]
         return Fidelity(
             Exactness.ROUNDED,
             f"scales and biases rounded to {word}, relative error at most {relative:.2g}, "
@@ -230,7 +236,7 @@ def _check_scales(kind: BlockType, scales: np.ndarray) -> None:
     else:
         bad, what = int((scales == _NAN_EXPONENT).sum()), "255, which is NaN in E8M0"
     if bad:
-        raise InvariantError(f"{count_are(bad, 'scale byte')} {what}: the source is damaged")
+        raise InvariantError(f"{pluralize_are(bad, 'scale byte')} {what}: the source is damaged")
 
 
 class Gguf:
@@ -327,7 +333,7 @@ def _layer(
         shape=stored.shape,
         dtype=model.dtype,
         packing=packing,
-        stored=f"gguf {stored.kind.name}",
+        stored_description=f"gguf {stored.kind.name}",
         policy=DefaultPolicy(fallback=None if encoding else _FALLBACK, reason=reason),
     )
 
@@ -341,7 +347,7 @@ def _scales(
         message = f"{info}, expected F32 with one number, or one for each of {matrices} matrices"
         problems.append(Problem(scale.name, message))
         return False
-    return bool((checkpoint.peek(scale.name) != 1).any())
+    return bool((checkpoint.read_small_tensor(scale.name) != 1).any())
 
 
 def _plain(

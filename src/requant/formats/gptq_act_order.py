@@ -13,7 +13,7 @@ from dataclasses import replace
 from math import prod
 
 from requant.checkpoint import Checkpoint
-from requant.formats.base import Fold, RowOrder, SourceLayer
+from requant.formats.base import ActOrderFold, RowOrder, SourceLayer
 from requant.formats.gptq_packings import Gptq, group_order
 from requant.reasons import Reason, ReasonCode
 
@@ -27,10 +27,10 @@ _MLPS: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 
 
-def find_folds(checkpoint: Checkpoint, layers: Sequence[SourceLayer]) -> list[Fold]:
+def find_folds(checkpoint: Checkpoint, layers: Sequence[SourceLayer]) -> list[ActOrderFold]:
     """Every layer in act-order whose order can be moved into the layers before it."""
     by_path = {layer.path: layer for layer in layers}
-    folds: list[Fold] = []
+    folds: list[ActOrderFold] = []
     for layer in layers:
         packing = layer.packing
         if not (isinstance(packing, Gptq) and packing.act_order):
@@ -38,7 +38,7 @@ def find_folds(checkpoint: Checkpoint, layers: Sequence[SourceLayer]) -> list[Fo
         producers, moved = _producers(layer, by_path), packing.in_order()
         if not producers or moved.encoding is None:
             continue
-        order = group_order(checkpoint.peek(f"{layer.path}.g_idx"), packing.groups)
+        order = group_order(checkpoint.read_small_tensor(f"{layer.path}.g_idx"), packing.groups)
         consumer = replace(
             layer,
             packing=moved,
@@ -54,7 +54,7 @@ def find_folds(checkpoint: Checkpoint, layers: Sequence[SourceLayer]) -> list[Fo
             ),
         )
         rows = {p.path: RowOrder.of(order, p.shape[0] // order.size) for p in producers}
-        folds.append(Fold(consumer, rows))
+        folds.append(ActOrderFold(consumer, rows))
     return folds
 
 

@@ -15,9 +15,9 @@ import numpy as np
 
 from requant.arrays import native, repack
 from requant.formats.packing import (
-    Cut,
     IntegerPacking,
     Parts,
+    Rect,
     Scratch,
     check_symmetric,
     mlx_bits,
@@ -78,17 +78,17 @@ class Gptq(IntegerPacking):
         """The same layer with its inputs moved into the order of their groups."""
         return replace(self, sorted=True)
 
-    def cuts(self, start: int, stop: int) -> dict[str, Cut]:
+    def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
         """Columns of words and of scales; a multiple of 32 rows starts a word of zeros."""
         cuts = {
-            "qweight": Cut((0, -(-self.columns * self.bits // self.word_bits)), (start, stop)),
-            "scales": Cut((0, self.groups), (start, stop)),
+            "qweight": Rect((0, -(-self.columns * self.bits // self.word_bits)), (start, stop)),
+            "scales": Rect((0, self.groups), (start, stop)),
         }
         if self.has_zeros:
             words = (start * self.bits // self.word_bits, -(-stop * self.bits // self.word_bits))
-            cuts["qzeros"] = Cut((0, self.groups), words)
+            cuts["qzeros"] = Rect((0, self.groups), words)
         if self.act_order:
-            cuts["g_idx"] = Cut((0, 1), (0, self.columns))
+            cuts["g_idx"] = Rect((0, 1), (0, self.columns))
         return cuts
 
     def words(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
@@ -132,13 +132,15 @@ class Gptq(IntegerPacking):
             check_symmetric(zeros, self.bits)
         return zeros.T.astype(np.float32)
 
-    def dense(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
+    def decode(
+        self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch
+    ) -> None:
         """``(code - zero) * scale`` in float32, rounded once."""
         if not self.act_order or self.sorted:
-            super().dense(parts, start, stop, out, scratch)
+            super().decode(parts, start, stop, out, scratch)
             return
         in_order = np.empty_like(out)
-        super().dense(parts, start, stop, in_order, scratch)
+        super().decode(parts, start, stop, in_order, scratch)
         out[:, group_order(parts["g_idx"], self.groups)] = in_order
 
 

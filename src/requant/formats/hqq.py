@@ -14,19 +14,19 @@ import numpy as np
 from requant.arrays.repack import HQQ
 from requant.checkpoint import Checkpoint, SourceTensor
 from requant.dtypes import FLOATS, NUMPY_DTYPE
-from requant.errors import Problem, shown
+from requant.errors import Problem, format_value
 from requant.formats.base import DefaultPolicy, SourceLayer, SourceLayout, fallback_for, scale_dtype
-from requant.formats.declared import Declared, declared
+from requant.formats.declared import QuantizationBlock, find_quantization_block
 from requant.formats.hqq_packings import W_Q, HqqColumns, HqqRows, element
 from requant.formats.integer_layers import integer_layer
 from requant.formats.row_blocks import NEXT
-from requant.formats.sorting import Sorter
+from requant.formats.sorting import TensorSorter
 from requant.reasons import Reason, ReasonCode
 
 _SUFFIX: Final = f".{W_Q}"
 _CODES: Final = ("scale", "zero")
 # What a layer stores about itself; "meta_" is HQQ's older prefix of scales in codes.
-_SAID: Final = (
+_DECLARED: Final = (
     "shape",
     "axis",
     "nbits",
@@ -56,7 +56,7 @@ _PACKING_OF: Final[Mapping[float, str]] = {
     2: "2bit_u8",
     1: "1bit_u8",
 }
-_MOST_SAID = 64  # letters of a dtype or packing
+_MAX_SMALL_TENSOR = 64  # letters of a dtype or packing
 _WHY = "tells how W_q is stored"
 
 
@@ -68,50 +68,50 @@ class Hqq:
 
     def claims(self, checkpoint: Checkpoint) -> str | None:
         """The config names it; without one, ``W_q`` tells."""
-        found = declared(checkpoint)
-        if found is not None:
-            return f"{found.where}: quant_method hqq" if found.method == "hqq" else None
+        block = find_quantization_block(checkpoint)
+        if block is not None:
+            return f"{block.where}: quant_method hqq" if block.method == "hqq" else None
         return next((name for name in checkpoint.tensors if name.endswith(_SUFFIX)), None)
 
     def read(self, checkpoint: Checkpoint) -> SourceLayout:
         """Describe each layer that has codes; everything else is dense."""
-        sorter = Sorter(checkpoint)
-        params = _Params(declared(checkpoint), sorter.problems)
+        tensor_sorter = TensorSorter(checkpoint)
+        params = _Params(find_quantization_block(checkpoint), tensor_sorter.problems)
         paths = [n.removesuffix(_SUFFIX) for n in checkpoint.tensors if n.endswith(_SUFFIX)]
         for path in paths:
-            layer = _Layer(sorter, path, params)
-            sorter.add(layer.read())
-            sorter.claim((part.name for part in layer.parts.values()), path)
-            for name in layer.said.values():
-                sorter.drop(name, _WHY)
-        _check_loose(sorter, set(paths))
+            layer = _Layer(tensor_sorter, path, params)
+            tensor_sorter.add(layer.read())
+            tensor_sorter.claim((part.name for part in layer.parts.values()), path)
+            for name in layer.declared.values():
+                tensor_sorter.drop(name, _WHY)
+        _check_loose(tensor_sorter, set(paths))
         if not paths:
-            sorter.no_layer(
+            tensor_sorter.no_layer(
                 params.where,
                 "says quant_method hqq, but no tensor ends in .W_q: if the weights are dense, "
                 "remove the block",
             )
-        return sorter.layout()
+        return tensor_sorter.layout()
 
 
-def _check_loose(sorter: Sorter, paths: set[str]) -> None:
+def _check_loose(tensor_sorter: TensorSorter, paths: set[str]) -> None:
     """What belongs to a layer must have its codes beside it."""
-    for tensor in sorter.left:
+    for tensor in tensor_sorter.left:
         path, _, role = tensor.name.rpartition(".")
         if path in paths and (role in _IN_CODES or role.startswith("meta_")):
-            sorter.problem(
+            tensor_sorter.problem(
                 tensor.name,
                 "holds scales or zeros as codes (quant_scale, quant_zero of old HQQ files), which "
                 "are not read; save the model again with a current hqq",
             )
         elif role in ("nbits", "packing", "view_as_float") and path not in paths:
-            sorter.problem(tensor.name, f"{tensor.info} has no {path}.W_q beside it")
+            tensor_sorter.problem(tensor.name, f"{tensor.info} has no {path}.W_q beside it")
 
 
 class _Params:
     """``quant_config``: one set of parameters, or one for each kind of layer."""
 
-    def __init__(self, found: Declared | None, problems: list[Problem]) -> None:
+    def __init__(self, found: QuantizationBlock | None, problems: list[Problem]) -> None:
         self.where = found.where if found is not None else "config.json: quantization_config"
         block = None if found is None else found.get("quant_config")
         self.block: Mapping[str, Any] = {}
@@ -119,7 +119,9 @@ class _Params:
             self.block = block
         elif block is not None:
             problems.append(
-                Problem(f"{self.where}.quant_config", f"is {shown(block)}, expected an object")
+                Problem(
+                    f"{self.where}.quant_config", f"is {format_value(block)}, expected an object"
+                )
             )
 
     def of(self, path: str, key: str) -> Any:
@@ -134,22 +136,24 @@ class _Params:
 class _Layer:
     """One layer: its tensors, and what they say."""
 
-    def __init__(self, sorter: Sorter, path: str, params: _Params) -> None:
-        self.sorter, self.path, self.params = sorter, path, params
-        tensors = sorter.tensors
+    def __init__(self, tensor_sorter: TensorSorter, path: str, params: _Params) -> None:
+        self.tensor_sorter, self.path, self.params = tensor_sorter, path, params
+        tensors = tensor_sorter.tensors
         self.parts: dict[str, SourceTensor] = {
             role: tensors[f"{path}.{role}"]
             for role in (W_Q, *_CODES)
             if f"{path}.{role}" in tensors
         }
-        self.said = {role: f"{path}.{role}" for role in _SAID if f"{path}.{role}" in tensors}
+        self.declared = {
+            role: f"{path}.{role}" for role in _DECLARED if f"{path}.{role}" in tensors
+        }
 
     def read(self) -> SourceLayer | None:
         """The layer, or None with its problems reported."""
-        before = len(self.sorter.problems)
+        before = len(self.tensor_sorter.problems)
         self._check_parts()
         shape, axis = self._shape(), self._axis()
-        if len(self.sorter.problems) > before or shape is None:
+        if len(self.tensor_sorter.problems) > before or shape is None:
             return None
         bits, packing = self._packing()
         if bits is None or packing is None:
@@ -166,7 +170,7 @@ class _Layer:
     ) -> SourceLayer:
         """Axis 0: no mode of MLX holds its scales."""
         packed = HqqColumns(*shape, bits, group, packing, self.parts[W_Q].info.dtype)
-        dtype = scale_dtype(self.parts["scale"].info.dtype, self.sorter.dtype)
+        dtype = scale_dtype(self.parts["scale"].info.dtype, self.tensor_sorter.dtype)
         parts = self.parts | {f"{role}{NEXT}": part for role, part in self.parts.items()}
         stored = f"hqq {bits}-bit g{group} axis 0"
         reason = Reason(ReasonCode.NO_MLX_MODE, "axis 0: scales vary from input to input")
@@ -178,7 +182,7 @@ class _Layer:
             shape=shape,
             dtype=dtype,
             packing=packed,
-            stored=stored,
+            stored_description=stored,
             policy=DefaultPolicy(fallback=fallback, reason=reason),
         )
 
@@ -199,7 +203,7 @@ class _Layer:
         )
         parts = self.parts | {f"{W_Q}{NEXT}": self.parts[W_Q]}
         return integer_layer(
-            self.sorter,
+            self.tensor_sorter,
             self.path,
             parts,
             shape=shape,
@@ -209,18 +213,18 @@ class _Layer:
         )
 
     def _report(self, role: str, message: str) -> None:
-        self.sorter.problem(f"{self.path}.{role}" if role else self.path, message)
+        self.tensor_sorter.problem(f"{self.path}.{role}" if role else self.path, message)
 
     def _value(self, role: str) -> np.ndarray | None:
         """What a small tensor says; None if the layer has none."""
-        name = self.said.get(role)
+        name = self.declared.get(role)
         if name is None:
             return None
-        info = self.sorter.tensors[name].info
-        if info.size > _MOST_SAID:
+        info = self.tensor_sorter.tensors[name].info
+        if info.size > _MAX_SMALL_TENSOR:
             self._report(role, f"{info}, expected a few numbers that tell how W_q is stored")
             return None
-        return self.sorter.checkpoint.peek(name).reshape(-1)
+        return self.tensor_sorter.checkpoint.read_small_tensor(name).reshape(-1)
 
     def _number(self, role: str, default: Any) -> Any:
         """One number, from its tensor or else from the config."""
@@ -230,7 +234,9 @@ class _Layer:
             return default if found is None else found
         if value.size == 1:
             return value[0].item()
-        self._report(role, f"{self.sorter.tensors[self.said[role]].info}, expected one number")
+        self._report(
+            role, f"{self.tensor_sorter.tensors[self.declared[role]].info}, expected one number"
+        )
         return default
 
     def _text(self, role: str) -> str:
@@ -238,7 +244,7 @@ class _Layer:
         if value is None:
             return ""
         if value.dtype.kind not in "iu":
-            info = self.sorter.tensors[self.said[role]].info
+            info = self.tensor_sorter.tensors[self.declared[role]].info
             self._report(role, f"{info}, expected letters as U8")
             return ""
         return value.astype(np.uint8).tobytes().decode("ascii", "replace")
@@ -269,21 +275,21 @@ class _Layer:
     def _axis(self) -> int:
         axis = self._number("axis", 1)
         if axis not in (0, 1):
-            self._report("axis", f"is {shown(axis)}, expected 0 or 1")
+            self._report("axis", f"is {format_value(axis)}, expected 0 or 1")
         return int(axis == 1)
 
     def _packing(self) -> tuple[int | None, str | None]:
         """Bits of a code, and HQQ's name of the packing."""
-        said = self._number("nbits", None)
-        if not isinstance(said, int | float | None):
-            self._report("nbits", f"is {shown(said)}, expected a number")
+        declared = self._number("nbits", None)
+        if not isinstance(declared, int | float | None):
+            self._report("nbits", f"is {format_value(declared)}, expected a number")
             return None, None
-        bits = 2 if isinstance(said, float) and round(said, 2) == 1.58 else said
+        bits = 2 if isinstance(declared, float) and round(declared, 2) == 1.58 else declared
         packing = self._text("packing") or _PACKING_OF.get(bits or 0)
         if packing not in HQQ:
             known = ", ".join(HQQ)
-            where = "packing" if "packing" in self.said else "nbits"
-            found = repr(packing) if where == "packing" else repr(said)
+            where = "packing" if "packing" in self.declared else "nbits"
+            found = repr(packing) if where == "packing" else repr(declared)
             self._report(where, f"is {found}; known packings are {known}")
             return None, None
         width = HQQ[packing].bits
@@ -291,14 +297,17 @@ class _Layer:
             # 1.58 bits are read back as 1.
             if bits not in (None, width) and (packing, bits) != ("2bit_u8", 1):
                 self._report(
-                    "nbits", f"is {shown(said)}, but packing {packing!r} holds {width} bits"
+                    "nbits",
+                    f"is {format_value(declared)}, but packing {packing!r} holds {width} bits",
                 )
                 return None, None
             return width, packing
         if bits is None:
             bits = width
         if bits not in (5, 6, 7, 8):
-            self._report("nbits", f"is {shown(said)}, but packing {packing!r} holds 5 to 8 bits")
+            self._report(
+                "nbits", f"is {format_value(declared)}, but packing {packing!r} holds 5 to 8 bits"
+            )
             return None, None
         return int(bits), packing
 
@@ -318,11 +327,9 @@ class _Layer:
             self._report("scale", f"{self.parts['scale'].info} does not divide a weight of {shape}")
             return None
         group = size // scales
-        said = self._number("group_size", None)
-        if said is not None and said != group:
-            message = (
-                f"is {shown(said)}, but {scales:,} scales for {list(shape)} make groups of {group}"
-            )
+        declared = self._number("group_size", None)
+        if declared is not None and declared != group:
+            message = f"is {format_value(declared)}, but {scales:,} scales for {list(shape)} make groups of {group}"
             self._report("group_size", message)
         view = (scales, group) if axis else (group, scales)
         packed = (HQQ[packing].block(view[0]), view[1] * expected_dtype.itemsize // stored.itemsize)

@@ -19,14 +19,14 @@ from requant.arrays.repack import HQQ, RowBlocks
 from requant.dtypes import NUMPY_DTYPE
 from requant.errors import InvariantError
 from requant.formats.packing import (
-    DTYPE_WORD,
+    DTYPE_NAME,
     PRECISION,
-    Cut,
     Exactness,
     Fidelity,
     IntegerPacking,
     Packing,
     Parts,
+    Rect,
     Scratch,
     is_narrower,
 )
@@ -82,9 +82,9 @@ class HqqRows(IntegerPacking):
         """The view rows that rows of the weight lie in."""
         return start * self.columns // self.group, -(-stop * self.columns // self.group)
 
-    def cuts(self, start: int, stop: int) -> dict[str, Cut]:
+    def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
         first, last = self._groups_of(start, stop)
-        each = Cut((first, last), (0, 1))
+        each = Rect((first, last), (0, 1))
         packed = block_cuts(
             W_Q, self._blocks, self._view_rows, start=first, stop=last, width=self.packed_width
         )
@@ -113,7 +113,9 @@ class HqqRows(IntegerPacking):
     def zeros(self, parts: Parts, start: int, stop: int) -> np.ndarray | float:
         return parts["zero"].reshape(stop - start, -1).astype(np.float32)
 
-    def dense(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
+    def decode(
+        self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch
+    ) -> None:
         """``(code - zero) * scale`` in float32, rounded once."""
         codes = self._view(parts, start, stop, scratch)
         scales, zeros = (
@@ -136,12 +138,12 @@ class HqqRows(IntegerPacking):
             f"zero of {middle}"
         )
         if is_narrower(dtype, self.scale_dtype):
-            what = f"scales rounded to {DTYPE_WORD[dtype]}, relative error at most {relative:.2g}"
+            what = f"scales rounded to {DTYPE_NAME[dtype]}, relative error at most {relative:.2g}"
             return Fidelity(Exactness.ROUNDED, f"{what}; then {steps}")
         wanted = PRECISION.get(self.scale_dtype, 53) + PRECISION.get(self.zero_dtype, 53)
         if wanted <= PRECISION[dtype]:
             return Fidelity(Exactness.EXACT)
-        return Fidelity(Exactness.ROUNDED, f"rounded to {DTYPE_WORD[dtype]}: {steps}")
+        return Fidelity(Exactness.ROUNDED, f"rounded to {DTYPE_NAME[dtype]}: {steps}")
 
 
 class _Piece(NamedTuple):
@@ -226,12 +228,12 @@ class HqqColumns(Packing):
                     ending="", row=row, left=left, right=right, rows=(0, block), columns=(0, width)
                 )
 
-    def cuts(self, start: int, stop: int) -> dict[str, Cut]:
+    def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
         found = {}
         for piece in self._pieces(start, stop):
-            found[f"{W_Q}{piece.ending}"] = Cut(piece.rows, self._cut_columns(*piece.columns))
+            found[f"{W_Q}{piece.ending}"] = Rect(piece.rows, self._cut_columns(*piece.columns))
             for role in ("scale", "zero"):
-                found[f"{role}{piece.ending}"] = Cut((0, 1), piece.columns)
+                found[f"{role}{piece.ending}"] = Rect((0, 1), piece.columns)
         return found
 
     def _codes(self, cut: np.ndarray, piece: _Piece) -> np.ndarray:
@@ -249,7 +251,9 @@ class HqqColumns(Packing):
             _check_codes(codes, self.bits)
         return codes.reshape(1, -1)
 
-    def dense(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
+    def decode(
+        self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch
+    ) -> None:
         """``(code - zero) * scale`` in float32, rounded once."""
         values, at = out.reshape(1, -1), 0
         for piece in self._pieces(start, stop):

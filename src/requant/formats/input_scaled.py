@@ -9,7 +9,7 @@ import numpy as np
 
 from requant.checkpoint import SourceTensor
 from requant.formats.base import SourceLayer, fallback_for
-from requant.formats.packing import Cut, Packing, Parts, Scratch
+from requant.formats.packing import Packing, Parts, Rect, Scratch
 from requant.reasons import Reason, ReasonCode
 
 _ROLE: Final = "input_scale"
@@ -38,13 +38,15 @@ class InputScaled(Packing):
         """That of the weight itself."""
         return self.layer.row_unit
 
-    def cuts(self, start: int, stop: int) -> dict[str, Cut]:
-        return {**self.layer.cuts(start, stop), _ROLE: Cut((0, 1), (0, self.columns))}
+    def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
+        return {**self.layer.required_rects(start, stop), _ROLE: Rect((0, 1), (0, self.columns))}
 
-    def dense(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
+    def decode(
+        self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch
+    ) -> None:
         """The weight's values in float32, times the input's scale; rounded once more."""
         values = scratch.take("unscaled", "F32", stop - start, 4 * self.columns)
-        self.layer.dense(parts, start, stop, values, scratch)
+        self.layer.decode(parts, start, stop, values, scratch)
         with np.errstate(over="ignore", invalid="ignore"):  # the caller counts infinities
             values *= parts[_ROLE].astype(np.float32).reshape(1, -1)
             out[:] = values
@@ -65,7 +67,7 @@ def input_scaled(layer: SourceLayer, scale: SourceTensor) -> SourceLayer:
         parts={**layer.parts, _ROLE: scale},
         encoding=None,
         packing=InputScaled(rows, columns, layer.packing),
-        stored=f"{layer.stored}, inputs scaled",
+        stored_description=f"{layer.stored_description}, inputs scaled",
         policy=replace(
             layer.policy,
             fallback=None if layer.policy.requires_choice else fallback_for(columns),

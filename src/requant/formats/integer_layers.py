@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from requant.checkpoint import SourceTensor
 from requant.formats.base import DefaultPolicy, SourceLayer, fallback_for, scale_dtype
 from requant.formats.packing import IntegerPacking
-from requant.formats.sorting import Sorter
+from requant.formats.sorting import TensorSorter
 from requant.reasons import Reason, ReasonCode
 
 _SMALLEST_GROUP = 8
@@ -32,7 +32,7 @@ def groups_of(n_in: int, scales: int) -> list[int]:
 
 
 def integer_layer(
-    sorter: Sorter,
+    tensor_sorter: TensorSorter,
     path: str,
     parts: Mapping[str, SourceTensor],
     shape: tuple[int, ...],
@@ -43,7 +43,7 @@ def integer_layer(
     """Describe a layer of integer codes.
 
     Args:
-        sorter: For the dtype of scales that are stored in none of 16 bits.
+        tensor_sorter: For the dtype of scales that are stored in none of 16 bits.
         path: Layer path.
         parts: The roles that the packing names.
         shape: ``(..., out, in)``.
@@ -62,8 +62,8 @@ def integer_layer(
         parts=parts,
         encoding=encoding,
         shape=shape,
-        dtype=scale_dtype(packing.scale_dtype, sorter.dtype),
+        dtype=scale_dtype(packing.scale_dtype, tensor_sorter.dtype),
         packing=packing,
-        stored=f"{tool} {packing.bits}-bit {group}",
+        stored_description=f"{tool} {packing.bits}-bit {group}",
         policy=DefaultPolicy(fallback=fallback, reason=reason),
     )

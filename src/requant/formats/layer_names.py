@@ -83,18 +83,18 @@ class LayerNames:
         has that name.
         """
         own, packing = self.own.get(layer.path, ""), layer.packing
-        turned = isinstance(packing, StackedExperts) and packing.is_turned
-        if not own or turned or packing is None or layer.name:
+        transposed = isinstance(packing, StackedExperts) and packing.is_transposed
+        if not own or transposed or packing is None or layer.name:
             return layer
         return replace(layer, name=own)
 
 
 def layer_names(tensors: Mapping[str, SourceTensor]) -> LayerNames:
     """Find the layers and stacks of codes among ``tensors``, and name their parts by role."""
-    beside, renamed = ScaleNames(tensors), dict[str, str]()
+    siblings, renamed = ScaleNames(tensors), dict[str, str]()
     own = dict[str, str]()
     for name, tensor in tensors.items():
-        found = _codes(name, tensor, beside)
+        found = _codes(name, tensor, siblings)
         if found is None:
             continue
         path, role = found
@@ -102,7 +102,7 @@ def layer_names(tensors: Mapping[str, SourceTensor]) -> LayerNames:
         if name not in (f"{path}.weight", renamed[name]):
             own[path] = f"{path}_weight" if _VLLM.search(path) else path
         roles = _OF_WORDS if role == "qweight" else _OF_WEIGHT
-        for scale in beside.of_path(path):
+        for scale in siblings.of_path(path):
             if scale.word in roles:
                 renamed.setdefault(scale.name, f"{path}.{roles[scale.word]}")
         shape = f"{path}_shape"  # of llm-compressor's stacks
@@ -119,7 +119,7 @@ def layer_names(tensors: Mapping[str, SourceTensor]) -> LayerNames:
     return LayerNames(named, own, tuple(twice))
 
 
-def _codes(name: str, tensor: SourceTensor, beside: ScaleNames) -> tuple[str, str] | None:
+def _codes(name: str, tensor: SourceTensor, siblings: ScaleNames) -> tuple[str, str] | None:
     """Path and role of a tensor of codes; None for any other."""
     info = tensor.info
     if info.dtype in FLOATS or info.dtype == "BOOL":
@@ -132,7 +132,7 @@ def _codes(name: str, tensor: SourceTensor, beside: ScaleNames) -> tuple[str, st
     for ending, role in _JOINED.items():
         path = name.removesuffix(ending)
         if name.endswith(ending) and any(
-            scale.word in (*_OF_WORDS, *_OF_WEIGHT) for scale in beside.of_path(path, Role.SCALE)
+            scale.word in (*_OF_WORDS, *_OF_WEIGHT) for scale in siblings.of_path(path, Role.SCALE)
         ):
             return path, role
     return None

@@ -14,11 +14,11 @@ import numpy as np
 from requant.checkpoint import Checkpoint
 from requant.errors import Problem
 from requant.formats.base import SourceLayer
-from requant.formats.declared import Declared, with_block
+from requant.formats.declared import QuantizationBlock, with_block
 from requant.formats.expert_packings import StackedExperts
 from requant.formats.gptq_packings import Gptq
 from requant.formats.packing import stream_codes
-from requant.formats.qweight import QweightFormat
+from requant.formats.qweight import GptqAwqFormat
 
 _Block = Mapping[str, Any]
 
@@ -30,11 +30,11 @@ _LAYOUTS: Final[tuple[_Block, ...]] = (
     *({"quant_method": "awq", "version": "gemv_fast", "group_size": group} for group in _GROUPS),
     {"quant_method": "gptq", "checkpoint_format": "marlin"},
 )
-_PLACE = Declared("", {}, ("quantization_config",))
+_PLACE = QuantizationBlock("", {}, ("quantization_config",))
 
 
 def read_qweights(
-    checkpoint: Checkpoint, found: Declared | None
+    checkpoint: Checkpoint, found: QuantizationBlock | None
 ) -> tuple[list[SourceLayer], list[Problem]]:
     """The layers that have one reading, and a problem for each that has several.
 
@@ -60,7 +60,7 @@ def read_qweights(
         readings.pop(path, None)
     for path, layers in list(readings.items()):
         if any(layer.packing != layers[0].packing for layer in layers):
-            words = " or ".join(dict.fromkeys(layer.stored for layer in layers))
+            words = " or ".join(dict.fromkeys(layer.stored_description for layer in layers))
             message = f"may be {words} by its shapes, and the config does not say which"
             problems.append(Problem(path, message))
             del readings[path]
@@ -69,7 +69,7 @@ def read_qweights(
 
 def _read(checkpoint: Checkpoint, block: _Block) -> Iterator[SourceLayer]:
     view = with_block(checkpoint, _PLACE, block)
-    layout = QweightFormat(block["quant_method"]).read(view)
+    layout = GptqAwqFormat(block["quant_method"]).read(view)
     return (layer for layer in layout.layers if layer.packing is not None)
 
 
@@ -81,9 +81,9 @@ class _Formats:
         undecided: Layer path -> why none does.
     """
 
-    def __init__(self, checkpoint: Checkpoint, found: Declared | None) -> None:
-        self.checkpoint, self.found = checkpoint, found
-        written = "" if found is None else found.word("checkpoint_format")
+    def __init__(self, checkpoint: Checkpoint, block: QuantizationBlock | None) -> None:
+        self.checkpoint, self.found = checkpoint, block
+        written = "" if block is None else block.word("checkpoint_format")
         self.written = written if written in _FORMATS else ""
         self.chosen: dict[str, _Block] = {}
         self.undecided: dict[str, str] = {}
@@ -113,7 +113,7 @@ class _Formats:
 
     def _decide(self, path: str, packing: Gptq, zeros: str) -> None:
         middle = 1 << (packing.bits - 1)
-        stored = self.checkpoint.peek(zeros)
+        stored = self.checkpoint.read_small_tensor(zeros)
         stored = stored.reshape(-1, stored.shape[-1])  # of a stack: its experts, one after another
         fields = stream_codes(stored, packing.bits, packing.rows)
         one = np.unique(fields)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from requant.formats.base import Rows, SourceLayer
+from requant.formats.base import RowRange, SourceLayer
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class MatrixScale:
 
 
 def scale_of_each_matrix(
-    runs: Sequence[Rows], matrix_rows: int, rows_per_scale: Callable[[SourceLayer], int]
+    runs: Sequence[RowRange], matrix_rows: int, rows_per_scale: Callable[[SourceLayer], int]
 ) -> list[MatrixScale] | None:
     """Find the scale of each matrix of an output.
 
@@ -43,7 +43,7 @@ def scale_of_each_matrix(
         One scale a matrix; None where rows with different scales meet in one matrix.
 
     Example: a source layer ``gate_up`` of 2 matrices of 8 rows, with scales s0 and s1, whose even
-    rows are the gates. ``Rows(gate_up, start=0, count=8, step=2)`` is rows 0, 2, ..., 14, to be
+    rows are the gates. ``RowRange(gate_up, start=0, count=8, step=2)`` is rows 0, 2, ..., 14, to be
     2 matrices of 4 rows:
 
     * row 0 is row 0 of scale 0 (``divmod(0, 8)``). Of the 8 rows of s0, those from 0 on in steps

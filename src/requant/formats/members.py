@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from requant.dtypes import KERNEL_FLOATS
-from requant.formats.base import DefaultPolicy, Rows, SourceLayer, fallback_for
+from requant.formats.base import DefaultPolicy, RowRange, SourceLayer, fallback_for
 from requant.formats.packing import mlx_group
 from requant.formats.widening import stored_rows
 from requant.reasons import Reason, ReasonCode
@@ -27,7 +27,9 @@ MEMBERS_REENCODED = Reason(
 )
 
 
-def members_joined(path: str, shape: tuple[int, ...], runs: Sequence[Rows]) -> SourceLayer | None:
+def members_joined(
+    path: str, shape: tuple[int, ...], runs: Sequence[RowRange]
+) -> SourceLayer | None:
     """A layer of rows that are stored unlike each other.
 
     Args:
@@ -43,8 +45,8 @@ def members_joined(path: str, shape: tuple[int, ...], runs: Sequence[Rows]) -> S
     if not all(map(_has_rows, members)):
         return None
     encoding = common_encoding([x.encoding for x in members])
-    turned = {tuple(part.name for part in x.carried.values()) for x in members}
-    if len(turned) > 1 or (any(turned) and encoding is None):
+    transposed = {tuple(part.name for part in x.rotation_tensors.values()) for x in members}
+    if len(transposed) > 1 or (any(transposed) and encoding is None):
         return None
     fallback = None if encoding is not None else reencoded(members, shape[-1])
     if encoding is None and fallback is None:
@@ -58,7 +60,7 @@ def members_joined(path: str, shape: tuple[int, ...], runs: Sequence[Rows]) -> S
         encoding=encoding,
         shape=shape,
         dtype=dtypes.pop() if len(dtypes) == 1 else "F32",
-        stored=" and ".join(dict.fromkeys(x.stored_as for x in members)),
+        stored_description=" and ".join(dict.fromkeys(x.stored_as for x in members)),
         policy=DefaultPolicy(
             fallback=fallback,
             reason=reason if len(members) > 1 else packed[0].layer.policy.reason,
@@ -68,7 +70,7 @@ def members_joined(path: str, shape: tuple[int, ...], runs: Sequence[Rows]) -> S
             act_order=any(x.policy.act_order for x in members),
         ),
         row_order=None,
-        pieces=tuple(packed),
+        row_ranges=tuple(packed),
         name="",
         as_named=None,
     )
@@ -98,7 +100,7 @@ def reencoded(members: Iterable[SourceLayer], n_in: int) -> Quantization | None:
         members: The layers; their groups are not made larger.
         n_in: Inputs of the result; None is returned where no group of MLX divides them.
     """
-    groups = [x.kept.group_size for x in members if x.kept is not None]
+    groups = [x.default_target.group_size for x in members if x.default_target is not None]
     fallback = fallback_for(n_in)
     if fallback is None or not groups:
         return None
@@ -108,7 +110,7 @@ def reencoded(members: Iterable[SourceLayer], n_in: int) -> Quantization | None:
 
 def recomputed(members: Sequence[SourceLayer], n_in: int) -> Quantization | None:
     """As ``reencoded``, of values that were computed; where all were mxfp8 it may hold them."""
-    kept = {x.policy.fallback if x.carried else x.kept for x in members}
+    kept = {x.policy.fallback if x.rotation_tensors else x.default_target for x in members}
     only = kept.pop() if len(kept) == 1 else None
     if only is not None and only.mode is QuantMode.MXFP8 and n_in % only.group_size == 0:
         return only

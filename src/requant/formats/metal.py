@@ -14,23 +14,23 @@ from typing import Final
 import numpy as np
 
 from requant.checkpoint import Checkpoint, SourceTensor
-from requant.errors import one_of, shown
+from requant.errors import format_value, join_or
 from requant.formats.base import SourceLayer, SourceLayout
-from requant.formats.declared import declared
+from requant.formats.declared import find_quantization_block
 from requant.formats.integer_layers import integer_layer
 from requant.formats.packing import (
-    DTYPE_WORD,
+    DTYPE_NAME,
     PRECISION,
-    Cut,
     Exactness,
     Fidelity,
     IntegerPacking,
     Parts,
+    Rect,
     Scratch,
     is_narrower,
     stream_codes,
 )
-from requant.formats.sorting import Refused, Sorter
+from requant.formats.sorting import TensorSorter, UnsupportedLayerError
 
 _ROLES: Final = ("weight", "scales", "qbiases")
 _WIDTHS: Final = (2, 4, 8)
@@ -41,9 +41,9 @@ _FLOATS: Final = ("F32", "BF16", "F16")
 class Metal(IntegerPacking):
     """``weight`` uint32 ``[..., out, in * bits / 32]``, ``scales`` and ``qbiases`` a group."""
 
-    def cuts(self, start: int, stop: int) -> dict[str, Cut]:
-        each = Cut((start, stop), (0, self.groups))
-        words = Cut((start, stop), (0, self.columns * self.bits // 32))
+    def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
+        each = Rect((start, stop), (0, self.groups))
+        words = Rect((start, stop), (0, self.columns * self.bits // 32))
         return {"weight": words, "scales": each, "qbiases": each}
 
     def words(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
@@ -59,7 +59,9 @@ class Metal(IntegerPacking):
         """As stored."""
         return parts["qbiases"]
 
-    def dense(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
+    def decode(
+        self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch
+    ) -> None:
         """``code * scale + qbias`` in float32, rounded once more."""
         codes = self.codes(parts, start, stop, scratch).astype(np.float32)
         scales, biases = (
@@ -73,7 +75,7 @@ class Metal(IntegerPacking):
         if not is_narrower(dtype, self.scale_dtype):
             return Fidelity(Exactness.EXACT)
         relative = f"relative error at most {2.0 ** -PRECISION[dtype]:.2g}"
-        what = f"scales and biases rounded to {DTYPE_WORD[dtype]}"
+        what = f"scales and biases rounded to {DTYPE_NAME[dtype]}"
         return Fidelity(Exactness.ROUNDED, f"{what}, {relative}")
 
 
@@ -85,41 +87,45 @@ class MetalFormat:
 
     def claims(self, checkpoint: Checkpoint) -> str | None:
         """The config names it; without one, ``qbiases`` tells."""
-        found = declared(checkpoint)
-        if found is not None:
-            return f"{found.where}: quant_method metal" if found.method == "metal" else None
+        block = find_quantization_block(checkpoint)
+        if block is not None:
+            return f"{block.where}: quant_method metal" if block.method == "metal" else None
         return next((name for name in checkpoint.tensors if name.endswith(".qbiases")), None)
 
     def read(self, checkpoint: Checkpoint) -> SourceLayout:
         """Describe each layer that has scales; everything else is dense."""
-        sorter, found = Sorter(checkpoint), declared(checkpoint)
+        tensor_sorter, block = TensorSorter(checkpoint), find_quantization_block(checkpoint)
         where = "config.json: quantization_config"
         bits = group = None
-        if found is not None:
-            where = found.where
-            bits = found.integer("bits", sorter.problems)
-            group = found.integer("group_size", sorter.problems)
-        if bits not in _WIDTHS and not sorter.problems:
-            sorter.problem(f"{where}.bits", f"is {shown(bits)}, expected {one_of(_WIDTHS)}")
-        elif (group is None or group < 1) and not sorter.problems:
-            sorter.problem(f"{where}.group_size", f"is {shown(group)}, expected a count of inputs")
-        if bits is None or group is None or sorter.problems:
-            return SourceLayout((), None, tuple(sorter.problems))
+        if block is not None:
+            where = block.where
+            bits = block.integer("bits", tensor_sorter.problems)
+            group = block.integer("group_size", tensor_sorter.problems)
+        if bits not in _WIDTHS and not tensor_sorter.problems:
+            tensor_sorter.problem(
+                f"{where}.bits", f"is {format_value(bits)}, expected {join_or(_WIDTHS)}"
+            )
+        elif (group is None or group < 1) and not tensor_sorter.problems:
+            tensor_sorter.problem(
+                f"{where}.group_size", f"is {format_value(group)}, expected a count of inputs"
+            )
+        if bits is None or group is None or tensor_sorter.problems:
+            return SourceLayout((), None, tuple(tensor_sorter.problems))
         width, size = bits, group
-        for path, parts in _parts(sorter).items():
-            sorter.make(path, parts, lambda p, t: _layer(sorter, p, t, width, size))
-        if not sorter.quantized:
-            sorter.no_layer(
+        for path, parts in _parts(tensor_sorter).items():
+            tensor_sorter.make(path, parts, lambda p, t: _layer(tensor_sorter, p, t, width, size))
+        if not tensor_sorter.quantized:
+            tensor_sorter.no_layer(
                 where,
                 "says metal, but no layer has scales: if the weights are dense, remove the block",
             )
-        return sorter.layout()
+        return tensor_sorter.layout()
 
 
-def _parts(sorter: Sorter) -> dict[str, dict[str, SourceTensor]]:
+def _parts(tensor_sorter: TensorSorter) -> dict[str, dict[str, SourceTensor]]:
     """Layer path -> role -> tensor, for each layer with scales or qbiases."""
     found: dict[str, dict[str, SourceTensor]] = {}
-    for name, tensor in sorter.tensors.items():
+    for name, tensor in tensor_sorter.tensors.items():
         path, _, role = name.rpartition(".")
         if role in _ROLES:
             found.setdefault(path, {})[role] = tensor
@@ -127,27 +133,29 @@ def _parts(sorter: Sorter) -> dict[str, dict[str, SourceTensor]]:
 
 
 def _layer(
-    sorter: Sorter, path: str, parts: Mapping[str, SourceTensor], bits: int, group: int
+    tensor_sorter: TensorSorter, path: str, parts: Mapping[str, SourceTensor], bits: int, group: int
 ) -> SourceLayer:
     """One layer, if its tensors fit each other."""
     for role in _ROLES:
         if role not in parts:
-            raise Refused(path, f"has no {path}.{role} beside its {', '.join(parts)}")
+            raise UnsupportedLayerError(path, f"has no {path}.{role} beside its {', '.join(parts)}")
     weight, scales, biases = (parts[role] for role in _ROLES)
     if weight.info.dtype not in ("U32", "I32") or len(weight.info.shape) < 2:
-        raise Refused(weight.name, f"{weight.info}, expected U32 [out, in * {bits} / 32]")
+        raise UnsupportedLayerError(
+            weight.name, f"{weight.info}, expected U32 [out, in * {bits} / 32]"
+        )
     *leading, words = weight.info.shape
     columns = words * 32 // bits
     expected = (*leading, columns // group)
     if columns == 0 or columns % group:
         message = f"{weight.info} holds {columns} inputs of {bits} bits, no multiple of {group}"
-        raise Refused(weight.name, message)
+        raise UnsupportedLayerError(weight.name, message)
     for part in (scales, biases):
         if part.info.shape != expected or part.info.dtype not in _FLOATS:
-            raise Refused(part.name, f"{part.info}, expected floats {list(expected)}")
+            raise UnsupportedLayerError(part.name, f"{part.info}, expected floats {list(expected)}")
     if scales.info.dtype != biases.info.dtype:
         message = f"{biases.info}, expected {scales.info.dtype} as its scales"
-        raise Refused(biases.name, message)
+        raise UnsupportedLayerError(biases.name, message)
     packing = Metal(
         rows=prod(leading),
         columns=columns,
@@ -157,5 +165,5 @@ def _layer(
         scale_dtype=scales.info.dtype,
     )
     return integer_layer(
-        sorter, path, parts, shape=(*leading, columns), packing=packing, tool="metal"
+        tensor_sorter, path, parts, shape=(*leading, columns), packing=packing, tool="metal"
     )

@@ -12,12 +12,12 @@ from dataclasses import replace
 from requant.arrays.native import check_quantization
 from requant.checkpoint import Checkpoint, SourceTensor
 from requant.dtypes import KERNEL_FLOATS, TensorInfo
-from requant.errors import OutOfRangeError, Problem, count, few
+from requant.errors import OutOfRangeError, Problem, join_first, pluralize
 from requant.formats.base import (
     SourceLayer,
     SourceLayout,
     dense_layer,
-    describe,
+    describe_encoding,
     fallback_for,
 )
 from requant.formats.mlx_block import (
@@ -30,7 +30,7 @@ from requant.formats.mlx_block import (
 )
 from requant.formats.rotation import ROLES as ROTATION
 from requant.formats.rotation import RotatedTriple, read_rotation
-from requant.formats.sorting import Refused
+from requant.formats.sorting import UnsupportedLayerError
 from requant.reasons import Note, NoteCode
 from requant.schema import Quantization, QuantMode
 
@@ -63,24 +63,28 @@ class Mlx:
                 layers.append(dense_layer(tensor))
             elif tensor.name == f"{path}.weight":
                 parts = parts_of[path]
-                carried = {role: parts.pop(role) for role in ROTATION if role in parts}
-                said = block.of(path, encodings(parts))
-                if said is not None and said not in (block.default, block.entries.get(path)):
+                rotation_tensors = {role: parts.pop(role) for role in ROTATION if role in parts}
+                declared = block.of(path, encodings(parts))
+                if declared is not None and declared not in (
+                    block.default,
+                    block.entries.get(path),
+                ):
                     renamed.append(path)
-                found, wrong = _layer(path, parts, said, notes)
-                if found is not None and carried:
-                    found = _rotated(checkpoint, found, carried, wrong)
+                layer, wrong = _layer(path, parts, declared, notes)
+                if layer is not None and rotation_tensors:
+                    layer = _rotated(checkpoint, layer, rotation_tensors, wrong)
                 problems += wrong
-                if found is not None:
-                    layers.append(found)
+                if layer is not None:
+                    layers.append(layer)
         if renamed:
             text = (
-                f"{block.where} has {count(len(renamed), 'layer')} under names with another "
-                f"prefix ({few(renamed)}); their tensors fit what it says, and they are read so."
+                f"{block.where} has {pluralize(len(renamed), 'layer')} under names with another "
+                f"prefix ({join_first(renamed)}); their tensors fit what it says, and they are "
+                "read so."
             )
             notes.append(Note(NoteCode.OTHER_PREFIX, text))
-        turned = any(layer.carried for layer in layers)
-        rotation = checkpoint.config.get("rotation") if turned else None
+        transposed = any(layer.rotation_tensors for layer in layers)
+        rotation = checkpoint.config.get("rotation") if transposed else None
         return SourceLayout(
             tuple(layers),
             block.quantization,
@@ -104,25 +108,25 @@ def _parts(tensors: Mapping[str, SourceTensor]) -> dict[str, dict[str, SourceTen
 
 
 def _layer(
-    path: str, parts: Mapping[str, SourceTensor], said: Stated | None, notes: list[Note]
+    path: str, parts: Mapping[str, SourceTensor], declared: Stated | None, notes: list[Note]
 ) -> tuple[SourceLayer | None, list[Problem]]:
     """Hold a triple against its parameters; all that disagrees is listed.
 
     Where shapes allow one encoding, they are believed over what is said, and where they allow
     one that has every value that is said, over the defaults for what is not.
     """
-    if said is None:  # a problem already
+    if declared is None:  # a problem already
         return None, []
     fitting = encodings(parts)
-    quantization = said.quantization
+    quantization = declared.quantization
     if quantization not in fitting:
-        agreeing = [each for each in fitting if said.quantization and said.agrees(each)]
+        agreeing = [each for each in fitting if declared.quantization and declared.agrees(each)]
         believed = agreeing if len(agreeing) == 1 else fitting
         if len(believed) == 1:
             if believed is fitting:
-                words = "false" if quantization is None else describe(quantization, "")
+                words = "false" if quantization is None else describe_encoding(quantization, "")
                 text = (
-                    f"{said.where} says {words} of {path}, but its tensors leave one reading, "
+                    f"{declared.where} says {words} of {path}, but its tensors leave one reading, "
                     f"{words_for(believed)}, and are believed."
                 )
                 notes.append(Note(NoteCode.CONFIG_CONTRADICTED, text))
@@ -133,22 +137,22 @@ def _layer(
             f"is false, yet {path}.scales stands in the checkpoint; say the group_size and bits "
             f"of its codes there, or remove the scales if the weight is dense{either}"
         )
-        return None, [Problem(said.where, message)]
+        return None, [Problem(declared.where, message)]
     try:
         check_quantization(quantization.bits, quantization.group_size, quantization.mode.value)
     except OutOfRangeError as error:
-        return None, [Problem(f"{said.where} ({path})", f"{error}{either}")]
+        return None, [Problem(f"{declared.where} ({path})", f"{error}{either}")]
     try:
         shape = _logical_shape(path, parts["weight"].info, quantization)
-    except Refused as refused:
-        return None, [Problem(refused.problem.where, f"{refused.problem.message}{either}")]
+    except UnsupportedLayerError as rejected:
+        return None, [Problem(rejected.problem.where, f"{rejected.problem.message}{either}")]
     problems = [
         *_wrong_scales(path, parts, shape, quantization),
         *_wrong_global_scale(path, parts, shape, quantization),
     ]
     if problems and quantization not in fitting and either:
         last = problems[-1]
-        problems[-1] = Problem(last.where, f"{last.message} ({said.where}){either}")
+        problems[-1] = Problem(last.where, f"{last.message} ({declared.where}){either}")
     if problems:
         return None, problems
     dtype = _decoded_dtype(parts, quantization)
@@ -163,7 +167,7 @@ def _logical_shape(path: str, weight: TensorInfo, quantization: Quantization) ->
     """
     if weight.dtype != "U32" or len(weight.shape) < 2:
         message = f"{weight}, expected U32 of rank 2 or more beside {path}.scales"
-        raise Refused(f"{path}.weight", message)
+        raise UnsupportedLayerError(f"{path}.weight", message)
     *leading, words = weight.shape
     n_in, remainder = divmod(words * 32, quantization.bits)
     if remainder or n_in % quantization.group_size:
@@ -171,7 +175,7 @@ def _logical_shape(path: str, weight: TensorInfo, quantization: Quantization) ->
             f"{weight}: {words} words hold no whole number of groups of "
             f"{quantization.group_size} at {quantization.bits} bits"
         )
-        raise Refused(f"{path}.weight", message)
+        raise UnsupportedLayerError(f"{path}.weight", message)
     return (*leading, n_in)
 
 
@@ -191,7 +195,7 @@ def _wrong_scales(
             continue
         info = parts[role].info
         if info.shape != expected.shape or info.dtype not in dtypes:
-            whose = f"{describe(quantization, '')} of {parts['weight'].info}"
+            whose = f"{describe_encoding(quantization, '')} of {parts['weight'].info}"
             yield Problem(f"{path}.{role}", f"{info}, expected {expected} for {whose}")
     if not affine and "biases" in parts:
         yield Problem(f"{path}.biases", f"must not be there: {mode} has scales only")
@@ -218,7 +222,7 @@ def _wrong_global_scale(
 def _rotated(
     checkpoint: Checkpoint,
     layer: SourceLayer,
-    carried: Mapping[str, SourceTensor],
+    rotation_tensors: Mapping[str, SourceTensor],
     problems: list[Problem],
 ) -> SourceLayer | None:
     """A layer of ours with a rotation of its inputs beside the triple (ParoQuant)."""
@@ -236,18 +240,18 @@ def _rotated(
         return None
     columns = layer.shape[-1]
     krot = read_rotation(
-        checkpoint, layer.path, carried, n_in=columns, group=group, problems=problems
+        checkpoint, layer.path, rotation_tensors, n_in=columns, group=group, problems=problems
     )
     if krot is None:
         return None
     packing = RotatedTriple(layer.shape, layer.encoding, group, krot)
     return replace(
         layer,
-        parts={**layer.parts, **carried},
+        parts={**layer.parts, **rotation_tensors},
         packing=packing,
-        stored=f"{describe(layer.encoding, layer.dtype)} rotated",
+        stored_description=f"{describe_encoding(layer.encoding, layer.dtype)} rotated",
         policy=replace(layer.policy, fallback=fallback_for(columns)),
-        carried=dict(carried),
+        rotation_tensors=dict(rotation_tensors),
     )
 
 

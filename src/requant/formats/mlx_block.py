@@ -14,8 +14,8 @@ from typing import Any, Final
 from requant.arrays.native import AFFINE_BITS, AFFINE_GROUP_SIZES
 from requant.checkpoint import Checkpoint, SourceTensor
 from requant.dtypes import KERNEL_FLOATS
-from requant.errors import ParseError, Problem, one_of, shown
-from requant.formats.base import describe
+from requant.errors import ParseError, Problem, format_value, join_or
+from requant.formats.base import describe_encoding
 from requant.formats.declared import is_mlx_block, sections
 from requant.schema import (
     RESERVED_KEYS,
@@ -42,17 +42,17 @@ class Stated:
     Attributes:
         where: The key that says so.
         quantization: With MLX's defaults for what is not said; None for a dense layer.
-        said: The parameters that are said.
+        declared: The parameters that are said.
     """
 
     where: str
     quantization: Quantization | None
-    said: frozenset[str] = frozenset()
+    declared: frozenset[str] = frozenset()
 
     def agrees(self, other: Quantization) -> bool:
         """Whether ``other`` has every value that is said."""
         mine = {} if self.quantization is None else self.quantization.to_dict()
-        return all(other.to_dict()[key] == mine[key] for key in self.said)
+        return all(other.to_dict()[key] == mine[key] for key in self.declared)
 
 
 @dataclass
@@ -75,7 +75,7 @@ class MlxBlock:
     strays: dict[str, list[Stated]] = field(default_factory=dict)
 
     def of(self, path: str, fitting: Sequence[Quantization]) -> Stated | None:
-        """What holds for a layer whose shapes allow ``fitting``.
+        """What holds for a layer whose shapes allow ``matching``.
 
         Loaders rename layers, and entries have the names that a loader gives: one that names no
         layer holds for the layer that differs in its prefix only, where its tensors allow it.
@@ -90,8 +90,8 @@ class MlxBlock:
     def quantization(self) -> PerLayerQuantization:
         """The whole as the output's block is made from it."""
         own: dict[str, Quantization | Skip] = {
-            path: SKIP if said.quantization is None else said.quantization
-            for path, said in self.entries.items()
+            path: SKIP if declared.quantization is None else declared.quantization
+            for path, declared in self.entries.items()
         }
         default = None if self.default is None else self.default.quantization
         return PerLayerQuantization(default, own)
@@ -132,7 +132,7 @@ def read_block(where: str, block: Any, names_layer: Callable[[str], bool]) -> Ml
     """
     made = MlxBlock(where)
     if not isinstance(block, Mapping):
-        message = f"the quantization block must be an object, got {shown(block)}"
+        message = f"the quantization block must be an object, got {format_value(block)}"
         made.problems.append(Problem(where, message))
         return made
     made.default = _stated(where, {key: block.get(key) for key in _PARAMETERS}, made.problems)
@@ -143,33 +143,33 @@ def read_block(where: str, block: Any, names_layer: Callable[[str], bool]) -> Ml
         if value is False or (value is None and names_layer(path)):
             made.entries[path] = Stated(place, None)
         elif isinstance(value, Mapping):
-            said = _stated(place, value, made.problems)
-            if said is not None:
-                made.entries[path] = said
+            declared = _stated(place, value, made.problems)
+            if declared is not None:
+                made.entries[path] = declared
         elif names_layer(path):
             message = (
-                f"must be false or a quantization object, got {shown(value)}; write "
+                f"must be false or a quantization object, got {format_value(value)}; write "
                 '{"group_size": 64, "bits": 4} with the values of its codes'
             )
             made.problems.append(Problem(place, message))
-    for path, said in made.entries.items():
+    for path, declared in made.entries.items():
         if not names_layer(path):
-            made.strays.setdefault(_bare(path), []).append(said)
+            made.strays.setdefault(_bare(path), []).append(declared)
     return made
 
 
 def _stated(where: str, fields: Mapping[str, Any], problems: list[Problem]) -> Stated | None:
     """The parameters of one layer or of all, with MLX's defaults for what is not said."""
-    said = {key: fields[key] for key in _PARAMETERS if fields.get(key) is not None}
+    declared = {key: fields[key] for key in _PARAMETERS if fields.get(key) is not None}
     tags = {mode.value: numbers for mode, numbers in MODE_DEFAULTS.items()}
-    mode = said.get("mode", QuantMode.AFFINE.value)
+    mode = declared.get("mode", QuantMode.AFFINE.value)
     group, bits = tags.get(mode, (64, 4)) if isinstance(mode, str) else (64, 4)
     try:
-        filled = Quantization.from_dict({"group_size": group, "bits": bits} | said)
+        filled = Quantization.from_dict({"group_size": group, "bits": bits} | declared)
     except ParseError as error:
         problems.append(Problem(where, error.message))
         return None
-    return Stated(where, filled, frozenset(said))
+    return Stated(where, filled, frozenset(declared))
 
 
 def encodings(parts: Mapping[str, SourceTensor]) -> list[Quantization]:
@@ -203,4 +203,4 @@ def _legal(affine: bool) -> Iterator[Quantization]:
 
 def words_for(found: list[Quantization]) -> str:
     """The encodings that fit, for a message."""
-    return one_of([describe(each, "") for each in found])
+    return join_or([describe_encoding(each, "") for each in found])

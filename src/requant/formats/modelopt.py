@@ -12,12 +12,12 @@ from typing import Any, Final
 
 from requant.checkpoint import Checkpoint, SourceTensor
 from requant.dtypes import FLOATS
-from requant.errors import shown
+from requant.errors import format_value
 from requant.formats.base import SourceLayer, SourceLayout
-from requant.formats.declared import Declared, declared
+from requant.formats.declared import QuantizationBlock, find_quantization_block
 from requant.formats.layer_names import layer_names
-from requant.formats.modelopt_layers import make_layer, stored_kind, turned_experts
-from requant.formats.sorting import Refused, Sorter
+from requant.formats.modelopt_layers import make_layer, stored_kind, transposed_experts
+from requant.formats.sorting import TensorSorter, UnsupportedLayerError
 
 # quant_algo -> how its layers are stored.
 _ALGORITHMS: Final = {
@@ -56,12 +56,12 @@ class ModelOpt:
 
     def claims(self, checkpoint: Checkpoint) -> str | None:
         """The config names it; without one, scales of NVFP4 beside bytes tell."""
-        found = declared(checkpoint)
-        if found is not None:
-            if found.method.startswith("modelopt"):
-                return f"{found.where}: quant_method {found.method}"
-            alone = not found.method and isinstance(found.get("quantization"), Mapping)
-            return found.where if alone or (not found.method and found.get("quant_algo")) else None
+        block = find_quantization_block(checkpoint)
+        if block is not None:
+            if block.method.startswith("modelopt"):
+                return f"{block.where}: quant_method {block.method}"
+            alone = not block.method and isinstance(block.get("quantization"), Mapping)
+            return block.where if alone or (not block.method and block.get("quant_algo")) else None
         parts = layer_names(checkpoint.tensors).tensors
         return next((part.name for name, part in parts.items() if _is_nvfp4(name, parts)), None)
 
@@ -83,28 +83,28 @@ class _Reader:
     """Reads one checkpoint and collects what is wrong with it."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint, self.sorter = checkpoint, Sorter.by_role(checkpoint)
-        found = declared(checkpoint) or Declared("hf_quant_config.json", {})
-        inner = found.get("quantization")
+        self.checkpoint, self.tensor_sorter = checkpoint, TensorSorter.by_role(checkpoint)
+        block = find_quantization_block(checkpoint) or QuantizationBlock("hf_quant_config.json", {})
+        inner = block.get("quantization")
         if isinstance(inner, Mapping):
-            found = Declared(f"{found.where}: quantization", inner)
-        self.found = found
-        self.algorithm = self._algorithm(found.get("quant_algo"), f"{found.where}.quant_algo")
+            block = QuantizationBlock(f"{block.where}: quantization", inner)
+        self.found = block
+        self.algorithm = self._algorithm(block.get("quant_algo"), f"{block.where}.quant_algo")
         self.by_layer = self._by_layer()
 
     def read(self) -> SourceLayout:
-        sorter = self.sorter
+        tensor_sorter = self.tensor_sorter
         for path, parts in self._parts().items():
-            sorter.make(path, parts, self._layer)
-        sorter.drop_runtime_scales()
+            tensor_sorter.make(path, parts, self._layer)
+        tensor_sorter.drop_runtime_scales()
         self._check_loose()
-        if not sorter.quantized and self.algorithm:
-            sorter.no_layer(
+        if not tensor_sorter.quantized and self.algorithm:
+            tensor_sorter.no_layer(
                 f"{self.found.where}.quant_algo",
                 f"is {self.algorithm}, but no layer has a weight_scale: if the weights are dense, "
                 "remove the block",
             )
-        return sorter.layout()
+        return tensor_sorter.layout()
 
     # -- the config ----------------------------------------------------------------------
 
@@ -114,10 +114,12 @@ class _Reader:
             return ""
         name = str(value).upper()
         if name == "NVFP4_SVD":
-            self.sorter.problem(where, "is NVFP4_SVD: its low-rank branch has no place in MLX")
+            self.tensor_sorter.problem(
+                where, "is NVFP4_SVD: its low-rank branch has no place in MLX"
+            )
         elif name not in (*_ALGORITHMS, _MIXED):
-            self.sorter.problem(
-                where, f"is {shown(value)}; known are {', '.join(_ALGORITHMS)}, {_MIXED}"
+            self.tensor_sorter.problem(
+                where, f"is {format_value(value)}; known are {', '.join(_ALGORITHMS)}, {_MIXED}"
             )
         return name
 
@@ -128,12 +130,12 @@ class _Reader:
         if table is None:
             return {}
         if not isinstance(table, Mapping):
-            self.sorter.problem(where, f"is {shown(table)}, expected an object")
+            self.tensor_sorter.problem(where, f"is {format_value(table)}, expected an object")
             return {}
         return {
-            path: self._algorithm(said.get("quant_algo"), f"{where}[{path!r}].quant_algo")
-            for path, said in table.items()
-            if isinstance(said, Mapping)
+            path: self._algorithm(declared.get("quant_algo"), f"{where}[{path!r}].quant_algo")
+            for path, declared in table.items()
+            if isinstance(declared, Mapping)
         }
 
     # -- the tensors ---------------------------------------------------------------------
@@ -141,7 +143,7 @@ class _Reader:
     def _parts(self) -> dict[str, dict[str, SourceTensor]]:
         """Layer path -> role -> tensor, for each layer with more than a weight."""
         found: dict[str, dict[str, SourceTensor]] = {}
-        for name, tensor in self.sorter.parts.items():
+        for name, tensor in self.tensor_sorter.parts.items():
             path, _, role = name.rpartition(".")
             if role in _ROLES:
                 found.setdefault(path, {})[role] = tensor
@@ -153,13 +155,13 @@ class _Reader:
 
     def _check_loose(self) -> None:
         """What belongs to no layer must make sense alone."""
-        sorter = self.sorter
-        for tensor in sorter.left:
+        tensor_sorter = self.tensor_sorter
+        for tensor in tensor_sorter.left:
             if tensor.name.endswith(_LOW_RANK):
-                sorter.problem(
+                tensor_sorter.problem(
                     tensor.name, "is a part of NVFP4_SVD's low-rank branch, which is not read"
                 )
-        sorter.note_dense(f"{self.found.where}.quantized_layers", self.by_layer)
+        tensor_sorter.note_dense(f"{self.found.where}.quantized_layers", self.by_layer)
 
     def _layer(self, path: str, parts: Mapping[str, SourceTensor]) -> SourceLayer | None:
         """One layer by what its tensors say.
@@ -167,7 +169,7 @@ class _Reader:
         Raises:
             Refused: They contradict each other or the config.
         """
-        experts = turned_experts(self.sorter, path, parts)
+        experts = transposed_experts(self.tensor_sorter, path, parts)
         if experts is not None:
             layer = self._layer(path, experts.one())
             return None if layer is None else experts.stack(layer)
@@ -176,5 +178,5 @@ class _Reader:
         if _ALGORITHMS.get(named, kind) != kind:
             where = "quantized_layers" if path in self.by_layer else "quant_algo"
             found = f"{self.found.where}.{where}"
-            raise Refused(path, f"is stored as {kind}, but {found} says {named}")
-        return make_layer(self.sorter, kind, path, parts)
+            raise UnsupportedLayerError(path, f"is stored as {kind}, but {found} says {named}")
+        return make_layer(self.tensor_sorter, kind, path, parts)

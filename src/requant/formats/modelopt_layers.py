@@ -18,9 +18,9 @@ from requant.formats.float_packings import MxBlocks
 from requant.formats.input_scaled import input_scaled
 from requant.formats.integer_layers import integer_layer
 from requant.formats.nvfp4_layers import nvfp4_layer, nvfp4_without_tensor_scale
-from requant.formats.packing import Cut, IntegerPacking, Parts, Scratch
-from requant.formats.sorting import Refused, Sorter
-from requant.formats.stacks import Experts, are_turned, rows_with_one_scale
+from requant.formats.packing import IntegerPacking, Parts, Rect, Scratch
+from requant.formats.sorting import TensorSorter, UnsupportedLayerError
+from requant.formats.stacks import Experts, are_transposed, rows_with_one_scale
 
 _FLOATS: Final = ("F32", "BF16", "F16")
 _Tensors = Mapping[str, SourceTensor]
@@ -36,10 +36,10 @@ class RowPairs(IntegerPacking):
 
     row_unit: ClassVar[int] = 2
 
-    def cuts(self, start: int, stop: int) -> dict[str, Cut]:
+    def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
         return {
-            "weight": Cut((start // 2, stop // 2), (0, self.columns)),
-            "weight_scale": Cut((start, stop), (0, self.groups)),
+            "weight": Rect((start // 2, stop // 2), (0, self.columns)),
+            "weight_scale": Rect((start, stop), (0, self.groups)),
         }
 
     def codes(self, parts: Parts, start: int, stop: int, scratch: Scratch) -> np.ndarray:
@@ -64,13 +64,13 @@ def stored_kind(path: str, parts: _Tensors) -> str:
     weight, scale = parts.get("weight"), parts.get("weight_scale")
     if weight is None:
         names = ", ".join(part.name for part in parts.values())
-        raise Refused(path, f"has {names}, but no {path}.weight")
+        raise UnsupportedLayerError(path, f"has {names}, but no {path}.weight")
     if scale is None:
         others = ", ".join(role for role in parts if role != "weight")
-        raise Refused(weight.name, f"has no weight_scale beside it (it has {others})")
+        raise UnsupportedLayerError(weight.name, f"has no weight_scale beside it (it has {others})")
     codes, scales = weight.info, scale.info
     if len(codes.shape) < 2 or 0 in codes.shape or 0 in scales.shape:
-        raise Refused(weight.name, f"{codes}, expected a matrix or a stack of them")
+        raise UnsupportedLayerError(weight.name, f"{codes}, expected a matrix or a stack of them")
     *leading, height, width = codes.shape
     by_row = scales.shape[:-1] == codes.shape[:-1]
     group_codes = width / scales.shape[-1] if by_row else 0  # elements of a row with one scale
@@ -89,11 +89,11 @@ def stored_kind(path: str, parts: _Tensors) -> str:
         return "mxfp4"
     elif codes.dtype in FLOAT8 and group_codes == 32 and scales.dtype in EXPONENTS:
         return "mxfp8"
-    beside = ", ".join(f"{role} {part.info}" for role, part in parts.items())
-    raise Refused(path, f"is laid out as ModelOpt does not write it: {beside}")
+    siblings = ", ".join(f"{role} {part.info}" for role, part in parts.items())
+    raise UnsupportedLayerError(path, f"is laid out as ModelOpt does not write it: {siblings}")
 
 
-def turned_experts(sorter: Sorter, path: str, parts: _Tensors) -> Experts | None:
+def transposed_experts(tensor_sorter: TensorSorter, path: str, parts: _Tensors) -> Experts | None:
     """The experts of a stack of packed codes that is stored ``(experts, in, out)``.
 
     ModelOpt turns the stacks of Llama 4 and gpt-oss back after it has quantized them, so that
@@ -103,14 +103,16 @@ def turned_experts(sorter: Sorter, path: str, parts: _Tensors) -> Experts | None
         Refused: Its tensors are of different numbers of experts.
     """
     weight, scale = parts.get("weight"), parts.get("weight_scale")
-    if weight is None or scale is None or not are_turned(weight.info, scale.info):
+    if weight is None or scale is None or not are_transposed(weight.info, scale.info):
         return None
     if weight.info.dtype in FLOAT8[:2] and scale.info.dtype not in EXPONENTS:
         return None
     return Experts.of(weight.info.shape[0], parts, ("weight", "weight_scale"))
 
 
-def make_layer(sorter: Sorter, kind: str, path: str, parts: _Tensors) -> SourceLayer | None:
+def make_layer(
+    tensor_sorter: TensorSorter, kind: str, path: str, parts: _Tensors
+) -> SourceLayer | None:
     """Describe a layer of a kind that ``stored_kind`` found.
 
     Raises:
@@ -121,11 +123,11 @@ def make_layer(sorter: Sorter, kind: str, path: str, parts: _Tensors) -> SourceL
     layer: SourceLayer | None
     if kind == "nvfp4" and second is None:
         missing = "weight_scale_2 that multiplies them"
-        layer = nvfp4_without_tensor_scale(sorter, path, weight, scale, missing)
+        layer = nvfp4_without_tensor_scale(tensor_sorter, path, weight, scale, missing)
     elif kind == "nvfp4":
         layer = nvfp4_layer(
-            sorter.checkpoint,
-            sorter,
+            tensor_sorter.checkpoint,
+            tensor_sorter,
             path,
             weight=weight,
             scale=scale,
@@ -133,26 +135,36 @@ def make_layer(sorter: Sorter, kind: str, path: str, parts: _Tensors) -> SourceL
             divides=False,
         )
     elif second is not None:
-        raise Refused(second.name, f"stands beside {kind} codes; what it scales is not known")
+        raise UnsupportedLayerError(
+            second.name, f"stands beside {kind} codes; what it scales is not known"
+        )
     elif kind == "fp8":
-        turned = sorter.orientation.is_turned(path, weight.info.shape)
+        transposed = tensor_sorter.orientation.is_transposed(path, weight.info.shape)
         layer = float8_stack(
-            sorter, path, weight, scale=scale, block=None, dtype=sorter.dtype, turned=turned
+            tensor_sorter,
+            path,
+            weight,
+            scale=scale,
+            block=None,
+            dtype=tensor_sorter.dtype,
+            transposed=transposed,
         )
     elif kind in ("mxfp4", "mxfp8"):
-        layer = _mx(sorter, path, weight, scale, 4 if kind == "mxfp4" else 8)
+        layer = _mx(tensor_sorter, path, weight, scale, 4 if kind == "mxfp4" else 8)
     else:
-        layer = (_int4 if kind == "int4" else _int8)(sorter, path, weight, scale)
+        layer = (_int4 if kind == "int4" else _int8)(tensor_sorter, path, weight, scale)
     if layer is None or inputs is None:
         return layer
     n_in = layer.shape[-1]
     if inputs.info.dtype not in _FLOATS or inputs.info.shape != (n_in,):
-        raise Refused(inputs.name, f"{inputs.info}, expected floats [{n_in}], one an input")
+        raise UnsupportedLayerError(
+            inputs.name, f"{inputs.info}, expected floats [{n_in}], one an input"
+        )
     return input_scaled(layer, inputs)
 
 
 def _mx(
-    sorter: Sorter, path: str, weight: SourceTensor, scale: SourceTensor, bits: int
+    tensor_sorter: TensorSorter, path: str, weight: SourceTensor, scale: SourceTensor, bits: int
 ) -> SourceLayer:
     *leading, n_out, nbytes = weight.info.shape
     n_in = nbytes * 8 // bits
@@ -164,13 +176,15 @@ def _mx(
         parts=parts,
         encoding=packing.encoding,
         shape=shape,
-        dtype=sorter.dtype,
+        dtype=tensor_sorter.dtype,
         packing=packing,
-        stored=stored,
+        stored_description=stored,
     )
 
 
-def _int4(sorter: Sorter, path: str, weight: SourceTensor, scale: SourceTensor) -> SourceLayer:
+def _int4(
+    tensor_sorter: TensorSorter, path: str, weight: SourceTensor, scale: SourceTensor
+) -> SourceLayer:
     *leading, pairs, n_in = weight.info.shape
     shape, groups = (*leading, 2 * pairs, n_in), scale.info.shape[-1]
     packing = RowPairs(
@@ -182,16 +196,18 @@ def _int4(sorter: Sorter, path: str, weight: SourceTensor, scale: SourceTensor) 
         scale_dtype=scale.info.dtype,
     )
     parts = {"weight": weight, "weight_scale": scale}
-    return integer_layer(sorter, path, parts, shape=shape, packing=packing, tool="modelopt")
+    return integer_layer(tensor_sorter, path, parts, shape=shape, packing=packing, tool="modelopt")
 
 
-def _int8(sorter: Sorter, path: str, weight: SourceTensor, scale: SourceTensor) -> SourceLayer:
+def _int8(
+    tensor_sorter: TensorSorter, path: str, weight: SourceTensor, scale: SourceTensor
+) -> SourceLayer:
     shape = weight.info.shape
     found = rows_with_one_scale(shape, scale.info.shape)
     if found is None or found[1] != 1:
         *leading, n_out, _ = shape
         expected = f"{[*leading, n_out]}, one a row of codes"
-        raise Refused(scale.name, f"{scale.info}, expected {expected}")
+        raise UnsupportedLayerError(scale.name, f"{scale.info}, expected {expected}")
     rows, dtype = prod(shape[:-1]), scale.info.dtype
     width = scale.info.shape[-1] if scale.info.shape else 1
     packing = CtPlain(
@@ -207,4 +223,4 @@ def _int8(sorter: Sorter, path: str, weight: SourceTensor, scale: SourceTensor) 
         zero_points=Zeros.MIDDLE,
     )
     parts = {"weight": weight, "weight_scale": scale}
-    return integer_layer(sorter, path, parts, shape=shape, packing=packing, tool="modelopt")
+    return integer_layer(tensor_sorter, path, parts, shape=shape, packing=packing, tool="modelopt")

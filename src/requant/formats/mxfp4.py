@@ -11,12 +11,12 @@ from math import prod
 from requant.checkpoint import Checkpoint, SourceTensor
 from requant.dtypes import FLOATS
 from requant.formats.base import SourceLayer, SourceLayout
-from requant.formats.declared import declared
+from requant.formats.declared import find_quantization_block
 from requant.formats.float8_layers import EXPONENTS
 from requant.formats.float_packings import MxBlocks
 from requant.formats.layer_names import layer_names
-from requant.formats.sorting import Refused, Sorter
-from requant.formats.stacks import Experts, are_turned
+from requant.formats.sorting import TensorSorter, UnsupportedLayerError
+from requant.formats.stacks import Experts, are_transposed
 
 # Of the blocks, and of the scales beside them: as transformers and as OpenAI name them.
 _SUFFIXES = (("_blocks", "_scales"), (".blocks", ".scales"))
@@ -31,9 +31,9 @@ class Mxfp4:
 
     def claims(self, checkpoint: Checkpoint) -> str | None:
         """The config names it; without one, blocks with scales beside them tell."""
-        found = declared(checkpoint)
-        if found is not None:
-            return f"{found.where}: quant_method mxfp4" if found.method == "mxfp4" else None
+        block = find_quantization_block(checkpoint)
+        if block is not None:
+            return f"{block.where}: quant_method mxfp4" if block.method == "mxfp4" else None
         for name in checkpoint.tensors:
             for blocks, scales in _SUFFIXES:
                 path = name.removesuffix(blocks)
@@ -47,23 +47,25 @@ class Mxfp4:
 
     def read(self, checkpoint: Checkpoint) -> SourceLayout:
         """Pair blocks with scales; everything else is dense."""
-        sorter = Sorter.by_role(checkpoint)
+        tensor_sorter = TensorSorter.by_role(checkpoint)
         for name, tensor in checkpoint.tensors.items():
             for blocks, scales in _SUFFIXES:
                 path = name.removesuffix(blocks)
                 if path != name:
-                    sorter.add(_layer(sorter, path, tensor, f"{path}{scales}"))
-        for path, (weight, scale) in _pairs(sorter.parts).items():
+                    tensor_sorter.add(_layer(tensor_sorter, path, tensor, f"{path}{scales}"))
+        for path, (weight, scale) in _pairs(tensor_sorter.parts).items():
             parts = {"weight": weight, "weight_scale": scale}
-            sorter.make(path, parts, lambda path, parts: _flat_layer(sorter, path, parts))
-        sorter.drop_runtime_scales()
-        if not sorter.quantized:
-            sorter.no_layer(
+            tensor_sorter.make(
+                path, parts, lambda path, parts: _flat_layer(tensor_sorter, path, parts)
+            )
+        tensor_sorter.drop_runtime_scales()
+        if not tensor_sorter.quantized:
+            tensor_sorter.no_layer(
                 "config.json: quantization_config",
                 "says quant_method mxfp4, but no tensor ends in _blocks, and none has bytes and "
                 f"scales of MXFP4: {_advice(checkpoint)}",
             )
-        return sorter.layout()
+        return tensor_sorter.layout()
 
 
 def _advice(checkpoint: Checkpoint) -> str:
@@ -93,16 +95,20 @@ def _is_flat(weight: SourceTensor, scale: SourceTensor) -> bool:
     return whole and scale.info.shape == grid and scale.info.dtype in EXPONENTS
 
 
-def _flat_layer(sorter: Sorter, path: str, parts: Mapping[str, SourceTensor]) -> SourceLayer:
+def _flat_layer(
+    tensor_sorter: TensorSorter, path: str, parts: Mapping[str, SourceTensor]
+) -> SourceLayer:
     """A layer or stack of bytes ``(..., out, in / 2)`` with scales ``(..., out, in / 32)``."""
     weight, scale = parts["weight"], parts["weight_scale"]
-    if are_turned(weight.info, scale.info):
+    if are_transposed(weight.info, scale.info):
         experts = Experts.of(weight.info.shape[0], parts, ("weight", "weight_scale"))
-        return experts.stack(_flat_layer(sorter, path, experts.one()))
+        return experts.stack(_flat_layer(tensor_sorter, path, experts.one()))
     if len(weight.info.shape) < 2 or 0 in weight.info.shape or not _is_flat(weight, scale):
         *rows, nbytes = weight.info.shape or (0,)
         expected = f"U8 {[*rows, nbytes // _BLOCK_BYTES]}, a scale for {_BLOCK_BYTES} bytes"
-        raise Refused(scale.name, f"{scale.info}, expected {expected} of {weight.name}")
+        raise UnsupportedLayerError(
+            scale.name, f"{scale.info}, expected {expected} of {weight.name}"
+        )
     *leading, n_out, nbytes = weight.info.shape
     packing = MxBlocks(prod(leading) * n_out, 2 * nbytes, n_out, 4, nbytes)
     shape, stored = (*leading, n_out, 2 * nbytes), {"weight": weight, "scale": scale}
@@ -111,26 +117,30 @@ def _flat_layer(sorter: Sorter, path: str, parts: Mapping[str, SourceTensor]) ->
         parts=stored,
         encoding=packing.encoding,
         shape=shape,
-        dtype=sorter.dtype,
+        dtype=tensor_sorter.dtype,
         packing=packing,
-        stored="mxfp4",
+        stored_description="mxfp4",
     )
 
 
-def _layer(sorter: Sorter, path: str, blocks: SourceTensor, scales: str) -> SourceLayer | None:
+def _layer(
+    tensor_sorter: TensorSorter, path: str, blocks: SourceTensor, scales: str
+) -> SourceLayer | None:
     """One stack of experts, if its tensors fit each other."""
-    scale, shape = sorter.tensors.get(scales), blocks.info.shape
-    sorter.claim([blocks.name], path)
+    scale, shape = tensor_sorter.tensors.get(scales), blocks.info.shape
+    tensor_sorter.claim([blocks.name], path)
     if blocks.info.dtype != "U8" or len(shape) < 3 or shape[-1] != _BLOCK_BYTES:
         message = f"{blocks.info}, expected U8 [..., out, in / 32, {_BLOCK_BYTES}]"
-        sorter.problem(blocks.name, message)
+        tensor_sorter.problem(blocks.name, message)
     if scale is None:
-        sorter.problem(blocks.name, f"has no scales: {scales} is missing")
+        tensor_sorter.problem(blocks.name, f"has no scales: {scales} is missing")
         return None
-    sorter.claim([scales], path)
+    tensor_sorter.claim([scales], path)
     if scale.info.dtype not in ("U8", "F8_E8M0") or scale.info.shape != shape[:-1]:
-        sorter.problem(scales, f"{scale.info}, expected U8 {list(shape[:-1])} beside {blocks.name}")
-    if any(problem.where in (blocks.name, scales) for problem in sorter.problems):
+        tensor_sorter.problem(
+            scales, f"{scale.info}, expected U8 {list(shape[:-1])} beside {blocks.name}"
+        )
+    if any(problem.where in (blocks.name, scales) for problem in tensor_sorter.problems):
         return None
     *leading, n_out, groups, _ = shape
     n_in, rows = groups * 32, blocks.info.size // (groups * _BLOCK_BYTES)
@@ -142,7 +152,7 @@ def _layer(sorter: Sorter, path: str, blocks: SourceTensor, scales: str) -> Sour
         parts=parts,
         encoding=packing.encoding,
         shape=logical,
-        dtype=sorter.dtype,
+        dtype=tensor_sorter.dtype,
         packing=packing,
-        stored="mxfp4",
+        stored_description="mxfp4",
     )

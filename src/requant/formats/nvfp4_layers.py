@@ -10,8 +10,8 @@ import ml_dtypes
 import numpy as np
 
 from requant.checkpoint import Checkpoint, SourceTensor
-from requant.errors import shown
-from requant.formats.base import Rows, SourceLayer, fallback_for
+from requant.errors import format_value
+from requant.formats.base import RowRange, SourceLayer, fallback_for
 from requant.formats.float_packings import (
     NVFP4,
     GlobalScales,
@@ -20,7 +20,7 @@ from requant.formats.float_packings import (
     fold_e4m3,
 )
 from requant.formats.matrix_scales import MatrixScale, scale_of_each_matrix
-from requant.formats.sorting import Refused, Sorter
+from requant.formats.sorting import TensorSorter, UnsupportedLayerError
 from requant.reasons import Note, NoteCode, Reason, ReasonCode
 
 _STORED = "nvfp4 with a tensor scale"
@@ -35,7 +35,7 @@ _REASON = Reason(ReasonCode.TENSOR_SCALE, "MLX's nvfp4 has no place for its tens
 
 def nvfp4_layer(
     checkpoint: Checkpoint,
-    sorter: Sorter,
+    tensor_sorter: TensorSorter,
     path: str,
     weight: SourceTensor,
     scale: SourceTensor,
@@ -50,7 +50,7 @@ def nvfp4_layer(
 
     Args:
         checkpoint: For the scales.
-        sorter: Takes the problems.
+        tensor_sorter: Takes the problems.
         path: Layer path.
         weight: Bytes ``(..., out, in / 2)``.
         scale: E4M3 ``(..., out, in / 16)``.
@@ -71,13 +71,13 @@ def nvfp4_layer(
         parts=parts,
         encoding=NVFP4,
         shape=shape,
-        dtype=sorter.dtype,
+        dtype=tensor_sorter.dtype,
         packing=packing,
-        stored="nvfp4",
+        stored_description="nvfp4",
     )
     if tensor_scale is None:
         return bare
-    factors = _factors(checkpoint, sorter, tensor_scale, matrices)
+    factors = _factors(checkpoint, tensor_sorter, tensor_scale, matrices)
     if factors is None:
         return None
     info = tensor_scale.info
@@ -96,13 +96,13 @@ def nvfp4_layer(
     return replace(
         scaled,
         encoding=None,
-        stored=_STORED,
+        stored_description=_STORED,
         policy=replace(scaled.policy, fallback=fallback, reason=_REASON),
     )
 
 
 def nvfp4_without_tensor_scale(
-    sorter: Sorter, path: str, weight: SourceTensor, scale: SourceTensor, missing: str
+    tensor_sorter: TensorSorter, path: str, weight: SourceTensor, scale: SourceTensor, missing: str
 ) -> SourceLayer | None:
     """Describe a stack of NVFP4 matrices whose group scales are all there is.
 
@@ -111,7 +111,7 @@ def nvfp4_without_tensor_scale(
     one in a folder where others have theirs, and any single matrix.
 
     Args:
-        sorter: Of the checkpoint.
+        tensor_sorter: Of the checkpoint.
         path: Layer path.
         weight: Bytes ``(..., out, in / 2)``.
         scale: E4M3 ``(..., out, in / 16)``.
@@ -121,21 +121,23 @@ def nvfp4_without_tensor_scale(
         Refused: The layer has lost its tensor scale.
     """
     message = f"has E4M3 scales of NVFP4, but no {missing}"
-    other = next((x for end in _ENDINGS for x in sorter.parts if x.endswith(end)), None)
-    if len(sorter.checkpoint.tensors[weight.name].info.shape) < 3:
-        raise Refused(path, message, unknown=True)
+    other = next((x for end in _ENDINGS for x in tensor_sorter.parts if x.endswith(end)), None)
+    if len(tensor_sorter.checkpoint.tensors[weight.name].info.shape) < 3:
+        raise UnsupportedLayerError(path, message, unknown=True)
     if other is not None:
-        theirs = f"other layers have theirs ({sorter.parts[other].name})"
-        raise Refused(path, f"{message}; {theirs}", unknown=True)
-    stored = sorter.checkpoint.peek(scale.name).view(ml_dtypes.float8_e4m3fn)
+        theirs = f"other layers have theirs ({tensor_sorter.parts[other].name})"
+        raise UnsupportedLayerError(path, f"{message}; {theirs}", unknown=True)
+    stored = tensor_sorter.checkpoint.read_small_tensor(scale.name).view(ml_dtypes.float8_e4m3fn)
     if (np.abs(stored.astype(np.float32)) >= _LARGEST).any():
         why = f"and scales of {_LARGEST:g}, as only a tensor scale leaves them"
-        raise Refused(path, f"{message}, {why}: the source is incomplete", unknown=True)
-    if _BARE not in sorter.notes:
-        sorter.notes.append(_BARE)
+        raise UnsupportedLayerError(
+            path, f"{message}, {why}: the source is incomplete", unknown=True
+        )
+    if _BARE not in tensor_sorter.notes:
+        tensor_sorter.notes.append(_BARE)
     return nvfp4_layer(
-        sorter.checkpoint,
-        sorter,
+        tensor_sorter.checkpoint,
+        tensor_sorter,
         path,
         weight=weight,
         scale=scale,
@@ -145,19 +147,21 @@ def nvfp4_without_tensor_scale(
 
 
 def _factors(
-    checkpoint: Checkpoint, sorter: Sorter, tensor_scale: SourceTensor, matrices: int
+    checkpoint: Checkpoint, tensor_sorter: TensorSorter, tensor_scale: SourceTensor, matrices: int
 ) -> np.ndarray | None:
     """The tensor scales, float32, one or one for each matrix; None with a problem."""
     info = tensor_scale.info
     if info.dtype not in ("F32", "BF16", "F16") or info.size not in (1, matrices):
         each = f", or one for each of {matrices} matrices" if matrices > 1 else ""
-        sorter.problem(tensor_scale.name, f"{info}, expected one F32{each}")
+        tensor_sorter.problem(tensor_scale.name, f"{info}, expected one F32{each}")
         return None
-    factors = checkpoint.peek(tensor_scale.name).astype(np.float32).reshape(-1)
+    factors = checkpoint.read_small_tensor(tensor_scale.name).astype(np.float32).reshape(-1)
     sound = np.isfinite(factors) & (factors > 0)
     if not sound.all():
-        message = f"holds {shown(float(factors[~sound][0]))}, expected a finite number above 0"
-        sorter.problem(tensor_scale.name, message)
+        message = (
+            f"holds {format_value(float(factors[~sound][0]))}, expected a finite number above 0"
+        )
+        tensor_sorter.problem(tensor_scale.name, message)
         return None
     return factors
 
@@ -167,8 +171,8 @@ def has_tensor_scale(layer: SourceLayer) -> bool:
     return isinstance(layer.packing, NvBlocks) and layer.packing.tensor_scales > 0
 
 
-def kept_apart(
-    layer: SourceLayer, path: str, shape: tuple[int, ...], runs: Sequence[Rows]
+def kept_separate(
+    layer: SourceLayer, path: str, shape: tuple[int, ...], runs: Sequence[RowRange]
 ) -> SourceLayer | None:
     """A stack of NVFP4 matrices with a tensor scale each, as MLX's nvfp4 with a global scale.
 
@@ -184,7 +188,7 @@ def kept_apart(
     scales = scale_of_each_matrix(runs, shape[-2], _rows_per_tensor_scale)
     if scales is None:
         return None
-    pieces = tuple(replace(run, layer=_apart(run.layer)) for run in runs)
+    pieces = tuple(replace(run, layer=_separate(run.layer)) for run in runs)
     made = replace(
         layer,
         path=path,
@@ -193,12 +197,14 @@ def kept_apart(
         encoding=NVFP4,
         policy=replace(layer.policy, fallback=None, reason=None),
     )
-    return replace(made, stored=_STORED, pieces=pieces, global_scale=tuple(_as_rows(scales)))
+    return replace(
+        made, stored_description=_STORED, row_ranges=pieces, global_scale=tuple(_as_rows(scales))
+    )
 
 
-def _apart(layer: SourceLayer) -> SourceLayer:
+def _separate(layer: SourceLayer) -> SourceLayer:
     assert isinstance(layer.packing, NvBlocks)
-    packing = replace(layer.packing, apart=True, exact=False)
+    packing = replace(layer.packing, separate=True, exact=False)
     return replace(layer, packing=packing, encoding=NVFP4)
 
 
@@ -208,15 +214,15 @@ def _rows_per_tensor_scale(layer: SourceLayer) -> int:
     return packing.matrix if packing.tensor_scales > 1 else packing.rows
 
 
-def _as_rows(scales: Sequence[MatrixScale]) -> tuple[Rows, ...]:
+def _as_rows(scales: Sequence[MatrixScale]) -> tuple[RowRange, ...]:
     """The same numbers as rows of the tensors that hold them, neighbours in one run."""
-    runs: list[Rows] = []
+    runs: list[RowRange] = []
     for scale in scales:
         last = runs[-1] if runs else None
         if last and (last.layer.path, last.start + last.count) == (scale.layer.path, scale.index):
             runs[-1] = replace(last, count=last.count + 1)
         else:
-            runs.append(Rows(_numbers(scale.layer), scale.index, 1))
+            runs.append(RowRange(_numbers(scale.layer), scale.index, 1))
     return tuple(runs)
 
 
@@ -238,6 +244,8 @@ def _folds(checkpoint: Checkpoint, scale: SourceTensor, factors: np.ndarray, div
         return True
     if (np.frexp(factors)[0] != 0.5).any():
         return False
-    groups = checkpoint.peek(scale.name).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    groups = (
+        checkpoint.read_small_tensor(scale.name).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    )
     each = groups.reshape(factors.size, -1)
     return fold_e4m3(apply_tensor_scale(each, factors[:, None], divides)) is not None

@@ -8,7 +8,7 @@ from typing import Any, Final
 from requant.dtypes import FLOATS
 from requant.formats.base import SourceLayer
 from requant.formats.bnb_packings import BnbInt8
-from requant.formats.declared import ALIASES, Declared
+from requant.formats.declared import ALIASES, QuantizationBlock
 from requant.formats.expert_packings import StackedExperts
 from requant.formats.float_packings import Float8, MxBlocks
 from requant.formats.input_scaled import InputScaled
@@ -17,7 +17,7 @@ from requant.formats.qweight_config import METHODS
 from requant.formats.torchao_packings import Swizzled
 
 # What shapes tell too; where the two contradict each other, shapes are believed.
-_TOLD_BY_SHAPES: Final = frozenset((*ALIASES["bits"], *ALIASES["group_size"], "quant_algo"))
+_DERIVED_FROM_SHAPES: Final = frozenset((*ALIASES["bits"], *ALIASES["group_size"], "quant_algo"))
 # Integer layers with these names are the format's own; where its config demands a tensor that is
 # missing (zeros, an order of inputs), they are not what they seem.
 OWN_NAMES: Final[Mapping[str, tuple[str, ...]]] = {
@@ -33,13 +33,15 @@ _USUAL_BLOCK: Final = 128  # rows and columns with one scale, of FP8 in blocks
 _DEEPEST: Final = 8  # levels of a block
 
 
-def is_certain(layer: SourceLayer, claimed_by: str, beside: Collection[str], others: bool) -> bool:
+def is_certain(
+    layer: SourceLayer, claimed_by: str, siblings: Collection[str], others: bool
+) -> bool:
     """Whether tensors of common names and dtypes leave no second reading.
 
     Args:
         layer: As a reader made it that the config does not speak of.
         claimed_by: The format of the folder.
-        beside: Names of the tensors that are left.
+        siblings: Names of the tensors that are left.
         others: Whether other tensors of the folder are called FP8.
     """
     weight, scale = layer.parts.get("weight"), layer.parts.get("scale")
@@ -47,7 +49,7 @@ def is_certain(layer: SourceLayer, claimed_by: str, beside: Collection[str], oth
         return True
     bytes_too = claimed_by in _OF_BYTES
     if isinstance(layer.packing, BnbInt8):  # a scale that is renamed would make it so
-        return not bytes_too or f"{layer.path}.weight_format" in beside
+        return not bytes_too or f"{layer.path}.weight_format" in siblings
     if isinstance(layer.packing, Float8) and scale is not None:
         # One number in the form of a grid may be what is left of the scales of blocks.
         in_blocks = max(weight.info.shape[-2:]) > _USUAL_BLOCK
@@ -77,10 +79,10 @@ def is_float8_of_bytes(layer: SourceLayer) -> bool:
     return weight.info.dtype == "U8" and of_floats
 
 
-def in_other_blocks(found: Declared | None, layers: Iterable[SourceLayer]) -> list[str]:
+def in_other_blocks(block: QuantizationBlock | None, layers: Iterable[SourceLayer]) -> list[str]:
     """FP8 layers whose grid of scales is not that of the blocks that the config names."""
-    said = None if found is None else found.get("weight_block_size")
-    if not isinstance(said, list) or len(said) != 2:
+    declared = None if block is None else block.get("weight_block_size")
+    if not isinstance(declared, list) or len(declared) != 2:
         return []
     packed = ((layer.path, layer.packing) for layer in layers)
     return [
@@ -88,7 +90,7 @@ def in_other_blocks(found: Declared | None, layers: Iterable[SourceLayer]) -> li
         for path, packing in packed
         if isinstance(packing, Float8)
         and packing.tile[1] != packing.columns
-        and list(packing.tile) != said
+        and list(packing.tile) != declared
     ]
 
 
@@ -103,7 +105,7 @@ def demands_more(block: Mapping[str, Any]) -> bool:
     return False
 
 
-def says_float8(block: Mapping[str, Any]) -> bool:
+def declares_float8(block: Mapping[str, Any]) -> bool:
     """Whether a config speaks of FP8 anywhere, in any tool's words."""
     for part in _parts(block):
         if part.get("type") == "float" and part.get("num_bits") == 8:
@@ -126,12 +128,12 @@ def _parts(block: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
             left += value
 
 
-def without_what_shapes_tell(block: Mapping[str, Any], depth: int = 0) -> dict[str, Any]:
+def without_shape_derived(block: Mapping[str, Any], depth: int = 0) -> dict[str, Any]:
     """A block without bits, groups and algorithms, at any depth that tools write them."""
     return {
-        key: without_what_shapes_tell(value, depth + 1)
+        key: without_shape_derived(value, depth + 1)
         if isinstance(value, Mapping) and depth < _DEEPEST
         else value
         for key, value in block.items()
-        if key not in _TOLD_BY_SHAPES
+        if key not in _DERIVED_FROM_SHAPES
     }

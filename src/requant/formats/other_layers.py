@@ -15,20 +15,25 @@ from typing import Any, Final
 
 from requant.checkpoint import Checkpoint, SourceTensor
 from requant.dtypes import FLOATS
-from requant.errors import Problem, count_are, few
+from requant.errors import Problem, join_first, pluralize_are
 from requant.formats.base import Format, NoReading, SourceLayer, SourceLayout
-from requant.formats.declared import Declared, declared, with_block, without_blocks
+from requant.formats.declared import (
+    QuantizationBlock,
+    find_quantization_block,
+    with_block,
+    without_blocks,
+)
 from requant.formats.exclusions import excluded_paths
 from requant.formats.gptq_act_order import find_folds
 from requant.formats.left_qweights import read_qweights
 from requant.formats.one_reading import (
     OWN_NAMES,
+    declares_float8,
     demands_more,
     in_other_blocks,
     is_certain,
     is_float8_of_bytes,
-    says_float8,
-    without_what_shapes_tell,
+    without_shape_derived,
 )
 from requant.formats.packing import IntegerPacking
 from requant.formats.qweight_config import METHODS
@@ -47,7 +52,7 @@ _READERS: Final[tuple[tuple[str, Mapping[str, Any] | None], ...]] = (
     ("fp-quant", {"quant_method": "fp_quant", "forward_dtype": "mxfp4"}),
     ("fp-quant", {"quant_method": "fp_quant", "forward_dtype": "nvfp4"}),
 )
-_PLACE: Final = Declared("", {}, ("quantization_config",))
+_PLACE: Final = QuantizationBlock("", {}, ("quantization_config",))
 _TELLING: Final = ("g_idx", "weight_g_idx", "weight_shape")  # read, and in order
 _NAMED: Final = 3  # of many layers, how many a note names
 
@@ -91,7 +96,7 @@ def read_each_layer(
     step = _Step(known, formats, checkpoint)
     layout = step.layout
     if any(_holds_codes(tensor) for tensor in step.left.values()):
-        step.read_without_what_shapes_tell()
+        step.read_without_shape_derived()
         step.read_as_others()
         if step.taken.layers or step.taken.problems:
             layout = step.joined()
@@ -99,7 +104,8 @@ def read_each_layer(
     if odd and step.found is not None:
         note = Note(
             NoteCode.CONFIG_CONTRADICTED,
-            f"{step.found.where}.weight_block_size is not the blocks of {few(odd, _NAMED)}: the "
+            f"{step.found.where}.weight_block_size is not the blocks of {join_first(odd, _NAMED)}: "
+            "the "
             "grid of their scales is believed.",
         )
         layout = replace(layout, notes=(*layout.notes, note))
@@ -117,13 +123,13 @@ class _Step:
         self.known, self.formats, self.checkpoint = known, formats, checkpoint
         dtypes = {tensor.info.dtype for tensor in checkpoint.tensors.values()}
         self.names_float8 = not dtypes.isdisjoint(("F8_E4M3", "F8_E4M3FNUZ"))
-        self.found = declared(checkpoint)
+        self.found = find_quantization_block(checkpoint)
         self.layout = layout = self._by_format(checkpoint)
         self.taken = _Taken()
         gone: set[str] = set()
-        refused = {place for problem in layout.problems for place in _places(problem.where)}
+        rejected = {place for problem in layout.problems for place in _places(problem.where)}
         for layer in layout.layers:
-            if layer.is_quantized and layer.path not in refused:
+            if layer.is_quantized and layer.path not in rejected:
                 gone |= _used(layer)
         self.left = {n: t for n, t in checkpoint.tensors.items() if n not in gone}
 
@@ -146,8 +152,8 @@ class _Step:
     def _by_format(self, checkpoint: Checkpoint) -> SourceLayout:
         """What the format reads; plain bytes are FP8 where only the config calls them so."""
         layout = self.known.read(checkpoint)
-        said = self.found is not None and says_float8(self.found.block)
-        if said and not self.names_float8:  # as mx.load gives them
+        declared = self.found is not None and declares_float8(self.found.block)
+        if declared and not self.names_float8:  # as mx.load gives them
             return layout
         what = (
             "this folder stores that as F8_E4M3"
@@ -166,16 +172,16 @@ class _Step:
         layers = tuple(layer for layer in layout.layers if layer not in false)
         return replace(layout, layers=layers, problems=(*layout.problems, *problems))
 
-    def read_without_what_shapes_tell(self) -> None:
+    def read_without_shape_derived(self) -> None:
         """By the same format, without the bits and groups that the config gives."""
-        found = self.found
-        if found is None or self.known.name == "mlx":
+        block = self.found
+        if block is None or self.known.name == "mlx":
             return
-        bare = without_what_shapes_tell(found.block)
-        if bare == found.block:
+        bare = without_shape_derived(block.block)
+        if bare == block.block:
             return
-        view = with_block(self.checkpoint, found, bare)
-        self._tell_contradicted(self._take(self.known, view, own=True))
+        view = with_block(self.checkpoint, block, bare)
+        self._reject_contradicted(self._take(self.known, view, own=True))
 
     def read_as_others(self) -> None:
         """By the readers of other kinds, that see nothing of the config's block."""
@@ -191,7 +197,7 @@ class _Step:
         layers, problems = read_qweights(replace(bare, tensors=self.left), self.found)
         accepted = self._accept([x for x in layers if not self._is_barred(x.path)], {}, ())
         if self.known.name in METHODS:
-            self._tell_contradicted(accepted)
+            self._reject_contradicted(accepted)
         else:
             found += accepted
         for problem in problems:
@@ -199,7 +205,7 @@ class _Step:
                 continue
             self.taken.problems.append(problem)
             self.taken.disputed |= self._names_of(problem.where) | {problem.where}
-        self._tell(found)
+        self._detect(found)
 
     def _take(self, reader: Format, view: Checkpoint, own: bool = False) -> list[SourceLayer]:
         """The layers that a reader makes of what is left, if each is complete."""
@@ -234,11 +240,11 @@ class _Step:
         accepted = []
         for layer in layers:
             names, used = self._names_of(layer.path), _used(layer)
-            idle = {n for n in names - used if n in dropped or n.rpartition(".")[2] in _TELLING}
-            if names <= used | idle:
+            unused = {n for n in names - used if n in dropped or n.rpartition(".")[2] in _TELLING}
+            if names <= used | unused:
                 accepted.append(layer)
                 self.taken.names |= names | used
-                self.taken.dropped |= {name: dropped[name] for name in idle if name in dropped}
+                self.taken.dropped |= {name: dropped[name] for name in unused if name in dropped}
         if accepted:
             self.taken.layers += accepted
             self.taken.notes += notes
@@ -272,12 +278,12 @@ class _Step:
     def _why(self, layer: SourceLayer) -> str:
         """What the format said of a layer that it refused."""
         names = self._names_of(layer.path) | {layer.path}
-        told = [problem for problem in self.layout.problems if problem.where in names]
+        reported = [problem for problem in self.layout.problems if problem.where in names]
         where = "" if self.found is None else self.found.where
-        told += [problem for problem in self.layout.problems if problem.where.startswith(where)]
-        return told[0].message if told else f"{where or 'config.json'} says otherwise"
+        reported += [problem for problem in self.layout.problems if problem.where.startswith(where)]
+        return reported[0].message if reported else f"{where or 'config.json'} says otherwise"
 
-    def _tell_contradicted(self, layers: Sequence[SourceLayer]) -> None:
+    def _reject_contradicted(self, layers: Sequence[SourceLayer]) -> None:
         """Say of layers of the format's own kind what the config says, and what they are."""
         self.taken.against += len(layers)
         together: dict[tuple[str, str], list[str]] = {}
@@ -285,36 +291,37 @@ class _Step:
             together.setdefault((self._why(layer), layer.stored_as), []).append(layer.path)
         for (why, stored), paths in together.items():
             text = (
-                f"{few(paths, _NAMED)}: {why}. The tensors leave one reading, {stored}, and are "
+                f"{join_first(paths, _NAMED)}: {why}. The tensors leave one reading, {stored}, and "
+                "are "
                 "believed."
             )
             self.taken.notes.append(Note(NoteCode.CONFIG_CONTRADICTED, text))
 
-    def _tell(self, layers: Sequence[SourceLayer]) -> None:
+    def _detect(self, layers: Sequence[SourceLayer]) -> None:
         """One note for each way in which layers are stored that the config does not speak of."""
         paths = [layer.path for layer in layers]
-        told = set() if self.found is None else excluded_paths(self.found, paths)
+        reported = set() if self.found is None else excluded_paths(self.found, paths)
         together: dict[str, list[str]] = {}
         for layer in layers:
-            if layer.path not in told and not self._is_said(layer):
+            if layer.path not in reported and not self._is_declared(layer):
                 together.setdefault(layer.stored_as, []).append(layer.path)
         where = "config.json" if self.found is None else self.found.where
         for stored, names in together.items():
             text = (
-                f"{count_are(len(names), 'layer')} stored as {stored}, of which {where} says "
-                f"nothing ({few(names, _NAMED)}): read by what the tensors are."
+                f"{pluralize_are(len(names), 'layer')} stored as {stored}, of which {where} says "
+                f"nothing ({join_first(names, _NAMED)}): read by what the tensors are."
             )
             self.taken.notes.append(Note(NoteCode.UNDECLARED_LAYERS, text))
 
-    def _is_said(self, layer: SourceLayer) -> bool:
+    def _is_declared(self, layer: SourceLayer) -> bool:
         """Whether AutoRound's config gives a layer, or all of them, the kind of its codes."""
         table = None if self.found is None else self.found.get("extra_config")
         entry = table.get(layer.path) if isinstance(table, Mapping) else None
-        said = entry.get("data_type") if isinstance(entry, Mapping) else None
-        if said is None and self.found is not None:
-            said = self.found.get("data_type")
-        return isinstance(said, str) and (
-            said.lower().startswith("int") is isinstance(layer.packing, IntegerPacking)
+        declared = entry.get("data_type") if isinstance(entry, Mapping) else None
+        if declared is None and self.found is not None:
+            declared = self.found.get("data_type")
+        return isinstance(declared, str) and (
+            declared.lower().startswith("int") is isinstance(layer.packing, IntegerPacking)
         )
 
     # -- the whole -----------------------------------------------------------------------
@@ -354,4 +361,4 @@ def _places(where: str) -> Iterator[str]:
 
 def _used(layer: SourceLayer) -> set[str]:
     """The tensors that a layer is made of."""
-    return {part.name for part in (*layer.parts.values(), *layer.carried.values())}
+    return {part.name for part in (*layer.parts.values(), *layer.rotation_tensors.values())}

@@ -18,11 +18,11 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 
 from requant.arrays import decode, native, repack
-from requant.errors import InvariantError, span
+from requant.errors import InvariantError, format_range
 from requant.schema import Quantization, QuantMode
 
 Parts = Mapping[str, np.ndarray]
-"""Role -> the rectangle that ``cuts`` asked for, two axes, C-contiguous."""
+"""Role -> the rectangle that ``required_rects`` asked for, two axes, C-contiguous."""
 
 
 class Exactness(StrEnum):
@@ -42,22 +42,22 @@ class Fidelity:
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
+class Rect:
     """A rectangle of a tensor seen as a matrix of its last axis (a vector is one row)."""
 
     rows: tuple[int, int]
     columns: tuple[int, int]
 
 
-def flat_cut(start: int, stop: int, width: int) -> Cut:
+def flat_cut(start: int, stop: int, width: int) -> Rect:
     """Elements ``start`` to ``stop`` of a tensor whose last axis is ``width``.
 
     They are whole rows of that axis, or lie in one of them.
     """
     row = start // width
     if start % width == 0 and stop % width == 0:
-        return Cut((row, stop // width), (0, width))
-    return Cut((row, row + 1), (start - row * width, stop - row * width))
+        return Rect((row, stop // width), (0, width))
+    return Rect((row, row + 1), (start - row * width, stop - row * width))
 
 
 class Scratch(Protocol):
@@ -98,17 +98,19 @@ class Packing(ABC):
         return 0
 
     @abstractmethod
-    def cuts(self, start: int, stop: int) -> dict[str, Cut]:
+    def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
         """What the rows ``start`` to ``stop`` need of each part."""
 
-    def unpack(
+    def repack(
         self, parts: Parts, start: int, stop: int, out: Mapping[str, np.ndarray], scratch: Scratch
     ) -> None:
         """Fill ``out`` (weight, scales and, in affine mode, biases) with rows of the layer."""
         raise NotImplementedError(f"{type(self).__name__} has no encoding")
 
     @abstractmethod
-    def dense(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
+    def decode(
+        self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch
+    ) -> None:
         """Fill ``out``, ``(rows, columns)``, with values rounded once to its dtype."""
 
     def fidelity(self, dtype: str) -> Fidelity:
@@ -123,11 +125,11 @@ class Packing(ABC):
 PRECISION = {"F16": 11, "BF16": 8, "F32": 24}
 """Significant bits of a dtype, the implied one included."""
 _RANGE = {"F16": 5, "BF16": 8, "F32": 8}  # bits of the exponent
-DTYPE_WORD = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+DTYPE_NAME = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
 
 def is_narrower(dtype: str, stored: str) -> bool:
-    """Whether some number of dtype ``stored`` rounds when it is kept as ``dtype``."""
+    """Whether some number of dtype ``stored_description`` rounds when it is kept as ``dtype``."""
     less = PRECISION[dtype] < PRECISION.get(stored, 53)
     return less or _RANGE[dtype] < _RANGE.get(stored, 11)
 
@@ -205,7 +207,7 @@ class IntegerPacking(Packing):
         product = np.float32(-1) * self.zeros(parts, start, stop) * scales.astype(np.float32)
         return np.asarray(product, np.float32)
 
-    def unpack(
+    def repack(
         self, parts: Parts, start: int, stop: int, out: Mapping[str, np.ndarray], scratch: Scratch
     ) -> None:
         """Codes bit for bit; scales and biases rounded at most once, and repeated."""
@@ -218,7 +220,9 @@ class IntegerPacking(Packing):
         np.take(scales, spread, axis=1, out=out["scales"])
         np.take(biases, spread, axis=1, out=out["biases"])
 
-    def dense(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
+    def decode(
+        self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch
+    ) -> None:
         """``(code - zero) * scale`` in float32, rounded once."""
         codes = np.ascontiguousarray(self.codes(parts, start, stop, scratch))
         scales = np.ascontiguousarray(self.scales(parts, start, stop), np.float32)
@@ -230,7 +234,7 @@ class IntegerPacking(Packing):
         """Exact where neither a scale nor a bias can round."""
         kept = PRECISION.get(self.scale_dtype, 53)
         precision = PRECISION[dtype]
-        word = DTYPE_WORD[dtype]
+        word = DTYPE_NAME[dtype]
         if is_narrower(dtype, self.scale_dtype):
             relative = 2.0**-precision
             return Fidelity(
@@ -265,7 +269,7 @@ def check_symmetric(zeros: np.ndarray, bits: int) -> None:
     if not (zeros == middle).all():
         raise InvariantError(
             f"the config calls the layer symmetric, so that every zero is {middle}, but its "
-            f"zeros are {span(int(zeros.min()), int(zeros.max()))}; correct that setting "
+            f"zeros are {format_range(int(zeros.min()), int(zeros.max()))}; correct that setting "
             "(sym, symmetric or zero_point, by tool), or the format that says how zeros are stored"
         )
 

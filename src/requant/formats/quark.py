@@ -9,16 +9,16 @@ from typing import Any, Final
 
 from requant.checkpoint import Checkpoint, SourceTensor
 from requant.dtypes import FLOATS
-from requant.errors import few, one_of, shown
+from requant.errors import format_value, join_first, join_or
 from requant.formats.base import SourceLayer, SourceLayout
-from requant.formats.declared import declared
+from requant.formats.declared import find_quantization_block
 from requant.formats.float8_layers import EXPONENTS, FLOAT8, float8_stack
 from requant.formats.float_packings import MxBlocks, Mxfp6Blocks
 from requant.formats.integer_layers import integer_layer
 from requant.formats.nvfp4_layers import nvfp4_layer, nvfp4_without_tensor_scale
 from requant.formats.quark_packings import QuarkColumns, QuarkMx, QuarkRows
-from requant.formats.sorting import Refused, Sorter
-from requant.formats.stacks import Experts, are_turned
+from requant.formats.sorting import TensorSorter, UnsupportedLayerError
+from requant.formats.stacks import Experts, are_transposed
 from requant.patterns import Wildcards
 
 _ROLES: Final = ("weight", "weight_scale", "weight_zero_point", "weight_scale_2")
@@ -39,10 +39,10 @@ class Quark:
 
     def claims(self, checkpoint: Checkpoint) -> str | None:
         """The config names it; exports in the form of fp8 or awq are these formats' own."""
-        found = declared(checkpoint)
-        if found is None or found.method != "quark":
+        block = find_quantization_block(checkpoint)
+        if block is None or block.method != "quark":
             return None
-        return f"{found.where}: quant_method quark"
+        return f"{block.where}: quant_method quark"
 
     def read(self, checkpoint: Checkpoint) -> SourceLayout:
         """Describe each layer that has a scale, or codes by its scheme; all else is dense."""
@@ -77,7 +77,7 @@ class _Integers:
     bits: int
     signed: bool
     reordered: bool
-    said_symmetric: bool
+    declared_symmetric: bool
 
     @property
     def words(self) -> tuple[str, str]:
@@ -98,81 +98,87 @@ class _Integers:
     @property
     def is_symmetric(self) -> bool:
         """Whether every zero is the middle of the codes."""
-        return self.zeros is None or self.said_symmetric
+        return self.zeros is None or self.declared_symmetric
 
 
 class _Reader:
     """Reads one checkpoint and collects what is wrong with it."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint, self.sorter = checkpoint, Sorter.by_role(checkpoint)
-        found = declared(checkpoint)
-        assert found is not None
-        self.found = found
-        export = found.get("export")
+        self.checkpoint, self.tensor_sorter = checkpoint, TensorSorter.by_role(checkpoint)
+        block = find_quantization_block(checkpoint)
+        assert block is not None
+        self.found = block
+        export = block.get("export")
         self.export = export if isinstance(export, Mapping) else {}
         self.fake = str(self.export.get("weight_format", "")).lower() == "fake_quantized"
         self._check_config()
 
     def read(self) -> SourceLayout:
-        sorter = self.sorter
+        tensor_sorter = self.tensor_sorter
         for path, tensors in self._tensors().items():
-            sorter.make(path, tensors, self._layer)
-        sorter.drop_runtime_scales()
+            tensor_sorter.make(path, tensors, self._layer)
+        tensor_sorter.drop_runtime_scales()
         self._check_named()
-        if not sorter.quantized and not self.fake:
-            sorter.no_layer(
+        if not tensor_sorter.quantized and not self.fake:
+            tensor_sorter.no_layer(
                 self.found.where,
                 "says quark, but no layer has a weight_scale: if the weights are dense, remove the "
                 "block",
             )
-        return sorter.layout()
+        return tensor_sorter.layout()
 
     # -- the config ------------------------------------------------------------------------
 
     def _check_config(self) -> None:
-        found, sorter = self.found, self.sorter
-        algorithms = str(found.get("algo_config") or "").lower()
+        block, tensor_sorter = self.found, self.tensor_sorter
+        algorithms = str(block.get("algo_config") or "").lower()
         if any(word in algorithms for word in _ROTATIONS):
-            sorter.problem(
-                f"{found.where}.algo_config",
+            tensor_sorter.problem(
+                f"{block.where}.algo_config",
                 "names a rotation, which the runtime may have to apply; MLX does not",
             )
-        by_type = found.get("layer_type_quant_config")
+        by_type = block.get("layer_type_quant_config")
         if by_type:
-            sorter.problem(
-                f"{found.where}.layer_type_quant_config",
+            tensor_sorter.problem(
+                f"{block.where}.layer_type_quant_config",
                 "gives schemes by class of layer, which names of tensors do not tell; "
                 "layer_quant_config by name is read",
             )
-        table = found.get("layer_quant_config")
+        table = block.get("layer_quant_config")
         self.by_layer = Wildcards(table if isinstance(table, Mapping) else ())
 
     def _check_named(self) -> None:
         """Say of a layer that the config names by its path, with a scheme, that it is dense."""
         table = self.found.get("layer_quant_config")
         rows = table.items() if isinstance(table, Mapping) and not self.fake else ()
-        named = [path for path, said in rows if isinstance(said, Mapping) and said.get("weight")]
-        self.sorter.note_dense(f"{self.found.where}.layer_quant_config", named)
+        named = [
+            path
+            for path, declared in rows
+            if isinstance(declared, Mapping) and declared.get("weight")
+        ]
+        self.tensor_sorter.note_dense(f"{self.found.where}.layer_quant_config", named)
 
     def _scheme(self, path: str) -> _Scheme:
         """The weight's scheme: that of the patterns that fit the layer, else the global one."""
         table, where = self.found.get("layer_quant_config"), "global_quant_config"
-        said = self.found.get("global_quant_config")
-        fits = list(self.by_layer.fitting(path))
+        declared = self.found.get("global_quant_config")
+        fits = list(self.by_layer.matching(path))
         if fits and isinstance(table, Mapping):
-            said, where = table[fits[0]], f"layer_quant_config[{fits[0]!r}]"
-            if any(table[pattern] != said for pattern in fits):
+            declared, where = table[fits[0]], f"layer_quant_config[{fits[0]!r}]"
+            if any(table[pattern] != declared for pattern in fits):
                 both = f"{self.found.where}.layer_quant_config"
-                raise Refused(
-                    path, f"fits patterns of {both} that contradict each other: {few(fits)}"
+                raise UnsupportedLayerError(
+                    path, f"fits patterns of {both} that contradict each other: {join_first(fits)}"
                 )
-        weight = said.get("weight") if isinstance(said, Mapping) else None
+        weight = declared.get("weight") if isinstance(declared, Mapping) else None
         levels = weight if isinstance(weight, list) else [weight]
         where = f"{self.found.where}.{where}.weight"
         schemes = tuple(level for level in levels if isinstance(level, Mapping))
         if not schemes or len(schemes) < len(levels):
-            raise Refused(path, f"is quantized, but {where} is {shown(weight)}, expected a scheme")
+            raise UnsupportedLayerError(
+                path, f"is quantized, but {where} is {format_value(weight)}, expected a scheme"
+            )
         return _Scheme(where, schemes)
 
     # -- the tensors -----------------------------------------------------------------------
@@ -180,7 +186,7 @@ class _Reader:
     def _tensors(self) -> dict[str, dict[str, SourceTensor]]:
         """Layer path -> role -> tensor, for each layer with a scale, or with blocks of old mx."""
         found: dict[str, dict[str, SourceTensor]] = {}
-        for name, tensor in self.sorter.parts.items():
+        for name, tensor in self.tensor_sorter.parts.items():
             path, _, role = name.rpartition(".")
             if role in _ROLES:
                 found.setdefault(path, {})[role] = tensor
@@ -199,9 +205,11 @@ class _Reader:
         weight = tensors.get("weight")
         if weight is None:
             names = ", ".join(tensor.name for tensor in tensors.values())
-            raise Refused(path, f"has {names}, but no {path}.weight")
+            raise UnsupportedLayerError(path, f"has {names}, but no {path}.weight")
         if len(weight.info.shape) not in (2, 3) or 0 in weight.info.shape:
-            raise Refused(weight.name, f"{weight.info}, expected a matrix or a stack of them")
+            raise UnsupportedLayerError(
+                weight.name, f"{weight.info}, expected a matrix or a stack of them"
+            )
         scheme = self._scheme(path)
         dtype = scheme.word("dtype")
         experts = _one_by_one(tensors, dtype)
@@ -211,7 +219,9 @@ class _Reader:
         if dtype == "mx":
             return self._old_mx(path, tensors, scheme)
         if "weight_scale" not in tensors:
-            raise Refused(weight.name, f"{weight.info} has no {path}.weight_scale beside it")
+            raise UnsupportedLayerError(
+                weight.name, f"{weight.info} has no {path}.weight_scale beside it"
+            )
         if dtype in _INTEGERS:
             return self._integer(path, tensors, scheme, dtype)
         if dtype == "fp4":
@@ -221,8 +231,8 @@ class _Reader:
         if dtype in ("fp8_e4m3", "fp8"):
             return self._fp8(path, tensors, scheme)
         known = ", ".join((*_INTEGERS, "fp4", "fp6_e2m3", "fp6_e3m2", "fp8_e4m3", "mx"))
-        message = f"has dtype {shown(dtype)} by {scheme.where}; read are {known}"
-        raise Refused(path, message, unknown=True)
+        message = f"has dtype {format_value(dtype)} by {scheme.where}; read are {known}"
+        raise UnsupportedLayerError(path, message, unknown=True)
 
     def _integer(self, path: str, tensors: _Tensors, scheme: _Scheme, dtype: str) -> SourceLayer:
         """Codes of 4 or 8 bits: ``[in, out]`` with scales for groups, ``[out, in]`` for others."""
@@ -238,11 +248,15 @@ class _Reader:
         bits, qscheme = int(dtype[-1]), scheme.word("qscheme")
         pack = str(self.export.get("pack_method", "")).lower()
         if qscheme not in _SCHEMES:
-            known = one_of(_SCHEMES)
-            raise Refused(path, f"has qscheme {shown(qscheme)} by {scheme.where}; read is {known}")
+            known = join_or(_SCHEMES)
+            raise UnsupportedLayerError(
+                path, f"has qscheme {format_value(qscheme)} by {scheme.where}; read is {known}"
+            )
         if bits == 4 and pack not in _PACKS:
-            message = f"is {shown(pack)}, expected {one_of(_PACKS)}: the order of 4-bit codes"
-            raise Refused(f"{self.found.where}.export.pack_method", message)
+            message = (
+                f"is {format_value(pack)}, expected {join_or(_PACKS)}: the order of 4-bit codes"
+            )
+            raise UnsupportedLayerError(f"{self.found.where}.export.pack_method", message)
         signed = dtype.startswith("int")
         stored = _Integers(
             weight=weight,
@@ -251,14 +265,18 @@ class _Reader:
             bits=bits,
             signed=signed,
             reordered=pack == "reorder",
-            said_symmetric=scheme.symmetric,
+            declared_symmetric=scheme.symmetric,
         )
         if weight.info.dtype not in stored.words:
-            raise Refused(weight.name, f"{weight.info}, expected {stored.words[0]} for {dtype}")
+            raise UnsupportedLayerError(
+                weight.name, f"{weight.info}, expected {stored.words[0]} for {dtype}"
+            )
         if scale.info.dtype not in _FLOATS:
-            raise Refused(scale.name, f"{scale.info}, expected floats")
+            raise UnsupportedLayerError(scale.name, f"{scale.info}, expected floats")
         if zeros is None and not signed:
-            raise Refused(path, f"holds {dtype} codes, but has no {path}.weight_zero_point")
+            raise UnsupportedLayerError(
+                path, f"holds {dtype} codes, but has no {path}.weight_zero_point"
+            )
         return stored
 
     def _by_column(self, path: str, stored: _Integers, scheme: _Scheme) -> SourceLayer:
@@ -267,12 +285,12 @@ class _Reader:
         rows, groups = width * stored.a_word, scale.info.shape[0] if scale.info.shape else 0
         if not groups or scale.info.shape != (groups, rows) or columns % groups:
             expected = f"[groups, {rows}] for {weight.info}, stored [in, out]"
-            raise Refused(scale.name, f"{scale.info}, expected {expected}")
+            raise UnsupportedLayerError(scale.name, f"{scale.info}, expected {expected}")
         _expect(stored.zeros, (groups, width), stored.words)
-        group, said = columns // groups, scheme.levels[0].get("group_size")
-        if _is_count(said) and said != group:
-            message = f"{scale.info} gives {group} inputs a scale, {scheme.where} says {said}"
-            raise Refused(scale.name, message)
+        group, declared = columns // groups, scheme.levels[0].get("group_size")
+        if _is_count(declared) and declared != group:
+            message = f"{scale.info} gives {group} inputs a scale, {scheme.where} says {declared}"
+            raise UnsupportedLayerError(scale.name, message)
         packing = QuarkColumns(
             rows=rows,
             columns=columns,
@@ -286,7 +304,7 @@ class _Reader:
         )
         shape = (rows, columns)
         return integer_layer(
-            self.sorter, path, stored.parts, shape=shape, packing=packing, tool="quark"
+            self.tensor_sorter, path, stored.parts, shape=shape, packing=packing, tool="quark"
         )
 
     def _by_row(self, path: str, stored: _Integers, scheme: _Scheme) -> SourceLayer:
@@ -295,10 +313,12 @@ class _Reader:
         columns = width * stored.a_word
         one = scale.info.size == 1 and qscheme == "per_tensor"
         if not one and scale.info.shape != (rows,):
-            raise Refused(scale.name, f"{scale.info}, expected [{rows}] for {qscheme}")
+            raise UnsupportedLayerError(
+                scale.name, f"{scale.info}, expected [{rows}] for {qscheme}"
+            )
         if stored.bits == 4 and zeros is not None:
             message = "beside 4-bit codes with a scale a row: how it is packed is not known"
-            raise Refused(zeros.name, f"{zeros.info} {message}")
+            raise UnsupportedLayerError(zeros.name, f"{zeros.info} {message}")
         _expect(zeros, scale.info.shape, ("I8", "U8", "I32"))
         packing = QuarkRows(
             rows=rows,
@@ -315,7 +335,7 @@ class _Reader:
         words = "a scale a tensor" if one else "a scale a row"
         shape = (rows, columns)
         return integer_layer(
-            self.sorter,
+            self.tensor_sorter,
             path,
             stored.parts,
             shape=shape,
@@ -328,20 +348,24 @@ class _Reader:
         weight, scale = tensors["weight"], tensors["weight_scale"]
         *rows, nbytes = weight.info.shape
         if weight.info.dtype != "U8":
-            raise Refused(weight.name, f"{weight.info}, expected U8, two codes a byte")
+            raise UnsupportedLayerError(
+                weight.name, f"{weight.info}, expected U8, two codes a byte"
+            )
         factor = tensors.get("weight_scale_2")
         if factor is not None or len(scheme.levels) > 1:
             if factor is None and len(rows) == 1:
-                raise Refused(path, f"has two levels of scales, but no {path}.weight_scale_2")
+                raise UnsupportedLayerError(
+                    path, f"has two levels of scales, but no {path}.weight_scale_2"
+                )
             if scale.info.shape != (*rows, nbytes // 8) or scale.info.dtype not in _E4M3:
                 expected = f"F8_E4M3 {[*rows, nbytes // 8]}"
-                raise Refused(scale.name, f"{scale.info}, expected {expected}")
+                raise UnsupportedLayerError(scale.name, f"{scale.info}, expected {expected}")
             if factor is None:
                 missing = "weight_scale_2 that multiplies them"
-                return nvfp4_without_tensor_scale(self.sorter, path, weight, scale, missing)
+                return nvfp4_without_tensor_scale(self.tensor_sorter, path, weight, scale, missing)
             return nvfp4_layer(
                 self.checkpoint,
-                self.sorter,
+                self.tensor_sorter,
                 path,
                 weight=weight,
                 scale=scale,
@@ -350,10 +374,10 @@ class _Reader:
             )
         if scale.info.shape != (*rows, nbytes // 16) or scale.info.dtype not in EXPONENTS:
             expected = f"U8 {[*rows, nbytes // 16]}: groups of 32 with E8M0 scales"
-            raise Refused(scale.name, f"{scale.info}, expected {expected}")
+            raise UnsupportedLayerError(scale.name, f"{scale.info}, expected {expected}")
         packing = MxBlocks(prod(rows), 2 * nbytes, rows[-1], 4, nbytes)
         parts = {"weight": weight, "scale": scale}
-        shape, dtype = (*rows, 2 * nbytes), self.sorter.dtype
+        shape, dtype = (*rows, 2 * nbytes), self.tensor_sorter.dtype
         return SourceLayer(
             path=path,
             parts=parts,
@@ -361,7 +385,7 @@ class _Reader:
             shape=shape,
             dtype=dtype,
             packing=packing,
-            stored="mxfp4",
+            stored_description="mxfp4",
         )
 
     def _fp6(self, path: str, tensors: _Tensors, element: str) -> SourceLayer:
@@ -369,12 +393,14 @@ class _Reader:
         *rows, nbytes = weight.info.shape
         groups, ragged = divmod(nbytes, 24)
         if weight.info.dtype != "U8" or ragged:
-            raise Refused(weight.name, f"{weight.info}, expected U8 [out, 24 * groups]")
+            raise UnsupportedLayerError(
+                weight.name, f"{weight.info}, expected U8 [out, 24 * groups]"
+            )
         if scale.info.shape != (*rows, groups) or scale.info.dtype not in EXPONENTS:
-            raise Refused(scale.name, f"{scale.info}, expected U8 {[*rows, groups]}")
+            raise UnsupportedLayerError(scale.name, f"{scale.info}, expected U8 {[*rows, groups]}")
         packing = Mxfp6Blocks(prod(rows), 32 * groups, rows[-1], element)
         parts, shape = {"weight": weight, "scale": scale}, (*rows, 32 * groups)
-        dtype, stored = self.sorter.dtype, f"mxfp6 {element}"
+        dtype, stored = self.tensor_sorter.dtype, f"mxfp6 {element}"
         return SourceLayer(
             path=path,
             parts=parts,
@@ -382,25 +408,25 @@ class _Reader:
             shape=shape,
             dtype=dtype,
             packing=packing,
-            stored=stored,
+            stored_description=stored,
         )
 
     def _fp8(self, path: str, tensors: _Tensors, scheme: _Scheme) -> SourceLayer:
         weight, scale = tensors["weight"], tensors["weight_scale"]
         if weight.info.dtype not in FLOAT8:
-            raise Refused(weight.name, f"{weight.info}, expected F8_E4M3 codes")
+            raise UnsupportedLayerError(weight.name, f"{weight.info}, expected F8_E4M3 codes")
         block = scheme.levels[0].get("block_size")
         pair = block if isinstance(block, list) and len(block) == 2 else None
         named = (int(pair[0]), int(pair[1])) if pair and all(map(_is_count, pair)) else None
-        turned = self.sorter.orientation.is_turned(path, weight.info.shape)
+        transposed = self.tensor_sorter.orientation.is_transposed(path, weight.info.shape)
         return float8_stack(
-            self.sorter,
+            self.tensor_sorter,
             path,
             weight,
             scale=scale,
             block=named,
-            dtype=self.sorter.dtype,
-            turned=turned,
+            dtype=self.tensor_sorter.dtype,
+            transposed=transposed,
         )
 
     def _old_mx(self, path: str, tensors: _Tensors, scheme: _Scheme) -> SourceLayer:
@@ -409,12 +435,14 @@ class _Reader:
         rows, nbytes = weight.info.shape
         groups, ragged = divmod(nbytes, 17)
         if kind not in ("fp4", "fp4_e2m1"):
-            message = f"holds mx blocks of {shown(kind)}; read are blocks of fp4"
-            raise Refused(path, message, unknown=True)
+            message = f"holds mx blocks of {format_value(kind)}; read are blocks of fp4"
+            raise UnsupportedLayerError(path, message, unknown=True)
         if weight.info.dtype != "U8" or ragged:
-            raise Refused(weight.name, f"{weight.info}, expected U8 [out, 17 * groups of 32]")
+            raise UnsupportedLayerError(
+                weight.name, f"{weight.info}, expected U8 [out, 17 * groups of 32]"
+            )
         packing = QuarkMx(rows, 32 * groups)
-        shape, dtype = (rows, 32 * groups), self.sorter.dtype
+        shape, dtype = (rows, 32 * groups), self.tensor_sorter.dtype
         return SourceLayer(
             path=path,
             parts={"weight": weight},
@@ -422,7 +450,7 @@ class _Reader:
             shape=shape,
             dtype=dtype,
             packing=packing,
-            stored="mxfp4, old blocks",
+            stored_description="mxfp4, old blocks",
         )
 
 
@@ -431,11 +459,11 @@ def _one_by_one(tensors: _Tensors, dtype: str) -> Experts | None:
     weight, scale = tensors["weight"], tensors.get("weight_scale")
     if len(weight.info.shape) < 3 or dtype.startswith("fp8"):
         return None
-    turned = scale is not None and are_turned(weight.info, scale.info)
+    transposed = scale is not None and are_transposed(weight.info, scale.info)
     if dtype in _INTEGERS or dtype == "mx":
         return Experts.of(weight.info.shape[0], tensors)
-    roles = ("weight", "weight_scale") if turned else ()
-    return Experts.of(weight.info.shape[0], tensors, roles) if turned else None
+    roles = ("weight", "weight_scale") if transposed else ()
+    return Experts.of(weight.info.shape[0], tensors, roles) if transposed else None
 
 
 def _is_count(value: Any) -> bool:
@@ -444,4 +472,4 @@ def _is_count(value: Any) -> bool:
 
 def _expect(part: SourceTensor | None, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> None:
     if part is not None and (part.info.shape != shape or part.info.dtype not in dtypes):
-        raise Refused(part.name, f"{part.info}, expected {dtypes[0]} {list(shape)}")
+        raise UnsupportedLayerError(part.name, f"{part.info}, expected {dtypes[0]} {list(shape)}")

@@ -16,10 +16,10 @@ import numpy as np
 from requant.arrays import native, repack
 from requant.formats.float_packings import MXFP4, check_exponents
 from requant.formats.packing import (
-    Cut,
     IntegerPacking,
     Packing,
     Parts,
+    Rect,
     Scratch,
     check_symmetric,
     stream_codes,
@@ -62,17 +62,17 @@ class QuarkColumns(_QuarkInteger):
     row_unit: ClassVar[int] = 8
     strided: ClassVar[bool] = True
 
-    def cuts(self, start: int, stop: int) -> dict[str, Cut]:
+    def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
         words = (start, stop) if self.bits == 8 else (start // 8, stop // 8)
         cuts = {
-            "weight": Cut((0, self.columns), words),
-            "weight_scale": Cut((0, self.groups), (start, stop)),
+            "weight": Rect((0, self.columns), words),
+            "weight_scale": Rect((0, self.groups), (start, stop)),
         }
         if self.has_zeros:
-            cuts["weight_zero_point"] = Cut((0, self.groups), words)
+            cuts["weight_zero_point"] = Rect((0, self.groups), words)
         return cuts
 
-    def _turned(self, stored: np.ndarray, out: np.ndarray) -> None:
+    def _transposed(self, stored: np.ndarray, out: np.ndarray) -> None:
         """Fill ``out``, uint8, with the codes of rows of outputs."""
         if self.bits == 8:
             repack.transpose_into(stored.view(np.uint8), out)
@@ -84,14 +84,14 @@ class QuarkColumns(_QuarkInteger):
 
     def words(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
         if self.bits == 8:
-            self._turned(parts["weight"], out.view(np.uint8))
+            self._transposed(parts["weight"], out.view(np.uint8))
             return
         packed = parts["weight"].view(np.uint32)
         repack.stream_columns_into(packed, 4, out, interleaved=self.reordered, signed=self.signed)
 
     def codes(self, parts: Parts, start: int, stop: int, scratch: Scratch) -> np.ndarray:
         codes = scratch.take("codes", "U8", stop - start, self.columns)
-        self._turned(parts["weight"], codes)
+        self._transposed(parts["weight"], codes)
         return codes
 
     def scales(self, parts: Parts, start: int, stop: int) -> np.ndarray:
@@ -101,7 +101,7 @@ class QuarkColumns(_QuarkInteger):
         if not self.has_zeros:
             return super().zeros(parts, start, stop)
         codes = np.empty((stop - start, self.groups), np.uint8)
-        self._turned(parts["weight_zero_point"], codes)
+        self._transposed(parts["weight_zero_point"], codes)
         return self._zeros(codes)
 
 
@@ -115,10 +115,10 @@ class QuarkRows(_QuarkInteger):
 
     one_scale: bool
 
-    def cuts(self, start: int, stop: int) -> dict[str, Cut]:
+    def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
         width = self.columns if self.bits == 8 else self.columns // 8
-        each = Cut((0, 1), (0, 1) if self.one_scale else (start, stop))
-        cuts = {"weight": Cut((start, stop), (0, width)), "weight_scale": each}
+        each = Rect((0, 1), (0, 1) if self.one_scale else (start, stop))
+        cuts = {"weight": Rect((start, stop), (0, width)), "weight_scale": each}
         return cuts | ({"weight_zero_point": each} if self.has_zeros else {})
 
     def words(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
@@ -164,18 +164,20 @@ class QuarkMx(Packing):
 
     encoding: ClassVar[Quantization] = MXFP4
 
-    def cuts(self, start: int, stop: int) -> dict[str, Cut]:
-        return {"weight": Cut((start, stop), (0, self.columns // 32 * 17))}
+    def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
+        return {"weight": Rect((start, stop), (0, self.columns // 32 * 17))}
 
-    def unpack(
+    def repack(
         self, parts: Parts, start: int, stop: int, out: Mapping[str, np.ndarray], scratch: Scratch
     ) -> None:
         repack.mx_blocks_into(parts["weight"].view(np.uint8), out["weight"], out["scales"])
         check_exponents(out["scales"])
 
-    def dense(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
+    def decode(
+        self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch
+    ) -> None:
         rows, groups = stop - start, self.columns // 32
         words = np.empty((rows, groups * 4), np.uint32)
         scales = np.empty((rows, groups), np.uint8)
-        self.unpack(parts, start, stop, {"weight": words, "scales": scales}, scratch)
+        self.repack(parts, start, stop, {"weight": words, "scales": scales}, scratch)
         native.dequantize_into(words, scales, None, 32, 4, MXFP4.mode.value, out)

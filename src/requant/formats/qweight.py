@@ -20,7 +20,7 @@ from requant.formats.base import (
     fallback_for,
     scale_dtype,
 )
-from requant.formats.declared import Declared, declared, model_dtype
+from requant.formats.declared import QuantizationBlock, find_quantization_block, model_dtype
 from requant.formats.gptq_act_order import find_folds
 from requant.formats.gptq_packings import Gptq
 from requant.formats.layer_names import layer_names
@@ -36,7 +36,7 @@ from requant.formats.rotation import (
     rotation_entry,
     shared_rotation,
 )
-from requant.formats.sorting import Refused
+from requant.formats.sorting import UnsupportedLayerError
 from requant.formats.stacks import Experts
 from requant.reasons import Note, NoteCode, Reason, ReasonCode
 
@@ -47,7 +47,7 @@ _DISPUTED = (
 )
 
 
-class QweightFormat:
+class GptqAwqFormat:
     """A folder whose config names one of the methods of ``name``."""
 
     layer_parts = "PATH.qweight with PATH.scales and PATH.qzeros"
@@ -57,25 +57,25 @@ class QweightFormat:
 
     def claims(self, checkpoint: Checkpoint) -> str | None:
         """By ``quant_method``, or by keys that only one of the tools writes."""
-        found = declared(checkpoint)
-        if found is None or method_of(found) not in METHODS[self.name]:
+        block = find_quantization_block(checkpoint)
+        if block is None or method_of(block) not in METHODS[self.name]:
             return None
-        if is_elsewhere(self.name, found):
+        if is_elsewhere(self.name, block):
             return None
-        return f"{found.where}: {found.method or 'the keys of ' + self.name}"
+        return f"{block.where}: {block.method or 'the keys of ' + self.name}"
 
     def read(self, checkpoint: Checkpoint) -> SourceLayout:
         """Find every layer, hold its tensors against each other and against the config."""
-        found = declared(checkpoint)
-        assert found is not None
-        return _Reader(self.name, checkpoint, found).read()
+        block = find_quantization_block(checkpoint)
+        assert block is not None
+        return _Reader(self.name, checkpoint, block).read()
 
 
 class _Reader:
     """Reads one checkpoint and collects what is wrong with it."""
 
-    def __init__(self, name: str, checkpoint: Checkpoint, found: Declared) -> None:
-        self.name, self.checkpoint, self.found = name, checkpoint, found
+    def __init__(self, name: str, checkpoint: Checkpoint, block: QuantizationBlock) -> None:
+        self.name, self.checkpoint, self.found = name, checkpoint, block
         self.tensors = checkpoint.tensors
         self.names = layer_names(checkpoint.tensors)
         self.problems: list[Problem] = [
@@ -83,10 +83,10 @@ class _Reader:
             for one, other in self.names.twice
         ]
         self.rotations: dict[tuple[str, ...], int | None] = {}
-        self.rules = LayerRules(found, self.problems)
+        self.rules = LayerRules(block, self.problems)
         self.model_dtype = model_dtype(checkpoint)
         self.layouts = Layouts(
-            name, checkpoint, found, read_convention(name, found, self.problems), self.problems
+            name, checkpoint, block, read_convention(name, block, self.problems), self.problems
         )
 
     def read(self) -> SourceLayout:
@@ -108,14 +108,16 @@ class _Reader:
         if disputed := self.layouts.disputed:
             notes.append(Note(NoteCode.CONFIG_CONTRADICTED, _DISPUTED.format(disputed)))
         folds = [] if self.problems else find_folds(self.checkpoint, layers)
-        turned = next((x.packing for x in layers if isinstance(x.packing, RotatedGemm)), None)
+        transposed = next((x.packing for x in layers if isinstance(x.packing, RotatedGemm)), None)
         return SourceLayout(
             tuple(layers),
             None,
             tuple(self.problems),
             folds=tuple(folds),
             notes=tuple(notes),
-            rotation=None if turned is None else rotation_entry(turned.group, turned.krot),
+            rotation=None
+            if transposed is None
+            else rotation_entry(transposed.group, transposed.krot),
             unfulfilled=None if parts_of else self._none(),
         )
 
@@ -175,61 +177,63 @@ class _Reader:
         packing = self.layouts.packing(path, parts, rule)
         if packing is None or len(self.problems) > before:
             return None
-        carried = {role: parts[role] for role in ROTATION if role in parts}
-        if carried:
-            turned = self._rotated(path, packing, carried)
-            if turned is None:
+        rotation_tensors = {role: parts[role] for role in ROTATION if role in parts}
+        if rotation_tensors:
+            transposed = self._rotated(path, packing, rotation_tensors)
+            if transposed is None:
                 return None
-            packing = turned
+            packing = transposed
         dtype = scale_dtype(packing.scale_dtype, self.model_dtype)
         act_order = isinstance(packing, Gptq) and packing.act_order
         return SourceLayer(
             path=path,
-            parts={role: parts[role] for role in packing.cuts(0, min(packing.rows, 64))},
+            parts={role: parts[role] for role in packing.required_rects(0, min(packing.rows, 64))},
             encoding=packing.encoding,
             shape=(packing.rows, packing.columns),
             dtype=dtype,
             packing=packing,
-            stored=self._stored(packing),
+            stored_description=self._stored(packing),
             policy=DefaultPolicy(
                 fallback=None
-                if packing.encoding and not carried
+                if packing.encoding and not rotation_tensors
                 else fallback_for(packing.columns),
                 reason=_reason(packing),
                 act_order=act_order,
             ),
-            carried=carried,
+            rotation_tensors=rotation_tensors,
         )
 
     def _stack(
         self, path: str, parts: Mapping[str, SourceTensor], count: int
     ) -> SourceLayer | None:
         """A stack of experts, each packed as a layer of its own."""
-        turned = next((parts[role] for role in ROTATION if role in parts), None)
-        if turned is not None:
-            self._report(turned.name, "rotates the inputs of a stack of experts, which is not read")
+        transposed = next((parts[role] for role in ROTATION if role in parts), None)
+        if transposed is not None:
+            self._report(
+                transposed.name, "rotates the inputs of a stack of experts, which is not read"
+            )
             return None
         try:
             experts = Experts.of(count, parts)
-        except Refused as refused:
-            self.problems.append(refused.problem)
+        except UnsupportedLayerError as rejected:
+            self.problems.append(rejected.problem)
             return None
         layer = self._layer(path, experts.one())
         return None if layer is None else self.names.called(experts.stack(layer))
 
     def _rotated(
-        self, path: str, packing: IntegerPacking, carried: Mapping[str, SourceTensor]
+        self, path: str, packing: IntegerPacking, rotation_tensors: Mapping[str, SourceTensor]
     ) -> RotatedGemm | None:
         """The same codes with a rotation of their inputs."""
         if self.name != "paroquant" or not isinstance(packing, AwqGemm):
             self._report(path, f"has a rotation of its inputs, which {self.name} layers have not")
             return None
-        whose = tuple(tensor.name for tensor in carried.values())
+        whose = tuple(tensor.name for tensor in rotation_tensors.values())
         if whose not in self.rotations:  # experts share one
             self.rotations[whose] = read_rotation(
                 self.checkpoint,
                 path,
-                carried,
+                rotation_tensors,
                 n_in=packing.columns,
                 group=packing.group,
                 problems=self.problems,

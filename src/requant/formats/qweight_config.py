@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from requant.errors import Problem, shown
-from requant.formats.declared import Declared
+from requant.errors import Problem, format_value
+from requant.formats.declared import QuantizationBlock
 from requant.formats.gptq_packings import Zeros
 
 _AWQ_VERSIONS: Final = {
@@ -62,58 +62,58 @@ class Convention:
     where: str = ""
 
 
-def method_of(found: Declared) -> str:
+def method_of(block: QuantizationBlock) -> str:
     """``quant_method``; older files have none, but keys that tell the tool."""
-    if found.method:
-        return found.method
-    keys = set(found.block)
-    if keys & {"w_bit", "q_group_size"} or found.word("version") in _AWQ_VERSIONS:
+    if block.method:
+        return block.method
+    keys = set(block.block)
+    if keys & {"w_bit", "q_group_size"} or block.word("version") in _AWQ_VERSIONS:
         return "awq"
     return "gptq" if keys & {"desc_act", "damp_percent", "true_sequential"} else ""
 
 
-def is_elsewhere(name: str, found: Declared) -> bool:
+def is_elsewhere(name: str, block: QuantizationBlock) -> bool:
     """Whether the folder is an export of AutoRound in another tool's format."""
-    return name == "auto-round" and found.word("packing_format").endswith(_ELSEWHERE)
+    return name == "auto-round" and block.word("packing_format").endswith(_ELSEWHERE)
 
 
-def read_convention(name: str, found: Declared, problems: list[Problem]) -> Convention:
+def read_convention(name: str, block: QuantizationBlock, problems: list[Problem]) -> Convention:
     """Read the block of a folder of ``name``; what is unknown or cannot be is a problem."""
-    return _Config(name, found, problems).convention()
+    return _Config(name, block, problems).convention()
 
 
 class _Config:
     """One block, and what is wrong with it."""
 
-    def __init__(self, name: str, found: Declared, problems: list[Problem]) -> None:
-        self.name, self.found, self.problems = name, found, problems
+    def __init__(self, name: str, block: QuantizationBlock, problems: list[Problem]) -> None:
+        self.name, self.found, self.problems = name, block, problems
 
     def convention(self) -> Convention:
-        found = self.found
+        block = self.found
         for key, what in _NOT_IN_WEIGHTS.items():
-            if found.get(key):
+            if block.get(key):
                 message = f"asks for {what}: the weights alone are not the model"
-                self._problem(f"{found.where}.{key}", message)
+                self._problem(f"{block.where}.{key}", message)
         if self.name == "auto-round":
             return self._auto_round()
         if self.name == "paroquant":
-            return Convention("gemm", where=f"{found.where}.quant_method")
+            return Convention("gemm", where=f"{block.where}.quant_method")
         if self.name == "awq":
-            backend = found.word("backend")
-            key = "version" if found.word("version") else "format"
-            version = "llm-awq" if backend == "llm-awq" else found.word(key, "gemm")
+            backend = block.word("backend")
+            key = "version" if block.word("version") else "format"
+            version = "llm-awq" if backend == "llm-awq" else block.word(key, "gemm")
             if version in _AWQ_VERSIONS:
-                return Convention(_AWQ_VERSIONS[version], where=f"{found.where}.{key}")
+                return Convention(_AWQ_VERSIONS[version], where=f"{block.where}.{key}")
             return self._unknown(key, version, list(_AWQ_VERSIONS))
-        written = found.word("checkpoint_format")
-        if written == "marlin" or found.get("is_marlin_format") or found.method == "marlin":
-            return Convention("marlin", where=f"{found.where}.checkpoint_format")
+        written = block.word("checkpoint_format")
+        if written == "marlin" or block.get("is_marlin_format") or block.method == "marlin":
+            return Convention("marlin", where=f"{block.where}.checkpoint_format")
         if written not in _GPTQ_FORMATS:
             return self._unknown("checkpoint_format", written, [*_GPTQ_FORMATS, "marlin"])
         zeros = Zeros.AS_STORED
         if written in ("", "gptq"):
             zeros = Zeros.WORD_PLUS_ONE if self._by_gptqmodel() else Zeros.PLUS_ONE
-        where = f"{found.where}.checkpoint_format"
+        where = f"{block.where}.checkpoint_format"
         return Convention("gptq", zeros, written == "gptq_p", where)
 
     def _auto_round(self) -> Convention:
@@ -127,7 +127,7 @@ class _Config:
 
     def _unknown(self, key: str, value: str, known: list[str]) -> Convention:
         names = ", ".join(name for name in known if name)
-        self._problem(f"{self.found.where}.{key}", f"is {shown(value)}; known are {names}")
+        self._problem(f"{self.found.where}.{key}", f"is {format_value(value)}; known are {names}")
         return Convention("")
 
     def _by_gptqmodel(self) -> bool:

@@ -8,10 +8,10 @@ import numpy as np
 
 from requant.checkpoint import Checkpoint, SourceTensor
 from requant.dtypes import FLOATS, TensorInfo
-from requant.errors import Problem, count, one_of
+from requant.errors import Problem, join_or, pluralize
 from requant.formats.awq_packings import AwqFast, AwqGemm, AwqGemv, Marlin, gemv_width
 from requant.formats.base import NoReading
-from requant.formats.declared import Declared
+from requant.formats.declared import QuantizationBlock
 from requant.formats.gptq_packings import PLANES, Gptq, Zeros
 from requant.formats.integer_layers import groups_of
 from requant.formats.packing import IntegerPacking, stream_codes
@@ -33,11 +33,11 @@ class Layouts:
         self,
         name: str,
         checkpoint: Checkpoint,
-        found: Declared,
+        block: QuantizationBlock,
         convention: Convention,
         problems: list[Problem],
     ) -> None:
-        self.name, self.checkpoint, self.found = name, checkpoint, found
+        self.name, self.checkpoint, self.found = name, checkpoint, block
         self.convention, self.problems = convention, problems
         self.disputed = 0
         self._stored: Mapping[str, SourceTensor] = {}  # the parts of the layer at hand
@@ -263,8 +263,8 @@ class Layouts:
         n_in = infos["g_idx"].size if "g_idx" in infos else there // bits
         if there == -(-n_in * bits // unit) * unit:
             return n_in
-        said = f" (g_idx has {n_in})" if "g_idx" in infos else ""
-        message = f"{words} does not hold {n_in} inputs of {bits} bits{said}"
+        declared = f" (g_idx has {n_in})" if "g_idx" in infos else ""
+        message = f"{words} does not hold {n_in} inputs of {bits} bits{declared}"
         self._report(self._name(path, "qweight"), message)
         return None
 
@@ -294,7 +294,7 @@ class Layouts:
             return False
         if infos.get("qzeros") != _gptq_zeros(infos, packing.bits):
             return False
-        stored = self.checkpoint.peek(self._name(path, "qzeros"))
+        stored = self.checkpoint.read_small_tensor(self._name(path, "qzeros"))
         stored = stored.reshape(-1, stored.shape[-1])
         fields = stream_codes(stored, packing.bits, packing.rows)
         return bool((fields == (1 << packing.bits) - 1).any())
@@ -312,11 +312,11 @@ class Layouts:
             self._report(path, f"holds {row_bits} bits for {rows} outputs: no width of a code fits")
             return None
         if rule.bits is not None:
-            held = one_of([f"{bits}-bit" for bits in fitting])
+            held = join_or([f"{bits}-bit" for bits in fitting])
             self._report(path, f"holds {held} codes, but {rule.where} says {rule.bits}")
             return None
         if len(fitting) > 1:
-            held = one_of([f"{bits}-bit" for bits in fitting])
+            held = join_or([f"{bits}-bit" for bits in fitting])
             message = f"may hold {held} codes by its shapes; write its bits into {rule.where}"
             self._report(path, message)
             return None
@@ -333,10 +333,10 @@ class Layouts:
             fitting = groups_of(n_in, groups)
             if len(fitting) == 1:
                 return fitting[0]
-            either = f", which fit groups of {one_of(fitting)}" if fitting else ""
+            either = f", which fit groups of {join_or(fitting)}" if fitting else ""
             self._report(
                 path,
-                f"has scales for {count(groups, 'group')} of {count(n_in, 'input')} in all"
+                f"has scales for {pluralize(groups, 'group')} of {pluralize(n_in, 'input')} in all"
                 f"{either}; write its group_size into {rule.where}",
             )
             return None
@@ -347,7 +347,8 @@ class Layouts:
         if -(-n_in // group) != groups:
             self._report(
                 path,
-                f"has scales for {count(groups, 'group')} of {count(n_in, 'input')} in all, but "
+                f"has scales for {pluralize(groups, 'group')} of {pluralize(n_in, 'input')} in "
+                "all, but "
                 f"{rule.where} says group_size {stated}",
             )
             return None
@@ -406,12 +407,14 @@ class Layouts:
         if infos["g_idx"].dtype not in ("I32", "I64") or len(infos["g_idx"].shape) != 1:
             self._report(name, f"{infos['g_idx']}, expected I32 [{n_in}]")
             return None
-        found = self.checkpoint.peek(name).astype(np.int64).reshape(-1, n_in)  # an expert a row
+        found = (
+            self.checkpoint.read_small_tensor(name).astype(np.int64).reshape(-1, n_in)
+        )  # an expert a row
         found = np.where(found < 0, found + groups, found)  # GPTQModel counts from the end too
         if n_in and not 0 <= found.min() <= found.max() < groups:
             bad = int(found[(found < 0) | (found >= groups)][0])
             self._report(
-                name, f"holds group {bad}, but there are scales for {count(groups, 'group')}"
+                name, f"holds group {bad}, but there are scales for {pluralize(groups, 'group')}"
             )
             return None
         if not found.any() and groups > 1:

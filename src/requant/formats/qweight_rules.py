@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from requant.errors import Problem, shown
-from requant.formats.declared import Declared
+from requant.errors import Problem, format_value
+from requant.formats.declared import QuantizationBlock
 from requant.patterns import Pattern, PatternError
 
 DENSE_BITS = 16  # AutoRound: 16 bits or more is a dense layer
@@ -43,21 +43,21 @@ class LayerRule:
 class LayerRules:
     """The rules of one config, checked when made."""
 
-    def __init__(self, found: Declared, problems: list[Problem]) -> None:
-        self.where = found.where
+    def __init__(self, block: QuantizationBlock, problems: list[Problem]) -> None:
+        self.where = block.where
         symmetric = None
         for key, means in (("sym", True), ("zero_point", False)):
-            if found.get(key) is not None:
-                symmetric = found.boolean(key, problems, True) is means
-        self.default = LayerRule(None, None, symmetric, where=found.where)
-        if not _is_of_floats(found):
-            bits, group = (found.integer(key, problems) for key in ("bits", "group_size"))
-            self.default = LayerRule(bits, group, symmetric, where=found.where)
-        self.default = replace(self.default, shuffled=found.get("desc_act") is True)
+            if block.get(key) is not None:
+                symmetric = block.boolean(key, problems, True) is means
+        self.default = LayerRule(None, None, symmetric, where=block.where)
+        if not _is_of_floats(block):
+            bits, group = (block.integer(key, problems) for key in ("bits", "group_size"))
+            self.default = LayerRule(bits, group, symmetric, where=block.where)
+        self.default = replace(self.default, shuffled=block.get("desc_act") is True)
         self._exact: dict[str, LayerRule] = {}
         self._patterns: list[tuple[Pattern, bool, LayerRule]] = []
-        self._read(found, "dynamic", problems)
-        self._read(found, "extra_config", problems)
+        self._read(block, "dynamic", problems)
+        self._read(block, "extra_config", problems)
 
     def of(self, path: str) -> LayerRule:
         """What holds for a layer."""
@@ -68,13 +68,13 @@ class LayerRules:
                 return rule
         return self.default
 
-    def _read(self, found: Declared, key: str, problems: list[Problem]) -> None:
-        table = found.get(key)
+    def _read(self, block: QuantizationBlock, key: str, problems: list[Problem]) -> None:
+        table = block.get(key)
         if table is None or table is False:
             return
         if not isinstance(table, Mapping):
             problems.append(
-                Problem(f"{self.where}.{key}", f"is {shown(table)}, expected an object")
+                Problem(f"{self.where}.{key}", f"is {format_value(table)}, expected an object")
             )
             return
         anchored = key == "dynamic"
@@ -85,9 +85,9 @@ class LayerRules:
             if fields is False or (negative and fields is None):
                 negative, fields = True, {}
             if not isinstance(fields, Mapping):
-                problems.append(Problem(where, f"is {shown(fields)}, expected an object"))
+                problems.append(Problem(where, f"is {format_value(fields)}, expected an object"))
                 continue
-            rule = self._rule(Declared(where, fields), negative, problems)
+            rule = self._rule(QuantizationBlock(where, fields), negative, problems)
             if not anchored:
                 self._exact[text] = rule
             try:
@@ -96,7 +96,9 @@ class LayerRules:
                 if anchored:
                     problems.append(Problem(where, error.message))
 
-    def _rule(self, fields: Declared, negative: bool, problems: list[Problem]) -> LayerRule:
+    def _rule(
+        self, fields: QuantizationBlock, negative: bool, problems: list[Problem]
+    ) -> LayerRule:
         default = self.default
         if _is_of_floats(fields):
             return LayerRule(None, None, default.symmetric, where=fields.where)
@@ -116,6 +118,6 @@ class LayerRules:
         )
 
 
-def _is_of_floats(fields: Declared) -> bool:
+def _is_of_floats(fields: QuantizationBlock) -> bool:
     """Whether AutoRound's ``data_type`` says that codes are no integers."""
     return fields.word("data_type").startswith(_OF_FLOATS)

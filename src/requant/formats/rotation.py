@@ -24,7 +24,7 @@ from requant.checkpoint import Checkpoint, SourceTensor
 from requant.dtypes import FLOATS, TensorInfo
 from requant.errors import Problem
 from requant.formats.awq_packings import AwqGemm
-from requant.formats.packing import Cut, Packing, Parts, Scratch
+from requant.formats.packing import Packing, Parts, Rect, Scratch
 from requant.schema import Quantization
 
 ROLES = ("theta", "pairs", "channel_scales")
@@ -121,12 +121,16 @@ def _check_turns(
 ) -> None:
     """Every round pairs off the inputs of each group once, or turns none of them."""
     names = {role: tensor.name for role, tensor in tensors.items()}
-    pairs = checkpoint.peek(names["pairs"]).astype(np.int64).reshape(krot, -1, group)
-    theta = checkpoint.peek(names["theta"]).astype(np.float32).reshape(krot, -1, group // 2)
+    pairs = checkpoint.read_small_tensor(names["pairs"]).astype(np.int64).reshape(krot, -1, group)
+    theta = (
+        checkpoint.read_small_tensor(names["theta"])
+        .astype(np.float32)
+        .reshape(krot, -1, group // 2)
+    )
     whole = np.sort(pairs, axis=-1) == np.arange(group)
     # A round that turns nothing may name any pairs, if only they exist.
-    idle = (theta == 0).all(-1) & (pairs >= 0).all(-1) & (pairs < group).all(-1)
-    wrong = np.argwhere(~whole.all(-1) & ~idle)
+    no_op = (theta == 0).all(-1) & (pairs >= 0).all(-1) & (pairs < group).all(-1)
+    wrong = np.argwhere(~whole.all(-1) & ~no_op)
     if wrong.size:
         turn, number = (int(n) for n in wrong[0])
         message = (
@@ -145,7 +149,7 @@ def rotation_entry(group: int, krot: int) -> dict[str, Any]:
     return {"method": "paroquant", "group_size": group, "krot": krot}
 
 
-def turn_back(rows: np.ndarray, parts: Parts, group: int) -> None:
+def inverse_rotate(rows: np.ndarray, parts: Parts, group: int) -> None:
     """Bring rows of a weight, float32 ``(n, in)``, back to the plain inputs, in place."""
     krot, half = parts["theta"].shape
     starts = np.arange(0, 2 * half, group)[:, None]
@@ -161,11 +165,11 @@ def turn_back(rows: np.ndarray, parts: Parts, group: int) -> None:
     rows *= parts["channel_scales"].reshape(-1).astype(np.float32)
 
 
-def _rotation_cuts(krot: int, columns: int) -> dict[str, Cut]:
+def _rotation_cuts(krot: int, columns: int) -> dict[str, Rect]:
     return {
-        "theta": Cut((0, krot), (0, columns // 2)),
-        "pairs": Cut((0, krot), (0, columns)),
-        "channel_scales": Cut((0, 1), (0, columns)),
+        "theta": Rect((0, krot), (0, columns // 2)),
+        "pairs": Rect((0, krot), (0, columns)),
+        "channel_scales": Rect((0, 1), (0, columns)),
     }
 
 
@@ -179,15 +183,17 @@ class RotatedGemm(AwqGemm):
 
     krot: int = 0
 
-    def cuts(self, start: int, stop: int) -> dict[str, Cut]:
+    def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
         """The codes, and the whole rotation."""
-        return super().cuts(start, stop) | _rotation_cuts(self.krot, self.columns)
+        return super().required_rects(start, stop) | _rotation_cuts(self.krot, self.columns)
 
-    def dense(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
+    def decode(
+        self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch
+    ) -> None:
         """The plain weight, in float32 and rounded once."""
         wide = scratch.take("turned", "F32", stop - start, 4 * self.columns)
-        super().dense(parts, start, stop, wide, scratch)
-        turn_back(wide, parts, self.group)
+        super().decode(parts, start, stop, wide, scratch)
+        inverse_rotate(wide, parts, self.group)
         out[:] = wide
 
 
@@ -221,28 +227,30 @@ class RotatedTriple(Packing):
     def matrix_rows(self) -> int:
         return self.shape[-2]
 
-    def cuts(self, start: int, stop: int) -> dict[str, Cut]:
+    def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
         """Rows of the triple, and the whole rotation."""
         words = self.columns * self.encoding.bits // 32
         groups = self.columns // self.encoding.group_size
         return {
-            "weight": Cut((start, stop), (0, words)),
-            "scales": Cut((start, stop), (0, groups)),
-            "biases": Cut((start, stop), (0, groups)),
+            "weight": Rect((start, stop), (0, words)),
+            "scales": Rect((start, stop), (0, groups)),
+            "biases": Rect((start, stop), (0, groups)),
         } | _rotation_cuts(self.krot, self.columns)
 
-    def unpack(
+    def repack(
         self, parts: Parts, start: int, stop: int, out: Mapping[str, np.ndarray], scratch: Scratch
     ) -> None:
         """The rows as they are."""
         for role, rows in out.items():
             rows[:] = parts[role]
 
-    def dense(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
+    def decode(
+        self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch
+    ) -> None:
         """The plain weight, in float32 and rounded once."""
         wide = scratch.take("turned", "F32", stop - start, 4 * self.columns)
         codes = self.encoding
         triple = (parts["weight"], parts["scales"], parts["biases"])
         native.dequantize_into(*triple, codes.group_size, codes.bits, codes.mode.value, wide)
-        turn_back(wide, parts, self.group)
+        inverse_rotate(wide, parts, self.group)
         out[:] = wide

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from requant.arrays.repack import RowBlocks, row_blocks_into
-from requant.formats.packing import Cut, Parts
+from requant.formats.packing import Parts, Rect
 
 NEXT = "_next"
 """Ends the role under which a tensor is cut a second time."""
@@ -17,7 +17,7 @@ NEXT = "_next"
 
 def block_cuts(
     role: str, blocks: RowBlocks, rows: int, start: int, stop: int, width: int
-) -> dict[str, Cut]:
+) -> dict[str, Rect]:
     """The packed rows that rows ``start`` to ``stop`` need.
 
     Args:
@@ -32,13 +32,13 @@ def block_cuts(
     first, inner = divmod(start, block)
     last, end = (stop - 1) // block, (stop - 1) % block + 1
     if first == last:
-        return {role: Cut((inner, end), (0, width))}
+        return {role: Rect((inner, end), (0, width))}
     if last == first + 1 and end <= inner:
         return {
-            role: Cut((inner, block), (0, width)),
-            f"{role}{NEXT}": Cut((0, end), (0, width)),
+            role: Rect((inner, block), (0, width)),
+            f"{role}{NEXT}": Rect((0, end), (0, width)),
         }
-    return {role: Cut((0, block), (0, width))}
+    return {role: Rect((0, block), (0, width))}
 
 
 def block_codes(

@@ -173,7 +173,7 @@ class ScaleNames:
         """What a name says; None where it is that of no scale, zero point or the like."""
         return self._found.get(name)
 
-    def beside(self, name: str, *roles: Role) -> tuple[ScaleName, ...]:
+    def siblings(self, name: str, *roles: Role) -> tuple[ScaleName, ...]:
         """What stands beside a tensor: scales, zero points and the like (of ``roles``, if any)."""
         if not self._beside:
             return ()

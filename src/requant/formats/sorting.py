@@ -7,7 +7,7 @@ from functools import cached_property
 
 from requant.checkpoint import Checkpoint, SourceTensor
 from requant.dtypes import FLOATS
-from requant.errors import Problem, count_are, few
+from requant.errors import Problem, join_first, pluralize_are
 from requant.formats.base import NoReading, SourceLayer, SourceLayout, dense_layer
 from requant.formats.declared import model_dtype
 from requant.formats.expert_shapes import Orientation
@@ -45,7 +45,7 @@ _SHAPE = "only says the shape of its weight"
 _NAMED = 3  # of many tensors, how many a note names
 
 
-class Refused(Exception):
+class UnsupportedLayerError(Exception):
     """A layer that cannot be read; raised and caught while a format reads.
 
     Args:
@@ -74,12 +74,12 @@ def runtime_scales(
     for reason in dict.fromkeys(dropped.values()):
         found = [name for name, why in dropped.items() if why == reason]
         each = "each " if len(found) > 1 else ""
-        text = f"Left out: {few(found, _NAMED)}, {each}{reason}."
+        text = f"Left out: {join_first(found, _NAMED)}, {each}{reason}."
         notes.append(Note(NoteCode.RUNTIME_SCALES, text))
     return dropped, notes
 
 
-class Sorter:
+class TensorSorter:
     """Collects layers, problems and tensors without use, and puts them in order."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -94,9 +94,9 @@ class Sorter:
         self._layers: dict[str, SourceLayer] = {}
 
     @staticmethod
-    def by_role(checkpoint: Checkpoint) -> Sorter:
+    def by_role(checkpoint: Checkpoint) -> TensorSorter:
         """A sorter whose ``parts`` have the names of ``layer_names``, however tools spell them."""
-        made = Sorter(checkpoint)
+        made = TensorSorter(checkpoint)
         made.names = layer_names(checkpoint.tensors)
         for one, other in made.names.twice:
             made.problem(other, f"stands for the same part of a layer as {one}; remove one")
@@ -154,8 +154,8 @@ class Sorter:
         before, layer = len(self.problems), None
         try:
             layer = make(path, parts)
-        except Refused as refused:
-            self.problems.append(refused.problem)
+        except UnsupportedLayerError as rejected:
+            self.problems.append(rejected.problem)
         if layer is None or len(self.problems) > before:
             self.claim([part.name for part in parts.values()], path)
             return None
@@ -194,10 +194,10 @@ class Sorter:
         weights = {f"{path}.weight" for path in paths}
         dense = [x for x in self.left if x.name in weights and x.info.dtype in FLOATS]
         if dense:
-            names = few([tensor.name for tensor in dense], _NAMED)
-            kinds = few(list(dict.fromkeys(tensor.info.dtype for tensor in dense)))
+            names = join_first([tensor.name for tensor in dense], _NAMED)
+            kinds = join_first(list(dict.fromkeys(tensor.info.dtype for tensor in dense)))
             each = "is quantized" if len(dense) == 1 else "are quantized"
-            stored = count_are(len(dense), "tensor")
+            stored = pluralize_are(len(dense), "tensor")
             text = (
                 f"By {where}, {names} {each}, but {stored} stored as {kinds} without a scale: "
                 "read as plain values."

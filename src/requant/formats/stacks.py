@@ -13,10 +13,10 @@ from math import prod
 
 from requant.checkpoint import SourceTensor
 from requant.dtypes import TensorInfo
-from requant.errors import count as count_of
+from requant.errors import pluralize as pluralize
 from requant.formats.base import SourceLayer
 from requant.formats.expert_packings import Place, StackedExperts
-from requant.formats.sorting import Refused
+from requant.formats.sorting import UnsupportedLayerError
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,15 @@ class Experts:
     places: Mapping[str, Place]
 
     @staticmethod
-    def of(count: int, parts: Mapping[str, SourceTensor], turned: Sequence[str] = ()) -> Experts:
+    def of(
+        count: int, parts: Mapping[str, SourceTensor], transposed: Sequence[str] = ()
+    ) -> Experts:
         """Split tensors into experts.
 
         Args:
             count: Experts.
             parts: Tensors by role.
-            turned: Roles whose last two axes are exchanged.
+            transposed: Roles whose last two axes are exchanged.
 
         Raises:
             Refused: A tensor has another number of experts.
@@ -52,13 +54,13 @@ class Experts:
             if shape == (count,):
                 places[part.name] = Place(0)
             elif shape and shape[0] == count:
-                places[part.name] = Place(prod(shape[1:-1]), role in turned)
+                places[part.name] = Place(prod(shape[1:-1]), role in transposed)
             elif part.info.size == 1 or len(shape) == 1:
                 places[part.name] = Place(-1)
             else:
                 stack = f" as {first.name} is {first.info}" if first is not None else ""
-                message = f"expected {count_of(count, 'expert')} on its first axis,{stack}"
-                raise Refused(part.name, f"{part.info}, {message}")
+                message = f"expected {pluralize(count, 'expert')} on its first axis,{stack}"
+                raise UnsupportedLayerError(part.name, f"{part.info}, {message}")
         return Experts(count, parts, places)
 
     def one(self) -> dict[str, SourceTensor]:
@@ -70,7 +72,7 @@ class Experts:
         if place.height < 0:
             return part
         shape = part.info.shape[1:]
-        if place.turned:
+        if place.transposed:
             shape = (*shape[:-2], shape[-1], shape[-2])
         return replace(part, info=TensorInfo(part.info.dtype, shape))
 
@@ -84,7 +86,7 @@ class Experts:
         return replace(layer, parts=parts, shape=(self.count, *layer.shape), packing=packing)
 
 
-def are_turned(codes: TensorInfo, scales: TensorInfo) -> bool:
+def are_transposed(codes: TensorInfo, scales: TensorInfo) -> bool:
     """Whether groups of inputs run down the axis before the last: ``(experts, in, out)``."""
     if len(codes.shape) != 3 or len(scales.shape) != 3:
         return False

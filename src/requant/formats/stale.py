@@ -16,7 +16,7 @@ from requant.formats import read_layout
 from requant.formats.base import SourceLayout
 from requant.formats.empty import empty_weights
 from requant.formats.scale_names import ScaleNames, parse_scale_name
-from requant.formats.sorting import Sorter
+from requant.formats.sorting import TensorSorter
 from requant.reasons import Note, NoteCode
 from requant.source_folder import CONFIG
 
@@ -48,28 +48,28 @@ class Read:
 
 def read_source(checkpoint: Checkpoint) -> Read:
     """Read a checkpoint by its format, or as dense where the block in its config is stale."""
-    found, layout = read_layout(checkpoint)
-    evidence = found.claims(checkpoint) or ""
+    format, layout = read_layout(checkpoint)
+    evidence = format.claims(checkpoint) or ""
     damaged = (x for name, x in checkpoint.opened.damaged.items() if parse_scale_name(name))
     if broken := (*empty_weights(checkpoint, layout), *damaged):
         places = {problem.where for problem in broken}
         others = (problem for problem in layout.problems if problem.where not in places)
         layout = replace(layout, problems=(*broken, *others))
-        return Read(checkpoint, found.name, evidence, layout)
+        return Read(checkpoint, format.name, evidence, layout)
     quantized = any(layer.is_quantized for layer in layout.layers)
     blocks = tuple(_blocks(checkpoint.config))
     named = blocks or tuple((name,) for name in checkpoint.quantization_files)
-    if quantized or not named or checkpoint.gguf is not None or found.name in _AT_RUN_TIME:
-        return Read(checkpoint, found.name, evidence, layout)
-    if found.name == "dense" or not _is_dense(checkpoint):
-        return Read(checkpoint, found.name, evidence, layout)
+    if quantized or not named or checkpoint.gguf is not None or format.name in _AT_RUN_TIME:
+        return Read(checkpoint, format.name, evidence, layout)
+    if format.name == "dense" or not _is_dense(checkpoint):
+        return Read(checkpoint, format.name, evidence, layout)
     if layout.problems:
-        sorter = Sorter(checkpoint)
-        sorter.drop_runtime_scales()
-        layout = sorter.layout()
+        tensor_sorter = TensorSorter(checkpoint)
+        tensor_sorter.drop_runtime_scales()
+        layout = tensor_sorter.layout()
     where = f"{CONFIG}: " * bool(blocks) + " and ".join(map(".".join, named))
     say = "say" if len(named) > 1 else "says"
-    text = f"{where} {say} {found.name}, but every tensor is dense"
+    text = f"{where} {say} {format.name}, but every tensor is dense"
     note = Note(
         NoteCode.STALE_BLOCK,
         f"{text}: the block is stale and left out, and the weights are taken as dense.",

@@ -12,16 +12,16 @@ from dataclasses import replace
 from typing import Any, Final
 
 from requant.checkpoint import Checkpoint, SourceTensor
-from requant.errors import shown
+from requant.errors import format_value
 from requant.formats.base import SourceLayer, SourceLayout
 from requant.formats.ct_packings import Zeros
-from requant.formats.declared import Declared, declared
+from requant.formats.declared import QuantizationBlock, find_quantization_block
 from requant.formats.float8_layers import EXPONENTS, FLOAT8, float8_layer, tile_of
 from requant.formats.float_packings import MxBlocks
 from requant.formats.input_scaled import input_scaled
 from requant.formats.integer_layers import integer_layer
 from requant.formats.nvfp4_layers import nvfp4_layer
-from requant.formats.sorting import Refused, Sorter
+from requant.formats.sorting import TensorSorter, UnsupportedLayerError
 from requant.formats.torchao_packings import Swizzled, TorchaoInt4, TorchaoInteger
 from requant.safetensors_header import parse_json_object
 
@@ -40,9 +40,9 @@ class Torchao:
 
     def claims(self, checkpoint: Checkpoint) -> str | None:
         """The config names it; without one, the metadata of the files does."""
-        found = declared(checkpoint)
-        if found is not None:
-            return f"{found.where}: quant_method torchao" if found.method == "torchao" else None
+        block = find_quantization_block(checkpoint)
+        if block is not None:
+            return f"{block.where}: quant_method torchao" if block.method == "torchao" else None
         return "metadata: tensor_names" if "tensor_names" in checkpoint.metadata else None
 
     def read(self, checkpoint: Checkpoint) -> SourceLayout:
@@ -54,71 +54,73 @@ class _Reader:
     """Reads one checkpoint and collects what is wrong with it."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint, self.sorter = checkpoint, Sorter(checkpoint)
-        self.found = declared(checkpoint) or Declared("metadata", {})
+        self.checkpoint, self.tensor_sorter = checkpoint, TensorSorter(checkpoint)
+        self.found = find_quantization_block(checkpoint) or QuantizationBlock("metadata", {})
         self.default = self._default()
 
     def read(self) -> SourceLayout:
-        sorter = self.sorter
+        tensor_sorter = self.tensor_sorter
         parts: dict[str, dict[str, SourceTensor]] = {}
-        for name, tensor in sorter.tensors.items():
+        for name, tensor in tensor_sorter.tensors.items():
             path, _, last = name.rpartition(".")
             if last.startswith(_PREFIX):
                 parts.setdefault(path, {})[last.removeprefix(_PREFIX)] = tensor
         parts = {path: tensors for path, tensors in parts.items() if "qdata" in tensors}
         for path, tensors in parts.items():
             for role in tensors.keys() & {"act_per_tensor_scale", "act_scale"}:
-                sorter.drop(tensors[role].name, _ACTIVATIONS)
-            sorter.make(path, tensors, self._layer)
+                tensor_sorter.drop(tensors[role].name, _ACTIVATIONS)
+            tensor_sorter.make(path, tensors, self._layer)
         self._check_described(parts.keys())
         if not parts:
-            sorter.no_layer(
+            tensor_sorter.no_layer(
                 self.found.where,
                 "says torchao, but no tensor is a _weight_qdata: if the weights are dense, remove "
                 "the block",
             )
-        return sorter.layout()
+        return tensor_sorter.layout()
 
     # -- what is said about a layer --------------------------------------------------------
 
     def _default(self) -> Mapping[str, Any]:
         """``_data`` of the config's default scheme, its ``_type`` under "type"."""
         table = self.found.get("quant_type")
-        said = table.get("default") if isinstance(table, Mapping) else None
-        data = said.get("_data") if isinstance(said, Mapping) else None
-        if not isinstance(said, Mapping) or not isinstance(data, Mapping):
+        declared = table.get("default") if isinstance(table, Mapping) else None
+        data = declared.get("_data") if isinstance(declared, Mapping) else None
+        if not isinstance(declared, Mapping) or not isinstance(data, Mapping):
             return {}
-        return {**data, "type": str(said.get("_type"))}
+        return {**data, "type": str(declared.get("_type"))}
 
     def _check_described(self, paths: Set[str]) -> None:
         """A quantized weight that the metadata describes must be there."""
         for name, text in self.checkpoint.metadata.items():
             path = name.removesuffix(".weight")
-            if path == name or path in paths or name in self.sorter.tensors:
+            if path == name or path in paths or name in self.tensor_sorter.tensors:
                 continue
-            said, _ = parse_json_object(text.encode())
-            if said.get("_type") not in (None, "Tensor"):
-                message = f"describes its {said['_type']}, but {path}.{_PREFIX}qdata is missing"
-                self.sorter.problem(f"metadata: {name}", message)
+            declared, _ = parse_json_object(text.encode())
+            if declared.get("_type") not in (None, "Tensor"):
+                message = f"describes its {declared['_type']}, but {path}.{_PREFIX}qdata is missing"
+                self.tensor_sorter.problem(f"metadata: {name}", message)
 
     def _described(self, path: str, tensors: _Tensors) -> tuple[str, Mapping[str, Any]]:
         """Type and settings of a weight: its metadata, else what config and dtypes tell."""
         text = self.checkpoint.metadata.get(f"{path}.weight")
         if text is None:
             return self._guessed(path, tensors)
-        said, wrong = parse_json_object(text.encode())
+        declared, wrong = parse_json_object(text.encode())
         where = f"metadata: {path}.weight"
-        data = said.get("_data", {})
-        if wrong or not isinstance(said.get("_type"), str) or not isinstance(data, Mapping):
+        data = declared.get("_data", {})
+        if wrong or not isinstance(declared.get("_type"), str) or not isinstance(data, Mapping):
             why = wrong[0] if wrong else "has no _type and _data"
-            raise Refused(where, f"does not describe a tensor: {why}")
-        names = said.get("_tensor_data_names")
+            raise UnsupportedLayerError(where, f"does not describe a tensor: {why}")
+        names = declared.get("_tensor_data_names")
         if isinstance(names, list):
             missing = [name for name in names if str(name) not in tensors]
             if missing:
                 absent = f"{path}.{_PREFIX}{missing[0]}"
-                raise Refused(where, f"names {shown(missing[0])}, but {absent} is missing")
-        return said["_type"], data
+                raise UnsupportedLayerError(
+                    where, f"names {format_value(missing[0])}, but {absent} is missing"
+                )
+        return declared["_type"], data
 
     def _guessed(self, path: str, tensors: _Tensors) -> tuple[str, Mapping[str, Any]]:
         kind, qdata = self.default.get("type", ""), tensors.get("qdata")
@@ -128,9 +130,10 @@ class _Reader:
             return "Int8Tensor", {}
         if kind.startswith("Float8"):
             return "Float8Tensor", {}
-        raise Refused(
+        raise UnsupportedLayerError(
             path,
-            f"has no metadata that tells its type, and the config's {shown(kind)} does not either",
+            f"has no metadata that tells its type, and the config's {format_value(kind)} does not "
+            "either",
         )
 
     def _layer(self, path: str, tensors: _Tensors) -> SourceLayer | None:
@@ -141,7 +144,9 @@ class _Reader:
         """
         kind, data = self._described(path, tensors)
         if kind in _DEVICE:
-            raise Refused(path, f"is an {kind}: codes in the order of a GPU kernel, not read")
+            raise UnsupportedLayerError(
+                path, f"is an {kind}: codes in the order of a GPU kernel, not read"
+            )
         make = {
             "Int8Tensor": self._integer,
             "IntxUnpackedToInt8Tensor": self._integer,
@@ -151,21 +156,23 @@ class _Reader:
             "NVFP4Tensor": self._nvfp4,
         }
         if kind not in make:
-            raise Refused(path, f"is of type {shown(kind)}; known are {', '.join(make)}")
+            raise UnsupportedLayerError(
+                path, f"is of type {format_value(kind)}; known are {', '.join(make)}"
+            )
         if "scale" not in tensors:
-            raise Refused(path, f"has no {path}.{_PREFIX}scale")
+            raise UnsupportedLayerError(path, f"has no {path}.{_PREFIX}scale")
         qdata, scale = tensors["qdata"], tensors["scale"]
         if len(qdata.info.shape) != 2 or 0 in (*qdata.info.shape, *scale.info.shape):
-            raise Refused(qdata.name, f"{qdata.info}, expected a matrix")
+            raise UnsupportedLayerError(qdata.name, f"{qdata.info}, expected a matrix")
         layer = make[kind](path, tensors, data)
         inputs = tensors.get("act_pre_scale")
         if layer is None or inputs is None:
             return layer
         if inputs.info.dtype not in _FLOATS or inputs.info.size != layer.shape[-1]:
             expected = f"one float for each of {layer.shape[-1]} inputs"
-            raise Refused(inputs.name, f"{inputs.info}, expected {expected}")
+            raise UnsupportedLayerError(inputs.name, f"{inputs.info}, expected {expected}")
         if inputs.info.shape[-1:] != layer.shape[-1:]:
-            raise Refused(inputs.name, f"{inputs.info}, expected [{layer.shape[-1]}]")
+            raise UnsupportedLayerError(inputs.name, f"{inputs.info}, expected [{layer.shape[-1]}]")
         return input_scaled(layer, inputs)
 
     # -- one type each ---------------------------------------------------------------------
@@ -173,17 +180,17 @@ class _Reader:
     def _integer(self, path: str, tensors: _Tensors, data: Mapping[str, Any]) -> SourceLayer:
         qdata, scale, zeros = tensors["qdata"], tensors["scale"], tensors.get("zero_point")
         if qdata.info.dtype != "I8":
-            raise Refused(qdata.name, f"{qdata.info}, expected I8 codes")
+            raise UnsupportedLayerError(qdata.name, f"{qdata.info}, expected I8 codes")
         (rows, columns), bits = qdata.info.shape, _bits(path, data)
         one = scale.info.size == 1
         wide = scale.info.shape[-1] if scale.info.shape else 1
         whole = one or (scale.info.shape == (rows, wide) and columns % wide == 0)
         if scale.info.dtype not in _FLOATS or not whole:
             expected = f"floats [{rows}, groups] for {qdata.info}"
-            raise Refused(scale.name, f"{scale.info}, expected {expected}")
+            raise UnsupportedLayerError(scale.name, f"{scale.info}, expected {expected}")
         if zeros is not None and (zeros.info.shape != scale.info.shape or zeros.info.dtype != "I8"):
             expected = f"I8 {list(scale.info.shape)}, one beside each scale"
-            raise Refused(zeros.name, f"{zeros.info}, expected {expected}")
+            raise UnsupportedLayerError(zeros.name, f"{zeros.info}, expected {expected}")
         stored = Zeros.MIDDLE if zeros is None else Zeros.SIGNED
         packing = TorchaoInteger(
             rows=rows,
@@ -202,7 +209,7 @@ class _Reader:
             parts["weight_zero_point"] = zeros
         words = "a scale a tensor" if one else "a scale a row"
         return integer_layer(
-            self.sorter,
+            self.tensor_sorter,
             path,
             parts,
             shape=qdata.info.shape,
@@ -217,22 +224,26 @@ class _Reader:
         word = mapping.get("_data") if isinstance(mapping, Mapping) else mapping
         if str(word).upper() == "SYMMETRIC":
             return True
-        return not self.checkpoint.peek(zeros.name).any()
+        return not self.checkpoint.read_small_tensor(zeros.name).any()
 
     def _int4(self, path: str, tensors: _Tensors, data: Mapping[str, Any]) -> SourceLayer:
         qdata, scale, zeros = tensors["qdata"], tensors["scale"], tensors.get("zero_point")
         rows, nbytes = qdata.info.shape
         if qdata.info.dtype not in ("I8", "U8") or zeros is None:
             what = "zero_point" if zeros is None else "I8 codes"
-            raise Refused(qdata.name, f"{qdata.info}, expected {what} of an Int4Tensor")
+            raise UnsupportedLayerError(
+                qdata.name, f"{qdata.info}, expected {what} of an Int4Tensor"
+            )
         groups = scale.info.shape[0]
         if scale.info.shape != (groups, rows) or (2 * nbytes) % groups:
-            raise Refused(scale.name, f"{scale.info}, expected [groups, {rows}]")
+            raise UnsupportedLayerError(scale.name, f"{scale.info}, expected [groups, {rows}]")
         if zeros.info.shape != scale.info.shape:
-            raise Refused(zeros.name, f"{zeros.info}, expected {list(scale.info.shape)}")
+            raise UnsupportedLayerError(
+                zeros.name, f"{zeros.info}, expected {list(scale.info.shape)}"
+            )
         for part in (scale, zeros):
             if part.info.dtype not in _FLOATS:
-                raise Refused(part.name, f"{part.info}, expected floats")
+                raise UnsupportedLayerError(part.name, f"{part.info}, expected floats")
         columns = 2 * nbytes
         packing = TorchaoInt4(
             rows=rows,
@@ -244,28 +255,30 @@ class _Reader:
         )
         parts = {"qdata": qdata, "scale": scale, "zero_point": zeros}
         return integer_layer(
-            self.sorter, path, parts, shape=(rows, columns), packing=packing, tool="torchao"
+            self.tensor_sorter, path, parts, shape=(rows, columns), packing=packing, tool="torchao"
         )
 
     def _float8(self, path: str, tensors: _Tensors, data: Mapping[str, Any]) -> SourceLayer | None:
         qdata, scale = tensors["qdata"], tensors["scale"]
         if qdata.info.dtype not in FLOAT8:
-            raise Refused(qdata.name, f"{qdata.info}, expected F8_E4M3 codes")
+            raise UnsupportedLayerError(qdata.name, f"{qdata.info}, expected F8_E4M3 codes")
         tile = tile_of(qdata.info.shape, scale.info.shape, None)
         if tile is None or scale.info.dtype not in _FLOATS:
-            raise Refused(scale.name, f"{scale.info} fits no tiling of {qdata.info}")
+            raise UnsupportedLayerError(scale.name, f"{scale.info} fits no tiling of {qdata.info}")
         return float8_layer(
-            self.checkpoint, path, qdata, scale=scale, tile=tile, dtype=self.sorter.dtype
+            self.checkpoint, path, qdata, scale=scale, tile=tile, dtype=self.tensor_sorter.dtype
         )
 
     def _mx(self, path: str, tensors: _Tensors, data: Mapping[str, Any]) -> SourceLayer:
         qdata, scale = tensors["qdata"], tensors["scale"]
         bits = 8 if qdata.info.dtype == "F8_E4M3" else 4
         if bits == 4 and qdata.info.dtype != "U8":
-            raise Refused(qdata.name, f"{qdata.info}, expected F8_E4M3 or packed FP4 (U8) codes")
+            raise UnsupportedLayerError(
+                qdata.name, f"{qdata.info}, expected F8_E4M3 or packed FP4 (U8) codes"
+            )
         if data.get("block_size", 32) != 32:
-            message = f"has blocks of {shown(data.get('block_size'))}; MLX's are of 32"
-            raise Refused(path, message)
+            message = f"has blocks of {format_value(data.get('block_size'))}; MLX's are of 32"
+            raise UnsupportedLayerError(path, message)
         rows, nbytes = qdata.info.shape
         columns = nbytes * 8 // bits
         packing = MxBlocks(rows, columns, rows, bits, nbytes)
@@ -274,27 +287,27 @@ class _Reader:
             parts={"weight": qdata, "scale": scale},
             encoding=packing.encoding,
             shape=(rows, columns),
-            dtype=self.sorter.dtype,
+            dtype=self.tensor_sorter.dtype,
             packing=packing,
-            stored=f"mxfp{bits}",
+            stored_description=f"mxfp{bits}",
         )
         if scale.info.dtype not in EXPONENTS:
-            raise Refused(scale.name, f"{scale.info}, expected F8_E8M0")
+            raise UnsupportedLayerError(scale.name, f"{scale.info}, expected F8_E8M0")
         return _unswizzled(layer, scale, 32, data)
 
     def _nvfp4(self, path: str, tensors: _Tensors, data: Mapping[str, Any]) -> SourceLayer | None:
         qdata, scale = tensors["qdata"], tensors["scale"]
         if qdata.info.dtype != "U8":
-            raise Refused(qdata.name, f"{qdata.info}, expected U8, two codes a byte")
+            raise UnsupportedLayerError(qdata.name, f"{qdata.info}, expected U8, two codes a byte")
         if data.get("block_size", 16) != 16:
-            message = f"has blocks of {shown(data.get('block_size'))}; MLX's are of 16"
-            raise Refused(path, message)
+            message = f"has blocks of {format_value(data.get('block_size'))}; MLX's are of 16"
+            raise UnsupportedLayerError(path, message)
         if scale.info.dtype not in ("F8_E4M3", "U8"):
-            raise Refused(scale.name, f"{scale.info}, expected F8_E4M3")
+            raise UnsupportedLayerError(scale.name, f"{scale.info}, expected F8_E4M3")
         factor = tensors.get("per_tensor_scale")
         layer = nvfp4_layer(
             self.checkpoint,
-            self.sorter,
+            self.tensor_sorter,
             path,
             weight=qdata,
             scale=scale,
@@ -312,17 +325,23 @@ def _unswizzled(
     rows, columns = layer.shape
     groups, ragged = divmod(columns, group)
     if ragged:
-        raise Refused(layer.path, f"has {columns} inputs, no multiple of its groups of {group}")
+        raise UnsupportedLayerError(
+            layer.path, f"has {columns} inputs, no multiple of its groups of {group}"
+        )
     if not data.get("is_swizzled_scales"):
         if scale.info.shape != (rows, groups):
-            raise Refused(scale.name, f"{scale.info}, expected [{rows}, {groups}]")
+            raise UnsupportedLayerError(scale.name, f"{scale.info}, expected [{rows}, {groups}]")
         return layer
     packing = Swizzled(rows, columns, layer.packing, groups)
     across = 16 * -(-groups // 4)
     expected = (packing.stored_bytes() // across, across)
     if scale.info.shape != expected:
-        raise Refused(scale.name, f"{scale.info}, expected {list(expected)}, swizzled")
-    return replace(layer, packing=packing, stored=f"{layer.stored}, swizzled scales")
+        raise UnsupportedLayerError(
+            scale.name, f"{scale.info}, expected {list(expected)}, swizzled"
+        )
+    return replace(
+        layer, packing=packing, stored_description=f"{layer.stored_description}, swizzled scales"
+    )
 
 
 def _bits(path: str, data: Mapping[str, Any]) -> int:
@@ -332,5 +351,7 @@ def _bits(path: str, data: Mapping[str, Any]) -> int:
     if word is None:
         return 8
     if str(word) not in {f"int{bits}" for bits in range(1, 9)}:
-        raise Refused(path, f"has target_dtype {shown(word)}, expected int1 to int8")
+        raise UnsupportedLayerError(
+            path, f"has target_dtype {format_value(word)}, expected int1 to int8"
+        )
     return int(str(word).removeprefix("int"))

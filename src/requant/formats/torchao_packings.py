@@ -13,14 +13,14 @@ import numpy as np
 
 from requant.formats.ct_packings import CtPlain
 from requant.formats.packing import (
-    DTYPE_WORD,
+    DTYPE_NAME,
     PRECISION,
-    Cut,
     Exactness,
     Fidelity,
     IntegerPacking,
     Packing,
     Parts,
+    Rect,
     Scratch,
     check_symmetric,
     is_narrower,
@@ -51,9 +51,9 @@ class TorchaoInt4(IntegerPacking):
 
     strided: ClassVar[bool] = True
 
-    def cuts(self, start: int, stop: int) -> dict[str, Cut]:
-        each = Cut((0, self.groups), (start, stop))
-        return {"qdata": Cut((start, stop), (0, self.columns // 2)), "scale": each} | {
+    def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
+        each = Rect((0, self.groups), (start, stop))
+        return {"qdata": Rect((start, stop), (0, self.columns // 2)), "scale": each} | {
             "zero_point": each
         }
 
@@ -73,7 +73,9 @@ class TorchaoInt4(IntegerPacking):
         offsets = parts["zero_point"].T.astype(np.float32)
         return np.asarray(offsets - np.float32(8) * scales.astype(np.float32), np.float32)
 
-    def dense(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
+    def decode(
+        self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch
+    ) -> None:
         """``code * scale + zero_point`` in float32, rounded once more."""
         codes = self.codes(parts, start, stop, scratch).astype(np.float32) - np.float32(8)
         scales, offsets = (
@@ -86,7 +88,7 @@ class TorchaoInt4(IntegerPacking):
     def fidelity(self, dtype: str) -> Fidelity:
         relative = f"relative error at most {2.0 ** -PRECISION[dtype]:.2g}"
         what = "scales and biases" if is_narrower(dtype, self.scale_dtype) else "biases"
-        return Fidelity(Exactness.ROUNDED, f"{what} rounded to {DTYPE_WORD[dtype]}, {relative}")
+        return Fidelity(Exactness.ROUNDED, f"{what} rounded to {DTYPE_NAME[dtype]}, {relative}")
 
 
 @dataclass(frozen=True)
@@ -116,10 +118,10 @@ class Swizzled(Packing):
         """Bytes of all tiles."""
         return -(-self.rows // _TILE[0]) * self._tiles_across * _TILE[0] * _TILE[1]
 
-    def cuts(self, start: int, stop: int) -> dict[str, Cut]:
+    def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
         first, last = start // _TILE[0], -(-stop // _TILE[0])
-        tiles = Cut((first * _TILE_ROWS, last * _TILE_ROWS), (0, 16 * self._tiles_across))
-        return {**self.layer.cuts(start, stop), "scale": tiles}
+        tiles = Rect((first * _TILE_ROWS, last * _TILE_ROWS), (0, 16 * self._tiles_across))
+        return {**self.layer.required_rects(start, stop), "scale": tiles}
 
     def _in_rows(self, parts: Parts, start: int, stop: int) -> Parts:
         """The parts with scales row by row."""
@@ -132,13 +134,15 @@ class Swizzled(Packing):
         wanted = np.ascontiguousarray(rows[start - first : stop - first, : self.groups])
         return {**parts, "scale": wanted.view(stored.dtype)}
 
-    def unpack(
+    def repack(
         self, parts: Parts, start: int, stop: int, out: Mapping[str, np.ndarray], scratch: Scratch
     ) -> None:
-        self.layer.unpack(self._in_rows(parts, start, stop), start, stop, out, scratch)
+        self.layer.repack(self._in_rows(parts, start, stop), start, stop, out, scratch)
 
-    def dense(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
-        self.layer.dense(self._in_rows(parts, start, stop), start, stop, out, scratch)
+    def decode(
+        self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch
+    ) -> None:
+        self.layer.decode(self._in_rows(parts, start, stop), start, stop, out, scratch)
 
     def fidelity(self, dtype: str) -> Fidelity:
         return self.layer.fidelity(dtype)

@@ -12,7 +12,7 @@ from typing import Final
 
 from requant.checkpoint import Checkpoint, SourceTensor
 from requant.dtypes import FLOATS, NUMPY_DTYPE, TensorInfo
-from requant.errors import Problem, few
+from requant.errors import Problem, join_first
 from requant.formats.base import Format, SourceLayer, SourceLayout
 from requant.formats.declared import float_form
 from requant.formats.one_reading import holds_float8
@@ -39,13 +39,13 @@ _MASK_NAMES: Final = ("attn.bias", "attention.bias")  # GPT-2, GPT-J: [1, 1, n, 
 _UNREADABLE: Final = ("F8_E5M2", "F8_E5M2FNUZ")
 
 
-def check_unclaimed(checkpoint: Checkpoint, layout: SourceLayout, found: Format) -> SourceLayout:
+def check_unclaimed(checkpoint: Checkpoint, layout: SourceLayout, format: Format) -> SourceLayout:
     """Hold what no layer took against the names of scales.
 
     Args:
         checkpoint: For the names of all tensors, and the config.
         layout: What the format made of it.
-        found: The format.
+        format: The format.
 
     Returns:
         The same with what is wrong; and without the scales of floats where the config says
@@ -54,9 +54,9 @@ def check_unclaimed(checkpoint: Checkpoint, layout: SourceLayout, found: Format)
     read = any(layer.is_quantized for layer in layout.layers)
     if read and checkpoint.gguf is None:
         layout = _without_runtime_scales(layout)
-    if layout.problems and found.name == "dense":
+    if layout.problems and format.name == "dense":
         return layout  # the block in the config is of no format that is read
-    step = _Unclaimed(checkpoint, layout, found)
+    step = _Unclaimed(checkpoint, layout, format)
     layout = step.checked()
     if layout.unfulfilled is None or read or step.float_form or layout.problems:
         return layout
@@ -80,17 +80,20 @@ def _without_runtime_scales(layout: SourceLayout) -> SourceLayout:
 class _Unclaimed:
     """The tensors that no layer took, and what is wrong with them."""
 
-    def __init__(self, checkpoint: Checkpoint, layout: SourceLayout, found: Format) -> None:
-        self.layout, self.found = layout, found
+    def __init__(self, checkpoint: Checkpoint, layout: SourceLayout, format: Format) -> None:
+        self.layout, self.found = layout, format
         self.names = ScaleNames(checkpoint.tensors)
-        self.is_dense = found.name == "dense"
+        self.is_dense = format.name == "dense"
         self.tensors: dict[str, SourceTensor] = {}  # that no quantized layer has
         self.layers: dict[str, SourceLayer] = {}  # quantized, by path
         self.owner: dict[str, str] = {}  # part of a quantized layer -> its path
         self.stacks: dict[str, SourceLayer] = {}  # of them, those whose codes are no "path.x"
         self.decoded: set[str] = set()  # blocks of a GGUF vector, say: other bytes go out
         for layer in layout.layers:
-            names = {part.name: part for part in (*layer.parts.values(), *layer.carried.values())}
+            names = {
+                part.name: part
+                for part in (*layer.parts.values(), *layer.rotation_tensors.values())
+            }
             takes_scales = layer.packing is not None and len(names) > 1  # floats times a scale
             if layer.is_quantized or takes_scales:
                 self.layers[layer.path] = layer
@@ -125,7 +128,8 @@ class _Unclaimed:
         are = "scales weights that are" if len(self.final) == 1 else "scale weights that are"
         return Note(
             NoteCode.FINAL_SCALES,
-            f"Left out: {few(list(self.final))}, which {are} stored as floats: {self.float_form}, "
+            f"Left out: {join_first(list(self.final))}, which {are} stored as floats: "
+            f"{self.float_form}, "
             "so that their values stand as they are.",
         )
 
@@ -152,18 +156,20 @@ class _Unclaimed:
     def _coded(self, tensor: SourceTensor) -> Iterator[Problem]:
         """A tensor of integers or FP8 must be a table of the model's own."""
         name, info = tensor.name, tensor.info
-        beside = [found.name for found in self.names.beside(name)]
-        if not beside and _is_table(name, info):
+        siblings = [found.name for found in self.names.siblings(name)]
+        if not siblings and _is_table(name, info):
             return
-        self.seen |= {name, *beside}
-        owner = next((self.owner[each] for each in beside if each in self.owner), None)
+        self.seen |= {name, *siblings}
+        owner = next((self.owner[each] for each in siblings if each in self.owner), None)
         if owner is not None:
             yield Problem(name, self._stale(info, owner))
         elif info.dtype in _UNREADABLE:
             what = "this dtype has no published use for weights"
             yield Problem(name, f"{info}: {what} and is not read; expected F8_E4M3")
-        elif beside:
-            message = f"{info} holds codes, with {few(beside)} beside it, but no layer takes it"
+        elif siblings:
+            message = (
+                f"{info} holds codes, with {join_first(siblings)} beside it, but no layer takes it"
+            )
             yield Problem(name, message + self._due(name))
         elif info.dtype.startswith("F8_"):
             what = "has no scale beside it that says what its values are multiplied by"
@@ -190,15 +196,15 @@ class _Unclaimed:
         """A float weight with a scale is codes in floats, or the config says that it is not."""
         name, info = tensor.name, tensor.info
         matrix = len(info.shape) > 1
-        beside = [
+        siblings = [
             found
-            for found in self.names.beside(name)
+            for found in self.names.siblings(name)
             if found.is_certain or (matrix and found.role is not Role.OFFSET)
         ]
-        if not beside:
+        if not siblings:
             return
-        owner = next((self.owner[x.name] for x in beside if x.name in self.owner), None)
-        loose = [found.name for found in beside if found.name in self.tensors]
+        owner = next((self.owner[x.name] for x in siblings if x.name in self.owner), None)
+        loose = [found.name for found in siblings if found.name in self.tensors]
         self.seen |= {name, *loose}
         if owner is not None:
             yield Problem(name, self._stale(info, owner))
@@ -207,11 +213,12 @@ class _Unclaimed:
         elif loose:
             yield Problem(name, self._floats_message(info, loose))
 
-    def _floats_message(self, info: TensorInfo, beside: list[str]) -> str:
+    def _floats_message(self, info: TensorInfo, siblings: list[str]) -> str:
         message = (
-            f"{info} stands beside {few(beside)}: its numbers are the weight, or codes that are "
+            f"{info} stands beside {join_first(siblings)}: its numbers are the weight, or codes "
+            "that are "
             "still to be multiplied, and nothing says which; if they are the weight, remove "
-            f"{'the scale' if len(beside) == 1 else 'those'} from the weight files"
+            f"{'the scale' if len(siblings) == 1 else 'those'} from the weight files"
         )
         if self.owner:  # another block would no longer describe the layers that are read
             return message
@@ -241,7 +248,7 @@ class _Unclaimed:
             if self._is_of_layer(each):
                 name, *others = [found.name for found in each]
                 self.seen |= {name, *others}
-                also = f", nor has {few(others)}" if others else ""
+                also = f", nor has {join_first(others)}" if others else ""
                 message = f"{self.tensors[name].info} has no codes beside it{also}"
                 yield Problem(name, message + self._due(f"{path}.weight"))
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from requant.arrays import native, repack, values
 from requant.formats.base import SourceLayer
-from requant.formats.packing import Cut, Exactness, Fidelity, Packing, Parts, Scratch, is_narrower
+from requant.formats.packing import Exactness, Fidelity, Packing, Parts, Rect, Scratch, is_narrower
 from requant.schema import Quantization, QuantMode
 
 # E2M1 codes 0 to 15 as E4M3 bytes; bit 3 is the sign.
@@ -41,16 +41,16 @@ class MlxRows(Packing):
     encoding: Quantization
     scale_dtypes: tuple[str, ...] = ()
 
-    def cuts(self, start: int, stop: int) -> dict[str, Cut]:
+    def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
         """The same rows of each tensor."""
         words = self.columns * self.encoding.bits // 32
         groups = (0, self.columns // self.encoding.group_size)
-        cuts = {"weight": Cut((start, stop), (0, words)), "scales": Cut((start, stop), groups)}
+        cuts = {"weight": Rect((start, stop), (0, words)), "scales": Rect((start, stop), groups)}
         if self.encoding.mode.has_biases:
-            cuts["biases"] = Cut((start, stop), groups)
+            cuts["biases"] = Rect((start, stop), groups)
         return cuts
 
-    def unpack(
+    def repack(
         self, parts: Parts, start: int, stop: int, out: Mapping[str, np.ndarray], scratch: Scratch
     ) -> None:
         """The rows as they are; scales and biases rounded to another dtype."""
@@ -60,7 +60,9 @@ class MlxRows(Packing):
             else:
                 rows[:] = parts[role].view(rows.dtype)
 
-    def dense(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
+    def decode(
+        self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch
+    ) -> None:
         """The values that MLX computes."""
         codes = self.encoding
         triple = (parts["weight"], parts["scales"], parts.get("biases"))
@@ -87,11 +89,13 @@ class DenseRows(Packing):
     rows: int
     columns: int
 
-    def cuts(self, start: int, stop: int) -> dict[str, Cut]:
+    def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
         """The same rows."""
-        return {"weight": Cut((start, stop), (0, self.columns))}
+        return {"weight": Rect((start, stop), (0, self.columns))}
 
-    def dense(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
+    def decode(
+        self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch
+    ) -> None:
         """The values, rounded once."""
         values.cast_into(parts["weight"], out)
 
@@ -102,7 +106,7 @@ class Widened(Packing):
 
     Attributes:
         packing: How the rows come out of stored tensors.
-        encoding: What its ``unpack`` gives.
+        encoding: What its ``repack`` gives.
         target: What this one gives.
     """
 
@@ -141,11 +145,11 @@ class Widened(Packing):
         groups = self.columns // self.encoding.group_size
         return self.packing.scratch_row_bytes + self.columns + narrow + 8 * groups
 
-    def cuts(self, start: int, stop: int) -> dict[str, Cut]:
+    def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
         """As the packing within."""
-        return self.packing.cuts(start, stop)
+        return self.packing.required_rects(start, stop)
 
-    def unpack(
+    def repack(
         self, parts: Parts, start: int, stop: int, out: Mapping[str, np.ndarray], scratch: Scratch
     ) -> None:
         """The codes in wider fields, scales and biases repeated."""
@@ -157,7 +161,7 @@ class Widened(Packing):
         if times > 1:
             for role in out.keys() - {"weight"}:
                 narrow[role] = _like(out[role], rows, times, f"narrow {role}", scratch)
-        self.packing.unpack(parts, start, stop, narrow, scratch)
+        self.packing.repack(parts, start, stop, narrow, scratch)
         if narrow["weight"] is not out["weight"]:
             self._widen(narrow["weight"], out["weight"], scratch)
         for role in out.keys() - {"weight"}:
@@ -174,9 +178,11 @@ class Widened(Packing):
         else:
             np.take(_E4M3_BYTES, codes, out=out.view(np.uint8), mode="clip")
 
-    def dense(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
+    def decode(
+        self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch
+    ) -> None:
         """As the packing within."""
-        self.packing.dense(parts, start, stop, out, scratch)
+        self.packing.decode(parts, start, stop, out, scratch)
 
     def fidelity(self, dtype: str) -> Fidelity:
         """As the packing within: nothing rounds on the way into wider fields."""

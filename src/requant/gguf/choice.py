@@ -38,7 +38,7 @@ def gguf_models(files: Iterable[str]) -> dict[str, list[str]]:
     }
 
 
-def choose_model(models: dict[str, list[str]], wanted: str) -> str | None:
+def select_model(models: dict[str, list[str]], wanted: str) -> str | None:
     """The key of the model that is asked for by kind, by name or by the name of a file."""
     word = wanted.lower()
     for key, files in models.items():

@@ -107,7 +107,7 @@ _SETTINGS = {
 
 
 @dataclass(frozen=True)
-class Family:
+class Architecture:
     """One architecture.
 
     Attributes:
@@ -182,24 +182,28 @@ _LLAMA_NAMES = {**_ATTENTION, **_MLP}
 _BY_HIDDEN = Support(head_dim=False)
 _NO_SCALING = frozenset[str]()
 _FAMILIES = {
-    "llama": Family("llama", "LlamaForCausalLM", _LLAMA_NAMES, configure_llama, permuted=True),
-    "qwen2": Family("qwen2", "Qwen2ForCausalLM", _LLAMA_NAMES, configure_qwen, support=_BY_HIDDEN),
-    "qwen3": Family("qwen3", "Qwen3ForCausalLM", _LLAMA_NAMES, configure_qwen),
-    "qwen2moe": Family(
+    "llama": Architecture(
+        "llama", "LlamaForCausalLM", _LLAMA_NAMES, configure_llama, permuted=True
+    ),
+    "qwen2": Architecture(
+        "qwen2", "Qwen2ForCausalLM", _LLAMA_NAMES, configure_qwen, support=_BY_HIDDEN
+    ),
+    "qwen3": Architecture("qwen3", "Qwen3ForCausalLM", _LLAMA_NAMES, configure_qwen),
+    "qwen2moe": Architecture(
         "qwen2_moe",
         "Qwen2MoeForCausalLM",
         {**_ATTENTION, **_QWEN_MOE},
         configure_qwen_moe,
         support=Support(_NO_SCALING, head_dim=False),
     ),
-    "qwen3moe": Family(
+    "qwen3moe": Architecture(
         "qwen3_moe",
         "Qwen3MoeForCausalLM",
         {**_LLAMA_NAMES, **_QWEN_MOE},
         configure_qwen_moe,
         support=Support(_NO_SCALING),
     ),
-    "gemma": Family(
+    "gemma": Architecture(
         "gemma",
         "GemmaForCausalLM",
         _LLAMA_NAMES,
@@ -208,7 +212,7 @@ _FAMILIES = {
         wide=True,
         support=Support(_NO_SCALING),
     ),
-    "gemma2": Family(
+    "gemma2": Architecture(
         "gemma2",
         "Gemma2ForCausalLM",
         {**_LLAMA_NAMES, **_GEMMA_2},
@@ -217,7 +221,7 @@ _FAMILIES = {
         wide=True,
         support=Support(_NO_SCALING),
     ),
-    "gemma3": Family(
+    "gemma3": Architecture(
         "gemma3_text",
         "Gemma3ForCausalLM",
         {**_LLAMA_NAMES, **_GEMMA_2},
@@ -225,17 +229,17 @@ _FAMILIES = {
         shifted_norms=True,
         wide=True,
     ),
-    "phi3": Family(
+    "phi3": Architecture(
         "phi3",
         "Phi3ForCausalLM",
         {**_ATTENTION, **_PHI_3},
         configure_phi_3,
         support=Support(frozenset({"longrope"}), head_dim=False, partial_rotary=True),
     ),
-    "smollm3": Family(
+    "smollm3": Architecture(
         "smollm3", "SmolLM3ForCausalLM", _LLAMA_NAMES, configure_smollm_3, permuted=True
     ),
-    "granite": Family(
+    "granite": Architecture(
         "granite",
         "GraniteForCausalLM",
         _LLAMA_NAMES,
@@ -243,14 +247,16 @@ _FAMILIES = {
         permuted=True,
         support=_BY_HIDDEN,
     ),
-    "seed_oss": Family(
+    "seed_oss": Architecture(
         "seed_oss",
         "SeedOssForCausalLM",
         {**_LLAMA_NAMES, "post_attention_norm": "post_attention_layernorm"},
         configure_seed_oss,
     ),
-    "olmo2": Family("olmo2", "Olmo2ForCausalLM", {**_LLAMA_NAMES, **_OLMO_2}, configure_llama),
-    "gpt-oss": Family(
+    "olmo2": Architecture(
+        "olmo2", "Olmo2ForCausalLM", {**_LLAMA_NAMES, **_OLMO_2}, configure_llama
+    ),
+    "gpt-oss": Architecture(
         "gpt_oss",
         "GptOssForCausalLM",
         {**_ATTENTION, **_GPT_OSS},
@@ -259,10 +265,10 @@ _FAMILIES = {
         support=Support(ALL_SCALINGS - {"longrope"}),
     ),
 }
-_MINISTRAL_FAMILY = Family(
+_MINISTRAL_FAMILY = Architecture(
     "ministral3", "Ministral3ForCausalLM", _LLAMA_NAMES, configure_ministral_3, permuted=True
 )
-_MIXTRAL_FAMILY = Family(
+_MIXTRAL_FAMILY = Architecture(
     "mixtral",
     "MixtralForCausalLM",
     {**_ATTENTION, **_MIXTRAL},
@@ -270,7 +276,9 @@ _MIXTRAL_FAMILY = Family(
     permuted=True,
     support=Support(_NO_SCALING, head_dim=False),
 )
-_OLMO_3_FAMILY = Family("olmo3", "Olmo3ForCausalLM", {**_LLAMA_NAMES, **_OLMO_2}, configure_olmo_3)
+_OLMO_3_FAMILY = Architecture(
+    "olmo3", "Olmo3ForCausalLM", {**_LLAMA_NAMES, **_OLMO_2}, configure_olmo_3
+)
 # The language parts of models that see: of text alone, their positions are those of the others.
 _FAMILIES |= {
     "qwen2vl": _FAMILIES["qwen2"],
@@ -281,7 +289,7 @@ ARCHITECTURES = (*_FAMILIES, "mistral3")
 """What ``general.architecture`` may say for names and config to be known."""
 
 
-def family_of(metadata: Metadata) -> Family | None:
+def family_of(metadata: Metadata) -> Architecture | None:
     """The architecture of a file, or None if it is not known.
 
     Mixtral calls itself llama, OLMo 3 olmo2, and Mistral's models of 2025 mistral3, whether or

@@ -20,8 +20,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from requant.arrays.gguf import TYPES, BlockType
-from requant.errors import Problem, shown
-from requant.gguf.foreign_types import foreign_type
+from requant.errors import Problem, format_value
+from requant.gguf.foreign_types import unsupported_type
 from requant.limits import (
     MAX_GGUF_HEADER_BYTES,
     MAX_GGUF_ITEMS,
@@ -32,7 +32,7 @@ from requant.limits import (
     MAX_PROBLEMS,
     MAX_TENSORS,
 )
-from requant.safetensors_header import check_name, place
+from requant.safetensors_header import check_name, format_tensor_name
 from requant.source_folder import open_regular
 
 MAGIC = b"GGUF"
@@ -211,8 +211,8 @@ def _read_metadata(
     for _ in range(keys):
         key = cursor.string("a metadata key", MAX_NAME_CHARS)
         if key in metadata:
-            _report(problems, f"{file}: {shown(key)}", "stands twice in the metadata")
-        kind = cursor.number("I", shown(key))
+            _report(problems, f"{file}: {format_value(key)}", "stands twice in the metadata")
+        kind = cursor.number("I", format_value(key))
         if kind == _ARRAY:
             value, items = _read_array(cursor, key, room)
             room -= items
@@ -224,38 +224,38 @@ def _read_metadata(
 
 def _read_scalar(cursor: _Cursor, key: str, kind: int) -> Any:
     if kind == _STRING:
-        return cursor.string(shown(key))
+        return cursor.string(format_value(key))
     if kind not in _SCALARS:
-        raise _Damaged(f"{shown(key)} has a value of unknown type {kind}")
+        raise _Damaged(f"{format_value(key)} has a value of unknown type {kind}")
     dtype = np.dtype(_SCALARS[kind])
-    return np.frombuffer(cursor.take(dtype.itemsize, shown(key)), dtype)[0].item()
+    return np.frombuffer(cursor.take(dtype.itemsize, format_value(key)), dtype)[0].item()
 
 
 def _read_array(cursor: _Cursor, key: str, room: int) -> tuple[Any, int]:
     """A NumPy array, or a tuple of strings; and how many items it has."""
-    kind, count = cursor.number("I", shown(key)), cursor.number("Q", shown(key))
+    kind, count = cursor.number("I", format_value(key)), cursor.number("Q", format_value(key))
     if kind != _STRING and kind not in _SCALARS:
         nested = "arrays, which no known key has" if kind == _ARRAY else f"unknown type {kind}"
-        raise _Damaged(f"{shown(key)} is an array of {nested}")
+        raise _Damaged(f"{format_value(key)} is an array of {nested}")
     if count > room:
         raise _Damaged(
-            f"{shown(key)} has {count:,} items, at most {MAX_GGUF_ITEMS:,} are read in all"
+            f"{format_value(key)} has {count:,} items, at most {MAX_GGUF_ITEMS:,} are read in all"
         )
     if kind == _STRING:
-        return tuple(cursor.string(shown(key)) for _ in range(count)), count
+        return tuple(cursor.string(format_value(key)) for _ in range(count)), count
     dtype = np.dtype(_SCALARS[kind])
-    return np.frombuffer(cursor.take(count * dtype.itemsize, shown(key)), dtype), count
+    return np.frombuffer(cursor.take(count * dtype.itemsize, format_value(key)), dtype), count
 
 
 def _read_entry(cursor: _Cursor, file: str, problems: list[Problem]) -> TableEntry | None:
     """One line of the tensor table, its offset counted from the data; None if it is unsound."""
     name = cursor.string("a tensor's name", MAX_NAME_CHARS)
-    axes = cursor.number("I", shown(name))
+    axes = cursor.number("I", format_value(name))
     if axes > _MAX_AXES:
-        raise _Damaged(f"{shown(name)} has {axes} axes, at most {_MAX_AXES} are known")
-    sizes = [cursor.number("Q", shown(name)) for _ in range(axes)]
-    number, offset = cursor.number("I", shown(name)), cursor.number("Q", shown(name))
-    where = f"{file}: {place(name)}"
+        raise _Damaged(f"{format_value(name)} has {axes} axes, at most {_MAX_AXES} are known")
+    sizes = [cursor.number("Q", format_value(name)) for _ in range(axes)]
+    number, offset = cursor.number("I", format_value(name)), cursor.number("Q", format_value(name))
+    where = f"{file}: {format_tensor_name(name)}"
     wrong = check_name(name)
     if wrong:
         _report(problems, where, wrong[0])
@@ -263,7 +263,7 @@ def _read_entry(cursor: _Cursor, file: str, problems: list[Problem]) -> TableEnt
     shape = tuple(reversed(sizes))
     kind = TYPES.get(number)
     if kind is None:
-        _report(problems, where, f"is stored as {foreign_type(number)}")
+        _report(problems, where, f"is stored as {unsupported_type(number)}")
         return None
     if 0 in sizes or prod(sizes) > MAX_INT:
         _report(problems, where, f"has the impossible shape {list(shape)}")

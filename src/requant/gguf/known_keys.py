@@ -140,7 +140,7 @@ def report_unread(settings: Settings, config: Mapping[str, Any]) -> None:
         config: That was made from them.
     """
     metadata = settings.metadata
-    told = []
+    reported = []
     for key, value in metadata.values.items():
         mine = key.startswith(settings.prefix)
         if key in metadata.read or not (mine or key.startswith(_ANY_PREFIX)):
@@ -154,7 +154,7 @@ def report_unread(settings: Settings, config: Mapping[str, Any]) -> None:
             continue
         why = _why_harmless(name, value, config)
         if why:
-            told.append(f"{key} ({why})")
+            reported.append(f"{key} ({why})")
             continue
         verb = "changes" if name in _KNOWN else "is not known here and may change"
         metadata.report(
@@ -162,8 +162,8 @@ def report_unread(settings: Settings, config: Mapping[str, Any]) -> None:
             f"is {metadata.shown(key)}: that {verb} what the model computes, and config.json of "
             f"model_type '{config['model_type']}' has no place for it; {ADVICE}",
         )
-    if told:
-        text = f"Nothing is made of {', '.join(told)}."
+    if reported:
+        text = f"Nothing is made of {', '.join(reported)}."
         settings.notes.append(Note(NoteCode.IGNORED_METADATA, text))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from requant.errors import Problem, shown
+from requant.errors import Problem, format_value
 
 
 class Metadata:
@@ -112,7 +112,7 @@ class Metadata:
 
     def shown(self, key: str) -> str:
         """The value of a key in a few characters."""
-        return _kind(self.values.get(key))
+        return _merge_key(self.values.get(key))
 
     def report(self, key: str, message: str) -> None:
         """Add a problem with a key."""
@@ -129,7 +129,7 @@ class Metadata:
         self.report(key, f"{found}, expected {expected}")
 
 
-def _kind(value: Any) -> str:
+def _merge_key(value: Any) -> str:
     if isinstance(value, (tuple, np.ndarray)):
         return f"an array of {len(value):,}"
-    return shown(value)
+    return format_value(value)

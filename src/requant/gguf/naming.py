@@ -13,8 +13,8 @@ from types import MappingProxyType
 
 from requant.checkpoint import FileRange, JoinedTensor, StoredTensor
 from requant.dtypes import TensorInfo
-from requant.errors import Problem, count, few, shown
-from requant.gguf.families import SCALES, Family, setting_of
+from requant.errors import Problem, format_value, join_first, pluralize
+from requant.gguf.families import SCALES, Architecture, setting_of
 from requant.gguf.header import TableEntry
 from requant.gguf.metadata import Metadata
 from requant.gguf_model import GgufModel, GgufTensor
@@ -53,7 +53,7 @@ class Naming:
     """
 
     metadata: Metadata
-    family: Family | None
+    family: Architecture | None
     problems: list[Problem] = field(default_factory=list)
     notes: list[Note] = field(default_factory=list)
 
@@ -108,7 +108,7 @@ class Naming:
         sizes = self._sizes(names, rows)
         is_odd = not rows or (not is_matrix and not entry.kind.dtype)
         if is_odd or sum(sizes) != rows or prod(entry.shape[:axis]) > _MAX_EXPERTS:
-            wanted = count(sum(sizes) or 2, "row")
+            wanted = pluralize(sum(sizes) or 2, "row")
             if prod(entry.shape[:axis]) > _MAX_EXPERTS:
                 wanted = f"at most {_MAX_EXPERTS:,} experts"
             message = f"{entry.kind.name} {list(entry.shape)}, expected {wanted}"
@@ -142,7 +142,9 @@ class Naming:
         heads = self.family.heads_of(entry.name, self.metadata)
         rows = shape[-2] if entry.name.endswith(".weight") and len(shape) > 1 else shape[-1]
         if heads and rows % (2 * heads):
-            message = f"has {count(rows, 'row')}, no multiple of twice its {count(heads, 'head')}"
+            message = (
+                f"has {pluralize(rows, 'row')}, no multiple of twice its {pluralize(heads, 'head')}"
+            )
             self.problems.append(Problem(name, message))
             heads = 0
         return GgufTensor(entry.kind, shape, name, heads, self.family.is_shifted(named))
@@ -151,7 +153,9 @@ class Naming:
         """A scale belongs to a tensor, which it is multiplied with."""
         path, _, suffix = name.rpartition(".")
         if self.family and f".{suffix}" in SCALES and f"{path}.weight" not in table:
-            message = f"is a scale, but {shown(f'{path}.weight')} that it scales is not there"
+            message = (
+                f"is a scale, but {format_value(f'{path}.weight')} that it scales is not there"
+            )
             self.problems.append(Problem(f"{file}: {name}", message))
 
     def _note_names(self, unknown: list[str]) -> None:
@@ -166,7 +170,8 @@ class Naming:
             )
         elif unknown:
             text = (
-                f"{few(unknown)} have no name in Hugging Face's {self.family.model_type}: they "
+                f"{join_first(unknown)} have no name in Hugging Face's {self.family.model_type}: "
+                "they "
                 "keep their own."
             )
             self.notes.append(Note(NoteCode.UNKNOWN_TENSOR_NAMES, text))
@@ -204,7 +209,7 @@ def _info(entry: TableEntry, shape: tuple[int, ...]) -> TensorInfo:
     return TensorInfo("U8", (*shape[:-1], entry.nbytes // rows))
 
 
-def _model_dtype(entries: Iterable[TableEntry], family: Family | None) -> str:
+def _model_dtype(entries: Iterable[TableEntry], family: Architecture | None) -> str:
     """The dtype of values: float16, as the scales of blocks are, unless it is too narrow."""
     if family is not None and family.wide:
         return "BF16"

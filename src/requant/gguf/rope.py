@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from requant.errors import one_of, shown
+from requant.errors import format_value, join_or
 from requant.gguf.settings import ADVICE, Settings
 
 _TYPE = "rope.scaling.type"
@@ -33,9 +33,11 @@ def rope_scaling(settings: Settings, model_type: str, rotary: int) -> dict[str, 
         rotary: Values of a head that are rotated.
     """
     kind = settings.word(_TYPE)
-    factors = settings.peek("rope_freqs.weight") if settings.has("rope_freqs.weight") else None
+    factors = (
+        settings.read_small("rope_freqs.weight") if settings.has("rope_freqs.weight") else None
+    )
     if factors is not None and kind in ("yarn", "longrope") and (factors != 1).any():
-        message = f"holds factors beside the scaling {shown(kind)}; {ADVICE}"
+        message = f"holds factors beside the scaling {format_value(kind)}; {ADVICE}"
         settings.metadata.report("rope_freqs.weight", message)
     if factors is not None and kind in ("", "none", "linear"):
         found, where = _llama3(settings), "rope_freqs.weight"
@@ -46,7 +48,7 @@ def rope_scaling(settings: Settings, model_type: str, rotary: int) -> dict[str, 
     elif kind == "yarn":
         found, where = _yarn(settings), settings.prefix + _TYPE
     else:
-        settings.report(_TYPE, f"is {shown(kind)}, known are none, linear, yarn, longrope")
+        settings.report(_TYPE, f"is {format_value(kind)}, known are none, linear, yarn, longrope")
         return None
     if found is None or found["type"] in settings.support.scalings:
         return found
@@ -56,7 +58,7 @@ def rope_scaling(settings: Settings, model_type: str, rotary: int) -> dict[str, 
     settings.metadata.report(
         where,
         f"is the setting {found['type']} of rope_scaling, but mlx-lm's class for {model_type} "
-        f"knows {one_of(kinds) if kinds else 'none'} and would compute something else; {ADVICE}",
+        f"knows {join_or(kinds) if kinds else 'none'} and would compute something else; {ADVICE}",
     )
     return None
 
@@ -137,24 +139,24 @@ def _longrope(settings: Settings, model_type: str, rotary: int) -> dict[str, Any
             message = f"is longrope, but its factors, {name}, are missing; {ADVICE}"
             settings.report(_TYPE, message)
             return None
-        factors = settings.peek(name).reshape(-1)
+        factors = settings.read_small(name).reshape(-1)
         if factors.size != rotary // 2:
             message = f"has {factors.size:,} values, expected {rotary // 2:,}: half of a head's"
             settings.metadata.report(name, message)
         found[f"{end}_factor"] = [float(str(x)) for x in factors]
     kind = settings.word(_TYPE)
     if kind not in ("", "longrope"):
-        message = f"is {shown(kind)}, but the file has the factors of longrope; {ADVICE}"
+        message = f"is {format_value(kind)}, but the file has the factors of longrope; {ADVICE}"
         settings.report(_TYPE, message)
     context = settings.need_int("context_length")
     original = settings.find_int(_ORIGINAL) or context
     usual = 1.0
     if context > original > 1:
         usual = sqrt(1 + log(context / original) / log(original))
-    said = settings.find_float(_ATTENTION)
-    if abs((1.0 if said is None else said) - usual) > _TOLERANCE * usual:
-        is_said = "is missing, which means 1" if said is None else f"is {said:g}"
-        message = f"{is_said}, but longrope of {original:,} to {context:,} gives {usual:.4f}"
+    declared = settings.find_float(_ATTENTION)
+    if abs((1.0 if declared is None else declared) - usual) > _TOLERANCE * usual:
+        is_declared = "is missing, which means 1" if declared is None else f"is {declared:g}"
+        message = f"{is_declared}, but longrope of {original:,} to {context:,} gives {usual:.4f}"
         settings.report(_ATTENTION, f"{message}; {ADVICE}")
     if model_type != "phi3":
         found["original_max_position_embeddings"] = original
@@ -169,7 +171,7 @@ def _llama3(settings: Settings) -> dict[str, Any] | None:
     if settings.word(_TYPE) != "none" and factor not in (None, 0.0, 1.0):
         message = f"is {factor:g}, and rope_freqs.weight has factors of its own; {ADVICE}"
         settings.report(key, message)
-    stored = settings.peek("rope_freqs.weight").reshape(-1).astype(np.float64)
+    stored = settings.read_small("rope_freqs.weight").reshape(-1).astype(np.float64)
     base = settings.find_float("rope.freq_base") or 10000.0
     if (stored == 1).all():
         return None

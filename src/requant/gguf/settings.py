@@ -12,7 +12,7 @@ from requant.reasons import Note
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Name in the file -> shape, outermost axis first."""
-Peek = Callable[[str], np.ndarray]
+ReadScalar = Callable[[str], np.ndarray]
 """Values of a small float32 tensor of the file."""
 
 ALL_SCALINGS = frozenset({"linear", "llama3", "yarn", "longrope"})
@@ -45,9 +45,14 @@ class Settings:
     """
 
     def __init__(
-        self, metadata: Metadata, shapes: Shapes, peek: Peek, support: Support = PLAIN
+        self, metadata: Metadata, shapes: Shapes, read_small: ReadScalar, support: Support = PLAIN
     ) -> None:
-        self.metadata, self.shapes, self.peek, self.support = metadata, shapes, peek, support
+        self.metadata, self.shapes, self.read_small, self.support = (
+            metadata,
+            shapes,
+            read_small,
+            support,
+        )
         self.prefix = f"{metadata.architecture}."
         self.notes: list[Note] = []
 
@@ -86,11 +91,11 @@ class Settings:
 
     def expert_width(self) -> int:
         """The same, held against what the file says."""
-        said, stored = self.find_int("expert_feed_forward_length"), self.stored_expert_width
-        if said and stored and said != stored:
-            message = f"is {said:,}, but the tensors of experts have {stored:,} rows"
+        declared, stored = self.find_int("expert_feed_forward_length"), self.stored_expert_width
+        if declared and stored and declared != stored:
+            message = f"is {declared:,}, but the tensors of experts have {stored:,} rows"
             self.report("expert_feed_forward_length", message)
-        return said or stored
+        return declared or stored
 
     def sliding_layers(self, blocks: int, period: int) -> list[bool]:
         """Which blocks see no more than a window of the text.
@@ -107,8 +112,8 @@ class Settings:
             if len(layers) < blocks:
                 self.metadata.report(key, f"has {len(layers):,} entries for {blocks:,} blocks")
             return (layers + [False] * blocks)[:blocks]
-        said = self.metadata.find_int(key)
-        return self.alternating(blocks, period if said is None else said)
+        declared = self.metadata.find_int(key)
+        return self.alternating(blocks, period if declared is None else declared)
 
     @staticmethod
     def alternating(blocks: int, period: int) -> list[bool]:

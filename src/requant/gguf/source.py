@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 
 from requant.checkpoint import Checkpoint, FileRange, OpenedSource, SourceFile
-from requant.errors import CheckpointError, Problem, few, shown
+from requant.errors import CheckpointError, Problem, format_value, join_first
 from requant.gguf.choice import PART, SUFFIX
 from requant.gguf.configs import make_config
-from requant.gguf.families import Family, family_of
+from requant.gguf.families import Architecture, family_of
 from requant.gguf.header import Header, TableEntry, read_header
 from requant.gguf.metadata import Metadata
 from requant.gguf.naming import Naming
@@ -36,7 +36,7 @@ from requant.gguf_model import GgufModel
 from requant.limits import MAX_SHARDS
 from requant.reasons import Note, NoteCode
 from requant.safetensors_folder import read_config
-from requant.source_folder import CONFIG, file_size, printable
+from requant.source_folder import CONFIG, decode_filename, file_size
 from requant.source_listing import list_folder
 
 _MMPROJ = "a vision or audio part for llama.cpp (mmproj), which is no language model"
@@ -118,7 +118,7 @@ def _choose(folder: Path) -> list[str]:
         return _parts_of(next(iter(models.values())))
     if not models:
         raise CheckpointError(str(folder), [Problem(names[0], f"is {_MMPROJ}")])
-    first = [printable(name) for name in models.values()]
+    first = [decode_filename(name) for name in models.values()]
     more = f" and {len(first) - _MAX_NAMED} more" if len(first) > _MAX_NAMED else ""
     message = (
         f"holds {len(first)} GGUF models ({', '.join(first[:_MAX_NAMED])}{more}); "
@@ -215,9 +215,9 @@ class _Reading:
             )
             self.problems.append(Problem(f"{self.first.file}: split.count", message))
         for number, header in enumerate(self.headers):
-            said = header.metadata.get("split.no")
-            if said != number:
-                message = f"says that it is part {shown(said)}, its place is {number}"
+            declared = header.metadata.get("split.no")
+            if declared != number:
+                message = f"says that it is part {format_value(declared)}, its place is {number}"
                 self.problems.append(Problem(f"{header.file}: split.no", message))
         total = self.metadata.find_int("split.tensors.count")
         held = sum(len(header.tensors) for header in self.headers)
@@ -247,7 +247,7 @@ class _Reading:
     def _config_and_files(
         self,
         table: Mapping[str, tuple[str, TableEntry]],
-        family: Family | None,
+        family: Architecture | None,
         dtype: str,
     ) -> tuple[dict[str, Any], Files]:
         if self.config_from is not None:
@@ -264,12 +264,14 @@ class _Reading:
             )
             self.notes.append(Note(NoteCode.GUESSED_PRETOKENIZER, text))
         elif missing := missing_templates(self.metadata):
-            text = f"The chat templates {few(missing)} are listed, but not in the file."
+            text = f"The chat templates {join_first(missing)} are listed, but not in the file."
             self.notes.append(Note(NoteCode.MISSING_CHAT_TEMPLATES, text))
         if family is None:
             return {"model_type": self.metadata.architecture, "torch_dtype": words[dtype]}, files
         shapes = {name: entry.shape for name, (_, entry) in table.items()}
-        settings = Settings(self.metadata, shapes, partial(self._peek, table), family.support)
+        settings = Settings(
+            self.metadata, shapes, partial(self._read_scalar, table), family.support
+        )
         config = make_config(settings, family.model_type, family.cls, family.configure)
         self.notes += settings.notes
         config["torch_dtype"] = words[dtype]
@@ -286,7 +288,7 @@ class _Reading:
             config.pop(key, None)
         return config, {name: (folder / name).read_bytes for name in side_files}
 
-    def _peek(self, table: Mapping[str, tuple[str, TableEntry]], name: str) -> np.ndarray:
+    def _read_scalar(self, table: Mapping[str, tuple[str, TableEntry]], name: str) -> np.ndarray:
         """Values of a tensor that is a setting."""
         file, entry = table[name]
         if entry.kind.name != "F32" or entry.nbytes > _MAX_SETTING_BYTES:

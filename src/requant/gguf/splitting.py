@@ -41,7 +41,7 @@ _DEEPSEEK_CODER = (
 
 
 @dataclass(frozen=True, slots=True)
-class Splitting:
+class PreTokenizer:
     """One rule.
 
     Attributes:
@@ -59,28 +59,28 @@ class Splitting:
     composed: bool = False
 
 
-_GPT_2 = Splitting(then_gpt_2=True)
+_GPT_2 = PreTokenizer(then_gpt_2=True)
 _RULES = (
     (
         _GPT_2,
         "gpt-2 phi-2 mpt olmo jais trillion granite-docling gigachat exaone4 a.x-4.0 mellum",
     ),
     (
-        Splitting((_DIGIT,), then_gpt_2=True),
+        PreTokenizer((_DIGIT,), then_gpt_2=True),
         "smollm starcoder refact command-r codeshell exaone minerva-7b mellum2",
     ),
     (
-        Splitting((_LLAMA_3,), whole_words_first=True, adds_bos=True),
+        PreTokenizer((_LLAMA_3,), whole_words_first=True, adds_bos=True),
         "llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2",
     ),
-    (Splitting((_LLAMA_3,)), "dbrx smaug-bpe glm4 chatglm-bpe"),
-    (Splitting((_QWEN_2,), composed=True), "qwen2 deepseek-r1-qwen"),
-    (Splitting((_QWEN_2,)), "stablelm2 megrez hunyuan kormo solar-open grok-2"),
-    (Splitting((_QWEN_35,), composed=True), "qwen35"),
-    (Splitting((_GPT_4O,)), "gpt-4o llama4 kanana2 minimax-m2"),
-    (Splitting((_TEKKEN,), whole_words_first=True, adds_bos=True), "tekken"),
-    (Splitting(_DEEPSEEK_3), "deepseek-v3 hunyuan-dense joyai-llm"),
-    (Splitting(_DEEPSEEK_CODER), "deepseek-coder"),
+    (PreTokenizer((_LLAMA_3,)), "dbrx smaug-bpe glm4 chatglm-bpe"),
+    (PreTokenizer((_QWEN_2,), composed=True), "qwen2 deepseek-r1-qwen"),
+    (PreTokenizer((_QWEN_2,)), "stablelm2 megrez hunyuan kormo solar-open grok-2"),
+    (PreTokenizer((_QWEN_35,), composed=True), "qwen35"),
+    (PreTokenizer((_GPT_4O,)), "gpt-4o llama4 kanana2 minimax-m2"),
+    (PreTokenizer((_TEKKEN,), whole_words_first=True, adds_bos=True), "tekken"),
+    (PreTokenizer(_DEEPSEEK_3), "deepseek-v3 hunyuan-dense joyai-llm"),
+    (PreTokenizer(_DEEPSEEK_CODER), "deepseek-coder"),
 )
 SPLITTINGS = {name: rule for rule, names in _RULES for name in names.split()}
 """``tokenizer.ggml.pre`` -> the rule."""
@@ -88,6 +88,6 @@ UNSAID = ("", "default")
 """What files say that do not say it; GPT-2's rule is the likeliest."""
 
 
-def splitting_of(pre: str) -> Splitting | None:
+def splitting_of(pre: str) -> PreTokenizer | None:
     """The rule of a name, or None if it is not known."""
     return _GPT_2 if pre in UNSAID else SPLITTINGS.get(pre)

@@ -10,10 +10,10 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from requant.errors import shown
+from requant.errors import format_value
 from requant.gguf.metadata import Metadata
 from requant.gguf.special import CONTROL, NORMAL, UNKNOWN, USER_DEFINED, special_id, token_kinds
-from requant.gguf.splitting import SPLITTINGS, UNSAID, Splitting, splitting_of
+from requant.gguf.splitting import SPLITTINGS, UNSAID, PreTokenizer, splitting_of
 
 _TEMPLATE = "tokenizer.chat_template"
 _SPACE = "\u2581"  # SentencePiece's
@@ -32,12 +32,15 @@ def tokenizer_files(metadata: Metadata) -> tuple[Files, str]:
     if model in ("", "no_vocab", "none") or not tokens:
         return {}, "the file holds no tokenizer"
     if model not in ("gpt2", "llama"):
-        return {}, f"its tokenizer is of kind {shown(model)}, known are gpt2 and llama"
+        return {}, f"its tokenizer is of kind {format_value(model)}, known are gpt2 and llama"
     pre = metadata.word("tokenizer.ggml.pre")
-    splitting = splitting_of(pre) if model == "gpt2" else Splitting()
+    splitting = splitting_of(pre) if model == "gpt2" else PreTokenizer()
     if splitting is None:
         known = ", ".join(sorted(SPLITTINGS))
-        return {}, f"how its tokenizer splits words ({shown(pre)}) is not known; known are {known}"
+        return (
+            {},
+            f"how its tokenizer splits words ({format_value(pre)}) is not known; known are {known}",
+        )
     maker = _Tokenizer(metadata, model, splitting, tokens)
     return {
         "tokenizer.json": lambda: _dump(maker.tokenizer()),
@@ -86,7 +89,7 @@ class _Tokenizer:
     """One tokenizer, put together from its metadata."""
 
     def __init__(
-        self, metadata: Metadata, model: str, splitting: Splitting, tokens: tuple[str, ...]
+        self, metadata: Metadata, model: str, splitting: PreTokenizer, tokens: tuple[str, ...]
     ) -> None:
         self.metadata, self.model, self.tokens = metadata, model, tokens
         self.splitting = splitting
@@ -100,10 +103,10 @@ class _Tokenizer:
     @property
     def adds_bos(self) -> bool:
         """Whether every text begins with the token for that."""
-        said = self.metadata.flag("tokenizer.ggml.add_bos_token")
-        if said is None:
+        declared = self.metadata.flag("tokenizer.ggml.add_bos_token")
+        if declared is None:
             return self.model == "llama" or self.splitting.adds_bos
-        return said
+        return declared
 
     @property
     def adds_eos(self) -> bool:

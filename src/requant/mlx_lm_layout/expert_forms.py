@@ -55,7 +55,7 @@ class Form:
         names: What gate, up, down, and gate and up in one tensor are called.
         fused: Whether gate and up are one tensor.
         one_by_one: Whether each expert has tensors of its own.
-        turned: Whether a stack is ``(experts, in, out)``.
+        transposed: Whether a stack is ``(experts, in, out)``.
         suffix: What ends the name of a weight.
         bias: What ends the name of a bias.
         in_turns: Whether it is for families whose gate and up take turns only.
@@ -67,7 +67,7 @@ class Form:
     names: tuple[str, str, str, str] = ("gate_proj", "up_proj", "down_proj", "gate_up_proj")
     fused: bool = False
     one_by_one: bool = False
-    turned: bool = False
+    transposed: bool = False
     suffix: str = ".weight"
     bias: str = ".bias"
     in_turns: bool = False
@@ -80,7 +80,7 @@ FORMS = (
     Form("single experts", one_by_one=True),
     Form("single experts", ("w1", "w3", "w2", ""), one_by_one=True),
     Form("fused stacks", fused=True, bias="_bias", in_turns=True),
-    Form("fused and turned stacks", fused=True, turned=True, suffix="", bias="_bias"),
+    Form("fused and turned stacks", fused=True, transposed=True, suffix="", bias="_bias"),
     Form(
         "fused stacks",
         ("", "", "output_linear", "input_linear"),
@@ -185,15 +185,17 @@ class Reader:
         if len({x.shape[0] for x in read.values()}) != 1:
             return None
         last = (name for pairs in tensors.values() for _, name in pairs)
-        turned = self._is_turned(read, all(name.endswith(("weight", "bias")) for name in last))
-        if turned is None:
+        transposed = self._is_transposed(
+            read, all(name.endswith(("weight", "bias")) for name in last)
+        )
+        if transposed is None:
             return None
         return {
-            key: mx.swapaxes(x, 1, 2) if turned and key[1] == "weight" else x
+            key: mx.swapaxes(x, 1, 2) if transposed and key[1] == "weight" else x
             for key, x in read.items()
         }
 
-    def _is_turned(self, read: _Experts, are_weights: bool) -> bool | None:
+    def _is_transposed(self, read: _Experts, are_weights: bool) -> bool | None:
         """Whether stacks are ``(experts, in, out)``; None where their shapes do not fit."""
         down = tuple(read["down", "weight"].shape)
         if ("gate_up", "weight") in read:
@@ -227,11 +229,11 @@ def _emitted(prefix: str, experts: _Experts, form: Form, in_turns: bool) -> Weig
     """One layer's experts in a form."""
     base = _base(prefix, form)
     names = dict(zip(("gate", "up", "down", "gate_up"), form.names, strict=True))
-    arrays = _fused(experts, in_turns) if form.fused else _apart(experts, in_turns)
+    arrays = _fused(experts, in_turns) if form.fused else _separate(experts, in_turns)
     made: Weights = {}
     for (role, kind), array in arrays.items():
         end = form.suffix if kind == "weight" else form.bias
-        if form.turned and kind == "weight":
+        if form.transposed and kind == "weight":
             array = mx.swapaxes(array, 1, 2)
         if not form.one_by_one:
             made[f"{base}.{names[role]}{end}"] = array
@@ -241,7 +243,7 @@ def _emitted(prefix: str, experts: _Experts, form: Form, in_turns: bool) -> Weig
     return made
 
 
-def _apart(experts: _Experts, in_turns: bool) -> _Experts:
+def _separate(experts: _Experts, in_turns: bool) -> _Experts:
     """Gate and up each alone."""
     made: dict[_Key, mx.array] = {}
     for (role, kind), array in experts.items():

@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 
 from requant.dtypes import TensorInfo
-from requant.errors import count, few
+from requant.errors import join_first, pluralize
 from requant.mlx_lm_classes import LayoutError
 from requant.mlx_lm_layout.expert_forms import Adapter
 from requant.mlx_lm_layout.pipeline import HEADER_NAME, MLX_DTYPE, run
@@ -103,7 +103,7 @@ def mlx_lm_layout(
             named), or its rule looks at values.
         UsageError: A recipe with another mode than affine.
     """
-    made = run(
+    trace = run(
         config,
         tensors,
         quantization,
@@ -112,27 +112,28 @@ def mlx_lm_layout(
         global_scale=global_scale,
         adapt=adapt,
     )
-    given = {name: _info(x) for name, x in made.traced.items()}
-    if given != made.loaded:  # a legacy method that repacks weights after the rule
-        unlike = [x for x in {**given, **made.loaded} if given.get(x) != made.loaded.get(x)]
+    given = {name: _info(x) for name, x in trace.traced.items()}
+    if given != trace.loaded:  # a legacy method that repacks weights after the rule
+        unlike = [x for x in {**given, **trace.loaded} if given.get(x) != trace.loaded.get(x)]
         raise LayoutError(
-            f"mlx-lm changes {count(len(unlike), 'tensor')} after its renaming ({few(unlike, 5)}): "
+            f"mlx-lm changes {pluralize(len(unlike), 'tensor')} after its renaming "
+            f"({join_first(unlike, 5)}): "
             "turn the source into MLX triples first"
         )
-    outputs = {name: _output(x) for name, x in made.traced.items()}
-    used = {source for x in made.traced.values() for source in x.sources}
+    outputs = {name: _output(x) for name, x in trace.traced.items()}
+    used = {source for x in trace.traced.values() for source in x.sources}
     return MlxLmLayout(
         tensors=outputs,
         dropped=tuple(name for name in tensors if name not in used),
-        targets=made.targets,
-        dense_reasons=made.dense_reasons,
-        dtype=made.dtype,
-        keeps_dtype=made.keeps_dtype,
-        config=made.config,
-        saved=made.saved,
-        quantizable=made.quantizable,
-        with_global_scale=made.with_global_scale,
-        _computer=_Computer(made.rule, dict(tensors), outputs),
+        targets=trace.targets,
+        dense_reasons=trace.dense_reasons,
+        dtype=trace.dtype,
+        keeps_dtype=trace.keeps_dtype,
+        config=trace.config,
+        saved=trace.saved,
+        quantizable=trace.quantizable,
+        with_global_scale=trace.with_global_scale,
+        _computer=_Computer(trace.rule, dict(tensors), outputs),
     )
 
 

@@ -24,7 +24,7 @@ import mlx.nn
 from mlx.utils import tree_flatten, tree_map_with_path
 
 from requant.dtypes import TensorInfo
-from requant.errors import RequantError, UsageError, count, few, in_a_line
+from requant.errors import RequantError, UsageError, join_first, one_line, pluralize
 from requant.mlx_lm_classes import LayoutError, UnknownModelError
 from requant.mlx_lm_layout.expert_forms import Adapter
 from requant.mlx_lm_layout.trace import Traced, trace
@@ -58,7 +58,7 @@ _is_module: Callable[[Any], bool] = vars(mlx.nn)["Module"].is_module
 
 
 @dataclass
-class Converted:
+class ConversionTrace:
     """What came out of the pipeline.
 
     Attributes:
@@ -96,14 +96,14 @@ def run(
     dtype: str | None,
     global_scale: bool,
     adapt: Adapter | None = None,
-) -> Converted:
+) -> ConversionTrace:
     """Take the steps of ``mlx_lm.convert``; see :func:`requant.mlx_lm_layout.mlx_lm_layout`."""
     utils = _import_utils()
     unloadable = [f"{name} ({x.dtype})" for name, x in tensors.items() if x.dtype not in MLX_DTYPE]
     if unloadable:
-        held = f"{count(len(unloadable), 'tensor')}, so mlx-lm cannot: {few(unloadable, 10)}"
+        held = f"{pluralize(len(unloadable), 'tensor')}, so mlx-lm cannot: {join_first(unloadable, 10)}"
         raise LayoutError(f"MLX cannot load {held}")
-    rule = _Rule(tuple(tensors), adapt)
+    rule = _SanitizeRecorder(tuple(tensors), adapt)
     with contextlib.redirect_stdout(io.StringIO()):  # the pipeline prints as it goes
         model, loaded_config = _load(utils, config, tensors, rule)
         loaded = _infos(model)
@@ -124,7 +124,7 @@ def run(
         written = _written_config(utils, model, loaded_config)
     targets, reasons = _compare(modules, _modules(model), quantization)
     able = {path: module for path, module in modules.items() if hasattr(module, "to_quantized")}
-    return Converted(
+    return ConversionTrace(
         rule=rule,
         traced=rule.traced,
         loaded=loaded,
@@ -146,7 +146,7 @@ def run(
 # -- the model's rule ------------------------------------------------------------------------
 
 
-class _Rule:
+class _SanitizeRecorder:
     """Keeps what it takes to run a model's ``sanitize`` again, and traces its first run.
 
     Where the experts are adapted to the class, that is the first part of the rule.
@@ -178,13 +178,17 @@ class _Rule:
             self._build = lambda: model_class(copy.deepcopy(pristine))
             model: Module = model_class(args)
             self.class_names = tuple(dict(tree_flatten(model.parameters())))
-            methods = {"sanitize": lambda spied, weights: self._spy(spied, model_class, weights)}
+            methods = {
+                "sanitize": lambda spied, weights: self._traced_sanitize(
+                    spied, model_class, weights
+                )
+            }
             model.__class__ = type(model_class.__name__, (model_class,), methods)
             return model
 
         return build, args_class
 
-    def _spy(
+    def _traced_sanitize(
         self, model: Module, model_class: type, weights: dict[str, mx.array]
     ) -> dict[str, mx.array]:
         model.__class__ = model_class
@@ -243,11 +247,11 @@ _MLX_LM_ERRORS: tuple[tuple[type[Exception], re.Pattern[str], str], ...] = tuple
 
 def _explain_mlx_lm_error(error: Exception) -> str:
     """What an exception of mlx-lm or MLX means for a checkpoint; else its text in one line."""
-    message = in_a_line(error)
+    message = one_line(error)
     for kind, pattern, template in _MLX_LM_ERRORS:
         match = pattern.search(message)
         if match is not None and isinstance(error, kind):
-            groups = (count(int(x), "tensor") if x.isdigit() else x for x in match.groups())
+            groups = (pluralize(int(x), "tensor") if x.isdigit() else x for x in match.groups())
             return template.format(message, *groups)
     return message
 
@@ -264,7 +268,10 @@ def _wrap_mlx_lm_errors(doing: str) -> Iterator[None]:
 
 
 def _load(
-    utils: Any, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], rule: _Rule
+    utils: Any,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, TensorInfo],
+    rule: _SanitizeRecorder,
 ) -> tuple[Module, dict[str, Any]]:
     if "model_file" in config:
         raise UnknownModelError("config.json names code of its own (model_file), which is not run")
@@ -365,11 +372,11 @@ def _infos(model: Module) -> dict[str, TensorInfo]:
 
 
 def _compare(
-    before: Mapping[str, Module], after: Mapping[str, Module], wish: Quantization | None
+    before: Mapping[str, Module], after: Mapping[str, Module], option: Quantization | None
 ) -> tuple[dict[str, Quantization], dict[str, Reason]]:
     targets: dict[str, Quantization] = {}
     reasons: dict[str, Reason] = {}
-    if wish is None:
+    if option is None:
         return targets, reasons
     for path, module in before.items():
         if not hasattr(module, "to_quantized"):
@@ -378,9 +385,9 @@ def _compare(
         if made is not module:
             mode = getattr(made, "mode", QuantMode.AFFINE)
             targets[path] = Quantization(made.group_size, made.bits, mode)
-        elif module.weight.shape[-1] % wish.group_size:
+        elif module.weight.shape[-1] % option.group_size:
             columns = module.weight.shape[-1]
-            text = f"last axis {columns} is no multiple of group {wish.group_size}"
+            text = f"last axis {columns} is no multiple of group {option.group_size}"
             reasons[path] = Reason(ReasonCode.NO_GROUP_SIZE, text)
         else:
             text = "mlx-lm leaves it dense in this model"

@@ -70,13 +70,13 @@ def trace(
     Raises:
         ValueError: MLX refused: the function looks at values, or uses what cannot be traced.
     """
-    return _trace(function, arrays, _agreed())
+    return _trace(function, arrays, _verified_rules())
 
 
 def _trace(
     function: Callable[[dict[str, mx.array]], Mapping[str, mx.array]],
     arrays: Mapping[str, mx.array],
-    movers: Mapping[str, Mover],
+    movers: Mapping[str, ByteMoveRule],
 ) -> dict[str, Traced]:
     names: list[str] = []
 
@@ -96,7 +96,7 @@ class _Graph:
     """Receives the export's events, and interprets each primitive as it comes."""
 
     names: tuple[str, ...]
-    movers: Mapping[str, Mover]
+    movers: Mapping[str, ByteMoveRule]
     values: dict[str, Traced] = field(default_factory=dict)
     outputs: list[str] = field(default_factory=list)
 
@@ -137,7 +137,7 @@ class _Graph:
 
 # -- primitives that move bytes --------------------------------------------------------------
 
-Mover = Callable[
+ByteMoveRule = Callable[
     [Sequence[Any], Sequence[Traced], Sequence[Traced]], Sequence[tuple[Extent, ...] | None]
 ]
 
@@ -211,7 +211,7 @@ def _concatenate(
     return [_join(chain.from_iterable(pieces))]
 
 
-_MOVERS: dict[str, Mover] = {
+_BYTE_MOVE_RULES: dict[str, ByteMoveRule] = {
     **dict.fromkeys(("Reshape", "Flatten", "Unflatten", "ExpandDims", "Squeeze"), _same_bytes),
     **dict.fromkeys(("View", "Broadcast", "Copy", "StopGradient"), _same_bytes),
     "AsType": _as_type,
@@ -258,7 +258,7 @@ def _select(value: Traced, ranges: Sequence[range]) -> tuple[Extent, ...] | None
 
 
 def _cutter(pieces: Sequence[Extent]) -> Callable[[int, int], Iterator[Extent]]:
-    """A function that gives the bytes ``low..high`` of ``pieces`` laid end to end."""
+    """A function that gives the bytes ``low..high`` of ``row_ranges`` laid end to end."""
     edges = [0, *accumulate(piece.nbytes for piece in pieces)]
 
     def cut(low: int, high: int) -> Iterator[Extent]:
@@ -315,7 +315,7 @@ def _melted(left: Extent, right: Extent) -> Extent | None:
 _lock = threading.RLock()
 
 
-def _uncopied(a: mx.array, *_: Any, **__: Any) -> mx.array:
+def _identity(a: mx.array, *_: Any, **__: Any) -> mx.array:
     """Stands in for ``mx.contiguous``, which changes where values lie and never what they are."""
     return a
 
@@ -333,7 +333,7 @@ def _traceable() -> Iterator[None]:
     """
     with _lock:
         kept = {"contiguous": mx.contiguous, "from_fp8": mx.from_fp8}
-        mx.contiguous, mx.from_fp8 = _uncopied, _cast
+        mx.contiguous, mx.from_fp8 = _identity, _cast
         try:
             yield
         finally:
@@ -401,7 +401,7 @@ def _bytes(array: mx.array) -> bytes:
 
 
 @cache
-def _agreed() -> dict[str, Mover]:
+def _verified_rules() -> dict[str, ByteMoveRule]:
     """The movers that, on small arrays, give what this MLX computes."""
     array = mx.arange(72, dtype=mx.uint32).reshape(3, 4, 6)
     data = _bytes(array)
@@ -414,10 +414,10 @@ def _agreed() -> dict[str, Mover]:
             return {str(i): out for i, out in enumerate(trial(weights["a"]))}
 
         expected = {key: _bytes(x) for key, x in run({"a": array}).items()}
-        for key, traced in _trace(run, {"a": array}, _MOVERS).items():
+        for key, traced in _trace(run, {"a": array}, _BYTE_MOVE_RULES).items():
             if traced.pieces is None:
                 continue
             ranges = (pair for piece in traced.pieces for pair in piece.ranges)
             if b"".join(data[start:stop] for start, stop in ranges) != expected[key]:
                 wrong.add(name)
-    return {name: mover for name, mover in _MOVERS.items() if name not in wrong}
+    return {name: mover for name, mover in _BYTE_MOVE_RULES.items() if name not in wrong}

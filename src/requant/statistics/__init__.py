@@ -6,14 +6,14 @@ on the disk until they are asked for, so nothing here grows with the model.
 """
 
 from requant.statistics.files import LayerStatistics, read_statistics, write_statistics
-from requant.statistics.layers import Importance, MatrixStatistics, Statistics, refused
+from requant.statistics.layers import Importance, MatrixStatistics, StatisticsFile, statistics_error
 
 __all__ = [
     "Importance",
     "LayerStatistics",
     "MatrixStatistics",
-    "Statistics",
+    "StatisticsFile",
     "read_statistics",
-    "refused",
+    "statistics_error",
     "write_statistics",
 ]

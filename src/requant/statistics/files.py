@@ -20,19 +20,26 @@ from typing import BinaryIO
 import numpy as np
 
 from requant.dtypes import TensorInfo
-from requant.errors import Problem, shown
+from requant.errors import Problem, format_value
 from requant.limits import MAX_PROBLEMS
 from requant.safetensors_header import (
     PREFIX_BYTES,
     HeaderEntry,
     build_header,
+    format_tensor_name,
     header_length,
     parse_header,
-    place,
 )
 from requant.source_folder import open_regular
 from requant.statistics import imatrix
-from requant.statistics.layers import FileIdentity, Seen, Statistics, refused, stamp_of, unreadable
+from requant.statistics.layers import (
+    FileIdentity,
+    StatisticsEntry,
+    StatisticsFile,
+    file_stamp,
+    statistics_error,
+    unreadable,
+)
 
 FORMAT, VERSION = "requant-statistics", "1"
 _ROLES = ("mean_square", "mean_absolute", "count", "hessian")
@@ -54,7 +61,7 @@ class LayerStatistics:
     mean_absolute: np.ndarray | None = None
 
 
-def read_statistics(path: str | os.PathLike[str]) -> Statistics:
+def read_statistics(path: str | os.PathLike[str]) -> StatisticsFile:
     """Read a statistics file: ours, or llama.cpp's imatrix in either form.
 
     All numbers are looked at once, a few MB at a time; none is kept.
@@ -68,13 +75,13 @@ def read_statistics(path: str | os.PathLike[str]) -> Statistics:
     except OSError as error:
         raise unreadable(str(place), error) from error
     try:
-        return _read(str(place), stamp_of(fd))
+        return _read(str(place), file_stamp(fd))
     finally:
         os.close(fd)
 
 
 @lru_cache(maxsize=4)
-def _read(source: str, stamp: tuple[int, int]) -> Statistics:
+def _read(source: str, stamp: tuple[int, int]) -> StatisticsFile:
     """The file with this size and time of change; planning asks for it again and again."""
     try:
         with open(open_regular(Path(source)), "rb") as file:
@@ -82,7 +89,7 @@ def _read(source: str, stamp: tuple[int, int]) -> Statistics:
             start = os.pread(file.fileno(), PREFIX_BYTES + 1, 0)
             if len(start) <= PREFIX_BYTES:
                 problem = Problem("statistics", f"has {stamp[0]} bytes, too few for any form")
-                raise refused(source, [problem])
+                raise statistics_error(source, [problem])
             nbytes, wrong = header_length(start[:PREFIX_BYTES], stamp[0])
             if start[:4] == b"GGUF":
                 seen, problems = imatrix.read_gguf(source, stamp[0])
@@ -90,7 +97,7 @@ def _read(source: str, stamp: tuple[int, int]) -> Statistics:
                 seen, problems = [], [Problem("header", wrong)]
             elif start[PREFIX_BYTES:] == b"{":
                 header = os.pread(file.fileno(), PREFIX_BYTES + nbytes, 0)
-                seen, problems = _ours(file, header, stamp[0])
+                seen, problems = _own(file, header, stamp[0])
             else:
                 seen, problems = imatrix.read_older(file, stamp[0])
             if not problems:
@@ -100,31 +107,35 @@ def _read(source: str, stamp: tuple[int, int]) -> Statistics:
     if not problems and not seen:
         problems = [Problem("statistics", "holds no layer")]
     if problems:
-        raise refused(source, problems[:MAX_PROBLEMS])
-    return Statistics(FileIdentity(source, digest, stamp), seen)
+        raise statistics_error(source, problems[:MAX_PROBLEMS])
+    return StatisticsFile(FileIdentity(source, digest, stamp), seen)
 
 
-def _bad_numbers(fd: int, seen: list[Seen]) -> Iterator[Problem]:
+def _bad_numbers(fd: int, seen: list[StatisticsEntry]) -> Iterator[Problem]:
     """Layers whose mean squares, or counts, are none."""
     for entry in seen:
         if not np.isfinite(entry.divisors).all() or entry.divisors.min(initial=0) < 0:
-            yield Problem(place(entry.name), "has counts that are negative or no numbers")
+            yield Problem(
+                format_tensor_name(entry.name), "has counts that are negative or no numbers"
+            )
             continue
         left, offset = 4 * entry.size, entry.offset
         while left:
             data = os.pread(fd, min(left, _CHUNK_BYTES), offset)
             values = np.frombuffer(data[: len(data) & ~3], "<f4")
             if not values.size or not np.isfinite(values).all() or values.min() < 0:
-                yield Problem(place(entry.name), "holds values that are negative or no numbers")
+                yield Problem(
+                    format_tensor_name(entry.name), "holds values that are negative or no numbers"
+                )
                 break
             left, offset = left - values.nbytes, offset + values.nbytes
 
 
-def _ours(file: BinaryIO, raw: bytes, size: int) -> imatrix.Found:
+def _own(file: BinaryIO, raw: bytes, size: int) -> imatrix.Found:
     entries, metadata, problems = parse_header(raw, size - len(raw))
     for key, wanted in (("format", FORMAT), ("version", VERSION)):
         if not problems and metadata.get(key) != wanted:
-            message = f"{key} is {shown(metadata.get(key))}, expected {wanted!r}"
+            message = f"{key} is {format_value(metadata.get(key))}, expected {wanted!r}"
             if key == "format":
                 message += ": no statistics file, but other tensors"
             problems = [Problem("__metadata__", message)]
@@ -134,7 +145,7 @@ def _ours(file: BinaryIO, raw: bytes, size: int) -> imatrix.Found:
         if not layer or role not in _ROLES:
             problems.append(Problem(name, f"is none of LAYER.{', LAYER.'.join(_ROLES)}"))
         layers.setdefault(layer, {})[role] = entry
-    seen: list[Seen] = []
+    seen: list[StatisticsEntry] = []
     for layer, parts in layers.items() if not problems else ():
         wrong = _wrong(parts)
         if wrong:
@@ -147,7 +158,7 @@ def _ours(file: BinaryIO, raw: bytes, size: int) -> imatrix.Found:
         with np.errstate(invalid="ignore"):  # a NaN of any kind is told later
             divisors = np.where(counts > 0, 1.0, counts.astype(np.float64))  # means already
         seen.append(
-            Seen(
+            StatisticsEntry(
                 name=layer,
                 size=square.info.size,
                 offset=len(raw) + square.start,
@@ -237,7 +248,7 @@ def merge_statistics(
             raw += file.read(nbytes)
         entries, _, problems = parse_header(raw, part.stat().st_size - len(raw))
         if problems:
-            raise refused(str(part), problems)
+            raise statistics_error(str(part), problems)
         places += [(name, e.info, part, len(raw) + e.start) for name, e in entries.items()]
 
     def data() -> Iterator[memoryview]:

@@ -16,14 +16,14 @@ from typing import BinaryIO
 
 import numpy as np
 
-from requant.errors import Problem, shown
+from requant.errors import Problem, format_value
 from requant.gguf.header import TableEntry, read_header
 from requant.limits import MAX_INT, MAX_NAME_CHARS, MAX_TENSORS
 from requant.safetensors_header import check_name
 from requant.source_folder import open_regular
-from requant.statistics.layers import Seen
+from requant.statistics.layers import StatisticsEntry
 
-Found = tuple[list[Seen], list[Problem]]
+Found = tuple[list[StatisticsEntry], list[Problem]]
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _MOST_COUNTS = 1 << 20  # experts of a layer
 
@@ -36,10 +36,10 @@ def read_gguf(source: str, size: int) -> Found:
         return [], problems
     kind = header.metadata.get("general.type")
     if kind != "imatrix":
-        words = f"general.type is {shown(kind)}, expected 'imatrix': the file is a model"
+        words = f"general.type is {format_value(kind)}, expected 'imatrix': the file is a model"
         return [], [Problem(place.name, words)]
     tensors = {tensor.name: tensor for tensor in header.tensors}
-    seen: list[Seen] = []
+    seen: list[StatisticsEntry] = []
     with open(open_regular(place), "rb") as file:
         for name, sums in tensors.items():
             if not name.endswith(_SUMS):
@@ -51,15 +51,15 @@ def read_gguf(source: str, size: int) -> Found:
                 problems.append(Problem(layer, wrong))
                 continue
             file.seek(counts.offset)
-            told = file.read(counts.nbytes)
-            if len(told) < counts.nbytes:
+            reported = file.read(counts.nbytes)
+            if len(reported) < counts.nbytes:
                 problems.append(Problem(layer, "was cut while it was read"))
                 continue
             with np.errstate(invalid="ignore"):  # a NaN of any kind is told later
-                divisors = np.frombuffer(told, "<f4").astype(np.float64)
+                divisors = np.frombuffer(reported, "<f4").astype(np.float64)
             experts = divisors.size
             elements = sums.nbytes // 4
-            seen.append(Seen(_layer(layer), elements, sums.offset, divisors, experts))
+            seen.append(StatisticsEntry(_layer(layer), elements, sums.offset, divisors, experts))
     return seen, problems
 
 
@@ -113,18 +113,20 @@ class _Cursor:
 def read_older(file: BinaryIO, size: int) -> Found:
     """The older form: entries and problems."""
     cursor = _Cursor(file, size)
-    seen: dict[str, Seen] = {}
+    seen: dict[str, StatisticsEntry] = {}
     try:
         for _ in range(cursor.number("the number of entries", MAX_TENSORS)):
             length = cursor.number("the length of a name", MAX_NAME_CHARS)
             name = cursor.take(length, "a name").decode("utf-8", "replace")
-            calls = cursor.number(f"the number of calls of {shown(name)}", MAX_INT, 0)
-            values = cursor.number(f"the number of values of {shown(name)}", MAX_INT)
+            calls = cursor.number(f"the number of calls of {format_value(name)}", MAX_INT, 0)
+            values = cursor.number(f"the number of values of {format_value(name)}", MAX_INT)
             wrong = check_name(name)
             if wrong or name in seen:
-                raise _Damaged(f"{shown(name)}: {wrong[0] if wrong else 'stands twice'}")
-            seen[name] = Seen(_layer(name), values, cursor.at, np.array([float(calls)]), None)
-            cursor.skip(4 * values, f"what it says of {shown(name)}")
+                raise _Damaged(f"{format_value(name)}: {wrong[0] if wrong else 'stands twice'}")
+            seen[name] = StatisticsEntry(
+                _layer(name), values, cursor.at, np.array([float(calls)]), None
+            )
+            cursor.skip(4 * values, f"what it says of {format_value(name)}")
             file.seek(cursor.at)
     except _Damaged as error:
         return [], [Problem("imatrix", str(error))]

@@ -13,11 +13,11 @@ import numpy as np
 
 from requant.errors import CheckpointError, Problem
 from requant.source_folder import open_regular
-from requant.statistics.names import Key, key_of, same_input
+from requant.statistics.names import LayerKey, layer_key, same_input
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class StatisticsEntry:
     """Where a file keeps what it knows of one layer's inputs, or of a stack of experts'.
 
     Attributes:
@@ -110,7 +110,7 @@ class Importance:
         return (sums.astype(np.float64) / entry.divisor).astype(np.float32)
 
     @property
-    def unseen(self) -> list[int]:
+    def matrices_without_tokens(self) -> list[int]:
         """Matrices that no token reached."""
         return [number for number, entry in enumerate(self.entries) if not entry.divisor]
 
@@ -137,7 +137,7 @@ class Importance:
         }
 
 
-class Statistics:
+class StatisticsFile:
     """What a statistics file holds, by layer; its numbers are read when they are asked for.
 
     Attributes:
@@ -146,12 +146,12 @@ class Statistics:
         seen: Layer, as the file names it -> where its numbers are.
     """
 
-    def __init__(self, file: FileIdentity, seen: Sequence[Seen]) -> None:
+    def __init__(self, file: FileIdentity, seen: Sequence[StatisticsEntry]) -> None:
         self.source, self.file = file.path, file
         self.seen = {entry.name: entry for entry in seen}
-        self._by_key: dict[Key, str] = {}
+        self._by_key: dict[LayerKey, str] = {}
         for name in self.seen:
-            key = key_of(name)
+            key = layer_key(name)
             if key is not None:
                 self._by_key.setdefault(key, name)
 
@@ -173,7 +173,7 @@ class Statistics:
         matrices, n_in = prod(shape[:-2]), shape[-1]
         if path in self.seen:
             return self._fit(path, None, matrices, n_in)
-        key = key_of(path)
+        key = layer_key(path)
         for candidate in () if key is None else same_input(key):
             if candidate in self._by_key:
                 return self._fit(self._by_key[candidate], None, matrices, n_in)
@@ -192,8 +192,8 @@ class Statistics:
         entry = self.seen[name]
         held = entry.size // n_in if entry.size % n_in == 0 else 0
         if expert is not None:
-            told = entry.experts if entry.experts is not None else held
-            if held and told == held and expert < held and matrices == 1:
+            reported = entry.experts if entry.experts is not None else held
+            if held and reported == held and expert < held and matrices == 1:
                 return self._importance([(name, expert)], n_in)
         elif held == matrices and entry.experts in (None, matrices):
             return self._importance([(name, number) for number in range(matrices)], n_in)
@@ -227,14 +227,14 @@ def _read(file: FileIdentity, offset: int, count: int) -> np.ndarray:
     try:
         fd = open_regular(Path(file.path))
         try:
-            if stamp_of(fd) != file.stamp:
+            if file_stamp(fd) != file.stamp:
                 message = "is another file now than when it was planned"
-                raise refused(file.path, [Problem("statistics", message)])
+                raise statistics_error(file.path, [Problem("statistics", message)])
             while view:
                 got = os.preadv(fd, [view], offset)
                 if not got:
                     message = f"ends at byte {offset:,}"
-                    raise refused(file.path, [Problem("statistics", message)])
+                    raise statistics_error(file.path, [Problem("statistics", message)])
                 view, offset = view[got:], offset + got
         finally:
             os.close(fd)
@@ -243,23 +243,23 @@ def _read(file: FileIdentity, offset: int, count: int) -> np.ndarray:
     return found
 
 
-def stamp_of(fd: int) -> tuple[int, int]:
+def file_stamp(fd: int) -> tuple[int, int]:
     """Size and time of change: by these a file is taken for the one it was."""
     found = os.fstat(fd)
     return found.st_size, found.st_mtime_ns
 
 
-def refused(source: str, problems: Sequence[Problem]) -> CheckpointError:
+def statistics_error(source: str, problems: Sequence[Problem]) -> CheckpointError:
     """What is wrong with a statistics file."""
     return CheckpointError(source, problems, "used as statistics")
 
 
 def unreadable(source: str, error: OSError) -> CheckpointError:
     """A file that the system does not give."""
-    return refused(source, [Problem("file", f"cannot be read: {error.strerror or error}")])
+    return statistics_error(source, [Problem("file", f"cannot be read: {error.strerror or error}")])
 
 
-def _sizes(entry: Seen) -> str:
+def _sizes(entry: StatisticsEntry) -> str:
     if entry.experts is None or entry.experts == 1:
         return f"{entry.size} inputs"
     return f"{entry.experts} experts of {entry.size // entry.experts} inputs"

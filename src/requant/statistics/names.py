@@ -10,7 +10,7 @@ import re
 from typing import NamedTuple
 
 
-class Key(NamedTuple):
+class LayerKey(NamedTuple):
     """A layer, whoever named it.
 
     Attributes:
@@ -93,7 +93,7 @@ _SAME_INPUT = (
 _SIBLINGS = {part: family for family in _SAME_INPUT for part in family}
 
 
-def key_of(path: str) -> Key | None:
+def layer_key(path: str) -> LayerKey | None:
     """The key of a layer path, without ``.weight``; None for a layer that llama.cpp has not.
 
     Args:
@@ -103,29 +103,29 @@ def key_of(path: str) -> Key | None:
     if found is not None:
         part, expert = found[2], found[3]
         number = None if expert is None else int(expert)
-        return Key(int(found[1]), part if number is None else f"{part}_exps", number)
+        return LayerKey(int(found[1]), part if number is None else f"{part}_exps", number)
     found = _BLOCK.fullmatch(path)
     if found is None:
         outside = _OUTSIDE.fullmatch(path)
         top = None if outside is None else _TOP.get(outside[1])
-        return None if top is None else Key(-1, top)
+        return None if top is None else LayerKey(-1, top)
     rest = found[2]
     last = rest.rpartition(".")[2]
     if _ATTENTION.search(rest):
         part = _IN_ATTENTION.get(last, "")
-        return Key(int(found[1]), part) if part else None
+        return LayerKey(int(found[1]), part) if part else None
     part = _IN_MLP.get(last, "")
     if not part:
         return None
     if _SHARED.search(rest):
-        return Key(int(found[1]), f"{part}_shexp")
+        return LayerKey(int(found[1]), f"{part}_shexp")
     if not _EXPERTS.search(rest):
-        return Key(int(found[1]), part)
+        return LayerKey(int(found[1]), part)
     one = _EXPERT.search(rest)
-    return Key(int(found[1]), f"{part}_exps", None if one is None else int(one[1]))
+    return LayerKey(int(found[1]), f"{part}_exps", None if one is None else int(one[1]))
 
 
-def same_input(key: Key) -> list[Key]:
+def same_input(key: LayerKey) -> list[LayerKey]:
     """The keys under which the same input may be found, the layer's own first."""
     parts = [key.part, *(p for p in _SIBLINGS.get(key.part, ()) if p != key.part)]
     return [key._replace(part=part) for part in parts]

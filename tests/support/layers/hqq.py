@@ -43,14 +43,14 @@ def layer(
     scale = random.uniform(0.01, 0.1, one).astype(dtype)
     zero = random.uniform(-1, 2**bits, one).astype(dtype)
     values = (view.astype(np.float32) - zero.astype(np.float32)) * scale.astype(np.float32)
-    said = bits if nbits is None else nbits
+    declared = bits if nbits is None else nbits
     tensors = {
         "up.W_q": w_q.astype(stored),
         "up.scale": scale,
         "up.zero": zero,
         "up.shape": np.array(shape, np.int64),
         "up.axis": np.array(axis, np.int32),
-        "up.nbits": np.array(said, np.float32 if isinstance(said, float) else np.int32),
+        "up.nbits": np.array(declared, np.float32 if isinstance(declared, float) else np.int32),
         "up.packing": text(packing),
         "up.view_as_float": np.array(0, np.uint8),
         "up.compute_dtype": text("torch.float16"),
