@@ -117,12 +117,11 @@ def list_folder(folder: Path, shards: Collection[str]) -> FolderListing:
             _sort_file(listing, folder, name, below, sizes)
     listing.left_out += separate.items()
     _leave_second_copies(listing, any(os.path.lexists(folder / name) for name in shards))
-    rotation_tensors = [
-        x for x in listing.side_files if below.namer(x) and _is_weights(x, nbytes[x])
-    ]
-    if rotation_tensors:
-        namers = join_first(sorted({*map(below.namer, rotation_tensors)}))
-        text = f"Weights carried over as they are, named by {namers}: {join_first(sorted(rotation_tensors))}."
+    copied = [x for x in listing.side_files if below.namer(x) and _is_weights(x, nbytes[x])]
+    if copied:
+        namers = join_first(sorted({*map(below.namer, copied)}))
+        listed = join_first(sorted(copied))
+        text = f"Weights copied as they are, named by {namers}: {listed}."
         listing.notes.append(Note(NoteCode.CARRIED_WEIGHTS, text))
     listing.sort()
     return listing

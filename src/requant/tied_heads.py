@@ -232,7 +232,8 @@ def _set(declared: Mapping[Key, bool | None], value: bool) -> str:
         return ""
     key = next(iter(changed))
     was = "absent" if declared[key] is None else format_value(declared[key])
-    return f", and {'.'.join(key)} is {format_value(value)} in the output's config ({was} in the source's)"
+    now = f"{'.'.join(key)} is {format_value(value)}"
+    return f", and {now} in the output's config ({was} in the source's)"
 
 
 def _always_tied(checkpoint: Checkpoint, pair: Pair) -> CheckpointError:

@@ -52,7 +52,8 @@ class WeightedSteps:
         text = f"Errors of {pluralize(len(searched), 'layer')} are weighted by {name} (--imatrix)."
         yield Note(NoteCode.IMPORTANCE, text)
         if self.layers_without_statistics:
-            text = f"{join_first(self.layers_without_statistics)} found no statistics: searched without weights."
+            layers = join_first(self.layers_without_statistics)
+            text = f"{layers} found no statistics: searched without weights."
             yield Note(NoteCode.WITHOUT_STATISTICS, text)
         compensated = {step.layer for step in self.steps if step.gptq}
         if compensated:
@@ -64,7 +65,8 @@ class WeightedSteps:
             yield Note(NoteCode.GPTQ_SKIPPED, f"{join_first(names)}: {why.text}.")
         if self.experts_without_tokens:
             experts = pluralize(sum(self.experts_without_tokens.values()), "expert")
-            text = f"{experts} of {join_first(tuple(self.experts_without_tokens))} saw no token: searched without weights."
+            layers = join_first(tuple(self.experts_without_tokens))
+            text = f"{experts} of {layers} saw no token: searched without weights."
             yield Note(NoteCode.EXPERTS_WITHOUT_TOKENS, text)
 
 

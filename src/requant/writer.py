@@ -107,7 +107,7 @@ class ShardFiles:
 
 
 class JournaledProgress:
-    """The ``ProgressLog`` of an output: counts the rows that are done, hashes tensors that are whole.
+    """The ``ProgressLog`` of an output: counts rows that are done, hashes tensors that are whole.
 
     Args:
         plan: What is written.

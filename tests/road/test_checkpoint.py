@@ -609,7 +609,7 @@ def read_with(tmp_path: Path, files: dict[str, bytes]) -> Checkpoint:
 
 
 def test_side_files(tmp_path: Path) -> None:
-    rotation_tensors = {
+    copied = {
         ".gitattributes": b"x",
         "README.md": b"x",
         "modeling_x.py": b"x",
@@ -620,9 +620,9 @@ def test_side_files(tmp_path: Path) -> None:
         "sub/ä.txt": b"x",
     }
     skipped = [".git/HEAD", ".cache/huggingface/x", "__pycache__/x.pyc", "sub/__pycache__/y.pyc"]
-    checkpoint = read_with(tmp_path, rotation_tensors | dict.fromkeys(skipped, b"x"))
+    checkpoint = read_with(tmp_path, copied | dict.fromkeys(skipped, b"x"))
 
-    assert checkpoint.side_files == tuple(sorted(rotation_tensors))
+    assert checkpoint.side_files == tuple(sorted(copied))
     assert checkpoint.left_out == ()
 
 

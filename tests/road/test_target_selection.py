@@ -15,7 +15,7 @@ from requant.checkpoint import Checkpoint, StoredTensor
 from requant.choices import RULES, LayerDecision, TargetSelector
 from requant.dtypes import TensorInfo
 from requant.formats import SourceLayer, SourceLayout
-from requant.formats.base import dense_layer
+from requant.formats.base import DefaultPolicy, dense_layer
 from requant.reasons import Reason, ReasonCode
 from requant.recipes import Recipe, Rule
 from requant.relayout import Relayout
@@ -45,7 +45,9 @@ def quantized(path: str) -> SourceLayer:
 def act_order(path: str) -> SourceLayer:
     """Codes that MLX cannot hold, and what becomes of them if nothing is requested."""
     return replace(
-        dense(path), stored_description="gptq 4-bit act-order", fallback=EIGHT, act_order=True
+        dense(path),
+        stored_description="gptq 4-bit act-order",
+        policy=DefaultPolicy(fallback=EIGHT, act_order=True),
     )
 
 
@@ -242,7 +244,9 @@ def mlx_lm(targets: dict[str, Quantization], *, able: bool = True, extra: bool =
         keeps_dtype=frozenset(),
     )
     shown = {name: dense(Q)}
-    made = SimpleNamespace(layout=layout, shown=shown, extra=(name,) if extra else ())
+    made = SimpleNamespace(
+        layout=layout, source_layers=shown, extra_tensors=(name,) if extra else ()
+    )
     return cast(Relayout, made)
 
 

@@ -215,8 +215,9 @@ def _table(
     nested = state.get("nested_blocksize", 0)
     if offset is not None or nested != 0:
         if not _is_count(nested) or not _is_float32(offset):
-            message = f"gives nested_blocksize {format_value(nested)} and nested_offset {format_value(offset)}"
-            tensor_sorter.problem(weight.name, f"its quant_state {message}, expected two numbers")
+            found = f"nested_blocksize {format_value(nested)}, nested_offset {format_value(offset)}"
+            message = f"its quant_state gives {found}; expected two numbers"
+            tensor_sorter.problem(weight.name, message)
             return None
         wanted |= {
             "absmax": ("U8", blocks),

@@ -329,8 +329,8 @@ class _Layer:
         group = size // scales
         declared = self._number("group_size", None)
         if declared is not None and declared != group:
-            message = f"is {format_value(declared)}, but {scales:,} scales for {list(shape)} make groups of {group}"
-            self._report("group_size", message)
+            measured = f"{scales:,} scales for {list(shape)} make groups of {group}"
+            self._report("group_size", f"is {format_value(declared)}, but {measured}")
         view = (scales, group) if axis else (group, scales)
         packed = (HQQ[packing].block(view[0]), view[1] * expected_dtype.itemsize // stored.itemsize)
         if codes.shape != packed:

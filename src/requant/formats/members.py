@@ -45,8 +45,8 @@ def members_joined(
     if not all(map(_has_rows, members)):
         return None
     encoding = common_encoding([x.encoding for x in members])
-    transposed = {tuple(part.name for part in x.rotation_tensors.values()) for x in members}
-    if len(transposed) > 1 or (any(transposed) and encoding is None):
+    rotations = {tuple(part.name for part in x.rotation_tensors.values()) for x in members}
+    if len(rotations) > 1 or (any(rotations) and encoding is None):
         return None
     fallback = None if encoding is not None else reencoded(members, shape[-1])
     if encoding is None and fallback is None:

@@ -179,10 +179,10 @@ class _Reader:
             return None
         rotation_tensors = {role: parts[role] for role in ROTATION if role in parts}
         if rotation_tensors:
-            transposed = self._rotated(path, packing, rotation_tensors)
-            if transposed is None:
+            rotated = self._rotated(path, packing, rotation_tensors)
+            if rotated is None:
                 return None
-            packing = transposed
+            packing = rotated
         dtype = scale_dtype(packing.scale_dtype, self.model_dtype)
         act_order = isinstance(packing, Gptq) and packing.act_order
         return SourceLayer(

@@ -101,8 +101,9 @@ def run(
     utils = _import_utils()
     unloadable = [f"{name} ({x.dtype})" for name, x in tensors.items() if x.dtype not in MLX_DTYPE]
     if unloadable:
-        held = f"{pluralize(len(unloadable), 'tensor')}, so mlx-lm cannot: {join_first(unloadable, 10)}"
-        raise LayoutError(f"MLX cannot load {held}")
+        count = pluralize(len(unloadable), "tensor")
+        names = join_first(unloadable, 10)
+        raise LayoutError(f"MLX cannot load {count}, so mlx-lm cannot: {names}")
     rule = _SanitizeRecorder(tuple(tensors), adapt)
     with contextlib.redirect_stdout(io.StringIO()):  # the pipeline prints as it goes
         model, loaded_config = _load(utils, config, tensors, rule)
