@@ -12,7 +12,7 @@ check:
 fix:
     ruff format .
     ruff check --fix .
-    python -m nanobind.stubgen -m requant._native -o src/requant/_native.pyi
+    python -m nanobind.stubgen -m requant.kernels._native -o src/requant/kernels/_native.pyi
 
 # Ratios against a reference in the same run: just bench convert, just bench kernels.
 bench name="convert":

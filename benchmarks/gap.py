@@ -23,7 +23,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 import requant
-from requant.evaluation import read_documents
+from requant.mlx_lm.evaluation import read_documents
 
 Weights = dict[str, np.ndarray]
 _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}

@@ -27,7 +27,7 @@ from safetensors.numpy import save_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tests.road.hub_server import Hub, serving
+from tests.support.hub_server import Hub, serving
 
 NAME = "bench/model"
 OPTIONS = ("--bits", "4", "--layout", "keep", "--quiet")

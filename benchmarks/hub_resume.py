@@ -23,13 +23,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tests.road.hub_server import Hub, serving
+from tests.support.hub_server import Hub, serving
 
 NAME, FILE = "bench/model", "model.safetensors"
 _THEIRS = "from huggingface_hub import hf_hub_download as get; get({name!r}, {file!r}{more})"
 _OURS = """
-from requant.downloads import Downloads, fetch_all
-from requant.hub_places import HubCache, RemoteFile
+from requant.sources.downloads import Downloads, fetch_all
+from requant.sources.hub_storage import HubCache, RemoteFile
 cache = HubCache({name!r}, {commit!r})
 file = RemoteFile({file!r}, {nbytes}, {digest!r})
 fetch_all(Downloads({{file.name: file}}, cache), [file.name])
@@ -97,7 +97,7 @@ def main() -> None:
         transfers = {
             "hf_hub_download, cache_dir": _THEIRS.format(**facts, more=""),
             "hf_hub_download, local_dir": _THEIRS.format(**facts, more=", local_dir='here'"),
-            "requant.downloads": _OURS.format(**facts),
+            "requant.sources.downloads": _OURS.format(**facts),
         }
         work = Path(parent) / "work"
         for title, code in transfers.items():

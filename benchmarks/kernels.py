@@ -20,8 +20,8 @@ from itertools import pairwise
 import ml_dtypes
 import numpy as np
 
-from requant import _native
-from requant.arrays import native
+from requant.kernels import _native
+from requant.kernels import quantize as native
 
 DEFAULT = ["affine:2:64", "affine:3:64", "affine:4:64", "affine:5:64", "affine:6:64", "affine:8:64"]
 DEFAULT += ["mxfp4", "mxfp8", "nvfp4"]

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 import requant
-from requant.evaluation import load_as_stored, losses, read_tokens
+from requant.mlx_lm.evaluation import load_as_stored, losses, read_tokens
 
 
 def options_of(spec: str) -> dict[str, Any]:

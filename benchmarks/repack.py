@@ -22,9 +22,8 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.utils import _transform_awq_weights
 
-from requant import _native
-from requant.arrays import repack
-from requant.transform import transform_weights
+from requant.kernels import _native, repack
+from requant.weights.transform import transform_weights
 
 Weights = dict[str, np.ndarray]
 MINIMUM = 12.0  # times as fast as mlx-lm

@@ -16,8 +16,8 @@ from collections.abc import Callable
 import ml_dtypes
 import numpy as np
 
-from requant import _native
-from requant.arrays import native
+from requant.kernels import _native
+from requant.kernels import quantize as native
 
 SPECS = [("affine", bits, 64) for bits in (2, 3, 4, 5, 6, 8)]
 SPECS += [

@@ -24,7 +24,7 @@ def test_exported_names_are_sorted_and_there() -> None:
 def test_it_is_typed_and_has_its_command() -> None:
     package = Path(requant.__file__).parent
     assert (package / "py.typed").is_file()
-    assert (package / "_native.pyi").is_file()
+    assert (package / "kernels" / "_native.pyi").is_file()
     commands = metadata.entry_points(group="console_scripts", name="requant")
     assert [command.value for command in commands] == ["requant.__main__:main"]
 

@@ -8,8 +8,8 @@ becomes ``code + 128`` with ``bias = -128 * scale``: exact.
 import numpy as np
 
 from requant.formats.integer_layers import integer_layer
-from requant.formats.packing import IntegerPacking, Rect
-from requant.formats.sorting import TensorSorter, UnsupportedLayerError
+from requant.formats.tensor_sorter import TensorSorter, UnsupportedLayerError
+from requant.packings.base import IntegerPacking, Rect
 
 
 class Int8Packing(IntegerPacking):

@@ -7,11 +7,12 @@ are in memory already.
 
 from __future__ import annotations
 
-from requant.awq_weights import AwqLoadConfig, transform_awq_weights, unpack_awq_weights
-from requant.blueprint import Plan
-from requant.calibration import Calibration, calibrate
-from requant.comparison import Comparison, compare
-from requant.conversion import convert, plan
+from requant.api.compare import Comparison, compare
+from requant.api.convert import convert, plan
+from requant.api.inspect import Inspection, inspect
+from requant.api.upload import upload
+from requant.api.verify import Verification, verify
+from requant.calibration.block_run import Calibration, calibrate
 from requant.errors import (
     BackendError,
     CheckpointError,
@@ -32,20 +33,19 @@ from requant.errors import (
     UnsupportedDtypeError,
     UsageError,
 )
-from requant.figures import Figures, read_figures
-from requant.inspection import Inspection, inspect
-from requant.publishing import upload
-from requant.report import Report
-from requant.schema import (
+from requant.planning.plan import Plan
+from requant.quantization.config import (
     SKIP,
     PerLayerQuantization,
     Quantization,
     QuantMode,
     parse_quantization,
 )
-from requant.transform import transform_weights
-from requant.verification import Verification, verify
-from requant.weights import default_eligible, dequantize_weights, quantize_weights
+from requant.reports.record_summary import Figures, read_figures
+from requant.reports.report import Report
+from requant.weights.awq import AwqLoadConfig, transform_awq_weights, unpack_awq_weights
+from requant.weights.quantize import default_eligible, dequantize_weights, quantize_weights
+from requant.weights.transform import transform_weights
 
 __version__ = "0.1.0"
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from requant.conversion import convert
-from requant.figures import read_figures
-from requant.publishing import model_card
-from requant.verification import verify
+from requant.api.convert import convert
+from requant.api.verify import verify
+from requant.reports.model_card import model_card
+from requant.reports.record_summary import read_figures
 from tests.support.commands import Result
 from tests.support.plan_texts import note_texts, reason_text
 

@@ -16,7 +16,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from requant import OutputError, __version__, conversion, runner
+from requant import OutputError, __version__
+from requant.api import convert as conversion
+from requant.execution import runner
 from tests.support.checkpoints import write_model
 from tests.support.commands import COMMANDS, Result
 from tests.support.number_formats import BF16
@@ -426,7 +428,7 @@ def test_interrupt_exits_130(
 
 
 def test_a_defect_keeps_its_traceback(model: Path) -> None:
-    breaks = "import requant.conversion as c\nc.plan = lambda *_, **__: 1 // 0\n"
+    breaks = "import requant.api.convert as c\nc.plan = lambda *_, **__: 1 // 0\n"
     runs = f"from requant.cli import run\nrun(['plan', {str(model)!r}])"
     result = python("-c", breaks + runs)
     assert result.returncode == 1

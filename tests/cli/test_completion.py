@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from requant.schema import QuantMode
-from requant.wishes import DTYPES
+from requant.quantization.config import QuantMode
+from requant.quantization.options import DTYPES
 
 BIN = Path(sys.executable).parent
 SHELLS = {"bash": ["-n"], "zsh": ["-n"], "fish": ["--no-execute"]}

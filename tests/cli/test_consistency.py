@@ -14,12 +14,12 @@ import pytest
 
 import requant
 import requant.mlx_lm
-from requant.memory import plan_resources
-from requant.option_table import options_of
-from requant.page import render_page
-from requant.recipes import load_recipe
-from requant.specs import parse_size
-from requant.wishes import ConvertOptions, RunOptions
+from requant.execution.resources import plan_resources
+from requant.quantization.option_table import options_of
+from requant.quantization.options import ConvertOptions, RunOptions
+from requant.quantization.recipe_files import load_recipe
+from requant.quantization.size_budget import parse_size
+from requant.reports.html import render_page
 from tests.support.commands import COMMANDS, Result, check_usage
 
 # Where the function of a command is another, or several, than ``requant.NAME``.

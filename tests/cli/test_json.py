@@ -11,7 +11,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from requant.figures import SCHEMA_VERSION
+from requant.reports.record_summary import SCHEMA_VERSION
 from tests.support.commands import COMMANDS, Result
 
 MICRO = Path(__file__).parents[2] / "examples" / "micro-llama"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from requant.cli import progress
-from requant.execute import Progress
+from requant.execution.executor import Progress
 from tests.support.commands import Result
 
 MICRO = Path(__file__).parents[2] / "examples" / "micro-llama"

@@ -7,10 +7,11 @@ from typing import cast
 
 import pytest
 
-from requant.cli import tables, words
+from requant.cli import tables
+from requant.cli import text_format as words
 from requant.errors import UsageError
-from requant.report import Report
-from requant.specs import parse_size, size_text
+from requant.quantization.size_budget import parse_size, size_text
+from requant.reports.report import Report
 
 
 @pytest.mark.parametrize(

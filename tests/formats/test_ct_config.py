@@ -12,8 +12,8 @@ import pytest
 
 import requant
 from requant.errors import Problem
-from requant.formats.ct_config import CtConfig
-from requant.formats.declared import QuantizationBlock
+from requant.formats.compressed_tensors_config import CtConfig
+from requant.formats.quantization_block import QuantizationBlock
 from tests.support.checkpoints import write_quantized
 from tests.support.conversions import convert
 from tests.support.layers.compressed_tensors import Tensors, block, packed

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import requant
-from requant.arrays.gguf import TYPES, BlockType
 from requant.errors import CheckpointError
+from requant.kernels.gguf import TYPES, BlockType
 from tests.support.fixture_checks import Checked, check_values
 from tests.support.fixture_folders import fixture
 from tests.support.gguf_files import permuted, random_blocks

@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 
 import requant
-from requant.checkpoint import StoredTensor
-from requant.dtypes import TensorInfo
+from requant.checkpoints.checkpoint import StoredTensor
+from requant.core.dtypes import TensorInfo
 from requant.formats.base import RowRange, SourceLayer
-from requant.formats.float_packings import GlobalScales, NvBlocks
 from requant.formats.nvfp4_layers import kept_separate
+from requant.packings.floats import GlobalScales, NvBlocks
 from tests.support.checkpoints import model
 from tests.support.number_formats import E2M1, e4m3
 from tests.support.plan_texts import note_texts, reason_text

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import requant
-from requant.schema import Quantization
+from requant.quantization.config import Quantization
 from tests.support.conversions import rejection
 from tests.support.format_folders import SOURCES, Source, Tensors
 from tests.support.layers import packers

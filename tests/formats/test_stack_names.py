@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import requant
-from requant.checkpoint import StoredTensor
-from requant.dtypes import TensorInfo
+from requant.checkpoints.checkpoint import StoredTensor
+from requant.core.dtypes import TensorInfo
 from requant.formats.expert_shapes import Orientation
 from requant.formats.layer_names import layer_names
 from tests.support.checkpoints import write_quantized

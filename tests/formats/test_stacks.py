@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import requant
-from requant.schema import Quantization
+from requant.quantization.config import Quantization
 from tests.support.checkpoints import write_quantized
 from tests.support.fixture_checks import same_in_memory
 from tests.support.layers import compressed_tensors as ct_layers

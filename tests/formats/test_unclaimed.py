@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import requant
-from requant.checkpoint import Checkpoint
+from requant.checkpoints.checkpoint import Checkpoint
 from requant.formats import FORMATS
 from requant.formats.base import SourceLayout, dense_layer
 from tests.support.checkpoints import write_quantized

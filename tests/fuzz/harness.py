@@ -20,18 +20,18 @@ from typing import Any
 
 import numpy as np
 
-from requant.conversion import convert
-from requant.dtypes import NUMPY_DTYPE
+from requant.api.convert import convert
+from requant.api.verify import verify
+from requant.checkpoints.safetensors_header import parse_header
+from requant.core.dtypes import NUMPY_DTYPE
+from requant.core.regex import Pattern
 from requant.errors import RequantError
-from requant.figures import read_figures
-from requant.patterns import Pattern
-from requant.planner import make_plan
-from requant.record import record_hash
-from requant.safetensors_header import parse_header
-from requant.sources import read_checkpoint
-from requant.statistics import read_statistics
-from requant.verification import verify
-from requant.wishes import ConvertOptions
+from requant.importance.reader import read_statistics
+from requant.output.record import record_hash
+from requant.planning.planner import make_plan
+from requant.quantization.options import ConvertOptions
+from requant.reports.record_summary import read_figures
+from requant.sources.open import read_checkpoint
 from tests.support.safetensors_files import prefixed
 
 HERE = Path(__file__).parent

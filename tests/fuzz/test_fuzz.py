@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from requant.errors import RequantError
-from requant.planner import make_plan
-from requant.sources import read_checkpoint
-from requant.wishes import ConvertOptions
+from requant.planning.planner import make_plan
+from requant.quantization.options import ConvertOptions
+from requant.sources.open import read_checkpoint
 from tests.fuzz.harness import (
     SEEDS,
     SLOW_S,

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import requant.mlx_lm
-from requant.conversion import convert
+from requant.api.convert import convert
 from requant.errors import BackendError, CheckpointError, UsageError
 from tests.support.checkpoints import model
 from tests.support.mlx_reference import as_bytes

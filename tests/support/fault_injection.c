@@ -1,4 +1,4 @@
-/* Preloaded into a process that converts (tests/road/faults.py): counts the system calls that change
+/* Preloaded into a process that converts (tests/end_to_end/faults.py): counts the system calls that change
  * what lies below a folder, and at a chosen one fails, kills the process, or calls the disk full. */
 
 #define _GNU_SOURCE

@@ -18,8 +18,8 @@ import mlx.core as mx
 import numpy as np
 
 import requant
-from requant.schema import Quantization
-from requant.specs import resolve_quantization
+from requant.quantization.config import Quantization
+from requant.quantization.modes import resolve_quantization
 from tests.support.fixture_folders import fixture
 from tests.support.mlx_reference import affine, float_values, mlx_values
 from tests.support.safetensors_files import read_file, read_folder

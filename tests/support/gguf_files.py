@@ -10,7 +10,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-from requant.arrays.gguf import BlockType
+from requant.kernels.gguf import BlockType
 
 ARCHITECTURES = {  # model_type -> llama.cpp's name
     "llama": "llama",

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.road.hub_server import Hub
+from tests.support.hub_server import Hub
 
 
 class Call:

@@ -20,7 +20,8 @@ from typing import Any
 import pytest
 
 import requant
-from requant import execute, writer
+from requant.execution import executor as execute
+from requant.output import folder as writer
 from tests.support.checkpoints import tree
 
 

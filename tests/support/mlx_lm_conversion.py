@@ -16,12 +16,12 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_map_with_path
 
-from requant.checkpoint import Checkpoint
-from requant.mlx_lm_layout import MlxLmLayout, mlx_lm_layout
-from requant.mlx_lm_layout.pipeline import MLX_DTYPE
-from requant.outputs import ByteCopy, ComputedBySanitize
-from requant.schema import Quantization
-from requant.sources import read_checkpoint
+from requant.checkpoints.checkpoint import Checkpoint
+from requant.layouts.conversion_trace import MLX_DTYPE
+from requant.layouts.layout import MlxLmLayout, mlx_lm_layout
+from requant.layouts.outputs import ByteCopy, ComputedBySanitize
+from requant.quantization.config import Quantization
+from requant.sources.open import read_checkpoint
 from tests.support.checkpoints import write_checkpoint
 from tests.support.mlx_reference import Weights, as_bytes, to_numpy
 

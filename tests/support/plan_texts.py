@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from requant.blueprint import LayerPlan
-from requant.reasons import Note
+from requant.core.reasons import Note
+from requant.planning.plan import LayerPlan
 
 
 def note_texts(notes: Iterable[Note]) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import mlx.core as mx
 import numpy as np
 
-from requant.schema import PerLayerQuantization, Quantization
+from requant.quantization.config import PerLayerQuantization, Quantization
 
 T = TypeVar("T")
 

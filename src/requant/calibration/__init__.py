@@ -1,10 +1,5 @@
-"""``requant calibrate``: what the inputs of a model's layers look like on a text.
+"""``requant calibrate``: statistics of the inputs of a model's layers over a text.
 
-``run`` is the door: it cuts the text into windows, takes the model through them and writes the
-file. ``blocks`` runs a model of mlx-lm block by block, so that one block's weights are in memory;
-``collecting`` watches the layers. Needs mlx-lm.
+``block_run`` takes the model through the text block by block, so that one block's weights are in
+memory at a time; ``collector`` observes the layers. Needs mlx-lm.
 """
-
-from requant.calibration.run import Calibration, calibrate
-
-__all__ = ["Calibration", "calibrate"]

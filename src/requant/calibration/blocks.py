@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from requant.blueprint import Plan
-from requant.consuming import subplan
-from requant.execute import run_plan
-from requant.memory import plan_resources
-from requant.mlx_lm import ArraySink
-from requant.plan_source import PlanSource
+from requant.execution.executor import run_plan
+from requant.execution.resources import plan_resources
+from requant.mlx_lm.loading import ArraySink
+from requant.planning.plan import Plan
+from requant.planning.plan_source import PlanSource
+from requant.planning.release_order import subplan
 
 if TYPE_CHECKING:
     import mlx.core as mx

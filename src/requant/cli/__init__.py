@@ -15,10 +15,10 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from requant.cli.answers import EXIT_TERMINATED
-from requant.cli.converting import calibrate, convert, generate, plan
-from requant.cli.looking import compare, inspect, recipes, report, verify
-from requant.cli.uploading import upload
+from requant.cli.convert import calibrate, convert, generate, plan
+from requant.cli.error_handling import EXIT_TERMINATED
+from requant.cli.inspect import compare, inspect, recipes, report, verify
+from requant.cli.upload import upload
 
 app = typer.Typer(
     name="requant",

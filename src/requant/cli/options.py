@@ -15,9 +15,9 @@ from typing import Annotated, Any
 import typer
 
 from requant.errors import UsageError
-from requant.option_table import Option, options_of
-from requant.specs import parse_size, size_text
-from requant.wishes import ConvertOptions, RunOptions
+from requant.quantization.option_table import Option, options_of
+from requant.quantization.options import ConvertOptions, RunOptions
+from requant.quantization.size_budget import parse_size, size_text
 
 TableOptions = dict[str, Any]  # what a command's options of the table are in Python
 
@@ -128,7 +128,7 @@ def _size(text: str) -> int:
 
 
 def known_recipes() -> Iterable[str]:
-    from requant.recipes import recipe_names
+    from requant.quantization.recipe_files import recipe_names
 
     return recipe_names()
 

@@ -14,10 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from requant.cli.words import escape_control_chars, format_seconds, format_size
+from requant.cli.text_format import escape_control_chars, format_seconds, format_size
 
 if TYPE_CHECKING:
-    from requant.execute import Progress
+    from requant.execution.executor import Progress
 
 # Without a terminal: a run shorter than this says nothing, a longer one speaks every five
 # seconds, and later, as logs are read, with a tenth of the time that has gone by between lines.

@@ -12,29 +12,29 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from requant.blueprint import Treatment
-from requant.cli.words import escape_control_chars, format_seconds, format_size
-from requant.consuming import peak_disk_bytes
-from requant.errors import join_first, pluralize
-from requant.figures import percent
-from requant.limits import MAX_PROBLEMS_SHOWN
-from requant.running import command_of
+from requant.cli.text_format import escape_control_chars, format_seconds, format_size
+from requant.errors import MAX_PROBLEMS_SHOWN
+from requant.planning.plan import Treatment
+from requant.planning.release_order import peak_disk_bytes
+from requant.reports.record_summary import percent
+from requant.reports.run_command import command_of
+from requant.text import join_first, pluralize
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from requant.blueprint import LayerPlan, Plan
-    from requant.calibration import Calibration
-    from requant.comparison import Comparison, LayerComparison
-    from requant.evaluation import Estimate, Evaluation
-    from requant.figures import Figures
-    from requant.inspection import Inspection, Stored
-    from requant.memory import ResourceLimits
+    from requant.api.compare import Comparison, LayerComparison
+    from requant.api.inspect import Inspection, Stored
+    from requant.api.upload import Upload
+    from requant.api.verify import Verification
+    from requant.calibration.block_run import Calibration
+    from requant.execution.resources import ResourceLimits
     from requant.mlx_lm import Generation
-    from requant.publishing import Upload
-    from requant.recipes import Recipe
-    from requant.report import LayerError, LayerGroup, Report
-    from requant.verification import Verification
+    from requant.mlx_lm.evaluation import Estimate, Evaluation
+    from requant.planning.plan import LayerPlan, Plan
+    from requant.quantization.recipes import Recipe
+    from requant.reports.record_summary import Figures
+    from requant.reports.report import LayerError, LayerGroup, Report
 
 _REASON_LINES = 10
 # Layers with a reason, by what becomes of them; those that stay dense come first.
@@ -196,7 +196,7 @@ def _error_summary(errors: Mapping[str, LayerError]) -> str:
 
 def _show_layers(page: _TablePrinter, plan: Plan) -> None:
     """The part that a plan and a report share: what becomes of the layers, and why."""
-    from requant.report import group_layers, quantizable_but_dense
+    from requant.reports.report import group_layers, quantizable_but_dense
 
     page.line()
     _show_groups(page, group_layers(plan.layers))

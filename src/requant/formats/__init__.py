@@ -1,80 +1,73 @@
-"""The source formats, in the order in which they are asked; and a map of this folder.
+"""The source formats, in the order in which they are asked: one module for each tool.
 
 A *format* claims a checkpoint and sorts its tensors into layers (``base.Format``). A *packing*
-says how the rows of a layer come out of its tensors (``packing.Packing``). ::
+(``requant.packings``) says how the rows of a layer are computed from its tensors. ::
 
-    format                            its modules, in the order in which a folder is read
+    format                            modules, in the order in which a folder is read
     gguf                              gguf
-    mlx                               mlx, mlx_block, rotation
-    awq, gptq, auto-round, paroquant  qweight, qweight_config, qweight_rules, qweight_layouts,
-                                      awq_packings, gptq_packings, rotation, gptq_act_order
-    compressed-tensors                compressed_tensors, ct_config, ct_packings
+    mlx                               mlx, mlx_block
+    awq, gptq, auto-round, paroquant  gptq_awq, gptq_awq_config, gptq_awq_rules, gptq_awq_layouts,
+                                      gptq_act_order
+    compressed-tensors                compressed_tensors, compressed_tensors_config
     modelopt                          modelopt, modelopt_layers
     fp8                               fp8
     mxfp4                             mxfp4
-    hqq                               hqq, hqq_packings
-    bitsandbytes                      bitsandbytes, bnb_packings
+    hqq                               hqq
+    bitsandbytes                      bitsandbytes
     bitnet                            bitnet
     metal                             metal
     fp-quant                          fp_quant
-    quark                             quark, quark_packings
-    torchao                           torchao, torchao_packings
-    those of other packages           plugins
-    dense: what none claims           dense
+    quark                             quark
+    torchao                           torchao
+    formats of other packages         plugins
+    dense: what no format claims      dense
 
 Shared by several of them:
 
-* ``base``: what a format gives to the road; ``packing``: what a packing gives, and the one of
-  integer codes that most build upon;
-* ``declared``: the quantization block, wherever a tool wrote it down;
-* ``sorting``: tensors into layers, problems, what is left out and why;
-* ``other_layers``: layers of another kind than the format that claims the folder, each read by
-  its tensors where ``one_reading`` finds these certain; ``left_qweights``: those with a qweight;
-  ``exclusions``: layers that a config calls dense and that are not;
+* ``base``: what a format returns: layers, their parts and encodings;
+* ``quantization_block``: the quantization block of the config, wherever a tool writes it;
+* ``tensor_sorter``: sorts tensors into layers, collects problems and what is left out;
 * ``scale_names``: what tools call scales and zero points; ``layer_names``: tensors of layers and
-  stacks by role, whatever they are called; ``unclaimed``: nothing coded leaves as a dense tensor,
-  checked after every format, as ``foreign_stacks`` is: stacks under names of another tool;
-* ``stacks``: experts that a reader knows one by one, or that are stored turned, with
-  ``expert_packings`` for their rows and ``expert_shapes`` for which way they lie;
-* ``stale``: the step that reads any format, and a block that outlived its codes; ``empty``: weights
-  without values;
+  stacks by role, whatever they are called;
+* ``stacks``: experts that a reader knows one by one, or that are stored transposed;
+  ``expert_shapes``: which way the matrices of fused experts are stored;
 * ``integer_layers``, ``float8_layers``, ``nvfp4_layers``: layers of one kind of code, of any
-  tool; ``input_scaled``: any of them with a scale for each input; ``matrix_scales``: which scale
-  each matrix of a stack has;
-* ``float_packings``: FP8, FP4 and FP6 codes of any tool; ``row_blocks``: rows in the bits of one
-  packed row (HQQ, BitNet);
-* ``widening``: codes of any layer moved into more bits or smaller groups; ``members``: layers
-  of unlike kinds in one (experts of a stack).
+  tool; ``matrix_scales``: one scale for each matrix of a stack; ``input_scaled``: any of them
+  with a scale for each input;
+* ``widening``: codes of any layer in more bits or smaller groups; ``members``: layers of
+  different kinds in one (experts of a stack).
 
-``*_config`` and ``qweight_rules`` read JSON alone, ``*_layouts`` and ``*_layers`` decide by
-dtypes and shapes, ``*_packings`` move codes and know no file. A format with one packing has it
-in its own module.
+Around every format:
+
+* ``stale_blocks``: reads a checkpoint with its format; a block whose codes are gone;
+  ``empty_weights``: weights without values;
+* ``other_layers``: layers of another kind than the format that claims the folder, each read by
+  its tensors where ``one_reading`` finds one possible reading; ``unread_qweights``: those with a
+  qweight; ``exclusions``: layers that a config calls dense and that are not;
+* ``unclaimed``: no coded tensor is taken for a dense one; ``unsupported_stacks``: stacks under
+  names of another tool.
+
+``*_config`` and ``gptq_awq_rules`` read JSON only; ``*_layouts`` and ``*_layers`` decide by dtypes
+and shapes.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from requant.checkpoint import Checkpoint
+from requant.checkpoints.checkpoint import Checkpoint
+from requant.core.reasons import Note, NoteCode
 from requant.errors import CheckpointError, Problem
 from requant.formats.base import DefaultPolicy, Format, SourceLayer, SourceLayout
 from requant.formats.bitnet import BitNet
 from requant.formats.bitsandbytes import Bitsandbytes
 from requant.formats.compressed_tensors import CompressedTensors
-from requant.formats.declared import (
-    QuantizationBlock,
-    contradicted_keys,
-    contradicting,
-    find_quantization_block,
-    float_form,
-    with_block,
-)
 from requant.formats.dense import Dense
 from requant.formats.exclusions import with_exclusions
-from requant.formats.foreign_stacks import foreign_stacks
 from requant.formats.fp8 import Fp8
 from requant.formats.fp_quant import FpQuant
 from requant.formats.gguf import Gguf
+from requant.formats.gptq_awq import GptqAwqFormat
 from requant.formats.hqq import Hqq
 from requant.formats.metal import MetalFormat
 from requant.formats.mlx import Mlx
@@ -82,11 +75,18 @@ from requant.formats.modelopt import ModelOpt
 from requant.formats.mxfp4 import Mxfp4
 from requant.formats.other_layers import read_each_layer
 from requant.formats.plugins import plugged_in
+from requant.formats.quantization_block import (
+    QuantizationBlock,
+    contradicted_keys,
+    contradicting,
+    find_quantization_block,
+    float_form,
+    with_block,
+)
 from requant.formats.quark import Quark
-from requant.formats.qweight import GptqAwqFormat
 from requant.formats.torchao import Torchao
 from requant.formats.unclaimed import check_unclaimed
-from requant.reasons import Note, NoteCode
+from requant.formats.unsupported_stacks import foreign_stacks
 
 __all__ = [
     "FORMATS",

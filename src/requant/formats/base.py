@@ -9,11 +9,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from requant.checkpoint import Checkpoint, SourceTensor
+from requant.checkpoints.checkpoint import Checkpoint, SourceTensor
+from requant.core.reasons import Note, NoteCode, Reason, ReasonCode
 from requant.errors import Problem
-from requant.formats.packing import Packing
-from requant.reasons import Note, NoteCode, Reason, ReasonCode
-from requant.schema import PerLayerQuantization, Quantization
+from requant.packings.base import Packing
+from requant.quantization.config import PerLayerQuantization, Quantization
 
 
 class NoReading(Problem):

@@ -12,13 +12,15 @@ from typing import Final
 
 import numpy as np
 
-from requant.arrays.repack import BITNET
-from requant.checkpoint import Checkpoint, SourceTensor
-from requant.errors import InvariantError, format_value
+from requant.checkpoints.checkpoint import Checkpoint, SourceTensor
+from requant.core.reasons import Note, NoteCode
+from requant.errors import InvariantError
 from requant.formats.base import SourceLayer, SourceLayout
-from requant.formats.declared import QuantizationBlock, find_quantization_block
 from requant.formats.integer_layers import integer_layer
-from requant.formats.packing import (
+from requant.formats.quantization_block import QuantizationBlock, find_quantization_block
+from requant.formats.tensor_sorter import TensorSorter, UnsupportedLayerError
+from requant.kernels.repack import BITNET
+from requant.packings.base import (
     DTYPE_NAME,
     PRECISION,
     Exactness,
@@ -28,9 +30,8 @@ from requant.formats.packing import (
     Rect,
     Scratch,
 )
-from requant.formats.row_blocks import NEXT, block_codes, block_cuts
-from requant.formats.sorting import TensorSorter, UnsupportedLayerError
-from requant.reasons import Note, NoteCode
+from requant.packings.row_blocks import NEXT, block_codes, block_cuts
+from requant.text import format_value
 
 _CLASSES: Final = ("bitlinear", "autobitlinear")
 _FLOATS: Final = ("BF16", "F16", "F32")

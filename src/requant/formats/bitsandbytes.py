@@ -9,17 +9,17 @@ from collections.abc import Mapping
 from math import prod
 from typing import Any, Final
 
-from requant.checkpoint import Checkpoint, SourceTensor
-from requant.dtypes import NUMPY_DTYPE
-from requant.errors import format_value
+from requant.checkpoints.checkpoint import Checkpoint, SourceTensor
+from requant.core.dtypes import NUMPY_DTYPE
+from requant.core.reasons import Reason, ReasonCode
+from requant.core.strict_json import parse_json_object
 from requant.formats.base import DefaultPolicy, SourceLayer, SourceLayout, fallback_for, scale_dtype
-from requant.formats.bnb_packings import BnbInt8, BnbTable
-from requant.formats.ct_packings import Zeros
-from requant.formats.declared import DTYPE_WORDS, find_quantization_block
 from requant.formats.integer_layers import integer_layer
-from requant.formats.sorting import TensorSorter
-from requant.reasons import Reason, ReasonCode
-from requant.safetensors_header import parse_json_object
+from requant.formats.quantization_block import DTYPE_WORDS, find_quantization_block
+from requant.formats.tensor_sorter import TensorSorter
+from requant.packings.bitsandbytes import BnbInt8, BnbTable
+from requant.packings.compressed_tensors import Zeros
+from requant.text import format_value
 
 _STATE: Final = ".quant_state.bitsandbytes__"
 _TABLES: Final = ("nf4", "fp4")

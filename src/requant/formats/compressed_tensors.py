@@ -13,21 +13,21 @@ from typing import Final
 
 import numpy as np
 
-from requant.checkpoint import Checkpoint, SourceTensor
-from requant.dtypes import FLOATS
-from requant.errors import join_or
+from requant.checkpoints.checkpoint import Checkpoint, SourceTensor
+from requant.core.dtypes import FLOATS
+from requant.core.reasons import Reason, ReasonCode
 from requant.formats.base import SourceLayer, SourceLayout, scale_dtype
-from requant.formats.ct_config import CtConfig, Scheme
-from requant.formats.ct_packings import CtActOrder, CtPacked, CtPlain, Zeros, packed_words
-from requant.formats.declared import find_quantization_block
+from requant.formats.compressed_tensors_config import CtConfig, Scheme
 from requant.formats.float8_layers import EXPONENTS, FLOAT8, float8_stack
-from requant.formats.float_packings import MxBlocks, Mxfp6Blocks
 from requant.formats.integer_layers import groups_of, integer_layer
 from requant.formats.layer_names import layer_names
 from requant.formats.nvfp4_layers import nvfp4_layer, nvfp4_without_tensor_scale
-from requant.formats.sorting import TensorSorter, UnsupportedLayerError
+from requant.formats.quantization_block import find_quantization_block
 from requant.formats.stacks import Experts, are_transposed, rows_with_one_scale
-from requant.reasons import Reason, ReasonCode
+from requant.formats.tensor_sorter import TensorSorter, UnsupportedLayerError
+from requant.packings.compressed_tensors import CtActOrder, CtPacked, CtPlain, Zeros, packed_words
+from requant.packings.floats import MxBlocks, Mxfp6Blocks
+from requant.text import join_or
 
 _ROLES: Final = (
     "weight_packed",

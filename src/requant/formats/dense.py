@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from requant.checkpoint import Checkpoint
-from requant.dtypes import FLOATS
-from requant.errors import Problem, format_value
+from requant.checkpoints.checkpoint import Checkpoint
+from requant.core.dtypes import FLOATS
+from requant.errors import Problem
 from requant.formats.base import SourceLayout, dense_layer
-from requant.formats.declared import find_quantization_block
+from requant.formats.quantization_block import find_quantization_block
+from requant.text import format_value
 
 
 class Dense:

@@ -11,12 +11,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Final
 
-from requant.checkpoint import Checkpoint
-from requant.errors import Problem, join_first, pluralize_are
+from requant.checkpoints.checkpoint import Checkpoint
+from requant.core.reasons import Note, NoteCode
+from requant.core.regex import Pattern, PatternError, Wildcards
+from requant.errors import Problem
 from requant.formats.base import SourceLayer, SourceLayout
-from requant.formats.declared import QuantizationBlock, find_quantization_block
-from requant.patterns import Pattern, PatternError, Wildcards
-from requant.reasons import Note, NoteCode
+from requant.formats.quantization_block import QuantizationBlock, find_quantization_block
+from requant.text import join_first, pluralize_are
 
 # Lists of names: exact paths, modules that hold a layer or the end of its path; with "*" or "?"
 # wildcards, behind "re:" regular expressions.

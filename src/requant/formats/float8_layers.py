@@ -6,17 +6,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 from math import prod
 
-from requant.checkpoint import Checkpoint, SourceTensor
+from requant.checkpoints.checkpoint import Checkpoint, SourceTensor
+from requant.core.reasons import Reason, ReasonCode
 from requant.formats.base import DefaultPolicy, SourceLayer
-from requant.formats.float_packings import (
+from requant.formats.stacks import Experts, are_transposed
+from requant.formats.tensor_sorter import TensorSorter, UnsupportedLayerError
+from requant.packings.floats import (
     MXFP8,
     Float8,
     MxBlocks,
     exponent_bytes,
 )
-from requant.formats.sorting import TensorSorter, UnsupportedLayerError
-from requant.formats.stacks import Experts, are_transposed
-from requant.reasons import Reason, ReasonCode
 
 # mx.load gives E4M3 as plain bytes.
 FLOAT8 = ("F8_E4M3", "F8_E4M3FNUZ", "U8")

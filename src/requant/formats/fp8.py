@@ -8,18 +8,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from math import prod
 
-from requant.checkpoint import Checkpoint, SourceTensor
-from requant.errors import format_value
+from requant.checkpoints.checkpoint import Checkpoint, SourceTensor
 from requant.formats.base import SourceLayer, SourceLayout
-from requant.formats.declared import QuantizationBlock, find_quantization_block
 from requant.formats.float8_layers import (
     EXPONENTS,
     FLOAT8,
     float8_stack,
 )
-from requant.formats.float_packings import MxBlocks
 from requant.formats.layer_names import layer_names
-from requant.formats.sorting import TensorSorter, UnsupportedLayerError
+from requant.formats.quantization_block import QuantizationBlock, find_quantization_block
+from requant.formats.tensor_sorter import TensorSorter, UnsupportedLayerError
+from requant.packings.floats import MxBlocks
+from requant.text import format_value
 
 _METHODS = ("fp8", "mxfp8", "fbgemm_fp8")
 _SCALE = "weight_scale"

@@ -12,15 +12,15 @@ from typing import Any, Final
 
 import numpy as np
 
-from requant.checkpoint import Checkpoint, SourceTensor
-from requant.errors import format_value
+from requant.checkpoints.checkpoint import Checkpoint, SourceTensor
+from requant.core.reasons import Reason, ReasonCode
 from requant.formats.base import SourceLayer, SourceLayout, fallback_for
-from requant.formats.declared import QuantizationBlock, find_quantization_block
-from requant.formats.float_packings import MxBlocks
 from requant.formats.nvfp4_layers import nvfp4_layer
-from requant.formats.packing import Packing, Parts, Rect, Scratch
-from requant.formats.sorting import TensorSorter, UnsupportedLayerError
-from requant.reasons import Reason, ReasonCode
+from requant.formats.quantization_block import QuantizationBlock, find_quantization_block
+from requant.formats.tensor_sorter import TensorSorter, UnsupportedLayerError
+from requant.packings.base import Packing, Parts, Rect, Scratch
+from requant.packings.floats import MxBlocks
+from requant.text import format_value
 
 _CODES: Final = ("qweight", "scales", "weight_global_scale")
 _MATRICES: Final = ("forward_hadamard_matrix", "backward_hadamard_matrix")

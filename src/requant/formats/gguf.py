@@ -12,13 +12,15 @@ from typing import ClassVar
 
 import numpy as np
 
-from requant.arrays import values
-from requant.arrays.gguf import TYPES, BlockType, values_into, words_into
-from requant.checkpoint import Checkpoint, SourceTensor
-from requant.dtypes import FLOATS
-from requant.errors import InvariantError, Problem, pluralize_are
+from requant.checkpoints.checkpoint import Checkpoint, SourceTensor
+from requant.checkpoints.gguf_tensors import GgufModel, GgufTensor
+from requant.core.dtypes import FLOATS
+from requant.core.reasons import Reason, ReasonCode
+from requant.errors import InvariantError, Problem
 from requant.formats.base import DefaultPolicy, SourceLayer, SourceLayout, dense_layer
-from requant.formats.packing import (
+from requant.kernels import cast as values
+from requant.kernels.gguf import TYPES, BlockType, values_into, words_into
+from requant.packings.base import (
     DTYPE_NAME,
     Exactness,
     Fidelity,
@@ -27,9 +29,8 @@ from requant.formats.packing import (
     Rect,
     Scratch,
 )
-from requant.gguf_model import GgufModel, GgufTensor
-from requant.reasons import Reason, ReasonCode
-from requant.schema import Quantization, QuantMode
+from requant.quantization.config import Quantization, QuantMode
+from requant.text import pluralize_are
 
 # Types whose scales and biases are float16 numbers as they are, or powers of two times those.
 _HALVES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "TQ1_0", "TQ2_0", "Q1_0")

@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import prod
 
-from requant.checkpoint import Checkpoint
+from requant.checkpoints.checkpoint import Checkpoint
+from requant.core.reasons import Reason, ReasonCode
 from requant.formats.base import ActOrderFold, RowOrder, SourceLayer
-from requant.formats.gptq_packings import Gptq, group_order
-from requant.reasons import Reason, ReasonCode
+from requant.packings.gptq import Gptq, group_order
 
 # Consumer -> its producers, in one module.
 _MLPS: tuple[tuple[str, tuple[str, ...]], ...] = (

@@ -11,17 +11,18 @@ from typing import Any, Final
 
 import numpy as np
 
-from requant.arrays.repack import HQQ
-from requant.checkpoint import Checkpoint, SourceTensor
-from requant.dtypes import FLOATS, NUMPY_DTYPE
-from requant.errors import Problem, format_value
+from requant.checkpoints.checkpoint import Checkpoint, SourceTensor
+from requant.core.dtypes import FLOATS, NUMPY_DTYPE
+from requant.core.reasons import Reason, ReasonCode
+from requant.errors import Problem
 from requant.formats.base import DefaultPolicy, SourceLayer, SourceLayout, fallback_for, scale_dtype
-from requant.formats.declared import QuantizationBlock, find_quantization_block
-from requant.formats.hqq_packings import W_Q, HqqColumns, HqqRows, element
 from requant.formats.integer_layers import integer_layer
-from requant.formats.row_blocks import NEXT
-from requant.formats.sorting import TensorSorter
-from requant.reasons import Reason, ReasonCode
+from requant.formats.quantization_block import QuantizationBlock, find_quantization_block
+from requant.formats.tensor_sorter import TensorSorter
+from requant.kernels.repack import HQQ
+from requant.packings.hqq import W_Q, HqqColumns, HqqRows, element
+from requant.packings.row_blocks import NEXT
+from requant.text import format_value
 
 _SUFFIX: Final = f".{W_Q}"
 _CODES: Final = ("scale", "zero")

@@ -7,10 +7,10 @@ from typing import Any, Final
 
 import numpy as np
 
-from requant.checkpoint import SourceTensor
+from requant.checkpoints.checkpoint import SourceTensor
+from requant.core.reasons import Reason, ReasonCode
 from requant.formats.base import SourceLayer, fallback_for
-from requant.formats.packing import Packing, Parts, Rect, Scratch
-from requant.reasons import Reason, ReasonCode
+from requant.packings.base import Packing, Parts, Rect, Scratch
 
 _ROLE: Final = "input_scale"
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from requant.checkpoint import SourceTensor
+from requant.checkpoints.checkpoint import SourceTensor
+from requant.core.reasons import Reason, ReasonCode
 from requant.formats.base import DefaultPolicy, SourceLayer, fallback_for, scale_dtype
-from requant.formats.packing import IntegerPacking
-from requant.formats.sorting import TensorSorter
-from requant.reasons import Reason, ReasonCode
+from requant.formats.tensor_sorter import TensorSorter
+from requant.packings.base import IntegerPacking
 
 _SMALLEST_GROUP = 8
 

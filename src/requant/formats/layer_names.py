@@ -20,11 +20,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
-from requant.checkpoint import SourceTensor
-from requant.dtypes import FLOATS
+from requant.checkpoints.checkpoint import SourceTensor
+from requant.core.dtypes import FLOATS
 from requant.formats.base import SourceLayer
-from requant.formats.expert_packings import StackedExperts
 from requant.formats.scale_names import Role, ScaleNames, parse_scale_name
+from requant.packings.experts import StackedExperts
 
 # What ends the name of codes -> role. The stacks of fused experts have no module of their own,
 # so that their tensors are joined with "_", or are the path itself.

@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from requant.dtypes import KERNEL_FLOATS
+from requant.core.dtypes import KERNEL_FLOATS
+from requant.core.reasons import Reason, ReasonCode
 from requant.formats.base import DefaultPolicy, RowRange, SourceLayer, fallback_for
-from requant.formats.packing import mlx_group
 from requant.formats.widening import stored_rows
-from requant.reasons import Reason, ReasonCode
-from requant.schema import Quantization, QuantMode
+from requant.packings.base import mlx_group
+from requant.quantization.config import Quantization, QuantMode
 
 MEMBERS_MOVED = Reason(
     ReasonCode.MEMBERS_MOVED,

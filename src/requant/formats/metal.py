@@ -13,12 +13,12 @@ from typing import Final
 
 import numpy as np
 
-from requant.checkpoint import Checkpoint, SourceTensor
-from requant.errors import format_value, join_or
+from requant.checkpoints.checkpoint import Checkpoint, SourceTensor
 from requant.formats.base import SourceLayer, SourceLayout
-from requant.formats.declared import find_quantization_block
 from requant.formats.integer_layers import integer_layer
-from requant.formats.packing import (
+from requant.formats.quantization_block import find_quantization_block
+from requant.formats.tensor_sorter import TensorSorter, UnsupportedLayerError
+from requant.packings.base import (
     DTYPE_NAME,
     PRECISION,
     Exactness,
@@ -30,7 +30,7 @@ from requant.formats.packing import (
     is_narrower,
     stream_codes,
 )
-from requant.formats.sorting import TensorSorter, UnsupportedLayerError
+from requant.text import format_value, join_or
 
 _ROLES: Final = ("weight", "scales", "qbiases")
 _WIDTHS: Final = (2, 4, 8)

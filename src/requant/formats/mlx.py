@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from requant.arrays.native import check_quantization
-from requant.checkpoint import Checkpoint, SourceTensor
-from requant.dtypes import KERNEL_FLOATS, TensorInfo
-from requant.errors import OutOfRangeError, Problem, join_first, pluralize
+from requant.checkpoints.checkpoint import Checkpoint, SourceTensor
+from requant.core.dtypes import KERNEL_FLOATS, TensorInfo
+from requant.core.reasons import Note, NoteCode
+from requant.errors import OutOfRangeError, Problem
 from requant.formats.base import (
     SourceLayer,
     SourceLayout,
@@ -28,11 +28,12 @@ from requant.formats.mlx_block import (
     read_block,
     words_for,
 )
-from requant.formats.rotation import ROLES as ROTATION
-from requant.formats.rotation import RotatedTriple, read_rotation
-from requant.formats.sorting import UnsupportedLayerError
-from requant.reasons import Note, NoteCode
-from requant.schema import Quantization, QuantMode
+from requant.formats.tensor_sorter import UnsupportedLayerError
+from requant.packings.rotated import ROLES as ROTATION
+from requant.packings.rotated import RotatedTriple, read_rotation
+from requant.quantization.config import Quantization, QuantMode
+from requant.quantization.modes import check_quantization
+from requant.text import join_first, pluralize
 
 
 class Mlx:

@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from requant.arrays.native import AFFINE_BITS, AFFINE_GROUP_SIZES
-from requant.checkpoint import Checkpoint, SourceTensor
-from requant.dtypes import KERNEL_FLOATS
-from requant.errors import ParseError, Problem, format_value, join_or
+from requant.checkpoints.checkpoint import Checkpoint, SourceTensor
+from requant.checkpoints.folder_files import CONFIG
+from requant.core.dtypes import KERNEL_FLOATS
+from requant.errors import ParseError, Problem
 from requant.formats.base import describe_encoding
-from requant.formats.declared import is_mlx_block, sections
-from requant.schema import (
+from requant.formats.quantization_block import is_mlx_block, sections
+from requant.quantization.config import (
     RESERVED_KEYS,
     SKIP,
     PerLayerQuantization,
@@ -25,8 +25,8 @@ from requant.schema import (
     QuantMode,
     Skip,
 )
-from requant.source_folder import CONFIG
-from requant.specs import MODE_DEFAULTS
+from requant.quantization.modes import AFFINE_BITS, AFFINE_GROUP_SIZES, MODE_DEFAULTS
+from requant.text import format_value, join_or
 
 _PARAMETERS: Final = ("group_size", "bits", "mode")
 # A float8 view of the scale bytes is accepted as the same bytes.

@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from requant.checkpoint import Checkpoint, SourceTensor
-from requant.dtypes import FLOATS
-from requant.errors import format_value
+from requant.checkpoints.checkpoint import Checkpoint, SourceTensor
+from requant.core.dtypes import FLOATS
 from requant.formats.base import SourceLayer, SourceLayout
-from requant.formats.declared import QuantizationBlock, find_quantization_block
 from requant.formats.layer_names import layer_names
 from requant.formats.modelopt_layers import make_layer, stored_kind, transposed_experts
-from requant.formats.sorting import TensorSorter, UnsupportedLayerError
+from requant.formats.quantization_block import QuantizationBlock, find_quantization_block
+from requant.formats.tensor_sorter import TensorSorter, UnsupportedLayerError
+from requant.text import format_value
 
 # quant_algo -> how its layers are stored.
 _ALGORITHMS: Final = {

@@ -9,18 +9,18 @@ from typing import ClassVar, Final
 
 import numpy as np
 
-from requant.arrays.repack import row_pairs_into
-from requant.checkpoint import SourceTensor
+from requant.checkpoints.checkpoint import SourceTensor
 from requant.formats.base import SourceLayer
-from requant.formats.ct_packings import CtPlain, Zeros
 from requant.formats.float8_layers import EXPONENTS, FLOAT8, float8_stack, tile_of
-from requant.formats.float_packings import MxBlocks
 from requant.formats.input_scaled import input_scaled
 from requant.formats.integer_layers import integer_layer
 from requant.formats.nvfp4_layers import nvfp4_layer, nvfp4_without_tensor_scale
-from requant.formats.packing import IntegerPacking, Parts, Rect, Scratch
-from requant.formats.sorting import TensorSorter, UnsupportedLayerError
 from requant.formats.stacks import Experts, are_transposed, rows_with_one_scale
+from requant.formats.tensor_sorter import TensorSorter, UnsupportedLayerError
+from requant.kernels.repack import row_pairs_into
+from requant.packings.base import IntegerPacking, Parts, Rect, Scratch
+from requant.packings.compressed_tensors import CtPlain, Zeros
+from requant.packings.floats import MxBlocks
 
 _FLOATS: Final = ("F32", "BF16", "F16")
 _Tensors = Mapping[str, SourceTensor]

@@ -8,15 +8,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from math import prod
 
-from requant.checkpoint import Checkpoint, SourceTensor
-from requant.dtypes import FLOATS
+from requant.checkpoints.checkpoint import Checkpoint, SourceTensor
+from requant.core.dtypes import FLOATS
 from requant.formats.base import SourceLayer, SourceLayout
-from requant.formats.declared import find_quantization_block
 from requant.formats.float8_layers import EXPONENTS
-from requant.formats.float_packings import MxBlocks
 from requant.formats.layer_names import layer_names
-from requant.formats.sorting import TensorSorter, UnsupportedLayerError
+from requant.formats.quantization_block import find_quantization_block
 from requant.formats.stacks import Experts, are_transposed
+from requant.formats.tensor_sorter import TensorSorter, UnsupportedLayerError
+from requant.packings.floats import MxBlocks
 
 # Of the blocks, and of the scales beside them: as transformers and as OpenAI name them.
 _SUFFIXES = (("_blocks", "_scales"), (".blocks", ".scales"))

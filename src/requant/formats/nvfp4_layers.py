@@ -9,19 +9,19 @@ from math import prod
 import ml_dtypes
 import numpy as np
 
-from requant.checkpoint import Checkpoint, SourceTensor
-from requant.errors import format_value
+from requant.checkpoints.checkpoint import Checkpoint, SourceTensor
+from requant.core.reasons import Note, NoteCode, Reason, ReasonCode
 from requant.formats.base import RowRange, SourceLayer, fallback_for
-from requant.formats.float_packings import (
+from requant.formats.matrix_scales import MatrixScale, scale_of_each_matrix
+from requant.formats.tensor_sorter import TensorSorter, UnsupportedLayerError
+from requant.packings.floats import (
     NVFP4,
     GlobalScales,
     NvBlocks,
     apply_tensor_scale,
     fold_e4m3,
 )
-from requant.formats.matrix_scales import MatrixScale, scale_of_each_matrix
-from requant.formats.sorting import TensorSorter, UnsupportedLayerError
-from requant.reasons import Note, NoteCode, Reason, ReasonCode
+from requant.text import format_value
 
 _STORED = "nvfp4 with a tensor scale"
 _ENDINGS = (".weight_global_scale", ".weight_scale_2")

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, Final
 
-from requant.dtypes import FLOATS
+from requant.core.dtypes import FLOATS
 from requant.formats.base import SourceLayer
-from requant.formats.bnb_packings import BnbInt8
-from requant.formats.declared import ALIASES, QuantizationBlock
-from requant.formats.expert_packings import StackedExperts
-from requant.formats.float_packings import Float8, MxBlocks
+from requant.formats.gptq_awq_config import METHODS
 from requant.formats.input_scaled import InputScaled
-from requant.formats.packing import Packing
-from requant.formats.qweight_config import METHODS
-from requant.formats.torchao_packings import Swizzled
+from requant.formats.quantization_block import ALIASES, QuantizationBlock
+from requant.packings.base import Packing
+from requant.packings.bitsandbytes import BnbInt8
+from requant.packings.experts import StackedExperts
+from requant.packings.floats import Float8, MxBlocks
+from requant.packings.torchao import Swizzled
 
 # What shapes tell too; where the two contradict each other, shapes are believed.
 _DERIVED_FROM_SHAPES: Final = frozenset((*ALIASES["bits"], *ALIASES["group_size"], "quant_algo"))

@@ -13,19 +13,14 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Final
 
-from requant.checkpoint import Checkpoint, SourceTensor
-from requant.dtypes import FLOATS
-from requant.errors import Problem, join_first, pluralize_are
+from requant.checkpoints.checkpoint import Checkpoint, SourceTensor
+from requant.core.dtypes import FLOATS
+from requant.core.reasons import Note, NoteCode
+from requant.errors import Problem
 from requant.formats.base import Format, NoReading, SourceLayer, SourceLayout
-from requant.formats.declared import (
-    QuantizationBlock,
-    find_quantization_block,
-    with_block,
-    without_blocks,
-)
 from requant.formats.exclusions import excluded_paths
 from requant.formats.gptq_act_order import find_folds
-from requant.formats.left_qweights import read_qweights
+from requant.formats.gptq_awq_config import METHODS
 from requant.formats.one_reading import (
     OWN_NAMES,
     declares_float8,
@@ -35,10 +30,16 @@ from requant.formats.one_reading import (
     is_float8_of_bytes,
     without_shape_derived,
 )
-from requant.formats.packing import IntegerPacking
-from requant.formats.qweight_config import METHODS
+from requant.formats.quantization_block import (
+    QuantizationBlock,
+    find_quantization_block,
+    with_block,
+    without_blocks,
+)
 from requant.formats.scale_names import CODE_ENDINGS, ScaleNames
-from requant.reasons import Note, NoteCode
+from requant.formats.unread_qweights import read_qweights
+from requant.packings.base import IntegerPacking
+from requant.text import join_first, pluralize_are
 
 # The readers that are asked, each with the block that it is given.
 _READERS: Final[tuple[tuple[str, Mapping[str, Any] | None], ...]] = (

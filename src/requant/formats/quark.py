@@ -7,19 +7,19 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, Final
 
-from requant.checkpoint import Checkpoint, SourceTensor
-from requant.dtypes import FLOATS
-from requant.errors import format_value, join_first, join_or
+from requant.checkpoints.checkpoint import Checkpoint, SourceTensor
+from requant.core.dtypes import FLOATS
+from requant.core.regex import Wildcards
 from requant.formats.base import SourceLayer, SourceLayout
-from requant.formats.declared import find_quantization_block
 from requant.formats.float8_layers import EXPONENTS, FLOAT8, float8_stack
-from requant.formats.float_packings import MxBlocks, Mxfp6Blocks
 from requant.formats.integer_layers import integer_layer
 from requant.formats.nvfp4_layers import nvfp4_layer, nvfp4_without_tensor_scale
-from requant.formats.quark_packings import QuarkColumns, QuarkMx, QuarkRows
-from requant.formats.sorting import TensorSorter, UnsupportedLayerError
+from requant.formats.quantization_block import find_quantization_block
 from requant.formats.stacks import Experts, are_transposed
-from requant.patterns import Wildcards
+from requant.formats.tensor_sorter import TensorSorter, UnsupportedLayerError
+from requant.packings.floats import MxBlocks, Mxfp6Blocks
+from requant.packings.quark import QuarkColumns, QuarkMx, QuarkRows
+from requant.text import format_value, join_first, join_or
 
 _ROLES: Final = ("weight", "weight_scale", "weight_zero_point", "weight_scale_2")
 _FLOATS: Final = ("F32", "BF16", "F16")

@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
-from requant.checkpoint import SourceTensor
-from requant.dtypes import TensorInfo
-from requant.errors import pluralize as pluralize
+from requant.checkpoints.checkpoint import SourceTensor
+from requant.core.dtypes import TensorInfo
 from requant.formats.base import SourceLayer
-from requant.formats.expert_packings import Place, StackedExperts
-from requant.formats.sorting import UnsupportedLayerError
+from requant.formats.tensor_sorter import UnsupportedLayerError
+from requant.packings.experts import Place, StackedExperts
+from requant.text import pluralize as pluralize
 
 
 @dataclass(frozen=True)

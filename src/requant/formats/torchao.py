@@ -11,19 +11,19 @@ from collections.abc import Mapping, Set
 from dataclasses import replace
 from typing import Any, Final
 
-from requant.checkpoint import Checkpoint, SourceTensor
-from requant.errors import format_value
+from requant.checkpoints.checkpoint import Checkpoint, SourceTensor
+from requant.core.strict_json import parse_json_object
 from requant.formats.base import SourceLayer, SourceLayout
-from requant.formats.ct_packings import Zeros
-from requant.formats.declared import QuantizationBlock, find_quantization_block
 from requant.formats.float8_layers import EXPONENTS, FLOAT8, float8_layer, tile_of
-from requant.formats.float_packings import MxBlocks
 from requant.formats.input_scaled import input_scaled
 from requant.formats.integer_layers import integer_layer
 from requant.formats.nvfp4_layers import nvfp4_layer
-from requant.formats.sorting import TensorSorter, UnsupportedLayerError
-from requant.formats.torchao_packings import Swizzled, TorchaoInt4, TorchaoInteger
-from requant.safetensors_header import parse_json_object
+from requant.formats.quantization_block import QuantizationBlock, find_quantization_block
+from requant.formats.tensor_sorter import TensorSorter, UnsupportedLayerError
+from requant.packings.compressed_tensors import Zeros
+from requant.packings.floats import MxBlocks
+from requant.packings.torchao import Swizzled, TorchaoInt4, TorchaoInteger
+from requant.text import format_value
 
 _PREFIX: Final = "_weight_"
 _FLOATS: Final = ("F32", "BF16", "F16")

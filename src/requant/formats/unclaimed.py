@@ -10,15 +10,16 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Final
 
-from requant.checkpoint import Checkpoint, SourceTensor
-from requant.dtypes import FLOATS, NUMPY_DTYPE, TensorInfo
-from requant.errors import Problem, join_first
+from requant.checkpoints.checkpoint import Checkpoint, SourceTensor
+from requant.core.dtypes import FLOATS, NUMPY_DTYPE, TensorInfo
+from requant.core.reasons import Note, NoteCode
+from requant.errors import Problem
 from requant.formats.base import Format, SourceLayer, SourceLayout
-from requant.formats.declared import float_form
 from requant.formats.one_reading import holds_float8
+from requant.formats.quantization_block import float_form
 from requant.formats.scale_names import Role, ScaleName, ScaleNames, code_paths
-from requant.formats.sorting import runtime_scales
-from requant.reasons import Note, NoteCode
+from requant.formats.tensor_sorter import runtime_scales
+from requant.text import join_first
 
 # What models store beside floats: positions and counts, masks, rotary tables.
 _TABLES: Final = frozenset({"I64", "BOOL", "C64"})

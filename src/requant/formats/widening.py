@@ -15,10 +15,12 @@ from typing import Any, ClassVar
 import ml_dtypes
 import numpy as np
 
-from requant.arrays import native, repack, values
 from requant.formats.base import SourceLayer
-from requant.formats.packing import Exactness, Fidelity, Packing, Parts, Rect, Scratch, is_narrower
-from requant.schema import Quantization, QuantMode
+from requant.kernels import cast as values
+from requant.kernels import quantize as native
+from requant.kernels import repack
+from requant.packings.base import Exactness, Fidelity, Packing, Parts, Rect, Scratch, is_narrower
+from requant.quantization.config import Quantization, QuantMode
 
 # E2M1 codes 0 to 15 as E4M3 bytes; bit 3 is the sign.
 _E4M3 = np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(ml_dtypes.float8_e4m3fn)

@@ -1,5 +1,4 @@
-"""GGUF files: headers, and the config, tokenizer and names that their metadata stand for.
+"""GGUF files: headers, and the config, tokenizer and tensor names that their metadata describe.
 
-Files are read here up to the tensor table; the blocks themselves are the business of
-``formats.gguf``.
+Files are read up to the tensor table; ``packings`` and ``formats.gguf`` read the blocks.
 """

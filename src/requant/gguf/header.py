@@ -19,21 +19,21 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from requant.arrays.gguf import TYPES, BlockType
-from requant.errors import Problem, format_value
-from requant.gguf.foreign_types import unsupported_type
-from requant.limits import (
+from requant.checkpoints.safetensors_header import check_name, format_tensor_name
+from requant.core.files import open_regular
+from requant.core.limits import (
     MAX_GGUF_HEADER_BYTES,
     MAX_GGUF_ITEMS,
     MAX_GGUF_KEYS,
     MAX_GGUF_STRING_BYTES,
     MAX_INT,
     MAX_NAME_CHARS,
-    MAX_PROBLEMS,
     MAX_TENSORS,
 )
-from requant.safetensors_header import check_name, format_tensor_name
-from requant.source_folder import open_regular
+from requant.errors import MAX_PROBLEMS, Problem
+from requant.gguf.unsupported_types import unsupported_type
+from requant.kernels.gguf import TYPES, BlockType
+from requant.text import format_value
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)

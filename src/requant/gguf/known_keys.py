@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from requant.core.reasons import Note, NoteCode
+from requant.errors import MAX_PROBLEMS
 from requant.gguf.settings import ADVICE, Settings
-from requant.limits import MAX_PROBLEMS
-from requant.reasons import Note, NoteCode
 
 _ANY_PREFIX = ("rope.", "attention.")
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from requant.errors import Problem, format_value
+from requant.errors import Problem
+from requant.text import format_value
 
 
 class Metadata:

@@ -11,14 +11,15 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from types import MappingProxyType
 
-from requant.checkpoint import FileRange, JoinedTensor, StoredTensor
-from requant.dtypes import TensorInfo
-from requant.errors import Problem, format_value, join_first, pluralize
-from requant.gguf.families import SCALES, Architecture, setting_of
+from requant.checkpoints.checkpoint import FileRange, JoinedTensor, StoredTensor
+from requant.checkpoints.gguf_tensors import GgufModel, GgufTensor
+from requant.core.dtypes import TensorInfo
+from requant.core.reasons import Note, NoteCode
+from requant.errors import Problem
+from requant.gguf.architectures import SCALES, Architecture, setting_of
 from requant.gguf.header import TableEntry
 from requant.gguf.metadata import Metadata
-from requant.gguf_model import GgufModel, GgufTensor
-from requant.reasons import Note, NoteCode
+from requant.text import format_value, join_first, pluralize
 
 _MAX_EXPERTS = 1 << 14
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from requant.errors import format_value, join_or
 from requant.gguf.settings import ADVICE, Settings
+from requant.text import format_value, join_or
 
 _TYPE = "rope.scaling.type"
 _FACTOR = "rope.scaling.factor"

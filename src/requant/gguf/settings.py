@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from requant.core.reasons import Note
 from requant.gguf.metadata import Metadata
-from requant.reasons import Note
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Name in the file -> shape, outermost axis first."""

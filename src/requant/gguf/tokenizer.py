@@ -10,10 +10,17 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from requant.errors import format_value
 from requant.gguf.metadata import Metadata
-from requant.gguf.special import CONTROL, NORMAL, UNKNOWN, USER_DEFINED, special_id, token_kinds
-from requant.gguf.splitting import SPLITTINGS, UNSAID, PreTokenizer, splitting_of
+from requant.gguf.pretokenizers import SPLITTINGS, UNSAID, PreTokenizer, splitting_of
+from requant.gguf.special_tokens import (
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    USER_DEFINED,
+    special_id,
+    token_kinds,
+)
+from requant.text import format_value
 
 _TEMPLATE = "tokenizer.chat_template"
 _SPACE = "\u2581"  # SentencePiece's

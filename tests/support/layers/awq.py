@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from requant.awq_weights import AwqLoadConfig
+from requant.weights.awq import AwqLoadConfig
 
 # AutoAWQ's own order: the lowest nibble of a word holds output 0, the next output 2, ...
 OUTPUT_IN_NIBBLE = (0, 2, 4, 6, 1, 3, 5, 7)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from requant.arrays import native
+from requant.kernels import quantize as native
 from tests.support.number_formats import BF16
 
 

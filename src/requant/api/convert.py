@@ -1,0 +1,275 @@
+"""``plan`` and ``convert``: start reading here.
+
+Arguments become options, a source is opened, planned, run and published; the steps themselves
+are elsewhere.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Unpack
+
+from requant.bit_allocation.choose import allocate_bits
+from requant.bit_allocation.measurements import measurements_path
+from requant.checkpoints.checkpoint import Checkpoint
+from requant.checkpoints.folder_files import is_gguf
+from requant.core.reasons import Note, NoteCode
+from requant.core.types import Source
+from requant.errors import OutputError, UsageError
+from requant.execution.runner import options_for_retry, run_once
+from requant.execution.sink import NullSink
+from requant.output.folder import OutputFolder
+from requant.output.preflight import check_output
+from requant.output.staging import (
+    bytes_on_disk,
+    downloads_dir,
+    header_stubs_dir,
+    recorded_nonfinite_layers,
+    staged_bytes,
+    staging_dir,
+)
+from requant.planning.plan import Plan
+from requant.planning.planner import Planned, make_plan, plan_with_source
+from requant.planning.release_order import peak_disk_bytes
+from requant.quantization.config import Quantization
+from requant.quantization.option_signatures import read_arguments, takes_options
+from requant.quantization.options import ConvertOptions, RunOptions
+from requant.quantization.recipe_files import to_toml
+from requant.reports.report import Report, errors_for_record
+from requant.sources.hub_repository import Repository, find_repository, open_source
+from requant.sources.open import as_checkpoint
+
+if TYPE_CHECKING:
+    from requant.execution.option_keywords import ConvertKeywords, PlanKeywords
+
+
+@takes_options("plan")
+def plan(
+    source: Source,
+    quantization: Quantization | None = None,
+    **arguments: Unpack[PlanKeywords],
+) -> Plan:
+    """Lay out a conversion without doing it; only headers and JSON are read.
+
+    The options are those of ``convert`` that do not concern the output folder. A ``budget`` is
+    the exception to what is read: the source is, and each layer's error is measured.
+
+    Args:
+        source: As in ``convert``.
+        quantization: As in ``convert``.
+        **arguments: The options of ``ConvertOptions`` and ``RunOptions``, each by its name;
+            ``help`` and the reference list them.
+
+    Returns:
+        Layers with what becomes of each, the tensors to read and to write with their places,
+        sizes in bytes and bits per weight; ``to_dict`` is what ``requant plan --json`` prints.
+
+    Raises:
+        CheckpointError: Everything that is wrong with the source.
+        HubError: A repository is not reached, or refuses.
+        UsageError: Options that contradict each other or match no layer.
+        OutOfRangeError, UnknownValueError: An option has a value that there is not.
+
+    Example:
+        >>> made = plan("Llama-3.2-1B", bits=4, group_size=32)  # doctest: +SKIP
+        >>> made.bits_per_weight, made.bytes_out  # doctest: +SKIP
+    """
+    options, run = read_arguments("plan", quantization, arguments)
+    run.check_save_recipe(options)
+    remote = find_repository(source, run.revision)
+    if options.budget is not None:
+        options = allocate_bits(
+            open_source(source, remote, options.config_from),
+            options,
+            threads=run.threads,
+            max_memory=run.max_memory,
+            progress=run.progress,
+        )
+        write_recipe(run, options)
+    if remote is None:
+        return make_plan(as_checkpoint(source, options.config_from), options)
+    checkpoint = as_checkpoint(remote.read_headers(options.config_from), options.config_from)
+    plan = make_plan(checkpoint, options)
+    return replace(plan, notes=(*plan.notes, Note(NoteCode.DOWNLOAD, remote.download_summary())))
+
+
+@takes_options("convert")
+def convert(
+    source: Source,
+    output: Source,
+    quantization: Quantization | None = None,
+    **arguments: Unpack[ConvertKeywords],
+) -> Report:
+    """Convert a checkpoint folder into an MLX folder.
+
+    Args:
+        source: Folder with ``config.json`` and safetensors, or ``org/name`` of one on the hub,
+            or a GGUF file (``org/name:Q4_K_M`` on the hub); it is never modified.
+        output: Folder to write; it appears only when complete.
+        quantization: Target of the chosen layers. None keeps a quantized source as it is
+            and means affine, 4 bits, group 64 for a dense one.
+        **arguments: The options of ``ConvertOptions`` and ``RunOptions``, each by its name;
+            ``help`` and the reference list them.
+
+    Returns:
+        What was done, layer by layer.
+
+    Raises:
+        CheckpointError: Everything that is wrong with the source; nothing was written.
+        OutputError: The output exists, is being written by another process, or cannot be
+            written. What was done is kept for the next call; a note of the error says where.
+        UsageError: Options that contradict each other or match no layer.
+
+    Example:
+        >>> report = convert("source", "output", bits=4)  # doctest: +SKIP
+        >>> round(report.bits_per_weight, 2)  # doctest: +SKIP
+        4.5
+    """
+    began = time.perf_counter()
+    options, run = read_arguments("convert", quantization, arguments)
+    run.check_save_recipe(options)
+    folder = Path(output)
+    remote = find_repository(source, run.revision)
+    _check_consume_source(source, folder, remote, options, run)
+
+    opened = Path(source) if remote is None else _start_download(remote, folder, options, run)
+    if options.budget is not None:
+        options = _allocate_bits(opened, folder, options, run)
+        write_recipe(run, options)
+    # A local source that is to be deleted is read and computed once before its first file goes.
+    stubs = header_stubs_dir(folder) if run.consume_source and remote is None else None
+    if stubs is not None and not stubs.is_dir():
+        stubs = None
+        options = _dry_run(opened, options, run)
+    elif run.allow_nonfinite and run.resume:
+        options = replace(options, nonfinite_layers=frozenset(recorded_nonfinite_layers(folder)))
+
+    while True:
+        planned = plan_with_source(as_checkpoint(opened, options.config_from, stubs), options)
+        with _open_output(planned, folder, options, run) as sink:
+            attempt = run_once(planned, sink, options, run)
+            if not attempt.problems:
+                sink.publish(errors_for_record(planned.plan, attempt.result))
+                break
+        # The folder was left unpublished and without an error: nothing of it is kept.
+        options = options_for_retry(planned.plan, attempt, options, run)
+
+    if options.budget is not None:
+        measurements_path(folder).unlink(missing_ok=True)
+    return Report.build(planned.plan, str(output), attempt.result, time.perf_counter() - began)
+
+
+def write_recipe(run: RunOptions, options: ConvertOptions) -> None:
+    """Write the recipe that a budget chose to the file of ``save_recipe``.
+
+    Raises:
+        OutputError: The disk refuses it.
+    """
+    if run.save_recipe is None or options.recipe is None:
+        return
+    try:
+        with open(run.save_recipe, "x", encoding="utf-8") as file:
+            file.write(to_toml(options.recipe))
+    except OSError as error:
+        raise OutputError(f"{run.save_recipe}: {error.strerror or error}") from error
+
+
+def _check_consume_source(
+    source: Source,
+    output: Path,
+    remote: Repository | None,
+    options: ConvertOptions,
+    run: RunOptions,
+) -> None:
+    """Check that a source may be deleted file by file, or that none of it was.
+
+    Raises:
+        UsageError: Nobody said that it may be deleted, or it cannot be.
+        OutputError: A conversion that deletes its source was stopped, and this one does not.
+    """
+    if not run.consume_source:
+        if header_stubs_dir(output).is_dir():
+            raise OutputError(
+                f"{output}: a conversion that deletes its source was stopped, and what it made is "
+                f"in {staging_dir(output)}; go on with --consume-source --yes"
+            )
+        return
+    if options.budget is not None:
+        raise UsageError(
+            "--budget measures the source before it is converted: requant plan SOURCE --budget "
+            f"{options.budget} --save-recipe FILE.toml, then --recipe FILE.toml with "
+            "--consume-source"
+        )
+    if remote is None and not run.yes:
+        raise UsageError(
+            f"--consume-source deletes the weights in {source}; afterwards nothing can be verified "
+            "against them, and no other conversion made of them. --yes says that this is meant"
+        )
+    if is_gguf(Path(source)):
+        raise UsageError("--consume-source is for safetensors; a GGUF file goes as a whole or not")
+
+
+def _start_download(
+    remote: Repository, output: Path, options: ConvertOptions, run: RunOptions
+) -> Checkpoint:
+    """A source on the hub, to be downloaded now that its headers hold no problem."""
+    area = downloads_dir(output) if run.consume_source else None
+    checkpoint = as_checkpoint(remote.read_headers(options.config_from), options.config_from)
+    plan, spent = make_plan(checkpoint, options), staged_bytes(output)
+    if area is None:
+        most = sum(shard.nbytes for shard in plan.shards) + remote.cache_bytes_on_disk_of(output)
+    else:
+        spent += bytes_on_disk(area)
+        most = peak_disk_bytes(plan)
+    check_output(plan, output, run.force, spent, most)
+    return remote.start_download(checkpoint, area)
+
+
+def _allocate_bits(
+    opened: Path | Checkpoint, output: Path, options: ConvertOptions, run: RunOptions
+) -> ConvertOptions:
+    """The options with the recipe that the budget comes to."""
+    return allocate_bits(
+        opened,
+        options,
+        check=lambda first: check_output(first, output, run.force),
+        keep=measurements_path(output) if run.resume else None,
+        threads=run.threads,
+        max_memory=run.max_memory,
+        allow_nonfinite=run.allow_nonfinite,
+        progress=run.progress,
+        chunk_bytes=run.chunk_bytes,
+    )
+
+
+def _dry_run(opened: Path | Checkpoint, options: ConvertOptions, run: RunOptions) -> ConvertOptions:
+    """Read and compute everything once, so that nothing is found after files are gone.
+
+    Returns:
+        The options, with the layers that are left as they are.
+
+    Raises:
+        CheckpointError: A value forbids the conversion.
+    """
+    while True:
+        planned = plan_with_source(as_checkpoint(opened, options.config_from), options)
+        attempt = run_once(planned, NullSink(), options, run)
+        if not attempt.problems:
+            return options
+        options = options_for_retry(planned.plan, attempt, options, run)
+
+
+def _open_output(
+    planned: Planned, output: Path, options: ConvertOptions, run: RunOptions
+) -> OutputFolder:
+    return OutputFolder(
+        planned.plan,
+        planned.source.opened,
+        output,
+        run.force,
+        resume=run.resume,
+        options=options.to_dict(),
+        consume=run.consume_source,
+    )

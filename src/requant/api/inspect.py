@@ -1,0 +1,136 @@
+"""``inspect``: what a folder holds, without a wish in mind."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from requant.checkpoints.checkpoint import SourceFile
+from requant.core.regex import regex_time_budget
+from requant.core.types import Source
+from requant.errors import Problem, error_action
+from requant.formats.stale_blocks import read_source
+from requant.quantization.config import PerLayerQuantization
+from requant.sources.hub_repository import find_repository
+from requant.sources.open import read_checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """One layer or loose tensor as the source stores it."""
+
+    layer: str
+    encoding: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What a checkpoint folder holds."""
+
+    source: str
+    format: str
+    evidence: str  # what told the format
+    model_type: str
+    files: tuple[SourceFile, ...]
+    layers: tuple[Stored, ...]
+    quantization: PerLayerQuantization | None
+    side_files: tuple[str, ...]
+    left_out: tuple[tuple[str, str], ...]
+    problems: tuple[Problem, ...]
+
+    @property
+    def parameters(self) -> int:
+        """Logical weights."""
+        return sum(prod(layer.shape) for layer in self.layers)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of tensor data."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    @property
+    def encodings(self) -> dict[str, tuple[int, int, int]]:
+        """Encoding -> layers, parameters, bytes; largest first."""
+        layers, sizes, nbytes = Counter[str](), Counter[str](), Counter[str]()
+        for layer in self.layers:
+            layers[layer.encoding] += 1
+            sizes[layer.encoding] += prod(layer.shape)
+            nbytes[layer.encoding] += layer.nbytes
+        return {key: (layers[key], sizes[key], size) for key, size in nbytes.most_common()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The inspection as JSON data."""
+        return {
+            "source": self.source,
+            "format": self.format,
+            "evidence": self.evidence,
+            "model_type": self.model_type,
+            "parameters": self.parameters,
+            "nbytes": self.nbytes,
+            "bits_per_weight": 8 * self.nbytes / self.parameters if self.parameters else 0.0,
+            "quantization": self.quantization and self.quantization.to_dict(),
+            "files": [asdict(file) for file in self.files],
+            "layers": [asdict(layer) for layer in self.layers],
+            "side_files": list(self.side_files),
+            "left_out": [list(pair) for pair in self.left_out],
+            "problems": [asdict(problem) for problem in self.problems],
+        }
+
+
+@error_action("inspected")
+@regex_time_budget()
+def inspect(
+    source: Source, config_from: Source | None = None, revision: str | None = None
+) -> Inspection:
+    """Say what a folder holds; only headers and JSON are read.
+
+    Problems of the format (a missing scale, a shape that disagrees) are listed in the
+    result.
+
+    Args:
+        source: Folder, GGUF file, or ``org/name`` on the hub, as ``convert`` takes it.
+        config_from: For GGUF, as in ``convert``.
+        revision: Of a repository on the hub: branch, tag or commit.
+
+    Returns:
+        Format, layers with their encodings, sizes in bytes, and problems.
+
+    Raises:
+        CheckpointError: The folder itself cannot be read as a checkpoint.
+        HubError: A repository is not reached, or refuses.
+
+    Example:
+        >>> found = inspect("Llama-3-8B-AWQ")  # doctest: +SKIP
+        >>> found.nbytes, found.problems  # doctest: +SKIP
+    """
+    remote = find_repository(source, revision)
+    checkpoint = (
+        remote.read_headers(config_from) if remote else read_checkpoint(Path(source), config_from)
+    )
+    read = read_source(checkpoint)
+    layout = read.layout
+    return Inspection(
+        source=str(source),
+        format=read.format,
+        evidence=read.evidence,
+        model_type=str(checkpoint.config.get("model_type", "")),
+        files=checkpoint.files,
+        layers=tuple(
+            Stored(
+                layer.path,
+                layer.stored_as,
+                layer.shape,
+                sum(part.info.nbytes for part in layer.parts.values()),
+            )
+            for layer in layout.layers
+        ),
+        quantization=layout.quantization,
+        side_files=(*checkpoint.side_files, *sorted(checkpoint.opened.generated_files)),
+        left_out=checkpoint.left_out,
+        problems=layout.problems,
+    )

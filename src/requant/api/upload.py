@@ -1,0 +1,176 @@
+"""``requant upload``: an output of ours and its model card go to the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from requant.api.verify import verify
+from requant.checkpoints.folder_files import RECORD
+from requant.core.types import Source
+from requant.errors import CheckpointError, HubError, UsageError
+from requant.reports.model_card import _source_card, model_card
+from requant.reports.record_summary import read_figures
+from requant.sources.hub_client import hub_errors
+from requant.sources.hub_repository import CARD
+
+_ALTERED = f"uploaded, for it is not what its {RECORD} says; convert it anew"
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """What is, or would be, uploaded.
+
+    Attributes:
+        repository: ``org/name``.
+        card: The model card, Markdown.
+        files: Relative path -> bytes, the card included.
+        url: Of the commit; "" for a preview.
+        removed: Weight files of an earlier upload that the commit deletes, as the output has none
+            of that name and a loader would read both; empty for a preview, which asks nobody.
+    """
+
+    repository: str
+    card: str
+    files: Mapping[str, int]
+    url: str = ""
+    removed: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The upload as JSON data."""
+        return {
+            "repository": self.repository,
+            "files": dict(self.files),
+            "url": self.url,
+            "removed": list(self.removed),
+            "card": self.card,
+        }
+
+
+def upload(
+    output: Source,
+    repository: str,
+    *,
+    base_model: str | None = None,
+    private: bool = False,
+    preview: bool = False,
+    show_progress: bool = False,
+) -> Upload:
+    """Upload a folder that ``convert`` wrote, with a model card, as one commit.
+
+    What is uploaded is what the record says: the folder is verified first. Hidden files stay.
+
+    Weight files that reached the hub before are not sent again, so the same call goes on where
+    one was stopped. Weight files of an earlier upload that the output has not are deleted in the
+    same commit: a loader would read them too.
+
+    Args:
+        output: The folder; it is not changed.
+        repository: ``org/name``; created if it does not exist.
+        base_model: Id of the source on the hub; None takes what the record knows.
+        private: Create the repository as a private one; one that is public is refused.
+        preview: Only make the card and the list of files; the hub is not asked.
+        show_progress: Let huggingface_hub draw its bars on standard error.
+
+    Returns:
+        The card, the files with their sizes in bytes and, unless previewed, the commit's address.
+
+    Raises:
+        CheckpointError: The folder has no record of ours, or is not what it says.
+        HubError: The hub is not reached or refuses.
+        UsageError: ``repository`` is no ``org/name``.
+    """
+    check_name(repository)
+    folder = Path(output)
+    figures = read_figures(folder)
+    huggingface_hub = _library()
+    card = model_card(figures, repository, base_model, _source_card(folder, figures))
+    paths = {x.relative_to(folder).as_posix(): x for x in sorted(folder.rglob("*")) if x.is_file()}
+    paths = {name: path for name, path in paths.items() if not _is_hidden(name)}
+    sizes = {name: path.stat().st_size for name, path in paths.items()}
+    sizes[CARD] = len(card.encode())
+    if preview:
+        return Upload(repository, card, sizes)
+    if problems := verify(folder).problems:
+        raise CheckpointError(str(folder), problems, _ALTERED)
+    paths.pop(CARD, None)
+    add = huggingface_hub.CommitOperationAdd
+    operations = [add(name, str(path)) for name, path in paths.items()]
+    operations.append(add(CARD, card.encode()))
+    api = huggingface_hub.HfApi()
+    with hub_errors(repository, "main", sending=True), _bars(show_progress):
+        api.create_repo(repository, private=private, exist_ok=True)
+        known = api.model_info(repository)
+        if private and known.private is False:
+            raise HubError(
+                f"{repository}: is public already, and --private is for a new repository; nothing "
+                "was uploaded. Make it private in its settings, or leave out --private"
+            )
+        there = [x.rfilename for x in known.siblings or ()]
+        removed = tuple(name for name in there if _is_weights(name) and name not in paths)
+        operations += [huggingface_hub.CommitOperationDelete(name) for name in removed]
+        message = f"Converted by requant {figures.requant}"
+        made = api.create_commit(repository, operations, commit_message=message)
+    return Upload(repository, card, sizes, str(made.commit_url), removed)
+
+
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith(".") for part in name.split("/"))
+
+
+def _is_weights(name: str) -> bool:
+    """Whether a file of a repository is one that a loader of MLX checkpoints takes for weights."""
+    return "/" not in name and name.endswith((".safetensors", ".safetensors.index.json"))
+
+
+def check_name(repository: str) -> None:
+    """Refuse what is no ``org/name``.
+
+    Raises:
+        UsageError: It is none.
+    """
+    organization, slash, name = repository.partition("/")
+    if not (organization and slash and name) or "/" in name:
+        raise UsageError(f"{repository!r} is no repository; write it as org/name")
+
+
+def check_ready(repository: str) -> None:
+    """Say before a long conversion why its upload could not even begin; the hub is not asked.
+
+    Raises:
+        HubError: huggingface_hub or a token is missing.
+        UsageError: ``repository`` is no ``org/name``.
+    """
+    check_name(repository)
+    huggingface_hub = _library()
+    if huggingface_hub.get_token() is None:
+        raise HubError(
+            f"{repository}: uploading needs a token: log in with `hf auth login` or set HF_TOKEN"
+        )
+
+
+def _library() -> Any:
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise HubError("uploading needs huggingface_hub: pip install 'requant[hub]'") from None
+    return huggingface_hub
+
+
+@contextmanager
+def _bars(shown: bool) -> Iterator[None]:
+    """huggingface_hub's bars, only where they are wanted."""
+    from huggingface_hub import utils as known
+
+    utils: Any = known  # not all of its names are exported by the letter
+    if shown or utils.are_progress_bars_disabled():
+        yield
+        return
+    utils.disable_progress_bars()
+    try:
+        yield
+    finally:
+        utils.enable_progress_bars()

@@ -1,0 +1,251 @@
+"""Sums over the inputs of linear layers, taken while a model of mlx-lm runs.
+
+The layers are watched by their classes' ``__call__``: MLX's ``Linear``, mlx-lm's ``SwitchLinear``
+(experts, each by its own tokens) and the embedding where it is the head. Sums are of float64,
+Hessians of float32, so that they grow with a layer and not with the text.
+
+On a CPU what is watched can be multiplied by NumPy, whose BLAS is many times faster than MLX there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from requant.importance.layer_names import layer_key, same_input
+from requant.importance.reader import LayerStatistics
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+    from mlx.nn.layers.base import Module
+
+
+def hessian_bytes(matrices: int, n_in: int) -> int:
+    """What the Hessians of a layer's matrices take."""
+    return 4 * matrices * n_in * n_in
+
+
+class Sums:
+    """What one layer, or a stack of experts, was given so far."""
+
+    def __init__(self, experts: int, n_in: int, with_hessian: bool, stacked: bool) -> None:
+        self.stacked = stacked
+        self.count = np.zeros(experts, np.float64)
+        self.squares = np.zeros((experts, n_in), np.float64)
+        self.absolutes = np.zeros((experts, n_in), np.float64)
+        self.products = np.zeros((experts, n_in, n_in), np.float32) if with_hessian else None
+
+    def add(self, x: np.ndarray, expert: int = 0) -> None:
+        """Add inputs, float32 ``(tokens, in)``, of one matrix."""
+        self.count[expert] += len(x)
+        self.squares[expert] += np.einsum("ti,ti->i", x, x, dtype=np.float64)
+        self.absolutes[expert] += np.abs(x).sum(0, dtype=np.float64)
+        if self.products is not None:
+            self.products[expert] += x.T @ x
+
+    def are_finite(self) -> bool:
+        """Whether none is NaN or infinite."""
+        return bool(np.isfinite(self.squares).all())
+
+    def statistics(self) -> LayerStatistics:
+        """The means; zeros where nothing was seen."""
+        over = np.maximum(self.count, 1.0)[:, None]
+        means = [(sums / over).astype(np.float32) for sums in (self.squares, self.absolutes)]
+        if not self.stacked:
+            means = [mean[0] for mean in means]
+        return LayerStatistics(means[0], self.count, means[1])
+
+    def hessian(self) -> np.ndarray:
+        """The mean of ``x x^T``, symmetric."""
+        assert self.products is not None
+        made = self.products / np.maximum(self.count, 1.0).astype(np.float32)[:, None, None]
+        return made if self.stacked else made[0]
+
+    @property
+    def hessian_shape(self) -> tuple[int, ...]:
+        """Shape of what ``hessian`` gives."""
+        experts, n_in = self.squares.shape
+        return (experts, n_in, n_in) if self.stacked else (n_in, n_in)
+
+
+@dataclass(frozen=True, slots=True)
+class _Note:
+    """An input as a layer got it; not evaluated yet."""
+
+    path: str
+    x: mx.array
+    experts: mx.array | None
+    matrices: int
+
+
+class Collector:
+    """Watches layers, and sums up what they are given.
+
+    Attributes:
+        sums: Layer path -> its sums. Of layers that read one input, the first stands for all.
+        too_wide: Layers whose Hessian is more than ``most_hessian_bytes``.
+    """
+
+    def __init__(
+        self,
+        paths: Mapping[int, str],
+        with_hessians: bool,
+        most_hessian_bytes: int,
+        *,
+        with_numpy: bool = False,
+    ) -> None:
+        """Watch the layers of ``paths``: ``id`` of a module -> its path.
+
+        ``with_numpy``: evaluate at once, and multiply by NumPy, what is float32.
+        """
+        self.with_numpy = with_numpy
+        self.paths, self.with_hessians, self.most = paths, with_hessians, most_hessian_bytes
+        self.sums: dict[str, Sums] = {}
+        self.too_wide: set[str] = set()
+        self.called: set[str] = set()
+        self._notes: list[_Note] = []
+
+    @contextmanager
+    def observing(self) -> Iterator[None]:
+        """Within, the layers' inputs are noted."""
+        from mlx.nn.layers.embedding import Embedding
+        from mlx.nn.layers.linear import Linear
+        from mlx_lm.models.switch_layers import SwitchLinear
+
+        kinds: tuple[tuple[type, str, Callable[..., mx.array | None]], ...] = (
+            (Linear, "__call__", self._linear),
+            (SwitchLinear, "__call__", self._experts),
+            (Embedding, "as_linear", self._head),
+        )
+        before = [getattr(kind, name) for kind, name, _ in kinds]
+        try:
+            for (kind, name, watch), original in zip(kinds, before, strict=True):
+                setattr(kind, name, _watched(original, watch))
+            yield
+        finally:
+            for (kind, name, _), original in zip(kinds, before, strict=True):
+                setattr(kind, name, original)
+
+    def _head(self, layer: Module, x: mx.array) -> None:
+        path = self.paths.get(id(layer))
+        if path is not None:
+            self._note(_Note(path, x, None, 1))
+
+    def _linear(self, layer: Module, x: mx.array) -> mx.array | None:
+        self._head(layer, x)
+        return _product(layer, x) if self._multiplies(layer) else None
+
+    def _experts(
+        self, layer: Module, x: mx.array, indices: mx.array, *_: Any, **__: Any
+    ) -> mx.array | None:
+        path = self.paths.get(id(layer))
+        if path is not None:
+            self._note(_Note(path, x, indices, layer.weight.shape[0]))
+        return _products(layer, x, indices) if self._multiplies(layer) else None
+
+    def _multiplies(self, layer: Module) -> bool:
+        import mlx.core as mx
+
+        return self.with_numpy and id(layer) in self.paths and layer.weight.dtype == mx.float32
+
+    def _note(self, note: _Note) -> None:
+        self.called.add(note.path)
+        if not any(_share(note, other) for other in self._notes):
+            self._notes.append(note)
+
+    def flush(self, *others: mx.array) -> None:
+        """Evaluate what was noted, together with ``others``, and add it up."""
+        import mlx.core as mx
+
+        arrays = [a for note in self._notes for a in (note.x, note.experts) if a is not None]
+        mx.eval(*arrays, *others)
+        for note in self._notes:
+            self._add(note)
+        self._notes.clear()
+
+    def _add(self, note: _Note) -> None:
+        import mlx.core as mx
+
+        n_in = note.x.shape[-1]
+        if note.path not in self.sums:
+            wide = hessian_bytes(note.matrices, n_in) > self.most
+            if self.with_hessians and wide:
+                self.too_wide.add(note.path)
+            wanted = self.with_hessians and not wide
+            stacked = note.experts is not None
+            self.sums[note.path] = Sums(note.matrices, n_in, wanted, stacked)
+        found = self.sums[note.path]
+        if note.experts is None:
+            x = np.array(note.x.astype(mx.float32), copy=False).reshape(-1, n_in)
+            found.add(x)
+            return
+        x = _rows_of_experts(note.x, note.experts)
+        for expert, places in _by_expert(note.x, note.experts):
+            found.add(x[places], expert)
+
+
+def _share(note: _Note, other: _Note) -> bool:
+    """Whether two layers read one input, and are found under each other's names."""
+    if note.x is not other.x or note.experts is not other.experts:
+        return False
+    mine, theirs = layer_key(note.path), layer_key(other.path)
+    return mine is not None and theirs is not None and theirs in same_input(mine)
+
+
+def _watched(
+    original: Callable[..., Any], watch: Callable[..., mx.array | None]
+) -> Callable[..., Any]:
+    def call(layer: Any, *args: Any, **kwargs: Any) -> Any:
+        made = watch(layer, *args, **kwargs)
+        return original(layer, *args, **kwargs) if made is None else made
+
+    return call
+
+
+def _batch(x: mx.array, indices: mx.array) -> tuple[int, ...]:
+    """Places that ask an expert: inputs ``(..., rows, in)`` and indices spread over each other."""
+    return np.broadcast_shapes(x.shape[:-2], indices.shape)
+
+
+def _rows_of_experts(x: mx.array, indices: mx.array) -> np.ndarray:
+    """Float32 ``(places * rows, in)``: what each place gives the expert that it asks."""
+    import mlx.core as mx
+
+    spread = mx.broadcast_to(x, (*_batch(x, indices), *x.shape[-2:]))
+    return np.array(spread.astype(mx.float32)).reshape(-1, x.shape[-1])
+
+
+def _by_expert(x: mx.array, indices: mx.array) -> Iterator[tuple[int, np.ndarray]]:
+    """Each expert that is asked, and which rows it is given."""
+    places = np.broadcast_to(np.array(indices), _batch(x, indices))
+    asked = np.repeat(places.reshape(-1), x.shape[-2])
+    order = np.argsort(asked, kind="stable")
+    experts, starts = np.unique(asked[order], return_index=True)
+    for expert, rows in zip(experts, np.split(order, starts[1:]), strict=True):
+        yield int(expert), rows
+
+
+def _product(layer: Any, x: mx.array) -> mx.array:
+    import mlx.core as mx
+
+    rows = np.array(x.astype(mx.float32), copy=False).reshape(-1, x.shape[-1])
+    made = rows @ np.array(layer.weight, copy=False).T
+    if "bias" in layer:
+        made += np.array(layer.bias, copy=False)
+    return mx.array(made.reshape(*x.shape[:-1], -1))
+
+
+def _products(layer: Any, x: mx.array, indices: mx.array) -> mx.array:
+    import mlx.core as mx
+
+    rows, weight = _rows_of_experts(x, indices), np.array(layer.weight, copy=False)
+    made = np.empty((len(rows), weight.shape[1]), np.float32)
+    for expert, places in _by_expert(x, indices):
+        made[places] = rows[places] @ weight[expert].T
+        if "bias" in layer:
+            made[places] += np.array(layer.bias, copy=False)[expert]
+    return mx.array(made.reshape(*_batch(x, indices), x.shape[-2], -1))

@@ -1,0 +1,71 @@
+"""Text for a calibration: files to windows of token ids, drawn from all over them by a seed.
+
+Reads text files and asks a tokenizer; knows no model and writes nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from requant.core.types import Source
+from requant.errors import UsageError
+from requant.mlx_lm.evaluation import read_documents
+
+DEFAULT_TEXT = Path(__file__).parent / "assets" / "calibration.txt"
+_PIECE_CHARS = 1 << 18  # of a longer text, pieces are drawn
+_READ_AHEAD = 8  # times the tokens wanted are read, for windows from all over the text
+
+
+def texts_of(text: Source | Sequence[Source] | None) -> list[Path]:
+    """The files that are meant: those that are named, or the text that comes with requant."""
+    if text is None:
+        return [DEFAULT_TEXT]
+    named = [text] if isinstance(text, str | os.PathLike) else list(text)
+    return [Path(one) for one in named] or [DEFAULT_TEXT]
+
+
+def windows_of(
+    tokenizer: Any, texts: Sequence[Path], tokens: int, window: int, seed: int
+) -> np.ndarray:
+    """Token ids, int64 ``(windows, window)``: windows from all over the texts, in their order.
+
+    Raises:
+        UsageError: The texts do not fill one window, or cannot be read.
+    """
+    ids: list[int] = []
+    for number, path in enumerate(texts, 1):
+        most = _READ_AHEAD * tokens * number // len(texts)  # each file has its share
+        try:
+            for piece in _pieces(path, seed):
+                if len(ids) >= most:
+                    break
+                ids += tokenizer.encode(piece)
+        except OSError as error:
+            raise UsageError(f"--text {path}: {error.strerror or error}") from error
+    count = len(ids) // window
+    if not count:
+        names = ", ".join(map(str, texts))
+        raise UsageError(
+            f"{names}: {len(ids):,} tokens do not fill one window of "
+            f"{window:,}: give more text, or a lower --window"
+        )
+    cut = np.array(ids[: count * window], np.int64).reshape(count, window)
+    wanted = min(tokens // window, count)
+    taken = np.sort(np.random.default_rng(seed).permutation(count)[:wanted])
+    return cut[taken]
+
+
+def _pieces(path: Path, seed: int) -> Iterator[str]:
+    """The documents of a file in an order of the seed's; long ones in pieces."""
+    pieces = [
+        document[start : start + _PIECE_CHARS]
+        for document in read_documents(path)
+        for start in range(0, len(document), _PIECE_CHARS)
+    ]
+    for number in np.random.default_rng(seed).permutation(len(pieces)):
+        yield pieces[number]

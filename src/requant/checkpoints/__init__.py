@@ -1,0 +1,1 @@
+"""What a checkpoint is, and folders with safetensors files."""

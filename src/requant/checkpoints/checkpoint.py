@@ -1,0 +1,314 @@
+"""Pipeline stage 1: what a Checkpoint is, whichever files it was read from.
+
+A ``Checkpoint`` is frozen data about names, shapes and byte ranges, and refers to an
+``OpenedSource``: the object that reads bytes, and that changes while it does. Of tensor data only
+the small tensors are read that formats need to describe a layer. ``sources.read_checkpoint``
+makes a Checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+import numpy as np
+
+from requant.checkpoints.gguf_tensors import GgufModel
+from requant.core.dtypes import FLOATS, NUMPY_DTYPE, TensorInfo
+from requant.core.files import open_regular
+from requant.core.limits import MAX_SMALL_TENSOR_BYTES
+from requant.core.reasons import Note
+from requant.errors import CheckpointError, Problem
+from requant.text import damage
+
+Key = tuple[str, ...]
+"""Where a value of a config stands: ("text_config", "tie_word_embeddings")."""
+
+COMPARED: Final = "compared.json"
+"""Beside twins: which tensors were found to be equal, or not, before files went."""
+
+REMOVED: Final = object()
+"""Instead of a value of a config: the key is to go."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """Where a tensor lies: a file of the checkpoint and an absolute byte offset in it."""
+
+    name: str
+    info: TensorInfo
+    file: str
+    offset: int
+
+    @property
+    def ranges(self) -> tuple[FileRange, ...]:
+        """Where its bytes lie, in order."""
+        return (FileRange(self.file, self.offset, self.info.nbytes),)
+
+
+@dataclass(frozen=True, slots=True)
+class FileRange:
+    """A run of bytes of a source file."""
+
+    file: str
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class JoinedTensor:
+    """A tensor whose bytes are those of several places, one after another."""
+
+    name: str
+    info: TensorInfo
+    ranges: tuple[FileRange, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ComputedTensor:
+    """A tensor that a model's own rule computes from others when it is needed."""
+
+    name: str
+    info: TensorInfo
+    inputs: tuple[str, ...]
+
+
+SourceTensor = StoredTensor | JoinedTensor | ComputedTensor
+
+
+def cut(tensor: SourceTensor, start: int, stop: int) -> Iterator[FileRange]:
+    """Where bytes ``start`` to ``stop`` of a tensor lie."""
+    assert not isinstance(tensor, ComputedTensor)
+    for piece in tensor.ranges:
+        low, high = max(start, 0), min(stop, piece.nbytes)
+        if low < high:
+            yield FileRange(piece.file, piece.offset + low, high - low)
+        start, stop = start - piece.nbytes, stop - piece.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """A weight file; the hash covers its length prefix and header JSON."""
+
+    name: str
+    nbytes: int
+    header_sha256: str
+
+
+class WeightFileProvider(Protocol):
+    """Weight files that come while others are read (``downloads``)."""
+
+    @property
+    def consumed(self) -> bool:
+        """Whether a file goes as soon as nothing needs it."""
+
+    @property
+    def bytes_here(self) -> int:
+        """How many of the bytes that were missing at the beginning have come."""
+
+    @property
+    def bytes_expected(self) -> int:
+        """How many were missing."""
+
+    def start(self, order: Sequence[str]) -> None:
+        """Let files come, those first that are needed first."""
+
+    def wait_for(self, name: str, stop: Callable[[], bool]) -> Path | None:
+        """Where a file is, once it is; None if ``stop`` says so before."""
+
+    def release(self, name: str) -> None:
+        """Nothing will be read of a file any more."""
+
+    def stop(self) -> None:
+        """Let nothing come any more."""
+
+
+class OpenedSource:
+    """The files of one checkpoint while they are read. Not data: its state grows with the reads.
+
+    It reads ranges of bytes and small tensors, remembers which, and holds what is alive about a
+    source: the function that fetches bytes from the hub, the downloader of weight files, and the
+    functions that generate files. A ``Plan`` refers to none of it.
+
+    Args:
+        path: The folder of the files.
+        header_stubs: A folder with the headers of weight files that a stopped run has deleted.
+        fetch: Reads a range of bytes where the files hold headers only (``hub``).
+        downloader: Brings the weight files, where they are not in the folder.
+        generated_files: Name -> content of files that an output gets and the folder does not have.
+        compared: What an earlier run found when it compared tensors.
+
+    Attributes:
+        small_tensor_ranges: What was read of the weight files so far.
+        damaged: Of the small tensors that were read, those with NaN or infinity: one problem each.
+        compared: Names of two tensors -> whether they hold the same values, once that is known.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        header_stubs: Path | None = None,
+        fetch: Callable[[FileRange], bytes] | None = None,
+        downloader: WeightFileProvider | None = None,
+        generated_files: Mapping[str, Callable[[], bytes]] | None = None,
+        compared: Mapping[str, bool] | None = None,
+    ) -> None:
+        self.path = path
+        self.header_stubs = header_stubs
+        self.fetch = fetch
+        self.downloader = downloader
+        self.generated_files = dict(generated_files or {})
+        self.small_tensor_ranges: list[FileRange] = []
+        self.damaged: dict[str, Problem] = {}
+        self.compared: dict[str, bool] = dict(compared or {})
+
+    def with_downloader(self, path: Path, downloader: WeightFileProvider) -> OpenedSource:
+        """The same source in another folder, into which the downloader brings the weight files."""
+        opened = OpenedSource(
+            path,
+            header_stubs=self.header_stubs,
+            fetch=self.fetch,
+            downloader=downloader,
+            generated_files=self.generated_files,
+            compared=self.compared,
+        )
+        opened.small_tensor_ranges += self.small_tensor_ranges
+        opened.damaged |= self.damaged
+        return opened
+
+    def weight_path(self, file: str) -> Path:
+        """Where a weight file is read: its header stub, where the file itself is gone."""
+        return weight_path(self.path, self.header_stubs, file)
+
+    def size_of(self, files: Iterable[str]) -> int:
+        """Bytes of files of the folder together."""
+        return sum((self.path / file).stat().st_size for file in files)
+
+    def read_small_tensor(self, tensor: SourceTensor) -> np.ndarray:
+        """The data of a small tensor that decides what a layer is: a ``g_idx``, block scales.
+
+        Raises:
+            CheckpointError: The file cannot be read, or is shorter than its header says, or
+                the tensor is too large to be read before the work begins.
+        """
+        name = tensor.name
+        assert not isinstance(tensor, ComputedTensor), name
+        if tensor.info.nbytes > MAX_SMALL_TENSOR_BYTES:
+            message = (
+                f"{tensor.info}, at most {MAX_SMALL_TENSOR_BYTES:,} bytes are read while planning"
+            )
+            raise CheckpointError(str(self.path), [Problem(name, message)])
+        data = bytearray()
+        for part in tensor.ranges:
+            data += self.read_range(part)
+            self.small_tensor_ranges.append(part)
+        found = np.frombuffer(bytes(data), NUMPY_DTYPE[tensor.info.dtype])
+        bad = ~np.isfinite(found) if tensor.info.dtype in FLOATS else np.zeros(0, np.bool_)
+        if bad.any():
+            row = int(bad.argmax()) // (tensor.info.shape or (1,))[-1]
+            self.damaged[name] = Problem(name, damage("scales", int(bad.sum()), row))
+        return found.reshape(tensor.info.shape)
+
+    def read_range(self, part: FileRange) -> bytes:
+        """A range of bytes of a weight file."""
+        if self.fetch is not None:
+            return self.fetch(part)
+        message = ""
+        try:
+            with open(open_regular(self.weight_path(part.file)), "rb", buffering=0) as file:
+                file.seek(part.offset)
+                data = file.read(part.nbytes)
+        except OSError as error:
+            message = f"cannot be read: {error.strerror or error}"
+        else:
+            if len(data) < part.nbytes:
+                message = "is shorter than its header says"
+        if message:
+            raise CheckpointError(str(self.path), [Problem(part.file, message)])
+        return data
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A source with everything that can be known without reading tensor data.
+
+    Frozen data, but for ``opened``: the object that reads the source's files. Two checkpoints
+    are equal if their data are.
+
+    Attributes:
+        files: The weight files, in natural order.
+        tensors: Every tensor by name, in the order of files, then of offsets.
+        config: ``config.json``, parsed.
+        config_text: ``config.json`` as it is in the file.
+        side_files: Relative paths of the files that an output carries over unchanged.
+        left_out: Relative paths of files that it does not, each with the reason.
+        notes: What the user should know of the files: what is read or carried over, and why.
+        quantization_files: The JSON files beside config.json in which tools describe their
+            quantization, parsed, by name.
+        metadata: ``__metadata__`` of the weight files, the first file's entry where two differ.
+        corrections: Key of ``config`` -> what it is by the tensors, where the file says another
+            thing.
+        gguf: How tensors are stored, where the source is GGUF.
+        origin: What the user named, where it is not the folder.
+        repository: Of the hub: its id, and the commit.
+        opened: The files, for whatever reads them.
+    """
+
+    files: tuple[SourceFile, ...]
+    tensors: Mapping[str, SourceTensor]
+    config: Mapping[str, Any]
+    config_text: str
+    side_files: tuple[str, ...]
+    left_out: tuple[tuple[str, str], ...]
+    notes: tuple[Note, ...] = ()
+    quantization_files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    corrections: Mapping[Key, Any] = field(default_factory=dict)
+    gguf: GgufModel | None = None
+    origin: Path | None = None
+    repository: tuple[str, str] | None = None
+    opened: OpenedSource = field(compare=False, repr=False)
+
+    @property
+    def path(self) -> Path:
+        """The folder."""
+        return self.opened.path
+
+    @property
+    def source(self) -> Path:
+        """What the user named."""
+        return self.origin or self.path
+
+    def corrected(self, changes: Mapping[Key, Any]) -> Checkpoint:
+        """The same with other values in its config; ``REMOVED`` takes a key out."""
+        if not changes:
+            return self
+        config = with_changes(self.config, changes)
+        return replace(self, config=config, corrections={**self.corrections, **changes})
+
+    def read_small_tensor(self, name: str) -> np.ndarray:
+        """The data of a small tensor, as ``OpenedSource.read_small_tensor`` reads it."""
+        return self.opened.read_small_tensor(self.tensors[name])
+
+
+def with_changes(config: Mapping[str, Any], changes: Mapping[Key, Any]) -> dict[str, Any]:
+    """A config with other values under some of its keys; ``config`` stays as it is."""
+    changed = dict(config)
+    for (key, *rest), value in changes.items():
+        if rest:
+            changed[key] = with_changes(changed.get(key) or {}, {tuple(rest): value})
+        elif value is REMOVED:
+            changed.pop(key, None)
+        else:
+            changed[key] = value
+    return changed
+
+
+def weight_path(folder: Path, stubs: Path | None, file: str) -> Path:
+    """Where a weight file of a folder is read: its twin, where the file itself is gone."""
+    gone = stubs is not None and not os.path.lexists(folder / file)
+    return stubs / file if stubs is not None and gone else folder / file

@@ -1,0 +1,251 @@
+"""Commands around a conversion: convert, plan, generate, and calibrate, whose file weighs one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from requant.cli.error_handling import handle_errors, print_json, print_stderr
+from requant.cli.options import (
+    Calibrated,
+    DryRun,
+    Hessian,
+    Json,
+    MaxTokens,
+    Output,
+    Private,
+    Prompt,
+    Quiet,
+    Raw,
+    Seed,
+    Source,
+    StatisticsFile,
+    TableOptions,
+    Texts,
+    TextTokens,
+    TextWindow,
+    UploadTo,
+    options_of_command,
+    with_options,
+)
+from requant.cli.progress import counting_display, progress_display
+from requant.cli.text_format import escape_control_chars
+from requant.cli.upload import send
+from requant.errors import UsageError
+
+if TYPE_CHECKING:
+    from requant.planning.plan import Plan
+
+
+@with_options(*options_of_command("convert"))
+def convert(
+    source: Source,
+    output: Output,
+    *,
+    options: TableOptions,
+    upload_to: UploadTo = None,
+    private: Private = False,
+    dry_run: DryRun = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write SOURCE as an MLX checkpoint folder OUTPUT.
+
+    A quantized source is kept as it is unless --bits, --mode or --dequantize say
+    otherwise; a dense one becomes affine, 4 bits, group 64 unless they do.
+
+    \b
+    Examples:
+      requant convert Llama-3.2-1B out --bits 4
+      requant convert Llama-3.2-1B out --mode mxfp4
+      requant convert Llama-3.2-1B out --bits 4 --override 'embed_tokens=6'
+      requant convert Mixtral-8x7B out --bits 4 --layout mlx-lm
+      requant convert Qwen3-30B-A3B out --recipe mixed_3_6
+      requant convert Llama-3.2-1B out --bits 3 --search best
+      requant convert Llama-3.2-1B out --bits 3 --imatrix imatrix.gguf
+      requant convert Llama-3.2-1B out --bits 3 --gptq --imatrix stats.safetensors
+      requant convert Llama-3.2-1B out --budget 4 --search best
+      requant convert Llama-3-8B-AWQ out
+      requant convert Llama-3.2-1B-Q4_K_M.gguf out
+      requant convert mlx-4bit out --dequantize --dtype bfloat16
+
+    SOURCE may be a repository on the hub; it is downloaded once its headers hold no problem.
+    Stopped (Ctrl-C, kill, a full disk), the same command goes on where it was.
+    """  # noqa: D301
+    from requant.api import convert as conversion
+    from requant.api import upload as publishing
+    from requant.cli import tables
+
+    if dry_run:
+        force = options["force"]
+        options = {name: options[name] for name in options_of_command("plan")}
+        with handle_errors():
+            with progress_display(quiet or options["budget"] is None) as progress:
+                plan = conversion.plan(source, **options, progress=progress)
+            _print_plan(plan, options, json, quiet, output, force)
+        return
+    with handle_errors():
+        if private and upload_to is None:
+            raise UsageError("--private is about an upload: add --upload ORG/NAME")
+        if options["yes"] and not options["consume_source"]:
+            raise UsageError("--yes answers the question of --consume-source: add it")
+        if upload_to is not None:
+            publishing.check_ready(upload_to)
+    with handle_errors(), progress_display(quiet) as progress:
+        report = conversion.convert(source, output, **options, progress=progress)
+    if upload_to is not None:
+        send(output, upload_to, None, private, quiet)
+    with handle_errors():
+        if json:
+            print_json(report.to_dict())
+        elif not quiet:
+            tables.show_report(report)
+        if json or quiet:
+            for warning in tables.warnings(report):
+                print_stderr(f"warning: {warning}")
+
+
+@with_options(*options_of_command("plan"))
+def plan(source: Source, *, options: TableOptions, json: Json = False) -> None:
+    """Show what convert would write: layers, modes, sizes and memory.
+
+    Reads headers and config.json only; --budget reads the weights too, and measures. --json
+    prints the whole plan: every tensor to read and to write, with its place.
+
+    \b
+    Examples:
+      requant plan Llama-3.2-1B --bits 4
+      requant plan Llama-3.2-1B --bits 4 --only 'mlp' --override 'down_proj=6'
+      requant plan Llama-3.2-1B --budget 4.5 --save-recipe mine.toml
+    """  # noqa: D301
+    from requant.api import convert as conversion
+
+    with handle_errors():
+        with progress_display(quiet=options["budget"] is None) as progress:
+            plan = conversion.plan(source, **options, progress=progress)
+        _print_plan(plan, options, json)
+
+
+@with_options(*options_of_command("generate"))
+def generate(
+    source: Source,
+    prompt: Prompt,
+    *,
+    max_tokens: MaxTokens = 100,
+    raw: Raw = False,
+    options: TableOptions,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Convert SOURCE in memory and let it go on from a prompt.
+
+    A look at what a conversion is worth, before or after it is written; needs mlx-lm.
+    The options are those of convert, and so are the weights. The likeliest token is taken
+    each time, so the same model says the same.
+
+    \b
+    Examples:
+      requant generate Llama-3.2-1B-4bit --prompt "What is a file?"
+      requant generate Llama-3.2-1B --bits 4 --prompt "What is a file?" --max-tokens 50
+    """  # noqa: D301
+    from requant import mlx_lm
+    from requant.cli import tables
+
+    def show(text: str) -> None:
+        print(escape_control_chars(text.expandtabs(4)), end="", flush=True)
+
+    with handle_errors():
+        with progress_display(quiet) as progress:
+            loaded = mlx_lm.load_with_report(source, **options, progress=progress)
+        for warning in tables.warnings(loaded.report):
+            print_stderr(f"warning: {warning}")
+        made = mlx_lm.generate(
+            loaded, prompt, max_tokens=max_tokens, raw=raw, on_text=None if json else show
+        )
+        if json:
+            print_json(made.to_dict())
+            return
+        print(flush=True)
+        if not quiet:
+            print_stderr(tables.describe_generation(made))
+
+
+@with_options("revision", "config_from", "threads", "force", "resume")
+def calibrate(
+    model: Calibrated,
+    output: StatisticsFile,
+    *,
+    text: Texts = None,
+    hessian: Hessian = False,
+    tokens: TextTokens = 32_768,
+    window: TextWindow = 512,
+    seed: Seed = 0,
+    options: TableOptions,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run a model over a text and write statistics of its layers.
+
+    They say what the inputs of each layer look like, and weigh the search of convert:
+    --imatrix FILE. Give text like that which the model will see, and not the text that you
+    judge it by. Needs mlx-lm; one block's weights are in memory at a time. Stopped, the same
+    command goes on where it was.
+
+    \b
+    Examples:
+      requant calibrate Llama-3.2-1B -o stats.safetensors --text notes.txt
+      requant calibrate Llama-3.2-1B -o stats.safetensors --text chats.jsonl --hessian
+      requant convert Llama-3.2-1B out --bits 3 --imatrix stats.safetensors
+    """  # noqa: D301
+    from requant.calibration import block_run
+    from requant.cli import tables
+
+    with handle_errors():
+        with counting_display(quiet) as progress:
+            found = block_run.calibrate(
+                model,
+                output,
+                text,
+                hessian=hessian,
+                tokens=tokens,
+                window=window,
+                seed=seed,
+                **options,
+                progress=progress,
+                on_note=lambda note: print_stderr(f"warning: {note}"),
+            )
+        if json:
+            print_json(found.to_dict())
+        elif not quiet:
+            tables.show_calibration(found)
+
+
+def _print_plan(
+    plan: Plan,
+    options: TableOptions,
+    json: bool,
+    quiet: bool = False,
+    output: Path | None = None,
+    force: bool = False,
+) -> None:
+    from requant.cli import tables
+    from requant.execution.resources import plan_resources
+    from requant.output.preflight import check_output
+    from requant.planning.release_order import peak_disk_bytes
+
+    budget = plan_resources(plan, options["threads"], options["max_memory"])
+    if output is not None:
+        check_output(plan, output, force)
+    if json:
+        memory = {
+            "peak_bytes": budget.peak_bytes,
+            "threads": budget.threads,
+            "chunk_bytes": budget.chunk_bytes,
+        }
+        disk = {
+            "extra_bytes": sum(shard.nbytes for shard in plan.shards),
+            "extra_bytes_with_consume_source": peak_disk_bytes(plan),
+        }
+        print_json(plan.to_dict() | {"memory": memory, "disk": disk})
+    elif not quiet:
+        tables.show_plan(plan, budget, output)

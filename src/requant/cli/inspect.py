@@ -1,0 +1,190 @@
+"""Commands that look at what is there: inspect, verify, compare, report, recipes."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from requant.cli.error_handling import EXIT_FAULT, handle_errors, print_json, print_stderr
+from requant.cli.options import (
+    AgainstSource,
+    Html,
+    Json,
+    ModelA,
+    ModelB,
+    Quiet,
+    Source,
+    TableOptions,
+    Text,
+    TextTokens,
+    TextWindow,
+    Verified,
+    Written,
+    completion,
+    known_recipes,
+    with_options,
+)
+from requant.cli.progress import counting_display, progress_display
+from requant.errors import UsageError
+
+
+@with_options("config_from", "revision")
+def inspect(source: Source, *, options: TableOptions, json: Json = False) -> None:
+    """Show what SOURCE holds: format, layers, sizes, problems.
+
+    Exits with 1 if there are problems.
+
+    \b
+    Example:
+      requant inspect Llama-3.2-1B
+    """  # noqa: D301
+    from requant.api import inspect as inspection
+    from requant.cli import tables
+
+    with handle_errors():
+        found = inspection.inspect(source, **options)
+        if json:
+            print_json(found.to_dict())
+        else:
+            tables.show_inspection(found)
+    if found.problems:
+        raise typer.Exit(EXIT_FAULT)
+
+
+@with_options("config_from", "statistics", "max_memory", "threads")
+def verify(
+    folder: Verified = None,
+    output: AgainstSource = None,
+    *,
+    options: TableOptions,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Check an OUTPUT of convert, bit for bit.
+
+    With SOURCE and OUTPUT the conversion that requant.json records is repeated and compared
+    with what is there. With OUTPUT alone its tensors and files are held against the hashes
+    in requant.json, and index, config and layers against each other. Exits with 1 where
+    anything differs, and names the tensor.
+
+    \b
+    Examples:
+      requant verify Llama-3.2-1B Llama-3.2-1B-4bit
+      requant verify Llama-3.2-1B-4bit
+    """  # noqa: D301
+    from requant.api import verify as verification
+    from requant.cli import tables
+
+    with handle_errors(), progress_display(quiet) as progress:
+        if folder is None:
+            raise UsageError(
+                "give the OUTPUT to check, or SOURCE and OUTPUT: requant verify --help"
+            )
+        found = verification.verify(folder, output, **options, progress=progress)
+    with handle_errors():
+        if json:
+            print_json(found.to_dict())
+        elif not quiet or found.problems:
+            tables.show_verification(found)
+    if found.problems:
+        raise typer.Exit(EXIT_FAULT)
+
+
+@with_options("threads")
+def compare(
+    a: ModelA,
+    b: ModelB,
+    *,
+    text: Text = None,
+    tokens: TextTokens = 8192,
+    window: TextWindow = 256,
+    options: TableOptions,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Hold two forms of one model against each other, layer by layer.
+
+    Relative RMS, largest error and cosine of every tensor, in whatever formats A and B are.
+    With --text, both predict its tokens: loss and perplexity of each, how far B's predictions
+    diverge from A's and how often both agree, each with its standard error.
+
+    \b
+    Examples:
+      requant compare Llama-3.2-1B Llama-3.2-1B-4bit
+      requant compare Llama-3.2-1B Llama-3.2-1B-4bit --text held-out.txt
+      requant compare Llama-3.2-1B Llama-3.2-1B-Q4_K_M.gguf --json
+    """  # noqa: D301
+    from requant.api import compare as comparison
+    from requant.cli import tables
+
+    with handle_errors():
+        with counting_display(quiet) as progress:
+            found = comparison.compare(
+                a, b, text=text, tokens=tokens, window=window, **options, progress=progress
+            )
+        if json:
+            print_json(found.to_dict())
+        elif not quiet:
+            tables.show_comparison(found)
+
+
+def report(output: Written, html: Html = None, json: Json = False) -> None:
+    """Show what a conversion did, from the record in its OUTPUT.
+
+    --html writes one page with drawings that needs no network: layers by treatment, sizes,
+    errors by layer and kind, the worst layers, and where everything comes from.
+
+    \b
+    Examples:
+      requant report Llama-3.2-1B-4bit
+      requant report Llama-3.2-1B-4bit --html report.html
+    """  # noqa: D301
+    from requant.cli import tables
+    from requant.reports import html as page
+    from requant.reports.record_summary import read_figures
+
+    with handle_errors():
+        figures = read_figures(output)
+        if html is not None:
+            html.write_text(page.render_page(figures), "utf-8", "xmlcharrefreplace")
+        if json:
+            print_json(figures.to_dict())
+        elif html is None:
+            tables.show_figures(figures)
+        else:
+            print_stderr(f"{html} written")
+
+
+def recipes(
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="NAME|FILE", help="Show this one.", autocompletion=completion(known_recipes)
+        ),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """List the recipes that --recipe takes, or show one.
+
+    What is shown of a TOML recipe is its file: a start for one of your own.
+
+    \b
+    Examples:
+      requant recipes
+      requant recipes ends-8 > mine.toml
+    """  # noqa: D301
+    from requant.cli import tables
+    from requant.quantization.recipe_files import load_recipe, recipe_names, recipe_text
+
+    with handle_errors():
+        if name is not None:
+            found = [load_recipe(name)]
+        else:
+            found = [load_recipe(known) for known in recipe_names()]
+        if json:
+            print_json({"recipes": [recipe.to_dict() for recipe in found]})
+        elif name is not None:
+            print(recipe_text(found[0]), end="")
+        else:
+            tables.show_recipes(found)

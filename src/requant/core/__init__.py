@@ -1,0 +1,1 @@
+"""Helpers without knowledge of models: dtypes, limits, strict JSON, files, patterns."""

@@ -1,0 +1,70 @@
+"""Opening, syncing and hashing files."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
+
+
+def open_regular(path: Path) -> int:
+    """Open a regular file for reading: a pipe in its place neither blocks nor is read.
+
+    Raises:
+        OSError: It cannot be opened, or is no regular file.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "is no regular file any more", str(path))
+    return fd
+
+
+def fsync(path: Path) -> None:
+    """Make a file, or the names in a folder, durable."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+_BLOCK_BYTES = 1 << 20
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256, in hex, of a regular file.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    fd = open_regular(path)
+    try:
+        return hash_range(fd, 0, os.fstat(fd).st_size)
+    finally:
+        os.close(fd)
+
+
+def hash_range(
+    fd: int, offset: int, nbytes: int, *, stop: Callable[[], bool] = lambda: False
+) -> str:
+    """SHA-256, in hex, of a range of an open file; "" if ``stop`` says so on the way.
+
+    Raises:
+        OSError: It cannot be read, or ends before the range does.
+    """
+    digest = sha256()
+    block = memoryview(bytearray(min(_BLOCK_BYTES, max(nbytes, 1))))
+    end = offset + nbytes
+    while offset < end:
+        if stop():
+            return ""
+        got = os.preadv(fd, [block[: end - offset]], offset)
+        if not got:
+            raise OSError(f"ends at byte {offset:,}, where more was expected")
+        digest.update(block[:got])
+        offset += got
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""A Plan becomes bytes: chunks of rows, on threads, within the memory limit."""

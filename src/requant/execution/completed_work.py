@@ -1,0 +1,49 @@
+"""Which chunks of a plan are done, and what was measured on them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+Stats = Mapping[str, float]
+
+
+@dataclass(slots=True)
+class CompletedWork:
+    """What a journal says is done.
+
+    Attributes:
+        rows: Step number -> ranges of its rows, in any order.
+        found: Step number and what was found in a range of it, one entry a range.
+        hashes: Output tensor -> SHA-256 of its bytes, in hex.
+        consumed: Source files that were removed after all that needed them was durable.
+    """
+
+    rows: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
+    found: list[tuple[int, Stats]] = field(default_factory=list)
+    hashes: dict[str, str] = field(default_factory=dict)
+    consumed: list[str] = field(default_factory=list)
+
+    def add(self, line: Mapping[str, Any]) -> None:
+        """Take what a line says."""
+        if "rows" in line:
+            step, start, stop = line["rows"]
+            self.rows.setdefault(step, []).append((start, stop))
+            if line.get("found"):
+                self.found.append((step, line["found"]))
+        elif "hash" in line:
+            name, digest = line["hash"]
+            self.hashes[name] = digest
+        elif "consumed" in line:
+            self.consumed.append(line["consumed"])
+
+    def remaining(self, step: int, rows: int) -> Iterator[tuple[int, int]]:
+        """The ranges of a step's rows that are not done."""
+        start = 0
+        for first, last in sorted(self.rows.get(step, ())):
+            if first > start:
+                yield start, first
+            start = max(start, last)
+        if start < rows:
+            yield start, rows

@@ -1,0 +1,293 @@
+"""Step 4 of the road: the plan's steps on threads, from the source's files into a sink.
+
+A worker owns one set of buffers for the whole run: it reads the rows of a chunk into them, has
+``operations`` make the outputs, and hands these to the sink at their places. The only module
+that starts threads on the road; it knows no path of the output.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from requant.checkpoints.checkpoint import ComputedTensor, SourceTensor
+from requant.core.dtypes import NUMPY_DTYPE
+from requant.execution.chunks import Chunk, contiguous_runs, remaining_chunks
+from requant.execution.completed_work import CompletedWork
+from requant.execution.damaged_scales import ROW_SCALES
+from requant.execution.hessian_cache import HessianCache
+from requant.execution.layer_stats import LayerStats, RunResult
+from requant.execution.operations import Arrays, WorkerBuffers, make_outputs
+from requant.execution.resources import ResourceLimits
+from requant.execution.sink import ProgressLog, Sink
+from requant.execution.source_reader import RunCancelled, SourceReader, bytes_of
+from requant.packings.base import Packing
+from requant.planning.plan import Plan
+from requant.planning.plan_source import PlanSource
+from requant.planning.release_order import source_files_of
+
+_POLL_S = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a run stands."""
+
+    layer: str
+    bytes_done: int
+    bytes_total: int
+    elapsed_s: float
+    bytes_written: int = 0
+    bytes_downloaded: int = 0
+    bytes_to_download: int = 0
+
+
+def run_plan(
+    plan: Plan,
+    source: PlanSource,
+    folder: Sink,
+    budget: ResourceLimits,
+    progress: Callable[[Progress], None] | None = None,
+    stop_at: Callable[[LayerStats], bool] | None = None,
+) -> RunResult:
+    """Run every step of ``plan`` into ``folder``.
+
+    Args:
+        plan: What is to be done.
+        source: What it is done with: the opened files, and mlx-lm's functions.
+        folder: Where the bytes go.
+        budget: Threads and memory.
+        progress: Called about ten times a second.
+        stop_at: Ends the run, which is not whole then, at what was found in a chunk.
+
+    Raises:
+        CheckpointError: A source file changed, or cannot be read any more.
+        HubError: A source file cannot be downloaded.
+        OutputError: The disk refused a write.
+    """
+    before = folder.progress_log.state.consumed if folder.progress_log is not None else ()
+    needed = _files_to_read(plan, folder.progress_log)
+    with SourceReader(plan.files, source.opened, tuple(before), needed) as reader:
+        run = _Run(
+            plan=plan, source=source, reader=reader, folder=folder, budget=budget, stop_at=stop_at
+        )
+        return run.run(progress)
+
+
+def _files_to_read(plan: Plan, progress_log: ProgressLog | None) -> list[str]:
+    """The source files that are still to be read, as they are needed."""
+    before = CompletedWork() if progress_log is None else progress_log.state
+    order = range(len(plan.steps)) if progress_log is None else progress_log.order
+    steps = (plan.steps[n] for n in order if any(before.remaining(n, plan.steps[n].rows.count)))
+    return list(dict.fromkeys(name for step in steps for name in source_files_of(step, plan)))
+
+
+class _Run:
+    """The state that workers share: the list of chunks, the counters, the first error."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        source: PlanSource,
+        reader: SourceReader,
+        folder: Sink,
+        budget: ResourceLimits,
+        stop_at: Callable[[LayerStats], bool] | None,
+    ) -> None:
+        self.plan, self.source, self.reader = plan, source, reader
+        self.folder, self.budget = folder, budget
+        self.bytes_in = plan.bytes_in
+        self.progress_log: ProgressLog | None = folder.progress_log
+        self.chunks = remaining_chunks(plan.steps, budget, self.progress_log)
+        self.lock = threading.Lock()
+        self.error: BaseException | None = None
+        self.stop, self.stop_at = reader.stop, stop_at
+        self.done = threading.Event()
+        self.running = budget.threads
+        self.hessians = HessianCache(budget.threads)
+        self.outcome = RunResult()
+        self.layer, self.bytes_done, self.bytes_written = "", 0, 0
+        if self.progress_log is not None:
+            self._restore(self.progress_log.state)
+
+    def _restore(self, before: CompletedWork) -> None:
+        """Count what an earlier run did and found."""
+        for number, found in before.found:
+            finding = LayerStats(**found)  # type: ignore[arg-type]  # as asdict gave it
+            layer = self.plan.steps[number].layer
+            self.outcome.findings.setdefault(layer, LayerStats()).merge(finding)
+        for number, ranges in before.rows.items():
+            step = self.plan.steps[number]
+            rows = sum(stop - start for start, stop in ranges)
+            self.bytes_done += step.bytes_in * rows // max(step.rows.count, 1)
+
+    def run(self, progress: Callable[[Progress], None] | None) -> RunResult:
+        began = time.perf_counter()
+        threads = [
+            threading.Thread(target=self._work, name=f"requant-{n}", daemon=True)
+            for n in range(self.budget.threads)
+        ]
+        for thread in threads:
+            thread.start()
+        try:
+            while not self.done.wait(_POLL_S):
+                if progress is not None:
+                    progress(self._progress(began))
+        finally:
+            self.stop.set()
+            for thread in threads:
+                thread.join()
+        if self.error is not None:
+            raise self.error
+        if progress is not None:
+            progress(self._progress(began))
+        self.outcome.elapsed_s = time.perf_counter() - began
+        if self.reader.downloader is not None:
+            self.outcome.bytes_downloaded = self.reader.downloader.bytes_here
+        return self.outcome
+
+    def _progress(self, began: float) -> Progress:
+        downloader = self.reader.downloader
+        return Progress(
+            layer=self.layer,
+            bytes_done=self.bytes_done,
+            bytes_total=self.bytes_in,
+            elapsed_s=time.perf_counter() - began,
+            bytes_written=self.bytes_written,
+            bytes_downloaded=0 if downloader is None else downloader.bytes_here,
+            bytes_to_download=0 if downloader is None else downloader.bytes_expected,
+        )
+
+    def _work(self) -> None:
+        buffers = WorkerBuffers(self.hessians)
+        try:
+            while not self.stop.is_set():
+                with self.lock:
+                    chunk = next(self.chunks, None)
+                if chunk is None:
+                    break
+                self._run_chunk_with_computed(chunk, buffers)
+        except RunCancelled:
+            pass
+        except BaseException as error:
+            with self.lock:
+                self.error = self.error or error
+            self.stop.set()
+        with self.lock:
+            self.running -= 1
+            if not self.running or self.error is not None:
+                self.done.set()
+
+    def _run_chunk_with_computed(self, chunk: Chunk, buffers: WorkerBuffers) -> None:
+        computed = {
+            tensor.name: self.source.compute(
+                tensor.name, lambda name, into: self._fill_intermediate(name, into, buffers)
+            )
+            for tensor in chunk.step.inputs.values()
+            if isinstance(tensor, ComputedTensor)
+        }
+        if not computed:
+            self._run_chunk(chunk, buffers, computed)
+            return
+        for part in chunk.parts(self.budget.chunk_bytes):
+            if self.stop.is_set():
+                return
+            self._run_chunk(part, buffers, computed)
+
+    def _fill_intermediate(self, name: str, into: memoryview, buffers: WorkerBuffers) -> None:
+        """Write the dense values of what a computed tensor is made from."""
+        step = self.plan.intermediates[name]
+        whole = Chunk(step, 0, step.rows.count)
+        for part in whole.parts(self.budget.chunk_bytes_for(step)):
+            outputs, finding, _ = self._compute_chunk(part, buffers, {})
+            if finding.damaged:
+                with self.lock:
+                    self.outcome.findings.setdefault(step.layer, LayerStats()).merge(finding)
+            (data,) = map(bytes_of, outputs.values())
+            (out,) = step.outputs.values()
+            row_bytes = step.row_bytes(out)
+            for first, last, row in contiguous_runs(part):
+                stop = (row + last - first) * row_bytes
+                into[row * row_bytes : stop] = data[first * row_bytes : last * row_bytes]
+
+    def _run_chunk(self, chunk: Chunk, buffers: WorkerBuffers, computed: Arrays) -> None:
+        step, written = chunk.step, 0
+        outputs, finding, read = self._compute_chunk(chunk, buffers, computed)
+        for role, out in step.outputs.items():
+            row_bytes = step.row_bytes(out)
+            data = bytes_of(outputs[role])
+            for first, last, row in contiguous_runs(chunk):
+                # A run of the chunk's rows, first to last, begins at this row of the tensor.
+                offset = out.offset + (step.rows.output_row + row) * row_bytes
+                self.folder.write(out.file, offset, data[first * row_bytes : last * row_bytes])
+            written += data.nbytes
+        if finding.first_nonfinite_row is not None:
+            finding.first_nonfinite_row += step.rows.output_row + chunk.start
+        with self.lock:
+            self.outcome.findings.setdefault(step.layer, LayerStats()).merge(finding)
+            self.layer = step.layer
+            self.bytes_done += read
+            self.bytes_written += written
+        if self.stop_at is not None and self.stop_at(finding):
+            self.stop.set()
+            return
+        if self.progress_log is not None:
+            for name in self.progress_log.mark_done(
+                chunk.number, chunk.start, chunk.stop, finding.nonzero_fields()
+            ):
+                self.reader.close_file(name)
+
+    def _compute_chunk(
+        self, chunk: Chunk, buffers: WorkerBuffers, computed: Arrays
+    ) -> tuple[Arrays, LayerStats, int]:
+        """Outputs by role, what was found in them, and how many bytes were read."""
+        step = chunk.step
+        if step.packing is None:
+            inputs = self._read_rows(chunk, buffers, computed)
+        else:
+            inputs = self._cut_parts(chunk, step.packing, buffers)
+        read = sum(array.nbytes for array in inputs.values())
+        if step.global_scale is not None:
+            inputs[ROW_SCALES] = self._row_scales(chunk, step.global_scale)
+        return *make_outputs(chunk, inputs, buffers), read
+
+    def _read_rows(self, chunk: Chunk, buffers: WorkerBuffers, computed: Arrays) -> Arrays:
+        """The chunk's rows of every tensor of its step."""
+        step, found = chunk.step, {}
+        for role, tensor in step.inputs.items():
+            row_bytes = step.row_bytes(tensor)
+            start = chunk.start * row_bytes
+            array = buffers.take(f"in {role}", tensor.info.dtype, chunk.rows, row_bytes)
+            if isinstance(tensor, ComputedTensor):
+                bytes_of(array)[:] = computed[tensor.name][start : start + array.nbytes].data
+            else:
+                self.reader.read_tensor(tensor, start, bytes_of(array))
+            found[role] = array
+        return found
+
+    def _cut_parts(self, chunk: Chunk, packing: Packing, buffers: WorkerBuffers) -> Arrays:
+        """The rectangles of a packed layer's parts that a chunk needs."""
+        step, found = chunk.step, {}
+        for role, cut in packing.required_rects(
+            *step.rows.stored_rows(chunk.start, chunk.stop)
+        ).items():
+            tensor = step.inputs[role]
+            assert not isinstance(tensor, ComputedTensor)
+            height = cut.rows[1] - cut.rows[0]
+            width = (cut.columns[1] - cut.columns[0]) * NUMPY_DTYPE[tensor.info.dtype].itemsize
+            found[role] = buffers.take(f"in {role}", tensor.info.dtype, height, width)
+            self.reader.read_cut(tensor, cut, found[role])
+        return found
+
+    def _row_scales(self, chunk: Chunk, stored: SourceTensor) -> np.ndarray:
+        """The global scale of each row of a chunk, from one for all or one an expert."""
+        assert not isinstance(stored, ComputedTensor)
+        scales = np.empty(stored.info.size, np.float32)
+        self.reader.read_tensor(stored, 0, bytes_of(scales))
+        # 8 rows and 2 scales: rows 0 to 3 take the first, 4 to 7 the second.
+        expert = np.arange(chunk.start, chunk.stop) * scales.size // chunk.step.rows.count
+        return scales[expert]

@@ -1,0 +1,93 @@
+"""Step 4 of the road: what a run found in the values of each layer, and took to do it.
+
+Plain data that adds up over chunks, in any order; knows neither threads nor files.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from requant.errors import Problem
+from requant.text import damage, pluralize_are
+
+
+@dataclass(slots=True)
+class LayerStats:
+    """What was seen in one layer; sums over its chunks.
+
+    Attributes:
+        damaged: Scales and the like that the source stores as NaN or infinity, or values of
+            blocks that decode to it; ``damaged_what`` says which, ``damaged_tensor`` and
+            ``damaged_row`` where the first is.
+    """
+
+    nonfinite: int = 0
+    first_nonfinite_row: int | None = None
+    overflowed: int = 0
+    flushed_groups: int = 0
+    squared_error: float = 0.0
+    squared_values: float = 0.0
+    max_error_steps: float = 0.0
+    damaged: int = 0
+    damaged_tensor: str = ""
+    damaged_what: str = ""
+    damaged_row: int | None = None
+
+    def nonzero_fields(self) -> dict[str, Any]:
+        """What is not nothing."""
+        nothing = LayerStats()
+        return {k: v for k, v in asdict(self).items() if v != getattr(nothing, k)}
+
+    @property
+    def is_no_number(self) -> bool:
+        """Whether scales or values are NaN or infinite."""
+        return bool(self.damaged or self.nonfinite)
+
+    @property
+    def damage(self) -> str:
+        """What is damaged, and where."""
+        return damage(self.damaged_what, self.damaged, self.damaged_row or 0)
+
+    def nonfinite_problem(self, layer: str) -> Problem:
+        """What to say of a layer whose scales or values are not all numbers."""
+        allowed = "--allow-nonfinite leaves such layers as they are"
+        if self.damaged:
+            return Problem(
+                self.damaged_tensor,
+                f"{self.damage}. Take the file from its publisher again, or make it again; "
+                f"{allowed}",
+            )
+        return Problem(
+            f"{layer}.weight",
+            f"{pluralize_are(self.nonfinite, 'value')} NaN or infinite, first in row "
+            f"{self.first_nonfinite_row}; {allowed}",
+        )
+
+    def merge(self, other: LayerStats) -> None:
+        """Merge what another chunk saw."""
+        self.nonfinite += other.nonfinite
+        self.overflowed += other.overflowed
+        self.flushed_groups += other.flushed_groups
+        self.squared_error += other.squared_error
+        self.squared_values += other.squared_values
+        self.max_error_steps = max(self.max_error_steps, other.max_error_steps)
+        if other.damaged:
+            if not self.damaged or (other.damaged_tensor, other.damaged_row or 0) < (
+                self.damaged_tensor,
+                self.damaged_row or 0,
+            ):
+                self.damaged_tensor, self.damaged_row = other.damaged_tensor, other.damaged_row
+                self.damaged_what = other.damaged_what
+            self.damaged += other.damaged
+        rows = [r for r in (self.first_nonfinite_row, other.first_nonfinite_row) if r is not None]
+        self.first_nonfinite_row = min(rows, default=None)
+
+
+@dataclass(slots=True)
+class RunResult:
+    """What a run did: findings by layer, and how long it took."""
+
+    findings: dict[str, LayerStats] = field(default_factory=dict)
+    elapsed_s: float = 0.0
+    bytes_downloaded: int = 0

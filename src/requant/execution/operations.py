@@ -1,0 +1,305 @@
+"""Step 4 of the road: what is done to a chunk that was read: copy, cast, encode, decode, move.
+
+Arrays in, arrays out, in a worker's own memory, through kernels that release the GIL; no files,
+and of threads only that each has its own ``WorkerBuffers``.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+
+from requant.core.dtypes import HEADER_NAME, NUMPY_DTYPE
+from requant.errors import InvariantError, RequantError
+from requant.execution.chunks import Chunk, matrix_runs
+from requant.execution.damaged_scales import ROW_SCALES, damaged_inputs, damaged_outputs
+from requant.execution.hessian_cache import HessianCache
+from requant.execution.layer_stats import LayerStats
+from requant.importance.statistics_file import Importance
+from requant.kernels import cast as values
+from requant.kernels import gptq
+from requant.kernels import quantize as native
+from requant.packings.base import Packing
+from requant.planning.plan import EncodeParams, Operation, Step
+from requant.quantization.config import Quantization
+
+Arrays = dict[str, np.ndarray]
+
+
+class WorkerBuffers:
+    """One worker's memory: an array per role, as large as its largest use so far.
+
+    Attributes:
+        hessians: What all workers share of GPTQ.
+    """
+
+    def __init__(self, hessians: HessianCache) -> None:
+        self.hessians = hessians
+        self._arrays: dict[str, np.ndarray] = {}
+
+    def take(self, role: str, dtype: str, rows: int, row_bytes: int) -> np.ndarray:
+        """An uninitialized ``(rows, row_bytes / itemsize)`` array of the role's memory."""
+        nbytes = rows * row_bytes
+        held = self._arrays.get(role)
+        if held is None or held.nbytes < nbytes:
+            held = self._arrays[role] = np.empty(nbytes, np.uint8)
+        return held[:nbytes].view(NUMPY_DTYPE[dtype]).reshape(rows, -1)
+
+
+def make_outputs(chunk: Chunk, inputs: Arrays, buffers: WorkerBuffers) -> tuple[Arrays, LayerStats]:
+    """Do what a chunk's step says.
+
+    Args:
+        chunk: Which rows they are, and of what.
+        inputs: By role, the rows as stored; of a packed layer the rectangles that it cuts.
+        buffers: Memory for the outputs.
+
+    Returns:
+        Outputs by role, shape ``(rows, ...)``, and what was found in them.
+
+    Raises:
+        RequantError: The data contradict themselves; ``layer`` says where.
+    """
+    step, outputs = chunk.step, {}
+    for role, out in step.outputs.items():
+        if step.operation is Operation.COPY:
+            outputs[role] = inputs[role]
+        else:
+            size = step.row_bytes(out)
+            outputs[role] = buffers.take(f"out {role}", out.info.dtype, chunk.rows, size)
+    damaged = damaged_inputs(chunk, inputs)
+    try:
+        if step.packing is None:
+            finding = _OF_ROWS[step.operation](chunk, inputs, outputs, buffers)
+        else:
+            finding = _of_packed(chunk, step.packing, inputs, outputs, buffers)
+            finding.merge(
+                _unlike_numbers(
+                    chunk, inputs, outputs, buffers=buffers, damaged=damaged, finding=finding
+                )
+            )
+        finding.merge(damaged)
+        if finding.damaged:
+            finding.overflowed = 0  # no dtype holds what is no number
+        return outputs, finding
+    except RequantError as error:
+        if damaged.damaged:  # what else is wrong follows from it
+            message = f"{damaged.damage}. Take the file from its publisher again"
+            raise InvariantError(message, layer=damaged.damaged_tensor) from error
+        error.layer = error.layer or step.layer
+        raise
+
+
+def _unlike_numbers(
+    chunk: Chunk,
+    inputs: Arrays,
+    outputs: Arrays,
+    buffers: WorkerBuffers,
+    damaged: LayerStats,
+    finding: LayerStats,
+) -> LayerStats:
+    """Damage that only the results show: in scales that are bytes, or lie within blocks."""
+    operation = chunk.step.operation
+    in_bytes = operation is Operation.REPACK and "biases" not in outputs
+    if damaged.damaged or operation is Operation.RECODE or not (in_bytes or finding.overflowed):
+        return LayerStats()
+    return damaged_outputs(chunk, inputs, outputs, buffers)
+
+
+def _copy(chunk: Chunk, inputs: Arrays, outputs: Arrays, buffers: WorkerBuffers) -> LayerStats:
+    return LayerStats()
+
+
+def _cast(chunk: Chunk, inputs: Arrays, outputs: Arrays, buffers: WorkerBuffers) -> LayerStats:
+    return LayerStats(overflowed=values.cast_into(inputs["weight"], outputs["weight"]))
+
+
+def _encode(chunk: Chunk, inputs: Arrays, outputs: Arrays, buffers: WorkerBuffers) -> LayerStats:
+    step, dense, finding = chunk.step, inputs["weight"], LayerStats()
+    if step.inputs["weight"].info.dtype != step.dtype:
+        wanted = buffers.take("dense", step.dtype, *_dense_shape(step, dense))
+        finding.overflowed = values.cast_into(dense, wanted)
+        dense = wanted
+    return _quantize(chunk, dense, outputs, buffers, finding)
+
+
+def _decode(chunk: Chunk, inputs: Arrays, outputs: Arrays, buffers: WorkerBuffers) -> LayerStats:
+    step, dense, finding = chunk.step, outputs["weight"], LayerStats()
+    assert step.source is not None
+    _dequantize(step.source, inputs, dense, buffers)
+    if step.dtype == "F16" and step.inputs["scales"].info.dtype != "F16":
+        # The one dtype with a narrower range than the values had.
+        finding.overflowed = values.count_nonfinite(dense)
+    return finding
+
+
+def _recode(chunk: Chunk, inputs: Arrays, outputs: Arrays, buffers: WorkerBuffers) -> LayerStats:
+    step = chunk.step
+    dense = buffers.take("dense", step.dtype, *_dense_shape(step, inputs["weight"]))
+    assert step.source is not None
+    _dequantize(step.source, inputs, dense, buffers)
+    return _quantize(chunk, dense, outputs, buffers, LayerStats())
+
+
+def _dense_shape(step: Step, rows_of: np.ndarray) -> tuple[int, int]:
+    return rows_of.shape[0], step.rows.columns * NUMPY_DTYPE[step.dtype].itemsize
+
+
+def _dequantize(
+    source: Quantization, parts: Arrays, dense: np.ndarray, buffers: WorkerBuffers
+) -> None:
+    words, scales, row_scales = parts["weight"], parts["scales"], parts.get(ROW_SCALES)
+    encoding = (source.group_size, source.bits, source.mode.value)
+    if row_scales is None:
+        native.dequantize_into(words, scales, parts.get("biases"), *encoding, dense)
+        return
+    # MLX gives float32 here; a run of rows with one global scale is one call.
+    wide = dense if dense.dtype == np.float32 else buffers.take("wide", "F32", *_wide(dense))
+    borders = [0, *(np.flatnonzero(np.diff(row_scales)) + 1).tolist(), len(row_scales)]
+    for start, stop in pairwise(borders):
+        native.dequantize_into(
+            words[start:stop],
+            scales[start:stop],
+            None,
+            *encoding,
+            wide[start:stop],
+            float(row_scales[start]),
+        )
+    if wide is not dense:
+        values.cast_into(wide, dense)
+
+
+def _wide(dense: np.ndarray) -> tuple[int, int]:
+    return dense.shape[0], 4 * dense.shape[1]
+
+
+def _quantize(
+    chunk: Chunk, dense: np.ndarray, outputs: Arrays, buffers: WorkerBuffers, finding: LayerStats
+) -> LayerStats:
+    """Encode, and measure the quantization error while the chunk is still in the cache."""
+    step, params = chunk.step, chunk.step.encode
+    assert params is not None, f"{step.operation} without EncodeParams"
+    target = params.target
+    finding.nonfinite = values.count_nonfinite(dense)
+    if finding.nonfinite:
+        finding.first_nonfinite_row = values.first_nonfinite_row(dense)
+        return finding
+    rows, scales = dense.shape[0], outputs["scales"]
+    for first, last, matrix in matrix_runs(chunk):
+        part = {role: array[first:last] for role, array in outputs.items()}
+        if params.gptq and _quantize_gptq(
+            params, dense[first:last], part, matrix, buffers.hessians
+        ):
+            continue
+        finding.flushed_groups += native.quantize_into(
+            dense[first:last],
+            target.group_size,
+            target.bits,
+            target.mode.value,
+            part["weight"],
+            part["scales"],
+            part.get("biases"),
+            search=None if params.search == "off" else params.search,
+            weights=None if params.importance is None else params.importance.weights(matrix),
+        )
+    decoded = buffers.take("decoded", step.dtype, rows, dense.nbytes // rows)
+    _dequantize(target, outputs, decoded, buffers)
+    group_max = buffers.take("group_max", "F32", rows, 4 * scales.shape[1])
+    finding.squared_error, finding.squared_values, finding.max_error_steps = values.encoding_error(
+        dense, decoded, scales, target.mode.value, group_max
+    )
+    if params.weighted_error and params.importance is not None:
+        weighted = _weighted_error(chunk, params.importance, dense, decoded)
+        finding.squared_error, finding.squared_values = weighted
+    return finding
+
+
+def _weighted_error(
+    chunk: Chunk, importance: Importance, dense: np.ndarray, decoded: np.ndarray
+) -> tuple[float, float]:
+    """Squared errors and squared values of a chunk, each input weighted with its mean square."""
+    error = energy = 0.0
+    for first, last, matrix in matrix_runs(chunk):
+        weights = importance.weights(matrix)
+        wide = dense[first:last].astype(np.float32)
+        weighted_error = decoded[first:last].astype(np.float32) - wide
+        sums = [np.einsum("ri,ri->i", x, x, dtype=np.float64) for x in (weighted_error, wide)]
+        counted = [float(x.sum() if weights is None else x @ weights) for x in sums]
+        error, energy = error + counted[0], energy + counted[1]
+    return error, energy
+
+
+def _quantize_gptq(
+    params: EncodeParams, dense: np.ndarray, outputs: Arrays, matrix: int, hessians: HessianCache
+) -> bool:
+    """Encode rows of one matrix by GPTQ; False where no token reached the matrix."""
+    if params.importance is None:
+        return False
+    made = hessians.compensation(params.importance, matrix)
+    if made is None:
+        return False
+    target = params.target
+    parts = gptq.quantize(dense, made, target.group_size, target.bits, params.search)
+    for role, array in zip(("weight", "scales", "biases"), parts, strict=True):
+        outputs[role][:] = array
+    return True
+
+
+def _of_packed(
+    chunk: Chunk, packing: Packing, inputs: Arrays, outputs: Arrays, buffers: WorkerBuffers
+) -> LayerStats:
+    """Move or decode the rows of a packed layer."""
+    step = chunk.step
+    rows = step.rows.stored_rows(chunk.start, chunk.stop)
+    between = _StridedOutput(outputs, step.rows.step, rows[1] - rows[0], buffers)
+    if step.operation is Operation.REPACK:
+        packing.repack(inputs, *rows, between.wide, buffers)
+        between.copy_selected_rows()
+        floats = [array for array in outputs.values() if array.dtype not in (np.uint32, np.uint8)]
+        return LayerStats(overflowed=sum(values.count_nonfinite(array) for array in floats))
+    if step.operation is Operation.DECODE:
+        packing.decode(inputs, *rows, between.wide["weight"], buffers)
+        between.copy_selected_rows()
+        return LayerStats(overflowed=values.count_nonfinite(outputs["weight"]))
+    width = step.rows.columns * NUMPY_DTYPE[step.dtype].itemsize
+    dense = buffers.take("dense", step.dtype, chunk.rows, width)
+    between = _StridedOutput({"weight": dense}, step.rows.step, rows[1] - rows[0], buffers)
+    packing.decode(inputs, *rows, between.wide["weight"], buffers)
+    between.copy_selected_rows()
+    return _quantize(chunk, dense, outputs, buffers, LayerStats())
+
+
+class _StridedOutput:
+    """Room for rows of which only every ``step``-th is wanted; the outputs themselves at 1.
+
+    Example: rows 1 to 3 of a step with ``first=1, step=2`` are the stored rows 3 and 5. The
+    packing decodes the stored rows 3, 4 and 5 into ``wide``; ``copy_selected_rows`` takes the first
+    and third.
+    """
+
+    def __init__(self, outputs: Arrays, step: int, rows: int, buffers: WorkerBuffers) -> None:
+        self.outputs, self.step = outputs, step
+        self.wide = outputs
+        if step > 1:
+            self.wide = {
+                role: buffers.take(
+                    f"wide {role}", HEADER_NAME[array.dtype], rows, array.shape[1] * array.itemsize
+                )
+                for role, array in outputs.items()
+            }
+
+    def copy_selected_rows(self) -> None:
+        """Move the rows that are wanted into the outputs."""
+        if self.step > 1:
+            for role, array in self.outputs.items():
+                array[:] = self.wide[role][:: self.step]
+
+
+_OF_ROWS = {
+    Operation.COPY: _copy,
+    Operation.CAST: _cast,
+    Operation.ENCODE: _encode,
+    Operation.DECODE: _decode,
+    Operation.RECODE: _recode,
+}

@@ -1,0 +1,128 @@
+"""Step 4 of the road: how much runs at once, so that a run keeps to the memory it may use.
+
+Looks at a plan's sizes only; reads nothing and starts nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from requant.checkpoints.checkpoint import ComputedTensor
+from requant.errors import OutOfRangeError
+from requant.execution.hessian_cache import bytes_for
+from requant.layouts.outputs import BATCH_BYTES
+from requant.planning.plan import Plan, Step
+
+# A chunk and what is made of it stay in a core's cache.
+DEFAULT_CHUNK_BYTES = 4 << 20
+# A chunk of a layer whose rows are spread over the whole tensor: read in runs of some KB.
+STRIDED_CHUNK_BYTES = 64 << 20
+# Python, NumPy and the plan itself, before the first buffer (measured: 45 to 60 MB).
+BASE_MEMORY_BYTES = 80 << 20
+# What the import of mlx-lm adds (measured: 41 MB).
+MLX_LM_MEMORY_BYTES = 48 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class ResourceLimits:
+    """How much runs at once: threads, and bytes that each may hold."""
+
+    threads: int
+    chunk_bytes: int
+    strided_bytes: int = 0  # for steps that read in strides; 0: as any other
+    overhead_bytes: int = 0  # held beside the chunks: mlx-lm, and tensors that it computes
+
+    def chunk_bytes_for(self, step: Step) -> int:
+        """Bytes that a worker holds of a step at a time."""
+        strided = step.packing is not None and step.packing.strided
+        return max(self.chunk_bytes, self.strided_bytes) if strided else self.chunk_bytes
+
+    @property
+    def peak_bytes(self) -> int:
+        """What the process holds at the most, mapped or cached file pages aside."""
+        base = BASE_MEMORY_BYTES + self.overhead_bytes
+        return base + self.threads * max(self.chunk_bytes, self.strided_bytes)
+
+
+def plan_resources(
+    plan: Plan,
+    threads: int | None = None,
+    max_memory: int | None = None,
+    chunk_bytes: int | None = None,
+) -> ResourceLimits:
+    """Fit threads and chunks into the memory allowed.
+
+    Args:
+        plan: What is to be run; its longest row is the least that a worker holds.
+        threads: Worker threads; None for every processor of this process.
+        max_memory: Most bytes to hold, mapped pages aside; None for small chunks that
+            suit a processor's cache.
+        chunk_bytes: Overrules the size of a worker's chunk; for tests and tuning.
+
+    Raises:
+        OutOfRangeError: Not even one row a worker fits into ``max_memory``.
+    """
+    if threads is None:
+        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+        threads = threads or os.cpu_count() or 1
+    if threads < 1:
+        raise OutOfRangeError("at least one thread is needed", "threads", threads)
+    longest = max((s.min_work_bytes for s in plan.steps if s.rows.count), default=1)
+    if max_memory is None:
+        strided = [s for s in plan.steps if s.packing is not None and s.packing.strided]
+        widest = max((s.rows.count * s.work_bytes_per_row for s in strided), default=0)
+        return ResourceLimits(
+            threads,
+            max(chunk_bytes or DEFAULT_CHUNK_BYTES, longest),
+            0 if chunk_bytes else min(STRIDED_CHUNK_BYTES, widest),
+            _overhead_bytes(plan, threads),
+        )
+    overhead = _overhead_bytes(plan, 1)
+    least = BASE_MEMORY_BYTES + overhead + longest
+    if max_memory < least:
+        parts = [f"{BASE_MEMORY_BYTES:,} for Python, NumPy and the plan"]
+        if overhead:
+            parts.append(f"{overhead:,} for {_held_next_to(plan)}")
+        parts.append(f"{longest:,} for the longest row of the model")
+        needs = f"at least {least:,} bytes are needed: {', '.join(parts[:-1])} and {parts[-1]}"
+        message = f"{needs}; give --max-memory {least}"
+        raise OutOfRangeError(message, "max_memory", f"{max_memory:,}")
+    while max_memory < BASE_MEMORY_BYTES + _overhead_bytes(plan, threads) + threads * longest:
+        threads -= 1
+    overhead = _overhead_bytes(plan, threads)
+    room = (max_memory - BASE_MEMORY_BYTES - overhead) // threads
+    return ResourceLimits(
+        threads, min(chunk_bytes or DEFAULT_CHUNK_BYTES, room), overhead_bytes=overhead
+    )
+
+
+def _held_next_to(plan: Plan) -> str:
+    """What ``_overhead_bytes`` counts, in words."""
+    held = ["mlx-lm and the tensors that it computes"] if plan.layout == "mlx-lm" else []
+    held += ["factors of Hessians (--gptq)"] if any(step.gptq for step in plan.steps) else []
+    return " and ".join(held)
+
+
+def _overhead_bytes(plan: Plan, threads: int) -> int:
+    """Bytes that are held beside the workers' chunks.
+
+    One computed tensor at a time is made, from all of its inputs; meanwhile each other
+    worker may hold another that is ready, and small ones of the same batch wait.
+    """
+    widest = max((step.rows.columns for step in plan.steps if step.gptq), default=0)
+    factored = bytes_for(widest, threads)
+    if plan.layout != "mlx-lm":
+        return factored
+    sizes = {
+        name: sum(out.info.nbytes for out in step.outputs.values())
+        for name, step in plan.intermediates.items()
+    }
+    tensors = [t for step in plan.steps for t in step.inputs.values()]
+    ready, made = [0], [0]
+    for tensor in tensors:
+        if isinstance(tensor, ComputedTensor):
+            ready.append(tensor.info.nbytes)
+            made.append(tensor.info.nbytes + sum(sizes[name] for name in tensor.inputs))
+    batch = min(sum(made), BATCH_BYTES)
+    return factored + MLX_LM_MEMORY_BYTES + max(max(made), batch) + (threads - 1) * max(ready)

@@ -1,0 +1,137 @@
+"""Step 4 of the road: bytes of the source's files, by positioned reads from any thread.
+
+Waits for files that are on their way from the hub. Reads bytes and knows no formats.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from requant.checkpoints.checkpoint import JoinedTensor, OpenedSource, SourceFile, StoredTensor
+from requant.core.files import open_regular
+from requant.errors import CheckpointError, Problem
+from requant.packings.base import Rect
+
+
+class RunCancelled(Exception):
+    """The run ends, and what this worker waits for does not come any more."""
+
+
+class SourceReader:
+    """The source's files, open for positioned reads from any thread.
+
+    Those of a folder are opened at once, those of the hub when they have come.
+    """
+
+    def __init__(
+        self,
+        files: Iterable[SourceFile],
+        opened: OpenedSource,
+        consumed: Collection[str],
+        needed: Sequence[str],
+    ) -> None:
+        self.consumed, self.needed = consumed, needed
+        self.path, self.sizes = opened.path, {f.name: f.nbytes for f in files}
+        self.downloader = opened.downloader
+        self.stop = threading.Event()
+        self.fds: dict[str, int] = {}
+        self._opening = threading.Lock()
+
+    def __enter__(self) -> SourceReader:
+        if self.downloader is not None:
+            self.downloader.start(self.needed)
+            return self
+        try:
+            for name in self.sizes:
+                if name not in self.consumed:
+                    self._open(name, self.path / name)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def _open(self, name: str, path: Path) -> None:
+        try:
+            self.fds[name] = open_regular(path)
+        except OSError as error:
+            self._fail(name, error.strerror or str(error))
+        actual, planned = os.fstat(self.fds[name]).st_size, self.sizes[name]
+        if actual != planned:
+            self._fail(name, f"has {actual:,} bytes now, {planned:,} when it was planned")
+
+    def __exit__(self, *_: object) -> None:
+        if self.downloader is not None:
+            self.downloader.stop()
+        for fd in self.fds.values():
+            os.close(fd)
+        self.fds.clear()
+
+    def close_file(self, name: str) -> None:
+        """Close a file that nothing will be read of any more."""
+        fd = self.fds.pop(name, None)
+        if fd is not None:
+            os.close(fd)
+        if self.downloader is not None:
+            self.downloader.release(name)
+
+    def _fd(self, name: str) -> int:
+        """An open file; one that is on its way is waited for."""
+        fd = self.fds.get(name)
+        if fd is not None or self.downloader is None:
+            return self.fds[name]
+        path = self.downloader.wait_for(name, self.stop.is_set)
+        if path is None:
+            raise RunCancelled
+        with self._opening:
+            if name not in self.fds:
+                self._open(name, path)
+            return self.fds[name]
+
+    def read_tensor(
+        self, tensor: StoredTensor | JoinedTensor, start: int, into: memoryview
+    ) -> None:
+        """Fill ``into`` with a tensor's bytes from ``start`` on, wherever they lie."""
+        for part in tensor.ranges:
+            if not into:
+                return
+            if start < part.nbytes:
+                size = min(part.nbytes - start, len(into))
+                self.read(part.file, part.offset + start, into[:size])
+                into, start = into[size:], part.nbytes
+            start -= part.nbytes
+
+    def read_cut(self, tensor: StoredTensor | JoinedTensor, cut: Rect, into: np.ndarray) -> None:
+        """Fill ``into`` with a rectangle of a tensor; whole rows are one read."""
+        width = tensor.info.shape[-1] if tensor.info.shape else 1
+        size = into.dtype.itemsize
+        (first, last), (left, right) = cut.rows, cut.columns
+        if right - left == width:
+            self.read_tensor(tensor, first * width * size, bytes_of(into))
+            return
+        for number, row in enumerate(range(first, last)):
+            self.read_tensor(tensor, (row * width + left) * size, bytes_of(into[number]))
+
+    def read(self, file: str, offset: int, into: memoryview) -> None:
+        """Fill ``into`` with the bytes at ``offset``."""
+        fd = self._fd(file)
+        while into:
+            try:
+                got = os.preadv(fd, [into], offset)
+            except OSError as error:
+                self._fail(file, error.strerror or str(error))
+            if got == 0:
+                self._fail(file, f"ends at byte {offset:,}: it was cut while it was read")
+            into, offset = into[got:], offset + got
+
+    def _fail(self, file: str, message: str) -> None:
+        raise CheckpointError(str(self.path), [Problem(file, message)])
+
+
+def bytes_of(array: np.ndarray) -> memoryview:
+    """The memory of a C-contiguous array, flat."""
+    return array.reshape(-1).view(np.uint8).data

@@ -1,0 +1,284 @@
+"""Folders of AutoAWQ, llm-awq, AutoGPTQ, GPTQModel and AutoRound: layers with a ``qweight``.
+
+The shapes of a layer's tensors tell its layout and width; the config says what no shape can
+(how zeros are stored, the group of a padded layer). Where the two contradict each other the layer
+is refused here; ``other_layers`` reads it if shapes leave one reading.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from requant.checkpoints.checkpoint import Checkpoint, SourceTensor
+from requant.core.reasons import Note, NoteCode, Reason, ReasonCode
+from requant.errors import Problem
+from requant.formats.base import (
+    DefaultPolicy,
+    SourceLayer,
+    SourceLayout,
+    dense_layer,
+    fallback_for,
+    scale_dtype,
+)
+from requant.formats.gptq_act_order import find_folds
+from requant.formats.gptq_awq_config import METHODS, is_elsewhere, method_of, read_convention
+from requant.formats.gptq_awq_layouts import WORDS, Layouts
+from requant.formats.gptq_awq_rules import LayerRules
+from requant.formats.layer_names import layer_names
+from requant.formats.quantization_block import (
+    QuantizationBlock,
+    find_quantization_block,
+    model_dtype,
+)
+from requant.formats.stacks import Experts
+from requant.formats.tensor_sorter import UnsupportedLayerError
+from requant.packings.awq import AwqFast, AwqGemm, AwqGemv, Marlin
+from requant.packings.base import IntegerPacking
+from requant.packings.gptq import Gptq
+from requant.packings.rotated import ROLES as ROTATION
+from requant.packings.rotated import (
+    RotatedGemm,
+    is_shared_rotation,
+    read_rotation,
+    rotation_entry,
+    shared_rotation,
+)
+
+_ROLES = (*ROTATION, "qweight", "qzeros", "scales", "scaled_zeros", "g_idx", "B", "s")
+_DISPUTED = (
+    "{} layers hold zeros stored as all ones, which readers of GPTQ version 1 take for 0 or for "
+    "2^bits: taken for 0, as exllama does. The writer may have lost them; compare the outputs."
+)
+
+
+class GptqAwqFormat:
+    """A folder whose config names one of the methods of ``name``."""
+
+    layer_parts = "PATH.qweight with PATH.scales and PATH.qzeros"
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def claims(self, checkpoint: Checkpoint) -> str | None:
+        """By ``quant_method``, or by keys that only one of the tools writes."""
+        block = find_quantization_block(checkpoint)
+        if block is None or method_of(block) not in METHODS[self.name]:
+            return None
+        if is_elsewhere(self.name, block):
+            return None
+        return f"{block.where}: {block.method or 'the keys of ' + self.name}"
+
+    def read(self, checkpoint: Checkpoint) -> SourceLayout:
+        """Find every layer, hold its tensors against each other and against the config."""
+        block = find_quantization_block(checkpoint)
+        assert block is not None
+        return _Reader(self.name, checkpoint, block).read()
+
+
+class _Reader:
+    """Reads one checkpoint and collects what is wrong with it."""
+
+    def __init__(self, name: str, checkpoint: Checkpoint, block: QuantizationBlock) -> None:
+        self.name, self.checkpoint, self.found = name, checkpoint, block
+        self.tensors = checkpoint.tensors
+        self.names = layer_names(checkpoint.tensors)
+        self.problems: list[Problem] = [
+            Problem(other, f"stands for the same part of a layer as {one}; remove one")
+            for one, other in self.names.twice
+        ]
+        self.rotations: dict[tuple[str, ...], int | None] = {}
+        self.rules = LayerRules(block, self.problems)
+        self.model_dtype = model_dtype(checkpoint)
+        self.layouts = Layouts(
+            name, checkpoint, block, read_convention(name, block, self.problems), self.problems
+        )
+
+    def read(self) -> SourceLayout:
+        layers: list[SourceLayer] = []
+        parts_of = self._parts()
+        taken = {part.name: path for path, parts in parts_of.items() for part in parts.values()}
+        done: set[str] = set()
+        for name, tensor in self.tensors.items():
+            path = taken.get(name)
+            if path is None:
+                self._check_loose(tensor, parts_of)
+                layers.append(dense_layer(tensor))
+            elif path not in done:
+                done.add(path)
+                layer = self._layer(path, parts_of[path])
+                if layer is not None:
+                    layers.append(layer)
+        notes = []
+        if disputed := self.layouts.disputed:
+            notes.append(Note(NoteCode.CONFIG_CONTRADICTED, _DISPUTED.format(disputed)))
+        folds = [] if self.problems else find_folds(self.checkpoint, layers)
+        transposed = next((x.packing for x in layers if isinstance(x.packing, RotatedGemm)), None)
+        return SourceLayout(
+            tuple(layers),
+            None,
+            tuple(self.problems),
+            folds=tuple(folds),
+            notes=tuple(notes),
+            rotation=None
+            if transposed is None
+            else rotation_entry(transposed.group, transposed.krot),
+            unfulfilled=None if parts_of else self._none(),
+        )
+
+    def _none(self) -> Problem:
+        message = f"says {self.name}, but no layer has a .qweight"
+        return Problem(self.found.where, f"{message}: if the weights are dense, remove the block")
+
+    def _report(self, where: str, message: str) -> None:
+        self.problems.append(Problem(where, message))
+
+    def _parts(self) -> dict[str, dict[str, SourceTensor]]:
+        """Layer path -> role -> tensor, for each layer with packed words."""
+        tensors = self.names.tensors
+        paths = dict.fromkeys(
+            name.rpartition(".")[0]
+            for name, tensor in tensors.items()
+            if name.endswith(".qweight") or (name.endswith(".B") and tensor.info.dtype in WORDS)
+        )
+        found: dict[str, dict[str, SourceTensor]] = {}
+        for path in paths:
+            names = {role: f"{path}.{role}" for role in _ROLES}
+            if not any(names[role] in tensors for role in ROTATION):
+                names |= shared_rotation(path)
+            found[path] = {r: tensors[n] for r, n in names.items() if n in tensors}
+        return found
+
+    def _check_loose(self, tensor: SourceTensor, layers: Mapping[str, object]) -> None:
+        """A tensor that belongs to no packed layer must make sense without one."""
+        name, info = tensor.name, tensor.info
+        path, _, role = name.rpartition(".")
+        if is_shared_rotation(name):
+            self._report(name, f"is a rotation that experts share, but {path} has none to turn")
+        elif role in ROTATION:
+            self._report(name, f"{info} has no {path}.qweight beside it")
+        elif role == "scales" and len(info.shape) == 1:
+            self._report(
+                name,
+                f"{info} divides an activation at run time (AutoAWQ's ScaledActivation); no layer "
+                "of MLX does that, so the weights alone are not the model",
+            )
+        elif role in ("lora_A", "lora_B") or "lora_A." in name or "lora_B." in name:
+            self._report(name, "is an adapter beside the weights; merge it into the model first")
+
+    def _layer(self, path: str, parts: Mapping[str, SourceTensor]) -> SourceLayer | None:
+        """One packed layer, or None with its problems reported."""
+        before = len(self.problems)
+        # One that was never filled: some loaders leave it so.
+        parts = {role: part for role, part in parts.items() if role != "g_idx" or part.info.size}
+        for part in parts.values():
+            if not part.info.size:
+                self._report(part.name, f"{part.info} holds nothing")
+                return None
+        words = parts.get("qweight")
+        if words is not None and len(words.info.shape) == 3:
+            return self._stack(path, parts, words.info.shape[0])
+        rule = self.rules.of(path)
+        packing = self.layouts.packing(path, parts, rule)
+        if packing is None or len(self.problems) > before:
+            return None
+        rotation_tensors = {role: parts[role] for role in ROTATION if role in parts}
+        if rotation_tensors:
+            rotated = self._rotated(path, packing, rotation_tensors)
+            if rotated is None:
+                return None
+            packing = rotated
+        dtype = scale_dtype(packing.scale_dtype, self.model_dtype)
+        act_order = isinstance(packing, Gptq) and packing.act_order
+        return SourceLayer(
+            path=path,
+            parts={role: parts[role] for role in packing.required_rects(0, min(packing.rows, 64))},
+            encoding=packing.encoding,
+            shape=(packing.rows, packing.columns),
+            dtype=dtype,
+            packing=packing,
+            stored_description=self._stored(packing),
+            policy=DefaultPolicy(
+                fallback=None
+                if packing.encoding and not rotation_tensors
+                else fallback_for(packing.columns),
+                reason=_reason(packing),
+                act_order=act_order,
+            ),
+            rotation_tensors=rotation_tensors,
+        )
+
+    def _stack(
+        self, path: str, parts: Mapping[str, SourceTensor], count: int
+    ) -> SourceLayer | None:
+        """A stack of experts, each packed as a layer of its own."""
+        transposed = next((parts[role] for role in ROTATION if role in parts), None)
+        if transposed is not None:
+            self._report(
+                transposed.name, "rotates the inputs of a stack of experts, which is not read"
+            )
+            return None
+        try:
+            experts = Experts.of(count, parts)
+        except UnsupportedLayerError as rejected:
+            self.problems.append(rejected.problem)
+            return None
+        layer = self._layer(path, experts.one())
+        return None if layer is None else self.names.called(experts.stack(layer))
+
+    def _rotated(
+        self, path: str, packing: IntegerPacking, rotation_tensors: Mapping[str, SourceTensor]
+    ) -> RotatedGemm | None:
+        """The same codes with a rotation of their inputs."""
+        if self.name != "paroquant" or not isinstance(packing, AwqGemm):
+            self._report(path, f"has a rotation of its inputs, which {self.name} layers have not")
+            return None
+        whose = tuple(tensor.name for tensor in rotation_tensors.values())
+        if whose not in self.rotations:  # experts share one
+            self.rotations[whose] = read_rotation(
+                self.checkpoint,
+                path,
+                rotation_tensors,
+                n_in=packing.columns,
+                group=packing.group,
+                problems=self.problems,
+            )
+        krot = self.rotations[whose]
+        if krot is None:
+            return None
+        return RotatedGemm(**vars(packing), krot=krot)
+
+    def _stored(self, packing: IntegerPacking) -> str:
+        kind = {
+            AwqGemm: "gemm",
+            RotatedGemm: "rotated",
+            AwqGemv: "gemv",
+            AwqFast: "gemv_fast",
+            Marlin: "marlin",
+        }
+        variant = kind.get(type(packing), "")
+        if isinstance(packing, Gptq):
+            variant = "planar" if packing.planar else ""
+        group = f"g{packing.group}" if packing.groups > 1 else "a scale a row"
+        words = [self.name, variant, f"{packing.bits}-bit", group]
+        if isinstance(packing, Gptq) and packing.act_order:
+            words.append("act-order")
+        return " ".join(word for word in words if word)
+
+
+def _reason(packing: IntegerPacking) -> Reason | None:
+    """Why a layer gets no encoding, or another group or width than it has."""
+    encoding = packing.encoding
+    if encoding is None:
+        if packing.columns % 32:
+            text = f"{packing.columns} inputs are no multiple of MLX's smallest group, 32"
+            return Reason(ReasonCode.NO_MLX_GROUP, text)
+        if isinstance(packing, Gptq) and packing.act_order:
+            return Reason(ReasonCode.ACT_ORDER, "act-order: its groups are not consecutive inputs")
+        text = f"no group of MLX's lies within groups of {packing.group}"
+        return Reason(ReasonCode.NO_MLX_GROUP, text)
+    words = []
+    if encoding.bits != packing.bits:
+        words.append(f"{packing.bits}-bit codes in {encoding.bits}-bit words")
+    if encoding.group_size != packing.group:
+        words.append(f"scales repeated for groups of {encoding.group_size}")
+    return Reason(ReasonCode.CODES_WIDENED, "; ".join(words)) if words else None

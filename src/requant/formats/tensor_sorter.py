@@ -1,0 +1,238 @@
+"""Sorting a checkpoint's tensors into layers: what most formats need while they read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import cached_property
+
+from requant.checkpoints.checkpoint import Checkpoint, SourceTensor
+from requant.core.dtypes import FLOATS
+from requant.core.reasons import Note, NoteCode
+from requant.errors import Problem
+from requant.formats.base import NoReading, SourceLayer, SourceLayout, dense_layer
+from requant.formats.expert_shapes import Orientation
+from requant.formats.layer_names import LayerNames, layer_names
+from requant.formats.quantization_block import model_dtype
+from requant.text import join_first, pluralize_are
+
+_ACTIVATIONS = "a scale of activations, which MLX does not quantize"
+_CACHE = "a scale of the key and value cache, which MLX keeps in floats"
+_CACHE_BIAS = "an offset of the key and value cache, which MLX keeps in floats"
+# Suffixes of tensors that belong to a runtime's arithmetic, not to the weights.
+_RUNTIME = {
+    ".input_scale": _ACTIVATIONS,
+    ".input_zero_point": _ACTIVATIONS,
+    ".input_global_scale": _ACTIVATIONS,
+    ".input_scale_ub": _ACTIVATIONS,
+    ".activation_scale": _ACTIVATIONS,
+    ".qscale_act": _ACTIVATIONS,
+    "_proj.output_scale": _CACHE,
+    ".output_scale": _ACTIVATIONS,
+    ".output_zero_point": _ACTIVATIONS,
+    ".q_scale": _ACTIVATIONS,
+    ".prob_scale": _ACTIVATIONS,
+    ".k_scale": _CACHE,
+    ".v_scale": _CACHE,
+    ".k_zero_point": _CACHE,
+    ".v_zero_point": _CACHE,
+    ".k_bias_scale": _CACHE,
+    ".v_bias_scale": _CACHE,
+    "k_proj.k_bias": _CACHE_BIAS,
+    "v_proj.v_bias": _CACHE_BIAS,
+}
+# With "." before, or joined to the path of a stack by "_".
+_RUNTIME_NAMES = tuple({*_RUNTIME, *(f"_{end[1:]}" for end in _RUNTIME if end.startswith("."))})
+_SHAPE = "only says the shape of its weight"
+_NAMED = 3  # of many tensors, how many a note names
+
+
+class UnsupportedLayerError(Exception):
+    """A layer that cannot be read; raised and caught while a format reads.
+
+    Args:
+        where: A tensor or layer.
+        message: What was found and what was expected.
+        unknown: Whether no other reader may take the layer: the config names a kind of codes
+            that none knows, or the layer is known to lack a part.
+    """
+
+    def __init__(self, where: str, message: str, *, unknown: bool = False) -> None:
+        super().__init__(message)
+        self.problem = (NoReading if unknown else Problem)(where, message)
+
+
+def runtime_scales(
+    names: Iterable[str], stacks: Collection[str] = ()
+) -> tuple[dict[str, str], list[Note]]:
+    """Of tensors that no layer took, those that scale activations and caches, and notes of them.
+
+    Args:
+        names: Tensors.
+        stacks: Paths of stacks of experts, to which such a name may be joined by "_".
+    """
+    dropped = {name: why for name in names if (why := _runtime(name, stacks))}
+    notes = []
+    for reason in dict.fromkeys(dropped.values()):
+        found = [name for name, why in dropped.items() if why == reason]
+        each = "each " if len(found) > 1 else ""
+        text = f"Left out: {join_first(found, _NAMED)}, {each}{reason}."
+        notes.append(Note(NoteCode.RUNTIME_SCALES, text))
+    return dropped, notes
+
+
+class TensorSorter:
+    """Collects layers, problems and tensors without use, and puts them in order."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint, self.tensors = checkpoint, checkpoint.tensors
+        self.names = LayerNames(checkpoint.tensors, {})
+        self.problems: list[Problem] = []
+        self.notes: list[Note] = []
+        self.dropped: dict[str, str] = {}
+        self.unfulfilled: Problem | None = None
+        self.dtype = model_dtype(checkpoint, "BF16")
+        self._owner: dict[str, str] = {}  # tensor name -> layer path
+        self._layers: dict[str, SourceLayer] = {}
+
+    @staticmethod
+    def by_role(checkpoint: Checkpoint) -> TensorSorter:
+        """A sorter whose ``parts`` have the names of ``layer_names``, however tools spell them."""
+        made = TensorSorter(checkpoint)
+        made.names = layer_names(checkpoint.tensors)
+        for one, other in made.names.twice:
+            made.problem(other, f"stands for the same part of a layer as {one}; remove one")
+        return made
+
+    @property
+    def parts(self) -> Mapping[str, SourceTensor]:
+        """Every tensor under the name that a part of a layer has."""
+        return self.names.tensors
+
+    @cached_property
+    def orientation(self) -> Orientation:
+        """Which way the stacks of unpacked codes lie."""
+        stacks = {
+            name.removesuffix(".weight"): tensor.info.shape
+            for name, tensor in self.parts.items()
+            if name.endswith(".weight")
+        }
+        return Orientation(self.checkpoint.config, stacks)
+
+    def problem(self, where: str, message: str) -> None:
+        """Note what is wrong in one place."""
+        self.problems.append(Problem(where, message))
+
+    def no_layer(self, where: str, message: str) -> None:
+        """Note what the config promises and no layer is; said only where no tensor holds codes."""
+        self.unfulfilled = Problem(where, message)
+
+    def add(self, layer: SourceLayer | None, used: Iterable[SourceTensor] = ()) -> None:
+        """Keep a layer; ``used`` are tensors that were read into its description."""
+        if layer is None:
+            return
+        layer = self.names.called(layer)
+        before = self._layers.get(layer.path)
+        if before is not None and before.parts != layer.parts:
+            codes, others = (next(iter(x.parts.values())) for x in (layer, before))
+            self.problem(
+                codes.name,
+                f"{codes.info} holds the codes of {layer.path}, and so does {others.name}; remove "
+                "the tensors that are stale",
+            )
+        self._layers[layer.path] = layer
+        for part in layer.parts.values():
+            self._owner[part.name] = layer.path
+        for part in used:
+            self.drop(part.name, _SHAPE)
+
+    def make(
+        self,
+        path: str,
+        parts: Mapping[str, SourceTensor],
+        make: Callable[[str, Mapping[str, SourceTensor]], SourceLayer | None],
+    ) -> SourceLayer | None:
+        """Make a layer of its tensors and keep it; None, with the problem told, where refused."""
+        before, layer = len(self.problems), None
+        try:
+            layer = make(path, parts)
+        except UnsupportedLayerError as rejected:
+            self.problems.append(rejected.problem)
+        if layer is None or len(self.problems) > before:
+            self.claim([part.name for part in parts.values()], path)
+            return None
+        self.add(layer)
+        return layer
+
+    def claim(self, names: Iterable[str], path: str) -> None:
+        """Tensors of a layer that could not be made: its problem is told already."""
+        for name in names:
+            self._owner[name] = path
+
+    def drop(self, name: str, reason: str) -> None:
+        """A tensor that has no use in MLX."""
+        self.dropped[name] = reason
+
+    @property
+    def quantized(self) -> list[SourceLayer]:
+        """The layers found so far."""
+        return list(self._layers.values())
+
+    @property
+    def left(self) -> list[SourceTensor]:
+        """Tensors that are in no layer and not dropped, in the checkpoint's order."""
+        gone = self._owner.keys() | self.dropped.keys()
+        return [tensor for tensor in self.tensors.values() if tensor.name not in gone]
+
+    def drop_runtime_scales(self) -> None:
+        """Drop what scales activations and caches, and say so."""
+        stacks = {*self.names.own, *self.names.own.values()}
+        dropped, notes = runtime_scales((tensor.name for tensor in self.left), stacks)
+        self.dropped |= dropped
+        self.notes += notes
+
+    def note_dense(self, where: str, paths: Iterable[str]) -> None:
+        """Layers that the config quantizes by their names, and that hold plain values: said."""
+        weights = {f"{path}.weight" for path in paths}
+        dense = [x for x in self.left if x.name in weights and x.info.dtype in FLOATS]
+        if dense:
+            names = join_first([tensor.name for tensor in dense], _NAMED)
+            kinds = join_first(list(dict.fromkeys(tensor.info.dtype for tensor in dense)))
+            each = "is quantized" if len(dense) == 1 else "are quantized"
+            stored = pluralize_are(len(dense), "tensor")
+            text = (
+                f"By {where}, {names} {each}, but {stored} stored as {kinds} without a scale: "
+                "read as plain values."
+            )
+            self.notes.append(Note(NoteCode.DENSE_THOUGH_NAMED, text))
+
+    def layout(self) -> SourceLayout:
+        """Everything, in the order of the checkpoint; what no layer took is dense."""
+        layers: dict[str, SourceLayer] = {}
+        for tensor in self.tensors.values():
+            if tensor.name in self.dropped:
+                continue
+            path = self._owner.get(tensor.name)
+            if path is None:
+                layer = dense_layer(tensor)
+                layers[tensor.name] = layer
+            elif path in self._layers:
+                layers[f"layer {path}"] = self._layers[path]
+        return SourceLayout(
+            tuple(layers.values()),
+            None,
+            tuple(self.problems),
+            tuple(self.dropped.items()),
+            tuple(self.notes),
+            unfulfilled=self.unfulfilled,
+        )
+
+
+def _runtime(name: str, stacks: Collection[str]) -> str:
+    """Why a tensor is of no use outside of its runtime; "" for any other."""
+    if not name.endswith(_RUNTIME_NAMES):
+        return ""
+    for end, why in _RUNTIME.items():
+        joined = end.startswith(".") and name.endswith(f"_{end[1:]}")
+        if name.endswith(end) or (joined and name[: -len(end)] in stacks):
+            return why
+    return ""

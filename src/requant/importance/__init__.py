@@ -1,0 +1,1 @@
+"""Importance of a layer's inputs: statistics files of ``calibrate`` and llama.cpp's imatrix."""

@@ -1,0 +1,290 @@
+"""Statistics files on the disk: requant's own form, and which form a file has.
+
+Ours is a safetensors file. For a layer ``L`` with ``in`` inputs, or a stack of ``E`` experts, it
+holds ``L.mean_square`` and perhaps ``L.mean_absolute``, float32 ``[in]`` or ``[E, in]``;
+``L.count``, float32 ``[1]`` or ``[E]``, the tokens seen; and perhaps ``L.hessian``, float32
+``[in, in]`` or ``[E, in, in]``, the mean of ``x x^T``. The metadata say ``format`` and ``version``.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from requant.checkpoints.safetensors_header import (
+    PREFIX_BYTES,
+    HeaderEntry,
+    build_header,
+    format_tensor_name,
+    header_length,
+    parse_header,
+)
+from requant.core.dtypes import TensorInfo
+from requant.core.files import open_regular
+from requant.errors import MAX_PROBLEMS, Problem
+from requant.importance import imatrix
+from requant.importance.statistics_file import (
+    FileIdentity,
+    StatisticsEntry,
+    StatisticsFile,
+    file_stamp,
+    statistics_error,
+    unreadable,
+)
+from requant.text import format_value
+
+FORMAT, VERSION = "requant-statistics", "1"
+_ROLES = ("mean_square", "mean_absolute", "count", "hessian")
+_CHUNK_BYTES = 4 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class LayerStatistics:
+    """Statistics of one layer's inputs, or of those of a stack of experts, to be written.
+
+    Attributes:
+        mean_square: float32, ``[in]`` or ``[E, in]``.
+        count: ``[1]`` or ``[E]``: tokens seen; an expert that saw none has no say.
+        mean_absolute: Like ``mean_square``, or None.
+    """
+
+    mean_square: np.ndarray
+    count: np.ndarray
+    mean_absolute: np.ndarray | None = None
+
+
+def read_statistics(path: str | os.PathLike[str]) -> StatisticsFile:
+    """Read a statistics file: ours, or llama.cpp's imatrix in either form.
+
+    All numbers are looked at once, a few MB at a time; none is kept.
+
+    Raises:
+        CheckpointError: It cannot be read, or everything that is wrong with it.
+    """
+    place = Path(path)
+    try:
+        fd = open_regular(place)
+    except OSError as error:
+        raise unreadable(str(place), error) from error
+    try:
+        return _read(str(place), file_stamp(fd))
+    finally:
+        os.close(fd)
+
+
+@lru_cache(maxsize=4)
+def _read(source: str, stamp: tuple[int, int]) -> StatisticsFile:
+    """The file with this size and time of change; planning asks for it again and again."""
+    try:
+        with open(open_regular(Path(source)), "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            start = os.pread(file.fileno(), PREFIX_BYTES + 1, 0)
+            if len(start) <= PREFIX_BYTES:
+                problem = Problem("statistics", f"has {stamp[0]} bytes, too few for any form")
+                raise statistics_error(source, [problem])
+            nbytes, wrong = header_length(start[:PREFIX_BYTES], stamp[0])
+            if start[:4] == b"GGUF":
+                seen, problems = imatrix.read_gguf(source, stamp[0])
+            elif start[PREFIX_BYTES:] == b"{" and wrong:
+                seen, problems = [], [Problem("header", wrong)]
+            elif start[PREFIX_BYTES:] == b"{":
+                header = os.pread(file.fileno(), PREFIX_BYTES + nbytes, 0)
+                seen, problems = _own(file, header, stamp[0])
+            else:
+                seen, problems = imatrix.read_older(file, stamp[0])
+            if not problems:
+                problems = list(_bad_numbers(file.fileno(), seen))
+    except OSError as error:
+        raise unreadable(source, error) from error
+    if not problems and not seen:
+        problems = [Problem("statistics", "holds no layer")]
+    if problems:
+        raise statistics_error(source, problems[:MAX_PROBLEMS])
+    return StatisticsFile(FileIdentity(source, digest, stamp), seen)
+
+
+def _bad_numbers(fd: int, seen: list[StatisticsEntry]) -> Iterator[Problem]:
+    """Layers whose mean squares, or counts, are none."""
+    for entry in seen:
+        if not np.isfinite(entry.divisors).all() or entry.divisors.min(initial=0) < 0:
+            yield Problem(
+                format_tensor_name(entry.name), "has counts that are negative or no numbers"
+            )
+            continue
+        left, offset = 4 * entry.size, entry.offset
+        while left:
+            data = os.pread(fd, min(left, _CHUNK_BYTES), offset)
+            values = np.frombuffer(data[: len(data) & ~3], "<f4")
+            if not values.size or not np.isfinite(values).all() or values.min() < 0:
+                yield Problem(
+                    format_tensor_name(entry.name), "holds values that are negative or no numbers"
+                )
+                break
+            left, offset = left - values.nbytes, offset + values.nbytes
+
+
+def _own(file: BinaryIO, raw: bytes, size: int) -> imatrix.Found:
+    entries, metadata, problems = parse_header(raw, size - len(raw))
+    for key, wanted in (("format", FORMAT), ("version", VERSION)):
+        if not problems and metadata.get(key) != wanted:
+            message = f"{key} is {format_value(metadata.get(key))}, expected {wanted!r}"
+            if key == "format":
+                message += ": no statistics file, but other tensors"
+            problems = [Problem("__metadata__", message)]
+    layers: dict[str, dict[str, HeaderEntry]] = {}
+    for name, entry in entries.items():
+        layer, _, role = name.rpartition(".")
+        if not layer or role not in _ROLES:
+            problems.append(Problem(name, f"is none of LAYER.{', LAYER.'.join(_ROLES)}"))
+        layers.setdefault(layer, {})[role] = entry
+    seen: list[StatisticsEntry] = []
+    for layer, parts in layers.items() if not problems else ():
+        wrong = _wrong(parts)
+        if wrong:
+            problems.append(Problem(layer, wrong))
+            continue
+        square, hessian = parts["mean_square"], parts.get("hessian")
+        experts = 1 if len(square.info.shape) == 1 else square.info.shape[0]
+        file.seek(len(raw) + parts["count"].start)
+        counts = np.frombuffer(file.read(4 * experts), "<f4")
+        with np.errstate(invalid="ignore"):  # a NaN of any kind is told later
+            divisors = np.where(counts > 0, 1.0, counts.astype(np.float64))  # means already
+        seen.append(
+            StatisticsEntry(
+                name=layer,
+                size=square.info.size,
+                offset=len(raw) + square.start,
+                divisors=divisors,
+                experts=experts,
+                hessian=None if hessian is None else len(raw) + hessian.start,
+            )
+        )
+    return seen, problems
+
+
+def _wrong(parts: Mapping[str, HeaderEntry]) -> str:
+    """What contradicts in the tensors of one layer; "" if nothing does."""
+    missing = [role for role in ("mean_square", "count") if role not in parts]
+    if missing:
+        return f"lacks {' and '.join(missing)}"
+    square = parts["mean_square"].info
+    if square.dtype != "F32" or len(square.shape) not in (1, 2) or not square.size:
+        return f"mean_square is {square}, expected F32 [in] or [E, in]"
+    experts = 1 if len(square.shape) == 1 else square.shape[0]
+    wanted = {
+        "count": TensorInfo("F32", (experts,)),
+        "mean_absolute": square,
+        "hessian": TensorInfo("F32", (*square.shape, square.shape[-1])),
+    }
+    for role, info in wanted.items():
+        if role in parts and parts[role].info != info:
+            return f"{role} is {parts[role].info}, expected {info}"
+    return ""
+
+
+def write_statistics(
+    path: str | os.PathLike[str],
+    layers: Mapping[str, LayerStatistics],
+    hessians: Mapping[str, tuple[tuple[int, ...], Callable[[], np.ndarray]]] | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a statistics file; it appears under its name only when it is whole.
+
+    Args:
+        path: The file; one that is there is replaced.
+        layers: Layer -> its statistics.
+        hessians: Layer -> shape of its Hessian, and what gives it; asked for one by one.
+        metadata: What else is to be said: model, text, seed.
+
+    Raises:
+        OSError: The disk refuses it.
+    """
+    made: dict[str, tuple[TensorInfo, Callable[[], np.ndarray]]] = {}
+    for layer, found in layers.items():
+        for role in ("count", "mean_square", "mean_absolute"):
+            array = getattr(found, role)
+            if array is not None:
+                array = np.ascontiguousarray(array, "<f4")
+                made[f"{layer}.{role}"] = TensorInfo("F32", array.shape), partial(_itself, array)
+    for layer, (shape, give) in (hessians or {}).items():
+        made[f"{layer}.hessian"] = TensorInfo("F32", shape), give
+    infos = {name: info for name, (info, _) in made.items()}
+
+    def data() -> Iterator[memoryview]:
+        for info, give in made.values():
+            array = np.ascontiguousarray(give())
+            assert array.shape == info.shape
+            yield array.reshape(-1).view(np.uint8).data
+
+    _write(Path(path), infos, data(), metadata)
+
+
+def merge_statistics(
+    parts: Sequence[Path], path: str | os.PathLike[str], metadata: Mapping[str, str]
+) -> None:
+    """Write one statistics file of several, a few MB at a time.
+
+    Args:
+        parts: Files of ``write_statistics``, no layer in two of them.
+        path: The file; one that is there is replaced.
+        metadata: As for ``write_statistics``.
+
+    Raises:
+        OSError: The disk refuses it.
+    """
+    places: list[tuple[str, TensorInfo, Path, int]] = []
+    for part in parts:
+        with part.open("rb") as file:
+            raw = file.read(PREFIX_BYTES)
+            nbytes, _ = header_length(raw, part.stat().st_size)
+            raw += file.read(nbytes)
+        entries, _, problems = parse_header(raw, part.stat().st_size - len(raw))
+        if problems:
+            raise statistics_error(str(part), problems)
+        places += [(name, e.info, part, len(raw) + e.start) for name, e in entries.items()]
+
+    def data() -> Iterator[memoryview]:
+        for _, info, part, offset in places:
+            with part.open("rb") as file:
+                file.seek(offset)
+                left = info.nbytes
+                while left:
+                    piece = file.read(min(left, _CHUNK_BYTES))
+                    if not piece:
+                        raise OSError(errno.EIO, "was cut while it was read", str(part))
+                    yield memoryview(piece)
+                    left -= len(piece)
+
+    _write(Path(path), {name: info for name, info, _, _ in places}, data(), metadata)
+
+
+def _write(
+    place: Path,
+    infos: Mapping[str, TensorInfo],
+    data: Iterator[memoryview],
+    metadata: Mapping[str, str] | None,
+) -> None:
+    header, _ = build_header(infos, {**(metadata or {}), "format": FORMAT, "version": VERSION})
+    hidden = place.with_name(f".{place.name}.{os.getpid()}")
+    try:
+        with hidden.open("wb") as file:
+            file.write(header)
+            for piece in data:
+                file.write(piece)
+            file.flush()
+            os.fsync(file.fileno())
+        hidden.replace(place)
+    finally:
+        hidden.unlink(missing_ok=True)
+
+
+def _itself(array: np.ndarray) -> np.ndarray:
+    return array

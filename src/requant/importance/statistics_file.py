@@ -1,0 +1,265 @@
+"""One statistics file, asked layer by layer: which vector weighs which matrix."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from requant.core.files import open_regular
+from requant.errors import CheckpointError, Problem
+from requant.importance.layer_names import LayerKey, layer_key, same_input
+
+
+@dataclass(frozen=True, slots=True)
+class StatisticsEntry:
+    """Where a file keeps what it knows of one layer's inputs, or of a stack of experts'.
+
+    Attributes:
+        name: As the file says it.
+        size: Numbers of all experts together.
+        offset: Of the first of them: float32, experts one after another.
+        divisors: What each expert's sums are over, float64 ``(experts,)``; ``(1,)`` holds for
+            all. An expert whose divisor is 0 saw no token.
+        experts: Their number; None where the file does not tell (llama.cpp's older form).
+        hessian: Offset of float32 ``(experts, in, in)``; None if there is none.
+    """
+
+    name: str
+    size: int
+    offset: int
+    divisors: np.ndarray = field(compare=False)
+    experts: int | None
+    hessian: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FileIdentity:
+    """A statistics file as it was when a plan was made.
+
+    Attributes:
+        path: As the user named it.
+        sha256: Of the whole file; part of every plan that is made with it.
+        stamp: Size and time of change: by these the file is recognized when it is read again.
+    """
+
+    path: str
+    sha256: str
+    stamp: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class MatrixStatistics:
+    """Where a statistics file has what belongs to one matrix.
+
+    Attributes:
+        name: The layer, as the file names it.
+        expert: Number of the matrix in its stack.
+        divisor: What the sums are over; 0 if no token reached the matrix.
+        offset: Of its float32 ``(in,)`` sums of squares.
+        hessian: Of its float32 ``(in, in)``; None if there is none.
+    """
+
+    name: str
+    expert: int
+    divisor: float
+    offset: int
+    hessian: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Importance:
+    """How a squared error of each input is weighted, for the matrices of one layer.
+
+    Plain data, as a part of a plan: the numbers are read from the file when they are asked for.
+
+    Attributes:
+        file: The statistics file.
+        entries: One a matrix of the layer, or one for all that the file does not tell apart.
+        in_features: Inputs.
+    """
+
+    file: FileIdentity
+    entries: tuple[MatrixStatistics, ...]
+    in_features: int
+
+    def entry(self, matrix: int) -> MatrixStatistics:
+        """Where the file has what belongs to a matrix."""
+        return self.entries[matrix if len(self.entries) > 1 else 0]
+
+    def weights(self, matrix: int) -> np.ndarray | None:
+        """Mean squares of the inputs of one matrix, float32 ``(in_features,)``.
+
+        Returns:
+            None if no token reached it, or every input was 0.
+
+        Raises:
+            CheckpointError: The file is no longer what it was.
+        """
+        entry = self.entry(matrix)
+        if not entry.divisor:
+            return None
+        sums = _read(self.file, entry.offset, self.in_features)
+        if not sums.any():
+            return None
+        return (sums.astype(np.float64) / entry.divisor).astype(np.float32)
+
+    @property
+    def matrices_without_tokens(self) -> list[int]:
+        """Matrices that no token reached."""
+        return [number for number, entry in enumerate(self.entries) if not entry.divisor]
+
+    @property
+    def has_hessians(self) -> bool:
+        """Whether each matrix has a Hessian."""
+        return all(entry.hessian is not None for entry in self.entries)
+
+    def hessian(self, matrix: int) -> np.ndarray:
+        """The mean of ``x x^T`` over the inputs of one matrix, float32 ``(in, in)``.
+
+        Raises:
+            CheckpointError: The file is no longer what it was.
+        """
+        entry, n_in = self.entry(matrix), self.in_features
+        assert entry.hessian is not None
+        return _read(self.file, entry.hessian, n_in * n_in).reshape(n_in, n_in)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plans hold it: equal data give equal weights."""
+        return {
+            "sha256": self.file.sha256,
+            "places": [f"{entry.name}[{entry.expert}]" for entry in self.entries],
+        }
+
+
+class StatisticsFile:
+    """What a statistics file holds, by layer; its numbers are read when they are asked for.
+
+    Attributes:
+        source: The file, for messages.
+        file: The file as it is.
+        seen: Layer, as the file names it -> where its numbers are.
+    """
+
+    def __init__(self, file: FileIdentity, seen: Sequence[StatisticsEntry]) -> None:
+        self.source, self.file = file.path, file
+        self.seen = {entry.name: entry for entry in seen}
+        self._by_key: dict[LayerKey, str] = {}
+        for name in self.seen:
+            key = layer_key(name)
+            if key is not None:
+                self._by_key.setdefault(key, name)
+
+    def divisor(self, name: str, expert: int) -> float:
+        """What the sums of an expert are over; 0 if no token reached it."""
+        divisors = self.seen[name].divisors
+        return float(divisors[expert if divisors.size > 1 else 0])
+
+    def find(self, path: str, shape: Sequence[int]) -> Importance | str | None:
+        """What is known of a layer of a model.
+
+        Args:
+            path: The layer, in the names of Hugging Face, mlx-lm or llama.cpp.
+            shape: Of its weight, ``(..., out, in)``.
+
+        Returns:
+            None if the file knows nothing of it; a message if what it knows has another shape.
+        """
+        matrices, n_in = prod(shape[:-2]), shape[-1]
+        if path in self.seen:
+            return self._fit(path, None, matrices, n_in)
+        key = layer_key(path)
+        for candidate in () if key is None else same_input(key):
+            if candidate in self._by_key:
+                return self._fit(self._by_key[candidate], None, matrices, n_in)
+            if candidate.expert is not None:
+                stack = candidate._replace(expert=None)
+                if stack in self._by_key:
+                    return self._fit(self._by_key[stack], candidate.expert, matrices, n_in)
+            singles = [candidate._replace(expert=number) for number in range(matrices)]
+            if candidate.expert is None and all(one in self._by_key for one in singles):
+                names = [self._by_key[one] for one in singles]
+                return self._singles(names, n_in)
+        return None
+
+    def _fit(self, name: str, expert: int | None, matrices: int, n_in: int) -> Importance | str:
+        """An entry for a layer, or for one expert of its stack."""
+        entry = self.seen[name]
+        held = entry.size // n_in if entry.size % n_in == 0 else 0
+        if expert is not None:
+            reported = entry.experts if entry.experts is not None else held
+            if held and reported == held and expert < held and matrices == 1:
+                return self._importance([(name, expert)], n_in)
+        elif held == matrices and entry.experts in (None, matrices):
+            return self._importance([(name, number) for number in range(matrices)], n_in)
+        stack = f"{matrices} experts of " if matrices > 1 else ""
+        wanted = f"{stack}{n_in} inputs" if expert is None else f"expert {expert} of {n_in} inputs"
+        return f"{self.source}: {name} has {_sizes(entry)}, the layer has {wanted}"
+
+    def _singles(self, names: Sequence[str], n_in: int) -> Importance | str:
+        for name in names:
+            if self.seen[name].size != n_in:
+                found = _sizes(self.seen[name])
+                return f"{self.source}: {name} has {found}, the layer has {n_in} inputs"
+        return self._importance([(name, 0) for name in names], n_in)
+
+    def _importance(self, matrices: Iterable[tuple[str, int]], n_in: int) -> Importance:
+        """The importance of matrices, each a name and the number of an expert."""
+
+        def entry(name: str, expert: int) -> MatrixStatistics:
+            stored = self.seen[name]
+            hessian = None if stored.hessian is None else stored.hessian + 4 * n_in * n_in * expert
+            offset = stored.offset + 4 * n_in * expert
+            return MatrixStatistics(name, expert, self.divisor(name, expert), offset, hessian)
+
+        return Importance(self.file, tuple(entry(*matrix) for matrix in matrices), n_in)
+
+
+def _read(file: FileIdentity, offset: int, count: int) -> np.ndarray:
+    """float32 numbers of a statistics file that is what it was."""
+    found = np.empty(count, "<f4")
+    view = found.view(np.uint8).data
+    try:
+        fd = open_regular(Path(file.path))
+        try:
+            if file_stamp(fd) != file.stamp:
+                message = "is another file now than when it was planned"
+                raise statistics_error(file.path, [Problem("statistics", message)])
+            while view:
+                got = os.preadv(fd, [view], offset)
+                if not got:
+                    message = f"ends at byte {offset:,}"
+                    raise statistics_error(file.path, [Problem("statistics", message)])
+                view, offset = view[got:], offset + got
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise unreadable(file.path, error) from error
+    return found
+
+
+def file_stamp(fd: int) -> tuple[int, int]:
+    """Size and time of change: by these a file is taken for the one it was."""
+    found = os.fstat(fd)
+    return found.st_size, found.st_mtime_ns
+
+
+def statistics_error(source: str, problems: Sequence[Problem]) -> CheckpointError:
+    """What is wrong with a statistics file."""
+    return CheckpointError(source, problems, "used as statistics")
+
+
+def unreadable(source: str, error: OSError) -> CheckpointError:
+    """A file that the system does not give."""
+    return statistics_error(source, [Problem("file", f"cannot be read: {error.strerror or error}")])
+
+
+def _sizes(entry: StatisticsEntry) -> str:
+    if entry.experts is None or entry.experts == 1:
+        return f"{entry.size} inputs"
+    return f"{entry.experts} experts of {entry.size // entry.experts} inputs"

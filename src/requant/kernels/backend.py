@@ -1,0 +1,207 @@
+"""The few array operations that the core needs, once for each array library.
+
+``backend_for`` looks at the type of the arrays and answers with the module that computes on
+them: ``arrays.mlx`` for ``mlx.core.array`` (lazy) and ``NUMPY`` here for ``numpy.ndarray``
+(with our kernels). The rest of the core calls the backend and never asks which one it has.
+MLX is imported only for callers who hold its arrays, and who therefore have it loaded.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, TypeAlias, cast
+
+import ml_dtypes
+import numpy as np
+
+from requant.errors import InvariantError, UnsupportedDtypeError
+from requant.kernels import quantize as native
+from requant.quantization.config import Quantization
+
+Array: TypeAlias = Any
+"""An ``mlx.core.array`` or a ``numpy.ndarray``."""
+
+Weights: TypeAlias = Mapping[str, Array]
+"""Tensor name to array; all of one library."""
+
+_KNOWN_TYPES = ("mlx.core.array", "numpy.ndarray")
+
+
+class Backend(Protocol):
+    """What the core asks of an array library. Dtypes go by name ("float32", "bfloat16")."""
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+
+    def dtype(self, array: Array, /) -> str:
+        """Name of the dtype."""
+
+    def shape(self, array: Array, /) -> tuple[int, ...]:
+        """Lengths of the axes."""
+
+    def quantize(
+        self, weight: Array, quantization: Quantization, search: str = "off", /
+    ) -> tuple[Array, Array, Array | None]:
+        """Words, scales, and biases in affine mode; group_size is positive."""
+
+    def dequantize(
+        self, words: Array, scales: Array, biases: Array | None, quantization: Quantization, /
+    ) -> Array:
+        """The dense weight."""
+
+    def view_uint32(self, array: Array, /) -> Array:
+        """The same bits as uint32; the source has 32-bit elements."""
+
+    def astype(self, array: Array, dtype: str, /) -> Array:
+        """Convert the values."""
+
+    def transpose(self, array: Array, /) -> Array:
+        """Swap the two axes, rows contiguous again."""
+
+    def multiply(self, left: Array, right: Array, /) -> Array:
+        """Element by element."""
+
+    def scale(self, array: Array, factor: float, /) -> Array:
+        """Times one number, in the dtype of the array."""
+
+    def negative(self, array: Array, /) -> Array:
+        """Element by element; zero becomes minus zero."""
+
+    def unpack(self, words: Array, shifts: Sequence[int], mask: int, /) -> Array:
+        """(rows, n) words -> (rows, n * len(shifts)) codes: ``(word >> shift) & mask``, uint32."""
+
+    def pack(self, codes: Array, shifts: Sequence[int], /) -> Array:
+        """(rows, n * len(shifts)) codes -> (rows, n) words: ``code << shift`` joined, uint32."""
+
+
+class _NumPy:
+    """NumPy arrays; quantize and dequantize are our kernels, bit for bit MLX's CPU backend."""
+
+    name = "numpy"
+
+    def dtype(self, array: np.ndarray) -> str:
+        return array.dtype.name
+
+    def shape(self, array: np.ndarray) -> tuple[int, ...]:
+        return array.shape
+
+    def quantize(
+        self, weight: np.ndarray, quantization: Quantization, search: str = "off"
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        return native.quantize(
+            _plain(weight),
+            quantization.group_size,
+            quantization.bits,
+            quantization.mode.value,
+            search=None if search == "off" else search,
+        )
+
+    def dequantize(
+        self,
+        words: np.ndarray,
+        scales: np.ndarray,
+        biases: np.ndarray | None,
+        quantization: Quantization,
+    ) -> np.ndarray:
+        return native.dequantize(
+            _plain(words),
+            _plain(scales),
+            None if biases is None else _plain(biases),
+            quantization.group_size,
+            quantization.bits,
+            quantization.mode.value,
+        )
+
+    def view_uint32(self, array: np.ndarray) -> np.ndarray:
+        return _plain(array).view(np.uint32)
+
+    def astype(self, array: np.ndarray, dtype: str) -> np.ndarray:
+        with np.errstate(all="ignore"):  # an overflow is inf, as in MLX
+            return array.astype(_numpy_dtype(dtype), copy=False)
+
+    def transpose(self, array: np.ndarray) -> np.ndarray:
+        return np.ascontiguousarray(array.T)
+
+    def multiply(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+        with np.errstate(all="ignore"):
+            product: np.ndarray = left * right
+        return product
+
+    def scale(self, array: np.ndarray, factor: float) -> np.ndarray:
+        return self.multiply(array, np.full_like(array, factor))
+
+    def negative(self, array: np.ndarray) -> np.ndarray:
+        return -array
+
+    def unpack(self, words: np.ndarray, shifts: Sequence[int], mask: int) -> np.ndarray:
+        rows, count = words.shape
+        codes = (words[:, :, None] >> np.array(shifts, np.uint32)) & np.uint32(mask)
+        return codes.reshape(rows, count * len(shifts))
+
+    def pack(self, codes: np.ndarray, shifts: Sequence[int]) -> np.ndarray:
+        rows, count = codes.shape
+        parts = codes.reshape(rows, count // len(shifts), len(shifts))
+        words = np.zeros(parts.shape[:2], np.uint32)
+        for index, shift in enumerate(shifts):
+            words |= parts[:, :, index] << np.uint32(shift)
+        return words
+
+
+NUMPY: Backend = _NumPy()
+
+
+def backend_for(weights: Weights) -> Backend:
+    """The backend for the arrays of a weight map; NumPy's for an empty map.
+
+    Raises:
+        UnsupportedDtypeError: A value is an array of neither library; ``.dtype`` is its type.
+        InvariantError: The map mixes the two libraries.
+    """
+    mlx = _loaded_mlx()
+    found: Backend | None = None
+    for name, array in weights.items():
+        backend = _backend_of(array, mlx)
+        if backend is None:
+            kind = type(array)
+            raise UnsupportedDtypeError(
+                "not an array that requant computes with",
+                f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins."),
+                _KNOWN_TYPES,
+                layer=name,
+            )
+        if found is not None and backend is not found:
+            raise InvariantError(
+                f"a weight map holds arrays of one library; this one is of {backend.name}, "
+                f"those before it of {found.name}",
+                layer=name,
+            )
+        found = backend
+    return NUMPY if found is None else found
+
+
+def _loaded_mlx() -> Any:
+    """The MLX backend if the caller can have MLX arrays at all, else None."""
+    if "mlx.core" not in sys.modules:
+        return None
+    from requant.kernels import mlx_backend as mlx
+
+    return mlx
+
+
+def _backend_of(array: object, mlx: Any) -> Backend | None:
+    if isinstance(array, np.ndarray):
+        return NUMPY
+    if mlx is not None and mlx.is_array(array):
+        return cast(Backend, mlx)
+    return None
+
+
+def _numpy_dtype(name: str) -> np.dtype:
+    return np.dtype(getattr(ml_dtypes, name, name))
+
+
+def _plain(array: np.ndarray) -> np.ndarray:
+    """Native byte order, as kernels want it; the array itself where it has it."""
+    return array.astype(array.dtype.newbyteorder("="), copy=False)

@@ -1,0 +1,156 @@
+"""GPTQ: codes column by column, each column's error handed on to the columns after it.
+
+A layer's Hessian is the mean of ``x x^T`` over its inputs, ``(in_features, in_features)``. With
+``inverse(H) = U^T U``, U upper triangular, rounding input j by ``e`` is repaired best by taking
+``e * U[j, k] / U[j, j]`` from each later input k: these shares are ``propagation``. Groups keep
+their places, and the scale and bias of each are searched for on the repaired weights, so the
+result is plain affine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from requant.errors import InvariantError, ShapeMismatchError
+from requant.kernels import _native
+from requant.kernels import quantize as native
+
+Array = np.ndarray
+
+DAMPING = 0.01  # of the mean of the diagonal, added to it
+_GROWTH = 10.0
+_MOST_DAMPING = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Compensation:
+    """What a layer's Hessian says about handing on errors.
+
+    Attributes:
+        propagation: float32 ``(in_features, in_features)``, upper triangular, the diagonal 1: row
+            j is the share of input j's error that each later input takes.
+        importance: float64 ``(in_features,)``: the Hessian's diagonal, which weighs the search.
+        damping: Share of the mean of the diagonal that was added to it.
+        dead: Inputs that were zero for every token; they are rounded alone.
+    """
+
+    propagation: Array
+    importance: Array
+    damping: float
+    dead: int
+
+
+def compensation_of(hessian: Array, in_features: int, damping: float = DAMPING) -> Compensation:
+    """Factor a Hessian; LAPACK's Cholesky in float64, with more damping where it fails.
+
+    Args:
+        hessian: float32 or float64 ``(in_features, in_features)``, symmetric; only the upper
+            triangle is read.
+        in_features: Columns of the layer.
+        damping: To begin with.
+
+    Raises:
+        ShapeMismatchError: The Hessian has another shape.
+        InvariantError: It holds NaN, infinity or a negative diagonal, or is no Hessian: even
+            ten times the mean of its diagonal does not make it positive definite.
+    """
+    if hessian.shape != (in_features, in_features):
+        expected = (in_features, in_features)
+        raise ShapeMismatchError("[gptq] hessian", expected, hessian.shape)
+    importance = np.diagonal(hessian).astype(np.float64)
+    if not np.isfinite(hessian).all() or importance.min(initial=0.0) < 0.0:
+        raise InvariantError("[gptq] hessian must be finite, its diagonal not negative")
+    dead = importance == 0.0
+    if dead.all():
+        alone = np.eye(in_features, dtype=np.float32)
+        return Compensation(alone, importance, 0.0, in_features)
+    mean = float(importance[~dead].mean())
+    while damping <= _MOST_DAMPING:
+        propagation = _propagation(hessian, dead, damping * mean)
+        if propagation is not None:
+            return Compensation(propagation, importance, damping, int(dead.sum()))
+        damping *= _GROWTH
+    raise InvariantError("[gptq] hessian is not positive semidefinite: no mean of x x^T")
+
+
+def _propagation(hessian: Array, dead: Array, added: float) -> Array | None:
+    """The shares, or None where the damped Hessian is not positive definite."""
+    damped = hessian.astype(np.float64)
+    damped[dead] = 0.0
+    damped[:, dead] = 0.0
+    damped.flat[:: len(damped) + 1] += np.where(dead, 1.0, added)
+    try:
+        # Turned about, L L^T becomes R R^T with R upper triangular; then U = inverse(R).
+        lower = np.linalg.cholesky(damped[::-1, ::-1])
+        upper = np.linalg.inv(lower[::-1, ::-1])
+    except np.linalg.LinAlgError:
+        return None
+    shares = np.triu(upper / np.diagonal(upper)[:, None]).astype(np.float32)
+    return shares if np.isfinite(shares).all() else None
+
+
+def quantize(
+    w: Array, compensation: Compensation, group_size: int, bits: int, search: str = "best"
+) -> tuple[Array, Array, Array]:
+    """Quantize rows with their errors handed on; affine.
+
+    Rows are independent: any ranges of them give the same bytes as all at once.
+
+    Args:
+        w: float32, float16 or bfloat16, ``(rows, in_features)``; finite.
+        compensation: Of the layer's Hessian.
+        group_size: Inputs with one scale.
+        bits: Bits a code.
+        search: How each group's scale and bias are found on the repaired weights.
+
+    Returns:
+        Words, scales and biases as ``native.quantize`` gives them.
+
+    Raises:
+        ShapeMismatchError: The Hessian was another layer's.
+    """
+    rows, n_in = w.shape
+    if compensation.propagation.shape != (n_in, n_in):
+        raise ShapeMismatchError("[gptq] propagation", (n_in, n_in), compensation.propagation.shape)
+    repaired = w.astype(np.float32)
+    codes = np.empty((rows, n_in), np.uint8)
+    scales = np.empty((rows, n_in // group_size), w.dtype)
+    biases = np.empty_like(scales)
+    group_codes = np.empty((rows, group_size), np.uint8)
+    errors = np.empty((rows, group_size), np.uint32)
+    for group in range(n_in // group_size):
+        start, stop = group * group_size, (group + 1) * group_size
+        _, scale, bias = native.quantize(
+            _stored(repaired[:, start:stop], w.dtype),
+            group_size,
+            bits,
+            "affine",
+            search=search,
+            weights=compensation.importance[start:stop],
+        )
+        assert bias is not None
+        _native.gptq_group(
+            repaired.view(np.uint32),
+            start,
+            group_size,
+            bits,
+            scale.astype(np.float32).view(np.uint32),
+            bias.astype(np.float32).view(np.uint32),
+            compensation.propagation.view(np.uint32),
+            group_codes,
+            errors,
+        )
+        codes[:, start:stop] = group_codes
+        scales[:, group], biases[:, group] = scale[:, 0], bias[:, 0]
+    words = np.empty((rows, n_in * bits // 32), np.uint32)
+    _native.pack_words(codes, bits, words)
+    return words, scales, biases
+
+
+def _stored(values: Array, dtype: np.dtype) -> Array:
+    """Repaired weights in the dtype of the layer, which float16 may not hold."""
+    if dtype == np.float16:
+        values = np.clip(values, -65504.0, 65504.0)
+    return np.ascontiguousarray(values.astype(dtype))

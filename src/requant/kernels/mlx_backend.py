@@ -1,0 +1,160 @@
+"""The core's operations on ``mlx.core.array``: thin calls into MLX.
+
+Every result is lazy. Nothing here evaluates an array, and nothing may: no ``item``, no
+conversion to NumPy, no Python truth of an element.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from requant.errors import BackendError, InvariantError, ShapeMismatchError
+from requant.quantization.config import Quantization
+
+name = "mlx"
+
+
+def dtype(array: mx.array) -> str:
+    """Name such as "float32"."""
+    return str(array.dtype).removeprefix("mlx.core.")
+
+
+def shape(array: mx.array) -> tuple[int, ...]:
+    """Lengths of the axes."""
+    return tuple(array.shape)
+
+
+def quantize(
+    weight: mx.array, quantization: Quantization, search: str = "off"
+) -> tuple[mx.array, mx.array, mx.array | None]:
+    """``mx.quantize``: words, scales, and biases in affine mode.
+
+    The caller keeps ``group_size=0`` away: ``mx.quantize`` divides by it before it checks, and
+    the process dies.
+    """
+    if search != "off":
+        raise InvariantError(
+            f"[quantize_weights] search {search!r} computes on NumPy arrays; these are MLX's"
+        )
+    with _as_backend_error():
+        words, scales, *biases = mx.quantize(
+            weight,
+            group_size=quantization.group_size,
+            bits=quantization.bits,
+            mode=quantization.mode.value,
+        )
+    return words, scales, biases[0] if biases else None
+
+
+def dequantize(
+    words: mx.array, scales: mx.array, biases: mx.array | None, quantization: Quantization
+) -> mx.array:
+    """``mx.dequantize``, in the dtype that MLX chooses.
+
+    MLX does not compare the last axes of scales and biases, and would read past the end of
+    biases that are too short: that is refused here.
+    """
+    if biases is not None and biases.shape != scales.shape:
+        raise ShapeMismatchError("biases do not fit the scales", scales.shape, biases.shape)
+    with _as_backend_error():
+        return mx.dequantize(
+            words,
+            scales,
+            biases,
+            group_size=quantization.group_size,
+            bits=quantization.bits,
+            mode=quantization.mode.value,
+        )
+
+
+def view_uint32(array: mx.array) -> mx.array:
+    """The same bits as uint32; the source has 32-bit elements."""
+    return array.view(mx.uint32)
+
+
+def astype(array: mx.array, dtype: str) -> mx.array:
+    """Convert the values; the array itself where the dtype is the same."""
+    return array.astype(getattr(mx, dtype))
+
+
+def transpose(array: mx.array) -> mx.array:
+    """Swap the two axes, rows contiguous again."""
+    return mx.contiguous(array.T)
+
+
+def multiply(left: mx.array, right: mx.array) -> mx.array:
+    """Element by element, in the common dtype."""
+    return mx.multiply(left, right)
+
+
+def scale(array: mx.array, factor: float) -> mx.array:
+    """Times one number, in the dtype of the array."""
+    return mx.multiply(array, mx.full_like(array, factor))
+
+
+def negative(array: mx.array) -> mx.array:
+    """Element by element; zero becomes minus zero."""
+    return mx.negative(array)
+
+
+def unpack(words: mx.array, shifts: Sequence[int], mask: int) -> mx.array:
+    """(rows, n) words -> (rows, n * len(shifts)) codes: ``(word >> shift) & mask``, uint32."""
+    rows, count = words.shape
+    with _as_backend_error():
+        codes = mx.bitwise_and(
+            mx.right_shift(words[:, :, None], mx.array(list(shifts), dtype=mx.uint32)),
+            mx.array([mask], dtype=mx.uint32),
+        )
+        return codes.reshape(rows, count * len(shifts))
+
+
+def pack(codes: mx.array, shifts: Sequence[int]) -> mx.array:
+    """(rows, n * len(shifts)) codes -> (rows, n) words: ``code << shift`` joined, uint32."""
+    rows, count = codes.shape
+    with _as_backend_error():
+        parts = codes.astype(mx.uint32).reshape(rows, count // len(shifts), len(shifts))
+        return (
+            mx.left_shift(parts, mx.array(list(shifts), dtype=mx.uint32))
+            .sum(axis=2)
+            .astype(mx.uint32)
+        )
+
+
+@contextmanager
+def _as_backend_error() -> Iterator[None]:
+    """MLX raises ValueError, TypeError, OverflowError or RuntimeError: one class for callers."""
+    try:
+        yield
+    except Exception as error:
+        raise BackendError(str(error)) from error
+
+
+_UNSIGNED = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
+
+
+def empty(shape: Sequence[int], dtype: mx.Dtype) -> tuple[mx.array, memoryview]:
+    """Memory of MLX to be filled from outside, without a copy.
+
+    Returns:
+        An array, and its bytes to write to. Evaluate nothing that is made of the array before
+        it is filled.
+    """
+    array = mx.zeros(shape, _UNSIGNED[dtype.size])
+    mx.eval(array)
+    return array.view(dtype), raw_bytes(array).data
+
+
+def raw_bytes(array: mx.array) -> np.ndarray:
+    """The memory of an evaluated, row-major array as a uint8 vector that shares it."""
+    unsigned = np.array(array.view(_UNSIGNED[array.dtype.size]), copy=False)
+    return unsigned.reshape(-1).view(np.uint8)
+
+
+def is_array(value: Any) -> bool:
+    """Whether this module takes ``value``."""
+    return isinstance(value, mx.array)

@@ -1,0 +1,61 @@
+"""Whether mlx-lm loads a set of tensors: its own loading is run on a checkpoint without data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any
+
+from requant.core.dtypes import TensorInfo
+from requant.errors import RequantError
+from requant.layouts.availability import UnknownModelError, missing_class_reason
+from requant.layouts.outputs import ByteCopy
+
+if TYPE_CHECKING:
+    from requant.layouts.layout import MlxLmLayout
+
+
+def why_unloadable(config: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> str:
+    """Why mlx-lm does not load a folder with this config and these tensors; "" where it does."""
+    if why := missing_class_reason(config):
+        return why
+    try:
+        from requant.layouts.layout import mlx_lm_layout
+
+        mlx_lm_layout(deepcopy(dict(config)), infos)
+    except UnknownModelError as error:
+        return one_sentence(error.why)
+    except RequantError as error:
+        return one_sentence(str(error))
+    except Exception as error:  # mlx-lm raises limits of the process while it is imported
+        return f"mlx-lm cannot be imported ({error})"
+    return ""
+
+
+def find_load_error(layout: MlxLmLayout, infos: Mapping[str, TensorInfo]) -> str:
+    """Why mlx-lm does not load its own layout with further tensors; "" where it does.
+
+    mlx-lm runs ``sanitize`` on what it loads too, so ``sanitize`` must drop the further tensors
+    again, and leave the others as they are.
+
+    Args:
+        layout: mlx-lm's layout.
+        infos: Its tensors and the further ones.
+    """
+    from requant.layouts.layout import mlx_lm_layout
+
+    dense = {k: v for k, v in layout.config.items() if not k.startswith("quantization")}
+    try:
+        again = mlx_lm_layout(dense, infos)
+    except RequantError as error:
+        return " ".join(str(error).split())
+    for name, made in again.tensors.items():
+        same = isinstance(made, ByteCopy) and made.inputs == (name,) and len(made.extents) == 1
+        if not same or made.info != infos.get(name):
+            return f"with them its rule changes {name} once more"
+    return ""
+
+
+def one_sentence(text: str) -> str:
+    """A message on one line, without its full stop."""
+    return " ".join(text.split()).rstrip(".")

@@ -1,0 +1,388 @@
+"""A checkpoint's layers under the names that mlx-lm gives its tensors.
+
+What mlx-lm only moves (renames, stacks, splits) stays bytes of the source files; what its
+model class computes is computed during the run, one tensor at a time.
+
+A quantized layer is shown to mlx-lm as the dense weight that it stands for. Where ``sanitize``
+moves whole rows of such weights, the rows of the codes, scales and biases are moved alike, and
+members that are stored unlike each other take an encoding that holds them all (``members``).
+Where it does anything else, the layer is decoded, and its default target, 8 bits, says how it is
+requantized.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from itertools import accumulate
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from requant.checkpoints.checkpoint import (
+    Checkpoint,
+    ComputedTensor,
+    FileRange,
+    SourceTensor,
+    cut,
+    with_changes,
+)
+from requant.core.dtypes import KERNEL_FLOATS, TensorInfo
+from requant.core.reasons import Reason, ReasonCode
+from requant.errors import CheckpointError, Problem, RequantError, UsageError
+from requant.formats.base import DefaultPolicy, RowRange, SourceLayer, SourceLayout, dense_layer
+from requant.formats.members import in_float32, members_joined, recomputed
+from requant.formats.nvfp4_layers import has_tensor_scale, kept_separate
+from requant.formats.quantization_block import without_blocks
+from requant.layouts.availability import NO_CLASS_HINT, UnknownModelError, missing_class_reason
+from requant.layouts.load_check import find_load_error
+from requant.layouts.outputs import ByteCopy
+from requant.layouts.row_ranges import (
+    MAX_RANGES,
+    coalesced_tensor,
+    in_whole_units,
+    row_byte_ranges,
+    row_runs,
+    stacked_global_scales,
+    strided_view,
+)
+from requant.quantization.config import PerLayerQuantization, Quantization
+
+if TYPE_CHECKING:
+    from requant.layouts.layout import MlxLmLayout
+
+REENCODED_BY_SANITIZE = Reason(
+    ReasonCode.REENCODED_BY_SANITIZE, "mlx-lm's rule for this model works on its values"
+)
+"""Why a quantized layer could not keep its codes under mlx-lm's names."""
+
+ReadValues = Callable[[str, memoryview], None]
+"""Writes the values of a source tensor or decoded layer, by the name that mlx-lm was shown."""
+
+
+class MlxLmLayoutError(CheckpointError):
+    """mlx-lm's layout cannot be made of a checkpoint.
+
+    Attributes:
+        why: The reason, with the tensor that it is about, without the advice that the message adds.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, why: str, advice: str = "", tensor: str = ""
+    ) -> None:
+        self.why = f"{tensor}: {why}" if tensor else why
+        message = f"{why}. {advice}" if advice else why
+        super().__init__(str(checkpoint.source), [Problem(tensor or "--layout mlx-lm", message)])
+
+
+@dataclass(eq=False)
+class Relayout:
+    """What mlx-lm decides about a checkpoint, and its layers under mlx-lm's names.
+
+    Not data: it holds mlx-lm's functions, and keeps what it computed once.
+
+    Attributes:
+        layout: mlx-lm's names, choice of layers and config.
+        source_layers: Name -> the source's layer that mlx-lm was shown under it, as dense values.
+        source: The source's layers as they are stored.
+        extra_tensors: Names that were shown, that mlx-lm has no use for, and that are kept.
+        load_error: Why mlx-lm would not load the output with these; "" where it does.
+        form: What was done to the experts before the class saw them; "" where nothing was.
+    """
+
+    layout: MlxLmLayout
+    source_layers: Mapping[str, SourceLayer]
+    source: SourceLayout
+    extra_tensors: tuple[str, ...] = ()
+    load_error: str = ""
+    form: str = ""
+
+    @cached_property
+    def layers(self) -> SourceLayout:
+        """The layers with renamed, joined, cut and computed tensors."""
+        layers = [self._layer(name) for name in self.layout.tensors]
+        layers += (self.source_layers[name] for name in self.extra_tensors)
+        quantization = self.source.quantization
+        if quantization is not None:  # its entries are the source's names
+            quantization = PerLayerQuantization(quantization.quantization, {})
+        dropped = (*self.source.dropped, *self._dropped())
+        return replace(
+            self.source, layers=tuple(layers), quantization=quantization, dropped=dropped
+        )
+
+    def _dropped(self) -> Iterator[tuple[str, str]]:
+        """The source's tensors that mlx-lm has no use for, each with the reason."""
+        for name in self.layout.dropped:
+            if name in self.extra_tensors:
+                continue
+            reason = "mlx-lm's class has no use for them; --keep-extra keeps them"
+            if name in self.layout.tensors:
+                reason = "mlx-lm makes another tensor of this name"
+            for part in self.source_layers[name].parts.values():
+                yield part.name, reason
+
+    @cached_property
+    def keeps_row_orders(self) -> bool:
+        """Whether every layer whose rows change their order is moved as a whole."""
+        for name, output in self.layout.tensors.items():
+            ordered = [x for x in map(self.source_layers.__getitem__, output.inputs) if x.row_order]
+            if not ordered:
+                continue
+            runs = self._runs(name)
+            if runs is None and len(output.inputs) == 1 and output.info.shape == ordered[0].shape:
+                continue  # a bias
+            if runs is None or any(r.start or r.count != prod(r.layer.shape[:-1]) for r in runs):
+                return False
+            if len(runs) > 1 and any(run.layer.packing is None for run in runs):
+                return False
+        return True
+
+    def compute_tensor(self, name: str, fill: ReadValues) -> np.ndarray:
+        """The bytes of a computed tensor.
+
+        Args:
+            name: Its name.
+            fill: Called for each source that is needed.
+        """
+        output = self.layout.tensors[name]
+        if isinstance(output, ByteCopy):
+            return self._gather(output, fill)
+        from requant.kernels.mlx_backend import empty, raw_bytes
+        from requant.layouts.conversion_trace import MLX_DTYPE
+
+        def load(source: str) -> Any:
+            layer = self.source_layers[source]
+            array, view = empty(layer.shape, MLX_DTYPE[layer.dtype])
+            fill(source, view)
+            return array
+
+        return raw_bytes(self.layout.compute(name, load))
+
+    def _gather(self, output: ByteCopy, fill: ReadValues) -> np.ndarray:
+        """Bytes that are moved, but not in whole rows of one encoding; one source at a time."""
+        result = np.empty(output.info.nbytes, np.uint8)
+        starts = [0, *accumulate(extent.nbytes for extent in output.extents)]
+        for source in output.inputs:
+            layer = self.source_layers[source]
+            dense = np.empty(TensorInfo(layer.dtype, layer.shape).nbytes, np.uint8)
+            fill(source, dense.data)
+            for extent, start in zip(output.extents, starts, strict=False):
+                if extent.tensor == source:
+                    run = extent.stop - extent.start
+                    into = result[start : start + extent.nbytes].reshape(-1, run)
+                    into[:] = strided_view(dense, extent.start, run, extent.stride, extent.times)
+        return result
+
+    # -- one layer under its new name ----------------------------------------------------
+
+    def _layer(self, name: str) -> SourceLayer:
+        output = self.layout.tensors[name]
+        sources = [self.source_layers[source] for source in output.inputs]
+        if any(layer.is_quantized for layer in sources):
+            return self._moved_codes(name, sources) or self._decoded(name, sources)
+        if any(layer.packing is not None for layer in sources):
+            return self._in_other_order(name, sources)
+        if isinstance(output, ByteCopy):
+            strided = sum(extent.times for extent in output.extents if extent.times > 1)
+            if strided <= MAX_RANGES:
+                tensor = coalesced_tensor(name, output.info, self._stored(output))
+                return replace(
+                    dense_layer(tensor), row_order=sources[0].row_order if sources else None
+                )
+        return dense_layer(ComputedTensor(name, output.info, output.inputs))
+
+    def _in_other_order(self, name: str, sources: Sequence[SourceLayer]) -> SourceLayer:
+        """A dense tensor whose values a packing brings into order."""
+        output, first = self.layout.tensors[name], sources[0]
+        whole = isinstance(output, ByteCopy) and len(sources) == len(output.extents) == 1
+        if not whole or output.info != TensorInfo(first.dtype, first.shape):
+            return dense_layer(ComputedTensor(name, output.info, output.inputs))
+        is_weight = name.endswith(".weight")
+        path = name.removesuffix(".weight") if is_weight else name
+        return replace(first, path=path, name="" if is_weight else name)
+
+    def _stored(self, output: ByteCopy) -> Iterator[FileRange]:
+        for extent in output.extents:
+            part = self.source_layers[extent.tensor].parts["weight"]
+            for start, stop in extent.ranges:
+                yield from cut(part, start, stop)
+
+    def _runs(self, name: str) -> tuple[RowRange, ...] | None:
+        """The rows of source layers that make up an output; None if it is not made of rows."""
+        output = self.layout.tensors[name]
+        if not isinstance(output, ByteCopy) or not name.endswith(".weight"):
+            return None
+        return row_runs(output, self.source_layers)
+
+    def _moved_codes(self, name: str, sources: Sequence[SourceLayer]) -> SourceLayer | None:
+        """The codes of the sources as rows of one layer; None where only their values serve."""
+        path, shape = name.removesuffix(".weight"), self.layout.tensors[name].info.shape
+        runs = self._runs(name)
+        if runs is None:
+            return None
+        first = sources[0]
+        if self._keeps_tensor_scales(path, sources):
+            stack = kept_separate(first, path, shape, runs)
+            if stack is not None:
+                return stack
+        if not all(map(in_whole_units, runs)):
+            return None
+        if len({_merge_key(layer) for layer in sources}) > 1:
+            return members_joined(path, shape, runs)
+        if len({tuple(x.name for x in layer.rotation_tensors.values()) for layer in sources}) > 1:
+            return None  # rows of one layer cannot have their inputs rotated differently
+        if first.packing is None and sum(run.count for run in runs if run.step > 1) > MAX_RANGES:
+            return members_joined(path, shape, runs)
+        layer = replace(first, path=path, name="", as_named=None, shape=shape)
+        if first.packing is not None:
+            return replace(layer, row_ranges=runs)
+        parts = self._moved_parts(path, shape, runs)
+        return None if parts is None else replace(layer, parts=parts)
+
+    def _moved_parts(
+        self, path: str, shape: tuple[int, ...], runs: Sequence[RowRange]
+    ) -> dict[str, SourceTensor] | None:
+        """Weight, scales and biases of rows that are stored as MLX's; None without a place."""
+        parts: dict[str, SourceTensor] = {}
+        for role, part in runs[0].layer.parts.items():
+            if role == "global_scale":
+                scales = stacked_global_scales(path, shape, runs)
+                if scales is None or path not in self.layout.with_global_scale:
+                    return None
+                parts[role] = scales
+                continue
+            info = TensorInfo(part.info.dtype, (*shape[:-1], part.info.shape[-1]))
+            ranges = (piece for run in runs for piece in row_byte_ranges(run, role))
+            parts[role] = coalesced_tensor(f"{path}.{role}", info, ranges)
+        return parts
+
+    def _keeps_tensor_scales(self, path: str, sources: Sequence[SourceLayer]) -> bool:
+        """Whether NVFP4's tensor scales stay numbers of their own.
+
+        They do where they do not fold into the group scales, and the class takes them.
+        """
+        if path not in self.layout.with_global_scale:
+            return False
+        return all(map(has_tensor_scale, sources)) and any(x.encoding is None for x in sources)
+
+    def _decoded(self, name: str, sources: Sequence[SourceLayer]) -> SourceLayer:
+        """A layer whose values are needed; without a request it is requantized to 8 bits."""
+        output = self.layout.tensors[name]
+        layer = dense_layer(ComputedTensor(name, output.info, output.inputs))
+        codes = layer.path in self.layout.quantizable
+        return replace(
+            layer,
+            stored_description=" and ".join(dict.fromkeys(x.stored_as for x in sources)),
+            policy=DefaultPolicy(
+                fallback=recomputed(sources, layer.shape[-1]) if codes else None,
+                reason=REENCODED_BY_SANITIZE,
+                requires_choice=next(
+                    (x.policy.requires_choice for x in sources if x.policy.requires_choice), ""
+                ),
+            ),
+        )
+
+
+def build_relayout(
+    checkpoint: Checkpoint,
+    source: SourceLayout,
+    quantization: Quantization | None,
+    dtype: str | None,
+    recipe: str | None = None,
+    keep_extra: bool = False,
+) -> Relayout:
+    """Lay a checkpoint out as mlx-lm would.
+
+    Args:
+        checkpoint: The source.
+        source: Its layers as they are stored.
+        quantization: What mlx-lm's choice of layers is asked for; None for a dense model,
+            and for a quantized one that keeps its codes.
+        dtype: Header name that floating tensors are cast to.
+        recipe: One of mlx-lm's own.
+        keep_extra: Keep what mlx-lm's class has no use for, under its own names.
+
+    Raises:
+        CheckpointError: mlx-lm is not installed, does not know the model, or would itself
+            fail on this checkpoint.
+    """
+    if why := missing_class_reason(checkpoint.config):
+        raise MlxLmLayoutError(checkpoint, why, NO_CLASS_HINT)
+    try:
+        from mlx_lm.utils import load_config
+
+        from requant.layouts.any_form import layout_in_any_form
+    except Exception as error:  # mlx-lm raises limits of the process while it is imported
+        why = f"mlx-lm cannot be imported ({error})"
+        raise MlxLmLayoutError(checkpoint, why, NO_CLASS_HINT) from error
+    shown = {x.dense_name: x for x in (layer.as_named or layer for layer in source.layers)}
+    infos = {name: TensorInfo(layer.dtype, layer.shape) for name, layer in shown.items()}
+    take = partial(layout_in_any_form, quantization=quantization, recipe=recipe, dtype=dtype)
+    with _layout_errors(checkpoint):
+        # Not our own reading of config.json: mlx-lm adds what generation_config.json says.
+        is_made = checkpoint.gguf is not None
+        config = deepcopy(dict(checkpoint.config)) if is_made else load_config(checkpoint.path)
+        config = without_blocks(with_changes(config, checkpoint.corrections))
+        layout, form = take(config, infos)
+        if unlike := _unlike(layout, shown):
+            shown |= {name: in_float32(shown[name]) for name in unlike}
+            infos = {name: TensorInfo(layer.dtype, layer.shape) for name, layer in shown.items()}
+            layout, form = take(config, infos)
+    if not keep_extra:
+        return Relayout(layout, shown, source, form=form)
+    extra = tuple(name for name in layout.dropped if name not in layout.tensors)
+    infos = {name: x.info for name, x in layout.tensors.items()} | {x: infos[x] for x in extra}
+    return Relayout(
+        layout=layout,
+        source_layers=shown,
+        source=source,
+        extra_tensors=extra,
+        load_error=find_load_error(layout, infos),
+        form=form,
+    )
+
+
+@contextmanager
+def _layout_errors(checkpoint: Checkpoint) -> Iterator[None]:
+    """Raise what mlx-lm has against a checkpoint as one class of errors."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except UnknownModelError as error:
+        raise MlxLmLayoutError(checkpoint, error.why, NO_CLASS_HINT) from error
+    except RequantError as error:
+        raise MlxLmLayoutError(checkpoint, str(error)) from error
+    except OSError as error:  # the placeholders are written to a temporary folder
+        message = f"mlx-lm cannot be shown the model: {error.strerror or error}"
+        raise MlxLmLayoutError(checkpoint, message) from error
+
+
+def _unlike(layout: MlxLmLayout, shown: Mapping[str, SourceLayer]) -> list[str]:
+    """Inputs of outputs that join codes and differ in dtype: float32 holds the values of all."""
+    found: list[str] = []
+    for output in layout.tensors.values():
+        layers = [shown[name] for name in output.inputs]
+        dtypes = {layer.dtype for layer in layers}
+        if len(dtypes) > 1 and dtypes <= set(KERNEL_FLOATS) and any(x.is_quantized for x in layers):
+            found += (
+                x for x, layer in zip(output.inputs, layers, strict=True) if layer.dtype != "F32"
+            )
+    return found
+
+
+def _merge_key(layer: SourceLayer) -> tuple[object, ...]:
+    """What layers must have in common for their rows to stand in one."""
+    dtypes = tuple((role, part.info.dtype) for role, part in layer.parts.items())
+    return (
+        layer.encoding,
+        layer.policy.fallback,
+        layer.dtype,
+        layer.stored_description,
+        type(layer.packing),
+        dtypes,
+    )

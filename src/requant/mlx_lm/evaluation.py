@@ -1,0 +1,233 @@
+"""What a model makes of a text: losses and next-token distributions, two models side by side.
+
+Needs mlx-lm. On a CPU, where MLX multiplies bfloat16 and packed codes slowly, the model is
+evaluated in float32 from the exact values that its files stand for; on a GPU as it is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import exp
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from requant.api.convert import plan
+from requant.core.types import Source
+from requant.errors import BackendError, ParseError, UsageError
+from requant.mlx_lm import load
+from requant.planning.plan import Treatment
+from requant.text import format_value, pluralize, utf8_error
+
+DEFAULT_TOKENS = 8192
+DEFAULT_WINDOW = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A mean over windows of text, and its standard error."""
+
+    value: float
+    error: float
+
+    @staticmethod
+    def of(windows: np.ndarray) -> Estimate:
+        """The mean of one number a window; windows count as independent."""
+        spread = float(windows.std(ddof=1)) / len(windows) ** 0.5
+        return Estimate(float(windows.mean()), spread)
+
+    def raised(self) -> Estimate:
+        """``e`` to this: a perplexity from a loss, its error to first order."""
+        return Estimate(exp(self.value), exp(self.value) * self.error)
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Two models on one text.
+
+    Attributes:
+        tokens: Tokens of the text that were predicted.
+        windows: Pieces that the text was cut into; each starts without context.
+        loss_a: Mean next-token loss of A in nats.
+        loss_b: The same of B.
+        gap: B's loss minus A's, window by window.
+        perplexity_a: ``e`` to A's loss.
+        perplexity_b: The same of B.
+        divergence: Mean Kullback-Leibler divergence of B's next-token distribution from A's,
+            in nats: the sum over tokens of ``p_A * (log p_A - log p_B)``.
+        same_top: Share of places where both find the same token likeliest.
+    """
+
+    tokens: int
+    windows: int
+    loss_a: Estimate
+    loss_b: Estimate
+    gap: Estimate
+    perplexity_a: Estimate
+    perplexity_b: Estimate
+    divergence: Estimate
+    same_top: Estimate
+
+
+def read_documents(path: Path) -> Iterator[str]:
+    """The documents of a text file: the whole file, or one a line of a ``.jsonl``.
+
+    A line of JSON is a string, or an object with the string ``text``.
+
+    Raises:
+        ParseError: A line is neither, or the file is not UTF-8.
+    """
+    try:
+        text = path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ParseError(f"{path}: {utf8_error(error)}") from error
+    if path.suffix != ".jsonl":
+        yield text
+        return
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            document = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ParseError(f"{path}: line {number} is no JSON: {error}") from error
+        found = document.get("text") if isinstance(document, dict) else document
+        if not isinstance(found, str):
+            raise ParseError(
+                f"{path}: line {number} is {format_value(document)}, expected a string "
+                'or an object with a string "text"'
+            )
+        yield found
+
+
+def read_tokens(path: Path, tokenizer: Any, most: int, window: int) -> np.ndarray:
+    """Token ids of a text, cut into windows.
+
+    Args:
+        path: A text or ``.jsonl`` file.
+        tokenizer: As ``mlx_lm.load`` gives it.
+        most: Read no more tokens than this.
+        window: Tokens of a window; what does not fill the last one is left out.
+
+    Returns:
+        ``(windows, window)``, int64.
+
+    Raises:
+        ParseError: The file is not such a text.
+        UsageError: It is too short for two windows.
+    """
+    if window < 2 or most < 2 * window:
+        raise UsageError(
+            f"{most:,} tokens in windows of {window:,}: two windows of 2 are the least"
+        )
+    ids: list[int] = []
+    for document in read_documents(path):
+        ids += tokenizer.encode(document)
+        if len(ids) >= most:
+            break
+    whole = min(len(ids), most) // window
+    if whole < 2:
+        raise UsageError(
+            f"{path}: has {pluralize(len(ids), 'token')}; a standard error needs two windows of "
+            f"{window:,}: take a longer text, or a lower --window"
+        )
+    return np.array(ids[: whole * window]).reshape(whole, window)
+
+
+def on_cpu() -> bool:
+    """Whether MLX computes on a CPU here."""
+    import mlx.core as mx
+
+    return bool(mx.default_device() == mx.Device(mx.cpu))
+
+
+def load_as_stored(source: Source, **options: Any) -> tuple[Any, Any]:
+    """A model for evaluation, with the weights that ``source`` stores, and its tokenizer.
+
+    Dense float32 on a CPU; on a GPU in the source's own quantization and dtype.
+
+    Args:
+        source: Whatever ``requant.mlx_lm.load`` takes.
+        **options: ``revision``, ``config_from``, ``threads``, ``max_memory`` and ``progress``.
+    """
+    if on_cpu():
+        return load(source, dequantize=True, dtype="float32", **options)
+    reported = {key: options[key] for key in ("revision", "config_from") if key in options}
+    layers = plan(source, layout="keep", **reported).layers
+    kept = any(layer.treatment is Treatment.KEPT for layer in layers)
+    return load(source, dequantize=not kept, **options)
+
+
+def losses(model: Any, ids: np.ndarray) -> np.ndarray:
+    """Mean next-token loss of each window of ``ids``, in nats: ``(windows,)``."""
+    return np.array([_loss(_log_probabilities(model, row), row) for row in ids])
+
+
+def evaluate(
+    model_a: Any,
+    model_b: Any,
+    ids: np.ndarray,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Hold two models against each other on windows of token ids.
+
+    Args:
+        model_a: The model that the other is measured by.
+        model_b: The other; both have one vocabulary.
+        ids: ``(windows, window)``, at least two of each.
+        progress: Called with windows done and windows in all.
+
+    Raises:
+        UsageError: The models predict different numbers of tokens.
+        BackendError: MLX cannot run one of them on this machine.
+    """
+    import mlx.core as mx
+
+    found = np.empty((len(ids), 4))
+    for number, row in enumerate(ids):
+        a, b = _log_probabilities(model_a, row), _log_probabilities(model_b, row)
+        if a.shape != b.shape:
+            raise UsageError(
+                f"vocabularies differ: {a.shape[-1]:,} and {b.shape[-1]:,} tokens; "
+                "compare --text is for two forms of one model"
+            )
+        divergence = float((mx.exp(a) * (a - b)).sum(-1).mean())
+        same = float((a.argmax(-1) == b.argmax(-1)).astype(mx.float32).mean())
+        found[number] = _loss(a, row), _loss(b, row), divergence, same
+        if progress is not None:
+            progress(number + 1, len(ids))
+    loss_a, loss_b = Estimate.of(found[:, 0]), Estimate.of(found[:, 1])
+    return Evaluation(
+        tokens=ids.size - len(ids),
+        windows=len(ids),
+        loss_a=loss_a,
+        loss_b=loss_b,
+        gap=Estimate.of(found[:, 1] - found[:, 0]),
+        perplexity_a=loss_a.raised(),
+        perplexity_b=loss_b.raised(),
+        divergence=Estimate.of(found[:, 2]),
+        same_top=Estimate.of(found[:, 3]),
+    )
+
+
+def _log_probabilities(model: Any, row: np.ndarray) -> Any:
+    """Float32 ``(window - 1, vocabulary)`` for the tokens after the first."""
+    import mlx.core as mx
+
+    try:
+        logits = model(mx.array(row[None, :-1]))[0].astype(mx.float32)
+        made = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        mx.eval(made)
+    except (RuntimeError, ValueError) as error:
+        raise BackendError(f"MLX cannot run this model here: {error}") from error
+    return made
+
+
+def _loss(log_probabilities: Any, row: np.ndarray) -> float:
+    import mlx.core as mx
+
+    picked = mx.take_along_axis(log_probabilities, mx.array(row[1:, None]), axis=-1)
+    return -float(picked.mean())

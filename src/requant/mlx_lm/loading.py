@@ -1,0 +1,305 @@
+"""Any supported source as a model of mlx-lm, converted in memory: no weights are written.
+
+The plan and its steps are those of ``convert --layout mlx-lm``; only the place that the bytes
+go to differs. mlx-lm's own loader builds the model around the result.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Unpack
+
+from requant.bit_allocation.choose import allocate_bits
+from requant.core.reasons import NoteCode
+from requant.core.types import Source
+from requant.errors import CheckpointError, Problem
+from requant.execution.runner import options_for_retry, run_once
+from requant.layouts.availability import missing_class_reason
+from requant.planning.plan import OutputTensor, Plan
+from requant.planning.planner import Planned, plan_with_source
+from requant.quantization.config import Quantization
+from requant.quantization.option_signatures import read_arguments, takes_options
+from requant.reports.report import Report
+from requant.sources.hub_repository import find_repository, open_source
+from requant.sources.open import as_checkpoint
+from requant.text import one_line
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+    from requant.execution.option_keywords import LoadKeywords
+
+
+@takes_options("load")
+def load(
+    source: Source,
+    quantization: Quantization | None = None,
+    *,
+    tokenizer_config: Mapping[str, Any] | None = None,
+    **arguments: Unpack[LoadKeywords],
+) -> tuple[Any, Any]:
+    """Convert a checkpoint in memory and load it, ready for ``mlx_lm.generate``.
+
+    The model is the one that ``mlx_lm.load`` gives for what ``requant.convert`` writes with
+    the same options; beside it, memory holds one tensor at a time.
+
+    Args:
+        source: Folder of any supported format, a GGUF file, or ``org/name`` on the hub, whose
+            weight files stay in huggingface_hub's cache.
+        quantization: As in ``requant.convert``: None keeps a quantized source as it is, and
+            means affine, 4 bits, group 64 for a dense one.
+        tokenizer_config: Options of the tokenizer, as ``mlx_lm.load`` takes them.
+        **arguments: The options of ``requant.convert`` that do not concern files, each by its
+            name; ``help`` and the reference list them.
+
+    Returns:
+        The model and the tokenizer.
+
+    Raises:
+        CheckpointError: Everything that is wrong with the source; also that mlx-lm is not
+            installed, or has no class for the model.
+        UsageError: Options that contradict each other or match no layer.
+
+    Example:
+        >>> import requant.mlx_lm, mlx_lm  # doctest: +SKIP
+        >>> model, tokenizer = requant.mlx_lm.load("Qwen3-30B-A3B", bits=4)  # doctest: +SKIP
+        >>> mlx_lm.generate(model, tokenizer, prompt="Hello")  # doctest: +SKIP
+    """
+    loaded = load_with_report(source, quantization, tokenizer_config=tokenizer_config, **arguments)
+    return loaded.model, loaded.tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model in memory.
+
+    Attributes:
+        model: As ``mlx_lm.load`` gives it.
+        tokenizer: The same.
+        report: What the conversion did.
+        load_s: Seconds for conversion and loading.
+    """
+
+    model: Any
+    tokenizer: Any
+    report: Report
+    load_s: float
+
+
+@takes_options("load")
+def load_with_report(
+    source: Source,
+    quantization: Quantization | None = None,
+    *,
+    tokenizer_config: Mapping[str, Any] | None = None,
+    **arguments: Unpack[LoadKeywords],
+) -> Loaded:
+    """Do as ``load`` does, and say what the conversion did."""
+    began = time.perf_counter()
+    weights, report, planned = _convert(source, quantization, **arguments)
+    _check_tokenizer(source, report.plan)
+    with _failing(source, "mlx-lm, building the model"):
+        model, config = _build(report.plan.config, weights)
+    tokenizer = load_tokenizer(source, planned, tokenizer_config, config.get("eos_token_id"))
+    return Loaded(model, tokenizer, report, time.perf_counter() - began)
+
+
+def load_tokenizer(
+    source: Source,
+    planned: Planned,
+    tokenizer_config: Mapping[str, Any] | None = None,
+    eos_token_ids: Any = None,
+) -> Any:
+    """The tokenizer of a plan's source, as mlx-lm loads it.
+
+    Raises:
+        CheckpointError: There is none, or its library refuses it.
+    """
+    _check_tokenizer(source, planned.plan)
+    with _failing(source, "tokenizer"), _tokenizer_folder(planned) as folder:
+        return _utils().load_tokenizer(folder, tokenizer_config, eos_token_ids=eos_token_ids)
+
+
+def build_empty_model(plan: Plan) -> Any:
+    """mlx-lm's model for a dense plan, without its weights: what is in it is not computed."""
+    with _failing(plan.source, "mlx-lm, building the model"):
+        config = dict(plan.config)
+        model_class, args_class = _utils()._get_classes(config)
+        model = model_class(args_class.from_dict(config))
+        model.eval()
+        return model
+
+
+def _check_tokenizer(source: Source, plan: Plan) -> None:
+    """A GGUF file may hold no tokenizer that can be made: the plan's note says why."""
+    notes = [note for note in plan.notes if note.code is NoteCode.NO_TOKENIZER]
+    if notes:
+        raise CheckpointError(str(source), [Problem("tokenizer", notes[0].text)])
+
+
+@takes_options("load")
+def load_weights(
+    source: Source, quantization: Quantization | None = None, **arguments: Unpack[LoadKeywords]
+) -> tuple[dict[str, mx.array], Report]:
+    """Convert a checkpoint into arrays under mlx-lm's names.
+
+    Takes and raises what ``load`` does.
+
+    Returns:
+        The weights by name, and the report of the conversion; its plan holds the
+        ``config.json`` that belongs to them.
+    """
+    weights, report, _ = _convert(source, quantization, **arguments)
+    return weights, report
+
+
+def _convert(
+    source: Source, quantization: Quantization | None, **arguments: Unpack[LoadKeywords]
+) -> tuple[dict[str, mx.array], Report, Planned]:
+    """The weights, the report, and the plan with what it was run on."""
+    began = time.perf_counter()
+    options, run = read_arguments("load", quantization, arguments, layout="mlx-lm")
+    check_installed(Path(source))
+    opened = open_source(source, find_repository(source, run.revision), options.config_from)
+    options = allocate_bits(
+        opened,
+        options,
+        threads=run.threads,
+        max_memory=run.max_memory,
+        allow_nonfinite=run.allow_nonfinite,
+        progress=run.progress,
+        chunk_bytes=run.chunk_bytes,
+    )
+    while True:
+        planned = plan_with_source(as_checkpoint(opened, options.config_from), options)
+        memory = ArraySink(planned.plan)
+        attempt = run_once(planned, memory, options, run)
+        if not attempt.problems:
+            report = Report.build(planned.plan, "", attempt.result, time.perf_counter() - began)
+            return memory.arrays, report, planned
+        options = options_for_retry(planned.plan, attempt, options, run)
+
+
+def check_installed(source: Path) -> None:
+    """Name what is missing before anything else is looked at."""
+    why = missing_class_reason({"model_type": "llama"})
+    if why:
+        raise CheckpointError(str(source), [Problem("mlx-lm", why)])
+
+
+# -- arrays ----------------------------------------------------------------------------------
+
+
+class ArraySink:
+    """Stands where the output folder would: each tensor's bytes go into an array of MLX."""
+
+    progress_log = None  # nothing outlives the process
+
+    def __init__(self, plan: Plan) -> None:
+        from requant.kernels.mlx_backend import empty
+        from requant.layouts.conversion_trace import MLX_DTYPE
+
+        self.arrays: dict[str, mx.array] = {}
+        self._views: dict[str, memoryview] = {}
+        self._tensors: dict[str, tuple[list[int], list[OutputTensor]]] = {}
+        for shard in plan.shards:
+            tensors = sorted((t for t in shard.tensors if t.info.nbytes), key=lambda t: t.offset)
+            self._tensors[shard.name] = [t.offset for t in tensors], tensors
+            for tensor in shard.tensors:
+                dtype = MLX_DTYPE[tensor.info.dtype]
+                array, view = empty(tensor.info.shape, dtype)
+                self.arrays[tensor.name], self._views[tensor.name] = array, view
+
+    def write(self, file: str, offset: int, data: memoryview) -> None:
+        """Put ``data`` where it belongs in the tensor that lies at ``offset``."""
+        offsets, tensors = self._tensors[file]
+        tensor = tensors[bisect_right(offsets, offset) - 1]
+        start = offset - tensor.offset
+        self._views[tensor.name][start : start + data.nbytes] = data
+
+
+@contextmanager
+def _tokenizer_folder(planned: Planned) -> Iterator[Path]:
+    """The folder with the tokenizer's files; those of a GGUF file are generated."""
+    plan, checkpoint = planned.plan, planned.source.checkpoint
+    if checkpoint.gguf is None:
+        yield checkpoint.path
+        return
+    with tempfile.TemporaryDirectory(prefix="requant-") as name:
+        (Path(name) / "config.json").write_text(json.dumps(plan.config))
+        for file, make in checkpoint.opened.generated_files.items():
+            target = Path(name) / file
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(make())
+        yield Path(name)
+
+
+# -- the model -------------------------------------------------------------------------------
+
+
+def _utils() -> Any:  # typed in part only
+    from mlx_lm import utils
+
+    return utils
+
+
+@contextmanager
+def _failing(source: Source, where: str) -> Iterator[None]:
+    """What mlx-lm or the tokenizer's library raise is about the source."""
+    try:
+        yield
+    except Exception as error:
+        message = one_line(error)
+        raise CheckpointError(str(source), [Problem(where, message)]) from error
+
+
+def _build(config: Mapping[str, Any], weights: dict[str, mx.array]) -> tuple[Any, dict[str, Any]]:
+    """mlx-lm's own loading of a folder, whose weights come from memory instead."""
+    import mlx.core as mx
+
+    utils = _utils()
+
+    def classes(config: dict[str, Any]) -> tuple[Callable[[Any], Any], Any]:
+        model_class, args_class = utils._get_classes(config)
+        entry = config.get("rotation") or {}
+        group = entry.get("group_size")
+        return lambda args: _model_with_weights(
+            model_class, model_class(args), weights, group
+        ), args_class
+
+    with tempfile.TemporaryDirectory(prefix="requant-") as name:
+        folder = Path(name)
+        (folder / "config.json").write_text(json.dumps(config))
+        # It wants a weight file; what it reads there is replaced by the weights at hand.
+        mx.save_safetensors(str(folder / "model.safetensors"), {"none": mx.zeros(1)})
+        model, loaded = utils.load_model(folder, get_model_classes=classes)
+    return model, loaded
+
+
+def _model_with_weights(
+    model_class: type, model: Any, weights: dict[str, mx.array], rotation_group: int | None
+) -> Any:
+    """The model, whose ``sanitize`` takes ``weights`` once, whatever it is given."""
+
+    def sanitize(spied: Any, _: Mapping[str, mx.array]) -> Mapping[str, mx.array]:
+        spied.__class__ = model_class
+        rule = getattr(spied, "sanitize", None)
+        result: Mapping[str, mx.array] = weights if rule is None else rule(weights)
+        if rotation_group is not None:
+            from requant.nn import rotate_layers
+
+            rotate_layers(spied, result, rotation_group)
+        return result
+
+    model.__class__ = type(model_class.__name__, (model_class,), {"sanitize": sanitize})
+    return model
+
+
+# -- a first look at what it says ------------------------------------------------------------

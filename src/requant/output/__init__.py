@@ -1,0 +1,1 @@
+"""The output folder: staging, journal, shards, record, and the rename that publishes it."""

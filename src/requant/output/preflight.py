@@ -1,0 +1,70 @@
+"""Checks of an output folder before anything is written: names, permissions, room on the disk."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+from requant.errors import OutputError
+from requant.planning.plan import Plan
+
+
+def check_output(
+    plan: Plan, output: Path, force: bool, spent: int = 0, most: int | None = None
+) -> None:
+    """Refuse an output that must not, or cannot, be written.
+
+    Args:
+        plan: What is to be written.
+        output: Where to.
+        force: Whether a checkpoint there may be replaced.
+        spent: Bytes on the disk that an earlier run wrote already.
+        most: Bytes of weights that the disk must take at a time; None for all of them.
+
+    Raises:
+        OutputError: OUTPUT exists and ``force`` is not set, is no checkpoint folder, lies
+            in SOURCE or holds it, or the disk has too little room.
+    """
+    source, target = Path(plan.source).resolve(), output.resolve()
+    within = target == source or target in source.parents or source in target.parents
+    if within and plan.repository is None:
+        raise OutputError(f"{output}: the source {source} must not be changed; name another folder")
+    if why := _why_not_writable(output, target):
+        raise OutputError(f"{output} {why}; name another folder")
+    if output.exists() and any(output.iterdir()):
+        if not (output / "config.json").is_file():
+            raise OutputError(
+                f"{output} exists and holds no config.json, so it is no checkpoint; "
+                "--force replaces checkpoints only. Remove it yourself or name another folder"
+            )
+        if not force:
+            raise OutputError(f"{output} exists; --force replaces it")
+    existing = next(p for p in (target, *target.parents) if p.exists())
+    whole = sum(shard.nbytes for shard in plan.shards)
+    needed = max((whole if most is None else most) + plan.side_bytes - spent, 0)
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise OutputError(
+            f"{output}: the disk is too full: {needed:,} bytes are needed, {free:,} are free"
+        )
+
+
+def _why_not_writable(output: Path, target: Path) -> str:
+    """Why a folder cannot get the name of OUTPUT, or nothing; --force changes none of it."""
+    if output.is_symlink() or (output.exists() and not output.is_dir()):
+        return "exists and is no folder, which --force does not replace"
+    if not target.name:
+        return "is the root of the file system"
+    if os.path.ismount(target):
+        return "is where a disk is mounted, and cannot be replaced; one inside it can be made"
+    with suppress(FileNotFoundError):  # a shell can stand in a folder that was deleted
+        if target == Path.cwd():
+            return "is the folder that this command runs in, and is not replaced"
+    above = next(p for p in target.parents if os.path.lexists(p))
+    if not above.is_dir():
+        return f"cannot be made: {above} is no folder"
+    if not os.access(above, os.W_OK | os.X_OK):
+        return f"cannot be made: writing in {above} is not permitted"
+    return ""

@@ -1,0 +1,174 @@
+"""The hidden folder beside OUTPUT in which it grows: its parts, its lock, what a stopped run left.
+
+Files grow beside OUTPUT, so that the last rename is within one file system:
+
+    .OUTPUT.requant-partial/
+      lock       held by the process that writes; a dead one holds nothing
+      journal    what is done: the same command goes on from there
+      output/    becomes OUTPUT
+      replaced/  the folder that --force replaces, between two renames
+      source/    with --consume-source: headers of the source's files, which are gone bit by bit
+      hub/       with --consume-source and a repository: its weight files, which come and go
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import socket
+from contextlib import suppress
+from pathlib import Path
+
+from requant.core.files import fsync
+from requant.errors import OutputError
+from requant.output.journal import read_journal
+
+
+def staging_dir(output: Path) -> Path:
+    """The hidden folder in which OUTPUT grows."""
+    return output.parent / f".{output.name}.requant-partial"
+
+
+def header_stubs_dir(output: Path) -> Path:
+    """Where the headers of source files are kept that OUTPUT's conversion deletes."""
+    return staging_dir(output) / "source"
+
+
+def downloads_dir(output: Path) -> Path:
+    """Where weight files of the hub are that OUTPUT's conversion deletes."""
+    return staging_dir(output) / "hub"
+
+
+def lock_staging(staging: Path, output: Path) -> int:
+    """Make the folder and take its lock; the system gives it back when the process ends.
+
+    Raises:
+        OutputError: Another process has it.
+    """
+    if staging.is_symlink():
+        raise OutputError(f"{staging} is a link, which is not written through; remove it")
+    while True:
+        staging.mkdir(exist_ok=True)
+        try:
+            fd = os.open(staging / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except FileNotFoundError:  # the owner has just removed the folder
+            continue
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            owner = os.pread(fd, 200, 0).decode("utf-8", "replace") or "it does not say which"
+            os.close(fd)
+            raise OutputError(
+                f"{output} is being written by another process ({owner}); "
+                "wait for it, or name another folder"
+            ) from None
+        with suppress(FileNotFoundError):
+            if (staging / "lock").stat().st_ino == os.fstat(fd).st_ino:
+                with suppress(OSError):  # who it is matters less than that it is locked
+                    os.ftruncate(fd, 0)
+                    os.pwrite(fd, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+                return fd
+        os.close(fd)
+
+
+class StagingFolder:
+    """The hidden folder of one output: its parts, its lock, and the renames at the end.
+
+    Attributes:
+        output: The folder that the output becomes.
+        path: The hidden folder.
+        staged_output: Where the output grows.
+        replaced: Where the folder that --force replaces is, between two renames.
+        header_stubs: Headers of source files that were deleted.
+        downloads: Weight files of a source on the hub.
+        journal: What is done.
+    """
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+        self.path = staging_dir(output)
+        self.staged_output = self.path / "output"
+        self.replaced = self.path / "replaced"
+        self.header_stubs = header_stubs_dir(output)
+        self.downloads = downloads_dir(output)
+        self.journal = self.path / "journal"
+        self._lock: int | None = None
+
+    @property
+    def is_locked(self) -> bool:
+        """Whether this process holds the lock."""
+        return self._lock is not None
+
+    def lock(self) -> None:
+        """Make the folder, take its lock, and undo a replacement that a killed run left half done.
+
+        Raises:
+            OutputError: Another process has the lock.
+        """
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = lock_staging(self.path, self.output)
+        if not self.replaced.exists():
+            return
+        if self.output.exists():  # the second rename was done, the removal was not
+            shutil.rmtree(self.replaced)
+        else:
+            self.replaced.rename(self.output)
+
+    def unlock(self) -> None:
+        """Give the lock back."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def clear(self) -> None:
+        """Remove what an earlier run wrote, and make the folder in which the output grows."""
+        for name in ("journal", "journal.new"):
+            (self.path / name).unlink(missing_ok=True)
+        if self.staged_output.exists():
+            shutil.rmtree(self.staged_output)
+        self.staged_output.mkdir()
+
+    def sync_names(self) -> None:
+        """Make the names of all files so far durable."""
+        for folder in (self.staged_output, self.path, self.output.parent):
+            fsync(folder)
+
+    def name_output(self) -> None:
+        """Sync the staged folders and give the output its name; what is there is replaced."""
+        for folder, _, _ in os.walk(self.staged_output):
+            fsync(Path(folder))
+        if self.output.exists():
+            self.output.rename(self.replaced)
+            try:
+                self.staged_output.rename(self.output)
+            except OSError:
+                self.replaced.rename(self.output)
+                raise
+        else:
+            self.staged_output.rename(self.output)
+        fsync(self.output.parent)
+        self.remove()
+
+    def remove(self) -> None:
+        """Remove the folder with all that is in it."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+def recorded_nonfinite_layers(output: Path) -> list[str]:
+    """Layers that a stopped run of this output had found to hold NaN or infinity."""
+    head, _ = read_journal(staging_dir(output) / "journal")
+    found = head.get("nonfinite_layers", [])
+    return [layer for layer in found if isinstance(layer, str)] if isinstance(found, list) else []
+
+
+def staged_bytes(output: Path) -> int:
+    """Bytes that a stopped run has put on the disk for OUTPUT."""
+    return bytes_on_disk(staging_dir(output) / "output")
+
+
+def bytes_on_disk(folder: Path) -> int:
+    """Bytes that the files of a folder take on the disk."""
+    with suppress(OSError):
+        return sum(entry.stat().st_blocks * 512 for entry in folder.iterdir())
+    return 0

@@ -1,0 +1,293 @@
+"""How the rows of a layer come out of tensors that hold them in another order than MLX.
+
+A packing is frozen data (it is a part of the plan) with three duties: say which rectangle of
+which tensor a range of output rows needs, turn these rectangles into MLX's words, scales and
+biases, and turn them into dense values. It never sees a file: rows are read by ``execute``
+from a checkpoint, or sliced by ``transform`` from arrays in memory.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from math import gcd
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+
+from requant.errors import InvariantError
+from requant.kernels import decode, repack
+from requant.kernels import quantize as native
+from requant.quantization.config import Quantization, QuantMode
+from requant.text import format_range
+
+Parts = Mapping[str, np.ndarray]
+"""Role -> the rectangle that ``required_rects`` asked for, two axes, C-contiguous."""
+
+
+class Exactness(StrEnum):
+    """How the output's values relate to the source's."""
+
+    EXACT = "exact"  # stored values or codes moved bit for bit
+    ROUNDED = "rounded"  # each value, scale or bias rounded once to the stored dtype
+    REENCODED = "re-encoded"  # new codes were computed
+
+
+@dataclass(frozen=True, slots=True)
+class Fidelity:
+    """What a move into MLX's layout costs: the class, and for "rounded" the bound in words."""
+
+    exactness: Exactness
+    bound: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Rect:
+    """A rectangle of a tensor seen as a matrix of its last axis (a vector is one row)."""
+
+    rows: tuple[int, int]
+    columns: tuple[int, int]
+
+
+def flat_cut(start: int, stop: int, width: int) -> Rect:
+    """Elements ``start`` to ``stop`` of a tensor whose last axis is ``width``.
+
+    They are whole rows of that axis, or lie in one of them.
+    """
+    row = start // width
+    if start % width == 0 and stop % width == 0:
+        return Rect((row, stop // width), (0, width))
+    return Rect((row, row + 1), (start - row * width, stop - row * width))
+
+
+class Scratch(Protocol):
+    """Memory that a worker keeps for its whole run."""
+
+    def take(self, role: str, dtype: str, rows: int, row_bytes: int) -> np.ndarray:
+        """An uninitialized ``(rows, row_bytes / itemsize)`` array; one a role at a time."""
+
+
+class Packing(ABC):
+    """Rows of one layer; the experts of a stack count as further rows.
+
+    Attributes:
+        rows: Output rows, experts included.
+        columns: Logical values in a row.
+        matrix_rows: Output rows of one matrix; a range of rows never crosses two.
+        row_unit: A range of rows starts at a multiple of this within its matrix, and ends
+            at one or at the matrix's end.
+        strided: Whether a range of rows is spread over the whole tensor, so that few large
+            ranges are read faster than many small ones.
+        holds_codes: Whether values are quantized; else they are only in another order or dtype.
+    """
+
+    rows: int
+    columns: int
+    row_unit: ClassVar[int] = 1
+    strided: ClassVar[bool] = False
+    holds_codes: ClassVar[bool] = True
+
+    @property
+    def matrix_rows(self) -> int:
+        """Output rows of one matrix."""
+        return self.rows
+
+    @property
+    def scratch_row_bytes(self) -> int:
+        """Bytes of scratch memory that ``unpack`` takes for a row, where they are many."""
+        return 0
+
+    @abstractmethod
+    def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
+        """What the rows ``start`` to ``stop`` need of each part."""
+
+    def repack(
+        self, parts: Parts, start: int, stop: int, out: Mapping[str, np.ndarray], scratch: Scratch
+    ) -> None:
+        """Fill ``out`` (weight, scales and, in affine mode, biases) with rows of the layer."""
+        raise NotImplementedError(f"{type(self).__name__} has no encoding")
+
+    @abstractmethod
+    def decode(
+        self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch
+    ) -> None:
+        """Fill ``out``, ``(rows, columns)``, with values rounded once to its dtype."""
+
+    def fidelity(self, dtype: str) -> Fidelity:
+        """What ``unpack`` costs when scales and biases are stored as ``dtype``."""
+        return Fidelity(Exactness.EXACT)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The packing as JSON data; equal packings give equal data."""
+        return {"kind": type(self).__name__, **asdict(self)}  # type: ignore[call-overload]
+
+
+PRECISION = {"F16": 11, "BF16": 8, "F32": 24}
+"""Significant bits of a dtype, the implied one included."""
+_RANGE = {"F16": 5, "BF16": 8, "F32": 8}  # bits of the exponent
+DTYPE_NAME = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+
+
+def is_narrower(dtype: str, stored: str) -> bool:
+    """Whether some number of dtype ``stored_description`` rounds when it is kept as ``dtype``."""
+    less = PRECISION[dtype] < PRECISION.get(stored, 53)
+    return less or _RANGE[dtype] < _RANGE.get(stored, 11)
+
+
+def mlx_group(group: int, n_in: int) -> int | None:
+    """MLX's largest group that lies within groups of ``group`` and divides a row, or None.
+
+    A source group of 256, of a whole row, or one that leaves a ragged end becomes several
+    MLX groups with the same scale.
+    """
+    common = gcd(group, n_in)
+    return next((size for size in (128, 64, 32) if common % size == 0), None)
+
+
+def mlx_bits(bits: int) -> int:
+    """The width that holds ``bits``-bit codes unchanged: MLX's kernels know no 1 and no 7."""
+    return {1: 2, 7: 8}.get(bits, bits)
+
+
+@dataclass(frozen=True)
+class IntegerPacking(Packing):
+    """``w = (code - zero) * scale`` with a scale and a zero for each group of inputs.
+
+    Attributes:
+        rows: Output rows, experts included.
+        columns: Inputs.
+        bits: Bits of a stored code.
+        group: Inputs that share a scale in the source; the last group may be shorter.
+        symmetric: Whether every zero is the power of two in the middle, so that
+            ``zero * scale`` is exact in any dtype.
+        scale_dtype: Header name of the stored scales.
+    """
+
+    rows: int
+    columns: int
+    bits: int
+    group: int
+    symmetric: bool
+    scale_dtype: str
+
+    @property
+    def groups(self) -> int:
+        """Groups of one row in the source."""
+        return -(-self.columns // self.group)
+
+    @property
+    def encoding(self) -> Quantization | None:
+        """MLX's encoding of the same codes; None if no group of MLX's fits."""
+        group = mlx_group(self.group if self.groups > 1 else self.columns, self.columns)
+        if group is None:
+            return None
+        return Quantization(group, mlx_bits(self.bits), QuantMode.AFFINE)
+
+    def words(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
+        """Fill ``out``, uint32 ``(rows, columns * mlx_bits / 32)``, with the codes.
+
+        Where stored words can be moved as they are, or by one kernel, a format does that instead.
+        """
+        out[:] = native.pack_words(self.codes(parts, start, stop, scratch), mlx_bits(self.bits))
+
+    @abstractmethod
+    def codes(self, parts: Parts, start: int, stop: int, scratch: Scratch) -> np.ndarray:
+        """The codes, uint8 ``(rows, columns)``."""
+
+    @abstractmethod
+    def scales(self, parts: Parts, start: int, stop: int) -> np.ndarray:
+        """The stored scales, ``(rows, groups)``."""
+
+    def zeros(self, parts: Parts, start: int, stop: int) -> np.ndarray | float:
+        """The zeros, float32 ``(rows, groups)``, or one for all."""
+        return float(1 << (self.bits - 1))
+
+    def biases(self, parts: Parts, start: int, stop: int, scales: np.ndarray) -> np.ndarray:
+        """``-zero * scale`` of the scales as they are stored in the output; float32."""
+        product = np.float32(-1) * self.zeros(parts, start, stop) * scales.astype(np.float32)
+        return np.asarray(product, np.float32)
+
+    def repack(
+        self, parts: Parts, start: int, stop: int, out: Mapping[str, np.ndarray], scratch: Scratch
+    ) -> None:
+        """Codes bit for bit; scales and biases rounded at most once, and repeated."""
+        self.words(parts, start, stop, out["weight"], scratch)
+        dtype = out["scales"].dtype
+        with np.errstate(over="ignore"):  # the caller counts infinities
+            scales = self.scales(parts, start, stop).astype(dtype)
+            biases = self.biases(parts, start, stop, scales).astype(dtype)
+        spread = self._group_of(out["scales"].shape[1])
+        np.take(scales, spread, axis=1, out=out["scales"])
+        np.take(biases, spread, axis=1, out=out["biases"])
+
+    def decode(
+        self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch
+    ) -> None:
+        """``(code - zero) * scale`` in float32, rounded once."""
+        codes = np.ascontiguousarray(self.codes(parts, start, stop, scratch))
+        scales = np.ascontiguousarray(self.scales(parts, start, stop), np.float32)
+        zeros = np.empty_like(scales)
+        zeros[:] = self.zeros(parts, start, stop)
+        decode.integer_values_into(codes, scales, zeros, self.group, out)
+
+    def fidelity(self, dtype: str) -> Fidelity:
+        """Exact where neither a scale nor a bias can round."""
+        kept = PRECISION.get(self.scale_dtype, 53)
+        precision = PRECISION[dtype]
+        word = DTYPE_NAME[dtype]
+        if is_narrower(dtype, self.scale_dtype):
+            relative = 2.0**-precision
+            return Fidelity(
+                Exactness.ROUNDED,
+                f"scales rounded to {word}, relative error at most {relative:.2g}; biases at "
+                f"most {self._bias_bound(precision):.2g} steps",
+            )
+        if self.symmetric or kept + self.bits <= precision:
+            return Fidelity(Exactness.EXACT)
+        return Fidelity(
+            Exactness.ROUNDED,
+            f"biases rounded to {word}, at most {self._bias_bound(precision):.2g} steps",
+        )
+
+    def _bias_bound(self, precision: int) -> float:
+        """Half a unit in the last place of the largest bias, in steps of the scale."""
+        return float(2**self.bits - 1) * 2.0**-precision
+
+    def _group_of(self, groups: int) -> np.ndarray:
+        """Which source group each of ``groups`` MLX groups lies in."""
+        size = self.columns // groups
+        return np.arange(groups) * size // self.group
+
+
+def check_symmetric(zeros: np.ndarray, bits: int) -> None:
+    """Hold zeros against the claim that each is the middle of the codes.
+
+    Raises:
+        InvariantError: One is not.
+    """
+    middle = 1 << (bits - 1)
+    if not (zeros == middle).all():
+        raise InvariantError(
+            f"the config calls the layer symmetric, so that every zero is {middle}, but its "
+            f"zeros are {format_range(int(zeros.min()), int(zeros.max()))}; correct that setting "
+            "(sym, symmetric or zero_point, by tool), or the format that says how zeros are stored"
+        )
+
+
+def stream_codes(words: np.ndarray, bits: int, count: int) -> np.ndarray:
+    """Unpack rows of one little-endian bit stream into ``count`` codes, uint8.
+
+    Args:
+        words: Integers of any width, ``(rows, n)``; a row is C-contiguous.
+        bits: Bits a code, 1 to 8.
+        count: Codes to give back; the stream may end within a word.
+    """
+    rows = words.shape[0]
+    stream = np.ascontiguousarray(words).view(np.uint8).reshape(rows, -1)
+    if stream.shape[1] % 4:
+        stream = np.pad(stream, ((0, 0), (0, -stream.shape[1] % 4)))
+    codes = np.empty((rows, count), np.uint8)
+    repack.stream_codes_into(stream.view(np.uint32), bits, codes)
+    return codes

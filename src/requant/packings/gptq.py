@@ -1,0 +1,185 @@
+"""How GPTQ tools lay out a layer: a bit stream down the inputs, or planes of bits.
+
+Value: ``w = (code - zero) * scale``, scale and zero those of the input's group. Layouts:
+AutoGPTQ/AutoGPTQ auto_gptq/nn_modules/qlinear, ModelCloud/GPTQModel
+gptqmodel/utils/planar_packing.py and docs/gptq_planar.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import ClassVar
+
+import numpy as np
+
+from requant.kernels import quantize as native
+from requant.kernels import repack
+from requant.packings.base import (
+    IntegerPacking,
+    Parts,
+    Rect,
+    Scratch,
+    check_symmetric,
+    mlx_bits,
+    stream_codes,
+)
+from requant.quantization.config import Quantization
+
+# Widths of the planes of a block of 32 codes, lowest bits first.
+PLANES = {
+    2: (2,),
+    3: (2, 1),
+    4: (4,),
+    5: (4, 1),
+    6: (4, 2),
+    7: (4, 2, 1),
+    8: (8,),
+}
+_MLX_STREAM = (2, 3, 4, 5, 6, 8)
+
+
+class Zeros(StrEnum):
+    """How a stored zero field becomes the zero."""
+
+    AS_STORED = "zero"  # gptq_v2, gptq_p, auto_round
+    PLUS_ONE = "zero - 1"  # v1: the field plus one, modulo 2^bits
+    WORD_PLUS_ONE = "zero - 1, by words"  # v1 by GPTQModel: carries run through the word
+
+
+@dataclass(frozen=True)
+class Gptq(IntegerPacking):
+    """``qweight`` ``[in * bits / 32, out]``, ``qzeros`` ``[groups, out * bits / 32]``.
+
+    Attributes:
+        planar: Whether blocks of 32 codes are stored plane by plane.
+        stored_zeros: What the fields of ``qzeros`` mean.
+        has_zeros: Whether there is a ``qzeros``.
+        act_order: Whether inputs belong to groups in the order of ``g_idx``.
+        sorted: Whether the codes are moved into the order of their groups: the layer's
+            inputs then come in that order.
+        word_bits: Bits of the integers that hold the streams (GPTQModel's ``pack_dtype``).
+    """
+
+    planar: bool = False
+    stored_zeros: Zeros = Zeros.AS_STORED
+    has_zeros: bool = True
+    act_order: bool = False
+    sorted: bool = False
+    word_bits: int = 32
+    row_unit: ClassVar[int] = 64
+    strided: ClassVar[bool] = True
+
+    @property
+    def encoding(self) -> Quantization | None:
+        """None for inputs out of order: MLX's groups are consecutive."""
+        return None if self.act_order and not self.sorted else super().encoding
+
+    def in_order(self) -> Gptq:
+        """The same layer with its inputs moved into the order of their groups."""
+        return replace(self, sorted=True)
+
+    def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
+        """Columns of words and of scales; a multiple of 32 rows starts a word of zeros."""
+        cuts = {
+            "qweight": Rect((0, -(-self.columns * self.bits // self.word_bits)), (start, stop)),
+            "scales": Rect((0, self.groups), (start, stop)),
+        }
+        if self.has_zeros:
+            words = (start * self.bits // self.word_bits, -(-stop * self.bits // self.word_bits))
+            cuts["qzeros"] = Rect((0, self.groups), words)
+        if self.act_order:
+            cuts["g_idx"] = Rect((0, 1), (0, self.columns))
+        return cuts
+
+    def words(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
+        """A stream of MLX's own width is only transposed."""
+        if self.planar and not self.act_order:
+            source = parts["qweight"].view(np.uint32)
+            repack.planar_columns_into(source, self.bits, out, out_bits=mlx_bits(self.bits))
+        elif self.act_order or self.bits not in _MLX_STREAM:
+            codes = self.codes(parts, start, stop, scratch)
+            out[:] = native.pack_words(codes, mlx_bits(self.bits))
+        elif parts["qweight"].itemsize == 4:
+            repack.transpose_into(parts["qweight"].view(np.uint32), out)
+        else:
+            out[:] = np.ascontiguousarray(parts["qweight"].T).view(np.uint32)
+
+    def codes(self, parts: Parts, start: int, stop: int, scratch: Scratch) -> np.ndarray:
+        """Codes ``(rows, columns)``; in act-order in the order of the groups."""
+        qweight = parts["qweight"]
+        if qweight.itemsize == 4:
+            words = scratch.take("words", "U32", stop - start, 4 * qweight.shape[0])
+            repack.transpose_into(qweight.view(np.uint32), words)
+        else:
+            words = np.ascontiguousarray(qweight.T)
+        codes = (plane_codes if self.planar else stream_codes)(words, self.bits, self.columns)
+        return (
+            np.take(codes, group_order(parts["g_idx"], self.groups), axis=1)
+            if self.act_order
+            else codes
+        )
+
+    def scales(self, parts: Parts, start: int, stop: int) -> np.ndarray:
+        """Stored as ``[groups, out]``."""
+        return parts["scales"].T
+
+    def zeros(self, parts: Parts, start: int, stop: int) -> np.ndarray | float:
+        """Unpacked along the outputs."""
+        if not self.has_zeros:
+            return super().zeros(parts, start, stop)
+        zeros = stored_zeros(parts["qzeros"], self.bits, stop - start, self)
+        if self.symmetric:
+            check_symmetric(zeros, self.bits)
+        return zeros.T.astype(np.float32)
+
+    def decode(
+        self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch
+    ) -> None:
+        """``(code - zero) * scale`` in float32, rounded once."""
+        if not self.act_order or self.sorted:
+            super().decode(parts, start, stop, out, scratch)
+            return
+        in_order = np.empty_like(out)
+        super().decode(parts, start, stop, in_order, scratch)
+        out[:, group_order(parts["g_idx"], self.groups)] = in_order
+
+
+def stored_zeros(qzeros: np.ndarray, bits: int, count: int, packing: Gptq) -> np.ndarray:
+    """The zeros ``(groups, count)``, whatever the file stores for them."""
+    if packing.stored_zeros is Zeros.WORD_PLUS_ONE:
+        ones = np.uint32(sum(1 << shift for shift in range(0, 32, bits)))
+        qzeros = qzeros.view(np.uint32) + ones  # modulo 2^32
+    fields = (plane_codes if packing.planar else stream_codes)(qzeros, bits, count)
+    if packing.stored_zeros is Zeros.PLUS_ONE:
+        fields = (fields + np.uint8(1)) & np.uint8((1 << bits) - 1)
+    return fields
+
+
+def group_order(g_idx: np.ndarray, groups: int) -> np.ndarray:
+    """The inputs sorted by group, those of one group in their own order.
+
+    A negative group counts from the end, as GPTQModel reads it.
+    """
+    return np.argsort(g_idx.reshape(-1).astype(np.int64) % groups, kind="stable")
+
+
+def plane_codes(words: np.ndarray, bits: int, count: int) -> np.ndarray:
+    """Unpack rows of planar words (GPTQModel's ``gptq_p``) into ``count`` codes a row.
+
+    A block of 32 codes is ``bits`` words, low plane first; a plane of width w holds code
+    ``i * (32 / w) + j`` at shift ``w * j`` of its word ``i``.
+    """
+    rows = words.shape[0]
+    padded = -(-words.shape[1] // bits) * bits
+    blocks = np.zeros((rows, padded), np.uint32)
+    blocks[:, : words.shape[1]] = words.view(np.uint32)
+    blocks = blocks.reshape(rows, -1, bits)
+    codes = np.zeros((rows, blocks.shape[1], 32), np.uint8)
+    first = low = 0
+    for width in PLANES[bits]:
+        plane = np.ascontiguousarray(blocks[:, :, first : first + width])
+        fields = native.unpack_words(plane.reshape(rows, -1), width).reshape(codes.shape)
+        codes |= fields << np.uint8(low)
+        first, low = first + width, low + width
+    return np.ascontiguousarray(codes.reshape(rows, -1)[:, :count])

@@ -1,0 +1,151 @@
+"""How torchao lays out a layer: signed bytes, nibbles with zeros in weight units, swizzled scales.
+
+Layout: pytorch/ao torchao/prototype/safetensors and torchao/quantization/quantize_/workflows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Final
+
+import numpy as np
+
+from requant.packings.base import (
+    DTYPE_NAME,
+    PRECISION,
+    Exactness,
+    Fidelity,
+    IntegerPacking,
+    Packing,
+    Parts,
+    Rect,
+    Scratch,
+    check_symmetric,
+    is_narrower,
+)
+from requant.packings.compressed_tensors import CtPlain
+
+_TILE: Final = (128, 4)  # of a matrix of scales
+_TILE_ROWS: Final = 32  # that a tile takes as stored, 16 bytes each
+
+
+@dataclass(frozen=True)
+class TorchaoInteger(CtPlain):
+    """Int8Tensor and IntxUnpackedToInt8Tensor: signed bytes, zeros as signed bytes."""
+
+    def zeros(self, parts: Parts, start: int, stop: int) -> np.ndarray | float:
+        zeros = super().zeros(parts, start, stop)
+        if self.symmetric and isinstance(zeros, np.ndarray):
+            check_symmetric(zeros, self.bits)
+        return zeros
+
+
+@dataclass(frozen=True)
+class TorchaoInt4(IntegerPacking):
+    """Int4Tensor: ``w = code * scale + zero_point``, codes -8 to 7, two a byte.
+
+    ``qdata`` int8 ``[out, in / 2]``, the even input in the low nibble; ``scale`` and
+    ``zero_point`` floats ``[in / group, out]``.
+    """
+
+    strided: ClassVar[bool] = True
+
+    def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
+        each = Rect((0, self.groups), (start, stop))
+        return {"qdata": Rect((start, stop), (0, self.columns // 2)), "scale": each} | {
+            "zero_point": each
+        }
+
+    def words(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
+        np.bitwise_xor(parts["qdata"].view(np.uint32), np.uint32(0x88888888), out=out)
+
+    def codes(self, parts: Parts, start: int, stop: int, scratch: Scratch) -> np.ndarray:
+        packed = parts["qdata"].view(np.uint8)
+        pairs = np.stack([packed & 15, packed >> 4], axis=-1)
+        return pairs.reshape(stop - start, self.columns) ^ np.uint8(8)
+
+    def scales(self, parts: Parts, start: int, stop: int) -> np.ndarray:
+        return parts["scale"].T
+
+    def biases(self, parts: Parts, start: int, stop: int, scales: np.ndarray) -> np.ndarray:
+        """The value of the code that MLX calls 0: ``zero_point - 8 * scale``, float32."""
+        offsets = parts["zero_point"].T.astype(np.float32)
+        return np.asarray(offsets - np.float32(8) * scales.astype(np.float32), np.float32)
+
+    def decode(
+        self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch
+    ) -> None:
+        """``code * scale + zero_point`` in float32, rounded once more."""
+        codes = self.codes(parts, start, stop, scratch).astype(np.float32) - np.float32(8)
+        scales, offsets = (
+            parts[role].T.astype(np.float32).repeat(self.group, axis=1)
+            for role in ("scale", "zero_point")
+        )
+        with np.errstate(over="ignore"):  # the caller counts infinities
+            out[:] = codes * scales + offsets
+
+    def fidelity(self, dtype: str) -> Fidelity:
+        relative = f"relative error at most {2.0 ** -PRECISION[dtype]:.2g}"
+        what = "scales and biases" if is_narrower(dtype, self.scale_dtype) else "biases"
+        return Fidelity(Exactness.ROUNDED, f"{what} rounded to {DTYPE_NAME[dtype]}, {relative}")
+
+
+@dataclass(frozen=True)
+class Swizzled(Packing):
+    """Another packing whose scales are stored in tiles of 128 rows and 4 groups.
+
+    The scale of row ``r`` and group ``c`` is in tile ``(r // 128, c // 4)``, tiles row by row,
+    at ``[r % 32, 4 * (r // 32 % 4) + c % 4]`` of its 32 x 16 bytes; the last tiles are padded.
+
+    Attributes:
+        rows: Output rows of the one matrix.
+        columns: Inputs.
+        layer: The packing of the same layer with scales row by row.
+        groups: Scales of a row.
+    """
+
+    rows: int
+    columns: int
+    layer: Packing
+    groups: int
+
+    @property
+    def _tiles_across(self) -> int:
+        return -(-self.groups // _TILE[1])
+
+    def stored_bytes(self) -> int:
+        """Bytes of all tiles."""
+        return -(-self.rows // _TILE[0]) * self._tiles_across * _TILE[0] * _TILE[1]
+
+    def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
+        first, last = start // _TILE[0], -(-stop // _TILE[0])
+        tiles = Rect((first * _TILE_ROWS, last * _TILE_ROWS), (0, 16 * self._tiles_across))
+        return {**self.layer.required_rects(start, stop), "scale": tiles}
+
+    def _in_rows(self, parts: Parts, start: int, stop: int) -> Parts:
+        """The parts with scales row by row."""
+        stored = parts["scale"]
+        tiles = stored.view(np.uint8).reshape(-1, self._tiles_across, _TILE_ROWS, 4, 4)
+        rows = np.ascontiguousarray(tiles.transpose(0, 3, 2, 1, 4)).reshape(
+            -1, self._tiles_across * _TILE[1]
+        )
+        first = start // _TILE[0] * _TILE[0]
+        wanted = np.ascontiguousarray(rows[start - first : stop - first, : self.groups])
+        return {**parts, "scale": wanted.view(stored.dtype)}
+
+    def repack(
+        self, parts: Parts, start: int, stop: int, out: Mapping[str, np.ndarray], scratch: Scratch
+    ) -> None:
+        self.layer.repack(self._in_rows(parts, start, stop), start, stop, out, scratch)
+
+    def decode(
+        self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch
+    ) -> None:
+        self.layer.decode(self._in_rows(parts, start, stop), start, stop, out, scratch)
+
+    def fidelity(self, dtype: str) -> Fidelity:
+        return self.layer.fidelity(dtype)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "layer": self.layer.to_dict()}

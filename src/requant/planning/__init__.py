@@ -1,0 +1,1 @@
+"""A Checkpoint and options become a Plan; no tensor data is read."""

@@ -1,0 +1,152 @@
+"""Statistics meet a plan's steps: what an error of each input counts where scales are searched for.
+
+Knows steps and statistics files, and nothing of formats; reads no weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+from requant.core.limits import MAX_GPTQ_INPUTS
+from requant.core.reasons import Note, NoteCode, Reason, ReasonCode
+from requant.errors import Problem
+from requant.importance.statistics_file import Importance, StatisticsFile, statistics_error
+from requant.planning.plan import Step
+from requant.quantization.config import QuantMode
+from requant.text import join_first, pluralize
+
+WITHOUT_STATISTICS = Reason(
+    ReasonCode.WITHOUT_STATISTICS, "no statistics: searched without weights"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class WeightedSteps:
+    """Steps with the statistics of their layers.
+
+    Attributes:
+        steps: As they came, those that search with what their layer's inputs weigh.
+        layers_without_statistics: Layers that are searched without statistics.
+        experts_without_tokens: Layer -> its experts that no token reached; they are searched
+            without, too.
+        gptq_skipped: Layer -> why GPTQ, where it is wished, does not work on it.
+    """
+
+    steps: tuple[Step, ...]
+    layers_without_statistics: tuple[str, ...]
+    experts_without_tokens: Mapping[str, int]
+    gptq_skipped: Mapping[str, Reason] = field(default_factory=dict)
+
+    @property
+    def reasons(self) -> dict[str, Reason]:
+        """Layer -> what is to be said of it in the table."""
+        return {
+            **self.gptq_skipped,
+            **dict.fromkeys(self.layers_without_statistics, WITHOUT_STATISTICS),
+        }
+
+    def notes(self, statistics: StatisticsFile) -> Iterator[Note]:
+        """What the user should know of them."""
+        searched = {step.layer for step in self.steps if step.importance is not None}
+        name = statistics.source.rpartition("/")[2]
+        text = f"Errors of {pluralize(len(searched), 'layer')} are weighted by {name} (--imatrix)."
+        yield Note(NoteCode.IMPORTANCE, text)
+        if self.layers_without_statistics:
+            layers = join_first(self.layers_without_statistics)
+            text = f"{layers} found no statistics: searched without weights."
+            yield Note(NoteCode.WITHOUT_STATISTICS, text)
+        compensated = {step.layer for step in self.steps if step.gptq}
+        if compensated:
+            held = pluralize(len(compensated), "layer")
+            text = f"Errors of {held} are handed on column by column (--gptq)."
+            yield Note(NoteCode.GPTQ, text)
+        for why in dict.fromkeys(self.gptq_skipped.values()):
+            names = tuple(layer for layer, reason in self.gptq_skipped.items() if reason == why)
+            yield Note(NoteCode.GPTQ_SKIPPED, f"{join_first(names)}: {why.text}.")
+        if self.experts_without_tokens:
+            experts = pluralize(sum(self.experts_without_tokens.values()), "expert")
+            layers = join_first(tuple(self.experts_without_tokens))
+            text = f"{experts} of {layers} saw no token: searched without weights."
+            yield Note(NoteCode.EXPERTS_WITHOUT_TOKENS, text)
+
+
+def attach_importance(
+    steps: Iterable[Step],
+    shapes: Mapping[str, tuple[int, ...]],
+    statistics: StatisticsFile,
+    gptq: bool = False,
+) -> WeightedSteps:
+    """Give each step that searches the statistics of its layer.
+
+    Args:
+        steps: Of a plan.
+        shapes: Layer -> shape of its weight, ``(..., out, in)``.
+        statistics: The file.
+        gptq: Hand errors on, wherever the file has Hessians.
+
+    Raises:
+        CheckpointError: A shape disagrees, the file knows none of the layers, or it has no
+            Hessian at all.
+    """
+    steps = tuple(steps)
+    searched = dict.fromkeys(step.layer for step in steps if step.search != "off")
+    found: dict[str, Importance] = {}
+    problems: list[Problem] = []
+    for layer in searched:
+        answer = statistics.find(layer, shapes[layer])
+        if isinstance(answer, str):
+            problems.append(Problem(layer, answer))
+        elif answer is not None:
+            found[layer] = answer
+    if searched and not found and not problems:
+        known = join_first(tuple(statistics.seen))
+        message = f"knows none of the layers searched, but {known}: is it of another model?"
+        problems = [Problem("statistics", message)]
+    if gptq and not problems and not any(entry.hessian for entry in statistics.seen.values()):
+        message = (
+            "holds no Hessians, which --gptq needs: requant calibrate MODEL --hessian makes them"
+        )
+        problems = [Problem("statistics", message)]
+    if problems:
+        raise statistics_error(statistics.source, problems)
+    alone = {}
+    for step in steps if gptq else ():
+        why = _gptq_skip_reason(step, found.get(step.layer))
+        if why and step.search != "off":
+            alone[step.layer] = why
+    unseen = {
+        layer: len(x.matrices_without_tokens)
+        for layer, x in found.items()
+        if x.matrices_without_tokens
+    }
+    return WeightedSteps(
+        tuple(
+            _step_with_importance(step, found.get(step.layer), gptq and step.layer not in alone)
+            for step in steps
+        ),
+        tuple(layer for layer in searched if layer not in found),
+        unseen,
+        alone,
+    )
+
+
+def _step_with_importance(step: Step, importance: Importance | None, gptq: bool) -> Step:
+    if importance is None or step.encode is None or step.search == "off":
+        return step
+    if step.rows.columns != importance.in_features:
+        return step
+    return replace(step, encode=replace(step.encode, importance=importance, gptq=gptq))
+
+
+def _gptq_skip_reason(step: Step, importance: Importance | None) -> Reason | None:
+    """Why GPTQ does not work on a layer that is searched; None where it does."""
+    if step.target is None or step.target.mode is not QuantMode.AFFINE:
+        text = "not affine: searched without --gptq"
+    elif importance is None or not importance.has_hessians:
+        text = "no Hessian: searched without --gptq"
+    elif importance.in_features > MAX_GPTQ_INPUTS:
+        text = f"more than {MAX_GPTQ_INPUTS:,} inputs: searched without --gptq"
+    else:
+        return None
+    return Reason(ReasonCode.GPTQ_SKIPPED, text)

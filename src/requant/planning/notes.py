@@ -1,0 +1,270 @@
+"""Notes of a plan: what the user should know beside the table, one function a subject."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from requant.core.dtypes import KERNEL_FLOATS
+from requant.core.reasons import Note, NoteCode, ReasonCode
+from requant.formats import SourceLayer
+from requant.layouts.loader_names import module_names
+from requant.layouts.relayout import Relayout
+from requant.packings.base import DTYPE_NAME
+from requant.planning.plan import LayerPlan, Step, Treatment
+from requant.planning.steps import with_global_scale
+from requant.planning.target_selection import KEEPS_DTYPE, LayerDecision, TargetSelector
+from requant.text import join_first, pluralize, pluralize_are
+
+_EXPERT = re.compile(r"(^|\.)experts\.")
+
+
+def plan_notes(
+    selector: TargetSelector,
+    decisions: Iterable[LayerDecision],
+    layers: Iterable[LayerPlan],
+    steps: Iterable[Step],
+) -> Iterator[Note]:
+    """Everything that the user should know of a plan."""
+    decisions, layers, steps = tuple(decisions), tuple(layers), tuple(steps)
+    yield from _extra(selector.relayout)
+    yield from _tied(selector, decisions)
+    yield from _rotations(decisions)
+    yield from _global_scales(decisions)
+    yield from _values(selector, layers)
+    yield from _dense_in_source(selector, layers)
+    yield from _search(selector, layers, steps)
+    yield from _budget(selector)
+    yield from _form(selector.relayout)
+    if selector.source_is_quantized:
+        yield from _dtypes(steps)
+    yield from _unsupported_dtype_note(layers)
+
+
+def _extra(relayout: Relayout | None) -> Iterator[Note]:
+    """Say what becomes of the kept tensors that mlx-lm's class has no use for."""
+    if relayout is None or not relayout.extra_tensors:
+        return
+    names = relayout.extra_tensors
+    loads = "it ignores such tensors when it loads the result."
+    if relayout.load_error:
+        loads = f"mlx-lm does not load the result as it is: {relayout.load_error}"
+    held = pluralize(len(names), "tensor")
+    text = f"mlx-lm has no use for {held} that --keep-extra keeps ({join_first(names)}); {loads}"
+    yield Note(NoteCode.EXTRA_TENSORS, text)
+
+
+def rotated_layers(decisions: Iterable[LayerDecision]) -> list[SourceLayer]:
+    """The layers that keep a rotation of their inputs beside their codes."""
+    return [
+        x.layer for x in decisions if x.layer.rotation_tensors and x.layer.keeps_codes(x.target)
+    ]
+
+
+def _tied(selector: TargetSelector, decisions: Iterable[LayerDecision]) -> Iterator[Note]:
+    """Say that an embedding stays dense for a head that has no weight of its own."""
+    for decision in decisions:
+        layer = decision.layer
+        if decision.reason_code is ReasonCode.TIED_EMBEDDING and decision.target is None:
+            yield Note(
+                NoteCode.TIED_EMBEDDING,
+                f"{layer.path} stays dense: a head of masked words shares it (only the head's "
+                "bias is stored), and loaders copy it there without scales. --override "
+                f"{layer.path}={selector.default.bits if selector.default else 8} quantizes it.",
+            )
+
+
+def _rotations(decisions: Iterable[LayerDecision]) -> Iterator[Note]:
+    """Say who can run layers whose inputs are rotated."""
+    transposed = rotated_layers(decisions)
+    if transposed:
+        yield Note(
+            NoteCode.ROTATED_INPUTS,
+            f"Inputs of {pluralize(len(transposed), 'layer')} are still to be rotated: "
+            "requant.mlx_lm.load "
+            "and requant generate do it, other loaders do not; --fold-rotation makes plain "
+            "8-bit layers.",
+        )
+
+
+def _global_scales(decisions: Iterable[LayerDecision]) -> Iterator[Note]:
+    """Say who can run experts with tensor scales of their own."""
+    number = len(with_global_scale(decisions))
+    if number:
+        yield Note(
+            NoteCode.GLOBAL_SCALES,
+            f"{pluralize(number, 'stack')} of experts keep their tensor scales, as MLX's "
+            "global_scale: mlx-lm runs that on the GPU only (MLX 0.32.4).",
+        )
+
+
+def _values(selector: TargetSelector, layers: Iterable[LayerPlan]) -> Iterator[Note]:
+    """Name the layers whose codes mlx-lm's layout has no place for."""
+    if selector.mlx_lm is None or selector.options.dequantize or selector.default is not None:
+        return
+    codes = {
+        x.path
+        for x in selector.layout.layers
+        if x.default_target is not None and not x.policy.act_order
+    }
+    values = [
+        x
+        for x in layers
+        if x.treatment is Treatment.REQUANTIZED
+        and x.reason_code is ReasonCode.REENCODED_BY_SANITIZE
+    ]
+    members = [x for x in layers if x.reason_code is ReasonCode.MEMBERS_REENCODED]
+    dense = [x for x in layers if x.treatment is Treatment.DEQUANTIZED and x.layer in codes]
+    for code, found, what in (
+        (
+            NoteCode.REENCODED_BY_SANITIZE,
+            values,
+            "re-encoded with 8 bits: mlx-lm's rule for this model works on values",
+        ),
+        (
+            NoteCode.MEMBERS_REENCODED,
+            members,
+            "made of members without common codes: what has none that fit gets 8 bits",
+        ),
+        (NoteCode.DENSE_IN_CLASS, dense, "dequantized: mlx-lm's class has no codes there"),
+    ):
+        if found:
+            verb = "is" if len(found) == 1 else "are"
+            yield Note(code, f"{join_first([x.layer for x in found])} {verb} {what}.")
+
+
+def _dense_in_source(selector: TargetSelector, layers: Iterable[LayerPlan]) -> Iterator[Note]:
+    """Name the dense layers of a quantized source that a request covers, as in a dense source."""
+    new = [x.layer for x in layers if x.treatment is Treatment.QUANTIZED]
+    if (
+        not new
+        or not selector.source_is_quantized
+        or selector.default is None
+        or selector.options.only
+    ):
+        return
+    yield Note(
+        NoteCode.DENSE_IN_SOURCE,
+        f"{pluralize_are(len(new), 'layer')} dense in the source and quantized here, as in a dense "
+        f"model: {join_first(new)}. --override 'REGEX=skip' leaves such layers dense.",
+    )
+    skips = selector.checkpoint.config.get("quantization")
+    skipped = [x for x in new if isinstance(skips, dict) and skips.get(x) is False]
+    if skipped:
+        yield Note(
+            NoteCode.QUANTIZED_THOUGH_EXCLUDED,
+            f"The source's quantization block says false for {join_first(skipped)}: what was asked "
+            "for "
+            "covers such layers too.",
+        )
+
+
+def _search(
+    selector: TargetSelector, layers: Iterable[LayerPlan], steps: Iterable[Step]
+) -> Iterator[Note]:
+    """Say where the bits are not those of MLX's own rule, and where a search finds nothing."""
+    searched = {step.layer: step.gptq for step in steps if step.search != "off"}
+    if searched:
+        held = pluralize(len(searched), "layer")
+        # What GPTQ hands on makes single groups worse and the layer better.
+        promise = "" if any(searched.values()) else "no group is worse than by MLX's rule, and "
+        yield Note(
+            NoteCode.SEARCHED,
+            f"Scales of {held} are searched for ({selector.options.search}): {promise}the bits are "
+            "not MLX's.",
+        )
+    moved = [x.layer for x in layers if x.treatment is Treatment.KEPT and x.layer not in searched]
+    if selector.options.search != "off" and selector.default is not None and moved:
+        yield Note(
+            NoteCode.NOTHING_TO_SEARCH,
+            f"Codes of {pluralize(len(moved), 'layer')} are moved as they are "
+            f"({join_first(moved)}): there "
+            "is nothing to search for.",
+        )
+
+
+def _budget(selector: TargetSelector) -> Iterator[Note]:
+    """Say what a budget came to."""
+    recipe = selector.options.recipe
+    if selector.options.budget is not None and recipe is not None:
+        yield Note(NoteCode.BUDGET, recipe.description)
+
+
+def _form(relayout: Relayout | None) -> Iterator[Note]:
+    """Say that experts were brought into another form."""
+    if relayout is not None and relayout.form:
+        text = f"Experts are brought into another form for mlx-lm: {relayout.form}."
+        yield Note(NoteCode.EXPERTS_IN_OTHER_FORM, text)
+
+
+def loader_notes(
+    layers: Iterable[LayerPlan],
+    config: Mapping[str, Any],
+    why_unloadable: Callable[[], str],
+    why_not_mlx_lm: Callable[[], str],
+) -> Iterator[Note]:
+    """Problems that loaders have with the source's names.
+
+    Args:
+        layers: What becomes of them.
+        config: Of the output.
+        why_unloadable: Why mlx-lm does not load the output; "" where it does.
+        why_not_mlx_lm: Why mlx-lm's layout cannot be; "" where it can.
+    """
+    without_codes = (Treatment.DENSE, Treatment.DEQUANTIZED)
+    coded = {x.layer for x in layers if x.treatment not in without_codes}
+    if any(_EXPERT.search(path) for path in coded) and (why := why_unloadable()):
+        declared = (
+            f"Experts keep their own names here, and mlx-lm does not load them quantized so ({why})"
+        )
+        advice = "." if why_not_mlx_lm() else ": --layout mlx-lm stacks them as it does."
+        yield Note(NoteCode.UNLOADABLE_EXPERTS, declared + advice)
+    block = config.get("quantization") or {}
+    entries = {path: block[path] for path in sorted(coded) if isinstance(block.get(path), dict)}
+    names = module_names(entries)
+    if names:
+        yield Note(
+            NoteCode.MODULE_NAMES,
+            "Loaders look for a layer's own quantization by module path, so config.json has those "
+            f"of {pluralize(len(entries), 'layer')} under other names too "
+            f"({join_first(list(names))}); a "
+            "loader with still other names does not find them.",
+        )
+
+
+def _dtypes(steps: Iterable[Step]) -> Iterator[Note]:
+    """Warn where 16-bit scales would meet values of another dtype."""
+    scales, dense = Counter[str](), Counter[str]()
+    for step in steps:
+        found = dense if "scales" not in step.outputs else scales
+        tensor = step.outputs.get("scales", step.outputs.get("weight"))
+        if tensor is not None and not KEEPS_DTYPE.search(tensor.name):
+            found[tensor.info.dtype] += tensor.info.nbytes
+    floats = {d: n for d, n in dense.items() if d in KERNEL_FLOATS}
+    common = scales.most_common(1)
+    if not common or common[0][0] not in ("F16", "BF16"):
+        return
+    others = sorted({*floats, *(d for d in scales if d in KERNEL_FLOATS)} - {common[0][0]})
+    if others:
+        word = DTYPE_NAME[common[0][0]]
+        found_words = " and ".join(DTYPE_NAME[d] for d in others)
+        yield Note(
+            NoteCode.MIXED_DTYPES,
+            f"Scales are {word}, other tensors {found_words}: MLX then computes in float32, "
+            f"which is slower. --dtype {word} makes all of them {word}.",
+        )
+
+
+def unloadable_dtypes(layers: Iterable[LayerPlan]) -> list[str]:
+    """Dtypes of an output that MLX cannot load (mlx-layouts: F64 and F8_E5M2 raise)."""
+    return sorted({x.target for x in layers} & {"F64", "F8_E5M2", "C64"})
+
+
+def _unsupported_dtype_note(layers: Iterable[LayerPlan]) -> Iterator[Note]:
+    dtypes = unloadable_dtypes(layers)
+    if dtypes:
+        casts = "; --dtype bfloat16 casts F64" if "F64" in dtypes else ""
+        text = f"MLX cannot load tensors of dtype {', '.join(dtypes)}{casts}."
+        yield Note(NoteCode.UNLOADABLE_DTYPES, text)

@@ -1,0 +1,405 @@
+"""What a Plan is: frozen data that prints as JSON, and where each byte of the output goes.
+
+``planner`` decides; this module only holds what was decided. ``execute``, ``writer`` and
+``report`` read it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from math import prod
+from typing import Any
+
+from requant.checkpoints.checkpoint import SourceFile, SourceTensor
+from requant.checkpoints.safetensors_header import build_header
+from requant.core.dtypes import TensorInfo
+from requant.core.reasons import Note, Reason, ReasonCode
+from requant.formats.base import RowOrder
+from requant.importance.statistics_file import Importance
+from requant.packings.base import Exactness, Packing
+from requant.quantization.config import PerLayerQuantization, Quantization, QuantMode
+
+
+class Operation(StrEnum):
+    """What is done to a range of rows."""
+
+    COPY = "copy"  # the bytes as they are
+    CAST = "cast"  # each value rounded to another dtype
+    ENCODE = "encode"  # dense rows -> codes, scales, biases
+    DECODE = "decode"  # codes, scales, biases -> dense rows
+    RECODE = "recode"  # decode, then encode, without leaving the chunk
+    REPACK = "repack"  # codes of another layout -> MLX's words, scales, biases
+
+
+class Treatment(StrEnum):
+    """What becomes of a layer, in the words of the report."""
+
+    QUANTIZED = "quantized"
+    REQUANTIZED = "requantized"
+    KEPT = "kept"
+    DEQUANTIZED = "dequantized"
+    DENSE = "dense"
+
+
+@dataclass(frozen=True, slots=True)
+class OutputTensor:
+    """A tensor of the output and where its bytes go."""
+
+    name: str
+    info: TensorInfo
+    file: str = ""
+    offset: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowMapping:
+    """Which rows a step computes: where they are in the source, and where in the outputs.
+
+    Row ``r`` of a step, ``0 <= r < count``, is row ``first + r * step`` of the packed layer that
+    it is read from, and row ``output_row + r`` of the outputs; with an ``order``, it is row
+    ``output_row + order.inverse[r]`` of the outputs instead.
+
+    Example: gate and up of an expert take turns in a stored matrix of 8 rows. Up is ``count=4,
+    first=1, step=2``: its rows are the stored rows 1, 3, 5 and 7. As the second of two experts in
+    a stack its ``output_row`` is 4, so that they become the rows 4, 5, 6 and 7 of the output.
+
+    Attributes:
+        count: How many rows.
+        columns: Logical values in a row.
+        first: First row of the packed layer; 0 without a packing.
+        step: Of the packed layer, from one row to the next.
+        output_row: Row of the outputs that the first row becomes.
+        order: Rows of the outputs in another order than the source's; None for the same.
+    """
+
+    count: int
+    columns: int
+    first: int = 0
+    step: int = 1
+    output_row: int = 0
+    order: RowOrder | None = None
+
+    def stored_rows(self, start: int, stop: int) -> tuple[int, int]:
+        """The rows of the packed layer that the rows ``start`` to ``stop`` are within.
+
+        With ``first=1, step=2``, rows 1 to 3 of the step are the stored rows 3 and 5: (3, 6).
+        """
+        first = self.first + start * self.step
+        return first, first + (stop - start - 1) * self.step + 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodeParams:
+    """How dense rows become codes.
+
+    Attributes:
+        target: The quantization.
+        search: How scales are found: "off" as ``mx.quantize`` does, "fast" or "best".
+        importance: How errors of each input are weighted in the search; None weights all alike.
+        gptq: Whether each column's error is compensated in the columns after it.
+        weighted_error: Whether the error is measured with the weights of ``importance``.
+    """
+
+    target: Quantization
+    search: str = "off"
+    importance: Importance | None = None
+    gptq: bool = False
+    weighted_error: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One operation over the rows of one layer's tensors.
+
+    Every output holds ``rows.count`` rows, each a contiguous range of bytes, and so does every
+    input but for a packed layer, whose packing knows where its rows are: any range of rows can be
+    computed alone. A step may be a piece of a larger tensor; ``rows`` says which.
+
+    Attributes:
+        layer: Path of the layer.
+        operation: What is done to the rows.
+        rows: Which rows they are.
+        inputs: Role -> tensor of the source.
+        outputs: Role -> tensor of the output.
+        source: MLX's quantization of the inputs; None where they are dense or packed.
+        encode: How codes are computed; None where the operation computes none.
+        repack: REPACK: MLX's quantization of the codes that are moved.
+        dtype: Header name of the values between decoding and encoding.
+        global_scale: nvfp4: one float32 for all rows, or one an expert.
+        packing: How the rows of a packed layer come out of the inputs.
+        scales_of: The tensor holds scales or biases of this mode.
+    """
+
+    layer: str
+    operation: Operation
+    rows: RowMapping
+    inputs: Mapping[str, SourceTensor]
+    outputs: Mapping[str, OutputTensor]
+    source: Quantization | None = None
+    encode: EncodeParams | None = None
+    repack: Quantization | None = None
+    dtype: str = ""
+    global_scale: SourceTensor | None = None
+    packing: Packing | None = None
+    scales_of: QuantMode | None = None
+
+    @property
+    def target(self) -> Quantization | None:
+        """The quantization of the outputs; None for dense ones."""
+        return self.repack if self.encode is None else self.encode.target
+
+    @property
+    def search(self) -> str:
+        """How scales of new codes are found; "off" where none are computed."""
+        return "off" if self.encode is None else self.encode.search
+
+    @property
+    def importance(self) -> Importance | None:
+        """How errors of each input are weighted; None where no codes are computed."""
+        return None if self.encode is None else self.encode.importance
+
+    @property
+    def gptq(self) -> bool:
+        """Whether errors are compensated."""
+        return self.encode is not None and self.encode.gptq
+
+    def row_bytes(self, tensor: SourceTensor | OutputTensor) -> int:
+        """Bytes that one row takes in ``tensor``; of a packed layer's part, its share of them."""
+        if self.packing is not None and not isinstance(tensor, OutputTensor):
+            return -(-tensor.info.nbytes // max(self.packing.rows, 1))
+        count = self.rows.count
+        if self.packing is not None:
+            of_values = self.operation is Operation.DECODE and self.rows.columns == 1
+            count = prod(tensor.info.shape if of_values else tensor.info.shape[:-1])
+        return tensor.info.nbytes // max(count, 1)
+
+    @property
+    def bytes_in(self) -> int:
+        """Bytes of tensor data to read; a piece of a packed layer reads its share."""
+        # A packing may cut one tensor under two roles.
+        nbytes = sum({t.name: t.info.nbytes for t in self.inputs.values()}.values())
+        if self.packing is None:
+            return nbytes
+        return nbytes * self.rows.count // max(self.packing.rows, 1)
+
+    @property
+    def work_bytes_per_row(self) -> int:
+        """Bytes that a worker holds for one row: inputs, outputs, and dense values between."""
+        held = sum(self.row_bytes(t) for t in self.inputs.values())
+        held += sum(self.row_bytes(t) for t in self.outputs.values())
+        if self.packing is not None and self.operation is Operation.REPACK:
+            held += self.packing.scratch_row_bytes
+        unpacked = self.packing is not None and self.operation is not Operation.REPACK
+        # Encoding holds the values of a row twice in float32: as they are, and decoded again.
+        dense = 2 * (self.encode is not None) + unpacked
+        return (held + dense * 4 * self.rows.columns) * self.rows.step
+
+    @property
+    def min_work_bytes(self) -> int:
+        """Bytes of the smallest range of rows that can be computed alone."""
+        return self.work_bytes_per_row * (self.packing.row_unit if self.packing else 1)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPlan:
+    """What becomes of one layer."""
+
+    layer: str
+    shape: tuple[int, ...]
+    source: str  # "BF16", or "4-bit affine, group 64"
+    target: str
+    treatment: Treatment
+    exactness: Exactness
+    nbytes: int  # of its tensors in the output
+    is_weight: bool
+    reason: Reason | None = None  # why it was left dense, or why the group is another
+    bound: str = ""  # what "rounded" costs at the most, in words
+
+    @property
+    def reason_code(self) -> ReasonCode | None:
+        """The code of the reason; None where there is none."""
+        return self.reason.code if self.reason else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The layer as JSON data; the reason as its text and its code, "" where there is none."""
+        return asdict(self) | {
+            "reason": self.reason.text if self.reason else "",
+            "reason_code": self.reason_code or "",
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class OutputShard:
+    """One weight file of the output: its tensors in the order of their bytes.
+
+    Attributes:
+        name: Name of the file.
+        nbytes: Its size.
+        tensors: What it holds.
+        names_of: Whose names the tensors have, as the header's ``format`` says it: "mlx" for
+            those of an MLX class, "pt" for those of PyTorch. Loaders in Swift take "mlx" for
+            tensors that no longer have to be renamed, turned or shifted.
+    """
+
+    name: str
+    nbytes: int
+    tensors: tuple[OutputTensor, ...]
+    names_of: str = "mlx"
+
+    def header(self) -> bytes:
+        """The safetensors header, length prefix included."""
+        return _header(self.tensors, self.names_of)[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything a conversion will do: plain data, which pickles and compares.
+
+    What a plan is run on, opened files and mlx-lm's functions, is a ``PlanSource``.
+
+    Attributes:
+        source: Path of the source as given.
+        format: Name of the source format.
+        files: Weight files of the source.
+        layers: What becomes of each layer or loose tensor.
+        steps: The operations, in the order of the source's bytes.
+        shards: The output's weight files.
+        config: The output's ``config.json``.
+        quantization: The output's quantization; None if nothing stays quantized.
+        side_files: Files carried over byte for byte.
+        left_out: Files not carried over, with the reason.
+        notes: What the user should know.
+        dropped: Tensors of the source that the output has no use for, with the reason.
+        layout: "mlx-lm" where names and shapes are those of mlx-lm's class; else "keep".
+        loads: mlx-lm is known to load the output.
+        rotated: Inputs of layers are still to be rotated when it runs.
+        load_error: Why mlx-lm would not load an output in its own layout, rotations aside; ""
+            where it would.
+        repository: Of a source on the hub: its id, and the commit.
+        side_bytes: Size of those side files that are copied from the source.
+        intermediates: What computed tensors are made from: name -> the step whose one output is
+            that tensor, dense.
+    """
+
+    source: str
+    format: str
+    files: tuple[SourceFile, ...]
+    layers: tuple[LayerPlan, ...]
+    steps: tuple[Step, ...]
+    shards: tuple[OutputShard, ...]
+    config: Mapping[str, Any]
+    quantization: PerLayerQuantization | None
+    side_files: tuple[str, ...]
+    left_out: tuple[tuple[str, str], ...]
+    notes: tuple[Note, ...] = ()
+    dropped: tuple[tuple[str, str], ...] = ()
+    layout: str = "keep"
+    loads: bool = False
+    rotated: bool = False
+    load_error: str = ""
+    repository: tuple[str, str] | None = None
+    side_bytes: int = 0
+    intermediates: Mapping[str, Step] = field(default_factory=dict)
+
+    @property
+    def parameters(self) -> int:
+        """Logical weights: what the model has, however they are stored."""
+        return sum(prod(layer.shape) for layer in self.layers)
+
+    @property
+    def bytes_in(self) -> int:
+        """Bytes of tensor data to read."""
+        return sum(step.bytes_in for step in self.steps)
+
+    @property
+    def bytes_out(self) -> int:
+        """Bytes of tensor data to write."""
+        return sum(t.info.nbytes for shard in self.shards for t in shard.tensors)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of the output per logical weight, scales and biases included."""
+        return 8 * self.bytes_out / self.parameters if self.parameters else 0.0
+
+    @property
+    def bits_per_weight_in(self) -> float:
+        """Bits of the source per logical weight, counted as ``bits_per_weight`` counts them."""
+        return 8 * self.bytes_in / self.parameters if self.parameters else 0.0
+
+    def index(self) -> dict[str, Any]:
+        """The ``model.safetensors.index.json`` of the output."""
+        names = {t.name: shard.name for shard in self.shards for t in shard.tensors}
+        return {
+            "metadata": {"total_size": self.bytes_out, "total_parameters": self.parameters},
+            "weight_map": dict(sorted(names.items())),
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """The whole plan as JSON data."""
+        return {
+            "source": self.source,
+            "format": self.format,
+            "layout": self.layout,
+            "loads": self.loads,
+            "hash": self.hash,
+            "parameters": self.parameters,
+            "bytes_in": self.bytes_in,
+            "bytes_out": self.bytes_out,
+            "bits_per_weight": self.bits_per_weight,
+            "notes": [note.text for note in self.notes],
+            **self._content(),
+        }
+
+    def _content(self) -> dict[str, Any]:
+        return {
+            "files": [asdict(file) for file in self.files],
+            "layers": [layer.to_dict() for layer in self.layers],
+            "steps": [_step_dict(step) for step in self.steps],
+            "intermediates": {name: _step_dict(step) for name, step in self.intermediates.items()},
+            "shards": [
+                {"name": s.name, "nbytes": s.nbytes, "tensors": [asdict(t) for t in s.tensors]}
+                | ({} if s.names_of == "mlx" else {"names_of": s.names_of})
+                for s in self.shards
+            ],
+            "config": dict(self.config),
+            "side_files": list(self.side_files),
+            "left_out": [list(pair) for pair in self.left_out],
+            "dropped": [list(pair) for pair in self.dropped],
+        }
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 over all that decides the output's bytes; not over the source's path."""
+        text = json.dumps(self._content(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _step_dict(step: Step) -> dict[str, Any]:
+    return {
+        "layer": step.layer,
+        "operation": step.operation,
+        "rows": step.rows.count,
+        "columns": step.rows.columns,
+        "inputs": {role: asdict(t) for role, t in step.inputs.items()},
+        "outputs": {role: t.name for role, t in step.outputs.items()},
+        "source": step.source and step.source.to_dict(),
+        "target": step.target and step.target.to_dict(),
+        "dtype": step.dtype,
+        "global_scale": step.global_scale and asdict(step.global_scale),
+        "packing": step.packing and step.packing.to_dict(),
+        "first_row": step.rows.first,
+        "into_row": step.rows.output_row,
+        "row_step": step.rows.step,
+        "search": step.search,
+        "row_order": step.rows.order and step.rows.order.digest,
+        **({"importance": step.importance.to_dict()} if step.importance else {}),
+        **({"gptq": True} if step.gptq else {}),
+    }
+
+
+def _header(tensors: Iterable[OutputTensor], names_of: str) -> tuple[bytes, dict[str, int]]:
+    return build_header({t.name: t.info for t in tensors}, {"format": names_of})

@@ -1,0 +1,40 @@
+"""What a ``Plan`` is run on: the opened source, and mlx-lm's functions for computed tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from requant.checkpoints.checkpoint import Checkpoint, OpenedSource
+from requant.errors import InvariantError
+from requant.layouts.relayout import ReadValues, Relayout
+
+
+@dataclass(eq=False)
+class PlanSource:
+    """The living part of a planned conversion; the plan itself is data.
+
+    Attributes:
+        checkpoint: What the plan was made from.
+        relayout: mlx-lm's layout of it; None where the plan keeps the source's names.
+    """
+
+    checkpoint: Checkpoint
+    relayout: Relayout | None = None
+
+    @property
+    def opened(self) -> OpenedSource:
+        """The source's files."""
+        return self.checkpoint.opened
+
+    def compute(self, name: str, fill: ReadValues) -> np.ndarray:
+        """The bytes of a ``ComputedTensor``.
+
+        Args:
+            name: Its name.
+            fill: Called for each tensor that it is computed from.
+        """
+        if self.relayout is None:
+            raise InvariantError("the plan computes this tensor, and its source cannot", layer=name)
+        return self.relayout.compute_tensor(name, fill)

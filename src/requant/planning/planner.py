@@ -1,0 +1,282 @@
+"""Pipeline stage 3: a checkpoint and the options become a Plan.
+
+Pure: no tensor data is read and nothing is written. The same inputs give the same plan.
+``layout_selection`` chooses names and shapes, ``choices`` decides about each layer, ``steps`` lists
+the operations, ``blueprint.place`` assigns offsets, ``output_config`` writes the config and
+``plan_notes`` says what the user should know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from requant.checkpoints.checkpoint import Checkpoint
+from requant.core.reasons import Note, NoteCode, Reason, ReasonCode
+from requant.core.regex import regex_time_budget
+from requant.errors import CheckpointError, UsageError
+from requant.formats.base import describe_encoding
+from requant.formats.stale_blocks import read_source
+from requant.importance.reader import read_statistics
+from requant.layouts.load_check import why_unloadable
+from requant.packings.base import Exactness, Fidelity
+from requant.planning.importance_weights import attach_importance
+from requant.planning.layout_selection import LayoutResult, choose_layout, why_not_mlx_lm
+from requant.planning.notes import (
+    loader_notes,
+    plan_notes,
+    rotated_layers,
+    unloadable_dtypes,
+)
+from requant.planning.output_config import output_config, output_quantization
+from requant.planning.plan import LayerPlan, OutputShard, Plan, Step, Treatment
+from requant.planning.plan_source import PlanSource
+from requant.planning.requests import (
+    check_patterns,
+    check_required_choices,
+    nothing_quantized,
+    unfulfilled,
+)
+from requant.planning.shard_layout import assign_offsets
+from requant.planning.steps import fidelity, intermediate_steps, layer_steps
+from requant.planning.target_selection import LayerDecision, TargetSelector
+from requant.planning.unnamed_matrices import UnnamedMatrices, find_unnamed_matrices
+from requant.quantization.options import ConvertOptions
+
+_CODES_WIDENED = Reason(
+    ReasonCode.CODES_WIDENED, "the same codes, scales and biases in more bits or smaller groups"
+)
+
+
+class Planned(NamedTuple):
+    """A plan, and what it is run on."""
+
+    plan: Plan
+    source: PlanSource
+
+
+def make_plan(checkpoint: Checkpoint, options: ConvertOptions, *, is_trial: bool = False) -> Plan:
+    """The plan alone of ``plan_with_source``: data, for a conversion that is not run here."""
+    return plan_with_source(checkpoint, options, is_trial=is_trial).plan
+
+
+@regex_time_budget()
+def plan_with_source(
+    checkpoint: Checkpoint, options: ConvertOptions, *, is_trial: bool = False
+) -> Planned:
+    """Plan what ``options`` make of a checkpoint.
+
+    Args:
+        checkpoint: The source, as ``sources.read_checkpoint`` or the hub gives it.
+        options: What was requested.
+        is_trial: Whether the options are one candidate of several, and may reach no layer.
+
+    Raises:
+        CheckpointError: With everything that is wrong with the source.
+        UsageError: With all options that cannot be met.
+    """
+    read = read_source(checkpoint)
+    if read.layout.problems:
+        raise CheckpointError(str(read.checkpoint.source), read.layout.problems)
+    layout = read.layout.without_rotations() if options.fold_rotation else read.layout
+    chosen = choose_layout(read.checkpoint, layout, options)
+    selector = TargetSelector(
+        chosen.checkpoint, read.format, chosen.layout, options, chosen.relayout
+    )
+    decisions = selector.select()
+    unnamed = _check_decisions(selector, decisions, chosen.rejection, is_trial=is_trial)
+    work = _plan_layers(selector, decisions)
+    shards, steps = assign_offsets(work.steps, options.shard_size, _names_of(chosen))
+    rotated = bool(rotated_layers(decisions))
+    quantization = output_quantization(selector, decisions)
+    config = output_config(selector, decisions, quantization, rotated=rotated)
+    notes = (
+        *([unnamed.note(why_not_mlx_lm(chosen, options))] if unnamed is not None else []),
+        *_layout_notes(chosen),
+        *selector.notes,
+        *plan_notes(selector, decisions, work.layers, steps),
+        *_notes_on_loaders(chosen, options, work.layers, shards, config),
+        *nothing_quantized(selector, decisions),
+        *work.notes,
+    )
+    plan = Plan(
+        source=str(chosen.checkpoint.source),
+        format=read.format,
+        files=chosen.checkpoint.files,
+        layers=work.layers,
+        steps=tuple(steps),
+        shards=shards,
+        config=config,
+        quantization=quantization,
+        side_files=(
+            *chosen.checkpoint.side_files,
+            *sorted(chosen.checkpoint.opened.generated_files),
+        ),
+        left_out=chosen.checkpoint.left_out,
+        notes=notes,
+        dropped=chosen.layout.dropped,
+        layout="keep" if chosen.relayout is None else "mlx-lm",
+        loads=_is_loadable(chosen, work.layers, rotated=rotated),
+        rotated=rotated,
+        load_error="" if chosen.relayout is None else chosen.relayout.load_error,
+        repository=chosen.checkpoint.repository,
+        side_bytes=chosen.checkpoint.opened.size_of(chosen.checkpoint.side_files),
+        intermediates=intermediate_steps(chosen.layout, chosen.relayout, options),
+    )
+    return Planned(plan, PlanSource(chosen.checkpoint, chosen.relayout))
+
+
+def _check_decisions(
+    selector: TargetSelector,
+    decisions: Sequence[LayerDecision],
+    rejection: str,
+    *,
+    is_trial: bool,
+) -> UnnamedMatrices | None:
+    """Raise what is wrong with the options.
+
+    Returns:
+        The matrices that cannot be quantized for want of a name, where they are worth a note.
+
+    Raises:
+        CheckpointError: These are most of the weights, and mlx-lm's layout was rejected.
+        UsageError: With all options that cannot be met.
+    """
+    source = selector.checkpoint.source
+    problems = [
+        *check_patterns(selector),
+        *(x.problem for x in decisions if x.problem is not None),
+        *check_required_choices(selector, decisions),
+    ]
+    unnamed = find_unnamed_matrices(selector, decisions)
+    if unnamed is not None and unnamed.is_most and rejection:
+        raise CheckpointError(str(source), [unnamed.problem(rejection)])
+    if problems:
+        lines = "".join(f"\n  {problem}" for problem in problems)
+        raise UsageError(f"{source}: wishes that cannot be met:{lines}")
+    if not is_trial and (why := unfulfilled(selector, decisions)):
+        raise UsageError(f"{source}: {why}")
+    return unnamed
+
+
+# -- layers and their steps ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What is to be done, before anything has its place in the output.
+
+    Attributes:
+        layers: What becomes of each layer.
+        steps: The operations, in the order of the layers.
+        notes: What the statistics file came to.
+    """
+
+    layers: tuple[LayerPlan, ...]
+    steps: tuple[Step, ...]
+    notes: tuple[Note, ...] = ()
+
+
+def _plan_layers(selector: TargetSelector, decisions: Sequence[LayerDecision]) -> _Work:
+    """The steps of every layer, with the importance of its inputs where statistics were given."""
+    layers: list[LayerPlan] = []
+    steps: list[Step] = []
+    for decision in decisions:
+        dtype = selector.value_dtype(decision.layer)
+        made = list(layer_steps(decision.layer, decision.target, dtype, selector.options))
+        steps += made
+        layers.append(_layer_plan(decision, dtype, made))
+    work = _Work(tuple(layers), tuple(steps))
+    return work if selector.options.statistics is None else _apply_importance(work, selector)
+
+
+def _layer_plan(decision: LayerDecision, dtype: str, steps: Sequence[Step]) -> LayerPlan:
+    """Describe what becomes of a layer; ``dtype`` is that of its values."""
+    layer, target, reason = decision.layer, decision.target, decision.reason
+    if not layer.is_quantized:
+        treatment = Treatment.DENSE if target is None else Treatment.QUANTIZED
+    elif layer.keeps_codes(target):
+        treatment = Treatment.KEPT
+        if target != layer.encoding:
+            reason = reason or _CODES_WIDENED
+    else:
+        treatment = Treatment.DEQUANTIZED if target is None else Treatment.REQUANTIZED
+    costs = [fidelity(step) for step in steps]
+    if layer.is_quantized and target is None:  # decoded values are rounded to 16 bits
+        costs.append(Fidelity(Exactness.ROUNDED))
+    worst = max(costs, key=lambda cost: list(Exactness).index(cost.exactness))
+    # Steps that write further rows of a tensor have the tensors of the first one.
+    outputs = (t for step in steps if not step.rows.output_row for t in step.outputs.values())
+    return LayerPlan(
+        layer=layer.path,
+        shape=layer.shape,
+        source=layer.stored_as,
+        target=describe_encoding(target, dtype),
+        treatment=treatment,
+        exactness=worst.exactness,
+        nbytes=sum(tensor.info.nbytes for tensor in outputs),
+        is_weight=layer.is_weight,
+        reason=reason,
+        bound=worst.bound,
+    )
+
+
+def _apply_importance(work: _Work, selector: TargetSelector) -> _Work:
+    """Give the steps that search for scales the statistics of their layers.
+
+    Raises:
+        CheckpointError: The statistics file is of another model.
+    """
+    assert selector.options.statistics is not None
+    statistics = read_statistics(selector.options.statistics)
+    shapes = {x.layer: x.shape for x in work.layers}
+    weighted = attach_importance(work.steps, shapes, statistics, selector.options.gptq)
+    layers = tuple(
+        replace(x, reason=x.reason or weighted.reasons.get(x.layer)) for x in work.layers
+    )
+    return _Work(layers, weighted.steps, tuple(weighted.notes(statistics)))
+
+
+# -- the layout as a whole -------------------------------------------------------------------------
+
+
+def _names_of(chosen: LayoutResult) -> str:
+    """Whose names the tensors have: an MLX class's, or what the source's files say."""
+    is_mlx = chosen.relayout is not None or chosen.checkpoint.metadata.get("format") == "mlx"
+    return "mlx" if is_mlx else "pt"
+
+
+def _is_loadable(chosen: LayoutResult, layers: Sequence[LayerPlan], *, rotated: bool) -> bool:
+    """Whether mlx-lm is known to load the output."""
+    if chosen.relayout is None or chosen.relayout.load_error or rotated:
+        return False
+    return not unloadable_dtypes(layers)
+
+
+def _layout_notes(chosen: LayoutResult) -> Iterator[Note]:
+    """What was changed to get the layout, and what its reader says."""
+    if chosen.rejection:
+        text = f"Tensors keep the source's names (--layout keep): {chosen.rejection}"
+        yield Note(NoteCode.LAYOUT_KEPT, text)
+    yield from chosen.notes
+    yield from chosen.checkpoint.notes
+    yield from chosen.layout.notes
+
+
+def _notes_on_loaders(
+    chosen: LayoutResult,
+    options: ConvertOptions,
+    layers: Sequence[LayerPlan],
+    shards: Sequence[OutputShard],
+    config: Mapping[str, Any],
+) -> Iterator[Note]:
+    """Problems that loaders have with the source's names."""
+    if chosen.relayout is None:
+        infos = {tensor.name: tensor.info for shard in shards for tensor in shard.tensors}
+        yield from loader_notes(
+            layers,
+            config,
+            lambda: why_unloadable(config, infos),
+            lambda: why_not_mlx_lm(chosen, options),
+        )

@@ -1,0 +1,100 @@
+"""Whether a layer can take a requested quantization, and with which group size.
+
+Pure functions of shapes, dtypes and names; ``choices`` decides which quantization is requested.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+from requant.core.dtypes import FLOATS, KERNEL_FLOATS
+from requant.core.reasons import Reason, ReasonCode
+from requant.formats import SourceLayer
+from requant.quantization.config import Quantization, QuantMode
+from requant.quantization.roles import ROLES
+
+Fit = tuple[Quantization | None, Reason | None]
+"""The quantization that a layer can take, None for dense; and why it is not the requested one."""
+
+# Layers that stay dense unless an override names them: (reason, pattern on the layer path).
+# They are small, or no matrix product reads them.
+_DENSE_BY_NAME = tuple(
+    (Reason(code, text), re.compile(pattern))
+    for code, text, pattern in (
+        (ReasonCode.CONVOLUTION, "convolution", r"conv"),
+        (ReasonCode.NORM, "norm", r"norm|(^|[._])ln(_|\d|$)"),
+        (ReasonCode.ROUTER, "router", ROLES["router"]),
+        (
+            ReasonCode.POSITION_TABLE,
+            "position table",
+            r"(^|\.)wpe$|pos(ition)?_?emb|embed_positions|relative_.*bias|rotary",
+        ),
+    )
+)
+
+
+def fit_dense_layer(
+    layer: SourceLayer, requested: Quantization, dtype: str | None, *, any_name: bool = False
+) -> Fit:
+    """Fit a quantization to a layer that the source stores dense.
+
+    Args:
+        layer: The layer.
+        requested: The quantization.
+        dtype: Header name of the dtype that values are cast to first; None keeps theirs.
+        any_name: Quantize layers too that stay dense because of their names.
+    """
+    shape = layer.shape
+    if len(shape) < 2:
+        return None, None
+    if not layer.is_weight:
+        return None, Reason(ReasonCode.NOT_A_WEIGHT, "not named .weight")
+    for reason, pattern in _DENSE_BY_NAME:
+        if pattern.search(layer.path) and not any_name:
+            return None, reason
+    if len(shape) > 3:
+        text = f"rank {len(shape)}, taken for a convolution"
+        return None, Reason(ReasonCode.UNSUPPORTED_RANK, text)
+    if layer.dtype not in FLOATS or (layer.dtype not in KERNEL_FLOATS and dtype is None):
+        text = f"dtype {layer.dtype} cannot be quantized"
+        return None, Reason(ReasonCode.UNSUPPORTED_DTYPE, text)
+    if 0 in shape:
+        return None, Reason(ReasonCode.EMPTY, "empty")
+    return fit_group_size(shape[-1], requested)
+
+
+def fit_codes(layer: SourceLayer, requested: Quantization, *, own_groups: bool) -> Fit:
+    """Fit a quantization to a layer that the source stores quantized.
+
+    Args:
+        layer: The layer.
+        requested: The quantization.
+        own_groups: No group size was requested: the layer takes the source's where its codes
+            then stay as they are.
+    """
+    target, reason = fit_group_size(layer.shape[-1], requested)
+    if target is None or layer.encoding is None or not own_groups or layer.rotation_tensors:
+        return target, reason
+    own = replace(target, group_size=layer.encoding.group_size)
+    if layer.keeps_codes(target) or not layer.keeps_codes(own):
+        return target, reason
+    text = f"no group size was asked for: keeps its codes in groups of {own.group_size}"
+    return own, Reason(ReasonCode.SOURCE_GROUP_SIZE, text)
+
+
+def fit_group_size(n_in: int, requested: Quantization) -> Fit:
+    """Fit a quantization to ``n_in`` inputs: with the largest group size that divides them.
+
+    Affine quantization takes a smaller group size than requested; the other modes have one each.
+    """
+    if n_in % requested.group_size == 0:
+        return requested, None
+    if requested.mode is QuantMode.AFFINE:
+        for group_size in (64, 32):
+            if group_size < requested.group_size and n_in % group_size == 0:
+                text = f"last axis {n_in} takes group {group_size}, not {requested.group_size}"
+                reason = Reason(ReasonCode.SMALLER_GROUP_SIZE, text)
+                return Quantization(group_size, requested.bits, requested.mode), reason
+    text = f"last axis {n_in} is no multiple of group {requested.group_size} or a smaller one"
+    return None, Reason(ReasonCode.NO_GROUP_SIZE, text)

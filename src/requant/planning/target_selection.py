@@ -1,0 +1,354 @@
+"""What each layer becomes: options, recipe and mlx-lm's choice applied to the source's layers.
+
+Pure: shapes, dtypes and names decide, never values. ``RULES`` lists the precedence.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from requant.core.dtypes import FLOATS, KERNEL_FLOATS
+from requant.core.reasons import Note, NoteCode, Reason, ReasonCode
+from requant.core.regex import search
+from requant.errors import Problem
+from requant.formats import SourceLayer, SourceLayout
+from requant.formats.base import describe_encoding
+from requant.layouts.left_dense import left_dense
+from requant.layouts.relayout import Relayout
+from requant.planning.target_fitting import Fit, fit_codes, fit_dense_layer
+from requant.quantization.config import SKIP, Quantization
+from requant.quantization.modes import resolve_quantization
+from requant.quantization.options import ConvertOptions
+from requant.quantization.recipes import LayerTarget
+from requant.quantization.specs import Spec
+
+if TYPE_CHECKING:
+    from requant.checkpoints.checkpoint import Checkpoint
+
+# Float tensors that must keep their dtype whatever --dtype says: routers add this bias to
+# scores that are compared with each other (mlx_lm/models/deepseek_v3.py, cast_predicate).
+KEEPS_DTYPE = re.compile(r"e_score_correction_bias$")
+
+
+@dataclass(frozen=True, slots=True)
+class LayerDecision:
+    """What one layer becomes.
+
+    Attributes:
+        layer: The layer as the source stores it.
+        target: Its quantization in the output; None for dense.
+        reason: Why, where that is not simply what was requested.
+        problem: Why that cannot be, where an override demands it.
+    """
+
+    layer: SourceLayer
+    target: Quantization | None
+    reason: Reason | None = None
+    problem: Problem | None = None
+
+    @property
+    def reason_code(self) -> ReasonCode | None:
+        """The code of the reason; None where there is none."""
+        return self.reason.code if self.reason else None
+
+
+class TargetSelector:
+    """Selects the target of every layer.
+
+    Attributes:
+        checkpoint: The source.
+        format: Name of its format.
+        layout: Its layers, under the names of the output.
+        options: What was requested.
+        relayout: mlx-lm's layout of the source; None where tensors keep the source's names.
+        mlx_lm: What mlx-lm itself decides, of the same layout.
+        source_is_quantized: Whether any layer of the source holds codes.
+        default: The quantization of a layer that nothing else names; None keeps codes.
+        recipe_targets: Layer path -> what the recipe says of it.
+        dense_by_libraries: Layer path -> why MLX's libraries leave the layer dense.
+        extra: Paths of layers that are kept though mlx-lm's class has no use for them.
+        notes: What the user should know of the options.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        format_name: str,
+        layout: SourceLayout,
+        options: ConvertOptions,
+        relayout: Relayout | None = None,
+    ) -> None:
+        self.checkpoint, self.format, self.layout = checkpoint, format_name, layout
+        self.options, self.relayout = options, relayout
+        self.mlx_lm = None if relayout is None else relayout.layout
+        self.source_is_quantized = is_quantized(layout)
+        self.notes: list[Note] = []
+        self.default = self._default_target()
+        self.dense_by_libraries = self._dense_by_libraries()
+        self.extra: frozenset[str] = frozenset()
+        if relayout is not None:
+            self.extra = frozenset(relayout.source_layers[x].path for x in relayout.extra_tensors)
+        self.recipe_targets = self._recipe_targets()
+
+    def select(self) -> tuple[LayerDecision, ...]:
+        """Decide about every layer, in their order."""
+        return tuple(map(self.decide, self.layout.layers))
+
+    def decide(self, layer: SourceLayer) -> LayerDecision:
+        """The decision of the first rule that applies, unless mlx-lm cannot load it.
+
+        A layer that stays dense keeps the name and the shape that the source gives it.
+        """
+        decision = next(made for _, rule in RULES if (made := rule(self, layer)) is not None)
+        if decision.target is not None and not self.is_quantizable(layer):
+            reason = Reason(ReasonCode.DENSE_IN_CLASS, "mlx-lm's class holds it dense")
+            decision = LayerDecision(layer, None, reason, decision.problem)
+        if decision.target is None and layer.as_named is not None:
+            return LayerDecision(layer.as_named, None, decision.reason, decision.problem)
+        return decision
+
+    def value_dtype(self, layer: SourceLayer) -> str:
+        """Dtype of the layer's values before they are quantized or stored dense."""
+        requested = self.options.dtype
+        castable = layer.dtype in FLOATS and not KEEPS_DTYPE.search(layer.path)
+        if self.mlx_lm is not None and not (layer.is_quantized or layer.path in self.extra):
+            # A source that keeps its codes keeps its dtypes too.
+            requested = requested if self.source_is_quantized else self.mlx_lm.dtype
+            castable = layer.dtype in FLOATS and (
+                layer.parts["weight"].name not in self.mlx_lm.keeps_dtype
+            )
+        return requested if requested is not None and castable else layer.dtype
+
+    # -- what is known before the first layer -------------------------------------------------
+
+    def _recipe_targets(self) -> dict[str, LayerTarget]:
+        """What the recipe says about each layer that it names."""
+        recipe = self.options.recipe
+        if recipe is None:
+            return {}
+        paths = [layer.path for layer in self.layout.layers if layer.is_weight]
+        if not recipe.is_builtin:
+            for pattern in recipe.unmatched_patterns(paths):
+                text = f"Recipe {recipe.name}: match {pattern!r} fits no layer."
+                self.notes.append(Note(NoteCode.UNMATCHED_PATTERN, text))
+        return recipe.choose(paths, self.default)
+
+    def _dense_by_libraries(self) -> dict[str, Reason]:
+        """Layers that MLX's libraries leave dense, under the source's names; path -> reason.
+
+        ``only`` names one where it matches nothing else.
+        """
+        if self.relayout is not None:
+            return {}
+        dense = left_dense(self.layout.layers, self.checkpoint.config)
+        others = [x.path for x in self.layout.layers if x.is_weight and x.path not in dense]
+        named = [p for p in self.options.only if not any(search(p, path) for path in others)]
+        return {k: why for k, why in dense.items() if not any(search(p, k) for p in named)}
+
+    def _default_target(self) -> Quantization | None:
+        """The quantization of a layer that neither an override nor a recipe names."""
+        if self.options.quantization is not None or self.options.dequantize:
+            return self.options.quantization
+        if self.source_is_quantized or not self._is_dense:
+            return None
+        text = (
+            "No bits or mode were asked for: affine, 4 bits, group 64 (MLX's default); "
+            "--dequantize keeps the model dense."
+        )
+        self.notes.append(Note(NoteCode.DEFAULT_TARGET, text))
+        return resolve_quantization()
+
+    @property
+    def _is_dense(self) -> bool:
+        """Whether no tool has quantized the source, nor says that it has."""
+        of_gguf = self.checkpoint.gguf is not None
+        return self.format == "dense" or (of_gguf and not self.source_is_quantized)
+
+    def is_quantizable(self, layer: SourceLayer) -> bool:
+        """Whether mlx-lm can load the layer quantized; layers that it does not load can be."""
+        if self.mlx_lm is None:
+            return True
+        is_loaded = f"{layer.path}.weight" in self.mlx_lm.tensors
+        return not is_loaded or layer.path in self.mlx_lm.quantizable
+
+
+# -- the rules, in the order of RULES --------------------------------------------------------------
+
+
+def _nonfinite(selector: TargetSelector, layer: SourceLayer) -> LayerDecision | None:
+    if layer.path not in selector.options.nonfinite_layers:
+        return None
+    reason = Reason(ReasonCode.NONFINITE, "holds NaN or infinity")
+    return LayerDecision(layer, layer.encoding, reason)
+
+
+def _override(selector: TargetSelector, layer: SourceLayer) -> LayerDecision | None:
+    override = find_override(selector.options, layer.path) if layer.is_weight else None
+    if isinstance(override, Quantization):
+        return LayerDecision(layer, override, problem=_why_not_exactly(selector, layer, override))
+    if override is SKIP:
+        reason = Reason(ReasonCode.SKIPPED_BY_OVERRIDE, "skipped by an override")
+        return LayerDecision(layer, layer.encoding, reason)
+    return None
+
+
+def _unused(selector: TargetSelector, layer: SourceLayer) -> LayerDecision | None:
+    if layer.path not in selector.extra or selector.options.dequantize:
+        return None
+    reason = Reason(ReasonCode.UNUSED_BY_CLASS, "mlx-lm has no use for it")
+    return LayerDecision(layer, layer.default_target, reason)
+
+
+def _only(selector: TargetSelector, layer: SourceLayer) -> LayerDecision | None:
+    only = selector.options.only
+    if not only or any(search(pattern, layer.path) for pattern in only):
+        return None
+    reason = Reason(ReasonCode.NOT_IN_ONLY, "not matched by --only")
+    return LayerDecision(layer, layer.default_target, reason)
+
+
+def _dequantize(selector: TargetSelector, layer: SourceLayer) -> LayerDecision | None:
+    return LayerDecision(layer, None) if selector.options.dequantize else None
+
+
+def _recipe_skip(selector: TargetSelector, layer: SourceLayer) -> LayerDecision | None:
+    choice = selector.recipe_targets.get(layer.path)
+    if choice is None or choice.spec is not SKIP:
+        return None
+    reason = Reason(ReasonCode.SKIPPED_BY_RECIPE, "skipped by the recipe")
+    return LayerDecision(layer, layer.encoding, reason)
+
+
+def _nothing_requested(selector: TargetSelector, layer: SourceLayer) -> LayerDecision | None:
+    if _requested(selector, layer) is not None:
+        return None
+    is_dense = layer.policy.act_order and selector.options.act_order == "dense"
+    return LayerDecision(layer, None if is_dense else layer.default_target, layer.policy.reason)
+
+
+def _mlx_lm_target(selector: TargetSelector, layer: SourceLayer) -> LayerDecision | None:
+    """mlx-lm's choice for a layer, or the recipe's where mlx-lm can load that."""
+    mlx_lm, choice = selector.mlx_lm, selector.recipe_targets.get(layer.path)
+    if mlx_lm is None:
+        return None
+    own, reason = mlx_lm.targets.get(layer.path), layer.policy.reason
+    if own is not None and layer.is_quantized:
+        own, grouped = fit_codes(layer, own, own_groups=selector.options.own_groups)
+        reason = grouped or reason
+    if own is None:
+        reason = mlx_lm.dense_reasons.get(layer.path, reason)
+        own = layer.default_target if layer.is_quantized else None
+    recipe = selector.options.recipe
+    is_mixed = recipe is not None and recipe.is_mixed  # mlx-lm has applied it
+    if choice is None or not isinstance(choice.spec, Quantization) or is_mixed:
+        return LayerDecision(layer, own, reason)
+    if own is None and not (choice.explicit and layer.path in mlx_lm.quantizable):
+        return LayerDecision(layer, own, reason)
+    group_size, n_in = choice.spec.group_size, layer.shape[-1]
+    if n_in % group_size:
+        text = f"last axis {n_in} is no multiple of group {group_size}"
+        return LayerDecision(layer, own, Reason(ReasonCode.NO_GROUP_SIZE, text))
+    return LayerDecision(layer, choice.spec)
+
+
+def _quantized_layer(selector: TargetSelector, layer: SourceLayer) -> LayerDecision | None:
+    requested = _requested(selector, layer)
+    if not layer.is_quantized or requested is None:
+        return None
+    target, reason = fit_codes(layer, requested, own_groups=selector.options.own_groups)
+    return LayerDecision(layer, target or layer.default_target, reason)
+
+
+def _dense_in_libraries(selector: TargetSelector, layer: SourceLayer) -> LayerDecision | None:
+    choice = selector.recipe_targets.get(layer.path)
+    is_named = choice is not None and choice.names
+    if layer.path not in selector.dense_by_libraries or is_named:
+        return None
+    return LayerDecision(layer, None, selector.dense_by_libraries[layer.path])
+
+
+def _dense_layer(selector: TargetSelector, layer: SourceLayer) -> LayerDecision | None:
+    requested, choice = _requested(selector, layer), selector.recipe_targets.get(layer.path)
+    if requested is None:
+        return None
+    any_name = choice is not None and choice.explicit
+    fit: Fit = fit_dense_layer(layer, requested, selector.options.dtype, any_name=any_name)
+    return LayerDecision(layer, *fit)
+
+
+def _requested(selector: TargetSelector, layer: SourceLayer) -> Quantization | None:
+    """The recipe's quantization of a layer, else the default."""
+    choice = selector.recipe_targets.get(layer.path)
+    requested = choice.spec if choice is not None else selector.default
+    return requested if isinstance(requested, Quantization) else None
+
+
+def _why_not_exactly(
+    selector: TargetSelector, layer: SourceLayer, target: Quantization
+) -> Problem | None:
+    """Why a layer cannot have the target of an override; overrides are met exactly."""
+    shape, dtype = layer.shape, selector.value_dtype(layer)
+    if not selector.is_quantizable(layer):
+        message = f"mlx-lm's class holds {layer.path} dense; --layout keep does not ask it"
+    elif len(shape) < 2:
+        message = f"{layer.path}.weight has shape {list(shape)}: a vector is not quantized"
+    elif shape[-1] % target.group_size:
+        message = (
+            f"the last axis of {layer.path}.weight {list(shape)} is no multiple of group "
+            f"size {target.group_size}"
+        )
+    elif dtype not in KERNEL_FLOATS:
+        message = f"{layer.path}.weight is {dtype}; give a float dtype with --dtype"
+    else:
+        return None
+    return Problem(f"--override to {describe_encoding(target, '')}", message)
+
+
+Rule = Callable[[TargetSelector, SourceLayer], LayerDecision | None]
+
+RULES: tuple[tuple[str, Rule], ...] = (
+    ("nonfinite", _nonfinite),
+    ("override", _override),
+    ("unused", _unused),
+    ("only", _only),
+    ("dequantize", _dequantize),
+    ("recipe-skip", _recipe_skip),
+    ("nothing-requested", _nothing_requested),
+    ("mlx-lm", _mlx_lm_target),
+    ("quantized-layer", _quantized_layer),
+    ("dense-in-libraries", _dense_in_libraries),
+    ("dense-layer", _dense_layer),
+)
+"""The precedence of everything that decides about a layer; the first rule that applies wins.
+
+1. ``nonfinite``: a layer with NaN or infinity (``--allow-nonfinite``) stays as it is.
+2. ``override``: the last ``--override`` that matches, exactly or with a problem; ``skip`` leaves
+   the layer as the source stores it.
+3. ``unused``: with ``--keep-extra``, layers that mlx-lm's class does not have stay as they are.
+4. ``only``: layers that no ``--only`` matches stay as they are.
+5. ``dequantize``: every layer becomes dense.
+6. ``recipe-skip``: the recipe leaves the layer as the source stores it.
+7. ``nothing-requested``: without a target of the recipe or by ``--bits`` and ``--mode``, codes stay
+   where MLX can hold them, else the format's default (``--act-order decode`` makes them dense).
+8. ``mlx-lm``: in mlx-lm's layout, mlx-lm's own choice, or the recipe's where mlx-lm loads that.
+9. ``quantized-layer``: codes of the source take the target with a group size that fits.
+10. ``dense-in-libraries``: towers and shared embeddings, which MLX's libraries leave dense, unless
+    the recipe names them.
+11. ``dense-layer``: the target, where name, shape and dtype allow it.
+
+Whatever they decide, a layer that mlx-lm's class holds dense becomes dense in mlx-lm's layout.
+"""
+
+
+def find_override(options: ConvertOptions, path: str) -> Spec | None:
+    """The last override that matches: a target, SKIP, or None."""
+    hits = [spec for pattern, spec in options.overrides if search(pattern, path)]
+    return hits[-1] if hits else None
+
+
+def is_quantized(layout: SourceLayout) -> bool:
+    """Whether any layer of the source holds codes."""
+    return any(layer.is_quantized for layer in layout.layers)

@@ -1,0 +1,88 @@
+"""Matrices that cannot be quantized under the source's names, because none ends in ``.weight``.
+
+Loaders look for codes under ``{layer}.weight`` only; stacks of experts are often stored as
+``{layer}`` alone. mlx-lm's layout gives them names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+
+from requant.core.dtypes import KERNEL_FLOATS
+from requant.core.reasons import Note, NoteCode, ReasonCode
+from requant.errors import Problem
+from requant.planning.target_selection import LayerDecision, TargetSelector
+from requant.text import join_first, pluralize
+
+_EXPERT = re.compile(r"(^|\.)experts\.")
+_MIN_SHARE = 0.1  # of all weights, to be worth a note; experts always are
+
+
+@dataclass(frozen=True, slots=True)
+class UnnamedMatrices:
+    """Matrices that no name makes a layer of: they cannot be quantized under the source's names.
+
+    Attributes:
+        names: Their names.
+        share: Their part of all weights.
+        dtype: What they stay.
+    """
+
+    names: tuple[str, ...]
+    share: float
+    dtype: str
+
+    @property
+    def is_most(self) -> bool:
+        """Whether the request comes to nothing for most of the weights."""
+        return self.share > 0.5
+
+    def note(self, rejection: str) -> Note:
+        """What the user should know; ``rejection`` says why mlx-lm's layout cannot be made."""
+        way = "--layout mlx-lm gives them such names and quantizes them"
+        if rejection:
+            way = f"mlx-lm does not take them: {rejection}"
+        return Note(NoteCode.UNNAMED_MATRICES, f"{self._describe('stay')}; {way}.")
+
+    def problem(self, rejection: str) -> Problem:
+        """The same where it stops the conversion."""
+        return Problem(
+            self.names[0],
+            f"{self._describe('would stay')}; mlx-lm's layout would name them, but {rejection}. "
+            "--layout keep quantizes the other layers all the same, --dequantize none",
+        )
+
+    def _describe(self, stay: str) -> str:
+        held = pluralize(len(self.names), "tensor")
+        return (
+            f"{self.share:.0%} of the weights {stay} {self.dtype}: {held} not named .weight "
+            f"({join_first(self.names)}), and no loader looks for codes under such names"
+        )
+
+
+def find_unnamed_matrices(
+    selector: TargetSelector, decisions: Iterable[LayerDecision]
+) -> UnnamedMatrices | None:
+    """The matrices that were asked to be quantized, and have no name that can be."""
+    if selector.relayout is not None or selector.default is None or selector.options.only:
+        return None
+    sizes, unnamed = Counter[str](), []
+    for decision in decisions:
+        layer = decision.layer
+        if len(layer.shape) < 2:
+            continue
+        size = prod(layer.shape)
+        sizes["all"] += size
+        is_unnamed = decision.reason_code is ReasonCode.NOT_A_WEIGHT
+        if is_unnamed and layer.dtype in KERNEL_FLOATS:
+            sizes["unnamed"] += size
+            unnamed.append(layer)
+    share = sizes["unnamed"] / max(sizes["all"], 1)
+    experts = any(_EXPERT.search(layer.path) for layer in unnamed)
+    if not unnamed or not (experts or share > _MIN_SHARE):
+        return None
+    return UnnamedMatrices(tuple(x.dense_name for x in unnamed), share, unnamed[0].dtype)

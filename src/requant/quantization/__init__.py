@@ -1,0 +1,1 @@
+"""What a layer is quantized to, and what the user asks for: modes, recipes, options."""

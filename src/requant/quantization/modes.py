@@ -1,0 +1,84 @@
+"""The modes of MLX: which bits and group sizes each takes, and their defaults."""
+
+from __future__ import annotations
+
+from requant.errors import OutOfRangeError, UnknownValueError
+from requant.quantization.config import Quantization, QuantMode
+from requant.text import join_or
+
+SEARCH_LEVELS = ("fast", "best")
+
+
+MODES = ("affine", "mxfp4", "mxfp8", "nvfp4")
+
+
+AFFINE_BITS = (1, 2, 3, 4, 5, 6, 8)
+
+
+AFFINE_GROUP_SIZES = (32, 64, 128)
+
+
+_FLOAT_MODES = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
+
+
+def check_quantization(bits: int, group_size: int, mode: str) -> None:
+    """Refuse what MLX has no quantization for.
+
+    ========  ======================  ============
+    mode      bits                    group_size
+    ========  ======================  ============
+    affine    1, 2, 3, 4, 5, 6 or 8   32, 64, 128
+    mxfp4     4                       32
+    mxfp8     8                       32
+    nvfp4     4                       16
+    ========  ======================  ============
+
+    Raises:
+        UnknownValueError: The mode is none of these.
+        OutOfRangeError: ``bits`` or ``group_size`` is none of the mode's.
+    """
+    legal_bits: tuple[int, ...]
+    legal_groups: tuple[int, ...]
+    if mode == "affine":
+        legal_bits, legal_groups = AFFINE_BITS, AFFINE_GROUP_SIZES
+    elif mode in _FLOAT_MODES:
+        only_bits, only_group = _FLOAT_MODES[mode]
+        legal_bits, legal_groups = (only_bits,), (only_group,)
+    else:
+        raise UnknownValueError("[quantization] unknown mode", str(mode), MODES)
+    if bits not in legal_bits:
+        raise OutOfRangeError(f"{mode} takes {join_or(legal_bits)}", "bits", bits)
+    if group_size not in legal_groups:
+        raise OutOfRangeError(f"{mode} takes {join_or(legal_groups)}", "group_size", group_size)
+
+
+# MLX's own group size and bits for each mode (what mx.quantize takes when told nothing).
+MODE_DEFAULTS = {
+    QuantMode.AFFINE: (64, 4),
+    QuantMode.MXFP4: (32, 4),
+    QuantMode.MXFP8: (32, 8),
+    QuantMode.NVFP4: (16, 4),
+}
+
+
+def resolve_quantization(
+    bits: int | None = None, group_size: int | None = None, mode: str | None = None
+) -> Quantization:
+    """Fill what is not said with MLX's defaults for the mode, and check the whole.
+
+    Raises:
+        UnknownValueError: ``mode`` is no MLX mode.
+        OutOfRangeError: The mode has no such bits or group size.
+    """
+    tags = [known.value for known in QuantMode]
+    tag = QuantMode.AFFINE.value if mode is None else mode.lower()
+    if tag not in tags:
+        raise UnknownValueError("no such quantization mode", str(mode), tags)
+    default_group_size, default_bits = MODE_DEFAULTS[QuantMode(tag)]
+    quantization = Quantization(
+        default_group_size if group_size is None else group_size,
+        default_bits if bits is None else bits,
+        QuantMode(tag),
+    )
+    check_quantization(quantization.bits, quantization.group_size, tag)
+    return quantization

@@ -1,0 +1,272 @@
+"""Recipes as TOML files and JSON: read with every problem named, and written."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from requant.errors import OutOfRangeError, Problem, UnknownValueError, UsageError
+from requant.quantization.config import Quantization
+from requant.quantization.modes import SEARCH_LEVELS, resolve_quantization
+from requant.quantization.recipes import MIXED, Recipe, Rule
+from requant.quantization.roles import ROLES
+from requant.quantization.specs import check_regex, parse_spec
+from requant.text import format_value, join_or, utf8_error
+
+BUILTIN_RECIPES = Path(__file__).parent / "builtin_recipes"
+
+
+def recipe_names() -> list[str]:
+    """Every recipe that comes with requant, mlx-lm's first."""
+    return [*MIXED, *sorted(path.stem for path in BUILTIN_RECIPES.glob("*.toml"))]
+
+
+def load_recipe(name: str | os.PathLike[str]) -> Recipe:
+    """Read a recipe by its name, or from a TOML file.
+
+    Args:
+        name: A name of ``recipe_names``, or the path of a file: anything that ends in
+            ``.toml`` or has a folder in it.
+
+    Raises:
+        UsageError: No such recipe or file, or everything that is wrong with the file.
+    """
+    text = os.fspath(name)
+    if text in MIXED:
+        low, high = MIXED[text]
+        words = f"mlx-lm's own: {high} bits where its rule finds errors cost most, else {low}"
+        return Recipe(text, words, is_mixed=True)
+    is_file = text.endswith(".toml") or Path(text).name != text
+    if not is_file and text not in recipe_names():
+        near = difflib.get_close_matches(text, recipe_names(), 1)
+        hint = f"near it: {near[0]}; " if near else ""
+        raise UsageError(
+            f"there is no recipe {text!r}; {hint}known: {', '.join(recipe_names())}, or a TOML file"
+        )
+    path = Path(text) if is_file else BUILTIN_RECIPES / f"{text}.toml"
+    return parse_recipe(_read(path), text, is_shipped=not is_file)
+
+
+def recipe_text(recipe: Recipe) -> str:
+    """What there is to read: the file, or what mlx-lm's rule does."""
+    if not recipe.is_mixed:
+        return _read(
+            BUILTIN_RECIPES / f"{recipe.name}.toml" if recipe.is_builtin else Path(recipe.name)
+        )
+    low, high = MIXED[recipe.name]
+    return (
+        f"# {recipe.name} is mlx-lm's (mlx_lm.convert --quant-predicate) and no file:\n"
+        f"# {high} bits: lm_head; v_proj, v_a_proj, v_b_proj and down_proj in the first and the\n"
+        "#   last eighth of the blocks, and in every third block between\n"
+        f"# {low} bits: every other layer\n"
+    )
+
+
+def to_toml(recipe: Recipe) -> str:
+    """A recipe as the text that ``parse_recipe`` reads; not one of mlx-lm's."""
+    lines = [f"description = {json.dumps(recipe.description)}"]
+    lines += [f"search = {json.dumps(recipe.search)}"] * bool(recipe.search)
+    if recipe.default is not None:
+        lines += ["", "[default]"]
+        lines += [f"{key} = {json.dumps(x)}" for key, x in recipe.default.to_dict().items()]
+    for rule in recipe.rules:
+        lines += ["", "[[rules]]", f"spec = {json.dumps(rule.spec)}"]
+        lines += [f"match = {json.dumps(rule.match)}"] * bool(rule.match)
+        lines += [f"role = {json.dumps(list(rule.roles))}"] * bool(rule.roles)
+        lines += [f"{x} = {n}" for x in ("first", "last") if (n := getattr(rule, x))]
+        if rule.layers:
+            lines += ["layers = [", *(f"  {json.dumps(x)}," for x in rule.layers), "]"]
+    return "\n".join(lines) + "\n"
+
+
+def _read(path: Path) -> str:
+    """The text of a recipe file; UsageError where it cannot be read."""
+    try:
+        return path.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise UsageError(f"recipe {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"recipe {path}: {utf8_error(error)}") from error
+
+
+def parse_recipe(text: str, name: str, *, is_shipped: bool = False) -> Recipe:
+    """Read the text of a recipe file.
+
+    Raises:
+        UsageError: Everything that is wrong with it, key by key.
+    """
+    try:
+        table = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise UsageError(f"recipe {name} is no TOML: {error}") from error
+    reader = _Reader()
+    reader.keys("", table, ("description", "search", "default", "rules"))
+    description = reader.typed("description", table.get("description", ""), str, "a text")
+    level = reader.typed("search", table.get("search", ""), str, "fast or best") or ""
+    if level not in ("", *SEARCH_LEVELS):
+        reader.report("search", f"is {format_value(level)}, expected {join_or(SEARCH_LEVELS)}")
+    default = reader.default(table["default"]) if "default" in table else None
+    tables = reader.typed("rules", table.get("rules", []), list, "[[rules]] tables")
+    rules = [reader.rule(f"rules[{n}]", value) for n, value in enumerate(tables or [], 1)]
+    if not reader.problems and default is None and not rules:
+        reader.report("rules", "there are none, and no [default]: this recipe says nothing")
+    if reader.problems:
+        lines = "".join(f"\n  {problem}" for problem in reader.problems)
+        raise UsageError(f"recipe {name} cannot be used:{lines}")
+    return Recipe(
+        name,
+        description or "",
+        default,
+        tuple(x for x in rules if x),
+        is_builtin=is_shipped,
+        search=level,
+    )
+
+
+def recipe_from_dict(data: Mapping[str, Any]) -> Recipe:
+    """Read what ``dataclasses.asdict`` gave, ``default`` as it was; a record may be a stranger's.
+
+    Raises:
+        UsageError: A rule says what no rule can.
+        TypeError: A field is missing, of another type, or unknown.
+    """
+    reader, rules = _Reader(), []
+    for number, reported in enumerate(data["rules"], 1):
+        table = dict(reported)
+        table["role"] = table.pop("roles")
+        rules.append(reader.rule(f"rules[{number}]", table))
+    if data.get("search", "") not in ("", *SEARCH_LEVELS):
+        reader.report(
+            "search", f"is {format_value(data['search'])}, expected {join_or(SEARCH_LEVELS)}"
+        )
+    for key in ("name", "description"):
+        reader.typed(key, data[key], str, "a text")
+    for key in ("is_mixed", "is_builtin"):
+        reader.typed(key, data[key], bool, "true or false")
+    if data["is_mixed"] and data["name"] not in MIXED:
+        reader.report("name", f"is {format_value(data['name'])}; mlx-lm's are {', '.join(MIXED)}")
+    if reader.problems:
+        raise UsageError("; ".join(map(str, reader.problems)))
+    return Recipe(**{**data, "rules": tuple(rule for rule in rules if rule)})
+
+
+_T = TypeVar("_T")
+
+
+class _Reader:
+    """Reads tables and keeps every problem with the key it is about."""
+
+    def __init__(self) -> None:
+        self.problems: list[Problem] = []
+
+    def report(self, where: str, message: str) -> None:
+        self.problems.append(Problem(where, message))
+
+    def keys(self, where: str, table: Mapping[str, Any], known: Sequence[str]) -> None:
+        """Report the keys that mean nothing."""
+        for key in table:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, 1)
+                hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+                self.report(f"{where}.{key}" if where else key, f"is no key here; {hint}")
+
+    def typed(self, where: str, value: object, kind: type[_T], words: str) -> _T | None:
+        """The value, or None and a problem where it is of another type."""
+        if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+            return value
+        self.report(where, f"is {format_value(value)}, expected {words}")
+        return None
+
+    def default(self, value: object) -> Quantization | None:
+        """``[default]``: bits, group_size and mode, each with MLX's default."""
+        table = self.typed("default", value, dict, "a table with bits, group_size, mode")
+        if table is None:
+            return None
+        before = len(self.problems)
+        self.keys("default", table, ("bits", "group_size", "mode"))
+        for key, kind, words in (
+            ("bits", int, "a number"),
+            ("group_size", int, "a number"),
+            ("mode", str, "a text"),
+        ):
+            if key in table:
+                self.typed(f"default.{key}", table[key], kind, words)
+        if len(self.problems) > before:
+            return None
+        try:
+            return resolve_quantization(**table)
+        except (OutOfRangeError, UnknownValueError) as error:
+            self.report("default", str(error))
+        return None
+
+    def rule(self, where: str, value: object) -> Rule | None:
+        """One of ``[[rules]]``: conditions and a spec."""
+        table = self.typed(where, value, dict, "a table")
+        if table is None:
+            return None
+        before = len(self.problems)
+        self.keys(where, table, ("match", "role", "first", "last", "layers", "spec"))
+        spec = self.spec(f"{where}.spec", table)
+        match = self.typed(f"{where}.match", table.get("match", ""), str, "a regex as text")
+        if match:
+            try:
+                check_regex(match, "")
+            except UsageError as error:
+                self.report(f"{where}.match", str(error).strip())
+        roles = self.roles(f"{where}.role", table.get("role", []))
+        first, last = (self.number(f"{where}.{x}", table.get(x, 0)) for x in ("first", "last"))
+        layers = self.layers(f"{where}.layers", table.get("layers", ()))
+        if not any(key in table for key in ("match", "role", "first", "last", "layers")):
+            self.report(
+                where, "has no condition; write match, role, first, last or layers, or [default]"
+            )
+        if len(self.problems) > before:
+            return None
+        return Rule(
+            spec=spec, match=match or "", roles=roles, first=first, last=last, layers=layers
+        )
+
+    def spec(self, where: str, table: Mapping[str, Any]) -> str:
+        if "spec" not in table:
+            self.report(where, "is missing; write bits (8), '8:32', a mode or 'skip'")
+            return ""
+        value = table["spec"]
+        if isinstance(value, bool) or not isinstance(value, int | str):
+            self.report(
+                where, f"is {format_value(value)}, expected bits (8), '8:32', a mode or 'skip'"
+            )
+            return ""
+        try:
+            parse_spec(str(value))
+        except UsageError as error:
+            self.report(where, str(error))
+        return str(value)
+
+    def roles(self, where: str, value: object) -> tuple[str, ...]:
+        words = [value] if isinstance(value, str) else value
+        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+            self.report(where, f"is {format_value(value)}, expected a role or a list of roles")
+            return ()
+        for word in words:
+            if word not in ROLES:
+                near = difflib.get_close_matches(word, ROLES, 1)
+                hint = f"near it: {near[0]}; " if near else ""
+                self.report(where, f"{word!r} is no role; {hint}known: {', '.join(ROLES)}")
+        return tuple(words)
+
+    def layers(self, where: str, value: object) -> tuple[str, ...]:
+        if isinstance(value, list | tuple) and all(isinstance(x, str) and x for x in value):
+            return tuple(value)
+        self.report(where, f"is {value!r:.80}, expected a list of layer paths")
+        return ()
+
+    def number(self, where: str, value: object) -> int:
+        found = self.typed(where, value, int, "a number of blocks")
+        if found is not None and found < 0:
+            self.report(where, f"is {found}, expected 0 or more")
+        return found or 0

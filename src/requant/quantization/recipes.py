@@ -1,0 +1,188 @@
+"""Recipes: which layers take how many bits, told by role, name and place in the stack.
+
+A recipe is a TOML file, ours or the user's; or one of mlx-lm's four mixed recipes, whose choice
+is fixed. docs/recipes.md describes the file. Nothing here reads a checkpoint.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from requant.core.regex import search
+from requant.errors import UsageError
+from requant.quantization.config import Quantization
+from requant.quantization.roles import ROLES, block_positions
+from requant.quantization.specs import Spec, parse_spec
+
+# mlx-lm's recipes: bits of most layers, and of those that its rule finds worth more
+# (mlx_lm/convert.py, mixed_quant_predicate_builder).
+MIXED = {"mixed_2_6": (2, 6), "mixed_3_4": (3, 4), "mixed_3_6": (3, 6), "mixed_4_6": (4, 6)}
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """Conditions that must all hold, and what a layer then gets.
+
+    Attributes:
+        spec: As in an override: ``8``, ``8:32``, a mode, ``skip``.
+        match: Regex on the layer path; "" for any.
+        roles: Keys of ``ROLES``, one of which must fit; empty for any.
+        first: Only the first so many blocks (of each stack), and
+        last: the last so many; with both 0, any layer.
+        layers: Layer paths, one of which it must be; empty for any.
+    """
+
+    spec: str
+    match: str = ""
+    roles: tuple[str, ...] = ()
+    first: int = 0
+    last: int = 0
+    layers: tuple[str, ...] = ()
+
+    @property
+    def is_explicit(self) -> bool:
+        """Whether it says what the layer is, and not only where it stands."""
+        return bool(self.match or self.roles or self.layers)
+
+    def matches(self, path: str, place: tuple[int, int] | None) -> bool:
+        """Whether a layer fulfils every condition.
+
+        Args:
+            path: Its path.
+            place: Index of its block, and how many its stack has; None outside of blocks.
+        """
+        if self.layers and path not in self.layers:
+            return False
+        if self.match and not search(self.match, path):
+            return False
+        if self.roles and not any(re.search(ROLES[role], path) for role in self.roles):
+            return False
+        if not (self.first or self.last):
+            return True
+        return place is not None and (place[0] < self.first or place[0] >= place[1] - self.last)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerTarget:
+    """What a recipe says about one layer.
+
+    Attributes:
+        spec: The target, or SKIP.
+        explicit: The rule means this kind of layer, so one that stays dense by its name too.
+        rule: Which rule it was, from 1; 0 for mlx-lm's own.
+        names: The rule names the layer by a pattern or its path, not by a role alone.
+    """
+
+    spec: Spec
+    explicit: bool
+    rule: int
+    names: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A recipe, read and checked.
+
+    Attributes:
+        name: As the user named it.
+        description: One sentence.
+        default: What layers get that no rule names; None leaves that to the wishes.
+        rules: The last that fits wins.
+        is_mixed: It is one of ``MIXED``; there are no rules then.
+        is_builtin: It came with requant.
+        search: Level of the search for scales, unless another is wished; "" says nothing of it.
+    """
+
+    name: str
+    description: str = ""
+    default: Quantization | None = None
+    rules: tuple[Rule, ...] = ()
+    is_mixed: bool = False
+    is_builtin: bool = True
+    search: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe as JSON data."""
+        return {
+            "name": self.name,
+            "description": self.description,
+            "mixed_bits": list(MIXED[self.name]) if self.is_mixed else None,
+            "default": self.default and self.default.to_dict(),
+            "search": self.search or None,
+            "rules": [asdict(rule) for rule in self.rules],
+        }
+
+    def choose(self, paths: Sequence[str], base: Quantization | None) -> dict[str, LayerTarget]:
+        """Go through a model's layers.
+
+        Args:
+            paths: Every layer path.
+            base: Default of the conversion: its group size goes with bare bits.
+
+        Returns:
+            The layers that a rule names.
+
+        Raises:
+            UsageError: A mixed recipe, and no layer has the name that its rule starts from.
+        """
+        if self.is_mixed:
+            group_size = 64 if base is None else base.group_size
+            return _mlx_lm_mixed_targets(self.name, paths, group_size)
+        specs = [parse_spec(rule.spec, base) for rule in self.rules]
+        remains = block_positions(paths)
+        found: dict[str, LayerTarget] = {}
+        named = [frozenset(rule.layers) for rule in self.rules]
+        for path in paths:
+            for number in range(len(self.rules), 0, -1):
+                rule = self.rules[number - 1]
+                if named[number - 1] and path not in named[number - 1]:
+                    continue
+                if rule.matches(path, remains.get(path)):
+                    names = bool(rule.match or rule.layers)
+                    found[path] = LayerTarget(specs[number - 1], rule.is_explicit, number, names)
+                    break
+        return found
+
+    def unmatched_patterns(self, paths: Sequence[str]) -> list[str]:
+        """Regexes of the rules that no layer path has."""
+        patterns = dict.fromkeys(rule.match for rule in self.rules if rule.match)
+        unused = [x for x in patterns if not any(search(x, path) for path in paths)]
+        known = frozenset(paths)
+        return unused + [x for rule in self.rules for x in rule.layers if x not in known]
+
+
+# -- mlx-lm's mixed recipes ------------------------------------------------------------------
+
+
+def _mlx_lm_mixed_targets(
+    name: str, paths: Sequence[str], group_size: int
+) -> dict[str, LayerTarget]:
+    """What ``mlx_lm.convert --quant-predicate`` chooses, by names alone."""
+    low, high = (Quantization.affine(group_size, bits) for bits in MIXED[name])
+    down = next((path for path in paths if "down_proj" in path), None)
+    if down is None:
+        raise UsageError(
+            f"recipe {name} starts from layers named down_proj, and there are none; "
+            "requant inspect lists the names"
+        )
+    parts = down.split(".")
+    # Where the block's number stands in every path; the last part if there is none, as there.
+    at = next((n for n, part in enumerate(parts) if part.isdigit()), len(parts) - 1)
+    numbers = [int(x[at]) for path in paths if len(x := path.split(".")) > at and x[at].isdigit()]
+    blocks = max(numbers, default=0) + 1
+    found = {}
+    for path in paths:
+        parts = path.split(".")
+        index = int(parts[at]) if len(parts) > at and parts[at].isdigit() else 0
+        eighth = blocks // 8
+        favoured = index < eighth or index >= 7 * blocks // 8 or (index - eighth) % 3 == 2
+        costly = any(x in path for x in ("v_proj", "v_a_proj", "v_b_proj", "down_proj"))
+        more = "lm_head" in path or (costly and favoured)
+        found[path] = LayerTarget(high if more else low, False, 0)
+    return found
+
+
+# -- reading -----------------------------------------------------------------------------

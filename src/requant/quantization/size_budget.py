@@ -1,0 +1,92 @@
+"""Target sizes: bits per weight, or bytes."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+
+from requant.errors import UsageError
+
+SIZE_UNITS: dict[str, int] = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as ``500MB``.
+
+    ``KB``, ``MB``, ``GB`` count in thousands, ``KiB``, ``MiB``, ``GiB`` and the bare
+    ``K``, ``M``, ``G`` in 1024s; upper or lower case; no unit means bytes.
+
+    Raises:
+        UsageError: The text is no size, or less than a byte.
+
+    Example:
+        >>> parse_size("2GB"), parse_size("1.5KiB")
+        (2000000000, 1536)
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    unit = SIZE_UNITS.get(match[2].upper()) if match else None
+    if match is None or unit is None:
+        raise UsageError(f"{text!r} is no size; write 500MB, 2GB, 1GiB or plain bytes")
+    whole, _, part = match[1].partition(".")
+    nbytes: int = int(whole + part) * unit // 10 ** len(part)
+    if nbytes < 1:
+        raise UsageError(f"{text!r} is less than one byte")
+    return nbytes
+
+
+def size_text(nbytes: int) -> str:
+    """A size as ``parse_size`` reads it, in the largest binary unit that divides it.
+
+    Example:
+        >>> size_text(5 << 30), size_text(1000)
+        ('5GiB', '1000')
+    """
+    units = ((unit, SIZE_UNITS[unit]) for unit in ("TIB", "GIB", "MIB", "KIB"))
+    for unit, size in units:
+        if nbytes and nbytes % size == 0:
+            return f"{nbytes // size}{unit[0]}iB"
+    return str(nbytes)
+
+
+@dataclass(frozen=True, slots=True)
+class SizeBudget:
+    """How large an output may be.
+
+    Attributes:
+        text: As it was typed.
+        amount: Bits per weight, or bytes.
+        is_size: It is bytes.
+    """
+
+    text: str
+    amount: Fraction
+    is_size: bool
+
+    def limit(self, parameters: int) -> int:
+        """Most bytes of tensor data for a model of so many weights."""
+        return int(self.amount if self.is_size else self.amount * parameters / 8)
+
+
+def parse_budget(text: str | float) -> SizeBudget:
+    """Read ``4.5`` (bits per weight) or ``12GB`` (bytes of tensors).
+
+    Raises:
+        UsageError: It is neither.
+
+    Example:
+        >>> parse_budget("4.5").limit(1000), parse_budget("2KB").limit(1000)
+        (562, 2000)
+    """
+    words = str(text).strip()
+    match = re.fullmatch(r"(\d{1,20}(?:\.\d{1,20})?)\s*([A-Za-z]*)", words)
+    unit = SIZE_UNITS.get(match[2].upper()) if match else None
+    if match is None or unit is None or isinstance(text, bool):
+        raise UsageError(f"{words!r} is no budget; write bits per weight (4.5) or a size (12GB)")
+    amount = Fraction(match[1]) * unit
+    if not match[2] and not 0 < amount <= 32:
+        raise UsageError(
+            f"budget {words} means bits per weight, which are more than 0 and at most 32; a size "
+            "has a unit, as in 12GB or 500MB"
+        )
+    return SizeBudget(words, amount, bool(match[2]))

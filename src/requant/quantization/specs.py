@@ -1,0 +1,65 @@
+"""The language of quantizations: the SPEC that overrides and recipes give a layer.
+
+``8`` is bits, ``8:32`` bits and group size, ``mxfp4`` a mode, ``skip`` leaves a layer alone.
+"""
+
+from __future__ import annotations
+
+import re
+
+from requant.core.regex import PatternError, compile
+from requant.errors import OutOfRangeError, UsageError
+from requant.quantization.config import SKIP, Quantization, QuantMode, Skip
+from requant.quantization.modes import resolve_quantization
+from requant.quantization.size_budget import SIZE_UNITS
+
+Spec = Quantization | Skip
+
+
+def parse_spec(text: str, base: Quantization | None = None) -> Spec:
+    """Parse the right side of an override.
+
+    ``skip`` leaves a layer as it is; ``8`` is affine with 8 bits and the group size of
+    ``base`` where that is affine, else 64; ``8:32`` names the group size; ``mxfp4``,
+    ``mxfp8``, ``nvfp4`` and ``affine`` stand for the mode with its defaults.
+
+    Raises:
+        UsageError: The text is none of these.
+    """
+    word = text.strip().lower()
+    if word == "skip":
+        return SKIP
+    try:
+        if word in [mode.value for mode in QuantMode]:
+            return resolve_quantization(mode=word)
+        if match := re.fullmatch(r"(\d{1,3})(?::(\d{1,6}))?", word):
+            group_size = int(match[2]) if match[2] else None
+            if group_size is None and base is not None and base.mode is QuantMode.AFFINE:
+                group_size = base.group_size
+            return resolve_quantization(int(match[1]), group_size)
+    except OutOfRangeError as error:
+        raise UsageError(f"{text!r} is no quantization of MLX: {error}") from error
+    raise UsageError(
+        f"{text!r} is no SPEC; write bits (8), bits:group (8:32), a mode "
+        f"({', '.join(mode.value for mode in QuantMode)}) or skip"
+    )
+
+
+def check_regex(pattern: str, option: str) -> None:
+    """Raise UsageError where ``pattern`` is not a valid regular expression."""
+    try:
+        compile(pattern)
+    except PatternError as error:
+        raise UsageError(f"{option} {error}".strip()) from error
+
+
+def format_spec(spec: Spec) -> str:
+    """A spec as it is typed."""
+    if not isinstance(spec, Quantization):
+        return "skip"
+    affine = spec.mode is QuantMode.AFFINE
+    return f"{spec.bits}:{spec.group_size}" if affine else spec.mode.value
+
+
+SIZE_UNITS |= {f"{unit}IB": size for unit, size in SIZE_UNITS.items() if unit}
+SIZE_UNITS |= {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}

@@ -1,0 +1,1 @@
+"""What a conversion did: report, record summary, HTML page, model card."""

@@ -1,0 +1,341 @@
+"""The figures of a conversion, read back from the record (``requant.json``) in its output.
+
+``page`` draws them, ``card`` writes them into a model card; nothing here is computed anew.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from requant.checkpoints.folder_files import RECORD
+from requant.core.types import Source
+from requant.errors import CheckpointError, ParseError, Problem, error_action
+from requant.output.record import read_record
+from requant.quantization.options import ConvertOptions
+from requant.reports.report import LayerGroup
+from requant.text import format_value
+
+SCHEMA_VERSION = 1  # of what --json prints, for all commands alike
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSummary:
+    """What became of one layer.
+
+    Attributes:
+        layer: Its path.
+        shape: The logical shape.
+        treatment: quantized, requantized, kept, dequantized or dense.
+        exactness: exact, rounded or re-encoded.
+        source: How the source stores it.
+        target: How the output does.
+        bytes_in: Of its tensors in the source.
+        bytes_out: Of its tensors in the output.
+        reason: Why it was treated so, where that was not the wish.
+        bound: What "rounded" costs at the most, in words.
+        relative_rms: Measured error of new codes; None where there are none.
+        max_steps: Largest error of a value in steps of its group; None likewise.
+    """
+
+    layer: str
+    shape: tuple[int, ...]
+    treatment: str
+    exactness: str
+    source: str
+    target: str
+    bytes_in: int
+    bytes_out: int
+    reason: str
+    bound: str
+    relative_rms: float | None
+    max_steps: float | None
+
+    @property
+    def parameters(self) -> int:
+        """Logical weights."""
+        return prod(self.shape)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of the output per logical weight."""
+        return 8 * self.bytes_out / self.parameters if self.parameters else 0.0
+
+    @property
+    def kind(self) -> str:
+        """What layers of all blocks have in common: "q_proj", "embed_tokens"."""
+        names = [part for part in self.layer.split(".") if not part.isdigit()] or [self.layer]
+        return ".".join(names[-2:] if names[-1] == "bias" else names[-1:])
+
+
+@dataclass(frozen=True, slots=True)
+class KindSummary:
+    """Layers of one kind; errors are None where no new codes were computed."""
+
+    kind: str
+    layers: int
+    parameters: int
+    bytes_in: int
+    bytes_out: int
+    median_rms: float | None
+    worst_rms: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What an output's record says.
+
+    Attributes:
+        output: The folder.
+        requant: Version that wrote it.
+        plan_hash: SHA-256 over all that decides the output's bytes.
+        source_format: Name of the source's format.
+        repository: Of the hub: id and commit of the source, where it came from there.
+        source_files: Name, bytes and header's SHA-256 of each weight file of the source.
+        options: What was asked for.
+        tensors: Tensors in the output.
+        layers: In the order of the source's bytes.
+    """
+
+    output: str
+    requant: str
+    plan_hash: str
+    source_format: str
+    repository: tuple[str, str] | None
+    source_files: tuple[tuple[str, int, str], ...]
+    options: ConvertOptions
+    tensors: int
+    layers: tuple[LayerSummary, ...]
+
+    @property
+    def parameters(self) -> int:
+        """Logical weights."""
+        return sum(layer.parameters for layer in self.layers)
+
+    @property
+    def bytes_in(self) -> int:
+        """Bytes of the source's tensors."""
+        return sum(layer.bytes_in for layer in self.layers)
+
+    @property
+    def bytes_out(self) -> int:
+        """Bytes of the output's tensors."""
+        return sum(layer.bytes_out for layer in self.layers)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of the output per logical weight."""
+        return 8 * self.bytes_out / self.parameters if self.parameters else 0.0
+
+    @property
+    def groups(self) -> list[LayerGroup]:
+        """Layers that were treated alike, most bytes first."""
+        alike: dict[tuple[str, str, str, str], list[LayerSummary]] = defaultdict(list)
+        for x in self.layers:
+            alike[x.treatment, x.source, x.target, x.exactness].append(x)
+        found = [
+            LayerGroup(
+                *key, len(some), sum(x.parameters for x in some), sum(x.bytes_out for x in some)
+            )
+            for key, some in alike.items()
+        ]
+        return sorted(found, key=lambda group: -group.nbytes)
+
+    @property
+    def kinds(self) -> list[KindSummary]:
+        """Layers by kind, most bytes of the output first."""
+        alike: dict[str, list[LayerSummary]] = defaultdict(list)
+        for layer in self.layers:
+            alike[layer.kind].append(layer)
+        found = []
+        for kind, some in alike.items():
+            errors = [x.relative_rms for x in some if x.relative_rms is not None]
+            found.append(
+                KindSummary(
+                    kind=kind,
+                    layers=len(some),
+                    parameters=sum(x.parameters for x in some),
+                    bytes_in=sum(x.bytes_in for x in some),
+                    bytes_out=sum(x.bytes_out for x in some),
+                    median_rms=median(errors) if errors else None,
+                    worst_rms=max(errors, default=None),
+                )
+            )
+        return sorted(found, key=lambda kind: -kind.bytes_out)
+
+    @property
+    def measured(self) -> list[LayerSummary]:
+        """Layers with a measured error, worst first."""
+        found = [layer for layer in self.layers if layer.relative_rms is not None]
+        return sorted(found, key=lambda layer: -(layer.relative_rms or 0.0))
+
+    def command(self, source: str = "", output: str = "OUTPUT") -> str:
+        """The command that gives this output again; ``source`` if it is not from the hub."""
+        words = ["requant", "convert", source or "SOURCE", output, *self.options.command_words()]
+        if self.repository is not None and not source:
+            words[2] = self.repository[0]
+            words += ["--revision", self.repository[1]]
+        return shlex.join(words)
+
+    def verify_command(self, source: str = "SOURCE", output: str = "OUTPUT") -> str:
+        """The command that repeats the conversion and compares every byte.
+
+        Files that the conversion was given besides the source are named as they were then.
+        """
+        words = ["requant", "verify", source, output]
+        if self.options.config_from is not None:
+            words += ["--config-from", self.options.config_from]
+        if self.options.statistics is not None:
+            words += ["--imatrix", self.options.statistics]
+        return shlex.join(words)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures as JSON data."""
+        return {
+            "schema": SCHEMA_VERSION,
+            "output": self.output,
+            "requant": self.requant,
+            "plan_hash": self.plan_hash,
+            "source_format": self.source_format,
+            "repository": self.repository and list(self.repository),
+            "source_files": [list(file) for file in self.source_files],
+            "options": self.options.to_dict(),
+            "command": self.command(output=self.output),
+            "parameters": self.parameters,
+            "bytes_in": self.bytes_in,
+            "bytes_out": self.bytes_out,
+            "bits_per_weight": self.bits_per_weight,
+            "tensors": self.tensors,
+            "groups": [asdict(group) for group in self.groups],
+            "kinds": [asdict(kind) for kind in self.kinds],
+            "layers": [
+                asdict(x) | {"kind": x.kind, "bits_per_weight": x.bits_per_weight}
+                for x in self.layers
+            ],
+        }
+
+
+@error_action("read")
+def read_figures(output: Source) -> Figures:
+    """Read what ``requant.json`` says about the conversion that wrote a folder.
+
+    Args:
+        output: A folder that ``convert`` wrote.
+
+    Returns:
+        Layers with treatment, exactness, sizes in bytes and errors, and where all comes from.
+
+    Raises:
+        CheckpointError: It has no record, or one that says not what it must.
+
+    Example:
+        >>> figures = read_figures("output")  # doctest: +SKIP
+        >>> [layer.layer for layer in figures.measured[:3]]  # doctest: +SKIP
+        ['model.layers.3.self_attn.o_proj', ...]
+    """
+    place = Path(output)
+    record = read_record(place)
+    try:
+        source = _require(record, "source", dict)
+        layers = _require(record, "layers", dict)
+        return Figures(
+            output=str(place),
+            requant=_require(record, "requant", str),
+            plan_hash=_require(record, "plan", str),
+            source_format=_require(source, "format", str),
+            repository=_repository(source.get("repository")),
+            source_files=tuple(
+                (
+                    _require(x, "name", str),
+                    _require(x, "nbytes", int),
+                    _require(x, "header_sha256", str),
+                )
+                for x in _require(source, "files", list)
+            ),
+            options=ConvertOptions.from_dict(_require(record, "options", dict)),
+            tensors=len(_require(record, "tensors", dict)),
+            layers=tuple(_layer(name, _require(layers, name, dict)) for name in layers),
+        )
+    except ParseError as error:
+        raise CheckpointError(str(place), [Problem(RECORD, str(error))]) from None
+
+
+def _repository(value: Any) -> tuple[str, str] | None:
+    if value is None:
+        return None
+    if not isinstance(value, list) or [type(x) for x in value] != [str, str]:
+        raise ParseError(
+            f"source.repository: is {format_value(value)}, expected an id and a commit"
+        )
+    return value[0], value[1]
+
+
+def _layer(name: str, entry: Mapping[str, Any]) -> LayerSummary:
+    words = {
+        key: _require(entry, key, str, name)
+        for key in ("treatment", "exactness", "source", "target", "reason", "bound")
+    }
+    shape = _require(entry, "shape", list, name)
+    sizes = [_require(entry, key, int, name) for key in ("bytes_in", "bytes_out")]
+    if not all(_is_count(number) for number in (*shape, *sizes)):
+        raise ParseError(f"layers.{name}: shape {shape} and bytes {sizes} are no counts")
+    error = entry.get("error")
+    pair = isinstance(error, list) and len(error) == 2 and all(map(_is_figure, error))
+    if error is not None and not pair:
+        raise ParseError(
+            f"layers.{name}.error: is {format_value(error)}, expected two numbers or null"
+        )
+    rms, steps = error or (None, None)
+    return LayerSummary(
+        layer=name,
+        shape=tuple(shape),
+        bytes_in=sizes[0],
+        bytes_out=sizes[1],
+        relative_rms=rms,
+        max_steps=steps,
+        **words,
+    )
+
+
+def percent(share: float | None) -> str:
+    """An error in percent, three digits; "" for None.
+
+    A record holds four digits and ``compare`` has all of them: both are cut to four first, so that
+    they show the same.
+    """
+    return "" if share is None else f"{100 * float(f'{share:.4g}'):#.3g} %"
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
+
+
+def _is_figure(value: object) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    # Compared as it is: an integer of a record may be too large for a float.
+    return number and -1e300 < value < 1e300  # type: ignore[operator]
+
+
+_KINDS: Mapping[Any, str] = {
+    dict: "an object",
+    list: "a list",
+    str: "a text",
+    int: "a whole number",
+}
+
+
+def _require(entry: Any, key: str, kind: Callable[..., Any], where: str = "") -> Any:
+    """A value of the record, of the type that it must have."""
+    value = entry.get(key) if isinstance(entry, dict) else None
+    if not isinstance(value, kind) or isinstance(value, bool):  # type: ignore[arg-type]
+        place = f"layers.{where}.{key}" if where else key
+        if value is None:
+            raise ParseError(f"{place}: is missing; requant of this version writes it")
+        raise ParseError(f"{place}: is {format_value(value)}, expected {_KINDS[kind]}")
+    return value

@@ -1,0 +1,163 @@
+"""Step 6 of the road: what was done, layer by layer, for people and for programs.
+
+Sums up a plan and what a run found in it; touches no files.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from math import prod, sqrt
+from typing import Any
+
+from requant.execution.layer_stats import RunResult
+from requant.packings.base import Exactness
+from requant.planning.plan import LayerPlan, Plan, Treatment
+
+
+@dataclass(frozen=True, slots=True)
+class LayerGroup:
+    """Layers that were treated alike."""
+
+    treatment: str
+    source: str
+    target: str
+    exactness: str
+    layers: int
+    parameters: int
+    nbytes: int
+
+
+def group_layers(layers: Iterable[LayerPlan]) -> list[LayerGroup]:
+    """Sum up layers by what was done to them, largest group first."""
+    alike: dict[tuple[str, str, str, str], list[LayerPlan]] = defaultdict(list)
+    for layer in layers:
+        alike[layer.treatment, layer.source, layer.target, layer.exactness].append(layer)
+    groups = [
+        LayerGroup(
+            *key, len(found), sum(prod(x.shape) for x in found), sum(x.nbytes for x in found)
+        )
+        for key, found in alike.items()
+    ]
+    return sorted(groups, key=lambda group: -group.nbytes)
+
+
+def quantizable_but_dense(layers: Iterable[LayerPlan]) -> list[LayerPlan]:
+    """Layers that could have been quantized by their rank but stay dense, largest first."""
+    found = [x for x in layers if x.treatment is Treatment.DENSE and x.reason and len(x.shape) > 1]
+    return sorted(found, key=lambda layer: -layer.nbytes)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerError:
+    """What new codes lost of a layer.
+
+    Attributes:
+        relative_rms: Root of the summed squared error over the summed squared values.
+        max_steps: Largest error in units of its group's step (``arrays.values``).
+    """
+
+    relative_rms: float
+    max_steps: float
+
+
+def layer_errors(plan: Plan, outcome: RunResult) -> dict[str, LayerError]:
+    """The measured error of each layer that was re-encoded."""
+    errors = {}
+    for layer in plan.layers:
+        found = outcome.findings.get(layer.layer)
+        if found is not None and layer.exactness == Exactness.REENCODED:
+            rms = sqrt(found.squared_error / found.squared_values) if found.squared_values else 0
+            errors[layer.layer] = LayerError(rms, found.max_error_steps)
+    return errors
+
+
+def errors_for_record(plan: Plan, outcome: RunResult) -> dict[str, tuple[float, float]]:
+    """The same as ``requant.json`` takes them."""
+    errors = layer_errors(plan, outcome)
+    return {layer: (error.relative_rms, error.max_steps) for layer, error in errors.items()}
+
+
+_COUNTS = ("damaged", "nonfinite", "overflowed", "flushed_groups")
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a conversion did.
+
+    Attributes:
+        plan: The plan that was carried out.
+        output: Path of the folder written.
+        elapsed_s: Wall-clock seconds from the first step to the published folder.
+        findings: Layer -> what the kernels counted there, where it is not nothing.
+        errors: Layer -> measured error, for each that was re-encoded.
+        bytes_downloaded: Of the weight files of a source on the hub.
+    """
+
+    plan: Plan
+    output: str
+    elapsed_s: float
+    findings: Mapping[str, Mapping[str, int]]
+    errors: Mapping[str, LayerError]
+    bytes_downloaded: int = 0
+
+    @staticmethod
+    def build(plan: Plan, output: str, outcome: RunResult, elapsed_s: float) -> Report:
+        """Put together the plan and what its run found."""
+        counts = {}
+        for layer in plan.layers:
+            found = outcome.findings.get(layer.layer)
+            if found is None:
+                continue
+            counted = {key: getattr(found, key) for key in _COUNTS if getattr(found, key)}
+            if counted:
+                counts[layer.layer] = counted
+        errors = layer_errors(plan, outcome)
+        return Report(
+            plan=plan,
+            output=output,
+            elapsed_s=elapsed_s,
+            findings=counts,
+            errors=errors,
+            bytes_downloaded=outcome.bytes_downloaded,
+        )
+
+    @property
+    def groups(self) -> list[LayerGroup]:
+        """Layers by treatment."""
+        return group_layers(self.plan.layers)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of the output per logical weight."""
+        return self.plan.bits_per_weight
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON data."""
+        plan = self.plan
+        return {
+            "source": plan.source,
+            "output": self.output,
+            "format": plan.format,
+            "layout": plan.layout,
+            "loads": plan.loads,
+            "plan_hash": plan.hash,
+            "parameters": plan.parameters,
+            "bytes_in": plan.bytes_in,
+            "bytes_out": plan.bytes_out,
+            "bits_per_weight": plan.bits_per_weight,
+            "elapsed_s": self.elapsed_s,
+            "bytes_downloaded": self.bytes_downloaded,
+            "groups": [asdict(group) for group in self.groups],
+            "layers": [self._layer_dict(layer) for layer in plan.layers],
+            "findings": {layer: dict(counts) for layer, counts in self.findings.items()},
+            "side_files": list(plan.side_files),
+            "left_out": [list(pair) for pair in plan.left_out],
+            "dropped": [list(pair) for pair in plan.dropped],
+            "notes": [note.text for note in plan.notes],
+        }
+
+    def _layer_dict(self, layer: LayerPlan) -> dict[str, Any]:
+        error = self.errors.get(layer.layer)
+        return layer.to_dict() | {"error": None if error is None else asdict(error)}

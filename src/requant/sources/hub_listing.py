@@ -1,0 +1,111 @@
+"""What files a repository holds at a commit: asked of the hub, or remembered where it may not be.
+
+What is remembered stands under HF_HOME and serves where HF_HUB_OFFLINE forbids to ask.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import quote
+
+from requant.core.limits import MAX_ENTRIES, MAX_INDEX_BYTES
+from requant.errors import HubError
+from requant.sources.hub_client import hub_errors
+
+_HASH = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
+
+
+@dataclass(frozen=True, slots=True)
+class RepositoryListing:
+    """The files of a repository.
+
+    Attributes:
+        commit: Its hash.
+        sizes: Relative path -> bytes.
+        digests: Relative path -> SHA-256 of a file in LFS, git's id of another, "" unknown.
+    """
+
+    commit: str
+    sizes: Mapping[str, int]
+    digests: Mapping[str, str]
+
+
+def is_digest(text: str) -> bool:
+    """Whether a text is a SHA-256 or SHA-1 in hex."""
+    return _HASH.fullmatch(text) is not None
+
+
+def metadata_dir(repository: str) -> Path:
+    """Where things of ours about a repository stand."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HOME) / "requant" / repository.replace("/", "--")
+
+
+def list_repository(name: str, revision: str | None) -> RepositoryListing:
+    """The files of a repository at a branch, tag or commit; its main branch by default.
+
+    Raises:
+        HubError: There is no such repository or revision, it is gated, or the hub is not reached
+            and nothing is remembered; or what it lists is no list of files.
+    """
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    remembered = metadata_dir(name) / f"{quote(revision or 'main', safe='')}.json"
+    if constants.HF_HUB_OFFLINE and (known := _read(remembered)) is not None:
+        return _dry_run(name, known)
+    with hub_errors(name, revision):
+        found = huggingface_hub.HfApi().model_info(name, revision=revision, files_metadata=True)
+    siblings = found.siblings or []
+    listing = RepositoryListing(
+        found.sha or "",
+        {x.rfilename: x.size if x.size is not None else -1 for x in siblings},
+        {x.rfilename: x.lfs.sha256 if x.lfs else x.blob_id or "" for x in siblings},
+    )
+    _dry_run(name, listing)
+    _write(remembered, listing)
+    return listing
+
+
+def _dry_run(name: str, listing: RepositoryListing) -> RepositoryListing:
+    if not is_digest(listing.commit):
+        raise HubError(f"{name}: the hub gives {listing.commit!r} as its commit, expected a hash")
+    if len(listing.sizes) > MAX_ENTRIES:
+        held = f"{len(listing.sizes):,} files, at most {MAX_ENTRIES:,} are read"
+        raise HubError(f"{name} holds {held}")
+    for file, size in listing.sizes.items():
+        path = PurePosixPath(file)
+        plain = str(path) == file and not path.is_absolute() and ".." not in path.parts
+        if not plain or "\\" in file or not file.isprintable() or size < 0:
+            raise HubError(f"{name}: the hub lists {file!r} with {size} bytes, which is no file")
+    return listing
+
+
+def _write(path: Path, listing: RepositoryListing) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, fresh = tempfile.mkstemp(dir=path.parent, suffix=".new")
+        with open(handle, "w", encoding="utf-8") as file:
+            json.dump(asdict(listing), file)
+        Path(fresh).rename(path)
+    except OSError as error:
+        raise HubError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def _read(path: Path) -> RepositoryListing | None:
+    """What was remembered; None where it is not, or no listing."""
+    try:
+        with path.open("rb") as file:
+            value: Any = json.loads(file.read(MAX_INDEX_BYTES))
+        sizes = {str(name): int(size) for name, size in value["sizes"].items()}
+        digests = {str(name): str(digest) for name, digest in value["digests"].items()}
+        return RepositoryListing(str(value["commit"]), sizes, digests)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None

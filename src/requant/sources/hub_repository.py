@@ -1,0 +1,391 @@
+"""Sources on the model hub: headers by range requests for a plan, whole files for a conversion.
+
+A repository's *mirror* is a folder under HF_HOME with its JSON files and, for everything else,
+files of the right size that hold nothing but the headers of weights (sparse: they take no room).
+A checkpoint is read from it as from any folder; the few small tensors that a format peeks at
+come by range requests too. Whole files come while others are converted (``downloads``).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import BinaryIO, cast
+
+from requant.checkpoints.adapters import ADAPTER_CONFIG, describe_adapter, is_adapter_file
+from requant.checkpoints.checkpoint import Checkpoint, FileRange, OpenedSource
+from requant.checkpoints.folder_files import (
+    CONFIG,
+    INDEX,
+    QUANTIZATION_FILES,
+    describe_pickles,
+    is_repository_id,
+)
+from requant.checkpoints.folder_listing import files_to_download
+from requant.checkpoints.safetensors_header import PREFIX_BYTES, header_length
+from requant.core.limits import MAX_CONFIG_BYTES, MAX_INDEX_BYTES
+from requant.core.strict_json import parse_json_object
+from requant.errors import CheckpointError, HubError, Problem, UsageError
+from requant.gguf.file_selection import gguf_models, select_model
+from requant.gguf.header import header_nbytes
+from requant.gguf.reader import read_gguf
+from requant.sources.downloads import MAX_HELD_FILES, Downloads, download_all
+from requant.sources.hub_client import hub_errors, read_range
+from requant.sources.hub_listing import RepositoryListing, is_digest, list_repository, metadata_dir
+from requant.sources.hub_storage import SUFFIX, HubCache, RemoteFile, TemporaryStorage
+from requant.sources.open import read_checkpoint
+
+_FIRST_BYTES = 128 << 10  # of a weight file: most headers are within
+CARD = "README.md"
+_STREAMS = 8  # headers that come at a time
+_FETCHED_BYTES = 64 << 20  # of small tensors that are kept for the next look
+
+
+def find_repository(source: str | os.PathLike[str], revision: str | None) -> Repository | None:
+    """The repository that a source names, or None where it is a path.
+
+    A name of the form ``org/name``, or ``org/name:Q4_K_M`` for a GGUF file of it, is a path if
+    anything stands there, and where huggingface_hub is not installed.
+
+    Raises:
+        HubError: There is no such repository or revision, it is gated, or the hub is not reached.
+        UsageError: A revision of something that is not on the hub.
+    """
+    name, _, wanted = os.fspath(source).partition(":")
+    if not is_repository_id(source):
+        if revision is not None:
+            raise UsageError(f"--revision is for repositories on the hub, and {source} is none")
+        return None
+    if find_spec("huggingface_hub") is None:
+        if revision is None:
+            return None
+        raise HubError(f"{source}: the hub needs huggingface_hub: pip install 'requant[hub]'")
+    listing = list_repository(name, revision)
+
+    files = files_to_download(listing.sizes, partial(_small_file, name, listing))
+    has_weights = any(x.endswith((".safetensors", ".gguf")) for x in listing.sizes)
+    has_weights = has_weights or ADAPTER_CONFIG in listing.sizes
+    pickles = "" if has_weights else describe_pickles(listing.sizes)
+    if pickles:
+        raise CheckpointError(name, [Problem(name, pickles)])
+    kind = _gguf_kind(name, listing.sizes, wanted, any(x.endswith(".safetensors") for x in files))
+    if kind:
+        files = [*gguf_models(listing.sizes)[kind], *(x for x in (CARD,) if x in listing.sizes)]
+    digests = {file: listing.digests.get(file, "") for file in files}
+    return Repository(name, listing.commit, {x: listing.sizes[x] for x in files}, digests, kind)
+
+
+def _small_file(name: str, listing: RepositoryListing, file: str) -> bytes:
+    """A JSON file of a repository as a whole, kept in its mirror."""
+    kept = metadata_dir(name) / listing.commit / file
+    with suppress(OSError):
+        content = kept.read_bytes()
+        if content.strip(b"\0"):  # one that was not read is full of zeros
+            return content
+    size = listing.sizes[file]
+    content = read_range(name, listing.commit, file, 0, size) if size else b""
+    _write_mirror(kept, metadata_dir(name) / "new", content, size)
+    return content
+
+
+def _write_mirror(target: Path, siblings: Path, content: bytes, size: int) -> None:
+    """A file of the right size with the bytes that are known of it; whole or not there."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        siblings.mkdir(exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=siblings)
+        with open(handle, "wb") as out:
+            out.write(content)
+            out.truncate(size)
+        Path(name).rename(target)
+    except OSError as error:
+        raise HubError(f"{target} cannot be written: {error.strerror or error}") from error
+
+
+def open_source(
+    source: str | os.PathLike[str],
+    remote: Repository | None,
+    config_from: str | os.PathLike[str] | None = None,
+) -> Path | Checkpoint:
+    """What a plan that is to be run is made from: a path, or a repository whose files come.
+
+    Args:
+        source: As the user named it.
+        remote: What ``find_repository`` made of that.
+        config_from: As in ``Repository.read_headers``.
+
+    Raises:
+        HubError: A file cannot be had.
+        CheckpointError: Everything that is wrong with what the headers say.
+    """
+    return (
+        Path(source) if remote is None else remote.start_download(remote.read_headers(config_from))
+    )
+
+
+def _gguf_kind(name: str, files: Iterable[str], wanted: str, has_safetensors: bool) -> str:
+    """The GGUF model of a repository that is meant; "" where it is not one."""
+    models = gguf_models(files)
+    if not wanted and (has_safetensors or not models):
+        return ""
+    if not models:
+        raise HubError(f"{name} holds no GGUF files, so there is no {wanted!r} to choose")
+    kind = select_model(models, wanted) if wanted else None
+    if kind is None and not wanted and len(models) == 1:
+        kind = next(iter(models))
+    if kind is None:
+        asked = f"no GGUF file {wanted!r}" if wanted else f"{len(models)} GGUF models"
+        known = ", ".join(models)
+        raise HubError(
+            f"{name} holds {asked}; write {name}:{next(iter(models))}, or one of: {known}"
+        )
+    return kind
+
+
+class Repository:
+    """A repository at one commit, and the small ranges of its files that were read so far.
+
+    Args:
+        name: ``org/name``.
+        commit: Its hash.
+        sizes: Of the files that a conversion reads: relative path -> bytes.
+        digests: SHA-256 of those in LFS, git's id of the others, where the hub lists one.
+        gguf: Which of its GGUF models is meant ("Q4_K_M"); "" for safetensors.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        commit: str,
+        sizes: Mapping[str, int],
+        digests: Mapping[str, str] | None = None,
+        gguf: str = "",
+    ) -> None:
+        self.name, self.commit, self.sizes = name, commit, sizes
+        self.digests, self.gguf = digests or {}, gguf
+        self._fetched: dict[FileRange, bytes] = {}
+
+    # -- headers -------------------------------------------------------------------------
+
+    @property
+    def source(self) -> str:
+        """As a user names it: ``org/name``, or ``org/name:Q4_K_M``."""
+        return f"{self.name}:{self.gguf}" if self.gguf else self.name
+
+    @property
+    def _below(self) -> str:
+        """Folder of the repository, with a slash, in which a GGUF model lies."""
+        first = next(iter(self.sizes))  # the model's files stand before others
+        return first[: first.rfind("/") + 1] if self.gguf else ""
+
+    def read_headers(self, config_from: str | os.PathLike[str] | None = None) -> Checkpoint:
+        """The checkpoint, of which only headers and JSON are here.
+
+        Args:
+            config_from: For GGUF: a folder whose config.json and side files are taken.
+
+        Raises:
+            HubError: A file cannot be had.
+            CheckpointError: Everything that is wrong with what the headers say.
+        """
+        folder = metadata_dir(self.name) / self.commit
+        self._check_adapter()
+        missing = [file for file in self.sizes if not (folder / file).exists()]
+        with ThreadPoolExecutor(_STREAMS) as pool:
+            list(
+                pool.map(
+                    lambda file: self._write_header_stub(folder, file, self.sizes[file]), missing
+                )
+            )
+        if self.gguf:
+            taken = None if config_from is None else Path(config_from)
+            read = partial(read_gguf, config_from=taken, fetch=self._fetch)
+            return self._read_named(read, folder / next(iter(self.sizes)))
+        if config_from is not None:
+            raise UsageError(f"--config-from is for GGUF files; {self.name} has its own config")
+        return self._read_named(read_checkpoint, folder)
+
+    def _check_adapter(self) -> None:
+        """Say of a repository with an adapter and no model what to do.
+
+        Raises:
+            CheckpointError: It is one.
+        """
+        files = [x for x in self.sizes if "/" not in x and x.endswith((".safetensors", ".npz"))]
+        if self.gguf or INDEX in self.sizes or not all(map(is_adapter_file, files)):
+            return
+        if ADAPTER_CONFIG in self.sizes or files:
+            known = ADAPTER_CONFIG in self.sizes
+            size = self.sizes.get(ADAPTER_CONFIG, 0)
+            raw = self._bytes(ADAPTER_CONFIG, 0, min(size, MAX_CONFIG_BYTES)) if known else b"{}"
+            config, _ = parse_json_object(raw)
+            message = describe_adapter(self.name, config, remote=True)
+            raise CheckpointError(self.name, [Problem(self.name, message)])
+
+    def _write_header_stub(self, folder: Path, file: str, size: int) -> None:
+        """A file of the right size with the bytes that planning reads; whole or not there."""
+        content = b""
+        most = MAX_INDEX_BYTES if file == INDEX else MAX_CONFIG_BYTES
+        if file in (CONFIG, INDEX, *QUANTIZATION_FILES):
+            content = self._bytes(file, 0, size) if size <= most else b""
+        elif file.endswith(".safetensors") and size:
+            content = self._bytes(file, 0, min(size, _FIRST_BYTES))
+            length, _ = header_length(content[:PREFIX_BYTES], size)
+            if length + PREFIX_BYTES > len(content):
+                content += self._bytes(file, len(content), length + PREFIX_BYTES)
+        elif file.endswith(".gguf"):
+            ahead = _ReadAheadFile(lambda start, stop: self._bytes(file, start, stop), size)
+            nbytes = header_nbytes(cast(BinaryIO, ahead), size)
+            content = ahead.content[:nbytes]
+        _write_mirror(folder / file, folder.parent / "new", content, size)
+
+    def _fetch(self, part: FileRange) -> bytes:
+        known = self._fetched.get(part)
+        if known is not None:
+            return known
+        start, stop = part.offset, part.offset + part.nbytes
+        data = read_range(self.name, self.commit, self._below + part.file, start, stop)
+        if sum(map(len, self._fetched.values())) + len(data) <= _FETCHED_BYTES:
+            self._fetched[part] = data
+        return data
+
+    def _bytes(self, file: str, start: int, stop: int) -> bytes:
+        return read_range(self.name, self.commit, file, start, stop)
+
+    # -- whole files ---------------------------------------------------------------------
+
+    def download_summary(self) -> str:
+        """What a conversion downloads, in a sentence."""
+        missing = self._missing()
+        what = f"{len(missing)} of {len(self.sizes)} files, {sum(missing.values()):,} bytes"
+        state = f"convert downloads {what}" if missing else "all of its files are downloaded"
+        return f"{self.source} at {self.commit[:12]} on the hub: {state}."
+
+    def start_download(self, checkpoint: Checkpoint, area: Path | None = None) -> Checkpoint:
+        """The checkpoint of ``read_headers`` whose weight files come while it is read.
+
+        Small files are here when this returns. What was downloaded before is not again.
+
+        Args:
+            checkpoint: What ``read_headers`` gave.
+            area: A folder for weight files that are deleted when nothing needs them any more;
+                None puts them into huggingface_hub's cache, where they stay.
+
+        Raises:
+            HubError: A file cannot be had, or the disk has too little room.
+        """
+        weights = {self._below + file.name for file in checkpoint.files}
+        cache = storage = HubCache(self.name, self.commit)
+        if area is not None:
+            storage = TemporaryStorage(area, self.name, self.commit)
+        else:
+            self._check_room(cache)
+        small = {name: self._remote_file(name) for name in self.sizes if name not in weights}
+        download_all(Downloads(small, cache), list(small))
+        folder = cache.snapshot if small and not self.gguf else checkpoint.path
+        files = {x.name: self._remote_file(self._below + x.name) for x in checkpoint.files}
+        window = None if area is None else MAX_HELD_FILES
+        downloader = Downloads(files, storage, window)
+        return replace(checkpoint, opened=checkpoint.opened.with_downloader(folder, downloader))
+
+    def _remote_file(self, name: str) -> RemoteFile:
+        """What the hub lists of a file; its server is asked where the list is not whole."""
+        import huggingface_hub
+
+        digest = self.digests.get(name) or ""
+        if not is_digest(digest):
+            url = huggingface_hub.hf_hub_url(self.name, name, revision=self.commit)
+            with hub_errors(self.name, self.commit, name):
+                digest = huggingface_hub.get_hf_file_metadata(url).etag or ""
+        if not is_digest(digest):
+            raise HubError(f"{self.name}: {name}: the hub tells no hash of it, found {digest!r}")
+        return RemoteFile(name, self.sizes[name], digest)
+
+    def _check_room(self, cache: HubCache) -> None:
+        free, needed = (
+            shutil.disk_usage(_existing(cache.folder)).free,
+            self._bytes_to_download(cache),
+        )
+        if needed > free:
+            raise HubError(
+                f"{self.name}: the disk of {cache.folder} is too full: {needed:,} bytes are to be "
+                f"downloaded, {free:,} are free; HF_HOME names another place"
+            )
+
+    def _bytes_to_download(self, cache: HubCache) -> int:
+        """Bytes that are not yet in the cache; of files that were cut, the rest."""
+        here = sum(x.stat().st_blocks * 512 for x in cache.folder.glob(f"blobs/*{SUFFIX}"))
+        return max(sum(self._missing().values()) - here, 0)
+
+    def cache_bytes_on_disk_of(self, output: Path) -> int:
+        """Bytes that downloads into the cache take on the disk of ``output``."""
+        cache = HubCache(self.name, self.commit)
+        one, other = (_existing(x.absolute()).stat().st_dev for x in (cache.folder, output))
+        return self._bytes_to_download(cache) if one == other else 0
+
+    def _missing(self) -> dict[str, int]:
+        cache = HubCache(self.name, self.commit)
+        return {file: size for file, size in self.sizes.items() if cache.cached(file) is None}
+
+    def _read_named(self, read: Callable[[Path], Checkpoint], folder: Path) -> Checkpoint:
+        """The checkpoint in a folder, under the repository's name also where it is at fault."""
+        if CONFIG not in self.sizes and not self.gguf:
+            problem = Problem(CONFIG, "is not in the repository, or no model of this kind is")
+            raise CheckpointError(self.name, [problem])
+        try:
+            checkpoint = read(folder)
+        except CheckpointError as error:
+            problems = [
+                replace(x, where=x.where.replace(str(folder), self.name)) for x in error.problems
+            ]
+            raised = CheckpointError(self.source, problems)
+            copy = f"hf download {self.name} --local-dir {self.name.rpartition('/')[2]}"
+            raised.add_note(f"To change files of the repository: {copy}, then give that folder")
+            raise raised from error
+        # Other programs may have put other files of the repository beside ours.
+        return replace(
+            checkpoint,
+            side_files=tuple(name for name in checkpoint.side_files if name in self.sizes),
+            left_out=tuple(pair for pair in checkpoint.left_out if pair[0] in self.sizes),
+            origin=Path(self.source),
+            repository=(self.source, self.commit),
+            opened=OpenedSource(
+                checkpoint.path,
+                fetch=self._fetch,
+                generated_files=checkpoint.opened.generated_files,
+            ),
+        )
+
+    @property
+    def card(self) -> Path:
+        """Where the model card is, if it was downloaded."""
+        return HubCache(self.name, self.commit).snapshot / CARD
+
+
+def _existing(path: Path) -> Path:
+    return next(place for place in (path, *path.parents) if place.exists())
+
+
+class _ReadAheadFile:
+    """A file that is read from its start, by requests for more than is asked for."""
+
+    def __init__(self, fetch: Callable[[int, int], bytes], size: int) -> None:
+        self.fetch, self.size = fetch, size
+        self.content, self._at = b"", 0
+
+    def read(self, count: int) -> bytes:
+        """The next bytes; fewer at the end."""
+        start, self._at = self._at, min(self._at + count, self.size)
+        have = len(self.content)
+        if self._at > have:
+            more = max(self._at - have, have, _FIRST_BYTES)
+            self.content += self.fetch(have, min(have + more, self.size))
+        return self.content[start : self._at]

@@ -1,0 +1,67 @@
+"""Step 1 of the road: SOURCE becomes a Checkpoint, be it a folder with safetensors or GGUF.
+
+Headers and JSON only; the modules that know one kind of source each do the reading.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from requant.checkpoints.checkpoint import Checkpoint
+from requant.checkpoints.folder_files import is_gguf
+from requant.checkpoints.safetensors_folder import read_folder
+from requant.errors import UsageError
+
+
+def read_checkpoint(
+    path: str | os.PathLike[str],
+    config_from: str | os.PathLike[str] | None = None,
+    stubs: Path | None = None,
+) -> Checkpoint:
+    """Read a checkpoint: headers and JSON only.
+
+    Weights are ``model.safetensors``, or the shards that ``model.safetensors.index.json``
+    names, or, without either, every ``*.safetensors`` file of the folder. A file, or a folder
+    without any of these, may be GGUF.
+
+    Args:
+        path: The folder, or a GGUF file.
+        config_from: For GGUF: a folder whose config.json and side files are taken.
+        stubs: Where the headers of weight files are that are gone from it.
+
+    Raises:
+        CheckpointError: With everything that is wrong with the source.
+        UsageError: ``config_from`` for another source than GGUF.
+    """
+    folder = Path(path)
+    if is_gguf(folder):
+        from requant.gguf.reader import read_gguf  # nothing else needs it: a faster start
+
+        return read_gguf(folder, None if config_from is None else Path(config_from))
+    if config_from is not None:
+        raise UsageError(f"--config-from is for GGUF sources; {folder} has its own config.json")
+    return read_folder(folder, stubs)
+
+
+def as_checkpoint(
+    source: str | os.PathLike[str] | Checkpoint,
+    config_from: str | os.PathLike[str] | None = None,
+    stubs: Path | None = None,
+) -> Checkpoint:
+    """A source that may have been read already.
+
+    Args:
+        source: What ``read_checkpoint`` takes, or the checkpoint of a repository on the hub.
+        config_from: As in ``read_checkpoint``.
+        stubs: As in ``read_checkpoint``.
+
+    Raises:
+        CheckpointError: With everything that is wrong with the source.
+        UsageError: ``config_from`` for another source than GGUF.
+    """
+    if not isinstance(source, Checkpoint):
+        return read_checkpoint(source, config_from, stubs)
+    if config_from is not None and source.gguf is None:
+        raise UsageError(f"--config-from is for GGUF files; {source.source} is on the hub")
+    return source

@@ -1,0 +1,240 @@
+"""Quantize and dequantize a whole weight map, by tensor names alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from requant.errors import InvariantError, MissingKeyError, OutOfRangeError, RequantError
+from requant.kernels.backend import Array, Backend, Weights, backend_for
+from requant.quantization.config import PerLayerQuantization, Quantization
+from requant.weights.layer_tensors import (
+    BIASES,
+    SCALES,
+    WEIGHT,
+    QuantizedState,
+    check_biases,
+    layer_of,
+    quantized_state,
+)
+
+
+def default_eligible(path: str, weight: Array) -> bool:
+    """Every ``.weight`` may be quantized.
+
+    The shape still decides. Where the architecture is known, a narrower rule is safer: a norm
+    with a two-axis weight, say, would be quantized as well.
+
+    Args:
+        path: The layer's path: the tensor's name without ``.weight``.
+        weight: The tensor.
+
+    Returns:
+        True.
+    """
+    return True
+
+
+def quantize_weights(
+    weights: Weights,
+    config: PerLayerQuantization,
+    eligible: Callable[[str, Array], bool] = default_eligible,
+    *,
+    search: str = "off",
+) -> dict[str, Array]:
+    """Quantize the eligible layers of a weight map.
+
+    A ``{layer}.weight`` is quantized if ``eligible`` says so, ``config`` has a quantization for
+    the layer, and the array has two axes or more, the last a multiple of ``group_size``. Of
+    shape ``(..., out, in)``, it becomes
+
+    * ``{layer}.weight``, uint32, ``(..., out, in * bits / 32)``: codes packed along the input
+      axis, first code in the lowest bits;
+    * ``{layer}.scales``, ``(..., out, in / group_size)``: the weight's dtype in affine mode,
+      uint8 in the float modes;
+    * ``{layer}.biases``, like the scales, in affine mode only.
+
+    Every other entry passes through as the same array, layers that are quantized already among
+    them. ``weights`` is not modified, and MLX arrays stay lazy: nothing is evaluated.
+
+    Args:
+        weights: Tensor name to array, as ``mx.load`` returns it; NumPy arrays work the same.
+        config: The default quantization and the per-layer overrides.
+        eligible: Called as ``eligible(layer, array)``; true means quantize.
+        search: NumPy arrays only: "fast" or "best" look for scales and biases with a smaller
+            squared error at the same size (docs/quality.md); "off" is MLX's rule.
+
+    Returns:
+        A new weight map, of the library that came in.
+
+    Raises:
+        MissingKeyError: A layer has ``.biases`` but no ``.scales``, or is affine and has
+            ``.scales`` but no ``.biases``.
+        KeyCollisionError: A layer that the config skips has ``.scales``, or one of a float mode
+            has ``.biases``.
+        InvariantError: A layer has ``.scales`` and no quantization in the config, or the map
+            mixes array libraries, or a search is asked for on MLX arrays.
+        UnknownValueError: No such search.
+        UnsupportedDtypeError: ``.scales`` beside a weight that is not uint32, a NumPy weight
+            that is not float32, float16 or bfloat16, or a foreign array type.
+        RankMismatchError, LengthMismatchError, ShapeMismatchError: The shapes of a layer that
+            is quantized already contradict each other.
+        OutOfRangeError: ``group_size`` is negative; on NumPy also one that the mode lacks, and
+            so with ``bits``.
+        BackendError: ``mx.quantize`` refused a layer.
+
+    Example:
+        >>> import mlx.core as mx
+        >>> weights = {"up.weight": mx.ones((8, 64)), "norm.weight": mx.ones(64)}
+        >>> config = PerLayerQuantization.from_global(Quantization.affine(64, 4))
+        >>> quantized = quantize_weights(weights, config)
+        >>> sorted(quantized)
+        ['norm.weight', 'up.biases', 'up.scales', 'up.weight']
+        >>> quantized["up.weight"].shape
+        (8, 8)
+    """
+    weights = dict(weights)
+    backend = backend_for(weights)
+    targets = _targets(backend, weights, config, eligible)
+    result: dict[str, Array] = {}
+    for name, array in weights.items():
+        layer = layer_of(name, WEIGHT)
+        if layer is None or layer not in targets:
+            result[name] = array
+            continue
+        with attach_layer(layer):
+            words, scales, biases = backend.quantize(array, targets[layer], search)
+        result[layer + WEIGHT] = words
+        result[layer + SCALES] = scales
+        if biases is not None:
+            result[layer + BIASES] = biases
+    return result
+
+
+def dequantize_weights(weights: Weights, config: PerLayerQuantization) -> dict[str, Array]:
+    """Give every quantized layer of a weight map its dense weight back.
+
+    Each layer with ``.weight`` and ``.scales`` becomes one ``{layer}.weight`` of shape
+    ``(..., out, in)``: in affine mode of the common dtype of scales and biases, in the float
+    modes bfloat16. Every other entry passes through as the same array; so do ``.scales`` and
+    ``.biases`` that have no ``.weight``, and ``.biases`` beside a dense one. ``weights`` is not
+    modified, and MLX arrays stay lazy: nothing is evaluated.
+
+    Args:
+        weights: Tensor name to array. Scale bytes of the float modes are uint8, or on NumPy
+            the ml_dtypes number format they hold.
+        config: The quantization of each layer.
+
+    Returns:
+        A new weight map, of the library that came in.
+
+    Raises:
+        MissingKeyError: An affine layer lacks ``.biases``, or a packed weight has ``.biases``
+            but no ``.scales``.
+        KeyCollisionError: A layer of a float mode has ``.biases``.
+        InvariantError: The config has no quantization for a quantized layer (or skips it), or
+            the map mixes array libraries.
+        RequantError: The parts of a layer do not fit together: ``BackendError`` where
+            ``mx.dequantize`` says so, a class of its own where our kernels do.
+
+    Example:
+        >>> import numpy as np
+        >>> weights = {
+        ...     "up.weight": np.array([[0x76543210, 0, 0, 0xF0000000]], np.uint32),
+        ...     "up.scales": np.array([[0.5]], np.float32),
+        ...     "up.biases": np.array([[-1.0]], np.float32),
+        ... }
+        >>> config = PerLayerQuantization.from_global(Quantization.affine(32, 4))
+        >>> dense = dequantize_weights(weights, config)["up.weight"]
+        >>> dense[0, :4].tolist(), float(dense[0, 31])
+        ([-1.0, -0.5, 0.0, 0.5], 6.5)
+    """
+    weights = dict(weights)
+    backend = backend_for(weights)
+    _reject_missing_scales(backend, weights)
+    quantized = {
+        layer
+        for name in weights
+        if (layer := layer_of(name, SCALES)) is not None and layer + WEIGHT in weights
+    }
+    result: dict[str, Array] = {}
+    for name, array in weights.items():
+        if (layer := layer_of(name, WEIGHT)) in quantized and layer is not None:
+            result[name] = _dequantize_layer(backend, weights, layer, config)
+        elif layer_of(name, SCALES) not in quantized and layer_of(name, BIASES) not in quantized:
+            result[name] = array
+    return result
+
+
+@contextmanager
+def attach_layer(layer: str) -> Iterator[None]:
+    """Errors raised inside are about ``layer``, unless they name another."""
+    try:
+        yield
+    except RequantError as error:
+        if error.layer is None:
+            error.layer = layer
+        raise
+
+
+def _targets(
+    backend: Backend,
+    weights: Weights,
+    config: PerLayerQuantization,
+    eligible: Callable[[str, Array], bool],
+) -> dict[str, Quantization]:
+    """The layers to quantize; the whole map is checked before the first is touched."""
+    targets = {}
+    for name, array in weights.items():
+        layer = layer_of(name, WEIGHT)
+        # What stands beside a weight is checked first, whether or not it is to be quantized.
+        if (
+            layer is None
+            or quantized_state(backend, weights, layer, config) is QuantizedState.QUANTIZED
+        ):
+            continue
+        if not eligible(layer, array):
+            continue
+        quantization = config.quantization_for(layer)
+        if quantization is not None and _fits(layer, backend.shape(array), quantization):
+            targets[layer] = quantization
+    return targets
+
+
+def _fits(layer: str, shape: tuple[int, ...], quantization: Quantization) -> bool:
+    """Whether a weight of this shape can be cut into groups; others stay dense."""
+    group_size = quantization.group_size
+    if len(shape) < 2:
+        return False
+    if group_size < 0:
+        raise OutOfRangeError("must not be negative", "group_size", group_size, layer=layer)
+    return group_size != 0 and shape[-1] % group_size == 0
+
+
+def _reject_missing_scales(backend: Backend, weights: Weights) -> None:
+    """A packed weight with biases and no scales would pass for a dense one."""
+    for name in weights:
+        layer = layer_of(name, BIASES)
+        if layer is None or layer + SCALES in weights or layer + WEIGHT not in weights:
+            continue
+        weight = weights[layer + WEIGHT]
+        if backend.dtype(weight) == "uint32" and len(backend.shape(weight)) >= 2:
+            raise MissingKeyError(
+                "a packed weight has biases but no scales", layer + SCALES, layer=layer
+            )
+
+
+def _dequantize_layer(
+    backend: Backend, weights: Weights, layer: str, config: PerLayerQuantization
+) -> Array:
+    quantization = config.quantization_for(layer)
+    if quantization is None:
+        raise InvariantError(
+            "the layer has scales, but the config has no quantization for it", layer=layer
+        )
+    biases = weights.get(layer + BIASES)
+    check_biases(layer, quantization, biases is not None)
+    with attach_layer(layer):
+        return backend.dequantize(
+            weights[layer + WEIGHT], weights[layer + SCALES], biases, quantization
+        )

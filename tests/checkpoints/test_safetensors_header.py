@@ -1,0 +1,534 @@
+"""Safetensors headers: every way to be bad is named, and nothing in a file makes us raise."""
+
+from __future__ import annotations
+
+import json
+import struct
+import time
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from requant.checkpoints.safetensors_header import (
+    HeaderEntry,
+    build_header,
+    header_length,
+    parse_header,
+)
+from requant.core.dtypes import NUMPY_DTYPE, TensorInfo
+from requant.core.limits import MAX_HEADER_BYTES, MAX_NAME_CHARS, MAX_TENSORS
+from requant.errors import MAX_PROBLEMS, KeyCollisionError, OutOfRangeError
+from tests.support.safetensors_files import entry, header, prefixed, weights
+
+U8 = entry("U8", [4], 0, 4)
+
+
+def reference_rejects(raw: bytes) -> bool:
+    """Whether the safetensors package takes the file."""
+    try:
+        safetensors.deserialize(raw)
+    except safetensors.SafetensorError:
+        return True
+    return False
+
+
+def problems_of(head: bytes, data_bytes: int) -> list[str]:
+    return [str(problem) for problem in parse_header(head, data_bytes)[2]]
+
+
+def test_header_written_by_hand() -> None:
+    """Out of order, with an empty tensor, a scalar, metadata and padding."""
+    text = (
+        b'{"b":{"dtype":"BF16","shape":[2,3],"data_offsets":[4,16]},'
+        b'"a":{"dtype":"F32","shape":[],"data_offsets":[0,4]},'
+        b'"empty":{"shape":[0,7],"data_offsets":[4,4],"dtype":"F16"},'
+        b'"__metadata__":{"format":"pt"}}   '
+    )
+    entries, metadata, problems = parse_header(struct.pack("<Q", len(text)) + text, 16)
+
+    assert problems == []
+    assert metadata == {"format": "pt"}
+    assert list(entries.items()) == [
+        ("b", HeaderEntry(TensorInfo("BF16", (2, 3)), 4, 16)),
+        ("a", HeaderEntry(TensorInfo("F32", ()), 0, 4)),
+        ("empty", HeaderEntry(TensorInfo("F16", (0, 7)), 4, 4)),
+    ]
+
+
+def test_build_by_hand() -> None:
+    """The exact bytes: compact JSON, UTF-8, spaces up to a multiple of 8."""
+    tensors = {"ä": TensorInfo("U32", (2, 1)), "b": TensorInfo("F8_E4M3", (3,))}
+    head, offsets = build_header(tensors, {"format": "mlx"})
+
+    text = (
+        '{"__metadata__":{"format":"mlx"},'
+        '"ä":{"dtype":"U32","shape":[2,1],"data_offsets":[0,8]},'
+        '"b":{"dtype":"F8_E4M3","shape":[3],"data_offsets":[8,11]}}'
+    ).encode()
+    assert head == struct.pack("<Q", 152) + text.ljust(152)
+    assert offsets == {"ä": 0, "b": 8}
+
+
+def test_build_refuses_the_name_of_the_metadata() -> None:
+    with pytest.raises(KeyCollisionError, match="__metadata__"):
+        build_header({"__metadata__": TensorInfo("U8", (1,))}, {})
+
+
+def test_build_refuses_a_header_that_nobody_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("requant.checkpoints.safetensors_header.MAX_HEADER_BYTES", 64)
+    with pytest.raises(OutOfRangeError, match="smaller shards"):
+        build_header({f"t{i}": TensorInfo("U8", (1,)) for i in range(3)}, {})
+
+
+# Bad headers: (header, bytes of data, where, what the message says).
+REJECTED_BY_BOTH: dict[str, tuple[bytes, int, str, str]] = {
+    "empty file": (b"", 0, "header", "ends after 0 bytes, expected 8"),
+    "seven bytes": (b"\2\0\0\0\0\0\0", 0, "header", "ends after 7 bytes, expected 8"),
+    "length beyond the file": (
+        struct.pack("<Q", 999) + b"{}",
+        0,
+        "header",
+        "say that 999 bytes of header follow, but only 2 do",
+    ),
+    "length of all ones": (b"\xff" * 8 + b"{}", 0, "header", "18446744073709551615"),
+    "git lfs pointer": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n",
+        0,
+        "header",
+        "Git LFS pointer",
+    ),
+    "length 0": (prefixed(b""), 0, "header", "not JSON"),
+    "not UTF-8": (prefixed(b'{"\xff": 1}'), 0, "header", "not UTF-8: byte 2 is 0xff"),
+    "not JSON": (prefixed(b'{"a": '), 0, "header", "not JSON"),
+    "UTF-16": (prefixed("{}".encode("utf-16-le")), 0, "header", "not JSON"),
+    "byte order mark": (prefixed(b"\xef\xbb\xbf{}"), 0, "header", "not JSON"),
+    "text after the JSON": (prefixed(b"{}\0\0\0\0\0\0"), 0, "header", "not JSON"),
+    "NaN": (prefixed(b'{"a": NaN}'), 0, "header", "NaN"),
+    "half a surrogate pair": (
+        prefixed(b'{"\\ud800": {"dtype":"U8","shape":[4],"data_offsets":[0,4]}}'),
+        4,
+        "header",
+        "surrogate",
+    ),
+    "list": (header([]), 0, "header", "is [], expected an object"),
+    "string": (header("x"), 0, "header", "is 'x', expected an object"),
+    "nesting bomb": (prefixed(b"[" * 200_000), 0, "header", "nested too deeply"),
+    "nesting bomb inside": (
+        prefixed(b'{"a":' * 100_000 + b"1" + b"}" * 100_000),
+        0,
+        "header",
+        "nested too deeply",
+    ),
+    "number of 5000 digits": (
+        prefixed(b'{"a": {"dtype":"U8","shape":[' + b"9" * 5000 + b'],"data_offsets":[0,4]}}'),
+        4,
+        "header",
+        "not JSON",
+    ),
+    "entry is a list": (header({"a": []}), 0, "a", "is [], expected an object with dtype"),
+    "entry is null": (header({"a": None}), 0, "a", "is null, expected an object"),
+    "no dtype": (header({"a": {"shape": [4], "data_offsets": [0, 4]}}), 4, "a", "has no dtype"),
+    "no shape": (header({"a": {"dtype": "U8", "data_offsets": [0, 4]}}), 4, "a", "has no shape"),
+    "no offsets": (header({"a": {"dtype": "U8", "shape": [4]}}), 4, "a", "has no data_offsets"),
+    "dtype unknown": (header({"a": entry("Q4", [4], 0, 4)}), 4, "a", "dtype is 'Q4', known: BOOL,"),
+    "dtype a number": (header({"a": entry(7, [4], 0, 4)}), 4, "a", "dtype is 7, known: BOOL,"),
+    "dtype a list": (header({"a": entry([], [4], 0, 4)}), 4, "a", "dtype is [], known: BOOL,"),
+    "shape a number": (header({"a": entry("U8", 4, 0, 4)}), 4, "a", "shape is 4, expected a list"),
+    "shape of booleans": (header({"a": entry("U8", [True, 4], 0, 4)}), 4, "a", "[true, 4]"),
+    "shape of floats": (header({"a": entry("U8", [4.0], 0, 4)}), 4, "a", "shape is [4.0]"),
+    "shape of strings": (header({"a": entry("U8", ["4"], 0, 4)}), 4, "a", "a list of 1"),
+    "shape negative": (header({"a": entry("U8", [-2, -2], 0, 4)}), 4, "a", "shape is [-2, -2]"),
+    "shape huge": (header({"a": entry("U8", [2**64 + 4], 0, 4)}), 4, "a", "18446744073709551620"),
+    "elements overflow": (
+        header({"a": entry("U8", [2**40, 2**40], 0, 4)}),
+        4,
+        "a",
+        "has more than 2**63 - 1 elements",
+    ),
+    "elements overflow to the right size": (
+        header({"a": entry("U8", [2**62, 4, 1], 0, 0)}),
+        0,
+        "a",
+        "has more than 2**63 - 1 elements",
+    ),
+    "offsets a number": (
+        header({"a": {"dtype": "U8", "shape": [4], "data_offsets": 4}}),
+        4,
+        "a",
+        "data_offsets is 4, expected two numbers",
+    ),
+    "one offset": (header({"a": entry("U8", [4], 4)}), 4, "a", "data_offsets is [4]"),
+    "three offsets": (
+        header({"a": entry("U8", [4], 0, 4, 4)}),
+        4,
+        "a",
+        "data_offsets is [0, 4, 4]",
+    ),
+    "offset a boolean": (header({"a": entry("U8", [1], 0, True)}), 1, "a", "[0, true]"),
+    "offset a float": (header({"a": entry("U8", [4], 0, 4.0)}), 4, "a", "[0, 4.0]"),
+    "offset negative": (header({"a": entry("U8", [4], -4, 0)}), 0, "a", "[-4, 0]"),
+    "offset huge": (header({"a": entry("U8", [4], 0, 2**64)}), 4, "a", str(2**64)),
+    "offsets reversed": (
+        header({"a": entry("U8", [4], 4, 0)}),
+        4,
+        "a",
+        "[4, 0] end before they start",
+    ),
+    "size disagrees": (
+        header({"a": entry("BF16", [3, 5], 0, 28)}),
+        28,
+        "a",
+        "BF16 [3, 5] takes 30 bytes, but data_offsets [0, 28] hold 28",
+    ),
+    "beyond the end": (
+        header({"a": U8, "b": entry("U8", [4], 4, 8)}),
+        7,
+        "b",
+        "ends at byte 8 of the data, of which the file has 7",
+    ),
+    "no data at all": (header({"a": U8}), 0, "a", "of which the file has 0"),
+    "overlap": (
+        header({"a": U8, "b": entry("U8", [4], 2, 6)}),
+        6,
+        "b",
+        "overlaps a: starts at byte 2, which ends at 4",
+    ),
+    "the same bytes twice": (header({"a": U8, "b": U8}), 4, "b", "overlaps a"),
+    "inside another": (
+        header({"a": entry("U8", [8], 0, 8), "b": entry("U8", [2], 2, 4)}),
+        8,
+        "b",
+        "overlaps a",
+    ),
+    "empty tensor inside another": (
+        header({"a": U8, "b": entry("U8", [0], 2, 2)}),
+        4,
+        "b",
+        "overlaps a",
+    ),
+    "hole between": (
+        header({"a": U8, "b": entry("U8", [4], 6, 10)}),
+        10,
+        "b",
+        "starts at byte 6, but a ends at 4",
+    ),
+    "hole before the first": (
+        header({"a": entry("U8", [4], 1, 5)}),
+        5,
+        "a",
+        "starts at byte 1, but the data starts at 0",
+    ),
+    "bytes after the last": (
+        header({"a": U8}),
+        5,
+        "header",
+        "end at byte 4 of the data, the file at 5",
+    ),
+    "data of nobody": (header({}), 3, "header", "end at byte 0 of the data, the file at 3"),
+    "metadata a list": (
+        header({"__metadata__": []}),
+        0,
+        "__metadata__",
+        "is [], expected an object",
+    ),
+    "metadata of numbers": (
+        header({"__metadata__": {"k": 1}}),
+        0,
+        "__metadata__",
+        "'k' is 1, expected a string",
+    ),
+}
+REJECTED_BY_US: dict[str, tuple[bytes, int, str, str]] = {
+    "tensor twice": (
+        prefixed(b'{"a":%(e)s,"a":%(e)s}' % {b"e": json.dumps(U8).encode()}),
+        4,
+        "header",
+        "the key 'a' stands more than once",
+    ),
+    "field twice": (
+        prefixed(b'{"a":{"dtype":"I8","dtype":"U8","shape":[4],"data_offsets":[0,4]}}'),
+        4,
+        "header",
+        "the key 'dtype' stands more than once",
+    ),
+    "name empty": (header({"": U8}), 4, "''", "name of a tensor is empty"),
+    "name with a newline": (header({"a\nb": U8}), 4, "'a\\nb'", "control character U+000A"),
+    "name with an escape": (header({"\x1b[2J": U8}), 4, "'\\x1b[2J'", "U+001B"),
+    "name that turns the text": (header({"a\u202eb": U8}), 4, "'a\\u202eb'", "U+202E"),
+    "rank 33": (header({"a": entry("U8", [1] * 33, 0, 1)}), 1, "a", "33 axes, at most 32"),
+    "elements overflow beside a zero": (
+        header({"a": entry("U8", [0, 2**40, 2**40], 0, 0)}),
+        0,
+        "a",
+        "has more than 2**63 - 1 elements",
+    ),
+    "dtype of half a byte": (header({"a": entry("F4", [8], 0, 4)}), 4, "a", "dtype is 'F4', known"),
+}
+
+
+@pytest.mark.parametrize("case", REJECTED_BY_BOTH | REJECTED_BY_US)
+def test_what_is_wrong_is_said(case: str) -> None:
+    head, data_bytes, where, message = (REJECTED_BY_BOTH | REJECTED_BY_US)[case]
+    problems = parse_header(head, data_bytes)[2]
+
+    assert [problem.where for problem in problems] == [where]
+    assert message in problems[0].message
+
+
+@pytest.mark.parametrize("case", REJECTED_BY_BOTH)
+def test_the_referee_refuses_too(case: str) -> None:
+    head, data_bytes, _, _ = REJECTED_BY_BOTH[case]
+
+    assert reference_rejects(head + bytes(data_bytes))
+
+
+def test_header_larger_than_any_reader_takes() -> None:
+    """Only the length is looked at; a file of that size need not exist."""
+    prefix = struct.pack("<Q", MAX_HEADER_BYTES + 1)
+
+    assert header_length(prefix, 2**40) == (
+        0,
+        "the header takes 100000001 bytes, at most 100000000 are read",
+    )
+    assert header_length(struct.pack("<Q", MAX_HEADER_BYTES), 2**40) == (MAX_HEADER_BYTES, "")
+
+
+def test_length_that_disagrees_with_the_bytes_given() -> None:
+    assert problems_of(struct.pack("<Q", 2) + b"{} ", 8) == [
+        "header: the length says 2 bytes, 3 are there"
+    ]
+
+
+def test_metadata_null_is_none_as_mlx_writes_it(tmp_path: Path) -> None:
+    mx.save_safetensors(str(tmp_path / "a.safetensors"), {"a": mx.ones((2,))})
+    written = (tmp_path / "a.safetensors").read_bytes()
+    assert b'"__metadata__":null' in written
+    entries, metadata, problems = parse_header(written[:-8], 8)
+    assert (list(entries), metadata, problems) == (["a"], {}, [])
+
+
+def test_every_problem_in_one_run() -> None:
+    head = header(
+        {
+            "__metadata__": {"n": 1},
+            "good": U8,
+            "short": entry("F32", [2], 4, 8),
+            "bare": {},
+            "far": entry("U8", [4], 8, 12),
+            "farther": entry("U8", [4], 12, 16),
+        }
+    )
+    entries, _, problems = parse_header(head, 10)
+
+    assert [problem.where for problem in problems] == [
+        "__metadata__",
+        "short",
+        *["bare"] * 3,
+        "far",
+    ]
+    assert "(and 1 more tensor)" in problems[-1].message
+    assert list(entries) == ["good"]
+
+
+def test_found_values_are_cut_short_in_messages() -> None:
+    """A value of a megabyte does not become a message of a megabyte."""
+    long = "x" * 1_000_000
+    for bad in (entry(long, [4], 0, 4), entry("U8", long, 0, 4), long, [long] * 9):
+        assert sum(map(len, problems_of(header({"a": bad}), 4))) < 500
+
+
+def test_many_overlaps_take_no_long() -> None:
+    """Each of 50,000 tensors overlaps all others; comparing pairs would take minutes."""
+    many = {f"t{i}": entry("U8", [100_000 - i], i, 100_000) for i in range(50_000)}
+
+    problems = parse_header(header(many), 100_000)[2]
+    assert len(problems) == MAX_PROBLEMS + 1
+    assert "more problems" in problems[-1].message
+
+
+MANY = MAX_TENSORS + 1
+HOSTILE = {
+    "many objects": ('{"a":{' + '"":{},' * MANY, "objects, at most"),
+    "many lists": ('{"a":[' + "[]," * (16 * MANY), "JSON values"),
+    "many numbers": ('{"a":[' + "0," * (16 * MANY), "JSON values"),
+    "deep lists": ('{"a":' + "[" * 1_000_000, "nested too deeply"),
+    "deep objects": ('{"a":' * 200_000, "nested too deeply"),
+    "65 levels": ('{"a":' * 65 + "1" + "}" * 65, "at most 64 levels"),
+    "a long number": ('{"a":' + "9" * 1_000_000 + "}", "Exceeds the limit"),
+    "a long key": ('{"' + "a" * 1_000_000 + '":1}', "1,000,000 characters, at most 1,024"),
+    "one key again and again": ("{" + '"a":1,' * 100_000 + '"a":1}', "stands more than once"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_headers_are_refused_at_once(case: str) -> None:
+    text, message = HOSTILE[case]
+    began = time.process_time()
+    found = problems_of(prefixed(text.encode()), 0)
+
+    assert time.process_time() - began < 2
+    assert any(message in problem for problem in found), found[:3]
+    assert sum(map(len, found)) < 1000
+
+
+@pytest.mark.parametrize(
+    "name", ["../../etc/passwd", "/etc/passwd", "a/../b", "..", "a/..", "a" * (MAX_NAME_CHARS + 1)]
+)
+def test_names_that_are_paths_or_endless(name: str) -> None:
+    (found,) = problems_of(header({name: U8}), 4)
+    assert "the name h" in found
+
+
+@pytest.mark.parametrize("shape", [[0, 2**62], [2**40, 0], [5000, 5000, 0]])
+def test_tensors_that_hold_nothing_many_times(shape: list[int]) -> None:
+    """Whoever walks over the rows of such a tensor never comes home."""
+    (found,) = problems_of(header({"a": entry("U8", shape, 0, 0)}), 0)
+    assert "holds nothing" in found
+
+
+def test_build_refuses_more_tensors_than_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("requant.checkpoints.safetensors_header.MAX_TENSORS", 1)
+    tensors = {name: TensorInfo("U8", (1,)) for name in "ab"}
+    with pytest.raises(OutOfRangeError, match="smaller shards"):
+        build_header(tensors, {})
+
+
+SAFE_NAMES = st.text(
+    st.characters(exclude_categories=["Cc", "Cs", "Cf", "Zl", "Zp"]), min_size=1, max_size=20
+).filter(lambda name: name != "__metadata__" and name[0] != "/" and ".." not in name)
+INFOS = st.builds(
+    TensorInfo,
+    st.sampled_from(sorted(NUMPY_DTYPE)),
+    st.lists(st.integers(0, 5), max_size=4).map(tuple),
+)
+
+
+@given(
+    tensors=st.dictionaries(SAFE_NAMES, INFOS, max_size=8),
+    metadata=st.dictionaries(SAFE_NAMES, st.text(st.characters(exclude_categories=["Cs"]))),
+)
+def test_what_is_built_is_parsed_and_loads_in_the_referee(
+    tensors: dict[str, TensorInfo], metadata: dict[str, str]
+) -> None:
+    head, offsets = build_header(tensors, metadata)
+    data = bytes(i % 256 for i in range(sum(info.nbytes for info in tensors.values())))
+    entries, parsed_metadata, problems = parse_header(head, len(data))
+
+    assert problems == []
+    assert parsed_metadata == metadata
+    assert len(head) % 8 == 0
+    assert {name: (e.info, e.start) for name, e in entries.items()} == {
+        name: (tensors[name], offsets[name]) for name in tensors
+    }
+    assert as_seen_by_the_referee(head + data) == {
+        name: (info.dtype, info.shape, data[offsets[name] :][: info.nbytes])
+        for name, info in tensors.items()
+    }
+
+
+def as_seen_by_the_referee(raw: bytes) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    return {
+        name: (found["dtype"], tuple(found["shape"]), bytes(found["data"]))
+        for name, found in safetensors.deserialize(raw)
+    }
+
+
+def test_a_file_of_the_referee_is_parsed_equal() -> None:
+    arrays: dict[str, Any] = {
+        f"t.{name}": np.ones((2, 3), dtype)
+        for name, dtype in NUMPY_DTYPE.items()
+        if dtype.kind in "biufc" and dtype.isbuiltin == 1
+    }
+    raw = safetensors.numpy.save(arrays, metadata={"format": "np"})
+    (length,) = struct.unpack("<Q", raw[:8])
+    entries, metadata, problems = parse_header(raw[: 8 + length], len(raw) - 8 - length)
+    data = raw[8 + length :]
+
+    assert problems == []
+    assert metadata == {"format": "np"}
+    assert {
+        name: (e.info.dtype, e.info.shape, data[e.start : e.stop]) for name, e in entries.items()
+    } == as_seen_by_the_referee(raw)
+    assert len(entries) == len(arrays) > 10
+
+
+VALID = weights(
+    {"a.weight": ("F32", [2, 2]), "a.scales": ("F16", [4]), "none": ("U8", [0]), "b": ("I64", [1])}
+)
+(VALID_LENGTH,) = struct.unpack("<Q", VALID[:8])
+
+
+@settings(max_examples=500)
+@given(
+    edits=st.lists(
+        st.tuples(
+            st.integers(0, 7 + VALID_LENGTH),
+            st.one_of(
+                st.sampled_from([bytes([c]) for c in b'0123456789{}[]",:-.eE \\\0\xff']),
+                st.binary(max_size=3),
+            ),
+            st.integers(0, 3),
+        ),
+        min_size=1,
+        max_size=4,
+    ),
+    cut=st.integers(0, 40),
+)
+def test_a_damaged_header_never_raises_and_never_passes(
+    edits: list[tuple[int, bytes, int]], cut: int
+) -> None:
+    """Bytes replaced, inserted and removed: what the referee refuses, we refuse."""
+    damaged = VALID
+    for place, new, removed in edits:
+        damaged = damaged[:place] + new + damaged[place + removed :]
+    damaged = damaged[: len(damaged) - cut if cut < 20 else None]
+    assume(b"-0" not in damaged)  # 0 to us, no integer to the referee
+    length, message = header_length(damaged[:8], len(damaged))
+    head = damaged[: 8 + length]
+    entries, _, problems = parse_header(head, len(damaged) - len(head))
+
+    if message:
+        assert problems
+    if reference_rejects(damaged):
+        assert problems
+    elif not problems:
+        data = damaged[len(head) :]
+        assert {
+            name: (e.info.dtype, e.info.shape, data[e.start : e.stop])
+            for name, e in entries.items()
+        } == as_seen_by_the_referee(damaged)
+
+
+@given(raw=st.binary(max_size=64), data_bytes=st.integers(0, 64))
+def test_any_bytes_at_all(raw: bytes, data_bytes: int) -> None:
+    parse_header(raw, data_bytes)
+    parse_header(prefixed(raw), data_bytes)
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 2**64)
+    | st.floats()
+    | st.sampled_from(["", "U8", "BF16", "x"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["dtype", "shape", "data_offsets", "x"]), inner)
+    ),
+    max_leaves=12,
+)
+
+
+@given(value=st.dictionaries(st.sampled_from(["__metadata__", "a", "b", "\x07"]), JSON))
+def test_any_json_at_all(value: dict[str, Any]) -> None:
+    head = header(value)
+    entries, _, problems = parse_header(head, 8)
+
+    assert problems or sum(e.stop - e.start for e in entries.values()) == 8

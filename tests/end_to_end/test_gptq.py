@@ -1,0 +1,226 @@
+"""``--gptq`` on the road: the kernels' own bytes from any chunks, and what is named or refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import requant
+from requant.errors import CheckpointError, RequantError, UsageError
+from requant.importance.reader import LayerStatistics, write_statistics
+from requant.kernels import gptq
+from requant.kernels import quantize as native
+from requant.quantization.config import Quantization
+from tests.support.plan_texts import note_texts, reason_text
+from tests.support.safetensors_files import read_folder, write_file
+
+BF16 = np.dtype(ml_dtypes.bfloat16)
+Q, DOWN, UP = (
+    "model.layers.0.self_attn.q_proj",
+    "model.layers.0.mlp.down_proj",
+    "model.layers.0.mlp.switch_mlp.up_proj",
+)
+SHAPES = {Q: (40, 64), DOWN: (24, 128), UP: (3, 32, 96)}
+OPTIONS: dict[str, Any] = {"bits": 3, "group_size": 32, "layout": "keep", "gptq": True}
+
+
+def hessian_of(n_in: int, seed: int) -> np.ndarray:
+    x = np.random.default_rng(seed).normal(0, 1, (300, n_in))
+    x[:, 1:] += 0.8 * x[:, :-1]
+    return (x.T @ x / len(x)).astype(np.float32)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    folder = tmp_path / "source"
+    folder.mkdir()
+    random = np.random.default_rng(4)
+    tensors = {f"{n}.weight": random.normal(0, 1, s).astype(BF16) for n, s in SHAPES.items()}
+    write_file(folder / "model.safetensors", tensors)
+    (folder / "config.json").write_text(json.dumps({"model_type": "of a test"}))
+    return folder
+
+
+HESSIANS = {
+    Q: hessian_of(64, 1),
+    UP: np.stack([hessian_of(96, 2 + n) for n in range(3)]),
+}
+
+
+@pytest.fixture
+def stats(tmp_path: Path) -> Path:
+    """Hessians of q and of three experts, one of which saw no token; none of down."""
+    path = tmp_path / "s.safetensors"
+    squares = {name: np.diagonal(h, axis1=-2, axis2=-1).copy() for name, h in HESSIANS.items()}
+    layers = {
+        Q: LayerStatistics(squares[Q], np.array([9.0])),
+        UP: LayerStatistics(squares[UP], np.array([5.0, 0.0, 7.0])),
+        DOWN: LayerStatistics(np.ones(128, np.float32), np.array([9.0])),
+    }
+    write_statistics(path, layers, {n: (h.shape, lambda h=h: h) for n, h in HESSIANS.items()})
+    return path
+
+
+@pytest.mark.parametrize("options", [{}, {"chunk_bytes": 1}, {"chunk_bytes": 3000, "threads": 3}])
+def test_each_matrix_by_its_own_hessian(
+    options: dict[str, Any], source: Path, stats: Path, tmp_path: Path
+) -> None:
+    report = requant.convert(source, tmp_path / "out", statistics=stats, **OPTIONS, **options)
+    made, weights = read_folder(tmp_path / "out"), read_folder(source)
+
+    def check(layer: str, expert: int | None, expected: Any) -> None:
+        for role, wanted in zip(("weight", "scales", "biases"), expected, strict=True):
+            stored = made[f"{layer}.{role}"]
+            stored = stored if expert is None else stored[expert]
+            assert stored.tobytes() == np.ascontiguousarray(wanted).tobytes(), (layer, role)
+
+    w = weights[f"{Q}.weight"]
+    check(Q, None, gptq.quantize(w, gptq.compensation_of(HESSIANS[Q], 64), 32, 3))
+    for expert in (0, 2):
+        given = gptq.compensation_of(HESSIANS[UP][expert], 96)
+        check(UP, expert, gptq.quantize(weights[f"{UP}.weight"][expert], given, 32, 3))
+    plain = native.quantize(weights[f"{UP}.weight"][1], 32, 3, "affine", search="best")
+    check(UP, 1, plain)
+    ones = np.ones(128, np.float32)
+    w = weights[f"{DOWN}.weight"]
+    check(DOWN, None, native.quantize(w, 32, 3, "affine", search="best", weights=ones))
+
+    notes = " ".join(note_texts(report.plan.notes))
+    assert "2 layers are handed on" in notes
+    assert "no group is worse" not in notes
+    assert f"{DOWN}: no Hessian: searched without --gptq" in notes
+    reasons = {x.layer: reason_text(x) for x in report.plan.layers}
+    assert (reasons[Q], reasons[DOWN]) == ("", "no Hessian: searched without --gptq")
+    assert requant.verify(source, tmp_path / "out", statistics=stats).ok
+    other = tmp_path / "other.safetensors"
+    data = bytearray(stats.read_bytes())
+    data[-4:] = np.float32(4.0).tobytes()
+    other.write_bytes(data)
+    (plan, *_) = requant.verify(source, tmp_path / "out", statistics=other).problems
+    assert f"{other} is another file than the s.safetensors of then" in str(plan)
+
+
+def test_the_outputs_of_a_layer_are_nearer(source: Path, stats: Path, tmp_path: Path) -> None:
+    """By the Hessian's own measure, and against the weighted search."""
+    requant.convert(source, tmp_path / "out", statistics=stats, **OPTIONS)
+    requant.convert(source, tmp_path / "searched", statistics=stats, **OPTIONS | {"gptq": False})
+    w, errors = read_folder(source)[f"{Q}.weight"].astype(np.float64), []
+    for name in ("out", "searched"):
+        requant.convert(
+            tmp_path / name, tmp_path / f"{name}-d", dequantize=True, dtype="float32", layout="keep"
+        )
+        d = read_folder(tmp_path / f"{name}-d")[f"{Q}.weight"] - w
+        errors.append(np.einsum("ri,ij,rj", d, HESSIANS[Q].astype(np.float64), d))
+    assert errors[0] < 0.9 * errors[1]
+
+
+def test_what_cannot_be_is_told(source: Path, stats: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(UsageError, match="requant calibrate MODEL --hessian"):
+        requant.convert(source, out, bits=4, gptq=True)
+    with pytest.raises(UsageError, match="leave --mode mxfp4 out"):
+        requant.convert(source, out, mode="mxfp4", gptq=True, statistics=stats)
+    with pytest.raises(UsageError, match="--dequantize or --gptq"):
+        requant.convert(source, out, dequantize=True, gptq=True, statistics=stats)
+    none = tmp_path / "none.safetensors"
+    write_statistics(none, {Q: LayerStatistics(np.ones(64, np.float32), np.ones(1))})
+    with pytest.raises(CheckpointError, match="holds no Hessians"):
+        requant.convert(source, out, statistics=none, **OPTIONS)
+    bad = tmp_path / "bad.safetensors"
+    broken = np.full((64, 64), np.nan, np.float32)
+    layers = {Q: LayerStatistics(np.ones(64, np.float32), np.ones(1))}
+    write_statistics(bad, layers, {Q: (broken.shape, lambda: broken)})
+    with pytest.raises(RequantError, match="hessian must be finite") as caught:
+        requant.convert(source, out, statistics=bad, only=["q_proj"], **OPTIONS)
+    assert Q in str(caught.value)
+    assert not out.exists()
+
+
+def test_memory_of_the_factorisation_is_in_the_plan(source: Path, stats: Path) -> None:
+    from requant.execution.resources import plan_resources
+
+    peaks = [
+        plan_resources(requant.plan(source, statistics=stats, **OPTIONS | {"gptq": requested}), 2)
+        for requested in (True, False)
+    ]
+    assert peaks[0].peak_bytes - peaks[1].peak_bytes >= 96 * 96 * 36
+
+
+def test_a_budget_counts_what_is_lost_as_the_search_does(source: Path, tmp_path: Path) -> None:
+    """Where only inputs count that half of the weights never touch, bits go to the other layer."""
+    reported: dict[str, Any] = {
+        "budget": 11.5,
+        "layout": "keep",
+        "group_size": 32,
+        "search": "best",
+    }
+    bits = []
+    for loud in (Q, DOWN):
+        path = tmp_path / f"{loud}.safetensors"
+        layers = {
+            name: LayerStatistics(np.full(SHAPES[name][-1], 1.0, np.float32), np.ones(1))
+            for name in (Q, DOWN)
+        }
+        # One group of the quiet layer alone counts; it is all zeros, so nothing is lost there.
+        quiet = DOWN if loud == Q else Q
+        squares = np.zeros(SHAPES[quiet][-1], np.float32)
+        squares[:32] = 1.0
+        layers[quiet] = LayerStatistics(squares, np.ones(1))
+        write_statistics(path, layers)
+        weights = dict(read_folder(source))
+        for name in (Q, DOWN):
+            array = weights[f"{name}.weight"].copy()
+            array[:, :32] = 0
+            weights[f"{name}.weight"] = array
+        (source / "model.safetensors").unlink()
+        write_file(source / "model.safetensors", weights)
+        plan = requant.plan(source, statistics=path, only=["q_proj", "down_proj"], **reported)
+        assert plan.quantization is not None
+        found = {x.layer: x.nbytes / np.prod(x.shape) for x in plan.layers}
+        bits.append(found[Q] - found[DOWN])
+    assert bits[0] > 0 > bits[1]
+
+
+@pytest.mark.parametrize("weights", [None, np.linspace(0, 2, 96).astype(np.float32)])
+def test_weighed_errors_are_the_sums(weights: np.ndarray | None) -> None:
+    """Against float64, matrix by matrix."""
+    from requant.core.dtypes import TensorInfo
+    from requant.execution.chunks import Chunk
+    from requant.execution.operations import _weighted_error
+    from requant.planning.plan import (
+        EncodeParams,
+        Operation,
+        OutputTensor,
+        RowMapping,
+        Step,
+    )
+
+    class Of:
+        def weights(self, matrix: int) -> np.ndarray | None:
+            return None if weights is None else weights * (matrix + 1)
+
+    importance: Any = Of()
+    target = Quantization.affine(32, 3)
+    step = Step(
+        layer="w",
+        operation=Operation.ENCODE,
+        rows=RowMapping(count=14, columns=96),
+        inputs={},
+        outputs={"weight": OutputTensor("w", TensorInfo("U32", (2, 7, 9)))},
+        encode=EncodeParams(target=target, importance=importance, weighted_error=True),
+    )
+    random = np.random.default_rng(0)
+    dense = random.normal(0, 1, (10, 96)).astype(BF16)
+    decoded = (dense.astype(np.float32) + random.normal(0, 0.1, (10, 96))).astype(BF16)
+    matrices = np.array([0] * 3 + [1] * 7)
+    chunk = Chunk(step, 4, 14)  # three rows of the first matrix
+    error, energy = _weighted_error(chunk, importance, dense, decoded)
+    each = np.ones((10, 96)) if weights is None else np.outer(matrices + 1.0, weights)
+    wide, far = dense.astype(np.float64), decoded.astype(np.float64)
+    assert error == pytest.approx((each * (far - wide) ** 2).sum(), rel=1e-5)
+    assert energy == pytest.approx((each * wide**2).sum(), rel=1e-5)

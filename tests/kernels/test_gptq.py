@@ -1,0 +1,182 @@
+"""GPTQ: the kernel bit for bit as NumPy does it, and Hessians that are none."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from requant.errors import InvariantError, ShapeMismatchError
+from requant.kernels import _native, gptq
+from requant.kernels import quantize as native
+from requant.kernels.quantize import unpack_words
+from requant.quantization.modes import AFFINE_BITS
+from tests.support.inputs import DTYPES, assert_same_bits
+
+pytestmark = pytest.mark.sweep(6)
+
+
+def hessian_of(n_in: int, tokens: int = 4096, seed: int = 0) -> np.ndarray:
+    """Of inputs that go together in a few directions."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(tokens, n_in)) * 0.3
+    x += rng.normal(size=(tokens, 8)) @ rng.normal(size=(8, n_in))
+    return (x.T @ x / tokens).astype(np.float32)
+
+
+def weights_of(rows: int, n_in: int, dtype: object = np.float32, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(0, 0.02, (rows, n_in)).astype(dtype)
+
+
+def reference(w, start, group_size, bits, scales, biases, propagation):
+    """The same steps, a column at a time over all rows, in float32."""
+    w, codes = w.copy(), np.empty((len(w), group_size), np.uint8)
+    top = np.float32(2**bits - 1)
+    with np.errstate(all="ignore"):
+        for j in range(start, start + group_size):
+            t = np.where(scales != 0, (w[:, j] - biases) / scales, np.float32(0))
+            code = np.rint(np.clip(t, np.float32(0), top))
+            error = w[:, j] - (code * scales + biases)
+            codes[:, j - start] = code
+            w[:, j + 1 :] -= error[:, None] * propagation[j, j + 1 :]
+    return w, codes
+
+
+@pytest.mark.parametrize("bits", AFFINE_BITS)
+@settings(max_examples=15)
+@given(st.integers(0, 9), st.sampled_from([32, 64, 128]), st.integers(1, 6), st.randoms())
+def test_kernel_is_the_reference(bits, rows, group_size, groups, random) -> None:
+    rng = np.random.default_rng(random.getrandbits(32))
+    n_in = group_size * groups
+    start = group_size * int(rng.integers(groups))
+    w = rng.normal(size=(rows, n_in)).astype(np.float32)
+    propagation = np.triu(rng.normal(size=(n_in, n_in)) * 0.1).astype(np.float32)
+    scales = (rng.normal(size=rows) * 0.3).astype(np.float32)
+    scales[rng.random(rows) < 0.1] = 0.0
+    biases = rng.normal(size=rows).astype(np.float32)
+    expected_w, expected = reference(w, start, group_size, bits, scales, biases, propagation)
+    codes = np.empty((rows, group_size), np.uint8)
+    errors = np.empty((rows, group_size), np.uint32)
+    columns = [a.view(np.uint32)[:, None] for a in (scales, biases)]
+    parts = [*columns, propagation.view(np.uint32)]
+    _native.gptq_group(w.view(np.uint32), start, group_size, bits, *parts, codes, errors)
+    assert codes.tolist() == expected.tolist()
+    stop = start + group_size  # the group's own columns are only work space
+    assert_same_bits(w[:, stop:], expected_w[:, stop:])
+    assert_same_bits(w[:, :start], expected_w[:, :start])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_the_whole_layer_is_the_reference(dtype, bits) -> None:
+    w = weights_of(24, 192, dtype)
+    made = gptq.compensation_of(hessian_of(192), 192)
+    words, scales, biases = gptq.quantize(w, made, 64, bits)
+    values = w.astype(np.float32)
+    for group in range(3):
+        part = np.ascontiguousarray(values[:, 64 * group : 64 * group + 64].astype(dtype))
+        importance = made.importance[64 * group : 64 * group + 64]
+        _, s, b = native.quantize(part, 64, bits, "affine", search="best", weights=importance)
+        assert_same_bits(scales[:, group], s[:, 0])
+        assert_same_bits(biases[:, group], b[:, 0])
+        wide = [a[:, 0].astype(np.float32) for a in (s, b)]
+        values, codes = reference(values, 64 * group, 64, bits, *wide, made.propagation)
+        found = unpack_words(words, bits)[:, 64 * group : 64 * group + 64]
+        assert found.tolist() == codes.tolist()
+
+
+def test_any_ranges_of_rows_give_the_same_bytes() -> None:
+    w = weights_of(37, 128)
+    made = gptq.compensation_of(hessian_of(128), 128)
+    whole = gptq.quantize(w, made, 64, 4)
+    cuts = [0, 1, 6, 23, 37]
+    parts = [gptq.quantize(np.ascontiguousarray(w[a:b]), made, 64, 4) for a, b in pairwise(cuts)]
+    for number, expected in enumerate(whole):
+        assert_same_bits(np.concatenate([part[number] for part in parts]), expected)
+
+
+def output_error(w, parts, bits, hessian) -> float:
+    """Mean squared error of the layer's outputs, ``tr(D H D^T)``."""
+    words, scales, biases = (a.astype(np.float64) if a.dtype != np.uint32 else a for a in parts)
+    codes = unpack_words(words, bits).reshape(*scales.shape, -1)
+    d = (codes * scales[..., None] + biases[..., None]).reshape(w.shape) - w
+    return float(np.einsum("ri,ij,rj", d, hessian.astype(np.float64), d))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_outputs_are_nearer_than_by_the_search(bits) -> None:
+    w, hessian = weights_of(64, 256), hessian_of(256)
+    made = gptq.quantize(w, gptq.compensation_of(hessian, 256), 64, bits)
+    searched = native.quantize(w, 64, bits, "affine", search="best")
+    assert output_error(w, made, bits, hessian) < 0.5 * output_error(w, searched, bits, hessian)
+
+
+def test_independent_inputs_have_nothing_to_hand_on() -> None:
+    w = weights_of(8, 128)
+    made = gptq.compensation_of(np.eye(128, dtype=np.float32), 128)
+    assert made.propagation.tolist() == np.eye(128).tolist()
+    words, *_ = gptq.quantize(w, made, 64, 4)
+    assert (words == native.quantize(w, 64, 4, "affine", search="best")[0]).mean() > 0.9
+
+
+def test_shares_by_hand() -> None:
+    """H = [[2, 1], [1, 2]]: half of what the first input loses is the second's to repair."""
+    made = gptq.compensation_of(np.array([[2.0, 1.0], [1.0, 2.0]]), 2, damping=0.0)
+    np.testing.assert_allclose(made.propagation, [[1.0, -0.5], [0.0, 1.0]], rtol=1e-6)
+
+
+def test_a_singular_hessian_is_damped_until_it_can_be_factored() -> None:
+    x = np.random.default_rng(0).normal(size=(3, 64))
+    exact = gptq.compensation_of((x.T @ x).astype(np.float32), 64)
+    assert exact.damping == gptq.DAMPING
+    slightly_negative = np.diag([1.0] * 63 + [0.5]) - 1.05 / 64 * np.ones((64, 64))
+    made = gptq.compensation_of(slightly_negative, 64)
+    assert made.damping > gptq.DAMPING and np.isfinite(made.propagation).all()
+
+
+def test_dead_inputs_take_and_give_nothing() -> None:
+    hessian = hessian_of(64)
+    hessian[5], hessian[:, 5] = 0.0, 0.0
+    made = gptq.compensation_of(hessian, 64)
+    assert made.dead == 1
+    assert made.propagation[5].tolist() == np.eye(64)[5].tolist()
+    assert made.propagation[:, 5].tolist() == np.eye(64)[:, 5].tolist()
+
+
+def test_a_layer_that_saw_nothing_is_searched_alone() -> None:
+    w = weights_of(4, 64)
+    made = gptq.compensation_of(np.zeros((64, 64), np.float32), 64)
+    assert made.dead == 64
+    words, scales, biases = gptq.quantize(w, made, 64, 4)
+    searched = native.quantize(w, 64, 4, "affine", search="best")
+    assert_same_bits(scales, searched[1])
+    assert_same_bits(biases, searched[2])
+    assert (words == searched[0]).all()
+
+
+@pytest.mark.parametrize(
+    "make_nonfinite",
+    [
+        lambda h: h.__setitem__((3, 4), np.nan),
+        lambda h: h.__setitem__((3, 4), np.inf),
+        lambda h: h.__setitem__((3, 3), -1.0),
+        lambda h: h.__imul__(0).__setitem__((0, 1), 1e30) or h.__setitem__((0, 0), 1.0),
+    ],
+)
+def test_what_is_no_hessian_is_refused(make_nonfinite) -> None:
+    hessian = np.eye(64, dtype=np.float32)
+    make_nonfinite(hessian)
+    if (hessian.diagonal() == 0).any():
+        hessian[1, 1] = 1.0
+    with pytest.raises(InvariantError, match="hessian"):
+        gptq.compensation_of(hessian, 64)
+
+
+def test_shapes_that_disagree_are_both_told() -> None:
+    with pytest.raises(ShapeMismatchError, match=r"\[64, 64\], got \[32, 32\]"):
+        gptq.compensation_of(np.eye(32), 64)
+    with pytest.raises(ShapeMismatchError, match=r"\[128, 128\], got \[64, 64\]"):
+        gptq.quantize(weights_of(2, 128), gptq.compensation_of(np.eye(64), 64), 64, 4)

@@ -1,0 +1,223 @@
+"""transform_awq_weights: what is refused, and in which order."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from requant.errors import (
+    DivisibilityError,
+    InvariantError,
+    KeyCollisionError,
+    MissingKeyError,
+    OutOfRangeError,
+    RankMismatchError,
+    ShapeMismatchError,
+    UnknownValueError,
+    UnsupportedDtypeError,
+)
+from requant.weights.awq import AwqLoadConfig, transform_awq_weights
+from tests.support.layers.awq import CONFIG, stored
+
+
+def rejected(error, weights, config=CONFIG, layer=None):
+    with pytest.raises(error) as caught:
+        transform_awq_weights(weights, config)
+    assert type(caught.value) is error
+    assert caught.value.layer == layer
+    return caught.value
+
+
+def without(weights, *names):
+    return {name: array for name, array in weights.items() if name not in names}
+
+
+@pytest.mark.parametrize("version", ["gemv", "gemv_fast", "GEMM", "marlin", " "])
+def test_other_versions(lib, version):
+    error = rejected(UnknownValueError, stored(lib), AwqLoadConfig(group_size=32, version=version))
+    assert (error.value, error.supported) == (version, ("gemm", ""))
+
+
+@pytest.mark.parametrize("bits", [0, 2, 3, 8, 2**32 - 1])
+def test_other_bits(lib, bits):
+    error = rejected(OutOfRangeError, stored(lib), AwqLoadConfig(bits, 32))
+    assert (error.name, error.value) == ("bits", bits)
+
+
+@pytest.mark.parametrize("group_size", [2**31, 2**32 - 1, -1])
+def test_group_size_that_mlx_has_no_int_for(lib, group_size):
+    error = rejected(OutOfRangeError, stored(lib), AwqLoadConfig(group_size=group_size))
+    assert (error.name, error.value) == ("group_size", group_size)
+
+
+def test_order_of_groups(lib):
+    weights = {**stored(lib), "other.g_idx": lib.make(np.zeros(64), "int32")}
+    rejected(InvariantError, weights, layer="other.g_idx")
+
+
+@pytest.mark.parametrize("dtype", ["int32", "uint8", "complex64"])
+def test_scales_that_are_no_floats(lib, dtype):
+    scales = lib.make(np.zeros((2, 16)), dtype)
+    error = rejected(UnsupportedDtypeError, {**stored(lib), "up.scales": scales}, layer="up.scales")
+    assert set(error.supported) == {"float16", "float32", "float64", "bfloat16"}
+
+
+def test_missing_scales(lib):
+    error = rejected(MissingKeyError, without(stored(lib), "up.scales"), layer="up")
+    assert error.key == "up.scales"
+
+
+@pytest.mark.parametrize("suffix", ["weight", "biases"])
+def test_name_that_is_taken(lib, suffix):
+    weights = {**stored(lib), f"up.{suffix}": lib.make(np.zeros(1), "float16")}
+    assert rejected(KeyCollisionError, weights, layer="up").key == f"up.{suffix}"
+
+
+@pytest.mark.parametrize("suffix", ["qweight", "qzeros"])
+@pytest.mark.parametrize("dtype", ["float32", "int16", "int64", "uint8"])
+def test_words_of_another_dtype(lib, suffix, dtype):
+    shape = {"qweight": (64, 2), "qzeros": (2, 2)}[suffix]
+    weights = {**stored(lib), f"up.{suffix}": lib.make(np.zeros(shape), dtype)}
+    error = rejected(UnsupportedDtypeError, weights, layer=f"up.{suffix}")
+    assert (error.dtype, error.supported) == (dtype, ("uint32", "int32"))
+
+
+@pytest.mark.parametrize("suffix", ["qweight", "scales"])
+@pytest.mark.parametrize("shape", [(), (64,), (1, 64, 2)])
+def test_words_or_scales_of_another_rank(lib, suffix, shape):
+    dtype = {"qweight": "int32", "scales": "float16"}[suffix]
+    weights = {**stored(lib), f"up.{suffix}": lib.make(np.zeros(shape), dtype)}
+    error = rejected(RankMismatchError, weights, layer=f"up.{suffix}")
+    assert (error.rank, error.shape) == (len(shape), shape)
+
+
+def test_group_size_zero(lib):
+    error = rejected(OutOfRangeError, stored(lib), AwqLoadConfig(group_size=0), layer="up")
+    assert (error.name, error.value) == ("group_size", 0)
+
+
+def test_inputs_that_fill_no_groups(lib):
+    error = rejected(
+        DivisibilityError, stored(lib), AwqLoadConfig(group_size=48), layer="up.qweight"
+    )
+    assert (error.name, error.value, error.divisor) == ("in_features", 64, 48)
+
+
+def test_inputs_that_fill_no_words(lib):
+    weights = stored(lib, n_in=12, groups=3)
+    error = rejected(DivisibilityError, weights, AwqLoadConfig(group_size=4), layer="up.qweight")
+    assert (error.name, error.value, error.divisor) == ("in_features", 12, 8)
+
+
+@pytest.mark.parametrize("shape", [(1, 16), (3, 16), (2, 15), (2, 2), (16, 2)])
+def test_scales_of_another_shape(lib, shape):
+    weights = {**stored(lib), "up.scales": lib.make(np.zeros(shape), "float16")}
+    error = rejected(ShapeMismatchError, weights, layer="up")
+    assert (error.expected, error.actual) == ((2, 16), shape)
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (2, 16), (2,), (2, 2, 1), ()])
+def test_zeros_of_another_shape(lib, shape):
+    weights = {**stored(lib), "up.qzeros": lib.make(np.zeros(shape), "int32")}
+    error = rejected(ShapeMismatchError, weights, layer="up.qzeros")
+    assert (error.expected, error.actual) == ((2, 2), shape)
+
+
+def test_zeros_are_checked_even_where_they_are_not_used(lib):
+    weights = {**stored(lib), "up.qzeros": lib.make(np.zeros((9, 9)), "int32")}
+    config = AwqLoadConfig(group_size=32, zero_point=False)
+    rejected(ShapeMismatchError, weights, config, layer="up.qzeros")
+
+
+def test_mixture_of_libraries():
+    weights = {"up.qweight": np.zeros((32, 1), np.int32), "up.scales": mx.zeros((1, 8))}
+    rejected(InvariantError, weights, layer="up.scales")
+
+
+# Each test breaks two things; the first in the order of the checks is the one reported.
+
+
+def test_order_version_before_bits(lib):
+    rejected(UnknownValueError, stored(lib), AwqLoadConfig(bits=8, version="gemv"))
+
+
+def test_order_bits_before_group_size(lib):
+    assert rejected(OutOfRangeError, stored(lib), AwqLoadConfig(8, 2**31)).name == "bits"
+
+
+def test_order_group_size_before_order_of_groups(lib):
+    weights = {**stored(lib), "up.g_idx": lib.make(np.zeros(64), "int32")}
+    rejected(OutOfRangeError, weights, AwqLoadConfig(group_size=2**31))
+
+
+def test_order_of_groups_before_scales(lib):
+    weights = {**without(stored(lib), "up.scales"), "up.g_idx": lib.make([0], "int32")}
+    rejected(InvariantError, weights, layer="up.g_idx")
+
+
+def test_order_dtype_of_all_scales_before_missing_ones(lib):
+    weights = {**without(stored(lib, "a"), "a.scales"), **stored(lib, "b", dtype="int32")}
+    rejected(UnsupportedDtypeError, weights, layer="b.scales")
+
+
+def test_order_missing_scales_of_all_before_collisions(lib):
+    weights = {
+        **stored(lib, "a"),
+        "a.weight": lib.make([0], "float16"),
+        **without(stored(lib, "b"), "b.scales"),
+    }
+    rejected(MissingKeyError, weights, layer="b")
+
+
+def test_order_weight_before_biases_before_dtype(lib):
+    weights = {**stored(lib), "up.qweight": lib.make(np.zeros((64, 2)), "float32")}
+    weights["up.biases"] = lib.make([0], "float16")
+    assert rejected(KeyCollisionError, weights, layer="up").key == "up.biases"
+    weights["up.weight"] = lib.make([0], "float16")
+    assert rejected(KeyCollisionError, weights, layer="up").key == "up.weight"
+
+
+def test_order_dtype_before_rank_of_words(lib):
+    weights = {**stored(lib), "up.qweight": lib.make(np.zeros(64), "float32")}
+    rejected(UnsupportedDtypeError, weights, layer="up.qweight")
+
+
+def test_order_rank_of_words_before_rank_of_scales(lib):
+    weights = {**stored(lib), "up.qweight": lib.make([0], "int32")}
+    weights["up.scales"] = lib.make([0], "float16")
+    rejected(RankMismatchError, weights, layer="up.qweight")
+
+
+def test_order_rank_before_group_size_zero(lib):
+    weights = {**stored(lib), "up.scales": lib.make([0], "float16")}
+    rejected(RankMismatchError, weights, AwqLoadConfig(group_size=0), layer="up.scales")
+
+
+def test_order_groups_before_shape_of_scales(lib):
+    weights = {**stored(lib), "up.scales": lib.make([[0]], "float16")}
+    rejected(DivisibilityError, weights, AwqLoadConfig(group_size=48), layer="up.qweight")
+
+
+def test_order_scales_before_zeros(lib):
+    weights = {**stored(lib), "up.scales": lib.make([[0]], "float16")}
+    weights["up.qzeros"] = lib.make([[0.0]], "float32")
+    rejected(ShapeMismatchError, weights, layer="up")
+
+
+def test_order_dtype_before_shape_of_zeros(lib):
+    weights = {**stored(lib), "up.qzeros": lib.make([0.0], "float32")}
+    rejected(UnsupportedDtypeError, weights, layer="up.qzeros")
+
+
+def test_order_all_layers_are_checked_before_words_are_filled(lib):
+    weights = {
+        **stored(lib, "a", n_in=12, groups=3),
+        **stored(lib, "b", n_in=16, groups=3),
+    }
+    rejected(ShapeMismatchError, weights, AwqLoadConfig(group_size=4), layer="b")
+
+
+def test_first_layer_by_name_is_reported(lib):
+    weights = {**stored(lib, "b", groups=9), **stored(lib, "a", groups=9)}
+    rejected(ShapeMismatchError, weights, layer="a")
