@@ -151,7 +151,7 @@ def test_transformers_makes_the_same(architecture: str) -> None:
     given = {names.get(key, key): value for key, value in stored.items()}
     given |= {key: stored[key].tolist() for key in ("scores", "token_type")}
     theirs, _ = mapping.convert_gguf_tokenizer(architecture, given)
-    for line in (DOCS / "quality.md").read_text().splitlines():
+    for line in (DOCS / "reliability.md").read_text().splitlines():
         text = " ".join(line.split())
         if not text:
             continue

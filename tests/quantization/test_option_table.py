@@ -69,7 +69,8 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """A copy of the package whose table has one more field; nothing else is changed."""
     folder = tmp_path_factory.mktemp("copy")
     shutil.copytree(PACKAGE, folder / "requant", ignore=shutil.ignore_patterns("__pycache__"))
-    table = folder / "requant" / Path(sys.modules[ConvertOptions.__module__].__file__ or "").name
+    module = Path(sys.modules[ConvertOptions.__module__].__file__ or "")
+    table = folder / "requant" / module.relative_to(PACKAGE)
     text = table.read_text()
     mark = "    keep_extra: bool = option("
     assert text.count(mark) == 1
@@ -109,7 +110,8 @@ def test_a_new_field_is_an_option_of_the_commands(
 
 
 def test_a_new_field_is_a_keyword_for_type_checkers(environment: dict[str, str]) -> None:
-    write = "from requant.quantization.option_signatures import keywords_module; print(keywords_module())"
+    module = "requant.quantization.option_signatures"
+    write = f"from {module} import keywords_module; print(keywords_module())"
     assert "\n    sparkle: str\n" in run(environment, write)
 
 

@@ -304,7 +304,7 @@ def _common_candidates(
 
 
 # What a relative error of a layer costs a model beside one of the same size elsewhere: measured
-# on one model (docs/quality.md), rounded; the first that fits. Any other layer counts 1.
+# on one model (benchmarks/quality.md), rounded; the first that fits. Any other layer counts 1.
 _SENSITIVITY = (
     ("v_proj", 6.0),
     ("q_proj", 1 / 3),

@@ -61,7 +61,7 @@ def quantize(
         mode: One of ``MODES``.
         global_scale: Mode nvfp4 only: the greatest magnitude of the whole tensor.
         search: None for MLX's rule, bit for bit; "fast" or "best" to look for scales and
-            biases with a smaller squared error (docs/quality.md).
+            biases with a smaller squared error (docs/quantization/search.md).
         weights: With a search: what a squared error counts, one number an input,
             ``(in_features,)``; not negative. All alike by default.
 

@@ -305,7 +305,7 @@ class ConvertOptions:
         "off",
         type=choice("off", *SEARCH_LEVELS),
         doc='"off" (as ``mx.quantize``, bit for bit), "fast" or "best": look for scales and '
-        "biases with a smaller squared error at the same size (docs/quality.md).",
+        "biases with a smaller squared error at the same size (docs/quantization/search.md).",
         help="How scales are chosen: off (as mx.quantize), fast, or best (lowest MSE, slower).",
         metavar="LEVEL",
     )

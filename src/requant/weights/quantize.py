@@ -62,7 +62,7 @@ def quantize_weights(
         config: The default quantization and the per-layer overrides.
         eligible: Called as ``eligible(layer, array)``; true means quantize.
         search: NumPy arrays only: "fast" or "best" look for scales and biases with a smaller
-            squared error at the same size (docs/quality.md); "off" is MLX's rule.
+            squared error at the same size (docs/quantization/search.md); "off" is MLX's rule.
 
     Returns:
         A new weight map, of the library that came in.
