@@ -92,7 +92,7 @@ def test_the_map_of_the_formats_names_every_module() -> None:
     docstring = ast.get_docstring(ast.parse((folder / "__init__.py").read_text("utf-8"))) or ""
     table, _, shared = docstring.partition("\n\nShared by several")
     rows = table.partition("is read\n")[2].splitlines()
-    named = {name for row in rows for name in re.findall(r"\w+", row[34:])}
+    named = {name for row in rows for name in re.findall(r"\w+", row[38:])}
     named |= set(re.findall(r"``([a-z]\w+)``", shared)) - {"gptq_awq_rules"}
     assert named == {path.stem for path in folder.glob("*.py")} - {"__init__"}
 

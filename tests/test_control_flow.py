@@ -29,9 +29,9 @@ PARSING = {
 }
 # Module and function -> why it reads a text all the same.
 ALLOWED = {
-    ("mlx_lm_layout/pipeline.py", "_explain_mlx_lm_error"): "mlx-lm raises built-in exceptions",
-    ("safetensors_header.py", "parse_json_object"): "Python's advice is cut off, nothing decided",
-    ("schema.py", "parse_quantization"): "Python's advice is cut off, nothing decided",
+    ("layouts/conversion_trace.py", "_explain_mlx_lm_error"): "mlx-lm raises built-in exceptions",
+    ("core/strict_json.py", "parse_json_object"): "Python's advice is cut off, nothing decided",
+    ("quantization/config.py", "parse_quantization"): "Python's advice is cut off, nothing decided",
 }
 
 

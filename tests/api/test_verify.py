@@ -199,7 +199,7 @@ def test_a_hostile_record_is_no_crash(dense: Path, output: Path, change: dict) -
         {"unknown": 1},
     ],
 )
-def test_wishes_that_nobody_can_have(dense: Path, output: Path, option: dict) -> None:
+def test_options_that_nobody_can_have(dense: Path, output: Path, option: dict) -> None:
     record = json.loads((output / "requant.json").read_text())
     if option.get("recipe"):
         whole = {"name": "r", "description": "", "default": None, "rules": []}
@@ -261,7 +261,7 @@ def test_a_converted_output_has_a_record_of_its_own(output: Path, tmp_path: Path
         {"recipe": "mixed_3_6", "only": ["x", "y"], "layout": "keep", "keep_extra": True},
     ],
 )
-def test_wishes_are_read_back_equal(options: dict) -> None:
+def test_options_are_read_back_equal(options: dict) -> None:
     made = ConvertOptions.from_arguments(**options)
     assert ConvertOptions.from_dict(json.loads(json.dumps(made.to_dict()))) == made
 

@@ -224,7 +224,7 @@ def test_nonfinite_weights_stop_a_run_unless_allowed(requant: Requant, tmp_path:
     assert "stays dense:" in result.out
 
 
-def test_wishes_reach_the_plan(requant: Requant, model: Path) -> None:
+def test_options_reach_the_plan(requant: Requant, model: Path) -> None:
     arguments = ["--bits", "8", "--group-size", "32", "--only", "q_proj", "--only", "lm_head"]
     arguments += ["--override", "lm_head=mxfp4", "--dtype", "float16", "--shard-size", "9KB"]
     result = requant("plan", model, *arguments, "--json", "-j", "3")

@@ -26,7 +26,7 @@ from requant.planning.planner import make_plan, plan_with_source
 from requant.quantization.config import Quantization
 from requant.quantization.options import ConvertOptions
 from requant.sources.open import read_checkpoint
-from tests.layouts.test_codes import published
+from tests.support.published_models import published
 from tests.support.fixture_folders import NAMES, cut_fixture
 
 PACKAGE = Path(requant.__file__).parent

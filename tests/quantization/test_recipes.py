@@ -198,7 +198,7 @@ def test_what_is_said_replaces_the_default(
     )
 
 
-def test_wishes_that_a_recipe_contradicts(tmp_path: Path) -> None:
+def test_options_that_a_recipe_contradicts(tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text('[default]\nmode = "mxfp4"\n')
     with pytest.raises(UsageError, match="choose one"):
         ConvertOptions.from_arguments(recipe="ends-8", dequantize=True)

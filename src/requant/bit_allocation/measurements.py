@@ -55,12 +55,12 @@ class Measured:
                 return None
             layers = {x: tuple(Candidate(*y) for y in rows) for x, rows in data["layers"].items()}
             return cls(
-                data["parameters"],
-                data["fixed_bytes"],
-                data["fixed"],
-                layers,
-                data["sizes"],
-                tuple(map(tuple, data["together"])),
+                parameters=data["parameters"],
+                fixed_bytes=data["fixed_bytes"],
+                fixed=data["fixed"],
+                layers=layers,
+                sizes=data["sizes"],
+                tied_groups=tuple(map(tuple, data["tied_groups"])),
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None

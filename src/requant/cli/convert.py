@@ -82,7 +82,7 @@ def convert(
         with handle_errors():
             with progress_display(quiet or options["budget"] is None) as progress:
                 plan = conversion.plan(source, **options, progress=progress)
-            _print_plan(plan, options, json, quiet, output, force)
+            _print_plan(plan, options, json, quiet=quiet, output=output, force=force)
         return
     with handle_errors():
         if private and upload_to is None:
@@ -224,6 +224,7 @@ def _print_plan(
     plan: Plan,
     options: TableOptions,
     json: bool,
+    *,
     quiet: bool = False,
     output: Path | None = None,
     force: bool = False,
