@@ -2,7 +2,7 @@
 
 Each round runs the three one after another on the same source, so that a change in the
 machine's speed meets all of them; what is printed are medians, and medians of the ratios
-within a round. The floor reads the source and writes as many bytes as the output has, with
+within a round. The baseline reads the source and writes as many bytes as the output has, with
 fsync: no converter can be faster than that without overlapping the two.
 
     python benchmarks/convert.py                       1 B parameters to 4 bits

@@ -2,7 +2,7 @@
 
 Two forms of the same experts: one tensor an expert (Qwen3-MoE), which the layout stacks by
 moving bytes; and a fused, transposed stack a layer (Qwen3-VL-MoE), which mlx-lm's class
-computes. The floor imports mlx-lm and does nothing: both contenders pay for that.
+computes. The baseline imports mlx-lm and does nothing: both contenders pay for that.
 
     python benchmarks/experts.py                 two layers of 64 experts, 0.6 GB each form
     python benchmarks/experts.py --layers 8      mlx-lm's memory grows, requant's does not

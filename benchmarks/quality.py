@@ -39,7 +39,7 @@ def share_of(gaps: np.ndarray, rule: np.ndarray) -> tuple[float, float]:
 
 
 def converted_losses(source: Path, ids: np.ndarray, **options: Any) -> np.ndarray:
-    """Losses of what ``requant.convert`` writes with these wishes."""
+    """Losses of what ``requant.convert`` writes with these options."""
     with tempfile.TemporaryDirectory() as folder:
         requant.convert(source, Path(folder) / "out", **options)
         return losses(load_as_stored(Path(folder) / "out")[0], ids)

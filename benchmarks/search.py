@@ -40,7 +40,7 @@ def least_time(call: Callable[[], object], runs: int) -> float:
 
 
 def squared_error(w: np.ndarray, parts: tuple, mode: str, bits: int, group_size: int) -> float:
-    """Of the values that codes, scales and biases stand for, without a last rounding."""
+    """Of the values that codes, scales and biases represent, without a last rounding."""
     words, scales, biases = parts
     if biases is None:
         values = native.dequantize(words, scales, None, group_size, bits, mode, dtype=np.float32)

@@ -1,4 +1,4 @@
-"""What the site has beside the pages as they lie in the repository (hooks of mkdocs).
+"""What the site has next to the pages as they lie in the repository (hooks of mkdocs).
 
 Help texts and the Python reference come from the program, so they cannot be out of date; links
 to files outside docs/ become links to the repository, or plain text where none is configured.

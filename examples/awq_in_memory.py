@@ -1,9 +1,9 @@
-"""An AutoAWQ folder into one's own model: no files are written, and mlx-lm is not needed.
+"""An AutoAWQ folder into your own model: no files are written, and mlx-lm is not needed.
 
     python examples/awq_in_memory.py micro-llama-awq
 
 ``transform_awq_weights`` gives each quantized layer MLX's three tensors, under the names that the
-checkpoint has. A loader of one's own hands them to ``mx.quantized_matmul``.
+checkpoint has. Your own loader hands them to ``mx.quantized_matmul``.
 """
 
 import json

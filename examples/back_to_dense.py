@@ -2,7 +2,7 @@
 
     python examples/back_to_dense.py micro-llama-awq dense bfloat16
 
-The values are those that the codes stand for, each rounded once to the dtype: what quantizing lost
+The values are those that the codes represent, each rounded once to the dtype: what quantizing lost
 stays lost. On the command line: ``requant convert SOURCE OUT --dequantize --dtype bfloat16``.
 """
 

@@ -1,4 +1,4 @@
-"""Bits where they pay: a recipe of one's own, held against one width for all layers.
+"""Bits where they pay: a custom recipe, held against one width for all layers.
 
     python examples/mixed_precision.py examples/micro-llama out
 

@@ -65,7 +65,7 @@ uint32_t value(const Format& f, int family, int row, int col, Random& random) {
   switch (family) {
     case 0: return f.build(sign, random.below(top + 1), mantissa);             // any finite bits
     case 1: return f.build(sign, f.bias() - 6 + random.below(8), mantissa);    // about 1
-    case 2: return f.build(sign, random.below(3), mantissa);                   // subnormal and beside
+    case 2: return f.build(sign, random.below(3), mantissa);                   // subnormal and next to
     case 3: return f.build(sign, top - random.below(2), mantissa);             // ranges that overflow
     case 4: return f.eighths(random.below(61) - 30);                           // ties
     case 5: return f.eighths(row % 5 * 7 - 14);                                // constant

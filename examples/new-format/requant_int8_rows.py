@@ -1,4 +1,4 @@
-"""A source format of one's own: int8 codes with one scale a row.
+"""A custom source format: int8 codes with one scale a row.
 
 Value: ``w = code * scale``. ``{layer}.weight`` is I8 ``[out, in]``, ``{layer}.scale`` F16 or BF16
 ``[out]``; config.json says quant_method int8-rows. MLX's codes count from 0, so each

@@ -116,7 +116,7 @@ void affine_quantize(const void* w_, size_t groups, int bits, uint32_t* words, v
 template <class S, class P, class Out, int GROUP, bool FINITE>
 REQUANT_INLINE void affine_values(const uint8_t* REQUANT_RESTRICT codes, float scale, float bias,
                                   typename Out::Stored* REQUANT_RESTRICT out) {
-  if constexpr (S::kRounds) {  // the rounding stands between product and sum
+  if constexpr (S::kRounds) {  // the rounding is between product and sum
     for (int i = 0; i < GROUP; i++) {
       const float product = S::template round_known<FINITE>(float(codes[i]) * scale);
       out[i] = Out::store(P::template round_known<FINITE>(product + bias));

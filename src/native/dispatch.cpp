@@ -53,9 +53,9 @@ const Kernels* find(const char* name) {
 
 std::atomic<const Kernels*>& current() {
   static std::atomic<const Kernels*> chosen{[] {
-    const char* wish = std::getenv("REQUANT_ISA");
-    const Kernels* wished = wish != nullptr ? find(wish) : nullptr;
-    return wished != nullptr ? wished : tables().table[tables().count - 1];
+    const char* requested_name = std::getenv("REQUANT_ISA");
+    const Kernels* requested = requested_name != nullptr ? find(requested_name) : nullptr;
+    return requested != nullptr ? requested : tables().table[tables().count - 1];
   }()};
   return chosen;
 }

@@ -3,7 +3,7 @@
 //
 // Every helper is branch-free integer or single-operation float code, so that
 // loops over it vectorize, and every compiler gives the same bits. Where a
-// product must be rounded before it is added to, prevent_fma() stands between the two:
+// product must be rounded before it is added to, prevent_fma() separates the two:
 // no compiler, whatever its flags, may then fuse them.
 
 #pragma once
@@ -38,7 +38,7 @@ REQUANT_INLINE float float_of(uint32_t u) {
   return x;
 }
 
-// What stands in the buffer before this point is stored, rounded, and read back.
+// What is in the buffer before this point is stored, rounded, and read back.
 REQUANT_INLINE void prevent_fma(const void* buffer) { __asm__ volatile("" : : "r"(buffer) : "memory"); }
 
 constexpr uint32_t kAbs32 = 0x7fffffffu;

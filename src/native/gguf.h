@@ -115,7 +115,7 @@ struct Q8_0 : HalfBlocks<34, 1> {
   }
 };
 
-// What the nibbles of IQ4 stand for, plus 128.
+// What the nibbles of IQ4 represent, plus 128.
 constexpr uint8_t kIq4[16] = {1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241};
 
 REQUANT_INLINE void iq4_codes(const uint8_t* q, uint8_t* c) {

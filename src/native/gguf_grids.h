@@ -1,7 +1,7 @@
 // Code books of llama.cpp's grid types (IQ1 to IQ3): data, one number an entry.
 //
 // An entry holds 8 digits of 2 bits (IQ1, IQ2: 0, 1, 2) or 4 digits of 3 bits (IQ3: 0 to 7), the
-// first in the lowest bits. What a digit stands for is in gguf.h.
+// first in the lowest bits. What a digit represents is in gguf.h.
 
 #pragma once
 

@@ -1,5 +1,5 @@
-// One group of columns of a layer: codes column by column, each column's error handed on to
-// the columns after it.
+// One group of columns of a layer: codes column by column, the error of each column propagated
+// to the later columns.
 //
 // Rows are independent, and every sum runs in the order of the columns: no result depends on
 // how many rows come at once or how wide the vectors are.

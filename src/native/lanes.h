@@ -32,7 +32,7 @@ REQUANT_INLINE Mask load_lanes(const int32_t* from) { return load_as<Mask>(from)
 REQUANT_INLINE void store_lanes(float* to, Lanes x) { std::memcpy(to, &x, sizeof x); }
 REQUANT_INLINE void store_lanes(int32_t* to, Mask x) { std::memcpy(to, &x, sizeof x); }
 
-// T::load of kLanes stored values, as vectors: left to itself the compiler takes these loops apart.
+// T::load of kLanes stored values, as vectors: the compiler would otherwise split these loops.
 template <class T>
 REQUANT_INLINE Lanes load_stored(const void* from) {
   if constexpr (sizeof(typename T::Stored) == 4) {

@@ -252,7 +252,7 @@ void mx_dequantize(const uint32_t* words, const uint8_t* scales, size_t groups, 
 // ---------------------------------------------------------------- nvfp4
 
 // For each scale byte the largest magnitude that still falls below each halfway point:
-// T(x / d) grows with x, so a division and a comparison become a comparison. Byte 0 stands
+// T(x / d) grows with x, so a division and a comparison become a comparison. Byte 0 is
 // for d = 0, where every quotient is infinite or NaN and MLX's search gives code 0.
 template <class T>
 struct Nvfp4Thresholds {

@@ -61,8 +61,8 @@ void transpose(const void* src_, size_t rows, size_t cols, void* out_) {
       for (size_t c = band; c < min(band + wide, cols); c += edge) {
         const size_t high = min(edge, rows - r), broad = min(edge, cols - c);
         for (size_t i = 0; i < high; i++) copy_line(tile + i * edge, src + (r + i) * cols + c, broad);
-        const T* turned = transpose_tile(tile, spare);
-        for (size_t i = 0; i < broad; i++) copy_line(out + (c + i) * rows + r, turned + i * edge, high);
+        const T* transposed = transpose_tile(tile, spare);
+        for (size_t i = 0; i < broad; i++) copy_line(out + (c + i) * rows + r, transposed + i * edge, high);
       }
 }
 
@@ -117,9 +117,9 @@ void nibble_columns(const uint32_t* src, size_t n_in, size_t n_out, const uint8_
         for (size_t i = 0; i < 8; i++) {
           if (flip != 0)
             for (size_t l = 0; l < edge * edge; l++) planes[i][l] ^= flip;
-          const uint32_t* turned = transpose_tile(planes[i], spare);
+          const uint32_t* transposed = transpose_tile(planes[i], spare);
           for (size_t l = 0; l < broad; l++)
-            copy_line(out + (8 * (c + l) + order[i]) * out_words + w, turned + l * edge, high);
+            copy_line(out + (8 * (c + l) + order[i]) * out_words + w, transposed + l * edge, high);
         }
       }
 }
@@ -139,10 +139,10 @@ REQUANT_INLINE void tiles_to_words(size_t n_in, size_t n_out, int out_bits, cons
       fill(tile, k, inputs, o, outputs);
       if (flip != 0)
         for (size_t i = 0; i < edge * edge; i++) tile[i] ^= flip;
-      const uint8_t* turned = transpose_tile(tile, spare);
+      const uint8_t* transposed = transpose_tile(tile, spare);
       for (size_t i = 0; i < outputs; i++) {
         const size_t row = o + (i & ~size_t(7)) + order[i & 7];
-        pack_codes(out_bits, turned + i * edge, inputs, out + row * row_bytes + k / 8 * size_t(out_bits));
+        pack_codes(out_bits, transposed + i * edge, inputs, out + row * row_bytes + k / 8 * size_t(out_bits));
       }
     }
 }

@@ -1,7 +1,7 @@
 // Scales (and biases) found by search instead of by a group's range.
 //
 // A group's error is the sum of weight * (w - value)^2, with the value that its code, scale
-// and bias as stored stand for. For every group, one lane each (lanes.h):
+// and bias as stored represent. For every group, one lane each (lanes.h):
 //
 //   1. The scale, bias and error of mx.quantize's rule: where a search starts, and what it
 //      has to beat.

@@ -60,7 +60,7 @@ REQUANT_INLINE Lanes element_error(const Lanes* REQUANT_RESTRICT x, const Lanes*
 // E8M0 bytes of the scales from 2^-120 to 2^120; a group beyond keeps the rule's.
 constexpr int kFirstSearchedE8M0 = 7, kLastSearchedE8M0 = 247;
 
-// The exponents beside the rule's.
+// The exponents next to the rule's.
 template <class T, int BITS, bool WEIGHTED>
 size_t mx_search(const void* w_, size_t groups, size_t groups_per_row, const float* weights, bool best,
                  uint32_t* words, uint8_t* scales) {

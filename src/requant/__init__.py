@@ -1,7 +1,7 @@
 """Turn any model checkpoint into Apple MLX's quantized formats and back.
 
 From the weight map alone: no model class, no GPU, memory that does not grow with the model.
-``convert`` is the main door; ``quantize_weights`` and its neighbours work on weights that
+``convert`` is the main function; ``quantize_weights`` and its neighbours work on weights that
 are in memory already.
 """
 

@@ -3,7 +3,7 @@
 RequantError
 ├── ParseError               a JSON text or block does not say what it must
 ├── MissingKeyError          a tensor that must be there is not
-├── KeyCollisionError        a tensor stands where another would be written
+├── KeyCollisionError        a tensor has the name that another needs
 ├── RankMismatchError        wrong number of axes
 ├── ShapeMismatchError       two shapes that must agree do not
 ├── LengthMismatchError      two lengths (or ranks) that must agree do not
@@ -12,11 +12,11 @@ RequantError
 ├── DivisibilityError        a number that must divide another does not
 ├── UnknownValueError        a word outside a known set
 ├── InvariantError           a rule between parts of the input is broken
-├── BackendError             the array library's own quantize or dequantize refused
+├── BackendError             the array library's own quantize or dequantize failed
 ├── CheckpointError          everything wrong with a source, in one list
 ├── HubError                 the model hub did not give, or take, what it was asked to
 ├── OutputError              the output cannot be written (or must not be)
-└── UsageError               wishes that contradict each other
+└── UsageError               options that contradict each other
 
 Every error has ``.layer``: the layer path or tensor name it is about, or None.
 """
@@ -70,7 +70,7 @@ class MissingKeyError(RequantError, LookupError):
 
 
 class KeyCollisionError(RequantError, ValueError):
-    """A tensor stands under a name that another must have."""
+    """A tensor has a name that another must have."""
 
     def __init__(self, message: str, key: str, *, layer: str | None = None) -> None:
         super().__init__(f"{message} (in the way: {key})", layer=layer)
@@ -133,7 +133,7 @@ class OutOfRangeError(RequantError, ValueError):
 
 
 class DivisibilityError(RequantError, ValueError):
-    """A number that another must divide is no multiple of it."""
+    """A number that another must divide is not a multiple of it."""
 
     def __init__(
         self, message: str, name: str, value: int, divisor: int, *, layer: str | None = None
@@ -158,7 +158,7 @@ class InvariantError(RequantError, ValueError):
 
 
 class BackendError(RequantError, RuntimeError):
-    """The array library's own quantize or dequantize refused its input."""
+    """The quantize or dequantize of the array library rejected its input."""
 
 
 class CheckpointError(RequantError, ValueError):
@@ -202,7 +202,7 @@ class HubError(RequantError, OSError):
 
 
 class UsageError(RequantError, ValueError):
-    """Wishes that contradict each other or name nothing."""
+    """Options that contradict each other or name nothing."""
 
 
 # -- messages --------------------------------------------------------------------------

@@ -50,7 +50,7 @@ def format_range(low: int, high: int) -> str:
 
 
 def utf8_error(error: UnicodeDecodeError) -> str:
-    """What is wrong with bytes that are no text."""
+    """What is wrong with bytes that are not text."""
     return f"is not UTF-8: byte {error.start:,} is 0x{error.object[error.start]:02x}"
 
 

@@ -30,7 +30,7 @@ def test_figures_of_a_layer_by_hand(checkpoint: Callable[..., Path]) -> None:
     assert (layer.a, layer.b, layer.nonfinite) == ("F32", "F16", 0)
 
 
-def test_zeros_and_values_that_are_no_numbers(checkpoint: Callable[..., Path]) -> None:
+def test_zeros_and_values_that_are_not_numbers(checkpoint: Callable[..., Path]) -> None:
     nan = np.array([1, np.nan, 2], np.float32)
     a = checkpoint({"zero": np.zeros(3, np.float32), "nan": nan}, name="a")
     b = checkpoint({"zero": np.ones(3, np.float32), "nan": nan}, name="b")
@@ -94,7 +94,7 @@ def test_documents_of_a_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b"{", "line 2 is no JSON"),
+        (b"{", "line 2 is not valid JSON"),
         (b"[1]", r"line 2 is \[1\], expected"),
         (b"\xff", "is not UTF-8"),
     ],

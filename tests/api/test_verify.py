@@ -109,7 +109,7 @@ def test_a_shard_that_is_gone_or_short(dense: Path, output: Path) -> None:
     assert shard.name in places(dense, output)
 
 
-def test_another_source_is_told(dense: Path, output: Path, tmp_path: Path) -> None:
+def test_another_source_is_reported(dense: Path, output: Path, tmp_path: Path) -> None:
     """The data of one weight differs: no header tells, the comparison does."""
     other = tmp_path / "other"
     shutil.copytree(dense, other)
@@ -125,7 +125,9 @@ def test_another_source_is_told(dense: Path, output: Path, tmp_path: Path) -> No
     assert "tokenizer.json" in places(other, output)
 
 
-def test_another_plan_is_told(dense: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_plan_is_reported(
+    dense: Path, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     record = json.loads((output / "requant.json").read_text())
     record["plan"] = "0" * 64
     record["sha256"] = verification.record_hash(record)
@@ -148,7 +150,7 @@ def test_no_record(output: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", '{"record": 2}', "x"])
-def test_what_is_no_record(output: Path, text: str) -> None:
+def test_what_is_not_a_record(output: Path, text: str) -> None:
     (output / "requant.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"requant\.json"):
         requant.verify(output)
@@ -166,7 +168,7 @@ def test_what_is_no_record(output: Path, text: str) -> None:
         {"source": {"files": [7]}, "plan": 1},
     ],
 )
-def test_a_hostile_record_is_no_crash(dense: Path, output: Path, change: dict) -> None:
+def test_a_hostile_record_is_not_a_crash(dense: Path, output: Path, change: dict) -> None:
     record = json.loads((output / "requant.json").read_text()) | change
     record["sha256"] = verification.record_hash(record)
     (output / "requant.json").write_text(json.dumps(record))

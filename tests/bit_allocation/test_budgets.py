@@ -1,4 +1,4 @@
-"""--budget on the road: within the size, the same again, and what is wrong said beforehand."""
+"""--budget in the pipeline: within the size, the same again, and what is wrong said beforehand."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_impossible_budgets_say_what_is_possible(source: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "0", "-4", "4 apples", "1e3", "nan", "12000000000", True])
-def test_what_is_no_budget(source: Path, text: Any) -> None:
+def test_what_is_not_a_budget(source: Path, text: Any) -> None:
     with pytest.raises(UsageError, match=r"12GB"):
         requant.plan(source, budget=text, **KEEP)
 
@@ -172,7 +172,7 @@ def test_threads_and_chunks_change_nothing(source: Path, tmp_path: Path) -> None
     assert written[0] == written[1] == written[2]
 
 
-def test_a_stopped_run_goes_on_without_measuring(
+def test_a_stopped_run_resumes_without_measuring(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "out"
@@ -228,7 +228,7 @@ def test_a_quantized_source_keeps_codes_where_they_fit(source: Path, tmp_path: P
     assert requant.verify(tmp_path / "four", tmp_path / "less").ok
 
 
-def test_values_that_are_no_numbers_are_refused_or_left(tmp_path: Path) -> None:
+def test_values_that_are_not_numbers_are_rejected_or_left(tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     tensors = {f"model.{x}.weight": rng.normal(0, 0.02, (64, 128)) for x in "abc"}
     tensors["model.b.weight"][3, 5] = np.nan
@@ -240,10 +240,10 @@ def test_values_that_are_no_numbers_are_refused_or_left(tmp_path: Path) -> None:
     assert requant.verify(source, tmp_path / "out").ok
 
 
-# -- refusals before anything is measured -----------------------------------------------------
+# -- rejections before anything is measured -----------------------------------------------------
 
 
-def test_refusals_come_before_the_measuring(
+def test_rejections_come_before_the_measuring(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("requant.bit_allocation.choose.run_plan", None)

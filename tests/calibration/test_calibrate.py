@@ -182,7 +182,7 @@ def make_gguf(source: Path) -> None:
 
 @pytest.mark.parametrize("make", [make_awq, make_mlx, make_gguf])
 def test_other_forms_of_the_model_give_the_same(make: Any, text: Path, tmp_path: Path) -> None:
-    """A quantized source, and the dense values that it stands for."""
+    """A quantized source, and the dense values that it represents."""
     source = tmp_path / ("a.gguf" if make is make_gguf else "a")
     make(source)
     dense = tmp_path / "values"
@@ -211,7 +211,7 @@ def test_a_whole_model_gives_the_same(
         np.testing.assert_allclose(np.array(array), np.array(b[name]), rtol=2e-3, atol=1e-4)
 
 
-def test_a_stopped_run_goes_on(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_run_resumes(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped at each block and at the head, the bytes are those of an undisturbed run."""
     reported: dict[str, Any] = {"tokens": 2 * WINDOW, "window": WINDOW, "hessian": True}
     calibrate(LLAMA, tmp_path / "whole.safetensors", text, **reported)
@@ -266,7 +266,7 @@ def test_another_text_starts_over(
         ({"tokens": 10}, "one window is the least"),
     ],
 )
-def test_what_cannot_be_is_told(
+def test_what_cannot_be_is_reported(
     change: dict[str, Any], words: str, text: Path, tmp_path: Path
 ) -> None:
     reported: dict[str, Any] = {"output": "s.safetensors", "text": text.name, "tokens": 96} | change
@@ -297,7 +297,7 @@ class _Marked(_Block):
 
 
 class _Model(nn.Module):
-    """Blocks of two kinds that are told apart by their class, as OLMo Hybrid's are."""
+    """Blocks of two kinds that are distinguished by their class, as OLMo Hybrid's are."""
 
     def __init__(self, between: int = 0, backwards: bool = False) -> None:
         super().__init__()
@@ -332,7 +332,9 @@ def test_blocks_stay_of_their_class() -> None:
     ("change", "why"),
     [({"between": 1}, "change between its blocks"), ({"backwards": True}, "once each, in order")],
 )
-def test_blocks_that_do_not_hand_on_what_they_are_given(change: dict[str, Any], why: str) -> None:
+def test_blocks_that_do_not_pass_their_arguments_to_the_next(
+    change: dict[str, Any], why: str
+) -> None:
     with pytest.raises(blocks.NotBlockwiseError, match=why):
         layered(_Model(**change)).calls(np.arange(8), np.arange(8))
 
@@ -480,7 +482,7 @@ def test_each_file_and_all_of_a_long_one_have_their_share(
     assert (letters == again).all()
 
 
-def test_inputs_that_are_no_numbers_are_named(text: Path, tmp_path: Path) -> None:
+def test_inputs_that_are_not_numbers_are_named(text: Path, tmp_path: Path) -> None:
     folder = tmp_path / "nan"
     folder.mkdir()
     for path in LLAMA.iterdir():
@@ -546,7 +548,7 @@ def test_hidden_states_that_were_cut_are_noticed(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as stopped:
         patch.setattr(_Run, "_save_block", keep)
         calibrate(LLAMA, output, text, **reported)
-    assert "the same command goes on" in stopped.value.__notes__[0]
+    assert "the same command resumes" in stopped.value.__notes__[0]
     hidden = tmp_path / ".s.safetensors.requant-calibrating" / "hidden-0"
     hidden.write_bytes(hidden.read_bytes()[:-1])
     with pytest.raises(OutputError, match="--no-resume starts over") as cut:
@@ -558,7 +560,7 @@ def test_hidden_states_that_were_cut_are_noticed(
 
 @pytest.mark.slow
 def test_a_full_disk_is_an_error_and_not_a_signal(text: Path, tmp_path: Path) -> None:
-    """A limit on the size of files stands for the disk."""
+    """A limit on the size of files represents the disk."""
     code = (
         "import resource, signal, sys, requant\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"

@@ -1,4 +1,4 @@
-"""Adapters: a folder of one, one beside a model, one inside a model; each with its way out."""
+"""Adapters: a folder of one, one next to a model, one inside a model; each with its way out."""
 
 from __future__ import annotations
 
@@ -121,20 +121,20 @@ def test_a_folder_with_an_adapter_is_said_to_be_one(
         requant.inspect(folder)
 
 
-# -- beside a model ------------------------------------------------------------------------
+# -- next to a model ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "name", ["adapter_model.safetensors", "adapters.safetensors", "adapter_model.bin"]
 )
 @pytest.mark.parametrize("index", [False, True])
-def test_an_adapter_beside_a_model(tmp_path: Path, name: str, index: bool) -> None:
+def test_an_adapter_next_to_a_model(tmp_path: Path, name: str, index: bool) -> None:
     weight_map = {"a.weight": "model.safetensors"} if index else None
     files = {"model.safetensors": {"a.weight": WEIGHT}, name: {"a.lora_A.weight": WEIGHT}}
     folder = write_folder(tmp_path, files, weight_map=weight_map)
     (folder / "adapter_config.json").write_text("{}")
     problem = only_problem(folder)
-    assert problem.startswith(f"{name}: is an adapter (LoRA or a relative) beside a whole model")
+    assert problem.startswith(f"{name}: is an adapter (LoRA or a relative) next to a whole model")
     moved = re.search(r"without it, move (.*) out of the folder", problem)
     assert moved is not None
     for file in moved[1].split(", "):  # as the message says
@@ -175,7 +175,7 @@ INSIDE = [
 
 
 @pytest.mark.parametrize("suffix", INSIDE)
-def test_a_model_that_was_not_merged_is_refused_by_name(tmp_path: Path, suffix: str) -> None:
+def test_a_model_that_was_not_merged_is_rejected_by_name(tmp_path: Path, suffix: str) -> None:
     tensors = {"model.norm.weight": WEIGHT, f"{LAYER}.weight": WEIGHT, f"{LAYER}.{suffix}": WEIGHT}
     problem = only_problem(write_folder(tmp_path, {"model.safetensors": tensors}))
     assert problem.startswith(f"{LAYER}.{suffix}: is a tensor of an adapter that was not merged")
@@ -192,7 +192,7 @@ def test_a_model_that_was_not_merged_is_refused_by_name(tmp_path: Path, suffix: 
         "visual.merger.base_layers.weight",
     ],
 )
-def test_names_of_models_are_no_adapters(tmp_path: Path, name: str) -> None:
+def test_names_of_models_are_not_adapters(tmp_path: Path, name: str) -> None:
     folder = write_folder(tmp_path, {"model.safetensors": {name: WEIGHT, "x.weight": WEIGHT}})
     assert name in read_checkpoint(folder).tensors
 
@@ -249,7 +249,7 @@ def test_an_adapter_of_mlx_lm_is_fused_as_the_message_says(tmp_path: Path) -> No
     assert np.abs(ours - (base + change)).max() < 0.02 * np.abs(change).max()
 
 
-# PEFT needs torch: this stands in for the two calls that the message writes out.
+# PEFT needs torch: this replaces the two calls that the message writes out.
 STAND_IN = """
 import json, shutil
 import ml_dtypes

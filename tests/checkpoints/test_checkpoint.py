@@ -1,4 +1,4 @@
-"""Source folders: what is read, what is carried over, and every way to be refused."""
+"""Source folders: what is read, what is copied, and every way to be rejected."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ def test_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ("name", "message"),
     [
         ("m.safetensors", "give the folder that holds it"),
-        ("m.gguf", "is no GGUF file: it starts with"),
+        ("m.gguf", "is not a GGUF file: it starts with"),
         ("m.txt", "is a file, expected a folder"),
         ("pytorch_model.bin", "save it as safetensors with save_pretrained"),
         ("m.pt", "Loading those can run code, so they are not read"),
@@ -208,7 +208,7 @@ def test_name_with_a_nul() -> None:
         (["pytorch_model-1.bin", "x.ckpt"], ["pytorch_model-1.bin", "x.ckpt", "save_pretrained"]),
         (["a.pt"], ["a.pt", "can run code"]),
         (["a.pth", "b.pth", "c.pth", "d.pth"], ["a.pth", "and 1 more"]),
-        (["m.gguf"], ["m.gguf", "is no GGUF file"]),
+        (["m.gguf"], ["m.gguf", "is not a GGUF file"]),
         (["vae/m.safetensors"], ["vae/m.safetensors", "give the folder of the model itself"]),
         (["README.md"], ["holds no weights", "model.safetensors"]),
         ([], ["holds no weights"]),
@@ -238,7 +238,7 @@ def test_weight_files_without_tensors(tmp_path: Path) -> None:
         (b"[" * 100_000, "nested too deeply"),
         (b'{"a":' * 100_000, "nested too deeply"),
         (b'{"a": "\\udc00"}', "surrogate"),
-        (b'{"a": 1, "a": 2}', "the key 'a' stands more than once"),
+        (b'{"a": 1, "a": 2}', "the key 'a' occurs more than once"),
     ],
 )
 def test_bad_config(tmp_path: Path, config: bytes | None, message: str) -> None:
@@ -274,7 +274,7 @@ def test_a_gigabyte_of_json(tmp_path: Path, name: str, most: str) -> None:
 
 @pytest.mark.parametrize("kind", ["fifo", "device", "link", "cut"])
 @pytest.mark.parametrize("name", ["m.gguf", "m-00001-of-00002.gguf"])
-def test_a_gguf_that_is_no_file(tmp_path: Path, name: str, kind: str) -> None:
+def test_a_gguf_that_is_not_a_file(tmp_path: Path, name: str, kind: str) -> None:
     path = tmp_path / "source" / name
     path.parent.mkdir()
     if kind == "fifo":
@@ -403,11 +403,11 @@ def test_shard_that_the_index_does_not_name(tmp_path: Path) -> None:
         ("..\\one.safetensors", "leads out of the folder"),
         ("./one.safetensors", "expected 'one.safetensors'"),
         ("sub//one.safetensors", "expected 'sub/one.safetensors'"),
-        ("", "is no file name"),
-        ("a\0b.safetensors", "is no file name"),
-        ("a\nb.safetensors", "is no file name"),
-        ("x" * 300 + ".safetensors", "is no file name"),
-        ("pytorch_model.bin", "is no .safetensors file"),
+        ("", "is not a file name"),
+        ("a\0b.safetensors", "is not a file name"),
+        ("a\nb.safetensors", "is not a file name"),
+        ("x" * 300 + ".safetensors", "is not a file name"),
+        ("pytorch_model.bin", "is not a .safetensors file"),
         ("link/one.safetensors", "leads through a link to a folder"),
         (7, "is 7, expected a file name"),
         (None, "is null, expected a file name"),
@@ -441,7 +441,7 @@ def test_index_with_a_bad_path(tmp_path: Path, shard: object, message: str) -> N
         (
             b'{"weight_map": {"a.weight": "model.safetensors", "a.weight": "model.safetensors"}}',
             INDEX,
-            "the key 'a.weight' stands more than once",
+            "the key 'a.weight' occurs more than once",
         ),
         (
             b'{"weight_map": {"a.weight": "model.safetensors", "": "model.safetensors"}}',
@@ -474,12 +474,12 @@ def test_tensor_in_two_files(tmp_path: Path) -> None:
     assert problem.startswith("two.safetensors: a.weight: is in one.safetensors too")
 
 
-def test_file_beside_the_single_one(tmp_path: Path) -> None:
+def test_file_next_to_the_single_one(tmp_path: Path) -> None:
     """To take its tensors, or to leave them, could both be wrong."""
     files = {"model.safetensors": ONE, "mtp.safetensors": TWO}
 
     problem = only_problem(write_folder(tmp_path, files))
-    assert problem.startswith("mtp.safetensors: stands beside model.safetensors")
+    assert problem.startswith("mtp.safetensors: is next to model.safetensors")
 
 
 def test_shards_that_are_not_all_there(tmp_path: Path) -> None:
@@ -538,7 +538,7 @@ def test_more_shards_than_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_a_pipe_that_takes_the_place_of_a_file_blocks_nothing(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(OSError, match="no regular file"):
+    with pytest.raises(OSError, match="not a regular file"):
         open_regular(tmp_path / "pipe")
 
 
@@ -600,7 +600,7 @@ def test_file_that_shrinks_while_it_is_read(
     assert only_problem(folder).startswith("model.safetensors: header: the length says")
 
 
-# What is carried over, and what is not
+# What is copied, and what is not
 
 
 def read_with(tmp_path: Path, files: dict[str, bytes]) -> Checkpoint:
@@ -676,7 +676,7 @@ def test_original_folder_is_left_out_as_a_whole(tmp_path: Path) -> None:
     assert checkpoint.side_files == ()
 
 
-def test_second_copy_beside_an_index(tmp_path: Path) -> None:
+def test_second_copy_next_to_an_index(tmp_path: Path) -> None:
     """Mistral's repositories hold the weights twice."""
     checkpoint = read_checkpoint(
         write_folder(
@@ -690,14 +690,14 @@ def test_second_copy_beside_an_index(tmp_path: Path) -> None:
     assert [name for name, _ in checkpoint.left_out] == ["consolidated.safetensors"]
 
 
-def test_the_only_copy_is_no_second_one(tmp_path: Path) -> None:
+def test_the_only_copy_is_not_a_second_one(tmp_path: Path) -> None:
     checkpoint = read_checkpoint(write_folder(tmp_path, {"consolidated.safetensors": ONE}))
 
     assert checkpoint.tensors["a.weight"].file == "consolidated.safetensors"
     assert checkpoint.left_out == ()
 
 
-def test_links_and_special_files_beside_the_weights(tmp_path: Path) -> None:
+def test_links_and_special_files_next_to_the_weights(tmp_path: Path) -> None:
     outside = write_folder(tmp_path / "outside", {"x.txt": b"x"})
     folder = write_folder(tmp_path / "source", {"model.safetensors": ONE, "sub/x.txt": b"x"})
     (folder / "good.txt").symlink_to("sub/x.txt")
@@ -722,7 +722,7 @@ def test_links_and_special_files_beside_the_weights(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", INDEX])
 def test_a_link_out_of_the_folder_is_not_followed(tmp_path: Path, name: str) -> None:
-    """A checkpoint from a stranger could name any file of this machine."""
+    """An untrusted checkpoint could name any file of this machine."""
     index = {"a.weight": "model.safetensors"} if name == INDEX else None
     folder = write_folder(tmp_path / "source", {"model.safetensors": ONE}, weight_map=index)
     (folder / name).rename(tmp_path / "elsewhere")

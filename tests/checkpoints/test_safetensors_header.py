@@ -76,12 +76,12 @@ def test_build_by_hand() -> None:
     assert offsets == {"ä": 0, "b": 8}
 
 
-def test_build_refuses_the_name_of_the_metadata() -> None:
+def test_build_rejects_the_name_of_the_metadata() -> None:
     with pytest.raises(KeyCollisionError, match="__metadata__"):
         build_header({"__metadata__": TensorInfo("U8", (1,))}, {})
 
 
-def test_build_refuses_a_header_that_nobody_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_build_rejects_a_header_that_nobody_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("requant.checkpoints.safetensors_header.MAX_HEADER_BYTES", 64)
     with pytest.raises(OutOfRangeError, match="smaller shards"):
         build_header({f"t{i}": TensorInfo("U8", (1,)) for i in range(3)}, {})
@@ -250,20 +250,20 @@ REJECTED_BY_US: dict[str, tuple[bytes, int, str, str]] = {
         prefixed(b'{"a":%(e)s,"a":%(e)s}' % {b"e": json.dumps(U8).encode()}),
         4,
         "header",
-        "the key 'a' stands more than once",
+        "the key 'a' occurs more than once",
     ),
     "field twice": (
         prefixed(b'{"a":{"dtype":"I8","dtype":"U8","shape":[4],"data_offsets":[0,4]}}'),
         4,
         "header",
-        "the key 'dtype' stands more than once",
+        "the key 'dtype' occurs more than once",
     ),
     "name empty": (header({"": U8}), 4, "''", "name of a tensor is empty"),
     "name with a newline": (header({"a\nb": U8}), 4, "'a\\nb'", "control character U+000A"),
     "name with an escape": (header({"\x1b[2J": U8}), 4, "'\\x1b[2J'", "U+001B"),
     "name that turns the text": (header({"a\u202eb": U8}), 4, "'a\\u202eb'", "U+202E"),
     "rank 33": (header({"a": entry("U8", [1] * 33, 0, 1)}), 1, "a", "33 axes, at most 32"),
-    "elements overflow beside a zero": (
+    "elements overflow next to a zero": (
         header({"a": entry("U8", [0, 2**40, 2**40], 0, 0)}),
         0,
         "a",
@@ -283,7 +283,7 @@ def test_what_is_wrong_is_said(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", REJECTED_BY_BOTH)
-def test_the_referee_refuses_too(case: str) -> None:
+def test_the_reference_rejects_too(case: str) -> None:
     head, data_bytes, _, _ = REJECTED_BY_BOTH[case]
 
     assert reference_rejects(head + bytes(data_bytes))
@@ -363,12 +363,12 @@ HOSTILE = {
     "65 levels": ('{"a":' * 65 + "1" + "}" * 65, "at most 64 levels"),
     "a long number": ('{"a":' + "9" * 1_000_000 + "}", "Exceeds the limit"),
     "a long key": ('{"' + "a" * 1_000_000 + '":1}', "1,000,000 characters, at most 1,024"),
-    "one key again and again": ("{" + '"a":1,' * 100_000 + '"a":1}', "stands more than once"),
+    "one key again and again": ("{" + '"a":1,' * 100_000 + '"a":1}', "occurs more than once"),
 }
 
 
 @pytest.mark.parametrize("case", HOSTILE)
-def test_hostile_headers_are_refused_at_once(case: str) -> None:
+def test_hostile_headers_are_rejected_at_once(case: str) -> None:
     text, message = HOSTILE[case]
     began = time.process_time()
     found = problems_of(prefixed(text.encode()), 0)
@@ -393,7 +393,7 @@ def test_tensors_that_hold_nothing_many_times(shape: list[int]) -> None:
     assert "holds nothing" in found
 
 
-def test_build_refuses_more_tensors_than_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_build_rejects_more_tensors_than_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("requant.checkpoints.safetensors_header.MAX_TENSORS", 1)
     tensors = {name: TensorInfo("U8", (1,)) for name in "ab"}
     with pytest.raises(OutOfRangeError, match="smaller shards"):
@@ -484,7 +484,7 @@ VALID = weights(
 def test_a_damaged_header_never_raises_and_never_passes(
     edits: list[tuple[int, bytes, int]], cut: int
 ) -> None:
-    """Bytes replaced, inserted and removed: what the referee refuses, we refuse."""
+    """Bytes replaced, inserted and removed: what the reference rejects, we reject."""
     damaged = VALID
     for place, new, removed in edits:
         damaged = damaged[:place] + new + damaged[place + removed :]

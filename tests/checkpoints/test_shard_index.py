@@ -74,7 +74,7 @@ def test_tensors_are_in_other_files_than_the_index_says(tmp_path: Path) -> None:
     assert "a.weight, b.weight, c.weight" in note_texts(checkpoint.notes)[0]
 
 
-def test_mistrals_copy_beside_shards(tmp_path: Path) -> None:
+def test_mistrals_copy_next_to_shards(tmp_path: Path) -> None:
     files = {ONE: A, TWO: B, "consolidated.safetensors": C}
     for index in (True, False):
         folder = write_folder(tmp_path / str(index), files, weight_map=MAP if index else None)
@@ -83,7 +83,7 @@ def test_mistrals_copy_beside_shards(tmp_path: Path) -> None:
         assert [name for name, _ in checkpoint.left_out] == ["consolidated.safetensors"]
 
 
-def test_an_index_of_another_case_is_no_index(tmp_path: Path) -> None:
+def test_an_index_of_another_case_is_not_an_index(tmp_path: Path) -> None:
     folder = make(tmp_path, {"model.safetensors": A})
     (folder / INDEX).rename(folder / "Model.Safetensors.Index.json")
     checkpoint = read_checkpoint(folder)
@@ -140,7 +140,7 @@ ASKED: dict[str, tuple[Files, str, Callable[[Path], None], list[str]]] = {
         both(delete("model.safetensors"), add({ONE: A, TWO: B})),
         ["a.weight", "b.weight"],
     ),
-    "the whole model beside an old shard": (
+    "the whole model next to an old shard": (
         {"model.safetensors": A | B, ONE: A},
         f"holds the whole model. Delete {INDEX} and move what else it names ({ONE}) out",
         delete(INDEX, ONE),

@@ -1,4 +1,4 @@
-"""Weights below a source: carried over where a copied file names them, else left out."""
+"""Weights below a source: copied where a copied file names them, else left out."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def text(**values: Any) -> bytes:
     return json.dumps(values).encode()
 
 
-# Files beside model.safetensors -> those of them that are weights and are carried over.
+# Files next to model.safetensors -> those of them that are weights and are copied.
 COPIED: dict[str, tuple[dict[str, bytes], set[str]]] = {
     "modules.json": (
         {
@@ -118,7 +118,7 @@ COPIED: dict[str, tuple[dict[str, bytes], set[str]]] = {
         {"config_of_voices.json": text(speaker="voices/anna.pt"), "voices/anna.pt": b"x"},
         {"voices/anna.pt"},
     ),
-    "a single file beside the model": (
+    "a single file next to the model": (
         {"generation_config.json": text(speaker_file="spk.pt"), "spk.pt": b"x", "other.pt": b"x"},
         {"spk.pt"},
     ),
@@ -126,7 +126,7 @@ COPIED: dict[str, tuple[dict[str, bytes], set[str]]] = {
 
 
 @pytest.mark.parametrize("case", COPIED)
-def test_weights_that_a_copied_file_names_are_carried_over(tmp_path: Path, case: str) -> None:
+def test_weights_that_a_copied_file_names_are_copied(tmp_path: Path, case: str) -> None:
     files, named = COPIED[case]
     folder = write_folder(tmp_path / "source", {"model.safetensors": MODEL, **files})
     checkpoint = read_checkpoint(folder)
@@ -136,7 +136,7 @@ def test_weights_that_a_copied_file_names_are_carried_over(tmp_path: Path, case:
     assert named <= expected
     assert [name for name, _ in checkpoint.left_out] == ["other.pt"] * ("other.pt" in files)
     (note,) = note_texts(checkpoint.notes)
-    assert note.startswith("Weights carried over as they are, named by ")
+    assert note.startswith("Weights copied unchanged, named by ")
     assert list(checkpoint.tensors) == ["embed_tokens.weight"]
 
 
@@ -153,7 +153,7 @@ def test_they_are_in_the_output_byte_for_byte(tmp_path: Path, case: str) -> None
     assert requant.verify(folder, tmp_path / "out").problems == ()
 
 
-# Files beside model.safetensors -> what is left out, and the word that says why.
+# Files next to model.safetensors -> what is left out, and the word that says why.
 SEPARATE: dict[str, tuple[dict[str, bytes], str, str]] = {
     "no config names it": ({"more/m.safetensors": DENSE}, "more/m.safetensors", "no config names"),
     "another copy": (

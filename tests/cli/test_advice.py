@@ -87,7 +87,7 @@ OPTIONS: dict[str, tuple[str, str, str]] = {
     "a recipe": ("--recipe mixed_3_7", "mixed_3_6", "--recipe mixed_3_6"),
     "config-from": ("--config-from .", "is for GGUF sources", ""),
     "revision": ("--revision main", "is for repositories on the hub", ""),
-    "two wishes": ("--dequantize --bits 4", "choose one: dequantize, or bits", "--dequantize"),
+    "two options": ("--dequantize --bits 4", "choose one: dequantize, or bits", "--dequantize"),
 }
 
 
@@ -108,7 +108,7 @@ def test_a_name_that_no_layer_has(requant: Requant, tmp_path: Path) -> None:
     for option in ("override", "only"):
         typed = "q_prj=8" if option == "override" else "q_prj"
         first = requant("convert", MICRO, tmp_path / option, f"--{option}", typed)
-        near = re.search(r"matches no layer; near it: ([\w.]+)", first.err)
+        near = re.search(r"matches no layer; close matches: ([\w.]+)", first.err)
         assert near is not None, first.err
         typed = f"{near[1]}=8" if option == "override" else near[1]
         assert requant("convert", MICRO, tmp_path / option, f"--{option}", typed).code == 0
@@ -160,19 +160,19 @@ def a_checkpoint(place: Path) -> None:
     (place / "config.json").write_text("{}")
 
 
-# What stands at OUTPUT -> the words of the first message, whether --force is one of them.
+# What exists at OUTPUT -> the words of the first message, whether --force is one of them.
 OUTPUTS: dict[str, tuple[Callable[[Path], object], str, bool]] = {
     "a checkpoint": (a_checkpoint, "exists; --force replaces it", True),
     "another folder": (a_folder, "--force replaces checkpoints only. Remove it yourself", False),
-    "a file": (lambda place: place.write_text("x"), "no folder, which --force does not", False),
+    "a file": (lambda place: place.write_text("x"), "not a folder, which --force does not", False),
     "a link": (lambda place: place.symlink_to("micro"), "the source", False),
-    "a link to nowhere": (lambda place: place.symlink_to("x"), "exists and is no folder", False),
+    "a link to nowhere": (lambda place: place.symlink_to("x"), "exists and is not a folder", False),
 }
 
 
 @pytest.mark.parametrize("dry", [False, True])
 @pytest.mark.parametrize("case", OUTPUTS)
-def test_what_stands_at_output_is_said_at_once(
+def test_what_exists_at_output_is_said_at_once(
     requant: Requant, micro: Path, tmp_path: Path, case: str, dry: bool
 ) -> None:
     make, words, forced = OUTPUTS[case]
@@ -197,7 +197,7 @@ def test_what_stands_at_output_is_said_at_once(
         ("micro", "must not be changed; name another folder"),
         ("micro/out", "must not be changed; name another folder"),
         ("micro/config.json/out", "must not be changed; name another folder"),
-        ("file/out", "is no folder; name another folder"),
+        ("file/out", "is not a folder; name another folder"),
         ("/", "name another folder"),
         ("/proc", "is where a disk is mounted"),
     ],
@@ -330,7 +330,7 @@ def test_sources(requant: Requant, tmp_path: Path, case: str) -> None:
 
 # A source, what is typed -> a note, what is typed for it to go.
 NOTES: dict[str, tuple[Callable[[Path], Path], str, str, str]] = {
-    "no wish": (large, "", "--dequantize keeps the model dense", "--dequantize"),
+    "no option": (large, "", "--dequantize keeps the model dense", "--dequantize"),
     "a dtype that MLX does not load": (
         wide,
         "--bits 4",

@@ -22,7 +22,7 @@ LLAMA = Path(__file__).parents[2] / "examples" / "micro-llama"
 
 
 def test_from_the_command_line(tmp_path: Path, requant: Requant) -> None:
-    """The text that comes with requant; the file weighs a conversion."""
+    """The text that comes with requant; the file weights a conversion."""
     stats = tmp_path / "s.safetensors"
     done = requant("calibrate", LLAMA, "-o", stats, "--tokens", "256", "--window", "64", "--json")
     assert done.code == 0, done.err

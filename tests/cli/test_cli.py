@@ -33,7 +33,7 @@ def python(*arguments: object, **options: object) -> subprocess.CompletedProcess
 
 
 def names_in(folder: Path) -> list[str]:
-    """What stands in a folder, hidden or not."""
+    """The content of a folder, hidden or not."""
     return sorted(path.name for path in folder.iterdir())
 
 
@@ -52,7 +52,7 @@ def test_help_lists_the_commands(requant: Requant) -> None:
     assert all(f"  {command}  " in result.out for command in COMMANDS)
 
 
-def test_plan_takes_every_wish_of_convert(requant: Requant) -> None:
+def test_plan_takes_every_option_of_convert(requant: Requant) -> None:
     """Everything but the options about writing, and those say nothing to a plan."""
     options = [
         {line.split()[0] for line in requant(c, "-h").out.splitlines() if line.startswith("  --")}
@@ -78,7 +78,7 @@ def test_an_option_that_says_nothing_alone(requant: Requant, option: str, partne
     assert result.err.startswith(f"error: {option} ") and partner in result.err
 
 
-def test_generate_takes_every_wish_that_is_not_about_files(requant: Requant) -> None:
+def test_generate_takes_every_option_that_is_not_about_files(requant: Requant) -> None:
     options = [
         {line.split()[0] for line in requant(c, "-h").out.splitlines() if line.startswith("  --")}
         for c in ("plan", "generate")
@@ -165,7 +165,7 @@ def test_the_next_command_is_one_that_works(
     assert (f"next: mlx_lm.generate --model {tmp_path / 'out'} " in result.out) is loads
 
 
-def test_convert_without_wishes_notes_the_default(
+def test_convert_without_options_notes_the_default(
     requant: Requant, model: Path, tmp_path: Path
 ) -> None:
     result = requant("convert", model, tmp_path / "out")
@@ -364,15 +364,18 @@ def test_a_source_cannot_drive_the_terminal(requant: Requant, tmp_path: Path) ->
         (["--dtype", "half"], "known: 'float16', 'bfloat16', 'float32'"),
         (["--bits", "4", "--dequantize"], "error: choose one: dequantize"),
         (["--override", "lm_head"], "error: --override 'lm_head' is not REGEX=SPEC"),
-        (["--override", "lm_head=9"], "no quantization of MLX"),
+        (["--override", "lm_head=9"], "not a quantization of MLX"),
         (["--only", "("], "error: --only '(' is not a valid regular expression"),
-        (["--only", "q_prj"], "--only 'q_prj': matches no layer; near it: q_proj"),
-        (["--override", "lm_haed=8"], "--override 'lm_haed': matches no layer; near it: lm_head"),
-        (["--recipe", "mixed"], "error: there is no recipe 'mixed'; near it: mixed_"),
+        (["--only", "q_prj"], "--only 'q_prj': matches no layer; close matches: q_proj"),
+        (
+            ["--override", "lm_haed=8"],
+            "--override 'lm_haed': matches no layer; close matches: lm_head",
+        ),
+        (["--recipe", "mixed"], "error: there is no recipe 'mixed'; close matches: mixed_"),
         (["--recipe", "no.toml"], "error: recipe no.toml: No such file"),
         (["--recipe", "ends-8", "--dequantize"], "error: choose one: dequantize"),
         (["--max-memory", "1MB"], "for the longest row of the model; give --max-memory"),
-        (["--max-memory", "2 parsecs"], "'2 parsecs' is no size; write 500MB"),
+        (["--max-memory", "2 parsecs"], "'2 parsecs' is not a valid size; write 500MB"),
         (["--shard-size", "0"], "'0' is less than one byte"),
         (["--threads", "0"], "Invalid value for '--threads'"),
         (["--bit", "4"], "No such option"),
@@ -419,7 +422,7 @@ def test_interrupt_exits_130(
         patch.setattr(runner, "_find_fatal_values", interrupt)
         result = requant("convert", model, tmp_path / "out")
     kept = tmp_path / ".out.requant-partial"
-    words = f"interrupted; 100% is done and kept in {kept}; the same command goes on from there"
+    words = f"interrupted; 100% is done and kept in {kept}; the same command resumes"
     assert result == Result(130, "", f"{words}, --no-resume starts over\n")
     assert names_in(tmp_path) == [kept.name, "model"]
 
@@ -445,7 +448,7 @@ def test_errors_through_the_process(model: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_a_closed_pipe_is_no_crash(model: Path, unbuffered: str) -> None:
+def test_a_closed_pipe_is_not_a_crash(model: Path, unbuffered: str) -> None:
     read, write = os.pipe()
     os.close(read)
     command = [sys.executable, "-m", "requant", "plan", str(model)]
@@ -455,7 +458,7 @@ def test_a_closed_pipe_is_no_crash(model: Path, unbuffered: str) -> None:
     assert (result.returncode, result.stderr) == (141, "")
 
 
-def test_a_stream_without_unicode_is_no_crash(tmp_path: Path) -> None:
+def test_a_stream_without_unicode_is_not_a_crash(tmp_path: Path) -> None:
     source = write_model(tmp_path / "model", {"größe.weight": np.ones((8, 64), BF16)})
     ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
     result = python("-m", "requant", "inspect", source, env=ascii_only)

@@ -47,7 +47,7 @@ def test_the_script_is_one_of_the_shell(shell: str, tmp_path: Path) -> None:
 
 
 def test_bash_completes() -> None:
-    """The whole way: the script in a bash, a line, and what stands in COMPREPLY."""
+    """The whole way: the script in a bash, a line, and what is in COMPREPLY."""
     line = (
         f'PATH={BIN}:$PATH; eval "$(_REQUANT_COMPLETE=source_bash requant)"; '
         "COMP_WORDS=(requant conv); COMP_CWORD=1; _requant_completion requant; "

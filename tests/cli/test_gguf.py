@@ -39,7 +39,7 @@ def source(tmp_path: Path, weights: dict[str, np.ndarray]) -> Path:
     return folder / "micro-Q8_0.gguf"
 
 
-def test_generate_speaks_as_the_converted_folder_does(
+def test_generate_continues_as_the_converted_folder_does(
     requant: Requant, source: Path, tmp_path: Path
 ) -> None:
     options = ("--prompt", "The file", "--max-tokens", 6, "--raw", "--json")
@@ -110,7 +110,7 @@ def test_dequantize_gives_the_package_s_values(
 
 @pytest.mark.parametrize("command", ["inspect", "plan", "convert", "generate"])
 def test_mmproj_is_kept_apart(command: str, requant: Requant, source: Path, tmp_path: Path) -> None:
-    """In a folder it is left out, alone it is refused by name."""
+    """In a folder it is left out, alone it is rejected by name."""
     part = source.parent / "mmproj-micro-f16.gguf"
     writer = gguf.GGUFWriter(part, "clip")
     writer.add_tensor("v.patch_embd.weight", np.ones((4, 32), np.float32))

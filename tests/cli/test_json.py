@@ -27,7 +27,7 @@ def schema(command: str) -> dict[str, Any]:
 
 
 def closed(node: Any) -> Any:
-    """The same schema, refusing keys that it does not describe."""
+    """The same schema, rejecting keys that it does not describe."""
     if isinstance(node, list):
         return [closed(item) for item in node]
     if not isinstance(node, dict):

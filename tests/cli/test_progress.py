@@ -18,16 +18,16 @@ MICRO = Path(__file__).parents[2] / "examples" / "micro-llama"
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
-    """A clock that stands still until its one number is changed."""
+    """A clock that does not move until its one number is changed."""
     now = [1000.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     yield now
 
 
-def test_plain_progress_speaks_every_few_seconds(
+def test_plain_progress_prints_every_few_seconds(
     capsys: pytest.CaptureFixture[str], clock: list[float]
 ) -> None:
-    """Told ten times a second for 13 s, it says something at 2, 7 and 12 s."""
+    """Called ten times a second for 13 s, it says something at 2, 7 and 12 s."""
     with progress.progress_display(quiet=False) as update:
         assert update is not None
         for tenth in range(130):

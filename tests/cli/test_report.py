@@ -73,7 +73,7 @@ def test_the_page_stands_alone(page: Path) -> None:
 
 
 def test_one_bar_for_what_becomes_the_same(tmp_path: Path, requant: Requant) -> None:
-    """From whatever dtype, the table tells those apart; and a size stays with its unit."""
+    """From whatever dtype, the table distinguishes those; and a size stays with its unit."""
     weights = {"a.weight": np.ones((64, 64), BF16), "b.weight": np.ones((64, 64), np.float32)}
     model = write_model(tmp_path / "m", weights)
     assert requant("convert", model, tmp_path / "o", "--layout", "keep", "--quiet").code == 0

@@ -34,7 +34,7 @@ def test_size(text: str, nbytes: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "GB", "-1", "1e9", "1,5GB", "2GBit", "0", "0.4"])
-def test_what_is_no_size(text: str) -> None:
+def test_what_is_not_a_size(text: str) -> None:
     with pytest.raises(UsageError):
         parse_size(text)
 

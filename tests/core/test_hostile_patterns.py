@@ -32,7 +32,7 @@ pytestmark = pytest.mark.sweep(3)
 BOMB = r"(.?){30}\1{30}[!?]"  # neither re nor regex ends over a name of seven letters
 SHORT_S = MAX_PATTERN_S / 10
 WILD = "*.*_*" * 40 + "!"
-# Config, its method, and where the bomb goes: keys of the block, then what stands there.
+# Config, its method, and where the bomb goes: keys of the block, then what is there.
 CONFIGS: dict[str, tuple[str, Callable[[dict[str, Any]], None]]] = {
     "compressed-tensors ignore": (
         "compressed-tensors",
@@ -124,7 +124,7 @@ def plan_dense(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("place", CONFIGS)
-def test_of_a_foreign_config(place: str, tmp_path: Path, asked: set[str]) -> None:
+def test_of_another_tools_config(place: str, tmp_path: Path, asked: set[str]) -> None:
     """A regular expression is rejected by name; a wildcard is never explosive."""
     FolderReader(tmp_path / "source").write(with_block(*CONFIGS[place]))
     pattern = WILD if place.startswith(("modelopt", "quark")) else BOMB
@@ -166,8 +166,8 @@ def test_of_arrays_in_memory() -> None:
         transform_weights(weights, config | {"dynamic": {f"-:{BOMB}": {}}})
 
 
-def test_of_a_foreign_record(dense: Path, tmp_path: Path) -> None:
-    """``verify`` repeats the wishes that a stranger's requant.json holds."""
+def test_of_another_tools_record(dense: Path, tmp_path: Path) -> None:
+    """``verify`` repeats the options that an untrusted requant.json holds."""
     requant.convert(dense, tmp_path / "out", bits=4, overrides=["_proj=8"])
     record = json.loads((tmp_path / "out" / "requant.json").read_text())
     assert record["options"]["overrides"][0][0] == "_proj"

@@ -144,7 +144,7 @@ REJECTED = {
 
 
 @pytest.mark.parametrize("text", REJECTED)
-def test_what_is_no_pattern_is_refused(text: str) -> None:
+def test_what_is_not_a_pattern_is_rejected(text: str) -> None:
     began = time.process_time()
     with pytest.raises(PatternError, match=REJECTED[text]):
         Pattern(text)

@@ -93,7 +93,7 @@ def test_the_workflow_runs_the_script() -> None:
     assert "examples/convert_in_ci.sh source" in (EXAMPLES / "convert-workflow.yml").read_text()
 
 
-# -- a format of one's own ---------------------------------------------------------------
+# -- a custom format ---------------------------------------------------------------
 
 
 def install(site: Path, points: dict[str, str], name: str = "requant-int8-rows") -> Path:

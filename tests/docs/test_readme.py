@@ -15,7 +15,7 @@ from tests.support.commands import check_usage
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # Fences marked ``sh`` and ``python`` are run. In ``console`` ones, whose models are not here, each
-# command of ours is parsed; ``text`` and the rest are shown only.
+# command of requant is parsed; ``text`` and the rest are shown only.
 _FENCE = re.compile(r"^```(sh|python)\n(.*?)^```$", re.M | re.S)
 _CONSOLE = re.compile(r"^```console\n(.*?)^```$", re.M | re.S)
 _LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)(?:#[^)]*)?\)")
@@ -40,7 +40,7 @@ def place(tmp_path: Path) -> Path:
 def test_example_runs(language: str, text: str, place: Path) -> None:
     if "scripts/" in text:
         for script in re.findall(r"scripts/[\w-]+", text):
-            assert os.access(ROOT / script, os.X_OK), f"{script} is no command"
+            assert os.access(ROOT / script, os.X_OK), f"{script} is not a command"
         return
     env = os.environ | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",

@@ -49,7 +49,7 @@ def test_every_page_is_there(site: Path) -> None:
 def test_the_reference_has_every_public_name(site: Path) -> None:
     page = (site / "reference" / "python.html").read_text()
     for name in requant.__all__:
-        # An alias stands under the path of what it names.
+        # An alias is stored under the path of what it names.
         assert re.search(rf'id="requant\.(\w+\.)*{name}"', page), name
 
 

@@ -45,7 +45,7 @@ PRIVATE = {
     r"carried over": "copied",
     r"materials": "intermediates",
     r"(?:the house|ground floor|floors) (?:in|of|and)": "architecture, layer",
-    r"(?<!there )(?:is|are|was|were) no (?!longer|more|such|other|less|better|smaller)": "is not a",
+    r"(?<!there )(?:is|are|was|were) no(?= (?!longer|more|such|other|less|better|smaller)\w)": "is not a",
 }
 # Word -> files where it is another's word or has its common meaning -> why.
 ALLOWED: dict[str, dict[str, str]] = {
@@ -54,6 +54,7 @@ ALLOWED: dict[str, dict[str, str]] = {
     },
     "refuse": {"": "the value of --act-order that stops at such layers"},
     "materials": {"mkdocs.yml": "a theme"},
+    "peek": {"hub_server.py": "a flag of sockets"},
 }
 # Where such a word is data: the text below it is recorded or made by another tool.
 DATA = re.compile(
@@ -96,7 +97,7 @@ def is_allowed(word: str, name: str) -> bool:
 def strays(text: str, words: dict[str, str], name: str = "") -> list[str]:
     found = []
     for pattern, word in words.items():
-        for match in re.finditer(rf"(?<![a-zA-Z]){pattern}(?![a-zA-Z])", text, re.I):
+        for match in re.finditer(rf"(?<![a-zA-Z])(?:{pattern})(?![a-zA-Z])", text, re.I):
             if match[0].lower() not in ALLOWED or not is_allowed(match[0].lower(), name):
                 line = text.count("\n", 0, match.start()) + 1
                 found.append(f"{name}:{line}: {match[0]!r}, here {word!r}")

@@ -56,7 +56,7 @@ def test_it_must_be_meant(source: Path, tmp_path: Path) -> None:
     assert len(shards(source)) == 4
 
 
-def test_what_would_be_refused_deletes_nothing(
+def test_what_would_be_rejected_deletes_nothing(
     checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     bad = bf16(64, 128)
@@ -74,7 +74,7 @@ def test_what_would_be_refused_deletes_nothing(
 
 @pytest.mark.parametrize("boot", ["the same", "after the power came back"])
 @pytest.mark.parametrize("chunks", range(1, 60, 8))
-def test_stopped_anywhere_it_goes_on(
+def test_stopped_anywhere_it_resumes(
     source: Path, tmp_path: Path, chunks: int, boot: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     convert(source, tmp_path / "whole", bits=4)
@@ -91,7 +91,7 @@ def test_stopped_anywhere_it_goes_on(
     _, lines = read_journal(staging_dir(tmp_path / "out") / "journal")
     assert sum("consumed" in line for line in lines) == gone
     if gone:
-        with pytest.raises(OutputError, match="go on with --consume-source"):
+        with pytest.raises(OutputError, match="resume with --consume-source"):
             convert(source, tmp_path / "out", **small)
         with pytest.raises(OutputError, match="deleted already"):
             convert(source, tmp_path / "out", **small, **CONSUME, resume=False)
@@ -140,7 +140,7 @@ def test_killed_between_the_journal_and_the_deletion(
     assert shards(source) == []
 
 
-def test_a_file_goes_only_after_its_output_was_synced(
+def test_a_file_resumesly_after_its_output_was_synced(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At each deletion the journal, read as after a power failure, has all that needs the file."""

@@ -108,7 +108,7 @@ def test_shards_in_and_out(checkpoint: Callable[..., Path], tmp_path: Path) -> N
 def test_metadata_say_whose_names_the_tensors_have(
     dense: Path, tmp_path: Path, stored: str | None
 ) -> None:
-    """Swift loaders take "mlx" for tensors that need no renaming, turning or shifting."""
+    """Swift loaders take "mlx" for tensors that need no renaming, transposing or shifting."""
     shutil.copytree(dense, tmp_path / "copy")
     path = str(tmp_path / "copy" / "model.safetensors")
     arrays = dict(mx.load(path))
@@ -127,9 +127,7 @@ def test_safetensors_package_reads_the_output(dense: Path, tmp_path: Path) -> No
         assert set(file.keys()) == set(load(tmp_path / "out"))
 
 
-def test_other_files_are_carried_over_and_stale_weights_left_out(
-    dense: Path, tmp_path: Path
-) -> None:
+def test_other_files_are_copied_and_stale_weights_left_out(dense: Path, tmp_path: Path) -> None:
     (dense / "tokenizer.json").write_bytes(b'{"a": "\xc3\xa9"}\r\n')
     (dense / "modeling_custom.py").write_text("raise RuntimeError\n")
     (dense / "pytorch_model.bin").write_bytes(b"stale")
@@ -210,7 +208,7 @@ def test_requantize_is_mlx_of_mlx(affine8: Path, tmp_path: Path) -> None:
     assert fate["lm_head"].treatment == "quantized"
 
 
-def test_a_layer_that_already_is_what_is_wished_keeps_its_codes(
+def test_a_layer_that_already_is_what_is_requested_keeps_its_codes(
     affine8: Path, tmp_path: Path
 ) -> None:
     report = convert(affine8, tmp_path / "out", bits=8)
@@ -263,7 +261,7 @@ def test_a_quantization_block_that_does_not_parse(
     assert "group_size" in str(raised.value)
 
 
-# -- values that are no numbers ----------------------------------------------------------
+# -- values that are not numbers ----------------------------------------------------------
 
 
 @pytest.fixture
@@ -292,7 +290,7 @@ def test_allow_nonfinite_leaves_the_layer_dense(nonfinite: Path, tmp_path: Path)
     assert fate["b"] == "holds NaN or infinity"
 
 
-def test_overflow_on_a_cast_is_counted_and_refused(
+def test_overflow_on_a_cast_is_counted_and_rejected(
     checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     norm = np.array([1.0, 1e6, -1e6, 2.0], ml_dtypes.bfloat16)
@@ -306,7 +304,7 @@ def test_overflow_on_a_cast_is_counted_and_refused(
 
 
 @pytest.mark.parametrize("mode", ["affine", "mxfp8"])
-def test_overflow_of_dequantized_values_is_counted_and_refused(
+def test_overflow_of_dequantized_values_is_counted_and_rejected(
     checkpoint: Callable[..., Path], tmp_path: Path, mode: str
 ) -> None:
     large = bf16(8, 64)
@@ -324,7 +322,7 @@ def test_overflow_of_dequantized_values_is_counted_and_refused(
 # -- outputs that must not be written ----------------------------------------------------
 
 
-def test_an_existing_output_is_refused_unless_forced(dense: Path, tmp_path: Path) -> None:
+def test_an_existing_output_is_rejected_unless_forced(dense: Path, tmp_path: Path) -> None:
     convert(dense, tmp_path / "out", bits=8)
     before = tree(tmp_path / "out")
     with pytest.raises(OutputError, match="--force"):
@@ -336,7 +334,7 @@ def test_an_existing_output_is_refused_unless_forced(dense: Path, tmp_path: Path
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "source"]
 
 
-def test_force_does_not_replace_what_is_no_checkpoint(dense: Path, tmp_path: Path) -> None:
+def test_force_does_not_replace_what_is_not_a_checkpoint(dense: Path, tmp_path: Path) -> None:
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.txt").write_text("years of work")
     with pytest.raises(OutputError, match=r"no config\.json"):
@@ -361,7 +359,7 @@ def test_a_link_to_the_source_is_the_source(dense: Path, tmp_path: Path) -> None
 
 def test_an_unwritable_parent(dense: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
-    with pytest.raises(OutputError, match="is no folder; name another folder"):
+    with pytest.raises(OutputError, match="is not a folder; name another folder"):
         convert(dense, tmp_path / "file" / "out", bits=4)
 
 

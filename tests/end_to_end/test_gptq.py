@@ -1,4 +1,7 @@
-"""``--gptq`` on the road: the kernels' own bytes from any chunks, and what is named or refused."""
+"""``--gptq`` in the pipeline.
+
+The kernels' own bytes from any chunks, and what is named or rejected.
+"""
 
 from __future__ import annotations
 
@@ -91,7 +94,7 @@ def test_each_matrix_by_its_own_hessian(
     check(DOWN, None, native.quantize(w, 32, 3, "affine", search="best", weights=ones))
 
     notes = " ".join(note_texts(report.plan.notes))
-    assert "2 layers are handed on" in notes
+    assert "2 layers are propagated" in notes
     assert "no group is worse" not in notes
     assert f"{DOWN}: no Hessian: searched without --gptq" in notes
     reasons = {x.layer: reason_text(x) for x in report.plan.layers}
@@ -119,7 +122,7 @@ def test_the_outputs_of_a_layer_are_nearer(source: Path, stats: Path, tmp_path: 
     assert errors[0] < 0.9 * errors[1]
 
 
-def test_what_cannot_be_is_told(source: Path, stats: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_is_reported(source: Path, stats: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(UsageError, match="requant calibrate MODEL --hessian"):
         requant.convert(source, out, bits=4, gptq=True)
@@ -187,7 +190,7 @@ def test_a_budget_counts_what_is_lost_as_the_search_does(source: Path, tmp_path:
 
 
 @pytest.mark.parametrize("weights", [None, np.linspace(0, 2, 96).astype(np.float32)])
-def test_weighed_errors_are_the_sums(weights: np.ndarray | None) -> None:
+def test_weighted_errors_are_the_sums(weights: np.ndarray | None) -> None:
     """Against float64, matrix by matrix."""
     from requant.core.dtypes import TensorInfo
     from requant.execution.chunks import Chunk

@@ -55,7 +55,7 @@ def count_chunks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return done
 
 
-def test_the_same_command_goes_on(
+def test_the_same_command_resumes(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = count_chunks(monkeypatch)
@@ -63,7 +63,7 @@ def test_the_same_command_goes_on(
     all_chunks = len(whole)
     error = stopped(dense, tmp_path / "out", 20, bits=4)
 
-    assert "the same command goes on" in error.__notes__[0]
+    assert "the same command resumes" in error.__notes__[0]
     assert not (tmp_path / "out").exists()
     whole.clear()
     convert(dense, tmp_path / "out", bits=4, threads=1, chunk_bytes=3000)
@@ -72,7 +72,7 @@ def test_the_same_command_goes_on(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "source", "whole"]
 
 
-def test_other_chunks_and_threads_go_on_too(dense: Path, tmp_path: Path) -> None:
+def test_other_chunks_and_threads_resume_too(dense: Path, tmp_path: Path) -> None:
     convert(dense, tmp_path / "whole", bits=4)
     stopped(dense, tmp_path / "out", 20, bits=4)
     convert(dense, tmp_path / "out", bits=4, threads=3, chunk_bytes=1700)
@@ -101,7 +101,7 @@ def test_measured_errors_survive(dense: Path, tmp_path: Path) -> None:
         assert resumed.errors[layer].max_steps == error.max_steps
 
 
-def test_a_second_pass_without_spoiled_layers_goes_on(
+def test_a_second_pass_without_nonfinite_layers_resumes(
     checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     bad = bf16(64, 128, seed=1)
@@ -112,7 +112,7 @@ def test_a_second_pass_without_spoiled_layers_goes_on(
     with pytest.MonkeyPatch.context() as patch:
         count = count_chunks(patch)
         with pytest.raises(CheckpointError):
-            convert(source, tmp_path / "refused", bits=4, threads=1, chunk_bytes=3000)
+            convert(source, tmp_path / "rejected", bits=4, threads=1, chunk_bytes=3000)
     first_pass = len(count)
     stopped(source, tmp_path / "out", first_pass + 6, **options)
     head, _ = read_journal(tmp_path / ".out.requant-partial" / "journal")
@@ -136,10 +136,10 @@ def test_no_resume_starts_over(
     assert len(done) == 2 * all_chunks
 
 
-# -- what must not go on -------------------------------------------------------------------
+# -- what must not resume -------------------------------------------------------------------
 
 
-def test_another_wish_is_refused_and_nothing_is_lost(dense: Path, tmp_path: Path) -> None:
+def test_another_option_is_rejected_and_nothing_is_lost(dense: Path, tmp_path: Path) -> None:
     stopped(dense, tmp_path / "out", bits=4)
     with pytest.raises(OutputError, match="what is asked for changed since; --no-resume"):
         convert(dense, tmp_path / "out", bits=8)
@@ -148,7 +148,7 @@ def test_another_wish_is_refused_and_nothing_is_lost(dense: Path, tmp_path: Path
     convert(dense, tmp_path / "two", bits=8, resume=False)
 
 
-def test_a_changed_source_is_refused(dense: Path, tmp_path: Path) -> None:
+def test_a_changed_source_is_rejected(dense: Path, tmp_path: Path) -> None:
     """Not a header differs: only the time of the change tells."""
     stopped(dense, tmp_path / "out", bits=4)
     os.utime(dense / "model.safetensors", ns=(1, 1))
@@ -156,7 +156,7 @@ def test_a_changed_source_is_refused(dense: Path, tmp_path: Path) -> None:
         convert(dense, tmp_path / "out", bits=4)
 
 
-def test_another_version_is_refused(
+def test_another_version_is_rejected(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stopped(dense, tmp_path / "out", bits=4)
@@ -302,7 +302,7 @@ def test_a_torn_line_ends_the_journal(tmp_path: Path, cut: int) -> None:
 
 
 @pytest.mark.parametrize("text", [b"", b"x", b"[]\n", b"{}\n", b"\xff\n", b'{"plan":1}'])
-def test_what_is_no_journal_is_none(tmp_path: Path, text: bytes) -> None:
+def test_what_is_not_a_journal_is_none(tmp_path: Path, text: bytes) -> None:
     (tmp_path / "journal").write_bytes(text)
     assert read_journal(tmp_path / "journal") == ({}, [])
 
@@ -353,7 +353,7 @@ def test_a_full_disk_keeps_what_is_done(dense: Path, tmp_path: Path) -> None:
 
 
 def test_a_source_file_that_disappears(dense: Path, tmp_path: Path) -> None:
-    """Named, nothing appears; put back, the same command goes on."""
+    """Named, nothing appears; put back, the same command resumes."""
     convert(dense, tmp_path / "whole", bits=4)
     stopped(dense, tmp_path / "out", 20, bits=4)
     shard, config = dense / "model.safetensors", dense / "config.json"
@@ -467,7 +467,7 @@ def test_a_pipe_in_the_place_of_a_shard_does_not_block(
         return real(self)
 
     monkeypatch.setattr(source_reader.SourceReader, "__enter__", swapped)
-    with pytest.raises(CheckpointError, match="no regular file"):
+    with pytest.raises(CheckpointError, match="not a regular file"):
         convert(dense, tmp_path / "out", bits=4)
 
 
@@ -475,7 +475,7 @@ def test_a_pipe_in_the_place_of_a_shard_does_not_block(
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_within_a_second_and_says_how_to_go_on(
+def test_ctrl_c_ends_within_a_second_and_says_how_to_resume(
     checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     source = checkpoint({f"l{n}.weight": bf16(512, 4096, seed=n) for n in range(12)})
@@ -495,7 +495,7 @@ def test_ctrl_c_ends_within_a_second_and_says_how_to_go_on(
         _, errors = process.communicate()
         took.append(time.monotonic() - began)
         assert process.returncode == 130
-        assert "interrupted; " in errors and "the same command goes on from there" in errors
+        assert "interrupted; " in errors and "the same command resumes" in errors
         assert "Traceback" not in errors
         if took[-1] < 1:
             return

@@ -1,4 +1,4 @@
-"""--search on the road: same sizes, less error, same bytes for any chunks, loads in MLX."""
+"""--search in the pipeline: same sizes, less error, same bytes for any chunks, loads in MLX."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ def steps(draw: st.DrawFn) -> tuple[Step, int]:
 
 
 def starts(chunk: Chunk) -> Iterator[int]:
-    """Rows at which a run that was stopped may go on: where a piece ended."""
+    """Rows at which a run that was stopped may resume: where a piece ended."""
     yield from {part.stop for part in chunk.parts(3 * chunk.step.work_bytes_per_row)}
 
 
@@ -163,7 +163,7 @@ def test_a_run_that_was_stopped_and_resumed_in_other_chunks(
 
 
 class NoStatistics:
-    """Stands for an ``Importance``: only that there is one matters here."""
+    """Represents an ``Importance``: only that there is one matters here."""
 
 
 @given(st.integers(1, 4), st.integers(1, 6), st.integers(0, 6), st.integers(1, 12), st.booleans())

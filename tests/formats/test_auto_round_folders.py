@@ -26,7 +26,7 @@ def test_fixture(name: str, exactness: str, bits: int, tmp_path: Path) -> None:
 
 
 def test_a_model_that_would_compute_in_float32_is_warned_about(tmp_path: Path) -> None:
-    """AutoRound leaves norms and embeddings of these models in float32 beside float16 scales."""
+    """AutoRound leaves norms and embeddings of these models in float32 next to float16 scales."""
     source = fixture("auto-round-native-w4g64") / "checkpoint"
     notes = " ".join(note_texts(requant.plan(source, layout="keep").notes))
     assert "--dtype float16" in notes

@@ -1,4 +1,4 @@
-"""BitNet: folders against transformers' own values, bytes by hand, what must be refused."""
+"""BitNet: folders against transformers' own values, bytes by hand, what must be rejected."""
 
 from __future__ import annotations
 
@@ -97,12 +97,12 @@ Change = Callable[[dict[str, Any], dict[str, Any]], Any]
     [
         (
             lambda t, b: t.pop("up.weight_scale"),
-            "up.weight: U8 [2, 32] holds codes, but has no scale beside it",
+            "up.weight: U8 [2, 32] holds codes, but has no scale next to it",
         ),
-        (lambda t, b: t.pop("up.weight"), "up.weight_scale: BF16 [1] has no codes beside it"),
+        (lambda t, b: t.pop("up.weight"), "up.weight_scale: BF16 [1] has no codes next to it"),
         (
             lambda t, b: t.update({"up.weight": np.zeros((8, 32), BF16)}),
-            "up.weight: BF16 [8, 32] stands beside up.weight_scale",
+            "up.weight: BF16 [8, 32] is next to up.weight_scale",
         ),
         (
             lambda t, b: t.update({"up.weight": np.zeros((2, 2, 32), np.uint8)}),
@@ -129,11 +129,11 @@ Change = Callable[[dict[str, Any], dict[str, Any]], Any]
         (lambda t, b: b.update(use_rms_norm=True), "normalizes its inputs first"),
         (
             lambda t, b: t.update({"experts.up": np.zeros((2, 2, 32), np.uint8)}),
-            "experts.up: U8 [2, 2, 32] holds codes, but has no scale beside it",
+            "experts.up: U8 [2, 2, 32] holds codes, but has no scale next to it",
         ),
     ],
 )
-def test_damaged_folders_are_refused(change: Change, words: str, tmp_path: Path) -> None:
+def test_damaged_folders_are_rejected(change: Change, words: str, tmp_path: Path) -> None:
     tensors, _ = layer(8, 32)
     block: dict[str, Any] = dict(BLOCK)
     change(tensors, block)
@@ -141,6 +141,6 @@ def test_damaged_folders_are_refused(change: Change, words: str, tmp_path: Path)
     assert words in rejection(source, tmp_path / "out")
 
 
-def test_dense_weights_are_refused(tmp_path: Path) -> None:
+def test_dense_weights_are_rejected(tmp_path: Path) -> None:
     source = write_quantized(tmp_path / "source", {"up.weight": np.zeros((8, 32), BF16)}, BLOCK)
     assert "but no weight is U8" in rejection(source, tmp_path / "out")

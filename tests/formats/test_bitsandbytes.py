@@ -1,4 +1,4 @@
-"""bitsandbytes by hand: bytes, tables, nesting, any shape, and folders that must be refused."""
+"""bitsandbytes by hand: bytes, tables, nesting, any shape, and folders that must be rejected."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_experts_in_one_tensor(tmp_path: Path) -> None:
     assert np.array_equal(dense(tensors, tmp_path), values)
 
 
-def test_in_memory_a_table_is_encoded_anew(tmp_path: Path) -> None:
+def test_in_memory_a_table_is_requantized(tmp_path: Path) -> None:
     tensors, values = table((8, 128), nested=4)
     made, quantization = requant.transform_weights(tensors, BLOCK)
     assert quantization.quantization == requant.Quantization.affine(64, 8)
@@ -121,7 +121,7 @@ def state(**fields: Any) -> Change:
         (lambda t: t.pop("up.weight"), "describes up.weight, which is missing"),
         (
             lambda t: t.update({STATE: np.frombuffer(b"{oops", np.uint8)}),
-            f"{STATE}: is no quant_state",
+            f"{STATE}: is not a quant_state",
         ),
         (state(shape=[8, 63]), "up.weight: U8 [256, 1], expected [252, 1] of U8 for [8, 63]"),
         (state(shape=[8]), "gives shape [8], expected two counts or more"),
@@ -143,7 +143,7 @@ def state(**fields: Any) -> Change:
         ),
         (
             lambda t: t.update({"gate.weight": np.zeros((8, 64), np.int8)}),
-            "gate.weight: I8 [8, 64] holds codes, but has no scale beside it; a layer of "
+            "gate.weight: I8 [8, 64] holds codes, but has no scale next to it; a layer of "
             "bitsandbytes is gate.weight with gate.SCB",
         ),
         (
@@ -154,7 +154,7 @@ def state(**fields: Any) -> Change:
         ),
         (
             lambda t: t.update({"gate.SCB": np.ones(8, np.float32)}),
-            "gate.SCB: has no gate.weight beside it",
+            "gate.SCB: has no gate.weight next to it",
         ),
         (
             lambda t: t.update(
@@ -173,11 +173,11 @@ def state(**fields: Any) -> Change:
                     "gate.SCB": np.ones(8, np.float32),
                 }
             ),
-            "gate.weight: F16 [8, 64] beside gate.SCB, expected I8",
+            "gate.weight: F16 [8, 64] next to gate.SCB, expected I8",
         ),
     ],
 )
-def test_damaged_folders_are_refused(change: Change, words: str, tmp_path: Path) -> None:
+def test_damaged_folders_are_rejected(change: Change, words: str, tmp_path: Path) -> None:
     tensors, _ = table((8, 64))
     change(tensors)
     source = write_quantized(tmp_path / "source", tensors, BLOCK)

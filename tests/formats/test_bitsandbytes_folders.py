@@ -26,13 +26,13 @@ def test_int8_in_float32(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_tables_are_encoded_anew(name: str, tmp_path: Path) -> None:
+def test_tables_are_requantized(name: str, tmp_path: Path) -> None:
     """8 bits, groups of 64; dequantized they are bitsandbytes' own values bit for bit."""
     checked = check_fixture(name, tmp_path, "re-encoded", largest_rms=0.016)
     assert checked.config["quantization"] == {"group_size": 64, "bits": 8, "mode": "affine"}
 
 
-def test_a_table_at_the_wished_width(tmp_path: Path) -> None:
+def test_a_table_at_the_requested_width(tmp_path: Path) -> None:
     check_fixture("bnb-nf4", tmp_path, "re-encoded", bits=6, group_size=32, largest_rms=0.03)
 
 

@@ -56,11 +56,11 @@ WEIGHTS = ("config_groups", "group_0", "weights")
 CORRUPTIONS: dict[str, tuple[Callable[[Tensors, dict[str, Any]], None], tuple[str, ...]]] = {
     "no scale": (
         without("up.weight_scale"),
-        ("up: up.weight_packed has no weight_scale beside it",),
+        ("up: up.weight_packed has no weight_scale next to it",),
     ),
     "no codes": (
         without("up.weight_packed"),
-        ("up.weight_scale: BF16 [8, 2] has no codes beside it, nor has up.weight_shape",),
+        ("up.weight_scale: BF16 [8, 2] has no codes next to it, nor has up.weight_shape",),
     ),
     "no zero points": (
         without("up.weight_zero_point"),
@@ -99,7 +99,7 @@ CORRUPTIONS: dict[str, tuple[Callable[[Tensors, dict[str, Any]], None], tuple[st
             tensors.pop("up.weight_shape"),
             config["config_groups"]["group_0"]["weights"].update({"num_bits": 0}),
         )[-1],
-        ("up: has no weight_shape, and the config does not tell its inputs",),
+        ("up: has no weight_shape, and the config does not give its inputs",),
     ),
     "zero points of another width": (
         with_tensor("up.weight_zero_point", np.zeros((2, 2), np.int32)),
@@ -119,7 +119,7 @@ CORRUPTIONS: dict[str, tuple[Callable[[Tensors, dict[str, Any]], None], tuple[st
     ),
     "never compressed": (
         with_tensor("down.weight_scale", np.ones((8, 1), BF16)),
-        ("down.weight_scale: BF16 [8, 1] has no codes beside it",),
+        ("down.weight_scale: BF16 [8, 1] has no codes next to it",),
     ),
     "unknown format": (
         with_key("format", value="pack-quantised"),
@@ -147,7 +147,7 @@ CORRUPTIONS: dict[str, tuple[Callable[[Tensors, dict[str, Any]], None], tuple[st
     ),
     "preset that is none": (
         lambda tensors, config: config["config_groups"].update({"w4a99x": ["Linear"]}),
-        ("config_groups.w4a99x: 'w4a99x' is no preset", "correct the name, or give the scheme"),
+        ("config_groups.w4a99x: 'w4a99x' is not a preset", "correct the name, or give the scheme"),
     ),
     "bits that are none": (
         with_key(*WEIGHTS, "num_bits", value="four"),
@@ -159,7 +159,7 @@ CORRUPTIONS: dict[str, tuple[Callable[[Tensors, dict[str, Any]], None], tuple[st
     ),
     "fp8 without a scale": (
         with_tensor("down.weight", e4m3(4, 32)),
-        ("down.weight: F8_E4M3 [4, 32] has no scale beside it", "with down.weight_scale"),
+        ("down.weight: F8_E4M3 [4, 32] has no scale next to it", "with down.weight_scale"),
     ),
     "fp4 that is neither": (
         lambda tensors, config: tensors.update(
@@ -193,7 +193,7 @@ CORRUPTIONS: dict[str, tuple[Callable[[Tensors, dict[str, Any]], None], tuple[st
 
 
 @pytest.mark.parametrize("name", CORRUPTIONS)
-def test_corrupted_folders_are_refused(name: str, tmp_path: Path) -> None:
+def test_corrupted_folders_are_rejected(name: str, tmp_path: Path) -> None:
     change, words = CORRUPTIONS[name]
     tensors, config = good(), block(group_size=32, symmetric=False)
     change(tensors, config)

@@ -55,7 +55,7 @@ def groups(*entries: tuple[list[str], int]) -> dict[str, Any]:
 def test_schemes_resolve_as_the_peers_loader_does(
     entries: list[tuple[list[str], int]], tmp_path: Path
 ) -> None:
-    """A wrong scheme would take the 8-bit layer's words for 4 bits, and be refused."""
+    """A wrong scheme would take the 8-bit layer's words for 4 bits, and be rejected."""
     folder = write_quantized(tmp_path / "s", two_layers(), groups(*entries))
     _, report = convert(folder, tmp_path / "o")
     targets = {layer.layer: layer.target for layer in report.plan.layers}
@@ -119,7 +119,7 @@ def test_offline_transforms_are_in_the_weights(tmp_path: Path) -> None:
 
 
 def test_in_memory(tmp_path: Path) -> None:
-    """Both libraries give the folder's bytes; MLX's plain bytes stand for float8."""
+    """Both libraries give the folder's bytes; MLX's plain bytes represent float8."""
     tensors = packed(np.arange(-8, 8).repeat(16).reshape(4, 64), 4, np.ones((4, 1), BF16))
     tensors |= {
         "down.weight_packed": np.arange(64, dtype=np.uint8).reshape(2, 32),

@@ -1,7 +1,7 @@
-"""Each tensor of a quantized layer missing, cut, turned or of another kind, over all float formats.
+"""Each tensor of a layer missing, cut, transposed or of another kind, in all float formats.
 
-A damage must be refused with the layer's name, or leave a layer that means one thing only: those
-few are listed with the reason, and hold the rest to be refused.
+A damage must be rejected with the layer's name, or leave a layer that means one thing only: those
+few are listed with the reason, and hold the rest to be rejected.
 """
 
 from __future__ import annotations

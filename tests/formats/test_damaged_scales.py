@@ -88,7 +88,7 @@ def test_it_may_be_kept_as_it_is(name: str, tmp_path: Path) -> None:
         assert np.isfinite(made["down.scales"].astype(np.float32)).all()
 
 
-def test_a_large_scale_is_no_damage(tmp_path: Path) -> None:
+def test_a_large_scale_is_not_a_damage(tmp_path: Path) -> None:
     """Finite, and too large for float16: that is said, with the way out."""
     tensors, config = FOLDERS["compressed-tensors"]()
     tensors["up.weight_scale"] = tensors["up.weight_scale"].astype(np.float32)

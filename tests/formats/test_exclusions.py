@@ -75,7 +75,7 @@ def test_a_layer_that_a_list_calls_dense_is_read_with_a_note(
 
 
 @pytest.mark.parametrize("name", [name for name in sorted(SOURCES) if name != "mlx"])
-def test_a_list_of_other_layers_is_no_matter(name: str, tmp_path: Path) -> None:
+def test_a_list_of_other_layers_is_not_a_matter(name: str, tmp_path: Path) -> None:
     source = SOURCES[name]()
     block_of(source)["modules_to_not_convert"] = [
         "head",
@@ -131,7 +131,7 @@ def test_a_list_that_is_none(key: str, tmp_path: Path) -> None:
 
 
 def test_a_list_names_a_layer_that_is_not_whole(tmp_path: Path) -> None:
-    """Then nobody knows: refused, by the name of what is missing."""
+    """Then nobody knows: rejected, by the name of what is missing."""
     source = SOURCES["modelopt-nvfp4"]()
     block_of(source)["exclude_modules"] = ["up"]
     del source.tensors["up.weight_scale"]

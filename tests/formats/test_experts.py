@@ -62,7 +62,7 @@ def quantized_moe(folder: Path, pack: Pack, block: dict[str, Any]) -> tuple[Path
 
 
 def dense_counterpart(source: Path, folder: Path, dense: dict[str, np.ndarray]) -> Path:
-    """The values that the codes stand for, in a plain folder."""
+    """The values that the codes represent, in a plain folder."""
     shutil.copytree(source, folder)
     write_file(folder / "model.safetensors", dense)
     config = json.loads((folder / "config.json").read_text())

@@ -1,4 +1,4 @@
-"""FP8 by hand: vectors, every kind of scale, any shape, and folders that must be refused."""
+"""FP8 by hand: vectors, every kind of scale, any shape, and folders that must be rejected."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_fbgemm_linear(tmp_path: Path) -> None:
 
 
 def test_stacked_experts_without_a_dot(tmp_path: Path) -> None:
-    """transformers' gate_up_proj beside gate_up_proj_scale_inv is [experts, out, in]."""
+    """transformers' gate_up_proj next to gate_up_proj_scale_inv is [experts, out, in]."""
     scales = np.array([0.1, 0.2], np.float32).reshape(2, 1, 1)
     tensors = {"experts.gate_up_proj": e4m3(2, 6, 64), "experts.gate_up_proj_scale_inv": scales}
     folder = write_quantized(tmp_path / "source", tensors, FP8)
@@ -259,13 +259,13 @@ CORRUPTIONS: list[tuple[str, dict[str, np.ndarray | None], dict[str, Any], tuple
         "no weight",
         {"up.weight": None},
         FP8,
-        ("up.weight_scale_inv: F32 [2, 2] has no codes beside it",),
+        ("up.weight_scale_inv: F32 [2, 2] has no codes next to it",),
     ),
     (
         "dense weight with a scale",
         {"up.weight": np.ones((130, 160), BF16)},
         FP8,
-        ("up.weight: BF16 [130, 160] stands beside up.weight_scale_inv",),
+        ("up.weight: BF16 [130, 160] is next to up.weight_scale_inv",),
     ),
     (
         "a tile short",
@@ -274,7 +274,7 @@ CORRUPTIONS: list[tuple[str, dict[str, np.ndarray | None], dict[str, Any], tuple
         ("up.weight_scale_inv: F32 [2, 1] fits no tiling", "expected [2, 2] for 128x128"),
     ),
     (
-        "the grid turned",
+        "the grid transposed",
         {"up.weight": e4m3(160, 260), "up.weight_scale_inv": np.ones((3, 2), np.float32)},
         FP8,
         ("F32 [3, 2] fits no tiling of up.weight [160, 260]", "expected [2, 3]"),
@@ -329,7 +329,7 @@ CORRUPTIONS: list[tuple[str, dict[str, np.ndarray | None], dict[str, Any], tuple
     [case[1:] for case in CORRUPTIONS],
     ids=[case[0] for case in CORRUPTIONS],
 )
-def test_corrupted_folders_are_refused(
+def test_corrupted_folders_are_rejected(
     changes: dict[str, np.ndarray | None],
     block: dict[str, Any],
     words: tuple[str, ...],

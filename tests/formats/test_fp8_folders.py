@@ -16,7 +16,7 @@ BLOCKS = ["fp8-block-llama", "fp8-block-deepseek-edge"]
 
 
 @pytest.mark.parametrize("name", BLOCKS)
-def test_blocks_without_a_wish_explain_the_choices(name: str, tmp_path: Path) -> None:
+def test_blocks_without_an_option_explain_the_choices(name: str, tmp_path: Path) -> None:
     with pytest.raises(requant.UsageError) as rejected:
         requant.convert(fixture(name) / "checkpoint", tmp_path / "out", layout="keep")
     text = str(rejected.value)
@@ -26,7 +26,7 @@ def test_blocks_without_a_wish_explain_the_choices(name: str, tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == []
 
 
-def test_blocks_become_what_is_wished(tmp_path: Path) -> None:
+def test_blocks_become_what_is_requested(tmp_path: Path) -> None:
     check_fixture("fp8-block-llama", tmp_path, "re-encoded", bits=4, largest_rms=0.16)
 
 
@@ -39,7 +39,7 @@ def test_ragged_blocks(tmp_path: Path) -> None:
     classes = {"": "re-encoded"} | dict.fromkeys(ragged, "rounded")
     checked = check_fixture(name, tmp_path, classes, mode="mxfp8", largest_rms=0.03)
     reasons = {layer.layer: reason_text(layer) for layer in checked.report.plan.layers}
-    assert reasons[ragged[0]] == "last axis 136 is no multiple of group 32 or a smaller one"
+    assert reasons[ragged[0]] == "last axis 136 is not a multiple of group 32 or a smaller one"
 
 
 def test_power_of_two_scales_are_mxfp8(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""FP-Quant: what is not rotated is read; what is rotated is refused by name."""
+"""FP-Quant: what is not rotated is read; what is rotated is rejected by name."""
 
 from __future__ import annotations
 
@@ -60,12 +60,12 @@ Change = Callable[[dict[str, Any], dict[str, Any]], Any]
             "transform_init: is 'gsr': weights are stored rotated",
         ),
         (lambda t, b: b.update(forward_dtype="mxfp8"), "forward_dtype: is 'mxfp8'; read are"),
-        (lambda t, b: t.pop("up.scales"), "up.qweight: has no up.scales beside it"),
+        (lambda t, b: t.pop("up.scales"), "up.qweight: has no up.scales next to it"),
         (
             lambda t, b: t.pop("up.weight_global_scale"),
-            "up.qweight: has no up.weight_global_scale beside it",
+            "up.qweight: has no up.weight_global_scale next to it",
         ),
-        (lambda t, b: t.pop("up.qweight"), "up.scales: U8 [6, 4] has no codes beside it"),
+        (lambda t, b: t.pop("up.qweight"), "up.scales: U8 [6, 4] has no codes next to it"),
         (
             lambda t, b: t.update({"up.scales": np.zeros((128, 4), np.uint8)}),
             "up.scales: U8 [128, 4], expected U8 [6, 4], unpadded",
@@ -88,7 +88,7 @@ Change = Callable[[dict[str, Any], dict[str, Any]], Any]
         ),
     ],
 )
-def test_what_is_not_read_is_refused(change: Change, words: str, tmp_path: Path) -> None:
+def test_what_is_not_read_is_rejected(change: Change, words: str, tmp_path: Path) -> None:
     tensors, _ = layer()
     config = block()
     change(tensors, config)

@@ -87,11 +87,13 @@ def test_logits(name: str, tmp_path: Path) -> None:
     source = fixture(name) / "checkpoint" / "model.gguf"
     expected, kinds = expected_of(name)
     requant.convert(source, tmp_path / "out", dtype="float32")
-    requant.convert(source, tmp_path / "twin", dequantize=True, dtype="float32", layout="keep")
-    weights = mx.load(str(tmp_path / "twin" / "model.safetensors"))
+    requant.convert(
+        source, tmp_path / "counterpart", dequantize=True, dtype="float32", layout="keep"
+    )
+    weights = mx.load(str(tmp_path / "counterpart" / "model.safetensors"))
     weights |= {f"{path}.weight": mx.array(values) for path, values in expected.items()}
-    mx.save_safetensors(str(tmp_path / "twin" / "model.safetensors"), weights)
-    found, wanted = logits(tmp_path / "out"), logits(tmp_path / "twin")
+    mx.save_safetensors(str(tmp_path / "counterpart" / "model.safetensors"), weights)
+    found, wanted = logits(tmp_path / "out"), logits(tmp_path / "counterpart")
     largest = 0.03 if "Q6_K" in kinds.values() else 2e-5
     assert np.abs(found - wanted).max() <= largest * np.abs(wanted).max()
 
@@ -169,7 +171,7 @@ def test_scale_bytes_that_no_writer_makes(kind: str, byte: int, words: str, tmp_
 
 
 def test_scales_beyond_float16_stop_the_run(tmp_path: Path) -> None:
-    """d = 60000: the bias -8 d is no float16 number; bfloat16 holds it."""
+    """d = 60000: the bias -8 d is not a float16 number; bfloat16 holds it."""
     blocks = np.zeros((2, 18), np.uint8)
     blocks[:, :2] = np.array([60000], np.float16).view(np.uint8)
     source = write(tmp_path / "m.gguf", {"w.weight": (blocks, "Q4_0")})
@@ -209,7 +211,7 @@ ONE_BIT = np.array([0.5], np.float16).tobytes() + bytes(range(16))
 
 
 def blocks_of(kind: BlockType) -> tuple[np.ndarray, np.ndarray]:
-    """Three rows of 512 values, and what they stand for."""
+    """Three rows of 512 values, and what they represent."""
     if kind.name == "Q1_0":  # the package has no decoder for it
         raw = np.frombuffer(ONE_BIT, np.uint8)
         signs = np.unpackbits(raw[2:], bitorder="little") * 1.0 - 0.5
@@ -263,7 +265,7 @@ def test_the_table_of_exactness(name: str, tmp_path: Path) -> None:
 
 
 def test_every_type_of_blocks_is_converted(tmp_path: Path) -> None:
-    """One file of all types: each is kept or encoded anew, and decodes to the package's values."""
+    """One file of all types: each is kept or requantized, and decodes to the package's values."""
     tensors, expected = {}, {}
     for kind in TYPES.values():
         if kind.dtype or kind.name == "Q1_0":

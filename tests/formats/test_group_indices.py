@@ -69,8 +69,8 @@ def test_a_layers_own_rule_decides(desc_act: bool, tmp_path: Path) -> None:
         requant.convert(folder, tmp_path / "out", layout="keep")
 
 
-def test_the_advice_of_the_refusal_works(tmp_path: Path) -> None:
-    rejected = source_with("gptq", "missing", desc_act=True).write(tmp_path / "refused")
+def test_the_advice_of_the_error_works(tmp_path: Path) -> None:
+    rejected = source_with("gptq", "missing", desc_act=True).write(tmp_path / "rejected")
     assert "say false there" in rejection(rejected, tmp_path / "out")
     mended = source_with("gptq", "missing", desc_act=False).write(tmp_path / "mended")
     requant.convert(mended, tmp_path / "out", layout="keep")

@@ -1,4 +1,4 @@
-"""HQQ by hand: packings, any shape along both axes, and folders that must be refused."""
+"""HQQ by hand: packings, any shape along both axes, and folders that must be rejected."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ Change = Callable[[dict[str, Any]], Any]
         (lambda t: t.pop("up.scale"), "up: has packed codes, but no up.scale"),
         (lambda t: t.pop("up.zero"), "up: has packed codes, but no up.zero"),
         (lambda t: t.pop("up.shape"), "up: has no up.shape"),
-        (lambda t: t.pop("up.W_q"), "has no up.W_q beside it"),
+        (lambda t: t.pop("up.W_q"), "has no up.W_q next to it"),
         (
             lambda t: t.update({"up.shape": np.array([0, 64])}),
             "up.shape: says [0, 64], expected two counts",
@@ -211,7 +211,7 @@ Change = Callable[[dict[str, Any]], Any]
         ),
         (
             lambda t: t.update({"up.weight": np.zeros((12, 64), np.float16)}),
-            "up.weight: F16 [12, 64] stands beside up.W_q",
+            "up.weight: F16 [12, 64] is next to up.W_q",
         ),
         (
             lambda t: t.update({"up.packing": text("8bit_u8"), "up.nbits": np.array(9)}),
@@ -219,14 +219,14 @@ Change = Callable[[dict[str, Any]], Any]
         ),
     ],
 )
-def test_damaged_folders_are_refused(change: Change, words: str, tmp_path: Path) -> None:
+def test_damaged_folders_are_rejected(change: Change, words: str, tmp_path: Path) -> None:
     tensors, _ = layer(random_view(24, 32, 4), (12, 64), "4bit_u8")
     change(tensors)
     source = write_quantized(tmp_path / "source", tensors, BLOCK)
     assert words in rejection(source, tmp_path / "out")
 
 
-def test_codes_beyond_their_width_are_refused(tmp_path: Path) -> None:
+def test_codes_beyond_their_width_are_rejected(tmp_path: Path) -> None:
     tensors, _ = layer(random_view(24, 32, 8), (12, 64), "8bit_u8", nbits=5)
     source = write_quantized(tmp_path / "source", tensors, BLOCK)
     assert "but nbits says 5: 0 to 31" in rejection(source, tmp_path / "out")

@@ -13,7 +13,7 @@ from tests.support.safetensors_files import read_file, write_file
 
 pytestmark = pytest.mark.sweep(2)
 
-# name, wishes, and how far logits may be off (relative to the largest): what the codes lose.
+# name, options, and how far logits may be off (relative to the largest): what the codes lose.
 FOLDERS: list[tuple[str, dict[str, Any], float]] = [
     ("ct-pack-int4-sym-g128", {}, 1e-4),
     ("ct-pack-int3-g64", {}, 1e-4),

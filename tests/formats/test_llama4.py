@@ -1,4 +1,4 @@
-"""Llama 4 in fbgemm's FP8: experts that mlx-lm's class wants as they are named and turned."""
+"""Llama 4 in fbgemm's FP8: experts that mlx-lm's class wants as they are named and transposed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EXPERTS = "language_model.model.layers.1.feed_forward.experts"
 
 
 def folders(tmp_path: Path, exponents: bool = False) -> tuple[Path, Path]:
-    """A small Llama 4 with FP8 experts, and its dense twin in float32."""
+    """A small Llama 4 with FP8 experts, and its dense counterpart in float32."""
     from tests.support.families import small_config
     from tests.support.mlx_lm_conversion import write_mlx_checkpoint
     from tests.support.published_models import published
@@ -45,10 +45,12 @@ def folders(tmp_path: Path, exponents: bool = False) -> tuple[Path, Path]:
     write_mlx_checkpoint(
         tmp_path / "fp8", config | {"dtype": "bfloat16"} | BLOCK, {"x": mx.zeros(1)}
     )
-    write_mlx_checkpoint(tmp_path / "twin", config | {"dtype": "bfloat16"}, {"x": mx.zeros(1)})
+    write_mlx_checkpoint(
+        tmp_path / "counterpart", config | {"dtype": "bfloat16"}, {"x": mx.zeros(1)}
+    )
     write_file(tmp_path / "fp8" / "model.safetensors", stored)
-    write_file(tmp_path / "twin" / "model.safetensors", dense)
-    return tmp_path / "fp8", tmp_path / "twin"
+    write_file(tmp_path / "counterpart" / "model.safetensors", dense)
+    return tmp_path / "fp8", tmp_path / "counterpart"
 
 
 BLOCK = {"quantization_config": {"quant_method": "fbgemm_fp8", "modules_to_not_convert": []}}
@@ -56,7 +58,7 @@ BLOCK = {"quantization_config": {"quant_method": "fbgemm_fp8", "modules_to_not_c
 
 @pytest.mark.parametrize("options", [{"bits": 8}, {"mode": "mxfp4"}, {"dequantize": True}], ids=str)
 def test_experts_as_from_dense_weights(options: dict[str, Any], tmp_path: Path) -> None:
-    """Each tensor is what the dense bfloat16 twin gives, byte for byte; mlx-lm loads it."""
+    """Each tensor is what the dense bfloat16 counterpart gives, byte for byte; mlx-lm loads it."""
     from mlx_lm.utils import load_model
 
     source, counterpart = folders(tmp_path)
@@ -71,8 +73,8 @@ def test_experts_as_from_dense_weights(options: dict[str, Any], tmp_path: Path) 
     load_model(tmp_path / "out", strict=True)
 
 
-def test_powers_of_two_need_no_wish(tmp_path: Path) -> None:
-    """mxfp8 holds the values; they are computed anew, because the rule turns them."""
+def test_powers_of_two_need_no_option(tmp_path: Path) -> None:
+    """mxfp8 holds the values; they are recomputed, because sanitize() transposes them."""
     source, counterpart = folders(tmp_path, exponents=True)
     report = requant.convert(source, tmp_path / "out", layout="mlx-lm")
     requant.convert(counterpart, tmp_path / "wanted", layout="mlx-lm", dequantize=True)
@@ -85,7 +87,7 @@ def test_powers_of_two_need_no_wish(tmp_path: Path) -> None:
     assert found[f"{EXPERTS}.up_proj"] == "re-encoded"
 
 
-def test_without_a_wish_the_choices_are_named(tmp_path: Path) -> None:
+def test_without_an_option_the_choices_are_named(tmp_path: Path) -> None:
     source, _ = folders(tmp_path)
     with pytest.raises(requant.RequantError, match="say what it becomes") as rejected:
         requant.convert(source, tmp_path / "out", layout="mlx-lm")

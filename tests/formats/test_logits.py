@@ -39,5 +39,5 @@ def test_logits_in_the_dtype_of_the_source(name: str, tmp_path: Path) -> None:
     check_logits(name, tmp_path, 1e-2)
 
 
-def test_logits_of_layers_encoded_anew(tmp_path: Path) -> None:
+def test_logits_of_requantized_layers(tmp_path: Path) -> None:
     check_logits("gptq-b4-g32-actorder-asym-v2", tmp_path, 5e-2, dtype="float32")

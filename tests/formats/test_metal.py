@@ -1,4 +1,4 @@
-"""transformers' metal layers: an exact rename, groups that are repeated, and refusals."""
+"""transformers' metal layers: an exact rename, groups that are repeated, and rejections."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_qbiases_are_biases(bits: int, tmp_path: Path) -> None:
     bits=st.sampled_from([2, 4, 8]),
 )
 def test_any_group(rows: int, groups: int, group: int, bits: int, tmp_path_factory: Any) -> None:
-    """Repeated where a group of MLX's divides it; decoded and encoded anew elsewhere."""
+    """Repeated where a group of MLX's divides it; decoded and requantized elsewhere."""
     tmp_path = tmp_path_factory.mktemp("metal")
     columns = 32 * group * groups // np.gcd(32, group)
     tensors, codes, values = layer(rows, columns, bits, group)
@@ -80,12 +80,12 @@ Change = Callable[[dict[str, Any], dict[str, Any]], Any]
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda t, b: t.pop("up.weight"), "up: has no up.weight beside its scales, qbiases"),
+        (lambda t, b: t.pop("up.weight"), "up: has no up.weight next to its scales, qbiases"),
         (lambda t, b: t.pop("up.scales"), "up: has no up.scales"),
         (lambda t, b: t.pop("up.qbiases"), "up: has no up.qbiases"),
         (
             lambda t, b: (t.pop("up.qbiases"), t.pop("up.scales")),
-            "up.weight: U32 [4, 16] holds codes, but has no scale beside it",
+            "up.weight: U32 [4, 16] holds codes, but has no scale next to it",
         ),
         (lambda t, b: b.update(bits=3), "bits: is 3, expected 2, 4 or 8"),
         (lambda t, b: b.update(bits="4"), "bits: is '4', expected a whole number"),
@@ -103,7 +103,7 @@ Change = Callable[[dict[str, Any], dict[str, Any]], Any]
         ),
     ],
 )
-def test_damaged_folders_are_refused(change: Change, words: str, tmp_path: Path) -> None:
+def test_damaged_folders_are_rejected(change: Change, words: str, tmp_path: Path) -> None:
     tensors, _, _ = layer(4, 128, 4, 64)
     config = block()
     change(tensors, config)

@@ -1,4 +1,4 @@
-"""MLX folders whose config and tensors contradict each other: refused by name, with a way out."""
+"""MLX folders whose config and tensors contradict each other: rejected by name, with a way out."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ PROBLEMS: dict[str, tuple[Tensors, dict[str, Any], Change, tuple[str, ...]]] = {
         AFFINE,
         lambda tensors, block: block.update({"up": False}),
         (
-            "config.json: quantization.up: is false, yet up.scales stands in the checkpoint",
+            "config.json: quantization.up: is false, yet up.scales is in the checkpoint",
             "say the group_size and bits of its codes there, or remove the scales",
         ),
     ),
@@ -63,7 +63,7 @@ PROBLEMS: dict[str, tuple[Tensors, dict[str, Any], Change, tuple[str, ...]]] = {
         affine(),
         AFFINE,
         change("weight", np.zeros((8, 8), np.int32)),
-        ("up.weight: I32 [8, 8], expected U32 of rank 2 or more beside up.scales",),
+        ("up.weight: I32 [8, 8], expected U32 of rank 2 or more next to up.scales",),
     ),
     "a ragged row": (
         affine(),

@@ -1,4 +1,4 @@
-"""ModelOpt by hand: every kind of layer, scales of inputs, and folders that must be refused."""
+"""ModelOpt by hand: every kind of layer, scales of inputs, and folders that must be rejected."""
 
 from __future__ import annotations
 
@@ -197,8 +197,8 @@ def nvfp4() -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda t: t.pop("up.weight_scale"), "up.weight: has no weight_scale beside it"),
-        (lambda t: t.pop("up.weight"), "up.weight_scale: F8_E4M3 [4, 4] has no codes beside it"),
+        (lambda t: t.pop("up.weight_scale"), "up.weight: has no weight_scale next to it"),
+        (lambda t: t.pop("up.weight"), "up.weight_scale: F8_E4M3 [4, 4] has no codes next to it"),
         (
             lambda t: t.pop("up.weight_scale_2"),
             "up: has E4M3 scales of NVFP4, but no weight_scale_2",
@@ -225,11 +225,11 @@ def nvfp4() -> dict[str, Any]:
         ),
         (
             lambda t: t.update({"experts.gate_up": random(2, 4, 32)}),
-            "experts.gate_up: U8 [2, 4, 32] holds codes, but has no scale beside it",
+            "experts.gate_up: U8 [2, 4, 32] holds codes, but has no scale next to it",
         ),
         (
             lambda t: t.update({"gate.weight": e4m3(4, 32)}),
-            "gate.weight: F8_E4M3 [4, 32] has no scale beside it",
+            "gate.weight: F8_E4M3 [4, 32] has no scale next to it",
         ),
         (
             lambda t: t.update(
@@ -239,7 +239,7 @@ def nvfp4() -> dict[str, Any]:
         ),
     ],
 )
-def test_damaged_folders_are_refused(change: Change, words: str, tmp_path: Path) -> None:
+def test_damaged_folders_are_rejected(change: Change, words: str, tmp_path: Path) -> None:
     tensors = nvfp4()
     change(tensors)
     source = write_quantized(tmp_path / "source", tensors, block("NVFP4"))

@@ -15,21 +15,21 @@ from tests.support.logits import check_logits
 from tests.support.safetensors_files import read_folder
 
 
-def test_nvfp4_with_a_tensor_scale_is_encoded_anew(tmp_path: Path) -> None:
+def test_nvfp4_with_a_tensor_scale_is_requantized(tmp_path: Path) -> None:
     """Dequantized it is ModelOpt's own values, bit for bit."""
     checked = check_fixture("modelopt-nvfp4", tmp_path, "re-encoded", largest_rms=0.016)
     assert checked.config["quantization"] == {"group_size": 64, "bits": 8, "mode": "affine"}
     assert not any(name.endswith("input_scale") for name in checked.weights)
 
 
-def test_fp8_without_a_wish_explains_the_choices(tmp_path: Path) -> None:
+def test_fp8_without_an_option_explains_the_choices(tmp_path: Path) -> None:
     source = fixture("modelopt-fp8") / "checkpoint"
     with pytest.raises(requant.UsageError, match="one scale a tensor"):
         requant.convert(source, tmp_path / "out", layout="keep")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_fp8_becomes_what_is_wished(tmp_path: Path) -> None:
+def test_fp8_becomes_what_is_requested(tmp_path: Path) -> None:
     check_fixture("modelopt-fp8", tmp_path, "re-encoded", bits=8, largest_rms=0.016)
 
 

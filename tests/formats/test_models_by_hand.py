@@ -28,7 +28,7 @@ pytestmark = pytest.mark.sweep(1)
 
 Tensors = dict[str, np.ndarray]
 # Output rows, inputs and a source of random numbers -> tensors by what is added to the layer's
-# path, and the values that they stand for.
+# path, and the values that they represent.
 Coder = Callable[[int, int, np.random.Generator], tuple[Tensors, np.ndarray]]
 
 
@@ -168,7 +168,7 @@ NVFP4_LEVELS = [
     {"dtype": "fp4", "qscheme": "per_group", "group_size": 16},
     {"dtype": "fp8_e4m3", "qscheme": "per_tensor"},
 ]
-# name -> block, coder, how far logits may be off (relative to the largest), wishes
+# name -> block, coder, how far logits may be off (relative to the largest), options
 LLAMAS: dict[str, tuple[dict[str, Any], Coder, float, dict[str, Any]]] = {
     "quark int4": (quark.block("int4", pack="reorder"), quark_int4, 1e-4, FLOAT32),
     "quark int8": (quark.block("int8", "per_channel"), quark_int8, 1e-4, FLOAT32),

@@ -72,7 +72,7 @@ def test_every_byte_under_every_scale(tmp_path: Path) -> None:
         ({"experts.down_proj_scales": None}, "experts.down_proj_blocks: has no scales"),
         (
             {"experts.down_proj_blocks": None},
-            "experts.down_proj_scales: U8 [2, 6, 3] has no codes beside it",
+            "experts.down_proj_scales: U8 [2, 6, 3] has no codes next to it",
         ),
         (
             {"experts.down_proj_scales": np.ones((2, 6, 2), np.uint8)},
@@ -96,7 +96,7 @@ def test_every_byte_under_every_scale(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_corrupted_folders_are_refused(
+def test_corrupted_folders_are_rejected(
     changes: dict[str, np.ndarray | None], words: str, tmp_path: Path
 ) -> None:
     tensors = {k: v for k, v in (good() | changes).items() if v is not None}

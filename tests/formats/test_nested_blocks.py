@@ -90,7 +90,7 @@ def test_the_dtype_is_that_of_the_nested_config(nest: str, tmp_path: Path) -> No
     assert '"torch_dtype": "bfloat16"' in json.dumps(written)
 
 
-def test_a_word_that_is_no_block_stays(tmp_path: Path) -> None:
+def test_a_word_that_is_not_a_block_stays(tmp_path: Path) -> None:
     """Codecs call their residual vectors "quantization" too."""
     source = SOURCES["gptq"]()
     codec = {"codec_config": {"quantization": {"levels": 8}, "hidden_size": 4}}
@@ -149,7 +149,9 @@ def test_a_file_that_fits_counts_before_a_config_that_does_not(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("place", ["text_config", "quantize_config.json"])
-def test_two_that_fit_and_mean_other_values_are_refused_by_name(place: str, tmp_path: Path) -> None:
+def test_two_that_fit_and_mean_other_values_are_rejected_by_name(
+    place: str, tmp_path: Path
+) -> None:
     """How zeros are stored no tensor of an asymmetric layer tells."""
     source = SOURCES["gptq"]()
     first = source.config["quantization_config"] | {"checkpoint_format": "gptq"}
@@ -186,7 +188,7 @@ def test_blocks_of_two_parts_of_a_model_are_both_right(tmp_path: Path) -> None:
     assert written == {"model_type": "some_vlm", "text_config": {}, "vision_config": {}}
 
 
-def test_two_that_say_the_same_in_other_words_are_no_contradiction(tmp_path: Path) -> None:
+def test_two_that_say_the_same_in_other_words_are_not_a_contradiction(tmp_path: Path) -> None:
     source = SOURCES["modelopt-nvfp4"]()
     folder = write(source, tmp_path / "source", source.config)
     side = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4"}}

@@ -197,7 +197,7 @@ def test_experts_that_all_fold_need_no_global_scale(tmp_path: Path) -> None:
     assert {x.exactness for x in report.plan.layers} == {"exact"}
 
 
-def test_other_wishes_decode_them(tmp_path: Path) -> None:
+def test_other_options_decode_them(tmp_path: Path) -> None:
     source = moe(tmp_path / "source", "compressed-tensors", only="experts")
     stored = read_file(source / "model.safetensors")
     requant.convert(source, tmp_path / "dense", layout="mlx-lm", dequantize=True, dtype="float32")

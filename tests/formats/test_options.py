@@ -40,7 +40,7 @@ def test_one_pass_is_two_passes(name: str, options: dict[str, Any], tmp_path: Pa
     requant.convert(tmp_path / "dense", tmp_path / "two", layout="keep", only=only, **options)
     one, two = (_tensors(tmp_path / folder) for folder in ("one", "two"))
     again = [path for path in quantized if by_layer[path].treatment == "requantized"]
-    # A wish that is what the codes already are lets down_proj keep them: its order then moves.
+    # A requested target that the codes already have lets down_proj keep them: its order then moves.
     if any("was moved into" in note for note in note_texts(report.plan.notes)):
         again = [path for path in again if not path.endswith(("gate_proj", "up_proj"))]
     assert again
@@ -63,7 +63,7 @@ def test_an_override_of_what_is_there_keeps_the_codes(tmp_path: Path) -> None:
     assert {"down_proj", "up_proj"} <= kept
 
 
-def test_a_skipped_layer_that_must_be_encoded_anew_becomes_dense() -> None:
+def test_a_skipped_layer_that_must_be_requantized_becomes_dense() -> None:
     """SKIP means no new codes: what MLX cannot hold is then dense."""
     source = fixture("gptq-b4-g32-actorder-asym-v2") / "checkpoint"
     plan = requant.plan(source, layout="keep", overrides=["q_proj=skip"])

@@ -94,7 +94,7 @@ UNREADABLE = [
 
 
 @pytest.mark.parametrize(("first", "second"), UNREADABLE)
-def test_what_has_several_readings_is_refused_by_name(
+def test_what_has_several_readings_is_rejected_by_name(
     first: str, second: str, tmp_path: Path
 ) -> None:
     source = siblings(SOURCES[first](), SOURCES[second]())
@@ -107,7 +107,7 @@ FIRSTS = ("gptq", "fp8", "modelopt-nvfp4", "mlx")
 
 @pytest.mark.parametrize("second", TELLING)
 def test_the_second_is_what_it_is_in_a_folder_of_its_own(second: str, tmp_path: Path) -> None:
-    """Codes, scales and biases, beside one format or another."""
+    """Codes, scales and biases, next to one format or another."""
     other = SOURCES[second]()
     source = siblings(SOURCES[FIRSTS[TELLING.index(second) % len(FIRSTS)]](), other)
     made = []
@@ -188,7 +188,7 @@ def test_symmetric_zeros_tell_the_version(
 def test_zeros_that_vary_need_a_word_of_the_config(
     first: str, version: int, tmp_path: Path
 ) -> None:
-    """The refusal says which, and what it says works."""
+    """The rejection says which, and what it says works."""
     source = SOURCES[first]()
     tensors, values = gptq_layer(version, symmetric=False)
     source.tensors |= tensors
@@ -197,12 +197,12 @@ def test_zeros_that_vary_need_a_word_of_the_config(
     assert text.count("other") == 1
     assert '"checkpoint_format": "gptq" (version 1, less one) or "gptq_v2" (as they are)' in text
     source.config["quantization_config"]["checkpoint_format"] = ("gptq", "gptq_v2")[version - 1]
-    made, _ = dense_of(source.write(tmp_path / "told"), tmp_path / "dense")
+    made, _ = dense_of(source.write(tmp_path / "declared"), tmp_path / "dense")
     check_values(made, source.values | {"other": values})
 
 
 def test_without_any_block_the_advice_is_a_whole_one(tmp_path: Path) -> None:
-    """FP8 that its tensors tell, beside GPTQ that they do not."""
+    """FP8 that its tensors determine, next to GPTQ that they do not."""
     source = SOURCES["fp8"]()
     source.config.clear()
     tensors, values = gptq_layer(1, symmetric=False)
@@ -211,7 +211,7 @@ def test_without_any_block_the_advice_is_a_whole_one(tmp_path: Path) -> None:
     assert 'write {"quant_method": "gptq", "sym": false, "checkpoint_format": "gptq"' in text
     block = {"quant_method": "gptq", "sym": False, "checkpoint_format": "gptq"}
     source.config["quantization_config"] = block
-    made, _ = dense_of(source.write(tmp_path / "told"), tmp_path / "dense")
+    made, _ = dense_of(source.write(tmp_path / "declared"), tmp_path / "dense")
     check_values(made, source.values | {"other": values})
 
 
@@ -228,8 +228,8 @@ def test_two_versions_in_one_folder_are_certain_of_neither(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     "packing", ["auto_round:auto_gptq", "auto_round:fp8", "auto_round:llm_compressor", "auto_round"]
 )
-def test_auto_round_beside_fp8(packing: str, tmp_path: Path) -> None:
-    """Integers and blocks of FP8, of which the config speaks layer by layer, or not at all."""
+def test_auto_round_next_to_fp8(packing: str, tmp_path: Path) -> None:
+    """Integers and blocks of FP8, which the config describes layer by layer, or not at all."""
     for number, extra in enumerate(
         (
             None,
@@ -299,7 +299,7 @@ def test_quark_with_fp8_kept(tmp_path: Path) -> None:
         assert "other.up" in notes_of(folder)
 
 
-def test_nvfp4_experts_beside_fp8(tmp_path: Path) -> None:
+def test_nvfp4_experts_next_to_fp8(tmp_path: Path) -> None:
     """Of an FP8 folder: attention in blocks, experts NVFP4 under either tool's names."""
     source = SOURCES["fp8"]()
     for number, name in enumerate(("modelopt-nvfp4", "ct-nvfp4")):
@@ -384,7 +384,7 @@ def test_act_order_is_not_moved_past_a_layer_of_another_kind(tmp_path: Path) -> 
 def test_shapes_are_believed_over_the_config(
     name: str, keys: tuple[str, ...], value: object, tmp_path: Path
 ) -> None:
-    """With a note of both, or, where not everything is told by shapes, a refusal of both."""
+    """With a note of both, or, where shapes do not determine everything, a rejection of both."""
     source = SOURCES[name]()
     part = source.config["quantization_config"]
     for key in keys[:-1]:
@@ -423,12 +423,12 @@ def test_a_grid_of_which_one_number_is_left_is_not_read(first: str, tmp_path: Pa
     assert "other.up" in text
 
 
-def test_plain_bytes_are_no_fp8_where_fp8_has_its_name(tmp_path: Path) -> None:
+def test_plain_bytes_are_not_fp8_where_fp8_has_its_name(tmp_path: Path) -> None:
     source = SOURCES["fp8"]()
     bytes_of = np.random.default_rng(0).integers(0, 120, (16, 128), np.uint8)
     source.tensors |= {"gate.weight": bytes_of, "gate.weight_scale": np.ones(1, BF16)}
     text = rejection(source.write(tmp_path / "source"), tmp_path / "out", bits=8)
-    assert "gate.weight: U8 [16, 128] beside gate.weight_scale may be anything but FP8" in text
+    assert "gate.weight: U8 [16, 128] next to gate.weight_scale may be anything but FP8" in text
 
 
 @pytest.mark.parametrize("method", ["fp8", "bitnet", "compressed-tensors"])

@@ -47,7 +47,7 @@ def rotated(x: np.ndarray, theta: np.ndarray, pairs: np.ndarray, scales: np.ndar
 
 
 def test_values_of_the_fixture(tmp_path: Path) -> None:
-    """The codes hold the turned weight; dense values are those of the plain one."""
+    """The codes hold the rotated weight; dense values are those of the plain one."""
 
     def transposed(source: dict[str, np.ndarray], values: dict[str, np.ndarray]) -> None:
         for name, array in read_file(fixture(name_) / "expected.safetensors").items():
@@ -64,8 +64,8 @@ def test_values_of_the_fixture(tmp_path: Path) -> None:
     assert found.config["rotation"] == {"method": "paroquant", "group_size": 64, "krot": 8}
 
 
-def test_codes_of_the_fixture_without_its_turned_weight(tmp_path: Path) -> None:
-    """What the codes hold follows from the plain weight: turned, and freed of the scales."""
+def test_codes_of_the_fixture_without_its_rotated_weight(tmp_path: Path) -> None:
+    """What the codes hold follows from the plain weight: rotated, without the scales."""
 
     def transposed(source: dict[str, np.ndarray], values: dict[str, np.ndarray]) -> None:
         for path, plain in list(values.items()):
@@ -91,7 +91,7 @@ def test_codes_of_the_fixture_without_its_turned_weight(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["paroquant-g128", "paroquant-g64-bias"])
 def test_the_loaded_model_gives_the_plain_model_s_logits(name: str, tmp_path: Path) -> None:
-    """From the source and from the folder that convert wrote; stock mlx-lm refuses the latter."""
+    """From the source and from the folder that convert wrote; stock mlx-lm rejects the latter."""
     source = fixture(name) / "checkpoint"
     report = requant.convert(source, tmp_path / "out", dtype="float32")
     assert not report.plan.loads
@@ -124,7 +124,7 @@ def test_folding_makes_plain_layers(name: str, again: bool, tmp_path: Path) -> N
 
 
 def test_tiny_vector() -> None:
-    """Four inputs, two rounds, quarter turns: by hand."""
+    """Four inputs, two rounds, rotations by 90 degrees: by hand."""
     layer = _bare(4, 2)
     layer.channel_scales = mx.array([[1.0, 1.0, 2.0, 1.0]])
     layer.pairs = mx.array([[0, 2, 1, 3], [0, 1, 2, 3]], dtype=mx.int16)
@@ -194,7 +194,7 @@ def random_rotation(rng: np.random.Generator, n_in: int) -> dict[str, np.ndarray
 
 
 def plain_rows(transposed: np.ndarray, parts: dict[str, np.ndarray]) -> np.ndarray:
-    """The plain weight, float64: its product with each input of the identity, turned."""
+    """The plain weight, float64: its product with each input of the identity, rotated."""
     scales = parts["channel_scales"]
     identity = np.eye(transposed.shape[1])
     return transposed @ rotated(identity, parts["theta"], parts["pairs"], scales, GROUP).T
@@ -237,8 +237,8 @@ def paroquant_folder(place: Path, stored: dict[str, np.ndarray], config: dict[st
 def encoded(
     weight: np.ndarray, parts: dict[str, np.ndarray]
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """The tensors of a layer behind a rotation, and the plain weight that they stand for."""
-    # Angles forwards, scales as divisors: the weight of the turned inputs.
+    """The tensors of a layer behind a rotation, and the plain weight that they represent."""
+    # Angles forwards, scales as divisors: the weight of the rotated inputs.
     divisors = 1 / parts["channel_scales"].astype(np.float64)
     freed = rotated(weight, parts["theta"], parts["pairs"], divisors, GROUP)
     blocks = freed.reshape(len(weight), -1, GROUP)
@@ -329,14 +329,14 @@ def test_experts_fold(experts: Any, again: bool, tmp_path: Path) -> None:
     assert not any(name.endswith(("theta", "pairs")) for name in read_folder(tmp_path / "out"))
     assert all(error.relative_rms < 0.01 for error in report.errors.values())
     # Eight bits can turn the choice of an expert; so the values are compared, and that they run.
-    requant.convert(tmp_path / "out", tmp_path / "twin", dequantize=True, dtype="float32")
-    counterpart = read_folder(tmp_path / "twin")
+    requant.convert(tmp_path / "out", tmp_path / "counterpart", dequantize=True, dtype="float32")
+    counterpart = read_folder(tmp_path / "counterpart")
     for number, name in itertools.product(range(4), ("gate", "up", "down")):
         base, role = f"model.layers.{number}.mlp", f"{name}_proj.weight"
         values = np.stack([plain[f"{base}.experts.{n}.{role}"] for n in range(8)])
         error = counterpart[f"{base}.switch_mlp.{role}"] - values
         assert np.square(error).mean() <= 0.01**2 * np.square(values).mean()
-    found, wanted = logits(tmp_path / "out"), logits(tmp_path / "twin")
+    found, wanted = logits(tmp_path / "out"), logits(tmp_path / "counterpart")
     # Values of float16 layers are rounded to float16, as mx.dequantize does; products are not.
     assert np.abs(found - wanted).max() <= 2e-3 * np.abs(wanted).max()
     if again:
@@ -398,7 +398,7 @@ def test_experts_keep_their_own_names(experts: Any, tmp_path: Path) -> None:
         ),
         (
             lambda t: [t.pop(n) for n in list(t) if ".0.mlp.experts." in n and "weight_" not in n],
-            ("model.layers.0.mlp.experts.down_weight_theta", "experts share", "none to turn"),
+            ("model.layers.0.mlp.experts.down_weight_theta", "experts share", "none to rotate"),
         ),
     ],
 )
@@ -459,7 +459,7 @@ def test_broken_rotations_are_named(edit: Any, words: tuple[str, ...], tmp_path:
     assert not (tmp_path / "out").exists()
 
 
-def test_an_output_whose_config_forgot_the_rotation_is_refused(tmp_path: Path) -> None:
+def test_an_output_whose_config_forgot_the_rotation_is_rejected(tmp_path: Path) -> None:
     requant.convert(fixture("paroquant-g64-bias") / "checkpoint", tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     del config["rotation"]

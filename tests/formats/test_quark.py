@@ -1,4 +1,4 @@
-"""Quark by hand: every layout that is documented, and folders that must be refused."""
+"""Quark by hand: every layout that is documented, and folders that must be rejected."""
 
 from __future__ import annotations
 
@@ -222,10 +222,10 @@ WORDS = {"up.weight": np.zeros((32, 1), np.int32), "up.weight_scale": np.ones((1
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda t, b: t.pop("up.weight"), "up.weight_scale: U8 [4, 1] has no codes beside it"),
+        (lambda t, b: t.pop("up.weight"), "up.weight_scale: U8 [4, 1] has no codes next to it"),
         (
             lambda t, b: t.pop("up.weight_scale"),
-            "up.weight: U8 [4, 16] has no up.weight_scale beside it",
+            "up.weight: U8 [4, 16] has no up.weight_scale next to it",
         ),
         (
             lambda t, b: t.update({"up.weight_scale": np.ones((4, 2), np.uint8)}),
@@ -275,7 +275,7 @@ WORDS = {"up.weight": np.zeros((32, 1), np.int32), "up.weight_scale": np.ones((1
         ),
         (
             lambda t, b: t.update({"gate.codes": np.zeros((4, 16), np.uint8)}),
-            "gate.codes: U8 [4, 16] holds codes, but has no scale beside it",
+            "gate.codes: U8 [4, 16] holds codes, but has no scale next to it",
         ),
         (
             lambda t, b: (
@@ -303,7 +303,7 @@ WORDS = {"up.weight": np.zeros((32, 1), np.int32), "up.weight_scale": np.ones((1
         ),
     ],
 )
-def test_damaged_folders_are_refused(change: Change, words: str, tmp_path: Path) -> None:
+def test_damaged_folders_are_rejected(change: Change, words: str, tmp_path: Path) -> None:
     tensors: dict[str, Any] = {
         "up.weight": np.zeros((4, 16), np.uint8),
         "up.weight_scale": np.full((4, 1), 127, np.uint8),

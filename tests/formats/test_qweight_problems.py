@@ -38,7 +38,7 @@ def broken(tmp_path: Path, name: str, edit: Edit) -> Path:
 
 
 def rejected(tmp_path: Path, name: str, edit: Edit, *words: str) -> None:
-    """Both plan and convert say what is wrong and where; no output stands."""
+    """Both plan and convert say what is wrong and where; there is no output."""
     folder = broken(tmp_path, name, edit)
     with pytest.raises(requant.RequantError) as caught:
         requant.convert(folder, tmp_path / "out", layout="keep")
@@ -107,16 +107,16 @@ FAULTS = {
         (f"{DOWN}.scales", "I32", "floats"),
     ),
     "an unknown version": (AWQ, say(version="exllama"), ("version", "'exllama'", "gemm")),
-    "a group size that is no number": (GPTQ, say(group_size="64"), ("group_size", "'64'")),
-    "no zeros that tell the bits, and 0 in the config": (
+    "a group size that is not a number": (GPTQ, say(group_size="64"), ("group_size", "'64'")),
+    "no zeros that give the bits, and 0 in the config": (
         GPTQ,
         lambda tensors, block: (
             [tensors.pop(n) for n in list(tensors) if n.endswith((".qzeros", ".g_idx"))],
             block.update({"bits": 0}),
         )[-1],
-        (f"{DOWN}: has no qzeros that tell its width", "says 0 bits; GPTQ writes 2 to 8"),
+        (f"{DOWN}: has no qzeros that give its width", "says 0 bits; GPTQ writes 2 to 8"),
     ),
-    "bits that are no number": (GPTQ, say(bits=[4]), ("bits", "[4]")),
+    "bits that are not a number": (GPTQ, say(bits=[4]), ("bits", "[4]")),
     "an unknown checkpoint_format": (
         GPTQ,
         say(checkpoint_format="bitblas", format="bitblas"),
@@ -145,12 +145,12 @@ FAULTS = {
     "two formats in one folder": (
         GPTQ,
         add(f"{Q}.weight_packed", np.zeros((64, 8), np.int32)),
-        (f"{Q}.weight_packed", f"stands beside {Q}.qweight", "stale"),
+        (f"{Q}.weight_packed", f"is next to {Q}.qweight", "stale"),
     ),
     "a stale weight": (
         GPTQ,
         add(f"{Q}.weight", np.zeros((64, 64), np.float16)),
-        (f"{Q}.weight", "beside", "stale"),
+        (f"{Q}.weight", "next to", "stale"),
     ),
     "an activation scale": (
         AWQ,

@@ -1,4 +1,4 @@
-"""One list of scale names: what stands beside codes is found whatever joins the two."""
+"""One list of scale names: what is next to codes is found whatever joins the two."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from requant.formats.scale_names import Role, ScaleNames, parse_scale_name
 
 SCALES = (
-    # codes, what tools write beside them, what it is
+    # codes, what tools write next to them, what it is
     ("mlp.up.weight", "mlp.up.weight_scale", Role.SCALE),
     ("mlp.up.weight", "mlp.up.weight_scale_inv", Role.SCALE),
     ("mlp.up.weight", "mlp.up.scale", Role.SCALE),
@@ -71,7 +71,7 @@ def test_a_scale_is_found_by_its_codes_and_the_codes_by_their_scale(
     "name",
     ["norm.weight", "scale", "up.input_max", "h.0.attn.bias", "upscale", "up.e_score_correction"],
 )
-def test_other_names_are_no_scales(name: str) -> None:
+def test_other_names_are_not_scales(name: str) -> None:
     assert parse_scale_name(name) is None
 
 
@@ -82,6 +82,6 @@ def test_names_that_dense_models_use_too_are_not_certain(name: str) -> None:
     assert not found.is_certain
 
 
-def test_a_scale_of_activations_is_beside_no_codes() -> None:
+def test_a_scale_of_activations_is_next_to_no_codes() -> None:
     names = ScaleNames(["up.weight", "up.input_scale", "up.output_scale"])
     assert names.siblings("up.weight") == ()

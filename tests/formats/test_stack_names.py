@@ -1,4 +1,4 @@
-"""Stacks and scales by name: folders without a config, other spellings, and what is refused."""
+"""Stacks and scales by name: folders without a config, other spellings, and what is rejected."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_parts_of_layers_by_name() -> None:
         "w2_g_idx": "w2.g_idx",
     }
     assert names_of(w13_weight=("U8", three), w13_weight_global_scale=("F32", (2, 2))) == {}
-    # No stack: no scale beside it, a matrix, plain floats; and a scale is no stack of its own.
+    # No stack: no scale next to it, a matrix, plain floats; and a scale is not a stack of its own.
     assert names_of(up=("U8", three), up_bias=("BF16", (2, 8))) == {}
     assert names_of(up=("U8", (8, 4)), up_scale=("F32", (8, 1))) == {}
     assert names_of(up=("BF16", three), up_scale=("F32", (8, 1))) == {}
@@ -76,7 +76,7 @@ def test_two_scales_of_one_layer(tmp_path: Path) -> None:
     for block in (FP8, MIXED, CT, quark_block("fp8_e4m3", "per_channel")):
         source = write_quantized(tmp_path / str(block["quant_method"]), tensors, block)
         text = rejection(source, tmp_path / "out", bits=8)
-        assert "up.weight_scale_inv: stands for the same part of a layer as up.weight_scale" in text
+        assert "up.weight_scale_inv: represents the same part of a layer as up.weight_scale" in text
 
 
 SPELLINGS = ("weight_scale", "weight_scale_inv", "scale", "scale_inv")
@@ -199,14 +199,16 @@ def test_orientation(stacks: dict[str, Any], config: dict[str, Any], transposed:
 
 @pytest.mark.parametrize("block", [FP8, MIXED, CT, quark_block("fp8_e4m3", "per_tensor")])
 @pytest.mark.parametrize("shape", [(), (EXPERTS,), (EXPERTS, 1, 1), (EXPERTS, 1, 0)], ids=str)
-def test_fp8_that_is_stored_turned(
+def test_fp8_that_is_stored_transposed(
     block: dict[str, Any], shape: tuple[int, ...], tmp_path: Path
 ) -> None:
-    """ModelOpt's Llama 4: ``(experts, in, out)``, told by gate and down together, and by scales.
+    """ModelOpt's Llama 4: ``(experts, in, out)``, detected from gate and down together.
+
+    And by scales.
 
     Dense, they keep their names and the way they lie.
 
-    A 0 stands for the last axis of the stack.
+    A 0 means the last axis of the stack.
     """
     tensors: Tensors = {}
     expected: Tensors = {}
@@ -229,7 +231,7 @@ def test_fp8_that_is_stored_turned(
         assert made[name].tobytes() == values.tobytes(), name
 
 
-# -- what is left out, and what is refused -----------------------------------------------------
+# -- what is left out, and what is rejected -----------------------------------------------------
 
 
 @pytest.mark.parametrize("joint", ["w13", "gate_up_proj"])
@@ -273,7 +275,7 @@ def in_nvfp4_folder(folder: str, parts: Tensors, path: str, joint: str) -> Tenso
 
 @pytest.mark.parametrize("folder", NVFP4_FOLDERS)
 def test_a_tensor_scale_that_is_missing(folder: str, tmp_path: Path) -> None:
-    """A stack has none if nothing speaks against it: 448, other layers, being no stack do."""
+    """A stack has none if nothing contradicts it: 448, other layers, not being a stack do."""
     block, missing = NVFP4_FOLDERS[folder]
     stack = in_nvfp4_folder(folder, bare_nvfp4(), f"{PLACE}.w13", "_")
     report = requant.convert(
@@ -359,7 +361,7 @@ Make = Callable[[], tuple[dict[str, Any], Tensors]]
                 {"quant_method": "mxfp4"},
                 wrong({"weight": np.zeros((EXPERTS, OUT, IN // 2), np.uint8)}),
             ),
-            "w13_weight: U8 [3, 64, 64] holds codes, but has no scale beside it",
+            "w13_weight: U8 [3, 64, 64] holds codes, but has no scale next to it",
         ),
     ],
 )

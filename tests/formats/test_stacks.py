@@ -81,7 +81,7 @@ class Stack:
     Attributes:
         block: The ``quantization_config``.
         parts: Role -> tensor of the stack.
-        values: What it stands for, float32.
+        values: What it represents, float32.
         single: Of an expert: role -> tensor of a layer of its own; None where a single layer
             has no such form.
         options: What is asked for where codes cannot stay.
@@ -353,7 +353,7 @@ STACKS: dict[str, Callable[[], Stack]] = {
     "ct int4 groups": ct_groups,
     "ct int4 asymmetric": lambda: ct_groups(asymmetric=True),
     "ct int4 act-order": lambda: ct_groups(act_order=True),
-    "ct int4 turned": lambda: ct_groups(transposed=True),
+    "ct int4 transposed": lambda: ct_groups(transposed=True),
     **{
         f"ct nvfp4 {factor}": lambda factor=factor: nvfp4(factor, "ct") for factor in ("", *FACTORS)
     },
@@ -361,20 +361,20 @@ STACKS: dict[str, Callable[[], Stack]] = {
         f"modelopt nvfp4 {factor}": lambda factor=factor: nvfp4(factor, "modelopt")
         for factor in ("", *FACTORS)
     },
-    "modelopt nvfp4 turned": lambda: nvfp4("()", "modelopt", transposed=True),
-    "modelopt nvfp4 turned, a factor each": lambda: nvfp4("(E,)", "modelopt", transposed=True),
+    "modelopt nvfp4 transposed": lambda: nvfp4("()", "modelopt", transposed=True),
+    "modelopt nvfp4 transposed, a factor each": lambda: nvfp4("(E,)", "modelopt", transposed=True),
     "quark nvfp4": lambda: quark_nvfp4("(E,)"),
     "quark nvfp4 without a factor": lambda: quark_nvfp4(""),
     "mxfp4": lambda: mx_codes(4, {"quant_method": "mxfp4"}),
     "mxfp4 packed": lambda: mx_codes(4, {"quant_method": "mxfp4"}, "weight_packed"),
-    "mxfp4 turned": lambda: mx_codes(4, {"quant_method": "mxfp4"}, transposed=True),
+    "mxfp4 transposed": lambda: mx_codes(4, {"quant_method": "mxfp4"}, transposed=True),
     "ct mxfp4": lambda: mx_codes(4, CT_MXFP4, "weight_packed"),
     "ct mxfp8": lambda: mx_codes(8, ct_layers.block("mxfp8-quantized", num_bits=8, type="float")),
     "fp8 mxfp8": lambda: mx_codes(8, {"quant_method": "mxfp8"}),
     "modelopt mxfp4": lambda: mx_codes(4, MODELOPT),
-    "modelopt mxfp4 turned": lambda: mx_codes(4, MODELOPT, transposed=True),
+    "modelopt mxfp4 transposed": lambda: mx_codes(4, MODELOPT, transposed=True),
     "modelopt mxfp8": lambda: mx_codes(8, MODELOPT),
-    "modelopt mxfp8 turned": lambda: mx_codes(8, MODELOPT, transposed=True),
+    "modelopt mxfp8 transposed": lambda: mx_codes(8, MODELOPT, transposed=True),
     "quark mxfp4": lambda: mx_codes(4, quark_block("fp4")),
     "modelopt int4": modelopt_int4,
     **{f"modelopt int8 {scale}": lambda scale=scale: modelopt_int8(scale) for scale in SCALES},
@@ -398,21 +398,21 @@ def cases() -> list[Any]:
         kind = key.partition(" (")[0]
         for naming in NAMINGS if kind not in seen else ["vllm"]:
             if naming == "modelopt" and is_external(make()):
-                continue  # test_foreign_stacks
+                continue  # test_stack_names.py
             found.append(pytest.param(make, naming, id=f"{key}-{naming}"))
         seen.add(kind)
     return found
 
 
 def is_external(stack: Stack) -> bool:
-    """Whether the names of ModelOpt are all that tells how a stack is stored, in another folder."""
+    """Whether only the names of ModelOpt say how a stack is stored, in another folder."""
     bare = {"weight", "weight_scale"} <= stack.parts.keys()
     return bare and stack.block.get("quant_method") != "modelopt"
 
 
 @pytest.mark.parametrize("key", [key for key, make in STACKS.items() if is_external(make())])
-def test_foreign_stacks(key: str, tmp_path: Path) -> None:
-    """Refused by name; under the name that the message gives they are read."""
+def test_loader_stacks(key: str, tmp_path: Path) -> None:
+    """Rejected by name; under the name that the message gives they are read."""
     stack = STACKS[key]()
     source = write_quantized(
         tmp_path / "source", named(stack.parts, modelopt), stack.block, model_type="moe"
@@ -421,7 +421,7 @@ def test_foreign_stacks(key: str, tmp_path: Path) -> None:
         requant.plan(source, layout="keep", dequantize=True)
     (problem,) = error.value.problems
     assert problem.where == f"{PLACE}.gate_up_proj"
-    assert f"{PLACE}.gate_up_proj_weight_scale beside it" in problem.message
+    assert f"{PLACE}.gate_up_proj_weight_scale next to it" in problem.message
     assert problem.message.endswith(f"call the scale {PLACE}.gate_up_proj_scale")
 
 

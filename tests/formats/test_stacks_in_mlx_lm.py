@@ -24,7 +24,7 @@ Code = Callable[[str, tuple[int, ...], int], tuple[Parts, np.ndarray]]
 
 
 def int4(name: str, shape: tuple[int, ...], seed: int) -> tuple[Parts, np.ndarray]:
-    """As llm-compressor names the stacks of a module that is no Linear."""
+    """As llm-compressor names the stacks of a module that is not a Linear."""
     rng = np.random.default_rng(seed)
     codes = rng.integers(-8, 8, shape)
     scales = rng.uniform(0.001, 0.01, (*shape[:-1], shape[-1] // 32)).astype(ml_dtypes.bfloat16)
@@ -74,7 +74,7 @@ BLOCKS: dict[str, tuple[Code, dict[str, Any]]] = {
 
 
 def folders(tmp_path: Path, family: str, tool: str) -> tuple[Path, Path]:
-    """A small model with coded stacks, and its twin with their values in bfloat16."""
+    """A small model with coded stacks, and its counterpart with their values in bfloat16."""
     from tests.support.families import small_config
     from tests.support.mlx_lm_conversion import write_mlx_checkpoint
     from tests.support.published_models import published
@@ -92,11 +92,11 @@ def folders(tmp_path: Path, family: str, tool: str) -> tuple[Path, Path]:
         dense[name] = values.astype(ml_dtypes.bfloat16)
     assert stored.keys() != weights.keys()
     config = config | {"dtype": "bfloat16"}
-    for kind, tensors, more in (("coded", stored, block), ("twin", dense, None)):
+    for kind, tensors, more in (("coded", stored, block), ("counterpart", dense, None)):
         quantized = {} if more is None else {"quantization_config": more}
         write_mlx_checkpoint(tmp_path / kind, config | quantized, {"x": mx.zeros(1)})
         write_file(tmp_path / kind / "model.safetensors", tensors)
-    return tmp_path / "coded", tmp_path / "twin"
+    return tmp_path / "coded", tmp_path / "counterpart"
 
 
 @pytest.mark.parametrize("tool", BLOCKS)

@@ -142,7 +142,7 @@ def test_a_block_with_any_codes_or_scales_is_not_stale(
     ],
     ids=lambda block: block["quant_method"],
 )
-def test_blocks_that_may_change_what_dense_weights_mean_are_refused(
+def test_blocks_that_may_change_what_dense_weights_mean_are_rejected(
     block: Mapping[str, Any], tmp_path: Path
 ) -> None:
     with pytest.raises(CheckpointError, match="quantization_config"):

@@ -1,7 +1,7 @@
-"""Every format against what can go wrong with names: each is read right, or refused by name.
+"""Every format against what can go wrong with names: each is read right, or rejected by name.
 
 Nothing that holds codes may leave as a dense tensor, and no values may be other than those that
-the source stands for.
+the source represents.
 
 There are too many combinations of format, part, name and dtype to convert each: the tables are
 walked so that every pair of two columns occurs (every format with every dtype and every name,
@@ -45,7 +45,7 @@ def case(*what: object) -> Iterator[None]:
 
 
 def check_dense(made: dict[str, np.ndarray], source: Source, more: dict[str, Any]) -> None:
-    """Only known tensors, and in each the values that the source stands for."""
+    """Only known tensors, and in each the values that the source represents."""
     for name, array in made.items():
         path = name.removesuffix(".weight")
         assert path in source.values, f"{name} went out as {array.dtype} {array.shape}"
@@ -74,7 +74,7 @@ def check_quantized(made: dict[str, np.ndarray], block: Any, source: Source, mor
 def outcome(source: Source, names: tuple[str, ...] = (), **more: Any) -> str:
     """What the source becomes: "read" if it is right, else what is said; one of ``names`` in it.
 
-    ``more`` has further values that a layer may stand for.
+    ``more`` has further values that a layer may represent.
     """
     with tempfile.TemporaryDirectory() as place:
         folder = source.write(Path(place) / "source")
@@ -102,7 +102,7 @@ def outcome(source: Source, names: tuple[str, ...] = (), **more: Any) -> str:
 
 
 def inspected(source: Source, rejection: str) -> None:
-    """Other ways in refuse the same: ``inspect`` lists it, ``transform_weights`` raises it."""
+    """Other ways in reject the same: ``inspect`` lists it, ``transform_weights`` raises it."""
     with tempfile.TemporaryDirectory() as place:
         inspection = requant.inspect(source.write(Path(place) / "source"))
         assert inspection.problems
@@ -228,7 +228,7 @@ STRAY = (
 
 @pytest.mark.parametrize("name", [*FORMATS, "dense"])
 def test_stray_scales(name: str) -> None:
-    """Beside floats and beside nothing, in turn."""
+    """Next to floats and next to nothing, in turn."""
     for number, ending in enumerate(STRAY, [*FORMATS, "dense"].index(name)):
         source = dense() if name == "dense" else SOURCES[name]()
         siblings = ("head", "nothing")[number % 2]
@@ -241,7 +241,7 @@ def test_stray_scales(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_second_layer_of_floats_beside_the_scales_of_the_first(name: str) -> None:
+def test_a_second_layer_of_floats_next_to_the_scales_of_the_first(name: str) -> None:
     """The dense weight of a layer that is quantized: one of the two is stale."""
     source = SOURCES[name]()
     path = next(iter(source.values))

@@ -1,4 +1,4 @@
-"""torchao by hand: every type of tensor, swizzled scales, and folders that must be refused."""
+"""torchao by hand: every type of tensor, swizzled scales, and folders that must be rejected."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def source(
     data: dict[str, Any] | None = None,
     block: Any = BLOCK,
 ) -> Path:
-    """A folder with one weight ``up``, taken apart, and the metadata that describes it."""
+    """A folder with one weight ``up``, split, and the metadata that describes it."""
     tensors = {f"up._weight_{role}": array for role, array in parts.items()}
     write_quantized(folder, tensors, block)
     declared = {"_type": kind, "_data": data or {}, "_tensor_data_names": list(parts)}
@@ -118,7 +118,7 @@ def test_nvfp4(swizzled: bool, factor: float | None, tmp_path: Path) -> None:
 
 
 def test_int4_with_zeros_in_weight_units(tmp_path: Path) -> None:
-    """Low nibble first, two's complement; scales and zeros stand [groups, out]."""
+    """Low nibble first, two's complement; scales and zeros are [groups, out]."""
     random = np.random.default_rng(2)
     packed = random.integers(-128, 128, (6, 64)).astype(np.int8)
     scales = random.uniform(0.1, 1, (4, 6)).astype(BF16)
@@ -190,7 +190,7 @@ Change = Callable[[dict[str, Any], dict[str, Any]], Any]
         (
             "Int8Tensor",
             lambda p, d: p.pop("qdata"),
-            "up._weight_scale: F32 [4, 1] has no codes beside it",
+            "up._weight_scale: F32 [4, 1] has no codes next to it",
         ),
         ("Int8Tensor", lambda p, d: p.pop("scale"), "up: has no up._weight_scale"),
         (
@@ -245,7 +245,7 @@ Change = Callable[[dict[str, Any], dict[str, Any]], Any]
         ),
     ],
 )
-def test_damaged_folders_are_refused(
+def test_damaged_folders_are_rejected(
     kind: str, change: Change | None, words: str, tmp_path: Path
 ) -> None:
     parts = {"qdata": np.zeros((4, 64), np.int8), "scale": np.ones((4, 1), np.float32)}
@@ -269,7 +269,7 @@ def test_damaged_folders_are_refused(
             '{"_type": "Int8Tensor", "_tensor_data_names": [["scale"]]}',
             "names a list of 1, but",
         ),
-        (None, "has no metadata that tells its type"),
+        (None, "has no metadata that gives its type"),
     ],
 )
 def test_metadata_that_does_not_fit(text: str | None, words: str, tmp_path: Path) -> None:
@@ -283,7 +283,7 @@ def test_metadata_that_does_not_fit(text: str | None, words: str, tmp_path: Path
     assert words in rejection(folder, tmp_path / "out")
 
 
-def test_zeros_that_the_config_denies_are_refused(tmp_path: Path) -> None:
+def test_zeros_that_the_config_denies_are_rejected(tmp_path: Path) -> None:
     scheme = {"_type": "IntxWeightOnlyConfig", "_data": {"mapping_type": {"_data": "SYMMETRIC"}}}
     parts = {
         "qdata": np.zeros((4, 64), np.int8),
@@ -295,7 +295,7 @@ def test_zeros_that_the_config_denies_are_refused(tmp_path: Path) -> None:
     assert "the config calls the layer symmetric" in rejection(folder, tmp_path / "out")
 
 
-def test_codes_that_are_no_weight_are_refused(tmp_path: Path) -> None:
+def test_codes_that_are_not_weights_are_rejected(tmp_path: Path) -> None:
     tensors = {"experts._gate_up_proj_qdata": np.zeros((2, 4, 64), np.int8)}
     folder = write_quantized(tmp_path / "source", tensors, BLOCK)
     assert "experts._gate_up_proj_qdata: I8 [2, 4, 64] holds codes, but has no scale" in rejection(
@@ -303,7 +303,7 @@ def test_codes_that_are_no_weight_are_refused(tmp_path: Path) -> None:
     )
 
 
-def test_layers_that_are_absent_are_refused(tmp_path: Path) -> None:
+def test_layers_that_are_absent_are_rejected(tmp_path: Path) -> None:
     parts = {"qdata": np.zeros((4, 64), np.int8), "scale": np.ones((4, 1), np.float32)}
     folder = source(tmp_path / "a", parts, "Int8Tensor", block=BLOCK)
     tensors = {f"up._weight_{role}": array for role, array in parts.items()}

@@ -26,14 +26,14 @@ def test_int8_is_exact_in_float32(tmp_path: Path) -> None:
     check_fixture("torchao-int8-weight-only", tmp_path, "exact", dtype="float32")
 
 
-def test_fp8_without_a_wish_explains_the_choices(tmp_path: Path) -> None:
+def test_fp8_without_an_option_explains_the_choices(tmp_path: Path) -> None:
     source = fixture("torchao-fp8-weight-only") / "checkpoint"
     with pytest.raises(requant.UsageError, match="one scale a channel"):
         requant.convert(source, tmp_path / "out", layout="keep")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_fp8_becomes_what_is_wished(tmp_path: Path) -> None:
+def test_fp8_becomes_what_is_requested(tmp_path: Path) -> None:
     check_fixture("torchao-fp8-weight-only", tmp_path, "re-encoded", mode="mxfp8", largest_rms=0.04)
 
 

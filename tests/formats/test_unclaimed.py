@@ -1,4 +1,4 @@
-"""What no layer took: codes are refused by name, floats beside a scale need a word, tables stay."""
+"""What no layer took: codes are rejected, floats next to a scale need a config, tables stay."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def scales() -> np.ndarray:
     return np.full((64, 4), 0.01, BF16)
 
 
-# -- floats beside a scale ---------------------------------------------------------------------
+# -- floats next to a scale ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("status", ["frozen", "initialized", "calibration"])
 @pytest.mark.parametrize("options", [{"bits": 8}, {"dequantize": True}])
 def test_weights_that_were_never_compressed(status: str, options: Any, tmp_path: Path) -> None:
-    """As a dense source: the scales are left out with a note, the values as they stand."""
+    """As a dense source: the scales are left out with a note, the values as they are."""
     tensors = floats(
         weight_scale=scales(),
         weight_zero_point=np.zeros((64, 4), np.int8),
@@ -110,7 +110,7 @@ BLOCKS: dict[str, dict[str, Any] | None] = {
         "weight_global_scale",
     ],
 )
-def test_floats_beside_a_scale_are_refused_and_the_advice_works(
+def test_floats_next_to_a_scale_are_rejected_and_the_advice_works(
     name: str, role: str, tmp_path: Path
 ) -> None:
     """Where nothing says that they are the values. Both ways out lead to success."""
@@ -118,7 +118,7 @@ def test_floats_beside_a_scale_are_refused_and_the_advice_works(
     text = rejection(
         write_quantized(tmp_path / "source", tensors, BLOCKS[name]), tmp_path / "out", bits=8
     )
-    assert f"up.weight: BF16 [64, 128] stands beside up.{role}: its numbers are" in text or (
+    assert f"up.weight: BF16 [64, 128] is next to up.{role}: its numbers are" in text or (
         f"up.{role}" in text or "up: has no up." in text
     )
     if "quantization_status" not in text:
@@ -136,7 +136,9 @@ def test_floats_beside_a_scale_are_refused_and_the_advice_works(
 
 
 @pytest.mark.parametrize("name", [x for x in BLOCKS if x != "none"])
-def test_only_a_folder_without_codes_is_told_to_drop_the_block(name: str, tmp_path: Path) -> None:
+def test_only_a_folder_without_codes_is_advised_to_drop_the_block(
+    name: str, tmp_path: Path
+) -> None:
     """Stacks under names that no format has: the advice would let the codes out."""
     codes = {
         "experts.w13": np.full((4, 64, 64), 0x5A, np.uint8),
@@ -184,7 +186,7 @@ def test_codes_without_a_scale(name: str, array: np.ndarray, tmp_path: Path) -> 
     ],
 )
 @pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int32, np.int64])
-def test_a_vector_of_codes_is_told_by_its_scale(
+def test_a_vector_of_codes_is_detected_by_its_scale(
     codes: str, scale: str, dtype: Any, tmp_path: Path
 ) -> None:
     tensors = {"head.weight": UP, codes: np.ones(4096, dtype), scale: np.ones(64, np.float32)}
@@ -247,7 +249,7 @@ def test_formats_of_other_packages_too(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("requant.formats.FORMATS", (Careless(), *FORMATS))
     tensors = {"head.weight": UP, "up.codes": np.ones((64, 128), np.int8)}
     source = write_quantized(tmp_path / "source", tensors, None)
-    message = "up.codes: I8 [64, 128] holds codes, but has no scale beside it; a layer of careless"
+    message = "up.codes: I8 [64, 128] holds codes, but has no scale next to it; a layer of careless"
     assert message in rejection(source, tmp_path / "out", bits=8)
     assert any(message in str(problem) for problem in requant.inspect(source).problems)
     with pytest.raises(requant.RequantError, match="holds codes"):

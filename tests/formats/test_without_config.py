@@ -1,4 +1,7 @@
-"""Folders whose config says nothing of quantization: tensors tell, or the folder is refused."""
+"""Folders whose config says nothing of quantization.
+
+Tensors determine, or the folder is rejected.
+"""
 
 from __future__ import annotations
 
@@ -73,7 +76,7 @@ def test_a_block_inside_text_config(name: str, dequantize: bool, key: str, tmp_p
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name in AMBIGUOUS])
-def test_what_tensors_do_not_tell_is_refused(name: str, tmp_path: Path) -> None:
+def test_what_tensors_do_not_tell_is_rejected(name: str, tmp_path: Path) -> None:
     source = without_config(name, tmp_path / "bare")
     with pytest.raises(requant.RequantError, match=r"config\.json has no quantization_config"):
         requant.convert(source, tmp_path / "out", bits=8, layout="keep")

@@ -303,13 +303,13 @@ class FolderReader:
         self.place = place
 
     def write(self, folder: Folder) -> None:
-        """Lay the folder out anew."""
+        """Write the folder again."""
         shutil.rmtree(self.place, ignore_errors=True)
         self.place.mkdir(parents=True)
         text, size = header_of(folder["tensors"], folder.get("metadata"))
         with (self.place / "model.safetensors").open("wb") as file:
             file.write(prefixed(text))
-            # Beyond what a file system holds the header is refused by size: as well.
+            # Beyond what a file system holds the header is rejected by size: as well.
             file.truncate(min(8 + len(text) + size, 1 << 42))
             header = json.loads(text)
             for name, (_, _, *packed) in folder["tensors"].items():
@@ -380,7 +380,7 @@ class IndexReader:
 
 
 class RecordReader:
-    """Verifies an output, and reads its figures, where ``requant.json`` is a stranger's."""
+    """Verifies an output, and reads its figures, where ``requant.json`` is untrusted."""
 
     def __init__(self, place: Path) -> None:
         self.source, self.output = place.with_name("original"), place.with_name("output")

@@ -33,7 +33,7 @@ def test_what_was_found_stays_fixed(path: Path, tmp_path: Path) -> None:
 
 
 def test_the_corpus_is_mostly_read(tmp_path: Path) -> None:
-    """Damage to folders that are refused anyway would find little."""
+    """Damage to folders that are rejected anyway would find little."""
     reader, read = FolderReader(tmp_path / "source"), 0
     for folder in corpus():
         reader.write(folder)

@@ -1,4 +1,4 @@
-"""Config and tokenizer of GGUF files beside those that transformers' own reader makes of them."""
+"""Config and tokenizer of GGUF files next to those that transformers' own reader makes of them."""
 
 from __future__ import annotations
 

@@ -117,7 +117,7 @@ def test_logits_of_fused_tensors(case: str, fused: tuple[str, list[str]], tmp_pa
 
 
 @pytest.mark.parametrize("name", ["attn_qkv", "ffn_gate_up_exps"])
-def test_rows_that_are_no_sum(name: str, tmp_path: Path) -> None:
+def test_rows_that_do_not_sum(name: str, tmp_path: Path) -> None:
     written("qwen3moe", tmp_path / "apart.gguf", "F32")
     tensors = fuse(tensors_of(tmp_path / "apart.gguf"), *(QKV if "qkv" in name else GATE_UP))
     found, kind = tensors[f"blk.0.{name}.weight"]

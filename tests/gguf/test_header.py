@@ -130,8 +130,8 @@ HUGE = 2**63
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (b"", "is no GGUF file: it is empty"),
-        (b"GG", "is no GGUF file: it starts with 47 47, expected 47 47 55 46"),
+        (b"", "is not a GGUF file: it is empty"),
+        (b"GG", "is not a GGUF file: it starts with 47 47, expected 47 47 55 46"),
         (
             built([W], magic=b"GGML"),
             "it starts with 47 47 4d 4c, expected 47 47 55 46, the word GGUF",
@@ -144,7 +144,7 @@ HUGE = 2**63
         (built([W], tensors=2**17), "was the download complete?"),
         (built([struct.pack("<Q", HUGE)]), "a tensor's name is a string of 9,223"),
         (built([W], [string("k") + struct.pack("<I", 13)]), "has a value of unknown type 13"),
-        (built([W], [KEY, KEY]), "m.gguf: 'k': stands twice in the metadata"),
+        (built([W], [KEY, KEY]), "m.gguf: 'k': occurs twice in the metadata"),
         (
             built([W], [string("k") + struct.pack("<IIQ", 9, 9, 1)]),
             "'k' is an array of arrays, which no known key has",
@@ -159,29 +159,29 @@ HUGE = 2**63
         ),
         (
             built([W], [string("general.alignment") + struct.pack("<II", 4, 48)]),
-            "general.alignment is no power of two",
+            "general.alignment is not a power of two",
         ),
         (
             built([W], [string("general.alignment") + struct.pack("<II", 4, 0)]),
-            "general.alignment is no power of two",
+            "general.alignment is not a power of two",
         ),
         (built([entry("w", [1] * 5, 0)]), "'w' has 5 axes, at most 4 are known"),
         (built([entry("w", [32, 2], 99)]), "m.gguf: w: is stored as type 99: Q8_2_X4 of"),
         (built([entry("w", [32, 2], 15)]), "is stored as type 15"),
         (built([entry("w", [0, 2], 0)]), "has the impossible shape [2, 0]"),
         (built([entry("w", [2**40, 2**40], 0)]), "has the impossible shape"),
-        (built([entry("w", [33, 2], 2)]), "a row is no multiple of the 32 values of a block"),
-        (built([entry("w", [], 2)]), "a row is no multiple of the 32 values of a block"),
+        (built([entry("w", [33, 2], 2)]), "a row is not a multiple of the 32 values of a block"),
+        (built([entry("w", [], 2)]), "a row is not a multiple of the 32 values of a block"),
         (built([entry("w", [2**20], 0)]), "m.gguf: w: ends at byte"),
         (built([entry("w", [32, 2], 2, HUGE)]), "m.gguf: w: ends at byte"),
         (built([entry("w", [32, 2], 2, 8)]), "w: begins at no multiple of the alignment 32"),
         (built([W, entry("v", [32], 0, 32)]), "m.gguf: v: overlaps w"),
-        (built([W, entry("w", [3], 0, 64)]), "m.gguf: w: stands twice in the tensor table"),
+        (built([W, entry("w", [3], 0, 64)]), "m.gguf: w: occurs twice in the tensor table"),
         (built([entry("../w", [3], 0)]), "the name holds parts of a path"),
         (built([entry("w\n", [3], 0)]), "the name holds the control character U+000A"),
     ],
 )
-def test_damaged_files_are_refused_by_name(data: bytes, words: str, tmp_path: Path) -> None:
+def test_damaged_files_are_rejected_by_name(data: bytes, words: str, tmp_path: Path) -> None:
     assert words in message(tmp_path / "m.gguf", data)
 
 

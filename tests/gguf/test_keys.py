@@ -57,7 +57,7 @@ VALUES: dict[str, list[Any]] = {
     "tensor_data_layout": ["Meta AI original pth", "other"],
     "use_parallel_residual": [True],
 }
-# Known to change nothing as it stands, so that nobody must be told.
+# Known to change nothing as it is, so that no note is needed.
 SILENT = {
     ("qwen2vl", "rope.dimension_sections", "[8, 4, 4, 0]"),
     ("qwen2vl", "rope.dimension_sections", "[8, 4, 2, 2]"),

@@ -74,7 +74,7 @@ def test_trained_models_at_q8(name: str, tmp_path: Path) -> None:
     original, _ = load_model(model(name))
     expected = logits_of(original, weights)
     rounded = {k: as_q8(v) if v.ndim > 1 else v for k, v in weights.items()}
-    counterpart = logits_of(original, rounded)  # the values that the codes stand for
+    counterpart = logits_of(original, rounded)  # the values that the codes represent
     largest = np.abs(expected).max()
     assert np.abs(output_of(tmp_path / "wide") - counterpart).max() <= 1e-4 * largest
     assert np.square(counterpart - expected).mean() <= 0.02**2 * np.square(expected).mean()
@@ -205,7 +205,7 @@ def settings_only(path: Path, **values: Any) -> None:
     ("values", "words"),
     [
         ({"general__type": "adapter"}, "m.gguf: is a LoRA adapter; merge it"),
-        ({"general__type": "imatrix"}, "m.gguf: is an importance matrix, which is no model"),
+        ({"general__type": "imatrix"}, "m.gguf: is an importance matrix, which is not a model"),
         (
             {"tokenizer__ggml__tokens": ["a", "b"]},
             "m.gguf: holds no tensors, only a vocabulary of 2 tokens",
@@ -213,7 +213,7 @@ def settings_only(path: Path, **values: Any) -> None:
         ({}, "m.gguf: holds no tensors$"),
     ],
 )
-def test_files_that_are_no_models(values: dict[str, Any], words: str, tmp_path: Path) -> None:
+def test_files_that_are_not_models(values: dict[str, Any], words: str, tmp_path: Path) -> None:
     settings_only(tmp_path / "m.gguf", **values)
     with pytest.raises(CheckpointError, match=words):
         requant.plan(tmp_path / "m.gguf")
@@ -252,7 +252,7 @@ def test_every_token_that_ends_an_answer(tokens: list[str], ends: list[int] | in
     ]
 
 
-def test_kinds_that_are_no_whole_numbers() -> None:
+def test_kinds_that_are_not_whole_numbers() -> None:
     kinds = np.array([np.nan, np.inf, -np.inf, 1e300, 3.0])
     values = {"tokenizer.ggml.tokens": tuple("abcdef"), "tokenizer.ggml.token_type": kinds}
     assert token_kinds(Metadata("m.gguf", values)) == [1, 255, 0, 255, 3, 1]

@@ -276,11 +276,11 @@ def test_factors_of_longrope(model_type: str, tmp_path: Path) -> None:
         requant.plan(tmp_path / "m.gguf")
 
 
-def test_factors_of_llama_3_beside_yarn(tmp_path: Path) -> None:
+def test_factors_of_llama_3_next_to_yarn(tmp_path: Path) -> None:
     made, config = tiny("llama")
     extra = {"rope_freqs.weight": np.linspace(1, 8, 16, dtype=np.float32)}
     write_gguf(tmp_path / "m.gguf", values(made), config, extra=extra, more=YARN)
-    with pytest.raises(CheckpointError, match=r"rope_freqs\.weight: holds factors beside"):
+    with pytest.raises(CheckpointError, match=r"rope_freqs\.weight: holds factors next to"):
         requant.plan(tmp_path / "m.gguf")
 
 
@@ -389,7 +389,7 @@ def test_experts_whose_weights_are_normed_or_not(norm: bool) -> None:
     assert named == [] and config["norm_topk_prob"] is norm
 
 
-def test_a_window_that_mlx_lm_does_not_keep_to_is_told() -> None:
+def test_a_window_that_mlx_lm_does_not_keep_to_is_reported() -> None:
     _, notes, _ = read_with("gemma2", {"attention.sliding_window": 64})
     assert "mlx-lm's class for gemma2 lets every block see the whole text" in notes
     _, notes, _ = read_with("gemma3", {"attention.sliding_window": 64})

@@ -80,7 +80,7 @@ RUNS = ("\u2581\u2581", "\u2581\u2581\u2581", "\n\n", "<td>")
 @settings(max_examples=150)
 @given(text=st.text("ab <td>\n", max_size=30))
 def test_runs_of_spaces_as_gemma_has_them(text: str) -> None:
-    """Symbols of the user's: the converter writes them with the spaces that they stand for."""
+    """Symbols of the user's: the converter writes them with the spaces that they represent."""
     model = trained(False, RUNS)
     stored = fields(model, False)
     kinds = [4 if piece in RUNS else kind for piece, kind in zip(*by_piece(stored), strict=True)]

@@ -174,7 +174,7 @@ def test_three_forms_say_the_same(tmp_path: Path) -> None:
             assert weights is not None
             np.testing.assert_allclose(weights, experts[number], rtol=1e-6)
         assert np.array_equal(one.weights(0), stack.weights(2))  # type: ignore[arg-type]
-        if path.suffix != ".dat":  # the older form does not tell
+        if path.suffix != ".dat":  # the older form does not say
             assert stack.matrices_without_tokens == [1]
             assert stack.weights(1) is None
         assert statistics.find("model.layers.1.self_attn.q_proj", (32, 64)) is None
@@ -247,7 +247,7 @@ def flipped(path: Path) -> None:
     ("make", "words"),
     [
         (lambda d: d / "none", "cannot be read: No such file"),
-        (lambda d: d, "is no regular file|Is a directory"),
+        (lambda d: d, "is not a regular file|Is a directory"),
         (lambda d: written(d, b"123"), "has 3 bytes, too few"),
         (lambda d: written(d, ours(d / "s", LAYERS).read_bytes()[:200]), "header: .*bytes"),
         (lambda d: written(d, b"\x00" * 64), "neither a safetensors nor a GGUF file"),
@@ -255,7 +255,7 @@ def flipped(path: Path) -> None:
         (lambda d: written(d, struct.pack("<ii3sii", 1, 3, b"abc", 1, -5) + bytes(8)), "is -5"),
         (lambda d: changed(d, ours(d / "s", LAYERS), cut), "ends at|beyond|past"),
         (lambda d: changed(d, ours(d / "s", LAYERS), flipped), "negative or no numbers"),
-        (lambda d: other_tensors(d), "no statistics file, but other tensors"),
+        (lambda d: other_tensors(d), "not a statistics file, but other tensors"),
         (lambda d: newer_of(d, "general.type"), "expected 'imatrix': the file is a model"),
         (lambda d: newer_of(d, "counts"), "has in_sum2, but no counts"),
         (lambda d: newer_of(d, "rows"), "a count for each row of sums"),
@@ -264,7 +264,7 @@ def flipped(path: Path) -> None:
         (lambda d: ours(d / "s", {"a": squares(4)}, {"a": [np.nan]}), "negative or no numbers"),
     ],
 )
-def test_damaged_files_are_refused(
+def test_damaged_files_are_rejected(
     make: Callable[[Path], Path], words: str, tmp_path: Path
 ) -> None:
     with pytest.raises(CheckpointError, match=words) as caught:
@@ -365,7 +365,7 @@ def test_each_matrix_is_weighted_by_its_own(mode: str, source: Path, tmp_path: P
         assert not reasons["model.layers.0.self_attn.q_proj"]
 
 
-def test_other_shapes_are_told_all_at_once(source: Path, tmp_path: Path) -> None:
+def test_other_shapes_are_reported_all_at_once(source: Path, tmp_path: Path) -> None:
     layers = {
         "model.layers.0.self_attn.q_proj": squares(96),
         "model.layers.0.mlp.switch_mlp.up_proj": squares(5, 96),
@@ -379,7 +379,7 @@ def test_other_shapes_are_told_all_at_once(source: Path, tmp_path: Path) -> None
     assert not (tmp_path / "out").exists()
 
 
-def test_statistics_of_another_model_are_refused(source: Path, tmp_path: Path) -> None:
+def test_statistics_of_another_model_are_rejected(source: Path, tmp_path: Path) -> None:
     path = ours(tmp_path / "s.safetensors", {"encoder.up": squares(64)})
     with pytest.raises(CheckpointError, match=r"encoder\.up: is it of another model"):
         requant.plan(source, statistics=path, **OPTIONS)
@@ -405,7 +405,7 @@ def test_verify_takes_the_file_again(source: Path, tmp_path: Path) -> None:
         requant.verify(source, plain, statistics=path)
 
 
-def test_a_file_that_changes_meanwhile_is_refused(source: Path, tmp_path: Path) -> None:
+def test_a_file_that_changes_meanwhile_is_rejected(source: Path, tmp_path: Path) -> None:
     path = ours(tmp_path / "s.safetensors", LAYERS)
     statistics = read_statistics(path)
     answer = statistics.find("model.layers.0.self_attn.q_proj", (32, 64))

@@ -1,4 +1,4 @@
-"""The NumPy face: shapes, strides, dtypes, defaults and what it refuses."""
+"""The NumPy face: shapes, strides, dtypes, defaults and what it rejects."""
 
 import ml_dtypes
 import numpy as np
@@ -88,7 +88,7 @@ def test_into_reused_buffers():
     assert_same_bits(out, native.dequantize(words, scales, biases, 64, 5, "affine", dtype=BF16))
 
 
-def test_into_refuses_what_it_would_have_to_copy():
+def test_into_rejects_what_it_would_have_to_copy():
     w = normals(4, 128)
     words, scales, biases = native.quantize(w, 64, 4, "affine")
     with pytest.raises(ValueError, match="C-contiguous"):
@@ -155,7 +155,7 @@ def test_unsupported_weight(dtype):
     assert caught.value.supported == ("float32", "float16", "bfloat16")
 
 
-def test_refused_weights():
+def test_rejected_weights():
     with pytest.raises(RankMismatchError):
         native.quantize(normals(64), 64, 4, "affine")
     with pytest.raises(DivisibilityError) as caught:
@@ -163,7 +163,7 @@ def test_refused_weights():
     assert (caught.value.name, caught.value.value, caught.value.divisor) == ("in_features", 100, 64)
 
 
-def test_refused_triples():
+def test_rejected_triples():
     words, scales, biases = native.quantize(normals(2, 128), 64, 4, "affine")
     args = (64, 4, "affine")
     with pytest.raises(UnsupportedDtypeError):
@@ -190,7 +190,7 @@ def test_refused_triples():
         native.dequantize(words, scales.astype(np.float32), None, 32, 4, "mxfp4")
 
 
-def test_refused_codes_and_words():
+def test_rejected_codes_and_words():
     with pytest.raises(OutOfRangeError):
         native.pack_words(np.zeros((1, 32), np.uint8), 9)
     with pytest.raises(UnsupportedDtypeError):

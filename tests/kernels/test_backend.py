@@ -48,7 +48,7 @@ def test_empty_map_gets_some_backend():
 
 
 @pytest.mark.parametrize("first", ["mlx", "numpy"])
-def test_mixture_is_refused_and_named(first):
+def test_mixture_is_rejected_and_named(first):
     arrays = [mx.ones(1), np.ones(1)] if first == "mlx" else [np.ones(1), mx.ones(1)]
     with pytest.raises(InvariantError) as caught:
         backend_for({"a": arrays[0], "b": arrays[1]})
@@ -58,7 +58,7 @@ def test_mixture_is_refused_and_named(first):
 @pytest.mark.parametrize(
     "value", [[1.0], 1.0, None, memoryview(b"x"), np.float32(1)], ids=lambda v: type(v).__name__
 )
-def test_foreign_type_is_refused_and_named(value):
+def test_unsupported_type_is_rejected_and_named(value):
     with pytest.raises(UnsupportedDtypeError) as caught:
         backend_for({"a": np.ones(1), "b": value})
     assert caught.value.layer == "b"

@@ -184,10 +184,10 @@ def test_scale_bytes():
         decode.scale_values(every, "F8_E5M2")
 
 
-# ---------------------------------------------------------------- refusals
+# ---------------------------------------------------------------- rejections
 
 
-def test_wrong_arguments_are_refused():
+def test_wrong_arguments_are_rejected():
     codes, one = np.zeros((4, 64), np.uint8), np.ones((4, 1), np.float32)
     out = empty(F32, 4, 64)
     for call, message in (

@@ -197,7 +197,7 @@ def test_q8_word_written_by_hand() -> None:
     assert (scales[0, 0], biases[0, 0]) == (0.5, -64)
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_what_does_not_fit_is_rejected() -> None:
     blocks, words = np.zeros((2, 18), np.uint8), np.zeros((2, 4), np.uint32)
     scales = np.zeros((2, 1), np.float16)
     with pytest.raises(ValueError, match="17 bytes of a row are not a multiple of the 18"):

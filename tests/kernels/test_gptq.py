@@ -114,7 +114,7 @@ def test_outputs_are_nearer_than_by_the_search(bits) -> None:
     assert output_error(w, made, bits, hessian) < 0.5 * output_error(w, searched, bits, hessian)
 
 
-def test_independent_inputs_have_nothing_to_hand_on() -> None:
+def test_independent_inputs_have_nothing_to_propagate() -> None:
     w = weights_of(8, 128)
     made = gptq.compensation_of(np.eye(128, dtype=np.float32), 128)
     assert made.propagation.tolist() == np.eye(128).tolist()
@@ -123,7 +123,7 @@ def test_independent_inputs_have_nothing_to_hand_on() -> None:
 
 
 def test_shares_by_hand() -> None:
-    """H = [[2, 1], [1, 2]]: half of what the first input loses is the second's to repair."""
+    """H = [[2, 1], [1, 2]]: the second input compensates half of the error of the first."""
     made = gptq.compensation_of(np.array([[2.0, 1.0], [1.0, 2.0]]), 2, damping=0.0)
     np.testing.assert_allclose(made.propagation, [[1.0, -0.5], [0.0, 1.0]], rtol=1e-6)
 
@@ -166,7 +166,7 @@ def test_a_layer_that_saw_nothing_is_searched_alone() -> None:
         lambda h: h.__imul__(0).__setitem__((0, 1), 1e30) or h.__setitem__((0, 0), 1.0),
     ],
 )
-def test_what_is_no_hessian_is_refused(make_nonfinite) -> None:
+def test_what_is_not_a_hessian_is_rejected(make_nonfinite) -> None:
     hessian = np.eye(64, dtype=np.float32)
     make_nonfinite(hessian)
     if (hessian.diagonal() == 0).any():
@@ -175,7 +175,7 @@ def test_what_is_no_hessian_is_refused(make_nonfinite) -> None:
         gptq.compensation_of(hessian, 64)
 
 
-def test_shapes_that_disagree_are_both_told() -> None:
+def test_shapes_that_disagree_are_both_reported() -> None:
     with pytest.raises(ShapeMismatchError, match=r"\[64, 64\], got \[32, 32\]"):
         gptq.compensation_of(np.eye(32), 64)
     with pytest.raises(ShapeMismatchError, match=r"\[128, 128\], got \[64, 64\]"):

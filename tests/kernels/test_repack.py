@@ -45,7 +45,7 @@ def test_transpose(rows, columns, dtype, seed):
     assert_same_bits(out, source.T)
 
 
-def test_transpose_refuses_what_does_not_fit():
+def test_transpose_rejects_what_does_not_fit():
     for source, out, message in (
         (buffer(2, 3), buffer(2, 3), r"out: expected shape \(3, 2\), got \(2, 3\)"),
         (buffer(2, 3), buffer(3, 2, np.uint16), "out: expected uint32, got uint16"),
@@ -193,7 +193,7 @@ def test_quark_orders_written_by_hand():
         (buffer(8, 5), 5, buffer(32, 1), 5, "out: 8 codes of 5 bits do not fill whole words"),
     ],
 )
-def test_columns_refuse_what_does_not_fit(source, bits, out, out_bits, message):
+def test_columns_reject_what_does_not_fit(source, bits, out, out_bits, message):
     with pytest.raises(ValueError, match=message):
         repack.stream_columns_into(source, bits, out, out_bits=out_bits)
 
@@ -516,6 +516,6 @@ def test_quark_mx_block_written_by_hand():
         (lambda: repack.deinterleave_into(buffer(1, 4), buffer(1, 5)), "out: expected shape"),
     ],
 )
-def test_what_does_not_fit_is_refused(call, message):
+def test_what_does_not_fit_is_rejected(call, message):
     with pytest.raises(ValueError, match=message):
         call()

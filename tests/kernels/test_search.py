@@ -140,7 +140,7 @@ def test_same_bytes_for_any_chunk_and_build(mode, bits, group_size, level, isa):
 @pytest.mark.parametrize("global_scale", [None, 0.07, 3.0])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("level", LEVELS)
-def test_nvfp4_beside_the_rule(dtype, level, global_scale, isa):
+def test_nvfp4_next_to_the_rule(dtype, level, global_scale, isa):
     """A group that keeps the rule's scale keeps its codes; one that does not loses less."""
     w = np.concatenate([adversarial(dtype), *finite_inputs(dtype).values()])
     spec = {"mode": "nvfp4", "bits": 4, "group_size": 16, "global_scale": global_scale}
@@ -163,7 +163,7 @@ def test_nvfp4_beside_the_rule(dtype, level, global_scale, isa):
 
 @settings(max_examples=40)
 @given(st.data())
-def test_any_bits_are_no_worse(data):
+def test_any_bits_are_not_worse(data):
     """Random bit patterns, finite ones, in any shape and spec."""
     mode, bits, group_size = data.draw(st.sampled_from(SPECS))
     dtype = data.draw(st.sampled_from(DTYPES))
@@ -192,7 +192,7 @@ def test_exactly_representable_values_stay():
         assert_same_bits(dequantize(words, scales, biases, 64, 4, "affine"), w)
 
 
-def test_what_is_refused():
+def test_what_is_rejected():
     w = np.ones((2, 64), np.float32)
     with pytest.raises(UnknownValueError, match=r"quick.*fast.*best"):
         quantize(w, 64, 4, "affine", search="quick")

@@ -186,7 +186,7 @@ def test_step_of_a_scale_byte(mode, byte, step):
     assert values.encoding_error(a, b, scales, mode, most) == (0.25, group_size, 0.5 / step)
 
 
-def test_first_row_that_is_no_number():
+def test_first_row_that_is_not_a_number():
     w = np.ones((5, 96), ml_dtypes.bfloat16)
     assert (values.first_nonfinite_row(w), values.count_nonfinite(w)) == (None, 0)
     w[3, 95] = np.nan
@@ -251,12 +251,12 @@ GOOD = {
         ({"biases": words(2, 1)}, "biases: expected uint16, got uint32"),
     ],
 )
-def test_affine_quantize_refuses(change, message):
+def test_affine_quantize_rejects(change, message):
     with pytest.raises(ValueError, match=message):
         _native.affine_quantize(**{**GOOD, **change})
 
 
-def test_read_only_output_is_refused():
+def test_read_only_output_is_rejected():
     frozen = words(2, 8)
     frozen.flags.writeable = False
     with pytest.raises(TypeError):
@@ -269,7 +269,7 @@ def test_read_only_input_is_fine():
     _native.affine_quantize(**{**GOOD, "w": w})
 
 
-def test_other_kernels_refuse():
+def test_other_kernels_reject():
     byte = np.zeros((2, 2), np.uint8)
     with pytest.raises(ValueError, match="mode: expected mxfp4 or mxfp8, got mxfp6"):
         _native.mx_quantize(halves(2, 64), "F16", "mxfp6", words(2, 8), byte)

@@ -1,7 +1,7 @@
 """Quantized sources under mlx-lm's layout: the codes come through, or the report says why not.
 
 The referee is the layout of the same model dequantized, which ``test_families`` holds
-against mlx-lm itself: values that codes stand for are moved as the codes are.
+against mlx-lm itself: values that codes represent are moved as the codes are.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ REENCODED = {
 }
 
 
-# minimax is published in FP8, which is no dense form.
+# minimax is published in FP8, which is not a dense form.
 @pytest.mark.parametrize(
     "model_type",
     [t for t in FORMS if t in model_types() and t != "minimax" and t not in NEW_FORMS],
@@ -175,7 +175,7 @@ def test_bits_on_a_quantized_source_are_mlx_lm_s_choice(tmp_path: Path) -> None:
 
 
 def test_a_layer_that_the_class_holds_dense_is_decoded(tmp_path: Path) -> None:
-    """DeepSeek's router is no linear layer: codes there could not be loaded."""
+    """DeepSeek's router is not a linear layer: codes there could not be loaded."""
     published(tmp_path / "m", "deepseek_v3")
     gate = "model.layers.1.mlp.gate"
     convert(tmp_path / "m", tmp_path / "q", bits=4, group_size=32, layout="keep",
@@ -247,7 +247,7 @@ def test_global_scales_of_stacked_and_split_matrices(tmp_path: Path) -> None:
     assert read((4, 16), RowRange(two, 2, 4)) is None
 
 
-@pytest.mark.skipif(bool(NEW_FORMS), reason="mlx-lm refuses this form before 0.32")
+@pytest.mark.skipif(bool(NEW_FORMS), reason="mlx-lm rejects this form before 0.32")
 def test_the_memory_of_computed_tensors_is_in_the_budget(tmp_path: Path) -> None:
     """A fused stack is transposed whole: its values and those of the result are held at once."""
     text = small_config("qwen3_vl_moe")["text_config"] | {"num_experts": 512}
@@ -334,7 +334,7 @@ def test_alternating_rows_are_decoded_as_they_are_kept(options: dict, tmp_path: 
     assert [name for name in ours if as_bytes(ours[name]) != as_bytes(expected[name])] == []
 
 
-def test_a_pattern_on_the_source_s_names_is_told_of_keep(tmp_path: Path) -> None:
+def test_a_pattern_on_the_source_s_names_is_advised_to_keep(tmp_path: Path) -> None:
     published(tmp_path / "m", "qwen3_moe")
     with pytest.raises(UsageError, match=r"experts\.0\..* --layout keep"):
         plan(tmp_path / "m", bits=4, overrides=[r"experts\.0\.up_proj=8"])

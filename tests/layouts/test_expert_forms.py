@@ -2,7 +2,7 @@
 
 A checkpoint is built from a class's own parameters: its other tensors as they are published
 (``hub_forms``), its experts in a form that this class need not know. What comes out must be the
-class's own stacks again, byte for byte, and beside them what mlx-lm makes of the published form.
+class's own stacks again, byte for byte, and next to them what mlx-lm makes of the published form.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ OTHERWISE = re.compile(
 )
 CONFIGS = {"afmoe": {"num_dense_layers": 1}}
 WRAPPERS = {"gemma4", "kimi_k25", "kimi_vl", "minimax_m3_vl", "qwen3_5_moe", "qwen3_vl_moe"}
-# Families whose experts are no stacks in the class, or are called like nobody else's.
+# Families whose experts are not stacks in the class, or are called like nobody else's.
 NOT_HERE = {"dbrx", "phixtral"}
 
 Experts = dict[tuple[str, str], mx.array]  # (role, part) -> (experts, out, in)
@@ -134,7 +134,7 @@ def stored_as(family: str, form: str, folder: Path) -> tuple[Weights, Weights] |
     """Write a checkpoint with experts in a form; what its class must get, or None without experts.
 
     Returns:
-        The experts of the class by name, and the tensors beside experts as they are published.
+        The experts of the class by name, and the tensors next to experts as they are published.
     """
     config = small_config(family) | CONFIGS.get(family, {})
     class_checkpoint(folder / "class", config)
@@ -204,7 +204,7 @@ def test_every_class_gets_its_own_stacks(family: str, form: str, tmp_path: Path)
 
 # -- through a whole conversion ----------------------------------------------------------------
 
-# A class that takes fused stacks, fused and turned ones, ones that take turns, single experts.
+# A class that takes fused stacks, fused and transposed ones, ones that take turns, single experts.
 CLASSES = ("qwen3_5_moe", "qwen3_vl_moe", "llama4", "gpt_oss", "qwen3_next", "mixtral")
 
 
@@ -255,7 +255,10 @@ def test_codes_of_single_experts_move(family: str, tmp_path: Path) -> None:
 def test_fp8_stacks_reach_the_class_under_their_own_names(
     family: str, form: str, tmp_path: Path
 ) -> None:
-    """One scale an expert, as Mistral 4 is published; the values are those of a dense twin."""
+    """One scale an expert, as Mistral 4 is published.
+
+    The values are those of a dense counterpart.
+    """
     built = stored_as(family, form, tmp_path)
     assert built is not None
     weights = mx.load(str(tmp_path / "source" / "model.safetensors"))
@@ -272,7 +275,7 @@ def test_fp8_stacks_reach_the_class_under_their_own_names(
         values = np.array(mx.from_fp8(codes, mx.float32, stream=mx.cpu)) * np.float32(0.0123)
         counterpart[name] = mx.array(values).astype(mx.bfloat16)
     config = small_config(family) | {"torch_dtype": "bfloat16"}
-    write_mlx_checkpoint(tmp_path / "twin", config, counterpart)
+    write_mlx_checkpoint(tmp_path / "counterpart", config, counterpart)
     block = {"quant_method": "fp8", "activation_scheme": "static"}
     write_mlx_checkpoint(tmp_path / "fp8", config | {"quantization_config": block}, stored)
     for options in (
@@ -281,7 +284,7 @@ def test_fp8_stacks_reach_the_class_under_their_own_names(
     ):
         out, wanted = tmp_path / "out", tmp_path / "wanted"
         requant.convert(tmp_path / "fp8", out, layout="mlx-lm", force=True, **options)
-        requant.convert(tmp_path / "twin", wanted, layout="mlx-lm", force=True, **options)
+        requant.convert(tmp_path / "counterpart", wanted, layout="mlx-lm", force=True, **options)
         made, due = (mx.load(str(x / "model.safetensors")) for x in (out, wanted))
         assert made.keys() == due.keys()
         assert [name for name in due if as_bytes(made[name]) != as_bytes(due[name])] == []
@@ -290,7 +293,7 @@ def test_fp8_stacks_reach_the_class_under_their_own_names(
 # -- what cannot be ----------------------------------------------------------------------------
 
 
-def test_shapes_that_fit_no_form_are_refused_as_they_stand(tmp_path: Path) -> None:
+def test_shapes_that_fit_no_form_are_rejected_as_they_are(tmp_path: Path) -> None:
     """Gate and up of one width, down of another: nothing is guessed."""
     stored_as("qwen3_moe", "fused", tmp_path)
     weights = dict(mx.load(str(tmp_path / "source" / "model.safetensors")))

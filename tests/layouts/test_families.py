@@ -1,4 +1,4 @@
-"""Every model type of the installed mlx-lm: our layout, carried out, is what mlx-lm converts to."""
+"""Every model type of the installed mlx-lm: our layout, executed, is what mlx-lm converts to."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The layout: quantized sources, recipes, refusals, memory, and the shared models."""
+"""The layout: quantized sources, recipes, rejections, memory, and the shared models."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_reasons_of_dense_layers(tmp_path: Path):
     source = Source(tmp_path / "m")
     layout = mlx_lm_layout(source.checkpoint.config, source.infos, quantization=AFFINE)
     down = "model.layers.0.mlp.down_proj"
-    assert layout.dense_reasons[down].text == "last axis 144 is no multiple of group 32"
+    assert layout.dense_reasons[down].text == "last axis 144 is not a multiple of group 32"
     assert down not in layout.targets
 
     if MLX_LM < (0, 32):  # has no such family
@@ -258,7 +258,7 @@ def test_published_mxfp4(tmp_path: Path):
     assert all(isinstance(tensor, ByteCopy) for tensor in layout.tensors.values())
 
 
-# -- refusals ------------------------------------------------------------------------------
+# -- rejections ------------------------------------------------------------------------------
 
 
 def infos_of(model_type: str, config: dict) -> dict[str, TensorInfo]:

@@ -259,7 +259,7 @@ PROCESSOR = '{"image_processor_type": "Qwen2VLImageProcessor"}'
 
 
 def vlm(folder: Path, family: str = "qwen2_vl", extra: dict = EXTRA, **config: object) -> Path:
-    """A small text model in its published form, with a tower beside it."""
+    """A small text model in its published form, with a tower next to it."""
     class_checkpoint(folder, small_config(family))
     weights = mx.load(str(folder / "model.safetensors"))
     mx.eval(weights)
@@ -283,7 +283,7 @@ def test_what_is_dropped_is_listed_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("keep_extra", [False, True])
-def test_vision_config_stays_beside_its_tower(tmp_path: Path, keep_extra: bool) -> None:
+def test_vision_config_stays_next_to_its_tower(tmp_path: Path, keep_extra: bool) -> None:
     """mlx-lm takes the key out of the config, and loaders choose by it what they expect."""
     source = vlm(tmp_path / "vlm", audio_config={"layers": 1})
     convert(source, tmp_path / "out", bits=4, group_size=32, keep_extra=keep_extra)
@@ -336,7 +336,7 @@ def test_mlx_lm_loads_the_same_model_with_and_without_them(
     assert all(same(array, written[name]) for name, array in packed.items())
 
 
-def test_where_mlx_lm_refuses_them_a_note_says_so(tmp_path: Path) -> None:
+def test_where_mlx_lm_rejects_them_a_note_says_so(tmp_path: Path) -> None:
     """Its rule for this model drops MTP heads only while experts are still apart."""
     from mlx_lm.utils import load_model
 

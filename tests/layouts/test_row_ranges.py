@@ -38,7 +38,7 @@ def test_rows_of_bytes(extent: Extent, runs: tuple[RowRange, ...] | None) -> Non
     assert row_runs(output(8, extent), {"a": A}) == runs
 
 
-def test_rows_of_another_width_are_no_rows() -> None:
+def test_rows_of_another_width_are_not_rows() -> None:
     assert row_runs(output(4, Extent("a", 0, 16)), {"a": A}) is None
 
 

@@ -124,7 +124,7 @@ def test_a_model_without_a_head_is_tied(layout: str, checkpoint: Build, tmp_path
     report = requant.convert(source, tmp_path / "out", layout=layout, dequantize=True)
     assert config_of(tmp_path / "out")["tie_word_embeddings"] is True
     assert any(
-        "no head beside" in note and "false in the" in note
+        "no head next to" in note and "false in the" in note
         for note in note_texts(report.plan.notes)
     )
     honest = checkpoint(*llama(None, tie_word_embeddings=True), name="honest")
@@ -144,7 +144,10 @@ def test_what_agrees_is_left_alone(
 
 
 def test_a_flag_that_is_absent_is_what_the_class_takes(checkpoint: Build, tmp_path: Path) -> None:
-    """mlx-lm's llama ties unless it is told otherwise, and would drop a head; mimo does not."""
+    """mlx-lm's llama ties unless the config says otherwise, and would drop a head.
+
+    Mimo does not.
+    """
     requant.convert(checkpoint(*llama(OWN)), tmp_path / "own", bits=8)
     assert config_of(tmp_path / "own")["tie_word_embeddings"] is False
     assert "lm_head.scales" in load(tmp_path / "own")
@@ -193,7 +196,7 @@ def test_values_are_compared_to_the_last(
     assert plan.config["tie_word_embeddings"] is equal
 
 
-def test_what_is_no_number_is_equal_to_itself(checkpoint: Build) -> None:
+def test_what_is_not_a_number_is_equal_to_itself(checkpoint: Build) -> None:
     nonfinite = COPY.copy()
     nonfinite[3, 4] = np.nan
     source = checkpoint({EMBEDDING: nonfinite, HEAD: nonfinite}, {"tie_word_embeddings": True})
@@ -209,7 +212,7 @@ def layers_of(folder: Path) -> tuple[Checkpoint, SourceLayer, SourceLayer]:
 
 
 def test_a_difference_is_found_without_reading_on(checkpoint: Build) -> None:
-    """A source on the hub is read by ranges: two small ones tell two matrices apart."""
+    """A source on the hub is read by ranges: two small ones distinguish two matrices."""
     large = bf16(60_000, H, seed=5)
     source = checkpoint({EMBEDDING: large, HEAD: bf16(60_000, H, seed=6)})
     found, embedding, head = layers_of(source)
@@ -278,7 +281,7 @@ def test_heads_of_an_mlx_source(head: str, layout: str, checkpoint: Build, tmp_p
 
 
 @pytest.mark.parametrize("layout", ["keep", "mlx-lm"])
-def test_a_quantized_head_beside_a_dense_embedding(
+def test_a_quantized_head_next_to_a_dense_embedding(
     layout: str, checkpoint: Build, tmp_path: Path
 ) -> None:
     tensors, config = llama(None, tie_word_embeddings=True)
@@ -410,7 +413,7 @@ def gemma(head: np.ndarray | None, flag: bool) -> tuple[Tensors, dict[str, Any]]
 
 @pytest.mark.parametrize("flag", [True, False])
 def test_a_class_that_always_ties(flag: bool, checkpoint: Build, tmp_path: Path) -> None:
-    """Its copy is left out even where the flag denies it; another head is refused, both named."""
+    """Its copy is left out even where the flag denies it; another head is rejected, both named."""
     requant.convert(checkpoint(*gemma(COPY, flag)), tmp_path / "copy", bits=8, layout="mlx-lm")
     assert not any("lm_head" in name for name in load(tmp_path / "copy"))
     logits(tmp_path / "copy")
@@ -451,7 +454,7 @@ def test_a_class_that_never_ties_gets_the_embedding_once_more(
     "options", [{"overrides": ["lm_head=6"]}, {"only": [r"^lm_head$"]}], ids=str
 )
 @pytest.mark.parametrize("layout", ["keep", "mlx-lm"])
-def test_an_option_that_names_a_tied_head_is_told_the_embedding(
+def test_an_option_that_names_a_tied_head_is_pointed_to_the_embedding(
     head: np.ndarray | None, options: Mapping[str, Any], layout: str, checkpoint: Build
 ) -> None:
     source = checkpoint(*llama(head, tie_word_embeddings=True))

@@ -70,7 +70,7 @@ def test_weights_are_those_of_the_folder(options: dict, tmp_path: Path) -> None:
 
 
 def test_memory_holds_the_model_once() -> None:
-    """Beside the model MLX holds nothing of it, neither on the way nor at the end."""
+    """Apart from the model MLX holds nothing of it, neither on the way nor at the end."""
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
@@ -95,7 +95,7 @@ def test_no_weights_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_values_that_are_no_numbers(tmp_path: Path) -> None:
+def test_values_that_are_not_numbers(tmp_path: Path) -> None:
     shutil.copytree(model("micro-llama"), tmp_path / "m")
     weights = mx.load(str(tmp_path / "m" / "model.safetensors"))
     mx.eval(weights)  # the file is written over

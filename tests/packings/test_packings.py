@@ -213,7 +213,7 @@ def test_words_of_another_width(pack_dtype: type) -> None:
     check(tensors, block | {"checkpoint_format": "gptq_v2"}, codes, zeros, scales, 64)
 
 
-def test_a_group_of_16_is_encoded_anew() -> None:
+def test_a_group_of_16_is_requantized() -> None:
     codes, zeros, scales = layer(32, 64, 4, 4, 1)
     tensors = packers.gptq(codes, zeros, scales, 4)
     block = {"quant_method": "gptq", "bits": 4, "group_size": 16, "sym": False}

@@ -69,7 +69,7 @@ int main() {
 
 
 def made(rounds: int, group: int, groups: int, no_op: bool = False) -> Rotation:
-    """A random rotation; one whose last round turns nothing and names one input only."""
+    """A random rotation; one whose last round rotates nothing and names one input only."""
     rng = np.random.default_rng(rounds * group)
     pairs = [[rng.permutation(group) for _ in range(groups)] for _ in range(rounds)]
     listed = np.array(pairs).reshape(rounds, -1).astype(np.int16)
@@ -130,7 +130,7 @@ def test_the_kernel_s_text(
 
 
 class Emulated:
-    """Stands where MLX's kernel would: the same call, the values by NumPy."""
+    """Takes the place of MLX's kernel: the same call, the values by NumPy."""
 
     def __init__(self, error: float = 0.0) -> None:
         self.error, self.calls = error, 0

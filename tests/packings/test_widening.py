@@ -107,7 +107,7 @@ def test_another_dtype_rounds_the_scales_and_says_so(tmp_path: Path) -> None:
 
 
 def test_mxfp4_is_mxfp8_of_the_same_values(tmp_path: Path) -> None:
-    """Every code under every scale; 255, NaN, is refused."""
+    """Every code under every scale; 255, NaN, is rejected."""
     nibbles = np.tile(np.arange(16, dtype=np.uint32), (255, 2)).reshape(255, 4, 8)
     words = (nibbles << (4 * np.arange(8, dtype=np.uint32))).sum(-1).astype(np.uint32)
     weights = {"up.weight": mx.array(words)}

@@ -26,8 +26,8 @@ from requant.planning.planner import make_plan, plan_with_source
 from requant.quantization.config import Quantization
 from requant.quantization.options import ConvertOptions
 from requant.sources.open import read_checkpoint
-from tests.support.published_models import published
 from tests.support.fixture_folders import NAMES, cut_fixture
+from tests.support.published_models import published
 
 PACKAGE = Path(requant.__file__).parent
 
@@ -56,7 +56,7 @@ def not_plain(value: object, path: str) -> Iterator[str]:
         fields = {field.name for field in dataclasses.fields(value)}
         hidden = set(getattr(value, "__dict__", {})) - fields
         if hidden:
-            yield f"{path}: {type(value).__name__} holds {sorted(hidden)} beside its fields"
+            yield f"{path}: {type(value).__name__} holds {sorted(hidden)} next to its fields"
         for name in fields:
             yield from not_plain(getattr(value, name), f"{path}.{name}")
     else:

@@ -20,7 +20,7 @@ def fates(made) -> dict[str, tuple[str, str, str]]:
     return {x.layer: (x.treatment.value, x.target, reason_text(x)) for x in made.layers}
 
 
-def test_dense_source_without_wishes_takes_mlx_default_and_says_so(dense: Path) -> None:
+def test_dense_source_without_options_takes_mlx_default_and_says_so(dense: Path) -> None:
     made = plan(dense)
 
     assert made.quantization.quantization == Quantization.affine(64, 4)
@@ -43,7 +43,7 @@ def test_what_is_quantized_in_a_dense_source(dense: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["gate_proj", "up_gate_proj", "gate_up_proj", "w1"])
-def test_a_gate_projection_is_no_router(checkpoint: Callable[..., Path], name: str) -> None:
+def test_a_gate_projection_is_not_a_router(checkpoint: Callable[..., Path], name: str) -> None:
     made = plan(checkpoint({f"mlp.{name}.weight": bf16(8, 64)}), bits=4)
 
     assert made.layers[0].treatment == "quantized"
@@ -56,7 +56,7 @@ def test_a_last_axis_that_does_not_divide_takes_the_next_smaller_group(dense: Pa
     found = fates(made)
     assert found["model.odd"][1:] == ("affine 4-bit g32", "last axis 96 takes group 32, not 128")
     assert found["model.ragged"][0] == "dense"
-    assert "last axis 40 is no multiple" in found["model.ragged"][2]
+    assert "last axis 40 is not a multiple" in found["model.ragged"][2]
 
 
 def test_overrides_the_last_match_wins_and_rules_over_the_name_rule(dense: Path) -> None:
@@ -100,7 +100,7 @@ def test_a_pattern_that_matches_nothing_suggests_near_names(dense: Path) -> None
     assert "lm_head" in str(raised.value)
 
 
-def test_an_override_that_cannot_be_met_is_refused_with_all_reasons(dense: Path) -> None:
+def test_an_override_that_cannot_be_met_is_rejected_with_all_reasons(dense: Path) -> None:
     with pytest.raises(UsageError) as raised:
         plan(dense, bits=4, overrides=["ragged=4", "input_layernorm=4"])
 
@@ -220,7 +220,7 @@ def test_dtype_is_written_into_the_config(dense: Path) -> None:
     assert plan(dense, bits=4, dtype="float16").config["dtype"] == "float16"
 
 
-def test_an_unknown_quant_method_is_refused_by_name(checkpoint: Callable[..., Path]) -> None:
+def test_an_unknown_quant_method_is_rejected_by_name(checkpoint: Callable[..., Path]) -> None:
     config = {"model_type": "llama", "quantization_config": {"quant_method": "spinquant"}}
     source = checkpoint({"a.weight": bf16(8, 64)}, config)
 
@@ -229,7 +229,7 @@ def test_an_unknown_quant_method_is_refused_by_name(checkpoint: Callable[..., Pa
     assert "spinquant" in str(raised.value)
 
 
-def test_packed_codes_without_a_block_are_refused(checkpoint: Callable[..., Path]) -> None:
+def test_packed_codes_without_a_block_are_rejected(checkpoint: Callable[..., Path]) -> None:
     source = checkpoint({"a.weight": np.zeros((8, 8), np.uint32), "a.scales": bf16(8, 1)})
 
     with pytest.raises(CheckpointError) as raised:

@@ -1,4 +1,4 @@
-"""Recipes on the road: mlx-lm's own bit for bit, ours layer by layer."""
+"""Recipes in the pipeline: mlx-lm's own bit for bit, ours layer by layer."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def mine(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("layout", ["mlx-lm", "keep"])
-def test_a_recipe_of_ours(mine: Path, layout: str, tmp_path: Path) -> None:
+def test_a_builtin_recipe(mine: Path, layout: str, tmp_path: Path) -> None:
     import mlx_lm
 
     made = plan(model("micro-moe"), recipe=mine, layout=layout)
@@ -142,7 +142,7 @@ def test_rules_that_fit_no_layer_are_noted_for_own_files_only(mine: Path) -> Non
     assert note_texts(plan(model("micro-llama"), recipe="experts-3").notes) == ()
 
 
-def test_a_group_that_does_not_fit_is_no_error(mine: Path, tmp_path: Path) -> None:
+def test_a_group_that_does_not_fit_is_not_an_error(mine: Path, tmp_path: Path) -> None:
     """mlx-lm's own target stays; with the names kept the next smaller group is taken."""
     class_checkpoint(tmp_path / "m", small_config("qwen2") | {"intermediate_size": 192})
     mine.write_text('[default]\n[[rules]]\nrole = "down_proj"\nspec = "8:128"\n')

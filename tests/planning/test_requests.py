@@ -22,8 +22,8 @@ WIDE = {"up.weight": bf16(64, 128), "router.weight": bf16(8, 128), "norm.weight"
 @pytest.mark.parametrize(
     ("tensors", "options", "words"),
     [
-        (NARROW, {"bits": 4}, "a: last axis 48 is no multiple of group 64"),
-        (NARROW, {"mode": "mxfp4"}, "a: last axis 48 is no multiple of group 32"),
+        (NARROW, {"bits": 4}, "a: last axis 48 is not a multiple of group 64"),
+        (NARROW, {"mode": "mxfp4"}, "a: last axis 48 is not a multiple of group 32"),
         ({"a.weight": bf16(64, 40)}, {"mode": "nvfp4"}, "last axis 40"),
         (WIDE, {"bits": 4, "only": ["norm"]}, "norm: a vector"),
         (WIDE, {"only": ["norm"]}, "--only 'norm'"),

@@ -63,7 +63,7 @@ def treatments(source: Path, **options: Any) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("path", TOWERS)
-def test_a_tower_beside_a_language_model_stays_dense(path: str, checkpoint: Build) -> None:
+def test_a_tower_next_to_a_language_model_stays_dense(path: str, checkpoint: Build) -> None:
     source = checkpoint(language_model() | {f"{path}.weight": bf16(64, 128)}, TEXT)
     found = treatments(source)
     assert found.pop(path) == "dense"
@@ -96,7 +96,7 @@ def test_a_role_or_a_place_names_no_tower(path: str, checkpoint: Build, tmp_path
 
 @pytest.mark.parametrize("model_type", ["vit", "siglip_vision_model"])
 def test_a_model_that_is_all_tower_is_quantized(model_type: str, checkpoint: Build) -> None:
-    """There is nothing beside it but a small head, and its config has no part for images."""
+    """There is nothing next to it but a small head, and its config has no part for images."""
     tensors = {f"vit.encoder.layer.{i}.output.dense.weight": bf16(128, 128) for i in range(4)}
     tensors |= {"classifier.weight": bf16(16, 128)}
     found = treatments(checkpoint(tensors, {"model_type": model_type}))
@@ -116,7 +116,7 @@ def test_clip_keeps_its_tower_and_quantizes_its_text(checkpoint: Build) -> None:
 @pytest.mark.parametrize(
     "path", ["model.layers.0.mlp.connect", "model.division.0", "model.encoder.layers.0.fc1"]
 )
-def test_other_names_are_no_towers(path: str, checkpoint: Build) -> None:
+def test_other_names_are_not_towers(path: str, checkpoint: Build) -> None:
     tensors = {f"{path}.weight": bf16(64, 128), "model.layers.0.up_proj.weight": bf16(256, 128)}
     assert treatments(checkpoint(tensors))[path] == "quantized"
 
@@ -158,7 +158,9 @@ def test_a_shared_embedding_stays_dense(family: str, checkpoint: Build) -> None:
 
 
 @pytest.mark.parametrize("family", MASKED)
-def test_an_embedding_beside_a_head_of_its_own_is_quantized(family: str, checkpoint: Build) -> None:
+def test_an_embedding_next_to_a_head_of_its_own_is_quantized(
+    family: str, checkpoint: Build
+) -> None:
     source = checkpoint(masked(family, tied=False), {"model_type": family})
     assert treatments(source)[MASKED[family][0]] == "quantized"
 

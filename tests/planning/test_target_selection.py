@@ -72,7 +72,7 @@ def decide(
     relayout: Relayout | None = None,
     format_name: str = "dense",
 ) -> LayerDecision:
-    """The decision about a layer beside a large one that is stored alike."""
+    """The decision about a layer next to a large one that is stored alike."""
     large = replace(dense(UP), encoding=layer.encoding)
     layout = SourceLayout((layer, large))
     selector = TargetSelector(checkpoint, format_name, layout, asked, relayout)

@@ -1,4 +1,4 @@
-"""The quantization block: what it means, and what is refused."""
+"""The quantization block: what it means, and what is rejected."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_quantization_takes_the_tag_of_a_mode():
     assert Quantization(32, 4, "mxfp4").mode is QuantMode.MXFP4
 
 
-def test_quantization_refuses_an_unknown_mode():
+def test_quantization_rejects_an_unknown_mode():
     with pytest.raises(UnknownValueError) as caught:
         Quantization(32, 4, "mxfp6")
     assert caught.value.value == "mxfp6"
@@ -82,26 +82,26 @@ def test_from_dict_accepts_the_bounds_of_int32():
 
 
 @pytest.mark.parametrize("key", ["group_size", "bits"])
-def test_from_dict_refuses_a_missing_number(key):
+def test_from_dict_rejects_a_missing_number(key):
     with pytest.raises(ParseError, match=key):
         Quantization.from_dict({name: 4 for name in GLOBAL if name != key})
 
 
 @pytest.mark.parametrize("key", ["group_size", "bits"])
 @pytest.mark.parametrize("value", NO_INT32, ids=repr)
-def test_from_dict_refuses_what_is_no_int32(key, value):
+def test_from_dict_rejects_what_is_not_int32(key, value):
     with pytest.raises(ParseError, match=key):
         Quantization.from_dict({**GLOBAL, key: value})
 
 
 @pytest.mark.parametrize("mode", ["Affine", "AFFINE", "mxfp6", "", None, 4, True, ["affine"]])
-def test_from_dict_refuses_an_unknown_mode(mode):
+def test_from_dict_rejects_an_unknown_mode(mode):
     with pytest.raises(ParseError, match="mode"):
         Quantization.from_dict({**GLOBAL, "mode": mode})
 
 
 @pytest.mark.parametrize("block", [None, 4, "affine", [64, 4], True])
-def test_from_dict_refuses_what_is_no_object(block):
+def test_from_dict_rejects_what_is_not_an_object(block):
     with pytest.raises(ParseError, match="object"):
         Quantization.from_dict(block)
 
@@ -170,7 +170,7 @@ def test_config_is_frozen():
 
 
 @pytest.mark.parametrize("value", [False, None, {"group_size": 64, "bits": 4}])
-def test_config_refuses_a_layer_value_of_another_type(value):
+def test_config_rejects_a_layer_value_of_another_type(value):
     with pytest.raises(InvariantError) as caught:
         PerLayerQuantization(None, {"up": value})
     assert caught.value.layer == "up"
@@ -241,7 +241,7 @@ def test_reserved_keys_are_these_six():
 
 
 @pytest.mark.parametrize("key", ["group_size", "bits"])
-def test_block_refuses_a_missing_default(key):
+def test_block_rejects_a_missing_default(key):
     block = {**{name: 4 for name in GLOBAL if name != key}, "up": {"group_size": 64, "bits": 4}}
     with pytest.raises(ParseError, match=key):
         PerLayerQuantization.from_dict(block)
@@ -249,14 +249,14 @@ def test_block_refuses_a_missing_default(key):
 
 @pytest.mark.parametrize("key", ["group_size", "bits", "mode"])
 @pytest.mark.parametrize("value", [None, False, 4.0, {}])
-def test_block_refuses_a_bad_default(key, value):
+def test_block_rejects_a_bad_default(key, value):
     with pytest.raises(ParseError, match=key) as caught:
         PerLayerQuantization.from_dict({**GLOBAL, key: value})
     assert caught.value.layer is None
 
 
 @pytest.mark.parametrize("value", [None, 0, 1, 4.5, "false", [], [64, 4]], ids=repr)
-def test_block_refuses_a_layer_that_is_no_object(value):
+def test_block_rejects_a_layer_that_is_not_an_object(value):
     with pytest.raises(ParseError) as caught:
         PerLayerQuantization.from_dict({**GLOBAL, "up": value})
     assert caught.value.layer == "up"
@@ -267,14 +267,14 @@ def test_block_refuses_a_layer_that_is_no_object(value):
     [{}, {"bits": 4}, {"group_size": 64}, {**GLOBAL, "mode": "int4"}, {**GLOBAL, "bits": "4"}],
     ids=repr,
 )
-def test_block_refuses_a_bad_layer_and_names_it(value):
+def test_block_rejects_a_bad_layer_and_names_it(value):
     with pytest.raises(ParseError) as caught:
         PerLayerQuantization.from_dict({**GLOBAL, "up": value})
     assert caught.value.layer == "up"
 
 
 @pytest.mark.parametrize("block", [None, 4, "x", [], True])
-def test_block_refuses_what_is_no_object(block):
+def test_block_rejects_what_is_not_an_object(block):
     with pytest.raises(ParseError, match="object"):
         PerLayerQuantization.from_dict(block)
 
@@ -298,7 +298,7 @@ def test_to_dict_without_default_is_the_layers_alone():
 
 
 @pytest.mark.parametrize("key", sorted(RESERVED_KEYS))
-def test_to_dict_refuses_a_layer_with_a_reserved_name(key):
+def test_to_dict_rejects_a_layer_with_a_reserved_name(key):
     with pytest.raises(KeyCollisionError) as caught:
         PerLayerQuantization(Quantization(64, 4), {key: SKIP}).to_dict()
     assert caught.value.key == key
@@ -334,7 +334,7 @@ def test_parse_gives_none_without_a_block(text):
 
 
 @pytest.mark.parametrize("block", ["null", "false", "4", '"affine"', "[]", "{}"])
-def test_parse_refuses_a_block_of_another_form(block):
+def test_parse_rejects_a_block_of_another_form(block):
     with pytest.raises(ParseError):
         parse_quantization(f'{{"quantization": {block}}}')
 
@@ -354,13 +354,13 @@ def test_parse_refuses_a_block_of_another_form(block):
     ],
     ids=range(9),
 )
-def test_parse_refuses_what_is_no_json(text):
+def test_parse_rejects_what_is_not_json(text):
     with pytest.raises(ParseError):
         parse_quantization(text)
 
 
 @pytest.mark.parametrize("number", ["4.0", "4e0", "99999999999", "-2147483649"])
-def test_parse_refuses_numbers_that_are_no_int32(number):
+def test_parse_rejects_numbers_that_are_not_int32(number):
     with pytest.raises(ParseError, match="bits"):
         parse_quantization(f'{{"quantization": {{"group_size": 64, "bits": {number}}}}}')
 

@@ -76,7 +76,7 @@ def test_no_role_goes_untested() -> None:
     assert {case[0] for case in marks[0].args[1]} == set(ROLES)
 
 
-def test_experts_are_no_shared_experts() -> None:
+def test_experts_are_not_shared_experts() -> None:
     recipe = parse_recipe('[[rules]]\nrole = "experts"\nspec = 3', "mine")
     assert recipe.choose(["l.0.mlp.shared_experts.up_proj", "l.0.mlp.gate"], None) == {}
 
@@ -175,7 +175,7 @@ def test_the_docs_describe_every_recipe_and_role() -> None:
         assert f"`{word}`" in page
 
 
-# -- with other wishes -----------------------------------------------------------------
+# -- with other options -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -214,16 +214,16 @@ def test_options_that_a_recipe_contradicts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[default", "is no TOML: "),
+        ("[default", "is not valid TOML: "),
         ("", "rules: there are none, and no [default]"),
-        ("[defaults]\nbits = 4", "defaults: is no key here; did you mean 'default'?"),
+        ("[defaults]\nbits = 4", "defaults: is not a known key; did you mean 'default'?"),
         (
             "colour = 1\n[default]",
-            "colour: is no key here; known: description, search, default, rules",
+            "colour: is not a known key; known: description, search, default, rules",
         ),
         ("description = 4\n[default]", "description: is 4, expected a text"),
         ("default = 4", "default: is 4, expected a table"),
-        ("[default]\nbit = 4", "default.bit: is no key here; did you mean 'bits'?"),
+        ("[default]\nbit = 4", "default.bit: is not a known key; did you mean 'bits'?"),
         ("[default]\nbits = '4'", "default.bits: is '4', expected a number"),
         ("[default]\nbits = true", "default.bits: is true, expected a number"),
         ("[default]\nbits = 7", "default: bits = 7: affine takes"),
@@ -233,14 +233,20 @@ def test_options_that_a_recipe_contradicts(tmp_path: Path) -> None:
         ("[[rules]]\nmatch = 'a'", "rules[1].spec: is missing; write bits (8)"),
         ("[[rules]]\nmatch = 'a'\nspec = 8.5", "rules[1].spec: is 8.5, expected bits"),
         ("[[rules]]\nmatch = 'a'\nspec = true", "rules[1].spec: is true, expected bits"),
-        ("[[rules]]\nmatch = 'a'\nspec = 7", "rules[1].spec: '7' is no quantization of MLX"),
-        ("[[rules]]\nmatch = 'a'\nspec = 'skp'", "rules[1].spec: 'skp' is no SPEC; write bits"),
+        ("[[rules]]\nmatch = 'a'\nspec = 7", "rules[1].spec: '7' is not a quantization of MLX"),
+        (
+            "[[rules]]\nmatch = 'a'\nspec = 'skp'",
+            "rules[1].spec: 'skp' is not a valid SPEC; write bits",
+        ),
         (
             "[[rules]]\nmatch = '('\nspec = 8",
             "rules[1].match: '(' is not a valid regular expression",
         ),
         ("[[rules]]\nmatch = 4\nspec = 8", "rules[1].match: is 4, expected a regex"),
-        ("[[rules]]\nrole = 'haed'\nspec = 8", "rules[1].role: 'haed' is no role; near it: head"),
+        (
+            "[[rules]]\nrole = 'haed'\nspec = 8",
+            "rules[1].role: 'haed' is not a role; close matches: head",
+        ),
         ("[[rules]]\nrole = [4]\nspec = 8", "rules[1].role: is [4], expected a role"),
         ("[[rules]]\nfirst = -1\nspec = 8", "rules[1].first: is -1, expected 0 or more"),
         ("[[rules]]\nlast = '2'\nspec = 8", "rules[1].last: is '2', expected a number of blocks"),
@@ -248,7 +254,10 @@ def test_options_that_a_recipe_contradicts(tmp_path: Path) -> None:
             "[[rules]]\nspec = 8",
             "rules[1]: has no condition; write match, role, first, last or layers",
         ),
-        ("[[rules]]\nmatc = 'a'\nspec = 8", "rules[1].matc: is no key here; did you mean 'match'"),
+        (
+            "[[rules]]\nmatc = 'a'\nspec = 8",
+            "rules[1].matc: is not a known key; did you mean 'match'",
+        ),
     ],
 )
 def test_what_is_wrong_is_said(text: str, message: str) -> None:
@@ -267,7 +276,7 @@ def test_every_problem_in_one_run() -> None:
 
 
 def test_names_and_files_that_are_not_there(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no recipe 'mixed_36'; near it: mixed_3_6; known: "):
+    with pytest.raises(UsageError, match="no recipe 'mixed_36'; close matches: mixed_3_6; known: "):
         load_recipe("mixed_36")
     with pytest.raises(UsageError, match="No such file"):
         load_recipe(tmp_path / "nowhere.toml")

@@ -1,4 +1,4 @@
-"""What a record says about its conversion, and what of it is refused."""
+"""What a record says about its conversion, and what of it is rejected."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def make_nonfinite(output: Path, target: Path, layer: str, key: str, value: Any)
 @pytest.mark.parametrize(
     "key, value, declared",
     [
-        ("shape", [1, -2], r"shape \[1, -2\] and bytes .* are no counts"),
+        ("shape", [1, -2], r"shape \[1, -2\] and bytes .* are not counts"),
         ("shape", "x", "shape: is 'x', expected a list"),
         ("bytes_in", True, "bytes_in: is true, expected a whole number"),
         ("target", None, "target: is missing"),
@@ -112,7 +112,7 @@ def make_nonfinite(output: Path, target: Path, layer: str, key: str, value: Any)
         ("error", [1, "x"], "expected two numbers or null"),
     ],
 )
-def test_a_foreign_record_is_refused(
+def test_another_tools_record_is_rejected(
     converted: tuple[Path, requant.Report], tmp_path: Path, key: str, value: Any, declared: str
 ) -> None:
     folder = make_nonfinite(converted[0], tmp_path / "x", "model.embed_tokens", key, value)
@@ -123,7 +123,7 @@ def test_a_foreign_record_is_refused(
 
 
 @pytest.mark.parametrize("key, value", [("options", {}), ("layers", []), ("source", None)])
-def test_a_torn_record_is_refused(
+def test_a_torn_record_is_rejected(
     converted: tuple[Path, requant.Report], tmp_path: Path, key: str, value: Any
 ) -> None:
     folder = make_nonfinite(converted[0], tmp_path / "x", "", key, value)

@@ -128,7 +128,7 @@ def test_convert_downloads_and_records_the_commit(hub: Hub, call: Call, tmp_path
     assert "all of its files are downloaded" in ok(call("plan", NAME, "--bits", "4"))
 
 
-def test_a_download_that_was_cut_goes_on(hub: Hub, call: Call, tmp_path: Path) -> None:
+def test_a_download_that_was_cut_resumes(hub: Hub, call: Call, tmp_path: Path) -> None:
     """The client writes what came in pieces of 10 MB; a second process asks for the rest."""
     save_file({"x.weight": np.zeros((16384, 1024), np.float16)}, tmp_path / "large")
     content = (tmp_path / "large").read_bytes()
@@ -155,7 +155,7 @@ def test_problems_come_before_the_download(hub: Hub, call: Call) -> None:
     assert "strange" in done.stderr and hub.sent - sent < 200_000
 
 
-def test_an_output_in_the_way_is_told_before_the_download(
+def test_an_output_in_the_way_is_reported_before_the_download(
     hub: Hub, call: Call, tmp_path: Path
 ) -> None:
     (tmp_path / "out").mkdir()
@@ -175,7 +175,7 @@ def test_an_output_in_the_way_is_told_before_the_download(
         ([NAME], {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE forbids"),
         (["a/empty"], {}, "config.json: is not in the repository"),
         (["a/pickle"], {}, "only pickle files (pytorch_model.bin). Loading those can run code"),
-        (["a/evil"], {}, "the hub lists '../../x' with 1 bytes, which is no file"),
+        (["a/evil"], {}, "the hub lists '../../x' with 1 bytes, which is not a file"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
@@ -277,7 +277,7 @@ def test_only_what_the_record_says_is_uploaded(hub: Hub, call: Call, output: Pat
     done = call("upload", output, "me/n", HF_TOKEN="hf_x")
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert (
-        "out cannot be uploaded, for it is not what its requant.json says; convert it anew"
+        "out cannot be uploaded, for it is not what its requant.json says; convert it again"
         in done.stderr
     )
     assert len(hub.log) == asked and "me/n" not in hub.commits
@@ -306,7 +306,7 @@ def committed(hub: Hub, name: str) -> dict[str, bytes]:
     return found
 
 
-def test_an_upload_that_was_stopped_goes_on(hub: Hub, call: Call, output: Path) -> None:
+def test_an_upload_that_was_stopped_resumes(hub: Hub, call: Call, output: Path) -> None:
     hub.reject_objects = 1
     first = call("upload", output, "me/m", HF_TOKEN="hf_x")
     assert first.returncode == 1 and "Traceback" not in first.stderr

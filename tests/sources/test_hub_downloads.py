@@ -129,7 +129,7 @@ def test_shards_come_in_the_order_in_which_they_are_needed(hub: Hub, call: Call)
 
 
 @either_way
-def test_killed_while_it_downloads_and_converts_it_goes_on(
+def test_killed_while_it_downloads_and_converts_it_resumes(
     hub: Hub,
     call: Call,  # noqa: F811
     tmp_path: Path,
@@ -146,7 +146,7 @@ def test_killed_while_it_downloads_and_converts_it_goes_on(
     ok(call("convert", NAME, "out", *OPTIONS, *option, "--quiet"))
     assert without_record(tmp_path / "out") == expected
     ok(call("verify", "out"))
-    # What was not yet handed to the disk comes twice, and with it at most the headers.
+    # What was not yet written to the disk comes twice, and with it at most the headers.
     assert hub.sent < WEIGHT_BYTES + 2_000_000
     starts = {path.rpartition("/")[2]: r for _, path, r in hub.log if r}
     assert int(starts[SHARDS[3]][6:].split("-")[0]) >= 500_000
@@ -192,7 +192,7 @@ def test_consumed_or_not_may_change_on_the_way(
     tmp_path: Path,
     expected: dict[str, bytes],
 ) -> None:
-    """Nothing here is the only copy: a stopped run goes on with or without the option."""
+    """Nothing here is the only copy: a stopped run resumes with or without the option."""
     hub.gates[SHARDS[3]] = (200_000, lambda: False)
     command = ("convert", NAME, "out", *OPTIONS, "--quiet")
     process = begin(call, tmp_path, *command, "--consume-source")
@@ -229,7 +229,7 @@ def test_files_of_the_cache_are_used_and_stay(
 
 
 @either_way
-def test_numbers_that_are_none_are_refused(
+def test_numbers_that_are_none_are_rejected(
     hub: Hub,
     call: Call,  # noqa: F811
     tmp_path: Path,
@@ -273,7 +273,7 @@ def test_the_network_fails_on_the_way(
     assert hub.sent - before < 4.5 * len(FILES[SHARDS[3]])
 
 
-def test_a_file_that_changes_on_the_server_is_refused(
+def test_a_file_that_changes_on_the_server_is_rejected(
     hub: Hub,
     call: Call,  # noqa: F811
     tmp_path: Path,
@@ -292,7 +292,7 @@ def test_a_file_that_changes_on_the_server_is_refused(
     ok(call("verify", NAME, "out"))
 
 
-def test_a_new_commit_does_not_go_on_with_the_old_one(
+def test_a_new_commit_does_not_resume_with_the_old_one(
     hub: Hub,
     call: Call,  # noqa: F811
     tmp_path: Path,
@@ -352,7 +352,12 @@ def test_a_disk_that_is_too_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ("token", "the hub answers 401: Invalid credentials in Authorization header; log in with"),
     ],
 )
-def test_what_is_refused_while_shards_come(hub: Hub, call: Call, fault: str, declared: str) -> None:  # noqa: F811
+def test_what_is_rejected_while_shards_come(
+    hub: Hub,
+    call: Call,  # noqa: F811
+    fault: str,
+    declared: str,
+) -> None:
     """The headers were given, the shards are not; the message names the file."""
     ok(call("plan", NAME, *OPTIONS, HF_TOKEN="hf_x"))
     if fault == "gated":
@@ -385,13 +390,13 @@ def test_offline_with_everything_here(hub: Hub, call: Call, tmp_path: Path) -> N
 
 
 def test_interrupted_by_the_user(hub: Hub, call: Call, tmp_path: Path) -> None:  # noqa: F811
-    """Ctrl-C ends it soon, also while a server keeps it waiting, and says how to go on."""
+    """Ctrl-C ends it soon, also while a server keeps it waiting, and says how to continue."""
     process = cut_in_the_fourth(hub, call, tmp_path)
     began = time.monotonic()
     process.send_signal(signal.SIGINT)
     _, declared = process.communicate()
     assert process.returncode == 130 and time.monotonic() - began < 10
-    assert "interrupted; " in declared and "the same command goes on from there" in declared
+    assert "interrupted; " in declared and "the same command resumes" in declared
     assert "Traceback" not in declared
 
 

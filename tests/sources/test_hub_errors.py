@@ -35,7 +35,7 @@ def answer(kind: Any, code: int) -> BaseException:
         (answer(errors.HfHubHTTPError, 503), "503: Said by the server. What came is kept", True),
         (errors.OfflineModeIsEnabled("off"), "a/b: x: HF_HUB_OFFLINE forbids", False),
         (errors.HFValidationError("too long"), "a/b: x: too long", False),
-        (HTTP.ConnectError("refused"), "cannot be reached (ConnectError: refused)", True),
+        (HTTP.ConnectError("reset"), "cannot be reached (ConnectError: reset)", True),
         (HTTP.ReadTimeout("slow"), "cannot be reached (ReadTimeout: slow)", True),
         (HTTP.InvalidURL("port"), "cannot be reached (InvalidURL: port)", True),
         (ConnectionResetError("reset"), "(ConnectionResetError: reset). What came", True),
@@ -52,7 +52,7 @@ def test_each_class_has_its_message(raised: BaseException, declared: str, retrya
 
 def test_an_upload_of_many_files_names_the_file() -> None:
     with pytest.raises(HubError) as caught, hub_errors("a/b", sending=True):
-        raise RuntimeError("Error while uploading 'x'") from HTTP.ConnectError("refused")
+        raise RuntimeError("Error while uploading 'x'") from HTTP.ConnectError("reset")
     assert str(caught.value).startswith("a/b: Error while uploading 'x': the hub cannot be reached")
     assert "Files that arrived are not sent again" in str(caught.value)
     assert caught.value.temporary

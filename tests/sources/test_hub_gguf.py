@@ -15,14 +15,14 @@ from tests.support.checkpoints import MICRO_LLAMA, tree
 from tests.support.hub_commands import Call, call, ok  # noqa: F401  (a fixture)
 from tests.support.hub_server import Hub, serving
 
-pytestmark = pytest.mark.sweep(1, tests=("test_models_are_told_by_the_end_of_their_names",))
+pytestmark = pytest.mark.sweep(1, tests=("test_models_are_detected_by_the_end_of_their_names",))
 
 pytest.importorskip("huggingface_hub")
 NAME = "someone/micro-GGUF"
 CARD = b"---\nlicense: mit\n---\n# micro\n"
 
 
-def test_models_are_told_by_the_end_of_their_names() -> None:
+def test_models_are_detected_by_the_end_of_their_names() -> None:
     names = [
         "a-Q4_K_M.gguf",
         "a.IQ2_XXS.gguf",

@@ -49,7 +49,10 @@ class Job:
             self.older = tree(self.output)
 
     def import_all(self) -> None:
-        """Convert once in this process, so that no child imports MLX and mlx-lm anew (a second)."""
+        """Convert once in this process.
+
+        So that no child imports MLX and mlx-lm again (a second).
+        """
         options = {k: v for k, v in self.options.items() if k not in ("consume_source", "yes")}
         requant.convert(self.kept, self.place.with_name("warm"), **options)
 

@@ -182,7 +182,7 @@ def _check_dequantized(checked: Checked, tmp_path: Path, values_rtol: float) -> 
 def check_in_memory(checked: Checked, options: Mapping[str, Any]) -> None:
     """``transform_weights`` gives the folder's tensors for both array libraries.
 
-    Only where the folder's wishes are those that it takes: none, or for layers that need one.
+    Only where the folder's options are those that it takes: none, or for layers that need one.
     """
     given = {key: options[key] for key in ("bits", "group_size", "mode") if key in options}
     if options.keys() - given.keys() != {"layout"}:
@@ -196,7 +196,7 @@ def check_in_memory(checked: Checked, options: Mapping[str, Any]) -> None:
         except requant.InvariantError:
             pass
         else:
-            return  # every layer has a fate of its own
+            return  # every layer has its own treatment
         # A conversion covers layers that are dense in the source, too; this does not.
         only = [f"^{re.escape(path)}$" for path in checked.expected]
         output = checked.output.with_name("only")

@@ -1,4 +1,4 @@
-"""Where the checkpoints of other tools lie: full beside the repository, cut in tests/fixtures.
+"""Where the checkpoints of other tools lie: full next to the repository, cut in tests/fixtures.
 
 ``scripts/cut-fixtures`` makes the cuts. A cut holds the tool's own bytes of some quantized
 layers, and the values that the tool decodes, packed; it is unpacked here, and filled with random

@@ -1,4 +1,4 @@
-"""A small folder of every format, from scratch, with the values that its tensors stand for.
+"""A small folder of every format, from scratch, with the values that its tensors represent.
 
 Each has a quantized layer ``up`` of 64 outputs and 128 inputs, a dense ``head.weight`` and a
 ``norm.weight``. Values are computed here by the formula of the format's document.
@@ -29,10 +29,10 @@ class Source:
 
     Attributes:
         tensors: By name.
-        values: Layer path -> what its tensors stand for, float32.
-        config: What config.json says beside the model type.
+        values: Layer path -> what its tensors represent, float32.
+        config: What config.json says next to the model type.
         metadata: Of the weight file.
-        optional: A part that a layer may lack -> what the others stand for without it.
+        optional: A part that a layer may lack -> what the others represent without it.
     """
 
     tensors: Tensors

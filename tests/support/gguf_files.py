@@ -84,7 +84,7 @@ def write_gguf(
         tokenizer: A folder with tokenizer.json of byte-level BPE.
         split_tensors: Tensors of one part; 0 for one file.
         extra: Further tensors by their GGUF names.
-        more: Further settings by key, without the architecture; after a ``!`` as it stands.
+        more: Further settings by key, without the architecture; after a ``!`` as it is.
     """
     architecture = ARCHITECTURES[config["model_type"]]
     writer = gguf.GGUFWriter(path, architecture, split_max_tensors=split_tensors)

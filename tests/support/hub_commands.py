@@ -14,7 +14,7 @@ from tests.support.hub_server import Hub
 
 
 class Call:
-    """The command line in a process of its own, whose hub is ours."""
+    """The command line in a process of its own, whose hub is the test's."""
 
     def __init__(self, hub: Hub, folder: Path) -> None:
         self.hub, self.folder = hub, folder

@@ -47,7 +47,7 @@ class Hub:
         down: Every connection is closed without an answer.
         tokens: Those that are known; empty takes any.
         cut_after: Files end after so many bytes, once; 0 lets all through.
-        reject_objects: How many LFS objects are taken before the rest is refused; -1 is all.
+        reject_objects: How many LFS objects are taken before the rest is rejected; -1 is all.
     """
 
     repositories: dict[str, dict[str, bytes]]

@@ -86,7 +86,7 @@ def finite_inputs(dtype, seed=7):
         "near the top": build(rng.choice([-1.0, 0.5, 0.99, 1.0], (8, COLS)) * largest),
         "below eps": build(normal(8, COLS) * 1e-8),
         "ties": ties,
-        "beside ties": siblings,
+        "next to ties": siblings,
         "pinned maxima": near,
     }
 

@@ -1,7 +1,7 @@
 """Conversions that end early: in this process, and in children that are killed.
 
 Run as a script (by test_resume) it kills at random moments: it reads
-``[[source, output, wishes], ...]``, a seed and a number of kills from the command line, and prints
+``[[source, output, options], ...]``, a seed and a number of kills from the command line, and prints
 how many runs were killed and how many resumed another.
 """
 
@@ -26,7 +26,7 @@ from tests.support.checkpoints import tree
 
 
 class Stop(BaseException):
-    """Stands for a process that ends here."""
+    """Represents a process that ends here."""
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, chunks: int) -> None:
@@ -94,7 +94,7 @@ def forked(job: list[Any], after_s: float) -> tuple[bool, bool]:
 
 
 def main() -> None:
-    """Kill, look, go on; until every output is whole and as many were killed as asked."""
+    """Kill, look, resume; until every output is whole and as many were killed as asked."""
     jobs, seed, kills = json.loads(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     rng = random.Random(seed)
     expected, lasts = [], []

@@ -27,7 +27,7 @@ from tests.support.mlx_reference import Weights, as_bytes, to_numpy
 
 # The installed mlx-lm; scripts/test-oldest-mlx-lm runs these tests with the oldest.
 MLX_LM, MLX = (tuple(map(int, version(x).split(".")[:3])) for x in ("mlx-lm", "mlx"))
-# Published forms that mlx-lm itself refuses before 0.32.
+# Published forms that mlx-lm itself rejects before 0.32.
 NEW_FORMS = {"mistral3", "qwen3_vl", "qwen3_vl_moe"} if MLX_LM < (0, 32) else set()
 
 

@@ -58,7 +58,7 @@ def codes_of(words: np.ndarray, bits: int) -> np.ndarray:
 
 @dataclass
 class Affine:
-    """One affine layer of an output, taken apart."""
+    """One affine layer of an output, split."""
 
     codes: np.ndarray
     scales: np.ndarray  # float64, repeated to a value a code
@@ -70,7 +70,7 @@ class Affine:
 
 
 def affine(weights: Mapping[str, np.ndarray], path: str, group: int, bits: int) -> Affine:
-    """Take an affine layer apart; scales and biases widened exactly."""
+    """Split an affine layer; scales and biases widened exactly."""
     scales, biases = (
         weights[f"{path}.{role}"].astype(np.float64).repeat(group, axis=-1)
         for role in ("scales", "biases")

@@ -25,7 +25,7 @@ LEGAL = [
 
 
 class CountingMap(Mapping[str, Any]):
-    """A weight map that is no dict, and notes which arrays are read from it."""
+    """A weight map that is not a dict, and notes which arrays are read from it."""
 
     def __init__(self, arrays: dict[str, Any]) -> None:
         self._arrays = arrays

@@ -1,4 +1,4 @@
-"""AwqLoadConfig: what it reads, and what it refuses."""
+"""AwqLoadConfig: what it reads, and what it rejects."""
 
 from __future__ import annotations
 
@@ -33,24 +33,24 @@ def test_config_round_trips():
 
 @pytest.mark.parametrize("key", ["bits", "group_size"])
 @pytest.mark.parametrize("value", [None, True, 4.0, "4", -1, 2**32, [4]], ids=repr)
-def test_config_refuses_what_is_no_uint32(key, value):
+def test_config_rejects_what_is_not_uint32(key, value):
     with pytest.raises(ParseError, match=key):
         AwqLoadConfig.from_dict({key: value})
 
 
 @pytest.mark.parametrize("value", [None, 0, 1, "true"], ids=repr)
-def test_config_refuses_a_zero_point_that_is_no_boolean(value):
+def test_config_rejects_a_zero_point_that_is_not_a_boolean(value):
     with pytest.raises(ParseError, match="zero_point"):
         AwqLoadConfig.from_dict({"zero_point": value})
 
 
 @pytest.mark.parametrize("value", [None, 1, ["gemm"]], ids=repr)
-def test_config_refuses_a_version_that_is_no_string(value):
+def test_config_rejects_a_version_that_is_not_a_string(value):
     with pytest.raises(ParseError, match="version"):
         AwqLoadConfig.from_dict({"version": value})
 
 
 @pytest.mark.parametrize("block", [None, [4, 128], "awq"])
-def test_config_refuses_what_is_no_object(block):
+def test_config_rejects_what_is_not_an_object(block):
     with pytest.raises(ParseError, match="object"):
         AwqLoadConfig.from_dict(block)

@@ -1,4 +1,4 @@
-"""transform_awq_weights: what is refused, and in which order."""
+"""transform_awq_weights: what is rejected, and in which order."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_order_of_groups(lib):
 
 
 @pytest.mark.parametrize("dtype", ["int32", "uint8", "complex64"])
-def test_scales_that_are_no_floats(lib, dtype):
+def test_scales_that_are_not_floats(lib, dtype):
     scales = lib.make(np.zeros((2, 16)), dtype)
     error = rejected(UnsupportedDtypeError, {**stored(lib), "up.scales": scales}, layer="up.scales")
     assert set(error.supported) == {"float16", "float32", "float64", "bfloat16"}

@@ -49,32 +49,32 @@ def test_unpack_empty(lib, shape):
 
 
 @pytest.mark.parametrize("shape", [(), (4,), (1, 2, 3)])
-def test_unpack_refuses_other_than_two_axes(lib, shape):
+def test_unpack_rejects_other_than_two_axes(lib, shape):
     with pytest.raises(RankMismatchError) as caught:
         unpack_awq_weights(lib.make(np.zeros(shape), "int32"))
     assert (caught.value.rank, caught.value.shape) == (len(shape), shape)
     assert caught.value.layer is None
 
 
-def test_unpack_refuses_the_rank_before_the_dtype(lib):
+def test_unpack_rejects_the_rank_before_the_dtype(lib):
     with pytest.raises(RankMismatchError):
         unpack_awq_weights(lib.make([0.0], "float32"))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int16", "uint8", "int64"])
-def test_unpack_refuses_other_dtypes(lib, dtype):
+def test_unpack_rejects_other_dtypes(lib, dtype):
     with pytest.raises(UnsupportedDtypeError) as caught:
         unpack_awq_weights(lib.make([[1]], dtype))
     assert (caught.value.dtype, caught.value.supported) == (dtype, ("uint32", "int32"))
 
 
-def test_unpack_refuses_what_is_no_array():
+def test_unpack_rejects_what_is_not_an_array():
     with pytest.raises(UnsupportedDtypeError) as caught:
         unpack_awq_weights([[1]])
     assert caught.value.layer is None
 
 
-def test_unpack_refuses_what_mlx_cannot_hold():
+def test_unpack_rejects_what_mlx_cannot_hold():
     with pytest.raises(BackendError):
         unpack_awq_weights(mx.broadcast_to(mx.array([[1]], mx.uint32), (2, 2**28)))
 

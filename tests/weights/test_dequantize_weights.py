@@ -1,4 +1,4 @@
-"""dequantize_weights: what is reconstructed, what passes through, what is refused."""
+"""dequantize_weights: what is reconstructed, what passes through, what is rejected."""
 
 from __future__ import annotations
 
@@ -205,13 +205,13 @@ def test_biases_without_weight_and_scales_pass(lib):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int32", "bfloat16"])
-def test_biases_beside_a_dense_weight_pass(lib, dtype):
+def test_biases_next_to_a_dense_weight_pass(lib, dtype):
     weights = without(affine(lib), "up.scales")
     unchanged({**weights, "up.weight": lib.make(np.ones((2, 32)), dtype)})
 
 
 @pytest.mark.parametrize("shape", [(), (4,)])
-def test_biases_beside_a_uint32_of_fewer_than_two_axes_pass(lib, shape):
+def test_biases_next_to_a_uint32_of_fewer_than_two_axes_pass(lib, shape):
     weights = without(affine(lib), "up.scales")
     unchanged({**weights, "up.weight": lib.make(np.ones(shape), "uint32")})
 
@@ -221,7 +221,7 @@ def test_other_names_pass(lib):
     unchanged({name: lib.make(np.ones((2, 32)), "float32") for name in names})
 
 
-# ---- what is refused
+# ---- what is rejected
 
 
 def rejected(error, weights, plan=AFFINE, layer="up"):
@@ -236,7 +236,7 @@ def test_packed_weight_with_biases_and_no_scales(lib):
     assert rejected(MissingKeyError, without(affine(lib), "up.scales")).key == "up.scales"
 
 
-def test_packed_weight_that_lost_its_scales_is_refused_even_if_skipped(lib):
+def test_packed_weight_that_lost_its_scales_is_rejected_even_if_skipped(lib):
     plan = PerLayerQuantization(None, {"up": SKIP})
     rejected(MissingKeyError, without(affine(lib), "up.scales"), plan)
 
@@ -268,7 +268,7 @@ def test_float_mode_layer_with_biases(lib, mode):
     assert error.key == "up.biases"
 
 
-# What the array library itself refuses: MLX in words of its own, our kernels by class.
+# What the array library itself rejects: MLX in words of its own, our kernels by class.
 BROKEN = {
     "bits that no mode has": ({}, (32, 7), OutOfRangeError),
     "a negative group size": ({}, (-32, 4), OutOfRangeError),
@@ -300,7 +300,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("what", BROKEN)
-def test_backend_refuses(lib, what):
+def test_backend_rejects(lib, what):
     parts, (group_size, bits), kind = BROKEN[what]
     weights = affine(lib)
     for suffix, (shape, dtype) in parts.items():
@@ -322,7 +322,7 @@ def test_biases_of_another_shape_than_the_scales(lib):
     assert (error.expected, error.actual) == ((1, 2), (1, 1))
 
 
-def test_float_mode_scales_that_are_no_bytes(lib):
+def test_float_mode_scales_that_are_not_bytes(lib):
     weights = without(affine(lib), "up.biases")
     kind = BackendError if lib.name == "mlx" else UnsupportedDtypeError
     rejected(kind, weights, config(32, 4, "mxfp4"))

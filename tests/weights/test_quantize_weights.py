@@ -1,4 +1,4 @@
-"""quantize_weights: what is taken, what passes through, what is refused."""
+"""quantize_weights: what is taken, what passes through, what is rejected."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_layer_with_the_empty_path(lib):
     assert sorted(got) == [".biases", ".scales", ".weight"]
 
 
-def test_own_bias_of_a_layer_is_no_sibling(lib):
+def test_own_bias_of_a_layer_is_not_a_sibling(lib):
     weights = {
         "up.weight": lib.make(np.ones((2, 32)), "float32"),
         "up.bias": lib.make(np.ones(2), "float32"),
@@ -293,7 +293,7 @@ def test_triple_that_is_ineligible_passes(lib):
     unchanged(triple(lib), eligible=lambda path, weight: False)
 
 
-# ---- what is refused: the parts of a layer contradict each other
+# ---- what is rejected: the parts of a layer contradict each other
 
 
 def rejected(error, weights, plan=AFFINE, layer="up", **options):
@@ -309,7 +309,7 @@ def test_biases_without_scales(lib):
     assert rejected(MissingKeyError, triple(lib, scales=None)).key == "up.scales"
 
 
-def test_biases_without_scales_beside_a_dense_weight(lib):
+def test_biases_without_scales_next_to_a_dense_weight(lib):
     weights = {**triple(lib, scales=None), "up.weight": lib.make(np.ones((2, 32)), "float32")}
     assert rejected(MissingKeyError, weights).key == "up.scales"
 
@@ -344,7 +344,7 @@ def test_mode_of_the_layer_decides_over_the_default(lib):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int32", "uint8"])
-def test_scales_beside_a_weight_that_is_not_packed(lib, dtype):
+def test_scales_next_to_a_weight_that_is_not_packed(lib, dtype):
     weights = {**triple(lib), "up.weight": lib.make(np.ones((2, 32)), dtype)}
     error = rejected(UnsupportedDtypeError, weights)
     assert (error.dtype, error.supported) == (dtype, ("uint32",))
@@ -395,7 +395,7 @@ def test_order_rank_of_scales_before_their_axes(lib):
     rejected(LengthMismatchError, triple(lib, words=(2, 4), scales=(3,)))
 
 
-# ---- what is refused: the parameters or the arrays
+# ---- what is rejected: the parameters or the arrays
 
 
 def test_negative_group_size(lib):
@@ -457,7 +457,7 @@ def test_mixture_of_libraries():
 @pytest.mark.parametrize(
     "value", [[[1.0] * 32], 1.0, None, np.float32(1)], ids=lambda v: type(v).__name__
 )
-def test_value_that_is_no_array(value):
+def test_value_that_is_not_an_array(value):
     error = rejected(UnsupportedDtypeError, {"up.weight": value}, layer="up.weight")
     assert error.supported == ("mlx.core.array", "numpy.ndarray")
 

@@ -1,6 +1,6 @@
 """``compare``: two forms of one model held against each other, layer by layer and on a text.
 
-Each layer of either is decoded by the same road that ``convert --dequantize`` takes, one at a
+Each layer of either is decoded by the same stages as ``convert --dequantize``, one at a
 time; nothing is written.
 """
 
@@ -223,7 +223,7 @@ def _stored_as(plan: Plan) -> dict[str, str]:
 
 
 class _TensorSink:
-    """Stands where the output folder would, for the bytes of one tensor."""
+    """Takes the place of the output folder, for the bytes of one tensor."""
 
     progress_log = None
 

@@ -68,7 +68,7 @@ def plan(
 
     Raises:
         CheckpointError: Everything that is wrong with the source.
-        HubError: A repository is not reached, or refuses.
+        HubError: A repository cannot be reached or denies access.
         UsageError: Options that contradict each other or match no layer.
         OutOfRangeError, UnknownValueError: An option has a value that there is not.
 
@@ -165,7 +165,7 @@ def write_recipe(run: RunOptions, options: ConvertOptions) -> None:
     """Write the recipe that a budget chose to the file of ``save_recipe``.
 
     Raises:
-        OutputError: The disk refuses it.
+        OutputError: It cannot be written.
     """
     if run.save_recipe is None or options.recipe is None:
         return
@@ -193,7 +193,7 @@ def _check_consume_source(
         if header_stubs_dir(output).is_dir():
             raise OutputError(
                 f"{output}: a conversion that deletes its source was stopped, and what it made is "
-                f"in {staging_dir(output)}; go on with --consume-source --yes"
+                f"in {staging_dir(output)}; resume with --consume-source --yes"
             )
         return
     if options.budget is not None:

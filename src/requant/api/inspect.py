@@ -1,4 +1,4 @@
-"""``inspect``: what a folder holds, without a wish in mind."""
+"""``inspect``: what a folder holds, without any options of a conversion."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Inspection:
 
     source: str
     format: str
-    evidence: str  # what told the format
+    evidence: str  # what the format was detected from
     model_type: str
     files: tuple[SourceFile, ...]
     layers: tuple[Stored, ...]
@@ -102,7 +102,7 @@ def inspect(
 
     Raises:
         CheckpointError: The folder itself cannot be read as a checkpoint.
-        HubError: A repository is not reached, or refuses.
+        HubError: A repository cannot be reached or denies access.
 
     Example:
         >>> found = inspect("Llama-3-8B-AWQ")  # doctest: +SKIP

@@ -1,4 +1,4 @@
-"""``requant upload``: an output of ours and its model card go to the hub."""
+"""``requant upload``: an output of requant and its model card go to the hub."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from requant.reports.record_summary import read_figures
 from requant.sources.hub_client import hub_errors
 from requant.sources.hub_repository import CARD
 
-_ALTERED = f"uploaded, for it is not what its {RECORD} says; convert it anew"
+_ALTERED = f"uploaded, for it is not what its {RECORD} says; convert it again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ def upload(
 
     What is uploaded is what the record says: the folder is verified first. Hidden files stay.
 
-    Weight files that reached the hub before are not sent again, so the same call goes on where
+    Weight files that reached the hub before are not sent again, so the same call resumes where
     one was stopped. Weight files of an earlier upload that the output has not are deleted in the
     same commit: a loader would read them too.
 
@@ -71,7 +71,7 @@ def upload(
         output: The folder; it is not changed.
         repository: ``org/name``; created if it does not exist.
         base_model: Id of the source on the hub; None takes what the record knows.
-        private: Create the repository as a private one; one that is public is refused.
+        private: Create the repository as a private one; one that is public is rejected.
         preview: Only make the card and the list of files; the hub is not asked.
         show_progress: Let huggingface_hub draw its bars on standard error.
 
@@ -79,9 +79,9 @@ def upload(
         The card, the files with their sizes in bytes and, unless previewed, the commit's address.
 
     Raises:
-        CheckpointError: The folder has no record of ours, or is not what it says.
-        HubError: The hub is not reached or refuses.
-        UsageError: ``repository`` is no ``org/name``.
+        CheckpointError: The folder has no record of requant, or is not what it says.
+        HubError: The hub cannot be reached or rejects the request.
+        UsageError: ``repository`` is not a ``org/name``.
     """
     check_name(repository)
     folder = Path(output)
@@ -127,14 +127,14 @@ def _is_weights(name: str) -> bool:
 
 
 def check_name(repository: str) -> None:
-    """Refuse what is no ``org/name``.
+    """Reject what is not a ``org/name``.
 
     Raises:
         UsageError: It is none.
     """
     organization, slash, name = repository.partition("/")
     if not (organization and slash and name) or "/" in name:
-        raise UsageError(f"{repository!r} is no repository; write it as org/name")
+        raise UsageError(f"{repository!r} is not a repository id; write it as org/name")
 
 
 def check_ready(repository: str) -> None:
@@ -142,7 +142,7 @@ def check_ready(repository: str) -> None:
 
     Raises:
         HubError: huggingface_hub or a token is missing.
-        UsageError: ``repository`` is no ``org/name``.
+        UsageError: ``repository`` is not a ``org/name``.
     """
     check_name(repository)
     huggingface_hub = _library()

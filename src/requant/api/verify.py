@@ -174,7 +174,7 @@ def _read_output(place: Path, found: _ProblemCollector) -> Checkpoint | None:
 
 
 def _hashes(record: Mapping[str, Any], key: str) -> dict[str, str]:
-    """A table of the record, whatever a foreign hand made of it."""
+    """A table of the record, whatever its content."""
     table = record.get(key)
     return dict(table) if isinstance(table, Mapping) else {}
 
@@ -244,7 +244,7 @@ def _check_files(place: Path, record: Mapping[str, Any], found: _ProblemCollecto
         except OSError as error:
             found.add(name, f"cannot be read: {error.strerror or error}")
         except ValueError:  # a NUL, or half a letter
-            found.add(f"{RECORD}: {format_value(name)}", "is no file name")
+            found.add(f"{RECORD}: {format_value(name)}", "is not a file name")
 
 
 def _source(
@@ -336,7 +336,7 @@ def _compare(
 
 
 class _CompareSink:
-    """Stands where the output folder would: what it is given is compared with what is there."""
+    """Takes the place of the output folder: what it is given is compared with what is there."""
 
     progress_log = None
 

@@ -1,6 +1,8 @@
-"""Bits and group size layer by layer, so that the least is lost within a size (``--budget``).
+"""Bits and group size layer by layer, with the least quantization error within a size.
 
-Unlike every other wish this one reads data before there is a plan: each layer is encoded with
+``--budget``.
+
+Unlike every other option this one reads data before there is a plan: each layer is encoded with
 each candidate, and the errors are kept. ``allocation`` then chooses, and the choice is a recipe:
 what a plan, a record and ``verify`` see is a table of layers, which nobody measures again.
 """
@@ -60,8 +62,8 @@ def allocate_bits(
         source: Folder, or what was read of it.
         options: Returned as they are where they hold no budget.
         check: Called with a plan of the source before anything is measured; raises what forbids
-            to go on.
-        keep: File for what was measured: read if it is of this source and these wishes, else
+            to continue.
+        keep: File for what was measured: read if it is of this source and these options, else
             written.
         threads: Worker threads; every processor by default.
         max_memory: Most bytes to hold in memory.
@@ -94,16 +96,16 @@ def allocate_bits(
             raise CheckpointError(base.source, list(problems.values()))
         else:
             options = replace(options, nonfinite_layers=options.nonfinite_layers.union(problems))
-            trial_wishes = _without_budget(options)
+            trial_options = _without_budget(options)
             base, plan_source = plan_with_source(
-                plan_source.checkpoint, trial_wishes, is_trial=True
+                plan_source.checkpoint, trial_options, is_trial=True
             )
     default = _without_budget(options).quantization
     return replace(options, quantization=default, recipe=_recipe(measured, options, default))
 
 
 def _without_budget(options: ConvertOptions) -> ConvertOptions:
-    """The wishes without the budget: what can be planned before anything is measured."""
+    """The options without the budget: what can be planned before anything is measured."""
     default = options.quantization or Quantization.affine(64, 4)
     return replace(options, budget=None, quantization=default)
 
@@ -143,8 +145,8 @@ class _TrialRun:
         self.plan = replace(base, steps=tuple(step for layer in free for step in steps[layer]))
 
     def problems(self, found: Mapping[str, LayerStats]) -> dict[str, Problem]:
-        """The layers that hold what no code stands for."""
-        reported = {self.named[name][0]: x for name, x in found.items() if x.is_no_number}
+        """The layers that hold what no code represents."""
+        reported = {self.named[name][0]: x for name, x in found.items() if x.is_not_a_number}
         return {layer: x.nonfinite_problem(layer) for layer, x in reported.items()}
 
     def collect(self, found: Mapping[str, LayerStats]) -> Measured:
@@ -180,7 +182,7 @@ class _TrialRun:
         )
 
     def _fixed(self, layer: LayerPlan, free: Mapping[str, object]) -> str:
-        """What a recipe must say of a layer that the wishes settle; "" for nothing."""
+        """What a recipe must say of a layer that the options determine; "" for nothing."""
         if layer.layer in free or not layer.is_weight or len(layer.shape) < 2:
             return ""
         is_excluded = layer.reason is not None and layer.reason.code in _EXCLUDED
@@ -188,7 +190,7 @@ class _TrialRun:
 
 
 def _candidate_plans(base: Plan, checkpoint: Checkpoint, options: ConvertOptions) -> Iterator[Plan]:
-    """A plan for each candidate of every layer; codes that stay lose nothing."""
+    """A plan for each candidate of every layer; codes that stay have no error."""
     if any(x.treatment not in (Treatment.DENSE, Treatment.QUANTIZED) for x in base.layers):
         with suppress(UsageError):  # not all of this source's codes can stay
             yield make_plan(checkpoint, _with_uniform_target(options, None))
@@ -199,7 +201,7 @@ def _candidate_plans(base: Plan, checkpoint: Checkpoint, options: ConvertOptions
 
 
 def _with_uniform_target(options: ConvertOptions, target: Quantization | None) -> ConvertOptions:
-    """The wishes with one candidate for all; what ``config_from`` names has been read."""
+    """The options with one candidate for all; what ``config_from`` names has been read."""
     return replace(options, budget=None, quantization=target, config_from=None)
 
 
@@ -226,7 +228,7 @@ _EXCLUDED = (
 
 
 def _tied_layer_groups(layers: Iterable[str]) -> tuple[tuple[str, ...], ...]:
-    """Layers that must agree: the experts of one stack. A tied head is no layer of its own."""
+    """Layers that must agree: the experts of one stack. A tied head is not a layer of its own."""
     runs: dict[str, list[str]] = {}
     for layer in layers:
         runs.setdefault(_EXPERT.sub("*", layer), []).append(layer)
@@ -303,7 +305,7 @@ def _common_candidates(
     return [(tuple(run), ways)]
 
 
-# What a relative error of a layer costs a model beside one of the same size elsewhere: measured
+# What a relative error of a layer costs a model next to one of the same size elsewhere: measured
 # on one model (benchmarks/quality.md), rounded; the first that fits. Any other layer counts 1.
 _SENSITIVITY = (
     ("v_proj", 6.0),

@@ -33,7 +33,7 @@ class Measured:
     Attributes:
         parameters: Weights of the model, as ``bits_per_weight`` counts them.
         fixed_bytes: Bytes of what no candidate changes.
-        fixed: Layers that the wishes settle, with their spec.
+        fixed: Layers that the options determine, with their spec.
         layers: The other ones, with their candidates.
         sizes: How many weights these hold.
         tied_groups: The same layers in runs that take one candidate.
@@ -68,7 +68,7 @@ class Measured:
     def save(self, file: Path, key: str) -> None:
         """Write the measurements, whole or not at all.
 
-        A disk that cannot be written is no error: the next run measures again.
+        A disk that cannot be written is not an error: the next run measures again.
         """
         layers = {
             layer: [[x.spec, x.nbytes, x.error, x.energy] for x in found]
@@ -82,5 +82,5 @@ class Measured:
 
 
 def measurements_path(output: Path) -> Path:
-    """The file beside ``output`` that holds measurements for a resumed run."""
+    """The file next to ``output`` that holds measurements for a resumed run."""
     return output.parent / f".{output.name}.requant-measured"

@@ -1,7 +1,7 @@
-"""The door of calibration: windows of text through a model, sums over its layers to a file.
+"""The entry point of calibration: windows of text through a model, sums over its layers to a file.
 
-A run keeps what it has in ``.OUTPUT.requant-calibrating`` beside OUTPUT: the hidden states after
-the last finished block, and a statistics file a block. The same command goes on from there.
+A run keeps what it has in ``.OUTPUT.requant-calibrating`` next to OUTPUT: the hidden states after
+the last finished block, and a statistics file a block. The same command resumes.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def calibrate(
 ) -> Calibration:
     """Run a model over a text, and write what the inputs of its layers look like.
 
-    The file weighs the search of ``convert(..., statistics=output)``. The model runs dense: in
+    The file weights the search of ``convert(..., statistics=output)``. The model runs dense: in
     float32 on a CPU, else in the dtype of its source. Where its class allows it, one block's
     weights are in memory at a time, and the text's hidden states are on the disk.
 
@@ -132,7 +132,7 @@ def calibrate(
         config_from: For GGUF, as in ``convert``.
         threads: Threads that decode the source.
         force: Replace ``output``.
-        resume: Go on where the same call was stopped before; False starts over.
+        resume: Resume the same call after a stop; False starts over.
         progress: Called with what is done, how many, and of how many.
         on_note: Called before the model is run, with what the file will lack.
 
@@ -140,10 +140,10 @@ def calibrate(
         How many layers and Hessians were collected, of how many tokens, and what is missing.
 
     Raises:
-        HubError: A repository is not reached, or refuses.
+        HubError: A repository cannot be reached or denies access.
         CheckpointError: The model cannot be read, or mlx-lm has no class for it.
-        UsageError: The text is too short, or the output's name is no ``.safetensors``.
-        OutputError: The output exists, or the disk refuses it.
+        UsageError: The text is too short, or the output's name is not a ``.safetensors``.
+        OutputError: The output exists or cannot be written.
     """
     began = time.perf_counter()
     place = Path(output)
@@ -248,8 +248,8 @@ class _Run:
         done = self.state.get("done", -1)
         if isinstance(error, KeyboardInterrupt | OSError) and done >= 0:
             error.add_note(
-                f"blocks done and kept in {self.folder}: {done}; the same command goes on from "
-                "there, --no-resume starts over"
+                f"blocks done and kept in {self.folder}: {done}; the same command "
+                "resumes, --no-resume starts over"
             )
 
     def _locked(self) -> int:
@@ -485,7 +485,7 @@ def _numpy(x: mx.array) -> np.ndarray:
 
 @contextmanager
 def _writing(path: Path) -> Iterator[None]:
-    """What the system refuses is about the output."""
+    """Raise errors of the operating system as OutputError."""
     try:
         yield
     except OutputError:
@@ -496,7 +496,7 @@ def _writing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _failing() -> Iterator[None]:
-    """What MLX raises is about this machine."""
+    """Raise errors of MLX as RunError."""
     try:
         yield
     except (RuntimeError, ValueError) as error:

@@ -35,7 +35,7 @@ class NotBlockwiseError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """How a block is called, beside the hidden states."""
+    """How a block is called, next to the hidden states."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]

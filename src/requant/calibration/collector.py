@@ -86,7 +86,7 @@ class Collector:
     """Watches layers, and sums up what they are given.
 
     Attributes:
-        sums: Layer path -> its sums. Of layers that read one input, the first stands for all.
+        sums: Layer path -> its sums. Of layers that read one input, the first represents all.
         too_wide: Layers whose Hessian is more than ``most_hessian_bytes``.
     """
 

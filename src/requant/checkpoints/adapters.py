@@ -1,6 +1,6 @@
 """Adapters (LoRA and its relatives): how they are recognized, and how to make a model of them.
 
-An adapter holds changes to the weights of a base model. Without the base it is no model, and a
+An adapter holds changes to the weights of a base model. Without the base it is not a model, and a
 base without the changes is another model: neither is converted, each is named with the way out.
 """
 
@@ -96,7 +96,7 @@ def describe_adapter_next_to(names: Collection[str]) -> str:
     """What to do about adapter files in the folder of a whole model."""
     files = sorted({*names, ADAPTER_CONFIG})
     return (
-        "is an adapter (LoRA or a relative) beside a whole model, and whether it is to be applied "
+        "is an adapter (LoRA or a relative) next to a whole model, and whether it is to be applied "
         f"is not known. To convert the model without it, move {join_first(files)} out of the "
         "folder; "
         "to convert both, merge it first (PEFT: merge_and_unload; mlx-lm: mlx_lm.fuse) and "

@@ -25,10 +25,10 @@ from requant.errors import CheckpointError, Problem
 from requant.text import damage
 
 Key = tuple[str, ...]
-"""Where a value of a config stands: ("text_config", "tie_word_embeddings")."""
+"""The path of a value of a config: ("text_config", "tie_word_embeddings")."""
 
 COMPARED: Final = "compared.json"
-"""Beside twins: which tensors were found to be equal, or not, before files went."""
+"""Next to header stubs: which tensors were found to be equal, or not, before files went."""
 
 REMOVED: Final = object()
 """Instead of a value of a config: the key is to go."""
@@ -244,10 +244,10 @@ class Checkpoint:
         tensors: Every tensor by name, in the order of files, then of offsets.
         config: ``config.json``, parsed.
         config_text: ``config.json`` as it is in the file.
-        side_files: Relative paths of the files that an output carries over unchanged.
+        side_files: Relative paths of the files that an output copies unchanged.
         left_out: Relative paths of files that it does not, each with the reason.
-        notes: What the user should know of the files: what is read or carried over, and why.
-        quantization_files: The JSON files beside config.json in which tools describe their
+        notes: What the user should know of the files: what is read or copied, and why.
+        quantization_files: The JSON files next to config.json in which tools describe their
             quantization, parsed, by name.
         metadata: ``__metadata__`` of the weight files, the first file's entry where two differ.
         corrections: Key of ``config`` -> what it is by the tensors, where the file says another
@@ -309,6 +309,9 @@ def with_changes(config: Mapping[str, Any], changes: Mapping[Key, Any]) -> dict[
 
 
 def weight_path(folder: Path, stubs: Path | None, file: str) -> Path:
-    """Where a weight file of a folder is read: its twin, where the file itself is gone."""
+    """Where a weight file of a folder is read.
+
+    Its header stub, where the file itself is deleted.
+    """
     gone = stubs is not None and not os.path.lexists(folder / file)
     return stubs / file if stubs is not None and gone else folder / file

@@ -17,8 +17,8 @@ from requant.text import join_first
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-RECORD = "requant.json"  # what an output of ours was made from; its own output has another
-# Where tools write their quantization beside, or instead of, config.json. An output has none
+RECORD = "requant.json"  # what an output of requant was made from; its own output has another
+# Where tools write their quantization next to, or instead of, config.json. An output has none
 # of it: its config says how it is stored.
 QUANTIZATION_FILES = (
     "quantize_config.json",
@@ -75,7 +75,7 @@ def file_size(folder: Path, name: str) -> tuple[int, str]:
 def _outside(folder: Path, path: Path) -> str:
     """Say why a link is not followed: it leads out of its checkpoint, or nothing.
 
-    The hub's cache is made of links, from ``snapshots/REVISION`` to the ``blobs`` beside it.
+    The hub's cache is made of links, from ``snapshots/REVISION`` to the ``blobs`` next to it.
     """
     if not path.is_symlink():
         return ""
@@ -104,7 +104,7 @@ def is_gguf(source: Path) -> bool:
 
 
 def check_folder(folder: Path) -> str:
-    """Say why a path is no folder to read from, or nothing."""
+    """Say why a path is not a folder to read from, or nothing."""
     try:
         if folder.is_dir():
             return ""
@@ -134,13 +134,13 @@ def check_shard_path(folder: Path, shard: str) -> str:
         or len(shard.encode()) > _MAX_PATH_BYTES
         or any(len(part.encode()) > _MAX_NAME_BYTES for part in path.parts)
     ):
-        return "is no file name"
+        return "is not a file name"
     if path.is_absolute() or ".." in path.parts or "\\" in shard:
         return "leads out of the folder; expected a file name"
     if str(path) != shard:
-        return f"is no plain relative path; expected {str(path)!r}"
+        return f"is not a plain relative path; expected {str(path)!r}"
     if path.suffix != ".safetensors":
-        return "is no .safetensors file"
+        return "is not a .safetensors file"
     # The file itself may be a link (caches are made of links), a folder on the way may not.
     if any((folder / parent).is_symlink() for parent in path.parents if parent.name):
         return "leads through a link to a folder, which is not followed"

@@ -34,7 +34,7 @@ from requant.core.strict_json import parse_json_object
 from requant.errors import CheckpointError, Problem
 from requant.text import join_first
 
-# Never listed: caches and version control, which are no part of the checkpoint.
+# Never listed: caches and version control, which are not part of the checkpoint.
 _SKIPPED = {".git", ".cache", "__pycache__"}
 # Weights in formats that are not read. They would be stale in the output.
 _STALE = {
@@ -263,7 +263,7 @@ def _sort_file(
 def _why_left_out(
     name: str, size: int, below: subfolders.Subfolders, names: Collection[str]
 ) -> str:
-    """Why a file that is no weight file of the model is not copied; "" where it is."""
+    """Why a file that is not a weight file of the model is not copied; "" where it is."""
     if below.namer(name):
         return "the same weights in another format" if below.is_copy(name, names) else ""
     if name == ADAPTER_CONFIG:

@@ -1,4 +1,4 @@
-"""What the rest of the road knows of a GGUF source beside its tensors' names and bytes."""
+"""What the rest of the pipeline knows of a GGUF source next to its tensors' names and bytes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class GgufModel:
         architecture: ``general.architecture``.
         tensors: Name -> how it is stored, for each tensor of the checkpoint.
         dtype: Header name of the dtype in which MLX should compute.
-        dropped: Names in the file of what is no weight, each with the reason.
+        dropped: Names in the file of what is not a weight, each with the reason.
         notes: What the user should know.
     """
 

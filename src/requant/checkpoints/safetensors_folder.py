@@ -1,4 +1,4 @@
-"""Step 1 of the road: a folder with safetensors becomes a Checkpoint.
+"""Pipeline stage 1: a folder with safetensors becomes a Checkpoint.
 
 Folder, shard index, safetensors headers and config.json are read and checked; tensor data
 is not. Everything that is wrong is found in one run and raised in one CheckpointError.
@@ -66,9 +66,9 @@ from requant.core.strict_json import parse_json_object
 from requant.errors import MAX_PROBLEMS, CheckpointError, Problem
 from requant.text import format_value, pluralize
 
-_WITHOUT_INDEX = "write it anew, or delete the file to read every .safetensors file of the folder"
+_WITHOUT_INDEX = "rewrite it, or delete the file to read every .safetensors file of the folder"
 
-_COPY_CONFIG = "copy the one of the original model here, beside the weights"
+_COPY_CONFIG = "copy the one of the original model here, next to the weights"
 
 
 def read_folder(folder: Path, stubs: Path | None = None) -> Checkpoint:
@@ -142,7 +142,7 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The config.json of a folder, parsed, and the files beside it that an output takes along.
+    """The config.json of a folder, parsed, and the files next to it that an output takes along.
 
     Raises:
         CheckpointError: There is no config.json, or something is wrong with it.
@@ -294,7 +294,7 @@ class _Reader:
             for name in (x for x in names if x != SINGLE):
                 self.report(
                     name,
-                    f"stands beside {SINGLE} without an index that says whether its tensors "
+                    f"is next to {SINGLE} without an index that says whether its tensors "
                     "belong to the model; move it out of the folder, or write "
                     f"{INDEX}",
                 )

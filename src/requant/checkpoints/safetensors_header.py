@@ -6,7 +6,7 @@ A file is an 8-byte little-endian length, that many bytes of JSON, and the data 
      "up.weight": {"dtype": "BF16", "shape": [8, 64], "data_offsets": [0, 1024]}}
 
 Offsets count from the start of the data area, which the tensors fill without holes. A
-header is foreign input: whatever is in it, the functions here return problems and do not
+header is untrusted input: whatever is in it, the functions here return problems and do not
 raise, within the time and memory that ``limits`` leave.
 """
 
@@ -39,7 +39,7 @@ METADATA_KEY = "__metadata__"
 
 _VALUES_PER_TENSOR = 16  # of JSON, rank and separators included
 # Control characters, line separators and those that turn the direction of text: a name with
-# one of them does not look in a message as it is.
+# one of them cannot be printed as it is.
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ufeff]")
 _LFS_POINTER = b"version "
 
@@ -78,7 +78,7 @@ def parse_header(
     text = memoryview(raw)[PREFIX_BYTES:]
     value, messages = parse_json_object(text, max_values=_VALUES_PER_TENSOR * MAX_TENSORS)
     problems = [Problem("header", message) for message in messages]
-    # Where a key stands twice or an entry has no offsets, a hole says nothing.
+    # Where a key occurs twice or an entry has no offsets, a hole says nothing.
     complete = not problems
     metadata, messages = _parse_metadata(value.pop(METADATA_KEY, {}))
     problems += [Problem(METADATA_KEY, message) for message in messages]
@@ -185,7 +185,7 @@ def check_name(name: str) -> list[str]:
 
 
 def find_unprintable(name: str) -> str:
-    """The first character that does not look in a message as it is, or nothing."""
+    """The first character that cannot be printed as it is, or nothing."""
     bad = None if name.isprintable() else _UNPRINTABLE.search(name)
     return bad[0] if bad else ""
 
@@ -214,7 +214,7 @@ def _parse_metadata(value: object) -> tuple[dict[str, str], list[str]]:
 
 
 def _parse_span(item: object) -> tuple[tuple[int, int] | None, list[str]]:
-    """Read ``data_offsets``; an item that is no object is reported here, not twice."""
+    """Read ``data_offsets``; an item that is not an object is reported here, not twice."""
     if not isinstance(item, dict):
         return None, [
             f"is {format_value(item)}, expected an object with dtype, shape and data_offsets"

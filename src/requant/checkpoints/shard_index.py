@@ -169,7 +169,7 @@ def _compare(files: Files) -> tuple[list[Problem], list[Note]]:
                 f"does not fit the files, which lack {pluralize(missing, 'tensor')} of its names: "
                 "if the "
                 f"files are whole and the index is of another save, delete {INDEX}; if not, "
-                "download the files anew",
+                "download the files again",
             )
         )
     notes = []

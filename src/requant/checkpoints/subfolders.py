@@ -1,4 +1,4 @@
-"""Weights in subfolders of a source: which belong to the model and are carried over as they are.
+"""Weights in subfolders of a source: which belong to the model and are copied unchanged.
 
 A folder belongs to it where a copied file names it (``modules.json`` of sentence-transformers,
 ``model_index.json`` of diffusers, any config), or where it has a config.json of another model (a
@@ -27,7 +27,7 @@ _CONFIG = "config.json"
 # Values that are words of their own, though a folder may have the same name.
 _NO_PATHS = {"dtype", "torch_dtype", "model_type", "architectures", "library_name"}
 _TRAINING = re.compile(r"checkpoint-[0-9]+")
-# The same weights for other libraries, where safetensors are beside them.
+# The same weights for other libraries, where safetensors are next to them.
 COPIES = ("pytorch_model*", "tf_model*", "flax_model*", "rust_model*", "model*.onnx*", "openvino_*")
 # Modules of sentence-transformers that have weights.
 _WITH_WEIGHTS = {"Dense", "LSTM", "CNN", "LayerNorm", "WordEmbeddings", "StaticEmbedding"}
@@ -38,7 +38,7 @@ class Subfolders:
     """What becomes of the weights below a source.
 
     Attributes:
-        named: Folder, or file, that is carried over -> what names it.
+        named: Folder, or file, that is copied -> what names it.
         separate: Folder that is left out as a whole -> why.
         notes: What the user should know of them.
     """
@@ -56,7 +56,7 @@ class Subfolders:
         return next(((x, self.separate[x]) for x in _above(name) if x in self.separate), ("", ""))
 
     def is_copy(self, name: str, names: Collection[str]) -> bool:
-        """Whether a file of a carried folder holds the same weights as safetensors beside it."""
+        """Whether a file of a carried folder holds the same weights as safetensors next to it."""
         below, _, base = name.rpartition("/")
         if not any(fnmatchcase(base, pattern) for pattern in COPIES):
             return False

@@ -87,7 +87,7 @@ def run(arguments: Sequence[str] | None = None) -> NoReturn:
     """
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
-        if reconfigure is not None:  # a name that the terminal cannot spell is no error
+        if reconfigure is not None:  # a name that the terminal cannot spell is not an error
             reconfigure(errors="backslashreplace")
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _terminate)

@@ -1,4 +1,4 @@
-"""Commands around a conversion: convert, plan, generate, and calibrate, whose file weighs one."""
+"""Commands around a conversion: convert, plan, generate, and calibrate, whose file weights one."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def convert(
       requant convert mlx-4bit out --dequantize --dtype bfloat16
 
     SOURCE may be a repository on the hub; it is downloaded once its headers hold no problem.
-    Stopped (Ctrl-C, kill, a full disk), the same command goes on where it was.
+    Stopped (Ctrl-C, kill, a full disk), the same command resumes where it was.
     """  # noqa: D301
     from requant.api import convert as conversion
     from requant.api import upload as publishing
@@ -137,7 +137,7 @@ def generate(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Convert SOURCE in memory and let it go on from a prompt.
+    """Convert SOURCE in memory and continue a prompt with it.
 
     A look at what a conversion is worth, before or after it is written; needs mlx-lm.
     The options are those of convert, and so are the weights. The likeliest token is taken
@@ -186,10 +186,10 @@ def calibrate(
 ) -> None:
     """Run a model over a text and write statistics of its layers.
 
-    They say what the inputs of each layer look like, and weigh the search of convert:
+    They say what the inputs of each layer look like, and weight the search of convert:
     --imatrix FILE. Give text like that which the model will see, and not the text that you
     judge it by. Needs mlx-lm; one block's weights are in memory at a time. Stopped, the same
-    command goes on where it was.
+    command resumes where it was.
 
     \b
     Examples:

@@ -63,5 +63,5 @@ def handle_errors() -> Iterator[None]:
 
 
 def error_notes(error: BaseException) -> list[str]:
-    """What was added to an error on its way, such as how to go on."""
+    """What was added to an error on its way, such as how to resume."""
     return list(getattr(error, "__notes__", ()))

@@ -73,7 +73,7 @@ def _parameter_name(entry: Option) -> str:
 
 
 def _argument(entry: Option, value: Any) -> tuple[str, Any]:
-    """The keyword argument that something typed stands for."""
+    """The keyword argument that something typed represents."""
     if entry.is_negated:
         return entry.name, not value
     if entry.type.on_command_line == "texts":
@@ -156,7 +156,7 @@ AgainstSource = Annotated[
 Prompt = Annotated[
     str,
     typer.Option(
-        "--prompt", "-p", metavar="TEXT", help="What to go on from; in the chat template, if any."
+        "--prompt", "-p", metavar="TEXT", help="The prompt; in the chat template, if any."
     ),
 ]
 MaxTokens = Annotated[

@@ -19,13 +19,13 @@ from requant.cli.text_format import escape_control_chars, format_seconds, format
 if TYPE_CHECKING:
     from requant.execution.executor import Progress
 
-# Without a terminal: a run shorter than this says nothing, a longer one speaks every five
+# Without a terminal: a run shorter than this says nothing, a longer one prints every five
 # seconds, and later, as logs are read, with a tenth of the time that has gone by between lines.
 _FIRST_LINE_S = 2.0
 _NEXT_LINE_S = 5.0
 _MOST_SILENCE_S = 60.0
 
-# What a display is told: how much is done, of how much, and how to describe it when it is due.
+# What a display gets: how much is done, of how much, and how to describe it when it is due.
 _Show = Callable[[int, int, Callable[[], str]], None]
 
 

@@ -41,7 +41,7 @@ _REASON_LINES = 10
 _REASON_TITLES = (
     (Treatment.QUANTIZED, "another group size:"),
     (Treatment.KEPT, "kept, but stored otherwise:"),
-    (Treatment.REQUANTIZED, "encoded anew:"),
+    (Treatment.REQUANTIZED, "requantized:"),
 )
 _FILE_LINES = 4
 _NAME_LINES = 40
@@ -77,7 +77,7 @@ class _TablePrinter:
             def on_broken_pipe(self) -> None:
                 raise  # the BrokenPipeError that is being handled
 
-        # A pipe has no width, and on a terminal long lines go on in the next: nothing is cut.
+        # A pipe has no width, and on a terminal long lines continue on the next: nothing is cut.
         self.width = Console().width if sys.stdout.isatty() else _NO_WIDTH
         self.console = Laying(markup=False, highlight=False, emoji=False, width=_NO_WIDTH)
 
@@ -90,7 +90,7 @@ class _TablePrinter:
     ) -> None:
         """Print rows as columns; those whose index is in ``right`` are right-aligned.
 
-        Where a terminal is a bit too narrow, the longest texts go on in a second line.
+        Where a terminal is a bit too narrow, the longest texts continue on a second line.
         """
         from rich.cells import cell_len
         from rich.table import Table
@@ -142,7 +142,7 @@ def show_plan(plan: Plan, budget: ResourceLimits, output: Path | None = None) ->
         f"memory {format_size(budget.peak_bytes)} at most, {pluralize(budget.threads, 'thread')}"
     )
     page.line(
-        f"disk {format_size(sum(shard.nbytes for shard in plan.shards))} beside the source, "
+        f"disk {format_size(sum(shard.nbytes for shard in plan.shards))} next to the source, "
         f"{format_size(peak_disk_bytes(plan))} at a time with --consume-source"
     )
     if output is not None:
@@ -185,7 +185,7 @@ def _sizes(plan: Plan) -> str:
 
 
 def _error_summary(errors: Mapping[str, LayerError]) -> str:
-    """What new codes lost: the layer in the middle, and the worst one by name."""
+    """The quantization error of new codes: the layer in the middle, and the worst one by name."""
     ranked = sorted(errors, key=lambda layer: errors[layer].relative_rms)
     middle, worst = (errors[ranked[n]].relative_rms for n in (len(ranked) // 2, -1))
     return (
@@ -476,7 +476,7 @@ def show_inspection(inspection: Inspection) -> None:
     if inspection.side_files:
         page.line(f"other files: {join_first(inspection.side_files, 8)}")
     for name, reason in inspection.left_out:
-        page.line(f"not carried over: {name} ({reason})")
+        page.line(f"not copied: {name} ({reason})")
     if inspection.problems:
         page.line()
         page.line(f"{pluralize(len(inspection.problems), 'problem')}:", "bold red")

@@ -28,7 +28,7 @@ def format_seconds(seconds: float) -> str:
 
 
 def escape_control_chars(text: str) -> str:
-    """Escape what a name from a foreign file must not send to a terminal."""
+    """Escape what a name from an untrusted file must not send to a terminal."""
     return "".join(
         c if c.isprintable() or c == "\n" else c.encode("unicode_escape", "surrogatepass").decode()
         for c in text

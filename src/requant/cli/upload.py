@@ -30,7 +30,7 @@ def upload(
     """Upload an OUTPUT of convert to the hub, with a model card.
 
     The card says where the model comes from, the exact command, the figures, how to run and
-    how to check it; --dry-run prints it. Stopped, the same command goes on: weight files that
+    how to check it; --dry-run prints it. Stopped, the same command resumes: weight files that
     are on the hub already are not sent again.
 
     \b

@@ -1,4 +1,4 @@
-"""Dtypes as safetensors headers spell them, their sizes and their NumPy twins."""
+"""Dtypes as safetensors headers spell them, their sizes and their NumPy equivalents."""
 
 from __future__ import annotations
 

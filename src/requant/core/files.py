@@ -14,12 +14,12 @@ def open_regular(path: Path) -> int:
     """Open a regular file for reading: a pipe in its place neither blocks nor is read.
 
     Raises:
-        OSError: It cannot be opened, or is no regular file.
+        OSError: It cannot be opened, or is not a regular file.
     """
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
-        raise OSError(errno.EINVAL, "is no regular file any more", str(path))
+        raise OSError(errno.EINVAL, "is not a regular file any more", str(path))
     return fd
 
 

@@ -1,6 +1,6 @@
-"""What a foreign file may demand at the most: every limit once, as in docs/reliability.md.
+"""What an untrusted file may demand at the most: every limit once, as in docs/reliability.md.
 
-A checkpoint can come from anyone. With these limits each file is read or refused in seconds
+A checkpoint can come from anyone. With these limits each file is read or rejected in seconds
 and in bounded memory, whatever is in it; real checkpoints stay far below all of them.
 """
 
@@ -21,7 +21,7 @@ MAX_GGUF_ITEMS = 1 << 22  # of all arrays together: tokens, scores, merges
 MAX_GGUF_STRING_BYTES = 16 << 20
 
 # -- JSON ------------------------------------------------------------------------------
-MAX_CONFIG_BYTES = 16 << 20  # config.json and the files beside it that describe quantization
+MAX_CONFIG_BYTES = 16 << 20  # config.json and the files next to it that describe quantization
 MAX_INDEX_BYTES = 64 << 20
 MAX_JSON_VALUES = 1 << 20  # in a config or index; a header may have 16 a tensor
 MAX_RECORD_BYTES = 256 << 20  # requant.json, which grows with layers and tensors

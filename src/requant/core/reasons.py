@@ -1,4 +1,4 @@
-"""Reasons and notes of a plan: a code for programs beside the text for people.
+"""Reasons and notes of a plan: a code for programs next to the text for people.
 
 Code that decides anything compares codes. The texts may be reworded at any time, and carry names
 and numbers of the checkpoint at hand.

@@ -1,4 +1,4 @@
-"""Regular expressions of users, recipes and foreign configs, searched within a time limit.
+"""Regular expressions of users, recipes and other tools' configs, searched within a time limit.
 
 Ignore lists come with checkpoints, and a pattern such as ``(a|a)*b`` keeps Python's ``re``, which
 has no time limit, busy for years over one name. A pattern whose text shows that the work is small
@@ -106,7 +106,7 @@ class Pattern:
     """
 
     def __init__(self, text: str, expression: str | None = None) -> None:
-        """Compile ``text``; ``expression`` is what stands for it where it is a wildcard."""
+        """Compile ``text``; ``expression`` is what represents it where it is a wildcard."""
         self.text = text
         if len(text) > MAX_PATTERN_CHARS:
             raise PatternError(f"is longer than {MAX_PATTERN_CHARS:,} characters", text)

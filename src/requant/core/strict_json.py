@@ -59,8 +59,8 @@ def parse_json_object(
     Args:
         raw: The text in UTF-8.
         nan: Whether ``NaN`` and ``Infinity``, which are not JSON, are taken.
-        same_twice: Whether a key may stand twice with equal values.
-        max_values: A text with more values is refused before it is parsed.
+        same_twice: Whether a key may occur twice with equal values.
+        max_values: A text with more values is rejected before it is parsed.
 
     Returns:
         The object (empty if there is none) and what is wrong.
@@ -78,7 +78,7 @@ def parse_json_object(
         return value
 
     def reject(word: str) -> NoReturn:
-        raise ValueError(f"{word} is no JSON number")
+        raise ValueError(f"{word} is not a JSON number")
 
     data = bytes(raw)
     # Each value follows a bracket or a comma; those within strings count as well.
@@ -93,7 +93,7 @@ def parse_json_object(
     except UnicodeDecodeError as error:
         return {}, [utf8_error(error)]
     except UnicodeEncodeError:
-        return {}, ["is not JSON: half of a surrogate pair stands alone"]
+        return {}, ["is not JSON: half of a surrogate pair is alone"]
     except RecursionError:
         return {}, ["is nested too deeply"]
     except ValueError as error:
@@ -104,7 +104,7 @@ def parse_json_object(
     if _depth(value) > MAX_JSON_DEPTH:
         return {}, [f"is nested too deeply: at most {MAX_JSON_DEPTH} levels are read"]
     keys = islice(twice, MAX_PROBLEMS)
-    return value, [f"the key {format_value(key)} stands more than once" for key in keys]
+    return value, [f"the key {format_value(key)} occurs more than once" for key in keys]
 
 
 def _depth(value: object) -> int:

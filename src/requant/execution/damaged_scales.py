@@ -1,4 +1,4 @@
-"""Step 4 of the road: stored scales and zero points that are no numbers, found before all else.
+"""Pipeline stage 4: stored scales and zero points that are not numbers, found before all else.
 
 What such a scale decodes to is NaN or infinite in any dtype, so it is the source's damage and
 not a matter of the dtype that was asked for. Arrays in, findings out.
@@ -29,7 +29,7 @@ _SCALES_IN_BYTES = {
 }
 
 ROW_SCALES = "row scales"
-"""The role of the global scale of each row (NVFP4), beside those of the inputs."""
+"""The role of the global scale of each row (NVFP4), next to those of the inputs."""
 
 Arrays = Mapping[str, np.ndarray]
 

@@ -1,8 +1,8 @@
-"""Step 4 of the road: the plan's steps on threads, from the source's files into a sink.
+"""Pipeline stage 4: the plan's steps on threads, from the source's files into a sink.
 
 A worker owns one set of buffers for the whole run: it reads the rows of a chunk into them, has
 ``operations`` make the outputs, and hands these to the sink at their places. The only module
-that starts threads on the road; it knows no path of the output.
+of the pipeline that starts threads; it knows no path of the output.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _POLL_S = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Where a run stands."""
+    """The progress of a run."""
 
     layer: str
     bytes_done: int
@@ -67,7 +67,7 @@ def run_plan(
     Raises:
         CheckpointError: A source file changed, or cannot be read any more.
         HubError: A source file cannot be downloaded.
-        OutputError: The disk refused a write.
+        OutputError: A write failed.
     """
     before = folder.progress_log.state.consumed if folder.progress_log is not None else ()
     needed = _files_to_read(plan, folder.progress_log)

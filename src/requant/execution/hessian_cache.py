@@ -24,7 +24,7 @@ class HessianCache:
         """What a matrix's Hessian says; None if no token reached it.
 
         Raises:
-            InvariantError: What is stored is no Hessian.
+            InvariantError: What is stored is not a Hessian.
             CheckpointError: The statistics file is no longer what it was.
         """
         key = importance.entry(matrix)

@@ -1,4 +1,4 @@
-"""Step 4 of the road: what a run found in the values of each layer, and took to do it.
+"""Pipeline stage 4: what a run found in the values of each layer, and took to do it.
 
 Plain data that adds up over chunks, in any order; knows neither threads nor files.
 """
@@ -35,12 +35,12 @@ class LayerStats:
     damaged_row: int | None = None
 
     def nonzero_fields(self) -> dict[str, Any]:
-        """What is not nothing."""
+        """The fields that are not zero."""
         nothing = LayerStats()
         return {k: v for k, v in asdict(self).items() if v != getattr(nothing, k)}
 
     @property
-    def is_no_number(self) -> bool:
+    def is_not_a_number(self) -> bool:
         """Whether scales or values are NaN or infinite."""
         return bool(self.damaged or self.nonfinite)
 

@@ -1,4 +1,4 @@
-"""Step 4 of the road: what is done to a chunk that was read: copy, cast, encode, decode, move.
+"""Pipeline stage 4: what is done to a chunk that was read: copy, cast, encode, decode, move.
 
 Arrays in, arrays out, in a worker's own memory, through kernels that release the GIL; no files,
 and of threads only that each has its own ``WorkerBuffers``.
@@ -81,7 +81,7 @@ def make_outputs(chunk: Chunk, inputs: Arrays, buffers: WorkerBuffers) -> tuple[
             )
         finding.merge(damaged)
         if finding.damaged:
-            finding.overflowed = 0  # no dtype holds what is no number
+            finding.overflowed = 0  # no dtype holds what is not a number
         return outputs, finding
     except RequantError as error:
         if damaged.damaged:  # what else is wrong follows from it

@@ -54,7 +54,7 @@ class _OfConvertPlanLoad(TypedDict, total=False):
 
     fold_rotation: bool
     """ParoQuant: fold the rotation of inputs into the weights and requantize to 8 bits; else the
-    rotation stays beside the codes, and only ``requant.mlx_lm.load`` runs it.
+    rotation stays next to the codes, and only ``requant.mlx_lm.load`` runs it.
     """
 
     search: str
@@ -125,7 +125,7 @@ class _OfConvert(TypedDict, total=False):
     """Replace an existing output folder."""
 
     resume: bool
-    """Go on where the same conversion was stopped before; False starts over."""
+    """Resume the same conversion after a stop; False starts over."""
 
     consume_source: bool
     """Delete each weight file of the source once all that needs it is durably written;

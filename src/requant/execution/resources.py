@@ -1,4 +1,4 @@
-"""Step 4 of the road: how much runs at once, so that a run keeps to the memory it may use.
+"""Pipeline stage 4: how much runs at once, so that a run keeps to the memory it may use.
 
 Looks at a plan's sizes only; reads nothing and starts nothing.
 """
@@ -31,7 +31,7 @@ class ResourceLimits:
     threads: int
     chunk_bytes: int
     strided_bytes: int = 0  # for steps that read in strides; 0: as any other
-    overhead_bytes: int = 0  # held beside the chunks: mlx-lm, and tensors that it computes
+    overhead_bytes: int = 0  # held next to the chunks: mlx-lm, and tensors that it computes
 
     def chunk_bytes_for(self, step: Step) -> int:
         """Bytes that a worker holds of a step at a time."""
@@ -105,7 +105,7 @@ def _held_next_to(plan: Plan) -> str:
 
 
 def _overhead_bytes(plan: Plan, threads: int) -> int:
-    """Bytes that are held beside the workers' chunks.
+    """Bytes that are held next to the workers' chunks.
 
     One computed tensor at a time is made, from all of its inputs; meanwhile each other
     worker may hold another that is ready, and small ones of the same batch wait.

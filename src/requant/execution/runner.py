@@ -45,14 +45,14 @@ def run_once(planned: Planned, sink: Sink, options: ConvertOptions, run: RunOpti
     downloader = source.opened.downloader
 
     def is_fatal(found: LayerStats) -> bool:
-        return found.is_no_number or bool(found.overflowed and not run.allow_overflow)
+        return found.is_not_a_number or bool(found.overflowed and not run.allow_overflow)
 
     # Files that are deleted after use are not downloaded to the end for a run that fails anyway.
     is_deleted = downloader is not None and downloader.consumed
     stop_at = is_fatal if is_deleted and not run.allow_nonfinite else None
     result = run_plan(plan, source, sink, budget=budget, progress=run.progress, stop_at=stop_at)
     found = result.findings
-    nonfinite = frozenset(layer for layer, x in found.items() if x.is_no_number)
+    nonfinite = frozenset(layer for layer, x in found.items() if x.is_not_a_number)
     return Attempt(
         result,
         tuple(_find_fatal_values(found, options.nonfinite_layers, run.allow_overflow)),
@@ -80,10 +80,10 @@ def options_for_retry(
 def _find_fatal_values(
     findings: Mapping[str, LayerStats], nonfinite_layers: Collection[str], allow_overflow: bool
 ) -> list[Problem]:
-    """What forbids to keep an output: values that were no numbers, or would be lost."""
+    """What forbids to keep an output: values that were not numbers, or would be lost."""
     problems = []
     for layer, found in findings.items():
-        if found.is_no_number and layer not in nonfinite_layers:
+        if found.is_not_a_number and layer not in nonfinite_layers:
             problems.append(found.nonfinite_problem(layer))
         if found.overflowed and not allow_overflow:
             message = (

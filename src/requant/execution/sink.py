@@ -1,4 +1,4 @@
-"""Step 4 of the road: where ``execute`` puts bytes, and notes what is done: the protocols.
+"""Pipeline stage 4: where ``execute`` puts bytes, and notes what is done: the protocols.
 
 ``writer`` has the one that writes an output; others compare, or keep nothing.
 """
@@ -12,7 +12,7 @@ from requant.execution.completed_work import CompletedWork, Stats
 
 
 class ProgressLog(Protocol):
-    """What a run asks before it starts, and tells as it goes on."""
+    """What a run asks before it starts, and reports as it runs."""
 
     @property
     def state(self) -> CompletedWork:

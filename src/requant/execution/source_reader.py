@@ -1,4 +1,4 @@
-"""Step 4 of the road: bytes of the source's files, by positioned reads from any thread.
+"""Pipeline stage 4: bytes of the source's files, by positioned reads from any thread.
 
 Waits for files that are on their way from the hub. Reads bytes and knows no formats.
 """

@@ -86,7 +86,7 @@ from requant.formats.quantization_block import (
 from requant.formats.quark import Quark
 from requant.formats.torchao import Torchao
 from requant.formats.unclaimed import check_unclaimed
-from requant.formats.unsupported_stacks import foreign_stacks
+from requant.formats.unsupported_stacks import external_stacks
 
 __all__ = [
     "FORMATS",
@@ -120,11 +120,11 @@ _DENSE = Dense()
 def detect(checkpoint: Checkpoint) -> Format:
     """Find the format of a checkpoint from its config and tensor names.
 
-    Ours are asked first, then those of other packages (``plugins``); what none of them claims
-    is dense.
+    Built-in formats are asked first, then those of other packages (``plugins``); what none of them
+    claims is dense.
 
     Raises:
-        CheckpointError: None of ours claims it, and a package's format cannot be loaded.
+        CheckpointError: No built-in format claims it, and a package's format cannot be loaded.
     """
     for known in FORMATS:
         if known.claims(checkpoint):
@@ -178,7 +178,7 @@ def _read(checkpoint: Checkpoint) -> tuple[Format, SourceLayout, int]:
     else:
         layout = format.read(checkpoint)
     layout = check_unclaimed(checkpoint, layout, format)
-    if external := tuple(foreign_stacks(checkpoint, layout)):
+    if external := tuple(external_stacks(checkpoint, layout)):
         layout = replace(layout, problems=(*layout.problems, *external))
     floats = float_form(checkpoint)
     if floats and not layout.problems and not any(layer.is_quantized for layer in layout.layers):

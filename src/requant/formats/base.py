@@ -87,7 +87,7 @@ class SourceLayer:
 
     Attributes:
         path: Layer path (``model.layers.0.mlp.up_proj``), or the tensor's name where it
-            is no ``.weight``.
+            is not a ``.weight``.
         parts: Role -> stored tensor. A dense layer has ``weight`` alone; a quantized one
             of MLX ``weight``, ``scales`` and, in affine mode, ``biases``; a packed one the
             roles that its packing names.
@@ -106,13 +106,13 @@ class SourceLayer:
         rotation_tensors: Role -> tensor that goes with the codes and is needed to run them: a
             rotation
             of the inputs. Its values are a part of what ``packing`` decodes.
-        name: Of a packed tensor whose dense values are no ``{path}.weight``; else "". Stacks of
+        name: Of a packed tensor whose dense values are not ``{path}.weight``; else "". Stacks of
             fused experts have no module: their codes become ``{path}.weight``, their values
             ``{path}`` or what the tool calls them.
         global_scale: The rows, one number each, that make up ``{path}.global_scale``: nvfp4
             in experts, whose tensor scales go out as numbers of their own.
         as_named: The same values under the name and in the shape that the tool gives them,
-            where a row of the source is no row of the layer; model classes are shown this.
+            where a row of the source is not a row of the layer; model classes are shown this.
     """
 
     path: str
@@ -159,7 +159,7 @@ class SourceLayer:
 
     @property
     def default_target(self) -> Quantization | None:
-        """What becomes of the layer when nothing is wished; None is dense."""
+        """What becomes of the layer when nothing is requested; None is dense."""
         return self.encoding or self.policy.fallback
 
     def keeps_codes(self, target: Quantization | None) -> bool:
@@ -281,7 +281,7 @@ def describe_encoding(encoding: Quantization | None, dtype: str) -> str:
 
 
 def fallback_for(n_in: int) -> Quantization | None:
-    """What codes that no MLX mode holds become when nothing is wished: 8 bits, or dense.
+    """What codes that no MLX mode holds become when nothing is requested: 8 bits, or dense.
 
     8 bits in groups of 64 add 0.4 to 0.6 % of relative RMS to a 4-bit source, where 4 bits
     again would add as much error as the source has.

@@ -24,7 +24,7 @@ from requant.text import format_value
 _STATE: Final = ".quant_state.bitsandbytes__"
 _TABLES: Final = ("nf4", "fp4")
 _ROLES: Final = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
-# The orders of 8-bit codes that current bitsandbytes refuses to load.
+# The orders of 8-bit codes that current bitsandbytes does not load.
 _ORDERS: Final = {1: "col32", 2: "col_turing", 3: "col_ampere"}
 _REASON = Reason(ReasonCode.NO_MLX_MODE, "a table of 16 values, which no mode of MLX holds")
 
@@ -39,7 +39,7 @@ class Bitsandbytes:
     )
 
     def claims(self, checkpoint: Checkpoint) -> str | None:
-        """The config names it (old ones by ``load_in_4bit``); without one, tensors tell."""
+        """The config names it (old ones by ``load_in_4bit``); otherwise tensors decide."""
         block = find_quantization_block(checkpoint)
         if block is not None:
             loads = block.get("load_in_4bit") or block.get("load_in_8bit")
@@ -74,7 +74,7 @@ def _read_int8(tensor_sorter: TensorSorter, path: str) -> None:
     order = tensors.get(f"{path}.weight_format")
     tensor_sorter.claim([scale.name, f"{path}.weight"], path)
     if order is not None:
-        tensor_sorter.drop(order.name, "tells the order of the codes")
+        tensor_sorter.drop(order.name, "gives the order of the codes")
         if order.info.size != 1:
             tensor_sorter.problem(order.name, f"is {order.info}, expected one number")
             return
@@ -86,12 +86,12 @@ def _read_int8(tensor_sorter: TensorSorter, path: str) -> None:
             )
             return
     if weight is None:
-        tensor_sorter.problem(scale.name, f"has no {path}.weight beside it")
+        tensor_sorter.problem(scale.name, f"has no {path}.weight next to it")
         return
     shape = weight.info.shape
     if weight.info.dtype != "I8" or len(shape) != 2 or 0 in shape:
         tensor_sorter.problem(
-            weight.name, f"{weight.info} beside {scale.name}, expected I8 [out, in]"
+            weight.name, f"{weight.info} next to {scale.name}, expected I8 [out, in]"
         )
         return
     if scale.info.dtype not in ("F32", "F16", "BF16") or scale.info.size != shape[0]:
@@ -125,7 +125,7 @@ def _read_table(tensor_sorter: TensorSorter, name: str) -> None:
     weight_name, _, kind = name.partition(_STATE)
     path = weight_name.removesuffix(".weight")
     tensors, before = tensor_sorter.tensors, len(tensor_sorter.problems)
-    tensor_sorter.drop(name, "tells how the codes are stored")
+    tensor_sorter.drop(name, "says how the codes are stored")
     names = {role: f"{weight_name}.{role}" for role in _ROLES}
     parts = {role: tensors[each] for role, each in names.items() if each in tensors}
     tensor_sorter.claim([weight_name, *(part.name for part in parts.values())], path)
@@ -168,7 +168,7 @@ def _state(tensor_sorter: TensorSorter, name: str) -> Mapping[str, Any] | None:
     """The JSON of a quant_state with a shape and whole numbers where they are due."""
     state, wrong = parse_json_object(tensor_sorter.checkpoint.read_small_tensor(name).tobytes())
     if wrong:
-        tensor_sorter.problem(name, f"is no quant_state: {wrong[0]}")
+        tensor_sorter.problem(name, f"is not a quant_state: {wrong[0]}")
         return None
     shape = state.get("shape")
     if not isinstance(shape, list) or len(shape) < 2 or not all(map(_is_count, shape)):

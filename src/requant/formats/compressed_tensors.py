@@ -1,7 +1,7 @@
 """compressed-tensors folders (llm-compressor, Kimi): integer, FP8, FP4 and FP6 layers.
 
 The tensors of a layer tell its format; the config says what no shape can (the width of padded
-codes, the group of a ragged row). Where the two contradict each other the layer is refused here;
+codes, the group of a ragged row). Where the two contradict each other the layer is rejected here;
 ``other_layers`` reads it if shapes leave one reading.
 """
 
@@ -56,7 +56,7 @@ class CompressedTensors:
     layer_parts = "PATH.weight_packed (I8 and F8_E4M3: PATH.weight) with PATH.weight_scale"
 
     def claims(self, checkpoint: Checkpoint) -> str | None:
-        """The config names it, or the old key of its block does; else ``weight_packed`` tells."""
+        """The config names it, or the old key of its block does; else ``weight_packed`` decides."""
         block = find_quantization_block(checkpoint)
         if block is not None:
             by_key = block.keys[-1:] == ("compression_config",)
@@ -155,7 +155,7 @@ class _Reader:
         if scale is None:
             others = ", ".join(sorted(parts.keys() - {"weight", "weight_packed"}))
             siblings = f" (it has {others})" if others else ""
-            self._report(path, f"{codes.name} has no weight_scale beside it{siblings}")
+            self._report(path, f"{codes.name} has no weight_scale next to it{siblings}")
             return None
         if len(codes.info.shape) < 2 or 0 in codes.info.shape:
             self._report(codes.name, f"{codes.info}, expected a matrix or a stack of them")
@@ -173,7 +173,7 @@ class _Reader:
         if codes.info.dtype == "U8" and (scheme.kind, scheme.bits) != ("float", 8):
             kind = f"{scheme.bits}-bit {scheme.kind}" if scheme.bits else scheme.kind
             declared = f"{scheme.where} says {kind}" if scheme.where else ""
-            message = f"{codes.info} beside {scale.name} is FP8 only where the config says so"
+            message = f"{codes.info} next to {scale.name} is FP8 only where the config says so"
             self._report(codes.name, f"{message}; {declared or 'it says nothing of this layer'}")
             return None
         if codes.info.dtype in FLOAT8:
@@ -229,7 +229,7 @@ class _Reader:
             if 1 <= bits <= 8 and packed_words(n_in, bits, padded) == words
         ]
         if scheme.bits is None and self.config.found is not None:
-            # What words hold that are padded is too easily met by chance to tell the width.
+            # What words hold that are padded is too easily met by chance to determine the width.
             widths = [
                 (bits, padded)
                 for bits, padded in widths
@@ -259,7 +259,7 @@ class _Reader:
                 packed.name,
                 f"{packed.info} may hold {n_in} inputs of {bits} bits "
                 "as compressed-tensors packs them before or since 0.18, and "
-                f"{self.config.where or 'no config'} gives no version that tells",
+                f"{self.config.where or 'no config'} gives no version that says which",
             )
             return None
         return bits, self.config.padded
@@ -292,7 +292,7 @@ class _Reader:
     def _sharing(self, scale: SourceTensor, shape: tuple[int, ...]) -> tuple[int, int]:
         """Rows that share their scales, and the last axis of the stored scales."""
         found = rows_with_one_scale(shape, scale.info.shape)
-        assert found is not None  # or _group had refused it
+        assert found is not None  # or _group had rejected it
         return found[0], scale.info.shape[-1] if scale.info.shape else 1
 
     def _integer_layer(
@@ -327,7 +327,7 @@ class _Reader:
         if shape is None:
             bits = scheme.bits
             if bits is None or not 1 <= bits <= 8 or words * 32 % bits:
-                self._report(path, "has no weight_shape, and the config does not tell its inputs")
+                self._report(path, "has no weight_shape, and the config does not give its inputs")
                 return None
             return words * 32 // bits
         axes, last = len(packed.info.shape), shape.info.shape[-1:]
@@ -505,7 +505,7 @@ class _Reader:
 
 
 def _has_codes(parts: _Parts) -> bool:
-    """Whether a layer has codes; floats beside a scale are looked at later, by ``unclaimed``."""
+    """Whether a layer has codes; floats next to a scale are looked at later, by ``unclaimed``."""
     weight = parts.get("weight")
     if weight is not None and weight.info.dtype in FLOATS:
         return "weight_packed" in parts

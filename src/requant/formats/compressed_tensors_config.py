@@ -227,8 +227,8 @@ class CtConfig:
         match = _PRESET.fullmatch("W8A8" if name == "INT8" else name)
         if match is None:
             message = (
-                f"{format_value(preset)} is no preset of compressed-tensors (W4A16, FP8_DYNAMIC, "
-                "NVFP4, "
+                f"{format_value(preset)} is not a preset of compressed-tensors (W4A16, "
+                "FP8_DYNAMIC, NVFP4, "
                 '...); correct the name, or give the scheme: {"targets": [...], "weights": '
                 '{"num_bits": 4, "type": "int", ...}}'
             )

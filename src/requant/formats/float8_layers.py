@@ -116,15 +116,15 @@ def float8_stack(
         tensor_sorter: Of the checkpoint.
         path: Layer path.
         weight: FP8 ``(..., out, in)``, or a stack ``(experts, in, out)``.
-        scale: What ``tile_of`` takes; of a turned stack the same with its axes exchanged, or one
-            number an output.
+        scale: What ``tile_of`` takes; of a transposed stack the same with its axes exchanged, or
+            one number an output.
         block: The tile that the config names.
         dtype: Header name of the decoded values' dtype.
         transposed: Whether the tool, or the model, stores ``(experts, in, out)``; scales of outputs
             on the last axis say so too.
 
     Raises:
-        Refused: The scales fit no tiling.
+        UnsupportedLayerError: The scales fit no tiling.
     """
     shape = weight.info.shape
     if len(shape) < 2 or 0 in shape:

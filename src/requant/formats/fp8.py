@@ -33,7 +33,7 @@ class Fp8:
     layer_parts = "PATH.weight with PATH.weight_scale_inv or PATH.weight_scale"
 
     def claims(self, checkpoint: Checkpoint) -> str | None:
-        """The config names it; without one, an FP8 weight with a scale beside it tells."""
+        """The config names it; otherwise an FP8 weight with a scale next to it decide."""
         block = find_quantization_block(checkpoint)
         if block is not None:
             known = block.method in _METHODS
@@ -43,7 +43,7 @@ class Fp8:
             scale, dtype = parts.get(f"{_path(name)}.{_SCALE}"), tensor.info.dtype
             if not name.endswith(".weight") or scale is None:
                 continue
-            # Plain bytes are FP8 to mx.load; beside a weight_scale other codes are bytes too.
+            # Plain bytes are FP8 to mx.load; next to a weight_scale other codes are bytes too.
             if dtype in (FLOAT8 if scale.name.endswith("_scale_inv") else FLOAT8[:2]):
                 return f"{tensor.name} is {dtype}, with {scale.name}"
         return None

@@ -145,7 +145,7 @@ def _layer(
     """One layer.
 
     Raises:
-        Refused: It is rotated, or its tensors contradict each other or the config.
+        UnsupportedLayerError: It is rotated, or its tensors contradict each other or the config.
     """
     dtype = block.word("forward_dtype", "mxfp4")
     if dtype not in _GROUPS:
@@ -157,7 +157,7 @@ def _layer(
     assert weight is not None
     if scale is None or divisor is None:
         missing = "scales" if scale is None else "weight_global_scale"
-        raise UnsupportedLayerError(weight.name, f"has no {path}.{missing} beside it")
+        raise UnsupportedLayerError(weight.name, f"has no {path}.{missing} next to it")
     if weight.info.dtype != "U8" or len(weight.info.shape) != 2 or 0 in weight.info.shape:
         raise UnsupportedLayerError(weight.name, f"{weight.info}, expected U8 [out, in / 2]")
     rows, nbytes = weight.info.shape

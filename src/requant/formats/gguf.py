@@ -226,7 +226,7 @@ class GgufDenseBlocks(GgufBlocks):
 
 
 def _check_scales(kind: BlockType, scales: np.ndarray) -> None:
-    """Bring scale bytes that the two sides read differently into line, or refuse them.
+    """Bring scale bytes that the two sides read differently into line, or reject them.
 
     Raises:
         InvariantError: A byte that no writer makes, and MLX takes for something else.
@@ -388,5 +388,5 @@ def _path(name: str) -> str:
 
 
 def _name(name: str) -> str:
-    """The tensor's name where it is no ``{path}.weight``."""
+    """The tensor's name where it is not a ``{path}.weight``."""
     return "" if name.endswith(".weight") else name

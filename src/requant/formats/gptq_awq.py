@@ -1,8 +1,8 @@
 """Folders of AutoAWQ, llm-awq, AutoGPTQ, GPTQModel and AutoRound: layers with a ``qweight``.
 
-The shapes of a layer's tensors tell its layout and width; the config says what no shape can
+The shapes of a layer's tensors determine its layout and width; the config says what no shape can
 (how zeros are stored, the group of a padded layer). Where the two contradict each other the layer
-is refused here; ``other_layers`` reads it if shapes leave one reading.
+is rejected here; ``other_layers`` reads it if shapes leave one reading.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class _Reader:
         self.tensors = checkpoint.tensors
         self.names = layer_names(checkpoint.tensors)
         self.problems: list[Problem] = [
-            Problem(other, f"stands for the same part of a layer as {one}; remove one")
+            Problem(other, f"represents the same part of a layer as {one}; remove one")
             for one, other in self.names.twice
         ]
         self.rotations: dict[tuple[str, ...], int | None] = {}
@@ -153,9 +153,9 @@ class _Reader:
         name, info = tensor.name, tensor.info
         path, _, role = name.rpartition(".")
         if is_shared_rotation(name):
-            self._report(name, f"is a rotation that experts share, but {path} has none to turn")
+            self._report(name, f"is a rotation that experts share, but {path} has none to rotate")
         elif role in ROTATION:
-            self._report(name, f"{info} has no {path}.qweight beside it")
+            self._report(name, f"{info} has no {path}.qweight next to it")
         elif role == "scales" and len(info.shape) == 1:
             self._report(
                 name,
@@ -163,7 +163,7 @@ class _Reader:
                 "of MLX does that, so the weights alone are not the model",
             )
         elif role in ("lora_A", "lora_B") or "lora_A." in name or "lora_B." in name:
-            self._report(name, "is an adapter beside the weights; merge it into the model first")
+            self._report(name, "is an adapter next to the weights; merge it into the model first")
 
     def _layer(self, path: str, parts: Mapping[str, SourceTensor]) -> SourceLayer | None:
         """One packed layer, or None with its problems reported."""
@@ -270,7 +270,7 @@ def _reason(packing: IntegerPacking) -> Reason | None:
     encoding = packing.encoding
     if encoding is None:
         if packing.columns % 32:
-            text = f"{packing.columns} inputs are no multiple of MLX's smallest group, 32"
+            text = f"{packing.columns} inputs are not a multiple of MLX's smallest group, 32"
             return Reason(ReasonCode.NO_MLX_GROUP, text)
         if isinstance(packing, Gptq) and packing.act_order:
             return Reason(ReasonCode.ACT_ORDER, "act-order: its groups are not consecutive inputs")

@@ -30,7 +30,8 @@ _AUTO_ROUND: Final = {  # packing_format -> layout, how zeros are stored
     "auto_round:awq": ("gemm", Zeros.AS_STORED),
 }
 _ELSEWHERE = ("mlx",)  # AutoRound's exports that are other formats
-# What AutoRound calls layers that are no integers, behind "auto_round:"; tensors tell the kind.
+# What AutoRound calls layers that are not integers, behind "auto_round:"; tensors determine the
+# kind.
 _OF_FLOATS: Final = ("fp8", "mx", "nv", "llm_compressor")
 METHODS: Final = {
     "awq": ("awq", "awq_marlin"),
@@ -42,7 +43,7 @@ _NOT_IN_WEIGHTS = {
     "rotation": "an online Hadamard rotation",
     "rotation_config": "an online Hadamard rotation",
     "spinquant_config": "an online Hadamard rotation",
-    "adapter": "an adapter beside the weights",
+    "adapter": "an adapter next to the weights",
 }
 
 
@@ -52,7 +53,7 @@ class Convention:
 
     Attributes:
         layout: "gptq", "gemm", "gemv", "gemv_fast" or "marlin"; "" for what the tensors say.
-        zeros: How a stored zero field becomes the zero; None where the config does not tell.
+        zeros: How a stored zero field becomes the zero; None where the config does not say.
         planar: Whether codes are stored plane by plane.
         where: The key that says so.
     """
@@ -64,7 +65,7 @@ class Convention:
 
 
 def method_of(block: QuantizationBlock) -> str:
-    """``quant_method``; older files have none, but keys that tell the tool."""
+    """``quant_method``; older files have none, but keys that name the tool."""
     if block.method:
         return block.method
     keys = set(block.block)

@@ -1,4 +1,4 @@
-"""The layouts of a layer with a ``qweight``: told by shapes, held against the config."""
+"""The layouts of a layer with a ``qweight``: detected from shapes, held against the config."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ class Layouts:
                 self._name(path, "qweight"), f"has {n_in} inputs, expected a multiple of 64"
             )
         if role not in infos:
-            self._report(path, "has no qzeros or scaled_zeros beside its scales")
+            self._report(path, "has no qzeros or scaled_zeros next to its scales")
         if group is None or role not in infos:
             return None
         width = gemv_width(-(-n_in // group), group)
@@ -247,11 +247,11 @@ class Layouts:
         if zeros is not None and len(zeros.shape) == 2:
             return self._bits(path, zeros.shape[1] * _word_bits(zeros), rows, rule, PLANES)
         if rule.bits is None:
-            self._report(path, f"has no qzeros that tell its width, and {rule.where} no bits")
+            self._report(path, f"has no qzeros that give its width, and {rule.where} no bits")
         elif rule.bits not in PLANES:
             self._report(
                 path,
-                f"has no qzeros that tell its width, and {rule.where} says {rule.bits} bits; GPTQ "
+                f"has no qzeros that give its width, and {rule.where} says {rule.bits} bits; GPTQ "
                 f"writes {min(PLANES)} to {max(PLANES)}",
             )
             return None
@@ -450,7 +450,7 @@ def _word_bits(info: TensorInfo) -> int:
 
 
 def _layout(parts: Mapping[str, SourceTensor]) -> str:
-    """The layout that the shapes tell; "" for none."""
+    """The layout that the shapes determine; "" for none."""
     if "B" in parts:
         return "marlin" if "s" in parts else ""
     words, scales = parts["qweight"].info, parts["scales"].info

@@ -16,7 +16,7 @@ from requant.formats.quantization_block import QuantizationBlock
 from requant.text import format_value
 
 DENSE_BITS = 16  # AutoRound: 16 bits or more is a dense layer
-# AutoRound's data types of codes that are no integers: such layers are of other formats.
+# AutoRound's data types of codes that are not integers: such layers are of other formats.
 _OF_FLOATS = ("fp", "mx", "nv", "float", "bf", "nf")
 
 
@@ -120,5 +120,5 @@ class LayerRules:
 
 
 def _is_of_floats(fields: QuantizationBlock) -> bool:
-    """Whether AutoRound's ``data_type`` says that codes are no integers."""
+    """Whether AutoRound's ``data_type`` says that codes are not integers."""
     return fields.word("data_type").startswith(_OF_FLOATS)

@@ -1,6 +1,6 @@
 """HQQ folders: integer codes with float zeros, each layer described by its own tensors.
 
-Value: ``w = (code - zero) * scale``. Beside ``W_q``, ``scale`` and ``zero`` a layer stores its
+Value: ``w = (code - zero) * scale``. Next to ``W_q``, ``scale`` and ``zero`` a layer stores its
 shape, axis, width and packing as small tensors; they rule over the config.
 """
 
@@ -58,7 +58,7 @@ _PACKING_OF: Final[Mapping[float, str]] = {
     1: "1bit_u8",
 }
 _MAX_SMALL_TENSOR = 64  # letters of a dtype or packing
-_WHY = "tells how W_q is stored"
+_WHY = "says how W_q is stored"
 
 
 class Hqq:
@@ -96,7 +96,7 @@ class Hqq:
 
 
 def _check_loose(tensor_sorter: TensorSorter, paths: set[str]) -> None:
-    """What belongs to a layer must have its codes beside it."""
+    """What belongs to a layer must have its codes next to it."""
     for tensor in tensor_sorter.left:
         path, _, role = tensor.name.rpartition(".")
         if path in paths and (role in _IN_CODES or role.startswith("meta_")):
@@ -106,7 +106,7 @@ def _check_loose(tensor_sorter: TensorSorter, paths: set[str]) -> None:
                 "are not read; save the model again with a current hqq",
             )
         elif role in ("nbits", "packing", "view_as_float") and path not in paths:
-            tensor_sorter.problem(tensor.name, f"{tensor.info} has no {path}.W_q beside it")
+            tensor_sorter.problem(tensor.name, f"{tensor.info} has no {path}.W_q next to it")
 
 
 class _Params:
@@ -223,7 +223,7 @@ class _Layer:
             return None
         info = self.tensor_sorter.tensors[name].info
         if info.size > _MAX_SMALL_TENSOR:
-            self._report(role, f"{info}, expected a few numbers that tell how W_q is stored")
+            self._report(role, f"{info}, expected a few numbers that say how W_q is stored")
             return None
         return self.tensor_sorter.checkpoint.read_small_tensor(name).reshape(-1)
 

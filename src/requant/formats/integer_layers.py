@@ -14,7 +14,7 @@ _SMALLEST_GROUP = 8
 
 
 def groups_of(n_in: int, scales: int) -> list[int]:
-    """The groups that ``scales`` scales of a row may stand for: equal parts, or a power of two.
+    """The groups that ``scales`` scales of a row may represent: equal parts, or a power of two.
 
     The last group of a power of two may be short.
     """

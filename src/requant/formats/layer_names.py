@@ -41,7 +41,7 @@ _JOINED: Final = {
     "_weight": "weight",
     "": "weight",
 }
-_OF_WORDS: Final = {  # beside qweight: AWQ and GPTQ
+_OF_WORDS: Final = {  # next to qweight: AWQ and GPTQ
     **dict.fromkeys(("scale", "scales"), "scales"),
     **dict.fromkeys(("zero_point", "zero_points", "zeros", "qzeros"), "qzeros"),
     "scaled_zeros": "scaled_zeros",
@@ -69,7 +69,7 @@ class LayerNames:
     Attributes:
         tensors: Every tensor, under its own name where that is none of another spelling.
         own: Path -> the name of the dense weight, where it is not ``{path}.weight``.
-        twice: Pairs of names that stand for the same part of a layer.
+        twice: Pairs of names that represent the same part of a layer.
     """
 
     tensors: Mapping[str, SourceTensor]
@@ -77,9 +77,9 @@ class LayerNames:
     twice: tuple[tuple[str, str], ...] = ()
 
     def called(self, layer: SourceLayer) -> SourceLayer:
-        """The layer with the name of its dense weight, where that is no ``{path}.weight``.
+        """The layer with the name of its dense weight, where that is not a ``{path}.weight``.
 
-        A stack that is stored turned is not called so: as ``(experts, out, in)`` it is not what
+        A stack that is stored transposed is not called so: as ``(experts, out, in)`` it is not what
         has that name.
         """
         own, packing = self.own.get(layer.path, ""), layer.packing

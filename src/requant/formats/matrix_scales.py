@@ -1,6 +1,6 @@
 """Which stored scale each matrix of a stack has, when its rows come from several source layers.
 
-NVFP4 has one scale a matrix beside those of the groups. An output keeps them only if all rows of
+NVFP4 has one scale a matrix next to those of the groups. An output keeps them only if all rows of
 each of its matrices have the same one in the source.
 """
 
@@ -50,7 +50,7 @@ def scale_of_each_matrix(
       of 2 are ceil((8 - 0) / 2) = 4: they fill matrix 0, whose scale is s0.
     * row 8 is row 0 of scale 1: 4 rows again, matrix 1 has s1.
 
-    With matrices of 8 rows instead, matrix 0 would start with s0 and go on with s1: None.
+    With matrices of 8 rows instead, matrix 0 would start with s0 and resume with s1: None.
     """
     found: list[MatrixScale] = []
     filled = 0  # rows of the output that have a scale so far

@@ -38,7 +38,7 @@ def members_joined(
         runs: The rows that it consists of.
 
     Returns:
-        The layer; None where its rows cannot be told apart: members whose inputs are rotated
+        The layer; None where its rows cannot be distinguished: members whose inputs are rotated
         otherwise, NVFP4 with a global scale.
     """
     members = list({run.layer.path: run.layer for run in runs}.values())

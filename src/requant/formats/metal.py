@@ -138,7 +138,9 @@ def _layer(
     """One layer, if its tensors fit each other."""
     for role in _ROLES:
         if role not in parts:
-            raise UnsupportedLayerError(path, f"has no {path}.{role} beside its {', '.join(parts)}")
+            raise UnsupportedLayerError(
+                path, f"has no {path}.{role} next to its {', '.join(parts)}"
+            )
     weight, scales, biases = (parts[role] for role in _ROLES)
     if weight.info.dtype not in ("U32", "I32") or len(weight.info.shape) < 2:
         raise UnsupportedLayerError(

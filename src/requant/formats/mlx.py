@@ -37,7 +37,7 @@ from requant.text import join_first, pluralize
 
 
 class Mlx:
-    """A folder that MLX tools wrote, told by the ``quantization`` block of its config."""
+    """A folder that MLX tools wrote, detected from the ``quantization`` block of its config."""
 
     name = "mlx"
     layer_parts = "PATH.weight with PATH.scales (and PATH.biases)"
@@ -96,7 +96,7 @@ class Mlx:
 
 
 def _parts(tensors: Mapping[str, SourceTensor]) -> dict[str, dict[str, SourceTensor]]:
-    """Layer path -> role -> tensor, for each weight with scales beside it."""
+    """Layer path -> role -> tensor, for each weight with scales next to it."""
     found: dict[str, dict[str, SourceTensor]] = {}
     for name in tensors:
         path = name.removesuffix(".scales")
@@ -135,7 +135,7 @@ def _layer(
     either = f"; its shapes fit {words_for(fitting)}" if len(fitting) > 1 else ""
     if quantization is None:
         message = (
-            f"is false, yet {path}.scales stands in the checkpoint; say the group_size and bits "
+            f"is false, yet {path}.scales is in the checkpoint; say the group_size and bits "
             f"of its codes there, or remove the scales if the weight is dense{either}"
         )
         return None, [Problem(declared.where, message)]
@@ -164,10 +164,10 @@ def _logical_shape(path: str, weight: TensorInfo, quantization: Quantization) ->
     """``(..., out, in)`` of packed words ``(..., out, in * bits / 32)``.
 
     Raises:
-        Refused: They are no words, or hold no whole groups.
+        UnsupportedLayerError: They are not words, or hold no whole groups.
     """
     if weight.dtype != "U32" or len(weight.shape) < 2:
-        message = f"{weight}, expected U32 of rank 2 or more beside {path}.scales"
+        message = f"{weight}, expected U32 of rank 2 or more next to {path}.scales"
         raise UnsupportedLayerError(f"{path}.weight", message)
     *leading, words = weight.shape
     n_in, remainder = divmod(words * 32, quantization.bits)
@@ -226,7 +226,7 @@ def _rotated(
     rotation_tensors: Mapping[str, SourceTensor],
     problems: list[Problem],
 ) -> SourceLayer | None:
-    """A layer of ours with a rotation of its inputs beside the triple (ParoQuant)."""
+    """A layer of requant's with a rotation of its inputs next to the triple (ParoQuant)."""
     entry = checkpoint.config.get("rotation")
     group = entry.get("group_size") if isinstance(entry, dict) else None
     if not isinstance(group, int) or group < 1:
@@ -257,7 +257,7 @@ def _rotated(
 
 
 def _decoded_dtype(parts: Mapping[str, SourceTensor], quantization: Quantization) -> str:
-    """The dtype that ``mx.dequantize`` gives when told nothing."""
+    """The dtype that ``mx.dequantize`` gives by default."""
     if quantization.mode is not QuantMode.AFFINE:
         return "F32" if "global_scale" in parts else "BF16"
     scales, biases = parts["scales"].info.dtype, parts["biases"].info.dtype

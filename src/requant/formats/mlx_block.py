@@ -98,7 +98,7 @@ class MlxBlock:
 
 
 def find_block(checkpoint: Checkpoint) -> tuple[str, Any]:
-    """Where the block stands that MLX reads first, and the block; None where there is none.
+    """The path of the block that MLX reads first, and the block; None where there is none.
 
     Blocks inside sections of config.json count too: tools that wrap a model leave them there.
     """
@@ -127,7 +127,7 @@ def read_block(where: str, block: Any, names_layer: Callable[[str], bool]) -> Ml
     Args:
         where: The key.
         block: Its value.
-        names_layer: Whether there are tensors under a path; what names none and is no object
+        names_layer: Whether there are tensors under a path; what names none and is not an object
             is a remark of another tool.
     """
     made = MlxBlock(where)

@@ -1,8 +1,8 @@
 """NVIDIA ModelOpt folders: NVFP4, FP8, MXFP4, MXFP8, INT4 and INT8 weights.
 
-The config stands in config.json or, in older folders, in hf_quant_config.json alone. Tensors
-tell how a layer is stored; where the algorithm that the config names contradicts them, the
-layer is refused here, and read by ``other_layers``.
+The config is in config.json or, in older folders, in hf_quant_config.json alone. Tensors
+determine how a layer is stored; where the algorithm that the config names contradicts them, the
+layer is rejected here, and read by ``other_layers``.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class ModelOpt:
     layer_parts = "PATH.weight with PATH.weight_scale"
 
     def claims(self, checkpoint: Checkpoint) -> str | None:
-        """The config names it; without one, scales of NVFP4 beside bytes tell."""
+        """The config names it; otherwise scales of NVFP4 next to bytes decide."""
         block = find_quantization_block(checkpoint)
         if block is not None:
             if block.method.startswith("modelopt"):
@@ -74,9 +74,9 @@ def _is_nvfp4(name: str, parts: Mapping[str, SourceTensor]) -> bool:
     """Whether this is a tensor scale, or the E4M3 scale of bytes."""
     path, _, role = name.rpartition(".")
     codes = parts.get(f"{path}.weight")
-    beside_bytes = codes is not None and codes.info.dtype == "U8"
+    adjacent_bytes = codes is not None and codes.info.dtype == "U8"
     e4m3 = role == "weight_scale" and parts[name].info.dtype == "F8_E4M3"
-    return role == "weight_scale_2" or (e4m3 and beside_bytes)
+    return role == "weight_scale_2" or (e4m3 and adjacent_bytes)
 
 
 class _Reader:
@@ -167,7 +167,7 @@ class _Reader:
         """One layer by what its tensors say.
 
         Raises:
-            Refused: They contradict each other or the config.
+            UnsupportedLayerError: They contradict each other or the config.
         """
         experts = transposed_experts(self.tensor_sorter, path, parts)
         if experts is not None:

@@ -59,7 +59,7 @@ def stored_kind(path: str, parts: _Tensors) -> str:
     """How a layer is stored: nvfp4, mxfp4, mxfp8, fp8, int4 or int8.
 
     Raises:
-        Refused: In no way that ModelOpt writes.
+        UnsupportedLayerError: Not as ModelOpt writes them.
     """
     weight, scale = parts.get("weight"), parts.get("weight_scale")
     if weight is None:
@@ -67,7 +67,9 @@ def stored_kind(path: str, parts: _Tensors) -> str:
         raise UnsupportedLayerError(path, f"has {names}, but no {path}.weight")
     if scale is None:
         others = ", ".join(role for role in parts if role != "weight")
-        raise UnsupportedLayerError(weight.name, f"has no weight_scale beside it (it has {others})")
+        raise UnsupportedLayerError(
+            weight.name, f"has no weight_scale next to it (it has {others})"
+        )
     codes, scales = weight.info, scale.info
     if len(codes.shape) < 2 or 0 in codes.shape or 0 in scales.shape:
         raise UnsupportedLayerError(weight.name, f"{codes}, expected a matrix or a stack of them")
@@ -96,11 +98,11 @@ def stored_kind(path: str, parts: _Tensors) -> str:
 def transposed_experts(tensor_sorter: TensorSorter, path: str, parts: _Tensors) -> Experts | None:
     """The experts of a stack of packed codes that is stored ``(experts, in, out)``.
 
-    ModelOpt turns the stacks of Llama 4 and gpt-oss back after it has quantized them, so that
-    bytes and groups run down the axis before the last. FP8 is told by ``float8_stack``.
+    ModelOpt transposes the stacks of Llama 4 and gpt-oss back after it has quantized them, so that
+    bytes and groups run down the axis before the last. FP8 is detected by ``float8_stack``.
 
     Raises:
-        Refused: Its tensors are of different numbers of experts.
+        UnsupportedLayerError: Its tensors are of different numbers of experts.
     """
     weight, scale = parts.get("weight"), parts.get("weight_scale")
     if weight is None or scale is None or not are_transposed(weight.info, scale.info):
@@ -116,7 +118,7 @@ def make_layer(
     """Describe a layer of a kind that ``stored_kind`` found.
 
     Raises:
-        Refused: Its tensors contradict each other.
+        UnsupportedLayerError: Its tensors contradict each other.
     """
     weight, scale = parts["weight"], parts["weight_scale"]
     second, inputs = parts.get("weight_scale_2"), parts.get("pre_quant_scale")
@@ -136,7 +138,7 @@ def make_layer(
         )
     elif second is not None:
         raise UnsupportedLayerError(
-            second.name, f"stands beside {kind} codes; what it scales is not known"
+            second.name, f"is next to {kind} codes; what it scales is not known"
         )
     elif kind == "fp8":
         transposed = tensor_sorter.orientation.is_transposed(path, weight.info.shape)

@@ -18,7 +18,7 @@ from requant.formats.stacks import Experts, are_transposed
 from requant.formats.tensor_sorter import TensorSorter, UnsupportedLayerError
 from requant.packings.floats import MxBlocks
 
-# Of the blocks, and of the scales beside them: as transformers and as OpenAI name them.
+# Of the blocks, and of the scales next to them: as transformers and as OpenAI name them.
 _SUFFIXES = (("_blocks", "_scales"), (".blocks", ".scales"))
 _BLOCK_BYTES = 16  # 32 elements of 4 bits
 
@@ -30,7 +30,7 @@ class Mxfp4:
     layer_parts = "PATH_blocks with PATH_scales"
 
     def claims(self, checkpoint: Checkpoint) -> str | None:
-        """The config names it; without one, blocks with scales beside them tell."""
+        """The config names it; otherwise blocks with scales next to them decide."""
         block = find_quantization_block(checkpoint)
         if block is not None:
             return f"{block.where}: quant_method mxfp4" if block.method == "mxfp4" else None
@@ -38,11 +38,11 @@ class Mxfp4:
             for blocks, scales in _SUFFIXES:
                 path = name.removesuffix(blocks)
                 if path != name and f"{path}{scales}" in checkpoint.tensors:
-                    return f"{name} beside {path}{scales}"
+                    return f"{name} next to {path}{scales}"
         parts = layer_names(checkpoint.tensors).tensors
         for path, (weight, scale) in _pairs(parts).items():
             if _is_flat(weight, scale):
-                return f"{parts[f'{path}.weight'].name} beside {scale.name}"
+                return f"{parts[f'{path}.weight'].name} next to {scale.name}"
         return None
 
     def read(self, checkpoint: Checkpoint) -> SourceLayout:
@@ -138,7 +138,7 @@ def _layer(
     tensor_sorter.claim([scales], path)
     if scale.info.dtype not in ("U8", "F8_E8M0") or scale.info.shape != shape[:-1]:
         tensor_sorter.problem(
-            scales, f"{scale.info}, expected U8 {list(shape[:-1])} beside {blocks.name}"
+            scales, f"{scale.info}, expected U8 {list(shape[:-1])} next to {blocks.name}"
         )
     if any(problem.where in (blocks.name, scales) for problem in tensor_sorter.problems):
         return None

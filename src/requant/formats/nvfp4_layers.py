@@ -118,7 +118,7 @@ def nvfp4_without_tensor_scale(
         missing: What the tensor scale would be called.
 
     Raises:
-        Refused: The layer has lost its tensor scale.
+        UnsupportedLayerError: The layer has lost its tensor scale.
     """
     message = f"has E4M3 scales of NVFP4, but no {missing}"
     other = next((x for end in _ENDINGS for x in tensor_sorter.parts if x.endswith(end)), None)

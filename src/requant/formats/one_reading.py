@@ -16,7 +16,7 @@ from requant.packings.experts import StackedExperts
 from requant.packings.floats import Float8, MxBlocks
 from requant.packings.torchao import Swizzled
 
-# What shapes tell too; where the two contradict each other, shapes are believed.
+# What shapes determine too; where the two contradict each other, shapes are believed.
 _DERIVED_FROM_SHAPES: Final = frozenset((*ALIASES["bits"], *ALIASES["group_size"], "quant_algo"))
 # Integer layers with these names are the format's own; where its config demands a tensor that is
 # missing (zeros, an order of inputs), they are not what they seem.
@@ -26,7 +26,7 @@ OWN_NAMES: Final[Mapping[str, tuple[str, ...]]] = {
 }
 _ASYMMETRIC: Final = {"symmetric": False, "sym": False, "zero_point": True, "desc_act": True}
 _IN_ORDER: Final = ("weight", "static", "none", "false")  # values of "actorder"
-# Formats that read bytes of other kinds beside a scale.
+# Formats that read bytes of other kinds next to a scale.
 _OF_BYTES: Final = ("compressed-tensors", "modelopt", "quark", "bitnet", "bitsandbytes", "torchao")
 _FLOAT8_WORDS: Final = ("fp8", "float8", "e4m3")
 _USUAL_BLOCK: Final = 128  # rows and columns with one scale, of FP8 in blocks
@@ -39,7 +39,7 @@ def is_certain(
     """Whether tensors of common names and dtypes leave no second reading.
 
     Args:
-        layer: As a reader made it that the config does not speak of.
+        layer: As a reader made it that the config does not describe.
         claimed_by: The format of the folder.
         siblings: Names of the tensors that are left.
         others: Whether other tensors of the folder are called FP8.
@@ -71,7 +71,7 @@ def holds_float8(packing: Packing | None) -> bool:
 
 
 def is_float8_of_bytes(layer: SourceLayer) -> bool:
-    """Whether a layer is read as FP8 by the config's word alone: bytes beside a float scale."""
+    """Whether a layer is read as FP8 by the config's word alone: bytes next to a float scale."""
     weight, scale = layer.parts.get("weight"), layer.parts.get("scale")
     if not isinstance(layer.packing, Float8) or weight is None or scale is None:
         return False
@@ -95,7 +95,7 @@ def in_other_blocks(block: QuantizationBlock | None, layers: Iterable[SourceLaye
 
 
 def demands_more(block: Mapping[str, Any]) -> bool:
-    """Whether a config speaks of layers that have more tensors than codes and scales."""
+    """Whether a config mentions layers that have more tensors than codes and scales."""
     for part in _parts(block):
         if any(key in part and part[key] is value for key, value in _ASYMMETRIC.items()):
             return True
@@ -106,7 +106,7 @@ def demands_more(block: Mapping[str, Any]) -> bool:
 
 
 def declares_float8(block: Mapping[str, Any]) -> bool:
-    """Whether a config speaks of FP8 anywhere, in any tool's words."""
+    """Whether a config mentions FP8 anywhere, in any tool's words."""
     for part in _parts(block):
         if part.get("type") == "float" and part.get("num_bits") == 8:
             return True

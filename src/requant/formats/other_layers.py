@@ -1,9 +1,9 @@
 """Layers of another kind than the format that claims a folder: each is read by its own tensors.
 
-A folder may hold integer layers, FP8 and NVFP4 side by side, and its config often speaks of one
+A folder may hold integer layers, FP8 and NVFP4 side by side, and its config often describes one
 of them. What the format has left over is offered to the readers of other kinds. A layer is taken
 where its tensors are complete and leave one reading; one whose bits or group the config gives
-wrongly is read again without them. What stays is the format's own to refuse.
+wrongly is read again without them. What remains is rejected by the format.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def read_each_layer(
 
     Args:
         known: The format that claims the checkpoint.
-        formats: All of ours.
+        formats: All built-in formats.
         checkpoint: The source.
 
     Returns:
@@ -159,13 +159,13 @@ class _Step:
         what = (
             "this folder stores that as F8_E4M3"
             if self.names_float8
-            else "the config does not speak of FP8"
+            else "the config does not mention FP8"
         )
         false = [layer for layer in layout.layers if is_float8_of_bytes(layer)]
         problems = [
             Problem(
                 layer.parts["weight"].name,
-                f"{layer.parts['weight'].info} beside {layer.parts['scale'].name} may be anything "
+                f"{layer.parts['weight'].info} next to {layer.parts['scale'].name} may be anything "
                 f"but FP8: {what}",
             )
             for layer in false
@@ -265,7 +265,7 @@ class _Step:
         return any(isinstance(x, NoReading) and x.where in names for x in self.layout.problems)
 
     def _is_free(self, layer: SourceLayer) -> bool:
-        """Whether the format that claims the folder has no reason of its own to refuse a layer."""
+        """Whether the format that claims the folder has no own reason to reject a layer."""
         names = self._names_of(layer.path) | {layer.path}
         if not isinstance(layer.packing, IntegerPacking):
             return True
@@ -277,7 +277,7 @@ class _Step:
     # -- what is said --------------------------------------------------------------------
 
     def _why(self, layer: SourceLayer) -> str:
-        """What the format said of a layer that it refused."""
+        """What the format said of a layer that it rejected."""
         names = self._names_of(layer.path) | {layer.path}
         reported = [problem for problem in self.layout.problems if problem.where in names]
         where = "" if self.found is None else self.found.where
@@ -299,7 +299,7 @@ class _Step:
             self.taken.notes.append(Note(NoteCode.CONFIG_CONTRADICTED, text))
 
     def _detect(self, layers: Sequence[SourceLayer]) -> None:
-        """One note for each way in which layers are stored that the config does not speak of."""
+        """One note for each way in which layers are stored that the config does not describe."""
         paths = [layer.path for layer in layers]
         reported = set() if self.found is None else excluded_paths(self.found, paths)
         together: dict[str, list[str]] = {}

@@ -37,7 +37,7 @@ def _load(point: EntryPoint) -> Format | Problem:
     try:
         found = point.load()
         made = found() if isinstance(found, type) else found
-    except Exception as error:  # whatever foreign code raises
+    except Exception as error:  # whatever the code of another package raises
         return Problem(where, f"cannot be loaded: {type(error).__name__}: {error}; {remedy}")
     named = isinstance(getattr(made, "name", None), str)
     missing = [] if named else ["name (a str)"]

@@ -46,7 +46,7 @@ ALIASES: Final = {
 
 @dataclass(frozen=True, slots=True)
 class QuantizationBlock:
-    """A quantization block and where it stands ("config.json: quantization_config").
+    """A quantization block and its path ("config.json: quantization_config").
 
     Attributes:
         where: For messages.
@@ -191,7 +191,7 @@ def with_block(
 
 
 def without_blocks(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of a config without its quantization blocks, wherever they stand."""
+    """A copy of a config without its quantization blocks, wherever they are."""
     return _without_blocks(config, 0)
 
 
@@ -214,7 +214,7 @@ _BEFORE_COMPRESSION = ("initialized", "calibration", "frozen")
 
 
 def float_form(checkpoint: Checkpoint) -> str:
-    """Where the config says that weights are stored as floats, scales beside them; "" nowhere.
+    """Where the config says that weights are stored as floats, scales next to them; "" nowhere.
 
     compressed-tensors saves so before it compresses, Quark in its "fake_quantized" form.
     """

@@ -142,7 +142,7 @@ class _Reader:
         if by_type:
             tensor_sorter.problem(
                 f"{block.where}.layer_type_quant_config",
-                "gives schemes by class of layer, which names of tensors do not tell; "
+                "gives schemes by class of layer, which names of tensors do not say; "
                 "layer_quant_config by name is read",
             )
         table = block.get("layer_quant_config")
@@ -200,7 +200,7 @@ class _Reader:
         """One layer by its scheme.
 
         Raises:
-            Refused: The scheme is not read, or the tensors contradict it.
+            UnsupportedLayerError: The scheme is not read, or the tensors contradict it.
         """
         weight = tensors.get("weight")
         if weight is None:
@@ -220,7 +220,7 @@ class _Reader:
             return self._old_mx(path, tensors, scheme)
         if "weight_scale" not in tensors:
             raise UnsupportedLayerError(
-                weight.name, f"{weight.info} has no {path}.weight_scale beside it"
+                weight.name, f"{weight.info} has no {path}.weight_scale next to it"
             )
         if dtype in _INTEGERS:
             return self._integer(path, tensors, scheme, dtype)
@@ -317,7 +317,7 @@ class _Reader:
                 scale.name, f"{scale.info}, expected [{rows}] for {qscheme}"
             )
         if stored.bits == 4 and zeros is not None:
-            message = "beside 4-bit codes with a scale a row: how it is packed is not known"
+            message = "next to 4-bit codes with a scale a row: how it is packed is not known"
             raise UnsupportedLayerError(zeros.name, f"{zeros.info} {message}")
         _expect(zeros, scale.info.shape, ("I8", "U8", "I32"))
         packing = QuarkRows(
@@ -455,7 +455,7 @@ class _Reader:
 
 
 def _one_by_one(tensors: _Tensors, dtype: str) -> Experts | None:
-    """The experts of a stack that is read expert by expert: of integers, or stored turned."""
+    """The experts of a stack that is read expert by expert: of integers, or stored transposed."""
     weight, scale = tensors["weight"], tensors.get("weight_scale")
     if len(weight.info.shape) < 3 or dtype.startswith("fp8"):
         return None

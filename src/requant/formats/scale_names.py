@@ -1,7 +1,7 @@
-"""Names of scales: what tools call the tensors beside codes, in layers and in stacks.
+"""Names of scales: what tools call the tensors next to codes, in layers and in stacks.
 
 One list for every reader, and for the check that no codes leave as a dense tensor. A layer is
-its *path* (``mlp.experts.gate_up_proj``, ``experts.w13``); its codes and what stands beside them
+its *path* (``mlp.experts.gate_up_proj``, ``experts.w13``); its codes and what is next to them
 have the path and an ending::
 
     q_proj.weight           q_proj.weight_scale       q_proj.weight.absmax     q_proj.scales
@@ -22,7 +22,7 @@ from typing import Final
 
 
 class Role(StrEnum):
-    """What a tensor beside codes is."""
+    """What a tensor next to codes is."""
 
     SCALE = "scale"  # a factor for a group, tile, row, matrix or tensor
     TENSOR_SCALE = "tensor_scale"  # a second factor, over a matrix or tensor
@@ -65,7 +65,7 @@ _WORDS: Final = {
     "quant_state.bitsandbytes__fp4": Role.OTHER,
     "weight_format": Role.OTHER,
 }
-# Words that tell nothing unless "weight" stands before them.
+# Words that mean nothing unless "weight" comes before them.
 _OF_WEIGHTS: Final = {
     "shift": Role.ZERO,
     "zp": Role.ZERO,
@@ -99,14 +99,14 @@ CODE_ENDINGS: Final = (
 
 @dataclass(frozen=True, slots=True)
 class ScaleName:
-    """The name of a tensor beside codes, taken apart.
+    """The parts of the name of a tensor next to codes.
 
     Attributes:
         name: The whole.
         path: Of the layer.
         role: What it is.
         word: The last word, without joints: "scale_inv".
-        of_weight: Whether "weight" stands before the word.
+        of_weight: Whether "weight" comes before the word.
     """
 
     name: str
@@ -122,7 +122,7 @@ class ScaleName:
 
 
 def parse_scale_name(name: str) -> ScaleName | None:
-    """Take a name apart; None where it is none of a scale, a zero point or the like."""
+    """Split a name; None where it is none of a scale, a zero point or the like."""
     if not name.endswith(_LONGEST_FIRST):
         return None
     for word in _LONGEST_FIRST:
@@ -162,31 +162,31 @@ class ScaleNames:
     def __init__(self, names: Iterable[str]) -> None:
         self._names = frozenset(names)
         self._found: dict[str, ScaleName] = {}
-        self._beside: dict[str, list[ScaleName]] = {}
+        self._adjacent: dict[str, list[ScaleName]] = {}
         for name in sorted(self._names):
             found = parse_scale_name(name)
             if found is not None:
                 self._found[name] = found
-                self._beside.setdefault(found.path, []).append(found)
+                self._adjacent.setdefault(found.path, []).append(found)
 
     def get(self, name: str) -> ScaleName | None:
         """What a name says; None where it is that of no scale, zero point or the like."""
         return self._found.get(name)
 
     def siblings(self, name: str, *roles: Role) -> tuple[ScaleName, ...]:
-        """What stands beside a tensor: scales, zero points and the like (of ``roles``, if any)."""
-        if not self._beside:
+        """What is next to a tensor: scales, zero points and the like (of ``roles``, if any)."""
+        if not self._adjacent:
             return ()
         return tuple(
             found
             for path in code_paths(name)
-            for found in self._beside.get(path, ())
+            for found in self._adjacent.get(path, ())
             if found.name != name and (not roles or found.role in roles)
         )
 
     def of_path(self, path: str, *roles: Role) -> tuple[ScaleName, ...]:
-        """What stands beside the codes of a layer."""
-        return tuple(x for x in self._beside.get(path, ()) if not roles or x.role in roles)
+        """What is next to the codes of a layer."""
+        return tuple(x for x in self._adjacent.get(path, ()) if not roles or x.role in roles)
 
     def codes_of(self, scale: ScaleName) -> str | None:
         """The tensor that a scale belongs to, by its name; None where there is none."""
@@ -196,4 +196,4 @@ class ScaleNames:
     @property
     def paths(self) -> Iterable[str]:
         """The paths of all layers with a scale, a zero point or the like."""
-        return self._beside.keys()
+        return self._adjacent.keys()

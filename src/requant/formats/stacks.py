@@ -1,4 +1,4 @@
-"""Stacks of experts whose matrices a reader knows one by one, or that are stored turned.
+"""Stacks of experts whose matrices a reader knows one by one, or that are stored transposed.
 
 A reader is shown the tensors of one expert (``Experts.one``), describes it as it describes any
 layer, and ``Experts.stack`` makes the stack of that: expert ``e`` is what the same reader makes
@@ -45,7 +45,7 @@ class Experts:
             transposed: Roles whose last two axes are exchanged.
 
         Raises:
-            Refused: A tensor has another number of experts.
+            UnsupportedLayerError: A tensor has another number of experts.
         """
         places = {}
         first = next((part for part in parts.values() if part.info.shape[:1] == (count,)), None)

@@ -36,7 +36,7 @@ class Read:
     Attributes:
         checkpoint: The same, without a block that is stale.
         format: The name of the format; "dense" under a stale block.
-        evidence: What tells the format, as ``Format.claims`` says it.
+        evidence: What the format is detected from, as ``Format.claims`` says it.
         layout: Its layers.
     """
 
@@ -89,7 +89,7 @@ def _blocks(config: Mapping[str, Any], below: Key = ()) -> Iterator[Key]:
 
 
 def _is_dense(checkpoint: Checkpoint) -> bool:
-    """Whether no tensor can be codes, and none stands beside codes."""
+    """Whether no tensor can be codes, and none is next to codes."""
     tensors = checkpoint.tensors
     if any(x.info.dtype not in _DENSE and len(x.info.shape) > 1 for x in tensors.values()):
         return False

@@ -100,7 +100,7 @@ class TensorSorter:
         made = TensorSorter(checkpoint)
         made.names = layer_names(checkpoint.tensors)
         for one, other in made.names.twice:
-            made.problem(other, f"stands for the same part of a layer as {one}; remove one")
+            made.problem(other, f"represents the same part of a layer as {one}; remove one")
         return made
 
     @property
@@ -151,7 +151,10 @@ class TensorSorter:
         parts: Mapping[str, SourceTensor],
         make: Callable[[str, Mapping[str, SourceTensor]], SourceLayer | None],
     ) -> SourceLayer | None:
-        """Make a layer of its tensors and keep it; None, with the problem told, where refused."""
+        """Make a layer of its tensors and keep it.
+
+        None, with the problem recorded, where it is rejected.
+        """
         before, layer = len(self.problems), None
         try:
             layer = make(path, parts)
@@ -164,7 +167,7 @@ class TensorSorter:
         return layer
 
     def claim(self, names: Iterable[str], path: str) -> None:
-        """Tensors of a layer that could not be made: its problem is told already."""
+        """Tensors of a layer that could not be made: its problem is recorded already."""
         for name in names:
             self._owner[name] = path
 

@@ -1,4 +1,4 @@
-"""torchao folders in safetensors: tensor subclasses taken apart, described in the metadata.
+"""torchao folders in safetensors: tensor subclasses as single tensors, described in the metadata.
 
 ``a.b.weight`` is stored as ``a.b._weight_qdata``, ``a.b._weight_scale`` and so on; the file's
 metadata has a JSON text for it with its type and settings. Weights in memory come without
@@ -132,7 +132,7 @@ class _Reader:
             return "Float8Tensor", {}
         raise UnsupportedLayerError(
             path,
-            f"has no metadata that tells its type, and the config's {format_value(kind)} does not "
+            f"has no metadata that gives its type, and the config's {format_value(kind)} does not "
             "either",
         )
 
@@ -140,7 +140,7 @@ class _Reader:
         """One layer by its type.
 
         Raises:
-            Refused: The type is not read, or the tensors contradict it.
+            UnsupportedLayerError: The type is not read, or the tensors contradict it.
         """
         kind, data = self._described(path, tensors)
         if kind in _DEVICE:
@@ -189,7 +189,7 @@ class _Reader:
             expected = f"floats [{rows}, groups] for {qdata.info}"
             raise UnsupportedLayerError(scale.name, f"{scale.info}, expected {expected}")
         if zeros is not None and (zeros.info.shape != scale.info.shape or zeros.info.dtype != "I8"):
-            expected = f"I8 {list(scale.info.shape)}, one beside each scale"
+            expected = f"I8 {list(scale.info.shape)}, one next to each scale"
             raise UnsupportedLayerError(zeros.name, f"{zeros.info}, expected {expected}")
         stored = Zeros.MIDDLE if zeros is None else Zeros.SIGNED
         packing = TorchaoInteger(

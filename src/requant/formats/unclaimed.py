@@ -1,7 +1,7 @@
 """The last step of reading, whatever the format: nothing coded leaves as a dense tensor.
 
 A format takes the layers that it knows; what no layer took goes out as it is. Here each such
-tensor must be one that may: floats without a scale beside them, or a table of the model's own.
+tensor must be one that may: floats without a scale next to them, or a table of the model's own.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from requant.formats.scale_names import Role, ScaleName, ScaleNames, code_paths
 from requant.formats.tensor_sorter import runtime_scales
 from requant.text import join_first
 
-# What models store beside floats: positions and counts, masks, rotary tables.
+# What models store next to floats: positions and counts, masks, rotary tables.
 _TABLES: Final = frozenset({"I64", "BOOL", "C64"})
 _CODES: Final = NUMPY_DTYPE.keys() - FLOATS - _TABLES
 # Tables that some models store in narrow integers: endings of their names.
@@ -88,7 +88,7 @@ class _Unclaimed:
         self.tensors: dict[str, SourceTensor] = {}  # that no quantized layer has
         self.layers: dict[str, SourceLayer] = {}  # quantized, by path
         self.owner: dict[str, str] = {}  # part of a quantized layer -> its path
-        self.stacks: dict[str, SourceLayer] = {}  # of them, those whose codes are no "path.x"
+        self.stacks: dict[str, SourceLayer] = {}  # of them, those whose codes are not "path.x"
         self.decoded: set[str] = set()  # blocks of a GGUF vector, say: other bytes go out
         for layer in layout.layers:
             names = {
@@ -131,10 +131,10 @@ class _Unclaimed:
             NoteCode.FINAL_SCALES,
             f"Left out: {join_first(list(self.final))}, which {are} stored as floats: "
             f"{self.float_form}, "
-            "so that their values stand as they are.",
+            "so that their values are used as they are.",
         )
 
-    # -- codes, and floats beside a scale ---------------------------------------------------
+    # -- codes, and floats next to a scale ---------------------------------------------------
 
     def _of_codes(self) -> Iterator[Problem]:
         scales = []
@@ -169,17 +169,17 @@ class _Unclaimed:
             yield Problem(name, f"{info}: {what} and is not read; expected F8_E4M3")
         elif siblings:
             message = (
-                f"{info} holds codes, with {join_first(siblings)} beside it, but no layer takes it"
+                f"{info} holds codes, with {join_first(siblings)} next to it, but no layer takes it"
             )
             yield Problem(name, message + self._due(name))
         elif info.dtype.startswith("F8_"):
-            what = "has no scale beside it that says what its values are multiplied by"
+            what = "has no scale next to it that says what its values are multiplied by"
             yield Problem(name, f"{info} {what}{self._due(name)}")
         else:
             due = self._due(name)
             if code_paths(name) == (name,) and info.dtype in ("I32", "U8", "I8"):
                 due += "; a table of the model's own (indices, a mask) is known by I64 or BOOL"
-            yield Problem(name, f"{info} holds codes, but has no scale beside it{due}")
+            yield Problem(name, f"{info} holds codes, but has no scale next to it{due}")
 
     def _due(self, name: str) -> str:
         """What a tensor of codes lacks to be read."""
@@ -191,7 +191,7 @@ class _Unclaimed:
 
     def _stale(self, info: TensorInfo, path: str) -> str:
         codes = next(iter(self.layers[path].parts.values())).name
-        return f"{info} stands beside {codes}; remove the one that is stale"
+        return f"{info} is next to {codes}; remove the one that is stale"
 
     def _floats(self, tensor: SourceTensor) -> Iterator[Problem]:
         """A float weight with a scale is codes in floats, or the config says that it is not."""
@@ -216,7 +216,7 @@ class _Unclaimed:
 
     def _floats_message(self, info: TensorInfo, siblings: list[str]) -> str:
         message = (
-            f"{info} stands beside {join_first(siblings)}: its numbers are the weight, or codes "
+            f"{info} is next to {join_first(siblings)}: its numbers are the weight, or codes "
             "that are "
             "still to be multiplied, and nothing says which; if they are the weight, remove "
             f"{'the scale' if len(siblings) == 1 else 'those'} from the weight files"
@@ -250,7 +250,7 @@ class _Unclaimed:
                 name, *others = [found.name for found in each]
                 self.seen |= {name, *others}
                 also = f", nor has {join_first(others)}" if others else ""
-                message = f"{self.tensors[name].info} has no codes beside it{also}"
+                message = f"{self.tensors[name].info} has no codes next to it{also}"
                 yield Problem(name, message + self._due(f"{path}.weight"))
 
     def _of_layers(self) -> Iterator[Problem]:
@@ -275,7 +275,7 @@ class _Unclaimed:
         return next((self.stacks[name[:end]] for end in ends if name[:end] in self.stacks), None)
 
     def _of_bytes(self) -> Iterator[Problem]:
-        """Plain bytes are FP8 in arrays that came without dtypes, and not beside others."""
+        """Plain bytes are FP8 in arrays that came without dtypes, and not next to others."""
         codes = [
             layer.parts["weight"]
             for layer in self.layout.layers

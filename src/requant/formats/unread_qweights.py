@@ -1,7 +1,8 @@
-"""Layers with a ``qweight`` in the folder of another format, whose config does not speak of them.
+"""Layers with a ``qweight`` in the folder of another format, whose config does not describe them.
 
-Shapes tell the layout, the width and the group of each. How GPTQ's zeros are stored no shape
-tells: zeros that are all the middle code, in one of the two ways, do, and else the config must.
+Shapes determine the layout, the width and the group of each. No shape says how the zeros of GPTQ
+are stored: zeros that are all the middle code, in one of the two ways, do, and else the config
+must.
 """
 
 from __future__ import annotations
@@ -128,7 +129,7 @@ class _Formats:
             )
             self.undecided[path] = (
                 f"is laid out as gptq, {packing.bits}-bit codes in groups of {packing.group}, and "
-                f"its tensors do not tell whether its zeros {how}; {self._advice(one.size == 1)}"
+                f"its tensors do not show whether its zeros {how}; {self._advice(one.size == 1)}"
             )
             return
         zero = middle - (written == "gptq")

@@ -1,8 +1,8 @@
 """Stacks of experts under the names of ModelOpt, ``X`` with ``X_weight_scale``, in other folders.
 
-The name of the scale is all that tells how a stack without ``.weight`` is stored. Where the config
-speaks of another tool, or of another kind of codes, nothing says that the name means what it means
-in ModelOpt's folders.
+The name of the scale is all that determines how a stack without ``.weight`` is stored. Where the
+config names another tool, or of another kind of codes, nothing says that the name means what it
+means in ModelOpt's folders.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _FLOAT8: Final = ("FP8", "MXFP8", "MIXED")
 _INT8: Final = ("W8A", "INT8", "MIXED")
 
 
-def foreign_stacks(checkpoint: Checkpoint, layout: SourceLayout) -> Iterator[Problem]:
+def external_stacks(checkpoint: Checkpoint, layout: SourceLayout) -> Iterator[Problem]:
     """The stacks that were read by a name of their scale that is another tool's."""
     block = find_quantization_block(checkpoint)
     if block is None:
@@ -34,7 +34,7 @@ def foreign_stacks(checkpoint: Checkpoint, layout: SourceLayout) -> Iterator[Pro
                 continue
             yield Problem(
                 name,
-                f"{codes.info} with {scale} beside it has the names of a stack of ModelOpt, but "
+                f"{codes.info} with {scale} next to it has the names of a stack of ModelOpt, but "
                 f"{block.where} says nothing of such layers; if its values are codes times "
                 f"scales, call the scale {name}_scale",
             )
@@ -49,7 +49,7 @@ def _algorithms(block: Mapping[str, object]) -> tuple[str, ...]:
 
 
 def _is_declared(dtype: str, method: str, algorithms: tuple[str, ...]) -> bool:
-    """Whether a ModelOpt config speaks of codes of this dtype."""
+    """Whether a ModelOpt config mentions codes of this dtype."""
     if not (method.startswith("modelopt") or (not method and algorithms)):
         return False
     kinds = {"I8": _INT8}.get(dtype, _FLOAT8 if dtype.startswith("F8_") else ())

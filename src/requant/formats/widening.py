@@ -79,7 +79,7 @@ class MlxRows(Packing):
 
 @dataclass(frozen=True)
 class DenseRows(Packing):
-    """Rows of plain values, beside rows of codes in one layer.
+    """Rows of plain values, next to rows of codes in one layer.
 
     Attributes:
         rows: Output rows.

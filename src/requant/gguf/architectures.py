@@ -100,7 +100,7 @@ _BLOCK = re.compile(rf"blk\.(\d{{1,6}})\.([a-z_]+)(?:\.(\d{{1,6}}))?\.{_SUFFIX}"
 _TOP_NAME = re.compile(rf"([a-z_]+)\.{_SUFFIX}")
 # What is computed from settings that the config has: name -> where it goes.
 _SETTINGS = {
-    "rope_freqs": "rope_scaling in config.json stands for it",
+    "rope_freqs": "rope_scaling in config.json represents it",
     "rope_factors_long": "it is long_factor of rope_scaling in config.json",
     "rope_factors_short": "it is short_factor of rope_scaling in config.json",
 }
@@ -173,7 +173,7 @@ class Architecture:
 
 
 def setting_of(name: str) -> str | None:
-    """Why a tensor is no weight but a setting, or None."""
+    """Why a tensor is not a weight but a setting, or None."""
     found = re.fullmatch(r"(?:blk\.\d{1,6}\.)?([a-z_]+)\.weight", name)
     return _SETTINGS.get(found[1]) if found else None
 

@@ -172,16 +172,16 @@ def _parse(cursor: _Cursor, name: str, problems: list[Problem]) -> Header:
     magic = cursor.take(min(len(MAGIC), cursor.size), "the magic")
     if magic != MAGIC:
         if not magic:
-            raise _Damaged("is no GGUF file: it is empty")
+            raise _Damaged("is not a GGUF file: it is empty")
         first, expected = magic.hex(" "), MAGIC.hex(" ")
         raise _Damaged(
-            f"is no GGUF file: it starts with {first}, expected {expected}, the word GGUF"
+            f"is not a GGUF file: it starts with {first}, expected {expected}, the word GGUF"
         )
     version = cursor.number("I", "the version")
     if version not in VERSIONS:
         swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
         if swapped in VERSIONS:
-            raise _Damaged("is big-endian; write it anew with gguf-py's gguf_convert_endian")
+            raise _Damaged("is big-endian; rewrite it with gguf-py's gguf_convert_endian")
         raise _Damaged(
             f"is version {version} of GGUF, known are 2 and 3; take a newer file of the model"
         )
@@ -194,7 +194,7 @@ def _parse(cursor: _Cursor, name: str, problems: list[Problem]) -> Header:
     alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
     known = isinstance(alignment, int) and 0 < alignment <= _MAX_ALIGNMENT
     if not known or alignment & (alignment - 1):
-        raise _Damaged("general.alignment is no power of two")
+        raise _Damaged("general.alignment is not a power of two")
     found = [_read_entry(cursor, name, problems) for _ in range(count)]
     start = -(-cursor.at // alignment) * alignment
     tensors = [TableEntry(e.name, e.kind, e.shape, start + e.offset, e.nbytes) for e in found if e]
@@ -211,7 +211,7 @@ def _read_metadata(
     for _ in range(keys):
         key = cursor.string("a metadata key", MAX_NAME_CHARS)
         if key in metadata:
-            _report(problems, f"{file}: {format_value(key)}", "stands twice in the metadata")
+            _report(problems, f"{file}: {format_value(key)}", "occurs twice in the metadata")
         kind = cursor.number("I", format_value(key))
         if kind == _ARRAY:
             value, items = _read_array(cursor, key, room)
@@ -273,7 +273,8 @@ def _read_entry(cursor: _Cursor, file: str, problems: list[Problem]) -> TableEnt
         _report(
             problems,
             where,
-            f"{kind.name} {list(shape)}: a row is no multiple of the {elements} values of a block",
+            f"{kind.name} {list(shape)}: a row is not a multiple of the {elements} values of a "
+            "block",
         )
         return None
     return TableEntry(name, kind, shape, offset, prod(sizes) // elements * nbytes)
@@ -300,7 +301,7 @@ def _check_places(
     for tensor in tensors:
         where = f"{file}: {tensor.name}"
         if tensor.name in names:
-            _report(problems, where, "stands twice in the tensor table")
+            _report(problems, where, "occurs twice in the tensor table")
         names.add(tensor.name)
         if (tensor.offset - start) % alignment:
             _report(problems, where, f"begins at no multiple of the alignment {alignment}")

@@ -25,14 +25,14 @@ _NOTED = {
     "attention.layer_norm_epsilon": "norms of this architecture are RMS norms",
     "classifier.output_labels": "labels are not in config.json",
     "classifier.pooling_type": _NO_VECTOR,
-    "decoder_start_token_id": "there is no decoder beside an encoder",
+    "decoder_start_token_id": "there is no decoder next to an encoder",
     "deepstack_mapping": _IMAGES,
     "n_deepstack_layers": _IMAGES,
     "num_deepstack_layers": _IMAGES,
     "pooling_type": _NO_VECTOR,
-    "rope.scaling.finetuned": "it tells how the model was trained",
+    "rope.scaling.finetuned": "it says how the model was trained",
     "tensor_data_layout": "rows have the order of this architecture",
-    "vocab_size": "the embeddings tell it",
+    "vocab_size": "the embeddings give it",
 }
 # Of these no note is needed, since every file of an architecture has them.
 _USUAL = {
@@ -243,7 +243,7 @@ _KNOWN = {
 
 
 def _items(value: object) -> list[Any] | None:
-    """The numbers of a value, none of an empty one; None where it is no number."""
+    """The numbers of a value, none of an empty one; None where it is not a number."""
     if isinstance(value, np.ndarray):
         return list(np.unique(value).tolist())
     if isinstance(value, (bool, int, float)):

@@ -1,4 +1,4 @@
-"""Tensors of GGUF files under Hugging Face's names; those that files fuse are taken apart.
+"""Tensors of GGUF files under Hugging Face's names; those that files fuse are split.
 
 A fused tensor is cut by rows, so its parts are runs of bytes of the file: nothing is decoded.
 """

@@ -1,7 +1,7 @@
 """How byte-level tokenizers split a text before merging: what ``tokenizer.ggml.pre`` names.
 
 The names and their rules are those of llama.cpp (ggml-org/llama.cpp src/llama-vocab.cpp); where it
-spells a model's own regex otherwise, because its engine is smaller, the model's own stands here.
+spells a model's own regex otherwise, because its engine is smaller, the model's own is here.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Step 1 of the road for GGUF: a file, its parts, or a folder with one model -> Checkpoint.
+"""Pipeline stage 1 for GGUF: a file, its parts, or a folder with one model -> Checkpoint.
 
 Only headers are read, and the few small tensors that are settings. Config and tokenizer come
 from the metadata, or from the folder of the original model.
@@ -40,14 +40,14 @@ from requant.gguf.tokenizer import (
 )
 from requant.text import format_value, join_first
 
-_MMPROJ = "a vision or audio part for llama.cpp (mmproj), which is no language model"
+_MMPROJ = "a vision or audio part for llama.cpp (mmproj), which is not a language model"
 _MAX_SETTING_BYTES = 1 << 20
 _MAX_NAMED = 20
 _QUANTIZATION_VERSION = 2
 _OTHER_KINDS = {  # general.type -> what it is
     "adapter": "a LoRA adapter; merge it into its model first (llama.cpp: llama-export-lora "
     "-m MODEL.gguf --lora THIS.gguf -o MERGED.gguf) and convert MERGED.gguf",
-    "imatrix": "an importance matrix, which is no model",
+    "imatrix": "an importance matrix, which is not a model",
 }
 
 
@@ -89,7 +89,7 @@ def read_gguf(
 
 
 def is_mmproj(metadata: Mapping[str, Any]) -> bool:
-    """Whether a file holds what llama.cpp runs beside a model, for images and sound."""
+    """Whether a file holds what llama.cpp runs next to a model, for images and sound."""
     return metadata.get("general.architecture") == "clip" or (
         metadata.get("general.type") == "mmproj"
     )
@@ -239,7 +239,7 @@ class _Reading:
         if version not in (None, _QUANTIZATION_VERSION) and has_blocks:
             message = (
                 f"is {version}, known is {_QUANTIZATION_VERSION}: blocks may be laid out "
-                "otherwise; quantize the model anew with llama.cpp"
+                "otherwise; quantize the model again with llama.cpp"
             )
             self.metadata.report("general.quantization_version", message)
 

@@ -37,7 +37,7 @@ def rope_scaling(settings: Settings, model_type: str, rotary: int) -> dict[str, 
         settings.read_small("rope_freqs.weight") if settings.has("rope_freqs.weight") else None
     )
     if factors is not None and kind in ("yarn", "longrope") and (factors != 1).any():
-        message = f"holds factors beside the scaling {format_value(kind)}; {ADVICE}"
+        message = f"holds factors next to the scaling {format_value(kind)}; {ADVICE}"
         settings.metadata.report("rope_freqs.weight", message)
     if factors is not None and kind in ("", "none", "linear"):
         found, where = _llama3(settings), "rope_freqs.weight"
@@ -111,7 +111,7 @@ def _attention(settings: Settings, factor: float) -> dict[str, float]:
     times = settings.find_float(_ATTENTION)
     usual = _mscale(factor)
     if stated is not None and all_dim:
-        message = f"is {all_dim:g} beside rope.scaling.yarn_attn_factor, which says it otherwise"
+        message = f"is {all_dim:g} next to rope.scaling.yarn_attn_factor, which says it otherwise"
         settings.report("rope.scaling.yarn_log_multiplier", f"{message}; {ADVICE}")
     if stated is None and times in (None, 1.0):
         return {"mscale": 1.0, "mscale_all_dim": all_dim} if all_dim else {}

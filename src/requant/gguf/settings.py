@@ -21,7 +21,7 @@ ADVICE = "--config-from takes config.json and tokenizer of the original model in
 
 @dataclass(frozen=True)
 class Support:
-    """What mlx-lm's class of a model reads of its config, beside what all read.
+    """What mlx-lm's class of a model reads of its config, next to what all read.
 
     Attributes:
         scalings: Kinds of ``rope_scaling``.

@@ -56,7 +56,7 @@ def tokenizer_files(metadata: Metadata) -> tuple[Files, str]:
 
 
 def guessed_splitting(metadata: Metadata) -> bool:
-    """Whether a file keeps quiet about how words are split, so that GPT-2's rule stands in."""
+    """Whether a file does not name its pre-tokenizer, so that GPT-2's is used."""
     pre = metadata.word("tokenizer.ggml.pre")
     return metadata.word("tokenizer.ggml.model") == "gpt2" and pre in UNSAID
 
@@ -211,7 +211,7 @@ class _Tokenizer:
         ]
         pieces.append({"type": "ByteLevel", **options, "use_regex": self.splitting.then_gpt_2})
         vocabulary = self._vocabulary()
-        # A merge of what is no token would stop the tokenizer from loading.
+        # A merge of what is not a token would stop the tokenizer from loading.
         merges = [merge.split(" ", 1) for merge in self.metadata.words("tokenizer.ggml.merges")]
         return {
             "normalizer": {"type": "NFC"} if self.splitting.composed else None,
@@ -237,7 +237,7 @@ class _Tokenizer:
         }
 
     def _sentencepiece(self) -> dict[str, Any]:
-        """Letters, merged into the piece of the highest score; bytes for what is no piece."""
+        """Letters, merged into the piece of the highest score; bytes for what is not a piece."""
         prefix = self.metadata.flag("tokenizer.ggml.add_space_prefix")
         spaces: dict[str, Any] = {
             "type": "Replace",

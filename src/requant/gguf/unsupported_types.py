@@ -89,7 +89,7 @@ def unsupported_type(number: int) -> str:
         both = " (in ik_llama.cpp I2_S)" if number == 36 else ""
         return (
             f"type {number}: {_REMOVED[number]}{both}, removed from llama.cpp, which repacks rows "
-            f"while it loads them; {_OTHER_FILE}, or quantize it anew from the original"
+            f"while it loads them; {_OTHER_FILE}, or quantize it again from the original"
         )
     if number in _INTERNAL:
         return (

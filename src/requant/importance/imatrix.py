@@ -56,7 +56,7 @@ def read_gguf(source: str, size: int) -> Found:
             if len(reported) < counts.nbytes:
                 problems.append(Problem(layer, "was cut while it was read"))
                 continue
-            with np.errstate(invalid="ignore"):  # a NaN of any kind is told later
+            with np.errstate(invalid="ignore"):  # a NaN of any kind is reported later
                 divisors = np.frombuffer(reported, "<f4").astype(np.float64)
             experts = divisors.size
             elements = sums.nbytes // 4
@@ -123,7 +123,7 @@ def read_older(file: BinaryIO, size: int) -> Found:
             values = cursor.number(f"the number of values of {format_value(name)}", MAX_INT)
             wrong = check_name(name)
             if wrong or name in seen:
-                raise _Damaged(f"{format_value(name)}: {wrong[0] if wrong else 'stands twice'}")
+                raise _Damaged(f"{format_value(name)}: {wrong[0] if wrong else 'occurs twice'}")
             seen[name] = StatisticsEntry(
                 _layer(name), values, cursor.at, np.array([float(calls)]), None
             )

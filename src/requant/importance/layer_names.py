@@ -24,7 +24,7 @@ class LayerKey(NamedTuple):
     expert: int | None = None
 
 
-# What a language model's blocks stand in. Towers for images and sound, encoders and MTP heads
+# What a language model's blocks are in. Towers for images and sound, encoders and MTP heads
 # number their blocks from 0 too, and must not be taken for it.
 _TEXT = (
     r"(?:(?:model|language_model|text_model|transformer|gpt_neox|backbone|decoder|layers|llm"

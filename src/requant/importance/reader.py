@@ -137,7 +137,7 @@ def _own(file: BinaryIO, raw: bytes, size: int) -> imatrix.Found:
         if not problems and metadata.get(key) != wanted:
             message = f"{key} is {format_value(metadata.get(key))}, expected {wanted!r}"
             if key == "format":
-                message += ": no statistics file, but other tensors"
+                message += ": not a statistics file, but other tensors"
             problems = [Problem("__metadata__", message)]
     layers: dict[str, dict[str, HeaderEntry]] = {}
     for name, entry in entries.items():
@@ -155,7 +155,7 @@ def _own(file: BinaryIO, raw: bytes, size: int) -> imatrix.Found:
         experts = 1 if len(square.info.shape) == 1 else square.info.shape[0]
         file.seek(len(raw) + parts["count"].start)
         counts = np.frombuffer(file.read(4 * experts), "<f4")
-        with np.errstate(invalid="ignore"):  # a NaN of any kind is told later
+        with np.errstate(invalid="ignore"):  # a NaN of any kind is reported later
             divisors = np.where(counts > 0, 1.0, counts.astype(np.float64))  # means already
         seen.append(
             StatisticsEntry(
@@ -205,7 +205,7 @@ def write_statistics(
         metadata: What else is to be said: model, text, seed.
 
     Raises:
-        OSError: The disk refuses it.
+        OSError: It cannot be written.
     """
     made: dict[str, tuple[TensorInfo, Callable[[], np.ndarray]]] = {}
     for layer, found in layers.items():
@@ -238,7 +238,7 @@ def merge_statistics(
         metadata: As for ``write_statistics``.
 
     Raises:
-        OSError: The disk refuses it.
+        OSError: It cannot be written.
     """
     places: list[tuple[str, TensorInfo, Path, int]] = []
     for part in parts:

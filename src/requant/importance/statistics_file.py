@@ -1,4 +1,4 @@
-"""One statistics file, asked layer by layer: which vector weighs which matrix."""
+"""One statistics file, asked layer by layer: which vector weights which matrix."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class StatisticsEntry:
         offset: Of the first of them: float32, experts one after another.
         divisors: What each expert's sums are over, float64 ``(experts,)``; ``(1,)`` holds for
             all. An expert whose divisor is 0 saw no token.
-        experts: Their number; None where the file does not tell (llama.cpp's older form).
+        experts: Their number; None where the file does not say (llama.cpp's older form).
         hessian: Offset of float32 ``(experts, in, in)``; None if there is none.
     """
 
@@ -80,7 +80,7 @@ class Importance:
 
     Attributes:
         file: The statistics file.
-        entries: One a matrix of the layer, or one for all that the file does not tell apart.
+        entries: One a matrix of the layer, or one for all that the file does not say apart.
         in_features: Inputs.
     """
 

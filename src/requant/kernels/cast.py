@@ -1,4 +1,4 @@
-"""Dense values in caller-owned buffers: casting, what is no number, what an encoding lost."""
+"""Dense values in caller-owned buffers: casting, what is not a number, quantization error."""
 
 from __future__ import annotations
 

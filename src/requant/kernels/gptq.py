@@ -1,4 +1,4 @@
-"""GPTQ: codes column by column, each column's error handed on to the columns after it.
+"""GPTQ: codes column by column, the error of each column propagated to the later columns.
 
 A layer's Hessian is the mean of ``x x^T`` over its inputs, ``(in_features, in_features)``. With
 ``inverse(H) = U^T U``, U upper triangular, rounding input j by ``e`` is repaired best by taking
@@ -31,7 +31,7 @@ class Compensation:
     Attributes:
         propagation: float32 ``(in_features, in_features)``, upper triangular, the diagonal 1: row
             j is the share of input j's error that each later input takes.
-        importance: float64 ``(in_features,)``: the Hessian's diagonal, which weighs the search.
+        importance: float64 ``(in_features,)``: the Hessian's diagonal, which weights the search.
         damping: Share of the mean of the diagonal that was added to it.
         dead: Inputs that were zero for every token; they are rounded alone.
     """
@@ -53,7 +53,7 @@ def compensation_of(hessian: Array, in_features: int, damping: float = DAMPING) 
 
     Raises:
         ShapeMismatchError: The Hessian has another shape.
-        InvariantError: It holds NaN, infinity or a negative diagonal, or is no Hessian: even
+        InvariantError: It holds NaN, infinity or a negative diagonal, or is not a Hessian: even
             ten times the mean of its diagonal does not make it positive definite.
     """
     if hessian.shape != (in_features, in_features):
@@ -82,7 +82,7 @@ def _propagation(hessian: Array, dead: Array, added: float) -> Array | None:
     damped[:, dead] = 0.0
     damped.flat[:: len(damped) + 1] += np.where(dead, 1.0, added)
     try:
-        # Turned about, L L^T becomes R R^T with R upper triangular; then U = inverse(R).
+        # Reversed, L L^T becomes R R^T with R upper triangular; then U = inverse(R).
         lower = np.linalg.cholesky(damped[::-1, ::-1])
         upper = np.linalg.inv(lower[::-1, ::-1])
     except np.linalg.LinAlgError:
@@ -94,7 +94,7 @@ def _propagation(hessian: Array, dead: Array, added: float) -> Array | None:
 def quantize(
     w: Array, compensation: Compensation, group_size: int, bits: int, search: str = "best"
 ) -> tuple[Array, Array, Array]:
-    """Quantize rows with their errors handed on; affine.
+    """Quantize rows with their errors propagated; affine.
 
     Rows are independent: any ranges of them give the same bytes as all at once.
 

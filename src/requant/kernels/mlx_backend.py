@@ -57,7 +57,7 @@ def dequantize(
     """``mx.dequantize``, in the dtype that MLX chooses.
 
     MLX does not compare the last axes of scales and biases, and would read past the end of
-    biases that are too short: that is refused here.
+    biases that are too short: that is rejected here.
     """
     if biases is not None and biases.shape != scales.shape:
         raise ShapeMismatchError("biases do not fit the scales", scales.shape, biases.shape)

@@ -76,7 +76,7 @@ def quantize(
         OutOfRangeError: The mode does not take ``bits`` or ``group_size``.
         UnsupportedDtypeError: ``w`` has another dtype.
         RankMismatchError: ``w`` has fewer than two axes.
-        DivisibilityError: ``in_features`` is no multiple of ``group_size``.
+        DivisibilityError: ``in_features`` is not a multiple of ``group_size``.
         InvariantError: A global scale outside nvfp4, or not one number; weights
             without a search, or not fit for one.
     """
@@ -233,7 +233,7 @@ def pack_words(codes: Array, bits: int) -> Array:
         OutOfRangeError: ``bits`` is not 1 to 8.
         UnsupportedDtypeError: Codes of another dtype.
         RankMismatchError: Fewer than two axes.
-        DivisibilityError: The last axis is no multiple of 32.
+        DivisibilityError: The last axis is not a multiple of 32.
 
     Example:
         >>> codes = np.arange(32, dtype=np.uint8).reshape(1, 32) % 16
@@ -268,7 +268,7 @@ def unpack_words(words: Array, bits: int) -> Array:
         OutOfRangeError: ``bits`` is not 1 to 8.
         UnsupportedDtypeError: ``words`` is not uint32.
         RankMismatchError: Fewer than two axes.
-        DivisibilityError: The last axis is no multiple of ``bits``.
+        DivisibilityError: The last axis is not a multiple of ``bits``.
     """
     _check_width(bits)
     if words.dtype != np.uint32:

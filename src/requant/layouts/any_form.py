@@ -3,7 +3,7 @@
 First the class is shown the checkpoint as it is stored. Where it does not take that, the experts
 are brought into each form that some class takes (``expert_forms``) until the class loads all of
 it, strictly. Then its rule has seen every tensor, and what it does to the others (norms that are
-shifted, convolutions that are turned) is done.
+shifted, convolutions that are transposed) is done.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def _moved(
     tensors: Mapping[str, TensorInfo],
     options: Mapping[str, Any],
 ) -> MlxLmLayout:
-    """The same with experts whose rows are moved, where that needs no turning there and back.
+    """The same with experts whose rows are moved, where that needs no transposing there and back.
 
     The class is shown stacks under its own names. That is the same model only if its rule then
     does the same to every other tensor: some rules do nothing where they find their own names.

@@ -172,7 +172,7 @@ class _SanitizeRecorder:
         return lambda weights: dict(sanitize(adapt(weights)))
 
     def classes(self, get: Callable[..., Any], config: dict[str, Any]) -> tuple[Any, Any]:
-        """Stands in for mlx-lm's class look-up: the models that it builds report to us."""
+        """Replaces mlx-lm's class look-up: the models that it builds report to us."""
         model_class, args_class = get(config=config)
 
         def build(args: Any) -> Module:
@@ -210,7 +210,7 @@ def _import_utils() -> Any:
     return utils
 
 
-# mlx-lm and MLX raise built-in exceptions, so that their text is all there is to tell them apart:
+# mlx-lm and MLX raise built-in exceptions, so that their text is all there is to distinguish them:
 # (class, pattern, what it means). The first row that fits is taken. "{0}" is the whole message,
 # "{1}" and "{2}" are the groups; digits become a count of tensors.
 _MLX_LM_ERRORS: tuple[tuple[type[Exception], re.Pattern[str], str], ...] = tuple(
@@ -325,7 +325,7 @@ def _recipe(
 
 
 def _config_dtype(config: Mapping[str, Any]) -> str | None:
-    """The dtype that mlx-lm casts to when told none; keys and order are its own."""
+    """The dtype that mlx-lm casts to by default; keys and order are its own."""
     word = config.get("torch_dtype")
     if word is None and (text_config := config.get("text_config")):
         word = text_config.get("dtype")
@@ -389,7 +389,7 @@ def _compare(
             targets[path] = Quantization(made.group_size, made.bits, mode)
         elif module.weight.shape[-1] % option.group_size:
             columns = module.weight.shape[-1]
-            text = f"last axis {columns} is no multiple of group {option.group_size}"
+            text = f"last axis {columns} is not a multiple of group {option.group_size}"
             reasons[path] = Reason(ReasonCode.NO_GROUP_SIZE, text)
         else:
             text = "mlx-lm leaves it dense in this model"

@@ -1,13 +1,13 @@
 """Experts in the form that a model class takes, made from the form in which they are published.
 
 The same experts are published in several forms: one tensor an expert and projection, or stacks;
-gate and up apart, or in one tensor (fused); rows as outputs, or turned. A class of mlx-lm knows
+gate and up apart, or in one tensor (fused); rows as outputs, or transposed. A class of mlx-lm knows
 one or two of them. Here one form is turned into another, as functions of weight maps on MLX
 arrays, so that they can be traced and computed as a part of the class's own rule::
 
     model.layers.0.mlp.experts.7.gate_proj.weight   (out, in)              one by one
     model.layers.0.mlp.experts.gate_up_proj         (experts, 2 out, in)   fused
-    model.layers.0.mlp.experts.gate_up_proj         (experts, in, 2 out)   fused and turned
+    model.layers.0.mlp.experts.gate_up_proj         (experts, in, 2 out)   fused and transposed
     model.layers.0.mlp.experts.w13_weight           (experts, 2 out, in)   fused, vLLM's names
 
 Which way a stack lies is decided by the shapes of gate and down together: they have no reading
@@ -80,7 +80,7 @@ FORMS = (
     Form("single experts", one_by_one=True),
     Form("single experts", ("w1", "w3", "w2", ""), one_by_one=True),
     Form("fused stacks", fused=True, bias="_bias", in_turns=True),
-    Form("fused and turned stacks", fused=True, transposed=True, suffix="", bias="_bias"),
+    Form("fused and transposed stacks", fused=True, transposed=True, suffix="", bias="_bias"),
     Form(
         "fused stacks",
         ("", "", "output_linear", "input_linear"),
@@ -166,7 +166,10 @@ class Reader:
     def _read(
         self, weights: Weights, tensors: Mapping[_Key, list[tuple[int, str]]]
     ) -> _Experts | None:
-        """Every projection as a stack whose rows are outputs; None if they are no whole set."""
+        """Every projection as a stack whose rows are outputs.
+
+        None if they are not a complete set.
+        """
         read: dict[_Key, mx.array] = {}
         for key, pairs in tensors.items():
             pairs = sorted(pairs)
@@ -285,7 +288,7 @@ def _base(prefix: str, form: Form) -> str:
 
 
 def _moved(rest: Weights, found: Mapping[str, _Experts], parent: str) -> Weights:
-    """What stands beside experts (the router) under another name of the module above."""
+    """What is next to experts (the router) under another name of the module above."""
     above = {prefix.removesuffix(".experts") for prefix in found}
     renamed: Weights = {}
     for name, array in rest.items():

@@ -25,7 +25,8 @@ _HEAD = re.compile(
     rf"{ROLES['head']}|(^|\.)(output_layer|language_model\.output)$|^head$|\.transformer\.ff_out$"
 )
 _EMBEDDING = re.compile(ROLES["embedding"])
-# What bears such names and is no embedding of tokens, or belongs to another model in the folder.
+# What bears such names and is not an embedding of tokens, or belongs to another model in the
+# folder.
 _OTHERS = re.compile(
     r"patch|pos(ition)?_|token_type|segment|rotary|(^|\.)(layers|h|blocks)\.\d+\."
     r"|(^|[._])(visual|vision|image|video|audio|speech|sound|talker|code_predictor|mtp|draft"
@@ -36,7 +37,7 @@ _OTHER_CONFIGS = re.compile(
     r"vision|visual|image|video|audio|speech|talker|mtp|draft|token2wav|dit_"
 )
 _TEXT_CONFIGS = re.compile(r"^(text|llm|language|thinker)(_model)?(_config)?$")
-# Models whose output is no distribution over tokens.
+# Models whose output is not a distribution over tokens.
 _HEADLESS = re.compile(
     r"(Classification|Answering|Embedding|Retrieval|Reward\w*|Regression|Score)$"
     r"|(?<!LMHead)(?<!Chat)(?<!VL)Model$"

@@ -2,7 +2,7 @@
 
 AutoGPTQ writes a bias of zeros for each layer; layers that predict further tokens (MTP) follow
 those that the config counts. Either throws a whole checkpoint out of a class of mlx-lm that does
-not drop them itself, so they are left out where the class refuses the rest with them.
+not drop them itself, so they are left out where the class rejects the rest with them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _MORE: Final = "predicts further tokens (MTP)"
 
 @dataclass(frozen=True, slots=True)
 class Reduced:
-    """A layout without idle tensors.
+    """A layout without unused tensors.
 
     Attributes:
         layout: The rest.
@@ -44,7 +44,7 @@ class Reduced:
 
 
 def without_unused_tensors(checkpoint: Checkpoint, layout: SourceLayout) -> Reduced | None:
-    """The layout without idle tensors; None where it has none.
+    """The layout without unused tensors; None where it has none.
 
     Args:
         checkpoint: For the config, and the values of biases.

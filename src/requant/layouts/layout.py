@@ -34,11 +34,11 @@ class MlxLmLayout:
             ``{layer}.global_scale`` where it comes with one.
         dense_reasons: Layers that could be quantized and stay dense, each with the reason.
         dtype: Header name that floating tensors are cast to before they are quantized; None
-            leaves each as it is. It is the wish, else what mlx-lm takes from the config.
+            leaves each as it is. It is the requested one, else what mlx-lm takes from the config.
         keeps_dtype: Floating tensors that are exempt from the cast.
         config: ``config.json`` as mlx-lm would write it.
         saved: Name -> dtype and shape of everything that mlx-lm would write.
-        quantizable: Layers that the class can hold quantized, whatever was wished.
+        quantizable: Layers that the class can hold quantized, whatever was requested.
         with_global_scale: Those of them that can hold nvfp4 with a global scale.
     """
 

@@ -39,9 +39,9 @@ _MODULES = (
     r"(siglip|clip|dino|eva_clip|conformer)(v?\d+)?(_\w+)?",
 )
 _TOWER = re.compile(rf"(^|\.)({'|'.join(_MODULES)})(\.|$)")
-# Beside a module that is called the language model, an encoder is for what is no language.
+# Next to a module that is called the language model, an encoder is for what is not language.
 _TEXT, _ENCODER = re.compile(r"(model\.)?language_model\."), re.compile(r"(model\.)?encoder\.")
-# Keys of a config that has such a part beside a text model.
+# Keys of a config that has such a part next to a text model.
 _KEYS = re.compile(
     r"(vision|visual|vit|audio|speech|sound|image|img|perceiver|projector|mm|acoustic)"
     r"(_\w+)?_(config|cfg|tower|processor)"
@@ -73,9 +73,9 @@ def is_of_a_tower(name: str) -> bool:
 def _towers(
     layers: Iterable[SourceLayer], config: Mapping[str, Any]
 ) -> Iterator[tuple[str, Reason]]:
-    """Towers, where they stand beside a model of another kind.
+    """Towers, where they are next to a model of another kind.
 
-    A vision model alone is no tower of anything: its config has no part for images, and most
+    A vision model alone is not a tower of anything: its config has no part for images, and most
     of its weights would be the tower.
     """
     inside, outside, paths = 0, 0, []

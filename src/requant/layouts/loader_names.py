@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-# How the packages of mlx-vlm rename what stands before a layer, one after the other.
+# How the packages of mlx-vlm rename what comes before a layer, one after the other.
 _RENAMED = (
     ("model.language_model.", "language_model.model."),
     ("model.text_model.", "language_model."),
@@ -37,7 +37,7 @@ _PROJECTIONS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
 
 def module_names(entries: Mapping[str, Any]) -> dict[str, Any]:
-    """The same entries under the names of modules, where these differ and are no other layer's.
+    """The same entries under the names of modules, where these differ and are not another layer's.
 
     Args:
         entries: Layer path -> what the config says of it.

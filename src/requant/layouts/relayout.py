@@ -3,7 +3,7 @@
 What mlx-lm only moves (renames, stacks, splits) stays bytes of the source files; what its
 model class computes is computed during the run, one tensor at a time.
 
-A quantized layer is shown to mlx-lm as the dense weight that it stands for. Where ``sanitize``
+A quantized layer is shown to mlx-lm as the dense weight that it represents. Where ``sanitize``
 moves whole rows of such weights, the rows of the codes, scales and biases are moved alike, and
 members that are stored unlike each other take an encoding that holds them all (``members``).
 Where it does anything else, the layer is decoded, and its default target, 8 bits, says how it is
@@ -376,7 +376,7 @@ def _unlike(layout: MlxLmLayout, shown: Mapping[str, SourceLayer]) -> list[str]:
 
 
 def _merge_key(layer: SourceLayer) -> tuple[object, ...]:
-    """What layers must have in common for their rows to stand in one."""
+    """What layers must have in common for their rows to be in one."""
     dtypes = tuple((role, part.info.dtype) for role, part in layer.parts.items())
     return (
         layer.encoding,

@@ -11,7 +11,7 @@ from requant.checkpoints.checkpoint import Checkpoint, ComputedTensor, SourceTen
 from requant.core.dtypes import FLOATS, HEADER_NAME, NUMPY_DTYPE
 from requant.formats import SourceLayer
 
-# The first piece mostly tells two matrices apart; the last ones bound the memory.
+# The first piece mostly distinguishes two matrices; the last ones bound the memory.
 _FIRST_VALUES = 1 << 15
 _MOST_VALUES = 1 << 22
 

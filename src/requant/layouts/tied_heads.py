@@ -165,7 +165,7 @@ def _without_copy(
 
 
 def _head_paths(embedding: SourceLayer) -> tuple[str, ...]:
-    """What a head of this embedding may be called: beside the part it is in, or by itself."""
+    """What a head of this embedding may be called: next to the part it is in, or by itself."""
     *below, _, name = ["", *embedding.path.split(".")]
     head = "embed_out" if name == "embed_in" else "lm_head"
     return tuple(dict.fromkeys((".".join([*below[1:], head]), head)))
@@ -185,7 +185,7 @@ def _with_copy(
         for role, part in embedding.parts.items()
     }
     note = (
-        f"There is no head beside {embedding.dense_name}, and mlx-lm's class has one in every "
+        f"There is no head next to {embedding.dense_name}, and mlx-lm's class has one in every "
         f"model: {path}.weight is a copy of the embedding{_set(declared, False)}."
     )
     layers = (*layout.layers, replace(embedding, path=path, parts=parts))
@@ -215,7 +215,7 @@ def _tied(
     checkpoint: Checkpoint, layout: SourceLayout, pair: Pair, declared: Mapping[Key, bool | None]
 ) -> Variant:
     note = (
-        f"There is no head beside {pair.embedding.dense_name}: the head is tied to it"
+        f"There is no head next to {pair.embedding.dense_name}: the head is tied to it"
         f"{_set(declared, True)}."
     )
     notes = (Note(NoteCode.TIED_HEAD, note),)

@@ -68,7 +68,8 @@ def trace(
         Each output by name.
 
     Raises:
-        ValueError: MLX refused: the function looks at values, or uses what cannot be traced.
+        ValueError: MLX cannot export it: the function looks at values, or uses what cannot be
+            traced.
     """
     return _trace(function, arrays, _verified_rules())
 
@@ -173,7 +174,7 @@ def _slice(
     ((value,), (output,), (start, stop, strides)) = inputs, outputs, arguments
     if any(stride < 1 for stride in strides):
         return [None]
-    # MLX hands on a stop beyond the end as it was written.
+    # MLX keeps a stop beyond the end as it was written.
     ranges = list(map(range, start, map(min, stop, value.shape), strides))
     if tuple(map(len, ranges)) != output.shape or len(ranges) != len(value.shape):
         return [None]
@@ -291,17 +292,17 @@ def _join(pieces: Iterator[Extent] | Sequence[Extent]) -> tuple[Extent, ...] | N
         elif piece.nbytes:
             joined.append(piece)
     sources = {piece.tensor for piece in joined}
-    # Stacking many whole tensors is no shredding: only pieces beyond one a source count.
+    # Stacking many whole tensors is not shredding: only pieces beyond one a source count.
     return tuple(joined) if len(joined) <= max(MAX_PIECES, len(sources)) else None
 
 
 def _melted(left: Extent, right: Extent) -> Extent | None:
-    """One piece for two that go on from each other."""
+    """One piece for two adjacent ones."""
     if left.tensor != right.tensor:
         return None
     if left.times == right.times == 1:
-        goes_on = left.stop == right.start
-        return Extent(left.tensor, left.start, right.stop) if goes_on else None
+        continues = left.stop == right.start
+        return Extent(left.tensor, left.start, right.stop) if continues else None
     stride = left.stride or right.stride
     alike = stride == (right.stride or stride)
     alike &= left.stop - left.start == right.stop - right.start
@@ -316,20 +317,20 @@ _lock = threading.RLock()
 
 
 def _identity(a: mx.array, *_: Any, **__: Any) -> mx.array:
-    """Stands in for ``mx.contiguous``, which changes where values lie and never what they are."""
+    """Replaces ``mx.contiguous``, which changes where values lie and never what they are."""
     return a
 
 
 def _cast(x: mx.array, dtype: mx.Dtype = mx.bfloat16, **_: Any) -> mx.array:
-    """Stands in for ``mx.from_fp8``: same shape and dtype, and computed as well."""
+    """Replaces ``mx.from_fp8``: same shape and dtype, and computed as well."""
     return x.astype(dtype)
 
 
 @contextmanager
 def _traceable() -> Iterator[None]:
-    """Replace, while tracing, the functions whose primitives MLX refuses to export.
+    """Replace, while tracing, the functions whose primitives MLX does not export.
 
-    The results stand for shapes, dtypes and dependencies only; no value comes of them.
+    The results represent shapes, dtypes and dependencies only; no value comes of them.
     """
     with _lock:
         kept = {"contiguous": mx.contiguous, "from_fp8": mx.from_fp8}

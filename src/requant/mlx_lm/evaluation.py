@@ -1,7 +1,7 @@
 """What a model makes of a text: losses and next-token distributions, two models side by side.
 
 Needs mlx-lm. On a CPU, where MLX multiplies bfloat16 and packed codes slowly, the model is
-evaluated in float32 from the exact values that its files stand for; on a GPU as it is.
+evaluated in float32 from the exact values that its files represent; on a GPU as it is.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def read_documents(path: Path) -> Iterator[str]:
         try:
             document = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise ParseError(f"{path}: line {number} is no JSON: {error}") from error
+            raise ParseError(f"{path}: line {number} is not valid JSON: {error}") from error
         found = document.get("text") if isinstance(document, dict) else document
         if not isinstance(found, str):
             raise ParseError(

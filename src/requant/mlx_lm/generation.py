@@ -59,7 +59,7 @@ def generate(
     raw: bool = False,
     on_text: Callable[[str], None] | None = None,
 ) -> Generation:
-    """Let a model go on from a prompt, always with the likeliest token.
+    """Continue a prompt with a model, always with the likeliest token.
 
     Args:
         loaded: The model.
@@ -104,5 +104,5 @@ def _tokens(tokenizer: Any, prompt: str, raw: bool) -> list[int]:
         made = tokenizer.encode(prompt)
     tokens = [int(token) for token in made]
     if not tokens:
-        raise UsageError("the prompt holds no token to go on from")
+        raise UsageError("the prompt holds no token to continue")
     return tokens

@@ -48,7 +48,7 @@ def load(
     """Convert a checkpoint in memory and load it, ready for ``mlx_lm.generate``.
 
     The model is the one that ``mlx_lm.load`` gives for what ``requant.convert`` writes with
-    the same options; beside it, memory holds one tensor at a time.
+    the same options; next to it, memory holds one tensor at a time.
 
     Args:
         source: Folder of any supported format, a GGUF file, or ``org/name`` on the hub, whose
@@ -120,7 +120,7 @@ def load_tokenizer(
     """The tokenizer of a plan's source, as mlx-lm loads it.
 
     Raises:
-        CheckpointError: There is none, or its library refuses it.
+        CheckpointError: There is none, or its library rejects it.
     """
     _check_tokenizer(source, planned.plan)
     with _failing(source, "tokenizer"), _tokenizer_folder(planned) as folder:
@@ -198,7 +198,7 @@ def check_installed(source: Path) -> None:
 
 
 class ArraySink:
-    """Stands where the output folder would: each tensor's bytes go into an array of MLX."""
+    """Takes the place of the output folder: each tensor's bytes go into an array of MLX."""
 
     progress_log = None  # nothing outlives the process
 

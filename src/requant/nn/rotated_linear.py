@@ -18,7 +18,7 @@ class _Rotated(Module):
     """What layers with rotated inputs share: the rotation's parameters, and its use."""
 
     def add_rotation(self, input_dims: int, rounds: int, rotation_group: int) -> None:
-        """Make the parameters of a rotation that turns nothing."""
+        """Make the parameters of a rotation that does nothing."""
         self.rotation_group = rotation_group
         self.theta = mx.zeros((rounds, input_dims // 2))
         pairs = mx.arange(input_dims) % rotation_group
@@ -27,7 +27,7 @@ class _Rotated(Module):
         self._rotation: Rotation | None = None
 
     def rotate(self, x: mx.array) -> mx.array:
-        """``x`` ``[..., in]`` scaled and turned, in its own dtype."""
+        """``x`` ``[..., in]`` scaled and rotated, in its own dtype."""
         if self._rotation is None:
             given = (self.theta, self.pairs, self.channel_scales)
             self._rotation = Rotation(*given, self.rotation_group)
@@ -35,16 +35,16 @@ class _Rotated(Module):
 
 
 class RotateQuantizedLinear(QuantizedLinear, _Rotated):
-    """ParoQuant's layer: scale the inputs, turn them in pairs, then the quantized product.
+    """ParoQuant's layer: scale the inputs, rotate them in pairs, then the quantized product.
 
-    In each round the inputs of a group are paired off, and each pair is turned by an angle
+    In each round the inputs of a group are paired off, and each pair is rotated by an angle
     (z-lab/paroquant, paroquant/optim/rotation.py)::
 
         x = x * channel_scales
         (x_i, x_j) = (cos a * x_i + sin a * x_j, cos a * x_j - sin a * x_i)
 
     The rotation is computed in float32 whatever the dtype of the inputs, and rounded once; on
-    Metal by a kernel of ours (``requant.nn.rotation``), elsewhere by plain operations.
+    Metal by a kernel of requant's own (``requant.nn.rotation``), elsewhere by plain operations.
 
     Args:
         input_dims: Inputs.
@@ -52,10 +52,10 @@ class RotateQuantizedLinear(QuantizedLinear, _Rotated):
         bias: Whether a bias is added.
         group_size: Inputs with one scale.
         bits: Bits a code.
-        rounds: How often pairs are turned.
-        rotation_group: Inputs that are turned among themselves.
+        rounds: The number of rounds.
+        rotation_group: Inputs that are rotated together.
 
-    Parameters beside those of ``nn.QuantizedLinear``: ``theta`` ``[rounds, in / 2]``, ``pairs``
+    Parameters next to those of ``nn.QuantizedLinear``: ``theta`` ``[rounds, in / 2]``, ``pairs``
     integers ``[rounds, in]`` counted within a group (2t and 2t + 1 are a pair), and
     ``channel_scales`` ``[1, in]`` or ``[in]``.
     """
@@ -83,7 +83,7 @@ class RotateQuantizedLinear(QuantizedLinear, _Rotated):
 class RotateQuantizedExperts(_Rotated):
     """The same for the stacked experts of a layer: one rotation, and a product for each expert.
 
-    It stands where mlx-lm has a quantized ``SwitchLinear``, and is called like one.
+    It is used where mlx-lm has a quantized ``SwitchLinear``, and is called like one.
 
     Args:
         input_dims: Inputs.
@@ -92,8 +92,8 @@ class RotateQuantizedExperts(_Rotated):
         bias: Whether a bias is added.
         group_size: Inputs with one scale.
         bits: Bits a code.
-        rounds: How often pairs are turned.
-        rotation_group: Inputs that are turned among themselves.
+        rounds: The number of rounds.
+        rotation_group: Inputs that are rotated together.
 
     Parameters: ``weight``, ``scales`` and ``biases`` ``[experts, out, ...]``, ``bias``
     ``[experts, out]``, and those of the rotation.
@@ -168,7 +168,7 @@ def rotate_layers(model: Any, weights: Mapping[str, mx.array], rotation_group: i
     Args:
         model: Of mlx-lm; built, not yet quantized.
         weights: Under the model's own names; ``{layer}.theta`` marks a rotation.
-        rotation_group: Inputs that are turned among themselves, as the config says.
+        rotation_group: Inputs that are rotated together, as the config says.
 
     Raises:
         ValueError: The model has no linear layer of that name, or the config no group.
@@ -182,7 +182,7 @@ def rotate_layers(model: Any, weights: Mapping[str, mx.array], rotation_group: i
         if path == name or f"{path}.pairs" not in weights:
             continue
         if not isinstance(layers.get(path), (Linear, SwitchLinear)) or not rotation_group:
-            raise ValueError(f"{path} has a rotation, but is no linear layer of the model")
+            raise ValueError(f"{path} has a rotation, but is not a linear layer of the model")
         found.append((path, _Rotatable(layers[path], theta, rotation_group)))
     if found:
         model.update_modules(tree_unflatten(found))

@@ -17,9 +17,9 @@ import mlx.core as mx
 PLAIN: Final = "REQUANT_PLAIN_ROTATION"
 MAX_GROUP: Final = 2048  # two inputs a thread, 1024 threads
 
-# One threadgroup turns one group of one row; a thread holds one pair of each round. Pairs of a
+# One threadgroup rotates one group of one row; a thread holds one pair of each round. Pairs of a
 # round are disjoint, so that threads wait for each other between rounds only. A pair that is not
-# turned is not written either: idle rounds may name an input twice.
+# rotated is not written either: no-op rounds may name an input twice.
 KERNEL: Final = """
     uint lane = thread_position_in_threadgroup.x;
     uint group = threadgroup_position_in_grid.y;
@@ -52,13 +52,13 @@ KERNEL: Final = """
 
 
 class Rotation:
-    """The turns of one layer's inputs, prepared once.
+    """The rotation of one layer's inputs, prepared once.
 
     Args:
         theta: Angles, ``[rounds, in / 2]``.
         pairs: Integers ``[rounds, in]`` counted within a group; 2t and 2t + 1 are a pair.
         channel_scales: ``[1, in]`` or ``[in]``, multiplied first.
-        group: Inputs that are turned among themselves.
+        group: Inputs that are rotated together.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Rotation:
         mx.eval(self.scales, self.cosines, self.sines, self.pairs)
 
     def __call__(self, x: mx.array) -> mx.array:
-        """``x`` ``[..., in]`` scaled and turned in float32, in its own dtype."""
+        """``x`` ``[..., in]`` scaled and rotated in float32, in its own dtype."""
         if x.size and self.group <= MAX_GROUP and uses_metal(x.dtype):
             return self.on_metal(x)
         return self.plain(x)
@@ -95,7 +95,7 @@ class Rotation:
         listed = self.pairs[turn] + starts
         other = listed.reshape(-1, 2)[:, ::-1].reshape(-1)
         sign = mx.where(mx.arange(count) % 2 == 0, 1.0, -1.0)
-        # Inputs that no pair names keep themselves: the angle of an idle round is 0.
+        # Inputs that no pair names keep themselves: the angle of a no-op round is 0.
         partners, cos, sin = mx.arange(count), mx.ones(count), mx.zeros(count)
         partners[listed] = other
         cos[listed] = mx.repeat(self.cosines[turn], 2)

@@ -264,7 +264,7 @@ class OutputFolder:
             raise OutputError(
                 f"{self.output}: {pluralize_are(len(deleted), 'source file')} deleted already, and "
                 f"what was made so far is in {self.staging.path}; "
-                "go on with --consume-source --yes"
+                "resume with --consume-source --yes"
             )
         if before and self.resume:
             for name in deleted:
@@ -333,7 +333,7 @@ class OutputFolder:
     # -- the end -------------------------------------------------------------------------
 
     def publish(self, errors: Mapping[str, tuple[float, float]] | None = None) -> None:
-        """Add everything that is no weight, make it durable, and give it its name.
+        """Add everything that is not a weight, make it durable, and give it its name.
 
         Args:
             errors: Quantization errors by layer, as ``build_record`` takes them.
@@ -405,8 +405,7 @@ class OutputFolder:
             if error is not None and self._progress is not None:
                 error.add_note(
                     f"{self._progress.share():.0%} is done and kept in {self.staging.path}; the "
-                    "same command goes on from there"
-                    + ("" if has_only_copy else ", --no-resume starts over")
+                    "same command resumes" + ("" if has_only_copy else ", --no-resume starts over")
                 )
         else:
             self.staging.remove()

@@ -1,7 +1,7 @@
-"""What of a conversion is done, on disk beside it, so that a killed one goes on where it stopped.
+"""What of a conversion is done, on disk next to it, so that a killed one resumes.
 
 A journal is a file of JSON lines: first what the run was made from, then a line for each range of
-rows that was written, with what was found in it. A line is appended when its bytes were handed to
+rows that was written, with its statistics. A line is appended when its bytes were written to
 the system, which outlives a killed process. Every other second the data is synced to the disk, and
 then a line says how many lines before it no loss of power can take back.
 """
@@ -64,7 +64,7 @@ class Journal:
     """The journal of a running conversion; thread-safe.
 
     Args:
-        path: The file; written anew with what is known to be done.
+        path: The file; rewritten with what is known to be done.
         head: What the run is made from.
         entries: Lines of an earlier journal.
         sync: Makes durable what was written to the output so far.

@@ -14,7 +14,7 @@ from requant.planning.plan import Plan
 def check_output(
     plan: Plan, output: Path, force: bool, spent: int = 0, most: int | None = None
 ) -> None:
-    """Refuse an output that must not, or cannot, be written.
+    """Reject an output that must not, or cannot, be written.
 
     Args:
         plan: What is to be written.
@@ -24,7 +24,7 @@ def check_output(
         most: Bytes of weights that the disk must take at a time; None for all of them.
 
     Raises:
-        OutputError: OUTPUT exists and ``force`` is not set, is no checkpoint folder, lies
+        OutputError: OUTPUT exists and ``force`` is not set, is not a checkpoint folder, lies
             in SOURCE or holds it, or the disk has too little room.
     """
     source, target = Path(plan.source).resolve(), output.resolve()
@@ -36,7 +36,7 @@ def check_output(
     if output.exists() and any(output.iterdir()):
         if not (output / "config.json").is_file():
             raise OutputError(
-                f"{output} exists and holds no config.json, so it is no checkpoint; "
+                f"{output} exists and holds no config.json, so it is not a checkpoint; "
                 "--force replaces checkpoints only. Remove it yourself or name another folder"
             )
         if not force:
@@ -54,17 +54,17 @@ def check_output(
 def _why_not_writable(output: Path, target: Path) -> str:
     """Why a folder cannot get the name of OUTPUT, or nothing; --force changes none of it."""
     if output.is_symlink() or (output.exists() and not output.is_dir()):
-        return "exists and is no folder, which --force does not replace"
+        return "exists and is not a folder, which --force does not replace"
     if not target.name:
         return "is the root of the file system"
     if os.path.ismount(target):
         return "is where a disk is mounted, and cannot be replaced; one inside it can be made"
-    with suppress(FileNotFoundError):  # a shell can stand in a folder that was deleted
+    with suppress(FileNotFoundError):  # a shell can be in a folder that was deleted
         if target == Path.cwd():
             return "is the folder that this command runs in, and is not replaced"
     above = next(p for p in target.parents if os.path.lexists(p))
     if not above.is_dir():
-        return f"cannot be made: {above} is no folder"
+        return f"cannot be made: {above} is not a folder"
     if not os.access(above, os.W_OK | os.X_OK):
         return f"cannot be made: writing in {above} is not permitted"
     return ""

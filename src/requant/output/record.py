@@ -66,10 +66,10 @@ def build_record(
     """The record of a finished output.
 
     Args:
-        plan: What was carried out.
+        plan: What was executed.
         options: What the plan was made from, as ``ConvertOptions.to_dict`` gives it.
         hashes: Tensor -> SHA-256 of its bytes.
-        files: File that is no weight -> SHA-256 of its bytes.
+        files: File that is not a weight -> SHA-256 of its bytes.
         errors: Layer -> its relative RMS error and the largest error in steps, where new codes
             were computed.
     """

@@ -93,7 +93,7 @@ class SourceRemoval:
 def write_header_stubs(source: OpenedSource, files: Sequence[SourceFile], folder: Path) -> None:
     """Keep of each weight file its size, its header and the small tensors that were read.
 
-    The rest of a stub is a hole. Results of comparisons of tensors are kept in a file beside them.
+    The rest of a stub is a hole. Results of comparisons of tensors are kept in a file next to them.
     """
     folder.mkdir(exist_ok=True)
     for file in files:

@@ -1,10 +1,10 @@
-"""The hidden folder beside OUTPUT in which it grows: its parts, its lock, what a stopped run left.
+"""The hidden folder next to OUTPUT in which it grows: its parts, its lock, what a stopped run left.
 
-Files grow beside OUTPUT, so that the last rename is within one file system:
+Files grow next to OUTPUT, so that the last rename is within one file system:
 
     .OUTPUT.requant-partial/
       lock       held by the process that writes; a dead one holds nothing
-      journal    what is done: the same command goes on from there
+      journal    what is done: the same command resumes
       output/    becomes OUTPUT
       replaced/  the folder that --force replaces, between two renames
       source/    with --consume-source: headers of the source's files, which are gone bit by bit

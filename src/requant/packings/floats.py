@@ -40,7 +40,7 @@ _E4M3_OF = {
 
 
 def exponent_bytes(scales: np.ndarray) -> np.ndarray | None:
-    """Scales as E8M0 bytes, ``2^(byte - 127)``; None if one is no power of two.
+    """Scales as E8M0 bytes, ``2^(byte - 127)``; None if one is not a power of two.
 
     Args:
         scales: E8M0 (ml_dtypes, or the bytes as uint8), or floats of any width.
@@ -142,7 +142,7 @@ class Float8(Packing):
         out["weight"][:] = _as_float8(parts["weight"]).view(np.uint32)
         found = exponent_bytes(parts["scale"])
         if found is None:
-            raise InvariantError("its scales are no powers of two any more: the source changed")
+            raise InvariantError("its scales are not powers of two any more: the source changed")
         groups = np.arange(self.columns // 32) * 32 // self.tile[1]
         tiles = check_exponents(found).reshape(-1, self.grid[1])
         out["scales"][:] = tiles[:, groups][self._down(start, stop)]
@@ -153,7 +153,7 @@ class Float8(Packing):
         """``byte * scale`` in float32, rounded once."""
         codes = _as_float8(parts["weight"])
         tiles = scale_values(parts["scale"]).reshape(-1, self.grid[1])
-        # What is no number is counted where the values are stored or encoded.
+        # What is not a number is counted where the values are stored or encoded.
         e4m3_values_into(
             codes.view(np.uint8),
             tiles,
@@ -227,7 +227,7 @@ class MxBlocks(_ExponentBlocks):
 
     @property
     def encoding(self) -> Quantization:
-        """MLX's twin."""
+        """The same mode of MLX."""
         return MXFP4 if self.bits == 4 else MXFP8
 
     def required_rects(self, start: int, stop: int) -> dict[str, Rect]:

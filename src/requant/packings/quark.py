@@ -34,7 +34,7 @@ class _QuarkInteger(IntegerPacking):
 
     Attributes:
         signed: Whether codes and zeros are two's complement.
-        reordered: Whether the codes of a word stand in AWQ's order.
+        reordered: Whether the codes of a word are in AWQ's order.
         has_zeros: Whether there is a ``weight_zero_point``.
     """
 

@@ -1,12 +1,12 @@
-"""ParoQuant's rotations: inputs are scaled and turned in pairs before the quantized product.
+"""ParoQuant's rotations: inputs are scaled and rotated in pairs before the quantized product.
 
-``krot`` rounds; in each, the inputs of a group are paired off and each pair is turned by an
+``krot`` rounds; in each, the inputs of a group are paired off and each pair is rotated by an
 angle (z-lab/paroquant, paroquant/optim/rotation.py)::
 
     x = x * channel_scales
     (x_i, x_j) = (cos a * x_i + sin a * x_j, cos a * x_j - sin a * x_i)
 
-The same turns, backwards, applied to the rows of the weight give the plain weight.
+The same rotations, in reverse, applied to the rows of the weight give the plain weight.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def read_rotation(
         tensors: By role: ``theta`` floats ``[krot, in / 2]``, ``pairs`` int16 ``[krot, in]``,
             counted within a group, ``channel_scales`` floats ``[1, in]`` or ``[in]``.
         n_in: Inputs of the layer.
-        group: Inputs that are turned among themselves.
+        group: Inputs that are rotated together.
         problems: Filled.
     """
     before = len(problems)
@@ -119,7 +119,7 @@ def _check_turns(
     group: int,
     problems: list[Problem],
 ) -> None:
-    """Every round pairs off the inputs of each group once, or turns none of them."""
+    """Every round pairs off the inputs of each group once, or rotates none of them."""
     names = {role: tensor.name for role, tensor in tensors.items()}
     pairs = checkpoint.read_small_tensor(names["pairs"]).astype(np.int64).reshape(krot, -1, group)
     theta = (
@@ -128,7 +128,7 @@ def _check_turns(
         .reshape(krot, -1, group // 2)
     )
     whole = np.sort(pairs, axis=-1) == np.arange(group)
-    # A round that turns nothing may name any pairs, if only they exist.
+    # A round that rotates nothing may name any pairs, if only they exist.
     no_op = (theta == 0).all(-1) & (pairs >= 0).all(-1) & (pairs < group).all(-1)
     wrong = np.argwhere(~whole.all(-1) & ~no_op)
     if wrong.size:
@@ -175,7 +175,7 @@ def _rotation_cuts(krot: int, columns: int) -> dict[str, Rect]:
 
 @dataclass(frozen=True)
 class RotatedGemm(AwqGemm):
-    """AWQ gemm codes of the turned weight; their values are those of the plain one.
+    """AWQ gemm codes of the rotated weight; their values are those of the plain one.
 
     Attributes:
         krot: Rounds of the rotation.
@@ -199,12 +199,12 @@ class RotatedGemm(AwqGemm):
 
 @dataclass(frozen=True)
 class RotatedTriple(Packing):
-    """The same in MLX's layout, as an output of ours holds it.
+    """The same in MLX's layout, as an output of requant holds it.
 
     Attributes:
         shape: Of the weight; outputs and inputs last, experts that share the rotation before.
         encoding: Of the codes; affine.
-        group: Inputs that are turned among themselves.
+        group: Inputs that are rotated together.
         krot: Rounds of the rotation.
     """
 

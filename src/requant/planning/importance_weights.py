@@ -26,11 +26,11 @@ class WeightedSteps:
     """Steps with the statistics of their layers.
 
     Attributes:
-        steps: As they came, those that search with what their layer's inputs weigh.
+        steps: As they came, those that search with the weights of their layer's inputs.
         layers_without_statistics: Layers that are searched without statistics.
         experts_without_tokens: Layer -> its experts that no token reached; they are searched
             without, too.
-        gptq_skipped: Layer -> why GPTQ, where it is wished, does not work on it.
+        gptq_skipped: Layer -> why GPTQ, where it is requested, does not work on it.
     """
 
     steps: tuple[Step, ...]
@@ -59,7 +59,7 @@ class WeightedSteps:
         compensated = {step.layer for step in self.steps if step.gptq}
         if compensated:
             held = pluralize(len(compensated), "layer")
-            text = f"Errors of {held} are handed on column by column (--gptq)."
+            text = f"Errors of {held} are propagated column by column (--gptq)."
             yield Note(NoteCode.GPTQ, text)
         for why in dict.fromkeys(self.gptq_skipped.values()):
             names = tuple(layer for layer, reason in self.gptq_skipped.items() if reason == why)

@@ -1,4 +1,4 @@
-"""Notes of a plan: what the user should know beside the table, one function a subject."""
+"""Notes of a plan: what the user should know next to the table, one function a subject."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _extra(relayout: Relayout | None) -> Iterator[Note]:
 
 
 def rotated_layers(decisions: Iterable[LayerDecision]) -> list[SourceLayer]:
-    """The layers that keep a rotation of their inputs beside their codes."""
+    """The layers that keep a rotation of their inputs next to their codes."""
     return [
         x.layer for x in decisions if x.layer.rotation_tensors and x.layer.keeps_codes(x.target)
     ]
@@ -168,7 +168,7 @@ def _search(
     searched = {step.layer: step.gptq for step in steps if step.search != "off"}
     if searched:
         held = pluralize(len(searched), "layer")
-        # What GPTQ hands on makes single groups worse and the layer better.
+        # The error that GPTQ propagates makes single groups worse and the layer better.
         promise = "" if any(searched.values()) else "no group is worse than by MLX's rule, and "
         yield Note(
             NoteCode.SEARCHED,

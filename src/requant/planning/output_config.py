@@ -106,7 +106,7 @@ def _quantization_block(
 ) -> dict[str, Any]:
     block: dict[str, Any] = quantization.to_dict()
     for path in block.keys() & with_global_scale(decisions):
-        # Loaders take a layer's own entry in place of the default, never beside it.
+        # Loaders take a layer's own entry in place of the default, never next to it.
         block[path]["global_scale"] = True
     if selector.relayout is None:
         entries = {path: entry for path, entry in block.items() if isinstance(entry, dict)}

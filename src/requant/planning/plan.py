@@ -242,7 +242,7 @@ class OutputShard:
         tensors: What it holds.
         names_of: Whose names the tensors have, as the header's ``format`` says it: "mlx" for
             those of an MLX class, "pt" for those of PyTorch. Loaders in Swift take "mlx" for
-            tensors that no longer have to be renamed, turned or shifted.
+            tensors that no longer have to be renamed, transposed or shifted.
     """
 
     name: str
@@ -270,8 +270,8 @@ class Plan:
         shards: The output's weight files.
         config: The output's ``config.json``.
         quantization: The output's quantization; None if nothing stays quantized.
-        side_files: Files carried over byte for byte.
-        left_out: Files not carried over, with the reason.
+        side_files: Files copied byte for byte.
+        left_out: Files not copied, with the reason.
         notes: What the user should know.
         dropped: Tensors of the source that the output has no use for, with the reason.
         layout: "mlx-lm" where names and shapes are those of mlx-lm's class; else "keep".
@@ -281,8 +281,8 @@ class Plan:
             where it would.
         repository: Of a source on the hub: its id, and the commit.
         side_bytes: Size of those side files that are copied from the source.
-        intermediates: What computed tensors are made from: name -> the step whose one output is
-            that tensor, dense.
+        intermediates: Intermediate tensors that computed tensors need: name -> the step whose one
+            output is that tensor, dense.
     """
 
     source: str

@@ -2,7 +2,7 @@
 
 Pure: no tensor data is read and nothing is written. The same inputs give the same plan.
 ``layout_selection`` chooses names and shapes, ``choices`` decides about each layer, ``steps`` lists
-the operations, ``blueprint.place`` assigns offsets, ``output_config`` writes the config and
+the operations, ``shard_layout`` assigns offsets, ``output_config`` writes the config and
 ``plan_notes`` says what the user should know.
 """
 
@@ -154,7 +154,7 @@ def _check_decisions(
         raise CheckpointError(str(source), [unnamed.problem(rejection)])
     if problems:
         lines = "".join(f"\n  {problem}" for problem in problems)
-        raise UsageError(f"{source}: wishes that cannot be met:{lines}")
+        raise UsageError(f"{source}: invalid options:{lines}")
     if not is_trial and (why := unfulfilled(selector, decisions)):
         raise UsageError(f"{source}: {why}")
     return unnamed

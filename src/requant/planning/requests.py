@@ -35,7 +35,7 @@ def check_patterns(selector: TargetSelector) -> Iterator[Problem]:
         if any(search(pattern, path) for path in paths):
             continue
         near = ", ".join(_suggest_names(pattern, paths))
-        hint = f"near it: {near}" if near else "requant inspect lists the names"
+        hint = f"close matches: {near}" if near else "requant inspect lists the names"
         tied = serves_as_head(selector.layout.layers, partial(search, pattern))
         if tied:
             hint = f"the head is tied to {tied}, which serves as both: name that"
@@ -55,7 +55,7 @@ def check_required_choices(
         for decision in decisions:
             if decision.layer.policy.act_order and decision.target == decision.layer.default_target:
                 message = (
-                    "has its inputs in act-order, and --act-order refuse takes none; "
+                    "has its inputs in act-order, which --act-order refuse rejects; "
                     "--act-order requantize or dense says what such layers become"
                 )
                 yield Problem(decision.layer.path, message)
@@ -80,7 +80,7 @@ def unfulfilled(selector: TargetSelector, decisions: Iterable[LayerDecision]) ->
     if not why:
         return ""
     return (
-        f"{join_first(asked)}: no layer takes this, and the output would be no smaller than the "
+        f"{join_first(asked)}: no layer takes this, and the output would not be smaller than the "
         "source; "
         f"{why}. --dequantize is for a dense output"
     )

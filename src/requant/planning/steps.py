@@ -86,7 +86,7 @@ def _packed_steps(
     dtype: str,
     options: ConvertOptions,
 ) -> Iterator[Step]:
-    """Move the codes where they stay, else decode, and encode again where wished.
+    """Move the codes where they stay, else decode, and encode again where requested.
 
     A layer under another layout than the source's takes one step for each run of rows. Where its
     members are stored unlike each other, the codes of some may stay and those of others not.
@@ -260,7 +260,7 @@ _WIDENS = {("F16", "F32"), ("BF16", "F32"), ("F16", "F64"), ("BF16", "F64"), ("F
 
 
 def fidelity(step: Step) -> Fidelity:
-    """How near a step's result is to what the source stands for."""
+    """How near a step's result is to what the source represents."""
     if step.operation in (Operation.ENCODE, Operation.RECODE):
         return Fidelity(Exactness.REENCODED)
     if step.operation is Operation.COPY:

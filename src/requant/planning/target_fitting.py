@@ -96,5 +96,5 @@ def fit_group_size(n_in: int, requested: Quantization) -> Fit:
                 text = f"last axis {n_in} takes group {group_size}, not {requested.group_size}"
                 reason = Reason(ReasonCode.SMALLER_GROUP_SIZE, text)
                 return Quantization(group_size, requested.bits, requested.mode), reason
-    text = f"last axis {n_in} is no multiple of group {requested.group_size} or a smaller one"
+    text = f"last axis {n_in} is not a multiple of group {requested.group_size} or a smaller one"
     return None, Reason(ReasonCode.NO_GROUP_SIZE, text)

@@ -249,7 +249,7 @@ def _mlx_lm_target(selector: TargetSelector, layer: SourceLayer) -> LayerDecisio
         return LayerDecision(layer, own, reason)
     group_size, n_in = choice.spec.group_size, layer.shape[-1]
     if n_in % group_size:
-        text = f"last axis {n_in} is no multiple of group {group_size}"
+        text = f"last axis {n_in} is not a multiple of group {group_size}"
         return LayerDecision(layer, own, Reason(ReasonCode.NO_GROUP_SIZE, text))
     return LayerDecision(layer, choice.spec)
 
@@ -297,7 +297,7 @@ def _why_not_exactly(
         message = f"{layer.path}.weight has shape {list(shape)}: a vector is not quantized"
     elif shape[-1] % target.group_size:
         message = (
-            f"the last axis of {layer.path}.weight {list(shape)} is no multiple of group "
+            f"the last axis of {layer.path}.weight {list(shape)} is not a multiple of group "
             f"size {target.group_size}"
         )
     elif dtype not in KERNEL_FLOATS:

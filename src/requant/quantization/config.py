@@ -7,7 +7,7 @@
     }
 
 Numbers are read as strictly as a 32-bit integer field demands: ``4.0``, ``"4"`` and ``true``
-are refused.
+are rejected.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class QuantMode(enum.StrEnum):
 
     @property
     def has_biases(self) -> bool:
-        """Whether a layer of this mode stores ``.biases`` beside ``.scales``."""
+        """Whether a layer of this mode stores ``.biases`` next to ``.scales``."""
         return self is QuantMode.AFFINE
 
 
@@ -107,7 +107,7 @@ class Quantization:
         ``mode`` may be absent (affine), other keys are ignored.
 
         Raises:
-            ParseError: ``block`` is no mapping, a number is missing or not a 32-bit integer,
+            ParseError: ``block`` is not a mapping, a number is missing or not a 32-bit integer,
                 or the mode is not one of MLX's tags.
         """
         if not isinstance(block, Mapping):

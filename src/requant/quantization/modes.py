@@ -22,7 +22,7 @@ _FLOAT_MODES = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
 
 
 def check_quantization(bits: int, group_size: int, mode: str) -> None:
-    """Refuse what MLX has no quantization for.
+    """Reject what MLX has no quantization for.
 
     ========  ======================  ============
     mode      bits                    group_size
@@ -52,7 +52,7 @@ def check_quantization(bits: int, group_size: int, mode: str) -> None:
         raise OutOfRangeError(f"{mode} takes {join_or(legal_groups)}", "group_size", group_size)
 
 
-# MLX's own group size and bits for each mode (what mx.quantize takes when told nothing).
+# MLX's own group size and bits for each mode (what mx.quantize takes by default).
 MODE_DEFAULTS = {
     QuantMode.AFFINE: (64, 4),
     QuantMode.MXFP4: (32, 4),
@@ -67,7 +67,7 @@ def resolve_quantization(
     """Fill what is not said with MLX's defaults for the mode, and check the whole.
 
     Raises:
-        UnknownValueError: ``mode`` is no MLX mode.
+        UnknownValueError: ``mode`` is not a mode of MLX.
         OutOfRangeError: The mode has no such bits or group size.
     """
     tags = [known.value for known in QuantMode]

@@ -1,6 +1,6 @@
 """The vocabulary of the table of options: what one entry says about itself.
 
-An option is a field of ``ConvertOptions`` or ``RunOptions`` (``wishes``) whose metadata is an
+An option is a field of ``ConvertOptions`` or ``RunOptions`` (``options``) whose metadata is an
 ``Option``. Everything that knows the options reads these entries: the signatures and docstrings
 of ``convert``, ``plan`` and ``mlx_lm.load``, the command line, ``requant.json``, and the command
 that a report prints. A new option is one more field.
@@ -143,8 +143,8 @@ class Option:
         doc: What it does, for readers of the Python reference.
         help: The same for the command line; "" where ``doc`` serves both.
         flags: How it is typed; by default ``--name``, or ``--no-name`` if ``is_negated``.
-        metavar: Stands for the value in a help text.
-        completions: What a shell offers for the value, beside the type's choices.
+        metavar: Represents the value in a help text.
+        completions: What a shell offers for the value, next to the type's choices.
         minimum: Least number that the command line takes.
         is_negated: The flag says False.
         functions: Which of ``COMMAND_OF`` take it as a keyword.

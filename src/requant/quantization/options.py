@@ -175,7 +175,7 @@ def _quantization_words(options: ConvertOptions) -> list[str]:
 
 
 def _recipe_words(options: ConvertOptions) -> list[str]:
-    """The recipe; one of the user's own stands as ``NAME.toml``: its file is not at hand.
+    """The recipe; one of the user's own is written as ``NAME.toml``: its file is not at hand.
 
     What a budget chose is chosen again by the budget.
     """
@@ -298,7 +298,7 @@ class ConvertOptions:
         False,
         type=FLAG,
         doc="ParoQuant: fold the rotation of inputs into the weights and requantize to 8 bits; "
-        "else the rotation stays beside the codes, and only ``requant.mlx_lm.load`` runs it.",
+        "else the rotation stays next to the codes, and only ``requant.mlx_lm.load`` runs it.",
         help="ParoQuant: fold the rotation into the weights and requantize to 8 bits.",
     )
     search: str = option(
@@ -433,10 +433,12 @@ class ConvertOptions:
             return cls(**{name: x.type.from_json(data[name]) for name, x in table.items()})
         except KeyError as error:
             raise ParseError(
-                f"these are no options of this version of requant: {error} is missing"
+                f"these are not options of this version of requant: {error} is missing"
             ) from error
         except (AttributeError, TypeError, ValueError) as error:
-            raise ParseError(f"these are no options of this version of requant: {error}") from error
+            raise ParseError(
+                f"these are not options of this version of requant: {error}"
+            ) from error
 
     def command_words(self) -> list[str]:
         """The options as they are typed after ``requant convert SOURCE OUTPUT``."""
@@ -483,7 +485,7 @@ class RunOptions:
     resume: bool = option(
         True,
         type=FLAG,
-        doc="Go on where the same conversion was stopped before; False starts over.",
+        doc="Resume the same conversion after a stop; False starts over.",
         help="Start over instead of going on where a stopped run was.",
         is_negated=True,
         functions=("convert",),
@@ -561,7 +563,8 @@ class RunOptions:
         """Check the file for a recipe before anything is measured.
 
         Raises:
-            UsageError: There is no budget, the file's name is no recipe's, or it is there already.
+            UsageError: There is no budget, the file's name is not a recipe's, or it is there
+                already.
         """
         if self.save_recipe is None:
             return

@@ -44,7 +44,7 @@ def load_recipe(name: str | os.PathLike[str]) -> Recipe:
     is_file = text.endswith(".toml") or Path(text).name != text
     if not is_file and text not in recipe_names():
         near = difflib.get_close_matches(text, recipe_names(), 1)
-        hint = f"near it: {near[0]}; " if near else ""
+        hint = f"close matches: {near[0]}; " if near else ""
         raise UsageError(
             f"there is no recipe {text!r}; {hint}known: {', '.join(recipe_names())}, or a TOML file"
         )
@@ -103,7 +103,7 @@ def parse_recipe(text: str, name: str, *, is_shipped: bool = False) -> Recipe:
     try:
         table = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise UsageError(f"recipe {name} is no TOML: {error}") from error
+        raise UsageError(f"recipe {name} is not valid TOML: {error}") from error
     reader = _Reader()
     reader.keys("", table, ("description", "search", "default", "rules"))
     description = reader.typed("description", table.get("description", ""), str, "a text")
@@ -129,7 +129,7 @@ def parse_recipe(text: str, name: str, *, is_shipped: bool = False) -> Recipe:
 
 
 def recipe_from_dict(data: Mapping[str, Any]) -> Recipe:
-    """Read what ``dataclasses.asdict`` gave, ``default`` as it was; a record may be a stranger's.
+    """Read what ``dataclasses.asdict`` gave, ``default`` as it was; a record may be untrusted.
 
     Raises:
         UsageError: A rule says what no rule can.
@@ -173,7 +173,7 @@ class _Reader:
             if key not in known:
                 near = difflib.get_close_matches(key, known, 1)
                 hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-                self.report(f"{where}.{key}" if where else key, f"is no key here; {hint}")
+                self.report(f"{where}.{key}" if where else key, f"is not a known key; {hint}")
 
     def typed(self, where: str, value: object, kind: type[_T], words: str) -> _T | None:
         """The value, or None and a problem where it is of another type."""
@@ -255,8 +255,8 @@ class _Reader:
         for word in words:
             if word not in ROLES:
                 near = difflib.get_close_matches(word, ROLES, 1)
-                hint = f"near it: {near[0]}; " if near else ""
-                self.report(where, f"{word!r} is no role; {hint}known: {', '.join(ROLES)}")
+                hint = f"close matches: {near[0]}; " if near else ""
+                self.report(where, f"{word!r} is not a role; {hint}known: {', '.join(ROLES)}")
         return tuple(words)
 
     def layers(self, where: str, value: object) -> tuple[str, ...]:

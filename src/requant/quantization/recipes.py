@@ -1,6 +1,6 @@
-"""Recipes: which layers take how many bits, told by role, name and place in the stack.
+"""Recipes: which layers take how many bits, chosen by role, name and block position.
 
-A recipe is a TOML file, ours or the user's; or one of mlx-lm's four mixed recipes, whose choice
+A recipe is a TOML file, built-in or the user's; or one of mlx-lm's four mixed recipes, whose choice
 is fixed. docs/recipes.md describes the file. Nothing here reads a checkpoint.
 """
 
@@ -44,7 +44,7 @@ class Rule:
 
     @property
     def is_explicit(self) -> bool:
-        """Whether it says what the layer is, and not only where it stands."""
+        """Whether it says what the layer is, and not only its position."""
         return bool(self.match or self.roles or self.layers)
 
     def matches(self, path: str, place: tuple[int, int] | None) -> bool:
@@ -89,11 +89,11 @@ class Recipe:
     Attributes:
         name: As the user named it.
         description: One sentence.
-        default: What layers get that no rule names; None leaves that to the wishes.
+        default: What layers get that no rule names; None leaves that to the options.
         rules: The last that fits wins.
         is_mixed: It is one of ``MIXED``; there are no rules then.
         is_builtin: It came with requant.
-        search: Level of the search for scales, unless another is wished; "" says nothing of it.
+        search: Level of the search for scales, unless another is requested; "" says nothing of it.
     """
 
     name: str
@@ -169,7 +169,7 @@ def _mlx_lm_mixed_targets(
             "requant inspect lists the names"
         )
     parts = down.split(".")
-    # Where the block's number stands in every path; the last part if there is none, as there.
+    # Where the block's number is in every path; the last part if there is none, as there.
     at = next((n for n, part in enumerate(parts) if part.isdigit()), len(parts) - 1)
     numbers = [int(x[at]) for path in paths if len(x := path.split(".")) > at and x[at].isdigit()]
     blocks = max(numbers, default=0) + 1

@@ -28,7 +28,7 @@ _BLOCK = re.compile(r"^(?:(.*?)\.)?(\d+)(?=\.|$)")
 
 
 def block_positions(paths: Iterable[str]) -> dict[str, tuple[int, int]]:
-    """Path -> index of its block, and how many blocks stand under the same name."""
+    """Path -> index of its block, and how many blocks have the same name."""
     found = {path: match for path in paths if (match := _BLOCK.match(path))}
     blocks: dict[str | None, int] = defaultdict(int)
     for match in found.values():

@@ -18,7 +18,7 @@ def parse_size(text: str) -> int:
     ``K``, ``M``, ``G`` in 1024s; upper or lower case; no unit means bytes.
 
     Raises:
-        UsageError: The text is no size, or less than a byte.
+        UsageError: The text is not a valid size, or less than a byte.
 
     Example:
         >>> parse_size("2GB"), parse_size("1.5KiB")
@@ -27,7 +27,7 @@ def parse_size(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
     unit = SIZE_UNITS.get(match[2].upper()) if match else None
     if match is None or unit is None:
-        raise UsageError(f"{text!r} is no size; write 500MB, 2GB, 1GiB or plain bytes")
+        raise UsageError(f"{text!r} is not a valid size; write 500MB, 2GB, 1GiB or plain bytes")
     whole, _, part = match[1].partition(".")
     nbytes: int = int(whole + part) * unit // 10 ** len(part)
     if nbytes < 1:
@@ -82,7 +82,9 @@ def parse_budget(text: str | float) -> SizeBudget:
     match = re.fullmatch(r"(\d{1,20}(?:\.\d{1,20})?)\s*([A-Za-z]*)", words)
     unit = SIZE_UNITS.get(match[2].upper()) if match else None
     if match is None or unit is None or isinstance(text, bool):
-        raise UsageError(f"{words!r} is no budget; write bits per weight (4.5) or a size (12GB)")
+        raise UsageError(
+            f"{words!r} is not a valid budget; write bits per weight (4.5) or a size (12GB)"
+        )
     amount = Fraction(match[1]) * unit
     if not match[2] and not 0 < amount <= 32:
         raise UsageError(

@@ -21,7 +21,7 @@ def parse_spec(text: str, base: Quantization | None = None) -> Spec:
 
     ``skip`` leaves a layer as it is; ``8`` is affine with 8 bits and the group size of
     ``base`` where that is affine, else 64; ``8:32`` names the group size; ``mxfp4``,
-    ``mxfp8``, ``nvfp4`` and ``affine`` stand for the mode with its defaults.
+    ``mxfp8``, ``nvfp4`` and ``affine`` represent the mode with its defaults.
 
     Raises:
         UsageError: The text is none of these.
@@ -38,9 +38,9 @@ def parse_spec(text: str, base: Quantization | None = None) -> Spec:
                 group_size = base.group_size
             return resolve_quantization(int(match[1]), group_size)
     except OutOfRangeError as error:
-        raise UsageError(f"{text!r} is no quantization of MLX: {error}") from error
+        raise UsageError(f"{text!r} is not a quantization of MLX: {error}") from error
     raise UsageError(
-        f"{text!r} is no SPEC; write bits (8), bits:group (8:32), a mode "
+        f"{text!r} is not a valid SPEC; write bits (8), bits:group (8:32), a mode "
         f"({', '.join(mode.value for mode in QuantMode)}) or skip"
     )
 

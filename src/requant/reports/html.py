@@ -1,6 +1,6 @@
 """``requant report --html``: the figures of a conversion as one page that needs nothing else.
 
-No network, no foreign script: styles, drawings (SVG) and a few lines of JavaScript are in the
+No network, no external script: styles, drawings (SVG) and a few lines of JavaScript are in the
 page, and its content policy forbids everything else. Without JavaScript it lacks sorting only.
 """
 
@@ -25,7 +25,7 @@ _COLOURS = 6  # of style.css; further treatments begin again
 
 
 class _Bar(NamedTuple):
-    """One bar: its name, the lengths of its parts, and what stands behind it."""
+    """One bar: its name, the lengths of its parts, and what comes after it."""
 
     name: str
     parts: Sequence[tuple[float, str]]  # length, CSS class
@@ -110,7 +110,7 @@ def _summary(figures: Figures) -> str:
 
 def _treatments(figures: Figures) -> str:
     groups = figures.groups
-    made = Counter[str]()  # from whatever source: the table below tells those apart
+    made = Counter[str]()  # from whatever source: the table below distinguishes those
     for group in groups:
         made[f"{group.treatment}: {group.target}"] += group.nbytes
     most = max(made.values(), default=1)
@@ -167,7 +167,7 @@ def _sizes(figures: Figures) -> str:
 def _errors(figures: Figures) -> str:
     worst = figures.measured[:_WORST]
     if not worst:
-        return _section("Error", "<p>No layer was encoded anew: there is nothing to measure.</p>")
+        return _section("Error", "<p>No layer was requantized: there is nothing to measure.</p>")
     kinds = [kind for kind in figures.kinds if kind.median_rms is not None]
     top = worst[0].relative_rms or 1.0
     bars = [
@@ -184,7 +184,8 @@ def _errors(figures: Figures) -> str:
     return _section(
         "Error by layer",
         _plot([layer for layer in figures.layers if layer.relative_rms is not None]),
-        "Root mean square of what new codes lost, over that of the values; in the source's order.",
+        "Root mean square of the quantization error, over that of the values; in the source's "
+        "order.",
     ) + _section(
         "Error by kind of layer",
         _bars(bars, "Error by kind of layer")
@@ -256,7 +257,7 @@ def _section(title: str, body: str, remark: str = "") -> str:
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table whose headings sort; numbers carry their value beside what is shown."""
+    """A table whose headings sort; numbers carry their value next to what is shown."""
     heads = "".join(f'<th scope="col"><button>{escape(name)}</button></th>' for name in header)
     body = "".join("<tr>" + "".join(map(_cell, row)) for row in rows)
     return (

@@ -40,7 +40,7 @@ def _source_card(folder: Path, figures: Figures) -> dict[str, Any]:
 def model_card(
     figures: Figures, repository: str, base_model: str | None, inherited: Mapping[str, Any]
 ) -> str:
-    """The card: where it comes from, what it lost, how to run and how to check it."""
+    """The card: where it comes from, its quantization error, how to run and how to check it."""
     from huggingface_hub import ModelCardData
 
     known = figures.repository[0].partition(":")[0] if figures.repository else None
@@ -125,14 +125,14 @@ def _statistics(figures: Figures) -> str:
         weighted_by += ", and those of a column are made good in the columns after it (GPTQ)"
     return (
         f"{weighted_by}: `{name}` holds these statistics. It is not in this repository; making and "
-        "checking the model anew takes the same file.\n\n"
+        "checking the model again takes the same file.\n\n"
     )
 
 
 def _errors(figures: Figures) -> str:
     measured = figures.measured
     if not measured:
-        return "No layer was encoded anew.\n"
+        return "No layer was requantized.\n"
     middle, worst = measured[len(measured) // 2], measured[0]
     median, most = (f"{100 * (x.relative_rms or 0):.2g} %" for x in (middle, worst))
     return (
@@ -145,11 +145,11 @@ def _running(figures: Figures, repository: str) -> str:
     config = read_json(Path(figures.output), CONFIG)
     if figures.options.layout != "mlx-lm":
         return (
-            "Tensors have the source's names: for loaders of one's own. For mlx-lm, convert with "
+            "Tensors have the source's names: for custom loaders. For mlx-lm, convert with "
             "`--layout mlx-lm`, if it has a class for the model.\n"
         )
     if not _generates(figures, config):
-        return "Tensors have the names of mlx-lm's class; it is no model that generates text.\n"
+        return "Tensors have the names of mlx-lm's class; it is not a model that generates text.\n"
     if config.get("rotation"):
         return "Its layers are rotated: `requant.mlx_lm.load` of the requant package runs them.\n"
     return (

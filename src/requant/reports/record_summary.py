@@ -1,6 +1,6 @@
 """The figures of a conversion, read back from the record (``requant.json``) in its output.
 
-``page`` draws them, ``card`` writes them into a model card; nothing here is computed anew.
+``page`` draws them, ``card`` writes them into a model card; nothing here is computed again.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class LayerSummary:
         target: How the output does.
         bytes_in: Of its tensors in the source.
         bytes_out: Of its tensors in the output.
-        reason: Why it was treated so, where that was not the wish.
+        reason: Why it was treated so, where that was not requested.
         bound: What "rounded" costs at the most, in words.
         relative_rms: Measured error of new codes; None where there are none.
         max_steps: Largest error of a value in steps of its group; None likewise.
@@ -98,7 +98,7 @@ class Figures:
         source_format: Name of the source's format.
         repository: Of the hub: id and commit of the source, where it came from there.
         source_files: Name, bytes and header's SHA-256 of each weight file of the source.
-        options: What was asked for.
+        options: The options of the conversion.
         tensors: Tensors in the output.
         layers: In the order of the source's bytes.
     """
@@ -284,7 +284,7 @@ def _layer(name: str, entry: Mapping[str, Any]) -> LayerSummary:
     shape = _require(entry, "shape", list, name)
     sizes = [_require(entry, key, int, name) for key in ("bytes_in", "bytes_out")]
     if not all(_is_count(number) for number in (*shape, *sizes)):
-        raise ParseError(f"layers.{name}: shape {shape} and bytes {sizes} are no counts")
+        raise ParseError(f"layers.{name}: shape {shape} and bytes {sizes} are not counts")
     error = entry.get("error")
     pair = isinstance(error, list) and len(error) == 2 and all(map(_is_figure, error))
     if error is not None and not pair:

@@ -1,4 +1,4 @@
-"""Step 6 of the road: what was done, layer by layer, for people and for programs.
+"""Pipeline stage 6: what was done, layer by layer, for people and for programs.
 
 Sums up a plan and what a run found in it; touches no files.
 """
@@ -51,7 +51,7 @@ def quantizable_but_dense(layers: Iterable[LayerPlan]) -> list[LayerPlan]:
 
 @dataclass(frozen=True, slots=True)
 class LayerError:
-    """What new codes lost of a layer.
+    """The quantization error of a layer.
 
     Attributes:
         relative_rms: Root of the summed squared error over the summed squared values.
@@ -87,7 +87,7 @@ class Report:
     """What a conversion did.
 
     Attributes:
-        plan: The plan that was carried out.
+        plan: The plan that was executed.
         output: Path of the folder written.
         elapsed_s: Wall-clock seconds from the first step to the published folder.
         findings: Layer -> what the kernels counted there, where it is not nothing.

@@ -23,11 +23,11 @@ _TOKENIZERS = (
 
 
 def generates_text(config: Mapping[str, Any], files: Iterable[str]) -> bool:
-    """Whether a model predicts tokens, and has a tokenizer to speak with.
+    """Whether a model predicts tokens, and has a tokenizer to generate text with.
 
     Args:
         config: Its config.json.
-        files: The files beside its weights.
+        files: The files next to its weights.
     """
     files = {*files}
     named = config.get("architectures")

@@ -24,7 +24,7 @@ def stream_range(repository: str, commit: str, file: str, start: int, stop: int)
     """The bytes of a range of a file as they come, by one request; fewer where it is cut short.
 
     Raises:
-        HubError: The hub is not reached, or refuses.
+        HubError: The hub cannot be reached or rejects the request.
     """
     import huggingface_hub
     from huggingface_hub import utils as known
@@ -59,7 +59,7 @@ def read_range(repository: str, commit: str, file: str, start: int, stop: int) -
     """The bytes of a range of a file.
 
     Raises:
-        HubError: The hub is not reached, refuses, or gives less.
+        HubError: The hub cannot be reached, rejects the request, or sends less.
     """
     data = b"".join(stream_range(repository, commit, file, start, stop))
     if len(data) != stop - start:
@@ -115,7 +115,7 @@ class _Request:
     def subject(self) -> str:
         """The target; a repository's name could also be a mistyped path."""
         known = self.file or self.sending
-        return f"{self.target}:" if known else f"{self.target} is no folder here, and"
+        return f"{self.target}:" if known else f"{self.target} is not a folder here, and"
 
     @property
     def page(self) -> str:

@@ -1,6 +1,6 @@
 """What files a repository holds at a commit: asked of the hub, or remembered where it may not be.
 
-What is remembered stands under HF_HOME and serves where HF_HUB_OFFLINE forbids to ask.
+What is remembered is stored under HF_HOME and serves where HF_HUB_OFFLINE forbids to ask.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def is_digest(text: str) -> bool:
 
 
 def metadata_dir(repository: str) -> Path:
-    """Where things of ours about a repository stand."""
+    """The folder with the metadata of a repository."""
     from huggingface_hub import constants
 
     return Path(constants.HF_HOME) / "requant" / repository.replace("/", "--")
@@ -53,7 +53,7 @@ def list_repository(name: str, revision: str | None) -> RepositoryListing:
 
     Raises:
         HubError: There is no such repository or revision, it is gated, or the hub is not reached
-            and nothing is remembered; or what it lists is no list of files.
+            and nothing is remembered; or what it lists is not a list of files.
     """
     import huggingface_hub
     from huggingface_hub import constants
@@ -84,7 +84,7 @@ def _dry_run(name: str, listing: RepositoryListing) -> RepositoryListing:
         path = PurePosixPath(file)
         plain = str(path) == file and not path.is_absolute() and ".." not in path.parts
         if not plain or "\\" in file or not file.isprintable() or size < 0:
-            raise HubError(f"{name}: the hub lists {file!r} with {size} bytes, which is no file")
+            raise HubError(f"{name}: the hub lists {file!r} with {size} bytes, which is not a file")
     return listing
 
 

@@ -2,8 +2,8 @@
 
 A repository's *mirror* is a folder under HF_HOME with its JSON files and, for everything else,
 files of the right size that hold nothing but the headers of weights (sparse: they take no room).
-A checkpoint is read from it as from any folder; the few small tensors that a format peeks at
-come by range requests too. Whole files come while others are converted (``downloads``).
+A checkpoint is read from it as from any folder; the few small tensors that a format reads while
+planning come by range requests too. Whole files come while others are converted (``downloads``).
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def find_repository(source: str | os.PathLike[str], revision: str | None) -> Rep
     """The repository that a source names, or None where it is a path.
 
     A name of the form ``org/name``, or ``org/name:Q4_K_M`` for a GGUF file of it, is a path if
-    anything stands there, and where huggingface_hub is not installed.
+    anything is there, and where huggingface_hub is not installed.
 
     Raises:
         HubError: There is no such repository or revision, it is gated, or the hub is not reached.
@@ -183,7 +183,7 @@ class Repository:
     @property
     def _below(self) -> str:
         """Folder of the repository, with a slash, in which a GGUF model lies."""
-        first = next(iter(self.sizes))  # the model's files stand before others
+        first = next(iter(self.sizes))  # the model's files come before others
         return first[: first.rfind("/") + 1] if self.gguf else ""
 
     def read_headers(self, config_from: str | os.PathLike[str] | None = None) -> Checkpoint:
@@ -350,7 +350,7 @@ class Repository:
             copy = f"hf download {self.name} --local-dir {self.name.rpartition('/')[2]}"
             raised.add_note(f"To change files of the repository: {copy}, then give that folder")
             raise raised from error
-        # Other programs may have put other files of the repository beside ours.
+        # Other programs may have put other files of the repository next to ours.
         return replace(
             checkpoint,
             side_files=tuple(name for name in checkpoint.side_files if name in self.sizes),

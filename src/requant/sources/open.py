@@ -1,4 +1,4 @@
-"""Step 1 of the road: SOURCE becomes a Checkpoint, be it a folder with safetensors or GGUF.
+"""Pipeline stage 1: SOURCE becomes a Checkpoint, be it a folder with safetensors or GGUF.
 
 Headers and JSON only; the modules that know one kind of source each do the reading.
 """

@@ -84,7 +84,7 @@ class AwqLoadConfig:
         """Read a ``quantization_config`` block; absent keys take the defaults, others are ignored.
 
         Raises:
-            ParseError: ``block`` is no mapping, a number is not an unsigned 32-bit integer,
+            ParseError: ``block`` is not a mapping, a number is not an unsigned 32-bit integer,
                 ``zero_point`` no boolean or ``version`` no string. ``null`` is none of these.
         """
         if not isinstance(block, Mapping):
@@ -123,7 +123,7 @@ def unpack_awq_weights(qweight: Array) -> Array:
 
     Raises:
         RankMismatchError: ``qweight`` has not two axes.
-        UnsupportedDtypeError: Its dtype is another, or it is no array of MLX or NumPy.
+        UnsupportedDtypeError: Its dtype is another, or it is not an array of MLX or NumPy.
         BackendError: MLX cannot hold the result.
 
     Example:
@@ -169,7 +169,7 @@ def transform_awq_weights(
 
     Raises:
         UnknownValueError: ``config.version`` is neither "gemm" nor empty.
-        OutOfRangeError: ``config.bits`` is not 4, or ``config.group_size`` is no positive
+        OutOfRangeError: ``config.bits`` is not 4, or ``config.group_size`` is not a positive
             32-bit integer.
         InvariantError: There is a ``.g_idx`` (GPTQ's order of groups), or the map mixes array
             libraries.
@@ -177,7 +177,7 @@ def transform_awq_weights(
         MissingKeyError: A layer has no ``.scales``.
         KeyCollisionError: A layer has ``.weight`` or ``.biases`` already.
         RankMismatchError, ShapeMismatchError: A tensor has not the shape given above.
-        DivisibilityError: ``in`` is no multiple of ``group_size``, or of the 8 codes in a word.
+        DivisibilityError: ``in`` is not a multiple of ``group_size``, or of the 8 codes in a word.
 
     Example:
         >>> import numpy as np
@@ -236,9 +236,10 @@ def _reject_group_order(weights: Weights) -> None:
 def _check_layers(
     backend: Backend, weights: Weights, layers: Sequence[str], group_size: int
 ) -> None:
-    """Refuse what cannot be converted: the scales of all layers first, then layer by layer."""
+    """Reject what cannot be converted: the scales of all layers first, then layer by layer."""
     for layer in layers:
-        if layer + SCALES in weights:  # converting to a dtype that is no float would ruin the rest
+        # converting to a dtype that is not a float would ruin the rest
+        if layer + SCALES in weights:
             _check_dtype(backend, weights[layer + SCALES], SCALE_DTYPES, layer + SCALES)
     for layer in layers:
         if layer + SCALES not in weights:

@@ -1,6 +1,6 @@
 """What a quantized layer looks like in a weight map, and what is wrong with one that does not.
 
-A layer ``P`` is quantized when ``P.weight`` (packed uint32) has ``P.scales`` beside it, and in
+A layer ``P`` is quantized when ``P.weight`` (packed uint32) has ``P.scales`` next to it, and in
 affine mode ``P.biases`` too. A layer's own ``P.bias`` is another thing and plays no part here.
 
 Only the layout is checked: which names exist, the dtype and rank of the words, the leading axes
@@ -31,7 +31,7 @@ BIASES: Final = ".biases"
 
 
 class QuantizedState(enum.Enum):
-    """What stands beside a layer's weight; a broken layout is an error instead."""
+    """What is next to a layer's weight; a broken layout is an error instead."""
 
     DENSE = "absent"  # neither scales nor biases: a dense weight
     QUANTIZED = "valid"  # the layer is quantized already
@@ -45,13 +45,13 @@ def layer_of(name: str, suffix: str) -> str | None:
 def quantized_state(
     backend: Backend, weights: Weights, layer: str, config: PerLayerQuantization
 ) -> QuantizedState:
-    """Look at what stands beside ``{layer}.weight``.
+    """Look at what is next to ``{layer}.weight``.
 
     Args:
         backend: For the arrays of ``weights``.
         weights: The whole weight map; it holds ``{layer}.weight``.
         layer: The layer path.
-        config: Tells the mode of the layer, and so whether it has biases.
+        config: Determines the mode of the layer, and so whether it has biases.
 
     Returns:
         ``QuantizedState.DENSE`` or ``QuantizedState.QUANTIZED``.
@@ -61,7 +61,7 @@ def quantized_state(
         KeyCollisionError: ``.scales`` in a layer that the config skips, or ``.biases`` in a mode
             that has none.
         InvariantError: ``.scales``, but the config says nothing about the layer.
-        UnsupportedDtypeError: ``.scales`` beside a weight that is not uint32.
+        UnsupportedDtypeError: ``.scales`` next to a weight that is not uint32.
         RankMismatchError: The packed weight has fewer than two axes.
         LengthMismatchError: ``.scales`` and ``.weight`` differ in rank.
         ShapeMismatchError: They differ in an axis other than the last.
@@ -69,7 +69,7 @@ def quantized_state(
     has_biases = layer + BIASES in weights
     if layer + SCALES not in weights:
         if has_biases:
-            raise MissingKeyError("biases stand without scales", layer + SCALES, layer=layer)
+            raise MissingKeyError("biases without scales", layer + SCALES, layer=layer)
         return QuantizedState.DENSE
     quantization = _quantization_of(layer, config)
     check_biases(layer, quantization, has_biases)
@@ -111,7 +111,7 @@ def _check_layout(backend: Backend, layer: str, words: Array, scales: Array) -> 
     dtype = backend.dtype(words)
     if dtype != "uint32":
         raise UnsupportedDtypeError(
-            "scales stand beside a weight that is not packed", dtype, ["uint32"], layer=layer
+            "scales are next to a weight that is not packed", dtype, ["uint32"], layer=layer
         )
     expected, actual = backend.shape(words), backend.shape(scales)
     if len(expected) < 2:

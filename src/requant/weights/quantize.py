@@ -75,13 +75,13 @@ def quantize_weights(
         InvariantError: A layer has ``.scales`` and no quantization in the config, or the map
             mixes array libraries, or a search is asked for on MLX arrays.
         UnknownValueError: No such search.
-        UnsupportedDtypeError: ``.scales`` beside a weight that is not uint32, a NumPy weight
-            that is not float32, float16 or bfloat16, or a foreign array type.
+        UnsupportedDtypeError: ``.scales`` next to a weight that is not uint32, a NumPy weight
+            that is not float32, float16 or bfloat16, or an unsupported array type.
         RankMismatchError, LengthMismatchError, ShapeMismatchError: The shapes of a layer that
             is quantized already contradict each other.
         OutOfRangeError: ``group_size`` is negative; on NumPy also one that the mode lacks, and
             so with ``bits``.
-        BackendError: ``mx.quantize`` refused a layer.
+        BackendError: ``mx.quantize`` rejected a layer.
 
     Example:
         >>> import mlx.core as mx
@@ -117,7 +117,7 @@ def dequantize_weights(weights: Weights, config: PerLayerQuantization) -> dict[s
     Each layer with ``.weight`` and ``.scales`` becomes one ``{layer}.weight`` of shape
     ``(..., out, in)``: in affine mode of the common dtype of scales and biases, in the float
     modes bfloat16. Every other entry passes through as the same array; so do ``.scales`` and
-    ``.biases`` that have no ``.weight``, and ``.biases`` beside a dense one. ``weights`` is not
+    ``.biases`` that have no ``.weight``, and ``.biases`` next to a dense one. ``weights`` is not
     modified, and MLX arrays stay lazy: nothing is evaluated.
 
     Args:
@@ -187,7 +187,7 @@ def _targets(
     targets = {}
     for name, array in weights.items():
         layer = layer_of(name, WEIGHT)
-        # What stands beside a weight is checked first, whether or not it is to be quantized.
+        # What is next to a weight is checked first, whether or not it is to be quantized.
         if (
             layer is None
             or quantized_state(backend, weights, layer, config) is QuantizedState.QUANTIZED

@@ -1,6 +1,6 @@
 """``transform_weights``: any quantized weight map in memory becomes MLX's.
 
-The formats and packings are those of the road; only the rows come from arrays, not files.
+The formats and packings are those of the pipeline; only the rows come from arrays, not files.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def transform_weights(
     """Turn a quantized weight map of any supported format into MLX's layers.
 
     Stored codes are moved bit for bit where a mode of MLX holds them; a layer that none holds
-    is decoded and encoded again as ``requant convert`` does it without a wish, or left dense.
+    is decoded and encoded again as ``requant convert`` does it by default, or left dense.
     Unlike ``transform_awq_weights`` this evaluates the quantized layers of MLX arrays, one at
     a time.
 
@@ -53,7 +53,7 @@ def transform_weights(
         weights: Tensor name -> array, all of one library. float8 tensors may be ml_dtypes
             arrays, or uint8 as ``mx.load`` gives them.
         quantization_config: The ``quantization_config`` block of the source's config.json.
-        otherwise: What becomes of layers whose fate must be said, FP8 with scales that no
+        otherwise: What becomes of layers that require an explicit choice, FP8 with scales that no
             mode of MLX holds: a quantization (with the largest group that divides a row), or
             "dense".
 
@@ -63,7 +63,7 @@ def transform_weights(
 
     Raises:
         CheckpointError: Everything that is wrong with the map, by tensor and key.
-        InvariantError: The map mixes array libraries, there are layers whose fate must be
+        InvariantError: The map mixes array libraries, there are layers that require an
             said and is not, or scales hold NaN or infinity.
         UnsupportedDtypeError: A value is an array of neither library.
 
