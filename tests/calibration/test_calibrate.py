@@ -332,9 +332,7 @@ def test_blocks_stay_of_their_class() -> None:
     ("change", "why"),
     [({"between": 1}, "change between its blocks"), ({"backwards": True}, "once each, in order")],
 )
-def test_blocks_that_do_not_pass_their_arguments_to_the_next(
-    change: dict[str, Any], why: str
-) -> None:
+def test_blocks_that_do_not_pass_their_arguments_on(change: dict[str, Any], why: str) -> None:
     with pytest.raises(blocks.NotBlockwiseError, match=why):
         layered(_Model(**change)).calls(np.arange(8), np.arange(8))
 

@@ -45,7 +45,8 @@ PRIVATE = {
     r"carried over": "copied",
     r"materials": "intermediates",
     r"(?:the house|ground floor|floors) (?:in|of|and)": "architecture, layer",
-    r"(?<!there )(?:is|are|was|were) no(?= (?!longer|more|such|other|less|better|smaller)\w)": "is not a",
+    r"(?<!there )(?:is|are|was|were) no"
+    r"(?= (?!longer|more|such|other|less|better|smaller)\w)": "is not a",
 }
 # Word -> files where it is another's word or has its common meaning -> why.
 ALLOWED: dict[str, dict[str, str]] = {

@@ -87,13 +87,11 @@ def test_logits(name: str, tmp_path: Path) -> None:
     source = fixture(name) / "checkpoint" / "model.gguf"
     expected, kinds = expected_of(name)
     requant.convert(source, tmp_path / "out", dtype="float32")
-    requant.convert(
-        source, tmp_path / "counterpart", dequantize=True, dtype="float32", layout="keep"
-    )
-    weights = mx.load(str(tmp_path / "counterpart" / "model.safetensors"))
+    requant.convert(source, tmp_path / "dense", dequantize=True, dtype="float32", layout="keep")
+    weights = mx.load(str(tmp_path / "dense" / "model.safetensors"))
     weights |= {f"{path}.weight": mx.array(values) for path, values in expected.items()}
-    mx.save_safetensors(str(tmp_path / "counterpart" / "model.safetensors"), weights)
-    found, wanted = logits(tmp_path / "out"), logits(tmp_path / "counterpart")
+    mx.save_safetensors(str(tmp_path / "dense" / "model.safetensors"), weights)
+    found, wanted = logits(tmp_path / "out"), logits(tmp_path / "dense")
     largest = 0.03 if "Q6_K" in kinds.values() else 2e-5
     assert np.abs(found - wanted).max() <= largest * np.abs(wanted).max()
 

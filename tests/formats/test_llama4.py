@@ -45,12 +45,10 @@ def folders(tmp_path: Path, exponents: bool = False) -> tuple[Path, Path]:
     write_mlx_checkpoint(
         tmp_path / "fp8", config | {"dtype": "bfloat16"} | BLOCK, {"x": mx.zeros(1)}
     )
-    write_mlx_checkpoint(
-        tmp_path / "counterpart", config | {"dtype": "bfloat16"}, {"x": mx.zeros(1)}
-    )
+    write_mlx_checkpoint(tmp_path / "dense", config | {"dtype": "bfloat16"}, {"x": mx.zeros(1)})
     write_file(tmp_path / "fp8" / "model.safetensors", stored)
-    write_file(tmp_path / "counterpart" / "model.safetensors", dense)
-    return tmp_path / "fp8", tmp_path / "counterpart"
+    write_file(tmp_path / "dense" / "model.safetensors", dense)
+    return tmp_path / "fp8", tmp_path / "dense"
 
 
 BLOCK = {"quantization_config": {"quant_method": "fbgemm_fp8", "modules_to_not_convert": []}}
