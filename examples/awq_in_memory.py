@@ -3,7 +3,7 @@
     python examples/awq_in_memory.py micro-llama-awq
 
 ``transform_awq_weights`` gives each quantized layer MLX's three tensors, under the names that the
-checkpoint has. Your own loader hands them to ``mx.quantized_matmul``.
+checkpoint has. Your own loader passes them to ``mx.quantized_matmul``.
 """
 
 import json
@@ -16,19 +16,19 @@ import requant
 
 
 class Linear:
-    """A quantized linear layer, as small as it can be."""
+    """A minimal quantized linear layer."""
 
     def __init__(self, weights: dict, layer: str, quantization: requant.Quantization) -> None:
         self.parts = [weights[f"{layer}.{part}"] for part in ("weight", "scales", "biases")]
         self.options = {"group_size": quantization.group_size, "bits": quantization.bits}
 
     def __call__(self, x: mx.array) -> mx.array:
-        """``x @ W.T``, straight from the codes."""
+        """Compute ``x @ W.T`` from the codes."""
         return mx.quantized_matmul(x, *self.parts, transpose=True, **self.options)
 
 
 def load(folder: Path) -> tuple[dict, requant.PerLayerQuantization]:
-    """The weight map in MLX's layout; still lazy, so only what is used is ever computed."""
+    """Load the weights in MLX's layout; lazy, so only used tensors are ever computed."""
     block = json.loads((folder / "config.json").read_text())["quantization_config"]
     weights = {}
     for shard in sorted(folder.glob("*.safetensors")):
@@ -51,7 +51,7 @@ def main(folder: Path) -> None:
     g, u, d = (dense[f"{mlp}.{name}.weight"] for name in ("gate_proj", "up_proj", "down_proj"))
     expected = ((x @ g.T) * mx.sigmoid(x @ g.T) * (x @ u.T)) @ d.T
     error = mx.abs(y - expected).max().item()
-    print(f"{len(weights)} tensors; block 0: {y.shape}, off its dense values by {error:.1e}")
+    print(f"{len(weights)} tensors; block 0: {y.shape}, largest difference to its dense values {error:.1e}")
     assert error < 0.01 * mx.abs(expected).max().item()
 
 

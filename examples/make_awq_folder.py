@@ -2,7 +2,7 @@
 
     python examples/make_awq_folder.py examples/micro-llama micro-llama-awq
 
-Plain rounding, without AWQ's search for scales: what counts here is how the codes are stored.
+Weights are rounded without AWQ's search for scales: the example is about how codes are stored.
 """
 
 import json
@@ -18,13 +18,13 @@ ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # nibble n of a word holds column ORDER[n] of 
 
 
 def pack(codes: np.ndarray) -> np.ndarray:
-    """Codes 0 to 15 ``(rows, n)`` as AutoAWQ's words ``(rows, n / 8)``."""
+    """Pack codes 0 to 15 ``(rows, n)`` into AutoAWQ's words ``(rows, n / 8)``."""
     eights = codes.reshape(codes.shape[0], -1, 8)[..., ORDER].astype(np.uint32)
     return (eights << np.arange(0, 32, 4, dtype=np.uint32)).sum(-1, dtype=np.uint32).view(np.int32)
 
 
 def quantize(weight: np.ndarray) -> dict[str, mx.array]:
-    """The three tensors of a layer; ``weight`` is ``(out, in)``, AutoAWQ stores ``(in, out)``."""
+    """Quantize a weight ``(out, in)`` into AutoAWQ's three tensors, stored as ``(in, out)``."""
     groups = weight.T.reshape(-1, GROUP, weight.shape[0])
     low, high = groups.min(1).clip(max=0), groups.max(1).clip(min=0)
     scales = ((high - low) / 15).clip(min=1e-6).astype(np.float16)
@@ -44,7 +44,7 @@ def main(source: Path, output: Path) -> None:
         if name.endswith("_proj.weight"):
             dense = np.array(array.astype(mx.float32))
             layer = name.removesuffix(".weight")
-            weights |= {f"{layer}.{part}": made for part, made in quantize(dense).items()}
+            weights |= {f"{layer}.{part}": array for part, array in quantize(dense).items()}
         else:
             weights[name] = array.astype(mx.float16)
     output.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Bits where they pay: a custom recipe, held against one width for all layers.
+"""Compare a custom recipe with 4 bits for all layers.
 
     python examples/mixed_precision.py examples/micro-llama out
 
@@ -14,20 +14,20 @@ import requant
 RECIPE = Path(__file__).with_name("mixed.toml")
 
 
-def spread(report: requant.Report) -> float:
+def mean_error(report: requant.Report) -> float:
     """Root mean square of the layers' relative errors."""
     errors = [error.relative_rms**2 for error in report.errors.values()]
     return sqrt(sum(errors) / len(errors))
 
 
 def main(source: str, output: str) -> None:
-    """Convert both ways, and say what the bits bought."""
+    """Convert both ways and print size and error."""
     for name, options in (("flat", {"bits": 4}), ("mixed", {"recipe": RECIPE})):
         report = requant.convert(source, f"{output}-{name}", force=True, **options)
         worst = max(report.errors, key=lambda layer: report.errors[layer].relative_rms)
         print(
             f"{name}: {report.bits_per_weight:.2f} bits per weight, relative error "
-            f"{spread(report):.1%}, worst {worst}"
+            f"{mean_error(report):.1%}, worst {worst}"
         )
 
 
