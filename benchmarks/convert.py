@@ -1,9 +1,9 @@
-"""Whole conversions: time and memory of requant, mlx_lm.convert and the bare disk, in pairs.
+"""Time and memory of whole conversions: requant, mlx_lm.convert, and plain reading and writing.
 
 Each round runs the three one after another on the same source, so that a change in the
-machine's speed meets all of them; what is printed are medians, and medians of the ratios
-within a round. The baseline reads the source and writes as many bytes as the output has, with
-fsync: no converter can be faster than that without overlapping the two.
+machine's speed affects all of them. Printed are medians, and medians of the ratios within a round.
+The baseline reads the source and writes as many bytes as the output has, with fsync: no converter
+can be faster than that without overlapping the two.
 
     python benchmarks/convert.py                       1 B parameters to 4 bits
     python benchmarks/convert.py --modes mxfp4 mxfp8   requant alone, against its affine run
@@ -50,7 +50,7 @@ def floor(source: Path, output: Path, nbytes: int) -> list[str]:
 
 @dataclass(frozen=True)
 class Run:
-    """One finished process."""
+    """Time and memory of a finished process."""
 
     wall_s: float
     cpu_s: float
@@ -59,7 +59,7 @@ class Run:
 
 
 def measure(command: list[str]) -> Run:
-    """Run a command to its end and read its own accounts of time and memory."""
+    """Run a command and return its time and memory."""
     env = os.environ | {"HF_HUB_OFFLINE": "1"}
     began = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=env)
@@ -92,7 +92,7 @@ def measure(command: list[str]) -> Run:
 
 
 def requant(source: Path, output: Path, *options: str) -> list[str]:
-    """The command that is measured; without the second that importing mlx-lm takes."""
+    """The measured command; ``--layout keep`` avoids the import of mlx-lm, about a second."""
     command = [sys.executable, "-m", "requant", "convert", str(source), str(output)]
     return [*command, "--quiet", "--layout", "keep", *options]
 
@@ -100,7 +100,7 @@ def requant(source: Path, output: Path, *options: str) -> list[str]:
 def rounds(
     contenders: dict[str, Callable[[Path], list[str]]], scratch: Path, runs: int
 ) -> dict[str, list[Run]]:
-    """One warm-up, then ``runs`` rounds of everyone in turn; outputs are removed."""
+    """Run one warm-up and ``runs`` rounds of all contenders in turn; outputs are removed."""
     found: dict[str, list[Run]] = {name: [] for name in contenders}
     for number in range(runs + 1):
         for name, command in contenders.items():

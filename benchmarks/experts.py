@@ -1,8 +1,8 @@
 """Memory of a MoE under mlx-lm's layout: requant against mlx_lm.convert and the largest tensor.
 
-Two forms of the same experts: one tensor an expert (Qwen3-MoE), which the layout stacks by
-moving bytes; and a fused, transposed stack a layer (Qwen3-VL-MoE), which mlx-lm's class
-computes. The baseline imports mlx-lm and does nothing: both contenders pay for that.
+Two forms of the same experts: one tensor for each expert (Qwen3-MoE), which the layout stacks by
+moving bytes; and a fused, transposed stack for each layer (Qwen3-VL-MoE), which mlx-lm's class
+computes. The baseline only imports mlx-lm, which both contenders do too.
 
     python benchmarks/experts.py                 two layers of 64 experts, 0.6 GB each form
     python benchmarks/experts.py --layers 8      mlx-lm's memory grows, requant's does not
@@ -29,7 +29,7 @@ FORMS = ("one by one", "fused")
 
 
 def config(layers: int) -> dict[str, Any]:
-    """A Qwen3-MoE of these sizes."""
+    """The config of a Qwen3-MoE of these sizes."""
     return {
         "model_type": "qwen3_moe",
         "torch_dtype": "bfloat16",

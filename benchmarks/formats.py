@@ -1,6 +1,6 @@
-"""Folders of other tools: the time of a conversion against that of copying the folder.
+"""Time to convert folders of other tools, against the time to copy them.
 
-Each round converts and copies the same source one after another; what is printed are medians,
+Each round converts and copies the same source one after another; printed are medians,
 and medians of the ratios within a round. The copy reads the source and writes as many bytes,
 with fsync.
 
@@ -32,7 +32,7 @@ Shapes = dict[str, tuple[str, tuple[int, ...]]]
 
 
 def awq(out: int, n_in: int) -> Shapes:
-    """AutoAWQ gemm."""
+    """The tensors of a linear layer in AutoAWQ gemm."""
     return {
         "qweight": ("I32", (n_in, out // 8)),
         "qzeros": ("I32", (n_in // GROUP, out // 8)),
@@ -41,7 +41,7 @@ def awq(out: int, n_in: int) -> Shapes:
 
 
 def gptq(out: int, n_in: int) -> Shapes:
-    """GPTQ v2 with 4 bits, without act-order."""
+    """The tensors of a linear layer in GPTQ v2 with 4 bits, without act-order."""
     return {
         "qweight": ("I32", (n_in // 8, out)),
         "qzeros": ("I32", (n_in // GROUP, out // 8)),
@@ -118,7 +118,7 @@ def write(folder: Path, kind: Kind, layers: int) -> int:
 
 
 def compare(name: str, layers: int, rounds: int, place: Path) -> None:
-    """Convert and copy in turns, and print what it took."""
+    """Convert and copy in turns, and print the times."""
     source, output, copy = place / name, place / "out", place / "copy"
     nbytes = write(source, KINDS[name], layers)
     convert = [sys.executable, "-m", "requant", "convert", str(source), str(output)]

@@ -1,8 +1,7 @@
-"""An FP8 folder against a bfloat16 folder of the same shapes, both to 4 bits, in pairs.
+"""Time to convert an FP8 folder to 4 bits, against a bfloat16 folder of the same shapes.
 
 Each round converts the bfloat16 folder and the FP8 folder one after another, so that a change
-in the machine's speed meets both; what is printed are medians, and medians of the ratios within
-a round.
+in the machine's speed affects both. Printed are medians, and medians of the ratios within a round.
 
     python benchmarks/fp8.py                 1 B parameters, DeepSeek's FP8 blocks
     python benchmarks/fp8.py --layers 4      smaller

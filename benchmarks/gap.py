@@ -1,6 +1,6 @@
 """Loss gaps of quantized forms of a dense model, by a forward pass in NumPy: no mlx-lm, no GPU.
 
-For models of Qwen 3's and Llama's kind (grouped attention, rotary positions, gated MLP). Weights
+For models like Qwen 3 and Llama (grouped attention, rotary positions, gated MLP). Weights
 are decoded to float32; a gap is the mean next-token loss above the dense model's on a text, window
 by window, with the standard error over windows.
 
@@ -30,7 +30,7 @@ _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
 
 def read_weights(folder: Path) -> Weights:
-    """Every tensor of a dense folder, in float32."""
+    """Read every tensor of a dense folder as float32."""
     found = {}
     for file in sorted(folder.glob("*.safetensors")):
         raw = file.read_bytes()
@@ -86,7 +86,7 @@ class Model:
         return (made * cos + other * sin).transpose(1, 0, 2)
 
     def _hidden(self, weights: Weights, row: np.ndarray) -> np.ndarray:
-        """What the head is given."""
+        """The input of the head."""
         x = weights["model.embed_tokens.weight"][row]
         later = np.triu(np.full((len(row), len(row)), -1e9, np.float32), 1)
         share = self.heads // self.kv_heads
@@ -108,10 +108,10 @@ class Model:
 
 
 def forms(bits: list[int], statistics: Path | None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What is held against MLX's rule, width by width; the rule comes first."""
+    """The forms to compare at each number of bits; ``mx.quantize`` comes first."""
     for width in bits:
         ways: dict[str, dict[str, Any]] = {
-            "rule": {},
+            "mx.quantize": {},
             "fast": {"search": "fast"},
             "best": {"search": "best"},
         }
@@ -143,7 +143,7 @@ def main() -> None:
     model = Model(json.loads((args.model / "config.json").read_text()))
     dense = model.losses(read_weights(args.model), windows)
     print(f"{windows.size:,} tokens, dense loss {dense.mean():.4f}", flush=True)
-    rule = 0.0
+    baseline = 0.0
     for name, options in forms(args.bits, args.statistics):
         with tempfile.TemporaryDirectory() as folder:
             path, values = Path(folder) / "made", Path(folder) / "values"
@@ -153,9 +153,9 @@ def main() -> None:
             requant.convert(path, values, dequantize=True, dtype="float32", layout="keep")
             gaps = model.losses(read_weights(values), windows) - dense
         gap, error = gaps.mean(), gaps.std(ddof=1) / len(gaps) ** 0.5
-        rule = gap if name.endswith("rule") else rule
+        baseline = gap if name.endswith("mx.quantize") else baseline
         print(
-            f"{name:26} gap {gap:.4f} +- {error:.4f}, share {gap / rule:.2f}, {took:.1f} s",
+            f"{name:26} gap {gap:.4f} +- {error:.4f}, share {gap / baseline:.2f}, {took:.1f} s",
             flush=True,
         )
 

@@ -1,6 +1,6 @@
-"""GGUF files: the time of a conversion against that of copying the file.
+"""Time to convert GGUF files, against the time to copy them.
 
-Each round converts and copies the same file one after another; what is printed are medians,
+Each round converts and copies the same file one after another; printed are medians,
 and medians of the ratios within a round. The copy reads the source and writes as many bytes,
 with fsync.
 
@@ -118,7 +118,7 @@ def write(path: Path, kind: str, layers: int) -> int:
 
 
 def compare(kind: str, layers: int, rounds: int, place: Path) -> None:
-    """Convert and copy in turns, and print what it took."""
+    """Convert and copy in turns, and print the times."""
     source, output, copy = place / kind / "model.gguf", place / "out", place / "copy"
     nbytes = write(source, kind, layers)
     convert = [sys.executable, "-m", "requant", "convert", str(source), str(output)]

@@ -1,8 +1,8 @@
-"""Converting from the hub: time, memory and disk, against downloading first and converting then.
+"""Time, memory and disk of converting from the hub, against downloading first and converting then.
 
-A server on loopback sends so many bytes a second. Each round downloads all with
-huggingface_hub and converts it from the cache, in two processes; then does both at once, and
-once more with --consume-source. What is printed are medians of the ratios within a round.
+A server on loopback sends at a fixed rate. Each round downloads everything with
+huggingface_hub and converts it from the cache, in two processes; then converts while downloading,
+and again with --consume-source. Printed are medians of the ratios within a round.
 
     python benchmarks/hub.py                   eight shards of 64 MB at 100 MB a second
     python benchmarks/hub.py --rate 50 --search best

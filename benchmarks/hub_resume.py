@@ -1,8 +1,8 @@
 """Downloading one file from the hub: huggingface_hub's own transfer against requant's.
 
 A server on loopback sends the file. Each transfer is run to its end, killed at half of the file,
-interrupted at half, and cut by the server at half; then the same command runs again. Printed are
-seconds, the bytes that were sent in excess of the file, and the bytes left behind.
+interrupted at half, and disconnected by the server at half; then the same command runs
+again. Printed are seconds, the bytes sent in excess of the file's size, and the bytes left behind.
 
     python benchmarks/hub_resume.py                          a file of 1 GB
     python benchmarks/hub_resume.py --python OTHER/bin/python    another huggingface_hub

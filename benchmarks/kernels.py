@@ -1,11 +1,11 @@
-"""Each kernel alone: GB/s of dense values, against MLX and against a copy of the same bytes.
+"""Speed of each kernel in GB/s of dense values, against MLX and against a copy of the same bytes.
 
     python benchmarks/kernels.py                       bf16, 4096 x 14336, one thread and two
     python benchmarks/kernels.py --dtype float32 --modes affine:3:64 mxfp8
     python benchmarks/kernels.py --isa avx2            another build of the kernels
 
-A mode is affine:BITS:GROUP or a name. Runs alternate between the contenders and the medians
-are printed; MLX runs on its CPU backend, which uses one thread for these operations.
+A mode is affine:BITS:GROUP or a name. Runs alternate between the contenders, and medians
+are printed. MLX runs on its CPU backend, which uses one thread for these operations.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""What a search is worth to a model: its loss gap to the dense one, over MLX's rule's.
+"""Loss gap to the dense model with scale search, relative to the gap with mx.quantize.
 
     python benchmarks/quality.py MODEL --text held-out.txt
     python benchmarks/quality.py MODEL --text held-out.jsonl --tokens 8192 --specs 3 4:32 mxfp4
 
 MODEL is a dense folder that mlx-lm loads; conversions go to a temporary folder. Nothing is
 calibrated on the text. `gap` is the mean next-token loss in nats above the dense model's, `share`
-that gap over the one of MLX's rule at the same spec and bytes, with its standard error over the
-windows of text.
+that gap divided by the gap with mx.quantize at the same spec and size, with its standard error over
+the windows of text.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ def options_of(spec: str) -> dict[str, Any]:
     return {"bits": int(bits), "group_size": int(group_size or 64)}
 
 
-def share_of(gaps: np.ndarray, rule: np.ndarray) -> tuple[float, float]:
+def share_of(gaps: np.ndarray, baseline: np.ndarray) -> tuple[float, float]:
     """Ratio of the mean gaps, and its standard error by leaving out one window at a time."""
     n = len(gaps)
-    without = (gaps.sum() - gaps) / (rule.sum() - rule)
+    without = (gaps.sum() - gaps) / (baseline.sum() - baseline)
     spread = float(np.sqrt((n - 1) / n * ((without - without.mean()) ** 2).sum()))
-    return float(gaps.sum() / rule.sum()), spread
+    return float(gaps.sum() / baseline.sum()), spread
 
 
 def converted_losses(source: Path, ids: np.ndarray, **options: Any) -> np.ndarray:
-    """Losses of what ``requant.convert`` writes with these options."""
+    """Losses of the model that ``requant.convert`` writes with these options."""
     with tempfile.TemporaryDirectory() as folder:
         requant.convert(source, Path(folder) / "out", **options)
         return losses(load_as_stored(Path(folder) / "out")[0], ids)
@@ -60,11 +60,11 @@ def main() -> None:
     print(f"{args.model.name}, {ids.size} tokens, dense loss {dense.mean():.4f} nats")
     print(f"{'spec':8}{'search':>8}{'gap':>9}{'share':>8}{'+-':>8}")
     for spec in args.specs:
-        rule = np.zeros(0)
+        baseline = np.zeros(0)
         for search in ("off", "fast", "best"):
             gaps = converted_losses(args.model, ids, search=search, **options_of(spec)) - dense
-            rule = gaps if search == "off" else rule
-            share, spread = share_of(gaps, rule)
+            baseline = gaps if search == "off" else baseline
+            share, spread = share_of(gaps, baseline)
             print(f"{spec:8}{search:>8}{gaps.mean():9.4f}{share:8.3f}{spread:8.3f}", flush=True)
 
 

@@ -1,11 +1,11 @@
-"""AutoAWQ gemm words into MLX's: our kernels against mlx-lm's transform with its evaluation.
+"""Time to repack AutoAWQ gemm words into MLX's: our kernels against mlx-lm's transform.
 
     python benchmarks/repack.py                        in 4096, out 14336, group 128
     python benchmarks/repack.py --shape 14336x4096     in x out
 
 Each side starts from the stored tensors in memory. mlx-lm and ``transform_weights`` end with
 words, scales and biases, which are compared before anything is timed; "words" is the kernel
-alone, which writes into memory that it has written before. Runs alternate, medians are printed.
+alone, writing into memory that was written before. Runs alternate, medians are printed.
 mlx-lm runs on MLX's CPU backend, ours on one thread. Exits 1 if ``transform_weights`` is less
 than 12 times as fast as mlx-lm.
 """

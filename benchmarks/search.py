@@ -1,10 +1,10 @@
-"""What a search costs and wins: time and squared error of each level over MLX's rule's.
+"""Time and squared error of each level of scale search, relative to mx.quantize.
 
     python benchmarks/search.py                        bf16, 512 x 4096, normal weights
     python benchmarks/search.py --dtype float32 --isa avx2
 
-`slower` is processor time over that of the plain kernel in the same run, the least of some
-runs each; `error` is the sum of squared errors over that of MLX's rule.
+`slower` is processor time relative to the plain kernel in the same run, the minimum of several
+runs each; `error` is the sum of squared errors relative to mx.quantize.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def least_time(call: Callable[[], object], runs: int) -> float:
 
 
 def squared_error(w: np.ndarray, parts: tuple, mode: str, bits: int, group_size: int) -> float:
-    """Of the values that codes, scales and biases represent, without a last rounding."""
+    """Squared error of what codes, scales and biases represent, without a last rounding."""
     words, scales, biases = parts
     if biases is None:
         values = native.dequantize(words, scales, None, group_size, bits, mode, dtype=np.float32)
@@ -65,7 +65,7 @@ def main() -> None:
     values = np.random.default_rng(0).standard_normal(shape) * 0.02
     w = values.astype(ml_dtypes.bfloat16 if args.dtype == "bfloat16" else args.dtype)
     print(f"{args.dtype} {args.shape}, kernels for {_native.isa()}, one thread")
-    print(f"{'mode':16}{'rule Gv/s':>10}" + f"{'error':>10}{'slower':>8}" * 2)
+    print(f"{'mode':16}{'off Gv/s':>10}" + f"{'error':>10}{'slower':>8}" * 2)
     for mode, bits, group_size in SPECS:
         cells, plain_s, plain_error = "", 0.0, 0.0
         for level in (None, "fast", "best"):

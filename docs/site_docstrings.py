@@ -1,4 +1,4 @@
-"""Docstrings as the site's reference reads them (an extension of griffe)."""
+"""An extension of griffe that adapts docstrings for the site's reference."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import griffe
 
 
 class Examples(griffe.Extension):
-    """Take our ``Example:`` for a section of code, which griffe calls ``Examples:``."""
+    """Treat ``Example:`` as the section of code that griffe calls ``Examples:``."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         """Called once for each module, class, function and attribute."""

@@ -1,7 +1,7 @@
-"""What the site has next to the pages as they lie in the repository (hooks of mkdocs).
+"""Hooks of mkdocs: generated parts of pages, and links to files outside docs/.
 
-Help texts and the Python reference come from the program, so they cannot be out of date; links
-to files outside docs/ become links to the repository, or plain text where none is configured.
+Help texts, schemas and the Python reference are generated from the code. Links to files outside
+docs/ become links to the repository, or plain text if none is configured.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _LINK = re.compile(r"(?<!!)\[([^\]]+)\]\((\.\.?/[^)#\s]+)(#[^)]*)?\)")
 
 
 def on_page_markdown(markdown: str, *, page: Any, config: Any, **_: Any) -> str:
-    """Fill in what is generated, and lead links out of docs/ somewhere."""
+    """Insert generated parts, and replace links that leave docs/."""
     if "<!-- commands -->" in markdown:
         markdown = markdown.replace("<!-- commands -->", _commands())
     if "<!-- schemas -->" in markdown:
@@ -33,14 +33,14 @@ def _outward(found: re.Match[str], folder: Path, config: Any) -> str:
     if target.is_relative_to(docs):
         return found[0]
     if not target.exists():
-        raise FileNotFoundError(f"{folder}: {found[2]} leads nowhere")
+        raise FileNotFoundError(f"{folder}: {found[2]} does not exist")
     if not config.repo_url:
         return text
     return f"[{text}]({config.repo_url.rstrip('/')}/blob/HEAD/{target.relative_to(ROOT)})"
 
 
 def _commands() -> str:
-    """Every command's help, as a terminal shows it."""
+    """The help of every command, as in a terminal."""
     import typer
 
     from requant.cli import app
@@ -56,30 +56,30 @@ def _commands() -> str:
 
 
 def _other_names(markdown: str) -> str:
-    """A reference entry for each public name that the page does not place itself."""
+    """A reference entry for each public name without one on the page."""
     import requant
 
-    placed = set(re.findall(r"^::: requant\.(\w+)$", markdown, re.M))
-    rest = [name for name in requant.__all__ if name not in placed]
+    documented = set(re.findall(r"^::: requant\.(\w+)$", markdown, re.M))
+    rest = [name for name in requant.__all__ if name not in documented]
     return "".join(f"::: requant.{name}\n\n" for name in rest)
 
 
 def _schemas() -> str:
-    """Each schema's keys, then the parts that several of them use."""
+    """The keys of each schema, then the definitions that several of them use."""
     sections, parts = [], {}
     for file in sorted((ROOT / "src" / "requant" / "schemas").glob("*.json")):
         schema = json.loads(file.read_text("utf-8"))
         parts |= schema.get("$defs", {})
         sections.append(f"### requant {file.stem} --json\n\n{_keys(schema)}")
     named = (f"### {name}\n\n{_keys(part)}" for name, part in sorted(parts.items()))
-    return "\n\n".join([*sections, "## Parts of them", *named])
+    return "\n\n".join([*sections, "## Shared definitions", *named])
 
 
 def _keys(schema: dict[str, Any]) -> str:
     lines = [schema.get("description", ""), "", "| key | type | |", "|---|---|---|"]
     for key, part in schema["properties"].items():
-        reported = part.get("description", "").replace("|", "\\|")
-        lines.append(f"| `{key}` | {_type(part)} | {reported} |")
+        description = part.get("description", "").replace("|", "\\|")
+        lines.append(f"| `{key}` | {_type(part)} | {description} |")
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-# Sourced first by the other scripts: --help prints the comment at the script's top, and that is all.
+# Sourced first by the other scripts: --help prints the comment at the top of the script and exits.
 case "${1:-}" in
   -h | --help)
     sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"

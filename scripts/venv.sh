@@ -1,6 +1,6 @@
 # Sourced by the other scripts: a virtual environment in .venv with requant and the extras
-# named in $1. Compiles again only when what was installed from has changed: an editable
-# install remembers which file holds which module, so a moved module counts too.
+# named in $1. Reinstalls only if its sources changed, or a Python module was added, moved or
+# removed: an editable install records the file of each module.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 extras=$1

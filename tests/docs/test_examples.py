@@ -1,4 +1,4 @@
-"""Every file under examples/ runs, in a folder of its own, and says what it should."""
+"""Every file under examples/ runs in an empty folder and prints what it should."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FORMAT = EXAMPLES / "new-format"
 
 
 def run(*command: object, cwd: Path, path: Path | None = None) -> str:
-    """What a command prints; with ``path``, Python finds modules and packages there too."""
+    """Run a command and return its output; ``path`` is added to Python's module path."""
     env = os.environ | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "HF_HUB_OFFLINE": "1",
@@ -49,8 +49,8 @@ def test_no_example_is_forgotten() -> None:
 
 
 def test_awq_in_memory(awq: Path, tmp_path: Path) -> None:
-    declared = run(sys.executable, EXAMPLES / "awq_in_memory.py", awq, cwd=tmp_path)
-    assert "block 0: (1, 128)" in declared
+    printed = run(sys.executable, EXAMPLES / "awq_in_memory.py", awq, cwd=tmp_path)
+    assert "block 0: (1, 128)" in printed
 
 
 def test_the_awq_folder_holds_the_model(awq: Path, tmp_path: Path) -> None:
@@ -67,8 +67,8 @@ def test_the_awq_folder_holds_the_model(awq: Path, tmp_path: Path) -> None:
 
 
 def test_mixed_precision(tmp_path: Path) -> None:
-    declared = run(sys.executable, EXAMPLES / "mixed_precision.py", MICRO, "out", cwd=tmp_path)
-    assert [line.split(":")[0] for line in declared.splitlines()] == ["flat", "mixed"]
+    printed = run(sys.executable, EXAMPLES / "mixed_precision.py", MICRO, "out", cwd=tmp_path)
+    assert [line.split(":")[0] for line in printed.splitlines()] == ["flat", "mixed"]
     plan = requant.plan(MICRO, recipe=EXAMPLES / "mixed.toml")
     assert {x.target for x in plan.layers if x.treatment == "quantized"} == {
         "affine 3-bit g64",
@@ -84,8 +84,8 @@ def test_back_to_dense(awq: Path, tmp_path: Path) -> None:
 
 
 def test_converting_in_ci(tmp_path: Path) -> None:
-    declared = run(EXAMPLES / "convert_in_ci.sh", MICRO, "out", "--bits", "6", cwd=tmp_path)
-    assert declared.splitlines()[-1].startswith("6.5")
+    printed = run(EXAMPLES / "convert_in_ci.sh", MICRO, "out", "--bits", "6", cwd=tmp_path)
+    assert printed.splitlines()[-1].startswith("6.5")
     assert (tmp_path / "out" / "requant.json").is_file()
 
 
@@ -97,7 +97,7 @@ def test_the_workflow_runs_the_script() -> None:
 
 
 def install(site: Path, points: dict[str, str], name: str = "requant-int8-rows") -> Path:
-    """What pip would leave of a package with entry points: its metadata."""
+    """Write the metadata of an installed package with these entry points."""
     about = site / f"{name.replace('-', '_')}-1.0.dist-info"
     about.mkdir(parents=True)
     (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
@@ -108,7 +108,7 @@ def install(site: Path, points: dict[str, str], name: str = "requant-int8-rows")
 
 @pytest.fixture
 def int8_rows(tmp_path: Path) -> Path:
-    """The example's package, as pyproject.toml describes it."""
+    """The example's package, installed as pyproject.toml describes it."""
     site = tmp_path / "site"
     project = tomllib.loads((FORMAT / "pyproject.toml").read_text())["project"]
     install(site, project["entry-points"]["requant.formats"], project["name"])
@@ -127,10 +127,10 @@ def int8_folder(folder: Path, **changed: np.ndarray) -> tuple[np.ndarray, np.nda
     return codes, scales
 
 
-def test_a_format_of_ones_own(int8_rows: Path, tmp_path: Path) -> None:
+def test_custom_format(int8_rows: Path, tmp_path: Path) -> None:
     codes, scales = int8_folder(tmp_path / "source")
-    declared = run("requant", "convert", "source", "out", cwd=tmp_path, path=int8_rows)
-    assert "int8-rows" in declared and "exact" in declared
+    printed = run("requant", "convert", "source", "out", cwd=tmp_path, path=int8_rows)
+    assert "int8-rows" in printed and "exact" in printed
     found = load_file(tmp_path / "out" / "model.safetensors")
     stored = found["up.weight"].view(np.uint8)  # eight bits: one code a byte
     values = stored * found["up.scales"].repeat(128, 1).astype(np.float64)[:, :128]
@@ -140,38 +140,38 @@ def test_a_format_of_ones_own(int8_rows: Path, tmp_path: Path) -> None:
     assert len((FORMAT / "requant_int8_rows.py").read_text().splitlines()) <= 60
 
 
-def answer(folder: Path, site: Path) -> tuple[int, str]:
-    """Exit code and complaint of ``requant inspect``."""
+def inspect_folder(folder: Path, site: Path) -> tuple[int, str]:
+    """Exit code and output of ``requant inspect``."""
     env = os.environ | {"PYTHONPATH": str(site)}
     command = [sys.executable, "-m", "requant", "inspect", str(folder)]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     return done.returncode, done.stdout + done.stderr
 
 
-def test_what_is_wrong_is_named(int8_rows: Path, tmp_path: Path) -> None:
-    """A scale of another layer, and one that is not there: both at once, each with a way out."""
+def test_problems_of_a_custom_format_are_named(int8_rows: Path, tmp_path: Path) -> None:
+    """A scale of the wrong shape and a missing one: both are reported, each with what to do."""
     lone = {"up.scale": np.ones(3, np.float16), "down.weight": np.ones((4, 128), np.int8)}
     int8_folder(tmp_path / "source", **lone)
-    code, declared = answer(tmp_path / "source", int8_rows)
+    code, printed = inspect_folder(tmp_path / "source", int8_rows)
     assert code == 1
-    assert "up.weight: I8 [4, 128] with scale F16 [3], expected I8 [out, in]" in declared
-    assert "F16 or BF16 [out]; export the model again" in declared
-    assert "down.weight: has no down.scale; take both from one export" in declared
+    assert "up.weight: I8 [4, 128] with scale F16 [3], expected I8 [out, in]" in printed
+    assert "F16 or BF16 [out]; export the model again" in printed
+    assert "down.weight: has no down.scale; take both from one export" in printed
 
 
 def test_broken_plug_ins_are_all_named(tmp_path: Path) -> None:
     points = {"absent": "no_such_module_here:Format", "wrong": "collections:OrderedDict"}
     site = install(tmp_path / "site", points, "broken-formats")
     int8_folder(tmp_path / "source")
-    code, declared = answer(tmp_path / "source", site)
-    assert code == 1 and "Traceback" not in declared
-    absent, wrong = declared.splitlines()[-2:]
+    code, printed = inspect_folder(tmp_path / "source", site)
+    assert code == 1 and "Traceback" not in printed
+    absent, wrong = printed.splitlines()[-2:]
     assert "'absent' (no_such_module_here:Format of broken-formats 1.0)" in absent
     assert "ModuleNotFoundError" in absent and "repair or uninstall it" in absent
     assert "is OrderedDict without name (a str), claims(), read()" in wrong
 
 
-def test_ours_do_not_wait_for_plug_ins(awq: Path, tmp_path: Path) -> None:
+def test_built_in_formats_do_not_load_plug_ins(awq: Path, tmp_path: Path) -> None:
     """A broken plug-in does not stop what requant reads by itself."""
     site = install(tmp_path / "site", {"absent": "no_such_module_here:Format"}, "broken-formats")
-    assert answer(awq, site)[0] == 0
+    assert inspect_folder(awq, site)[0] == 0

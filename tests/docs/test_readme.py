@@ -1,4 +1,4 @@
-"""Every example of the README and the docs runs, in a folder of its own."""
+"""Every example of the README and the docs runs in an empty folder."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from tests.support.commands import check_usage
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-# Fences marked ``sh`` and ``python`` are run. In ``console`` ones, whose models are not here, each
-# command of requant is parsed; ``text`` and the rest are shown only.
+# Blocks marked ``sh`` and ``python`` are run. In ``console`` blocks, whose models are not available,
+# the arguments of requant commands are parsed. Other blocks are not checked.
 _FENCE = re.compile(r"^```(sh|python)\n(.*?)^```$", re.M | re.S)
 _CONSOLE = re.compile(r"^```console\n(.*?)^```$", re.M | re.S)
 _LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)(?:#[^)]*)?\)")

@@ -1,4 +1,4 @@
-"""Every script says what it does when asked, and then does nothing else."""
+"""--help of every script prints its description and does nothing else."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ COMMANDS = sorted(path.name for path in SCRIPTS.iterdir() if path.stat().st_mode
 @pytest.mark.parametrize("option", ["--help", "-h"])
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_is_all_that_happens(name: str, option: str, tmp_path: Path) -> None:
-    """In a copy, where an install or a build would leave something behind."""
+    """Run in a copy, where an install or a build would leave files."""
     shutil.copytree(SCRIPTS, tmp_path / "scripts")
     first = (SCRIPTS / name).read_text().splitlines()[1].strip('#" ')
     command = [str(tmp_path / "scripts" / name), option]

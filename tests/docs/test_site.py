@@ -1,4 +1,4 @@
-"""The documentation builds strictly: no link, anchor or name leads nowhere, nothing is fetched."""
+"""The documentation builds strictly: no broken links, anchors or names, and nothing is fetched."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_every_page_is_there(site: Path) -> None:
 def test_the_reference_has_every_public_name(site: Path) -> None:
     page = (site / "reference" / "python.html").read_text()
     for name in requant.__all__:
-        # An alias is stored under the path of what it names.
+        # An alias has the id of the object that it names.
         assert re.search(rf'id="requant\.(\w+\.)*{name}"', page), name
 
 
@@ -89,8 +89,8 @@ def test_pages_need_no_network(site: Path) -> None:
     "wrong",
     ["[x](no-such-page.md)", "[x](hub.md#no-such-heading)", "[x](../src/no_such.py)"],
 )
-def test_a_link_that_leads_nowhere_fails(tmp_path: Path, wrong: str) -> None:
-    """The strict build is really strict; on three pages, to be quick."""
+def test_a_broken_link_fails(tmp_path: Path, wrong: str) -> None:
+    """The strict build fails on broken links; three pages only, to be quick."""
     docs = tmp_path / "docs"
     docs.mkdir()
     for name in ("site_hooks.py", "site_docstrings.py", "hub.md"):

@@ -1,4 +1,4 @@
-"""One word for one thing in code, help, errors, docs and tests: the words of the field.
+"""Code, help, errors, docs and tests use one term for each thing: the field's.
 
 ``docs/glossary.md`` defines the terms. Names, prose and native code are read alike; a name is
 split at underscores and capitals.
