@@ -1,7 +1,7 @@
-"""A custom source format: int8 codes with one scale a row.
+"""A custom source format: int8 codes with one scale for each row.
 
 Value: ``w = code * scale``. ``{layer}.weight`` is I8 ``[out, in]``, ``{layer}.scale`` F16 or BF16
-``[out]``; config.json says quant_method int8-rows. MLX's codes count from 0, so each
+``[out]``; config.json says quant_method int8-rows. MLX's codes are unsigned, so each
 becomes ``code + 128`` with ``bias = -128 * scale``: exact.
 """
 
@@ -13,7 +13,7 @@ from requant.packings.base import IntegerPacking, Rect
 
 
 class Int8Packing(IntegerPacking):
-    """How rows of MLX's layer come out of the two tensors."""
+    """Reads rows of the two tensors as codes and scales."""
 
     def required_rects(self, start, stop):
         rows = (start, stop)
@@ -27,38 +27,35 @@ class Int8Packing(IntegerPacking):
 
 
 class Int8Rows:
-    """What the entry point names: claims a checkpoint, and sorts its tensors into layers."""
+    """The class that the entry point names: detects checkpoints and reads their layers."""
 
     name = "int8-rows"
 
     def claims(self, checkpoint):
         block = checkpoint.config.get("quantization_config")
-        ours = isinstance(block, dict) and block.get("quant_method") == self.name
-        return "config.json: quant_method int8-rows" if ours else None
+        claimed = isinstance(block, dict) and block.get("quant_method") == self.name
+        return "config.json: quant_method int8-rows" if claimed else None
 
     def read(self, checkpoint):
-        tensor_sorter = TensorSorter(checkpoint)
+        sorter = TensorSorter(checkpoint)
         for name, weight in checkpoint.tensors.items():
             path = name.removesuffix(".weight")
             if path != name and weight.info.dtype == "I8":
                 scale = checkpoint.tensors.get(f"{path}.scale")
                 parts = {"weight": weight} | ({"scale": scale} if scale else {})
-                tensor_sorter.make(
-                    path, parts, lambda path, parts: layer(tensor_sorter, path, parts)
-                )
-        return tensor_sorter.layout()
+                sorter.make(path, parts, lambda path, parts: layer(sorter, path, parts))
+        return sorter.layout()
 
 
-def layer(tensor_sorter, path, parts):
-    """One layer, or what is wrong with it: where, found, expected, and what to do."""
+def layer(sorter, path, parts):
+    """Return one layer, or raise: where, what was found and expected, and what to do."""
     if "scale" not in parts:
-        raise UnsupportedLayerError(
-            f"{path}.weight", f"has no {path}.scale; take both from one export"
-        )
+        message = f"has no {path}.scale; take both from one export"
+        raise UnsupportedLayerError(f"{path}.weight", message)
     weight, scale = parts["weight"].info, parts["scale"].info
     n_out, n_in = weight.shape if len(weight.shape) == 2 else (0, 0)
     if not n_out or scale.dtype not in ("F16", "BF16") or scale.shape != (n_out,):
         message = f"{weight} with scale {scale}, expected I8 [out, in] and F16 or BF16 [out]"
         raise UnsupportedLayerError(f"{path}.weight", f"{message}; export the model again")
     packing = Int8Packing(n_out, n_in, 8, n_in, symmetric=True, scale_dtype=scale.dtype)
-    return integer_layer(tensor_sorter, path, parts, (n_out, n_in), packing, "int8-rows")
+    return integer_layer(sorter, path, parts, (n_out, n_in), packing, "int8-rows")

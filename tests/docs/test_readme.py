@@ -14,7 +14,7 @@ from tests.support.commands import check_usage
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-# Blocks marked ``sh`` and ``python`` are run. In ``console`` blocks, whose models are not available,
+# Blocks marked ``sh`` and ``python`` are run. In ``console`` blocks, whose models are missing here,
 # the arguments of requant commands are parsed. Other blocks are not checked.
 _FENCE = re.compile(r"^```(sh|python)\n(.*?)^```$", re.M | re.S)
 _CONSOLE = re.compile(r"^```console\n(.*?)^```$", re.M | re.S)
