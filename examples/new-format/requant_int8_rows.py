@@ -1,8 +1,7 @@
 """A custom source format: int8 codes with one scale for each row.
 
-Value: ``w = code * scale``. ``{layer}.weight`` is I8 ``[out, in]``, ``{layer}.scale`` F16 or BF16
-``[out]``; config.json says quant_method int8-rows. MLX's codes are unsigned, so each
-becomes ``code + 128`` with ``bias = -128 * scale``: exact.
+``w = code * scale``: ``{layer}.weight`` is I8 ``[out, in]``, ``{layer}.scale`` F16 or BF16 ``[out]``.
+MLX's codes are unsigned, so each becomes ``code + 128`` with ``bias = -128 * scale``: exact.
 """
 
 import numpy as np
