@@ -1,6 +1,6 @@
 """A custom source format: int8 codes with one scale for each row.
 
-``w = code * scale``: ``{layer}.weight`` is I8 ``[out, in]``, ``{layer}.scale`` F16 or BF16 ``[out]``.
+``w = code * scale``: ``X.weight`` is I8 ``[out, in]``, ``X.scale`` F16 or BF16 ``[out]``.
 MLX's codes are unsigned, so each becomes ``code + 128`` with ``bias = -128 * scale``: exact.
 """
 
