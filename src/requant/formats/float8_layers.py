@@ -11,12 +11,7 @@ from requant.core.reasons import Reason, ReasonCode
 from requant.formats.base import DefaultPolicy, SourceLayer
 from requant.formats.stacks import Experts, are_transposed
 from requant.formats.tensor_sorter import TensorSorter, UnsupportedLayerError
-from requant.packings.floats import (
-    MXFP8,
-    Float8,
-    MxBlocks,
-    exponent_bytes,
-)
+from requant.packings.floats import MXFP8, Float8, MxBlocks, exponent_bytes
 
 # mx.load gives E4M3 as plain bytes.
 FLOAT8 = ("F8_E4M3", "F8_E4M3FNUZ", "U8")

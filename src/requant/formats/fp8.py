@@ -10,11 +10,7 @@ from math import prod
 
 from requant.checkpoints.checkpoint import Checkpoint, SourceTensor
 from requant.formats.base import SourceLayer, SourceLayout
-from requant.formats.float8_layers import (
-    EXPONENTS,
-    FLOAT8,
-    float8_stack,
-)
+from requant.formats.float8_layers import EXPONENTS, FLOAT8, float8_stack
 from requant.formats.layer_names import layer_names
 from requant.formats.quantization_block import QuantizationBlock, find_quantization_block
 from requant.formats.tensor_sorter import TensorSorter, UnsupportedLayerError

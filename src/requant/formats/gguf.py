@@ -20,15 +20,7 @@ from requant.errors import InvariantError, Problem
 from requant.formats.base import DefaultPolicy, SourceLayer, SourceLayout, dense_layer
 from requant.kernels import cast as values
 from requant.kernels.gguf import TYPES, BlockType, values_into, words_into
-from requant.packings.base import (
-    DTYPE_NAME,
-    Exactness,
-    Fidelity,
-    Packing,
-    Parts,
-    Rect,
-    Scratch,
-)
+from requant.packings.base import DTYPE_NAME, Exactness, Fidelity, Packing, Parts, Rect, Scratch
 from requant.quantization.config import Quantization, QuantMode
 from requant.text import pluralize_are
 

@@ -181,10 +181,7 @@ def _logical_shape(path: str, weight: TensorInfo, quantization: Quantization) ->
 
 
 def _wrong_scales(
-    path: str,
-    parts: Mapping[str, SourceTensor],
-    shape: tuple[int, ...],
-    quantization: Quantization,
+    path: str, parts: Mapping[str, SourceTensor], shape: tuple[int, ...], quantization: Quantization
 ) -> Iterator[Problem]:
     """What is wrong with the scales and biases of a layer of this shape."""
     mode, affine = quantization.mode, quantization.mode is QuantMode.AFFINE
@@ -203,10 +200,7 @@ def _wrong_scales(
 
 
 def _wrong_global_scale(
-    path: str,
-    parts: Mapping[str, SourceTensor],
-    shape: tuple[int, ...],
-    quantization: Quantization,
+    path: str, parts: Mapping[str, SourceTensor], shape: tuple[int, ...], quantization: Quantization
 ) -> Iterator[Problem]:
     """What is wrong with ``global_scale``, which nvfp4 may have: one number, or one an expert."""
     if "global_scale" not in parts:

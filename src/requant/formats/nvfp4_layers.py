@@ -14,13 +14,7 @@ from requant.core.reasons import Note, NoteCode, Reason, ReasonCode
 from requant.formats.base import RowRange, SourceLayer, fallback_for
 from requant.formats.matrix_scales import MatrixScale, scale_of_each_matrix
 from requant.formats.tensor_sorter import TensorSorter, UnsupportedLayerError
-from requant.packings.floats import (
-    NVFP4,
-    GlobalScales,
-    NvBlocks,
-    apply_tensor_scale,
-    fold_e4m3,
-)
+from requant.packings.floats import NVFP4, GlobalScales, NvBlocks, apply_tensor_scale, fold_e4m3
 from requant.text import format_value
 
 _STORED = "nvfp4 with a tensor scale"

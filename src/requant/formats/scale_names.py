@@ -66,12 +66,7 @@ _WORDS: Final = {
     "weight_format": Role.OTHER,
 }
 # Words that mean nothing unless "weight" comes before them.
-_OF_WEIGHTS: Final = {
-    "shift": Role.ZERO,
-    "zp": Role.ZERO,
-    "amax": Role.SCALE,
-    "shape": Role.OTHER,
-}
+_OF_WEIGHTS: Final = {"shift": Role.ZERO, "zp": Role.ZERO, "amax": Role.SCALE, "shape": Role.OTHER}
 # Words that parameters of dense models bear too: RMSNorm's scale, CLIP's logit_scale.
 _COMMON: Final = frozenset({"scale", "scales", "zero", "zeros", "biases"})
 _LONGEST_FIRST: Final = tuple(sorted(_WORDS | _OF_WEIGHTS, key=len, reverse=True))

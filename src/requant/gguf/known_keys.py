@@ -111,10 +111,7 @@ _OWN: Mapping[str, Mapping[str, Sequence[float | bool]]] = {
     "mixtral": {"expert_gating_func": (_SOFTMAX,), "expert_weights_norm": (True,)},
     "qwen2_moe": {"expert_gating_func": (_SOFTMAX,), "expert_weights_norm": (False,)},
     "qwen3_moe": {"expert_gating_func": (_SOFTMAX,)},
-    "gpt_oss": {
-        "expert_gating_func": (_SOFTMAX_OF_CHOSEN,),
-        "expert_weights_norm": (True, False),
-    },
+    "gpt_oss": {"expert_gating_func": (_SOFTMAX_OF_CHOSEN,), "expert_weights_norm": (True, False)},
 }
 _WITHOUT_EXPERTS: Mapping[str, Sequence[float | bool]] = {"expert_weights_norm": (False,)}
 _OF_SCALINGS = {  # without these scalings of positions

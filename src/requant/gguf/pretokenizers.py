@@ -61,10 +61,7 @@ class PreTokenizer:
 
 _GPT_2 = PreTokenizer(then_gpt_2=True)
 _RULES = (
-    (
-        _GPT_2,
-        "gpt-2 phi-2 mpt olmo jais trillion granite-docling gigachat exaone4 a.x-4.0 mellum",
-    ),
+    (_GPT_2, "gpt-2 phi-2 mpt olmo jais trillion granite-docling gigachat exaone4 a.x-4.0 mellum"),
     (
         PreTokenizer((_DIGIT,), then_gpt_2=True),
         "smollm starcoder refact command-r codeshell exaone minerva-7b mellum2",

@@ -32,12 +32,7 @@ from requant.gguf.metadata import Metadata
 from requant.gguf.model_config import make_config
 from requant.gguf.naming import Naming
 from requant.gguf.settings import Settings
-from requant.gguf.tokenizer import (
-    Files,
-    guessed_splitting,
-    missing_templates,
-    tokenizer_files,
-)
+from requant.gguf.tokenizer import Files, guessed_splitting, missing_templates, tokenizer_files
 from requant.text import format_value, join_first
 
 _MMPROJ = "a vision or audio part for llama.cpp (mmproj), which is not a language model"
@@ -52,9 +47,7 @@ _OTHER_KINDS = {  # general.type -> what it is
 
 
 def read_gguf(
-    source: Path,
-    config_from: Path | None = None,
-    fetch: Callable[[FileRange], bytes] | None = None,
+    source: Path, config_from: Path | None = None, fetch: Callable[[FileRange], bytes] | None = None
 ) -> Checkpoint:
     """Read a GGUF model up to its data.
 
@@ -246,10 +239,7 @@ class _Reading:
     # -- config and tokenizer --------------------------------------------------------------
 
     def _config_and_files(
-        self,
-        table: Mapping[str, tuple[str, TableEntry]],
-        family: Architecture | None,
-        dtype: str,
+        self, table: Mapping[str, tuple[str, TableEntry]], family: Architecture | None, dtype: str
     ) -> tuple[dict[str, Any], Files]:
         if self.config_from is not None:
             return self._taken(self.config_from)

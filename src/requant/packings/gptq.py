@@ -27,15 +27,7 @@ from requant.packings.base import (
 from requant.quantization.config import Quantization
 
 # Widths of the planes of a block of 32 codes, lowest bits first.
-PLANES = {
-    2: (2,),
-    3: (2, 1),
-    4: (4,),
-    5: (4, 1),
-    6: (4, 2),
-    7: (4, 2, 1),
-    8: (8,),
-}
+PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
 _MLX_STREAM = (2, 3, 4, 5, 6, 8)
 
 

@@ -86,11 +86,7 @@ def _rounds(tensors: Mapping[str, SourceTensor]) -> int:
 
 
 def _check_shapes(
-    path: str,
-    tensors: Mapping[str, SourceTensor],
-    krot: int,
-    n_in: int,
-    problems: list[Problem],
+    path: str, tensors: Mapping[str, SourceTensor], krot: int, n_in: int, problems: list[Problem]
 ) -> None:
     """Hold what there is of a rotation against its ``krot`` rounds of ``n_in`` inputs."""
     expected = {

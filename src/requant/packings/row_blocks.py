@@ -34,10 +34,7 @@ def block_cuts(
     if first == last:
         return {role: Rect((inner, end), (0, width))}
     if last == first + 1 and end <= inner:
-        return {
-            role: Rect((inner, block), (0, width)),
-            f"{role}{NEXT}": Rect((0, end), (0, width)),
-        }
+        return {role: Rect((inner, block), (0, width)), f"{role}{NEXT}": Rect((0, end), (0, width))}
     return {role: Rect((0, block), (0, width))}
 
 
