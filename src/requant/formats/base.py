@@ -15,6 +15,9 @@ from requant.errors import Problem
 from requant.packings.base import Packing
 from requant.quantization.config import PerLayerQuantization, Quantization
 
+Tensors = Mapping[str, SourceTensor]
+"""Role or name -> stored tensor."""
+
 
 class NoReading(Problem):
     """A layer that no other reader may take: of a kind that none knows, or known to lack a part."""
@@ -116,7 +119,7 @@ class SourceLayer:
     """
 
     path: str
-    parts: Mapping[str, SourceTensor]
+    parts: Tensors
     encoding: Quantization | None
     shape: tuple[int, ...]
     dtype: str
@@ -125,7 +128,7 @@ class SourceLayer:
     policy: DefaultPolicy = DefaultPolicy()
     row_order: RowOrder | None = None
     row_ranges: tuple[RowRange, ...] = ()
-    rotation_tensors: Mapping[str, SourceTensor] = field(default_factory=dict)
+    rotation_tensors: Tensors = field(default_factory=dict)
     name: str = ""
     global_scale: tuple[RowRange, ...] = ()
     as_named: SourceLayer | None = None

@@ -76,37 +76,37 @@ class _Reader:
     """Reads one checkpoint and collects what is wrong with it."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint, self.tensor_sorter = checkpoint, TensorSorter.by_role(checkpoint)
-        self.config = CtConfig(find_quantization_block(checkpoint), self.tensor_sorter.problems)
+        self.checkpoint, self.sorter = checkpoint, TensorSorter.by_role(checkpoint)
+        self.config = CtConfig(find_quantization_block(checkpoint), self.sorter.problems)
 
     def read(self) -> SourceLayout:
-        tensor_sorter = self.tensor_sorter
+        sorter = self.sorter
         for path, parts in self._parts().items():
-            before = len(tensor_sorter.problems)
+            before = len(sorter.problems)
             try:
                 layer = self._stack(path, parts)
             except UnsupportedLayerError as rejected:
                 layer = None
-                tensor_sorter.problems.append(rejected.problem)
-            if layer is None or len(tensor_sorter.problems) > before:
-                tensor_sorter.claim([part.name for part in parts.values()], path)
+                sorter.problems.append(rejected.problem)
+            if layer is None or len(sorter.problems) > before:
+                sorter.claim([part.name for part in parts.values()], path)
                 continue
             unused = [part for part in parts.values() if part not in layer.parts.values()]
-            tensor_sorter.add(layer, unused)
-        tensor_sorter.drop_runtime_scales()
+            sorter.add(layer, unused)
+        sorter.drop_runtime_scales()
         self._check_loose()
-        if not tensor_sorter.quantized:
-            tensor_sorter.no_layer(
+        if not sorter.quantized:
+            sorter.no_layer(
                 self.config.where,
                 "says compressed-tensors, but no layer has a weight_packed or a weight_scale: if "
                 "the weights are dense, remove the block",
             )
-        return tensor_sorter.layout()
+        return sorter.layout()
 
     def _parts(self) -> dict[str, _Parts]:
         """Layer path -> role -> tensor, for each layer with codes or a scale."""
         found: dict[str, _Parts] = {}
-        for name, tensor in self.tensor_sorter.parts.items():
+        for name, tensor in self.sorter.parts.items():
             path, _, role = name.rpartition(".")
             if role in _ROLES:
                 found.setdefault(path, {})[role] = tensor
@@ -114,19 +114,17 @@ class _Reader:
 
     def _check_loose(self) -> None:
         """What belongs to no layer must make sense alone."""
-        tensor_sorter = self.tensor_sorter
-        for tensor in tensor_sorter.left:
+        sorter = self.sorter
+        for tensor in sorter.left:
             role = tensor.name.rpartition(".")[2]
             if role in _SPARSE:
-                tensor_sorter.problem(
-                    tensor.name, f"is a part of {_SPARSE[role]}, which is not read"
-                )
+                sorter.problem(tensor.name, f"is a part of {_SPARSE[role]}, which is not read")
         named = [
             path
             for path, scheme in self.config.named()
             if scheme.bits and self.config.ignored(path) is None
         ]
-        tensor_sorter.note_dense(f"{self.config.where}.config_groups", named)
+        sorter.note_dense(f"{self.config.where}.config_groups", named)
 
     # -- one layer -----------------------------------------------------------------------
 
@@ -182,7 +180,7 @@ class _Reader:
         return None
 
     def _report(self, where: str, message: str) -> None:
-        self.tensor_sorter.problem(where, message)
+        self.sorter.problem(where, message)
 
     # -- integers ------------------------------------------------------------------------
 
@@ -308,7 +306,7 @@ class _Reader:
         tool = f"compressed-tensors {kind}"
         words = "a scale a row" if packing.scale_rows == 1 else "a scale a tensor"
         layer = integer_layer(
-            self.tensor_sorter, path, used, shape=shape, packing=packing, tool=tool, scales=words
+            self.sorter, path, used, shape=shape, packing=packing, tool=tool, scales=words
         )
         if not isinstance(packing, CtActOrder):
             return layer
@@ -437,10 +435,10 @@ class _Reader:
     def _float8(
         self, path: str, weight: SourceTensor, scale: SourceTensor, scheme: Scheme
     ) -> SourceLayer:
-        dtype = scale_dtype(scale.info.dtype, self.tensor_sorter.dtype)
-        transposed = self.tensor_sorter.orientation.is_transposed(path, weight.info.shape)
+        dtype = scale_dtype(scale.info.dtype, self.sorter.dtype)
+        transposed = self.sorter.orientation.is_transposed(path, weight.info.shape)
         return float8_stack(
-            self.tensor_sorter,
+            self.sorter,
             path,
             weight,
             scale=scale,
@@ -460,7 +458,7 @@ class _Reader:
             if scale.info.dtype in _BYTES and groups * 8 == nbytes and groups:
                 return nvfp4_layer(
                     self.checkpoint,
-                    self.tensor_sorter,
+                    self.sorter,
                     path,
                     weight=packed,
                     scale=scale,
@@ -469,10 +467,10 @@ class _Reader:
                 )
         elif scale.info.dtype in _BYTES and groups * 8 == nbytes and groups:
             missing = "weight_global_scale that divides them"
-            return nvfp4_without_tensor_scale(self.tensor_sorter, path, packed, scale, missing)
+            return nvfp4_without_tensor_scale(self.sorter, path, packed, scale, missing)
         elif scale.info.dtype in EXPONENTS and groups:
             names = {"weight": packed, "scale": scale}
-            dtype = self.tensor_sorter.dtype
+            dtype = self.sorter.dtype
             shape = (*leading, n_out, groups * 32)
             if groups * 16 == nbytes:
                 four = MxBlocks(rows, groups * 32, n_out, 4, nbytes)

@@ -96,7 +96,7 @@ def float8_layer(
 
 
 def float8_stack(
-    tensor_sorter: TensorSorter,
+    sorter: TensorSorter,
     path: str,
     weight: SourceTensor,
     scale: SourceTensor,
@@ -108,7 +108,7 @@ def float8_stack(
     """Describe an FP8 layer, or a stack of them, by the shapes of its weight and scale.
 
     Args:
-        tensor_sorter: Of the checkpoint.
+        sorter: Of the checkpoint.
         path: Layer path.
         weight: FP8 ``(..., out, in)``, or a stack ``(experts, in, out)``.
         scale: What ``tile_of`` takes; of a transposed stack the same with its axes exchanged, or
@@ -133,11 +133,9 @@ def float8_stack(
         )
     tile = None if transposed and len(shape) == 3 else tile_of(shape, scale.info.shape, block)
     if tile is not None:
-        return float8_layer(
-            tensor_sorter.checkpoint, path, weight, scale=scale, tile=tile, dtype=dtype
-        )
+        return float8_layer(sorter.checkpoint, path, weight, scale=scale, tile=tile, dtype=dtype)
     if are_transposed(weight.info, scale.info) or (transposed and len(shape) == 3):
-        return _transposed_stack(tensor_sorter, path, weight, scale=scale, block=block, dtype=dtype)
+        return _transposed_stack(sorter, path, weight, scale=scale, block=block, dtype=dtype)
     raise UnsupportedLayerError(scale.name, _no_tiling(weight, scale, block))
 
 
@@ -150,7 +148,7 @@ def _no_tiling(weight: SourceTensor, scale: SourceTensor, block: tuple[int, int]
 
 
 def _transposed_stack(
-    tensor_sorter: TensorSorter,
+    sorter: TensorSorter,
     path: str,
     weight: SourceTensor,
     scale: SourceTensor,
@@ -171,7 +169,7 @@ def _transposed_stack(
         message = f"{scale.info}, expected {expected} for {weight.info}"
         raise UnsupportedLayerError(scale.name, f"{message}, stored as [experts, in, out]")
     layer = float8_layer(
-        tensor_sorter.checkpoint, path, one["weight"], scale=one["scale"], tile=tile, dtype=dtype
+        sorter.checkpoint, path, one["weight"], scale=one["scale"], tile=tile, dtype=dtype
     )
     made = experts.stack(layer)
     if path != weight.name:

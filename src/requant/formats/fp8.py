@@ -5,11 +5,11 @@ Value: ``w = e4m3 * scale``; what DeepSeek calls ``weight_scale_inv`` is that fa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from math import prod
 
 from requant.checkpoints.checkpoint import Checkpoint, SourceTensor
-from requant.formats.base import SourceLayer, SourceLayout
+from requant.formats.base import SourceLayer, SourceLayout, Tensors
 from requant.formats.float8_layers import EXPONENTS, FLOAT8, float8_stack
 from requant.formats.layer_names import layer_names
 from requant.formats.quantization_block import QuantizationBlock, find_quantization_block
@@ -47,26 +47,24 @@ class Fp8:
     def read(self, checkpoint: Checkpoint) -> SourceLayout:
         """Pair each FP8 weight with its scales; everything else is dense."""
         found = find_quantization_block(checkpoint)
-        tensor_sorter = TensorSorter.by_role(checkpoint)
-        block = _block(found, tensor_sorter)
+        sorter = TensorSorter.by_role(checkpoint)
+        block = _block(found, sorter)
         fbgemm = found is not None and found.method == "fbgemm_fp8"
-        for name, tensor in tensor_sorter.parts.items():
+        for name, tensor in sorter.parts.items():
             path = _path(name)
-            scale = (
-                tensor_sorter.parts.get(f"{path}.{_SCALE}") if name.endswith(".weight") else None
-            )
+            scale = sorter.parts.get(f"{path}.{_SCALE}") if name.endswith(".weight") else None
             if scale is not None and tensor.info.dtype in (*FLOAT8, "I8"):
                 parts = {"weight": tensor, "weight_scale": scale}
-                tensor_sorter.make(path, parts, _maker(tensor_sorter, block, fbgemm))
-        tensor_sorter.drop_runtime_scales()
-        return tensor_sorter.layout()
+                sorter.make(path, parts, _maker(sorter, block, fbgemm))
+        sorter.drop_runtime_scales()
+        return sorter.layout()
 
 
 def _path(name: str) -> str:
     return name.removesuffix(".weight")
 
 
-def _block(found: QuantizationBlock | None, tensor_sorter: TensorSorter) -> tuple[int, int] | None:
+def _block(found: QuantizationBlock | None, sorter: TensorSorter) -> tuple[int, int] | None:
     """``weight_block_size``, checked."""
     block = None if found is None else found.get("weight_block_size")
     if block is None or found is None:
@@ -76,33 +74,31 @@ def _block(found: QuantizationBlock | None, tensor_sorter: TensorSorter) -> tupl
         if all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in block):
             return high, wide
     where = f"{found.where}.weight_block_size"
-    tensor_sorter.problem(
-        where, f"is {format_value(block)}, expected two whole numbers, rows and columns"
-    )
+    sorter.problem(where, f"is {format_value(block)}, expected two whole numbers, rows and columns")
     return None
 
 
 def _maker(
-    tensor_sorter: TensorSorter, block: tuple[int, int] | None, fbgemm: bool
-) -> Callable[[str, Mapping[str, SourceTensor]], SourceLayer]:
+    sorter: TensorSorter, block: tuple[int, int] | None, fbgemm: bool
+) -> Callable[[str, Tensors], SourceLayer]:
     """What makes one layer, if its tensors fit each other."""
 
-    def make(path: str, parts: Mapping[str, SourceTensor]) -> SourceLayer:
+    def make(path: str, parts: Tensors) -> SourceLayer:
         weight, scale = parts["weight"], parts["weight_scale"]
         shape = weight.info.shape
         if len(shape) < 2 or 0 in shape:
             expected = "expected a matrix or a stack of matrices"
             raise UnsupportedLayerError(weight.name, f"{weight.info}, {expected}")
         if weight.info.dtype not in FLOAT8 or _is_fp4(weight, scale):
-            return _fp4_layer(tensor_sorter, path, weight, scale)
-        transposed = fbgemm or tensor_sorter.orientation.is_transposed(path, shape)
+            return _fp4_layer(sorter, path, weight, scale)
+        transposed = fbgemm or sorter.orientation.is_transposed(path, shape)
         return float8_stack(
-            tensor_sorter,
+            sorter,
             path,
             weight,
             scale=scale,
             block=block,
-            dtype=tensor_sorter.dtype,
+            dtype=sorter.dtype,
             transposed=transposed,
         )
 
@@ -117,7 +113,7 @@ def _is_fp4(weight: SourceTensor, scale: SourceTensor) -> bool:
 
 
 def _fp4_layer(
-    tensor_sorter: TensorSorter, path: str, weight: SourceTensor, scale: SourceTensor
+    sorter: TensorSorter, path: str, weight: SourceTensor, scale: SourceTensor
 ) -> SourceLayer:
     """DeepSeek V4's experts: two E2M1 elements in a byte that the header calls int8."""
     *leading, n_out, nbytes = weight.info.shape
@@ -138,7 +134,7 @@ def _fp4_layer(
         parts=parts,
         encoding=packing.encoding,
         shape=shape,
-        dtype=tensor_sorter.dtype,
+        dtype=sorter.dtype,
         packing=packing,
         stored_description="mxfp4",
     )

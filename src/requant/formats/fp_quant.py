@@ -6,7 +6,6 @@ rotation is the identity are read: what undoes another depends on the runtime's 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -14,11 +13,11 @@ import numpy as np
 
 from requant.checkpoints.checkpoint import Checkpoint, SourceTensor
 from requant.core.reasons import Reason, ReasonCode
-from requant.formats.base import SourceLayer, SourceLayout, fallback_for
+from requant.formats.base import SourceLayer, SourceLayout, Tensors, fallback_for
 from requant.formats.nvfp4_layers import nvfp4_layer
 from requant.formats.quantization_block import QuantizationBlock, find_quantization_block
 from requant.formats.tensor_sorter import TensorSorter, UnsupportedLayerError
-from requant.packings.base import Packing, Parts, Rect, Scratch
+from requant.packings.base import Array, Packing, Parts, Rect, Scratch
 from requant.packings.floats import MxBlocks
 from requant.text import format_value
 
@@ -27,7 +26,6 @@ _MATRICES: Final = ("forward_hadamard_matrix", "backward_hadamard_matrix")
 _FLOATS: Final = ("F32", "BF16", "F16")
 _GROUPS: Final = {"mxfp4": 32, "nvfp4": 16}
 _LARGEST_ROTATION: Final = 1024
-_Tensors = Mapping[str, SourceTensor]
 
 
 @dataclass(frozen=True)
@@ -45,9 +43,7 @@ class Divided(Packing):
     def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
         return {**self.layer.required_rects(start, stop), "divisor": Rect((0, 1), (0, 1))}
 
-    def decode(
-        self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch
-    ) -> None:
+    def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         """The layer's values in float32, divided, rounded once more."""
         values = scratch.take("undivided", "F32", stop - start, 4 * self.columns)
         self.layer.decode(parts, start, stop, values, scratch)
@@ -74,44 +70,42 @@ class FpQuant:
 
     def read(self, checkpoint: Checkpoint) -> SourceLayout:
         """Describe each layer that has codes; everything else is dense."""
-        tensor_sorter, block = TensorSorter(checkpoint), find_quantization_block(checkpoint)
+        sorter, block = TensorSorter(checkpoint), find_quantization_block(checkpoint)
         assert block is not None
-        for path, tensors in _tensors(tensor_sorter).items():
-            tensor_sorter.make(path, tensors, lambda p, t: _layer(tensor_sorter, block, p, t))
-        for tensor in tensor_sorter.left:
+        for path, tensors in _tensors(sorter).items():
+            sorter.make(path, tensors, lambda p, t: _layer(sorter, block, p, t))
+        for tensor in sorter.left:
             path, _, role = tensor.name.rpartition(".")
             if role == "act_global_scale":
-                tensor_sorter.drop(
-                    tensor.name, "a scale of activations, which MLX does not quantize"
-                )
+                sorter.drop(tensor.name, "a scale of activations, which MLX does not quantize")
             elif role in _MATRICES:
-                tensor_sorter.drop(tensor.name, "the identity, which changes nothing")
+                sorter.drop(tensor.name, "the identity, which changes nothing")
             elif role == "dqweight":
                 message = "holds values of a rotated weight (pseudoquantization), which is not read"
-                tensor_sorter.problem(tensor.name, message)
-        if not tensor_sorter.quantized:
-            tensor_sorter.no_layer(
+                sorter.problem(tensor.name, message)
+        if not sorter.quantized:
+            sorter.no_layer(
                 block.where,
                 "says fp_quant, but no tensor is a qweight: if the weights are dense, remove the "
                 "block",
             )
-        return tensor_sorter.layout()
+        return sorter.layout()
 
 
-def _tensors(tensor_sorter: TensorSorter) -> dict[str, dict[str, SourceTensor]]:
+def _tensors(sorter: TensorSorter) -> dict[str, dict[str, SourceTensor]]:
     """Layer path -> role -> tensor, for each layer with codes."""
     found: dict[str, dict[str, SourceTensor]] = {}
-    for name in tensor_sorter.tensors:
+    for name in sorter.tensors:
         path = name.removesuffix(".qweight")
         if path != name:
             roles = (*_CODES, *_MATRICES)
-            tensors = {role: tensor_sorter.tensors.get(f"{path}.{role}") for role in roles}
+            tensors = {role: sorter.tensors.get(f"{path}.{role}") for role in roles}
             found[path] = {role: tensor for role, tensor in tensors.items() if tensor is not None}
     return found
 
 
 def _check_rotation(
-    tensor_sorter: TensorSorter, block: QuantizationBlock, path: str, tensors: _Tensors
+    sorter: TensorSorter, block: QuantizationBlock, path: str, tensors: Tensors
 ) -> None:
     """A rotation must be the identity: by its matrix, or by the config where none is stored."""
     kind = block.word("transform_init", "hadamard")
@@ -129,7 +123,7 @@ def _check_rotation(
             raise UnsupportedLayerError(
                 matrix.name, f"{matrix.info}, expected a square matrix of floats"
             )
-        stored = tensor_sorter.checkpoint.read_small_tensor(matrix.name).astype(np.float64)
+        stored = sorter.checkpoint.read_small_tensor(matrix.name).astype(np.float64)
         if not np.array_equal(stored, np.eye(matrix.info.shape[0])):
             raise UnsupportedLayerError(
                 matrix.name,
@@ -140,7 +134,7 @@ def _check_rotation(
 
 
 def _layer(
-    tensor_sorter: TensorSorter, block: QuantizationBlock, path: str, tensors: _Tensors
+    sorter: TensorSorter, block: QuantizationBlock, path: str, tensors: Tensors
 ) -> SourceLayer | None:
     """One layer.
 
@@ -152,7 +146,7 @@ def _layer(
         raise UnsupportedLayerError(
             f"{block.where}.forward_dtype", f"is {dtype!r}; read are mxfp4 and nvfp4"
         )
-    _check_rotation(tensor_sorter, block, path, tensors)
+    _check_rotation(sorter, block, path, tensors)
     weight, scale, divisor = (tensors.get(role) for role in _CODES)
     assert weight is not None
     if scale is None or divisor is None:
@@ -169,15 +163,15 @@ def _layer(
         raise UnsupportedLayerError(divisor.name, f"{divisor.info}, expected one float")
     if dtype == "nvfp4":
         return nvfp4_layer(
-            tensor_sorter.checkpoint,
-            tensor_sorter,
+            sorter.checkpoint,
+            sorter,
             path,
             weight=weight,
             scale=scale,
             tensor_scale=divisor,
             divides=True,
         )
-    number = float(tensor_sorter.checkpoint.read_small_tensor(divisor.name).reshape(-1)[0])
+    number = float(sorter.checkpoint.read_small_tensor(divisor.name).reshape(-1)[0])
     if not 0 < number < float("inf"):
         raise UnsupportedLayerError(
             divisor.name, f"holds {format_value(number)}, expected a finite number above 0"
@@ -189,12 +183,12 @@ def _layer(
         parts=parts,
         encoding=packing.encoding,
         shape=(rows, 2 * nbytes),
-        dtype=tensor_sorter.dtype,
+        dtype=sorter.dtype,
         packing=packing,
         stored_description="mxfp4",
     )
     if number == 1:
-        tensor_sorter.drop(divisor.name, "is 1, which changes nothing")
+        sorter.drop(divisor.name, "is 1, which changes nothing")
         return layer
     return replace(
         layer,

@@ -5,7 +5,6 @@ Which block types are which, and what a move costs, is docs/formats/gguf.md.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import ClassVar
@@ -17,10 +16,20 @@ from requant.checkpoints.gguf_tensors import GgufModel, GgufTensor
 from requant.core.dtypes import FLOATS
 from requant.core.reasons import Reason, ReasonCode
 from requant.errors import InvariantError, Problem
-from requant.formats.base import DefaultPolicy, SourceLayer, SourceLayout, dense_layer
+from requant.formats.base import DefaultPolicy, SourceLayer, SourceLayout, Tensors, dense_layer
 from requant.kernels import cast as values
 from requant.kernels.gguf import TYPES, BlockType, values_into, words_into
-from requant.packings.base import DTYPE_NAME, Exactness, Fidelity, Packing, Parts, Rect, Scratch
+from requant.packings.base import (
+    DTYPE_NAME,
+    Array,
+    Exactness,
+    Fidelity,
+    Packing,
+    Parts,
+    Rect,
+    Scratch,
+    Triple,
+)
 from requant.quantization.config import Quantization, QuantMode
 from requant.text import pluralize_are
 
@@ -31,7 +40,7 @@ _FALLBACK = Quantization.affine(32, 8)
 _NAN_EXPONENT, _ZERO_SCALE, _SIGN = 255, 0x7F, 0x80
 
 
-def _by_head(rows: np.ndarray, heads: int) -> np.ndarray:
+def _by_head(rows: Array, heads: int) -> Array:
     """Rows of heads in Hugging Face's order.
 
     llama.cpp turns neighbouring rows of a head together, Hugging Face row ``i`` with row
@@ -84,7 +93,7 @@ class _GgufRows(Packing):
     def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
         return {"weight": Rect((start, stop), (0, self.width))}
 
-    def stored(self, parts: Parts) -> np.ndarray:
+    def stored(self, parts: Parts) -> Array:
         """The rows as they are stored, in the output's order."""
         rows = parts["weight"]
         return rows if self.head == 1 else _by_head(rows, rows.shape[0] // self.head)
@@ -98,9 +107,7 @@ class GgufValues(_GgufRows):
 
     shift: bool = False
 
-    def decode(
-        self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch
-    ) -> None:
+    def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         """The values, less one where ``shift`` says so (in float32), rounded once."""
         stored = self.stored(parts)
         if self.shift:
@@ -124,9 +131,7 @@ class GgufScaledValues(GgufValues):
         scale = _scale_cut(self.tensor_scales, start // self.matrix)
         return super().required_rects(start, stop) | {"tensor_scale": scale}
 
-    def decode(
-        self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch
-    ) -> None:
+    def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         """The products in float32, rounded once."""
         wide = self.stored(parts).astype(np.float32)
         with np.errstate(over="ignore", invalid="ignore"):
@@ -146,7 +151,7 @@ class GgufVector(GgufValues):
 
     heads: int = 0
 
-    def stored(self, parts: Parts) -> np.ndarray:
+    def stored(self, parts: Parts) -> Array:
         row = parts["weight"]
         return _by_head(row.reshape(-1, 1), self.heads).reshape(row.shape) if self.heads else row
 
@@ -174,17 +179,13 @@ class GgufBlocks(_GgufRows):
             cuts["tensor_scale"] = _scale_cut(self.tensor_scales, start // self.matrix)
         return cuts
 
-    def repack(
-        self, parts: Parts, start: int, stop: int, out: Mapping[str, np.ndarray], scratch: Scratch
-    ) -> None:
+    def repack(self, parts: Parts, start: int, stop: int, out: Triple, scratch: Scratch) -> None:
         """Codes bit for bit; scales and biases rounded at most once."""
         words_into(self.kind, self.stored(parts), out["weight"], out["scales"], out.get("biases"))
         if "biases" not in out:
             _check_scales(self.kind, out["scales"])
 
-    def decode(
-        self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch
-    ) -> None:
+    def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         """Values in float32, as llama.cpp computes them; rounded once."""
         if not self.tensor_scales:
             values_into(self.kind, self.stored(parts), out)
@@ -217,7 +218,7 @@ class GgufDenseBlocks(GgufBlocks):
     holds_codes: ClassVar[bool] = False
 
 
-def _check_scales(kind: BlockType, scales: np.ndarray) -> None:
+def _check_scales(kind: BlockType, scales: Array) -> None:
     """Bring scale bytes that the two sides read differently into line, or reject them.
 
     Raises:
@@ -343,9 +344,7 @@ def _scales(
     return bool((checkpoint.read_small_tensor(scale.name) != 1).any())
 
 
-def _plain(
-    parts: Mapping[str, SourceTensor], stored: GgufTensor, dtype: str, scales: int
-) -> SourceLayer:
+def _plain(parts: Tensors, stored: GgufTensor, dtype: str, scales: int) -> SourceLayer:
     """A tensor of numbers; floats take the dtype of the model."""
     tensor = parts["weight"]
     layer = dense_layer(tensor)

@@ -16,6 +16,7 @@ from requant.formats.base import (
     DefaultPolicy,
     SourceLayer,
     SourceLayout,
+    Tensors,
     dense_layer,
     fallback_for,
     scale_dtype,
@@ -165,7 +166,7 @@ class _Reader:
         elif role in ("lora_A", "lora_B") or "lora_A." in name or "lora_B." in name:
             self._report(name, "is an adapter next to the weights; merge it into the model first")
 
-    def _layer(self, path: str, parts: Mapping[str, SourceTensor]) -> SourceLayer | None:
+    def _layer(self, path: str, parts: Tensors) -> SourceLayer | None:
         """One packed layer, or None with its problems reported."""
         before = len(self.problems)
         # One that was never filled: some loaders leave it so.
@@ -207,9 +208,7 @@ class _Reader:
             rotation_tensors=rotation_tensors,
         )
 
-    def _stack(
-        self, path: str, parts: Mapping[str, SourceTensor], count: int
-    ) -> SourceLayer | None:
+    def _stack(self, path: str, parts: Tensors, count: int) -> SourceLayer | None:
         """A stack of experts, each packed as a layer of its own."""
         transposed = next((parts[role] for role in ROTATION if role in parts), None)
         if transposed is not None:
@@ -226,7 +225,7 @@ class _Reader:
         return None if layer is None else self.names.called(experts.stack(layer))
 
     def _rotated(
-        self, path: str, packing: IntegerPacking, rotation_tensors: Mapping[str, SourceTensor]
+        self, path: str, packing: IntegerPacking, rotation_tensors: Tensors
     ) -> RotatedGemm | None:
         """The same codes with a rotation of their inputs."""
         if self.name != "paroquant" or not isinstance(packing, AwqGemm):

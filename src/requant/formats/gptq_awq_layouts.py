@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from requant.checkpoints.checkpoint import Checkpoint, SourceTensor
+from requant.checkpoints.checkpoint import Checkpoint
 from requant.core.dtypes import FLOATS, TensorInfo
 from requant.errors import Problem
-from requant.formats.base import NoReading
+from requant.formats.base import NoReading, Tensors
 from requant.formats.gptq_awq_config import Convention
 from requant.formats.gptq_awq_rules import LayerRule
 from requant.formats.integer_layers import groups_of
@@ -41,7 +41,7 @@ class Layouts:
         self.name, self.checkpoint, self.found = name, checkpoint, block
         self.convention, self.problems = convention, problems
         self.disputed = 0
-        self._stored: Mapping[str, SourceTensor] = {}  # the parts of the layer at hand
+        self._stored: Tensors = {}  # the parts of the layer at hand
 
     def _report(self, where: str, message: str) -> None:
         self.problems.append(Problem(where, message))
@@ -50,9 +50,7 @@ class Layouts:
         """What the file calls a part of the layer at hand; a stack's parts have other names."""
         return self._stored[role].name if role in self._stored else f"{path}.{role}"
 
-    def packing(
-        self, path: str, parts: Mapping[str, SourceTensor], rule: LayerRule
-    ) -> IntegerPacking | None:
+    def packing(self, path: str, parts: Tensors, rule: LayerRule) -> IntegerPacking | None:
         """The packing of one layer, or None with its problems reported."""
         self._stored = parts
         words = parts.get("qweight", parts.get("B"))
@@ -449,7 +447,7 @@ def _word_bits(info: TensorInfo) -> int:
     return 8 * TensorInfo(info.dtype, ()).nbytes
 
 
-def _layout(parts: Mapping[str, SourceTensor]) -> str:
+def _layout(parts: Tensors) -> str:
     """The layout that the shapes determine; "" for none."""
     if "B" in parts:
         return "marlin" if "s" in parts else ""

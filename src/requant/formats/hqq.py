@@ -76,37 +76,37 @@ class Hqq:
 
     def read(self, checkpoint: Checkpoint) -> SourceLayout:
         """Describe each layer that has codes; everything else is dense."""
-        tensor_sorter = TensorSorter(checkpoint)
-        params = _Params(find_quantization_block(checkpoint), tensor_sorter.problems)
+        sorter = TensorSorter(checkpoint)
+        params = _Params(find_quantization_block(checkpoint), sorter.problems)
         paths = [n.removesuffix(_SUFFIX) for n in checkpoint.tensors if n.endswith(_SUFFIX)]
         for path in paths:
-            layer = _Layer(tensor_sorter, path, params)
-            tensor_sorter.add(layer.read())
-            tensor_sorter.claim((part.name for part in layer.parts.values()), path)
+            layer = _Layer(sorter, path, params)
+            sorter.add(layer.read())
+            sorter.claim((part.name for part in layer.parts.values()), path)
             for name in layer.declared.values():
-                tensor_sorter.drop(name, _WHY)
-        _check_loose(tensor_sorter, set(paths))
+                sorter.drop(name, _WHY)
+        _check_loose(sorter, set(paths))
         if not paths:
-            tensor_sorter.no_layer(
+            sorter.no_layer(
                 params.where,
                 "says quant_method hqq, but no tensor ends in .W_q: if the weights are dense, "
                 "remove the block",
             )
-        return tensor_sorter.layout()
+        return sorter.layout()
 
 
-def _check_loose(tensor_sorter: TensorSorter, paths: set[str]) -> None:
+def _check_loose(sorter: TensorSorter, paths: set[str]) -> None:
     """What belongs to a layer must have its codes next to it."""
-    for tensor in tensor_sorter.left:
+    for tensor in sorter.left:
         path, _, role = tensor.name.rpartition(".")
         if path in paths and (role in _IN_CODES or role.startswith("meta_")):
-            tensor_sorter.problem(
+            sorter.problem(
                 tensor.name,
                 "holds scales or zeros as codes (quant_scale, quant_zero of old HQQ files), which "
                 "are not read; save the model again with a current hqq",
             )
         elif role in ("nbits", "packing", "view_as_float") and path not in paths:
-            tensor_sorter.problem(tensor.name, f"{tensor.info} has no {path}.W_q next to it")
+            sorter.problem(tensor.name, f"{tensor.info} has no {path}.W_q next to it")
 
 
 class _Params:
@@ -137,9 +137,9 @@ class _Params:
 class _Layer:
     """One layer: its tensors, and what they say."""
 
-    def __init__(self, tensor_sorter: TensorSorter, path: str, params: _Params) -> None:
-        self.tensor_sorter, self.path, self.params = tensor_sorter, path, params
-        tensors = tensor_sorter.tensors
+    def __init__(self, sorter: TensorSorter, path: str, params: _Params) -> None:
+        self.sorter, self.path, self.params = sorter, path, params
+        tensors = sorter.tensors
         self.parts: dict[str, SourceTensor] = {
             role: tensors[f"{path}.{role}"]
             for role in (W_Q, *_CODES)
@@ -151,10 +151,10 @@ class _Layer:
 
     def read(self) -> SourceLayer | None:
         """The layer, or None with its problems reported."""
-        before = len(self.tensor_sorter.problems)
+        before = len(self.sorter.problems)
         self._check_parts()
         shape, axis = self._shape(), self._axis()
-        if len(self.tensor_sorter.problems) > before or shape is None:
+        if len(self.sorter.problems) > before or shape is None:
             return None
         bits, packing = self._packing()
         if bits is None or packing is None:
@@ -171,7 +171,7 @@ class _Layer:
     ) -> SourceLayer:
         """Axis 0: no mode of MLX holds its scales."""
         packed = HqqColumns(*shape, bits, group, packing, self.parts[W_Q].info.dtype)
-        dtype = scale_dtype(self.parts["scale"].info.dtype, self.tensor_sorter.dtype)
+        dtype = scale_dtype(self.parts["scale"].info.dtype, self.sorter.dtype)
         parts = self.parts | {f"{role}{NEXT}": part for role, part in self.parts.items()}
         stored = f"hqq {bits}-bit g{group} axis 0"
         reason = Reason(ReasonCode.NO_MLX_MODE, "axis 0: scales vary from input to input")
@@ -204,7 +204,7 @@ class _Layer:
         )
         parts = self.parts | {f"{W_Q}{NEXT}": self.parts[W_Q]}
         return integer_layer(
-            self.tensor_sorter,
+            self.sorter,
             self.path,
             parts,
             shape=shape,
@@ -214,18 +214,18 @@ class _Layer:
         )
 
     def _report(self, role: str, message: str) -> None:
-        self.tensor_sorter.problem(f"{self.path}.{role}" if role else self.path, message)
+        self.sorter.problem(f"{self.path}.{role}" if role else self.path, message)
 
     def _value(self, role: str) -> np.ndarray | None:
         """What a small tensor says; None if the layer has none."""
         name = self.declared.get(role)
         if name is None:
             return None
-        info = self.tensor_sorter.tensors[name].info
+        info = self.sorter.tensors[name].info
         if info.size > _MAX_SMALL_TENSOR:
             self._report(role, f"{info}, expected a few numbers that say how W_q is stored")
             return None
-        return self.tensor_sorter.checkpoint.read_small_tensor(name).reshape(-1)
+        return self.sorter.checkpoint.read_small_tensor(name).reshape(-1)
 
     def _number(self, role: str, default: Any) -> Any:
         """One number, from its tensor or else from the config."""
@@ -235,9 +235,7 @@ class _Layer:
             return default if found is None else found
         if value.size == 1:
             return value[0].item()
-        self._report(
-            role, f"{self.tensor_sorter.tensors[self.declared[role]].info}, expected one number"
-        )
+        self._report(role, f"{self.sorter.tensors[self.declared[role]].info}, expected one number")
         return default
 
     def _text(self, role: str) -> str:
@@ -245,7 +243,7 @@ class _Layer:
         if value is None:
             return ""
         if value.dtype.kind not in "iu":
-            info = self.tensor_sorter.tensors[self.declared[role]].info
+            info = self.sorter.tensors[self.declared[role]].info
             self._report(role, f"{info}, expected letters as U8")
             return ""
         return value.astype(np.uint8).tobytes().decode("ascii", "replace")

@@ -10,7 +10,7 @@ import numpy as np
 from requant.checkpoints.checkpoint import SourceTensor
 from requant.core.reasons import Reason, ReasonCode
 from requant.formats.base import SourceLayer, fallback_for
-from requant.packings.base import Packing, Parts, Rect, Scratch
+from requant.packings.base import Array, Packing, Parts, Rect, Scratch
 
 _ROLE: Final = "input_scale"
 
@@ -41,9 +41,7 @@ class InputScaled(Packing):
     def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
         return {**self.layer.required_rects(start, stop), _ROLE: Rect((0, 1), (0, self.columns))}
 
-    def decode(
-        self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch
-    ) -> None:
+    def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         """The weight's values in float32, times the input's scale; rounded once more."""
         values = scratch.take("unscaled", "F32", stop - start, 4 * self.columns)
         self.layer.decode(parts, start, stop, values, scratch)

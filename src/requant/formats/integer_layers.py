@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from requant.checkpoints.checkpoint import SourceTensor
 from requant.core.reasons import Reason, ReasonCode
-from requant.formats.base import DefaultPolicy, SourceLayer, fallback_for, scale_dtype
+from requant.formats.base import DefaultPolicy, SourceLayer, Tensors, fallback_for, scale_dtype
 from requant.formats.tensor_sorter import TensorSorter
 from requant.packings.base import IntegerPacking
 
@@ -32,9 +29,9 @@ def groups_of(n_in: int, scales: int) -> list[int]:
 
 
 def integer_layer(
-    tensor_sorter: TensorSorter,
+    sorter: TensorSorter,
     path: str,
-    parts: Mapping[str, SourceTensor],
+    parts: Tensors,
     shape: tuple[int, ...],
     packing: IntegerPacking,
     tool: str,
@@ -43,7 +40,7 @@ def integer_layer(
     """Describe a layer of integer codes.
 
     Args:
-        tensor_sorter: For the dtype of scales that are stored in none of 16 bits.
+        sorter: For the dtype of scales that are stored in none of 16 bits.
         path: Layer path.
         parts: The roles that the packing names.
         shape: ``(..., out, in)``.
@@ -62,7 +59,7 @@ def integer_layer(
         parts=parts,
         encoding=encoding,
         shape=shape,
-        dtype=scale_dtype(packing.scale_dtype, tensor_sorter.dtype),
+        dtype=scale_dtype(packing.scale_dtype, sorter.dtype),
         packing=packing,
         stored_description=f"{tool} {packing.bits}-bit {group}",
         policy=DefaultPolicy(fallback=fallback, reason=reason),

@@ -6,7 +6,6 @@ are repeated where they divide.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Final
@@ -14,13 +13,14 @@ from typing import Final
 import numpy as np
 
 from requant.checkpoints.checkpoint import Checkpoint, SourceTensor
-from requant.formats.base import SourceLayer, SourceLayout
+from requant.formats.base import SourceLayer, SourceLayout, Tensors
 from requant.formats.integer_layers import integer_layer
 from requant.formats.quantization_block import find_quantization_block
 from requant.formats.tensor_sorter import TensorSorter, UnsupportedLayerError
 from requant.packings.base import (
     DTYPE_NAME,
     PRECISION,
+    Array,
     Exactness,
     Fidelity,
     IntegerPacking,
@@ -46,22 +46,20 @@ class Metal(IntegerPacking):
         words = Rect((start, stop), (0, self.columns * self.bits // 32))
         return {"weight": words, "scales": each, "qbiases": each}
 
-    def words(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
+    def words(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         out[:] = parts["weight"].view(np.uint32)
 
-    def codes(self, parts: Parts, start: int, stop: int, scratch: Scratch) -> np.ndarray:
+    def codes(self, parts: Parts, start: int, stop: int, scratch: Scratch) -> Array:
         return stream_codes(parts["weight"], self.bits, self.columns)
 
-    def scales(self, parts: Parts, start: int, stop: int) -> np.ndarray:
+    def scales(self, parts: Parts, start: int, stop: int) -> Array:
         return parts["scales"]
 
-    def biases(self, parts: Parts, start: int, stop: int, scales: np.ndarray) -> np.ndarray:
+    def biases(self, parts: Parts, start: int, stop: int, scales: Array) -> Array:
         """As stored."""
         return parts["qbiases"]
 
-    def decode(
-        self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch
-    ) -> None:
+    def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         """``code * scale + qbias`` in float32, rounded once more."""
         codes = self.codes(parts, start, stop, scratch).astype(np.float32)
         scales, biases = (
@@ -94,47 +92,43 @@ class MetalFormat:
 
     def read(self, checkpoint: Checkpoint) -> SourceLayout:
         """Describe each layer that has scales; everything else is dense."""
-        tensor_sorter, block = TensorSorter(checkpoint), find_quantization_block(checkpoint)
+        sorter, block = TensorSorter(checkpoint), find_quantization_block(checkpoint)
         where = "config.json: quantization_config"
         bits = group = None
         if block is not None:
             where = block.where
-            bits = block.integer("bits", tensor_sorter.problems)
-            group = block.integer("group_size", tensor_sorter.problems)
-        if bits not in _WIDTHS and not tensor_sorter.problems:
-            tensor_sorter.problem(
-                f"{where}.bits", f"is {format_value(bits)}, expected {join_or(_WIDTHS)}"
-            )
-        elif (group is None or group < 1) and not tensor_sorter.problems:
-            tensor_sorter.problem(
+            bits = block.integer("bits", sorter.problems)
+            group = block.integer("group_size", sorter.problems)
+        if bits not in _WIDTHS and not sorter.problems:
+            sorter.problem(f"{where}.bits", f"is {format_value(bits)}, expected {join_or(_WIDTHS)}")
+        elif (group is None or group < 1) and not sorter.problems:
+            sorter.problem(
                 f"{where}.group_size", f"is {format_value(group)}, expected a count of inputs"
             )
-        if bits is None or group is None or tensor_sorter.problems:
-            return SourceLayout((), None, tuple(tensor_sorter.problems))
+        if bits is None or group is None or sorter.problems:
+            return SourceLayout((), None, tuple(sorter.problems))
         width, size = bits, group
-        for path, parts in _parts(tensor_sorter).items():
-            tensor_sorter.make(path, parts, lambda p, t: _layer(tensor_sorter, p, t, width, size))
-        if not tensor_sorter.quantized:
-            tensor_sorter.no_layer(
+        for path, parts in _parts(sorter).items():
+            sorter.make(path, parts, lambda p, t: _layer(sorter, p, t, width, size))
+        if not sorter.quantized:
+            sorter.no_layer(
                 where,
                 "says metal, but no layer has scales: if the weights are dense, remove the block",
             )
-        return tensor_sorter.layout()
+        return sorter.layout()
 
 
-def _parts(tensor_sorter: TensorSorter) -> dict[str, dict[str, SourceTensor]]:
+def _parts(sorter: TensorSorter) -> dict[str, dict[str, SourceTensor]]:
     """Layer path -> role -> tensor, for each layer with scales or qbiases."""
     found: dict[str, dict[str, SourceTensor]] = {}
-    for name, tensor in tensor_sorter.tensors.items():
+    for name, tensor in sorter.tensors.items():
         path, _, role = name.rpartition(".")
         if role in _ROLES:
             found.setdefault(path, {})[role] = tensor
     return {path: parts for path, parts in found.items() if parts.keys() != {"weight"}}
 
 
-def _layer(
-    tensor_sorter: TensorSorter, path: str, parts: Mapping[str, SourceTensor], bits: int, group: int
-) -> SourceLayer:
+def _layer(sorter: TensorSorter, path: str, parts: Tensors, bits: int, group: int) -> SourceLayer:
     """One layer, if its tensors fit each other."""
     for role in _ROLES:
         if role not in parts:
@@ -167,5 +161,5 @@ def _layer(
         scale_dtype=scales.info.dtype,
     )
     return integer_layer(
-        tensor_sorter, path, parts, shape=(*leading, columns), packing=packing, tool="metal"
+        sorter, path, parts, shape=(*leading, columns), packing=packing, tool="metal"
     )

@@ -6,7 +6,7 @@ A row is one little-endian bit stream of codes in uint32 words.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 
 from requant.checkpoints.checkpoint import Checkpoint, SourceTensor
@@ -16,6 +16,7 @@ from requant.errors import OutOfRangeError, Problem
 from requant.formats.base import (
     SourceLayer,
     SourceLayout,
+    Tensors,
     dense_layer,
     describe_encoding,
     fallback_for,
@@ -95,7 +96,7 @@ class Mlx:
         )
 
 
-def _parts(tensors: Mapping[str, SourceTensor]) -> dict[str, dict[str, SourceTensor]]:
+def _parts(tensors: Tensors) -> dict[str, dict[str, SourceTensor]]:
     """Layer path -> role -> tensor, for each weight with scales next to it."""
     found: dict[str, dict[str, SourceTensor]] = {}
     for name in tensors:
@@ -109,7 +110,7 @@ def _parts(tensors: Mapping[str, SourceTensor]) -> dict[str, dict[str, SourceTen
 
 
 def _layer(
-    path: str, parts: Mapping[str, SourceTensor], declared: Stated | None, notes: list[Note]
+    path: str, parts: Tensors, declared: Stated | None, notes: list[Note]
 ) -> tuple[SourceLayer | None, list[Problem]]:
     """Hold a triple against its parameters; all that disagrees is listed.
 
@@ -181,7 +182,7 @@ def _logical_shape(path: str, weight: TensorInfo, quantization: Quantization) ->
 
 
 def _wrong_scales(
-    path: str, parts: Mapping[str, SourceTensor], shape: tuple[int, ...], quantization: Quantization
+    path: str, parts: Tensors, shape: tuple[int, ...], quantization: Quantization
 ) -> Iterator[Problem]:
     """What is wrong with the scales and biases of a layer of this shape."""
     mode, affine = quantization.mode, quantization.mode is QuantMode.AFFINE
@@ -200,7 +201,7 @@ def _wrong_scales(
 
 
 def _wrong_global_scale(
-    path: str, parts: Mapping[str, SourceTensor], shape: tuple[int, ...], quantization: Quantization
+    path: str, parts: Tensors, shape: tuple[int, ...], quantization: Quantization
 ) -> Iterator[Problem]:
     """What is wrong with ``global_scale``, which nvfp4 may have: one number, or one an expert."""
     if "global_scale" not in parts:
@@ -215,10 +216,7 @@ def _wrong_global_scale(
 
 
 def _rotated(
-    checkpoint: Checkpoint,
-    layer: SourceLayer,
-    rotation_tensors: Mapping[str, SourceTensor],
-    problems: list[Problem],
+    checkpoint: Checkpoint, layer: SourceLayer, rotation_tensors: Tensors, problems: list[Problem]
 ) -> SourceLayer | None:
     """A layer of requant's with a rotation of its inputs next to the triple (ParoQuant)."""
     entry = checkpoint.config.get("rotation")
@@ -250,7 +248,7 @@ def _rotated(
     )
 
 
-def _decoded_dtype(parts: Mapping[str, SourceTensor], quantization: Quantization) -> str:
+def _decoded_dtype(parts: Tensors, quantization: Quantization) -> str:
     """The dtype that ``mx.dequantize`` gives by default."""
     if quantization.mode is not QuantMode.AFFINE:
         return "F32" if "global_scale" in parts else "BF16"

@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from requant.checkpoints.checkpoint import Checkpoint, SourceTensor
+from requant.checkpoints.checkpoint import Checkpoint
 from requant.checkpoints.folder_files import CONFIG
 from requant.core.dtypes import KERNEL_FLOATS
 from requant.errors import ParseError, Problem
-from requant.formats.base import describe_encoding
+from requant.formats.base import Tensors, describe_encoding
 from requant.formats.quantization_block import is_mlx_block, sections
 from requant.quantization.config import (
     RESERVED_KEYS,
@@ -172,7 +172,7 @@ def _stated(where: str, fields: Mapping[str, Any], problems: list[Problem]) -> S
     return Stated(where, filled, frozenset(declared))
 
 
-def encodings(parts: Mapping[str, SourceTensor]) -> list[Quantization]:
+def encodings(parts: Tensors) -> list[Quantization]:
     """Every encoding of MLX's that the shapes and dtypes of a layer's tensors allow."""
     weight, scales, biases = (
         parts[role].info if role in parts else None for role in ("weight", "scales", "biases")

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from requant.checkpoints.checkpoint import Checkpoint, SourceTensor
 from requant.core.dtypes import FLOATS
-from requant.formats.base import SourceLayer, SourceLayout
+from requant.formats.base import SourceLayer, SourceLayout, Tensors
 from requant.formats.layer_names import layer_names
 from requant.formats.modelopt_layers import make_layer, stored_kind, transposed_experts
 from requant.formats.quantization_block import QuantizationBlock, find_quantization_block
@@ -70,7 +70,7 @@ class ModelOpt:
         return _Reader(checkpoint).read()
 
 
-def _is_nvfp4(name: str, parts: Mapping[str, SourceTensor]) -> bool:
+def _is_nvfp4(name: str, parts: Tensors) -> bool:
     """Whether this is a tensor scale, or the E4M3 scale of bytes."""
     path, _, role = name.rpartition(".")
     codes = parts.get(f"{path}.weight")
@@ -83,7 +83,7 @@ class _Reader:
     """Reads one checkpoint and collects what is wrong with it."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint, self.tensor_sorter = checkpoint, TensorSorter.by_role(checkpoint)
+        self.checkpoint, self.sorter = checkpoint, TensorSorter.by_role(checkpoint)
         block = find_quantization_block(checkpoint) or QuantizationBlock("hf_quant_config.json", {})
         inner = block.get("quantization")
         if isinstance(inner, Mapping):
@@ -93,18 +93,18 @@ class _Reader:
         self.by_layer = self._by_layer()
 
     def read(self) -> SourceLayout:
-        tensor_sorter = self.tensor_sorter
+        sorter = self.sorter
         for path, parts in self._parts().items():
-            tensor_sorter.make(path, parts, self._layer)
-        tensor_sorter.drop_runtime_scales()
+            sorter.make(path, parts, self._layer)
+        sorter.drop_runtime_scales()
         self._check_loose()
-        if not tensor_sorter.quantized and self.algorithm:
-            tensor_sorter.no_layer(
+        if not sorter.quantized and self.algorithm:
+            sorter.no_layer(
                 f"{self.found.where}.quant_algo",
                 f"is {self.algorithm}, but no layer has a weight_scale: if the weights are dense, "
                 "remove the block",
             )
-        return tensor_sorter.layout()
+        return sorter.layout()
 
     # -- the config ----------------------------------------------------------------------
 
@@ -114,11 +114,9 @@ class _Reader:
             return ""
         name = str(value).upper()
         if name == "NVFP4_SVD":
-            self.tensor_sorter.problem(
-                where, "is NVFP4_SVD: its low-rank branch has no place in MLX"
-            )
+            self.sorter.problem(where, "is NVFP4_SVD: its low-rank branch has no place in MLX")
         elif name not in (*_ALGORITHMS, _MIXED):
-            self.tensor_sorter.problem(
+            self.sorter.problem(
                 where, f"is {format_value(value)}; known are {', '.join(_ALGORITHMS)}, {_MIXED}"
             )
         return name
@@ -130,7 +128,7 @@ class _Reader:
         if table is None:
             return {}
         if not isinstance(table, Mapping):
-            self.tensor_sorter.problem(where, f"is {format_value(table)}, expected an object")
+            self.sorter.problem(where, f"is {format_value(table)}, expected an object")
             return {}
         return {
             path: self._algorithm(declared.get("quant_algo"), f"{where}[{path!r}].quant_algo")
@@ -143,7 +141,7 @@ class _Reader:
     def _parts(self) -> dict[str, dict[str, SourceTensor]]:
         """Layer path -> role -> tensor, for each layer with more than a weight."""
         found: dict[str, dict[str, SourceTensor]] = {}
-        for name, tensor in self.tensor_sorter.parts.items():
+        for name, tensor in self.sorter.parts.items():
             path, _, role = name.rpartition(".")
             if role in _ROLES:
                 found.setdefault(path, {})[role] = tensor
@@ -155,21 +153,21 @@ class _Reader:
 
     def _check_loose(self) -> None:
         """What belongs to no layer must make sense alone."""
-        tensor_sorter = self.tensor_sorter
-        for tensor in tensor_sorter.left:
+        sorter = self.sorter
+        for tensor in sorter.left:
             if tensor.name.endswith(_LOW_RANK):
-                tensor_sorter.problem(
+                sorter.problem(
                     tensor.name, "is a part of NVFP4_SVD's low-rank branch, which is not read"
                 )
-        tensor_sorter.note_dense(f"{self.found.where}.quantized_layers", self.by_layer)
+        sorter.note_dense(f"{self.found.where}.quantized_layers", self.by_layer)
 
-    def _layer(self, path: str, parts: Mapping[str, SourceTensor]) -> SourceLayer | None:
+    def _layer(self, path: str, parts: Tensors) -> SourceLayer | None:
         """One layer by what its tensors say.
 
         Raises:
             UnsupportedLayerError: They contradict each other or the config.
         """
-        experts = transposed_experts(self.tensor_sorter, path, parts)
+        experts = transposed_experts(self.sorter, path, parts)
         if experts is not None:
             layer = self._layer(path, experts.one())
             return None if layer is None else experts.stack(layer)
@@ -179,4 +177,4 @@ class _Reader:
             where = "quantized_layers" if path in self.by_layer else "quant_algo"
             found = f"{self.found.where}.{where}"
             raise UnsupportedLayerError(path, f"is stored as {kind}, but {found} says {named}")
-        return make_layer(self.tensor_sorter, kind, path, parts)
+        return make_layer(self.sorter, kind, path, parts)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import ClassVar, Final
 
-import numpy as np
-
 from requant.checkpoints.checkpoint import SourceTensor
-from requant.formats.base import SourceLayer
+from requant.formats.base import SourceLayer, Tensors
 from requant.formats.float8_layers import EXPONENTS, FLOAT8, float8_stack, tile_of
 from requant.formats.input_scaled import input_scaled
 from requant.formats.integer_layers import integer_layer
@@ -18,12 +15,11 @@ from requant.formats.nvfp4_layers import nvfp4_layer, nvfp4_without_tensor_scale
 from requant.formats.stacks import Experts, are_transposed, rows_with_one_scale
 from requant.formats.tensor_sorter import TensorSorter, UnsupportedLayerError
 from requant.kernels.repack import row_pairs_into
-from requant.packings.base import IntegerPacking, Parts, Rect, Scratch
+from requant.packings.base import Array, IntegerPacking, Parts, Rect, Scratch
 from requant.packings.compressed_tensors import CtPlain, Zeros
 from requant.packings.floats import MxBlocks
 
 _FLOATS: Final = ("F32", "BF16", "F16")
-_Tensors = Mapping[str, SourceTensor]
 
 
 @dataclass(frozen=True)
@@ -42,12 +38,12 @@ class RowPairs(IntegerPacking):
             "weight_scale": Rect((start, stop), (0, self.groups)),
         }
 
-    def codes(self, parts: Parts, start: int, stop: int, scratch: Scratch) -> np.ndarray:
+    def codes(self, parts: Parts, start: int, stop: int, scratch: Scratch) -> Array:
         codes = scratch.take("codes", "U8", stop - start, self.columns)
         row_pairs_into(parts["weight"], codes)
         return codes
 
-    def scales(self, parts: Parts, start: int, stop: int) -> np.ndarray:
+    def scales(self, parts: Parts, start: int, stop: int) -> Array:
         return parts["weight_scale"]
 
 
@@ -55,7 +51,7 @@ class RowPairs(IntegerPacking):
 _E4M3 = ("F8_E4M3", "U8")
 
 
-def stored_kind(path: str, parts: _Tensors) -> str:
+def stored_kind(path: str, parts: Tensors) -> str:
     """How a layer is stored: nvfp4, mxfp4, mxfp8, fp8, int4 or int8.
 
     Raises:
@@ -95,7 +91,7 @@ def stored_kind(path: str, parts: _Tensors) -> str:
     raise UnsupportedLayerError(path, f"is laid out as ModelOpt does not write it: {siblings}")
 
 
-def transposed_experts(tensor_sorter: TensorSorter, path: str, parts: _Tensors) -> Experts | None:
+def transposed_experts(sorter: TensorSorter, path: str, parts: Tensors) -> Experts | None:
     """The experts of a stack of packed codes that is stored ``(experts, in, out)``.
 
     ModelOpt transposes the stacks of Llama 4 and gpt-oss back after it has quantized them, so that
@@ -112,9 +108,7 @@ def transposed_experts(tensor_sorter: TensorSorter, path: str, parts: _Tensors) 
     return Experts.of(weight.info.shape[0], parts, ("weight", "weight_scale"))
 
 
-def make_layer(
-    tensor_sorter: TensorSorter, kind: str, path: str, parts: _Tensors
-) -> SourceLayer | None:
+def make_layer(sorter: TensorSorter, kind: str, path: str, parts: Tensors) -> SourceLayer | None:
     """Describe a layer of a kind that ``stored_kind`` found.
 
     Raises:
@@ -125,11 +119,11 @@ def make_layer(
     layer: SourceLayer | None
     if kind == "nvfp4" and second is None:
         missing = "weight_scale_2 that multiplies them"
-        layer = nvfp4_without_tensor_scale(tensor_sorter, path, weight, scale, missing)
+        layer = nvfp4_without_tensor_scale(sorter, path, weight, scale, missing)
     elif kind == "nvfp4":
         layer = nvfp4_layer(
-            tensor_sorter.checkpoint,
-            tensor_sorter,
+            sorter.checkpoint,
+            sorter,
             path,
             weight=weight,
             scale=scale,
@@ -141,20 +135,14 @@ def make_layer(
             second.name, f"is next to {kind} codes; what it scales is not known"
         )
     elif kind == "fp8":
-        transposed = tensor_sorter.orientation.is_transposed(path, weight.info.shape)
+        transposed = sorter.orientation.is_transposed(path, weight.info.shape)
         layer = float8_stack(
-            tensor_sorter,
-            path,
-            weight,
-            scale=scale,
-            block=None,
-            dtype=tensor_sorter.dtype,
-            transposed=transposed,
+            sorter, path, weight, scale=scale, block=None, dtype=sorter.dtype, transposed=transposed
         )
     elif kind in ("mxfp4", "mxfp8"):
-        layer = _mx(tensor_sorter, path, weight, scale, 4 if kind == "mxfp4" else 8)
+        layer = _mx(sorter, path, weight, scale, 4 if kind == "mxfp4" else 8)
     else:
-        layer = (_int4 if kind == "int4" else _int8)(tensor_sorter, path, weight, scale)
+        layer = (_int4 if kind == "int4" else _int8)(sorter, path, weight, scale)
     if layer is None or inputs is None:
         return layer
     n_in = layer.shape[-1]
@@ -166,7 +154,7 @@ def make_layer(
 
 
 def _mx(
-    tensor_sorter: TensorSorter, path: str, weight: SourceTensor, scale: SourceTensor, bits: int
+    sorter: TensorSorter, path: str, weight: SourceTensor, scale: SourceTensor, bits: int
 ) -> SourceLayer:
     *leading, n_out, nbytes = weight.info.shape
     n_in = nbytes * 8 // bits
@@ -178,14 +166,14 @@ def _mx(
         parts=parts,
         encoding=packing.encoding,
         shape=shape,
-        dtype=tensor_sorter.dtype,
+        dtype=sorter.dtype,
         packing=packing,
         stored_description=stored,
     )
 
 
 def _int4(
-    tensor_sorter: TensorSorter, path: str, weight: SourceTensor, scale: SourceTensor
+    sorter: TensorSorter, path: str, weight: SourceTensor, scale: SourceTensor
 ) -> SourceLayer:
     *leading, pairs, n_in = weight.info.shape
     shape, groups = (*leading, 2 * pairs, n_in), scale.info.shape[-1]
@@ -198,11 +186,11 @@ def _int4(
         scale_dtype=scale.info.dtype,
     )
     parts = {"weight": weight, "weight_scale": scale}
-    return integer_layer(tensor_sorter, path, parts, shape=shape, packing=packing, tool="modelopt")
+    return integer_layer(sorter, path, parts, shape=shape, packing=packing, tool="modelopt")
 
 
 def _int8(
-    tensor_sorter: TensorSorter, path: str, weight: SourceTensor, scale: SourceTensor
+    sorter: TensorSorter, path: str, weight: SourceTensor, scale: SourceTensor
 ) -> SourceLayer:
     shape = weight.info.shape
     found = rows_with_one_scale(shape, scale.info.shape)
@@ -225,4 +213,4 @@ def _int8(
         zero_points=Zeros.MIDDLE,
     )
     parts = {"weight": weight, "weight_scale": scale}
-    return integer_layer(tensor_sorter, path, parts, shape=shape, packing=packing, tool="modelopt")
+    return integer_layer(sorter, path, parts, shape=shape, packing=packing, tool="modelopt")

@@ -29,7 +29,7 @@ _REASON = Reason(ReasonCode.TENSOR_SCALE, "MLX's nvfp4 has no place for its tens
 
 def nvfp4_layer(
     checkpoint: Checkpoint,
-    tensor_sorter: TensorSorter,
+    sorter: TensorSorter,
     path: str,
     weight: SourceTensor,
     scale: SourceTensor,
@@ -44,7 +44,7 @@ def nvfp4_layer(
 
     Args:
         checkpoint: For the scales.
-        tensor_sorter: Takes the problems.
+        sorter: Takes the problems.
         path: Layer path.
         weight: Bytes ``(..., out, in / 2)``.
         scale: E4M3 ``(..., out, in / 16)``.
@@ -65,13 +65,13 @@ def nvfp4_layer(
         parts=parts,
         encoding=NVFP4,
         shape=shape,
-        dtype=tensor_sorter.dtype,
+        dtype=sorter.dtype,
         packing=packing,
         stored_description="nvfp4",
     )
     if tensor_scale is None:
         return bare
-    factors = _factors(checkpoint, tensor_sorter, tensor_scale, matrices)
+    factors = _factors(checkpoint, sorter, tensor_scale, matrices)
     if factors is None:
         return None
     info = tensor_scale.info
@@ -96,7 +96,7 @@ def nvfp4_layer(
 
 
 def nvfp4_without_tensor_scale(
-    tensor_sorter: TensorSorter, path: str, weight: SourceTensor, scale: SourceTensor, missing: str
+    sorter: TensorSorter, path: str, weight: SourceTensor, scale: SourceTensor, missing: str
 ) -> SourceLayer | None:
     """Describe a stack of NVFP4 matrices whose group scales are all there is.
 
@@ -105,7 +105,7 @@ def nvfp4_without_tensor_scale(
     one in a folder where others have theirs, and any single matrix.
 
     Args:
-        tensor_sorter: Of the checkpoint.
+        sorter: Of the checkpoint.
         path: Layer path.
         weight: Bytes ``(..., out, in / 2)``.
         scale: E4M3 ``(..., out, in / 16)``.
@@ -115,23 +115,23 @@ def nvfp4_without_tensor_scale(
         UnsupportedLayerError: The layer has lost its tensor scale.
     """
     message = f"has E4M3 scales of NVFP4, but no {missing}"
-    other = next((x for end in _ENDINGS for x in tensor_sorter.parts if x.endswith(end)), None)
-    if len(tensor_sorter.checkpoint.tensors[weight.name].info.shape) < 3:
+    other = next((x for end in _ENDINGS for x in sorter.parts if x.endswith(end)), None)
+    if len(sorter.checkpoint.tensors[weight.name].info.shape) < 3:
         raise UnsupportedLayerError(path, message, unknown=True)
     if other is not None:
-        theirs = f"other layers have theirs ({tensor_sorter.parts[other].name})"
+        theirs = f"other layers have theirs ({sorter.parts[other].name})"
         raise UnsupportedLayerError(path, f"{message}; {theirs}", unknown=True)
-    stored = tensor_sorter.checkpoint.read_small_tensor(scale.name).view(ml_dtypes.float8_e4m3fn)
+    stored = sorter.checkpoint.read_small_tensor(scale.name).view(ml_dtypes.float8_e4m3fn)
     if (np.abs(stored.astype(np.float32)) >= _LARGEST).any():
         why = f"and scales of {_LARGEST:g}, as only a tensor scale leaves them"
         raise UnsupportedLayerError(
             path, f"{message}, {why}: the source is incomplete", unknown=True
         )
-    if _BARE not in tensor_sorter.notes:
-        tensor_sorter.notes.append(_BARE)
+    if _BARE not in sorter.notes:
+        sorter.notes.append(_BARE)
     return nvfp4_layer(
-        tensor_sorter.checkpoint,
-        tensor_sorter,
+        sorter.checkpoint,
+        sorter,
         path,
         weight=weight,
         scale=scale,
@@ -141,13 +141,13 @@ def nvfp4_without_tensor_scale(
 
 
 def _factors(
-    checkpoint: Checkpoint, tensor_sorter: TensorSorter, tensor_scale: SourceTensor, matrices: int
+    checkpoint: Checkpoint, sorter: TensorSorter, tensor_scale: SourceTensor, matrices: int
 ) -> np.ndarray | None:
     """The tensor scales, float32, one or one for each matrix; None with a problem."""
     info = tensor_scale.info
     if info.dtype not in ("F32", "BF16", "F16") or info.size not in (1, matrices):
         each = f", or one for each of {matrices} matrices" if matrices > 1 else ""
-        tensor_sorter.problem(tensor_scale.name, f"{info}, expected one F32{each}")
+        sorter.problem(tensor_scale.name, f"{info}, expected one F32{each}")
         return None
     factors = checkpoint.read_small_tensor(tensor_scale.name).astype(np.float32).reshape(-1)
     sound = np.isfinite(factors) & (factors > 0)
@@ -155,7 +155,7 @@ def _factors(
         message = (
             f"holds {format_value(float(factors[~sound][0]))}, expected a finite number above 0"
         )
-        tensor_sorter.problem(tensor_scale.name, message)
+        sorter.problem(tensor_scale.name, message)
         return None
     return factors
 

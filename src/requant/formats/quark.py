@@ -10,7 +10,7 @@ from typing import Any, Final
 from requant.checkpoints.checkpoint import Checkpoint, SourceTensor
 from requant.core.dtypes import FLOATS
 from requant.core.regex import Wildcards
-from requant.formats.base import SourceLayer, SourceLayout
+from requant.formats.base import SourceLayer, SourceLayout, Tensors
 from requant.formats.float8_layers import EXPONENTS, FLOAT8, float8_stack
 from requant.formats.integer_layers import integer_layer
 from requant.formats.nvfp4_layers import nvfp4_layer, nvfp4_without_tensor_scale
@@ -28,7 +28,6 @@ _SCHEMES: Final = ("per_tensor", "per_channel", "per_group")
 _ROTATIONS: Final = ("rotation", "quarot", "spinquant")
 _E4M3: Final = ("F8_E4M3", "U8")  # arrays in memory may hold them as bytes
 _PACKS: Final = ("reorder", "order")
-_Tensors = Mapping[str, SourceTensor]
 
 
 class Quark:
@@ -105,7 +104,7 @@ class _Reader:
     """Reads one checkpoint and collects what is wrong with it."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint, self.tensor_sorter = checkpoint, TensorSorter.by_role(checkpoint)
+        self.checkpoint, self.sorter = checkpoint, TensorSorter.by_role(checkpoint)
         block = find_quantization_block(checkpoint)
         assert block is not None
         self.found = block
@@ -115,32 +114,32 @@ class _Reader:
         self._check_config()
 
     def read(self) -> SourceLayout:
-        tensor_sorter = self.tensor_sorter
+        sorter = self.sorter
         for path, tensors in self._tensors().items():
-            tensor_sorter.make(path, tensors, self._layer)
-        tensor_sorter.drop_runtime_scales()
+            sorter.make(path, tensors, self._layer)
+        sorter.drop_runtime_scales()
         self._check_named()
-        if not tensor_sorter.quantized and not self.fake:
-            tensor_sorter.no_layer(
+        if not sorter.quantized and not self.fake:
+            sorter.no_layer(
                 self.found.where,
                 "says quark, but no layer has a weight_scale: if the weights are dense, remove the "
                 "block",
             )
-        return tensor_sorter.layout()
+        return sorter.layout()
 
     # -- the config ------------------------------------------------------------------------
 
     def _check_config(self) -> None:
-        block, tensor_sorter = self.found, self.tensor_sorter
+        block, sorter = self.found, self.sorter
         algorithms = str(block.get("algo_config") or "").lower()
         if any(word in algorithms for word in _ROTATIONS):
-            tensor_sorter.problem(
+            sorter.problem(
                 f"{block.where}.algo_config",
                 "names a rotation, which the runtime may have to apply; MLX does not",
             )
         by_type = block.get("layer_type_quant_config")
         if by_type:
-            tensor_sorter.problem(
+            sorter.problem(
                 f"{block.where}.layer_type_quant_config",
                 "gives schemes by class of layer, which names of tensors do not say; "
                 "layer_quant_config by name is read",
@@ -157,7 +156,7 @@ class _Reader:
             for path, declared in rows
             if isinstance(declared, Mapping) and declared.get("weight")
         ]
-        self.tensor_sorter.note_dense(f"{self.found.where}.layer_quant_config", named)
+        self.sorter.note_dense(f"{self.found.where}.layer_quant_config", named)
 
     def _scheme(self, path: str) -> _Scheme:
         """The weight's scheme: that of the patterns that fit the layer, else the global one."""
@@ -186,7 +185,7 @@ class _Reader:
     def _tensors(self) -> dict[str, dict[str, SourceTensor]]:
         """Layer path -> role -> tensor, for each layer with a scale, or with blocks of old mx."""
         found: dict[str, dict[str, SourceTensor]] = {}
-        for name, tensor in self.tensor_sorter.parts.items():
+        for name, tensor in self.sorter.parts.items():
             path, _, role = name.rpartition(".")
             if role in _ROLES:
                 found.setdefault(path, {})[role] = tensor
@@ -196,7 +195,7 @@ class _Reader:
             if "weight" in tensors and tensors["weight"].info.dtype not in FLOATS
         }
 
-    def _layer(self, path: str, tensors: _Tensors) -> SourceLayer | None:
+    def _layer(self, path: str, tensors: Tensors) -> SourceLayer | None:
         """One layer by its scheme.
 
         Raises:
@@ -234,14 +233,14 @@ class _Reader:
         message = f"has dtype {format_value(dtype)} by {scheme.where}; read are {known}"
         raise UnsupportedLayerError(path, message, unknown=True)
 
-    def _integer(self, path: str, tensors: _Tensors, scheme: _Scheme, dtype: str) -> SourceLayer:
+    def _integer(self, path: str, tensors: Tensors, scheme: _Scheme, dtype: str) -> SourceLayer:
         """Codes of 4 or 8 bits: ``[in, out]`` with scales for groups, ``[out, in]`` for others."""
         stored = self._integers(path, tensors, scheme, dtype)
         if scheme.word("qscheme") == "per_group":
             return self._by_column(path, stored, scheme)
         return self._by_row(path, stored, scheme)
 
-    def _integers(self, path: str, tensors: _Tensors, scheme: _Scheme, dtype: str) -> _Integers:
+    def _integers(self, path: str, tensors: Tensors, scheme: _Scheme, dtype: str) -> _Integers:
         """The tensors of a layer of integers, if they are what its scheme says."""
         weight, scale = tensors["weight"], tensors["weight_scale"]
         zeros = tensors.get("weight_zero_point")
@@ -304,7 +303,7 @@ class _Reader:
         )
         shape = (rows, columns)
         return integer_layer(
-            self.tensor_sorter, path, stored.parts, shape=shape, packing=packing, tool="quark"
+            self.sorter, path, stored.parts, shape=shape, packing=packing, tool="quark"
         )
 
     def _by_row(self, path: str, stored: _Integers, scheme: _Scheme) -> SourceLayer:
@@ -335,7 +334,7 @@ class _Reader:
         words = "a scale a tensor" if one else "a scale a row"
         shape = (rows, columns)
         return integer_layer(
-            self.tensor_sorter,
+            self.sorter,
             path,
             stored.parts,
             shape=shape,
@@ -344,7 +343,7 @@ class _Reader:
             scales=words,
         )
 
-    def _fp4(self, path: str, tensors: _Tensors, scheme: _Scheme) -> SourceLayer | None:
+    def _fp4(self, path: str, tensors: Tensors, scheme: _Scheme) -> SourceLayer | None:
         weight, scale = tensors["weight"], tensors["weight_scale"]
         *rows, nbytes = weight.info.shape
         if weight.info.dtype != "U8":
@@ -362,10 +361,10 @@ class _Reader:
                 raise UnsupportedLayerError(scale.name, f"{scale.info}, expected {expected}")
             if factor is None:
                 missing = "weight_scale_2 that multiplies them"
-                return nvfp4_without_tensor_scale(self.tensor_sorter, path, weight, scale, missing)
+                return nvfp4_without_tensor_scale(self.sorter, path, weight, scale, missing)
             return nvfp4_layer(
                 self.checkpoint,
-                self.tensor_sorter,
+                self.sorter,
                 path,
                 weight=weight,
                 scale=scale,
@@ -377,7 +376,7 @@ class _Reader:
             raise UnsupportedLayerError(scale.name, f"{scale.info}, expected {expected}")
         packing = MxBlocks(prod(rows), 2 * nbytes, rows[-1], 4, nbytes)
         parts = {"weight": weight, "scale": scale}
-        shape, dtype = (*rows, 2 * nbytes), self.tensor_sorter.dtype
+        shape, dtype = (*rows, 2 * nbytes), self.sorter.dtype
         return SourceLayer(
             path=path,
             parts=parts,
@@ -388,7 +387,7 @@ class _Reader:
             stored_description="mxfp4",
         )
 
-    def _fp6(self, path: str, tensors: _Tensors, element: str) -> SourceLayer:
+    def _fp6(self, path: str, tensors: Tensors, element: str) -> SourceLayer:
         weight, scale = tensors["weight"], tensors["weight_scale"]
         *rows, nbytes = weight.info.shape
         groups, ragged = divmod(nbytes, 24)
@@ -400,7 +399,7 @@ class _Reader:
             raise UnsupportedLayerError(scale.name, f"{scale.info}, expected U8 {[*rows, groups]}")
         packing = Mxfp6Blocks(prod(rows), 32 * groups, rows[-1], element)
         parts, shape = {"weight": weight, "scale": scale}, (*rows, 32 * groups)
-        dtype, stored = self.tensor_sorter.dtype, f"mxfp6 {element}"
+        dtype, stored = self.sorter.dtype, f"mxfp6 {element}"
         return SourceLayer(
             path=path,
             parts=parts,
@@ -411,25 +410,25 @@ class _Reader:
             stored_description=stored,
         )
 
-    def _fp8(self, path: str, tensors: _Tensors, scheme: _Scheme) -> SourceLayer:
+    def _fp8(self, path: str, tensors: Tensors, scheme: _Scheme) -> SourceLayer:
         weight, scale = tensors["weight"], tensors["weight_scale"]
         if weight.info.dtype not in FLOAT8:
             raise UnsupportedLayerError(weight.name, f"{weight.info}, expected F8_E4M3 codes")
         block = scheme.levels[0].get("block_size")
         pair = block if isinstance(block, list) and len(block) == 2 else None
         named = (int(pair[0]), int(pair[1])) if pair and all(map(_is_count, pair)) else None
-        transposed = self.tensor_sorter.orientation.is_transposed(path, weight.info.shape)
+        transposed = self.sorter.orientation.is_transposed(path, weight.info.shape)
         return float8_stack(
-            self.tensor_sorter,
+            self.sorter,
             path,
             weight,
             scale=scale,
             block=named,
-            dtype=self.tensor_sorter.dtype,
+            dtype=self.sorter.dtype,
             transposed=transposed,
         )
 
-    def _old_mx(self, path: str, tensors: _Tensors, scheme: _Scheme) -> SourceLayer:
+    def _old_mx(self, path: str, tensors: Tensors, scheme: _Scheme) -> SourceLayer:
         weight = tensors["weight"]
         kind = scheme.word("mx_element_dtype") or "fp4"
         rows, nbytes = weight.info.shape
@@ -442,7 +441,7 @@ class _Reader:
                 weight.name, f"{weight.info}, expected U8 [out, 17 * groups of 32]"
             )
         packing = QuarkMx(rows, 32 * groups)
-        shape, dtype = (rows, 32 * groups), self.tensor_sorter.dtype
+        shape, dtype = (rows, 32 * groups), self.sorter.dtype
         return SourceLayer(
             path=path,
             parts={"weight": weight},
@@ -454,7 +453,7 @@ class _Reader:
         )
 
 
-def _one_by_one(tensors: _Tensors, dtype: str) -> Experts | None:
+def _one_by_one(tensors: Tensors, dtype: str) -> Experts | None:
     """The experts of a stack that is read expert by expert: of integers, or stored transposed."""
     weight, scale = tensors["weight"], tensors.get("weight_scale")
     if len(weight.info.shape) < 3 or dtype.startswith("fp8"):

@@ -13,7 +13,7 @@ from math import prod
 
 from requant.checkpoints.checkpoint import SourceTensor
 from requant.core.dtypes import TensorInfo
-from requant.formats.base import SourceLayer
+from requant.formats.base import SourceLayer, Tensors
 from requant.formats.tensor_sorter import UnsupportedLayerError
 from requant.packings.experts import Place, StackedExperts
 from requant.text import pluralize as pluralize
@@ -30,13 +30,11 @@ class Experts:
     """
 
     count: int
-    parts: Mapping[str, SourceTensor]
+    parts: Tensors
     places: Mapping[str, Place]
 
     @staticmethod
-    def of(
-        count: int, parts: Mapping[str, SourceTensor], transposed: Sequence[str] = ()
-    ) -> Experts:
+    def of(count: int, parts: Tensors, transposed: Sequence[str] = ()) -> Experts:
         """Split tensors into experts.
 
         Args:

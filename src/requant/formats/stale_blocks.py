@@ -64,9 +64,9 @@ def read_source(checkpoint: Checkpoint) -> Read:
     if format.name == "dense" or not _is_dense(checkpoint):
         return Read(checkpoint, format.name, evidence, layout)
     if layout.problems:
-        tensor_sorter = TensorSorter(checkpoint)
-        tensor_sorter.drop_runtime_scales()
-        layout = tensor_sorter.layout()
+        sorter = TensorSorter(checkpoint)
+        sorter.drop_runtime_scales()
+        layout = sorter.layout()
     where = f"{CONFIG}: " * bool(blocks) + " and ".join(map(".".join, named))
     say = "say" if len(named) > 1 else "says"
     text = f"{where} {say} {format.name}, but every tensor is dense"

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 from functools import cached_property
 
 from requant.checkpoints.checkpoint import Checkpoint, SourceTensor
 from requant.core.dtypes import FLOATS
 from requant.core.reasons import Note, NoteCode
 from requant.errors import Problem
-from requant.formats.base import NoReading, SourceLayer, SourceLayout, dense_layer
+from requant.formats.base import NoReading, SourceLayer, SourceLayout, Tensors, dense_layer
 from requant.formats.expert_shapes import Orientation
 from requant.formats.layer_names import LayerNames, layer_names
 from requant.formats.quantization_block import model_dtype
@@ -104,7 +104,7 @@ class TensorSorter:
         return made
 
     @property
-    def parts(self) -> Mapping[str, SourceTensor]:
+    def parts(self) -> Tensors:
         """Every tensor under the name that a part of a layer has."""
         return self.names.tensors
 
@@ -146,10 +146,7 @@ class TensorSorter:
             self.drop(part.name, _SHAPE)
 
     def make(
-        self,
-        path: str,
-        parts: Mapping[str, SourceTensor],
-        make: Callable[[str, Mapping[str, SourceTensor]], SourceLayer | None],
+        self, path: str, parts: Tensors, make: Callable[[str, Tensors], SourceLayer | None]
     ) -> SourceLayer | None:
         """Make a layer of its tensors and keep it.
 

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from requant.checkpoints.checkpoint import Checkpoint, SourceTensor
 from requant.core.strict_json import parse_json_object
-from requant.formats.base import SourceLayer, SourceLayout
+from requant.formats.base import SourceLayer, SourceLayout, Tensors
 from requant.formats.float8_layers import EXPONENTS, FLOAT8, float8_layer, tile_of
 from requant.formats.input_scaled import input_scaled
 from requant.formats.integer_layers import integer_layer
@@ -29,7 +29,6 @@ _PREFIX: Final = "_weight_"
 _FLOATS: Final = ("F32", "BF16", "F16")
 _DEVICE: Final = ("Int4TilePackedTo4dTensor", "Int4PlainInt32Tensor", "Int4PreshuffledTensor")
 _ACTIVATIONS: Final = "a scale of activations, which MLX does not quantize"
-_Tensors = Mapping[str, SourceTensor]
 
 
 class Torchao:
@@ -54,30 +53,30 @@ class _Reader:
     """Reads one checkpoint and collects what is wrong with it."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint, self.tensor_sorter = checkpoint, TensorSorter(checkpoint)
+        self.checkpoint, self.sorter = checkpoint, TensorSorter(checkpoint)
         self.found = find_quantization_block(checkpoint) or QuantizationBlock("metadata", {})
         self.default = self._default()
 
     def read(self) -> SourceLayout:
-        tensor_sorter = self.tensor_sorter
+        sorter = self.sorter
         parts: dict[str, dict[str, SourceTensor]] = {}
-        for name, tensor in tensor_sorter.tensors.items():
+        for name, tensor in sorter.tensors.items():
             path, _, last = name.rpartition(".")
             if last.startswith(_PREFIX):
                 parts.setdefault(path, {})[last.removeprefix(_PREFIX)] = tensor
         parts = {path: tensors for path, tensors in parts.items() if "qdata" in tensors}
         for path, tensors in parts.items():
             for role in tensors.keys() & {"act_per_tensor_scale", "act_scale"}:
-                tensor_sorter.drop(tensors[role].name, _ACTIVATIONS)
-            tensor_sorter.make(path, tensors, self._layer)
+                sorter.drop(tensors[role].name, _ACTIVATIONS)
+            sorter.make(path, tensors, self._layer)
         self._check_described(parts.keys())
         if not parts:
-            tensor_sorter.no_layer(
+            sorter.no_layer(
                 self.found.where,
                 "says torchao, but no tensor is a _weight_qdata: if the weights are dense, remove "
                 "the block",
             )
-        return tensor_sorter.layout()
+        return sorter.layout()
 
     # -- what is said about a layer --------------------------------------------------------
 
@@ -94,14 +93,14 @@ class _Reader:
         """A quantized weight that the metadata describes must be there."""
         for name, text in self.checkpoint.metadata.items():
             path = name.removesuffix(".weight")
-            if path == name or path in paths or name in self.tensor_sorter.tensors:
+            if path == name or path in paths or name in self.sorter.tensors:
                 continue
             declared, _ = parse_json_object(text.encode())
             if declared.get("_type") not in (None, "Tensor"):
                 message = f"describes its {declared['_type']}, but {path}.{_PREFIX}qdata is missing"
-                self.tensor_sorter.problem(f"metadata: {name}", message)
+                self.sorter.problem(f"metadata: {name}", message)
 
-    def _described(self, path: str, tensors: _Tensors) -> tuple[str, Mapping[str, Any]]:
+    def _described(self, path: str, tensors: Tensors) -> tuple[str, Mapping[str, Any]]:
         """Type and settings of a weight: its metadata, else what config and dtypes tell."""
         text = self.checkpoint.metadata.get(f"{path}.weight")
         if text is None:
@@ -122,7 +121,7 @@ class _Reader:
                 )
         return declared["_type"], data
 
-    def _guessed(self, path: str, tensors: _Tensors) -> tuple[str, Mapping[str, Any]]:
+    def _guessed(self, path: str, tensors: Tensors) -> tuple[str, Mapping[str, Any]]:
         kind, qdata = self.default.get("type", ""), tensors.get("qdata")
         if kind.startswith("Intx"):
             return "IntxUnpackedToInt8Tensor", {"target_dtype": self.default.get("weight_dtype")}
@@ -136,7 +135,7 @@ class _Reader:
             "either",
         )
 
-    def _layer(self, path: str, tensors: _Tensors) -> SourceLayer | None:
+    def _layer(self, path: str, tensors: Tensors) -> SourceLayer | None:
         """One layer by its type.
 
         Raises:
@@ -177,7 +176,7 @@ class _Reader:
 
     # -- one type each ---------------------------------------------------------------------
 
-    def _integer(self, path: str, tensors: _Tensors, data: Mapping[str, Any]) -> SourceLayer:
+    def _integer(self, path: str, tensors: Tensors, data: Mapping[str, Any]) -> SourceLayer:
         qdata, scale, zeros = tensors["qdata"], tensors["scale"], tensors.get("zero_point")
         if qdata.info.dtype != "I8":
             raise UnsupportedLayerError(qdata.name, f"{qdata.info}, expected I8 codes")
@@ -209,7 +208,7 @@ class _Reader:
             parts["weight_zero_point"] = zeros
         words = "a scale a tensor" if one else "a scale a row"
         return integer_layer(
-            self.tensor_sorter,
+            self.sorter,
             path,
             parts,
             shape=qdata.info.shape,
@@ -226,7 +225,7 @@ class _Reader:
             return True
         return not self.checkpoint.read_small_tensor(zeros.name).any()
 
-    def _int4(self, path: str, tensors: _Tensors, data: Mapping[str, Any]) -> SourceLayer:
+    def _int4(self, path: str, tensors: Tensors, data: Mapping[str, Any]) -> SourceLayer:
         qdata, scale, zeros = tensors["qdata"], tensors["scale"], tensors.get("zero_point")
         rows, nbytes = qdata.info.shape
         if qdata.info.dtype not in ("I8", "U8") or zeros is None:
@@ -255,10 +254,10 @@ class _Reader:
         )
         parts = {"qdata": qdata, "scale": scale, "zero_point": zeros}
         return integer_layer(
-            self.tensor_sorter, path, parts, shape=(rows, columns), packing=packing, tool="torchao"
+            self.sorter, path, parts, shape=(rows, columns), packing=packing, tool="torchao"
         )
 
-    def _float8(self, path: str, tensors: _Tensors, data: Mapping[str, Any]) -> SourceLayer | None:
+    def _float8(self, path: str, tensors: Tensors, data: Mapping[str, Any]) -> SourceLayer | None:
         qdata, scale = tensors["qdata"], tensors["scale"]
         if qdata.info.dtype not in FLOAT8:
             raise UnsupportedLayerError(qdata.name, f"{qdata.info}, expected F8_E4M3 codes")
@@ -266,10 +265,10 @@ class _Reader:
         if tile is None or scale.info.dtype not in _FLOATS:
             raise UnsupportedLayerError(scale.name, f"{scale.info} fits no tiling of {qdata.info}")
         return float8_layer(
-            self.checkpoint, path, qdata, scale=scale, tile=tile, dtype=self.tensor_sorter.dtype
+            self.checkpoint, path, qdata, scale=scale, tile=tile, dtype=self.sorter.dtype
         )
 
-    def _mx(self, path: str, tensors: _Tensors, data: Mapping[str, Any]) -> SourceLayer:
+    def _mx(self, path: str, tensors: Tensors, data: Mapping[str, Any]) -> SourceLayer:
         qdata, scale = tensors["qdata"], tensors["scale"]
         bits = 8 if qdata.info.dtype == "F8_E4M3" else 4
         if bits == 4 and qdata.info.dtype != "U8":
@@ -287,7 +286,7 @@ class _Reader:
             parts={"weight": qdata, "scale": scale},
             encoding=packing.encoding,
             shape=(rows, columns),
-            dtype=self.tensor_sorter.dtype,
+            dtype=self.sorter.dtype,
             packing=packing,
             stored_description=f"mxfp{bits}",
         )
@@ -295,7 +294,7 @@ class _Reader:
             raise UnsupportedLayerError(scale.name, f"{scale.info}, expected F8_E8M0")
         return _unswizzled(layer, scale, 32, data)
 
-    def _nvfp4(self, path: str, tensors: _Tensors, data: Mapping[str, Any]) -> SourceLayer | None:
+    def _nvfp4(self, path: str, tensors: Tensors, data: Mapping[str, Any]) -> SourceLayer | None:
         qdata, scale = tensors["qdata"], tensors["scale"]
         if qdata.info.dtype != "U8":
             raise UnsupportedLayerError(qdata.name, f"{qdata.info}, expected U8, two codes a byte")
@@ -307,7 +306,7 @@ class _Reader:
         factor = tensors.get("per_tensor_scale")
         layer = nvfp4_layer(
             self.checkpoint,
-            self.tensor_sorter,
+            self.sorter,
             path,
             weight=qdata,
             scale=scale,

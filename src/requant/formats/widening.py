@@ -7,7 +7,6 @@ becomes mxfp8 value by value under the same scales: every E2M1 number is an E4M3
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any, ClassVar
@@ -19,7 +18,17 @@ from requant.formats.base import SourceLayer
 from requant.kernels import cast as values
 from requant.kernels import quantize as native
 from requant.kernels import repack
-from requant.packings.base import Exactness, Fidelity, Packing, Parts, Rect, Scratch, is_narrower
+from requant.packings.base import (
+    Array,
+    Exactness,
+    Fidelity,
+    Packing,
+    Parts,
+    Rect,
+    Scratch,
+    Triple,
+    is_narrower,
+)
 from requant.quantization.config import Quantization, QuantMode
 
 # E2M1 codes 0 to 15 as E4M3 bytes; bit 3 is the sign.
@@ -52,9 +61,7 @@ class MlxRows(Packing):
             cuts["biases"] = Rect((start, stop), groups)
         return cuts
 
-    def repack(
-        self, parts: Parts, start: int, stop: int, out: Mapping[str, np.ndarray], scratch: Scratch
-    ) -> None:
+    def repack(self, parts: Parts, start: int, stop: int, out: Triple, scratch: Scratch) -> None:
         """The rows as they are; scales and biases rounded to another dtype."""
         for role, rows in out.items():
             if role != "weight" and self.encoding.mode.has_biases:
@@ -62,9 +69,7 @@ class MlxRows(Packing):
             else:
                 rows[:] = parts[role].view(rows.dtype)
 
-    def decode(
-        self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch
-    ) -> None:
+    def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         """The values that MLX computes."""
         codes = self.encoding
         triple = (parts["weight"], parts["scales"], parts.get("biases"))
@@ -95,9 +100,7 @@ class DenseRows(Packing):
         """The same rows."""
         return {"weight": Rect((start, stop), (0, self.columns))}
 
-    def decode(
-        self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch
-    ) -> None:
+    def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         """The values, rounded once."""
         values.cast_into(parts["weight"], out)
 
@@ -151,9 +154,7 @@ class Widened(Packing):
         """As the packing within."""
         return self.packing.required_rects(start, stop)
 
-    def repack(
-        self, parts: Parts, start: int, stop: int, out: Mapping[str, np.ndarray], scratch: Scratch
-    ) -> None:
+    def repack(self, parts: Parts, start: int, stop: int, out: Triple, scratch: Scratch) -> None:
         """The codes in wider fields, scales and biases repeated."""
         rows, narrow = stop - start, dict(out)
         if self.encoding.bits != self.target.bits:
@@ -172,7 +173,7 @@ class Widened(Packing):
                 groups = out[role].view(bits).reshape(rows, -1, times)
                 groups[:] = narrow[role].view(bits)[:, :, None]
 
-    def _widen(self, words: np.ndarray, out: np.ndarray, scratch: Scratch) -> None:
+    def _widen(self, words: Array, out: Array, scratch: Scratch) -> None:
         codes = scratch.take("wide codes", "U8", out.shape[0], self.columns)
         repack.unpack_into(words, self.encoding.bits, codes)
         if self.target.mode is QuantMode.AFFINE:
@@ -180,9 +181,7 @@ class Widened(Packing):
         else:
             np.take(_E4M3_BYTES, codes, out=out.view(np.uint8), mode="clip")
 
-    def decode(
-        self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch
-    ) -> None:
+    def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         """As the packing within."""
         self.packing.decode(parts, start, stop, out, scratch)
 
@@ -200,7 +199,7 @@ class Widened(Packing):
         }
 
 
-def _like(out: np.ndarray, rows: int, times: int, role: str, scratch: Scratch) -> np.ndarray:
+def _like(out: Array, rows: int, times: int, role: str, scratch: Scratch) -> Array:
     """Room for the scales of groups that are ``times`` as large."""
     shape = (rows, out.shape[1] // times)
     room = scratch.take(role, "U8", rows, shape[1] * out.itemsize)

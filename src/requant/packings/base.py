@@ -23,8 +23,11 @@ from requant.kernels import quantize as native
 from requant.quantization.config import Quantization, QuantMode
 from requant.text import format_range
 
-Parts = Mapping[str, np.ndarray]
+Array = np.ndarray
+Parts = Mapping[str, Array]
 """Role -> the rectangle that ``required_rects`` asked for, two axes, C-contiguous."""
+Triple = Mapping[str, Array]
+"""Rows of the output: weight, scales and, in affine mode, biases."""
 
 
 class Exactness(StrEnum):
@@ -65,7 +68,7 @@ def flat_cut(start: int, stop: int, width: int) -> Rect:
 class Scratch(Protocol):
     """Memory that a worker keeps for its whole run."""
 
-    def take(self, role: str, dtype: str, rows: int, row_bytes: int) -> np.ndarray:
+    def take(self, role: str, dtype: str, rows: int, row_bytes: int) -> Array:
         """An uninitialized ``(rows, row_bytes / itemsize)`` array; one a role at a time."""
 
 
@@ -103,16 +106,12 @@ class Packing(ABC):
     def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
         """What the rows ``start`` to ``stop`` need of each part."""
 
-    def repack(
-        self, parts: Parts, start: int, stop: int, out: Mapping[str, np.ndarray], scratch: Scratch
-    ) -> None:
+    def repack(self, parts: Parts, start: int, stop: int, out: Triple, scratch: Scratch) -> None:
         """Fill ``out`` (weight, scales and, in affine mode, biases) with rows of the layer."""
         raise NotImplementedError(f"{type(self).__name__} has no encoding")
 
     @abstractmethod
-    def decode(
-        self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch
-    ) -> None:
+    def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         """Fill ``out``, ``(rows, columns)``, with values rounded once to its dtype."""
 
     def fidelity(self, dtype: str) -> Fidelity:
@@ -185,7 +184,7 @@ class IntegerPacking(Packing):
             return None
         return Quantization(group, mlx_bits(self.bits), QuantMode.AFFINE)
 
-    def words(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
+    def words(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         """Fill ``out``, uint32 ``(rows, columns * mlx_bits / 32)``, with the codes.
 
         Where stored words can be moved as they are, or by one kernel, a format does that instead.
@@ -193,25 +192,23 @@ class IntegerPacking(Packing):
         out[:] = native.pack_words(self.codes(parts, start, stop, scratch), mlx_bits(self.bits))
 
     @abstractmethod
-    def codes(self, parts: Parts, start: int, stop: int, scratch: Scratch) -> np.ndarray:
+    def codes(self, parts: Parts, start: int, stop: int, scratch: Scratch) -> Array:
         """The codes, uint8 ``(rows, columns)``."""
 
     @abstractmethod
-    def scales(self, parts: Parts, start: int, stop: int) -> np.ndarray:
+    def scales(self, parts: Parts, start: int, stop: int) -> Array:
         """The stored scales, ``(rows, groups)``."""
 
-    def zeros(self, parts: Parts, start: int, stop: int) -> np.ndarray | float:
+    def zeros(self, parts: Parts, start: int, stop: int) -> Array | float:
         """The zeros, float32 ``(rows, groups)``, or one for all."""
         return float(1 << (self.bits - 1))
 
-    def biases(self, parts: Parts, start: int, stop: int, scales: np.ndarray) -> np.ndarray:
+    def biases(self, parts: Parts, start: int, stop: int, scales: Array) -> Array:
         """``-zero * scale`` of the scales as they are stored in the output; float32."""
         product = np.float32(-1) * self.zeros(parts, start, stop) * scales.astype(np.float32)
         return np.asarray(product, np.float32)
 
-    def repack(
-        self, parts: Parts, start: int, stop: int, out: Mapping[str, np.ndarray], scratch: Scratch
-    ) -> None:
+    def repack(self, parts: Parts, start: int, stop: int, out: Triple, scratch: Scratch) -> None:
         """Codes bit for bit; scales and biases rounded at most once, and repeated."""
         self.words(parts, start, stop, out["weight"], scratch)
         dtype = out["scales"].dtype
@@ -222,9 +219,7 @@ class IntegerPacking(Packing):
         np.take(scales, spread, axis=1, out=out["scales"])
         np.take(biases, spread, axis=1, out=out["biases"])
 
-    def decode(
-        self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch
-    ) -> None:
+    def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         """``(code - zero) * scale`` in float32, rounded once."""
         codes = np.ascontiguousarray(self.codes(parts, start, stop, scratch))
         scales = np.ascontiguousarray(self.scales(parts, start, stop), np.float32)
@@ -255,13 +250,13 @@ class IntegerPacking(Packing):
         """Half a unit in the last place of the largest bias, in steps of the scale."""
         return float(2**self.bits - 1) * 2.0**-precision
 
-    def _group_of(self, groups: int) -> np.ndarray:
+    def _group_of(self, groups: int) -> Array:
         """Which source group each of ``groups`` MLX groups lies in."""
         size = self.columns // groups
         return np.arange(groups) * size // self.group
 
 
-def check_symmetric(zeros: np.ndarray, bits: int) -> None:
+def check_symmetric(zeros: Array, bits: int) -> None:
     """Hold zeros against the claim that each is the middle of the codes.
 
     Raises:
@@ -276,7 +271,7 @@ def check_symmetric(zeros: np.ndarray, bits: int) -> None:
         )
 
 
-def stream_codes(words: np.ndarray, bits: int, count: int) -> np.ndarray:
+def stream_codes(words: Array, bits: int, count: int) -> Array:
     """Unpack rows of one little-endian bit stream into ``count`` codes, uint8.
 
     Args:

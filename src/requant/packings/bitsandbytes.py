@@ -14,6 +14,7 @@ from requant.kernels.decode import lut_values_into
 from requant.packings.base import (
     DTYPE_NAME,
     PRECISION,
+    Array,
     Exactness,
     Fidelity,
     Packing,
@@ -31,13 +32,11 @@ _ONE_PART = np.float32(1 / 127)
 class BnbInt8(CtPlain):
     """LLM.int8: ``w = code * SCB / 127``, SCB the largest magnitude of a row, float32."""
 
-    def scales(self, parts: Parts, start: int, stop: int) -> np.ndarray:
+    def scales(self, parts: Parts, start: int, stop: int) -> Array:
         largest = super().scales(parts, start, stop).astype(np.float32)
         return largest / np.float32(127)
 
-    def decode(
-        self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch
-    ) -> None:
+    def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         """``code * SCB``, then times float32(1 / 127), as bitsandbytes multiplies."""
         values = parts["weight"].astype(np.float32)
         values *= super().scales(parts, start, stop).astype(np.float32)
@@ -101,7 +100,7 @@ class BnbTable(Packing):
             cuts["nested_absmax"] = flat_cut(*nested, above)
         return cuts
 
-    def _absmax(self, parts: Parts, start: int, stop: int) -> np.ndarray:
+    def _absmax(self, parts: Parts, start: int, stop: int) -> Array:
         """Float32, one for each block that the rows touch."""
         stored = parts["absmax"].reshape(-1)
         if not self.nested_block:
@@ -112,9 +111,7 @@ class BnbTable(Packing):
         values = parts["nested_quant_map"].reshape(-1)[stored] * nested
         return np.asarray(values + np.float32(self.nested_offset), np.float32)
 
-    def decode(
-        self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch
-    ) -> None:
+    def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         """``quant_map[code] * absmax`` in float32, rounded once."""
         codes = parts["weight"].view(np.uint8).reshape(-1)
         skipped = start * self.columns % (2 * self.storage_bytes)

@@ -5,14 +5,13 @@ Also where matrices are stored with their axes exchanged, ``(experts, in, out)``
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 
 from requant.kernels.repack import transpose_into
-from requant.packings.base import Fidelity, Packing, Parts, Rect, Scratch
+from requant.packings.base import Array, Fidelity, Packing, Parts, Rect, Scratch, Triple
 from requant.quantization.config import Quantization
 
 _UNSIGNED: Final = {1: "U8", 2: "U16", 4: "U32"}
@@ -98,15 +97,11 @@ class StackedExperts(Packing):
             for role, part in parts.items()
         }
 
-    def repack(
-        self, parts: Parts, start: int, stop: int, out: Mapping[str, np.ndarray], scratch: Scratch
-    ) -> None:
+    def repack(self, parts: Parts, start: int, stop: int, out: Triple, scratch: Scratch) -> None:
         _, first, last = self._within(start, stop)
         self.layer.repack(self._of_one(parts, scratch), first, last, out, scratch)
 
-    def decode(
-        self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch
-    ) -> None:
+    def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         _, first, last = self._within(start, stop)
         self.layer.decode(self._of_one(parts, scratch), first, last, out, scratch)
 
@@ -128,7 +123,7 @@ def _moved(cut: Rect, place: Place, expert: int) -> Rect:
     return Rect((above + rows[0], above + rows[1]), columns)
 
 
-def _turned(stored: np.ndarray, role: str, scratch: Scratch) -> np.ndarray:
+def _turned(stored: Array, role: str, scratch: Scratch) -> Array:
     size = stored.dtype.itemsize
     if size not in _UNSIGNED or not stored.flags.c_contiguous:
         return np.ascontiguousarray(stored.T)

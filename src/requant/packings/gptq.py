@@ -16,6 +16,7 @@ import numpy as np
 from requant.kernels import quantize as native
 from requant.kernels import repack
 from requant.packings.base import (
+    Array,
     IntegerPacking,
     Parts,
     Rect,
@@ -84,7 +85,7 @@ class Gptq(IntegerPacking):
             cuts["g_idx"] = Rect((0, 1), (0, self.columns))
         return cuts
 
-    def words(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
+    def words(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         """A stream of MLX's own width is only transposed."""
         if self.planar and not self.act_order:
             source = parts["qweight"].view(np.uint32)
@@ -97,7 +98,7 @@ class Gptq(IntegerPacking):
         else:
             out[:] = np.ascontiguousarray(parts["qweight"].T).view(np.uint32)
 
-    def codes(self, parts: Parts, start: int, stop: int, scratch: Scratch) -> np.ndarray:
+    def codes(self, parts: Parts, start: int, stop: int, scratch: Scratch) -> Array:
         """Codes ``(rows, columns)``; in act-order in the order of the groups."""
         qweight = parts["qweight"]
         if qweight.itemsize == 4:
@@ -112,11 +113,11 @@ class Gptq(IntegerPacking):
             else codes
         )
 
-    def scales(self, parts: Parts, start: int, stop: int) -> np.ndarray:
+    def scales(self, parts: Parts, start: int, stop: int) -> Array:
         """Stored as ``[groups, out]``."""
         return parts["scales"].T
 
-    def zeros(self, parts: Parts, start: int, stop: int) -> np.ndarray | float:
+    def zeros(self, parts: Parts, start: int, stop: int) -> Array | float:
         """Unpacked along the outputs."""
         if not self.has_zeros:
             return super().zeros(parts, start, stop)
@@ -125,9 +126,7 @@ class Gptq(IntegerPacking):
             check_symmetric(zeros, self.bits)
         return zeros.T.astype(np.float32)
 
-    def decode(
-        self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch
-    ) -> None:
+    def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         """``(code - zero) * scale`` in float32, rounded once."""
         if not self.act_order or self.sorted:
             super().decode(parts, start, stop, out, scratch)
@@ -137,7 +136,7 @@ class Gptq(IntegerPacking):
         out[:, group_order(parts["g_idx"], self.groups)] = in_order
 
 
-def stored_zeros(qzeros: np.ndarray, bits: int, count: int, packing: Gptq) -> np.ndarray:
+def stored_zeros(qzeros: Array, bits: int, count: int, packing: Gptq) -> Array:
     """The zeros ``(groups, count)``, whatever the file stores for them."""
     if packing.stored_zeros is Zeros.WORD_PLUS_ONE:
         ones = np.uint32(sum(1 << shift for shift in range(0, 32, bits)))
@@ -148,7 +147,7 @@ def stored_zeros(qzeros: np.ndarray, bits: int, count: int, packing: Gptq) -> np
     return fields
 
 
-def group_order(g_idx: np.ndarray, groups: int) -> np.ndarray:
+def group_order(g_idx: Array, groups: int) -> Array:
     """The inputs sorted by group, those of one group in their own order.
 
     A negative group counts from the end, as GPTQModel reads it.
@@ -156,7 +155,7 @@ def group_order(g_idx: np.ndarray, groups: int) -> np.ndarray:
     return np.argsort(g_idx.reshape(-1).astype(np.int64) % groups, kind="stable")
 
 
-def plane_codes(words: np.ndarray, bits: int, count: int) -> np.ndarray:
+def plane_codes(words: Array, bits: int, count: int) -> Array:
     """Unpack rows of planar words (GPTQModel's ``gptq_p``) into ``count`` codes a row.
 
     A block of 32 codes is ``bits`` words, low plane first; a plane of width w holds code

@@ -21,6 +21,7 @@ from requant.kernels.repack import HQQ, RowBlocks
 from requant.packings.base import (
     DTYPE_NAME,
     PRECISION,
+    Array,
     Exactness,
     Fidelity,
     IntegerPacking,
@@ -41,7 +42,7 @@ def element(packing: str) -> np.dtype:
     return np.dtype(np.uint32 if packing == "3bit_32" else np.uint8)
 
 
-def _check_codes(codes: np.ndarray, bits: int) -> None:
+def _check_codes(codes: Array, bits: int) -> None:
     """Hold codes that have a byte each against their width."""
     if bits < 8 and codes.size and int(codes.max()) >> bits:
         raise InvariantError(
@@ -90,7 +91,7 @@ class HqqRows(IntegerPacking):
         )
         return {**packed, "scale": each, "zero": each}
 
-    def _view(self, parts: Parts, start: int, stop: int, scratch: Scratch) -> np.ndarray:
+    def _view(self, parts: Parts, start: int, stop: int, scratch: Scratch) -> Array:
         """Codes of whole groups, uint8 ``(view rows, group)``."""
         first, last = self._groups_of(start, stop)
         dtype = element(self.packing)
@@ -101,21 +102,19 @@ class HqqRows(IntegerPacking):
             _check_codes(codes, self.bits)
         return codes
 
-    def codes(self, parts: Parts, start: int, stop: int, scratch: Scratch) -> np.ndarray:
+    def codes(self, parts: Parts, start: int, stop: int, scratch: Scratch) -> Array:
         view = self._view(parts, start, stop, scratch).reshape(-1)
         skipped = start * self.columns % self.group
         count = (stop - start) * self.columns
         return view[skipped : skipped + count].reshape(stop - start, self.columns)
 
-    def scales(self, parts: Parts, start: int, stop: int) -> np.ndarray:
+    def scales(self, parts: Parts, start: int, stop: int) -> Array:
         return parts["scale"].reshape(stop - start, -1)
 
-    def zeros(self, parts: Parts, start: int, stop: int) -> np.ndarray | float:
+    def zeros(self, parts: Parts, start: int, stop: int) -> Array | float:
         return parts["zero"].reshape(stop - start, -1).astype(np.float32)
 
-    def decode(
-        self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch
-    ) -> None:
+    def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         """``(code - zero) * scale`` in float32, rounded once."""
         codes = self._view(parts, start, stop, scratch)
         scales, zeros = (
@@ -236,7 +235,7 @@ class HqqColumns(Packing):
                 found[f"{role}{piece.ending}"] = Rect((0, 1), piece.columns)
         return found
 
-    def _codes(self, cut: np.ndarray, piece: _Piece) -> np.ndarray:
+    def _codes(self, cut: Array, piece: _Piece) -> Array:
         """The codes of a segment, uint8 ``(1, n)``."""
         dtype, blocks = element(self.packing), HQQ[self.packing]
         block = blocks.block(self.group)
@@ -251,9 +250,7 @@ class HqqColumns(Packing):
             _check_codes(codes, self.bits)
         return codes.reshape(1, -1)
 
-    def decode(
-        self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch
-    ) -> None:
+    def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         """``(code - zero) * scale`` in float32, rounded once."""
         values, at = out.reshape(1, -1), 0
         for piece in self._pieces(start, stop):

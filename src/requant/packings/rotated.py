@@ -24,7 +24,7 @@ from requant.core.dtypes import FLOATS, TensorInfo
 from requant.errors import Problem
 from requant.kernels import quantize as native
 from requant.packings.awq import AwqGemm
-from requant.packings.base import Packing, Parts, Rect, Scratch
+from requant.packings.base import Array, Packing, Parts, Rect, Scratch, Triple
 from requant.quantization.config import Quantization
 
 ROLES = ("theta", "pairs", "channel_scales")
@@ -145,7 +145,7 @@ def rotation_entry(group: int, krot: int) -> dict[str, Any]:
     return {"method": "paroquant", "group_size": group, "krot": krot}
 
 
-def inverse_rotate(rows: np.ndarray, parts: Parts, group: int) -> None:
+def inverse_rotate(rows: Array, parts: Parts, group: int) -> None:
     """Bring rows of a weight, float32 ``(n, in)``, back to the plain inputs, in place."""
     krot, half = parts["theta"].shape
     starts = np.arange(0, 2 * half, group)[:, None]
@@ -183,9 +183,7 @@ class RotatedGemm(AwqGemm):
         """The codes, and the whole rotation."""
         return super().required_rects(start, stop) | _rotation_cuts(self.krot, self.columns)
 
-    def decode(
-        self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch
-    ) -> None:
+    def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         """The plain weight, in float32 and rounded once."""
         wide = scratch.take("turned", "F32", stop - start, 4 * self.columns)
         super().decode(parts, start, stop, wide, scratch)
@@ -233,16 +231,12 @@ class RotatedTriple(Packing):
             "biases": Rect((start, stop), (0, groups)),
         } | _rotation_cuts(self.krot, self.columns)
 
-    def repack(
-        self, parts: Parts, start: int, stop: int, out: Mapping[str, np.ndarray], scratch: Scratch
-    ) -> None:
+    def repack(self, parts: Parts, start: int, stop: int, out: Triple, scratch: Scratch) -> None:
         """The rows as they are."""
         for role, rows in out.items():
             rows[:] = parts[role]
 
-    def decode(
-        self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch
-    ) -> None:
+    def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         """The plain weight, in float32 and rounded once."""
         wide = scratch.take("turned", "F32", stop - start, 4 * self.columns)
         codes = self.encoding

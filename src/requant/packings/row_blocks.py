@@ -6,10 +6,8 @@ next: then it is cut twice out of the same tensor, under two roles.
 
 from __future__ import annotations
 
-import numpy as np
-
 from requant.kernels.repack import RowBlocks, row_blocks_into
-from requant.packings.base import Parts, Rect
+from requant.packings.base import Array, Parts, Rect
 
 NEXT = "_next"
 """Ends the role under which a tensor is cut a second time."""
@@ -39,7 +37,7 @@ def block_cuts(
 
 
 def block_codes(
-    role: str, blocks: RowBlocks, rows: int, start: int, parts: Parts, out: np.ndarray
+    role: str, blocks: RowBlocks, rows: int, start: int, parts: Parts, out: Array
 ) -> None:
     """Fill ``out``, uint8 ``(rows wanted, columns)``, from what ``block_cuts`` asked for."""
     cuts = block_cuts(

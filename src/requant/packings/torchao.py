@@ -5,7 +5,6 @@ Layout: pytorch/ao torchao/prototype/safetensors and torchao/quantization/quanti
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
@@ -14,6 +13,7 @@ import numpy as np
 from requant.packings.base import (
     DTYPE_NAME,
     PRECISION,
+    Array,
     Exactness,
     Fidelity,
     IntegerPacking,
@@ -21,6 +21,7 @@ from requant.packings.base import (
     Parts,
     Rect,
     Scratch,
+    Triple,
     check_symmetric,
     is_narrower,
 )
@@ -34,9 +35,9 @@ _TILE_ROWS: Final = 32  # that a tile takes as stored, 16 bytes each
 class TorchaoInteger(CtPlain):
     """Int8Tensor and IntxUnpackedToInt8Tensor: signed bytes, zeros as signed bytes."""
 
-    def zeros(self, parts: Parts, start: int, stop: int) -> np.ndarray | float:
+    def zeros(self, parts: Parts, start: int, stop: int) -> Array | float:
         zeros = super().zeros(parts, start, stop)
-        if self.symmetric and isinstance(zeros, np.ndarray):
+        if self.symmetric and isinstance(zeros, Array):
             check_symmetric(zeros, self.bits)
         return zeros
 
@@ -57,25 +58,23 @@ class TorchaoInt4(IntegerPacking):
             "zero_point": each
         }
 
-    def words(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
+    def words(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         np.bitwise_xor(parts["qdata"].view(np.uint32), np.uint32(0x88888888), out=out)
 
-    def codes(self, parts: Parts, start: int, stop: int, scratch: Scratch) -> np.ndarray:
+    def codes(self, parts: Parts, start: int, stop: int, scratch: Scratch) -> Array:
         packed = parts["qdata"].view(np.uint8)
         pairs = np.stack([packed & 15, packed >> 4], axis=-1)
         return pairs.reshape(stop - start, self.columns) ^ np.uint8(8)
 
-    def scales(self, parts: Parts, start: int, stop: int) -> np.ndarray:
+    def scales(self, parts: Parts, start: int, stop: int) -> Array:
         return parts["scale"].T
 
-    def biases(self, parts: Parts, start: int, stop: int, scales: np.ndarray) -> np.ndarray:
+    def biases(self, parts: Parts, start: int, stop: int, scales: Array) -> Array:
         """The value of the code that MLX calls 0: ``zero_point - 8 * scale``, float32."""
         offsets = parts["zero_point"].T.astype(np.float32)
         return np.asarray(offsets - np.float32(8) * scales.astype(np.float32), np.float32)
 
-    def decode(
-        self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch
-    ) -> None:
+    def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         """``code * scale + zero_point`` in float32, rounded once more."""
         codes = self.codes(parts, start, stop, scratch).astype(np.float32) - np.float32(8)
         scales, offsets = (
@@ -134,14 +133,10 @@ class Swizzled(Packing):
         wanted = np.ascontiguousarray(rows[start - first : stop - first, : self.groups])
         return {**parts, "scale": wanted.view(stored.dtype)}
 
-    def repack(
-        self, parts: Parts, start: int, stop: int, out: Mapping[str, np.ndarray], scratch: Scratch
-    ) -> None:
+    def repack(self, parts: Parts, start: int, stop: int, out: Triple, scratch: Scratch) -> None:
         self.layer.repack(self._in_rows(parts, start, stop), start, stop, out, scratch)
 
-    def decode(
-        self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch
-    ) -> None:
+    def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         self.layer.decode(self._in_rows(parts, start, stop), start, stop, out, scratch)
 
     def fidelity(self, dtype: str) -> Fidelity:
