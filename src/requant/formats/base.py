@@ -106,9 +106,8 @@ class SourceLayer:
         row_order: The order in which the output stores the rows; None as the source.
         row_ranges: The rows of packed layers that it consists of, under another layout than the
             source's; empty where ``packing`` and ``parts`` are the whole layer.
-        rotation_tensors: Role -> tensor that goes with the codes and is needed to run them: a
-            rotation
-            of the inputs. Its values are a part of what ``packing`` decodes.
+        rotation_tensors: Role -> tensor of a rotation of the inputs, which is stored with the codes
+            and needed to run them. ``packing`` decodes to values without the rotation.
         name: Of a packed tensor whose dense values are not ``{path}.weight``; else "". Stacks of
             fused experts have no module: their codes become ``{path}.weight``, their values
             ``{path}`` or what the tool calls them.
@@ -266,25 +265,49 @@ class Format(Protocol):
 def dense_layer(tensor: SourceTensor) -> SourceLayer:
     """Describe a tensor that is stored as its values."""
     name = tensor.name
-    path = name.removesuffix(".weight") if name.endswith(".weight") else name
+    path = name.removesuffix(".weight")
+
+    shape, dtype = tensor.info.shape, tensor.info.dtype
+    return SourceLayer(path=path, parts={"weight": tensor}, encoding=None, shape=shape, dtype=dtype)
+
+
+def packed_layer(
+    path: str,
+    parts: Tensors,
+    shape: tuple[int, ...],
+    packing: Packing,
+    *,
+    dtype: str,
+    stored: str,
+    reason: Reason | None = None,
+) -> SourceLayer:
+    """Describe a layer of codes by its packing.
+
+    Where the packing has no encoding, for ``reason``, the layer becomes what ``fallback_for`` says.
+    """
+    encoding: Quantization | None = getattr(packing, "encoding", None)
+    fallback = fallback_for(shape[-1]) if encoding is None else None
     return SourceLayer(
         path=path,
-        parts={"weight": tensor},
-        encoding=None,
-        shape=tensor.info.shape,
-        dtype=tensor.info.dtype,
+        parts=parts,
+        encoding=encoding,
+        shape=shape,
+        dtype=dtype,
+        packing=packing,
+        stored_description=stored,
+        policy=DefaultPolicy(fallback=fallback, reason=reason),
     )
 
 
 def describe_encoding(encoding: Quantization | None, dtype: str) -> str:
-    """How a layer is stored, in a few words: "BF16" or "affine 4-bit g64"."""
+    """Describe how a layer is stored: "BF16" or "affine 4-bit g64"."""
     if encoding is None:
         return dtype
     return f"{encoding.mode} {encoding.bits}-bit g{encoding.group_size}"
 
 
 def fallback_for(n_in: int) -> Quantization | None:
-    """What codes that no MLX mode holds become when nothing is requested: 8 bits, or dense.
+    """Return the default target of codes that no MLX mode holds: 8 bits, or None for dense.
 
     8 bits in groups of 64 add 0.4 to 0.6 % of relative RMS to a 4-bit source, where 4 bits
     again would add as much error as the source has.

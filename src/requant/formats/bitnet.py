@@ -16,20 +16,14 @@ from requant.core.reasons import Note, NoteCode
 from requant.errors import InvariantError
 from requant.formats.base import SourceLayer, SourceLayout, Tensors
 from requant.formats.integer_layers import integer_layer
-from requant.formats.quantization_block import QuantizationBlock, find_quantization_block
-from requant.formats.tensor_sorter import TensorSorter, UnsupportedLayerError
-from requant.kernels.repack import BITNET
-from requant.packings.base import (
-    DTYPE_NAME,
-    PRECISION,
-    Array,
-    Exactness,
-    Fidelity,
-    IntegerPacking,
-    Parts,
-    Rect,
-    Scratch,
+from requant.formats.quantization_block import (
+    QuantizationBlock,
+    claim_by_method,
+    find_quantization_block,
 )
+from requant.formats.tensor_sorter import TensorSorter, unexpected
+from requant.kernels.repack import BITNET
+from requant.packings.base import Array, Fidelity, IntegerPacking, Parts, Rect, Scratch, rounded
 from requant.packings.row_blocks import NEXT, block_codes, block_cuts
 from requant.text import format_value
 
@@ -73,11 +67,7 @@ class Ternary(IntegerPacking):
         """The reciprocal of a stored scale rounds; the bias is the scale's negative."""
         if not self.divides:
             return super().fidelity(dtype)
-        return Fidelity(
-            Exactness.ROUNDED,
-            f"the scale, 1 / weight_scale, rounded to {DTYPE_NAME[dtype]}, relative error at most "
-            f"{2.0 ** -PRECISION[dtype]:.2g}",
-        )
+        return rounded("the scale, 1 / weight_scale,", dtype)
 
 
 class BitNet:
@@ -88,10 +78,7 @@ class BitNet:
 
     def claims(self, checkpoint: Checkpoint) -> str | None:
         """The config names it; nothing else tells whether scales divide."""
-        block = find_quantization_block(checkpoint)
-        if block is None or block.method != "bitnet":
-            return None
-        return f"{block.where}: quant_method bitnet"
+        return claim_by_method(checkpoint, "bitnet")
 
     def read(self, checkpoint: Checkpoint) -> SourceLayout:
         """Pair each packed weight with its scale; everything else is dense."""
@@ -111,11 +98,7 @@ class BitNet:
             )
             sorter.notes.append(Note(NoteCode.ROUNDED_ACTIVATIONS, text))
         else:
-            sorter.no_layer(
-                block.where,
-                "says quant_method bitnet, but no weight is U8: if the weights are dense, remove "
-                "the block",
-            )
+            sorter.no_layer(block.where, "says quant_method bitnet, but no weight is U8")
         return sorter.layout()
 
 
@@ -129,8 +112,7 @@ def _divides(block: QuantizationBlock, sorter: TensorSorter) -> bool:
         sorter.problem(
             f"{block.where}.quantization_mode",
             f"is {format_value(block.get('quantization_mode'))}: dense weights, rounded to three "
-            "values "
-            "each time the model runs, which MLX does not; save the model in mode offline",
+            "values each time the model runs, which MLX does not; save the model in mode offline",
         )
     if block.get("use_rms_norm"):
         sorter.problem(
@@ -144,35 +126,18 @@ def _layer(sorter: TensorSorter, path: str, parts: Tensors, divides: bool) -> So
     """One layer, if its tensors fit each other."""
     weight, scale = parts["weight"], parts["weight_scale"]
     if len(weight.info.shape) != 2 or 0 in weight.info.shape:
-        raise UnsupportedLayerError(weight.name, f"{weight.info}, expected U8 [out / 4, in]")
+        raise unexpected(weight, "U8 [out / 4, in]")
     if scale.info.size != 1 or scale.info.dtype not in _FLOATS:
-        raise UnsupportedLayerError(scale.name, f"{scale.info}, expected one float")
-    number = float(sorter.checkpoint.read_small_tensor(scale.name).reshape(-1)[0])
-    if not 0 < number < float("inf"):
-        raise UnsupportedLayerError(
-            scale.name, f"holds {format_value(number)}, expected a finite number above 0"
-        )
+        raise unexpected(scale, "one float")
+    sorter.positive_number(scale)
     packed, n_in = weight.info.shape
     n_out = _ROWS_A_BYTE * packed
     bias = sorter.tensors.get(f"{path}.bias")
     if bias is not None and n_out - _ROWS_A_BYTE < bias.info.size < n_out:
         n_out = bias.info.size  # rows are padded to fill the last bytes
     packing = Ternary(
-        rows=n_out,
-        columns=n_in,
-        bits=2,
-        group=n_in,
-        symmetric=True,
-        scale_dtype=scale.info.dtype,
-        divides=divides,
+        n_out, n_in, 2, n_in, symmetric=True, scale_dtype=scale.info.dtype, divides=divides
     )
     used = {"weight": weight, f"weight{NEXT}": weight, "weight_scale": scale}
-    return integer_layer(
-        sorter,
-        path,
-        used,
-        shape=(n_out, n_in),
-        packing=packing,
-        tool="bitnet",
-        scales="a scale a tensor",
-    )
+    shape, scales = (n_out, n_in), "a scale a tensor"
+    return integer_layer(sorter, path, used, shape, packing, tool="bitnet", scales=scales)

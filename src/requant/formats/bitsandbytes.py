@@ -13,14 +13,7 @@ from requant.checkpoints.checkpoint import Checkpoint, SourceTensor
 from requant.core.dtypes import NUMPY_DTYPE
 from requant.core.reasons import Reason, ReasonCode
 from requant.core.strict_json import parse_json_object
-from requant.formats.base import (
-    DefaultPolicy,
-    SourceLayer,
-    SourceLayout,
-    Tensors,
-    fallback_for,
-    scale_dtype,
-)
+from requant.formats.base import SourceLayout, Tensors, packed_layer, scale_dtype
 from requant.formats.integer_layers import integer_layer
 from requant.formats.quantization_block import DTYPE_WORDS, find_quantization_block
 from requant.formats.tensor_sorter import TensorSorter
@@ -64,11 +57,8 @@ class Bitsandbytes:
             elif _STATE in name:
                 _read_table(sorter, name)
         if not sorter.quantized:
-            sorter.no_layer(
-                "config.json: quantization_config",
-                "says bitsandbytes, but no tensor ends in .SCB or has a quant_state: if the "
-                "weights are dense, remove the block",
-            )
+            message = "says bitsandbytes, but no tensor ends in .SCB or has a quant_state"
+            sorter.no_layer("config.json: quantization_config", message)
         return sorter.layout()
 
 
@@ -101,8 +91,7 @@ def _read_int8(sorter: TensorSorter, path: str) -> None:
         sorter.problem(scale.name, f"{scale.info}, expected F32 [{shape[0]}] for {weight.info}")
         return
     packing = BnbInt8(
-        rows=shape[0],
-        columns=shape[1],
+        *shape,
         bits=8,
         group=shape[1],
         symmetric=True,
@@ -113,9 +102,7 @@ def _read_int8(sorter: TensorSorter, path: str) -> None:
         zero_points=Zeros.MIDDLE,
     )
     parts = {"weight": weight, "weight_scale": scale}
-    sorter.add(
-        integer_layer(sorter, path, parts, shape=shape, packing=packing, tool="bitsandbytes")
-    )
+    sorter.add(integer_layer(sorter, path, parts, shape, packing, tool="bitsandbytes"))
 
 
 # -- nf4, fp4 ----------------------------------------------------------------------------------
@@ -142,25 +129,11 @@ def _read_table(sorter: TensorSorter, name: str) -> None:
     if packing is None or len(sorter.problems) > before:
         return
     dtype = scale_dtype(DTYPE_WORDS.get(str(state.get("dtype")), "F32"), sorter.dtype)
+    stored = f"bitsandbytes {kind}{' with nested absmax' * bool(packing.nested_block)}"
+    needed = packing.required_rects(0, 1)
+    used = {"weight": weight} | {role: parts[role] for role in needed if role in parts}
     shape = tuple(state["shape"])
-    nested = " with nested absmax" if packing.nested_block else ""
-    used = {"weight": weight} | {
-        role: parts[role] for role in packing.required_rects(0, 1) if role in parts
-    }
-    stored = f"bitsandbytes {kind}{nested}"
-    fallback = fallback_for(shape[-1])
-    sorter.add(
-        SourceLayer(
-            path=path,
-            parts=used,
-            encoding=None,
-            shape=shape,
-            dtype=dtype,
-            packing=packing,
-            stored_description=stored,
-            policy=DefaultPolicy(fallback=fallback, reason=_REASON),
-        )
-    )
+    sorter.add(packed_layer(path, used, shape, packing, dtype=dtype, stored=stored, reason=_REASON))
 
 
 def _state(sorter: TensorSorter, name: str) -> Mapping[str, Any] | None:
@@ -226,11 +199,5 @@ def _table(
             sorter.problem(weight.name, f"has no {weight.name}.{role}")
         elif part.info.dtype != dtype or part.info.shape != (count,):
             sorter.problem(part.name, f"{part.info}, expected {dtype} [{count}]")
-    return BnbTable(
-        rows=rows,
-        columns=columns,
-        block=block,
-        storage_bytes=storage,
-        nested_block=nested,
-        nested_offset=float(offset or 0),
-    )
+    offset = float(offset or 0)
+    return BnbTable(rows, columns, block, storage, nested_block=nested, nested_offset=offset)

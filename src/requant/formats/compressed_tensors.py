@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from math import prod
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -21,28 +21,23 @@ from requant.formats.compressed_tensors_config import CtConfig, Scheme
 from requant.formats.float8_layers import EXPONENTS, FLOAT8, float8_stack
 from requant.formats.integer_layers import groups_of, integer_layer
 from requant.formats.layer_names import layer_names
+from requant.formats.mx_layers import mx_layer
 from requant.formats.nvfp4_layers import nvfp4_layer, nvfp4_without_tensor_scale
 from requant.formats.quantization_block import find_quantization_block
 from requant.formats.stacks import Experts, are_transposed, rows_with_one_scale
 from requant.formats.tensor_sorter import TensorSorter, UnsupportedLayerError
 from requant.packings.compressed_tensors import CtActOrder, CtPacked, CtPlain, Zeros, packed_words
-from requant.packings.floats import MxBlocks, Mxfp6Blocks
 from requant.text import join_or
 
 _ROLES: Final = (
-    "weight_packed",
-    "weight",
-    "weight_scale",
-    "weight_zero_point",
-    "weight_shape",
-    "weight_g_idx",
-    "weight_global_scale",
+    *("weight_packed", "weight", "weight_scale", "weight_zero_point", "weight_shape"),
+    *("weight_g_idx", "weight_global_scale"),
 )
 _SPARSE: Final = {
-    "scale_packed": "marlin-24 (2:4-sparse codes in the tiles of a GPU kernel)",
-    "meta": "marlin-24 (2:4-sparse codes in the tiles of a GPU kernel)",
-    "compressed": "sparse-bitmask (values without their zeros)",
-    "bitmask": "sparse-bitmask (values without their zeros)",
+    **dict.fromkeys(
+        ("scale_packed", "meta"), "marlin-24 (2:4-sparse codes in the tiles of a GPU kernel)"
+    ),
+    **dict.fromkeys(("compressed", "bitmask"), "sparse-bitmask (values without their zeros)"),
 }
 _WORDS = ("I32", "U32")
 _BYTES = ("U8", "F8_E4M3")
@@ -96,11 +91,8 @@ class _Reader:
         sorter.drop_runtime_scales()
         self._check_loose()
         if not sorter.quantized:
-            sorter.no_layer(
-                self.config.where,
-                "says compressed-tensors, but no layer has a weight_packed or a weight_scale: if "
-                "the weights are dense, remove the block",
-            )
+            message = "says compressed-tensors, but no layer has a weight_packed or a weight_scale"
+            sorter.no_layer(self.config.where, message)
         return sorter.layout()
 
     def _parts(self) -> dict[str, _Parts]:
@@ -191,7 +183,8 @@ class _Reader:
         if n_in is None or width is None:
             return None
         bits, padded = width
-        shape, scale = (*leading, n_out, n_in), parts["weight_scale"].info
+        shape = (*leading, n_out, n_in)
+
         group = self._group(path, parts, shape, scheme)
         zeros = self._zeros(path, parts, bits, padded, scheme)
         if group is None or zeros is None:
@@ -199,22 +192,11 @@ class _Reader:
         act_order = self._act_order(path, parts, n_in, group, scheme)
         if act_order is None:
             return None
-        scale_rows, scale_width = self._sharing(parts["weight_scale"], shape)
-        packing = (CtActOrder if act_order else CtPacked)(
-            rows=prod(leading) * n_out,
-            columns=n_in,
-            bits=bits,
-            group=group,
-            symmetric=zeros is Zeros.MIDDLE,
-            scale_dtype=scale.dtype,
-            matrix=n_out,
-            scale_rows=scale_rows,
-            scale_width=scale_width,
-            zero_points=zeros,
-            padded=padded,
-        )
-        if isinstance(packing, CtActOrder):
-            packing = replace(packing, index_of_each=len(parts["weight_g_idx"].info.shape) > 1)
+        fields = self._fields(parts["weight_scale"], shape, bits, group, zeros)
+        packing = CtPacked(**fields, padded=padded)
+        if act_order:
+            each = len(parts["weight_g_idx"].info.shape) > 1
+            packing = CtActOrder(**fields, padded=padded, index_of_each=each)
         return self._integer_layer(path, parts, shape, packing, "pack")
 
     def _width(self, packed: SourceTensor, n_in: int, scheme: Scheme) -> tuple[int, bool] | None:
@@ -272,26 +254,27 @@ class _Reader:
         zeros = self._zeros(path, parts, bits, False, scheme)
         if group is None or zeros is None:
             return None
-        scale_rows, scale_width = self._sharing(parts["weight_scale"], shape)
-        packing = CtPlain(
-            rows=prod(shape[:-1]),
-            columns=shape[-1],
-            bits=bits,
-            group=group,
-            symmetric=zeros is Zeros.MIDDLE,
-            scale_dtype=parts["weight_scale"].info.dtype,
-            matrix=shape[-2],
-            scale_rows=scale_rows,
-            scale_width=scale_width,
-            zero_points=zeros,
-        )
+        packing = CtPlain(**self._fields(parts["weight_scale"], shape, bits, group, zeros))
         return self._integer_layer(path, parts, shape, packing, "int")
 
-    def _sharing(self, scale: SourceTensor, shape: tuple[int, ...]) -> tuple[int, int]:
-        """Rows that share their scales, and the last axis of the stored scales."""
-        found = rows_with_one_scale(shape, scale.info.shape)
-        assert found is not None  # or _group had rejected it
-        return found[0], scale.info.shape[-1] if scale.info.shape else 1
+    def _fields(
+        self, scale: SourceTensor, shape: tuple[int, ...], bits: int, group: int, zeros: Zeros
+    ) -> dict[str, Any]:
+        """The arguments that packed and plain codes have in common."""
+        sharing = rows_with_one_scale(shape, scale.info.shape)
+        assert sharing is not None  # or _group had rejected it
+        return {
+            "rows": prod(shape[:-1]),
+            "columns": shape[-1],
+            "bits": bits,
+            "group": group,
+            "symmetric": zeros is Zeros.MIDDLE,
+            "scale_dtype": scale.info.dtype,
+            "matrix": shape[-2],
+            "scale_rows": sharing[0],
+            "scale_width": scale.info.shape[-1] if scale.info.shape else 1,
+            "zero_points": zeros,
+        }
 
     def _integer_layer(
         self,
@@ -305,9 +288,7 @@ class _Reader:
         used = {role: parts[role] for role in roles}
         tool = f"compressed-tensors {kind}"
         words = "a scale a row" if packing.scale_rows == 1 else "a scale a tensor"
-        layer = integer_layer(
-            self.sorter, path, used, shape=shape, packing=packing, tool=tool, scales=words
-        )
+        layer = integer_layer(self.sorter, path, used, shape, packing, tool=tool, scales=words)
         if not isinstance(packing, CtActOrder):
             return layer
         text = "act-order: its inputs take their scales from any group"
@@ -436,16 +417,7 @@ class _Reader:
         self, path: str, weight: SourceTensor, scale: SourceTensor, scheme: Scheme
     ) -> SourceLayer:
         dtype = scale_dtype(scale.info.dtype, self.sorter.dtype)
-        transposed = self.sorter.orientation.is_transposed(path, weight.info.shape)
-        return float8_stack(
-            self.sorter,
-            path,
-            weight,
-            scale=scale,
-            block=scheme.block,
-            dtype=dtype,
-            transposed=transposed,
-        )
+        return float8_stack(self.sorter, path, weight, scale, block=scheme.block, dtype=dtype)
 
     def _small_floats(self, path: str, parts: _Parts) -> SourceLayer | None:
         """FP4 and FP6 in bytes: the ratio of bytes to scales tells which."""
@@ -453,47 +425,18 @@ class _Reader:
         *leading, n_out, nbytes = packed.info.shape
         same_rows = scale.info.shape[:-1] == (*leading, n_out) and packed.info.dtype == "U8"
         groups = scale.info.shape[-1] if same_rows else 0
-        rows = prod(leading) * n_out
         if "weight_global_scale" in parts:
             if scale.info.dtype in _BYTES and groups * 8 == nbytes and groups:
-                return nvfp4_layer(
-                    self.checkpoint,
-                    self.sorter,
-                    path,
-                    weight=packed,
-                    scale=scale,
-                    tensor_scale=parts["weight_global_scale"],
-                    divides=True,
-                )
+                factor = parts["weight_global_scale"]
+                return nvfp4_layer(self.sorter, path, packed, scale, factor, divides=True)
         elif scale.info.dtype in _BYTES and groups * 8 == nbytes and groups:
             missing = "weight_global_scale that divides them"
             return nvfp4_without_tensor_scale(self.sorter, path, packed, scale, missing)
         elif scale.info.dtype in EXPONENTS and groups:
-            names = {"weight": packed, "scale": scale}
-            dtype = self.sorter.dtype
-            shape = (*leading, n_out, groups * 32)
             if groups * 16 == nbytes:
-                four = MxBlocks(rows, groups * 32, n_out, 4, nbytes)
-                return SourceLayer(
-                    path=path,
-                    parts=names,
-                    encoding=four.encoding,
-                    shape=shape,
-                    dtype=dtype,
-                    packing=four,
-                    stored_description="mxfp4",
-                )
+                return mx_layer(path, packed, scale, self.sorter.dtype, bits=4)
             if groups * 24 == nbytes:
-                six = Mxfp6Blocks(rows, groups * 32, n_out)
-                return SourceLayer(
-                    path=path,
-                    parts=names,
-                    encoding=six.encoding,
-                    shape=shape,
-                    dtype=dtype,
-                    packing=six,
-                    stored_description="mxfp6 e2m3",
-                )
+                return mx_layer(path, packed, scale, self.sorter.dtype, bits=6, element="e2m3")
         self._report(
             packed.name,
             f"{packed.info} with a weight_scale {scale.info} is neither nvfp4 (16 inputs a scale, "

@@ -6,20 +6,18 @@ Value: ``w = e4m3 * scale``; what DeepSeek calls ``weight_scale_inv`` is that fa
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import prod
 
 from requant.checkpoints.checkpoint import Checkpoint, SourceTensor
 from requant.formats.base import SourceLayer, SourceLayout, Tensors
 from requant.formats.float8_layers import EXPONENTS, FLOAT8, float8_stack
 from requant.formats.layer_names import layer_names
+from requant.formats.mx_layers import mx_layer
 from requant.formats.quantization_block import QuantizationBlock, find_quantization_block
-from requant.formats.tensor_sorter import TensorSorter, UnsupportedLayerError
-from requant.packings.floats import MxBlocks
+from requant.formats.tensor_sorter import TensorSorter, UnsupportedLayerError, unexpected
 from requant.text import format_value
 
 _METHODS = ("fp8", "mxfp8", "fbgemm_fp8")
 _SCALE = "weight_scale"
-# Names of the one factor: DeepSeek, vLLM, DeepSeek V4, Mistral.
 
 
 class Fp8:
@@ -81,26 +79,16 @@ def _block(found: QuantizationBlock | None, sorter: TensorSorter) -> tuple[int, 
 def _maker(
     sorter: TensorSorter, block: tuple[int, int] | None, fbgemm: bool
 ) -> Callable[[str, Tensors], SourceLayer]:
-    """What makes one layer, if its tensors fit each other."""
+    """Return the function that makes one layer, if its tensors fit each other."""
 
     def make(path: str, parts: Tensors) -> SourceLayer:
         weight, scale = parts["weight"], parts["weight_scale"]
         shape = weight.info.shape
         if len(shape) < 2 or 0 in shape:
-            expected = "expected a matrix or a stack of matrices"
-            raise UnsupportedLayerError(weight.name, f"{weight.info}, {expected}")
+            raise unexpected(weight, "a matrix or a stack of matrices")
         if weight.info.dtype not in FLOAT8 or _is_fp4(weight, scale):
             return _fp4_layer(sorter, path, weight, scale)
-        transposed = fbgemm or sorter.orientation.is_transposed(path, shape)
-        return float8_stack(
-            sorter,
-            path,
-            weight,
-            scale=scale,
-            block=block,
-            dtype=sorter.dtype,
-            transposed=transposed,
-        )
+        return float8_stack(sorter, path, weight, scale, block=block, transposed=fbgemm)
 
     return make
 
@@ -125,16 +113,4 @@ def _fp4_layer(
             f"{weight.info} is read as packed FP4 (two elements a byte); its scale must be "
             f"F8_E8M0 {list(expected)} then, {scale.name} is {scale.info}",
         )
-    rows = prod(leading) * n_out
-    packing = MxBlocks(rows, 2 * nbytes, n_out, 4, nbytes)
-    shape = (*leading, n_out, 2 * nbytes)
-    parts = {"weight": weight, "scale": scale}
-    return SourceLayer(
-        path=path,
-        parts=parts,
-        encoding=packing.encoding,
-        shape=shape,
-        dtype=sorter.dtype,
-        packing=packing,
-        stored_description="mxfp4",
-    )
+    return mx_layer(path, weight, scale, sorter.dtype, bits=4)

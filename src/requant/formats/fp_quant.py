@@ -7,18 +7,22 @@ rotation is the identity are read: what undoes another depends on the runtime's 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
 from requant.checkpoints.checkpoint import Checkpoint, SourceTensor
 from requant.core.reasons import Reason, ReasonCode
 from requant.formats.base import SourceLayer, SourceLayout, Tensors, fallback_for
+from requant.formats.mx_layers import mx_layer
 from requant.formats.nvfp4_layers import nvfp4_layer
-from requant.formats.quantization_block import QuantizationBlock, find_quantization_block
-from requant.formats.tensor_sorter import TensorSorter, UnsupportedLayerError
-from requant.packings.base import Array, Packing, Parts, Rect, Scratch
-from requant.packings.floats import MxBlocks
+from requant.formats.quantization_block import (
+    QuantizationBlock,
+    claim_by_method,
+    find_quantization_block,
+)
+from requant.formats.tensor_sorter import TensorSorter, UnsupportedLayerError, unexpected
+from requant.packings.base import Array, Packing, Parts, Rect, Scratch, WrappedPacking
 from requant.text import format_value
 
 _CODES: Final = ("qweight", "scales", "weight_global_scale")
@@ -29,16 +33,12 @@ _LARGEST_ROTATION: Final = 1024
 
 
 @dataclass(frozen=True)
-class Divided(Packing):
+class Divided(WrappedPacking):
     """A packed layer divided by one number, ``divisor``."""
 
     rows: int
     columns: int
     layer: Packing
-
-    @property
-    def matrix_rows(self) -> int:
-        return self.layer.matrix_rows
 
     def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
         return {**self.layer.required_rects(start, stop), "divisor": Rect((0, 1), (0, 1))}
@@ -51,9 +51,6 @@ class Divided(Packing):
         with np.errstate(over="ignore"):  # the caller counts infinities
             out[:] = values
 
-    def to_dict(self) -> dict[str, Any]:
-        return {**super().to_dict(), "layer": self.layer.to_dict()}
-
 
 class FpQuant:
     """A folder with ``quant_method: fp_quant``."""
@@ -63,10 +60,7 @@ class FpQuant:
 
     def claims(self, checkpoint: Checkpoint) -> str | None:
         """The config names it; nothing else tells."""
-        block = find_quantization_block(checkpoint)
-        if block is None or block.method != "fp_quant":
-            return None
-        return f"{block.where}: quant_method fp_quant"
+        return claim_by_method(checkpoint, "fp_quant")
 
     def read(self, checkpoint: Checkpoint) -> SourceLayout:
         """Describe each layer that has codes; everything else is dense."""
@@ -84,11 +78,7 @@ class FpQuant:
                 message = "holds values of a rotated weight (pseudoquantization), which is not read"
                 sorter.problem(tensor.name, message)
         if not sorter.quantized:
-            sorter.no_layer(
-                block.where,
-                "says fp_quant, but no tensor is a qweight: if the weights are dense, remove the "
-                "block",
-            )
+            sorter.no_layer(block.where, "says fp_quant, but no tensor is a qweight")
         return sorter.layout()
 
 
@@ -120,16 +110,13 @@ def _check_rotation(
         square = len(matrix.info.shape) == 2 and len(set(matrix.info.shape)) == 1
         floats = matrix.info.dtype in _FLOATS
         if not floats or not square or matrix.info.shape[0] > _LARGEST_ROTATION:
-            raise UnsupportedLayerError(
-                matrix.name, f"{matrix.info}, expected a square matrix of floats"
-            )
+            raise unexpected(matrix, "a square matrix of floats")
         stored = sorter.checkpoint.read_small_tensor(matrix.name).astype(np.float64)
         if not np.array_equal(stored, np.eye(matrix.info.shape[0])):
             raise UnsupportedLayerError(
                 matrix.name,
                 f"rotates the weight of {path} (transform_init {format_value(kind)}); its inputs "
-                "would "
-                "have to be rotated too, which MLX does not, and only the identity is read",
+                "would have to be rotated too, which MLX does not, and only the identity is read",
             )
 
 
@@ -153,48 +140,26 @@ def _layer(
         missing = "scales" if scale is None else "weight_global_scale"
         raise UnsupportedLayerError(weight.name, f"has no {path}.{missing} next to it")
     if weight.info.dtype != "U8" or len(weight.info.shape) != 2 or 0 in weight.info.shape:
-        raise UnsupportedLayerError(weight.name, f"{weight.info}, expected U8 [out, in / 2]")
+        raise unexpected(weight, "U8 [out, in / 2]")
     rows, nbytes = weight.info.shape
     groups, ragged = divmod(2 * nbytes, _GROUPS[dtype])
     if ragged or scale.info.shape != (rows, groups) or scale.info.dtype != "U8":
-        expected = f"U8 [{rows}, {groups}], unpadded, for {dtype}"
-        raise UnsupportedLayerError(scale.name, f"{scale.info}, expected {expected}")
+        raise unexpected(scale, f"U8 [{rows}, {groups}], unpadded, for {dtype}")
     if divisor.info.size != 1 or divisor.info.dtype not in _FLOATS:
-        raise UnsupportedLayerError(divisor.name, f"{divisor.info}, expected one float")
+        raise unexpected(divisor, "one float")
     if dtype == "nvfp4":
-        return nvfp4_layer(
-            sorter.checkpoint,
-            sorter,
-            path,
-            weight=weight,
-            scale=scale,
-            tensor_scale=divisor,
-            divides=True,
-        )
-    number = float(sorter.checkpoint.read_small_tensor(divisor.name).reshape(-1)[0])
-    if not 0 < number < float("inf"):
-        raise UnsupportedLayerError(
-            divisor.name, f"holds {format_value(number)}, expected a finite number above 0"
-        )
-    packing = MxBlocks(rows, 2 * nbytes, rows, 4, nbytes)
-    parts = {"weight": weight, "scale": scale}
-    layer = SourceLayer(
-        path=path,
-        parts=parts,
-        encoding=packing.encoding,
-        shape=(rows, 2 * nbytes),
-        dtype=sorter.dtype,
-        packing=packing,
-        stored_description="mxfp4",
-    )
+        return nvfp4_layer(sorter, path, weight, scale, divisor, divides=True)
+    number = sorter.positive_number(divisor)
+    layer = mx_layer(path, weight, scale, sorter.dtype, bits=4)
+    assert layer.packing is not None
     if number == 1:
         sorter.drop(divisor.name, "is 1, which changes nothing")
         return layer
     return replace(
         layer,
-        parts={**parts, "divisor": divisor},
+        parts={**layer.parts, "divisor": divisor},
         encoding=None,
-        packing=Divided(rows, 2 * nbytes, packing),
+        packing=Divided(rows, 2 * nbytes, layer.packing),
         stored_description="mxfp4 with a global scale",
         policy=replace(
             layer.policy,

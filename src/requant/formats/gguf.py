@@ -20,15 +20,16 @@ from requant.formats.base import DefaultPolicy, SourceLayer, SourceLayout, Tenso
 from requant.kernels import cast as values
 from requant.kernels.gguf import TYPES, BlockType, values_into, words_into
 from requant.packings.base import (
-    DTYPE_NAME,
     Array,
     Exactness,
     Fidelity,
+    MatrixPacking,
     Packing,
     Parts,
     Rect,
     Scratch,
     Triple,
+    rounded,
 )
 from requant.quantization.config import Quantization, QuantMode
 from requant.text import pluralize_are
@@ -55,23 +56,17 @@ def _by_head(rows: Array, heads: int) -> Array:
 
 
 @dataclass(frozen=True)
-class _GgufRows(Packing):
+class _GgufRows(MatrixPacking):
     """Rows of one tensor; of whole heads where their rows change places.
 
     ``weight``: ``[..., rows, in]`` numbers, or bytes of blocks.
 
     Attributes:
-        rows: Output rows, experts included.
-        columns: Inputs.
-        matrix: Output rows of one matrix.
         type_number: Of the type, as files write it.
         width: Elements in a stored row.
         head: Rows of a head that change places; 1 where none do.
     """
 
-    rows: int
-    columns: int
-    matrix: int
     type_number: int
     width: int
     head: int = 1
@@ -80,10 +75,6 @@ class _GgufRows(Packing):
     def kind(self) -> BlockType:
         """How values are stored."""
         return TYPES[self.type_number]
-
-    @property
-    def matrix_rows(self) -> int:
-        return self.matrix
 
     @property
     def row_unit(self) -> int:  # type: ignore[override]  # a constant of other packings
@@ -202,13 +193,8 @@ class GgufBlocks(_GgufRows):
         affine = encoding is not None and encoding.mode is QuantMode.AFFINE
         if not affine or dtype == "F32" or (dtype == "F16" and name in _HALVES):
             return Fidelity(Exactness.EXACT)
-        relative = 2.0**-11 if dtype == "F16" else 2.0**-8
-        word = DTYPE_NAME[dtype]
-        return Fidelity(
-            Exactness.ROUNDED,
-            f"scales and biases rounded to {word}, relative error at most {relative:.2g}, "
-            "twice that where a bias follows from its scale",
-        )
+        more = ", twice that where a bias follows from its scale"
+        return rounded("scales and biases", dtype, more)
 
 
 @dataclass(frozen=True)
@@ -302,16 +288,7 @@ def _layer(
         tensor_scales=scales,
     )
     if not is_layer:
-        name = _name(tensor.name)
-        return SourceLayer(
-            path=_path(tensor.name),
-            parts=parts,
-            encoding=None,
-            shape=stored.shape,
-            dtype=model.dtype,
-            packing=packing,
-            name=name,
-        )
+        return _decoded(parts, stored, model.dtype, packing)
     encoding = packing.encoding
     reason = None
     if encoding is None:
@@ -363,21 +340,22 @@ def _plain(parts: Tensors, stored: GgufTensor, dtype: str, scales: int) -> Sourc
         packing = GgufValues(*common, head, shift=stored.is_shifted)
     else:
         packing = GgufVector(*common, shift=stored.is_shifted, heads=stored.heads)
+    return _decoded(parts, stored, dtype, packing)
+
+
+def _decoded(parts: Tensors, stored: GgufTensor, dtype: str, packing: Packing) -> SourceLayer:
+    """A tensor of which only the values go out."""
+    name = parts["weight"].name
     return SourceLayer(
-        path=_path(tensor.name),
+        path=_path(name),
         parts=parts,
         encoding=None,
         shape=stored.shape,
         dtype=dtype,
         packing=packing,
-        name=_name(tensor.name),
+        name="" if name.endswith(".weight") else name,
     )
 
 
 def _path(name: str) -> str:
-    return name.removesuffix(".weight") if name.endswith(".weight") else name
-
-
-def _name(name: str) -> str:
-    """The tensor's name where it is not a ``{path}.weight``."""
-    return "" if name.endswith(".weight") else name
+    return name.removesuffix(".weight")

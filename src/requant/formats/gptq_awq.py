@@ -52,6 +52,12 @@ _DISPUTED = (
 )
 
 
+_VARIANTS: dict[type[IntegerPacking], str] = {
+    **{AwqGemm: "gemm", RotatedGemm: "rotated", AwqGemv: "gemv"},
+    **{AwqFast: "gemv_fast", Marlin: "marlin"},
+}
+
+
 class GptqAwqFormat:
     """A folder whose config names one of the methods of ``name``."""
 
@@ -113,22 +119,18 @@ class _Reader:
         if disputed := self.layouts.disputed:
             notes.append(Note(NoteCode.CONFIG_CONTRADICTED, _DISPUTED.format(disputed)))
         folds = [] if self.problems else find_folds(self.checkpoint, layers)
-        transposed = next((x.packing for x in layers if isinstance(x.packing, RotatedGemm)), None)
+        rotated = next((x.packing for x in layers if isinstance(x.packing, RotatedGemm)), None)
+        message = f"says {self.name}, but no layer has a .qweight"
+        stale = Problem(self.found.where, f"{message}: if the weights are dense, remove the block")
         return SourceLayout(
             tuple(layers),
             None,
             tuple(self.problems),
             folds=tuple(folds),
             notes=tuple(notes),
-            rotation=None
-            if transposed is None
-            else rotation_entry(transposed.group, transposed.krot),
-            unfulfilled=None if parts_of else self._none(),
+            rotation=None if rotated is None else rotation_entry(rotated.group, rotated.krot),
+            unfulfilled=None if parts_of else stale,
         )
-
-    def _none(self) -> Problem:
-        message = f"says {self.name}, but no layer has a .qweight"
-        return Problem(self.found.where, f"{message}: if the weights are dense, remove the block")
 
     def _report(self, where: str, message: str) -> None:
         self.problems.append(Problem(where, message))
@@ -188,33 +190,29 @@ class _Reader:
             if rotated is None:
                 return None
             packing = rotated
-        dtype = scale_dtype(packing.scale_dtype, self.model_dtype)
-        act_order = isinstance(packing, Gptq) and packing.act_order
+        decodes = bool(rotation_tensors) or packing.encoding is None
         return SourceLayer(
             path=path,
             parts={role: parts[role] for role in packing.required_rects(0, min(packing.rows, 64))},
             encoding=packing.encoding,
             shape=(packing.rows, packing.columns),
-            dtype=dtype,
+            dtype=scale_dtype(packing.scale_dtype, self.model_dtype),
             packing=packing,
             stored_description=self._stored(packing),
             policy=DefaultPolicy(
-                fallback=None
-                if packing.encoding and not rotation_tensors
-                else fallback_for(packing.columns),
+                fallback=fallback_for(packing.columns) if decodes else None,
                 reason=_reason(packing),
-                act_order=act_order,
+                act_order=isinstance(packing, Gptq) and packing.act_order,
             ),
             rotation_tensors=rotation_tensors,
         )
 
     def _stack(self, path: str, parts: Tensors, count: int) -> SourceLayer | None:
         """A stack of experts, each packed as a layer of its own."""
-        transposed = next((parts[role] for role in ROTATION if role in parts), None)
-        if transposed is not None:
-            self._report(
-                transposed.name, "rotates the inputs of a stack of experts, which is not read"
-            )
+        rotation = next((parts[role] for role in ROTATION if role in parts), None)
+        if rotation is not None:
+            message = "rotates the inputs of a stack of experts, which is not read"
+            self._report(rotation.name, message)
             return None
         try:
             experts = Experts.of(count, parts)
@@ -233,28 +231,15 @@ class _Reader:
             return None
         whose = tuple(tensor.name for tensor in rotation_tensors.values())
         if whose not in self.rotations:  # experts share one
+            n_in, group = packing.columns, packing.group
             self.rotations[whose] = read_rotation(
-                self.checkpoint,
-                path,
-                rotation_tensors,
-                n_in=packing.columns,
-                group=packing.group,
-                problems=self.problems,
+                self.checkpoint, path, rotation_tensors, n_in, group, problems=self.problems
             )
         krot = self.rotations[whose]
-        if krot is None:
-            return None
-        return RotatedGemm(**vars(packing), krot=krot)
+        return None if krot is None else RotatedGemm(**vars(packing), krot=krot)
 
     def _stored(self, packing: IntegerPacking) -> str:
-        kind = {
-            AwqGemm: "gemm",
-            RotatedGemm: "rotated",
-            AwqGemv: "gemv",
-            AwqFast: "gemv_fast",
-            Marlin: "marlin",
-        }
-        variant = kind.get(type(packing), "")
+        variant = _VARIANTS.get(type(packing), "")
         if isinstance(packing, Gptq):
             variant = "planar" if packing.planar else ""
         group = f"g{packing.group}" if packing.groups > 1 else "a scale a row"

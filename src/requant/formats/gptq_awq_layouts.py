@@ -20,6 +20,7 @@ from requant.packings.gptq import PLANES, Gptq, Zeros
 from requant.text import join_or, pluralize
 
 WORDS = ("I32", "U32")
+_Infos = Mapping[str, TensorInfo]  # role -> dtype and shape
 _GPTQ_WORDS = (*WORDS, "I8", "I16", "I64")
 
 
@@ -83,14 +84,9 @@ class Layouts:
         if words.info.dtype not in allowed:
             self._report(words.name, f"{words.info}, expected {' or '.join(allowed[:2])} words")
             return None
-        make = {
-            "gemm": self._gemm,
-            "gemv": self._gemv,
-            "gemv_fast": self._fast,
-            "marlin": self._marlin,
-            "gptq": self._gptq,
-        }[layout]
-        return make(path, {r: p.info for r, p in parts.items()}, rule)
+        make = {"gemm": self._gemm, "gemv": self._gemv, "gemv_fast": self._fast}
+        make |= {"marlin": self._marlin, "gptq": self._gptq}
+        return make[layout](path, {role: part.info for role, part in parts.items()}, rule)
 
     def _same_tool(self, layout: str, expected: str) -> bool:
         """llm-awq's first files are gemv and its later ones gemv_fast under one name."""
@@ -99,9 +95,7 @@ class Layouts:
 
     # -- one layout each -----------------------------------------------------------------
 
-    def _gemm(
-        self, path: str, infos: Mapping[str, TensorInfo], rule: LayerRule
-    ) -> IntegerPacking | None:
+    def _gemm(self, path: str, infos: _Infos, rule: LayerRule) -> IntegerPacking | None:
         n_in, width = infos["qweight"].shape
         groups, rows = infos["scales"].shape
         bits = self._bits(path, 32 * width, rows, rule, range(4, 9))
@@ -113,19 +107,12 @@ class Layouts:
             self._expect(path, "qzeros", infos, (groups, width), WORDS)
         elif not rule.symmetric:
             self._report(path, "has no qzeros, and the config does not call it symmetric")
+        dtype = infos["scales"].dtype
         return AwqGemm(
-            rows=rows,
-            columns=n_in,
-            bits=bits,
-            group=group,
-            symmetric=bool(rule.symmetric),
-            scale_dtype=infos["scales"].dtype,
-            has_zeros=has_zeros,
+            rows, n_in, bits, group, bool(rule.symmetric), scale_dtype=dtype, has_zeros=has_zeros
         )
 
-    def _gemv(
-        self, path: str, infos: Mapping[str, TensorInfo], rule: LayerRule
-    ) -> IntegerPacking | None:
+    def _gemv(self, path: str, infos: _Infos, rule: LayerRule) -> IntegerPacking | None:
         rows, words = infos["qweight"].shape
         n_in = words * 8
         group = self._declared_group(path, n_in, rule)
@@ -138,18 +125,9 @@ class Layouts:
             return None
         self._expect(path, "qzeros", infos, (rows, width), WORDS)
         self._expect(path, "scales", infos, (rows, 8 * width), FLOATS)
-        return AwqGemv(
-            rows=rows,
-            columns=n_in,
-            bits=4,
-            group=group,
-            symmetric=False,
-            scale_dtype=infos["scales"].dtype,
-        )
+        return AwqGemv(rows, n_in, 4, group, symmetric=False, scale_dtype=infos["scales"].dtype)
 
-    def _fast(
-        self, path: str, infos: Mapping[str, TensorInfo], rule: LayerRule
-    ) -> IntegerPacking | None:
+    def _fast(self, path: str, infos: _Infos, rule: LayerRule) -> IntegerPacking | None:
         quads, n_in = infos["qweight"].shape
         rows = 4 * quads
         role = "qzeros" if "qzeros" in infos else "scaled_zeros"
@@ -167,19 +145,10 @@ class Layouts:
         height = infos["scales"].shape[0] if width is None else 8 * width
         self._expect(path, "scales", infos, (height, rows), FLOATS)
         self._expect(path, role, infos, (height, rows), FLOATS)
-        return AwqFast(
-            rows=rows,
-            columns=n_in,
-            bits=4,
-            group=group,
-            symmetric=False,
-            scale_dtype=infos["scales"].dtype,
-            bias_role=role,
-        )
+        dtype = infos["scales"].dtype
+        return AwqFast(rows, n_in, 4, group, symmetric=False, scale_dtype=dtype, bias_role=role)
 
-    def _marlin(
-        self, path: str, infos: Mapping[str, TensorInfo], rule: LayerRule
-    ) -> IntegerPacking | None:
+    def _marlin(self, path: str, infos: _Infos, rule: LayerRule) -> IntegerPacking | None:
         roles = ("qweight", "scales") if "qweight" in infos else ("B", "s")
         tiles = infos[roles[0]].shape[0]
         groups, rows = infos[roles[1]].shape
@@ -192,20 +161,12 @@ class Layouts:
             )
         if group is None:
             return None
+        dtype, (weight, scale) = infos[roles[1]].dtype, roles
         return Marlin(
-            rows=rows,
-            columns=n_in,
-            bits=4,
-            group=group,
-            symmetric=True,
-            scale_dtype=infos[roles[1]].dtype,
-            weight_role=roles[0],
-            scale_role=roles[1],
+            rows, n_in, 4, group, True, scale_dtype=dtype, weight_role=weight, scale_role=scale
         )
 
-    def _gptq(
-        self, path: str, infos: Mapping[str, TensorInfo], rule: LayerRule
-    ) -> IntegerPacking | None:
+    def _gptq(self, path: str, infos: _Infos, rule: LayerRule) -> IntegerPacking | None:
         groups, rows = infos["scales"].shape
         bits = self._gptq_bits(path, infos, rows, rule)
         n_in = None if bits is None else self._gptq_inputs(path, infos, bits)
@@ -222,10 +183,10 @@ class Layouts:
             return None
         planar, zeros = self._gptq_dialect(bits)
         packing = Gptq(
-            rows=rows,
-            columns=n_in,
-            bits=bits,
-            group=group,
+            rows,
+            n_in,
+            bits,
+            group,
             symmetric=rule.symmetric is not False,
             scale_dtype=infos["scales"].dtype,
             planar=planar,
@@ -237,9 +198,7 @@ class Layouts:
         self.disputed += self._is_disputed(path, infos, packing)
         return packing
 
-    def _gptq_bits(
-        self, path: str, infos: Mapping[str, TensorInfo], rows: int, rule: LayerRule
-    ) -> int | None:
+    def _gptq_bits(self, path: str, infos: _Infos, rows: int, rule: LayerRule) -> int | None:
         """The width that the zeros tell, held against the config; without them the config's."""
         zeros = infos.get("qzeros")
         if zeros is not None and len(zeros.shape) == 2:
@@ -255,7 +214,7 @@ class Layouts:
             return None
         return rule.bits
 
-    def _gptq_inputs(self, path: str, infos: Mapping[str, TensorInfo], bits: int) -> int | None:
+    def _gptq_inputs(self, path: str, infos: _Infos, bits: int) -> int | None:
         """As many as ``g_idx`` has, else as the words hold; words for as many must be there."""
         words = infos["qweight"]
         unit, there = _word_bits(words), words.shape[0] * _word_bits(words)
@@ -267,9 +226,7 @@ class Layouts:
         self._report(self._name(path, "qweight"), message)
         return None
 
-    def _check_gptq_zeros(
-        self, path: str, infos: Mapping[str, TensorInfo], bits: int, rule: LayerRule
-    ) -> None:
+    def _check_gptq_zeros(self, path: str, infos: _Infos, bits: int, rule: LayerRule) -> None:
         if "qzeros" in infos:
             due = _gptq_zeros(infos, bits)
             self._expect(path, "qzeros", infos, due.shape, (due.dtype,))
@@ -287,7 +244,7 @@ class Layouts:
             zeros = Zeros.PLUS_ONE
         return planar, zeros
 
-    def _is_disputed(self, path: str, infos: Mapping[str, TensorInfo], packing: Gptq) -> bool:
+    def _is_disputed(self, path: str, infos: _Infos, packing: Gptq) -> bool:
         """Whether a zero is stored as all ones, which readers of version 1 take for 0 or 2^bits."""
         if packing.symmetric or packing.stored_zeros is not Zeros.PLUS_ONE:
             return False
@@ -347,8 +304,7 @@ class Layouts:
             self._report(
                 path,
                 f"has scales for {pluralize(groups, 'group')} of {pluralize(n_in, 'input')} in "
-                "all, but "
-                f"{rule.where} says group_size {stated}",
+                f"all, but {rule.where} says group_size {stated}",
             )
             return None
         return min(group, n_in)
@@ -360,17 +316,11 @@ class Layouts:
                 rule.where, f"gives no group_size, and {path} is padded, so it cannot tell"
             )
             return None
-        return self._group(
-            path, n_in, -(-n_in // max(rule.group_size, 1)) if rule.group_size > 0 else 1, rule
-        )
+        groups = -(-n_in // rule.group_size) if rule.group_size > 0 else 1
+        return self._group(path, n_in, groups, rule)
 
     def _expect(
-        self,
-        path: str,
-        role: str,
-        infos: Mapping[str, TensorInfo],
-        shape: tuple[int, ...],
-        dtypes: tuple[str, ...],
+        self, path: str, role: str, infos: _Infos, shape: tuple[int, ...], dtypes: tuple[str, ...]
     ) -> None:
         """Report a missing part, or one of another shape or dtype."""
         name, info = self._name(path, role), infos.get(role)
@@ -380,11 +330,7 @@ class Layouts:
             self._report(name, f"{info}, expected {TensorInfo(dtypes[0], shape)}")
 
     def _act_order(
-        self,
-        path: str,
-        infos: Mapping[str, TensorInfo],
-        sizes: tuple[int, int, int],
-        rule: LayerRule,
+        self, path: str, infos: _Infos, sizes: tuple[int, int, int], rule: LayerRule
     ) -> bool | None:
         """Whether ``g_idx`` puts inputs into groups out of order; None if it cannot be.
 
@@ -406,9 +352,8 @@ class Layouts:
         if infos["g_idx"].dtype not in ("I32", "I64") or len(infos["g_idx"].shape) != 1:
             self._report(name, f"{infos['g_idx']}, expected I32 [{n_in}]")
             return None
-        found = (
-            self.checkpoint.read_small_tensor(name).astype(np.int64).reshape(-1, n_in)
-        )  # an expert a row
+        stored = self.checkpoint.read_small_tensor(name).astype(np.int64)
+        found = stored.reshape(-1, n_in)  # a row for each expert
         found = np.where(found < 0, found + groups, found)  # GPTQModel counts from the end too
         if n_in and not 0 <= found.min() <= found.max() < groups:
             bad = int(found[(found < 0) | (found >= groups)][0])
@@ -428,16 +373,13 @@ class Layouts:
             if np.array_equal(held, expected):
                 continue
             wrong = int(np.flatnonzero(held != expected)[0])
-            self._report(
-                name,
-                f"puts {int(held[wrong])} inputs into group {wrong}, expected "
-                f"{int(expected[wrong])}",
-            )
+            message = f"puts {held[wrong]} inputs into group {wrong}, expected {expected[wrong]}"
+            self._report(name, message)
             return None
         return True
 
 
-def _gptq_zeros(infos: Mapping[str, TensorInfo], bits: int) -> TensorInfo:
+def _gptq_zeros(infos: _Infos, bits: int) -> TensorInfo:
     """What ``qzeros`` must be: a stream of fields along the outputs, in words as the codes' are."""
     (groups, rows), words = infos["scales"].shape, infos["qweight"]
     return TensorInfo(words.dtype, (groups, -(-rows * bits // _word_bits(words))))

@@ -74,9 +74,7 @@ class LayerRules:
         if table is None or table is False:
             return
         if not isinstance(table, Mapping):
-            problems.append(
-                Problem(f"{self.where}.{key}", f"is {format_value(table)}, expected an object")
-            )
+            problems.append(block.wrong(key, "an object"))
             return
         anchored = key == "dynamic"
         for name, fields in table.items():

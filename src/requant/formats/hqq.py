@@ -11,11 +11,11 @@ from typing import Any, Final
 
 import numpy as np
 
-from requant.checkpoints.checkpoint import Checkpoint, SourceTensor
-from requant.core.dtypes import FLOATS, NUMPY_DTYPE
+from requant.checkpoints.checkpoint import Checkpoint
+from requant.core.dtypes import FLOATS, NUMPY_DTYPE, TensorInfo
 from requant.core.reasons import Reason, ReasonCode
 from requant.errors import Problem
-from requant.formats.base import DefaultPolicy, SourceLayer, SourceLayout, fallback_for, scale_dtype
+from requant.formats.base import SourceLayer, SourceLayout, packed_layer, scale_dtype
 from requant.formats.integer_layers import integer_layer
 from requant.formats.quantization_block import QuantizationBlock, find_quantization_block
 from requant.formats.tensor_sorter import TensorSorter
@@ -28,34 +28,15 @@ _SUFFIX: Final = f".{W_Q}"
 _CODES: Final = ("scale", "zero")
 # What a layer stores about itself; "meta_" is HQQ's older prefix of scales in codes.
 _DECLARED: Final = (
-    "shape",
-    "axis",
-    "nbits",
-    "group_size",
-    "packing",
-    "compute_dtype",
-    "unpack_view_dtype",
-    "view_as_float",
-    "channel_wise",
-    "optimize",
-    "round_zero",
-    "quant_scale",
-    "quant_zero",
-    "offload_meta",
-    "stores_quant_config",
-    "encoded_state_dict",
+    *("shape", "axis", "nbits", "group_size", "packing", "compute_dtype", "unpack_view_dtype"),
+    *("view_as_float", "channel_wise", "optimize", "round_zero", "quant_scale", "quant_zero"),
+    *("offload_meta", "stores_quant_config", "encoded_state_dict"),
 )
 _IN_CODES: Final = ("scale_q", "zero_q", "meta_scale", "meta_zero")
 # nbits -> packing, where a layer does not say it (hqq/core/quantize.py).
 _PACKING_OF: Final[Mapping[float, str]] = {
-    8: "8bit_u8",
-    7: "8bit_u8",
-    6: "8bit_u8",
-    5: "8bit_u8",
-    4: "4bit_u8",
-    3: "3bit_32",
-    2: "2bit_u8",
-    1: "1bit_u8",
+    **dict.fromkeys((8, 7, 6, 5), "8bit_u8"),
+    **{4: "4bit_u8", 3: "3bit_32", 2: "2bit_u8", 1: "1bit_u8"},
 }
 _MAX_SMALL_TENSOR = 64  # letters of a dtype or packing
 _WHY = "says how W_q is stored"
@@ -87,11 +68,7 @@ class Hqq:
                 sorter.drop(name, _WHY)
         _check_loose(sorter, set(paths))
         if not paths:
-            sorter.no_layer(
-                params.where,
-                "says quant_method hqq, but no tensor ends in .W_q: if the weights are dense, "
-                "remove the block",
-            )
+            sorter.no_layer(params.where, "says quant_method hqq, but no tensor ends in .W_q")
         return sorter.layout()
 
 
@@ -140,14 +117,10 @@ class _Layer:
     def __init__(self, sorter: TensorSorter, path: str, params: _Params) -> None:
         self.sorter, self.path, self.params = sorter, path, params
         tensors = sorter.tensors
-        self.parts: dict[str, SourceTensor] = {
-            role: tensors[f"{path}.{role}"]
-            for role in (W_Q, *_CODES)
-            if f"{path}.{role}" in tensors
-        }
-        self.declared = {
-            role: f"{path}.{role}" for role in _DECLARED if f"{path}.{role}" in tensors
-        }
+        names = {role: f"{path}.{role}" for role in (W_Q, *_CODES, *_DECLARED)}
+        names = {role: name for role, name in names.items() if name in tensors}
+        self.declared = {role: name for role, name in names.items() if role in _DECLARED}
+        self.parts = {r: tensors[name] for r, name in names.items() if r not in _DECLARED}
 
     def read(self) -> SourceLayer | None:
         """The layer, or None with its problems reported."""
@@ -175,42 +148,27 @@ class _Layer:
         parts = self.parts | {f"{role}{NEXT}": part for role, part in self.parts.items()}
         stored = f"hqq {bits}-bit g{group} axis 0"
         reason = Reason(ReasonCode.NO_MLX_MODE, "axis 0: scales vary from input to input")
-        fallback = fallback_for(shape[1])
-        return SourceLayer(
-            path=self.path,
-            parts=parts,
-            encoding=None,
-            shape=shape,
-            dtype=dtype,
-            packing=packed,
-            stored_description=stored,
-            policy=DefaultPolicy(fallback=fallback, reason=reason),
+        return packed_layer(
+            self.path, parts, shape, packed, dtype=dtype, stored=stored, reason=reason
         )
 
     def _by_row(self, shape: tuple[int, int], bits: int, group: int, packing: str) -> SourceLayer:
         """Axis 1: MLX's groups, where none spans two rows."""
         codes, scale, zero = (self.parts[role].info for role in (W_Q, *_CODES))
-        width = codes.shape[-1]
         packed = HqqRows(
-            rows=shape[0],
-            columns=shape[1],
+            *shape,
             bits=bits,
             group=group,
             symmetric=False,
             scale_dtype=scale.dtype,
             packing=packing,
-            packed_width=width,
+            packed_width=codes.shape[-1],
             zero_dtype=zero.dtype,
         )
         parts = self.parts | {f"{W_Q}{NEXT}": self.parts[W_Q]}
+        scales = f"g{group}"
         return integer_layer(
-            self.sorter,
-            self.path,
-            parts,
-            shape=shape,
-            packing=packed,
-            tool="hqq",
-            scales=f"g{group}",
+            self.sorter, self.path, parts, shape, packed, tool="hqq", scales=scales
         )
 
     def _report(self, role: str, message: str) -> None:
@@ -231,20 +189,22 @@ class _Layer:
         """One number, from its tensor or else from the config."""
         value = self._value(role)
         if value is None:
-            found = self.params.of(self.path, role)
-            return default if found is None else found
+            declared = self.params.of(self.path, role)
+            return default if declared is None else declared
         if value.size == 1:
             return value[0].item()
-        self._report(role, f"{self.sorter.tensors[self.declared[role]].info}, expected one number")
+        self._report(role, f"{self._info(role)}, expected one number")
         return default
+
+    def _info(self, role: str) -> TensorInfo:
+        return self.sorter.tensors[self.declared[role]].info
 
     def _text(self, role: str) -> str:
         value = self._value(role)
         if value is None:
             return ""
         if value.dtype.kind not in "iu":
-            info = self.sorter.tensors[self.declared[role]].info
-            self._report(role, f"{info}, expected letters as U8")
+            self._report(role, f"{self._info(role)}, expected letters as U8")
             return ""
         return value.astype(np.uint8).tobytes().decode("ascii", "replace")
 

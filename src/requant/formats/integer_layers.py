@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from requant.core.reasons import Reason, ReasonCode
-from requant.formats.base import DefaultPolicy, SourceLayer, Tensors, fallback_for, scale_dtype
+from requant.formats.base import SourceLayer, Tensors, packed_layer, scale_dtype
 from requant.formats.tensor_sorter import TensorSorter
 from requant.packings.base import IntegerPacking
 
@@ -49,18 +49,10 @@ def integer_layer(
         scales: The words for scales that are not one a group.
     """
     group = f"g{packing.group}" if packing.groups > 1 else scales
-    encoding, reason, fallback = packing.encoding, None, None
-    if encoding is None:
+    reason = None
+    if packing.encoding is None:
         text = f"no group of MLX's fits groups of {packing.group} in {packing.columns} inputs"
         reason = Reason(ReasonCode.NO_MLX_GROUP, text)
-        fallback = fallback_for(packing.columns)
-    return SourceLayer(
-        path=path,
-        parts=parts,
-        encoding=encoding,
-        shape=shape,
-        dtype=scale_dtype(packing.scale_dtype, sorter.dtype),
-        packing=packing,
-        stored_description=f"{tool} {packing.bits}-bit {group}",
-        policy=DefaultPolicy(fallback=fallback, reason=reason),
-    )
+    dtype = scale_dtype(packing.scale_dtype, sorter.dtype)
+    stored = f"{tool} {packing.bits}-bit {group}"
+    return packed_layer(path, parts, shape, packing, dtype=dtype, stored=stored, reason=reason)

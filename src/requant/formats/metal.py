@@ -16,10 +16,8 @@ from requant.checkpoints.checkpoint import Checkpoint, SourceTensor
 from requant.formats.base import SourceLayer, SourceLayout, Tensors
 from requant.formats.integer_layers import integer_layer
 from requant.formats.quantization_block import find_quantization_block
-from requant.formats.tensor_sorter import TensorSorter, UnsupportedLayerError
+from requant.formats.tensor_sorter import TensorSorter, UnsupportedLayerError, unexpected
 from requant.packings.base import (
-    DTYPE_NAME,
-    PRECISION,
     Array,
     Exactness,
     Fidelity,
@@ -28,6 +26,7 @@ from requant.packings.base import (
     Rect,
     Scratch,
     is_narrower,
+    rounded,
     stream_codes,
 )
 from requant.text import format_value, join_or
@@ -72,9 +71,7 @@ class Metal(IntegerPacking):
     def fidelity(self, dtype: str) -> Fidelity:
         if not is_narrower(dtype, self.scale_dtype):
             return Fidelity(Exactness.EXACT)
-        relative = f"relative error at most {2.0 ** -PRECISION[dtype]:.2g}"
-        what = f"scales and biases rounded to {DTYPE_NAME[dtype]}"
-        return Fidelity(Exactness.ROUNDED, f"{what}, {relative}")
+        return rounded("scales and biases", dtype)
 
 
 class MetalFormat:
@@ -111,10 +108,7 @@ class MetalFormat:
         for path, parts in _parts(sorter).items():
             sorter.make(path, parts, lambda p, t: _layer(sorter, p, t, width, size))
         if not sorter.quantized:
-            sorter.no_layer(
-                where,
-                "says metal, but no layer has scales: if the weights are dense, remove the block",
-            )
+            sorter.no_layer(where, "says metal, but no layer has scales")
         return sorter.layout()
 
 
@@ -137,9 +131,7 @@ def _layer(sorter: TensorSorter, path: str, parts: Tensors, bits: int, group: in
             )
     weight, scales, biases = (parts[role] for role in _ROLES)
     if weight.info.dtype not in ("U32", "I32") or len(weight.info.shape) < 2:
-        raise UnsupportedLayerError(
-            weight.name, f"{weight.info}, expected U32 [out, in * {bits} / 32]"
-        )
+        raise unexpected(weight, f"U32 [out, in * {bits} / 32]")
     *leading, words = weight.info.shape
     columns = words * 32 // bits
     expected = (*leading, columns // group)
@@ -148,18 +140,9 @@ def _layer(sorter: TensorSorter, path: str, parts: Tensors, bits: int, group: in
         raise UnsupportedLayerError(weight.name, message)
     for part in (scales, biases):
         if part.info.shape != expected or part.info.dtype not in _FLOATS:
-            raise UnsupportedLayerError(part.name, f"{part.info}, expected floats {list(expected)}")
+            raise unexpected(part, f"floats {list(expected)}")
     if scales.info.dtype != biases.info.dtype:
-        message = f"{biases.info}, expected {scales.info.dtype} as its scales"
-        raise UnsupportedLayerError(biases.name, message)
-    packing = Metal(
-        rows=prod(leading),
-        columns=columns,
-        bits=bits,
-        group=group,
-        symmetric=False,
-        scale_dtype=scales.info.dtype,
-    )
-    return integer_layer(
-        sorter, path, parts, shape=(*leading, columns), packing=packing, tool="metal"
-    )
+        raise unexpected(biases, f"{scales.info.dtype} as its scales")
+    dtype = scales.info.dtype
+    packing = Metal(prod(leading), columns, bits, group, symmetric=False, scale_dtype=dtype)
+    return integer_layer(sorter, path, parts, (*leading, columns), packing, tool="metal")

@@ -67,10 +67,7 @@ class Mlx:
                 parts = parts_of[path]
                 rotation_tensors = {role: parts.pop(role) for role in ROTATION if role in parts}
                 declared = block.of(path, encodings(parts))
-                if declared is not None and declared not in (
-                    block.default,
-                    block.entries.get(path),
-                ):
+                if declared not in (None, block.default, block.entries.get(path)):
                     renamed.append(path)
                 layer, wrong = _layer(path, parts, declared, notes)
                 if layer is not None and rotation_tensors:
@@ -85,14 +82,13 @@ class Mlx:
                 "read so."
             )
             notes.append(Note(NoteCode.OTHER_PREFIX, text))
-        transposed = any(layer.rotation_tensors for layer in layers)
-        rotation = checkpoint.config.get("rotation") if transposed else None
+        rotated = any(layer.rotation_tensors for layer in layers)
         return SourceLayout(
             tuple(layers),
             block.quantization,
             tuple(problems),
             notes=tuple(notes),
-            rotation=rotation,
+            rotation=checkpoint.config.get("rotation") if rotated else None,
         )
 
 

@@ -75,7 +75,7 @@ class MlxBlock:
     strays: dict[str, list[Stated]] = field(default_factory=dict)
 
     def of(self, path: str, fitting: Sequence[Quantization]) -> Stated | None:
-        """What holds for a layer whose shapes allow ``matching``.
+        """What holds for a layer whose shapes allow the encodings ``fitting``.
 
         Loaders rename layers, and entries have the names that a loader gives: one that names no
         layer holds for the layer that differs in its prefix only, where its tensors allow it.
@@ -130,32 +130,32 @@ def read_block(where: str, block: Any, names_layer: Callable[[str], bool]) -> Ml
         names_layer: Whether there are tensors under a path; what names none and is not an object
             is a remark of another tool.
     """
-    made = MlxBlock(where)
+    found = MlxBlock(where)
     if not isinstance(block, Mapping):
         message = f"the quantization block must be an object, got {format_value(block)}"
-        made.problems.append(Problem(where, message))
-        return made
-    made.default = _stated(where, {key: block.get(key) for key in _PARAMETERS}, made.problems)
+        found.problems.append(Problem(where, message))
+        return found
+    found.default = _stated(where, {key: block.get(key) for key in _PARAMETERS}, found.problems)
     for path, value in block.items():
         if path in RESERVED_KEYS or value is True:
             continue
         place = f"{where}.{path}"
         if value is False or (value is None and names_layer(path)):
-            made.entries[path] = Stated(place, None)
+            found.entries[path] = Stated(place, None)
         elif isinstance(value, Mapping):
-            declared = _stated(place, value, made.problems)
+            declared = _stated(place, value, found.problems)
             if declared is not None:
-                made.entries[path] = declared
+                found.entries[path] = declared
         elif names_layer(path):
             message = (
                 f"must be false or a quantization object, got {format_value(value)}; write "
                 '{"group_size": 64, "bits": 4} with the values of its codes'
             )
-            made.problems.append(Problem(place, message))
-    for path, declared in made.entries.items():
+            found.problems.append(Problem(place, message))
+    for path, declared in found.entries.items():
         if not names_layer(path):
-            made.strays.setdefault(_bare(path), []).append(declared)
-    return made
+            found.strays.setdefault(_bare(path), []).append(declared)
+    return found
 
 
 def _stated(where: str, fields: Mapping[str, Any], problems: list[Problem]) -> Stated | None:

@@ -21,27 +21,13 @@ from requant.text import format_value
 
 # quant_algo -> how its layers are stored.
 _ALGORITHMS: Final = {
-    "NVFP4": "nvfp4",
-    "W4A16_NVFP4": "nvfp4",
-    "NVFP4_AWQ": "nvfp4",
-    "W4A8_NVFP4_FP8": "nvfp4",
-    "FP8": "fp8",
-    "FP8_PER_CHANNEL_PER_TOKEN": "fp8",
-    "FP8_PB_WO": "fp8",
-    "FP8_PB_REAL": "fp8",
-    "FP8_BLOCK_SCALES": "fp8",
+    **dict.fromkeys(("NVFP4", "W4A16_NVFP4", "NVFP4_AWQ", "W4A8_NVFP4_FP8"), "nvfp4"),
+    **dict.fromkeys(("FP8", "FP8_PER_CHANNEL_PER_TOKEN"), "fp8"),
+    **dict.fromkeys(("FP8_PB_WO", "FP8_PB_REAL", "FP8_BLOCK_SCALES"), "fp8"),
     "MXFP8": "mxfp8",
-    "W4A8_MXFP4_FP8": "mxfp4",
-    "W4A8_MXFP4_MXFP8": "mxfp4",
-    "W4A16_MXFP4": "mxfp4",
-    "MXFP4": "mxfp4",
-    "W4A16_AWQ": "int4",
-    "W4A8_AWQ": "int4",
-    "INT4_AWQ": "int4",
-    "W8A16": "int8",
-    "INT8_WO": "int8",
-    "INT8_SQ": "int8",
-    "W8A8_SQ_PER_CHANNEL": "int8",
+    **dict.fromkeys(("W4A8_MXFP4_FP8", "W4A8_MXFP4_MXFP8", "W4A16_MXFP4", "MXFP4"), "mxfp4"),
+    **dict.fromkeys(("W4A16_AWQ", "W4A8_AWQ", "INT4_AWQ"), "int4"),
+    **dict.fromkeys(("W8A16", "INT8_WO", "INT8_SQ", "W8A8_SQ_PER_CHANNEL"), "int8"),
 }
 _MIXED: Final = "MIXED_PRECISION"
 _ROLES: Final = ("weight", "weight_scale", "weight_scale_2", "pre_quant_scale")
@@ -99,11 +85,8 @@ class _Reader:
         sorter.drop_runtime_scales()
         self._check_loose()
         if not sorter.quantized and self.algorithm:
-            sorter.no_layer(
-                f"{self.found.where}.quant_algo",
-                f"is {self.algorithm}, but no layer has a weight_scale: if the weights are dense, "
-                "remove the block",
-            )
+            message = f"is {self.algorithm}, but no layer has a weight_scale"
+            sorter.no_layer(f"{self.found.where}.quant_algo", message)
         return sorter.layout()
 
     # -- the config ----------------------------------------------------------------------
@@ -175,6 +158,6 @@ class _Reader:
         named = self.by_layer.get(path, "" if self.algorithm == _MIXED else self.algorithm)
         if _ALGORITHMS.get(named, kind) != kind:
             where = "quantized_layers" if path in self.by_layer else "quant_algo"
-            found = f"{self.found.where}.{where}"
-            raise UnsupportedLayerError(path, f"is stored as {kind}, but {found} says {named}")
+            message = f"is stored as {kind}, but {self.found.where}.{where} says {named}"
+            raise UnsupportedLayerError(path, message)
         return make_layer(self.sorter, kind, path, parts)

@@ -11,13 +11,13 @@ from requant.formats.base import SourceLayer, Tensors
 from requant.formats.float8_layers import EXPONENTS, FLOAT8, float8_stack, tile_of
 from requant.formats.input_scaled import input_scaled
 from requant.formats.integer_layers import integer_layer
+from requant.formats.mx_layers import mx_layer
 from requant.formats.nvfp4_layers import nvfp4_layer, nvfp4_without_tensor_scale
 from requant.formats.stacks import Experts, are_transposed, rows_with_one_scale
-from requant.formats.tensor_sorter import TensorSorter, UnsupportedLayerError
+from requant.formats.tensor_sorter import TensorSorter, UnsupportedLayerError, unexpected
 from requant.kernels.repack import row_pairs_into
 from requant.packings.base import Array, IntegerPacking, Parts, Rect, Scratch
 from requant.packings.compressed_tensors import CtPlain, Zeros
-from requant.packings.floats import MxBlocks
 
 _FLOATS: Final = ("F32", "BF16", "F16")
 
@@ -68,7 +68,7 @@ def stored_kind(path: str, parts: Tensors) -> str:
         )
     codes, scales = weight.info, scale.info
     if len(codes.shape) < 2 or 0 in codes.shape or 0 in scales.shape:
-        raise UnsupportedLayerError(weight.name, f"{codes}, expected a matrix or a stack of them")
+        raise unexpected(weight, "a matrix or a stack of them")
     *leading, height, width = codes.shape
     by_row = scales.shape[:-1] == codes.shape[:-1]
     group_codes = width / scales.shape[-1] if by_row else 0  # elements of a row with one scale
@@ -121,55 +121,23 @@ def make_layer(sorter: TensorSorter, kind: str, path: str, parts: Tensors) -> So
         missing = "weight_scale_2 that multiplies them"
         layer = nvfp4_without_tensor_scale(sorter, path, weight, scale, missing)
     elif kind == "nvfp4":
-        layer = nvfp4_layer(
-            sorter.checkpoint,
-            sorter,
-            path,
-            weight=weight,
-            scale=scale,
-            tensor_scale=second,
-            divides=False,
-        )
+        layer = nvfp4_layer(sorter, path, weight, scale, second, divides=False)
     elif second is not None:
         raise UnsupportedLayerError(
             second.name, f"is next to {kind} codes; what it scales is not known"
         )
     elif kind == "fp8":
-        transposed = sorter.orientation.is_transposed(path, weight.info.shape)
-        layer = float8_stack(
-            sorter, path, weight, scale=scale, block=None, dtype=sorter.dtype, transposed=transposed
-        )
+        layer = float8_stack(sorter, path, weight, scale)
     elif kind in ("mxfp4", "mxfp8"):
-        layer = _mx(sorter, path, weight, scale, 4 if kind == "mxfp4" else 8)
+        layer = mx_layer(path, weight, scale, sorter.dtype, bits=int(kind[-1]))
     else:
         layer = (_int4 if kind == "int4" else _int8)(sorter, path, weight, scale)
     if layer is None or inputs is None:
         return layer
     n_in = layer.shape[-1]
     if inputs.info.dtype not in _FLOATS or inputs.info.shape != (n_in,):
-        raise UnsupportedLayerError(
-            inputs.name, f"{inputs.info}, expected floats [{n_in}], one an input"
-        )
+        raise unexpected(inputs, f"floats [{n_in}], one an input")
     return input_scaled(layer, inputs)
-
-
-def _mx(
-    sorter: TensorSorter, path: str, weight: SourceTensor, scale: SourceTensor, bits: int
-) -> SourceLayer:
-    *leading, n_out, nbytes = weight.info.shape
-    n_in = nbytes * 8 // bits
-    packing = MxBlocks(prod(leading) * n_out, n_in, n_out, bits, nbytes)
-    parts = {"weight": weight, "scale": scale}
-    shape, stored = (*leading, n_out, n_in), f"mxfp{bits}"
-    return SourceLayer(
-        path=path,
-        parts=parts,
-        encoding=packing.encoding,
-        shape=shape,
-        dtype=sorter.dtype,
-        packing=packing,
-        stored_description=stored,
-    )
 
 
 def _int4(
@@ -177,16 +145,10 @@ def _int4(
 ) -> SourceLayer:
     *leading, pairs, n_in = weight.info.shape
     shape, groups = (*leading, 2 * pairs, n_in), scale.info.shape[-1]
-    packing = RowPairs(
-        rows=prod(shape[:-1]),
-        columns=n_in,
-        bits=4,
-        group=n_in // groups,
-        symmetric=True,
-        scale_dtype=scale.info.dtype,
-    )
+    rows, dtype = prod(shape[:-1]), scale.info.dtype
+    packing = RowPairs(rows, n_in, 4, n_in // groups, symmetric=True, scale_dtype=dtype)
     parts = {"weight": weight, "weight_scale": scale}
-    return integer_layer(sorter, path, parts, shape=shape, packing=packing, tool="modelopt")
+    return integer_layer(sorter, path, parts, shape, packing, tool="modelopt")
 
 
 def _int8(
@@ -196,21 +158,18 @@ def _int8(
     found = rows_with_one_scale(shape, scale.info.shape)
     if found is None or found[1] != 1:
         *leading, n_out, _ = shape
-        expected = f"{[*leading, n_out]}, one a row of codes"
-        raise UnsupportedLayerError(scale.name, f"{scale.info}, expected {expected}")
-    rows, dtype = prod(shape[:-1]), scale.info.dtype
-    width = scale.info.shape[-1] if scale.info.shape else 1
+        raise unexpected(scale, f"{[*leading, n_out]}, one a row of codes")
     packing = CtPlain(
-        rows=rows,
+        rows=prod(shape[:-1]),
         columns=shape[-1],
         bits=8,
         group=shape[-1],
         symmetric=True,
-        scale_dtype=dtype,
+        scale_dtype=scale.info.dtype,
         matrix=shape[-2],
         scale_rows=found[0],
-        scale_width=width,
+        scale_width=scale.info.shape[-1] if scale.info.shape else 1,
         zero_points=Zeros.MIDDLE,
     )
     parts = {"weight": weight, "weight_scale": scale}
-    return integer_layer(sorter, path, parts, shape=shape, packing=packing, tool="modelopt")
+    return integer_layer(sorter, path, parts, shape, packing, tool="modelopt")

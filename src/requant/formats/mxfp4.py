@@ -5,16 +5,15 @@ Value: ``w = element * 2^(scale - 127)``, 32 inputs a scale; MLX's mxfp4, byte f
 
 from __future__ import annotations
 
-from math import prod
-
 from requant.checkpoints.checkpoint import Checkpoint, SourceTensor
 from requant.core.dtypes import FLOATS
-from requant.formats.base import SourceLayer, SourceLayout, Tensors
+from requant.formats.base import SourceLayer, SourceLayout, Tensors, packed_layer
 from requant.formats.float8_layers import EXPONENTS
 from requant.formats.layer_names import layer_names
+from requant.formats.mx_layers import mx_layer
 from requant.formats.quantization_block import find_quantization_block
 from requant.formats.stacks import Experts, are_transposed
-from requant.formats.tensor_sorter import TensorSorter, UnsupportedLayerError
+from requant.formats.tensor_sorter import TensorSorter, unexpected
 from requant.packings.floats import MxBlocks
 
 # Of the blocks, and of the scales next to them: as transformers and as OpenAI name them.
@@ -60,7 +59,8 @@ class Mxfp4:
             sorter.no_layer(
                 "config.json: quantization_config",
                 "says quant_method mxfp4, but no tensor ends in _blocks, and none has bytes and "
-                f"scales of MXFP4: {_advice(checkpoint)}",
+                "scales of MXFP4",
+                _advice(checkpoint),
             )
         return sorter.layout()
 
@@ -101,21 +101,8 @@ def _flat_layer(sorter: TensorSorter, path: str, parts: Tensors) -> SourceLayer:
     if len(weight.info.shape) < 2 or 0 in weight.info.shape or not _is_flat(weight, scale):
         *rows, nbytes = weight.info.shape or (0,)
         expected = f"U8 {[*rows, nbytes // _BLOCK_BYTES]}, a scale for {_BLOCK_BYTES} bytes"
-        raise UnsupportedLayerError(
-            scale.name, f"{scale.info}, expected {expected} of {weight.name}"
-        )
-    *leading, n_out, nbytes = weight.info.shape
-    packing = MxBlocks(prod(leading) * n_out, 2 * nbytes, n_out, 4, nbytes)
-    shape, stored = (*leading, n_out, 2 * nbytes), {"weight": weight, "scale": scale}
-    return SourceLayer(
-        path=path,
-        parts=stored,
-        encoding=packing.encoding,
-        shape=shape,
-        dtype=sorter.dtype,
-        packing=packing,
-        stored_description="mxfp4",
-    )
+        raise unexpected(scale, f"{expected} of {weight.name}")
+    return mx_layer(path, weight, scale, sorter.dtype, bits=4)
 
 
 def _layer(
@@ -140,14 +127,5 @@ def _layer(
     *leading, n_out, groups, _ = shape
     n_in, rows = groups * 32, blocks.info.size // (groups * _BLOCK_BYTES)
     packing = MxBlocks(rows, n_in, n_out, 4, _BLOCK_BYTES)
-    logical = (*leading, n_out, n_in)
-    parts = {"weight": blocks, "scale": scale}
-    return SourceLayer(
-        path=path,
-        parts=parts,
-        encoding=packing.encoding,
-        shape=logical,
-        dtype=sorter.dtype,
-        packing=packing,
-        stored_description="mxfp4",
-    )
+    logical, parts = (*leading, n_out, n_in), {"weight": blocks, "scale": scale}
+    return packed_layer(path, parts, logical, packing, dtype=sorter.dtype, stored="mxfp4")

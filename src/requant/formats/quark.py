@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
 from typing import Any, Final
 
 from requant.checkpoints.checkpoint import Checkpoint, SourceTensor
 from requant.core.dtypes import FLOATS
 from requant.core.regex import Wildcards
-from requant.formats.base import SourceLayer, SourceLayout, Tensors
+from requant.formats.base import SourceLayer, SourceLayout, Tensors, packed_layer
 from requant.formats.float8_layers import EXPONENTS, FLOAT8, float8_stack
 from requant.formats.integer_layers import integer_layer
+from requant.formats.mx_layers import mx_layer
 from requant.formats.nvfp4_layers import nvfp4_layer, nvfp4_without_tensor_scale
-from requant.formats.quantization_block import find_quantization_block
+from requant.formats.quantization_block import claim_by_method, find_quantization_block
 from requant.formats.stacks import Experts, are_transposed
-from requant.formats.tensor_sorter import TensorSorter, UnsupportedLayerError
-from requant.packings.floats import MxBlocks, Mxfp6Blocks
+from requant.formats.tensor_sorter import TensorSorter, UnsupportedLayerError, unexpected
 from requant.packings.quark import QuarkColumns, QuarkMx, QuarkRows
 from requant.text import format_value, join_first, join_or
 
@@ -38,10 +37,7 @@ class Quark:
 
     def claims(self, checkpoint: Checkpoint) -> str | None:
         """The config names it; exports in the form of fp8 or awq are these formats' own."""
-        block = find_quantization_block(checkpoint)
-        if block is None or block.method != "quark":
-            return None
-        return f"{block.where}: quant_method quark"
+        return claim_by_method(checkpoint, "quark")
 
     def read(self, checkpoint: Checkpoint) -> SourceLayout:
         """Describe each layer that has a scale, or codes by its scheme; all else is dense."""
@@ -95,9 +91,16 @@ class _Integers:
         return parts if self.zeros is None else {**parts, "weight_zero_point": self.zeros}
 
     @property
-    def is_symmetric(self) -> bool:
-        """Whether every zero is the middle of the codes."""
-        return self.zeros is None or self.declared_symmetric
+    def fields(self) -> dict[str, Any]:
+        """The arguments that the packings of both orientations have in common."""
+        return {
+            "bits": self.bits,
+            "symmetric": self.zeros is None or self.declared_symmetric,
+            "scale_dtype": self.scale.info.dtype,
+            "signed": self.signed,
+            "reordered": self.reordered,
+            "has_zeros": self.zeros is not None,
+        }
 
 
 class _Reader:
@@ -120,11 +123,7 @@ class _Reader:
         sorter.drop_runtime_scales()
         self._check_named()
         if not sorter.quantized and not self.fake:
-            sorter.no_layer(
-                self.found.where,
-                "says quark, but no layer has a weight_scale: if the weights are dense, remove the "
-                "block",
-            )
+            sorter.no_layer(self.found.where, "says quark, but no layer has a weight_scale")
         return sorter.layout()
 
     # -- the config ------------------------------------------------------------------------
@@ -206,9 +205,7 @@ class _Reader:
             names = ", ".join(tensor.name for tensor in tensors.values())
             raise UnsupportedLayerError(path, f"has {names}, but no {path}.weight")
         if len(weight.info.shape) not in (2, 3) or 0 in weight.info.shape:
-            raise UnsupportedLayerError(
-                weight.name, f"{weight.info}, expected a matrix or a stack of them"
-            )
+            raise unexpected(weight, "a matrix or a stack of them")
         scheme = self._scheme(path)
         dtype = scheme.word("dtype")
         experts = _one_by_one(tensors, dtype)
@@ -256,23 +253,20 @@ class _Reader:
                 f"is {format_value(pack)}, expected {join_or(_PACKS)}: the order of 4-bit codes"
             )
             raise UnsupportedLayerError(f"{self.found.where}.export.pack_method", message)
-        signed = dtype.startswith("int")
         stored = _Integers(
-            weight=weight,
-            scale=scale,
-            zeros=zeros,
-            bits=bits,
-            signed=signed,
+            weight,
+            scale,
+            zeros,
+            bits,
+            signed=dtype.startswith("int"),
             reordered=pack == "reorder",
             declared_symmetric=scheme.symmetric,
         )
         if weight.info.dtype not in stored.words:
-            raise UnsupportedLayerError(
-                weight.name, f"{weight.info}, expected {stored.words[0]} for {dtype}"
-            )
+            raise unexpected(weight, f"{stored.words[0]} for {dtype}")
         if scale.info.dtype not in _FLOATS:
-            raise UnsupportedLayerError(scale.name, f"{scale.info}, expected floats")
-        if zeros is None and not signed:
+            raise unexpected(scale, "floats")
+        if zeros is None and not stored.signed:
             raise UnsupportedLayerError(
                 path, f"holds {dtype} codes, but has no {path}.weight_zero_point"
             )
@@ -283,28 +277,15 @@ class _Reader:
         columns, width = weight.info.shape
         rows, groups = width * stored.a_word, scale.info.shape[0] if scale.info.shape else 0
         if not groups or scale.info.shape != (groups, rows) or columns % groups:
-            expected = f"[groups, {rows}] for {weight.info}, stored [in, out]"
-            raise UnsupportedLayerError(scale.name, f"{scale.info}, expected {expected}")
+            raise unexpected(scale, f"[groups, {rows}] for {weight.info}, stored [in, out]")
         _expect(stored.zeros, (groups, width), stored.words)
         group, declared = columns // groups, scheme.levels[0].get("group_size")
         if _is_count(declared) and declared != group:
             message = f"{scale.info} gives {group} inputs a scale, {scheme.where} says {declared}"
             raise UnsupportedLayerError(scale.name, message)
-        packing = QuarkColumns(
-            rows=rows,
-            columns=columns,
-            bits=stored.bits,
-            group=group,
-            symmetric=stored.is_symmetric,
-            scale_dtype=stored.scale.info.dtype,
-            signed=stored.signed,
-            reordered=stored.reordered,
-            has_zeros=stored.zeros is not None,
-        )
+        packing = QuarkColumns(rows, columns, group=group, **stored.fields)
         shape = (rows, columns)
-        return integer_layer(
-            self.sorter, path, stored.parts, shape=shape, packing=packing, tool="quark"
-        )
+        return integer_layer(self.sorter, path, stored.parts, shape, packing, tool="quark")
 
     def _by_row(self, path: str, stored: _Integers, scheme: _Scheme) -> SourceLayer:
         scale, zeros, qscheme = stored.scale, stored.zeros, scheme.word("qscheme")
@@ -312,44 +293,22 @@ class _Reader:
         columns = width * stored.a_word
         one = scale.info.size == 1 and qscheme == "per_tensor"
         if not one and scale.info.shape != (rows,):
-            raise UnsupportedLayerError(
-                scale.name, f"{scale.info}, expected [{rows}] for {qscheme}"
-            )
+            raise unexpected(scale, f"[{rows}] for {qscheme}")
         if stored.bits == 4 and zeros is not None:
             message = "next to 4-bit codes with a scale a row: how it is packed is not known"
             raise UnsupportedLayerError(zeros.name, f"{zeros.info} {message}")
         _expect(zeros, scale.info.shape, ("I8", "U8", "I32"))
-        packing = QuarkRows(
-            rows=rows,
-            columns=columns,
-            bits=stored.bits,
-            group=columns,
-            symmetric=stored.is_symmetric,
-            scale_dtype=stored.scale.info.dtype,
-            signed=stored.signed,
-            reordered=stored.reordered,
-            has_zeros=stored.zeros is not None,
-            one_scale=one,
-        )
+        packing = QuarkRows(rows, columns, group=columns, one_scale=one, **stored.fields)
         words = "a scale a tensor" if one else "a scale a row"
-        shape = (rows, columns)
         return integer_layer(
-            self.sorter,
-            path,
-            stored.parts,
-            shape=shape,
-            packing=packing,
-            tool="quark",
-            scales=words,
+            self.sorter, path, stored.parts, (rows, columns), packing, tool="quark", scales=words
         )
 
     def _fp4(self, path: str, tensors: Tensors, scheme: _Scheme) -> SourceLayer | None:
         weight, scale = tensors["weight"], tensors["weight_scale"]
         *rows, nbytes = weight.info.shape
         if weight.info.dtype != "U8":
-            raise UnsupportedLayerError(
-                weight.name, f"{weight.info}, expected U8, two codes a byte"
-            )
+            raise unexpected(weight, "U8, two codes a byte")
         factor = tensors.get("weight_scale_2")
         if factor is not None or len(scheme.levels) > 1:
             if factor is None and len(rows) == 1:
@@ -357,76 +316,34 @@ class _Reader:
                     path, f"has two levels of scales, but no {path}.weight_scale_2"
                 )
             if scale.info.shape != (*rows, nbytes // 8) or scale.info.dtype not in _E4M3:
-                expected = f"F8_E4M3 {[*rows, nbytes // 8]}"
-                raise UnsupportedLayerError(scale.name, f"{scale.info}, expected {expected}")
+                raise unexpected(scale, f"F8_E4M3 {[*rows, nbytes // 8]}")
             if factor is None:
                 missing = "weight_scale_2 that multiplies them"
                 return nvfp4_without_tensor_scale(self.sorter, path, weight, scale, missing)
-            return nvfp4_layer(
-                self.checkpoint,
-                self.sorter,
-                path,
-                weight=weight,
-                scale=scale,
-                tensor_scale=factor,
-                divides=False,
-            )
+            return nvfp4_layer(self.sorter, path, weight, scale, factor, divides=False)
         if scale.info.shape != (*rows, nbytes // 16) or scale.info.dtype not in EXPONENTS:
             expected = f"U8 {[*rows, nbytes // 16]}: groups of 32 with E8M0 scales"
-            raise UnsupportedLayerError(scale.name, f"{scale.info}, expected {expected}")
-        packing = MxBlocks(prod(rows), 2 * nbytes, rows[-1], 4, nbytes)
-        parts = {"weight": weight, "scale": scale}
-        shape, dtype = (*rows, 2 * nbytes), self.sorter.dtype
-        return SourceLayer(
-            path=path,
-            parts=parts,
-            encoding=packing.encoding,
-            shape=shape,
-            dtype=dtype,
-            packing=packing,
-            stored_description="mxfp4",
-        )
+            raise unexpected(scale, expected)
+        return mx_layer(path, weight, scale, self.sorter.dtype, bits=4)
 
     def _fp6(self, path: str, tensors: Tensors, element: str) -> SourceLayer:
         weight, scale = tensors["weight"], tensors["weight_scale"]
         *rows, nbytes = weight.info.shape
         groups, ragged = divmod(nbytes, 24)
         if weight.info.dtype != "U8" or ragged:
-            raise UnsupportedLayerError(
-                weight.name, f"{weight.info}, expected U8 [out, 24 * groups]"
-            )
+            raise unexpected(weight, "U8 [out, 24 * groups]")
         if scale.info.shape != (*rows, groups) or scale.info.dtype not in EXPONENTS:
-            raise UnsupportedLayerError(scale.name, f"{scale.info}, expected U8 {[*rows, groups]}")
-        packing = Mxfp6Blocks(prod(rows), 32 * groups, rows[-1], element)
-        parts, shape = {"weight": weight, "scale": scale}, (*rows, 32 * groups)
-        dtype, stored = self.sorter.dtype, f"mxfp6 {element}"
-        return SourceLayer(
-            path=path,
-            parts=parts,
-            encoding=packing.encoding,
-            shape=shape,
-            dtype=dtype,
-            packing=packing,
-            stored_description=stored,
-        )
+            raise unexpected(scale, f"U8 {[*rows, groups]}")
+        return mx_layer(path, weight, scale, self.sorter.dtype, bits=6, element=element)
 
     def _fp8(self, path: str, tensors: Tensors, scheme: _Scheme) -> SourceLayer:
         weight, scale = tensors["weight"], tensors["weight_scale"]
         if weight.info.dtype not in FLOAT8:
-            raise UnsupportedLayerError(weight.name, f"{weight.info}, expected F8_E4M3 codes")
+            raise unexpected(weight, "F8_E4M3 codes")
         block = scheme.levels[0].get("block_size")
         pair = block if isinstance(block, list) and len(block) == 2 else None
         named = (int(pair[0]), int(pair[1])) if pair and all(map(_is_count, pair)) else None
-        transposed = self.sorter.orientation.is_transposed(path, weight.info.shape)
-        return float8_stack(
-            self.sorter,
-            path,
-            weight,
-            scale=scale,
-            block=named,
-            dtype=self.sorter.dtype,
-            transposed=transposed,
-        )
+        return float8_stack(self.sorter, path, weight, scale, block=named)
 
     def _old_mx(self, path: str, tensors: Tensors, scheme: _Scheme) -> SourceLayer:
         weight = tensors["weight"]
@@ -437,20 +354,10 @@ class _Reader:
             message = f"holds mx blocks of {format_value(kind)}; read are blocks of fp4"
             raise UnsupportedLayerError(path, message, unknown=True)
         if weight.info.dtype != "U8" or ragged:
-            raise UnsupportedLayerError(
-                weight.name, f"{weight.info}, expected U8 [out, 17 * groups of 32]"
-            )
-        packing = QuarkMx(rows, 32 * groups)
-        shape, dtype = (rows, 32 * groups), self.sorter.dtype
-        return SourceLayer(
-            path=path,
-            parts={"weight": weight},
-            encoding=packing.encoding,
-            shape=shape,
-            dtype=dtype,
-            packing=packing,
-            stored_description="mxfp4, old blocks",
-        )
+            raise unexpected(weight, "U8 [out, 17 * groups of 32]")
+        packing, dtype = QuarkMx(rows, 32 * groups), self.sorter.dtype
+        parts, stored = {"weight": weight}, "mxfp4, old blocks"
+        return packed_layer(path, parts, (rows, 32 * groups), packing, dtype=dtype, stored=stored)
 
 
 def _one_by_one(tensors: Tensors, dtype: str) -> Experts | None:
@@ -471,4 +378,4 @@ def _is_count(value: Any) -> bool:
 
 def _expect(part: SourceTensor | None, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> None:
     if part is not None and (part.info.shape != shape or part.info.dtype not in dtypes):
-        raise UnsupportedLayerError(part.name, f"{part.info}, expected {dtypes[0]} {list(shape)}")
+        raise unexpected(part, f"{dtypes[0]} {list(shape)}")

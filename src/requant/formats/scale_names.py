@@ -35,35 +35,16 @@ class Role(StrEnum):
 
 # What tools call them, behind the path and ".", "_" or "._", with or without "weight" between.
 _WORDS: Final = {
-    "scale": Role.SCALE,
-    "scales": Role.SCALE,
-    "scale_inv": Role.SCALE,
-    "scales_inv": Role.SCALE,
-    "absmax": Role.SCALE,
-    "SCB": Role.SCALE,
-    "qscale": Role.SCALE,
-    "qscale_weight": Role.SCALE,
-    "Wscale": Role.SCALE,
-    "scale_2": Role.TENSOR_SCALE,
-    "scales_2": Role.TENSOR_SCALE,
-    "global_scale": Role.TENSOR_SCALE,
-    "double_scale": Role.TENSOR_SCALE,
-    "nested_absmax": Role.TENSOR_SCALE,
-    "zero_point": Role.ZERO,
-    "zero_points": Role.ZERO,
-    "zero": Role.ZERO,
-    "zeros": Role.ZERO,
-    "qzeros": Role.ZERO,
-    "scaled_zeros": Role.ZERO,
-    "biases": Role.OFFSET,
-    "qbiases": Role.OFFSET,
-    "pre_quant_scale": Role.INPUT_SCALE,
-    "g_idx": Role.INDEX,
-    "quant_map": Role.OTHER,
-    "nested_quant_map": Role.OTHER,
-    "quant_state.bitsandbytes__nf4": Role.OTHER,
-    "quant_state.bitsandbytes__fp4": Role.OTHER,
-    "weight_format": Role.OTHER,
+    **dict.fromkeys(("scale", "scales", "scale_inv", "scales_inv", "absmax", "SCB"), Role.SCALE),
+    **dict.fromkeys(("qscale", "qscale_weight", "Wscale"), Role.SCALE),
+    **dict.fromkeys(("scale_2", "scales_2", "global_scale"), Role.TENSOR_SCALE),
+    **dict.fromkeys(("double_scale", "nested_absmax"), Role.TENSOR_SCALE),
+    **dict.fromkeys(("zero_point", "zero_points", "zero", "zeros"), Role.ZERO),
+    **dict.fromkeys(("qzeros", "scaled_zeros"), Role.ZERO),
+    **dict.fromkeys(("biases", "qbiases"), Role.OFFSET),
+    **{"pre_quant_scale": Role.INPUT_SCALE, "g_idx": Role.INDEX},
+    **dict.fromkeys(("quant_map", "nested_quant_map", "weight_format"), Role.OTHER),
+    **dict.fromkeys(("quant_state.bitsandbytes__nf4", "quant_state.bitsandbytes__fp4"), Role.OTHER),
 }
 # Words that mean nothing unless "weight" comes before them.
 _OF_WEIGHTS: Final = {"shift": Role.ZERO, "zp": Role.ZERO, "amax": Role.SCALE, "shape": Role.OTHER}
@@ -74,21 +55,8 @@ _JOINTS: Final = ("._", ".", "_")
 _WEIGHTS: Final = tuple(f"{a}weight{b}" for a in _JOINTS for b in ("_quantizer", ""))
 # Endings of codes behind the path; "" is a stack whose name is the path itself.
 CODE_ENDINGS: Final = (
-    ".weight",
-    ".weight_packed",
-    ".qweight",
-    ".W_q",
-    ".blocks",
-    ".packed",
-    "._weight_qdata",
-    "_qdata",
-    ".weight._data",
-    "_weight_packed",
-    "_weight",
-    "_packed",
-    "_qweight",
-    "_blocks",
-    "",
+    *(".weight", ".weight_packed", ".qweight", ".W_q", ".blocks", ".packed", "._weight_qdata"),
+    *("_qdata", ".weight._data", "_weight_packed", "_weight", "_packed", "_qweight", "_blocks", ""),
 )
 
 

@@ -13,32 +13,21 @@ from requant.formats.base import NoReading, SourceLayer, SourceLayout, Tensors, 
 from requant.formats.expert_shapes import Orientation
 from requant.formats.layer_names import LayerNames, layer_names
 from requant.formats.quantization_block import model_dtype
-from requant.text import join_first, pluralize_are
+from requant.text import format_value, join_first, pluralize_are
 
 _ACTIVATIONS = "a scale of activations, which MLX does not quantize"
 _CACHE = "a scale of the key and value cache, which MLX keeps in floats"
 _CACHE_BIAS = "an offset of the key and value cache, which MLX keeps in floats"
 # Suffixes of tensors that belong to a runtime's arithmetic, not to the weights.
 _RUNTIME = {
-    ".input_scale": _ACTIVATIONS,
-    ".input_zero_point": _ACTIVATIONS,
-    ".input_global_scale": _ACTIVATIONS,
-    ".input_scale_ub": _ACTIVATIONS,
-    ".activation_scale": _ACTIVATIONS,
-    ".qscale_act": _ACTIVATIONS,
-    "_proj.output_scale": _CACHE,
-    ".output_scale": _ACTIVATIONS,
-    ".output_zero_point": _ACTIVATIONS,
-    ".q_scale": _ACTIVATIONS,
-    ".prob_scale": _ACTIVATIONS,
-    ".k_scale": _CACHE,
-    ".v_scale": _CACHE,
-    ".k_zero_point": _CACHE,
-    ".v_zero_point": _CACHE,
-    ".k_bias_scale": _CACHE,
-    ".v_bias_scale": _CACHE,
-    "k_proj.k_bias": _CACHE_BIAS,
-    "v_proj.v_bias": _CACHE_BIAS,
+    **dict.fromkeys((".input_scale", ".input_zero_point", ".input_global_scale"), _ACTIVATIONS),
+    **dict.fromkeys((".input_scale_ub", ".activation_scale", ".qscale_act"), _ACTIVATIONS),
+    "_proj.output_scale": _CACHE,  # before the next line: the first ending that fits counts
+    **dict.fromkeys((".output_scale", ".output_zero_point"), _ACTIVATIONS),
+    **dict.fromkeys((".q_scale", ".prob_scale"), _ACTIVATIONS),
+    **dict.fromkeys((".k_scale", ".v_scale", ".k_zero_point", ".v_zero_point"), _CACHE),
+    **dict.fromkeys((".k_bias_scale", ".v_bias_scale"), _CACHE),
+    **dict.fromkeys(("k_proj.k_bias", "v_proj.v_bias"), _CACHE_BIAS),
 }
 # With "." before, or joined to the path of a stack by "_".
 _RUNTIME_NAMES = tuple({*_RUNTIME, *(f"_{end[1:]}" for end in _RUNTIME if end.startswith("."))})
@@ -59,6 +48,11 @@ class UnsupportedLayerError(Exception):
     def __init__(self, where: str, message: str, *, unknown: bool = False) -> None:
         super().__init__(message)
         self.problem = (NoReading if unknown else Problem)(where, message)
+
+
+def unexpected(part: SourceTensor, expected: str) -> UnsupportedLayerError:
+    """The error for a tensor of another dtype or shape than ``expected`` says."""
+    return UnsupportedLayerError(part.name, f"{part.info}, expected {expected}")
 
 
 def runtime_scales(
@@ -97,11 +91,11 @@ class TensorSorter:
     @staticmethod
     def by_role(checkpoint: Checkpoint) -> TensorSorter:
         """A sorter whose ``parts`` have the names of ``layer_names``, however tools spell them."""
-        made = TensorSorter(checkpoint)
-        made.names = layer_names(checkpoint.tensors)
-        for one, other in made.names.twice:
-            made.problem(other, f"represents the same part of a layer as {one}; remove one")
-        return made
+        sorter = TensorSorter(checkpoint)
+        sorter.names = layer_names(checkpoint.tensors)
+        for one, other in sorter.names.twice:
+            sorter.problem(other, f"represents the same part of a layer as {one}; remove one")
+        return sorter
 
     @property
     def parts(self) -> Tensors:
@@ -122,9 +116,11 @@ class TensorSorter:
         """Note what is wrong in one place."""
         self.problems.append(Problem(where, message))
 
-    def no_layer(self, where: str, message: str) -> None:
+    def no_layer(
+        self, where: str, message: str, advice: str = "if the weights are dense, remove the block"
+    ) -> None:
         """Note what the config promises and no layer is; said only where no tensor holds codes."""
-        self.unfulfilled = Problem(where, message)
+        self.unfulfilled = Problem(where, f"{message}: {advice}")
 
     def add(self, layer: SourceLayer | None, used: Iterable[SourceTensor] = ()) -> None:
         """Keep a layer; ``used`` are tensors that were read into its description."""
@@ -163,6 +159,18 @@ class TensorSorter:
         self.add(layer)
         return layer
 
+    def positive_number(self, part: SourceTensor) -> float:
+        """The one number that a tensor holds.
+
+        Raises:
+            UnsupportedLayerError: It is not finite and above 0.
+        """
+        number = float(self.checkpoint.read_small_tensor(part.name).reshape(-1)[0])
+        if 0 < number < float("inf"):
+            return number
+        message = f"holds {format_value(number)}, expected a finite number above 0"
+        raise UnsupportedLayerError(part.name, message)
+
     def claim(self, names: Iterable[str], path: str) -> None:
         """Tensors of a layer that could not be made: its problem is recorded already."""
         for name in names:
@@ -197,11 +205,10 @@ class TensorSorter:
         if dense:
             names = join_first([tensor.name for tensor in dense], _NAMED)
             kinds = join_first(list(dict.fromkeys(tensor.info.dtype for tensor in dense)))
-            each = "is quantized" if len(dense) == 1 else "are quantized"
-            stored = pluralize_are(len(dense), "tensor")
+            each = "is" if len(dense) == 1 else "are"
             text = (
-                f"By {where}, {names} {each}, but {stored} stored as {kinds} without a scale: "
-                "read as plain values."
+                f"By {where}, {names} {each} quantized, but {pluralize_are(len(dense), 'tensor')} "
+                f"stored as {kinds} without a scale: read as plain values."
             )
             self.notes.append(Note(NoteCode.DENSE_THOUGH_NAMED, text))
 
@@ -213,8 +220,7 @@ class TensorSorter:
                 continue
             path = self._owner.get(tensor.name)
             if path is None:
-                layer = dense_layer(tensor)
-                layers[tensor.name] = layer
+                layers[tensor.name] = dense_layer(tensor)
             elif path in self._layers:
                 layers[f"layer {path}"] = self._layers[path]
         return SourceLayout(

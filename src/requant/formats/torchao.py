@@ -17,11 +17,11 @@ from requant.formats.base import SourceLayer, SourceLayout, Tensors
 from requant.formats.float8_layers import EXPONENTS, FLOAT8, float8_layer, tile_of
 from requant.formats.input_scaled import input_scaled
 from requant.formats.integer_layers import integer_layer
+from requant.formats.mx_layers import mx_layer
 from requant.formats.nvfp4_layers import nvfp4_layer
 from requant.formats.quantization_block import QuantizationBlock, find_quantization_block
-from requant.formats.tensor_sorter import TensorSorter, UnsupportedLayerError
+from requant.formats.tensor_sorter import TensorSorter, UnsupportedLayerError, unexpected
 from requant.packings.compressed_tensors import Zeros
-from requant.packings.floats import MxBlocks
 from requant.packings.torchao import Swizzled, TorchaoInt4, TorchaoInteger
 from requant.text import format_value
 
@@ -71,11 +71,7 @@ class _Reader:
             sorter.make(path, tensors, self._layer)
         self._check_described(parts.keys())
         if not parts:
-            sorter.no_layer(
-                self.found.where,
-                "says torchao, but no tensor is a _weight_qdata: if the weights are dense, remove "
-                "the block",
-            )
+            sorter.no_layer(self.found.where, "says torchao, but no tensor is a _weight_qdata")
         return sorter.layout()
 
     # -- what is said about a layer --------------------------------------------------------
@@ -162,16 +158,15 @@ class _Reader:
             raise UnsupportedLayerError(path, f"has no {path}.{_PREFIX}scale")
         qdata, scale = tensors["qdata"], tensors["scale"]
         if len(qdata.info.shape) != 2 or 0 in (*qdata.info.shape, *scale.info.shape):
-            raise UnsupportedLayerError(qdata.name, f"{qdata.info}, expected a matrix")
+            raise unexpected(qdata, "a matrix")
         layer = make[kind](path, tensors, data)
         inputs = tensors.get("act_pre_scale")
         if layer is None or inputs is None:
             return layer
         if inputs.info.dtype not in _FLOATS or inputs.info.size != layer.shape[-1]:
-            expected = f"one float for each of {layer.shape[-1]} inputs"
-            raise UnsupportedLayerError(inputs.name, f"{inputs.info}, expected {expected}")
+            raise unexpected(inputs, f"one float for each of {layer.shape[-1]} inputs")
         if inputs.info.shape[-1:] != layer.shape[-1:]:
-            raise UnsupportedLayerError(inputs.name, f"{inputs.info}, expected [{layer.shape[-1]}]")
+            raise unexpected(inputs, f"[{layer.shape[-1]}]")
         return input_scaled(layer, inputs)
 
     # -- one type each ---------------------------------------------------------------------
@@ -179,18 +174,15 @@ class _Reader:
     def _integer(self, path: str, tensors: Tensors, data: Mapping[str, Any]) -> SourceLayer:
         qdata, scale, zeros = tensors["qdata"], tensors["scale"], tensors.get("zero_point")
         if qdata.info.dtype != "I8":
-            raise UnsupportedLayerError(qdata.name, f"{qdata.info}, expected I8 codes")
+            raise unexpected(qdata, "I8 codes")
         (rows, columns), bits = qdata.info.shape, _bits(path, data)
         one = scale.info.size == 1
         wide = scale.info.shape[-1] if scale.info.shape else 1
         whole = one or (scale.info.shape == (rows, wide) and columns % wide == 0)
         if scale.info.dtype not in _FLOATS or not whole:
-            expected = f"floats [{rows}, groups] for {qdata.info}"
-            raise UnsupportedLayerError(scale.name, f"{scale.info}, expected {expected}")
+            raise unexpected(scale, f"floats [{rows}, groups] for {qdata.info}")
         if zeros is not None and (zeros.info.shape != scale.info.shape or zeros.info.dtype != "I8"):
-            expected = f"I8 {list(scale.info.shape)}, one next to each scale"
-            raise UnsupportedLayerError(zeros.name, f"{zeros.info}, expected {expected}")
-        stored = Zeros.MIDDLE if zeros is None else Zeros.SIGNED
+            raise unexpected(zeros, f"I8 {list(scale.info.shape)}, one next to each scale")
         packing = TorchaoInteger(
             rows=rows,
             columns=columns,
@@ -201,21 +193,14 @@ class _Reader:
             matrix=rows,
             scale_rows=rows if one else 1,
             scale_width=wide,
-            zero_points=stored,
+            zero_points=Zeros.MIDDLE if zeros is None else Zeros.SIGNED,
         )
         parts = {"weight": qdata, "weight_scale": scale}
         if zeros is not None:
             parts["weight_zero_point"] = zeros
         words = "a scale a tensor" if one else "a scale a row"
-        return integer_layer(
-            self.sorter,
-            path,
-            parts,
-            shape=qdata.info.shape,
-            packing=packing,
-            tool="torchao",
-            scales=words,
-        )
+        shape = qdata.info.shape
+        return integer_layer(self.sorter, path, parts, shape, packing, tool="torchao", scales=words)
 
     def _symmetric(self, zeros: SourceTensor) -> bool:
         """Whether every zero is 0: as the config says (held against the data later), or read."""
@@ -230,37 +215,25 @@ class _Reader:
         rows, nbytes = qdata.info.shape
         if qdata.info.dtype not in ("I8", "U8") or zeros is None:
             what = "zero_point" if zeros is None else "I8 codes"
-            raise UnsupportedLayerError(
-                qdata.name, f"{qdata.info}, expected {what} of an Int4Tensor"
-            )
+            raise unexpected(qdata, f"{what} of an Int4Tensor")
         groups = scale.info.shape[0]
         if scale.info.shape != (groups, rows) or (2 * nbytes) % groups:
-            raise UnsupportedLayerError(scale.name, f"{scale.info}, expected [groups, {rows}]")
+            raise unexpected(scale, f"[groups, {rows}]")
         if zeros.info.shape != scale.info.shape:
-            raise UnsupportedLayerError(
-                zeros.name, f"{zeros.info}, expected {list(scale.info.shape)}"
-            )
+            raise unexpected(zeros, str(list(scale.info.shape)))
         for part in (scale, zeros):
             if part.info.dtype not in _FLOATS:
-                raise UnsupportedLayerError(part.name, f"{part.info}, expected floats")
+                raise unexpected(part, "floats")
         columns = 2 * nbytes
-        packing = TorchaoInt4(
-            rows=rows,
-            columns=columns,
-            bits=4,
-            group=columns // groups,
-            symmetric=False,
-            scale_dtype=scale.info.dtype,
-        )
+        group, dtype = columns // groups, scale.info.dtype
+        packing = TorchaoInt4(rows, columns, 4, group, symmetric=False, scale_dtype=dtype)
         parts = {"qdata": qdata, "scale": scale, "zero_point": zeros}
-        return integer_layer(
-            self.sorter, path, parts, shape=(rows, columns), packing=packing, tool="torchao"
-        )
+        return integer_layer(self.sorter, path, parts, (rows, columns), packing, tool="torchao")
 
     def _float8(self, path: str, tensors: Tensors, data: Mapping[str, Any]) -> SourceLayer | None:
         qdata, scale = tensors["qdata"], tensors["scale"]
         if qdata.info.dtype not in FLOAT8:
-            raise UnsupportedLayerError(qdata.name, f"{qdata.info}, expected F8_E4M3 codes")
+            raise unexpected(qdata, "F8_E4M3 codes")
         tile = tile_of(qdata.info.shape, scale.info.shape, None)
         if tile is None or scale.info.dtype not in _FLOATS:
             raise UnsupportedLayerError(scale.name, f"{scale.info} fits no tiling of {qdata.info}")
@@ -272,47 +245,26 @@ class _Reader:
         qdata, scale = tensors["qdata"], tensors["scale"]
         bits = 8 if qdata.info.dtype == "F8_E4M3" else 4
         if bits == 4 and qdata.info.dtype != "U8":
-            raise UnsupportedLayerError(
-                qdata.name, f"{qdata.info}, expected F8_E4M3 or packed FP4 (U8) codes"
-            )
+            raise unexpected(qdata, "F8_E4M3 or packed FP4 (U8) codes")
         if data.get("block_size", 32) != 32:
             message = f"has blocks of {format_value(data.get('block_size'))}; MLX's are of 32"
             raise UnsupportedLayerError(path, message)
-        rows, nbytes = qdata.info.shape
-        columns = nbytes * 8 // bits
-        packing = MxBlocks(rows, columns, rows, bits, nbytes)
-        layer = SourceLayer(
-            path=path,
-            parts={"weight": qdata, "scale": scale},
-            encoding=packing.encoding,
-            shape=(rows, columns),
-            dtype=self.sorter.dtype,
-            packing=packing,
-            stored_description=f"mxfp{bits}",
-        )
         if scale.info.dtype not in EXPONENTS:
-            raise UnsupportedLayerError(scale.name, f"{scale.info}, expected F8_E8M0")
+            raise unexpected(scale, "F8_E8M0")
+        layer = mx_layer(path, qdata, scale, self.sorter.dtype, bits)
         return _unswizzled(layer, scale, 32, data)
 
     def _nvfp4(self, path: str, tensors: Tensors, data: Mapping[str, Any]) -> SourceLayer | None:
         qdata, scale = tensors["qdata"], tensors["scale"]
         if qdata.info.dtype != "U8":
-            raise UnsupportedLayerError(qdata.name, f"{qdata.info}, expected U8, two codes a byte")
+            raise unexpected(qdata, "U8, two codes a byte")
         if data.get("block_size", 16) != 16:
             message = f"has blocks of {format_value(data.get('block_size'))}; MLX's are of 16"
             raise UnsupportedLayerError(path, message)
         if scale.info.dtype not in ("F8_E4M3", "U8"):
-            raise UnsupportedLayerError(scale.name, f"{scale.info}, expected F8_E4M3")
+            raise unexpected(scale, "F8_E4M3")
         factor = tensors.get("per_tensor_scale")
-        layer = nvfp4_layer(
-            self.checkpoint,
-            self.sorter,
-            path,
-            weight=qdata,
-            scale=scale,
-            tensor_scale=factor,
-            divides=False,
-        )
+        layer = nvfp4_layer(self.sorter, path, qdata, scale, factor, divides=False)
         return None if layer is None else _unswizzled(layer, scale, 16, data)
 
 
@@ -329,15 +281,13 @@ def _unswizzled(
         )
     if not data.get("is_swizzled_scales"):
         if scale.info.shape != (rows, groups):
-            raise UnsupportedLayerError(scale.name, f"{scale.info}, expected [{rows}, {groups}]")
+            raise unexpected(scale, f"[{rows}, {groups}]")
         return layer
     packing = Swizzled(rows, columns, layer.packing, groups)
     across = 16 * -(-groups // 4)
     expected = (packing.stored_bytes() // across, across)
     if scale.info.shape != expected:
-        raise UnsupportedLayerError(
-            scale.name, f"{scale.info}, expected {list(expected)}, swizzled"
-        )
+        raise unexpected(scale, f"{list(expected)}, swizzled")
     return replace(
         layer, packing=packing, stored_description=f"{layer.stored_description}, swizzled scales"
     )

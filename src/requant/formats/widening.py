@@ -27,6 +27,7 @@ from requant.packings.base import (
     Rect,
     Scratch,
     Triple,
+    WrappedPacking,
     is_narrower,
 )
 from requant.quantization.config import Quantization, QuantMode
@@ -106,53 +107,35 @@ class DenseRows(Packing):
 
 
 @dataclass(frozen=True)
-class Widened(Packing):
+class Widened(WrappedPacking):
     """The codes of another packing in an encoding that holds them.
 
     Attributes:
-        packing: How the rows come out of stored tensors.
+        layer: The other packing.
         encoding: What its ``repack`` gives.
         target: What this one gives.
     """
 
-    packing: Packing
+    layer: Packing
     encoding: Quantization
     target: Quantization
 
     @property
     def rows(self) -> int:  # type: ignore[override]  # a field of other packings
         """Output rows, experts included."""
-        return self.packing.rows
+        return self.layer.rows
 
     @property
     def columns(self) -> int:  # type: ignore[override]
         """Inputs."""
-        return self.packing.columns
-
-    @property
-    def matrix_rows(self) -> int:
-        return self.packing.matrix_rows
-
-    @property
-    def row_unit(self) -> int:  # type: ignore[override]  # a constant of other packings
-        """As the packing within."""
-        return self.packing.row_unit
-
-    @property
-    def strided(self) -> bool:  # type: ignore[override]
-        """As the packing within."""
-        return self.packing.strided
+        return self.layer.columns
 
     @property
     def scratch_row_bytes(self) -> int:
         """The codes, the words before them, and the scales before they are repeated."""
         narrow = self.columns * self.encoding.bits // 8
         groups = self.columns // self.encoding.group_size
-        return self.packing.scratch_row_bytes + self.columns + narrow + 8 * groups
-
-    def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
-        """As the packing within."""
-        return self.packing.required_rects(start, stop)
+        return self.layer.scratch_row_bytes + self.columns + narrow + 8 * groups
 
     def repack(self, parts: Parts, start: int, stop: int, out: Triple, scratch: Scratch) -> None:
         """The codes in wider fields, scales and biases repeated."""
@@ -164,7 +147,7 @@ class Widened(Packing):
         if times > 1:
             for role in out.keys() - {"weight"}:
                 narrow[role] = _like(out[role], rows, times, f"narrow {role}", scratch)
-        self.packing.repack(parts, start, stop, narrow, scratch)
+        self.layer.repack(parts, start, stop, narrow, scratch)
         if narrow["weight"] is not out["weight"]:
             self._widen(narrow["weight"], out["weight"], scratch)
         for role in out.keys() - {"weight"}:
@@ -183,17 +166,13 @@ class Widened(Packing):
 
     def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         """As the packing within."""
-        self.packing.decode(parts, start, stop, out, scratch)
-
-    def fidelity(self, dtype: str) -> Fidelity:
-        """As the packing within: nothing rounds on the way into wider fields."""
-        return self.packing.fidelity(dtype)
+        self.layer.decode(parts, start, stop, out, scratch)
 
     def to_dict(self) -> dict[str, Any]:
         """The packing as JSON data, with the one within."""
         return {
             "kind": type(self).__name__,
-            "packing": self.packing.to_dict(),
+            "packing": self.layer.to_dict(),
             "encoding": self.encoding.to_dict(),
             "target": self.target.to_dict(),
         }
@@ -211,7 +190,7 @@ def widened(packing: Packing, encoding: Quantization, target: Quantization) -> P
     if encoding == target:
         return packing
     if isinstance(packing, Widened):
-        return widened(packing.packing, packing.encoding, target)
+        return widened(packing.layer, packing.encoding, target)
     return Widened(packing, encoding, target)
 
 

@@ -137,10 +137,8 @@ def configure_gemma(config: dict[str, Any], settings: Settings) -> None:
     config["hidden_activation"] = config["hidden_act"] = "gelu_pytorch_tanh"
 
 
-_LARGEST_GEMMA = {
-    "gemma2": 46,
-    "gemma3_text": 62,
-}  # blocks of the two whose queries scale otherwise
+# Blocks of the two models whose queries scale otherwise.
+_LARGEST_GEMMA = {"gemma2": 46, "gemma3_text": 62}
 
 
 def _window(settings: Settings, usual: int) -> int:
@@ -157,14 +155,11 @@ def _kinds_of(sliding: list[bool]) -> list[str]:
 
 
 def _note_window(config: dict[str, Any], settings: Settings) -> None:
-    settings.notes.append(
-        Note(
-            NoteCode.IGNORED_WINDOW,
-            f"mlx-lm's class for {config['model_type']} lets every block see the whole text, not a "
-            f"window of {config['sliding_window']:,} tokens as config.json says: longer texts "
-            "differ.",
-        )
+    text = (
+        f"mlx-lm's class for {config['model_type']} lets every block see the whole text, not a "
+        f"window of {config['sliding_window']:,} tokens as config.json says: longer texts differ."
     )
+    settings.notes.append(Note(NoteCode.IGNORED_WINDOW, text))
 
 
 def _soft_cap(settings: Settings, key: str, usual: float) -> float:

@@ -47,12 +47,8 @@ class Settings:
     def __init__(
         self, metadata: Metadata, shapes: Shapes, read_small: ReadScalar, support: Support = PLAIN
     ) -> None:
-        self.metadata, self.shapes, self.read_small, self.support = (
-            metadata,
-            shapes,
-            read_small,
-            support,
-        )
+        self.metadata, self.shapes = metadata, shapes
+        self.read_small, self.support = read_small, support
         self.prefix = f"{metadata.architecture}."
         self.notes: list[Note] = []
 

@@ -2,8 +2,8 @@
 
 A packing is frozen data (it is a part of the plan) with three duties: say which rectangle of
 which tensor a range of output rows needs, turn these rectangles into MLX's words, scales and
-biases, and turn them into dense values. It never sees a file: rows are read by ``execute``
-from a checkpoint, or sliced by ``transform`` from arrays in memory.
+biases, and turn them into dense values. It never sees a file: ``execution.source_reader`` reads
+rows from a checkpoint, ``weights.transform`` slices them from arrays in memory.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Exactness(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Fidelity:
-    """What a move into MLX's layout costs: the class, and for "rounded" the bound in words."""
+    """How exactly ``repack`` keeps the values: the class, and for "rounded" the bound in words."""
 
     exactness: Exactness
     bound: str = ""
@@ -99,7 +99,7 @@ class Packing(ABC):
 
     @property
     def scratch_row_bytes(self) -> int:
-        """Bytes of scratch memory that ``unpack`` takes for a row, where they are many."""
+        """Bytes of scratch memory that ``repack`` takes for a row, where they are many."""
         return 0
 
     @abstractmethod
@@ -115,12 +115,61 @@ class Packing(ABC):
         """Fill ``out``, ``(rows, columns)``, with values rounded once to its dtype."""
 
     def fidelity(self, dtype: str) -> Fidelity:
-        """What ``unpack`` costs when scales and biases are stored as ``dtype``."""
+        """Return how exact ``repack`` is when scales and biases are stored as ``dtype``."""
         return Fidelity(Exactness.EXACT)
 
     def to_dict(self) -> dict[str, Any]:
         """The packing as JSON data; equal packings give equal data."""
         return {"kind": type(self).__name__, **asdict(self)}  # type: ignore[call-overload]
+
+
+@dataclass(frozen=True)
+class MatrixPacking(Packing):
+    """A packing of matrices of equal height.
+
+    Attributes:
+        rows: Output rows, experts included.
+        columns: Inputs.
+        matrix: Output rows of one matrix.
+    """
+
+    rows: int
+    columns: int
+    matrix: int
+
+    @property
+    def matrix_rows(self) -> int:
+        return self.matrix
+
+
+class WrappedPacking(Packing):
+    """A packing that takes its rows from another one, ``layer``, and changes them.
+
+    What a subclass does not override is as in that packing.
+    """
+
+    layer: Packing
+
+    @property
+    def matrix_rows(self) -> int:
+        return self.layer.matrix_rows
+
+    @property
+    def row_unit(self) -> int:  # type: ignore[override]  # a constant of other packings
+        return self.layer.row_unit
+
+    @property
+    def strided(self) -> bool:  # type: ignore[override]
+        return self.layer.strided
+
+    def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
+        return self.layer.required_rects(start, stop)
+
+    def fidelity(self, dtype: str) -> Fidelity:
+        return self.layer.fidelity(dtype)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "layer": self.layer.to_dict()}
 
 
 PRECISION = {"F16": 11, "BF16": 8, "F32": 24}
@@ -130,9 +179,16 @@ DTYPE_NAME = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "fl
 
 
 def is_narrower(dtype: str, stored: str) -> bool:
-    """Whether some number of dtype ``stored_description`` rounds when it is kept as ``dtype``."""
+    """Whether some number of dtype ``stored`` rounds when it is kept as ``dtype``."""
     less = PRECISION[dtype] < PRECISION.get(stored, 53)
     return less or _RANGE[dtype] < _RANGE.get(stored, 11)
+
+
+def rounded(what: str, dtype: str, more: str = "") -> Fidelity:
+    """The fidelity of a packing where ``what`` is rounded to ``dtype``; ``more`` is added."""
+    relative = f"relative error at most {2.0 ** -PRECISION[dtype]:.2g}"
+    bound = f"{what} rounded to {DTYPE_NAME[dtype]}, {relative}{more}"
+    return Fidelity(Exactness.ROUNDED, bound)
 
 
 def mlx_group(group: int, n_in: int) -> int | None:
@@ -231,24 +287,13 @@ class IntegerPacking(Packing):
         """Exact where neither a scale nor a bias can round."""
         kept = PRECISION.get(self.scale_dtype, 53)
         precision = PRECISION[dtype]
-        word = DTYPE_NAME[dtype]
+        # Half a unit in the last place of the largest bias, in steps of the scale.
+        steps = f"at most {(2**self.bits - 1) * 2.0**-precision:.2g} steps"
         if is_narrower(dtype, self.scale_dtype):
-            relative = 2.0**-precision
-            return Fidelity(
-                Exactness.ROUNDED,
-                f"scales rounded to {word}, relative error at most {relative:.2g}; biases at "
-                f"most {self._bias_bound(precision):.2g} steps",
-            )
+            return rounded("scales", dtype, f"; biases {steps}")
         if self.symmetric or kept + self.bits <= precision:
             return Fidelity(Exactness.EXACT)
-        return Fidelity(
-            Exactness.ROUNDED,
-            f"biases rounded to {word}, at most {self._bias_bound(precision):.2g} steps",
-        )
-
-    def _bias_bound(self, precision: int) -> float:
-        """Half a unit in the last place of the largest bias, in steps of the scale."""
-        return float(2**self.bits - 1) * 2.0**-precision
+        return Fidelity(Exactness.ROUNDED, f"biases rounded to {DTYPE_NAME[dtype]}, {steps}")
 
     def _group_of(self, groups: int) -> Array:
         """Which source group each of ``groups`` MLX groups lies in."""

@@ -11,18 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from requant.kernels.decode import lut_values_into
-from requant.packings.base import (
-    DTYPE_NAME,
-    PRECISION,
-    Array,
-    Exactness,
-    Fidelity,
-    Packing,
-    Parts,
-    Rect,
-    Scratch,
-    flat_cut,
-)
+from requant.packings.base import Array, Fidelity, Packing, Parts, Rect, Scratch, flat_cut, rounded
 from requant.packings.compressed_tensors import CtPlain
 
 _ONE_PART = np.float32(1 / 127)
@@ -45,12 +34,7 @@ class BnbInt8(CtPlain):
             out[:] = values
 
     def fidelity(self, dtype: str) -> Fidelity:
-        relative = 2.0 ** -PRECISION[dtype]
-        return Fidelity(
-            Exactness.ROUNDED,
-            f"scales SCB / 127 rounded to {DTYPE_NAME[dtype]}, relative error at most "
-            f"{relative:.2g}",
-        )
+        return rounded("scales SCB / 127", dtype)
 
 
 @dataclass(frozen=True)

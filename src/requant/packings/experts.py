@@ -6,12 +6,12 @@ Also where matrices are stored with their axes exchanged, ``(experts, in, out)``
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
 from requant.kernels.repack import transpose_into
-from requant.packings.base import Array, Fidelity, Packing, Parts, Rect, Scratch, Triple
+from requant.packings.base import Array, Packing, Parts, Rect, Scratch, Triple, WrappedPacking
 from requant.quantization.config import Quantization
 
 _UNSIGNED: Final = {1: "U8", 2: "U16", 4: "U32"}
@@ -32,7 +32,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class StackedExperts(Packing):
+class StackedExperts(WrappedPacking):
     """The matrices of a stack, one after another, each by the packing of one.
 
     Attributes:
@@ -54,15 +54,6 @@ class StackedExperts(Packing):
     def columns(self) -> int:  # type: ignore[override]
         """Inputs."""
         return self.layer.columns
-
-    @property
-    def matrix_rows(self) -> int:
-        return self.layer.matrix_rows
-
-    @property
-    def row_unit(self) -> int:  # type: ignore[override]
-        """That of one expert."""
-        return self.layer.row_unit
 
     @property
     def strided(self) -> bool:  # type: ignore[override]
@@ -93,7 +84,7 @@ class StackedExperts(Packing):
     def _of_one(self, parts: Parts, scratch: Scratch) -> Parts:
         transposed = {role for role, place in self.places if place.transposed}
         return {
-            role: _turned(part, role, scratch) if role in transposed else part
+            role: _transposed(part, role, scratch) if role in transposed else part
             for role, part in parts.items()
         }
 
@@ -104,12 +95,6 @@ class StackedExperts(Packing):
     def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         _, first, last = self._within(start, stop)
         self.layer.decode(self._of_one(parts, scratch), first, last, out, scratch)
-
-    def fidelity(self, dtype: str) -> Fidelity:
-        return self.layer.fidelity(dtype)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**super().to_dict(), "layer": self.layer.to_dict()}
 
 
 def _moved(cut: Rect, place: Place, expert: int) -> Rect:
@@ -123,12 +108,12 @@ def _moved(cut: Rect, place: Place, expert: int) -> Rect:
     return Rect((above + rows[0], above + rows[1]), columns)
 
 
-def _turned(stored: Array, role: str, scratch: Scratch) -> Array:
+def _transposed(stored: Array, role: str, scratch: Scratch) -> Array:
     size = stored.dtype.itemsize
     if size not in _UNSIGNED or not stored.flags.c_contiguous:
         return np.ascontiguousarray(stored.T)
     height, width = stored.shape
     word = _UNSIGNED[size]
-    transposed = scratch.take(f"turned {role}", word, width, height * size)
+    transposed = scratch.take(f"transposed {role}", word, width, height * size)
     transpose_into(stored.view(transposed.dtype), transposed)
     return transposed.view(stored.dtype)

@@ -22,6 +22,7 @@ from requant.packings.base import (
     Array,
     Exactness,
     Fidelity,
+    MatrixPacking,
     Packing,
     Parts,
     Rect,
@@ -86,32 +87,22 @@ def _as_float8(stored: Array) -> Array:
 
 
 @dataclass(frozen=True)
-class Float8(Packing):
+class Float8(MatrixPacking):
     """FP8 bytes times a scale for each tile of a matrix; the last tile may be cut.
 
     ``weight`` FP8 ``[..., out, in]``; ``scale``: one number a tile, in the order of the
     matrices, tile rows and tile columns, in whatever shape.
 
     Attributes:
-        rows: Output rows, experts included.
-        columns: Inputs.
-        matrix: Output rows of one matrix.
         tile: Rows and columns that share a scale; a channel is ``(1, columns)``, a whole
             matrix ``(matrix, columns)``.
         scale_width: Last axis of the stored scales.
         exact: Whether every scale is a power of two and MLX's mxfp8 holds the same numbers.
     """
 
-    rows: int
-    columns: int
-    matrix: int
     tile: tuple[int, int]
     scale_width: int
     exact: bool = False
-
-    @property
-    def matrix_rows(self) -> int:
-        return self.matrix
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -170,22 +161,8 @@ class Float8(Packing):
 
 
 @dataclass(frozen=True)
-class _ExponentBlocks(Packing):
-    """Groups of 32 inputs with an E8M0 scale each, in the part ``scale``, as MLX has them too.
-
-    Attributes:
-        rows: Output rows, experts included.
-        columns: Inputs.
-        matrix: Output rows of one matrix.
-    """
-
-    rows: int
-    columns: int
-    matrix: int
-
-    @property
-    def matrix_rows(self) -> int:
-        return self.matrix
+class _ExponentBlocks(MatrixPacking):
+    """Groups of 32 inputs with an E8M0 scale each, in the part ``scale``, as MLX has them too."""
 
     @property
     def encoding(self) -> Quantization:
@@ -201,11 +178,9 @@ class _ExponentBlocks(Packing):
         out["scales"][:] = check_exponents(parts["scale"])
 
     def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
-        words, counterpart = self._words(parts, stop - start), self.encoding
-        scales = check_exponents(parts["scale"])
-        native.dequantize_into(
-            words, scales, None, 32, counterpart.bits, counterpart.mode.value, out
-        )
+        words, scales = self._words(parts, stop - start), check_exponents(parts["scale"])
+        bits, mode = self.encoding.bits, self.encoding.mode.value
+        native.dequantize_into(words, scales, None, 32, bits, mode, out)
 
 
 @dataclass(frozen=True)
@@ -216,9 +191,6 @@ class MxBlocks(_ExponentBlocks):
     axis; ``scale``: bytes ``[..., in / 32]``.
 
     Attributes:
-        rows: Output rows, experts included.
-        columns: Inputs.
-        matrix: Output rows of one matrix.
         bits: 4 for mxfp4, 8 for mxfp8.
         weight_width: Bytes in the last axis of the stored weight.
     """
@@ -243,16 +215,13 @@ class MxBlocks(_ExponentBlocks):
 
 
 @dataclass(frozen=True)
-class NvBlocks(Packing):
+class NvBlocks(MatrixPacking):
     """E2M1 in groups of 16 inputs with an E4M3 scale, and one float32 scale over a matrix.
 
     ``weight``: bytes ``[..., in / 2]``; ``scale``: E4M3 ``[..., in / 16]``; ``tensor_scale``:
     one number for all matrices, or one for each; absent where it is 1.
 
     Attributes:
-        rows: Output rows, experts included.
-        columns: Inputs.
-        matrix: Output rows of one matrix.
         tensor_scales: Numbers in ``tensor_scale``; 0 where there is none.
         tensor_scale_width: Last axis of the stored ``tensor_scale``.
         divides: Whether group scales are divided by it, not multiplied.
@@ -261,18 +230,11 @@ class NvBlocks(Packing):
         separate: Whether ``repack`` leaves the tensor scale to :class:`GlobalScales`.
     """
 
-    rows: int
-    columns: int
-    matrix: int
     tensor_scales: int = 0
     tensor_scale_width: int = 1
     divides: bool = False
     exact: bool = False
     separate: bool = False
-
-    @property
-    def matrix_rows(self) -> int:
-        return self.matrix
 
     def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
         cuts = {
@@ -369,10 +331,7 @@ class Mxfp6Blocks(_ExponentBlocks):
     of the other, so every element becomes the E4M3 byte of the same value under the same scale.
 
     Attributes:
-        rows: Output rows, experts included.
-        columns: Inputs.
-        matrix: Output rows of one matrix.
-        element: "e2m3" or "e3m2".
+        element:  "e2m3" or "e3m2".
     """
 
     element: str = "e2m3"

@@ -107,11 +107,9 @@ class Gptq(IntegerPacking):
         else:
             words = np.ascontiguousarray(qweight.T)
         codes = (plane_codes if self.planar else stream_codes)(words, self.bits, self.columns)
-        return (
-            np.take(codes, group_order(parts["g_idx"], self.groups), axis=1)
-            if self.act_order
-            else codes
-        )
+        if not self.act_order:
+            return codes
+        return np.take(codes, group_order(parts["g_idx"], self.groups), axis=1)
 
     def scales(self, parts: Parts, start: int, stop: int) -> Array:
         """Stored as ``[groups, out]``."""

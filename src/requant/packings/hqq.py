@@ -30,6 +30,7 @@ from requant.packings.base import (
     Rect,
     Scratch,
     is_narrower,
+    rounded,
 )
 from requant.packings.row_blocks import NEXT, block_codes, block_cuts
 from requant.quantization.config import Quantization
@@ -137,8 +138,7 @@ class HqqRows(IntegerPacking):
             f"zero of {middle}"
         )
         if is_narrower(dtype, self.scale_dtype):
-            what = f"scales rounded to {DTYPE_NAME[dtype]}, relative error at most {relative:.2g}"
-            return Fidelity(Exactness.ROUNDED, f"{what}; then {steps}")
+            return rounded("scales", dtype, f"; then {steps}")
         wanted = PRECISION.get(self.scale_dtype, 53) + PRECISION.get(self.zero_dtype, 53)
         if wanted <= PRECISION[dtype]:
             return Fidelity(Exactness.EXACT)
@@ -212,20 +212,11 @@ class HqqColumns(Packing):
         # Neighbours from two rows: the end of the first lies right of the second.
         alone = len(segments) == 1 or (len(segments) == 2 and segments[1][2] <= segments[0][1])
         for number, (row, left, right) in enumerate(segments):
+            packed = row % block
             if alone:
-                packed = row % block
-                yield _Piece(
-                    ending=NEXT * number,
-                    row=row,
-                    left=left,
-                    right=right,
-                    rows=(packed, packed + 1),
-                    columns=(left, right),
-                )
+                yield _Piece(NEXT * number, row, left, right, (packed, packed + 1), (left, right))
             else:
-                yield _Piece(
-                    ending="", row=row, left=left, right=right, rows=(0, block), columns=(0, width)
-                )
+                yield _Piece("", row, left, right, (0, block), (0, width))
 
     def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
         found = {}

@@ -16,15 +16,9 @@ NEXT = "_next"
 def block_cuts(
     role: str, blocks: RowBlocks, rows: int, start: int, stop: int, width: int
 ) -> dict[str, Rect]:
-    """The packed rows that rows ``start`` to ``stop`` need.
+    """The rectangles of a packed tensor ``role`` that rows ``start`` to ``stop`` need.
 
-    Args:
-        role: Of the packed tensor.
-        blocks: Where rows lie.
-        rows: Rows of the matrix.
-        start: First row.
-        stop: Row behind the last.
-        width: Columns of the packed tensor.
+    ``rows`` is the height of the whole matrix, ``width`` that of the packed tensor's rows.
     """
     block = blocks.block(rows)
     first, inner = divmod(start, block)

@@ -6,15 +6,12 @@ Layout: pytorch/ao torchao/prototype/safetensors and torchao/quantization/quanti
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final
+from typing import ClassVar, Final
 
 import numpy as np
 
 from requant.packings.base import (
-    DTYPE_NAME,
-    PRECISION,
     Array,
-    Exactness,
     Fidelity,
     IntegerPacking,
     Packing,
@@ -22,8 +19,10 @@ from requant.packings.base import (
     Rect,
     Scratch,
     Triple,
+    WrappedPacking,
     check_symmetric,
     is_narrower,
+    rounded,
 )
 from requant.packings.compressed_tensors import CtPlain
 
@@ -85,13 +84,13 @@ class TorchaoInt4(IntegerPacking):
             out[:] = codes * scales + offsets
 
     def fidelity(self, dtype: str) -> Fidelity:
-        relative = f"relative error at most {2.0 ** -PRECISION[dtype]:.2g}"
-        what = "scales and biases" if is_narrower(dtype, self.scale_dtype) else "biases"
-        return Fidelity(Exactness.ROUNDED, f"{what} rounded to {DTYPE_NAME[dtype]}, {relative}")
+        return rounded(
+            "scales and biases" if is_narrower(dtype, self.scale_dtype) else "biases", dtype
+        )
 
 
 @dataclass(frozen=True)
-class Swizzled(Packing):
+class Swizzled(WrappedPacking):
     """Another packing whose scales are stored in tiles of 128 rows and 4 groups.
 
     The scale of row ``r`` and group ``c`` is in tile ``(r // 128, c // 4)``, tiles row by row,
@@ -138,9 +137,3 @@ class Swizzled(Packing):
 
     def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         self.layer.decode(self._in_rows(parts, start, stop), start, stop, out, scratch)
-
-    def fidelity(self, dtype: str) -> Fidelity:
-        return self.layer.fidelity(dtype)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**super().to_dict(), "layer": self.layer.to_dict()}
