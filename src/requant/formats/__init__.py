@@ -187,7 +187,7 @@ def _read(checkpoint: Checkpoint) -> tuple[Format, SourceLayout, int]:
 
 
 def _readings(layout: SourceLayout) -> list[tuple[object, ...]]:
-    """What decides the values of each layer."""
+    """The fields that decide the values of each layer."""
     return [(x.path, x.parts, x.packing, x.encoding) for x in layout.layers]
 
 

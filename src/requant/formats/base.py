@@ -69,7 +69,7 @@ class RowRange:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DefaultPolicy:
-    """What becomes of a layer's codes when nothing is requested for it.
+    """The treatment of a layer's codes when nothing is requested for it.
 
     Attributes:
         fallback: What a layer without ``encoding`` is requantized to; None leaves it dense.
@@ -102,7 +102,7 @@ class SourceLayer:
         packing: How rows come out of ``parts``; None where the parts are row by row what
             MLX stores.
         stored_description: How the source stores it, in a few words ("awq gemm 4-bit g128").
-        policy: What becomes of its codes when nothing is requested.
+        policy: The treatment of its codes when nothing is requested.
         row_order: The order in which the output stores the rows; None as the source.
         row_ranges: The rows of packed layers that it consists of, under another layout than the
             source's; empty where ``packing`` and ``parts`` are the whole layer.
@@ -140,14 +140,14 @@ class SourceLayer:
 
     @property
     def stored_as(self) -> str:
-        """How the source stores it, in a few words."""
+        """The way in which the source stores it, in a few words."""
         if self.stored_description or self.is_quantized:
             return self.stored_description or describe_encoding(self.encoding, self.dtype)
         return self.parts["weight"].info.dtype if self.parts else self.dtype
 
     @property
     def dense_name(self) -> str:
-        """What its tensor is called once it is dense."""
+        """The name of its tensor once it is dense."""
         if self.packing is None and not self.is_weight:
             return self.parts["weight"].name
         return self.name or f"{self.path}.weight"
@@ -161,7 +161,7 @@ class SourceLayer:
 
     @property
     def default_target(self) -> Quantization | None:
-        """What becomes of the layer when nothing is requested; None is dense."""
+        """The target of the layer when nothing is requested; None is dense."""
         return self.encoding or self.policy.fallback
 
     def keeps_codes(self, target: Quantization | None) -> bool:
@@ -195,12 +195,12 @@ class SourceLayout:
     Attributes:
         layers: In the order of the checkpoint's bytes.
         quantization: The MLX quantization that the source declares, if it is MLX's.
-        problems: What is wrong with the checkpoint.
+        problems: Everything that is wrong with the checkpoint.
         dropped: Tensors that have no use in MLX, each with the reason.
-        notes: What the user should know.
+        notes: For the user.
         folds: Layers that may be kept by reordering others.
-        rotation: What the config of an output says about layers with a rotation.
-        unfulfilled: What is wrong where the config names a format and no layer is of it; said
+        rotation: The entry of an output's config for layers with a rotation.
+        unfulfilled: The problem of a config that names a format of which no layer is; reported
             only where no tensor holds codes (``unclaimed``).
     """
 

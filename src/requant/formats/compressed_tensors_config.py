@@ -36,7 +36,7 @@ _PRESET = re.compile(r"W(?P<int>\d)A(?:\d+|FP8)(?P<asym>_ASYM)?|(?:MX|NV)?FP(?P<
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """What the config says of the weights of a group of layers.
+    """The scheme that the config gives to the weights of a group of layers.
 
     Attributes:
         bits: ``num_bits``; None where it is not said.

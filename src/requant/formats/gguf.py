@@ -73,7 +73,7 @@ class _GgufRows(MatrixPacking):
 
     @property
     def kind(self) -> BlockType:
-        """How values are stored."""
+        """The type of the blocks."""
         return TYPES[self.type_number]
 
     @property

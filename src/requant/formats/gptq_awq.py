@@ -250,7 +250,7 @@ class _Reader:
 
 
 def _reason(packing: IntegerPacking) -> Reason | None:
-    """Why a layer gets no encoding, or another group or width than it has."""
+    """The reason why a layer gets no encoding, or another group or width than it has."""
     encoding = packing.encoding
     if encoding is None:
         if packing.columns % 32:

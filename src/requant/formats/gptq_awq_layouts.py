@@ -42,13 +42,13 @@ class Layouts:
         self.name, self.checkpoint, self.found = name, checkpoint, block
         self.convention, self.problems = convention, problems
         self.disputed = 0
-        self._stored: Tensors = {}  # the parts of the layer at hand
+        self._stored: Tensors = {}  # the parts of the current layer
 
     def _report(self, where: str, message: str) -> None:
         self.problems.append(Problem(where, message))
 
     def _name(self, path: str, role: str) -> str:
-        """What the file calls a part of the layer at hand; a stack's parts have other names."""
+        """The name in the file of a part of the current layer; a stack's parts have other names."""
         return self._stored[role].name if role in self._stored else f"{path}.{role}"
 
     def packing(self, path: str, parts: Tensors, rule: LayerRule) -> IntegerPacking | None:
@@ -380,7 +380,7 @@ class Layouts:
 
 
 def _gptq_zeros(infos: _Infos, bits: int) -> TensorInfo:
-    """What ``qzeros`` must be: a stream of fields along the outputs, in words as the codes' are."""
+    """The expected ``qzeros``: a stream of fields along the outputs, in words like the codes."""
     (groups, rows), words = infos["scales"].shape, infos["qweight"]
     return TensorInfo(words.dtype, (groups, -(-rows * bits // _word_bits(words))))
 

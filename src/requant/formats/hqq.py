@@ -73,7 +73,7 @@ class Hqq:
 
 
 def _check_loose(sorter: TensorSorter, paths: set[str]) -> None:
-    """What belongs to a layer must have its codes next to it."""
+    """Report scales in codes, and parts of layers whose codes are missing."""
     for tensor in sorter.left:
         path, _, role = tensor.name.rpartition(".")
         if path in paths and (role in _IN_CODES or role.startswith("meta_")):
@@ -96,11 +96,8 @@ class _Params:
         if isinstance(block, Mapping):
             self.block = block
         elif block is not None:
-            problems.append(
-                Problem(
-                    f"{self.where}.quant_config", f"is {format_value(block)}, expected an object"
-                )
-            )
+            message = f"is {format_value(block)}, expected an object"
+            problems.append(Problem(f"{self.where}.quant_config", message))
 
     def of(self, path: str, key: str) -> Any:
         """A parameter of a layer; None where the config is silent."""
@@ -175,7 +172,7 @@ class _Layer:
         self.sorter.problem(f"{self.path}.{role}" if role else self.path, message)
 
     def _value(self, role: str) -> np.ndarray | None:
-        """What a small tensor says; None if the layer has none."""
+        """The values of a small tensor; None if the layer has none."""
         name = self.declared.get(role)
         if name is None:
             return None

@@ -1,4 +1,4 @@
-"""Layers of unlike kinds in one: the encoding that holds the codes of all of them.
+"""Layers that consist of several kinds of layers: the encoding that holds the codes of all.
 
 The experts of a stack, or the parts of a fused projection, may have other groups, widths or
 tools. Codes are moved into the smallest group and the widest code that occur; what no such
@@ -94,7 +94,7 @@ def common_encoding(encodings: Iterable[Quantization | None]) -> Quantization | 
 
 
 def reencoded(members: Iterable[SourceLayer], n_in: int) -> Quantization | None:
-    """What becomes of layers that must be encoded again, as nothing else was asked for: 8 bits.
+    """The default target of layers that must be requantized: 8 bits.
 
     Args:
         members: The layers; their groups are not made larger.

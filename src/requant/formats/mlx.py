@@ -180,7 +180,7 @@ def _logical_shape(path: str, weight: TensorInfo, quantization: Quantization) ->
 def _wrong_scales(
     path: str, parts: Tensors, shape: tuple[int, ...], quantization: Quantization
 ) -> Iterator[Problem]:
-    """What is wrong with the scales and biases of a layer of this shape."""
+    """The problems of the scales and biases of a layer of this shape."""
     mode, affine = quantization.mode, quantization.mode is QuantMode.AFFINE
     dtypes = KERNEL_FLOATS if affine else SCALE_BYTES
     expected = TensorInfo(dtypes[0], (*shape[:-1], shape[-1] // quantization.group_size))
@@ -199,7 +199,7 @@ def _wrong_scales(
 def _wrong_global_scale(
     path: str, parts: Tensors, shape: tuple[int, ...], quantization: Quantization
 ) -> Iterator[Problem]:
-    """What is wrong with ``global_scale``, which nvfp4 may have: one number, or one an expert."""
+    """The problems of ``global_scale``, which nvfp4 may have: one number, or one per expert."""
     if "global_scale" not in parts:
         return
     name, info = f"{path}.global_scale", parts["global_scale"].info

@@ -37,7 +37,7 @@ _WRAPPERS: Final = re.compile(r"(?:(?:model|language_model|text_model|llm|module
 
 @dataclass(frozen=True, slots=True)
 class Stated:
-    """What the block says of a layer.
+    """The parameters that the block gives to a layer.
 
     Attributes:
         where: The key that says so.
@@ -75,7 +75,7 @@ class MlxBlock:
     strays: dict[str, list[Stated]] = field(default_factory=dict)
 
     def of(self, path: str, fitting: Sequence[Quantization]) -> Stated | None:
-        """What holds for a layer whose shapes allow the encodings ``fitting``.
+        """The parameters of a layer whose shapes allow the encodings ``fitting``.
 
         Loaders rename layers, and entries have the names that a loader gives: one that names no
         layer holds for the layer that differs in its prefix only, where its tensors allow it.

@@ -135,7 +135,7 @@ class _Reader:
         }
 
     def _check_loose(self) -> None:
-        """What belongs to no layer must make sense alone."""
+        """Report low-rank branches, and note layers that are dense though named."""
         sorter = self.sorter
         for tensor in sorter.left:
             if tensor.name.endswith(_LOW_RANK):

@@ -52,7 +52,7 @@ _E4M3 = ("F8_E4M3", "U8")
 
 
 def stored_kind(path: str, parts: Tensors) -> str:
-    """How a layer is stored: nvfp4, mxfp4, mxfp8, fp8, int4 or int8.
+    """The kind of a layer: nvfp4, mxfp4, mxfp8, fp8, int4 or int8.
 
     Raises:
         UnsupportedLayerError: Not as ModelOpt writes them.

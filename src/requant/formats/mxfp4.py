@@ -66,7 +66,7 @@ class Mxfp4:
 
 
 def _advice(checkpoint: Checkpoint) -> str:
-    """What to do about a block that no tensor bears out."""
+    """Advice on a quantization block to which no tensor belongs."""
     coded = next((x for x in checkpoint.tensors.values() if x.info.dtype not in FLOATS), None)
     if coded is None:
         return "the weights are dense, so remove the block"

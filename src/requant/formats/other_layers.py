@@ -55,13 +55,13 @@ _NAMED: Final = 3  # of many layers, how many a note names
 
 @dataclass
 class _Taken:
-    """What other readers have taken so far.
+    """The layers that other readers have taken so far.
 
     Attributes:
         layers: In no order.
         names: Of their tensors, those without use included.
         dropped: Tensors without use, each with the reason.
-        notes: What the readers, and the step itself, say.
+        notes: Of the readers, and of the step itself.
         problems: Layers with more than one reading.
         disputed: Names of the tensors of those.
         against: How many layers the config describes wrongly.
@@ -145,7 +145,7 @@ class _Step:
     # -- readings ------------------------------------------------------------------------
 
     def _by_format(self, checkpoint: Checkpoint) -> SourceLayout:
-        """What the format reads; plain bytes are FP8 where only the config calls them so."""
+        """Read by the format; plain bytes are FP8 only where the config calls them so."""
         layout = self.known.read(checkpoint)
         declared = self.found is not None and declares_float8(self.found.block)
         if declared and not self.names_float8:  # as mx.load gives them
@@ -315,7 +315,7 @@ class _Step:
     # -- the whole -----------------------------------------------------------------------
 
     def joined(self) -> SourceLayout:
-        """What the format reads of the rest, and what was taken, in the checkpoint's order."""
+        """The layers that the format reads of the rest, and those taken, in the order of bytes."""
         checkpoint, taken = self.checkpoint, self.taken
         rest = {n: t for n, t in checkpoint.tensors.items() if n not in taken.names}
         layout = self._by_format(replace(checkpoint, tensors=rest))

@@ -1,4 +1,4 @@
-"""What a checkpoint says about its own quantization, wherever its tool wrote that down."""
+"""The quantization block of a checkpoint, in config.json or in a file of the tool."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def find_quantization_block(checkpoint: Checkpoint) -> QuantizationBlock | None:
 
 
 def claim_by_method(checkpoint: Checkpoint, method: str) -> str | None:
-    """What a format says that claims folders by ``quant_method`` alone; None for other folders."""
+    """The evidence of a format that ``quant_method`` alone decides; None for other folders."""
     block = find_quantization_block(checkpoint)
     if block is None or block.method != method:
         return None
@@ -166,7 +166,7 @@ def contradicted_keys(one: QuantizationBlock, other: QuantizationBlock) -> list[
 
 
 def _inner(block: QuantizationBlock) -> QuantizationBlock:
-    """What a block says, where ModelOpt's own file has it."""
+    """The inner block of ModelOpt's own file, else the block itself."""
     inner = block.block.get("quantization")
     return QuantizationBlock(block.where, inner) if isinstance(inner, Mapping) else block
 
@@ -213,7 +213,7 @@ _BEFORE_COMPRESSION = ("initialized", "calibration", "frozen")
 
 
 def float_form(checkpoint: Checkpoint) -> str:
-    """Where the config says that weights are stored as floats, scales next to them; "" nowhere.
+    """The key that says that weights with scales next to them are stored as floats; else "".
 
     compressed-tensors saves so before it compresses, Quark in its "fake_quantized" form.
     """

@@ -46,7 +46,7 @@ class Quark:
 
 @dataclass(frozen=True, slots=True)
 class _Scheme:
-    """What the config says of a layer's weight: ``dtype``, ``qscheme``, ..., two for NVFP4."""
+    """The scheme of a layer's weight: ``dtype``, ``qscheme`` and so on; two levels for NVFP4."""
 
     where: str
     levels: tuple[Mapping[str, Any], ...]
@@ -76,7 +76,7 @@ class _Integers:
 
     @property
     def words(self) -> tuple[str, str]:
-        """What the codes may be stored in."""
+        """The dtypes in which codes may be stored."""
         return ("I32", "U32") if self.bits == 4 else ("I8", "U8")
 
     @property

@@ -22,7 +22,7 @@ from typing import Final
 
 
 class Role(StrEnum):
-    """What a tensor next to codes is."""
+    """The purpose of a tensor next to codes."""
 
     SCALE = "scale"  # a factor for a group, tile, row, matrix or tensor
     TENSOR_SCALE = "tensor_scale"  # a second factor, over a matrix or tensor
@@ -67,7 +67,7 @@ class ScaleName:
     Attributes:
         name: The whole.
         path: Of the layer.
-        role: What it is.
+        role: Its purpose.
         word: The last word, without joints: "scale_inv".
         of_weight: Whether "weight" comes before the word.
     """
@@ -133,11 +133,11 @@ class ScaleNames:
                 self._adjacent.setdefault(found.path, []).append(found)
 
     def get(self, name: str) -> ScaleName | None:
-        """What a name says; None where it is that of no scale, zero point or the like."""
+        """The parts of a name; None unless it is that of a scale, a zero point or the like."""
         return self._found.get(name)
 
     def siblings(self, name: str, *roles: Role) -> tuple[ScaleName, ...]:
-        """What is next to a tensor: scales, zero points and the like (of ``roles``, if any)."""
+        """The scales, zero points and the like next to a tensor (of ``roles``, if any)."""
         if not self._adjacent:
             return ()
         return tuple(
@@ -148,7 +148,7 @@ class ScaleNames:
         )
 
     def of_path(self, path: str, *roles: Role) -> tuple[ScaleName, ...]:
-        """What is next to the codes of a layer."""
+        """The scales, zero points and the like of a layer (of ``roles``, if any)."""
         return tuple(x for x in self._adjacent.get(path, ()) if not roles or x.role in roles)
 
     def codes_of(self, scale: ScaleName) -> str | None:

@@ -31,7 +31,7 @@ _RUNTIME = {
 }
 # With "." before, or joined to the path of a stack by "_".
 _RUNTIME_NAMES = tuple({*_RUNTIME, *(f"_{end[1:]}" for end in _RUNTIME if end.startswith("."))})
-_SHAPE = "only says the shape of its weight"
+
 _NAMED = 3  # of many tensors, how many a note names
 
 
@@ -104,7 +104,7 @@ class TensorSorter:
 
     @cached_property
     def orientation(self) -> Orientation:
-        """Which way the stacks of unpacked codes lie."""
+        """The orientation of the stacks of unpacked codes."""
         stacks = {
             name.removesuffix(".weight"): tensor.info.shape
             for name, tensor in self.parts.items()
@@ -122,8 +122,8 @@ class TensorSorter:
         """Note what the config promises and no layer is; said only where no tensor holds codes."""
         self.unfulfilled = Problem(where, f"{message}: {advice}")
 
-    def add(self, layer: SourceLayer | None, used: Iterable[SourceTensor] = ()) -> None:
-        """Keep a layer; ``used`` are tensors that were read into its description."""
+    def add(self, layer: SourceLayer | None) -> None:
+        """Keep a layer."""
         if layer is None:
             return
         layer = self.names.called(layer)
@@ -138,8 +138,6 @@ class TensorSorter:
         self._layers[layer.path] = layer
         for part in layer.parts.values():
             self._owner[part.name] = layer.path
-        for part in used:
-            self.drop(part.name, _SHAPE)
 
     def make(
         self, path: str, parts: Tensors, make: Callable[[str, Tensors], SourceLayer | None]
@@ -172,12 +170,12 @@ class TensorSorter:
         raise UnsupportedLayerError(part.name, message)
 
     def claim(self, names: Iterable[str], path: str) -> None:
-        """Tensors of a layer that could not be made: its problem is recorded already."""
+        """Assign tensors to a layer that could not be made; its problem is recorded already."""
         for name in names:
             self._owner[name] = path
 
     def drop(self, name: str, reason: str) -> None:
-        """A tensor that has no use in MLX."""
+        """Leave out a tensor that has no use in MLX."""
         self.dropped[name] = reason
 
     @property
@@ -199,7 +197,7 @@ class TensorSorter:
         self.notes += notes
 
     def note_dense(self, where: str, paths: Iterable[str]) -> None:
-        """Layers that the config quantizes by their names, and that hold plain values: said."""
+        """Note the layers of ``paths``, which the config quantizes, that hold plain values."""
         weights = {f"{path}.weight" for path in paths}
         dense = [x for x in self.left if x.name in weights and x.info.dtype in FLOATS]
         if dense:
@@ -234,7 +232,7 @@ class TensorSorter:
 
 
 def _runtime(name: str, stacks: Collection[str]) -> str:
-    """Why a tensor is of no use outside of its runtime; "" for any other."""
+    """The reason why a tensor has no use outside of its runtime; "" for any other."""
     if not name.endswith(_RUNTIME_NAMES):
         return ""
     for end, why in _RUNTIME.items():

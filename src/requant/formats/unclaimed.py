@@ -35,11 +35,11 @@ _UNREADABLE: Final = ("F8_E5M2", "F8_E5M2FNUZ")
 
 
 def check_unclaimed(checkpoint: Checkpoint, layout: SourceLayout, format: Format) -> SourceLayout:
-    """Hold what no layer took against the names of scales.
+    """Check the tensors that no layer took for codes and for scales.
 
     Args:
         checkpoint: For the names of all tensors, and the config.
-        layout: What the format made of it.
+        layout: As the format read it.
         format: The format.
 
     Returns:
@@ -173,7 +173,7 @@ class _Unclaimed:
             yield Problem(name, f"{info} holds codes, but has no scale next to it{due}")
 
     def _due(self, name: str) -> str:
-        """What a tensor of codes lacks to be read."""
+        """The parts of a layer that a tensor of codes lacks."""
         if self.is_dense:
             return ", and config.json has no quantization_config that says how it is read"
         path = next(iter(code_paths(name)), name)
@@ -244,7 +244,7 @@ class _Unclaimed:
                 yield Problem(name, message + self._due(f"{path}.weight"))
 
     def _of_layers(self) -> Iterator[Problem]:
-        """What lies in a quantized layer under another name may be a part of its arithmetic."""
+        """Reject other tensors in a quantized layer: each may be a part of its arithmetic."""
         for name, tensor in self.tensors.items():
             layer = None if name in self.seen else self._layer_of(name)
             if layer is not None:

@@ -75,7 +75,7 @@ def _read(checkpoint: Checkpoint, block: _Block) -> Iterator[SourceLayer]:
 
 
 class _Formats:
-    """How the zeros of each layer in GPTQ's layout are stored.
+    """The storage of the zeros of each layer in GPTQ's layout.
 
     Attributes:
         chosen: Layer path -> the block that reads it.

@@ -112,8 +112,8 @@ class Widened(WrappedPacking):
 
     Attributes:
         layer: The other packing.
-        encoding: What its ``repack`` gives.
-        target: What this one gives.
+        encoding: Of the rows that its ``repack`` gives.
+        target: Of the rows that this one gives.
     """
 
     layer: Packing
@@ -195,7 +195,7 @@ def widened(packing: Packing, encoding: Quantization, target: Quantization) -> P
 
 
 def stored_rows(layer: SourceLayer) -> Packing:
-    """How the rows of a layer without a packing come out of its tensors: they are MLX's."""
+    """The packing of a layer whose tensors are stored as MLX's, or dense."""
     rows, columns = prod(layer.shape[:-1]), layer.shape[-1]
     if layer.encoding is None:
         return DenseRows(rows, columns)

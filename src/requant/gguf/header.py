@@ -68,7 +68,7 @@ class TableEntry:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a file says before its data.
+    """The part of a file before its data.
 
     Attributes:
         file: Its name, as problems and plans give it.
@@ -147,7 +147,7 @@ def read_header(folder: Path, name: str, size: int) -> tuple[Header | None, list
 
 
 def header_nbytes(file: BinaryIO, size: int) -> int:
-    """How many bytes the header of a file takes, or what can be understood of it.
+    """Return the bytes that the header of a file takes, or the part that can be understood.
 
     Args:
         file: Read from its start; no further than that.

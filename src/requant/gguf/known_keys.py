@@ -151,7 +151,7 @@ def report_unread(settings: Settings, config: Mapping[str, Any]) -> None:
 
 
 def _why_harmless(name: str, value: object, config: Mapping[str, Any]) -> str:
-    """Why a key changes nothing in this model, "" if it may."""
+    """The reason why a key changes nothing in this model, "" if it may."""
     if name == "rope.dimension_sections":  # of time, height and width: one number in a text
         is_three = isinstance(value, np.ndarray) and not value[3:].any()
         return _IMAGES if is_three else ""

@@ -82,7 +82,7 @@ def _check_head_dim(config: dict[str, Any], settings: Settings) -> None:
 
 
 def _rotary(config: dict[str, Any], settings: Settings) -> int:
-    """How many values of a head are rotated; a part of them only where config.json can say it."""
+    """The number of values of a head that are rotated: all, unless config.json can say a part."""
     width: int = config["head_dim"]
     if not settings.support.partial_rotary:
         return width

@@ -49,8 +49,8 @@ class Naming:
     Attributes:
         metadata: Of the model.
         family: Its architecture; None if it is not known.
-        problems: What is wrong with them.
-        notes: What the user should know.
+        problems: Of the names and shapes.
+        notes: For the user.
     """
 
     metadata: Metadata
@@ -195,7 +195,7 @@ def _placed(
 
 
 def _info(entry: TableEntry, shape: tuple[int, ...]) -> TensorInfo:
-    """What is stored: numbers, or bytes of blocks."""
+    """Dtype and shape as stored: numbers, or bytes of blocks."""
     if entry.kind.dtype:
         return TensorInfo(entry.kind.dtype, shape)
     rows = prod(shape[:-1])

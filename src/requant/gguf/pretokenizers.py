@@ -1,4 +1,4 @@
-"""How byte-level tokenizers split a text before merging: what ``tokenizer.ggml.pre`` names.
+"""The rules by which byte-level tokenizers split a text: what ``tokenizer.ggml.pre`` names.
 
 The names and their rules are those of llama.cpp (ggml-org/llama.cpp src/llama-vocab.cpp); where it
 spells a model's own regex otherwise, because its engine is smaller, the model's own is here.
@@ -82,7 +82,7 @@ _RULES = (
 SPLITTINGS = {name: rule for rule, names in _RULES for name in names.split()}
 """``tokenizer.ggml.pre`` -> the rule."""
 UNSAID = ("", "default")
-"""What files say that do not say it; GPT-2's rule is the likeliest."""
+"""Values that name no rule; GPT-2's is the likeliest."""
 
 
 def splitting_of(pre: str) -> PreTokenizer | None:

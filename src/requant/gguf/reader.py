@@ -221,7 +221,7 @@ class _Reading:
                     self.problems.append(Problem(f"{header.file}: {tensor.name}", message))
 
     def _check_version(self) -> None:
-        """How blocks are laid out changed twice before GGUF, and may again."""
+        """Report another version of the layout of blocks, which changed twice before GGUF."""
         version = self.metadata.find_int("general.quantization_version")
         has_blocks = any(not t.kind.dtype for header in self.headers for t in header.tensors)
         if version not in (None, _QUANTIZATION_VERSION) and has_blocks:

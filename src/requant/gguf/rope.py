@@ -25,7 +25,7 @@ _TOLERANCE = 1e-4
 
 
 def rope_scaling(settings: Settings, model_type: str, rotary: int) -> dict[str, Any] | None:
-    """How positions are stretched; None where they are not.
+    """The scaling of positions; None where there is none.
 
     Args:
         settings: Of the file.
@@ -76,7 +76,7 @@ def _linear(settings: Settings, kind: str) -> dict[str, Any] | None:
 
 
 def _mscale(factor: float, times: float = 1.0) -> float:
-    """What YaRN multiplies queries and keys by."""
+    """The factor by which YaRN multiplies queries and keys."""
     return 1.0 if factor <= 1 else 0.1 * times * log(factor) + 1.0
 
 

@@ -32,7 +32,7 @@ _OTHER_FILE = "take a file of the model in another type, as Q4_K_M or Q8_0"
 
 
 def unsupported_type(number: int) -> str:
-    """What a type is that is not read, in words that follow "is stored as "."""
+    """Describe a type that is not read, in words that follow "is stored as "."""
     if number in _REMOVED:
         both = " (in ik_llama.cpp I2_S)" if number == 36 else ""
         return (

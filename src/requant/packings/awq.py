@@ -1,4 +1,4 @@
-"""How AWQ tools lay out a 4-bit layer: gemm, gemv, gemv_fast (llm-awq) and marlin.
+"""Layouts of AWQ tools for 4-bit layers: gemm, gemv, gemv_fast (llm-awq) and marlin.
 
 Value in all of them: ``w = (code - zero) * scale``. Layouts: casper-hansen/AutoAWQ
 awq/modules/linear, mit-han-lab/llm-awq awq/quantize/qmodule.py.

@@ -1,4 +1,4 @@
-"""How the rows of a layer come out of tensors that hold them in another order than MLX.
+"""The protocol of a packing: rows of a layer out of tensors in another order than MLX's.
 
 A packing is frozen data (it is a part of the plan) with three duties: say which rectangle of
 which tensor a range of output rows needs, turn these rectangles into MLX's words, scales and
@@ -31,7 +31,7 @@ Triple = Mapping[str, Array]
 
 
 class Exactness(StrEnum):
-    """How the output's values relate to the source's."""
+    """The relation of the output's values to the source's."""
 
     EXACT = "exact"  # stored values or codes moved bit for bit
     ROUNDED = "rounded"  # each value, scale or bias rounded once to the stored dtype
@@ -40,7 +40,7 @@ class Exactness(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Fidelity:
-    """How exactly ``repack`` keeps the values: the class, and for "rounded" the bound in words."""
+    """The exactness of ``repack``: the class, and for "rounded" the bound in words."""
 
     exactness: Exactness
     bound: str = ""
@@ -104,7 +104,7 @@ class Packing(ABC):
 
     @abstractmethod
     def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
-        """What the rows ``start`` to ``stop`` need of each part."""
+        """The rectangle of each part that the rows ``start`` to ``stop`` need."""
 
     def repack(self, parts: Parts, start: int, stop: int, out: Triple, scratch: Scratch) -> None:
         """Fill ``out`` (weight, scales and, in affine mode, biases) with rows of the layer."""
@@ -296,7 +296,7 @@ class IntegerPacking(Packing):
         return Fidelity(Exactness.ROUNDED, f"biases rounded to {DTYPE_NAME[dtype]}, {steps}")
 
     def _group_of(self, groups: int) -> Array:
-        """Which source group each of ``groups`` MLX groups lies in."""
+        """The source group in which each of ``groups`` MLX groups lies."""
         size = self.columns // groups
         return np.arange(groups) * size // self.group
 

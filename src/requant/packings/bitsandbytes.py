@@ -1,4 +1,4 @@
-"""How bitsandbytes lays out a layer: int8 rows, or a table of 16 values over the flat weight.
+"""Layouts of bitsandbytes: int8 rows, or a table of 16 values over the flat weight.
 
 Layout: bitsandbytes-foundation/bitsandbytes bitsandbytes/functional.py (QuantState,
 int8_vectorwise_dequant) and nn/modules.py.

@@ -28,7 +28,7 @@ from requant.text import format_range
 
 
 class Zeros(StrEnum):
-    """Where the zero points of a layer are."""
+    """The place of the zero points of a layer."""
 
     MIDDLE = "middle"  # none stored: every zero is the middle of the codes
     PACKED = "packed"  # int32 words along the rows, offset like the codes
@@ -42,7 +42,7 @@ def packed_words(count: int, bits: int, padded: bool) -> int:
 
 @dataclass(frozen=True)
 class _CtInteger(IntegerPacking):
-    """What packed and plain codes have in common: scales and zeros.
+    """The scales and zeros that packed and plain codes have in common.
 
     ``weight_scale`` ``[..., out, groups]``, or a number for each row, matrix or run of rows.
 

@@ -19,7 +19,7 @@ _UNSIGNED: Final = {1: "U8", 2: "U16", 4: "U32"}
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where the part of one expert is in the tensor of all.
+    """The place of the part of one expert in the tensor of all.
 
     Attributes:
         height: Rows of the last axis that an expert has; 0 where a tensor has one number an

@@ -131,7 +131,7 @@ class Float8(MatrixPacking):
         }
 
     def _down(self, start: int, stop: int) -> Array:
-        """Which of the tile rows at hand each row lies in."""
+        """The index of each row's tile row, counted from the first that was read."""
         first = start % self.matrix
         rows = np.arange(first, first + stop - start) // self.tile[0]
         return np.asarray(rows - rows[0])

@@ -1,4 +1,4 @@
-"""How GPTQ tools lay out a layer: a bit stream down the inputs, or planes of bits.
+"""Layouts of GPTQ tools: a bit stream down the inputs, or planes of bits.
 
 Value: ``w = (code - zero) * scale``, scale and zero those of the input's group. Layouts:
 AutoGPTQ/AutoGPTQ auto_gptq/nn_modules/qlinear, ModelCloud/GPTQModel
@@ -33,7 +33,7 @@ _MLX_STREAM = (2, 3, 4, 5, 6, 8)
 
 
 class Zeros(StrEnum):
-    """How a stored zero field becomes the zero."""
+    """The step from a stored zero field to the zero."""
 
     AS_STORED = "zero"  # gptq_v2, gptq_p, auto_round
     PLUS_ONE = "zero - 1"  # v1: the field plus one, modulo 2^bits
@@ -46,7 +46,7 @@ class Gptq(IntegerPacking):
 
     Attributes:
         planar: Whether blocks of 32 codes are stored plane by plane.
-        stored_zeros: What the fields of ``qzeros`` mean.
+        stored_zeros: The meaning of the fields of ``qzeros``.
         has_zeros: Whether there is a ``qzeros``.
         act_order: Whether inputs belong to groups in the order of ``g_idx``.
         sorted: Whether the codes are moved into the order of their groups: the layer's

@@ -1,4 +1,4 @@
-"""How HQQ lays out a layer: groups are rows, or columns, of a reshaped weight.
+"""Layouts of HQQ: groups are rows, or columns, of a reshaped weight.
 
 Value: ``w = (code - zero) * scale``; zeros are floats. The weight is seen as a matrix, the
 *view*: along axis 1 ``weight.reshape(-1, group)``, a scale a row; along axis 0
@@ -39,7 +39,7 @@ W_Q: Final = "W_q"
 
 
 def element(packing: str) -> np.dtype:
-    """What ``W_q`` is made of."""
+    """The dtype of the elements of ``W_q``."""
     return np.dtype(np.uint32 if packing == "3bit_32" else np.uint8)
 
 

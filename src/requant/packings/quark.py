@@ -1,4 +1,4 @@
-"""How AMD Quark lays out integer and older MX layers. Layout: quark/torch/export.
+"""Layouts of AMD Quark for integers and older MX layers (quark/torch/export).
 
 ``w = (code - zero) * scale``. Int codes are two's complement; here half of their range is added
 to code and zero, so that none is negative. Eight codes of 4 bits are a word, in order or in
@@ -31,7 +31,7 @@ from requant.quantization.config import Quantization
 
 @dataclass(frozen=True)
 class _QuarkInteger(IntegerPacking):
-    """What both orientations have in common.
+    """The fields that both orientations have in common.
 
     Attributes:
         signed: Whether codes and zeros are two's complement.
@@ -45,7 +45,7 @@ class _QuarkInteger(IntegerPacking):
 
     @property
     def _half(self) -> np.uint8:
-        """What is added to a signed code; adding it is flipping the highest bit."""
+        """The number that is added to a signed code; adding it flips the highest bit."""
         return np.uint8(1 << (self.bits - 1) if self.signed else 0)
 
     def _zeros(self, codes: Array) -> Array:

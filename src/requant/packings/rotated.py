@@ -135,7 +135,7 @@ def _check_rounds(
 
 
 def rotation_entry(group: int, krot: int) -> dict[str, Any]:
-    """What an output's config says of its rotated layers, under "rotation"."""
+    """The entry "rotation" of the config of an output with rotated layers."""
     return {"method": "paroquant", "group_size": group, "krot": krot}
 
 

@@ -1,4 +1,4 @@
-"""How torchao lays out a layer: signed bytes, nibbles with zeros in weight units, swizzled scales.
+"""Layouts of torchao: signed bytes, nibbles with zeros in weight units, swizzled scales.
 
 Layout: pytorch/ao torchao/prototype/safetensors and torchao/quantization/quantize_/workflows.
 """
