@@ -144,14 +144,11 @@ def _state(sorter: TensorSorter, name: str) -> Mapping[str, Any] | None:
         return None
     shape = state.get("shape")
     if not isinstance(shape, list) or len(shape) < 2 or not all(map(_is_count, shape)):
-        sorter.problem(
-            name, f"gives shape {format_value(shape)}, expected two counts or more, [out, in]"
-        )
+        expected = "expected two counts or more, [out, in]"
+        sorter.problem(name, f"gives shape {format_value(shape)}, {expected}")
         return None
-    if not _is_count(state.get("blocksize")):
-        sorter.problem(
-            name, f"gives blocksize {format_value(state.get('blocksize'))}, expected a count"
-        )
+    if not _is_count(block := state.get("blocksize")):
+        sorter.problem(name, f"gives blocksize {format_value(block)}, expected a count")
         return None
     return state
 

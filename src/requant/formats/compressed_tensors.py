@@ -25,7 +25,7 @@ from requant.formats.mx_layers import mx_layer
 from requant.formats.nvfp4_layers import nvfp4_layer, nvfp4_without_tensor_scale
 from requant.formats.quantization_block import find_quantization_block
 from requant.formats.stacks import Experts, are_transposed, rows_with_one_scale
-from requant.formats.tensor_sorter import TensorSorter, UnsupportedLayerError, unexpected
+from requant.formats.tensor_sorter import LayerError, TensorSorter, unexpected
 from requant.packings.compressed_tensors import CtActOrder, CtPacked, CtPlain, Zeros, packed_words
 from requant.text import join_or
 
@@ -130,17 +130,17 @@ class _Reader:
         scale = parts.get("weight_scale")
         if codes is None:
             names = ", ".join(part.name for part in parts.values())
-            raise UnsupportedLayerError(path, f"has {names}, but neither weight_packed nor weight")
+            raise LayerError(path, f"has {names}, but neither weight_packed nor weight")
         if scale is None:
             others = ", ".join(sorted(parts.keys() - {"weight", "weight_packed"}))
             siblings = f" (it has {others})" if others else ""
             message = f"{codes.name} has no weight_scale next to it{siblings}"
-            raise UnsupportedLayerError(path, message)
+            raise LayerError(path, message)
         if len(codes.info.shape) < 2 or 0 in codes.info.shape:
             raise unexpected(codes, "a matrix or a stack of them")
         if "weight_packed" in parts and "weight" in parts:
             message = "has both weight_packed and weight; remove the one that is stale"
-            raise UnsupportedLayerError(path, message)
+            raise LayerError(path, message)
         scheme = self.config.of(path)
         if "weight_packed" in parts:
             if codes.info.dtype in _WORDS:
@@ -153,7 +153,7 @@ class _Reader:
             declared = f"{scheme.where} says {kind}" if scheme.where else ""
             message = f"{codes.info} next to {scale.name} is FP8 only where the config says so"
             message = f"{message}; {declared or 'it says nothing of this layer'}"
-            raise UnsupportedLayerError(codes.name, message)
+            raise LayerError(codes.name, message)
         if codes.info.dtype in FLOAT8:
             return self._float8(path, codes, scale, scheme)
         raise unexpected(codes, "I8 or F8_E4M3 codes")
@@ -198,13 +198,13 @@ class _Reader:
         if not widths:
             width = f"{scheme.bits} bits" if scheme.bits else "any width"
             expected = f", expected {packed_words(n_in, scheme.bits, False)}" if scheme.bits else ""
-            raise UnsupportedLayerError(
+            raise LayerError(
                 packed.name,
                 f"{packed.info}: {words} words do not hold {n_in} inputs of {width}{expected}",
             )
         whole = [bits for bits, padded in widths if not padded]
         if len(whole) > 1:
-            raise UnsupportedLayerError(
+            raise LayerError(
                 packed.name,
                 f"{packed.info} may hold {n_in} inputs of {join_or(whole)} bits; write num_bits "
                 f"of its layer into {self.config.where or 'a quantization_config'}",
@@ -213,7 +213,7 @@ class _Reader:
         if (bits, True) not in widths[1:] or 32 % bits == 0:
             return bits, padded
         if self.config.padded is None:  # both layouts take as many words
-            raise UnsupportedLayerError(
+            raise LayerError(
                 packed.name,
                 f"{packed.info} may hold {n_in} inputs of {bits} bits "
                 "as compressed-tensors packs them before or since 0.18, and "
@@ -225,9 +225,7 @@ class _Reader:
         shape = parts["weight"].info.shape
         bits = scheme.bits or 8
         if not 1 <= bits <= 8:
-            raise UnsupportedLayerError(
-                f"{scheme.where}.num_bits", f"is {bits}, but {path}.weight holds int8"
-            )
+            raise LayerError(f"{scheme.where}.num_bits", f"is {bits}, but {path}.weight holds int8")
         group = self._group(path, parts, shape, scheme)
         zeros = self._zeros(path, parts, bits, False, scheme)
         if group is None or zeros is None:
@@ -284,7 +282,7 @@ class _Reader:
         if shape is None:
             bits = scheme.bits
             if bits is None or not 1 <= bits <= 8 or words * 32 % bits:
-                raise UnsupportedLayerError(
+                raise LayerError(
                     path, "has no weight_shape, and the config does not give its inputs"
                 )
             return words * 32 // bits
@@ -295,13 +293,11 @@ class _Reader:
         declared = self.checkpoint.read_small_tensor(shape.name).reshape(-1, *last)
         *leading, rows, columns = declared[0].tolist()
         if (declared != declared[0]).any():
-            raise UnsupportedLayerError(
-                shape.name, "says other numbers for some experts than for the first"
-            )
+            raise LayerError(shape.name, "says other numbers for some experts than for the first")
         fits = (*leading, rows) in ((n_out,), packed.info.shape[:-1])
         if not fits or columns < 1:
             message = f"says {[*leading, rows, columns]}, but {packed.name} is {packed.info}"
-            raise UnsupportedLayerError(shape.name, message)
+            raise LayerError(shape.name, message)
         return int(columns)
 
     def _group(
@@ -369,7 +365,7 @@ class _Reader:
         if index is None:
             if scheme.shuffled:
                 message = f"has no weight_g_idx, but {scheme.where} says actorder {scheme.actorder}"
-                raise UnsupportedLayerError(path, message)
+                raise LayerError(path, message)
             return False
         leading = parts["weight_packed"].info.shape[:-2]
         if index.info.dtype != "I32" or index.info.shape not in ((n_in,), (*leading, n_in)):
@@ -380,7 +376,7 @@ class _Reader:
         groups = -(-n_in // group)
         if of.min() < 0 or of.max() >= groups:
             message = f"names groups {of.min()} to {of.max()}, but there are {groups}"
-            raise UnsupportedLayerError(index.name, message)
+            raise LayerError(index.name, message)
         return bool((of != np.arange(n_in) // group).any())
 
     # -- floats --------------------------------------------------------------------------
@@ -409,7 +405,7 @@ class _Reader:
                 return mx_layer(path, packed, scale, self.sorter.dtype, bits=4)
             if groups * 24 == nbytes:
                 return mx_layer(path, packed, scale, self.sorter.dtype, bits=6, element="e2m3")
-        raise UnsupportedLayerError(
+        raise LayerError(
             packed.name,
             f"{packed.info} with a weight_scale {scale.info} is neither nvfp4 (16 inputs a scale, "
             "E4M3, weight_global_scale) nor mxfp4 or mxfp6 (32 inputs a scale, U8)",

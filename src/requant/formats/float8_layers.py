@@ -11,7 +11,7 @@ from requant.core.reasons import Reason, ReasonCode
 from requant.formats.base import DefaultPolicy, SourceLayer, packed_layer
 from requant.formats.mx_layers import mx_layer
 from requant.formats.stacks import Experts, are_transposed
-from requant.formats.tensor_sorter import TensorSorter, UnsupportedLayerError, unexpected
+from requant.formats.tensor_sorter import LayerError, TensorSorter, unexpected
 from requant.packings.floats import MXFP8, Float8, exponent_bytes
 
 # mx.load gives E4M3 as plain bytes.
@@ -110,7 +110,7 @@ def float8_stack(
             and scales of outputs on the last axis, say so too.
 
     Raises:
-        UnsupportedLayerError: The scales fit no tiling.
+        LayerError: The scales fit no tiling.
     """
     shape, dtype = weight.info.shape, dtype or sorter.dtype
     if len(shape) < 2 or 0 in shape:
@@ -123,7 +123,7 @@ def float8_stack(
         return float8_layer(sorter.checkpoint, path, weight, scale=scale, tile=tile, dtype=dtype)
     if transposed or are_transposed(weight.info, scale.info):
         return _transposed_stack(sorter, path, weight, scale=scale, block=block, dtype=dtype)
-    raise UnsupportedLayerError(scale.name, _no_tiling(weight, scale, block))
+    raise LayerError(scale.name, _no_tiling(weight, scale, block))
 
 
 def _no_tiling(weight: SourceTensor, scale: SourceTensor, block: tuple[int, int] | None) -> str:

@@ -13,7 +13,7 @@ from requant.formats.float8_layers import EXPONENTS, FLOAT8, float8_stack
 from requant.formats.layer_names import layer_names
 from requant.formats.mx_layers import mx_layer
 from requant.formats.quantization_block import QuantizationBlock, find_quantization_block
-from requant.formats.tensor_sorter import TensorSorter, UnsupportedLayerError, unexpected
+from requant.formats.tensor_sorter import LayerError, TensorSorter, unexpected
 from requant.text import format_value
 
 _METHODS = ("fp8", "mxfp8", "fbgemm_fp8")
@@ -108,7 +108,7 @@ def _fp4_layer(
     groups, ragged = divmod(2 * nbytes, 32)
     expected = (*leading, n_out, groups)
     if ragged or scale.info.shape != expected or scale.info.dtype not in EXPONENTS:
-        raise UnsupportedLayerError(
+        raise LayerError(
             weight.name,
             f"{weight.info} is read as packed FP4 (two elements a byte); its scale must be "
             f"F8_E8M0 {list(expected)} then, {scale.name} is {scale.info}",

@@ -21,7 +21,7 @@ from requant.formats.quantization_block import (
     claim_by_method,
     find_quantization_block,
 )
-from requant.formats.tensor_sorter import TensorSorter, UnsupportedLayerError, unexpected
+from requant.formats.tensor_sorter import LayerError, TensorSorter, unexpected
 from requant.packings.base import Array, Packing, Parts, Rect, Scratch, WrappedPacking
 from requant.text import format_value
 
@@ -105,7 +105,7 @@ def _check_rotation(
         message = (
             f"is {format_value(kind)}: weights are stored rotated, and only 'identity' is read"
         )
-        raise UnsupportedLayerError(where, message)
+        raise LayerError(where, message)
     for matrix in matrices:
         square = len(matrix.info.shape) == 2 and len(set(matrix.info.shape)) == 1
         floats = matrix.info.dtype in _FLOATS
@@ -113,7 +113,7 @@ def _check_rotation(
             raise unexpected(matrix, "a square matrix of floats")
         stored = sorter.checkpoint.read_small_tensor(matrix.name).astype(np.float64)
         if not np.array_equal(stored, np.eye(matrix.info.shape[0])):
-            raise UnsupportedLayerError(
+            raise LayerError(
                 matrix.name,
                 f"rotates the weight of {path} (transform_init {format_value(kind)}); its inputs "
                 "would have to be rotated too, which MLX does not, and only the identity is read",
@@ -126,19 +126,17 @@ def _layer(
     """One layer.
 
     Raises:
-        UnsupportedLayerError: It is rotated, or its tensors contradict each other or the config.
+        LayerError: It is rotated, or its tensors contradict each other or the config.
     """
     dtype = block.word("forward_dtype", "mxfp4")
     if dtype not in _GROUPS:
-        raise UnsupportedLayerError(
-            f"{block.where}.forward_dtype", f"is {dtype!r}; read are mxfp4 and nvfp4"
-        )
+        raise LayerError(f"{block.where}.forward_dtype", f"is {dtype!r}; read are mxfp4 and nvfp4")
     _check_rotation(sorter, block, path, tensors)
     weight, scale, divisor = (tensors.get(role) for role in _CODES)
     assert weight is not None
     if scale is None or divisor is None:
         missing = "scales" if scale is None else "weight_global_scale"
-        raise UnsupportedLayerError(weight.name, f"has no {path}.{missing} next to it")
+        raise LayerError(weight.name, f"has no {path}.{missing} next to it")
     if weight.info.dtype != "U8" or len(weight.info.shape) != 2 or 0 in weight.info.shape:
         raise unexpected(weight, "U8 [out, in / 2]")
     rows, nbytes = weight.info.shape

@@ -5,7 +5,7 @@ Which block types are which, and what a move costs, is docs/formats/gguf.md.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import ClassVar
 
@@ -16,7 +16,14 @@ from requant.checkpoints.gguf_tensors import GgufModel, GgufTensor
 from requant.core.dtypes import FLOATS
 from requant.core.reasons import Reason, ReasonCode
 from requant.errors import InvariantError, Problem
-from requant.formats.base import DefaultPolicy, SourceLayer, SourceLayout, Tensors, dense_layer
+from requant.formats.base import (
+    DefaultPolicy,
+    SourceLayer,
+    SourceLayout,
+    Tensors,
+    dense_layer,
+    packed_layer,
+)
 from requant.kernels import cast as values
 from requant.kernels.gguf import TYPES, BlockType, values_into, words_into
 from requant.packings.base import (
@@ -289,24 +296,18 @@ def _layer(
     )
     if not is_layer:
         return _decoded(parts, stored, model.dtype, packing)
-    encoding = packing.encoding
-    reason = None
-    if encoding is None:
-        text = f"a scale of {stored.kind.name} covers fewer values than any of MLX's"
-        reason = Reason(ReasonCode.NO_MLX_GROUP, text)
-        if scales:
-            text = "a scale over the whole tensor is multiplied in"
-            reason = Reason(ReasonCode.TENSOR_SCALE, text)
-    return SourceLayer(
-        path=_path(tensor.name),
-        parts=parts,
-        encoding=encoding,
-        shape=stored.shape,
-        dtype=model.dtype,
-        packing=packing,
-        stored_description=f"gguf {stored.kind.name}",
-        policy=DefaultPolicy(fallback=None if encoding else _FALLBACK, reason=reason),
+    kind = stored.kind.name
+    layer = packed_layer(
+        _path(tensor.name), parts, stored.shape, packing, dtype=model.dtype, stored=f"gguf {kind}"
     )
+    if packing.encoding is not None:
+        return layer
+    text = f"a scale of {kind} covers fewer values than any of MLX's"
+    reason = Reason(ReasonCode.NO_MLX_GROUP, text)
+    if scales:
+        text = "a scale over the whole tensor is multiplied in"
+        reason = Reason(ReasonCode.TENSOR_SCALE, text)
+    return replace(layer, policy=DefaultPolicy(fallback=_FALLBACK, reason=reason))
 
 
 def _scales(
@@ -331,9 +332,10 @@ def _plain(parts: Tensors, stored: GgufTensor, dtype: str, scales: int) -> Sourc
     if stored.kind.dtype == dtype and plain:
         return layer
     *leading, columns = stored.shape or (1,)
-    common = (prod(leading), columns, leading[-1] if leading else 1, stored.kind.number, columns)
+    rows = leading[-1] if leading else 1
+    common = (prod(leading), columns, rows, stored.kind.number, columns)
     packing: GgufValues
-    head = leading[-1] // stored.heads if leading and stored.heads else 1
+    head = rows // stored.heads if leading and stored.heads else 1
     if scales:
         packing = GgufScaledValues(*common, head, tensor_scales=scales)
     elif leading:

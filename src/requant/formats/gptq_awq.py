@@ -32,7 +32,7 @@ from requant.formats.quantization_block import (
     model_dtype,
 )
 from requant.formats.stacks import Experts
-from requant.formats.tensor_sorter import UnsupportedLayerError
+from requant.formats.tensor_sorter import LayerError
 from requant.packings.awq import AwqFast, AwqGemm, AwqGemv, Marlin
 from requant.packings.base import IntegerPacking
 from requant.packings.gptq import Gptq
@@ -216,7 +216,7 @@ class _Reader:
             return None
         try:
             experts = Experts.of(count, parts)
-        except UnsupportedLayerError as rejected:
+        except LayerError as rejected:
             self.problems.append(rejected.problem)
             return None
         layer = self._layer(path, experts.one())

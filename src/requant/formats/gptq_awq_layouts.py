@@ -134,9 +134,8 @@ class Layouts:
         group = self._declared_group(path, n_in, rule)
         self._check_bits(path, 4, rule)
         if n_in % 64:
-            self._report(
-                self._name(path, "qweight"), f"has {n_in} inputs, expected a multiple of 64"
-            )
+            name = self._name(path, "qweight")
+            self._report(name, f"has {n_in} inputs, expected a multiple of 64")
         if role not in infos:
             self._report(path, "has no qzeros or scaled_zeros next to its scales")
         if group is None or role not in infos:
@@ -156,9 +155,8 @@ class Layouts:
         group = self._group(path, n_in, groups, rule)
         self._check_bits(path, 4, rule)
         if rows % 64:
-            self._report(
-                self._name(path, roles[1]), f"has {rows} outputs, expected a multiple of 64"
-            )
+            name = self._name(path, roles[1])
+            self._report(name, f"has {rows} outputs, expected a multiple of 64")
         if group is None:
             return None
         dtype, (weight, scale) = infos[roles[1]].dtype, roles
@@ -267,12 +265,11 @@ class Layouts:
         if not fitting:
             self._report(path, f"holds {row_bits} bits for {rows} outputs: no width of a code fits")
             return None
+        held = join_or([f"{bits}-bit" for bits in fitting])
         if rule.bits is not None:
-            held = join_or([f"{bits}-bit" for bits in fitting])
             self._report(path, f"holds {held} codes, but {rule.where} says {rule.bits}")
             return None
         if len(fitting) > 1:
-            held = join_or([f"{bits}-bit" for bits in fitting])
             message = f"may hold {held} codes by its shapes; write its bits into {rule.where}"
             self._report(path, message)
             return None
@@ -357,9 +354,8 @@ class Layouts:
         found = np.where(found < 0, found + groups, found)  # GPTQModel counts from the end too
         if n_in and not 0 <= found.min() <= found.max() < groups:
             bad = int(found[(found < 0) | (found >= groups)][0])
-            self._report(
-                name, f"holds group {bad}, but there are scales for {pluralize(groups, 'group')}"
-            )
+            there = pluralize(groups, "group")
+            self._report(name, f"holds group {bad}, but there are scales for {there}")
             return None
         if not found.any() and groups > 1:
             if not rule.shuffled:

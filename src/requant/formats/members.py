@@ -54,6 +54,13 @@ def members_joined(
     dtypes = {x.dtype for x in members}
     packed = [replace(run, layer=_packed(run.layer)) for run in runs]
     reason = MEMBERS_MOVED if encoding is not None else MEMBERS_REENCODED
+    choices = (x.policy.requires_choice for x in members)
+    policy = DefaultPolicy(
+        fallback=fallback,
+        reason=reason if len(members) > 1 else packed[0].layer.policy.reason,
+        requires_choice=next(filter(None, choices), ""),
+        act_order=any(x.policy.act_order for x in members),
+    )
     return replace(
         packed[0].layer,
         path=path,
@@ -61,14 +68,7 @@ def members_joined(
         shape=shape,
         dtype=dtypes.pop() if len(dtypes) == 1 else "F32",
         stored_description=" and ".join(dict.fromkeys(x.stored_as for x in members)),
-        policy=DefaultPolicy(
-            fallback=fallback,
-            reason=reason if len(members) > 1 else packed[0].layer.policy.reason,
-            requires_choice=next(
-                (x.policy.requires_choice for x in members if x.policy.requires_choice), ""
-            ),
-            act_order=any(x.policy.act_order for x in members),
-        ),
+        policy=policy,
         row_order=None,
         row_ranges=tuple(packed),
         name="",

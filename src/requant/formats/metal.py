@@ -16,7 +16,7 @@ from requant.checkpoints.checkpoint import Checkpoint, SourceTensor
 from requant.formats.base import SourceLayer, SourceLayout, Tensors
 from requant.formats.integer_layers import integer_layer
 from requant.formats.quantization_block import find_quantization_block
-from requant.formats.tensor_sorter import TensorSorter, UnsupportedLayerError, unexpected
+from requant.formats.tensor_sorter import LayerError, TensorSorter, unexpected
 from requant.packings.base import (
     Array,
     Exactness,
@@ -126,9 +126,7 @@ def _layer(sorter: TensorSorter, path: str, parts: Tensors, bits: int, group: in
     """One layer, if its tensors fit each other."""
     for role in _ROLES:
         if role not in parts:
-            raise UnsupportedLayerError(
-                path, f"has no {path}.{role} next to its {', '.join(parts)}"
-            )
+            raise LayerError(path, f"has no {path}.{role} next to its {', '.join(parts)}")
     weight, scales, biases = (parts[role] for role in _ROLES)
     if weight.info.dtype not in ("U32", "I32") or len(weight.info.shape) < 2:
         raise unexpected(weight, f"U32 [out, in * {bits} / 32]")
@@ -137,7 +135,7 @@ def _layer(sorter: TensorSorter, path: str, parts: Tensors, bits: int, group: in
     expected = (*leading, columns // group)
     if columns == 0 or columns % group:
         message = f"{weight.info} holds {columns} inputs of {bits} bits, no multiple of {group}"
-        raise UnsupportedLayerError(weight.name, message)
+        raise LayerError(weight.name, message)
     for part in (scales, biases):
         if part.info.shape != expected or part.info.dtype not in _FLOATS:
             raise unexpected(part, f"floats {list(expected)}")

@@ -29,7 +29,7 @@ from requant.formats.mlx_block import (
     read_block,
     words_for,
 )
-from requant.formats.tensor_sorter import UnsupportedLayerError
+from requant.formats.tensor_sorter import LayerError
 from requant.packings.rotated import ROLES as ROTATION
 from requant.packings.rotated import RotatedTriple, read_rotation
 from requant.quantization.config import Quantization, QuantMode
@@ -142,7 +142,7 @@ def _layer(
         return None, [Problem(f"{declared.where} ({path})", f"{error}{either}")]
     try:
         shape = _logical_shape(path, parts["weight"].info, quantization)
-    except UnsupportedLayerError as rejected:
+    except LayerError as rejected:
         return None, [Problem(rejected.problem.where, f"{rejected.problem.message}{either}")]
     problems = [
         *_wrong_scales(path, parts, shape, quantization),
@@ -161,11 +161,11 @@ def _logical_shape(path: str, weight: TensorInfo, quantization: Quantization) ->
     """``(..., out, in)`` of packed words ``(..., out, in * bits / 32)``.
 
     Raises:
-        UnsupportedLayerError: They are not words, or hold no whole groups.
+        LayerError: They are not words, or hold no whole groups.
     """
     if weight.dtype != "U32" or len(weight.shape) < 2:
         message = f"{weight}, expected U32 of rank 2 or more next to {path}.scales"
-        raise UnsupportedLayerError(f"{path}.weight", message)
+        raise LayerError(f"{path}.weight", message)
     *leading, words = weight.shape
     n_in, remainder = divmod(words * 32, quantization.bits)
     if remainder or n_in % quantization.group_size:
@@ -173,7 +173,7 @@ def _logical_shape(path: str, weight: TensorInfo, quantization: Quantization) ->
             f"{weight}: {words} words hold no whole number of groups of "
             f"{quantization.group_size} at {quantization.bits} bits"
         )
-        raise UnsupportedLayerError(f"{path}.weight", message)
+        raise LayerError(f"{path}.weight", message)
     return (*leading, n_in)
 
 
@@ -229,7 +229,7 @@ def _rotated(
         return None
     columns = layer.shape[-1]
     krot = read_rotation(
-        checkpoint, layer.path, rotation_tensors, n_in=columns, group=group, problems=problems
+        checkpoint, layer.path, rotation_tensors, columns, group, problems=problems
     )
     if krot is None:
         return None

@@ -16,7 +16,7 @@ from requant.formats.base import SourceLayer, SourceLayout, Tensors
 from requant.formats.layer_names import layer_names
 from requant.formats.modelopt_layers import make_layer, stored_kind, transposed_experts
 from requant.formats.quantization_block import QuantizationBlock, find_quantization_block
-from requant.formats.tensor_sorter import TensorSorter, UnsupportedLayerError
+from requant.formats.tensor_sorter import LayerError, TensorSorter
 from requant.text import format_value
 
 # quant_algo -> how its layers are stored.
@@ -139,16 +139,15 @@ class _Reader:
         sorter = self.sorter
         for tensor in sorter.left:
             if tensor.name.endswith(_LOW_RANK):
-                sorter.problem(
-                    tensor.name, "is a part of NVFP4_SVD's low-rank branch, which is not read"
-                )
+                message = "is a part of NVFP4_SVD's low-rank branch, which is not read"
+                sorter.problem(tensor.name, message)
         sorter.note_dense(f"{self.found.where}.quantized_layers", self.by_layer)
 
     def _layer(self, path: str, parts: Tensors) -> SourceLayer | None:
         """One layer by what its tensors say.
 
         Raises:
-            UnsupportedLayerError: They contradict each other or the config.
+            LayerError: They contradict each other or the config.
         """
         experts = transposed_experts(self.sorter, path, parts)
         if experts is not None:
@@ -159,5 +158,5 @@ class _Reader:
         if _ALGORITHMS.get(named, kind) != kind:
             where = "quantized_layers" if path in self.by_layer else "quant_algo"
             message = f"is stored as {kind}, but {self.found.where}.{where} says {named}"
-            raise UnsupportedLayerError(path, message)
+            raise LayerError(path, message)
         return make_layer(self.sorter, kind, path, parts)

@@ -14,7 +14,7 @@ from requant.formats.integer_layers import integer_layer
 from requant.formats.mx_layers import mx_layer
 from requant.formats.nvfp4_layers import nvfp4_layer, nvfp4_without_tensor_scale
 from requant.formats.stacks import Experts, are_transposed, rows_with_one_scale
-from requant.formats.tensor_sorter import TensorSorter, UnsupportedLayerError, unexpected
+from requant.formats.tensor_sorter import LayerError, TensorSorter, unexpected
 from requant.kernels.repack import row_pairs_into
 from requant.packings.base import Array, IntegerPacking, Parts, Rect, Scratch
 from requant.packings.compressed_tensors import CtPlain, Zeros
@@ -55,17 +55,15 @@ def stored_kind(path: str, parts: Tensors) -> str:
     """The kind of a layer: nvfp4, mxfp4, mxfp8, fp8, int4 or int8.
 
     Raises:
-        UnsupportedLayerError: Not as ModelOpt writes them.
+        LayerError: Not as ModelOpt writes them.
     """
     weight, scale = parts.get("weight"), parts.get("weight_scale")
     if weight is None:
         names = ", ".join(part.name for part in parts.values())
-        raise UnsupportedLayerError(path, f"has {names}, but no {path}.weight")
+        raise LayerError(path, f"has {names}, but no {path}.weight")
     if scale is None:
         others = ", ".join(role for role in parts if role != "weight")
-        raise UnsupportedLayerError(
-            weight.name, f"has no weight_scale next to it (it has {others})"
-        )
+        raise LayerError(weight.name, f"has no weight_scale next to it (it has {others})")
     codes, scales = weight.info, scale.info
     if len(codes.shape) < 2 or 0 in codes.shape or 0 in scales.shape:
         raise unexpected(weight, "a matrix or a stack of them")
@@ -88,7 +86,7 @@ def stored_kind(path: str, parts: Tensors) -> str:
     elif codes.dtype in FLOAT8 and group_codes == 32 and scales.dtype in EXPONENTS:
         return "mxfp8"
     siblings = ", ".join(f"{role} {part.info}" for role, part in parts.items())
-    raise UnsupportedLayerError(path, f"is laid out as ModelOpt does not write it: {siblings}")
+    raise LayerError(path, f"is laid out as ModelOpt does not write it: {siblings}")
 
 
 def transposed_experts(sorter: TensorSorter, path: str, parts: Tensors) -> Experts | None:
@@ -98,7 +96,7 @@ def transposed_experts(sorter: TensorSorter, path: str, parts: Tensors) -> Exper
     bytes and groups run down the axis before the last. FP8 is detected by ``float8_stack``.
 
     Raises:
-        UnsupportedLayerError: Its tensors are of different numbers of experts.
+        LayerError: Its tensors are of different numbers of experts.
     """
     weight, scale = parts.get("weight"), parts.get("weight_scale")
     if weight is None or scale is None or not are_transposed(weight.info, scale.info):
@@ -112,7 +110,7 @@ def make_layer(sorter: TensorSorter, kind: str, path: str, parts: Tensors) -> So
     """Describe a layer of a kind that ``stored_kind`` found.
 
     Raises:
-        UnsupportedLayerError: Its tensors contradict each other.
+        LayerError: Its tensors contradict each other.
     """
     weight, scale = parts["weight"], parts["weight_scale"]
     second, inputs = parts.get("weight_scale_2"), parts.get("pre_quant_scale")
@@ -123,9 +121,7 @@ def make_layer(sorter: TensorSorter, kind: str, path: str, parts: Tensors) -> So
     elif kind == "nvfp4":
         layer = nvfp4_layer(sorter, path, weight, scale, second, divides=False)
     elif second is not None:
-        raise UnsupportedLayerError(
-            second.name, f"is next to {kind} codes; what it scales is not known"
-        )
+        raise LayerError(second.name, f"is next to {kind} codes; what it scales is not known")
     elif kind == "fp8":
         layer = float8_stack(sorter, path, weight, scale)
     elif kind in ("mxfp4", "mxfp8"):

@@ -13,7 +13,7 @@ from requant.checkpoints.checkpoint import Checkpoint, SourceTensor
 from requant.core.reasons import Note, NoteCode, Reason, ReasonCode
 from requant.formats.base import DefaultPolicy, RowRange, SourceLayer, fallback_for, packed_layer
 from requant.formats.matrix_scales import MatrixScale, scale_of_each_matrix
-from requant.formats.tensor_sorter import TensorSorter, UnsupportedLayerError
+from requant.formats.tensor_sorter import LayerError, TensorSorter
 from requant.packings.floats import NVFP4, GlobalScales, NvBlocks, apply_tensor_scale, fold_e4m3
 from requant.text import format_value
 
@@ -95,20 +95,20 @@ def nvfp4_without_tensor_scale(
         missing: What the tensor scale would be called.
 
     Raises:
-        UnsupportedLayerError: The layer has lost its tensor scale.
+        LayerError: The layer has lost its tensor scale.
     """
     message = f"has E4M3 scales of NVFP4, but no {missing}"
     other = next((x for end in _ENDINGS for x in sorter.parts if x.endswith(end)), None)
     if len(sorter.checkpoint.tensors[weight.name].info.shape) < 3:
-        raise UnsupportedLayerError(path, message, unknown=True)
+        raise LayerError(path, message, unknown=True)
     if other is not None:
         theirs = f"other layers have theirs ({sorter.parts[other].name})"
-        raise UnsupportedLayerError(path, f"{message}; {theirs}", unknown=True)
+        raise LayerError(path, f"{message}; {theirs}", unknown=True)
     stored = sorter.checkpoint.read_small_tensor(scale.name).view(ml_dtypes.float8_e4m3fn)
     if (np.abs(stored.astype(np.float32)) >= _LARGEST).any():
         why = f"and scales of {_LARGEST:g}, as only a tensor scale leaves them"
         message = f"{message}, {why}: the source is incomplete"
-        raise UnsupportedLayerError(path, message, unknown=True)
+        raise LayerError(path, message, unknown=True)
     if _BARE not in sorter.notes:
         sorter.notes.append(_BARE)
     return nvfp4_layer(sorter, path, weight, scale, None, divides=False)

@@ -16,7 +16,7 @@ from requant.formats.mx_layers import mx_layer
 from requant.formats.nvfp4_layers import nvfp4_layer, nvfp4_without_tensor_scale
 from requant.formats.quantization_block import claim_by_method, find_quantization_block
 from requant.formats.stacks import Experts, are_transposed
-from requant.formats.tensor_sorter import TensorSorter, UnsupportedLayerError, unexpected
+from requant.formats.tensor_sorter import LayerError, TensorSorter, unexpected
 from requant.packings.quark import QuarkColumns, QuarkMx, QuarkRows
 from requant.text import format_value, join_first, join_or
 
@@ -166,7 +166,7 @@ class _Reader:
             declared, where = table[fits[0]], f"layer_quant_config[{fits[0]!r}]"
             if any(table[pattern] != declared for pattern in fits):
                 both = f"{self.found.where}.layer_quant_config"
-                raise UnsupportedLayerError(
+                raise LayerError(
                     path, f"fits patterns of {both} that contradict each other: {join_first(fits)}"
                 )
         weight = declared.get("weight") if isinstance(declared, Mapping) else None
@@ -174,7 +174,7 @@ class _Reader:
         where = f"{self.found.where}.{where}.weight"
         schemes = tuple(level for level in levels if isinstance(level, Mapping))
         if not schemes or len(schemes) < len(levels):
-            raise UnsupportedLayerError(
+            raise LayerError(
                 path, f"is quantized, but {where} is {format_value(weight)}, expected a scheme"
             )
         return _Scheme(where, schemes)
@@ -198,12 +198,12 @@ class _Reader:
         """One layer by its scheme.
 
         Raises:
-            UnsupportedLayerError: The scheme is not read, or the tensors contradict it.
+            LayerError: The scheme is not read, or the tensors contradict it.
         """
         weight = tensors.get("weight")
         if weight is None:
             names = ", ".join(tensor.name for tensor in tensors.values())
-            raise UnsupportedLayerError(path, f"has {names}, but no {path}.weight")
+            raise LayerError(path, f"has {names}, but no {path}.weight")
         if len(weight.info.shape) not in (2, 3) or 0 in weight.info.shape:
             raise unexpected(weight, "a matrix or a stack of them")
         scheme = self._scheme(path)
@@ -215,9 +215,7 @@ class _Reader:
         if dtype == "mx":
             return self._old_mx(path, tensors, scheme)
         if "weight_scale" not in tensors:
-            raise UnsupportedLayerError(
-                weight.name, f"{weight.info} has no {path}.weight_scale next to it"
-            )
+            raise LayerError(weight.name, f"{weight.info} has no {path}.weight_scale next to it")
         if dtype in _INTEGERS:
             return self._integer(path, tensors, scheme, dtype)
         if dtype == "fp4":
@@ -228,7 +226,7 @@ class _Reader:
             return self._fp8(path, tensors, scheme)
         known = ", ".join((*_INTEGERS, "fp4", "fp6_e2m3", "fp6_e3m2", "fp8_e4m3", "mx"))
         message = f"has dtype {format_value(dtype)} by {scheme.where}; read are {known}"
-        raise UnsupportedLayerError(path, message, unknown=True)
+        raise LayerError(path, message, unknown=True)
 
     def _integer(self, path: str, tensors: Tensors, scheme: _Scheme, dtype: str) -> SourceLayer:
         """Codes of 4 or 8 bits: ``[in, out]`` with scales for groups, ``[out, in]`` for others."""
@@ -245,14 +243,14 @@ class _Reader:
         pack = str(self.export.get("pack_method", "")).lower()
         if qscheme not in _SCHEMES:
             known = join_or(_SCHEMES)
-            raise UnsupportedLayerError(
+            raise LayerError(
                 path, f"has qscheme {format_value(qscheme)} by {scheme.where}; read is {known}"
             )
         if bits == 4 and pack not in _PACKS:
             message = (
                 f"is {format_value(pack)}, expected {join_or(_PACKS)}: the order of 4-bit codes"
             )
-            raise UnsupportedLayerError(f"{self.found.where}.export.pack_method", message)
+            raise LayerError(f"{self.found.where}.export.pack_method", message)
         stored = _Integers(
             weight,
             scale,
@@ -267,9 +265,7 @@ class _Reader:
         if scale.info.dtype not in _FLOATS:
             raise unexpected(scale, "floats")
         if zeros is None and not stored.signed:
-            raise UnsupportedLayerError(
-                path, f"holds {dtype} codes, but has no {path}.weight_zero_point"
-            )
+            raise LayerError(path, f"holds {dtype} codes, but has no {path}.weight_zero_point")
         return stored
 
     def _by_column(self, path: str, stored: _Integers, scheme: _Scheme) -> SourceLayer:
@@ -282,7 +278,7 @@ class _Reader:
         group, declared = columns // groups, scheme.levels[0].get("group_size")
         if _is_count(declared) and declared != group:
             message = f"{scale.info} gives {group} inputs a scale, {scheme.where} says {declared}"
-            raise UnsupportedLayerError(scale.name, message)
+            raise LayerError(scale.name, message)
         packing = QuarkColumns(rows, columns, group=group, **stored.fields)
         shape = (rows, columns)
         return integer_layer(self.sorter, path, stored.parts, shape, packing, tool="quark")
@@ -296,7 +292,7 @@ class _Reader:
             raise unexpected(scale, f"[{rows}] for {qscheme}")
         if stored.bits == 4 and zeros is not None:
             message = "next to 4-bit codes with a scale a row: how it is packed is not known"
-            raise UnsupportedLayerError(zeros.name, f"{zeros.info} {message}")
+            raise LayerError(zeros.name, f"{zeros.info} {message}")
         _expect(zeros, scale.info.shape, ("I8", "U8", "I32"))
         packing = QuarkRows(rows, columns, group=columns, one_scale=one, **stored.fields)
         words = "a scale a tensor" if one else "a scale a row"
@@ -312,9 +308,7 @@ class _Reader:
         factor = tensors.get("weight_scale_2")
         if factor is not None or len(scheme.levels) > 1:
             if factor is None and len(rows) == 1:
-                raise UnsupportedLayerError(
-                    path, f"has two levels of scales, but no {path}.weight_scale_2"
-                )
+                raise LayerError(path, f"has two levels of scales, but no {path}.weight_scale_2")
             if scale.info.shape != (*rows, nbytes // 8) or scale.info.dtype not in _E4M3:
                 raise unexpected(scale, f"F8_E4M3 {[*rows, nbytes // 8]}")
             if factor is None:
@@ -352,7 +346,7 @@ class _Reader:
         groups, ragged = divmod(nbytes, 17)
         if kind not in ("fp4", "fp4_e2m1"):
             message = f"holds mx blocks of {format_value(kind)}; read are blocks of fp4"
-            raise UnsupportedLayerError(path, message, unknown=True)
+            raise LayerError(path, message, unknown=True)
         if weight.info.dtype != "U8" or ragged:
             raise unexpected(weight, "U8 [out, 17 * groups of 32]")
         packing, dtype = QuarkMx(rows, 32 * groups), self.sorter.dtype

@@ -14,7 +14,7 @@ from math import prod
 from requant.checkpoints.checkpoint import SourceTensor
 from requant.core.dtypes import TensorInfo
 from requant.formats.base import SourceLayer, Tensors
-from requant.formats.tensor_sorter import UnsupportedLayerError
+from requant.formats.tensor_sorter import LayerError
 from requant.packings.experts import Place, StackedExperts
 from requant.text import pluralize as pluralize
 
@@ -43,7 +43,7 @@ class Experts:
             transposed: Roles whose last two axes are exchanged.
 
         Raises:
-            UnsupportedLayerError: A tensor has another number of experts.
+            LayerError: A tensor has another number of experts.
         """
         places = {}
         first = next((part for part in parts.values() if part.info.shape[:1] == (count,)), None)
@@ -58,7 +58,7 @@ class Experts:
             else:
                 stack = f" as {first.name} is {first.info}" if first is not None else ""
                 message = f"expected {pluralize(count, 'expert')} on its first axis,{stack}"
-                raise UnsupportedLayerError(part.name, f"{part.info}, {message}")
+                raise LayerError(part.name, f"{part.info}, {message}")
         return Experts(count, parts, places)
 
     def one(self) -> dict[str, SourceTensor]:

@@ -35,7 +35,7 @@ _RUNTIME_NAMES = tuple({*_RUNTIME, *(f"_{end[1:]}" for end in _RUNTIME if end.st
 _NAMED = 3  # of many tensors, how many a note names
 
 
-class UnsupportedLayerError(Exception):
+class LayerError(Exception):
     """A layer that cannot be read; raised and caught while a format reads.
 
     Args:
@@ -50,9 +50,9 @@ class UnsupportedLayerError(Exception):
         self.problem = (NoReading if unknown else Problem)(where, message)
 
 
-def unexpected(part: SourceTensor, expected: str) -> UnsupportedLayerError:
+def unexpected(part: SourceTensor, expected: str) -> LayerError:
     """The error for a tensor of another dtype or shape than ``expected`` says."""
-    return UnsupportedLayerError(part.name, f"{part.info}, expected {expected}")
+    return LayerError(part.name, f"{part.info}, expected {expected}")
 
 
 def runtime_scales(
@@ -149,7 +149,7 @@ class TensorSorter:
         before, layer = len(self.problems), None
         try:
             layer = make(path, parts)
-        except UnsupportedLayerError as rejected:
+        except LayerError as rejected:
             self.problems.append(rejected.problem)
         if layer is None or len(self.problems) > before:
             self.claim([part.name for part in parts.values()], path)
@@ -161,13 +161,13 @@ class TensorSorter:
         """The one number that a tensor holds.
 
         Raises:
-            UnsupportedLayerError: It is not finite and above 0.
+            LayerError: It is not finite and above 0.
         """
         number = float(self.checkpoint.read_small_tensor(part.name).reshape(-1)[0])
         if 0 < number < float("inf"):
             return number
         message = f"holds {format_value(number)}, expected a finite number above 0"
-        raise UnsupportedLayerError(part.name, message)
+        raise LayerError(part.name, message)
 
     def claim(self, names: Iterable[str], path: str) -> None:
         """Assign tensors to a layer that could not be made; its problem is recorded already."""

@@ -20,7 +20,7 @@ from requant.formats.integer_layers import integer_layer
 from requant.formats.mx_layers import mx_layer
 from requant.formats.nvfp4_layers import nvfp4_layer
 from requant.formats.quantization_block import QuantizationBlock, find_quantization_block
-from requant.formats.tensor_sorter import TensorSorter, UnsupportedLayerError, unexpected
+from requant.formats.tensor_sorter import LayerError, TensorSorter, unexpected
 from requant.packings.compressed_tensors import Zeros
 from requant.packings.torchao import Swizzled, TorchaoInt4, TorchaoInteger
 from requant.text import format_value
@@ -106,13 +106,13 @@ class _Reader:
         data = declared.get("_data", {})
         if wrong or not isinstance(declared.get("_type"), str) or not isinstance(data, Mapping):
             why = wrong[0] if wrong else "has no _type and _data"
-            raise UnsupportedLayerError(where, f"does not describe a tensor: {why}")
+            raise LayerError(where, f"does not describe a tensor: {why}")
         names = declared.get("_tensor_data_names")
         if isinstance(names, list):
             missing = [name for name in names if str(name) not in tensors]
             if missing:
                 absent = f"{path}.{_PREFIX}{missing[0]}"
-                raise UnsupportedLayerError(
+                raise LayerError(
                     where, f"names {format_value(missing[0])}, but {absent} is missing"
                 )
         return declared["_type"], data
@@ -125,23 +125,19 @@ class _Reader:
             return "Int8Tensor", {}
         if kind.startswith("Float8"):
             return "Float8Tensor", {}
-        raise UnsupportedLayerError(
-            path,
-            f"has no metadata that gives its type, and the config's {format_value(kind)} does not "
-            "either",
-        )
+        what = format_value(kind)
+        message = f"has no metadata that gives its type, and the config's {what} does not either"
+        raise LayerError(path, message)
 
     def _layer(self, path: str, tensors: Tensors) -> SourceLayer | None:
         """One layer by its type.
 
         Raises:
-            UnsupportedLayerError: The type is not read, or the tensors contradict it.
+            LayerError: The type is not read, or the tensors contradict it.
         """
         kind, data = self._described(path, tensors)
         if kind in _DEVICE:
-            raise UnsupportedLayerError(
-                path, f"is an {kind}: codes in the order of a GPU kernel, not read"
-            )
+            raise LayerError(path, f"is an {kind}: codes in the order of a GPU kernel, not read")
         make = {
             "Int8Tensor": self._integer,
             "IntxUnpackedToInt8Tensor": self._integer,
@@ -151,11 +147,9 @@ class _Reader:
             "NVFP4Tensor": self._nvfp4,
         }
         if kind not in make:
-            raise UnsupportedLayerError(
-                path, f"is of type {format_value(kind)}; known are {', '.join(make)}"
-            )
+            raise LayerError(path, f"is of type {format_value(kind)}; known are {', '.join(make)}")
         if "scale" not in tensors:
-            raise UnsupportedLayerError(path, f"has no {path}.{_PREFIX}scale")
+            raise LayerError(path, f"has no {path}.{_PREFIX}scale")
         qdata, scale = tensors["qdata"], tensors["scale"]
         if len(qdata.info.shape) != 2 or 0 in (*qdata.info.shape, *scale.info.shape):
             raise unexpected(qdata, "a matrix")
@@ -236,7 +230,7 @@ class _Reader:
             raise unexpected(qdata, "F8_E4M3 codes")
         tile = tile_of(qdata.info.shape, scale.info.shape, None)
         if tile is None or scale.info.dtype not in _FLOATS:
-            raise UnsupportedLayerError(scale.name, f"{scale.info} fits no tiling of {qdata.info}")
+            raise LayerError(scale.name, f"{scale.info} fits no tiling of {qdata.info}")
         return float8_layer(
             self.checkpoint, path, qdata, scale=scale, tile=tile, dtype=self.sorter.dtype
         )
@@ -248,7 +242,7 @@ class _Reader:
             raise unexpected(qdata, "F8_E4M3 or packed FP4 (U8) codes")
         if data.get("block_size", 32) != 32:
             message = f"has blocks of {format_value(data.get('block_size'))}; MLX's are of 32"
-            raise UnsupportedLayerError(path, message)
+            raise LayerError(path, message)
         if scale.info.dtype not in EXPONENTS:
             raise unexpected(scale, "F8_E8M0")
         layer = mx_layer(path, qdata, scale, self.sorter.dtype, bits)
@@ -260,7 +254,7 @@ class _Reader:
             raise unexpected(qdata, "U8, two codes a byte")
         if data.get("block_size", 16) != 16:
             message = f"has blocks of {format_value(data.get('block_size'))}; MLX's are of 16"
-            raise UnsupportedLayerError(path, message)
+            raise LayerError(path, message)
         if scale.info.dtype not in ("F8_E4M3", "U8"):
             raise unexpected(scale, "F8_E4M3")
         factor = tensors.get("per_tensor_scale")
@@ -276,9 +270,7 @@ def _unswizzled(
     rows, columns = layer.shape
     groups, ragged = divmod(columns, group)
     if ragged:
-        raise UnsupportedLayerError(
-            layer.path, f"has {columns} inputs, no multiple of its groups of {group}"
-        )
+        raise LayerError(layer.path, f"has {columns} inputs, no multiple of its groups of {group}")
     if not data.get("is_swizzled_scales"):
         if scale.info.shape != (rows, groups):
             raise unexpected(scale, f"[{rows}, {groups}]")
@@ -300,7 +292,5 @@ def _bits(path: str, data: Mapping[str, Any]) -> int:
     if word is None:
         return 8
     if str(word) not in {f"int{bits}" for bits in range(1, 9)}:
-        raise UnsupportedLayerError(
-            path, f"has target_dtype {format_value(word)}, expected int1 to int8"
-        )
+        raise LayerError(path, f"has target_dtype {format_value(word)}, expected int1 to int8")
     return int(str(word).removeprefix("int"))

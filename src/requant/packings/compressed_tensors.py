@@ -174,9 +174,8 @@ class CtActOrder(CtPacked):
         """``(code - zero) * scale`` in float32, rounded once."""
         of = parts["weight_g_idx"].reshape(-1)
         scales = np.asarray(self.scales(parts, start, stop), np.float32)
-        zeros = np.broadcast_to(
-            np.asarray(self.zeros(parts, start, stop), np.float32), scales.shape
-        )
+        zeros = np.asarray(self.zeros(parts, start, stop), np.float32)
+        zeros = np.broadcast_to(zeros, scales.shape)
         codes = self.codes(parts, start, stop, scratch)
         with np.errstate(over="ignore"):
             out[:] = (codes - zeros[:, of]) * scales[:, of]

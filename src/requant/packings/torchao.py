@@ -84,9 +84,8 @@ class TorchaoInt4(IntegerPacking):
             out[:] = codes * scales + offsets
 
     def fidelity(self, dtype: str) -> Fidelity:
-        return rounded(
-            "scales and biases" if is_narrower(dtype, self.scale_dtype) else "biases", dtype
-        )
+        what = "scales and biases" if is_narrower(dtype, self.scale_dtype) else "biases"
+        return rounded(what, dtype)
 
 
 @dataclass(frozen=True)
@@ -125,9 +124,8 @@ class Swizzled(WrappedPacking):
         """The parts with scales row by row."""
         stored = parts["scale"]
         tiles = stored.view(np.uint8).reshape(-1, self._tiles_across, _TILE_ROWS, 4, 4)
-        rows = np.ascontiguousarray(tiles.transpose(0, 3, 2, 1, 4)).reshape(
-            -1, self._tiles_across * _TILE[1]
-        )
+        rows = np.ascontiguousarray(tiles.transpose(0, 3, 2, 1, 4))
+        rows = rows.reshape(-1, self._tiles_across * _TILE[1])
         first = start // _TILE[0] * _TILE[0]
         wanted = np.ascontiguousarray(rows[start - first : stop - first, : self.groups])
         return {**parts, "scale": wanted.view(stored.dtype)}
