@@ -181,8 +181,8 @@ def _table(
     nested = state.get("nested_blocksize", 0)
     if offset is not None or nested != 0:
         if not _is_count(nested) or not _is_float32(offset):
-            found = f"nested_blocksize {format_value(nested)}, nested_offset {format_value(offset)}"
-            message = f"its quant_state gives {found}; expected two numbers"
+            message = f"its quant_state gives nested_blocksize {format_value(nested)} and "
+            message += f"nested_offset {format_value(offset)}, expected two numbers"
             sorter.problem(weight.name, message)
             return None
         wanted |= {
