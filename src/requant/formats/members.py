@@ -30,16 +30,10 @@ MEMBERS_REENCODED = Reason(
 def members_joined(
     path: str, shape: tuple[int, ...], runs: Sequence[RowRange]
 ) -> SourceLayer | None:
-    """A layer of rows that are stored unlike each other.
+    """Make a layer ``(..., out_features, in_features)`` of rows that are stored differently.
 
-    Args:
-        path: Of the layer.
-        shape: ``(..., out_features, in_features)``.
-        runs: The rows that it consists of.
-
-    Returns:
-        The layer; None where its rows cannot be distinguished: members whose inputs are rotated
-        otherwise, NVFP4 with a global scale.
+    None where its rows cannot be distinguished: members whose inputs have other rotations, NVFP4
+    with a global scale.
     """
     members = list({run.layer.path: run.layer for run in runs}.values())
     if not all(map(_has_rows, members)):
@@ -96,9 +90,8 @@ def common_encoding(encodings: Iterable[Quantization | None]) -> Quantization | 
 def reencoded(members: Iterable[SourceLayer], n_in: int) -> Quantization | None:
     """The default target of layers that must be requantized: 8 bits.
 
-    Args:
-        members: The layers; their groups are not made larger.
-        n_in: Inputs of the result; None is returned where no group of MLX divides them.
+    Groups are not made larger. None where no group of MLX divides ``n_in``, the inputs of the
+    result.
     """
     groups = [x.default_target.group_size for x in members if x.default_target is not None]
     fallback = fallback_for(n_in)

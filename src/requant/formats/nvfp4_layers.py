@@ -87,12 +87,8 @@ def nvfp4_without_tensor_scale(
     E4M3's largest number. A stack whose scales reach that has lost its tensor scale, and so has
     one in a folder where others have theirs, and any single matrix.
 
-    Args:
-        sorter: Of the checkpoint.
-        path: Layer path.
-        weight: Bytes ``(..., out, in / 2)``.
-        scale: E4M3 ``(..., out, in / 16)``.
-        missing: What the tensor scale would be called.
+
+    Weight and scale are as in ``nvfp4_layer``; ``missing`` is the name that a tensor scale has.
 
     Raises:
         LayerError: The layer has lost its tensor scale.
@@ -141,14 +137,8 @@ def kept_separate(
 ) -> SourceLayer | None:
     """A stack of NVFP4 matrices with a tensor scale each, as MLX's nvfp4 with a global scale.
 
-    Args:
-        layer: The first of the source's layers.
-        path: Of the stack.
-        shape: Of the stack, ``(..., out, in)``.
-        runs: The rows that it consists of; their layers all have a tensor scale.
-
-    Returns:
-        The stack; None where rows of two tensor scales meet in one matrix.
+    None where rows of two tensor scales meet in one matrix. ``layer`` is the first of the source's
+    layers, which all have a tensor scale; path and shape are those of the stack.
     """
     scales = scale_of_each_matrix(runs, shape[-2], _rows_per_tensor_scale)
     if scales is None:

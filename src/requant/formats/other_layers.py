@@ -150,9 +150,8 @@ class _Step:
         declared = self.found is not None and declares_float8(self.found.block)
         if declared and not self.names_float8:  # as mx.load gives them
             return layout
-        why = "the config does not mention FP8"
-        if self.names_float8:
-            why = "this folder stores that as F8_E4M3"
+        stored = "this folder stores that as F8_E4M3"
+        why = stored if self.names_float8 else "the config does not mention FP8"
         false = [layer for layer in layout.layers if is_float8_of_bytes(layer)]
         problems = []
         for weight, scale in ((x.parts["weight"], x.parts["scale"]) for x in false):

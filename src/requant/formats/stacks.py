@@ -35,12 +35,7 @@ class Experts:
 
     @staticmethod
     def of(count: int, parts: Tensors, transposed: Sequence[str] = ()) -> Experts:
-        """Split tensors into experts.
-
-        Args:
-            count: Experts.
-            parts: Tensors by role.
-            transposed: Roles whose last two axes are exchanged.
+        """Split tensors into ``count`` experts; ``transposed`` are roles of ``(experts, in, out)``.
 
         Raises:
             LayerError: A tensor has another number of experts.

@@ -37,13 +37,8 @@ _UNREADABLE: Final = ("F8_E5M2", "F8_E5M2FNUZ")
 def check_unclaimed(checkpoint: Checkpoint, layout: SourceLayout, format: Format) -> SourceLayout:
     """Check the tensors that no layer took for codes and for scales.
 
-    Args:
-        checkpoint: For the names of all tensors, and the config.
-        layout: As the format read it.
-        format: The format.
-
     Returns:
-        The same with what is wrong; and without the scales of floats where the config says
+        The layout with the problems; and without the scales of floats where the config says
         that these are the values.
     """
     read = any(layer.is_quantized for layer in layout.layers)

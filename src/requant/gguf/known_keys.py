@@ -118,9 +118,7 @@ _OF_WINDOWS = (
 def report_unread(settings: Settings, config: Mapping[str, Any]) -> None:
     """Make an error of every key that nothing was made from and that may change the computation.
 
-    Args:
-        settings: Of the file; its keys were read for the config.
-        config: That was made from them.
+    ``config`` was made from ``settings``, which knows the keys that were read.
     """
     metadata = settings.metadata
     ignored = []

@@ -26,11 +26,7 @@ def make_config(
 ) -> dict[str, Any]:
     """``config.json`` of a known architecture; what is missing or has no place is a problem.
 
-    Args:
-        settings: Of the file.
-        model_type: As config.json says it.
-        cls: The class in transformers.
-        configure: Adds what only this architecture has.
+    The arguments are those of ``architectures.Architecture``.
     """
     heads = settings.need_int("attention.head_count")
     hidden = settings.need_int("embedding_length")

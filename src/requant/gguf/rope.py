@@ -27,10 +27,7 @@ _TOLERANCE = 1e-4
 def rope_scaling(settings: Settings, model_type: str, rotary: int) -> dict[str, Any] | None:
     """The scaling of positions; None where there is none.
 
-    Args:
-        settings: Of the file.
-        model_type: As config.json says it.
-        rotary: Values of a head that are rotated.
+    ``rotary`` is the number of values of a head that are rotated.
     """
     kind = settings.word(_TYPE)
     name = "rope_freqs.weight"
