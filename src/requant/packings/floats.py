@@ -116,7 +116,10 @@ class Float8(MatrixPacking):
         return self.columns % 32 == 0 and (one or self.tile[1] % 32 == 0)
 
     def _tiles(self, start: int, stop: int) -> tuple[int, int]:
-        """The rows of tiles that rows of one matrix need."""
+        """The rows of tiles that rows of one matrix need.
+
+        Matrices of 5 rows in tiles of 2 have 3 rows of tiles: row 6 is row 1 of matrix 1, in row 3.
+        """
         expert, first = divmod(start, self.matrix)
         last = first + stop - start - 1
         above = expert * self.grid[0]

@@ -190,7 +190,10 @@ class HqqColumns(Packing):
         return self._width // self.columns or self.rows
 
     def _segments(self, start: int, stop: int) -> list[tuple[int, int, int]]:
-        """Row and columns of the view, for each run of values in one row of it."""
+        """Row and columns of the view, for each run of values in one row of it.
+
+        Row 1 of 6 inputs in a view of 4 columns, values 6 to 12: ``[(1, 2, 4), (2, 0, 4)]``.
+        """
         found, at, end = [], start * self.columns, stop * self.columns
         while at < end:
             row, left = divmod(at, self._width)

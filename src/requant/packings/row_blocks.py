@@ -18,7 +18,10 @@ def block_cuts(
 ) -> dict[str, Rect]:
     """The rectangles of a packed tensor ``role`` that rows ``start`` to ``stop`` need.
 
-    ``rows`` is the height of the whole matrix, ``width`` that of the packed tensor's rows.
+    ``rows`` is the height of the whole matrix, ``width`` the length of a packed row.
+
+    Example: 10 rows in two blocks lie in 5 packed rows. Rows 3 to 7 are the end of the first block,
+    packed rows 3 to 5 under ``role``, and the start of the second, 0 to 2 under ``role_next``.
     """
     block = blocks.block(rows)
     first, inner = divmod(start, block)
