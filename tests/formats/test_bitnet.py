@@ -120,10 +120,7 @@ Change = Callable[[dict[str, Any], dict[str, Any]], Any]
             lambda t, b: t.update({"up.weight_scale": np.array([np.nan], np.float32)}),
             "up.weight_scale: scales hold NaN",
         ),
-        (
-            lambda t, b: t.update({"up.weight": np.full((2, 32), 3, np.uint8)}),
-            "holds code 3",
-        ),
+        (lambda t, b: t.update({"up.weight": np.full((2, 32), 3, np.uint8)}), "holds code 3"),
         (lambda t, b: b.update(linear_class="bit"), "linear_class: is 'bit'; known are bitlinear"),
         (lambda t, b: b.update(quantization_mode="online"), "each time the model runs"),
         (lambda t, b: b.update(use_rms_norm=True), "normalizes its inputs first"),

@@ -168,10 +168,7 @@ def state(**fields: Any) -> Change:
         ),
         (
             lambda t: t.update(
-                {
-                    "gate.weight": np.zeros((8, 64), np.float16),
-                    "gate.SCB": np.ones(8, np.float32),
-                }
+                {"gate.weight": np.zeros((8, 64), np.float16), "gate.SCB": np.ones(8, np.float32)}
             ),
             "gate.weight: F16 [8, 64] next to gate.SCB, expected I8",
         ),

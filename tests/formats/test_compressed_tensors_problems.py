@@ -172,10 +172,7 @@ CORRUPTIONS: dict[str, tuple[Callable[[Tensors, dict[str, Any]], None], tuple[st
     ),
     "nvfp4 without its tensor scale": (
         lambda tensors, config: tensors.update(
-            {
-                "down.weight_packed": np.zeros((4, 32), np.uint8),
-                "down.weight_scale": e4m3(4, 4),
-            }
+            {"down.weight_packed": np.zeros((4, 32), np.uint8), "down.weight_scale": e4m3(4, 4)}
         ),
         ("down: has E4M3 scales of NVFP4, but no weight_global_scale",),
     ),

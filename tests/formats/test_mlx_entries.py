@@ -103,11 +103,7 @@ def test_float_codes_that_the_block_does_not_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("up", "entry", "words"),
     [
-        (
-            "affine-6",
-            {"group_size": 64, "bits": 4},
-            "fit affine 3-bit g128 or affine 6-bit g64",
-        ),
+        ("affine-6", {"group_size": 64, "bits": 4}, "fit affine 3-bit g128 or affine 6-bit g64"),
         ("affine-6", False, "is false, yet up.scales is in the checkpoint"),
         ("affine-6", None, "is false, yet up.scales is in the checkpoint"),
         ("affine-6", {"bits": "6"}, "'bits' must be an integer, got '6'"),

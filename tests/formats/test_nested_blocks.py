@@ -175,10 +175,7 @@ def test_blocks_of_two_parts_of_a_model_are_both_right(tmp_path: Path) -> None:
     """The text's integers and the tower's FP8: neither block is wrong."""
     source, tower = SOURCES["awq"](), SOURCES["fp8"]()
     source.tensors |= {f"vision.{part}": tower.tensors[part] for part in tower.parts}
-    config = {
-        "text_config": source.config,
-        "vision_config": tower.config,
-    }
+    config = {"text_config": source.config, "vision_config": tower.config}
     folder = write(source, tmp_path / "source", config)
     requant.convert(folder, tmp_path / "out", layout="keep", dequantize=True, dtype="float32")
     made = read_folder(tmp_path / "out")

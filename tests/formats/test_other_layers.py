@@ -246,11 +246,7 @@ def test_auto_round_next_to_fp8(packing: str, tmp_path: Path) -> None:
         folder = source.write(tmp_path / f"source{number}")
         made, _ = dense_of(folder, tmp_path / f"out{number}")
         check_values(made, source.values | {"other": values})
-        named = (
-            "up): read by what the tensors are",
-            "extra_config calls 'up' dense",
-            "",
-        )[number]
+        named = ("up): read by what the tensors are", "extra_config calls 'up' dense", "")[number]
         assert named in notes_of(folder)
         assert ("(up)" in notes_of(folder)) is (number < 2)
 

@@ -100,7 +100,7 @@ def test_the_loaded_model_gives_the_plain_model_s_logits(name: str, tmp_path: Pa
     wanted = logits(dense_folder(name, tmp_path / "dense"))
     for folder in (source, tmp_path / "out"):
         weights, made = requant.mlx_lm.load_weights(folder, dtype="float32")
-        model, _ = requant.mlx_lm._build(made.plan.config, weights)
+        model, _ = requant.mlx_lm.loading._build(made.plan.config, weights)
         assert isinstance(model.layers[0].mlp.down_proj, RotateQuantizedLinear)
         found = np.array(model(mx.array(TOKENS)).astype(mx.float32))
         assert np.abs(found - wanted).max() <= 5e-6 * np.abs(wanted).max()
@@ -272,7 +272,7 @@ def test_any_architecture(name: str, tmp_path: Path) -> None:
             transposed.append((key, mx.array(plain)))
     source = paroquant_folder(tmp_path, stored, config)
     weights, report = requant.mlx_lm.load_weights(source, dtype="float32")
-    loaded, _ = requant.mlx_lm._build(report.plan.config, weights)
+    loaded, _ = requant.mlx_lm.loading._build(report.plan.config, weights)
     layers = [x for _, x in loaded.named_modules() if isinstance(x, RotateQuantizedLinear)]
     assert len(layers) == len(transposed) >= 8
     made.load_weights(transposed, strict=False)
@@ -306,7 +306,7 @@ def test_experts_share_a_rotation(experts: Any, tmp_path: Path) -> None:
             assert found.tobytes() == shared.tobytes()
     for source in (folder, tmp_path / "out"):
         weights, made = requant.mlx_lm.load_weights(source, dtype="float32")
-        loaded, _ = requant.mlx_lm._build(made.plan.config, weights)
+        loaded, _ = requant.mlx_lm.loading._build(made.plan.config, weights)
         assert isinstance(loaded.layers[0].mlp.switch_mlp.up_proj, RotateQuantizedExperts)
         for length in (1, 8, 80):  # many tokens are sorted by expert
             tokens = mx.array([[(7 * n) % 250 for n in range(length)]])

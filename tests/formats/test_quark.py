@@ -204,10 +204,7 @@ def test_fp8_by_pattern(tmp_path: Path) -> None:
 
 
 def test_fake_quantized_weights_are_dense(tmp_path: Path) -> None:
-    tensors = {
-        "up.weight": np.ones((4, 32), np.float32),
-        "up.weight_scale": np.ones(4, np.float32),
-    }
+    tensors = {"up.weight": np.ones((4, 32), np.float32), "up.weight_scale": np.ones(4, np.float32)}
     config = block("int8", export={"weight_format": "fake_quantized"})
     source = write_quantized(tmp_path / "source", tensors, config)
     assert dense(source, tmp_path / "out").tolist() == np.ones((4, 32)).tolist()

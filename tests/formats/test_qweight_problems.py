@@ -169,11 +169,7 @@ FAULTS = {
         put(f"{DOWN}.qweight", lambda a: a[None].copy()),
         (f"{DOWN}.qzeros", f"expected 1 expert on its first axis, as {DOWN}.qweight"),
     ),
-    "codes of another tool": (
-        AWQ,
-        put(f"{DOWN}.qweight", lambda a: a[:, :5].copy()),
-        (DOWN,),
-    ),
+    "codes of another tool": (AWQ, put(f"{DOWN}.qweight", lambda a: a[:, :5].copy()), (DOWN,)),
     "an unknown packing": (
         "auto-round-native-w4g64",
         say(packing_format="auto_round:exllamav3"),

@@ -54,11 +54,7 @@ def test_parts_of_layers_by_name() -> None:
     }
     assert names_of(
         w2_qweight=("I32", three), w2_scales=("F16", three), w2_g_idx=("I32", (2, 8))
-    ) == {
-        "w2_qweight": "w2.qweight",
-        "w2_scales": "w2.scales",
-        "w2_g_idx": "w2.g_idx",
-    }
+    ) == {"w2_qweight": "w2.qweight", "w2_scales": "w2.scales", "w2_g_idx": "w2.g_idx"}
     assert names_of(w13_weight=("U8", three), w13_weight_global_scale=("F32", (2, 2))) == {}
     # No stack: no scale next to it, a matrix, plain floats; and a scale is not a stack of its own.
     assert names_of(up=("U8", three), up_bias=("BF16", (2, 8))) == {}
@@ -254,10 +250,7 @@ def bare_nvfp4(high: int = 0x77, experts: int = EXPERTS) -> Tensors:
     shape = (experts, OUT) if experts else (OUT,)
     scales = np.full((*shape, IN // 16), 0x38, np.uint8)
     scales.reshape(-1)[-1] = high
-    return {
-        "weight": np.zeros((*shape, IN // 2), np.uint8),
-        "weight_scale": scales.view(E4M3),
-    }
+    return {"weight": np.zeros((*shape, IN // 2), np.uint8), "weight_scale": scales.view(E4M3)}
 
 
 NVFP4_FOLDERS = {
@@ -330,10 +323,7 @@ Make = Callable[[], tuple[dict[str, Any], Tensors]]
             lambda: (GPTQ, wrong(GPTQ_PARTS, g_idx=np.full((EXPERTS, IN), 9, np.int32))),
             "w13_g_idx: holds group 9",
         ),
-        (
-            lambda: (GPTQ, wrong(GPTQ_PARTS, qzeros=np.zeros((EXPERTS, 4, 9), np.int32))),
-            "w13",
-        ),
+        (lambda: (GPTQ, wrong(GPTQ_PARTS, qzeros=np.zeros((EXPERTS, 4, 9), np.int32))), "w13"),
         (
             lambda: (FP8, wrong(FP8_PARTS, weight_scale=np.ones((2, 1, 1), np.float32))),
             "w13_weight_scale: F32 [2, 1, 1] fits no tiling",

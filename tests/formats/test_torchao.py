@@ -265,10 +265,7 @@ def test_damaged_folders_are_rejected(
             '{"_type": "Int8Tensor", "_tensor_data_names": ["zero_point"]}',
             "names 'zero_point', but up._weight_zero_point is missing",
         ),
-        (
-            '{"_type": "Int8Tensor", "_tensor_data_names": [["scale"]]}',
-            "names a list of 1, but",
-        ),
+        ('{"_type": "Int8Tensor", "_tensor_data_names": [["scale"]]}', "names a list of 1, but"),
         (None, "has no metadata that gives its type"),
     ],
 )

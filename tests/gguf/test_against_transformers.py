@@ -57,7 +57,7 @@ MORE: dict[str, dict[str, Any]] = {  # settings that llama.cpp's converter write
 # Where they are wrong; each with what the model that was written has.
 WRONG = {
     # They know no Mixtral: llama.cpp calls it llama, with experts.
-    ("mixtral", "model_type"): "mixtral",
+    ("mixtral", "model_type"): "mixtral"
 }
 
 

@@ -18,8 +18,8 @@ from tests.support.safetensors_files import read_folder
 
 pytestmark = pytest.mark.sweep(6)
 
-KINDS = gguf.GGMLQuantizationType
-Tensors = dict[str, tuple[np.ndarray, KINDS]]
+QuantizationType = gguf.GGMLQuantizationType
+Tensors = dict[str, tuple[np.ndarray, QuantizationType]]
 
 
 def tensors_of(path: Path) -> Tensors:
@@ -147,8 +147,8 @@ def test_scales_are_multiplied_in(role: str, kind: str, tmp_path: Path) -> None:
     written("llama", tmp_path / "plain.gguf", kind)
     tensors = tensors_of(tmp_path / "plain.gguf")
     scale = np.array([0.75], np.float32)
-    tensors[f"blk.1.{role}.scale"] = (scale, KINDS.F32)
-    tensors[f"blk.1.{role}.input_scale"] = (np.array([0.5], np.float32), KINDS.F32)
+    tensors[f"blk.1.{role}.scale"] = (scale, QuantizationType.F32)
+    tensors[f"blk.1.{role}.input_scale"] = (np.array([0.5], np.float32), QuantizationType.F32)
     rewrite(tmp_path / "plain.gguf", tmp_path / "m.gguf", tensors)
     for name in ("plain", "m"):
         out = tmp_path / name
@@ -172,7 +172,7 @@ def test_scales_of_experts(kind: str, count: int, fused: bool, tmp_path: Path) -
         tensors = fuse(tensors, *GATE_UP)
     scales = np.linspace(0.5, 2, count, dtype=np.float32)
     name = "ffn_gate_up_exps" if fused else "ffn_up_exps"
-    tensors[f"blk.0.{name}.scale"] = (scales, KINDS.F32)
+    tensors[f"blk.0.{name}.scale"] = (scales, QuantizationType.F32)
     rewrite(tmp_path / "plain.gguf", tmp_path / "m.gguf", tensors)
     for stem in ("plain", "m"):
         source = tmp_path / f"{stem}.gguf"
@@ -194,12 +194,12 @@ def test_scales_of_nvfp4_under_known_names(tmp_path: Path) -> None:
     rng = np.random.default_rng(3)
     blocks = rng.integers(0, 256, (128, 2 * 36), dtype=np.uint8)
     blocks.reshape(128, 2, 36)[:, :, :4] = rng.integers(0x20, 0x50, (128, 2, 4))
-    tensors["blk.0.ffn_gate.weight"] = (blocks, KINDS.NVFP4)
-    tensors["blk.0.ffn_gate.scale"] = (np.array([0.25], np.float32), KINDS.F32)
+    tensors["blk.0.ffn_gate.weight"] = (blocks, QuantizationType.NVFP4)
+    tensors["blk.0.ffn_gate.scale"] = (np.array([0.25], np.float32), QuantizationType.F32)
     rewrite(tmp_path / "dense.gguf", tmp_path / "m.gguf", tensors)
     requant.convert(tmp_path / "m.gguf", tmp_path / "out", dequantize=True, dtype="float32")
     found = read_folder(tmp_path / "out")["model.layers.0.mlp.gate_proj.weight"]
-    wanted = gguf.dequantize(blocks, KINDS.NVFP4) * np.float32(0.25)
+    wanted = gguf.dequantize(blocks, QuantizationType.NVFP4) * np.float32(0.25)
     assert np.array_equal(found, wanted)
 
 
@@ -215,7 +215,7 @@ def test_scales_that_scale_nothing(
     name: str, data: np.ndarray, words: str | None, tmp_path: Path
 ) -> None:
     written("gemma", tmp_path / "plain.gguf", "F32")
-    tensors = tensors_of(tmp_path / "plain.gguf") | {name: (data, KINDS.F32)}
+    tensors = tensors_of(tmp_path / "plain.gguf") | {name: (data, QuantizationType.F32)}
     rewrite(tmp_path / "plain.gguf", tmp_path / "m.gguf", tensors)
     with pytest.raises(CheckpointError, match=words or "such a scale is not known"):
         requant.plan(tmp_path / "m.gguf")

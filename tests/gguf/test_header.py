@@ -14,13 +14,7 @@ from hypothesis import strategies as st
 
 from requant.errors import Problem
 from requant.gguf.header import Header, read_header
-from requant.gguf.unsupported_types import (
-    _INTERNAL,
-    _NEWER,
-    _OF_FORK,
-    _REMOVED,
-    unsupported_type,
-)
+from requant.gguf.unsupported_types import _INTERNAL, _NEWER, _OF_FORK, _REMOVED, unsupported_type
 from requant.kernels.gguf import TYPES
 
 KINDS = gguf.GGMLQuantizationType

@@ -14,14 +14,7 @@ import pytest
 import requant
 from requant.errors import CheckpointError
 from tests.support.gguf_files import write_gguf
-from tests.support.gguf_models import (
-    ALL,
-    TOKENS,
-    model_of,
-    output_of,
-    read_with,
-    tiny,
-)
+from tests.support.gguf_models import ALL, TOKENS, model_of, output_of, read_with, tiny
 
 pytestmark = pytest.mark.sweep(6)
 

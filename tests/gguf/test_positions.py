@@ -168,10 +168,7 @@ FACTORS: list[tuple[dict[str, float], float]] = [
     ({"rope.scaling.yarn_attn_factor": 1.5, "rope.scaling.attn_factor": 2.0}, 3.0),
     ({"rope.scaling.yarn_log_multiplier": 1.0}, 1.0),
     ({"rope.scaling.yarn_log_multiplier": 0.5}, USUAL / (0.05 * math.log(8) + 1)),
-    (
-        {"rope.scaling.yarn_log_multiplier": 1.0, "rope.scaling.attn_factor": 1.25},
-        1.25,
-    ),
+    ({"rope.scaling.yarn_log_multiplier": 1.0, "rope.scaling.attn_factor": 1.25}, 1.25),
 ]
 
 

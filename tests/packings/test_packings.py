@@ -252,14 +252,7 @@ def test_inputs_that_fill_no_group_of_mlx_stay_dense() -> None:
         (
             6,
             list(range(32)),
-            [
-                "0x440c2040",
-                "0xa2481c61",
-                "0x3ce34c2c",
-                "0x544d2450",
-                "0xa6585d65",
-                "0x7de75c6d",
-            ],
+            ["0x440c2040", "0xa2481c61", "0x3ce34c2c", "0x544d2450", "0xa6585d65", "0x7de75c6d"],
         ),
     ],
 )
@@ -279,14 +272,7 @@ def test_the_packer_s_stream(bits: int, codes: list[int], words: list[str]) -> N
         (
             6,
             list(range(32)),
-            [
-                "0x76543210",
-                "0xfedcba98",
-                "0x76543210",
-                "0xfedcba98",
-                "0x0",
-                "0x55555555",
-            ],
+            ["0x76543210", "0xfedcba98", "0x76543210", "0xfedcba98", "0x0", "0x55555555"],
         ),
     ],
 )

@@ -31,9 +31,9 @@ Shared by several of them:
   stacks by role, whatever they are called;
 * ``stacks``: experts that a reader knows one by one, or that are stored transposed;
   ``expert_shapes``: which way the matrices of fused experts are stored;
-* ``integer_layers``, ``float8_layers``, ``nvfp4_layers``: layers of one kind of code, of any
-  tool; ``matrix_scales``: one scale for each matrix of a stack; ``input_scaled``: any of them
-  with a scale for each input;
+* ``integer_layers``, ``float8_layers``, ``mx_layers``, ``nvfp4_layers``: layers of one kind of
+  code, of any tool; ``matrix_scales``: one scale for each matrix of a stack; ``input_scaled``:
+  any of them with a scale for each input;
 * ``widening``: codes of any layer in more bits or smaller groups; ``members``: layers of
   different kinds in one (experts of a stack).
 
@@ -187,7 +187,7 @@ def _read(checkpoint: Checkpoint) -> tuple[Format, SourceLayout, int]:
 
 
 def _readings(layout: SourceLayout) -> list[tuple[object, ...]]:
-    """What decides the values of each layer."""
+    """The fields that decide the values of each layer."""
     return [(x.path, x.parts, x.packing, x.encoding) for x in layout.layers]
 
 

@@ -15,6 +15,9 @@ from requant.errors import Problem
 from requant.packings.base import Packing
 from requant.quantization.config import PerLayerQuantization, Quantization
 
+Tensors = Mapping[str, SourceTensor]
+"""Role or name -> stored tensor."""
+
 
 class NoReading(Problem):
     """A layer that no other reader may take: of a kind that none knows, or known to lack a part."""
@@ -66,7 +69,7 @@ class RowRange:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DefaultPolicy:
-    """What becomes of a layer's codes when nothing is requested for it.
+    """The treatment of a layer's codes when nothing is requested for it.
 
     Attributes:
         fallback: What a layer without ``encoding`` is requantized to; None leaves it dense.
@@ -99,13 +102,12 @@ class SourceLayer:
         packing: How rows come out of ``parts``; None where the parts are row by row what
             MLX stores.
         stored_description: How the source stores it, in a few words ("awq gemm 4-bit g128").
-        policy: What becomes of its codes when nothing is requested.
+        policy: The treatment of its codes when nothing is requested.
         row_order: The order in which the output stores the rows; None as the source.
         row_ranges: The rows of packed layers that it consists of, under another layout than the
             source's; empty where ``packing`` and ``parts`` are the whole layer.
-        rotation_tensors: Role -> tensor that goes with the codes and is needed to run them: a
-            rotation
-            of the inputs. Its values are a part of what ``packing`` decodes.
+        rotation_tensors: Role -> tensor of a rotation of the inputs, which is stored with the codes
+            and needed to run them. ``packing`` decodes to values without the rotation.
         name: Of a packed tensor whose dense values are not ``{path}.weight``; else "". Stacks of
             fused experts have no module: their codes become ``{path}.weight``, their values
             ``{path}`` or what the tool calls them.
@@ -116,7 +118,7 @@ class SourceLayer:
     """
 
     path: str
-    parts: Mapping[str, SourceTensor]
+    parts: Tensors
     encoding: Quantization | None
     shape: tuple[int, ...]
     dtype: str
@@ -125,7 +127,7 @@ class SourceLayer:
     policy: DefaultPolicy = DefaultPolicy()
     row_order: RowOrder | None = None
     row_ranges: tuple[RowRange, ...] = ()
-    rotation_tensors: Mapping[str, SourceTensor] = field(default_factory=dict)
+    rotation_tensors: Tensors = field(default_factory=dict)
     name: str = ""
     global_scale: tuple[RowRange, ...] = ()
     as_named: SourceLayer | None = None
@@ -138,14 +140,14 @@ class SourceLayer:
 
     @property
     def stored_as(self) -> str:
-        """How the source stores it, in a few words."""
+        """The way in which the source stores it, in a few words."""
         if self.stored_description or self.is_quantized:
             return self.stored_description or describe_encoding(self.encoding, self.dtype)
         return self.parts["weight"].info.dtype if self.parts else self.dtype
 
     @property
     def dense_name(self) -> str:
-        """What its tensor is called once it is dense."""
+        """The name of its tensor once it is dense."""
         if self.packing is None and not self.is_weight:
             return self.parts["weight"].name
         return self.name or f"{self.path}.weight"
@@ -159,7 +161,7 @@ class SourceLayer:
 
     @property
     def default_target(self) -> Quantization | None:
-        """What becomes of the layer when nothing is requested; None is dense."""
+        """The target of the layer when nothing is requested; None is dense."""
         return self.encoding or self.policy.fallback
 
     def keeps_codes(self, target: Quantization | None) -> bool:
@@ -193,12 +195,12 @@ class SourceLayout:
     Attributes:
         layers: In the order of the checkpoint's bytes.
         quantization: The MLX quantization that the source declares, if it is MLX's.
-        problems: What is wrong with the checkpoint.
+        problems: Everything that is wrong with the checkpoint.
         dropped: Tensors that have no use in MLX, each with the reason.
-        notes: What the user should know.
+        notes: For the user.
         folds: Layers that may be kept by reordering others.
-        rotation: What the config of an output says about layers with a rotation.
-        unfulfilled: What is wrong where the config names a format and no layer is of it; said
+        rotation: The entry of an output's config for layers with a rotation.
+        unfulfilled: The problem of a config that names a format of which no layer is; reported
             only where no tensor holds codes (``unclaimed``).
     """
 
@@ -263,25 +265,49 @@ class Format(Protocol):
 def dense_layer(tensor: SourceTensor) -> SourceLayer:
     """Describe a tensor that is stored as its values."""
     name = tensor.name
-    path = name.removesuffix(".weight") if name.endswith(".weight") else name
+    path = name.removesuffix(".weight")
+
+    shape, dtype = tensor.info.shape, tensor.info.dtype
+    return SourceLayer(path=path, parts={"weight": tensor}, encoding=None, shape=shape, dtype=dtype)
+
+
+def packed_layer(
+    path: str,
+    parts: Tensors,
+    shape: tuple[int, ...],
+    packing: Packing,
+    *,
+    dtype: str,
+    stored: str,
+    reason: Reason | None = None,
+) -> SourceLayer:
+    """Describe a layer of codes by its packing.
+
+    Where the packing has no encoding, for ``reason``, the layer becomes what ``fallback_for`` says.
+    """
+    encoding: Quantization | None = getattr(packing, "encoding", None)
+    fallback = fallback_for(shape[-1]) if encoding is None else None
     return SourceLayer(
         path=path,
-        parts={"weight": tensor},
-        encoding=None,
-        shape=tensor.info.shape,
-        dtype=tensor.info.dtype,
+        parts=parts,
+        encoding=encoding,
+        shape=shape,
+        dtype=dtype,
+        packing=packing,
+        stored_description=stored,
+        policy=DefaultPolicy(fallback=fallback, reason=reason),
     )
 
 
 def describe_encoding(encoding: Quantization | None, dtype: str) -> str:
-    """How a layer is stored, in a few words: "BF16" or "affine 4-bit g64"."""
+    """Describe how a layer is stored: "BF16" or "affine 4-bit g64"."""
     if encoding is None:
         return dtype
     return f"{encoding.mode} {encoding.bits}-bit g{encoding.group_size}"
 
 
 def fallback_for(n_in: int) -> Quantization | None:
-    """What codes that no MLX mode holds become when nothing is requested: 8 bits, or dense.
+    """Return the default target of codes that no MLX mode holds: 8 bits, or None for dense.
 
     8 bits in groups of 64 add 0.4 to 0.6 % of relative RMS to a 4-bit source, where 4 bits
     again would add as much error as the source has.

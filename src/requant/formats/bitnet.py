@@ -6,30 +6,24 @@ Value: ``w = (code - 1) / weight_scale`` (``linear_class: bitlinear``), or times
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 
-from requant.checkpoints.checkpoint import Checkpoint, SourceTensor
+from requant.checkpoints.checkpoint import Checkpoint
 from requant.core.reasons import Note, NoteCode
 from requant.errors import InvariantError
-from requant.formats.base import SourceLayer, SourceLayout
+from requant.formats.base import SourceLayer, SourceLayout, Tensors
 from requant.formats.integer_layers import integer_layer
-from requant.formats.quantization_block import QuantizationBlock, find_quantization_block
-from requant.formats.tensor_sorter import TensorSorter, UnsupportedLayerError
-from requant.kernels.repack import BITNET
-from requant.packings.base import (
-    DTYPE_NAME,
-    PRECISION,
-    Exactness,
-    Fidelity,
-    IntegerPacking,
-    Parts,
-    Rect,
-    Scratch,
+from requant.formats.quantization_block import (
+    QuantizationBlock,
+    claim_by_method,
+    find_quantization_block,
 )
+from requant.formats.tensor_sorter import TensorSorter, unexpected
+from requant.kernels.repack import BITNET
+from requant.packings.base import Array, Fidelity, IntegerPacking, Parts, Rect, Scratch, rounded
 from requant.packings.row_blocks import NEXT, block_codes, block_cuts
 from requant.text import format_value
 
@@ -54,30 +48,26 @@ class Ternary(IntegerPacking):
         packed = block_cuts("weight", BITNET, self.rows, start=start, stop=stop, width=self.columns)
         return {**packed, "weight_scale": Rect((0, 1), (0, 1))}
 
-    def codes(self, parts: Parts, start: int, stop: int, scratch: Scratch) -> np.ndarray:
+    def codes(self, parts: Parts, start: int, stop: int, scratch: Scratch) -> Array:
         codes = scratch.take("codes", "U8", stop - start, self.columns)
         block_codes("weight", BITNET, self.rows, start=start, parts=parts, out=codes)
         if codes.size and codes.max() == 3:
             raise InvariantError("holds code 3, which is none of its three values: 0, 1 and 2")
         return codes
 
-    def scales(self, parts: Parts, start: int, stop: int) -> np.ndarray:
+    def scales(self, parts: Parts, start: int, stop: int) -> Array:
         scale = parts["weight_scale"].astype(np.float32)
         scale = np.float32(1) / scale if self.divides else scale
         return np.broadcast_to(scale, (stop - start, self.groups))
 
-    def zeros(self, parts: Parts, start: int, stop: int) -> np.ndarray | float:
+    def zeros(self, parts: Parts, start: int, stop: int) -> Array | float:
         return 1.0
 
     def fidelity(self, dtype: str) -> Fidelity:
         """The reciprocal of a stored scale rounds; the bias is the scale's negative."""
         if not self.divides:
             return super().fidelity(dtype)
-        return Fidelity(
-            Exactness.ROUNDED,
-            f"the scale, 1 / weight_scale, rounded to {DTYPE_NAME[dtype]}, relative error at most "
-            f"{2.0 ** -PRECISION[dtype]:.2g}",
-        )
+        return rounded("the scale, 1 / weight_scale,", dtype)
 
 
 class BitNet:
@@ -88,95 +78,66 @@ class BitNet:
 
     def claims(self, checkpoint: Checkpoint) -> str | None:
         """The config names it; nothing else tells whether scales divide."""
-        block = find_quantization_block(checkpoint)
-        if block is None or block.method != "bitnet":
-            return None
-        return f"{block.where}: quant_method bitnet"
+        return claim_by_method(checkpoint, "bitnet")
 
     def read(self, checkpoint: Checkpoint) -> SourceLayout:
         """Pair each packed weight with its scale; everything else is dense."""
-        tensor_sorter, block = TensorSorter(checkpoint), find_quantization_block(checkpoint)
+        sorter, block = TensorSorter(checkpoint), find_quantization_block(checkpoint)
         assert block is not None
-        divides = _divides(block, tensor_sorter)
+        divides = _divides(block, sorter)
         for name, tensor in checkpoint.tensors.items():
             path = name.removesuffix(".weight")
             scale = checkpoint.tensors.get(f"{path}.weight_scale")
             if path != name and scale is not None and tensor.info.dtype in ("U8", "I8"):
                 parts = {"weight": tensor, "weight_scale": scale}
-                tensor_sorter.make(path, parts, lambda p, t: _layer(tensor_sorter, p, t, divides))
-        if tensor_sorter.quantized:
+                sorter.make(path, parts, lambda p, t: _layer(sorter, p, t, divides))
+        if sorter.quantized:
             text = (
                 "BitNet rounds activations to 8 bits while it runs; MLX does not, so that outputs "
                 "differ a little from the source's."
             )
-            tensor_sorter.notes.append(Note(NoteCode.ROUNDED_ACTIVATIONS, text))
+            sorter.notes.append(Note(NoteCode.ROUNDED_ACTIVATIONS, text))
         else:
-            tensor_sorter.no_layer(
-                block.where,
-                "says quant_method bitnet, but no weight is U8: if the weights are dense, remove "
-                "the block",
-            )
-        return tensor_sorter.layout()
+            sorter.no_layer(block.where, "says quant_method bitnet, but no weight is U8")
+        return sorter.layout()
 
 
-def _divides(block: QuantizationBlock, tensor_sorter: TensorSorter) -> bool:
+def _divides(block: QuantizationBlock, sorter: TensorSorter) -> bool:
     """Whether scales divide; what only a runtime of BitNet can do is a problem."""
     kind = block.word("linear_class", "bitlinear")
     if kind not in _CLASSES:
         known = " and ".join(_CLASSES)
-        tensor_sorter.problem(
-            f"{block.where}.linear_class", f"is {format_value(kind)}; known are {known}"
-        )
+        sorter.problem(f"{block.where}.linear_class", f"is {format_value(kind)}; known are {known}")
     if block.word("quantization_mode", "offline") != "offline":
-        tensor_sorter.problem(
+        sorter.problem(
             f"{block.where}.quantization_mode",
             f"is {format_value(block.get('quantization_mode'))}: dense weights, rounded to three "
-            "values "
-            "each time the model runs, which MLX does not; save the model in mode offline",
+            "values each time the model runs, which MLX does not; save the model in mode offline",
         )
     if block.get("use_rms_norm"):
-        tensor_sorter.problem(
+        sorter.problem(
             f"{block.where}.use_rms_norm",
             "is true: each layer normalizes its inputs first, which no linear layer of MLX does",
         )
     return kind != "autobitlinear"
 
 
-def _layer(
-    tensor_sorter: TensorSorter, path: str, parts: Mapping[str, SourceTensor], divides: bool
-) -> SourceLayer:
+def _layer(sorter: TensorSorter, path: str, parts: Tensors, divides: bool) -> SourceLayer:
     """One layer, if its tensors fit each other."""
     weight, scale = parts["weight"], parts["weight_scale"]
     if len(weight.info.shape) != 2 or 0 in weight.info.shape:
-        raise UnsupportedLayerError(weight.name, f"{weight.info}, expected U8 [out / 4, in]")
+        raise unexpected(weight, "U8 [out / 4, in]")
     if scale.info.size != 1 or scale.info.dtype not in _FLOATS:
-        raise UnsupportedLayerError(scale.name, f"{scale.info}, expected one float")
-    number = float(tensor_sorter.checkpoint.read_small_tensor(scale.name).reshape(-1)[0])
-    if not 0 < number < float("inf"):
-        raise UnsupportedLayerError(
-            scale.name, f"holds {format_value(number)}, expected a finite number above 0"
-        )
+        raise unexpected(scale, "one float")
+    sorter.positive_number(scale)
     packed, n_in = weight.info.shape
     n_out = _ROWS_A_BYTE * packed
-    bias = tensor_sorter.tensors.get(f"{path}.bias")
+    bias = sorter.tensors.get(f"{path}.bias")
     if bias is not None and n_out - _ROWS_A_BYTE < bias.info.size < n_out:
         n_out = bias.info.size  # rows are padded to fill the last bytes
     packing = Ternary(
-        rows=n_out,
-        columns=n_in,
-        bits=2,
-        group=n_in,
-        symmetric=True,
-        scale_dtype=scale.info.dtype,
-        divides=divides,
+        n_out, n_in, 2, n_in, symmetric=True, scale_dtype=scale.info.dtype, divides=divides
     )
     used = {"weight": weight, f"weight{NEXT}": weight, "weight_scale": scale}
-    return integer_layer(
-        tensor_sorter,
-        path,
-        used,
-        shape=(n_out, n_in),
-        packing=packing,
-        tool="bitnet",
-        scales="a scale a tensor",
-    )
+    shape, scales = (n_out, n_in), "a scale a tensor"
+    return integer_layer(sorter, path, used, shape, packing, tool="bitnet", scales=scales)

@@ -13,7 +13,7 @@ from requant.checkpoints.checkpoint import Checkpoint, SourceTensor
 from requant.core.dtypes import NUMPY_DTYPE
 from requant.core.reasons import Reason, ReasonCode
 from requant.core.strict_json import parse_json_object
-from requant.formats.base import DefaultPolicy, SourceLayer, SourceLayout, fallback_for, scale_dtype
+from requant.formats.base import SourceLayout, Tensors, packed_layer, scale_dtype
 from requant.formats.integer_layers import integer_layer
 from requant.formats.quantization_block import DTYPE_WORDS, find_quantization_block
 from requant.formats.tensor_sorter import TensorSorter
@@ -50,58 +50,48 @@ class Bitsandbytes:
 
     def read(self, checkpoint: Checkpoint) -> SourceLayout:
         """Describe each layer that has a quant_state or an SCB; everything else is dense."""
-        tensor_sorter = TensorSorter(checkpoint)
+        sorter = TensorSorter(checkpoint)
         for name in checkpoint.tensors:
             if name.endswith(".SCB"):
-                _read_int8(tensor_sorter, name.removesuffix(".SCB"))
+                _read_int8(sorter, name.removesuffix(".SCB"))
             elif _STATE in name:
-                _read_table(tensor_sorter, name)
-        if not tensor_sorter.quantized:
-            tensor_sorter.no_layer(
-                "config.json: quantization_config",
-                "says bitsandbytes, but no tensor ends in .SCB or has a quant_state: if the "
-                "weights are dense, remove the block",
-            )
-        return tensor_sorter.layout()
+                _read_table(sorter, name)
+        if not sorter.quantized:
+            message = "says bitsandbytes, but no tensor ends in .SCB or has a quant_state"
+            sorter.no_layer("config.json: quantization_config", message)
+        return sorter.layout()
 
 
 # -- int8 --------------------------------------------------------------------------------------
 
 
-def _read_int8(tensor_sorter: TensorSorter, path: str) -> None:
-    tensors = tensor_sorter.tensors
+def _read_int8(sorter: TensorSorter, path: str) -> None:
+    tensors = sorter.tensors
     scale, weight = tensors[f"{path}.SCB"], tensors.get(f"{path}.weight")
     order = tensors.get(f"{path}.weight_format")
-    tensor_sorter.claim([scale.name, f"{path}.weight"], path)
+    sorter.claim([scale.name, f"{path}.weight"], path)
     if order is not None:
-        tensor_sorter.drop(order.name, "gives the order of the codes")
+        sorter.drop(order.name, "gives the order of the codes")
         if order.info.size != 1:
-            tensor_sorter.problem(order.name, f"is {order.info}, expected one number")
+            sorter.problem(order.name, f"is {order.info}, expected one number")
             return
-        stored = tensor_sorter.checkpoint.read_small_tensor(order.name).reshape(-1).tolist()
+        stored = sorter.checkpoint.read_small_tensor(order.name).reshape(-1).tolist()
         if stored != [0]:
             known = _ORDERS.get(stored[0] if len(stored) == 1 else -1, "unknown")
-            tensor_sorter.problem(
-                order.name, f"is {stored} ({known}), expected 0: codes row by row"
-            )
+            sorter.problem(order.name, f"is {stored} ({known}), expected 0: codes row by row")
             return
     if weight is None:
-        tensor_sorter.problem(scale.name, f"has no {path}.weight next to it")
+        sorter.problem(scale.name, f"has no {path}.weight next to it")
         return
     shape = weight.info.shape
     if weight.info.dtype != "I8" or len(shape) != 2 or 0 in shape:
-        tensor_sorter.problem(
-            weight.name, f"{weight.info} next to {scale.name}, expected I8 [out, in]"
-        )
+        sorter.problem(weight.name, f"{weight.info} next to {scale.name}, expected I8 [out, in]")
         return
     if scale.info.dtype not in ("F32", "F16", "BF16") or scale.info.size != shape[0]:
-        tensor_sorter.problem(
-            scale.name, f"{scale.info}, expected F32 [{shape[0]}] for {weight.info}"
-        )
+        sorter.problem(scale.name, f"{scale.info}, expected F32 [{shape[0]}] for {weight.info}")
         return
     packing = BnbInt8(
-        rows=shape[0],
-        columns=shape[1],
+        *shape,
         bits=8,
         group=shape[1],
         symmetric=True,
@@ -112,74 +102,53 @@ def _read_int8(tensor_sorter: TensorSorter, path: str) -> None:
         zero_points=Zeros.MIDDLE,
     )
     parts = {"weight": weight, "weight_scale": scale}
-    tensor_sorter.add(
-        integer_layer(tensor_sorter, path, parts, shape=shape, packing=packing, tool="bitsandbytes")
-    )
+    sorter.add(integer_layer(sorter, path, parts, shape, packing, tool="bitsandbytes"))
 
 
 # -- nf4, fp4 ----------------------------------------------------------------------------------
 
 
-def _read_table(tensor_sorter: TensorSorter, name: str) -> None:
+def _read_table(sorter: TensorSorter, name: str) -> None:
     """One layer by its quant_state."""
     weight_name, _, kind = name.partition(_STATE)
     path = weight_name.removesuffix(".weight")
-    tensors, before = tensor_sorter.tensors, len(tensor_sorter.problems)
-    tensor_sorter.drop(name, "says how the codes are stored")
+    tensors, before = sorter.tensors, len(sorter.problems)
+    sorter.drop(name, "says how the codes are stored")
     names = {role: f"{weight_name}.{role}" for role in _ROLES}
     parts = {role: tensors[each] for role, each in names.items() if each in tensors}
-    tensor_sorter.claim([weight_name, *(part.name for part in parts.values())], path)
-    state = _state(tensor_sorter, name)
+    sorter.claim([weight_name, *(part.name for part in parts.values())], path)
+    state = _state(sorter, name)
     weight = tensors.get(weight_name)
     if weight is None:
-        tensor_sorter.problem(name, f"describes {weight_name}, which is missing")
+        sorter.problem(name, f"describes {weight_name}, which is missing")
     if kind not in _TABLES:
-        tensor_sorter.problem(
-            name, f"is of type {format_value(kind)}; known are {', '.join(_TABLES)}"
-        )
-    if state is None or weight is None or len(tensor_sorter.problems) > before:
+        sorter.problem(name, f"is of type {format_value(kind)}; known are {', '.join(_TABLES)}")
+    if state is None or weight is None or len(sorter.problems) > before:
         return
-    packing = _table(tensor_sorter, state, weight, parts)
-    if packing is None or len(tensor_sorter.problems) > before:
+    packing = _table(sorter, state, weight, parts)
+    if packing is None or len(sorter.problems) > before:
         return
-    dtype = scale_dtype(DTYPE_WORDS.get(str(state.get("dtype")), "F32"), tensor_sorter.dtype)
+    dtype = scale_dtype(DTYPE_WORDS.get(str(state.get("dtype")), "F32"), sorter.dtype)
+    stored = f"bitsandbytes {kind}{' with nested absmax' * bool(packing.nested_block)}"
+    needed = packing.required_rects(0, 1)
+    used = {"weight": weight} | {role: parts[role] for role in needed if role in parts}
     shape = tuple(state["shape"])
-    nested = " with nested absmax" if packing.nested_block else ""
-    used = {"weight": weight} | {
-        role: parts[role] for role in packing.required_rects(0, 1) if role in parts
-    }
-    stored = f"bitsandbytes {kind}{nested}"
-    fallback = fallback_for(shape[-1])
-    tensor_sorter.add(
-        SourceLayer(
-            path=path,
-            parts=used,
-            encoding=None,
-            shape=shape,
-            dtype=dtype,
-            packing=packing,
-            stored_description=stored,
-            policy=DefaultPolicy(fallback=fallback, reason=_REASON),
-        )
-    )
+    sorter.add(packed_layer(path, used, shape, packing, dtype=dtype, stored=stored, reason=_REASON))
 
 
-def _state(tensor_sorter: TensorSorter, name: str) -> Mapping[str, Any] | None:
+def _state(sorter: TensorSorter, name: str) -> Mapping[str, Any] | None:
     """The JSON of a quant_state with a shape and whole numbers where they are due."""
-    state, wrong = parse_json_object(tensor_sorter.checkpoint.read_small_tensor(name).tobytes())
+    state, wrong = parse_json_object(sorter.checkpoint.read_small_tensor(name).tobytes())
     if wrong:
-        tensor_sorter.problem(name, f"is not a quant_state: {wrong[0]}")
+        sorter.problem(name, f"is not a quant_state: {wrong[0]}")
         return None
     shape = state.get("shape")
     if not isinstance(shape, list) or len(shape) < 2 or not all(map(_is_count, shape)):
-        tensor_sorter.problem(
-            name, f"gives shape {format_value(shape)}, expected two counts or more, [out, in]"
-        )
+        expected = "expected two counts or more, [out, in]"
+        sorter.problem(name, f"gives shape {format_value(shape)}, {expected}")
         return None
-    if not _is_count(state.get("blocksize")):
-        tensor_sorter.problem(
-            name, f"gives blocksize {format_value(state.get('blocksize'))}, expected a count"
-        )
+    if not _is_count(block := state.get("blocksize")):
+        sorter.problem(name, f"gives blocksize {format_value(block)}, expected a count")
         return None
     return state
 
@@ -194,10 +163,7 @@ def _is_float32(value: Any) -> bool:
 
 
 def _table(
-    tensor_sorter: TensorSorter,
-    state: Mapping[str, Any],
-    weight: SourceTensor,
-    parts: Mapping[str, SourceTensor],
+    sorter: TensorSorter, state: Mapping[str, Any], weight: SourceTensor, parts: Tensors
 ) -> BnbTable | None:
     """The packing, once every tensor has the dtype and size that the state demands."""
     *leading, columns = state["shape"]
@@ -207,7 +173,7 @@ def _table(
     if weight.info.nbytes != -(-nbytes // storage) * storage or weight.info.shape[-1:] != (1,):
         elements = -(-nbytes // storage)
         expected = f"[{elements}, 1] of {weight.info.dtype} for {state['shape']}"
-        tensor_sorter.problem(weight.name, f"{weight.info}, expected {expected}, two codes a byte")
+        sorter.problem(weight.name, f"{weight.info}, expected {expected}, two codes a byte")
         return None
     blocks = -(-rows * columns // block)
     offset = state.get("nested_offset")
@@ -215,9 +181,9 @@ def _table(
     nested = state.get("nested_blocksize", 0)
     if offset is not None or nested != 0:
         if not _is_count(nested) or not _is_float32(offset):
-            found = f"nested_blocksize {format_value(nested)}, nested_offset {format_value(offset)}"
-            message = f"its quant_state gives {found}; expected two numbers"
-            tensor_sorter.problem(weight.name, message)
+            message = f"its quant_state gives nested_blocksize {format_value(nested)} and "
+            message += f"nested_offset {format_value(offset)}, expected two numbers"
+            sorter.problem(weight.name, message)
             return None
         wanted |= {
             "absmax": ("U8", blocks),
@@ -227,14 +193,8 @@ def _table(
     for role, (dtype, count) in wanted.items():
         part = parts.get(role)
         if part is None:
-            tensor_sorter.problem(weight.name, f"has no {weight.name}.{role}")
+            sorter.problem(weight.name, f"has no {weight.name}.{role}")
         elif part.info.dtype != dtype or part.info.shape != (count,):
-            tensor_sorter.problem(part.name, f"{part.info}, expected {dtype} [{count}]")
-    return BnbTable(
-        rows=rows,
-        columns=columns,
-        block=block,
-        storage_bytes=storage,
-        nested_block=nested,
-        nested_offset=float(offset or 0),
-    )
+            sorter.problem(part.name, f"{part.info}, expected {dtype} [{count}]")
+    offset = float(offset or 0)
+    return BnbTable(rows, columns, block, storage, nested_block=nested, nested_offset=offset)

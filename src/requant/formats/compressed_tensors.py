@@ -9,44 +9,38 @@ from __future__ import annotations
 
 from dataclasses import replace
 from math import prod
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
 from requant.checkpoints.checkpoint import Checkpoint, SourceTensor
 from requant.core.dtypes import FLOATS
 from requant.core.reasons import Reason, ReasonCode
-from requant.formats.base import SourceLayer, SourceLayout, scale_dtype
+from requant.formats.base import SourceLayer, SourceLayout, Tensors, scale_dtype
 from requant.formats.compressed_tensors_config import CtConfig, Scheme
 from requant.formats.float8_layers import EXPONENTS, FLOAT8, float8_stack
 from requant.formats.integer_layers import groups_of, integer_layer
 from requant.formats.layer_names import layer_names
+from requant.formats.mx_layers import mx_layer
 from requant.formats.nvfp4_layers import nvfp4_layer, nvfp4_without_tensor_scale
 from requant.formats.quantization_block import find_quantization_block
 from requant.formats.stacks import Experts, are_transposed, rows_with_one_scale
-from requant.formats.tensor_sorter import TensorSorter, UnsupportedLayerError
+from requant.formats.tensor_sorter import LayerError, TensorSorter, unexpected
 from requant.packings.compressed_tensors import CtActOrder, CtPacked, CtPlain, Zeros, packed_words
-from requant.packings.floats import MxBlocks, Mxfp6Blocks
 from requant.text import join_or
 
 _ROLES: Final = (
-    "weight_packed",
-    "weight",
-    "weight_scale",
-    "weight_zero_point",
-    "weight_shape",
-    "weight_g_idx",
-    "weight_global_scale",
+    *("weight_packed", "weight", "weight_scale", "weight_zero_point", "weight_shape"),
+    *("weight_g_idx", "weight_global_scale"),
 )
 _SPARSE: Final = {
-    "scale_packed": "marlin-24 (2:4-sparse codes in the tiles of a GPU kernel)",
-    "meta": "marlin-24 (2:4-sparse codes in the tiles of a GPU kernel)",
-    "compressed": "sparse-bitmask (values without their zeros)",
-    "bitmask": "sparse-bitmask (values without their zeros)",
+    **dict.fromkeys(
+        ("scale_packed", "meta"), "marlin-24 (2:4-sparse codes in the tiles of a GPU kernel)"
+    ),
+    **dict.fromkeys(("compressed", "bitmask"), "sparse-bitmask (values without their zeros)"),
 }
 _WORDS = ("I32", "U32")
 _BYTES = ("U8", "F8_E4M3")
-_Parts = dict[str, SourceTensor]
 
 
 class CompressedTensors:
@@ -76,93 +70,77 @@ class _Reader:
     """Reads one checkpoint and collects what is wrong with it."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint, self.tensor_sorter = checkpoint, TensorSorter.by_role(checkpoint)
-        self.config = CtConfig(find_quantization_block(checkpoint), self.tensor_sorter.problems)
+        self.checkpoint, self.sorter = checkpoint, TensorSorter.by_role(checkpoint)
+        self.config = CtConfig(find_quantization_block(checkpoint), self.sorter.problems)
 
     def read(self) -> SourceLayout:
-        tensor_sorter = self.tensor_sorter
+        sorter = self.sorter
         for path, parts in self._parts().items():
-            before = len(tensor_sorter.problems)
-            try:
-                layer = self._stack(path, parts)
-            except UnsupportedLayerError as rejected:
-                layer = None
-                tensor_sorter.problems.append(rejected.problem)
-            if layer is None or len(tensor_sorter.problems) > before:
-                tensor_sorter.claim([part.name for part in parts.values()], path)
-                continue
-            unused = [part for part in parts.values() if part not in layer.parts.values()]
-            tensor_sorter.add(layer, unused)
-        tensor_sorter.drop_runtime_scales()
+            if layer := sorter.make(path, parts, self._stack):
+                for part in parts.values():
+                    if part not in layer.parts.values():
+                        sorter.drop(part.name, "only says the shape of its weight")
+        sorter.drop_runtime_scales()
         self._check_loose()
-        if not tensor_sorter.quantized:
-            tensor_sorter.no_layer(
-                self.config.where,
-                "says compressed-tensors, but no layer has a weight_packed or a weight_scale: if "
-                "the weights are dense, remove the block",
-            )
-        return tensor_sorter.layout()
+        if not sorter.quantized:
+            message = "says compressed-tensors, but no layer has a weight_packed or a weight_scale"
+            sorter.no_layer(self.config.where, message)
+        return sorter.layout()
 
-    def _parts(self) -> dict[str, _Parts]:
+    def _parts(self) -> dict[str, dict[str, SourceTensor]]:
         """Layer path -> role -> tensor, for each layer with codes or a scale."""
-        found: dict[str, _Parts] = {}
-        for name, tensor in self.tensor_sorter.parts.items():
+        found: dict[str, dict[str, SourceTensor]] = {}
+        for name, tensor in self.sorter.parts.items():
             path, _, role = name.rpartition(".")
             if role in _ROLES:
                 found.setdefault(path, {})[role] = tensor
         return {path: parts for path, parts in found.items() if _has_codes(parts)}
 
     def _check_loose(self) -> None:
-        """What belongs to no layer must make sense alone."""
-        tensor_sorter = self.tensor_sorter
-        for tensor in tensor_sorter.left:
+        """Report tensors of sparse formats, and note layers that are dense though named."""
+        sorter = self.sorter
+        for tensor in sorter.left:
             role = tensor.name.rpartition(".")[2]
             if role in _SPARSE:
-                tensor_sorter.problem(
-                    tensor.name, f"is a part of {_SPARSE[role]}, which is not read"
-                )
+                sorter.problem(tensor.name, f"is a part of {_SPARSE[role]}, which is not read")
         named = [
             path
             for path, scheme in self.config.named()
             if scheme.bits and self.config.ignored(path) is None
         ]
-        tensor_sorter.note_dense(f"{self.config.where}.config_groups", named)
+        sorter.note_dense(f"{self.config.where}.config_groups", named)
 
     # -- one layer -----------------------------------------------------------------------
 
-    def _stack(self, path: str, parts: _Parts) -> SourceLayer | None:
+    def _stack(self, path: str, parts: Tensors) -> SourceLayer | None:
         """A layer; of a stack whose packed codes are stored ``(experts, in, out)``, by expert."""
         codes, scale = parts.get("weight_packed", parts.get("weight")), parts.get("weight_scale")
         floats = codes is not None and codes.info.dtype in FLOAT8[:2]
         if codes is None or scale is None or floats or not are_transposed(codes.info, scale.info):
             return self._layer(path, parts)
-        shape = parts.pop("weight_shape", None)
+        parts = {role: part for role, part in parts.items() if role != "weight_shape"}
         roles = tuple(role for role, part in parts.items() if len(part.info.shape) == 3)
         experts = Experts.of(codes.info.shape[0], parts, roles)
         layer = self._layer(path, experts.one())
-        if shape is not None:
-            parts["weight_shape"] = shape
         return None if layer is None else experts.stack(layer)
 
-    def _layer(self, path: str, parts: _Parts) -> SourceLayer | None:
+    def _layer(self, path: str, parts: Tensors) -> SourceLayer | None:
         """One layer by what its tensors say, or None with its problems reported."""
         codes = parts.get("weight_packed", parts.get("weight"))
         scale = parts.get("weight_scale")
         if codes is None:
             names = ", ".join(part.name for part in parts.values())
-            self._report(path, f"has {names}, but neither weight_packed nor weight")
-            return None
+            raise LayerError(path, f"has {names}, but neither weight_packed nor weight")
         if scale is None:
             others = ", ".join(sorted(parts.keys() - {"weight", "weight_packed"}))
             siblings = f" (it has {others})" if others else ""
-            self._report(path, f"{codes.name} has no weight_scale next to it{siblings}")
-            return None
+            message = f"{codes.name} has no weight_scale next to it{siblings}"
+            raise LayerError(path, message)
         if len(codes.info.shape) < 2 or 0 in codes.info.shape:
-            self._report(codes.name, f"{codes.info}, expected a matrix or a stack of them")
-            return None
+            raise unexpected(codes, "a matrix or a stack of them")
         if "weight_packed" in parts and "weight" in parts:
-            self._report(path, "has both weight_packed and weight; remove the one that is stale")
-            return None
+            message = "has both weight_packed and weight; remove the one that is stale"
+            raise LayerError(path, message)
         scheme = self.config.of(path)
         if "weight_packed" in parts:
             if codes.info.dtype in _WORDS:
@@ -174,52 +152,34 @@ class _Reader:
             kind = f"{scheme.bits}-bit {scheme.kind}" if scheme.bits else scheme.kind
             declared = f"{scheme.where} says {kind}" if scheme.where else ""
             message = f"{codes.info} next to {scale.name} is FP8 only where the config says so"
-            self._report(codes.name, f"{message}; {declared or 'it says nothing of this layer'}")
-            return None
+            message = f"{message}; {declared or 'it says nothing of this layer'}"
+            raise LayerError(codes.name, message)
         if codes.info.dtype in FLOAT8:
             return self._float8(path, codes, scale, scheme)
-        self._report(codes.name, f"{codes.info}, expected I8 or F8_E4M3 codes")
-        return None
+        raise unexpected(codes, "I8 or F8_E4M3 codes")
 
     def _report(self, where: str, message: str) -> None:
-        self.tensor_sorter.problem(where, message)
+        self.sorter.problem(where, message)
 
     # -- integers ------------------------------------------------------------------------
 
-    def _packed(self, path: str, parts: _Parts, scheme: Scheme) -> SourceLayer | None:
+    def _packed(self, path: str, parts: Tensors, scheme: Scheme) -> SourceLayer | None:
         *leading, n_out, _ = parts["weight_packed"].info.shape
         n_in = self._columns(path, parts, scheme)
-        width = None if n_in is None else self._width(parts["weight_packed"], n_in, scheme)
-        if n_in is None or width is None:
-            return None
-        bits, padded = width
-        shape, scale = (*leading, n_out, n_in), parts["weight_scale"].info
+        bits, padded = self._width(parts["weight_packed"], n_in, scheme)
+        shape = (*leading, n_out, n_in)
         group = self._group(path, parts, shape, scheme)
         zeros = self._zeros(path, parts, bits, padded, scheme)
         if group is None or zeros is None:
             return None
-        act_order = self._act_order(path, parts, n_in, group, scheme)
-        if act_order is None:
-            return None
-        scale_rows, scale_width = self._sharing(parts["weight_scale"], shape)
-        packing = (CtActOrder if act_order else CtPacked)(
-            rows=prod(leading) * n_out,
-            columns=n_in,
-            bits=bits,
-            group=group,
-            symmetric=zeros is Zeros.MIDDLE,
-            scale_dtype=scale.dtype,
-            matrix=n_out,
-            scale_rows=scale_rows,
-            scale_width=scale_width,
-            zero_points=zeros,
-            padded=padded,
-        )
-        if isinstance(packing, CtActOrder):
-            packing = replace(packing, index_of_each=len(parts["weight_g_idx"].info.shape) > 1)
+        fields = self._fields(parts["weight_scale"], shape, bits, group, zeros)
+        packing = CtPacked(**fields, padded=padded)
+        if self._act_order(path, parts, n_in, group, scheme):
+            each = len(parts["weight_g_idx"].info.shape) > 1
+            packing = CtActOrder(**fields, padded=padded, index_of_each=each)
         return self._integer_layer(path, parts, shape, packing, "pack")
 
-    def _width(self, packed: SourceTensor, n_in: int, scheme: Scheme) -> tuple[int, bool] | None:
+    def _width(self, packed: SourceTensor, n_in: int, scheme: Scheme) -> tuple[int, bool]:
         """Bits of a code, and whether words hold whole codes only: what fills a row's words."""
         words = packed.info.shape[-1]
         widths = [
@@ -238,67 +198,64 @@ class _Reader:
         if not widths:
             width = f"{scheme.bits} bits" if scheme.bits else "any width"
             expected = f", expected {packed_words(n_in, scheme.bits, False)}" if scheme.bits else ""
-            self._report(
+            raise LayerError(
                 packed.name,
                 f"{packed.info}: {words} words do not hold {n_in} inputs of {width}{expected}",
             )
-            return None
         whole = [bits for bits, padded in widths if not padded]
         if len(whole) > 1:
-            self._report(
+            raise LayerError(
                 packed.name,
                 f"{packed.info} may hold {n_in} inputs of {join_or(whole)} bits; write num_bits "
                 f"of its layer into {self.config.where or 'a quantization_config'}",
             )
-            return None
         bits, padded = widths[0]
         if (bits, True) not in widths[1:] or 32 % bits == 0:
             return bits, padded
         if self.config.padded is None:  # both layouts take as many words
-            self._report(
+            raise LayerError(
                 packed.name,
                 f"{packed.info} may hold {n_in} inputs of {bits} bits "
                 "as compressed-tensors packs them before or since 0.18, and "
                 f"{self.config.where or 'no config'} gives no version that says which",
             )
-            return None
         return bits, self.config.padded
 
-    def _plain(self, path: str, parts: _Parts, scheme: Scheme) -> SourceLayer | None:
+    def _plain(self, path: str, parts: Tensors, scheme: Scheme) -> SourceLayer | None:
         shape = parts["weight"].info.shape
         bits = scheme.bits or 8
         if not 1 <= bits <= 8:
-            self._report(f"{scheme.where}.num_bits", f"is {bits}, but {path}.weight holds int8")
-            return None
+            raise LayerError(f"{scheme.where}.num_bits", f"is {bits}, but {path}.weight holds int8")
         group = self._group(path, parts, shape, scheme)
         zeros = self._zeros(path, parts, bits, False, scheme)
         if group is None or zeros is None:
             return None
-        scale_rows, scale_width = self._sharing(parts["weight_scale"], shape)
-        packing = CtPlain(
-            rows=prod(shape[:-1]),
-            columns=shape[-1],
-            bits=bits,
-            group=group,
-            symmetric=zeros is Zeros.MIDDLE,
-            scale_dtype=parts["weight_scale"].info.dtype,
-            matrix=shape[-2],
-            scale_rows=scale_rows,
-            scale_width=scale_width,
-            zero_points=zeros,
-        )
+        packing = CtPlain(**self._fields(parts["weight_scale"], shape, bits, group, zeros))
         return self._integer_layer(path, parts, shape, packing, "int")
 
-    def _sharing(self, scale: SourceTensor, shape: tuple[int, ...]) -> tuple[int, int]:
-        """Rows that share their scales, and the last axis of the stored scales."""
-        found = rows_with_one_scale(shape, scale.info.shape)
-        assert found is not None  # or _group had rejected it
-        return found[0], scale.info.shape[-1] if scale.info.shape else 1
+    def _fields(
+        self, scale: SourceTensor, shape: tuple[int, ...], bits: int, group: int, zeros: Zeros
+    ) -> dict[str, Any]:
+        """The arguments that packed and plain codes have in common."""
+        sharing = rows_with_one_scale(shape, scale.info.shape)
+        assert sharing is not None  # or _group had rejected it
+        return {
+            "rows": prod(shape[:-1]),
+            "columns": shape[-1],
+            "bits": bits,
+            "group": group,
+            "symmetric": zeros is Zeros.MIDDLE,
+            "scale_dtype": scale.info.dtype,
+            "matrix": shape[-2],
+            "scale_rows": sharing[0],
+            "scale_width": scale.info.shape[-1] if scale.info.shape else 1,
+            "zero_points": zeros,
+        }
 
     def _integer_layer(
         self,
         path: str,
-        parts: _Parts,
+        parts: Tensors,
         shape: tuple[int, ...],
         packing: CtPacked | CtPlain,
         kind: str,
@@ -307,9 +264,7 @@ class _Reader:
         used = {role: parts[role] for role in roles}
         tool = f"compressed-tensors {kind}"
         words = "a scale a row" if packing.scale_rows == 1 else "a scale a tensor"
-        layer = integer_layer(
-            self.tensor_sorter, path, used, shape=shape, packing=packing, tool=tool, scales=words
-        )
+        layer = integer_layer(self.sorter, path, used, shape, packing, tool=tool, scales=words)
         if not isinstance(packing, CtActOrder):
             return layer
         text = "act-order: its inputs take their scales from any group"
@@ -320,36 +275,33 @@ class _Reader:
             policy=replace(layer.policy, reason=reason, act_order=True),
         )
 
-    def _columns(self, path: str, parts: _Parts, scheme: Scheme) -> int | None:
+    def _columns(self, path: str, parts: Tensors, scheme: Scheme) -> int:
         """Inputs: what weight_shape says, else what the words hold."""
         packed, shape = parts["weight_packed"], parts.get("weight_shape")
         n_out, words = packed.info.shape[-2:]
         if shape is None:
             bits = scheme.bits
             if bits is None or not 1 <= bits <= 8 or words * 32 % bits:
-                self._report(path, "has no weight_shape, and the config does not give its inputs")
-                return None
+                raise LayerError(
+                    path, "has no weight_shape, and the config does not give its inputs"
+                )
             return words * 32 // bits
         axes, last = len(packed.info.shape), shape.info.shape[-1:]
         fits = shape.info.shape[:-1] in ((), packed.info.shape[:-2]) and last in ((2,), (axes,))
         if not shape.info.dtype.startswith(("I", "U")) or not fits:
-            message = f"{shape.info}, expected two whole numbers: outputs, inputs"
-            self._report(shape.name, message)
-            return None
+            raise unexpected(shape, "two whole numbers: outputs, inputs")
         declared = self.checkpoint.read_small_tensor(shape.name).reshape(-1, *last)
         *leading, rows, columns = declared[0].tolist()
         if (declared != declared[0]).any():
-            self._report(shape.name, "says other numbers for some experts than for the first")
-            return None
+            raise LayerError(shape.name, "says other numbers for some experts than for the first")
         fits = (*leading, rows) in ((n_out,), packed.info.shape[:-1])
         if not fits or columns < 1:
             message = f"says {[*leading, rows, columns]}, but {packed.name} is {packed.info}"
-            self._report(shape.name, message)
-            return None
+            raise LayerError(shape.name, message)
         return int(columns)
 
     def _group(
-        self, path: str, parts: _Parts, shape: tuple[int, ...], scheme: Scheme
+        self, path: str, parts: Tensors, shape: tuple[int, ...], scheme: Scheme
     ) -> int | None:
         """Inputs that share a scale, by the scale's shape and the config."""
         scale = parts["weight_scale"]
@@ -384,7 +336,7 @@ class _Reader:
         return None
 
     def _zeros(
-        self, path: str, parts: _Parts, bits: int, padded: bool, scheme: Scheme
+        self, path: str, parts: Tensors, bits: int, padded: bool, scheme: Scheme
     ) -> Zeros | None:
         """Where the zeros are; None with a problem."""
         points, scale = parts.get("weight_zero_point"), parts["weight_scale"].info
@@ -407,29 +359,24 @@ class _Reader:
         self._report(points.name, f"{points.info}, expected {expected} for {bits} bits")
         return None
 
-    def _act_order(
-        self, path: str, parts: _Parts, n_in: int, group: int, scheme: Scheme
-    ) -> bool | None:
-        """Whether the groups of inputs are shuffled; None with a problem."""
+    def _act_order(self, path: str, parts: Tensors, n_in: int, group: int, scheme: Scheme) -> bool:
+        """Whether the groups of inputs are shuffled."""
         index = parts.get("weight_g_idx")
         if index is None:
             if scheme.shuffled:
                 message = f"has no weight_g_idx, but {scheme.where} says actorder {scheme.actorder}"
-                self._report(path, message)
-                return None
+                raise LayerError(path, message)
             return False
         leading = parts["weight_packed"].info.shape[:-2]
         if index.info.dtype != "I32" or index.info.shape not in ((n_in,), (*leading, n_in)):
-            self._report(index.name, f"{index.info}, expected I32 {[*leading, n_in]}")
-            return None
+            raise unexpected(index, f"I32 {[*leading, n_in]}")
         of = self.checkpoint.read_small_tensor(index.name)
         if (of == -1).any():  # never set: compressed-tensors ignores it too
             return False
         groups = -(-n_in // group)
         if of.min() < 0 or of.max() >= groups:
             message = f"names groups {of.min()} to {of.max()}, but there are {groups}"
-            self._report(index.name, message)
-            return None
+            raise LayerError(index.name, message)
         return bool((of != np.arange(n_in) // group).any())
 
     # -- floats --------------------------------------------------------------------------
@@ -437,74 +384,35 @@ class _Reader:
     def _float8(
         self, path: str, weight: SourceTensor, scale: SourceTensor, scheme: Scheme
     ) -> SourceLayer:
-        dtype = scale_dtype(scale.info.dtype, self.tensor_sorter.dtype)
-        transposed = self.tensor_sorter.orientation.is_transposed(path, weight.info.shape)
-        return float8_stack(
-            self.tensor_sorter,
-            path,
-            weight,
-            scale=scale,
-            block=scheme.block,
-            dtype=dtype,
-            transposed=transposed,
-        )
+        dtype = scale_dtype(scale.info.dtype, self.sorter.dtype)
+        return float8_stack(self.sorter, path, weight, scale, block=scheme.block, dtype=dtype)
 
-    def _small_floats(self, path: str, parts: _Parts) -> SourceLayer | None:
+    def _small_floats(self, path: str, parts: Tensors) -> SourceLayer | None:
         """FP4 and FP6 in bytes: the ratio of bytes to scales tells which."""
         packed, scale = parts["weight_packed"], parts["weight_scale"]
         *leading, n_out, nbytes = packed.info.shape
         same_rows = scale.info.shape[:-1] == (*leading, n_out) and packed.info.dtype == "U8"
         groups = scale.info.shape[-1] if same_rows else 0
-        rows = prod(leading) * n_out
         if "weight_global_scale" in parts:
             if scale.info.dtype in _BYTES and groups * 8 == nbytes and groups:
-                return nvfp4_layer(
-                    self.checkpoint,
-                    self.tensor_sorter,
-                    path,
-                    weight=packed,
-                    scale=scale,
-                    tensor_scale=parts["weight_global_scale"],
-                    divides=True,
-                )
+                factor = parts["weight_global_scale"]
+                return nvfp4_layer(self.sorter, path, packed, scale, factor, divides=True)
         elif scale.info.dtype in _BYTES and groups * 8 == nbytes and groups:
             missing = "weight_global_scale that divides them"
-            return nvfp4_without_tensor_scale(self.tensor_sorter, path, packed, scale, missing)
+            return nvfp4_without_tensor_scale(self.sorter, path, packed, scale, missing)
         elif scale.info.dtype in EXPONENTS and groups:
-            names = {"weight": packed, "scale": scale}
-            dtype = self.tensor_sorter.dtype
-            shape = (*leading, n_out, groups * 32)
             if groups * 16 == nbytes:
-                four = MxBlocks(rows, groups * 32, n_out, 4, nbytes)
-                return SourceLayer(
-                    path=path,
-                    parts=names,
-                    encoding=four.encoding,
-                    shape=shape,
-                    dtype=dtype,
-                    packing=four,
-                    stored_description="mxfp4",
-                )
+                return mx_layer(path, packed, scale, self.sorter.dtype, bits=4)
             if groups * 24 == nbytes:
-                six = Mxfp6Blocks(rows, groups * 32, n_out)
-                return SourceLayer(
-                    path=path,
-                    parts=names,
-                    encoding=six.encoding,
-                    shape=shape,
-                    dtype=dtype,
-                    packing=six,
-                    stored_description="mxfp6 e2m3",
-                )
-        self._report(
+                return mx_layer(path, packed, scale, self.sorter.dtype, bits=6, element="e2m3")
+        raise LayerError(
             packed.name,
             f"{packed.info} with a weight_scale {scale.info} is neither nvfp4 (16 inputs a scale, "
             "E4M3, weight_global_scale) nor mxfp4 or mxfp6 (32 inputs a scale, U8)",
         )
-        return None
 
 
-def _has_codes(parts: _Parts) -> bool:
+def _has_codes(parts: Tensors) -> bool:
     """Whether a layer has codes; floats next to a scale are looked at later, by ``unclaimed``."""
     weight = parts.get("weight")
     if weight is not None and weight.info.dtype in FLOATS:

@@ -19,15 +19,8 @@ from requant.formats.quantization_block import QuantizationBlock
 from requant.text import format_value
 
 FORMATS = (
-    "dense",
-    "int-quantized",
-    "float-quantized",
-    "naive-quantized",
-    "pack-quantized",
-    "nvfp4-pack-quantized",
-    "mxfp4-pack-quantized",
-    "mxfp6-pack-quantized",
-    "mxfp8-quantized",
+    *("dense", "int-quantized", "float-quantized", "naive-quantized", "pack-quantized"),
+    *("nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp6-pack-quantized", "mxfp8-quantized"),
     "mixed-precision",
 )
 _UNSUPPORTED = {
@@ -43,7 +36,7 @@ _PRESET = re.compile(r"W(?P<int>\d)A(?:\d+|FP8)(?P<asym>_ASYM)?|(?:MX|NV)?FP(?P<
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """What the config says of the weights of a group of layers.
+    """The scheme that the config gives to the weights of a group of layers.
 
     Attributes:
         bits: ``num_bits``; None where it is not said.
@@ -149,8 +142,7 @@ class CtConfig:
                     self._report(
                         f"transform_config.config_groups.{name}",
                         f"rotates at location {format_value(place)} while the model runs: the "
-                        "weights "
-                        "alone are not the model",
+                        "weights alone are not the model",
                     )
 
     def _read_groups(self, block: QuantizationBlock) -> None:
@@ -167,9 +159,8 @@ class CtConfig:
             elif isinstance(group, Mapping):
                 scheme, targets = self._scheme(group, where), group.get("targets") or []
             else:
-                self.problems.append(
-                    Problem(where, f"is {format_value(group)}, expected an object")
-                )
+                message = f"is {format_value(group)}, expected an object"
+                self.problems.append(Problem(where, message))
                 continue
             for target in targets:
                 if not isinstance(target, str):
@@ -228,9 +219,8 @@ class CtConfig:
         if match is None:
             message = (
                 f"{format_value(preset)} is not a preset of compressed-tensors (W4A16, "
-                "FP8_DYNAMIC, NVFP4, "
-                '...); correct the name, or give the scheme: {"targets": [...], "weights": '
-                '{"num_bits": 4, "type": "int", ...}}'
+                "FP8_DYNAMIC, NVFP4, ...); correct the name, or give the scheme: "
+                '{"targets": [...], "weights": {"num_bits": 4, "type": "int", ...}}'
             )
             self.problems.append(Problem(where, message))
             return Scheme()

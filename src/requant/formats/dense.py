@@ -30,19 +30,12 @@ class Dense:
         if isinstance(block, dict):
             method = block.get("quant_method")
         elif any(x.info.dtype not in FLOATS for x in checkpoint.tensors.values()):
-            found = find_quantization_block(
-                checkpoint
-            )  # in a section, perhaps of another part of the model
+            # In a section, perhaps of another part of the model.
+            found = find_quantization_block(checkpoint)
             if found is not None:
                 where, block, method = found.where, found.block, found.get("quant_method")
         if block:
-            problems.append(
-                Problem(
-                    where,
-                    f"quant_method {format_value(method)} is none that is read; docs/formats lists "
-                    "those "
-                    "that are",
-                )
-            )
+            message = f"quant_method {format_value(method)} is none that is read; "
+            problems.append(Problem(where, message + "docs/formats lists those that are"))
         layers = tuple(dense_layer(tensor) for tensor in checkpoint.tensors.values())
         return SourceLayout(layers, None, tuple(problems))

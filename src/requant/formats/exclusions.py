@@ -22,17 +22,11 @@ from requant.text import join_first, pluralize_are
 # Lists of names: exact paths, modules that hold a layer or the end of its path; with "*" or "?"
 # wildcards, behind "re:" regular expressions.
 _LISTS: Final = (
-    "ignore",
-    "ignored_layers",
-    "modules_to_not_convert",
-    "exclude_modules",
-    "exclude",
-    "llm_int8_skip_modules",
-    "skip_modules",
-    "modules_to_skip",
+    *("ignore", "ignored_layers", "modules_to_not_convert", "exclude_modules", "exclude"),
+    *("llm_int8_skip_modules", "skip_modules", "modules_to_skip"),
 )
-# Lists of the layers in a block that are quantized, and of no others.
-_POSITIVE: Final = ("modules_in_block_to_quantize",)
+# The list of the layers in a block that are quantized, and of no others.
+_POSITIVE: Final = "modules_in_block_to_quantize"
 _DENSE_BITS: Final = 16
 _NAMED: Final = 3  # of many layers, how many a note names
 _MOST_PARTS = 24  # of a path of which every part may be an entry
@@ -43,7 +37,7 @@ _PLAIN = re.compile(r"[\w.-]+")
 def with_exclusions(checkpoint: Checkpoint, layout: SourceLayout) -> SourceLayout:
     """The layout with a note of each list that names layers which hold codes.
 
-    A list that is none is a problem.
+    Where a list is due, any other value is a problem.
     """
     block = find_quantization_block(checkpoint)
     if block is None:
@@ -53,18 +47,15 @@ def with_exclusions(checkpoint: Checkpoint, layout: SourceLayout) -> SourceLayou
         block = QuantizationBlock(f"{block.where}: quantization", inner)
     coded = {layer.path: layer for layer in layout.layers if layer.is_quantized}
     problems: list[Problem] = []
-    notes = []
+    texts = []
     for key, entries in _lists(block, problems):
-        hits = dict(_named(entries, coded))
-        if hits:
-            reported = join_first([repr(entry) for entry in dict.fromkeys(hits.values())], _NAMED)
-            text = f"{block.where}.{key} calls {reported} dense, but {_stored(hits, coded)}"
-            notes.append(Note(NoteCode.QUANTIZED_THOUGH_EXCLUDED, text))
-    for key in _POSITIVE:
-        left_out = list(_left_out(block.get(key), coded))
-        if left_out:
-            text = f"{block.where}.{key} leaves layers out, but {_stored(left_out, coded)}"
-            notes.append(Note(NoteCode.QUANTIZED_THOUGH_EXCLUDED, text))
+        if hits := dict(_named(entries, coded)):
+            names = join_first([repr(entry) for entry in dict.fromkeys(hits.values())], _NAMED)
+            texts.append(f"{key} calls {names} dense, but {_stored(hits, coded)}")
+    if left_out := list(_left_out(block.get(_POSITIVE), coded)):
+        texts.append(f"{_POSITIVE} leaves layers out, but {_stored(left_out, coded)}")
+    code = NoteCode.QUANTIZED_THOUGH_EXCLUDED
+    notes = [Note(code, f"{block.where}.{text}") for text in texts]
     return replace(layout, problems=(*layout.problems, *problems), notes=(*layout.notes, *notes))
 
 
@@ -100,12 +91,11 @@ def _lists(
     extra = block.get("extra_config")
     if isinstance(extra, Mapping):
         yield "extra_config", [_as_entry(key) for key, rule in extra.items() if _is_dense(rule)]
-    table = block.get("layer_quant_config")
-    if isinstance(table, Mapping):
-        yield "layer_quant_config", [key for key, rule in table.items() if rule is None]
     fqn = block.get("modules_to_config") or block.get("module_fqn_to_config")
-    if isinstance(fqn, Mapping):
-        yield "module_fqn_to_config", [key for key, rule in fqn.items() if rule is None]
+    tables = {"layer_quant_config": block.get("layer_quant_config"), "module_fqn_to_config": fqn}
+    for key, table in tables.items():
+        if isinstance(table, Mapping):
+            yield key, [name for name, rule in table.items() if rule is None]
 
 
 def _is_dense(rule: Any) -> bool:
@@ -156,7 +146,7 @@ def _left_out(table: Any, paths: Iterable[str]) -> Iterator[str]:
 
 
 def _runs(path: str) -> Iterator[str]:
-    """What an entry may name a layer by: whole parts of its path, one after another."""
+    """The names by which an entry may mean a layer: whole parts of its path, one after another."""
     parts = path.split(".")
     inner = len(parts) <= _MOST_PARTS
     for first in range(len(parts)):

@@ -1,4 +1,4 @@
-"""Which way the matrices of fused experts lie, by their shapes together and the config's sizes.
+"""Orientation of the matrices of fused experts, by their shapes and the sizes in the config.
 
 Most models store ``(experts, out, in)``, Llama 4 and gpt-oss ``(experts, in, out)``. Scales for
 groups or for outputs tell; one scale for a matrix does not.
@@ -41,12 +41,12 @@ class Orientation:
             usual, transposed = _fits(gate, down), _fits(_exchanged(gate), _exchanged(down))
             if usual != transposed:
                 return transposed
-        reported = {
+        by_hidden = {
             (stack[1] in self._hidden) == (stack is gate)
             for stack in (gate, down)
             if stack is not None and (stack[1] in self._hidden) != (stack[2] in self._hidden)
         }
-        return reported == {True}
+        return by_hidden == {True}
 
 
 def _fits(gate: Shape, down: Shape) -> bool:

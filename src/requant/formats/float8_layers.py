@@ -8,15 +8,11 @@ from math import prod
 
 from requant.checkpoints.checkpoint import Checkpoint, SourceTensor
 from requant.core.reasons import Reason, ReasonCode
-from requant.formats.base import DefaultPolicy, SourceLayer
+from requant.formats.base import DefaultPolicy, SourceLayer, packed_layer
+from requant.formats.mx_layers import mx_layer
 from requant.formats.stacks import Experts, are_transposed
-from requant.formats.tensor_sorter import TensorSorter, UnsupportedLayerError
-from requant.packings.floats import (
-    MXFP8,
-    Float8,
-    MxBlocks,
-    exponent_bytes,
-)
+from requant.formats.tensor_sorter import LayerError, TensorSorter, unexpected
+from requant.packings.floats import MXFP8, Float8, exponent_bytes
 
 # mx.load gives E4M3 as plain bytes.
 FLOAT8 = ("F8_E4M3", "F8_E4M3FNUZ", "U8")
@@ -83,67 +79,51 @@ def float8_layer(
     matrix = rows if scale.info.size == 1 else shape[-2]
     width = scale.info.shape[-1] if scale.info.shape else 1
     if tile == (1, 32) and scale.info.dtype in EXPONENTS and columns % 32 == 0:
-        blocks = MxBlocks(rows, columns, matrix, 8, columns)
-        parts = {"weight": weight, "scale": scale}
-        return SourceLayer(
-            path=path,
-            parts=parts,
-            encoding=MXFP8,
-            shape=shape,
-            dtype=dtype,
-            packing=blocks,
-            stored_description="mxfp8",
-        )
+        return mx_layer(path, weight, scale, dtype, bits=8)
     packing = Float8(rows, columns, matrix, tile, width)
     if packing.fits_mxfp8 and _powers_of_two(checkpoint, scale, weight):
         packing = Float8(rows, columns, matrix, tile, width, exact=True)
-    return _layer(path, weight, scale, shape=shape, dtype=dtype, packing=packing)
+    return _layer(path, weight, scale, dtype, packing)
 
 
 def float8_stack(
-    tensor_sorter: TensorSorter,
+    sorter: TensorSorter,
     path: str,
     weight: SourceTensor,
     scale: SourceTensor,
-    block: tuple[int, int] | None,
-    dtype: str,
     *,
-    transposed: bool,
+    block: tuple[int, int] | None = None,
+    dtype: str = "",
+    transposed: bool = False,
 ) -> SourceLayer:
     """Describe an FP8 layer, or a stack of them, by the shapes of its weight and scale.
 
     Args:
-        tensor_sorter: Of the checkpoint.
+        sorter: Of the checkpoint.
         path: Layer path.
         weight: FP8 ``(..., out, in)``, or a stack ``(experts, in, out)``.
         scale: What ``tile_of`` takes; of a transposed stack the same with its axes exchanged, or
             one number an output.
         block: The tile that the config names.
-        dtype: Header name of the decoded values' dtype.
-        transposed: Whether the tool, or the model, stores ``(experts, in, out)``; scales of outputs
-            on the last axis say so too.
+        dtype: Header name of the decoded values' dtype; "" for the model's.
+        transposed: Whether the tool stores ``(experts, in, out)``; the shapes of a model's stacks,
+            and scales of outputs on the last axis, say so too.
 
     Raises:
-        UnsupportedLayerError: The scales fit no tiling.
+        LayerError: The scales fit no tiling.
     """
-    shape = weight.info.shape
+    shape, dtype = weight.info.shape, dtype or sorter.dtype
     if len(shape) < 2 or 0 in shape:
-        raise UnsupportedLayerError(
-            weight.name, f"{weight.info}, expected a matrix or a stack of matrices"
-        )
+        raise unexpected(weight, "a matrix or a stack of matrices")
     if scale.info.dtype not in SCALES:
-        expected = ", ".join(SCALES)
-        raise UnsupportedLayerError(
-            scale.name, f"{scale.info}, expected a scale of dtype {expected}"
-        )
-    tile = None if transposed and len(shape) == 3 else tile_of(shape, scale.info.shape, block)
+        raise unexpected(scale, f"a scale of dtype {', '.join(SCALES)}")
+    transposed = len(shape) == 3 and (transposed or sorter.orientation.is_transposed(path, shape))
+    tile = None if transposed else tile_of(shape, scale.info.shape, block)
     if tile is not None:
-        return float8_layer(
-            tensor_sorter.checkpoint, path, weight, scale=scale, tile=tile, dtype=dtype
-        )
-    if are_transposed(weight.info, scale.info) or (transposed and len(shape) == 3):
-        return _transposed_stack(tensor_sorter, path, weight, scale=scale, block=block, dtype=dtype)
-    raise UnsupportedLayerError(scale.name, _no_tiling(weight, scale, block))
+        return float8_layer(sorter.checkpoint, path, weight, scale=scale, tile=tile, dtype=dtype)
+    if transposed or are_transposed(weight.info, scale.info):
+        return _transposed_stack(sorter, path, weight, scale=scale, block=block, dtype=dtype)
+    raise LayerError(scale.name, _no_tiling(weight, scale, block))
 
 
 def _no_tiling(weight: SourceTensor, scale: SourceTensor, block: tuple[int, int] | None) -> str:
@@ -155,7 +135,7 @@ def _no_tiling(weight: SourceTensor, scale: SourceTensor, block: tuple[int, int]
 
 
 def _transposed_stack(
-    tensor_sorter: TensorSorter,
+    sorter: TensorSorter,
     path: str,
     weight: SourceTensor,
     scale: SourceTensor,
@@ -173,47 +153,37 @@ def _transposed_stack(
     tile = tile_of(one["weight"].info.shape, one["scale"].info.shape, block and block[::-1])
     if tile is None:
         expected = f"[{count}, 1, {n_out}], [{count}, {n_out}, 1] or one number an expert"
-        message = f"{scale.info}, expected {expected} for {weight.info}"
-        raise UnsupportedLayerError(scale.name, f"{message}, stored as [experts, in, out]")
+        raise unexpected(scale, f"{expected} for {weight.info}, stored as [experts, in, out]")
     layer = float8_layer(
-        tensor_sorter.checkpoint, path, one["weight"], scale=one["scale"], tile=tile, dtype=dtype
+        sorter.checkpoint, path, one["weight"], scale=one["scale"], tile=tile, dtype=dtype
     )
-    made = experts.stack(layer)
+    stack = experts.stack(layer)
     if path != weight.name:
-        return made
+        return stack
     # A model class is shown the values as they lie, under the name that it knows.
     rows, matrix, tile = count * n_in, n_in, tile[::-1]
     if scale.info.size == 1:
         matrix, tile = rows, (rows, n_out)
     in_place = Float8(rows, n_out, matrix, tile, grid[-1] if grid else 1)
-    shape, fallback = weight.info.shape, made.encoding
+    policy = replace(stack.policy, fallback=stack.encoding)
     named = replace(
-        made,
-        shape=shape,
-        packing=in_place,
-        encoding=None,
-        policy=replace(made.policy, fallback=fallback),
+        stack, shape=weight.info.shape, packing=in_place, encoding=None, policy=policy, name=path
     )
-    return replace(made, as_named=replace(named, name=path))
+    return replace(stack, as_named=named)
 
 
 def _powers_of_two(checkpoint: Checkpoint, scale: SourceTensor, weight: SourceTensor) -> bool:
     if weight.info.dtype == "F8_E4M3FNUZ":
         return False
-    return (
-        scale.info.dtype in EXPONENTS
-        or exponent_bytes(checkpoint.read_small_tensor(scale.name)) is not None
-    )
+    if scale.info.dtype in EXPONENTS:
+        return True
+    return exponent_bytes(checkpoint.read_small_tensor(scale.name)) is not None
 
 
 def _layer(
-    path: str,
-    weight: SourceTensor,
-    scale: SourceTensor,
-    shape: tuple[int, ...],
-    dtype: str,
-    packing: Float8,
+    path: str, weight: SourceTensor, scale: SourceTensor, dtype: str, packing: Float8
 ) -> SourceLayer:
+    """An FP8 layer: mxfp8 where its packing is exact, else one that requires a choice."""
     high, wide = packing.tile
     if (high, wide) == (1, packing.columns):
         scales = "one scale a channel"
@@ -224,31 +194,16 @@ def _layer(
     kind = "e4m3fnuz" if weight.info.dtype == "F8_E4M3FNUZ" else "e4m3"
     stored = f"fp8 {kind}, {scales}"
     parts = {"weight": weight, "scale": scale}
+    layer = packed_layer(path, parts, weight.info.shape, packing, dtype=dtype, stored=stored)
     if packing.exact:
-        return SourceLayer(
-            path=path,
-            parts=parts,
-            encoding=MXFP8,
-            shape=shape,
-            dtype=dtype,
-            packing=packing,
-            stored_description=stored,
-        )
+        return replace(layer, encoding=MXFP8, policy=DefaultPolicy())
     reason = "no mode of MLX holds FP8 with such scales"
     requires_choice = (
         f"is stored as {stored}; {reason}, so say what it becomes: add --bits 8 (8.5 bits a "
         "weight), --mode mxfp8 (8.25), --bits 4 (4.5) or --dequantize "
         f"({'32' if dtype == 'F32' else '16'})"
     )
-    return SourceLayer(
-        path=path,
-        parts=parts,
-        encoding=None,
-        shape=shape,
-        dtype=dtype,
-        packing=packing,
-        stored_description=stored,
-        policy=DefaultPolicy(
-            reason=Reason(ReasonCode.NO_MLX_MODE, reason), requires_choice=requires_choice
-        ),
+    policy = DefaultPolicy(
+        reason=Reason(ReasonCode.NO_MLX_MODE, reason), requires_choice=requires_choice
     )
+    return replace(layer, policy=policy)

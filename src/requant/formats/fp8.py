@@ -5,25 +5,19 @@ Value: ``w = e4m3 * scale``; what DeepSeek calls ``weight_scale_inv`` is that fa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from math import prod
+from collections.abc import Callable
 
 from requant.checkpoints.checkpoint import Checkpoint, SourceTensor
-from requant.formats.base import SourceLayer, SourceLayout
-from requant.formats.float8_layers import (
-    EXPONENTS,
-    FLOAT8,
-    float8_stack,
-)
+from requant.formats.base import SourceLayer, SourceLayout, Tensors
+from requant.formats.float8_layers import EXPONENTS, FLOAT8, float8_stack
 from requant.formats.layer_names import layer_names
+from requant.formats.mx_layers import mx_layer
 from requant.formats.quantization_block import QuantizationBlock, find_quantization_block
-from requant.formats.tensor_sorter import TensorSorter, UnsupportedLayerError
-from requant.packings.floats import MxBlocks
+from requant.formats.tensor_sorter import LayerError, TensorSorter, unexpected
 from requant.text import format_value
 
 _METHODS = ("fp8", "mxfp8", "fbgemm_fp8")
 _SCALE = "weight_scale"
-# Names of the one factor: DeepSeek, vLLM, DeepSeek V4, Mistral.
 
 
 class Fp8:
@@ -51,26 +45,24 @@ class Fp8:
     def read(self, checkpoint: Checkpoint) -> SourceLayout:
         """Pair each FP8 weight with its scales; everything else is dense."""
         found = find_quantization_block(checkpoint)
-        tensor_sorter = TensorSorter.by_role(checkpoint)
-        block = _block(found, tensor_sorter)
+        sorter = TensorSorter.by_role(checkpoint)
+        block = _block(found, sorter)
         fbgemm = found is not None and found.method == "fbgemm_fp8"
-        for name, tensor in tensor_sorter.parts.items():
+        for name, tensor in sorter.parts.items():
             path = _path(name)
-            scale = (
-                tensor_sorter.parts.get(f"{path}.{_SCALE}") if name.endswith(".weight") else None
-            )
+            scale = sorter.parts.get(f"{path}.{_SCALE}") if name.endswith(".weight") else None
             if scale is not None and tensor.info.dtype in (*FLOAT8, "I8"):
                 parts = {"weight": tensor, "weight_scale": scale}
-                tensor_sorter.make(path, parts, _maker(tensor_sorter, block, fbgemm))
-        tensor_sorter.drop_runtime_scales()
-        return tensor_sorter.layout()
+                sorter.make(path, parts, _maker(sorter, block, fbgemm))
+        sorter.drop_runtime_scales()
+        return sorter.layout()
 
 
 def _path(name: str) -> str:
     return name.removesuffix(".weight")
 
 
-def _block(found: QuantizationBlock | None, tensor_sorter: TensorSorter) -> tuple[int, int] | None:
+def _block(found: QuantizationBlock | None, sorter: TensorSorter) -> tuple[int, int] | None:
     """``weight_block_size``, checked."""
     block = None if found is None else found.get("weight_block_size")
     if block is None or found is None:
@@ -80,35 +72,23 @@ def _block(found: QuantizationBlock | None, tensor_sorter: TensorSorter) -> tupl
         if all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in block):
             return high, wide
     where = f"{found.where}.weight_block_size"
-    tensor_sorter.problem(
-        where, f"is {format_value(block)}, expected two whole numbers, rows and columns"
-    )
+    sorter.problem(where, f"is {format_value(block)}, expected two whole numbers, rows and columns")
     return None
 
 
 def _maker(
-    tensor_sorter: TensorSorter, block: tuple[int, int] | None, fbgemm: bool
-) -> Callable[[str, Mapping[str, SourceTensor]], SourceLayer]:
-    """What makes one layer, if its tensors fit each other."""
+    sorter: TensorSorter, block: tuple[int, int] | None, fbgemm: bool
+) -> Callable[[str, Tensors], SourceLayer]:
+    """Return the function that makes one layer, if its tensors fit each other."""
 
-    def make(path: str, parts: Mapping[str, SourceTensor]) -> SourceLayer:
+    def make(path: str, parts: Tensors) -> SourceLayer:
         weight, scale = parts["weight"], parts["weight_scale"]
         shape = weight.info.shape
         if len(shape) < 2 or 0 in shape:
-            expected = "expected a matrix or a stack of matrices"
-            raise UnsupportedLayerError(weight.name, f"{weight.info}, {expected}")
+            raise unexpected(weight, "a matrix or a stack of matrices")
         if weight.info.dtype not in FLOAT8 or _is_fp4(weight, scale):
-            return _fp4_layer(tensor_sorter, path, weight, scale)
-        transposed = fbgemm or tensor_sorter.orientation.is_transposed(path, shape)
-        return float8_stack(
-            tensor_sorter,
-            path,
-            weight,
-            scale=scale,
-            block=block,
-            dtype=tensor_sorter.dtype,
-            transposed=transposed,
-        )
+            return _fp4_layer(sorter, path, weight, scale)
+        return float8_stack(sorter, path, weight, scale, block=block, transposed=fbgemm)
 
     return make
 
@@ -121,28 +101,16 @@ def _is_fp4(weight: SourceTensor, scale: SourceTensor) -> bool:
 
 
 def _fp4_layer(
-    tensor_sorter: TensorSorter, path: str, weight: SourceTensor, scale: SourceTensor
+    sorter: TensorSorter, path: str, weight: SourceTensor, scale: SourceTensor
 ) -> SourceLayer:
     """DeepSeek V4's experts: two E2M1 elements in a byte that the header calls int8."""
     *leading, n_out, nbytes = weight.info.shape
     groups, ragged = divmod(2 * nbytes, 32)
     expected = (*leading, n_out, groups)
     if ragged or scale.info.shape != expected or scale.info.dtype not in EXPONENTS:
-        raise UnsupportedLayerError(
+        raise LayerError(
             weight.name,
             f"{weight.info} is read as packed FP4 (two elements a byte); its scale must be "
             f"F8_E8M0 {list(expected)} then, {scale.name} is {scale.info}",
         )
-    rows = prod(leading) * n_out
-    packing = MxBlocks(rows, 2 * nbytes, n_out, 4, nbytes)
-    shape = (*leading, n_out, 2 * nbytes)
-    parts = {"weight": weight, "scale": scale}
-    return SourceLayer(
-        path=path,
-        parts=parts,
-        encoding=packing.encoding,
-        shape=shape,
-        dtype=tensor_sorter.dtype,
-        packing=packing,
-        stored_description="mxfp4",
-    )
+    return mx_layer(path, weight, scale, sorter.dtype, bits=4)

@@ -6,20 +6,23 @@ rotation is the identity are read: what undoes another depends on the runtime's 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
 from requant.checkpoints.checkpoint import Checkpoint, SourceTensor
 from requant.core.reasons import Reason, ReasonCode
-from requant.formats.base import SourceLayer, SourceLayout, fallback_for
+from requant.formats.base import SourceLayer, SourceLayout, Tensors, fallback_for
+from requant.formats.mx_layers import mx_layer
 from requant.formats.nvfp4_layers import nvfp4_layer
-from requant.formats.quantization_block import QuantizationBlock, find_quantization_block
-from requant.formats.tensor_sorter import TensorSorter, UnsupportedLayerError
-from requant.packings.base import Packing, Parts, Rect, Scratch
-from requant.packings.floats import MxBlocks
+from requant.formats.quantization_block import (
+    QuantizationBlock,
+    claim_by_method,
+    find_quantization_block,
+)
+from requant.formats.tensor_sorter import LayerError, TensorSorter, unexpected
+from requant.packings.base import Array, Packing, Parts, Rect, Scratch, WrappedPacking
 from requant.text import format_value
 
 _CODES: Final = ("qweight", "scales", "weight_global_scale")
@@ -27,36 +30,26 @@ _MATRICES: Final = ("forward_hadamard_matrix", "backward_hadamard_matrix")
 _FLOATS: Final = ("F32", "BF16", "F16")
 _GROUPS: Final = {"mxfp4": 32, "nvfp4": 16}
 _LARGEST_ROTATION: Final = 1024
-_Tensors = Mapping[str, SourceTensor]
 
 
 @dataclass(frozen=True)
-class Divided(Packing):
+class Divided(WrappedPacking):
     """A packed layer divided by one number, ``divisor``."""
 
     rows: int
     columns: int
     layer: Packing
 
-    @property
-    def matrix_rows(self) -> int:
-        return self.layer.matrix_rows
-
     def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
         return {**self.layer.required_rects(start, stop), "divisor": Rect((0, 1), (0, 1))}
 
-    def decode(
-        self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch
-    ) -> None:
+    def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         """The layer's values in float32, divided, rounded once more."""
         values = scratch.take("undivided", "F32", stop - start, 4 * self.columns)
         self.layer.decode(parts, start, stop, values, scratch)
         values /= parts["divisor"].astype(np.float32)
         with np.errstate(over="ignore"):  # the caller counts infinities
             out[:] = values
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**super().to_dict(), "layer": self.layer.to_dict()}
 
 
 class FpQuant:
@@ -67,51 +60,42 @@ class FpQuant:
 
     def claims(self, checkpoint: Checkpoint) -> str | None:
         """The config names it; nothing else tells."""
-        block = find_quantization_block(checkpoint)
-        if block is None or block.method != "fp_quant":
-            return None
-        return f"{block.where}: quant_method fp_quant"
+        return claim_by_method(checkpoint, "fp_quant")
 
     def read(self, checkpoint: Checkpoint) -> SourceLayout:
         """Describe each layer that has codes; everything else is dense."""
-        tensor_sorter, block = TensorSorter(checkpoint), find_quantization_block(checkpoint)
+        sorter, block = TensorSorter(checkpoint), find_quantization_block(checkpoint)
         assert block is not None
-        for path, tensors in _tensors(tensor_sorter).items():
-            tensor_sorter.make(path, tensors, lambda p, t: _layer(tensor_sorter, block, p, t))
-        for tensor in tensor_sorter.left:
+        for path, tensors in _tensors(sorter).items():
+            sorter.make(path, tensors, lambda p, t: _layer(sorter, block, p, t))
+        for tensor in sorter.left:
             path, _, role = tensor.name.rpartition(".")
             if role == "act_global_scale":
-                tensor_sorter.drop(
-                    tensor.name, "a scale of activations, which MLX does not quantize"
-                )
+                sorter.drop(tensor.name, "a scale of activations, which MLX does not quantize")
             elif role in _MATRICES:
-                tensor_sorter.drop(tensor.name, "the identity, which changes nothing")
+                sorter.drop(tensor.name, "the identity, which changes nothing")
             elif role == "dqweight":
                 message = "holds values of a rotated weight (pseudoquantization), which is not read"
-                tensor_sorter.problem(tensor.name, message)
-        if not tensor_sorter.quantized:
-            tensor_sorter.no_layer(
-                block.where,
-                "says fp_quant, but no tensor is a qweight: if the weights are dense, remove the "
-                "block",
-            )
-        return tensor_sorter.layout()
+                sorter.problem(tensor.name, message)
+        if not sorter.quantized:
+            sorter.no_layer(block.where, "says fp_quant, but no tensor is a qweight")
+        return sorter.layout()
 
 
-def _tensors(tensor_sorter: TensorSorter) -> dict[str, dict[str, SourceTensor]]:
+def _tensors(sorter: TensorSorter) -> dict[str, dict[str, SourceTensor]]:
     """Layer path -> role -> tensor, for each layer with codes."""
     found: dict[str, dict[str, SourceTensor]] = {}
-    for name in tensor_sorter.tensors:
+    for name in sorter.tensors:
         path = name.removesuffix(".qweight")
         if path != name:
             roles = (*_CODES, *_MATRICES)
-            tensors = {role: tensor_sorter.tensors.get(f"{path}.{role}") for role in roles}
+            tensors = {role: sorter.tensors.get(f"{path}.{role}") for role in roles}
             found[path] = {role: tensor for role, tensor in tensors.items() if tensor is not None}
     return found
 
 
 def _check_rotation(
-    tensor_sorter: TensorSorter, block: QuantizationBlock, path: str, tensors: _Tensors
+    sorter: TensorSorter, block: QuantizationBlock, path: str, tensors: Tensors
 ) -> None:
     """A rotation must be the identity: by its matrix, or by the config where none is stored."""
     kind = block.word("transform_init", "hadamard")
@@ -121,86 +105,59 @@ def _check_rotation(
         message = (
             f"is {format_value(kind)}: weights are stored rotated, and only 'identity' is read"
         )
-        raise UnsupportedLayerError(where, message)
+        raise LayerError(where, message)
     for matrix in matrices:
         square = len(matrix.info.shape) == 2 and len(set(matrix.info.shape)) == 1
         floats = matrix.info.dtype in _FLOATS
         if not floats or not square or matrix.info.shape[0] > _LARGEST_ROTATION:
-            raise UnsupportedLayerError(
-                matrix.name, f"{matrix.info}, expected a square matrix of floats"
-            )
-        stored = tensor_sorter.checkpoint.read_small_tensor(matrix.name).astype(np.float64)
+            raise unexpected(matrix, "a square matrix of floats")
+        stored = sorter.checkpoint.read_small_tensor(matrix.name).astype(np.float64)
         if not np.array_equal(stored, np.eye(matrix.info.shape[0])):
-            raise UnsupportedLayerError(
+            raise LayerError(
                 matrix.name,
                 f"rotates the weight of {path} (transform_init {format_value(kind)}); its inputs "
-                "would "
-                "have to be rotated too, which MLX does not, and only the identity is read",
+                "would have to be rotated too, which MLX does not, and only the identity is read",
             )
 
 
 def _layer(
-    tensor_sorter: TensorSorter, block: QuantizationBlock, path: str, tensors: _Tensors
+    sorter: TensorSorter, block: QuantizationBlock, path: str, tensors: Tensors
 ) -> SourceLayer | None:
     """One layer.
 
     Raises:
-        UnsupportedLayerError: It is rotated, or its tensors contradict each other or the config.
+        LayerError: It is rotated, or its tensors contradict each other or the config.
     """
     dtype = block.word("forward_dtype", "mxfp4")
     if dtype not in _GROUPS:
-        raise UnsupportedLayerError(
-            f"{block.where}.forward_dtype", f"is {dtype!r}; read are mxfp4 and nvfp4"
-        )
-    _check_rotation(tensor_sorter, block, path, tensors)
+        raise LayerError(f"{block.where}.forward_dtype", f"is {dtype!r}; read are mxfp4 and nvfp4")
+    _check_rotation(sorter, block, path, tensors)
     weight, scale, divisor = (tensors.get(role) for role in _CODES)
     assert weight is not None
     if scale is None or divisor is None:
         missing = "scales" if scale is None else "weight_global_scale"
-        raise UnsupportedLayerError(weight.name, f"has no {path}.{missing} next to it")
+        raise LayerError(weight.name, f"has no {path}.{missing} next to it")
     if weight.info.dtype != "U8" or len(weight.info.shape) != 2 or 0 in weight.info.shape:
-        raise UnsupportedLayerError(weight.name, f"{weight.info}, expected U8 [out, in / 2]")
+        raise unexpected(weight, "U8 [out, in / 2]")
     rows, nbytes = weight.info.shape
     groups, ragged = divmod(2 * nbytes, _GROUPS[dtype])
     if ragged or scale.info.shape != (rows, groups) or scale.info.dtype != "U8":
-        expected = f"U8 [{rows}, {groups}], unpadded, for {dtype}"
-        raise UnsupportedLayerError(scale.name, f"{scale.info}, expected {expected}")
+        raise unexpected(scale, f"U8 [{rows}, {groups}], unpadded, for {dtype}")
     if divisor.info.size != 1 or divisor.info.dtype not in _FLOATS:
-        raise UnsupportedLayerError(divisor.name, f"{divisor.info}, expected one float")
+        raise unexpected(divisor, "one float")
     if dtype == "nvfp4":
-        return nvfp4_layer(
-            tensor_sorter.checkpoint,
-            tensor_sorter,
-            path,
-            weight=weight,
-            scale=scale,
-            tensor_scale=divisor,
-            divides=True,
-        )
-    number = float(tensor_sorter.checkpoint.read_small_tensor(divisor.name).reshape(-1)[0])
-    if not 0 < number < float("inf"):
-        raise UnsupportedLayerError(
-            divisor.name, f"holds {format_value(number)}, expected a finite number above 0"
-        )
-    packing = MxBlocks(rows, 2 * nbytes, rows, 4, nbytes)
-    parts = {"weight": weight, "scale": scale}
-    layer = SourceLayer(
-        path=path,
-        parts=parts,
-        encoding=packing.encoding,
-        shape=(rows, 2 * nbytes),
-        dtype=tensor_sorter.dtype,
-        packing=packing,
-        stored_description="mxfp4",
-    )
+        return nvfp4_layer(sorter, path, weight, scale, divisor, divides=True)
+    number = sorter.positive_number(divisor)
+    layer = mx_layer(path, weight, scale, sorter.dtype, bits=4)
+    assert layer.packing is not None
     if number == 1:
-        tensor_sorter.drop(divisor.name, "is 1, which changes nothing")
+        sorter.drop(divisor.name, "is 1, which changes nothing")
         return layer
     return replace(
         layer,
-        parts={**parts, "divisor": divisor},
+        parts={**layer.parts, "divisor": divisor},
         encoding=None,
-        packing=Divided(rows, 2 * nbytes, packing),
+        packing=Divided(rows, 2 * nbytes, layer.packing),
         stored_description="mxfp4 with a global scale",
         policy=replace(
             layer.policy,

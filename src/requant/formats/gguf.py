@@ -5,8 +5,7 @@ Which block types are which, and what a move costs, is docs/formats/gguf.md.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import ClassVar
 
@@ -17,17 +16,27 @@ from requant.checkpoints.gguf_tensors import GgufModel, GgufTensor
 from requant.core.dtypes import FLOATS
 from requant.core.reasons import Reason, ReasonCode
 from requant.errors import InvariantError, Problem
-from requant.formats.base import DefaultPolicy, SourceLayer, SourceLayout, dense_layer
+from requant.formats.base import (
+    DefaultPolicy,
+    SourceLayer,
+    SourceLayout,
+    Tensors,
+    dense_layer,
+    packed_layer,
+)
 from requant.kernels import cast as values
 from requant.kernels.gguf import TYPES, BlockType, values_into, words_into
 from requant.packings.base import (
-    DTYPE_NAME,
+    Array,
     Exactness,
     Fidelity,
+    MatrixPacking,
     Packing,
     Parts,
     Rect,
     Scratch,
+    Triple,
+    rounded,
 )
 from requant.quantization.config import Quantization, QuantMode
 from requant.text import pluralize_are
@@ -39,7 +48,7 @@ _FALLBACK = Quantization.affine(32, 8)
 _NAN_EXPONENT, _ZERO_SCALE, _SIGN = 255, 0x7F, 0x80
 
 
-def _by_head(rows: np.ndarray, heads: int) -> np.ndarray:
+def _by_head(rows: Array, heads: int) -> Array:
     """Rows of heads in Hugging Face's order.
 
     llama.cpp turns neighbouring rows of a head together, Hugging Face row ``i`` with row
@@ -54,35 +63,25 @@ def _by_head(rows: np.ndarray, heads: int) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class _GgufRows(Packing):
+class _GgufRows(MatrixPacking):
     """Rows of one tensor; of whole heads where their rows change places.
 
     ``weight``: ``[..., rows, in]`` numbers, or bytes of blocks.
 
     Attributes:
-        rows: Output rows, experts included.
-        columns: Inputs.
-        matrix: Output rows of one matrix.
         type_number: Of the type, as files write it.
         width: Elements in a stored row.
         head: Rows of a head that change places; 1 where none do.
     """
 
-    rows: int
-    columns: int
-    matrix: int
     type_number: int
     width: int
     head: int = 1
 
     @property
     def kind(self) -> BlockType:
-        """How values are stored."""
+        """The type of the blocks."""
         return TYPES[self.type_number]
-
-    @property
-    def matrix_rows(self) -> int:
-        return self.matrix
 
     @property
     def row_unit(self) -> int:  # type: ignore[override]  # a constant of other packings
@@ -92,7 +91,7 @@ class _GgufRows(Packing):
     def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
         return {"weight": Rect((start, stop), (0, self.width))}
 
-    def stored(self, parts: Parts) -> np.ndarray:
+    def stored(self, parts: Parts) -> Array:
         """The rows as they are stored, in the output's order."""
         rows = parts["weight"]
         return rows if self.head == 1 else _by_head(rows, rows.shape[0] // self.head)
@@ -106,9 +105,7 @@ class GgufValues(_GgufRows):
 
     shift: bool = False
 
-    def decode(
-        self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch
-    ) -> None:
+    def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         """The values, less one where ``shift`` says so (in float32), rounded once."""
         stored = self.stored(parts)
         if self.shift:
@@ -132,9 +129,7 @@ class GgufScaledValues(GgufValues):
         scale = _scale_cut(self.tensor_scales, start // self.matrix)
         return super().required_rects(start, stop) | {"tensor_scale": scale}
 
-    def decode(
-        self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch
-    ) -> None:
+    def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         """The products in float32, rounded once."""
         wide = self.stored(parts).astype(np.float32)
         with np.errstate(over="ignore", invalid="ignore"):
@@ -154,7 +149,7 @@ class GgufVector(GgufValues):
 
     heads: int = 0
 
-    def stored(self, parts: Parts) -> np.ndarray:
+    def stored(self, parts: Parts) -> Array:
         row = parts["weight"]
         return _by_head(row.reshape(-1, 1), self.heads).reshape(row.shape) if self.heads else row
 
@@ -182,17 +177,13 @@ class GgufBlocks(_GgufRows):
             cuts["tensor_scale"] = _scale_cut(self.tensor_scales, start // self.matrix)
         return cuts
 
-    def repack(
-        self, parts: Parts, start: int, stop: int, out: Mapping[str, np.ndarray], scratch: Scratch
-    ) -> None:
+    def repack(self, parts: Parts, start: int, stop: int, out: Triple, scratch: Scratch) -> None:
         """Codes bit for bit; scales and biases rounded at most once."""
         words_into(self.kind, self.stored(parts), out["weight"], out["scales"], out.get("biases"))
         if "biases" not in out:
             _check_scales(self.kind, out["scales"])
 
-    def decode(
-        self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch
-    ) -> None:
+    def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         """Values in float32, as llama.cpp computes them; rounded once."""
         if not self.tensor_scales:
             values_into(self.kind, self.stored(parts), out)
@@ -209,13 +200,8 @@ class GgufBlocks(_GgufRows):
         affine = encoding is not None and encoding.mode is QuantMode.AFFINE
         if not affine or dtype == "F32" or (dtype == "F16" and name in _HALVES):
             return Fidelity(Exactness.EXACT)
-        relative = 2.0**-11 if dtype == "F16" else 2.0**-8
-        word = DTYPE_NAME[dtype]
-        return Fidelity(
-            Exactness.ROUNDED,
-            f"scales and biases rounded to {word}, relative error at most {relative:.2g}, "
-            "twice that where a bias follows from its scale",
-        )
+        more = ", twice that where a bias follows from its scale"
+        return rounded("scales and biases", dtype, more)
 
 
 @dataclass(frozen=True)
@@ -225,7 +211,7 @@ class GgufDenseBlocks(GgufBlocks):
     holds_codes: ClassVar[bool] = False
 
 
-def _check_scales(kind: BlockType, scales: np.ndarray) -> None:
+def _check_scales(kind: BlockType, scales: Array) -> None:
     """Bring scale bytes that the two sides read differently into line, or reject them.
 
     Raises:
@@ -309,34 +295,19 @@ def _layer(
         tensor_scales=scales,
     )
     if not is_layer:
-        name = _name(tensor.name)
-        return SourceLayer(
-            path=_path(tensor.name),
-            parts=parts,
-            encoding=None,
-            shape=stored.shape,
-            dtype=model.dtype,
-            packing=packing,
-            name=name,
-        )
-    encoding = packing.encoding
-    reason = None
-    if encoding is None:
-        text = f"a scale of {stored.kind.name} covers fewer values than any of MLX's"
-        reason = Reason(ReasonCode.NO_MLX_GROUP, text)
-        if scales:
-            text = "a scale over the whole tensor is multiplied in"
-            reason = Reason(ReasonCode.TENSOR_SCALE, text)
-    return SourceLayer(
-        path=_path(tensor.name),
-        parts=parts,
-        encoding=encoding,
-        shape=stored.shape,
-        dtype=model.dtype,
-        packing=packing,
-        stored_description=f"gguf {stored.kind.name}",
-        policy=DefaultPolicy(fallback=None if encoding else _FALLBACK, reason=reason),
+        return _decoded(parts, stored, model.dtype, packing)
+    kind = stored.kind.name
+    layer = packed_layer(
+        _path(tensor.name), parts, stored.shape, packing, dtype=model.dtype, stored=f"gguf {kind}"
     )
+    if packing.encoding is not None:
+        return layer
+    text = f"a scale of {kind} covers fewer values than any of MLX's"
+    reason = Reason(ReasonCode.NO_MLX_GROUP, text)
+    if scales:
+        text = "a scale over the whole tensor is multiplied in"
+        reason = Reason(ReasonCode.TENSOR_SCALE, text)
+    return replace(layer, policy=DefaultPolicy(fallback=_FALLBACK, reason=reason))
 
 
 def _scales(
@@ -351,9 +322,7 @@ def _scales(
     return bool((checkpoint.read_small_tensor(scale.name) != 1).any())
 
 
-def _plain(
-    parts: Mapping[str, SourceTensor], stored: GgufTensor, dtype: str, scales: int
-) -> SourceLayer:
+def _plain(parts: Tensors, stored: GgufTensor, dtype: str, scales: int) -> SourceLayer:
     """A tensor of numbers; floats take the dtype of the model."""
     tensor = parts["weight"]
     layer = dense_layer(tensor)
@@ -363,30 +332,32 @@ def _plain(
     if stored.kind.dtype == dtype and plain:
         return layer
     *leading, columns = stored.shape or (1,)
-    common = (prod(leading), columns, leading[-1] if leading else 1, stored.kind.number, columns)
+    rows = leading[-1] if leading else 1
+    common = (prod(leading), columns, rows, stored.kind.number, columns)
     packing: GgufValues
-    head = leading[-1] // stored.heads if leading and stored.heads else 1
+    head = rows // stored.heads if leading and stored.heads else 1
     if scales:
         packing = GgufScaledValues(*common, head, tensor_scales=scales)
     elif leading:
         packing = GgufValues(*common, head, shift=stored.is_shifted)
     else:
         packing = GgufVector(*common, shift=stored.is_shifted, heads=stored.heads)
+    return _decoded(parts, stored, dtype, packing)
+
+
+def _decoded(parts: Tensors, stored: GgufTensor, dtype: str, packing: Packing) -> SourceLayer:
+    """A tensor of which only the values go out."""
+    name = parts["weight"].name
     return SourceLayer(
-        path=_path(tensor.name),
+        path=_path(name),
         parts=parts,
         encoding=None,
         shape=stored.shape,
         dtype=dtype,
         packing=packing,
-        name=_name(tensor.name),
+        name="" if name.endswith(".weight") else name,
     )
 
 
 def _path(name: str) -> str:
-    return name.removesuffix(".weight") if name.endswith(".weight") else name
-
-
-def _name(name: str) -> str:
-    """The tensor's name where it is not a ``{path}.weight``."""
-    return "" if name.endswith(".weight") else name
+    return name.removesuffix(".weight")

@@ -39,20 +39,10 @@ def find_folds(checkpoint: Checkpoint, layers: Sequence[SourceLayer]) -> list[Ac
         if not producers or moved.encoding is None:
             continue
         order = group_order(checkpoint.read_small_tensor(f"{layer.path}.g_idx"), packing.groups)
-        consumer = replace(
-            layer,
-            packing=moved,
-            encoding=moved.encoding,
-            policy=replace(
-                layer.policy,
-                fallback=None,
-                reason=Reason(
-                    ReasonCode.ACT_ORDER_MOVED,
-                    "act-order moved into " + " and ".join(_tail(p.path) for p in producers),
-                ),
-                act_order=False,
-            ),
-        )
+        names = " and ".join(_tail(producer.path) for producer in producers)
+        reason = Reason(ReasonCode.ACT_ORDER_MOVED, f"act-order moved into {names}")
+        policy = replace(layer.policy, fallback=None, reason=reason, act_order=False)
+        consumer = replace(layer, packing=moved, encoding=moved.encoding, policy=policy)
         rows = {p.path: RowOrder.of(order, p.shape[0] // order.size) for p in producers}
         folds.append(ActOrderFold(consumer, rows))
     return folds

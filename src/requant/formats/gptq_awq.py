@@ -16,6 +16,7 @@ from requant.formats.base import (
     DefaultPolicy,
     SourceLayer,
     SourceLayout,
+    Tensors,
     dense_layer,
     fallback_for,
     scale_dtype,
@@ -31,7 +32,7 @@ from requant.formats.quantization_block import (
     model_dtype,
 )
 from requant.formats.stacks import Experts
-from requant.formats.tensor_sorter import UnsupportedLayerError
+from requant.formats.tensor_sorter import LayerError
 from requant.packings.awq import AwqFast, AwqGemm, AwqGemv, Marlin
 from requant.packings.base import IntegerPacking
 from requant.packings.gptq import Gptq
@@ -49,6 +50,12 @@ _DISPUTED = (
     "{} layers hold zeros stored as all ones, which readers of GPTQ version 1 take for 0 or for "
     "2^bits: taken for 0, as exllama does. The writer may have lost them; compare the outputs."
 )
+
+
+_VARIANTS: dict[type[IntegerPacking], str] = {
+    **{AwqGemm: "gemm", RotatedGemm: "rotated", AwqGemv: "gemv"},
+    **{AwqFast: "gemv_fast", Marlin: "marlin"},
+}
 
 
 class GptqAwqFormat:
@@ -112,22 +119,18 @@ class _Reader:
         if disputed := self.layouts.disputed:
             notes.append(Note(NoteCode.CONFIG_CONTRADICTED, _DISPUTED.format(disputed)))
         folds = [] if self.problems else find_folds(self.checkpoint, layers)
-        transposed = next((x.packing for x in layers if isinstance(x.packing, RotatedGemm)), None)
+        rotated = next((x.packing for x in layers if isinstance(x.packing, RotatedGemm)), None)
+        message = f"says {self.name}, but no layer has a .qweight"
+        stale = Problem(self.found.where, f"{message}: if the weights are dense, remove the block")
         return SourceLayout(
             tuple(layers),
             None,
             tuple(self.problems),
             folds=tuple(folds),
             notes=tuple(notes),
-            rotation=None
-            if transposed is None
-            else rotation_entry(transposed.group, transposed.krot),
-            unfulfilled=None if parts_of else self._none(),
+            rotation=None if rotated is None else rotation_entry(rotated.group, rotated.krot),
+            unfulfilled=None if parts_of else stale,
         )
-
-    def _none(self) -> Problem:
-        message = f"says {self.name}, but no layer has a .qweight"
-        return Problem(self.found.where, f"{message}: if the weights are dense, remove the block")
 
     def _report(self, where: str, message: str) -> None:
         self.problems.append(Problem(where, message))
@@ -165,7 +168,7 @@ class _Reader:
         elif role in ("lora_A", "lora_B") or "lora_A." in name or "lora_B." in name:
             self._report(name, "is an adapter next to the weights; merge it into the model first")
 
-    def _layer(self, path: str, parts: Mapping[str, SourceTensor]) -> SourceLayer | None:
+    def _layer(self, path: str, parts: Tensors) -> SourceLayer | None:
         """One packed layer, or None with its problems reported."""
         before = len(self.problems)
         # One that was never filled: some loaders leave it so.
@@ -187,46 +190,40 @@ class _Reader:
             if rotated is None:
                 return None
             packing = rotated
-        dtype = scale_dtype(packing.scale_dtype, self.model_dtype)
-        act_order = isinstance(packing, Gptq) and packing.act_order
+        decodes = bool(rotation_tensors) or packing.encoding is None
         return SourceLayer(
             path=path,
             parts={role: parts[role] for role in packing.required_rects(0, min(packing.rows, 64))},
             encoding=packing.encoding,
             shape=(packing.rows, packing.columns),
-            dtype=dtype,
+            dtype=scale_dtype(packing.scale_dtype, self.model_dtype),
             packing=packing,
             stored_description=self._stored(packing),
             policy=DefaultPolicy(
-                fallback=None
-                if packing.encoding and not rotation_tensors
-                else fallback_for(packing.columns),
+                fallback=fallback_for(packing.columns) if decodes else None,
                 reason=_reason(packing),
-                act_order=act_order,
+                act_order=isinstance(packing, Gptq) and packing.act_order,
             ),
             rotation_tensors=rotation_tensors,
         )
 
-    def _stack(
-        self, path: str, parts: Mapping[str, SourceTensor], count: int
-    ) -> SourceLayer | None:
+    def _stack(self, path: str, parts: Tensors, count: int) -> SourceLayer | None:
         """A stack of experts, each packed as a layer of its own."""
-        transposed = next((parts[role] for role in ROTATION if role in parts), None)
-        if transposed is not None:
-            self._report(
-                transposed.name, "rotates the inputs of a stack of experts, which is not read"
-            )
+        rotation = next((parts[role] for role in ROTATION if role in parts), None)
+        if rotation is not None:
+            message = "rotates the inputs of a stack of experts, which is not read"
+            self._report(rotation.name, message)
             return None
         try:
             experts = Experts.of(count, parts)
-        except UnsupportedLayerError as rejected:
+        except LayerError as rejected:
             self.problems.append(rejected.problem)
             return None
         layer = self._layer(path, experts.one())
         return None if layer is None else self.names.called(experts.stack(layer))
 
     def _rotated(
-        self, path: str, packing: IntegerPacking, rotation_tensors: Mapping[str, SourceTensor]
+        self, path: str, packing: IntegerPacking, rotation_tensors: Tensors
     ) -> RotatedGemm | None:
         """The same codes with a rotation of their inputs."""
         if self.name != "paroquant" or not isinstance(packing, AwqGemm):
@@ -234,28 +231,15 @@ class _Reader:
             return None
         whose = tuple(tensor.name for tensor in rotation_tensors.values())
         if whose not in self.rotations:  # experts share one
+            n_in, group = packing.columns, packing.group
             self.rotations[whose] = read_rotation(
-                self.checkpoint,
-                path,
-                rotation_tensors,
-                n_in=packing.columns,
-                group=packing.group,
-                problems=self.problems,
+                self.checkpoint, path, rotation_tensors, n_in, group, problems=self.problems
             )
         krot = self.rotations[whose]
-        if krot is None:
-            return None
-        return RotatedGemm(**vars(packing), krot=krot)
+        return None if krot is None else RotatedGemm(**vars(packing), krot=krot)
 
     def _stored(self, packing: IntegerPacking) -> str:
-        kind = {
-            AwqGemm: "gemm",
-            RotatedGemm: "rotated",
-            AwqGemv: "gemv",
-            AwqFast: "gemv_fast",
-            Marlin: "marlin",
-        }
-        variant = kind.get(type(packing), "")
+        variant = _VARIANTS.get(type(packing), "")
         if isinstance(packing, Gptq):
             variant = "planar" if packing.planar else ""
         group = f"g{packing.group}" if packing.groups > 1 else "a scale a row"
@@ -266,7 +250,7 @@ class _Reader:
 
 
 def _reason(packing: IntegerPacking) -> Reason | None:
-    """Why a layer gets no encoding, or another group or width than it has."""
+    """The reason why a layer gets no encoding, or another group or width than it has."""
     encoding = packing.encoding
     if encoding is None:
         if packing.columns % 32:

@@ -1,4 +1,4 @@
-"""What the config of a ``qweight`` folder says about its layout, in each tool's words."""
+"""The layout that the config of a ``qweight`` folder gives, in each tool's words."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ _NOT_IN_WEIGHTS = {
 
 @dataclass(frozen=True, slots=True)
 class Convention:
-    """What the whole config says of the layout.
+    """The layout and the meaning of zeros for all layers of a config.
 
     Attributes:
         layout: "gptq", "gemm", "gemv", "gemv_fast" or "marlin"; "" for what the tensors say.

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from requant.checkpoints.checkpoint import Checkpoint, SourceTensor
+from requant.checkpoints.checkpoint import Checkpoint
 from requant.core.dtypes import FLOATS, TensorInfo
 from requant.errors import Problem
-from requant.formats.base import NoReading
+from requant.formats.base import NoReading, Tensors
 from requant.formats.gptq_awq_config import Convention
 from requant.formats.gptq_awq_rules import LayerRule
 from requant.formats.integer_layers import groups_of
@@ -20,6 +20,7 @@ from requant.packings.gptq import PLANES, Gptq, Zeros
 from requant.text import join_or, pluralize
 
 WORDS = ("I32", "U32")
+_Infos = Mapping[str, TensorInfo]  # role -> dtype and shape
 _GPTQ_WORDS = (*WORDS, "I8", "I16", "I64")
 
 
@@ -41,18 +42,16 @@ class Layouts:
         self.name, self.checkpoint, self.found = name, checkpoint, block
         self.convention, self.problems = convention, problems
         self.disputed = 0
-        self._stored: Mapping[str, SourceTensor] = {}  # the parts of the layer at hand
+        self._stored: Tensors = {}  # the parts of the current layer
 
     def _report(self, where: str, message: str) -> None:
         self.problems.append(Problem(where, message))
 
     def _name(self, path: str, role: str) -> str:
-        """What the file calls a part of the layer at hand; a stack's parts have other names."""
+        """The name in the file of a part of the current layer; a stack's parts have other names."""
         return self._stored[role].name if role in self._stored else f"{path}.{role}"
 
-    def packing(
-        self, path: str, parts: Mapping[str, SourceTensor], rule: LayerRule
-    ) -> IntegerPacking | None:
+    def packing(self, path: str, parts: Tensors, rule: LayerRule) -> IntegerPacking | None:
         """The packing of one layer, or None with its problems reported."""
         self._stored = parts
         words = parts.get("qweight", parts.get("B"))
@@ -85,14 +84,9 @@ class Layouts:
         if words.info.dtype not in allowed:
             self._report(words.name, f"{words.info}, expected {' or '.join(allowed[:2])} words")
             return None
-        make = {
-            "gemm": self._gemm,
-            "gemv": self._gemv,
-            "gemv_fast": self._fast,
-            "marlin": self._marlin,
-            "gptq": self._gptq,
-        }[layout]
-        return make(path, {r: p.info for r, p in parts.items()}, rule)
+        make = {"gemm": self._gemm, "gemv": self._gemv, "gemv_fast": self._fast}
+        make |= {"marlin": self._marlin, "gptq": self._gptq}
+        return make[layout](path, {role: part.info for role, part in parts.items()}, rule)
 
     def _same_tool(self, layout: str, expected: str) -> bool:
         """llm-awq's first files are gemv and its later ones gemv_fast under one name."""
@@ -101,9 +95,7 @@ class Layouts:
 
     # -- one layout each -----------------------------------------------------------------
 
-    def _gemm(
-        self, path: str, infos: Mapping[str, TensorInfo], rule: LayerRule
-    ) -> IntegerPacking | None:
+    def _gemm(self, path: str, infos: _Infos, rule: LayerRule) -> IntegerPacking | None:
         n_in, width = infos["qweight"].shape
         groups, rows = infos["scales"].shape
         bits = self._bits(path, 32 * width, rows, rule, range(4, 9))
@@ -115,19 +107,12 @@ class Layouts:
             self._expect(path, "qzeros", infos, (groups, width), WORDS)
         elif not rule.symmetric:
             self._report(path, "has no qzeros, and the config does not call it symmetric")
+        dtype = infos["scales"].dtype
         return AwqGemm(
-            rows=rows,
-            columns=n_in,
-            bits=bits,
-            group=group,
-            symmetric=bool(rule.symmetric),
-            scale_dtype=infos["scales"].dtype,
-            has_zeros=has_zeros,
+            rows, n_in, bits, group, bool(rule.symmetric), scale_dtype=dtype, has_zeros=has_zeros
         )
 
-    def _gemv(
-        self, path: str, infos: Mapping[str, TensorInfo], rule: LayerRule
-    ) -> IntegerPacking | None:
+    def _gemv(self, path: str, infos: _Infos, rule: LayerRule) -> IntegerPacking | None:
         rows, words = infos["qweight"].shape
         n_in = words * 8
         group = self._declared_group(path, n_in, rule)
@@ -140,27 +125,17 @@ class Layouts:
             return None
         self._expect(path, "qzeros", infos, (rows, width), WORDS)
         self._expect(path, "scales", infos, (rows, 8 * width), FLOATS)
-        return AwqGemv(
-            rows=rows,
-            columns=n_in,
-            bits=4,
-            group=group,
-            symmetric=False,
-            scale_dtype=infos["scales"].dtype,
-        )
+        return AwqGemv(rows, n_in, 4, group, symmetric=False, scale_dtype=infos["scales"].dtype)
 
-    def _fast(
-        self, path: str, infos: Mapping[str, TensorInfo], rule: LayerRule
-    ) -> IntegerPacking | None:
+    def _fast(self, path: str, infos: _Infos, rule: LayerRule) -> IntegerPacking | None:
         quads, n_in = infos["qweight"].shape
         rows = 4 * quads
         role = "qzeros" if "qzeros" in infos else "scaled_zeros"
         group = self._declared_group(path, n_in, rule)
         self._check_bits(path, 4, rule)
         if n_in % 64:
-            self._report(
-                self._name(path, "qweight"), f"has {n_in} inputs, expected a multiple of 64"
-            )
+            name = self._name(path, "qweight")
+            self._report(name, f"has {n_in} inputs, expected a multiple of 64")
         if role not in infos:
             self._report(path, "has no qzeros or scaled_zeros next to its scales")
         if group is None or role not in infos:
@@ -169,19 +144,10 @@ class Layouts:
         height = infos["scales"].shape[0] if width is None else 8 * width
         self._expect(path, "scales", infos, (height, rows), FLOATS)
         self._expect(path, role, infos, (height, rows), FLOATS)
-        return AwqFast(
-            rows=rows,
-            columns=n_in,
-            bits=4,
-            group=group,
-            symmetric=False,
-            scale_dtype=infos["scales"].dtype,
-            bias_role=role,
-        )
+        dtype = infos["scales"].dtype
+        return AwqFast(rows, n_in, 4, group, symmetric=False, scale_dtype=dtype, bias_role=role)
 
-    def _marlin(
-        self, path: str, infos: Mapping[str, TensorInfo], rule: LayerRule
-    ) -> IntegerPacking | None:
+    def _marlin(self, path: str, infos: _Infos, rule: LayerRule) -> IntegerPacking | None:
         roles = ("qweight", "scales") if "qweight" in infos else ("B", "s")
         tiles = infos[roles[0]].shape[0]
         groups, rows = infos[roles[1]].shape
@@ -189,25 +155,16 @@ class Layouts:
         group = self._group(path, n_in, groups, rule)
         self._check_bits(path, 4, rule)
         if rows % 64:
-            self._report(
-                self._name(path, roles[1]), f"has {rows} outputs, expected a multiple of 64"
-            )
+            name = self._name(path, roles[1])
+            self._report(name, f"has {rows} outputs, expected a multiple of 64")
         if group is None:
             return None
+        dtype, (weight, scale) = infos[roles[1]].dtype, roles
         return Marlin(
-            rows=rows,
-            columns=n_in,
-            bits=4,
-            group=group,
-            symmetric=True,
-            scale_dtype=infos[roles[1]].dtype,
-            weight_role=roles[0],
-            scale_role=roles[1],
+            rows, n_in, 4, group, True, scale_dtype=dtype, weight_role=weight, scale_role=scale
         )
 
-    def _gptq(
-        self, path: str, infos: Mapping[str, TensorInfo], rule: LayerRule
-    ) -> IntegerPacking | None:
+    def _gptq(self, path: str, infos: _Infos, rule: LayerRule) -> IntegerPacking | None:
         groups, rows = infos["scales"].shape
         bits = self._gptq_bits(path, infos, rows, rule)
         n_in = None if bits is None else self._gptq_inputs(path, infos, bits)
@@ -224,10 +181,10 @@ class Layouts:
             return None
         planar, zeros = self._gptq_dialect(bits)
         packing = Gptq(
-            rows=rows,
-            columns=n_in,
-            bits=bits,
-            group=group,
+            rows,
+            n_in,
+            bits,
+            group,
             symmetric=rule.symmetric is not False,
             scale_dtype=infos["scales"].dtype,
             planar=planar,
@@ -239,9 +196,7 @@ class Layouts:
         self.disputed += self._is_disputed(path, infos, packing)
         return packing
 
-    def _gptq_bits(
-        self, path: str, infos: Mapping[str, TensorInfo], rows: int, rule: LayerRule
-    ) -> int | None:
+    def _gptq_bits(self, path: str, infos: _Infos, rows: int, rule: LayerRule) -> int | None:
         """The width that the zeros tell, held against the config; without them the config's."""
         zeros = infos.get("qzeros")
         if zeros is not None and len(zeros.shape) == 2:
@@ -257,7 +212,7 @@ class Layouts:
             return None
         return rule.bits
 
-    def _gptq_inputs(self, path: str, infos: Mapping[str, TensorInfo], bits: int) -> int | None:
+    def _gptq_inputs(self, path: str, infos: _Infos, bits: int) -> int | None:
         """As many as ``g_idx`` has, else as the words hold; words for as many must be there."""
         words = infos["qweight"]
         unit, there = _word_bits(words), words.shape[0] * _word_bits(words)
@@ -269,9 +224,7 @@ class Layouts:
         self._report(self._name(path, "qweight"), message)
         return None
 
-    def _check_gptq_zeros(
-        self, path: str, infos: Mapping[str, TensorInfo], bits: int, rule: LayerRule
-    ) -> None:
+    def _check_gptq_zeros(self, path: str, infos: _Infos, bits: int, rule: LayerRule) -> None:
         if "qzeros" in infos:
             due = _gptq_zeros(infos, bits)
             self._expect(path, "qzeros", infos, due.shape, (due.dtype,))
@@ -289,7 +242,7 @@ class Layouts:
             zeros = Zeros.PLUS_ONE
         return planar, zeros
 
-    def _is_disputed(self, path: str, infos: Mapping[str, TensorInfo], packing: Gptq) -> bool:
+    def _is_disputed(self, path: str, infos: _Infos, packing: Gptq) -> bool:
         """Whether a zero is stored as all ones, which readers of version 1 take for 0 or 2^bits."""
         if packing.symmetric or packing.stored_zeros is not Zeros.PLUS_ONE:
             return False
@@ -312,12 +265,11 @@ class Layouts:
         if not fitting:
             self._report(path, f"holds {row_bits} bits for {rows} outputs: no width of a code fits")
             return None
+        held = join_or([f"{bits}-bit" for bits in fitting])
         if rule.bits is not None:
-            held = join_or([f"{bits}-bit" for bits in fitting])
             self._report(path, f"holds {held} codes, but {rule.where} says {rule.bits}")
             return None
         if len(fitting) > 1:
-            held = join_or([f"{bits}-bit" for bits in fitting])
             message = f"may hold {held} codes by its shapes; write its bits into {rule.where}"
             self._report(path, message)
             return None
@@ -349,8 +301,7 @@ class Layouts:
             self._report(
                 path,
                 f"has scales for {pluralize(groups, 'group')} of {pluralize(n_in, 'input')} in "
-                "all, but "
-                f"{rule.where} says group_size {stated}",
+                f"all, but {rule.where} says group_size {stated}",
             )
             return None
         return min(group, n_in)
@@ -362,17 +313,11 @@ class Layouts:
                 rule.where, f"gives no group_size, and {path} is padded, so it cannot tell"
             )
             return None
-        return self._group(
-            path, n_in, -(-n_in // max(rule.group_size, 1)) if rule.group_size > 0 else 1, rule
-        )
+        groups = -(-n_in // rule.group_size) if rule.group_size > 0 else 1
+        return self._group(path, n_in, groups, rule)
 
     def _expect(
-        self,
-        path: str,
-        role: str,
-        infos: Mapping[str, TensorInfo],
-        shape: tuple[int, ...],
-        dtypes: tuple[str, ...],
+        self, path: str, role: str, infos: _Infos, shape: tuple[int, ...], dtypes: tuple[str, ...]
     ) -> None:
         """Report a missing part, or one of another shape or dtype."""
         name, info = self._name(path, role), infos.get(role)
@@ -382,11 +327,7 @@ class Layouts:
             self._report(name, f"{info}, expected {TensorInfo(dtypes[0], shape)}")
 
     def _act_order(
-        self,
-        path: str,
-        infos: Mapping[str, TensorInfo],
-        sizes: tuple[int, int, int],
-        rule: LayerRule,
+        self, path: str, infos: _Infos, sizes: tuple[int, int, int], rule: LayerRule
     ) -> bool | None:
         """Whether ``g_idx`` puts inputs into groups out of order; None if it cannot be.
 
@@ -408,15 +349,13 @@ class Layouts:
         if infos["g_idx"].dtype not in ("I32", "I64") or len(infos["g_idx"].shape) != 1:
             self._report(name, f"{infos['g_idx']}, expected I32 [{n_in}]")
             return None
-        found = (
-            self.checkpoint.read_small_tensor(name).astype(np.int64).reshape(-1, n_in)
-        )  # an expert a row
+        stored = self.checkpoint.read_small_tensor(name).astype(np.int64)
+        found = stored.reshape(-1, n_in)  # a row for each expert
         found = np.where(found < 0, found + groups, found)  # GPTQModel counts from the end too
         if n_in and not 0 <= found.min() <= found.max() < groups:
             bad = int(found[(found < 0) | (found >= groups)][0])
-            self._report(
-                name, f"holds group {bad}, but there are scales for {pluralize(groups, 'group')}"
-            )
+            there = pluralize(groups, "group")
+            self._report(name, f"holds group {bad}, but there are scales for {there}")
             return None
         if not found.any() and groups > 1:
             if not rule.shuffled:
@@ -430,17 +369,14 @@ class Layouts:
             if np.array_equal(held, expected):
                 continue
             wrong = int(np.flatnonzero(held != expected)[0])
-            self._report(
-                name,
-                f"puts {int(held[wrong])} inputs into group {wrong}, expected "
-                f"{int(expected[wrong])}",
-            )
+            message = f"puts {held[wrong]} inputs into group {wrong}, expected {expected[wrong]}"
+            self._report(name, message)
             return None
         return True
 
 
-def _gptq_zeros(infos: Mapping[str, TensorInfo], bits: int) -> TensorInfo:
-    """What ``qzeros`` must be: a stream of fields along the outputs, in words as the codes' are."""
+def _gptq_zeros(infos: _Infos, bits: int) -> TensorInfo:
+    """The expected ``qzeros``: a stream of fields along the outputs, in words like the codes."""
     (groups, rows), words = infos["scales"].shape, infos["qweight"]
     return TensorInfo(words.dtype, (groups, -(-rows * bits // _word_bits(words))))
 
@@ -449,7 +385,7 @@ def _word_bits(info: TensorInfo) -> int:
     return 8 * TensorInfo(info.dtype, ()).nbytes
 
 
-def _layout(parts: Mapping[str, SourceTensor]) -> str:
+def _layout(parts: Tensors) -> str:
     """The layout that the shapes determine; "" for none."""
     if "B" in parts:
         return "marlin" if "s" in parts else ""

@@ -22,7 +22,7 @@ _OF_FLOATS = ("fp", "mx", "nv", "float", "bf", "nf")
 
 @dataclass(frozen=True, slots=True)
 class LayerRule:
-    """What the config says of one layer.
+    """The settings that the config gives to one layer.
 
     Attributes:
         bits: Bits a code; None where the config is silent.
@@ -61,7 +61,7 @@ class LayerRules:
         self._read(block, "extra_config", problems)
 
     def of(self, path: str) -> LayerRule:
-        """What holds for a layer."""
+        """The rule of a layer."""
         if path in self._exact:
             return self._exact[path]
         for pattern, anchored, rule in self._patterns:
@@ -74,9 +74,7 @@ class LayerRules:
         if table is None or table is False:
             return
         if not isinstance(table, Mapping):
-            problems.append(
-                Problem(f"{self.where}.{key}", f"is {format_value(table)}, expected an object")
-            )
+            problems.append(block.wrong(key, "an object"))
             return
         anchored = key == "dynamic"
         for name, fields in table.items():

@@ -11,11 +11,11 @@ from typing import Any, Final
 
 import numpy as np
 
-from requant.checkpoints.checkpoint import Checkpoint, SourceTensor
-from requant.core.dtypes import FLOATS, NUMPY_DTYPE
+from requant.checkpoints.checkpoint import Checkpoint
+from requant.core.dtypes import FLOATS, NUMPY_DTYPE, TensorInfo
 from requant.core.reasons import Reason, ReasonCode
 from requant.errors import Problem
-from requant.formats.base import DefaultPolicy, SourceLayer, SourceLayout, fallback_for, scale_dtype
+from requant.formats.base import SourceLayer, SourceLayout, packed_layer, scale_dtype
 from requant.formats.integer_layers import integer_layer
 from requant.formats.quantization_block import QuantizationBlock, find_quantization_block
 from requant.formats.tensor_sorter import TensorSorter
@@ -28,34 +28,15 @@ _SUFFIX: Final = f".{W_Q}"
 _CODES: Final = ("scale", "zero")
 # What a layer stores about itself; "meta_" is HQQ's older prefix of scales in codes.
 _DECLARED: Final = (
-    "shape",
-    "axis",
-    "nbits",
-    "group_size",
-    "packing",
-    "compute_dtype",
-    "unpack_view_dtype",
-    "view_as_float",
-    "channel_wise",
-    "optimize",
-    "round_zero",
-    "quant_scale",
-    "quant_zero",
-    "offload_meta",
-    "stores_quant_config",
-    "encoded_state_dict",
+    *("shape", "axis", "nbits", "group_size", "packing", "compute_dtype", "unpack_view_dtype"),
+    *("view_as_float", "channel_wise", "optimize", "round_zero", "quant_scale", "quant_zero"),
+    *("offload_meta", "stores_quant_config", "encoded_state_dict"),
 )
 _IN_CODES: Final = ("scale_q", "zero_q", "meta_scale", "meta_zero")
 # nbits -> packing, where a layer does not say it (hqq/core/quantize.py).
 _PACKING_OF: Final[Mapping[float, str]] = {
-    8: "8bit_u8",
-    7: "8bit_u8",
-    6: "8bit_u8",
-    5: "8bit_u8",
-    4: "4bit_u8",
-    3: "3bit_32",
-    2: "2bit_u8",
-    1: "1bit_u8",
+    **dict.fromkeys((8, 7, 6, 5), "8bit_u8"),
+    **{4: "4bit_u8", 3: "3bit_32", 2: "2bit_u8", 1: "1bit_u8"},
 }
 _MAX_SMALL_TENSOR = 64  # letters of a dtype or packing
 _WHY = "says how W_q is stored"
@@ -76,37 +57,33 @@ class Hqq:
 
     def read(self, checkpoint: Checkpoint) -> SourceLayout:
         """Describe each layer that has codes; everything else is dense."""
-        tensor_sorter = TensorSorter(checkpoint)
-        params = _Params(find_quantization_block(checkpoint), tensor_sorter.problems)
+        sorter = TensorSorter(checkpoint)
+        params = _Params(find_quantization_block(checkpoint), sorter.problems)
         paths = [n.removesuffix(_SUFFIX) for n in checkpoint.tensors if n.endswith(_SUFFIX)]
         for path in paths:
-            layer = _Layer(tensor_sorter, path, params)
-            tensor_sorter.add(layer.read())
-            tensor_sorter.claim((part.name for part in layer.parts.values()), path)
+            layer = _Layer(sorter, path, params)
+            sorter.add(layer.read())
+            sorter.claim((part.name for part in layer.parts.values()), path)
             for name in layer.declared.values():
-                tensor_sorter.drop(name, _WHY)
-        _check_loose(tensor_sorter, set(paths))
+                sorter.drop(name, _WHY)
+        _check_loose(sorter, set(paths))
         if not paths:
-            tensor_sorter.no_layer(
-                params.where,
-                "says quant_method hqq, but no tensor ends in .W_q: if the weights are dense, "
-                "remove the block",
-            )
-        return tensor_sorter.layout()
+            sorter.no_layer(params.where, "says quant_method hqq, but no tensor ends in .W_q")
+        return sorter.layout()
 
 
-def _check_loose(tensor_sorter: TensorSorter, paths: set[str]) -> None:
-    """What belongs to a layer must have its codes next to it."""
-    for tensor in tensor_sorter.left:
+def _check_loose(sorter: TensorSorter, paths: set[str]) -> None:
+    """Report scales in codes, and parts of layers whose codes are missing."""
+    for tensor in sorter.left:
         path, _, role = tensor.name.rpartition(".")
         if path in paths and (role in _IN_CODES or role.startswith("meta_")):
-            tensor_sorter.problem(
+            sorter.problem(
                 tensor.name,
                 "holds scales or zeros as codes (quant_scale, quant_zero of old HQQ files), which "
                 "are not read; save the model again with a current hqq",
             )
         elif role in ("nbits", "packing", "view_as_float") and path not in paths:
-            tensor_sorter.problem(tensor.name, f"{tensor.info} has no {path}.W_q next to it")
+            sorter.problem(tensor.name, f"{tensor.info} has no {path}.W_q next to it")
 
 
 class _Params:
@@ -119,11 +96,8 @@ class _Params:
         if isinstance(block, Mapping):
             self.block = block
         elif block is not None:
-            problems.append(
-                Problem(
-                    f"{self.where}.quant_config", f"is {format_value(block)}, expected an object"
-                )
-            )
+            message = f"is {format_value(block)}, expected an object"
+            problems.append(Problem(f"{self.where}.quant_config", message))
 
     def of(self, path: str, key: str) -> Any:
         """A parameter of a layer; None where the config is silent."""
@@ -137,24 +111,20 @@ class _Params:
 class _Layer:
     """One layer: its tensors, and what they say."""
 
-    def __init__(self, tensor_sorter: TensorSorter, path: str, params: _Params) -> None:
-        self.tensor_sorter, self.path, self.params = tensor_sorter, path, params
-        tensors = tensor_sorter.tensors
-        self.parts: dict[str, SourceTensor] = {
-            role: tensors[f"{path}.{role}"]
-            for role in (W_Q, *_CODES)
-            if f"{path}.{role}" in tensors
-        }
-        self.declared = {
-            role: f"{path}.{role}" for role in _DECLARED if f"{path}.{role}" in tensors
-        }
+    def __init__(self, sorter: TensorSorter, path: str, params: _Params) -> None:
+        self.sorter, self.path, self.params = sorter, path, params
+        tensors = sorter.tensors
+        names = {role: f"{path}.{role}" for role in (W_Q, *_CODES, *_DECLARED)}
+        names = {role: name for role, name in names.items() if name in tensors}
+        self.declared = {role: name for role, name in names.items() if role in _DECLARED}
+        self.parts = {r: tensors[name] for r, name in names.items() if r not in _DECLARED}
 
     def read(self) -> SourceLayer | None:
         """The layer, or None with its problems reported."""
-        before = len(self.tensor_sorter.problems)
+        before = len(self.sorter.problems)
         self._check_parts()
         shape, axis = self._shape(), self._axis()
-        if len(self.tensor_sorter.problems) > before or shape is None:
+        if len(self.sorter.problems) > before or shape is None:
             return None
         bits, packing = self._packing()
         if bits is None or packing is None:
@@ -171,82 +141,67 @@ class _Layer:
     ) -> SourceLayer:
         """Axis 0: no mode of MLX holds its scales."""
         packed = HqqColumns(*shape, bits, group, packing, self.parts[W_Q].info.dtype)
-        dtype = scale_dtype(self.parts["scale"].info.dtype, self.tensor_sorter.dtype)
+        dtype = scale_dtype(self.parts["scale"].info.dtype, self.sorter.dtype)
         parts = self.parts | {f"{role}{NEXT}": part for role, part in self.parts.items()}
         stored = f"hqq {bits}-bit g{group} axis 0"
         reason = Reason(ReasonCode.NO_MLX_MODE, "axis 0: scales vary from input to input")
-        fallback = fallback_for(shape[1])
-        return SourceLayer(
-            path=self.path,
-            parts=parts,
-            encoding=None,
-            shape=shape,
-            dtype=dtype,
-            packing=packed,
-            stored_description=stored,
-            policy=DefaultPolicy(fallback=fallback, reason=reason),
+        return packed_layer(
+            self.path, parts, shape, packed, dtype=dtype, stored=stored, reason=reason
         )
 
     def _by_row(self, shape: tuple[int, int], bits: int, group: int, packing: str) -> SourceLayer:
         """Axis 1: MLX's groups, where none spans two rows."""
         codes, scale, zero = (self.parts[role].info for role in (W_Q, *_CODES))
-        width = codes.shape[-1]
         packed = HqqRows(
-            rows=shape[0],
-            columns=shape[1],
+            *shape,
             bits=bits,
             group=group,
             symmetric=False,
             scale_dtype=scale.dtype,
             packing=packing,
-            packed_width=width,
+            packed_width=codes.shape[-1],
             zero_dtype=zero.dtype,
         )
         parts = self.parts | {f"{W_Q}{NEXT}": self.parts[W_Q]}
+        scales = f"g{group}"
         return integer_layer(
-            self.tensor_sorter,
-            self.path,
-            parts,
-            shape=shape,
-            packing=packed,
-            tool="hqq",
-            scales=f"g{group}",
+            self.sorter, self.path, parts, shape, packed, tool="hqq", scales=scales
         )
 
     def _report(self, role: str, message: str) -> None:
-        self.tensor_sorter.problem(f"{self.path}.{role}" if role else self.path, message)
+        self.sorter.problem(f"{self.path}.{role}" if role else self.path, message)
 
     def _value(self, role: str) -> np.ndarray | None:
-        """What a small tensor says; None if the layer has none."""
+        """The values of a small tensor; None if the layer has none."""
         name = self.declared.get(role)
         if name is None:
             return None
-        info = self.tensor_sorter.tensors[name].info
+        info = self.sorter.tensors[name].info
         if info.size > _MAX_SMALL_TENSOR:
             self._report(role, f"{info}, expected a few numbers that say how W_q is stored")
             return None
-        return self.tensor_sorter.checkpoint.read_small_tensor(name).reshape(-1)
+        return self.sorter.checkpoint.read_small_tensor(name).reshape(-1)
 
     def _number(self, role: str, default: Any) -> Any:
         """One number, from its tensor or else from the config."""
         value = self._value(role)
         if value is None:
-            found = self.params.of(self.path, role)
-            return default if found is None else found
+            declared = self.params.of(self.path, role)
+            return default if declared is None else declared
         if value.size == 1:
             return value[0].item()
-        self._report(
-            role, f"{self.tensor_sorter.tensors[self.declared[role]].info}, expected one number"
-        )
+        self._report(role, f"{self._info(role)}, expected one number")
         return default
+
+    def _info(self, role: str) -> TensorInfo:
+        return self.sorter.tensors[self.declared[role]].info
 
     def _text(self, role: str) -> str:
         value = self._value(role)
         if value is None:
             return ""
         if value.dtype.kind not in "iu":
-            info = self.tensor_sorter.tensors[self.declared[role]].info
-            self._report(role, f"{info}, expected letters as U8")
+            self._report(role, f"{self._info(role)}, expected letters as U8")
             return ""
         return value.astype(np.uint8).tobytes().decode("ascii", "replace")
 

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
 from requant.checkpoints.checkpoint import SourceTensor
 from requant.core.reasons import Reason, ReasonCode
 from requant.formats.base import SourceLayer, fallback_for
-from requant.packings.base import Packing, Parts, Rect, Scratch
+from requant.packings.base import Array, Packing, Parts, Rect, Scratch, WrappedPacking
 
 _ROLE: Final = "input_scale"
 
 
 @dataclass(frozen=True)
-class InputScaled(Packing):
+class InputScaled(WrappedPacking):
     """A packed layer, column ``j`` times ``input_scale[j]``.
 
     Attributes:
@@ -29,30 +29,16 @@ class InputScaled(Packing):
     columns: int
     layer: Packing
 
-    @property
-    def matrix_rows(self) -> int:
-        return self.layer.matrix_rows
-
-    @property
-    def row_unit(self) -> int:  # type: ignore[override]
-        """That of the weight itself."""
-        return self.layer.row_unit
-
     def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
         return {**self.layer.required_rects(start, stop), _ROLE: Rect((0, 1), (0, self.columns))}
 
-    def decode(
-        self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch
-    ) -> None:
+    def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         """The weight's values in float32, times the input's scale; rounded once more."""
         values = scratch.take("unscaled", "F32", stop - start, 4 * self.columns)
         self.layer.decode(parts, start, stop, values, scratch)
         with np.errstate(over="ignore", invalid="ignore"):  # the caller counts infinities
             values *= parts[_ROLE].astype(np.float32).reshape(1, -1)
             out[:] = values
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**super().to_dict(), "layer": self.layer.to_dict()}
 
 
 def input_scaled(layer: SourceLayer, scale: SourceTensor) -> SourceLayer:

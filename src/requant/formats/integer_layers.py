@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from requant.checkpoints.checkpoint import SourceTensor
 from requant.core.reasons import Reason, ReasonCode
-from requant.formats.base import DefaultPolicy, SourceLayer, fallback_for, scale_dtype
+from requant.formats.base import SourceLayer, Tensors, packed_layer, scale_dtype
 from requant.formats.tensor_sorter import TensorSorter
 from requant.packings.base import IntegerPacking
 
@@ -32,9 +29,9 @@ def groups_of(n_in: int, scales: int) -> list[int]:
 
 
 def integer_layer(
-    tensor_sorter: TensorSorter,
+    sorter: TensorSorter,
     path: str,
-    parts: Mapping[str, SourceTensor],
+    parts: Tensors,
     shape: tuple[int, ...],
     packing: IntegerPacking,
     tool: str,
@@ -43,7 +40,7 @@ def integer_layer(
     """Describe a layer of integer codes.
 
     Args:
-        tensor_sorter: For the dtype of scales that are stored in none of 16 bits.
+        sorter: For the dtype of scales that are stored in none of 16 bits.
         path: Layer path.
         parts: The roles that the packing names.
         shape: ``(..., out, in)``.
@@ -52,18 +49,10 @@ def integer_layer(
         scales: The words for scales that are not one a group.
     """
     group = f"g{packing.group}" if packing.groups > 1 else scales
-    encoding, reason, fallback = packing.encoding, None, None
-    if encoding is None:
+    reason = None
+    if packing.encoding is None:
         text = f"no group of MLX's fits groups of {packing.group} in {packing.columns} inputs"
         reason = Reason(ReasonCode.NO_MLX_GROUP, text)
-        fallback = fallback_for(packing.columns)
-    return SourceLayer(
-        path=path,
-        parts=parts,
-        encoding=encoding,
-        shape=shape,
-        dtype=scale_dtype(packing.scale_dtype, tensor_sorter.dtype),
-        packing=packing,
-        stored_description=f"{tool} {packing.bits}-bit {group}",
-        policy=DefaultPolicy(fallback=fallback, reason=reason),
-    )
+    dtype = scale_dtype(packing.scale_dtype, sorter.dtype)
+    stored = f"{tool} {packing.bits}-bit {group}"
+    return packed_layer(path, parts, shape, packing, dtype=dtype, stored=stored, reason=reason)

@@ -22,7 +22,7 @@ from typing import Final
 
 from requant.checkpoints.checkpoint import SourceTensor
 from requant.core.dtypes import FLOATS
-from requant.formats.base import SourceLayer
+from requant.formats.base import SourceLayer, Tensors
 from requant.formats.scale_names import Role, ScaleNames, parse_scale_name
 from requant.packings.experts import StackedExperts
 
@@ -72,7 +72,7 @@ class LayerNames:
         twice: Pairs of names that represent the same part of a layer.
     """
 
-    tensors: Mapping[str, SourceTensor]
+    tensors: Tensors
     own: Mapping[str, str]
     twice: tuple[tuple[str, str], ...] = ()
 
@@ -89,7 +89,7 @@ class LayerNames:
         return replace(layer, name=own)
 
 
-def layer_names(tensors: Mapping[str, SourceTensor]) -> LayerNames:
+def layer_names(tensors: Tensors) -> LayerNames:
     """Find the layers and stacks of codes among ``tensors``, and name their parts by role."""
     siblings, renamed = ScaleNames(tensors), dict[str, str]()
     own = dict[str, str]()

@@ -1,4 +1,4 @@
-"""Which stored scale each matrix of a stack has, when its rows come from several source layers.
+"""The stored scale of each matrix of a stack whose rows come from several source layers.
 
 NVFP4 has one scale a matrix next to those of the groups. An output keeps them only if all rows of
 each of its matrices have the same one in the source.

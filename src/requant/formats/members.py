@@ -1,4 +1,4 @@
-"""Layers of unlike kinds in one: the encoding that holds the codes of all of them.
+"""Layers that consist of several kinds of layers: the encoding that holds the codes of all.
 
 The experts of a stack, or the parts of a fused projection, may have other groups, widths or
 tools. Codes are moved into the smallest group and the widest code that occur; what no such
@@ -30,16 +30,10 @@ MEMBERS_REENCODED = Reason(
 def members_joined(
     path: str, shape: tuple[int, ...], runs: Sequence[RowRange]
 ) -> SourceLayer | None:
-    """A layer of rows that are stored unlike each other.
+    """Make a layer ``(..., out_features, in_features)`` of rows that are stored differently.
 
-    Args:
-        path: Of the layer.
-        shape: ``(..., out_features, in_features)``.
-        runs: The rows that it consists of.
-
-    Returns:
-        The layer; None where its rows cannot be distinguished: members whose inputs are rotated
-        otherwise, NVFP4 with a global scale.
+    None where its rows cannot be distinguished: members whose inputs have other rotations, NVFP4
+    with a global scale.
     """
     members = list({run.layer.path: run.layer for run in runs}.values())
     if not all(map(_has_rows, members)):
@@ -54,6 +48,13 @@ def members_joined(
     dtypes = {x.dtype for x in members}
     packed = [replace(run, layer=_packed(run.layer)) for run in runs]
     reason = MEMBERS_MOVED if encoding is not None else MEMBERS_REENCODED
+    choices = (x.policy.requires_choice for x in members)
+    policy = DefaultPolicy(
+        fallback=fallback,
+        reason=reason if len(members) > 1 else packed[0].layer.policy.reason,
+        requires_choice=next(filter(None, choices), ""),
+        act_order=any(x.policy.act_order for x in members),
+    )
     return replace(
         packed[0].layer,
         path=path,
@@ -61,14 +62,7 @@ def members_joined(
         shape=shape,
         dtype=dtypes.pop() if len(dtypes) == 1 else "F32",
         stored_description=" and ".join(dict.fromkeys(x.stored_as for x in members)),
-        policy=DefaultPolicy(
-            fallback=fallback,
-            reason=reason if len(members) > 1 else packed[0].layer.policy.reason,
-            requires_choice=next(
-                (x.policy.requires_choice for x in members if x.policy.requires_choice), ""
-            ),
-            act_order=any(x.policy.act_order for x in members),
-        ),
+        policy=policy,
         row_order=None,
         row_ranges=tuple(packed),
         name="",
@@ -94,11 +88,10 @@ def common_encoding(encodings: Iterable[Quantization | None]) -> Quantization | 
 
 
 def reencoded(members: Iterable[SourceLayer], n_in: int) -> Quantization | None:
-    """What becomes of layers that must be encoded again, as nothing else was asked for: 8 bits.
+    """The default target of layers that must be requantized: 8 bits.
 
-    Args:
-        members: The layers; their groups are not made larger.
-        n_in: Inputs of the result; None is returned where no group of MLX divides them.
+    Groups are not made larger. None where no group of MLX divides ``n_in``, the inputs of the
+    result.
     """
     groups = [x.default_target.group_size for x in members if x.default_target is not None]
     fallback = fallback_for(n_in)

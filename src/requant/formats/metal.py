@@ -6,7 +6,6 @@ are repeated where they divide.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Final
@@ -14,13 +13,12 @@ from typing import Final
 import numpy as np
 
 from requant.checkpoints.checkpoint import Checkpoint, SourceTensor
-from requant.formats.base import SourceLayer, SourceLayout
+from requant.formats.base import SourceLayer, SourceLayout, Tensors
 from requant.formats.integer_layers import integer_layer
 from requant.formats.quantization_block import find_quantization_block
-from requant.formats.tensor_sorter import TensorSorter, UnsupportedLayerError
+from requant.formats.tensor_sorter import LayerError, TensorSorter, unexpected
 from requant.packings.base import (
-    DTYPE_NAME,
-    PRECISION,
+    Array,
     Exactness,
     Fidelity,
     IntegerPacking,
@@ -28,6 +26,7 @@ from requant.packings.base import (
     Rect,
     Scratch,
     is_narrower,
+    rounded,
     stream_codes,
 )
 from requant.text import format_value, join_or
@@ -46,22 +45,20 @@ class Metal(IntegerPacking):
         words = Rect((start, stop), (0, self.columns * self.bits // 32))
         return {"weight": words, "scales": each, "qbiases": each}
 
-    def words(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
+    def words(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         out[:] = parts["weight"].view(np.uint32)
 
-    def codes(self, parts: Parts, start: int, stop: int, scratch: Scratch) -> np.ndarray:
+    def codes(self, parts: Parts, start: int, stop: int, scratch: Scratch) -> Array:
         return stream_codes(parts["weight"], self.bits, self.columns)
 
-    def scales(self, parts: Parts, start: int, stop: int) -> np.ndarray:
+    def scales(self, parts: Parts, start: int, stop: int) -> Array:
         return parts["scales"]
 
-    def biases(self, parts: Parts, start: int, stop: int, scales: np.ndarray) -> np.ndarray:
+    def biases(self, parts: Parts, start: int, stop: int, scales: Array) -> Array:
         """As stored."""
         return parts["qbiases"]
 
-    def decode(
-        self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch
-    ) -> None:
+    def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         """``code * scale + qbias`` in float32, rounded once more."""
         codes = self.codes(parts, start, stop, scratch).astype(np.float32)
         scales, biases = (
@@ -74,9 +71,7 @@ class Metal(IntegerPacking):
     def fidelity(self, dtype: str) -> Fidelity:
         if not is_narrower(dtype, self.scale_dtype):
             return Fidelity(Exactness.EXACT)
-        relative = f"relative error at most {2.0 ** -PRECISION[dtype]:.2g}"
-        what = f"scales and biases rounded to {DTYPE_NAME[dtype]}"
-        return Fidelity(Exactness.ROUNDED, f"{what}, {relative}")
+        return rounded("scales and biases", dtype)
 
 
 class MetalFormat:
@@ -94,78 +89,58 @@ class MetalFormat:
 
     def read(self, checkpoint: Checkpoint) -> SourceLayout:
         """Describe each layer that has scales; everything else is dense."""
-        tensor_sorter, block = TensorSorter(checkpoint), find_quantization_block(checkpoint)
+        sorter, block = TensorSorter(checkpoint), find_quantization_block(checkpoint)
         where = "config.json: quantization_config"
         bits = group = None
         if block is not None:
             where = block.where
-            bits = block.integer("bits", tensor_sorter.problems)
-            group = block.integer("group_size", tensor_sorter.problems)
-        if bits not in _WIDTHS and not tensor_sorter.problems:
-            tensor_sorter.problem(
-                f"{where}.bits", f"is {format_value(bits)}, expected {join_or(_WIDTHS)}"
-            )
-        elif (group is None or group < 1) and not tensor_sorter.problems:
-            tensor_sorter.problem(
+            bits = block.integer("bits", sorter.problems)
+            group = block.integer("group_size", sorter.problems)
+        if bits not in _WIDTHS and not sorter.problems:
+            sorter.problem(f"{where}.bits", f"is {format_value(bits)}, expected {join_or(_WIDTHS)}")
+        elif (group is None or group < 1) and not sorter.problems:
+            sorter.problem(
                 f"{where}.group_size", f"is {format_value(group)}, expected a count of inputs"
             )
-        if bits is None or group is None or tensor_sorter.problems:
-            return SourceLayout((), None, tuple(tensor_sorter.problems))
+        if bits is None or group is None or sorter.problems:
+            return SourceLayout((), None, tuple(sorter.problems))
         width, size = bits, group
-        for path, parts in _parts(tensor_sorter).items():
-            tensor_sorter.make(path, parts, lambda p, t: _layer(tensor_sorter, p, t, width, size))
-        if not tensor_sorter.quantized:
-            tensor_sorter.no_layer(
-                where,
-                "says metal, but no layer has scales: if the weights are dense, remove the block",
-            )
-        return tensor_sorter.layout()
+        for path, parts in _parts(sorter).items():
+            sorter.make(path, parts, lambda p, t: _layer(sorter, p, t, width, size))
+        if not sorter.quantized:
+            sorter.no_layer(where, "says metal, but no layer has scales")
+        return sorter.layout()
 
 
-def _parts(tensor_sorter: TensorSorter) -> dict[str, dict[str, SourceTensor]]:
+def _parts(sorter: TensorSorter) -> dict[str, dict[str, SourceTensor]]:
     """Layer path -> role -> tensor, for each layer with scales or qbiases."""
     found: dict[str, dict[str, SourceTensor]] = {}
-    for name, tensor in tensor_sorter.tensors.items():
+    for name, tensor in sorter.tensors.items():
         path, _, role = name.rpartition(".")
         if role in _ROLES:
             found.setdefault(path, {})[role] = tensor
     return {path: parts for path, parts in found.items() if parts.keys() != {"weight"}}
 
 
-def _layer(
-    tensor_sorter: TensorSorter, path: str, parts: Mapping[str, SourceTensor], bits: int, group: int
-) -> SourceLayer:
+def _layer(sorter: TensorSorter, path: str, parts: Tensors, bits: int, group: int) -> SourceLayer:
     """One layer, if its tensors fit each other."""
     for role in _ROLES:
         if role not in parts:
-            raise UnsupportedLayerError(
-                path, f"has no {path}.{role} next to its {', '.join(parts)}"
-            )
+            raise LayerError(path, f"has no {path}.{role} next to its {', '.join(parts)}")
     weight, scales, biases = (parts[role] for role in _ROLES)
     if weight.info.dtype not in ("U32", "I32") or len(weight.info.shape) < 2:
-        raise UnsupportedLayerError(
-            weight.name, f"{weight.info}, expected U32 [out, in * {bits} / 32]"
-        )
+        raise unexpected(weight, f"U32 [out, in * {bits} / 32]")
     *leading, words = weight.info.shape
     columns = words * 32 // bits
     expected = (*leading, columns // group)
     if columns == 0 or columns % group:
         message = f"{weight.info} holds {columns} inputs of {bits} bits, no multiple of {group}"
-        raise UnsupportedLayerError(weight.name, message)
+        raise LayerError(weight.name, message)
     for part in (scales, biases):
         if part.info.shape != expected or part.info.dtype not in _FLOATS:
-            raise UnsupportedLayerError(part.name, f"{part.info}, expected floats {list(expected)}")
+            raise unexpected(part, f"floats {list(expected)}")
     if scales.info.dtype != biases.info.dtype:
-        message = f"{biases.info}, expected {scales.info.dtype} as its scales"
-        raise UnsupportedLayerError(biases.name, message)
-    packing = Metal(
-        rows=prod(leading),
-        columns=columns,
-        bits=bits,
-        group=group,
-        symmetric=False,
-        scale_dtype=scales.info.dtype,
-    )
-    return integer_layer(
-        tensor_sorter, path, parts, shape=(*leading, columns), packing=packing, tool="metal"
-    )
+        raise unexpected(biases, f"{scales.info.dtype} as its scales")
+    dtype = scales.info.dtype
+    packing = Metal(prod(leading), columns, bits, group, symmetric=False, scale_dtype=dtype)
+    return integer_layer(sorter, path, parts, (*leading, columns), packing, tool="metal")

@@ -6,7 +6,7 @@ A row is one little-endian bit stream of codes in uint32 words.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 
 from requant.checkpoints.checkpoint import Checkpoint, SourceTensor
@@ -16,6 +16,7 @@ from requant.errors import OutOfRangeError, Problem
 from requant.formats.base import (
     SourceLayer,
     SourceLayout,
+    Tensors,
     dense_layer,
     describe_encoding,
     fallback_for,
@@ -28,7 +29,7 @@ from requant.formats.mlx_block import (
     read_block,
     words_for,
 )
-from requant.formats.tensor_sorter import UnsupportedLayerError
+from requant.formats.tensor_sorter import LayerError
 from requant.packings.rotated import ROLES as ROTATION
 from requant.packings.rotated import RotatedTriple, read_rotation
 from requant.quantization.config import Quantization, QuantMode
@@ -66,10 +67,7 @@ class Mlx:
                 parts = parts_of[path]
                 rotation_tensors = {role: parts.pop(role) for role in ROTATION if role in parts}
                 declared = block.of(path, encodings(parts))
-                if declared is not None and declared not in (
-                    block.default,
-                    block.entries.get(path),
-                ):
+                if declared not in (None, block.default, block.entries.get(path)):
                     renamed.append(path)
                 layer, wrong = _layer(path, parts, declared, notes)
                 if layer is not None and rotation_tensors:
@@ -84,18 +82,17 @@ class Mlx:
                 "read so."
             )
             notes.append(Note(NoteCode.OTHER_PREFIX, text))
-        transposed = any(layer.rotation_tensors for layer in layers)
-        rotation = checkpoint.config.get("rotation") if transposed else None
+        rotated = any(layer.rotation_tensors for layer in layers)
         return SourceLayout(
             tuple(layers),
             block.quantization,
             tuple(problems),
             notes=tuple(notes),
-            rotation=rotation,
+            rotation=checkpoint.config.get("rotation") if rotated else None,
         )
 
 
-def _parts(tensors: Mapping[str, SourceTensor]) -> dict[str, dict[str, SourceTensor]]:
+def _parts(tensors: Tensors) -> dict[str, dict[str, SourceTensor]]:
     """Layer path -> role -> tensor, for each weight with scales next to it."""
     found: dict[str, dict[str, SourceTensor]] = {}
     for name in tensors:
@@ -109,7 +106,7 @@ def _parts(tensors: Mapping[str, SourceTensor]) -> dict[str, dict[str, SourceTen
 
 
 def _layer(
-    path: str, parts: Mapping[str, SourceTensor], declared: Stated | None, notes: list[Note]
+    path: str, parts: Tensors, declared: Stated | None, notes: list[Note]
 ) -> tuple[SourceLayer | None, list[Problem]]:
     """Hold a triple against its parameters; all that disagrees is listed.
 
@@ -145,7 +142,7 @@ def _layer(
         return None, [Problem(f"{declared.where} ({path})", f"{error}{either}")]
     try:
         shape = _logical_shape(path, parts["weight"].info, quantization)
-    except UnsupportedLayerError as rejected:
+    except LayerError as rejected:
         return None, [Problem(rejected.problem.where, f"{rejected.problem.message}{either}")]
     problems = [
         *_wrong_scales(path, parts, shape, quantization),
@@ -164,11 +161,11 @@ def _logical_shape(path: str, weight: TensorInfo, quantization: Quantization) ->
     """``(..., out, in)`` of packed words ``(..., out, in * bits / 32)``.
 
     Raises:
-        UnsupportedLayerError: They are not words, or hold no whole groups.
+        LayerError: They are not words, or hold no whole groups.
     """
     if weight.dtype != "U32" or len(weight.shape) < 2:
         message = f"{weight}, expected U32 of rank 2 or more next to {path}.scales"
-        raise UnsupportedLayerError(f"{path}.weight", message)
+        raise LayerError(f"{path}.weight", message)
     *leading, words = weight.shape
     n_in, remainder = divmod(words * 32, quantization.bits)
     if remainder or n_in % quantization.group_size:
@@ -176,17 +173,14 @@ def _logical_shape(path: str, weight: TensorInfo, quantization: Quantization) ->
             f"{weight}: {words} words hold no whole number of groups of "
             f"{quantization.group_size} at {quantization.bits} bits"
         )
-        raise UnsupportedLayerError(f"{path}.weight", message)
+        raise LayerError(f"{path}.weight", message)
     return (*leading, n_in)
 
 
 def _wrong_scales(
-    path: str,
-    parts: Mapping[str, SourceTensor],
-    shape: tuple[int, ...],
-    quantization: Quantization,
+    path: str, parts: Tensors, shape: tuple[int, ...], quantization: Quantization
 ) -> Iterator[Problem]:
-    """What is wrong with the scales and biases of a layer of this shape."""
+    """The problems of the scales and biases of a layer of this shape."""
     mode, affine = quantization.mode, quantization.mode is QuantMode.AFFINE
     dtypes = KERNEL_FLOATS if affine else SCALE_BYTES
     expected = TensorInfo(dtypes[0], (*shape[:-1], shape[-1] // quantization.group_size))
@@ -203,12 +197,9 @@ def _wrong_scales(
 
 
 def _wrong_global_scale(
-    path: str,
-    parts: Mapping[str, SourceTensor],
-    shape: tuple[int, ...],
-    quantization: Quantization,
+    path: str, parts: Tensors, shape: tuple[int, ...], quantization: Quantization
 ) -> Iterator[Problem]:
-    """What is wrong with ``global_scale``, which nvfp4 may have: one number, or one an expert."""
+    """The problems of ``global_scale``, which nvfp4 may have: one number, or one per expert."""
     if "global_scale" not in parts:
         return
     name, info = f"{path}.global_scale", parts["global_scale"].info
@@ -221,10 +212,7 @@ def _wrong_global_scale(
 
 
 def _rotated(
-    checkpoint: Checkpoint,
-    layer: SourceLayer,
-    rotation_tensors: Mapping[str, SourceTensor],
-    problems: list[Problem],
+    checkpoint: Checkpoint, layer: SourceLayer, rotation_tensors: Tensors, problems: list[Problem]
 ) -> SourceLayer | None:
     """A layer of requant's with a rotation of its inputs next to the triple (ParoQuant)."""
     entry = checkpoint.config.get("rotation")
@@ -241,7 +229,7 @@ def _rotated(
         return None
     columns = layer.shape[-1]
     krot = read_rotation(
-        checkpoint, layer.path, rotation_tensors, n_in=columns, group=group, problems=problems
+        checkpoint, layer.path, rotation_tensors, columns, group, problems=problems
     )
     if krot is None:
         return None
@@ -256,7 +244,7 @@ def _rotated(
     )
 
 
-def _decoded_dtype(parts: Mapping[str, SourceTensor], quantization: Quantization) -> str:
+def _decoded_dtype(parts: Tensors, quantization: Quantization) -> str:
     """The dtype that ``mx.dequantize`` gives by default."""
     if quantization.mode is not QuantMode.AFFINE:
         return "F32" if "global_scale" in parts else "BF16"

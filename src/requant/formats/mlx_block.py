@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from requant.checkpoints.checkpoint import Checkpoint, SourceTensor
+from requant.checkpoints.checkpoint import Checkpoint
 from requant.checkpoints.folder_files import CONFIG
 from requant.core.dtypes import KERNEL_FLOATS
 from requant.errors import ParseError, Problem
-from requant.formats.base import describe_encoding
+from requant.formats.base import Tensors, describe_encoding
 from requant.formats.quantization_block import is_mlx_block, sections
 from requant.quantization.config import (
     RESERVED_KEYS,
@@ -37,7 +37,7 @@ _WRAPPERS: Final = re.compile(r"(?:(?:model|language_model|text_model|llm|module
 
 @dataclass(frozen=True, slots=True)
 class Stated:
-    """What the block says of a layer.
+    """The parameters that the block gives to a layer.
 
     Attributes:
         where: The key that says so.
@@ -75,7 +75,7 @@ class MlxBlock:
     strays: dict[str, list[Stated]] = field(default_factory=dict)
 
     def of(self, path: str, fitting: Sequence[Quantization]) -> Stated | None:
-        """What holds for a layer whose shapes allow ``matching``.
+        """The parameters of a layer whose shapes allow the encodings ``fitting``.
 
         Loaders rename layers, and entries have the names that a loader gives: one that names no
         layer holds for the layer that differs in its prefix only, where its tensors allow it.
@@ -130,32 +130,32 @@ def read_block(where: str, block: Any, names_layer: Callable[[str], bool]) -> Ml
         names_layer: Whether there are tensors under a path; what names none and is not an object
             is a remark of another tool.
     """
-    made = MlxBlock(where)
+    found = MlxBlock(where)
     if not isinstance(block, Mapping):
         message = f"the quantization block must be an object, got {format_value(block)}"
-        made.problems.append(Problem(where, message))
-        return made
-    made.default = _stated(where, {key: block.get(key) for key in _PARAMETERS}, made.problems)
+        found.problems.append(Problem(where, message))
+        return found
+    found.default = _stated(where, {key: block.get(key) for key in _PARAMETERS}, found.problems)
     for path, value in block.items():
         if path in RESERVED_KEYS or value is True:
             continue
         place = f"{where}.{path}"
         if value is False or (value is None and names_layer(path)):
-            made.entries[path] = Stated(place, None)
+            found.entries[path] = Stated(place, None)
         elif isinstance(value, Mapping):
-            declared = _stated(place, value, made.problems)
+            declared = _stated(place, value, found.problems)
             if declared is not None:
-                made.entries[path] = declared
+                found.entries[path] = declared
         elif names_layer(path):
             message = (
                 f"must be false or a quantization object, got {format_value(value)}; write "
                 '{"group_size": 64, "bits": 4} with the values of its codes'
             )
-            made.problems.append(Problem(place, message))
-    for path, declared in made.entries.items():
+            found.problems.append(Problem(place, message))
+    for path, declared in found.entries.items():
         if not names_layer(path):
-            made.strays.setdefault(_bare(path), []).append(declared)
-    return made
+            found.strays.setdefault(_bare(path), []).append(declared)
+    return found
 
 
 def _stated(where: str, fields: Mapping[str, Any], problems: list[Problem]) -> Stated | None:
@@ -172,7 +172,7 @@ def _stated(where: str, fields: Mapping[str, Any], problems: list[Problem]) -> S
     return Stated(where, filled, frozenset(declared))
 
 
-def encodings(parts: Mapping[str, SourceTensor]) -> list[Quantization]:
+def encodings(parts: Tensors) -> list[Quantization]:
     """Every encoding of MLX's that the shapes and dtypes of a layer's tensors allow."""
     weight, scales, biases = (
         parts[role].info if role in parts else None for role in ("weight", "scales", "biases")

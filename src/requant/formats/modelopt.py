@@ -12,36 +12,22 @@ from typing import Any, Final
 
 from requant.checkpoints.checkpoint import Checkpoint, SourceTensor
 from requant.core.dtypes import FLOATS
-from requant.formats.base import SourceLayer, SourceLayout
+from requant.formats.base import SourceLayer, SourceLayout, Tensors
 from requant.formats.layer_names import layer_names
 from requant.formats.modelopt_layers import make_layer, stored_kind, transposed_experts
 from requant.formats.quantization_block import QuantizationBlock, find_quantization_block
-from requant.formats.tensor_sorter import TensorSorter, UnsupportedLayerError
+from requant.formats.tensor_sorter import LayerError, TensorSorter
 from requant.text import format_value
 
 # quant_algo -> how its layers are stored.
 _ALGORITHMS: Final = {
-    "NVFP4": "nvfp4",
-    "W4A16_NVFP4": "nvfp4",
-    "NVFP4_AWQ": "nvfp4",
-    "W4A8_NVFP4_FP8": "nvfp4",
-    "FP8": "fp8",
-    "FP8_PER_CHANNEL_PER_TOKEN": "fp8",
-    "FP8_PB_WO": "fp8",
-    "FP8_PB_REAL": "fp8",
-    "FP8_BLOCK_SCALES": "fp8",
+    **dict.fromkeys(("NVFP4", "W4A16_NVFP4", "NVFP4_AWQ", "W4A8_NVFP4_FP8"), "nvfp4"),
+    **dict.fromkeys(("FP8", "FP8_PER_CHANNEL_PER_TOKEN"), "fp8"),
+    **dict.fromkeys(("FP8_PB_WO", "FP8_PB_REAL", "FP8_BLOCK_SCALES"), "fp8"),
     "MXFP8": "mxfp8",
-    "W4A8_MXFP4_FP8": "mxfp4",
-    "W4A8_MXFP4_MXFP8": "mxfp4",
-    "W4A16_MXFP4": "mxfp4",
-    "MXFP4": "mxfp4",
-    "W4A16_AWQ": "int4",
-    "W4A8_AWQ": "int4",
-    "INT4_AWQ": "int4",
-    "W8A16": "int8",
-    "INT8_WO": "int8",
-    "INT8_SQ": "int8",
-    "W8A8_SQ_PER_CHANNEL": "int8",
+    **dict.fromkeys(("W4A8_MXFP4_FP8", "W4A8_MXFP4_MXFP8", "W4A16_MXFP4", "MXFP4"), "mxfp4"),
+    **dict.fromkeys(("W4A16_AWQ", "W4A8_AWQ", "INT4_AWQ"), "int4"),
+    **dict.fromkeys(("W8A16", "INT8_WO", "INT8_SQ", "W8A8_SQ_PER_CHANNEL"), "int8"),
 }
 _MIXED: Final = "MIXED_PRECISION"
 _ROLES: Final = ("weight", "weight_scale", "weight_scale_2", "pre_quant_scale")
@@ -70,7 +56,7 @@ class ModelOpt:
         return _Reader(checkpoint).read()
 
 
-def _is_nvfp4(name: str, parts: Mapping[str, SourceTensor]) -> bool:
+def _is_nvfp4(name: str, parts: Tensors) -> bool:
     """Whether this is a tensor scale, or the E4M3 scale of bytes."""
     path, _, role = name.rpartition(".")
     codes = parts.get(f"{path}.weight")
@@ -83,7 +69,7 @@ class _Reader:
     """Reads one checkpoint and collects what is wrong with it."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint, self.tensor_sorter = checkpoint, TensorSorter.by_role(checkpoint)
+        self.checkpoint, self.sorter = checkpoint, TensorSorter.by_role(checkpoint)
         block = find_quantization_block(checkpoint) or QuantizationBlock("hf_quant_config.json", {})
         inner = block.get("quantization")
         if isinstance(inner, Mapping):
@@ -93,18 +79,15 @@ class _Reader:
         self.by_layer = self._by_layer()
 
     def read(self) -> SourceLayout:
-        tensor_sorter = self.tensor_sorter
+        sorter = self.sorter
         for path, parts in self._parts().items():
-            tensor_sorter.make(path, parts, self._layer)
-        tensor_sorter.drop_runtime_scales()
+            sorter.make(path, parts, self._layer)
+        sorter.drop_runtime_scales()
         self._check_loose()
-        if not tensor_sorter.quantized and self.algorithm:
-            tensor_sorter.no_layer(
-                f"{self.found.where}.quant_algo",
-                f"is {self.algorithm}, but no layer has a weight_scale: if the weights are dense, "
-                "remove the block",
-            )
-        return tensor_sorter.layout()
+        if not sorter.quantized and self.algorithm:
+            message = f"is {self.algorithm}, but no layer has a weight_scale"
+            sorter.no_layer(f"{self.found.where}.quant_algo", message)
+        return sorter.layout()
 
     # -- the config ----------------------------------------------------------------------
 
@@ -114,11 +97,9 @@ class _Reader:
             return ""
         name = str(value).upper()
         if name == "NVFP4_SVD":
-            self.tensor_sorter.problem(
-                where, "is NVFP4_SVD: its low-rank branch has no place in MLX"
-            )
+            self.sorter.problem(where, "is NVFP4_SVD: its low-rank branch has no place in MLX")
         elif name not in (*_ALGORITHMS, _MIXED):
-            self.tensor_sorter.problem(
+            self.sorter.problem(
                 where, f"is {format_value(value)}; known are {', '.join(_ALGORITHMS)}, {_MIXED}"
             )
         return name
@@ -130,7 +111,7 @@ class _Reader:
         if table is None:
             return {}
         if not isinstance(table, Mapping):
-            self.tensor_sorter.problem(where, f"is {format_value(table)}, expected an object")
+            self.sorter.problem(where, f"is {format_value(table)}, expected an object")
             return {}
         return {
             path: self._algorithm(declared.get("quant_algo"), f"{where}[{path!r}].quant_algo")
@@ -143,7 +124,7 @@ class _Reader:
     def _parts(self) -> dict[str, dict[str, SourceTensor]]:
         """Layer path -> role -> tensor, for each layer with more than a weight."""
         found: dict[str, dict[str, SourceTensor]] = {}
-        for name, tensor in self.tensor_sorter.parts.items():
+        for name, tensor in self.sorter.parts.items():
             path, _, role = name.rpartition(".")
             if role in _ROLES:
                 found.setdefault(path, {})[role] = tensor
@@ -154,22 +135,21 @@ class _Reader:
         }
 
     def _check_loose(self) -> None:
-        """What belongs to no layer must make sense alone."""
-        tensor_sorter = self.tensor_sorter
-        for tensor in tensor_sorter.left:
+        """Report low-rank branches, and note layers that are dense though named."""
+        sorter = self.sorter
+        for tensor in sorter.left:
             if tensor.name.endswith(_LOW_RANK):
-                tensor_sorter.problem(
-                    tensor.name, "is a part of NVFP4_SVD's low-rank branch, which is not read"
-                )
-        tensor_sorter.note_dense(f"{self.found.where}.quantized_layers", self.by_layer)
+                message = "is a part of NVFP4_SVD's low-rank branch, which is not read"
+                sorter.problem(tensor.name, message)
+        sorter.note_dense(f"{self.found.where}.quantized_layers", self.by_layer)
 
-    def _layer(self, path: str, parts: Mapping[str, SourceTensor]) -> SourceLayer | None:
+    def _layer(self, path: str, parts: Tensors) -> SourceLayer | None:
         """One layer by what its tensors say.
 
         Raises:
-            UnsupportedLayerError: They contradict each other or the config.
+            LayerError: They contradict each other or the config.
         """
-        experts = transposed_experts(self.tensor_sorter, path, parts)
+        experts = transposed_experts(self.sorter, path, parts)
         if experts is not None:
             layer = self._layer(path, experts.one())
             return None if layer is None else experts.stack(layer)
@@ -177,6 +157,6 @@ class _Reader:
         named = self.by_layer.get(path, "" if self.algorithm == _MIXED else self.algorithm)
         if _ALGORITHMS.get(named, kind) != kind:
             where = "quantized_layers" if path in self.by_layer else "quant_algo"
-            found = f"{self.found.where}.{where}"
-            raise UnsupportedLayerError(path, f"is stored as {kind}, but {found} says {named}")
-        return make_layer(self.tensor_sorter, kind, path, parts)
+            message = f"is stored as {kind}, but {self.found.where}.{where} says {named}"
+            raise LayerError(path, message)
+        return make_layer(self.sorter, kind, path, parts)

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import ClassVar, Final
 
-import numpy as np
-
 from requant.checkpoints.checkpoint import SourceTensor
-from requant.formats.base import SourceLayer
+from requant.formats.base import SourceLayer, Tensors
 from requant.formats.float8_layers import EXPONENTS, FLOAT8, float8_stack, tile_of
 from requant.formats.input_scaled import input_scaled
 from requant.formats.integer_layers import integer_layer
+from requant.formats.mx_layers import mx_layer
 from requant.formats.nvfp4_layers import nvfp4_layer, nvfp4_without_tensor_scale
 from requant.formats.stacks import Experts, are_transposed, rows_with_one_scale
-from requant.formats.tensor_sorter import TensorSorter, UnsupportedLayerError
+from requant.formats.tensor_sorter import LayerError, TensorSorter, unexpected
 from requant.kernels.repack import row_pairs_into
-from requant.packings.base import IntegerPacking, Parts, Rect, Scratch
+from requant.packings.base import Array, IntegerPacking, Parts, Rect, Scratch
 from requant.packings.compressed_tensors import CtPlain, Zeros
-from requant.packings.floats import MxBlocks
 
 _FLOATS: Final = ("F32", "BF16", "F16")
-_Tensors = Mapping[str, SourceTensor]
 
 
 @dataclass(frozen=True)
@@ -42,12 +38,12 @@ class RowPairs(IntegerPacking):
             "weight_scale": Rect((start, stop), (0, self.groups)),
         }
 
-    def codes(self, parts: Parts, start: int, stop: int, scratch: Scratch) -> np.ndarray:
+    def codes(self, parts: Parts, start: int, stop: int, scratch: Scratch) -> Array:
         codes = scratch.take("codes", "U8", stop - start, self.columns)
         row_pairs_into(parts["weight"], codes)
         return codes
 
-    def scales(self, parts: Parts, start: int, stop: int) -> np.ndarray:
+    def scales(self, parts: Parts, start: int, stop: int) -> Array:
         return parts["weight_scale"]
 
 
@@ -55,24 +51,22 @@ class RowPairs(IntegerPacking):
 _E4M3 = ("F8_E4M3", "U8")
 
 
-def stored_kind(path: str, parts: _Tensors) -> str:
-    """How a layer is stored: nvfp4, mxfp4, mxfp8, fp8, int4 or int8.
+def stored_kind(path: str, parts: Tensors) -> str:
+    """The kind of a layer: nvfp4, mxfp4, mxfp8, fp8, int4 or int8.
 
     Raises:
-        UnsupportedLayerError: Not as ModelOpt writes them.
+        LayerError: Not as ModelOpt writes them.
     """
     weight, scale = parts.get("weight"), parts.get("weight_scale")
     if weight is None:
         names = ", ".join(part.name for part in parts.values())
-        raise UnsupportedLayerError(path, f"has {names}, but no {path}.weight")
+        raise LayerError(path, f"has {names}, but no {path}.weight")
     if scale is None:
         others = ", ".join(role for role in parts if role != "weight")
-        raise UnsupportedLayerError(
-            weight.name, f"has no weight_scale next to it (it has {others})"
-        )
+        raise LayerError(weight.name, f"has no weight_scale next to it (it has {others})")
     codes, scales = weight.info, scale.info
     if len(codes.shape) < 2 or 0 in codes.shape or 0 in scales.shape:
-        raise UnsupportedLayerError(weight.name, f"{codes}, expected a matrix or a stack of them")
+        raise unexpected(weight, "a matrix or a stack of them")
     *leading, height, width = codes.shape
     by_row = scales.shape[:-1] == codes.shape[:-1]
     group_codes = width / scales.shape[-1] if by_row else 0  # elements of a row with one scale
@@ -92,17 +86,17 @@ def stored_kind(path: str, parts: _Tensors) -> str:
     elif codes.dtype in FLOAT8 and group_codes == 32 and scales.dtype in EXPONENTS:
         return "mxfp8"
     siblings = ", ".join(f"{role} {part.info}" for role, part in parts.items())
-    raise UnsupportedLayerError(path, f"is laid out as ModelOpt does not write it: {siblings}")
+    raise LayerError(path, f"is laid out as ModelOpt does not write it: {siblings}")
 
 
-def transposed_experts(tensor_sorter: TensorSorter, path: str, parts: _Tensors) -> Experts | None:
+def transposed_experts(sorter: TensorSorter, path: str, parts: Tensors) -> Experts | None:
     """The experts of a stack of packed codes that is stored ``(experts, in, out)``.
 
     ModelOpt transposes the stacks of Llama 4 and gpt-oss back after it has quantized them, so that
     bytes and groups run down the axis before the last. FP8 is detected by ``float8_stack``.
 
     Raises:
-        UnsupportedLayerError: Its tensors are of different numbers of experts.
+        LayerError: Its tensors are of different numbers of experts.
     """
     weight, scale = parts.get("weight"), parts.get("weight_scale")
     if weight is None or scale is None or not are_transposed(weight.info, scale.info):
@@ -112,117 +106,66 @@ def transposed_experts(tensor_sorter: TensorSorter, path: str, parts: _Tensors) 
     return Experts.of(weight.info.shape[0], parts, ("weight", "weight_scale"))
 
 
-def make_layer(
-    tensor_sorter: TensorSorter, kind: str, path: str, parts: _Tensors
-) -> SourceLayer | None:
+def make_layer(sorter: TensorSorter, kind: str, path: str, parts: Tensors) -> SourceLayer | None:
     """Describe a layer of a kind that ``stored_kind`` found.
 
     Raises:
-        UnsupportedLayerError: Its tensors contradict each other.
+        LayerError: Its tensors contradict each other.
     """
     weight, scale = parts["weight"], parts["weight_scale"]
     second, inputs = parts.get("weight_scale_2"), parts.get("pre_quant_scale")
     layer: SourceLayer | None
     if kind == "nvfp4" and second is None:
         missing = "weight_scale_2 that multiplies them"
-        layer = nvfp4_without_tensor_scale(tensor_sorter, path, weight, scale, missing)
+        layer = nvfp4_without_tensor_scale(sorter, path, weight, scale, missing)
     elif kind == "nvfp4":
-        layer = nvfp4_layer(
-            tensor_sorter.checkpoint,
-            tensor_sorter,
-            path,
-            weight=weight,
-            scale=scale,
-            tensor_scale=second,
-            divides=False,
-        )
+        layer = nvfp4_layer(sorter, path, weight, scale, second, divides=False)
     elif second is not None:
-        raise UnsupportedLayerError(
-            second.name, f"is next to {kind} codes; what it scales is not known"
-        )
+        raise LayerError(second.name, f"is next to {kind} codes; what it scales is not known")
     elif kind == "fp8":
-        transposed = tensor_sorter.orientation.is_transposed(path, weight.info.shape)
-        layer = float8_stack(
-            tensor_sorter,
-            path,
-            weight,
-            scale=scale,
-            block=None,
-            dtype=tensor_sorter.dtype,
-            transposed=transposed,
-        )
+        layer = float8_stack(sorter, path, weight, scale)
     elif kind in ("mxfp4", "mxfp8"):
-        layer = _mx(tensor_sorter, path, weight, scale, 4 if kind == "mxfp4" else 8)
+        layer = mx_layer(path, weight, scale, sorter.dtype, bits=int(kind[-1]))
     else:
-        layer = (_int4 if kind == "int4" else _int8)(tensor_sorter, path, weight, scale)
+        layer = (_int4 if kind == "int4" else _int8)(sorter, path, weight, scale)
     if layer is None or inputs is None:
         return layer
     n_in = layer.shape[-1]
     if inputs.info.dtype not in _FLOATS or inputs.info.shape != (n_in,):
-        raise UnsupportedLayerError(
-            inputs.name, f"{inputs.info}, expected floats [{n_in}], one an input"
-        )
+        raise unexpected(inputs, f"floats [{n_in}], one an input")
     return input_scaled(layer, inputs)
 
 
-def _mx(
-    tensor_sorter: TensorSorter, path: str, weight: SourceTensor, scale: SourceTensor, bits: int
-) -> SourceLayer:
-    *leading, n_out, nbytes = weight.info.shape
-    n_in = nbytes * 8 // bits
-    packing = MxBlocks(prod(leading) * n_out, n_in, n_out, bits, nbytes)
-    parts = {"weight": weight, "scale": scale}
-    shape, stored = (*leading, n_out, n_in), f"mxfp{bits}"
-    return SourceLayer(
-        path=path,
-        parts=parts,
-        encoding=packing.encoding,
-        shape=shape,
-        dtype=tensor_sorter.dtype,
-        packing=packing,
-        stored_description=stored,
-    )
-
-
 def _int4(
-    tensor_sorter: TensorSorter, path: str, weight: SourceTensor, scale: SourceTensor
+    sorter: TensorSorter, path: str, weight: SourceTensor, scale: SourceTensor
 ) -> SourceLayer:
     *leading, pairs, n_in = weight.info.shape
     shape, groups = (*leading, 2 * pairs, n_in), scale.info.shape[-1]
-    packing = RowPairs(
-        rows=prod(shape[:-1]),
-        columns=n_in,
-        bits=4,
-        group=n_in // groups,
-        symmetric=True,
-        scale_dtype=scale.info.dtype,
-    )
+    rows, dtype = prod(shape[:-1]), scale.info.dtype
+    packing = RowPairs(rows, n_in, 4, n_in // groups, symmetric=True, scale_dtype=dtype)
     parts = {"weight": weight, "weight_scale": scale}
-    return integer_layer(tensor_sorter, path, parts, shape=shape, packing=packing, tool="modelopt")
+    return integer_layer(sorter, path, parts, shape, packing, tool="modelopt")
 
 
 def _int8(
-    tensor_sorter: TensorSorter, path: str, weight: SourceTensor, scale: SourceTensor
+    sorter: TensorSorter, path: str, weight: SourceTensor, scale: SourceTensor
 ) -> SourceLayer:
     shape = weight.info.shape
     found = rows_with_one_scale(shape, scale.info.shape)
     if found is None or found[1] != 1:
         *leading, n_out, _ = shape
-        expected = f"{[*leading, n_out]}, one a row of codes"
-        raise UnsupportedLayerError(scale.name, f"{scale.info}, expected {expected}")
-    rows, dtype = prod(shape[:-1]), scale.info.dtype
-    width = scale.info.shape[-1] if scale.info.shape else 1
+        raise unexpected(scale, f"{[*leading, n_out]}, one a row of codes")
     packing = CtPlain(
-        rows=rows,
+        rows=prod(shape[:-1]),
         columns=shape[-1],
         bits=8,
         group=shape[-1],
         symmetric=True,
-        scale_dtype=dtype,
+        scale_dtype=scale.info.dtype,
         matrix=shape[-2],
         scale_rows=found[0],
-        scale_width=width,
+        scale_width=scale.info.shape[-1] if scale.info.shape else 1,
         zero_points=Zeros.MIDDLE,
     )
     parts = {"weight": weight, "weight_scale": scale}
-    return integer_layer(tensor_sorter, path, parts, shape=shape, packing=packing, tool="modelopt")
+    return integer_layer(sorter, path, parts, shape, packing, tool="modelopt")

@@ -5,17 +5,15 @@ Value: ``w = element * 2^(scale - 127)``, 32 inputs a scale; MLX's mxfp4, byte f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from math import prod
-
 from requant.checkpoints.checkpoint import Checkpoint, SourceTensor
 from requant.core.dtypes import FLOATS
-from requant.formats.base import SourceLayer, SourceLayout
+from requant.formats.base import SourceLayer, SourceLayout, Tensors, packed_layer
 from requant.formats.float8_layers import EXPONENTS
 from requant.formats.layer_names import layer_names
+from requant.formats.mx_layers import mx_layer
 from requant.formats.quantization_block import find_quantization_block
 from requant.formats.stacks import Experts, are_transposed
-from requant.formats.tensor_sorter import TensorSorter, UnsupportedLayerError
+from requant.formats.tensor_sorter import TensorSorter, unexpected
 from requant.packings.floats import MxBlocks
 
 # Of the blocks, and of the scales next to them: as transformers and as OpenAI name them.
@@ -47,36 +45,35 @@ class Mxfp4:
 
     def read(self, checkpoint: Checkpoint) -> SourceLayout:
         """Pair blocks with scales; everything else is dense."""
-        tensor_sorter = TensorSorter.by_role(checkpoint)
+        sorter = TensorSorter.by_role(checkpoint)
         for name, tensor in checkpoint.tensors.items():
             for blocks, scales in _SUFFIXES:
                 path = name.removesuffix(blocks)
                 if path != name:
-                    tensor_sorter.add(_layer(tensor_sorter, path, tensor, f"{path}{scales}"))
-        for path, (weight, scale) in _pairs(tensor_sorter.parts).items():
+                    sorter.add(_layer(sorter, path, tensor, f"{path}{scales}"))
+        for path, (weight, scale) in _pairs(sorter.parts).items():
             parts = {"weight": weight, "weight_scale": scale}
-            tensor_sorter.make(
-                path, parts, lambda path, parts: _flat_layer(tensor_sorter, path, parts)
-            )
-        tensor_sorter.drop_runtime_scales()
-        if not tensor_sorter.quantized:
-            tensor_sorter.no_layer(
+            sorter.make(path, parts, lambda path, parts: _flat_layer(sorter, path, parts))
+        sorter.drop_runtime_scales()
+        if not sorter.quantized:
+            sorter.no_layer(
                 "config.json: quantization_config",
                 "says quant_method mxfp4, but no tensor ends in _blocks, and none has bytes and "
-                f"scales of MXFP4: {_advice(checkpoint)}",
+                "scales of MXFP4",
+                _advice(checkpoint),
             )
-        return tensor_sorter.layout()
+        return sorter.layout()
 
 
 def _advice(checkpoint: Checkpoint) -> str:
-    """What to do about a block that no tensor bears out."""
+    """Advice on a quantization block to which no tensor belongs."""
     coded = next((x for x in checkpoint.tensors.values() if x.info.dtype not in FLOATS), None)
     if coded is None:
         return "the weights are dense, so remove the block"
     return f"{coded.name} is {coded.info}, whose scales are missing or have another name"
 
 
-def _pairs(parts: Mapping[str, SourceTensor]) -> dict[str, tuple[SourceTensor, SourceTensor]]:
+def _pairs(parts: Tensors) -> dict[str, tuple[SourceTensor, SourceTensor]]:
     """Layer path -> bytes and their scales, not cut into blocks: vLLM's ``w13_weight``."""
     found = {}
     for name, tensor in parts.items():
@@ -95,64 +92,40 @@ def _is_flat(weight: SourceTensor, scale: SourceTensor) -> bool:
     return whole and scale.info.shape == grid and scale.info.dtype in EXPONENTS
 
 
-def _flat_layer(
-    tensor_sorter: TensorSorter, path: str, parts: Mapping[str, SourceTensor]
-) -> SourceLayer:
+def _flat_layer(sorter: TensorSorter, path: str, parts: Tensors) -> SourceLayer:
     """A layer or stack of bytes ``(..., out, in / 2)`` with scales ``(..., out, in / 32)``."""
     weight, scale = parts["weight"], parts["weight_scale"]
     if are_transposed(weight.info, scale.info):
         experts = Experts.of(weight.info.shape[0], parts, ("weight", "weight_scale"))
-        return experts.stack(_flat_layer(tensor_sorter, path, experts.one()))
+        return experts.stack(_flat_layer(sorter, path, experts.one()))
     if len(weight.info.shape) < 2 or 0 in weight.info.shape or not _is_flat(weight, scale):
         *rows, nbytes = weight.info.shape or (0,)
         expected = f"U8 {[*rows, nbytes // _BLOCK_BYTES]}, a scale for {_BLOCK_BYTES} bytes"
-        raise UnsupportedLayerError(
-            scale.name, f"{scale.info}, expected {expected} of {weight.name}"
-        )
-    *leading, n_out, nbytes = weight.info.shape
-    packing = MxBlocks(prod(leading) * n_out, 2 * nbytes, n_out, 4, nbytes)
-    shape, stored = (*leading, n_out, 2 * nbytes), {"weight": weight, "scale": scale}
-    return SourceLayer(
-        path=path,
-        parts=stored,
-        encoding=packing.encoding,
-        shape=shape,
-        dtype=tensor_sorter.dtype,
-        packing=packing,
-        stored_description="mxfp4",
-    )
+        raise unexpected(scale, f"{expected} of {weight.name}")
+    return mx_layer(path, weight, scale, sorter.dtype, bits=4)
 
 
 def _layer(
-    tensor_sorter: TensorSorter, path: str, blocks: SourceTensor, scales: str
+    sorter: TensorSorter, path: str, blocks: SourceTensor, scales: str
 ) -> SourceLayer | None:
     """One stack of experts, if its tensors fit each other."""
-    scale, shape = tensor_sorter.tensors.get(scales), blocks.info.shape
-    tensor_sorter.claim([blocks.name], path)
+    scale, shape = sorter.tensors.get(scales), blocks.info.shape
+    sorter.claim([blocks.name], path)
     if blocks.info.dtype != "U8" or len(shape) < 3 or shape[-1] != _BLOCK_BYTES:
         message = f"{blocks.info}, expected U8 [..., out, in / 32, {_BLOCK_BYTES}]"
-        tensor_sorter.problem(blocks.name, message)
+        sorter.problem(blocks.name, message)
     if scale is None:
-        tensor_sorter.problem(blocks.name, f"has no scales: {scales} is missing")
+        sorter.problem(blocks.name, f"has no scales: {scales} is missing")
         return None
-    tensor_sorter.claim([scales], path)
+    sorter.claim([scales], path)
     if scale.info.dtype not in ("U8", "F8_E8M0") or scale.info.shape != shape[:-1]:
-        tensor_sorter.problem(
+        sorter.problem(
             scales, f"{scale.info}, expected U8 {list(shape[:-1])} next to {blocks.name}"
         )
-    if any(problem.where in (blocks.name, scales) for problem in tensor_sorter.problems):
+    if any(problem.where in (blocks.name, scales) for problem in sorter.problems):
         return None
     *leading, n_out, groups, _ = shape
     n_in, rows = groups * 32, blocks.info.size // (groups * _BLOCK_BYTES)
     packing = MxBlocks(rows, n_in, n_out, 4, _BLOCK_BYTES)
-    logical = (*leading, n_out, n_in)
-    parts = {"weight": blocks, "scale": scale}
-    return SourceLayer(
-        path=path,
-        parts=parts,
-        encoding=packing.encoding,
-        shape=logical,
-        dtype=tensor_sorter.dtype,
-        packing=packing,
-        stored_description="mxfp4",
-    )
+    logical, parts = (*leading, n_out, n_in), {"weight": blocks, "scale": scale}
+    return packed_layer(path, parts, logical, packing, dtype=sorter.dtype, stored="mxfp4")

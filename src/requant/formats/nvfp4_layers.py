@@ -11,16 +11,10 @@ import numpy as np
 
 from requant.checkpoints.checkpoint import Checkpoint, SourceTensor
 from requant.core.reasons import Note, NoteCode, Reason, ReasonCode
-from requant.formats.base import RowRange, SourceLayer, fallback_for
+from requant.formats.base import DefaultPolicy, RowRange, SourceLayer, fallback_for, packed_layer
 from requant.formats.matrix_scales import MatrixScale, scale_of_each_matrix
-from requant.formats.tensor_sorter import TensorSorter, UnsupportedLayerError
-from requant.packings.floats import (
-    NVFP4,
-    GlobalScales,
-    NvBlocks,
-    apply_tensor_scale,
-    fold_e4m3,
-)
+from requant.formats.tensor_sorter import LayerError, TensorSorter
+from requant.packings.floats import NVFP4, GlobalScales, NvBlocks, apply_tensor_scale, fold_e4m3
 from requant.text import format_value
 
 _STORED = "nvfp4 with a tensor scale"
@@ -34,8 +28,7 @@ _REASON = Reason(ReasonCode.TENSOR_SCALE, "MLX's nvfp4 has no place for its tens
 
 
 def nvfp4_layer(
-    checkpoint: Checkpoint,
-    tensor_sorter: TensorSorter,
+    sorter: TensorSorter,
     path: str,
     weight: SourceTensor,
     scale: SourceTensor,
@@ -49,8 +42,7 @@ def nvfp4_layer(
     Only a power of two can do that for all of them, so the group scales are read for no other.
 
     Args:
-        checkpoint: For the scales.
-        tensor_sorter: Takes the problems.
+        sorter: Of the checkpoint; takes the problems.
         path: Layer path.
         weight: Bytes ``(..., out, in / 2)``.
         scale: E4M3 ``(..., out, in / 16)``.
@@ -66,43 +58,28 @@ def nvfp4_layer(
     if halves and matrices > 1 and n_out % 2 == 0:  # gate and up of a stack, one number each
         matrices *= 2
     packing = NvBlocks(prod(leading) * n_out, 2 * nbytes, prod(leading) * n_out // matrices)
-    bare = SourceLayer(
-        path=path,
-        parts=parts,
-        encoding=NVFP4,
-        shape=shape,
-        dtype=tensor_sorter.dtype,
-        packing=packing,
-        stored_description="nvfp4",
-    )
+    bare = packed_layer(path, parts, shape, packing, dtype=sorter.dtype, stored="nvfp4")
+    bare = replace(bare, encoding=NVFP4, policy=DefaultPolicy())
     if tensor_scale is None:
         return bare
-    factors = _factors(checkpoint, tensor_sorter, tensor_scale, matrices)
+    factors = _factors(sorter, tensor_scale, matrices)
     if factors is None:
         return None
     info = tensor_scale.info
-    exact = _folds(checkpoint, scale, factors, divides)
+    exact = _folds(sorter.checkpoint, scale, factors, divides)
+    width = info.shape[-1] if info.shape else 1
     packing = replace(
-        packing,
-        tensor_scales=info.size,
-        tensor_scale_width=info.shape[-1] if info.shape else 1,
-        divides=divides,
-        exact=exact,
+        packing, tensor_scales=info.size, tensor_scale_width=width, divides=divides, exact=exact
     )
     scaled = replace(bare, parts={**parts, "tensor_scale": tensor_scale}, packing=packing)
     if exact:
         return scaled
-    fallback = fallback_for(2 * nbytes)
-    return replace(
-        scaled,
-        encoding=None,
-        stored_description=_STORED,
-        policy=replace(scaled.policy, fallback=fallback, reason=_REASON),
-    )
+    policy = DefaultPolicy(fallback=fallback_for(2 * nbytes), reason=_REASON)
+    return replace(scaled, encoding=None, stored_description=_STORED, policy=policy)
 
 
 def nvfp4_without_tensor_scale(
-    tensor_sorter: TensorSorter, path: str, weight: SourceTensor, scale: SourceTensor, missing: str
+    sorter: TensorSorter, path: str, weight: SourceTensor, scale: SourceTensor, missing: str
 ) -> SourceLayer | None:
     """Describe a stack of NVFP4 matrices whose group scales are all there is.
 
@@ -110,58 +87,42 @@ def nvfp4_without_tensor_scale(
     E4M3's largest number. A stack whose scales reach that has lost its tensor scale, and so has
     one in a folder where others have theirs, and any single matrix.
 
-    Args:
-        tensor_sorter: Of the checkpoint.
-        path: Layer path.
-        weight: Bytes ``(..., out, in / 2)``.
-        scale: E4M3 ``(..., out, in / 16)``.
-        missing: What the tensor scale would be called.
+
+    Weight and scale are as in ``nvfp4_layer``; ``missing`` is the name that a tensor scale has.
 
     Raises:
-        UnsupportedLayerError: The layer has lost its tensor scale.
+        LayerError: The layer has lost its tensor scale.
     """
     message = f"has E4M3 scales of NVFP4, but no {missing}"
-    other = next((x for end in _ENDINGS for x in tensor_sorter.parts if x.endswith(end)), None)
-    if len(tensor_sorter.checkpoint.tensors[weight.name].info.shape) < 3:
-        raise UnsupportedLayerError(path, message, unknown=True)
+    other = next((x for end in _ENDINGS for x in sorter.parts if x.endswith(end)), None)
+    if len(sorter.checkpoint.tensors[weight.name].info.shape) < 3:
+        raise LayerError(path, message, unknown=True)
     if other is not None:
-        theirs = f"other layers have theirs ({tensor_sorter.parts[other].name})"
-        raise UnsupportedLayerError(path, f"{message}; {theirs}", unknown=True)
-    stored = tensor_sorter.checkpoint.read_small_tensor(scale.name).view(ml_dtypes.float8_e4m3fn)
+        theirs = f"other layers have theirs ({sorter.parts[other].name})"
+        raise LayerError(path, f"{message}; {theirs}", unknown=True)
+    stored = sorter.checkpoint.read_small_tensor(scale.name).view(ml_dtypes.float8_e4m3fn)
     if (np.abs(stored.astype(np.float32)) >= _LARGEST).any():
         why = f"and scales of {_LARGEST:g}, as only a tensor scale leaves them"
-        raise UnsupportedLayerError(
-            path, f"{message}, {why}: the source is incomplete", unknown=True
-        )
-    if _BARE not in tensor_sorter.notes:
-        tensor_sorter.notes.append(_BARE)
-    return nvfp4_layer(
-        tensor_sorter.checkpoint,
-        tensor_sorter,
-        path,
-        weight=weight,
-        scale=scale,
-        tensor_scale=None,
-        divides=False,
-    )
+        message = f"{message}, {why}: the source is incomplete"
+        raise LayerError(path, message, unknown=True)
+    if _BARE not in sorter.notes:
+        sorter.notes.append(_BARE)
+    return nvfp4_layer(sorter, path, weight, scale, None, divides=False)
 
 
-def _factors(
-    checkpoint: Checkpoint, tensor_sorter: TensorSorter, tensor_scale: SourceTensor, matrices: int
-) -> np.ndarray | None:
+def _factors(sorter: TensorSorter, tensor_scale: SourceTensor, matrices: int) -> np.ndarray | None:
     """The tensor scales, float32, one or one for each matrix; None with a problem."""
     info = tensor_scale.info
     if info.dtype not in ("F32", "BF16", "F16") or info.size not in (1, matrices):
         each = f", or one for each of {matrices} matrices" if matrices > 1 else ""
-        tensor_sorter.problem(tensor_scale.name, f"{info}, expected one F32{each}")
+        sorter.problem(tensor_scale.name, f"{info}, expected one F32{each}")
         return None
-    factors = checkpoint.read_small_tensor(tensor_scale.name).astype(np.float32).reshape(-1)
+    stored = sorter.checkpoint.read_small_tensor(tensor_scale.name)
+    factors = stored.astype(np.float32).reshape(-1)
     sound = np.isfinite(factors) & (factors > 0)
     if not sound.all():
-        message = (
-            f"holds {format_value(float(factors[~sound][0]))}, expected a finite number above 0"
-        )
-        tensor_sorter.problem(tensor_scale.name, message)
+        bad = format_value(float(factors[~sound][0]))
+        sorter.problem(tensor_scale.name, f"holds {bad}, expected a finite number above 0")
         return None
     return factors
 
@@ -176,29 +137,23 @@ def kept_separate(
 ) -> SourceLayer | None:
     """A stack of NVFP4 matrices with a tensor scale each, as MLX's nvfp4 with a global scale.
 
-    Args:
-        layer: The first of the source's layers.
-        path: Of the stack.
-        shape: Of the stack, ``(..., out, in)``.
-        runs: The rows that it consists of; their layers all have a tensor scale.
-
-    Returns:
-        The stack; None where rows of two tensor scales meet in one matrix.
+    None where rows of two tensor scales meet in one matrix. ``layer`` is the first of the source's
+    layers, which all have a tensor scale; path and shape are those of the stack.
     """
     scales = scale_of_each_matrix(runs, shape[-2], _rows_per_tensor_scale)
     if scales is None:
         return None
     pieces = tuple(replace(run, layer=_separate(run.layer)) for run in runs)
-    made = replace(
+    return replace(
         layer,
         path=path,
         name="",
         shape=shape,
         encoding=NVFP4,
         policy=replace(layer.policy, fallback=None, reason=None),
-    )
-    return replace(
-        made, stored_description=_STORED, row_ranges=pieces, global_scale=tuple(_as_rows(scales))
+        stored_description=_STORED,
+        row_ranges=pieces,
+        global_scale=tuple(_as_rows(scales)),
     )
 
 
@@ -244,8 +199,6 @@ def _folds(checkpoint: Checkpoint, scale: SourceTensor, factors: np.ndarray, div
         return True
     if (np.frexp(factors)[0] != 0.5).any():
         return False
-    groups = (
-        checkpoint.read_small_tensor(scale.name).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
-    )
-    each = groups.reshape(factors.size, -1)
+    groups = checkpoint.read_small_tensor(scale.name).view(ml_dtypes.float8_e4m3fn)
+    each = groups.astype(np.float32).reshape(factors.size, -1)
     return fold_e4m3(apply_tensor_scale(each, factors[:, None], divides)) is not None

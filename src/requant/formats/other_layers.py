@@ -43,13 +43,8 @@ from requant.text import join_first, pluralize_are
 
 # The readers that are asked, each with the block that it is given.
 _READERS: Final[tuple[tuple[str, Mapping[str, Any] | None], ...]] = (
-    ("fp8", None),
-    ("modelopt", None),
-    ("compressed-tensors", None),
-    ("mxfp4", None),
-    ("hqq", None),
-    ("bitsandbytes", None),
-    ("torchao", None),
+    *((name, None) for name in ("fp8", "modelopt", "compressed-tensors", "mxfp4")),
+    *((name, None) for name in ("hqq", "bitsandbytes", "torchao")),
     ("fp-quant", {"quant_method": "fp_quant", "forward_dtype": "mxfp4"}),
     ("fp-quant", {"quant_method": "fp_quant", "forward_dtype": "nvfp4"}),
 )
@@ -60,13 +55,13 @@ _NAMED: Final = 3  # of many layers, how many a note names
 
 @dataclass
 class _Taken:
-    """What other readers have taken so far.
+    """The layers that other readers have taken so far.
 
     Attributes:
         layers: In no order.
         names: Of their tensors, those without use included.
         dropped: Tensors without use, each with the reason.
-        notes: What the readers, and the step itself, say.
+        notes: Of the readers, and of the step itself.
         problems: Layers with more than one reading.
         disputed: Names of the tensors of those.
         against: How many layers the config describes wrongly.
@@ -103,12 +98,11 @@ def read_each_layer(
             layout = step.joined()
     odd = in_other_blocks(step.found, layout.layers)
     if odd and step.found is not None:
-        note = Note(
-            NoteCode.CONFIG_CONTRADICTED,
+        text = (
             f"{step.found.where}.weight_block_size is not the blocks of {join_first(odd, _NAMED)}: "
-            "the "
-            "grid of their scales is believed.",
+            "the grid of their scales is believed."
         )
+        note = Note(NoteCode.CONFIG_CONTRADICTED, text)
         layout = replace(layout, notes=(*layout.notes, note))
     return layout, step.taken.against + len(odd)
 
@@ -151,25 +145,18 @@ class _Step:
     # -- readings ------------------------------------------------------------------------
 
     def _by_format(self, checkpoint: Checkpoint) -> SourceLayout:
-        """What the format reads; plain bytes are FP8 where only the config calls them so."""
+        """Read by the format; plain bytes are FP8 only where the config calls them so."""
         layout = self.known.read(checkpoint)
         declared = self.found is not None and declares_float8(self.found.block)
         if declared and not self.names_float8:  # as mx.load gives them
             return layout
-        what = (
-            "this folder stores that as F8_E4M3"
-            if self.names_float8
-            else "the config does not mention FP8"
-        )
+        stored = "this folder stores that as F8_E4M3"
+        why = stored if self.names_float8 else "the config does not mention FP8"
         false = [layer for layer in layout.layers if is_float8_of_bytes(layer)]
-        problems = [
-            Problem(
-                layer.parts["weight"].name,
-                f"{layer.parts['weight'].info} next to {layer.parts['scale'].name} may be anything "
-                f"but FP8: {what}",
-            )
-            for layer in false
-        ]
+        problems = []
+        for weight, scale in ((x.parts["weight"], x.parts["scale"]) for x in false):
+            message = f"{weight.info} next to {scale.name} may be anything but FP8: {why}"
+            problems.append(Problem(weight.name, message))
         layers = tuple(layer for layer in layout.layers if layer not in false)
         return replace(layout, layers=layers, problems=(*layout.problems, *problems))
 
@@ -182,7 +169,7 @@ class _Step:
         if bare == block.block:
             return
         view = with_block(self.checkpoint, block, bare)
-        self._reject_contradicted(self._take(self.known, view, own=True))
+        self._note_contradicted(self._take(self.known, view, own=True))
 
     def read_as_others(self) -> None:
         """By the readers of other kinds, that see nothing of the config's block."""
@@ -198,7 +185,7 @@ class _Step:
         layers, problems = read_qweights(replace(bare, tensors=self.left), self.found)
         accepted = self._accept([x for x in layers if not self._is_barred(x.path)], {}, ())
         if self.known.name in METHODS:
-            self._reject_contradicted(accepted)
+            self._note_contradicted(accepted)
         else:
             found += accepted
         for problem in problems:
@@ -206,7 +193,7 @@ class _Step:
                 continue
             self.taken.problems.append(problem)
             self.taken.disputed |= self._names_of(problem.where) | {problem.where}
-        self._detect(found)
+        self._note_undeclared(found)
 
     def _take(self, reader: Format, view: Checkpoint, own: bool = False) -> list[SourceLayer]:
         """The layers that a reader makes of what is left, if each is complete."""
@@ -277,15 +264,15 @@ class _Step:
     # -- what is said --------------------------------------------------------------------
 
     def _why(self, layer: SourceLayer) -> str:
-        """What the format said of a layer that it rejected."""
+        """Return what the format said of a layer that it rejected."""
         names = self._names_of(layer.path) | {layer.path}
-        reported = [problem for problem in self.layout.problems if problem.where in names]
-        where = "" if self.found is None else self.found.where
-        reported += [problem for problem in self.layout.problems if problem.where.startswith(where)]
-        return reported[0].message if reported else f"{where or 'config.json'} says otherwise"
+        where, problems = "" if self.found is None else self.found.where, self.layout.problems
+        own = [problem for problem in problems if problem.where in names]
+        own += [problem for problem in problems if problem.where.startswith(where)]
+        return own[0].message if own else f"{where or 'config.json'} says otherwise"
 
-    def _reject_contradicted(self, layers: Sequence[SourceLayer]) -> None:
-        """Say of layers of the format's own kind what the config says, and what they are."""
+    def _note_contradicted(self, layers: Sequence[SourceLayer]) -> None:
+        """Note of layers of the format's own kind what the config says, and what they are."""
         self.taken.against += len(layers)
         together: dict[tuple[str, str], list[str]] = {}
         for layer in layers:
@@ -293,18 +280,17 @@ class _Step:
         for (why, stored), paths in together.items():
             text = (
                 f"{join_first(paths, _NAMED)}: {why}. The tensors leave one reading, {stored}, and "
-                "are "
-                "believed."
+                "are believed."
             )
             self.taken.notes.append(Note(NoteCode.CONFIG_CONTRADICTED, text))
 
-    def _detect(self, layers: Sequence[SourceLayer]) -> None:
+    def _note_undeclared(self, layers: Sequence[SourceLayer]) -> None:
         """One note for each way in which layers are stored that the config does not describe."""
         paths = [layer.path for layer in layers]
-        reported = set() if self.found is None else excluded_paths(self.found, paths)
+        excluded = set() if self.found is None else excluded_paths(self.found, paths)
         together: dict[str, list[str]] = {}
         for layer in layers:
-            if layer.path not in reported and not self._is_declared(layer):
+            if layer.path not in excluded and not self._is_declared(layer):
                 together.setdefault(layer.stored_as, []).append(layer.path)
         where = "config.json" if self.found is None else self.found.where
         for stored, names in together.items():
@@ -328,7 +314,7 @@ class _Step:
     # -- the whole -----------------------------------------------------------------------
 
     def joined(self) -> SourceLayout:
-        """What the format reads of the rest, and what was taken, in the checkpoint's order."""
+        """The layers that the format reads of the rest, and those taken, in the order of bytes."""
         checkpoint, taken = self.checkpoint, self.taken
         rest = {n: t for n, t in checkpoint.tensors.items() if n not in taken.names}
         layout = self._by_format(replace(checkpoint, tensors=rest))

@@ -1,4 +1,4 @@
-"""What a checkpoint says about its own quantization, wherever its tool wrote that down."""
+"""The quantization block of a checkpoint, in config.json or in a file of the tool."""
 
 from __future__ import annotations
 
@@ -21,18 +21,8 @@ _DEEPEST = 4  # sections inside sections of config.json
 _OF_TEXT = ("text", "llm", "language", "lang_", "lm_", "decoder", "thinker", "talker", "backbone")
 # Keys that decide how tensors are read; where two blocks give other values, they contradict.
 _DECIDING = (
-    "quant_method",
-    "bits",
-    "group_size",
-    "sym",
-    "zero_point",
-    "desc_act",
-    "checkpoint_format",
-    "packing_format",
-    "version",
-    "quant_algo",
-    "weight_block_size",
-    "linear_class",
+    *("quant_method", "bits", "group_size", "sym", "zero_point", "desc_act", "checkpoint_format"),
+    *("packing_format", "version", "quant_algo", "weight_block_size", "linear_class"),
     "forward_dtype",
 )
 # Names of one thing in the configs of different tools (AutoAWQ, llm-awq, AutoGPTQ, GPTQModel).
@@ -80,9 +70,8 @@ class QuantizationBlock:
         value = self.get(key, default)
         if value is None or (isinstance(value, int) and not isinstance(value, bool)):
             return value
-        problems.append(
-            Problem(f"{self.where}.{key}", f"is {format_value(value)}, expected a whole number")
-        )
+        problems.append(self.wrong(key, "a whole number"))
+
         return default
 
     def boolean(self, key: str, problems: list[Problem], default: bool) -> bool:
@@ -90,9 +79,8 @@ class QuantizationBlock:
         value = self.get(key, default)
         if isinstance(value, bool):
             return value
-        problems.append(
-            Problem(f"{self.where}.{key}", f"is {format_value(value)}, expected true or false")
-        )
+        problems.append(self.wrong(key, "true or false"))
+
         return default
 
     def names(self, key: str, problems: list[Problem]) -> tuple[str, ...]:
@@ -102,10 +90,13 @@ class QuantizationBlock:
             return ()
         if isinstance(value, list) and all(isinstance(item, str) for item in value):
             return tuple(value)
-        problems.append(
-            Problem(f"{self.where}.{key}", f"is {format_value(value)}, expected a list of names")
-        )
+        problems.append(self.wrong(key, "a list of names"))
         return ()
+
+    def wrong(self, key: str, expected: str) -> Problem:
+        """The problem of a value that is not what its key demands."""
+        message = f"is {format_value(self.get(key))}, expected {expected}"
+        return Problem(f"{self.where}.{key}", message)
 
 
 def sections(config: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Mapping[str, Any]]]:
@@ -153,6 +144,14 @@ def find_quantization_block(checkpoint: Checkpoint) -> QuantizationBlock | None:
     return next(iter(blocks(checkpoint)), None)
 
 
+def claim_by_method(checkpoint: Checkpoint, method: str) -> str | None:
+    """The evidence of a format that ``quant_method`` alone decides; None for other folders."""
+    block = find_quantization_block(checkpoint)
+    if block is None or block.method != method:
+        return None
+    return f"{block.where}: quant_method {method}"
+
+
 def contradicting(checkpoint: Checkpoint) -> list[QuantizationBlock]:
     """The blocks that give another value than the first for a key that decides how to read."""
     first, *others = blocks(checkpoint) or [QuantizationBlock("", {})]
@@ -167,7 +166,7 @@ def contradicted_keys(one: QuantizationBlock, other: QuantizationBlock) -> list[
 
 
 def _inner(block: QuantizationBlock) -> QuantizationBlock:
-    """What a block says, where ModelOpt's own file has it."""
+    """The inner block of ModelOpt's own file, else the block itself."""
     inner = block.block.get("quantization")
     return QuantizationBlock(block.where, inner) if isinstance(inner, Mapping) else block
 
@@ -214,7 +213,7 @@ _BEFORE_COMPRESSION = ("initialized", "calibration", "frozen")
 
 
 def float_form(checkpoint: Checkpoint) -> str:
-    """Where the config says that weights are stored as floats, scales next to them; "" nowhere.
+    """The key that says that weights with scales next to them are stored as floats; else "".
 
     compressed-tensors saves so before it compresses, Quark in its "fake_quantized" form.
     """
@@ -238,10 +237,7 @@ DTYPE_WORDS = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "half": "
 
 
 def model_dtype(checkpoint: Checkpoint, otherwise: str = "F16") -> str:
-    """The float dtype that the model computes in: config.json's, else that of most dense bytes.
-
-    ``otherwise`` is what it is where nothing is dense.
-    """
+    """The dtype of the model: config.json's, else that of most dense bytes, else ``otherwise``."""
     for part in text_sections(checkpoint.config):
         for key in ("dtype", "torch_dtype"):
             word = str(part.get(key)).removeprefix("torch.")

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
 from typing import Any, Final
 
 from requant.checkpoints.checkpoint import Checkpoint, SourceTensor
 from requant.core.dtypes import FLOATS
 from requant.core.regex import Wildcards
-from requant.formats.base import SourceLayer, SourceLayout
+from requant.formats.base import SourceLayer, SourceLayout, Tensors, packed_layer
 from requant.formats.float8_layers import EXPONENTS, FLOAT8, float8_stack
 from requant.formats.integer_layers import integer_layer
+from requant.formats.mx_layers import mx_layer
 from requant.formats.nvfp4_layers import nvfp4_layer, nvfp4_without_tensor_scale
-from requant.formats.quantization_block import find_quantization_block
+from requant.formats.quantization_block import claim_by_method, find_quantization_block
 from requant.formats.stacks import Experts, are_transposed
-from requant.formats.tensor_sorter import TensorSorter, UnsupportedLayerError
-from requant.packings.floats import MxBlocks, Mxfp6Blocks
+from requant.formats.tensor_sorter import LayerError, TensorSorter, unexpected
 from requant.packings.quark import QuarkColumns, QuarkMx, QuarkRows
 from requant.text import format_value, join_first, join_or
 
@@ -28,7 +27,6 @@ _SCHEMES: Final = ("per_tensor", "per_channel", "per_group")
 _ROTATIONS: Final = ("rotation", "quarot", "spinquant")
 _E4M3: Final = ("F8_E4M3", "U8")  # arrays in memory may hold them as bytes
 _PACKS: Final = ("reorder", "order")
-_Tensors = Mapping[str, SourceTensor]
 
 
 class Quark:
@@ -39,10 +37,7 @@ class Quark:
 
     def claims(self, checkpoint: Checkpoint) -> str | None:
         """The config names it; exports in the form of fp8 or awq are these formats' own."""
-        block = find_quantization_block(checkpoint)
-        if block is None or block.method != "quark":
-            return None
-        return f"{block.where}: quant_method quark"
+        return claim_by_method(checkpoint, "quark")
 
     def read(self, checkpoint: Checkpoint) -> SourceLayout:
         """Describe each layer that has a scale, or codes by its scheme; all else is dense."""
@@ -51,7 +46,7 @@ class Quark:
 
 @dataclass(frozen=True, slots=True)
 class _Scheme:
-    """What the config says of a layer's weight: ``dtype``, ``qscheme``, ..., two for NVFP4."""
+    """The scheme of a layer's weight: ``dtype``, ``qscheme`` and so on; two levels for NVFP4."""
 
     where: str
     levels: tuple[Mapping[str, Any], ...]
@@ -81,7 +76,7 @@ class _Integers:
 
     @property
     def words(self) -> tuple[str, str]:
-        """What the codes may be stored in."""
+        """The dtypes in which codes may be stored."""
         return ("I32", "U32") if self.bits == 4 else ("I8", "U8")
 
     @property
@@ -96,16 +91,23 @@ class _Integers:
         return parts if self.zeros is None else {**parts, "weight_zero_point": self.zeros}
 
     @property
-    def is_symmetric(self) -> bool:
-        """Whether every zero is the middle of the codes."""
-        return self.zeros is None or self.declared_symmetric
+    def fields(self) -> dict[str, Any]:
+        """The arguments that the packings of both orientations have in common."""
+        return {
+            "bits": self.bits,
+            "symmetric": self.zeros is None or self.declared_symmetric,
+            "scale_dtype": self.scale.info.dtype,
+            "signed": self.signed,
+            "reordered": self.reordered,
+            "has_zeros": self.zeros is not None,
+        }
 
 
 class _Reader:
     """Reads one checkpoint and collects what is wrong with it."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint, self.tensor_sorter = checkpoint, TensorSorter.by_role(checkpoint)
+        self.checkpoint, self.sorter = checkpoint, TensorSorter.by_role(checkpoint)
         block = find_quantization_block(checkpoint)
         assert block is not None
         self.found = block
@@ -115,32 +117,28 @@ class _Reader:
         self._check_config()
 
     def read(self) -> SourceLayout:
-        tensor_sorter = self.tensor_sorter
+        sorter = self.sorter
         for path, tensors in self._tensors().items():
-            tensor_sorter.make(path, tensors, self._layer)
-        tensor_sorter.drop_runtime_scales()
+            sorter.make(path, tensors, self._layer)
+        sorter.drop_runtime_scales()
         self._check_named()
-        if not tensor_sorter.quantized and not self.fake:
-            tensor_sorter.no_layer(
-                self.found.where,
-                "says quark, but no layer has a weight_scale: if the weights are dense, remove the "
-                "block",
-            )
-        return tensor_sorter.layout()
+        if not sorter.quantized and not self.fake:
+            sorter.no_layer(self.found.where, "says quark, but no layer has a weight_scale")
+        return sorter.layout()
 
     # -- the config ------------------------------------------------------------------------
 
     def _check_config(self) -> None:
-        block, tensor_sorter = self.found, self.tensor_sorter
+        block, sorter = self.found, self.sorter
         algorithms = str(block.get("algo_config") or "").lower()
         if any(word in algorithms for word in _ROTATIONS):
-            tensor_sorter.problem(
+            sorter.problem(
                 f"{block.where}.algo_config",
                 "names a rotation, which the runtime may have to apply; MLX does not",
             )
         by_type = block.get("layer_type_quant_config")
         if by_type:
-            tensor_sorter.problem(
+            sorter.problem(
                 f"{block.where}.layer_type_quant_config",
                 "gives schemes by class of layer, which names of tensors do not say; "
                 "layer_quant_config by name is read",
@@ -157,7 +155,7 @@ class _Reader:
             for path, declared in rows
             if isinstance(declared, Mapping) and declared.get("weight")
         ]
-        self.tensor_sorter.note_dense(f"{self.found.where}.layer_quant_config", named)
+        self.sorter.note_dense(f"{self.found.where}.layer_quant_config", named)
 
     def _scheme(self, path: str) -> _Scheme:
         """The weight's scheme: that of the patterns that fit the layer, else the global one."""
@@ -168,7 +166,7 @@ class _Reader:
             declared, where = table[fits[0]], f"layer_quant_config[{fits[0]!r}]"
             if any(table[pattern] != declared for pattern in fits):
                 both = f"{self.found.where}.layer_quant_config"
-                raise UnsupportedLayerError(
+                raise LayerError(
                     path, f"fits patterns of {both} that contradict each other: {join_first(fits)}"
                 )
         weight = declared.get("weight") if isinstance(declared, Mapping) else None
@@ -176,7 +174,7 @@ class _Reader:
         where = f"{self.found.where}.{where}.weight"
         schemes = tuple(level for level in levels if isinstance(level, Mapping))
         if not schemes or len(schemes) < len(levels):
-            raise UnsupportedLayerError(
+            raise LayerError(
                 path, f"is quantized, but {where} is {format_value(weight)}, expected a scheme"
             )
         return _Scheme(where, schemes)
@@ -186,7 +184,7 @@ class _Reader:
     def _tensors(self) -> dict[str, dict[str, SourceTensor]]:
         """Layer path -> role -> tensor, for each layer with a scale, or with blocks of old mx."""
         found: dict[str, dict[str, SourceTensor]] = {}
-        for name, tensor in self.tensor_sorter.parts.items():
+        for name, tensor in self.sorter.parts.items():
             path, _, role = name.rpartition(".")
             if role in _ROLES:
                 found.setdefault(path, {})[role] = tensor
@@ -196,20 +194,18 @@ class _Reader:
             if "weight" in tensors and tensors["weight"].info.dtype not in FLOATS
         }
 
-    def _layer(self, path: str, tensors: _Tensors) -> SourceLayer | None:
+    def _layer(self, path: str, tensors: Tensors) -> SourceLayer | None:
         """One layer by its scheme.
 
         Raises:
-            UnsupportedLayerError: The scheme is not read, or the tensors contradict it.
+            LayerError: The scheme is not read, or the tensors contradict it.
         """
         weight = tensors.get("weight")
         if weight is None:
             names = ", ".join(tensor.name for tensor in tensors.values())
-            raise UnsupportedLayerError(path, f"has {names}, but no {path}.weight")
+            raise LayerError(path, f"has {names}, but no {path}.weight")
         if len(weight.info.shape) not in (2, 3) or 0 in weight.info.shape:
-            raise UnsupportedLayerError(
-                weight.name, f"{weight.info}, expected a matrix or a stack of them"
-            )
+            raise unexpected(weight, "a matrix or a stack of them")
         scheme = self._scheme(path)
         dtype = scheme.word("dtype")
         experts = _one_by_one(tensors, dtype)
@@ -219,9 +215,7 @@ class _Reader:
         if dtype == "mx":
             return self._old_mx(path, tensors, scheme)
         if "weight_scale" not in tensors:
-            raise UnsupportedLayerError(
-                weight.name, f"{weight.info} has no {path}.weight_scale next to it"
-            )
+            raise LayerError(weight.name, f"{weight.info} has no {path}.weight_scale next to it")
         if dtype in _INTEGERS:
             return self._integer(path, tensors, scheme, dtype)
         if dtype == "fp4":
@@ -232,16 +226,16 @@ class _Reader:
             return self._fp8(path, tensors, scheme)
         known = ", ".join((*_INTEGERS, "fp4", "fp6_e2m3", "fp6_e3m2", "fp8_e4m3", "mx"))
         message = f"has dtype {format_value(dtype)} by {scheme.where}; read are {known}"
-        raise UnsupportedLayerError(path, message, unknown=True)
+        raise LayerError(path, message, unknown=True)
 
-    def _integer(self, path: str, tensors: _Tensors, scheme: _Scheme, dtype: str) -> SourceLayer:
+    def _integer(self, path: str, tensors: Tensors, scheme: _Scheme, dtype: str) -> SourceLayer:
         """Codes of 4 or 8 bits: ``[in, out]`` with scales for groups, ``[out, in]`` for others."""
         stored = self._integers(path, tensors, scheme, dtype)
         if scheme.word("qscheme") == "per_group":
             return self._by_column(path, stored, scheme)
         return self._by_row(path, stored, scheme)
 
-    def _integers(self, path: str, tensors: _Tensors, scheme: _Scheme, dtype: str) -> _Integers:
+    def _integers(self, path: str, tensors: Tensors, scheme: _Scheme, dtype: str) -> _Integers:
         """The tensors of a layer of integers, if they are what its scheme says."""
         weight, scale = tensors["weight"], tensors["weight_scale"]
         zeros = tensors.get("weight_zero_point")
@@ -249,34 +243,29 @@ class _Reader:
         pack = str(self.export.get("pack_method", "")).lower()
         if qscheme not in _SCHEMES:
             known = join_or(_SCHEMES)
-            raise UnsupportedLayerError(
+            raise LayerError(
                 path, f"has qscheme {format_value(qscheme)} by {scheme.where}; read is {known}"
             )
         if bits == 4 and pack not in _PACKS:
             message = (
                 f"is {format_value(pack)}, expected {join_or(_PACKS)}: the order of 4-bit codes"
             )
-            raise UnsupportedLayerError(f"{self.found.where}.export.pack_method", message)
-        signed = dtype.startswith("int")
+            raise LayerError(f"{self.found.where}.export.pack_method", message)
         stored = _Integers(
-            weight=weight,
-            scale=scale,
-            zeros=zeros,
-            bits=bits,
-            signed=signed,
+            weight,
+            scale,
+            zeros,
+            bits,
+            signed=dtype.startswith("int"),
             reordered=pack == "reorder",
             declared_symmetric=scheme.symmetric,
         )
         if weight.info.dtype not in stored.words:
-            raise UnsupportedLayerError(
-                weight.name, f"{weight.info}, expected {stored.words[0]} for {dtype}"
-            )
+            raise unexpected(weight, f"{stored.words[0]} for {dtype}")
         if scale.info.dtype not in _FLOATS:
-            raise UnsupportedLayerError(scale.name, f"{scale.info}, expected floats")
-        if zeros is None and not signed:
-            raise UnsupportedLayerError(
-                path, f"holds {dtype} codes, but has no {path}.weight_zero_point"
-            )
+            raise unexpected(scale, "floats")
+        if zeros is None and not stored.signed:
+            raise LayerError(path, f"holds {dtype} codes, but has no {path}.weight_zero_point")
         return stored
 
     def _by_column(self, path: str, stored: _Integers, scheme: _Scheme) -> SourceLayer:
@@ -284,28 +273,15 @@ class _Reader:
         columns, width = weight.info.shape
         rows, groups = width * stored.a_word, scale.info.shape[0] if scale.info.shape else 0
         if not groups or scale.info.shape != (groups, rows) or columns % groups:
-            expected = f"[groups, {rows}] for {weight.info}, stored [in, out]"
-            raise UnsupportedLayerError(scale.name, f"{scale.info}, expected {expected}")
+            raise unexpected(scale, f"[groups, {rows}] for {weight.info}, stored [in, out]")
         _expect(stored.zeros, (groups, width), stored.words)
         group, declared = columns // groups, scheme.levels[0].get("group_size")
         if _is_count(declared) and declared != group:
             message = f"{scale.info} gives {group} inputs a scale, {scheme.where} says {declared}"
-            raise UnsupportedLayerError(scale.name, message)
-        packing = QuarkColumns(
-            rows=rows,
-            columns=columns,
-            bits=stored.bits,
-            group=group,
-            symmetric=stored.is_symmetric,
-            scale_dtype=stored.scale.info.dtype,
-            signed=stored.signed,
-            reordered=stored.reordered,
-            has_zeros=stored.zeros is not None,
-        )
+            raise LayerError(scale.name, message)
+        packing = QuarkColumns(rows, columns, group=group, **stored.fields)
         shape = (rows, columns)
-        return integer_layer(
-            self.tensor_sorter, path, stored.parts, shape=shape, packing=packing, tool="quark"
-        )
+        return integer_layer(self.sorter, path, stored.parts, shape, packing, tool="quark")
 
     def _by_row(self, path: str, stored: _Integers, scheme: _Scheme) -> SourceLayer:
         scale, zeros, qscheme = stored.scale, stored.zeros, scheme.word("qscheme")
@@ -313,148 +289,72 @@ class _Reader:
         columns = width * stored.a_word
         one = scale.info.size == 1 and qscheme == "per_tensor"
         if not one and scale.info.shape != (rows,):
-            raise UnsupportedLayerError(
-                scale.name, f"{scale.info}, expected [{rows}] for {qscheme}"
-            )
+            raise unexpected(scale, f"[{rows}] for {qscheme}")
         if stored.bits == 4 and zeros is not None:
             message = "next to 4-bit codes with a scale a row: how it is packed is not known"
-            raise UnsupportedLayerError(zeros.name, f"{zeros.info} {message}")
+            raise LayerError(zeros.name, f"{zeros.info} {message}")
         _expect(zeros, scale.info.shape, ("I8", "U8", "I32"))
-        packing = QuarkRows(
-            rows=rows,
-            columns=columns,
-            bits=stored.bits,
-            group=columns,
-            symmetric=stored.is_symmetric,
-            scale_dtype=stored.scale.info.dtype,
-            signed=stored.signed,
-            reordered=stored.reordered,
-            has_zeros=stored.zeros is not None,
-            one_scale=one,
-        )
+        packing = QuarkRows(rows, columns, group=columns, one_scale=one, **stored.fields)
         words = "a scale a tensor" if one else "a scale a row"
-        shape = (rows, columns)
         return integer_layer(
-            self.tensor_sorter,
-            path,
-            stored.parts,
-            shape=shape,
-            packing=packing,
-            tool="quark",
-            scales=words,
+            self.sorter, path, stored.parts, (rows, columns), packing, tool="quark", scales=words
         )
 
-    def _fp4(self, path: str, tensors: _Tensors, scheme: _Scheme) -> SourceLayer | None:
+    def _fp4(self, path: str, tensors: Tensors, scheme: _Scheme) -> SourceLayer | None:
         weight, scale = tensors["weight"], tensors["weight_scale"]
         *rows, nbytes = weight.info.shape
         if weight.info.dtype != "U8":
-            raise UnsupportedLayerError(
-                weight.name, f"{weight.info}, expected U8, two codes a byte"
-            )
+            raise unexpected(weight, "U8, two codes a byte")
         factor = tensors.get("weight_scale_2")
         if factor is not None or len(scheme.levels) > 1:
             if factor is None and len(rows) == 1:
-                raise UnsupportedLayerError(
-                    path, f"has two levels of scales, but no {path}.weight_scale_2"
-                )
+                raise LayerError(path, f"has two levels of scales, but no {path}.weight_scale_2")
             if scale.info.shape != (*rows, nbytes // 8) or scale.info.dtype not in _E4M3:
-                expected = f"F8_E4M3 {[*rows, nbytes // 8]}"
-                raise UnsupportedLayerError(scale.name, f"{scale.info}, expected {expected}")
+                raise unexpected(scale, f"F8_E4M3 {[*rows, nbytes // 8]}")
             if factor is None:
                 missing = "weight_scale_2 that multiplies them"
-                return nvfp4_without_tensor_scale(self.tensor_sorter, path, weight, scale, missing)
-            return nvfp4_layer(
-                self.checkpoint,
-                self.tensor_sorter,
-                path,
-                weight=weight,
-                scale=scale,
-                tensor_scale=factor,
-                divides=False,
-            )
+                return nvfp4_without_tensor_scale(self.sorter, path, weight, scale, missing)
+            return nvfp4_layer(self.sorter, path, weight, scale, factor, divides=False)
         if scale.info.shape != (*rows, nbytes // 16) or scale.info.dtype not in EXPONENTS:
             expected = f"U8 {[*rows, nbytes // 16]}: groups of 32 with E8M0 scales"
-            raise UnsupportedLayerError(scale.name, f"{scale.info}, expected {expected}")
-        packing = MxBlocks(prod(rows), 2 * nbytes, rows[-1], 4, nbytes)
-        parts = {"weight": weight, "scale": scale}
-        shape, dtype = (*rows, 2 * nbytes), self.tensor_sorter.dtype
-        return SourceLayer(
-            path=path,
-            parts=parts,
-            encoding=packing.encoding,
-            shape=shape,
-            dtype=dtype,
-            packing=packing,
-            stored_description="mxfp4",
-        )
+            raise unexpected(scale, expected)
+        return mx_layer(path, weight, scale, self.sorter.dtype, bits=4)
 
-    def _fp6(self, path: str, tensors: _Tensors, element: str) -> SourceLayer:
+    def _fp6(self, path: str, tensors: Tensors, element: str) -> SourceLayer:
         weight, scale = tensors["weight"], tensors["weight_scale"]
         *rows, nbytes = weight.info.shape
         groups, ragged = divmod(nbytes, 24)
         if weight.info.dtype != "U8" or ragged:
-            raise UnsupportedLayerError(
-                weight.name, f"{weight.info}, expected U8 [out, 24 * groups]"
-            )
+            raise unexpected(weight, "U8 [out, 24 * groups]")
         if scale.info.shape != (*rows, groups) or scale.info.dtype not in EXPONENTS:
-            raise UnsupportedLayerError(scale.name, f"{scale.info}, expected U8 {[*rows, groups]}")
-        packing = Mxfp6Blocks(prod(rows), 32 * groups, rows[-1], element)
-        parts, shape = {"weight": weight, "scale": scale}, (*rows, 32 * groups)
-        dtype, stored = self.tensor_sorter.dtype, f"mxfp6 {element}"
-        return SourceLayer(
-            path=path,
-            parts=parts,
-            encoding=packing.encoding,
-            shape=shape,
-            dtype=dtype,
-            packing=packing,
-            stored_description=stored,
-        )
+            raise unexpected(scale, f"U8 {[*rows, groups]}")
+        return mx_layer(path, weight, scale, self.sorter.dtype, bits=6, element=element)
 
-    def _fp8(self, path: str, tensors: _Tensors, scheme: _Scheme) -> SourceLayer:
+    def _fp8(self, path: str, tensors: Tensors, scheme: _Scheme) -> SourceLayer:
         weight, scale = tensors["weight"], tensors["weight_scale"]
         if weight.info.dtype not in FLOAT8:
-            raise UnsupportedLayerError(weight.name, f"{weight.info}, expected F8_E4M3 codes")
+            raise unexpected(weight, "F8_E4M3 codes")
         block = scheme.levels[0].get("block_size")
         pair = block if isinstance(block, list) and len(block) == 2 else None
         named = (int(pair[0]), int(pair[1])) if pair and all(map(_is_count, pair)) else None
-        transposed = self.tensor_sorter.orientation.is_transposed(path, weight.info.shape)
-        return float8_stack(
-            self.tensor_sorter,
-            path,
-            weight,
-            scale=scale,
-            block=named,
-            dtype=self.tensor_sorter.dtype,
-            transposed=transposed,
-        )
+        return float8_stack(self.sorter, path, weight, scale, block=named)
 
-    def _old_mx(self, path: str, tensors: _Tensors, scheme: _Scheme) -> SourceLayer:
+    def _old_mx(self, path: str, tensors: Tensors, scheme: _Scheme) -> SourceLayer:
         weight = tensors["weight"]
         kind = scheme.word("mx_element_dtype") or "fp4"
         rows, nbytes = weight.info.shape
         groups, ragged = divmod(nbytes, 17)
         if kind not in ("fp4", "fp4_e2m1"):
             message = f"holds mx blocks of {format_value(kind)}; read are blocks of fp4"
-            raise UnsupportedLayerError(path, message, unknown=True)
+            raise LayerError(path, message, unknown=True)
         if weight.info.dtype != "U8" or ragged:
-            raise UnsupportedLayerError(
-                weight.name, f"{weight.info}, expected U8 [out, 17 * groups of 32]"
-            )
-        packing = QuarkMx(rows, 32 * groups)
-        shape, dtype = (rows, 32 * groups), self.tensor_sorter.dtype
-        return SourceLayer(
-            path=path,
-            parts={"weight": weight},
-            encoding=packing.encoding,
-            shape=shape,
-            dtype=dtype,
-            packing=packing,
-            stored_description="mxfp4, old blocks",
-        )
+            raise unexpected(weight, "U8 [out, 17 * groups of 32]")
+        packing, dtype = QuarkMx(rows, 32 * groups), self.sorter.dtype
+        parts, stored = {"weight": weight}, "mxfp4, old blocks"
+        return packed_layer(path, parts, (rows, 32 * groups), packing, dtype=dtype, stored=stored)
 
 
-def _one_by_one(tensors: _Tensors, dtype: str) -> Experts | None:
+def _one_by_one(tensors: Tensors, dtype: str) -> Experts | None:
     """The experts of a stack that is read expert by expert: of integers, or stored transposed."""
     weight, scale = tensors["weight"], tensors.get("weight_scale")
     if len(weight.info.shape) < 3 or dtype.startswith("fp8"):
@@ -472,4 +372,4 @@ def _is_count(value: Any) -> bool:
 
 def _expect(part: SourceTensor | None, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> None:
     if part is not None and (part.info.shape != shape or part.info.dtype not in dtypes):
-        raise UnsupportedLayerError(part.name, f"{part.info}, expected {dtypes[0]} {list(shape)}")
+        raise unexpected(part, f"{dtypes[0]} {list(shape)}")

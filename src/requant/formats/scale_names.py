@@ -22,7 +22,7 @@ from typing import Final
 
 
 class Role(StrEnum):
-    """What a tensor next to codes is."""
+    """The purpose of a tensor next to codes."""
 
     SCALE = "scale"  # a factor for a group, tile, row, matrix or tensor
     TENSOR_SCALE = "tensor_scale"  # a second factor, over a matrix or tensor
@@ -35,43 +35,19 @@ class Role(StrEnum):
 
 # What tools call them, behind the path and ".", "_" or "._", with or without "weight" between.
 _WORDS: Final = {
-    "scale": Role.SCALE,
-    "scales": Role.SCALE,
-    "scale_inv": Role.SCALE,
-    "scales_inv": Role.SCALE,
-    "absmax": Role.SCALE,
-    "SCB": Role.SCALE,
-    "qscale": Role.SCALE,
-    "qscale_weight": Role.SCALE,
-    "Wscale": Role.SCALE,
-    "scale_2": Role.TENSOR_SCALE,
-    "scales_2": Role.TENSOR_SCALE,
-    "global_scale": Role.TENSOR_SCALE,
-    "double_scale": Role.TENSOR_SCALE,
-    "nested_absmax": Role.TENSOR_SCALE,
-    "zero_point": Role.ZERO,
-    "zero_points": Role.ZERO,
-    "zero": Role.ZERO,
-    "zeros": Role.ZERO,
-    "qzeros": Role.ZERO,
-    "scaled_zeros": Role.ZERO,
-    "biases": Role.OFFSET,
-    "qbiases": Role.OFFSET,
-    "pre_quant_scale": Role.INPUT_SCALE,
-    "g_idx": Role.INDEX,
-    "quant_map": Role.OTHER,
-    "nested_quant_map": Role.OTHER,
-    "quant_state.bitsandbytes__nf4": Role.OTHER,
-    "quant_state.bitsandbytes__fp4": Role.OTHER,
-    "weight_format": Role.OTHER,
+    **dict.fromkeys(("scale", "scales", "scale_inv", "scales_inv", "absmax", "SCB"), Role.SCALE),
+    **dict.fromkeys(("qscale", "qscale_weight", "Wscale"), Role.SCALE),
+    **dict.fromkeys(("scale_2", "scales_2", "global_scale"), Role.TENSOR_SCALE),
+    **dict.fromkeys(("double_scale", "nested_absmax"), Role.TENSOR_SCALE),
+    **dict.fromkeys(("zero_point", "zero_points", "zero", "zeros"), Role.ZERO),
+    **dict.fromkeys(("qzeros", "scaled_zeros"), Role.ZERO),
+    **dict.fromkeys(("biases", "qbiases"), Role.OFFSET),
+    **{"pre_quant_scale": Role.INPUT_SCALE, "g_idx": Role.INDEX},
+    **dict.fromkeys(("quant_map", "nested_quant_map", "weight_format"), Role.OTHER),
+    **dict.fromkeys(("quant_state.bitsandbytes__nf4", "quant_state.bitsandbytes__fp4"), Role.OTHER),
 }
 # Words that mean nothing unless "weight" comes before them.
-_OF_WEIGHTS: Final = {
-    "shift": Role.ZERO,
-    "zp": Role.ZERO,
-    "amax": Role.SCALE,
-    "shape": Role.OTHER,
-}
+_OF_WEIGHTS: Final = {"shift": Role.ZERO, "zp": Role.ZERO, "amax": Role.SCALE, "shape": Role.OTHER}
 # Words that parameters of dense models bear too: RMSNorm's scale, CLIP's logit_scale.
 _COMMON: Final = frozenset({"scale", "scales", "zero", "zeros", "biases"})
 _LONGEST_FIRST: Final = tuple(sorted(_WORDS | _OF_WEIGHTS, key=len, reverse=True))
@@ -79,21 +55,8 @@ _JOINTS: Final = ("._", ".", "_")
 _WEIGHTS: Final = tuple(f"{a}weight{b}" for a in _JOINTS for b in ("_quantizer", ""))
 # Endings of codes behind the path; "" is a stack whose name is the path itself.
 CODE_ENDINGS: Final = (
-    ".weight",
-    ".weight_packed",
-    ".qweight",
-    ".W_q",
-    ".blocks",
-    ".packed",
-    "._weight_qdata",
-    "_qdata",
-    ".weight._data",
-    "_weight_packed",
-    "_weight",
-    "_packed",
-    "_qweight",
-    "_blocks",
-    "",
+    *(".weight", ".weight_packed", ".qweight", ".W_q", ".blocks", ".packed", "._weight_qdata"),
+    *("_qdata", ".weight._data", "_weight_packed", "_weight", "_packed", "_qweight", "_blocks", ""),
 )
 
 
@@ -104,7 +67,7 @@ class ScaleName:
     Attributes:
         name: The whole.
         path: Of the layer.
-        role: What it is.
+        role: Its purpose.
         word: The last word, without joints: "scale_inv".
         of_weight: Whether "weight" comes before the word.
     """
@@ -170,11 +133,11 @@ class ScaleNames:
                 self._adjacent.setdefault(found.path, []).append(found)
 
     def get(self, name: str) -> ScaleName | None:
-        """What a name says; None where it is that of no scale, zero point or the like."""
+        """The parts of a name; None unless it is that of a scale, a zero point or the like."""
         return self._found.get(name)
 
     def siblings(self, name: str, *roles: Role) -> tuple[ScaleName, ...]:
-        """What is next to a tensor: scales, zero points and the like (of ``roles``, if any)."""
+        """The scales, zero points and the like next to a tensor (of ``roles``, if any)."""
         if not self._adjacent:
             return ()
         return tuple(
@@ -185,7 +148,7 @@ class ScaleNames:
         )
 
     def of_path(self, path: str, *roles: Role) -> tuple[ScaleName, ...]:
-        """What is next to the codes of a layer."""
+        """The scales, zero points and the like of a layer (of ``roles``, if any)."""
         return tuple(x for x in self._adjacent.get(path, ()) if not roles or x.role in roles)
 
     def codes_of(self, scale: ScaleName) -> str | None:

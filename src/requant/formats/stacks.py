@@ -13,8 +13,8 @@ from math import prod
 
 from requant.checkpoints.checkpoint import SourceTensor
 from requant.core.dtypes import TensorInfo
-from requant.formats.base import SourceLayer
-from requant.formats.tensor_sorter import UnsupportedLayerError
+from requant.formats.base import SourceLayer, Tensors
+from requant.formats.tensor_sorter import LayerError
 from requant.packings.experts import Place, StackedExperts
 from requant.text import pluralize as pluralize
 
@@ -30,22 +30,15 @@ class Experts:
     """
 
     count: int
-    parts: Mapping[str, SourceTensor]
+    parts: Tensors
     places: Mapping[str, Place]
 
     @staticmethod
-    def of(
-        count: int, parts: Mapping[str, SourceTensor], transposed: Sequence[str] = ()
-    ) -> Experts:
-        """Split tensors into experts.
-
-        Args:
-            count: Experts.
-            parts: Tensors by role.
-            transposed: Roles whose last two axes are exchanged.
+    def of(count: int, parts: Tensors, transposed: Sequence[str] = ()) -> Experts:
+        """Split tensors into ``count`` experts; ``transposed`` are roles of ``(experts, in, out)``.
 
         Raises:
-            UnsupportedLayerError: A tensor has another number of experts.
+            LayerError: A tensor has another number of experts.
         """
         places = {}
         first = next((part for part in parts.values() if part.info.shape[:1] == (count,)), None)
@@ -60,7 +53,7 @@ class Experts:
             else:
                 stack = f" as {first.name} is {first.info}" if first is not None else ""
                 message = f"expected {pluralize(count, 'expert')} on its first axis,{stack}"
-                raise UnsupportedLayerError(part.name, f"{part.info}, {message}")
+                raise LayerError(part.name, f"{part.info}, {message}")
         return Experts(count, parts, places)
 
     def one(self) -> dict[str, SourceTensor]:

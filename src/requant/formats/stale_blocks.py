@@ -21,7 +21,7 @@ from requant.formats.scale_names import ScaleNames, parse_scale_name
 from requant.formats.tensor_sorter import TensorSorter
 
 QUANTIZATION_KEYS: Final = ("quantization", "quantization_config", "compression_config")
-"""Where the tools of sources say in a config how they quantized."""
+"""The keys of quantization blocks in a config."""
 
 # Dense weights under these blocks are rounded while the model runs: without it, another model.
 _AT_RUN_TIME: Final = frozenset({"bitnet"})
@@ -31,7 +31,7 @@ _DENSE: Final = frozenset({*FLOATS, "I64", "BOOL"})
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """What a format found in a checkpoint.
+    """A checkpoint as its format read it.
 
     Attributes:
         checkpoint: The same, without a block that is stale.
@@ -64,9 +64,9 @@ def read_source(checkpoint: Checkpoint) -> Read:
     if format.name == "dense" or not _is_dense(checkpoint):
         return Read(checkpoint, format.name, evidence, layout)
     if layout.problems:
-        tensor_sorter = TensorSorter(checkpoint)
-        tensor_sorter.drop_runtime_scales()
-        layout = tensor_sorter.layout()
+        sorter = TensorSorter(checkpoint)
+        sorter.drop_runtime_scales()
+        layout = sorter.layout()
     where = f"{CONFIG}: " * bool(blocks) + " and ".join(map(".".join, named))
     say = "say" if len(named) > 1 else "says"
     text = f"{where} {say} {format.name}, but every tensor is dense"

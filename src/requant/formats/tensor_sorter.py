@@ -2,51 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 from functools import cached_property
 
 from requant.checkpoints.checkpoint import Checkpoint, SourceTensor
 from requant.core.dtypes import FLOATS
 from requant.core.reasons import Note, NoteCode
 from requant.errors import Problem
-from requant.formats.base import NoReading, SourceLayer, SourceLayout, dense_layer
+from requant.formats.base import NoReading, SourceLayer, SourceLayout, Tensors, dense_layer
 from requant.formats.expert_shapes import Orientation
 from requant.formats.layer_names import LayerNames, layer_names
 from requant.formats.quantization_block import model_dtype
-from requant.text import join_first, pluralize_are
+from requant.text import format_value, join_first, pluralize_are
 
 _ACTIVATIONS = "a scale of activations, which MLX does not quantize"
 _CACHE = "a scale of the key and value cache, which MLX keeps in floats"
 _CACHE_BIAS = "an offset of the key and value cache, which MLX keeps in floats"
 # Suffixes of tensors that belong to a runtime's arithmetic, not to the weights.
 _RUNTIME = {
-    ".input_scale": _ACTIVATIONS,
-    ".input_zero_point": _ACTIVATIONS,
-    ".input_global_scale": _ACTIVATIONS,
-    ".input_scale_ub": _ACTIVATIONS,
-    ".activation_scale": _ACTIVATIONS,
-    ".qscale_act": _ACTIVATIONS,
-    "_proj.output_scale": _CACHE,
-    ".output_scale": _ACTIVATIONS,
-    ".output_zero_point": _ACTIVATIONS,
-    ".q_scale": _ACTIVATIONS,
-    ".prob_scale": _ACTIVATIONS,
-    ".k_scale": _CACHE,
-    ".v_scale": _CACHE,
-    ".k_zero_point": _CACHE,
-    ".v_zero_point": _CACHE,
-    ".k_bias_scale": _CACHE,
-    ".v_bias_scale": _CACHE,
-    "k_proj.k_bias": _CACHE_BIAS,
-    "v_proj.v_bias": _CACHE_BIAS,
+    **dict.fromkeys((".input_scale", ".input_zero_point", ".input_global_scale"), _ACTIVATIONS),
+    **dict.fromkeys((".input_scale_ub", ".activation_scale", ".qscale_act"), _ACTIVATIONS),
+    "_proj.output_scale": _CACHE,  # before the next line: the first ending that fits counts
+    **dict.fromkeys((".output_scale", ".output_zero_point"), _ACTIVATIONS),
+    **dict.fromkeys((".q_scale", ".prob_scale"), _ACTIVATIONS),
+    **dict.fromkeys((".k_scale", ".v_scale", ".k_zero_point", ".v_zero_point"), _CACHE),
+    **dict.fromkeys((".k_bias_scale", ".v_bias_scale"), _CACHE),
+    **dict.fromkeys(("k_proj.k_bias", "v_proj.v_bias"), _CACHE_BIAS),
 }
 # With "." before, or joined to the path of a stack by "_".
 _RUNTIME_NAMES = tuple({*_RUNTIME, *(f"_{end[1:]}" for end in _RUNTIME if end.startswith("."))})
-_SHAPE = "only says the shape of its weight"
+
 _NAMED = 3  # of many tensors, how many a note names
 
 
-class UnsupportedLayerError(Exception):
+class LayerError(Exception):
     """A layer that cannot be read; raised and caught while a format reads.
 
     Args:
@@ -59,6 +48,11 @@ class UnsupportedLayerError(Exception):
     def __init__(self, where: str, message: str, *, unknown: bool = False) -> None:
         super().__init__(message)
         self.problem = (NoReading if unknown else Problem)(where, message)
+
+
+def unexpected(part: SourceTensor, expected: str) -> LayerError:
+    """The error for a tensor of another dtype or shape than ``expected`` says."""
+    return LayerError(part.name, f"{part.info}, expected {expected}")
 
 
 def runtime_scales(
@@ -97,20 +91,20 @@ class TensorSorter:
     @staticmethod
     def by_role(checkpoint: Checkpoint) -> TensorSorter:
         """A sorter whose ``parts`` have the names of ``layer_names``, however tools spell them."""
-        made = TensorSorter(checkpoint)
-        made.names = layer_names(checkpoint.tensors)
-        for one, other in made.names.twice:
-            made.problem(other, f"represents the same part of a layer as {one}; remove one")
-        return made
+        sorter = TensorSorter(checkpoint)
+        sorter.names = layer_names(checkpoint.tensors)
+        for one, other in sorter.names.twice:
+            sorter.problem(other, f"represents the same part of a layer as {one}; remove one")
+        return sorter
 
     @property
-    def parts(self) -> Mapping[str, SourceTensor]:
+    def parts(self) -> Tensors:
         """Every tensor under the name that a part of a layer has."""
         return self.names.tensors
 
     @cached_property
     def orientation(self) -> Orientation:
-        """Which way the stacks of unpacked codes lie."""
+        """The orientation of the stacks of unpacked codes."""
         stacks = {
             name.removesuffix(".weight"): tensor.info.shape
             for name, tensor in self.parts.items()
@@ -122,12 +116,14 @@ class TensorSorter:
         """Note what is wrong in one place."""
         self.problems.append(Problem(where, message))
 
-    def no_layer(self, where: str, message: str) -> None:
+    def no_layer(
+        self, where: str, message: str, advice: str = "if the weights are dense, remove the block"
+    ) -> None:
         """Note what the config promises and no layer is; said only where no tensor holds codes."""
-        self.unfulfilled = Problem(where, message)
+        self.unfulfilled = Problem(where, f"{message}: {advice}")
 
-    def add(self, layer: SourceLayer | None, used: Iterable[SourceTensor] = ()) -> None:
-        """Keep a layer; ``used`` are tensors that were read into its description."""
+    def add(self, layer: SourceLayer | None) -> None:
+        """Keep a layer."""
         if layer is None:
             return
         layer = self.names.called(layer)
@@ -142,14 +138,9 @@ class TensorSorter:
         self._layers[layer.path] = layer
         for part in layer.parts.values():
             self._owner[part.name] = layer.path
-        for part in used:
-            self.drop(part.name, _SHAPE)
 
     def make(
-        self,
-        path: str,
-        parts: Mapping[str, SourceTensor],
-        make: Callable[[str, Mapping[str, SourceTensor]], SourceLayer | None],
+        self, path: str, parts: Tensors, make: Callable[[str, Tensors], SourceLayer | None]
     ) -> SourceLayer | None:
         """Make a layer of its tensors and keep it.
 
@@ -158,7 +149,7 @@ class TensorSorter:
         before, layer = len(self.problems), None
         try:
             layer = make(path, parts)
-        except UnsupportedLayerError as rejected:
+        except LayerError as rejected:
             self.problems.append(rejected.problem)
         if layer is None or len(self.problems) > before:
             self.claim([part.name for part in parts.values()], path)
@@ -166,13 +157,25 @@ class TensorSorter:
         self.add(layer)
         return layer
 
+    def positive_number(self, part: SourceTensor) -> float:
+        """The one number that a tensor holds.
+
+        Raises:
+            LayerError: It is not finite and above 0.
+        """
+        number = float(self.checkpoint.read_small_tensor(part.name).reshape(-1)[0])
+        if 0 < number < float("inf"):
+            return number
+        message = f"holds {format_value(number)}, expected a finite number above 0"
+        raise LayerError(part.name, message)
+
     def claim(self, names: Iterable[str], path: str) -> None:
-        """Tensors of a layer that could not be made: its problem is recorded already."""
+        """Assign tensors to a layer that could not be made; its problem is recorded already."""
         for name in names:
             self._owner[name] = path
 
     def drop(self, name: str, reason: str) -> None:
-        """A tensor that has no use in MLX."""
+        """Leave out a tensor that has no use in MLX."""
         self.dropped[name] = reason
 
     @property
@@ -194,17 +197,16 @@ class TensorSorter:
         self.notes += notes
 
     def note_dense(self, where: str, paths: Iterable[str]) -> None:
-        """Layers that the config quantizes by their names, and that hold plain values: said."""
+        """Note the layers of ``paths``, which the config quantizes, that hold plain values."""
         weights = {f"{path}.weight" for path in paths}
         dense = [x for x in self.left if x.name in weights and x.info.dtype in FLOATS]
         if dense:
             names = join_first([tensor.name for tensor in dense], _NAMED)
             kinds = join_first(list(dict.fromkeys(tensor.info.dtype for tensor in dense)))
-            each = "is quantized" if len(dense) == 1 else "are quantized"
-            stored = pluralize_are(len(dense), "tensor")
+            each = "is" if len(dense) == 1 else "are"
             text = (
-                f"By {where}, {names} {each}, but {stored} stored as {kinds} without a scale: "
-                "read as plain values."
+                f"By {where}, {names} {each} quantized, but {pluralize_are(len(dense), 'tensor')} "
+                f"stored as {kinds} without a scale: read as plain values."
             )
             self.notes.append(Note(NoteCode.DENSE_THOUGH_NAMED, text))
 
@@ -216,8 +218,7 @@ class TensorSorter:
                 continue
             path = self._owner.get(tensor.name)
             if path is None:
-                layer = dense_layer(tensor)
-                layers[tensor.name] = layer
+                layers[tensor.name] = dense_layer(tensor)
             elif path in self._layers:
                 layers[f"layer {path}"] = self._layers[path]
         return SourceLayout(
@@ -231,7 +232,7 @@ class TensorSorter:
 
 
 def _runtime(name: str, stacks: Collection[str]) -> str:
-    """Why a tensor is of no use outside of its runtime; "" for any other."""
+    """The reason why a tensor has no use outside of its runtime; "" for any other."""
     if not name.endswith(_RUNTIME_NAMES):
         return ""
     for end, why in _RUNTIME.items():

@@ -13,15 +13,15 @@ from typing import Any, Final
 
 from requant.checkpoints.checkpoint import Checkpoint, SourceTensor
 from requant.core.strict_json import parse_json_object
-from requant.formats.base import SourceLayer, SourceLayout
+from requant.formats.base import SourceLayer, SourceLayout, Tensors
 from requant.formats.float8_layers import EXPONENTS, FLOAT8, float8_layer, tile_of
 from requant.formats.input_scaled import input_scaled
 from requant.formats.integer_layers import integer_layer
+from requant.formats.mx_layers import mx_layer
 from requant.formats.nvfp4_layers import nvfp4_layer
 from requant.formats.quantization_block import QuantizationBlock, find_quantization_block
-from requant.formats.tensor_sorter import TensorSorter, UnsupportedLayerError
+from requant.formats.tensor_sorter import LayerError, TensorSorter, unexpected
 from requant.packings.compressed_tensors import Zeros
-from requant.packings.floats import MxBlocks
 from requant.packings.torchao import Swizzled, TorchaoInt4, TorchaoInteger
 from requant.text import format_value
 
@@ -29,7 +29,6 @@ _PREFIX: Final = "_weight_"
 _FLOATS: Final = ("F32", "BF16", "F16")
 _DEVICE: Final = ("Int4TilePackedTo4dTensor", "Int4PlainInt32Tensor", "Int4PreshuffledTensor")
 _ACTIVATIONS: Final = "a scale of activations, which MLX does not quantize"
-_Tensors = Mapping[str, SourceTensor]
 
 
 class Torchao:
@@ -54,30 +53,26 @@ class _Reader:
     """Reads one checkpoint and collects what is wrong with it."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint, self.tensor_sorter = checkpoint, TensorSorter(checkpoint)
+        self.checkpoint, self.sorter = checkpoint, TensorSorter(checkpoint)
         self.found = find_quantization_block(checkpoint) or QuantizationBlock("metadata", {})
         self.default = self._default()
 
     def read(self) -> SourceLayout:
-        tensor_sorter = self.tensor_sorter
+        sorter = self.sorter
         parts: dict[str, dict[str, SourceTensor]] = {}
-        for name, tensor in tensor_sorter.tensors.items():
+        for name, tensor in sorter.tensors.items():
             path, _, last = name.rpartition(".")
             if last.startswith(_PREFIX):
                 parts.setdefault(path, {})[last.removeprefix(_PREFIX)] = tensor
         parts = {path: tensors for path, tensors in parts.items() if "qdata" in tensors}
         for path, tensors in parts.items():
             for role in tensors.keys() & {"act_per_tensor_scale", "act_scale"}:
-                tensor_sorter.drop(tensors[role].name, _ACTIVATIONS)
-            tensor_sorter.make(path, tensors, self._layer)
+                sorter.drop(tensors[role].name, _ACTIVATIONS)
+            sorter.make(path, tensors, self._layer)
         self._check_described(parts.keys())
         if not parts:
-            tensor_sorter.no_layer(
-                self.found.where,
-                "says torchao, but no tensor is a _weight_qdata: if the weights are dense, remove "
-                "the block",
-            )
-        return tensor_sorter.layout()
+            sorter.no_layer(self.found.where, "says torchao, but no tensor is a _weight_qdata")
+        return sorter.layout()
 
     # -- what is said about a layer --------------------------------------------------------
 
@@ -94,14 +89,14 @@ class _Reader:
         """A quantized weight that the metadata describes must be there."""
         for name, text in self.checkpoint.metadata.items():
             path = name.removesuffix(".weight")
-            if path == name or path in paths or name in self.tensor_sorter.tensors:
+            if path == name or path in paths or name in self.sorter.tensors:
                 continue
             declared, _ = parse_json_object(text.encode())
             if declared.get("_type") not in (None, "Tensor"):
                 message = f"describes its {declared['_type']}, but {path}.{_PREFIX}qdata is missing"
-                self.tensor_sorter.problem(f"metadata: {name}", message)
+                self.sorter.problem(f"metadata: {name}", message)
 
-    def _described(self, path: str, tensors: _Tensors) -> tuple[str, Mapping[str, Any]]:
+    def _described(self, path: str, tensors: Tensors) -> tuple[str, Mapping[str, Any]]:
         """Type and settings of a weight: its metadata, else what config and dtypes tell."""
         text = self.checkpoint.metadata.get(f"{path}.weight")
         if text is None:
@@ -111,18 +106,18 @@ class _Reader:
         data = declared.get("_data", {})
         if wrong or not isinstance(declared.get("_type"), str) or not isinstance(data, Mapping):
             why = wrong[0] if wrong else "has no _type and _data"
-            raise UnsupportedLayerError(where, f"does not describe a tensor: {why}")
+            raise LayerError(where, f"does not describe a tensor: {why}")
         names = declared.get("_tensor_data_names")
         if isinstance(names, list):
             missing = [name for name in names if str(name) not in tensors]
             if missing:
                 absent = f"{path}.{_PREFIX}{missing[0]}"
-                raise UnsupportedLayerError(
+                raise LayerError(
                     where, f"names {format_value(missing[0])}, but {absent} is missing"
                 )
         return declared["_type"], data
 
-    def _guessed(self, path: str, tensors: _Tensors) -> tuple[str, Mapping[str, Any]]:
+    def _guessed(self, path: str, tensors: Tensors) -> tuple[str, Mapping[str, Any]]:
         kind, qdata = self.default.get("type", ""), tensors.get("qdata")
         if kind.startswith("Intx"):
             return "IntxUnpackedToInt8Tensor", {"target_dtype": self.default.get("weight_dtype")}
@@ -130,23 +125,19 @@ class _Reader:
             return "Int8Tensor", {}
         if kind.startswith("Float8"):
             return "Float8Tensor", {}
-        raise UnsupportedLayerError(
-            path,
-            f"has no metadata that gives its type, and the config's {format_value(kind)} does not "
-            "either",
-        )
+        what = format_value(kind)
+        message = f"has no metadata that gives its type, and the config's {what} does not either"
+        raise LayerError(path, message)
 
-    def _layer(self, path: str, tensors: _Tensors) -> SourceLayer | None:
+    def _layer(self, path: str, tensors: Tensors) -> SourceLayer | None:
         """One layer by its type.
 
         Raises:
-            UnsupportedLayerError: The type is not read, or the tensors contradict it.
+            LayerError: The type is not read, or the tensors contradict it.
         """
         kind, data = self._described(path, tensors)
         if kind in _DEVICE:
-            raise UnsupportedLayerError(
-                path, f"is an {kind}: codes in the order of a GPU kernel, not read"
-            )
+            raise LayerError(path, f"is an {kind}: codes in the order of a GPU kernel, not read")
         make = {
             "Int8Tensor": self._integer,
             "IntxUnpackedToInt8Tensor": self._integer,
@@ -156,42 +147,36 @@ class _Reader:
             "NVFP4Tensor": self._nvfp4,
         }
         if kind not in make:
-            raise UnsupportedLayerError(
-                path, f"is of type {format_value(kind)}; known are {', '.join(make)}"
-            )
+            raise LayerError(path, f"is of type {format_value(kind)}; known are {', '.join(make)}")
         if "scale" not in tensors:
-            raise UnsupportedLayerError(path, f"has no {path}.{_PREFIX}scale")
+            raise LayerError(path, f"has no {path}.{_PREFIX}scale")
         qdata, scale = tensors["qdata"], tensors["scale"]
         if len(qdata.info.shape) != 2 or 0 in (*qdata.info.shape, *scale.info.shape):
-            raise UnsupportedLayerError(qdata.name, f"{qdata.info}, expected a matrix")
+            raise unexpected(qdata, "a matrix")
         layer = make[kind](path, tensors, data)
         inputs = tensors.get("act_pre_scale")
         if layer is None or inputs is None:
             return layer
         if inputs.info.dtype not in _FLOATS or inputs.info.size != layer.shape[-1]:
-            expected = f"one float for each of {layer.shape[-1]} inputs"
-            raise UnsupportedLayerError(inputs.name, f"{inputs.info}, expected {expected}")
+            raise unexpected(inputs, f"one float for each of {layer.shape[-1]} inputs")
         if inputs.info.shape[-1:] != layer.shape[-1:]:
-            raise UnsupportedLayerError(inputs.name, f"{inputs.info}, expected [{layer.shape[-1]}]")
+            raise unexpected(inputs, f"[{layer.shape[-1]}]")
         return input_scaled(layer, inputs)
 
     # -- one type each ---------------------------------------------------------------------
 
-    def _integer(self, path: str, tensors: _Tensors, data: Mapping[str, Any]) -> SourceLayer:
+    def _integer(self, path: str, tensors: Tensors, data: Mapping[str, Any]) -> SourceLayer:
         qdata, scale, zeros = tensors["qdata"], tensors["scale"], tensors.get("zero_point")
         if qdata.info.dtype != "I8":
-            raise UnsupportedLayerError(qdata.name, f"{qdata.info}, expected I8 codes")
+            raise unexpected(qdata, "I8 codes")
         (rows, columns), bits = qdata.info.shape, _bits(path, data)
         one = scale.info.size == 1
         wide = scale.info.shape[-1] if scale.info.shape else 1
         whole = one or (scale.info.shape == (rows, wide) and columns % wide == 0)
         if scale.info.dtype not in _FLOATS or not whole:
-            expected = f"floats [{rows}, groups] for {qdata.info}"
-            raise UnsupportedLayerError(scale.name, f"{scale.info}, expected {expected}")
+            raise unexpected(scale, f"floats [{rows}, groups] for {qdata.info}")
         if zeros is not None and (zeros.info.shape != scale.info.shape or zeros.info.dtype != "I8"):
-            expected = f"I8 {list(scale.info.shape)}, one next to each scale"
-            raise UnsupportedLayerError(zeros.name, f"{zeros.info}, expected {expected}")
-        stored = Zeros.MIDDLE if zeros is None else Zeros.SIGNED
+            raise unexpected(zeros, f"I8 {list(scale.info.shape)}, one next to each scale")
         packing = TorchaoInteger(
             rows=rows,
             columns=columns,
@@ -202,21 +187,14 @@ class _Reader:
             matrix=rows,
             scale_rows=rows if one else 1,
             scale_width=wide,
-            zero_points=stored,
+            zero_points=Zeros.MIDDLE if zeros is None else Zeros.SIGNED,
         )
         parts = {"weight": qdata, "weight_scale": scale}
         if zeros is not None:
             parts["weight_zero_point"] = zeros
         words = "a scale a tensor" if one else "a scale a row"
-        return integer_layer(
-            self.tensor_sorter,
-            path,
-            parts,
-            shape=qdata.info.shape,
-            packing=packing,
-            tool="torchao",
-            scales=words,
-        )
+        shape = qdata.info.shape
+        return integer_layer(self.sorter, path, parts, shape, packing, tool="torchao", scales=words)
 
     def _symmetric(self, zeros: SourceTensor) -> bool:
         """Whether every zero is 0: as the config says (held against the data later), or read."""
@@ -226,94 +204,61 @@ class _Reader:
             return True
         return not self.checkpoint.read_small_tensor(zeros.name).any()
 
-    def _int4(self, path: str, tensors: _Tensors, data: Mapping[str, Any]) -> SourceLayer:
+    def _int4(self, path: str, tensors: Tensors, data: Mapping[str, Any]) -> SourceLayer:
         qdata, scale, zeros = tensors["qdata"], tensors["scale"], tensors.get("zero_point")
         rows, nbytes = qdata.info.shape
         if qdata.info.dtype not in ("I8", "U8") or zeros is None:
             what = "zero_point" if zeros is None else "I8 codes"
-            raise UnsupportedLayerError(
-                qdata.name, f"{qdata.info}, expected {what} of an Int4Tensor"
-            )
+            raise unexpected(qdata, f"{what} of an Int4Tensor")
         groups = scale.info.shape[0]
         if scale.info.shape != (groups, rows) or (2 * nbytes) % groups:
-            raise UnsupportedLayerError(scale.name, f"{scale.info}, expected [groups, {rows}]")
+            raise unexpected(scale, f"[groups, {rows}]")
         if zeros.info.shape != scale.info.shape:
-            raise UnsupportedLayerError(
-                zeros.name, f"{zeros.info}, expected {list(scale.info.shape)}"
-            )
+            raise unexpected(zeros, str(list(scale.info.shape)))
         for part in (scale, zeros):
             if part.info.dtype not in _FLOATS:
-                raise UnsupportedLayerError(part.name, f"{part.info}, expected floats")
+                raise unexpected(part, "floats")
         columns = 2 * nbytes
-        packing = TorchaoInt4(
-            rows=rows,
-            columns=columns,
-            bits=4,
-            group=columns // groups,
-            symmetric=False,
-            scale_dtype=scale.info.dtype,
-        )
+        group, dtype = columns // groups, scale.info.dtype
+        packing = TorchaoInt4(rows, columns, 4, group, symmetric=False, scale_dtype=dtype)
         parts = {"qdata": qdata, "scale": scale, "zero_point": zeros}
-        return integer_layer(
-            self.tensor_sorter, path, parts, shape=(rows, columns), packing=packing, tool="torchao"
-        )
+        return integer_layer(self.sorter, path, parts, (rows, columns), packing, tool="torchao")
 
-    def _float8(self, path: str, tensors: _Tensors, data: Mapping[str, Any]) -> SourceLayer | None:
+    def _float8(self, path: str, tensors: Tensors, data: Mapping[str, Any]) -> SourceLayer | None:
         qdata, scale = tensors["qdata"], tensors["scale"]
         if qdata.info.dtype not in FLOAT8:
-            raise UnsupportedLayerError(qdata.name, f"{qdata.info}, expected F8_E4M3 codes")
+            raise unexpected(qdata, "F8_E4M3 codes")
         tile = tile_of(qdata.info.shape, scale.info.shape, None)
         if tile is None or scale.info.dtype not in _FLOATS:
-            raise UnsupportedLayerError(scale.name, f"{scale.info} fits no tiling of {qdata.info}")
+            raise LayerError(scale.name, f"{scale.info} fits no tiling of {qdata.info}")
         return float8_layer(
-            self.checkpoint, path, qdata, scale=scale, tile=tile, dtype=self.tensor_sorter.dtype
+            self.checkpoint, path, qdata, scale=scale, tile=tile, dtype=self.sorter.dtype
         )
 
-    def _mx(self, path: str, tensors: _Tensors, data: Mapping[str, Any]) -> SourceLayer:
+    def _mx(self, path: str, tensors: Tensors, data: Mapping[str, Any]) -> SourceLayer:
         qdata, scale = tensors["qdata"], tensors["scale"]
         bits = 8 if qdata.info.dtype == "F8_E4M3" else 4
         if bits == 4 and qdata.info.dtype != "U8":
-            raise UnsupportedLayerError(
-                qdata.name, f"{qdata.info}, expected F8_E4M3 or packed FP4 (U8) codes"
-            )
+            raise unexpected(qdata, "F8_E4M3 or packed FP4 (U8) codes")
         if data.get("block_size", 32) != 32:
             message = f"has blocks of {format_value(data.get('block_size'))}; MLX's are of 32"
-            raise UnsupportedLayerError(path, message)
-        rows, nbytes = qdata.info.shape
-        columns = nbytes * 8 // bits
-        packing = MxBlocks(rows, columns, rows, bits, nbytes)
-        layer = SourceLayer(
-            path=path,
-            parts={"weight": qdata, "scale": scale},
-            encoding=packing.encoding,
-            shape=(rows, columns),
-            dtype=self.tensor_sorter.dtype,
-            packing=packing,
-            stored_description=f"mxfp{bits}",
-        )
+            raise LayerError(path, message)
         if scale.info.dtype not in EXPONENTS:
-            raise UnsupportedLayerError(scale.name, f"{scale.info}, expected F8_E8M0")
+            raise unexpected(scale, "F8_E8M0")
+        layer = mx_layer(path, qdata, scale, self.sorter.dtype, bits)
         return _unswizzled(layer, scale, 32, data)
 
-    def _nvfp4(self, path: str, tensors: _Tensors, data: Mapping[str, Any]) -> SourceLayer | None:
+    def _nvfp4(self, path: str, tensors: Tensors, data: Mapping[str, Any]) -> SourceLayer | None:
         qdata, scale = tensors["qdata"], tensors["scale"]
         if qdata.info.dtype != "U8":
-            raise UnsupportedLayerError(qdata.name, f"{qdata.info}, expected U8, two codes a byte")
+            raise unexpected(qdata, "U8, two codes a byte")
         if data.get("block_size", 16) != 16:
             message = f"has blocks of {format_value(data.get('block_size'))}; MLX's are of 16"
-            raise UnsupportedLayerError(path, message)
+            raise LayerError(path, message)
         if scale.info.dtype not in ("F8_E4M3", "U8"):
-            raise UnsupportedLayerError(scale.name, f"{scale.info}, expected F8_E4M3")
+            raise unexpected(scale, "F8_E4M3")
         factor = tensors.get("per_tensor_scale")
-        layer = nvfp4_layer(
-            self.checkpoint,
-            self.tensor_sorter,
-            path,
-            weight=qdata,
-            scale=scale,
-            tensor_scale=factor,
-            divides=False,
-        )
+        layer = nvfp4_layer(self.sorter, path, qdata, scale, factor, divides=False)
         return None if layer is None else _unswizzled(layer, scale, 16, data)
 
 
@@ -325,20 +270,16 @@ def _unswizzled(
     rows, columns = layer.shape
     groups, ragged = divmod(columns, group)
     if ragged:
-        raise UnsupportedLayerError(
-            layer.path, f"has {columns} inputs, no multiple of its groups of {group}"
-        )
+        raise LayerError(layer.path, f"has {columns} inputs, no multiple of its groups of {group}")
     if not data.get("is_swizzled_scales"):
         if scale.info.shape != (rows, groups):
-            raise UnsupportedLayerError(scale.name, f"{scale.info}, expected [{rows}, {groups}]")
+            raise unexpected(scale, f"[{rows}, {groups}]")
         return layer
     packing = Swizzled(rows, columns, layer.packing, groups)
     across = 16 * -(-groups // 4)
     expected = (packing.stored_bytes() // across, across)
     if scale.info.shape != expected:
-        raise UnsupportedLayerError(
-            scale.name, f"{scale.info}, expected {list(expected)}, swizzled"
-        )
+        raise unexpected(scale, f"{list(expected)}, swizzled")
     return replace(
         layer, packing=packing, stored_description=f"{layer.stored_description}, swizzled scales"
     )
@@ -351,7 +292,5 @@ def _bits(path: str, data: Mapping[str, Any]) -> int:
     if word is None:
         return 8
     if str(word) not in {f"int{bits}" for bits in range(1, 9)}:
-        raise UnsupportedLayerError(
-            path, f"has target_dtype {format_value(word)}, expected int1 to int8"
-        )
+        raise LayerError(path, f"has target_dtype {format_value(word)}, expected int1 to int8")
     return int(str(word).removeprefix("int"))

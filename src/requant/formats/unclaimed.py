@@ -26,30 +26,19 @@ _TABLES: Final = frozenset({"I64", "BOOL", "C64"})
 _CODES: Final = NUMPY_DTYPE.keys() - FLOATS - _TABLES
 # Tables that some models store in narrow integers: endings of their names.
 _TABLE_NAMES: Final = (
-    "position_ids",
-    "token_type_ids",
-    "position_index",
-    "position_bucket",
-    "mask",
-    "masked_bias",
-    "tid2eid",  # DeepSeek V4: a token's experts
-    "tid2eid.weight",
-    "offsets",
+    *("position_ids", "token_type_ids", "position_index", "position_bucket"),
+    *("mask", "masked_bias", "offsets"),
+    *("tid2eid", "tid2eid.weight"),  # DeepSeek V4: a token's experts
 )
 _MASK_NAMES: Final = ("attn.bias", "attention.bias")  # GPT-2, GPT-J: [1, 1, n, n]
 _UNREADABLE: Final = ("F8_E5M2", "F8_E5M2FNUZ")
 
 
 def check_unclaimed(checkpoint: Checkpoint, layout: SourceLayout, format: Format) -> SourceLayout:
-    """Hold what no layer took against the names of scales.
-
-    Args:
-        checkpoint: For the names of all tensors, and the config.
-        layout: What the format made of it.
-        format: The format.
+    """Check the tensors that no layer took for codes and for scales.
 
     Returns:
-        The same with what is wrong; and without the scales of floats where the config says
+        The layout with the problems; and without the scales of floats where the config says
         that these are the values.
     """
     read = any(layer.is_quantized for layer in layout.layers)
@@ -91,10 +80,8 @@ class _Unclaimed:
         self.stacks: dict[str, SourceLayer] = {}  # of them, those whose codes are not "path.x"
         self.decoded: set[str] = set()  # blocks of a GGUF vector, say: other bytes go out
         for layer in layout.layers:
-            names = {
-                part.name: part
-                for part in (*layer.parts.values(), *layer.rotation_tensors.values())
-            }
+            parts = (*layer.parts.values(), *layer.rotation_tensors.values())
+            names = {part.name: part for part in parts}
             takes_scales = layer.packing is not None and len(names) > 1  # floats times a scale
             if layer.is_quantized or takes_scales:
                 self.layers[layer.path] = layer
@@ -126,13 +113,12 @@ class _Unclaimed:
         return replace(layout, problems=(*layout.problems, *problems))
 
     def _final_note(self) -> Note:
-        are = "scales weights that are" if len(self.final) == 1 else "scale weights that are"
-        return Note(
-            NoteCode.FINAL_SCALES,
-            f"Left out: {join_first(list(self.final))}, which {are} stored as floats: "
-            f"{self.float_form}, "
-            "so that their values are used as they are.",
+        scale = "scales" if len(self.final) == 1 else "scale"
+        text = (
+            f"Left out: {join_first(list(self.final))}, which {scale} weights that are stored as "
+            f"floats: {self.float_form}, so that their values are used as they are."
         )
+        return Note(NoteCode.FINAL_SCALES, text)
 
     # -- codes, and floats next to a scale ---------------------------------------------------
 
@@ -182,7 +168,7 @@ class _Unclaimed:
             yield Problem(name, f"{info} holds codes, but has no scale next to it{due}")
 
     def _due(self, name: str) -> str:
-        """What a tensor of codes lacks to be read."""
+        """The parts of a layer that a tensor of codes lacks."""
         if self.is_dense:
             return ", and config.json has no quantization_config that says how it is read"
         path = next(iter(code_paths(name)), name)
@@ -216,9 +202,8 @@ class _Unclaimed:
 
     def _floats_message(self, info: TensorInfo, siblings: list[str]) -> str:
         message = (
-            f"{info} is next to {join_first(siblings)}: its numbers are the weight, or codes "
-            "that are "
-            "still to be multiplied, and nothing says which; if they are the weight, remove "
+            f"{info} is next to {join_first(siblings)}: its numbers are the weight, or codes that "
+            "are still to be multiplied, and nothing says which; if they are the weight, remove "
             f"{'the scale' if len(siblings) == 1 else 'those'} from the weight files"
         )
         if self.owner:  # another block would no longer describe the layers that are read
@@ -254,7 +239,7 @@ class _Unclaimed:
                 yield Problem(name, message + self._due(f"{path}.weight"))
 
     def _of_layers(self) -> Iterator[Problem]:
-        """What lies in a quantized layer under another name may be a part of its arithmetic."""
+        """Reject other tensors in a quantized layer: each may be a part of its arithmetic."""
         for name, tensor in self.tensors.items():
             layer = None if name in self.seen else self._layer_of(name)
             if layer is not None:

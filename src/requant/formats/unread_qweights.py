@@ -39,9 +39,8 @@ def read_qweights(
 ) -> tuple[list[SourceLayer], list[Problem]]:
     """The layers that have one reading, and a problem for each that has several.
 
-    Args:
-        checkpoint: What is left over, without quantization blocks.
-        found: The block of the folder; its ``checkpoint_format`` decides where tensors do not.
+    ``checkpoint`` is what is left over, without quantization blocks; the ``checkpoint_format`` of
+    ``found``, the block of the folder, decides where tensors do not.
     """
     paths = [n.rpartition(".")[0] for n in checkpoint.tensors if n.endswith((".qweight", ".B"))]
     if not paths:
@@ -75,7 +74,7 @@ def _read(checkpoint: Checkpoint, block: _Block) -> Iterator[SourceLayer]:
 
 
 class _Formats:
-    """How the zeros of each layer in GPTQ's layout are stored.
+    """The storage of the zeros of each layer in GPTQ's layout.
 
     Attributes:
         chosen: Layer path -> the block that reads it.

@@ -7,7 +7,6 @@ becomes mxfp8 value by value under the same scales: every E2M1 number is an E4M3
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any, ClassVar
@@ -19,7 +18,18 @@ from requant.formats.base import SourceLayer
 from requant.kernels import cast as values
 from requant.kernels import quantize as native
 from requant.kernels import repack
-from requant.packings.base import Exactness, Fidelity, Packing, Parts, Rect, Scratch, is_narrower
+from requant.packings.base import (
+    Array,
+    Exactness,
+    Fidelity,
+    Packing,
+    Parts,
+    Rect,
+    Scratch,
+    Triple,
+    WrappedPacking,
+    is_narrower,
+)
 from requant.quantization.config import Quantization, QuantMode
 
 # E2M1 codes 0 to 15 as E4M3 bytes; bit 3 is the sign.
@@ -52,9 +62,7 @@ class MlxRows(Packing):
             cuts["biases"] = Rect((start, stop), groups)
         return cuts
 
-    def repack(
-        self, parts: Parts, start: int, stop: int, out: Mapping[str, np.ndarray], scratch: Scratch
-    ) -> None:
+    def repack(self, parts: Parts, start: int, stop: int, out: Triple, scratch: Scratch) -> None:
         """The rows as they are; scales and biases rounded to another dtype."""
         for role, rows in out.items():
             if role != "weight" and self.encoding.mode.has_biases:
@@ -62,9 +70,7 @@ class MlxRows(Packing):
             else:
                 rows[:] = parts[role].view(rows.dtype)
 
-    def decode(
-        self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch
-    ) -> None:
+    def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         """The values that MLX computes."""
         codes = self.encoding
         triple = (parts["weight"], parts["scales"], parts.get("biases"))
@@ -95,65 +101,43 @@ class DenseRows(Packing):
         """The same rows."""
         return {"weight": Rect((start, stop), (0, self.columns))}
 
-    def decode(
-        self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch
-    ) -> None:
+    def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         """The values, rounded once."""
         values.cast_into(parts["weight"], out)
 
 
 @dataclass(frozen=True)
-class Widened(Packing):
+class Widened(WrappedPacking):
     """The codes of another packing in an encoding that holds them.
 
     Attributes:
-        packing: How the rows come out of stored tensors.
-        encoding: What its ``repack`` gives.
-        target: What this one gives.
+        layer: The other packing.
+        encoding: Of the rows that its ``repack`` gives.
+        target: Of the rows that this one gives.
     """
 
-    packing: Packing
+    layer: Packing
     encoding: Quantization
     target: Quantization
 
     @property
     def rows(self) -> int:  # type: ignore[override]  # a field of other packings
         """Output rows, experts included."""
-        return self.packing.rows
+        return self.layer.rows
 
     @property
     def columns(self) -> int:  # type: ignore[override]
         """Inputs."""
-        return self.packing.columns
-
-    @property
-    def matrix_rows(self) -> int:
-        return self.packing.matrix_rows
-
-    @property
-    def row_unit(self) -> int:  # type: ignore[override]  # a constant of other packings
-        """As the packing within."""
-        return self.packing.row_unit
-
-    @property
-    def strided(self) -> bool:  # type: ignore[override]
-        """As the packing within."""
-        return self.packing.strided
+        return self.layer.columns
 
     @property
     def scratch_row_bytes(self) -> int:
         """The codes, the words before them, and the scales before they are repeated."""
         narrow = self.columns * self.encoding.bits // 8
         groups = self.columns // self.encoding.group_size
-        return self.packing.scratch_row_bytes + self.columns + narrow + 8 * groups
+        return self.layer.scratch_row_bytes + self.columns + narrow + 8 * groups
 
-    def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
-        """As the packing within."""
-        return self.packing.required_rects(start, stop)
-
-    def repack(
-        self, parts: Parts, start: int, stop: int, out: Mapping[str, np.ndarray], scratch: Scratch
-    ) -> None:
+    def repack(self, parts: Parts, start: int, stop: int, out: Triple, scratch: Scratch) -> None:
         """The codes in wider fields, scales and biases repeated."""
         rows, narrow = stop - start, dict(out)
         if self.encoding.bits != self.target.bits:
@@ -163,7 +147,7 @@ class Widened(Packing):
         if times > 1:
             for role in out.keys() - {"weight"}:
                 narrow[role] = _like(out[role], rows, times, f"narrow {role}", scratch)
-        self.packing.repack(parts, start, stop, narrow, scratch)
+        self.layer.repack(parts, start, stop, narrow, scratch)
         if narrow["weight"] is not out["weight"]:
             self._widen(narrow["weight"], out["weight"], scratch)
         for role in out.keys() - {"weight"}:
@@ -172,7 +156,7 @@ class Widened(Packing):
                 groups = out[role].view(bits).reshape(rows, -1, times)
                 groups[:] = narrow[role].view(bits)[:, :, None]
 
-    def _widen(self, words: np.ndarray, out: np.ndarray, scratch: Scratch) -> None:
+    def _widen(self, words: Array, out: Array, scratch: Scratch) -> None:
         codes = scratch.take("wide codes", "U8", out.shape[0], self.columns)
         repack.unpack_into(words, self.encoding.bits, codes)
         if self.target.mode is QuantMode.AFFINE:
@@ -180,27 +164,21 @@ class Widened(Packing):
         else:
             np.take(_E4M3_BYTES, codes, out=out.view(np.uint8), mode="clip")
 
-    def decode(
-        self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch
-    ) -> None:
+    def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         """As the packing within."""
-        self.packing.decode(parts, start, stop, out, scratch)
-
-    def fidelity(self, dtype: str) -> Fidelity:
-        """As the packing within: nothing rounds on the way into wider fields."""
-        return self.packing.fidelity(dtype)
+        self.layer.decode(parts, start, stop, out, scratch)
 
     def to_dict(self) -> dict[str, Any]:
         """The packing as JSON data, with the one within."""
         return {
             "kind": type(self).__name__,
-            "packing": self.packing.to_dict(),
+            "packing": self.layer.to_dict(),
             "encoding": self.encoding.to_dict(),
             "target": self.target.to_dict(),
         }
 
 
-def _like(out: np.ndarray, rows: int, times: int, role: str, scratch: Scratch) -> np.ndarray:
+def _like(out: Array, rows: int, times: int, role: str, scratch: Scratch) -> Array:
     """Room for the scales of groups that are ``times`` as large."""
     shape = (rows, out.shape[1] // times)
     room = scratch.take(role, "U8", rows, shape[1] * out.itemsize)
@@ -212,12 +190,12 @@ def widened(packing: Packing, encoding: Quantization, target: Quantization) -> P
     if encoding == target:
         return packing
     if isinstance(packing, Widened):
-        return widened(packing.packing, packing.encoding, target)
+        return widened(packing.layer, packing.encoding, target)
     return Widened(packing, encoding, target)
 
 
 def stored_rows(layer: SourceLayer) -> Packing:
-    """How the rows of a layer without a packing come out of its tensors: they are MLX's."""
+    """The packing of a layer whose tensors are stored as MLX's, or dense."""
     rows, columns = prod(layer.shape[:-1]), layer.shape[-1]
     if layer.encoding is None:
         return DenseRows(rows, columns)

@@ -30,11 +30,7 @@ from requant.gguf.model_config import (
 )
 from requant.gguf.settings import ALL_SCALINGS, PLAIN, Support
 
-_TOP = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-}
+_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _ATTENTION = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -45,11 +41,7 @@ _ATTENTION = {
     "attn_k_norm": "self_attn.k_norm",
     "ffn_norm": "post_attention_layernorm",
 }
-_MLP = {
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
+_MLP = {"ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
 _MIXTRAL = {
     "ffn_gate_inp": "block_sparse_moe.gate",
     "ffn_gate_exps": "block_sparse_moe.switch_mlp.gate_proj",
@@ -94,7 +86,7 @@ _FUSED = {  # one tensor of several, row after row: its name -> theirs
     "ffn_gate_up_exps": ("ffn_gate_exps", "ffn_up_exps"),
 }
 SCALES = (".scale", ".input_scale")
-"""What the values of a tensor, or of its input, are multiplied with."""
+"""Endings of the factors of a tensor's values, or of its input."""
 _SUFFIX = r"(weight|bias|scale|input_scale)"
 _BLOCK = re.compile(rf"blk\.(\d{{1,6}})\.([a-z_]+)(?:\.(\d{{1,6}}))?\.{_SUFFIX}")
 _TOP_NAME = re.compile(rf"([a-z_]+)\.{_SUFFIX}")
@@ -118,7 +110,7 @@ class Architecture:
         shifted_norms: Whether one was added to the weights of norms.
         wide: Whether activations leave the range of float16.
         configure: Adds what only this architecture has to a config.
-        support: What mlx-lm's class reads of a config.
+        support: The settings that mlx-lm's class reads.
     """
 
     model_type: str
@@ -173,7 +165,7 @@ class Architecture:
 
 
 def setting_of(name: str) -> str | None:
-    """Why a tensor is not a weight but a setting, or None."""
+    """The reason why a tensor is not a weight but a setting, or None."""
     found = re.fullmatch(r"(?:blk\.\d{1,6}\.)?([a-z_]+)\.weight", name)
     return _SETTINGS.get(found[1]) if found else None
 
@@ -286,7 +278,7 @@ _FAMILIES |= {
     "qwen3vlmoe": _FAMILIES["qwen3moe"],
 }
 ARCHITECTURES = (*_FAMILIES, "mistral3")
-"""What ``general.architecture`` may say for names and config to be known."""
+"""The values of ``general.architecture`` whose names and config are known."""
 
 
 def family_of(metadata: Metadata) -> Architecture | None:

@@ -1,4 +1,4 @@
-"""Which GGUF files of a repository make up the model that is asked for, by name alone."""
+"""Selection of the GGUF files of a repository that make up a model, by name alone."""
 
 from __future__ import annotations
 

@@ -42,17 +42,8 @@ _DEFAULT_ALIGNMENT = 32
 _MAX_ALIGNMENT = 1 << 20
 _STRING, _ARRAY = 8, 9
 _SCALARS = {  # number of a value's type -> NumPy dtype
-    0: "<u1",
-    1: "<i1",
-    2: "<u2",
-    3: "<i2",
-    4: "<u4",
-    5: "<i4",
-    6: "<f4",
-    7: "?",
-    10: "<u8",
-    11: "<i8",
-    12: "<f8",
+    **dict(enumerate(("<u1", "<i1", "<u2", "<i2", "<u4", "<i4", "<f4", "?"))),
+    **{10: "<u8", 11: "<i8", 12: "<f8"},
 }
 
 
@@ -77,7 +68,7 @@ class TableEntry:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a file says before its data.
+    """The part of a file before its data.
 
     Attributes:
         file: Its name, as problems and plans give it.
@@ -156,7 +147,7 @@ def read_header(folder: Path, name: str, size: int) -> tuple[Header | None, list
 
 
 def header_nbytes(file: BinaryIO, size: int) -> int:
-    """How many bytes the header of a file takes, or what can be understood of it.
+    """Return the bytes that the header of a file takes, or the part that can be understood.
 
     Args:
         file: Read from its start; no further than that.
@@ -268,23 +259,13 @@ def _read_entry(cursor: _Cursor, file: str, problems: list[Problem]) -> TableEnt
     if 0 in sizes or prod(sizes) > MAX_INT:
         _report(problems, where, f"has the impossible shape {list(shape)}")
         return None
-    elements, nbytes = _block(kind)
+    # A plain number is a block of one value.
+    elements, nbytes = (1, kind.itemsize) if kind.dtype else (kind.elements, kind.nbytes)
     if (shape and shape[-1] % elements) or (elements > 1 and not shape):
-        _report(
-            problems,
-            where,
-            f"{kind.name} {list(shape)}: a row is not a multiple of the {elements} values of a "
-            "block",
-        )
+        what = f"a row is not a multiple of the {elements} values of a block"
+        _report(problems, where, f"{kind.name} {list(shape)}: {what}")
         return None
     return TableEntry(name, kind, shape, offset, prod(sizes) // elements * nbytes)
-
-
-def _block(kind: BlockType) -> tuple[int, int]:
-    """Values and bytes of what a type stores at a time."""
-    if kind.dtype:
-        return 1, kind.itemsize
-    return kind.elements, kind.nbytes
 
 
 def _check_places(
@@ -306,12 +287,9 @@ def _check_places(
         if (tensor.offset - start) % alignment:
             _report(problems, where, f"begins at no multiple of the alignment {alignment}")
         if tensor.offset + tensor.nbytes > size:
-            _report(
-                problems,
-                where,
-                f"ends at byte {tensor.offset + tensor.nbytes:,}, but the file has {size:,}; was "
-                "the download complete?",
-            )
+            end = f"ends at byte {tensor.offset + tensor.nbytes:,}"
+            message = f"{end}, but the file has {size:,}; was the download complete?"
+            _report(problems, where, message)
         elif last is not None and tensor.offset < last.offset + last.nbytes:
             _report(problems, where, f"overlaps {last.name}")
         last = tensor

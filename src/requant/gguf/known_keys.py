@@ -84,24 +84,13 @@ _OFF_AT_ZERO_LINES = """
 _OFF_AT_ZERO = frozenset(_OFF_AT_ZERO_LINES.split())
 # Further values that change nothing, whatever the architecture.
 _NEUTRAL: Mapping[str, Sequence[float | bool]] = {
-    "attention.causal": (True,),
-    "attention.rope_pattern": (True,),
-    "embedding_scale": (1.0,),
-    "expert_group_count": (1,),
-    "expert_group_scale": (1.0,),
-    "expert_group_used_count": (1,),
-    "expert_weights_scale": (1.0,),
-    "full_attention_interval": (1,),
-    "interleave_moe_layer_step": (1,),
-    "logit_scale": (1.0,),
-    "moe_every_n_layers": (1,),
-    "num_loops": (1,),
-    "residual_scale": (1.0,),
-    "rope.scale_linear": (1.0,),
-    "rope.scaling.alpha": (1.0,),
-    "rope.scaling.attn_factor": (1.0,),
-    "rope.scaling.factor": (1.0,),
-    "rope.scaling.yarn_attn_factor": (1.0,),
+    **dict.fromkeys(("attention.causal", "attention.rope_pattern"), (True,)),
+    **dict.fromkeys(("expert_group_count", "expert_group_used_count", "num_loops"), (1,)),
+    **dict.fromkeys(("full_attention_interval", "interleave_moe_layer_step"), (1,)),
+    **dict.fromkeys(("moe_every_n_layers", "embedding_scale", "expert_group_scale"), (1,)),
+    **dict.fromkeys(("expert_weights_scale", "logit_scale", "residual_scale"), (1,)),
+    **dict.fromkeys(("rope.scale_linear", "rope.scaling.alpha", "rope.scaling.factor"), (1,)),
+    **dict.fromkeys(("rope.scaling.attn_factor", "rope.scaling.yarn_attn_factor"), (1,)),
     "rope.scaling.yarn_ext_factor": (1.0, -1.0),
 }
 _SOFTMAX, _SOFTMAX_OF_CHOSEN = 1, 3
@@ -111,10 +100,7 @@ _OWN: Mapping[str, Mapping[str, Sequence[float | bool]]] = {
     "mixtral": {"expert_gating_func": (_SOFTMAX,), "expert_weights_norm": (True,)},
     "qwen2_moe": {"expert_gating_func": (_SOFTMAX,), "expert_weights_norm": (False,)},
     "qwen3_moe": {"expert_gating_func": (_SOFTMAX,)},
-    "gpt_oss": {
-        "expert_gating_func": (_SOFTMAX_OF_CHOSEN,),
-        "expert_weights_norm": (True, False),
-    },
+    "gpt_oss": {"expert_gating_func": (_SOFTMAX_OF_CHOSEN,), "expert_weights_norm": (True, False)},
 }
 _WITHOUT_EXPERTS: Mapping[str, Sequence[float | bool]] = {"expert_weights_norm": (False,)}
 _OF_SCALINGS = {  # without these scalings of positions
@@ -124,23 +110,18 @@ _OF_SCALINGS = {  # without these scalings of positions
     "rope.scaling.yarn_log_multiplier": "there is no YaRN",
 }
 _OF_WINDOWS = (
-    "attention.sliding_window_pattern",
-    "attention.key_length_swa",
-    "attention.value_length_swa",
-    "rope.dimension_count_swa",
-    "rope.freq_base_swa",
+    *("attention.sliding_window_pattern", "attention.key_length_swa"),
+    *("attention.value_length_swa", "rope.dimension_count_swa", "rope.freq_base_swa"),
 )
 
 
 def report_unread(settings: Settings, config: Mapping[str, Any]) -> None:
     """Make an error of every key that nothing was made from and that may change the computation.
 
-    Args:
-        settings: Of the file; its keys were read for the config.
-        config: That was made from them.
+    ``config`` was made from ``settings``, which knows the keys that were read.
     """
     metadata = settings.metadata
-    reported = []
+    ignored = []
     for key, value in metadata.values.items():
         mine = key.startswith(settings.prefix)
         if key in metadata.read or not (mine or key.startswith(_ANY_PREFIX)):
@@ -154,7 +135,7 @@ def report_unread(settings: Settings, config: Mapping[str, Any]) -> None:
             continue
         why = _why_harmless(name, value, config)
         if why:
-            reported.append(f"{key} ({why})")
+            ignored.append(f"{key} ({why})")
             continue
         verb = "changes" if name in _KNOWN else "is not known here and may change"
         metadata.report(
@@ -162,13 +143,13 @@ def report_unread(settings: Settings, config: Mapping[str, Any]) -> None:
             f"is {metadata.shown(key)}: that {verb} what the model computes, and config.json of "
             f"model_type '{config['model_type']}' has no place for it; {ADVICE}",
         )
-    if reported:
-        text = f"Nothing is made of {', '.join(reported)}."
+    if ignored:
+        text = f"Nothing is made of {', '.join(ignored)}."
         settings.notes.append(Note(NoteCode.IGNORED_METADATA, text))
 
 
 def _why_harmless(name: str, value: object, config: Mapping[str, Any]) -> str:
-    """Why a key changes nothing in this model, "" if it may."""
+    """The reason why a key changes nothing in this model, "" if it may."""
     if name == "rope.dimension_sections":  # of time, height and width: one number in a text
         is_three = isinstance(value, np.ndarray) and not value[3:].any()
         return _IMAGES if is_three else ""
@@ -227,12 +208,10 @@ def _same_as(name: str, settings: Settings, config: Mapping[str, Any]) -> float 
 
 
 _SAME = {
+    **dict.fromkeys(("attention.value_length", "attention.value_length_swa"), "head_dim"),
+    **dict.fromkeys(("rope.dimension_count", "rope.dimension_count_swa"), "head_dim"),
     "attention.key_length_swa": "head_dim",
-    "attention.value_length": "head_dim",
-    "attention.value_length_swa": "head_dim",
     "embedding_length_out": "hidden_size",
-    "rope.dimension_count": "head_dim",
-    "rope.dimension_count_swa": "head_dim",
     "rope.freq_base_swa": "rope_theta",
     "vocab_size": "vocab_size",
 }

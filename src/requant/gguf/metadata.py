@@ -1,4 +1,4 @@
-"""Values of a GGUF file's metadata, each asked for by key and type; which were is kept."""
+"""Values of a GGUF file's metadata by key and type; the keys that were asked for are kept."""
 
 from __future__ import annotations
 
@@ -113,7 +113,10 @@ class Metadata:
 
     def shown(self, key: str) -> str:
         """The value of a key in a few characters."""
-        return _merge_key(self.values.get(key))
+        value = self.values.get(key)
+        if isinstance(value, (tuple, np.ndarray)):
+            return f"an array of {len(value):,}"
+        return format_value(value)
 
     def report(self, key: str, message: str) -> None:
         """Add a problem with a key."""
@@ -128,9 +131,3 @@ class Metadata:
         value = self._find(key)
         found = "is missing" if value is None else f"is {self.shown(key)}"
         self.report(key, f"{found}, expected {expected}")
-
-
-def _merge_key(value: Any) -> str:
-    if isinstance(value, (tuple, np.ndarray)):
-        return f"an array of {len(value):,}"
-    return format_value(value)

@@ -26,11 +26,7 @@ def make_config(
 ) -> dict[str, Any]:
     """``config.json`` of a known architecture; what is missing or has no place is a problem.
 
-    Args:
-        settings: Of the file.
-        model_type: As config.json says it.
-        cls: The class in transformers.
-        configure: Adds what only this architecture has.
+    The arguments are those of ``architectures.Architecture``.
     """
     heads = settings.need_int("attention.head_count")
     hidden = settings.need_int("embedding_length")
@@ -82,7 +78,7 @@ def _check_head_dim(config: dict[str, Any], settings: Settings) -> None:
 
 
 def _rotary(config: dict[str, Any], settings: Settings) -> int:
-    """How many values of a head are rotated; a part of them only where config.json can say it."""
+    """The number of values of a head that are rotated: all, unless config.json can say a part."""
     width: int = config["head_dim"]
     if not settings.support.partial_rotary:
         return width
@@ -137,10 +133,8 @@ def configure_gemma(config: dict[str, Any], settings: Settings) -> None:
     config["hidden_activation"] = config["hidden_act"] = "gelu_pytorch_tanh"
 
 
-_LARGEST_GEMMA = {
-    "gemma2": 46,
-    "gemma3_text": 62,
-}  # blocks of the two whose queries scale otherwise
+# Blocks of the two models whose queries scale otherwise.
+_LARGEST_GEMMA = {"gemma2": 46, "gemma3_text": 62}
 
 
 def _window(settings: Settings, usual: int) -> int:
@@ -157,14 +151,11 @@ def _kinds_of(sliding: list[bool]) -> list[str]:
 
 
 def _note_window(config: dict[str, Any], settings: Settings) -> None:
-    settings.notes.append(
-        Note(
-            NoteCode.IGNORED_WINDOW,
-            f"mlx-lm's class for {config['model_type']} lets every block see the whole text, not a "
-            f"window of {config['sliding_window']:,} tokens as config.json says: longer texts "
-            "differ.",
-        )
+    text = (
+        f"mlx-lm's class for {config['model_type']} lets every block see the whole text, not a "
+        f"window of {config['sliding_window']:,} tokens as config.json says: longer texts differ."
     )
+    settings.notes.append(Note(NoteCode.IGNORED_WINDOW, text))
 
 
 def _soft_cap(settings: Settings, key: str, usual: float) -> float:

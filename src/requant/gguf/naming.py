@@ -49,8 +49,8 @@ class Naming:
     Attributes:
         metadata: Of the model.
         family: Its architecture; None if it is not known.
-        problems: What is wrong with them.
-        notes: What the user should know.
+        problems: Of the names and shapes.
+        notes: For the user.
     """
 
     metadata: Metadata
@@ -143,10 +143,8 @@ class Naming:
         heads = self.family.heads_of(entry.name, self.metadata)
         rows = shape[-2] if entry.name.endswith(".weight") and len(shape) > 1 else shape[-1]
         if heads and rows % (2 * heads):
-            message = (
-                f"has {pluralize(rows, 'row')}, no multiple of twice its {pluralize(heads, 'head')}"
-            )
-            self.problems.append(Problem(name, message))
+            twice = f"no multiple of twice its {pluralize(heads, 'head')}"
+            self.problems.append(Problem(name, f"has {pluralize(rows, 'row')}, {twice}"))
             heads = 0
         return GgufTensor(entry.kind, shape, name, heads, self.family.is_shifted(named))
 
@@ -154,27 +152,22 @@ class Naming:
         """A scale belongs to a tensor, which it is multiplied with."""
         path, _, suffix = name.rpartition(".")
         if self.family and f".{suffix}" in SCALES and f"{path}.weight" not in table:
-            message = (
-                f"is a scale, but {format_value(f'{path}.weight')} that it scales is not there"
-            )
+            weight = format_value(f"{path}.weight")
+            message = f"is a scale, but {weight} that it scales is not there"
             self.problems.append(Problem(f"{file}: {name}", message))
 
     def _note_names(self, unknown: list[str]) -> None:
         if self.family is None:
             known = self.metadata.architecture
-            self.notes.append(
-                Note(
-                    NoteCode.UNKNOWN_ARCHITECTURE,
-                    f"The architecture {known!r} is not known here: tensors keep the names of the "
-                    "GGUF file, in its order of rows, and config.json says little.",
-                )
-            )
-        elif unknown:
             text = (
-                f"{join_first(unknown)} have no name in Hugging Face's {self.family.model_type}: "
-                "they "
-                "keep their own."
+                f"The architecture {known!r} is not known here: tensors keep the names of the "
+                "GGUF file, in its order of rows, and config.json says little."
             )
+            self.notes.append(Note(NoteCode.UNKNOWN_ARCHITECTURE, text))
+        elif unknown:
+            family = self.family.model_type
+            text = f"{join_first(unknown)} have no name in Hugging Face's {family}: they keep "
+            text += "their own."
             self.notes.append(Note(NoteCode.UNKNOWN_TENSOR_NAMES, text))
 
 
@@ -189,8 +182,7 @@ def _cut(entry: TableEntry, file: str, name: str, axis: int, start: int, size: i
         for matrix in range(matrices)
     )
     shape = (*entry.shape[:axis], size, *entry.shape[axis + 1 :])
-    nbytes = matrices * size * row_bytes
-    part = TableEntry(name, entry.kind, shape, first, nbytes)
+    part = TableEntry(name, entry.kind, shape, first, matrices * size * row_bytes)
     return _Part(part, entry.name, ranges)
 
 
@@ -203,7 +195,7 @@ def _placed(
 
 
 def _info(entry: TableEntry, shape: tuple[int, ...]) -> TensorInfo:
-    """What is stored: numbers, or bytes of blocks."""
+    """Dtype and shape as stored: numbers, or bytes of blocks."""
     if entry.kind.dtype:
         return TensorInfo(entry.kind.dtype, shape)
     rows = prod(shape[:-1])

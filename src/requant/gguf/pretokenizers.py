@@ -1,4 +1,4 @@
-"""How byte-level tokenizers split a text before merging: what ``tokenizer.ggml.pre`` names.
+"""The rules by which byte-level tokenizers split a text: what ``tokenizer.ggml.pre`` names.
 
 The names and their rules are those of llama.cpp (ggml-org/llama.cpp src/llama-vocab.cpp); where it
 spells a model's own regex otherwise, because its engine is smaller, the model's own is here.
@@ -61,10 +61,7 @@ class PreTokenizer:
 
 _GPT_2 = PreTokenizer(then_gpt_2=True)
 _RULES = (
-    (
-        _GPT_2,
-        "gpt-2 phi-2 mpt olmo jais trillion granite-docling gigachat exaone4 a.x-4.0 mellum",
-    ),
+    (_GPT_2, "gpt-2 phi-2 mpt olmo jais trillion granite-docling gigachat exaone4 a.x-4.0 mellum"),
     (
         PreTokenizer((_DIGIT,), then_gpt_2=True),
         "smollm starcoder refact command-r codeshell exaone minerva-7b mellum2",
@@ -85,7 +82,7 @@ _RULES = (
 SPLITTINGS = {name: rule for rule, names in _RULES for name in names.split()}
 """``tokenizer.ggml.pre`` -> the rule."""
 UNSAID = ("", "default")
-"""What files say that do not say it; GPT-2's rule is the likeliest."""
+"""Values that name no rule; GPT-2's is the likeliest."""
 
 
 def splitting_of(pre: str) -> PreTokenizer | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -20,7 +20,6 @@ import numpy as np
 from requant.checkpoints.checkpoint import Checkpoint, FileRange, OpenedSource, SourceFile
 from requant.checkpoints.folder_files import CONFIG, decode_filename, file_size
 from requant.checkpoints.folder_listing import list_folder
-from requant.checkpoints.gguf_tensors import GgufModel
 from requant.checkpoints.safetensors_folder import read_config
 from requant.core.limits import MAX_SHARDS
 from requant.core.reasons import Note, NoteCode
@@ -32,12 +31,7 @@ from requant.gguf.metadata import Metadata
 from requant.gguf.model_config import make_config
 from requant.gguf.naming import Naming
 from requant.gguf.settings import Settings
-from requant.gguf.tokenizer import (
-    Files,
-    guessed_splitting,
-    missing_templates,
-    tokenizer_files,
-)
+from requant.gguf.tokenizer import Files, guessed_splitting, missing_templates, tokenizer_files
 from requant.text import format_value, join_first
 
 _MMPROJ = "a vision or audio part for llama.cpp (mmproj), which is not a language model"
@@ -52,9 +46,7 @@ _OTHER_KINDS = {  # general.type -> what it is
 
 
 def read_gguf(
-    source: Path,
-    config_from: Path | None = None,
-    fetch: Callable[[FileRange], bytes] | None = None,
+    source: Path, config_from: Path | None = None, fetch: Callable[[FileRange], bytes] | None = None
 ) -> Checkpoint:
     """Read a GGUF model up to its data.
 
@@ -90,9 +82,8 @@ def read_gguf(
 
 def is_mmproj(metadata: Mapping[str, Any]) -> bool:
     """Whether a file holds what llama.cpp runs next to a model, for images and sound."""
-    return metadata.get("general.architecture") == "clip" or (
-        metadata.get("general.type") == "mmproj"
-    )
+    architecture, kind = metadata.get("general.architecture"), metadata.get("general.type")
+    return architecture == "clip" or kind == "mmproj"
 
 
 def _parts_of(name: str) -> list[str]:
@@ -168,8 +159,7 @@ class _Reading:
             raise CheckpointError(str(self.source), [Problem(self.first.file, message)])
         kind = _OTHER_KINDS.get(self.metadata.word("general.type"))
         if kind is not None:
-            problem = Problem(self.first.file, f"is {kind}")
-            raise CheckpointError(str(self.source), [problem])
+            raise CheckpointError(str(self.source), [Problem(self.first.file, f"is {kind}")])
         if not self.metadata.architecture:
             self.metadata.report("general.architecture", "is missing, or no string")
         self._check_parts()
@@ -196,9 +186,7 @@ class _Reading:
             config_text=json.dumps(config),
             side_files=(),
             left_out=left_out,
-            gguf=GgufModel(
-                model.architecture, model.tensors, model.dtype, model.dropped, tuple(self.notes)
-            ),
+            gguf=replace(model, notes=tuple(self.notes)),
             origin=self.source,
             opened=OpenedSource(self.folder, fetch=self.fetch, generated_files=files),
         )
@@ -233,7 +221,7 @@ class _Reading:
                     self.problems.append(Problem(f"{header.file}: {tensor.name}", message))
 
     def _check_version(self) -> None:
-        """How blocks are laid out changed twice before GGUF, and may again."""
+        """Report another version of the layout of blocks, which changed twice before GGUF."""
         version = self.metadata.find_int("general.quantization_version")
         has_blocks = any(not t.kind.dtype for header in self.headers for t in header.tensors)
         if version not in (None, _QUANTIZATION_VERSION) and has_blocks:
@@ -246,10 +234,7 @@ class _Reading:
     # -- config and tokenizer --------------------------------------------------------------
 
     def _config_and_files(
-        self,
-        table: Mapping[str, tuple[str, TableEntry]],
-        family: Architecture | None,
-        dtype: str,
+        self, table: Mapping[str, tuple[str, TableEntry]], family: Architecture | None, dtype: str
     ) -> tuple[dict[str, Any], Files]:
         if self.config_from is not None:
             return self._taken(self.config_from)
@@ -270,9 +255,8 @@ class _Reading:
         if family is None:
             return {"model_type": self.metadata.architecture, "torch_dtype": words[dtype]}, files
         shapes = {name: entry.shape for name, (_, entry) in table.items()}
-        settings = Settings(
-            self.metadata, shapes, partial(self._read_scalar, table), family.support
-        )
+        read = partial(self._read_scalar, table)
+        settings = Settings(self.metadata, shapes, read, family.support)
         config = make_config(settings, family.model_type, family.cls, family.configure)
         self.notes += settings.notes
         config["torch_dtype"] = words[dtype]

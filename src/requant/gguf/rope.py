@@ -25,17 +25,13 @@ _TOLERANCE = 1e-4
 
 
 def rope_scaling(settings: Settings, model_type: str, rotary: int) -> dict[str, Any] | None:
-    """How positions are stretched; None where they are not.
+    """The scaling of positions; None where there is none.
 
-    Args:
-        settings: Of the file.
-        model_type: As config.json says it.
-        rotary: Values of a head that are rotated.
+    ``rotary`` is the number of values of a head that are rotated.
     """
     kind = settings.word(_TYPE)
-    factors = (
-        settings.read_small("rope_freqs.weight") if settings.has("rope_freqs.weight") else None
-    )
+    name = "rope_freqs.weight"
+    factors = settings.read_small(name) if settings.has(name) else None
     if factors is not None and kind in ("yarn", "longrope") and (factors != 1).any():
         message = f"holds factors next to the scaling {format_value(kind)}; {ADVICE}"
         settings.metadata.report("rope_freqs.weight", message)
@@ -77,7 +73,7 @@ def _linear(settings: Settings, kind: str) -> dict[str, Any] | None:
 
 
 def _mscale(factor: float, times: float = 1.0) -> float:
-    """What YaRN multiplies queries and keys by."""
+    """The factor by which YaRN multiplies queries and keys."""
     return 1.0 if factor <= 1 else 0.1 * times * log(factor) + 1.0
 
 
@@ -136,8 +132,7 @@ def _longrope(settings: Settings, model_type: str, rotary: int) -> dict[str, Any
     for end in ("long", "short"):
         name = f"rope_factors_{end}.weight"
         if not settings.has(name):
-            message = f"is longrope, but its factors, {name}, are missing; {ADVICE}"
-            settings.report(_TYPE, message)
+            settings.report(_TYPE, f"is longrope, but its factors, {name}, are missing; {ADVICE}")
             return None
         factors = settings.read_small(name).reshape(-1)
         if factors.size != rotary // 2:

@@ -1,4 +1,4 @@
-"""What a config is made from: a file's metadata, its shapes, and what mlx-lm's class reads."""
+"""The inputs of a config: a file's metadata, its shapes, and the settings mlx-lm's class reads."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ADVICE = "--config-from takes config.json and tokenizer of the original model in
 
 @dataclass(frozen=True)
 class Support:
-    """What mlx-lm's class of a model reads of its config, next to what all read.
+    """The settings that mlx-lm's class of a model reads, apart from those that all classes read.
 
     Attributes:
         scalings: Kinds of ``rope_scaling``.
@@ -41,18 +41,14 @@ class Settings:
     """Metadata under the architecture's prefix, shapes and values of tensors.
 
     Attributes:
-        notes: What the user should know of the config.
+        notes: For the user, about the config.
     """
 
     def __init__(
         self, metadata: Metadata, shapes: Shapes, read_small: ReadScalar, support: Support = PLAIN
     ) -> None:
-        self.metadata, self.shapes, self.read_small, self.support = (
-            metadata,
-            shapes,
-            read_small,
-            support,
-        )
+        self.metadata, self.shapes = metadata, shapes
+        self.read_small, self.support = read_small, support
         self.prefix = f"{metadata.architecture}."
         self.notes: list[Note] = []
 
@@ -98,7 +94,7 @@ class Settings:
         return declared or stored
 
     def sliding_layers(self, blocks: int, period: int) -> list[bool]:
-        """Which blocks see no more than a window of the text.
+        """For each block, whether it sees no more than a window of the text.
 
         Args:
             blocks: How many there are.

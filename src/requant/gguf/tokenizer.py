@@ -239,11 +239,7 @@ class _Tokenizer:
     def _sentencepiece(self) -> dict[str, Any]:
         """Letters, merged into the piece of the highest score; bytes for what is not a piece."""
         prefix = self.metadata.flag("tokenizer.ggml.add_space_prefix")
-        spaces: dict[str, Any] = {
-            "type": "Replace",
-            "pattern": {"String": " "},
-            "content": _SPACE,
-        }
+        spaces: dict[str, Any] = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
         normalizer = spaces
         decoders: list[dict[str, Any]] = [
             {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},

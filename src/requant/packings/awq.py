@@ -1,4 +1,4 @@
-"""How AWQ tools lay out a 4-bit layer: gemm, gemv, gemv_fast (llm-awq) and marlin.
+"""Layouts of AWQ tools for 4-bit layers: gemm, gemv, gemv_fast (llm-awq) and marlin.
 
 Value in all of them: ``w = (code - zero) * scale``. Layouts: casper-hansen/AutoAWQ
 awq/modules/linear, mit-han-lab/llm-awq awq/quantize/qmodule.py.
@@ -13,6 +13,7 @@ import numpy as np
 
 from requant.kernels import repack
 from requant.packings.base import (
+    Array,
     Exactness,
     Fidelity,
     IntegerPacking,
@@ -49,22 +50,22 @@ class AwqGemm(IntegerPacking):
         }
         return cuts | {"qzeros": Rect((0, self.groups), words)} if self.has_zeros else cuts
 
-    def words(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
+    def words(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         """Put the columns in order, transpose, pack: one kernel."""
         source = parts["qweight"].view(np.uint32)
         repack.awq_gemm_into(source, out, self.bits, mlx_bits(self.bits))
 
-    def codes(self, parts: Parts, start: int, stop: int, scratch: Scratch) -> np.ndarray:
+    def codes(self, parts: Parts, start: int, stop: int, scratch: Scratch) -> Array:
         """Codes of the rows, transposed to ``(rows, columns)``."""
         codes = scratch.take("codes", "U8", stop - start, self.columns)
         repack.awq_gemm_into(parts["qweight"].view(np.uint32), codes, self.bits)
         return codes
 
-    def scales(self, parts: Parts, start: int, stop: int) -> np.ndarray:
+    def scales(self, parts: Parts, start: int, stop: int) -> Array:
         """Stored as ``[groups, out]``."""
         return parts["scales"].T
 
-    def zeros(self, parts: Parts, start: int, stop: int) -> np.ndarray | float:
+    def zeros(self, parts: Parts, start: int, stop: int) -> Array | float:
         """Packed as the codes are."""
         if not self.has_zeros:
             return super().zeros(parts, start, stop)
@@ -92,19 +93,19 @@ class AwqGemv(IntegerPacking):
             "scales": Rect(rows, (0, self.groups)),
         }
 
-    def words(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
+    def words(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         """The stored words."""
         out[:] = parts["qweight"].view(np.uint32)
 
-    def codes(self, parts: Parts, start: int, stop: int, scratch: Scratch) -> np.ndarray:
+    def codes(self, parts: Parts, start: int, stop: int, scratch: Scratch) -> Array:
         """A plain stream of nibbles."""
         return stream_codes(parts["qweight"], 4, self.columns)
 
-    def scales(self, parts: Parts, start: int, stop: int) -> np.ndarray:
+    def scales(self, parts: Parts, start: int, stop: int) -> Array:
         """A row of scales an output."""
         return parts["scales"]
 
-    def zeros(self, parts: Parts, start: int, stop: int) -> np.ndarray | float:
+    def zeros(self, parts: Parts, start: int, stop: int) -> Array | float:
         """A plain stream of nibbles."""
         return stream_codes(parts["qzeros"], 4, self.groups).astype(np.float32)
 
@@ -136,25 +137,23 @@ class AwqFast(IntegerPacking):
         rows = Rect((start // 4, stop // 4), (0, self.columns))
         return {"qweight": rows, "scales": groups, self.bias_role: groups}
 
-    def words(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
+    def words(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         """Undo the interleaving."""
         repack.gemv_fast_into(parts["qweight"].view(np.uint16), out)
 
-    def codes(self, parts: Parts, start: int, stop: int, scratch: Scratch) -> np.ndarray:
+    def codes(self, parts: Parts, start: int, stop: int, scratch: Scratch) -> Array:
         """As ``words``, one a byte."""
         return _codes_of(self, parts, start, stop, scratch)
 
-    def scales(self, parts: Parts, start: int, stop: int) -> np.ndarray:
+    def scales(self, parts: Parts, start: int, stop: int) -> Array:
         """Stored as ``[groups, out]``."""
         return parts["scales"].T
 
-    def biases(self, parts: Parts, start: int, stop: int, scales: np.ndarray) -> np.ndarray:
+    def biases(self, parts: Parts, start: int, stop: int, scales: Array) -> Array:
         """The stored values."""
         return parts[self.bias_role].T.astype(np.float32)
 
-    def decode(
-        self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch
-    ) -> None:
+    def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         """``code * scale + bias`` in float32, rounded once."""
         codes = self.codes(parts, start, stop, scratch).astype(np.float32)
         scales, biases = self.scales(parts, start, stop), parts[self.bias_role].T
@@ -188,15 +187,15 @@ class Marlin(IntegerPacking):
             self.scale_role: Rect((0, self.groups), (start, stop)),
         }
 
-    def words(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
+    def words(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         """Undo the tiles."""
         repack.marlin_into(parts[self.weight_role].view(np.uint32), out)
 
-    def codes(self, parts: Parts, start: int, stop: int, scratch: Scratch) -> np.ndarray:
+    def codes(self, parts: Parts, start: int, stop: int, scratch: Scratch) -> Array:
         """As ``words``, one a byte."""
         return _codes_of(self, parts, start, stop, scratch)
 
-    def scales(self, parts: Parts, start: int, stop: int) -> np.ndarray:
+    def scales(self, parts: Parts, start: int, stop: int) -> Array:
         """In the order of the outputs again."""
         stored = parts[self.scale_role]
         if self.groups > 1:
@@ -210,7 +209,7 @@ class Marlin(IntegerPacking):
 
 def _codes_of(
     packing: AwqFast | Marlin, parts: Parts, start: int, stop: int, scratch: Scratch
-) -> np.ndarray:
+) -> Array:
     """Codes by way of MLX's words, which these layouts become in one step."""
     rows, columns = stop - start, packing.columns
     words = scratch.take("code words", "U32", rows, columns // 2)

@@ -1,9 +1,9 @@
-"""How the rows of a layer come out of tensors that hold them in another order than MLX.
+"""The protocol of a packing: rows of a layer out of tensors in another order than MLX's.
 
 A packing is frozen data (it is a part of the plan) with three duties: say which rectangle of
 which tensor a range of output rows needs, turn these rectangles into MLX's words, scales and
-biases, and turn them into dense values. It never sees a file: rows are read by ``execute``
-from a checkpoint, or sliced by ``transform`` from arrays in memory.
+biases, and turn them into dense values. It never sees a file: ``execution.source_reader`` reads
+rows from a checkpoint, ``weights.transform`` slices them from arrays in memory.
 """
 
 from __future__ import annotations
@@ -23,12 +23,15 @@ from requant.kernels import quantize as native
 from requant.quantization.config import Quantization, QuantMode
 from requant.text import format_range
 
-Parts = Mapping[str, np.ndarray]
+Array = np.ndarray
+Parts = Mapping[str, Array]
 """Role -> the rectangle that ``required_rects`` asked for, two axes, C-contiguous."""
+Triple = Mapping[str, Array]
+"""Rows of the output: weight, scales and, in affine mode, biases."""
 
 
 class Exactness(StrEnum):
-    """How the output's values relate to the source's."""
+    """The relation of the output's values to the source's."""
 
     EXACT = "exact"  # stored values or codes moved bit for bit
     ROUNDED = "rounded"  # each value, scale or bias rounded once to the stored dtype
@@ -37,7 +40,7 @@ class Exactness(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Fidelity:
-    """What a move into MLX's layout costs: the class, and for "rounded" the bound in words."""
+    """The exactness of ``repack``: the class, and for "rounded" the bound in words."""
 
     exactness: Exactness
     bound: str = ""
@@ -65,7 +68,7 @@ def flat_cut(start: int, stop: int, width: int) -> Rect:
 class Scratch(Protocol):
     """Memory that a worker keeps for its whole run."""
 
-    def take(self, role: str, dtype: str, rows: int, row_bytes: int) -> np.ndarray:
+    def take(self, role: str, dtype: str, rows: int, row_bytes: int) -> Array:
         """An uninitialized ``(rows, row_bytes / itemsize)`` array; one a role at a time."""
 
 
@@ -96,32 +99,77 @@ class Packing(ABC):
 
     @property
     def scratch_row_bytes(self) -> int:
-        """Bytes of scratch memory that ``unpack`` takes for a row, where they are many."""
+        """Bytes of scratch memory that ``repack`` takes for a row, where they are many."""
         return 0
 
     @abstractmethod
     def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
-        """What the rows ``start`` to ``stop`` need of each part."""
+        """The rectangle of each part that the rows ``start`` to ``stop`` need."""
 
-    def repack(
-        self, parts: Parts, start: int, stop: int, out: Mapping[str, np.ndarray], scratch: Scratch
-    ) -> None:
+    def repack(self, parts: Parts, start: int, stop: int, out: Triple, scratch: Scratch) -> None:
         """Fill ``out`` (weight, scales and, in affine mode, biases) with rows of the layer."""
         raise NotImplementedError(f"{type(self).__name__} has no encoding")
 
     @abstractmethod
-    def decode(
-        self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch
-    ) -> None:
+    def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         """Fill ``out``, ``(rows, columns)``, with values rounded once to its dtype."""
 
     def fidelity(self, dtype: str) -> Fidelity:
-        """What ``unpack`` costs when scales and biases are stored as ``dtype``."""
+        """Return how exact ``repack`` is when scales and biases are stored as ``dtype``."""
         return Fidelity(Exactness.EXACT)
 
     def to_dict(self) -> dict[str, Any]:
         """The packing as JSON data; equal packings give equal data."""
         return {"kind": type(self).__name__, **asdict(self)}  # type: ignore[call-overload]
+
+
+@dataclass(frozen=True)
+class MatrixPacking(Packing):
+    """A packing of matrices of equal height.
+
+    Attributes:
+        rows: Output rows, experts included.
+        columns: Inputs.
+        matrix: Output rows of one matrix.
+    """
+
+    rows: int
+    columns: int
+    matrix: int
+
+    @property
+    def matrix_rows(self) -> int:
+        return self.matrix
+
+
+class WrappedPacking(Packing):
+    """A packing that takes its rows from another one, ``layer``, and changes them.
+
+    What a subclass does not override is as in that packing.
+    """
+
+    layer: Packing
+
+    @property
+    def matrix_rows(self) -> int:
+        return self.layer.matrix_rows
+
+    @property
+    def row_unit(self) -> int:  # type: ignore[override]  # a constant of other packings
+        return self.layer.row_unit
+
+    @property
+    def strided(self) -> bool:  # type: ignore[override]
+        return self.layer.strided
+
+    def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
+        return self.layer.required_rects(start, stop)
+
+    def fidelity(self, dtype: str) -> Fidelity:
+        return self.layer.fidelity(dtype)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "layer": self.layer.to_dict()}
 
 
 PRECISION = {"F16": 11, "BF16": 8, "F32": 24}
@@ -131,9 +179,16 @@ DTYPE_NAME = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "fl
 
 
 def is_narrower(dtype: str, stored: str) -> bool:
-    """Whether some number of dtype ``stored_description`` rounds when it is kept as ``dtype``."""
+    """Whether some number of dtype ``stored`` rounds when it is kept as ``dtype``."""
     less = PRECISION[dtype] < PRECISION.get(stored, 53)
     return less or _RANGE[dtype] < _RANGE.get(stored, 11)
+
+
+def rounded(what: str, dtype: str, more: str = "") -> Fidelity:
+    """The fidelity of a packing where ``what`` is rounded to ``dtype``; ``more`` is added."""
+    relative = f"relative error at most {2.0 ** -PRECISION[dtype]:.2g}"
+    bound = f"{what} rounded to {DTYPE_NAME[dtype]}, {relative}{more}"
+    return Fidelity(Exactness.ROUNDED, bound)
 
 
 def mlx_group(group: int, n_in: int) -> int | None:
@@ -185,7 +240,7 @@ class IntegerPacking(Packing):
             return None
         return Quantization(group, mlx_bits(self.bits), QuantMode.AFFINE)
 
-    def words(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
+    def words(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         """Fill ``out``, uint32 ``(rows, columns * mlx_bits / 32)``, with the codes.
 
         Where stored words can be moved as they are, or by one kernel, a format does that instead.
@@ -193,25 +248,23 @@ class IntegerPacking(Packing):
         out[:] = native.pack_words(self.codes(parts, start, stop, scratch), mlx_bits(self.bits))
 
     @abstractmethod
-    def codes(self, parts: Parts, start: int, stop: int, scratch: Scratch) -> np.ndarray:
+    def codes(self, parts: Parts, start: int, stop: int, scratch: Scratch) -> Array:
         """The codes, uint8 ``(rows, columns)``."""
 
     @abstractmethod
-    def scales(self, parts: Parts, start: int, stop: int) -> np.ndarray:
+    def scales(self, parts: Parts, start: int, stop: int) -> Array:
         """The stored scales, ``(rows, groups)``."""
 
-    def zeros(self, parts: Parts, start: int, stop: int) -> np.ndarray | float:
+    def zeros(self, parts: Parts, start: int, stop: int) -> Array | float:
         """The zeros, float32 ``(rows, groups)``, or one for all."""
         return float(1 << (self.bits - 1))
 
-    def biases(self, parts: Parts, start: int, stop: int, scales: np.ndarray) -> np.ndarray:
+    def biases(self, parts: Parts, start: int, stop: int, scales: Array) -> Array:
         """``-zero * scale`` of the scales as they are stored in the output; float32."""
         product = np.float32(-1) * self.zeros(parts, start, stop) * scales.astype(np.float32)
         return np.asarray(product, np.float32)
 
-    def repack(
-        self, parts: Parts, start: int, stop: int, out: Mapping[str, np.ndarray], scratch: Scratch
-    ) -> None:
+    def repack(self, parts: Parts, start: int, stop: int, out: Triple, scratch: Scratch) -> None:
         """Codes bit for bit; scales and biases rounded at most once, and repeated."""
         self.words(parts, start, stop, out["weight"], scratch)
         dtype = out["scales"].dtype
@@ -222,9 +275,7 @@ class IntegerPacking(Packing):
         np.take(scales, spread, axis=1, out=out["scales"])
         np.take(biases, spread, axis=1, out=out["biases"])
 
-    def decode(
-        self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch
-    ) -> None:
+    def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         """``(code - zero) * scale`` in float32, rounded once."""
         codes = np.ascontiguousarray(self.codes(parts, start, stop, scratch))
         scales = np.ascontiguousarray(self.scales(parts, start, stop), np.float32)
@@ -236,32 +287,21 @@ class IntegerPacking(Packing):
         """Exact where neither a scale nor a bias can round."""
         kept = PRECISION.get(self.scale_dtype, 53)
         precision = PRECISION[dtype]
-        word = DTYPE_NAME[dtype]
+        # Half a unit in the last place of the largest bias, in steps of the scale.
+        steps = f"at most {(2**self.bits - 1) * 2.0**-precision:.2g} steps"
         if is_narrower(dtype, self.scale_dtype):
-            relative = 2.0**-precision
-            return Fidelity(
-                Exactness.ROUNDED,
-                f"scales rounded to {word}, relative error at most {relative:.2g}; biases at "
-                f"most {self._bias_bound(precision):.2g} steps",
-            )
+            return rounded("scales", dtype, f"; biases {steps}")
         if self.symmetric or kept + self.bits <= precision:
             return Fidelity(Exactness.EXACT)
-        return Fidelity(
-            Exactness.ROUNDED,
-            f"biases rounded to {word}, at most {self._bias_bound(precision):.2g} steps",
-        )
+        return Fidelity(Exactness.ROUNDED, f"biases rounded to {DTYPE_NAME[dtype]}, {steps}")
 
-    def _bias_bound(self, precision: int) -> float:
-        """Half a unit in the last place of the largest bias, in steps of the scale."""
-        return float(2**self.bits - 1) * 2.0**-precision
-
-    def _group_of(self, groups: int) -> np.ndarray:
-        """Which source group each of ``groups`` MLX groups lies in."""
+    def _group_of(self, groups: int) -> Array:
+        """The source group in which each of ``groups`` MLX groups lies."""
         size = self.columns // groups
         return np.arange(groups) * size // self.group
 
 
-def check_symmetric(zeros: np.ndarray, bits: int) -> None:
+def check_symmetric(zeros: Array, bits: int) -> None:
     """Hold zeros against the claim that each is the middle of the codes.
 
     Raises:
@@ -276,7 +316,7 @@ def check_symmetric(zeros: np.ndarray, bits: int) -> None:
         )
 
 
-def stream_codes(words: np.ndarray, bits: int, count: int) -> np.ndarray:
+def stream_codes(words: Array, bits: int, count: int) -> Array:
     """Unpack rows of one little-endian bit stream into ``count`` codes, uint8.
 
     Args:

@@ -1,4 +1,4 @@
-"""How bitsandbytes lays out a layer: int8 rows, or a table of 16 values over the flat weight.
+"""Layouts of bitsandbytes: int8 rows, or a table of 16 values over the flat weight.
 
 Layout: bitsandbytes-foundation/bitsandbytes bitsandbytes/functional.py (QuantState,
 int8_vectorwise_dequant) and nn/modules.py.
@@ -11,17 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from requant.kernels.decode import lut_values_into
-from requant.packings.base import (
-    DTYPE_NAME,
-    PRECISION,
-    Exactness,
-    Fidelity,
-    Packing,
-    Parts,
-    Rect,
-    Scratch,
-    flat_cut,
-)
+from requant.packings.base import Array, Fidelity, Packing, Parts, Rect, Scratch, flat_cut, rounded
 from requant.packings.compressed_tensors import CtPlain
 
 _ONE_PART = np.float32(1 / 127)
@@ -31,13 +21,11 @@ _ONE_PART = np.float32(1 / 127)
 class BnbInt8(CtPlain):
     """LLM.int8: ``w = code * SCB / 127``, SCB the largest magnitude of a row, float32."""
 
-    def scales(self, parts: Parts, start: int, stop: int) -> np.ndarray:
+    def scales(self, parts: Parts, start: int, stop: int) -> Array:
         largest = super().scales(parts, start, stop).astype(np.float32)
         return largest / np.float32(127)
 
-    def decode(
-        self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch
-    ) -> None:
+    def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         """``code * SCB``, then times float32(1 / 127), as bitsandbytes multiplies."""
         values = parts["weight"].astype(np.float32)
         values *= super().scales(parts, start, stop).astype(np.float32)
@@ -46,12 +34,7 @@ class BnbInt8(CtPlain):
             out[:] = values
 
     def fidelity(self, dtype: str) -> Fidelity:
-        relative = 2.0 ** -PRECISION[dtype]
-        return Fidelity(
-            Exactness.ROUNDED,
-            f"scales SCB / 127 rounded to {DTYPE_NAME[dtype]}, relative error at most "
-            f"{relative:.2g}",
-        )
+        return rounded("scales SCB / 127", dtype)
 
 
 @dataclass(frozen=True)
@@ -101,7 +84,7 @@ class BnbTable(Packing):
             cuts["nested_absmax"] = flat_cut(*nested, above)
         return cuts
 
-    def _absmax(self, parts: Parts, start: int, stop: int) -> np.ndarray:
+    def _absmax(self, parts: Parts, start: int, stop: int) -> Array:
         """Float32, one for each block that the rows touch."""
         stored = parts["absmax"].reshape(-1)
         if not self.nested_block:
@@ -112,9 +95,7 @@ class BnbTable(Packing):
         values = parts["nested_quant_map"].reshape(-1)[stored] * nested
         return np.asarray(values + np.float32(self.nested_offset), np.float32)
 
-    def decode(
-        self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch
-    ) -> None:
+    def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         """``quant_map[code] * absmax`` in float32, rounded once."""
         codes = parts["weight"].view(np.uint8).reshape(-1)
         skipped = start * self.columns % (2 * self.storage_bytes)

@@ -14,6 +14,7 @@ import numpy as np
 
 from requant.errors import InvariantError
 from requant.packings.base import (
+    Array,
     IntegerPacking,
     Parts,
     Rect,
@@ -27,7 +28,7 @@ from requant.text import format_range
 
 
 class Zeros(StrEnum):
-    """Where the zero points of a layer are."""
+    """The place of the zero points of a layer."""
 
     MIDDLE = "middle"  # none stored: every zero is the middle of the codes
     PACKED = "packed"  # int32 words along the rows, offset like the codes
@@ -41,7 +42,7 @@ def packed_words(count: int, bits: int, padded: bool) -> int:
 
 @dataclass(frozen=True)
 class _CtInteger(IntegerPacking):
-    """What packed and plain codes have in common: scales and zeros.
+    """The scales and zeros that packed and plain codes have in common.
 
     ``weight_scale`` ``[..., out, groups]``, or a number for each row, matrix or run of rows.
 
@@ -71,16 +72,16 @@ class _CtInteger(IntegerPacking):
             cuts["weight_zero_point"] = self._scale_cut(start, stop)
         return cuts
 
-    def _each_row(self, array: np.ndarray, start: int, stop: int) -> np.ndarray:
+    def _each_row(self, array: Array, start: int, stop: int) -> Array:
         rows = array.reshape(-1, self.groups)
         if self.scale_rows == 1:
             return rows
         return rows[np.arange(start, stop) // self.scale_rows - start // self.scale_rows]
 
-    def scales(self, parts: Parts, start: int, stop: int) -> np.ndarray:
+    def scales(self, parts: Parts, start: int, stop: int) -> Array:
         return self._each_row(parts["weight_scale"], start, stop)
 
-    def zeros(self, parts: Parts, start: int, stop: int) -> np.ndarray | float:
+    def zeros(self, parts: Parts, start: int, stop: int) -> Array | float:
         if self.zero_points is Zeros.MIDDLE:
             return super().zeros(parts, start, stop)
         signed = parts["weight_zero_point"].astype(np.float32)
@@ -119,7 +120,7 @@ class CtPacked(_CtInteger):
             cuts["weight_zero_point"] = Rect((above + first, above + last), (0, self.groups))
         return cuts
 
-    def _unpacked(self, words: np.ndarray, count: int) -> np.ndarray:
+    def _unpacked(self, words: Array, count: int) -> Array:
         """``count`` codes of each row of words."""
         if not self.padded:
             return stream_codes(words, self.bits, count)
@@ -128,16 +129,16 @@ class CtPacked(_CtInteger):
         codes = (words.view(np.uint32)[:, :, None] >> shifts) & np.uint32((1 << self.bits) - 1)
         return codes.reshape(words.shape[0], -1)[:, :count].astype(np.uint8)
 
-    def words(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
+    def words(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         if not self.padded and mlx_bits(self.bits) == self.bits:
             out[:] = parts["weight_packed"].view(np.uint32)
         else:
             super().words(parts, start, stop, out, scratch)
 
-    def codes(self, parts: Parts, start: int, stop: int, scratch: Scratch) -> np.ndarray:
+    def codes(self, parts: Parts, start: int, stop: int, scratch: Scratch) -> Array:
         return np.ascontiguousarray(self._unpacked(parts["weight_packed"], self.columns))
 
-    def zeros(self, parts: Parts, start: int, stop: int) -> np.ndarray | float:
+    def zeros(self, parts: Parts, start: int, stop: int) -> Array | float:
         if self.zero_points is not Zeros.PACKED:
             return super().zeros(parts, start, stop)
         words = np.ascontiguousarray(parts["weight_zero_point"].T)
@@ -169,15 +170,12 @@ class CtActOrder(CtPacked):
         index = Rect((which, which + 1), (0, self.columns))
         return {**super().required_rects(start, stop), "weight_g_idx": index}
 
-    def decode(
-        self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch
-    ) -> None:
+    def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         """``(code - zero) * scale`` in float32, rounded once."""
         of = parts["weight_g_idx"].reshape(-1)
         scales = np.asarray(self.scales(parts, start, stop), np.float32)
-        zeros = np.broadcast_to(
-            np.asarray(self.zeros(parts, start, stop), np.float32), scales.shape
-        )
+        zeros = np.asarray(self.zeros(parts, start, stop), np.float32)
+        zeros = np.broadcast_to(zeros, scales.shape)
         codes = self.codes(parts, start, stop, scratch)
         with np.errstate(over="ignore"):
             out[:] = (codes - zeros[:, of]) * scales[:, of]
@@ -193,13 +191,13 @@ class CtPlain(_CtInteger):
             "weight": Rect((start, stop), (0, self.columns)),
         }
 
-    def words(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
+    def words(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         if self.bits == 8:
             np.bitwise_xor(parts["weight"].view(np.uint32), np.uint32(0x80808080), out=out)
         else:
             super().words(parts, start, stop, out, scratch)
 
-    def codes(self, parts: Parts, start: int, stop: int, scratch: Scratch) -> np.ndarray:
+    def codes(self, parts: Parts, start: int, stop: int, scratch: Scratch) -> Array:
         middle = np.uint8(1 << (self.bits - 1))
         codes = parts["weight"].view(np.uint8) + middle  # modulo 256
         if self.bits < 8 and (codes >> self.bits).any():

@@ -5,14 +5,13 @@ Also where matrices are stored with their axes exchanged, ``(experts, in, out)``
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
 from requant.kernels.repack import transpose_into
-from requant.packings.base import Fidelity, Packing, Parts, Rect, Scratch
+from requant.packings.base import Array, Packing, Parts, Rect, Scratch, Triple, WrappedPacking
 from requant.quantization.config import Quantization
 
 _UNSIGNED: Final = {1: "U8", 2: "U16", 4: "U32"}
@@ -20,7 +19,7 @@ _UNSIGNED: Final = {1: "U8", 2: "U16", 4: "U32"}
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where the part of one expert is in the tensor of all.
+    """The place of the part of one expert in the tensor of all.
 
     Attributes:
         height: Rows of the last axis that an expert has; 0 where a tensor has one number an
@@ -33,7 +32,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class StackedExperts(Packing):
+class StackedExperts(WrappedPacking):
     """The matrices of a stack, one after another, each by the packing of one.
 
     Attributes:
@@ -55,15 +54,6 @@ class StackedExperts(Packing):
     def columns(self) -> int:  # type: ignore[override]
         """Inputs."""
         return self.layer.columns
-
-    @property
-    def matrix_rows(self) -> int:
-        return self.layer.matrix_rows
-
-    @property
-    def row_unit(self) -> int:  # type: ignore[override]
-        """That of one expert."""
-        return self.layer.row_unit
 
     @property
     def strided(self) -> bool:  # type: ignore[override]
@@ -94,27 +84,17 @@ class StackedExperts(Packing):
     def _of_one(self, parts: Parts, scratch: Scratch) -> Parts:
         transposed = {role for role, place in self.places if place.transposed}
         return {
-            role: _turned(part, role, scratch) if role in transposed else part
+            role: _transposed(part, role, scratch) if role in transposed else part
             for role, part in parts.items()
         }
 
-    def repack(
-        self, parts: Parts, start: int, stop: int, out: Mapping[str, np.ndarray], scratch: Scratch
-    ) -> None:
+    def repack(self, parts: Parts, start: int, stop: int, out: Triple, scratch: Scratch) -> None:
         _, first, last = self._within(start, stop)
         self.layer.repack(self._of_one(parts, scratch), first, last, out, scratch)
 
-    def decode(
-        self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch
-    ) -> None:
+    def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         _, first, last = self._within(start, stop)
         self.layer.decode(self._of_one(parts, scratch), first, last, out, scratch)
-
-    def fidelity(self, dtype: str) -> Fidelity:
-        return self.layer.fidelity(dtype)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**super().to_dict(), "layer": self.layer.to_dict()}
 
 
 def _moved(cut: Rect, place: Place, expert: int) -> Rect:
@@ -128,12 +108,12 @@ def _moved(cut: Rect, place: Place, expert: int) -> Rect:
     return Rect((above + rows[0], above + rows[1]), columns)
 
 
-def _turned(stored: np.ndarray, role: str, scratch: Scratch) -> np.ndarray:
+def _transposed(stored: Array, role: str, scratch: Scratch) -> Array:
     size = stored.dtype.itemsize
     if size not in _UNSIGNED or not stored.flags.c_contiguous:
         return np.ascontiguousarray(stored.T)
     height, width = stored.shape
     word = _UNSIGNED[size]
-    transposed = scratch.take(f"turned {role}", word, width, height * size)
+    transposed = scratch.take(f"transposed {role}", word, width, height * size)
     transpose_into(stored.view(transposed.dtype), transposed)
     return transposed.view(stored.dtype)

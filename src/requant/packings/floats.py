@@ -9,7 +9,6 @@ and rounded once.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,7 +18,18 @@ import numpy as np
 from requant.errors import InvariantError
 from requant.kernels import quantize as native
 from requant.kernels.decode import e4m3_values_into
-from requant.packings.base import Exactness, Fidelity, Packing, Parts, Rect, Scratch, flat_cut
+from requant.packings.base import (
+    Array,
+    Exactness,
+    Fidelity,
+    MatrixPacking,
+    Packing,
+    Parts,
+    Rect,
+    Scratch,
+    Triple,
+    flat_cut,
+)
 from requant.quantization.config import Quantization, QuantMode
 from requant.text import pluralize_are
 
@@ -39,7 +49,7 @@ _E4M3_OF = {
 }
 
 
-def exponent_bytes(scales: np.ndarray) -> np.ndarray | None:
+def exponent_bytes(scales: Array) -> Array | None:
     """Scales as E8M0 bytes, ``2^(byte - 127)``; None if one is not a power of two.
 
     Args:
@@ -54,13 +64,13 @@ def exponent_bytes(scales: np.ndarray) -> np.ndarray | None:
     return exponent.astype(np.uint8)
 
 
-def scale_values(scales: np.ndarray) -> np.ndarray:
+def scale_values(scales: Array) -> Array:
     """Scales as float32; uint8 holds E8M0."""
     stored = scales.view(ml_dtypes.float8_e8m0fnu) if scales.dtype == np.uint8 else scales
     return stored.astype(np.float32)
 
 
-def check_exponents(scales: np.ndarray) -> np.ndarray:
+def check_exponents(scales: Array) -> Array:
     """Bytes of E8M0 scales, none of them NaN (which MLX would read as infinity)."""
     found = scales.view(np.uint8)
     bad = int((found == _NAN_EXPONENT).sum())
@@ -71,38 +81,28 @@ def check_exponents(scales: np.ndarray) -> np.ndarray:
     return found
 
 
-def _as_float8(stored: np.ndarray) -> np.ndarray:
+def _as_float8(stored: Array) -> Array:
     """Plain bytes, as ``mx.load`` gives FP8, are E4M3."""
     return stored.view(ml_dtypes.float8_e4m3fn) if stored.dtype == np.uint8 else stored
 
 
 @dataclass(frozen=True)
-class Float8(Packing):
+class Float8(MatrixPacking):
     """FP8 bytes times a scale for each tile of a matrix; the last tile may be cut.
 
     ``weight`` FP8 ``[..., out, in]``; ``scale``: one number a tile, in the order of the
     matrices, tile rows and tile columns, in whatever shape.
 
     Attributes:
-        rows: Output rows, experts included.
-        columns: Inputs.
-        matrix: Output rows of one matrix.
         tile: Rows and columns that share a scale; a channel is ``(1, columns)``, a whole
             matrix ``(matrix, columns)``.
         scale_width: Last axis of the stored scales.
         exact: Whether every scale is a power of two and MLX's mxfp8 holds the same numbers.
     """
 
-    rows: int
-    columns: int
-    matrix: int
     tile: tuple[int, int]
     scale_width: int
     exact: bool = False
-
-    @property
-    def matrix_rows(self) -> int:
-        return self.matrix
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -116,7 +116,10 @@ class Float8(Packing):
         return self.columns % 32 == 0 and (one or self.tile[1] % 32 == 0)
 
     def _tiles(self, start: int, stop: int) -> tuple[int, int]:
-        """The rows of tiles that rows of one matrix need."""
+        """The rows of tiles that rows of one matrix need.
+
+        Matrices of 5 rows in tiles of 2 have 3 rows of tiles: row 6 is row 1 of matrix 1, in row 3.
+        """
         expert, first = divmod(start, self.matrix)
         last = first + stop - start - 1
         above = expert * self.grid[0]
@@ -130,15 +133,13 @@ class Float8(Packing):
             "scale": flat_cut(first * across, last * across, self.scale_width),
         }
 
-    def _down(self, start: int, stop: int) -> np.ndarray:
-        """Which of the tile rows at hand each row lies in."""
+    def _down(self, start: int, stop: int) -> Array:
+        """The index of each row's tile row, counted from the first that was read."""
         first = start % self.matrix
         rows = np.arange(first, first + stop - start) // self.tile[0]
         return np.asarray(rows - rows[0])
 
-    def repack(
-        self, parts: Parts, start: int, stop: int, out: Mapping[str, np.ndarray], scratch: Scratch
-    ) -> None:
+    def repack(self, parts: Parts, start: int, stop: int, out: Triple, scratch: Scratch) -> None:
         out["weight"][:] = _as_float8(parts["weight"]).view(np.uint32)
         found = exponent_bytes(parts["scale"])
         if found is None:
@@ -147,9 +148,7 @@ class Float8(Packing):
         tiles = check_exponents(found).reshape(-1, self.grid[1])
         out["scales"][:] = tiles[:, groups][self._down(start, stop)]
 
-    def decode(
-        self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch
-    ) -> None:
+    def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         """``byte * scale`` in float32, rounded once."""
         codes = _as_float8(parts["weight"])
         tiles = scale_values(parts["scale"]).reshape(-1, self.grid[1])
@@ -165,22 +164,8 @@ class Float8(Packing):
 
 
 @dataclass(frozen=True)
-class _ExponentBlocks(Packing):
-    """Groups of 32 inputs with an E8M0 scale each, in the part ``scale``, as MLX has them too.
-
-    Attributes:
-        rows: Output rows, experts included.
-        columns: Inputs.
-        matrix: Output rows of one matrix.
-    """
-
-    rows: int
-    columns: int
-    matrix: int
-
-    @property
-    def matrix_rows(self) -> int:
-        return self.matrix
+class _ExponentBlocks(MatrixPacking):
+    """Groups of 32 inputs with an E8M0 scale each, in the part ``scale``, as MLX has them too."""
 
     @property
     def encoding(self) -> Quantization:
@@ -188,23 +173,17 @@ class _ExponentBlocks(Packing):
         return MXFP8
 
     @abstractmethod
-    def _words(self, parts: Parts, rows: int) -> np.ndarray:
+    def _words(self, parts: Parts, rows: int) -> Array:
         """Rows of elements as ``encoding`` stores them, uint32."""
 
-    def repack(
-        self, parts: Parts, start: int, stop: int, out: Mapping[str, np.ndarray], scratch: Scratch
-    ) -> None:
+    def repack(self, parts: Parts, start: int, stop: int, out: Triple, scratch: Scratch) -> None:
         out["weight"][:] = self._words(parts, stop - start)
         out["scales"][:] = check_exponents(parts["scale"])
 
-    def decode(
-        self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch
-    ) -> None:
-        words, counterpart = self._words(parts, stop - start), self.encoding
-        scales = check_exponents(parts["scale"])
-        native.dequantize_into(
-            words, scales, None, 32, counterpart.bits, counterpart.mode.value, out
-        )
+    def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
+        words, scales = self._words(parts, stop - start), check_exponents(parts["scale"])
+        bits, mode = self.encoding.bits, self.encoding.mode.value
+        native.dequantize_into(words, scales, None, 32, bits, mode, out)
 
 
 @dataclass(frozen=True)
@@ -215,9 +194,6 @@ class MxBlocks(_ExponentBlocks):
     axis; ``scale``: bytes ``[..., in / 32]``.
 
     Attributes:
-        rows: Output rows, experts included.
-        columns: Inputs.
-        matrix: Output rows of one matrix.
         bits: 4 for mxfp4, 8 for mxfp8.
         weight_width: Bytes in the last axis of the stored weight.
     """
@@ -237,21 +213,18 @@ class MxBlocks(_ExponentBlocks):
             "scale": Rect((start, stop), (0, self.columns // 32)),
         }
 
-    def _words(self, parts: Parts, rows: int) -> np.ndarray:
+    def _words(self, parts: Parts, rows: int) -> Array:
         return parts["weight"].view(np.uint8).reshape(rows, -1).view(np.uint32)
 
 
 @dataclass(frozen=True)
-class NvBlocks(Packing):
+class NvBlocks(MatrixPacking):
     """E2M1 in groups of 16 inputs with an E4M3 scale, and one float32 scale over a matrix.
 
     ``weight``: bytes ``[..., in / 2]``; ``scale``: E4M3 ``[..., in / 16]``; ``tensor_scale``:
     one number for all matrices, or one for each; absent where it is 1.
 
     Attributes:
-        rows: Output rows, experts included.
-        columns: Inputs.
-        matrix: Output rows of one matrix.
         tensor_scales: Numbers in ``tensor_scale``; 0 where there is none.
         tensor_scale_width: Last axis of the stored ``tensor_scale``.
         divides: Whether group scales are divided by it, not multiplied.
@@ -260,18 +233,11 @@ class NvBlocks(Packing):
         separate: Whether ``repack`` leaves the tensor scale to :class:`GlobalScales`.
     """
 
-    rows: int
-    columns: int
-    matrix: int
     tensor_scales: int = 0
     tensor_scale_width: int = 1
     divides: bool = False
     exact: bool = False
     separate: bool = False
-
-    @property
-    def matrix_rows(self) -> int:
-        return self.matrix
 
     def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
         cuts = {
@@ -283,16 +249,14 @@ class NvBlocks(Packing):
             cuts["tensor_scale"] = flat_cut(which, which + 1, self.tensor_scale_width)
         return cuts
 
-    def _scales(self, parts: Parts) -> np.ndarray:
+    def _scales(self, parts: Parts) -> Array:
         """Group scales with the tensor scale applied, float32."""
         scales = np.asarray(parts["scale"].view(ml_dtypes.float8_e4m3fn), np.float32)
         if not self.tensor_scales:
             return scales
         return apply_tensor_scale(scales, parts["tensor_scale"].reshape(-1)[0], self.divides)
 
-    def repack(
-        self, parts: Parts, start: int, stop: int, out: Mapping[str, np.ndarray], scratch: Scratch
-    ) -> None:
+    def repack(self, parts: Parts, start: int, stop: int, out: Triple, scratch: Scratch) -> None:
         out["weight"][:] = parts["weight"].view(np.uint32)
         folds = self.tensor_scales and not self.separate
         folded = fold_e4m3(self._scales(parts)) if folds else parts["scale"]
@@ -300,9 +264,7 @@ class NvBlocks(Packing):
             raise InvariantError("its scales do not fold into E4M3 any more: the source changed")
         out["scales"][:] = folded.view(np.uint8)
 
-    def decode(
-        self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch
-    ) -> None:
+    def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         """``element * (group scale * tensor scale)`` in float32, rounded once."""
         values = _E2M1_PAIRS[parts["weight"].view(np.uint8)]
         with np.errstate(over="ignore", invalid="ignore"):
@@ -340,9 +302,7 @@ class GlobalScales(Packing):
         rows = start // self.width, -(-stop // self.width)
         return {"tensor_scale": Rect(rows, (0, self.width))}
 
-    def decode(
-        self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch
-    ) -> None:
+    def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         """``2688 / scale`` or ``scale * 2688``, in float32."""
         first = start % self.width
         stored = parts["tensor_scale"].reshape(-1)[first : first + stop - start].astype(np.float32)
@@ -350,7 +310,7 @@ class GlobalScales(Packing):
         out[:, 0] = largest / stored if self.divides else stored * largest
 
 
-def apply_tensor_scale(scales: np.ndarray, factor: np.ndarray, divides: bool) -> np.ndarray:
+def apply_tensor_scale(scales: Array, factor: Array, divides: bool) -> Array:
     """Group scales (float32) times a tensor scale, or divided by it; rounded once."""
     factor = factor.astype(np.float32)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
@@ -358,7 +318,7 @@ def apply_tensor_scale(scales: np.ndarray, factor: np.ndarray, divides: bool) ->
     return np.asarray(product, np.float32)
 
 
-def fold_e4m3(scales: np.ndarray) -> np.ndarray | None:
+def fold_e4m3(scales: Array) -> Array | None:
     """Float32 scales as E4M3; None if one of them is none."""
     with np.errstate(over="ignore", invalid="ignore"):
         folded = scales.astype(ml_dtypes.float8_e4m3fn)
@@ -374,10 +334,7 @@ class Mxfp6Blocks(_ExponentBlocks):
     of the other, so every element becomes the E4M3 byte of the same value under the same scale.
 
     Attributes:
-        rows: Output rows, experts included.
-        columns: Inputs.
-        matrix: Output rows of one matrix.
-        element: "e2m3" or "e3m2".
+        element:  "e2m3" or "e3m2".
     """
 
     element: str = "e2m3"
@@ -388,7 +345,7 @@ class Mxfp6Blocks(_ExponentBlocks):
             "scale": Rect((start, stop), (0, self.columns // 32)),
         }
 
-    def _words(self, parts: Parts, rows: int) -> np.ndarray:
+    def _words(self, parts: Parts, rows: int) -> Array:
         fields = native.unpack_words(parts["weight"].view(np.uint8).view(np.uint32), 6)
-        elements: np.ndarray = _E4M3_OF[self.element][fields]
+        elements: Array = _E4M3_OF[self.element][fields]
         return elements.view(np.uint32)

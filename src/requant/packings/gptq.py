@@ -1,4 +1,4 @@
-"""How GPTQ tools lay out a layer: a bit stream down the inputs, or planes of bits.
+"""Layouts of GPTQ tools: a bit stream down the inputs, or planes of bits.
 
 Value: ``w = (code - zero) * scale``, scale and zero those of the input's group. Layouts:
 AutoGPTQ/AutoGPTQ auto_gptq/nn_modules/qlinear, ModelCloud/GPTQModel
@@ -16,6 +16,7 @@ import numpy as np
 from requant.kernels import quantize as native
 from requant.kernels import repack
 from requant.packings.base import (
+    Array,
     IntegerPacking,
     Parts,
     Rect,
@@ -27,20 +28,12 @@ from requant.packings.base import (
 from requant.quantization.config import Quantization
 
 # Widths of the planes of a block of 32 codes, lowest bits first.
-PLANES = {
-    2: (2,),
-    3: (2, 1),
-    4: (4,),
-    5: (4, 1),
-    6: (4, 2),
-    7: (4, 2, 1),
-    8: (8,),
-}
+PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
 _MLX_STREAM = (2, 3, 4, 5, 6, 8)
 
 
 class Zeros(StrEnum):
-    """How a stored zero field becomes the zero."""
+    """The step from a stored zero field to the zero."""
 
     AS_STORED = "zero"  # gptq_v2, gptq_p, auto_round
     PLUS_ONE = "zero - 1"  # v1: the field plus one, modulo 2^bits
@@ -53,7 +46,7 @@ class Gptq(IntegerPacking):
 
     Attributes:
         planar: Whether blocks of 32 codes are stored plane by plane.
-        stored_zeros: What the fields of ``qzeros`` mean.
+        stored_zeros: The meaning of the fields of ``qzeros``.
         has_zeros: Whether there is a ``qzeros``.
         act_order: Whether inputs belong to groups in the order of ``g_idx``.
         sorted: Whether the codes are moved into the order of their groups: the layer's
@@ -92,7 +85,7 @@ class Gptq(IntegerPacking):
             cuts["g_idx"] = Rect((0, 1), (0, self.columns))
         return cuts
 
-    def words(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
+    def words(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         """A stream of MLX's own width is only transposed."""
         if self.planar and not self.act_order:
             source = parts["qweight"].view(np.uint32)
@@ -105,7 +98,7 @@ class Gptq(IntegerPacking):
         else:
             out[:] = np.ascontiguousarray(parts["qweight"].T).view(np.uint32)
 
-    def codes(self, parts: Parts, start: int, stop: int, scratch: Scratch) -> np.ndarray:
+    def codes(self, parts: Parts, start: int, stop: int, scratch: Scratch) -> Array:
         """Codes ``(rows, columns)``; in act-order in the order of the groups."""
         qweight = parts["qweight"]
         if qweight.itemsize == 4:
@@ -114,17 +107,15 @@ class Gptq(IntegerPacking):
         else:
             words = np.ascontiguousarray(qweight.T)
         codes = (plane_codes if self.planar else stream_codes)(words, self.bits, self.columns)
-        return (
-            np.take(codes, group_order(parts["g_idx"], self.groups), axis=1)
-            if self.act_order
-            else codes
-        )
+        if not self.act_order:
+            return codes
+        return np.take(codes, group_order(parts["g_idx"], self.groups), axis=1)
 
-    def scales(self, parts: Parts, start: int, stop: int) -> np.ndarray:
+    def scales(self, parts: Parts, start: int, stop: int) -> Array:
         """Stored as ``[groups, out]``."""
         return parts["scales"].T
 
-    def zeros(self, parts: Parts, start: int, stop: int) -> np.ndarray | float:
+    def zeros(self, parts: Parts, start: int, stop: int) -> Array | float:
         """Unpacked along the outputs."""
         if not self.has_zeros:
             return super().zeros(parts, start, stop)
@@ -133,9 +124,7 @@ class Gptq(IntegerPacking):
             check_symmetric(zeros, self.bits)
         return zeros.T.astype(np.float32)
 
-    def decode(
-        self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch
-    ) -> None:
+    def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         """``(code - zero) * scale`` in float32, rounded once."""
         if not self.act_order or self.sorted:
             super().decode(parts, start, stop, out, scratch)
@@ -145,7 +134,7 @@ class Gptq(IntegerPacking):
         out[:, group_order(parts["g_idx"], self.groups)] = in_order
 
 
-def stored_zeros(qzeros: np.ndarray, bits: int, count: int, packing: Gptq) -> np.ndarray:
+def stored_zeros(qzeros: Array, bits: int, count: int, packing: Gptq) -> Array:
     """The zeros ``(groups, count)``, whatever the file stores for them."""
     if packing.stored_zeros is Zeros.WORD_PLUS_ONE:
         ones = np.uint32(sum(1 << shift for shift in range(0, 32, bits)))
@@ -156,7 +145,7 @@ def stored_zeros(qzeros: np.ndarray, bits: int, count: int, packing: Gptq) -> np
     return fields
 
 
-def group_order(g_idx: np.ndarray, groups: int) -> np.ndarray:
+def group_order(g_idx: Array, groups: int) -> Array:
     """The inputs sorted by group, those of one group in their own order.
 
     A negative group counts from the end, as GPTQModel reads it.
@@ -164,7 +153,7 @@ def group_order(g_idx: np.ndarray, groups: int) -> np.ndarray:
     return np.argsort(g_idx.reshape(-1).astype(np.int64) % groups, kind="stable")
 
 
-def plane_codes(words: np.ndarray, bits: int, count: int) -> np.ndarray:
+def plane_codes(words: Array, bits: int, count: int) -> Array:
     """Unpack rows of planar words (GPTQModel's ``gptq_p``) into ``count`` codes a row.
 
     A block of 32 codes is ``bits`` words, low plane first; a plane of width w holds code

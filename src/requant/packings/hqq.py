@@ -1,4 +1,4 @@
-"""How HQQ lays out a layer: groups are rows, or columns, of a reshaped weight.
+"""Layouts of HQQ: groups are rows, or columns, of a reshaped weight.
 
 Value: ``w = (code - zero) * scale``; zeros are floats. The weight is seen as a matrix, the
 *view*: along axis 1 ``weight.reshape(-1, group)``, a scale a row; along axis 0
@@ -21,6 +21,7 @@ from requant.kernels.repack import HQQ, RowBlocks
 from requant.packings.base import (
     DTYPE_NAME,
     PRECISION,
+    Array,
     Exactness,
     Fidelity,
     IntegerPacking,
@@ -29,6 +30,7 @@ from requant.packings.base import (
     Rect,
     Scratch,
     is_narrower,
+    rounded,
 )
 from requant.packings.row_blocks import NEXT, block_codes, block_cuts
 from requant.quantization.config import Quantization
@@ -37,11 +39,11 @@ W_Q: Final = "W_q"
 
 
 def element(packing: str) -> np.dtype:
-    """What ``W_q`` is made of."""
+    """The dtype of the elements of ``W_q``."""
     return np.dtype(np.uint32 if packing == "3bit_32" else np.uint8)
 
 
-def _check_codes(codes: np.ndarray, bits: int) -> None:
+def _check_codes(codes: Array, bits: int) -> None:
     """Hold codes that have a byte each against their width."""
     if bits < 8 and codes.size and int(codes.max()) >> bits:
         raise InvariantError(
@@ -90,7 +92,7 @@ class HqqRows(IntegerPacking):
         )
         return {**packed, "scale": each, "zero": each}
 
-    def _view(self, parts: Parts, start: int, stop: int, scratch: Scratch) -> np.ndarray:
+    def _view(self, parts: Parts, start: int, stop: int, scratch: Scratch) -> Array:
         """Codes of whole groups, uint8 ``(view rows, group)``."""
         first, last = self._groups_of(start, stop)
         dtype = element(self.packing)
@@ -101,21 +103,19 @@ class HqqRows(IntegerPacking):
             _check_codes(codes, self.bits)
         return codes
 
-    def codes(self, parts: Parts, start: int, stop: int, scratch: Scratch) -> np.ndarray:
+    def codes(self, parts: Parts, start: int, stop: int, scratch: Scratch) -> Array:
         view = self._view(parts, start, stop, scratch).reshape(-1)
         skipped = start * self.columns % self.group
         count = (stop - start) * self.columns
         return view[skipped : skipped + count].reshape(stop - start, self.columns)
 
-    def scales(self, parts: Parts, start: int, stop: int) -> np.ndarray:
+    def scales(self, parts: Parts, start: int, stop: int) -> Array:
         return parts["scale"].reshape(stop - start, -1)
 
-    def zeros(self, parts: Parts, start: int, stop: int) -> np.ndarray | float:
+    def zeros(self, parts: Parts, start: int, stop: int) -> Array | float:
         return parts["zero"].reshape(stop - start, -1).astype(np.float32)
 
-    def decode(
-        self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch
-    ) -> None:
+    def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         """``(code - zero) * scale`` in float32, rounded once."""
         codes = self._view(parts, start, stop, scratch)
         scales, zeros = (
@@ -138,8 +138,7 @@ class HqqRows(IntegerPacking):
             f"zero of {middle}"
         )
         if is_narrower(dtype, self.scale_dtype):
-            what = f"scales rounded to {DTYPE_NAME[dtype]}, relative error at most {relative:.2g}"
-            return Fidelity(Exactness.ROUNDED, f"{what}; then {steps}")
+            return rounded("scales", dtype, f"; then {steps}")
         wanted = PRECISION.get(self.scale_dtype, 53) + PRECISION.get(self.zero_dtype, 53)
         if wanted <= PRECISION[dtype]:
             return Fidelity(Exactness.EXACT)
@@ -191,7 +190,10 @@ class HqqColumns(Packing):
         return self._width // self.columns or self.rows
 
     def _segments(self, start: int, stop: int) -> list[tuple[int, int, int]]:
-        """Row and columns of the view, for each run of values in one row of it."""
+        """Row and columns of the view, for each run of values in one row of it.
+
+        Row 1 of 6 inputs in a view of 4 columns, values 6 to 12: ``[(1, 2, 4), (2, 0, 4)]``.
+        """
         found, at, end = [], start * self.columns, stop * self.columns
         while at < end:
             row, left = divmod(at, self._width)
@@ -213,20 +215,11 @@ class HqqColumns(Packing):
         # Neighbours from two rows: the end of the first lies right of the second.
         alone = len(segments) == 1 or (len(segments) == 2 and segments[1][2] <= segments[0][1])
         for number, (row, left, right) in enumerate(segments):
+            packed = row % block
             if alone:
-                packed = row % block
-                yield _Piece(
-                    ending=NEXT * number,
-                    row=row,
-                    left=left,
-                    right=right,
-                    rows=(packed, packed + 1),
-                    columns=(left, right),
-                )
+                yield _Piece(NEXT * number, row, left, right, (packed, packed + 1), (left, right))
             else:
-                yield _Piece(
-                    ending="", row=row, left=left, right=right, rows=(0, block), columns=(0, width)
-                )
+                yield _Piece("", row, left, right, (0, block), (0, width))
 
     def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
         found = {}
@@ -236,7 +229,7 @@ class HqqColumns(Packing):
                 found[f"{role}{piece.ending}"] = Rect((0, 1), piece.columns)
         return found
 
-    def _codes(self, cut: np.ndarray, piece: _Piece) -> np.ndarray:
+    def _codes(self, cut: Array, piece: _Piece) -> Array:
         """The codes of a segment, uint8 ``(1, n)``."""
         dtype, blocks = element(self.packing), HQQ[self.packing]
         block = blocks.block(self.group)
@@ -251,9 +244,7 @@ class HqqColumns(Packing):
             _check_codes(codes, self.bits)
         return codes.reshape(1, -1)
 
-    def decode(
-        self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch
-    ) -> None:
+    def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         """``(code - zero) * scale`` in float32, rounded once."""
         values, at = out.reshape(1, -1), 0
         for piece in self._pieces(start, stop):

@@ -1,4 +1,4 @@
-"""How AMD Quark lays out integer and older MX layers. Layout: quark/torch/export.
+"""Layouts of AMD Quark for integers and older MX layers (quark/torch/export).
 
 ``w = (code - zero) * scale``. Int codes are two's complement; here half of their range is added
 to code and zero, so that none is negative. Eight codes of 4 bits are a word, in order or in
@@ -7,7 +7,6 @@ AWQ's order (``pack_method: reorder``).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,11 +15,13 @@ import numpy as np
 from requant.kernels import quantize as native
 from requant.kernels import repack
 from requant.packings.base import (
+    Array,
     IntegerPacking,
     Packing,
     Parts,
     Rect,
     Scratch,
+    Triple,
     check_symmetric,
     stream_codes,
 )
@@ -30,7 +31,7 @@ from requant.quantization.config import Quantization
 
 @dataclass(frozen=True)
 class _QuarkInteger(IntegerPacking):
-    """What both orientations have in common.
+    """The fields that both orientations have in common.
 
     Attributes:
         signed: Whether codes and zeros are two's complement.
@@ -44,10 +45,10 @@ class _QuarkInteger(IntegerPacking):
 
     @property
     def _half(self) -> np.uint8:
-        """What is added to a signed code; adding it is flipping the highest bit."""
+        """The number that is added to a signed code; adding it flips the highest bit."""
         return np.uint8(1 << (self.bits - 1) if self.signed else 0)
 
-    def _zeros(self, codes: np.ndarray) -> np.ndarray:
+    def _zeros(self, codes: Array) -> Array:
         if self.symmetric:
             check_symmetric(codes, self.bits)
         return codes.astype(np.float32)
@@ -73,7 +74,7 @@ class QuarkColumns(_QuarkInteger):
             cuts["weight_zero_point"] = Rect((0, self.groups), words)
         return cuts
 
-    def _transposed(self, stored: np.ndarray, out: np.ndarray) -> None:
+    def _transposed(self, stored: Array, out: Array) -> None:
         """Fill ``out``, uint8, with the codes of rows of outputs."""
         if self.bits == 8:
             repack.transpose_into(stored.view(np.uint8), out)
@@ -83,22 +84,22 @@ class QuarkColumns(_QuarkInteger):
             stored.view(np.uint32), 4, out, interleaved=self.reordered, signed=self.signed
         )
 
-    def words(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
+    def words(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         if self.bits == 8:
             self._transposed(parts["weight"], out.view(np.uint8))
             return
         packed = parts["weight"].view(np.uint32)
         repack.stream_columns_into(packed, 4, out, interleaved=self.reordered, signed=self.signed)
 
-    def codes(self, parts: Parts, start: int, stop: int, scratch: Scratch) -> np.ndarray:
+    def codes(self, parts: Parts, start: int, stop: int, scratch: Scratch) -> Array:
         codes = scratch.take("codes", "U8", stop - start, self.columns)
         self._transposed(parts["weight"], codes)
         return codes
 
-    def scales(self, parts: Parts, start: int, stop: int) -> np.ndarray:
+    def scales(self, parts: Parts, start: int, stop: int) -> Array:
         return parts["weight_scale"].T
 
-    def zeros(self, parts: Parts, start: int, stop: int) -> np.ndarray | float:
+    def zeros(self, parts: Parts, start: int, stop: int) -> Array | float:
         if not self.has_zeros:
             return super().zeros(parts, start, stop)
         codes = np.empty((stop - start, self.groups), np.uint8)
@@ -122,7 +123,7 @@ class QuarkRows(_QuarkInteger):
         cuts = {"weight": Rect((start, stop), (0, width)), "weight_scale": each}
         return cuts | ({"weight_zero_point": each} if self.has_zeros else {})
 
-    def words(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
+    def words(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         stored = parts["weight"].view(np.uint32)
         if self.reordered and self.bits == 4:
             repack.deinterleave_into(stored, out)
@@ -130,7 +131,7 @@ class QuarkRows(_QuarkInteger):
             out[:] = stored
         out ^= np.uint32(int(self._half) * (0x01010101 if self.bits == 8 else 0x11111111))
 
-    def codes(self, parts: Parts, start: int, stop: int, scratch: Scratch) -> np.ndarray:
+    def codes(self, parts: Parts, start: int, stop: int, scratch: Scratch) -> Array:
         if self.bits == 8:
             return parts["weight"].view(np.uint8) ^ self._half
         words = parts["weight"].view(np.uint32)
@@ -140,13 +141,13 @@ class QuarkRows(_QuarkInteger):
             words = in_order
         return stream_codes(words, 4, self.columns) ^ self._half
 
-    def _each_row(self, array: np.ndarray, start: int, stop: int) -> np.ndarray:
+    def _each_row(self, array: Array, start: int, stop: int) -> Array:
         return np.broadcast_to(array.reshape(-1, 1), (stop - start, 1))
 
-    def scales(self, parts: Parts, start: int, stop: int) -> np.ndarray:
+    def scales(self, parts: Parts, start: int, stop: int) -> Array:
         return self._each_row(parts["weight_scale"], start, stop)
 
-    def zeros(self, parts: Parts, start: int, stop: int) -> np.ndarray | float:
+    def zeros(self, parts: Parts, start: int, stop: int) -> Array | float:
         if not self.has_zeros:
             return super().zeros(parts, start, stop)
         codes = parts["weight_zero_point"].astype(np.int32) + int(self._half)
@@ -168,15 +169,11 @@ class QuarkMx(Packing):
     def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
         return {"weight": Rect((start, stop), (0, self.columns // 32 * 17))}
 
-    def repack(
-        self, parts: Parts, start: int, stop: int, out: Mapping[str, np.ndarray], scratch: Scratch
-    ) -> None:
+    def repack(self, parts: Parts, start: int, stop: int, out: Triple, scratch: Scratch) -> None:
         repack.mx_blocks_into(parts["weight"].view(np.uint8), out["weight"], out["scales"])
         check_exponents(out["scales"])
 
-    def decode(
-        self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch
-    ) -> None:
+    def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         rows, groups = stop - start, self.columns // 32
         words = np.empty((rows, groups * 4), np.uint32)
         scales = np.empty((rows, groups), np.uint8)

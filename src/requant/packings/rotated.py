@@ -24,9 +24,10 @@ from requant.core.dtypes import FLOATS, TensorInfo
 from requant.errors import Problem
 from requant.kernels import quantize as native
 from requant.packings.awq import AwqGemm
-from requant.packings.base import Packing, Parts, Rect, Scratch
+from requant.packings.base import Array, Packing, Parts, Rect, Scratch, Triple
 from requant.quantization.config import Quantization
 
+Tensors = Mapping[str, SourceTensor]
 ROLES = ("theta", "pairs", "channel_scales")
 # One rotation for all experts of a layer: before gate and up, and before down.
 _EXPERT = re.compile(r"(?P<experts>.+\.experts)\.\d+\.(?P<projection>gate|up|down)_proj")
@@ -50,7 +51,7 @@ def is_shared_rotation(name: str) -> bool:
 def read_rotation(
     checkpoint: Checkpoint,
     path: str,
-    tensors: Mapping[str, SourceTensor],
+    tensors: Tensors,
     n_in: int,
     group: int,
     problems: list[Problem],
@@ -72,11 +73,11 @@ def read_rotation(
     if group % 2 or n_in % group:
         problems.append(Problem(path, f"{n_in} inputs are not made of groups of {group}"))
     if len(problems) == before:
-        _check_turns(checkpoint, tensors, krot, group, problems)
+        _check_rounds(checkpoint, tensors, krot, group, problems)
     return krot if len(problems) == before else None
 
 
-def _rounds(tensors: Mapping[str, SourceTensor]) -> int:
+def _rounds(tensors: Tensors) -> int:
     """The first axis of ``theta``, or of ``pairs`` where that is missing; 0 where none tells."""
     for role in ("theta", "pairs"):
         if role in tensors:
@@ -86,11 +87,7 @@ def _rounds(tensors: Mapping[str, SourceTensor]) -> int:
 
 
 def _check_shapes(
-    path: str,
-    tensors: Mapping[str, SourceTensor],
-    krot: int,
-    n_in: int,
-    problems: list[Problem],
+    path: str, tensors: Tensors, krot: int, n_in: int, problems: list[Problem]
 ) -> None:
     """Hold what there is of a rotation against its ``krot`` rounds of ``n_in`` inputs."""
     expected = {
@@ -112,27 +109,20 @@ def _check_shapes(
             problems.append(Problem(found.name, f"{found.info}, expected {wanted}"))
 
 
-def _check_turns(
-    checkpoint: Checkpoint,
-    tensors: Mapping[str, SourceTensor],
-    krot: int,
-    group: int,
-    problems: list[Problem],
+def _check_rounds(
+    checkpoint: Checkpoint, tensors: Tensors, krot: int, group: int, problems: list[Problem]
 ) -> None:
     """Every round pairs off the inputs of each group once, or rotates none of them."""
     names = {role: tensor.name for role, tensor in tensors.items()}
     pairs = checkpoint.read_small_tensor(names["pairs"]).astype(np.int64).reshape(krot, -1, group)
-    theta = (
-        checkpoint.read_small_tensor(names["theta"])
-        .astype(np.float32)
-        .reshape(krot, -1, group // 2)
-    )
+    theta = checkpoint.read_small_tensor(names["theta"]).astype(np.float32)
+    theta = theta.reshape(krot, -1, group // 2)
     whole = np.sort(pairs, axis=-1) == np.arange(group)
     # A round that rotates nothing may name any pairs, if only they exist.
     no_op = (theta == 0).all(-1) & (pairs >= 0).all(-1) & (pairs < group).all(-1)
     wrong = np.argwhere(~whole.all(-1) & ~no_op)
     if wrong.size:
-        turn, number = (int(n) for n in wrong[0])
+        turn, number = wrong[0].tolist()
         message = (
             f"round {turn} does not pair off the inputs of group {number}: each of 0 to "
             f"{group - 1} is due once; correct group_size if it is not {group}, else take the "
@@ -145,11 +135,11 @@ def _check_turns(
 
 
 def rotation_entry(group: int, krot: int) -> dict[str, Any]:
-    """What an output's config says of its rotated layers, under "rotation"."""
+    """The entry "rotation" of the config of an output with rotated layers."""
     return {"method": "paroquant", "group_size": group, "krot": krot}
 
 
-def inverse_rotate(rows: np.ndarray, parts: Parts, group: int) -> None:
+def inverse_rotate(rows: Array, parts: Parts, group: int) -> None:
     """Bring rows of a weight, float32 ``(n, in)``, back to the plain inputs, in place."""
     krot, half = parts["theta"].shape
     starts = np.arange(0, 2 * half, group)[:, None]
@@ -187,11 +177,9 @@ class RotatedGemm(AwqGemm):
         """The codes, and the whole rotation."""
         return super().required_rects(start, stop) | _rotation_cuts(self.krot, self.columns)
 
-    def decode(
-        self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch
-    ) -> None:
+    def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         """The plain weight, in float32 and rounded once."""
-        wide = scratch.take("turned", "F32", stop - start, 4 * self.columns)
+        wide = scratch.take("rotated", "F32", stop - start, 4 * self.columns)
         super().decode(parts, start, stop, wide, scratch)
         inverse_rotate(wide, parts, self.group)
         out[:] = wide
@@ -237,18 +225,14 @@ class RotatedTriple(Packing):
             "biases": Rect((start, stop), (0, groups)),
         } | _rotation_cuts(self.krot, self.columns)
 
-    def repack(
-        self, parts: Parts, start: int, stop: int, out: Mapping[str, np.ndarray], scratch: Scratch
-    ) -> None:
+    def repack(self, parts: Parts, start: int, stop: int, out: Triple, scratch: Scratch) -> None:
         """The rows as they are."""
         for role, rows in out.items():
             rows[:] = parts[role]
 
-    def decode(
-        self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch
-    ) -> None:
+    def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         """The plain weight, in float32 and rounded once."""
-        wide = scratch.take("turned", "F32", stop - start, 4 * self.columns)
+        wide = scratch.take("rotated", "F32", stop - start, 4 * self.columns)
         codes = self.encoding
         triple = (parts["weight"], parts["scales"], parts["biases"])
         native.dequantize_into(*triple, codes.group_size, codes.bits, codes.mode.value, wide)

@@ -6,10 +6,8 @@ next: then it is cut twice out of the same tensor, under two roles.
 
 from __future__ import annotations
 
-import numpy as np
-
 from requant.kernels.repack import RowBlocks, row_blocks_into
-from requant.packings.base import Parts, Rect
+from requant.packings.base import Array, Parts, Rect
 
 NEXT = "_next"
 """Ends the role under which a tensor is cut a second time."""
@@ -18,15 +16,12 @@ NEXT = "_next"
 def block_cuts(
     role: str, blocks: RowBlocks, rows: int, start: int, stop: int, width: int
 ) -> dict[str, Rect]:
-    """The packed rows that rows ``start`` to ``stop`` need.
+    """The rectangles of a packed tensor ``role`` that rows ``start`` to ``stop`` need.
 
-    Args:
-        role: Of the packed tensor.
-        blocks: Where rows lie.
-        rows: Rows of the matrix.
-        start: First row.
-        stop: Row behind the last.
-        width: Columns of the packed tensor.
+    ``rows`` is the height of the whole matrix, ``width`` the length of a packed row.
+
+    Example: 10 rows in two blocks lie in 5 packed rows. Rows 3 to 7 are the end of the first block,
+    packed rows 3 to 5 under ``role``, and the start of the second, 0 to 2 under ``role_next``.
     """
     block = blocks.block(rows)
     first, inner = divmod(start, block)
@@ -34,15 +29,12 @@ def block_cuts(
     if first == last:
         return {role: Rect((inner, end), (0, width))}
     if last == first + 1 and end <= inner:
-        return {
-            role: Rect((inner, block), (0, width)),
-            f"{role}{NEXT}": Rect((0, end), (0, width)),
-        }
+        return {role: Rect((inner, block), (0, width)), f"{role}{NEXT}": Rect((0, end), (0, width))}
     return {role: Rect((0, block), (0, width))}
 
 
 def block_codes(
-    role: str, blocks: RowBlocks, rows: int, start: int, parts: Parts, out: np.ndarray
+    role: str, blocks: RowBlocks, rows: int, start: int, parts: Parts, out: Array
 ) -> None:
     """Fill ``out``, uint8 ``(rows wanted, columns)``, from what ``block_cuts`` asked for."""
     cuts = block_cuts(

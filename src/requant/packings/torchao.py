@@ -1,28 +1,28 @@
-"""How torchao lays out a layer: signed bytes, nibbles with zeros in weight units, swizzled scales.
+"""Layouts of torchao: signed bytes, nibbles with zeros in weight units, swizzled scales.
 
 Layout: pytorch/ao torchao/prototype/safetensors and torchao/quantization/quantize_/workflows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final
+from typing import ClassVar, Final
 
 import numpy as np
 
 from requant.packings.base import (
-    DTYPE_NAME,
-    PRECISION,
-    Exactness,
+    Array,
     Fidelity,
     IntegerPacking,
     Packing,
     Parts,
     Rect,
     Scratch,
+    Triple,
+    WrappedPacking,
     check_symmetric,
     is_narrower,
+    rounded,
 )
 from requant.packings.compressed_tensors import CtPlain
 
@@ -34,9 +34,9 @@ _TILE_ROWS: Final = 32  # that a tile takes as stored, 16 bytes each
 class TorchaoInteger(CtPlain):
     """Int8Tensor and IntxUnpackedToInt8Tensor: signed bytes, zeros as signed bytes."""
 
-    def zeros(self, parts: Parts, start: int, stop: int) -> np.ndarray | float:
+    def zeros(self, parts: Parts, start: int, stop: int) -> Array | float:
         zeros = super().zeros(parts, start, stop)
-        if self.symmetric and isinstance(zeros, np.ndarray):
+        if self.symmetric and isinstance(zeros, Array):
             check_symmetric(zeros, self.bits)
         return zeros
 
@@ -57,25 +57,23 @@ class TorchaoInt4(IntegerPacking):
             "zero_point": each
         }
 
-    def words(self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch) -> None:
+    def words(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         np.bitwise_xor(parts["qdata"].view(np.uint32), np.uint32(0x88888888), out=out)
 
-    def codes(self, parts: Parts, start: int, stop: int, scratch: Scratch) -> np.ndarray:
+    def codes(self, parts: Parts, start: int, stop: int, scratch: Scratch) -> Array:
         packed = parts["qdata"].view(np.uint8)
         pairs = np.stack([packed & 15, packed >> 4], axis=-1)
         return pairs.reshape(stop - start, self.columns) ^ np.uint8(8)
 
-    def scales(self, parts: Parts, start: int, stop: int) -> np.ndarray:
+    def scales(self, parts: Parts, start: int, stop: int) -> Array:
         return parts["scale"].T
 
-    def biases(self, parts: Parts, start: int, stop: int, scales: np.ndarray) -> np.ndarray:
+    def biases(self, parts: Parts, start: int, stop: int, scales: Array) -> Array:
         """The value of the code that MLX calls 0: ``zero_point - 8 * scale``, float32."""
         offsets = parts["zero_point"].T.astype(np.float32)
         return np.asarray(offsets - np.float32(8) * scales.astype(np.float32), np.float32)
 
-    def decode(
-        self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch
-    ) -> None:
+    def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         """``code * scale + zero_point`` in float32, rounded once more."""
         codes = self.codes(parts, start, stop, scratch).astype(np.float32) - np.float32(8)
         scales, offsets = (
@@ -86,13 +84,12 @@ class TorchaoInt4(IntegerPacking):
             out[:] = codes * scales + offsets
 
     def fidelity(self, dtype: str) -> Fidelity:
-        relative = f"relative error at most {2.0 ** -PRECISION[dtype]:.2g}"
         what = "scales and biases" if is_narrower(dtype, self.scale_dtype) else "biases"
-        return Fidelity(Exactness.ROUNDED, f"{what} rounded to {DTYPE_NAME[dtype]}, {relative}")
+        return rounded(what, dtype)
 
 
 @dataclass(frozen=True)
-class Swizzled(Packing):
+class Swizzled(WrappedPacking):
     """Another packing whose scales are stored in tiles of 128 rows and 4 groups.
 
     The scale of row ``r`` and group ``c`` is in tile ``(r // 128, c // 4)``, tiles row by row,
@@ -127,25 +124,14 @@ class Swizzled(Packing):
         """The parts with scales row by row."""
         stored = parts["scale"]
         tiles = stored.view(np.uint8).reshape(-1, self._tiles_across, _TILE_ROWS, 4, 4)
-        rows = np.ascontiguousarray(tiles.transpose(0, 3, 2, 1, 4)).reshape(
-            -1, self._tiles_across * _TILE[1]
-        )
+        rows = np.ascontiguousarray(tiles.transpose(0, 3, 2, 1, 4))
+        rows = rows.reshape(-1, self._tiles_across * _TILE[1])
         first = start // _TILE[0] * _TILE[0]
         wanted = np.ascontiguousarray(rows[start - first : stop - first, : self.groups])
         return {**parts, "scale": wanted.view(stored.dtype)}
 
-    def repack(
-        self, parts: Parts, start: int, stop: int, out: Mapping[str, np.ndarray], scratch: Scratch
-    ) -> None:
+    def repack(self, parts: Parts, start: int, stop: int, out: Triple, scratch: Scratch) -> None:
         self.layer.repack(self._in_rows(parts, start, stop), start, stop, out, scratch)
 
-    def decode(
-        self, parts: Parts, start: int, stop: int, out: np.ndarray, scratch: Scratch
-    ) -> None:
+    def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         self.layer.decode(self._in_rows(parts, start, stop), start, stop, out, scratch)
-
-    def fidelity(self, dtype: str) -> Fidelity:
-        return self.layer.fidelity(dtype)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**super().to_dict(), "layer": self.layer.to_dict()}
