@@ -76,12 +76,9 @@ def takes_options(name: str) -> Callable[[F], F]:
         own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
         options = [
             inspect.Parameter(
-                entry.name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=entry.default,
-                annotation=entry.annotation,
+                x.name, inspect.Parameter.KEYWORD_ONLY, default=x.default, annotation=x.annotation
             )
-            for entry in keywords_of(name).values()
+            for x in keywords_of(name).values()
         ]
         signature = signature.replace(parameters=[*own, *options])
         function.__signature__ = signature  # type: ignore[attr-defined]
@@ -138,8 +135,8 @@ def _keyword_lines() -> Iterator[str]:
     for functions, entries in groups.items():
         yield from ("", "", f"class {_group_name(functions)}(TypedDict, total=False):")
         yield f'    """Options of {_and(functions)}."""'
+        yield ""
         for entry in entries:
-            yield ""
             yield f"    {entry.name}: {entry.annotation}"
             yield from _docstring(entry.doc)
     for function in COMMAND_OF:
