@@ -69,7 +69,7 @@ class _OfConvertPlanLoad(TypedDict, total=False):
     and ``only`` win, ``group_size`` holds for all other layers.
     """
     max_memory: int | None
-    """Most bytes to hold in memory, mapped pages aside."""
+    """Most bytes to hold in memory."""
     threads: int | None
     """Worker threads; every processor by default."""
     progress: Callable[[Progress], None] | None

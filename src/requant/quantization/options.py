@@ -1,12 +1,12 @@
-"""What the user asks for: the table of options, checked before anything is read.
+"""The table of options.
 
-``ConvertOptions`` say what becomes of a source, and are recorded in the output; ``RunOptions``
-say how a run goes about it. One field is one option: its documentation, its spelling on the
-command line, the way it is read, checked, recorded and printed are the field's metadata.
-To add an option, add a field; then run ``scripts/generate-keywords``.
+``ConvertOptions`` determine the output and are recorded in it; ``RunOptions`` control how the
+conversion runs. Each field is one option. Its documentation, its spelling on the command line, and
+how it is read, checked, recorded and printed are metadata of the field. To add an option, add a
+field; then run ``scripts/generate-keywords``.
 """
 
-# ruff: noqa: RUF009  # option() makes a field
+# ruff: noqa: RUF009  # option() returns a dataclass field
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from requant.text import join_first
 
 DTYPES = types.DTYPES
 
-# -- what is printed for options that depend on others ---------------------------------------
+# -- command-line words of options that depend on others -------------------------------------
 
 
 def _quantization_words(options: ConvertOptions) -> list[str]:
-    """A Quantization that was given as such, in the options that say the same."""
+    """A Quantization that was given as an object, as --mode, --bits and --group-size."""
     quantization, recipe = options.quantization, options.recipe
     given = (options.bits, options.group_size, options.mode) != (None, None, None)
     if quantization is None or given or options.budget is not None:
@@ -43,10 +43,7 @@ def _quantization_words(options: ConvertOptions) -> list[str]:
 
 
 def _recipe_words(options: ConvertOptions) -> list[str]:
-    """The recipe; one of the user's own is written as ``NAME.toml``: its file is not at hand.
-
-    What a budget chose is chosen again by the budget.
-    """
+    """The recipe, unless a budget chose it and will choose it again."""
     if options.recipe is None or options.budget is not None:
         return []
     return ["--recipe", *types.RECIPE.to_words(options.recipe)]
@@ -61,7 +58,7 @@ def _nonfinite_words(options: ConvertOptions) -> list[str]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConvertOptions:
-    """What to do with a source. ``options_of(ConvertOptions)`` is the table of its fields."""
+    """Options that determine the output; ``options_of(ConvertOptions)`` is their table."""
 
     quantization: Quantization | None = option(
         types.QUANTIZATION,
@@ -76,13 +73,9 @@ class ConvertOptions:
         help="Bits per weight; affine: 1 to 6, 8.",
     )
     group_size: int | None = option(
-        types.INTEGER,
-        doc="Inputs that share a scale; affine: 32, 64 or 128.",
+        types.INTEGER, doc="Inputs that share a scale; affine: 32, 64 or 128."
     )
-    mode: str | None = option(
-        types.MODE,
-        doc="Quantization mode: affine, mxfp4, mxfp8 or nvfp4.",
-    )
+    mode: str | None = option(types.MODE, doc="Quantization mode: affine, mxfp4, mxfp8 or nvfp4.")
     dequantize: bool = option(
         types.FLAG, doc="Write every layer dense.", flags=("--dequantize", "-d")
     )
@@ -214,7 +207,7 @@ class ConvertOptions:
 
     @property
     def own_groups(self) -> bool:
-        """Whether layers whose codes stay keep their own group size: none was asked for."""
+        """Whether layers whose codes are kept also keep their group size: no other is given."""
         target = (self.bits, self.mode) != (None, None)
         return target and self.group_size is None and self.recipe is None
 
@@ -222,11 +215,11 @@ class ConvertOptions:
     def from_arguments(
         cls, quantization: Quantization | None = None, **arguments: Any
     ) -> ConvertOptions:
-        """Check and assemble keyword arguments; the command line gives the same.
+        """Make options from keyword arguments of Python or of the command line.
 
         Args:
             quantization: As the field.
-            **arguments: The other fields, as signatures show them: paths, names of recipes and
+            **arguments: The other fields, as in signatures: paths, names of recipes and
                 ``REGEX=SPEC`` are read here.
 
         Raises:
@@ -258,10 +251,10 @@ class ConvertOptions:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ConvertOptions:
-        """Read what ``to_dict`` gave.
+        """Read the result of ``to_dict``.
 
         Raises:
-            ParseError: It is not that.
+            ParseError: ``data`` is not such a result, or one of another version.
         """
         table = options_of(ConvertOptions)
         try:
@@ -280,7 +273,7 @@ class ConvertOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunOptions:
-    """How a conversion is run; nothing of it changes the bytes of the output."""
+    """Options of a run, which do not change the bytes of the output."""
 
     save_recipe: str | None = option(
         types.PATH,
@@ -290,7 +283,7 @@ class RunOptions:
     )
     max_memory: int | None = option(
         types.SIZE,
-        doc="Most bytes to hold in memory, mapped pages aside.",
+        doc="Most bytes to hold in memory.",
         help="Memory limit: 500MB, 2GB (thousands), 1GiB, 1G (1024s), or bytes.",
     )
     threads: int | None = option(
@@ -345,8 +338,7 @@ class RunOptions:
         commands=("convert",),
     )
     progress: Callable[..., None] | None = option(
-        types.CALLBACK,
-        doc="Called about ten times a second with a ``Progress``.",
+        types.CALLBACK, doc="Called about ten times a second with a ``Progress``."
     )
     chunk_bytes: int | None = option(
         types.SIZE,
@@ -355,9 +347,7 @@ class RunOptions:
         commands=(),
     )
     revision: str | None = option(
-        types.TEXT,
-        doc="Of a repository on the hub: branch, tag or commit.",
-        metavar="REV",
+        types.TEXT, doc="Of a repository on the hub: branch, tag or commit.", metavar="REV"
     )
 
     def __post_init__(self) -> None:
@@ -371,24 +361,21 @@ class RunOptions:
 
     @classmethod
     def from_arguments(cls, **arguments: Any) -> RunOptions:
-        """Check and assemble keyword arguments; the command line gives the same."""
+        """Make options from keyword arguments of Python or of the command line."""
         table = options_of(RunOptions)
         return cls(**{name: _parsed(table[name], value) for name, value in arguments.items()})
 
     def check_save_recipe(self, options: ConvertOptions) -> None:
-        """Check the file for a recipe before anything is measured.
+        """Check the file name of ``save_recipe`` before anything is measured.
 
         Raises:
-            UsageError: There is no budget, the file's name is not a recipe's, or it is there
-                already.
+            UsageError: There is no budget, the name does not end in .toml, or the file exists.
         """
         if self.save_recipe is None:
             return
         path = Path(self.save_recipe)
         if options.budget is None:
-            raise UsageError(
-                "--save-recipe keeps what --budget chooses; give --budget 4 or the like"
-            )
+            raise UsageError("--save-recipe writes what --budget chooses: add --budget, as in 4.5")
         if path.suffix != ".toml":
             raise UsageError(f"--save-recipe {path}: --recipe reads names that end in .toml")
         if path.exists():
@@ -398,17 +385,17 @@ class RunOptions:
 
 
 def _parsed(entry: Option, argument: Any) -> Any:
-    """The field's value of an argument, checked by itself."""
+    """The field's value for an argument, checked without regard to other options."""
     value = argument if argument is None else entry.type.parse(argument)
     entry.check(value)
     return value
 
 
 def _target(values: Mapping[str, Any]) -> Quantization | None:
-    """The quantization that ``bits``, ``group_size``, ``mode`` and ``recipe`` come to.
+    """The quantization that follows from ``bits``, ``group_size``, ``mode`` and ``recipe``.
 
     Raises:
-        UsageError: It is said twice, or the recipe is for another mode.
+        UsageError: Two options set it, or the recipe is for another mode.
         OutOfRangeError: MLX has no such bits or group size in the mode.
         UnknownValueError: Unknown mode.
     """
@@ -434,15 +421,15 @@ def _target(values: Mapping[str, Any]) -> Quantization | None:
 
 
 def _recipe_default(recipe: Recipe) -> Quantization | None:
-    """What a recipe gives to layers that it does not name."""
+    """The target of layers that a recipe does not name."""
     return Quantization.affine(64, 4) if recipe.is_mixed else recipe.default
 
 
 def _check_gptq(options: ConvertOptions) -> None:
-    """GPTQ takes Hessians and gives affine codes.
+    """Check that there are Hessians for GPTQ and that the mode is affine.
 
     Raises:
-        UsageError: There are none, or other codes are asked for.
+        UsageError: There are none, or it is not.
     """
     if options.statistics is None:
         raise UsageError(
@@ -457,12 +444,12 @@ def _check_gptq(options: ConvertOptions) -> None:
 
 
 def _check_budget_is_exclusive(arguments: Mapping[str, Any]) -> None:
-    """A budget chooses bits itself.
+    """Check that no other option than the budget chooses bits.
 
-    Checked on the arguments: once chosen, the options hold the budget and its recipe.
+    The arguments are checked: later the options have both the budget and the recipe it chose.
 
     Raises:
-        UsageError: Something else is to choose them too.
+        UsageError: Another option chooses bits too.
     """
     if arguments.get("budget") is None:
         return
