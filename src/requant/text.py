@@ -83,7 +83,7 @@ def format_percent(share: float | None) -> str:
 
 
 def os_error_text(error: OSError) -> str:
-    """``No such file or directory``: the message of an OSError without its number and path."""
+    """``Permission denied``: the message of an OSError without its number and path."""
     return error.strerror or str(error)
 
 

@@ -202,7 +202,7 @@ def calibrate(
 
     with handle_errors():
         with counting_display(quiet) as progress:
-            found = block_run.calibrate(
+            calibration = block_run.calibrate(
                 model,
                 output,
                 text,
@@ -215,9 +215,9 @@ def calibrate(
                 on_note=lambda note: print_stderr(f"warning: {note}"),
             )
         if json:
-            print_json(found.to_dict())
+            print_json(calibration.to_dict())
         elif not quiet:
-            tables.show_calibration(found)
+            tables.show_calibration(calibration)
 
 
 def _print_plan(

@@ -43,12 +43,12 @@ def inspect(source: Source, *, options: TableOptions, json: Json = False) -> Non
     from requant.cli import tables
 
     with handle_errors():
-        found = inspection.inspect(source, **options)
+        result = inspection.inspect(source, **options)
         if json:
-            print_json(found.to_dict())
+            print_json(result.to_dict())
         else:
-            tables.show_inspection(found)
-    if found.problems:
+            tables.show_inspection(result)
+    if result.problems:
         raise typer.Exit(EXIT_FAULT)
 
 
@@ -81,13 +81,13 @@ def verify(
             raise UsageError(
                 "give the OUTPUT to check, or SOURCE and OUTPUT: requant verify --help"
             )
-        found = verification.verify(folder, output, **options, progress=progress)
+        result = verification.verify(folder, output, **options, progress=progress)
     with handle_errors():
         if json:
-            print_json(found.to_dict())
-        elif not quiet or found.problems:
-            tables.show_verification(found)
-    if found.problems:
+            print_json(result.to_dict())
+        elif not quiet or result.problems:
+            tables.show_verification(result)
+    if result.problems:
         raise typer.Exit(EXIT_FAULT)
 
 
@@ -120,13 +120,13 @@ def compare(
 
     with handle_errors():
         with counting_display(quiet) as progress:
-            found = comparison.compare(
+            result = comparison.compare(
                 a, b, text=text, tokens=tokens, window=window, **options, progress=progress
             )
         if json:
-            print_json(found.to_dict())
+            print_json(result.to_dict())
         elif not quiet:
-            tables.show_comparison(found)
+            tables.show_comparison(result)
 
 
 def report(output: Written, html: Html = None, json: Json = False) -> None:
@@ -177,10 +177,10 @@ def recipes(
     from requant.cli import tables
 
     with handle_errors():
-        found = [load_recipe(x) for x in (recipe_names() if name is None else [name])]
+        chosen = [load_recipe(x) for x in (recipe_names() if name is None else [name])]
         if json:
-            print_json({"recipes": [recipe.to_dict() for recipe in found]})
+            print_json({"recipes": [recipe.to_dict() for recipe in chosen]})
         elif name is not None:
-            print(recipe_text(found[0]), end="")
+            print(recipe_text(chosen[0]), end="")
         else:
-            tables.show_recipes(found)
+            tables.show_recipes(chosen)

@@ -138,7 +138,7 @@ def _plain_lines() -> _Show:
         if elapsed_s < due_s:
             return
         due_s = elapsed_s + min(max(elapsed_s / 10, _LEAST_INTERVAL_S), _MOST_INTERVAL_S)
-        # An unwritable log is no reason to stop.
+        # Continue if the log cannot be written.
         with suppress(OSError):
             print(f"{100 * done // max(of, 1):3}%  {describe()}", file=sys.stderr, flush=True)
 

@@ -128,10 +128,10 @@ def patterns(flag: str) -> ValueType:
     """Regular expressions on layer paths."""
 
     def checked(texts: Iterable[str]) -> tuple[str, ...]:
-        found = (texts,) if isinstance(texts, str) else tuple(texts)
-        for pattern in found:
+        patterns = (texts,) if isinstance(texts, str) else tuple(texts)
+        for pattern in patterns:
             check_regex(pattern, flag)
-        return found
+        return patterns
 
     return ValueType(
         annotation="Sequence[str]",

@@ -170,8 +170,8 @@ class Figures:
     @property
     def measured(self) -> list[LayerSummary]:
         """Layers with a measured error, worst first."""
-        found = [layer for layer in self.layers if layer.relative_rms is not None]
-        return sorted(found, key=lambda layer: -(layer.relative_rms or 0.0))
+        measured = [layer for layer in self.layers if layer.relative_rms is not None]
+        return sorted(measured, key=lambda layer: -(layer.relative_rms or 0.0))
 
     def command(self, source: str = "", output: str = "OUTPUT") -> str:
         """The command that makes this output again.

@@ -35,18 +35,16 @@ def group_layers(layers: Iterable[LayerPlan]) -> list[LayerGroup]:
     for layer in layers:
         alike[layer.treatment, layer.source, layer.target, layer.exactness].append(layer)
     groups = [
-        LayerGroup(
-            *key, len(found), sum(prod(x.shape) for x in found), sum(x.nbytes for x in found)
-        )
-        for key, found in alike.items()
+        LayerGroup(*key, len(xs), sum(prod(x.shape) for x in xs), sum(x.nbytes for x in xs))
+        for key, xs in alike.items()
     ]
     return sorted(groups, key=lambda group: -group.nbytes)
 
 
 def quantizable_but_dense(layers: Iterable[LayerPlan]) -> list[LayerPlan]:
     """Layers that could have been quantized by their rank but stay dense, largest first."""
-    found = [x for x in layers if x.treatment is Treatment.DENSE and x.reason and len(x.shape) > 1]
-    return sorted(found, key=lambda layer: -layer.nbytes)
+    dense = [x for x in layers if x.treatment is Treatment.DENSE and x.reason and len(x.shape) > 1]
+    return sorted(dense, key=lambda layer: -layer.nbytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +64,10 @@ def layer_errors(plan: Plan, outcome: RunResult) -> dict[str, LayerError]:
     """The measured error of each layer that was re-encoded."""
     errors = {}
     for layer in plan.layers:
-        found = outcome.findings.get(layer.layer)
-        if found is not None and layer.exactness == Exactness.REENCODED:
-            rms = sqrt(found.squared_error / found.squared_values) if found.squared_values else 0
-            errors[layer.layer] = LayerError(rms, found.max_error_steps)
+        stats = outcome.findings.get(layer.layer)
+        if stats is not None and layer.exactness == Exactness.REENCODED:
+            rms = sqrt(stats.squared_error / stats.squared_values) if stats.squared_values else 0
+            errors[layer.layer] = LayerError(rms, stats.max_error_steps)
     return errors
 
 
@@ -107,10 +105,10 @@ class Report:
         """Make the report of a plan and the result of its run."""
         counts = {}
         for layer in plan.layers:
-            found = outcome.findings.get(layer.layer)
-            if found is None:
+            stats = outcome.findings.get(layer.layer)
+            if stats is None:
                 continue
-            counted = {key: getattr(found, key) for key in _COUNTS if getattr(found, key)}
+            counted = {key: getattr(stats, key) for key in _COUNTS if getattr(stats, key)}
             if counted:
                 counts[layer.layer] = counted
         errors = layer_errors(plan, outcome)
