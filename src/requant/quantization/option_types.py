@@ -128,10 +128,10 @@ def patterns(flag: str) -> ValueType:
     """Regular expressions on layer paths."""
 
     def checked(texts: Iterable[str]) -> tuple[str, ...]:
-        patterns = (texts,) if isinstance(texts, str) else tuple(texts)
-        for pattern in patterns:
+        regexes = (texts,) if isinstance(texts, str) else tuple(texts)
+        for pattern in regexes:
             check_regex(pattern, flag)
-        return patterns
+        return regexes
 
     return ValueType(
         annotation="Sequence[str]",
