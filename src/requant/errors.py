@@ -1,8 +1,8 @@
 """Every error that requant raises on purpose, and ``Problem`` for lists of findings.
 
 RequantError
-├── ParseError               a JSON text or block does not say what it must
-├── MissingKeyError          a tensor that must be there is not
+├── ParseError               a JSON text or block is invalid
+├── MissingKeyError          a required tensor is missing
 ├── KeyCollisionError        a tensor has the name that another needs
 ├── RankMismatchError        wrong number of axes
 ├── ShapeMismatchError       two shapes that must agree do not
@@ -10,12 +10,12 @@ RequantError
 ├── UnsupportedDtypeError    a dtype that the operation does not take
 ├── OutOfRangeError          a number outside its legal values
 ├── DivisibilityError        a number that must divide another does not
-├── UnknownValueError        a word outside a known set
-├── InvariantError           a rule between parts of the input is broken
+├── UnknownValueError        a word that is not one of the valid ones
+├── InvariantError           parts of the input contradict each other
 ├── BackendError             the array library's own quantize or dequantize failed
-├── CheckpointError          everything wrong with a source, in one list
-├── HubError                 the model hub did not give, or take, what it was asked to
-├── OutputError              the output cannot be written (or must not be)
+├── CheckpointError          every problem of a source, in one list
+├── HubError                 a request to the model hub failed
+├── OutputError              the output cannot be written, or exists
 └── UsageError               options that contradict each other
 
 Every error has ``.layer``: the layer path or tensor name it is about, or None.
@@ -28,6 +28,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from requant.text import join_or, pluralize
+
+MAX_PROBLEMS = 1000  # collected in one file or folder; the search ends there
+MAX_PROBLEMS_SHOWN = 200  # lines in the text of one error
+MAX_PROBLEM_CHARS = 4000  # of one such line
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +62,11 @@ class RequantError(Exception):
 
 
 class ParseError(RequantError, ValueError):
-    """A JSON text, or one block of it, does not say what it must."""
+    """A JSON text, or one block of it, is invalid."""
 
 
 class MissingKeyError(RequantError, LookupError):
-    """A tensor that must be in the weight map is not."""
+    """A required tensor is missing from the weight map."""
 
     def __init__(self, message: str, key: str, *, layer: str | None = None) -> None:
         super().__init__(f"{message} (missing: {key})", layer=layer)
@@ -70,7 +74,7 @@ class MissingKeyError(RequantError, LookupError):
 
 
 class KeyCollisionError(RequantError, ValueError):
-    """A tensor has a name that another must have."""
+    """A tensor has the name that another one needs."""
 
     def __init__(self, message: str, key: str, *, layer: str | None = None) -> None:
         super().__init__(f"{message} (in the way: {key})", layer=layer)
@@ -143,7 +147,7 @@ class DivisibilityError(RequantError, ValueError):
 
 
 class UnknownValueError(RequantError, ValueError):
-    """A word outside the set of known ones."""
+    """A word that is not one of the valid ones."""
 
     def __init__(
         self, message: str, value: str, supported: Sequence[str], *, layer: str | None = None
@@ -154,7 +158,7 @@ class UnknownValueError(RequantError, ValueError):
 
 
 class InvariantError(RequantError, ValueError):
-    """A rule between parts of the input is broken."""
+    """Parts of the input contradict each other."""
 
 
 class BackendError(RequantError, RuntimeError):
@@ -162,7 +166,7 @@ class BackendError(RequantError, RuntimeError):
 
 
 class CheckpointError(RequantError, ValueError):
-    """Everything that is wrong with a source, in one list.
+    """Every problem of a source, in one list.
 
     Raised before tensor data is read or a file is written.
     """
@@ -179,9 +183,9 @@ class CheckpointError(RequantError, ValueError):
 
 @contextmanager
 def error_action(action: str) -> Iterator[None]:
-    """Say of a faulty source that it cannot be ``action``, where nobody wants to convert it.
+    """Word a CheckpointError as "cannot be ``action``" instead of "cannot be converted".
 
-    What an error says of its own stays: a file of another kind, say, that "cannot be read".
+    An error that has another action already, such as "cannot be read", is not changed.
     """
     try:
         yield
@@ -196,20 +200,10 @@ class OutputError(RequantError, OSError):
 
 
 class HubError(RequantError, OSError):
-    """The model hub did not give, or take, what it was asked to; ``temporary`` may pass."""
+    """A request to the model hub failed; if ``temporary``, a retry may succeed."""
 
     temporary = False
 
 
 class UsageError(RequantError, ValueError):
     """Options that contradict each other or name nothing."""
-
-
-# -- messages --------------------------------------------------------------------------
-MAX_PROBLEMS = 1000  # collected in one file or folder; what follows is not looked for
-
-
-MAX_PROBLEM_CHARS = 4000  # of one line
-
-
-MAX_PROBLEMS_SHOWN = 200  # lines of one error's text

@@ -243,7 +243,7 @@ def test_the_record_of_a_large_model_is_read(output: Path) -> None:
     (output / "requant.json").write_bytes(encode_json(record))
     found = requant.verify(output).problems
     assert found
-    assert all("is missing; requant.json knows it" in problem.message for problem in found)
+    assert all("is missing, but requant.json lists it" in problem.message for problem in found)
 
 
 def test_a_converted_output_has_a_record_of_its_own(output: Path, tmp_path: Path) -> None:

@@ -50,11 +50,11 @@ def micro(tmp_path: Path) -> Path:
 
 # What is typed after ``convert SOURCE OUTPUT`` -> words of the message, what is typed then.
 OPTIONS: dict[str, tuple[str, str, str]] = {
-    "yes": ("--yes", "answers the question of --consume-source: add it", "--yes --consume-source"),
+    "yes": ("--yes", "confirms --consume-source: add that", "--yes --consume-source"),
     "consume": ("--consume-source", "--yes says that this is meant", "--consume-source --yes"),
     "save-recipe": (
         "--save-recipe new.toml",
-        "give --budget 4 or the like",
+        "add --budget, as in 4.5",
         "--save-recipe new.toml --budget 4.5",
     ),
     "a recipe's name": (

@@ -7,8 +7,8 @@ from typing import cast
 
 import pytest
 
-from requant.cli import tables
-from requant.cli import text_format as words
+from requant import text as words
+from requant.cli import plan_tables
 from requant.errors import UsageError
 from requant.quantization.size_budget import parse_size, size_text
 from requant.reports.report import Report
@@ -85,7 +85,7 @@ def test_warnings_name_the_worst_layers() -> None:
     counts = {f"layer.{n}": {"flushed_groups": n} for n in range(1, 6)}
     counts["cast"] = {"overflowed": 1}
     report = cast(Report, SimpleNamespace(findings=counts))
-    assert tables.warnings(report) == [
+    assert plan_tables.warnings(report) == [
         "1 value became infinite: too large for the dtype asked for (in cast)",
         "15 groups became zero: too small for the scales of the mode "
         "(in layer.5, layer.4, layer.3 and 2 more)",

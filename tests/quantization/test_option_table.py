@@ -23,8 +23,7 @@ PACKAGE = Path(requant.__file__).parent
 MICRO = PACKAGE.parents[1] / "examples" / "micro-llama"
 
 FIELD = """    sparkle: str = option(
-        "none",
-        type=choice("none", "some", "much"),
+        types.choice("none", "some", "much", default="none"),
         doc="How much the output sparkles in Python.",
         help="How much the output sparkles.",
         metavar="AMOUNT",

@@ -12,7 +12,7 @@ import pytest
 import requant
 from requant.cli import run
 from requant.output.record import record_hash
-from requant.reports.record_summary import percent
+from requant.text import format_percent
 
 MICRO = Path(__file__).parents[2] / "examples" / "micro-llama"
 
@@ -40,8 +40,8 @@ def test_figures_are_the_report_s(converted: tuple[Path, requant.Report]) -> Non
         assert layers[name].max_steps == float(f"{error.max_steps:.4g}")
     assert layers["model.layers.0.self_attn.v_proj"].relative_rms is None
     # A figure with more digits than a record's is shown as the record's is.
-    assert percent(0.0863514) == percent(float(f"{0.0863514:.4g}"))
-    assert (percent(0.5), percent(None)) == ("50.0 %", "")
+    assert format_percent(0.0863514) == format_percent(float(f"{0.0863514:.4g}"))
+    assert (format_percent(0.5), format_percent(None)) == ("50.0 %", "")
 
 
 def test_kinds_and_bits(converted: tuple[Path, requant.Report]) -> None:

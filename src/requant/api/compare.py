@@ -1,12 +1,12 @@
-"""``compare``: two forms of one model held against each other, layer by layer and on a text.
+"""``compare``: measure how two forms of one model differ, layer by layer and on a text.
 
-Each layer of either is decoded by the same stages as ``convert --dequantize``, one at a
-time; nothing is written.
+Each layer is decoded by the same stages as in ``convert --dequantize``, one at a time. Nothing is
+written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import prod, sqrt
 from pathlib import Path
@@ -34,23 +34,23 @@ from requant.quantization.options import ConvertOptions
 from requant.sources.hub_repository import find_repository
 from requant.sources.open import read_checkpoint
 
-_BLOCK = 1 << 18  # values that are summed at a time
+_BLOCK = 1 << 18  # values that are converted to float64 and summed at a time
 
 
 @dataclass(frozen=True, slots=True)
 class LayerComparison:
-    """One tensor of both models, as numbers.
+    """The difference of one tensor in two models.
 
     Attributes:
-        name: The tensor, under the layout that both have.
+        name: The tensor's name in the common layout.
         shape: Its shape.
-        a: How A stores it.
+        a: How A stores it, such as "affine 4-bit group 64".
         b: How B stores it.
         relative_rms: Root of the summed squared differences over A's summed squares; None where
             A is zero and B is not.
-        max_error: Largest difference.
-        cosine: Of the angle between both; 1 for two zeros, None for one.
-        nonfinite: Places where either is NaN or infinite; they count in none of the above.
+        max_error: Largest absolute difference.
+        cosine: Cosine similarity; 1 if both are zero, None if one is.
+        nonfinite: Number of values that are NaN or infinite in either; the others leave them out.
     """
 
     name: str
@@ -65,18 +65,18 @@ class LayerComparison:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Two models held against each other.
+    """The differences of two models.
 
     Attributes:
-        a: The model that B is measured by.
-        b: The other.
-        layout: Of the names: "mlx-lm", or "keep" for those of the files.
+        a: The reference model.
+        b: The other model.
+        layout: Layout of the names: "mlx-lm", or "keep" for the names in the files.
         layers: Tensors that both have, in A's order.
-        only_a: Names that B lacks.
-        only_b: Names that A lacks.
-        bits_per_weight_a: Of A's tensors, as ``report`` counts them: without the files' headers.
-        bits_per_weight_b: Of B's.
-        evaluation: Both on the text; None without one.
+        only_a: Names of tensors that only A has.
+        only_b: Names of tensors that only B has.
+        bits_per_weight_a: Bits per weight of A, without file headers, as in ``report``.
+        bits_per_weight_b: Bits per weight of B.
+        evaluation: Losses of both on the text; None without one.
     """
 
     a: str
@@ -110,50 +110,47 @@ def compare(
     Memory holds the largest tensor of each in float32; with ``text``, both models.
 
     Args:
-        a: The model that the other is measured by: the dense original, as a rule.
-        b: The other.
-        text: A text or ``.jsonl`` file, for what both make of it; needs mlx-lm.
+        a: The reference model, usually the dense original.
+        b: The other model.
+        text: A text or ``.jsonl`` file on which both are evaluated; needs mlx-lm.
         tokens: Most tokens of it to read.
-        window: Tokens that are read in one go; each window starts without context.
+        window: Tokens per window; each window starts without context.
         threads: Worker threads; every processor by default.
-        progress: Called with what is being done, how many are done and how many there are.
+        progress: Called with the name at hand, how many are done and how many there are.
 
     Returns:
-        Of every tensor that both have: relative RMS error of ``b``, largest difference and cosine;
-        with ``text`` the losses in nats per token and the divergence, with standard errors.
+        For each tensor of both models the relative RMS error of ``b``, the largest difference and
+        the cosine; with ``text`` the losses in nats per token and the divergence, with standard
+        errors.
 
     Raises:
-        CheckpointError: What is wrong with either, or every tensor whose shapes differ.
-        UsageError: The two share no name, or the text is too short.
-        ParseError: The text is not what its name says.
-        OSError: There is no such text.
+        CheckpointError: Every problem of either source, or every tensor whose shapes differ.
+        UsageError: The models have no tensor name in common, or the text is too short.
+        ParseError: The text is not valid UTF-8 or JSON.
+        OSError: The text cannot be read.
 
     Example:
-        >>> found = compare("Llama-3.2-1B", "Llama-3.2-1B-4bit")  # doctest: +SKIP
-        >>> max(found.layers, key=lambda layer: layer.relative_rms or 0)  # doctest: +SKIP
+        >>> comparison = compare("Llama-3.2-1B", "Llama-3.2-1B-4bit")  # doctest: +SKIP
+        >>> max(comparison.layers, key=lambda layer: layer.relative_rms or 0)  # doctest: +SKIP
     """
     if text is not None:
-        Path(text).open("rb").close()  # before the long work
+        Path(text).open("rb").close()  # fail before the long work
     planned = _plans(a, b)
     plans = [x.plan for x in planned]
-    places = [_places(plan) for plan in plans]
-    common = [name for name in places[0] if name in places[1]]
+    tensors_a, tensors_b = (_tensor_sources(plan) for plan in plans)
+    common = [name for name in tensors_a if name in tensors_b]
     if not common:
         raise UsageError(f"{a} and {b} share no name of a tensor: not two forms of one model")
-    _check_shapes(str(b), common, *places)
-    stored = [_stored_as(plan) for plan in plans]
+    _check_shapes(str(b), common, tensors_a, tensors_b)
+    stored_as = [{x.layer: x.source for x in plan.layers} for plan in plans]
     layers = []
     for number, name in enumerate(common):
         if progress is not None:
             progress(name, number, len(common))
-        sides = [
-            (
-                stored[n].get(places[n][name].layer, ""),
-                _values(planned[n], places[n][name], threads),
-            )
-            for n in (0, 1)
-        ]
-        layers.append(_compare_tensor(name, places[0][name].tensor.info.shape, *sides))
+        pair = (tensors_a[name], tensors_b[name])
+        stored = [known.get(x.layer, "") for known, x in zip(stored_as, pair, strict=True)]
+        values = [_values(p, x, threads) for p, x in zip(planned, pair, strict=True)]
+        layers.append(_compare_tensor(name, pair[0].tensor.info.shape, stored, values))
     evaluation = None
     if text is not None:
         evaluation = _evaluated(
@@ -164,8 +161,8 @@ def compare(
         b=str(b),
         layout=plans[0].layout,
         layers=tuple(layers),
-        only_a=tuple(name for name in places[0] if name not in places[1]),
-        only_b=tuple(name for name in places[1] if name not in places[0]),
+        only_a=tuple(name for name in tensors_a if name not in tensors_b),
+        only_b=tuple(name for name in tensors_b if name not in tensors_a),
         bits_per_weight_a=plans[0].bits_per_weight_in,
         bits_per_weight_b=plans[1].bits_per_weight_in,
         evaluation=evaluation,
@@ -173,7 +170,7 @@ def compare(
 
 
 def _plans(a: Source, b: Source) -> list[Planned]:
-    """Both models dense in float32, under names of one layout."""
+    """Plan both models dense in float32, with names of the same layout."""
     for source in (a, b):
         if find_repository(source, None) is not None:
             raise UsageError(f"compare reads folders and GGUF files; download {source} first")
@@ -188,20 +185,20 @@ def _plans(a: Source, b: Source) -> list[Planned]:
 
 @dataclass(frozen=True, slots=True)
 class _TensorSource:
-    """A tensor of the plan's output, and the steps that make it."""
+    """An output tensor of a plan, and the steps that compute it."""
 
     layer: str
     tensor: OutputTensor
     steps: tuple[Step, ...]
 
 
-def _places(plan: Plan) -> dict[str, _TensorSource]:
-    found: dict[str, _TensorSource] = {}
+def _tensor_sources(plan: Plan) -> dict[str, _TensorSource]:
+    sources: dict[str, _TensorSource] = {}
     for step in plan.steps:
         for out in step.outputs.values():
-            before = found[out.name].steps if out.name in found else ()
-            found[out.name] = _TensorSource(step.layer, out, (*before, step))
-    return found
+            before = sources[out.name].steps if out.name in sources else ()
+            sources[out.name] = _TensorSource(step.layer, out, (*before, step))
+    return sources
 
 
 def _check_shapes(
@@ -218,12 +215,8 @@ def _check_shapes(
         raise CheckpointError(source, problems)
 
 
-def _stored_as(plan: Plan) -> dict[str, str]:
-    return {layer.layer: layer.source for layer in plan.layers}
-
-
 class _TensorSink:
-    """Takes the place of the output folder, for the bytes of one tensor."""
+    """A sink that keeps the bytes of one tensor."""
 
     progress_log = None
 
@@ -231,52 +224,49 @@ class _TensorSink:
         self.tensor, self.data = tensor, bytearray(tensor.info.nbytes)
 
     def write(self, file: str, offset: int, data: memoryview) -> None:
-        """Put ``data`` where it belongs, if it is the tensor's."""
+        """Store ``data`` if it belongs to the tensor."""
         start = offset - self.tensor.offset
         if file == self.tensor.file and 0 <= start < len(self.data):
             self.data[start : start + data.nbytes] = data
 
 
-def _values(planned: Planned, place: _TensorSource, threads: int | None) -> np.ndarray:
-    """A tensor's values, flat, in the dtype that the plan gives it."""
-    part = subplan(planned.plan, place.steps)
-    sink = _TensorSink(place.tensor)
+def _values(planned: Planned, source: _TensorSource, threads: int | None) -> np.ndarray:
+    """Compute a tensor's values: a flat array in the dtype of the plan."""
+    part = subplan(planned.plan, source.steps)
+    sink = _TensorSink(source.tensor)
     run_plan(part, planned.source, sink, plan_resources(part, threads))
-    return np.frombuffer(sink.data, NUMPY_DTYPE[place.tensor.info.dtype])
+    return np.frombuffer(sink.data, NUMPY_DTYPE[source.tensor.info.dtype])
 
 
 def _compare_tensor(
-    name: str,
-    shape: tuple[int, ...],
-    side_a: tuple[str, np.ndarray],
-    side_b: tuple[str, np.ndarray],
+    name: str, shape: tuple[int, ...], stored: Sequence[str], values: Sequence[np.ndarray]
 ) -> LayerComparison:
-    """Sums in float64, block by block in the order of the values."""
-    (stored_a, a), (stored_b, b) = side_a, side_b
-    difference = squares_a = squares_b = product = most = 0.0
+    """Compare the values of A and B, summed in float64 and block by block."""
+    a, b = values
+    difference = squares_a = squares_b = product = largest = 0.0
     nonfinite = 0
     for start in range(0, a.size, _BLOCK):
         x = a[start : start + _BLOCK].astype(np.float64)
         y = b[start : start + _BLOCK].astype(np.float64)
-        sound = np.isfinite(x) & np.isfinite(y)
-        if not sound.all():
-            nonfinite += int(x.size - sound.sum())
-            x, y = np.where(sound, x, 0.0), np.where(sound, y, 0.0)
+        finite = np.isfinite(x) & np.isfinite(y)
+        if not finite.all():
+            nonfinite += int(x.size - finite.sum())
+            x, y = np.where(finite, x, 0.0), np.where(finite, y, 0.0)
         d = y - x
         difference += float(d @ d)
         squares_a += float(x @ x)
         squares_b += float(y @ y)
         product += float(x @ y)
-        most = max(most, float(np.abs(d).max()))
+        largest = max(largest, float(np.abs(d).max()))
     same = difference == 0.0
     norm = sqrt(squares_a) * sqrt(squares_b)
     return LayerComparison(
         name=name,
         shape=shape,
-        a=stored_a,
-        b=stored_b,
+        a=stored[0],
+        b=stored[1],
         relative_rms=sqrt(difference / squares_a) if squares_a else (0.0 if same else None),
-        max_error=most,
+        max_error=largest,
         cosine=1.0 if same else min(1.0, max(-1.0, product / norm)) if norm else None,
         nonfinite=nonfinite,
     )
@@ -294,5 +284,5 @@ def _evaluated(
     model_a, tokenizer = load_as_stored(a, threads=threads)
     ids = read_tokens(text, tokenizer, tokens, window)
     model_b, _ = load_as_stored(b, threads=threads)
-    reported = None if progress is None else lambda done, of: progress("window of text", done, of)
-    return evaluate(model_a, model_b, ids, reported)
+    count = None if progress is None else lambda done, of: progress("window of text", done, of)
+    return evaluate(model_a, model_b, ids, count)

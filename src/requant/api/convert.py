@@ -1,7 +1,7 @@
-"""``plan`` and ``convert``: start reading here.
+"""``plan`` and ``convert``: the order of the stages of a conversion.
 
-Arguments become options, a source is opened, planned, run and published; the steps themselves
-are elsewhere.
+Arguments become options; the source is opened, planned, converted and published. Each stage is in
+a package of its own.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from requant.quantization.recipe_files import to_toml
 from requant.reports.report import Report, errors_for_record
 from requant.sources.hub_repository import Repository, find_repository, open_source
 from requant.sources.open import as_checkpoint
+from requant.text import os_error_text
 
 if TYPE_CHECKING:
     from requant.execution.option_keywords import ConvertKeywords, PlanKeywords
@@ -47,14 +48,12 @@ if TYPE_CHECKING:
 
 @takes_options("plan")
 def plan(
-    source: Source,
-    quantization: Quantization | None = None,
-    **arguments: Unpack[PlanKeywords],
+    source: Source, quantization: Quantization | None = None, **arguments: Unpack[PlanKeywords]
 ) -> Plan:
-    """Lay out a conversion without doing it; only headers and JSON are read.
+    """Plan a conversion without running it; only headers and JSON are read.
 
-    The options are those of ``convert`` that do not concern the output folder. A ``budget`` is
-    the exception to what is read: the source is, and each layer's error is measured.
+    The options are those of ``convert`` that do not concern the output folder. With a ``budget``
+    the whole source is read, and the error of each layer measured.
 
     Args:
         source: As in ``convert``.
@@ -63,18 +62,18 @@ def plan(
             ``help`` and the reference list them.
 
     Returns:
-        Layers with what becomes of each, the tensors to read and to write with their places,
-        sizes in bytes and bits per weight; ``to_dict`` is what ``requant plan --json`` prints.
+        The target of each layer, the tensors to read and to write with files and offsets, sizes
+        in bytes and bits per weight; ``requant plan --json`` prints its ``to_dict``.
 
     Raises:
-        CheckpointError: Everything that is wrong with the source.
+        CheckpointError: Every problem of the source.
         HubError: A repository cannot be reached or denies access.
         UsageError: Options that contradict each other or match no layer.
-        OutOfRangeError, UnknownValueError: An option has a value that there is not.
+        OutOfRangeError, UnknownValueError: The value of an option is invalid.
 
     Example:
-        >>> made = plan("Llama-3.2-1B", bits=4, group_size=32)  # doctest: +SKIP
-        >>> made.bits_per_weight, made.bytes_out  # doctest: +SKIP
+        >>> found = plan("Llama-3.2-1B", bits=4, group_size=32)  # doctest: +SKIP
+        >>> found.bits_per_weight, found.bytes_out  # doctest: +SKIP
     """
     options, run = read_arguments("plan", quantization, arguments)
     run.check_save_recipe(options)
@@ -114,12 +113,12 @@ def convert(
             ``help`` and the reference list them.
 
     Returns:
-        What was done, layer by layer.
+        Treatment, sizes and errors of each layer.
 
     Raises:
-        CheckpointError: Everything that is wrong with the source; nothing was written.
+        CheckpointError: Every problem of the source; nothing was written.
         OutputError: The output exists, is being written by another process, or cannot be
-            written. What was done is kept for the next call; a note of the error says where.
+            written. Finished work is kept for the next call; a note of the error says where.
         UsageError: Options that contradict each other or match no layer.
 
     Example:
@@ -138,7 +137,7 @@ def convert(
     if options.budget is not None:
         options = _allocate_bits(opened, folder, options, run)
         write_recipe(run, options)
-    # A local source that is to be deleted is read and computed once before its first file goes.
+    # Before the first file of a local source is deleted, everything is computed once.
     stubs = header_stubs_dir(folder) if run.consume_source and remote is None else None
     if stubs is not None and not stubs.is_dir():
         stubs = None
@@ -153,7 +152,7 @@ def convert(
             if not attempt.problems:
                 sink.publish(errors_for_record(planned.plan, attempt.result))
                 break
-        # The folder was left unpublished and without an error: nothing of it is kept.
+        # Left without an error and unpublished, the folder has deleted its staging files.
         options = options_for_retry(planned.plan, attempt, options, run)
 
     if options.budget is not None:
@@ -173,7 +172,7 @@ def write_recipe(run: RunOptions, options: ConvertOptions) -> None:
         with open(run.save_recipe, "x", encoding="utf-8") as file:
             file.write(to_toml(options.recipe))
     except OSError as error:
-        raise OutputError(f"{run.save_recipe}: {error.strerror or error}") from error
+        raise OutputError(f"{run.save_recipe}: {os_error_text(error)}") from error
 
 
 def _check_consume_source(
@@ -183,10 +182,10 @@ def _check_consume_source(
     options: ConvertOptions,
     run: RunOptions,
 ) -> None:
-    """Check that a source may be deleted file by file, or that none of it was.
+    """Check that the source may be deleted, or that no stopped conversion deletes it.
 
     Raises:
-        UsageError: Nobody said that it may be deleted, or it cannot be.
+        UsageError: ``yes`` is missing, or the source cannot be deleted file by file.
         OutputError: A conversion that deletes its source was stopped, and this one does not.
     """
     if not run.consume_source:
@@ -214,7 +213,7 @@ def _check_consume_source(
 def _start_download(
     remote: Repository, output: Path, options: ConvertOptions, run: RunOptions
 ) -> Checkpoint:
-    """A source on the hub, to be downloaded now that its headers hold no problem."""
+    """Check the headers of a source on the hub and the output, and start the download."""
     area = downloads_dir(output) if run.consume_source else None
     checkpoint = as_checkpoint(remote.read_headers(options.config_from), options.config_from)
     plan, spent = make_plan(checkpoint, options), staged_bytes(output)
@@ -230,7 +229,7 @@ def _start_download(
 def _allocate_bits(
     opened: Path | Checkpoint, output: Path, options: ConvertOptions, run: RunOptions
 ) -> ConvertOptions:
-    """The options with the recipe that the budget comes to."""
+    """The options with the recipe chosen for the budget."""
     return allocate_bits(
         opened,
         options,
@@ -245,13 +244,13 @@ def _allocate_bits(
 
 
 def _dry_run(opened: Path | Checkpoint, options: ConvertOptions, run: RunOptions) -> ConvertOptions:
-    """Read and compute everything once, so that nothing is found after files are gone.
+    """Read and compute everything once, so that errors show before files are deleted.
 
     Returns:
-        The options, with the layers that are left as they are.
+        The options with the layers that stay dense because of non-finite values.
 
     Raises:
-        CheckpointError: A value forbids the conversion.
+        CheckpointError: There are non-finite values or overflows that are not allowed.
     """
     while True:
         planned = plan_with_source(as_checkpoint(opened, options.config_from), options)

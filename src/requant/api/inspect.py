@@ -1,4 +1,4 @@
-"""``inspect``: what a folder holds, without any options of a conversion."""
+"""``inspect``: list the layers, files and problems of a checkpoint."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from requant.sources.open import read_checkpoint
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """One layer or loose tensor as the source stores it."""
+    """A layer, or a tensor outside of layers, as the source stores it."""
 
     layer: str
     encoding: str
@@ -30,7 +30,7 @@ class Stored:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """What a checkpoint folder holds."""
+    """The content of a checkpoint."""
 
     source: str
     format: str
@@ -45,7 +45,7 @@ class Inspection:
 
     @property
     def parameters(self) -> int:
-        """Logical weights."""
+        """Number of logical weights."""
         return sum(prod(layer.shape) for layer in self.layers)
 
     @property
@@ -55,7 +55,7 @@ class Inspection:
 
     @property
     def encodings(self) -> dict[str, tuple[int, int, int]]:
-        """Encoding -> layers, parameters, bytes; largest first."""
+        """Encoding to numbers of layers, parameters and bytes; largest first."""
         layers, sizes, nbytes = Counter[str](), Counter[str](), Counter[str]()
         for layer in self.layers:
             layers[layer.encoding] += 1
@@ -87,10 +87,9 @@ class Inspection:
 def inspect(
     source: Source, config_from: Source | None = None, revision: str | None = None
 ) -> Inspection:
-    """Say what a folder holds; only headers and JSON are read.
+    """List the content of a checkpoint; only headers and JSON are read.
 
-    Problems of the format (a missing scale, a shape that disagrees) are listed in the
-    result.
+    Problems of the format (a missing scale, a wrong shape) are listed in the result.
 
     Args:
         source: Folder, GGUF file, or ``org/name`` on the hub, as ``convert`` takes it.
@@ -105,8 +104,8 @@ def inspect(
         HubError: A repository cannot be reached or denies access.
 
     Example:
-        >>> found = inspect("Llama-3-8B-AWQ")  # doctest: +SKIP
-        >>> found.nbytes, found.problems  # doctest: +SKIP
+        >>> inspection = inspect("Llama-3-8B-AWQ")  # doctest: +SKIP
+        >>> inspection.nbytes, inspection.problems  # doctest: +SKIP
     """
     remote = find_repository(source, revision)
     checkpoint = (

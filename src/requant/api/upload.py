@@ -1,4 +1,4 @@
-"""``requant upload``: an output of requant and its model card go to the hub."""
+"""``upload``: send an output of requant with a model card to the hub."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _ALTERED = f"uploaded, for it is not what its {RECORD} says; convert it again"
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """What is, or would be, uploaded.
+    """An upload, or the preview of one.
 
     Attributes:
         repository: ``org/name``.
         card: The model card, Markdown.
         files: Relative path -> bytes, the card included.
-        url: Of the commit; "" for a preview.
-        removed: Weight files of an earlier upload that the commit deletes, as the output has none
-            of that name and a loader would read both; empty for a preview, which asks nobody.
+        url: Address of the commit; "" for a preview.
+        removed: Weight files of an earlier upload that the commit deletes, because the output
+            lacks them and a loader would read them too; empty for a preview.
     """
 
     repository: str
@@ -61,27 +61,27 @@ def upload(
 ) -> Upload:
     """Upload a folder that ``convert`` wrote, with a model card, as one commit.
 
-    What is uploaded is what the record says: the folder is verified first. Hidden files stay.
+    The folder is compared with its record first. Hidden files are not uploaded.
 
-    Weight files that reached the hub before are not sent again, so the same call resumes where
-    one was stopped. Weight files of an earlier upload that the output has not are deleted in the
-    same commit: a loader would read them too.
+    Weight files that are on the hub already are not sent again, so the same call resumes a stopped
+    one. Weight files of an earlier upload that the output lacks are deleted in the same commit,
+    because a loader would read them too.
 
     Args:
         output: The folder; it is not changed.
         repository: ``org/name``; created if it does not exist.
-        base_model: Id of the source on the hub; None takes what the record knows.
-        private: Create the repository as a private one; one that is public is rejected.
-        preview: Only make the card and the list of files; the hub is not asked.
+        base_model: Id of the source on the hub; None takes that of the record.
+        private: Create a private repository; a public one is rejected.
+        preview: Make the card and the list of files without contacting the hub.
         show_progress: Let huggingface_hub draw its bars on standard error.
 
     Returns:
         The card, the files with their sizes in bytes and, unless previewed, the commit's address.
 
     Raises:
-        CheckpointError: The folder has no record of requant, or is not what it says.
+        CheckpointError: The folder has no record of requant, or differs from it.
         HubError: The hub cannot be reached or rejects the request.
-        UsageError: ``repository`` is not a ``org/name``.
+        UsageError: ``repository`` is not of the form ``org/name``.
     """
     check_name(repository)
     folder = Path(output)
@@ -103,18 +103,18 @@ def upload(
     api = huggingface_hub.HfApi()
     with hub_errors(repository, "main", sending=True), _bars(show_progress):
         api.create_repo(repository, private=private, exist_ok=True)
-        known = api.model_info(repository)
-        if private and known.private is False:
+        info = api.model_info(repository)
+        if private and info.private is False:
             raise HubError(
                 f"{repository}: is public already, and --private is for a new repository; nothing "
                 "was uploaded. Make it private in its settings, or leave out --private"
             )
-        there = [x.rfilename for x in known.siblings or ()]
+        there = [x.rfilename for x in info.siblings or ()]
         removed = tuple(name for name in there if _is_weights(name) and name not in paths)
         operations += [huggingface_hub.CommitOperationDelete(name) for name in removed]
         message = f"Converted by requant {figures.requant}"
-        made = api.create_commit(repository, operations, commit_message=message)
-    return Upload(repository, card, sizes, str(made.commit_url), removed)
+        commit = api.create_commit(repository, operations, commit_message=message)
+    return Upload(repository, card, sizes, str(commit.commit_url), removed)
 
 
 def _is_hidden(name: str) -> bool:
@@ -122,15 +122,15 @@ def _is_hidden(name: str) -> bool:
 
 
 def _is_weights(name: str) -> bool:
-    """Whether a file of a repository is one that a loader of MLX checkpoints takes for weights."""
+    """Return whether a loader of MLX checkpoints reads a file of a repository as weights."""
     return "/" not in name and name.endswith((".safetensors", ".safetensors.index.json"))
 
 
 def check_name(repository: str) -> None:
-    """Reject what is not a ``org/name``.
+    """Check the form of a repository's name.
 
     Raises:
-        UsageError: It is none.
+        UsageError: It is not ``org/name``.
     """
     organization, slash, name = repository.partition("/")
     if not (organization and slash and name) or "/" in name:
@@ -138,11 +138,11 @@ def check_name(repository: str) -> None:
 
 
 def check_ready(repository: str) -> None:
-    """Say before a long conversion why its upload could not even begin; the hub is not asked.
+    """Check before a long conversion that its upload can begin, without contacting the hub.
 
     Raises:
         HubError: huggingface_hub or a token is missing.
-        UsageError: ``repository`` is not a ``org/name``.
+        UsageError: ``repository`` is not of the form ``org/name``.
     """
     check_name(repository)
     huggingface_hub = _library()
@@ -162,10 +162,10 @@ def _library() -> Any:
 
 @contextmanager
 def _bars(shown: bool) -> Iterator[None]:
-    """huggingface_hub's bars, only where they are wanted."""
-    from huggingface_hub import utils as known
+    """Disable huggingface_hub's bars unless they are to be shown."""
+    from huggingface_hub import utils as hub_utils
 
-    utils: Any = known  # not all of its names are exported by the letter
+    utils: Any = hub_utils  # not all of its names are exported for type checkers
     if shown or utils.are_progress_bars_disabled():
         yield
         return

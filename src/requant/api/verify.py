@@ -1,7 +1,7 @@
-"""``verify``: is an output what its record says, and what its source gives?
+"""``verify``: compare an output with its record and with its source.
 
-Two questions: hashes and files against ``requant.json``, and, where the source is given, the
-whole conversion again into a sink that compares. It writes nothing.
+Files and tensors are compared with the hashes in ``requant.json``. If the source is given, the
+conversion is also repeated into a sink that compares. Nothing is written.
 """
 
 from __future__ import annotations
@@ -41,19 +41,19 @@ from requant.planning.planner import Planned, plan_with_source
 from requant.quantization.options import ConvertOptions
 from requant.sources.hub_repository import find_repository, open_source
 from requant.sources.open import as_checkpoint, read_checkpoint
-from requant.text import format_value
+from requant.text import format_value, join_first, os_error_text
 
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What a verification found.
+    """The result of a verification.
 
     Attributes:
         output: The folder that was checked.
-        source: What it was compared with; None where only its own record was.
-        tensors: Tensors that were compared.
+        source: The source it was compared with; None if only with its record.
+        tensors: Number of tensors that were compared.
         nbytes: Their bytes.
-        problems: Everything that differs, tensor by tensor.
+        problems: Every difference, tensor by tensor.
     """
 
     output: str
@@ -87,21 +87,21 @@ def verify(
     """Check an output of ``convert`` bit for bit.
 
     ``verify(source, output)`` repeats the conversion that ``requant.json`` records and compares
-    every byte. ``verify(output)`` holds tensors and files against the hashes recorded there, and
-    index, config and layers against each other.
+    every byte. ``verify(output)`` compares tensors and files with the hashes recorded there, and
+    checks that index, config and layers agree.
 
     Args:
-        folder: The source, or the output where that is all there is.
-        output: The output, if a source is given.
-        config_from: What the conversion of a GGUF source was given under this name.
-        statistics: The statistics file or imatrix that the conversion was given.
+        folder: The source, or the output if no source is given.
+        output: The output, if ``folder`` is the source.
+        config_from: As given to the conversion of a GGUF source.
+        statistics: The statistics file or imatrix, as given to the conversion.
         threads: Worker threads; every processor by default.
-        max_memory: Most bytes to hold in memory, where the conversion is repeated.
+        max_memory: Most bytes to hold in memory while the conversion is repeated.
         progress: Called after each tensor whose hash is compared, then about ten times a second
             while the conversion is repeated.
 
     Returns:
-        What differs; ``.ok`` if nothing does.
+        Every difference; ``.ok`` is true if there is none.
 
     Raises:
         CheckpointError: The source cannot be read, or the output has no record.
@@ -111,42 +111,41 @@ def verify(
         True
     """
     place = Path(folder if output is None else output)
-    found = _ProblemCollector()
-    record = _read_record(place, found, None if output is None else Path(folder))
-    checkpoint = _read_output(place, found)
+    problems = _ProblemCollector()
+    record = _read_record(place, problems, None if output is None else Path(folder))
+    checkpoint = _read_output(place, problems)
     if checkpoint is not None:
         workers = threads or os.cpu_count() or 1
-        _check_hashes(checkpoint, record, workers, found, progress)
-        _check_layers(checkpoint, found)
-    _check_files(place, record, found)
+        _check_hashes(checkpoint, record, workers, problems, progress)
+        _check_layers(checkpoint, problems)
+    _check_files(place, record, problems)
     if output is not None:
         requested = None if config_from is None else os.fspath(config_from)
         source = _source(folder, record, requested)
         known = None if statistics is None else os.fspath(statistics)
-        planned = _repeated_plan(source, record, requested, known, found)
+        planned = _repeated_plan(source, record, requested, known, problems)
         if planned is not None:
             budget = plan_resources(planned.plan, threads, max_memory)
-            _compare(*planned, place, found, budget, progress)
+            _compare(*planned, place, problems, budget, progress)
     tensors = checkpoint.tensors.values() if checkpoint is not None else ()
     return Verification(
         str(place),
         None if output is None else str(folder),
         len(tensors),
         sum(tensor.info.nbytes for tensor in tensors),
-        tuple(found.problems),
+        problems.as_tuple(),
     )
 
 
 class _ProblemCollector:
-    """Problems, one a place, from any thread."""
+    """Collects problems from any thread, at most one for each place."""
 
     def __init__(self) -> None:
         self.by_place: dict[str, Problem] = {}
         self._lock = threading.Lock()
 
-    @property
-    def problems(self) -> list[Problem]:
-        return list(self.by_place.values())
+    def as_tuple(self) -> tuple[Problem, ...]:
+        return tuple(self.by_place.values())
 
     def add(self, where: str, message: str) -> None:
         with self._lock:
@@ -154,27 +153,27 @@ class _ProblemCollector:
                 self.by_place.setdefault(where, Problem(where, message))
 
 
-def _read_record(place: Path, found: _ProblemCollector, source: Path | None) -> dict[str, Any]:
+def _read_record(place: Path, problems: _ProblemCollector, source: Path | None) -> dict[str, Any]:
     instead = ""
     if source is not None and os.path.lexists(source / RECORD):
         instead = f"is missing, but {source} has one: the source comes first, then the output"
     record = read_record(place, instead)
     if record.get("sha256") != record_hash(record):
-        found.add(RECORD, "is not as it was written: its own hash differs")
+        problems.add(RECORD, "is not as it was written: its own hash differs")
     return record
 
 
-def _read_output(place: Path, found: _ProblemCollector) -> Checkpoint | None:
+def _read_output(place: Path, problems: _ProblemCollector) -> Checkpoint | None:
     try:
         return read_checkpoint(place)
     except CheckpointError as error:
         for problem in error.problems:
-            found.add(problem.where, problem.message)
+            problems.add(problem.where, problem.message)
         return None
 
 
 def _hashes(record: Mapping[str, Any], key: str) -> dict[str, str]:
-    """A table of the record, whatever its content."""
+    """A table of names and hashes in the record; empty if it has none."""
     table = record.get(key)
     return dict(table) if isinstance(table, Mapping) else {}
 
@@ -183,18 +182,18 @@ def _check_hashes(
     checkpoint: Checkpoint,
     record: Mapping[str, Any],
     workers: int,
-    found: _ProblemCollector,
+    problems: _ProblemCollector,
     progress: Callable[[Progress], None] | None,
 ) -> None:
     expected = _hashes(record, "tensors")
     for name in expected.keys() - checkpoint.tensors.keys():
-        found.add(name, "is missing; requant.json knows it")
+        problems.add(name, "is missing, but requant.json lists it")
     for name in checkpoint.tensors.keys() - expected.keys():
-        found.add(name, "is in no requant.json: it was added later")
+        problems.add(name, "is not listed in requant.json: it was added later")
     headers = _hashes(record, "headers")
     for file in checkpoint.files:
         if headers.get(file.name) != file.header_sha256:
-            found.add(file.name, "its header is not the one that was written")
+            problems.add(file.name, "its header is not the one that was written")
     with ExitStack() as stack:
         fds: dict[str, int] = {}
         for file in checkpoint.files:
@@ -206,10 +205,10 @@ def _check_hashes(
             try:
                 actual = hash_range(fds[part.file], part.offset, part.nbytes)
             except OSError as error:
-                found.add(tensor.name, f"{part.file} cannot be read: {error.strerror or error}")
+                problems.add(tensor.name, f"{part.file} cannot be read: {os_error_text(error)}")
                 return
             if actual != expected[tensor.name]:
-                found.add(
+                problems.add(
                     tensor.name,
                     f"its bytes in {part.file} are not those that were written: SHA-256 "
                     f"{actual[:12]}..., expected {str(expected[tensor.name])[:12]}...",
@@ -224,40 +223,40 @@ def _check_hashes(
                     progress(Progress(tensor.name, done, total, time.perf_counter() - began))
 
 
-def _check_layers(checkpoint: Checkpoint, found: _ProblemCollector) -> None:
-    """Every quantized layer must be whole, and as the config says."""
+def _check_layers(checkpoint: Checkpoint, problems: _ProblemCollector) -> None:
+    """Check that every quantized layer is complete and agrees with the config."""
     for problem in read_layout(checkpoint)[1].problems:
-        found.add(problem.where, problem.message)
+        problems.add(problem.where, problem.message)
 
 
-def _check_files(place: Path, record: Mapping[str, Any], found: _ProblemCollector) -> None:
+def _check_files(place: Path, record: Mapping[str, Any], problems: _ProblemCollector) -> None:
     for name, digest in _hashes(record, "files").items():
         if name not in (CONFIG, INDEX) and (".." in Path(name).parts or Path(name).is_absolute()):
-            found.add(f"{RECORD}: {name}", "leads out of the folder")
+            problems.add(f"{RECORD}: {name}", "leads out of the folder")
             continue
         try:
             _, wrong = file_size(place, name)  # a link may lead out of the folder
             if wrong:
-                found.add(name, wrong)
+                problems.add(name, wrong)
             elif hash_file(place / name) != digest:
-                found.add(name, "is not the file that was written")
+                problems.add(name, "is not the file that was written")
         except OSError as error:
-            found.add(name, f"cannot be read: {error.strerror or error}")
+            problems.add(name, f"cannot be read: {os_error_text(error)}")
         except ValueError:  # a NUL, or half a letter
-            found.add(f"{RECORD}: {format_value(name)}", "is not a file name")
+            problems.add(f"{RECORD}: {format_value(name)}", "is not a file name")
 
 
 def _source(
     folder: Source, record: Mapping[str, Any], config_from: str | None
 ) -> Path | Checkpoint:
-    """What the output was made from: a folder, or a repository at the recorded commit."""
-    recorded = record.get("source")
-    made = recorded.get("repository") if isinstance(recorded, Mapping) else None
+    """The source of the output: a folder, or a repository at the recorded commit."""
+    source = record.get("source")
+    repository = source.get("repository") if isinstance(source, Mapping) else None
     name, revision = os.fspath(folder), None
-    if isinstance(made, list) and len(made) == 2 and is_repository_id(folder):
-        then, commit = map(str, made)
-        if name in (then, then.partition(":")[0]):  # which GGUF file it was need not be said
-            name, revision = then, commit
+    if isinstance(repository, list) and len(repository) == 2 and is_repository_id(folder):
+        recorded, commit = map(str, repository)
+        if name in (recorded, recorded.partition(":")[0]):  # the GGUF file may be left out
+            name, revision = recorded, commit
     return open_source(name, find_repository(name, revision), config_from)
 
 
@@ -266,27 +265,27 @@ def _repeated_plan(
     record: Mapping[str, Any],
     config_from: str | None,
     statistics: str | None,
-    found: _ProblemCollector,
+    problems: _ProblemCollector,
 ) -> Planned | None:
-    """The plan that the record was made from, made again.
+    """Make the plan of the recorded conversion again.
 
     Raises:
-        UsageError: It was made with a statistics file, and none is given; or the reverse.
+        UsageError: The conversion used a statistics file, and none is given; or the reverse.
     """
     options = record.get("options")
     try:
-        made = ConvertOptions.from_dict(options if isinstance(options, Mapping) else {})
-        if made.statistics is not None and statistics is None:
+        recorded = ConvertOptions.from_dict(options if isinstance(options, Mapping) else {})
+        if recorded.statistics is not None and statistics is None:
             raise UsageError(
-                f"the output was made with statistics, {made.statistics}: name that file with "
+                f"the output was made with statistics, {recorded.statistics}: name that file with "
                 "--imatrix, so that the conversion can be repeated"
             )
-        if made.statistics is None and statistics is not None:
+        if recorded.statistics is None and statistics is not None:
             raise UsageError(f"--imatrix {statistics}: the output was made without statistics")
-        repeated = replace(made, config_from=config_from, statistics=statistics)
+        repeated = replace(recorded, config_from=config_from, statistics=statistics)
         planned = plan_with_source(as_checkpoint(source, config_from), repeated)
     except ParseError as error:
-        found.add(f"{RECORD}: options", str(error))
+        problems.add(f"{RECORD}: options", str(error))
         return None
     plan = planned.plan
     if plan.hash != record.get("plan"):
@@ -295,53 +294,55 @@ def _repeated_plan(
         by = "" if maker == version() else f"; it was made by requant {other}, this is {version()}"
         why = _describe_source_changes(plan, record)
         if not by and not why and statistics is not None:
-            why = f"; {statistics} is another file than the {made.statistics} of then, it seems"
-        found.add(f"{RECORD}: plan", f"this source gives another plan{by}{why}")
+            why = f"; {statistics} is probably another file than the recorded {recorded.statistics}"
+        problems.add(f"{RECORD}: plan", f"this source gives another plan{by}{why}")
     return planned
 
 
 def _describe_source_changes(plan: Plan, record: Mapping[str, Any]) -> str:
-    """Which source files differ from those of the record."""
-    then = record.get("source")
-    files = then.get("files") if isinstance(then, Mapping) else None
+    """Name the source files that differ from those of the record; "" for none."""
+    source = record.get("source")
+    files = source.get("files") if isinstance(source, Mapping) else None
     now = [asdict(file) for file in plan.files]
     if not isinstance(files, list) or files == now:
         return ""
     other = [file["name"] for file in now if file not in files]
-    return f"; other source files than then: {', '.join(other[:3]) or 'fewer'}"
+    return f"; source files have changed: {join_first(other) or 'there are fewer'}"
 
 
 def _compare(
     plan: Plan,
     source: PlanSource,
     place: Path,
-    found: _ProblemCollector,
+    problems: _ProblemCollector,
     budget: ResourceLimits,
     progress: Callable[[Progress], None] | None,
 ) -> None:
     for name, value in ((CONFIG, dict(plan.config)), (INDEX, plan.index())):
         with suppress(OSError):
             if (place / name).read_bytes() != encode_json(value):
-                found.add(name, "is not what the conversion of this source gives")
+                problems.add(name, "is not what the conversion of this source gives")
     for name in plan.side_files:
         with suppress(OSError):
-            made = source.opened.generated_files.get(name)
-            path = source.opened.path / name
-            wanted = hash_file(path) if made is None else hashlib.sha256(made()).hexdigest()
+            generate = source.opened.generated_files.get(name)
+            if generate is None:
+                expected = hash_file(source.opened.path / name)
+            else:
+                expected = hashlib.sha256(generate()).hexdigest()
             _, wrong = file_size(place, name)
-            if wrong or hash_file(place / name) != wanted:
-                found.add(name, wrong or "is not the source's")
-    with _CompareSink(plan, place, found) as sink:
+            if wrong or hash_file(place / name) != expected:
+                problems.add(name, wrong or "is not the source's")
+    with _CompareSink(plan, place, problems) as sink:
         run_plan(plan, source, sink, budget, progress)
 
 
 class _CompareSink:
-    """Takes the place of the output folder: what it is given is compared with what is there."""
+    """A sink that compares the bytes of a conversion with those of an existing output."""
 
     progress_log = None
 
-    def __init__(self, plan: Plan, place: Path, found: _ProblemCollector) -> None:
-        self.place, self.found = place, found
+    def __init__(self, plan: Plan, place: Path, problems: _ProblemCollector) -> None:
+        self.place, self.problems = place, problems
         self._fds: dict[str, int] = {}
         self._tensors: dict[str, tuple[list[int], list[OutputTensor]]] = {}
         self._headers = {shard.name: shard.header() for shard in plan.shards}
@@ -354,10 +355,12 @@ class _CompareSink:
             try:
                 self._fds[name] = open_regular(self.place / name)
             except OSError as error:
-                self.found.add(name, f"cannot be read: {error.strerror or error}")
+                self.problems.add(name, f"cannot be read: {os_error_text(error)}")
                 continue
             if os.pread(self._fds[name], len(header), 0) != header:
-                self.found.add(name, "its header is not what the conversion of this source gives")
+                self.problems.add(
+                    name, "its header is not what the conversion of this source gives"
+                )
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -374,7 +377,7 @@ class _CompareSink:
         offsets, tensors = self._tensors[file]
         tensor = tensors[bisect_right(offsets, offset) - 1]
         at = offset - tensor.offset + _first_difference(actual, data)
-        self.found.add(
+        self.problems.add(
             tensor.name, f"differs from the conversion of this source, first at byte {at:,}"
         )
 

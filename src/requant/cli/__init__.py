@@ -1,8 +1,8 @@
 """The command line: arguments become calls, results become text and exit codes.
 
-Only this package prints or exits. What can be typed is in ``options``; ``converting``,
-``looking`` and ``uploading`` hold the commands; ``tables`` writes to standard output,
-``progress`` to standard error; ``answers`` knows errors, exit codes and JSON.
+Only this package prints or exits. ``options`` has the options and arguments; ``convert``,
+``inspect`` and ``upload`` the commands; ``plan_tables`` and ``tables`` write to standard output,
+``progress`` to standard error; ``error_handling`` has errors, exit codes and JSON.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, NoReturn
 
 import typer
@@ -58,24 +58,15 @@ def _global_options(
     pass
 
 
-_IN_ORDER_OF_HELP = (
-    convert,
-    plan,
-    inspect,
-    verify,
-    compare,
-    calibrate,
-    report,
-    upload,
-    generate,
-    recipes,
-)
-for _command in _IN_ORDER_OF_HELP:
+# In the order of the help.
+_COMMANDS: list[Callable[..., None]] = [convert, plan, inspect, verify, compare]
+_COMMANDS += [calibrate, report, upload, generate, recipes]
+for _command in _COMMANDS:
     app.command()(_command)
 
 
 def _terminate(*_: object) -> NoReturn:
-    """SIGTERM unwinds like Ctrl-C."""
+    """Handle SIGTERM: unwind as with Ctrl-C."""
     raise SystemExit(EXIT_TERMINATED)
 
 
@@ -87,7 +78,7 @@ def run(arguments: Sequence[str] | None = None) -> NoReturn:
     """
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
-        if reconfigure is not None:  # a name that the terminal cannot spell is not an error
+        if reconfigure is not None:  # escape names that the terminal cannot encode
             reconfigure(errors="backslashreplace")
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _terminate)

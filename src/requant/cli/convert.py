@@ -1,4 +1,4 @@
-"""Commands around a conversion: convert, plan, generate, and calibrate, whose file weights one."""
+"""Commands that convert or run a model: convert, plan, generate, calibrate."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from requant.cli.options import (
     with_options,
 )
 from requant.cli.progress import counting_display, progress_display
-from requant.cli.text_format import escape_control_chars
 from requant.cli.upload import send
 from requant.errors import UsageError
+from requant.text import escape_control_chars
 
 if TYPE_CHECKING:
     from requant.planning.plan import Plan
@@ -74,7 +74,7 @@ def convert(
     """  # noqa: D301
     from requant.api import convert as conversion
     from requant.api import upload as publishing
-    from requant.cli import tables
+    from requant.cli import plan_tables
 
     if dry_run:
         force = options["force"]
@@ -86,9 +86,9 @@ def convert(
         return
     with handle_errors():
         if private and upload_to is None:
-            raise UsageError("--private is about an upload: add --upload ORG/NAME")
+            raise UsageError("--private is for an upload: add --upload ORG/NAME")
         if options["yes"] and not options["consume_source"]:
-            raise UsageError("--yes answers the question of --consume-source: add it")
+            raise UsageError("--yes confirms --consume-source: add that")
         if upload_to is not None:
             publishing.check_ready(upload_to)
     with handle_errors(), progress_display(quiet) as progress:
@@ -99,9 +99,9 @@ def convert(
         if json:
             print_json(report.to_dict())
         elif not quiet:
-            tables.show_report(report)
+            plan_tables.show_report(report)
         if json or quiet:
-            for warning in tables.warnings(report):
+            for warning in plan_tables.warnings(report):
                 print_stderr(f"warning: {warning}")
 
 
@@ -109,8 +109,8 @@ def convert(
 def plan(source: Source, *, options: TableOptions, json: Json = False) -> None:
     """Show what convert would write: layers, modes, sizes and memory.
 
-    Reads headers and config.json only; --budget reads the weights too, and measures. --json
-    prints the whole plan: every tensor to read and to write, with its place.
+    Reads headers and config.json only; --budget also reads and measures the weights. --json
+    prints the whole plan: every tensor to read and to write, with file and offset.
 
     \b
     Examples:
@@ -139,9 +139,9 @@ def generate(
 ) -> None:
     """Convert SOURCE in memory and continue a prompt with it.
 
-    A look at what a conversion is worth, before or after it is written; needs mlx-lm.
-    The options are those of convert, and so are the weights. The likeliest token is taken
-    each time, so the same model says the same.
+    Shows the quality of a conversion before or after it is written; needs mlx-lm. Options
+    and weights are those of convert. The most likely token is taken at each step, so the
+    same model gives the same text.
 
     \b
     Examples:
@@ -149,7 +149,7 @@ def generate(
       requant generate Llama-3.2-1B --bits 4 --prompt "What is a file?" --max-tokens 50
     """  # noqa: D301
     from requant import mlx_lm
-    from requant.cli import tables
+    from requant.cli import plan_tables, tables
 
     def show(text: str) -> None:
         print(escape_control_chars(text.expandtabs(4)), end="", flush=True)
@@ -157,17 +157,17 @@ def generate(
     with handle_errors():
         with progress_display(quiet) as progress:
             loaded = mlx_lm.load_with_report(source, **options, progress=progress)
-        for warning in tables.warnings(loaded.report):
+        for warning in plan_tables.warnings(loaded.report):
             print_stderr(f"warning: {warning}")
-        made = mlx_lm.generate(
+        generation = mlx_lm.generate(
             loaded, prompt, max_tokens=max_tokens, raw=raw, on_text=None if json else show
         )
         if json:
-            print_json(made.to_dict())
+            print_json(generation.to_dict())
             return
         print(flush=True)
         if not quiet:
-            print_stderr(tables.describe_generation(made))
+            print_stderr(tables.describe_generation(generation))
 
 
 @with_options("revision", "config_from", "threads", "force", "resume")
@@ -186,9 +186,9 @@ def calibrate(
 ) -> None:
     """Run a model over a text and write statistics of its layers.
 
-    They say what the inputs of each layer look like, and weight the search of convert:
-    --imatrix FILE. Give text like that which the model will see, and not the text that you
-    judge it by. Needs mlx-lm; one block's weights are in memory at a time. Stopped, the same
+    The statistics describe the inputs of each layer and weight the scale search of convert
+    --imatrix FILE. Give text like that which the model will process, but not the text of an
+    evaluation. Needs mlx-lm; one block's weights are in memory at a time. Stopped, the same
     command resumes where it was.
 
     \b
@@ -202,7 +202,7 @@ def calibrate(
 
     with handle_errors():
         with counting_display(quiet) as progress:
-            found = block_run.calibrate(
+            calibration = block_run.calibrate(
                 model,
                 output,
                 text,
@@ -215,9 +215,9 @@ def calibrate(
                 on_note=lambda note: print_stderr(f"warning: {note}"),
             )
         if json:
-            print_json(found.to_dict())
+            print_json(calibration.to_dict())
         elif not quiet:
-            tables.show_calibration(found)
+            tables.show_calibration(calibration)
 
 
 def _print_plan(
@@ -229,7 +229,7 @@ def _print_plan(
     output: Path | None = None,
     force: bool = False,
 ) -> None:
-    from requant.cli import tables
+    from requant.cli import plan_tables
     from requant.execution.resources import plan_resources
     from requant.output.preflight import check_output
     from requant.planning.release_order import peak_disk_bytes
@@ -249,4 +249,4 @@ def _print_plan(
         }
         print_json(plan.to_dict() | {"memory": memory, "disk": disk})
     elif not quiet:
-        tables.show_plan(plan, budget, output)
+        plan_tables.show_plan(plan, budget, output)

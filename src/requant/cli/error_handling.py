@@ -1,6 +1,6 @@
-"""How every command answers: a JSON document, a line on standard error, an exit code.
+"""JSON output, messages on standard error and exit codes of all commands.
 
-Exit codes: 0 done; 1 the source or the disk is at fault; 2 wrong usage; 130 interrupted.
+Exit codes: 0 done; 1 an error of the source or the disk; 2 wrong usage; 130 interrupted.
 A defect of requant keeps its traceback.
 """
 
@@ -15,8 +15,8 @@ from typing import Any
 
 import typer
 
-from requant.cli.text_format import escape_control_chars
 from requant.errors import OutOfRangeError, RequantError, UnknownValueError, UsageError
+from requant.text import escape_control_chars, os_error_text
 
 EXIT_FAULT = 1
 EXIT_USAGE = 2
@@ -26,7 +26,7 @@ EXIT_PIPE = 141  # what a shell reports for a process that SIGPIPE ended
 
 
 def print_json(document: dict[str, Any]) -> None:
-    """Print what --json asks for; ``schemas/COMMAND.json`` says what is in it."""
+    """Print the document of --json, which ``schemas/COMMAND.json`` describes."""
     from requant.reports.record_summary import SCHEMA_VERSION
 
     print(jsonlib.dumps({"schema": SCHEMA_VERSION} | document, indent=2))
@@ -38,7 +38,7 @@ def print_stderr(text: str) -> None:
 
 @contextmanager
 def handle_errors() -> Iterator[None]:
-    """Turn what is not our defect into a line on standard error and an exit code."""
+    """Print errors on standard error and exit with their code; defects of requant pass."""
     try:
         yield
         sys.stdout.flush()
@@ -46,22 +46,21 @@ def handle_errors() -> Iterator[None]:
         print_stderr("; ".join(["interrupted", *error_notes(error)]))
         raise typer.Exit(EXIT_INTERRUPTED) from None
     except BrokenPipeError:
-        # The reader left. What is still buffered goes nowhere, so that Python's own last
-        # flush cannot fail.
+        # The pipe is closed. Discard what is buffered, so that Python's last flush cannot fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(EXIT_PIPE) from None
     except RequantError as error:
         print_stderr("\n".join([f"error: {error}", *error_notes(error)]))
-        # With a layer, the number or word at fault is the source's and not the user's.
+        # With a layer, the invalid value is in the source and not in an option.
         option = isinstance(error, OutOfRangeError | UnknownValueError) and error.layer is None
         usage = option or isinstance(error, UsageError)
         raise typer.Exit(EXIT_USAGE if usage else EXIT_FAULT) from None
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        print_stderr(f"error: {where}{error.strerror or error}")
+        print_stderr(f"error: {where}{os_error_text(error)}")
         raise typer.Exit(EXIT_FAULT) from None
 
 
 def error_notes(error: BaseException) -> list[str]:
-    """What was added to an error on its way, such as how to resume."""
+    """The notes of an error, such as how to resume."""
     return list(getattr(error, "__notes__", ()))

@@ -1,4 +1,4 @@
-"""Commands that look at what is there: inspect, verify, compare, report, recipes."""
+"""Commands that only read: inspect, verify, compare, report, recipes."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from requant.cli.options import (
     Verified,
     Written,
     completion,
-    known_recipes,
     with_options,
 )
 from requant.cli.progress import counting_display, progress_display
 from requant.errors import UsageError
+from requant.quantization.recipe_files import load_recipe, recipe_names, recipe_text
 
 
 @with_options("config_from", "revision")
 def inspect(source: Source, *, options: TableOptions, json: Json = False) -> None:
-    """Show what SOURCE holds: format, layers, sizes, problems.
+    """Show format, layers, sizes and problems of SOURCE.
 
     Exits with 1 if there are problems.
 
@@ -43,12 +43,12 @@ def inspect(source: Source, *, options: TableOptions, json: Json = False) -> Non
     from requant.cli import tables
 
     with handle_errors():
-        found = inspection.inspect(source, **options)
+        result = inspection.inspect(source, **options)
         if json:
-            print_json(found.to_dict())
+            print_json(result.to_dict())
         else:
-            tables.show_inspection(found)
-    if found.problems:
+            tables.show_inspection(result)
+    if result.problems:
         raise typer.Exit(EXIT_FAULT)
 
 
@@ -64,9 +64,9 @@ def verify(
     """Check an OUTPUT of convert, bit for bit.
 
     With SOURCE and OUTPUT the conversion that requant.json records is repeated and compared
-    with what is there. With OUTPUT alone its tensors and files are held against the hashes
-    in requant.json, and index, config and layers against each other. Exits with 1 where
-    anything differs, and names the tensor.
+    with OUTPUT. With OUTPUT alone its tensors and files are compared with the hashes in
+    requant.json, and index, config and layers with each other. Exits with 1 if anything
+    differs, and names the tensor.
 
     \b
     Examples:
@@ -81,13 +81,13 @@ def verify(
             raise UsageError(
                 "give the OUTPUT to check, or SOURCE and OUTPUT: requant verify --help"
             )
-        found = verification.verify(folder, output, **options, progress=progress)
+        result = verification.verify(folder, output, **options, progress=progress)
     with handle_errors():
         if json:
-            print_json(found.to_dict())
-        elif not quiet or found.problems:
-            tables.show_verification(found)
-    if found.problems:
+            print_json(result.to_dict())
+        elif not quiet or result.problems:
+            tables.show_verification(result)
+    if result.problems:
         raise typer.Exit(EXIT_FAULT)
 
 
@@ -103,9 +103,9 @@ def compare(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Hold two forms of one model against each other, layer by layer.
+    """Compare two forms of one model, layer by layer.
 
-    Relative RMS, largest error and cosine of every tensor, in whatever formats A and B are.
+    Prints relative RMS, largest error and cosine of every tensor; A and B may have any format.
     With --text, both predict its tokens: loss and perplexity of each, how far B's predictions
     diverge from A's and how often both agree, each with its standard error.
 
@@ -120,20 +120,20 @@ def compare(
 
     with handle_errors():
         with counting_display(quiet) as progress:
-            found = comparison.compare(
+            result = comparison.compare(
                 a, b, text=text, tokens=tokens, window=window, **options, progress=progress
             )
         if json:
-            print_json(found.to_dict())
+            print_json(result.to_dict())
         elif not quiet:
-            tables.show_comparison(found)
+            tables.show_comparison(result)
 
 
 def report(output: Written, html: Html = None, json: Json = False) -> None:
     """Show what a conversion did, from the record in its OUTPUT.
 
-    --html writes one page with drawings that needs no network: layers by treatment, sizes,
-    errors by layer and kind, the worst layers, and where everything comes from.
+    --html writes one self-contained page with drawings: layers by treatment, sizes, errors by
+    layer and kind, the worst layers, and the origin of everything.
 
     \b
     Examples:
@@ -160,14 +160,14 @@ def recipes(
     name: Annotated[
         str | None,
         typer.Argument(
-            metavar="NAME|FILE", help="Show this one.", autocompletion=completion(known_recipes)
+            metavar="NAME|FILE", help="Show this one.", autocompletion=completion(recipe_names)
         ),
     ] = None,
     json: Json = False,
 ) -> None:
     """List the recipes that --recipe takes, or show one.
 
-    What is shown of a TOML recipe is its file: a start for one of your own.
+    A TOML recipe is shown as its file, which can be the start of your own.
 
     \b
     Examples:
@@ -175,16 +175,12 @@ def recipes(
       requant recipes ends-8 > mine.toml
     """  # noqa: D301
     from requant.cli import tables
-    from requant.quantization.recipe_files import load_recipe, recipe_names, recipe_text
 
     with handle_errors():
-        if name is not None:
-            found = [load_recipe(name)]
-        else:
-            found = [load_recipe(known) for known in recipe_names()]
+        chosen = [load_recipe(x) for x in (recipe_names() if name is None else [name])]
         if json:
-            print_json({"recipes": [recipe.to_dict() for recipe in found]})
+            print_json({"recipes": [recipe.to_dict() for recipe in chosen]})
         elif name is not None:
-            print(recipe_text(found[0]), end="")
+            print(recipe_text(chosen[0]), end="")
         else:
-            tables.show_recipes(found)
+            tables.show_recipes(chosen)

@@ -1,7 +1,7 @@
-"""What can be typed after a command.
+"""Options and arguments of the commands.
 
-The options that Python takes too come from the table of options (``with_options`` puts them into
-a command); arguments, and options of the command line alone, are the annotations below.
+Options that Python has too come from the table of options: ``with_options`` adds them to a command.
+Arguments, and options of the command line alone, are the annotations below.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from requant.quantization.option_table import Option, options_of
 from requant.quantization.options import ConvertOptions, RunOptions
 from requant.quantization.size_budget import parse_size, size_text
 
-TableOptions = dict[str, Any]  # what a command's options of the table are in Python
+TableOptions = dict[str, Any]  # options of the table as keyword arguments of Python
 
 
 def completion(words: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
-    """What a shell offers for a value; ``words`` imports only when it is asked."""
+    """Make typer's completion function, which returns the ``words`` with the typed start."""
 
     def matching(incomplete: str) -> list[str]:
         return [word for word in words() if word.startswith(incomplete)]
@@ -38,11 +38,11 @@ def options_of_command(command: str) -> list[str]:
 
 
 def with_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Put options of the table where a command has its parameter ``options``.
+    """Replace the parameter ``options`` of a command by options of the table.
 
     Args:
-        *names: Names of the options. The command gets what was typed as keyword arguments for
-            Python, in one dictionary.
+        *names: Names of the options. The command gets their values in one dictionary of keyword
+            arguments for Python.
     """
     table = options_of(ConvertOptions, RunOptions)
     entries = {_parameter_name(table[name]): table[name] for name in names}
@@ -51,7 +51,7 @@ def with_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., N
         @functools.wraps(command)
         def run(**values: Any) -> None:
             typed = {name: values.pop(name) for name in entries}
-            options = dict(_argument(entries[name], value) for name, value in typed.items())
+            options = dict(_keyword(entries[name], value) for name, value in typed.items())
             command(**values, options=options)
 
         parameters: list[inspect.Parameter] = []
@@ -72,8 +72,8 @@ def _parameter_name(entry: Option) -> str:
     return entry.flag.lstrip("-").replace("-", "_")
 
 
-def _argument(entry: Option, value: Any) -> tuple[str, Any]:
-    """The keyword argument that something typed represents."""
+def _keyword(entry: Option, value: Any) -> tuple[str, Any]:
+    """The keyword argument of Python for a value of the command line."""
     if entry.is_negated:
         return entry.name, not value
     if entry.type.on_command_line == "texts":
@@ -127,108 +127,68 @@ def _size(text: str) -> int:
         raise typer.BadParameter(str(error)) from error
 
 
-def known_recipes() -> Iterable[str]:
-    from requant.quantization.recipe_files import recipe_names
-
-    return recipe_names()
+# -- arguments, and options of the command line alone ----------------------------------------
 
 
-Source = Annotated[
-    Path,
-    typer.Argument(
-        metavar="SOURCE",
-        help="Folder with config.json and safetensors, a GGUF file, or org/name (for GGUF "
-        "org/name:Q4_K_M) on the hub.",
-    ),
-]
-Output = Annotated[
-    Path, typer.Argument(metavar="OUTPUT", help="Folder to write; appears when complete.")
-]
-Verified = Annotated[
-    Path | None,
-    typer.Argument(
-        metavar="SOURCE", help="What OUTPUT was made from; may be left out.", show_default=False
-    ),
-]
-AgainstSource = Annotated[
-    Path | None, typer.Argument(metavar="OUTPUT", help="Folder to check.", show_default=False)
-]
-Prompt = Annotated[
-    str,
-    typer.Option(
-        "--prompt", "-p", metavar="TEXT", help="The prompt; in the chat template, if any."
-    ),
-]
-MaxTokens = Annotated[
-    int, typer.Option("--max-tokens", metavar="N", min=1, help="Most tokens to generate.")
-]
-Raw = Annotated[bool, typer.Option("--raw", help="Use the prompt without the chat template.")]
-DryRun = Annotated[
-    bool, typer.Option("--dry-run", "-n", help="Check everything, print the plan, write nothing.")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Print errors and warnings only.")]
-Written = Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder that convert wrote.")]
-Html = Annotated[
-    Path | None, typer.Option("--html", metavar="FILE", help="Write one self-contained page.")
-]
-Repository = Annotated[str, typer.Argument(metavar="REPO", help="Repository on the hub, org/name.")]
+def _argument(metavar: str, help: str) -> Any:
+    return typer.Argument(metavar=metavar, help=help, show_default=False)
+
+
+def _flag(*names: str, help: str) -> Any:
+    return typer.Option(*names, help=help)
+
+
+def _value(name: str, metavar: str, help: str, *, short: str = "", min: int | None = None) -> Any:
+    return typer.Option(*filter(None, (name, short)), metavar=metavar, help=help, min=min)
+
+
+_SOURCE = (
+    "Folder with config.json and safetensors, a GGUF file, or org/name (for GGUF org/name:Q4_K_M) "
+    "on the hub."
+)
+_TEXTS = (
+    "Text to read (.txt, or .jsonl with a text a line); may be given again. By default a short "
+    "one in English and Python that comes with requant."
+)
+_TEXT = "Evaluate both on this text (.txt, or .jsonl with a text a line); needs mlx-lm."
+_PREVIEW = "Print the model card and the files; upload nothing."
+_DRY_RUN = "Check everything, print the plan, write nothing."
+_HESSIAN = "Collect what --gptq needs: 4 bytes x inputs^2 a layer."
+
+Source = Annotated[Path, _argument("SOURCE", _SOURCE)]
+Output = Annotated[Path, _argument("OUTPUT", "Folder to write; appears when complete.")]
+Written = Annotated[Path, _argument("OUTPUT", "Folder that convert wrote.")]
+Verified = Annotated[Path | None, _argument("SOURCE", "The source of OUTPUT; may be left out.")]
+AgainstSource = Annotated[Path | None, _argument("OUTPUT", "Folder to check.")]
+ModelA = Annotated[Path, _argument("A", "Folder or GGUF file of the reference model.")]
+ModelB = Annotated[Path, _argument("B", "The same model in another form.")]
+Calibrated = Annotated[Path, _argument("MODEL", "Folder, GGUF file, or org/name on the hub.")]
+Repository = Annotated[str, _argument("REPO", "Repository on the hub, org/name.")]
+
+Json = Annotated[bool, _flag("--json", help="Print one JSON document instead of text.")]
+Quiet = Annotated[bool, _flag("--quiet", help="Print errors and warnings only.")]
+DryRun = Annotated[bool, _flag("--dry-run", "-n", help=_DRY_RUN)]
+Preview = Annotated[bool, _flag("--dry-run", "-n", "--preview", help=_PREVIEW)]
+Private = Annotated[bool, _flag("--private", help="Create a private repository.")]
+Raw = Annotated[bool, _flag("--raw", help="Use the prompt without the chat template.")]
+Hessian = Annotated[bool, _flag("--hessian", help=_HESSIAN)]
+
 UploadTo = Annotated[
-    str | None,
-    typer.Option("--upload", metavar="REPO", help="Upload OUTPUT to the hub when it is done."),
+    str | None, _value("--upload", "REPO", "Upload OUTPUT to the hub when it is done.")
 ]
 BaseModel = Annotated[
-    str | None,
-    typer.Option("--base-model", metavar="ID", help="Source on the hub, for the model card."),
+    str | None, _value("--base-model", "ID", "Source on the hub, for the model card.")
 ]
-Private = Annotated[bool, typer.Option("--private", help="Create a private repository.")]
-Preview = Annotated[
-    bool,
-    typer.Option(
-        "--dry-run", "-n", "--preview", help="Print the model card and the files; upload nothing."
-    ),
+Html = Annotated[Path | None, _value("--html", "FILE", "Write one self-contained page.")]
+Prompt = Annotated[
+    str, _value("--prompt", "TEXT", "The prompt; in the chat template, if any.", short="-p")
 ]
-ModelA = Annotated[
-    Path, typer.Argument(metavar="A", help="Folder or GGUF file: what the other is measured by.")
-]
-ModelB = Annotated[Path, typer.Argument(metavar="B", help="The same model in another form.")]
-Calibrated = Annotated[
-    Path,
-    typer.Argument(metavar="MODEL", help="Folder, GGUF file, or org/name on the hub."),
-]
+MaxTokens = Annotated[int, _value("--max-tokens", "N", "Most tokens to generate.", min=1)]
 StatisticsFile = Annotated[
-    Path,
-    typer.Option("--output", "-o", metavar="FILE", help="Statistics to write (.safetensors)."),
+    Path, _value("--output", "FILE", "Statistics to write (.safetensors).", short="-o")
 ]
-Texts = Annotated[
-    list[Path] | None,
-    typer.Option(
-        "--text",
-        metavar="FILE",
-        help="Text to read (.txt, or .jsonl with a text a line); may be given again. By default a "
-        "short one in English and Python that comes with requant.",
-    ),
-]
-Hessian = Annotated[
-    bool,
-    typer.Option("--hessian", help="Collect what --gptq needs: 4 bytes x inputs^2 a layer."),
-]
-Seed = Annotated[
-    int,
-    typer.Option("--seed", metavar="N", min=0, help="Which windows of a longer text are read."),
-]
-Text = Annotated[
-    Path | None,
-    typer.Option(
-        "--text",
-        metavar="FILE",
-        help="Also what both make of this text (.txt, or .jsonl with a text a line); needs mlx-lm.",
-    ),
-]
-TextTokens = Annotated[
-    int, typer.Option("--tokens", metavar="N", min=4, help="Most tokens of the text to read.")
-]
-TextWindow = Annotated[
-    int,
-    typer.Option("--window", metavar="N", min=2, help="Tokens that are read in one go."),
-]
+Texts = Annotated[list[Path] | None, _value("--text", "FILE", _TEXTS)]
+Text = Annotated[Path | None, _value("--text", "FILE", _TEXT)]
+TextTokens = Annotated[int, _value("--tokens", "N", "Most tokens of the text to read.", min=4)]
+TextWindow = Annotated[int, _value("--window", "N", "Tokens per window of the text.", min=2)]
+Seed = Annotated[int, _value("--seed", "N", "Seed for the choice of windows of a text.", min=0)]

@@ -1,4 +1,4 @@
-"""Progress on standard error: a bar on a terminal, a line now and then in a file or a pipe.
+"""Progress on standard error: a bar on a terminal, occasional lines in a file or a pipe.
 
 Rich is imported inside functions: ``--help`` and ``--version`` do not wait for it.
 """
@@ -14,23 +14,24 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from requant.cli.text_format import escape_control_chars, format_seconds, format_size
+from requant.text import escape_control_chars, format_seconds, format_size
 
 if TYPE_CHECKING:
     from requant.execution.executor import Progress
 
-# Without a terminal: a run shorter than this says nothing, a longer one prints every five
-# seconds, and later, as logs are read, with a tenth of the time that has gone by between lines.
+# Lines without a terminal: the first after 2 s, then one whenever a tenth of the elapsed time has
+# passed, but after at least 5 s and at most 60 s. After a line at 20 s the next is due at 25 s,
+# after one at 300 s at 330 s.
 _FIRST_LINE_S = 2.0
-_NEXT_LINE_S = 5.0
-_MOST_SILENCE_S = 60.0
+_LEAST_INTERVAL_S = 5.0
+_MOST_INTERVAL_S = 60.0
 
-# What a display gets: how much is done, of how much, and how to describe it when it is due.
+# Called with what is done, the total, and a function that describes it if it is shown.
 _Show = Callable[[int, int, Callable[[], str]], None]
 
 
 def memory_in_use() -> int:
-    """Bytes that the process holds, mapped files aside where the system tells."""
+    """Resident bytes of the process: without mapped files on Linux, the peak elsewhere."""
     with suppress(OSError):
         for line in Path("/proc/self/status").read_text("ascii", "replace").splitlines():
             if line.startswith("RssAnon:"):
@@ -44,7 +45,7 @@ def memory_in_use() -> int:
 
 
 def describe_progress(now: Progress) -> str:
-    """Speed, time left, memory, and the layer at hand."""
+    """Speed, time left, memory, and the current layer."""
     rate = now.bytes_done / max(now.elapsed_s, 1e-9)
     parts = [f"{format_size(rate)}/s"]
     if now.bytes_done >= now.bytes_total:
@@ -62,16 +63,16 @@ def describe_progress(now: Progress) -> str:
 
 
 def describe_count(what: str, done: int, of: int) -> str:
-    """How many of how many, and which is at hand."""
+    """``3 of 12  NAME``."""
     return escape_control_chars(f"{done:,} of {of:,}  {what}")
 
 
 @contextmanager
 def progress_display(quiet: bool) -> Iterator[Callable[[Progress], None] | None]:
-    """Yield what shows a ``Progress`` on standard error; with ``quiet`` this is None.
+    """Yield a function that shows a ``Progress`` on standard error; None with ``quiet``.
 
-    A terminal gets a bar that disappears at the end; a file or a pipe gets a line now and
-    then, and none from a short run.
+    A terminal gets a bar that disappears at the end, a file or a pipe occasional lines and none
+    from a short run.
     """
     with _display(quiet) as show:
         if show is None:
@@ -82,7 +83,7 @@ def progress_display(quiet: bool) -> Iterator[Callable[[Progress], None] | None]
 
 @contextmanager
 def counting_display(quiet: bool) -> Iterator[Callable[[str, int, int], None] | None]:
-    """The same for what counts: yield what shows a name, how many are done and of how many."""
+    """The same for counts: yield a function of a name, the number done and the total."""
     with _display(quiet) as show:
         if show is None:
             yield None
@@ -125,7 +126,7 @@ def _bar() -> Iterator[_Show]:
 
 
 def _plain_lines() -> _Show:
-    # A clock of its own: what is shown may be several runs, each of which counts from 0.
+    # Time is measured here, since several runs, each from 0, may be shown.
     began_s: float | None = None
     due_s = _FIRST_LINE_S
 
@@ -136,8 +137,8 @@ def _plain_lines() -> _Show:
         elapsed_s = time.monotonic() - began_s
         if elapsed_s < due_s:
             return
-        due_s = elapsed_s + min(max(elapsed_s / 10, _NEXT_LINE_S), _MOST_SILENCE_S)
-        # A log that is gone must not end the work.
+        due_s = elapsed_s + min(max(elapsed_s / 10, _LEAST_INTERVAL_S), _MOST_INTERVAL_S)
+        # Continue if the log cannot be written.
         with suppress(OSError):
             print(f"{100 * done // max(of, 1):3}%  {describe()}", file=sys.stderr, flush=True)
 

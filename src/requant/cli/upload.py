@@ -6,15 +6,7 @@ import sys
 from pathlib import Path
 
 from requant.cli.error_handling import handle_errors, print_json, print_stderr
-from requant.cli.options import (
-    BaseModel,
-    Json,
-    Preview,
-    Private,
-    Quiet,
-    Repository,
-    Written,
-)
+from requant.cli.options import BaseModel, Json, Preview, Private, Quiet, Repository, Written
 from requant.text import join_first
 
 
@@ -29,8 +21,8 @@ def upload(
 ) -> None:
     """Upload an OUTPUT of convert to the hub, with a model card.
 
-    The card says where the model comes from, the exact command, the figures, how to run and
-    how to check it; --dry-run prints it. Stopped, the same command resumes: weight files that
+    The card has the origin of the model, the exact command, the figures, and how to run and
+    check it; --dry-run prints it. Stopped, the same command resumes: weight files that
     are on the hub already are not sent again.
 
     \b
@@ -45,11 +37,11 @@ def upload(
     from requant.cli import tables
 
     with handle_errors():
-        found = publishing.upload(output, repository, base_model=base_model, preview=True)
+        shown = publishing.upload(output, repository, base_model=base_model, preview=True)
         if json:
-            print_json(found.to_dict())
+            print_json(shown.to_dict())
         else:
-            tables.show_upload(found)
+            tables.show_upload(shown)
 
 
 def send(
@@ -60,7 +52,7 @@ def send(
     quiet: bool,
     json: bool = False,
 ) -> None:
-    """Upload, with huggingface_hub's bars on a terminal and a line for a log."""
+    """Upload with huggingface_hub's bars on a terminal, or a line in a log."""
     from requant.api import upload as publishing
 
     with handle_errors():

@@ -8,7 +8,7 @@ from math import prod
 import ml_dtypes
 import numpy as np
 
-# Header name -> NumPy dtype. What NumPy and ml_dtypes lack is carried as bytes (uint8).
+# Header name -> NumPy dtype.
 NUMPY_DTYPE: dict[str, np.dtype] = {
     "BOOL": np.dtype(np.bool_),
     "U8": np.dtype(np.uint8),
@@ -33,7 +33,7 @@ NUMPY_DTYPE: dict[str, np.dtype] = {
 
 HEADER_NAME: dict[np.dtype, str] = {dtype: name for name, dtype in NUMPY_DTYPE.items()}
 
-# What MLX can quantize and what our kernels compute in.
+# Dtypes that MLX can quantize and the kernels read.
 KERNEL_FLOATS = ("F32", "F16", "BF16")
 FLOATS = ("F32", "F16", "BF16", "F64")
 

@@ -1,17 +1,19 @@
-"""Opening, syncing and hashing files."""
+"""Opening, replacing, syncing and hashing files."""
 
 from __future__ import annotations
 
 import errno
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
+from typing import BinaryIO
 
 
 def open_regular(path: Path) -> int:
-    """Open a regular file for reading: a pipe in its place neither blocks nor is read.
+    """Open a regular file for reading. A pipe under that name is rejected without blocking.
 
     Raises:
         OSError: It cannot be opened, or is not a regular file.
@@ -30,6 +32,32 @@ def fsync(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+@contextmanager
+def replace_file(path: Path) -> Iterator[BinaryIO]:
+    """Write a file whole or not at all: yield a new file that then takes the place of ``path``.
+
+    It is synced before it is renamed; ``fsync(path.parent)`` makes the new name durable too. After
+    an error ``path`` is as before.
+
+    Raises:
+        OSError: The file cannot be written or renamed.
+
+    Example:
+        >>> with replace_file(Path("state.json")) as file:  # doctest: +SKIP
+        ...     file.write(b"{}")
+    """
+    fresh = path.with_name(f"{path.name}.new")
+    try:
+        with fresh.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        fresh.replace(path)
+    except BaseException:
+        fresh.unlink(missing_ok=True)
+        raise
 
 
 _BLOCK_BYTES = 1 << 20
@@ -51,7 +79,7 @@ def hash_file(path: Path) -> str:
 def hash_range(
     fd: int, offset: int, nbytes: int, *, stop: Callable[[], bool] = lambda: False
 ) -> str:
-    """SHA-256, in hex, of a range of an open file; "" if ``stop`` says so on the way.
+    """SHA-256, in hex, of a range of an open file; "" once ``stop`` returns true.
 
     Raises:
         OSError: It cannot be read, or ends before the range does.

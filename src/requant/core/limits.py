@@ -1,7 +1,7 @@
-"""What an untrusted file may demand at the most: every limit once, as in docs/reliability.md.
+"""Limits on untrusted files, as listed in docs/reliability.md.
 
-A checkpoint can come from anyone. With these limits each file is read or rejected in seconds
-and in bounded memory, whatever is in it; real checkpoints stay far below all of them.
+With these limits any file is read or rejected in seconds and in bounded memory. Real checkpoints
+stay far below all of them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Reasons and notes of a plan: a code for programs next to the text for people.
+"""Reasons and notes of a plan: a code for programs and a text for people.
 
-Code that decides anything compares codes. The texts may be reworded at any time, and carry names
-and numbers of the checkpoint at hand.
+Control flow compares codes. The texts may be reworded at any time, and contain names and numbers of
+the checkpoint.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from enum import StrEnum
 
 
 class ReasonCode(StrEnum):
-    """Why a layer is treated as it is."""
+    """Codes of the reasons for the treatment of a layer."""
 
     # What was asked for.
     NONFINITE = "nonfinite"
@@ -57,7 +57,7 @@ class ReasonCode(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Reason:
-    """Why a layer is treated as it is.
+    """The reason for the treatment of a layer.
 
     Attributes:
         code: For programs.
@@ -72,7 +72,7 @@ class Reason:
 
 
 class NoteCode(StrEnum):
-    """What a note of a plan is about."""
+    """Codes of the notes of a plan."""
 
     # Files of the source.
     CARRIED_WEIGHTS = "carried_weights"
@@ -136,7 +136,7 @@ class NoteCode(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """What the user should know of a plan.
+    """Something that the user should know about a plan.
 
     Attributes:
         code: For programs.

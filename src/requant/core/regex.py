@@ -1,9 +1,9 @@
 """Regular expressions of users, recipes and other tools' configs, searched within a time limit.
 
-Ignore lists come with checkpoints, and a pattern such as ``(a|a)*b`` keeps Python's ``re``, which
-has no time limit, busy for years over one name. A pattern whose text shows that the work is small
-goes to ``re``; any other goes to the package ``regex``, whose search stops at a timeout.
-``re`` compiles every pattern first, so that what it rejects is rejected, with its message.
+Ignore lists come with checkpoints, and a pattern such as ``(a|a)*b`` can keep Python's ``re``,
+which has no time limit, busy for years. A pattern whose text shows that the work is small is
+searched with ``re``, any other with the package ``regex``, whose search has a timeout.
+``re`` compiles every pattern first, so both accept the same patterns with the same messages.
 """
 
 from __future__ import annotations
@@ -82,9 +82,9 @@ _budget: ContextVar[_TimeBudget | None] = ContextVar("budget", default=None)
 
 @contextmanager
 def regex_time_budget() -> Iterator[None]:
-    """Count the time of patterns over all that is done for one model; also a decorator.
+    """Share one time budget between all patterns of a model; also a decorator.
 
-    Outside of it each call has its own time.
+    Outside of it each call has a budget of its own.
     """
     token = _budget.set(_budget.get() or _TimeBudget())
     try:
@@ -106,7 +106,7 @@ class Pattern:
     """
 
     def __init__(self, text: str, expression: str | None = None) -> None:
-        """Compile ``text``; ``expression`` is what represents it where it is a wildcard."""
+        """Compile ``text``; for a wildcard, ``expression`` is its translation."""
         self.text = text
         if len(text) > MAX_PATTERN_CHARS:
             raise PatternError(f"is longer than {MAX_PATTERN_CHARS:,} characters", text)
@@ -247,7 +247,7 @@ class Wildcards:
         PatternError: As ``Pattern``, here and later.
 
     Example:
-        >>> list(Wildcards(["lm_head", "*.gate"]).fitting("model.0.gate"))
+        >>> list(Wildcards(["lm_head", "*.gate"]).matching("model.0.gate"))
         ['*.gate']
     """
 
@@ -257,7 +257,7 @@ class Wildcards:
         self._wild = [(name, wildcard(name)) for name in names if name not in self._plain]
 
     def matching(self, name: str) -> Iterator[str]:
-        """Those that are ``name``, or fit the whole of it."""
+        """Yield the entries that equal ``name`` or match the whole of it."""
         if name in self._plain:
             yield name
         yield from (text for text, pattern in self._wild if pattern.fullmatch(name))

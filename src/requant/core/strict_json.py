@@ -11,10 +11,7 @@ from requant.core.limits import MAX_JSON_DEPTH, MAX_JSON_VALUES
 from requant.errors import MAX_PROBLEMS, ParseError
 from requant.text import format_value, utf8_error
 
-_INT32_MAX = 2**31 - 1
-
-
-_INT32_MIN = -(2**31)
+_INT32_MIN, _INT32_MAX = -(2**31), 2**31 - 1
 
 
 def read_int(
@@ -25,7 +22,7 @@ def read_int(
     low: int = _INT32_MIN,
     high: int = _INT32_MAX,
 ) -> int:
-    """An integer of a JSON object within ``low..high``; a missing one is ``default`` or an error.
+    """Return an integer of a JSON object within ``low..high``; ``default`` if it is missing.
 
     Raises:
         ParseError: Missing without a default, no integer (``true`` and ``4.0`` are none), or
@@ -43,7 +40,8 @@ def read_int(
     return value
 
 
-def _reject_constant(name: str) -> NoReturn:
+def reject_constant(name: str) -> NoReturn:
+    """Reject NaN and Infinity, which ``json`` reads but JSON does not have."""
     raise ValueError(f"{name} is not a JSON number")
 
 
@@ -58,12 +56,12 @@ def parse_json_object(
 
     Args:
         raw: The text in UTF-8.
-        nan: Whether ``NaN`` and ``Infinity``, which are not JSON, are taken.
+        nan: Whether ``NaN`` and ``Infinity``, which are not JSON, are accepted.
         same_twice: Whether a key may occur twice with equal values.
         max_values: A text with more values is rejected before it is parsed.
 
     Returns:
-        The object (empty if there is none) and what is wrong.
+        The object, empty if there is none, and the problems.
     """
     twice: dict[str, None] = {}
 
@@ -77,9 +75,6 @@ def parse_json_object(
                 first[key] = item
         return value
 
-    def reject(word: str) -> NoReturn:
-        raise ValueError(f"{word} is not a JSON number")
-
     data = bytes(raw)
     # Each value follows a bracket or a comma; those within strings count as well.
     values = sum(data.count(mark) for mark in (b"{", b"[", b","))
@@ -87,7 +82,9 @@ def parse_json_object(
         return {}, [f"holds more than {max_values:,} JSON values"]
     try:
         text = data.decode("utf-8")
-        value = json.loads(text, object_pairs_hook=unique, parse_constant=None if nan else reject)
+        value = json.loads(
+            text, object_pairs_hook=unique, parse_constant=None if nan else reject_constant
+        )
         if "\\u" in text:  # a lone surrogate is a str that nothing can print or write
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError as error:
@@ -108,7 +105,7 @@ def parse_json_object(
 
 
 def _depth(value: object) -> int:
-    """Levels of objects and lists, counted level by level: no recursion."""
+    """Count the levels of objects and lists, without recursion."""
     level: list[Any] = [value]
     depth = 0
     while level:

@@ -20,80 +20,62 @@ class _OfConvertPlanLoad(TypedDict, total=False):
     """With ``group_size`` and ``mode``, another way to give ``quantization``; what is not given
     takes MLX's default for the mode.
     """
-
     group_size: int | None
-    """Inputs that share a scale."""
-
+    """Inputs that share a scale; affine: 32, 64 or 128."""
     mode: str | None
-    """"affine", "mxfp4", "mxfp8" or "nvfp4"."""
-
+    """Quantization mode: affine, mxfp4, mxfp8 or nvfp4."""
     dequantize: bool
     """Write every layer dense."""
-
     dtype: str | None
     """"float16", "bfloat16" or "float32" for floating tensors; cast before they are quantized.
     The field holds the name of a safetensors header (BF16).
     """
-
     overrides: Iterable[str | tuple[str, Spec | str]]
     """``"REGEX=SPEC"`` or ``(regex, spec)`` on layer paths; the last match wins."""
-
     only: Sequence[str]
     """Regexes; layers whose path matches none of them are left as they are."""
-
     recipe: str | os.PathLike[str] | None
     """Name of a recipe ("mixed_3_6", ``requant recipes`` lists them) or path of a TOML file:
     per-layer targets by role, name pattern and block position. ``bits``, ``group_size`` and
     ``mode`` replace its default; ``overrides`` win over its rules.
     """
-
     act_order: str
     """GPTQ layers with act-order (desc_act), where the order of inputs cannot be moved into the
     layer before: "requantize" (8 bits), "dense" or "refuse".
     """
-
     fold_rotation: bool
     """ParoQuant: fold the rotation of inputs into the weights and requantize to 8 bits; else the
     rotation stays next to the codes, and only ``requant.mlx_lm.load`` runs it.
     """
-
     search: str
     """"off" (as ``mx.quantize``, bit for bit), "fast" or "best": look for scales and biases with
     a smaller squared error at the same size (docs/quantization/search.md).
     """
-
     statistics: str | os.PathLike[str] | None
     """Importance of each input for the search: a file of ``calibrate``, or llama.cpp's imatrix.
     Turns ``search`` to "best" where that is "off".
     """
-
     gptq: bool
     """Apply GPTQ with the Hessians in ``statistics`` (``calibrate(..., hessian=True)``); affine
     layers only.
     """
-
     config_from: str | os.PathLike[str] | None
     """For GGUF: the folder of the original model, whose config.json and tokenizer files are
     taken instead of what the metadata say.
     """
-
     budget: str | float | None
     """4.5 (bits per weight) or "12GB" (bytes of all tensors): choose bits and group size per
     layer to minimise quantization error within it. The source is measured first; ``overrides``
     and ``only`` win, ``group_size`` holds for all other layers.
     """
-
     max_memory: int | None
-    """Most bytes to hold in memory, mapped pages aside."""
-
+    """Most bytes to hold in memory."""
     threads: int | None
     """Worker threads; every processor by default."""
-
     progress: Callable[[Progress], None] | None
     """Called about ten times a second with a ``Progress``."""
-
     revision: str | None
-    """Of a source on the hub: branch, tag or commit."""
+    """Of a repository on the hub: branch, tag or commit."""
 
 
 class _OfConvertPlan(TypedDict, total=False):
@@ -104,16 +86,13 @@ class _OfConvertPlan(TypedDict, total=False):
     it cannot be), "keep" (the source's tensor names), or "auto": the first where mlx-lm is
     installed and takes this checkpoint, else the second and a note that says why.
     """
-
     keep_extra: bool
     """In mlx-lm's layout, keep tensors that its class has no use for (towers for images and
     sound, MTP heads) under their own names instead of dropping them; a note says whether mlx-lm
     still loads the result.
     """
-
     shard_size: int
-    """Most bytes of one output file."""
-
+    """Most bytes of one weight file."""
     save_recipe: str | os.PathLike[str] | None
     """File for what ``budget`` chose, to be edited and given as ``recipe``."""
 
@@ -123,16 +102,13 @@ class _OfConvert(TypedDict, total=False):
 
     force: bool
     """Replace an existing output folder."""
-
     resume: bool
     """Resume the same conversion after a stop; False starts over."""
-
     consume_source: bool
     """Delete each weight file of the source once all that needs it is durably written;
     everything is computed and checked once before the first goes. Of a source on the hub, a few
     weight files at a time are on the disk, and none is checked before.
     """
-
     yes: bool
     """Must be true with ``consume_source``, but for the hub: nothing can be verified against the
     source afterwards.
@@ -144,10 +120,8 @@ class _OfConvertLoad(TypedDict, total=False):
 
     allow_nonfinite: bool
     """Leave a layer with NaN or Inf as it is instead of stopping."""
-
     allow_overflow: bool
     """Let values that a cast to ``dtype`` cannot hold become infinite."""
-
     chunk_bytes: int | None
     """Bytes of one worker's chunk; the result does not depend on it."""
 

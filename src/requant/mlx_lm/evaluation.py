@@ -1,4 +1,4 @@
-"""What a model makes of a text: losses and next-token distributions, two models side by side.
+"""Evaluate models on a text: losses and next-token distributions of two models.
 
 Needs mlx-lm. On a CPU, where MLX multiplies bfloat16 and packed codes slowly, the model is
 evaluated in float32 from the exact values that its files represent; on a GPU as it is.
@@ -31,25 +31,25 @@ DEFAULT_WINDOW = 256
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A mean over windows of text, and its standard error."""
+    """A mean over windows of text with its standard error."""
 
     value: float
     error: float
 
     @staticmethod
     def of(windows: np.ndarray) -> Estimate:
-        """The mean of one number a window; windows count as independent."""
+        """The mean of one number for each window; windows count as independent."""
         spread = float(windows.std(ddof=1)) / len(windows) ** 0.5
         return Estimate(float(windows.mean()), spread)
 
     def raised(self) -> Estimate:
-        """``e`` to this: a perplexity from a loss, its error to first order."""
+        """The exponential: the perplexity of a loss, with its error to first order."""
         return Estimate(exp(self.value), exp(self.value) * self.error)
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Two models on one text.
+    """The evaluation of two models on one text.
 
     Attributes:
         tokens: Tokens of the text that were predicted.
@@ -61,7 +61,7 @@ class Evaluation:
         perplexity_b: The same of B.
         divergence: Mean Kullback-Leibler divergence of B's next-token distribution from A's,
             in nats: the sum over tokens of ``p_A * (log p_A - log p_B)``.
-        same_top: Share of places where both find the same token likeliest.
+        same_top: Share of tokens for which both predict the same token as most likely.
     """
 
     tokens: int
@@ -141,7 +141,7 @@ def read_tokens(path: Path, tokenizer: Any, most: int, window: int) -> np.ndarra
 
 
 def on_cpu() -> bool:
-    """Whether MLX computes on a CPU here."""
+    """Return whether MLX computes on a CPU."""
     import mlx.core as mx
 
     return bool(mx.default_device() == mx.Device(mx.cpu))
@@ -171,16 +171,13 @@ def losses(model: Any, ids: np.ndarray) -> np.ndarray:
 
 
 def evaluate(
-    model_a: Any,
-    model_b: Any,
-    ids: np.ndarray,
-    progress: Callable[[int, int], None] | None = None,
+    model_a: Any, model_b: Any, ids: np.ndarray, progress: Callable[[int, int], None] | None = None
 ) -> Evaluation:
-    """Hold two models against each other on windows of token ids.
+    """Compare two models on windows of token ids.
 
     Args:
-        model_a: The model that the other is measured by.
-        model_b: The other; both have one vocabulary.
+        model_a: The reference model.
+        model_b: The other model, with the same vocabulary.
         ids: ``(windows, window)``, at least two of each.
         progress: Called with windows done and windows in all.
 
@@ -190,7 +187,7 @@ def evaluate(
     """
     import mlx.core as mx
 
-    found = np.empty((len(ids), 4))
+    results = np.empty((len(ids), 4))
     for number, row in enumerate(ids):
         a, b = _log_probabilities(model_a, row), _log_probabilities(model_b, row)
         if a.shape != b.shape:
@@ -200,20 +197,20 @@ def evaluate(
             )
         divergence = float((mx.exp(a) * (a - b)).sum(-1).mean())
         same = float((a.argmax(-1) == b.argmax(-1)).astype(mx.float32).mean())
-        found[number] = _loss(a, row), _loss(b, row), divergence, same
+        results[number] = _loss(a, row), _loss(b, row), divergence, same
         if progress is not None:
             progress(number + 1, len(ids))
-    loss_a, loss_b = Estimate.of(found[:, 0]), Estimate.of(found[:, 1])
+    loss_a, loss_b = Estimate.of(results[:, 0]), Estimate.of(results[:, 1])
     return Evaluation(
         tokens=ids.size - len(ids),
         windows=len(ids),
         loss_a=loss_a,
         loss_b=loss_b,
-        gap=Estimate.of(found[:, 1] - found[:, 0]),
+        gap=Estimate.of(results[:, 1] - results[:, 0]),
         perplexity_a=loss_a.raised(),
         perplexity_b=loss_b.raised(),
-        divergence=Estimate.of(found[:, 2]),
-        same_top=Estimate.of(found[:, 3]),
+        divergence=Estimate.of(results[:, 2]),
+        same_top=Estimate.of(results[:, 3]),
     )
 
 
@@ -223,11 +220,11 @@ def _log_probabilities(model: Any, row: np.ndarray) -> Any:
 
     try:
         logits = model(mx.array(row[None, :-1]))[0].astype(mx.float32)
-        made = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-        mx.eval(made)
+        result = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        mx.eval(result)
     except (RuntimeError, ValueError) as error:
         raise BackendError(f"MLX cannot run this model here: {error}") from error
-    return made
+    return result
 
 
 def _loss(log_probabilities: Any, row: np.ndarray) -> float:

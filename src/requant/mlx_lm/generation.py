@@ -1,4 +1,4 @@
-"""Generating text with a model that was loaded."""
+"""Generate text with a loaded model."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from requant.reports.report import Report
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """What a model said, and how fast.
+    """A generated text and the speed of its generation.
 
     Attributes:
         text: The continuation.
-        prompt_tokens: Tokens of the prompt, the chat template's included.
-        prompt_tokens_per_s: Speed of reading it.
-        tokens: Tokens that were generated.
-        tokens_per_s: Speed of generating them.
-        finish_reason: "stop" where the model ended by itself, "length" at ``max_tokens``.
+        prompt_tokens: Tokens of the prompt, including those of the chat template.
+        prompt_tokens_per_s: Tokens of the prompt processed per second.
+        tokens: Generated tokens.
+        tokens_per_s: Tokens generated per second.
+        finish_reason: "stop" if the model ended the text, "length" at ``max_tokens``.
         load_s: Seconds for conversion and loading.
-        report: What the conversion did.
+        report: The report of the conversion.
     """
 
     text: str
@@ -59,14 +59,14 @@ def generate(
     raw: bool = False,
     on_text: Callable[[str], None] | None = None,
 ) -> Generation:
-    """Continue a prompt with a model, always with the likeliest token.
+    """Continue a prompt with the most likely token at each step.
 
     Args:
         loaded: The model.
-        prompt: Put into the chat template, where the tokenizer has one.
+        prompt: The prompt, put into the chat template if the tokenizer has one.
         max_tokens: Most tokens to generate.
-        raw: Leave the chat template alone.
-        on_text: Called with each piece of text as it comes.
+        raw: Do not use the chat template.
+        on_text: Called with each piece of text when it is generated.
 
     Raises:
         UsageError: An empty prompt without a template.
@@ -99,10 +99,10 @@ def generate(
 def _tokens(tokenizer: Any, prompt: str, raw: bool) -> list[int]:
     if not raw and tokenizer.has_chat_template:
         messages = [{"role": "user", "content": prompt}]
-        made = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+        encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
     else:
-        made = tokenizer.encode(prompt)
-    tokens = [int(token) for token in made]
+        encoded = tokenizer.encode(prompt)
+    tokens = [int(token) for token in encoded]
     if not tokens:
         raise UsageError("the prompt holds no token to continue")
     return tokens

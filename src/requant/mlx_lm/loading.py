@@ -1,7 +1,7 @@
 """Any supported source as a model of mlx-lm, converted in memory: no weights are written.
 
-The plan and its steps are those of ``convert --layout mlx-lm``; only the place that the bytes
-go to differs. mlx-lm's own loader builds the model around the result.
+The plan and its steps are those of ``convert --layout mlx-lm``, but the bytes are written to
+arrays. mlx-lm's own loader builds the model from them.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def load(
         The model and the tokenizer.
 
     Raises:
-        CheckpointError: Everything that is wrong with the source; also that mlx-lm is not
-            installed, or has no class for the model.
+        CheckpointError: Every problem of the source; also if mlx-lm is not installed or has no
+            class for the model.
         UsageError: Options that contradict each other or match no layer.
 
     Example:
@@ -83,7 +83,7 @@ class Loaded:
     Attributes:
         model: As ``mlx_lm.load`` gives it.
         tokenizer: The same.
-        report: What the conversion did.
+        report: The report of the conversion.
         load_s: Seconds for conversion and loading.
     """
 
@@ -101,11 +101,11 @@ def load_with_report(
     tokenizer_config: Mapping[str, Any] | None = None,
     **arguments: Unpack[LoadKeywords],
 ) -> Loaded:
-    """Do as ``load`` does, and say what the conversion did."""
+    """As ``load``, and return the report of the conversion too."""
     began = time.perf_counter()
     weights, report, planned = _convert(source, quantization, **arguments)
     _check_tokenizer(source, report.plan)
-    with _failing(source, "mlx-lm, building the model"):
+    with _as_checkpoint_error(source, "mlx-lm, building the model"):
         model, config = _build(report.plan.config, weights)
     tokenizer = load_tokenizer(source, planned, tokenizer_config, config.get("eos_token_id"))
     return Loaded(model, tokenizer, report, time.perf_counter() - began)
@@ -120,16 +120,16 @@ def load_tokenizer(
     """The tokenizer of a plan's source, as mlx-lm loads it.
 
     Raises:
-        CheckpointError: There is none, or its library rejects it.
+        CheckpointError: The source has none, or its library rejects it.
     """
     _check_tokenizer(source, planned.plan)
-    with _failing(source, "tokenizer"), _tokenizer_folder(planned) as folder:
+    with _as_checkpoint_error(source, "tokenizer"), _tokenizer_folder(planned) as folder:
         return _utils().load_tokenizer(folder, tokenizer_config, eos_token_ids=eos_token_ids)
 
 
 def build_empty_model(plan: Plan) -> Any:
-    """mlx-lm's model for a dense plan, without its weights: what is in it is not computed."""
-    with _failing(plan.source, "mlx-lm, building the model"):
+    """mlx-lm's model for a dense plan, whose weights are never evaluated."""
+    with _as_checkpoint_error(plan.source, "mlx-lm, building the model"):
         config = dict(plan.config)
         model_class, args_class = _utils()._get_classes(config)
         model = model_class(args_class.from_dict(config))
@@ -138,7 +138,7 @@ def build_empty_model(plan: Plan) -> Any:
 
 
 def _check_tokenizer(source: Source, plan: Plan) -> None:
-    """A GGUF file may hold no tokenizer that can be made: the plan's note says why."""
+    """Raise the note of the plan that says why a GGUF file has no usable tokenizer."""
     notes = [note for note in plan.notes if note.code is NoteCode.NO_TOKENIZER]
     if notes:
         raise CheckpointError(str(source), [Problem("tokenizer", notes[0].text)])
@@ -163,7 +163,7 @@ def load_weights(
 def _convert(
     source: Source, quantization: Quantization | None, **arguments: Unpack[LoadKeywords]
 ) -> tuple[dict[str, mx.array], Report, Planned]:
-    """The weights, the report, and the plan with what it was run on."""
+    """Convert in memory; return the weights, the report, and the plan with its source."""
     began = time.perf_counter()
     options, run = read_arguments("load", quantization, arguments, layout="mlx-lm")
     check_installed(Path(source))
@@ -179,16 +179,20 @@ def _convert(
     )
     while True:
         planned = plan_with_source(as_checkpoint(opened, options.config_from), options)
-        memory = ArraySink(planned.plan)
-        attempt = run_once(planned, memory, options, run)
+        sink = ArraySink(planned.plan)
+        attempt = run_once(planned, sink, options, run)
         if not attempt.problems:
             report = Report.build(planned.plan, "", attempt.result, time.perf_counter() - began)
-            return memory.arrays, report, planned
+            return sink.arrays, report, planned
         options = options_for_retry(planned.plan, attempt, options, run)
 
 
 def check_installed(source: Path) -> None:
-    """Name what is missing before anything else is looked at."""
+    """Check that mlx-lm is installed.
+
+    Raises:
+        CheckpointError: It is not.
+    """
     why = missing_class_reason({"model_type": "llama"})
     if why:
         raise CheckpointError(str(source), [Problem("mlx-lm", why)])
@@ -198,9 +202,9 @@ def check_installed(source: Path) -> None:
 
 
 class ArraySink:
-    """Takes the place of the output folder: each tensor's bytes go into an array of MLX."""
+    """A sink that writes the bytes of each tensor into an MLX array."""
 
-    progress_log = None  # nothing outlives the process
+    progress_log = None  # there is nothing to resume
 
     def __init__(self, plan: Plan) -> None:
         from requant.kernels.mlx_backend import empty
@@ -218,7 +222,7 @@ class ArraySink:
                 self.arrays[tensor.name], self._views[tensor.name] = array, view
 
     def write(self, file: str, offset: int, data: memoryview) -> None:
-        """Put ``data`` where it belongs in the tensor that lies at ``offset``."""
+        """Write ``data`` into the tensor at an absolute offset of a shard."""
         offsets, tensors = self._tensors[file]
         tensor = tensors[bisect_right(offsets, offset) - 1]
         start = offset - tensor.offset
@@ -227,7 +231,7 @@ class ArraySink:
 
 @contextmanager
 def _tokenizer_folder(planned: Planned) -> Iterator[Path]:
-    """The folder with the tokenizer's files; those of a GGUF file are generated."""
+    """Yield the folder with the tokenizer's files; those of a GGUF file are generated."""
     plan, checkpoint = planned.plan, planned.source.checkpoint
     if checkpoint.gguf is None:
         yield checkpoint.path
@@ -244,40 +248,40 @@ def _tokenizer_folder(planned: Planned) -> Iterator[Path]:
 # -- the model -------------------------------------------------------------------------------
 
 
-def _utils() -> Any:  # typed in part only
+def _utils() -> Any:  # mlx-lm is only partly typed
     from mlx_lm import utils
 
     return utils
 
 
 @contextmanager
-def _failing(source: Source, where: str) -> Iterator[None]:
-    """What mlx-lm or the tokenizer's library raise is about the source."""
+def _as_checkpoint_error(source: Source, where: str) -> Iterator[None]:
+    """Raise errors of mlx-lm or of the tokenizer's library as errors of the source."""
     try:
         yield
     except Exception as error:
-        message = one_line(error)
-        raise CheckpointError(str(source), [Problem(where, message)]) from error
+        raise CheckpointError(str(source), [Problem(where, one_line(error))]) from error
 
 
 def _build(config: Mapping[str, Any], weights: dict[str, mx.array]) -> tuple[Any, dict[str, Any]]:
-    """mlx-lm's own loading of a folder, whose weights come from memory instead."""
+    """Load a folder with mlx-lm's loader, but with weights from memory."""
     import mlx.core as mx
 
     utils = _utils()
 
     def classes(config: dict[str, Any]) -> tuple[Callable[[Any], Any], Any]:
         model_class, args_class = utils._get_classes(config)
-        entry = config.get("rotation") or {}
-        group = entry.get("group_size")
-        return lambda args: _model_with_weights(
-            model_class, model_class(args), weights, group
-        ), args_class
+        group = (config.get("rotation") or {}).get("group_size")
+
+        def build(args: Any) -> Any:
+            return _model_with_weights(model_class, model_class(args), weights, group)
+
+        return build, args_class
 
     with tempfile.TemporaryDirectory(prefix="requant-") as name:
         folder = Path(name)
         (folder / "config.json").write_text(json.dumps(config))
-        # It wants a weight file; what it reads there is replaced by the weights at hand.
+        # The loader needs a weight file; sanitize replaces its content by ``weights``.
         mx.save_safetensors(str(folder / "model.safetensors"), {"none": mx.zeros(1)})
         model, loaded = utils.load_model(folder, get_model_classes=classes)
     return model, loaded
@@ -286,20 +290,17 @@ def _build(config: Mapping[str, Any], weights: dict[str, mx.array]) -> tuple[Any
 def _model_with_weights(
     model_class: type, model: Any, weights: dict[str, mx.array], rotation_group: int | None
 ) -> Any:
-    """The model, whose ``sanitize`` takes ``weights`` once, whatever it is given."""
+    """Return the model with a ``sanitize`` that once uses ``weights`` instead of its argument."""
 
-    def sanitize(spied: Any, _: Mapping[str, mx.array]) -> Mapping[str, mx.array]:
-        spied.__class__ = model_class
-        rule = getattr(spied, "sanitize", None)
-        result: Mapping[str, mx.array] = weights if rule is None else rule(weights)
+    def sanitize(model: Any, _: Mapping[str, mx.array]) -> Mapping[str, mx.array]:
+        model.__class__ = model_class
+        own = getattr(model, "sanitize", None)
+        result: Mapping[str, mx.array] = weights if own is None else own(weights)
         if rotation_group is not None:
             from requant.nn import rotate_layers
 
-            rotate_layers(spied, result, rotation_group)
+            rotate_layers(model, result, rotation_group)
         return result
 
     model.__class__ = type(model_class.__name__, (model_class,), {"sanitize": sanitize})
     return model
-
-
-# -- a first look at what it says ------------------------------------------------------------

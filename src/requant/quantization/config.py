@@ -1,9 +1,9 @@
-"""How layers are quantized: the ``quantization`` block of an MLX ``config.json`` as frozen data.
+"""The ``quantization`` block of an MLX ``config.json`` as frozen data.
 
     "quantization": {
         "group_size": 64, "bits": 4, "mode": "affine",       <- the default
         "model.embed_tokens": {"group_size": 32, "bits": 8},  <- one layer, other parameters
-        "lm_head": false                                      <- one layer, left alone
+        "lm_head": false                                      <- one layer, not quantized
     }
 
 Numbers are read as strictly as a 32-bit integer field demands: ``4.0``, ``"4"`` and ``true``
@@ -20,12 +20,12 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Final
 
-from requant.core.strict_json import _reject_constant, read_int
+from requant.core.strict_json import read_int, reject_constant
 from requant.errors import InvariantError, KeyCollisionError, ParseError, UnknownValueError
 from requant.text import format_value
 
 _GLOBAL_KEYS = ("group_size", "bits", "mode")
-# Keys of the block that never name a layer: the default's own, and tags other tools leave there.
+# Keys of the block that never name a layer: those of the default, and tags of other tools.
 RESERVED_KEYS: Final = frozenset(
     (*_GLOBAL_KEYS, "quant_method", "linear_class", "quantization_mode")
 )
@@ -121,7 +121,7 @@ class Quantization:
         return cls(group_size, bits, QuantMode(mode))
 
     def holds(self, codes: Quantization) -> bool:
-        """Whether every layer of ``codes`` can be stored so without a change of its values.
+        """Return whether layers with quantization ``codes`` can be stored in this one exactly.
 
         Affine codes stay integers in more bits, and smaller groups repeat their scale and bias.
         The values of mxfp4 (E2M1) are values of mxfp8 (E4M3) under the same scale.
@@ -147,7 +147,7 @@ class Quantization:
 
 @dataclass(frozen=True, slots=True)
 class PerLayerQuantization:
-    """A default quantization and what single layers have instead.
+    """A default quantization and the layers that differ from it.
 
     Args:
         quantization: For every layer not named in ``per_layer``; None means that only the
@@ -175,10 +175,8 @@ class PerLayerQuantization:
         own = dict(self.per_layer)
         for layer, value in own.items():
             if not isinstance(value, Quantization | Skip):
-                raise InvariantError(
-                    f"per-layer value must be a Quantization or SKIP, got {value!r}",
-                    layer=layer,
-                )
+                message = f"per-layer value must be a Quantization or SKIP, got {value!r}"
+                raise InvariantError(message, layer=layer)
         object.__setattr__(self, "per_layer", MappingProxyType(own))
 
     def __hash__(self) -> int:
@@ -204,7 +202,7 @@ class PerLayerQuantization:
 
         Args:
             layers: Layer path -> its quantization.
-            default: What to call the default; the most common where no layer has it.
+            default: The default; if no layer has it, the most common one is taken.
             skipped: Layers to name as not quantized.
         """
         if default not in layers.values():
@@ -253,7 +251,7 @@ class PerLayerQuantization:
         return block
 
     def quantization_for(self, layer: str) -> Quantization | None:
-        """What ``layer`` is quantized with: its own entry, else the default; None is dense."""
+        """The quantization of ``layer``: its own entry, else the default; None means dense."""
         own = self.per_layer.get(layer, self.quantization)
         return own if isinstance(own, Quantization) else None
 
@@ -268,7 +266,7 @@ def parse_quantization(config_json: str) -> PerLayerQuantization | None:
         The block, or None where the config has none (or is not an object).
 
     Raises:
-        ParseError: The text is not JSON, or the block (``null`` too) lacks its form.
+        ParseError: The text is not JSON, or the block is invalid (also ``null``).
 
     Example:
         >>> parse_quantization('{"quantization": {"group_size": 64, "bits": 4}}').quantization
@@ -277,7 +275,7 @@ def parse_quantization(config_json: str) -> PerLayerQuantization | None:
         True
     """
     try:
-        config = json.loads(config_json, parse_constant=_reject_constant)
+        config = json.loads(config_json, parse_constant=reject_constant)
     except (ValueError, RecursionError) as error:
         reason = str(error).partition(";")[0]  # of long numbers: how Python's limit is raised
         raise ParseError(f"the config is not JSON: {reason}") from error

@@ -7,22 +7,20 @@ from requant.quantization.config import Quantization, QuantMode
 from requant.text import join_or
 
 SEARCH_LEVELS = ("fast", "best")
-
-
-MODES = ("affine", "mxfp4", "mxfp8", "nvfp4")
-
-
+MODES = tuple(mode.value for mode in QuantMode)
 AFFINE_BITS = (1, 2, 3, 4, 5, 6, 8)
-
-
 AFFINE_GROUP_SIZES = (32, 64, 128)
-
-
-_FLOAT_MODES = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
+# Group size and bits that mx.quantize takes by default; the float modes have no others.
+MODE_DEFAULTS = {
+    QuantMode.AFFINE: (64, 4),
+    QuantMode.MXFP4: (32, 4),
+    QuantMode.MXFP8: (32, 8),
+    QuantMode.NVFP4: (16, 4),
+}
 
 
 def check_quantization(bits: int, group_size: int, mode: str) -> None:
-    """Reject what MLX has no quantization for.
+    """Check that MLX supports a quantization.
 
     ========  ======================  ============
     mode      bits                    group_size
@@ -41,8 +39,8 @@ def check_quantization(bits: int, group_size: int, mode: str) -> None:
     legal_groups: tuple[int, ...]
     if mode == "affine":
         legal_bits, legal_groups = AFFINE_BITS, AFFINE_GROUP_SIZES
-    elif mode in _FLOAT_MODES:
-        only_bits, only_group = _FLOAT_MODES[mode]
+    elif mode in MODES:
+        only_group, only_bits = MODE_DEFAULTS[QuantMode(mode)]
         legal_bits, legal_groups = (only_bits,), (only_group,)
     else:
         raise UnknownValueError("[quantization] unknown mode", str(mode), MODES)
@@ -52,28 +50,18 @@ def check_quantization(bits: int, group_size: int, mode: str) -> None:
         raise OutOfRangeError(f"{mode} takes {join_or(legal_groups)}", "group_size", group_size)
 
 
-# MLX's own group size and bits for each mode (what mx.quantize takes by default).
-MODE_DEFAULTS = {
-    QuantMode.AFFINE: (64, 4),
-    QuantMode.MXFP4: (32, 4),
-    QuantMode.MXFP8: (32, 8),
-    QuantMode.NVFP4: (16, 4),
-}
-
-
 def resolve_quantization(
     bits: int | None = None, group_size: int | None = None, mode: str | None = None
 ) -> Quantization:
-    """Fill what is not said with MLX's defaults for the mode, and check the whole.
+    """Complete a quantization with MLX's defaults for the mode, and check it.
 
     Raises:
         UnknownValueError: ``mode`` is not a mode of MLX.
         OutOfRangeError: The mode has no such bits or group size.
     """
-    tags = [known.value for known in QuantMode]
     tag = QuantMode.AFFINE.value if mode is None else mode.lower()
-    if tag not in tags:
-        raise UnknownValueError("no such quantization mode", str(mode), tags)
+    if tag not in MODES:
+        raise UnknownValueError("no such quantization mode", str(mode), MODES)
     default_group_size, default_bits = MODE_DEFAULTS[QuantMode(tag)]
     quantization = Quantization(
         default_group_size if group_size is None else group_size,

@@ -34,18 +34,15 @@ def keywords_of(function: str) -> dict[str, Option]:
 
 
 def read_arguments(
-    function: str,
-    quantization: Quantization | None,
-    arguments: Mapping[str, Any],
-    **fixed: Any,
+    function: str, quantization: Quantization | None, arguments: Mapping[str, Any], **fixed: Any
 ) -> tuple[ConvertOptions, RunOptions]:
-    """Check what a function was given.
+    """Check the arguments of a function and make options of them.
 
     Args:
         function: Its name in the table.
         quantization: Its positional argument.
-        arguments: Its keywords.
-        **fixed: Options that it does not take, and sets.
+        arguments: Its keyword arguments.
+        **fixed: Options that the function sets itself.
 
     Raises:
         TypeError: It takes no such keyword.
@@ -76,12 +73,9 @@ def takes_options(name: str) -> Callable[[F], F]:
         own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
         options = [
             inspect.Parameter(
-                entry.name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=entry.default,
-                annotation=entry.annotation,
+                x.name, inspect.Parameter.KEYWORD_ONLY, default=x.default, annotation=x.annotation
             )
-            for entry in keywords_of(name).values()
+            for x in keywords_of(name).values()
         ]
         signature = signature.replace(parameters=[*own, *options])
         function.__signature__ = signature  # type: ignore[attr-defined]
@@ -93,7 +87,7 @@ def takes_options(name: str) -> Callable[[F], F]:
 
 
 def _documented(doc: str, name: str) -> str:
-    """A docstring whose entry ``**arguments`` is replaced by one for each option."""
+    """Replace the entry ``**arguments`` of a docstring by one for each option."""
     entry = re.search(r"^( +)\*\*arguments:.*\n(?:\1 +.*\n)*", doc, re.M)
     if entry is None:
         return doc
@@ -113,7 +107,7 @@ def _documented(doc: str, name: str) -> str:
 
 
 def keywords_module() -> str:
-    """The source of ``option_keywords``: what type checkers know of the keywords."""
+    """The source of ``option_keywords``, which declares the keywords for type checkers."""
     return "\n".join(_keyword_lines()) + "\n"
 
 
@@ -138,8 +132,8 @@ def _keyword_lines() -> Iterator[str]:
     for functions, entries in groups.items():
         yield from ("", "", f"class {_group_name(functions)}(TypedDict, total=False):")
         yield f'    """Options of {_and(functions)}."""'
+        yield ""
         for entry in entries:
-            yield ""
             yield f"    {entry.name}: {entry.annotation}"
             yield from _docstring(entry.doc)
     for function in COMMAND_OF:

@@ -1,168 +1,36 @@
-"""What the user asks for: the table of options, checked before anything is read.
+"""The table of options.
 
-``ConvertOptions`` say what becomes of a source, and are recorded in the output; ``RunOptions``
-say how a run goes about it. One field is one option: its documentation, its spelling on the
-command line, the way it is read, checked, recorded and printed are the field's metadata.
-To add an option, add a field; then run ``scripts/generate-keywords``.
+``ConvertOptions`` determine the output and are recorded in it; ``RunOptions`` control how the
+conversion runs. Each field is one option. Its documentation, its spelling on the command line, and
+how it is read, checked, recorded and printed are metadata of the field. To add an option, add a
+field; then run ``scripts/generate-keywords``.
 """
 
-# ruff: noqa: RUF009  # option() makes a field
+# ruff: noqa: RUF009  # option() returns a dataclass field
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from requant.errors import ParseError, UnknownValueError, UsageError
-from requant.quantization.config import SKIP, Quantization, QuantMode
-from requant.quantization.modes import SEARCH_LEVELS, check_quantization, resolve_quantization
-from requant.quantization.option_table import (
-    CALLBACK,
-    FLAG,
-    INTEGER,
-    PATH,
-    SIZE,
-    TEXT,
-    Option,
-    ValueType,
-    choice,
-    option,
-    options_of,
-    patterns,
-)
-from requant.quantization.recipe_files import load_recipe, recipe_from_dict, recipe_names
+from requant.errors import ParseError, UsageError
+from requant.quantization import option_types as types
+from requant.quantization.config import Quantization, QuantMode
+from requant.quantization.modes import SEARCH_LEVELS, resolve_quantization
+from requant.quantization.option_table import Option, option, options_of
+from requant.quantization.recipe_files import recipe_names
 from requant.quantization.recipes import Recipe
-from requant.quantization.size_budget import parse_budget
-from requant.quantization.specs import Spec, check_regex, format_spec, parse_spec
 from requant.text import join_first
 
-DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+DTYPES = types.DTYPES
 
-Override = tuple[str, Spec]
-
-
-def parse_override(
-    text: str | tuple[str, Spec | str], base: Quantization | None = None
-) -> Override:
-    """Parse ``REGEX=SPEC``; the last ``=`` divides, so a regex may hold one.
-
-    Raises:
-        UsageError: No ``=``, an unknown SPEC, or a regex that does not compile.
-    """
-    if isinstance(text, tuple):
-        pattern, spec = text
-    else:
-        pattern, equals, spec = text.rpartition("=")
-        if not equals or not pattern:
-            raise UsageError(f"--override {text!r} is not REGEX=SPEC, as in 'lm_head=8'")
-    check_regex(pattern, "--override")
-    return pattern, parse_spec(spec, base) if isinstance(spec, str) else spec
-
-
-# -- types of single options -----------------------------------------------------------------
-
-
-def _quantization_from_json(data: Any) -> Quantization | None:
-    return None if data is None else _validated(Quantization.from_dict(data))
-
-
-def _validated(quantization: Quantization) -> Quantization:
-    """The same, if MLX has it."""
-    mode = quantization.mode.value
-    check_quantization(quantization.bits, quantization.group_size, mode)
-    return quantization
-
-
-def _spec_to_json(spec: Spec) -> Any:
-    return spec.to_dict() if isinstance(spec, Quantization) else "skip"
-
-
-def _override_from_json(data: Any) -> Override:
-    pattern, spec = data
-    check_regex(str(pattern), "--override")
-    return str(pattern), SKIP if spec == "skip" else _validated(Quantization.from_dict(spec))
-
-
-def _parse_dtype(word: Any) -> str:
-    if word not in DTYPES:
-        raise UnknownValueError("no such dtype", str(word), list(DTYPES))
-    return DTYPES[word]
-
-
-_QUANTIZATION = ValueType(
-    annotation="Quantization",
-    expected="a Quantization",
-    is_valid=lambda value: isinstance(value, Quantization),
-    parse=lambda value: _validated(value) if isinstance(value, Quantization) else value,
-    to_json=lambda value: value and value.to_dict(),
-    from_json=_quantization_from_json,
-    on_command_line="",
-)
-_MODE = replace(
-    choice(*(mode.value for mode in QuantMode)),
-    parse=lambda value: value.lower() if isinstance(value, str) else value,
-)
-_DTYPE = ValueType(
-    annotation="str",
-    expected=f"one of {', '.join(DTYPES.values())}",
-    is_valid=lambda value: value in DTYPES.values(),
-    parse=_parse_dtype,
-    to_words=lambda value: [word for word, name in DTYPES.items() if name == value],
-    choices=tuple(DTYPES),
-)
-_OVERRIDES = ValueType(
-    annotation="Iterable[str | tuple[str, Spec | str]]",
-    expected="a list of REGEX=SPEC",
-    is_valid=lambda value: isinstance(value, tuple),
-    parse=lambda value: (value,) if isinstance(value, str) else tuple(value),
-    to_words=lambda value: [f"{pattern}={format_spec(spec)}" for pattern, spec in value],
-    to_json=lambda value: [[pattern, _spec_to_json(spec)] for pattern, spec in value],
-    from_json=lambda data: tuple(map(_override_from_json, data)),
-    on_command_line="texts",
-)
-_RECIPE = ValueType(
-    annotation="str | os.PathLike[str]",
-    expected="a recipe",
-    is_valid=lambda value: isinstance(value, Recipe),
-    parse=load_recipe,
-    to_words=lambda recipe: [
-        recipe.name if recipe.name in recipe_names() else f"{recipe.name}.toml"
-    ],
-    to_json=lambda value: value and asdict(value),
-    from_json=lambda data: (
-        data and recipe_from_dict({**data, "default": _quantization_from_json(data.get("default"))})
-    ),
-)
-_BUDGET = ValueType(
-    annotation="str | float",
-    expected="bits per weight or a size",
-    is_valid=lambda value: isinstance(value, str),
-    parse=lambda value: parse_budget(value).text,
-    from_json=lambda data: data if data is None else parse_budget(_text(data)).text,
-)
-_LAYERS = ValueType(
-    annotation="Iterable[str]",
-    expected="a list of layers",
-    is_valid=lambda value: isinstance(value, frozenset) and all(isinstance(x, str) for x in value),
-    to_json=sorted,
-    from_json=frozenset,
-    on_command_line="",
-)
-
-
-def _text(data: Any) -> str:
-    if not isinstance(data, str):
-        raise TypeError(f"budget is {data!r}, expected a text")
-    return data
-
-
-# -- what is printed for options that depend on others ---------------------------------------
+# -- command-line words of options that depend on others -------------------------------------
 
 
 def _quantization_words(options: ConvertOptions) -> list[str]:
-    """A Quantization that was given as such, in the options that say the same."""
+    """A Quantization that was given as an object, as --mode, --bits and --group-size."""
     quantization, recipe = options.quantization, options.recipe
     given = (options.bits, options.group_size, options.mode) != (None, None, None)
     if quantization is None or given or options.budget is not None:
@@ -175,13 +43,10 @@ def _quantization_words(options: ConvertOptions) -> list[str]:
 
 
 def _recipe_words(options: ConvertOptions) -> list[str]:
-    """The recipe; one of the user's own is written as ``NAME.toml``: its file is not at hand.
-
-    What a budget chose is chosen again by the budget.
-    """
+    """The recipe, unless a budget chose it and will choose it again."""
     if options.recipe is None or options.budget is not None:
         return []
-    return ["--recipe", *_RECIPE.to_words(options.recipe)]
+    return ["--recipe", *types.RECIPE.to_words(options.recipe)]
 
 
 def _nonfinite_words(options: ConvertOptions) -> list[str]:
@@ -193,79 +58,57 @@ def _nonfinite_words(options: ConvertOptions) -> list[str]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConvertOptions:
-    """What to do with a source. ``options_of(ConvertOptions)`` is the table of its fields."""
+    """Options that determine the output; ``options_of(ConvertOptions)`` is their table."""
 
     quantization: Quantization | None = option(
-        None,
-        type=_QUANTIZATION,
+        types.QUANTIZATION,
         doc="Target of the chosen layers. None keeps a quantized source as it is and means "
         "affine, 4 bits, group 64 for a dense one.",
         words=_quantization_words,
     )
     bits: int | None = option(
-        None,
-        type=INTEGER,
+        types.INTEGER,
         doc="With ``group_size`` and ``mode``, another way to give ``quantization``; what is not "
         "given takes MLX's default for the mode.",
         help="Bits per weight; affine: 1 to 6, 8.",
-        metavar="N",
     )
     group_size: int | None = option(
-        None,
-        type=INTEGER,
-        doc="Inputs that share a scale.",
-        help="Inputs that share a scale; affine: 32 64 128.",
-        metavar="N",
+        types.INTEGER, doc="Inputs that share a scale; affine: 32, 64 or 128."
     )
-    mode: str | None = option(
-        None,
-        type=_MODE,
-        doc='"affine", "mxfp4", "mxfp8" or "nvfp4".',
-        help="Quantization mode: affine, mxfp4, mxfp8 or nvfp4.",
-        metavar="MODE",
-    )
+    mode: str | None = option(types.MODE, doc="Quantization mode: affine, mxfp4, mxfp8 or nvfp4.")
     dequantize: bool = option(
-        False, type=FLAG, doc="Write every layer dense.", flags=("--dequantize", "-d")
+        types.FLAG, doc="Write every layer dense.", flags=("--dequantize", "-d")
     )
     dtype: str | None = option(
-        None,
-        type=_DTYPE,
+        types.DTYPE,
         doc='"float16", "bfloat16" or "float32" for floating tensors; cast before they are '
         "quantized. The field holds the name of a safetensors header (BF16).",
         help="Dtype of floating tensors: float16, bfloat16 or float32.",
-        metavar="DTYPE",
     )
-    overrides: tuple[Override, ...] = option(
-        (),
-        type=_OVERRIDES,
+    overrides: tuple[types.Override, ...] = option(
+        types.OVERRIDES,
         doc='``"REGEX=SPEC"`` or ``(regex, spec)`` on layer paths; the last match wins.',
         help="For layers whose path matches REGEX: bits (8), bits:group (8:32), a mode, or skip. "
         "Repeatable; the last that matches wins.",
         flags=("--override",),
-        metavar="REGEX=SPEC",
     )
     only: tuple[str, ...] = option(
-        (),
-        type=patterns("--only"),
+        types.patterns("--only"),
         doc="Regexes; layers whose path matches none of them are left as they are.",
         help="Quantize only layers whose path matches REGEX. Repeatable.",
-        metavar="REGEX",
     )
     recipe: Recipe | None = option(
-        None,
-        type=_RECIPE,
+        types.RECIPE,
         doc='Name of a recipe ("mixed_3_6", ``requant recipes`` lists them) or path of a TOML '
         "file: per-layer targets by role, name pattern and block position. ``bits``, "
         "``group_size`` and ``mode`` replace its default; ``overrides`` win over its rules.",
         help="Per-layer bits by role, name pattern and block position: a built-in name (`requant "
         "recipes`) or a TOML file.",
-        metavar="NAME|FILE",
         completions=recipe_names,
         words=_recipe_words,
     )
     layout: str = option(
-        "auto",
-        type=choice("auto", "keep", "mlx-lm"),
+        types.choice("auto", "keep", "mlx-lm", default="auto"),
         doc='"mlx-lm" (names, shapes, choice of layers and config of mlx-lm\'s converter; an '
         'error where it cannot be), "keep" (the source\'s tensor names), or "auto": the first '
         "where mlx-lm is installed and takes this checkpoint, else the second and a note that "
@@ -276,8 +119,7 @@ class ConvertOptions:
         functions=("convert", "plan"),
     )
     keep_extra: bool = option(
-        False,
-        type=FLAG,
+        types.FLAG,
         doc="In mlx-lm's layout, keep tensors that its class has no use for (towers for images "
         "and sound, MTP heads) under their own names instead of dropping them; a note says "
         "whether mlx-lm still loads the result.",
@@ -286,8 +128,7 @@ class ConvertOptions:
         functions=("convert", "plan"),
     )
     act_order: str = option(
-        "requantize",
-        type=choice("requantize", "dense", "refuse"),
+        types.choice("requantize", "dense", "refuse", default="requantize"),
         doc="GPTQ layers with act-order (desc_act), where the order of inputs cannot be moved "
         'into the layer before: "requantize" (8 bits), "dense" or "refuse".',
         help="What to do with GPTQ act-order (desc_act) layers that MLX cannot represent: "
@@ -295,67 +136,56 @@ class ConvertOptions:
         metavar="ACTION",
     )
     fold_rotation: bool = option(
-        False,
-        type=FLAG,
+        types.FLAG,
         doc="ParoQuant: fold the rotation of inputs into the weights and requantize to 8 bits; "
         "else the rotation stays next to the codes, and only ``requant.mlx_lm.load`` runs it.",
         help="ParoQuant: fold the rotation into the weights and requantize to 8 bits.",
     )
     search: str = option(
-        "off",
-        type=choice("off", *SEARCH_LEVELS),
+        types.choice("off", *SEARCH_LEVELS, default="off"),
         doc='"off" (as ``mx.quantize``, bit for bit), "fast" or "best": look for scales and '
         "biases with a smaller squared error at the same size (docs/quantization/search.md).",
         help="How scales are chosen: off (as mx.quantize), fast, or best (lowest MSE, slower).",
         metavar="LEVEL",
     )
     statistics: str | None = option(
-        None,
-        type=PATH,
+        types.PATH,
         doc="Importance of each input for the search: a file of ``calibrate``, or llama.cpp's "
         'imatrix. Turns ``search`` to "best" where that is "off".',
         help="Importance matrix for the scale search: llama.cpp imatrix (.gguf, .dat) or a file "
         "from `requant calibrate`.",
         flags=("--imatrix",),
-        metavar="FILE",
     )
     gptq: bool = option(
-        False,
-        type=FLAG,
+        types.FLAG,
         doc="Apply GPTQ with the Hessians in ``statistics`` (``calibrate(..., hessian=True)``); "
         "affine layers only.",
         help="Apply GPTQ with the Hessians in --imatrix (`requant calibrate --hessian`). Affine "
         "only.",
     )
     config_from: str | None = option(
-        None,
-        type=PATH,
+        types.PATH,
         doc="For GGUF: the folder of the original model, whose config.json and tokenizer files "
         "are taken instead of what the metadata say.",
         help="GGUF: take config.json and tokenizer files of the original model's folder.",
         metavar="FOLDER",
     )
     budget: str | None = option(
-        None,
-        type=_BUDGET,
+        types.BUDGET,
         doc='4.5 (bits per weight) or "12GB" (bytes of all tensors): choose bits and group size '
         "per layer to minimise quantization error within it. The source is measured first; "
         "``overrides`` and ``only`` win, ``group_size`` holds for all other layers.",
         help="Mixed precision: choose bits and group size per layer to minimise quantization "
         "error within a target size (4.5 bits per weight, or 12GB). Reads the weights.",
-        metavar="SIZE",
     )
     shard_size: int = option(
-        5 << 30,
-        type=SIZE,
-        doc="Most bytes of one output file.",
-        help="Most bytes of one weight file.",
-        metavar="SIZE",
+        types.SIZE,
+        default=5 << 30,
+        doc="Most bytes of one weight file.",
         functions=("convert", "plan"),
     )
     nonfinite_layers: frozenset[str] = option(
-        frozenset(),
-        type=_LAYERS,
+        types.LAYERS,
         doc="Layers that a run found to hold NaN or Inf; they are left as they are.",
         functions=(),
         words=_nonfinite_words,
@@ -377,7 +207,7 @@ class ConvertOptions:
 
     @property
     def own_groups(self) -> bool:
-        """Whether layers whose codes stay keep their own group size: none was asked for."""
+        """Whether layers whose codes are kept also keep their group size: no other is given."""
         target = (self.bits, self.mode) != (None, None)
         return target and self.group_size is None and self.recipe is None
 
@@ -385,11 +215,11 @@ class ConvertOptions:
     def from_arguments(
         cls, quantization: Quantization | None = None, **arguments: Any
     ) -> ConvertOptions:
-        """Check and assemble keyword arguments; the command line gives the same.
+        """Make options from keyword arguments of Python or of the command line.
 
         Args:
             quantization: As the field.
-            **arguments: The other fields, as signatures show them: paths, names of recipes and
+            **arguments: The other fields, as in signatures: paths, names of recipes and
                 ``REGEX=SPEC`` are read here.
 
         Raises:
@@ -405,7 +235,7 @@ class ConvertOptions:
         recipe: Recipe | None = values.get("recipe")
         values["quantization"] = quantization
         values["overrides"] = tuple(
-            parse_override(text, quantization) for text in values.get("overrides", ())
+            types.parse_override(text, quantization) for text in values.get("overrides", ())
         )
         if values.get("search", "off") == "off":
             if recipe is not None and recipe.search:
@@ -421,24 +251,19 @@ class ConvertOptions:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ConvertOptions:
-        """Read what ``to_dict`` gave.
+        """Read the result of ``to_dict``.
 
         Raises:
-            ParseError: It is not that.
+            ParseError: ``data`` is not such a result, or one of another version.
         """
         table = options_of(ConvertOptions)
         try:
             if unknown := sorted(str(key) for key in data.keys() - table.keys()):
                 raise ValueError(f"{join_first(unknown)} is none of them")
             return cls(**{name: x.type.from_json(data[name]) for name, x in table.items()})
-        except KeyError as error:
-            raise ParseError(
-                f"these are not options of this version of requant: {error} is missing"
-            ) from error
-        except (AttributeError, TypeError, ValueError) as error:
-            raise ParseError(
-                f"these are not options of this version of requant: {error}"
-            ) from error
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            why = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+            raise ParseError(f"these are not options of this version of requant: {why}") from error
 
     def command_words(self) -> list[str]:
         """The options as they are typed after ``requant convert SOURCE OUTPUT``."""
@@ -448,51 +273,42 @@ class ConvertOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunOptions:
-    """How a conversion is run; nothing of it changes the bytes of the output."""
+    """Options of a run, which do not change the bytes of the output."""
 
     save_recipe: str | None = option(
-        None,
-        type=PATH,
+        types.PATH,
         doc="File for what ``budget`` chose, to be edited and given as ``recipe``.",
         help="Write what --budget chose as a recipe, to be edited and given to --recipe.",
-        metavar="FILE",
         functions=("convert", "plan"),
     )
     max_memory: int | None = option(
-        None,
-        type=SIZE,
-        doc="Most bytes to hold in memory, mapped pages aside.",
+        types.SIZE,
+        doc="Most bytes to hold in memory.",
         help="Memory limit: 500MB, 2GB (thousands), 1GiB, 1G (1024s), or bytes.",
-        metavar="SIZE",
     )
     threads: int | None = option(
-        None,
-        type=INTEGER,
+        types.INTEGER,
         doc="Worker threads; every processor by default.",
         help="Worker threads; by default one a processor.",
         flags=("--threads", "-j"),
-        metavar="N",
         minimum=1,
     )
     force: bool = option(
-        False,
-        type=FLAG,
+        types.FLAG,
         doc="Replace an existing output folder.",
-        help="Replace an existing OUTPUT.",
         flags=("--force", "-f"),
         functions=("convert",),
     )
     resume: bool = option(
-        True,
-        type=FLAG,
+        types.FLAG,
+        default=True,
         doc="Resume the same conversion after a stop; False starts over.",
-        help="Start over instead of going on where a stopped run was.",
+        help="Start over instead of resuming a stopped run.",
         is_negated=True,
         functions=("convert",),
     )
     consume_source: bool = option(
-        False,
-        type=FLAG,
+        types.FLAG,
         doc="Delete each weight file of the source once all that needs it is durably written; "
         "everything is computed and checked once before the first goes. Of a source on the hub, "
         "a few weight files at a time are on the disk, and none is checked before.",
@@ -501,47 +317,37 @@ class RunOptions:
         functions=("convert",),
     )
     yes: bool = option(
-        False,
-        type=FLAG,
+        types.FLAG,
         doc="Must be true with ``consume_source``, but for the hub: nothing can be verified "
         "against the source afterwards.",
         help="Confirm deletion of the source weights.",
         functions=("convert",),
     )
     allow_nonfinite: bool = option(
-        False,
-        type=FLAG,
+        types.FLAG,
         doc="Leave a layer with NaN or Inf as it is instead of stopping.",
         help="Leave layers with NaN or Inf as they are.",
         functions=("convert", "load"),
         commands=("convert",),
     )
     allow_overflow: bool = option(
-        False,
-        type=FLAG,
+        types.FLAG,
         doc="Let values that a cast to ``dtype`` cannot hold become infinite.",
         help="Let values too large for --dtype be infinite.",
         functions=("convert", "load"),
         commands=("convert",),
     )
     progress: Callable[..., None] | None = option(
-        None,
-        type=CALLBACK,
-        doc="Called about ten times a second with a ``Progress``.",
+        types.CALLBACK, doc="Called about ten times a second with a ``Progress``."
     )
     chunk_bytes: int | None = option(
-        None,
-        type=SIZE,
+        types.SIZE,
         doc="Bytes of one worker's chunk; the result does not depend on it.",
         functions=("convert", "load"),
         commands=(),
     )
     revision: str | None = option(
-        None,
-        type=TEXT,
-        doc="Of a source on the hub: branch, tag or commit.",
-        help="Of a repository on the hub: branch, tag or commit.",
-        metavar="REV",
+        types.TEXT, doc="Of a repository on the hub: branch, tag or commit.", metavar="REV"
     )
 
     def __post_init__(self) -> None:
@@ -555,24 +361,21 @@ class RunOptions:
 
     @classmethod
     def from_arguments(cls, **arguments: Any) -> RunOptions:
-        """Check and assemble keyword arguments; the command line gives the same."""
+        """Make options from keyword arguments of Python or of the command line."""
         table = options_of(RunOptions)
         return cls(**{name: _parsed(table[name], value) for name, value in arguments.items()})
 
     def check_save_recipe(self, options: ConvertOptions) -> None:
-        """Check the file for a recipe before anything is measured.
+        """Check the file name of ``save_recipe`` before anything is measured.
 
         Raises:
-            UsageError: There is no budget, the file's name is not a recipe's, or it is there
-                already.
+            UsageError: There is no budget, the name does not end in .toml, or the file exists.
         """
         if self.save_recipe is None:
             return
         path = Path(self.save_recipe)
         if options.budget is None:
-            raise UsageError(
-                "--save-recipe keeps what --budget chooses; give --budget 4 or the like"
-            )
+            raise UsageError("--save-recipe writes what --budget chooses: add --budget, as in 4.5")
         if path.suffix != ".toml":
             raise UsageError(f"--save-recipe {path}: --recipe reads names that end in .toml")
         if path.exists():
@@ -582,17 +385,17 @@ class RunOptions:
 
 
 def _parsed(entry: Option, argument: Any) -> Any:
-    """The field's value of an argument, checked by itself."""
+    """The field's value for an argument, checked without regard to other options."""
     value = argument if argument is None else entry.type.parse(argument)
     entry.check(value)
     return value
 
 
 def _target(values: Mapping[str, Any]) -> Quantization | None:
-    """The quantization that ``bits``, ``group_size``, ``mode`` and ``recipe`` come to.
+    """The quantization that follows from ``bits``, ``group_size``, ``mode`` and ``recipe``.
 
     Raises:
-        UsageError: It is said twice, or the recipe is for another mode.
+        UsageError: Two options set it, or the recipe is for another mode.
         OutOfRangeError: MLX has no such bits or group size in the mode.
         UnknownValueError: Unknown mode.
     """
@@ -618,15 +421,15 @@ def _target(values: Mapping[str, Any]) -> Quantization | None:
 
 
 def _recipe_default(recipe: Recipe) -> Quantization | None:
-    """What a recipe gives to layers that it does not name."""
+    """The target of layers that a recipe does not name."""
     return Quantization.affine(64, 4) if recipe.is_mixed else recipe.default
 
 
 def _check_gptq(options: ConvertOptions) -> None:
-    """GPTQ takes Hessians and gives affine codes.
+    """Check that there are Hessians for GPTQ and that the mode is affine.
 
     Raises:
-        UsageError: There are none, or other codes are asked for.
+        UsageError: There are none, or it is not.
     """
     if options.statistics is None:
         raise UsageError(
@@ -641,12 +444,12 @@ def _check_gptq(options: ConvertOptions) -> None:
 
 
 def _check_budget_is_exclusive(arguments: Mapping[str, Any]) -> None:
-    """A budget chooses bits itself.
+    """Check that no other option than the budget chooses bits.
 
-    Checked on the arguments: once chosen, the options hold the budget and its recipe.
+    The arguments are checked: later the options have both the budget and the recipe it chose.
 
     Raises:
-        UsageError: Something else is to choose them too.
+        UsageError: Another option chooses bits too.
     """
     if arguments.get("budget") is None:
         return

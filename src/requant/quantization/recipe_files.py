@@ -1,4 +1,4 @@
-"""Recipes as TOML files and JSON: read with every problem named, and written."""
+"""Recipes as TOML files and JSON: reading, with a list of all problems, and writing."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from requant.quantization.modes import SEARCH_LEVELS, resolve_quantization
 from requant.quantization.recipes import MIXED, Recipe, Rule
 from requant.quantization.roles import ROLES
 from requant.quantization.specs import check_regex, parse_spec
-from requant.text import format_value, join_or, utf8_error
+from requant.text import format_value, join_or, os_error_text, utf8_error
 
 BUILTIN_RECIPES = Path(__file__).parent / "builtin_recipes"
 
 
 def recipe_names() -> list[str]:
-    """Every recipe that comes with requant, mlx-lm's first."""
+    """Names of the built-in recipes, mlx-lm's first."""
     return [*MIXED, *sorted(path.stem for path in BUILTIN_RECIPES.glob("*.toml"))]
 
 
@@ -34,7 +34,7 @@ def load_recipe(name: str | os.PathLike[str]) -> Recipe:
             ``.toml`` or has a folder in it.
 
     Raises:
-        UsageError: No such recipe or file, or everything that is wrong with the file.
+        UsageError: No such recipe or file, or all problems of the file.
     """
     text = os.fspath(name)
     if text in MIXED:
@@ -43,17 +43,20 @@ def load_recipe(name: str | os.PathLike[str]) -> Recipe:
         return Recipe(text, words, is_mixed=True)
     is_file = text.endswith(".toml") or Path(text).name != text
     if not is_file and text not in recipe_names():
-        near = difflib.get_close_matches(text, recipe_names(), 1)
-        hint = f"close matches: {near[0]}; " if near else ""
-        raise UsageError(
-            f"there is no recipe {text!r}; {hint}known: {', '.join(recipe_names())}, or a TOML file"
-        )
+        known = _known(text, recipe_names())
+        raise UsageError(f"there is no recipe {text!r}; {known}, or a TOML file")
     path = Path(text) if is_file else BUILTIN_RECIPES / f"{text}.toml"
     return parse_recipe(_read(path), text, is_shipped=not is_file)
 
 
+def _known(word: str, known: Sequence[str]) -> str:
+    """``close matches: head; known: embedding, head``."""
+    near = difflib.get_close_matches(word, known, 1)
+    return f"{f'close matches: {near[0]}; ' if near else ''}known: {', '.join(known)}"
+
+
 def recipe_text(recipe: Recipe) -> str:
-    """What there is to read: the file, or what mlx-lm's rule does."""
+    """The text of the recipe's file, or a description of mlx-lm's rule."""
     if not recipe.is_mixed:
         return _read(
             BUILTIN_RECIPES / f"{recipe.name}.toml" if recipe.is_builtin else Path(recipe.name)
@@ -68,7 +71,7 @@ def recipe_text(recipe: Recipe) -> str:
 
 
 def to_toml(recipe: Recipe) -> str:
-    """A recipe as the text that ``parse_recipe`` reads; not one of mlx-lm's."""
+    """Write a recipe, but none of mlx-lm's, as the text that ``parse_recipe`` reads."""
     lines = [f"description = {json.dumps(recipe.description)}"]
     lines += [f"search = {json.dumps(recipe.search)}"] * bool(recipe.search)
     if recipe.default is not None:
@@ -85,11 +88,11 @@ def to_toml(recipe: Recipe) -> str:
 
 
 def _read(path: Path) -> str:
-    """The text of a recipe file; UsageError where it cannot be read."""
+    """The text of a recipe file; raises UsageError if it cannot be read."""
     try:
         return path.read_bytes().decode("utf-8")
     except OSError as error:
-        raise UsageError(f"recipe {path}: {error.strerror or error}") from error
+        raise UsageError(f"recipe {path}: {os_error_text(error)}") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"recipe {path}: {utf8_error(error)}") from error
 
@@ -98,7 +101,7 @@ def parse_recipe(text: str, name: str, *, is_shipped: bool = False) -> Recipe:
     """Read the text of a recipe file.
 
     Raises:
-        UsageError: Everything that is wrong with it, key by key.
+        UsageError: All problems of the file, key by key.
     """
     try:
         table = tomllib.loads(text)
@@ -129,15 +132,15 @@ def parse_recipe(text: str, name: str, *, is_shipped: bool = False) -> Recipe:
 
 
 def recipe_from_dict(data: Mapping[str, Any]) -> Recipe:
-    """Read what ``dataclasses.asdict`` gave, ``default`` as it was; a record may be untrusted.
+    """Read a dict of ``dataclasses.asdict`` with a ``Quantization`` as ``default``, strictly.
 
     Raises:
-        UsageError: A rule says what no rule can.
+        UsageError: A rule is invalid.
         TypeError: A field is missing, of another type, or unknown.
     """
     reader, rules = _Reader(), []
-    for number, reported in enumerate(data["rules"], 1):
-        table = dict(reported)
+    for number, rule in enumerate(data["rules"], 1):
+        table = dict(rule)
         table["role"] = table.pop("roles")
         rules.append(reader.rule(f"rules[{number}]", table))
     if data.get("search", "") not in ("", *SEARCH_LEVELS):
@@ -152,14 +155,14 @@ def recipe_from_dict(data: Mapping[str, Any]) -> Recipe:
         reader.report("name", f"is {format_value(data['name'])}; mlx-lm's are {', '.join(MIXED)}")
     if reader.problems:
         raise UsageError("; ".join(map(str, reader.problems)))
-    return Recipe(**{**data, "rules": tuple(rule for rule in rules if rule)})
+    return Recipe(**{**data, "rules": tuple(x for x in rules if x)})
 
 
 _T = TypeVar("_T")
 
 
 class _Reader:
-    """Reads tables and keeps every problem with the key it is about."""
+    """Reads the tables of a recipe and collects problems with their keys."""
 
     def __init__(self) -> None:
         self.problems: list[Problem] = []
@@ -168,7 +171,7 @@ class _Reader:
         self.problems.append(Problem(where, message))
 
     def keys(self, where: str, table: Mapping[str, Any], known: Sequence[str]) -> None:
-        """Report the keys that mean nothing."""
+        """Report unknown keys."""
         for key in table:
             if key not in known:
                 near = difflib.get_close_matches(key, known, 1)
@@ -176,7 +179,7 @@ class _Reader:
                 self.report(f"{where}.{key}" if where else key, f"is not a known key; {hint}")
 
     def typed(self, where: str, value: object, kind: type[_T], words: str) -> _T | None:
-        """The value, or None and a problem where it is of another type."""
+        """Return the value; None with a problem if it has another type."""
         if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
             return value
         self.report(where, f"is {format_value(value)}, expected {words}")
@@ -254,9 +257,7 @@ class _Reader:
             return ()
         for word in words:
             if word not in ROLES:
-                near = difflib.get_close_matches(word, ROLES, 1)
-                hint = f"close matches: {near[0]}; " if near else ""
-                self.report(where, f"{word!r} is not a role; {hint}known: {', '.join(ROLES)}")
+                self.report(where, f"{word!r} is not a role; {_known(word, [*ROLES])}")
         return tuple(words)
 
     def layers(self, where: str, value: object) -> tuple[str, ...]:

@@ -17,22 +17,22 @@ from requant.quantization.config import Quantization
 from requant.quantization.roles import ROLES, block_positions
 from requant.quantization.specs import Spec, parse_spec
 
-# mlx-lm's recipes: bits of most layers, and of those that its rule finds worth more
+# mlx-lm's recipes: bits of most layers, and of those that its rule prefers
 # (mlx_lm/convert.py, mixed_quant_predicate_builder).
 MIXED = {"mixed_2_6": (2, 6), "mixed_3_4": (3, 4), "mixed_3_6": (3, 6), "mixed_4_6": (4, 6)}
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """Conditions that must all hold, and what a layer then gets.
+    """Conditions, and the target of the layers that fulfil all of them.
 
     Attributes:
         spec: As in an override: ``8``, ``8:32``, a mode, ``skip``.
         match: Regex on the layer path; "" for any.
-        roles: Keys of ``ROLES``, one of which must fit; empty for any.
-        first: Only the first so many blocks (of each stack), and
-        last: the last so many; with both 0, any layer.
-        layers: Layer paths, one of which it must be; empty for any.
+        roles: Keys of ``ROLES``, one of which must match; empty for any.
+        first: Number of blocks at the start of each stack that match.
+        last: The same at its end; if both are 0, every layer matches.
+        layers: Layer paths, one of which must be equal; empty for any.
     """
 
     spec: str
@@ -44,7 +44,7 @@ class Rule:
 
     @property
     def is_explicit(self) -> bool:
-        """Whether it says what the layer is, and not only its position."""
+        """Whether a condition is about the name, and not only about the position."""
         return bool(self.match or self.roles or self.layers)
 
     def matches(self, path: str, place: tuple[int, int] | None) -> bool:
@@ -67,13 +67,13 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class LayerTarget:
-    """What a recipe says about one layer.
+    """The target of one layer in a recipe.
 
     Attributes:
         spec: The target, or SKIP.
-        explicit: The rule means this kind of layer, so one that stays dense by its name too.
-        rule: Which rule it was, from 1; 0 for mlx-lm's own.
-        names: The rule names the layer by a pattern or its path, not by a role alone.
+        explicit: The rule is about the name, so it also holds for layers that are dense by default.
+        rule: Number of the rule, from 1; 0 for mlx-lm's own.
+        names: The rule names the layer by a pattern or its path, not only by a role.
     """
 
     spec: Spec
@@ -89,11 +89,11 @@ class Recipe:
     Attributes:
         name: As the user named it.
         description: One sentence.
-        default: What layers get that no rule names; None leaves that to the options.
-        rules: The last that fits wins.
+        default: Target of layers that no rule matches; None leaves it to the options.
+        rules: The rules, of which the last that matches wins.
         is_mixed: It is one of ``MIXED``; there are no rules then.
         is_builtin: It came with requant.
-        search: Level of the search for scales, unless another is requested; "" says nothing of it.
+        search: Level of the scale search, unless the options name one; "" for none.
     """
 
     name: str
@@ -116,14 +116,14 @@ class Recipe:
         }
 
     def choose(self, paths: Sequence[str], base: Quantization | None) -> dict[str, LayerTarget]:
-        """Go through a model's layers.
+        """Return the targets of a model's layers.
 
         Args:
             paths: Every layer path.
-            base: Default of the conversion: its group size goes with bare bits.
+            base: Default of the conversion; its group size completes a spec of bits alone.
 
         Returns:
-            The layers that a rule names.
+            Layer path to target, for the layers that a rule matches.
 
         Raises:
             UsageError: A mixed recipe, and no layer has the name that its rule starts from.
@@ -132,22 +132,22 @@ class Recipe:
             group_size = 64 if base is None else base.group_size
             return _mlx_lm_mixed_targets(self.name, paths, group_size)
         specs = [parse_spec(rule.spec, base) for rule in self.rules]
-        remains = block_positions(paths)
-        found: dict[str, LayerTarget] = {}
+        positions = block_positions(paths)
+        targets: dict[str, LayerTarget] = {}
         named = [frozenset(rule.layers) for rule in self.rules]
         for path in paths:
             for number in range(len(self.rules), 0, -1):
                 rule = self.rules[number - 1]
                 if named[number - 1] and path not in named[number - 1]:
                     continue
-                if rule.matches(path, remains.get(path)):
+                if rule.matches(path, positions.get(path)):
                     names = bool(rule.match or rule.layers)
-                    found[path] = LayerTarget(specs[number - 1], rule.is_explicit, number, names)
+                    targets[path] = LayerTarget(specs[number - 1], rule.is_explicit, number, names)
                     break
-        return found
+        return targets
 
     def unmatched_patterns(self, paths: Sequence[str]) -> list[str]:
-        """Regexes of the rules that no layer path has."""
+        """The regexes and layer paths of the rules that match no layer."""
         patterns = dict.fromkeys(rule.match for rule in self.rules if rule.match)
         unused = [x for x in patterns if not any(search(x, path) for path in paths)]
         known = frozenset(paths)
@@ -169,11 +169,11 @@ def _mlx_lm_mixed_targets(
             "requant inspect lists the names"
         )
     parts = down.split(".")
-    # Where the block's number is in every path; the last part if there is none, as there.
+    # Position of the block number in a path; the last part if there is none, as in mlx-lm.
     at = next((n for n, part in enumerate(parts) if part.isdigit()), len(parts) - 1)
     numbers = [int(x[at]) for path in paths if len(x := path.split(".")) > at and x[at].isdigit()]
     blocks = max(numbers, default=0) + 1
-    found = {}
+    targets = {}
     for path in paths:
         parts = path.split(".")
         index = int(parts[at]) if len(parts) > at and parts[at].isdigit() else 0
@@ -181,8 +181,5 @@ def _mlx_lm_mixed_targets(
         favoured = index < eighth or index >= 7 * blocks // 8 or (index - eighth) % 3 == 2
         costly = any(x in path for x in ("v_proj", "v_a_proj", "v_b_proj", "down_proj"))
         more = "lm_head" in path or (costly and favoured)
-        found[path] = LayerTarget(high if more else low, False, 0)
-    return found
-
-
-# -- reading -----------------------------------------------------------------------------
+        targets[path] = LayerTarget(high if more else low, False, 0)
+    return targets

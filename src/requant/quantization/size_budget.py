@@ -1,4 +1,4 @@
-"""Target sizes: bits per weight, or bytes."""
+"""Sizes in bytes, and budgets: a size or bits per weight."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from fractions import Fraction
 from requant.errors import UsageError
 
 SIZE_UNITS: dict[str, int] = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+SIZE_UNITS |= {f"{unit}IB": size for unit, size in SIZE_UNITS.items() if unit}
+SIZE_UNITS |= {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 def parse_size(text: str) -> int:
@@ -51,12 +53,12 @@ def size_text(nbytes: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class SizeBudget:
-    """How large an output may be.
+    """The maximum size of an output.
 
     Attributes:
         text: As it was typed.
         amount: Bits per weight, or bytes.
-        is_size: It is bytes.
+        is_size: Whether ``amount`` is bytes.
     """
 
     text: str
@@ -64,7 +66,7 @@ class SizeBudget:
     is_size: bool
 
     def limit(self, parameters: int) -> int:
-        """Most bytes of tensor data for a model of so many weights."""
+        """The maximum of tensor data, in bytes, for a number of weights."""
         return int(self.amount if self.is_size else self.amount * parameters / 8)
 
 

@@ -1,6 +1,6 @@
-"""The language of quantizations: the SPEC that overrides and recipes give a layer.
+"""SPEC, the notation of a layer's quantization in overrides and recipes.
 
-``8`` is bits, ``8:32`` bits and group size, ``mxfp4`` a mode, ``skip`` leaves a layer alone.
+``8`` is bits, ``8:32`` bits and group size, ``mxfp4`` a mode, and ``skip`` leaves a layer as it is.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from requant.core.regex import PatternError, compile
 from requant.errors import OutOfRangeError, UsageError
 from requant.quantization.config import SKIP, Quantization, QuantMode, Skip
 from requant.quantization.modes import resolve_quantization
-from requant.quantization.size_budget import SIZE_UNITS
 
 Spec = Quantization | Skip
 
@@ -21,7 +20,7 @@ def parse_spec(text: str, base: Quantization | None = None) -> Spec:
 
     ``skip`` leaves a layer as it is; ``8`` is affine with 8 bits and the group size of
     ``base`` where that is affine, else 64; ``8:32`` names the group size; ``mxfp4``,
-    ``mxfp8``, ``nvfp4`` and ``affine`` represent the mode with its defaults.
+    ``mxfp8``, ``nvfp4`` and ``affine`` are the mode with its defaults.
 
     Raises:
         UsageError: The text is none of these.
@@ -54,12 +53,8 @@ def check_regex(pattern: str, option: str) -> None:
 
 
 def format_spec(spec: Spec) -> str:
-    """A spec as it is typed."""
+    """Write a spec as ``parse_spec`` reads it."""
     if not isinstance(spec, Quantization):
         return "skip"
     affine = spec.mode is QuantMode.AFFINE
     return f"{spec.bits}:{spec.group_size}" if affine else spec.mode.value
-
-
-SIZE_UNITS |= {f"{unit}IB": size for unit, size in SIZE_UNITS.items() if unit}
-SIZE_UNITS |= {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}

@@ -1,7 +1,7 @@
-"""``requant report --html``: the figures of a conversion as one page that needs nothing else.
+"""``requant report --html``: the figures of a conversion as one self-contained page.
 
-No network, no external script: styles, drawings (SVG) and a few lines of JavaScript are in the
-page, and its content policy forbids everything else. Without JavaScript it lacks sorting only.
+Styles, drawings (SVG) and a few lines of JavaScript are in the page, and its content policy forbids
+everything else. Without JavaScript the tables cannot be sorted.
 """
 
 from __future__ import annotations
@@ -14,18 +14,19 @@ from math import ceil, log10
 from pathlib import Path
 from typing import NamedTuple
 
-from requant.reports.record_summary import Figures, KindSummary, LayerSummary, percent
+from requant.reports.record_summary import Figures, KindSummary, LayerSummary
+from requant.text import format_percent, format_size
 
 _WIDTH = 760
 _BAR, _GAP, _NAMES, _NUMBERS = 16, 6, 210, 110
 _PLOT_HEIGHT = 220
 _WORST = 10
 _KINDS = 24
-_COLOURS = 6  # of style.css; further treatments begin again
+_COLOURS = 6  # of page.css; further treatments reuse them
 
 
 class _Bar(NamedTuple):
-    """One bar: its name, the lengths of its parts, and what comes after it."""
+    """A bar with its name, the lengths of its parts, and the text after it."""
 
     name: str
     parts: Sequence[tuple[float, str]]  # length, CSS class
@@ -40,11 +41,11 @@ class _Number(NamedTuple):
 
 
 def _bytes(nbytes: int) -> _Number:
-    return _Number(nbytes, _size(nbytes))
+    return _Number(nbytes, format_size(nbytes))
 
 
 def _share(share: float | None) -> _Number:
-    return _Number(share, percent(share))
+    return _Number(share, format_percent(share))
 
 
 def render_page(figures: Figures) -> str:
@@ -92,15 +93,16 @@ def render_page(figures: Figures) -> str:
 def _summary(figures: Figures) -> str:
     share = 100 * figures.bytes_out / figures.bytes_in if figures.bytes_in else 100.0
     exact = sum(layer.exactness == "exact" for layer in figures.layers)
+    sizes = f"{format_size(figures.bytes_in)} → {format_size(figures.bytes_out)}"
     tiles = [
         (f"{figures.bits_per_weight:.2f}", "bits per weight"),
-        (f"{_size(figures.bytes_in)} → {_size(figures.bytes_out)}", f"{share:.0f} % of the source"),
+        (sizes, f"{share:.0f} % of the source"),
         (f"{figures.parameters:,}", "parameters"),
         (f"{exact:,} of {len(figures.layers):,}", "layers and tensors exact"),
     ]
     if figures.measured:
         worst = figures.measured[0]
-        tiles.append((percent(worst.relative_rms), f"worst error: {worst.layer}"))
+        tiles.append((format_percent(worst.relative_rms), f"worst error: {worst.layer}"))
     cells = "".join(
         f"<div><strong>{_nonbreaking(number)}</strong><span>{escape(what)}</span></div>"
         for number, what in tiles
@@ -110,13 +112,13 @@ def _summary(figures: Figures) -> str:
 
 def _treatments(figures: Figures) -> str:
     groups = figures.groups
-    made = Counter[str]()  # from whatever source: the table below distinguishes those
+    sizes = Counter[str]()  # of all sources together: the table below distinguishes those
     for group in groups:
-        made[f"{group.treatment}: {group.target}"] += group.nbytes
-    most = max(made.values(), default=1)
+        sizes[f"{group.treatment}: {group.target}"] += group.nbytes
+    most = max(sizes.values(), default=1)
     bars = [
-        _Bar(name, [(nbytes / max(most, 1), f"c{number % _COLOURS}")], _size(nbytes))
-        for number, (name, nbytes) in enumerate(made.most_common())
+        _Bar(name, [(nbytes / max(most, 1), f"c{number % _COLOURS}")], format_size(nbytes))
+        for number, (name, nbytes) in enumerate(sizes.most_common())
     ]
     rows = [
         (g.treatment, g.source, g.target, g.exactness, g.layers, g.parameters, _bytes(g.nbytes))
@@ -153,7 +155,7 @@ def _sizes(figures: Figures) -> str:
         _Bar(
             k.kind,
             [(k.bytes_in / most, "before"), (k.bytes_out / most, "c0")],
-            f"{_size(k.bytes_in)} → {_size(k.bytes_out)}",
+            f"{format_size(k.bytes_in)} → {format_size(k.bytes_out)}",
         )
         for k in kinds
     ]
@@ -174,7 +176,7 @@ def _errors(figures: Figures) -> str:
         _Bar(
             k.kind,
             [((k.median_rms or 0) / top, "c1"), ((k.worst_rms or 0) / top, "worst")],
-            f"{percent(k.median_rms)}, worst {percent(k.worst_rms)}",
+            f"{format_percent(k.median_rms)}, worst {format_percent(k.worst_rms)}",
         )
         for k in sorted(kinds, key=_median, reverse=True)[:_KINDS]
     ]
@@ -195,18 +197,8 @@ def _errors(figures: Figures) -> str:
 
 
 def _all_layers(layers: Iterable[LayerSummary]) -> str:
-    header = (
-        "layer",
-        "treatment",
-        "from",
-        "to",
-        "exactness",
-        "bits per weight",
-        "before",
-        "after",
-        "error (rms)",
-        "remark",
-    )
+    header = ["layer", "treatment", "from", "to", "exactness"]
+    header += ["bits per weight", "before", "after", "error (rms)", "remark"]
     rows = [
         (
             x.layer,
@@ -257,7 +249,7 @@ def _section(title: str, body: str, remark: str = "") -> str:
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table whose headings sort; numbers carry their value next to what is shown."""
+    """A sortable table; cells of numbers have the value to sort by as an attribute."""
     heads = "".join(f'<th scope="col"><button>{escape(name)}</button></th>' for name in header)
     body = "".join("<tr>" + "".join(map(_cell, row)) for row in rows)
     return (
@@ -281,39 +273,39 @@ def _cell(value: object) -> str:
 def _bars(bars: Sequence[_Bar], label: str) -> str:
     height = len(bars) * (_BAR + _GAP) + _GAP
     room = _WIDTH - _NAMES - _NUMBERS - 60
-    drawn = []
+    shapes = []
     for number, bar in enumerate(bars):
         top = _GAP + number * (_BAR + _GAP)
         thick = _BAR / len(bar.parts)
-        drawn.append(_text(_NAMES - 8, top + 12, bar.name, "end", cut=30))
+        shapes.append(_text(_NAMES - 8, top + 12, bar.name, "end", cut=30))
         end = _NAMES
         for place, (length, kind) in enumerate(bar.parts):
             width = max(length * room, 1)
             end = max(end, ceil(_NAMES + width))
-            drawn.append(
+            shapes.append(
                 f'<rect class="{kind}" x="{_NAMES}" y="{top + place * thick:.1f}" '
                 f'width="{width:.1f}" height="{thick:.1f}"/>'
             )
-        drawn.append(_text(end + 8, top + 12, bar.text, "start"))
-    return _drawing(label, height, "".join(drawn))
+        shapes.append(_text(end + 8, top + 12, bar.text, "start"))
+    return _drawing(label, height, "".join(shapes))
 
 
 def _plot(layers: Sequence[LayerSummary]) -> str:
-    """One dot a layer, over its place in the source."""
+    """One dot for each layer, in the order of the source."""
     errors = [layer.relative_rms or 0.0 for layer in layers]
     top = _round_up(max(errors)) or 1.0
     left, right, base = 56, _WIDTH - 8, _PLOT_HEIGHT - 12
-    drawn = []
+    shapes = []
     for part in range(5):
         y = base - part / 4 * (base - 12)
-        drawn.append(f'<line class="grid" x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        drawn.append(_text(left - 6, y + 4, f"{25 * part * top:g} %", "end"))
+        shapes.append(f'<line class="grid" x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        shapes.append(_text(left - 6, y + 4, f"{25 * part * top:g} %", "end"))
     step = (right - left - 16) / max(len(layers) - 1, 1)
     for place, (layer, error) in enumerate(zip(layers, errors, strict=True)):
         x, y = left + 8 + place * step, base - error / top * (base - 12)
-        title = f"<title>{escape(layer.layer)}: {percent(error)}</title>"
-        drawn.append(f'<circle class="c1" cx="{x:.1f}" cy="{y:.1f}" r="3.5">{title}</circle>')
-    return _drawing("Error of each layer", _PLOT_HEIGHT, "".join(drawn))
+        title = f"<title>{escape(layer.layer)}: {format_percent(error)}</title>"
+        shapes.append(f'<circle class="c1" cx="{x:.1f}" cy="{y:.1f}" r="3.5">{title}</circle>')
+    return _drawing("Error of each layer", _PLOT_HEIGHT, "".join(shapes))
 
 
 def _drawing(label: str, height: int, content: str) -> str:
@@ -331,7 +323,7 @@ def _text(x: float, y: float, text: str, anchor: str, cut: int | None = None) ->
 
 
 def _nonbreaking(numbers: str) -> str:
-    """Numbers that stay with their units: a line breaks before an arrow only."""
+    """Keep numbers together with their units: lines break before an arrow only."""
     return escape(numbers).replace(" ", "&nbsp;").replace("&nbsp;→", " →")
 
 
@@ -343,7 +335,7 @@ def _median(kind: KindSummary) -> float:
 
 
 def _round_up(value: float) -> float:
-    """The next 1, 2 or 5 times a power of ten."""
+    """Round up to 1, 2 or 5 times a power of ten: 0.034 to 0.05."""
     if value <= 0:
         return 0.0
     unit = float(10 ** int(log10(value) // 1))
@@ -355,7 +347,3 @@ def _count(number: float) -> str:
         if number >= size:
             return f"{number / size:.3g} {unit}"
     return f"{number:.0f}"
-
-
-def _size(nbytes: float) -> str:
-    return f"{_count(nbytes)}B" if nbytes >= 1000 else f"{nbytes:.0f} B"

@@ -13,14 +13,14 @@ from requant.reports.record_summary import Figures
 from requant.reports.run_command import generates_text
 from requant.sources.hub_repository import CARD, Repository
 
-# What a card takes over from the source's; the rest would describe another model.
+# Metadata that a card inherits from the source's; the rest would describe another model.
 _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 
 
 def _source_card(folder: Path, figures: Figures) -> dict[str, Any]:
-    """What the source's own card says about license, language and task.
+    """License, language and task in the card of the source.
 
-    It is in the output or, of a GGUF file from the hub, where it was downloaded to.
+    The card is in the output or, for a GGUF file from the hub, in its download folder.
     """
     import huggingface_hub
 
@@ -31,16 +31,16 @@ def _source_card(folder: Path, figures: Figures) -> dict[str, Any]:
     try:
         text = place.read_text("utf-8")
         card = huggingface_hub.ModelCard(text, ignore_metadata_errors=True)
-        found: dict[str, Any] = card.data.to_dict()  # type: ignore[no-untyped-call]
-    except (OSError, ValueError):  # no card, or one that cannot be read: there is nothing to take
+        data: dict[str, Any] = card.data.to_dict()  # type: ignore[no-untyped-call]
+    except (OSError, ValueError):  # no card, or an invalid one
         return {}
-    return {key: found[key] for key in _INHERITED if key in found}
+    return {key: data[key] for key in _INHERITED if key in data}
 
 
 def model_card(
     figures: Figures, repository: str, base_model: str | None, inherited: Mapping[str, Any]
 ) -> str:
-    """The card: where it comes from, its quantization error, how to run and how to check it."""
+    """The card as Markdown: origin, command, quantization error, how to run and to check it."""
     from huggingface_hub import ModelCardData
 
     known = figures.repository[0].partition(":")[0] if figures.repository else None
@@ -86,7 +86,7 @@ source at hand repeats the conversion and compares every byte:
 
 
 def _generates_text(figures: Figures) -> bool:
-    """Whether the output is a model that mlx-lm lets generate text."""
+    """Return whether the output is a model that generates text in mlx-lm."""
     config = read_json(Path(figures.output), CONFIG)
     named = config.get("architectures")
     causal = isinstance(named, list) and any(str(x).endswith("ForCausalLM") for x in named)
@@ -94,7 +94,7 @@ def _generates_text(figures: Figures) -> bool:
 
 
 def _generates(figures: Figures, config: Mapping[str, Any]) -> bool:
-    """Whether mlx_lm.generate has a head and a tokenizer to work with."""
+    """Return whether the output has a head that predicts tokens, and a tokenizer."""
     return generates_text(config, (x.name for x in Path(figures.output).iterdir()))
 
 
@@ -122,7 +122,7 @@ def _statistics(figures: Figures) -> str:
         return ""
     weighted_by = "Errors count by how large the inputs of each layer are on a text"
     if figures.options.gptq:
-        weighted_by += ", and those of a column are made good in the columns after it (GPTQ)"
+        weighted_by += ", and those of a column are compensated in the columns after it (GPTQ)"
     return (
         f"{weighted_by}: `{name}` holds these statistics. It is not in this repository; making and "
         "checking the model again takes the same file.\n\n"

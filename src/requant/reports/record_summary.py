@@ -1,6 +1,6 @@
 """The figures of a conversion, read back from the record (``requant.json``) in its output.
 
-``page`` draws them, ``card`` writes them into a model card; nothing here is computed again.
+``html`` draws them, ``model_card`` writes them into a model card. Nothing is computed again.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from requant.quantization.options import ConvertOptions
 from requant.reports.report import LayerGroup
 from requant.text import format_value
 
-SCHEMA_VERSION = 1  # of what --json prints, for all commands alike
+SCHEMA_VERSION = 1  # of the output of --json, the same for all commands
 
 
 @dataclass(frozen=True, slots=True)
 class LayerSummary:
-    """What became of one layer.
+    """One layer of a conversion.
 
     Attributes:
         layer: Its path.
@@ -35,11 +35,11 @@ class LayerSummary:
         treatment: quantized, requantized, kept, dequantized or dense.
         exactness: exact, rounded or re-encoded.
         source: How the source stores it.
-        target: How the output does.
-        bytes_in: Of its tensors in the source.
-        bytes_out: Of its tensors in the output.
-        reason: Why it was treated so, where that was not requested.
-        bound: What "rounded" costs at the most, in words.
+        target: How the output stores it.
+        bytes_in: Bytes of its tensors in the source.
+        bytes_out: Bytes of its tensors in the output.
+        reason: The reason of a treatment that was not requested.
+        bound: The error bound of a rounded layer, in words.
         relative_rms: Measured error of new codes; None where there are none.
         max_steps: Largest error of a value in steps of its group; None likewise.
     """
@@ -69,7 +69,7 @@ class LayerSummary:
 
     @property
     def kind(self) -> str:
-        """What layers of all blocks have in common: "q_proj", "embed_tokens"."""
+        """The name without block and numbers: "q_proj", "embed_tokens"."""
         names = [part for part in self.layer.split(".") if not part.isdigit()] or [self.layer]
         return ".".join(names[-2:] if names[-1] == "bias" else names[-1:])
 
@@ -89,14 +89,14 @@ class KindSummary:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """What an output's record says.
+    """The content of an output's record.
 
     Attributes:
         output: The folder.
         requant: Version that wrote it.
-        plan_hash: SHA-256 over all that decides the output's bytes.
+        plan_hash: SHA-256 of everything that determines the output's bytes.
         source_format: Name of the source's format.
-        repository: Of the hub: id and commit of the source, where it came from there.
+        repository: Id and commit of a source on the hub.
         source_files: Name, bytes and header's SHA-256 of each weight file of the source.
         options: The options of the conversion.
         tensors: Tensors in the output.
@@ -135,17 +135,15 @@ class Figures:
 
     @property
     def groups(self) -> list[LayerGroup]:
-        """Layers that were treated alike, most bytes first."""
+        """Layers grouped by treatment, source, target and exactness, most bytes first."""
         alike: dict[tuple[str, str, str, str], list[LayerSummary]] = defaultdict(list)
         for x in self.layers:
             alike[x.treatment, x.source, x.target, x.exactness].append(x)
-        found = [
-            LayerGroup(
-                *key, len(some), sum(x.parameters for x in some), sum(x.bytes_out for x in some)
-            )
-            for key, some in alike.items()
+        groups = [
+            LayerGroup(*key, len(xs), sum(x.parameters for x in xs), sum(x.bytes_out for x in xs))
+            for key, xs in alike.items()
         ]
-        return sorted(found, key=lambda group: -group.nbytes)
+        return sorted(groups, key=lambda group: -group.nbytes)
 
     @property
     def kinds(self) -> list[KindSummary]:
@@ -153,30 +151,35 @@ class Figures:
         alike: dict[str, list[LayerSummary]] = defaultdict(list)
         for layer in self.layers:
             alike[layer.kind].append(layer)
-        found = []
-        for kind, some in alike.items():
-            errors = [x.relative_rms for x in some if x.relative_rms is not None]
-            found.append(
+        kinds = []
+        for kind, layers in alike.items():
+            errors = [x.relative_rms for x in layers if x.relative_rms is not None]
+            kinds.append(
                 KindSummary(
                     kind=kind,
-                    layers=len(some),
-                    parameters=sum(x.parameters for x in some),
-                    bytes_in=sum(x.bytes_in for x in some),
-                    bytes_out=sum(x.bytes_out for x in some),
+                    layers=len(layers),
+                    parameters=sum(x.parameters for x in layers),
+                    bytes_in=sum(x.bytes_in for x in layers),
+                    bytes_out=sum(x.bytes_out for x in layers),
                     median_rms=median(errors) if errors else None,
                     worst_rms=max(errors, default=None),
                 )
             )
-        return sorted(found, key=lambda kind: -kind.bytes_out)
+        return sorted(kinds, key=lambda kind: -kind.bytes_out)
 
     @property
     def measured(self) -> list[LayerSummary]:
         """Layers with a measured error, worst first."""
-        found = [layer for layer in self.layers if layer.relative_rms is not None]
-        return sorted(found, key=lambda layer: -(layer.relative_rms or 0.0))
+        measured = [layer for layer in self.layers if layer.relative_rms is not None]
+        return sorted(measured, key=lambda layer: -(layer.relative_rms or 0.0))
 
     def command(self, source: str = "", output: str = "OUTPUT") -> str:
-        """The command that gives this output again; ``source`` if it is not from the hub."""
+        """The command that makes this output again.
+
+        Args:
+            source: Path of the source; "" takes that of the hub, or SOURCE.
+            output: Path of the new output.
+        """
         words = ["requant", "convert", source or "SOURCE", output, *self.options.command_words()]
         if self.repository is not None and not source:
             words[2] = self.repository[0]
@@ -186,7 +189,7 @@ class Figures:
     def verify_command(self, source: str = "SOURCE", output: str = "OUTPUT") -> str:
         """The command that repeats the conversion and compares every byte.
 
-        Files that the conversion was given besides the source are named as they were then.
+        Other files than the source have the names that the conversion was given.
         """
         words = ["requant", "verify", source, output]
         if self.options.config_from is not None:
@@ -223,16 +226,16 @@ class Figures:
 
 @error_action("read")
 def read_figures(output: Source) -> Figures:
-    """Read what ``requant.json`` says about the conversion that wrote a folder.
+    """Read the figures of a conversion from ``requant.json`` in its output.
 
     Args:
         output: A folder that ``convert`` wrote.
 
     Returns:
-        Layers with treatment, exactness, sizes in bytes and errors, and where all comes from.
+        Layers with treatment, exactness, sizes in bytes and errors, options and source.
 
     Raises:
-        CheckpointError: It has no record, or one that says not what it must.
+        CheckpointError: It has no record, or an invalid one.
 
     Example:
         >>> figures = read_figures("output")  # doctest: +SKIP
@@ -250,20 +253,18 @@ def read_figures(output: Source) -> Figures:
             plan_hash=_require(record, "plan", str),
             source_format=_require(source, "format", str),
             repository=_repository(source.get("repository")),
-            source_files=tuple(
-                (
-                    _require(x, "name", str),
-                    _require(x, "nbytes", int),
-                    _require(x, "header_sha256", str),
-                )
-                for x in _require(source, "files", list)
-            ),
+            source_files=tuple(map(_source_file, _require(source, "files", list))),
             options=ConvertOptions.from_dict(_require(record, "options", dict)),
             tensors=len(_require(record, "tensors", dict)),
             layers=tuple(_layer(name, _require(layers, name, dict)) for name in layers),
         )
     except ParseError as error:
         raise CheckpointError(str(place), [Problem(RECORD, str(error))]) from None
+
+
+def _source_file(entry: Any) -> tuple[str, int, str]:
+    name, digest = (_require(entry, key, str) for key in ("name", "header_sha256"))
+    return name, _require(entry, "nbytes", int), digest
 
 
 def _repository(value: Any) -> tuple[str, str] | None:
@@ -303,15 +304,6 @@ def _layer(name: str, entry: Mapping[str, Any]) -> LayerSummary:
     )
 
 
-def percent(share: float | None) -> str:
-    """An error in percent, three digits; "" for None.
-
-    A record holds four digits and ``compare`` has all of them: both are cut to four first, so that
-    they show the same.
-    """
-    return "" if share is None else f"{100 * float(f'{share:.4g}'):#.3g} %"
-
-
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
 
@@ -322,7 +314,7 @@ def _is_figure(value: object) -> bool:
     return number and -1e300 < value < 1e300  # type: ignore[operator]
 
 
-_KINDS: Mapping[Any, str] = {
+_TYPES: Mapping[Any, str] = {
     dict: "an object",
     list: "a list",
     str: "a text",
@@ -331,11 +323,11 @@ _KINDS: Mapping[Any, str] = {
 
 
 def _require(entry: Any, key: str, kind: Callable[..., Any], where: str = "") -> Any:
-    """A value of the record, of the type that it must have."""
+    """Return a value of the record, if it has the type ``kind``."""
     value = entry.get(key) if isinstance(entry, dict) else None
     if not isinstance(value, kind) or isinstance(value, bool):  # type: ignore[arg-type]
         place = f"layers.{where}.{key}" if where else key
         if value is None:
             raise ParseError(f"{place}: is missing; requant of this version writes it")
-        raise ParseError(f"{place}: is {format_value(value)}, expected {_KINDS[kind]}")
+        raise ParseError(f"{place}: is {format_value(value)}, expected {_TYPES[kind]}")
     return value

@@ -1,6 +1,6 @@
-"""Pipeline stage 6: what was done, layer by layer, for people and for programs.
+"""The report of a conversion: treatment, size and error of each layer.
 
-Sums up a plan and what a run found in it; touches no files.
+It is made from a plan and the findings of its run, without reading files.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from requant.planning.plan import LayerPlan, Plan, Treatment
 
 @dataclass(frozen=True, slots=True)
 class LayerGroup:
-    """Layers that were treated alike."""
+    """Layers with the same treatment, source, target and exactness."""
 
     treatment: str
     source: str
@@ -30,23 +30,21 @@ class LayerGroup:
 
 
 def group_layers(layers: Iterable[LayerPlan]) -> list[LayerGroup]:
-    """Sum up layers by what was done to them, largest group first."""
+    """Group layers by treatment, source, target and exactness, largest group first."""
     alike: dict[tuple[str, str, str, str], list[LayerPlan]] = defaultdict(list)
     for layer in layers:
         alike[layer.treatment, layer.source, layer.target, layer.exactness].append(layer)
     groups = [
-        LayerGroup(
-            *key, len(found), sum(prod(x.shape) for x in found), sum(x.nbytes for x in found)
-        )
-        for key, found in alike.items()
+        LayerGroup(*key, len(xs), sum(prod(x.shape) for x in xs), sum(x.nbytes for x in xs))
+        for key, xs in alike.items()
     ]
     return sorted(groups, key=lambda group: -group.nbytes)
 
 
 def quantizable_but_dense(layers: Iterable[LayerPlan]) -> list[LayerPlan]:
     """Layers that could have been quantized by their rank but stay dense, largest first."""
-    found = [x for x in layers if x.treatment is Treatment.DENSE and x.reason and len(x.shape) > 1]
-    return sorted(found, key=lambda layer: -layer.nbytes)
+    dense = [x for x in layers if x.treatment is Treatment.DENSE and x.reason and len(x.shape) > 1]
+    return sorted(dense, key=lambda layer: -layer.nbytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +53,7 @@ class LayerError:
 
     Attributes:
         relative_rms: Root of the summed squared error over the summed squared values.
-        max_steps: Largest error in units of its group's step (``arrays.values``).
+        max_steps: Largest error in units of its group's step.
     """
 
     relative_rms: float
@@ -66,15 +64,15 @@ def layer_errors(plan: Plan, outcome: RunResult) -> dict[str, LayerError]:
     """The measured error of each layer that was re-encoded."""
     errors = {}
     for layer in plan.layers:
-        found = outcome.findings.get(layer.layer)
-        if found is not None and layer.exactness == Exactness.REENCODED:
-            rms = sqrt(found.squared_error / found.squared_values) if found.squared_values else 0
-            errors[layer.layer] = LayerError(rms, found.max_error_steps)
+        stats = outcome.findings.get(layer.layer)
+        if stats is not None and layer.exactness == Exactness.REENCODED:
+            rms = sqrt(stats.squared_error / stats.squared_values) if stats.squared_values else 0
+            errors[layer.layer] = LayerError(rms, stats.max_error_steps)
     return errors
 
 
 def errors_for_record(plan: Plan, outcome: RunResult) -> dict[str, tuple[float, float]]:
-    """The same as ``requant.json`` takes them."""
+    """``layer_errors`` as pairs of numbers, for ``requant.json``."""
     errors = layer_errors(plan, outcome)
     return {layer: (error.relative_rms, error.max_steps) for layer, error in errors.items()}
 
@@ -84,15 +82,15 @@ _COUNTS = ("damaged", "nonfinite", "overflowed", "flushed_groups")
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a conversion did.
+    """The result of a conversion.
 
     Attributes:
         plan: The plan that was executed.
         output: Path of the folder written.
         elapsed_s: Wall-clock seconds from the first step to the published folder.
-        findings: Layer -> what the kernels counted there, where it is not nothing.
-        errors: Layer -> measured error, for each that was re-encoded.
-        bytes_downloaded: Of the weight files of a source on the hub.
+        findings: Layer to the counts of damaged, non-finite, overflowed or flushed values, if any.
+        errors: Layer to its quantization error, for each that was re-encoded.
+        bytes_downloaded: Downloaded bytes of weight files of a source on the hub.
     """
 
     plan: Plan
@@ -104,24 +102,17 @@ class Report:
 
     @staticmethod
     def build(plan: Plan, output: str, outcome: RunResult, elapsed_s: float) -> Report:
-        """Put together the plan and what its run found."""
+        """Make the report of a plan and the result of its run."""
         counts = {}
         for layer in plan.layers:
-            found = outcome.findings.get(layer.layer)
-            if found is None:
+            stats = outcome.findings.get(layer.layer)
+            if stats is None:
                 continue
-            counted = {key: getattr(found, key) for key in _COUNTS if getattr(found, key)}
+            counted = {key: getattr(stats, key) for key in _COUNTS if getattr(stats, key)}
             if counted:
                 counts[layer.layer] = counted
         errors = layer_errors(plan, outcome)
-        return Report(
-            plan=plan,
-            output=output,
-            elapsed_s=elapsed_s,
-            findings=counts,
-            errors=errors,
-            bytes_downloaded=outcome.bytes_downloaded,
-        )
+        return Report(plan, output, elapsed_s, counts, errors, outcome.bytes_downloaded)
 
     @property
     def groups(self) -> list[LayerGroup]:

@@ -1,4 +1,4 @@
-"""What runs an output: the command that is printed after a conversion, and on a model card."""
+"""The command that generates text with an output, printed after a conversion."""
 
 from __future__ import annotations
 
@@ -9,8 +9,14 @@ from typing import Any
 from requant.planning.plan import Plan
 
 # Architectures without a head that predicts tokens: encoders, embedding and reward models.
-_SILENT = ("Model", "ForSequenceClassification", "ForTokenClassification", "ForMaskedLM", "Encoder")
-_NOT_SILENT = ("LMHeadModel",)
+_HEADLESS = (
+    "Model",
+    "ForSequenceClassification",
+    "ForTokenClassification",
+    "ForMaskedLM",
+    "Encoder",
+)
+_GENERATES = ("LMHeadModel",)
 _TOKENIZERS = (
     "tokenizer.json",
     "tokenizer.model",
@@ -23,7 +29,7 @@ _TOKENIZERS = (
 
 
 def generates_text(config: Mapping[str, Any], files: Iterable[str]) -> bool:
-    """Whether a model predicts tokens, and has a tokenizer to generate text with.
+    """Return whether a model predicts tokens and has a tokenizer.
 
     Args:
         config: Its config.json.
@@ -32,17 +38,16 @@ def generates_text(config: Mapping[str, Any], files: Iterable[str]) -> bool:
     files = {*files}
     named = config.get("architectures")
     names = [str(name) for name in named] if isinstance(named, list) else []
-    silent = [x for x in names if x.endswith(_SILENT) and not x.endswith(_NOT_SILENT)]
-    if names and len(silent) == len(names):
+    if names and all(x.endswith(_HEADLESS) and not x.endswith(_GENERATES) for x in names):
         return False
     return "modules.json" not in files and not files.isdisjoint(_TOKENIZERS)
 
 
 def command_of(plan: Plan, output: str) -> str:
-    """The command that lets an output generate text; "" where none is known to.
+    """The command that generates text with an output; "" if there is none.
 
     Args:
-        plan: What was written.
+        plan: The plan of the output.
         output: Its folder, as the user named it.
     """
     if not generates_text(plan.config, plan.side_files):

@@ -1,0 +1,193 @@
+"""Tables of a plan and of a conversion's report."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from requant.cli.table_printer import TablePrinter, without_numbers
+from requant.planning.plan import Treatment
+from requant.planning.release_order import peak_disk_bytes
+from requant.reports.run_command import command_of
+from requant.text import format_seconds, format_size, join_first, pluralize
+
+if TYPE_CHECKING:
+    from requant.execution.resources import ResourceLimits
+    from requant.planning.plan import LayerPlan, Plan
+    from requant.reports.report import LayerError, LayerGroup, Report
+
+_REASON_LINES = 10
+# Titles of layers with a reason, by treatment; those that stay dense come before.
+_REASON_TITLES = (
+    (Treatment.QUANTIZED, "another group size:"),
+    (Treatment.KEPT, "kept, but stored otherwise:"),
+    (Treatment.REQUANTIZED, "requantized:"),
+)
+_FILE_LINES = 4
+
+
+def show_plan(plan: Plan, budget: ResourceLimits, output: Path | None = None) -> None:
+    """Print what a conversion would do.
+
+    Args:
+        plan: The plan.
+        budget: The threads and memory of the run.
+        output: The output folder of ``convert --dry-run``.
+    """
+    page = TablePrinter()
+    page.line(f"{_title(plan)}{f' -> {output}' if output else ''}", "bold")
+    _show_layers(page, plan)
+    page.line()
+    page.line(_sizes(plan))
+    page.line(
+        f"memory {format_size(budget.peak_bytes)} at most, {pluralize(budget.threads, 'thread')}"
+    )
+    page.line(
+        f"disk {format_size(sum(shard.nbytes for shard in plan.shards))} next to the source, "
+        f"{format_size(peak_disk_bytes(plan))} at a time with --consume-source"
+    )
+    if output is not None:
+        page.line("dry run: nothing was written")
+
+
+def show_report(report: Report) -> None:
+    """Print what a conversion did, and what to type next."""
+    page, plan = TablePrinter(), report.plan
+    page.line(f"{_title(plan)} -> {report.output}", "bold")
+    _show_layers(page, plan)
+    for warning in warnings(report):
+        page.line(f"warning: {warning}", "yellow")
+    page.line()
+    if report.errors:
+        page.line(_error_summary(report.errors))
+    rate = format_size(plan.bytes_in / max(report.elapsed_s, 1e-9))
+    nbytes = report.bytes_downloaded
+    downloaded = f", {format_size(nbytes)} downloaded" if nbytes else ""
+    page.line(f"{_sizes(plan)}, {format_seconds(report.elapsed_s)}, {rate}/s{downloaded}")
+    if command := command_of(plan, report.output):
+        page.line(f"next: {command}")
+
+
+def _title(plan: Plan) -> str:
+    return f"{plan.source} ({plan.format}, {pluralize(plan.parameters, 'parameter')})"
+
+
+def _sizes(plan: Plan) -> str:
+    share = 100 * plan.bytes_out / plan.bytes_in if plan.bytes_in else 100.0
+    return (
+        f"{plan.bits_per_weight:.2f} bits per weight, {format_size(plan.bytes_in)} -> "
+        f"{format_size(plan.bytes_out)} ({share:.0f} %)"
+    )
+
+
+def _error_summary(errors: Mapping[str, LayerError]) -> str:
+    """The quantization error of new codes: of the median layer, and of the worst with its name."""
+    ranked = sorted(errors, key=lambda layer: errors[layer].relative_rms)
+    middle, worst = (errors[ranked[n]].relative_rms for n in (len(ranked) // 2, -1))
+    return (
+        f"re-encoded with a relative error (rms) of {100 * middle:.2g} % in the median layer, "
+        f"{100 * worst:.2g} % in the worst ({ranked[-1]})"
+    )
+
+
+def _show_layers(page: TablePrinter, plan: Plan) -> None:
+    """Print the part that plan and report share: treatment of the layers, reasons and notes."""
+    from requant.reports.report import group_layers, quantizable_but_dense
+
+    page.line()
+    show_groups(page, group_layers(plan.layers))
+    _show_reasons(page, "stays dense:", quantizable_but_dense(plan.layers))
+    for treatment, title in _REASON_TITLES:
+        layers = [x for x in plan.layers if x.reason and x.treatment is treatment]
+        _show_reasons(page, title, layers)
+    rounded = [x for x in plan.layers if x.bound]
+    _show_reasons(page, "rounded:", rounded, lambda layer: layer.bound)
+    if plan.notes or plan.left_out or plan.dropped:
+        page.line()
+    for note in plan.notes:
+        page.line(f"note: {note.text}")
+    for reason, names in _by_reason(plan.dropped).items():
+        kinds = list(dict.fromkeys(map(without_numbers, names)))
+        page.line(f"dropped: {pluralize(len(names), 'tensor')} ({reason}): {join_first(kinds, 3)}")
+    for name, reason in plan.left_out[:_FILE_LINES]:
+        page.line(f"left out: {name} ({reason})")
+    if len(plan.left_out) > _FILE_LINES:
+        page.line(f"left out: {pluralize(len(plan.left_out) - _FILE_LINES, 'more file')}")
+
+
+def show_groups(page: TablePrinter, groups: Iterable[LayerGroup]) -> None:
+    """Print one line for each group of layers with the same treatment."""
+    header = ("treatment", "from", "to", "exactness", "layers", "parameters", "size")
+    rows = [
+        (
+            group.treatment,
+            group.source,
+            group.target,
+            group.exactness,
+            f"{group.layers:,}",
+            f"{group.parameters:,}",
+            format_size(group.nbytes),
+        )
+        for group in groups
+    ]
+    page.columns(rows, right=(4, 5, 6), header=header)
+
+
+def _by_reason(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    names: dict[str, list[str]] = defaultdict(list)
+    for name, reason in pairs:
+        names[reason].append(name)
+    return names
+
+
+def _reason_text(layer: LayerPlan) -> str:
+    return layer.reason.text if layer.reason else ""
+
+
+def _show_reasons(
+    page: TablePrinter,
+    title: str,
+    layers: Sequence[LayerPlan],
+    text_of: Callable[[LayerPlan], str] = _reason_text,
+) -> None:
+    """Print one line for each reason, largest first: number of layers, size, names."""
+    if not layers:
+        return
+    alike: dict[str, list[LayerPlan]] = defaultdict(list)
+    for layer in layers:
+        alike[text_of(layer)].append(layer)
+    reasons = sorted(alike.items(), key=lambda item: -sum(x.nbytes for x in item[1]))
+    rows = [
+        (
+            f"  {pluralize(len(group), 'layer')}",
+            format_size(sum(x.nbytes for x in group)),
+            reason,
+            join_first(list(dict.fromkeys(without_numbers(x.layer) for x in group)), 2),
+        )
+        for reason, group in reasons[:_REASON_LINES]
+    ]
+    page.line()
+    page.line(title)
+    page.columns(rows, right=(0, 1))
+    more = sum(len(group) for _, group in reasons[_REASON_LINES:])
+    if more:
+        page.line(f"  and {pluralize(more, 'more layer')}")
+
+
+def warnings(report: Report) -> list[str]:
+    """Findings of the kernels that change values, one sentence for each kind."""
+    sentences = {
+        "overflowed": ("value", "became infinite: too large for the dtype asked for"),
+        "flushed_groups": ("group", "became zero: too small for the scales of the mode"),
+        "nonfinite": ("value", "NaN or infinite: the layer stays dense"),
+        "damaged": ("scale or value", "NaN or infinite in the source, and left so"),
+    }
+    warnings = []
+    for key, (word, what) in sentences.items():
+        counts = {layer: x[key] for layer, x in report.findings.items() if x.get(key)}
+        if counts:
+            names = join_first(sorted(counts, key=lambda layer: -counts[layer]))
+            warnings.append(f"{pluralize(sum(counts.values()), word)} {what} (in {names})")
+    return warnings
