@@ -1,8 +1,8 @@
 """The command line: arguments become calls, results become text and exit codes.
 
-Only this package prints or exits. What can be typed is in ``options``; ``converting``,
-``looking`` and ``uploading`` hold the commands; ``tables`` writes to standard output,
-``progress`` to standard error; ``answers`` knows errors, exit codes and JSON.
+Only this package prints or exits. What can be typed is in ``options``; ``convert``,
+``inspect`` and ``upload`` hold the commands; ``tables`` writes to standard output, ``progress``
+to standard error; ``error_handling`` knows errors, exit codes and JSON.
 """
 
 from __future__ import annotations
