@@ -84,7 +84,7 @@ def test_tests_mirror_the_packages() -> None:
     folders = {path.parent.name for path in (ROOT / "tests").glob("*/test_*.py")}
     others = {"end_to_end", "support", "docs", "fuzz"}
     assert folders - others <= set(PACKAGES)
-    assert set(PACKAGES) - folders <= {"nn"}, "tests/packages/test_rotated.py covers nn"
+    assert set(PACKAGES) - folders <= {"nn"}, "tests/packings/test_rotated.py covers nn"
 
 
 def test_the_map_of_the_formats_names_every_module() -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from requant import OutputError, __version__
-from requant.api import convert as conversion
+from requant.api import convert as api
 from requant.execution import runner
 from tests.support.checkpoints import write_model
 from tests.support.commands import COMMANDS, Result
@@ -298,7 +298,7 @@ def test_plan_json_is_the_whole_plan(requant: Requant, model: Path) -> None:
     disk = plan.pop("disk")
     assert 0 < disk["extra_bytes_with_consume_source"] <= disk["extra_bytes"]
     assert plan.pop("schema") == 1
-    assert plan == json.loads(json.dumps(conversion.plan(model, bits=4).to_dict()))
+    assert plan == json.loads(json.dumps(api.plan(model, bits=4).to_dict()))
 
 
 def test_dry_run_is_the_plan_and_checks_the_output(
@@ -472,7 +472,7 @@ def test_an_error_names_the_layer_at_fault(
     def fail(*_: object, **__: object) -> NoReturn:
         raise OutputError("cannot be written", layer="up_proj")
 
-    monkeypatch.setattr(conversion, "plan", fail)
+    monkeypatch.setattr(api, "plan", fail)
     assert requant("plan", model) == Result(1, "", "error: up_proj: cannot be written\n")
 
 

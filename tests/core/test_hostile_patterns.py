@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import requant
-from requant.core import regex as patterns
+from requant.core import regex
 from requant.core.limits import MAX_PATTERN_S, MAX_PATTERNS_S
 from requant.core.regex import PatternError
 from requant.errors import RequantError
@@ -67,7 +67,7 @@ CONFIGS: dict[str, tuple[str, Callable[[dict[str, Any]], None]]] = {
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tenth of the time, so that the many cases take seconds."""
-    monkeypatch.setattr(patterns, "MAX_PATTERN_S", SHORT_S)
+    monkeypatch.setattr(regex, "MAX_PATTERN_S", SHORT_S)
 
 
 def rejected(pattern: str) -> str:
@@ -109,13 +109,13 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """The patterns that were asked about a name."""
     seen: set[str] = set()
     for name in ("search", "match", "fullmatch"):
-        real = getattr(patterns.Pattern, name)
+        real = getattr(regex.Pattern, name)
 
-        def noting(self: patterns.Pattern, path: str, real: Any = real) -> bool:
+        def noting(self: regex.Pattern, path: str, real: Any = real) -> bool:
             seen.add(self.text)
             return real(self, path)
 
-        monkeypatch.setattr(patterns.Pattern, name, noting)
+        monkeypatch.setattr(regex.Pattern, name, noting)
     return seen
 
 
@@ -183,11 +183,11 @@ def test_of_another_tools_record(dense: Path, tmp_path: Path) -> None:
 
 def test_a_quick_pattern_is_counted_too() -> None:
     """Two stars take re milliseconds over a long name, and a model has many of those."""
-    pattern = patterns.Pattern("a*a*b")
+    pattern = regex.Pattern("a*a*b")
     began = time.process_time()
     with (
         within(30),
-        patterns.regex_time_budget(),
+        regex.regex_time_budget(),
         pytest.raises(PatternError, match="took more than"),
     ):
         for number in range(100_000):
@@ -196,24 +196,24 @@ def test_a_quick_pattern_is_counted_too() -> None:
 
 
 def test_each_model_has_its_own_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patterns, "MAX_PATTERN_S", 0.05)
+    monkeypatch.setattr(regex, "MAX_PATTERN_S", 0.05)
     for _ in range(5):
-        with patterns.regex_time_budget(), pytest.raises(PatternError):
+        with regex.regex_time_budget(), pytest.raises(PatternError):
             for number in range(100_000):
-                patterns.search("a*a*b", "a" * 240 + f"{number}")
-        with patterns.regex_time_budget():
-            assert not patterns.search("a*a*b", "a" * 240)
+                regex.search("a*a*b", "a" * 240 + f"{number}")
+        with regex.regex_time_budget():
+            assert not regex.search("a*a*b", "a" * 240)
 
 
 def test_many_patterns_share_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patterns, "MAX_PATTERNS_S", 0.2)
+    monkeypatch.setattr(regex, "MAX_PATTERNS_S", 0.2)
     began = time.process_time()
-    with patterns.regex_time_budget():
+    with regex.regex_time_budget():
         with pytest.raises(PatternError, match="one pattern too many"):
             for number in range(1_000_000):
-                patterns.Pattern(f"layers.{number}.*").search("model.layers.0.mlp")
+                regex.Pattern(f"layers.{number}.*").search("model.layers.0.mlp")
         with pytest.raises(PatternError, match="one pattern too many"):
-            patterns.Pattern("a")
+            regex.Pattern("a")
     assert time.process_time() - began < 3
 
 
@@ -240,7 +240,7 @@ def test_lists_without_end(
     method: str, key: str, names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A list as long as a config may be, over thousands of layers."""
-    monkeypatch.setattr(patterns, "MAX_PATTERNS_S", MAX_PATTERNS_S / 10)
+    monkeypatch.setattr(regex, "MAX_PATTERNS_S", MAX_PATTERNS_S / 10)
     value = {name: {} for name in names} if key in ("dynamic", "extra_config") else names
     folder = with_block(method, lambda block: block.update({key: value}))
     tensors = folder["tensors"]
@@ -268,5 +268,5 @@ def test_wildcards_fit_as_fnmatch() -> None:
     for text in texts:
         for name in names:
             expected = fnmatch.fnmatchcase(name, text)
-            assert patterns.wildcard(text).fullmatch(name) == expected, (text, name)
-            assert bool(list(patterns.Wildcards([text]).matching(name))) == expected, (text, name)
+            assert regex.wildcard(text).fullmatch(name) == expected, (text, name)
+            assert bool(list(regex.Wildcards([text]).matching(name))) == expected, (text, name)

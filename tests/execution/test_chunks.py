@@ -111,7 +111,7 @@ def starts(chunk: Chunk) -> Iterator[int]:
 
 
 def run(chunk: Chunk, room: int, written: dict[int, int]) -> None:
-    """Decode a chunk piece by piece as ``execute`` does: output row -> the stored row in it."""
+    """Decode a chunk piece by piece as ``executor`` does: output row -> the stored row in it."""
     step, buffers = chunk.step, WorkerBuffers(HessianCache(1))
     assert isinstance(step.packing, Numbered)
     tensor = np.repeat(np.arange(step.packing.rows, dtype=np.float32), COLUMNS).reshape(-1, COLUMNS)

@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from requant.nn import rotation as turning
+from requant.nn import rotation as rotation_module
 from requant.nn.rotation import KERNEL, PLAIN, Rotation
 
 pytestmark = pytest.mark.sweep(1)
@@ -166,13 +166,13 @@ def on_metal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         emulated = Emulated(error)
         monkeypatch.setattr(mx.metal, "is_available", lambda: True)
         monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
-        monkeypatch.setattr(turning, "kernel", lambda: emulated)
+        monkeypatch.setattr(rotation_module, "kernel", lambda: emulated)
         return emulated
 
     monkeypatch.delenv(PLAIN, raising=False)
-    turning._kernel_matches_reference.cache_clear()
+    rotation_module._kernel_matches_reference.cache_clear()
     yield pretend
-    turning._kernel_matches_reference.cache_clear()
+    rotation_module._kernel_matches_reference.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
@@ -219,7 +219,7 @@ def test_a_kernel_that_does_not_compile_is_not_used(
     def failing() -> Any:
         raise RuntimeError("no such function")
 
-    monkeypatch.setattr(turning, "kernel", failing)
+    monkeypatch.setattr(rotation_module, "kernel", failing)
     rotation = made(2, 32, 2)
     x = mx.random.normal((3, 64))
     with pytest.warns(RuntimeWarning, match=r"cannot be run \(no such function\)"):
@@ -245,5 +245,5 @@ def test_on_metal(dtype: mx.Dtype) -> None:
     rotation = made(8, 128, 4, no_op=True)
     x = mx.random.normal((5, 512)).astype(dtype)
     room = {mx.float32: 1e-5, mx.float16: 4e-3, mx.bfloat16: 4e-2}[dtype]
-    assert turning.uses_metal(dtype)
+    assert rotation_module.uses_metal(dtype)
     assert mx.allclose(rotation.launch(x), rotation.plain(x), rtol=room, atol=room)

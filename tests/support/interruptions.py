@@ -20,8 +20,8 @@ from typing import Any
 import pytest
 
 import requant
-from requant.execution import executor as execute
-from requant.output import folder as writer
+from requant.execution import executor
+from requant.output import folder
 from tests.support.checkpoints import tree
 
 
@@ -31,7 +31,7 @@ class Stop(BaseException):
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, chunks: int) -> None:
     """Let a run end after so many chunks, as by Ctrl-C."""
-    real, count = execute._Run._run_chunk, 0
+    real, count = executor._Run._run_chunk, 0
 
     def counted(self, *args):
         nonlocal count
@@ -40,7 +40,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, chunks: int) -> None:
             raise Stop
         return real(self, *args)
 
-    monkeypatch.setattr(execute._Run, "_run_chunk", counted)
+    monkeypatch.setattr(executor._Run, "_run_chunk", counted)
 
 
 def convert(source: str, output: str, options: dict[str, Any]) -> None:
@@ -62,14 +62,14 @@ def forked(job: list[Any], after_s: float) -> tuple[bool, bool]:
     marks, mark = os.pipe()
     child = os.fork()
     if not child:
-        entered = writer.OutputFolder.__enter__
+        entered = folder.OutputFolder.__enter__
 
-        def telling(self: writer.OutputFolder) -> writer.OutputFolder:
+        def telling(self: folder.OutputFolder) -> folder.OutputFolder:
             folder = entered(self)
             os.write(mark, b"r" if folder.resumed else b"n")
             return folder
 
-        writer.OutputFolder.__enter__ = telling  # type: ignore[method-assign]
+        folder.OutputFolder.__enter__ = telling  # type: ignore[method-assign]
         try:
             convert(*job)
             os._exit(0)

@@ -1,6 +1,6 @@
-"""Pipeline stage 4: where ``execute`` puts bytes, and notes what is done: the protocols.
+"""Pipeline stage 4: where ``executor`` puts bytes, and notes what is done: the protocols.
 
-``writer`` has the one that writes an output; others compare, or keep nothing.
+``output.folder`` has the one that writes an output; others compare, or keep nothing.
 """
 
 from __future__ import annotations

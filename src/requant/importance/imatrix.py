@@ -52,12 +52,12 @@ def read_gguf(source: str, size: int) -> Found:
                 problems.append(Problem(layer, wrong))
                 continue
             file.seek(counts.offset)
-            reported = file.read(counts.nbytes)
-            if len(reported) < counts.nbytes:
+            stored = file.read(counts.nbytes)
+            if len(stored) < counts.nbytes:
                 problems.append(Problem(layer, "was cut while it was read"))
                 continue
             with np.errstate(invalid="ignore"):  # a NaN of any kind is reported later
-                divisors = np.frombuffer(reported, "<f4").astype(np.float64)
+                divisors = np.frombuffer(stored, "<f4").astype(np.float64)
             experts = divisors.size
             elements = sums.nbytes // 4
             seen.append(StatisticsEntry(_layer(layer), elements, sums.offset, divisors, experts))

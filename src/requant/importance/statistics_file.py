@@ -192,8 +192,8 @@ class StatisticsFile:
         entry = self.seen[name]
         held = entry.size // n_in if entry.size % n_in == 0 else 0
         if expert is not None:
-            reported = entry.experts if entry.experts is not None else held
-            if held and reported == held and expert < held and matrices == 1:
+            experts = entry.experts if entry.experts is not None else held
+            if held and experts == held and expert < held and matrices == 1:
                 return self._importance([(name, expert)], n_in)
         elif held == matrices and entry.experts in (None, matrices):
             return self._importance([(name, number) for number in range(matrices)], n_in)

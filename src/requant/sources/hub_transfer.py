@@ -1,6 +1,6 @@
 """Resumable download of one file of a repository, with its hash checked.
 
-The bytes of a file are appended to its partial path (``hub_places``). A file that a killed
+The bytes of a file are appended to its partial path (``hub_storage``). A file that a killed
 process or a failed network left incomplete is resumed from its last byte. huggingface_hub's own
 ``hf_hub_download`` no longer resumes: it writes to a file of a random name, deletes it
 on any error, and leaves it behind when it is killed (docs/hub.md, "Why the transfer is ours").
