@@ -98,8 +98,7 @@ def describe_adapter_next_to(names: Collection[str]) -> str:
     return (
         "is an adapter (LoRA or a relative) next to a whole model, and whether it is to be applied "
         f"is not known. To convert the model without it, move {join_first(files)} out of the "
-        "folder; "
-        "to convert both, merge it first (PEFT: merge_and_unload; mlx-lm: mlx_lm.fuse) and "
+        "folder; to convert both, merge it first (PEFT: merge_and_unload; mlx-lm: mlx_lm.fuse) and "
         "convert what comes of it"
     )
 
@@ -114,9 +113,8 @@ def problems_in(tensors: Iterable[str]) -> list[Problem]:
     held = pluralize(len(found), "tensor")
     message = (
         f"is a tensor of an adapter that was not merged into the model ({held} of this kind: "
-        f"{parts}). MLX's loaders would leave it out: merge first (PEFT: load with "
-        "PeftModel, then merge_and_unload and save_pretrained; mlx-lm: mlx_lm.fuse) and convert "
-        "what comes of it"
+        f"{parts}). MLX's loaders would leave it out: merge first (PEFT: load with PeftModel, then "
+        "merge_and_unload and save_pretrained; mlx-lm: mlx_lm.fuse) and convert what comes of it"
     )
     return [Problem(first, message)]
 
@@ -128,8 +126,7 @@ def _describe_peft(where: str, config: Mapping[str, Any]) -> str:
     if kind in _PROMPTS:
         return (
             f"holds {format_value(kind)} of PEFT{of}, an adapter that adds inputs and no weights: "
-            "it "
-            "cannot be merged, and MLX has nothing that runs it; convert its base model alone"
+            "it cannot be merged, and MLX has nothing that runs it; convert its base model alone"
         )
     word = "DoRA" if config.get("use_dora") else _WORDS.get(kind, kind)
     code = (

@@ -112,9 +112,7 @@ def read_folder(folder: Path, stubs: Path | None = None) -> Checkpoint:
         quantization_files=MappingProxyType(described),
         metadata=MappingProxyType(reader.metadata),
         opened=OpenedSource(
-            folder,
-            header_stubs=stubs,
-            compared=None if stubs is None else _compared(stubs),
+            folder, header_stubs=stubs, compared=None if stubs is None else _compared(stubs)
         ),
     )
 
@@ -294,9 +292,8 @@ class _Reader:
             for name in (x for x in names if x != SINGLE):
                 self.report(
                     name,
-                    f"is next to {SINGLE} without an index that says whether its tensors "
-                    "belong to the model; move it out of the folder, or write "
-                    f"{INDEX}",
+                    f"is next to {SINGLE} without an index that says whether its tensors belong to "
+                    f"the model; move it out of the folder, or write {INDEX}",
                 )
         for name, message in find_gaps(names):
             self.report(name, message)

@@ -142,9 +142,7 @@ def build_header(
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER_BYTES:
         raise OutOfRangeError(
-            f"a header may take {MAX_HEADER_BYTES}; write smaller shards",
-            "header bytes",
-            len(text),
+            f"a header may take {MAX_HEADER_BYTES}; write smaller shards", "header bytes", len(text)
         )
     return struct.pack("<Q", len(text)) + text, offsets
 

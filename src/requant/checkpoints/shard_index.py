@@ -62,8 +62,7 @@ def judge(files: Files) -> tuple[list[Problem], list[Note]]:
         others = join_first(files.named)
         message = (
             f"{_STALE}: {join_first(files.extra)} {_hold(files.extra)} the whole model. Delete "
-            f"{INDEX} "
-            f"and move what else it names ({others}) out of the folder"
+            f"{INDEX} and move what else it names ({others}) out of the folder"
         )
         return [Problem(INDEX, message)], []
     if files.missing and not files.extra and files.holds_everything(files.named):
@@ -156,8 +155,8 @@ def _compare(files: Files) -> tuple[list[Problem], list[Note]]:
             problems += (
                 Problem(
                     f"{name}: {tensor}",
-                    f"is in {home} too{placed}; "
-                    "which of the two is the model's is not known: remove it from one of them",
+                    f"is in {home} too{placed}; which of the two is the model's is not known: "
+                    "remove it from one of them",
                 )
                 for name in places
                 if name != home
@@ -167,8 +166,7 @@ def _compare(files: Files) -> tuple[list[Problem], list[Note]]:
             Problem(
                 INDEX,
                 f"does not fit the files, which lack {pluralize(missing, 'tensor')} of its names: "
-                "if the "
-                f"files are whole and the index is of another save, delete {INDEX}; if not, "
+                f"if the files are whole and the index is of another save, delete {INDEX}; if not, "
                 "download the files again",
             )
         )
@@ -176,8 +174,7 @@ def _compare(files: Files) -> tuple[list[Problem], list[Note]]:
     if moved or unknown:
         text = (
             f"{INDEX} does not fit the files ({join_first(sorted([*moved, *unknown]))}): their "
-            "tensors "
-            "are read where the files have them."
+            "tensors are read where the files have them."
         )
         notes.append(Note(NoteCode.STALE_INDEX, text))
     return problems, notes

@@ -62,8 +62,7 @@ def without_unused_tensors(checkpoint: Checkpoint, layout: SourceLayout) -> Redu
         each = "each of which " if len(names) > 1 else "which "
         text = (
             f"Left out: {pluralize(len(names), 'tensor')} ({join_first(names, _NAMED)}), "
-            f"{each}{reason}; "
-            "mlx-lm's class has no place for such."
+            f"{each}{reason}; mlx-lm's class has no place for such."
         )
         notes.append(Note(NoteCode.IDLE_TENSORS, text))
     return Reduced(replace(layout, layers=layers, dropped=(*layout.dropped, *dropped)), (*notes,))

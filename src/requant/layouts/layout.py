@@ -117,8 +117,7 @@ def mlx_lm_layout(
         unlike = [x for x in {**given, **trace.loaded} if given.get(x) != trace.loaded.get(x)]
         raise LayoutError(
             f"mlx-lm changes {pluralize(len(unlike), 'tensor')} after its renaming "
-            f"({join_first(unlike, 5)}): "
-            "turn the source into MLX triples first"
+            f"({join_first(unlike, 5)}): turn the source into MLX triples first"
         )
     outputs = {name: _output(x) for name, x in trace.traced.items()}
     used = {source for x in trace.traced.values() for source in x.sources}

@@ -242,7 +242,6 @@ def _always_tied(checkpoint: Checkpoint, pair: Pair) -> CheckpointError:
     message = (
         f"differs from {pair.embedding.dense_name}, and mlx-lm's class for model_type "
         f"{format_value(checkpoint.config.get('model_type'))} has no head but its embedding; "
-        "--layout "
-        "keep keeps both"
+        "--layout keep keeps both"
     )
     return MlxLmLayoutError(checkpoint, message, tensor=pair.head.dense_name)

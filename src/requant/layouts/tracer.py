@@ -383,11 +383,7 @@ _TRIALS: dict[str, Callable[[mx.array], Sequence[mx.array]]] = {
         a[::2, -3:, :-1],
         a[::-1],
     ],
-    "Split": lambda a: [
-        *mx.split(a, 3),
-        *mx.split(a, 2, axis=1),
-        *mx.split(a, [1, 4], axis=-1),
-    ],
+    "Split": lambda a: [*mx.split(a, 3), *mx.split(a, 2, axis=1), *mx.split(a, [1, 4], axis=-1)],
     "Concatenate": lambda a: [
         mx.concatenate([a, a[1:]]),
         mx.concatenate([a[:, :1], a], axis=1),

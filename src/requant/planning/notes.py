@@ -83,9 +83,8 @@ def _rotations(decisions: Iterable[LayerDecision]) -> Iterator[Note]:
         yield Note(
             NoteCode.ROTATED_INPUTS,
             f"Inputs of {pluralize(len(transposed), 'layer')} are still to be rotated: "
-            "requant.mlx_lm.load "
-            "and requant generate do it, other loaders do not; --fold-rotation makes plain "
-            "8-bit layers.",
+            "requant.mlx_lm.load and requant generate do it, other loaders do not; --fold-rotation "
+            "makes plain 8-bit layers.",
         )
 
 
@@ -156,8 +155,7 @@ def _dense_in_source(selector: TargetSelector, layers: Iterable[LayerPlan]) -> I
         yield Note(
             NoteCode.QUANTIZED_THOUGH_EXCLUDED,
             f"The source's quantization block says false for {join_first(skipped)}: what was asked "
-            "for "
-            "covers such layers too.",
+            "for covers such layers too.",
         )
 
 
@@ -180,8 +178,7 @@ def _search(
         yield Note(
             NoteCode.NOTHING_TO_SEARCH,
             f"Codes of {pluralize(len(moved), 'layer')} are moved as they are "
-            f"({join_first(moved)}): there "
-            "is nothing to search for.",
+            f"({join_first(moved)}): there is nothing to search for.",
         )
 
 
@@ -229,8 +226,7 @@ def loader_notes(
             NoteCode.MODULE_NAMES,
             "Loaders look for a layer's own quantization by module path, so config.json has those "
             f"of {pluralize(len(entries), 'layer')} under other names too "
-            f"({join_first(list(names))}); a "
-            "loader with still other names does not find them.",
+            f"({join_first(list(names))}); a loader with still other names does not find them.",
         )
 
 

@@ -23,12 +23,7 @@ from requant.layouts.load_check import why_unloadable
 from requant.packings.base import Exactness, Fidelity
 from requant.planning.importance_weights import attach_importance
 from requant.planning.layout_selection import LayoutResult, choose_layout, why_not_mlx_lm
-from requant.planning.notes import (
-    loader_notes,
-    plan_notes,
-    rotated_layers,
-    unloadable_dtypes,
-)
+from requant.planning.notes import loader_notes, plan_notes, rotated_layers, unloadable_dtypes
 from requant.planning.output_config import output_config, output_quantization
 from requant.planning.plan import LayerPlan, OutputShard, Plan, Step, Treatment
 from requant.planning.plan_source import PlanSource
@@ -128,11 +123,7 @@ def plan_with_source(
 
 
 def _check_decisions(
-    selector: TargetSelector,
-    decisions: Sequence[LayerDecision],
-    rejection: str,
-    *,
-    is_trial: bool,
+    selector: TargetSelector, decisions: Sequence[LayerDecision], rejection: str, *, is_trial: bool
 ) -> UnnamedMatrices | None:
     """Raise what is wrong with the options.
 

@@ -81,8 +81,7 @@ def unfulfilled(selector: TargetSelector, decisions: Iterable[LayerDecision]) ->
         return ""
     return (
         f"{join_first(asked)}: no layer takes this, and the output would not be smaller than the "
-        "source; "
-        f"{why}. --dequantize is for a dense output"
+        f"source; {why}. --dequantize is for a dense output"
     )
 
 

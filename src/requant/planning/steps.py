@@ -218,11 +218,7 @@ def quantized_tensor_infos(
 
 
 def _copy_or_cast_step(
-    layer: str,
-    part: SourceTensor,
-    dtype: str | None,
-    order: RowOrder | None = None,
-    name: str = "",
+    layer: str, part: SourceTensor, dtype: str | None, order: RowOrder | None = None, name: str = ""
 ) -> Step:
     """Copy or cast one tensor, value by value, or row by row into another order."""
     dtype = dtype or part.info.dtype

@@ -29,10 +29,7 @@ class Downloads:
     """
 
     def __init__(
-        self,
-        files: Mapping[str, RemoteFile],
-        storage: HubCache,
-        window: int | None = None,
+        self, files: Mapping[str, RemoteFile], storage: HubCache, window: int | None = None
     ) -> None:
         self.files, self.storage, self.window = files, storage, window
         self.bytes_expected = self.bytes_here = 0
