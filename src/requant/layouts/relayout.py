@@ -276,6 +276,7 @@ class Relayout:
         codes = layer.path in self.layout.quantizable
         return replace(
             layer,
+            is_decoded=True,
             stored_description=" and ".join(dict.fromkeys(x.stored_as for x in sources)),
             policy=DefaultPolicy(
                 fallback=recomputed(sources, layer.shape[-1]) if codes else None,
@@ -376,13 +377,7 @@ def _unlike(layout: MlxLmLayout, shown: Mapping[str, SourceLayer]) -> list[str]:
 
 
 def _merge_key(layer: SourceLayer) -> tuple[object, ...]:
-    """What layers must have in common for their rows to be in one."""
+    """The properties that layers must share for their rows to be in one layer."""
     dtypes = tuple((role, part.info.dtype) for role, part in layer.parts.items())
-    return (
-        layer.encoding,
-        layer.policy.fallback,
-        layer.dtype,
-        layer.stored_description,
-        type(layer.packing),
-        dtypes,
-    )
+    stored_kind = None if layer.packing is None else layer.packing.stored_kind
+    return layer.encoding, layer.policy.fallback, layer.dtype, stored_kind, dtypes
