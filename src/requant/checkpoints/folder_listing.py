@@ -119,7 +119,7 @@ def list_folder(folder: Path, shards: Collection[str]) -> FolderListing:
     if copied:
         namers = join_first(sorted({*map(below.namer, copied)}))
         listed = join_first(sorted(copied))
-        text = f"Weights copied as they are, named by {namers}: {listed}."
+        text = f"Weights copied unchanged, named by {namers}: {listed}."
         listing.notes.append(Note(NoteCode.CARRIED_WEIGHTS, text))
     listing.sort()
     return listing

@@ -1,9 +1,10 @@
 """Read and write statistics files: requant's own form, and llama.cpp's forms by ``imatrix``.
 
 Our own form is a safetensors file. For a layer ``L`` with ``in`` inputs, or a stack of ``E``
-experts, it holds ``L.mean_square`` and perhaps ``L.mean_absolute``, float32 ``[in]`` or ``[E, in]``;
-``L.count``, float32 ``[1]`` or ``[E]``, the tokens seen; and perhaps ``L.hessian``, float32
-``[in, in]`` or ``[E, in, in]``, the mean of ``x x^T``. The metadata say ``format`` and ``version``.
+experts, it holds ``L.mean_square`` and perhaps ``L.mean_absolute``, float32 ``[in]`` or
+``[E, in]``; ``L.count``, float32 ``[1]`` or ``[E]``, the number of tokens; and perhaps
+``L.hessian``, float32 ``[in, in]`` or ``[E, in, in]``, the mean of ``x x^T``. The metadata hold
+``format`` and ``version``.
 """
 
 from __future__ import annotations
