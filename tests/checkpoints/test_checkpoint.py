@@ -257,11 +257,7 @@ def test_config_may_say_the_same_twice(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "name, most",
-    [
-        ("config.json", "16,777,216"),
-        ("quantize_config.json", "16,777,216"),
-        (INDEX, "67,108,864"),
-    ],
+    [("config.json", "16,777,216"), ("quantize_config.json", "16,777,216"), (INDEX, "67,108,864")],
 )
 def test_a_gigabyte_of_json(tmp_path: Path, name: str, most: str) -> None:
     folder = write_folder(tmp_path, {"model.safetensors": ONE})
@@ -483,10 +479,7 @@ def test_file_next_to_the_single_one(tmp_path: Path) -> None:
 
 
 def test_shards_that_are_not_all_there(tmp_path: Path) -> None:
-    files = {
-        "model-00001-of-00004.safetensors": ONE,
-        "model-00003-of-00004.safetensors": TWO,
-    }
+    files = {"model-00001-of-00004.safetensors": ONE, "model-00003-of-00004.safetensors": TWO}
 
     problem = only_problem(write_folder(tmp_path, files))
     assert problem.startswith(

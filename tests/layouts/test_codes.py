@@ -57,8 +57,7 @@ REENCODED = {
 
 # minimax is published in FP8, which is not a dense form.
 @pytest.mark.parametrize(
-    "model_type",
-    [t for t in FORMS if t in model_types() and t != "minimax" and t not in NEW_FORMS],
+    "model_type", [t for t in FORMS if t in model_types() and t != "minimax" and t not in NEW_FORMS]
 )
 def test_codes_come_through(model_type: str, tmp_path: Path) -> None:
     """keep, then mlx-lm, then dense, gives what keep, then dense, then mlx-lm gives."""

@@ -69,9 +69,7 @@ def test_a_moe_loads_in_mlx_lm_and_generates(tmp_path: Path) -> None:
     assert mlx_lm.generate(loaded, tokenizer, prompt="The file", max_tokens=4)
 
 
-def test_stacked_experts_are_read_from_the_files_and_threads_change_nothing(
-    tmp_path: Path,
-) -> None:
+def test_stacked_experts_are_read_from_the_files_and_threads_change_nothing(tmp_path: Path) -> None:
     made = plan(model("micro-moe"), layout="mlx-lm", bits=4)
     stacked = [step for step in made.steps if "switch_mlp" in step.layer]
     assert {type(step.inputs["weight"]).__name__ for step in stacked} == {"JoinedTensor"}
@@ -229,8 +227,8 @@ def test_mlx_lm_is_imported_only_where_it_may_have_a_class(
 ) -> None:
     set_config(dense, **config)
     code = (
-        f"import sys, requant; requant.plan({str(dense)!r})\n"
-        "print([m for m in ('mlx', 'mlx_lm') if m in sys.modules])"
+        f"import sys, requant; requant.plan({str(dense)!r})\nprint([m for m in ('mlx', 'mlx_lm') "
+        "if m in sys.modules])"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == str(heavy)

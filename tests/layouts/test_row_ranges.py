@@ -44,11 +44,7 @@ def test_rows_of_another_width_are_not_rows() -> None:
 
 @pytest.mark.parametrize(
     ("run", "bytes_of_run"),
-    [
-        ((0, 4, 1), [(100, 64)]),
-        ((1, 2, 1), [(116, 32)]),
-        ((1, 2, 2), [(116, 16), (148, 16)]),
-    ],
+    [((0, 4, 1), [(100, 64)]), ((1, 2, 1), [(116, 32)]), ((1, 2, 2), [(116, 16), (148, 16)])],
 )
 def test_bytes_of_rows(run: tuple[int, int, int], bytes_of_run: list[tuple[int, int]]) -> None:
     start, count, step = run

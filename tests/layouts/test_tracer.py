@@ -11,8 +11,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from requant.layouts import tracer as tracing
+from requant.layouts.byte_moves import BYTE_MOVE_RULES, MAX_PIECES, Traced
 from requant.layouts.outputs import Extent
-from requant.layouts.tracer import MAX_PIECES, Traced, trace
+from requant.layouts.tracer import trace
 from tests.support.mlx_reference import as_bytes
 
 
@@ -107,9 +108,9 @@ def test_many_whole_tensors_are_not_too_many():
     assert traced.pieces is not None and len(traced.pieces) == MAX_PIECES + 5
 
 
-def test_every_mover_agrees_with_this_mlx():
-    """The trial leaves the list as it is, and each mover has a trial that moves bytes."""
-    assert tracing._verified_rules() == tracing._BYTE_MOVE_RULES
+def test_every_rule_agrees_with_this_mlx():
+    """The trials remove no rule, and each rule has a trial that moves bytes."""
+    assert tracing._verified_rules() == BYTE_MOVE_RULES
     a = mx.arange(72, dtype=mx.uint32).reshape(3, 4, 6)
     for name, trial in tracing._TRIALS.items():
         result = trace(
@@ -117,18 +118,18 @@ def test_every_mover_agrees_with_this_mlx():
         )
         moved = [x.pieces is not None for x in result.values()]
         assert any(moved) or name == "AsType", name
-    assert tracing._TRIALS.keys() == tracing._BYTE_MOVE_RULES.keys()
+    assert tracing._TRIALS.keys() == BYTE_MOVE_RULES.keys()
 
 
-def test_a_mover_that_is_wrong_is_taken_off(monkeypatch):
-    wrong = tracing._BYTE_MOVE_RULES | {"Slice": tracing._BYTE_MOVE_RULES["Reshape"]}
+def test_a_wrong_rule_is_removed(monkeypatch):
+    wrong = BYTE_MOVE_RULES | {"Slice": BYTE_MOVE_RULES["Reshape"]}
 
     def lying(arguments, inputs, outputs):
         (value,), (output,) = inputs, outputs
         return [(Extent(value.pieces[0].tensor, 0, output.nbytes),)]
 
     wrong["Slice"] = lying
-    monkeypatch.setattr(tracing, "_BYTE_MOVE_RULES", wrong)
+    monkeypatch.setattr(tracing, "BYTE_MOVE_RULES", wrong)
     assert "Slice" not in tracing._verified_rules.__wrapped__()
 
 

@@ -60,12 +60,7 @@ OWN: dict[str, dict[str, Any]] = {
     "dots1": _GROUPS,
     "ernie4_5": {},
     "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_layer_start_index": 1},
-    "falcon_h1": {
-        "mamba_d_ssm": 128,
-        "mamba_n_heads": 4,
-        "mamba_d_head": 32,
-        "mamba_d_state": 16,
-    },
+    "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16},
     "gemma": _TIED,
     "gemma2": _TIED,
     "gemma3_text": {},

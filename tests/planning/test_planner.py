@@ -61,9 +61,7 @@ def test_a_last_axis_that_does_not_divide_takes_the_next_smaller_group(dense: Pa
 
 def test_overrides_the_last_match_wins_and_rules_over_the_name_rule(dense: Path) -> None:
     made = plan(
-        dense,
-        bits=4,
-        overrides=[r"self_attn=skip", r"q_proj=8:32", r"mlp\.gate$=8", "embed=mxfp8"],
+        dense, bits=4, overrides=[r"self_attn=skip", r"q_proj=8:32", r"mlp\.gate$=8", "embed=mxfp8"]
     )
 
     found = fates(made)

@@ -82,12 +82,7 @@ def decide(
 DENSE = {
     "the default": (Q, options(), FOUR, None),
     "an override over the default": (Q, options(overrides=(("q_proj", EIGHT),)), EIGHT, None),
-    "the last override": (
-        Q,
-        options(overrides=(("q_proj", SKIP), ("q_proj", EIGHT))),
-        EIGHT,
-        None,
-    ),
+    "the last override": (Q, options(overrides=(("q_proj", SKIP), ("q_proj", EIGHT))), EIGHT, None),
     "an override that skips": (
         Q,
         options(overrides=(("q_proj", SKIP),)),
@@ -181,11 +176,7 @@ QUANTIZED = {
     "nothing requested": (options(None), FOUR, None),
     "more bits": (options(EIGHT), EIGHT, None),
     "another mode": (options(MXFP4), MXFP4, None),
-    "its own group": (
-        options(Quantization.affine(128, 8), bits=8),
-        EIGHT,
-        CODES.SOURCE_GROUP_SIZE,
-    ),
+    "its own group": (options(Quantization.affine(128, 8), bits=8), EIGHT, CODES.SOURCE_GROUP_SIZE),
     "only": (options(EIGHT, only=("mlp",)), FOUR, CODES.NOT_IN_ONLY),
     "only over dequantize": (
         options(None, only=("mlp",), dequantize=True),
@@ -318,8 +309,7 @@ def test_what_the_class_holds_dense_is_dense_and_an_override_is_a_problem(
 
 
 @pytest.mark.parametrize(
-    ("path", "words"),
-    [(NORM, "a vector is not quantized"), (ODD, "no multiple of group size 64")],
+    ("path", "words"), [(NORM, "a vector is not quantized"), (ODD, "not a multiple of group size 64")]
 )
 def test_an_override_that_cannot_be_met_exactly(
     checkpoint: Checkpoint, path: str, words: str

@@ -92,8 +92,7 @@ def written(tmp_path: Path, files: dict[str, bytes]) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("kind", "option"),
-    [("Q8_0", ()), ("q4_0", ("--consume-source",)), ("micro-Q8_0.gguf", ())],
+    ("kind", "option"), [("Q8_0", ()), ("q4_0", ("--consume-source",)), ("micro-Q8_0.gguf", ())]
 )
 def test_a_file_of_a_repository(
     hub: Hub,

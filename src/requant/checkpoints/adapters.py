@@ -1,7 +1,7 @@
-"""Adapters (LoRA and its relatives): how they are recognized, and how to make a model of them.
+"""Recognize adapters (LoRA and its relatives), and say how to merge them into a model.
 
-An adapter holds changes to the weights of a base model. Without the base it is not a model, and a
-base without the changes is another model: neither is converted, each is named with the way out.
+An adapter holds changes to the weights of a base model. Without the base it is not a model, and the
+base without the changes is another model: neither is converted.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _FILES = re.compile(
     r"|(?:[0-9]+_)?adapters\.(?:safetensors|npz)"  # mlx-lm, and what it saves while it trains
     r"|pytorch_lora_weights\.(?:safetensors|bin))"  # diffusers
 )
-# What a part of a tensor's name says; of ``base_layer`` also what follows.
+# Parts of tensors' names that adapters have; ``base_layer`` counts only before certain suffixes.
 _PARTS = re.compile(
     r"(?:^|\.)(?P<part>lora_(?:[aAbBE]|embedding_[AB]|magnitude_vector|down|up|mid|bias)"
     r"|base_layer(?=\.(?:weight|bias|qweight|weight_packed|scales)$)"
@@ -33,23 +33,9 @@ _PARTS = re.compile(
 )
 _WRAPPED = {"base_layer", "original_module"}  # the model's own weights, inside an adapter's layer
 # PEFT's kinds that add tokens or inputs of their own: nothing can be added to the weights.
-_PROMPTS = {
-    "PROMPT_TUNING",
-    "MULTITASK_PROMPT_TUNING",
-    "PREFIX_TUNING",
-    "P_TUNING",
-    "ADAPTION_PROMPT",
-    "CPT",
-    "XLORA",
-    "POLY",
-}
-_WORDS = {
-    "LORA": "LoRA",
-    "ADALORA": "AdaLoRA",
-    "LOHA": "LoHa",
-    "LOKR": "LoKr",
-    "LYCORIS": "LyCORIS",
-}
+_PROMPTS = {"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING"}
+_PROMPTS |= {"ADAPTION_PROMPT", "CPT", "XLORA", "POLY"}
+_WORDS = {x.upper(): x for x in ("LoRA", "AdaLoRA", "LoHa", "LoKr", "LyCORIS")}
 
 
 def is_adapter_file(name: str) -> bool:
@@ -75,7 +61,7 @@ def holds_only_an_adapter(tensors: Collection[str]) -> bool:
 
 
 def describe_adapter(where: str, config: Mapping[str, Any], remote: bool = False) -> str:
-    """What an adapter is, and how it becomes a model that can be converted.
+    """Describe an adapter, and how to merge it into a model that can be converted.
 
     Args:
         where: Its folder, or its repository on the hub.
@@ -93,30 +79,28 @@ def describe_adapter(where: str, config: Mapping[str, Any], remote: bool = False
 
 
 def describe_adapter_next_to(names: Collection[str]) -> str:
-    """What to do about adapter files in the folder of a whole model."""
+    """Say what to do about adapter files in the folder of a whole model."""
     files = sorted({*names, ADAPTER_CONFIG})
     return (
         "is an adapter (LoRA or a relative) next to a whole model, and whether it is to be applied "
         f"is not known. To convert the model without it, move {join_first(files)} out of the "
-        "folder; "
-        "to convert both, merge it first (PEFT: merge_and_unload; mlx-lm: mlx_lm.fuse) and "
+        "folder; to convert both, merge it first (PEFT: merge_and_unload; mlx-lm: mlx_lm.fuse) and "
         "convert what comes of it"
     )
 
 
 def problems_in(tensors: Iterable[str]) -> list[Problem]:
-    """The tensors of adapters among those of a model, in one problem."""
-    found = {name: part for name in tensors if (part := adapter_part(name))}
-    if not found:
+    """One problem about all tensors of adapters among those of a model."""
+    part_of = {name: part for name in tensors if (part := adapter_part(name))}
+    if not part_of:
         return []
-    first = next(iter(found))
-    parts = join_first(sorted(set(found.values())), 4)
-    held = pluralize(len(found), "tensor")
+    first = next(iter(part_of))
+    parts = join_first(sorted(set(part_of.values())), 4)
+    held = pluralize(len(part_of), "tensor")
     message = (
         f"is a tensor of an adapter that was not merged into the model ({held} of this kind: "
-        f"{parts}). MLX's loaders would leave it out: merge first (PEFT: load with "
-        "PeftModel, then merge_and_unload and save_pretrained; mlx-lm: mlx_lm.fuse) and convert "
-        "what comes of it"
+        f"{parts}). MLX's loaders would leave it out: merge first (PEFT: load with PeftModel, then "
+        "merge_and_unload and save_pretrained; mlx-lm: mlx_lm.fuse) and convert what comes of it"
     )
     return [Problem(first, message)]
 
@@ -128,8 +112,7 @@ def _describe_peft(where: str, config: Mapping[str, Any]) -> str:
     if kind in _PROMPTS:
         return (
             f"holds {format_value(kind)} of PEFT{of}, an adapter that adds inputs and no weights: "
-            "it "
-            "cannot be merged, and MLX has nothing that runs it; convert its base model alone"
+            "it cannot be merged, and MLX has nothing that runs it; convert its base model alone"
         )
     word = "DoRA" if config.get("use_dora") else _WORDS.get(kind, kind)
     code = (

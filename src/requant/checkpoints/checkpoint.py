@@ -1,8 +1,8 @@
-"""Pipeline stage 1: what a Checkpoint is, whichever files it was read from.
+"""Pipeline stage 1: the Checkpoint, whichever files it was read from.
 
 A ``Checkpoint`` is frozen data about names, shapes and byte ranges, and refers to an
-``OpenedSource``: the object that reads bytes, and that changes while it does. Of tensor data only
-the small tensors are read that formats need to describe a layer. ``sources.read_checkpoint``
+``OpenedSource``: the object that reads bytes, whose state changes meanwhile. Tensor data are read
+only of the small tensors that formats need to describe a layer. ``sources.open.read_checkpoint``
 makes a Checkpoint.
 """
 
@@ -28,10 +28,10 @@ Key = tuple[str, ...]
 """The path of a value of a config: ("text_config", "tie_word_embeddings")."""
 
 COMPARED: Final = "compared.json"
-"""Next to header stubs: which tensors were found to be equal, or not, before files went."""
+"""A file next to header stubs: which tensors were equal or not, before files were deleted."""
 
 REMOVED: Final = object()
-"""Instead of a value of a config: the key is to go."""
+"""A value for ``with_changes``: the key is removed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,51 +99,51 @@ class SourceFile:
 
 
 class WeightFileProvider(Protocol):
-    """Weight files that come while others are read (``downloads``)."""
+    """Provides weight files that are downloaded while others are read (``sources.downloads``)."""
 
     @property
     def consumed(self) -> bool:
-        """Whether a file goes as soon as nothing needs it."""
+        """Whether a file is deleted as soon as nothing needs it."""
 
     @property
     def bytes_here(self) -> int:
-        """How many of the bytes that were missing at the beginning have come."""
+        """How many of ``bytes_expected`` are downloaded."""
 
     @property
     def bytes_expected(self) -> int:
-        """How many were missing."""
+        """Bytes that were missing at the start."""
 
     def start(self, order: Sequence[str]) -> None:
-        """Let files come, those first that are needed first."""
+        """Start to download files in this order."""
 
     def wait_for(self, name: str, stop: Callable[[], bool]) -> Path | None:
-        """Where a file is, once it is; None if ``stop`` says so before."""
+        """Wait for a file and return its path; None if ``stop`` returns true before."""
 
     def release(self, name: str) -> None:
-        """Nothing will be read of a file any more."""
+        """Declare that a file is not read any more."""
 
     def stop(self) -> None:
-        """Let nothing come any more."""
+        """Stop all downloads."""
 
 
 class OpenedSource:
     """The files of one checkpoint while they are read. Not data: its state grows with the reads.
 
-    It reads ranges of bytes and small tensors, remembers which, and holds what is alive about a
-    source: the function that fetches bytes from the hub, the downloader of weight files, and the
-    functions that generate files. A ``Plan`` refers to none of it.
+    It reads ranges of bytes and small tensors, records which, and holds the functions of a source:
+    the one that fetches bytes from the hub, the downloader of weight files, and those that generate
+    files. A ``Plan`` refers to none of them.
 
     Args:
         path: The folder of the files.
         header_stubs: A folder with the headers of weight files that a stopped run has deleted.
-        fetch: Reads a range of bytes where the files hold headers only (``hub``).
-        downloader: Brings the weight files, where they are not in the folder.
+        fetch: Reads a range of bytes where the files hold headers only (``hub_repository``).
+        downloader: Provides the weight files, where they are not in the folder.
         generated_files: Name -> content of files that an output gets and the folder does not have.
-        compared: What an earlier run found when it compared tensors.
+        compared: Results of tensor comparisons of an earlier run.
 
     Attributes:
-        small_tensor_ranges: What was read of the weight files so far.
-        damaged: Of the small tensors that were read, those with NaN or infinity: one problem each.
+        small_tensor_ranges: The byte ranges of the small tensors that were read so far.
+        damaged: Of these tensors, those with NaN or infinity: one problem each.
         compared: Names of two tensors -> whether they hold the same values, once that is known.
     """
 
@@ -167,7 +167,7 @@ class OpenedSource:
         self.compared: dict[str, bool] = dict(compared or {})
 
     def with_downloader(self, path: Path, downloader: WeightFileProvider) -> OpenedSource:
-        """The same source in another folder, into which the downloader brings the weight files."""
+        """The same source in another folder, to which the downloader adds the weight files."""
         opened = OpenedSource(
             path,
             header_stubs=self.header_stubs,
@@ -181,7 +181,7 @@ class OpenedSource:
         return opened
 
     def weight_path(self, file: str) -> Path:
-        """Where a weight file is read: its header stub, where the file itself is gone."""
+        """The path of a weight file, or of its header stub where the file is deleted."""
         return weight_path(self.path, self.header_stubs, file)
 
     def size_of(self, files: Iterable[str]) -> int:
@@ -189,11 +189,11 @@ class OpenedSource:
         return sum((self.path / file).stat().st_size for file in files)
 
     def read_small_tensor(self, tensor: SourceTensor) -> np.ndarray:
-        """The data of a small tensor that decides what a layer is: a ``g_idx``, block scales.
+        """The data of a small tensor that describes a layer: a ``g_idx``, block scales.
 
         Raises:
             CheckpointError: The file cannot be read, or is shorter than its header says, or
-                the tensor is too large to be read before the work begins.
+                the tensor is too large to be read while planning.
         """
         name = tensor.name
         assert not isinstance(tensor, ComputedTensor), name
@@ -206,12 +206,12 @@ class OpenedSource:
         for part in tensor.ranges:
             data += self.read_range(part)
             self.small_tensor_ranges.append(part)
-        found = np.frombuffer(bytes(data), NUMPY_DTYPE[tensor.info.dtype])
-        bad = ~np.isfinite(found) if tensor.info.dtype in FLOATS else np.zeros(0, np.bool_)
+        values = np.frombuffer(bytes(data), NUMPY_DTYPE[tensor.info.dtype])
+        bad = ~np.isfinite(values) if tensor.info.dtype in FLOATS else np.zeros(0, np.bool_)
         if bad.any():
             row = int(bad.argmax()) // (tensor.info.shape or (1,))[-1]
             self.damaged[name] = Problem(name, damage("scales", int(bad.sum()), row))
-        return found.reshape(tensor.info.shape)
+        return values.reshape(tensor.info.shape)
 
     def read_range(self, part: FileRange) -> bytes:
         """A range of bytes of a weight file."""
@@ -234,28 +234,27 @@ class OpenedSource:
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A source with everything that can be known without reading tensor data.
+    """A source with everything that is known of it without reading tensor data.
 
-    Frozen data, but for ``opened``: the object that reads the source's files. Two checkpoints
-    are equal if their data are.
+    Frozen data but for ``opened``, which reads the source's files and does not count when two
+    checkpoints are compared.
 
     Attributes:
         files: The weight files, in natural order.
         tensors: Every tensor by name, in the order of files, then of offsets.
         config: ``config.json``, parsed.
         config_text: ``config.json`` as it is in the file.
-        side_files: Relative paths of the files that an output copies unchanged.
-        left_out: Relative paths of files that it does not, each with the reason.
-        notes: What the user should know of the files: what is read or copied, and why.
+        side_files: Relative paths of the files that are copied to an output unchanged.
+        left_out: Relative paths of files that are not, each with the reason.
+        notes: Notes on the files: which are read or copied, and why.
         quantization_files: The JSON files next to config.json in which tools describe their
             quantization, parsed, by name.
         metadata: ``__metadata__`` of the weight files, the first file's entry where two differ.
-        corrections: Key of ``config`` -> what it is by the tensors, where the file says another
-            thing.
+        corrections: Key of ``config`` -> its value by the tensors, where the file disagrees.
         gguf: How tensors are stored, where the source is GGUF.
-        origin: What the user named, where it is not the folder.
-        repository: Of the hub: its id, and the commit.
-        opened: The files, for whatever reads them.
+        origin: The source as the user named it, where that is not the folder.
+        repository: Of a source on the hub: its id, and the commit.
+        opened: Reads the files.
     """
 
     files: tuple[SourceFile, ...]
@@ -280,11 +279,11 @@ class Checkpoint:
 
     @property
     def source(self) -> Path:
-        """What the user named."""
+        """The source as the user named it."""
         return self.origin or self.path
 
     def corrected(self, changes: Mapping[Key, Any]) -> Checkpoint:
-        """The same with other values in its config; ``REMOVED`` takes a key out."""
+        """The same with other values in its config; ``REMOVED`` removes a key."""
         if not changes:
             return self
         config = with_changes(self.config, changes)
@@ -309,9 +308,7 @@ def with_changes(config: Mapping[str, Any], changes: Mapping[Key, Any]) -> dict[
 
 
 def weight_path(folder: Path, stubs: Path | None, file: str) -> Path:
-    """Where a weight file of a folder is read.
-
-    Its header stub, where the file itself is deleted.
-    """
-    gone = stubs is not None and not os.path.lexists(folder / file)
-    return stubs / file if stubs is not None and gone else folder / file
+    """The path of a weight file, or of its header stub where the file is deleted."""
+    if stubs is None or os.path.lexists(folder / file):
+        return folder / file
+    return stubs / file

@@ -1,4 +1,4 @@
-"""What a source folder is, and which of its files may be read: names, sizes and kinds only."""
+"""Check a source folder and its files by names, sizes and kinds: what it is, what may be read."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 RECORD = "requant.json"  # what an output of requant was made from; its own output has another
-# Where tools write their quantization next to, or instead of, config.json. An output has none
-# of it: its config says how it is stored.
+# Files in which tools describe their quantization next to, or instead of, config.json. They are
+# not copied: the output's config describes its quantization.
 QUANTIZATION_FILES = (
     "quantize_config.json",
     "quant_config.json",
@@ -58,22 +58,22 @@ def file_size(folder: Path, name: str) -> tuple[int, str]:
     """
     path = folder / name
     try:
-        found = path.stat()
+        status = path.stat()
     except FileNotFoundError:
         if path.is_symlink():
             return 0, f"is a link to {str(path.readlink())!r}, which does not exist"
         return 0, "does not exist"
     except OSError as error:
         return 0, f"cannot be read: {error.strerror or error}"
-    if not stat.S_ISREG(found.st_mode):
-        kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a device, pipe or socket"
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a device, pipe or socket"
         return 0, f"is {kind}, expected a regular file"
     message = _outside(folder, path)
-    return (0, message) if message else (found.st_size, "")
+    return (0, message) if message else (status.st_size, "")
 
 
 def _outside(folder: Path, path: Path) -> str:
-    """Say why a link is not followed: it leads out of its checkpoint, or nothing.
+    """Return why a link is not followed (it leads out of its checkpoint), or "".
 
     The hub's cache is made of links, from ``snapshots/REVISION`` to the ``blobs`` next to it.
     """
@@ -104,7 +104,7 @@ def is_gguf(source: Path) -> bool:
 
 
 def check_folder(folder: Path) -> str:
-    """Say why a path is not a folder to read from, or nothing."""
+    """Return why a path is not a folder to read from, or ""."""
     try:
         if folder.is_dir():
             return ""
@@ -126,7 +126,7 @@ def check_folder(folder: Path) -> str:
 
 
 def check_shard_path(folder: Path, shard: str) -> str:
-    """Say why the path of a shard in an index is not followed, or nothing."""
+    """Return why the path of a shard in an index is not followed, or ""."""
     path = PurePosixPath(shard)
     if (
         not shard
@@ -148,7 +148,7 @@ def check_shard_path(folder: Path, shard: str) -> str:
 
 
 def find_gaps(names: Iterable[str]) -> list[tuple[str, str]]:
-    """Find numbers that are missing from ``model-00001-of-00003.safetensors`` and so on."""
+    """Sets of shards (``model-00001-of-00003.safetensors``) with gaps: a file of each, and why."""
     sets: dict[tuple[str, str], dict[int, str]] = defaultdict(dict)
     for name in names:
         match = _NUMBERED.fullmatch(name)
@@ -160,18 +160,16 @@ def find_gaps(names: Iterable[str]) -> list[tuple[str, str]]:
         missing = int(total) - sum(1 <= number <= int(total) for number in members)
         if missing and len(members) < int(total):  # some writers count from 0
             gap = next(number for number in count(1) if number not in members)
-            gaps.append(
-                (
-                    min(members.values()),
-                    f"{missing} of the {int(total)} shards of this set are missing, the "
-                    f"first is number {gap}; was the download complete?",
-                )
+            message = (
+                f"{missing} of the {int(total)} shards of this set are missing, the first is "
+                f"number {gap}; was the download complete?"
             )
+            gaps.append((min(members.values()), message))
     return gaps
 
 
 def describe_pickles(names: Iterable[str]) -> str:
-    """Say what to do with pickle files, where there are any and no other weights."""
+    """Say what to do with pickle files; "" if there are none."""
     pickles = [name for name in names if any(fnmatchcase(name, x) for x in _PICKLES)]
     if not pickles:
         return ""
@@ -181,7 +179,7 @@ def describe_pickles(names: Iterable[str]) -> str:
 def is_repository_id(source: str | os.PathLike[str]) -> bool:
     """Whether a source that is not on this disk has the form of a repository's id.
 
-    A GGUF file of it may be named behind a colon: ``org/name:Q4_K_M``.
+    A GGUF file of it may follow after a colon: ``org/name:Q4_K_M``.
     """
     text = os.fspath(source)
     formed = _HUB_ID.fullmatch(text) or _HUB_GGUF.fullmatch(text)

@@ -1,7 +1,7 @@
-"""Every file of a source, sorted: weights, files to carry over, files to leave out.
+"""Sort the files of a source: weights, files to copy, files to leave out.
 
-Names, sizes and kinds of files are looked at; small JSON files are read where they may name
-weights in subfolders (``subfolders``). A folder and a repository on the hub are sorted alike.
+Only names, sizes and kinds of files count; small JSON files are read where they may name weights
+in subfolders (``subfolders``). Folders and repositories on the hub are sorted in the same way.
 """
 
 from __future__ import annotations
@@ -56,10 +56,10 @@ _STALE_BIN_BYTES = 1 << 20  # a *.bin above this is weights; below, often a voca
 
 @dataclass
 class FolderListing:
-    """Everything in a folder, sorted into what becomes of it; paths are relative."""
+    """The files of a folder by their use; paths are relative."""
 
     weights: list[str] = field(default_factory=list)  # *.safetensors directly in the folder
-    adapters: list[str] = field(default_factory=list)  # of them and others, by their names
+    adapters: list[str] = field(default_factory=list)  # files, some of them weights, by name
     side_files: list[str] = field(default_factory=list)
     left_out: list[tuple[str, str]] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
@@ -67,7 +67,7 @@ class FolderListing:
     nested: list[str] = field(default_factory=list)  # *.safetensors below it, whatever they are
 
     def sort(self) -> None:
-        """Bring every list into an order that depends on names only."""
+        """Sort every list by names."""
         self.weights.sort(key=natural_key)
         self.adapters.sort(key=natural_key)
         self.side_files.sort()
@@ -77,17 +77,14 @@ class FolderListing:
 def describe_no_weights(folder: Path, listing: FolderListing) -> str:
     """Say what a folder without weights holds instead."""
     names = [*(name for name, _ in listing.left_out), *listing.side_files]
-    nested = listing.nested
-    pickles = describe_pickles(names)
-    if pickles and not nested:
-        return pickles
-    if nested:
+    if listing.nested:
         first = subfolders.first_module(names, partial(_small_file, folder))
-        homes = sorted({x.rpartition("/")[0] for x in nested}, key=natural_key)
+        homes = sorted({x.rpartition("/")[0] for x in listing.nested}, key=natural_key)
         home = first if first in homes else homes[0]
-        found = f"holds safetensors files in subfolders only ({join_first(nested)})"
+        found = f"holds safetensors files in subfolders only ({join_first(listing.nested)})"
         return f"{found}; give the folder of the model itself: {folder / home}"
-    return f"holds no weights: no {SINGLE}, no {INDEX}, no other *.safetensors file"
+    no_weights = f"holds no weights: no {SINGLE}, no {INDEX}, no other *.safetensors file"
+    return describe_pickles(names) or no_weights
 
 
 def list_folder(folder: Path, shards: Collection[str]) -> FolderListing:
@@ -122,18 +119,18 @@ def list_folder(folder: Path, shards: Collection[str]) -> FolderListing:
     if copied:
         namers = join_first(sorted({*map(below.namer, copied)}))
         listed = join_first(sorted(copied))
-        text = f"Weights copied as they are, named by {namers}: {listed}."
+        text = f"Weights copied unchanged, named by {namers}: {listed}."
         listing.notes.append(Note(NoteCode.CARRIED_WEIGHTS, text))
     listing.sort()
     return listing
 
 
 def files_to_download(sizes: Mapping[str, int], read: Callable[[str], bytes]) -> list[str]:
-    """Of the files of a repository, those that a conversion reads: what ``list_folder`` keeps.
+    """Return the files of a repository that a conversion reads: those ``list_folder`` keeps.
 
     Args:
         sizes: Relative path -> bytes.
-        read: The bytes of a small file of it.
+        read: Returns the bytes of a small file.
     """
     sizes = {x: n for x, n in sizes.items() if not set(x.split("/")[:-1]) & _SKIPPED}
     sizes = {x: n for x, n in sizes.items() if not x.startswith("original/")}
@@ -141,21 +138,19 @@ def files_to_download(sizes: Mapping[str, int], read: Callable[[str], bytes]) ->
     below = _judge({x: n for x, n in sizes.items() if x not in shards}, read)
     weights = [x for x in sizes if "/" not in x and x.endswith(".safetensors")]
     second = [x for x in weights if x.startswith("consolidated") and x not in shards]
-    found = []
-    for name, size in sizes.items():
-        if name not in shards and below.separate_reason(name)[0]:
-            continue
+
+    def is_read(name: str) -> bool:
         if name in shards:
-            wanted = True
-        elif name in weights:
-            wanted = name not in second or len(second) == len(weights)
-        elif name in (CONFIG, INDEX, ADAPTER_CONFIG, *QUANTIZATION_FILES):
-            wanted = True
-        else:
-            wanted = not _why_left_out(name, size, below, sizes)
-        if wanted:
-            found.append(name)
-    return sorted(found, key=natural_key)
+            return True
+        if below.separate_reason(name)[0]:
+            return False
+        if name in weights:
+            return name not in second or len(second) == len(weights)
+        if name in (CONFIG, INDEX, ADAPTER_CONFIG, *QUANTIZATION_FILES):
+            return True
+        return not _why_left_out(name, sizes[name], below, sizes)
+
+    return sorted(filter(is_read, sizes), key=natural_key)
 
 
 def _shards(sizes: Mapping[str, int], read: Callable[[str], bytes]) -> set[str]:
@@ -170,7 +165,7 @@ def _shards(sizes: Mapping[str, int], read: Callable[[str], bytes]) -> set[str]:
 
 def _walk(folder: Path, listing: FolderListing) -> list[str]:
     """Every file below a folder that may be a part of the checkpoint."""
-    found: list[str] = []
+    files: list[str] = []
     seen = 0
     pending = [""]
     while pending:  # a loop, since a hostile tree can be deeper than the stack
@@ -179,11 +174,8 @@ def _walk(folder: Path, listing: FolderListing) -> list[str]:
             with os.scandir(folder / below) as scanned:
                 entries = list(islice(scanned, MAX_ENTRIES + 1 - seen))
         except OSError as error:
-            listing.problems.append(
-                Problem(
-                    decode_filename(below) or str(folder), f"cannot be listed: {error.strerror}"
-                )
-            )
+            where = decode_filename(below) or str(folder)
+            listing.problems.append(Problem(where, f"cannot be listed: {error.strerror}"))
             continue
         seen += len(entries)
         if seen > MAX_ENTRIES:
@@ -194,18 +186,18 @@ def _walk(folder: Path, listing: FolderListing) -> list[str]:
             if entry.name in _SKIPPED:
                 continue
             if not entry.is_dir(follow_symlinks=False):
-                found.append(name)
+                files.append(name)
             elif name == "original":
                 listing.left_out.append(("original/", _STALE["consolidated*"]))
             elif decode_filename(name) != name:
                 listing.left_out.append((decode_filename(name) + "/", "the name is not UTF-8"))
             else:
                 pending.append(name + "/")
-    return found
+    return files
 
 
 def _judge(sizes: Mapping[str, int], read: Callable[[str], bytes]) -> subfolders.Subfolders:
-    """What becomes of the weights below a source, and of those for other libraries."""
+    """Sort the weights below a source, and those for other libraries."""
     weights = [x for x, n in sizes.items() if _is_weights(x, n) and decode_filename(x) == x]
     pointers = {x for x, n in sizes.items() if n <= subfolders.MAX_POINTER_BYTES}
     names = sizes.keys()
@@ -213,7 +205,7 @@ def _judge(sizes: Mapping[str, int], read: Callable[[str], bytes]) -> subfolders
 
 
 def _small_file(folder: Path, name: str) -> bytes:
-    """The content of a file that may name folders; empty where it cannot be read."""
+    """The content of a file that may name folders; empty if it cannot be read."""
     size, message = file_size(folder, name)
     if message or size > subfolders.MAX_POINTER_BYTES:
         return b""
@@ -225,7 +217,7 @@ def _small_file(folder: Path, name: str) -> bytes:
 
 
 def _leave_second_copies(listing: FolderListing, has_shards: bool) -> None:
-    """Leave out Mistral's own layout where the weights are here in another."""
+    """Leave out weights in Mistral's own layout where there are others."""
     second = [name for name in listing.weights if name.startswith("consolidated")]
     if has_shards or len(second) < len(listing.weights):
         listing.weights = [name for name in listing.weights if name not in second]

@@ -1,4 +1,4 @@
-"""What the rest of the pipeline knows of a GGUF source next to its tensors' names and bytes."""
+"""Properties of a GGUF source that a ``Checkpoint`` has in addition to names and byte ranges."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class GgufTensor:
     Attributes:
         kind: Its type.
         shape: Logical, outermost axis first.
-        name_in_file: As the file calls it.
-        heads: Heads whose rows are in the order of llama.cpp's rotary embedding; 0: none.
+        name_in_file: Its name in the file.
+        heads: Heads whose rows are in the order of llama.cpp's rotary embedding; 0 for none.
         is_shifted: Whether one was added to each value.
     """
 
@@ -36,8 +36,8 @@ class GgufModel:
         architecture: ``general.architecture``.
         tensors: Name -> how it is stored, for each tensor of the checkpoint.
         dtype: Header name of the dtype in which MLX should compute.
-        dropped: Names in the file of what is not a weight, each with the reason.
-        notes: What the user should know.
+        dropped: Names in the file of tensors that are not weights, each with the reason.
+        notes: Notes for the user.
     """
 
     architecture: str

@@ -1,7 +1,7 @@
-"""Pipeline stage 1: a folder with safetensors becomes a Checkpoint.
+"""Pipeline stage 1: read a folder with safetensors as a Checkpoint.
 
-Folder, shard index, safetensors headers and config.json are read and checked; tensor data
-is not. Everything that is wrong is found in one run and raised in one CheckpointError.
+Folder, shard index, safetensors headers and config.json are read and checked; tensor data are
+not. All problems are found in one run and raised in one CheckpointError.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def read_folder(folder: Path, stubs: Path | None = None) -> Checkpoint:
     """Read a folder with safetensors, as ``sources.read_checkpoint`` says.
 
     Raises:
-        CheckpointError: With everything that is wrong with it.
+        CheckpointError: With all of its problems.
     """
     message = check_folder(folder)
     if message:
@@ -112,27 +112,25 @@ def read_folder(folder: Path, stubs: Path | None = None) -> Checkpoint:
         quantization_files=MappingProxyType(described),
         metadata=MappingProxyType(reader.metadata),
         opened=OpenedSource(
-            folder,
-            header_stubs=stubs,
-            compared=None if stubs is None else _compared(stubs),
+            folder, header_stubs=stubs, compared=None if stubs is None else _compared(stubs)
         ),
     )
 
 
 def _compared(stubs: Path) -> dict[str, bool]:
-    """What a stopped run found when it compared tensors of files that are gone since."""
+    """Comparisons of tensors by a stopped run, whose files may be deleted since."""
     try:
-        found = json.loads((stubs / COMPARED).read_bytes())
+        compared = json.loads((stubs / COMPARED).read_bytes())
     except (OSError, ValueError):
         return {}
-    return {key: value for key, value in found.items() if isinstance(value, bool)}
+    return {key: value for key, value in compared.items() if isinstance(value, bool)}
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
     """Read a JSON object of a folder, as config.json is read.
 
     Raises:
-        CheckpointError: It is not there, or no JSON object.
+        CheckpointError: There is no such file, or it is not a JSON object.
     """
     reader = _Reader(folder)
     value, _ = reader.json(name)
@@ -142,10 +140,10 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The config.json of a folder, parsed, and the files next to it that an output takes along.
+    """The config.json of a folder, parsed, and the files next to it that are copied to an output.
 
     Raises:
-        CheckpointError: There is no config.json, or something is wrong with it.
+        CheckpointError: There is no valid config.json.
     """
     message = check_folder(folder)
     reader = _Reader(folder)
@@ -161,7 +159,7 @@ def read_config(folder: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
 
 
 class _Reader:
-    """Reads the parts of one folder and collects what is wrong with them."""
+    """Reads the parts of one folder and collects their problems."""
 
     def __init__(self, folder: Path, stubs: Path | None = None) -> None:
         self.folder, self.stubs = folder, stubs
@@ -170,7 +168,7 @@ class _Reader:
         self.problems: list[Problem] = []
         self.notes: list[Note] = []
         self.has_index = os.path.lexists(folder / INDEX)
-        self.index_is_sound = False  # then files and index can be held against each other
+        self.index_is_sound = False  # only then the files can be compared with it
 
     def report(self, where: str, message: str) -> None:
         if len(self.problems) < MAX_PROBLEMS:
@@ -192,17 +190,14 @@ class _Reader:
         except OSError as error:
             self.report(name, f"cannot be read: {error.strerror or error}")
             return {}, ""
-        is_config = name == CONFIG
-        values = MAX_RECORD_VALUES if name == RECORD else MAX_JSON_VALUES
-        value, messages = parse_json_object(
-            raw, nan=is_config, same_twice=is_config, max_values=values
-        )
+        lax, values = name == CONFIG, MAX_RECORD_VALUES if name == RECORD else MAX_JSON_VALUES
+        value, messages = parse_json_object(raw, nan=lax, same_twice=lax, max_values=values)
         for message in messages:
             self.report(name, message)
         return value, "" if messages else raw.decode("utf-8")
 
     def index(self) -> dict[str, str]:
-        """Read the index, if there is one: tensor name to shard, sound entries only."""
+        """Read the index, if there is one: tensor name -> shard, valid entries only."""
         if not self.has_index:
             return {}
         before = len(self.problems)
@@ -240,7 +235,7 @@ class _Reader:
         return shard_of
 
     def adapters(self, listing: FolderListing, has_shards: bool) -> None:
-        """Take adapter files out of the weights; they make a problem of their own.
+        """Remove adapter files from the weights and report them.
 
         Raises:
             CheckpointError: The folder holds an adapter and no model.
@@ -253,12 +248,12 @@ class _Reader:
             self.report(name, describe_adapter_next_to(listing.adapters))
 
     def adapter(self) -> Problem:
-        """What is wrong with a folder that holds an adapter."""
+        """The problem of a folder that holds an adapter."""
         config = _Reader(self.folder).json(ADAPTER_CONFIG)[0]
         return Problem(str(self.folder), describe_adapter(str(self.folder), config))
 
     def without_weights(self, listing: FolderListing) -> list[Problem]:
-        """What is wrong with a folder in which there are no weights."""
+        """The problems of a folder without weights."""
         absent = not os.path.lexists(self.folder / CONFIG)
         others = [x for x in self.problems if not (absent and x.where == CONFIG)]
         return [*others, Problem(str(self.folder), describe_no_weights(self.folder, listing))]
@@ -266,7 +261,7 @@ class _Reader:
     def weights(
         self, shard_of: Mapping[str, str], listing: FolderListing
     ) -> dict[str, StoredTensor]:
-        """Read the header of each weight file, and hold the files against the index."""
+        """Read the header of each weight file, and compare the files with the index."""
         named = {*shard_of.values()}
         missing = [x for x in named if not os.path.lexists(weight_path(self.folder, self.stubs, x))]
         missing.sort(key=natural_key)
@@ -280,8 +275,7 @@ class _Reader:
         tensors, held = self.headers(names, Counter(shard_of.values()))
         if self.index_is_sound:
             damaged = set(names) - held.keys()
-            files = Files(shard_of, held, missing, listing.weights, damaged)
-            problems, self.notes = judge(files)
+            problems, self.notes = judge(Files(shard_of, held, missing, listing.weights, damaged))
             for problem in problems:
                 self.report(problem.where, problem.message)
         if names and not tensors and not self.problems:
@@ -289,15 +283,14 @@ class _Reader:
         return tensors
 
     def check_set(self, names: Sequence[str]) -> None:
-        """Report files whose role is unclear where no index says it."""
-        if SINGLE in names:
-            for name in (x for x in names if x != SINGLE):
-                self.report(
-                    name,
-                    f"is next to {SINGLE} without an index that says whether its tensors "
-                    "belong to the model; move it out of the folder, or write "
-                    f"{INDEX}",
-                )
+        """Without an index: report files that may not belong to the model, and missing shards."""
+        message = (
+            f"is next to {SINGLE} without an index that says whether its tensors belong to the "
+            f"model; move it out of the folder, or write {INDEX}"
+        )
+        for name in names if SINGLE in names else ():
+            if name != SINGLE:
+                self.report(name, message)
         for name, message in find_gaps(names):
             self.report(name, message)
 
@@ -310,15 +303,13 @@ class _Reader:
         for name in names:
             before = len(self.problems)
             entries = self.header(name, placed.get(name, 0))
-            if len(self.problems) == before:  # of a damaged file we know too little to compare
+            if len(self.problems) == before:  # the tensors of a damaged file are not known
                 held[name] = {entry.name for entry in entries}
             for entry in entries:
                 first = tensors.setdefault(entry.name, entry)
                 if first is not entry and not self.has_index:
-                    self.report(
-                        f"{name}: {entry.name}",
-                        f"is in {first.file} too; keep one of the two and remove the other",
-                    )
+                    message = f"is in {first.file} too; keep one of the two and remove the other"
+                    self.report(f"{name}: {entry.name}", message)
         return tensors, held
 
     def header(self, name: str, placed: int) -> list[StoredTensor]:
@@ -328,7 +319,7 @@ class _Reader:
         raw = b""
         if not message:
             try:
-                # Unbuffered: not a byte too many.
+                # Unbuffered, so that no more than the header is read.
                 with open(open_regular(path), "rb", buffering=0) as file:
                     raw = file.read(PREFIX_BYTES)
                     length, message = header_length(raw, size)

@@ -5,9 +5,9 @@ A file is an 8-byte little-endian length, that many bytes of JSON, and the data 
     {"__metadata__": {"format": "mlx"},
      "up.weight": {"dtype": "BF16", "shape": [8, 64], "data_offsets": [0, 1024]}}
 
-Offsets count from the start of the data area, which the tensors fill without holes. A
-header is untrusted input: whatever is in it, the functions here return problems and do not
-raise, within the time and memory that ``limits`` leave.
+Offsets count from the start of the data area, which the tensors fill without holes. A header is
+untrusted input: the functions that read it return problems and do not raise, whatever it holds,
+within the time and memory that ``limits`` allow.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def parse_header(
         data_bytes: Bytes of the file after the header.
 
     Returns:
-        The sound entries in the order of the header, the metadata, and everything that is
-        wrong, located by a tensor name or ``"header"``.
+        The valid entries in the order of the header, the metadata, and all problems, located by
+        a tensor name or ``"header"``.
     """
     length, message = header_length(raw[:PREFIX_BYTES], len(raw) + data_bytes)
     if not message and length != len(raw) - PREFIX_BYTES:
@@ -78,7 +78,7 @@ def parse_header(
     text = memoryview(raw)[PREFIX_BYTES:]
     value, messages = parse_json_object(text, max_values=_VALUES_PER_TENSOR * MAX_TENSORS)
     problems = [Problem("header", message) for message in messages]
-    # Where a key occurs twice or an entry has no offsets, a hole says nothing.
+    # If a key occurs twice or an entry has no offsets, a hole is not a problem of its own.
     complete = not problems
     metadata, messages = _parse_metadata(value.pop(METADATA_KEY, {}))
     problems += [Problem(METADATA_KEY, message) for message in messages]
@@ -109,7 +109,7 @@ def parse_header(
 def build_header(
     tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]
 ) -> tuple[bytes, dict[str, int]]:
-    """Lay tensors out one after the other and write the header that says so.
+    """Assign offsets to tensors one after the other and write their header.
 
     The JSON is padded with spaces, so that the data area starts at a multiple of 8.
 
@@ -119,7 +119,7 @@ def build_header(
 
     Raises:
         KeyCollisionError: A tensor is called ``__metadata__``.
-        OutOfRangeError: No reader would take a header of this length, or so many tensors.
+        OutOfRangeError: The header is longer, or has more tensors, than readers accept.
     """
     if len(tensors) > MAX_TENSORS:
         message = f"a file may hold {MAX_TENSORS:,}; write smaller shards"
@@ -131,20 +131,15 @@ def build_header(
     start = 0
     for name, info in tensors.items():
         stop = start + info.nbytes
-        header[name] = {
-            "dtype": info.dtype,
-            "shape": list(info.shape),
-            "data_offsets": [start, stop],
-        }
+        span = [start, stop]
+        header[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": span}
         offsets[name] = start
         start = stop
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER_BYTES:
         raise OutOfRangeError(
-            f"a header may take {MAX_HEADER_BYTES}; write smaller shards",
-            "header bytes",
-            len(text),
+            f"a header may take {MAX_HEADER_BYTES}; write smaller shards", "header bytes", len(text)
         )
     return struct.pack("<Q", len(text)) + text, offsets
 
@@ -153,7 +148,7 @@ def header_length(prefix: bytes, file_bytes: int) -> tuple[int, str]:
     """Read the length of the JSON text from the first 8 bytes of a file.
 
     Returns:
-        The length and ``""``, or 0 and what is wrong.
+        The length and ``""``, or 0 and the problem.
     """
     if file_bytes < PREFIX_BYTES or len(prefix) < PREFIX_BYTES:
         held = pluralize(min(file_bytes, len(prefix)), "byte")
@@ -172,7 +167,7 @@ def header_length(prefix: bytes, file_bytes: int) -> tuple[int, str]:
 
 
 def check_name(name: str) -> list[str]:
-    """Say what makes a string no tensor name."""
+    """Return why a string is not a valid tensor name; an empty list if it is."""
     if not name:
         return ["the name of a tensor is empty"]
     if len(name) > MAX_NAME_CHARS:
@@ -185,13 +180,13 @@ def check_name(name: str) -> list[str]:
 
 
 def find_unprintable(name: str) -> str:
-    """The first character that cannot be printed as it is, or nothing."""
+    """The first character that cannot be printed as it is, or ""."""
     bad = None if name.isprintable() else _UNPRINTABLE.search(name)
     return bad[0] if bad else ""
 
 
 def format_tensor_name(name: str) -> str:
-    """A tensor's name as a message names its place: as it is, quoted where it would mislead."""
+    """A tensor's name for messages: as it is, or quoted where that would be misleading."""
     sound = 0 < len(name) <= MAX_NAME_CHARS and not find_unprintable(name)
     return name if sound else format_value(name)
 
@@ -216,9 +211,8 @@ def _parse_metadata(value: object) -> tuple[dict[str, str], list[str]]:
 def _parse_span(item: object) -> tuple[tuple[int, int] | None, list[str]]:
     """Read ``data_offsets``; an item that is not an object is reported here, not twice."""
     if not isinstance(item, dict):
-        return None, [
-            f"is {format_value(item)}, expected an object with dtype, shape and data_offsets"
-        ]
+        expected = "an object with dtype, shape and data_offsets"
+        return None, [f"is {format_value(item)}, expected {expected}"]
     if "data_offsets" not in item:
         return None, ["has no data_offsets"]
     match item["data_offsets"]:
@@ -227,9 +221,8 @@ def _parse_span(item: object) -> tuple[tuple[int, int] | None, list[str]]:
                 return None, [f"data_offsets [{start}, {stop}] end before they start"]
             return (start, stop), []
         case found:
-            return None, [
-                f"data_offsets is {format_value(found)}, expected two numbers [start, stop]"
-            ]
+            expected = "two numbers [start, stop]"
+            return None, [f"data_offsets is {format_value(found)}, expected {expected}"]
 
 
 def _parse_info(item: object) -> tuple[TensorInfo | None, list[str]]:
@@ -272,7 +265,7 @@ def _check_size(info: TensorInfo, start: int, stop: int) -> list[str]:
 def _check_spans(
     spans: Iterable[tuple[int, int, str]], data_bytes: int, complete: bool
 ) -> list[Problem]:
-    """Find overlaps, holes and a data area that is too short or too long."""
+    """Find overlaps, holes, and a data area that is too short or too long."""
     problems: list[Problem] = []
     beyond: list[tuple[int, int, str]] = []
     end, owner = 0, ""
@@ -283,30 +276,23 @@ def _check_spans(
         if stop > data_bytes:
             beyond.append((start, stop, name))
         if start < end:
-            problems.append(
-                Problem(name, f"overlaps {owner}: starts at byte {start}, which ends at {end}")
-            )
+            message = f"overlaps {owner}: starts at byte {start}, which ends at {end}"
+            problems.append(Problem(name, message))
         elif start > end and complete:
             before = f"{owner} ends" if owner else "the data starts"
-            problems.append(
-                Problem(name, f"starts at byte {start}, but {before} at {end}: a hole between")
-            )
+            message = f"starts at byte {start}, but {before} at {end}: a hole between"
+            problems.append(Problem(name, message))
         if stop >= end:
             end, owner = stop, name
     if beyond:  # one problem however many tensors: the file was cut
         more = f" (and {pluralize(len(beyond) - 1, 'more tensor')})" if len(beyond) > 1 else ""
         _, stop, name = beyond[0]
-        problems.append(
-            Problem(
-                name,
-                f"ends at byte {stop} of the data, of which the file has {data_bytes}{more}; "
-                "was it downloaded to its end?",
-            )
+        message = (
+            f"ends at byte {stop} of the data, of which the file has {data_bytes}{more}; was it "
+            "downloaded to its end?"
         )
+        problems.append(Problem(name, message))
     elif end < data_bytes and complete:
-        problems.append(
-            Problem(
-                "header", f"the tensors end at byte {end} of the data, the file at {data_bytes}"
-            )
-        )
+        message = f"the tensors end at byte {end} of the data, the file at {data_bytes}"
+        problems.append(Problem("header", message))
     return problems

@@ -1,7 +1,7 @@
-"""The shard index held against the weight files that are there: what is read, what is wrong.
+"""Compare the shard index with the weight files that are there.
 
-The files are believed where they hold every tensor that the index names, each once: an index of
-another save is then noted. Everything else is a problem that says what to do.
+If the files hold every tensor of the index, each once, they are read, and a note says that the
+index is of another save. Everything else is a problem that says what to do.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _INCOMPLETE = "was the download complete?"
 
 @dataclass(frozen=True, slots=True)
 class Files:
-    """What an index says and what is there.
+    """An index and the files that are there.
 
     Attributes:
-        shard_of: Tensor -> file, as the index says.
+        shard_of: Tensor -> file, in the index.
         held: File that is there -> its tensors; files whose headers are damaged are missing.
         missing: Files of the index that are not there.
         extra: Weight files that the index does not name.
@@ -52,9 +52,9 @@ class Files:
 
 
 def judge(files: Files) -> tuple[list[Problem], list[Note]]:
-    """What is wrong between an index and the files, and what to note where nothing is.
+    """Return the problems of an index and the files, and notes if there are none.
 
-    Where there are no problems, every file that is there is read.
+    If there are no problems, every file that is there is read.
     """
     if files.missing and files.extra and not files.named:
         return _no_file_named(files)
@@ -62,8 +62,7 @@ def judge(files: Files) -> tuple[list[Problem], list[Note]]:
         others = join_first(files.named)
         message = (
             f"{_STALE}: {join_first(files.extra)} {_hold(files.extra)} the whole model. Delete "
-            f"{INDEX} "
-            f"and move what else it names ({others}) out of the folder"
+            f"{INDEX} and move what else it names ({others}) out of the folder"
         )
         return [Problem(INDEX, message)], []
     if files.missing and not files.extra and files.holds_everything(files.named):
@@ -117,20 +116,17 @@ def _extra(files: Files) -> Iterator[Problem]:
             continue
         tensors = files.held.get(name, ())
         known = [tensor for tensor in tensors if tensor in files.shard_of]
+        what = (
+            f"if its tensors belong to the model, delete {INDEX} (then every .safetensors file of "
+            "the folder is read), otherwise"
+        )
         if known:
-            what = f"holds {pluralize(len(known), 'tensor')} that {INDEX} places in other files"
-            yield Problem(name, f"shard not in the index; {what}: move the file out of the folder")
-        else:
-            yield Problem(
-                name,
-                "shard not in the index; if its tensors belong to the model, delete "
-                f"{INDEX} (then every .safetensors file of the folder is read), otherwise "
-                "move the file out of the folder",
-            )
+            what = f"holds {pluralize(len(known), 'tensor')} that {INDEX} places in other files:"
+        yield Problem(name, f"shard not in the index; {what} move the file out of the folder")
 
 
 def _compare(files: Files) -> tuple[list[Problem], list[Note]]:
-    """Hold the index against what the sound files contain."""
+    """Compare the index with the tensors of the sound files."""
     problems, moved, unknown = [], [], []
     homes = defaultdict(list)
     for name in files.held:
@@ -153,31 +149,23 @@ def _compare(files: Files) -> tuple[list[Problem], list[Note]]:
         if len(places) > 1:
             home = files.shard_of.get(tensor, places[0])
             placed = ", where the index places it" if tensor in files.shard_of else ""
-            problems += (
-                Problem(
-                    f"{name}: {tensor}",
-                    f"is in {home} too{placed}; "
-                    "which of the two is the model's is not known: remove it from one of them",
-                )
-                for name in places
-                if name != home
+            message = (
+                f"is in {home} too{placed}; which of the two is the model's is not known: remove "
+                "it from one of them"
             )
+            problems += (Problem(f"{x}: {tensor}", message) for x in places if x != home)
     if missing:
-        problems.append(
-            Problem(
-                INDEX,
-                f"does not fit the files, which lack {pluralize(missing, 'tensor')} of its names: "
-                "if the "
-                f"files are whole and the index is of another save, delete {INDEX}; if not, "
-                "download the files again",
-            )
+        message = (
+            f"does not fit the files, which lack {pluralize(missing, 'tensor')} of its names: if "
+            f"the files are whole and the index is of another save, delete {INDEX}; if not, "
+            "download the files again"
         )
+        problems.append(Problem(INDEX, message))
     notes = []
     if moved or unknown:
         text = (
             f"{INDEX} does not fit the files ({join_first(sorted([*moved, *unknown]))}): their "
-            "tensors "
-            "are read where the files have them."
+            "tensors are read where the files have them."
         )
         notes.append(Note(NoteCode.STALE_INDEX, text))
     return problems, notes

@@ -1,9 +1,9 @@
-"""Weights in subfolders of a source: which belong to the model and are copied unchanged.
+"""Find the subfolders of a source with weights that belong to the model and are copied unchanged.
 
-A folder belongs to it where a copied file names it (``modules.json`` of sentence-transformers,
-``model_index.json`` of diffusers, any config), or where it has a config.json of another model (a
+A folder belongs to it if a copied file names it (``modules.json`` of sentence-transformers,
+``model_index.json`` of diffusers, any config), or if it has a config.json of another model (a
 speech tokenizer). Another copy of the model, a checkpoint of its training or an adapter does not,
-and then none of its files is copied. Looks at names and at small JSON files only.
+and then none of its files is copied. Only names and small JSON files are read.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PIPELINE = "model_index.json"
 MAX_POINTER_BYTES = 1 << 20  # of a file that names folders
 _MAX_POINTERS = 200
 _CONFIG = "config.json"
-# Values that are words of their own, though a folder may have the same name.
+# Keys whose values are never paths, though a folder may have the same name.
 _NO_PATHS = {"dtype", "torch_dtype", "model_type", "architectures", "library_name"}
 _TRAINING = re.compile(r"checkpoint-[0-9]+")
 # The same weights for other libraries, where safetensors are next to them.
@@ -35,12 +35,12 @@ _WITH_WEIGHTS = {"Dense", "LSTM", "CNN", "LayerNorm", "WordEmbeddings", "StaticE
 
 @dataclass(frozen=True)
 class Subfolders:
-    """What becomes of the weights below a source.
+    """The weights below a source, by whether they are copied.
 
     Attributes:
-        named: Folder, or file, that is copied -> what names it.
+        named: Folder, or file, that is copied -> the file that names it.
         separate: Folder that is left out as a whole -> why.
-        notes: What the user should know of them.
+        notes: Notes for the user.
     """
 
     named: Mapping[str, str] = field(default_factory=dict)
@@ -48,7 +48,7 @@ class Subfolders:
     notes: tuple[Note, ...] = ()
 
     def namer(self, name: str) -> str:
-        """What makes a file part of the model; "" where nothing does."""
+        """The file that makes another a part of the model; "" where none does."""
         return next((self.named[x] for x in (*_above(name), name) if x in self.named), "")
 
     def separate_reason(self, name: str) -> tuple[str, str]:
@@ -72,12 +72,12 @@ def names_folders(name: str) -> bool:
 def judge(
     names: Collection[str], weights: Collection[str], read: Callable[[str], bytes]
 ) -> Subfolders:
-    """Sort the subfolders that hold weights, and single files that are weights for others.
+    """Sort the subfolders with weights, and single files with weights for other libraries.
 
     Args:
         names: Every file below the source.
         weights: Those of them that would be left out as weights.
-        read: The bytes of a small file; empty where it cannot be read.
+        read: Returns the bytes of a small file; empty if it cannot be read.
     """
     pointers = sorted((x for x in names if names_folders(x)), key=lambda x: (x.count("/"), x))
     pointers = pointers[:_MAX_POINTERS]

@@ -115,6 +115,8 @@ class SourceLayer:
             in experts, whose tensor scales go out as numbers of their own.
         as_named: The same values under the name and in the shape that the tool gives them,
             where a row of the source is not a row of the layer; model classes are shown this.
+        is_decoded: Whether its values are computed from decoded codes, which then neither
+            ``encoding`` nor ``packing`` describes.
     """
 
     path: str
@@ -131,12 +133,13 @@ class SourceLayer:
     name: str = ""
     global_scale: tuple[RowRange, ...] = ()
     as_named: SourceLayer | None = None
+    is_decoded: bool = False
 
     @property
     def is_quantized(self) -> bool:
         """Whether the source stores codes, though perhaps none that MLX could hold."""
         coded = self.packing is not None and self.packing.holds_codes
-        return self.encoding is not None or coded or bool(self.stored_description)
+        return self.encoding is not None or coded or self.is_decoded
 
     @property
     def stored_as(self) -> str:

@@ -88,6 +88,11 @@ class _GgufRows(MatrixPacking):
         """Rows of a head stay together."""
         return self.head
 
+    @property
+    def stored_kind(self) -> tuple[object, ...]:
+        """The class with the block type."""
+        return type(self), self.type_number
+
     def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
         return {"weight": Rect((start, stop), (0, self.width))}
 

@@ -4,8 +4,8 @@ GGUF (ggml-org/llama.cpp tools/imatrix): for a tensor ``blk.0.attn_q.weight`` th
 ``....in_sum2`` ``[experts, in]``, sums of squares over tokens, and ``....counts`` ``[experts, 1]``.
 
 Older: int32 number of entries; each an int32 length, the tensor's name, int32 calls, int32 number
-of values, and the values: float32, mean squares times calls, experts one after another. What
-follows (the number of chunks and the name of the text) is let be.
+of values, and the values: float32, mean squares times calls, experts one after another. The rest
+(the number of chunks and the name of the text) is ignored.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ _MOST_COUNTS = 1 << 20  # experts of a layer
 
 
 def read_gguf(source: str, size: int) -> Found:
-    """The GGUF form: entries and problems."""
-    place = Path(source)
-    header, problems = read_header(place.parent, place.name, size)
+    """Read the GGUF form: entries and problems."""
+    path = Path(source)
+    header, problems = read_header(path.parent, path.name, size)
     if header is None or problems:
         return [], problems
     kind = header.metadata.get("general.type")
     if kind != "imatrix":
         words = f"general.type is {format_value(kind)}, expected 'imatrix': the file is a model"
-        return [], [Problem(place.name, words)]
+        return [], [Problem(path.name, words)]
     tensors = {tensor.name: tensor for tensor in header.tensors}
-    seen: list[StatisticsEntry] = []
-    with open(open_regular(place), "rb") as file:
+    entries: list[StatisticsEntry] = []
+    with open(open_regular(path), "rb") as file:
         for name, sums in tensors.items():
             if not name.endswith(_SUMS):
                 continue
@@ -52,19 +52,19 @@ def read_gguf(source: str, size: int) -> Found:
                 problems.append(Problem(layer, wrong))
                 continue
             file.seek(counts.offset)
-            stored = file.read(counts.nbytes)
-            if len(stored) < counts.nbytes:
+            data = file.read(counts.nbytes)
+            if len(data) < counts.nbytes:
                 problems.append(Problem(layer, "was cut while it was read"))
                 continue
-            with np.errstate(invalid="ignore"):  # a NaN of any kind is reported later
-                divisors = np.frombuffer(stored, "<f4").astype(np.float64)
-            experts = divisors.size
-            elements = sums.nbytes // 4
-            seen.append(StatisticsEntry(_layer(layer), elements, sums.offset, divisors, experts))
-    return seen, problems
+            with np.errstate(invalid="ignore"):  # NaN is reported later
+                tokens = np.frombuffer(data, "<f4").astype(np.float64)
+            size, offset = sums.nbytes // 4, sums.offset
+            entries.append(StatisticsEntry(_layer(layer), size, offset, tokens, tokens.size))
+    return entries, problems
 
 
 def _wrong(sums: TableEntry, counts: TableEntry | None) -> str:
+    """The problem of a layer's two tensors, or ""."""
     if counts is None:
         return f"has {_SUMS[1:]}, but no {_COUNTS[1:]}"
     for tensor in (sums, counts):
@@ -79,11 +79,11 @@ def _wrong(sums: TableEntry, counts: TableEntry | None) -> str:
 
 
 class _Damaged(Exception):
-    """Nothing behind this place can be understood."""
+    """The rest of the file cannot be read."""
 
 
 class _Cursor:
-    """Reads the older form; every length is checked against what is left."""
+    """Reads the older form; every length is compared with the rest of the file."""
 
     def __init__(self, file: BinaryIO, size: int) -> None:
         self.file, self.size, self.at = file, size, 0
@@ -112,9 +112,9 @@ class _Cursor:
 
 
 def read_older(file: BinaryIO, size: int) -> Found:
-    """The older form: entries and problems."""
+    """Read the older form: entries and problems."""
     cursor = _Cursor(file, size)
-    seen: dict[str, StatisticsEntry] = {}
+    entries: dict[str, StatisticsEntry] = {}
     try:
         for _ in range(cursor.number("the number of entries", MAX_TENSORS)):
             length = cursor.number("the length of a name", MAX_NAME_CHARS)
@@ -122,16 +122,15 @@ def read_older(file: BinaryIO, size: int) -> Found:
             calls = cursor.number(f"the number of calls of {format_value(name)}", MAX_INT, 0)
             values = cursor.number(f"the number of values of {format_value(name)}", MAX_INT)
             wrong = check_name(name)
-            if wrong or name in seen:
+            if wrong or name in entries:
                 raise _Damaged(f"{format_value(name)}: {wrong[0] if wrong else 'occurs twice'}")
-            seen[name] = StatisticsEntry(
-                _layer(name), values, cursor.at, np.array([float(calls)]), None
-            )
+            divisors = np.array([float(calls)])
+            entries[name] = StatisticsEntry(_layer(name), values, cursor.at, divisors, None)
             cursor.skip(4 * values, f"what it says of {format_value(name)}")
             file.seek(cursor.at)
     except _Damaged as error:
         return [], [Problem("imatrix", str(error))]
-    return list(seen.values()), []
+    return list(entries.values()), []
 
 
 def _layer(tensor: str) -> str:

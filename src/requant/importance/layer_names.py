@@ -1,7 +1,7 @@
-"""When two names mean one layer: Hugging Face's, mlx-lm's and llama.cpp's.
+"""Identify a layer by its name in Hugging Face's, mlx-lm's or llama.cpp's convention.
 
-Every name becomes a key in llama.cpp's words (gguf-py's tensor map, ggml-org/llama.cpp
-gguf-py/gguf/tensor_mapping.py): the number of the block, what the layer is, and which expert.
+Every name becomes a key in llama.cpp's terms (gguf-py's tensor map, ggml-org/llama.cpp
+gguf-py/gguf/tensor_mapping.py): number of the block, name of the part, number of the expert.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from typing import NamedTuple
 
 
 class LayerKey(NamedTuple):
-    """A layer, whoever named it.
+    """A layer, in whichever convention it was named.
 
     Attributes:
         block: Number of its block; -1 outside of blocks.
-        part: What it is: ``attn_q``, ``ffn_down_exps``, ``output``.
-        expert: Its number where experts have a name each; None for a stack, or no expert.
+        part: ``attn_q``, ``ffn_down_exps``, ``output``, ...
+        expert: Its number if each expert has a name; None for a stack, and without experts.
     """
 
     block: int
@@ -24,8 +24,8 @@ class LayerKey(NamedTuple):
     expert: int | None = None
 
 
-# What a language model's blocks are in. Towers for images and sound, encoders and MTP heads
-# number their blocks from 0 too, and must not be taken for it.
+# Modules around a language model's blocks. Towers for images and sound, encoders and MTP heads
+# number their blocks from 0 too, and must not match.
 _TEXT = (
     r"(?:(?:model|language_model|text_model|transformer|gpt_neox|backbone|decoder|layers|llm"
     r"|base_model|thinker|transformer\.encoder)\.)*"
@@ -38,51 +38,28 @@ _EXPERTS = re.compile(r"(?:^|\.)(?:experts|switch_mlp|switch_glu)(?:\.|$)")
 _SHARED = re.compile(r"(?:^|\.)shared_(?:experts?|mlp)\.")
 _ATTENTION = re.compile(r"(?:^|\.)(?:self_attn|self_attention|attention|attn)\.(?!indexer\.)")
 _TOP = {
-    "embed_tokens": "token_embd",
-    "tok_embeddings": "token_embd",
-    "word_embeddings": "token_embd",
-    "wte": "token_embd",
+    **dict.fromkeys(("embed_tokens", "tok_embeddings", "word_embeddings", "wte"), "token_embd"),
+    **dict.fromkeys(("lm_head", "embed_out", "output"), "output"),
     "token_embd": "token_embd",
-    "lm_head": "output",
-    "embed_out": "output",
-    "output": "output",
 }
 _IN_ATTENTION = {
-    "q_proj": "attn_q",
-    "wq": "attn_q",
-    "k_proj": "attn_k",
-    "wk": "attn_k",
-    "v_proj": "attn_v",
-    "wv": "attn_v",
-    "o_proj": "attn_output",
-    "wo": "attn_output",
-    "out_proj": "attn_output",
-    "dense": "attn_output",
-    "c_proj": "attn_output",
-    "qkv_proj": "attn_qkv",
-    "query_key_value": "attn_qkv",
-    "c_attn": "attn_qkv",
+    **dict.fromkeys(("q_proj", "wq"), "attn_q"),
+    **dict.fromkeys(("k_proj", "wk"), "attn_k"),
+    **dict.fromkeys(("v_proj", "wv"), "attn_v"),
+    **dict.fromkeys(("o_proj", "wo", "out_proj", "dense", "c_proj"), "attn_output"),
+    **dict.fromkeys(("qkv_proj", "query_key_value", "c_attn"), "attn_qkv"),
     "q_a_proj": "attn_q_a",
     "q_b_proj": "attn_q_b",
     "kv_a_proj_with_mqa": "attn_kv_a_mqa",
     "kv_b_proj": "attn_kv_b",
 }
 _IN_MLP = {
-    "gate_proj": "ffn_gate",
-    "w1": "ffn_gate",
-    "up_proj": "ffn_up",
-    "w3": "ffn_up",
-    "fc1": "ffn_up",
-    "c_fc": "ffn_up",
-    "dense_h_to_4h": "ffn_up",
-    "down_proj": "ffn_down",
-    "w2": "ffn_down",
-    "fc2": "ffn_down",
-    "dense_4h_to_h": "ffn_down",
-    "c_proj": "ffn_down",
+    **dict.fromkeys(("gate_proj", "w1"), "ffn_gate"),
+    **dict.fromkeys(("up_proj", "w3", "fc1", "c_fc", "dense_h_to_4h"), "ffn_up"),
+    **dict.fromkeys(("down_proj", "w2", "fc2", "dense_4h_to_h", "c_proj"), "ffn_down"),
     "gate_up_proj": "ffn_gate_up",
 }
-# Layers that read one input: what is known of one holds for the others.
+# Layers with the same input: the statistics of one hold for the others.
 _SAME_INPUT = (
     ("attn_q", "attn_k", "attn_v", "attn_qkv"),
     ("attn_q_a", "attn_kv_a_mqa"),
@@ -94,38 +71,39 @@ _SIBLINGS = {part: family for family in _SAME_INPUT for part in family}
 
 
 def layer_key(path: str) -> LayerKey | None:
-    """The key of a layer path, without ``.weight``; None for a layer that llama.cpp has not.
+    """Return the key of a layer path without ``.weight``; None for layers llama.cpp does not have.
 
     Args:
         path: ``model.layers.0.self_attn.q_proj``, ``blk.0.attn_q``, ``lm_head``, ...
     """
-    found = _GGUF_BLOCK.fullmatch(path)
-    if found is not None:
-        part, expert = found[2], found[3]
-        number = None if expert is None else int(expert)
-        return LayerKey(int(found[1]), part if number is None else f"{part}_exps", number)
-    found = _BLOCK.fullmatch(path)
-    if found is None:
+    if match := _GGUF_BLOCK.fullmatch(path):
+        block, part, expert = int(match[1]), match[2], match[3]
+        return LayerKey(block, part) if expert is None else _expert(block, part, expert)
+    match = _BLOCK.fullmatch(path)
+    if match is None:
         outside = _OUTSIDE.fullmatch(path)
         top = None if outside is None else _TOP.get(outside[1])
         return None if top is None else LayerKey(-1, top)
-    rest = found[2]
-    last = rest.rpartition(".")[2]
-    if _ATTENTION.search(rest):
-        part = _IN_ATTENTION.get(last, "")
-        return LayerKey(int(found[1]), part) if part else None
-    part = _IN_MLP.get(last, "")
+    block, rest = int(match[1]), match[2]
+    in_attention = _ATTENTION.search(rest) is not None
+    part = (_IN_ATTENTION if in_attention else _IN_MLP).get(rest.rpartition(".")[2], "")
     if not part:
         return None
+    if in_attention:
+        return LayerKey(block, part)
     if _SHARED.search(rest):
-        return LayerKey(int(found[1]), f"{part}_shexp")
+        return LayerKey(block, f"{part}_shexp")
     if not _EXPERTS.search(rest):
-        return LayerKey(int(found[1]), part)
+        return LayerKey(block, part)
     one = _EXPERT.search(rest)
-    return LayerKey(int(found[1]), f"{part}_exps", None if one is None else int(one[1]))
+    return _expert(block, part, None if one is None else one[1])
+
+
+def _expert(block: int, part: str, number: str | None) -> LayerKey:
+    return LayerKey(block, f"{part}_exps", None if number is None else int(number))
 
 
 def same_input(key: LayerKey) -> list[LayerKey]:
-    """The keys under which the same input may be found, the layer's own first."""
+    """The keys of the layers with the same input, the layer's own first."""
     parts = [key.part, *(p for p in _SIBLINGS.get(key.part, ()) if p != key.part)]
     return [key._replace(part=part) for part in parts]

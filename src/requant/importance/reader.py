@@ -1,9 +1,10 @@
-"""Statistics files on the disk: requant's own form, and which form a file has.
+"""Read and write statistics files: requant's own form, and llama.cpp's forms by ``imatrix``.
 
-Ours is a safetensors file. For a layer ``L`` with ``in`` inputs, or a stack of ``E`` experts, it
-holds ``L.mean_square`` and perhaps ``L.mean_absolute``, float32 ``[in]`` or ``[E, in]``;
-``L.count``, float32 ``[1]`` or ``[E]``, the tokens seen; and perhaps ``L.hessian``, float32
-``[in, in]`` or ``[E, in, in]``, the mean of ``x x^T``. The metadata say ``format`` and ``version``.
+Our own form is a safetensors file. For a layer ``L`` with ``in`` inputs, or a stack of ``E``
+experts, it holds ``L.mean_square`` and perhaps ``L.mean_absolute``, float32 ``[in]`` or
+``[E, in]``; ``L.count``, float32 ``[1]`` or ``[E]``, the number of tokens; and perhaps
+``L.hessian``, float32 ``[in, in]`` or ``[E, in, in]``, the mean of ``x x^T``. The metadata hold
+``format`` and ``version``.
 """
 
 from __future__ import annotations
@@ -48,11 +49,11 @@ _CHUNK_BYTES = 4 << 20
 
 @dataclass(frozen=True, slots=True)
 class LayerStatistics:
-    """Statistics of one layer's inputs, or of those of a stack of experts, to be written.
+    """Statistics of the inputs of one layer or of a stack of experts, to be written.
 
     Attributes:
         mean_square: float32, ``[in]`` or ``[E, in]``.
-        count: ``[1]`` or ``[E]``: tokens seen; an expert that saw none has no say.
+        count: ``[1]`` or ``[E]``: number of tokens; an expert with 0 has no statistics.
         mean_absolute: Like ``mean_square``, or None.
     """
 
@@ -64,10 +65,10 @@ class LayerStatistics:
 def read_statistics(path: str | os.PathLike[str]) -> StatisticsFile:
     """Read a statistics file: ours, or llama.cpp's imatrix in either form.
 
-    All numbers are looked at once, a few MB at a time; none is kept.
+    All numbers are checked once, a few MB at a time; none is kept in memory.
 
     Raises:
-        CheckpointError: It cannot be read, or everything that is wrong with it.
+        CheckpointError: It cannot be read, or with all of its problems.
     """
     place = Path(path)
     try:
@@ -82,7 +83,7 @@ def read_statistics(path: str | os.PathLike[str]) -> StatisticsFile:
 
 @lru_cache(maxsize=4)
 def _read(source: str, stamp: tuple[int, int]) -> StatisticsFile:
-    """The file with this size and time of change; planning asks for it again and again."""
+    """Read a file of this size and time of change; cached, since planning reads it repeatedly."""
     try:
         with open(open_regular(Path(source)), "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -112,21 +113,18 @@ def _read(source: str, stamp: tuple[int, int]) -> StatisticsFile:
 
 
 def _bad_numbers(fd: int, seen: list[StatisticsEntry]) -> Iterator[Problem]:
-    """Layers whose mean squares, or counts, are none."""
+    """Layers whose mean squares or counts are negative or not finite."""
     for entry in seen:
+        name = format_tensor_name(entry.name)
         if not np.isfinite(entry.divisors).all() or entry.divisors.min(initial=0) < 0:
-            yield Problem(
-                format_tensor_name(entry.name), "has counts that are negative or no numbers"
-            )
+            yield Problem(name, "has counts that are negative or no numbers")
             continue
         left, offset = 4 * entry.size, entry.offset
         while left:
             data = os.pread(fd, min(left, _CHUNK_BYTES), offset)
             values = np.frombuffer(data[: len(data) & ~3], "<f4")
             if not values.size or not np.isfinite(values).all() or values.min() < 0:
-                yield Problem(
-                    format_tensor_name(entry.name), "holds values that are negative or no numbers"
-                )
+                yield Problem(name, "holds values that are negative or no numbers")
                 break
             left, offset = left - values.nbytes, offset + values.nbytes
 
@@ -171,7 +169,7 @@ def _own(file: BinaryIO, raw: bytes, size: int) -> imatrix.Found:
 
 
 def _wrong(parts: Mapping[str, HeaderEntry]) -> str:
-    """What contradicts in the tensors of one layer; "" if nothing does."""
+    """The contradiction between the tensors of one layer; "" if there is none."""
     missing = [role for role in ("mean_square", "count") if role not in parts]
     if missing:
         return f"lacks {' and '.join(missing)}"
@@ -196,30 +194,30 @@ def write_statistics(
     hessians: Mapping[str, tuple[tuple[int, ...], Callable[[], np.ndarray]]] | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a statistics file; it appears under its name only when it is whole.
+    """Write a statistics file; it is renamed to ``path`` when it is complete.
 
     Args:
-        path: The file; one that is there is replaced.
+        path: The file; an existing one is replaced.
         layers: Layer -> its statistics.
-        hessians: Layer -> shape of its Hessian, and what gives it; asked for one by one.
-        metadata: What else is to be said: model, text, seed.
+        hessians: Layer -> shape of its Hessian, and a function that returns it, called one by one.
+        metadata: Further entries: model, text, seed.
 
     Raises:
         OSError: It cannot be written.
     """
-    made: dict[str, tuple[TensorInfo, Callable[[], np.ndarray]]] = {}
-    for layer, found in layers.items():
+    tensors: dict[str, tuple[TensorInfo, Callable[[], np.ndarray]]] = {}
+    for layer, statistics in layers.items():
         for role in ("count", "mean_square", "mean_absolute"):
-            array = getattr(found, role)
+            array = getattr(statistics, role)
             if array is not None:
                 array = np.ascontiguousarray(array, "<f4")
-                made[f"{layer}.{role}"] = TensorInfo("F32", array.shape), partial(_itself, array)
+                tensors[f"{layer}.{role}"] = TensorInfo("F32", array.shape), partial(_itself, array)
     for layer, (shape, give) in (hessians or {}).items():
-        made[f"{layer}.hessian"] = TensorInfo("F32", shape), give
-    infos = {name: info for name, (info, _) in made.items()}
+        tensors[f"{layer}.hessian"] = TensorInfo("F32", shape), give
+    infos = {name: info for name, (info, _) in tensors.items()}
 
     def data() -> Iterator[memoryview]:
-        for info, give in made.values():
+        for info, give in tensors.values():
             array = np.ascontiguousarray(give())
             assert array.shape == info.shape
             yield array.reshape(-1).view(np.uint8).data
@@ -234,7 +232,7 @@ def merge_statistics(
 
     Args:
         parts: Files of ``write_statistics``, no layer in two of them.
-        path: The file; one that is there is replaced.
+        path: The file; an existing one is replaced.
         metadata: As for ``write_statistics``.
 
     Raises:

@@ -1,4 +1,4 @@
-"""One statistics file, asked layer by layer: which vector weights which matrix."""
+"""A statistics file: finds the statistics of each layer, and reads them when they are needed."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from requant.importance.layer_names import LayerKey, layer_key, same_input
 
 @dataclass(frozen=True, slots=True)
 class StatisticsEntry:
-    """Where a file keeps what it knows of one layer's inputs, or of a stack of experts'.
+    """The position of the statistics of one layer, or of a stack of experts, in a file.
 
     Attributes:
-        name: As the file says it.
-        size: Numbers of all experts together.
-        offset: Of the first of them: float32, experts one after another.
-        divisors: What each expert's sums are over, float64 ``(experts,)``; ``(1,)`` holds for
-            all. An expert whose divisor is 0 saw no token.
-        experts: Their number; None where the file does not say (llama.cpp's older form).
+        name: The layer's name in the file.
+        size: Number of values of all experts together.
+        offset: Of the first value: float32, experts one after another.
+        divisors: The divisor of each expert's sums, float64 ``(experts,)``, or ``(1,)`` for all.
+            It is 0 for an expert that no token reached.
+        experts: Their number; None where the file does not have it (llama.cpp's older form).
         hessian: Offset of float32 ``(experts, in, in)``; None if there is none.
     """
 
@@ -44,8 +44,8 @@ class FileIdentity:
 
     Attributes:
         path: As the user named it.
-        sha256: Of the whole file; part of every plan that is made with it.
-        stamp: Size and time of change: by these the file is recognized when it is read again.
+        sha256: Of the whole file; part of every plan that uses it.
+        stamp: Size and time of change, by which a changed file is recognized.
     """
 
     path: str
@@ -55,12 +55,12 @@ class FileIdentity:
 
 @dataclass(frozen=True, slots=True)
 class MatrixStatistics:
-    """Where a statistics file has what belongs to one matrix.
+    """The position of the statistics of one matrix in a file.
 
     Attributes:
-        name: The layer, as the file names it.
+        name: The layer's name in the file.
         expert: Number of the matrix in its stack.
-        divisor: What the sums are over; 0 if no token reached the matrix.
+        divisor: The divisor of the sums; 0 if no token reached the matrix.
         offset: Of its float32 ``(in,)`` sums of squares.
         hessian: Of its float32 ``(in, in)``; None if there is none.
     """
@@ -74,14 +74,14 @@ class MatrixStatistics:
 
 @dataclass(frozen=True, slots=True)
 class Importance:
-    """How a squared error of each input is weighted, for the matrices of one layer.
+    """The weights of the squared error of each input, for the matrices of one layer.
 
-    Plain data, as a part of a plan: the numbers are read from the file when they are asked for.
+    Plain data, as a part of a plan: the numbers are read from the file when they are needed.
 
     Attributes:
         file: The statistics file.
-        entries: One a matrix of the layer, or one for all that the file does not say apart.
-        in_features: Inputs.
+        entries: One for each matrix of the layer, or one for all.
+        in_features: Number of inputs.
     """
 
     file: FileIdentity
@@ -89,7 +89,7 @@ class Importance:
     in_features: int
 
     def entry(self, matrix: int) -> MatrixStatistics:
-        """Where the file has what belongs to a matrix."""
+        """The position of the statistics of a matrix."""
         return self.entries[matrix if len(self.entries) > 1 else 0]
 
     def weights(self, matrix: int) -> np.ndarray | None:
@@ -99,7 +99,7 @@ class Importance:
             None if no token reached it, or every input was 0.
 
         Raises:
-            CheckpointError: The file is no longer what it was.
+            CheckpointError: The file was changed.
         """
         entry = self.entry(matrix)
         if not entry.divisor:
@@ -123,14 +123,14 @@ class Importance:
         """The mean of ``x x^T`` over the inputs of one matrix, float32 ``(in, in)``.
 
         Raises:
-            CheckpointError: The file is no longer what it was.
+            CheckpointError: The file was changed.
         """
         entry, n_in = self.entry(matrix), self.in_features
         assert entry.hessian is not None
         return _read(self.file, entry.hessian, n_in * n_in).reshape(n_in, n_in)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plans hold it: equal data give equal weights."""
+        """The JSON data for plans: equal data give equal weights."""
         return {
             "sha256": self.file.sha256,
             "places": [f"{entry.name}[{entry.expert}]" for entry in self.entries],
@@ -138,12 +138,12 @@ class Importance:
 
 
 class StatisticsFile:
-    """What a statistics file holds, by layer; its numbers are read when they are asked for.
+    """The layers of a statistics file; its numbers are read when they are needed.
 
     Attributes:
-        source: The file, for messages.
-        file: The file as it is.
-        seen: Layer, as the file names it -> where its numbers are.
+        source: Path of the file, for messages.
+        file: Its identity.
+        seen: Name of a layer in the file -> position of its numbers.
     """
 
     def __init__(self, file: FileIdentity, seen: Sequence[StatisticsEntry]) -> None:
@@ -156,19 +156,19 @@ class StatisticsFile:
                 self._by_key.setdefault(key, name)
 
     def divisor(self, name: str, expert: int) -> float:
-        """What the sums of an expert are over; 0 if no token reached it."""
+        """The divisor of an expert's sums; 0 if no token reached it."""
         divisors = self.seen[name].divisors
         return float(divisors[expert if divisors.size > 1 else 0])
 
     def find(self, path: str, shape: Sequence[int]) -> Importance | str | None:
-        """What is known of a layer of a model.
+        """Find the importance of a layer of a model.
 
         Args:
-            path: The layer, in the names of Hugging Face, mlx-lm or llama.cpp.
+            path: The layer in the names of Hugging Face, mlx-lm or llama.cpp.
             shape: Of its weight, ``(..., out, in)``.
 
         Returns:
-            None if the file knows nothing of it; a message if what it knows has another shape.
+            None if the file does not have the layer; a message if its shape differs.
         """
         matrices, n_in = prod(shape[:-2]), shape[-1]
         if path in self.seen:
@@ -188,12 +188,12 @@ class StatisticsFile:
         return None
 
     def _fit(self, name: str, expert: int | None, matrices: int, n_in: int) -> Importance | str:
-        """An entry for a layer, or for one expert of its stack."""
+        """The importance of a layer, or of one expert of its stack; a message if shapes differ."""
         entry = self.seen[name]
         held = entry.size // n_in if entry.size % n_in == 0 else 0
         if expert is not None:
-            experts = entry.experts if entry.experts is not None else held
-            if held and experts == held and expert < held and matrices == 1:
+            experts = held if entry.experts is None else entry.experts
+            if experts == held > expert and matrices == 1:
                 return self._importance([(name, expert)], n_in)
         elif held == matrices and entry.experts in (None, matrices):
             return self._importance([(name, number) for number in range(matrices)], n_in)
@@ -221,9 +221,9 @@ class StatisticsFile:
 
 
 def _read(file: FileIdentity, offset: int, count: int) -> np.ndarray:
-    """float32 numbers of a statistics file that is what it was."""
-    found = np.empty(count, "<f4")
-    view = found.view(np.uint8).data
+    """Read float32 numbers of a statistics file, if it was not changed."""
+    values = np.empty(count, "<f4")
+    view = values.view(np.uint8).data
     try:
         fd = open_regular(Path(file.path))
         try:
@@ -240,22 +240,22 @@ def _read(file: FileIdentity, offset: int, count: int) -> np.ndarray:
             os.close(fd)
     except OSError as error:
         raise unreadable(file.path, error) from error
-    return found
+    return values
 
 
 def file_stamp(fd: int) -> tuple[int, int]:
-    """Size and time of change: by these a file is taken for the one it was."""
-    found = os.fstat(fd)
-    return found.st_size, found.st_mtime_ns
+    """Size and time of change of an open file, by which changes are recognized."""
+    status = os.fstat(fd)
+    return status.st_size, status.st_mtime_ns
 
 
 def statistics_error(source: str, problems: Sequence[Problem]) -> CheckpointError:
-    """What is wrong with a statistics file."""
+    """The error about the problems of a statistics file."""
     return CheckpointError(source, problems, "used as statistics")
 
 
 def unreadable(source: str, error: OSError) -> CheckpointError:
-    """A file that the system does not give."""
+    """The error about a file that cannot be read."""
     return statistics_error(source, [Problem("file", f"cannot be read: {error.strerror or error}")])
 
 

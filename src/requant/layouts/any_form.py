@@ -1,9 +1,8 @@
-"""mlx-lm's layout of a checkpoint whose experts may have another form than its class takes.
+"""mlx-lm's layout of a checkpoint whose experts may have another form than its class loads.
 
-First the class is shown the checkpoint as it is stored. Where it does not take that, the experts
-are brought into each form that some class takes (``expert_forms``) until the class loads all of
-it, strictly. Then its rule has seen every tensor, and what it does to the others (norms that are
-shifted, convolutions that are transposed) is done.
+First the class is given the checkpoint as it is stored. If it does not load that, the experts are
+converted to each form of ``expert_forms`` in turn, until the class loads all tensors strictly. Its
+``sanitize`` then works on every tensor, the others (norms, convolutions) included.
 """
 
 from __future__ import annotations
@@ -29,14 +28,14 @@ def layout_in_any_form(
     recipe: str | None = None,
     dtype: str | None = None,
 ) -> tuple[MlxLmLayout, str]:
-    """What ``mlx_lm_layout`` gives, with the experts in a form that the class takes.
+    """Return the result of ``mlx_lm_layout`` with the experts in a form that the class loads.
 
     Returns:
-        The layout, and what was done to the experts; "" where nothing was.
+        The layout, and how the experts were converted; "" where they were not.
 
     Raises:
         UnknownModelError: mlx-lm is not installed or has no class for the model.
-        LayoutError: No form helps; it says what the class has against the checkpoint as stored.
+        LayoutError: The class loads no form; the message is about the checkpoint as stored.
     """
     options: dict[str, Any] = {"quantization": quantization, "recipe": recipe, "dtype": dtype}
     try:
@@ -47,12 +46,11 @@ def layout_in_any_form(
         reader = Reader.of(config)
         for form in reader.forms(error.class_names):
             try:
-                made = mlx_lm_layout(config, tensors, adapt=reader.adapter(form), **options)
+                layout = mlx_lm_layout(config, tensors, adapt=reader.adapter(form), **options)
             except LayoutError:
                 continue
-            made = _moved(made, reader, form, config=config, tensors=tensors, options=options)
             done = f"the source has {words_for(tensors.keys())}, its class takes {form.words}"
-            return made, done
+            return _moved(layout, reader, form, config, tensors, **options), done
         raise
 
 
@@ -60,34 +58,31 @@ _OWN = re.compile(r".+?\.\d+\.(.+)\.(gate_proj|up_proj|down_proj)\.weight")
 
 
 def _moved(
-    made: MlxLmLayout,
+    layout: MlxLmLayout,
     reader: Reader,
     form: Form,
     config: Mapping[str, Any],
     tensors: Mapping[str, TensorInfo],
-    options: Mapping[str, Any],
+    **options: Any,
 ) -> MlxLmLayout:
-    """The same with experts whose rows are moved, where that needs no transposing there and back.
+    """The layout with experts whose rows are moved instead of transposed there and back.
 
-    The class is shown stacks under its own names. That is the same model only if its rule then
+    The class is given stacks under its own names. That is the same model only if its rule then
     does the same to every other tensor: some rules do nothing where they find their own names.
     """
-    experts = {name for name in made.tensors if _is_of_experts(made, name)}
-    computed = any(isinstance(made.tensors[name], ComputedBySanitize) for name in experts)
+    experts = {name for name, x in layout.tensors.items() if has_experts(x.inputs)}
+    computed = any(isinstance(layout.tensors[name], ComputedBySanitize) for name in experts)
     places = {match[1] for name in experts if (match := _OWN.fullmatch(name))}
     if not computed or len(places) != 1:
-        return made
+        return layout
     own = replace(Form(form.words, place=f"{{layer}}{places.pop()}"), in_turns=form.in_turns)
     try:
         direct = mlx_lm_layout(config, tensors, adapt=reader.adapter(own), **options)
     except LayoutError:
-        return made
-    others = {name: x for name, x in made.tensors.items() if name not in experts}
-    same = others == {name: x for name, x in direct.tensors.items() if name not in experts}
-    infos = {name: made.tensors[name].info for name in experts}
-    same &= infos == {name: direct.tensors[name].info for name in direct.tensors if name in experts}
-    return direct if same else made
-
-
-def _is_of_experts(made: MlxLmLayout, name: str) -> bool:
-    return has_experts(made.tensors[name].inputs)
+        return layout
+    # Of the experts dtypes and shapes must be the same, of the others also how they are made.
+    ours, theirs = (
+        {name: x.info if name in experts else x for name, x in one.tensors.items()}
+        for one in (layout, direct)
+    )
+    return direct if ours == theirs else layout

@@ -1,4 +1,4 @@
-"""Whether mlx-lm can have a class for a model, found out without importing it; and its errors.
+"""Check whether mlx-lm can have a class for a model without importing it; and the layout errors.
 
 mlx-lm looks for ``mlx_lm/models/{model_type}.py``, after a table of other names. Importing it
 takes about a second, most of it transformers; looking for the file takes a millisecond.
@@ -19,7 +19,7 @@ from requant.text import format_value
 # mlx_lm/utils.py: {model_type: module}, and (in newer ones) {(model_type, architecture): module}.
 _NAMES, _NAMES_BY_ARCHITECTURE = "MODEL_REMAPPING", "MODEL_ARCHITECTURE_REMAPPING"
 
-# What the lack of a class means, after the reason.
+# The consequence of a missing class, after the reason.
 NO_CLASS_HINT = (
     "Without mlx-lm's class, the names, the stacking of experts and the choice of layers that "
     "it expects are not known. --layout keep needs no class: it keeps the source's tensor "
@@ -31,7 +31,7 @@ class UnknownModelError(RequantError, LookupError):
     """mlx-lm is not installed, or has no class for this model.
 
     Attributes:
-        why: Which of these, without the advice that the message adds.
+        why: The reason, without the advice that the message adds.
     """
 
     def __init__(self, why: str) -> None:
@@ -50,7 +50,7 @@ class LayoutError(RequantError, ValueError):
 
 
 def missing_class_reason(config: Mapping[str, Any]) -> str:
-    """Why mlx-lm surely has no class for ``config``, or ``""`` where it may have one.
+    """Return why mlx-lm has no class for ``config``; "" where it may have one.
 
     Args:
         config: The source's ``config.json``.
@@ -70,9 +70,9 @@ def missing_class_reason(config: Mapping[str, Any]) -> str:
 
 def _mlx_lm_folder() -> Path | None:
     """The folder of the package; a name without dots is found without importing anything."""
-    found = find_spec("mlx_lm") if find_spec("mlx") else None
-    places = found.submodule_search_locations if found else None
-    return Path(places[0]) if places else None
+    spec = find_spec("mlx_lm") if find_spec("mlx") else None
+    folders = spec.submodule_search_locations if spec else None
+    return Path(folders[0]) if folders else None
 
 
 def _has_module(folder: Path, name: str) -> bool:

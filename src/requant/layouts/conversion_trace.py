@@ -1,8 +1,8 @@
-"""mlx-lm's own conversion, run in its own order on a checkpoint that holds no data.
+"""Run mlx-lm's own conversion on a checkpoint without data, and record what it does.
 
-A folder with ``config.json`` and a weight file that is all hole (a header, then nothing, at
-full length) goes through ``mlx_lm.utils.load_model`` and ``quantize_model``. Everything is
-lazy: no parameter is ever evaluated, so a model of any size costs its Python objects.
+A folder with ``config.json`` and a sparse weight file (a header, then a hole of the full length)
+goes through ``mlx_lm.utils.load_model`` and ``quantize_model``. Everything is lazy: no parameter
+is evaluated, so a model of any size takes no more memory than its Python objects.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ from requant.core.dtypes import TensorInfo
 from requant.core.reasons import Reason, ReasonCode
 from requant.errors import RequantError, UsageError
 from requant.layouts.availability import LayoutError, UnknownModelError
+from requant.layouts.byte_moves import Traced
 from requant.layouts.expert_forms import Adapter
-from requant.layouts.tracer import Traced, trace
+from requant.layouts.tracer import trace
 from requant.quantization.config import Quantization, QuantMode
 from requant.quantization.options import DTYPES
 from requant.text import join_first, one_line, pluralize
@@ -53,6 +54,7 @@ MLX_DTYPE = {
     "F8_E8M0": mx.uint8,
 }
 HEADER_NAME = {dtype: name for name, dtype in reversed(MLX_DTYPE.items())}
+_DENSE_BY_MLX_LM = Reason(ReasonCode.DENSE_BY_MLX_LM, "mlx-lm leaves it dense in this model")
 # MLX ships no types for its Python part.
 Module = Any
 _is_module: Callable[[Any], bool] = vars(mlx.nn)["Module"].is_module
@@ -60,11 +62,11 @@ _is_module: Callable[[Any], bool] = vars(mlx.nn)["Module"].is_module
 
 @dataclass
 class ConversionTrace:
-    """What came out of the pipeline.
+    """The record of one run of mlx-lm's conversion.
 
     Attributes:
         rule: Builds a fresh model and runs its ``sanitize`` on a weight map.
-        traced: What ``sanitize`` gave, by name.
+        traced: The outputs of ``sanitize`` by name.
         loaded: The parameters as loaded, before any cast.
         saved: The parameters as mlx-lm would save them.
         dtype: Header name that floating parameters are cast to, or None.
@@ -98,7 +100,7 @@ def run(
     global_scale: bool,
     adapt: Adapter | None = None,
 ) -> ConversionTrace:
-    """Take the steps of ``mlx_lm.convert``; see :func:`requant.layouts.layout.mlx_lm_layout`."""
+    """Run the steps of ``mlx_lm.convert``; see :func:`requant.layouts.layout.mlx_lm_layout`."""
     utils = _import_utils()
     unloadable = [f"{name} ({x.dtype})" for name, x in tensors.items() if x.dtype not in MLX_DTYPE]
     if unloadable:
@@ -106,7 +108,7 @@ def run(
         names = join_first(unloadable, 10)
         raise LayoutError(f"MLX cannot load {count}, so mlx-lm cannot: {names}")
     rule = _SanitizeRecorder(tuple(tensors), adapt)
-    with contextlib.redirect_stdout(io.StringIO()):  # the pipeline prints as it goes
+    with contextlib.redirect_stdout(io.StringIO()):  # mlx-lm prints as it goes
         model, loaded_config = _load(utils, config, tensors, rule)
         loaded = _infos(model)
         predicate = _recipe(recipe, model, quantization)
@@ -114,18 +116,16 @@ def run(
         keeps_dtype = _cast(model, dtype)
         modules = _modules(model)
         if quantization is not None:
+            options: dict[str, Any] = {"mode": quantization.mode.value}
+            options |= {"global_scale": True} if global_scale else {}
+            options |= {} if predicate is None else {"quant_predicate": predicate}
             with _wrap_mlx_lm_errors(f"quantizing {config['model_type']}"):
-                options: dict[str, Any] = {"mode": quantization.mode.value}
-                if predicate is not None:
-                    options["quant_predicate"] = predicate
-                if global_scale:
-                    options["global_scale"] = True
                 model, loaded_config = utils.quantize_model(
                     model, loaded_config, quantization.group_size, quantization.bits, **options
                 )
         written = _written_config(utils, model, loaded_config)
-    targets, reasons = _compare(modules, _modules(model), quantization)
     able = {path: module for path, module in modules.items() if hasattr(module, "to_quantized")}
+    targets, reasons = _compare(able, _modules(model), quantization)
     return ConversionTrace(
         rule=rule,
         traced=rule.traced,
@@ -136,11 +136,7 @@ def run(
         targets=targets,
         dense_reasons=reasons,
         quantizable=frozenset(able),
-        with_global_scale=frozenset(
-            path
-            for path, module in able.items()
-            if "global_scale" in inspect.signature(module.to_quantized).parameters
-        ),
+        with_global_scale=frozenset(filter(lambda path: _takes_global_scale(able[path]), able)),
         config=written,
     )
 
@@ -149,9 +145,9 @@ def run(
 
 
 class _SanitizeRecorder:
-    """Keeps what it takes to run a model's ``sanitize`` again, and traces its first run.
+    """Traces the first run of a model's ``sanitize``, and can run it again.
 
-    Where the experts are adapted to the class, that is the first part of the rule.
+    Where experts are adapted to the class (``adapt``), that comes before ``sanitize``.
     """
 
     def __init__(self, order: tuple[str, ...], adapt: Adapter | None = None) -> None:
@@ -166,13 +162,13 @@ class _SanitizeRecorder:
         return self._of(self._build())(weights)
 
     def _of(self, model: Module) -> Callable[[dict[str, mx.array]], dict[str, mx.array]]:
-        """The rule of a model, with what comes before it."""
+        """``sanitize`` of a model, after ``adapt``."""
         sanitize = getattr(model, "sanitize", None) or (lambda given: given)
         adapt = self._adapt or (lambda given: given)
         return lambda weights: dict(sanitize(adapt(weights)))
 
     def classes(self, get: Callable[..., Any], config: dict[str, Any]) -> tuple[Any, Any]:
-        """Replaces mlx-lm's class look-up: the models that it builds report to us."""
+        """Replace mlx-lm's class look-up, so that ``sanitize`` of the model is traced."""
         model_class, args_class = get(config=config)
 
         def build(args: Any) -> Module:
@@ -180,11 +176,11 @@ class _SanitizeRecorder:
             self._build = lambda: model_class(copy.deepcopy(pristine))
             model: Module = model_class(args)
             self.class_names = tuple(dict(tree_flatten(model.parameters())))
-            methods = {
-                "sanitize": lambda spied, weights: self._traced_sanitize(
-                    spied, model_class, weights
-                )
-            }
+
+            def sanitize(traced: Module, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+                return self._traced_sanitize(traced, model_class, weights)
+
+            methods = {"sanitize": sanitize}
             model.__class__ = type(model_class.__name__, (model_class,), methods)
             return model
 
@@ -210,40 +206,37 @@ def _import_utils() -> Any:
     return utils
 
 
-# mlx-lm and MLX raise built-in exceptions, so that their text is all there is to distinguish them:
-# (class, pattern, what it means). The first row that fits is taken. "{0}" is the whole message,
+# mlx-lm and MLX raise built-in exceptions, which only their text tells apart: (class, pattern,
+# explanation). The first row that fits counts. "{0}" is the whole message,
 # "{1}" and "{2}" are the groups; digits become a count of tensors.
-_MLX_LM_ERRORS: tuple[tuple[type[Exception], re.Pattern[str], str], ...] = tuple(
-    (kind, re.compile(pattern), template)
-    for kind, pattern, template in (
-        (
-            Exception,
-            r"Unable to quantize model of type <class '[\w.]*?(\w+)'>",
-            "its class holds a layer dense ({1}) that is quantized here",
-        ),
-        (
-            Exception,
-            r"ModelArgs.*missing \d+ required .*?arguments?: (.*)",
-            "config.json lacks what its class for this model needs: {1}",
-        ),
-        (
-            Exception,
-            r"Received (\d+) parameters not in model: (.*)",
-            "its class for this model has no place for {1}: {2}",
-        ),
-        (
-            Exception,
-            r"(\w+)\.\w+\(\) got an unexpected keyword argument '(\w+)'",
-            "its own layer, {1}, does not take the setting '{2}'",
-        ),
-        (KeyError, r"", "the tensor or setting {0} is missing"),
-        (
-            Exception,
-            r"during function transformations",
-            "its rule looks at values, which a plan from headers does not have",
-        ),
-        (Exception, r"Unable to get state", "its rule uses what MLX cannot trace: {0}"),
-    )
+_MLX_LM_ERRORS: tuple[tuple[type[Exception], str, str], ...] = (
+    (
+        Exception,
+        r"Unable to quantize model of type <class '[\w.]*?(\w+)'>",
+        "its class holds a layer dense ({1}) that is quantized here",
+    ),
+    (
+        Exception,
+        r"ModelArgs.*missing \d+ required .*?arguments?: (.*)",
+        "config.json lacks what its class for this model needs: {1}",
+    ),
+    (
+        Exception,
+        r"Received (\d+) parameters not in model: (.*)",
+        "its class for this model has no place for {1}: {2}",
+    ),
+    (
+        Exception,
+        r"(\w+)\.\w+\(\) got an unexpected keyword argument '(\w+)'",
+        "its own layer, {1}, does not take the setting '{2}'",
+    ),
+    (KeyError, r"", "the tensor or setting {0} is missing"),
+    (
+        Exception,
+        r"during function transformations",
+        "its rule looks at values, which a plan from headers does not have",
+    ),
+    (Exception, r"Unable to get state", "its rule uses what MLX cannot trace: {0}"),
 )
 
 
@@ -251,7 +244,7 @@ def _explain_mlx_lm_error(error: Exception) -> str:
     """What an exception of mlx-lm or MLX means for a checkpoint; else its text in one line."""
     message = one_line(error)
     for kind, pattern, template in _MLX_LM_ERRORS:
-        match = pattern.search(message)
+        match = re.search(pattern, message)
         if match is not None and isinstance(error, kind):
             groups = (pluralize(int(x), "tensor") if x.isdigit() else x for x in match.groups())
             return template.format(message, *groups)
@@ -317,11 +310,10 @@ def _recipe(
         raise UsageError(f"recipe {recipe} is for the affine mode")
     from mlx_lm.convert import mixed_quant_predicate_builder
 
+    predicate: Callable[..., Any]
     with _wrap_mlx_lm_errors(f"recipe {recipe}"):
-        made: Callable[..., Any] = mixed_quant_predicate_builder(
-            recipe, model, quantization.group_size
-        )
-    return made
+        predicate = mixed_quant_predicate_builder(recipe, model, quantization.group_size)
+    return predicate
 
 
 def _config_dtype(config: Mapping[str, Any]) -> str | None:
@@ -368,6 +360,10 @@ def _modules(model: Module) -> dict[str, Module]:
     return {path: module for path, module in leaves if _is_module(module)}
 
 
+def _takes_global_scale(module: Module) -> bool:
+    return "global_scale" in inspect.signature(module.to_quantized).parameters
+
+
 def _infos(model: Module) -> dict[str, TensorInfo]:
     parameters: Any = tree_flatten(model.parameters())
     return {name: TensorInfo(HEADER_NAME[x.dtype], tuple(x.shape)) for name, x in parameters}
@@ -376,22 +372,19 @@ def _infos(model: Module) -> dict[str, TensorInfo]:
 def _compare(
     before: Mapping[str, Module], after: Mapping[str, Module], option: Quantization | None
 ) -> tuple[dict[str, Quantization], dict[str, Reason]]:
+    """The layers that were quantized with their parameters, and why the others were not."""
     targets: dict[str, Quantization] = {}
     reasons: dict[str, Reason] = {}
     if option is None:
         return targets, reasons
     for path, module in before.items():
-        if not hasattr(module, "to_quantized"):
-            continue
-        made = after.get(path, module)
-        if made is not module:
-            mode = getattr(made, "mode", QuantMode.AFFINE)
-            targets[path] = Quantization(made.group_size, made.bits, mode)
-        elif module.weight.shape[-1] % option.group_size:
-            columns = module.weight.shape[-1]
-            text = f"last axis {columns} is not a multiple of group {option.group_size}"
+        quantized, n_in = after.get(path, module), module.weight.shape[-1]
+        if quantized is not module:
+            mode = getattr(quantized, "mode", QuantMode.AFFINE)
+            targets[path] = Quantization(quantized.group_size, quantized.bits, mode)
+        elif n_in % option.group_size:
+            text = f"last axis {n_in} is not a multiple of group {option.group_size}"
             reasons[path] = Reason(ReasonCode.NO_GROUP_SIZE, text)
         else:
-            text = "mlx-lm leaves it dense in this model"
-            reasons[path] = Reason(ReasonCode.DENSE_BY_MLX_LM, text)
+            reasons[path] = _DENSE_BY_MLX_LM
     return targets, reasons

@@ -1,18 +1,17 @@
-"""Experts in the form that a model class takes, made from the form in which they are published.
+"""Convert experts from the form in which they are published to one that a model class loads.
 
-The same experts are published in several forms: one tensor an expert and projection, or stacks;
-gate and up apart, or in one tensor (fused); rows as outputs, or transposed. A class of mlx-lm knows
-one or two of them. Here one form is turned into another, as functions of weight maps on MLX
-arrays, so that they can be traced and computed as a part of the class's own rule::
+The same experts are published in several forms: one tensor for each expert and projection, or
+stacks; gate and up apart, or in one tensor (fused); rows as outputs, or transposed. A class of
+mlx-lm loads one or two of them. The conversions here are functions of weight maps on MLX arrays,
+so that they can be traced and computed as a part of the class's own ``sanitize``::
 
     model.layers.0.mlp.experts.7.gate_proj.weight   (out, in)              one by one
     model.layers.0.mlp.experts.gate_up_proj         (experts, 2 out, in)   fused
     model.layers.0.mlp.experts.gate_up_proj         (experts, in, 2 out)   fused and transposed
     model.layers.0.mlp.experts.w13_weight           (experts, 2 out, in)   fused, vLLM's names
 
-Which way a stack lies is decided by the shapes of gate and down together: they have no reading
-in which both ways fit. Whether gate and up lie one after the other or take turns is a property
-of the model's family, which no shape tells.
+The shapes of gate and down together tell whether a stack is transposed: never do both readings
+fit. Whether gate and up follow each other or alternate row by row depends on the model's family.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ _STACK = re.compile(
     rf"(.+\.experts)\.({_NAMES})(?:_weight)?(\.weight|)|(.+\.experts)\.({_NAMES})[._]bias"
 )
 
-# Families whose fused experts take turns: row 0 is the gate's, row 1 up's (transformers,
+# Families whose rows of gate and up alternate: row 0 is the gate's, row 1 up's (transformers,
 # modeling_gpt_oss.py: gate_up[..., ::2] and gate_up[..., 1::2]).
 _IN_TURNS = ("gpt_oss", "openai_privacy_filter")
 
@@ -51,16 +50,16 @@ class Form:
     """A form of experts that some class takes.
 
     Attributes:
-        words: What it is, for a note.
-        names: What gate, up, down, and gate and up in one tensor are called.
+        words: Description for a note.
+        names: Names of gate, up, down, and of gate and up in one tensor.
         fused: Whether gate and up are one tensor.
         one_by_one: Whether each expert has tensors of its own.
         transposed: Whether a stack is ``(experts, in, out)``.
-        suffix: What ends the name of a weight.
-        bias: What ends the name of a bias.
-        in_turns: Whether it is for families whose gate and up take turns only.
+        suffix: The end of a weight's name.
+        bias: The end of a bias's name.
+        in_turns: Whether it is only for families whose rows of gate and up alternate.
         place: The module that holds them, with {layer} and {parent}.
-        parent: What the module above them is called; "" as in the source.
+        parent: Name of the module above them; "" for the source's.
     """
 
     words: str
@@ -99,7 +98,7 @@ class Reader:
     """Finds the experts of a checkpoint.
 
     Attributes:
-        in_turns: Whether gate and up of fused tensors take turns.
+        in_turns: Whether rows of gate and up alternate in fused tensors.
         hidden: Width of the model; 0 where it is not known.
     """
 
@@ -116,7 +115,7 @@ class Reader:
         return Reader(in_turns, next((n for n in widths if isinstance(n, int)), 0))
 
     def forms(self, class_names: Iterable[str]) -> Iterator[Form]:
-        """The forms that are worth a try, the likeliest first.
+        """The forms to try, the most probable first.
 
         Args:
             class_names: The parameters of the class.
@@ -129,15 +128,15 @@ class Reader:
                 yield from (replace(form, parent=parent) for form in forms)
 
     def adapter(self, form: Form) -> Adapter:
-        """A function that brings experts into a form, and leaves every other tensor alone."""
+        """Return a function that converts experts to a form, and no other tensor."""
 
         def adapt(weights: Weights) -> Weights:
-            found, rest = self.gathered(weights)
+            layers, others = self.gathered(weights)
             if form.parent:
-                rest = _moved(rest, found, form.parent)
-            for prefix, experts in found.items():
-                rest |= _emitted(prefix, experts, form, self.in_turns)
-            return rest
+                others = _with_parent(others, layers, form.parent)
+            for prefix, experts in layers.items():
+                others |= _emitted(prefix, experts, form, self.in_turns)
+            return others
 
         return adapt
 
@@ -153,33 +152,29 @@ class Reader:
             else:
                 continue
             names.setdefault(prefix, {}).setdefault(key, []).append((number, name))
-        found: dict[str, _Experts] = {}
-        rest = dict(weights)
+        layers: dict[str, _Experts] = {}
+        others = dict(weights)
         for prefix, tensors in names.items():
-            made = self._read(weights, tensors)
-            if made is not None:
-                found[prefix] = made
+            experts = self._read(weights, tensors)
+            if experts is not None:
+                layers[prefix] = experts
                 for _, name in (pair for pairs in tensors.values() for pair in pairs):
-                    del rest[name]
-        return found, rest
+                    del others[name]
+        return layers, others
 
     def _read(
         self, weights: Weights, tensors: Mapping[_Key, list[tuple[int, str]]]
     ) -> _Experts | None:
-        """Every projection as a stack whose rows are outputs.
-
-        None if they are not a complete set.
-        """
+        """Every projection as a stack whose rows are outputs; None if the set is incomplete."""
         read: dict[_Key, mx.array] = {}
         for key, pairs in tensors.items():
-            pairs = sorted(pairs)
-            arrays = [weights[name] for _, name in pairs]
-            numbers = [number for number, _ in pairs]
+            numbers, names = zip(*sorted(pairs), strict=True)
+            arrays = [weights[name] for name in names]
             if len({tuple(array.shape) for array in arrays}) > 1:
                 return None
-            if numbers != [-1] and numbers != list(range(len(numbers))):
+            if numbers not in ((-1,), tuple(range(len(numbers)))):
                 return None
-            read[key] = arrays[0] if numbers == [-1] else mx.stack(arrays)
+            read[key] = arrays[0] if numbers == (-1,) else mx.stack(arrays)
         roles = {role for role, kind in read if kind == "weight"}
         if roles not in ({"gate_up", "down"}, {"gate", "up", "down"}, {"up", "down"}):
             return None
@@ -187,10 +182,9 @@ class Reader:
             return None
         if len({x.shape[0] for x in read.values()}) != 1:
             return None
-        last = (name for pairs in tensors.values() for _, name in pairs)
-        transposed = self._is_transposed(
-            read, all(name.endswith(("weight", "bias")) for name in last)
-        )
+        all_names = (name for pairs in tensors.values() for _, name in pairs)
+        are_weights = all(name.endswith(("weight", "bias")) for name in all_names)
+        transposed = self._is_transposed(read, are_weights)
         if transposed is None:
             return None
         return {
@@ -215,14 +209,13 @@ class Reader:
 
 
 def has_experts(names: Collection[str]) -> bool:
-    """Whether any tensor is one of experts, in a form that is known here."""
+    """Whether any tensor belongs to experts in a known form."""
     return any(_ONE.fullmatch(name) or _STACK.fullmatch(name) for name in names)
 
 
 def words_for(names: Collection[str]) -> str:
-    """What the experts of a checkpoint are, for a note."""
-    ones = any(_ONE.fullmatch(name) for name in names)
-    return "single experts" if ones else "stacks"
+    """The form of a checkpoint's experts, for a note."""
+    return "single experts" if any(map(_ONE.fullmatch, names)) else "stacks"
 
 
 # -- writing ---------------------------------------------------------------------------------
@@ -233,46 +226,45 @@ def _emitted(prefix: str, experts: _Experts, form: Form, in_turns: bool) -> Weig
     base = _base(prefix, form)
     names = dict(zip(("gate", "up", "down", "gate_up"), form.names, strict=True))
     arrays = _fused(experts, in_turns) if form.fused else _separate(experts, in_turns)
-    made: Weights = {}
+    weights: Weights = {}
     for (role, kind), array in arrays.items():
-        end = form.suffix if kind == "weight" else form.bias
+        name = names[role] + (form.suffix if kind == "weight" else form.bias)
         if form.transposed and kind == "weight":
             array = mx.swapaxes(array, 1, 2)
-        if not form.one_by_one:
-            made[f"{base}.{names[role]}{end}"] = array
-            continue
-        for number in range(array.shape[0]):
-            made[f"{base}.{number}.{names[role]}{end}"] = array[number]
-    return made
+        if form.one_by_one:
+            weights |= {f"{base}.{n}.{name}": array[n] for n in range(array.shape[0])}
+        else:
+            weights[f"{base}.{name}"] = array
+    return weights
 
 
 def _separate(experts: _Experts, in_turns: bool) -> _Experts:
-    """Gate and up each alone."""
-    made: dict[_Key, mx.array] = {}
+    """The experts with gate and up in tensors of their own."""
+    separate: dict[_Key, mx.array] = {}
     for (role, kind), array in experts.items():
         if role != "gate_up":
-            made[role, kind] = array
+            separate[role, kind] = array
         elif in_turns:
-            made["gate", kind], made["up", kind] = array[:, ::2], array[:, 1::2]
+            separate["gate", kind], separate["up", kind] = array[:, ::2], array[:, 1::2]
         else:
             half = array.shape[1] // 2
-            made["gate", kind], made["up", kind] = array[:, :half], array[:, half:]
-    return made
+            separate["gate", kind], separate["up", kind] = array[:, :half], array[:, half:]
+    return separate
 
 
 def _fused(experts: _Experts, in_turns: bool) -> _Experts:
-    """Gate and up in one tensor, where there is a gate."""
-    made = dict(experts)
+    """The experts with gate and up in one tensor, where there is a gate."""
+    fused = dict(experts)
     for kind in ("weight", "bias"):
-        if ("gate", kind) not in made or ("up", kind) not in made:
+        if ("gate", kind) not in fused or ("up", kind) not in fused:
             continue
-        gate, up = made.pop(("gate", kind)), made.pop(("up", kind))
+        gate, up = fused.pop(("gate", kind)), fused.pop(("up", kind))
         if in_turns:
             pairs = mx.stack([gate, up], axis=2)
-            made["gate_up", kind] = pairs.reshape(gate.shape[0], -1, *gate.shape[2:])
+            fused["gate_up", kind] = pairs.reshape(gate.shape[0], -1, *gate.shape[2:])
         else:
-            made["gate_up", kind] = mx.concatenate([gate, up], axis=1)
-    return made
+            fused["gate_up", kind] = mx.concatenate([gate, up], axis=1)
+    return fused
 
 
 _LAYER = re.compile(r"(.*\.\d+\.|)(.+)")
@@ -287,11 +279,11 @@ def _base(prefix: str, form: Form) -> str:
     return form.place.format(layer=layer, parent=form.parent or parent)
 
 
-def _moved(rest: Weights, found: Mapping[str, _Experts], parent: str) -> Weights:
-    """What is next to experts (the router) under another name of the module above."""
-    above = {prefix.removesuffix(".experts") for prefix in found}
+def _with_parent(others: Weights, layers: Collection[str], parent: str) -> Weights:
+    """The tensors next to experts (the router) under another name of the module above."""
+    above = {prefix.removesuffix(".experts") for prefix in layers}
     renamed: Weights = {}
-    for name, array in rest.items():
+    for name, array in others.items():
         module = next((x for x in _modules_of(name) if x in above), None)
         if module is not None:
             name = f"{module.rpartition('.')[0]}.{parent}{name.removeprefix(module)}"

@@ -1,6 +1,6 @@
-"""Which layers are a model's embedding and head, and where its config says that they are one.
+"""Find a model's embedding and head by names and shapes, and the keys that say they are tied.
 
-By names, shapes and keys alone; ``tied_heads`` decides.
+``tied_heads`` decides whether they are.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from requant.quantization.roles import ROLES
 
 FLAG: Final = "tie_word_embeddings"
 FLAGS: Final = frozenset({FLAG, "weight_tying", "share_input_output_layers"})
-"""What configs call it: transformers, OLMo's first and OpenELM's."""
+"""The flag in configs of transformers, of the first OLMo and of OpenELM."""
 
 HEAD_NAMES: Final = ("lm_head", "model.lm_head", "language_model.lm_head", "output", "embed_out")
 """Paths of heads in most models."""
@@ -25,8 +25,7 @@ _HEAD = re.compile(
     rf"{ROLES['head']}|(^|\.)(output_layer|language_model\.output)$|^head$|\.transformer\.ff_out$"
 )
 _EMBEDDING = re.compile(ROLES["embedding"])
-# What bears such names and is not an embedding of tokens, or belongs to another model in the
-# folder.
+# Layers with such names that are not embeddings of tokens, or belong to another model.
 _OTHERS = re.compile(
     r"patch|pos(ition)?_|token_type|segment|rotary|(^|\.)(layers|h|blocks)\.\d+\."
     r"|(^|[._])(visual|vision|image|video|audio|speech|sound|talker|code_predictor|mtp|draft"
@@ -75,7 +74,7 @@ def find_pair(layers: Iterable[SourceLayer]) -> Pair | None:
 
 
 def _nearness(pair: Pair) -> tuple[bool, int]:
-    """How likely a head is this embedding's: by its shape, then by its place."""
+    """How likely a head belongs to an embedding: by its shape, then by the common path."""
     assert pair.head is not None
     parts = zip(pair.embedding.path.split("."), pair.head.path.split("."), strict=False)
     shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], parts))
@@ -83,11 +82,11 @@ def _nearness(pair: Pair) -> tuple[bool, int]:
 
 
 def serves_as_head(layers: Iterable[SourceLayer], means: Callable[[str], bool]) -> str:
-    """The embedding that does the work of a head which somebody means; "" where none does.
+    """Return the path of the embedding that is also the head that is meant; "" if there is none.
 
     Args:
-        layers: Those of the output.
-        means: Whether a name is meant.
+        layers: The layers of the output.
+        means: Returns whether a path is meant.
     """
     pair = find_pair(layers)
     if pair is None or pair.head is not None:
@@ -96,7 +95,7 @@ def serves_as_head(layers: Iterable[SourceLayer], means: Callable[[str], bool]) 
 
 
 def flags(config: Mapping[str, Any], below: Key = ()) -> Iterator[tuple[Key, bool]]:
-    """Every flag of the language model: the config's own, and those of its parts."""
+    """Every flag of the language model, in the config itself and in its sections."""
     for key, value in config.items():
         if key in FLAGS and isinstance(value, bool):
             yield (*below, key), value
@@ -105,7 +104,7 @@ def flags(config: Mapping[str, Any], below: Key = ()) -> Iterator[tuple[Key, boo
 
 
 def flag_places(config: Mapping[str, Any], below: Key = ()) -> Iterator[Key]:
-    """Where a class may read the flag: in the config, and in its part on the language model."""
+    """The keys where a class may read the flag: of the config, and of its text sections."""
     yield (*below, FLAG)
     for key, value in config.items():
         if not isinstance(value, Mapping) or _OTHER_CONFIGS.search(key):
@@ -115,7 +114,7 @@ def flag_places(config: Mapping[str, Any], below: Key = ()) -> Iterator[Key]:
 
 
 def has_scores(config: Mapping[str, Any]) -> bool:
-    """Whether the model gives scores of tokens; one for embeddings or classes has no head."""
+    """Whether the model computes scores of tokens; one for embeddings or classes has no head."""
     names = config.get("architectures")
     named = names if isinstance(names, list) else []
     return not any(isinstance(x, str) and _HEADLESS.search(x) for x in named)

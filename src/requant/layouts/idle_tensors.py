@@ -1,8 +1,8 @@
-"""Tensors that a model does not compute with, and for which its class has no place.
+"""Leave out tensors that a model does not compute with, and for which its class has no place.
 
 AutoGPTQ writes a bias of zeros for each layer; layers that predict further tokens (MTP) follow
-those that the config counts. Either throws a whole checkpoint out of a class of mlx-lm that does
-not drop them itself, so they are left out where the class rejects the rest with them.
+those that the config counts. A class of mlx-lm that does not drop them itself rejects the whole
+checkpoint because of them, and only then are they left out.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _LARGEST_BIAS: Final = 4 << 20  # bytes; a bias is read while planning
 _NUMBERED: Final = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _MTP: Final = re.compile(r"(?:^|\.)mtp(?:_layers|_block)?\.")
 _NAMED: Final = 2  # of many tensors, how many a note names
-_ZEROS: Final = "is all zero"
-_MORE: Final = "predicts further tokens (MTP)"
+_ALL_ZERO: Final = "is all zero"
+_PREDICTS_MORE: Final = "predicts further tokens (MTP)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class Reduced:
 
 
 def without_unused_tensors(checkpoint: Checkpoint, layout: SourceLayout) -> Reduced | None:
-    """The layout without unused tensors; None where it has none.
+    """Return the layout without unused tensors; None where it has none.
 
     Args:
         checkpoint: For the config, and the values of biases.
@@ -54,23 +54,22 @@ def without_unused_tensors(checkpoint: Checkpoint, layout: SourceLayout) -> Redu
     if not unused:
         return None
     layers = tuple(layer for layer in layout.layers if layer.path not in unused)
-    gone = [layer for layer in layout.layers if layer.path in unused]
-    dropped = tuple((x.name, unused[layer.path]) for layer in gone for x in layer.parts.values())
+    removed = [layer for layer in layout.layers if layer.path in unused]
+    dropped = tuple((x.name, unused[layer.path]) for layer in removed for x in layer.parts.values())
     notes = []
     for reason in dict.fromkeys(unused.values()):
         names = [name for name, why in dropped if why == reason]
         each = "each of which " if len(names) > 1 else "which "
         text = (
             f"Left out: {pluralize(len(names), 'tensor')} ({join_first(names, _NAMED)}), "
-            f"{each}{reason}; "
-            "mlx-lm's class has no place for such."
+            f"{each}{reason}; mlx-lm's class has no place for such."
         )
         notes.append(Note(NoteCode.IDLE_TENSORS, text))
     return Reduced(replace(layout, layers=layers, dropped=(*layout.dropped, *dropped)), (*notes,))
 
 
 def _unused(checkpoint: Checkpoint, layout: SourceLayout) -> Iterator[tuple[str, str]]:
-    """Path of a layer -> why the model does not compute with it."""
+    """Paths of unused layers, each with the reason."""
     blocks = _block_count(checkpoint.config)
     matrices = {x.path for x in layout.layers if x.is_weight and len(x.shape) > 1}
     for layer in layout.layers:
@@ -80,15 +79,15 @@ def _unused(checkpoint: Checkpoint, layout: SourceLayout) -> Iterator[tuple[str,
         if _MTP.search(f"{layer.path}.") or (
             blocks is not None and numbered is not None and int(numbered[1]) >= blocks
         ):
-            yield layer.path, _MORE
+            yield layer.path, _PREDICTS_MORE
             continue
         path = layer.path.removesuffix(_BIAS)
         if path != layer.path and path in matrices and _is_zero(checkpoint, layer):
-            yield layer.path, _ZEROS
+            yield layer.path, _ALL_ZERO
 
 
 def _block_count(config: Mapping[str, Any]) -> int | None:
-    """How many layers the config counts; None where it does not say."""
+    """The number of layers in the config; None where it has none."""
     for part in text_sections(config):
         blocks = part.get("num_hidden_layers")
         if isinstance(blocks, int) and not isinstance(blocks, bool):
@@ -99,10 +98,10 @@ def _block_count(config: Mapping[str, Any]) -> int | None:
 def _is_zero(checkpoint: Checkpoint, layer: SourceLayer) -> bool:
     """Whether a vector holds nothing but zeros."""
     part = layer.parts.get("weight")
-    if layer.is_quantized or part is None or layer.packing is not None:
+    if part is None or isinstance(part, ComputedTensor) or checkpoint.gguf is not None:
         return False
-    if len(layer.shape) != 1 or part.info.nbytes > _LARGEST_BIAS:
+    if layer.is_quantized or layer.packing is not None or len(layer.shape) != 1:
         return False
-    if isinstance(part, ComputedTensor) or checkpoint.gguf is not None:
+    if part.info.nbytes > _LARGEST_BIAS:
         return False
     return not np.any(checkpoint.read_small_tensor(part.name).astype(np.float32))

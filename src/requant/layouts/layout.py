@@ -1,4 +1,4 @@
-"""The layout that mlx-lm would give a checkpoint, and how each tensor of it comes to be."""
+"""mlx-lm's layout of a checkpoint, and how each of its tensors is made."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import mlx.core as mx
 from requant.core.dtypes import TensorInfo
 from requant.core.reasons import Reason
 from requant.layouts.availability import LayoutError
+from requant.layouts.byte_moves import Traced
 from requant.layouts.conversion_trace import HEADER_NAME, MLX_DTYPE, run
 from requant.layouts.expert_forms import Adapter
 from requant.layouts.outputs import BATCH_BYTES, ByteCopy, ComputedBySanitize
-from requant.layouts.tracer import Traced
 from requant.quantization.config import Quantization
 from requant.text import join_first, pluralize
 
@@ -24,11 +24,11 @@ __all__ = ["MlxLmLayout", "mlx_lm_layout"]
 
 @dataclass(eq=False)
 class MlxLmLayout:
-    """What mlx-lm's conversion of one checkpoint would be, and its functions to compute tensors.
+    """The result of mlx-lm's conversion of a checkpoint, and its functions to compute tensors.
 
     Attributes:
-        tensors: Name after mlx-lm's renaming -> how the tensor comes to be. Nothing is cast
-            or newly quantized here: ``dtype``, ``keeps_dtype`` and ``targets`` say what is.
+        tensors: Name after mlx-lm's renaming -> how the tensor is made, before it is cast
+            (``dtype``, ``keeps_dtype``) or quantized (``targets``).
         dropped: Source tensors that no output needs, in source order.
         targets: Layer path -> the quantization that mlx-lm would apply. ``saved`` has a
             ``{layer}.global_scale`` where it comes with one.
@@ -55,15 +55,16 @@ class MlxLmLayout:
     _computer: _Computer = field(repr=False)
 
     def compute(self, name: str, load: Callable[[str], mx.array]) -> mx.array:
-        """Evaluate one :class:`ComputedBySanitize` tensor, by the model's own rule on the CPU.
+        """Evaluate one :class:`ComputedBySanitize` tensor with the model's ``sanitize`` on the CPU.
 
-        Small ones are evaluated several at a time and the others kept until asked for, so ask
-        in the order of ``tensors``. Threads may call; they take turns.
+        Small tensors are evaluated several at a time, and the others are kept until they are
+        requested, so request them in the order of ``tensors``. Calls of several threads run one
+        after another.
 
         Args:
             name: Its name in ``tensors``.
-            load: Gives a source tensor as ``mx.load`` would (float8 as uint8). Called for the
-                inputs of ``name`` and of what is evaluated with it.
+            load: Returns a source tensor as ``mx.load`` would (float8 as uint8). Called for the
+                inputs of ``name`` and of the tensors that are evaluated with it.
 
         Returns:
             The tensor, evaluated, with the dtype and shape of its ``info``.
@@ -81,26 +82,23 @@ def mlx_lm_layout(
     global_scale: bool = False,
     adapt: Adapter | None = None,
 ) -> MlxLmLayout:
-    """Learn what ``mlx_lm.convert`` would make of a checkpoint, without its data.
+    """Determine the result of ``mlx_lm.convert`` for a checkpoint without its data.
 
     Args:
         config: ``config.json`` as ``mlx_lm.utils.load_config`` gives it (with the
             ``eos_token_id`` of ``generation_config.json``). For a source in MLX's quantized
             format its ``quantization`` block describes the triples in ``tensors``.
         tensors: Name -> dtype and shape of every source tensor, dense or parts of triples.
-        quantization: What to quantize to; None plans a dense output.
+        quantization: The target; None for a dense output.
         recipe: One of mlx-lm's mixed recipes (``mixed_2_6``); affine only.
         dtype: Header name ("BF16") to cast floating tensors to; None takes the config's.
-        global_scale: Plan mlx-lm's one scale an expert, nvfp4 only.
-        adapt: What is done to a weight map before the class's rule sees it.
-
-    Returns:
-        The layout.
+        global_scale: Whether each expert gets a global scale, nvfp4 only.
+        adapt: Applied to a weight map before the class's ``sanitize``.
 
     Raises:
         UnknownModelError: mlx-lm is not installed or has no class for the model.
-        LayoutError: mlx-lm's own conversion would fail (tensors missing or unknown, all
-            named), or its rule looks at values.
+        LayoutError: mlx-lm's own conversion would fail (all missing or unknown tensors are
+            named), or ``sanitize`` looks at values.
         UsageError: A recipe with another mode than affine.
     """
     trace = run(
@@ -117,8 +115,7 @@ def mlx_lm_layout(
         unlike = [x for x in {**given, **trace.loaded} if given.get(x) != trace.loaded.get(x)]
         raise LayoutError(
             f"mlx-lm changes {pluralize(len(unlike), 'tensor')} after its renaming "
-            f"({join_first(unlike, 5)}): "
-            "turn the source into MLX triples first"
+            f"({join_first(unlike, 5)}): turn the source into MLX triples first"
         )
     outputs = {name: _output(x) for name, x in trace.traced.items()}
     used = {source for x in trace.traced.values() for source in x.sources}
@@ -152,10 +149,10 @@ def _output(traced: Traced) -> ByteCopy | ComputedBySanitize:
 
 
 class _Computer:
-    """Runs the rule on placeholders for all tensors but the inputs of what is asked for.
+    """Runs ``sanitize`` on placeholders for all tensors but the inputs of the requested ones.
 
-    What the rule makes of a placeholder is never evaluated: the trace has shown what depends
-    on what, and that no value decides what is done.
+    Nothing that depends on a placeholder is evaluated: the trace gives the dependencies, and shows
+    that ``sanitize`` does not depend on values.
     """
 
     def __init__(
@@ -192,7 +189,7 @@ class _Computer:
         with self._lock:
             if name not in self._ready:
                 number, batch = self._batch_of[name]
-                # A tensor asked for twice is computed again, alone.
+                # A tensor that is requested twice is computed again, alone.
                 names = batch if number not in self._begun else (name,)
                 self._begun.add(number)
                 self._ready |= self._run(names, load)
@@ -205,9 +202,9 @@ class _Computer:
                 name: load(name) if name in needed else mx.zeros(info.shape, MLX_DTYPE[info.dtype])
                 for name, info in self._tensors.items()
             }
-            made = self._rule(weights)
-            results = {name: mx.contiguous(made[name]) for name in names}
-            del weights, made
+            outputs = self._rule(weights)
+            results = {name: mx.contiguous(outputs[name]) for name in names}
+            del weights, outputs
             mx.eval(list(results.values()))
-        mx.clear_cache()  # else MLX keeps what the next tensor needs in another size
+        mx.clear_cache()  # else MLX keeps buffers that do not fit the next tensor
         return results

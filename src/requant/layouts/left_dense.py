@@ -1,7 +1,7 @@
-"""Layers that stay dense under the source's names because every MLX library leaves them so.
+"""Layers that stay dense under the source's names because every MLX library keeps them dense.
 
-Towers for images and sound with their projectors, and the embedding that a head of masked words
-shares: the libraries build these layers dense, or copy them without their scales.
+These are towers for images and sound with their projectors, which the libraries build dense, and
+the embedding that a head of masked words shares, which they copy without its scales.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from requant.formats import SourceLayer
 TOWER = Reason(ReasonCode.TOWER, "tower for images or sound")
 TIED = Reason(ReasonCode.TIED_EMBEDDING, "shared with a head of masked words")
 
-# What towers and projectors are called, as a part of a layer path between dots.
+# Names of towers and projectors: the part of a layer path between two dots.
 _MODULES = (
     r"vision\w*",
     r"visual\w*",
@@ -39,9 +39,9 @@ _MODULES = (
     r"(siglip|clip|dino|eva_clip|conformer)(v?\d+)?(_\w+)?",
 )
 _TOWER = re.compile(rf"(^|\.)({'|'.join(_MODULES)})(\.|$)")
-# Next to a module that is called the language model, an encoder is for what is not language.
+# Next to a module that is named language_model, an encoder is for images or sound.
 _TEXT, _ENCODER = re.compile(r"(model\.)?language_model\."), re.compile(r"(model\.)?encoder\.")
-# Keys of a config that has such a part next to a text model.
+# Keys of a config that describe such a part next to a text model.
 _KEYS = re.compile(
     r"(vision|visual|vit|audio|speech|sound|image|img|perceiver|projector|mm|acoustic)"
     r"(_\w+)?_(config|cfg|tower|processor)"
@@ -55,10 +55,10 @@ _EMBEDDING = re.compile(r"(^|[._])(embed_tokens|tok_embeddings|word_embeddings|w
 
 
 def left_dense(layers: Iterable[SourceLayer], config: Mapping[str, Any]) -> dict[str, Reason]:
-    """The layers of a checkpoint that stay dense unless they are named, each with the reason.
+    """Return the layers that stay dense unless an option names them, each with the reason.
 
     Args:
-        layers: All of them, under the source's names.
+        layers: All layers of the checkpoint, under the source's names.
         config: ``config.json``.
     """
     layers = tuple(layers)
@@ -73,10 +73,10 @@ def is_of_a_tower(name: str) -> bool:
 def _towers(
     layers: Iterable[SourceLayer], config: Mapping[str, Any]
 ) -> Iterator[tuple[str, Reason]]:
-    """Towers, where they are next to a model of another kind.
+    """Towers that are next to a text model.
 
-    A vision model alone is not a tower of anything: its config has no part for images, and most
-    of its weights would be the tower.
+    A vision model alone is not a tower: its config has no part for images, and most of its weights
+    would belong to the tower.
     """
     inside, outside, paths = 0, 0, []
     layers = tuple(layers)
@@ -100,22 +100,20 @@ def _has_part(config: Mapping[str, Any]) -> bool:
 
 
 def _tied_embeddings(layers: Iterable[SourceLayer]) -> Iterator[tuple[str, Reason]]:
-    """Embeddings whose rows a stored bias counts: the weight of that head is the embedding.
+    """Embeddings that are the weight of a head of which the file has the bias only.
 
-    Such a head has its bias alone in the file. Loaders copy the embedding's weight to it, and
-    know no scales of it.
+    Loaders copy the embedding's weight to the head, but not its scales. The bias has one element
+    for each row of the embedding.
     """
     layers = tuple(layers)
     paths = {layer.path for layer in layers if layer.is_weight}
-    heads = {
-        layer.shape[0]
-        for layer in layers
-        if len(layer.shape) == 1
-        and layer.path.endswith(".bias")
-        and _HEAD.search(layer.path.removesuffix(".bias"))
-        and paths.isdisjoint({(head := layer.path.removesuffix(".bias")), f"{head}.decoder"})
-    }
+    rows = set()
+    for layer in layers:
+        head = layer.path.removesuffix(".bias")
+        is_bias = len(layer.shape) == 1 and head != layer.path
+        if is_bias and _HEAD.search(head) and paths.isdisjoint({head, f"{head}.decoder"}):
+            rows.add(layer.shape[0])
     for layer in layers:
         is_table = layer.is_weight and len(layer.shape) == 2 and _EMBEDDING.search(layer.path)
-        if is_table and layer.shape[0] in heads:
+        if is_table and layer.shape[0] in rows:
             yield layer.path, TIED

@@ -1,4 +1,4 @@
-"""Whether mlx-lm loads a set of tensors: its own loading is run on a checkpoint without data."""
+"""Check whether mlx-lm loads a set of tensors by running its loader on files without data."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def why_unloadable(config: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> str:
-    """Why mlx-lm does not load a folder with this config and these tensors; "" where it does."""
+    """Return why mlx-lm does not load a folder of this config and these tensors; "" if it does."""
     if why := missing_class_reason(config):
         return why
     try:
@@ -33,10 +33,10 @@ def why_unloadable(config: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -
 
 
 def find_load_error(layout: MlxLmLayout, infos: Mapping[str, TensorInfo]) -> str:
-    """Why mlx-lm does not load its own layout with further tensors; "" where it does.
+    """Return why mlx-lm does not load its own layout with further tensors; "" if it does.
 
-    mlx-lm runs ``sanitize`` on what it loads too, so ``sanitize`` must drop the further tensors
-    again, and leave the others as they are.
+    mlx-lm runs ``sanitize`` when it loads a model, too: it must drop the further tensors again and
+    leave the others unchanged.
 
     Args:
         layout: mlx-lm's layout.
@@ -49,9 +49,9 @@ def find_load_error(layout: MlxLmLayout, infos: Mapping[str, TensorInfo]) -> str
         again = mlx_lm_layout(dense, infos)
     except RequantError as error:
         return " ".join(str(error).split())
-    for name, made in again.tensors.items():
-        same = isinstance(made, ByteCopy) and made.inputs == (name,) and len(made.extents) == 1
-        if not same or made.info != infos.get(name):
+    for name, x in again.tensors.items():
+        is_same = isinstance(x, ByteCopy) and x.inputs == (name,) and len(x.extents) == 1
+        if not is_same or x.info != infos.get(name):
             return f"with them its rule changes {name} once more"
     return ""
 

@@ -1,8 +1,8 @@
-"""What loaders that go by module path call the layers of a file with the source's names.
+"""Module paths under which loaders look for the layers of a file with the source's names.
 
-mlx-vlm renames tensors while it loads them, and then looks for a layer's own bits under the name
-of its module: that name, or the same without ``language_model.`` (mlx_vlm/utils.py,
-_quantization_path_aliases). It and mlx-lm stack experts that are stored one by one.
+mlx-vlm renames tensors while it loads them, and then looks for a layer's own bits under the path
+of its module, with or without ``language_model.`` (mlx_vlm/utils.py,
+_quantization_path_aliases). mlx-vlm and mlx-lm stack experts that are stored one by one.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-# How the packages of mlx-vlm rename what comes before a layer, one after the other.
+# Prefixes of layer paths in files, and what models of mlx-vlm rename them to.
 _RENAMED = (
     ("model.language_model.", "language_model.model."),
     ("model.text_model.", "language_model."),
@@ -37,24 +37,22 @@ _PROJECTIONS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
 
 def module_names(entries: Mapping[str, Any]) -> dict[str, Any]:
-    """The same entries under the names of modules, where these differ and are not another layer's.
+    """Return the entries of a config under module paths that differ from the layer paths.
 
     Args:
-        entries: Layer path -> what the config says of it.
+        entries: Layer path -> its entry in the config.
 
     Returns:
-        Name of a module -> what the config says of the layer. Experts of one module that
-        differ have no common entry.
+        Module path -> entry. There is none where experts of one module differ.
     """
-    found: dict[str, Any] = {}
-    unlike: set[str] = set()
+    renamed: dict[str, Any] = {}
+    ambiguous: set[str] = set()
     for path, entry in entries.items():
         stack = _stacked(path)
-        names = (*_renamed(path), *((stack, *_renamed(stack)) if stack else ()))
-        for name in names:
-            if found.setdefault(name, entry) != entry:
-                unlike.add(name)
-    return {k: v for k, v in found.items() if k not in unlike and k not in entries}
+        for name in (*_renamed(path), *((stack, *_renamed(stack)) if stack else ())):
+            if renamed.setdefault(name, entry) != entry:
+                ambiguous.add(name)
+    return {k: v for k, v in renamed.items() if k not in ambiguous and k not in entries}
 
 
 def _renamed(path: str) -> Iterator[str]:
@@ -64,8 +62,6 @@ def _renamed(path: str) -> Iterator[str]:
 
 
 def _stacked(path: str) -> str:
-    """The module that holds an expert once all of them are stacked."""
+    """The module of an expert once all of them are stacked; "" for other layers."""
     match = _EXPERT.fullmatch(path)
-    if match is None:
-        return ""
-    return f"{match[1]}.switch_mlp.{_PROJECTIONS.get(match[2], match[2])}"
+    return f"{match[1]}.switch_mlp.{_PROJECTIONS.get(match[2], match[2])}" if match else ""

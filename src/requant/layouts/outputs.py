@@ -1,4 +1,4 @@
-"""How each tensor of mlx-lm's layout comes to be: bytes of the source, or computed.
+"""The two ways in which a tensor of mlx-lm's layout is made: bytes of the source, or computed.
 
 Plain data without MLX, so that plans can be read where MLX is not installed.
 """

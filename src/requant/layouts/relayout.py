@@ -1,13 +1,13 @@
-"""A checkpoint's layers under the names that mlx-lm gives its tensors.
+"""Give a checkpoint's layers the names and shapes that mlx-lm gives its tensors.
 
-What mlx-lm only moves (renames, stacks, splits) stays bytes of the source files; what its
-model class computes is computed during the run, one tensor at a time.
+Tensors that mlx-lm only moves (renames, stacks, splits) stay bytes of the source files; those that
+its model class computes are computed during the conversion, one at a time.
 
 A quantized layer is shown to mlx-lm as the dense weight that it represents. Where ``sanitize``
-moves whole rows of such weights, the rows of the codes, scales and biases are moved alike, and
-members that are stored unlike each other take an encoding that holds them all (``members``).
-Where it does anything else, the layer is decoded, and its default target, 8 bits, says how it is
-requantized.
+moves whole rows of such weights, the rows of codes, scales and biases are moved in the same way;
+members that are stored in different ways get an encoding that holds all of them
+(``formats.members``). Where it does anything else, the layer is decoded and by default
+requantized to 8 bits.
 """
 
 from __future__ import annotations
@@ -81,17 +81,17 @@ class MlxLmLayoutError(CheckpointError):
 
 @dataclass(eq=False)
 class Relayout:
-    """What mlx-lm decides about a checkpoint, and its layers under mlx-lm's names.
+    """mlx-lm's layout of a checkpoint, and its layers under mlx-lm's names.
 
-    Not data: it holds mlx-lm's functions, and keeps what it computed once.
+    Not data: it holds mlx-lm's functions and caches.
 
     Attributes:
         layout: mlx-lm's names, choice of layers and config.
         source_layers: Name -> the source's layer that mlx-lm was shown under it, as dense values.
         source: The source's layers as they are stored.
-        extra_tensors: Names that were shown, that mlx-lm has no use for, and that are kept.
+        extra_tensors: Names of the shown tensors that mlx-lm does not use, and that are kept.
         load_error: Why mlx-lm would not load the output with these; "" where it does.
-        form: What was done to the experts before the class saw them; "" where nothing was.
+        form: How the experts were converted for the class; "" where they were not.
     """
 
     layout: MlxLmLayout
@@ -115,7 +115,7 @@ class Relayout:
         )
 
     def _dropped(self) -> Iterator[tuple[str, str]]:
-        """The source's tensors that mlx-lm has no use for, each with the reason."""
+        """The source's tensors that mlx-lm does not use, each with the reason."""
         for name in self.layout.dropped:
             if name in self.extra_tensors:
                 continue
@@ -163,7 +163,7 @@ class Relayout:
         return raw_bytes(self.layout.compute(name, load))
 
     def _gather(self, output: ByteCopy, fill: ReadValues) -> np.ndarray:
-        """Bytes that are moved, but not in whole rows of one encoding; one source at a time."""
+        """A tensor of moved bytes that are not whole rows of one encoding; source by source."""
         result = np.empty(output.info.nbytes, np.uint8)
         starts = [0, *accumulate(extent.nbytes for extent in output.extents)]
         for source in output.inputs:
@@ -189,14 +189,12 @@ class Relayout:
         if isinstance(output, ByteCopy):
             strided = sum(extent.times for extent in output.extents if extent.times > 1)
             if strided <= MAX_RANGES:
-                tensor = coalesced_tensor(name, output.info, self._stored(output))
-                return replace(
-                    dense_layer(tensor), row_order=sources[0].row_order if sources else None
-                )
+                layer = dense_layer(coalesced_tensor(name, output.info, self._stored(output)))
+                return replace(layer, row_order=sources[0].row_order if sources else None)
         return dense_layer(ComputedTensor(name, output.info, output.inputs))
 
     def _in_other_order(self, name: str, sources: Sequence[SourceLayer]) -> SourceLayer:
-        """A dense tensor whose values a packing brings into order."""
+        """A dense tensor whose values a packing reorders."""
         output, first = self.layout.tensors[name], sources[0]
         whole = isinstance(output, ByteCopy) and len(sources) == len(output.extents) == 1
         if not whole or output.info != TensorInfo(first.dtype, first.shape):
@@ -212,14 +210,14 @@ class Relayout:
                 yield from cut(part, start, stop)
 
     def _runs(self, name: str) -> tuple[RowRange, ...] | None:
-        """The rows of source layers that make up an output; None if it is not made of rows."""
+        """The rows of source layers that an output consists of; None if it is not made of rows."""
         output = self.layout.tensors[name]
         if not isinstance(output, ByteCopy) or not name.endswith(".weight"):
             return None
         return row_runs(output, self.source_layers)
 
     def _moved_codes(self, name: str, sources: Sequence[SourceLayer]) -> SourceLayer | None:
-        """The codes of the sources as rows of one layer; None where only their values serve."""
+        """The codes of the sources as rows of one layer; None where they must be decoded."""
         path, shape = name.removesuffix(".weight"), self.layout.tensors[name].info.shape
         runs = self._runs(name)
         if runs is None:
@@ -246,7 +244,10 @@ class Relayout:
     def _moved_parts(
         self, path: str, shape: tuple[int, ...], runs: Sequence[RowRange]
     ) -> dict[str, SourceTensor] | None:
-        """Weight, scales and biases of rows that are stored as MLX's; None without a place."""
+        """Weight, scales and biases of rows in MLX's encoding.
+
+        None where they have a global scale and the class has no place for it.
+        """
         parts: dict[str, SourceTensor] = {}
         for role, part in runs[0].layer.parts.items():
             if role == "global_scale":
@@ -261,28 +262,28 @@ class Relayout:
         return parts
 
     def _keeps_tensor_scales(self, path: str, sources: Sequence[SourceLayer]) -> bool:
-        """Whether NVFP4's tensor scales stay numbers of their own.
+        """Whether NVFP4's tensor scales are kept as tensors of their own.
 
-        They do where they do not fold into the group scales, and the class takes them.
+        They are where they cannot be multiplied into the group scales, and the class loads them.
         """
         if path not in self.layout.with_global_scale:
             return False
         return all(map(has_tensor_scale, sources)) and any(x.encoding is None for x in sources)
 
     def _decoded(self, name: str, sources: Sequence[SourceLayer]) -> SourceLayer:
-        """A layer whose values are needed; without a request it is requantized to 8 bits."""
+        """A layer that is computed from decoded values; by default requantized to 8 bits."""
         output = self.layout.tensors[name]
         layer = dense_layer(ComputedTensor(name, output.info, output.inputs))
-        codes = layer.path in self.layout.quantizable
+        quantizable = layer.path in self.layout.quantizable
+        choices = [x.policy.requires_choice for x in sources]
         return replace(
             layer,
+            is_decoded=True,
             stored_description=" and ".join(dict.fromkeys(x.stored_as for x in sources)),
             policy=DefaultPolicy(
-                fallback=recomputed(sources, layer.shape[-1]) if codes else None,
+                fallback=recomputed(sources, layer.shape[-1]) if quantizable else None,
                 reason=REENCODED_BY_SANITIZE,
-                requires_choice=next(
-                    (x.policy.requires_choice for x in sources if x.policy.requires_choice), ""
-                ),
+                requires_choice=next(filter(None, choices), ""),
             ),
         )
 
@@ -295,19 +296,19 @@ def build_relayout(
     recipe: str | None = None,
     keep_extra: bool = False,
 ) -> Relayout:
-    """Lay a checkpoint out as mlx-lm would.
+    """Make mlx-lm's layout of a checkpoint.
 
     Args:
         checkpoint: The source.
         source: Its layers as they are stored.
-        quantization: What mlx-lm's choice of layers is asked for; None for a dense model,
-            and for a quantized one that keeps its codes.
+        quantization: The target of mlx-lm's choice of layers; None for a dense model, and for a
+            quantized one that keeps its codes.
         dtype: Header name that floating tensors are cast to.
         recipe: One of mlx-lm's own.
-        keep_extra: Keep what mlx-lm's class has no use for, under its own names.
+        keep_extra: Keep the tensors that mlx-lm's class does not use, under their own names.
 
     Raises:
-        CheckpointError: mlx-lm is not installed, does not know the model, or would itself
+        CheckpointError: mlx-lm is not installed, has no class for the model, or would itself
             fail on this checkpoint.
     """
     if why := missing_class_reason(checkpoint.config):
@@ -321,17 +322,17 @@ def build_relayout(
         raise MlxLmLayoutError(checkpoint, why, NO_CLASS_HINT) from error
     shown = {x.dense_name: x for x in (layer.as_named or layer for layer in source.layers)}
     infos = {name: TensorInfo(layer.dtype, layer.shape) for name, layer in shown.items()}
-    take = partial(layout_in_any_form, quantization=quantization, recipe=recipe, dtype=dtype)
+    lay_out = partial(layout_in_any_form, quantization=quantization, recipe=recipe, dtype=dtype)
     with _layout_errors(checkpoint):
-        # Not our own reading of config.json: mlx-lm adds what generation_config.json says.
-        is_made = checkpoint.gguf is not None
-        config = deepcopy(dict(checkpoint.config)) if is_made else load_config(checkpoint.path)
+        # Not our own reading of config.json: mlx-lm adds entries of generation_config.json.
+        is_gguf = checkpoint.gguf is not None
+        config = deepcopy(dict(checkpoint.config)) if is_gguf else load_config(checkpoint.path)
         config = without_blocks(with_changes(config, checkpoint.corrections))
-        layout, form = take(config, infos)
-        if unlike := _unlike(layout, shown):
-            shown |= {name: in_float32(shown[name]) for name in unlike}
-            infos = {name: TensorInfo(layer.dtype, layer.shape) for name, layer in shown.items()}
-            layout, form = take(config, infos)
+        layout, form = lay_out(config, infos)
+        if narrow := _narrow_members(layout, shown):
+            shown |= {name: in_float32(shown[name]) for name in narrow}
+            infos |= {name: TensorInfo("F32", infos[name].shape) for name in narrow}
+            layout, form = lay_out(config, infos)
     if not keep_extra:
         return Relayout(layout, shown, source, form=form)
     extra = tuple(name for name in layout.dropped if name not in layout.tensors)
@@ -348,7 +349,7 @@ def build_relayout(
 
 @contextmanager
 def _layout_errors(checkpoint: Checkpoint) -> Iterator[None]:
-    """Raise what mlx-lm has against a checkpoint as one class of errors."""
+    """Translate the errors of mlx-lm's layout to MlxLmLayoutError."""
     try:
         yield
     except UsageError:
@@ -362,27 +363,22 @@ def _layout_errors(checkpoint: Checkpoint) -> Iterator[None]:
         raise MlxLmLayoutError(checkpoint, message) from error
 
 
-def _unlike(layout: MlxLmLayout, shown: Mapping[str, SourceLayer]) -> list[str]:
-    """Inputs of outputs that join codes and differ in dtype: float32 holds the values of all."""
-    found: list[str] = []
+def _narrow_members(layout: MlxLmLayout, shown: Mapping[str, SourceLayer]) -> list[str]:
+    """Inputs of outputs that join quantized layers of several dtypes, but for float32 ones.
+
+    float32 holds the values of all of them.
+    """
+    narrow: list[str] = []
     for output in layout.tensors.values():
         layers = [shown[name] for name in output.inputs]
         dtypes = {layer.dtype for layer in layers}
         if len(dtypes) > 1 and dtypes <= set(KERNEL_FLOATS) and any(x.is_quantized for x in layers):
-            found += (
-                x for x, layer in zip(output.inputs, layers, strict=True) if layer.dtype != "F32"
-            )
-    return found
+            narrow += (name for name in output.inputs if shown[name].dtype != "F32")
+    return narrow
 
 
 def _merge_key(layer: SourceLayer) -> tuple[object, ...]:
-    """What layers must have in common for their rows to be in one."""
+    """The properties that layers must share for their rows to be in one layer."""
     dtypes = tuple((role, part.info.dtype) for role, part in layer.parts.items())
-    return (
-        layer.encoding,
-        layer.policy.fallback,
-        layer.dtype,
-        layer.stored_description,
-        type(layer.packing),
-        dtypes,
-    )
+    stored_kind = None if layer.packing is None else layer.packing.stored_kind
+    return layer.encoding, layer.policy.fallback, layer.dtype, stored_kind, dtypes

@@ -1,7 +1,7 @@
-"""Byte ranges and rows: which rows of source layers an output consists of, and where they lie.
+"""Find the rows of source layers that an output consists of, and their byte ranges.
 
 mlx-lm is shown dense weights. Where its layout only moves whole rows of these, the rows of codes,
-scales and biases can be moved alike, though they have other sizes in bytes.
+scales and biases can be moved in the same way, though they have other sizes in bytes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from requant.formats.base import RowRange, SourceLayer
 from requant.formats.matrix_scales import scale_of_each_matrix
 from requant.layouts.outputs import ByteCopy
 
-# Strided bytes are read range by range up to so many of them, else by way of memory.
+# The most ranges of strided bytes that are read one by one; more are gathered in memory.
 MAX_RANGES = 1024
 
 
@@ -57,7 +57,7 @@ def row_runs(output: ByteCopy, layers: Mapping[str, SourceLayer]) -> tuple[RowRa
 
 
 def row_byte_ranges(run: RowRange, role: str) -> Iterator[FileRange]:
-    """Where one part of a quantized layer has these rows.
+    """The byte ranges of these rows in one part of a quantized layer.
 
     Example: codes of 4 bits in a layer of shape (4, 8) have 4 bytes a row, so that
     ``RowRange(a, start=1, count=2)`` is bytes 4 to 12 of ``a.weight``; with ``step=2`` it is rows 1

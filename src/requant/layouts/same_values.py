@@ -1,6 +1,6 @@
-"""Whether two layers of a checkpoint hold the same values, read piece by piece.
+"""Compare the values of two layers of a checkpoint, read piece by piece.
 
-Stops at the first difference, so that two different matrices cost one small read each.
+The comparison stops at the first difference, so that different matrices cost one small read each.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from requant.checkpoints.checkpoint import Checkpoint, ComputedTensor, SourceTen
 from requant.core.dtypes import FLOATS, HEADER_NAME, NUMPY_DTYPE
 from requant.formats import SourceLayer
 
-# The first piece mostly distinguishes two matrices; the last ones bound the memory.
+# Two different matrices mostly differ in the first piece. Later ones are larger, up to a limit.
 _FIRST_VALUES = 1 << 15
 _MOST_VALUES = 1 << 22
 
@@ -20,7 +20,7 @@ def same_values(checkpoint: Checkpoint, one: SourceLayer, other: SourceLayer) ->
     """Whether two layers hold equal values.
 
     Dense layers are compared value by value, whatever their dtypes; quantized ones are equal
-    where their codes, scales and all other parts are. What is stored in two ways is different.
+    where their codes, scales and all other parts are. Layers stored in two ways are different.
     """
     key = f"{one.path} = {other.path}"
     compared = checkpoint.opened.compared

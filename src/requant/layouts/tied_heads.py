@@ -1,8 +1,8 @@
-"""Output heads and embeddings: whether they are one tensor, decided by the tensors.
+"""Decide by the tensors whether the output head and the embedding are tied.
 
 ``tie_word_embeddings`` of a config says that the head is the embedding. Where that flag and the
-tensors disagree, the tensors are right: a head with the embedding's values is left out, another
-one is kept and the flag set false, and a model without a head is tied.
+tensors disagree, the tensors count: a head with the embedding's values is left out, any other head
+is kept and the flag set to false, and a model without a head is tied.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ from requant.layouts.relayout import MlxLmLayoutError, Relayout
 from requant.layouts.same_values import same_values
 from requant.text import format_value
 
+Declared = Mapping[Key, bool | None]
+"""Key of the config -> the flag there; None where a class may read it and the config has none."""
+
 
 @dataclass(frozen=True, slots=True)
 class Variant:
@@ -35,17 +38,29 @@ class Variant:
     layout: SourceLayout
     notes: tuple[Note, ...] = ()
 
+    def changed(self, declared: Declared, value: bool, reason: str) -> Variant:
+        """The variant with every flag set to ``value``, and a note with the reason for it."""
+        changes = {key: value for key, old in declared.items() if old is not value}
+        flag = ""
+        if changes:
+            key = next(iter(changes))
+            was = "absent" if declared[key] is None else format_value(declared[key])
+            now = f"{'.'.join(key)} is {format_value(value)}"
+            flag = f", and {now} in the output's config ({was} in the source's)"
+        note = Note(NoteCode.TIED_HEAD, f"{reason}{flag}.")
+        return Variant(self.checkpoint.corrected(changes), self.layout, (note,))
+
 
 def _is_copy(checkpoint: Checkpoint, pair: Pair) -> bool:
-    """Whether the head adds nothing to the embedding: the same values, and no bias."""
+    """Whether there is a head with the values of the embedding and without a bias."""
     head = pair.head
-    assert head is not None
-    has_bias = f"{head.path}.bias" in checkpoint.tensors
-    return not has_bias and same_values(checkpoint, head, pair.embedding)
+    if head is None or f"{head.path}.bias" in checkpoint.tensors:
+        return False
+    return same_values(checkpoint, head, pair.embedding)
 
 
 def agreed(checkpoint: Checkpoint, layout: SourceLayout) -> Variant:
-    """Correct what the flag says, where the tensors say another thing."""
+    """Correct the flag where the tensors disagree with it."""
     pair = find_pair(layout.layers)
     declared = dict(flags(checkpoint.config))
     unchanged = Variant(checkpoint, layout)
@@ -53,12 +68,12 @@ def agreed(checkpoint: Checkpoint, layout: SourceLayout) -> Variant:
         return unchanged
     if pair.head is None:
         is_wrong = not all(declared.values()) and has_scores(checkpoint.config)
-        return _tied(checkpoint, layout, pair, declared) if is_wrong else unchanged
+        return _tied(unchanged, pair, declared) if is_wrong else unchanged
     if not any(declared.values()):
         return unchanged
     if _is_copy(checkpoint, pair):
-        return _without_copy(checkpoint, layout, pair, declared)
-    return _untied(checkpoint, layout, pair, declared)
+        return _without_copy(unchanged, pair, pair.head, declared)
+    return _untied(unchanged, pair, pair.head, declared)
 
 
 def laid_out(
@@ -66,7 +81,7 @@ def laid_out(
     layout: SourceLayout,
     attempt: Callable[[Checkpoint, SourceLayout], Relayout],
 ) -> tuple[Checkpoint, Relayout, tuple[Note, ...]]:
-    """A layout of mlx-lm's class in which a head that the model has is kept.
+    """Return a layout of mlx-lm's class in which a stored head is kept.
 
     Where the class drops such a head, or has no place for a tensor, the flag is set wherever
     the class may read it.
@@ -74,10 +89,10 @@ def laid_out(
     Args:
         checkpoint: The source.
         layout: Its layers.
-        attempt: Lays out a checkpoint and its layers.
+        attempt: Makes mlx-lm's layout of a checkpoint and its layers.
 
     Returns:
-        The checkpoint with the config that the layout is of, the layout, and notes.
+        The checkpoint with the config of the layout, the layout, and notes.
 
     Raises:
         CheckpointError: As ``attempt`` does, or the class ties what differs.
@@ -86,22 +101,22 @@ def laid_out(
     pair = find_pair(layout.layers)
     for variant in _variants(checkpoint, layout, pair):
         try:
-            moved = attempt(variant.checkpoint, variant.layout)
+            relayout = attempt(variant.checkpoint, variant.layout)
         except CheckpointError as error:
             first = first or error
             if pair is None or missing_class_reason(checkpoint.config):
                 raise
             continue
-        if pair is None or pair.head is None or not _loses(moved, pair.head):
-            return variant.checkpoint, moved, variant.notes
-        if _is_copy(checkpoint, pair):
-            return variant.checkpoint, moved, variant.notes
+        # The head is kept if an output has its values, or the embedding is a copy of it.
+        head = None if pair is None else pair.head
+        is_kept = head is None or head.dense_name not in relayout.layout.dropped
+        if pair is None or is_kept or _is_copy(checkpoint, pair):
+            return variant.checkpoint, relayout, variant.notes
     assert pair is not None
-    head = pair.head
-    if head is not None and not _is_copy(checkpoint, pair):
-        layers = tuple(layer for layer in layout.layers if layer is not head)
+    if pair.head is not None and not _is_copy(checkpoint, pair):
+        layers = tuple(layer for layer in layout.layers if layer is not pair.head)
         if first is None or _succeeds(attempt, checkpoint, replace(layout, layers=layers)):
-            raise _always_tied(checkpoint, pair) from first
+            raise _always_tied(checkpoint, pair.head, pair.embedding) from first
     assert first is not None
     raise first
 
@@ -119,130 +134,87 @@ def _succeeds(
 
 
 def _variants(checkpoint: Checkpoint, layout: SourceLayout, pair: Pair | None) -> Iterator[Variant]:
-    """What the class is shown, one after another, until it takes one."""
+    """The variants that the class is given, one after another, until it loads one."""
     yield agreed(checkpoint, layout)
     if pair is None:
         return
     everywhere: dict[Key, bool | None] = dict.fromkeys(flag_places(checkpoint.config))
     everywhere |= dict(flags(checkpoint.config))
-    as_it_is = Variant(checkpoint, layout)
+    unchanged = Variant(checkpoint, layout)
     if pair.head is None:
         if has_scores(checkpoint.config):
-            yield _tied(checkpoint, layout, pair, everywhere)
-            yield as_it_is
+            yield _tied(unchanged, pair, everywhere)
+            yield unchanged
             for path in _head_paths(pair.embedding):
-                yield _with_copy(checkpoint, layout, pair, everywhere, path)
-    elif _is_copy(checkpoint, pair):
-        yield _without_copy(checkpoint, layout, pair, everywhere)
-        yield as_it_is
-        yield _untied(checkpoint, layout, pair, everywhere)
-    else:
-        yield _untied(checkpoint, layout, pair, everywhere)
-
-
-def _loses(moved: Relayout, head: SourceLayer) -> bool:
-    """Whether no tensor of the output holds the head's values."""
-    return head.dense_name in moved.layout.dropped
+                yield _with_copy(unchanged, pair.embedding, path, everywhere)
+        return
+    if _is_copy(checkpoint, pair):
+        yield _without_copy(unchanged, pair, pair.head, everywhere)
+        yield unchanged
+    yield _untied(unchanged, pair, pair.head, everywhere)
 
 
 # -- corrections, each with its note -----------------------------------------------------------
 
 
-def _without_copy(
-    checkpoint: Checkpoint, layout: SourceLayout, pair: Pair, declared: Mapping[Key, bool | None]
-) -> Variant:
-    head, embedding = pair.head, pair.embedding
-    assert head is not None
-    reason = f"holds the values of {embedding.dense_name}, to which the head is tied"
+def _without_copy(source: Variant, pair: Pair, head: SourceLayer, declared: Declared) -> Variant:
+    """Without the head, whose values the embedding has too."""
+    reason = f"holds the values of {pair.embedding.dense_name}, to which the head is tied"
     dropped = tuple((part.name, reason) for part in head.parts.values())
-    layers = tuple(layer for layer in layout.layers if layer is not head)
-    note = f"{head.dense_name} {reason}: it is left out{_set(declared, True)}."
-    return Variant(
-        checkpoint.corrected(_changes(declared, True)),
-        replace(layout, layers=layers, dropped=(*layout.dropped, *dropped)),
-        (Note(NoteCode.TIED_HEAD, note),),
-    )
+    layers = tuple(layer for layer in source.layout.layers if layer is not head)
+    layout = replace(source.layout, layers=layers, dropped=(*source.layout.dropped, *dropped))
+    why = f"{head.dense_name} {reason}: it is left out"
+    return replace(source, layout=layout).changed(declared, True, why)
 
 
 def _head_paths(embedding: SourceLayer) -> tuple[str, ...]:
-    """What a head of this embedding may be called: next to the part it is in, or by itself."""
+    """Possible paths of this embedding's head: next to the module that it is in, or outermost.
+
+    Example: ``model.decoder.embed_tokens`` gives ``model.lm_head`` and ``lm_head``.
+    """
     *below, _, name = ["", *embedding.path.split(".")]
     head = "embed_out" if name == "embed_in" else "lm_head"
     return tuple(dict.fromkeys((".".join([*below[1:], head]), head)))
 
 
-def _with_copy(
-    checkpoint: Checkpoint,
-    layout: SourceLayout,
-    pair: Pair,
-    declared: Mapping[Key, bool | None],
-    path: str,
-) -> Variant:
-    """For a class that has no form with a tied head: the embedding once more."""
-    embedding = pair.embedding
+def _with_copy(source: Variant, embedding: SourceLayer, path: str, declared: Declared) -> Variant:
+    """With a copy of the embedding as the head, for a class that has no tied head."""
     parts = {
         role: replace(part, name=part.name.replace(embedding.path, path, 1))
         for role, part in embedding.parts.items()
     }
-    note = (
+    layers = (*source.layout.layers, replace(embedding, path=path, parts=parts))
+    why = (
         f"There is no head next to {embedding.dense_name}, and mlx-lm's class has one in every "
-        f"model: {path}.weight is a copy of the embedding{_set(declared, False)}."
+        f"model: {path}.weight is a copy of the embedding"
     )
-    layers = (*layout.layers, replace(embedding, path=path, parts=parts))
-    changed = checkpoint.corrected(_changes(declared, False))
-    notes = (Note(NoteCode.TIED_HEAD, note),)
-    return Variant(changed, replace(layout, layers=layers), notes)
+    layout = replace(source.layout, layers=layers)
+    return replace(source, layout=layout).changed(declared, False, why)
 
 
-def _untied(
-    checkpoint: Checkpoint, layout: SourceLayout, pair: Pair, declared: Mapping[Key, bool | None]
-) -> Variant:
-    assert pair.head is not None
-    head, embedding = pair.head, pair.embedding
+def _untied(source: Variant, pair: Pair, head: SourceLayer, declared: Declared) -> Variant:
+    embedding = pair.embedding
     found = f"{head.dense_name} ({head.stored_as}) is not {embedding.dense_name}"
     if head.stored_as != embedding.stored_as:
         found += f" ({embedding.stored_as})"
-    if _is_copy(checkpoint, pair):
+    if _is_copy(source.checkpoint, pair):
         found = (
             f"mlx-lm's class has a head in every model, here the values of {embedding.dense_name}"
         )
-    note = f"{found}: the head is kept{_set(declared, False)}."
-    notes = (Note(NoteCode.TIED_HEAD, note),)
-    return Variant(checkpoint.corrected(_changes(declared, False)), layout, notes)
+    return source.changed(declared, False, f"{found}: the head is kept")
 
 
-def _tied(
-    checkpoint: Checkpoint, layout: SourceLayout, pair: Pair, declared: Mapping[Key, bool | None]
-) -> Variant:
-    note = (
-        f"There is no head next to {pair.embedding.dense_name}: the head is tied to it"
-        f"{_set(declared, True)}."
-    )
-    notes = (Note(NoteCode.TIED_HEAD, note),)
-    return Variant(checkpoint.corrected(_changes(declared, True)), layout, notes)
+def _tied(source: Variant, pair: Pair, declared: Declared) -> Variant:
+    why = f"There is no head next to {pair.embedding.dense_name}: the head is tied to it"
+    return source.changed(declared, True, why)
 
 
-def _changes(declared: Mapping[Key, bool | None], value: bool) -> dict[Key, bool]:
-    return {key: value for key, old in declared.items() if old is not value}
-
-
-def _set(declared: Mapping[Key, bool | None], value: bool) -> str:
-    """What becomes of the flags that say another thing."""
-    changed = _changes(declared, value)
-    if not changed:
-        return ""
-    key = next(iter(changed))
-    was = "absent" if declared[key] is None else format_value(declared[key])
-    now = f"{'.'.join(key)} is {format_value(value)}"
-    return f", and {now} in the output's config ({was} in the source's)"
-
-
-def _always_tied(checkpoint: Checkpoint, pair: Pair) -> CheckpointError:
-    assert pair.head is not None
+def _always_tied(
+    checkpoint: Checkpoint, head: SourceLayer, embedding: SourceLayer
+) -> CheckpointError:
     message = (
-        f"differs from {pair.embedding.dense_name}, and mlx-lm's class for model_type "
+        f"differs from {embedding.dense_name}, and mlx-lm's class for model_type "
         f"{format_value(checkpoint.config.get('model_type'))} has no head but its embedding; "
-        "--layout "
-        "keep keeps both"
+        "--layout keep keeps both"
     )
-    return MlxLmLayoutError(checkpoint, message, tensor=pair.head.dense_name)
+    return MlxLmLayoutError(checkpoint, message, tensor=head.dense_name)

@@ -98,6 +98,11 @@ class Packing(ABC):
         return self.rows
 
     @property
+    def stored_kind(self) -> tuple[object, ...]:
+        """The way of storing, whatever the size: equal for layers that are stored alike."""
+        return (type(self),)
+
+    @property
     def scratch_row_bytes(self) -> int:
         """Bytes of scratch memory that ``repack`` takes for a row, where they are many."""
         return 0
@@ -226,6 +231,11 @@ class IntegerPacking(Packing):
     group: int
     symmetric: bool
     scale_dtype: str
+
+    @property
+    def stored_kind(self) -> tuple[object, ...]:
+        """The class with bits and group."""
+        return type(self), self.bits, self.group
 
     @property
     def groups(self) -> int:

@@ -1,6 +1,6 @@
-"""Statistics meet a plan's steps: what an error of each input counts where scales are searched for.
+"""Attach the importance of each input to the steps of a plan that search for scales.
 
-Knows steps and statistics files, and nothing of formats; reads no weights.
+Works on steps and statistics files; knows no formats and reads no weights.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ class WeightedSteps:
     """Steps with the statistics of their layers.
 
     Attributes:
-        steps: As they came, those that search with the weights of their layer's inputs.
+        steps: All steps; those that search have the importance of their layer's inputs.
         layers_without_statistics: Layers that are searched without statistics.
-        experts_without_tokens: Layer -> its experts that no token reached; they are searched
-            without, too.
-        gptq_skipped: Layer -> why GPTQ, where it is requested, does not work on it.
+        experts_without_tokens: Layer -> number of its experts that no token reached; they are
+            searched without statistics, too.
+        gptq_skipped: Layer -> why GPTQ, where it is requested, cannot be applied.
     """
 
     steps: tuple[Step, ...]
@@ -40,14 +40,12 @@ class WeightedSteps:
 
     @property
     def reasons(self) -> dict[str, Reason]:
-        """Layer -> what is to be said of it in the table."""
-        return {
-            **self.gptq_skipped,
-            **dict.fromkeys(self.layers_without_statistics, WITHOUT_STATISTICS),
-        }
+        """Layer -> the reason in the table of layers."""
+        unweighted = dict.fromkeys(self.layers_without_statistics, WITHOUT_STATISTICS)
+        return {**self.gptq_skipped, **unweighted}
 
     def notes(self, statistics: StatisticsFile) -> Iterator[Note]:
-        """What the user should know of them."""
+        """The notes for the user."""
         searched = {step.layer for step in self.steps if step.importance is not None}
         name = statistics.source.rpartition("/")[2]
         text = f"Errors of {pluralize(len(searched), 'layer')} are weighted by {name} (--imatrix)."
@@ -77,29 +75,28 @@ def attach_importance(
     statistics: StatisticsFile,
     gptq: bool = False,
 ) -> WeightedSteps:
-    """Give each step that searches the statistics of its layer.
+    """Attach to each step that searches the statistics of its layer.
 
     Args:
         steps: Of a plan.
         shapes: Layer -> shape of its weight, ``(..., out, in)``.
         statistics: The file.
-        gptq: Hand errors on, wherever the file has Hessians.
+        gptq: Whether to use GPTQ wherever the file has Hessians.
 
     Raises:
-        CheckpointError: A shape disagrees, the file knows none of the layers, or it has no
-            Hessian at all.
+        CheckpointError: A shape disagrees, or the file has none of the layers or no Hessian.
     """
     steps = tuple(steps)
     searched = dict.fromkeys(step.layer for step in steps if step.search != "off")
-    found: dict[str, Importance] = {}
+    importance: dict[str, Importance] = {}
     problems: list[Problem] = []
     for layer in searched:
-        answer = statistics.find(layer, shapes[layer])
-        if isinstance(answer, str):
-            problems.append(Problem(layer, answer))
-        elif answer is not None:
-            found[layer] = answer
-    if searched and not found and not problems:
+        found = statistics.find(layer, shapes[layer])
+        if isinstance(found, str):
+            problems.append(Problem(layer, found))
+        elif found is not None:
+            importance[layer] = found
+    if searched and not importance and not problems:
         known = join_first(tuple(statistics.seen))
         message = f"knows none of the layers searched, but {known}: is it of another model?"
         problems = [Problem("statistics", message)]
@@ -110,37 +107,34 @@ def attach_importance(
         problems = [Problem("statistics", message)]
     if problems:
         raise statistics_error(statistics.source, problems)
-    alone = {}
+    skipped = {}
     for step in steps if gptq else ():
-        why = _gptq_skip_reason(step, found.get(step.layer))
+        why = _gptq_skip_reason(step, importance.get(step.layer))
         if why and step.search != "off":
-            alone[step.layer] = why
-    unseen = {
-        layer: len(x.matrices_without_tokens)
-        for layer, x in found.items()
-        if x.matrices_without_tokens
-    }
+            skipped[step.layer] = why
+    weighted = (
+        _step_with_importance(x, importance.get(x.layer), gptq and x.layer not in skipped)
+        for x in steps
+    )
+    unseen = {layer: len(x.matrices_without_tokens) for layer, x in importance.items()}
     return WeightedSteps(
-        tuple(
-            _step_with_importance(step, found.get(step.layer), gptq and step.layer not in alone)
-            for step in steps
-        ),
-        tuple(layer for layer in searched if layer not in found),
-        unseen,
-        alone,
+        steps=tuple(weighted),
+        layers_without_statistics=tuple(layer for layer in searched if layer not in importance),
+        experts_without_tokens={layer: number for layer, number in unseen.items() if number},
+        gptq_skipped=skipped,
     )
 
 
 def _step_with_importance(step: Step, importance: Importance | None, gptq: bool) -> Step:
     if importance is None or step.encode is None or step.search == "off":
         return step
-    if step.rows.columns != importance.in_features:
+    if step.rows.columns != importance.in_features:  # rows that were cut at group borders
         return step
     return replace(step, encode=replace(step.encode, importance=importance, gptq=gptq))
 
 
 def _gptq_skip_reason(step: Step, importance: Importance | None) -> Reason | None:
-    """Why GPTQ does not work on a layer that is searched; None where it does."""
+    """Return why GPTQ cannot be applied to a layer that is searched; None where it can."""
     if step.target is None or step.target.mode is not QuantMode.AFFINE:
         text = "not affine: searched without --gptq"
     elif importance is None or not importance.has_hessians:

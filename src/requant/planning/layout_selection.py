@@ -1,4 +1,4 @@
-"""Which names and shapes the output's layers have: mlx-lm's, or the source's.
+"""Choose the names and shapes of the output's layers: mlx-lm's, or the source's.
 
 ``choose_layout`` tries mlx-lm's layout unless ``--layout keep`` asks for the source's names. Under
 ``--layout auto`` a checkpoint that mlx-lm does not take keeps its names, and the result says why.
@@ -29,15 +29,14 @@ _MAX_REASON_CHARS = 240
 
 @dataclass(frozen=True, slots=True)
 class LayoutResult:
-    """The layers of the output, before anything is decided about them.
+    """The layers of the output, before their targets are selected.
 
     Attributes:
         checkpoint: The source, with the config that belongs to these layers.
         layout: The layers.
         relayout: mlx-lm's layout; None where tensors keep the source's names.
-        notes: What was changed to get there.
-        rejection: Why mlx-lm's layout was tried and is not taken; "" where it was not tried, or
-            is taken.
+        notes: What was changed for this layout.
+        rejection: Why mlx-lm's layout was tried and failed; else "".
     """
 
     checkpoint: Checkpoint
@@ -71,7 +70,7 @@ def choose_layout(
 
 
 def why_not_mlx_lm(chosen: LayoutResult, options: ConvertOptions) -> str:
-    """Why mlx-lm's layout cannot be made, tried now where it was not; "" where it can."""
+    """Return why mlx-lm's layout cannot be made, which is tried if it was not; "" if it can."""
     if chosen.relayout is not None or chosen.rejection:
         return chosen.rejection
     try:
@@ -100,7 +99,7 @@ def _mlx_lm_layout(
     """
     attempt = partial(_mlx_lm_relayout, options=options)
     try:
-        made, moved, notes = laid_out(checkpoint, layout, attempt)
+        corrected, relayout, notes = laid_out(checkpoint, layout, attempt)
     except CheckpointError as error:
         if options.keep_extra or missing_class_reason(checkpoint.config):
             raise
@@ -108,11 +107,11 @@ def _mlx_lm_layout(
         if reduced is None:
             raise
         try:
-            made, moved, notes = laid_out(checkpoint, reduced.layout, attempt)
+            corrected, relayout, notes = laid_out(checkpoint, reduced.layout, attempt)
         except CheckpointError:
-            raise error from None  # what it has against all tensors says more
+            raise error from None  # the error about all tensors says more
         notes = (*notes, *reduced.notes)
-    return LayoutResult(made, moved.layers, moved, notes)
+    return LayoutResult(corrected, relayout.layers, relayout, notes)
 
 
 def _mlx_lm_relayout(
@@ -127,30 +126,26 @@ def _mlx_lm_relayout(
     if target is None and not options.dequantize and not is_quantized(layout):
         target = resolve_quantization()
     recipe = options.recipe
-    mixed = recipe.name if recipe is not None and recipe.is_mixed else None
-    take = partial(
+    build = partial(
         build_relayout,
         quantization=target,
         dtype=options.dtype,
-        recipe=mixed,
+        recipe=recipe.name if recipe is not None and recipe.is_mixed else None,
         keep_extra=options.keep_extra,
     )
-    moved = take(checkpoint, _fold_act_order(layout, options))
-    return moved if moved.keeps_row_orders else take(checkpoint, layout)
+    folded = build(checkpoint, _fold_act_order(layout, options))
+    return folded if folded.keeps_row_orders else build(checkpoint, layout)
 
 
 def _fold_act_order(layout: SourceLayout, options: ConvertOptions) -> SourceLayout:
     """Move act-order into the layers before it, wherever the codes then stay as they are."""
 
     def keeps(layer: SourceLayer) -> bool:
-        override = find_override(options, layer.path)
-        requested = options.quantization if override is None else override
-        target = None
-        if isinstance(requested, Quantization):
-            if override is None:
-                target, _ = fit_codes(layer, requested, own_groups=options.own_groups)
-            else:
-                target, _ = fit_group_size(layer.shape[-1], requested)
+        override, target = find_override(options, layer.path), None
+        if isinstance(override, Quantization):
+            target, _ = fit_group_size(layer.shape[-1], override)
+        elif override is None and options.quantization is not None:
+            target, _ = fit_codes(layer, options.quantization, own_groups=options.own_groups)
         return not options.dequantize and (target is None or layer.keeps_codes(target))
 
     return layout.with_act_order_folded(keeps)

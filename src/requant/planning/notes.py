@@ -1,10 +1,9 @@
-"""Notes of a plan: what the user should know next to the table, one function a subject."""
+"""The notes of a plan, which are printed below the table of layers; one function a subject."""
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from requant.core.dtypes import KERNEL_FLOATS
@@ -16,35 +15,40 @@ from requant.packings.base import DTYPE_NAME
 from requant.planning.plan import LayerPlan, Step, Treatment
 from requant.planning.steps import with_global_scale
 from requant.planning.target_selection import KEEPS_DTYPE, LayerDecision, TargetSelector
+from requant.planning.unnamed_matrices import EXPERT
 from requant.text import join_first, pluralize, pluralize_are
-
-_EXPERT = re.compile(r"(^|\.)experts\.")
 
 
 def plan_notes(
     selector: TargetSelector,
-    decisions: Iterable[LayerDecision],
-    layers: Iterable[LayerPlan],
-    steps: Iterable[Step],
+    decisions: Sequence[LayerDecision],
+    layers: Sequence[LayerPlan],
+    steps: Sequence[Step],
 ) -> Iterator[Note]:
-    """Everything that the user should know of a plan."""
-    decisions, layers, steps = tuple(decisions), tuple(layers), tuple(steps)
-    yield from _extra(selector.relayout)
-    yield from _tied(selector, decisions)
+    """Everything that the user should know of a plan, whatever its names are."""
+    relayout, options = selector.relayout, selector.options
+    yield from _extra_tensors(relayout)
+    yield from _tied_embeddings(selector, decisions)
     yield from _rotations(decisions)
     yield from _global_scales(decisions)
-    yield from _values(selector, layers)
+    yield from _lost_codes(selector, layers)
     yield from _dense_in_source(selector, layers)
-    yield from _search(selector, layers, steps)
-    yield from _budget(selector)
-    yield from _form(selector.relayout)
+    yield from _scale_search(selector, layers, steps)
+    if options.budget is not None and options.recipe is not None:
+        yield Note(NoteCode.BUDGET, options.recipe.description)
+    if relayout is not None and relayout.form:
+        text = f"Experts are brought into another form for mlx-lm: {relayout.form}."
+        yield Note(NoteCode.EXPERTS_IN_OTHER_FORM, text)
     if selector.source_is_quantized:
-        yield from _dtypes(steps)
-    yield from _unsupported_dtype_note(layers)
+        yield from _mixed_dtypes(steps)
+    if dtypes := unloadable_dtypes(layers):
+        casts = "; --dtype bfloat16 casts F64" if "F64" in dtypes else ""
+        text = f"MLX cannot load tensors of dtype {', '.join(dtypes)}{casts}."
+        yield Note(NoteCode.UNLOADABLE_DTYPES, text)
 
 
-def _extra(relayout: Relayout | None) -> Iterator[Note]:
-    """Say what becomes of the kept tensors that mlx-lm's class has no use for."""
+def _extra_tensors(relayout: Relayout | None) -> Iterator[Note]:
+    """Tensors that --keep-extra keeps and that mlx-lm's class does not use."""
     if relayout is None or not relayout.extra_tensors:
         return
     names = relayout.extra_tensors
@@ -63,8 +67,10 @@ def rotated_layers(decisions: Iterable[LayerDecision]) -> list[SourceLayer]:
     ]
 
 
-def _tied(selector: TargetSelector, decisions: Iterable[LayerDecision]) -> Iterator[Note]:
-    """Say that an embedding stays dense for a head that has no weight of its own."""
+def _tied_embeddings(
+    selector: TargetSelector, decisions: Iterable[LayerDecision]
+) -> Iterator[Note]:
+    """Embeddings that stay dense for a head that has no weight of its own."""
     for decision in decisions:
         layer = decision.layer
         if decision.reason_code is ReasonCode.TIED_EMBEDDING and decision.target is None:
@@ -77,22 +83,19 @@ def _tied(selector: TargetSelector, decisions: Iterable[LayerDecision]) -> Itera
 
 
 def _rotations(decisions: Iterable[LayerDecision]) -> Iterator[Note]:
-    """Say who can run layers whose inputs are rotated."""
-    transposed = rotated_layers(decisions)
-    if transposed:
+    """Which loaders can run layers whose inputs are rotated."""
+    if rotated := rotated_layers(decisions):
         yield Note(
             NoteCode.ROTATED_INPUTS,
-            f"Inputs of {pluralize(len(transposed), 'layer')} are still to be rotated: "
-            "requant.mlx_lm.load "
-            "and requant generate do it, other loaders do not; --fold-rotation makes plain "
-            "8-bit layers.",
+            f"Inputs of {pluralize(len(rotated), 'layer')} are still to be rotated: "
+            "requant.mlx_lm.load and requant generate do it, other loaders do not; --fold-rotation "
+            "makes plain 8-bit layers.",
         )
 
 
 def _global_scales(decisions: Iterable[LayerDecision]) -> Iterator[Note]:
-    """Say who can run experts with tensor scales of their own."""
-    number = len(with_global_scale(decisions))
-    if number:
+    """Which loaders can run experts with tensor scales of their own."""
+    if number := len(with_global_scale(decisions)):
         yield Note(
             NoteCode.GLOBAL_SCALES,
             f"{pluralize(number, 'stack')} of experts keep their tensor scales, as MLX's "
@@ -100,8 +103,8 @@ def _global_scales(decisions: Iterable[LayerDecision]) -> Iterator[Note]:
         )
 
 
-def _values(selector: TargetSelector, layers: Iterable[LayerPlan]) -> Iterator[Note]:
-    """Name the layers whose codes mlx-lm's layout has no place for."""
+def _lost_codes(selector: TargetSelector, layers: Sequence[LayerPlan]) -> Iterator[Note]:
+    """Layers that cannot keep their codes in mlx-lm's layout."""
     if selector.mlx_lm is None or selector.options.dequantize or selector.default is not None:
         return
     codes = {
@@ -109,41 +112,31 @@ def _values(selector: TargetSelector, layers: Iterable[LayerPlan]) -> Iterator[N
         for x in selector.layout.layers
         if x.default_target is not None and not x.policy.act_order
     }
-    values = [
-        x
+    recomputed = [
+        x.layer
         for x in layers
         if x.treatment is Treatment.REQUANTIZED
         and x.reason_code is ReasonCode.REENCODED_BY_SANITIZE
     ]
-    members = [x for x in layers if x.reason_code is ReasonCode.MEMBERS_REENCODED]
-    dense = [x for x in layers if x.treatment is Treatment.DEQUANTIZED and x.layer in codes]
-    for code, found, what in (
-        (
-            NoteCode.REENCODED_BY_SANITIZE,
-            values,
-            "re-encoded with 8 bits: mlx-lm's rule for this model works on values",
-        ),
-        (
-            NoteCode.MEMBERS_REENCODED,
-            members,
-            "made of members without common codes: what has none that fit gets 8 bits",
-        ),
-        (NoteCode.DENSE_IN_CLASS, dense, "dequantized: mlx-lm's class has no codes there"),
+    members = [x.layer for x in layers if x.reason_code is ReasonCode.MEMBERS_REENCODED]
+    dense = [x.layer for x in layers if x.treatment is Treatment.DEQUANTIZED and x.layer in codes]
+    by_value = "re-encoded with 8 bits: mlx-lm's rule for this model works on values"
+    unlike = "made of members without common codes: what has none that fit gets 8 bits"
+    no_codes = "dequantized: mlx-lm's class has no codes there"
+    for code, names, what in (
+        (NoteCode.REENCODED_BY_SANITIZE, recomputed, by_value),
+        (NoteCode.MEMBERS_REENCODED, members, unlike),
+        (NoteCode.DENSE_IN_CLASS, dense, no_codes),
     ):
-        if found:
-            verb = "is" if len(found) == 1 else "are"
-            yield Note(code, f"{join_first([x.layer for x in found])} {verb} {what}.")
+        if names:
+            yield Note(code, f"{join_first(names)} {'is' if len(names) == 1 else 'are'} {what}.")
 
 
 def _dense_in_source(selector: TargetSelector, layers: Iterable[LayerPlan]) -> Iterator[Note]:
-    """Name the dense layers of a quantized source that a request covers, as in a dense source."""
+    """Dense layers of a quantized source that the request covers, as in a dense source."""
     new = [x.layer for x in layers if x.treatment is Treatment.QUANTIZED]
-    if (
-        not new
-        or not selector.source_is_quantized
-        or selector.default is None
-        or selector.options.only
-    ):
+    is_requested = selector.default is not None and not selector.options.only
+    if not (new and selector.source_is_quantized and is_requested):
         return
     yield Note(
         NoteCode.DENSE_IN_SOURCE,
@@ -156,15 +149,14 @@ def _dense_in_source(selector: TargetSelector, layers: Iterable[LayerPlan]) -> I
         yield Note(
             NoteCode.QUANTIZED_THOUGH_EXCLUDED,
             f"The source's quantization block says false for {join_first(skipped)}: what was asked "
-            "for "
-            "covers such layers too.",
+            "for covers such layers too.",
         )
 
 
-def _search(
+def _scale_search(
     selector: TargetSelector, layers: Iterable[LayerPlan], steps: Iterable[Step]
 ) -> Iterator[Note]:
-    """Say where the bits are not those of MLX's own rule, and where a search finds nothing."""
+    """Layers whose bits differ from mx.quantize's, and those in which there is no search."""
     searched = {step.layer: step.gptq for step in steps if step.search != "off"}
     if searched:
         held = pluralize(len(searched), "layer")
@@ -180,23 +172,32 @@ def _search(
         yield Note(
             NoteCode.NOTHING_TO_SEARCH,
             f"Codes of {pluralize(len(moved), 'layer')} are moved as they are "
-            f"({join_first(moved)}): there "
-            "is nothing to search for.",
+            f"({join_first(moved)}): there is nothing to search for.",
         )
 
 
-def _budget(selector: TargetSelector) -> Iterator[Note]:
-    """Say what a budget came to."""
-    recipe = selector.options.recipe
-    if selector.options.budget is not None and recipe is not None:
-        yield Note(NoteCode.BUDGET, recipe.description)
+def _mixed_dtypes(steps: Iterable[Step]) -> Iterator[Note]:
+    """16-bit scales that meet values of another dtype."""
+    scales, dense = Counter[str](), Counter[str]()
+    for step in steps:
+        sizes = scales if "scales" in step.outputs else dense
+        tensor = step.outputs.get("scales", step.outputs.get("weight"))
+        if tensor is not None and not KEEPS_DTYPE.search(tensor.name):
+            sizes[tensor.info.dtype] += tensor.info.nbytes
+    common = scales.most_common(1)[0][0] if scales else ""
+    others = sorted({x for x in (*scales, *dense) if x in KERNEL_FLOATS} - {common})
+    if common in ("F16", "BF16") and others:
+        word = DTYPE_NAME[common]
+        yield Note(
+            NoteCode.MIXED_DTYPES,
+            f"Scales are {word}, other tensors {' and '.join(DTYPE_NAME[x] for x in others)}: MLX "
+            f"then computes in float32, which is slower. --dtype {word} makes all of them {word}.",
+        )
 
 
-def _form(relayout: Relayout | None) -> Iterator[Note]:
-    """Say that experts were brought into another form."""
-    if relayout is not None and relayout.form:
-        text = f"Experts are brought into another form for mlx-lm: {relayout.form}."
-        yield Note(NoteCode.EXPERTS_IN_OTHER_FORM, text)
+def unloadable_dtypes(layers: Iterable[LayerPlan]) -> list[str]:
+    """Dtypes of an output that MLX cannot load (mlx-layouts: F64 and F8_E5M2 raise)."""
+    return sorted({x.target for x in layers} & {"F64", "F8_E5M2", "C64"})
 
 
 def loader_notes(
@@ -208,19 +209,19 @@ def loader_notes(
     """Problems that loaders have with the source's names.
 
     Args:
-        layers: What becomes of them.
-        config: Of the output.
-        why_unloadable: Why mlx-lm does not load the output; "" where it does.
-        why_not_mlx_lm: Why mlx-lm's layout cannot be; "" where it can.
+        layers: The layers of the plan.
+        config: The output's config.
+        why_unloadable: Returns why mlx-lm does not load the output; "" where it does.
+        why_not_mlx_lm: Returns why mlx-lm's layout cannot be made; "" where it can.
     """
     without_codes = (Treatment.DENSE, Treatment.DEQUANTIZED)
     coded = {x.layer for x in layers if x.treatment not in without_codes}
-    if any(_EXPERT.search(path) for path in coded) and (why := why_unloadable()):
-        declared = (
+    if any(EXPERT.search(path) for path in coded) and (why := why_unloadable()):
+        text = (
             f"Experts keep their own names here, and mlx-lm does not load them quantized so ({why})"
         )
-        advice = "." if why_not_mlx_lm() else ": --layout mlx-lm stacks them as it does."
-        yield Note(NoteCode.UNLOADABLE_EXPERTS, declared + advice)
+        text += "." if why_not_mlx_lm() else ": --layout mlx-lm stacks them as it does."
+        yield Note(NoteCode.UNLOADABLE_EXPERTS, text)
     block = config.get("quantization") or {}
     entries = {path: block[path] for path in sorted(coded) if isinstance(block.get(path), dict)}
     names = module_names(entries)
@@ -229,42 +230,5 @@ def loader_notes(
             NoteCode.MODULE_NAMES,
             "Loaders look for a layer's own quantization by module path, so config.json has those "
             f"of {pluralize(len(entries), 'layer')} under other names too "
-            f"({join_first(list(names))}); a "
-            "loader with still other names does not find them.",
+            f"({join_first(list(names))}); a loader with still other names does not find them.",
         )
-
-
-def _dtypes(steps: Iterable[Step]) -> Iterator[Note]:
-    """Warn where 16-bit scales would meet values of another dtype."""
-    scales, dense = Counter[str](), Counter[str]()
-    for step in steps:
-        found = dense if "scales" not in step.outputs else scales
-        tensor = step.outputs.get("scales", step.outputs.get("weight"))
-        if tensor is not None and not KEEPS_DTYPE.search(tensor.name):
-            found[tensor.info.dtype] += tensor.info.nbytes
-    floats = {d: n for d, n in dense.items() if d in KERNEL_FLOATS}
-    common = scales.most_common(1)
-    if not common or common[0][0] not in ("F16", "BF16"):
-        return
-    others = sorted({*floats, *(d for d in scales if d in KERNEL_FLOATS)} - {common[0][0]})
-    if others:
-        word = DTYPE_NAME[common[0][0]]
-        found_words = " and ".join(DTYPE_NAME[d] for d in others)
-        yield Note(
-            NoteCode.MIXED_DTYPES,
-            f"Scales are {word}, other tensors {found_words}: MLX then computes in float32, "
-            f"which is slower. --dtype {word} makes all of them {word}.",
-        )
-
-
-def unloadable_dtypes(layers: Iterable[LayerPlan]) -> list[str]:
-    """Dtypes of an output that MLX cannot load (mlx-layouts: F64 and F8_E5M2 raise)."""
-    return sorted({x.target for x in layers} & {"F64", "F8_E5M2", "C64"})
-
-
-def _unsupported_dtype_note(layers: Iterable[LayerPlan]) -> Iterator[Note]:
-    dtypes = unloadable_dtypes(layers)
-    if dtypes:
-        casts = "; --dtype bfloat16 casts F64" if "F64" in dtypes else ""
-        text = f"MLX cannot load tensors of dtype {', '.join(dtypes)}{casts}."
-        yield Note(NoteCode.UNLOADABLE_DTYPES, text)

@@ -1,4 +1,4 @@
-"""The output's ``config.json``: the source's or mlx-lm's, with the quantization that now holds."""
+"""Make the output's ``config.json``: the source's or mlx-lm's, with the output's quantization."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def output_config(
     by_recipe = options.recipe is not None and not options.recipe.is_mixed
     if selector.mlx_lm is not None and not (is_changed or by_recipe):
         return config  # mlx-lm's own: its block describes exactly what was decided
-    # Blocks in which tools of the source say how they quantized describe no output.
+    # Blocks of the tools that quantized the source do not describe the output.
     config = without_blocks(config)
     if options.dtype is not None:
         _set_dtype(config, options.dtype)
@@ -78,8 +78,8 @@ def output_config(
 def _base_config(selector: TargetSelector) -> dict[str, Any]:
     """The source's config, or mlx-lm's.
 
-    mlx-lm takes ``vision_config`` away, and loaders choose by it what they expect: it stays
-    only where a tower does.
+    mlx-lm removes ``vision_config``, by which loaders decide what to expect: it is kept only
+    where a tower is.
     """
     source = selector.checkpoint.config
     if selector.mlx_lm is None or selector.relayout is None:
@@ -92,7 +92,7 @@ def _base_config(selector: TargetSelector) -> dict[str, Any]:
 
 
 def _set_dtype(config: dict[str, Any], dtype: str) -> None:
-    """Write the dtype that floating tensors were cast to over what the sections say."""
+    """Set the dtype that floating tensors were cast to in all sections."""
     name = next(word for word, header in DTYPES.items() if header == dtype)
     for part in text_sections(config):
         assert isinstance(part, dict)

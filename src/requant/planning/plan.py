@@ -1,7 +1,6 @@
-"""What a Plan is: frozen data that prints as JSON, and where each byte of the output goes.
+"""The Plan: frozen data that prints as JSON and says where each byte of the output goes.
 
-``planner`` decides; this module only holds what was decided. ``execute``, ``writer`` and
-``report`` read it.
+``planner`` makes it; ``execution``, ``output`` and ``reports`` read it.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from requant.quantization.config import PerLayerQuantization, Quantization, Quan
 
 
 class Operation(StrEnum):
-    """What is done to a range of rows."""
+    """The operation on a range of rows."""
 
     COPY = "copy"  # the bytes as they are
     CAST = "cast"  # each value rounded to another dtype
@@ -36,7 +35,7 @@ class Operation(StrEnum):
 
 
 class Treatment(StrEnum):
-    """What becomes of a layer, in the words of the report."""
+    """How a layer is converted, in the words of the report."""
 
     QUANTIZED = "quantized"
     REQUANTIZED = "requantized"
@@ -57,7 +56,7 @@ class OutputTensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowMapping:
-    """Which rows a step computes: where they are in the source, and where in the outputs.
+    """The rows that a step computes: where they are in the source, and where in the outputs.
 
     Row ``r`` of a step, ``0 <= r < count``, is row ``first + r * step`` of the packed layer that
     it is read from, and row ``output_row + r`` of the outputs; with an ``order``, it is row
@@ -94,7 +93,7 @@ class RowMapping:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncodeParams:
-    """How dense rows become codes.
+    """How dense rows are encoded.
 
     Attributes:
         target: The quantization.
@@ -122,7 +121,7 @@ class Step:
     Attributes:
         layer: Path of the layer.
         operation: What is done to the rows.
-        rows: Which rows they are.
+        rows: Where they are in the source and in the outputs.
         inputs: Role -> tensor of the source.
         outputs: Role -> tensor of the output.
         source: MLX's quantization of the inputs; None where they are dense or packed.
@@ -168,7 +167,7 @@ class Step:
         return self.encode is not None and self.encode.gptq
 
     def row_bytes(self, tensor: SourceTensor | OutputTensor) -> int:
-        """Bytes that one row takes in ``tensor``; of a packed layer's part, its share of them."""
+        """Bytes of one row in ``tensor``; of a part of a packed layer, its share of the bytes."""
         if self.packing is not None and not isinstance(tensor, OutputTensor):
             return -(-tensor.info.nbytes // max(self.packing.rows, 1))
         count = self.rows.count
@@ -180,7 +179,7 @@ class Step:
     @property
     def bytes_in(self) -> int:
         """Bytes of tensor data to read; a piece of a packed layer reads its share."""
-        # A packing may cut one tensor under two roles.
+        # A packing may read one tensor under two roles.
         nbytes = sum({t.name: t.info.nbytes for t in self.inputs.values()}.values())
         if self.packing is None:
             return nbytes
@@ -188,7 +187,7 @@ class Step:
 
     @property
     def work_bytes_per_row(self) -> int:
-        """Bytes that a worker holds for one row: inputs, outputs, and dense values between."""
+        """Bytes that a worker needs for one row: inputs, outputs, and the dense values between."""
         held = sum(self.row_bytes(t) for t in self.inputs.values())
         held += sum(self.row_bytes(t) for t in self.outputs.values())
         if self.packing is not None and self.operation is Operation.REPACK:
@@ -206,7 +205,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
-    """What becomes of one layer."""
+    """How one layer is converted."""
 
     layer: str
     shape: tuple[int, ...]
@@ -225,7 +224,7 @@ class LayerPlan:
         return self.reason.code if self.reason else None
 
     def to_dict(self) -> dict[str, Any]:
-        """The layer as JSON data; the reason as its text and its code, "" where there is none."""
+        """The layer as JSON data, with the text and the code of the reason or ""."""
         return asdict(self) | {
             "reason": self.reason.text if self.reason else "",
             "reason_code": self.reason_code or "",
@@ -234,15 +233,14 @@ class LayerPlan:
 
 @dataclass(frozen=True, slots=True)
 class OutputShard:
-    """One weight file of the output: its tensors in the order of their bytes.
+    """One weight file of the output.
 
     Attributes:
         name: Name of the file.
         nbytes: Its size.
-        tensors: What it holds.
-        names_of: Whose names the tensors have, as the header's ``format`` says it: "mlx" for
-            those of an MLX class, "pt" for those of PyTorch. Loaders in Swift take "mlx" for
-            tensors that no longer have to be renamed, transposed or shifted.
+        tensors: Its tensors in the order of their bytes.
+        names_of: The header's ``format``: "mlx" for names of an MLX class, "pt" for those of
+            PyTorch. Loaders in Swift do not rename, transpose or shift tensors of "mlx".
     """
 
     name: str
@@ -259,13 +257,13 @@ class OutputShard:
 class Plan:
     """Everything a conversion will do: plain data, which pickles and compares.
 
-    What a plan is run on, opened files and mlx-lm's functions, is a ``PlanSource``.
+    The opened files and mlx-lm's functions that it is executed on are a ``PlanSource``.
 
     Attributes:
         source: Path of the source as given.
         format: Name of the source format.
         files: Weight files of the source.
-        layers: What becomes of each layer or loose tensor.
+        layers: How each layer or loose tensor is converted.
         steps: The operations, in the order of the source's bytes.
         shards: The output's weight files.
         config: The output's ``config.json``.
@@ -281,8 +279,7 @@ class Plan:
             where it would.
         repository: Of a source on the hub: its id, and the commit.
         side_bytes: Size of those side files that are copied from the source.
-        intermediates: Intermediate tensors that computed tensors need: name -> the step whose one
-            output is that tensor, dense.
+        intermediates: Dense inputs of computed tensors: name -> the step that gives it.
     """
 
     source: str
@@ -307,7 +304,7 @@ class Plan:
 
     @property
     def parameters(self) -> int:
-        """Logical weights: what the model has, however they are stored."""
+        """Number of logical weights, however they are stored."""
         return sum(prod(layer.shape) for layer in self.layers)
 
     @property

@@ -1,4 +1,4 @@
-"""What a ``Plan`` is run on: the opened source, and mlx-lm's functions for computed tensors."""
+"""The source that a ``Plan`` is executed on: its files, and mlx-lm's functions."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from requant.layouts.relayout import ReadValues, Relayout
 
 @dataclass(eq=False)
 class PlanSource:
-    """The living part of a planned conversion; the plan itself is data.
+    """The part of a planned conversion that is not data.
 
     Attributes:
-        checkpoint: What the plan was made from.
+        checkpoint: The source that the plan was made from.
         relayout: mlx-lm's layout of it; None where the plan keeps the source's names.
     """
 

@@ -1,16 +1,16 @@
 """Pipeline stage 3: a checkpoint and the options become a Plan.
 
 Pure: no tensor data is read and nothing is written. The same inputs give the same plan.
-``layout_selection`` chooses names and shapes, ``choices`` decides about each layer, ``steps`` lists
-the operations, ``shard_layout`` assigns offsets, ``output_config`` writes the config and
-``plan_notes`` says what the user should know.
+``layout_selection`` chooses names and shapes, ``target_selection`` decides about each layer,
+``steps`` lists the operations, ``shard_layout`` assigns offsets, ``output_config`` makes the config
+and ``notes`` tells the user about consequences.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 from requant.checkpoints.checkpoint import Checkpoint
 from requant.core.reasons import Note, NoteCode, Reason, ReasonCode
@@ -23,14 +23,9 @@ from requant.layouts.load_check import why_unloadable
 from requant.packings.base import Exactness, Fidelity
 from requant.planning.importance_weights import attach_importance
 from requant.planning.layout_selection import LayoutResult, choose_layout, why_not_mlx_lm
-from requant.planning.notes import (
-    loader_notes,
-    plan_notes,
-    rotated_layers,
-    unloadable_dtypes,
-)
+from requant.planning.notes import loader_notes, plan_notes, rotated_layers, unloadable_dtypes
 from requant.planning.output_config import output_config, output_quantization
-from requant.planning.plan import LayerPlan, OutputShard, Plan, Step, Treatment
+from requant.planning.plan import LayerPlan, Plan, Step, Treatment
 from requant.planning.plan_source import PlanSource
 from requant.planning.requests import (
     check_patterns,
@@ -50,14 +45,14 @@ _CODES_WIDENED = Reason(
 
 
 class Planned(NamedTuple):
-    """A plan, and what it is run on."""
+    """A plan and the source that it is executed on."""
 
     plan: Plan
     source: PlanSource
 
 
 def make_plan(checkpoint: Checkpoint, options: ConvertOptions, *, is_trial: bool = False) -> Plan:
-    """The plan alone of ``plan_with_source``: data, for a conversion that is not run here."""
+    """Return the plan of ``plan_with_source`` without its source."""
     return plan_with_source(checkpoint, options, is_trial=is_trial).plan
 
 
@@ -65,15 +60,15 @@ def make_plan(checkpoint: Checkpoint, options: ConvertOptions, *, is_trial: bool
 def plan_with_source(
     checkpoint: Checkpoint, options: ConvertOptions, *, is_trial: bool = False
 ) -> Planned:
-    """Plan what ``options`` make of a checkpoint.
+    """Plan the conversion of a checkpoint.
 
     Args:
         checkpoint: The source, as ``sources.read_checkpoint`` or the hub gives it.
         options: What was requested.
-        is_trial: Whether the options are one candidate of several, and may reach no layer.
+        is_trial: Whether the options are one candidate of several, and may match no layer.
 
     Raises:
-        CheckpointError: With everything that is wrong with the source.
+        CheckpointError: With all problems of the source.
         UsageError: With all options that cannot be met.
     """
     read = read_source(checkpoint)
@@ -88,56 +83,41 @@ def plan_with_source(
     unnamed = _check_decisions(selector, decisions, chosen.rejection, is_trial=is_trial)
     work = _plan_layers(selector, decisions)
     shards, steps = assign_offsets(work.steps, options.shard_size, _names_of(chosen))
+    source, relayout = chosen.checkpoint, chosen.relayout
     rotated = bool(rotated_layers(decisions))
     quantization = output_quantization(selector, decisions)
-    config = output_config(selector, decisions, quantization, rotated=rotated)
-    notes = (
-        *([unnamed.note(why_not_mlx_lm(chosen, options))] if unnamed is not None else []),
-        *_layout_notes(chosen),
-        *selector.notes,
-        *plan_notes(selector, decisions, work.layers, steps),
-        *_notes_on_loaders(chosen, options, work.layers, shards, config),
-        *nothing_quantized(selector, decisions),
-        *work.notes,
-    )
     plan = Plan(
-        source=str(chosen.checkpoint.source),
+        source=str(source.source),
         format=read.format,
-        files=chosen.checkpoint.files,
+        files=source.files,
         layers=work.layers,
         steps=tuple(steps),
         shards=shards,
-        config=config,
+        config=output_config(selector, decisions, quantization, rotated=rotated),
         quantization=quantization,
-        side_files=(
-            *chosen.checkpoint.side_files,
-            *sorted(chosen.checkpoint.opened.generated_files),
-        ),
-        left_out=chosen.checkpoint.left_out,
-        notes=notes,
+        side_files=(*source.side_files, *sorted(source.opened.generated_files)),
+        left_out=source.left_out,
+        notes=work.notes,
         dropped=chosen.layout.dropped,
-        layout="keep" if chosen.relayout is None else "mlx-lm",
+        layout="keep" if relayout is None else "mlx-lm",
         loads=_is_loadable(chosen, work.layers, rotated=rotated),
         rotated=rotated,
-        load_error="" if chosen.relayout is None else chosen.relayout.load_error,
-        repository=chosen.checkpoint.repository,
-        side_bytes=chosen.checkpoint.opened.size_of(chosen.checkpoint.side_files),
-        intermediates=intermediate_steps(chosen.layout, chosen.relayout, options),
+        load_error="" if relayout is None else relayout.load_error,
+        repository=source.repository,
+        side_bytes=source.opened.size_of(source.side_files),
+        intermediates=intermediate_steps(chosen.layout, relayout, options),
     )
-    return Planned(plan, PlanSource(chosen.checkpoint, chosen.relayout))
+    plan = replace(plan, notes=tuple(_notes(plan, chosen, selector, decisions, unnamed)))
+    return Planned(plan, PlanSource(source, relayout))
 
 
 def _check_decisions(
-    selector: TargetSelector,
-    decisions: Sequence[LayerDecision],
-    rejection: str,
-    *,
-    is_trial: bool,
+    selector: TargetSelector, decisions: Sequence[LayerDecision], rejection: str, *, is_trial: bool
 ) -> UnnamedMatrices | None:
-    """Raise what is wrong with the options.
+    """Raise all problems of the options.
 
     Returns:
-        The matrices that cannot be quantized for want of a name, where they are worth a note.
+        Matrices that cannot be quantized because of their names, where a note is due.
 
     Raises:
         CheckpointError: These are most of the weights, and mlx-lm's layout was rejected.
@@ -163,15 +143,8 @@ def _check_decisions(
 # -- layers and their steps ------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class _Work:
-    """What is to be done, before anything has its place in the output.
-
-    Attributes:
-        layers: What becomes of each layer.
-        steps: The operations, in the order of the layers.
-        notes: What the statistics file came to.
-    """
+class _Work(NamedTuple):
+    """The layers and their steps, without shards and offsets, and notes on the statistics file."""
 
     layers: tuple[LayerPlan, ...]
     steps: tuple[Step, ...]
@@ -184,15 +157,15 @@ def _plan_layers(selector: TargetSelector, decisions: Sequence[LayerDecision]) -
     steps: list[Step] = []
     for decision in decisions:
         dtype = selector.value_dtype(decision.layer)
-        made = list(layer_steps(decision.layer, decision.target, dtype, selector.options))
-        steps += made
-        layers.append(_layer_plan(decision, dtype, made))
+        own_steps = list(layer_steps(decision.layer, decision.target, dtype, selector.options))
+        steps += own_steps
+        layers.append(_layer_plan(decision, dtype, own_steps))
     work = _Work(tuple(layers), tuple(steps))
     return work if selector.options.statistics is None else _apply_importance(work, selector)
 
 
 def _layer_plan(decision: LayerDecision, dtype: str, steps: Sequence[Step]) -> LayerPlan:
-    """Describe what becomes of a layer; ``dtype`` is that of its values."""
+    """Describe a layer's conversion; ``dtype`` is that of its values."""
     layer, target, reason = decision.layer, decision.target, decision.reason
     if not layer.is_quantized:
         treatment = Treatment.DENSE if target is None else Treatment.QUANTIZED
@@ -223,7 +196,7 @@ def _layer_plan(decision: LayerDecision, dtype: str, steps: Sequence[Step]) -> L
 
 
 def _apply_importance(work: _Work, selector: TargetSelector) -> _Work:
-    """Give the steps that search for scales the statistics of their layers.
+    """Attach the statistics of the layers to the steps that search for scales.
 
     Raises:
         CheckpointError: The statistics file is of another model.
@@ -242,7 +215,7 @@ def _apply_importance(work: _Work, selector: TargetSelector) -> _Work:
 
 
 def _names_of(chosen: LayoutResult) -> str:
-    """Whose names the tensors have: an MLX class's, or what the source's files say."""
+    """Return the header's ``format``: "mlx" for names of an MLX class, else "pt"."""
     is_mlx = chosen.relayout is not None or chosen.checkpoint.metadata.get("format") == "mlx"
     return "mlx" if is_mlx else "pt"
 
@@ -254,29 +227,29 @@ def _is_loadable(chosen: LayoutResult, layers: Sequence[LayerPlan], *, rotated: 
     return not unloadable_dtypes(layers)
 
 
-def _layout_notes(chosen: LayoutResult) -> Iterator[Note]:
-    """What was changed to get the layout, and what its reader says."""
+def _notes(
+    plan: Plan,
+    chosen: LayoutResult,
+    selector: TargetSelector,
+    decisions: Sequence[LayerDecision],
+    unnamed: UnnamedMatrices | None,
+) -> Iterator[Note]:
+    """All notes in the order in which they are printed; those that ``plan`` has come last."""
+    options = selector.options
+    if unnamed is not None:
+        yield unnamed.note(why_not_mlx_lm(chosen, options))
     if chosen.rejection:
         text = f"Tensors keep the source's names (--layout keep): {chosen.rejection}"
         yield Note(NoteCode.LAYOUT_KEPT, text)
-    yield from chosen.notes
-    yield from chosen.checkpoint.notes
-    yield from chosen.layout.notes
-
-
-def _notes_on_loaders(
-    chosen: LayoutResult,
-    options: ConvertOptions,
-    layers: Sequence[LayerPlan],
-    shards: Sequence[OutputShard],
-    config: Mapping[str, Any],
-) -> Iterator[Note]:
-    """Problems that loaders have with the source's names."""
+    yield from (*chosen.notes, *chosen.checkpoint.notes, *chosen.layout.notes, *selector.notes)
+    yield from plan_notes(selector, decisions, plan.layers, plan.steps)
     if chosen.relayout is None:
-        infos = {tensor.name: tensor.info for shard in shards for tensor in shard.tensors}
+        infos = {tensor.name: tensor.info for shard in plan.shards for tensor in shard.tensors}
         yield from loader_notes(
-            layers,
-            config,
-            lambda: why_unloadable(config, infos),
+            plan.layers,
+            plan.config,
+            lambda: why_unloadable(plan.config, infos),
             lambda: why_not_mlx_lm(chosen, options),
         )
+    yield from nothing_quantized(selector, decisions)
+    yield from plan.notes

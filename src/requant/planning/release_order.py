@@ -1,6 +1,6 @@
-"""For small disks: an order of steps that frees source files early, and the disk space it takes.
+"""Order the steps so that source files can be deleted early, and count the disk space needed.
 
-Looks at a plan only; ``source_removal`` deletes the files.
+Works on a plan only; ``output.source_removal`` deletes the files.
 """
 
 from __future__ import annotations
@@ -9,20 +9,20 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from requant.checkpoints.checkpoint import ComputedTensor, SourceTensor
+from requant.checkpoints.checkpoint import ComputedTensor
 from requant.planning.plan import Plan, Step
 from requant.sources.downloads import MAX_HELD_FILES
 
 
 @dataclass(frozen=True, slots=True)
 class ReleaseOrder:
-    """When source files are free to go.
+    """The order in which steps run and source files can be deleted.
 
     Attributes:
-        order: Numbers of the plan's steps, as they are to be run.
-        files: Source files in the order in which they become free.
-        extra_bytes: The most that the disk holds at a time beyond the source itself, if each
-            file goes as soon as it is free.
+        order: Numbers of the plan's steps in the order in which they run.
+        files: Source files in the order in which no step needs them any more.
+        extra_bytes: The most bytes on the disk at a time beyond the source itself, if each file
+            is deleted as soon as no step needs it.
         needs: Step number -> the source files that it reads.
     """
 
@@ -33,9 +33,9 @@ class ReleaseOrder:
 
 
 def plan_release_order(plan: Plan) -> ReleaseOrder:
-    """Order the steps so that source files become free early.
+    """Order the steps so that source files can be deleted early.
 
-    Always the file next whose remaining steps write least for what it frees.
+    The next file is always the one whose remaining steps write the fewest bytes beyond its size.
     """
     needs = tuple(frozenset(source_files_of(step, plan)) for step in plan.steps)
     written = [_bytes_out(step) for step in plan.steps]
@@ -46,7 +46,7 @@ def plan_release_order(plan: Plan) -> ReleaseOrder:
             steps_of[name].append(number)
             pending[name] += written[number]
     sizes = {file.name: file.nbytes for file in plan.files}
-    order: list[int] = [number for number, names in enumerate(needs) if not names]
+    order = [number for number, names in enumerate(needs) if not names]
     held = peak = sum(written[number] for number in order)
     done, files = set(order), []
     left = dict.fromkeys(sizes)
@@ -68,9 +68,9 @@ def plan_release_order(plan: Plan) -> ReleaseOrder:
 
 
 def peak_disk_bytes(plan: Plan) -> int:
-    """The most that the disk holds at a time with --consume-source.
+    """The most bytes on the disk at a time with --consume-source.
 
-    Beyond the source itself; with a source on the hub, of which a few files are here, in all.
+    For a folder these are beyond the source itself; for a source on the hub, all bytes.
     """
     if plan.repository is None:
         return plan_release_order(plan).extra_bytes
@@ -85,9 +85,12 @@ def _bytes_out(step: Step) -> int:
 
 def source_files_of(step: Step, plan: Plan) -> Iterator[str]:
     """The source files that a step reads; one may come more than once."""
-    tensors = [*step.inputs.values(), *([step.global_scale] if step.global_scale else [])]
-    for tensor in tensors:
-        yield from _files_of_tensor(tensor, plan)
+    for tensor in (*step.inputs.values(), step.global_scale):
+        if isinstance(tensor, ComputedTensor):
+            for name in tensor.inputs:
+                yield from source_files_of(plan.intermediates[name], plan)
+        elif tensor is not None:
+            yield from (part.file for part in tensor.ranges)
 
 
 def subplan(plan: Plan, steps: Sequence[Step]) -> Plan:
@@ -95,11 +98,3 @@ def subplan(plan: Plan, steps: Sequence[Step]) -> Plan:
     needed = {name for step in steps for name in source_files_of(step, plan)}
     files = tuple(file for file in plan.files if file.name in needed)
     return replace(plan, steps=tuple(steps), files=files)
-
-
-def _files_of_tensor(tensor: SourceTensor, plan: Plan) -> Iterator[str]:
-    if isinstance(tensor, ComputedTensor):
-        for name in tensor.inputs:
-            yield from source_files_of(plan.intermediates[name], plan)
-    else:
-        yield from (part.file for part in tensor.ranges)

@@ -1,4 +1,4 @@
-"""Whether the decisions about layers do what the options request.
+"""Check that the decisions about layers do what the options request.
 
 A pattern that matches no layer, a layer that requires an explicit choice, and a request that no
 layer fulfils are errors.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 
@@ -27,7 +27,7 @@ _NO_REASON = "a vector or a tensor of another kind, which is never quantized"
 
 
 def check_patterns(selector: TargetSelector) -> Iterator[Problem]:
-    """Patterns that match no layer, which probably are typos, with similar names."""
+    """Patterns that match no layer, which are probably typos, with similar names."""
     paths = [layer.path for layer in selector.layout.layers if layer.is_weight]
     named = [("override", pattern) for pattern, _ in selector.options.overrides]
     named += [("only", pattern) for pattern in selector.options.only]
@@ -47,10 +47,9 @@ def check_patterns(selector: TargetSelector) -> Iterator[Problem]:
 
 
 def check_required_choices(
-    selector: TargetSelector, decisions: Iterable[LayerDecision]
+    selector: TargetSelector, decisions: Sequence[LayerDecision]
 ) -> Iterator[Problem]:
-    """Layers that require an explicit choice which was not made; one problem a kind."""
-    decisions = tuple(decisions)
+    """Layers that require an explicit choice which was not made; one problem for each kind."""
     if selector.options.act_order == "refuse" and selector.default is None:
         for decision in decisions:
             if decision.layer.policy.act_order and decision.target == decision.layer.default_target:
@@ -59,64 +58,55 @@ def check_required_choices(
                     "--act-order requantize or dense says what such layers become"
                 )
                 yield Problem(decision.layer.path, message)
-    is_chosen = selector.options.dequantize or selector.default is not None
-    counts = Counter[str]()
-    first: dict[str, str] = {}
-    for layer in (x.layer for x in decisions if x.target is None):
-        if not layer.policy.requires_choice or is_chosen:
-            continue
+    if selector.options.dequantize or selector.default is not None:
+        return
+    paths = defaultdict[str, list[str]](list)
+    for layer in (
+        x.layer for x in decisions if x.target is None and x.layer.policy.requires_choice
+    ):
         if find_override(selector.options, layer.path) is not SKIP:
-            counts[layer.policy.requires_choice] += 1
-            first.setdefault(layer.policy.requires_choice, layer.path)
-    for message, count in counts.items():
-        where = first[message] + (f" and {count - 1} more" if count > 1 else "")
-        yield Problem(where, message)
+            paths[layer.policy.requires_choice].append(layer.path)
+    for message, (first, *others) in paths.items():
+        yield Problem(first + (f" and {len(others)} more" if others else ""), message)
 
 
 def unfulfilled(selector: TargetSelector, decisions: Iterable[LayerDecision]) -> str:
-    """Why no layer becomes what was asked for; "" where one does, or nothing was asked."""
-    asked = _asked(selector.options)
+    """Why no layer becomes what was requested; "" where one does, or nothing was requested."""
+    asked = _requested_options(selector.options)
     why = _why_nothing(selector, decisions) if asked else ""
-    if not why:
-        return ""
-    return (
+    return why and (
         f"{join_first(asked)}: no layer takes this, and the output would not be smaller than the "
-        "source; "
-        f"{why}. --dequantize is for a dense output"
+        f"source; {why}. --dequantize is for a dense output"
     )
 
 
 def nothing_quantized(
     selector: TargetSelector, decisions: Iterable[LayerDecision]
 ) -> Iterator[Note]:
-    """A note where MLX's default, which nobody asked for, reaches no layer."""
-    if not _asked(selector.options) and (why := _why_nothing(selector, decisions)):
+    """A note where nothing was requested and MLX's default applies to no layer."""
+    if not _requested_options(selector.options) and (why := _why_nothing(selector, decisions)):
         yield Note(NoteCode.NOTHING_QUANTIZED, f"Nothing is quantized: {why}.")
 
 
 def _why_nothing(selector: TargetSelector, decisions: Iterable[LayerDecision]) -> str:
-    """Why every layer is left as it is, by the most common reasons; "" where one is not."""
+    """The most common reasons why every layer is left as it is; "" where one is not."""
     if selector.options.dequantize:
         return ""
-    left = Counter[str]()
-    first: dict[str, str] = {}
+    paths = defaultdict[str, list[str]](list)
     for decision in decisions:
         layer, target, reason = decision.layer, decision.target, decision.reason
-        if target is not None and _is_asked_for(selector, layer.path, target):
+        if target is not None and _is_requested(selector, layer.path, target):
             return ""
         if layer.is_weight:
             text = reason.text if reason else _NO_REASON if target is None else _KEEPS_CODES
-            left[text] += 1
-            first.setdefault(text, layer.path)
-    reasons = [
-        f"{first[reason]}{f' and {number - 1:,} more' if number > 1 else ''}: {reason}"
-        for reason, number in left.most_common(_REASONS)
-    ]
+            paths[text].append(layer.path)
+    common = sorted(paths, key=lambda text: -len(paths[text]))[:_REASONS]
+    reasons = [f"{join_first(paths[text], 1)}: {text}" for text in common]
     return "; ".join(reasons) or "there is no tensor named .weight"
 
 
-def _asked(options: ConvertOptions) -> list[str]:
-    """The options that ask for a quantization."""
+def _requested_options(options: ConvertOptions) -> list[str]:
+    """The options that request a quantization."""
     given = []
     if options.budget is not None:
         given.append(f"--budget {options.budget}")
@@ -130,8 +120,8 @@ def _asked(options: ConvertOptions) -> list[str]:
     return given
 
 
-def _is_asked_for(selector: TargetSelector, path: str, target: Quantization) -> bool:
-    """Whether a layer has the bits and mode that an option asks for; its group may be smaller."""
+def _is_requested(selector: TargetSelector, path: str, target: Quantization) -> bool:
+    """Whether a layer has the bits and mode that an option requests; its group may be smaller."""
     options = selector.options
     override = find_override(options, path)
     if override is not None:
@@ -142,7 +132,7 @@ def _is_asked_for(selector: TargetSelector, path: str, target: Quantization) -> 
     requested = choice.spec if choice is not None else selector.default
     if requested is SKIP:
         return False
-    if not isinstance(requested, Quantization):  # codes of the source, which nothing asks to change
+    if not isinstance(requested, Quantization):  # the layer keeps the codes of the source
         return not options.overrides
     return (target.bits, target.mode) == (requested.bits, requested.mode)
 

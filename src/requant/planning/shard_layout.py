@@ -1,4 +1,4 @@
-"""Shards and offsets of the output's tensors."""
+"""Assign shards and offsets to the output's tensors."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def assign_offsets(
 ) -> tuple[tuple[OutputShard, ...], list[Step]]:
     """Give every output tensor its file and offset.
 
-    A layer's tensors share a shard. Within one, wider dtypes come first, as safetensors
-    writers do it, so that every tensor is aligned without a hole.
+    The tensors of a layer are in one shard. Within a shard wider dtypes come first, as other
+    safetensors writers sort them, so that every tensor is aligned without holes.
     """
     buckets: list[list[OutputTensor]] = [[]]
     filled = 0

@@ -1,4 +1,4 @@
-"""A decided layer becomes steps: which operation, on which rows, into which tensors.
+"""Turn the decision about a layer into steps: which operation, on which rows, into which tensors.
 
 Pure: it counts rows and bytes from shapes and dtypes, and decides nothing about layers.
 """
@@ -25,13 +25,13 @@ from requant.quantization.options import ConvertOptions
 def layer_steps(
     layer: SourceLayer, target: Quantization | None, dtype: str, options: ConvertOptions
 ) -> Iterator[Step]:
-    """The work on one layer.
+    """The steps of one layer.
 
     Args:
-        layer: As the source holds it.
+        layer: As the source stores it.
         target: Its quantization in the output; None for dense.
-        dtype: Header name of the dtype that its values take before they are stored or quantized.
-        options: For the search of scales, and the dtype of what is copied.
+        dtype: Header name of the dtype of its values before they are stored or quantized.
+        options: For the search of scales, and the dtype of copied tensors.
     """
     if layer.packing is not None:
         yield from _packed_steps(layer, layer.packing, target, dtype, options)
@@ -58,9 +58,7 @@ def _coding_step(
     operation = Operation.ENCODE
     if encoding is not None:
         operation = Operation.DECODE if target is None else Operation.RECODE
-    outputs = {"weight": TensorInfo(dtype, layer.shape)}
-    if target is not None:
-        outputs = quantized_tensor_infos(layer.shape, dtype, target)
+    outputs = _output_infos(layer.shape, dtype, target)
     units = [q.group_size for q in (encoding, target) if q is not None]
     unit = lcm(*units) if layer.row_order is None else layer.shape[-1]
     rows, columns = _row_view(layer.shape, unit)
@@ -86,21 +84,20 @@ def _packed_steps(
     dtype: str,
     options: ConvertOptions,
 ) -> Iterator[Step]:
-    """Move the codes where they stay, else decode, and encode again where requested.
+    """Steps that move codes where they are kept, else decode, and encode again where requested.
 
     A layer under another layout than the source's takes one step for each run of rows. Where its
-    members are stored unlike each other, the codes of some may stay and those of others not.
+    members are stored in different ways, the codes of some may be kept and those of others not.
     """
-    outputs = {"weight": TensorInfo(dtype, layer.shape)}
-    if target is not None:
-        outputs = quantized_tensor_infos(layer.shape, dtype, target)
+    outputs = _output_infos(layer.shape, dtype, target)
     if layer.packing is None and options.dtype is None:  # of MLX's own: each keeps its dtype
         own = {role: part.info.dtype for role, part in layer.parts.items() if role != "weight"}
         outputs |= {role: TensorInfo(x, outputs[role].shape) for role, x in own.items()}
     names = {"weight": layer.dense_name} if target is None else {}
+    encode = None if target is None else EncodeParams(target=target, search=options.search)
     output_row = 0
     for run in layer.row_ranges or (RowRange(replace(layer, packing=packing), 0, packing.rows),):
-        operation, rows_packing = _moved(layer, run, target)
+        operation, rows_packing = _operation_on(layer, run, target)
         yield Step(
             layer=layer.path,
             operation=operation,
@@ -117,11 +114,7 @@ def _packed_steps(
                 role: OutputTensor(names.get(role, f"{layer.path}.{role}"), x)
                 for role, x in outputs.items()
             },
-            encode=(
-                EncodeParams(target=target, search=options.search)
-                if target is not None and operation is Operation.RECODE
-                else None
-            ),
+            encode=encode if operation is Operation.RECODE else None,
             repack=target if operation is Operation.REPACK else None,
             dtype=dtype,
             packing=rows_packing,
@@ -133,15 +126,15 @@ def _packed_steps(
         yield from _global_scale_steps(layer)
 
 
-def _moved(
+def _operation_on(
     layer: SourceLayer, run: RowRange, target: Quantization | None
 ) -> tuple[Operation, Packing]:
-    """What is done to a run of a layer's rows, and the packing that gives them."""
+    """The operation on a run of a layer's rows, and the packing that reads them."""
     packing, encoding = run.layer.packing, run.layer.encoding
     assert packing is not None
     if target is None:
         return Operation.DECODE, packing
-    # Codes of a rotated weight and values of the plain one never share a layer.
+    # Codes of a rotated weight and values of a plain one never share a layer.
     alone = not layer.rotation_tensors and run.layer.keeps_codes(target)
     if encoding is None or not (alone or layer.keeps_codes(target)):
         return Operation.RECODE, packing
@@ -178,17 +171,14 @@ def _global_scale_steps(layer: SourceLayer) -> Iterator[Step]:
 
 
 def intermediate_steps(
-    layout: SourceLayout, moved: Relayout | None, options: ConvertOptions
+    layout: SourceLayout, relayout: Relayout | None, options: ConvertOptions
 ) -> dict[str, Step]:
-    """The steps that make dense what computed tensors are made from."""
-    if moved is None:
+    """The steps that decode the inputs of computed tensors; name of an input -> step."""
+    if relayout is None:
         return {}
     parts = (part for layer in layout.layers for part in layer.parts.values())
-    names = (name for x in parts if isinstance(x, ComputedTensor) for name in x.inputs)
-    return {
-        name: _intermediate_step(moved.source_layers[name], options)
-        for name in dict.fromkeys(names)
-    }
+    names = dict.fromkeys(x for p in parts if isinstance(p, ComputedTensor) for x in p.inputs)
+    return {name: _intermediate_step(relayout.source_layers[name], options) for name in names}
 
 
 def _intermediate_step(layer: SourceLayer, options: ConvertOptions) -> Step:
@@ -197,6 +187,14 @@ def _intermediate_step(layer: SourceLayer, options: ConvertOptions) -> Step:
     if layer.encoding is not None:
         return _coding_step(layer, None, layer.dtype, options)
     return _copy_or_cast_step(layer.path, layer.parts["weight"], None)
+
+
+def _output_infos(
+    shape: tuple[int, ...], dtype: str, target: Quantization | None
+) -> dict[str, TensorInfo]:
+    if target is None:
+        return {"weight": TensorInfo(dtype, shape)}
+    return quantized_tensor_infos(shape, dtype, target)
 
 
 def quantized_tensor_infos(
@@ -218,11 +216,7 @@ def quantized_tensor_infos(
 
 
 def _copy_or_cast_step(
-    layer: str,
-    part: SourceTensor,
-    dtype: str | None,
-    order: RowOrder | None = None,
-    name: str = "",
+    layer: str, part: SourceTensor, dtype: str | None, order: RowOrder | None = None, name: str = ""
 ) -> Step:
     """Copy or cast one tensor, value by value, or row by row into another order."""
     dtype = dtype or part.info.dtype
@@ -260,7 +254,7 @@ _WIDENS = {("F16", "F32"), ("BF16", "F32"), ("F16", "F64"), ("BF16", "F64"), ("F
 
 
 def fidelity(step: Step) -> Fidelity:
-    """How near a step's result is to what the source represents."""
+    """How the values of a step's result compare with the source's."""
     if step.operation in (Operation.ENCODE, Operation.RECODE):
         return Fidelity(Exactness.REENCODED)
     if step.operation is Operation.COPY:

@@ -1,6 +1,6 @@
-"""Whether a layer can take a requested quantization, and with which group size.
+"""Fit a requested quantization to a layer: whether it can take it, and with which group size.
 
-Pure functions of shapes, dtypes and names; ``choices`` decides which quantization is requested.
+Pure functions of shapes, dtypes and names; ``target_selection`` decides what is requested.
 """
 
 from __future__ import annotations
@@ -15,22 +15,16 @@ from requant.quantization.config import Quantization, QuantMode
 from requant.quantization.roles import ROLES
 
 Fit = tuple[Quantization | None, Reason | None]
-"""The quantization that a layer can take, None for dense; and why it is not the requested one."""
+"""The quantization that a layer can take, None for dense; and why it differs from the request."""
 
 # Layers that stay dense unless an override names them: (reason, pattern on the layer path).
 # They are small, or no matrix product reads them.
-_DENSE_BY_NAME = tuple(
-    (Reason(code, text), re.compile(pattern))
-    for code, text, pattern in (
-        (ReasonCode.CONVOLUTION, "convolution", r"conv"),
-        (ReasonCode.NORM, "norm", r"norm|(^|[._])ln(_|\d|$)"),
-        (ReasonCode.ROUTER, "router", ROLES["router"]),
-        (
-            ReasonCode.POSITION_TABLE,
-            "position table",
-            r"(^|\.)wpe$|pos(ition)?_?emb|embed_positions|relative_.*bias|rotary",
-        ),
-    )
+_POSITIONS = r"(^|\.)wpe$|pos(ition)?_?emb|embed_positions|relative_.*bias|rotary"
+_DENSE_BY_NAME = (
+    (Reason(ReasonCode.CONVOLUTION, "convolution"), re.compile(r"conv")),
+    (Reason(ReasonCode.NORM, "norm"), re.compile(r"norm|(^|[._])ln(_|\d|$)")),
+    (Reason(ReasonCode.ROUTER, "router"), re.compile(ROLES["router"])),
+    (Reason(ReasonCode.POSITION_TABLE, "position table"), re.compile(_POSITIONS)),
 )
 
 

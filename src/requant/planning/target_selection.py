@@ -1,4 +1,4 @@
-"""What each layer becomes: options, recipe and mlx-lm's choice applied to the source's layers.
+"""Select the target of each layer from the options, the recipe and mlx-lm's own choice.
 
 Pure: shapes, dtypes and names decide, never values. ``RULES`` lists the precedence.
 """
@@ -18,7 +18,7 @@ from requant.formats import SourceLayer, SourceLayout
 from requant.formats.base import describe_encoding
 from requant.layouts.left_dense import left_dense
 from requant.layouts.relayout import Relayout
-from requant.planning.target_fitting import Fit, fit_codes, fit_dense_layer
+from requant.planning.target_fitting import fit_codes, fit_dense_layer
 from requant.quantization.config import SKIP, Quantization
 from requant.quantization.modes import resolve_quantization
 from requant.quantization.options import ConvertOptions
@@ -32,16 +32,23 @@ if TYPE_CHECKING:
 # scores that are compared with each other (mlx_lm/models/deepseek_v3.py, cast_predicate).
 KEEPS_DTYPE = re.compile(r"e_score_correction_bias$")
 
+_DENSE_IN_CLASS = Reason(ReasonCode.DENSE_IN_CLASS, "mlx-lm's class holds it dense")
+_NONFINITE = Reason(ReasonCode.NONFINITE, "holds NaN or infinity")
+_NOT_IN_ONLY = Reason(ReasonCode.NOT_IN_ONLY, "not matched by --only")
+_SKIPPED_BY_OVERRIDE = Reason(ReasonCode.SKIPPED_BY_OVERRIDE, "skipped by an override")
+_SKIPPED_BY_RECIPE = Reason(ReasonCode.SKIPPED_BY_RECIPE, "skipped by the recipe")
+_UNUSED_BY_CLASS = Reason(ReasonCode.UNUSED_BY_CLASS, "mlx-lm has no use for it")
+
 
 @dataclass(frozen=True, slots=True)
 class LayerDecision:
-    """What one layer becomes.
+    """The target of one layer.
 
     Attributes:
         layer: The layer as the source stores it.
         target: Its quantization in the output; None for dense.
-        reason: Why, where that is not simply what was requested.
-        problem: Why that cannot be, where an override demands it.
+        reason: Why the target is not simply what was requested.
+        problem: Why the target of an override is impossible.
     """
 
     layer: SourceLayer
@@ -67,7 +74,7 @@ class TargetSelector:
         mlx_lm: What mlx-lm itself decides, of the same layout.
         source_is_quantized: Whether any layer of the source holds codes.
         default: The quantization of a layer that nothing else names; None keeps codes.
-        recipe_targets: Layer path -> what the recipe says of it.
+        recipe_targets: Layer path -> its target in the recipe.
         dense_by_libraries: Layer path -> why MLX's libraries leave the layer dense.
         extra: Paths of layers that are kept though mlx-lm's class has no use for them.
         notes: What the user should know of the options.
@@ -98,14 +105,13 @@ class TargetSelector:
         return tuple(map(self.decide, self.layout.layers))
 
     def decide(self, layer: SourceLayer) -> LayerDecision:
-        """The decision of the first rule that applies, unless mlx-lm cannot load it.
+        """The decision of the first rule that applies; dense where mlx-lm cannot load that.
 
         A layer that stays dense keeps the name and the shape that the source gives it.
         """
-        decision = next(made for _, rule in RULES if (made := rule(self, layer)) is not None)
+        decision = next(found for _, rule in RULES if (found := rule(self, layer)) is not None)
         if decision.target is not None and not self.is_quantizable(layer):
-            reason = Reason(ReasonCode.DENSE_IN_CLASS, "mlx-lm's class holds it dense")
-            decision = LayerDecision(layer, None, reason, decision.problem)
+            decision = LayerDecision(layer, None, _DENSE_IN_CLASS, decision.problem)
         if decision.target is None and layer.as_named is not None:
             return LayerDecision(layer.as_named, None, decision.reason, decision.problem)
         return decision
@@ -122,10 +128,10 @@ class TargetSelector:
             )
         return requested if requested is not None and castable else layer.dtype
 
-    # -- what is known before the first layer -------------------------------------------------
+    # -- properties of the whole source -------------------------------------------------------
 
     def _recipe_targets(self) -> dict[str, LayerTarget]:
-        """What the recipe says about each layer that it names."""
+        """The recipe's target of each layer that it names."""
         recipe = self.options.recipe
         if recipe is None:
             return {}
@@ -139,7 +145,7 @@ class TargetSelector:
     def _dense_by_libraries(self) -> dict[str, Reason]:
         """Layers that MLX's libraries leave dense, under the source's names; path -> reason.
 
-        ``only`` names one where it matches nothing else.
+        A pattern of ``--only`` that matches no other layer selects them all the same.
         """
         if self.relayout is not None:
             return {}
@@ -163,7 +169,7 @@ class TargetSelector:
 
     @property
     def _is_dense(self) -> bool:
-        """Whether no tool has quantized the source, nor says that it has."""
+        """Whether no layer is quantized, and no config says so."""
         of_gguf = self.checkpoint.gguf is not None
         return self.format == "dense" or (of_gguf and not self.source_is_quantized)
 
@@ -181,8 +187,7 @@ class TargetSelector:
 def _nonfinite(selector: TargetSelector, layer: SourceLayer) -> LayerDecision | None:
     if layer.path not in selector.options.nonfinite_layers:
         return None
-    reason = Reason(ReasonCode.NONFINITE, "holds NaN or infinity")
-    return LayerDecision(layer, layer.encoding, reason)
+    return LayerDecision(layer, layer.encoding, _NONFINITE)
 
 
 def _override(selector: TargetSelector, layer: SourceLayer) -> LayerDecision | None:
@@ -190,24 +195,21 @@ def _override(selector: TargetSelector, layer: SourceLayer) -> LayerDecision | N
     if isinstance(override, Quantization):
         return LayerDecision(layer, override, problem=_why_not_exactly(selector, layer, override))
     if override is SKIP:
-        reason = Reason(ReasonCode.SKIPPED_BY_OVERRIDE, "skipped by an override")
-        return LayerDecision(layer, layer.encoding, reason)
+        return LayerDecision(layer, layer.encoding, _SKIPPED_BY_OVERRIDE)
     return None
 
 
 def _unused(selector: TargetSelector, layer: SourceLayer) -> LayerDecision | None:
     if layer.path not in selector.extra or selector.options.dequantize:
         return None
-    reason = Reason(ReasonCode.UNUSED_BY_CLASS, "mlx-lm has no use for it")
-    return LayerDecision(layer, layer.default_target, reason)
+    return LayerDecision(layer, layer.default_target, _UNUSED_BY_CLASS)
 
 
 def _only(selector: TargetSelector, layer: SourceLayer) -> LayerDecision | None:
     only = selector.options.only
     if not only or any(search(pattern, layer.path) for pattern in only):
         return None
-    reason = Reason(ReasonCode.NOT_IN_ONLY, "not matched by --only")
-    return LayerDecision(layer, layer.default_target, reason)
+    return LayerDecision(layer, layer.default_target, _NOT_IN_ONLY)
 
 
 def _dequantize(selector: TargetSelector, layer: SourceLayer) -> LayerDecision | None:
@@ -218,8 +220,7 @@ def _recipe_skip(selector: TargetSelector, layer: SourceLayer) -> LayerDecision 
     choice = selector.recipe_targets.get(layer.path)
     if choice is None or choice.spec is not SKIP:
         return None
-    reason = Reason(ReasonCode.SKIPPED_BY_RECIPE, "skipped by the recipe")
-    return LayerDecision(layer, layer.encoding, reason)
+    return LayerDecision(layer, layer.encoding, _SKIPPED_BY_RECIPE)
 
 
 def _nothing_requested(selector: TargetSelector, layer: SourceLayer) -> LayerDecision | None:
@@ -275,7 +276,7 @@ def _dense_layer(selector: TargetSelector, layer: SourceLayer) -> LayerDecision 
     if requested is None:
         return None
     any_name = choice is not None and choice.explicit
-    fit: Fit = fit_dense_layer(layer, requested, selector.options.dtype, any_name=any_name)
+    fit = fit_dense_layer(layer, requested, selector.options.dtype, any_name=any_name)
     return LayerDecision(layer, *fit)
 
 
@@ -289,7 +290,7 @@ def _requested(selector: TargetSelector, layer: SourceLayer) -> Quantization | N
 def _why_not_exactly(
     selector: TargetSelector, layer: SourceLayer, target: Quantization
 ) -> Problem | None:
-    """Why a layer cannot have the target of an override; overrides are met exactly."""
+    """Return why a layer cannot have exactly the target of an override."""
     shape, dtype = layer.shape, selector.value_dtype(layer)
     if not selector.is_quantizable(layer):
         message = f"mlx-lm's class holds {layer.path} dense; --layout keep does not ask it"
@@ -322,7 +323,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("dense-in-libraries", _dense_in_libraries),
     ("dense-layer", _dense_layer),
 )
-"""The precedence of everything that decides about a layer; the first rule that applies wins.
+"""The rules that select a target, in their order of precedence; the first that applies wins.
 
 1. ``nonfinite``: a layer with NaN or infinity (``--allow-nonfinite``) stays as it is.
 2. ``override``: the last ``--override`` that matches, exactly or with a problem; ``skip`` leaves
@@ -339,7 +340,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     the recipe names them.
 11. ``dense-layer``: the target, where name, shape and dtype allow it.
 
-Whatever they decide, a layer that mlx-lm's class holds dense becomes dense in mlx-lm's layout.
+A layer that mlx-lm's class holds dense becomes dense in mlx-lm's layout, whatever the rule says.
 """
 
 

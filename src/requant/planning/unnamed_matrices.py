@@ -18,18 +18,18 @@ from requant.errors import Problem
 from requant.planning.target_selection import LayerDecision, TargetSelector
 from requant.text import join_first, pluralize
 
-_EXPERT = re.compile(r"(^|\.)experts\.")
+EXPERT = re.compile(r"(^|\.)experts\.")
 _MIN_SHARE = 0.1  # of all weights, to be worth a note; experts always are
 
 
 @dataclass(frozen=True, slots=True)
 class UnnamedMatrices:
-    """Matrices that no name makes a layer of: they cannot be quantized under the source's names.
+    """Matrices that cannot be quantized under the source's names.
 
     Attributes:
-        names: Their names.
-        share: Their part of all weights.
-        dtype: What they stay.
+        names: Names of the tensors.
+        share: Their fraction of all weights.
+        dtype: Header name of the dtype that they keep.
     """
 
     names: tuple[str, ...]
@@ -38,18 +38,18 @@ class UnnamedMatrices:
 
     @property
     def is_most(self) -> bool:
-        """Whether the request comes to nothing for most of the weights."""
+        """Whether most of the weights cannot be quantized as requested."""
         return self.share > 0.5
 
     def note(self, rejection: str) -> Note:
-        """What the user should know; ``rejection`` says why mlx-lm's layout cannot be made."""
-        way = "--layout mlx-lm gives them such names and quantizes them"
+        """The note; ``rejection`` is why mlx-lm's layout cannot be made, or ""."""
+        advice = "--layout mlx-lm gives them such names and quantizes them"
         if rejection:
-            way = f"mlx-lm does not take them: {rejection}"
-        return Note(NoteCode.UNNAMED_MATRICES, f"{self._describe('stay')}; {way}.")
+            advice = f"mlx-lm does not take them: {rejection}"
+        return Note(NoteCode.UNNAMED_MATRICES, f"{self._describe('stay')}; {advice}.")
 
     def problem(self, rejection: str) -> Problem:
-        """The same where it stops the conversion."""
+        """The same as a problem, which stops the conversion."""
         return Problem(
             self.names[0],
             f"{self._describe('would stay')}; mlx-lm's layout would name them, but {rejection}. "
@@ -67,7 +67,7 @@ class UnnamedMatrices:
 def find_unnamed_matrices(
     selector: TargetSelector, decisions: Iterable[LayerDecision]
 ) -> UnnamedMatrices | None:
-    """The matrices that were asked to be quantized, and have no name that can be."""
+    """Return the matrices that a quantization was requested for and that no name makes a layer."""
     if selector.relayout is not None or selector.default is None or selector.options.only:
         return None
     sizes, unnamed = Counter[str](), []
@@ -82,7 +82,7 @@ def find_unnamed_matrices(
             sizes["unnamed"] += size
             unnamed.append(layer)
     share = sizes["unnamed"] / max(sizes["all"], 1)
-    experts = any(_EXPERT.search(layer.path) for layer in unnamed)
+    experts = any(EXPERT.search(layer.path) for layer in unnamed)
     if not unnamed or not (experts or share > _MIN_SHARE):
         return None
     return UnnamedMatrices(tuple(x.dense_name for x in unnamed), share, unnamed[0].dtype)

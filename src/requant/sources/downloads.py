@@ -1,7 +1,7 @@
-"""Scheduling of downloads: which file of a repository next, and how many are on the disk.
+"""Schedule downloads: which file of a repository is next, and how many are on the disk.
 
 Files are downloaded in the order in which they are needed, a few at a time, while others are
-read. ``hub_transfer`` downloads one file, ``hub_places`` says where it is stored.
+read. ``hub_transfer`` downloads one file, ``hub_storage`` decides where it is stored.
 """
 
 from __future__ import annotations
@@ -29,10 +29,7 @@ class Downloads:
     """
 
     def __init__(
-        self,
-        files: Mapping[str, RemoteFile],
-        storage: HubCache,
-        window: int | None = None,
+        self, files: Mapping[str, RemoteFile], storage: HubCache, window: int | None = None
     ) -> None:
         self.files, self.storage, self.window = files, storage, window
         self.bytes_expected = self.bytes_here = 0
@@ -57,9 +54,9 @@ class Downloads:
         """Start to download files, in the order given, that are not stored yet."""
         self._ended.clear()
         self._error, self._coming, self._wanted = None, set(), set()
-        found = {name: self.storage.find(self.files[name]) for name in order}
-        self._paths = {name: path for name, path in found.items() if path is not None}
-        self._due = [name for name, path in found.items() if path is None]
+        paths = {name: self.storage.find(self.files[name]) for name in order}
+        self._paths = {name: path for name, path in paths.items() if path is not None}
+        self._due = [name for name, path in paths.items() if path is None]
         self.bytes_expected = sum(self.files[name].nbytes for name in self._due)
         self.bytes_here = 0
         self._threads = [

@@ -21,7 +21,7 @@ _LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
 
 
 def stream_range(repository: str, commit: str, file: str, start: int, stop: int) -> Iterator[bytes]:
-    """The bytes of a range of a file as they come, by one request; fewer where it is cut short.
+    """Stream the bytes of a range of a file with one request; fewer if the connection is cut.
 
     Raises:
         HubError: The hub cannot be reached or rejects the request.
@@ -31,7 +31,7 @@ def stream_range(repository: str, commit: str, file: str, start: int, stop: int)
 
     if stop <= start:
         return
-    utils: Any = known  # not all of its names are exported by the letter
+    utils: Any = known  # its type stubs do not export all names
     url = huggingface_hub.hf_hub_url(repository, file, revision=commit)
     headers = utils.build_hf_headers()
     headers |= {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
@@ -43,7 +43,7 @@ def stream_range(repository: str, commit: str, file: str, start: int, stop: int)
         if response.status_code >= 400:
             response.read()
         utils.hf_raise_for_status(response)
-        skipped = start if response.status_code == 200 else 0  # a server that knows no ranges
+        skipped = start if response.status_code == 200 else 0  # a server without range requests
         left = stop - start
         for block in response.iter_bytes(_BLOCK_BYTES):
             wanted = block[skipped : skipped + left]
@@ -71,7 +71,7 @@ def read_range(repository: str, commit: str, file: str, start: int, stop: int) -
 def hub_errors(
     repository: str, revision: str | None = None, file: str = "", *, sending: bool = False
 ) -> Iterator[None]:
-    """Translate errors of huggingface_hub and of the network to a HubError that says what to do.
+    """Translate errors of huggingface_hub and of the network to a HubError with advice.
 
     Any other error passes through unchanged.
 
@@ -153,7 +153,7 @@ def _offline(request: _Request, _: Any) -> str:
 
 
 def _bad_status(request: _Request, error: Any) -> str:
-    """Message for an ``HfHubHTTPError`` that is of no class below it."""
+    """Message for an ``HfHubHTTPError`` without a subclass."""
     code = _status_of(error)
     reason = (error.server_message or str(error)).splitlines()[0].rstrip(".")
     hint = f"; {_LOG_IN}" if code in (401, 403) else ""
@@ -178,8 +178,7 @@ _Message = Callable[[_Request, Any], str]
 def _messages() -> Mapping[type, _Message]:
     """Exception class -> function that gives its message; the first class that fits counts.
 
-    The order matters: a RemoteEntryNotFoundError is an HfHubHTTPError first, then an
-    EntryNotFoundError, and most of the others are HfHubHTTPErrors too.
+    The order matters: most classes are derived from HfHubHTTPError.
     """
     from huggingface_hub import errors
 

@@ -1,6 +1,6 @@
-"""What files a repository holds at a commit: asked of the hub, or remembered where it may not be.
+"""List the files of a repository at a commit: from the hub, or from an earlier listing.
 
-What is remembered is stored under HF_HOME and serves where HF_HUB_OFFLINE forbids to ask.
+Listings are stored under HF_HOME and used if HF_HUB_OFFLINE is set.
 """
 
 from __future__ import annotations
@@ -49,32 +49,32 @@ def metadata_dir(repository: str) -> Path:
 
 
 def list_repository(name: str, revision: str | None) -> RepositoryListing:
-    """The files of a repository at a branch, tag or commit; its main branch by default.
+    """List the files of a repository at a branch, tag or commit; by default of its main branch.
 
     Raises:
-        HubError: There is no such repository or revision, it is gated, or the hub is not reached
-            and nothing is remembered; or what it lists is not a list of files.
+        HubError: There is no such repository or revision, it is gated, the hub cannot be reached
+            and there is no stored listing, or the listing is invalid.
     """
     import huggingface_hub
     from huggingface_hub import constants
 
-    remembered = metadata_dir(name) / f"{quote(revision or 'main', safe='')}.json"
-    if constants.HF_HUB_OFFLINE and (known := _read(remembered)) is not None:
-        return _dry_run(name, known)
+    stored = metadata_dir(name) / f"{quote(revision or 'main', safe='')}.json"
+    if constants.HF_HUB_OFFLINE and (known := _read(stored)) is not None:
+        return _checked(name, known)
     with hub_errors(name, revision):
-        found = huggingface_hub.HfApi().model_info(name, revision=revision, files_metadata=True)
-    siblings = found.siblings or []
+        info = huggingface_hub.HfApi().model_info(name, revision=revision, files_metadata=True)
+    siblings = info.siblings or []
     listing = RepositoryListing(
-        found.sha or "",
+        info.sha or "",
         {x.rfilename: x.size if x.size is not None else -1 for x in siblings},
         {x.rfilename: x.lfs.sha256 if x.lfs else x.blob_id or "" for x in siblings},
     )
-    _dry_run(name, listing)
-    _write(remembered, listing)
+    _write(stored, _checked(name, listing))
     return listing
 
 
-def _dry_run(name: str, listing: RepositoryListing) -> RepositoryListing:
+def _checked(name: str, listing: RepositoryListing) -> RepositoryListing:
+    """The listing, of which paths, sizes and commit are valid; raises HubError if they are not."""
     if not is_digest(listing.commit):
         raise HubError(f"{name}: the hub gives {listing.commit!r} as its commit, expected a hash")
     if len(listing.sizes) > MAX_ENTRIES:
@@ -100,7 +100,7 @@ def _write(path: Path, listing: RepositoryListing) -> None:
 
 
 def _read(path: Path) -> RepositoryListing | None:
-    """What was remembered; None where it is not, or no listing."""
+    """A stored listing; None if there is none, or it is invalid."""
     try:
         with path.open("rb") as file:
             value: Any = json.loads(file.read(MAX_INDEX_BYTES))

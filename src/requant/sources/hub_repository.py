@@ -1,9 +1,9 @@
 """Sources on the model hub: headers by range requests for a plan, whole files for a conversion.
 
-A repository's *mirror* is a folder under HF_HOME with its JSON files and, for everything else,
-files of the right size that hold nothing but the headers of weights (sparse: they take no room).
-A checkpoint is read from it as from any folder; the few small tensors that a format reads while
-planning come by range requests too. Whole files come while others are converted (``downloads``).
+A repository's *mirror* is a folder under HF_HOME with its JSON files and, for every other file, a
+sparse file of the right size that holds only the headers of weights. A checkpoint is read from it
+as from any folder; the few small tensors that a format reads while planning are fetched with range
+requests, too. Whole files are downloaded while others are converted (``downloads``).
 """
 
 from __future__ import annotations
@@ -43,21 +43,22 @@ from requant.sources.hub_listing import RepositoryListing, is_digest, list_repos
 from requant.sources.hub_storage import SUFFIX, HubCache, RemoteFile, TemporaryStorage
 from requant.sources.open import read_checkpoint
 
-_FIRST_BYTES = 128 << 10  # of a weight file: most headers are within
+_FIRST_BYTES = 128 << 10  # of a weight file: most headers are shorter
 CARD = "README.md"
-_STREAMS = 8  # headers that come at a time
-_FETCHED_BYTES = 64 << 20  # of small tensors that are kept for the next look
+_STREAMS = 8  # headers that are fetched at a time
+_FETCHED_BYTES = 64 << 20  # of small tensors that are cached
 
 
 def find_repository(source: str | os.PathLike[str], revision: str | None) -> Repository | None:
-    """The repository that a source names, or None where it is a path.
+    """Return the repository that a source names, or None if it is a path.
 
     A name of the form ``org/name``, or ``org/name:Q4_K_M`` for a GGUF file of it, is a path if
-    anything is there, and where huggingface_hub is not installed.
+    anything is there, and if huggingface_hub is not installed.
 
     Raises:
-        HubError: There is no such repository or revision, it is gated, or the hub is not reached.
-        UsageError: A revision of something that is not on the hub.
+        HubError: There is no such repository or revision, it is gated, or the hub cannot be
+            reached.
+        UsageError: A revision of a source that is not on the hub.
     """
     name, _, wanted = os.fspath(source).partition(":")
     if not is_repository_id(source):
@@ -69,7 +70,6 @@ def find_repository(source: str | os.PathLike[str], revision: str | None) -> Rep
             return None
         raise HubError(f"{source}: the hub needs huggingface_hub: pip install 'requant[hub]'")
     listing = list_repository(name, revision)
-
     files = files_to_download(listing.sizes, partial(_small_file, name, listing))
     has_weights = any(x.endswith((".safetensors", ".gguf")) for x in listing.sizes)
     has_weights = has_weights or ADAPTER_CONFIG in listing.sizes
@@ -84,20 +84,20 @@ def find_repository(source: str | os.PathLike[str], revision: str | None) -> Rep
 
 
 def _small_file(name: str, listing: RepositoryListing, file: str) -> bytes:
-    """A JSON file of a repository as a whole, kept in its mirror."""
-    kept = metadata_dir(name) / listing.commit / file
+    """The content of a JSON file of a repository; it is kept in the mirror."""
+    mirrored = metadata_dir(name) / listing.commit / file
     with suppress(OSError):
-        content = kept.read_bytes()
-        if content.strip(b"\0"):  # one that was not read is full of zeros
+        content = mirrored.read_bytes()
+        if content.strip(b"\0"):  # a file that was not fetched is full of zeros
             return content
     size = listing.sizes[file]
     content = read_range(name, listing.commit, file, 0, size) if size else b""
-    _write_mirror(kept, metadata_dir(name) / "new", content, size)
+    _write_mirror(mirrored, metadata_dir(name) / "new", content, size)
     return content
 
 
 def _write_mirror(target: Path, siblings: Path, content: bytes, size: int) -> None:
-    """A file of the right size with the bytes that are known of it; whole or not there."""
+    """Write a file of the right size with its known bytes, and rename it when it is complete."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         siblings.mkdir(exist_ok=True)
@@ -115,20 +115,20 @@ def open_source(
     remote: Repository | None,
     config_from: str | os.PathLike[str] | None = None,
 ) -> Path | Checkpoint:
-    """What a plan that is to be run is made from: a path, or a repository whose files come.
+    """Return the source of a conversion: a path, or a repository whose files are downloaded.
 
     Args:
         source: As the user named it.
-        remote: What ``find_repository`` made of that.
+        remote: The result of ``find_repository``.
         config_from: As in ``Repository.read_headers``.
 
     Raises:
-        HubError: A file cannot be had.
-        CheckpointError: Everything that is wrong with what the headers say.
+        HubError: A file cannot be downloaded.
+        CheckpointError: With all problems of the headers.
     """
-    return (
-        Path(source) if remote is None else remote.start_download(remote.read_headers(config_from))
-    )
+    if remote is None:
+        return Path(source)
+    return remote.start_download(remote.read_headers(config_from))
 
 
 def _gguf_kind(name: str, files: Iterable[str], wanted: str, has_safetensors: bool) -> str:
@@ -144,9 +144,8 @@ def _gguf_kind(name: str, files: Iterable[str], wanted: str, has_safetensors: bo
     if kind is None:
         asked = f"no GGUF file {wanted!r}" if wanted else f"{len(models)} GGUF models"
         known = ", ".join(models)
-        raise HubError(
-            f"{name} holds {asked}; write {name}:{next(iter(models))}, or one of: {known}"
-        )
+        example = f"{name}:{next(iter(models))}"
+        raise HubError(f"{name} holds {asked}; write {example}, or one of: {known}")
     return kind
 
 
@@ -177,7 +176,7 @@ class Repository:
 
     @property
     def source(self) -> str:
-        """As a user names it: ``org/name``, or ``org/name:Q4_K_M``."""
+        """The name for a user: ``org/name``, or ``org/name:Q4_K_M``."""
         return f"{self.name}:{self.gguf}" if self.gguf else self.name
 
     @property
@@ -187,24 +186,20 @@ class Repository:
         return first[: first.rfind("/") + 1] if self.gguf else ""
 
     def read_headers(self, config_from: str | os.PathLike[str] | None = None) -> Checkpoint:
-        """The checkpoint, of which only headers and JSON are here.
+        """Fetch headers and JSON files only, and read the checkpoint from them.
 
         Args:
             config_from: For GGUF: a folder whose config.json and side files are taken.
 
         Raises:
-            HubError: A file cannot be had.
-            CheckpointError: Everything that is wrong with what the headers say.
+            HubError: A file cannot be fetched.
+            CheckpointError: With all problems of the headers.
         """
         folder = metadata_dir(self.name) / self.commit
         self._check_adapter()
         missing = [file for file in self.sizes if not (folder / file).exists()]
         with ThreadPoolExecutor(_STREAMS) as pool:
-            list(
-                pool.map(
-                    lambda file: self._write_header_stub(folder, file, self.sizes[file]), missing
-                )
-            )
+            list(pool.map(partial(self._write_header_stub, folder), missing))
         if self.gguf:
             taken = None if config_from is None else Path(config_from)
             read = partial(read_gguf, config_from=taken, fetch=self._fetch)
@@ -214,11 +209,7 @@ class Repository:
         return self._read_named(read_checkpoint, folder)
 
     def _check_adapter(self) -> None:
-        """Say of a repository with an adapter and no model what to do.
-
-        Raises:
-            CheckpointError: It is one.
-        """
+        """Raise a CheckpointError with advice if the repository holds an adapter and no model."""
         files = [x for x in self.sizes if "/" not in x and x.endswith((".safetensors", ".npz"))]
         if self.gguf or INDEX in self.sizes or not all(map(is_adapter_file, files)):
             return
@@ -230,9 +221,9 @@ class Repository:
             message = describe_adapter(self.name, config, remote=True)
             raise CheckpointError(self.name, [Problem(self.name, message)])
 
-    def _write_header_stub(self, folder: Path, file: str, size: int) -> None:
-        """A file of the right size with the bytes that planning reads; whole or not there."""
-        content = b""
+    def _write_header_stub(self, folder: Path, file: str) -> None:
+        """Write a file of the right size with the bytes that planning reads."""
+        content, size = b"", self.sizes[file]
         most = MAX_INDEX_BYTES if file == INDEX else MAX_CONFIG_BYTES
         if file in (CONFIG, INDEX, *QUANTIZATION_FILES):
             content = self._bytes(file, 0, size) if size <= most else b""
@@ -242,7 +233,7 @@ class Repository:
             if length + PREFIX_BYTES > len(content):
                 content += self._bytes(file, len(content), length + PREFIX_BYTES)
         elif file.endswith(".gguf"):
-            ahead = _ReadAheadFile(lambda start, stop: self._bytes(file, start, stop), size)
+            ahead = _ReadAheadFile(partial(self._bytes, file), size)
             nbytes = header_nbytes(cast(BinaryIO, ahead), size)
             content = ahead.content[:nbytes]
         _write_mirror(folder / file, folder.parent / "new", content, size)
@@ -263,24 +254,24 @@ class Repository:
     # -- whole files ---------------------------------------------------------------------
 
     def download_summary(self) -> str:
-        """What a conversion downloads, in a sentence."""
+        """A sentence about the files that a conversion downloads."""
         missing = self._missing()
         what = f"{len(missing)} of {len(self.sizes)} files, {sum(missing.values()):,} bytes"
         state = f"convert downloads {what}" if missing else "all of its files are downloaded"
         return f"{self.source} at {self.commit[:12]} on the hub: {state}."
 
     def start_download(self, checkpoint: Checkpoint, area: Path | None = None) -> Checkpoint:
-        """The checkpoint of ``read_headers`` whose weight files come while it is read.
+        """Return the checkpoint with a downloader of its weight files.
 
-        Small files are here when this returns. What was downloaded before is not again.
+        Small files are downloaded at once. Files that were downloaded before are not again.
 
         Args:
-            checkpoint: What ``read_headers`` gave.
+            checkpoint: The result of ``read_headers``.
             area: A folder for weight files that are deleted when nothing needs them any more;
-                None puts them into huggingface_hub's cache, where they stay.
+                None for huggingface_hub's cache, where they stay.
 
         Raises:
-            HubError: A file cannot be had, or the disk has too little room.
+            HubError: A file cannot be downloaded, or the disk has too little room.
         """
         weights = {self._below + file.name for file in checkpoint.files}
         cache = storage = HubCache(self.name, self.commit)
@@ -292,12 +283,11 @@ class Repository:
         download_all(Downloads(small, cache), list(small))
         folder = cache.snapshot if small and not self.gguf else checkpoint.path
         files = {x.name: self._remote_file(self._below + x.name) for x in checkpoint.files}
-        window = None if area is None else MAX_HELD_FILES
-        downloader = Downloads(files, storage, window)
+        downloader = Downloads(files, storage, None if area is None else MAX_HELD_FILES)
         return replace(checkpoint, opened=checkpoint.opened.with_downloader(folder, downloader))
 
     def _remote_file(self, name: str) -> RemoteFile:
-        """What the hub lists of a file; its server is asked where the list is not whole."""
+        """A file as the hub lists it, with the hash from its server where the list has none."""
         import huggingface_hub
 
         digest = self.digests.get(name) or ""
@@ -310,10 +300,8 @@ class Repository:
         return RemoteFile(name, self.sizes[name], digest)
 
     def _check_room(self, cache: HubCache) -> None:
-        free, needed = (
-            shutil.disk_usage(_existing(cache.folder)).free,
-            self._bytes_to_download(cache),
-        )
+        free = shutil.disk_usage(_existing(cache.folder)).free
+        needed = self._bytes_to_download(cache)
         if needed > free:
             raise HubError(
                 f"{self.name}: the disk of {cache.folder} is too full: {needed:,} bytes are to be "
@@ -321,12 +309,12 @@ class Repository:
             )
 
     def _bytes_to_download(self, cache: HubCache) -> int:
-        """Bytes that are not yet in the cache; of files that were cut, the rest."""
+        """Bytes that are not yet in the cache; of incomplete files, the rest."""
         here = sum(x.stat().st_blocks * 512 for x in cache.folder.glob(f"blobs/*{SUFFIX}"))
         return max(sum(self._missing().values()) - here, 0)
 
     def cache_bytes_on_disk_of(self, output: Path) -> int:
-        """Bytes that downloads into the cache take on the disk of ``output``."""
+        """Bytes of downloads to the cache if that is on the disk of ``output``; else 0."""
         cache = HubCache(self.name, self.commit)
         one, other = (_existing(x.absolute()).stat().st_dev for x in (cache.folder, output))
         return self._bytes_to_download(cache) if one == other else 0
@@ -336,7 +324,7 @@ class Repository:
         return {file: size for file, size in self.sizes.items() if cache.cached(file) is None}
 
     def _read_named(self, read: Callable[[Path], Checkpoint], folder: Path) -> Checkpoint:
-        """The checkpoint in a folder, under the repository's name also where it is at fault."""
+        """The checkpoint in a folder, with the repository's name in place of the folder's."""
         if CONFIG not in self.sizes and not self.gguf:
             problem = Problem(CONFIG, "is not in the repository, or no model of this kind is")
             raise CheckpointError(self.name, [problem])
@@ -350,7 +338,7 @@ class Repository:
             copy = f"hf download {self.name} --local-dir {self.name.rpartition('/')[2]}"
             raised.add_note(f"To change files of the repository: {copy}, then give that folder")
             raise raised from error
-        # Other programs may have put other files of the repository next to ours.
+        # Other programs may have added other files of the repository.
         return replace(
             checkpoint,
             side_files=tuple(name for name in checkpoint.side_files if name in self.sizes),
@@ -366,7 +354,7 @@ class Repository:
 
     @property
     def card(self) -> Path:
-        """Where the model card is, if it was downloaded."""
+        """The path of the model card, if it was downloaded."""
         return HubCache(self.name, self.commit).snapshot / CARD
 
 
@@ -375,7 +363,7 @@ def _existing(path: Path) -> Path:
 
 
 class _ReadAheadFile:
-    """A file that is read from its start, by requests for more than is asked for."""
+    """A file that is read from its start, fetched in pieces that are larger than each read."""
 
     def __init__(self, fetch: Callable[[int, int], bytes], size: int) -> None:
         self.fetch, self.size = fetch, size

@@ -1,8 +1,7 @@
-"""Where downloaded files are stored: huggingface_hub's cache, or a folder of one conversion.
+"""The places of downloaded files: huggingface_hub's cache, or a folder of one conversion.
 
-The classes here know paths and links; ``hub_transfer`` writes the bytes. The layout of the cache
-is the one that huggingface_hub documents ("Understand caching"); it has no function that adds a
-file to it.
+The classes determine paths and links; ``hub_transfer`` writes the bytes. The cache has the layout
+that huggingface_hub documents ("Understand caching"); it has no function that adds a file.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Resumable download of one file of a repository, with its hash checked.
+"""Resumable download of one file of a repository, whose hash is checked.
 
 The bytes of a file are appended to its partial path (``hub_storage``). A file that a killed
 process or a failed network left incomplete is resumed from its last byte. huggingface_hub's own
-``hf_hub_download`` no longer resumes: it writes to a file of a random name, deletes it
-on any error, and leaves it behind when it is killed (docs/hub.md, "Why the transfer is ours").
+``hf_hub_download`` no longer resumes: it writes to a file with a random name, deletes it on any
+error, and leaves it behind when it is killed (docs/hub.md, "Why the transfer is ours").
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Transfer:
     Attributes:
         storage: Where they are stored.
         stopped: Set to cancel: a transfer then ends after its current block of 256 KiB.
-        count: Called with every number of bytes that are there, resumed or received.
+        count: Called with the number of bytes of each resumed or received piece.
     """
 
     storage: HubCache
@@ -48,7 +48,7 @@ class Transfer:
         lock of the partial file, then finds the file complete.
 
         Raises:
-            HubError: It cannot be had or written, or is not what the hub lists.
+            HubError: It cannot be fetched or written, or its hash differs from the hub's.
         """
         partial = self.storage.partial_path(file)
         try:

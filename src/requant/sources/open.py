@@ -1,6 +1,6 @@
-"""Pipeline stage 1: SOURCE becomes a Checkpoint, be it a folder with safetensors or GGUF.
+"""Pipeline stage 1: read SOURCE, a folder with safetensors or GGUF, as a Checkpoint.
 
-Headers and JSON only; the modules that know one kind of source each do the reading.
+Only headers and JSON are read, by the module of each kind of source.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ def read_checkpoint(
     Args:
         path: The folder, or a GGUF file.
         config_from: For GGUF: a folder whose config.json and side files are taken.
-        stubs: Where the headers of weight files are that are gone from it.
+        stubs: A folder with the headers of weight files that were deleted.
 
     Raises:
-        CheckpointError: With everything that is wrong with the source.
+        CheckpointError: With all problems of the source.
         UsageError: ``config_from`` for another source than GGUF.
     """
     folder = Path(path)
     if is_gguf(folder):
-        from requant.gguf.reader import read_gguf  # nothing else needs it: a faster start
+        from requant.gguf.reader import read_gguf  # imported late for a fast start
 
         return read_gguf(folder, None if config_from is None else Path(config_from))
     if config_from is not None:
@@ -49,15 +49,15 @@ def as_checkpoint(
     config_from: str | os.PathLike[str] | None = None,
     stubs: Path | None = None,
 ) -> Checkpoint:
-    """A source that may have been read already.
+    """Return the checkpoint of a source, which may have been read already.
 
     Args:
-        source: What ``read_checkpoint`` takes, or the checkpoint of a repository on the hub.
+        source: A path for ``read_checkpoint``, or the checkpoint of a repository on the hub.
         config_from: As in ``read_checkpoint``.
         stubs: As in ``read_checkpoint``.
 
     Raises:
-        CheckpointError: With everything that is wrong with the source.
+        CheckpointError: With all problems of the source.
         UsageError: ``config_from`` for another source than GGUF.
     """
     if not isinstance(source, Checkpoint):
