@@ -20,6 +20,7 @@ from requant.importance.statistics_file import Importance
 from requant.kernels import cast as values
 from requant.kernels import gptq
 from requant.kernels import quantize as native
+from requant.kernels.quantize import QuantizedTensors
 from requant.packings.base import Packing
 from requant.planning.plan import EncodeParams, Operation, Step
 from requant.quantization.config import Quantization
@@ -149,23 +150,17 @@ def _dense_shape(step: Step, rows_of: np.ndarray) -> tuple[int, int]:
 def _dequantize(
     source: Quantization, parts: Arrays, dense: np.ndarray, buffers: WorkerBuffers
 ) -> None:
-    words, scales, row_scales = parts["weight"], parts["scales"], parts.get(ROW_SCALES)
-    encoding = (source.group_size, source.bits, source.mode.value)
+    tensors, row_scales = QuantizedTensors.from_roles(parts), parts.get(ROW_SCALES)
     if row_scales is None:
-        native.dequantize_into(words, scales, parts.get("biases"), *encoding, dense)
+        native.dequantize_into(tensors, source, dense)
         return
     # MLX gives float32 here; a run of rows with one global scale is one call.
     wide = dense if dense.dtype == np.float32 else buffers.take("wide", "F32", *_wide(dense))
     borders = [0, *(np.flatnonzero(np.diff(row_scales)) + 1).tolist(), len(row_scales)]
     for start, stop in pairwise(borders):
-        native.dequantize_into(
-            words[start:stop],
-            scales[start:stop],
-            None,
-            *encoding,
-            wide[start:stop],
-            float(row_scales[start]),
-        )
+        run = QuantizedTensors(tensors.words[start:stop], tensors.scales[start:stop])
+        scale = float(row_scales[start])
+        native.dequantize_into(run, source, wide[start:stop], global_scale=scale)
     if wide is not dense:
         values.cast_into(wide, dense)
 
@@ -194,12 +189,8 @@ def _quantize(
             continue
         finding.flushed_groups += native.quantize_into(
             dense[first:last],
-            target.group_size,
-            target.bits,
-            target.mode.value,
-            part["weight"],
-            part["scales"],
-            part.get("biases"),
+            target,
+            QuantizedTensors.from_roles(part),
             search=None if params.search == "off" else params.search,
             weights=None if params.importance is None else params.importance.weights(matrix),
         )
@@ -236,12 +227,11 @@ def _quantize_gptq(
     """Encode rows of one matrix by GPTQ; False where no token reached the matrix."""
     if params.importance is None:
         return False
-    made = hessians.compensation(params.importance, matrix)
-    if made is None:
+    compensation = hessians.compensation(params.importance, matrix)
+    if compensation is None:
         return False
-    target = params.target
-    parts = gptq.quantize(dense, made, target.group_size, target.bits, params.search)
-    for role, array in zip(("weight", "scales", "biases"), parts, strict=True):
+    tensors = gptq.quantize(dense, compensation, params.target, params.search)
+    for role, array in zip(("weight", "scales", "biases"), tensors, strict=True):
         outputs[role][:] = array
     return True
 

@@ -91,11 +91,7 @@ class _NumPy:
         self, weight: np.ndarray, quantization: Quantization, search: str = "off"
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         return native.quantize(
-            _plain(weight),
-            quantization.group_size,
-            quantization.bits,
-            quantization.mode.value,
-            search=None if search == "off" else search,
+            _plain(weight), quantization, search=None if search == "off" else search
         )
 
     def dequantize(
@@ -106,12 +102,10 @@ class _NumPy:
         quantization: Quantization,
     ) -> np.ndarray:
         return native.dequantize(
-            _plain(words),
-            _plain(scales),
-            None if biases is None else _plain(biases),
-            quantization.group_size,
-            quantization.bits,
-            quantization.mode.value,
+            native.QuantizedTensors(
+                _plain(words), _plain(scales), None if biases is None else _plain(biases)
+            ),
+            quantization,
         )
 
     def view_uint32(self, array: np.ndarray) -> np.ndarray:

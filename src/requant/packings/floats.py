@@ -203,7 +203,9 @@ class _ExponentBlocks(Packing):
         words, counterpart = self._words(parts, stop - start), self.encoding
         scales = check_exponents(parts["scale"])
         native.dequantize_into(
-            words, scales, None, 32, counterpart.bits, counterpart.mode.value, out
+            native.QuantizedTensors(words, scales),
+            counterpart,
+            out,
         )
 
 

@@ -249,8 +249,7 @@ class RotatedTriple(Packing):
     ) -> None:
         """The plain weight, in float32 and rounded once."""
         wide = scratch.take("turned", "F32", stop - start, 4 * self.columns)
-        codes = self.encoding
-        triple = (parts["weight"], parts["scales"], parts["biases"])
-        native.dequantize_into(*triple, codes.group_size, codes.bits, codes.mode.value, wide)
+        tensors = native.QuantizedTensors.from_roles(parts)
+        native.dequantize_into(tensors, self.encoding, wide)
         inverse_rotate(wide, parts, self.group)
         out[:] = wide

@@ -228,15 +228,7 @@ def _transform(
             dense = np.empty((stop - start, packing.columns), NUMPY_DTYPE[layer.dtype])
         packing.decode(parts, start, stop, dense, scratch)
         if target is not None:
-            native.quantize_into(
-                dense,
-                target.group_size,
-                target.bits,
-                target.mode.value,
-                rows["weight"],
-                rows["scales"],
-                rows.get("biases"),
-            )
+            native.quantize_into(dense, target, native.QuantizedTensors.from_roles(rows))
     for role, array in out.items():
         if layer.row_order is not None:
             array = array[layer.row_order.rows]
