@@ -188,6 +188,33 @@ class Collector:
             found.add(x[places], expert)
 
 
+def observed_layers(model: Any) -> dict[int, str]:
+    """``id`` -> path of the layers to watch; embeddings too, since one may be the head."""
+    from mlx.nn.layers.linear import Linear
+    from mlx_lm.models.switch_layers import SwitchLinear
+
+    kinds = (Linear, SwitchLinear)
+    layers = {id(m): path for path, m in model.named_modules() if isinstance(m, kinds)}
+    return layers | embedding_layers(model)
+
+
+def embedding_layers(model: Any) -> dict[int, str]:
+    """``id`` -> path of the embeddings."""
+    from mlx.nn.layers.embedding import Embedding
+
+    return {id(m): path for path, m in model.named_modules() if isinstance(m, Embedding)}
+
+
+def unobserved_layers(model: Any) -> list[str]:
+    """Layers of other classes that mlx-lm quantizes all the same."""
+    watched = observed_layers(model)
+    return [
+        path
+        for path, m in model.named_modules()
+        if hasattr(m, "to_quantized") and id(m) not in watched
+    ]
+
+
 def _share(note: _Note, other: _Note) -> bool:
     """Whether two layers read one input, and are found under each other's names."""
     if note.x is not other.x or note.experts is not other.experts:
