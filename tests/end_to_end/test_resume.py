@@ -227,7 +227,7 @@ def test_a_sync_that_fails_stops_the_run(
     def fails(*_: object) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(writer.os, "fsync", fails)
+    monkeypatch.setattr(os, "fsync", fails)
     with pytest.raises(OutputError, match="Input/output error"):
         convert(dense, tmp_path / "out", bits=4)
     assert not (tmp_path / "out").exists()
