@@ -1,4 +1,4 @@
-"""Blocks of GGUF files: their types, MLX's words for those that fit, values for all of them.
+"""Blocks of GGUF files: their types, and kernels that repack them or compute their values.
 
 Every function writes into an array of the caller and takes matrices: two axes, C-contiguous.
 A row of blocks is uint8 ``(rows, in_features / elements * nbytes)``.

@@ -27,6 +27,7 @@ from requant.errors import (
     UnsupportedDtypeError,
 )
 from requant.kernels import _native
+from requant.kernels.float_views import as_unsigned, float_name
 from requant.quantization.config import Quantization, QuantMode
 from requant.quantization.modes import SEARCH_LEVELS, check_quantization
 
@@ -34,9 +35,6 @@ Array = NDArray[Any]
 
 _BFLOAT16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
 _FLOAT32: np.dtype[Any] = np.dtype(np.float32)
-_KERNEL_NAME = {_FLOAT32: "F32", np.dtype(np.float16): "F16", _BFLOAT16: "BF16"}
-_FLOAT_NAMES = ("float32", "float16", "bfloat16")
-_BITS_VIEW: dict[int, np.dtype[Any]] = {2: np.dtype(np.uint16), 4: np.dtype(np.uint32)}
 _SCALE_BYTES = {
     np.dtype(np.uint8),
     np.dtype(ml_dtypes.float8_e8m0fnu),
@@ -92,7 +90,7 @@ def quantize(
             without a search, or not fit for one.
     """
     bits, group_size = _checked(quantization)
-    _kernel_name(w.dtype, "[quantize] cannot quantize w")
+    float_name(w.dtype, "[quantize] cannot quantize w")
     global_scale = _global_scale("[quantize]", global_scale, quantization.mode)
     unit = f"a group takes {group_size} inputs"
     n_in = _check_last_axis("[quantize] w", w, group_size, unit, axis="in_features")
@@ -135,14 +133,14 @@ def quantize_into(
     """
     bits, group_size = _checked(quantization)
     weights = _search_weights(search, weights, w.shape[-1])
-    name, mode = _kernel_name(w.dtype, "[quantize] cannot quantize w"), quantization.mode.value
-    values = _bits(w)
+    name, mode = float_name(w.dtype, "[quantize] cannot quantize w"), quantization.mode.value
+    values = as_unsigned(w)
     if mode == "affine":
         if out.biases is None:
             raise InvariantError("[quantize] affine mode writes biases: give an array for them")
         _same_dtype("scales", out.scales, w)
         _same_dtype("biases", out.biases, w)
-        parts = out.words, _bits(out.scales), _bits(out.biases)
+        parts = out.words, as_unsigned(out.scales), as_unsigned(out.biases)
         if search is None:
             _native.affine_quantize(values, name, group_size, bits, *parts)
         else:
@@ -207,7 +205,7 @@ def dequantize(
     if global_scale is not None:
         default, dtype = _FLOAT32, None
     out_dtype = default if dtype is None else np.dtype(dtype)
-    _kernel_name(out_dtype, "[dequantize] cannot produce dtype")
+    float_name(out_dtype, "[dequantize] cannot produce dtype")
     out = np.empty((*words.shape[:-1], groups * group_size), out_dtype)
     dequantize_into(_matrices(tensors), quantization, _rows(out), global_scale=global_scale)
     return out
@@ -229,14 +227,14 @@ def dequantize_into(
     """
     bits, group_size = _checked(quantization)
     words, scales, biases = tensors
-    values, name = _bits(out), _kernel_name(out.dtype, "[dequantize] cannot produce dtype")
+    values, name = as_unsigned(out), float_name(out.dtype, "[dequantize] cannot produce dtype")
     mode = quantization.mode.value
     if mode == "affine":
         if biases is None:
             raise InvariantError("[dequantize] affine mode needs biases; none are given")
-        scales_name = _kernel_name(scales.dtype, "[dequantize] scales")
-        biases_name = _kernel_name(biases.dtype, "[dequantize] biases")
-        pairs = _bits(scales), scales_name, _bits(biases), biases_name
+        scales_name = float_name(scales.dtype, "[dequantize] scales")
+        biases_name = float_name(biases.dtype, "[dequantize] biases")
+        pairs = as_unsigned(scales), scales_name, as_unsigned(biases), biases_name
         _native.affine_dequantize(words, *pairs, group_size, bits, values, name)
     elif mode == "nvfp4":
         _native.nvfp4_dequantize(words, scales.view(np.uint8), values, name, global_scale)
@@ -352,8 +350,8 @@ def _check_scales(tensors: QuantizedTensors, mode: QuantMode) -> np.dtype[Any]:
         return _BFLOAT16
     if biases is None:
         raise InvariantError("[dequantize] affine mode needs biases; none are given")
-    _kernel_name(scales.dtype, "[dequantize] scales")
-    _kernel_name(biases.dtype, "[dequantize] biases")
+    float_name(scales.dtype, "[dequantize] scales")
+    float_name(biases.dtype, "[dequantize] biases")
     if biases.shape != scales.shape:
         raise ShapeMismatchError(
             "[dequantize] biases do not fit the scales", scales.shape, biases.shape
@@ -375,13 +373,6 @@ def _global_scale(operation: str, value: float | Array | None, mode: QuantMode) 
     return float(np.asarray(value, np.float32).reshape(()))
 
 
-def _kernel_name(dtype: np.dtype[Any], message: str) -> str:
-    name = _KERNEL_NAME.get(dtype)
-    if name is None:
-        raise UnsupportedDtypeError(message, dtype.name, _FLOAT_NAMES)
-    return name
-
-
 def _same_dtype(name: str, array: Array, w: Array) -> None:
     if array.dtype != w.dtype:
         raise UnsupportedDtypeError(
@@ -401,8 +392,3 @@ def _rows(array: Array) -> Array:
 def _matrices(tensors: QuantizedTensors) -> QuantizedTensors:
     words, scales, biases = tensors
     return QuantizedTensors(_rows(words), _rows(scales), None if biases is None else _rows(biases))
-
-
-def _bits(array: Array) -> Array:
-    """The values as unsigned integers of their size."""
-    return array.view(_BITS_VIEW[array.dtype.itemsize])
