@@ -23,7 +23,7 @@ def test_a_state_is_read_back_for_the_same_key(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"key": "key", "unknown": 1}', "{}"])
-def test_a_file_that_is_no_state_starts_over(tmp_path: Path, text: str) -> None:
+def test_a_file_that_is_not_a_state_starts_over(tmp_path: Path, text: str) -> None:
     (tmp_path / "state.json").write_text(text)
     assert BlockRunState.load(tmp_path / "state.json", "key") == BlockRunState("key")
     assert BlockRunState.load(tmp_path / "none", "key").done == -1

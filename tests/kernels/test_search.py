@@ -140,13 +140,7 @@ def test_same_bytes_for_any_chunk_and_build(mode, bits, group_size, level, isa):
     for start, stop in itertools.pairwise([0, 1, 2, 5, 18, len(w)]):
         rows = [None if part is None else part[start:stop] for part in parts]
         chunk = w[start:stop]
-        quantize_into(
-            chunk,
-            quantization,
-            QuantizedTensors(*rows),
-            search=level,
-            weights=weights,
-        )
+        quantize_into(chunk, quantization, QuantizedTensors(*rows), search=level, weights=weights)
     _native.set_isa("baseline")
     plainest = quantize(w, quantization, search=level, weights=weights)
     _native.set_isa(isa)

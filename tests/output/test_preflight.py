@@ -39,7 +39,7 @@ def test_an_output_around_or_within_the_source(planned: Planned, source: Path, p
         check_output(planned.plan, source / place, force=True)
 
 
-def test_a_repository_is_no_folder_to_protect(planned: Planned, source: Path) -> None:
+def test_a_repository_is_not_a_folder_to_protect(planned: Planned, source: Path) -> None:
     plan = replace(planned.plan, repository=("user/model", "0" * 40))
     check_output(plan, source / "below", force=False)
 

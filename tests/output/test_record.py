@@ -9,13 +9,7 @@ from pathlib import Path
 import pytest
 
 from requant.errors import CheckpointError
-from requant.output.record import (
-    build_record,
-    encode_json,
-    read_record,
-    record_hash,
-    version,
-)
+from requant.output.record import build_record, encode_json, read_record, record_hash, version
 from requant.planning.planner import Planned
 
 

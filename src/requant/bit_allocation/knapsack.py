@@ -171,10 +171,7 @@ def _greedy_relaxation(
 
 
 def _dynamic_program(
-    items: Sequence[Sequence[Option]],
-    useful: Sequence[Sequence[int]],
-    room: int,
-    max_cells: int,
+    items: Sequence[Sequence[Option]], useful: Sequence[Sequence[int]], room: int, max_cells: int
 ) -> tuple[list[int], bool]:
     """Dynamic programming over bytes beyond the smallest options.
 

@@ -28,11 +28,7 @@ GROUP_SIZES = (32, 64, 128)
 
 _EXPERT = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
 # Layers that the options exclude: a recipe must skip them too.
-_EXCLUDED = (
-    ReasonCode.SKIPPED_BY_OVERRIDE,
-    ReasonCode.SKIPPED_BY_RECIPE,
-    ReasonCode.NOT_IN_ONLY,
-)
+_EXCLUDED = (ReasonCode.SKIPPED_BY_OVERRIDE, ReasonCode.SKIPPED_BY_RECIPE, ReasonCode.NOT_IN_ONLY)
 
 
 def measure(

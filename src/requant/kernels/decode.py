@@ -25,13 +25,7 @@ _SCALE_FORMATS = ("F8_E8M0", "F8_E4M3", "F8_E4M3FNUZ")
 
 
 def integer_values_into(
-    codes: Array,
-    scales: Array,
-    zeros: Array,
-    group: int,
-    out: Array,
-    *,
-    difference: str = "F32",
+    codes: Array, scales: Array, zeros: Array, group: int, out: Array, *, difference: str = "F32"
 ) -> None:
     """Fill ``out`` with ``(code - zero) * scale``.
 
