@@ -46,11 +46,9 @@ def read_record(folder: Path, instead: str = "") -> dict[str, Any]:
         raise CheckpointError(str(folder), [Problem(RECORD, instead or message)])
     record = read_json(folder, RECORD)
     if record.get("record") != FORMAT_VERSION:
-        reported = (
-            f"record is {format_value(record.get('record'))}, this version reads {FORMAT_VERSION}"
-        )
         message = (
-            f"{reported}: take the requant that wrote it, {format_value(record.get('requant'))}"
+            f"record is {format_value(record.get('record'))}, this version reads {FORMAT_VERSION}: "
+            f"take the requant that wrote it, {format_value(record.get('requant'))}"
         )
         raise CheckpointError(str(folder), [Problem(RECORD, message)])
     return record
