@@ -22,6 +22,8 @@ import numpy as np
 
 from requant.kernels import _native
 from requant.kernels import quantize as native
+from requant.kernels.quantize import QuantizedTensors
+from requant.quantization.config import Quantization
 
 DEFAULT = ["affine:2:64", "affine:3:64", "affine:4:64", "affine:5:64", "affine:6:64", "affine:8:64"]
 DEFAULT += ["mxfp4", "mxfp8", "nvfp4"]
@@ -70,21 +72,19 @@ def measure(mode: str, w: np.ndarray, runs: int, with_mlx: bool) -> tuple[str, .
         bits, group_size = (int(part) for part in rest.split(":"))
     else:
         bits, group_size = FLOAT_MODES[name]
-    words, scales, biases = native.quantize(w, group_size, bits, name)
+    quantization = Quantization(group_size, bits, name)
+    tensors = native.quantize(w, quantization)
     out = np.empty_like(w)
     rows = len(w)
 
-    def part(array: np.ndarray | None, chunk: slice) -> np.ndarray | None:
-        return None if array is None else array[chunk]
+    def part(chunk: slice) -> QuantizedTensors:
+        return QuantizedTensors(*(None if x is None else x[chunk] for x in tensors))
 
     def encode(chunk: slice) -> None:
-        native.quantize_into(
-            w[chunk], group_size, bits, name, words[chunk], scales[chunk], part(biases, chunk)
-        )
+        native.quantize_into(w[chunk], quantization, part(chunk))
 
     def decode(chunk: slice) -> None:
-        parts = words[chunk], scales[chunk], part(biases, chunk)
-        native.dequantize_into(*parts, group_size, bits, name, out[chunk])
+        native.dequantize_into(part(chunk), quantization, out[chunk])
 
     contenders: dict[str, Callable[[], object]] = {
         "copy": lambda: np.copyto(out.view(np.uint8), w.view(np.uint8)),

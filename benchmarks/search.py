@@ -18,6 +18,8 @@ import numpy as np
 
 from requant.kernels import _native
 from requant.kernels import quantize as native
+from requant.kernels.quantize import QuantizedTensors
+from requant.quantization.config import Quantization
 
 SPECS = [("affine", bits, 64) for bits in (2, 3, 4, 5, 6, 8)]
 SPECS += [
@@ -39,13 +41,13 @@ def least_time(call: Callable[[], object], runs: int) -> float:
     return min(seconds)
 
 
-def squared_error(w: np.ndarray, parts: tuple, mode: str, bits: int, group_size: int) -> float:
-    """Squared error of what codes, scales and biases represent, without a last rounding."""
-    words, scales, biases = parts
+def squared_error(w: np.ndarray, tensors: QuantizedTensors, quantization: Quantization) -> float:
+    """Of the values that codes, scales and biases represent, without a last rounding."""
+    words, scales, biases = tensors
     if biases is None:
-        values = native.dequantize(words, scales, None, group_size, bits, mode, dtype=np.float32)
+        values = native.dequantize(tensors, quantization, dtype=np.float32)
     else:
-        codes = native.unpack_words(words, bits).reshape(*scales.shape, group_size)
+        codes = native.unpack_words(words, quantization.bits).reshape(*scales.shape, -1)
         values = codes * scales.astype(np.float64)[..., None]
         values = (values + biases.astype(np.float64)[..., None]).reshape(w.shape)
     return float(((w.astype(np.float64) - values) ** 2).sum())
@@ -68,15 +70,16 @@ def main() -> None:
     print(f"{'mode':16}{'off Gv/s':>10}" + f"{'error':>10}{'slower':>8}" * 2)
     for mode, bits, group_size in SPECS:
         cells, plain_s, plain_error = "", 0.0, 0.0
+        quantization = Quantization(group_size, bits, mode)
         for level in (None, "fast", "best"):
-            parts = native.quantize(w, group_size, bits, mode, search=level)
-            into = [None if part is None else np.empty_like(part) for part in parts]
+            parts = native.quantize(w, quantization, search=level)
+            into = QuantizedTensors(*(None if x is None else np.empty_like(x) for x in parts))
 
-            def encode(into=into, spec=(group_size, bits, mode), level=level) -> None:
-                native.quantize_into(w, *spec, *into, search=level)
+            def encode(into=into, spec=quantization, level=level) -> None:
+                native.quantize_into(w, spec, into, search=level)
 
             took = least_time(encode, args.runs)
-            error = squared_error(w, parts, mode, bits, group_size)
+            error = squared_error(w, parts, quantization)
             if level is None:
                 plain_s, plain_error = took, error
                 cells += f"{w.size / took / 1e9:10.2f}"

@@ -16,28 +16,20 @@ MOST = 5
 def calls(path: Path) -> list[str]:
     """Calls with more than ``MOST`` positional arguments.
 
-    Kernels take pointers, sizes and arrays by position: calls of ``_native``, and of the module
-    that wraps it, are not counted.
+    Kernels take pointers, sizes and arrays by position: calls of ``_native`` are not counted.
     """
     return [
         f"line {node.lineno}: {ast.unparse(node.func)} takes {len(node.args)}"
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Call)
         and len(node.args) > MOST
-        and not ast.unparse(node.func).startswith(("native.", "_native."))
+        and not ast.unparse(node.func).startswith("_native.")
     ]
-
-
-EXCEPT = ("kernels/",)  # they wrap functions of C++
 
 
 @pytest.mark.parametrize(
     "path",
-    [
-        path
-        for path in sorted(PACKAGE.rglob("*.py"))
-        if not str(path.relative_to(PACKAGE)).startswith(EXCEPT)
-    ],
+    sorted(PACKAGE.rglob("*.py")),
     ids=lambda path: str(path.relative_to(PACKAGE)),
 )
 def test_no_call_has_more_than_five_positional_arguments(path: Path) -> None:

@@ -157,7 +157,7 @@ def test_verify_repeats_it_without_measuring(
 ) -> None:
     requant.convert(source, tmp_path / "out", budget=4, **KEEP)
     assert not measurements_path(tmp_path / "out").exists()
-    monkeypatch.setattr("requant.bit_allocation.choose.run_plan", None)
+    monkeypatch.setattr("requant.bit_allocation.measure.run_plan", None)
     assert requant.verify(source, tmp_path / "out").problems == ()
     command = requant.read_figures(tmp_path / "out").command(str(source))
     assert "--budget 4" in str(command)
@@ -181,7 +181,7 @@ def test_a_stopped_run_resumes_without_measuring(
         with pytest.raises(TypeError):
             requant.convert(source, output, budget=4, **KEEP)
     assert measurements_path(output).exists()
-    monkeypatch.setattr("requant.bit_allocation.choose.run_plan", None)
+    monkeypatch.setattr("requant.bit_allocation.measure.run_plan", None)
     requant.convert(source, output, budget=4, **KEEP)
     requant.convert(source, tmp_path / "other", recipe=_recipe_of(output, tmp_path), **KEEP)
     assert weights_of(output) == weights_of(tmp_path / "other")
@@ -246,7 +246,7 @@ def test_values_that_are_not_numbers_are_rejected_or_left(tmp_path: Path) -> Non
 def test_rejections_come_before_the_measuring(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("requant.bit_allocation.choose.run_plan", None)
+    monkeypatch.setattr("requant.bit_allocation.measure.run_plan", None)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "file").touch()
     (tmp_path / "old.toml").touch()

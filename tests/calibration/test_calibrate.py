@@ -20,8 +20,9 @@ import requant
 from requant.calibration import block_run as run
 from requant.calibration import blocks
 from requant.calibration import text_windows as windows
-from requant.calibration.block_run import _Run, calibrate
+from requant.calibration.block_run import calibrate
 from requant.calibration.collector import Collector
+from requant.calibration.run_folder import RunFolder
 from requant.errors import CheckpointError, OutputError, UsageError
 from requant.importance.reader import read_statistics
 from requant.importance.statistics_file import Importance
@@ -216,14 +217,14 @@ def test_a_stopped_run_resumes(text: Path, tmp_path: Path, monkeypatch: pytest.M
     reported: dict[str, Any] = {"tokens": 2 * WINDOW, "window": WINDOW, "hessian": True}
     calibrate(LLAMA, tmp_path / "whole.safetensors", text, **reported)
     output = tmp_path / "s.safetensors"
-    kept, real = [], _Run._save_block
+    kept, real = [], RunFolder.save_block
 
     def keep(self: Any, *args: Any) -> None:
         real(self, *args)
         kept.append(args[1])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(_Run, "_save_block", keep)
+    monkeypatch.setattr(RunFolder, "save_block", keep)
     while True:
         try:
             calibrate(LLAMA, output, text, **reported)
@@ -242,14 +243,14 @@ def test_another_text_starts_over(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reported: dict[str, Any] = {"tokens": 2 * WINDOW, "window": WINDOW}
-    output, real = tmp_path / "s.safetensors", _Run._save_block
+    output, real = tmp_path / "s.safetensors", RunFolder.save_block
 
     def keep(self: Any, *args: Any) -> None:
         real(self, *args)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(_Run, "_save_block", keep)
+        patch.setattr(RunFolder, "save_block", keep)
         with pytest.raises(KeyboardInterrupt):
             calibrate(LLAMA, output, text, **reported)
     calibrate(LLAMA, output, text, seed=3, **reported)
@@ -519,16 +520,16 @@ def test_two_runs_do_not_share_a_folder(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output, reported = tmp_path / "s.safetensors", {"tokens": 96, "window": WINDOW}
-    real, rejected = _Run._save_block, []
+    real, rejected = RunFolder.save_block, []
 
     def keep(self: Any, *args: Any) -> None:
-        monkeypatch.setattr(_Run, "_save_block", real)
+        monkeypatch.setattr(RunFolder, "save_block", real)
         with pytest.raises(OutputError, match="being written by another process"):
             calibrate(LLAMA, output, text, **reported)
         rejected.append(args)
         real(self, *args)
 
-    monkeypatch.setattr(_Run, "_save_block", keep)
+    monkeypatch.setattr(RunFolder, "save_block", keep)
     calibrate(LLAMA, output, text, **reported)
     assert len(rejected) == 1 and output.exists()
 
@@ -537,14 +538,14 @@ def test_hidden_states_that_were_cut_are_noticed(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output, reported = tmp_path / "s.safetensors", {"tokens": 96, "window": WINDOW}
-    real = _Run._save_block
+    real = RunFolder.save_block
 
     def keep(self: Any, *args: Any) -> None:
         real(self, *args)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as stopped:
-        patch.setattr(_Run, "_save_block", keep)
+        patch.setattr(RunFolder, "save_block", keep)
         calibrate(LLAMA, output, text, **reported)
     assert "the same command resumes" in stopped.value.__notes__[0]
     hidden = tmp_path / ".s.safetensors.requant-calibrating" / "hidden-0"

@@ -140,7 +140,7 @@ def test_killed_between_the_journal_and_the_deletion(
     assert shards(source) == []
 
 
-def test_a_file_resumesly_after_its_output_was_synced(
+def test_a_file_is_deleted_only_after_its_output_was_synced(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At each deletion the journal, read as after a power failure, has all that needs the file."""

@@ -83,15 +83,21 @@ def test_each_matrix_by_its_own_hessian(
             assert stored.tobytes() == np.ascontiguousarray(wanted).tobytes(), (layer, role)
 
     w = weights[f"{Q}.weight"]
-    check(Q, None, gptq.quantize(w, gptq.compensation_of(HESSIANS[Q], 64), 32, 3))
+    check(
+        Q, None, gptq.quantize(w, gptq.compensation_of(HESSIANS[Q], 64), Quantization.affine(32, 3))
+    )
     for expert in (0, 2):
         given = gptq.compensation_of(HESSIANS[UP][expert], 96)
-        check(UP, expert, gptq.quantize(weights[f"{UP}.weight"][expert], given, 32, 3))
-    plain = native.quantize(weights[f"{UP}.weight"][1], 32, 3, "affine", search="best")
+        check(
+            UP,
+            expert,
+            gptq.quantize(weights[f"{UP}.weight"][expert], given, Quantization.affine(32, 3)),
+        )
+    plain = native.quantize(weights[f"{UP}.weight"][1], Quantization.affine(32, 3), search="best")
     check(UP, 1, plain)
     ones = np.ones(128, np.float32)
     w = weights[f"{DOWN}.weight"]
-    check(DOWN, None, native.quantize(w, 32, 3, "affine", search="best", weights=ones))
+    check(DOWN, None, native.quantize(w, Quantization.affine(32, 3), search="best", weights=ones))
 
     notes = " ".join(note_texts(report.plan.notes))
     assert "2 layers are propagated" in notes

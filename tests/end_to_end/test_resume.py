@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,8 +22,7 @@ from requant.execution import source_reader
 from requant.execution.completed_work import CompletedWork
 from requant.output import folder as writer
 from requant.output import journal
-from requant.output.journal import Journal, read_journal
-from requant.output.staging import lock_staging
+from requant.output.journal import read_journal
 from tests.support.checkpoints import tree
 from tests.support.fixture_folders import fixture
 from tests.support.gguf_files import gguf_file
@@ -187,51 +184,7 @@ def test_a_partial_shard_that_was_touched_starts_over(
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
 
-# -- the journal ---------------------------------------------------------------------------
-
-
-def new_journal(path: Path, entries=(), sync=lambda: None) -> Journal:
-    return Journal(path, {"plan": "p"}, list(entries), sync)
-
-
-def test_after_a_restart_only_synced_lines_count(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(journal, "SYNC_EVERY_S", 1000)
-    log = new_journal(tmp_path / "journal")
-    log.mark_done(0, 0, 10, {})
-    log.make_durable()
-    log.mark_done(0, 10, 20, {"overflowed": 1})
-    log.close()
-    lines = read_journal(tmp_path / "journal")[1]
-    assert [line["rows"] for line in lines] == [[0, 0, 10], [0, 10, 20]]
-
-    monkeypatch.setattr(journal, "boot_id", lambda: "another")
-    lines = read_journal(tmp_path / "journal")[1]
-    assert [line["rows"] for line in lines] == [[0, 0, 10]]
-    monkeypatch.setattr(journal, "boot_id", lambda: "")
-    assert len(read_journal(tmp_path / "journal")[1]) == 1
-
-
-def test_lines_are_called_durable_after_their_data_was_synced(tmp_path: Path) -> None:
-    """What is noted while the sync runs waits for the next."""
-    seen = []
-
-    def sync() -> None:
-        seen.append(log._lines)
-        log.mark_done(0, 50, 60, {})
-
-    log = new_journal(tmp_path / "journal", sync=sync)
-    log.mark_done(0, 0, 10, {})
-    log.make_durable()
-    log.close()
-    marks = [
-        json.loads(line)["durable"]
-        for line in (tmp_path / "journal").read_text().splitlines()
-        if "durable" in line
-    ]
-    assert marks[0] == 1
-    assert seen[0] == 1
+# -- loss of power ---------------------------------------------------------------------------
 
 
 def test_power_lost_in_the_middle(
@@ -266,55 +219,6 @@ def test_power_lost_in_the_middle(
     assert done_now
 
 
-def test_two_syncs_at_once_never_call_less_durable(tmp_path: Path) -> None:
-    """The first sync takes long; what a second one called durable meanwhile stays so."""
-    slow = threading.Event()
-
-    def sync() -> None:
-        if not slow.is_set():
-            slow.set()
-            time.sleep(0.2)
-
-    log = new_journal(tmp_path / "journal", sync=sync)
-    log.mark_done(0, 0, 10, {})
-    first = threading.Thread(target=log.make_durable)
-    first.start()
-    slow.wait()
-    log.mark_done(0, 10, 20, {})
-    log.add({"consumed": "a"}, durable=True)
-    first.join()
-    log.close()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(journal, "boot_id", lambda: "after the power came back")
-        lines = read_journal(tmp_path / "journal")[1]
-    assert [line["rows"] for line in lines if "rows" in line] == [[0, 0, 10], [0, 10, 20]]
-
-
-@pytest.mark.parametrize("cut", [1, 5, 20])
-def test_a_torn_line_ends_the_journal(tmp_path: Path, cut: int) -> None:
-    log = new_journal(tmp_path / "journal")
-    for start in range(0, 100, 10):
-        log.mark_done(3, start, start + 10, {})
-    log.close()
-    os.truncate(tmp_path / "journal", (tmp_path / "journal").stat().st_size - cut)
-    lines = read_journal(tmp_path / "journal")[1]
-    assert len(lines) == 9
-
-
-@pytest.mark.parametrize("text", [b"", b"x", b"[]\n", b"{}\n", b"\xff\n", b'{"plan":1}'])
-def test_what_is_not_a_journal_is_none(tmp_path: Path, text: bytes) -> None:
-    (tmp_path / "journal").write_bytes(text)
-    assert read_journal(tmp_path / "journal") == ({}, [])
-
-
-def test_ranges_that_are_left() -> None:
-    done = CompletedWork(rows={0: [(20, 30), (0, 10), (25, 40)]})
-    assert list(done.remaining(0, 50)) == [(10, 20), (40, 50)]
-    assert list(done.remaining(1, 5)) == [(0, 5)]
-    assert list(done.remaining(0, 40)) == [(10, 20)]
-    assert list(done.remaining(2, 0)) == []
-
-
 def test_a_sync_that_fails_stops_the_run(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -323,7 +227,7 @@ def test_a_sync_that_fails_stops_the_run(
     def fails(*_: object) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(writer.os, "fsync", fails)
+    monkeypatch.setattr(os, "fsync", fails)
     with pytest.raises(OutputError, match="Input/output error"):
         convert(dense, tmp_path / "out", bits=4)
     assert not (tmp_path / "out").exists()
@@ -435,17 +339,6 @@ def test_a_second_process_stops(dense: Path, tmp_path: Path) -> None:
         other.communicate()
     convert(dense, tmp_path / "out", bits=4)  # the lock died with its process
     assert not staging.exists()
-
-
-def test_a_lock_on_a_folder_that_was_removed_is_none(tmp_path: Path) -> None:
-    first = lock_staging(tmp_path / "staging", tmp_path / "out")
-    (tmp_path / "staging" / "lock").unlink()
-    second = lock_staging(tmp_path / "staging", tmp_path / "out")
-    with pytest.raises(OutputError):
-        lock_staging(tmp_path / "staging", tmp_path / "out")
-    for fd in (first, second):
-        fcntl.flock(fd, fcntl.LOCK_UN)
-        os.close(fd)
 
 
 def test_a_hidden_folder_that_is_a_link_is_not_written_through(dense: Path, tmp_path: Path) -> None:

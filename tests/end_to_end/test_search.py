@@ -129,7 +129,7 @@ def test_weight_maps_in_numpy() -> None:
         back = requant.dequantize_weights(made, config)["up.weight"]
         errors.append(float(((back - w) ** 2).sum()))
     assert errors[0] > errors[1] > errors[2]
-    words = native.quantize(w, 64, 3, "affine", search="best")[0]
+    words = native.quantize(w, Quantization.affine(64, 3), search="best")[0]
     assert np.array_equal(made["up.weight"], words)
 
 

@@ -90,12 +90,7 @@ def steps(draw: st.DrawFn) -> tuple[Step, int]:
         layer="x",
         operation=Operation.DECODE,
         rows=RowMapping(
-            count=count,
-            columns=COLUMNS,
-            first=first,
-            step=step,
-            output_row=output_row,
-            order=order,
+            count=count, columns=COLUMNS, first=first, step=step, output_row=output_row, order=order
         ),
         inputs={"rows": StoredTensor("x.rows", TensorInfo("F32", (stored, COLUMNS)), "m", 0)},
         outputs={"weight": OutputTensor("x.weight", TensorInfo("F32", (total, COLUMNS)))},

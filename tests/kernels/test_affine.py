@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from requant.kernels.quantize import dequantize, pack_words, quantize
+from requant.kernels.quantize import QuantizedTensors, dequantize, pack_words, quantize
+from requant.quantization.config import Quantization
 from requant.quantization.modes import AFFINE_BITS, AFFINE_GROUP_SIZES
 from tests.support import reference
 from tests.support.inputs import DTYPES, assert_same_bits, finite_inputs, nonfinite_inputs
@@ -24,7 +25,7 @@ def test_quantize_equals_reference_and_mlx(bits, group_size, dtype):
     inputs = {**finite_inputs(dtype), **nonfinite_inputs(dtype)}
     w = np.concatenate(list(inputs.values()))
 
-    words, scales, biases = quantize(w, group_size, bits, "affine")
+    words, scales, biases = quantize(w, Quantization.affine(group_size, bits))
 
     codes, ref_scales, ref_biases = reference.affine_quantize(w, group_size, bits)
     assert_same_bits(words, reference.pack(codes, bits))
@@ -49,7 +50,9 @@ def test_dequantize_equals_reference_and_mlx(bits, group_size, dtype):
     scales[:12] = rng.standard_normal(scales[:12].shape).astype(dtype)
     biases[:12] = rng.standard_normal(biases[:12].shape).astype(dtype)
 
-    values = dequantize(words, scales, biases, group_size, bits, "affine")
+    values = dequantize(
+        QuantizedTensors(words, scales, biases), Quantization.affine(group_size, bits)
+    )
 
     codes = reference.unpack(words, bits)
     assert_same_bits(values, reference.affine_dequantize(codes, scales, biases, group_size))
@@ -67,7 +70,9 @@ def test_dequantize_mixed_dtypes(s, b, bits):
     codes = reference.unpack(words, bits)
 
     for out in (None, *DTYPES):
-        values = dequantize(words, scales, biases, 64, bits, "affine", dtype=out)
+        values = dequantize(
+            QuantizedTensors(words, scales, biases), Quantization.affine(64, bits), dtype=out
+        )
         assert_same_bits(values, reference.affine_dequantize(codes, scales, biases, 64, out))
         theirs = mlx_dequantize(words, scales, biases, 64, bits, "affine", dtype=out)
         assert_same_bits(values, theirs)
@@ -87,7 +92,7 @@ def test_any_shape(bits, group_size, dtype, leading, groups, seed):
     rng = np.random.default_rng(seed)
     w = rng.standard_normal((*leading, groups * group_size)).astype(dtype)
 
-    parts = quantize(w, group_size, bits, "affine")
+    parts = quantize(w, Quantization.affine(group_size, bits))
 
     flat = w.reshape(-1, w.shape[-1])
     codes, *expected = reference.affine_quantize(flat, group_size, bits)
@@ -95,7 +100,9 @@ def test_any_shape(bits, group_size, dtype, leading, groups, seed):
     for ours, theirs in zip(parts, expected, strict=True):
         assert_same_bits(ours, theirs.reshape(*leading, -1))
     values = reference.affine_dequantize(codes, *expected[1:], group_size)
-    assert_same_bits(dequantize(*parts, group_size, bits, "affine"), values.reshape(w.shape))
+    assert_same_bits(
+        dequantize(parts, Quantization.affine(group_size, bits)), values.reshape(w.shape)
+    )
 
 
 # ---------------------------------------------------------------- by hand
@@ -132,7 +139,7 @@ def hexes(array):
 @pytest.mark.parametrize("bits", AFFINE_BITS)
 def test_worked_group(bits, dtype):
     """32 multiples of 1/8 from -11/8 to 20/8, exact in every dtype."""
-    words, scales, biases = quantize(A.astype(dtype), 32, bits, "affine")
+    words, scales, biases = quantize(A.astype(dtype), Quantization.affine(32, bits))
 
     assert hexes(words) == WORDS_OF_A[bits]
     assert hexes(scales) == SCALE_OF_A[bits][DTYPES.index(dtype)]
@@ -166,7 +173,7 @@ def test_edge_groups(group, bits, codes, scale, bias):
     expected = np.full((1, 32), codes[-1], np.uint8)
     expected[0, : len(codes)] = codes
 
-    words, scales, biases = quantize(w, 32, bits, "affine")
+    words, scales, biases = quantize(w, Quantization.affine(32, bits))
 
     assert hexes(words) == hexes(pack_words(expected, bits))
     assert hexes(scales) == scale
@@ -177,7 +184,7 @@ def test_group_with_infinity_has_no_scale():
     w = np.zeros((1, 32), np.float32)
     w[0, :3] = np.inf, 1, -1
 
-    words, scales, biases = quantize(w, 32, 4, "affine")
+    words, scales, biases = quantize(w, Quantization.affine(32, 4))
 
     assert not words.any()
     assert np.isnan(scales[0, 0])
@@ -188,7 +195,7 @@ def test_range_beyond_float16():
     w = np.zeros((1, 32), np.float16)
     w[0, :2] = 65504, -65504
 
-    words, scales, biases = quantize(w, 32, 4, "affine")
+    words, scales, biases = quantize(w, Quantization.affine(32, 4))
 
     assert [int(words[0, 0]) >> shift & 15 for shift in (0, 4, 8)] == [0, 15, 8]
     assert (hexes(scales), hexes(biases)) == ("efff", "7bff")
@@ -200,13 +207,15 @@ def test_two_roundings_in_bfloat16():
     scales = np.array([[0.1]], ml_dtypes.bfloat16)
     biases = (np.array([[-8]], np.float32) * scales.astype(np.float32)).astype(scales.dtype)
 
-    values = dequantize(words, scales, biases, 32, 4, "affine")
+    values = dequantize(QuantizedTensors(words, scales, biases), Quantization.affine(32, 4))
     assert hexes(values[:, :16]) == (
         "bf4d bf33 bf1a bf00 becd be9a be4c bdd0 0000 3dd0 3e4c 3e9a 3ece 3f01 3f19 3f33"
     )
 
     wide = [array.astype(np.float32) for array in (scales, biases)]
-    values = dequantize(words, *wide, 32, 4, "affine", dtype=ml_dtypes.bfloat16)
+    values = dequantize(
+        QuantizedTensors(words, *wide), Quantization.affine(32, 4), dtype=ml_dtypes.bfloat16
+    )
     assert hexes(values[:, :16]) == (
         "bf4d bf33 bf1a bf00 becd be9a be4d bdcd 0000 3dcd 3e4d 3e9a 3ecd 3f00 3f1a 3f33"
     )

@@ -14,6 +14,9 @@ from requant.errors import (
     UnsupportedDtypeError,
 )
 from requant.kernels import quantize as native
+from requant.kernels.quantize import QuantizedTensors
+from requant.quantization.config import Quantization
+from requant.quantization.modes import check_quantization
 from tests.support.inputs import DTYPES, assert_same_bits
 from tests.support.reference import BF16, F32
 
@@ -28,8 +31,9 @@ def normals(*shape):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("mode", "bits", "group_size"), LEGAL)
 def test_shapes_and_dtypes(mode, bits, group_size, dtype):
+    quantization = Quantization(group_size, bits, mode)
     w = normals(3, 2, 256).astype(dtype)
-    words, scales, biases = native.quantize(w, group_size, bits, mode)
+    words, scales, biases = native.quantize(w, quantization)
     assert (words.dtype, words.shape) == (np.uint32, (3, 2, 256 * bits // 32))
     assert scales.shape == (3, 2, 256 // group_size)
     if mode == "affine":
@@ -38,30 +42,31 @@ def test_shapes_and_dtypes(mode, bits, group_size, dtype):
     else:
         assert scales.dtype == np.uint8
         assert biases is None
-    values = native.dequantize(words, scales, biases, group_size, bits, mode)
+    values = native.dequantize(QuantizedTensors(words, scales, biases), quantization)
     assert (values.dtype, values.shape) == (dtype if mode == "affine" else BF16, w.shape)
 
 
 @pytest.mark.parametrize(("mode", "bits", "group_size"), [("affine", 4, 64), ("nvfp4", 4, 16)])
 def test_strides_do_not_matter(mode, bits, group_size):
+    quantization = Quantization(group_size, bits, mode)
     w = normals(4, 6, 128)
     for view in (w.transpose(1, 0, 2), w[::2, ::-1], np.asfortranarray(w), w[:, :, ::-1]):
-        strided = native.quantize(view, group_size, bits, mode)
-        plain = native.quantize(np.ascontiguousarray(view), group_size, bits, mode)
+        strided = native.quantize(view, quantization)
+        plain = native.quantize(np.ascontiguousarray(view), quantization)
         for one, other in zip(strided, plain, strict=True):
             if one is not None:
                 assert_same_bits(one, other)
-        back = native.dequantize(
-            *(None if p is None else np.asfortranarray(p) for p in strided), group_size, bits, mode
-        )
-        assert_same_bits(back, native.dequantize(*plain, group_size, bits, mode))
+        parts = (None if p is None else np.asfortranarray(p) for p in strided)
+        back = native.dequantize(QuantizedTensors(*parts), quantization)
+        assert_same_bits(back, native.dequantize(plain, quantization))
 
 
 @pytest.mark.parametrize(("mode", "bits", "group_size"), LEGAL[-4:])
 def test_empty(mode, bits, group_size):
+    quantization = Quantization(group_size, bits, mode)
     for shape in ((0, 128), (2, 0, 128), (3, 0)):
-        parts = native.quantize(np.zeros(shape, np.float32), group_size, bits, mode)
-        assert native.dequantize(*parts, group_size, bits, mode).shape == shape
+        parts = native.quantize(np.zeros(shape, np.float32), quantization)
+        assert native.dequantize(parts, quantization).shape == shape
 
 
 def test_scales_as_float8():
@@ -70,57 +75,63 @@ def test_scales_as_float8():
         ("mxfp4", 4, 32, ml_dtypes.float8_e8m0fnu),
         ("nvfp4", 4, 16, ml_dtypes.float8_e4m3fn),
     ):
-        words, scales, _ = native.quantize(w, group_size, bits, mode)
-        plain = native.dequantize(words, scales, None, group_size, bits, mode)
-        viewed = native.dequantize(words, scales.view(view), None, group_size, bits, mode)
-        assert_same_bits(plain, viewed)
+        quantization = Quantization(group_size, bits, mode)
+        tensors = native.quantize(w, quantization)
+        viewed = tensors._replace(scales=tensors.scales.view(view))
+        plain = native.dequantize(tensors, quantization)
+        assert_same_bits(plain, native.dequantize(viewed, quantization))
 
 
 def test_into_reused_buffers():
     w = normals(4, 128)
-    words, scales, biases = native.quantize(w, 64, 5, "affine")
-    reused = np.ones_like(words), np.ones_like(scales), np.ones_like(biases)
-    assert native.quantize_into(w, 64, 5, "affine", *reused) == 0
-    for one, other in zip(reused, (words, scales, biases), strict=True):
+    affine = Quantization.affine(64, 5)
+    tensors = native.quantize(w, affine)
+    reused = QuantizedTensors(*map(np.ones_like, tensors))
+    assert native.quantize_into(w, affine, reused) == 0
+    for one, other in zip(reused, tensors, strict=True):
         assert_same_bits(one, other)
     out = np.empty((4, 128), ml_dtypes.bfloat16)
-    native.dequantize_into(words, scales, biases, 64, 5, "affine", out)
-    assert_same_bits(out, native.dequantize(words, scales, biases, 64, 5, "affine", dtype=BF16))
+    native.dequantize_into(tensors, affine, out)
+    assert_same_bits(out, native.dequantize(tensors, affine, dtype=BF16))
 
 
 def test_into_rejects_what_it_would_have_to_copy():
     w = normals(4, 128)
-    words, scales, biases = native.quantize(w, 64, 4, "affine")
+    affine = Quantization.affine(64, 4)
+    tensors = native.quantize(w, affine)
+    scales, biases = tensors.scales, tensors.biases
     with pytest.raises(ValueError, match="C-contiguous"):
-        native.quantize_into(w, 64, 4, "affine", words, scales, np.asfortranarray(biases))
+        native.quantize_into(w, affine, tensors._replace(biases=np.asfortranarray(biases)))
     with pytest.raises(ValueError, match="C-contiguous"):
-        native.quantize_into(np.asfortranarray(w), 64, 4, "affine", words, scales, biases)
+        native.quantize_into(np.asfortranarray(w), affine, tensors)
     with pytest.raises(ValueError, match="expected 2 axes"):
-        native.quantize_into(w[0], 64, 4, "affine", words, scales, biases)
+        native.quantize_into(w[0], affine, tensors)
     with pytest.raises(UnsupportedDtypeError, match="the dtype of w"):
-        native.quantize_into(w, 64, 4, "affine", words, scales.astype(np.float16), biases)
+        native.quantize_into(w, affine, tensors._replace(scales=scales.astype(np.float16)))
     with pytest.raises(InvariantError, match="writes biases"):
-        native.quantize_into(w, 64, 4, "affine", words, scales, None)
+        native.quantize_into(w, affine, tensors._replace(biases=None))
 
 
 def test_global_scale():
     w = normals(2, 64)
     amax = np.abs(w).max()
-    plain = native.quantize(w, 16, 4, "nvfp4", global_scale=float(amax))
-    boxed = native.quantize(w, 16, 4, "nvfp4", global_scale=np.array([amax], np.float32))
+    plain = native.quantize(w, Quantization(16, 4, "nvfp4"), global_scale=float(amax))
+    boxed = native.quantize(
+        w, Quantization(16, 4, "nvfp4"), global_scale=np.array([amax], np.float32)
+    )
     assert_same_bits(plain[0], boxed[0])
     assert_same_bits(plain[1], boxed[1])
-    values = native.dequantize(*plain, 16, 4, "nvfp4", global_scale=amax, dtype=BF16)
+    values = native.dequantize(plain, Quantization(16, 4, "nvfp4"), global_scale=amax, dtype=BF16)
     assert values.dtype == F32
     with pytest.raises(InvariantError, match="only mode nvfp4"):
-        native.quantize(w, 32, 4, "mxfp4", global_scale=1.0)
+        native.quantize(w, Quantization(32, 4, "mxfp4"), global_scale=1.0)
     with pytest.raises(InvariantError, match="one number"):
-        native.quantize(w, 16, 4, "nvfp4", global_scale=np.ones(2, np.float32))
+        native.quantize(w, Quantization(16, 4, "nvfp4"), global_scale=np.ones(2, np.float32))
 
 
 def test_legal_quantizations():
     for mode, bits, group_size in LEGAL:
-        native.check_quantization(bits, group_size, mode)
+        check_quantization(bits, group_size, mode)
 
 
 @pytest.mark.parametrize(
@@ -138,56 +149,58 @@ def test_legal_quantizations():
 )
 def test_illegal_quantizations(bits, group_size, mode, name):
     with pytest.raises(OutOfRangeError) as caught:
-        native.check_quantization(bits, group_size, mode)
+        check_quantization(bits, group_size, mode)
     assert caught.value.name == name
 
 
 def test_unknown_mode():
     with pytest.raises(UnknownValueError) as caught:
-        native.quantize(normals(2, 64), 64, 4, "int4")
+        native.quantize(normals(2, 64), Quantization(64, 4, "int4"))
     assert caught.value.value == "int4"
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.int32, np.uint8, np.dtype(">f4")])
 def test_unsupported_weight(dtype):
     with pytest.raises(UnsupportedDtypeError) as caught:
-        native.quantize(normals(2, 64).astype(dtype), 64, 4, "affine")
+        native.quantize(normals(2, 64).astype(dtype), Quantization.affine(64, 4))
     assert caught.value.supported == ("float32", "float16", "bfloat16")
 
 
 def test_rejected_weights():
     with pytest.raises(RankMismatchError):
-        native.quantize(normals(64), 64, 4, "affine")
+        native.quantize(normals(64), Quantization.affine(64, 4))
     with pytest.raises(DivisibilityError) as caught:
-        native.quantize(normals(2, 100), 64, 4, "affine")
+        native.quantize(normals(2, 100), Quantization.affine(64, 4))
     assert (caught.value.name, caught.value.value, caught.value.divisor) == ("in_features", 100, 64)
 
 
 def test_rejected_triples():
-    words, scales, biases = native.quantize(normals(2, 128), 64, 4, "affine")
-    args = (64, 4, "affine")
+    affine = Quantization.affine(64, 4)
+    tensors = native.quantize(normals(2, 128), affine)
+    words, scales, biases = tensors
     with pytest.raises(UnsupportedDtypeError):
-        native.dequantize(words.view(np.int32), scales, biases, *args)
+        native.dequantize(tensors._replace(words=words.view(np.int32)), affine)
     with pytest.raises(UnsupportedDtypeError):
-        native.dequantize(words, scales.astype(np.float64), biases, *args)
+        native.dequantize(tensors._replace(scales=scales.astype(np.float64)), affine)
     with pytest.raises(UnsupportedDtypeError):
-        native.dequantize(words, scales, biases, *args, dtype=np.int8)
+        native.dequantize(tensors, affine, dtype=np.int8)
     with pytest.raises(RankMismatchError):
-        native.dequantize(words[0], scales[0], biases[0], *args)
+        native.dequantize(QuantizedTensors(words[0], scales[0], biases[0]), affine)
     with pytest.raises(ShapeMismatchError) as caught:
-        native.dequantize(words, scales[:, :1], biases, *args)
+        native.dequantize(tensors._replace(scales=scales[:, :1]), affine)
     assert (caught.value.expected, caught.value.actual) == ((2, 2), (2, 1))
     with pytest.raises(ShapeMismatchError):
-        native.dequantize(words, scales, biases[:1], *args)
+        native.dequantize(tensors._replace(biases=biases[:1]), affine)
     with pytest.raises(DivisibilityError):
-        native.dequantize(words[:, :-1], scales, biases, *args)
+        native.dequantize(tensors._replace(words=words[:, :-1]), affine)
     with pytest.raises(InvariantError, match="needs biases"):
-        native.dequantize(words, scales, None, *args)
-    words, scales, _ = native.quantize(normals(2, 128), 32, 4, "mxfp4")
+        native.dequantize(tensors._replace(biases=None), affine)
+    mxfp4 = Quantization(32, 4, "mxfp4")
+    tensors = native.quantize(normals(2, 128), mxfp4)
     with pytest.raises(InvariantError, match="has no biases"):
-        native.dequantize(words, scales, scales, 32, 4, "mxfp4")
+        native.dequantize(tensors._replace(biases=tensors.scales), mxfp4)
     with pytest.raises(UnsupportedDtypeError):
-        native.dequantize(words, scales.astype(np.float32), None, 32, 4, "mxfp4")
+        native.dequantize(tensors._replace(scales=tensors.scales.astype(np.float32)), mxfp4)
 
 
 def test_rejected_codes_and_words():

@@ -102,9 +102,7 @@ def test_numpy_equals_mlx(quantization, dtype):
 
 @given(
     st_np.arrays(
-        np.float32,
-        (2, 64),
-        elements=st.floats(-1e4, 1e4, width=32, allow_subnormal=False),
+        np.float32, (2, 64), elements=st.floats(-1e4, 1e4, width=32, allow_subnormal=False)
     ),
     st.sampled_from([quantization for quantization in LEGAL if quantization.group_size <= 64]),
 )

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from requant.kernels.quantize import quantize
+from requant.quantization.config import Quantization
 from tests.support import reference
 from tests.support.inputs import assert_same_bits
 from tests.support.mlx_arrays import mlx_quantize
@@ -59,7 +60,7 @@ def mx_case(mode, dtype):
 @pytest.mark.parametrize("mode", LARGEST)
 def test_mx(mode, dtype):
     w, expected = mx_case(mode, dtype)
-    words, scales, _ = quantize(w, 32, 4 if mode == "mxfp4" else 8, mode)
+    words, scales, _ = quantize(w, Quantization(32, 4 if mode == "mxfp4" else 8, mode))
     assert_same_bits(scales, expected[1])
     assert_same_bits(words, expected[0])
 
@@ -78,7 +79,7 @@ def nvfp4_case(dtype):
 @pytest.mark.parametrize("dtype", [F16, BF16])
 def test_nvfp4(dtype):
     w, expected = nvfp4_case(dtype)
-    words, scales, _ = quantize(w, 16, 4, "nvfp4")
+    words, scales, _ = quantize(w, Quantization(16, 4, "nvfp4"))
     assert len(np.unique(scales)) == 0x7F
     assert_same_bits(scales, expected[1])
     assert_same_bits(words, expected[0])

@@ -6,7 +6,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from requant.kernels.quantize import dequantize, quantize, quantize_into, unpack_words
+from requant.kernels.quantize import (
+    QuantizedTensors,
+    dequantize,
+    quantize,
+    quantize_into,
+    unpack_words,
+)
+from requant.quantization.config import Quantization
 from tests.support import reference
 from tests.support.inputs import DTYPES, assert_same_bits, finite_inputs, nonfinite_inputs
 from tests.support.mlx_arrays import mlx_dequantize, mlx_quantize
@@ -33,7 +40,7 @@ def test_mx_quantize(mode, dtype):
     words = np.empty((len(w), w.shape[1] * bits // 32), np.uint32)
     scales = np.empty((len(w), w.shape[1] // 32), np.uint8)
 
-    flushed = quantize_into(w, 32, bits, mode, words, scales, None)
+    flushed = quantize_into(w, Quantization(32, bits, mode), QuantizedTensors(words, scales))
 
     codes, ref_scales, ref_flushed = reference.mx_quantize(w, bits)
     assert_same_bits(words, reference.pack(codes, bits))
@@ -54,7 +61,7 @@ def test_mx_quantize(mode, dtype):
 @pytest.mark.parametrize("mode", MX)
 def test_mx_quantize_nonfinite(mode, dtype):
     w = nonfinite(dtype)
-    words, scales, _ = quantize(w, 32, MX[mode], mode)
+    words, scales, _ = quantize(w, Quantization(32, MX[mode], mode))
     mlx_words, mlx_scales = mlx_quantize(w, 32, MX[mode], mode)
     assert_same_bits(words, mlx_words)
     assert_same_bits(scales, mlx_scales)
@@ -72,7 +79,7 @@ def test_mx_dequantize(mode, out):
     words = np.concatenate([reference.pack(np.roll(codes, 32 * k, 1), bits) for k in range(8)])
     scales = np.tile(scales, (8, 1))
 
-    values = dequantize(words, scales, None, 32, bits, mode, dtype=out)
+    values = dequantize(QuantizedTensors(words, scales), Quantization(32, bits, mode), dtype=out)
 
     unpacked = reference.unpack(words, bits)
     assert_same_bits(values, reference.mx_dequantize(unpacked, scales, bits, out))
@@ -83,7 +90,7 @@ def test_mx_dequantize(mode, out):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nvfp4_quantize(dtype, global_scale):
     w = finite(dtype)
-    words, scales, biases = quantize(w, 16, 4, "nvfp4", global_scale=global_scale)
+    words, scales, biases = quantize(w, Quantization(16, 4, "nvfp4"), global_scale=global_scale)
     assert biases is None
 
     codes, ref_scales = reference.nvfp4_quantize(w, global_scale)
@@ -98,7 +105,7 @@ def test_nvfp4_quantize(dtype, global_scale):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nvfp4_quantize_nonfinite(dtype, global_scale):
     w = nonfinite(dtype)
-    words, scales, _ = quantize(w, 16, 4, "nvfp4", global_scale=global_scale)
+    words, scales, _ = quantize(w, Quantization(16, 4, "nvfp4"), global_scale=global_scale)
     mlx_words, mlx_scales = mlx_quantize(w, 16, 4, "nvfp4", global_scale)
     assert_same_bits(words, mlx_words)
     assert_same_bits(scales, mlx_scales)
@@ -112,7 +119,12 @@ def test_nvfp4_dequantize(out, global_scale):
     scales = np.arange(256, dtype=np.uint8).reshape(8, 32)
     words = np.tile(np.array([0x76543210, 0xFEDCBA98], np.uint32), (8, 32))
 
-    values = dequantize(words, scales, None, 16, 4, "nvfp4", global_scale=global_scale, dtype=out)
+    values = dequantize(
+        QuantizedTensors(words, scales),
+        Quantization(16, 4, "nvfp4"),
+        global_scale=global_scale,
+        dtype=out,
+    )
 
     codes = reference.unpack(words, 4)
     assert_same_bits(values, reference.nvfp4_dequantize(codes, scales, out, global_scale))
@@ -133,7 +145,7 @@ def test_every_e4m3_scale_and_its_neighbours():
     w[:, :, 4] = -points.reshape(-1, 2) / 3
     w = w.reshape(-1, 32)
 
-    words, scales, _ = quantize(w, 16, 4, "nvfp4")
+    words, scales, _ = quantize(w, Quantization(16, 4, "nvfp4"))
 
     codes, ref_scales = reference.nvfp4_quantize(w)
     assert_same_bits(scales, ref_scales)
@@ -156,7 +168,7 @@ def codes_of(words, bits, count):
 def test_mxfp4_halfway_points_go_toward_zero():
     values = [6, 0.25, 0.2500001, 0.75, 1.25, 1.75, 2.5, 3.5, 5]
     values += [-0.25, -0.75, -1.75, -5, -6, -0.0, 0.74, 0.76, 0]
-    words, scales, _ = quantize(group(values), 32, 4, "mxfp4")
+    words, scales, _ = quantize(group(values), Quantization(32, 4, "mxfp4"))
     assert scales.tolist() == [[0x7F]]
     assert codes_of(words, 4, 18) == "7 0 1 1 2 3 4 5 6 0 9 b e f 0 1 2 0"
     assert words.tolist() == [[0x54321107, 0x10FEB906, 2, 0]]
@@ -167,7 +179,7 @@ def test_mxfp4_halfway_points_go_toward_zero():
     [([6.0000005, 1], 0x80, "5 1"), ([12, 6.5], 0x80, "7 5"), ([0], 0x7F, "0")],
 )
 def test_mxfp4_scale_is_rounded_up(values, scale, codes):
-    words, scales, _ = quantize(group(values), 32, 4, "mxfp4")
+    words, scales, _ = quantize(group(values), Quantization(32, 4, "mxfp4"))
     assert scales.tolist() == [[scale]]
     assert codes_of(words, 4, len(values)) == codes
 
@@ -178,7 +190,7 @@ def test_group_below_e8m0_is_flushed(bits, mode):
     w = np.concatenate([group([1e-40, -1e-40]), group([6.0])])
     words = np.empty((2, bits), np.uint32)
     scales = np.empty((2, 1), np.uint8)
-    assert quantize_into(w, 32, bits, mode, words, scales, None) == 1
+    assert quantize_into(w, Quantization(32, bits, mode), QuantizedTensors(words, scales)) == 1
     assert scales[0, 0] == 127
     assert not words[0].any()
     assert words[1].any()
@@ -186,17 +198,19 @@ def test_group_below_e8m0_is_flushed(bits, mode):
 
 def test_mxfp8_by_hand():
     values = [448, 1, 17, 18, 19, -0.001, 2**-10, 1.5 * 2**-10, 464]
-    words, scales, _ = quantize(group(values), 32, 8, "mxfp8")
+    words, scales, _ = quantize(group(values), Quantization(32, 8, "mxfp8"))
     assert scales.tolist() == [[0x80]]
     assert codes_of(words, 8, 9) == "76 30 50 51 52 80 00 00 76"
 
 
 def test_mxfp8_bfloat16_by_hand():
     w = group([0.3, -0.1, 0.02, 1e-4]).astype(ml_dtypes.bfloat16)
-    words, scales, _ = quantize(w, 32, 8, "mxfp8")
+    words, scales, _ = quantize(w, Quantization(32, 8, "mxfp8"))
     assert scales.tolist() == [[0x75]]
     assert codes_of(words, 8, 4) == "7a ed 5a 1d"
-    values = dequantize(words, scales, None, 32, 8, "mxfp8", dtype=np.float32)
+    values = dequantize(
+        QuantizedTensors(words, scales), Quantization(32, 8, "mxfp8"), dtype=np.float32
+    )
     assert values[0, :3].tolist() == [0.3125, -0.1015625, 0.01953125]
 
 
@@ -204,7 +218,9 @@ def test_nvfp4_by_hand():
     values = [0.5, -0.3, 0.2, 0.1, 0.05, -0.02, 0.01, 1.5]
     values += [0.25, 0.75, 0.6, 0.7, 0.8, 0.9, 1, -1.5, 3, 0.1]
     for global_scale, expected in ((None, [0x28, 0x30]), (3.0, [0x76, 0x7E])):
-        words, scales, _ = quantize(group(values), 16, 4, "nvfp4", global_scale=global_scale)
+        words, scales, _ = quantize(
+            group(values), Quantization(16, 4, "nvfp4"), global_scale=global_scale
+        )
         assert scales.tolist() == [expected]
         assert words.tolist() == [[0x700012A4, 0xF6655452, 7, 0]]
 
@@ -214,14 +230,15 @@ def test_nvfp4_by_hand():
     [([0.00585, 0.003], 0, "0 0"), ([0.0059, 0.003], 1, None), ([1e6, 1], 0x7E, "7 0")],
 )
 def test_nvfp4_scale_range(values, scale, codes):
-    words, scales, _ = quantize(group(values), 16, 4, "nvfp4")
+    words, scales, _ = quantize(group(values), Quantization(16, 4, "nvfp4"))
     assert scales[0, 0] == scale
     assert codes is None or codes_of(words, 4, len(values)) == codes
 
 
 def test_byte_255_is_infinity():
     values = dequantize(
-        np.full((1, 4), 2, np.uint32), np.array([[255]], np.uint8), None, 32, 4, "mxfp4"
+        QuantizedTensors(np.full((1, 4), 2, np.uint32), np.array([[255]], np.uint8)),
+        Quantization(32, 4, "mxfp4"),
     )
     assert values[0, 0] == np.inf
     assert np.isnan(values[0, 1].astype(np.float32))

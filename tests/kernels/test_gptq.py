@@ -13,6 +13,7 @@ from requant.errors import InvariantError, ShapeMismatchError
 from requant.kernels import _native, gptq
 from requant.kernels import quantize as native
 from requant.kernels.quantize import unpack_words
+from requant.quantization.config import Quantization
 from requant.quantization.modes import AFFINE_BITS
 from tests.support.inputs import DTYPES, assert_same_bits
 
@@ -74,12 +75,14 @@ def test_kernel_is_the_reference(bits, rows, group_size, groups, random) -> None
 def test_the_whole_layer_is_the_reference(dtype, bits) -> None:
     w = weights_of(24, 192, dtype)
     made = gptq.compensation_of(hessian_of(192), 192)
-    words, scales, biases = gptq.quantize(w, made, 64, bits)
+    words, scales, biases = gptq.quantize(w, made, Quantization.affine(64, bits))
     values = w.astype(np.float32)
     for group in range(3):
         part = np.ascontiguousarray(values[:, 64 * group : 64 * group + 64].astype(dtype))
         importance = made.importance[64 * group : 64 * group + 64]
-        _, s, b = native.quantize(part, 64, bits, "affine", search="best", weights=importance)
+        _, s, b = native.quantize(
+            part, Quantization.affine(64, bits), search="best", weights=importance
+        )
         assert_same_bits(scales[:, group], s[:, 0])
         assert_same_bits(biases[:, group], b[:, 0])
         wide = [a[:, 0].astype(np.float32) for a in (s, b)]
@@ -91,9 +94,12 @@ def test_the_whole_layer_is_the_reference(dtype, bits) -> None:
 def test_any_ranges_of_rows_give_the_same_bytes() -> None:
     w = weights_of(37, 128)
     made = gptq.compensation_of(hessian_of(128), 128)
-    whole = gptq.quantize(w, made, 64, 4)
+    whole = gptq.quantize(w, made, Quantization.affine(64, 4))
     cuts = [0, 1, 6, 23, 37]
-    parts = [gptq.quantize(np.ascontiguousarray(w[a:b]), made, 64, 4) for a, b in pairwise(cuts)]
+    parts = [
+        gptq.quantize(np.ascontiguousarray(w[a:b]), made, Quantization.affine(64, 4))
+        for a, b in pairwise(cuts)
+    ]
     for number, expected in enumerate(whole):
         assert_same_bits(np.concatenate([part[number] for part in parts]), expected)
 
@@ -109,8 +115,8 @@ def output_error(w, parts, bits, hessian) -> float:
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_outputs_are_nearer_than_by_the_search(bits) -> None:
     w, hessian = weights_of(64, 256), hessian_of(256)
-    made = gptq.quantize(w, gptq.compensation_of(hessian, 256), 64, bits)
-    searched = native.quantize(w, 64, bits, "affine", search="best")
+    made = gptq.quantize(w, gptq.compensation_of(hessian, 256), Quantization.affine(64, bits))
+    searched = native.quantize(w, Quantization.affine(64, bits), search="best")
     assert output_error(w, made, bits, hessian) < 0.5 * output_error(w, searched, bits, hessian)
 
 
@@ -118,8 +124,8 @@ def test_independent_inputs_have_nothing_to_propagate() -> None:
     w = weights_of(8, 128)
     made = gptq.compensation_of(np.eye(128, dtype=np.float32), 128)
     assert made.propagation.tolist() == np.eye(128).tolist()
-    words, *_ = gptq.quantize(w, made, 64, 4)
-    assert (words == native.quantize(w, 64, 4, "affine", search="best")[0]).mean() > 0.9
+    words, *_ = gptq.quantize(w, made, Quantization.affine(64, 4))
+    assert (words == native.quantize(w, Quantization.affine(64, 4), search="best")[0]).mean() > 0.9
 
 
 def test_shares_by_hand() -> None:
@@ -150,8 +156,8 @@ def test_a_layer_that_saw_nothing_is_searched_alone() -> None:
     w = weights_of(4, 64)
     made = gptq.compensation_of(np.zeros((64, 64), np.float32), 64)
     assert made.dead == 64
-    words, scales, biases = gptq.quantize(w, made, 64, 4)
-    searched = native.quantize(w, 64, 4, "affine", search="best")
+    words, scales, biases = gptq.quantize(w, made, Quantization.affine(64, 4))
+    searched = native.quantize(w, Quantization.affine(64, 4), search="best")
     assert_same_bits(scales, searched[1])
     assert_same_bits(biases, searched[2])
     assert (words == searched[0]).all()
@@ -179,4 +185,6 @@ def test_shapes_that_disagree_are_both_reported() -> None:
     with pytest.raises(ShapeMismatchError, match=r"\[64, 64\], got \[32, 32\]"):
         gptq.compensation_of(np.eye(32), 64)
     with pytest.raises(ShapeMismatchError, match=r"\[128, 128\], got \[64, 64\]"):
-        gptq.quantize(weights_of(2, 128), gptq.compensation_of(np.eye(64), 64), 64, 4)
+        gptq.quantize(
+            weights_of(2, 128), gptq.compensation_of(np.eye(64), 64), Quantization.affine(64, 4)
+        )

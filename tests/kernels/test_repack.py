@@ -74,11 +74,7 @@ def test_gptq_words_are_the_transpose(bits):
         (2, [0, 1, 2, 3] * 8, [0xE4E4E4E4] * 2),
         (3, list(range(8)) * 4, [0x88FAC688, 0xC688FAC6, 0xFAC688FA]),
         (5, range(32), [0x8A418820, 0xC5A92839, 0xCA307B9A, 0x38BDAB49, 0xFFBBCDEB]),
-        (
-            6,
-            range(32),
-            [0x440C2040, 0xA2481C61, 0x3CE34C2C, 0x544D2450, 0xA6585D65, 0x7DE75C6D],
-        ),
+        (6, range(32), [0x440C2040, 0xA2481C61, 0x3CE34C2C, 0x544D2450, 0xA6585D65, 0x7DE75C6D]),
         (8, [0, 1, 2, 3] * 8, [0x03020100] * 8),
     ],
 )

@@ -11,7 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from requant.errors import InvariantError, ShapeMismatchError, UnknownValueError
-from requant.kernels.quantize import dequantize, quantize, quantize_into, unpack_words
+from requant.kernels.quantize import (
+    QuantizedTensors,
+    dequantize,
+    quantize,
+    quantize_into,
+    unpack_words,
+)
+from requant.quantization.config import Quantization
 from requant.quantization.modes import AFFINE_BITS
 from tests.support.inputs import BITS, COLS, DTYPES, assert_same_bits, finite_inputs
 
@@ -34,7 +41,9 @@ def group_errors(w, parts, mode, bits, group_size, weights=None):
         values = codes * scales.astype(np.float64)[..., None]
         values = (values + biases.astype(np.float64)[..., None]).reshape(w.shape)
     else:
-        values = dequantize(words, scales, None, group_size, bits, mode, dtype=np.float32)
+        values = dequantize(
+            QuantizedTensors(words, scales), Quantization(group_size, bits, mode), dtype=np.float32
+        )
     squares = (w.astype(np.float64) - values.astype(np.float64)) ** 2
     squares *= 1.0 if weights is None else weights.astype(np.float64)
     return squares.reshape(*scales.shape, group_size).sum(-1)
@@ -67,14 +76,15 @@ def adversarial(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("level", LEVELS)
 def test_no_group_is_worse_than_the_rule(mode, bits, group_size, dtype, level):
+    quantization = Quantization(group_size, bits, mode)
     rng = np.random.default_rng(5)
     w = np.concatenate([adversarial(dtype), *finite_inputs(dtype).values()])
     spread = np.exp2(rng.normal(0, 3, COLS))
     holes = np.where(rng.random(COLS) < 0.3, 0.0, rng.random(COLS))
     holes[:128] = 0.0  # whole groups without weight
-    rule = quantize(w, group_size, bits, mode)
+    rule = quantize(w, quantization)
     for weights in (None, spread, holes):
-        found = quantize(w, group_size, bits, mode, search=level, weights=weights)
+        found = quantize(w, quantization, search=level, weights=weights)
         counted = None if weights is None else weights.astype(np.float32)
         before = group_errors(w, rule, mode, bits, group_size, counted)
         after = group_errors(w, found, mode, bits, group_size, counted)
@@ -96,21 +106,23 @@ def test_no_group_is_worse_than_the_rule(mode, bits, group_size, dtype, level):
 )
 def test_error_of_normal_weights(mode, bits, group_size, fast, best):
     """Squared error as a share of the rule's, in bfloat16."""
+    quantization = Quantization(group_size, bits, mode)
     w = (np.random.default_rng(0).standard_normal((64, 4096)) * 0.02).astype(ml_dtypes.bfloat16)
-    rule = group_errors(w, quantize(w, group_size, bits, mode), mode, bits, group_size).sum()
+    rule = group_errors(w, quantize(w, quantization), mode, bits, group_size).sum()
     for level, share in (("fast", fast), ("best", best)):
-        found = quantize(w, group_size, bits, mode, search=level)
+        found = quantize(w, quantization, search=level)
         assert group_errors(w, found, mode, bits, group_size).sum() < share * rule
 
 
 @pytest.mark.parametrize(("mode", "bits", "group_size"), SPECS)
 def test_weights_move_the_error_where_it_counts_less(mode, bits, group_size):
+    quantization = Quantization(group_size, bits, mode)
     rng = np.random.default_rng(1)
     w = rng.normal(0, 0.3, (64, COLS)).astype(np.float32)
     weights = np.where(np.arange(COLS) % 8 == 0, 100.0, 0.01)
     spec = (mode, bits, group_size, weights)
-    blind = quantize(w, group_size, bits, mode, search="best")
-    seeing = quantize(w, group_size, bits, mode, search="best", weights=weights)
+    blind = quantize(w, quantization, search="best")
+    seeing = quantize(w, quantization, search="best", weights=weights)
     missing, kept = (group_errors(w, parts, *spec).sum() for parts in (blind, seeing))
     assert kept <= missing if mode == "mxfp8" else kept < 0.97 * missing
 
@@ -120,16 +132,17 @@ def test_weights_move_the_error_where_it_counts_less(mode, bits, group_size):
 def test_same_bytes_for_any_chunk_and_build(mode, bits, group_size, level, isa):
     from requant.kernels import _native
 
+    quantization = Quantization(group_size, bits, mode)
     w = np.concatenate([adversarial(DTYPES[2]), *finite_inputs(DTYPES[2]).values()])
     weights = np.random.default_rng(2).random(COLS)
-    whole = quantize(w, group_size, bits, mode, search=level, weights=weights)
+    whole = quantize(w, quantization, search=level, weights=weights)
     parts = [None if part is None else np.empty_like(part) for part in whole]
     for start, stop in itertools.pairwise([0, 1, 2, 5, 18, len(w)]):
         rows = [None if part is None else part[start:stop] for part in parts]
         chunk = w[start:stop]
-        quantize_into(chunk, group_size, bits, mode, *rows, search=level, weights=weights)
+        quantize_into(chunk, quantization, QuantizedTensors(*rows), search=level, weights=weights)
     _native.set_isa("baseline")
-    plainest = quantize(w, group_size, bits, mode, search=level, weights=weights)
+    plainest = quantize(w, quantization, search=level, weights=weights)
     _native.set_isa(isa)
     for a, b, c in zip(whole, parts, plainest, strict=True):
         if a is not None:
@@ -143,19 +156,16 @@ def test_same_bytes_for_any_chunk_and_build(mode, bits, group_size, level, isa):
 def test_nvfp4_next_to_the_rule(dtype, level, global_scale, isa):
     """A group that keeps the rule's scale keeps its codes; one that does not loses less."""
     w = np.concatenate([adversarial(dtype), *finite_inputs(dtype).values()])
-    spec = {"mode": "nvfp4", "bits": 4, "group_size": 16, "global_scale": global_scale}
-    rule, found = quantize(w, **spec), quantize(w, **spec, search=level)
+    nvfp4, scale = Quantization(16, 4, "nvfp4"), {"global_scale": global_scale}
+    rule, found = quantize(w, nvfp4, **scale), quantize(w, nvfp4, **scale, search=level)
 
     kept = found[1] == rule[1]
     eights = [words.view(np.uint64).reshape(kept.shape) for words in (rule[0], found[0])]
     assert 0 < kept.mean() < 1
     assert (eights[0] == eights[1])[kept].all()
 
-    before, after = (
-        (w.astype(np.float64) - dequantize(*parts, **spec, dtype=np.float32).astype(np.float64))
-        ** 2
-        for parts in (rule, found)
-    )
+    values = [dequantize(parts, nvfp4, **scale, dtype=np.float32) for parts in (rule, found)]
+    before, after = ((w.astype(np.float64) - x.astype(np.float64)) ** 2 for x in values)
     before, after = (squares.reshape(*kept.shape, 16).sum(-1) for squares in (before, after))
     assert no_worse(after, before).all()
     assert (after < before)[~kept & np.isfinite(before)].all()
@@ -166,6 +176,7 @@ def test_nvfp4_next_to_the_rule(dtype, level, global_scale, isa):
 def test_any_bits_are_not_worse(data):
     """Random bit patterns, finite ones, in any shape and spec."""
     mode, bits, group_size = data.draw(st.sampled_from(SPECS))
+    quantization = Quantization(group_size, bits, mode)
     dtype = data.draw(st.sampled_from(DTYPES))
     shape = (
         data.draw(st.integers(1, 20)),
@@ -175,9 +186,9 @@ def test_any_bits_are_not_worse(data):
     uint = BITS[dtype.itemsize]
     w = np.random.default_rng(seed).integers(0, np.iinfo(uint).max, shape, uint).view(dtype)
     w = np.where(np.isfinite(w.astype(np.float32)), w, dtype.type(0))
-    rule = quantize(w, group_size, bits, mode)
+    rule = quantize(w, quantization)
     for level in LEVELS:
-        found = quantize(w, group_size, bits, mode, search=level)
+        found = quantize(w, quantization, search=level)
         before = group_errors(w, rule, mode, bits, group_size)
         after = group_errors(w, found, mode, bits, group_size)
         assert no_worse(after, before).all()
@@ -188,20 +199,20 @@ def test_exactly_representable_values_stay():
     codes = np.tile(np.arange(16), (4, 8))
     w = (codes * 0.25 - 2.0).astype(ml_dtypes.bfloat16)
     for level in LEVELS:
-        words, scales, biases = quantize(w, 64, 4, "affine", search=level)
-        assert_same_bits(dequantize(words, scales, biases, 64, 4, "affine"), w)
+        tensors = quantize(w, Quantization.affine(64, 4), search=level)
+        assert_same_bits(dequantize(tensors, Quantization.affine(64, 4)), w)
 
 
 def test_what_is_rejected():
     w = np.ones((2, 64), np.float32)
     with pytest.raises(UnknownValueError, match=r"quick.*fast.*best"):
-        quantize(w, 64, 4, "affine", search="quick")
+        quantize(w, Quantization.affine(64, 4), search="quick")
     with pytest.raises(ShapeMismatchError, match="one an input"):
-        quantize(w, 64, 4, "affine", search="fast", weights=np.ones(32))
+        quantize(w, Quantization.affine(64, 4), search="fast", weights=np.ones(32))
     with pytest.raises(InvariantError, match="for a search"):
-        quantize(w, 64, 4, "affine", weights=np.ones(64))
+        quantize(w, Quantization.affine(64, 4), weights=np.ones(64))
     for bad in (np.nan, np.inf, -1.0):
         weights = np.ones(64)
         weights[3] = bad
         with pytest.raises(InvariantError, match="finite and not negative"):
-            quantize(w, 64, 4, "affine", search="fast", weights=weights)
+            quantize(w, Quantization.affine(64, 4), search="fast", weights=weights)

@@ -287,7 +287,7 @@ def test_other_kernels_reject():
 
 @pytest.mark.slow
 def test_isa_from_the_environment(isa):
-    code = "from requant import _native; print(_native.isa())"
+    code = "from requant.kernels import _native; print(_native.isa())"
     run = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "REQUANT_ISA": isa, "PATH": ""},

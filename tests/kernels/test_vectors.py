@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from requant.kernels.quantize import dequantize, quantize
+from requant.quantization.config import Quantization
 from tests.support import reference
 
 BF16 = ml_dtypes.bfloat16
@@ -42,12 +43,12 @@ def test_input_b():
     ],
 )
 def test_values_of_a(bits, dtype, values):
-    parts = quantize(A.astype(dtype), 32, bits, "affine")
-    assert hexes(dequantize(*parts, 32, bits, "affine")[:, :4]) == values
+    parts = quantize(A.astype(dtype), Quantization.affine(32, bits))
+    assert hexes(dequantize(parts, Quantization.affine(32, bits))[:, :4]) == values
 
 
 def test_three_bit_codes_of_a():
-    words, _, _ = quantize(A, 32, 3, "affine")
+    words, _, _ = quantize(A, Quantization.affine(32, 3))
     codes = [int(c) for c in "76421754206431764206531764207532"]
     stream = sum(code << 3 * k for k, code in enumerate(codes))
     assert words.tobytes() == stream.to_bytes(12, "little")
@@ -90,12 +91,12 @@ AFFINE_B = [
 
 @pytest.mark.parametrize(("bits", "dtype", "scale", "bias", "values"), AFFINE_B)
 def test_affine_b(bits, dtype, scale, bias, values):
-    parts = quantize(B.astype(dtype), 32, bits, "affine")
+    parts = quantize(B.astype(dtype), Quantization.affine(32, bits))
     words = WORDS_OF_B[bits]
     if (bits, dtype) == (8, BF16):
         words = words.replace("39392b0e", "38382b0e")  # the input itself was rounded
     assert [hexes(part) for part in parts] == [words, scale, bias]
-    assert hexes(dequantize(*parts, 32, bits, "affine")[:, :6]) == values
+    assert hexes(dequantize(parts, Quantization.affine(32, bits))[:, :6]) == values
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, BF16])
@@ -129,18 +130,18 @@ def test_affine_b(bits, dtype, scale, bias, values):
     ],
 )
 def test_float_modes_b(mode, bits, group_size, words, scales, values, dtype):
-    parts = quantize(B.astype(dtype), group_size, bits, mode)
+    parts = quantize(B.astype(dtype), Quantization(group_size, bits, mode))
     assert [hexes(part) for part in parts[:2]] == [words, scales]
-    assert hexes(dequantize(*parts, group_size, bits, mode)[:, :6]) == values
+    assert hexes(dequantize(parts, Quantization(group_size, bits, mode))[:, :6]) == values
 
 
 def test_nvfp4_b_with_a_global_scale():
     amax = np.abs(B).max()
     assert hexes(amax.reshape(1)) == "3e991687"
-    parts = quantize(B, 16, 4, "nvfp4", global_scale=amax)
+    parts = quantize(B, Quantization(16, 4, "nvfp4"), global_scale=amax)
     assert hexes(parts[0]) == "9752acdd d947a5b6 9d766667 796b5a74"
     assert hexes(parts[1]) == "7e 7e"
-    values = dequantize(*parts, 16, 4, "nvfp4", global_scale=amax)
+    values = dequantize(parts, Quantization(16, 4, "nvfp4"), global_scale=amax)
     assert hexes(values[:, :6]) == "be191687 be191687 bdcc1e09 bd4c1e09 3d4c1e09 3e191687"
 
 
@@ -165,7 +166,7 @@ def test_e4m3(value, code):
     """In a group whose largest value is 448 the scale is 1 and mxfp8 stores E4M3 itself."""
     w = np.full((1, 32), 448.0, np.float32)
     w[0, 3] = value
-    words, scales, _ = quantize(w, 32, 8, "mxfp8")
+    words, scales, _ = quantize(w, Quantization(32, 8, "mxfp8"))
     assert scales.tolist() == [[127]]
     assert words.view(np.uint8)[0, 3] == code
     assert reference.encode_e4m3(value) == code
@@ -179,5 +180,5 @@ def test_e4m3_saturates(value, code):
     w = np.zeros((1, 32), np.float32)
     w[0, 0] = abs(value) * 6  # an nvfp4 scale is E4M3 too, of the largest value over 6
     if np.isfinite(value):
-        _, scales, _ = quantize(w, 16, 4, "nvfp4")
+        _, scales, _ = quantize(w, Quantization(16, 4, "nvfp4"))
         assert scales[0, 0] == code & 0x7F

@@ -211,10 +211,7 @@ def test_order_dtype_before_shape_of_zeros(lib):
 
 
 def test_order_all_layers_are_checked_before_words_are_filled(lib):
-    weights = {
-        **stored(lib, "a", n_in=12, groups=3),
-        **stored(lib, "b", n_in=16, groups=3),
-    }
+    weights = {**stored(lib, "a", n_in=12, groups=3), **stored(lib, "b", n_in=16, groups=3)}
     rejected(ShapeMismatchError, weights, AwqLoadConfig(group_size=4), layer="b")
 
 

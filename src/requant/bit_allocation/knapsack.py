@@ -1,8 +1,8 @@
-"""One option for each item, the least summed cost under a limit of sizes.
+"""One option for each item with the least summed cost within a limit of bytes.
 
-The multiple-choice knapsack, solved on whole numbers of bytes: options that no best answer can
-hold go first, the linear relaxation gives a start and a bound, and dynamic programming the
-answer, exact where its table is small and near it elsewhere. Nothing here knows what an item is.
+The multiple-choice knapsack problem in whole bytes. Options that no best answer holds are dropped;
+the linear relaxation gives a first answer and a lower bound; dynamic programming gives the answer,
+which is exact where its table is small enough. Nothing here knows what an item is.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MAX_CELLS = 1 << 25
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One way for an item: what it takes, and what it costs."""
+    """One option of an item: its size and its cost."""
 
     nbytes: int
     cost: float
@@ -111,7 +111,7 @@ def _total(items: Sequence[Sequence[Option]], chosen: Sequence[int]) -> _Total:
 
 
 def _pareto_front(options: Sequence[Option]) -> list[int]:
-    """Options by size, without those that a smaller or equal one is as good as."""
+    """Options by size, without those that cost no less than one of at most their size."""
     kept: list[int] = []
     for index in sorted(range(len(options)), key=lambda n: (options[n].nbytes, options[n].cost, n)):
         if not kept or options[index].cost < options[kept[-1]].cost:
@@ -171,10 +171,7 @@ def _greedy_relaxation(
 
 
 def _dynamic_program(
-    items: Sequence[Sequence[Option]],
-    useful: Sequence[Sequence[int]],
-    room: int,
-    max_cells: int,
+    items: Sequence[Sequence[Option]], useful: Sequence[Sequence[int]], room: int, max_cells: int
 ) -> tuple[list[int], bool]:
     """Dynamic programming over bytes beyond the smallest options.
 
@@ -241,7 +238,7 @@ def _larger_options(
     chosen: Sequence[int],
     left: int,
 ) -> Iterator[_Candidate]:
-    """The options that cost less than the chosen ones and take at most ``remaining`` bytes more."""
+    """The options that cost less than the chosen ones and take at most ``left`` bytes more."""
     for item, options in enumerate(items):
         present = options[chosen[item]]
         for index in useful[item]:

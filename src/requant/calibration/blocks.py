@@ -1,9 +1,9 @@
 """A model of mlx-lm that runs block by block, the weights of one block in memory at a time.
 
-The model's own code is run, with stubs in place of its blocks: they show how blocks are called
-(masks and the like), take the embedded text from before the first, and hand what the last gave
-to what follows. Where a model's blocks cannot be run alone (they give more than one array, or are
-called otherwise for another text), ``NotBlockwiseError`` says why, and the model runs as a whole.
+The model's own code is run with stubs in place of its blocks. The stubs record how blocks are
+called (masks and the like), catch the embedded text, and return the output of the last block to
+the layers after it. A model whose blocks cannot be run alone (they return more than one array, or
+are called differently for another text) raises ``NotBlockwiseError``, and is run as a whole.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ class NotBlockwiseError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """How a block is called, next to the hidden states."""
+    """The arguments of a block other than the hidden states."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
 
 class BlockwiseModel:
-    """A model whose blocks are run one after the other over all windows.
+    """A model that runs one block over all windows before the next.
 
     Attributes:
-        model: Of mlx-lm, its weights not there yet.
-        plan: What gives them.
-        source: What the plan is run on.
+        model: Of mlx-lm, without its weights.
+        plan: Computes the weights.
+        source: The opened source of the plan.
         blocks: Its blocks.
-        prefixes: Of the names of each block's tensors.
+        prefixes: Prefix of the names of each block's tensors.
     """
 
     def __init__(self, model: Any, plan: Plan, source: PlanSource, threads: int | None) -> None:
@@ -82,13 +82,13 @@ class BlockwiseModel:
     # -- weights ---------------------------------------------------------------------------
 
     def load_rest(self) -> None:
-        """Read what belongs to no block: embedding, norm, head."""
+        """Load the weights of no block: embedding, norm, head."""
         prefixes = tuple(self.prefixes)
         self._load(lambda name: not name.startswith(prefixes))
 
     @contextmanager
     def block(self, number: int) -> Iterator[Module]:
-        """A block with its weights; they are gone afterwards."""
+        """A block with its weights inside the context; they are dropped at its end."""
         import mlx.core as mx
         from mlx.utils import tree_map
 
@@ -119,7 +119,7 @@ class BlockwiseModel:
 
     @contextmanager
     def _stubs(self, acts: Sequence[Callable[..., Any]]) -> Iterator[None]:
-        """Blocks that act otherwise; they stay what they are to the model's ``isinstance``."""
+        """Replace what blocks do when they are called; ``isinstance`` still holds."""
         kinds = [type(block) for block in self.blocks]
 
         def stub(kind: type, act: Callable[..., Any]) -> type:
@@ -170,7 +170,7 @@ class BlockwiseModel:
         return found
 
     def embed(self, ids: np.ndarray) -> mx.array:
-        """What the first block is given for a window."""
+        """The input of the first block for a window."""
         taken: list[mx.array] = []
 
         def act(x: mx.array, args: Any, kwargs: Any) -> mx.array:
@@ -182,23 +182,23 @@ class BlockwiseModel:
         return taken[0]
 
     def finish(self, ids: np.ndarray, hidden: mx.array) -> None:
-        """Run what follows the last block; nothing of it is evaluated but what is watched."""
+        """Run the layers after the last block; only inputs of observed layers are evaluated."""
         with self._stubs([lambda x, args, kwargs: hidden] * len(self.blocks)):
             _run(self.model, ids)
 
     @staticmethod
     def step(block: Module, hidden: mx.array, call: _Call) -> mx.array:
-        """A window through one block.
+        """Run one block on a window.
 
         Raises:
-            NotBlockwiseError: It gives something else than hidden states.
+            NotBlockwiseError: It returns something else than hidden states.
         """
         import mlx.core as mx
 
-        made = block(hidden, *call.args, **call.kwargs)
-        if not isinstance(made, mx.array) or made.shape != hidden.shape:
+        output = block(hidden, *call.args, **call.kwargs)
+        if not isinstance(output, mx.array) or output.shape != hidden.shape:
             raise NotBlockwiseError("its blocks give more than hidden states")
-        return made
+        return output
 
 
 def _run(model: Module, ids: np.ndarray) -> None:

@@ -1,10 +1,10 @@
-"""Sums over the inputs of linear layers, taken while a model of mlx-lm runs.
+"""Sums over the inputs of linear layers, collected while a model of mlx-lm runs.
 
-The layers are watched by their classes' ``__call__``: MLX's ``Linear``, mlx-lm's ``SwitchLinear``
-(experts, each by its own tokens) and the embedding where it is the head. Sums are of float64,
-Hessians of float32, so that they grow with a layer and not with the text.
+The layers are observed through their classes' ``__call__``: MLX's ``Linear``, mlx-lm's
+``SwitchLinear`` (experts, each by its own tokens) and the embedding where it is the head. Sums are
+of float64, Hessians of float32; their size does not depend on the length of the text.
 
-On a CPU what is watched can be multiplied by NumPy, whose BLAS is many times faster than MLX there.
+On a CPU the observed layers can be multiplied by NumPy, whose BLAS is many times faster there.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 
 def hessian_bytes(matrices: int, n_in: int) -> int:
-    """What the Hessians of a layer's matrices take."""
+    """Bytes of the Hessians of a layer's matrices."""
     return 4 * matrices * n_in * n_in
 
 
 class Sums:
-    """What one layer, or a stack of experts, was given so far."""
+    """Sums over the inputs of one layer, or of a stack of experts."""
 
     def __init__(self, experts: int, n_in: int, with_hessian: bool, stacked: bool) -> None:
         self.stacked = stacked
@@ -62,8 +62,8 @@ class Sums:
     def hessian(self) -> np.ndarray:
         """The mean of ``x x^T``, symmetric."""
         assert self.products is not None
-        made = self.products / np.maximum(self.count, 1.0).astype(np.float32)[:, None, None]
-        return made if self.stacked else made[0]
+        means = self.products / np.maximum(self.count, 1.0).astype(np.float32)[:, None, None]
+        return means if self.stacked else means[0]
 
     @property
     def hessian_shape(self) -> tuple[int, ...]:
@@ -74,7 +74,7 @@ class Sums:
 
 @dataclass(frozen=True, slots=True)
 class _Note:
-    """An input as a layer got it; not evaluated yet."""
+    """An input of a layer; not evaluated yet."""
 
     path: str
     x: mx.array
@@ -83,7 +83,7 @@ class _Note:
 
 
 class Collector:
-    """Watches layers, and sums up what they are given.
+    """Observes layers, and sums over their inputs.
 
     Attributes:
         sums: Layer path -> its sums. Of layers that read one input, the first represents all.
@@ -111,7 +111,7 @@ class Collector:
 
     @contextmanager
     def observing(self) -> Iterator[None]:
-        """Within, the layers' inputs are noted."""
+        """Note the inputs of the layers inside the context."""
         from mlx.nn.layers.embedding import Embedding
         from mlx.nn.layers.linear import Linear
         from mlx_lm.models.switch_layers import SwitchLinear
@@ -158,7 +158,7 @@ class Collector:
             self._notes.append(note)
 
     def flush(self, *others: mx.array) -> None:
-        """Evaluate what was noted, together with ``others``, and add it up."""
+        """Evaluate the noted inputs together with ``others``, and add them to the sums."""
         import mlx.core as mx
 
         arrays = [a for note in self._notes for a in (note.x, note.experts) if a is not None]
@@ -178,14 +178,40 @@ class Collector:
             wanted = self.with_hessians and not wide
             stacked = note.experts is not None
             self.sums[note.path] = Sums(note.matrices, n_in, wanted, stacked)
-        found = self.sums[note.path]
+        sums = self.sums[note.path]
         if note.experts is None:
-            x = np.array(note.x.astype(mx.float32), copy=False).reshape(-1, n_in)
-            found.add(x)
+            sums.add(np.array(note.x.astype(mx.float32), copy=False).reshape(-1, n_in))
             return
         x = _rows_of_experts(note.x, note.experts)
         for expert, places in _by_expert(note.x, note.experts):
-            found.add(x[places], expert)
+            sums.add(x[places], expert)
+
+
+def observed_layers(model: Any) -> dict[int, str]:
+    """``id`` -> path of the layers to watch; embeddings too, since one may be the head."""
+    from mlx.nn.layers.linear import Linear
+    from mlx_lm.models.switch_layers import SwitchLinear
+
+    kinds = (Linear, SwitchLinear)
+    layers = {id(m): path for path, m in model.named_modules() if isinstance(m, kinds)}
+    return layers | embedding_layers(model)
+
+
+def embedding_layers(model: Any) -> dict[int, str]:
+    """``id`` -> path of the embeddings."""
+    from mlx.nn.layers.embedding import Embedding
+
+    return {id(m): path for path, m in model.named_modules() if isinstance(m, Embedding)}
+
+
+def unobserved_layers(model: Any) -> list[str]:
+    """Layers of other classes that mlx-lm quantizes all the same."""
+    watched = observed_layers(model)
+    return [
+        path
+        for path, m in model.named_modules()
+        if hasattr(m, "to_quantized") and id(m) not in watched
+    ]
 
 
 def _share(note: _Note, other: _Note) -> bool:
@@ -200,19 +226,19 @@ def _watched(
     original: Callable[..., Any], watch: Callable[..., mx.array | None]
 ) -> Callable[..., Any]:
     def call(layer: Any, *args: Any, **kwargs: Any) -> Any:
-        made = watch(layer, *args, **kwargs)
-        return original(layer, *args, **kwargs) if made is None else made
+        output = watch(layer, *args, **kwargs)
+        return original(layer, *args, **kwargs) if output is None else output
 
     return call
 
 
 def _batch(x: mx.array, indices: mx.array) -> tuple[int, ...]:
-    """Places that ask an expert: inputs ``(..., rows, in)`` and indices spread over each other."""
+    """Shape of the places that select an expert: ``(..., rows, in)`` broadcast with indices."""
     return np.broadcast_shapes(x.shape[:-2], indices.shape)
 
 
 def _rows_of_experts(x: mx.array, indices: mx.array) -> np.ndarray:
-    """Float32 ``(places * rows, in)``: what each place gives the expert that it asks."""
+    """Float32 ``(places * rows, in)``: the input of each place to the expert that it selects."""
     import mlx.core as mx
 
     spread = mx.broadcast_to(x, (*_batch(x, indices), *x.shape[-2:]))
@@ -220,7 +246,7 @@ def _rows_of_experts(x: mx.array, indices: mx.array) -> np.ndarray:
 
 
 def _by_expert(x: mx.array, indices: mx.array) -> Iterator[tuple[int, np.ndarray]]:
-    """Each expert that is asked, and which rows it is given."""
+    """Each selected expert, and the indices of its rows."""
     places = np.broadcast_to(np.array(indices), _batch(x, indices))
     asked = np.repeat(places.reshape(-1), x.shape[-2])
     order = np.argsort(asked, kind="stable")
@@ -233,19 +259,19 @@ def _product(layer: Any, x: mx.array) -> mx.array:
     import mlx.core as mx
 
     rows = np.array(x.astype(mx.float32), copy=False).reshape(-1, x.shape[-1])
-    made = rows @ np.array(layer.weight, copy=False).T
+    product = rows @ np.array(layer.weight, copy=False).T
     if "bias" in layer:
-        made += np.array(layer.bias, copy=False)
-    return mx.array(made.reshape(*x.shape[:-1], -1))
+        product += np.array(layer.bias, copy=False)
+    return mx.array(product.reshape(*x.shape[:-1], -1))
 
 
 def _products(layer: Any, x: mx.array, indices: mx.array) -> mx.array:
     import mlx.core as mx
 
     rows, weight = _rows_of_experts(x, indices), np.array(layer.weight, copy=False)
-    made = np.empty((len(rows), weight.shape[1]), np.float32)
+    product = np.empty((len(rows), weight.shape[1]), np.float32)
     for expert, places in _by_expert(x, indices):
-        made[places] = rows[places] @ weight[expert].T
+        product[places] = rows[places] @ weight[expert].T
         if "bias" in layer:
-            made[places] += np.array(layer.bias, copy=False)[expert]
-    return mx.array(made.reshape(*_batch(x, indices), x.shape[-2], -1))
+            product[places] += np.array(layer.bias, copy=False)[expert]
+    return mx.array(product.reshape(*_batch(x, indices), x.shape[-2], -1))

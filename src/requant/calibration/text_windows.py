@@ -1,7 +1,4 @@
-"""Text for a calibration: files to windows of token ids, drawn from all over them by a seed.
-
-Reads text files and asks a tokenizer; knows no model and writes nothing.
-"""
+"""The text of a calibration: windows of token ids, drawn from text files by a seed."""
 
 from __future__ import annotations
 
@@ -22,7 +19,7 @@ _READ_AHEAD = 8  # times the tokens wanted are read, for windows from all over t
 
 
 def texts_of(text: Source | Sequence[Source] | None) -> list[Path]:
-    """The files that are meant: those that are named, or the text that comes with requant."""
+    """The files named, or the text that comes with requant."""
     if text is None:
         return [DEFAULT_TEXT]
     named = [text] if isinstance(text, str | os.PathLike) else list(text)
@@ -56,12 +53,11 @@ def windows_of(
         )
     cut = np.array(ids[: count * window], np.int64).reshape(count, window)
     wanted = min(tokens // window, count)
-    taken = np.sort(np.random.default_rng(seed).permutation(count)[:wanted])
-    return cut[taken]
+    return cut[np.sort(np.random.default_rng(seed).permutation(count)[:wanted])]
 
 
 def _pieces(path: Path, seed: int) -> Iterator[str]:
-    """The documents of a file in an order of the seed's; long ones in pieces."""
+    """The documents of a file in random order; long ones in pieces."""
     pieces = [
         document[start : start + _PIECE_CHARS]
         for document in read_documents(path)

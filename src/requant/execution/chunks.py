@@ -24,7 +24,7 @@ class Chunk:
     """A range of a step's rows.
 
     Attributes:
-        step: What is done to them.
+        step: The step.
         start: First row.
         stop: The row after the last one.
         number: Of the step in the plan; -1 for one that only computes a tensor for another.
@@ -37,7 +37,7 @@ class Chunk:
 
     @property
     def rows(self) -> int:
-        """How many they are."""
+        """How many rows it has."""
         return self.stop - self.start
 
     def parts(self, chunk_bytes: int) -> Iterator[Chunk]:
@@ -114,9 +114,9 @@ def matrix_runs(chunk: Chunk) -> Iterator[tuple[int, int, int]]:
 
 
 def remaining_chunks(
-    steps: Sequence[Step], budget: ResourceLimits, progress_log: ProgressLog | None
+    steps: Sequence[Step], limits: ResourceLimits, progress_log: ProgressLog | None
 ) -> Iterator[Chunk]:
-    """What workers take one by one; a computed tensor stays with the worker that has it."""
+    """The chunks that are not done; a step with a computed tensor is one, for one worker."""
     before = CompletedWork() if progress_log is None else progress_log.state
     for number in range(len(steps)) if progress_log is None else progress_log.order:
         step = steps[number]
@@ -125,4 +125,4 @@ def remaining_chunks(
             if any(isinstance(tensor, ComputedTensor) for tensor in step.inputs.values()):
                 yield whole
             else:
-                yield from whole.parts(budget.chunk_bytes_for(step))
+                yield from whole.parts(limits.chunk_bytes_for(step))

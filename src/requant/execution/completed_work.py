@@ -11,11 +11,11 @@ Stats = Mapping[str, float]
 
 @dataclass(slots=True)
 class CompletedWork:
-    """What a journal says is done.
+    """What of a plan is done.
 
     Attributes:
         rows: Step number -> ranges of its rows, in any order.
-        found: Step number and what was found in a range of it, one entry a range.
+        found: Step number and statistics of a range of its rows, one entry a range.
         hashes: Output tensor -> SHA-256 of its bytes, in hex.
         consumed: Source files that were removed after all that needed them was durable.
     """
@@ -26,7 +26,7 @@ class CompletedWork:
     consumed: list[str] = field(default_factory=list)
 
     def add(self, line: Mapping[str, Any]) -> None:
-        """Take what a line says."""
+        """Add a line of a journal."""
         if "rows" in line:
             step, start, stop = line["rows"]
             self.rows.setdefault(step, []).append((start, stop))

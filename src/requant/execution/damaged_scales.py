@@ -1,7 +1,7 @@
-"""Pipeline stage 4: stored scales and zero points that are not numbers, found before all else.
+"""Pipeline stage 4: stored scales and zero points that are NaN or infinite.
 
-What such a scale decodes to is NaN or infinite in any dtype, so it is the source's damage and
-not a matter of the dtype that was asked for. Arrays in, findings out.
+The values behind them are NaN or infinite in any dtype, so that the source is damaged whatever
+dtype was requested.
 """
 
 from __future__ import annotations
@@ -36,24 +36,24 @@ Arrays = Mapping[str, np.ndarray]
 
 def damaged_inputs(chunk: Chunk, inputs: Arrays) -> LayerStats:
     """Scales, biases and zero points of quantized rows that are NaN or infinite, as stored."""
-    step, finding = chunk.step, LayerStats()
+    step, stats = chunk.step, LayerStats()
     if step.packing is not None:
         names = {role: part.name for role, part in step.inputs.items()}
         rows = step.rows.stored_rows(chunk.start, chunk.stop)
         return damaged_parts(step.packing, names, inputs, *rows)
     if step.global_scale is not None and not np.isfinite(inputs[ROW_SCALES]).all():
-        finding.merge(_finding(1, step.global_scale.name, 0))
-    for role, mode in _scales_of_rows(step):
+        stats.merge(_damage(1, step.global_scale.name, 0))
+    for role, mode in _scales_damaged_rows(step):
         array, part = inputs[role], step.inputs[role]
         first = chunk.start
         if step.rows.columns == 1 and part.info.shape:  # a row is one number
             width = part.info.shape[-1]
             bad = np.flatnonzero(_is_bad(array, mode).reshape(-1))
             if bad.size:
-                finding.merge(_finding(bad.size, part.name, (first + int(bad[0])) // width))
+                stats.merge(_damage(bad.size, part.name, (first + int(bad[0])) // width))
         else:
-            finding.merge(_count(array, part.name, first, mode))
-    return finding
+            stats.merge(_damage_in(array, part.name, first, mode))
+    return stats
 
 
 def damaged_parts(
@@ -68,14 +68,14 @@ def damaged_parts(
         start: First row.
         stop: The row after the last one.
     """
-    finding = LayerStats()
+    stats = LayerStats()
     for role, cut in packing.required_rects(start, stop).items():
         if _SCALES.search(role):
-            finding.merge(_count(parts[role], names[role], cut.rows[0]))
-    return finding
+            stats.merge(_damage_in(parts[role], names[role], cut.rows[0]))
+    return stats
 
 
-def _scales_of_rows(step: Step) -> Iterator[tuple[str, QuantMode | None]]:
+def _scales_damaged_rows(step: Step) -> Iterator[tuple[str, QuantMode | None]]:
     """The roles of an MLX layer's scales and biases among the inputs, each with its mode."""
     if step.scales_of is not None:
         yield "weight", step.scales_of
@@ -86,33 +86,35 @@ def _scales_of_rows(step: Step) -> Iterator[tuple[str, QuantMode | None]]:
 
 
 def damaged_outputs(chunk: Chunk, inputs: Arrays, outputs: Arrays, scratch: Scratch) -> LayerStats:
-    """Rows of a packed layer that no dtype holds: damage in scales that are bytes, or in blocks."""
+    """Damage of a packed layer that its results show: in scales that are bytes, or in blocks."""
     step, packing = chunk.step, chunk.step.packing
     assert packing is not None
     name = next(iter(step.inputs.values())).name
     if step.target is not None and step.target.mode is not QuantMode.AFFINE:
         bad = _is_bad(outputs["scales"], step.target.mode)
-        return _of_rows(bad, step.outputs["scales"].name, chunk)
+        return _damaged_rows(bad, step.outputs["scales"].name, chunk)
     first, last = step.rows.stored_rows(chunk.start, chunk.stop)
     wide = np.empty((last - first, packing.columns), np.float32)
     packing.decode(inputs, first, last, wide, scratch)
-    return _of_rows(~np.isfinite(wide[:: step.rows.step]), name, chunk, "values")
+    return _damaged_rows(~np.isfinite(wide[:: step.rows.step]), name, chunk, "values")
 
 
-def _of_rows(bad: np.ndarray, name: str, chunk: Chunk, what: str = "scales") -> LayerStats:
+def _damaged_rows(bad: np.ndarray, name: str, chunk: Chunk, what: str = "scales") -> LayerStats:
     rows = np.flatnonzero(bad.any(axis=1))
     if not rows.size:
         return LayerStats()
     first = chunk.step.rows.first + (chunk.start + int(rows[0])) * chunk.step.rows.step
-    return _finding(int(bad.sum()), name, first, what)
+    return _damage(int(bad.sum()), name, first, what)
 
 
-def _count(array: np.ndarray, name: str, first: int, mode: QuantMode | None = None) -> LayerStats:
+def _damage_in(
+    array: np.ndarray, name: str, first: int, mode: QuantMode | None = None
+) -> LayerStats:
     bad = _is_bad(array, mode)
     rows = np.flatnonzero(bad.any(axis=1))
     if not rows.size:
         return LayerStats()
-    return _finding(int(bad.sum()), name, first + int(rows[0]))
+    return _damage(int(bad.sum()), name, first + int(rows[0]))
 
 
 def _is_bad(array: np.ndarray, mode: QuantMode | None) -> np.ndarray:
@@ -130,5 +132,5 @@ def _is_bad(array: np.ndarray, mode: QuantMode | None) -> np.ndarray:
     return np.asarray(stored == _NAN_E8M0)
 
 
-def _finding(number: int, tensor: str, row: int, what: str = "scales") -> LayerStats:
+def _damage(number: int, tensor: str, row: int, what: str = "scales") -> LayerStats:
     return LayerStats(damaged=number, damaged_tensor=tensor, damaged_what=what, damaged_row=row)

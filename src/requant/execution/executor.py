@@ -1,8 +1,8 @@
-"""Pipeline stage 4: the plan's steps on threads, from the source's files into a sink.
+"""Pipeline stage 4: run the plan's steps on threads, from the source's files into a sink.
 
 A worker owns one set of buffers for the whole run: it reads the rows of a chunk into them, has
-``operations`` make the outputs, and hands these to the sink at their places. The only module
-of the pipeline that starts threads; it knows no path of the output.
+``operations`` compute the outputs, and passes these to the sink with their offsets. This is the
+only module of the pipeline that starts threads; it knows no path of the output.
 """
 
 from __future__ import annotations
@@ -49,37 +49,37 @@ class Progress:
 def run_plan(
     plan: Plan,
     source: PlanSource,
-    folder: Sink,
-    budget: ResourceLimits,
+    sink: Sink,
+    limits: ResourceLimits,
     progress: Callable[[Progress], None] | None = None,
     stop_at: Callable[[LayerStats], bool] | None = None,
 ) -> RunResult:
-    """Run every step of ``plan`` into ``folder``.
+    """Run every step of ``plan`` into ``sink``.
 
     Args:
-        plan: What is to be done.
-        source: What it is done with: the opened files, and mlx-lm's functions.
-        folder: Where the bytes go.
-        budget: Threads and memory.
+        plan: The steps.
+        source: The opened files, and mlx-lm's functions for computed tensors.
+        sink: Receives the bytes.
+        limits: Threads and memory.
         progress: Called about ten times a second.
-        stop_at: Ends the run, which is not whole then, at what was found in a chunk.
+        stop_at: Called with the statistics of a chunk; true ends the run, incomplete.
 
     Raises:
         CheckpointError: A source file changed, or cannot be read any more.
         HubError: A source file cannot be downloaded.
         OutputError: A write failed.
     """
-    before = folder.progress_log.state.consumed if folder.progress_log is not None else ()
-    needed = _files_to_read(plan, folder.progress_log)
+    before = sink.progress_log.state.consumed if sink.progress_log is not None else ()
+    needed = _files_to_read(plan, sink.progress_log)
     with SourceReader(plan.files, source.opened, tuple(before), needed) as reader:
         run = _Run(
-            plan=plan, source=source, reader=reader, folder=folder, budget=budget, stop_at=stop_at
+            plan=plan, source=source, reader=reader, sink=sink, limits=limits, stop_at=stop_at
         )
         return run.run(progress)
 
 
 def _files_to_read(plan: Plan, progress_log: ProgressLog | None) -> list[str]:
-    """The source files that are still to be read, as they are needed."""
+    """The source files that are still to be read, in the order in which they are needed."""
     before = CompletedWork() if progress_log is None else progress_log.state
     order = range(len(plan.steps)) if progress_log is None else progress_log.order
     steps = (plan.steps[n] for n in order if any(before.remaining(n, plan.steps[n].rows.count)))
@@ -94,32 +94,32 @@ class _Run:
         plan: Plan,
         source: PlanSource,
         reader: SourceReader,
-        folder: Sink,
-        budget: ResourceLimits,
+        sink: Sink,
+        limits: ResourceLimits,
         stop_at: Callable[[LayerStats], bool] | None,
     ) -> None:
         self.plan, self.source, self.reader = plan, source, reader
-        self.folder, self.budget = folder, budget
+        self.sink, self.limits = sink, limits
         self.bytes_in = plan.bytes_in
-        self.progress_log: ProgressLog | None = folder.progress_log
-        self.chunks = remaining_chunks(plan.steps, budget, self.progress_log)
+        self.progress_log: ProgressLog | None = sink.progress_log
+        self.chunks = remaining_chunks(plan.steps, limits, self.progress_log)
         self.lock = threading.Lock()
         self.error: BaseException | None = None
         self.stop, self.stop_at = reader.stop, stop_at
         self.done = threading.Event()
-        self.running = budget.threads
-        self.hessians = HessianCache(budget.threads)
+        self.running = limits.threads
+        self.hessians = HessianCache(limits.threads)
         self.outcome = RunResult()
         self.layer, self.bytes_done, self.bytes_written = "", 0, 0
         if self.progress_log is not None:
             self._restore(self.progress_log.state)
 
     def _restore(self, before: CompletedWork) -> None:
-        """Count what an earlier run did and found."""
+        """Add what an earlier run did, and its statistics."""
         for number, found in before.found:
-            finding = LayerStats(**found)  # type: ignore[arg-type]  # as asdict gave it
+            stats = LayerStats(**found)  # type: ignore[arg-type]  # as asdict gave it
             layer = self.plan.steps[number].layer
-            self.outcome.findings.setdefault(layer, LayerStats()).merge(finding)
+            self.outcome.findings.setdefault(layer, LayerStats()).merge(stats)
         for number, ranges in before.rows.items():
             step = self.plan.steps[number]
             rows = sum(stop - start for start, stop in ranges)
@@ -129,7 +129,7 @@ class _Run:
         began = time.perf_counter()
         threads = [
             threading.Thread(target=self._work, name=f"requant-{n}", daemon=True)
-            for n in range(self.budget.threads)
+            for n in range(self.limits.threads)
         ]
         for thread in threads:
             thread.start()
@@ -193,20 +193,20 @@ class _Run:
         if not computed:
             self._run_chunk(chunk, buffers, computed)
             return
-        for part in chunk.parts(self.budget.chunk_bytes):
+        for part in chunk.parts(self.limits.chunk_bytes):
             if self.stop.is_set():
                 return
             self._run_chunk(part, buffers, computed)
 
     def _fill_intermediate(self, name: str, into: memoryview, buffers: WorkerBuffers) -> None:
-        """Write the dense values of what a computed tensor is made from."""
+        """Write the dense values of an input of a computed tensor."""
         step = self.plan.intermediates[name]
         whole = Chunk(step, 0, step.rows.count)
-        for part in whole.parts(self.budget.chunk_bytes_for(step)):
-            outputs, finding, _ = self._compute_chunk(part, buffers, {})
-            if finding.damaged:
+        for part in whole.parts(self.limits.chunk_bytes_for(step)):
+            outputs, stats, _ = self._compute_chunk(part, buffers, {})
+            if stats.damaged:
                 with self.lock:
-                    self.outcome.findings.setdefault(step.layer, LayerStats()).merge(finding)
+                    self.outcome.findings.setdefault(step.layer, LayerStats()).merge(stats)
             (data,) = map(bytes_of, outputs.values())
             (out,) = step.outputs.values()
             row_bytes = step.row_bytes(out)
@@ -216,35 +216,34 @@ class _Run:
 
     def _run_chunk(self, chunk: Chunk, buffers: WorkerBuffers, computed: Arrays) -> None:
         step, written = chunk.step, 0
-        outputs, finding, read = self._compute_chunk(chunk, buffers, computed)
+        outputs, stats, read = self._compute_chunk(chunk, buffers, computed)
         for role, out in step.outputs.items():
             row_bytes = step.row_bytes(out)
             data = bytes_of(outputs[role])
             for first, last, row in contiguous_runs(chunk):
                 # A run of the chunk's rows, first to last, begins at this row of the tensor.
                 offset = out.offset + (step.rows.output_row + row) * row_bytes
-                self.folder.write(out.file, offset, data[first * row_bytes : last * row_bytes])
+                self.sink.write(out.file, offset, data[first * row_bytes : last * row_bytes])
             written += data.nbytes
-        if finding.first_nonfinite_row is not None:
-            finding.first_nonfinite_row += step.rows.output_row + chunk.start
+        if stats.first_nonfinite_row is not None:
+            stats.first_nonfinite_row += step.rows.output_row + chunk.start
         with self.lock:
-            self.outcome.findings.setdefault(step.layer, LayerStats()).merge(finding)
+            self.outcome.findings.setdefault(step.layer, LayerStats()).merge(stats)
             self.layer = step.layer
             self.bytes_done += read
             self.bytes_written += written
-        if self.stop_at is not None and self.stop_at(finding):
+        if self.stop_at is not None and self.stop_at(stats):
             self.stop.set()
             return
         if self.progress_log is not None:
-            for name in self.progress_log.mark_done(
-                chunk.number, chunk.start, chunk.stop, finding.nonzero_fields()
-            ):
+            done = chunk.number, chunk.start, chunk.stop, stats.nonzero_fields()
+            for name in self.progress_log.mark_done(*done):
                 self.reader.close_file(name)
 
     def _compute_chunk(
         self, chunk: Chunk, buffers: WorkerBuffers, computed: Arrays
     ) -> tuple[Arrays, LayerStats, int]:
-        """Outputs by role, what was found in them, and how many bytes were read."""
+        """Outputs by role, their statistics, and how many bytes were read."""
         step = chunk.step
         if step.packing is None:
             inputs = self._read_rows(chunk, buffers, computed)
@@ -257,7 +256,7 @@ class _Run:
 
     def _read_rows(self, chunk: Chunk, buffers: WorkerBuffers, computed: Arrays) -> Arrays:
         """The chunk's rows of every tensor of its step."""
-        step, found = chunk.step, {}
+        step, arrays = chunk.step, {}
         for role, tensor in step.inputs.items():
             row_bytes = step.row_bytes(tensor)
             start = chunk.start * row_bytes
@@ -266,22 +265,21 @@ class _Run:
                 bytes_of(array)[:] = computed[tensor.name][start : start + array.nbytes].data
             else:
                 self.reader.read_tensor(tensor, start, bytes_of(array))
-            found[role] = array
-        return found
+            arrays[role] = array
+        return arrays
 
     def _cut_parts(self, chunk: Chunk, packing: Packing, buffers: WorkerBuffers) -> Arrays:
         """The rectangles of a packed layer's parts that a chunk needs."""
-        step, found = chunk.step, {}
-        for role, cut in packing.required_rects(
-            *step.rows.stored_rows(chunk.start, chunk.stop)
-        ).items():
+        step, arrays = chunk.step, {}
+        rows = step.rows.stored_rows(chunk.start, chunk.stop)
+        for role, cut in packing.required_rects(*rows).items():
             tensor = step.inputs[role]
             assert not isinstance(tensor, ComputedTensor)
             height = cut.rows[1] - cut.rows[0]
             width = (cut.columns[1] - cut.columns[0]) * NUMPY_DTYPE[tensor.info.dtype].itemsize
-            found[role] = buffers.take(f"in {role}", tensor.info.dtype, height, width)
-            self.reader.read_cut(tensor, cut, found[role])
-        return found
+            arrays[role] = buffers.take(f"in {role}", tensor.info.dtype, height, width)
+            self.reader.read_cut(tensor, cut, arrays[role])
+        return arrays
 
     def _row_scales(self, chunk: Chunk, stored: SourceTensor) -> np.ndarray:
         """The global scale of each row of a chunk, from one for all or one an expert."""

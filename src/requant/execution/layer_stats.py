@@ -1,7 +1,4 @@
-"""Pipeline stage 4: what a run found in the values of each layer, and took to do it.
-
-Plain data that adds up over chunks, in any order; knows neither threads nor files.
-"""
+"""Pipeline stage 4: statistics of the values of each layer, added up over chunks in any order."""
 
 from __future__ import annotations
 
@@ -14,12 +11,12 @@ from requant.text import damage, pluralize_are
 
 @dataclass(slots=True)
 class LayerStats:
-    """What was seen in one layer; sums over its chunks.
+    """Statistics of one layer, summed over its chunks.
 
     Attributes:
-        damaged: Scales and the like that the source stores as NaN or infinity, or values of
-            blocks that decode to it; ``damaged_what`` says which, ``damaged_tensor`` and
-            ``damaged_row`` where the first is.
+        damaged: The number of scales or zero points that the source stores as NaN or infinity, or
+            of values of blocks that decode to it (``damaged_what``); the first is in
+            ``damaged_row`` of ``damaged_tensor``.
     """
 
     nonfinite: int = 0
@@ -36,8 +33,8 @@ class LayerStats:
 
     def nonzero_fields(self) -> dict[str, Any]:
         """The fields that are not zero."""
-        nothing = LayerStats()
-        return {k: v for k, v in asdict(self).items() if v != getattr(nothing, k)}
+        zero = LayerStats()
+        return {k: v for k, v in asdict(self).items() if v != getattr(zero, k)}
 
     @property
     def is_not_a_number(self) -> bool:
@@ -50,7 +47,7 @@ class LayerStats:
         return damage(self.damaged_what, self.damaged, self.damaged_row or 0)
 
     def nonfinite_problem(self, layer: str) -> Problem:
-        """What to say of a layer whose scales or values are not all numbers."""
+        """The problem of a layer whose scales or values hold NaN or infinity."""
         allowed = "--allow-nonfinite leaves such layers as they are"
         if self.damaged:
             return Problem(
@@ -65,7 +62,7 @@ class LayerStats:
         )
 
     def merge(self, other: LayerStats) -> None:
-        """Merge what another chunk saw."""
+        """Add the statistics of another chunk."""
         self.nonfinite += other.nonfinite
         self.overflowed += other.overflowed
         self.flushed_groups += other.flushed_groups
@@ -73,10 +70,8 @@ class LayerStats:
         self.squared_values += other.squared_values
         self.max_error_steps = max(self.max_error_steps, other.max_error_steps)
         if other.damaged:
-            if not self.damaged or (other.damaged_tensor, other.damaged_row or 0) < (
-                self.damaged_tensor,
-                self.damaged_row or 0,
-            ):
+            mine, theirs = ((x.damaged_tensor, x.damaged_row or 0) for x in (self, other))
+            if not self.damaged or theirs < mine:
                 self.damaged_tensor, self.damaged_row = other.damaged_tensor, other.damaged_row
                 self.damaged_what = other.damaged_what
             self.damaged += other.damaged
@@ -86,7 +81,7 @@ class LayerStats:
 
 @dataclass(slots=True)
 class RunResult:
-    """What a run did: findings by layer, and how long it took."""
+    """Statistics by layer, and how long the run took."""
 
     findings: dict[str, LayerStats] = field(default_factory=dict)
     elapsed_s: float = 0.0

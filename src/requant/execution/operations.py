@@ -1,7 +1,7 @@
-"""Pipeline stage 4: what is done to a chunk that was read: copy, cast, encode, decode, move.
+"""Pipeline stage 4: the operations on a chunk that was read: copy, cast, encode, decode, repack.
 
-Arrays in, arrays out, in a worker's own memory, through kernels that release the GIL; no files,
-and of threads only that each has its own ``WorkerBuffers``.
+Arrays in, arrays out, through kernels that release the GIL; no files. Each thread has its own
+``WorkerBuffers``.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from requant.importance.statistics_file import Importance
 from requant.kernels import cast as values
 from requant.kernels import gptq
 from requant.kernels import quantize as native
+from requant.kernels.quantize import QuantizedTensors
 from requant.packings.base import Packing
 from requant.planning.plan import EncodeParams, Operation, Step
 from requant.quantization.config import Quantization
@@ -31,7 +32,7 @@ class WorkerBuffers:
     """One worker's memory: an array per role, as large as its largest use so far.
 
     Attributes:
-        hessians: What all workers share of GPTQ.
+        hessians: Factored Hessians, shared by all workers.
     """
 
     def __init__(self, hessians: HessianCache) -> None:
@@ -48,15 +49,15 @@ class WorkerBuffers:
 
 
 def make_outputs(chunk: Chunk, inputs: Arrays, buffers: WorkerBuffers) -> tuple[Arrays, LayerStats]:
-    """Do what a chunk's step says.
+    """Run a chunk's operation.
 
     Args:
-        chunk: Which rows they are, and of what.
+        chunk: The rows.
         inputs: By role, the rows as stored; of a packed layer the rectangles that it cuts.
         buffers: Memory for the outputs.
 
     Returns:
-        Outputs by role, shape ``(rows, ...)``, and what was found in them.
+        Outputs by role, shape ``(rows, ...)``, and their statistics.
 
     Raises:
         RequantError: The data contradict themselves; ``layer`` says where.
@@ -71,18 +72,15 @@ def make_outputs(chunk: Chunk, inputs: Arrays, buffers: WorkerBuffers) -> tuple[
     damaged = damaged_inputs(chunk, inputs)
     try:
         if step.packing is None:
-            finding = _OF_ROWS[step.operation](chunk, inputs, outputs, buffers)
+            stats = _UNPACKED[step.operation](chunk, inputs, outputs, buffers)
         else:
-            finding = _of_packed(chunk, step.packing, inputs, outputs, buffers)
-            finding.merge(
-                _unlike_numbers(
-                    chunk, inputs, outputs, buffers=buffers, damaged=damaged, finding=finding
-                )
-            )
-        finding.merge(damaged)
-        if finding.damaged:
-            finding.overflowed = 0  # no dtype holds what is not a number
-        return outputs, finding
+            stats = _run_packed(chunk, step.packing, inputs, outputs, buffers)
+            if not damaged.damaged and _may_hide_damage(chunk, outputs, stats):
+                stats.merge(damaged_outputs(chunk, inputs, outputs, buffers))
+        stats.merge(damaged)
+        if stats.damaged:
+            stats.overflowed = 0  # no dtype holds what is not a number
+        return outputs, stats
     except RequantError as error:
         if damaged.damaged:  # what else is wrong follows from it
             message = f"{damaged.damage}. Take the file from its publisher again"
@@ -91,20 +89,11 @@ def make_outputs(chunk: Chunk, inputs: Arrays, buffers: WorkerBuffers) -> tuple[
         raise
 
 
-def _unlike_numbers(
-    chunk: Chunk,
-    inputs: Arrays,
-    outputs: Arrays,
-    buffers: WorkerBuffers,
-    damaged: LayerStats,
-    finding: LayerStats,
-) -> LayerStats:
-    """Damage that only the results show: in scales that are bytes, or lie within blocks."""
+def _may_hide_damage(chunk: Chunk, outputs: Arrays, stats: LayerStats) -> bool:
+    """Whether only results show damage: in scales that are bytes, or lie within blocks."""
     operation = chunk.step.operation
     in_bytes = operation is Operation.REPACK and "biases" not in outputs
-    if damaged.damaged or operation is Operation.RECODE or not (in_bytes or finding.overflowed):
-        return LayerStats()
-    return damaged_outputs(chunk, inputs, outputs, buffers)
+    return operation is not Operation.RECODE and (in_bytes or stats.overflowed > 0)
 
 
 def _copy(chunk: Chunk, inputs: Arrays, outputs: Arrays, buffers: WorkerBuffers) -> LayerStats:
@@ -116,22 +105,22 @@ def _cast(chunk: Chunk, inputs: Arrays, outputs: Arrays, buffers: WorkerBuffers)
 
 
 def _encode(chunk: Chunk, inputs: Arrays, outputs: Arrays, buffers: WorkerBuffers) -> LayerStats:
-    step, dense, finding = chunk.step, inputs["weight"], LayerStats()
+    step, dense, stats = chunk.step, inputs["weight"], LayerStats()
     if step.inputs["weight"].info.dtype != step.dtype:
         wanted = buffers.take("dense", step.dtype, *_dense_shape(step, dense))
-        finding.overflowed = values.cast_into(dense, wanted)
+        stats.overflowed = values.cast_into(dense, wanted)
         dense = wanted
-    return _quantize(chunk, dense, outputs, buffers, finding)
+    return _quantize(chunk, dense, outputs, buffers, stats)
 
 
 def _decode(chunk: Chunk, inputs: Arrays, outputs: Arrays, buffers: WorkerBuffers) -> LayerStats:
-    step, dense, finding = chunk.step, outputs["weight"], LayerStats()
+    step, dense, stats = chunk.step, outputs["weight"], LayerStats()
     assert step.source is not None
     _dequantize(step.source, inputs, dense, buffers)
     if step.dtype == "F16" and step.inputs["scales"].info.dtype != "F16":
         # The one dtype with a narrower range than the values had.
-        finding.overflowed = values.count_nonfinite(dense)
-    return finding
+        stats.overflowed = values.count_nonfinite(dense)
+    return stats
 
 
 def _recode(chunk: Chunk, inputs: Arrays, outputs: Arrays, buffers: WorkerBuffers) -> LayerStats:
@@ -149,23 +138,17 @@ def _dense_shape(step: Step, rows_of: np.ndarray) -> tuple[int, int]:
 def _dequantize(
     source: Quantization, parts: Arrays, dense: np.ndarray, buffers: WorkerBuffers
 ) -> None:
-    words, scales, row_scales = parts["weight"], parts["scales"], parts.get(ROW_SCALES)
-    encoding = (source.group_size, source.bits, source.mode.value)
+    tensors, row_scales = QuantizedTensors.from_roles(parts), parts.get(ROW_SCALES)
     if row_scales is None:
-        native.dequantize_into(words, scales, parts.get("biases"), *encoding, dense)
+        native.dequantize_into(tensors, source, dense)
         return
     # MLX gives float32 here; a run of rows with one global scale is one call.
     wide = dense if dense.dtype == np.float32 else buffers.take("wide", "F32", *_wide(dense))
     borders = [0, *(np.flatnonzero(np.diff(row_scales)) + 1).tolist(), len(row_scales)]
     for start, stop in pairwise(borders):
-        native.dequantize_into(
-            words[start:stop],
-            scales[start:stop],
-            None,
-            *encoding,
-            wide[start:stop],
-            float(row_scales[start]),
-        )
+        run = QuantizedTensors(tensors.words[start:stop], tensors.scales[start:stop])
+        scale = float(row_scales[start])
+        native.dequantize_into(run, source, wide[start:stop], global_scale=scale)
     if wide is not dense:
         values.cast_into(wide, dense)
 
@@ -175,44 +158,39 @@ def _wide(dense: np.ndarray) -> tuple[int, int]:
 
 
 def _quantize(
-    chunk: Chunk, dense: np.ndarray, outputs: Arrays, buffers: WorkerBuffers, finding: LayerStats
+    chunk: Chunk, dense: np.ndarray, outputs: Arrays, buffers: WorkerBuffers, stats: LayerStats
 ) -> LayerStats:
-    """Encode, and measure the quantization error while the chunk is still in the cache."""
+    """Encode, and measure the quantization error while the chunk is in the cache."""
     step, params = chunk.step, chunk.step.encode
     assert params is not None, f"{step.operation} without EncodeParams"
     target = params.target
-    finding.nonfinite = values.count_nonfinite(dense)
-    if finding.nonfinite:
-        finding.first_nonfinite_row = values.first_nonfinite_row(dense)
-        return finding
+    stats.nonfinite = values.count_nonfinite(dense)
+    if stats.nonfinite:
+        stats.first_nonfinite_row = values.first_nonfinite_row(dense)
+        return stats
     rows, scales = dense.shape[0], outputs["scales"]
     for first, last, matrix in matrix_runs(chunk):
         part = {role: array[first:last] for role, array in outputs.items()}
-        if params.gptq and _quantize_gptq(
-            params, dense[first:last], part, matrix, buffers.hessians
-        ):
+        rows_of_matrix = dense[first:last]
+        if params.gptq and _quantize_gptq(params, rows_of_matrix, part, matrix, buffers.hessians):
             continue
-        finding.flushed_groups += native.quantize_into(
-            dense[first:last],
-            target.group_size,
-            target.bits,
-            target.mode.value,
-            part["weight"],
-            part["scales"],
-            part.get("biases"),
+        stats.flushed_groups += native.quantize_into(
+            rows_of_matrix,
+            target,
+            QuantizedTensors.from_roles(part),
             search=None if params.search == "off" else params.search,
             weights=None if params.importance is None else params.importance.weights(matrix),
         )
     decoded = buffers.take("decoded", step.dtype, rows, dense.nbytes // rows)
     _dequantize(target, outputs, decoded, buffers)
     group_max = buffers.take("group_max", "F32", rows, 4 * scales.shape[1])
-    finding.squared_error, finding.squared_values, finding.max_error_steps = values.encoding_error(
+    stats.squared_error, stats.squared_values, stats.max_error_steps = values.encoding_error(
         dense, decoded, scales, target.mode.value, group_max
     )
     if params.weighted_error and params.importance is not None:
         weighted = _weighted_error(chunk, params.importance, dense, decoded)
-        finding.squared_error, finding.squared_values = weighted
-    return finding
+        stats.squared_error, stats.squared_values = weighted
+    return stats
 
 
 def _weighted_error(
@@ -236,37 +214,36 @@ def _quantize_gptq(
     """Encode rows of one matrix by GPTQ; False where no token reached the matrix."""
     if params.importance is None:
         return False
-    made = hessians.compensation(params.importance, matrix)
-    if made is None:
+    compensation = hessians.compensation(params.importance, matrix)
+    if compensation is None:
         return False
-    target = params.target
-    parts = gptq.quantize(dense, made, target.group_size, target.bits, params.search)
-    for role, array in zip(("weight", "scales", "biases"), parts, strict=True):
+    tensors = gptq.quantize(dense, compensation, params.target, params.search)
+    for role, array in zip(("weight", "scales", "biases"), tensors, strict=True):
         outputs[role][:] = array
     return True
 
 
-def _of_packed(
+def _run_packed(
     chunk: Chunk, packing: Packing, inputs: Arrays, outputs: Arrays, buffers: WorkerBuffers
 ) -> LayerStats:
-    """Move or decode the rows of a packed layer."""
+    """Repack, decode or recode the rows of a packed layer."""
     step = chunk.step
     rows = step.rows.stored_rows(chunk.start, chunk.stop)
-    between = _StridedOutput(outputs, step.rows.step, rows[1] - rows[0], buffers)
+    strided = _StridedOutput(outputs, step.rows.step, rows[1] - rows[0], buffers)
     if step.operation is Operation.REPACK:
-        packing.repack(inputs, *rows, between.wide, buffers)
-        between.copy_selected_rows()
+        packing.repack(inputs, *rows, strided.wide, buffers)
+        strided.copy_selected_rows()
         floats = [array for array in outputs.values() if array.dtype not in (np.uint32, np.uint8)]
         return LayerStats(overflowed=sum(values.count_nonfinite(array) for array in floats))
     if step.operation is Operation.DECODE:
-        packing.decode(inputs, *rows, between.wide["weight"], buffers)
-        between.copy_selected_rows()
+        packing.decode(inputs, *rows, strided.wide["weight"], buffers)
+        strided.copy_selected_rows()
         return LayerStats(overflowed=values.count_nonfinite(outputs["weight"]))
     width = step.rows.columns * NUMPY_DTYPE[step.dtype].itemsize
     dense = buffers.take("dense", step.dtype, chunk.rows, width)
-    between = _StridedOutput({"weight": dense}, step.rows.step, rows[1] - rows[0], buffers)
-    packing.decode(inputs, *rows, between.wide["weight"], buffers)
-    between.copy_selected_rows()
+    strided = _StridedOutput({"weight": dense}, step.rows.step, rows[1] - rows[0], buffers)
+    packing.decode(inputs, *rows, strided.wide["weight"], buffers)
+    strided.copy_selected_rows()
     return _quantize(chunk, dense, outputs, buffers, LayerStats())
 
 
@@ -296,7 +273,7 @@ class _StridedOutput:
                 array[:] = self.wide[role][:: self.step]
 
 
-_OF_ROWS = {
+_UNPACKED = {
     Operation.COPY: _copy,
     Operation.CAST: _cast,
     Operation.ENCODE: _encode,

@@ -1,7 +1,4 @@
-"""Pipeline stage 4: how much runs at once, so that a run keeps to the memory it may use.
-
-Looks at a plan's sizes only; reads nothing and starts nothing.
-"""
+"""Pipeline stage 4: threads and sizes of chunks, so that a run keeps to its memory limit."""
 
 from __future__ import annotations
 
@@ -26,7 +23,7 @@ MLX_LM_MEMORY_BYTES = 48 << 20
 
 @dataclass(frozen=True, slots=True)
 class ResourceLimits:
-    """How much runs at once: threads, and bytes that each may hold."""
+    """The number of threads, and the bytes that each may hold."""
 
     threads: int
     chunk_bytes: int
@@ -40,7 +37,7 @@ class ResourceLimits:
 
     @property
     def peak_bytes(self) -> int:
-        """What the process holds at the most, mapped or cached file pages aside."""
+        """The most bytes that the process holds, without mapped or cached file pages."""
         base = BASE_MEMORY_BYTES + self.overhead_bytes
         return base + self.threads * max(self.chunk_bytes, self.strided_bytes)
 
@@ -63,9 +60,7 @@ def plan_resources(
     Raises:
         OutOfRangeError: Not even one row a worker fits into ``max_memory``.
     """
-    if threads is None:
-        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
-        threads = threads or os.cpu_count() or 1
+    threads = _usable_processors() if threads is None else threads
     if threads < 1:
         raise OutOfRangeError("at least one thread is needed", "threads", threads)
     longest = max((s.min_work_bytes for s in plan.steps if s.rows.count), default=1)
@@ -78,16 +73,7 @@ def plan_resources(
             0 if chunk_bytes else min(STRIDED_CHUNK_BYTES, widest),
             _overhead_bytes(plan, threads),
         )
-    overhead = _overhead_bytes(plan, 1)
-    least = BASE_MEMORY_BYTES + overhead + longest
-    if max_memory < least:
-        parts = [f"{BASE_MEMORY_BYTES:,} for Python, NumPy and the plan"]
-        if overhead:
-            parts.append(f"{overhead:,} for {_held_next_to(plan)}")
-        parts.append(f"{longest:,} for the longest row of the model")
-        needs = f"at least {least:,} bytes are needed: {', '.join(parts[:-1])} and {parts[-1]}"
-        message = f"{needs}; give --max-memory {least}"
-        raise OutOfRangeError(message, "max_memory", f"{max_memory:,}")
+    _check_memory(plan, max_memory, longest)
     while max_memory < BASE_MEMORY_BYTES + _overhead_bytes(plan, threads) + threads * longest:
         threads -= 1
     overhead = _overhead_bytes(plan, threads)
@@ -97,8 +83,29 @@ def plan_resources(
     )
 
 
+def _usable_processors() -> int:
+    """Processors that this process may run on."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+    return usable or os.cpu_count() or 1
+
+
+def _check_memory(plan: Plan, max_memory: int, longest: int) -> None:
+    """Reject a limit that does not hold one worker with the longest row."""
+    overhead = _overhead_bytes(plan, 1)
+    least = BASE_MEMORY_BYTES + overhead + longest
+    if max_memory >= least:
+        return
+    parts = [f"{BASE_MEMORY_BYTES:,} for Python, NumPy and the plan"]
+    if overhead:
+        parts.append(f"{overhead:,} for {_held_next_to(plan)}")
+    parts.append(f"{longest:,} for the longest row of the model")
+    needs = f"at least {least:,} bytes are needed: {', '.join(parts[:-1])} and {parts[-1]}"
+    message = f"{needs}; give --max-memory {least}"
+    raise OutOfRangeError(message, "max_memory", f"{max_memory:,}")
+
+
 def _held_next_to(plan: Plan) -> str:
-    """What ``_overhead_bytes`` counts, in words."""
+    """What ``_overhead_bytes`` counts, for messages."""
     held = ["mlx-lm and the tensors that it computes"] if plan.layout == "mlx-lm" else []
     held += ["factors of Hessians (--gptq)"] if any(step.gptq for step in plan.steps) else []
     return " and ".join(held)
@@ -119,10 +126,9 @@ def _overhead_bytes(plan: Plan, threads: int) -> int:
         for name, step in plan.intermediates.items()
     }
     tensors = [t for step in plan.steps for t in step.inputs.values()]
-    ready, made = [0], [0]
-    for tensor in tensors:
-        if isinstance(tensor, ComputedTensor):
-            ready.append(tensor.info.nbytes)
-            made.append(tensor.info.nbytes + sum(sizes[name] for name in tensor.inputs))
-    batch = min(sum(made), BATCH_BYTES)
-    return factored + MLX_LM_MEMORY_BYTES + max(max(made), batch) + (threads - 1) * max(ready)
+    computed = [tensor for tensor in tensors if isinstance(tensor, ComputedTensor)]
+    results = [0, *(t.info.nbytes for t in computed)]
+    with_inputs = [0, *(t.info.nbytes + sum(sizes[x] for x in t.inputs) for t in computed)]
+    batch = min(sum(with_inputs), BATCH_BYTES)
+    in_work = max(max(with_inputs), batch)
+    return factored + MLX_LM_MEMORY_BYTES + in_work + (threads - 1) * max(results)

@@ -18,11 +18,11 @@ from requant.text import pluralize_are
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """What one run gave.
+    """The outcome of one run.
 
     Attributes:
-        result: What was found in each layer; complete only without problems.
-        problems: What forbids to keep the output: NaN, Inf, or values that would become Inf.
+        result: Statistics of each layer; complete only without problems.
+        problems: Reasons to discard the output: NaN, Inf, or values that would become Inf.
         nonfinite_layers: Layers with NaN or Inf that the options did not know of.
     """
 
@@ -32,16 +32,16 @@ class Attempt:
 
 
 def run_once(planned: Planned, sink: Sink, options: ConvertOptions, run: RunOptions) -> Attempt:
-    """Run a plan into ``sink``; what is wrong with the values is returned, not raised.
+    """Run a plan into ``sink``; problems of the values are returned, not raised.
 
     Args:
         planned: The plan and what it runs on.
-        sink: Where the bytes go.
+        sink: Receives the bytes.
         options: What the plan was made from.
         run: Threads, memory, progress and what is allowed.
     """
     plan, source = planned.plan, planned.source
-    budget = plan_resources(plan, run.threads, run.max_memory, run.chunk_bytes)
+    limits = plan_resources(plan, run.threads, run.max_memory, run.chunk_bytes)
     downloader = source.opened.downloader
 
     def is_fatal(found: LayerStats) -> bool:
@@ -50,7 +50,7 @@ def run_once(planned: Planned, sink: Sink, options: ConvertOptions, run: RunOpti
     # Files that are deleted after use are not downloaded to the end for a run that fails anyway.
     is_deleted = downloader is not None and downloader.consumed
     stop_at = is_fatal if is_deleted and not run.allow_nonfinite else None
-    result = run_plan(plan, source, sink, budget=budget, progress=run.progress, stop_at=stop_at)
+    result = run_plan(plan, source, sink, limits=limits, progress=run.progress, stop_at=stop_at)
     found = result.findings
     nonfinite = frozenset(layer for layer, x in found.items() if x.is_not_a_number)
     return Attempt(
@@ -80,7 +80,7 @@ def options_for_retry(
 def _find_fatal_values(
     findings: Mapping[str, LayerStats], nonfinite_layers: Collection[str], allow_overflow: bool
 ) -> list[Problem]:
-    """What forbids to keep an output: values that were not numbers, or would be lost."""
+    """Reasons to discard an output: NaN or infinite values, or values that would become so."""
     problems = []
     for layer, found in findings.items():
         if found.is_not_a_number and layer not in nonfinite_layers:

@@ -1,6 +1,6 @@
-"""Pipeline stage 4: where ``executor`` puts bytes, and notes what is done: the protocols.
+"""Pipeline stage 4: protocols of what receives the bytes of a run, and records what is done.
 
-``output.folder`` has the one that writes an output; others compare, or keep nothing.
+``output.folder`` writes an output; other sinks compare the bytes, or drop them.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from requant.execution.completed_work import CompletedWork, Stats
 
 
 class ProgressLog(Protocol):
-    """What a run asks before it starts, and reports as it runs."""
+    """The record of what is done, which a run reads before it starts and extends."""
 
     @property
     def state(self) -> CompletedWork:
-        """What was done by an earlier run."""
+        """What is done, by earlier runs too."""
 
     @property
     def order(self) -> Sequence[int]:
-        """Numbers of the plan's steps, as they are to be run."""
+        """Numbers of the plan's steps, in the order in which they are run."""
 
     def mark_done(self, step: int, start: int, stop: int, found: Stats) -> Sequence[str]:
-        """Note that a range of a step's rows was written; thread-safe.
+        """Record that a range of a step's rows was written; thread-safe.
 
         Returns:
-            Source files that are gone now.
+            Source files that are needed no more.
         """
 
 
@@ -35,16 +35,16 @@ class Sink(Protocol):
 
     @property
     def progress_log(self) -> ProgressLog | None:
-        """Where to note what is done; None where nothing outlives the process."""
+        """The record of what is done; None where nothing outlives the process."""
 
     def write(self, file: str, offset: int, data: memoryview) -> None:
         """Take ``data`` for an absolute offset of a shard; thread-safe, and ``data`` is lent."""
 
 
 class NullSink:
-    """A sink for a run of which only the findings are wanted."""
+    """A sink for a run of which only the statistics are used."""
 
     progress_log = None
 
     def write(self, file: str, offset: int, data: memoryview) -> None:
-        """Forget the data."""
+        """Drop the data."""

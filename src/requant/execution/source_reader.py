@@ -1,6 +1,6 @@
-"""Pipeline stage 4: bytes of the source's files, by positioned reads from any thread.
+"""Pipeline stage 4: positioned reads of the source's files, from any thread.
 
-Waits for files that are on their way from the hub. Reads bytes and knows no formats.
+Waits for files that are being downloaded. Reads bytes and knows no formats.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from requant.packings.base import Rect
 
 
 class RunCancelled(Exception):
-    """The run ends, and what this worker waits for does not come any more."""
+    """The run ends, and the file that this worker waits for will not come."""
 
 
 class SourceReader:
     """The source's files, open for positioned reads from any thread.
 
-    Those of a folder are opened at once, those of the hub when they have come.
+    Files of a folder are opened at once, those of the hub when they are downloaded.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class SourceReader:
         self.fds.clear()
 
     def close_file(self, name: str) -> None:
-        """Close a file that nothing will be read of any more."""
+        """Close a file that is needed no more."""
         fd = self.fds.pop(name, None)
         if fd is not None:
             os.close(fd)
@@ -80,7 +80,7 @@ class SourceReader:
             self.downloader.release(name)
 
     def _fd(self, name: str) -> int:
-        """An open file; one that is on its way is waited for."""
+        """An open file; waits for one that is being downloaded."""
         fd = self.fds.get(name)
         if fd is not None or self.downloader is None:
             return self.fds[name]

@@ -72,9 +72,8 @@ class MlxRows(Packing):
 
     def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         """The values that MLX computes."""
-        codes = self.encoding
-        triple = (parts["weight"], parts["scales"], parts.get("biases"))
-        native.dequantize_into(*triple, codes.group_size, codes.bits, codes.mode.value, out)
+        tensors = native.QuantizedTensors.from_roles(parts)
+        native.dequantize_into(tensors, self.encoding, out)
 
     def fidelity(self, dtype: str) -> Fidelity:
         """Exact where no scale and no bias rounds."""

@@ -1,9 +1,8 @@
-"""The few array operations that the core needs, once for each array library.
+"""The array operations of ``weights``, once for each array library.
 
-``backend_for`` looks at the type of the arrays and answers with the module that computes on
-them: ``arrays.mlx`` for ``mlx.core.array`` (lazy) and ``NUMPY`` here for ``numpy.ndarray``
-(with our kernels). The rest of the core calls the backend and never asks which one it has.
-MLX is imported only for callers who hold its arrays, and who therefore have it loaded.
+``backend_for`` returns the backend for the type of the arrays: ``mlx_backend`` for
+``mlx.core.array`` (lazy), ``NUMPY`` for ``numpy.ndarray`` (with our kernels). MLX is imported only
+for callers who hold its arrays, and who therefore have it loaded.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ _KNOWN_TYPES = ("mlx.core.array", "numpy.ndarray")
 
 
 class Backend(Protocol):
-    """What the core asks of an array library. Dtypes go by name ("float32", "bfloat16")."""
+    """The operations on arrays of one library. Dtypes go by name ("float32", "bfloat16")."""
 
     @property
     def name(self) -> str:
@@ -91,11 +90,7 @@ class _NumPy:
         self, weight: np.ndarray, quantization: Quantization, search: str = "off"
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         return native.quantize(
-            _plain(weight),
-            quantization.group_size,
-            quantization.bits,
-            quantization.mode.value,
-            search=None if search == "off" else search,
+            _plain(weight), quantization, search=None if search == "off" else search
         )
 
     def dequantize(
@@ -106,12 +101,10 @@ class _NumPy:
         quantization: Quantization,
     ) -> np.ndarray:
         return native.dequantize(
-            _plain(words),
-            _plain(scales),
-            None if biases is None else _plain(biases),
-            quantization.group_size,
-            quantization.bits,
-            quantization.mode.value,
+            native.QuantizedTensors(
+                _plain(words), _plain(scales), None if biases is None else _plain(biases)
+            ),
+            quantization,
         )
 
     def view_uint32(self, array: np.ndarray) -> np.ndarray:

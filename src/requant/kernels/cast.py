@@ -1,4 +1,4 @@
-"""Dense values in caller-owned buffers: casting, what is not a number, quantization error."""
+"""Dense values in buffers of the caller: casts, NaN and infinity, quantization error."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import numpy as np
 
 from requant.core.dtypes import HEADER_NAME, KERNEL_FLOATS
 from requant.kernels import _native
+from requant.kernels.float_views import as_unsigned
 
 Array = np.ndarray[Any, np.dtype[Any]]
-_BITS: dict[int, np.dtype[Any]] = {2: np.dtype(np.uint16), 4: np.dtype(np.uint32)}
 
 
 def cast_into(source: Array, target: Array) -> int:
@@ -45,13 +45,13 @@ def first_nonfinite_row(values: Array) -> int | None:
 def encoding_error(
     dense: Array, decoded: Array, scales: Array, mode: str, group_max: Array
 ) -> tuple[float, float, float]:
-    """What is lost between ``decode`` and what its codes decode to.
+    """The quantization error between values and what their codes decode to.
 
     Args:
         dense: Values that were quantized, C-contiguous.
-        decoded: The same shape, as the codes give them back.
+        decoded: The decoded values, of the same shape.
         scales: As stored, one a group.
-        mode: MLX's tag; it says how a scale byte is to be read.
+        mode: MLX's name; decides how scale bytes are read.
         group_max: A float32 buffer of one value a group; overwritten.
 
     Returns:
@@ -85,7 +85,7 @@ def _steps(scales: Array, mode: str) -> Array:
 
 
 def _bits(values: Array) -> Array:
-    return values.reshape(-1).view(_BITS[values.dtype.itemsize])
+    return as_unsigned(values.reshape(-1))
 
 
 def _name(values: Array) -> str:

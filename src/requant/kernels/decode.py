@@ -14,25 +14,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from requant.core.dtypes import HEADER_NAME, KERNEL_FLOATS, NUMPY_DTYPE
+from requant.core.dtypes import NUMPY_DTYPE
 from requant.errors import UnknownValueError, UnsupportedDtypeError
 from requant.kernels import _native
+from requant.kernels.float_views import as_unsigned, float_name
 
 Array = NDArray[Any]
 
-_BITS: dict[int, np.dtype[Any]] = {2: np.dtype(np.uint16), 4: np.dtype(np.uint32)}
 _SCALE_FORMATS = ("F8_E8M0", "F8_E4M3", "F8_E4M3FNUZ")
-_FLOAT_NAMES = ("float32", "float16", "bfloat16")
 
 
 def integer_values_into(
-    codes: Array,
-    scales: Array,
-    zeros: Array,
-    group: int,
-    out: Array,
-    *,
-    difference: str = "F32",
+    codes: Array, scales: Array, zeros: Array, group: int, out: Array, *, difference: str = "F32"
 ) -> None:
     """Fill ``out`` with ``(code - zero) * scale``.
 
@@ -134,15 +127,13 @@ def scale_values(scales: Array, format: str) -> Array:
     return np.take(every, scales.view(np.uint8))
 
 
-def float_bits(array: Array, what: str) -> tuple[Array, str]:
+def float_bits(array: Array, where: str) -> tuple[Array, str]:
     """The values as unsigned integers of their size, and the name of their dtype."""
-    name = HEADER_NAME.get(array.dtype, "")
-    if name not in KERNEL_FLOATS:
-        raise UnsupportedDtypeError(f"[decode] {what}", array.dtype.name, _FLOAT_NAMES)
-    return array.view(_BITS[array.dtype.itemsize]), name
+    name = float_name(array.dtype, f"[decode] {where}")
+    return as_unsigned(array), name
 
 
-def _float32(array: Array, what: str) -> Array:
+def _float32(array: Array, where: str) -> Array:
     if array.dtype != np.float32:
-        raise UnsupportedDtypeError(f"[decode] {what}", array.dtype.name, ("float32",))
+        raise UnsupportedDtypeError(f"[decode] {where}", array.dtype.name, ("float32",))
     return array.view(np.uint32)

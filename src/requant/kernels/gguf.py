@@ -1,4 +1,4 @@
-"""Blocks of GGUF files: their types, MLX's words for those that fit, values for all of them.
+"""Blocks of GGUF files: their types, and kernels that repack them or compute their values.
 
 Every function writes into an array of the caller and takes matrices: two axes, C-contiguous.
 A row of blocks is uint8 ``(rows, in_features / elements * nbytes)``.
@@ -95,16 +95,7 @@ _BLOCKS = {
     40: "NVFP4",
     41: "Q1_0",
 }
-_PLAIN = {
-    0: "F32",
-    1: "F16",
-    24: "I8",
-    25: "I16",
-    26: "I32",
-    27: "I64",
-    28: "F64",
-    30: "BF16",
-}
+_PLAIN = {0: "F32", 1: "F16", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 30: "BF16"}
 
 TYPES: dict[int, BlockType] = {
     **{number: BlockType(number, name) for number, name in _BLOCKS.items()},
@@ -116,11 +107,7 @@ BY_NAME: dict[str, BlockType] = {kind.name: kind for kind in TYPES.values()}
 
 
 def words_into(
-    kind: BlockType,
-    blocks: Array,
-    words: Array,
-    scales: Array,
-    biases: Array | None = None,
+    kind: BlockType, blocks: Array, words: Array, scales: Array, biases: Array | None = None
 ) -> None:
     """Move the codes of blocks into MLX's words; scales and biases are rounded once.
 

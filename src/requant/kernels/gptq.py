@@ -16,6 +16,8 @@ import numpy as np
 from requant.errors import InvariantError, ShapeMismatchError
 from requant.kernels import _native
 from requant.kernels import quantize as native
+from requant.kernels.quantize import QuantizedTensors
+from requant.quantization.config import Quantization
 
 Array = np.ndarray
 
@@ -26,7 +28,7 @@ _MOST_DAMPING = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Compensation:
-    """What a layer's Hessian says about handing on errors.
+    """How errors are propagated, computed from a layer's Hessian.
 
     Attributes:
         propagation: float32 ``(in_features, in_features)``, upper triangular, the diagonal 1: row
@@ -92,26 +94,23 @@ def _propagation(hessian: Array, dead: Array, added: float) -> Array | None:
 
 
 def quantize(
-    w: Array, compensation: Compensation, group_size: int, bits: int, search: str = "best"
-) -> tuple[Array, Array, Array]:
-    """Quantize rows with their errors propagated; affine.
+    w: Array, compensation: Compensation, quantization: Quantization, search: str = "best"
+) -> QuantizedTensors:
+    """Quantize rows with their errors propagated.
 
     Rows are independent: any ranges of them give the same bytes as all at once.
 
     Args:
         w: float32, float16 or bfloat16, ``(rows, in_features)``; finite.
         compensation: Of the layer's Hessian.
-        group_size: Inputs with one scale.
-        bits: Bits a code.
+        quantization: Of mode affine.
         search: How each group's scale and bias are found on the repaired weights.
-
-    Returns:
-        Words, scales and biases as ``native.quantize`` gives them.
 
     Raises:
         ShapeMismatchError: The Hessian was another layer's.
     """
     rows, n_in = w.shape
+    group_size, bits = quantization.group_size, quantization.bits
     if compensation.propagation.shape != (n_in, n_in):
         raise ShapeMismatchError("[gptq] propagation", (n_in, n_in), compensation.propagation.shape)
     repaired = w.astype(np.float32)
@@ -124,9 +123,7 @@ def quantize(
         start, stop = group * group_size, (group + 1) * group_size
         _, scale, bias = native.quantize(
             _stored(repaired[:, start:stop], w.dtype),
-            group_size,
-            bits,
-            "affine",
+            quantization,
             search=search,
             weights=compensation.importance[start:stop],
         )
@@ -146,7 +143,7 @@ def quantize(
         scales[:, group], biases[:, group] = scale[:, 0], bias[:, 0]
     words = np.empty((rows, n_in * bits // 32), np.uint32)
     _native.pack_words(codes, bits, words)
-    return words, scales, biases
+    return QuantizedTensors(words, scales, biases)
 
 
 def _stored(values: Array, dtype: np.dtype) -> Array:

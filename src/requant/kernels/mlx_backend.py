@@ -1,4 +1,4 @@
-"""The core's operations on ``mlx.core.array``: thin calls into MLX.
+"""The backend for ``mlx.core.array``: thin calls into MLX.
 
 Every result is lazy. Nothing here evaluates an array, and nothing may: no ``item``, no
 conversion to NumPy, no Python truth of an element.

@@ -10,7 +10,8 @@ flushed to zero, where MLX lets the scale's byte wrap around.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -26,15 +27,14 @@ from requant.errors import (
     UnsupportedDtypeError,
 )
 from requant.kernels import _native
+from requant.kernels.float_views import as_unsigned, float_name
+from requant.quantization.config import Quantization, QuantMode
 from requant.quantization.modes import SEARCH_LEVELS, check_quantization
 
 Array = NDArray[Any]
 
 _BFLOAT16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
 _FLOAT32: np.dtype[Any] = np.dtype(np.float32)
-_KERNEL_NAME = {_FLOAT32: "F32", np.dtype(np.float16): "F16", _BFLOAT16: "BF16"}
-_FLOAT_NAMES = ("float32", "float16", "bfloat16")
-_BITS_VIEW: dict[int, np.dtype[Any]] = {2: np.dtype(np.uint16), 4: np.dtype(np.uint32)}
 _SCALE_BYTES = {
     np.dtype(np.uint8),
     np.dtype(ml_dtypes.float8_e8m0fnu),
@@ -42,84 +42,88 @@ _SCALE_BYTES = {
 }
 
 
+class QuantizedTensors(NamedTuple):
+    """The tensors of a quantized layer.
+
+    Attributes:
+        words: Packed codes, uint32 ``(..., in_features * bits / 32)``.
+        scales: ``(..., in_features / group_size)``: float32, float16 or bfloat16 in affine mode,
+            else uint8 (E8M0 for mxfp4 and mxfp8, E4M3 for nvfp4).
+        biases: Like the scales in affine mode, else None.
+    """
+
+    words: Array
+    scales: Array
+    biases: Array | None = None
+
+    @classmethod
+    def from_roles(cls, arrays: Mapping[str, Array]) -> QuantizedTensors:
+        """The tensors of a layer whose arrays are ``weight``, ``scales`` and perhaps ``biases``."""
+        return cls(arrays["weight"], arrays["scales"], arrays.get("biases"))
+
+
 def quantize(
     w: Array,
-    group_size: int,
-    bits: int,
-    mode: str,
+    quantization: Quantization,
     *,
     global_scale: float | Array | None = None,
     search: str | None = None,
     weights: Array | None = None,
-) -> tuple[Array, Array, Array | None]:
+) -> QuantizedTensors:
     """Quantize ``w`` of shape ``(..., out_features, in_features)``.
 
     Args:
-        w: float32, float16 or bfloat16.
-        group_size: Inputs with one scale.
-        bits: Bits a code.
-        mode: One of ``MODES``.
+        w: float32, float16 or bfloat16; in affine mode scales and biases get its dtype.
+        quantization: One that ``check_quantization`` accepts.
         global_scale: Mode nvfp4 only: the greatest magnitude of the whole tensor.
-        search: None for MLX's rule, bit for bit; "fast" or "best" to look for scales and
+        search: None for MLX's rule, bit for bit; "fast" or "best" to search for scales and
             biases with a smaller squared error (docs/quantization/search.md).
-        weights: With a search: what a squared error counts, one number an input,
+        weights: With a search: weights of the squared error, one for each input,
             ``(in_features,)``; not negative. All alike by default.
 
-    Returns:
-        Words, uint32 ``(..., in_features * bits / 32)``; scales
-        ``(..., in_features / group_size)``, in affine mode of the dtype of
-        ``w``, else uint8 (E8M0 for mxfp4 and mxfp8, E4M3 for nvfp4); biases like
-        the scales in affine mode, else None.
-
     Raises:
-        UnknownValueError: The mode is unknown.
-        OutOfRangeError: The mode does not take ``bits`` or ``group_size``.
+        OutOfRangeError: The mode does not take the bits or the group size.
         UnsupportedDtypeError: ``w`` has another dtype.
         RankMismatchError: ``w`` has fewer than two axes.
-        DivisibilityError: ``in_features`` is not a multiple of ``group_size``.
+        DivisibilityError: ``in_features`` is not a multiple of the group size.
         InvariantError: A global scale outside nvfp4, or not one number; weights
             without a search, or not fit for one.
     """
-    check_quantization(bits, group_size, mode)
-    _kernel_name(w.dtype, "[quantize] cannot quantize w")
-    scale = _global_scale("[quantize]", global_scale, mode)
-    if w.ndim < 2:
-        raise RankMismatchError("[quantize] w must have at least 2 axes", w.ndim, w.shape)
-    n_in = w.shape[-1]
-    if n_in % group_size:
-        raise DivisibilityError(
-            f"[quantize] w has shape {list(w.shape)}, a group takes {group_size} inputs",
-            "in_features",
-            n_in,
-            group_size,
-        )
+    bits, group_size = _checked(quantization)
+    float_name(w.dtype, "[quantize] cannot quantize w")
+    global_scale = _global_scale("[quantize]", global_scale, quantization.mode)
+    unit = f"a group takes {group_size} inputs"
+    n_in = _check_last_axis("[quantize] w", w, group_size, unit, axis="in_features")
+    has_biases = quantization.mode.has_biases
     groups = (*w.shape[:-1], n_in // group_size)
-    words = np.empty((*w.shape[:-1], n_in * bits // 32), np.uint32)
-    affine = mode == "affine"
-    scales = np.empty(groups, w.dtype if affine else np.uint8)
-    biases = np.empty(groups, w.dtype) if affine else None
-    biases_2d = None if biases is None else _rows(biases)
-    parts = _rows(words), _rows(scales), biases_2d
-    importance = _search_weights(search, weights, n_in)
-    _quantize(_rows(w), group_size, bits, mode, *parts, scale, search, importance)
-    return words, scales, biases
+    out = QuantizedTensors(
+        np.empty((*w.shape[:-1], n_in * bits // 32), np.uint32),
+        np.empty(groups, w.dtype if has_biases else np.uint8),
+        np.empty(groups, w.dtype) if has_biases else None,
+    )
+    quantize_into(
+        _rows(w),
+        quantization,
+        _matrices(out),
+        global_scale=global_scale,
+        search=search,
+        weights=weights,
+    )
+    return out
 
 
 def quantize_into(
     w: Array,
-    group_size: int,
-    bits: int,
-    mode: str,
-    words: Array,
-    scales: Array,
-    biases: Array | None,
+    quantization: Quantization,
+    out: QuantizedTensors,
     *,
+    global_scale: float | None = None,
     search: str | None = None,
     weights: Array | None = None,
 ) -> int:
-    """Quantize into arrays of the caller: 2-D, C-contiguous, as ``quantize`` returns them.
+    """Quantize into arrays of the caller; every array 2-D and C-contiguous.
 
-    ``search`` and ``weights`` are those of ``quantize``.
+    The arguments are those of ``quantize``; the kernels check the shapes.
 
     Returns:
         The number of groups flushed to zero, too small for an E8M0 scale.
@@ -127,100 +131,115 @@ def quantize_into(
     Raises:
         ValueError: A shape, dtype or layout does not fit.
     """
-    check_quantization(bits, group_size, mode)
-    importance = _search_weights(search, weights, w.shape[-1])
-    return _quantize(w, group_size, bits, mode, words, scales, biases, None, search, importance)
+    bits, group_size = _checked(quantization)
+    weights = _search_weights(search, weights, w.shape[-1])
+    name, mode = float_name(w.dtype, "[quantize] cannot quantize w"), quantization.mode.value
+    values = as_unsigned(w)
+    if mode == "affine":
+        if out.biases is None:
+            raise InvariantError("[quantize] affine mode writes biases: give an array for them")
+        _same_dtype("scales", out.scales, w)
+        _same_dtype("biases", out.biases, w)
+        parts = out.words, as_unsigned(out.scales), as_unsigned(out.biases)
+        if search is None:
+            _native.affine_quantize(values, name, group_size, bits, *parts)
+        else:
+            _native.affine_search(values, name, group_size, bits, search, weights, *parts)
+        return 0
+    words, scales = out.words, out.scales.view(np.uint8)
+    if mode == "nvfp4":
+        if search is None:
+            _native.nvfp4_quantize(values, name, words, scales, global_scale)
+        else:
+            _native.nvfp4_search(values, name, search, weights, words, scales, global_scale)
+        return 0
+    if search is None:
+        return _native.mx_quantize(values, name, mode, words, scales)
+    return _native.mx_search(values, name, mode, search, weights, words, scales)
 
 
 def dequantize(
-    words: Array,
-    scales: Array,
-    biases: Array | None,
-    group_size: int,
-    bits: int,
-    mode: str,
+    tensors: QuantizedTensors,
+    quantization: Quantization,
     *,
     global_scale: float | Array | None = None,
     dtype: DTypeLike | None = None,
 ) -> Array:
-    """Compute the values behind ``words``, as MLX does.
+    """Compute the values behind codes, as MLX does.
 
     Affine: ``P(S(code * scale) + bias)``, the product rounded to the dtype S of
     the scales and the sum to the promoted dtype P of scales and biases; then cast
     to ``dtype``. Float modes: element times scale, in ``dtype``.
 
     Args:
-        words: uint32 ``(..., in_features * bits / 32)``.
-        scales: ``(..., in_features / group_size)``: float32, float16 or bfloat16
-            in affine mode, else uint8 (or the bytes as an ml_dtypes float8).
-        biases: As the scales in affine mode, else None.
-        group_size: Inputs with one scale.
-        bits: Bits a code.
-        mode: One of ``MODES``.
+        tensors: As ``quantize`` returns them; scales of the float modes may also be ml_dtypes
+            float8.
+        quantization: Of the tensors.
         global_scale: Mode nvfp4 only; the result is then float32 in any case.
         dtype: float32, float16 or bfloat16; by default P in affine mode, else
             bfloat16.
 
     Raises:
-        UnknownValueError: The mode is unknown.
-        OutOfRangeError: The mode does not take ``bits`` or ``group_size``.
+        OutOfRangeError: The mode does not take the bits or the group size.
         UnsupportedDtypeError: An array or ``dtype`` has a dtype not named above.
-        RankMismatchError: ``words`` has fewer than two axes.
+        RankMismatchError: The words have fewer than two axes.
+        DivisibilityError: A row of words does not consist of whole groups.
         ShapeMismatchError: The shapes do not belong together.
         InvariantError: Biases are missing or too many; a global scale outside
             nvfp4, or not one number.
     """
-    check_quantization(bits, group_size, mode)
-    scale = _global_scale("[dequantize]", global_scale, mode)
+    bits, group_size = _checked(quantization)
+    global_scale = _global_scale("[dequantize]", global_scale, quantization.mode)
+    words = tensors.words
     if words.dtype != np.uint32:
         raise UnsupportedDtypeError("[dequantize] words", words.dtype.name, ("uint32",))
-    if words.ndim < 2:
-        raise RankMismatchError(
-            "[dequantize] words must have at least 2 axes", words.ndim, words.shape
+    group_words = group_size * bits // 32  # a whole number in every mode
+    unit = f"a group takes {group_words} words"
+    groups = _check_last_axis("[dequantize] words", words, group_words, unit) // group_words
+    expected = (*words.shape[:-1], groups)
+    if tensors.scales.shape != expected:
+        raise ShapeMismatchError(
+            "[dequantize] scales do not fit the words", expected, tensors.scales.shape
         )
-    n_words = words.shape[-1]
-    n_in = n_words * 32 // bits
-    if n_words * 32 != n_in * bits or n_in % group_size:
-        raise DivisibilityError(
-            f"[dequantize] words has shape {list(words.shape)}, "
-            f"a group takes {group_size * bits // 32} words",
-            "words",
-            n_words,
-            max(group_size * bits // 32, 1),
-        )
-    groups = (*words.shape[:-1], n_in // group_size)
-    if scales.shape != groups:
-        raise ShapeMismatchError("[dequantize] scales do not fit the words", groups, scales.shape)
-    default = _check_scales(scales, biases, mode)
-    if scale is not None:
+    default = _check_scales(tensors, quantization.mode)
+    if global_scale is not None:
         default, dtype = _FLOAT32, None
     out_dtype = default if dtype is None else np.dtype(dtype)
-    _kernel_name(out_dtype, "[dequantize] cannot produce dtype")
-    out = np.empty((*words.shape[:-1], n_in), out_dtype)
-    biases_2d = None if biases is None else _rows(biases)
-    _dequantize(_rows(words), _rows(scales), biases_2d, group_size, bits, mode, _rows(out), scale)
+    float_name(out_dtype, "[dequantize] cannot produce dtype")
+    out = np.empty((*words.shape[:-1], groups * group_size), out_dtype)
+    dequantize_into(_matrices(tensors), quantization, _rows(out), global_scale=global_scale)
     return out
 
 
 def dequantize_into(
-    words: Array,
-    scales: Array,
-    biases: Array | None,
-    group_size: int,
-    bits: int,
-    mode: str,
+    tensors: QuantizedTensors,
+    quantization: Quantization,
     out: Array,
+    *,
     global_scale: float | None = None,
 ) -> None:
     """Dequantize into ``out``; every array 2-D and C-contiguous.
 
-    With a ``global_scale`` (nvfp4 only) ``out`` is float32.
+    With a ``global_scale`` (nvfp4 only) ``out`` is float32. The kernels check the shapes.
 
     Raises:
         ValueError: A shape, dtype or layout does not fit.
     """
-    check_quantization(bits, group_size, mode)
-    _dequantize(words, scales, biases, group_size, bits, mode, out, global_scale)
+    bits, group_size = _checked(quantization)
+    words, scales, biases = tensors
+    values, name = as_unsigned(out), float_name(out.dtype, "[dequantize] cannot produce dtype")
+    mode = quantization.mode.value
+    if mode == "affine":
+        if biases is None:
+            raise InvariantError("[dequantize] affine mode needs biases; none are given")
+        scales_name = float_name(scales.dtype, "[dequantize] scales")
+        biases_name = float_name(biases.dtype, "[dequantize] biases")
+        pairs = as_unsigned(scales), scales_name, as_unsigned(biases), biases_name
+        _native.affine_dequantize(words, *pairs, group_size, bits, values, name)
+    elif mode == "nvfp4":
+        _native.nvfp4_dequantize(words, scales.view(np.uint8), values, name, global_scale)
+    else:
+        _native.mx_dequantize(words, scales.view(np.uint8), mode, values, name)
 
 
 def pack_words(codes: Array, bits: int) -> Array:
@@ -240,24 +259,9 @@ def pack_words(codes: Array, bits: int) -> Array:
         >>> [hex(word) for word in pack_words(codes, 4)[0]]
         ['0x76543210', '0xfedcba98', '0x76543210', '0xfedcba98']
     """
-    _check_width(bits)
-    if codes.dtype not in (np.uint8, np.uint32):
-        raise UnsupportedDtypeError("[pack_words] codes", codes.dtype.name, ("uint8", "uint32"))
-    if codes.ndim < 2:
-        raise RankMismatchError(
-            "[pack_words] codes must have at least 2 axes", codes.ndim, codes.shape
-        )
-    count = codes.shape[-1]
-    if count % 32:
-        raise DivisibilityError(
-            f"[pack_words] codes has shape {list(codes.shape)}, {bits} words hold 32 codes",
-            "codes",
-            count,
-            32,
-        )
+    count = _check_packing("[pack_words] codes", codes, ("uint8", "uint32"), bits, 32)
     words = np.empty((*codes.shape[:-1], count * bits // 32), np.uint32)
-    narrow = codes if codes.dtype == np.uint8 else codes.astype(np.uint8)
-    _native.pack_words(_rows(narrow), bits, _rows(words))
+    _native.pack_words(_rows(codes.astype(np.uint8, copy=False)), bits, _rows(words))
     return words
 
 
@@ -270,65 +274,51 @@ def unpack_words(words: Array, bits: int) -> Array:
         RankMismatchError: Fewer than two axes.
         DivisibilityError: The last axis is not a multiple of ``bits``.
     """
-    _check_width(bits)
-    if words.dtype != np.uint32:
-        raise UnsupportedDtypeError("[unpack_words] words", words.dtype.name, ("uint32",))
-    if words.ndim < 2:
-        raise RankMismatchError(
-            "[unpack_words] words must have at least 2 axes", words.ndim, words.shape
-        )
-    count = words.shape[-1]
-    if count % bits:
-        raise DivisibilityError(
-            f"[unpack_words] words has shape {list(words.shape)}, {bits} words hold 32 codes",
-            "words",
-            count,
-            bits,
-        )
+    count = _check_packing("[unpack_words] words", words, ("uint32",), bits, bits)
     codes = np.empty((*words.shape[:-1], count // bits * 32), np.uint8)
     _native.unpack_words(_rows(words), bits, _rows(codes))
     return codes
 
 
-def _quantize(
-    w: Array,
-    group_size: int,
-    bits: int,
-    mode: str,
-    words: Array,
-    scales: Array,
-    biases: Array | None,
-    global_scale: float | None,
-    search: str | None,
-    weights: Array | None,
+def _check_packing(
+    where: str, array: Array, dtypes: tuple[str, ...], bits: int, multiple: int
 ) -> int:
-    name = _kernel_name(w.dtype, "[quantize] cannot quantize w")
-    values = _bits(w)
-    if mode == "affine":
-        if biases is None:
-            raise InvariantError("[quantize] affine mode writes biases: give an array for them")
-        _same_dtype("scales", scales, w)
-        _same_dtype("biases", biases, w)
-        parts = words, _bits(scales), _bits(biases)
-        if search is None:
-            _native.affine_quantize(values, name, group_size, bits, *parts)
-        else:
-            _native.affine_search(values, name, group_size, bits, search, weights, *parts)
-        return 0
-    scale_bytes = scales.view(np.uint8)
-    if mode == "nvfp4":
-        if search is None:
-            _native.nvfp4_quantize(values, name, words, scale_bytes, global_scale)
-        else:
-            _native.nvfp4_search(values, name, search, weights, words, scale_bytes, global_scale)
-        return 0
-    if search is None:
-        return _native.mx_quantize(values, name, mode, words, scale_bytes)
-    return _native.mx_search(values, name, mode, search, weights, words, scale_bytes)
+    """Check what is packed or unpacked; ``bits`` words hold 32 codes."""
+    if bits not in range(1, 9):
+        raise OutOfRangeError("packed codes have 1 to 8 bits", "bits", bits)
+    if array.dtype.name not in dtypes or not array.dtype.isnative:
+        raise UnsupportedDtypeError(where, array.dtype.name, dtypes)
+    return _check_last_axis(where, array, multiple, f"{bits} words hold 32 codes")
+
+
+def _check_last_axis(where: str, array: Array, multiple: int, unit: str, *, axis: str = "") -> int:
+    """Check that an array has rows and their length is a multiple; returns the length.
+
+    Args:
+        where: Operation and array, as in "[pack_words] codes".
+        array: Of any shape.
+        multiple: What the length must be a multiple of.
+        unit: Why, for the message.
+        axis: Name of the length, if not that of the array.
+    """
+    if array.ndim < 2:
+        raise RankMismatchError(f"{where} must have at least 2 axes", array.ndim, array.shape)
+    length: int = array.shape[-1]
+    if length % multiple:
+        message = f"{where} has shape {list(array.shape)}, {unit}"
+        raise DivisibilityError(message, axis or where.split()[-1], length, multiple)
+    return length
+
+
+def _checked(quantization: Quantization) -> tuple[int, int]:
+    """Bits and group size, once they are known to be legal."""
+    bits, group_size = quantization.bits, quantization.group_size
+    check_quantization(bits, group_size, quantization.mode.value)
+    return bits, group_size
 
 
 def _search_weights(search: str | None, weights: Array | None, n_in: int) -> Array | None:
-    """The weights as the kernels take them: float32 bits, scaled to at most 1."""
+    """Check the weights; as the kernels take them: float32 bits, scaled to at most 1."""
     if search is not None and search not in SEARCH_LEVELS:
         raise UnknownValueError("[quantize] no such search", search, SEARCH_LEVELS)
     if weights is None:
@@ -341,51 +331,18 @@ def _search_weights(search: str | None, weights: Array | None, n_in: int) -> Arr
     most = float(wide.max(initial=0.0))
     if not (np.isfinite(wide).all() and wide.min(initial=0.0) >= 0.0):
         raise InvariantError("[quantize] weights must be finite and not negative")
-    level: Array = (wide / most if most > 0.0 else np.ones(n_in)).astype(np.float32)
-    return level.view(np.uint32)
+    scaled: Array = (wide / most if most > 0.0 else np.ones(n_in)).astype(np.float32)
+    return scaled.view(np.uint32)
 
 
-def _dequantize(
-    words: Array,
-    scales: Array,
-    biases: Array | None,
-    group_size: int,
-    bits: int,
-    mode: str,
-    out: Array,
-    global_scale: float | None,
-) -> None:
-    name = _kernel_name(out.dtype, "[dequantize] cannot produce dtype")
-    if mode == "affine":
-        if biases is None:
-            raise InvariantError("[dequantize] affine mode needs biases; none are given")
-        scales_name = _kernel_name(scales.dtype, "[dequantize] scales")
-        biases_name = _kernel_name(biases.dtype, "[dequantize] biases")
-        _native.affine_dequantize(
-            words,
-            _bits(scales),
-            scales_name,
-            _bits(biases),
-            biases_name,
-            group_size,
-            bits,
-            _bits(out),
-            name,
-        )
-    elif mode == "nvfp4":
-        _native.nvfp4_dequantize(words, scales.view(np.uint8), _bits(out), name, global_scale)
-    else:
-        _native.mx_dequantize(words, scales.view(np.uint8), mode, _bits(out), name)
-
-
-def _check_scales(scales: Array, biases: Array | None, mode: str) -> np.dtype[Any]:
-    """Check what belongs to the scales; returns the dtype of the result by default."""
-    if mode != "affine":
+def _check_scales(tensors: QuantizedTensors, mode: QuantMode) -> np.dtype[Any]:
+    """Check scales and biases; returns the dtype of the result by default."""
+    _, scales, biases = tensors
+    if not mode.has_biases:
         if scales.dtype not in _SCALE_BYTES:
             supported = ("uint8", "float8_e8m0fnu", "float8_e4m3fn")
-            raise UnsupportedDtypeError(
-                f"[dequantize] scales of mode {mode}", scales.dtype.name, supported
-            )
+            where = f"[dequantize] scales of mode {mode}"
+            raise UnsupportedDtypeError(where, scales.dtype.name, supported)
         if biases is not None:
             raise InvariantError(
                 f"[dequantize] mode {mode} has no biases; got {list(biases.shape)}"
@@ -393,8 +350,8 @@ def _check_scales(scales: Array, biases: Array | None, mode: str) -> np.dtype[An
         return _BFLOAT16
     if biases is None:
         raise InvariantError("[dequantize] affine mode needs biases; none are given")
-    _kernel_name(scales.dtype, "[dequantize] scales")
-    _kernel_name(biases.dtype, "[dequantize] biases")
+    float_name(scales.dtype, "[dequantize] scales")
+    float_name(biases.dtype, "[dequantize] biases")
     if biases.shape != scales.shape:
         raise ShapeMismatchError(
             "[dequantize] biases do not fit the scales", scales.shape, biases.shape
@@ -402,10 +359,10 @@ def _check_scales(scales: Array, biases: Array | None, mode: str) -> np.dtype[An
     return scales.dtype if scales.dtype == biases.dtype else _FLOAT32
 
 
-def _global_scale(operation: str, value: float | Array | None, mode: str) -> float | None:
+def _global_scale(operation: str, value: float | Array | None, mode: QuantMode) -> float | None:
     if value is None:
         return None
-    if mode != "nvfp4":
+    if mode is not QuantMode.NVFP4:
         raise InvariantError(
             f"{operation} only mode nvfp4 takes a global scale; the mode is {mode}"
         )
@@ -414,18 +371,6 @@ def _global_scale(operation: str, value: float | Array | None, mode: str) -> flo
             f"{operation} the global scale must be one number; got shape {list(np.shape(value))}"
         )
     return float(np.asarray(value, np.float32).reshape(()))
-
-
-def _check_width(bits: int) -> None:
-    if bits not in range(1, 9):
-        raise OutOfRangeError("packed codes have 1 to 8 bits", "bits", bits)
-
-
-def _kernel_name(dtype: np.dtype[Any], message: str) -> str:
-    name = _KERNEL_NAME.get(dtype)
-    if name is None:
-        raise UnsupportedDtypeError(message, dtype.name, _FLOAT_NAMES)
-    return name
 
 
 def _same_dtype(name: str, array: Array, w: Array) -> None:
@@ -444,6 +389,6 @@ def _rows(array: Array) -> Array:
     return contiguous.reshape(rows, array.shape[-1])
 
 
-def _bits(array: Array) -> Array:
-    """The values as unsigned integers of their size."""
-    return array.view(_BITS_VIEW[array.dtype.itemsize])
+def _matrices(tensors: QuantizedTensors) -> QuantizedTensors:
+    words, scales, biases = tensors
+    return QuantizedTensors(_rows(words), _rows(scales), None if biases is None else _rows(biases))

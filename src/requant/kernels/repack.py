@@ -1,4 +1,4 @@
-"""Move codes into MLX's order without computing anything: the same integers, other places.
+"""Move codes into MLX's packing; the codes themselves do not change.
 
 Every function writes into an array of the caller and takes matrices: two axes, C-contiguous,
 unsigned. Stored integers of another kind are passed as a view (``int32`` as ``uint32``). "MLX
@@ -256,7 +256,7 @@ def row_pairs_into(packed: Array, out: Array) -> None:
 
 
 def mx_blocks_into(blocks: Array, words: Array, scales: Array) -> None:
-    """Part Quark's older ``mx`` blocks into mxfp4 words and scales.
+    """Split Quark's older ``mx`` blocks into mxfp4 words and scales.
 
     Args:
         blocks: uint8 ``(rows, 17 * groups)``: for 32 values the exponent, a signed byte, and
@@ -265,9 +265,9 @@ def mx_blocks_into(blocks: Array, words: Array, scales: Array) -> None:
         scales: uint8 ``(rows, groups)``, E8M0; overwritten.
     """
     rows, groups = scales.shape
-    parted = blocks.reshape(rows, groups, 17)
-    np.add(parted[:, :, 0], np.uint8(127), out=scales)  # modulo 256
-    _whole(words, "words").view(np.uint8).reshape(rows, groups, 16)[:] = parted[:, :, 1:]
+    split = blocks.reshape(rows, groups, 17)
+    np.add(split[:, :, 0], np.uint8(127), out=scales)  # modulo 256
+    _whole(words, "words").view(np.uint8).reshape(rows, groups, 16)[:] = split[:, :, 1:]
 
 
 def _whole(out: Array, name: str) -> Array:

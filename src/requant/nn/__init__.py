@@ -1,4 +1,4 @@
-"""Layers that stock MLX has not: a quantized product of rotated inputs (ParoQuant)."""
+"""Layers that stock MLX lacks: quantized linear layers with rotated inputs (ParoQuant)."""
 
 from requant.nn.rotated_linear import RotateQuantizedExperts, RotateQuantizedLinear, rotate_layers
 

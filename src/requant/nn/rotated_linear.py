@@ -1,4 +1,4 @@
-"""Layers for MLX models that stock MLX has not: a quantized product of rotated inputs."""
+"""Quantized linear layers with rotated inputs, for models of mlx-lm."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from requant.nn.rotation import Rotation
 
 
 class _Rotated(Module):
-    """What layers with rotated inputs share: the rotation's parameters, and its use."""
+    """Base of layers with rotated inputs: the parameters of the rotation, and its use."""
 
     def add_rotation(self, input_dims: int, rounds: int, rotation_group: int) -> None:
-        """Make the parameters of a rotation that does nothing."""
+        """Add the parameters of an identity rotation."""
         self.rotation_group = rotation_group
         self.theta = mx.zeros((rounds, input_dims // 2))
         pairs = mx.arange(input_dims) % rotation_group
@@ -152,7 +152,7 @@ class _Rotatable(Module):
         mode: str = "affine",
         quantize_input: bool = False,
     ) -> RotateQuantizedLinear | RotateQuantizedExperts:
-        """What ``nn.quantize`` asks of a layer; group size and bits are the config's."""
+        """The rotated layer, for ``nn.quantize``, with the group size and bits of the config."""
         *experts, output_dims, input_dims = self.weight.shape
         codes = ("bias" in self, group_size or 128, bits or 4, self._rounds, self._group)
         if experts:
@@ -161,9 +161,9 @@ class _Rotatable(Module):
 
 
 def rotate_layers(model: Any, weights: Mapping[str, mx.array], rotation_group: int | None) -> None:
-    """Make every linear layer with a rotation among ``weights`` a rotated one.
+    """Replace every linear layer that has a rotation among ``weights`` by a rotated one.
 
-    To be called before ``nn.quantize`` goes over ``model``.
+    Call it before ``nn.quantize`` goes over ``model``.
 
     Args:
         model: Of mlx-lm; built, not yet quantized.
@@ -176,13 +176,13 @@ def rotate_layers(model: Any, weights: Mapping[str, mx.array], rotation_group: i
     from mlx_lm.models.switch_layers import SwitchLinear
 
     layers = dict(model.named_modules())
-    found = []
+    rotated = []
     for name, theta in weights.items():
         path = name.removesuffix(".theta")
         if path == name or f"{path}.pairs" not in weights:
             continue
         if not isinstance(layers.get(path), (Linear, SwitchLinear)) or not rotation_group:
             raise ValueError(f"{path} has a rotation, but is not a linear layer of the model")
-        found.append((path, _Rotatable(layers[path], theta, rotation_group)))
-    if found:
-        model.update_modules(tree_unflatten(found))
+        rotated.append((path, _Rotatable(layers[path], theta, rotation_group)))
+    if rotated:
+        model.update_modules(tree_unflatten(rotated))

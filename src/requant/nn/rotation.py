@@ -1,7 +1,7 @@
 """ParoQuant's rotation of inputs in MLX: plain operations anywhere, one kernel on Metal.
 
-The kernel is used on the GPU alone, and only after it gave what the plain operations give for a
-small random input; ``REQUANT_PLAIN_ROTATION=1`` turns it off.
+The kernel is used on the GPU only, and only if it agrees with the plain operations on a small
+random input; ``REQUANT_PLAIN_ROTATION=1`` turns it off.
 """
 
 from __future__ import annotations
@@ -24,29 +24,29 @@ KERNEL: Final = """
     uint lane = thread_position_in_threadgroup.x;
     uint group = threadgroup_position_in_grid.y;
     uint row = threadgroup_position_in_grid.z;
-    threadgroup float turned[GROUP];
+    threadgroup float values[GROUP];
     uint first = group * GROUP;
     size_t start = size_t(row) * INPUTS + first;
     for (uint k = lane; k < GROUP; k += GROUP / 2) {
-        turned[k] = float(x[start + k]) * scales[first + k];
+        values[k] = float(x[start + k]) * scales[first + k];
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    for (uint turn = 0; turn < ROUNDS; turn++) {
-        uint pair = turn * (INPUTS / 2) + group * (GROUP / 2) + lane;
+    for (uint step = 0; step < ROUNDS; step++) {
+        uint pair = step * (INPUTS / 2) + group * (GROUP / 2) + lane;
         float c = cosines[pair];
         float s = sines[pair];
         if (s != 0.0f || c != 1.0f) {
             uint i = uint(pairs[2 * pair]);
             uint j = uint(pairs[2 * pair + 1]);
-            float left = turned[i];
-            float right = turned[j];
-            turned[i] = c * left + s * right;
-            turned[j] = c * right - s * left;
+            float left = values[i];
+            float right = values[j];
+            values[i] = c * left + s * right;
+            values[j] = c * right - s * left;
         }
         threadgroup_barrier(mem_flags::mem_threadgroup);
     }
     for (uint k = lane; k < GROUP; k += GROUP / 2) {
-        out[start + k] = T(turned[k]);
+        out[start + k] = T(values[k]);
     }
 """
 
@@ -79,31 +79,31 @@ class Rotation:
         return self.plain(x)
 
     def plain(self, x: mx.array) -> mx.array:
-        """With operations that every backend of MLX has."""
+        """Rotate with operations that every backend of MLX has."""
         if not self._steps:
-            self._steps = [self._step(turn) for turn in range(self.pairs.shape[0])]
+            self._steps = [self._step(number) for number in range(self.pairs.shape[0])]
             mx.eval(self._steps)
         rotated = x.astype(mx.float32) * self.scales
         for partners, cos, sin in self._steps:
             rotated = rotated * cos + mx.take(rotated, partners, axis=-1) * sin
         return rotated.astype(x.dtype)
 
-    def _step(self, turn: int) -> tuple[mx.array, mx.array, mx.array]:
+    def _step(self, number: int) -> tuple[mx.array, mx.array, mx.array]:
         """For each input: its partner, the cosine, and the sine with its sign."""
         count = self.pairs.shape[1]
         starts = mx.arange(count) // self.group * self.group
-        listed = self.pairs[turn] + starts
+        listed = self.pairs[number] + starts
         other = listed.reshape(-1, 2)[:, ::-1].reshape(-1)
         sign = mx.where(mx.arange(count) % 2 == 0, 1.0, -1.0)
         # Inputs that no pair names keep themselves: the angle of a no-op round is 0.
         partners, cos, sin = mx.arange(count), mx.ones(count), mx.zeros(count)
         partners[listed] = other
-        cos[listed] = mx.repeat(self.cosines[turn], 2)
-        sin[listed] = mx.repeat(self.sines[turn], 2) * sign
+        cos[listed] = mx.repeat(self.cosines[number], 2)
+        sin[listed] = mx.repeat(self.sines[number], 2) * sign
         return partners, cos, sin
 
     def on_metal(self, x: mx.array) -> mx.array:
-        """With the kernel; gradients come from the plain operations."""
+        """Rotate with the kernel; gradients come from the plain operations."""
 
         @mx.custom_function
         def rotated(x: mx.array) -> mx.array:
@@ -116,7 +116,7 @@ class Rotation:
         return cast(mx.array, rotated(x))
 
     def launch(self, x: mx.array) -> mx.array:
-        """The kernel alone."""
+        """Run the kernel, without gradients."""
         rounds, count = self.pairs.shape
         sizes = {"GROUP": self.group, "INPUTS": count, "ROUNDS": rounds}
         (out,) = kernel()(
@@ -133,13 +133,13 @@ class Rotation:
 @cache
 def kernel() -> Callable[..., Any]:
     """The kernel, compiled by MLX when it is called first."""
-    made = mx.fast.metal_kernel(
+    compiled = mx.fast.metal_kernel(
         name="requant_rotation",
         input_names=["x", "scales", "cosines", "sines", "pairs"],
         output_names=["out"],
         source=KERNEL,
     )
-    return cast(Callable[..., Any], made)
+    return cast(Callable[..., Any], compiled)
 
 
 def uses_metal(dtype: mx.Dtype) -> bool:
@@ -149,13 +149,13 @@ def uses_metal(dtype: mx.Dtype) -> bool:
     return mx.default_device() == mx.Device(mx.gpu) and _kernel_matches_reference(dtype)
 
 
-_ROOM = {mx.float32: 1e-5, mx.float16: 2e-3, mx.bfloat16: 2e-2}
+_TOLERANCE = {mx.float32: 1e-5, mx.float16: 2e-3, mx.bfloat16: 2e-2}
 
 
 @cache
 def _kernel_matches_reference(dtype: mx.Dtype) -> bool:
-    """Whether the kernel gives what the plain operations give; tried once a dtype."""
-    if dtype not in _ROOM:
+    """Whether the kernel agrees with the plain operations; tried once for each dtype."""
+    if dtype not in _TOLERANCE:
         return False
     rounds, group, groups = 3, 64, 2
     key = mx.random.key(7)
@@ -166,11 +166,11 @@ def _kernel_matches_reference(dtype: mx.Dtype) -> bool:
     rotation = Rotation(theta, pairs, scales, group)
     x = mx.random.normal((3, group * groups), key=key).astype(dtype)
     try:
-        wanted, found = (y.astype(mx.float32) for y in (rotation.plain(x), rotation.launch(x)))
-        room = _ROOM[dtype]
-        if bool(mx.allclose(found, wanted, rtol=room, atol=room)):
+        expected, actual = (y.astype(mx.float32) for y in (rotation.plain(x), rotation.launch(x)))
+        tolerance = _TOLERANCE[dtype]
+        if bool(mx.allclose(actual, expected, rtol=tolerance, atol=tolerance)):
             return True
-        why = f"is off by {mx.abs(found - wanted).max().item():.2g} in a trial"
+        why = f"is off by {mx.abs(actual - expected).max().item():.2g} in a trial"
     except Exception as error:
         why = f"cannot be run ({error})"
     warnings.warn(

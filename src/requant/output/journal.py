@@ -1,4 +1,4 @@
-"""What of a conversion is done, on disk next to it, so that a killed one resumes.
+"""The journal of a conversion: what is done, on the disk, so that a killed run resumes.
 
 A journal is a file of JSON lines: first what the run was made from, then a line for each range of
 rows that was written, with its statistics. A line is appended when its bytes were written to
@@ -25,7 +25,7 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 def read_journal(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What a journal was made from, and the lines that can be relied on; ({}, []) without any.
+    """The head of a journal and the lines that are valid; ({}, []) without any.
 
     After a restart of the machine these are the lines that were synced; else all of them.
     """
@@ -54,7 +54,7 @@ def read_journal(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 def boot_id() -> str:
-    """What tells one start of the machine from the next; "" where nothing does."""
+    """The identifier of this start of the machine; "" where there is none."""
     with suppress(OSError):
         return _BOOT_ID.read_text().strip()
     return ""
@@ -97,7 +97,7 @@ class Journal:
         self._thread.start()
 
     def mark_done(self, step: int, start: int, stop: int, found: Stats) -> None:
-        """Say that a range of rows was written, and what was found in it."""
+        """Record that a range of rows was written, with its statistics."""
         self.add({"rows": [step, start, stop], **({"found": dict(found)} if found else {})})
 
     def add(self, line: Mapping[str, Any], *, durable: bool = False) -> None:

@@ -1,13 +1,13 @@
-"""The hidden folder next to OUTPUT in which it grows: its parts, its lock, what a stopped run left.
+"""The hidden folder next to OUTPUT in which it is written: its parts, its lock, the renames.
 
-Files grow next to OUTPUT, so that the last rename is within one file system:
+It is next to OUTPUT, so that the last rename is within one file system:
 
     .OUTPUT.requant-partial/
-      lock       held by the process that writes; a dead one holds nothing
+      lock       held by the process that writes; released when the process ends
       journal    what is done: the same command resumes
       output/    becomes OUTPUT
       replaced/  the folder that --force replaces, between two renames
-      source/    with --consume-source: headers of the source's files, which are gone bit by bit
+      source/    with --consume-source: headers of the source's files, which are deleted one by one
       hub/       with --consume-source and a repository: its weight files, which come and go
 """
 
@@ -158,8 +158,8 @@ class StagingFolder:
 def recorded_nonfinite_layers(output: Path) -> list[str]:
     """Layers that a stopped run of this output had found to hold NaN or infinity."""
     head, _ = read_journal(staging_dir(output) / "journal")
-    found = head.get("nonfinite_layers", [])
-    return [layer for layer in found if isinstance(layer, str)] if isinstance(found, list) else []
+    layers = head.get("nonfinite_layers", [])
+    return [x for x in layers if isinstance(x, str)] if isinstance(layers, list) else []
 
 
 def staged_bytes(output: Path) -> int:

@@ -182,8 +182,7 @@ class _ExponentBlocks(MatrixPacking):
 
     def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         words, scales = self._words(parts, stop - start), check_exponents(parts["scale"])
-        bits, mode = self.encoding.bits, self.encoding.mode.value
-        native.dequantize_into(words, scales, None, 32, bits, mode, out)
+        native.dequantize_into(native.QuantizedTensors(words, scales), self.encoding, out)
 
 
 @dataclass(frozen=True)

@@ -178,4 +178,4 @@ class QuarkMx(Packing):
         words = np.empty((rows, groups * 4), np.uint32)
         scales = np.empty((rows, groups), np.uint8)
         self.repack(parts, start, stop, {"weight": words, "scales": scales}, scratch)
-        native.dequantize_into(words, scales, None, 32, 4, MXFP4.mode.value, out)
+        native.dequantize_into(native.QuantizedTensors(words, scales), MXFP4, out)

@@ -233,8 +233,7 @@ class RotatedTriple(Packing):
     def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         """The plain weight, in float32 and rounded once."""
         wide = scratch.take("rotated", "F32", stop - start, 4 * self.columns)
-        codes = self.encoding
-        triple = (parts["weight"], parts["scales"], parts["biases"])
-        native.dequantize_into(*triple, codes.group_size, codes.bits, codes.mode.value, wide)
+        tensors = native.QuantizedTensors.from_roles(parts)
+        native.dequantize_into(tensors, self.encoding, wide)
         inverse_rotate(wide, parts, self.group)
         out[:] = wide

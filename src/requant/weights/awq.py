@@ -61,7 +61,7 @@ _UINT32_MAX = 2**32 - 1
 
 @dataclass(frozen=True, slots=True)
 class AwqLoadConfig:
-    """What ``quantization_config`` of an AutoAWQ checkpoint says about its layout.
+    """The layout of an AutoAWQ checkpoint, as its ``quantization_config`` gives it.
 
     Args:
         bits: Bits per code; only 4 can be converted.
@@ -288,10 +288,10 @@ def _ragged(what: str, n_in: int, divisor: int, layer: str) -> DivisibilityError
 
 def _common_dtype(backend: Backend, weights: Weights, layers: Sequence[str]) -> str:
     """One dtype that holds the scales of all layers."""
-    found = {backend.dtype(weights[layer + SCALES]) for layer in layers}
-    if found == {"float16", "bfloat16"}:
+    dtypes = {backend.dtype(weights[layer + SCALES]) for layer in layers}
+    if dtypes == {"float16", "bfloat16"}:
         return "float32"  # neither holds the other: precision here, range there
-    return next((dtype for dtype in _BY_WIDTH if dtype in found), _BY_WIDTH[0])
+    return next((dtype for dtype in _BY_WIDTH if dtype in dtypes), _BY_WIDTH[0])
 
 
 def _convert_layer(
@@ -300,11 +300,10 @@ def _convert_layer(
     qweight, stored = weights[layer + QWEIGHT], weights[layer + SCALES]
     scales = backend.transpose(stored)
     qzeros = weights.get(layer + QZEROS) if config.zero_point else None
-    biases = (
-        backend.scale(scales, -SYMMETRIC_ZERO)
-        if qzeros is None
-        else _biases(backend, qzeros, scales)
-    )
+    if qzeros is None:
+        biases = backend.scale(scales, -SYMMETRIC_ZERO)
+    else:
+        biases = _biases(backend, qzeros, scales)
     return {
         layer + WEIGHT: backend.pack(backend.transpose(_unpack(backend, qweight)), MLX_SHIFTS),
         layer + SCALES: backend.astype(scales, target),

@@ -1,4 +1,4 @@
-"""What a quantized layer looks like in a weight map, and what is wrong with one that does not.
+"""The tensors of a quantized layer in a weight map, and the checks of their layout.
 
 A layer ``P`` is quantized when ``P.weight`` (packed uint32) has ``P.scales`` next to it, and in
 affine mode ``P.biases`` too. A layer's own ``P.bias`` is another thing and plays no part here.
@@ -31,7 +31,7 @@ BIASES: Final = ".biases"
 
 
 class QuantizedState(enum.Enum):
-    """What is next to a layer's weight; a broken layout is an error instead."""
+    """Whether a layer is quantized, judged by the tensors next to its weight."""
 
     DENSE = "absent"  # neither scales nor biases: a dense weight
     QUANTIZED = "valid"  # the layer is quantized already
@@ -45,7 +45,7 @@ def layer_of(name: str, suffix: str) -> str | None:
 def quantized_state(
     backend: Backend, weights: Weights, layer: str, config: PerLayerQuantization
 ) -> QuantizedState:
-    """Look at what is next to ``{layer}.weight``.
+    """Check the tensors next to ``{layer}.weight``.
 
     Args:
         backend: For the arrays of ``weights``.
@@ -92,7 +92,7 @@ def check_biases(layer: str, quantization: Quantization, has_biases: bool) -> No
 
 
 def _quantization_of(layer: str, config: PerLayerQuantization) -> Quantization:
-    """The parameters of a layer that has scales, or why it cannot have any."""
+    """The quantization of a layer that has scales."""
     if config.per_layer.get(layer) is SKIP:
         raise KeyCollisionError(
             "the config skips this layer, yet it has scales", layer + SCALES, layer=layer

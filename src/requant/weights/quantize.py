@@ -112,7 +112,7 @@ def quantize_weights(
 
 
 def dequantize_weights(weights: Weights, config: PerLayerQuantization) -> dict[str, Array]:
-    """Give every quantized layer of a weight map its dense weight back.
+    """Dequantize every quantized layer of a weight map.
 
     Each layer with ``.weight`` and ``.scales`` becomes one ``{layer}.weight`` of shape
     ``(..., out, in)``: in affine mode of the common dtype of scales and biases, in the float
@@ -168,7 +168,7 @@ def dequantize_weights(weights: Weights, config: PerLayerQuantization) -> dict[s
 
 @contextmanager
 def attach_layer(layer: str) -> Iterator[None]:
-    """Errors raised inside are about ``layer``, unless they name another."""
+    """Set ``layer`` on errors raised inside, unless they name another."""
     try:
         yield
     except RequantError as error:
@@ -187,13 +187,11 @@ def _targets(
     targets = {}
     for name, array in weights.items():
         layer = layer_of(name, WEIGHT)
-        # What is next to a weight is checked first, whether or not it is to be quantized.
-        if (
-            layer is None
-            or quantized_state(backend, weights, layer, config) is QuantizedState.QUANTIZED
-        ):
+        # The tensors next to a weight are checked whether or not it is to be quantized.
+        if layer is None:
             continue
-        if not eligible(layer, array):
+        state = quantized_state(backend, weights, layer, config)
+        if state is QuantizedState.QUANTIZED or not eligible(layer, array):
             continue
         quantization = config.quantization_for(layer)
         if quantization is not None and _fits(layer, backend.shape(array), quantization):

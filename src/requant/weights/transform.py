@@ -53,18 +53,18 @@ def transform_weights(
         weights: Tensor name -> array, all of one library. float8 tensors may be ml_dtypes
             arrays, or uint8 as ``mx.load`` gives them.
         quantization_config: The ``quantization_config`` block of the source's config.json.
-        otherwise: What becomes of layers that require an explicit choice, FP8 with scales that no
-            mode of MLX holds: a quantization (with the largest group that divides a row), or
+        otherwise: The target of layers that require an explicit choice (FP8 with scales that no
+            mode of MLX holds): a quantization (with the largest group that divides a row), or
             "dense".
 
     Returns:
         A new weight map of the library that came in, and the quantization of its layers.
-        What belongs to no quantized layer is the same array.
+        Tensors of no quantized layer are the same arrays.
 
     Raises:
         CheckpointError: Everything that is wrong with the map, by tensor and key.
-        InvariantError: The map mixes array libraries, there are layers that require an
-            said and is not, or scales hold NaN or infinity.
+        InvariantError: The map mixes array libraries, layers require ``otherwise`` and it is not
+            given, or scales hold NaN or infinity.
         UnsupportedDtypeError: A value is an array of neither library.
 
     Example:
@@ -103,29 +103,25 @@ def transform_weights(
     per_layer: dict[str, Quantization] = {}
     for layer in layout.with_act_order_folded(lambda _: True).layers:
         if layer.policy.requires_choice and isinstance(otherwise, Quantization):
-            layer = replace(
-                layer,
-                policy=replace(
-                    layer.policy, fallback=fit_group_size(layer.shape[-1], otherwise)[0]
-                ),
-            )
+            fallback = fit_group_size(layer.shape[-1], otherwise)[0]
+            layer = replace(layer, policy=replace(layer.policy, fallback=fallback))
         if layer.packing is None:
             result |= {
                 part.name: _in_order(weights[part.name], layer, library.name)
                 for part in layer.parts.values()
             }
-            kept = layer.encoding
+            target = layer.encoding
         else:
-            kept = layer.default_target
-            if kept == layer.encoding:
+            target = layer.default_target
+            if target == layer.encoding:
                 result |= {
                     f"{layer.path}.{role}": weights[part.name]
                     for role, part in layer.rotation_tensors.items()
                 }
             for name, array in _transform(checkpoint, layer, layer.packing):
                 result[name] = array if library.name == "numpy" else _to_mlx(array)
-        if kept is not None:
-            per_layer[layer.path] = kept
+        if target is not None:
+            per_layer[layer.path] = target
     return result, PerLayerQuantization.from_layers(per_layer)
 
 
@@ -228,15 +224,7 @@ def _transform(
             dense = np.empty((stop - start, packing.columns), NUMPY_DTYPE[layer.dtype])
         packing.decode(parts, start, stop, dense, scratch)
         if target is not None:
-            native.quantize_into(
-                dense,
-                target.group_size,
-                target.bits,
-                target.mode.value,
-                rows["weight"],
-                rows["scales"],
-                rows.get("biases"),
-            )
+            native.quantize_into(dense, target, native.QuantizedTensors.from_roles(rows))
     for role, array in out.items():
         if layer.row_order is not None:
             array = array[layer.row_order.rows]
@@ -252,7 +240,7 @@ def _pieces(packing: Packing) -> Iterator[tuple[int, int]]:
 
 
 def _matrix(array: np.ndarray) -> np.ndarray:
-    """The array as ``execute`` cuts it: rows of the last axis; a vector is one row."""
+    """The array as packings cut it: rows of the last axis; a vector is one row."""
     return array.reshape(-1, array.shape[-1]) if array.ndim else array.reshape(1, 1)
 
 
