@@ -89,7 +89,7 @@ def test_stopped_anywhere_it_resumes(
     if boot != "the same":
         monkeypatch.setattr("requant.output.journal.boot_id", lambda: boot)
     _, lines = read_journal(staging_dir(tmp_path / "out") / "journal")
-    assert sum("consumed" in line for line in lines) == gone
+    assert sum("deleted_source" in line for line in lines) == gone
     if gone:
         with pytest.raises(OutputError, match="resume with --consume-source"):
             convert(source, tmp_path / "out", **small)

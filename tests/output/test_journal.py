@@ -23,22 +23,22 @@ def test_lines_and_the_head_are_read_back(tmp_path: Path) -> None:
     log = new_journal(tmp_path / "journal")
     log.mark_done(2, 0, 8, {"overflowed": 3})
     log.add({"hash": ["up.weight", "ab"]})
-    log.add({"consumed": "model.safetensors"}, durable=True)
+    log.add({"deleted_source": "model.safetensors"}, durable=True)
     log.close()
     head, lines = read_journal(tmp_path / "journal")
     assert head["plan"] == "p"
     assert lines == [
-        {"rows": [2, 0, 8], "found": {"overflowed": 3}},
+        {"rows": [2, 0, 8], "stats": {"overflowed": 3}},
         {"hash": ["up.weight", "ab"]},
-        {"consumed": "model.safetensors"},
+        {"deleted_source": "model.safetensors"},
     ]
 
     resumed = new_journal(tmp_path / "journal", lines)
     resumed.close()
     assert resumed.state.rows == {2: [(0, 8)]}
-    assert resumed.state.found == [(2, {"overflowed": 3})]
+    assert resumed.state.stats == [(2, {"overflowed": 3})]
     assert resumed.state.hashes == {"up.weight": "ab"}
-    assert resumed.state.consumed == ["model.safetensors"]
+    assert resumed.state.deleted_sources == ["model.safetensors"]
     assert read_journal(tmp_path / "journal")[1] == lines
 
 
@@ -78,12 +78,12 @@ def test_after_a_restart_deletions_count_that_no_marker_covers(
         {"plan": "p", "boot": "before"},
         {"rows": [0, 0, 10]},
         {"durable": 1},
-        {"consumed": "a"},
+        {"deleted_source": "a"},
         {"rows": [0, 10, 20]},
     ]
     (tmp_path / "journal").write_text("".join(json.dumps(line) + "\n" for line in lines))
     monkeypatch.setattr(journal, "boot_id", lambda: "after")
-    assert read_journal(tmp_path / "journal")[1] == [{"rows": [0, 0, 10]}, {"consumed": "a"}]
+    assert read_journal(tmp_path / "journal")[1] == [{"rows": [0, 0, 10]}, {"deleted_source": "a"}]
 
 
 def test_after_a_restart_only_synced_lines_count(
@@ -141,7 +141,7 @@ def test_two_syncs_at_once_never_call_less_durable(tmp_path: Path) -> None:
     first.start()
     slow.wait()
     log.mark_done(0, 10, 20, {})
-    log.add({"consumed": "a"}, durable=True)
+    log.add({"deleted_source": "a"}, durable=True)
     first.join()
     log.close()
     with pytest.MonkeyPatch.context() as patch:

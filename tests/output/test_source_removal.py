@@ -49,7 +49,7 @@ def test_a_file_is_deleted_after_the_journal_has_it(
     assert (source / FIRST).exists() and (source / SECOND).exists()
     removal.remove(FIRST, journal)
     assert not (source / FIRST).exists()
-    assert {"consumed": FIRST} in read_journal(journal.path)[1]
+    assert {"deleted_source": FIRST} in read_journal(journal.path)[1]
 
 
 def test_a_header_stub_plans_like_its_file(planned: Planned, source: Path, tmp_path: Path) -> None:
@@ -70,12 +70,12 @@ def test_what_a_killed_run_had_no_time_to_delete(
     planned: Planned, source: Path, tmp_path: Path
 ) -> None:
     """One file is in the journal and still there; of the other all rows are done."""
-    log = Journal(tmp_path / "journal", {"plan": "p"}, [{"consumed": FIRST}], lambda: None)
+    log = Journal(tmp_path / "journal", {"plan": "p"}, [{"deleted_source": FIRST}], lambda: None)
     write_header_stubs(planned.source.opened, planned.plan.files, tmp_path / "stubs")
     removal_of(planned, tmp_path, rows_left=False).start(log)
     log.close()
     assert list(source.glob("*.safetensors")) == []
-    assert log.state.consumed == [FIRST, SECOND]
+    assert log.state.deleted_sources == [FIRST, SECOND]
 
 
 def test_links_are_rejected_before_anything_is_deleted(

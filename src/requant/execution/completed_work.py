@@ -15,28 +15,28 @@ class CompletedWork:
 
     Attributes:
         rows: Step number -> ranges of its rows, in any order.
-        found: Step number and statistics of a range of its rows, one entry a range.
+        stats: Step number and statistics of a range of its rows, one entry a range.
         hashes: Output tensor -> SHA-256 of its bytes, in hex.
-        consumed: Source files that were removed after all that needed them was durable.
+        deleted_sources: Source files that were removed after all that needed them was durable.
     """
 
     rows: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
-    found: list[tuple[int, Stats]] = field(default_factory=list)
+    stats: list[tuple[int, Stats]] = field(default_factory=list)
     hashes: dict[str, str] = field(default_factory=dict)
-    consumed: list[str] = field(default_factory=list)
+    deleted_sources: list[str] = field(default_factory=list)
 
     def add(self, line: Mapping[str, Any]) -> None:
         """Add a line of a journal."""
         if "rows" in line:
             step, start, stop = line["rows"]
             self.rows.setdefault(step, []).append((start, stop))
-            if line.get("found"):
-                self.found.append((step, line["found"]))
+            if line.get("stats"):
+                self.stats.append((step, line["stats"]))
         elif "hash" in line:
             name, digest = line["hash"]
             self.hashes[name] = digest
-        elif "consumed" in line:
-            self.consumed.append(line["consumed"])
+        elif "deleted_source" in line:
+            self.deleted_sources.append(line["deleted_source"])
 
     def remaining(self, step: int, rows: int) -> Iterator[tuple[int, int]]:
         """The ranges of a step's rows that are not done."""

@@ -69,7 +69,7 @@ def run_plan(
         HubError: A source file cannot be downloaded.
         OutputError: A write failed.
     """
-    before = sink.progress_log.state.consumed if sink.progress_log is not None else ()
+    before = sink.progress_log.state.deleted_sources if sink.progress_log is not None else ()
     needed = _files_to_read(plan, sink.progress_log)
     with SourceReader(plan.files, source.opened, tuple(before), needed) as reader:
         run = _Run(
@@ -116,7 +116,7 @@ class _Run:
 
     def _restore(self, before: CompletedWork) -> None:
         """Add what an earlier run did, and its statistics."""
-        for number, found in before.found:
+        for number, found in before.stats:
             stats = LayerStats(**found)  # type: ignore[arg-type]  # as asdict gave it
             layer = self.plan.steps[number].layer
             self.outcome.findings.setdefault(layer, LayerStats()).merge(stats)

@@ -103,7 +103,7 @@ class OutputFolder:
     def _open(self) -> None:
         head = self._journal_header()
         before, entries = read_journal(self.staging.journal)
-        deleted = [line["consumed"] for line in entries if "consumed" in line]
+        deleted = [line["deleted_source"] for line in entries if "deleted_source" in line]
         if deleted and not (self.resume and self._removal):
             raise OutputError(
                 f"{self.output}: {pluralize_are(len(deleted), 'source file')} deleted already, and "
@@ -258,8 +258,8 @@ class OutputFolder:
     def _has_only_copy(self) -> bool:
         """Whether the data of deleted source files is in the hidden folder, and nowhere else."""
         if self._journal is None:
-            return any("consumed" in line for line in read_journal(self.staging.journal)[1])
-        return bool(self._journal.state.consumed) and self.staging.staged_output.exists()
+            return any("deleted_source" in line for line in read_journal(self.staging.journal)[1])
+        return bool(self._journal.state.deleted_sources) and self.staging.staged_output.exists()
 
 
 def _describe_change(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

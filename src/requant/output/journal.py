@@ -49,7 +49,7 @@ def read_journal(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         durable = [line["durable"] for line in entries if "durable" in line]
         synced = max(durable, default=0)
         # A file is deleted only after the line that says so was synced, all it rests on before.
-        entries = entries[:synced] + [x for x in entries[synced:] if "consumed" in x]
+        entries = entries[:synced] + [x for x in entries[synced:] if "deleted_source" in x]
     return head, [line for line in entries if "durable" not in line]
 
 
@@ -98,7 +98,7 @@ class Journal:
 
     def mark_done(self, step: int, start: int, stop: int, found: Stats) -> None:
         """Record that a range of rows was written, with its statistics."""
-        self.add({"rows": [step, start, stop], **({"found": dict(found)} if found else {})})
+        self.add({"rows": [step, start, stop], **({"stats": dict(found)} if found else {})})
 
     def add(self, line: Mapping[str, Any], *, durable: bool = False) -> None:
         """Append a line; with ``durable``, after all that was done before it is on the disk.

@@ -60,7 +60,7 @@ class SourceRemoval:
         Raises:
             OutputError: A source file is a link, or cannot be deleted.
         """
-        files, deleted = self._plan.files, journal.state.consumed
+        files, deleted = self._plan.files, journal.state.deleted_sources
         downloader = self._source.downloader
         if downloader is not None:
             for file in files:
@@ -86,7 +86,7 @@ class SourceRemoval:
         if self._source.downloader is not None:  # the run releases the file to the downloader
             journal.make_durable()
             return
-        journal.add({"consumed": name}, durable=True)
+        journal.add({"deleted_source": name}, durable=True)
         delete_source(self._source.path / name)
 
 

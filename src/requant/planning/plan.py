@@ -389,7 +389,7 @@ def _step_dict(step: Step) -> dict[str, Any]:
         "global_scale": step.global_scale and asdict(step.global_scale),
         "packing": step.packing and step.packing.to_dict(),
         "first_row": step.rows.first,
-        "into_row": step.rows.output_row,
+        "output_row": step.rows.output_row,
         "row_step": step.rows.step,
         "search": step.search,
         "row_order": step.rows.order and step.rows.order.digest,
