@@ -15,7 +15,7 @@ from requant.errors import OutputError
 def test_a_state_is_read_back_for_the_same_key(tmp_path: Path) -> None:
     path = tmp_path / "state.json"
     layers = {"up": {"without_tokens": 2, "hessian": True}}
-    state = BlockRunState("key", 3, ["00001.safetensors"], layers, ["wide"], ["up", "wide"])
+    state = BlockRunState("key", 3, ("00001.safetensors",), layers, ("wide",), ("up", "wide"))
     state.save(path)
     assert BlockRunState.load(path, "key") == state
     assert BlockRunState.load(path, "another") == BlockRunState("another")

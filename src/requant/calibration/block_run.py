@@ -210,7 +210,7 @@ def _summary(state: BlockRunState, model: Any) -> dict[str, Any]:
     return {
         "layers": len(state.layers),
         "hessians": sum(layer["hessian"] for layer in state.layers.values()),
-        "too_wide": tuple(state.too_wide),
+        "too_wide": state.too_wide,
         "not_observed": tuple(path for path in watched if path not in seen),
         "without_tokens": {path: experts for path, experts in without_tokens.items() if experts},
     }

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -41,17 +42,21 @@ class BlockRunState:
 
     key: str
     done: int = -1
-    parts: list[str] = field(default_factory=list)
-    layers: dict[str, dict[str, int]] = field(default_factory=dict)
-    too_wide: list[str] = field(default_factory=list)
-    called: list[str] = field(default_factory=list)
+    parts: tuple[str, ...] = ()
+    layers: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    too_wide: tuple[str, ...] = ()
+    called: tuple[str, ...] = ()
 
     @classmethod
     def load(cls, path: Path, key: str) -> BlockRunState:
         """The state that a stopped run of the same key left, else that of a new one."""
         try:
-            saved = cls(**json.loads(path.read_text("utf-8")))
-        except (OSError, ValueError, TypeError):
+            data = json.loads(path.read_text("utf-8"))
+            values: dict[str, Any] = {
+                name: tuple(x) if isinstance(x, list) else x for name, x in data.items()
+            }
+            saved = cls(**values)
+        except (OSError, ValueError, TypeError, AttributeError):
             return cls(key)
         return saved if saved.key == key else cls(key)
 
@@ -73,10 +78,10 @@ class BlockRunState:
         return replace(
             self,
             done=done,
-            parts=self.parts if part is None else [*self.parts, part],
-            layers=self.layers | layers,
-            too_wide=sorted({*self.too_wide, *collector.too_wide}),
-            called=sorted({*self.called, *collector.called}),
+            parts=self.parts if part is None else (*self.parts, part),
+            layers={**self.layers, **layers},
+            too_wide=tuple(sorted({*self.too_wide, *collector.too_wide})),
+            called=tuple(sorted({*self.called, *collector.called})),
         )
 
 
