@@ -217,9 +217,10 @@ class HqqColumns(Packing):
         for number, (row, left, right) in enumerate(segments):
             packed = row % block
             if alone:
-                yield _Piece(NEXT * number, row, left, right, (packed, packed + 1), (left, right))
+                ending, rows, columns = NEXT * number, (packed, packed + 1), (left, right)
             else:
-                yield _Piece("", row, left, right, (0, block), (0, width))
+                ending, rows, columns = "", (0, block), (0, width)
+            yield _Piece(ending, row, left, right, rows=rows, columns=columns)
 
     def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
         found = {}

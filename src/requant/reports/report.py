@@ -112,7 +112,8 @@ class Report:
             if counted:
                 counts[layer.layer] = counted
         errors = layer_errors(plan, outcome)
-        return Report(plan, output, elapsed_s, counts, errors, outcome.bytes_downloaded)
+        downloaded = outcome.bytes_downloaded
+        return Report(plan, output, elapsed_s, counts, errors=errors, bytes_downloaded=downloaded)
 
     @property
     def groups(self) -> list[LayerGroup]:
