@@ -258,7 +258,7 @@ def test_rejections_come_before_the_measuring(
         requant.plan(source, budget=4, save_recipe=tmp_path / "old.toml")
     with pytest.raises(UsageError, match=r"\.toml"):
         requant.plan(source, budget=4, save_recipe=tmp_path / "new")
-    with pytest.raises(UsageError, match="give --budget"):
+    with pytest.raises(UsageError, match="add --budget"):
         requant.plan(source, bits=4, save_recipe=tmp_path / "new.toml")
     with pytest.raises(UsageError, match="matches no layer"):
         requant.plan(source, budget=4, overrides=["nothing=8"])

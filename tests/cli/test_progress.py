@@ -121,7 +121,7 @@ def test_every_long_command_tells_a_log_where_it_is(
 ) -> None:
     """As if each took long: with --json too, whose document is alone on standard output."""
     monkeypatch.setattr(progress, "_FIRST_LINE_S", 0.0)
-    monkeypatch.setattr(progress, "_NEXT_LINE_S", 0.0)
+    monkeypatch.setattr(progress, "_LEAST_INTERVAL_S", 0.0)
     monkeypatch.chdir(tmp_path)
     if "out" in words:
         assert requant("convert", MICRO, "out", "--quiet").err == ""

@@ -111,7 +111,7 @@ def test_each_matrix_by_its_own_hessian(
     data[-4:] = np.float32(4.0).tobytes()
     other.write_bytes(data)
     (plan, *_) = requant.verify(source, tmp_path / "out", statistics=other).problems
-    assert f"{other} is another file than the s.safetensors of then" in str(plan)
+    assert f"{other} is probably another file than the recorded s.safetensors" in str(plan)
 
 
 def test_the_outputs_of_a_layer_are_nearer(source: Path, stats: Path, tmp_path: Path) -> None:

@@ -425,7 +425,7 @@ class StatisticsReader:
                 name, (entry.experts or 1, 1, entry.size // (entry.experts or 1))
             )
             if answer is not None and not isinstance(answer, str):
-                for matrix in range(min(len(answer.places), 8)):
+                for matrix in range(min(len(answer.entries), 8)):
                     weights = answer.weights(matrix)
                     assert weights is None or np.isfinite(weights).all()
 
