@@ -7,7 +7,7 @@ MLX's codes are unsigned, so each becomes ``code + 128`` with ``bias = -128 * sc
 import numpy as np
 
 from requant.formats.integer_layers import integer_layer
-from requant.formats.tensor_sorter import TensorSorter, UnsupportedLayerError
+from requant.formats.tensor_sorter import LayerError, TensorSorter
 from requant.packings.base import IntegerPacking, Rect
 
 
@@ -50,11 +50,11 @@ def layer(sorter, path, parts):
     """Return one layer, or raise: where, what was found and expected, and what to do."""
     if "scale" not in parts:
         message = f"has no {path}.scale; take both from one export"
-        raise UnsupportedLayerError(f"{path}.weight", message)
+        raise LayerError(f"{path}.weight", message)
     weight, scale = parts["weight"].info, parts["scale"].info
     n_out, n_in = weight.shape if len(weight.shape) == 2 else (0, 0)
     if not n_out or scale.dtype not in ("F16", "BF16") or scale.shape != (n_out,):
         message = f"{weight} with scale {scale}, expected I8 [out, in] and F16 or BF16 [out]"
-        raise UnsupportedLayerError(f"{path}.weight", f"{message}; export the model again")
+        raise LayerError(f"{path}.weight", f"{message}; export the model again")
     packing = Int8Packing(n_out, n_in, 8, n_in, symmetric=True, scale_dtype=scale.dtype)
     return integer_layer(sorter, path, parts, (n_out, n_in), packing, "int8-rows")
