@@ -16,7 +16,9 @@ from requant.planning.planner import Planned
 def built(planned: Planned, **options: object) -> dict:
     hashes = {t.name: f"hash of {t.name}" for s in planned.plan.shards for t in s.tensors}
     errors = {"l0": (0.123456, 0.5)}
-    return build_record(planned.plan, options, hashes, {"config.json": "c"}, errors)
+    return build_record(
+        planned.plan, planned.plan.hash, options, hashes, {"config.json": "c"}, errors=errors
+    )
 
 
 def test_the_content_of_a_record(planned: Planned) -> None:

@@ -75,10 +75,11 @@ def _title(plan: Plan) -> str:
 
 
 def _sizes(plan: Plan) -> str:
-    share = 100 * plan.bytes_out / plan.bytes_in if plan.bytes_in else 100.0
+    bytes_in, bytes_out = plan.bytes_in, plan.bytes_out
+    share = 100 * bytes_out / bytes_in if bytes_in else 100.0
     return (
-        f"{plan.bits_per_weight:.2f} bits per weight, {format_size(plan.bytes_in)} -> "
-        f"{format_size(plan.bytes_out)} ({share:.0f} %)"
+        f"{plan.bits_per_weight:.2f} bits per weight, {format_size(bytes_in)} -> "
+        f"{format_size(bytes_out)} ({share:.0f} %)"
     )
 
 

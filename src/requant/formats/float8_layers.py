@@ -8,7 +8,7 @@ from math import prod
 
 from requant.checkpoints.checkpoint import Checkpoint, SourceTensor
 from requant.core.reasons import Reason, ReasonCode
-from requant.formats.base import DefaultPolicy, SourceLayer, packed_layer
+from requant.formats.base import DefaultPolicy, SourceLayer
 from requant.formats.mx_layers import mx_layer
 from requant.formats.stacks import Experts, are_transposed
 from requant.formats.tensor_sorter import LayerError, TensorSorter, unexpected
@@ -193,17 +193,24 @@ def _layer(
         scales = f"one scale for {high}x{wide}"
     kind = "e4m3fnuz" if weight.info.dtype == "F8_E4M3FNUZ" else "e4m3"
     stored = f"fp8 {kind}, {scales}"
-    parts = {"weight": weight, "scale": scale}
-    layer = packed_layer(path, parts, weight.info.shape, packing, dtype=dtype, stored=stored)
-    if packing.exact:
-        return replace(layer, encoding=MXFP8, policy=DefaultPolicy())
-    reason = "no mode of MLX holds FP8 with such scales"
-    requires_choice = (
-        f"is stored as {stored}; {reason}, so say what it becomes: add --bits 8 (8.5 bits a "
-        "weight), --mode mxfp8 (8.25), --bits 4 (4.5) or --dequantize "
-        f"({'32' if dtype == 'F32' else '16'})"
+    policy = DefaultPolicy()
+    if not packing.exact:
+        reason = "no mode of MLX holds FP8 with such scales"
+        requires_choice = (
+            f"is stored as {stored}; {reason}, so say what it becomes: add --bits 8 (8.5 bits a "
+            "weight), --mode mxfp8 (8.25), --bits 4 (4.5) or --dequantize "
+            f"({'32' if dtype == 'F32' else '16'})"
+        )
+        policy = DefaultPolicy(
+            reason=Reason(ReasonCode.NO_MLX_MODE, reason), requires_choice=requires_choice
+        )
+    return SourceLayer(
+        path=path,
+        parts={"weight": weight, "scale": scale},
+        encoding=MXFP8 if packing.exact else None,
+        shape=weight.info.shape,
+        dtype=dtype,
+        packing=packing,
+        stored_description=stored,
+        policy=policy,
     )
-    policy = DefaultPolicy(
-        reason=Reason(ReasonCode.NO_MLX_MODE, reason), requires_choice=requires_choice
-    )
-    return replace(layer, policy=policy)

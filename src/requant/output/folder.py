@@ -101,6 +101,7 @@ class OutputFolder:
         return self._removal.release.extra_bytes if same_disk else None
 
     def _open(self) -> None:
+        self._plan_hash = self.plan.hash
         head = self._journal_header()
         before, entries = read_journal(self.staging.journal)
         deleted = [line["deleted_source"] for line in entries if "deleted_source" in line]
@@ -140,7 +141,7 @@ class OutputFolder:
         """The values that must be equal for a run to resume another."""
         return {
             "requant": version(),
-            "plan": self.plan.hash,
+            "plan": self._plan_hash,
             "sources": self._file_stamps(),
             "nonfinite_layers": sorted(self.options.get("nonfinite_layers", ())),
         }
@@ -187,9 +188,11 @@ class OutputFolder:
             files = {
                 INDEX: self._write_file(INDEX, encode_json(self.plan.index())),
                 CONFIG: self._write_file(CONFIG, encode_json(dict(self.plan.config))),
-                **{name: self._carry_over(name) for name in self.plan.side_files},
+                **{name: self._copy_side_file(name) for name in self.plan.side_files},
             }
-            record = build_record(self.plan, self.options, hashes, files, errors)
+            record = build_record(
+                self.plan, self._plan_hash, self.options, hashes, files, errors=errors
+            )
             self._write_file(RECORD, encode_json(record))
             self.staging.name_output()
         except OSError as error:
@@ -197,7 +200,7 @@ class OutputFolder:
                 raise
             raise write_error(self.output, error) from error
 
-    def _carry_over(self, name: str) -> str:
+    def _copy_side_file(self, name: str) -> str:
         """Copy a file of the source, or generate it; returns its hash."""
         generate = self.source.generated_files.get(name)
         if generate is not None:

@@ -58,6 +58,7 @@ def read_record(folder: Path, instead: str = "") -> dict[str, Any]:
 
 def build_record(
     plan: Plan,
+    plan_hash: str,
     options: Mapping[str, Any],
     hashes: Mapping[str, str],
     files: Mapping[str, str],
@@ -67,6 +68,7 @@ def build_record(
 
     Args:
         plan: What was executed.
+        plan_hash: ``plan.hash``.
         options: What the plan was made from, as ``ConvertOptions.to_dict`` gives it.
         hashes: Tensor -> SHA-256 of its bytes.
         files: File that is not a weight -> SHA-256 of its bytes.
@@ -79,7 +81,7 @@ def build_record(
     record: dict[str, Any] = {
         "record": FORMAT_VERSION,
         "requant": version(),
-        "plan": plan.hash,
+        "plan": plan_hash,
         # A path says nothing elsewhere: what verifies against a GGUF source names it again.
         "options": dict(options)
         | {"layout": plan.layout, "config_from": None, "statistics": _file_name(options)},

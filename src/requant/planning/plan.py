@@ -337,18 +337,19 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """The whole plan as JSON data."""
+        content = self._content()
         return {
             "source": self.source,
             "format": self.format,
             "layout": self.layout,
             "loads": self.loads,
-            "hash": self.hash,
+            "hash": _hash(content),
             "parameters": self.parameters,
             "bytes_in": self.bytes_in,
             "bytes_out": self.bytes_out,
             "bits_per_weight": self.bits_per_weight,
             "notes": [note.text for note in self.notes],
-            **self._content(),
+            **content,
         }
 
     def _content(self) -> dict[str, Any]:
@@ -370,9 +371,16 @@ class Plan:
 
     @property
     def hash(self) -> str:
-        """SHA-256 over all that decides the output's bytes; not over the source's path."""
-        text = json.dumps(self._content(), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()
+        """SHA-256 over all that decides the output's bytes; not over the source's path.
+
+        It is computed each time: a caller that needs it twice keeps it.
+        """
+        return _hash(self._content())
+
+
+def _hash(content: Mapping[str, Any]) -> str:
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _step_dict(step: Step) -> dict[str, Any]:
