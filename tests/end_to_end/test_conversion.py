@@ -202,10 +202,10 @@ def test_requantize_is_mlx_of_mlx(affine8: Path, tmp_path: Path) -> None:
     dense = mx.dequantize(*triple, group_size=64, bits=8)
     expect_triple(out, path, dense, "affine", 4, 64)
     expect_triple(out, "lm_head", source["lm_head.weight"], "affine", 4, 64)
-    fate = {x.layer: x for x in report.plan.layers}
-    assert fate[path].treatment == "requantized"
-    assert fate[path].exactness == "re-encoded"
-    assert fate["lm_head"].treatment == "quantized"
+    outcome = {x.layer: x for x in report.plan.layers}
+    assert outcome[path].treatment == "requantized"
+    assert outcome[path].exactness == "re-encoded"
+    assert outcome["lm_head"].treatment == "quantized"
 
 
 def test_a_layer_that_already_is_what_is_requested_keeps_its_codes(
@@ -213,9 +213,9 @@ def test_a_layer_that_already_is_what_is_requested_keeps_its_codes(
 ) -> None:
     report = convert(affine8, tmp_path / "out", bits=8)
 
-    fate = {x.layer: x.treatment for x in report.plan.layers}
-    assert fate["model.embed_tokens"] == "kept"
-    assert fate["model.layers.0.mlp.up_proj"] == "requantized"
+    outcome = {x.layer: x.treatment for x in report.plan.layers}
+    assert outcome["model.embed_tokens"] == "kept"
+    assert outcome["model.layers.0.mlp.up_proj"] == "requantized"
     assert same(
         load(tmp_path / "out")["model.embed_tokens.weight"],
         load(affine8)["model.embed_tokens.weight"],
@@ -286,8 +286,8 @@ def test_allow_nonfinite_leaves_the_layer_dense(nonfinite: Path, tmp_path: Path)
     assert same(out["b.weight"], source["b.weight"])
     assert "b.scales" not in out
     assert "a.scales" in out
-    fate = {x.layer: reason_text(x) for x in report.plan.layers}
-    assert fate["b"] == "holds NaN or infinity"
+    outcome = {x.layer: reason_text(x) for x in report.plan.layers}
+    assert outcome["b"] == "holds NaN or infinity"
 
 
 def test_overflow_on_a_cast_is_counted_and_rejected(

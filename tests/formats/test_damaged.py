@@ -65,7 +65,7 @@ def damages(array: np.ndarray) -> Iterator[tuple[str, np.ndarray | None]]:
     if array.ndim > 1:
         yield "a row less", array[..., :-1, :]
         if array.shape[-1] != array.shape[-2]:
-            yield "turned", np.swapaxes(array, -1, -2)
+            yield "transposed", np.swapaxes(array, -1, -2)
 
 
 def is_harmless(role: str, made: np.ndarray | None, layer: dict[str, np.ndarray]) -> bool:

@@ -11,7 +11,7 @@ import pytest
 import requant
 from requant.errors import CheckpointError
 from tests.support.checkpoints import write_quantized
-from tests.support.gguf_files import write_gguf
+from tests.support.gguf_files import ONE_BLOCK, write_gguf
 from tests.support.number_formats import bf16
 from tests.support.small_layers import FOLDERS
 
@@ -97,24 +97,12 @@ def test_in_memory(tmp_path: Path) -> None:
 
 
 def test_a_gguf_file(tmp_path: Path) -> None:
-    config = {
-        "model_type": "llama",
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 1e4,
-        "vocab_size": 64,
-    }
     weights = {
         "model.embed_tokens.weight": np.ones((64, 64), np.float32),
         "model.layers.0.mlp.up_proj.weight": np.ones((96, 64), np.float32),
         "model.norm.weight": np.ones((0,), np.float32),
     }
-    write_gguf(tmp_path / "model.gguf", weights, config, "F32")
+    write_gguf(tmp_path / "model.gguf", weights, ONE_BLOCK, "F32")
     with pytest.raises(CheckpointError) as raised:
         requant.plan(tmp_path / "model.gguf", bits=4)
     assert "norm" in str(raised.value)

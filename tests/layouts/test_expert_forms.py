@@ -112,7 +112,7 @@ SOURCE_FORMS = {
     "single w123": single({"gate": "w1", "up": "w3", "down": "w2"}),
     "fused": fused(FUSED),
     "fused .weight": fused(FUSED, ".weight", ".bias"),
-    "turned": fused(FUSED, transposed=True),
+    "transposed": fused(FUSED, transposed=True),
     "vllm": fused(VLLM, "_weight"),
 }
 
@@ -208,7 +208,7 @@ def test_every_class_gets_its_own_stacks(family: str, form: str, tmp_path: Path)
 CLASSES = ("qwen3_5_moe", "qwen3_vl_moe", "llama4", "gpt_oss", "qwen3_next", "mixtral")
 
 
-@pytest.mark.parametrize("form", ["single", "fused", "turned", "vllm"])
+@pytest.mark.parametrize("form", ["single", "fused", "transposed", "vllm"])
 @pytest.mark.parametrize("family", CLASSES)
 def test_a_request_for_bits_reaches_the_experts(family: str, form: str, tmp_path: Path) -> None:
     """Each stack is MLX's own quantization of the class's weights, and mlx-lm loads all of it."""
@@ -250,7 +250,7 @@ def test_codes_of_single_experts_move(family: str, tmp_path: Path) -> None:
             assert as_bytes(made[f"{path}.{role}"]) == as_bytes(part), f"{path}.{role}"
 
 
-@pytest.mark.parametrize("form", ["fused", "turned", "fused .weight"])
+@pytest.mark.parametrize("form", ["fused", "transposed", "fused .weight"])
 @pytest.mark.parametrize("family", [*CLASSES, "mistral4", "deepseek_v3"])
 def test_fp8_stacks_reach_the_class_under_their_own_names(
     family: str, form: str, tmp_path: Path
@@ -337,7 +337,7 @@ def test_experts_that_no_class_takes_stop_the_conversion(tmp_path: Path) -> None
 
 def test_a_note_advises_a_layout_that_works(tmp_path: Path) -> None:
     """Under kept names fused stacks stay dense; the note's advice is followed."""
-    stored_as("gpt_oss", "turned", tmp_path)
+    stored_as("gpt_oss", "transposed", tmp_path)
     plan = requant.plan(tmp_path / "source", bits=8, layout="keep", group_size=32)
     assert "--layout mlx-lm gives them such names and quantizes them" in note_texts(plan.notes)[0]
     followed = requant.plan(tmp_path / "source", bits=8, layout="mlx-lm", group_size=32)

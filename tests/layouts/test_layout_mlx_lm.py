@@ -26,7 +26,7 @@ from tests.support.mlx_lm_conversion import (
     random_like,
     write_mlx_checkpoint,
 )
-from tests.support.mlx_reference import by_mlx_lm, load, same
+from tests.support.mlx_reference import assert_same_output, by_mlx_lm, load, same
 from tests.support.plan_texts import note_texts
 
 pytestmark = pytest.mark.sweep(2)
@@ -51,14 +51,7 @@ def test_output_is_mlx_lm_s(name: str, options: dict, theirs: dict, tmp_path: Pa
         pytest.skip("earlier mlx rounds the scales of these modes differently")
     expected = by_mlx_lm(model(name), tmp_path / "theirs", **theirs)
     convert(model(name), tmp_path / "ours", layout="mlx-lm", **options)
-    ours = load(tmp_path / "ours")
-
-    assert ours.keys() == expected.keys()
-    assert [key for key in ours if not same(ours[key], expected[key])] == []
-    configs = [
-        json.loads((tmp_path / who / "config.json").read_text()) for who in ("ours", "theirs")
-    ]
-    assert configs[0] == configs[1]
+    assert_same_output(tmp_path / "ours", tmp_path / "theirs", expected)
 
 
 def test_a_moe_loads_in_mlx_lm_and_generates(tmp_path: Path) -> None:

@@ -70,17 +70,17 @@ def test_every_width_and_group(dtype: str, tmp_path: Path) -> None:
     for bits, group in PAIRS:
         out = tmp_path / f"{bits}-{group}"
         report = requant.convert(source, out, bits=bits, group_size=group, layout="keep")
-        after, fate = load(out), {x.layer: x for x in report.plan.layers}
+        after, outcome = load(out), {x.layer: x for x in report.plan.layers}
         for old_bits, old_group in PAIRS:
             path = f"model.b{old_bits}g{old_group}_proj"
             holds = bits >= old_bits and old_group % group == 0
-            assert fate[path].exactness == ("exact" if holds else "re-encoded"), path
-            assert fate[path].treatment == ("kept" if holds else "requantized"), path
-            assert fate[path].target == f"affine {bits}-bit g{group}"
+            assert outcome[path].exactness == ("exact" if holds else "re-encoded"), path
+            assert outcome[path].treatment == ("kept" if holds else "requantized"), path
+            assert outcome[path].target == f"affine {bits}-bit g{group}"
             if holds:
                 wanted = values(before, path, old_group, old_bits)
                 assert same(values(after, path, group, bits), wanted), (path, bits, group)
-        assert set(report.errors) == {x for x in fate if fate[x].exactness == "re-encoded"}
+        assert set(report.errors) == {x for x in outcome if outcome[x].exactness == "re-encoded"}
 
 
 def test_scales_and_biases_of_two_dtypes_keep_them(tmp_path: Path) -> None:
@@ -260,7 +260,7 @@ def test_codes_of_every_fixture(name: str, tmp_path: Path) -> None:
     for bits, group in ((8, 32), (6, 64)):
         out = tmp_path / f"{bits}"
         report = requant.convert(file, out, bits=bits, group_size=group, layout="keep")
-        fate, before, after = (
+        outcome, before, after = (
             {x.layer: x for x in report.plan.layers},
             load(tmp_path / "plain"),
             load(out),
@@ -271,8 +271,8 @@ def test_codes_of_every_fixture(name: str, tmp_path: Path) -> None:
             assert was is not None
             rotated = f"{path}.theta" in before  # other bits fold the rotation into the values
             if rotated or not Quantization.affine(group, bits).holds(was):
-                assert fate[path].exactness == "re-encoded"
+                assert outcome[path].exactness == "re-encoded"
                 continue
-            assert (fate[path].treatment, fate[path].exactness) == ("kept", old.exactness)
+            assert (outcome[path].treatment, outcome[path].exactness) == ("kept", old.exactness)
             wanted = values(before, path, was.group_size, was.bits)
             assert same(values(after, path, group, bits), wanted), path

@@ -160,14 +160,14 @@ def test_only_and_skip_choose_as_before(layout: str, tmp_path: Path) -> None:
     published(tmp_path / "dense", "llama")
     source = coded(tmp_path / "dense", tmp_path / "coded", "mlx", ("up_proj", "down_proj"))
     plan = requant.plan(source, layout=layout, bits=8, only=["up_proj"])
-    fate = {x.layer: (x.treatment, x.target) for x in plan.layers}
-    assert fate["model.layers.0.mlp.up_proj"] == ("kept", "affine 8-bit g32")
-    assert fate["model.layers.0.mlp.down_proj"] == ("kept", "affine 4-bit g32")
-    assert fate["lm_head"] == ("dense", "BF16")
+    outcome = {x.layer: (x.treatment, x.target) for x in plan.layers}
+    assert outcome["model.layers.0.mlp.up_proj"] == ("kept", "affine 8-bit g32")
+    assert outcome["model.layers.0.mlp.down_proj"] == ("kept", "affine 4-bit g32")
+    assert outcome["lm_head"] == ("dense", "BF16")
     plan = requant.plan(source, layout=layout, bits=8, only=["lm_head"])
-    fate = {x.layer: (x.treatment, x.target) for x in plan.layers}
-    assert fate["lm_head"] == ("quantized", "affine 8-bit g64")
-    assert fate["model.embed_tokens"] == ("dense", "BF16")
+    outcome = {x.layer: (x.treatment, x.target) for x in plan.layers}
+    assert outcome["lm_head"] == ("quantized", "affine 8-bit g64")
+    assert outcome["model.embed_tokens"] == ("dense", "BF16")
 
 
 @pytest.mark.parametrize("layout", ["keep", "mlx-lm"])
@@ -219,12 +219,12 @@ def test_gpt_oss_in_its_own_mode(tmp_path: Path) -> None:
     write_file(source / "model.safetensors", tensors)
     for mode, bits in (("mxfp4", 4), ("mxfp8", 8)):
         plan = requant.plan(source, layout="keep", mode=mode)
-        fate = {x.layer: (x.treatment, x.exactness, x.target) for x in plan.layers}
-        assert fate[f"{experts}.down_proj"] == ("kept", "exact", f"{mode} {bits}-bit g32")
-        assert fate["model.layers.0.self_attn.q_proj"][0] == "quantized"
-        assert fate["model.embed_tokens"][0] == "quantized"
-        assert fate["model.layers.0.mlp.router"][0] == "dense"
-        assert fate["model.layers.0.input_layernorm"][0] == "dense"
+        outcome = {x.layer: (x.treatment, x.exactness, x.target) for x in plan.layers}
+        assert outcome[f"{experts}.down_proj"] == ("kept", "exact", f"{mode} {bits}-bit g32")
+        assert outcome["model.layers.0.self_attn.q_proj"][0] == "quantized"
+        assert outcome["model.embed_tokens"][0] == "quantized"
+        assert outcome["model.layers.0.mlp.router"][0] == "dense"
+        assert outcome["model.layers.0.input_layernorm"][0] == "dense"
 
 
 # -- the group of codes that can stay --------------------------------------------------------

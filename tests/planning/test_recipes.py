@@ -15,7 +15,7 @@ from requant.quantization.recipes import MIXED
 from tests.support.checkpoints import model
 from tests.support.families import small_config
 from tests.support.mlx_lm_conversion import class_checkpoint
-from tests.support.mlx_reference import by_mlx_lm, load, same
+from tests.support.mlx_reference import assert_same_output, by_mlx_lm
 from tests.support.number_formats import bf16
 from tests.support.plan_texts import note_texts, reason_text
 
@@ -40,14 +40,7 @@ def test_mixed_recipes_are_mlx_lm_s(
         q_group_size=group_size,
     )
     convert(model(name), tmp_path / "ours", recipe=recipe, group_size=group_size)
-    ours = load(tmp_path / "ours")
-
-    assert ours.keys() == expected.keys()
-    assert [key for key in ours if not same(ours[key], expected[key])] == []
-    configs = [
-        json.loads((tmp_path / who / "config.json").read_text()) for who in ("ours", "theirs")
-    ]
-    assert configs[0] == configs[1]
+    assert_same_output(tmp_path / "ours", tmp_path / "theirs", expected)
 
 
 @pytest.mark.parametrize("recipe", MIXED)

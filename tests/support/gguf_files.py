@@ -224,6 +224,20 @@ def random_blocks(kind: BlockType, rows: int, count: int, seed: int) -> np.ndarr
     return blocks.reshape(rows, -1)
 
 
+ONE_BLOCK = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e4,
+    "vocab_size": 64,
+}
+
+
 def gguf_file(place: Path) -> Path:
     """A small model with codes, in a folder."""
     rng = np.random.default_rng(5)
@@ -233,17 +247,5 @@ def gguf_file(place: Path) -> Path:
         for name, shape in names.items()
     }
     weights["model.norm.weight"] = np.ones(64, np.float32)
-    config = {
-        "model_type": "llama",
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 1e4,
-        "vocab_size": 64,
-    }
-    write_gguf(place / "model.gguf", weights, config, "Q8_0")
+    write_gguf(place / "model.gguf", weights, ONE_BLOCK, "Q8_0")
     return place / "model.gguf"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,3 +103,12 @@ def by_mlx_lm(source: Path, target: Path, **options) -> Weights:
 
     mlx_lm.convert(str(source), str(target), **options)
     return load(target)
+
+
+def assert_same_output(ours: Path, theirs: Path, expected: Weights) -> None:
+    """Assert that two folders hold equal tensors, bit for bit, and equal configs."""
+    weights = load(ours)
+    assert weights.keys() == expected.keys()
+    assert [key for key in weights if not same(weights[key], expected[key])] == []
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (ours, theirs)]
+    assert configs[0] == configs[1]

@@ -32,7 +32,7 @@ from requant.core.limits import MAX_ENTRIES, MAX_INDEX_BYTES
 from requant.core.reasons import Note, NoteCode
 from requant.core.strict_json import parse_json_object
 from requant.errors import CheckpointError, Problem
-from requant.text import join_first
+from requant.text import join_first, os_error_text
 
 # Never listed: caches and version control, which are not part of the checkpoint.
 _SKIPPED = {".git", ".cache", "__pycache__"}
@@ -120,7 +120,7 @@ def list_folder(folder: Path, shards: Collection[str]) -> FolderListing:
         namers = join_first(sorted({*map(below.namer, copied)}))
         listed = join_first(sorted(copied))
         text = f"Weights copied unchanged, named by {namers}: {listed}."
-        listing.notes.append(Note(NoteCode.CARRIED_WEIGHTS, text))
+        listing.notes.append(Note(NoteCode.COPIED_WEIGHTS, text))
     listing.sort()
     return listing
 
@@ -175,7 +175,7 @@ def _walk(folder: Path, listing: FolderListing) -> list[str]:
                 entries = list(islice(scanned, MAX_ENTRIES + 1 - seen))
         except OSError as error:
             where = decode_filename(below) or str(folder)
-            listing.problems.append(Problem(where, f"cannot be listed: {error.strerror}"))
+            listing.problems.append(Problem(where, f"cannot be listed: {os_error_text(error)}"))
             continue
         seen += len(entries)
         if seen > MAX_ENTRIES:

@@ -56,7 +56,7 @@ class Subfolders:
         return next(((x, self.separate[x]) for x in _above(name) if x in self.separate), ("", ""))
 
     def is_copy(self, name: str, names: Collection[str]) -> bool:
-        """Whether a file of a carried folder holds the same weights as safetensors next to it."""
+        """Whether a file of a copied folder holds the same weights as safetensors next to it."""
         below, _, base = name.rpartition("/")
         if not any(fnmatchcase(base, pattern) for pattern in COPIES):
             return False

@@ -75,7 +75,7 @@ class NoteCode(StrEnum):
     """Codes of the notes of a plan."""
 
     # Files of the source.
-    CARRIED_WEIGHTS = "carried_weights"
+    COPIED_WEIGHTS = "copied_weights"
     MISSING_MODULE_WEIGHTS = "missing_module_weights"
     STALE_INDEX = "stale_index"
     DOWNLOAD = "download"
