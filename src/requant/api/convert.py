@@ -38,7 +38,7 @@ from requant.quantization.option_signatures import read_arguments, takes_options
 from requant.quantization.options import ConvertOptions, RunOptions
 from requant.quantization.recipe_files import to_toml
 from requant.reports.report import Report, errors_for_record
-from requant.sources.hub_repository import Repository, find_repository, open_source
+from requant.sources.hub_repository import Repository, find_repository, open_source, read_source
 from requant.sources.open import as_checkpoint
 from requant.text import os_error_text
 
@@ -87,10 +87,9 @@ def plan(
             progress=run.progress,
         )
         write_recipe(run, options)
+    plan = make_plan(read_source(source, remote, options.config_from), options)
     if remote is None:
-        return make_plan(as_checkpoint(source, options.config_from), options)
-    checkpoint = as_checkpoint(remote.read_headers(options.config_from), options.config_from)
-    plan = make_plan(checkpoint, options)
+        return plan
     return replace(plan, notes=(*plan.notes, Note(NoteCode.DOWNLOAD, remote.download_summary())))
 
 

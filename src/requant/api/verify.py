@@ -10,7 +10,6 @@ import hashlib
 import os
 import threading
 import time
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
@@ -33,9 +32,10 @@ from requant.errors import (
 )
 from requant.execution.executor import Progress, run_plan
 from requant.execution.resources import ResourceLimits, plan_resources
+from requant.execution.sink import TensorOffsets
 from requant.formats import read_layout
 from requant.output.record import encode_json, read_record, record_hash, version
-from requant.planning.plan import OutputTensor, Plan
+from requant.planning.plan import Plan
 from requant.planning.plan_source import PlanSource
 from requant.planning.planner import Planned, plan_with_source
 from requant.quantization.options import ConvertOptions
@@ -344,11 +344,8 @@ class _CompareSink:
     def __init__(self, plan: Plan, place: Path, problems: _ProblemCollector) -> None:
         self.place, self.problems = place, problems
         self._fds: dict[str, int] = {}
-        self._tensors: dict[str, tuple[list[int], list[OutputTensor]]] = {}
+        self._offsets = TensorOffsets(plan)
         self._headers = {shard.name: shard.header() for shard in plan.shards}
-        for shard in plan.shards:
-            tensors = sorted((t for t in shard.tensors if t.info.nbytes), key=lambda t: t.offset)
-            self._tensors[shard.name] = [t.offset for t in tensors], tensors
 
     def __enter__(self) -> _CompareSink:
         for name, header in self._headers.items():
@@ -374,9 +371,8 @@ class _CompareSink:
         actual = os.pread(self._fds[file], len(data), offset)
         if actual == data:
             return
-        offsets, tensors = self._tensors[file]
-        tensor = tensors[bisect_right(offsets, offset) - 1]
-        at = offset - tensor.offset + _first_difference(actual, data)
+        tensor, start = self._offsets.find(file, offset)
+        at = start + _first_difference(actual, data)
         self.problems.add(
             tensor.name, f"differs from the conversion of this source, first at byte {at:,}"
         )

@@ -21,9 +21,11 @@ from typing import Any
 import numpy as np
 
 from requant.calibration.collector import Collector
+from requant.core.files import replace_file
 from requant.errors import CheckpointError, OutputError, Problem
 from requant.importance.reader import merge_statistics, write_statistics
 from requant.output.staging import lock_staging
+from requant.text import os_error_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +64,8 @@ class BlockRunState:
 
     def save(self, path: Path) -> None:
         """Write the state, durably, or leave the file as it is."""
-        fresh = path.with_suffix(".new")
-        with as_output_errors(fresh), fresh.open("w", encoding="utf-8") as file:
-            json.dump(asdict(self), file)
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.replace(path)
+        with as_output_errors(path), replace_file(path) as file:
+            file.write(json.dumps(asdict(self)).encode())
 
     def with_block(self, collector: Collector, done: int, part: str | None) -> BlockRunState:
         """The state after one more block."""
@@ -217,4 +215,4 @@ def as_output_errors(path: Path) -> Iterator[None]:
     except OutputError:
         raise
     except OSError as error:
-        raise OutputError(f"{path}: {error.strerror or error}") from error
+        raise OutputError(f"{path}: {os_error_text(error)}") from error

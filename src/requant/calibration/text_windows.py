@@ -12,6 +12,7 @@ import numpy as np
 from requant.core.types import Source
 from requant.errors import UsageError
 from requant.mlx_lm.evaluation import read_documents
+from requant.text import os_error_text
 
 DEFAULT_TEXT = Path(__file__).parent / "assets" / "calibration.txt"
 _PIECE_CHARS = 1 << 18  # of a longer text, pieces are drawn
@@ -43,7 +44,7 @@ def windows_of(
                     break
                 ids += tokenizer.encode(piece)
         except OSError as error:
-            raise UsageError(f"--text {path}: {error.strerror or error}") from error
+            raise UsageError(f"--text {path}: {os_error_text(error)}") from error
     count = len(ids) // window
     if not count:
         names = ", ".join(map(str, texts))

@@ -22,7 +22,7 @@ from requant.core.files import open_regular
 from requant.core.limits import MAX_SMALL_TENSOR_BYTES
 from requant.core.reasons import Note
 from requant.errors import CheckpointError, Problem
-from requant.text import damage
+from requant.text import damage, os_error_text
 
 Key = tuple[str, ...]
 """The path of a value of a config: ("text_config", "tie_word_embeddings")."""
@@ -223,7 +223,7 @@ class OpenedSource:
                 file.seek(part.offset)
                 data = file.read(part.nbytes)
         except OSError as error:
-            message = f"cannot be read: {error.strerror or error}"
+            message = f"cannot be read: {os_error_text(error)}"
         else:
             if len(data) < part.nbytes:
                 message = "is shorter than its header says"

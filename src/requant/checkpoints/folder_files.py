@@ -12,7 +12,7 @@ from itertools import count
 from pathlib import Path, PurePosixPath
 
 from requant.checkpoints.safetensors_header import find_unprintable
-from requant.text import join_first
+from requant.text import join_first, os_error_text
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -64,7 +64,7 @@ def file_size(folder: Path, name: str) -> tuple[int, str]:
             return 0, f"is a link to {str(path.readlink())!r}, which does not exist"
         return 0, "does not exist"
     except OSError as error:
-        return 0, f"cannot be read: {error.strerror or error}"
+        return 0, f"cannot be read: {os_error_text(error)}"
     if not stat.S_ISREG(status.st_mode):
         kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a device, pipe or socket"
         return 0, f"is {kind}, expected a regular file"

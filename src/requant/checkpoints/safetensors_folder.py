@@ -64,7 +64,7 @@ from requant.core.limits import (
 from requant.core.reasons import Note
 from requant.core.strict_json import parse_json_object
 from requant.errors import MAX_PROBLEMS, CheckpointError, Problem
-from requant.text import format_value, pluralize
+from requant.text import format_value, os_error_text, pluralize
 
 _WITHOUT_INDEX = "rewrite it, or delete the file to read every .safetensors file of the folder"
 
@@ -188,7 +188,7 @@ class _Reader:
             with open(open_regular(self.folder / name), "rb", buffering=0) as file:
                 raw = file.read(size)  # not a byte more, should the file grow meanwhile
         except OSError as error:
-            self.report(name, f"cannot be read: {error.strerror or error}")
+            self.report(name, f"cannot be read: {os_error_text(error)}")
             return {}, ""
         lax, values = name == CONFIG, MAX_RECORD_VALUES if name == RECORD else MAX_JSON_VALUES
         value, messages = parse_json_object(raw, nan=lax, same_twice=lax, max_values=values)
@@ -325,7 +325,7 @@ class _Reader:
                     length, message = header_length(raw, size)
                     raw += file.read(length)
             except OSError as error:
-                message = f"cannot be read: {error.strerror or error}"
+                message = f"cannot be read: {os_error_text(error)}"
         if message:
             if placed and not raw:
                 message += f"; {INDEX} places {pluralize(placed, 'tensor')} in it"

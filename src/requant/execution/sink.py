@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Protocol
 
 from requant.execution.completed_work import CompletedWork, Stats
+from requant.planning.plan import OutputTensor, Plan
 
 
 class ProgressLog(Protocol):
@@ -39,6 +41,22 @@ class Sink(Protocol):
 
     def write(self, file: str, offset: int, data: memoryview) -> None:
         """Take ``data`` for an absolute offset of a shard; thread-safe, and ``data`` is lent."""
+
+
+class TensorOffsets:
+    """The tensors of a plan's shards by their offsets, for sinks that take bytes of tensors."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._tensors: dict[str, tuple[list[int], list[OutputTensor]]] = {}
+        for shard in plan.shards:
+            tensors = sorted((t for t in shard.tensors if t.info.nbytes), key=lambda t: t.offset)
+            self._tensors[shard.name] = [t.offset for t in tensors], tensors
+
+    def find(self, file: str, offset: int) -> tuple[OutputTensor, int]:
+        """The tensor at an absolute offset of a shard, and the offset within it."""
+        offsets, tensors = self._tensors[file]
+        tensor = tensors[bisect_right(offsets, offset) - 1]
+        return tensor, offset - tensor.offset
 
 
 class NullSink:

@@ -16,6 +16,7 @@ from requant.checkpoints.checkpoint import JoinedTensor, OpenedSource, SourceFil
 from requant.core.files import open_regular
 from requant.errors import CheckpointError, Problem
 from requant.packings.base import Rect
+from requant.text import os_error_text
 
 
 class RunCancelled(Exception):
@@ -59,7 +60,7 @@ class SourceReader:
         try:
             self.fds[name] = open_regular(path)
         except OSError as error:
-            self._fail(name, error.strerror or str(error))
+            self._fail(name, os_error_text(error))
         actual, planned = os.fstat(self.fds[name]).st_size, self.sizes[name]
         if actual != planned:
             self._fail(name, f"has {actual:,} bytes now, {planned:,} when it was planned")
@@ -123,7 +124,7 @@ class SourceReader:
             try:
                 got = os.preadv(fd, [into], offset)
             except OSError as error:
-                self._fail(file, error.strerror or str(error))
+                self._fail(file, os_error_text(error))
             if got == 0:
                 self._fail(file, f"ends at byte {offset:,}: it was cut while it was read")
             into, offset = into[got:], offset + got

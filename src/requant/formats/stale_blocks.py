@@ -17,11 +17,9 @@ from requant.core.reasons import Note, NoteCode
 from requant.formats import read_layout
 from requant.formats.base import SourceLayout
 from requant.formats.empty_weights import empty_weights
+from requant.formats.quantization_block import QUANTIZATION_KEYS
 from requant.formats.scale_names import ScaleNames, parse_scale_name
 from requant.formats.tensor_sorter import TensorSorter
-
-QUANTIZATION_KEYS: Final = ("quantization", "quantization_config", "compression_config")
-"""The keys of quantization blocks in a config."""
 
 # Dense weights under these blocks are rounded while the model runs: without it, another model.
 _AT_RUN_TIME: Final = frozenset({"bitnet"})

@@ -33,7 +33,7 @@ from requant.core.limits import (
 from requant.errors import MAX_PROBLEMS, Problem
 from requant.gguf.unsupported_types import unsupported_type
 from requant.kernels.gguf import TYPES, BlockType
-from requant.text import format_value
+from requant.text import format_value, os_error_text
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -140,7 +140,7 @@ def read_header(folder: Path, name: str, size: int) -> tuple[Header | None, list
         with open(open_regular(folder / name), "rb") as file:
             return _parse(_Cursor(file, size), name, problems), problems
     except OSError as error:
-        problems.append(Problem(name, f"cannot be read: {error.strerror or error}"))
+        problems.append(Problem(name, f"cannot be read: {os_error_text(error)}"))
     except _Damaged as error:
         problems.append(Problem(name, str(error)))
     return None, problems

@@ -14,6 +14,7 @@ import numpy as np
 from requant.core.files import open_regular
 from requant.errors import CheckpointError, Problem
 from requant.importance.layer_names import LayerKey, layer_key, same_input
+from requant.text import os_error_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,7 +257,7 @@ def statistics_error(source: str, problems: Sequence[Problem]) -> CheckpointErro
 
 def unreadable(source: str, error: OSError) -> CheckpointError:
     """The error about a file that cannot be read."""
-    return statistics_error(source, [Problem("file", f"cannot be read: {error.strerror or error}")])
+    return statistics_error(source, [Problem("file", f"cannot be read: {os_error_text(error)}")])
 
 
 def _sizes(entry: StatisticsEntry) -> str:

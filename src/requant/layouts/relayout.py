@@ -51,6 +51,7 @@ from requant.layouts.row_ranges import (
     strided_view,
 )
 from requant.quantization.config import PerLayerQuantization, Quantization
+from requant.text import os_error_text
 
 if TYPE_CHECKING:
     from requant.layouts.layout import MlxLmLayout
@@ -359,7 +360,7 @@ def _layout_errors(checkpoint: Checkpoint) -> Iterator[None]:
     except RequantError as error:
         raise MlxLmLayoutError(checkpoint, str(error)) from error
     except OSError as error:  # the placeholders are written to a temporary folder
-        message = f"mlx-lm cannot be shown the model: {error.strerror or error}"
+        message = f"mlx-lm cannot be shown the model: {os_error_text(error)}"
         raise MlxLmLayoutError(checkpoint, message) from error
 
 

@@ -21,8 +21,7 @@ from requant.mlx_lm import load
 from requant.planning.plan import Treatment
 from requant.planning.planner import make_plan
 from requant.quantization.options import ConvertOptions
-from requant.sources.hub_repository import find_repository, open_source
-from requant.sources.open import as_checkpoint
+from requant.sources.hub_repository import find_repository, read_source
 from requant.text import format_value, pluralize, utf8_error
 
 DEFAULT_TOKENS = 8192
@@ -159,8 +158,8 @@ def load_as_stored(source: Source, **options: Any) -> tuple[Any, Any]:
     if on_cpu():
         return load(source, dequantize=True, dtype="float32", **options)
     config_from = options.get("config_from")
-    opened = open_source(source, find_repository(source, options.get("revision")), config_from)
-    plan = make_plan(as_checkpoint(opened, config_from), ConvertOptions(layout="keep"))
+    remote = find_repository(source, options.get("revision"))
+    plan = make_plan(read_source(source, remote, config_from), ConvertOptions(layout="keep"))
     is_kept = any(layer.treatment is Treatment.KEPT for layer in plan.layers)
     return load(source, dequantize=not is_kept, **options)
 

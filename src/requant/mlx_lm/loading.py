@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,8 +20,9 @@ from requant.core.reasons import NoteCode
 from requant.core.types import Source
 from requant.errors import CheckpointError, Problem
 from requant.execution.runner import options_for_retry, run_once
+from requant.execution.sink import TensorOffsets
 from requant.layouts.availability import missing_class_reason
-from requant.planning.plan import OutputTensor, Plan
+from requant.planning.plan import Plan
 from requant.planning.planner import Planned, plan_with_source
 from requant.quantization.config import Quantization
 from requant.quantization.option_signatures import read_arguments, takes_options
@@ -212,10 +212,8 @@ class ArraySink:
 
         self.arrays: dict[str, mx.array] = {}
         self._views: dict[str, memoryview] = {}
-        self._tensors: dict[str, tuple[list[int], list[OutputTensor]]] = {}
+        self._offsets = TensorOffsets(plan)
         for shard in plan.shards:
-            tensors = sorted((t for t in shard.tensors if t.info.nbytes), key=lambda t: t.offset)
-            self._tensors[shard.name] = [t.offset for t in tensors], tensors
             for tensor in shard.tensors:
                 dtype = MLX_DTYPE[tensor.info.dtype]
                 array, view = empty(tensor.info.shape, dtype)
@@ -223,9 +221,7 @@ class ArraySink:
 
     def write(self, file: str, offset: int, data: memoryview) -> None:
         """Write ``data`` into the tensor at an absolute offset of a shard."""
-        offsets, tensors = self._tensors[file]
-        tensor = tensors[bisect_right(offsets, offset) - 1]
-        start = offset - tensor.offset
+        tensor, start = self._offsets.find(file, offset)
         self._views[tensor.name][start : start + data.nbytes] = data
 
 

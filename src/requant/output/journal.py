@@ -16,8 +16,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from requant.core.files import replace_file
 from requant.errors import OutputError
 from requant.execution.completed_work import CompletedWork, Stats
+from requant.text import os_error_text
 
 SYNC_EVERY_S = 2.0
 _CLOSING_S = 0.3
@@ -86,13 +88,9 @@ class Journal:
         for line in entries:
             self.state.add(line)
         self._lines = len(entries)
-        fresh = path.with_suffix(".new")
-        with fresh.open("wb") as file:
+        with replace_file(path) as file:
             for line in ({**head, "boot": boot_id()}, *entries):
                 file.write(_encode_line(line))
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.rename(path)
         self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
         self._thread.start()
 
@@ -118,7 +116,7 @@ class Journal:
                 if durable:
                     os.fsync(self._fd)
         except OSError as error:
-            raise OutputError(f"{self.path}: {error.strerror or error}") from error
+            raise OutputError(f"{self.path}: {os_error_text(error)}") from error
 
     def make_durable(self) -> None:
         """Sync the data, then say so; one thread at a time, so that the count never falls."""

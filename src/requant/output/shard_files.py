@@ -9,6 +9,7 @@ from pathlib import Path
 from requant.core.files import hash_range
 from requant.errors import OutputError
 from requant.planning.plan import OutputShard, OutputTensor
+from requant.text import os_error_text
 
 
 class ShardFiles:
@@ -65,7 +66,7 @@ class ShardFiles:
             return hash_range(self._fds[tensor.file], tensor.offset, tensor.info.nbytes)
         except OSError as error:
             raise OutputError(
-                f"{self._folder / tensor.file} cannot be read back: {error.strerror or error}"
+                f"{self._folder / tensor.file} cannot be read back: {os_error_text(error)}"
             ) from error
 
     def sync_data(self) -> None:
@@ -88,5 +89,5 @@ class ShardFiles:
 
 def write_error(output: Path, error: OSError) -> OutputError:
     """An error of the operating system as one that names the file or the output."""
-    reason = error.strerror or str(error)
+    reason = os_error_text(error)
     return OutputError(f"{error.filename or output} cannot be written: {reason}")

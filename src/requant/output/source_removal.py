@@ -7,7 +7,6 @@ and the small tensors that planning read. A later run plans from header stubs as
 from __future__ import annotations
 
 import json
-import os
 import struct
 from collections import Counter
 from collections.abc import Sequence
@@ -15,11 +14,12 @@ from pathlib import Path
 
 from requant.checkpoints.checkpoint import COMPARED, FileRange, OpenedSource, SourceFile
 from requant.checkpoints.safetensors_header import PREFIX_BYTES
-from requant.core.files import fsync
+from requant.core.files import fsync, replace_file
 from requant.errors import OutputError
 from requant.output.journal import Journal
 from requant.planning.plan import Plan
 from requant.planning.release_order import ReleaseOrder, plan_release_order
+from requant.text import os_error_text
 
 
 class SourceRemoval:
@@ -101,24 +101,15 @@ def write_header_stubs(source: OpenedSource, files: Sequence[SourceFile], folder
         if stub.exists():
             continue
         stub.parent.mkdir(parents=True, exist_ok=True)
-        fresh = stub.with_name(stub.name + ".new")
-        with fresh.open("wb") as new:
+        with replace_file(stub) as new:
             new.truncate(file.nbytes)
             for part in (_header_range(source, file.name), *source.small_tensor_ranges):
                 if part.file == file.name:
                     new.seek(part.offset)
                     new.write(source.read_range(part))
-            new.flush()
-            os.fsync(new.fileno())
-        fresh.rename(stub)
         fsync(stub.parent)
-    kept = folder / COMPARED
-    fresh = kept.with_name(kept.name + ".new")
-    with fresh.open("w", encoding="utf-8") as new:
-        json.dump(source.compared, new)
-        new.flush()
-        os.fsync(new.fileno())
-    fresh.rename(kept)
+    with replace_file(folder / COMPARED) as new:
+        new.write(json.dumps(source.compared).encode())
     fsync(folder)
 
 
@@ -132,4 +123,4 @@ def delete_source(path: Path) -> None:
     try:
         path.unlink(missing_ok=True)
     except OSError as error:
-        raise OutputError(f"{path} cannot be deleted: {error.strerror or error}") from error
+        raise OutputError(f"{path} cannot be deleted: {os_error_text(error)}") from error

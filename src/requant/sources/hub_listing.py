@@ -17,6 +17,7 @@ from urllib.parse import quote
 from requant.core.limits import MAX_ENTRIES, MAX_INDEX_BYTES
 from requant.errors import HubError
 from requant.sources.hub_client import hub_errors
+from requant.text import os_error_text
 
 _HASH = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
 
@@ -96,7 +97,7 @@ def _write(path: Path, listing: RepositoryListing) -> None:
             json.dump(asdict(listing), file)
         Path(fresh).rename(path)
     except OSError as error:
-        raise HubError(f"{path} cannot be written: {error.strerror or error}") from error
+        raise HubError(f"{path} cannot be written: {os_error_text(error)}") from error
 
 
 def _read(path: Path) -> RepositoryListing | None:

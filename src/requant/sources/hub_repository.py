@@ -41,7 +41,8 @@ from requant.sources.downloads import MAX_HELD_FILES, Downloads, download_all
 from requant.sources.hub_client import hub_errors, read_range
 from requant.sources.hub_listing import RepositoryListing, is_digest, list_repository, metadata_dir
 from requant.sources.hub_storage import SUFFIX, HubCache, RemoteFile, TemporaryStorage
-from requant.sources.open import read_checkpoint
+from requant.sources.open import as_checkpoint, read_checkpoint
+from requant.text import os_error_text
 
 _FIRST_BYTES = 128 << 10  # of a weight file: most headers are shorter
 CARD = "README.md"
@@ -107,7 +108,7 @@ def _write_mirror(target: Path, siblings: Path, content: bytes, size: int) -> No
             out.truncate(size)
         Path(name).rename(target)
     except OSError as error:
-        raise HubError(f"{target} cannot be written: {error.strerror or error}") from error
+        raise HubError(f"{target} cannot be written: {os_error_text(error)}") from error
 
 
 def open_source(
@@ -129,6 +130,19 @@ def open_source(
     if remote is None:
         return Path(source)
     return remote.start_download(remote.read_headers(config_from))
+
+
+def read_source(
+    source: str | os.PathLike[str],
+    remote: Repository | None,
+    config_from: str | os.PathLike[str] | None = None,
+) -> Checkpoint:
+    """Return the checkpoint of a source of which only the plan is wanted: nothing is downloaded.
+
+    Args and errors are those of ``open_source``.
+    """
+    found = source if remote is None else remote.read_headers(config_from)
+    return as_checkpoint(found, config_from)
 
 
 def _gguf_kind(name: str, files: Iterable[str], wanted: str, has_safetensors: bool) -> str:

@@ -19,6 +19,7 @@ from typing import Any
 from requant.errors import HubError
 from requant.sources.hub_client import stream_range
 from requant.sources.hub_storage import HubCache, RemoteFile
+from requant.text import os_error_text
 
 _REQUEST_BYTES = 1 << 30  # of one request: the URLs that the hub redirects to expire
 _MAX_FAILURES = 4  # in a row, without a new byte
@@ -67,7 +68,7 @@ class Transfer:
         except OSError as error:
             if isinstance(error, HubError):
                 raise
-            reason = error.strerror or error
+            reason = os_error_text(error)
             raise HubError(f"{partial} cannot be written: {reason}. What came is kept") from error
 
     def _lock(self, path: Path) -> int | None:
