@@ -225,7 +225,7 @@ def test_an_act_order_layer(
 
 def mlx_lm(targets: dict[str, Quantization], *, able: bool = True, extra: bool = False) -> Relayout:
     """What mlx-lm decides; no more of a ``Relayout`` than decisions read."""
-    name, reason = f"{Q}.weight", Reason(CODES.DENSE_BY_MLX_LM, "dense in this model")
+    name, reason = f"{Q}.weight", Reason(CODES.DENSE_BY_LIBRARY, "dense in this model")
     layout = SimpleNamespace(
         targets=targets,
         dense_reasons={} if targets else {Q: reason},
@@ -243,7 +243,7 @@ def mlx_lm(targets: dict[str, Quantization], *, able: bool = True, extra: bool =
 
 MLX_LM = {
     "its choice": (mlx_lm({Q: FOUR}), options(), FOUR, None),
-    "its choice of a dense layer": (mlx_lm({}), options(), None, CODES.DENSE_BY_MLX_LM),
+    "its choice of a dense layer": (mlx_lm({}), options(), None, CODES.DENSE_BY_LIBRARY),
     "a recipe over its choice": (
         mlx_lm({Q: FOUR}),
         options(recipe=recipe("8", match="q_proj")),
@@ -260,7 +260,7 @@ MLX_LM = {
         mlx_lm({}),
         options(recipe=recipe("8", first=1)),
         None,
-        CODES.DENSE_BY_MLX_LM,
+        CODES.DENSE_BY_LIBRARY,
     ),
     "an override over its choice": (
         mlx_lm({Q: FOUR}),

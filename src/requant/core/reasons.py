@@ -37,8 +37,8 @@ class ReasonCode(StrEnum):
     # What mlx-lm's class does.
     UNUSED_BY_CLASS = "unused_by_class"
     DENSE_IN_CLASS = "dense_in_class"
-    DENSE_BY_MLX_LM = "dense_by_mlx_lm"
-    REENCODED_BY_SANITIZE = "reencoded_by_sanitize"
+    DENSE_BY_LIBRARY = "dense_by_library"
+    REENCODED_BY_RULE = "reencoded_by_rule"
     MEMBERS_MOVED = "members_moved"
     MEMBERS_REENCODED = "members_reencoded"
     # How the source stores the layer.
@@ -100,13 +100,15 @@ class NoteCode(StrEnum):
     NO_TENSOR_SCALE = "no_tensor_scale"
     ROUNDED_ACTIVATIONS = "rounded_activations"
     ACT_ORDER_MOVED = "act_order_moved"
-    # mlx-lm's layout, and what it does.
+    # A library's layout, and what it does.
+    TEXT_ONLY = "text_only"
+    LIBRARY_REJECTED = "library_rejected"
     LAYOUT_KEPT = "layout_kept"
     TIED_HEAD = "tied_head"
     IDLE_TENSORS = "idle_tensors"
     EXTRA_TENSORS = "extra_tensors"
     EXPERTS_IN_OTHER_FORM = "experts_in_other_form"
-    REENCODED_BY_SANITIZE = "reencoded_by_sanitize"
+    REENCODED_BY_RULE = "reencoded_by_rule"
     MEMBERS_REENCODED = "members_reencoded"
     DENSE_IN_CLASS = "dense_in_class"
     # What the options come to.

@@ -82,14 +82,15 @@ class _OfConvertPlan(TypedDict, total=False):
     """Options of ``convert`` and ``plan``."""
 
     layout: str
-    """"mlx-lm" (names, shapes, choice of layers and config of mlx-lm's converter; an error where
-    it cannot be), "keep" (the source's tensor names), or "auto": the first where mlx-lm is
-    installed and takes this checkpoint, else the second and a note that says why.
+    """"mlx-lm", "mlx-vlm", "mlx-audio", "mlx-embeddings" (names, shapes, choice of layers and
+    config of that library's converter; an error where it cannot be), "keep" (the source's tensor
+    names), or "auto": mlx-vlm for a model with images, mlx-audio for one with sound, where they
+    are installed and have its class; else mlx-lm; else keep and a note that says why.
     """
     keep_extra: bool
-    """In mlx-lm's layout, keep tensors that its class has no use for (towers for images and
-    sound, MTP heads) under their own names instead of dropping them; a note says whether mlx-lm
-    still loads the result.
+    """In a library's layout, keep tensors that its class has no use for (towers for images and
+    sound, MTP heads) under their own names instead of dropping them; a note says whether the
+    library still loads the result.
     """
     shard_size: int
     """Most bytes of one weight file."""

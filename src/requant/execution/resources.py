@@ -106,7 +106,7 @@ def _check_memory(plan: Plan, max_memory: int, longest: int) -> None:
 
 def _held_next_to(plan: Plan) -> str:
     """What ``_overhead_bytes`` counts, for messages."""
-    held = ["mlx-lm and the tensors that it computes"] if plan.layout == "mlx-lm" else []
+    held = [] if plan.layout == "keep" else [f"{plan.layout} and the tensors that it computes"]
     held += ["factors of Hessians (--gptq)"] if any(step.gptq for step in plan.steps) else []
     return " and ".join(held)
 
@@ -119,7 +119,7 @@ def _overhead_bytes(plan: Plan, threads: int) -> int:
     """
     widest = max((step.rows.columns for step in plan.steps if step.gptq), default=0)
     factored = bytes_for(widest, threads)
-    if plan.layout != "mlx-lm":
+    if plan.layout == "keep":
         return factored
     sizes = {
         name: sum(out.info.nbytes for out in step.outputs.values())

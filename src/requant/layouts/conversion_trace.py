@@ -1,38 +1,46 @@
-"""Run mlx-lm's own conversion on a checkpoint without data, and record what it does.
+"""Run a library's own convert on a checkpoint without data, and record what it does.
 
-A folder with ``config.json`` and a sparse weight file (a header, then a hole of the full length)
-goes through ``mlx_lm.utils.load_model`` and ``quantize_model``. Everything is lazy: no parameter
-is evaluated, so a model of any size takes no more memory than its Python objects.
+The convert runs whole, twice, on a folder with ``config.json``, the side files and a sparse weight
+file (a header, then a hole of the full length). Five calls of MLX are watched, and nothing of the
+library is imitated:
+
+- ``mx.load`` gives placeholders: the library's renaming, its *rule*, begins.
+- ``Module.load_weights``: the first call ends the rule. The first run is traced up to it.
+- ``nn.quantize``: the parameters as they were cast, and the layers that it replaces.
+- ``mx.save_safetensors``: names, shapes and dtypes of the output. Nothing is written.
+- ``mx.eval`` does nothing: no parameter is evaluated, so a model of any size takes no more memory
+  than its Python objects.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import inspect
 import io
 import json
+import logging
 import re
 import tempfile
+import uuid
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import mlx.core as mx
 import mlx.nn
-from mlx.utils import tree_flatten, tree_map_with_path
+from mlx.utils import tree_flatten
 
 from requant.checkpoints.safetensors_header import build_header
 from requant.core.dtypes import TensorInfo
 from requant.core.reasons import Reason, ReasonCode
 from requant.errors import RequantError, UsageError
-from requant.layouts.availability import LayoutError, UnknownModelError
 from requant.layouts.byte_moves import Traced
 from requant.layouts.expert_forms import Adapter
-from requant.layouts.tracer import trace
+from requant.layouts.tracer import trace, tracing_lock
+from requant.libraries import LayoutError, Library, Request, UnknownModelError
 from requant.quantization.config import Quantization, QuantMode
-from requant.quantization.options import DTYPES
 from requant.text import join_first, one_line, pluralize
 
 MLX_DTYPE = {
@@ -54,162 +62,284 @@ MLX_DTYPE = {
     "F8_E8M0": mx.uint8,
 }
 HEADER_NAME = {dtype: name for name, dtype in reversed(MLX_DTYPE.items())}
-_DENSE_BY_MLX_LM = Reason(ReasonCode.DENSE_BY_MLX_LM, "mlx-lm leaves it dense in this model")
 # MLX ships no types for its Python part.
 Module = Any
-_is_module: Callable[[Any], bool] = vars(mlx.nn)["Module"].is_module
+Rule = Callable[[dict[str, mx.array]], dict[str, mx.array]]
+_nn: Any = mlx.nn
+_WEIGHTS = "model.safetensors"
 
 
-@dataclass
-class ConversionTrace:
-    """The record of one run of mlx-lm's conversion.
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """A checkpoint as a library's convert is shown it: everything but the values.
 
     Attributes:
-        rule: Builds a fresh model and runs its ``sanitize`` on a weight map.
-        traced: The outputs of ``sanitize`` by name.
-        loaded: The parameters as loaded, before any cast.
-        saved: The parameters as mlx-lm would save them.
-        dtype: Header name that floating parameters are cast to, or None.
-        keeps_dtype: Parameters that are exempt from it.
-        targets: Layers that were quantized, each with its parameters.
-        dense_reasons: Layers that could be quantized and were not.
-        quantizable: Layers that the class can hold quantized.
-        with_global_scale: Those of them that take a global scale.
-        config: ``config.json`` as it would be written.
+        config: ``config.json``.
+        tensors: Name -> dtype and shape.
+        side_files: Name -> file that the library may read next to them, for its own config.
+        name: Name of the folder, by which some libraries recognize a model.
     """
 
-    rule: Callable[[dict[str, mx.array]], dict[str, mx.array]]
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorInfo]
+    side_files: Mapping[str, Path] = field(default_factory=dict)
+    name: str = "model"
+
+
+@dataclass(eq=False)
+class Decisions:
+    """What a library's convert decides about a checkpoint.
+
+    Attributes:
+        dtypes: Header names that the parameters are cast to before they are quantized or saved.
+        saved: Name -> dtype and shape of everything that the library would write.
+        targets: Layer path -> the quantization that the library would apply. ``saved`` has a
+            ``{layer}.global_scale`` where it comes with one.
+        dense_reasons: Layers that could be quantized and stay dense, each with the reason.
+        quantizable: Layers that the class can hold quantized, whatever was requested.
+        with_global_scale: Those of them that can hold nvfp4 with a global scale.
+        config: ``config.json`` as the library would write it.
+    """
+
+    dtypes: dict[str, str] = field(default_factory=dict)
+    saved: dict[str, TensorInfo] = field(default_factory=dict)
+    targets: dict[str, Quantization] = field(default_factory=dict)
+    dense_reasons: dict[str, Reason] = field(default_factory=dict)
+    quantizable: frozenset[str] = frozenset()
+    with_global_scale: frozenset[str] = frozenset()
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ConversionTrace:
+    """The record of a library's conversion.
+
+    Attributes:
+        rule: Runs the library's convert on a weight map as far as its first ``load_weights``.
+        traced: What it then loads, by name.
+        decisions: What became of these tensors.
+    """
+
+    rule: Rule
     traced: dict[str, Traced]
-    loaded: dict[str, TensorInfo]
-    saved: dict[str, TensorInfo]
-    dtype: str | None
-    keeps_dtype: frozenset[str]
-    targets: dict[str, Quantization]
-    dense_reasons: dict[str, Reason]
-    quantizable: frozenset[str]
-    with_global_scale: frozenset[str]
-    config: dict[str, Any]
+    decisions: Decisions
 
 
 def run(
-    config: Mapping[str, Any],
-    tensors: Mapping[str, TensorInfo],
-    quantization: Quantization | None,
-    recipe: str | None,
-    dtype: str | None,
-    global_scale: bool,
-    adapt: Adapter | None = None,
+    library: Library, shown: Shown, request: Request, adapt: Adapter | None = None
 ) -> ConversionTrace:
-    """Run the steps of ``mlx_lm.convert``; see :func:`requant.layouts.layout.mlx_lm_layout`."""
-    utils = _import_utils()
-    unloadable = [f"{name} ({x.dtype})" for name, x in tensors.items() if x.dtype not in MLX_DTYPE]
-    if unloadable:
-        count = pluralize(len(unloadable), "tensor")
-        names = join_first(unloadable, 10)
-        raise LayoutError(f"MLX cannot load {count}, so mlx-lm cannot: {names}")
-    rule = _SanitizeRecorder(tuple(tensors), adapt)
-    with contextlib.redirect_stdout(io.StringIO()):  # mlx-lm prints as it goes
-        model, loaded_config = _load(utils, config, tensors, rule)
-        loaded = _infos(model)
-        predicate = _recipe(recipe, model, quantization)
-        dtype = dtype or _config_dtype(loaded_config)
-        keeps_dtype = _cast(model, dtype)
-        modules = _modules(model)
-        if quantization is not None:
-            options: dict[str, Any] = {"mode": quantization.mode.value}
-            options |= {"global_scale": True} if global_scale else {}
-            options |= {} if predicate is None else {"quant_predicate": predicate}
-            with _wrap_mlx_lm_errors(f"quantizing {config['model_type']}"):
-                model, loaded_config = utils.quantize_model(
-                    model, loaded_config, quantization.group_size, quantization.bits, **options
-                )
-        written = _written_config(utils, model, loaded_config)
-    able = {path: module for path, module in modules.items() if hasattr(module, "to_quantized")}
-    targets, reasons = _compare(able, _modules(model), quantization)
-    return ConversionTrace(
-        rule=rule,
-        traced=rule.traced,
-        loaded=loaded,
-        saved=_infos(model),
-        dtype=dtype,
-        keeps_dtype=keeps_dtype,
-        targets=targets,
-        dense_reasons=reasons,
-        quantizable=frozenset(able),
-        with_global_scale=frozenset(filter(lambda path: _takes_global_scale(able[path]), able)),
-        config=written,
-    )
+    """Follow a library's convert; see :func:`requant.layouts.layout.library_layout`."""
+    if why := library.missing_class_reason(shown.config):
+        raise UnknownModelError(why, library.name)
+    target = request.quantization
+    if request.recipe and (target is None or target.mode is not QuantMode.AFFINE):
+        raise UsageError(f"recipe {request.recipe} is for the affine mode")
+    foreign = [
+        f"{name} ({x.dtype})" for name, x in shown.tensors.items() if x.dtype not in MLX_DTYPE
+    ]
+    if foreign:
+        count, names = pluralize(len(foreign), "tensor"), join_first(foreign, 10)
+        raise LayoutError(f"MLX cannot load {count}, so {library.name} cannot: {names}")
+    conversion = _Conversion(library, shown, request, adapt)
+    with tracing_lock:
+        placeholders = {
+            name: mx.zeros(x.shape, MLX_DTYPE[x.dtype]) for name, x in shown.tensors.items()
+        }
+        traced = trace(conversion.rule, placeholders)
+        return ConversionTrace(conversion.rule, traced, conversion.decisions(placeholders))
 
 
-# -- the model's rule ------------------------------------------------------------------------
+class _RuleIsOverError(BaseException):
+    """Ends a run at the first ``load_weights``; no handler of a library catches it."""
+
+    def __init__(self, weights: dict[str, mx.array]) -> None:
+        self.weights = weights
 
 
-class _SanitizeRecorder:
-    """Traces the first run of a model's ``sanitize``, and can run it again.
+class _Conversion:
+    """A library's convert of one checkpoint, which can be run again and again."""
 
-    Where experts are adapted to the class (``adapt``), that comes before ``sanitize``.
-    """
+    def __init__(
+        self, library: Library, shown: Shown, request: Request, adapt: Adapter | None
+    ) -> None:
+        self.library, self.shown, self.request = library, shown, request
+        self.adapt = adapt or (lambda weights: weights)
+        # The folder lives as long as the rule can be run. Some libraries search its whole path for
+        # names of models, which do not occur in a hexadecimal name.
+        self._folder = tempfile.TemporaryDirectory(prefix="")
+        self._source = Path(self._folder.name) / uuid.uuid4().hex / shown.name
+        self._write_source()
 
-    def __init__(self, order: tuple[str, ...], adapt: Adapter | None = None) -> None:
-        self.order = order
-        self.traced: dict[str, Traced] = {}
-        self.class_names: tuple[str, ...] = ()
-        self._adapt = adapt
-        self._build: Callable[[], Module] | None = None
+    def _write_source(self) -> None:
+        self._source.mkdir(parents=True)
+        (self._source / "config.json").write_text(json.dumps(self.shown.config))
+        for name, path in self.shown.side_files.items():
+            (self._source / name).symlink_to(path)
+        header = build_header(dict(self.shown.tensors), {"format": "pt"})[0]
+        with (self._source / _WEIGHTS).open("wb") as file:
+            file.write(header)
+            file.truncate(len(header) + sum(x.nbytes for x in self.shown.tensors.values()))
 
-    def __call__(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        assert self._build is not None
-        return self._of(self._build())(weights)
+    def rule(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        """From the file's tensors to what the model's parameters become."""
 
-    def _of(self, model: Module) -> Callable[[dict[str, mx.array]], dict[str, mx.array]]:
-        """``sanitize`` of a model, after ``adapt``."""
-        sanitize = getattr(model, "sanitize", None) or (lambda given: given)
-        adapt = self._adapt or (lambda given: given)
-        return lambda weights: dict(sanitize(adapt(weights)))
+        def end(model: Module, items: Any, *_: Any, **__: Any) -> None:
+            given = dict(items)
+            self._check_complete(model, given)
+            raise _RuleIsOverError(given)
 
-    def classes(self, get: Callable[..., Any], config: dict[str, Any]) -> tuple[Any, Any]:
-        """Replace mlx-lm's class look-up, so that ``sanitize`` of the model is traced."""
-        model_class, args_class = get(config=config)
+        try:
+            with self._watched(weights, {(_nn.Module, "load_weights"): end}):
+                self._convert()
+        except _RuleIsOverError as over:
+            return over.weights
+        raise LayoutError(f"{self.library.name} loads no weights into its class for this model")
 
-        def build(args: Any) -> Module:
-            pristine = copy.deepcopy(args)
-            self._build = lambda: model_class(copy.deepcopy(pristine))
-            model: Module = model_class(args)
-            self.class_names = tuple(dict(tree_flatten(model.parameters())))
+    def decisions(self, weights: dict[str, mx.array]) -> Decisions:
+        """Run the convert to its end and record what it decides."""
+        made = Decisions()
+        load_weights, quantize = _nn.Module.load_weights, _nn.quantize
+        root: list[Module] = []
+        modules: dict[str, Module] = {}
 
-            def sanitize(traced: Module, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-                return self._traced_sanitize(traced, model_class, weights)
+        def watch_load(model: Module, *args: Any, **kwargs: Any) -> Any:
+            result = load_weights(model, *args, **kwargs)
+            if not root:
+                root.append(model)
+                modules.update(_modules(model))
+            return result
 
-            methods = {"sanitize": sanitize}
-            model.__class__ = type(model_class.__name__, (model_class,), methods)
-            return model
+        def watch_quantize(model: Module, *args: Any, **kwargs: Any) -> None:
+            if not root:  # a quantized source gets its layers before its weights
+                quantize(model, *args, **kwargs)
+                return
+            made.dtypes = {name: x.dtype for name, x in _infos(model.parameters()).items()}
+            before = _modules(model)
+            widths = {p: m.weight.shape[-1] for p, m in before.items() if "weight" in m}
+            quantize(model, *args, **kwargs)
+            self._compare(made, before, widths, _modules(model))
 
-        return build, args_class
+        def save(_: Any, arrays: dict[str, mx.array], *__: Any, **___: Any) -> None:
+            made.saved |= _infos(arrays)
 
-    def _traced_sanitize(
-        self, model: Module, model_class: type, weights: dict[str, mx.array]
-    ) -> dict[str, mx.array]:
-        model.__class__ = model_class
-        ordered = {name: weights[name] for name in self.order}
-        self.traced = trace(self._of(model), ordered)
-        return {name: mx.zeros(x.shape, x.dtype) for name, x in self.traced.items()}
+        watched = {
+            (_nn.Module, "load_weights"): watch_load,
+            (_nn, "quantize"): watch_quantize,
+            (mx, "save_safetensors"): save,
+        }
+        with self._watched(weights, watched), tempfile.TemporaryDirectory() as name:
+            output = Path(name) / "output"
+            self._convert(output)
+            made.config = json.loads((output / "config.json").read_text())
+        made.dtypes = made.dtypes or {name: x.dtype for name, x in made.saved.items()}
+        able = {path: module for path, module in modules.items() if hasattr(module, "to_quantized")}
+        made.quantizable = frozenset(able)
+        made.with_global_scale = frozenset(x for x, module in able.items() if _takes_scale(module))
+        return made
+
+    def _convert(self, output: Path | None = None) -> None:
+        """Run the library's convert, silently; what it raises becomes a LayoutError."""
+        said = io.StringIO()
+        created: list[Module] = []
+        init = _nn.Module.__init__
+
+        def watch_init(module: Module) -> None:
+            if not created:
+                created.append(module)  # the model itself: its parts are created in its constructor
+            init(module)
+
+        logging.disable(logging.ERROR)
+        try:
+            with (
+                contextlib.redirect_stdout(said),
+                contextlib.redirect_stderr(said),
+                mock.patch.object(_nn.Module, "__init__", watch_init),
+            ):
+                self.library.convert(self._source, output or self._source / "none", self.request)
+        except RequantError:
+            raise
+        except (Exception, SystemExit) as error:  # olmo exits where a package is missing
+            names = tuple(_infos(created[0].parameters())) if created else ()
+            raise self._as_layout_error(error, names) from error
+        finally:
+            logging.disable(logging.NOTSET)
+
+    def _as_layout_error(self, error: BaseException, class_names: tuple[str, ...]) -> RequantError:
+        model_type = self.shown.config.get("model_type")
+        explained = _explain(error)
+        if explained is None:
+            return UnknownModelError(
+                f"{self.library.name} has no class for model_type {model_type!r}", self.library.name
+            )
+        result = LayoutError(f"{self.library.name}, converting {model_type}: {explained}")
+        result.class_names = class_names
+        return result
+
+    @contextlib.contextmanager
+    def _watched(
+        self, weights: dict[str, mx.array], patches: Mapping[tuple[Any, str], Any]
+    ) -> Iterator[None]:
+        """Replace the watched calls of MLX."""
+
+        def load(file: Any, *_: Any, **__: Any) -> dict[str, mx.array]:
+            if Path(str(file)) != self._source / _WEIGHTS:
+                name = Path(str(file)).name
+                raise LayoutError(f"{self.library.name}'s class reads another file ({name})")
+            return dict(self.adapt(dict(weights)))
+
+        every = {(mx, "load"): load, (mx, "eval"): lambda *_: None, **patches}
+        with tracing_lock, contextlib.ExitStack() as stack:
+            for (owner, name), function in every.items():
+                stack.enter_context(mock.patch.object(owner, name, function))
+            yield
+
+    def _check_complete(self, model: Module, given: Mapping[str, mx.array]) -> None:
+        """Check that every parameter gets a tensor, which not every library asks for itself.
+
+        Raises:
+            LayoutError: With the names of the others, which would keep random values.
+        """
+        missing = [name for name in _infos(model.parameters()) if name not in given]
+        if missing:
+            count = pluralize(len(missing), "parameter")
+            error = LayoutError(
+                f"{self.library.name}'s class for this model has {count} for which the source has "
+                f"no tensor ({join_first(missing, 5)})"
+            )
+            error.class_names = tuple(_infos(model.parameters()))
+            raise error
+
+    def _compare(
+        self,
+        made: Decisions,
+        before: Mapping[str, Module],
+        widths: Mapping[str, int],
+        after: Mapping[str, Module],
+    ) -> None:
+        """Record the layers that were quantized, and why the others were not."""
+        group_size = self.request.quantization.group_size if self.request.quantization else 1
+        left = Reason(
+            ReasonCode.DENSE_BY_LIBRARY, f"{self.library.name} leaves it dense in this model"
+        )
+        for path, module in before.items():
+            quantized = after.get(path, module)
+            if quantized is not module:
+                mode = getattr(quantized, "mode", QuantMode.AFFINE)
+                made.targets[path] = Quantization(quantized.group_size, quantized.bits, mode)
+            elif not hasattr(module, "to_quantized"):
+                continue
+            elif widths[path] % group_size:
+                text = f"last axis {widths[path]} is not a multiple of group {group_size}"
+                made.dense_reasons[path] = Reason(ReasonCode.NO_GROUP_SIZE, text)
+            else:
+                made.dense_reasons[path] = left
 
 
-# -- the steps of mlx_lm.convert -------------------------------------------------------------
-
-
-def _import_utils() -> Any:
-    try:
-        from mlx_lm import utils
-    except ImportError as error:
-        raise UnknownModelError(f"mlx-lm cannot be imported ({error})") from error
-    return utils
-
-
-# mlx-lm and MLX raise built-in exceptions, which only their text tells apart: (class, pattern,
-# explanation). The first row that fits counts. "{0}" is the whole message,
-# "{1}" and "{2}" are the groups; digits become a count of tensors.
-_MLX_LM_ERRORS: tuple[tuple[type[Exception], str, str], ...] = (
+# MLX's libraries raise built-in exceptions, which only their text tells apart: (class, pattern,
+# explanation). The first row that fits counts; None: there is no class for the model. "{0}" is
+# the whole message, "{1}" and "{2}" are the groups; digits become a count of tensors.
+_ERRORS: tuple[tuple[type[BaseException], str, str | None], ...] = (
+    (ValueError, r"^Model type .* not supported", None),
     (
         Exception,
         r"Unable to quantize model of type <class '[\w.]*?(\w+)'>",
@@ -240,151 +370,27 @@ _MLX_LM_ERRORS: tuple[tuple[type[Exception], str, str], ...] = (
 )
 
 
-def _explain_mlx_lm_error(error: Exception) -> str:
-    """What an exception of mlx-lm or MLX means for a checkpoint; else its text in one line."""
+def _explain(error: BaseException) -> str | None:
+    """What an exception of a library or MLX means for a checkpoint; else its text in one line."""
     message = one_line(error)
-    for kind, pattern, template in _MLX_LM_ERRORS:
+    for kind, pattern, template in _ERRORS:
         match = re.search(pattern, message)
         if match is not None and isinstance(error, kind):
             groups = (pluralize(int(x), "tensor") if x.isdigit() else x for x in match.groups())
-            return template.format(message, *groups)
+            return None if template is None else template.format(message, *groups)
     return message
 
 
-@contextlib.contextmanager
-def _wrap_mlx_lm_errors(doing: str) -> Iterator[None]:
-    """Turn whatever mlx-lm raises into a LayoutError that says where."""
-    try:
-        yield
-    except RequantError:
-        raise
-    except Exception as error:
-        raise LayoutError(f"mlx-lm, {doing}: {_explain_mlx_lm_error(error)}") from error
-
-
-def _load(
-    utils: Any,
-    config: Mapping[str, Any],
-    tensors: Mapping[str, TensorInfo],
-    rule: _SanitizeRecorder,
-) -> tuple[Module, dict[str, Any]]:
-    if "model_file" in config:
-        raise UnknownModelError("config.json names code of its own (model_file), which is not run")
-    model_type = config.get("model_type")
-    if not isinstance(model_type, str):
-        raise UnknownModelError("config.json has no model_type")
-    try:
-        utils._get_classes(dict(config))
-    except ValueError as error:
-        raise UnknownModelError(f"mlx-lm has no class for model_type {model_type!r}") from error
-    except (Exception, SystemExit) as error:  # olmo exits where a package is missing
-        raise UnknownModelError(f"mlx-lm's class for {model_type!r} fails: {error}") from error
-
-    def get_model_classes(config: dict[str, Any]) -> tuple[Any, Any]:
-        return rule.classes(utils._get_classes, config)
-
-    with tempfile.TemporaryDirectory(prefix="requant-") as name:
-        folder = Path(name)
-        (folder / "config.json").write_text(json.dumps(config))
-        header = build_header(dict(tensors), {"format": "pt"})[0]
-        with (folder / "model.safetensors").open("wb") as file:
-            file.write(header)
-            file.truncate(len(header) + sum(info.nbytes for info in tensors.values()))
-        try:
-            with _wrap_mlx_lm_errors(f"loading {model_type}"):
-                model, loaded = utils.load_model(
-                    folder, lazy=True, get_model_classes=get_model_classes
-                )
-        except LayoutError as error:
-            error.class_names = rule.class_names
-            raise
-    return model, loaded
-
-
-def _recipe(
-    recipe: str | None, model: Module, quantization: Quantization | None
-) -> Callable[..., Any] | None:
-    if recipe is None:
-        return None
-    if quantization is None or quantization.mode is not QuantMode.AFFINE:
-        raise UsageError(f"recipe {recipe} is for the affine mode")
-    from mlx_lm.convert import mixed_quant_predicate_builder
-
-    predicate: Callable[..., Any]
-    with _wrap_mlx_lm_errors(f"recipe {recipe}"):
-        predicate = mixed_quant_predicate_builder(recipe, model, quantization.group_size)
-    return predicate
-
-
-def _config_dtype(config: Mapping[str, Any]) -> str | None:
-    """The dtype that mlx-lm casts to by default; keys and order are its own."""
-    word = config.get("torch_dtype")
-    if word is None and (text_config := config.get("text_config")):
-        word = text_config.get("dtype")
-    return DTYPES.get(word) if isinstance(word, str) else None
-
-
-def _cast(model: Module, dtype: str | None) -> frozenset[str]:
-    """Cast as mlx-lm does; returns the floating parameters that the model exempts."""
-    predicate = getattr(model, "cast_predicate", lambda _: True)
-    kept: set[str] = set()
-
-    def cast(path: str, array: mx.array) -> mx.array:
-        if not mx.issubdtype(array.dtype, mx.floating):
-            return array
-        if not predicate(path):
-            kept.add(path)
-            return array
-        return array if dtype is None else array.astype(MLX_DTYPE[dtype])
-
-    model.update(tree_map_with_path(cast, model.parameters()))
-    return frozenset(kept)
-
-
-def _written_config(utils: Any, model: Module, config: dict[str, Any]) -> dict[str, Any]:
-    options = {}
-    if "keep_vision_config" in inspect.signature(utils.save_config).parameters:
-        options["keep_vision_config"] = "vision_tower" in getattr(model, "model", {})
-    with tempfile.TemporaryDirectory(prefix="requant-") as name:
-        path = Path(name) / "config.json"
-        utils.save_config(copy.deepcopy(config), path, **options)
-        written: dict[str, Any] = json.loads(path.read_text())
-    return written
-
-
-# -- what became of the layers ---------------------------------------------------------------
-
-
 def _modules(model: Module) -> dict[str, Module]:
-    leaves: Any = tree_flatten(model.leaf_modules(), is_leaf=_is_module)
-    return {path: module for path, module in leaves if _is_module(module)}
+    is_module = _nn.Module.is_module
+    leaves: Any = tree_flatten(model.leaf_modules(), is_leaf=is_module)
+    return {path: module for path, module in leaves if is_module(module)}
 
 
-def _takes_global_scale(module: Module) -> bool:
+def _takes_scale(module: Module) -> bool:
     return "global_scale" in inspect.signature(module.to_quantized).parameters
 
 
-def _infos(model: Module) -> dict[str, TensorInfo]:
-    parameters: Any = tree_flatten(model.parameters())
-    return {name: TensorInfo(HEADER_NAME[x.dtype], tuple(x.shape)) for name, x in parameters}
-
-
-def _compare(
-    before: Mapping[str, Module], after: Mapping[str, Module], option: Quantization | None
-) -> tuple[dict[str, Quantization], dict[str, Reason]]:
-    """The layers that were quantized with their parameters, and why the others were not."""
-    targets: dict[str, Quantization] = {}
-    reasons: dict[str, Reason] = {}
-    if option is None:
-        return targets, reasons
-    for path, module in before.items():
-        quantized, n_in = after.get(path, module), module.weight.shape[-1]
-        if quantized is not module:
-            mode = getattr(quantized, "mode", QuantMode.AFFINE)
-            targets[path] = Quantization(quantized.group_size, quantized.bits, mode)
-        elif n_in % option.group_size:
-            text = f"last axis {n_in} is not a multiple of group {option.group_size}"
-            reasons[path] = Reason(ReasonCode.NO_GROUP_SIZE, text)
-        else:
-            reasons[path] = _DENSE_BY_MLX_LM
-    return targets, reasons
+def _infos(parameters: Any) -> dict[str, TensorInfo]:
+    flat: Any = tree_flatten(parameters)
+    return {name: TensorInfo(HEADER_NAME[x.dtype], tuple(x.shape)) for name, x in flat}

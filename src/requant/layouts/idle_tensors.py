@@ -1,7 +1,7 @@
 """Leave out tensors that a model does not compute with, and for which its class has no place.
 
 AutoGPTQ writes a bias of zeros for each layer; layers that predict further tokens (MTP) follow
-those that the config counts. A class of mlx-lm that does not drop them itself rejects the whole
+those that the config counts. A class that does not drop them itself rejects the whole
 checkpoint because of them, and only then are they left out.
 """
 
@@ -62,7 +62,7 @@ def without_unused_tensors(checkpoint: Checkpoint, layout: SourceLayout) -> Redu
         each = "each of which " if len(names) > 1 else "which "
         text = (
             f"Left out: {pluralize(len(names), 'tensor')} ({join_first(names, _NAMED)}), "
-            f"{each}{reason}; mlx-lm's class has no place for such."
+            f"{each}{reason}; the model's class has no place for such."
         )
         notes.append(Note(NoteCode.IDLE_TENSORS, text))
     return Reduced(replace(layout, layers=layers, dropped=(*layout.dropped, *dropped)), (*notes,))

@@ -1,61 +1,45 @@
-"""mlx-lm's layout of a checkpoint, and how each of its tensors is made."""
+"""A library's layout of a checkpoint, and how each of its tensors is made."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import mlx.core as mx
 
-from requant.core.dtypes import TensorInfo
-from requant.core.reasons import Reason
-from requant.layouts.availability import LayoutError
+from requant.core.dtypes import FLOATS, TensorInfo
 from requant.layouts.byte_moves import Traced
-from requant.layouts.conversion_trace import HEADER_NAME, MLX_DTYPE, run
+from requant.layouts.conversion_trace import HEADER_NAME, MLX_DTYPE, Decisions, Rule, Shown, run
 from requant.layouts.expert_forms import Adapter
-from requant.layouts.outputs import BATCH_BYTES, ByteCopy, ComputedBySanitize
-from requant.quantization.config import Quantization
+from requant.layouts.outputs import BATCH_BYTES, ByteCopy, ComputedByRule
+from requant.layouts.tracer import tracing_lock
+from requant.libraries import LayoutError, Library, Request
 from requant.text import join_first, pluralize
 
-__all__ = ["MlxLmLayout", "mlx_lm_layout"]
+__all__ = ["LibraryLayout", "Request", "Shown", "library_layout"]
+
+Output = ByteCopy | ComputedByRule
 
 
-@dataclass(eq=False)
-class MlxLmLayout:
-    """The result of mlx-lm's conversion of a checkpoint, and its functions to compute tensors.
+@dataclass(eq=False, kw_only=True)
+class LibraryLayout(Decisions):
+    """The result of a library's conversion of a checkpoint, and its functions to compute tensors.
 
     Attributes:
-        tensors: Name after mlx-lm's renaming -> how the tensor is made, before it is cast
-            (``dtype``, ``keeps_dtype``) or quantized (``targets``).
+        library: The library.
+        tensors: Name after the library's renaming -> how the tensor is made, before it is cast
+            (``dtypes``) or quantized (``targets``).
         dropped: Source tensors that no output needs, in source order.
-        targets: Layer path -> the quantization that mlx-lm would apply. ``saved`` has a
-            ``{layer}.global_scale`` where it comes with one.
-        dense_reasons: Layers that could be quantized and stay dense, each with the reason.
-        dtype: Header name that floating tensors are cast to before they are quantized; None
-            leaves each as it is. It is the requested one, else what mlx-lm takes from the config.
-        keeps_dtype: Floating tensors that are exempt from the cast.
-        config: ``config.json`` as mlx-lm would write it.
-        saved: Name -> dtype and shape of everything that mlx-lm would write.
-        quantizable: Layers that the class can hold quantized, whatever was requested.
-        with_global_scale: Those of them that can hold nvfp4 with a global scale.
     """
 
-    tensors: Mapping[str, ByteCopy | ComputedBySanitize]
+    library: Library
+    tensors: Mapping[str, Output]
     dropped: tuple[str, ...]
-    targets: Mapping[str, Quantization]
-    dense_reasons: Mapping[str, Reason]
-    dtype: str | None
-    keeps_dtype: frozenset[str]
-    config: dict[str, Any]
-    saved: Mapping[str, TensorInfo]
-    quantizable: frozenset[str]
-    with_global_scale: frozenset[str]
     _computer: _Computer = field(repr=False)
 
     def compute(self, name: str, load: Callable[[str], mx.array]) -> mx.array:
-        """Evaluate one :class:`ComputedBySanitize` tensor with the model's ``sanitize`` on the CPU.
+        """Evaluate one :class:`ComputedByRule` tensor with the library's rule on the CPU.
 
         Small tensors are evaluated several at a time, and the others are kept until they are
         requested, so request them in the order of ``tensors``. Calls of several threads run one
@@ -72,76 +56,62 @@ class MlxLmLayout:
         return self._computer.compute(name, load)
 
 
-def mlx_lm_layout(
-    config: Mapping[str, Any],
-    tensors: Mapping[str, TensorInfo],
-    *,
-    quantization: Quantization | None = None,
-    recipe: str | None = None,
-    dtype: str | None = None,
-    global_scale: bool = False,
-    adapt: Adapter | None = None,
-) -> MlxLmLayout:
-    """Determine the result of ``mlx_lm.convert`` for a checkpoint without its data.
+def library_layout(
+    library: Library, shown: Shown, request: Request | None = None, adapt: Adapter | None = None
+) -> LibraryLayout:
+    """Determine the result of a library's convert for a checkpoint without its data.
 
     Args:
-        config: ``config.json`` as ``mlx_lm.utils.load_config`` gives it (with the
-            ``eos_token_id`` of ``generation_config.json``). For a source in MLX's quantized
-            format its ``quantization`` block describes the triples in ``tensors``.
-        tensors: Name -> dtype and shape of every source tensor, dense or parts of triples.
-        quantization: The target; None for a dense output.
-        recipe: One of mlx-lm's mixed recipes (``mixed_2_6``); affine only.
-        dtype: Header name ("BF16") to cast floating tensors to; None takes the config's.
-        global_scale: Whether each expert gets a global scale, nvfp4 only.
-        adapt: Applied to a weight map before the class's ``sanitize``.
+        library: The library.
+        shown: The checkpoint, under the names and shapes of its dense weights. For a source in
+            MLX's quantized format the config's ``quantization`` block describes the triples.
+        request: The target, recipe and dtype; a dense output by default.
+        adapt: Applied to a weight map before the library's rule.
 
     Raises:
-        UnknownModelError: mlx-lm is not installed or has no class for the model.
-        LayoutError: mlx-lm's own conversion would fail (all missing or unknown tensors are
-            named), or ``sanitize`` looks at values.
+        UnknownModelError: The library is not installed or has no class for the model.
+        LayoutError: The library's own conversion would fail (all missing or unknown tensors are
+            named), leaves parameters without a tensor, or looks at values.
         UsageError: A recipe with another mode than affine.
     """
-    trace = run(
-        config,
-        tensors,
-        quantization,
-        recipe=recipe,
-        dtype=dtype,
-        global_scale=global_scale,
-        adapt=adapt,
-    )
-    given = {name: _info(x) for name, x in trace.traced.items()}
-    if given != trace.loaded:  # a legacy method that repacks weights after the rule
-        unlike = [x for x in {**given, **trace.loaded} if given.get(x) != trace.loaded.get(x)]
+    trace = run(library, shown, request or Request(), adapt)
+    decisions, rule, outputs = trace.decisions, trace.rule, {}
+    changed = [name for name in decisions.dtypes if name not in trace.traced]
+    changed += [
+        name
+        for name, x in decisions.saved.items()
+        if name in trace.traced
+        and name.removesuffix(".weight") not in decisions.targets
+        and tuple(trace.traced[name].shape) != x.shape
+    ]
+    if changed:  # a legacy method that repacks weights after the rule
         raise LayoutError(
-            f"mlx-lm changes {pluralize(len(unlike), 'tensor')} after its renaming "
-            f"({join_first(unlike, 5)}): turn the source into MLX triples first"
+            f"{library.name} changes {pluralize(len(changed), 'tensor')} after its renaming "
+            f"({join_first(changed, 5)}): turn the source into MLX triples first"
         )
-    outputs = {name: _output(x) for name, x in trace.traced.items()}
-    used = {source for x in trace.traced.values() for source in x.sources}
-    return MlxLmLayout(
+    for name, traced in trace.traced.items():
+        if name in decisions.dtypes:
+            outputs[name] = _output(traced, decisions.dtypes[name])
+    used = {source for x in outputs.values() for source in x.inputs}
+    return LibraryLayout(
+        **vars(decisions),
+        library=library,
         tensors=outputs,
-        dropped=tuple(name for name in tensors if name not in used),
-        targets=trace.targets,
-        dense_reasons=trace.dense_reasons,
-        dtype=trace.dtype,
-        keeps_dtype=trace.keeps_dtype,
-        config=trace.config,
-        saved=trace.saved,
-        quantizable=trace.quantizable,
-        with_global_scale=trace.with_global_scale,
-        _computer=_Computer(trace.rule, dict(tensors), outputs),
+        dropped=tuple(name for name in shown.tensors if name not in used),
+        _computer=_Computer(rule, dict(shown.tensors), outputs),
     )
 
 
-def _info(traced: Traced) -> TensorInfo:
-    return TensorInfo(HEADER_NAME[traced.dtype], tuple(traced.shape))
+def _output(traced: Traced, dtype: str) -> Output:
+    """How a tensor is made.
 
-
-def _output(traced: Traced) -> ByteCopy | ComputedBySanitize:
-    info = _info(traced)
+    A cast between floating dtypes is a part of the conversion; any other is computed.
+    """
+    info = TensorInfo(HEADER_NAME[traced.dtype], tuple(traced.shape))
+    if info.dtype != dtype and not {info.dtype, dtype} <= set(FLOATS):
+        return ComputedByRule(TensorInfo(dtype, info.shape), traced.sources)
     if traced.pieces is None:
-        return ComputedBySanitize(info, traced.sources)
+        return ComputedByRule(info, traced.sources)
     return ByteCopy(info, traced.pieces)
 
 
@@ -149,23 +119,21 @@ def _output(traced: Traced) -> ByteCopy | ComputedBySanitize:
 
 
 class _Computer:
-    """Runs ``sanitize`` on placeholders for all tensors but the inputs of the requested ones.
+    """Runs a library's rule on placeholders for all tensors but the inputs of the requested ones.
 
     Nothing that depends on a placeholder is evaluated: the trace gives the dependencies, and shows
-    that ``sanitize`` does not depend on values.
+    that the rule does not depend on values.
     """
 
     def __init__(
         self,
-        rule: Callable[[dict[str, mx.array]], dict[str, mx.array]],
+        rule: Rule,
         tensors: Mapping[str, TensorInfo],
-        outputs: Mapping[str, ByteCopy | ComputedBySanitize],
+        outputs: Mapping[str, Output],
     ) -> None:
         self._rule = rule
         self._tensors = tensors
-        self._outputs = {
-            name: x for name, x in outputs.items() if isinstance(x, ComputedBySanitize)
-        }
+        self._outputs = {name: x for name, x in outputs.items() if isinstance(x, ComputedByRule)}
         self._batch_of = self._batches()
         self._ready: dict[str, mx.array] = {}
         self._begun: set[int] = set()
@@ -197,13 +165,16 @@ class _Computer:
 
     def _run(self, names: tuple[str, ...], load: Callable[[str], mx.array]) -> dict[str, mx.array]:
         needed = {source for name in names for source in self._outputs[name].inputs}
-        with mx.stream(mx.cpu):
+        with tracing_lock, mx.stream(mx.cpu):
             weights = {
                 name: load(name) if name in needed else mx.zeros(info.shape, MLX_DTYPE[info.dtype])
                 for name, info in self._tensors.items()
             }
             outputs = self._rule(weights)
-            results = {name: mx.contiguous(outputs[name]) for name in names}
+            results = {
+                name: mx.contiguous(outputs[name].astype(MLX_DTYPE[self._outputs[name].info.dtype]))
+                for name in names
+            }
             del weights, outputs
             mx.eval(list(results.values()))
         mx.clear_cache()  # else MLX keeps buffers that do not fit the next tensor

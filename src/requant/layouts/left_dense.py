@@ -46,6 +46,8 @@ _KEYS = re.compile(
     r"(vision|visual|vit|audio|speech|sound|image|img|perceiver|projector|mm|acoustic)"
     r"(_\w+)?_(config|cfg|tower|processor)"
 )
+_SOUND = re.compile(r"audio|speech|sound|acoustic|whisper|conformer|apm")
+_IMAGE = re.compile(r"vision|visual|vit|image|img|vpm|sam|siglip|clip|dino")
 _NESTED = ("thinker_config", "talker_config", "text_config", "llm_config")
 
 _HEAD = re.compile(
@@ -68,6 +70,20 @@ def left_dense(layers: Iterable[SourceLayer], config: Mapping[str, Any]) -> dict
 def is_of_a_tower(name: str) -> bool:
     """Whether a tensor or layer is named like a part of a tower or projector."""
     return _TOWER.search(name) is not None
+
+
+def modalities(layers: Iterable[SourceLayer], config: Mapping[str, Any]) -> tuple[bool, bool]:
+    """Whether a model takes images, and whether it takes sound, next to text.
+
+    Either its config has a part for them, or a tower of its tensors is named so.
+    """
+    sees = hears = False
+    keys = [key for part in _parts(config) for key in part if _KEYS.fullmatch(key)]
+    paths = [x.path for x in layers if len(x.shape) > 1 and is_of_a_tower(x.path)]
+    for word in (*keys, *paths):
+        is_sound = _SOUND.search(word) is not None
+        hears, sees = hears or is_sound, sees or (not is_sound and _IMAGE.search(word) is not None)
+    return sees, hears
 
 
 def _towers(
@@ -94,9 +110,13 @@ def _towers(
 
 
 def _has_part(config: Mapping[str, Any]) -> bool:
+    return any(_KEYS.fullmatch(key) for part in _parts(config) for key in part)
+
+
+def _parts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """A config and its nested ones."""
     nested = (config.get(key) for key in _NESTED)
-    parts = [config, *(part for part in nested if isinstance(part, Mapping))]
-    return any(_KEYS.fullmatch(key) for part in parts for key in part)
+    return [config, *(part for part in nested if isinstance(part, Mapping))]
 
 
 def _tied_embeddings(layers: Iterable[SourceLayer]) -> Iterator[tuple[str, Reason]]:

@@ -1,4 +1,4 @@
-"""Check whether mlx-lm loads a set of tensors by running its loader on files without data."""
+"""Check whether a library loads a set of tensors by running its loader on files without data."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from typing import TYPE_CHECKING, Any
 
 from requant.core.dtypes import TensorInfo
 from requant.errors import RequantError
-from requant.layouts.availability import UnknownModelError, missing_class_reason
 from requant.layouts.outputs import ByteCopy
+from requant.libraries import MLX_LM, UnknownModelError
 
 if TYPE_CHECKING:
-    from requant.layouts.layout import MlxLmLayout
+    from requant.layouts.layout import LibraryLayout
 
 
 def why_unloadable(config: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> str:
     """Return why mlx-lm does not load a folder of this config and these tensors; "" if it does."""
-    if why := missing_class_reason(config):
+    if why := MLX_LM.missing_class_reason(config):
         return why
     try:
-        from requant.layouts.layout import mlx_lm_layout
+        from requant.layouts.layout import Shown, library_layout
 
-        mlx_lm_layout(deepcopy(dict(config)), infos)
+        library_layout(MLX_LM, Shown(deepcopy(dict(config)), infos))
     except UnknownModelError as error:
         return one_sentence(error.why)
     except RequantError as error:
@@ -32,21 +32,21 @@ def why_unloadable(config: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -
     return ""
 
 
-def find_load_error(layout: MlxLmLayout, infos: Mapping[str, TensorInfo]) -> str:
-    """Return why mlx-lm does not load its own layout with further tensors; "" if it does.
+def find_load_error(layout: LibraryLayout, infos: Mapping[str, TensorInfo]) -> str:
+    """Return why a library does not load its own layout with further tensors; "" if it does.
 
-    mlx-lm runs ``sanitize`` when it loads a model, too: it must drop the further tensors again and
+    A library runs its rule when it loads a model, too: it must drop the further tensors again and
     leave the others unchanged.
 
     Args:
-        layout: mlx-lm's layout.
+        layout: The library's layout.
         infos: Its tensors and the further ones.
     """
-    from requant.layouts.layout import mlx_lm_layout
+    from requant.layouts.layout import Shown, library_layout
 
     dense = {k: v for k, v in layout.config.items() if not k.startswith("quantization")}
     try:
-        again = mlx_lm_layout(dense, infos)
+        again = library_layout(layout.library, Shown(dense, infos))
     except RequantError as error:
         return " ".join(str(error).split())
     for name, x in again.tensors.items():

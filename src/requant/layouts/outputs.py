@@ -56,7 +56,7 @@ class ByteCopy:
 
 
 @dataclass(frozen=True, slots=True)
-class ComputedBySanitize:
+class ComputedByRule:
     """A tensor that the model class's ``sanitize`` computes.
 
     Attributes:

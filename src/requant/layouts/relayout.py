@@ -1,9 +1,9 @@
-"""Give a checkpoint's layers the names and shapes that mlx-lm gives its tensors.
+"""Give a checkpoint's layers the names and shapes that a library gives its tensors.
 
-Tensors that mlx-lm only moves (renames, stacks, splits) stay bytes of the source files; those that
-its model class computes are computed during the conversion, one at a time.
+Tensors that the library only moves (renames, stacks, splits) stay bytes of the source files; those
+that its model class computes are computed during the conversion, one at a time.
 
-A quantized layer is shown to mlx-lm as the dense weight that it represents. Where ``sanitize``
+A quantized layer is shown to the library as the dense weight that it represents. Where its rule
 moves whole rows of such weights, the rows of codes, scales and biases are moved in the same way;
 members that are stored in different ways get an encoding that holds all of them
 (``formats.members``). Where it does anything else, the layer is decoded and by default
@@ -16,9 +16,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import accumulate
 from math import prod
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,7 +39,6 @@ from requant.formats.base import DefaultPolicy, RowRange, SourceLayer, SourceLay
 from requant.formats.members import in_float32, members_joined, recomputed
 from requant.formats.nvfp4_layers import has_tensor_scale, kept_separate
 from requant.formats.quantization_block import without_blocks
-from requant.layouts.availability import NO_CLASS_HINT, UnknownModelError, missing_class_reason
 from requant.layouts.load_check import find_load_error
 from requant.layouts.outputs import ByteCopy
 from requant.layouts.row_ranges import (
@@ -50,57 +50,61 @@ from requant.layouts.row_ranges import (
     stacked_global_scales,
     strided_view,
 )
-from requant.quantization.config import PerLayerQuantization, Quantization
+from requant.libraries import NO_CLASS_HINT, Library, Request, UnknownModelError
+from requant.quantization.config import PerLayerQuantization
 from requant.text import os_error_text
 
 if TYPE_CHECKING:
-    from requant.layouts.layout import MlxLmLayout
+    from requant.layouts.layout import LibraryLayout
 
-REENCODED_BY_SANITIZE = Reason(
-    ReasonCode.REENCODED_BY_SANITIZE, "mlx-lm's rule for this model works on its values"
-)
-"""Why a quantized layer could not keep its codes under mlx-lm's names."""
 
 ReadValues = Callable[[str, memoryview], None]
-"""Writes the values of a source tensor or decoded layer, by the name that mlx-lm was shown."""
+"""Writes the values of a source tensor or decoded layer, by the name that the library was shown."""
 
 
-class MlxLmLayoutError(CheckpointError):
-    """mlx-lm's layout cannot be made of a checkpoint.
+class LibraryLayoutError(CheckpointError):
+    """A library's layout cannot be made of a checkpoint.
 
     Attributes:
         why: The reason, with the tensor that it is about, without the advice that the message adds.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, why: str, advice: str = "", tensor: str = ""
+        self, checkpoint: Checkpoint, library: Library, why: str, advice: str = "", tensor: str = ""
     ) -> None:
         self.why = f"{tensor}: {why}" if tensor else why
         message = f"{why}. {advice}" if advice else why
-        super().__init__(str(checkpoint.source), [Problem(tensor or "--layout mlx-lm", message)])
+        where = tensor or f"--layout {library.name}"
+        super().__init__(str(checkpoint.source), [Problem(where, message)])
 
 
 @dataclass(eq=False)
 class Relayout:
-    """mlx-lm's layout of a checkpoint, and its layers under mlx-lm's names.
+    """A library's layout of a checkpoint, and its layers under the library's names.
 
-    Not data: it holds mlx-lm's functions and caches.
+    Not data: it holds the library's functions and caches.
 
     Attributes:
-        layout: mlx-lm's names, choice of layers and config.
-        source_layers: Name -> the source's layer that mlx-lm was shown under it, as dense values.
+        layout: The library's names, choice of layers and config.
+        source_layers: Name -> the source's layer that the library was shown under it, as dense
+            values.
         source: The source's layers as they are stored.
-        extra_tensors: Names of the shown tensors that mlx-lm does not use, and that are kept.
-        load_error: Why mlx-lm would not load the output with these; "" where it does.
+        extra_tensors: Names of the shown tensors that the library does not use, and that are kept.
+        load_error: Why the library would not load the output with these; "" where it does.
         form: How the experts were converted for the class; "" where they were not.
     """
 
-    layout: MlxLmLayout
+    layout: LibraryLayout
     source_layers: Mapping[str, SourceLayer]
     source: SourceLayout
     extra_tensors: tuple[str, ...] = ()
     load_error: str = ""
     form: str = ""
+
+    @property
+    def library(self) -> Library:
+        """The library whose layout it is."""
+        return self.layout.library
 
     @cached_property
     def layers(self) -> SourceLayout:
@@ -116,13 +120,14 @@ class Relayout:
         )
 
     def _dropped(self) -> Iterator[tuple[str, str]]:
-        """The source's tensors that mlx-lm does not use, each with the reason."""
+        """The source's tensors that the library does not use, each with the reason."""
+        library = self.library.name
         for name in self.layout.dropped:
             if name in self.extra_tensors:
                 continue
-            reason = "mlx-lm's class has no use for them; --keep-extra keeps them"
+            reason = f"{library}'s class has no use for them; --keep-extra keeps them"
             if name in self.layout.tensors:
-                reason = "mlx-lm makes another tensor of this name"
+                reason = f"{library} makes another tensor of this name"
             for part in self.source_layers[name].parts.values():
                 yield part.name, reason
 
@@ -283,7 +288,10 @@ class Relayout:
             stored_description=" and ".join(dict.fromkeys(x.stored_as for x in sources)),
             policy=DefaultPolicy(
                 fallback=recomputed(sources, layer.shape[-1]) if quantizable else None,
-                reason=REENCODED_BY_SANITIZE,
+                reason=Reason(
+                    ReasonCode.REENCODED_BY_RULE,
+                    f"{self.library.name}'s rule for this model works on its values",
+                ),
                 requires_choice=next(filter(None, choices), ""),
             ),
         )
@@ -292,55 +300,52 @@ class Relayout:
 def build_relayout(
     checkpoint: Checkpoint,
     source: SourceLayout,
-    quantization: Quantization | None,
-    dtype: str | None,
-    recipe: str | None = None,
+    library: Library,
+    request: Request,
     keep_extra: bool = False,
 ) -> Relayout:
-    """Make mlx-lm's layout of a checkpoint.
+    """Make a library's layout of a checkpoint.
 
     Args:
         checkpoint: The source.
         source: Its layers as they are stored.
-        quantization: The target of mlx-lm's choice of layers; None for a dense model, and for a
-            quantized one that keeps its codes.
-        dtype: Header name that floating tensors are cast to.
-        recipe: One of mlx-lm's own.
-        keep_extra: Keep the tensors that mlx-lm's class does not use, under their own names.
+        library: The library.
+        request: The target of its choice of layers (None for a dense model, and for a quantized
+            one that keeps its codes), recipe and dtype.
+        keep_extra: Keep the tensors that the library's class does not use, under their own names.
 
     Raises:
-        CheckpointError: mlx-lm is not installed, has no class for the model, or would itself
+        CheckpointError: The library is not installed, has no class for the model, or would itself
             fail on this checkpoint.
     """
-    if why := missing_class_reason(checkpoint.config):
-        raise MlxLmLayoutError(checkpoint, why, NO_CLASS_HINT)
+    if why := library.missing_class_reason(checkpoint.config):
+        hint = NO_CLASS_HINT.format(library=library.name)
+        raise LibraryLayoutError(checkpoint, library, why, hint)
     try:
-        from mlx_lm.utils import load_config
-
         from requant.layouts.any_form import layout_in_any_form
+        from requant.layouts.conversion_trace import Shown
     except Exception as error:  # mlx-lm raises limits of the process while it is imported
-        why = f"mlx-lm cannot be imported ({error})"
-        raise MlxLmLayoutError(checkpoint, why, NO_CLASS_HINT) from error
-    shown = {x.dense_name: x for x in (layer.as_named or layer for layer in source.layers)}
-    infos = {name: TensorInfo(layer.dtype, layer.shape) for name, layer in shown.items()}
-    lay_out = partial(layout_in_any_form, quantization=quantization, recipe=recipe, dtype=dtype)
-    with _layout_errors(checkpoint):
-        # Not our own reading of config.json: mlx-lm adds entries of generation_config.json.
-        is_gguf = checkpoint.gguf is not None
-        config = deepcopy(dict(checkpoint.config)) if is_gguf else load_config(checkpoint.path)
-        config = without_blocks(with_changes(config, checkpoint.corrections))
-        layout, form = lay_out(config, infos)
-        if narrow := _narrow_members(layout, shown):
-            shown |= {name: in_float32(shown[name]) for name in narrow}
+        why = f"{library.name} cannot be imported ({error})"
+        raise LibraryLayoutError(checkpoint, library, why) from error
+    layers = {x.dense_name: x for x in (layer.as_named or layer for layer in source.layers)}
+    infos = {name: TensorInfo(layer.dtype, layer.shape) for name, layer in layers.items()}
+    with _layout_errors(checkpoint, library):
+        config = without_blocks(
+            with_changes(deepcopy(dict(checkpoint.config)), checkpoint.corrections)
+        )
+        shown = Shown(config, infos, _side_files(checkpoint), _folder_name(checkpoint))
+        layout, form = layout_in_any_form(library, shown, request)
+        if narrow := _narrow_members(layout, layers):
+            layers |= {name: in_float32(layers[name]) for name in narrow}
             infos |= {name: TensorInfo("F32", infos[name].shape) for name in narrow}
-            layout, form = lay_out(config, infos)
+            layout, form = layout_in_any_form(library, replace(shown, tensors=infos), request)
     if not keep_extra:
-        return Relayout(layout, shown, source, form=form)
+        return Relayout(layout, layers, source, form=form)
     extra = tuple(name for name in layout.dropped if name not in layout.tensors)
     infos = {name: x.info for name, x in layout.tensors.items()} | {x: infos[x] for x in extra}
     return Relayout(
         layout=layout,
-        source_layers=shown,
+        source_layers=layers,
         source=source,
         extra_tensors=extra,
         load_error=find_load_error(layout, infos),
@@ -348,23 +353,48 @@ def build_relayout(
     )
 
 
+_READ_BY_LIBRARIES = (".json", ".yaml", ".txt", ".model", ".jinja", ".tiktoken")
+
+
+def _side_files(checkpoint: Checkpoint) -> dict[str, Path]:
+    """Files next to the weights that a library may read for its own config."""
+    if checkpoint.gguf is not None:
+        return {}
+    return {
+        name: checkpoint.path.resolve() / name
+        for name in checkpoint.side_files
+        if "/" not in name
+        and name.endswith(_READ_BY_LIBRARIES)
+        and name not in checkpoint.quantization_files  # the library is shown dense weights
+        and (checkpoint.path / name).is_file()
+    }
+
+
+def _folder_name(checkpoint: Checkpoint) -> str:
+    """The name by which some libraries recognize a model."""
+    if checkpoint.repository is not None:
+        return checkpoint.repository[0].rpartition("/")[2]
+    return checkpoint.path.resolve().name or "model"
+
+
 @contextmanager
-def _layout_errors(checkpoint: Checkpoint) -> Iterator[None]:
-    """Translate the errors of mlx-lm's layout to MlxLmLayoutError."""
+def _layout_errors(checkpoint: Checkpoint, library: Library) -> Iterator[None]:
+    """Translate the errors of a library's layout to LibraryLayoutError."""
     try:
         yield
     except UsageError:
         raise
     except UnknownModelError as error:
-        raise MlxLmLayoutError(checkpoint, error.why, NO_CLASS_HINT) from error
+        hint = NO_CLASS_HINT.format(library=library.name)
+        raise LibraryLayoutError(checkpoint, library, error.why, hint) from error
     except RequantError as error:
-        raise MlxLmLayoutError(checkpoint, str(error)) from error
+        raise LibraryLayoutError(checkpoint, library, str(error)) from error
     except OSError as error:  # the placeholders are written to a temporary folder
-        message = f"mlx-lm cannot be shown the model: {os_error_text(error)}"
-        raise MlxLmLayoutError(checkpoint, message) from error
+        message = f"{library.name} cannot be shown the model: {os_error_text(error)}"
+        raise LibraryLayoutError(checkpoint, library, message) from error
 
 
-def _narrow_members(layout: MlxLmLayout, shown: Mapping[str, SourceLayer]) -> list[str]:
+def _narrow_members(layout: LibraryLayout, shown: Mapping[str, SourceLayer]) -> list[str]:
     """Inputs of outputs that join quantized layers of several dtypes, but for float32 ones.
 
     float32 holds the values of all of them.

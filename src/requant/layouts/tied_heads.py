@@ -14,10 +14,10 @@ from requant.checkpoints.checkpoint import Checkpoint, Key
 from requant.core.reasons import Note, NoteCode
 from requant.errors import CheckpointError
 from requant.formats import SourceLayer, SourceLayout
-from requant.layouts.availability import missing_class_reason
 from requant.layouts.head_names import Pair, find_pair, flag_places, flags, has_scores
-from requant.layouts.relayout import MlxLmLayoutError, Relayout
+from requant.layouts.relayout import LibraryLayoutError, Relayout
 from requant.layouts.same_values import same_values
+from requant.libraries import Library
 from requant.text import format_value
 
 Declared = Mapping[Key, bool | None]
@@ -79,9 +79,10 @@ def agreed(checkpoint: Checkpoint, layout: SourceLayout) -> Variant:
 def laid_out(
     checkpoint: Checkpoint,
     layout: SourceLayout,
+    library: Library,
     attempt: Callable[[Checkpoint, SourceLayout], Relayout],
 ) -> tuple[Checkpoint, Relayout, tuple[Note, ...]]:
-    """Return a layout of mlx-lm's class in which a stored head is kept.
+    """Return a library's layout in which a stored head is kept.
 
     Where the class drops such a head, or has no place for a tensor, the flag is set wherever
     the class may read it.
@@ -89,7 +90,8 @@ def laid_out(
     Args:
         checkpoint: The source.
         layout: Its layers.
-        attempt: Makes mlx-lm's layout of a checkpoint and its layers.
+        library: The library.
+        attempt: Makes its layout of a checkpoint and its layers.
 
     Returns:
         The checkpoint with the config of the layout, the layout, and notes.
@@ -104,7 +106,7 @@ def laid_out(
             relayout = attempt(variant.checkpoint, variant.layout)
         except CheckpointError as error:
             first = first or error
-            if pair is None or missing_class_reason(checkpoint.config):
+            if pair is None or library.missing_class_reason(checkpoint.config):
                 raise
             continue
         # The head is kept if an output has its values, or the embedding is a copy of it.
@@ -116,7 +118,7 @@ def laid_out(
     if pair.head is not None and not _is_copy(checkpoint, pair):
         layers = tuple(layer for layer in layout.layers if layer is not pair.head)
         if first is None or _succeeds(attempt, checkpoint, replace(layout, layers=layers)):
-            raise _always_tied(checkpoint, pair.head, pair.embedding) from first
+            raise _always_tied(checkpoint, library, pair.head, pair.embedding) from first
     assert first is not None
     raise first
 
@@ -185,7 +187,7 @@ def _with_copy(source: Variant, embedding: SourceLayer, path: str, declared: Dec
     }
     layers = (*source.layout.layers, replace(embedding, path=path, parts=parts))
     why = (
-        f"There is no head next to {embedding.dense_name}, and mlx-lm's class has one in every "
+        f"There is no head next to {embedding.dense_name}, and the model's class has one in every "
         f"model: {path}.weight is a copy of the embedding"
     )
     layout = replace(source.layout, layers=layers)
@@ -199,7 +201,7 @@ def _untied(source: Variant, pair: Pair, head: SourceLayer, declared: Declared) 
         found += f" ({embedding.stored_as})"
     if _is_copy(source.checkpoint, pair):
         found = (
-            f"mlx-lm's class has a head in every model, here the values of {embedding.dense_name}"
+            f"the model's class has a head in every case, here the values of {embedding.dense_name}"
         )
     return source.changed(declared, False, f"{found}: the head is kept")
 
@@ -210,11 +212,11 @@ def _tied(source: Variant, pair: Pair, declared: Declared) -> Variant:
 
 
 def _always_tied(
-    checkpoint: Checkpoint, head: SourceLayer, embedding: SourceLayer
+    checkpoint: Checkpoint, library: Library, head: SourceLayer, embedding: SourceLayer
 ) -> CheckpointError:
     message = (
-        f"differs from {embedding.dense_name}, and mlx-lm's class for model_type "
+        f"differs from {embedding.dense_name}, and {library.name}'s class for model_type "
         f"{format_value(checkpoint.config.get('model_type'))} has no head but its embedding; "
         "--layout keep keeps both"
     )
-    return MlxLmLayoutError(checkpoint, message, tensor=head.dense_name)
+    return LibraryLayoutError(checkpoint, library, message, tensor=head.dense_name)

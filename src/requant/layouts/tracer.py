@@ -110,7 +110,8 @@ class _Graph:
 
 # -- what MLX cannot export ------------------------------------------------------------------
 
-_lock = threading.RLock()
+tracing_lock = threading.RLock()
+"""Held while functions of MLX are replaced, which concerns the whole process."""
 
 
 def _identity(a: mx.array, *_: Any, **__: Any) -> mx.array:
@@ -129,7 +130,7 @@ def _traceable() -> Iterator[None]:
 
     The results have the right shapes, dtypes and dependencies; their values are never computed.
     """
-    with _lock:
+    with tracing_lock:
         kept = {"contiguous": mx.contiguous, "from_fp8": mx.from_fp8}
         mx.contiguous, mx.from_fp8 = _identity, _cast
         try:

@@ -21,7 +21,7 @@ from requant.core.types import Source
 from requant.errors import CheckpointError, Problem
 from requant.execution.runner import options_for_retry, run_once
 from requant.execution.sink import TensorOffsets
-from requant.layouts.availability import missing_class_reason
+from requant.libraries import MLX_LM
 from requant.planning.plan import Plan
 from requant.planning.planner import Planned, plan_with_source
 from requant.quantization.config import Quantization
@@ -193,7 +193,7 @@ def check_installed(source: Path) -> None:
     Raises:
         CheckpointError: It is not.
     """
-    why = missing_class_reason({"model_type": "llama"})
+    why = MLX_LM.missing_class_reason({"model_type": "llama"})
     if why:
         raise CheckpointError(str(source), [Problem("mlx-lm", why)])
 

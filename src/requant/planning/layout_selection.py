@@ -1,23 +1,27 @@
-"""Choose the names and shapes of the output's layers: mlx-lm's, or the source's.
+"""Choose the names and shapes of the output's layers: those of an MLX library, or the source's.
 
-``choose_layout`` tries mlx-lm's layout unless ``--layout keep`` asks for the source's names. Under
-``--layout auto`` a checkpoint that mlx-lm does not take keeps its names, and the result says why.
+``--layout NAME`` takes one library's layout or fails, ``keep`` the source's names. Under ``auto``
+the libraries that suit the model are tried in turn (``candidates``); a checkpoint that none takes
+keeps its names, and the result says why.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 from requant.checkpoints.checkpoint import Checkpoint
-from requant.core.reasons import Note
+from requant.core.reasons import Note, NoteCode
 from requant.errors import CheckpointError
 from requant.formats import SourceLayer, SourceLayout
-from requant.layouts.availability import missing_class_reason
 from requant.layouts.idle_tensors import without_unused_tensors
+from requant.layouts.left_dense import is_of_a_tower, modalities
 from requant.layouts.load_check import one_sentence
-from requant.layouts.relayout import MlxLmLayoutError, Relayout, build_relayout
+from requant.layouts.relayout import LibraryLayoutError, Relayout, build_relayout
 from requant.layouts.tied_heads import agreed, laid_out
+from requant.libraries import LIBRARIES, MLX_LM, Library, Request
 from requant.planning.target_fitting import fit_codes, fit_group_size
 from requant.planning.target_selection import find_override, is_quantized
 from requant.quantization.config import Quantization
@@ -34,9 +38,9 @@ class LayoutResult:
     Attributes:
         checkpoint: The source, with the config that belongs to these layers.
         layout: The layers.
-        relayout: mlx-lm's layout; None where tensors keep the source's names.
+        relayout: The library's layout; None where tensors keep the source's names.
         notes: What was changed for this layout.
-        rejection: Why mlx-lm's layout was tried and failed; else "".
+        rejection: Why a library's layout was tried and failed; else "".
     """
 
     checkpoint: Checkpoint
@@ -49,24 +53,71 @@ class LayoutResult:
 def choose_layout(
     checkpoint: Checkpoint, layout: SourceLayout, options: ConvertOptions
 ) -> LayoutResult:
-    """Choose between mlx-lm's layout and the source's names.
+    """Choose between the libraries' layouts and the source's names.
 
     Args:
         checkpoint: The source.
         layout: Its layers as they are stored.
-        options: For ``layout``, and what mlx-lm's choice of layers depends on.
+        options: For ``layout``, and what a library's choice of layers depends on.
 
     Raises:
-        CheckpointError: ``--layout mlx-lm``, and mlx-lm does not take this checkpoint.
+        CheckpointError: ``--layout`` names a library, and it does not take this checkpoint.
     """
     if options.layout == "keep":
         return _source_layout(checkpoint, layout, options)
-    try:
-        return _mlx_lm_layout(checkpoint, layout, options)
-    except CheckpointError as error:
-        if options.layout != "auto":
-            raise
-        return _source_layout(checkpoint, layout, options, rejection=_first_problem(error))
+    if options.layout != "auto":
+        return _library_layout(checkpoint, layout, LIBRARIES[options.layout], options)
+    first: CheckpointError | None = None
+    rejected: list[Note] = []
+    for library in candidates(checkpoint.config, layout):
+        try:
+            result = _library_layout(checkpoint, layout, library, options)
+        except CheckpointError as error:
+            first = first or error
+            if library is not MLX_LM and not library.missing_class_reason(checkpoint.config):
+                text = f"{library.name} does not take this model: {_first_problem(error)}."
+                rejected.append(Note(NoteCode.LIBRARY_REJECTED, text))
+            first = error if library is MLX_LM else first
+            continue
+        notes = (*_without_towers(checkpoint, layout, library), *rejected, *result.notes)
+        return replace(result, notes=notes)
+    assert first is not None
+    return _source_layout(checkpoint, layout, options, rejection=_first_problem(first))
+
+
+def candidates(config: Mapping[str, Any], layout: SourceLayout) -> list[Library]:
+    """The libraries that ``--layout auto`` tries, in this order.
+
+    A model that sees is mlx-vlm's and one that only hears is mlx-audio's, where they are installed
+    and have a class; mlx-lm is for text, and for what remains: encoders are mlx-embeddings'.
+    """
+    sees, hears = modalities(layout.layers, config)
+    names = ["mlx-lm", "mlx-audio", "mlx-embeddings"]
+    if sees:
+        names = ["mlx-vlm", "mlx-audio", "mlx-lm", "mlx-embeddings"]
+    elif hears:
+        names = ["mlx-audio", "mlx-vlm", "mlx-lm"]
+    libraries = [LIBRARIES[name] for name in names]
+    return [x for x in libraries if x is MLX_LM or not x.missing_class_reason(config)]
+
+
+def _without_towers(
+    checkpoint: Checkpoint, layout: SourceLayout, library: Library
+) -> tuple[Note, ...]:
+    """Say that a result is text only, and which extra keeps the towers."""
+    sees, hears = modalities(layout.layers, checkpoint.config)
+    towers = [x.path for x in layout.layers if is_of_a_tower(x.path)]
+    if library is not MLX_LM or not (sees or hears) or not towers:
+        return ()
+    kept_by = [
+        LIBRARIES[x] for x in (("mlx-vlm", "mlx-audio") if sees else ("mlx-audio", "mlx-vlm"))
+    ]
+    missing = [x for x in kept_by if x.folder is None]
+    what = " and ".join(["images"] * sees + ["sound"] * hears)
+    text = f"Text only: mlx-lm's class drops the towers for {what}"
+    if missing:
+        text += f"; {missing[0].name} keeps them (pip install 'requant[{missing[0].extra}]')"
+    return (Note(NoteCode.TEXT_ONLY, f"{text}."),)
 
 
 def why_not_mlx_lm(chosen: LayoutResult, options: ConvertOptions) -> str:
@@ -74,7 +125,7 @@ def why_not_mlx_lm(chosen: LayoutResult, options: ConvertOptions) -> str:
     if chosen.relayout is not None or chosen.rejection:
         return chosen.rejection
     try:
-        _mlx_lm_relayout(chosen.checkpoint, chosen.layout, options)
+        _relayout(chosen.checkpoint, chosen.layout, MLX_LM, options)
     except CheckpointError as error:
         return _first_problem(error)
     return ""
@@ -89,50 +140,49 @@ def _source_layout(
     return LayoutResult(agreement.checkpoint, folded, None, agreement.notes, rejection)
 
 
-def _mlx_lm_layout(
-    checkpoint: Checkpoint, layout: SourceLayout, options: ConvertOptions
+def _library_layout(
+    checkpoint: Checkpoint, layout: SourceLayout, library: Library, options: ConvertOptions
 ) -> LayoutResult:
-    """mlx-lm's layout of all tensors, or of those that the model computes with.
+    """A library's layout of all tensors, or of those that the model computes with.
 
     Raises:
-        CheckpointError: mlx-lm is not installed, or does not take this checkpoint either way.
+        CheckpointError: It is not installed, or does not take this checkpoint either way.
     """
-    attempt = partial(_mlx_lm_relayout, options=options)
+
+    def attempt(checkpoint: Checkpoint, layout: SourceLayout) -> Relayout:
+        return _relayout(checkpoint, layout, library, options)
+
     try:
-        corrected, relayout, notes = laid_out(checkpoint, layout, attempt)
+        corrected, relayout, notes = laid_out(checkpoint, layout, library, attempt)
     except CheckpointError as error:
-        if options.keep_extra or missing_class_reason(checkpoint.config):
+        if options.keep_extra or library.missing_class_reason(checkpoint.config):
             raise
         reduced = without_unused_tensors(checkpoint, layout)
         if reduced is None:
             raise
         try:
-            corrected, relayout, notes = laid_out(checkpoint, reduced.layout, attempt)
+            corrected, relayout, notes = laid_out(checkpoint, reduced.layout, library, attempt)
         except CheckpointError:
             raise error from None  # the error about all tensors says more
         notes = (*notes, *reduced.notes)
     return LayoutResult(corrected, relayout.layers, relayout, notes)
 
 
-def _mlx_lm_relayout(
-    checkpoint: Checkpoint, layout: SourceLayout, options: ConvertOptions
+def _relayout(
+    checkpoint: Checkpoint, layout: SourceLayout, library: Library, options: ConvertOptions
 ) -> Relayout:
-    """The layers under mlx-lm's names.
+    """The layers under a library's names.
 
     Raises:
-        CheckpointError: mlx-lm is not installed, or does not take this checkpoint.
+        CheckpointError: It is not installed, or does not take this checkpoint.
     """
     target = options.quantization
     if target is None and not options.dequantize and not is_quantized(layout):
         target = resolve_quantization()
     recipe = options.recipe
-    build = partial(
-        build_relayout,
-        quantization=target,
-        dtype=options.dtype,
-        recipe=recipe.name if recipe is not None and recipe.is_mixed else None,
-        keep_extra=options.keep_extra,
-    )
+    name = recipe.name if recipe is not None and recipe.name in library.recipes else None
+    request = Request(target, name, options.dtype)
+    build = partial(build_relayout, library=library, request=request, keep_extra=options.keep_extra)
     folded = build(checkpoint, _fold_act_order(layout, options))
     return folded if folded.keeps_row_orders else build(checkpoint, layout)
 
@@ -154,7 +204,7 @@ def _fold_act_order(layout: SourceLayout, options: ConvertOptions) -> SourceLayo
 def _first_problem(error: CheckpointError) -> str:
     """The first problem of a layout that cannot be made, on one line."""
     first, more = error.problems[0], len(error.problems) - 1
-    line = one_sentence(error.why if isinstance(error, MlxLmLayoutError) else str(first))
+    line = one_sentence(error.why if isinstance(error, LibraryLayoutError) else str(first))
     if len(line) > _MAX_REASON_CHARS:
         line = f"{line[:_MAX_REASON_CHARS].rstrip(', ')} …"
     return line + (f" (and {more:,} more problems)" if more else "")

@@ -37,7 +37,9 @@ def plan_notes(
     if options.budget is not None and options.recipe is not None:
         yield Note(NoteCode.BUDGET, options.recipe.description)
     if relayout is not None and relayout.form:
-        text = f"Experts are brought into another form for mlx-lm: {relayout.form}."
+        text = (
+            f"Experts are brought into another form for {relayout.library.name}: {relayout.form}."
+        )
         yield Note(NoteCode.EXPERTS_IN_OTHER_FORM, text)
     if selector.source_is_quantized:
         yield from _mixed_dtypes(steps)
@@ -48,15 +50,15 @@ def plan_notes(
 
 
 def _extra_tensors(relayout: Relayout | None) -> Iterator[Note]:
-    """Tensors that --keep-extra keeps and that mlx-lm's class does not use."""
+    """Tensors that --keep-extra keeps and that the library's class does not use."""
     if relayout is None or not relayout.extra_tensors:
         return
-    names = relayout.extra_tensors
+    names, library = relayout.extra_tensors, relayout.library.name
     loads = "it ignores such tensors when it loads the result."
     if relayout.load_error:
-        loads = f"mlx-lm does not load the result as it is: {relayout.load_error}"
+        loads = f"{library} does not load the result as it is: {relayout.load_error}"
     held = pluralize(len(names), "tensor")
-    text = f"mlx-lm has no use for {held} that --keep-extra keeps ({join_first(names)}); {loads}"
+    text = f"{library} has no use for {held} that --keep-extra keeps ({join_first(names)}); {loads}"
     yield Note(NoteCode.EXTRA_TENSORS, text)
 
 
@@ -104,9 +106,11 @@ def _global_scales(decisions: Iterable[LayerDecision]) -> Iterator[Note]:
 
 
 def _lost_codes(selector: TargetSelector, layers: Sequence[LayerPlan]) -> Iterator[Note]:
-    """Layers that cannot keep their codes in mlx-lm's layout."""
-    if selector.mlx_lm is None or selector.options.dequantize or selector.default is not None:
+    """Layers that cannot keep their codes in a library's layout."""
+    layout = selector.library_layout
+    if layout is None or selector.options.dequantize or selector.default is not None:
         return
+    library = layout.library.name
     codes = {
         x.path
         for x in selector.layout.layers
@@ -115,16 +119,15 @@ def _lost_codes(selector: TargetSelector, layers: Sequence[LayerPlan]) -> Iterat
     recomputed = [
         x.layer
         for x in layers
-        if x.treatment is Treatment.REQUANTIZED
-        and x.reason_code is ReasonCode.REENCODED_BY_SANITIZE
+        if x.treatment is Treatment.REQUANTIZED and x.reason_code is ReasonCode.REENCODED_BY_RULE
     ]
     members = [x.layer for x in layers if x.reason_code is ReasonCode.MEMBERS_REENCODED]
     dense = [x.layer for x in layers if x.treatment is Treatment.DEQUANTIZED and x.layer in codes]
-    by_value = "re-encoded with 8 bits: mlx-lm's rule for this model works on values"
+    by_value = f"re-encoded with 8 bits: {library}'s rule for this model works on values"
     unlike = "made of members without common codes: what has none that fit gets 8 bits"
-    no_codes = "dequantized: mlx-lm's class has no codes there"
+    no_codes = f"dequantized: {library}'s class has no codes there"
     for code, names, what in (
-        (NoteCode.REENCODED_BY_SANITIZE, recomputed, by_value),
+        (NoteCode.REENCODED_BY_RULE, recomputed, by_value),
         (NoteCode.MEMBERS_REENCODED, members, unlike),
         (NoteCode.DENSE_IN_CLASS, dense, no_codes),
     ):

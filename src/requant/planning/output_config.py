@@ -1,4 +1,4 @@
-"""Make the output's ``config.json``: the source's or mlx-lm's, with the output's quantization."""
+"""Make the output's ``config.json``: the source's or a library's, with the quantization."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def output_config(
     *,
     rotated: bool,
 ) -> dict[str, Any]:
-    """The source's config, or mlx-lm's, with the quantization and dtype of the output.
+    """The source's config, or the library's, with the quantization and dtype of the output.
 
     Args:
         selector: With the source, its layout and the options.
@@ -62,9 +62,10 @@ def output_config(
     is_changed = (
         options.overrides or options.only or options.nonfinite_layers or selector.format != "dense"
     )
-    by_recipe = options.recipe is not None and not options.recipe.is_mixed
-    if selector.mlx_lm is not None and not (is_changed or by_recipe):
-        return config  # mlx-lm's own: its block describes exactly what was decided
+    library, recipe = selector.library_layout, options.recipe
+    by_recipe = library is not None and recipe and recipe.name not in library.library.recipes
+    if library is not None and not (is_changed or by_recipe):
+        return config  # the library's own: its block describes exactly what was decided
     # Blocks of the tools that quantized the source do not describe the output.
     config = without_blocks(config)
     if options.dtype is not None:
@@ -76,15 +77,15 @@ def output_config(
 
 
 def _base_config(selector: TargetSelector) -> dict[str, Any]:
-    """The source's config, or mlx-lm's.
+    """The source's config, or the library's.
 
     mlx-lm removes ``vision_config``, by which loaders decide what to expect: it is kept only
     where a tower is.
     """
     source = selector.checkpoint.config
-    if selector.mlx_lm is None or selector.relayout is None:
+    if selector.library_layout is None or selector.relayout is None:
         return dict(source)
-    config, key = selector.mlx_lm.config, "vision_config"
+    config, key = selector.library_layout.config, "vision_config"
     has_tower = any(map(is_of_a_tower, selector.relayout.extra_tensors))
     if key in config or key not in source or not has_tower:
         return dict(config)

@@ -257,7 +257,7 @@ class OutputShard:
 class Plan:
     """Everything a conversion will do: plain data, which pickles and compares.
 
-    The opened files and mlx-lm's functions that it is executed on are a ``PlanSource``.
+    The opened files and the library's functions that it is executed on are a ``PlanSource``.
 
     Attributes:
         source: Path of the source as given.
@@ -272,10 +272,10 @@ class Plan:
         left_out: Files not copied, with the reason.
         notes: What the user should know.
         dropped: Tensors of the source that the output has no use for, with the reason.
-        layout: "mlx-lm" where names and shapes are those of mlx-lm's class; else "keep".
-        loads: mlx-lm is known to load the output.
+        layout: Name of the library whose names and shapes they are ("mlx-lm"); else "keep".
+        loads: The library is known to load the output.
         rotated: Inputs of layers are still to be rotated when it runs.
-        load_error: Why mlx-lm would not load an output in its own layout, rotations aside; ""
+        load_error: Why the library would not load an output in its own layout, rotations aside; ""
             where it would.
         repository: Of a source on the hub: its id, and the commit.
         side_bytes: Size of those side files that are copied from the source.

@@ -1,4 +1,4 @@
-"""The source that a ``Plan`` is executed on: its files, and mlx-lm's functions."""
+"""The source that a ``Plan`` is executed on: its files, and the functions of an MLX library."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class PlanSource:
 
     Attributes:
         checkpoint: The source that the plan was made from.
-        relayout: mlx-lm's layout of it; None where the plan keeps the source's names.
+        relayout: A library's layout of it; None where the plan keeps the source's names.
     """
 
     checkpoint: Checkpoint

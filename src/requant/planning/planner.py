@@ -99,7 +99,7 @@ def plan_with_source(
         left_out=source.left_out,
         notes=work.notes,
         dropped=chosen.layout.dropped,
-        layout="keep" if relayout is None else "mlx-lm",
+        layout="keep" if relayout is None else relayout.library.name,
         loads=_is_loadable(chosen, work.layers, rotated=rotated),
         rotated=rotated,
         load_error="" if relayout is None else relayout.load_error,
@@ -120,7 +120,7 @@ def _check_decisions(
         Matrices that cannot be quantized because of their names, where a note is due.
 
     Raises:
-        CheckpointError: These are most of the weights, and mlx-lm's layout was rejected.
+        CheckpointError: These are most of the weights, and a library's layout was rejected.
         UsageError: With all options that cannot be met.
     """
     source = selector.checkpoint.source
@@ -221,7 +221,7 @@ def _names_of(chosen: LayoutResult) -> str:
 
 
 def _is_loadable(chosen: LayoutResult, layers: Sequence[LayerPlan], *, rotated: bool) -> bool:
-    """Whether mlx-lm is known to load the output."""
+    """Whether the library is known to load the output."""
     if chosen.relayout is None or chosen.relayout.load_error or rotated:
         return False
     return not unloadable_dtypes(layers)

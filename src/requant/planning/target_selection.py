@@ -1,4 +1,4 @@
-"""Select the target of each layer from the options, the recipe and mlx-lm's own choice.
+"""Select the target of each layer from the options, the recipe and the library's own choice.
 
 Pure: shapes, dtypes and names decide, never values. ``RULES`` lists the precedence.
 """
@@ -32,12 +32,12 @@ if TYPE_CHECKING:
 # scores that are compared with each other (mlx_lm/models/deepseek_v3.py, cast_predicate).
 KEEPS_DTYPE = re.compile(r"e_score_correction_bias$")
 
-_DENSE_IN_CLASS = Reason(ReasonCode.DENSE_IN_CLASS, "mlx-lm's class holds it dense")
+_DENSE_IN_CLASS = Reason(ReasonCode.DENSE_IN_CLASS, "the model's class holds it dense")
 _NONFINITE = Reason(ReasonCode.NONFINITE, "holds NaN or infinity")
 _NOT_IN_ONLY = Reason(ReasonCode.NOT_IN_ONLY, "not matched by --only")
 _SKIPPED_BY_OVERRIDE = Reason(ReasonCode.SKIPPED_BY_OVERRIDE, "skipped by an override")
 _SKIPPED_BY_RECIPE = Reason(ReasonCode.SKIPPED_BY_RECIPE, "skipped by the recipe")
-_UNUSED_BY_CLASS = Reason(ReasonCode.UNUSED_BY_CLASS, "mlx-lm has no use for it")
+_UNUSED_BY_CLASS = Reason(ReasonCode.UNUSED_BY_CLASS, "the model's class has no use for it")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,13 +70,13 @@ class TargetSelector:
         format: Name of its format.
         layout: Its layers, under the names of the output.
         options: What was requested.
-        relayout: mlx-lm's layout of the source; None where tensors keep the source's names.
-        mlx_lm: What mlx-lm itself decides, of the same layout.
+        relayout: A library's layout of the source; None where tensors keep the source's names.
+        library_layout: What the library itself decides, of the same layout.
         source_is_quantized: Whether any layer of the source holds codes.
         default: The quantization of a layer that nothing else names; None keeps codes.
         recipe_targets: Layer path -> its target in the recipe.
         dense_by_libraries: Layer path -> why MLX's libraries leave the layer dense.
-        extra: Paths of layers that are kept though mlx-lm's class has no use for them.
+        extra: Paths of layers that are kept though the library's class has no use for them.
         notes: What the user should know of the options.
     """
 
@@ -90,7 +90,7 @@ class TargetSelector:
     ) -> None:
         self.checkpoint, self.format, self.layout = checkpoint, format_name, layout
         self.options, self.relayout = options, relayout
-        self.mlx_lm = None if relayout is None else relayout.layout
+        self.library_layout = None if relayout is None else relayout.layout
         self.source_is_quantized = is_quantized(layout)
         self.notes: list[Note] = []
         self.default = self._default_target()
@@ -105,7 +105,7 @@ class TargetSelector:
         return tuple(map(self.decide, self.layout.layers))
 
     def decide(self, layer: SourceLayer) -> LayerDecision:
-        """The decision of the first rule that applies; dense where mlx-lm cannot load that.
+        """The decision of the first rule that applies; dense where the library cannot load that.
 
         A layer that stays dense keeps the name and the shape that the source gives it.
         """
@@ -120,12 +120,10 @@ class TargetSelector:
         """Dtype of the layer's values before they are quantized or stored dense."""
         requested = self.options.dtype
         castable = layer.dtype in FLOATS and not KEEPS_DTYPE.search(layer.path)
-        if self.mlx_lm is not None and not (layer.is_quantized or layer.path in self.extra):
-            # A source that keeps its codes keeps its dtypes too.
-            requested = requested if self.source_is_quantized else self.mlx_lm.dtype
-            castable = layer.dtype in FLOATS and (
-                layer.parts["weight"].name not in self.mlx_lm.keeps_dtype
-            )
+        if self.library_layout is not None and not (layer.is_quantized or layer.path in self.extra):
+            if self.source_is_quantized and requested is None:
+                return layer.dtype  # a source that keeps its codes keeps its dtypes too
+            return self.library_layout.dtypes.get(layer.parts["weight"].name, layer.dtype)
         return requested if requested is not None and castable else layer.dtype
 
     # -- properties of the whole source -------------------------------------------------------
@@ -174,11 +172,11 @@ class TargetSelector:
         return self.format == "dense" or (of_gguf and not self.source_is_quantized)
 
     def is_quantizable(self, layer: SourceLayer) -> bool:
-        """Whether mlx-lm can load the layer quantized; layers that it does not load can be."""
-        if self.mlx_lm is None:
+        """Whether the library can load the layer quantized; layers that it does not load can be."""
+        if self.library_layout is None:
             return True
-        is_loaded = f"{layer.path}.weight" in self.mlx_lm.tensors
-        return not is_loaded or layer.path in self.mlx_lm.quantizable
+        is_loaded = f"{layer.path}.weight" in self.library_layout.tensors
+        return not is_loaded or layer.path in self.library_layout.quantizable
 
 
 # -- the rules, in the order of RULES --------------------------------------------------------------
@@ -230,23 +228,25 @@ def _nothing_requested(selector: TargetSelector, layer: SourceLayer) -> LayerDec
     return LayerDecision(layer, None if is_dense else layer.default_target, layer.policy.reason)
 
 
-def _mlx_lm_target(selector: TargetSelector, layer: SourceLayer) -> LayerDecision | None:
-    """mlx-lm's choice for a layer, or the recipe's where mlx-lm can load that."""
-    mlx_lm, choice = selector.mlx_lm, selector.recipe_targets.get(layer.path)
-    if mlx_lm is None:
+def _library_target(selector: TargetSelector, layer: SourceLayer) -> LayerDecision | None:
+    """The library's choice for a layer, or the recipe's where the library can load that."""
+    library, choice = selector.library_layout, selector.recipe_targets.get(layer.path)
+    if library is None:
         return None
-    own, reason = mlx_lm.targets.get(layer.path), layer.policy.reason
+    own, reason = library.targets.get(layer.path), layer.policy.reason
     if own is not None and layer.is_quantized:
         own, grouped = fit_codes(layer, own, own_groups=selector.options.own_groups)
         reason = grouped or reason
     if own is None:
-        reason = mlx_lm.dense_reasons.get(layer.path, reason)
+        reason = library.dense_reasons.get(layer.path, reason)
         own = layer.default_target if layer.is_quantized else None
     recipe = selector.options.recipe
-    is_mixed = recipe is not None and recipe.is_mixed  # mlx-lm has applied it
+    is_mixed = (
+        recipe is not None and recipe.name in library.library.recipes
+    )  # the library has applied it
     if choice is None or not isinstance(choice.spec, Quantization) or is_mixed:
         return LayerDecision(layer, own, reason)
-    if own is None and not (choice.explicit and layer.path in mlx_lm.quantizable):
+    if own is None and not (choice.explicit and layer.path in library.quantizable):
         return LayerDecision(layer, own, reason)
     group_size, n_in = choice.spec.group_size, layer.shape[-1]
     if n_in % group_size:
@@ -293,7 +293,7 @@ def _why_not_exactly(
     """Return why a layer cannot have exactly the target of an override."""
     shape, dtype = layer.shape, selector.value_dtype(layer)
     if not selector.is_quantizable(layer):
-        message = f"mlx-lm's class holds {layer.path} dense; --layout keep does not ask it"
+        message = f"the model's class holds {layer.path} dense; --layout keep does not ask it"
     elif len(shape) < 2:
         message = f"{layer.path}.weight has shape {list(shape)}: a vector is not quantized"
     elif shape[-1] % target.group_size:
@@ -318,7 +318,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("dequantize", _dequantize),
     ("recipe-skip", _recipe_skip),
     ("nothing-requested", _nothing_requested),
-    ("mlx-lm", _mlx_lm_target),
+    ("library", _library_target),
     ("quantized-layer", _quantized_layer),
     ("dense-in-libraries", _dense_in_libraries),
     ("dense-layer", _dense_layer),
@@ -328,19 +328,19 @@ RULES: tuple[tuple[str, Rule], ...] = (
 1. ``nonfinite``: a layer with NaN or infinity (``--allow-nonfinite``) stays as it is.
 2. ``override``: the last ``--override`` that matches, exactly or with a problem; ``skip`` leaves
    the layer as the source stores it.
-3. ``unused``: with ``--keep-extra``, layers that mlx-lm's class does not have stay as they are.
+3. ``unused``: with ``--keep-extra``, layers that the library's class lacks stay as they are.
 4. ``only``: layers that no ``--only`` matches stay as they are.
 5. ``dequantize``: every layer becomes dense.
 6. ``recipe-skip``: the recipe leaves the layer as the source stores it.
 7. ``nothing-requested``: without a target of the recipe or by ``--bits`` and ``--mode``, codes stay
    where MLX can hold them, else the format's default (``--act-order decode`` makes them dense).
-8. ``mlx-lm``: in mlx-lm's layout, mlx-lm's own choice, or the recipe's where mlx-lm loads that.
+8. ``library``: in a library's layout, its own choice, or the recipe's where the library loads that.
 9. ``quantized-layer``: codes of the source take the target with a group size that fits.
 10. ``dense-in-libraries``: towers and shared embeddings, which MLX's libraries leave dense, unless
     the recipe names them.
 11. ``dense-layer``: the target, where name, shape and dtype allow it.
 
-A layer that mlx-lm's class holds dense becomes dense in mlx-lm's layout, whatever the rule says.
+A layer that a library's class holds dense becomes dense in its layout, whatever the rule says.
 """
 
 

@@ -25,6 +25,7 @@ from requant.quantization.recipes import Recipe
 from requant.text import join_first
 
 DTYPES = types.DTYPES
+LAYOUTS = ("keep", "mlx-lm", "mlx-vlm", "mlx-audio", "mlx-embeddings")
 
 # -- command-line words of options that depend on others -------------------------------------
 
@@ -108,22 +109,24 @@ class ConvertOptions:
         words=_recipe_words,
     )
     layout: str = option(
-        types.choice("auto", "keep", "mlx-lm", default="auto"),
-        doc='"mlx-lm" (names, shapes, choice of layers and config of mlx-lm\'s converter; an '
-        'error where it cannot be), "keep" (the source\'s tensor names), or "auto": the first '
-        "where mlx-lm is installed and takes this checkpoint, else the second and a note that "
-        "says why.",
-        help="mlx-lm: what mlx-lm's converter would write; keep: the source's tensor names; "
-        "auto: mlx-lm if installed and the model is supported, otherwise keep.",
+        types.choice("auto", *LAYOUTS, default="auto"),
+        doc='"mlx-lm", "mlx-vlm", "mlx-audio", "mlx-embeddings" (names, shapes, choice of layers '
+        'and config of that library\'s converter; an error where it cannot be), "keep" (the '
+        'source\'s tensor names), or "auto": mlx-vlm for a model with images, mlx-audio for '
+        "one with sound, where they are installed and have its class; else mlx-lm; else keep "
+        "and a note that says why.",
+        help="The library whose converter's output to write (mlx-lm, mlx-vlm, mlx-audio, "
+        "mlx-embeddings); keep: the source's tensor names; auto: the library that is installed "
+        "and suits the model, otherwise keep.",
         metavar="LAYOUT",
         functions=("convert", "plan"),
     )
     keep_extra: bool = option(
         types.FLAG,
-        doc="In mlx-lm's layout, keep tensors that its class has no use for (towers for images "
+        doc="In a library's layout, keep tensors that its class has no use for (towers for images "
         "and sound, MTP heads) under their own names instead of dropping them; a note says "
-        "whether mlx-lm still loads the result.",
-        help="Keep tensors that mlx-lm's class drops (vision, audio, MTP), as they are. mlx-lm "
+        "whether the library still loads the result.",
+        help="Keep tensors that the library's class drops (vision, audio, MTP), as they are. It "
         "may then need `strict=False` to load the result; the plan says so.",
         functions=("convert", "plan"),
     )

@@ -50,9 +50,11 @@ def command_of(plan: Plan, output: str) -> str:
         plan: The plan of the output.
         output: Its folder, as the user named it.
     """
-    if not generates_text(plan.config, plan.side_files):
-        return ""
     place = shlex.quote(f"./{output}" if output.startswith("-") else output)
+    if plan.layout == "mlx-vlm" and plan.loads:
+        return f'mlx_vlm.generate --model {place} --prompt "Hello"'
+    if plan.layout not in ("mlx-lm", "keep") or not generates_text(plan.config, plan.side_files):
+        return ""
     if plan.loads:
         return f'mlx_lm.generate --model {place} --prompt "Hello"'
     if plan.rotated and plan.layout == "mlx-lm" and not plan.load_error:
