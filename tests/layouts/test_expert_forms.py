@@ -19,7 +19,7 @@ import pytest
 
 import requant
 from requant.layouts.any_form import layout_in_any_form
-from requant.layouts.availability import LayoutError
+from requant.libraries import LayoutError
 from tests.support.families import model_types, small_config
 from tests.support.hub_forms import FORMS
 from tests.support.mlx_lm_conversion import (

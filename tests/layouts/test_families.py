@@ -7,8 +7,8 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from requant.layouts.availability import LayoutError
-from requant.layouts.outputs import ComputedBySanitize
+from requant.layouts.outputs import ComputedByRule
+from requant.libraries import LayoutError
 from requant.quantization.config import Quantization
 from tests.support.families import model_types, small_config
 from tests.support.hub_forms import FORMS
@@ -86,6 +86,4 @@ def test_published_form(model_type: str, tmp_path: Path):
         return
     layout, different = compare(folder, AFFINE, dtype="float16")
     assert different == []
-    assert all_moved == (
-        not any(isinstance(x, ComputedBySanitize) for x in layout.tensors.values())
-    )
+    assert all_moved == (not any(isinstance(x, ComputedByRule) for x in layout.tensors.values()))

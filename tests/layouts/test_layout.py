@@ -19,9 +19,8 @@ from mlx.utils import tree_flatten
 from requant.api.convert import plan
 from requant.core.dtypes import TensorInfo
 from requant.errors import CheckpointError, UsageError
-from requant.layouts.availability import LayoutError, UnknownModelError
-from requant.layouts.layout import mlx_lm_layout
-from requant.layouts.outputs import ByteCopy, ComputedBySanitize, Extent
+from requant.layouts.outputs import ByteCopy, ComputedByRule, Extent
+from requant.libraries import LayoutError, UnknownModelError
 from requant.quantization.config import Quantization
 from tests.support.families import small_config
 from tests.support.hub_forms import FORMS
@@ -34,6 +33,7 @@ from tests.support.mlx_lm_conversion import (
     convert_with_mlx_lm,
     differences,
     load_config,
+    mlx_lm_layout,
     random_like,
     write_mlx_checkpoint,
 )
@@ -161,7 +161,9 @@ def test_dtype(dtype: str, tmp_path: Path):
     class_checkpoint(tmp_path / "m", small_config("deepseek_v3"), mx.float32)
     layout, different = compare(tmp_path / "m", AFFINE, dtype=dtype)
     assert different == []
-    assert layout.keeps_dtype == {"model.layers.1.mlp.gate.e_score_correction_bias"}
+    kept = {name for name, found in layout.dtypes.items() if found == "F32"}
+    biases = {"model.layers.1.mlp.gate.e_score_correction_bias"}
+    assert kept == (layout.dtypes.keys() if dtype == "float32" else biases)
 
 
 @pytest.mark.parametrize("recipe", ["mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6"])
@@ -222,17 +224,13 @@ def test_the_rest_of_a_partly_quantized_source(tmp_path: Path):
 
 
 @pytest.mark.skipif(MLX_LM < (0, 32), reason="mlx-lm has no global scales before 0.32")
-def test_global_scale(tmp_path: Path):
+def test_which_layers_take_a_global_scale(tmp_path: Path):
     make(tmp_path / "m", "mixtral")
     source = Source(tmp_path / "m")
-    nvfp4 = Quantization(16, 4, "nvfp4")
-    layout = mlx_lm_layout(
-        source.checkpoint.config, source.infos, quantization=nvfp4, global_scale=True
-    )
+    layout = mlx_lm_layout(source.checkpoint.config, source.infos)
     experts = "model.layers.0.block_sparse_moe.switch_mlp.up_proj"
-    assert layout.saved[f"{experts}.global_scale"].shape[0] == 4
-    assert layout.config["quantization"][experts]["global_scale"] is True
-    assert layout.targets[experts] == nvfp4
+    assert experts in layout.with_global_scale
+    assert "model.layers.0.self_attn.q_proj" not in layout.with_global_scale
 
 
 @pytest.mark.slow
@@ -281,7 +279,7 @@ def test_unknown_models(config: dict):
 
 def test_without_mlx_lm(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "mlx_lm", None)
-    with pytest.raises(UnknownModelError, match="mlx-lm cannot be imported"):
+    with pytest.raises(UnknownModelError, match="mlx-lm is not installed"):
         mlx_lm_layout({"model_type": "llama"}, {})
 
 
@@ -343,18 +341,17 @@ def test_a_rule_that_looks_at_values(monkeypatch: pytest.MonkeyPatch):
         mlx_lm_layout(config, infos_of("llama", config))
 
 
-def test_weights_repacked_after_the_rule():
-    """AutoAWQ tensors, which mlx-lm turns into triples by itself once renamed."""
-    config = small_config("llama") | {
-        "quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 64}
-    }
+def test_weights_changed_after_the_rule(monkeypatch: pytest.MonkeyPatch):
+    from mlx_lm.models import llama
+
+    def load_weights(self, weights, strict=True):
+        super(llama.Model, self).load_weights(weights, strict)
+        self.model.norm.weight = mx.zeros(7)
+
+    monkeypatch.setattr(llama.Model, "load_weights", load_weights, raising=False)
+    config = small_config("llama")
     infos = infos_of("llama", config)
-    path = "model.layers.0.mlp.up_proj"
-    del infos[f"{path}.weight"]
-    infos[f"{path}.qweight"] = TensorInfo("I32", (128, 16))
-    infos[f"{path}.qzeros"] = TensorInfo("I32", (2, 16))
-    infos[f"{path}.scales"] = TensorInfo("F16", (2, 128))
-    with pytest.raises(LayoutError, match="into MLX triples first"):
+    with pytest.raises(LayoutError, match=r"after it has loaded them \(model\.norm\.weight\)"):
         mlx_lm_layout(config, infos)
 
 
@@ -371,7 +368,7 @@ def test_compute_asks_for_its_inputs_alone(tmp_path: Path, monkeypatch: pytest.M
     source = Source(tmp_path / "m")
     layout = mlx_lm_layout(source.checkpoint.config, source.infos)
     expected, _ = convert_with_mlx_lm(tmp_path / "m", None)
-    computed = {k: v for k, v in layout.tensors.items() if isinstance(v, ComputedBySanitize)}
+    computed = {k: v for k, v in layout.tensors.items() if isinstance(v, ComputedByRule)}
     assert computed
     for name, tensor in reversed(computed.items()):
         asked: list[str] = []
@@ -396,7 +393,7 @@ def test_threads_get_what_they_ask_for(tmp_path: Path):
     source = Source(tmp_path / "m")
     layout = mlx_lm_layout(source.checkpoint.config, source.infos)
     expected, _ = convert_with_mlx_lm(tmp_path / "m", None)
-    names = [name for name, x in layout.tensors.items() if isinstance(x, ComputedBySanitize)]
+    names = [name for name, x in layout.tensors.items() if isinstance(x, ComputedByRule)]
     assert len(names) > 8
     results: dict[str, mx.array] = {}
 
@@ -452,7 +449,8 @@ import json, resource, sys
 import mlx.core as mx
 from mlx_lm import utils
 from requant.core.dtypes import TensorInfo
-from requant.layouts.layout import mlx_lm_layout
+from requant.layouts.layout import Request, Shown, library_layout
+from requant.libraries import MLX_LM
 from requant.quantization.config import Quantization
 config, tensors = json.load(open(sys.argv[1]))
 tensors = {name: TensorInfo("BF16", tuple(shape)) for name, shape in tensors.items()}
@@ -460,7 +458,8 @@ utils._get_classes(config)
 unit = 20 if sys.platform == "darwin" else 10
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> unit
 before = peak()
-layout = mlx_lm_layout(config, tensors, quantization=Quantization.affine(64, 4))
+request = Request(Quantization.affine(64, 4))
+layout = library_layout(MLX_LM, Shown(config, tensors), request)
 print(json.dumps([peak() - before, mx.get_peak_memory(), len(layout.targets)]))
 """
 

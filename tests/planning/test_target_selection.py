@@ -231,8 +231,8 @@ def mlx_lm(targets: dict[str, Quantization], *, able: bool = True, extra: bool =
         dense_reasons={} if targets else {Q: reason},
         quantizable=frozenset({Q} if able else ()),
         tensors={} if extra else {name: None},
-        dtype=None,
-        keeps_dtype=frozenset(),
+        dtypes={},
+        library=SimpleNamespace(recipes=frozenset()),
     )
     shown = {name: dense(Q)}
     made = SimpleNamespace(

@@ -17,9 +17,12 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map_with_path
 
 from requant.checkpoints.checkpoint import Checkpoint
+from requant.core.dtypes import TensorInfo
 from requant.layouts.conversion_trace import MLX_DTYPE
-from requant.layouts.layout import MlxLmLayout, mlx_lm_layout
-from requant.layouts.outputs import ByteCopy, ComputedBySanitize
+from requant.layouts.expert_forms import Adapter
+from requant.layouts.layout import LibraryLayout, Request, Shown, library_layout
+from requant.layouts.outputs import ByteCopy, ComputedByRule
+from requant.libraries import MLX_LM as LIBRARY
 from requant.quantization.config import Quantization
 from requant.sources.open import read_checkpoint
 from tests.support.checkpoints import write_checkpoint
@@ -64,7 +67,7 @@ class Source:
         return as_array(self.read(name), info.dtype, info.shape)
 
 
-def carry_out(layout: MlxLmLayout, source: Source) -> Weights:
+def carry_out(layout: LibraryLayout, source: Source) -> Weights:
     """Every tensor that the layout promises, in its final form."""
     result: Weights = {}
     for name, tensor in layout.tensors.items():
@@ -74,25 +77,33 @@ def carry_out(layout: MlxLmLayout, source: Source) -> Weights:
             )
             array = as_array(data, tensor.info.dtype, tensor.info.shape)
         else:
-            assert isinstance(tensor, ComputedBySanitize)
+            assert isinstance(tensor, ComputedByRule)
             array = layout.compute(name, source.load)
             assert (tuple(array.shape), array.dtype) == (
                 tensor.info.shape,
                 MLX_DTYPE[tensor.info.dtype],
             )
-        if (
-            layout.dtype
-            and mx.issubdtype(array.dtype, mx.floating)
-            and name not in layout.keeps_dtype
-        ):
-            array = array.astype(MLX_DTYPE[layout.dtype])
-        result[name] = array
+        result[name] = array.astype(MLX_DTYPE[layout.dtypes[name]])
     for layer, target in layout.targets.items():
         dense = result.pop(f"{layer}.weight")
         parts = mx.quantize(dense, target.group_size, target.bits, mode=target.mode.value)
         roles = ("weight", "scales", "biases")
         result |= {f"{layer}.{role}": part for role, part in zip(roles, parts, strict=False)}
     return result
+
+
+def mlx_lm_layout(
+    config: Mapping[str, Any],
+    tensors: Mapping[str, TensorInfo],
+    *,
+    quantization: Quantization | None = None,
+    recipe: str | None = None,
+    dtype: str | None = None,
+    adapt: Adapter | None = None,
+) -> LibraryLayout:
+    """mlx-lm's layout of a config and headers."""
+    request = Request(quantization, recipe, dtype)
+    return library_layout(LIBRARY, Shown(config, tensors), request, adapt)
 
 
 def load_config(folder: Path) -> dict[str, Any]:
@@ -170,7 +181,7 @@ def compare(
     quantization: Quantization | None = None,
     recipe: str | None = None,
     dtype: str | None = None,
-) -> tuple[MlxLmLayout, list[str]]:
+) -> tuple[LibraryLayout, list[str]]:
     """Lay out and carry out a folder our way and mlx-lm's way; the layout and the differences."""
     source = Source(folder)
     words = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}

@@ -20,8 +20,10 @@ import io
 import json
 import logging
 import re
+import shutil
 import tempfile
 import uuid
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -164,10 +166,11 @@ class _Conversion:
     ) -> None:
         self.library, self.shown, self.request = library, shown, request
         self.adapt = adapt or (lambda weights: weights)
-        # The folder lives as long as the rule can be run. Some libraries search its whole path for
-        # names of models, which do not occur in a hexadecimal name.
-        self._folder = tempfile.TemporaryDirectory(prefix="")
-        self._source = Path(self._folder.name) / uuid.uuid4().hex / shown.name
+        # Some libraries search the whole path for names of models, which do not occur in a
+        # hexadecimal name. The folder lives as long as the rule can be run.
+        folder = Path(tempfile.gettempdir()) / uuid.uuid4().hex
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        self._source = folder / shown.name
         self._write_source()
 
     def _write_source(self) -> None:

@@ -84,10 +84,10 @@ def library_layout(
         and name.removesuffix(".weight") not in decisions.targets
         and tuple(trace.traced[name].shape) != x.shape
     ]
-    if changed:  # a legacy method that repacks weights after the rule
+    if changed:
         raise LayoutError(
-            f"{library.name} changes {pluralize(len(changed), 'tensor')} after its renaming "
-            f"({join_first(changed, 5)}): turn the source into MLX triples first"
+            f"{library.name}'s class changes {pluralize(len(changed), 'tensor')} after it has "
+            f"loaded them ({join_first(changed, 5)})"
         )
     for name, traced in trace.traced.items():
         if name in decisions.dtypes:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import ast
 import importlib
+import json
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,8 @@ class Library:
         recipes: Its mixed recipes.
         stubs: Functions of the library that load or write what is not weights, as
             (module, name): they do nothing while its convert runs.
-        arguments: Further arguments of its ``convert``.
+        arguments: Takes the same as ``find_class``; further arguments of its ``convert``.
+        has_heads: Whether its classes predict tokens, and need the output head.
     """
 
     name: str
@@ -95,7 +97,8 @@ class Library:
     find_class: Callable[[Path, Mapping[str, Any]], bool]
     recipes: frozenset[str] = frozenset()
     stubs: tuple[tuple[str, str], ...] = ()
-    arguments: Mapping[str, Any] = field(default_factory=dict)
+    arguments: Callable[[Path, Mapping[str, Any]], dict[str, Any]] = lambda *_: {}
+    has_heads: bool = True
 
     @property
     def folder(self) -> Path | None:
@@ -125,7 +128,9 @@ class Library:
     def convert(self, source: Path, output: Path, request: Request) -> None:
         """Run the library's own convert on a folder, without its tokenizers and model cards."""
         words = {header: word for word, header in DTYPES.items()}
-        arguments: dict[str, Any] = dict(self.arguments)
+        config = json.loads((source / "config.json").read_text())
+        assert self.folder is not None
+        arguments = self.arguments(self.folder, config)
         target = request.quantization
         if target is not None:
             arguments |= {

@@ -21,5 +21,6 @@ MLX_EMBEDDINGS = Library(
     package="mlx_embeddings",
     extra="embeddings",
     find_class=_find_class,
+    has_heads=False,
     stubs=(("mlx_embeddings.utils", "load_tokenizer"),),
 )

@@ -30,5 +30,5 @@ MLX_VLM = Library(
     find_class=_find_class,
     recipes=frozenset(f"mixed_{x}" for x in ("2_6", "3_4", "3_5", "3_6", "3_8", "4_6", "4_8")),
     stubs=(("mlx_vlm.utils", "load_processor"),),
-    arguments={"trust_remote_code": False},
+    arguments=lambda *_: {"trust_remote_code": False},
 )

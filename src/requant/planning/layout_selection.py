@@ -152,6 +152,9 @@ def _library_layout(
     def attempt(checkpoint: Checkpoint, layout: SourceLayout) -> Relayout:
         return _relayout(checkpoint, layout, library, options)
 
+    if not library.has_heads:
+        relayout = attempt(checkpoint, layout)
+        return LayoutResult(checkpoint, relayout.layers, relayout)
     try:
         corrected, relayout, notes = laid_out(checkpoint, layout, library, attempt)
     except CheckpointError as error:
