@@ -29,7 +29,7 @@ PARSING = {
 }
 # Module and function -> why it reads a text all the same.
 ALLOWED = {
-    ("layouts/conversion_trace.py", "_explain_mlx_lm_error"): "mlx-lm raises built-in exceptions",
+    ("layouts/conversion_trace.py", "_explain"): "MLX's libraries raise built-in exceptions",
     ("core/strict_json.py", "parse_json_object"): "Python's advice is cut off, nothing decided",
     ("quantization/config.py", "parse_quantization"): "Python's advice is cut off, nothing decided",
 }

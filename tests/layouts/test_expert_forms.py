@@ -19,7 +19,8 @@ import pytest
 
 import requant
 from requant.layouts.any_form import layout_in_any_form
-from requant.libraries import LayoutError
+from requant.layouts.conversion_trace import Shown
+from requant.libraries import MLX_LM, LayoutError, Request
 from tests.support.families import model_types, small_config
 from tests.support.hub_forms import FORMS
 from tests.support.mlx_lm_conversion import (
@@ -189,7 +190,7 @@ def test_every_class_gets_its_own_stacks(family: str, form: str, tmp_path: Path)
     stacks, published = built
     source = Source(tmp_path / "source")
     with mx.stream(mx.cpu):
-        layout, _ = layout_in_any_form(load_config(tmp_path / "source"), source.infos)
+        layout, _ = layout_in_any_form(MLX_LM, Shown(load_config(tmp_path / "source"), source.infos), Request())
         made = carry_out(layout, source)
     wrong = [n for n in stacks if n not in made or as_bytes(made[n]) != as_bytes(stacks[n])]
     assert wrong == []
@@ -303,7 +304,7 @@ def test_shapes_that_fit_no_form_are_rejected_as_they_are(tmp_path: Path) -> Non
     write_mlx_checkpoint(tmp_path / "source", small_config("qwen3_moe"), weights)
     source = Source(tmp_path / "source")
     with pytest.raises(LayoutError, match=r"no place for .*experts\.down_proj"):
-        layout_in_any_form(load_config(tmp_path / "source"), source.infos)
+        layout_in_any_form(MLX_LM, Shown(load_config(tmp_path / "source"), source.infos), Request())
 
 
 def test_an_expert_that_is_missing_is_not_made_up(tmp_path: Path) -> None:
@@ -315,7 +316,7 @@ def test_an_expert_that_is_missing_is_not_made_up(tmp_path: Path) -> None:
     write_mlx_checkpoint(tmp_path / "source", small_config("qwen3_5_moe"), weights)
     source = Source(tmp_path / "source")
     with pytest.raises(LayoutError):
-        layout_in_any_form(load_config(tmp_path / "source"), source.infos)
+        layout_in_any_form(MLX_LM, Shown(load_config(tmp_path / "source"), source.infos), Request())
 
 
 def test_experts_that_no_class_takes_stop_the_conversion(tmp_path: Path) -> None:

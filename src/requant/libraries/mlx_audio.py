@@ -2,40 +2,50 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from requant.libraries.base import Library, module_exists, read_table
+from requant.libraries.base import Library, read_table
 
-_HINTS = "DETECTION_HINTS"  # of a family: {"model_type_aliases": {...}, ...}
 _DOMAINS = ("tts", "stt", "sts", "lid", "music")  # in the order in which mlx_audio.convert looks
+_HINTS = (
+    "DETECTION_HINTS"  # of a family: {"model_type_aliases": {...}, "architectures": {...}, ...}
+)
+# The type by which a family's config calls itself where its folder has another name.
+_OWN_TYPE = re.compile(
+    r'^class ModelConfig\b[^\n]*\n(?:[ #\n][^\n]*\n)*?    model_type: str = "(\w+)"', re.M
+)
 # Text models that are parts of audio models too: their type alone says nothing of sound.
-_TEXT_FAMILIES = frozenset({"llama", "qwen3", "dense", "mimo", "base"})
+_TEXT_FAMILIES = frozenset({"llama", "qwen2", "qwen3", "dense", "mimo", "base"})
 
 
 def _domain(folder: Path, config: Mapping[str, Any]) -> str:
-    """The domain that has a class for the model; "" where none names it."""
+    """The domain that has a class for the model; "" where none does by name."""
     words = (config.get(key) for key in ("model_type", "name", "_class_name"))
     names = {word.lower() for word in words if isinstance(word, str)} - _TEXT_FAMILIES
-    for domain in _DOMAINS:
-        models = folder / domain / "models"
-        has_family = any(module_exists(models, name) for name in names)
-        if has_family or not names.isdisjoint(_aliases(models)):
-            return domain
+    heads = config.get("architectures")
+    for domain in _DOMAINS if names else ():
+        for family in sorted((folder / domain / "models").glob("*/__init__.py")):
+            if _is_of_family(family, names, {*heads} if isinstance(heads, list) else set()):
+                return domain
     return ""
 
 
-def _aliases(models: Path) -> set[str]:
-    """Other model types of the families in a folder."""
-    found: set[str] = set()
-    for file in models.glob("*/__init__.py"):
-        try:
-            hints = read_table(file, _HINTS)
-            found.update(hints.get(_HINTS, {}).get("model_type_aliases", ()))
-        except ValueError:
-            continue
-    return found
+def _is_of_family(module: Path, names: set[str], architectures: set[str]) -> bool:
+    """Whether a family's package takes a model of these names, with one of these heads."""
+    try:
+        hints = read_table(module, _HINTS).get(_HINTS, {})
+    except ValueError:
+        hints = {}
+    known = {module.parent.name, *hints.get("model_type_aliases", ())}
+    for file in module.parent.glob("*.py"):
+        known.update(_OWN_TYPE.findall(file.read_text(errors="replace")))
+    own_heads = {*hints.get("architectures", ())}
+    if own_heads and architectures and own_heads.isdisjoint(architectures):
+        return False
+    return not known.isdisjoint(names)
 
 
 MLX_AUDIO = Library(
@@ -45,5 +55,5 @@ MLX_AUDIO = Library(
     find_class=lambda *of: bool(_domain(*of)),
     recipes=frozenset({"mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6"}),
     # Looking for the domain itself, the library imports all models, and one of them downloads.
-    arguments=lambda *of: {"model_domain": _domain(*of)},
+    arguments=lambda *of: {"model_domain": _domain(*of) or None},
 )
