@@ -32,7 +32,7 @@ def layout_in_any_form(
     try:
         return library_layout(library, shown, request), ""
     except LayoutError as error:
-        if not has_experts(shown.tensors.keys()):
+        if not error.class_names or not has_experts(shown.tensors.keys()):
             raise
         reader = Reader.of(shown.config)
         for form in reader.forms(error.class_names):

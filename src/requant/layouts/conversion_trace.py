@@ -186,9 +186,9 @@ class _Conversion:
     def rule(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """From the file's tensors to what the model's parameters become."""
 
-        def end(model: Module, items: Any, *_: Any, **__: Any) -> None:
+        def end(model: Module, items: Any, strict: bool = True) -> None:
             given = dict(items)
-            self._check_complete(model, given)
+            self._check_names(model, given, strict=strict)
             raise _RuleIsOverError(given)
 
         try:
@@ -296,20 +296,27 @@ class _Conversion:
                 stack.enter_context(mock.patch.object(owner, name, function))
             yield
 
-    def _check_complete(self, model: Module, given: Mapping[str, mx.array]) -> None:
+    def _check_names(self, model: Module, given: Mapping[str, mx.array], *, strict: bool) -> None:
         """Check that every parameter gets a tensor, which not every library asks for itself.
 
         Raises:
-            LayoutError: With the names of the others, which would keep random values.
+            LayoutError: With the names of the others, which would keep random values; if the
+                library loads strictly, also with those of tensors that are no parameters.
         """
-        missing = [name for name in _infos(model.parameters()) if name not in given]
-        if missing:
+        names = tuple(_infos(model.parameters()))
+        problems: list[str] = []
+        if strict and (extra := sorted(given.keys() - {*names})):
+            held = pluralize(len(extra), "tensor")
+            problems.append(f"has no place for {held}: {', '.join(extra)}")
+        if missing := [name for name in names if name not in given]:
             count = pluralize(len(missing), "parameter")
+            problems.append(f"has {count} without a tensor of the source: {', '.join(missing)}")
+        if problems:
             error = LayoutError(
-                f"{self.library.name}'s class for this model has {count} for which the source has "
-                f"no tensor ({join_first(missing, 5)})"
+                f"{self.library.name}, loading {self.shown.config.get('model_type')}: its class "
+                f"for this model {'; it '.join(problems)}"
             )
-            error.class_names = tuple(_infos(model.parameters()))
+            error.class_names = names
             raise error
 
     def _compare(
@@ -350,7 +357,7 @@ _ERRORS: tuple[tuple[type[BaseException], str, str | None], ...] = (
     ),
     (
         Exception,
-        r"ModelArgs.*missing \d+ required .*?arguments?: (.*)",
+        r"__init__\(\) missing \d+ required .*?arguments?: (.*)",
         "config.json lacks what its class for this model needs: {1}",
     ),
     (

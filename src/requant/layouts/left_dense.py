@@ -75,14 +75,14 @@ def is_of_a_tower(name: str) -> bool:
 def modalities(layers: Iterable[SourceLayer], config: Mapping[str, Any]) -> tuple[bool, bool]:
     """Whether a model takes images, and whether it takes sound, next to text.
 
-    Either its config has a part for them, or a tower of its tensors is named so.
+    It does if it has a tower for them: the name of a tower or, where that does not say for what it
+    is, a part of the config.
     """
-    sees = hears = False
-    keys = [key for part in _parts(config) for key in part if _KEYS.fullmatch(key)]
     paths = [x.path for x in layers if len(x.shape) > 1 and is_of_a_tower(x.path)]
-    for word in (*keys, *paths):
-        is_sound = _SOUND.search(word) is not None
-        hears, sees = hears or is_sound, sees or (not is_sound and _IMAGE.search(word) is not None)
+    keys = [key for part in _parts(config) for key in part if _KEYS.fullmatch(key)]
+    sees, hears = (any(map(kind.search, paths)) for kind in (_IMAGE, _SOUND))
+    if paths and not (sees or hears):
+        sees, hears = (any(map(kind.search, keys)) for kind in (_IMAGE, _SOUND))
     return sees, hears
 
 

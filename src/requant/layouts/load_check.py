@@ -27,8 +27,6 @@ def why_unloadable(config: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -
         return one_sentence(error.why)
     except RequantError as error:
         return one_sentence(str(error))
-    except Exception as error:  # mlx-lm raises limits of the process while it is imported
-        return f"mlx-lm cannot be imported ({error})"
     return ""
 
 

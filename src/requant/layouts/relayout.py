@@ -321,12 +321,9 @@ def build_relayout(
     if why := library.missing_class_reason(checkpoint.config):
         hint = NO_CLASS_HINT.format(library=library.name)
         raise LibraryLayoutError(checkpoint, library, why, hint)
-    try:
-        from requant.layouts.any_form import layout_in_any_form
-        from requant.layouts.conversion_trace import Shown
-    except Exception as error:  # mlx-lm raises limits of the process while it is imported
-        why = f"{library.name} cannot be imported ({error})"
-        raise LibraryLayoutError(checkpoint, library, why) from error
+    from requant.layouts.any_form import layout_in_any_form
+    from requant.layouts.conversion_trace import Shown
+
     layers = {x.dense_name: x for x in (layer.as_named or layer for layer in source.layers)}
     infos = {name: TensorInfo(layer.dtype, layer.shape) for name, layer in layers.items()}
     with _layout_errors(checkpoint, library):

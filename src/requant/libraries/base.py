@@ -143,11 +143,14 @@ class Library:
             arguments["quant_predicate"] = request.recipe
         if request.dtype is not None:
             arguments["dtype"] = words[request.dtype]
-        convert = importlib.import_module(f"{self.package}.convert").convert
         with ExitStack() as stack:
-            for module, name in self.stubs:
-                owner = importlib.import_module(module)
-                stack.enter_context(mock.patch.object(owner, name, lambda *_, **__: _Nothing()))
+            try:
+                convert = importlib.import_module(f"{self.package}.convert").convert
+                for module, name in self.stubs:
+                    owner = importlib.import_module(module)
+                    stack.enter_context(mock.patch.object(owner, name, lambda *_, **__: _Nothing()))
+            except Exception as error:  # mlx-lm raises limits of the process while it is imported
+                raise LayoutError(f"{self.name} cannot be imported ({error})") from error
             convert(str(source), str(output), **arguments)
 
 
