@@ -30,24 +30,15 @@ from requant.text import os_error_text
 
 @dataclass(frozen=True, slots=True)
 class BlockRunState:
-    """What of a calibration is done.
+    """What of a calibration is done."""
 
-    Attributes:
-        key: Hash of everything that the statistics depend on.
-        done: How many blocks are done, the head included; -1 before the text is embedded.
-        parts: Files with their statistics.
-        layers: Layer path -> the number of its experts ``without_tokens``, and whether it has a
-            ``hessian``.
-        too_wide: Layers that are too wide for a Hessian.
-        called: Layers whose inputs were seen.
-    """
-
-    key: str
-    done: int = -1
-    parts: tuple[str, ...] = ()
+    key: str  # hash of everything that the statistics depend on
+    done: int = -1  # how many blocks are done, the head included; -1 before the text is embedded
+    parts: tuple[str, ...] = ()  # files with their statistics
+    # Layer path -> the number of its experts ``without_tokens``, and whether it has a ``hessian``.
     layers: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    too_wide: tuple[str, ...] = ()
-    called: tuple[str, ...] = ()
+    too_wide: tuple[str, ...] = ()  # layers that are too wide for a Hessian
+    called: tuple[str, ...] = ()  # layers whose inputs were seen
 
     @classmethod
     def load(cls, path: Path, key: str) -> BlockRunState:

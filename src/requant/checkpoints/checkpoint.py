@@ -238,39 +238,29 @@ class Checkpoint:
 
     Frozen data but for ``opened``, which reads the source's files and does not count when two
     checkpoints are compared.
-
-    Attributes:
-        files: The weight files, in natural order.
-        tensors: Every tensor by name, in the order of files, then of offsets.
-        config: ``config.json``, parsed.
-        config_text: ``config.json`` as it is in the file.
-        side_files: Relative paths of the files that are copied to an output unchanged.
-        left_out: Relative paths of files that are not, each with the reason.
-        notes: Notes on the files: which are read or copied, and why.
-        quantization_files: The JSON files next to config.json in which tools describe their
-            quantization, parsed, by name.
-        metadata: ``__metadata__`` of the weight files, the first file's entry where two differ.
-        corrections: Key of ``config`` -> its value by the tensors, where the file disagrees.
-        gguf: How tensors are stored, where the source is GGUF.
-        origin: The source as the user named it, where that is not the folder.
-        repository: Of a source on the hub: its id, and the commit.
-        opened: Reads the files.
     """
 
-    files: tuple[SourceFile, ...]
+    files: tuple[SourceFile, ...]  # the weight files, in natural order
+    # Every tensor by name, in the order of files, then of offsets.
     tensors: Mapping[str, SourceTensor]
-    config: Mapping[str, Any]
-    config_text: str
+    config: Mapping[str, Any]  # config.json, parsed
+    config_text: str  # config.json as it is in the file
+    # Relative paths of the files that are copied to an output unchanged.
     side_files: tuple[str, ...]
+    # Relative paths of files that are not, each with the reason.
     left_out: tuple[tuple[str, str], ...]
-    notes: tuple[Note, ...] = ()
+    notes: tuple[Note, ...] = ()  # notes on the files: which are read or copied, and why
+    # The JSON files next to config.json in which tools describe their quantization, parsed, by
+    # name.
     quantization_files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    # ``__metadata__`` of the weight files, the first file's entry where two differ.
     metadata: Mapping[str, str] = field(default_factory=dict)
+    # Key of ``config`` -> its value by the tensors, where the file disagrees.
     corrections: Mapping[Key, Any] = field(default_factory=dict)
-    gguf: GgufModel | None = None
-    origin: Path | None = None
-    repository: tuple[str, str] | None = None
-    opened: OpenedSource = field(compare=False, repr=False)
+    gguf: GgufModel | None = None  # how tensors are stored, where the source is GGUF
+    origin: Path | None = None  # the source as the user named it, where that is not the folder
+    repository: tuple[str, str] | None = None  # of a source on the hub: its id, and the commit
+    opened: OpenedSource = field(compare=False, repr=False)  # reads the files
 
     @property
     def path(self) -> Path:

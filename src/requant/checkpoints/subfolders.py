@@ -35,15 +35,11 @@ _WITH_WEIGHTS = {"Dense", "LSTM", "CNN", "LayerNorm", "WordEmbeddings", "StaticE
 
 @dataclass(frozen=True)
 class Subfolders:
-    """The weights below a source, by whether they are copied.
+    """The weights below a source, by whether they are copied."""
 
-    Attributes:
-        named: Folder, or file, that is copied -> the file that names it.
-        separate: Folder that is left out as a whole -> why.
-        notes: Notes for the user.
-    """
-
+    # Folder, or file, that is copied -> the file that names it.
     named: Mapping[str, str] = field(default_factory=dict)
+    # Folder that is left out as a whole -> why.
     separate: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[Note, ...] = ()
 

@@ -57,15 +57,10 @@ class ReasonCode(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Reason:
-    """The reason for the treatment of a layer.
+    """The reason for the treatment of a layer."""
 
-    Attributes:
-        code: For programs.
-        text: For people; a clause without a full stop.
-    """
-
-    code: ReasonCode
-    text: str
+    code: ReasonCode  # for programs
+    text: str  # for people; a clause without a full stop
 
     def __str__(self) -> str:
         return self.text
@@ -136,15 +131,10 @@ class NoteCode(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """Something that the user should know about a plan.
+    """Something that the user should know about a plan."""
 
-    Attributes:
-        code: For programs.
-        text: For people; whole sentences.
-    """
-
-    code: NoteCode
-    text: str
+    code: NoteCode  # for programs
+    text: str  # for people; whole sentences
 
     def __str__(self) -> str:
         return self.text

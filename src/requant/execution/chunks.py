@@ -21,19 +21,12 @@ from requant.planning.plan import Step
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A range of a step's rows.
-
-    Attributes:
-        step: The step.
-        start: First row.
-        stop: The row after the last one.
-        number: Of the step in the plan; -1 for one that only computes a tensor for another.
-    """
+    """A range of a step's rows."""
 
     step: Step
     start: int
-    stop: int
-    number: int = -1
+    stop: int  # the row after the last one
+    number: int = -1  # of the step in the plan; -1 for one that only computes a tensor for another
 
     @property
     def rows(self) -> int:

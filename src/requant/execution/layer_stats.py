@@ -11,13 +11,7 @@ from requant.text import damage, pluralize_are
 
 @dataclass(slots=True)
 class LayerStats:
-    """Statistics of one layer, summed over its chunks.
-
-    Attributes:
-        damaged: The number of scales or zero points that the source stores as NaN or infinity, or
-            of values of blocks that decode to it (``damaged_what``); the first is in
-            ``damaged_row`` of ``damaged_tensor``.
-    """
+    """Statistics of one layer, summed over its chunks."""
 
     nonfinite: int = 0
     first_nonfinite_row: int | None = None
@@ -26,6 +20,9 @@ class LayerStats:
     squared_error: float = 0.0
     squared_values: float = 0.0
     max_error_steps: float = 0.0
+    # The number of scales or zero points that the source stores as NaN or infinity, or of values of
+    # blocks that decode to it (``damaged_what``); the first is in ``damaged_row`` of
+    # ``damaged_tensor``.
     damaged: int = 0
     damaged_tensor: str = ""
     damaged_what: str = ""

@@ -18,17 +18,12 @@ from requant.text import pluralize_are
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """The outcome of one run.
+    """The outcome of one run."""
 
-    Attributes:
-        result: Statistics of each layer; complete only without problems.
-        problems: Reasons to discard the output: NaN, Inf, or values that would become Inf.
-        nonfinite_layers: Layers with NaN or Inf that the options did not know of.
-    """
-
-    result: RunResult
+    result: RunResult  # statistics of each layer; complete only without problems
+    # Reasons to discard the output: NaN, Inf, or values that would become Inf.
     problems: tuple[Problem, ...]
-    nonfinite_layers: frozenset[str]
+    nonfinite_layers: frozenset[str]  # layers with NaN or Inf that the options did not know of
 
 
 def run_once(planned: Planned, sink: Sink, options: ConvertOptions, run: RunOptions) -> Attempt:

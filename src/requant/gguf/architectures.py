@@ -100,27 +100,17 @@ _SETTINGS = {
 
 @dataclass(frozen=True)
 class Architecture:
-    """One architecture.
+    """One architecture."""
 
-    Attributes:
-        model_type: As config.json says it.
-        cls: The class in transformers.
-        blocks: Name of a tensor of a block -> its path below ``model.layers.N``.
-        permuted: Whether rows of q and k are in the order of llama.cpp's rotary embedding.
-        shifted_norms: Whether one was added to the weights of norms.
-        wide: Whether activations leave the range of float16.
-        configure: Adds what only this architecture has to a config.
-        support: The settings that mlx-lm's class reads.
-    """
-
-    model_type: str
-    cls: str
-    blocks: Mapping[str, str]
-    configure: Configure
+    model_type: str  # as config.json says it
+    cls: str  # the class in transformers
+    blocks: Mapping[str, str]  # name of a tensor of a block -> its path below ``model.layers.N``
+    configure: Configure  # adds what only this architecture has to a config
+    # Whether rows of q and k are in the order of llama.cpp's rotary embedding.
     permuted: bool = False
-    shifted_norms: bool = False
-    wide: bool = False
-    support: Support = PLAIN
+    shifted_norms: bool = False  # whether one was added to the weights of norms
+    wide: bool = False  # whether activations leave the range of float16
+    support: Support = PLAIN  # the settings that mlx-lm's class reads
 
     def name_of(self, name: str) -> str | None:
         """Hugging Face's name of a tensor; None if this architecture has none of that name."""

@@ -49,40 +49,24 @@ _SCALARS = {  # number of a value's type -> NumPy dtype
 
 @dataclass(frozen=True, slots=True)
 class TableEntry:
-    """One tensor of a file.
+    """One tensor of a file."""
 
-    Attributes:
-        name: As the file calls it.
-        kind: How its values are stored.
-        shape: Outermost axis first, as everywhere but in the file.
-        offset: Of its first byte, from the start of the file.
-        nbytes: Of its data.
-    """
-
-    name: str
-    kind: BlockType
-    shape: tuple[int, ...]
-    offset: int
-    nbytes: int
+    name: str  # as the file calls it
+    kind: BlockType  # how its values are stored
+    shape: tuple[int, ...]  # outermost axis first, as everywhere but in the file
+    offset: int  # of its first byte, from the start of the file
+    nbytes: int  # of its data
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """The part of a file before its data.
+    """The part of a file before its data."""
 
-    Attributes:
-        file: Its name, as problems and plans give it.
-        nbytes: Size of the file.
-        sha256: Of everything before the data.
-        metadata: Key -> number, bool, string, NumPy array or tuple of strings.
-        tensors: In the order of their data.
-    """
-
-    file: str
-    nbytes: int
-    sha256: str
-    metadata: Mapping[str, Any]
-    tensors: tuple[TableEntry, ...]
+    file: str  # its name, as problems and plans give it
+    nbytes: int  # size of the file
+    sha256: str  # of everything before the data
+    metadata: Mapping[str, Any]  # key -> number, bool, string, NumPy array or tuple of strings
+    tensors: tuple[TableEntry, ...]  # in the order of their data
 
 
 class _Damaged(Exception):

@@ -29,34 +29,21 @@ Table = Mapping[str, tuple[str, TableEntry]]
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """A run of rows of each matrix of a tensor, or all of it.
+    """A run of rows of each matrix of a tensor, or all of it."""
 
-    Attributes:
-        entry: As the file would have it on its own.
-        name_in_file: Of the whole.
-        ranges: Where its bytes lie.
-    """
-
-    entry: TableEntry
-    name_in_file: str
-    ranges: tuple[FileRange, ...]
+    entry: TableEntry  # as the file would have it on its own
+    name_in_file: str  # of the whole
+    ranges: tuple[FileRange, ...]  # where its bytes lie
 
 
 @dataclass
 class Naming:
-    """The tensors of one model while they get their names.
+    """The tensors of one model while they get their names."""
 
-    Attributes:
-        metadata: Of the model.
-        family: Its architecture; None if it is not known.
-        problems: Of the names and shapes.
-        notes: For the user.
-    """
-
-    metadata: Metadata
-    family: Architecture | None
-    problems: list[Problem] = field(default_factory=list)
-    notes: list[Note] = field(default_factory=list)
+    metadata: Metadata  # of the model
+    family: Architecture | None  # its architecture; None if it is not known
+    problems: list[Problem] = field(default_factory=list)  # of the names and shapes
+    notes: list[Note] = field(default_factory=list)  # for the user
 
     def name_all(self, table: Table) -> tuple[dict[str, StoredTensor | JoinedTensor], GgufModel]:
         """Every tensor by its name, and how it is stored."""

@@ -21,17 +21,11 @@ ADVICE = "--config-from takes config.json and tokenizer of the original model in
 
 @dataclass(frozen=True)
 class Support:
-    """The settings that mlx-lm's class of a model reads, apart from those that all classes read.
+    """The settings that mlx-lm's class of a model reads, apart from those that all classes read."""
 
-    Attributes:
-        scalings: Kinds of ``rope_scaling``.
-        head_dim: Whether heads may be of another width than ``hidden_size`` gives.
-        partial_rotary: Whether a part of a head may be left unrotated.
-    """
-
-    scalings: frozenset[str] = ALL_SCALINGS
-    head_dim: bool = True
-    partial_rotary: bool = False
+    scalings: frozenset[str] = ALL_SCALINGS  # kinds of ``rope_scaling``
+    head_dim: bool = True  # whether heads may be of another width than ``hidden_size`` gives
+    partial_rotary: bool = False  # whether a part of a head may be left unrotated
 
 
 PLAIN = Support()

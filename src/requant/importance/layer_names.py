@@ -11,16 +11,11 @@ from typing import NamedTuple
 
 
 class LayerKey(NamedTuple):
-    """A layer, in whichever convention it was named.
+    """A layer, in whichever convention it was named."""
 
-    Attributes:
-        block: Number of its block; -1 outside of blocks.
-        part: ``attn_q``, ``ffn_down_exps``, ``output``, ...
-        expert: Its number if each expert has a name; None for a stack, and without experts.
-    """
-
-    block: int
-    part: str
+    block: int  # number of its block; -1 outside of blocks
+    part: str  # ``attn_q``, ``ffn_down_exps``, ``output``, ...
+    # Its number if each expert has a name; None for a stack, and without experts.
     expert: int | None = None
 
 

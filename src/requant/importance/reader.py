@@ -49,17 +49,11 @@ _CHUNK_BYTES = 4 << 20
 
 @dataclass(frozen=True, slots=True)
 class LayerStatistics:
-    """Statistics of the inputs of one layer or of a stack of experts, to be written.
+    """Statistics of the inputs of one layer or of a stack of experts, to be written."""
 
-    Attributes:
-        mean_square: float32, ``[in]`` or ``[E, in]``.
-        count: ``[1]`` or ``[E]``: number of tokens; an expert with 0 has no statistics.
-        mean_absolute: Like ``mean_square``, or None.
-    """
-
-    mean_square: np.ndarray
-    count: np.ndarray
-    mean_absolute: np.ndarray | None = None
+    mean_square: np.ndarray  # float32, ``[in]`` or ``[E, in]``
+    count: np.ndarray  # ``[1]`` or ``[E]``: number of tokens; an expert with 0 has no statistics
+    mean_absolute: np.ndarray | None = None  # like ``mean_square``, or None
 
 
 def read_statistics(path: str | os.PathLike[str]) -> StatisticsFile:

@@ -26,17 +26,11 @@ _GROUPS = {QuantMode.MXFP4: 32, QuantMode.NVFP4: 16}
 
 @dataclass(frozen=True)
 class BlockType:
-    """A type of tensor in a GGUF file.
+    """A type of tensor in a GGUF file."""
 
-    Attributes:
-        number: As files write it.
-        name: As llama.cpp calls it.
-        dtype: Header name of plain numbers; "" for blocks.
-    """
-
-    number: int
-    name: str
-    dtype: str = ""
+    number: int  # as files write it
+    name: str  # as llama.cpp calls it
+    dtype: str = ""  # header name of plain numbers; "" for blocks
 
     @property
     def _block(self) -> tuple[int, int, int, int, bool]:

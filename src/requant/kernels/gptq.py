@@ -28,20 +28,15 @@ _MOST_DAMPING = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Compensation:
-    """How errors are propagated, computed from a layer's Hessian.
+    """How errors are propagated, computed from a layer's Hessian."""
 
-    Attributes:
-        propagation: float32 ``(in_features, in_features)``, upper triangular, the diagonal 1: row
-            j is the share of input j's error that each later input takes.
-        importance: float64 ``(in_features,)``: the Hessian's diagonal, which weights the search.
-        damping: Share of the mean of the diagonal that was added to it.
-        dead: Inputs that were zero for every token; they are rounded alone.
-    """
-
+    # float32 ``(in_features, in_features)``, upper triangular, the diagonal 1: row j is the share
+    # of input j's error that each later input takes.
     propagation: Array
+    # float64 ``(in_features,)``: the Hessian's diagonal, which weights the search.
     importance: Array
-    damping: float
-    dead: int
+    damping: float  # share of the mean of the diagonal that was added to it
+    dead: int  # inputs that were zero for every token; they are rounded alone
 
 
 def compensation_of(hessian: Array, in_features: int, damping: float = DAMPING) -> Compensation:

@@ -43,18 +43,13 @@ _SCALE_BYTES = {
 
 
 class QuantizedTensors(NamedTuple):
-    """The tensors of a quantized layer.
+    """The tensors of a quantized layer."""
 
-    Attributes:
-        words: Packed codes, uint32 ``(..., in_features * bits / 32)``.
-        scales: ``(..., in_features / group_size)``: float32, float16 or bfloat16 in affine mode,
-            else uint8 (E8M0 for mxfp4 and mxfp8, E4M3 for nvfp4).
-        biases: Like the scales in affine mode, else None.
-    """
-
-    words: Array
+    words: Array  # packed codes, uint32 ``(..., in_features * bits / 32)``
+    # ``(..., in_features / group_size)``: float32, float16 or bfloat16 in affine mode, else uint8
+    # (E8M0 for mxfp4 and mxfp8, E4M3 for nvfp4).
     scales: Array
-    biases: Array | None = None
+    biases: Array | None = None  # like the scales in affine mode, else None
 
     @classmethod
     def from_roles(cls, arrays: Mapping[str, Array]) -> QuantizedTensors:

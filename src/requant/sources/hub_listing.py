@@ -24,16 +24,11 @@ _HASH = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
 
 @dataclass(frozen=True, slots=True)
 class RepositoryListing:
-    """The files of a repository.
+    """The files of a repository."""
 
-    Attributes:
-        commit: Its hash.
-        sizes: Relative path -> bytes.
-        digests: Relative path -> SHA-256 of a file in LFS, git's id of another, "" unknown.
-    """
-
-    commit: str
-    sizes: Mapping[str, int]
+    commit: str  # its hash
+    sizes: Mapping[str, int]  # relative path -> bytes
+    # Relative path -> SHA-256 of a file in LFS, git's id of another, "" unknown.
     digests: Mapping[str, str]
 
 

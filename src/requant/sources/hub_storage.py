@@ -18,17 +18,11 @@ SUFFIX = ".requant.incomplete"
 
 @dataclass(frozen=True, slots=True)
 class RemoteFile:
-    """A file as the hub lists it.
+    """A file as the hub lists it."""
 
-    Attributes:
-        name: Relative path.
-        nbytes: Its size.
-        digest: SHA-256 or, for a file outside LFS, git's id of the blob; in hex.
-    """
-
-    name: str
+    name: str  # relative path
     nbytes: int
-    digest: str
+    digest: str  # SHA-256 or, for a file outside LFS, git's id of the blob; in hex
 
     def new_hash(self) -> Any:
         """A hash object that gives ``digest`` after all bytes of the file."""

@@ -30,16 +30,12 @@ _HASH_BYTES = 1 << 20
 
 @dataclass(slots=True, eq=False)
 class Transfer:
-    """Downloads files of one repository to one storage.
+    """Downloads files of one repository to one storage."""
 
-    Attributes:
-        storage: Where they are stored.
-        stopped: Set to cancel: a transfer then ends after its current block of 256 KiB.
-        count: Called with the number of bytes of each resumed or received piece.
-    """
-
-    storage: HubCache
+    storage: HubCache  # where they are stored
+    # Set to cancel: a transfer then ends after its current block of 256 KiB.
     stopped: threading.Event
+    # Called with the number of bytes of each resumed or received piece.
     count: Callable[[int], None]
 
     def download(self, file: RemoteFile) -> Path | None:
