@@ -68,7 +68,10 @@ class Naming:
                     continue
                 stored[named] = described = self._describe(part, named)
                 info = _info(part.entry, described.shape)
-                tensors[named] = _placed(named, info, part.ranges)
+                first = part.ranges[0]
+                tensors[named] = StoredTensor(named, info, first.file, first.offset)
+                if len(part.ranges) > 1:
+                    tensors[named] = JoinedTensor(named, info, part.ranges)
         self._note_names(unknown)
         model = GgufModel(
             self.metadata.architecture,
@@ -153,15 +156,14 @@ class Naming:
             self.notes.append(Note(NoteCode.UNKNOWN_ARCHITECTURE, text))
         elif unknown:
             family = self.family.model_type
-            text = f"{join_first(unknown)} have no name in Hugging Face's {family}: they keep "
-            text += "their own."
+            names = join_first(unknown)
+            text = f"{names} have no name in Hugging Face's {family}: they keep their own."
             self.notes.append(Note(NoteCode.UNKNOWN_TENSOR_NAMES, text))
 
 
 def _cut(entry: TableEntry, file: str, name: str, axis: int, start: int, size: int) -> _Part:
     """``size`` rows from ``start`` on of each matrix of a tensor, as a tensor called ``name``."""
-    rows = entry.shape[axis]
-    matrices = prod(entry.shape[:axis])
+    rows, matrices = entry.shape[axis], prod(entry.shape[:axis])
     row_bytes = entry.nbytes // (matrices * rows)
     first = entry.offset + start * row_bytes
     ranges = tuple(
@@ -171,14 +173,6 @@ def _cut(entry: TableEntry, file: str, name: str, axis: int, start: int, size: i
     shape = (*entry.shape[:axis], size, *entry.shape[axis + 1 :])
     part = TableEntry(name, entry.kind, shape, first, matrices * size * row_bytes)
     return _Part(part, entry.name, ranges)
-
-
-def _placed(
-    name: str, info: TensorInfo, ranges: tuple[FileRange, ...]
-) -> StoredTensor | JoinedTensor:
-    if len(ranges) > 1:
-        return JoinedTensor(name, info, ranges)
-    return StoredTensor(name, info, ranges[0].file, ranges[0].offset)
 
 
 def _info(entry: TableEntry, shape: tuple[int, ...]) -> TensorInfo:

@@ -32,11 +32,7 @@ PLAIN = Support()
 
 
 class Settings:
-    """Metadata under the architecture's prefix, shapes and values of tensors.
-
-    Attributes:
-        notes: For the user, about the config.
-    """
+    """Metadata under the architecture's prefix, shapes and values of tensors."""
 
     def __init__(
         self, metadata: Metadata, shapes: Shapes, read_small: ReadScalar, support: Support = PLAIN
@@ -44,7 +40,7 @@ class Settings:
         self.metadata, self.shapes = metadata, shapes
         self.read_small, self.support = read_small, support
         self.prefix = f"{metadata.architecture}."
-        self.notes: list[Note] = []
+        self.notes: list[Note] = []  # about the config
 
     def need_int(self, key: str) -> int:
         return self.metadata.need_int(self.prefix + key)
@@ -90,9 +86,7 @@ class Settings:
     def sliding_layers(self, blocks: int, period: int) -> list[bool]:
         """For each block, whether it sees no more than a window of the text.
 
-        Args:
-            blocks: How many there are.
-            period: Every how many blocks one sees all, where the file does not say it.
+        Every ``period`` blocks one sees all, where the file does not say it.
         """
         key = f"{self.prefix}attention.sliding_window_pattern"
         if self.metadata.is_array(key):
