@@ -140,11 +140,6 @@ class OpenedSource:
         downloader: Provides the weight files, where they are not in the folder.
         generated_files: Name -> content of files that an output gets and the folder does not have.
         compared: Results of tensor comparisons of an earlier run.
-
-    Attributes:
-        small_tensor_ranges: The byte ranges of the small tensors that were read so far.
-        damaged: Of these tensors, those with NaN or infinity: one problem each.
-        compared: Names of two tensors -> whether they hold the same values, once that is known.
     """
 
     def __init__(
@@ -162,9 +157,9 @@ class OpenedSource:
         self.fetch = fetch
         self.downloader = downloader
         self.generated_files = dict(generated_files or {})
-        self.small_tensor_ranges: list[FileRange] = []
-        self.damaged: dict[str, Problem] = {}
-        self.compared: dict[str, bool] = dict(compared or {})
+        self.small_tensor_ranges: list[FileRange] = []  # of those that were read so far
+        self.damaged: dict[str, Problem] = {}  # of these tensors, those with NaN or infinity
+        self.compared = dict(compared or {})  # names of two tensors -> whether they are equal
 
     def with_downloader(self, path: Path, downloader: WeightFileProvider) -> OpenedSource:
         """The same source in another folder, to which the downloader adds the weight files."""
@@ -179,10 +174,6 @@ class OpenedSource:
         opened.small_tensor_ranges += self.small_tensor_ranges
         opened.damaged |= self.damaged
         return opened
-
-    def weight_path(self, file: str) -> Path:
-        """The path of a weight file, or of its header stub where the file is deleted."""
-        return weight_path(self.path, self.header_stubs, file)
 
     def size_of(self, files: Iterable[str]) -> int:
         """Bytes of files of the folder together."""
@@ -217,19 +208,17 @@ class OpenedSource:
         """A range of bytes of a weight file."""
         if self.fetch is not None:
             return self.fetch(part)
-        message = ""
+        message = "is shorter than its header says"
         try:
-            with open(open_regular(self.weight_path(part.file)), "rb", buffering=0) as file:
+            path = weight_path(self.path, self.header_stubs, part.file)
+            with open(open_regular(path), "rb", buffering=0) as file:
                 file.seek(part.offset)
                 data = file.read(part.nbytes)
+            if len(data) == part.nbytes:
+                return data
         except OSError as error:
             message = f"cannot be read: {os_error_text(error)}"
-        else:
-            if len(data) < part.nbytes:
-                message = "is shorter than its header says"
-        if message:
-            raise CheckpointError(str(self.path), [Problem(part.file, message)])
-        return data
+        raise CheckpointError(str(self.path), [Problem(part.file, message)])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -51,10 +51,9 @@ def natural_key(name: str) -> tuple[list[tuple[int, str]], str]:
 
 
 def file_size(folder: Path, name: str) -> tuple[int, str]:
-    """Size of a regular file of a checkpoint; links are followed within it.
+    """Size of a regular file of a checkpoint and ``""``, or 0 and why there is no such file.
 
-    Returns:
-        The size and ``""``, or 0 and why there is no such file.
+    Links are followed within the checkpoint.
     """
     path = folder / name
     try:

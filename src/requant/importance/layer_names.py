@@ -66,10 +66,9 @@ _SIBLINGS = {part: family for family in _SAME_INPUT for part in family}
 
 
 def layer_key(path: str) -> LayerKey | None:
-    """Return the key of a layer path without ``.weight``; None for layers llama.cpp does not have.
+    """The key of a layer path without ``.weight``; None for layers that llama.cpp does not have.
 
-    Args:
-        path: ``model.layers.0.self_attn.q_proj``, ``blk.0.attn_q``, ``lm_head``, ...
+    Paths are ``model.layers.0.self_attn.q_proj``, ``blk.0.attn_q``, ``lm_head``, ...
     """
     if match := _GGUF_BLOCK.fullmatch(path):
         block, part, expert = int(match[1]), match[2], match[3]

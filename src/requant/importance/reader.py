@@ -27,6 +27,7 @@ from requant.checkpoints.safetensors_header import (
     format_tensor_name,
     header_length,
     parse_header,
+    read_raw_header,
 )
 from requant.core.dtypes import TensorInfo
 from requant.core.files import open_regular
@@ -139,8 +140,7 @@ def _own(file: BinaryIO, raw: bytes, size: int) -> imatrix.Found:
         layers.setdefault(layer, {})[role] = entry
     seen: list[StatisticsEntry] = []
     for layer, parts in layers.items() if not problems else ():
-        wrong = _wrong(parts)
-        if wrong:
+        if wrong := _wrong(parts):
             problems.append(Problem(layer, wrong))
             continue
         square, hessian = parts["mean_square"], parts.get("hessian")
@@ -190,11 +190,8 @@ def write_statistics(
 ) -> None:
     """Write a statistics file; it is renamed to ``path`` when it is complete.
 
-    Args:
-        path: The file; an existing one is replaced.
-        layers: Layer -> its statistics.
-        hessians: Layer -> shape of its Hessian, and a function that returns it, called one by one.
-        metadata: Further entries: model, text, seed.
+    By layer, ``hessians`` has the shape of the Hessian and a function that returns it; these are
+    called one by one. ``metadata`` are further entries: model, text, seed.
 
     Raises:
         OSError: It cannot be written.
@@ -205,7 +202,8 @@ def write_statistics(
             array = getattr(statistics, role)
             if array is not None:
                 array = np.ascontiguousarray(array, "<f4")
-                tensors[f"{layer}.{role}"] = TensorInfo("F32", array.shape), partial(_itself, array)
+                info = TensorInfo("F32", array.shape)
+                tensors[f"{layer}.{role}"] = info, partial(np.asarray, array)
     for layer, (shape, give) in (hessians or {}).items():
         tensors[f"{layer}.hessian"] = TensorInfo("F32", shape), give
     infos = {name: info for name, (info, _) in tensors.items()}
@@ -222,23 +220,17 @@ def write_statistics(
 def merge_statistics(
     parts: Sequence[Path], path: str | os.PathLike[str], metadata: Mapping[str, str]
 ) -> None:
-    """Write one statistics file of several, a few MB at a time.
-
-    Args:
-        parts: Files of ``write_statistics``, no layer in two of them.
-        path: The file; an existing one is replaced.
-        metadata: As for ``write_statistics``.
+    """Write one statistics file of several, with no layer in two of them, a few MB at a time.
 
     Raises:
         OSError: It cannot be written.
     """
     places: list[tuple[str, TensorInfo, Path, int]] = []
     for part in parts:
+        size = part.stat().st_size
         with part.open("rb") as file:
-            raw = file.read(PREFIX_BYTES)
-            nbytes, _ = header_length(raw, part.stat().st_size)
-            raw += file.read(nbytes)
-        entries, _, problems = parse_header(raw, part.stat().st_size - len(raw))
+            raw, _ = read_raw_header(file, size)
+        entries, _, problems = parse_header(raw, size - len(raw))
         if problems:
             raise statistics_error(str(part), problems)
         places += [(name, e.info, part, len(raw) + e.start) for name, e in entries.items()]
@@ -276,7 +268,3 @@ def _write(
         hidden.replace(place)
     finally:
         hidden.unlink(missing_ok=True)
-
-
-def _itself(array: np.ndarray) -> np.ndarray:
-    return array

@@ -70,8 +70,7 @@ class Importance:
     def weights(self, matrix: int) -> np.ndarray | None:
         """Mean squares of the inputs of one matrix, float32 ``(in_features,)``.
 
-        Returns:
-            None if no token reached it, or every input was 0.
+        None if no token reached it, or every input was 0.
 
         Raises:
             CheckpointError: The file was changed.
@@ -113,13 +112,7 @@ class Importance:
 
 
 class StatisticsFile:
-    """The layers of a statistics file; its numbers are read when they are needed.
-
-    Attributes:
-        source: Path of the file, for messages.
-        file: Its identity.
-        seen: Name of a layer in the file -> position of its numbers.
-    """
+    """The layers of a statistics file, by their names in it; numbers are read when needed."""
 
     def __init__(self, file: FileIdentity, seen: Sequence[StatisticsEntry]) -> None:
         self.source, self.file = file.path, file
@@ -136,14 +129,10 @@ class StatisticsFile:
         return float(divisors[expert if divisors.size > 1 else 0])
 
     def find(self, path: str, shape: Sequence[int]) -> Importance | str | None:
-        """Find the importance of a layer of a model.
+        """Find the importance of a layer in the names of Hugging Face, mlx-lm or llama.cpp.
 
-        Args:
-            path: The layer in the names of Hugging Face, mlx-lm or llama.cpp.
-            shape: Of its weight, ``(..., out, in)``.
-
-        Returns:
-            None if the file does not have the layer; a message if its shape differs.
+        Returns None if the file does not have the layer; a message if the shape of its weight,
+        ``(..., out, in)``, differs.
         """
         matrices, n_in = prod(shape[:-2]), shape[-1]
         if path in self.seen:

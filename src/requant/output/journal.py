@@ -65,11 +65,8 @@ def boot_id() -> str:
 class Journal:
     """The journal of a running conversion; thread-safe.
 
-    Args:
-        path: The file; rewritten with what is known to be done.
-        head: What the run is made from.
-        entries: Lines of an earlier journal.
-        sync: Makes durable what was written to the output so far.
+    The file is rewritten with ``head``, what the run is made from, and ``entries``, lines of an
+    earlier journal. ``sync`` makes durable what was written to the output so far.
     """
 
     def __init__(

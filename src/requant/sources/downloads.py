@@ -21,11 +21,8 @@ _POLL_S = 0.1
 class Downloads:
     """Downloads files while others are read; the ``WeightFileProvider`` of a checkpoint on the hub.
 
-    Args:
-        files: By relative path.
-        storage: Where they are stored.
-        window: The most files that are on the disk or being downloaded, and not yet released;
-            a file that a step waits for is downloaded in any case. None sets no bound.
+    ``window`` bounds the files that are on the disk or being downloaded, and not yet released; a
+    file that a step waits for is downloaded in any case. None sets no bound.
     """
 
     def __init__(

@@ -65,7 +65,8 @@ def list_repository(name: str, revision: str | None) -> RepositoryListing:
         {x.rfilename: x.size if x.size is not None else -1 for x in siblings},
         {x.rfilename: x.lfs.sha256 if x.lfs else x.blob_id or "" for x in siblings},
     )
-    _write(stored, _checked(name, listing))
+    content = json.dumps(asdict(_checked(name, listing))).encode()
+    write_metadata(stored, content, len(content), stored.parent)
     return listing
 
 
@@ -84,12 +85,18 @@ def _checked(name: str, listing: RepositoryListing) -> RepositoryListing:
     return listing
 
 
-def _write(path: Path, listing: RepositoryListing) -> None:
+def write_metadata(path: Path, content: bytes, size: int, siblings: Path) -> None:
+    """Write a file of ``size`` bytes into the folder ``siblings`` and rename it to ``path``.
+
+    What follows ``content`` is a hole. Processes may write the same file at a time.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, fresh = tempfile.mkstemp(dir=path.parent, suffix=".new")
-        with open(handle, "w", encoding="utf-8") as file:
-            json.dump(asdict(listing), file)
+        siblings.mkdir(exist_ok=True)
+        handle, fresh = tempfile.mkstemp(dir=siblings, suffix=".new")
+        with open(handle, "wb") as file:
+            file.write(content)
+            file.truncate(size)
         Path(fresh).rename(path)
     except OSError as error:
         raise HubError(f"{path} cannot be written: {os_error_text(error)}") from error

@@ -32,13 +32,9 @@ class RemoteFile:
 
 
 class HubCache:
-    """The cache of huggingface_hub, in which every program finds the files.
+    """The cache of huggingface_hub, in which every program finds the files."""
 
-    Attributes:
-        consumed: Whether a file is deleted as soon as nothing needs it.
-    """
-
-    consumed = False
+    consumed = False  # whether a file is deleted as soon as nothing needs it
 
     def __init__(self, repository: str, commit: str) -> None:
         from huggingface_hub import constants

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from requant.core.files import write_at
 from requant.errors import HubError
 from requant.sources.hub_client import stream_range
 from requant.sources.hub_storage import HubCache, RemoteFile
@@ -122,7 +123,7 @@ class Transfer:
             try:
                 stop = min(have + _REQUEST_BYTES, file.nbytes)
                 for block in stream_range(repository, commit, file.name, have, stop):
-                    _write(fd, block, have)
+                    write_at(fd, memoryview(block), have)
                     digest.update(block)
                     have += len(block)
                     self.count(len(block))
@@ -138,10 +139,3 @@ class Transfer:
             if self.stopped.is_set():
                 return False
         return True
-
-
-def _write(fd: int, data: bytes, offset: int) -> None:
-    view = memoryview(data)
-    while view:
-        written = os.pwrite(fd, view, offset)
-        view, offset = view[written:], offset + written
