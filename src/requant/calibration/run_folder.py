@@ -77,9 +77,7 @@ class BlockRunState:
 class HiddenStates:
     """The hidden states of all windows before each block, in files: float32, window by window.
 
-    Args:
-        folder: Of the files.
-        shape: Windows, tokens of a window, width of the model.
+    ``shape`` has windows, tokens of a window and width of the model.
     """
 
     def __init__(self, folder: Path, shape: tuple[int, ...]) -> None:
@@ -118,15 +116,8 @@ class HiddenStates:
 class RunFolder:
     """The folder of one calibration; a context manager that holds its lock.
 
-    Args:
-        source: The model, for messages.
-        output: The statistics file to be.
-        key: Hash of everything that the statistics depend on.
-        resume: Resume a stopped run of the same key.
-
-    Attributes:
-        path: The folder.
-        state: What is done.
+    It is next to ``output``, the statistics file to be. ``key`` is the hash of everything that the
+    statistics depend on; ``resume`` resumes a stopped run of the same key.
     """
 
     def __init__(self, source: str, output: Path, key: str, resume: bool) -> None:

@@ -29,11 +29,7 @@ class Attempt:
 def run_once(planned: Planned, sink: Sink, options: ConvertOptions, run: RunOptions) -> Attempt:
     """Run a plan into ``sink``; problems of the values are returned, not raised.
 
-    Args:
-        planned: The plan and what it runs on.
-        sink: Receives the bytes.
-        options: What the plan was made from.
-        run: Threads, memory, progress and what is allowed.
+    ``options`` are what the plan was made from; ``run`` has threads, memory and what is allowed.
     """
     plan, source = planned.plan, planned.source
     limits = plan_resources(plan, run.threads, run.max_memory, run.chunk_bytes)

@@ -95,11 +95,8 @@ def quantize(
 
     Rows are independent: any ranges of them give the same bytes as all at once.
 
-    Args:
-        w: float32, float16 or bfloat16, ``(rows, in_features)``; finite.
-        compensation: Of the layer's Hessian.
-        quantization: Of mode affine.
-        search: How each group's scale and bias are found on the repaired weights.
+    ``w`` is float32, float16 or bfloat16, ``(rows, in_features)``, and finite; the quantization is
+    affine. ``search`` finds each group's scale and bias on the repaired weights.
 
     Raises:
         ShapeMismatchError: The Hessian was another layer's.
@@ -123,17 +120,10 @@ def quantize(
             weights=compensation.importance[start:stop],
         )
         assert bias is not None
-        _native.gptq_group(
-            repaired.view(np.uint32),
-            start,
-            group_size,
-            bits,
-            scale.astype(np.float32).view(np.uint32),
-            bias.astype(np.float32).view(np.uint32),
-            compensation.propagation.view(np.uint32),
-            group_codes,
-            errors,
-        )
+        steps, offsets = (x.astype(np.float32).view(np.uint32) for x in (scale, bias))
+        values, shares = repaired.view(np.uint32), compensation.propagation.view(np.uint32)
+        args = values, start, group_size, bits, steps, offsets, shares
+        _native.gptq_group(*args, group_codes, errors)
         codes[:, start:stop] = group_codes
         scales[:, group], biases[:, group] = scale[:, 0], bias[:, 0]
     words = np.empty((rows, n_in * bits // 32), np.uint32)
