@@ -67,7 +67,7 @@ def run_plan(
     before = sink.progress_log.state.deleted_sources if sink.progress_log is not None else ()
     needed = _files_to_read(plan, sink.progress_log)
     with SourceReader(plan.files, source.opened, tuple(before), needed) as reader:
-        return _Run(plan, source, reader, sink, limits, stop_at).run(progress)
+        return _Run(plan, source, reader, sink, limits, stop_at=stop_at).run(progress)
 
 
 def _files_to_read(plan: Plan, progress_log: ProgressLog | None) -> list[str]:
