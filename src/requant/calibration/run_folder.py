@@ -7,8 +7,6 @@ state.json          what is done: a ``BlockRunState``
 hidden-0, hidden-1  hidden states before and after a block: the two files take turns
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -16,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -41,7 +39,7 @@ class BlockRunState:
     called: tuple[str, ...] = ()  # layers whose inputs were seen
 
     @classmethod
-    def load(cls, path: Path, key: str) -> BlockRunState:
+    def load(cls, path: Path, key: str) -> Self:
         """The state that a stopped run of the same key left, else that of a new one."""
         try:
             data = json.loads(path.read_text("utf-8"))
@@ -58,7 +56,7 @@ class BlockRunState:
         with as_output_errors(path), replace_file(path) as file:
             file.write(json.dumps(asdict(self)).encode())
 
-    def with_block(self, collector: Collector, done: int, part: str | None) -> BlockRunState:
+    def with_block(self, collector: Collector, done: int, part: str | None) -> Self:
         """The state after one more block."""
         layers = {
             path: {"without_tokens": int((x.count == 0).sum()), "hessian": x.products is not None}
@@ -127,7 +125,7 @@ class RunFolder:
         self._hidden: HiddenStates | None = None
         self._lock = -1
 
-    def __enter__(self) -> RunFolder:
+    def __enter__(self) -> Self:
         with as_output_errors(self.path):
             self._lock = lock_staging(self.path, self._output)
         if self._resume:

@@ -1,7 +1,5 @@
 """Properties of a GGUF source that a ``Checkpoint`` has in addition to names and byte ranges."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 

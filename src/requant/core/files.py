@@ -1,7 +1,5 @@
 """Opening, replacing, syncing and hashing files."""
 
-from __future__ import annotations
-
 import errno
 import os
 import stat

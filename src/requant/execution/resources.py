@@ -1,7 +1,5 @@
 """Pipeline stage 4: threads and sizes of chunks, so that a run keeps to its memory limit."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass
 

@@ -8,11 +8,9 @@ One departure: a group too small for an E8M0 scale (modes mxfp4 and mxfp8) is
 flushed to zero, where MLX lets the scale's byte wrap around.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import ml_dtypes
 import numpy as np
@@ -49,7 +47,7 @@ class QuantizedTensors(NamedTuple):
     biases: Array | None = None  # like the scales in affine mode, else None
 
     @classmethod
-    def from_roles(cls, arrays: Mapping[str, Array]) -> QuantizedTensors:
+    def from_roles(cls, arrays: Mapping[str, Array]) -> Self:
         """The tensors of a layer whose arrays are ``weight``, ``scales`` and perhaps ``biases``."""
         return cls(arrays["weight"], arrays["scales"], arrays.get("biases"))
 

@@ -3,8 +3,6 @@
 It holds no time, no path and no name of a machine: equal conversions give equal records.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections import Counter

@@ -3,8 +3,6 @@
 Only headers and JSON are read, by the module of each kind of source.
 """
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

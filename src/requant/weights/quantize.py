@@ -1,7 +1,5 @@
 """Quantize and dequantize a whole weight map, by tensor names alone."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from requant.errors import InvariantError, MissingKeyError, OutOfRangeError
