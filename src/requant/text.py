@@ -1,7 +1,5 @@
 """How values, names, counts and errors are written in messages and tables."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 

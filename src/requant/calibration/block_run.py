@@ -181,15 +181,10 @@ def calibrate(
                 threads=threads,
             ).model
             run_whole(task, network, folder)
-        folder.finish(
-            {
-                "requant": version(),
-                "tokens": str(ids.size),
-                "window": str(window),
-                "seed": str(seed),
-                "text_sha256": hashlib.sha256(ids.tobytes()).hexdigest(),
-            }
-        )
+        numbers = {"tokens": ids.size, "window": window, "seed": seed}
+        texts = {key: str(number) for key, number in numbers.items()}
+        digest = hashlib.sha256(ids.tobytes()).hexdigest()
+        folder.finish({"requant": version(), **texts, "text_sha256": digest})
     return Calibration(
         source=str(model),
         output=str(place),
@@ -267,12 +262,7 @@ class _Task:
 
 
 def run_blockwise(task: _Task, model: Any, folder: RunFolder) -> None:
-    """Run a model block by block, from the first block that is not done.
-
-    Args:
-        task: What is to be calibrated.
-        model: Without its weights.
-        folder: Takes hidden states and statistics.
+    """Run a model without its weights block by block, from the first block that is not done.
 
     Raises:
         NotBlockwiseError: The model cannot be run so.

@@ -42,18 +42,10 @@ class _Call:
 
 
 class BlockwiseModel:
-    """A model that runs one block over all windows before the next.
-
-    Attributes:
-        model: Of mlx-lm, without its weights.
-        plan: Computes the weights.
-        source: The opened source of the plan.
-        blocks: Its blocks.
-        prefixes: Prefix of the names of each block's tensors.
-    """
+    """A model that runs one block over all windows before the next."""
 
     def __init__(self, model: Any, plan: Plan, source: PlanSource, threads: int | None) -> None:
-        """Find the blocks.
+        """Find the blocks of a model without its weights, which ``plan`` computes.
 
         Raises:
             NotBlockwiseError: There are none, or names of tensors are not those of the model.
@@ -93,17 +85,13 @@ class BlockwiseModel:
         from mlx.utils import tree_map
 
         block: Any = self.blocks[number]
-        prefix = self.prefixes[number]
-        self._load(lambda name: name.startswith(prefix))
+        self._load(lambda name: name.startswith(self.prefixes[number]))
         try:
             yield block
         finally:
             block.update(tree_map(lambda _: mx.zeros(1), block.parameters()))
 
     def _load(self, wanted: Callable[[str], bool]) -> None:
-        self.model.load_weights(list(self._read(wanted).items()), strict=False)
-
-    def _read(self, wanted: Callable[[str], bool]) -> dict[str, mx.array]:
         plan = self.plan
         steps = [s for s in plan.steps if any(wanted(t.name) for t in s.outputs.values())]
         part = subplan(plan, steps)
@@ -113,7 +101,7 @@ class BlockwiseModel:
         )
         sink = ArraySink(replace(part, shards=shards))
         run_plan(part, self.source, sink, plan_resources(part, self.threads))
-        return sink.arrays
+        self.model.load_weights(list(sink.arrays.items()), strict=False)
 
     # -- runs ------------------------------------------------------------------------------
 

@@ -83,12 +83,7 @@ class _Note:
 
 
 class Collector:
-    """Observes layers, and sums over their inputs.
-
-    Attributes:
-        sums: Layer path -> its sums. Of layers that read one input, the first represents all.
-        too_wide: Layers whose Hessian is more than ``most_hessian_bytes``.
-    """
+    """Observes layers, and sums over their inputs."""
 
     def __init__(
         self,
@@ -104,8 +99,8 @@ class Collector:
         """
         self.with_numpy = with_numpy
         self.paths, self.with_hessians, self.most = paths, with_hessians, most_hessian_bytes
-        self.sums: dict[str, Sums] = {}
-        self.too_wide: set[str] = set()
+        self.sums: dict[str, Sums] = {}  # of layers that read one input, the first represents all
+        self.too_wide: set[str] = set()  # layers whose Hessian is more than ``most_hessian_bytes``
         self.called: set[str] = set()
         self._notes: list[_Note] = []
 

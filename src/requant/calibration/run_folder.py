@@ -7,8 +7,6 @@ state.json          what is done: a ``BlockRunState``
 hidden-0, hidden-1  hidden states before and after a block: the two files take turns
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -16,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -30,27 +28,18 @@ from requant.text import os_error_text
 
 @dataclass(frozen=True, slots=True)
 class BlockRunState:
-    """What of a calibration is done.
+    """What of a calibration is done."""
 
-    Attributes:
-        key: Hash of everything that the statistics depend on.
-        done: How many blocks are done, the head included; -1 before the text is embedded.
-        parts: Files with their statistics.
-        layers: Layer path -> the number of its experts ``without_tokens``, and whether it has a
-            ``hessian``.
-        too_wide: Layers that are too wide for a Hessian.
-        called: Layers whose inputs were seen.
-    """
-
-    key: str
-    done: int = -1
-    parts: tuple[str, ...] = ()
+    key: str  # hash of everything that the statistics depend on
+    done: int = -1  # how many blocks are done, the head included; -1 before the text is embedded
+    parts: tuple[str, ...] = ()  # files with their statistics
+    # Layer path -> the number of its experts ``without_tokens``, and whether it has a ``hessian``.
     layers: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    too_wide: tuple[str, ...] = ()
-    called: tuple[str, ...] = ()
+    too_wide: tuple[str, ...] = ()  # layers that are too wide for a Hessian
+    called: tuple[str, ...] = ()  # layers whose inputs were seen
 
     @classmethod
-    def load(cls, path: Path, key: str) -> BlockRunState:
+    def load(cls, path: Path, key: str) -> Self:
         """The state that a stopped run of the same key left, else that of a new one."""
         try:
             data = json.loads(path.read_text("utf-8"))
@@ -67,7 +56,7 @@ class BlockRunState:
         with as_output_errors(path), replace_file(path) as file:
             file.write(json.dumps(asdict(self)).encode())
 
-    def with_block(self, collector: Collector, done: int, part: str | None) -> BlockRunState:
+    def with_block(self, collector: Collector, done: int, part: str | None) -> Self:
         """The state after one more block."""
         layers = {
             path: {"without_tokens": int((x.count == 0).sum()), "hessian": x.products is not None}
@@ -86,9 +75,7 @@ class BlockRunState:
 class HiddenStates:
     """The hidden states of all windows before each block, in files: float32, window by window.
 
-    Args:
-        folder: Of the files.
-        shape: Windows, tokens of a window, width of the model.
+    ``shape`` has windows, tokens of a window and width of the model.
     """
 
     def __init__(self, folder: Path, shape: tuple[int, ...]) -> None:
@@ -127,15 +114,8 @@ class HiddenStates:
 class RunFolder:
     """The folder of one calibration; a context manager that holds its lock.
 
-    Args:
-        source: The model, for messages.
-        output: The statistics file to be.
-        key: Hash of everything that the statistics depend on.
-        resume: Resume a stopped run of the same key.
-
-    Attributes:
-        path: The folder.
-        state: What is done.
+    It is next to ``output``, the statistics file to be. ``key`` is the hash of everything that the
+    statistics depend on; ``resume`` resumes a stopped run of the same key.
     """
 
     def __init__(self, source: str, output: Path, key: str, resume: bool) -> None:
@@ -145,7 +125,7 @@ class RunFolder:
         self._hidden: HiddenStates | None = None
         self._lock = -1
 
-    def __enter__(self) -> RunFolder:
+    def __enter__(self) -> Self:
         with as_output_errors(self.path):
             self._lock = lock_staging(self.path, self._output)
         if self._resume:

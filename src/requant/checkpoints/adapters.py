@@ -4,8 +4,6 @@ An adapter holds changes to the weights of a base model. Without the base it is 
 base without the changes is another model: neither is converted.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import shlex
@@ -63,10 +61,8 @@ def holds_only_an_adapter(tensors: Collection[str]) -> bool:
 def describe_adapter(where: str, config: Mapping[str, Any], remote: bool = False) -> str:
     """Describe an adapter, and how to merge it into a model that can be converted.
 
-    Args:
-        where: Its folder, or its repository on the hub.
-        config: Its adapter_config.json; empty where there is none.
-        remote: Whether ``where`` is a repository.
+    ``where`` is its folder, or a repository (``remote``); ``config`` its adapter_config.json, empty
+    where there is none.
     """
     if "peft_type" in config:
         return _describe_peft(where, config)

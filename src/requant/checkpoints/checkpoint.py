@@ -140,11 +140,6 @@ class OpenedSource:
         downloader: Provides the weight files, where they are not in the folder.
         generated_files: Name -> content of files that an output gets and the folder does not have.
         compared: Results of tensor comparisons of an earlier run.
-
-    Attributes:
-        small_tensor_ranges: The byte ranges of the small tensors that were read so far.
-        damaged: Of these tensors, those with NaN or infinity: one problem each.
-        compared: Names of two tensors -> whether they hold the same values, once that is known.
     """
 
     def __init__(
@@ -162,9 +157,9 @@ class OpenedSource:
         self.fetch = fetch
         self.downloader = downloader
         self.generated_files = dict(generated_files or {})
-        self.small_tensor_ranges: list[FileRange] = []
-        self.damaged: dict[str, Problem] = {}
-        self.compared: dict[str, bool] = dict(compared or {})
+        self.small_tensor_ranges: list[FileRange] = []  # of those that were read so far
+        self.damaged: dict[str, Problem] = {}  # of these tensors, those with NaN or infinity
+        self.compared = dict(compared or {})  # names of two tensors -> whether they are equal
 
     def with_downloader(self, path: Path, downloader: WeightFileProvider) -> OpenedSource:
         """The same source in another folder, to which the downloader adds the weight files."""
@@ -179,10 +174,6 @@ class OpenedSource:
         opened.small_tensor_ranges += self.small_tensor_ranges
         opened.damaged |= self.damaged
         return opened
-
-    def weight_path(self, file: str) -> Path:
-        """The path of a weight file, or of its header stub where the file is deleted."""
-        return weight_path(self.path, self.header_stubs, file)
 
     def size_of(self, files: Iterable[str]) -> int:
         """Bytes of files of the folder together."""
@@ -217,19 +208,17 @@ class OpenedSource:
         """A range of bytes of a weight file."""
         if self.fetch is not None:
             return self.fetch(part)
-        message = ""
+        message = "is shorter than its header says"
         try:
-            with open(open_regular(self.weight_path(part.file)), "rb", buffering=0) as file:
+            path = weight_path(self.path, self.header_stubs, part.file)
+            with open(open_regular(path), "rb", buffering=0) as file:
                 file.seek(part.offset)
                 data = file.read(part.nbytes)
+            if len(data) == part.nbytes:
+                return data
         except OSError as error:
             message = f"cannot be read: {os_error_text(error)}"
-        else:
-            if len(data) < part.nbytes:
-                message = "is shorter than its header says"
-        if message:
-            raise CheckpointError(str(self.path), [Problem(part.file, message)])
-        return data
+        raise CheckpointError(str(self.path), [Problem(part.file, message)])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,39 +227,29 @@ class Checkpoint:
 
     Frozen data but for ``opened``, which reads the source's files and does not count when two
     checkpoints are compared.
-
-    Attributes:
-        files: The weight files, in natural order.
-        tensors: Every tensor by name, in the order of files, then of offsets.
-        config: ``config.json``, parsed.
-        config_text: ``config.json`` as it is in the file.
-        side_files: Relative paths of the files that are copied to an output unchanged.
-        left_out: Relative paths of files that are not, each with the reason.
-        notes: Notes on the files: which are read or copied, and why.
-        quantization_files: The JSON files next to config.json in which tools describe their
-            quantization, parsed, by name.
-        metadata: ``__metadata__`` of the weight files, the first file's entry where two differ.
-        corrections: Key of ``config`` -> its value by the tensors, where the file disagrees.
-        gguf: How tensors are stored, where the source is GGUF.
-        origin: The source as the user named it, where that is not the folder.
-        repository: Of a source on the hub: its id, and the commit.
-        opened: Reads the files.
     """
 
-    files: tuple[SourceFile, ...]
+    files: tuple[SourceFile, ...]  # the weight files, in natural order
+    # Every tensor by name, in the order of files, then of offsets.
     tensors: Mapping[str, SourceTensor]
-    config: Mapping[str, Any]
-    config_text: str
+    config: Mapping[str, Any]  # config.json, parsed
+    config_text: str  # config.json as it is in the file
+    # Relative paths of the files that are copied to an output unchanged.
     side_files: tuple[str, ...]
+    # Relative paths of files that are not, each with the reason.
     left_out: tuple[tuple[str, str], ...]
-    notes: tuple[Note, ...] = ()
+    notes: tuple[Note, ...] = ()  # notes on the files: which are read or copied, and why
+    # The JSON files next to config.json in which tools describe their quantization, parsed, by
+    # name.
     quantization_files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    # ``__metadata__`` of the weight files, the first file's entry where two differ.
     metadata: Mapping[str, str] = field(default_factory=dict)
+    # Key of ``config`` -> its value by the tensors, where the file disagrees.
     corrections: Mapping[Key, Any] = field(default_factory=dict)
-    gguf: GgufModel | None = None
-    origin: Path | None = None
-    repository: tuple[str, str] | None = None
-    opened: OpenedSource = field(compare=False, repr=False)
+    gguf: GgufModel | None = None  # how tensors are stored, where the source is GGUF
+    origin: Path | None = None  # the source as the user named it, where that is not the folder
+    repository: tuple[str, str] | None = None  # of a source on the hub: its id, and the commit
+    opened: OpenedSource = field(compare=False, repr=False)  # reads the files
 
     @property
     def path(self) -> Path:

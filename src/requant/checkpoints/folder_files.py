@@ -1,7 +1,5 @@
 """Check a source folder and its files by names, sizes and kinds: what it is, what may be read."""
 
-from __future__ import annotations
-
 import os
 import re
 import stat
@@ -51,10 +49,9 @@ def natural_key(name: str) -> tuple[list[tuple[int, str]], str]:
 
 
 def file_size(folder: Path, name: str) -> tuple[int, str]:
-    """Size of a regular file of a checkpoint; links are followed within it.
+    """Size of a regular file of a checkpoint and ``""``, or 0 and why there is no such file.
 
-    Returns:
-        The size and ``""``, or 0 and why there is no such file.
+    Links are followed within the checkpoint.
     """
     path = folder / name
     try:

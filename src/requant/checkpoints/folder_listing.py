@@ -4,8 +4,6 @@ Only names, sizes and kinds of files count; small JSON files are read where they
 in subfolders (``subfolders``). Folders and repositories on the hub are sorted in the same way.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -90,12 +88,10 @@ def describe_no_weights(folder: Path, listing: FolderListing) -> str:
 def list_folder(folder: Path, shards: Collection[str]) -> FolderListing:
     """Sort every file below a folder into weights, side files and what is left out.
 
-    Args:
-        folder: The source.
-        shards: Relative paths that the index names; they are in none of the lists.
+    The ``shards`` that the index names are in none of the lists.
 
     Raises:
-        CheckpointError: It holds more than is read.
+        CheckpointError: The folder holds more than is read.
     """
     listing = FolderListing()
     names = [x for x in _walk(folder, listing) if x not in shards and x not in (CONFIG, INDEX)]
@@ -128,9 +124,7 @@ def list_folder(folder: Path, shards: Collection[str]) -> FolderListing:
 def files_to_download(sizes: Mapping[str, int], read: Callable[[str], bytes]) -> list[str]:
     """Return the files of a repository that a conversion reads: those ``list_folder`` keeps.
 
-    Args:
-        sizes: Relative path -> bytes.
-        read: Returns the bytes of a small file.
+    ``sizes`` are bytes by relative path; ``read`` gives the content of a small file.
     """
     sizes = {x: n for x, n in sizes.items() if not set(x.split("/")[:-1]) & _SKIPPED}
     sizes = {x: n for x, n in sizes.items() if not x.startswith("original/")}

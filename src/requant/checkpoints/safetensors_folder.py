@@ -4,8 +4,6 @@ Folder, shard index, safetensors headers and config.json are read and checked; t
 not. All problems are found in one run and raised in one CheckpointError.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -44,13 +42,7 @@ from requant.checkpoints.folder_files import (
     natural_key,
 )
 from requant.checkpoints.folder_listing import FolderListing, describe_no_weights, list_folder
-from requant.checkpoints.safetensors_header import (
-    PREFIX_BYTES,
-    HeaderEntry,
-    check_name,
-    header_length,
-    parse_header,
-)
+from requant.checkpoints.safetensors_header import check_name, parse_header, read_raw_header
 from requant.checkpoints.shard_index import Files, judge
 from requant.core.files import open_regular
 from requant.core.limits import (
@@ -145,16 +137,14 @@ def read_config(folder: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
     Raises:
         CheckpointError: There is no valid config.json.
     """
-    message = check_folder(folder)
+    source = f"--config-from {folder}"
+    if message := check_folder(folder):
+        raise CheckpointError(source, [Problem(str(folder), message)])
     reader = _Reader(folder)
-    if message:
-        reader.report(str(folder), message)
-    else:
-        config, _ = reader.json(CONFIG)
-        listing = list_folder(folder, ())
-        reader.problems += listing.problems
-    if reader.problems:
-        raise CheckpointError(f"--config-from {folder}", reader.problems)
+    config, _ = reader.json(CONFIG)
+    listing = list_folder(folder, ())
+    if problems := [*reader.problems, *listing.problems]:
+        raise CheckpointError(source, problems)
     return config, tuple(listing.side_files)
 
 
@@ -321,9 +311,7 @@ class _Reader:
             try:
                 # Unbuffered, so that no more than the header is read.
                 with open(open_regular(path), "rb", buffering=0) as file:
-                    raw = file.read(PREFIX_BYTES)
-                    length, message = header_length(raw, size)
-                    raw += file.read(length)
+                    raw, message = read_raw_header(file, size)
             except OSError as error:
                 message = f"cannot be read: {os_error_text(error)}"
         if message:
@@ -336,12 +324,8 @@ class _Reader:
         for problem in problems:
             self.report(f"{name}: {problem.where}", problem.message)
         self.files.append(SourceFile(name, size, hashlib.sha256(raw).hexdigest()))
+        by_place = sorted((e.start, e.stop, tensor) for tensor, e in entries.items())
         return [
-            StoredTensor(tensor, entry.info, name, len(raw) + entry.start)
-            for tensor, entry in sorted(entries.items(), key=_by_offset)
+            StoredTensor(tensor, entries[tensor].info, name, len(raw) + start)
+            for start, _, tensor in by_place
         ]
-
-
-def _by_offset(item: tuple[str, HeaderEntry]) -> tuple[int, int, str]:
-    name, entry = item
-    return entry.start, entry.stop, name

@@ -10,8 +10,6 @@ untrusted input: the functions that read it return problems and do not raise, wh
 within the time and memory that ``limits`` allow.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import struct
@@ -19,7 +17,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from math import prod
-from typing import Any
+from typing import Any, BinaryIO
 
 from requant.core.dtypes import NUMPY_DTYPE, TensorInfo
 from requant.core.limits import (
@@ -56,15 +54,10 @@ class HeaderEntry:
 def parse_header(
     raw: bytes, data_bytes: int
 ) -> tuple[dict[str, HeaderEntry], dict[str, str], list[Problem]]:
-    """Parse and check a header.
+    """Parse and check a header: length prefix and JSON text, with ``data_bytes`` of data after it.
 
-    Args:
-        raw: The length prefix and the JSON text, as ``build_header`` returns them.
-        data_bytes: Bytes of the file after the header.
-
-    Returns:
-        The valid entries in the order of the header, the metadata, and all problems, located by
-        a tensor name or ``"header"``.
+    Returns the valid entries in the order of the header, the metadata, and all problems, located by
+    a tensor name or ``"header"``.
     """
     length, message = header_length(raw[:PREFIX_BYTES], len(raw) + data_bytes)
     if not message and length != len(raw) - PREFIX_BYTES:
@@ -111,11 +104,8 @@ def build_header(
 ) -> tuple[bytes, dict[str, int]]:
     """Assign offsets to tensors one after the other and write their header.
 
-    The JSON is padded with spaces, so that the data area starts at a multiple of 8.
-
-    Returns:
-        The length prefix with the JSON text, and the offset of each tensor in the data
-        area, in the order given.
+    The JSON is padded with spaces, so that the data area starts at a multiple of 8. Returns the
+    length prefix with the JSON text, and the offset of each tensor in the data area, in order.
 
     Raises:
         KeyCollisionError: A tensor is called ``__metadata__``.
@@ -145,11 +135,7 @@ def build_header(
 
 
 def header_length(prefix: bytes, file_bytes: int) -> tuple[int, str]:
-    """Read the length of the JSON text from the first 8 bytes of a file.
-
-    Returns:
-        The length and ``""``, or 0 and the problem.
-    """
+    """The length of the JSON text by the first 8 bytes of a file, and ``""``; or 0 and why not."""
     if file_bytes < PREFIX_BYTES or len(prefix) < PREFIX_BYTES:
         held = pluralize(min(file_bytes, len(prefix)), "byte")
         return 0, f"the file ends after {held}, expected 8 with the length of the header"
@@ -164,6 +150,13 @@ def header_length(prefix: bytes, file_bytes: int) -> tuple[int, str]:
     if length > MAX_HEADER_BYTES:
         return 0, f"the header takes {length} bytes, at most {MAX_HEADER_BYTES} are read"
     return length, ""
+
+
+def read_raw_header(file: BinaryIO, file_bytes: int) -> tuple[bytes, str]:
+    """Read length prefix and JSON text from the start of a file; or the prefix, and why no more."""
+    prefix = file.read(PREFIX_BYTES)
+    length, message = header_length(prefix, file_bytes)
+    return prefix + file.read(length), message
 
 
 def check_name(name: str) -> list[str]:

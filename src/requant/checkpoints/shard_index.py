@@ -4,8 +4,6 @@ If the files hold every tensor of the index, each once, they are read, and a not
 index is of another save. Everything else is a problem that says what to do.
 """
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,20 +19,14 @@ _INCOMPLETE = "was the download complete?"
 
 @dataclass(frozen=True, slots=True)
 class Files:
-    """An index and the files that are there.
+    """An index and the files that are there."""
 
-    Attributes:
-        shard_of: Tensor -> file, in the index.
-        held: File that is there -> its tensors; files whose headers are damaged are missing.
-        missing: Files of the index that are not there.
-        extra: Weight files that the index does not name.
-        damaged: Files that are there and cannot be read.
-    """
-
-    shard_of: Mapping[str, str]
+    shard_of: Mapping[str, str]  # tensor -> file, in the index
+    # File that is there -> its tensors; files whose headers are damaged are missing.
     held: Mapping[str, Collection[str]]
-    missing: Sequence[str]
-    extra: Sequence[str]
+    missing: Sequence[str]  # files of the index that are not there
+    extra: Sequence[str]  # weight files that the index does not name
+    # Files that are there and cannot be read.
     damaged: Collection[str] = field(default_factory=tuple)
 
     @property

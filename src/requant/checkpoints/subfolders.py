@@ -6,13 +6,12 @@ speech tokenizer). Another copy of the model, a checkpoint of its training or an
 and then none of its files is copied. Only names and small JSON files are read.
 """
 
-from __future__ import annotations
-
 import posixpath
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import cache
 from typing import Any
 
 from requant.checkpoints.adapters import ADAPTER_CONFIG
@@ -35,15 +34,11 @@ _WITH_WEIGHTS = {"Dense", "LSTM", "CNN", "LayerNorm", "WordEmbeddings", "StaticE
 
 @dataclass(frozen=True)
 class Subfolders:
-    """The weights below a source, by whether they are copied.
+    """The weights below a source, by whether they are copied."""
 
-    Attributes:
-        named: Folder, or file, that is copied -> the file that names it.
-        separate: Folder that is left out as a whole -> why.
-        notes: Notes for the user.
-    """
-
+    # Folder, or file, that is copied -> the file that names it.
     named: Mapping[str, str] = field(default_factory=dict)
+    # Folder that is left out as a whole -> why.
     separate: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[Note, ...] = ()
 
@@ -74,22 +69,15 @@ def judge(
 ) -> Subfolders:
     """Sort the subfolders with weights, and single files with weights for other libraries.
 
-    Args:
-        names: Every file below the source.
-        weights: Those of them that would be left out as weights.
-        read: Returns the bytes of a small file; empty if it cannot be read.
+    ``names`` is every file below the source, ``weights`` those of them that would be left out as
+    weights; ``read`` gives the bytes of a small file, none if it cannot be read.
     """
     pointers = sorted((x for x in names if names_folders(x)), key=lambda x: (x.count("/"), x))
     pointers = pointers[:_MAX_POINTERS]
-    modules = _parse(read(MODULES)) if MODULES in names else {}
+    notes = tuple(_missing(_modules(names, read), names))
     if not weights:
-        return Subfolders(notes=tuple(_missing(modules, names)))
-    known: dict[str, dict[str, Any]] = {}
-
-    def parsed(name: str) -> dict[str, Any]:
-        if name not in known:
-            known[name] = _parse(read(name))
-        return known[name]
+        return Subfolders(notes=notes)
+    parsed = cache(lambda name: _parse(read(name)))
 
     folders = {folder for name in names for folder in _above(name)}
     places = folders | {x for x in weights if not x.endswith(".safetensors")}
@@ -116,22 +104,25 @@ def judge(
             named[folder] = config
         if why:
             separate[folder] = why
-    return Subfolders(named, separate, tuple(_missing(modules, names)))
+    return Subfolders(named, separate, notes)
 
 
 def first_module(names: Collection[str], read: Callable[[str], bytes]) -> str:
     """The folder in which sentence-transformers keeps the model itself; "" for the source."""
-    modules = _parse(read(MODULES)) if MODULES in names else {}
-    entries = modules.get("modules", [])
-    first = entries[0] if isinstance(entries, list) and entries else {}
+    first = next(iter(_modules(names, read)), None)
     path = first.get("path") if isinstance(first, dict) else None
     return posixpath.normpath(path) if isinstance(path, str) and path else ""
 
 
-def _missing(modules: Mapping[str, Any], names: Collection[str]) -> Iterator[Note]:
+def _modules(names: Collection[str], read: Callable[[str], bytes]) -> list[Any]:
+    """The entries of ``modules.json``."""
+    entries = _parse(read(MODULES)).get("modules") if MODULES in names else None
+    return entries if isinstance(entries, list) else []
+
+
+def _missing(modules: Iterable[Any], names: Collection[str]) -> Iterator[Note]:
     """Say which modules of sentence-transformers lack their weights."""
-    entries = modules.get("modules", [])
-    for entry in entries if isinstance(entries, list) else ():
+    for entry in modules:
         if not isinstance(entry, dict):
             continue
         kind, path = str(entry.get("type", "")).rpartition(".")[2], entry.get("path")

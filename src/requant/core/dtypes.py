@@ -1,7 +1,5 @@
 """Dtypes as safetensors headers spell them, their sizes and their NumPy equivalents."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from math import prod
 

@@ -1,7 +1,5 @@
 """Opening, replacing, syncing and hashing files."""
 
-from __future__ import annotations
-
 import errno
 import os
 import stat
@@ -10,6 +8,8 @@ from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import BinaryIO
+
+_BLOCK_BYTES = 1 << 20
 
 
 def open_regular(path: Path) -> int:
@@ -23,6 +23,13 @@ def open_regular(path: Path) -> int:
         os.close(fd)
         raise OSError(errno.EINVAL, "is not a regular file any more", str(path))
     return fd
+
+
+def write_at(fd: int, data: memoryview, offset: int) -> None:
+    """Write all of ``data`` at an offset of an open file."""
+    while data:
+        written = os.pwrite(fd, data, offset)
+        data, offset = data[written:], offset + written
 
 
 def fsync(path: Path) -> None:
@@ -39,14 +46,7 @@ def replace_file(path: Path) -> Iterator[BinaryIO]:
     """Write a file whole or not at all: yield a new file that then takes the place of ``path``.
 
     It is synced before it is renamed; ``fsync(path.parent)`` makes the new name durable too. After
-    an error ``path`` is as before.
-
-    Raises:
-        OSError: The file cannot be written or renamed.
-
-    Example:
-        >>> with replace_file(Path("state.json")) as file:  # doctest: +SKIP
-        ...     file.write(b"{}")
+    an error, an OSError if it cannot be written or renamed, ``path`` is as before.
     """
     fresh = path.with_name(f"{path.name}.new")
     try:
@@ -58,9 +58,6 @@ def replace_file(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         fresh.unlink(missing_ok=True)
         raise
-
-
-_BLOCK_BYTES = 1 << 20
 
 
 def hash_file(path: Path) -> str:

@@ -4,8 +4,6 @@ Control flow compares codes. The texts may be reworded at any time, and contain 
 the checkpoint.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -57,15 +55,10 @@ class ReasonCode(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Reason:
-    """The reason for the treatment of a layer.
+    """The reason for the treatment of a layer."""
 
-    Attributes:
-        code: For programs.
-        text: For people; a clause without a full stop.
-    """
-
-    code: ReasonCode
-    text: str
+    code: ReasonCode  # for programs
+    text: str  # for people; a clause without a full stop
 
     def __str__(self) -> str:
         return self.text
@@ -138,15 +131,10 @@ class NoteCode(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """Something that the user should know about a plan.
+    """Something that the user should know about a plan."""
 
-    Attributes:
-        code: For programs.
-        text: For people; whole sentences.
-    """
-
-    code: NoteCode
-    text: str
+    code: NoteCode  # for programs
+    text: str  # for people; whole sentences
 
     def __str__(self) -> str:
         return self.text

@@ -1,7 +1,5 @@
 """Strict JSON: depth, size, integers and duplicate keys are checked while a document is read."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from itertools import islice
@@ -52,16 +50,10 @@ def parse_json_object(
     same_twice: bool = False,
     max_values: int = MAX_JSON_VALUES,
 ) -> tuple[dict[str, Any], list[str]]:
-    """Parse a JSON text that must be one object, strictly.
+    """Parse a JSON text in UTF-8 that must be one object: the object, or {}, and the problems.
 
-    Args:
-        raw: The text in UTF-8.
-        nan: Whether ``NaN`` and ``Infinity``, which are not JSON, are accepted.
-        same_twice: Whether a key may occur twice with equal values.
-        max_values: A text with more values is rejected before it is parsed.
-
-    Returns:
-        The object, empty if there is none, and the problems.
+    ``nan`` accepts ``NaN`` and ``Infinity``, which are not JSON, and ``same_twice`` a key that
+    occurs twice with equal values. More values than ``max_values`` are rejected before parsing.
     """
     twice: dict[str, None] = {}
 

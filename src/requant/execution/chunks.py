@@ -4,11 +4,10 @@ Counts rows only: nothing here reads or computes. Chunks share nothing, so their
 change no byte of an output.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Self
 
 import numpy as np
 
@@ -21,26 +20,19 @@ from requant.planning.plan import Step
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A range of a step's rows.
-
-    Attributes:
-        step: The step.
-        start: First row.
-        stop: The row after the last one.
-        number: Of the step in the plan; -1 for one that only computes a tensor for another.
-    """
+    """A range of a step's rows."""
 
     step: Step
     start: int
-    stop: int
-    number: int = -1
+    stop: int  # the row after the last one
+    number: int = -1  # of the step in the plan; -1 for one that only computes a tensor for another
 
     @property
     def rows(self) -> int:
         """How many rows it has."""
         return self.stop - self.start
 
-    def parts(self, chunk_bytes: int) -> Iterator[Chunk]:
+    def parts(self, chunk_bytes: int) -> Iterator[Self]:
         """The same rows in pieces that a worker's buffers hold.
 
         Rows of a packed layer have two kinds of borders. A piece never spans two matrices of a

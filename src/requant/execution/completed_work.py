@@ -1,7 +1,5 @@
 """Which chunks of a plan are done, and what was measured on them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,18 +9,15 @@ Stats = Mapping[str, float]
 
 @dataclass(slots=True)
 class CompletedWork:
-    """What of a plan is done.
+    """What of a plan is done."""
 
-    Attributes:
-        rows: Step number -> ranges of its rows, in any order.
-        stats: Step number and statistics of a range of its rows, one entry a range.
-        hashes: Output tensor -> SHA-256 of its bytes, in hex.
-        deleted_sources: Source files that were removed after all that needed them was durable.
-    """
-
+    # Step number -> ranges of its rows, in any order.
     rows: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
+    # Step number and statistics of a range of its rows, one entry a range.
     stats: list[tuple[int, Stats]] = field(default_factory=list)
+    # Output tensor -> SHA-256 of its bytes, in hex.
     hashes: dict[str, str] = field(default_factory=dict)
+    # Source files that were removed after all that needed them was durable.
     deleted_sources: list[str] = field(default_factory=list)
 
     def add(self, line: Mapping[str, Any]) -> None:

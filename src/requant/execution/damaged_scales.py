@@ -4,8 +4,6 @@ The values behind them are NaN or infinite in any dtype, so that the source is d
 dtype was requested.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping
 
@@ -44,34 +42,28 @@ def damaged_inputs(chunk: Chunk, inputs: Arrays) -> LayerStats:
     if step.global_scale is not None and not np.isfinite(inputs[ROW_SCALES]).all():
         stats.merge(_damage(1, step.global_scale.name, 0))
     for role, mode in _scales_damaged_rows(step):
-        array, part = inputs[role], step.inputs[role]
-        first = chunk.start
+        array, part, first = inputs[role], step.inputs[role], chunk.start
         if step.rows.columns == 1 and part.info.shape:  # a row is one number
             width = part.info.shape[-1]
             bad = np.flatnonzero(_is_bad(array, mode).reshape(-1))
             if bad.size:
                 stats.merge(_damage(bad.size, part.name, (first + int(bad[0])) // width))
         else:
-            stats.merge(_damage_in(array, part.name, first, mode))
+            stats.merge(_damaged_rows(_is_bad(array, mode), part.name, first))
     return stats
 
 
 def damaged_parts(
     packing: Packing, names: Mapping[str, str], parts: Arrays, start: int, stop: int
 ) -> LayerStats:
-    """Scales and zero points of rows of a packed layer that are NaN or infinite.
+    """Scales and zero points of rows ``start`` to ``stop`` of a packed layer: NaN or infinite ones.
 
-    Args:
-        packing: Of the layer.
-        names: Role -> name of the tensor.
-        parts: Role -> the rectangle that the rows need.
-        start: First row.
-        stop: The row after the last one.
+    By role, ``names`` has the tensors and ``parts`` the rectangles that the rows need.
     """
     stats = LayerStats()
     for role, cut in packing.required_rects(start, stop).items():
         if _SCALES.search(role):
-            stats.merge(_damage_in(parts[role], names[role], cut.rows[0]))
+            stats.merge(_damaged_rows(_is_bad(parts[role], None), names[role], cut.rows[0]))
     return stats
 
 
@@ -89,32 +81,25 @@ def damaged_outputs(chunk: Chunk, inputs: Arrays, outputs: Arrays, scratch: Scra
     """Damage of a packed layer that its results show: in scales that are bytes, or in blocks."""
     step, packing = chunk.step, chunk.step.packing
     assert packing is not None
-    name = next(iter(step.inputs.values())).name
+    first, last = step.rows.stored_rows(chunk.start, chunk.stop)
     if step.target is not None and step.target.mode is not QuantMode.AFFINE:
         bad = _is_bad(outputs["scales"], step.target.mode)
-        return _damaged_rows(bad, step.outputs["scales"].name, chunk)
-    first, last = step.rows.stored_rows(chunk.start, chunk.stop)
+        return _damaged_rows(bad, step.outputs["scales"].name, first, step.rows.step)
+    name = next(iter(step.inputs.values())).name
     wide = np.empty((last - first, packing.columns), np.float32)
     packing.decode(inputs, first, last, wide, scratch)
-    return _damaged_rows(~np.isfinite(wide[:: step.rows.step]), name, chunk, "values")
+    bad = ~np.isfinite(wide[:: step.rows.step])
+    return _damaged_rows(bad, name, first, step.rows.step, "values")
 
 
-def _damaged_rows(bad: np.ndarray, name: str, chunk: Chunk, what: str = "scales") -> LayerStats:
-    rows = np.flatnonzero(bad.any(axis=1))
-    if not rows.size:
-        return LayerStats()
-    first = chunk.step.rows.first + (chunk.start + int(rows[0])) * chunk.step.rows.step
-    return _damage(int(bad.sum()), name, first, what)
-
-
-def _damage_in(
-    array: np.ndarray, name: str, first: int, mode: QuantMode | None = None
+def _damaged_rows(
+    bad: np.ndarray, name: str, first: int, step: int = 1, what: str = "scales"
 ) -> LayerStats:
-    bad = _is_bad(array, mode)
+    """The damage of rows ``first``, ``first + step``, ... of a tensor."""
     rows = np.flatnonzero(bad.any(axis=1))
     if not rows.size:
         return LayerStats()
-    return _damage(int(bad.sum()), name, first + int(rows[0]))
+    return _damage(int(bad.sum()), name, first + int(rows[0]) * step, what)
 
 
 def _is_bad(array: np.ndarray, mode: QuantMode | None) -> np.ndarray:

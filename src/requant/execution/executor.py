@@ -5,8 +5,6 @@ A worker owns one set of buffers for the whole run: it reads the rows of a chunk
 only module of the pipeline that starts threads; it knows no path of the output.
 """
 
-from __future__ import annotations
-
 import threading
 import time
 from collections.abc import Callable
@@ -56,13 +54,8 @@ def run_plan(
 ) -> RunResult:
     """Run every step of ``plan`` into ``sink``.
 
-    Args:
-        plan: The steps.
-        source: The opened files, and mlx-lm's functions for computed tensors.
-        sink: Receives the bytes.
-        limits: Threads and memory.
-        progress: Called about ten times a second.
-        stop_at: Called with the statistics of a chunk; true ends the run, incomplete.
+    ``progress`` is called about ten times a second, ``stop_at`` with the statistics of each chunk;
+    true ends the run, incomplete.
 
     Raises:
         CheckpointError: A source file changed, or cannot be read any more.
@@ -72,10 +65,7 @@ def run_plan(
     before = sink.progress_log.state.deleted_sources if sink.progress_log is not None else ()
     needed = _files_to_read(plan, sink.progress_log)
     with SourceReader(plan.files, source.opened, tuple(before), needed) as reader:
-        run = _Run(
-            plan=plan, source=source, reader=reader, sink=sink, limits=limits, stop_at=stop_at
-        )
-        return run.run(progress)
+        return _Run(plan, source, reader, sink, limits, stop_at=stop_at).run(progress)
 
 
 def _files_to_read(plan: Plan, progress_log: ProgressLog | None) -> list[str]:
@@ -190,13 +180,9 @@ class _Run:
             for tensor in chunk.step.inputs.values()
             if isinstance(tensor, ComputedTensor)
         }
-        if not computed:
-            self._run_chunk(chunk, buffers, computed)
-            return
-        for part in chunk.parts(self.limits.chunk_bytes):
-            if self.stop.is_set():
-                return
-            self._run_chunk(part, buffers, computed)
+        for part in chunk.parts(self.limits.chunk_bytes) if computed else (chunk,):
+            if not self.stop.is_set():
+                self._run_chunk(part, buffers, computed)
 
     def _fill_intermediate(self, name: str, into: memoryview, buffers: WorkerBuffers) -> None:
         """Write the dense values of an input of a computed tensor."""

@@ -1,9 +1,7 @@
 """Pipeline stage 4: statistics of the values of each layer, added up over chunks in any order."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from requant.errors import Problem
 from requant.text import damage, pluralize_are
@@ -11,13 +9,7 @@ from requant.text import damage, pluralize_are
 
 @dataclass(slots=True)
 class LayerStats:
-    """Statistics of one layer, summed over its chunks.
-
-    Attributes:
-        damaged: The number of scales or zero points that the source stores as NaN or infinity, or
-            of values of blocks that decode to it (``damaged_what``); the first is in
-            ``damaged_row`` of ``damaged_tensor``.
-    """
+    """Statistics of one layer, summed over its chunks."""
 
     nonfinite: int = 0
     first_nonfinite_row: int | None = None
@@ -26,6 +18,9 @@ class LayerStats:
     squared_error: float = 0.0
     squared_values: float = 0.0
     max_error_steps: float = 0.0
+    # The number of scales or zero points that the source stores as NaN or infinity, or of values of
+    # blocks that decode to it (``damaged_what``); the first is in ``damaged_row`` of
+    # ``damaged_tensor``.
     damaged: int = 0
     damaged_tensor: str = ""
     damaged_what: str = ""
@@ -61,7 +56,7 @@ class LayerStats:
             f"{self.first_nonfinite_row}; {allowed}",
         )
 
-    def merge(self, other: LayerStats) -> None:
+    def merge(self, other: Self) -> None:
         """Add the statistics of another chunk."""
         self.nonfinite += other.nonfinite
         self.overflowed += other.overflowed

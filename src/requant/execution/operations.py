@@ -4,8 +4,6 @@ Arrays in, arrays out, through kernels that release the GIL; no files. Each thre
 ``WorkerBuffers``.
 """
 
-from __future__ import annotations
-
 from itertools import pairwise
 
 import numpy as np
@@ -29,14 +27,10 @@ Arrays = dict[str, np.ndarray]
 
 
 class WorkerBuffers:
-    """One worker's memory: an array per role, as large as its largest use so far.
-
-    Attributes:
-        hessians: Factored Hessians, shared by all workers.
-    """
+    """One worker's memory: an array per role, as large as its largest use so far."""
 
     def __init__(self, hessians: HessianCache) -> None:
-        self.hessians = hessians
+        self.hessians = hessians  # shared by all workers
         self._arrays: dict[str, np.ndarray] = {}
 
     def take(self, role: str, dtype: str, rows: int, row_bytes: int) -> np.ndarray:
@@ -49,15 +43,9 @@ class WorkerBuffers:
 
 
 def make_outputs(chunk: Chunk, inputs: Arrays, buffers: WorkerBuffers) -> tuple[Arrays, LayerStats]:
-    """Run a chunk's operation.
+    """Run a chunk's operation: outputs by role, shape ``(rows, ...)``, and their statistics.
 
-    Args:
-        chunk: The rows.
-        inputs: By role, the rows as stored; of a packed layer the rectangles that it cuts.
-        buffers: Memory for the outputs.
-
-    Returns:
-        Outputs by role, shape ``(rows, ...)``, and their statistics.
+    ``inputs`` are by role the rows as stored, of a packed layer the rectangles that it cuts.
 
     Raises:
         RequantError: The data contradict themselves; ``layer`` says where.
@@ -143,7 +131,9 @@ def _dequantize(
         native.dequantize_into(tensors, source, dense)
         return
     # MLX gives float32 here; a run of rows with one global scale is one call.
-    wide = dense if dense.dtype == np.float32 else buffers.take("wide", "F32", *_wide(dense))
+    wide = dense
+    if dense.dtype != np.float32:
+        wide = buffers.take("wide", "F32", dense.shape[0], 4 * dense.shape[1])
     borders = [0, *(np.flatnonzero(np.diff(row_scales)) + 1).tolist(), len(row_scales)]
     for start, stop in pairwise(borders):
         run = QuantizedTensors(tensors.words[start:stop], tensors.scales[start:stop])
@@ -151,10 +141,6 @@ def _dequantize(
         native.dequantize_into(run, source, wide[start:stop], global_scale=scale)
     if wide is not dense:
         values.cast_into(wide, dense)
-
-
-def _wide(dense: np.ndarray) -> tuple[int, int]:
-    return dense.shape[0], 4 * dense.shape[1]
 
 
 def _quantize(
@@ -229,22 +215,21 @@ def _run_packed(
     """Repack, decode or recode the rows of a packed layer."""
     step = chunk.step
     rows = step.rows.stored_rows(chunk.start, chunk.stop)
-    strided = _StridedOutput(outputs, step.rows.step, rows[1] - rows[0], buffers)
+    results = outputs
+    if step.operation is Operation.RECODE:
+        width = step.rows.columns * NUMPY_DTYPE[step.dtype].itemsize
+        results = {"weight": buffers.take("dense", step.dtype, chunk.rows, width)}
+    strided = _StridedOutput(results, step.rows.step, rows[1] - rows[0], buffers)
     if step.operation is Operation.REPACK:
         packing.repack(inputs, *rows, strided.wide, buffers)
         strided.copy_selected_rows()
         floats = [array for array in outputs.values() if array.dtype not in (np.uint32, np.uint8)]
         return LayerStats(overflowed=sum(values.count_nonfinite(array) for array in floats))
-    if step.operation is Operation.DECODE:
-        packing.decode(inputs, *rows, strided.wide["weight"], buffers)
-        strided.copy_selected_rows()
-        return LayerStats(overflowed=values.count_nonfinite(outputs["weight"]))
-    width = step.rows.columns * NUMPY_DTYPE[step.dtype].itemsize
-    dense = buffers.take("dense", step.dtype, chunk.rows, width)
-    strided = _StridedOutput({"weight": dense}, step.rows.step, rows[1] - rows[0], buffers)
     packing.decode(inputs, *rows, strided.wide["weight"], buffers)
     strided.copy_selected_rows()
-    return _quantize(chunk, dense, outputs, buffers, LayerStats())
+    if step.operation is Operation.DECODE:
+        return LayerStats(overflowed=values.count_nonfinite(outputs["weight"]))
+    return _quantize(chunk, results["weight"], outputs, buffers, LayerStats())
 
 
 class _StridedOutput:

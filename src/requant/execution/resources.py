@@ -1,7 +1,5 @@
 """Pipeline stage 4: threads and sizes of chunks, so that a run keeps to its memory limit."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass
 
@@ -48,14 +46,11 @@ def plan_resources(
     max_memory: int | None = None,
     chunk_bytes: int | None = None,
 ) -> ResourceLimits:
-    """Fit threads and chunks into the memory allowed.
+    """Fit threads and chunks into ``max_memory`` bytes, mapped pages aside.
 
-    Args:
-        plan: What is to be run; its longest row is the least that a worker holds.
-        threads: Worker threads; None for every processor of this process.
-        max_memory: Most bytes to hold, mapped pages aside; None for small chunks that
-            suit a processor's cache.
-        chunk_bytes: Overrules the size of a worker's chunk; for tests and tuning.
+    A worker holds the longest row of the plan at least. By default there is a thread for every
+    processor of this process, with small chunks that suit its cache; ``chunk_bytes`` overrules
+    their size, for tests and tuning.
 
     Raises:
         OutOfRangeError: Not even one row a worker fits into ``max_memory``.

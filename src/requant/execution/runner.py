@@ -1,7 +1,5 @@
 """One run of a plan, and whether its result may be kept."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
@@ -18,27 +16,18 @@ from requant.text import pluralize_are
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """The outcome of one run.
+    """The outcome of one run."""
 
-    Attributes:
-        result: Statistics of each layer; complete only without problems.
-        problems: Reasons to discard the output: NaN, Inf, or values that would become Inf.
-        nonfinite_layers: Layers with NaN or Inf that the options did not know of.
-    """
-
-    result: RunResult
+    result: RunResult  # statistics of each layer; complete only without problems
+    # Reasons to discard the output: NaN, Inf, or values that would become Inf.
     problems: tuple[Problem, ...]
-    nonfinite_layers: frozenset[str]
+    nonfinite_layers: frozenset[str]  # layers with NaN or Inf that the options did not know of
 
 
 def run_once(planned: Planned, sink: Sink, options: ConvertOptions, run: RunOptions) -> Attempt:
     """Run a plan into ``sink``; problems of the values are returned, not raised.
 
-    Args:
-        planned: The plan and what it runs on.
-        sink: Receives the bytes.
-        options: What the plan was made from.
-        run: Threads, memory, progress and what is allowed.
+    ``options`` are what the plan was made from; ``run`` has threads, memory and what is allowed.
     """
     plan, source = planned.plan, planned.source
     limits = plan_resources(plan, run.threads, run.max_memory, run.chunk_bytes)

@@ -3,8 +3,6 @@
 ``output.folder`` writes an output; other sinks compare the bytes, or drop them.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Protocol
@@ -25,10 +23,9 @@ class ProgressLog(Protocol):
         """Numbers of the plan's steps, in the order in which they are run."""
 
     def mark_done(self, step: int, start: int, stop: int, found: Stats) -> Sequence[str]:
-        """Record that a range of a step's rows was written; thread-safe.
+        """Record that a range of rows was written; returns source files that are needed no more.
 
-        Returns:
-            Source files that are needed no more.
+        Thread-safe.
         """
 
 

@@ -4,8 +4,6 @@ The facts are those of llama.cpp's converter (convert_hf_to_gguf.py, gguf-py's t
 which names it gives, which rows it reorders, and where it adds one to a norm.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -42,7 +40,9 @@ _ATTENTION = {
     "ffn_norm": "post_attention_layernorm",
 }
 _MLP = {"ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
+_LLAMA = {**_ATTENTION, **_MLP}
 _MIXTRAL = {
+    **_ATTENTION,
     "ffn_gate_inp": "block_sparse_moe.gate",
     "ffn_gate_exps": "block_sparse_moe.switch_mlp.gate_proj",
     "ffn_up_exps": "block_sparse_moe.switch_mlp.up_proj",
@@ -59,16 +59,20 @@ _QWEN_MOE = {
     "ffn_down_shexp": "mlp.shared_expert.down_proj",
 }
 _GEMMA_2 = {
+    **_LLAMA,
     "ffn_norm": "pre_feedforward_layernorm",
     "post_attention_norm": "post_attention_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
+_SEED_OSS = {**_LLAMA, "post_attention_norm": "post_attention_layernorm"}
 _PHI_3 = {
+    **_ATTENTION,
     "attn_qkv": "self_attn.qkv_proj",
     "ffn_up": "mlp.gate_up_proj",
     "ffn_down": "mlp.down_proj",
 }
 _GPT_OSS = {  # experts as mlx-lm names them: Hugging Face interleaves gate and up
+    **_ATTENTION,
     "post_attention_norm": "post_attention_layernorm",
     "attn_sinks": "self_attn.sinks",
     "ffn_gate_inp": "mlp.router",
@@ -77,6 +81,7 @@ _GPT_OSS = {  # experts as mlx-lm names them: Hugging Face interleaves gate and 
     "ffn_down_exps": "mlp.experts.down_proj",
 }
 _OLMO_2 = {  # norms behind the two halves of a block, none before
+    **_LLAMA,
     "post_attention_norm": "post_attention_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
@@ -100,27 +105,17 @@ _SETTINGS = {
 
 @dataclass(frozen=True)
 class Architecture:
-    """One architecture.
+    """One architecture."""
 
-    Attributes:
-        model_type: As config.json says it.
-        cls: The class in transformers.
-        blocks: Name of a tensor of a block -> its path below ``model.layers.N``.
-        permuted: Whether rows of q and k are in the order of llama.cpp's rotary embedding.
-        shifted_norms: Whether one was added to the weights of norms.
-        wide: Whether activations leave the range of float16.
-        configure: Adds what only this architecture has to a config.
-        support: The settings that mlx-lm's class reads.
-    """
-
-    model_type: str
-    cls: str
-    blocks: Mapping[str, str]
-    configure: Configure
+    model_type: str  # as config.json says it
+    cls: str  # the class in transformers
+    blocks: Mapping[str, str]  # name of a tensor of a block -> its path below ``model.layers.N``
+    configure: Configure  # adds what only this architecture has to a config
+    support: Support = PLAIN  # the settings that mlx-lm's class reads
+    # Whether rows of q and k are in the order of llama.cpp's rotary embedding.
     permuted: bool = False
-    shifted_norms: bool = False
-    wide: bool = False
-    support: Support = PLAIN
+    shifted_norms: bool = False  # whether one was added to the weights of norms
+    wide: bool = False  # whether activations leave the range of float16
 
     def name_of(self, name: str) -> str | None:
         """Hugging Face's name of a tensor; None if this architecture has none of that name."""
@@ -170,107 +165,71 @@ def setting_of(name: str) -> str | None:
     return _SETTINGS.get(found[1]) if found else None
 
 
-_LLAMA_NAMES = {**_ATTENTION, **_MLP}
 _BY_HIDDEN = Support(head_dim=False)
-_NO_SCALING = frozenset[str]()
+_UNSCALED = Support(frozenset())
+_UNSCALED_BY_HIDDEN = Support(frozenset(), head_dim=False)
+_LONGROPE_BY_HIDDEN = Support(frozenset({"longrope"}), head_dim=False, partial_rotary=True)
+_NO_LONGROPE = Support(ALL_SCALINGS - {"longrope"})
 _FAMILIES = {
-    "llama": Architecture(
-        "llama", "LlamaForCausalLM", _LLAMA_NAMES, configure_llama, permuted=True
-    ),
-    "qwen2": Architecture(
-        "qwen2", "Qwen2ForCausalLM", _LLAMA_NAMES, configure_qwen, support=_BY_HIDDEN
-    ),
-    "qwen3": Architecture("qwen3", "Qwen3ForCausalLM", _LLAMA_NAMES, configure_qwen),
+    "llama": Architecture("llama", "LlamaForCausalLM", _LLAMA, configure_llama, permuted=True),
+    "qwen2": Architecture("qwen2", "Qwen2ForCausalLM", _LLAMA, configure_qwen, _BY_HIDDEN),
+    "qwen3": Architecture("qwen3", "Qwen3ForCausalLM", _LLAMA, configure_qwen),
     "qwen2moe": Architecture(
         "qwen2_moe",
         "Qwen2MoeForCausalLM",
         {**_ATTENTION, **_QWEN_MOE},
         configure_qwen_moe,
-        support=Support(_NO_SCALING, head_dim=False),
+        _UNSCALED_BY_HIDDEN,
     ),
     "qwen3moe": Architecture(
-        "qwen3_moe",
-        "Qwen3MoeForCausalLM",
-        {**_LLAMA_NAMES, **_QWEN_MOE},
-        configure_qwen_moe,
-        support=Support(_NO_SCALING),
+        "qwen3_moe", "Qwen3MoeForCausalLM", {**_LLAMA, **_QWEN_MOE}, configure_qwen_moe, _UNSCALED
     ),
     "gemma": Architecture(
         "gemma",
         "GemmaForCausalLM",
-        _LLAMA_NAMES,
+        _LLAMA,
         configure_gemma,
+        _UNSCALED,
         shifted_norms=True,
         wide=True,
-        support=Support(_NO_SCALING),
     ),
     "gemma2": Architecture(
         "gemma2",
         "Gemma2ForCausalLM",
-        {**_LLAMA_NAMES, **_GEMMA_2},
+        _GEMMA_2,
         configure_gemma_2,
+        _UNSCALED,
         shifted_norms=True,
         wide=True,
-        support=Support(_NO_SCALING),
     ),
     "gemma3": Architecture(
         "gemma3_text",
         "Gemma3ForCausalLM",
-        {**_LLAMA_NAMES, **_GEMMA_2},
+        _GEMMA_2,
         configure_gemma_3,
         shifted_norms=True,
         wide=True,
     ),
-    "phi3": Architecture(
-        "phi3",
-        "Phi3ForCausalLM",
-        {**_ATTENTION, **_PHI_3},
-        configure_phi_3,
-        support=Support(frozenset({"longrope"}), head_dim=False, partial_rotary=True),
-    ),
+    "phi3": Architecture("phi3", "Phi3ForCausalLM", _PHI_3, configure_phi_3, _LONGROPE_BY_HIDDEN),
     "smollm3": Architecture(
-        "smollm3", "SmolLM3ForCausalLM", _LLAMA_NAMES, configure_smollm_3, permuted=True
+        "smollm3", "SmolLM3ForCausalLM", _LLAMA, configure_smollm_3, permuted=True
     ),
     "granite": Architecture(
-        "granite",
-        "GraniteForCausalLM",
-        _LLAMA_NAMES,
-        configure_granite,
-        permuted=True,
-        support=_BY_HIDDEN,
+        "granite", "GraniteForCausalLM", _LLAMA, configure_granite, _BY_HIDDEN, permuted=True
     ),
-    "seed_oss": Architecture(
-        "seed_oss",
-        "SeedOssForCausalLM",
-        {**_LLAMA_NAMES, "post_attention_norm": "post_attention_layernorm"},
-        configure_seed_oss,
-    ),
-    "olmo2": Architecture(
-        "olmo2", "Olmo2ForCausalLM", {**_LLAMA_NAMES, **_OLMO_2}, configure_llama
-    ),
+    "seed_oss": Architecture("seed_oss", "SeedOssForCausalLM", _SEED_OSS, configure_seed_oss),
+    "olmo2": Architecture("olmo2", "Olmo2ForCausalLM", _OLMO_2, configure_llama),
     "gpt-oss": Architecture(
-        "gpt_oss",
-        "GptOssForCausalLM",
-        {**_ATTENTION, **_GPT_OSS},
-        configure_gpt_oss,
-        wide=True,
-        support=Support(ALL_SCALINGS - {"longrope"}),
+        "gpt_oss", "GptOssForCausalLM", _GPT_OSS, configure_gpt_oss, _NO_LONGROPE, wide=True
     ),
 }
 _MINISTRAL_FAMILY = Architecture(
-    "ministral3", "Ministral3ForCausalLM", _LLAMA_NAMES, configure_ministral_3, permuted=True
+    "ministral3", "Ministral3ForCausalLM", _LLAMA, configure_ministral_3, permuted=True
 )
 _MIXTRAL_FAMILY = Architecture(
-    "mixtral",
-    "MixtralForCausalLM",
-    {**_ATTENTION, **_MIXTRAL},
-    configure_mixtral,
-    permuted=True,
-    support=Support(_NO_SCALING, head_dim=False),
+    "mixtral", "MixtralForCausalLM", _MIXTRAL, configure_mixtral, _UNSCALED_BY_HIDDEN, permuted=True
 )
-_OLMO_3_FAMILY = Architecture(
-    "olmo3", "Olmo3ForCausalLM", {**_LLAMA_NAMES, **_OLMO_2}, configure_olmo_3
-)
+_OLMO_3_FAMILY = Architecture("olmo3", "Olmo3ForCausalLM", _OLMO_2, configure_olmo_3)
 # The language parts of models that see: of text alone, their positions are those of the others.
 _FAMILIES |= {
     "qwen2vl": _FAMILIES["qwen2"],

@@ -6,10 +6,7 @@ axes, axes with the innermost first, type, offset); zeros up to the alignment; t
 string is its length (uint64) and its bytes.
 """
 
-from __future__ import annotations
-
 import hashlib
-import struct
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -49,40 +46,24 @@ _SCALARS = {  # number of a value's type -> NumPy dtype
 
 @dataclass(frozen=True, slots=True)
 class TableEntry:
-    """One tensor of a file.
+    """One tensor of a file."""
 
-    Attributes:
-        name: As the file calls it.
-        kind: How its values are stored.
-        shape: Outermost axis first, as everywhere but in the file.
-        offset: Of its first byte, from the start of the file.
-        nbytes: Of its data.
-    """
-
-    name: str
-    kind: BlockType
-    shape: tuple[int, ...]
-    offset: int
-    nbytes: int
+    name: str  # as the file calls it
+    kind: BlockType  # how its values are stored
+    shape: tuple[int, ...]  # outermost axis first, as everywhere but in the file
+    offset: int  # of its first byte, from the start of the file
+    nbytes: int  # of its data
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """The part of a file before its data.
+    """The part of a file before its data."""
 
-    Attributes:
-        file: Its name, as problems and plans give it.
-        nbytes: Size of the file.
-        sha256: Of everything before the data.
-        metadata: Key -> number, bool, string, NumPy array or tuple of strings.
-        tensors: In the order of their data.
-    """
-
-    file: str
-    nbytes: int
-    sha256: str
-    metadata: Mapping[str, Any]
-    tensors: tuple[TableEntry, ...]
+    file: str  # its name, as problems and plans give it
+    nbytes: int  # size of the file
+    sha256: str  # of everything before the data
+    metadata: Mapping[str, Any]  # key -> number, bool, string, NumPy array or tuple of strings
+    tensors: tuple[TableEntry, ...]  # in the order of their data
 
 
 class _Damaged(Exception):
@@ -113,27 +94,23 @@ class _Cursor:
         self.hash.update(data)
         return data
 
-    def number(self, code: str, what: str) -> int:
-        (value,) = struct.unpack(f"<{code}", self.take(struct.calcsize(code), what))
-        return int(value)
+    def array(self, dtype: str, count: int, what: str) -> np.ndarray:
+        return np.frombuffer(self.take(count * np.dtype(dtype).itemsize, what), dtype)
+
+    def number(self, dtype: str, what: str) -> int:
+        return int(self.array(dtype, 1, what)[0])
 
     def string(self, what: str, most: int = MAX_GGUF_STRING_BYTES) -> str:
-        length = self.number("Q", what)
+        length = self.number("<u8", what)
         if length > most:
             raise _Damaged(f"{what} is a string of {length:,} bytes, at most {most:,} are read")
         return self.take(length, what).decode("utf-8", "replace")
 
 
 def read_header(folder: Path, name: str, size: int) -> tuple[Header | None, list[Problem]]:
-    """Read a file up to its data.
+    """Read a file of ``size`` bytes up to its data.
 
-    Args:
-        folder: Where it lies.
-        name: The file.
-        size: Its bytes.
-
-    Returns:
-        The header, None where it cannot be understood, and what is wrong with it.
+    Returns the header, None where it cannot be understood, and what is wrong with it.
     """
     problems: list[Problem] = []
     try:
@@ -149,9 +126,7 @@ def read_header(folder: Path, name: str, size: int) -> tuple[Header | None, list
 def header_nbytes(file: BinaryIO, size: int) -> int:
     """Return the bytes that the header of a file takes, or the part that can be understood.
 
-    Args:
-        file: Read from its start; no further than that.
-        size: Of the whole file.
+    The file, of ``size`` bytes, is read from its start and no further than that.
     """
     cursor = _Cursor(file, size)
     with suppress(_Damaged):
@@ -168,7 +143,7 @@ def _parse(cursor: _Cursor, name: str, problems: list[Problem]) -> Header:
         raise _Damaged(
             f"is not a GGUF file: it starts with {first}, expected {expected}, the word GGUF"
         )
-    version = cursor.number("I", "the version")
+    version = cursor.number("<u4", "the version")
     if version not in VERSIONS:
         swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
         if swapped in VERSIONS:
@@ -176,7 +151,7 @@ def _parse(cursor: _Cursor, name: str, problems: list[Problem]) -> Header:
         raise _Damaged(
             f"is version {version} of GGUF, known are 2 and 3; take a newer file of the model"
         )
-    count, keys = cursor.number("Q", "the header"), cursor.number("Q", "the header")
+    count, keys = cursor.number("<u8", "the header"), cursor.number("<u8", "the header")
     if count > MAX_TENSORS:
         raise _Damaged(f"says that it holds {count:,} tensors, at most {MAX_TENSORS:,} are read")
     if keys > MAX_GGUF_KEYS:
@@ -203,7 +178,7 @@ def _read_metadata(
         key = cursor.string("a metadata key", MAX_NAME_CHARS)
         if key in metadata:
             _report(problems, f"{file}: {format_value(key)}", "occurs twice in the metadata")
-        kind = cursor.number("I", format_value(key))
+        kind = cursor.number("<u4", format_value(key))
         if kind == _ARRAY:
             value, items = _read_array(cursor, key, room)
             room -= items
@@ -218,13 +193,12 @@ def _read_scalar(cursor: _Cursor, key: str, kind: int) -> Any:
         return cursor.string(format_value(key))
     if kind not in _SCALARS:
         raise _Damaged(f"{format_value(key)} has a value of unknown type {kind}")
-    dtype = np.dtype(_SCALARS[kind])
-    return np.frombuffer(cursor.take(dtype.itemsize, format_value(key)), dtype)[0].item()
+    return cursor.array(_SCALARS[kind], 1, format_value(key))[0].item()
 
 
 def _read_array(cursor: _Cursor, key: str, room: int) -> tuple[Any, int]:
     """A NumPy array, or a tuple of strings; and how many items it has."""
-    kind, count = cursor.number("I", format_value(key)), cursor.number("Q", format_value(key))
+    kind, count = cursor.number("<u4", format_value(key)), cursor.number("<u8", format_value(key))
     if kind != _STRING and kind not in _SCALARS:
         nested = "arrays, which no known key has" if kind == _ARRAY else f"unknown type {kind}"
         raise _Damaged(f"{format_value(key)} is an array of {nested}")
@@ -234,18 +208,20 @@ def _read_array(cursor: _Cursor, key: str, room: int) -> tuple[Any, int]:
         )
     if kind == _STRING:
         return tuple(cursor.string(format_value(key)) for _ in range(count)), count
-    dtype = np.dtype(_SCALARS[kind])
-    return np.frombuffer(cursor.take(count * dtype.itemsize, format_value(key)), dtype), count
+    return cursor.array(_SCALARS[kind], count, format_value(key)), count
 
 
 def _read_entry(cursor: _Cursor, file: str, problems: list[Problem]) -> TableEntry | None:
     """One line of the tensor table, its offset counted from the data; None if it is unsound."""
     name = cursor.string("a tensor's name", MAX_NAME_CHARS)
-    axes = cursor.number("I", format_value(name))
+    axes = cursor.number("<u4", format_value(name))
     if axes > _MAX_AXES:
         raise _Damaged(f"{format_value(name)} has {axes} axes, at most {_MAX_AXES} are known")
-    sizes = [cursor.number("Q", format_value(name)) for _ in range(axes)]
-    number, offset = cursor.number("I", format_value(name)), cursor.number("Q", format_value(name))
+    sizes = [cursor.number("<u8", format_value(name)) for _ in range(axes)]
+    number, offset = (
+        cursor.number("<u4", format_value(name)),
+        cursor.number("<u8", format_value(name)),
+    )
     where = f"{file}: {format_tensor_name(name)}"
     wrong = check_name(name)
     if wrong:

@@ -4,8 +4,6 @@ What a key does is what llama.cpp's graphs do with it (ggml-org/llama.cpp src/ll
 src/llama-graph.cpp and src/models/). docs/formats/gguf.md has the same as a table.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -155,18 +153,13 @@ def _why_harmless(name: str, value: object, config: Mapping[str, Any]) -> str:
         return _IMAGES if is_three else ""
     if name == "rope.scaling.finetuned" and config["model_type"] == "granite":
         return ""  # its files turn positions off by that
-    if name in _OF_WINDOWS and not _has_windows(config):
+    has_windows = config.get("sliding_window") and config["model_type"] != "phi3"
+    if name in _OF_WINDOWS and not has_windows:
         return _NO_WINDOWS
-    if name in _OF_SCALINGS and not _scaling(config):
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if name in _OF_SCALINGS and rope.get("type") not in ("yarn", "longrope"):
         return _OF_SCALINGS[name]
     return _NOTED.get(name, "")
-
-
-def _scaling(config: Mapping[str, Any]) -> str:
-    """The kind of scaling that counts from original lengths, or ""."""
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    kind: str = rope.get("type", "")
-    return kind if kind in ("yarn", "longrope") else ""
 
 
 def _changes_nothing(
@@ -183,11 +176,8 @@ def _changes_nothing(
     equal = _same_as(name, settings, config)
     if equal is not None:
         neutral.append(equal)
-    return all(any(_is_close(item, other) for other in neutral) for item in items)
-
-
-def _has_windows(config: Mapping[str, Any]) -> bool:
-    return bool(config.get("sliding_window")) and config["model_type"] != "phi3"
+    # Equal but for what float32 rounds.
+    return all(any(abs(item - x) <= 1e-5 * abs(x) for x in neutral) for item in items)
 
 
 def _same_as(name: str, settings: Settings, config: Mapping[str, Any]) -> float | None:
@@ -228,8 +218,3 @@ def _items(value: object) -> list[Any] | None:
     if isinstance(value, (bool, int, float)):
         return [value]
     return [] if value in ("", ()) else None
-
-
-def _is_close(one: float, other: float) -> bool:
-    """Whether two numbers are the same but for what float32 rounds."""
-    return bool(abs(one - other) <= 1e-5 * abs(other))

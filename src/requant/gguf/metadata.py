@@ -1,29 +1,24 @@
 """Values of a GGUF file's metadata by key and type; the keys that were asked for are kept."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from requant.errors import Problem
 from requant.text import format_value
 
+_T = TypeVar("_T")
+
 
 class Metadata:
-    """The metadata of one model; what is missing or of a wrong type becomes a problem.
-
-    Attributes:
-        read: Keys that were asked for.
-        reported: Keys with a problem.
-    """
+    """The metadata of one model; what is missing or of a wrong type becomes a problem."""
 
     def __init__(self, file: str, values: Mapping[str, Any]) -> None:
         self.file, self.values = file, values
         self.problems: list[Problem] = []
-        self.read: set[str] = set()
-        self.reported: set[str] = set()
+        self.read: set[str] = set()  # keys that were asked for
+        self.reported: set[str] = set()  # keys with a problem
 
     @property
     def architecture(self) -> str:
@@ -40,28 +35,18 @@ class Metadata:
         value = self._find(key)
         if value is None or (isinstance(value, np.ndarray) and not value.size):
             return ()
-        if isinstance(value, tuple):
-            return value
-        self._wrong(key, "an array of strings")
-        return ()
+        return self._checked(key, tuple, "an array of strings") or ()
 
     def numbers(self, key: str) -> np.ndarray | None:
         """An array of numbers, or None."""
         value = self._find(key)
-        if value is None or (isinstance(value, tuple) and not value):
+        if isinstance(value, tuple) and not value:
             return None
-        if isinstance(value, np.ndarray):
-            return value
-        self._wrong(key, "an array of numbers")
-        return None
+        return self._checked(key, np.ndarray, "an array of numbers")
 
     def flag(self, key: str) -> bool | None:
         """A boolean, or None."""
-        value = self._find(key)
-        if value is None or isinstance(value, bool):
-            return value
-        self._wrong(key, "a boolean")
-        return None
+        return self._checked(key, bool, "a boolean")
 
     def flags(self, key: str) -> list[bool] | None:
         """An array of yes and no, or None."""
@@ -126,6 +111,14 @@ class Metadata:
     def _find(self, key: str) -> Any:
         self.read.add(key)
         return self.values.get(key)
+
+    def _checked(self, key: str, kind: type[_T], expected: str) -> _T | None:
+        """The value of a key; None if it is missing, or of another type, which is a problem."""
+        value = self._find(key)
+        if value is None or isinstance(value, kind):
+            return value
+        self._wrong(key, expected)
+        return None
 
     def _wrong(self, key: str, expected: str) -> None:
         value = self._find(key)

@@ -3,8 +3,6 @@
 A fused tensor is cut by rows, so its parts are runs of bytes of the file: nothing is decoded.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -29,34 +27,21 @@ Table = Mapping[str, tuple[str, TableEntry]]
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """A run of rows of each matrix of a tensor, or all of it.
+    """A run of rows of each matrix of a tensor, or all of it."""
 
-    Attributes:
-        entry: As the file would have it on its own.
-        name_in_file: Of the whole.
-        ranges: Where its bytes lie.
-    """
-
-    entry: TableEntry
-    name_in_file: str
-    ranges: tuple[FileRange, ...]
+    entry: TableEntry  # as the file would have it on its own
+    name_in_file: str  # of the whole
+    ranges: tuple[FileRange, ...]  # where its bytes lie
 
 
 @dataclass
 class Naming:
-    """The tensors of one model while they get their names.
+    """The tensors of one model while they get their names."""
 
-    Attributes:
-        metadata: Of the model.
-        family: Its architecture; None if it is not known.
-        problems: Of the names and shapes.
-        notes: For the user.
-    """
-
-    metadata: Metadata
-    family: Architecture | None
-    problems: list[Problem] = field(default_factory=list)
-    notes: list[Note] = field(default_factory=list)
+    metadata: Metadata  # of the model
+    family: Architecture | None  # its architecture; None if it is not known
+    problems: list[Problem] = field(default_factory=list)  # of the names and shapes
+    notes: list[Note] = field(default_factory=list)  # for the user
 
     def name_all(self, table: Table) -> tuple[dict[str, StoredTensor | JoinedTensor], GgufModel]:
         """Every tensor by its name, and how it is stored."""
@@ -81,7 +66,10 @@ class Naming:
                     continue
                 stored[named] = described = self._describe(part, named)
                 info = _info(part.entry, described.shape)
-                tensors[named] = _placed(named, info, part.ranges)
+                first = part.ranges[0]
+                tensors[named] = StoredTensor(named, info, first.file, first.offset)
+                if len(part.ranges) > 1:
+                    tensors[named] = JoinedTensor(named, info, part.ranges)
         self._note_names(unknown)
         model = GgufModel(
             self.metadata.architecture,
@@ -166,15 +154,14 @@ class Naming:
             self.notes.append(Note(NoteCode.UNKNOWN_ARCHITECTURE, text))
         elif unknown:
             family = self.family.model_type
-            text = f"{join_first(unknown)} have no name in Hugging Face's {family}: they keep "
-            text += "their own."
+            names = join_first(unknown)
+            text = f"{names} have no name in Hugging Face's {family}: they keep their own."
             self.notes.append(Note(NoteCode.UNKNOWN_TENSOR_NAMES, text))
 
 
 def _cut(entry: TableEntry, file: str, name: str, axis: int, start: int, size: int) -> _Part:
     """``size`` rows from ``start`` on of each matrix of a tensor, as a tensor called ``name``."""
-    rows = entry.shape[axis]
-    matrices = prod(entry.shape[:axis])
+    rows, matrices = entry.shape[axis], prod(entry.shape[:axis])
     row_bytes = entry.nbytes // (matrices * rows)
     first = entry.offset + start * row_bytes
     ranges = tuple(
@@ -184,14 +171,6 @@ def _cut(entry: TableEntry, file: str, name: str, axis: int, start: int, size: i
     shape = (*entry.shape[:axis], size, *entry.shape[axis + 1 :])
     part = TableEntry(name, entry.kind, shape, first, matrices * size * row_bytes)
     return _Part(part, entry.name, ranges)
-
-
-def _placed(
-    name: str, info: TensorInfo, ranges: tuple[FileRange, ...]
-) -> StoredTensor | JoinedTensor:
-    if len(ranges) > 1:
-        return JoinedTensor(name, info, ranges)
-    return StoredTensor(name, info, ranges[0].file, ranges[0].offset)
 
 
 def _info(entry: TableEntry, shape: tuple[int, ...]) -> TensorInfo:

@@ -4,8 +4,6 @@ The names and their rules are those of llama.cpp (ggml-org/llama.cpp src/llama-v
 spells a model's own regex otherwise, because its engine is smaller, the model's own is here.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -42,21 +40,14 @@ _DEEPSEEK_CODER = (
 
 @dataclass(frozen=True, slots=True)
 class PreTokenizer:
-    """One rule.
+    """One rule."""
 
-    Attributes:
-        patterns: Regexes; what one matches, and what lies between, is split by the next.
-        then_gpt_2: Whether GPT-2's own rule splits what they leave.
-        whole_words_first: Whether a word that is a token is not merged from parts.
-        adds_bos: Whether texts begin with a token for that, where the file says nothing.
-        composed: Whether letters and their accents are composed before (NFC).
-    """
-
+    # Regexes; what one matches, and what lies between, is split by the next.
     patterns: tuple[str, ...] = ()
-    then_gpt_2: bool = False
-    whole_words_first: bool = False
-    adds_bos: bool = False
-    composed: bool = False
+    then_gpt_2: bool = False  # whether GPT-2's own rule splits what they leave
+    whole_words_first: bool = False  # whether a word that is a token is not merged from parts
+    adds_bos: bool = False  # whether texts begin with a token for that, where the file says nothing
+    composed: bool = False  # whether letters and their accents are composed before (NFC)
 
 
 _GPT_2 = PreTokenizer(then_gpt_2=True)

@@ -4,8 +4,6 @@ Only headers are read, and the few small tensors that are settings. Config and t
 from the metadata, or from the folder of the original model.
 """
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -50,11 +48,9 @@ def read_gguf(
 ) -> Checkpoint:
     """Read a GGUF model up to its data.
 
-    Args:
-        source: A file, any part of a split one, or a folder with one model.
-        config_from: A folder whose config.json and tokenizer files are taken instead of what
-            the metadata say.
-        fetch: Reads what lies behind the headers, where the files hold nothing else.
+    ``source`` is a file, any part of a split one, or a folder with one model. Config and tokenizer
+    are those of the folder ``config_from``, else of the metadata. ``fetch`` reads what lies behind
+    the headers, where the files hold nothing else.
 
     Raises:
         CheckpointError: With everything that is wrong with it.
@@ -95,11 +91,7 @@ def _parts_of(name: str) -> list[str]:
 
 
 def _choose(folder: Path) -> list[str]:
-    """The files of the one model of a folder.
-
-    Raises:
-        CheckpointError: There is none, or more than one.
-    """
+    """The files of the one model of a folder; a CheckpointError if there is none, or more."""
     names = sorted(p.name for p in folder.iterdir() if p.suffix == SUFFIX)
     models: dict[str, str] = {}
     for name in names:
@@ -191,6 +183,9 @@ class _Reading:
             opened=OpenedSource(self.folder, fetch=self.fetch, generated_files=files),
         )
 
+    def _report(self, where: str, message: str) -> None:
+        self.problems.append(Problem(where, message))
+
     def _check_parts(self) -> None:
         """Hold the parts of a split model against each other."""
         if len(self.headers) == 1 and not self.metadata.find_int("split.count"):
@@ -198,27 +193,26 @@ class _Reading:
         count = self.metadata.find_int("split.count")
         if count != len(self.headers):
             parts = "is missing" if count is None else f"says that the model has {count:,} parts"
-            message = (
+            self._report(
+                f"{self.first.file}: split.count",
                 f"{parts}, found {len(self.headers):,}; the parts of a model lie in one folder and "
-                "end in -00001-of-00003.gguf and so on"
+                "end in -00001-of-00003.gguf and so on",
             )
-            self.problems.append(Problem(f"{self.first.file}: split.count", message))
         for number, header in enumerate(self.headers):
             declared = header.metadata.get("split.no")
             if declared != number:
                 message = f"says that it is part {format_value(declared)}, its place is {number}"
-                self.problems.append(Problem(f"{header.file}: split.no", message))
+                self._report(f"{header.file}: split.no", message)
         total = self.metadata.find_int("split.tensors.count")
         held = sum(len(header.tensors) for header in self.headers)
         if total is not None and total != held:
             message = f"says that there are {total:,} tensors, found {held:,}"
-            self.problems.append(Problem(f"{self.first.file}: split.tensors.count", message))
+            self._report(f"{self.first.file}: split.tensors.count", message)
         twice = Counter(t.name for header in self.headers for t in header.tensors)
         for header in self.headers[1:]:
             for tensor in header.tensors:
                 if twice[tensor.name] > 1:
-                    message = "is in another part too"
-                    self.problems.append(Problem(f"{header.file}: {tensor.name}", message))
+                    self._report(f"{header.file}: {tensor.name}", "is in another part too")
 
     def _check_version(self) -> None:
         """Report another version of the layout of blocks, which changed twice before GGUF."""
@@ -278,7 +272,7 @@ class _Reading:
         file, entry = table[name]
         if entry.kind.name != "F32" or entry.nbytes > _MAX_SETTING_BYTES:
             message = f"{entry.kind.name} {list(entry.shape)}, expected a short vector of F32"
-            self.problems.append(Problem(f"{file}: {name}", message))
+            self._report(f"{file}: {name}", message)
             return np.ones(1, np.float32)
         part = FileRange(file, entry.offset, entry.nbytes)
         opened = OpenedSource(self.folder, fetch=self.fetch)

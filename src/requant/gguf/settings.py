@@ -1,7 +1,5 @@
 """The inputs of a config: a file's metadata, its shapes, and the settings mlx-lm's class reads."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -21,28 +19,18 @@ ADVICE = "--config-from takes config.json and tokenizer of the original model in
 
 @dataclass(frozen=True)
 class Support:
-    """The settings that mlx-lm's class of a model reads, apart from those that all classes read.
+    """The settings that mlx-lm's class of a model reads, apart from those that all classes read."""
 
-    Attributes:
-        scalings: Kinds of ``rope_scaling``.
-        head_dim: Whether heads may be of another width than ``hidden_size`` gives.
-        partial_rotary: Whether a part of a head may be left unrotated.
-    """
-
-    scalings: frozenset[str] = ALL_SCALINGS
-    head_dim: bool = True
-    partial_rotary: bool = False
+    scalings: frozenset[str] = ALL_SCALINGS  # kinds of ``rope_scaling``
+    head_dim: bool = True  # whether heads may be of another width than ``hidden_size`` gives
+    partial_rotary: bool = False  # whether a part of a head may be left unrotated
 
 
 PLAIN = Support()
 
 
 class Settings:
-    """Metadata under the architecture's prefix, shapes and values of tensors.
-
-    Attributes:
-        notes: For the user, about the config.
-    """
+    """Metadata under the architecture's prefix, shapes and values of tensors."""
 
     def __init__(
         self, metadata: Metadata, shapes: Shapes, read_small: ReadScalar, support: Support = PLAIN
@@ -50,7 +38,7 @@ class Settings:
         self.metadata, self.shapes = metadata, shapes
         self.read_small, self.support = read_small, support
         self.prefix = f"{metadata.architecture}."
-        self.notes: list[Note] = []
+        self.notes: list[Note] = []  # about the config
 
     def need_int(self, key: str) -> int:
         return self.metadata.need_int(self.prefix + key)
@@ -96,9 +84,7 @@ class Settings:
     def sliding_layers(self, blocks: int, period: int) -> list[bool]:
         """For each block, whether it sees no more than a window of the text.
 
-        Args:
-            blocks: How many there are.
-            period: Every how many blocks one sees all, where the file does not say it.
+        Every ``period`` blocks one sees all, where the file does not say it.
         """
         key = f"{self.prefix}attention.sliding_window_pattern"
         if self.metadata.is_array(key):

@@ -4,8 +4,6 @@ llama.cpp stores tokens, their kinds, and merges (byte-level BPE, "gpt2") or sco
 (SentencePiece BPE, "llama"). How a text is split before that is a name: ``tokenizer.ggml.pre``.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -43,11 +41,8 @@ def tokenizer_files(metadata: Metadata) -> tuple[Files, str]:
     pre = metadata.word("tokenizer.ggml.pre")
     splitting = splitting_of(pre) if model == "gpt2" else PreTokenizer()
     if splitting is None:
-        known = ", ".join(sorted(SPLITTINGS))
-        return (
-            {},
-            f"how its tokenizer splits words ({format_value(pre)}) is not known; known are {known}",
-        )
+        rule, known = format_value(pre), ", ".join(sorted(SPLITTINGS))
+        return {}, f"how its tokenizer splits words ({rule}) is not known; known are {known}"
     maker = _Tokenizer(metadata, model, splitting, tokens)
     return {
         "tokenizer.json": lambda: _dump(maker.tokenizer()),
@@ -128,14 +123,9 @@ class _Tokenizer:
             "add_bos_token": self.adds_bos,
             "add_eos_token": self.adds_eos,
         }
-        for name, key in (
-            ("bos_token", "bos"),
-            ("eos_token", "eos"),
-            ("unk_token", "unknown"),
-            ("pad_token", "padding"),
-        ):
-            if (token := self._special(key)) is not None:
-                config[name] = token
+        for name, part in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+            if (token := self._special(part)) is not None:
+                config[f"{name}_token"] = token
         length = self.metadata.find_int(f"{self.metadata.architecture}.context_length")
         if length:
             config["model_max_length"] = length
@@ -146,13 +136,8 @@ class _Tokenizer:
     def tokenizer(self) -> dict[str, Any]:
         """``tokenizer.json``."""
         parts = self._byte_level() if self.model == "gpt2" else self._sentencepiece()
-        return {
-            "version": "1.0",
-            "truncation": None,
-            "padding": None,
-            "added_tokens": self._added(),
-            **parts,
-        }
+        limits = {"truncation": None, "padding": None}
+        return {"version": "1.0", **limits, "added_tokens": self._added(), **parts}
 
     def _added(self) -> list[dict[str, Any]]:
         return [
@@ -199,27 +184,22 @@ class _Tokenizer:
 
     def _byte_level(self) -> dict[str, Any]:
         """Bytes as letters, merged in the order of the merges (GPT-2 and its heirs)."""
-        options = {"add_prefix_space": False, "trim_offsets": False}
+        options = {"add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+        level: dict[str, Any] = {"type": "ByteLevel", **options}
+        how = {"behavior": "Isolated", "invert": False}
         pieces: list[dict[str, Any]] = [
-            {
-                "type": "Split",
-                "pattern": {"Regex": pattern},
-                "behavior": "Isolated",
-                "invert": False,
-            }
+            {"type": "Split", "pattern": {"Regex": pattern}, **how}
             for pattern in self.splitting.patterns
         ]
-        pieces.append({"type": "ByteLevel", **options, "use_regex": self.splitting.then_gpt_2})
+        pieces.append({**level, "use_regex": self.splitting.then_gpt_2})
         vocabulary = self._vocabulary()
         # A merge of what is not a token would stop the tokenizer from loading.
         merges = [merge.split(" ", 1) for merge in self.metadata.words("tokenizer.ggml.merges")]
         return {
             "normalizer": {"type": "NFC"} if self.splitting.composed else None,
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": pieces},
-            "post_processor": self._post_processor(
-                {"type": "ByteLevel", **options, "use_regex": False}
-            ),
-            "decoder": {"type": "ByteLevel", **options, "use_regex": False},
+            "post_processor": self._post_processor(level),
+            "decoder": level,
             "model": {
                 "type": "BPE",
                 "dropout": None,

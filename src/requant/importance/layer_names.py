@@ -4,23 +4,16 @@ Every name becomes a key in llama.cpp's terms (gguf-py's tensor map, ggml-org/ll
 gguf-py/gguf/tensor_mapping.py): number of the block, name of the part, number of the expert.
 """
 
-from __future__ import annotations
-
 import re
 from typing import NamedTuple
 
 
 class LayerKey(NamedTuple):
-    """A layer, in whichever convention it was named.
+    """A layer, in whichever convention it was named."""
 
-    Attributes:
-        block: Number of its block; -1 outside of blocks.
-        part: ``attn_q``, ``ffn_down_exps``, ``output``, ...
-        expert: Its number if each expert has a name; None for a stack, and without experts.
-    """
-
-    block: int
-    part: str
+    block: int  # number of its block; -1 outside of blocks
+    part: str  # ``attn_q``, ``ffn_down_exps``, ``output``, ...
+    # Its number if each expert has a name; None for a stack, and without experts.
     expert: int | None = None
 
 
@@ -71,10 +64,9 @@ _SIBLINGS = {part: family for family in _SAME_INPUT for part in family}
 
 
 def layer_key(path: str) -> LayerKey | None:
-    """Return the key of a layer path without ``.weight``; None for layers llama.cpp does not have.
+    """The key of a layer path without ``.weight``; None for layers that llama.cpp does not have.
 
-    Args:
-        path: ``model.layers.0.self_attn.q_proj``, ``blk.0.attn_q``, ``lm_head``, ...
+    Paths are ``model.layers.0.self_attn.q_proj``, ``blk.0.attn_q``, ``lm_head``, ...
     """
     if match := _GGUF_BLOCK.fullmatch(path):
         block, part, expert = int(match[1]), match[2], match[3]

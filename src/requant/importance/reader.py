@@ -7,8 +7,6 @@ experts, it holds ``L.mean_square`` and perhaps ``L.mean_absolute``, float32 ``[
 ``format`` and ``version``.
 """
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import os
@@ -27,6 +25,7 @@ from requant.checkpoints.safetensors_header import (
     format_tensor_name,
     header_length,
     parse_header,
+    read_raw_header,
 )
 from requant.core.dtypes import TensorInfo
 from requant.core.files import open_regular
@@ -49,17 +48,11 @@ _CHUNK_BYTES = 4 << 20
 
 @dataclass(frozen=True, slots=True)
 class LayerStatistics:
-    """Statistics of the inputs of one layer or of a stack of experts, to be written.
+    """Statistics of the inputs of one layer or of a stack of experts, to be written."""
 
-    Attributes:
-        mean_square: float32, ``[in]`` or ``[E, in]``.
-        count: ``[1]`` or ``[E]``: number of tokens; an expert with 0 has no statistics.
-        mean_absolute: Like ``mean_square``, or None.
-    """
-
-    mean_square: np.ndarray
-    count: np.ndarray
-    mean_absolute: np.ndarray | None = None
+    mean_square: np.ndarray  # float32, ``[in]`` or ``[E, in]``
+    count: np.ndarray  # ``[1]`` or ``[E]``: number of tokens; an expert with 0 has no statistics
+    mean_absolute: np.ndarray | None = None  # like ``mean_square``, or None
 
 
 def read_statistics(path: str | os.PathLike[str]) -> StatisticsFile:
@@ -145,8 +138,7 @@ def _own(file: BinaryIO, raw: bytes, size: int) -> imatrix.Found:
         layers.setdefault(layer, {})[role] = entry
     seen: list[StatisticsEntry] = []
     for layer, parts in layers.items() if not problems else ():
-        wrong = _wrong(parts)
-        if wrong:
+        if wrong := _wrong(parts):
             problems.append(Problem(layer, wrong))
             continue
         square, hessian = parts["mean_square"], parts.get("hessian")
@@ -196,11 +188,8 @@ def write_statistics(
 ) -> None:
     """Write a statistics file; it is renamed to ``path`` when it is complete.
 
-    Args:
-        path: The file; an existing one is replaced.
-        layers: Layer -> its statistics.
-        hessians: Layer -> shape of its Hessian, and a function that returns it, called one by one.
-        metadata: Further entries: model, text, seed.
+    By layer, ``hessians`` has the shape of the Hessian and a function that returns it; these are
+    called one by one. ``metadata`` are further entries: model, text, seed.
 
     Raises:
         OSError: It cannot be written.
@@ -211,7 +200,8 @@ def write_statistics(
             array = getattr(statistics, role)
             if array is not None:
                 array = np.ascontiguousarray(array, "<f4")
-                tensors[f"{layer}.{role}"] = TensorInfo("F32", array.shape), partial(_itself, array)
+                info = TensorInfo("F32", array.shape)
+                tensors[f"{layer}.{role}"] = info, partial(np.asarray, array)
     for layer, (shape, give) in (hessians or {}).items():
         tensors[f"{layer}.hessian"] = TensorInfo("F32", shape), give
     infos = {name: info for name, (info, _) in tensors.items()}
@@ -228,23 +218,17 @@ def write_statistics(
 def merge_statistics(
     parts: Sequence[Path], path: str | os.PathLike[str], metadata: Mapping[str, str]
 ) -> None:
-    """Write one statistics file of several, a few MB at a time.
-
-    Args:
-        parts: Files of ``write_statistics``, no layer in two of them.
-        path: The file; an existing one is replaced.
-        metadata: As for ``write_statistics``.
+    """Write one statistics file of several, with no layer in two of them, a few MB at a time.
 
     Raises:
         OSError: It cannot be written.
     """
     places: list[tuple[str, TensorInfo, Path, int]] = []
     for part in parts:
+        size = part.stat().st_size
         with part.open("rb") as file:
-            raw = file.read(PREFIX_BYTES)
-            nbytes, _ = header_length(raw, part.stat().st_size)
-            raw += file.read(nbytes)
-        entries, _, problems = parse_header(raw, part.stat().st_size - len(raw))
+            raw, _ = read_raw_header(file, size)
+        entries, _, problems = parse_header(raw, size - len(raw))
         if problems:
             raise statistics_error(str(part), problems)
         places += [(name, e.info, part, len(raw) + e.start) for name, e in entries.items()]
@@ -282,7 +266,3 @@ def _write(
         hidden.replace(place)
     finally:
         hidden.unlink(missing_ok=True)
-
-
-def _itself(array: np.ndarray) -> np.ndarray:
-    return array

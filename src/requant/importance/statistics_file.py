@@ -1,7 +1,5 @@
 """A statistics file: finds the statistics of each layer, and reads them when they are needed."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -19,58 +17,37 @@ from requant.text import os_error_text
 
 @dataclass(frozen=True, slots=True)
 class StatisticsEntry:
-    """The position of the statistics of one layer, or of a stack of experts, in a file.
+    """The position of the statistics of one layer, or of a stack of experts, in a file."""
 
-    Attributes:
-        name: The layer's name in the file.
-        size: Number of values of all experts together.
-        offset: Of the first value: float32, experts one after another.
-        divisors: The divisor of each expert's sums, float64 ``(experts,)``, or ``(1,)`` for all.
-            It is 0 for an expert that no token reached.
-        experts: Their number; None where the file does not have it (llama.cpp's older form).
-        hessian: Offset of float32 ``(experts, in, in)``; None if there is none.
-    """
-
-    name: str
-    size: int
-    offset: int
+    name: str  # the layer's name in the file
+    size: int  # number of values of all experts together
+    offset: int  # of the first value: float32, experts one after another
+    # The divisor of each expert's sums, float64 ``(experts,)``, or ``(1,)`` for all. It is 0 for an
+    # expert that no token reached.
     divisors: np.ndarray = field(compare=False)
+    # Their number; None where the file does not have it (llama.cpp's older form).
     experts: int | None
-    hessian: int | None = None
+    hessian: int | None = None  # offset of float32 ``(experts, in, in)``; None if there is none
 
 
 @dataclass(frozen=True, slots=True)
 class FileIdentity:
-    """A statistics file as it was when a plan was made.
+    """A statistics file as it was when a plan was made."""
 
-    Attributes:
-        path: As the user named it.
-        sha256: Of the whole file; part of every plan that uses it.
-        stamp: Size and time of change, by which a changed file is recognized.
-    """
-
-    path: str
-    sha256: str
-    stamp: tuple[int, int]
+    path: str  # as the user named it
+    sha256: str  # of the whole file; part of every plan that uses it
+    stamp: tuple[int, int]  # size and time of change, by which a changed file is recognized
 
 
 @dataclass(frozen=True, slots=True)
 class MatrixStatistics:
-    """The position of the statistics of one matrix in a file.
+    """The position of the statistics of one matrix in a file."""
 
-    Attributes:
-        name: The layer's name in the file.
-        expert: Number of the matrix in its stack.
-        divisor: The divisor of the sums; 0 if no token reached the matrix.
-        offset: Of its float32 ``(in,)`` sums of squares.
-        hessian: Of its float32 ``(in, in)``; None if there is none.
-    """
-
-    name: str
-    expert: int
-    divisor: float
-    offset: int
-    hessian: int | None
+    name: str  # the layer's name in the file
+    expert: int  # number of the matrix in its stack
+    divisor: float  # the divisor of the sums; 0 if no token reached the matrix
+    offset: int  # of its float32 ``(in,)`` sums of squares
+    hessian: int | None  # of its float32 ``(in, in)``; None if there is none
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,15 +55,10 @@ class Importance:
     """The weights of the squared error of each input, for the matrices of one layer.
 
     Plain data, as a part of a plan: the numbers are read from the file when they are needed.
-
-    Attributes:
-        file: The statistics file.
-        entries: One for each matrix of the layer, or one for all.
-        in_features: Number of inputs.
     """
 
     file: FileIdentity
-    entries: tuple[MatrixStatistics, ...]
+    entries: tuple[MatrixStatistics, ...]  # one for each matrix of the layer, or one for all
     in_features: int
 
     def entry(self, matrix: int) -> MatrixStatistics:
@@ -96,8 +68,7 @@ class Importance:
     def weights(self, matrix: int) -> np.ndarray | None:
         """Mean squares of the inputs of one matrix, float32 ``(in_features,)``.
 
-        Returns:
-            None if no token reached it, or every input was 0.
+        None if no token reached it, or every input was 0.
 
         Raises:
             CheckpointError: The file was changed.
@@ -139,13 +110,7 @@ class Importance:
 
 
 class StatisticsFile:
-    """The layers of a statistics file; its numbers are read when they are needed.
-
-    Attributes:
-        source: Path of the file, for messages.
-        file: Its identity.
-        seen: Name of a layer in the file -> position of its numbers.
-    """
+    """The layers of a statistics file, by their names in it; numbers are read when needed."""
 
     def __init__(self, file: FileIdentity, seen: Sequence[StatisticsEntry]) -> None:
         self.source, self.file = file.path, file
@@ -162,14 +127,10 @@ class StatisticsFile:
         return float(divisors[expert if divisors.size > 1 else 0])
 
     def find(self, path: str, shape: Sequence[int]) -> Importance | str | None:
-        """Find the importance of a layer of a model.
+        """Find the importance of a layer in the names of Hugging Face, mlx-lm or llama.cpp.
 
-        Args:
-            path: The layer in the names of Hugging Face, mlx-lm or llama.cpp.
-            shape: Of its weight, ``(..., out, in)``.
-
-        Returns:
-            None if the file does not have the layer; a message if its shape differs.
+        Returns None if the file does not have the layer; a message if the shape of its weight,
+        ``(..., out, in)``, differs.
         """
         matrices, n_in = prod(shape[:-2]), shape[-1]
         if path in self.seen:

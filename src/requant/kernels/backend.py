@@ -5,8 +5,6 @@
 for callers who hold its arrays, and who therefore have it loaded.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeAlias, cast
@@ -112,7 +110,7 @@ class _NumPy:
 
     def astype(self, array: np.ndarray, dtype: str) -> np.ndarray:
         with np.errstate(all="ignore"):  # an overflow is inf, as in MLX
-            return array.astype(_numpy_dtype(dtype), copy=False)
+            return array.astype(getattr(ml_dtypes, dtype, dtype), copy=False)
 
     def transpose(self, array: np.ndarray) -> np.ndarray:
         return np.ascontiguousarray(array.T)
@@ -152,10 +150,9 @@ def backend_for(weights: Weights) -> Backend:
         UnsupportedDtypeError: A value is an array of neither library; ``.dtype`` is its type.
         InvariantError: The map mixes the two libraries.
     """
-    mlx = _loaded_mlx()
     found: Backend | None = None
     for name, array in weights.items():
-        backend = _backend_of(array, mlx)
+        backend = _backend_of(array)
         if backend is None:
             kind = type(array)
             raise UnsupportedDtypeError(
@@ -174,25 +171,14 @@ def backend_for(weights: Weights) -> Backend:
     return NUMPY if found is None else found
 
 
-def _loaded_mlx() -> Any:
-    """The MLX backend if the caller can have MLX arrays at all, else None."""
-    if "mlx.core" not in sys.modules:
+def _backend_of(array: object) -> Backend | None:
+    if isinstance(array, np.ndarray):
+        return NUMPY
+    if "mlx.core" not in sys.modules:  # then the caller cannot have MLX arrays at all
         return None
     from requant.kernels import mlx_backend as mlx
 
-    return mlx
-
-
-def _backend_of(array: object, mlx: Any) -> Backend | None:
-    if isinstance(array, np.ndarray):
-        return NUMPY
-    if mlx is not None and mlx.is_array(array):
-        return cast(Backend, mlx)
-    return None
-
-
-def _numpy_dtype(name: str) -> np.dtype:
-    return np.dtype(getattr(ml_dtypes, name, name))
+    return cast(Backend, mlx) if mlx.is_array(array) else None
 
 
 def _plain(array: np.ndarray) -> np.ndarray:

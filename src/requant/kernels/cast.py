@@ -1,7 +1,5 @@
 """Dense values in buffers of the caller: casts, NaN and infinity, quantization error."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import ml_dtypes
@@ -60,17 +58,12 @@ def encoding_error(
         neighbouring codes in affine mode and the value of element 1.0 in the others.
     """
     group_size = dense.size // scales.size
-    squares, norm = _native.group_errors(
-        _bits(dense),
-        _name(dense),
-        _bits(decoded),
-        _name(decoded),
-        group_size,
-        group_max.reshape(-1).view(np.uint32),
-    )
+    pair = _bits(dense), _name(dense), _bits(decoded), _name(decoded)
+    most = group_max.reshape(-1)
+    squares, norm = _native.group_errors(*pair, group_size, most.view(np.uint32))
     steps = _steps(scales, mode)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        ratio = group_max.reshape(-1) / steps
+        ratio = most / steps
     return float(squares), float(norm), float(np.max(ratio, where=steps > 0, initial=0.0))
 
 

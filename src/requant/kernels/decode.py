@@ -7,8 +7,6 @@ whatever state the thread's processor is in.
 A shape, dtype or layout that does not fit is a ``ValueError`` that says what was expected.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np
@@ -101,25 +99,16 @@ def lut_values_into(
     bits, name = float_bits(out, "out")
     if not out.flags.c_contiguous:  # else reshaping would copy it
         raise ValueError("out: expected a C-contiguous array")
-    _native.lut_values(
-        codes.reshape(-1),
-        _float32(codebook, "codebook"),
-        _float32(absmax, "absmax").reshape(-1),
-        block,
-        first,
-        high_first,
-        bits.reshape(-1),
-        name,
-    )
+    table, scales = _float32(codebook, "codebook"), _float32(absmax, "absmax").reshape(-1)
+    codes, bits = codes.reshape(-1), bits.reshape(-1)
+    _native.lut_values(codes, table, scales, block, first, high_first, bits, name)
 
 
 def scale_values(scales: Array, format: str) -> Array:
-    """Scale bytes as float32, of the same shape.
+    """Scale bytes, uint8 or a float8 of ml_dtypes, as float32 of the same shape.
 
-    Args:
-        scales: uint8, or a float8 of ml_dtypes.
-        format: ``"F8_E8M0"`` (``2 ** (byte - 127)``, 255 is NaN), ``"F8_E4M3"`` or
-            ``"F8_E4M3FNUZ"``: the bytes of these dtypes, whatever dtype the array has.
+    They are bytes of ``"F8_E8M0"`` (``2 ** (byte - 127)``, 255 is NaN), ``"F8_E4M3"`` or
+    ``"F8_E4M3FNUZ"`` by ``format``, whatever dtype the array has.
     """
     if format not in _SCALE_FORMATS:
         raise UnknownValueError("[decode] unknown format of scales", format, _SCALE_FORMATS)

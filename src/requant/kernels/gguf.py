@@ -6,8 +6,6 @@ A row of blocks is uint8 ``(rows, in_features / elements * nbytes)``.
 A shape, dtype or layout that does not fit is a ``ValueError`` that says what was expected.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,17 +24,11 @@ _GROUPS = {QuantMode.MXFP4: 32, QuantMode.NVFP4: 16}
 
 @dataclass(frozen=True)
 class BlockType:
-    """A type of tensor in a GGUF file.
+    """A type of tensor in a GGUF file."""
 
-    Attributes:
-        number: As files write it.
-        name: As llama.cpp calls it.
-        dtype: Header name of plain numbers; "" for blocks.
-    """
-
-    number: int
-    name: str
-    dtype: str = ""
+    number: int  # as files write it
+    name: str  # as llama.cpp calls it
+    dtype: str = ""  # header name of plain numbers; "" for blocks
 
     @property
     def _block(self) -> tuple[int, int, int, int, bool]:
@@ -69,36 +61,15 @@ class BlockType:
         return Quantization.affine(group, bits) if bits else None
 
 
-_BLOCKS = {
-    2: "Q4_0",
-    3: "Q4_1",
-    6: "Q5_0",
-    7: "Q5_1",
-    8: "Q8_0",
-    10: "Q2_K",
-    11: "Q3_K",
-    12: "Q4_K",
-    13: "Q5_K",
-    14: "Q6_K",
-    16: "IQ2_XXS",
-    17: "IQ2_XS",
-    18: "IQ3_XXS",
-    19: "IQ1_S",
-    20: "IQ4_NL",
-    21: "IQ3_S",
-    22: "IQ2_S",
-    23: "IQ4_XS",
-    29: "IQ1_M",
-    34: "TQ1_0",
-    35: "TQ2_0",
-    39: "MXFP4",
-    40: "NVFP4",
-    41: "Q1_0",
-}
+_BLOCKS = """
+    2:Q4_0 3:Q4_1 6:Q5_0 7:Q5_1 8:Q8_0 10:Q2_K 11:Q3_K 12:Q4_K 13:Q5_K 14:Q6_K 16:IQ2_XXS 17:IQ2_XS
+    18:IQ3_XXS 19:IQ1_S 20:IQ4_NL 21:IQ3_S 22:IQ2_S 23:IQ4_XS 29:IQ1_M 34:TQ1_0 35:TQ2_0 39:MXFP4
+    40:NVFP4 41:Q1_0
+"""
 _PLAIN = {0: "F32", 1: "F16", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 30: "BF16"}
 
 TYPES: dict[int, BlockType] = {
-    **{number: BlockType(number, name) for number, name in _BLOCKS.items()},
+    **{int(n): BlockType(int(n), name) for n, name in (x.split(":") for x in _BLOCKS.split())},
     **{number: BlockType(number, name, name) for number, name in _PLAIN.items()},
 }
 """Number -> type. Q8_1 (9) and Q8_K (15) are llama.cpp's own, never stored; others are gone."""

@@ -7,8 +7,6 @@ their places, and the scale and bias of each are searched for on the repaired we
 result is plain affine.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,20 +26,15 @@ _MOST_DAMPING = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Compensation:
-    """How errors are propagated, computed from a layer's Hessian.
+    """How errors are propagated, computed from a layer's Hessian."""
 
-    Attributes:
-        propagation: float32 ``(in_features, in_features)``, upper triangular, the diagonal 1: row
-            j is the share of input j's error that each later input takes.
-        importance: float64 ``(in_features,)``: the Hessian's diagonal, which weights the search.
-        damping: Share of the mean of the diagonal that was added to it.
-        dead: Inputs that were zero for every token; they are rounded alone.
-    """
-
+    # float32 ``(in_features, in_features)``, upper triangular, the diagonal 1: row j is the share
+    # of input j's error that each later input takes.
     propagation: Array
+    # float64 ``(in_features,)``: the Hessian's diagonal, which weights the search.
     importance: Array
-    damping: float
-    dead: int
+    damping: float  # share of the mean of the diagonal that was added to it
+    dead: int  # inputs that were zero for every token; they are rounded alone
 
 
 def compensation_of(hessian: Array, in_features: int, damping: float = DAMPING) -> Compensation:
@@ -100,11 +93,8 @@ def quantize(
 
     Rows are independent: any ranges of them give the same bytes as all at once.
 
-    Args:
-        w: float32, float16 or bfloat16, ``(rows, in_features)``; finite.
-        compensation: Of the layer's Hessian.
-        quantization: Of mode affine.
-        search: How each group's scale and bias are found on the repaired weights.
+    ``w`` is float32, float16 or bfloat16, ``(rows, in_features)``, and finite; the quantization is
+    affine. ``search`` finds each group's scale and bias on the repaired weights.
 
     Raises:
         ShapeMismatchError: The Hessian was another layer's.
@@ -128,17 +118,10 @@ def quantize(
             weights=compensation.importance[start:stop],
         )
         assert bias is not None
-        _native.gptq_group(
-            repaired.view(np.uint32),
-            start,
-            group_size,
-            bits,
-            scale.astype(np.float32).view(np.uint32),
-            bias.astype(np.float32).view(np.uint32),
-            compensation.propagation.view(np.uint32),
-            group_codes,
-            errors,
-        )
+        steps, offsets = (x.astype(np.float32).view(np.uint32) for x in (scale, bias))
+        values, shares = repaired.view(np.uint32), compensation.propagation.view(np.uint32)
+        args = values, start, group_size, bits, steps, offsets, shares
+        _native.gptq_group(*args, group_codes, errors)
         codes[:, start:stop] = group_codes
         scales[:, group], biases[:, group] = scale[:, 0], bias[:, 0]
     words = np.empty((rows, n_in * bits // 32), np.uint32)

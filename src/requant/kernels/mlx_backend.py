@@ -1,10 +1,8 @@
-"""The backend for ``mlx.core.array``: thin calls into MLX.
+"""The ``backend.Backend`` for ``mlx.core.array``: thin calls into MLX.
 
 Every result is lazy. Nothing here evaluates an array, and nothing may: no ``item``, no
 conversion to NumPy, no Python truth of an element.
 """
-
-from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,12 +18,10 @@ name = "mlx"
 
 
 def dtype(array: mx.array) -> str:
-    """Name such as "float32"."""
     return str(array.dtype).removeprefix("mlx.core.")
 
 
 def shape(array: mx.array) -> tuple[int, ...]:
-    """Lengths of the axes."""
     return tuple(array.shape)
 
 
@@ -42,12 +38,7 @@ def quantize(
             f"[quantize_weights] search {search!r} computes on NumPy arrays; these are MLX's"
         )
     with _as_backend_error():
-        words, scales, *biases = mx.quantize(
-            weight,
-            group_size=quantization.group_size,
-            bits=quantization.bits,
-            mode=quantization.mode.value,
-        )
+        words, scales, *biases = mx.quantize(weight, **_keywords(quantization))
     return words, scales, biases[0] if biases else None
 
 
@@ -62,18 +53,15 @@ def dequantize(
     if biases is not None and biases.shape != scales.shape:
         raise ShapeMismatchError("biases do not fit the scales", scales.shape, biases.shape)
     with _as_backend_error():
-        return mx.dequantize(
-            words,
-            scales,
-            biases,
-            group_size=quantization.group_size,
-            bits=quantization.bits,
-            mode=quantization.mode.value,
-        )
+        return mx.dequantize(words, scales, biases, **_keywords(quantization))
+
+
+def _keywords(quantization: Quantization) -> dict[str, Any]:
+    bits, group_size = quantization.bits, quantization.group_size
+    return {"group_size": group_size, "bits": bits, "mode": quantization.mode.value}
 
 
 def view_uint32(array: mx.array) -> mx.array:
-    """The same bits as uint32; the source has 32-bit elements."""
     return array.view(mx.uint32)
 
 
@@ -83,27 +71,22 @@ def astype(array: mx.array, dtype: str) -> mx.array:
 
 
 def transpose(array: mx.array) -> mx.array:
-    """Swap the two axes, rows contiguous again."""
     return mx.contiguous(array.T)
 
 
 def multiply(left: mx.array, right: mx.array) -> mx.array:
-    """Element by element, in the common dtype."""
     return mx.multiply(left, right)
 
 
 def scale(array: mx.array, factor: float) -> mx.array:
-    """Times one number, in the dtype of the array."""
     return mx.multiply(array, mx.full_like(array, factor))
 
 
 def negative(array: mx.array) -> mx.array:
-    """Element by element; zero becomes minus zero."""
     return mx.negative(array)
 
 
 def unpack(words: mx.array, shifts: Sequence[int], mask: int) -> mx.array:
-    """(rows, n) words -> (rows, n * len(shifts)) codes: ``(word >> shift) & mask``, uint32."""
     rows, count = words.shape
     with _as_backend_error():
         codes = mx.bitwise_and(
@@ -114,15 +97,11 @@ def unpack(words: mx.array, shifts: Sequence[int], mask: int) -> mx.array:
 
 
 def pack(codes: mx.array, shifts: Sequence[int]) -> mx.array:
-    """(rows, n * len(shifts)) codes -> (rows, n) words: ``code << shift`` joined, uint32."""
     rows, count = codes.shape
     with _as_backend_error():
         parts = codes.astype(mx.uint32).reshape(rows, count // len(shifts), len(shifts))
-        return (
-            mx.left_shift(parts, mx.array(list(shifts), dtype=mx.uint32))
-            .sum(axis=2)
-            .astype(mx.uint32)
-        )
+        shifted = mx.left_shift(parts, mx.array(list(shifts), dtype=mx.uint32))
+        return shifted.sum(axis=2).astype(mx.uint32)
 
 
 @contextmanager
@@ -138,11 +117,9 @@ _UNSIGNED = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
 
 
 def empty(shape: Sequence[int], dtype: mx.Dtype) -> tuple[mx.array, memoryview]:
-    """Memory of MLX to be filled from outside, without a copy.
+    """Memory of MLX to be filled from outside, without a copy: an array, and its bytes.
 
-    Returns:
-        An array, and its bytes to write to. Evaluate nothing that is made of the array before
-        it is filled.
+    Evaluate nothing that is made of the array before it is filled.
     """
     array = mx.zeros(shape, _UNSIGNED[dtype.size])
     mx.eval(array)

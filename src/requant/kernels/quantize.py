@@ -8,10 +8,9 @@ One departure: a group too small for an E8M0 scale (modes mxfp4 and mxfp8) is
 flushed to zero, where MLX lets the scale's byte wrap around.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from math import prod
+from typing import Any, NamedTuple, Self
 
 import ml_dtypes
 import numpy as np
@@ -35,29 +34,20 @@ Array = NDArray[Any]
 
 _BFLOAT16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
 _FLOAT32: np.dtype[Any] = np.dtype(np.float32)
-_SCALE_BYTES = {
-    np.dtype(np.uint8),
-    np.dtype(ml_dtypes.float8_e8m0fnu),
-    np.dtype(ml_dtypes.float8_e4m3fn),
-}
+_SCALE_BYTES = ("uint8", "float8_e8m0fnu", "float8_e4m3fn")
 
 
 class QuantizedTensors(NamedTuple):
-    """The tensors of a quantized layer.
+    """The tensors of a quantized layer."""
 
-    Attributes:
-        words: Packed codes, uint32 ``(..., in_features * bits / 32)``.
-        scales: ``(..., in_features / group_size)``: float32, float16 or bfloat16 in affine mode,
-            else uint8 (E8M0 for mxfp4 and mxfp8, E4M3 for nvfp4).
-        biases: Like the scales in affine mode, else None.
-    """
-
-    words: Array
+    words: Array  # packed codes, uint32 ``(..., in_features * bits / 32)``
+    # ``(..., in_features / group_size)``: float32, float16 or bfloat16 in affine mode, else uint8
+    # (E8M0 for mxfp4 and mxfp8, E4M3 for nvfp4).
     scales: Array
-    biases: Array | None = None
+    biases: Array | None = None  # like the scales in affine mode, else None
 
     @classmethod
-    def from_roles(cls, arrays: Mapping[str, Array]) -> QuantizedTensors:
+    def from_roles(cls, arrays: Mapping[str, Array]) -> Self:
         """The tensors of a layer whose arrays are ``weight``, ``scales`` and perhaps ``biases``."""
         return cls(arrays["weight"], arrays["scales"], arrays.get("biases"))
 
@@ -123,13 +113,8 @@ def quantize_into(
 ) -> int:
     """Quantize into arrays of the caller; every array 2-D and C-contiguous.
 
-    The arguments are those of ``quantize``; the kernels check the shapes.
-
-    Returns:
-        The number of groups flushed to zero, too small for an E8M0 scale.
-
-    Raises:
-        ValueError: A shape, dtype or layout does not fit.
+    The arguments are those of ``quantize``; the kernels check shapes, dtypes and layout
+    (ValueError). Returns the number of groups flushed to zero, too small for an E8M0 scale.
     """
     bits, group_size = _checked(quantization)
     weights = _search_weights(search, weights, w.shape[-1])
@@ -218,12 +203,9 @@ def dequantize_into(
     *,
     global_scale: float | None = None,
 ) -> None:
-    """Dequantize into ``out``; every array 2-D and C-contiguous.
+    """Dequantize into ``out``; every array 2-D and C-contiguous, or a ValueError of the kernels.
 
-    With a ``global_scale`` (nvfp4 only) ``out`` is float32. The kernels check the shapes.
-
-    Raises:
-        ValueError: A shape, dtype or layout does not fit.
+    With a ``global_scale`` (nvfp4 only) ``out`` is float32.
     """
     bits, group_size = _checked(quantization)
     words, scales, biases = tensors
@@ -292,14 +274,10 @@ def _check_packing(
 
 
 def _check_last_axis(where: str, array: Array, multiple: int, unit: str, *, axis: str = "") -> int:
-    """Check that an array has rows and their length is a multiple; returns the length.
+    """Check that an array has rows whose length is a multiple; returns the length.
 
-    Args:
-        where: Operation and array, as in "[pack_words] codes".
-        array: Of any shape.
-        multiple: What the length must be a multiple of.
-        unit: Why, for the message.
-        axis: Name of the length, if not that of the array.
+    For messages: ``where`` is operation and array, as in "[pack_words] codes", ``unit`` the reason,
+    and ``axis`` the name of the length, if not that of the array.
     """
     if array.ndim < 2:
         raise RankMismatchError(f"{where} must have at least 2 axes", array.ndim, array.shape)
@@ -339,10 +317,9 @@ def _check_scales(tensors: QuantizedTensors, mode: QuantMode) -> np.dtype[Any]:
     """Check scales and biases; returns the dtype of the result by default."""
     _, scales, biases = tensors
     if not mode.has_biases:
-        if scales.dtype not in _SCALE_BYTES:
-            supported = ("uint8", "float8_e8m0fnu", "float8_e4m3fn")
+        if scales.dtype.name not in _SCALE_BYTES:
             where = f"[dequantize] scales of mode {mode}"
-            raise UnsupportedDtypeError(where, scales.dtype.name, supported)
+            raise UnsupportedDtypeError(where, scales.dtype.name, _SCALE_BYTES)
         if biases is not None:
             raise InvariantError(
                 f"[dequantize] mode {mode} has no biases; got {list(biases.shape)}"
@@ -382,11 +359,7 @@ def _same_dtype(name: str, array: Array, w: Array) -> None:
 
 def _rows(array: Array) -> Array:
     """The same elements as a C-contiguous matrix; no copy where none is needed."""
-    contiguous = np.ascontiguousarray(array)
-    if contiguous.ndim == 2:
-        return contiguous
-    rows = int(np.prod(array.shape[:-1], dtype=np.int64))
-    return contiguous.reshape(rows, array.shape[-1])
+    return np.ascontiguousarray(array).reshape(prod(array.shape[:-1]), array.shape[-1])
 
 
 def _matrices(tensors: QuantizedTensors) -> QuantizedTensors:

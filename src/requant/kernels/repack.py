@@ -8,8 +8,6 @@ stream: code ``k`` takes the bits from ``k * bits`` on.
 A shape, dtype or layout that does not fit is a ``ValueError`` that says what was expected.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,12 +20,10 @@ Array = NDArray[Any]
 
 
 def transpose_into(source: Array, out: Array) -> None:
-    """Fill ``out`` ``(b, a)`` with the transpose of ``source`` ``(a, b)``.
+    """Fill ``out`` ``(b, a)`` with the transpose of ``source`` ``(a, b)``, both of one dtype.
 
-    Args:
-        source: uint8, uint16 or uint32: codes, the bits of float16 scales, words.
-        out: The same dtype; overwritten. GPTQ's ``qweight`` of 2, 3, 4 or 8 bits, and
-            AutoRound's of 5 and 6, becomes MLX words this way.
+    They are uint8, uint16 or uint32: codes, the bits of float16 scales, words. GPTQ's ``qweight``
+    of 2, 3, 4 or 8 bits, and AutoRound's of 5 and 6, becomes MLX words this way.
 
     Example:
         >>> qweight = np.array([[0x11111111, 0x22222222], [0x33333333, 0x44444444]], np.uint32)
@@ -73,10 +69,9 @@ def awq_gemm_into(source: Array, out: Array, bits: int = 4, out_bits: int | None
     Args:
         source: uint32 ``(in_features, out_features * bits / 32)``, any range of whole eights of
             outputs; for zeros groups take the place of the inputs.
-        out: uint32 ``(out_features, in_features * out_bits / 32)``, or uint8
-            ``(out_features, in_features)``; overwritten.
         bits: 4; AutoRound also writes 5 to 7.
-        out_bits: As in ``stream_columns_into``.
+        out: As in ``stream_columns_into``.
+        out_bits: Likewise.
 
     Example:
         >>> qweight = np.full((8, 1), 0x75316420, np.uint32)  # outputs 0 to 7 hold 0 to 7
@@ -98,9 +93,8 @@ def planar_columns_into(
             down the rows, the plane of the lowest bits first. In a plane of width w, word i
             holds codes ``32 / w * i`` and on.
         bits: 2 to 8: planes 2, 2+1, 4, 4+1, 4+2, 4+2+1, 8.
-        out: MLX words, uint32 ``(out_features, in_features * out_bits / 32)``, or codes, uint8
-            ``(out_features, in_features)``; overwritten.
-        out_bits: Width of a code in words, ``bits`` or more; by default ``bits``.
+        out: As in ``stream_columns_into``.
+        out_bits: Likewise.
 
     ``qzeros`` lie along the other axis: transposed, they are such a source.
     """
@@ -111,10 +105,8 @@ def planar_columns_into(
 def marlin_into(source: Array, out: Array) -> None:
     """Turn the 4-bit tiles of marlin (AutoAWQ's ``qweight``, AutoGPTQ's ``B``) into MLX words.
 
-    Args:
-        source: uint32 ``(in_features / 16, 2 * out_features)``, any range of whole tiles of 64
-            outputs.
-        out: uint32 ``(out_features, in_features / 8)``; overwritten.
+    ``source``: uint32 ``(in_features / 16, 2 * out_features)``, any range of whole tiles of 64
+    outputs. ``out``: uint32 ``(out_features, in_features / 8)``.
     """
     _native.marlin_words(source, out)
 
@@ -122,9 +114,8 @@ def marlin_into(source: Array, out: Array) -> None:
 def gemv_fast_into(source: Array, out: Array) -> None:
     """Turn the 4-bit codes of AutoAWQ's gemv_fast and of llm-awq into MLX words.
 
-    Args:
-        source: uint16 ``(out_features / 4, in_features)``, a multiple of 64 inputs.
-        out: uint32 ``(out_features, in_features / 8)``; overwritten.
+    ``source``: uint16 ``(out_features / 4, in_features)``, a multiple of 64 inputs. ``out``: uint32
+    ``(out_features, in_features / 8)``.
     """
     _native.awq_gemv_fast_words(source, out)
 
@@ -172,9 +163,7 @@ def pack_into(codes: Array, bits: int, out: Array) -> None:
 def deinterleave_into(words: Array, out: Array) -> None:
     """Put nibbles stored in the order 0, 2, 4, 6, 1, 3, 5, 7 along a row into MLX's order.
 
-    Args:
-        words: uint32, eight codes a word along the inputs (Quark's ``pack_method: reorder``).
-        out: Like ``words``; overwritten.
+    Words are uint32 with eight codes along the inputs (Quark's ``pack_method: reorder``).
     """
     _native.deinterleave_words(words, out)
 
@@ -244,10 +233,8 @@ def row_blocks_into(
 def row_pairs_into(packed: Array, out: Array) -> None:
     """Take 4-bit two's complement codes out of bytes that hold two rows (ModelOpt INT4).
 
-    Args:
-        packed: uint8 ``(rows / 2, columns)``: row ``2 r`` in the low nibble, ``2 r + 1`` in
-            the high one.
-        out: uint8 ``(rows, columns)``, codes with 8 added; overwritten.
+    ``packed``: uint8 ``(rows / 2, columns)``: row ``2 r`` in the low nibble, ``2 r + 1`` in the
+    high one. ``out``: uint8 ``(rows, columns)``, codes with 8 added.
     """
     if out.shape[0] != 2 * packed.shape[0]:
         raise ValueError(f"out: expected {2 * packed.shape[0]} rows, got {out.shape[0]}")
@@ -258,20 +245,13 @@ def row_pairs_into(packed: Array, out: Array) -> None:
 def mx_blocks_into(blocks: Array, words: Array, scales: Array) -> None:
     """Split Quark's older ``mx`` blocks into mxfp4 words and scales.
 
-    Args:
-        blocks: uint8 ``(rows, 17 * groups)``: for 32 values the exponent, a signed byte, and
-            16 bytes of E2M1 codes, low nibble first.
-        words: uint32 ``(rows, 4 * groups)``; overwritten.
-        scales: uint8 ``(rows, groups)``, E8M0; overwritten.
+    ``blocks``: uint8 ``(rows, 17 * groups)``: for 32 values the exponent, a signed byte, and 16
+    bytes of E2M1 codes, low nibble first. ``words``: uint32 ``(rows, 4 * groups)``. ``scales``:
+    uint8 ``(rows, groups)``, E8M0.
     """
+    if not words.flags.c_contiguous:  # else reshaping would copy it
+        raise ValueError("words: expected a C-contiguous array")
     rows, groups = scales.shape
     split = blocks.reshape(rows, groups, 17)
     np.add(split[:, :, 0], np.uint8(127), out=scales)  # modulo 256
-    _whole(words, "words").view(np.uint8).reshape(rows, groups, 16)[:] = split[:, :, 1:]
-
-
-def _whole(out: Array, name: str) -> Array:
-    """An output that may be reshaped without a copy."""
-    if not out.flags.c_contiguous:
-        raise ValueError(f"{name}: expected a C-contiguous array")
-    return out
+    words.view(np.uint8).reshape(rows, groups, 16)[:] = split[:, :, 1:]

@@ -1,7 +1,5 @@
 """Quantized linear layers with rotated inputs, for models of mlx-lm."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
@@ -83,17 +81,9 @@ class RotateQuantizedLinear(QuantizedLinear, _Rotated):
 class RotateQuantizedExperts(_Rotated):
     """The same for the stacked experts of a layer: one rotation, and a product for each expert.
 
-    It is used where mlx-lm has a quantized ``SwitchLinear``, and is called like one.
-
-    Args:
-        input_dims: Inputs.
-        output_dims: Outputs of each expert.
-        num_experts: How many.
-        bias: Whether a bias is added.
-        group_size: Inputs with one scale.
-        bits: Bits a code.
-        rounds: The number of rounds.
-        rotation_group: Inputs that are rotated together.
+    It is used where mlx-lm has a quantized ``SwitchLinear``, and is called like one. Arguments are
+    those of ``RotateQuantizedLinear``, with the number of experts; ``output_dims`` counts the
+    outputs of each.
 
     Parameters: ``weight``, ``scales`` and ``biases`` ``[experts, out, ...]``, ``bias``
     ``[experts, out]``, and those of the rotation.
@@ -163,12 +153,8 @@ class _Rotatable(Module):
 def rotate_layers(model: Any, weights: Mapping[str, mx.array], rotation_group: int | None) -> None:
     """Replace every linear layer that has a rotation among ``weights`` by a rotated one.
 
-    Call it before ``nn.quantize`` goes over ``model``.
-
-    Args:
-        model: Of mlx-lm; built, not yet quantized.
-        weights: Under the model's own names; ``{layer}.theta`` marks a rotation.
-        rotation_group: Inputs that are rotated together, as the config says.
+    Call it before ``nn.quantize`` goes over ``model``, a built model of mlx-lm. Weights are under
+    the model's own names; ``{layer}.theta`` marks a rotation of ``rotation_group`` inputs each.
 
     Raises:
         ValueError: The model has no linear layer of that name, or the config no group.

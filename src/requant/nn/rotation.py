@@ -4,8 +4,6 @@ The kernel is used on the GPU only, and only if it agrees with the plain operati
 random input; ``REQUANT_PLAIN_ROTATION=1`` turns it off.
 """
 
-from __future__ import annotations
-
 import os
 import warnings
 from collections.abc import Callable
@@ -54,11 +52,9 @@ KERNEL: Final = """
 class Rotation:
     """The rotation of one layer's inputs, prepared once.
 
-    Args:
-        theta: Angles, ``[rounds, in / 2]``.
-        pairs: Integers ``[rounds, in]`` counted within a group; 2t and 2t + 1 are a pair.
-        channel_scales: ``[1, in]`` or ``[in]``, multiplied first.
-        group: Inputs that are rotated together.
+    ``theta`` are angles ``[rounds, in / 2]``, ``pairs`` integers ``[rounds, in]`` counted within a
+    group (2t and 2t + 1 are a pair), ``channel_scales`` ``[1, in]`` or ``[in]``, multiplied first;
+    ``group`` inputs are rotated together.
     """
 
     def __init__(

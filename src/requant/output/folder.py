@@ -5,12 +5,9 @@ is the folder that was there before. ``OutputFolder`` opens and publishes it; ``
 the weights, and ``JournaledProgress`` records what is done.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from requant.checkpoints.checkpoint import OpenedSource
@@ -38,15 +35,10 @@ class OutputFolder:
     error keeps what is done for the next run, and adds a note to the error. ``write``, and
     ``mark_done`` of its ``progress_log``, are called from several threads.
 
-    Args:
-        plan: What is written.
-        source: The opened files that it is made from.
-        output: The folder.
-        force: Replace a checkpoint of that name.
-        resume: Resume an earlier run of the same plan, instead of starting over.
-        options: The options that the plan was made from, for ``requant verify``.
-        consume: Delete each source file once all that needs it is durable; of a source on the
-            hub, what was downloaded of it.
+    ``force`` replaces a checkpoint of that name; ``resume`` resumes an earlier run of the same plan
+    instead of starting over. ``options``, from which the plan was made, are for ``requant verify``.
+    ``consume`` deletes each source file once all that needs it is durable; of a source on the hub,
+    what was downloaded of it.
     """
 
     def __init__(
@@ -175,8 +167,7 @@ class OutputFolder:
     def publish(self, errors: Mapping[str, tuple[float, float]] | None = None) -> None:
         """Write the files that hold no weights, make everything durable, and name the output.
 
-        Args:
-            errors: Quantization errors by layer, as ``build_record`` takes them.
+        ``errors`` are quantization errors by layer, as ``build_record`` takes them.
 
         Raises:
             OutputError: A file cannot be written; OUTPUT is as it was before.
@@ -222,12 +213,7 @@ class OutputFolder:
         fsync(path)
         return hashlib.sha256(data).hexdigest()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._cleanup(error)
 
     def _cleanup(self, error: BaseException | None) -> None:

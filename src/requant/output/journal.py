@@ -6,8 +6,6 @@ the system, which outlives a killed process. Every other second the data is sync
 then a line says how many lines before it no loss of power can take back.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import threading
@@ -65,11 +63,8 @@ def boot_id() -> str:
 class Journal:
     """The journal of a running conversion; thread-safe.
 
-    Args:
-        path: The file; rewritten with what is known to be done.
-        head: What the run is made from.
-        entries: Lines of an earlier journal.
-        sync: Makes durable what was written to the output so far.
+    The file is rewritten with ``head``, what the run is made from, and ``entries``, lines of an
+    earlier journal. ``sync`` makes durable what was written to the output so far.
     """
 
     def __init__(

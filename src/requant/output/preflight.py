@@ -1,7 +1,5 @@
 """Checks of an output folder before anything is written: names, permissions, room on the disk."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from contextlib import suppress
@@ -16,12 +14,8 @@ def check_output(
 ) -> None:
     """Reject an output that must not, or cannot, be written.
 
-    Args:
-        plan: What is to be written.
-        output: Where to.
-        force: Whether a checkpoint there may be replaced.
-        spent: Bytes on the disk that an earlier run wrote already.
-        most: Bytes of weights that the disk must take at a time; None for all of them.
+    ``spent`` are bytes on the disk that an earlier run wrote already, ``most`` the bytes of weights
+    that the disk must take at a time; None for all of them.
 
     Raises:
         OutputError: OUTPUT exists and ``force`` is not set, is not a checkpoint folder, lies

@@ -1,7 +1,5 @@
 """What of an output is done: rows in the journal, hashes of tensors, source files to delete."""
 
-from __future__ import annotations
-
 import threading
 from collections import Counter
 from collections.abc import Sequence
@@ -16,11 +14,7 @@ from requant.planning.plan import OutputTensor, Plan
 class JournaledProgress:
     """The ``ProgressLog`` of an output: counts rows that are done, hashes complete tensors.
 
-    Args:
-        plan: What is written.
-        journal: The open journal.
-        files: The weight files.
-        removal: Deletes source files that nothing else needs; None to keep them all.
+    ``removal`` deletes source files that nothing else needs; None keeps them all.
     """
 
     def __init__(
@@ -32,9 +26,8 @@ class JournaledProgress:
         self._rows_left = Counter[str]()
         self._counting = threading.Lock()
         for number, step in enumerate(plan.steps):
-            left = sum(
-                stop - start for start, stop in self.state.remaining(number, step.rows.count)
-            )
+            remaining = self.state.remaining(number, step.rows.count)
+            left = sum(stop - start for start, stop in remaining)
             for out in step.outputs.values():
                 self._rows_left[out.name] += left
             if removal is not None:

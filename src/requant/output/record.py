@@ -3,8 +3,6 @@
 It holds no time, no path and no name of a machine: equal conversions give equal records.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections import Counter
@@ -32,9 +30,7 @@ def version() -> str:
 def read_record(folder: Path, instead: str = "") -> dict[str, Any]:
     """The record in a folder that ``convert`` wrote.
 
-    Args:
-        folder: The output.
-        instead: What to say where there is no record, if the caller knows better.
+    ``instead`` is what to say where there is no record, if the caller knows better.
 
     Raises:
         CheckpointError: There is no folder, no record in it, or one of another version.
@@ -46,11 +42,10 @@ def read_record(folder: Path, instead: str = "") -> dict[str, Any]:
         raise CheckpointError(str(folder), [Problem(RECORD, instead or message)])
     record = read_json(folder, RECORD)
     if record.get("record") != FORMAT_VERSION:
-        versions = (
-            f"record is {format_value(record.get('record'))}, this version reads {FORMAT_VERSION}"
-        )
+        found, writer = (format_value(record.get(key)) for key in ("record", "requant"))
         message = (
-            f"{versions}: take the requant that wrote it, {format_value(record.get('requant'))}"
+            f"record is {found}, this version reads {FORMAT_VERSION}: take the requant that wrote "
+            f"it, {writer}"
         )
         raise CheckpointError(str(folder), [Problem(RECORD, message)])
     return record
@@ -66,14 +61,9 @@ def build_record(
 ) -> dict[str, Any]:
     """The record of a finished output.
 
-    Args:
-        plan: What was executed.
-        plan_hash: ``plan.hash``.
-        options: What the plan was made from, as ``ConvertOptions.to_dict`` gives it.
-        hashes: Tensor -> SHA-256 of its bytes.
-        files: File that is not a weight -> SHA-256 of its bytes.
-        errors: Layer -> its relative RMS error and the largest error in steps, where new codes
-            were computed.
+    ``options`` are those of ``ConvertOptions.to_dict``; ``hashes`` and ``files`` have the SHA-256
+    of each tensor and of each file without weights; ``errors``, for layers with new codes, the
+    relative RMS error and the largest error in steps.
     """
     bytes_in = Counter[str]()
     for step in plan.steps:

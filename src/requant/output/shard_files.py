@@ -1,12 +1,10 @@
 """The weight files of an output while they are written."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from requant.core.files import hash_range
+from requant.core.files import hash_range, write_at
 from requant.errors import OutputError
 from requant.planning.plan import OutputShard, OutputTensor
 from requant.text import os_error_text
@@ -15,10 +13,7 @@ from requant.text import os_error_text
 class ShardFiles:
     """The weight files of an output, written at given offsets from any thread.
 
-    Args:
-        folder: Where they are.
-        output: The folder that they will be in; for messages.
-        shards: Their headers and sizes.
+    They are in ``folder``; messages name ``output``, the folder that they will be in.
     """
 
     def __init__(self, folder: Path, output: Path, shards: Sequence[OutputShard]) -> None:
@@ -52,11 +47,8 @@ class ShardFiles:
 
     def write(self, file: str, offset: int, data: memoryview) -> None:
         """Write ``data`` at an absolute offset of a shard; thread-safe."""
-        fd = self._fds[file]
         try:
-            while data:
-                written = os.pwrite(fd, data, offset)
-                data, offset = data[written:], offset + written
+            write_at(self._fds[file], data, offset)
         except OSError as error:
             raise write_error(self._output, error) from error
 

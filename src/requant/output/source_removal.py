@@ -4,8 +4,6 @@ Of a weight file that is deleted a *header stub* is kept: a sparse file of its s
 and the small tensors that planning read. A later run plans from header stubs as from the files.
 """
 
-from __future__ import annotations
-
 import json
 import struct
 from collections import Counter
@@ -28,11 +26,6 @@ class SourceRemoval:
     Of a source on the hub the downloader deletes the files; what is needed again is downloaded
     again, so that nothing here is the only copy. Not thread-safe: the caller holds a lock around
     ``count``.
-
-    Args:
-        plan: What is written.
-        source: The opened files.
-        header_stubs: Folder for header stubs.
     """
 
     def __init__(self, plan: Plan, source: OpenedSource, header_stubs: Path) -> None:
@@ -101,9 +94,11 @@ def write_header_stubs(source: OpenedSource, files: Sequence[SourceFile], folder
         if stub.exists():
             continue
         stub.parent.mkdir(parents=True, exist_ok=True)
+        (length,) = struct.unpack("<Q", source.read_range(FileRange(file.name, 0, PREFIX_BYTES)))
+        header = FileRange(file.name, 0, PREFIX_BYTES + length)
         with replace_file(stub) as new:
             new.truncate(file.nbytes)
-            for part in (_header_range(source, file.name), *source.small_tensor_ranges):
+            for part in (header, *source.small_tensor_ranges):
                 if part.file == file.name:
                     new.seek(part.offset)
                     new.write(source.read_range(part))
@@ -111,11 +106,6 @@ def write_header_stubs(source: OpenedSource, files: Sequence[SourceFile], folder
     with replace_file(folder / COMPARED) as new:
         new.write(json.dumps(source.compared).encode())
     fsync(folder)
-
-
-def _header_range(source: OpenedSource, name: str) -> FileRange:
-    (length,) = struct.unpack("<Q", source.read_range(FileRange(name, 0, PREFIX_BYTES)))
-    return FileRange(name, 0, PREFIX_BYTES + length)
 
 
 def delete_source(path: Path) -> None:

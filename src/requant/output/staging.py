@@ -11,8 +11,6 @@ It is next to OUTPUT, so that the last rename is within one file system:
       hub/       with --consume-source and a repository: its weight files, which come and go
 """
 
-from __future__ import annotations
-
 import fcntl
 import os
 import shutil
@@ -73,17 +71,7 @@ def lock_staging(staging: Path, output: Path) -> int:
 
 
 class StagingFolder:
-    """The hidden folder of one output: its parts, its lock, and the renames at the end.
-
-    Attributes:
-        output: The folder that the output becomes.
-        path: The hidden folder.
-        staged_output: Where the output grows.
-        replaced: Where the folder that --force replaces is, between two renames.
-        header_stubs: Headers of source files that were deleted.
-        downloads: Weight files of a source on the hub.
-        journal: What is done.
-    """
+    """The hidden folder of one output: the parts named above, its lock, the renames at the end."""
 
     def __init__(self, output: Path) -> None:
         self.output = output

@@ -4,8 +4,6 @@ Files are downloaded in the order in which they are needed, a few at a time, whi
 read. ``hub_transfer`` downloads one file, ``hub_storage`` decides where it is stored.
 """
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,11 +19,8 @@ _POLL_S = 0.1
 class Downloads:
     """Downloads files while others are read; the ``WeightFileProvider`` of a checkpoint on the hub.
 
-    Args:
-        files: By relative path.
-        storage: Where they are stored.
-        window: The most files that are on the disk or being downloaded, and not yet released;
-            a file that a step waits for is downloaded in any case. None sets no bound.
+    ``window`` bounds the files that are on the disk or being downloaded, and not yet released; a
+    file that a step waits for is downloaded in any case. None sets no bound.
     """
 
     def __init__(

@@ -3,8 +3,6 @@
 huggingface_hub provides the HTTP session, the token and the URLs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -73,13 +71,8 @@ def hub_errors(
 ) -> Iterator[None]:
     """Translate errors of huggingface_hub and of the network to a HubError with advice.
 
-    Any other error passes through unchanged.
-
-    Args:
-        repository: ``org/name``.
-        revision: Branch, tag or commit of the request.
-        file: Path in the repository; "" for a request about the repository.
-        sending: Whether the request is part of an upload.
+    Any other error passes through unchanged. ``file`` is "" for a request about the repository;
+    ``sending`` says that the request is part of an upload.
     """
     try:
         yield
@@ -90,11 +83,12 @@ def hub_errors(
         if isinstance(error, RuntimeError) and error.__cause__ is not None:
             # An upload of many files: the message names the file, the cause is the HTTP error.
             file, cause = str(error).splitlines()[0], error.__cause__
-        message_of = _message_function(cause)
+        message_of = next((f for kind, f in _messages().items() if isinstance(cause, kind)), None)
         if message_of is None:
             raise
         translated = HubError(message_of(_Request(repository, revision, file, sending), cause))
-        translated.temporary = message_of is _not_reached or _is_busy(cause)
+        # The hub answered that the same request may succeed later, or did not answer.
+        translated.temporary = message_of is _not_reached or _status_of(cause) in _RETRYABLE_CODES
         raise translated from cause
 
 
@@ -126,14 +120,6 @@ class _Request:
         return "Files that arrived are not sent again" if self.sending else "What came is kept"
 
 
-def _gated(request: _Request, _: Any) -> str:
-    return f"{request.target} is gated: accept its terms on {request.page}, then {_LOG_IN}"
-
-
-def _no_revision(request: _Request, _: Any) -> str:
-    return f"{request.repository} has no revision {request.revision!r}: see {request.page}"
-
-
 def _no_repository(request: _Request, _: Any) -> str:
     name = request.repository
     if request.sending:
@@ -144,14 +130,6 @@ def _no_repository(request: _Request, _: Any) -> str:
     )
 
 
-def _no_file(request: _Request, _: Any) -> str:
-    return f"{request.target} is not on the hub at {request.revision}"
-
-
-def _offline(request: _Request, _: Any) -> str:
-    return f"{request.subject} HF_HUB_OFFLINE forbids to ask the hub for it"
-
-
 def _bad_status(request: _Request, error: Any) -> str:
     """Message for an ``HfHubHTTPError`` without a subclass."""
     code = _status_of(error)
@@ -160,10 +138,6 @@ def _bad_status(request: _Request, error: Any) -> str:
     if code in _RETRYABLE_CODES:
         hint = f". {request.kept}: try again in a while"
     return f"{request.target}: the hub answers {code or '?'}: {reason}{hint}"
-
-
-def _invalid_name(request: _Request, error: Any) -> str:
-    return f"{request.target}: {error}"
 
 
 def _not_reached(request: _Request, error: Any) -> str:
@@ -185,28 +159,25 @@ def _messages() -> Mapping[type, _Message]:
     # huggingface_hub 1 uses httpx, 2 uses httpx2; HfHubHTTPError is derived from its HTTPError.
     library: Any = import_module(errors.HfHubHTTPError.__bases__[0].__module__.partition(".")[0])
     return {
-        errors.GatedRepoError: _gated,
-        errors.RevisionNotFoundError: _no_revision,
+        errors.GatedRepoError: lambda r, _: (
+            f"{r.target} is gated: accept its terms on {r.page}, then {_LOG_IN}"
+        ),
+        errors.RevisionNotFoundError: lambda r, _: (
+            f"{r.repository} has no revision {r.revision!r}: see {r.page}"
+        ),
         errors.RepositoryNotFoundError: _no_repository,
-        errors.EntryNotFoundError: _no_file,
-        errors.OfflineModeIsEnabled: _offline,
+        errors.EntryNotFoundError: lambda r, _: f"{r.target} is not on the hub at {r.revision}",
+        errors.OfflineModeIsEnabled: lambda r, _: (
+            f"{r.subject} HF_HUB_OFFLINE forbids to ask the hub for it"
+        ),
         errors.HfHubHTTPError: _bad_status,
-        errors.HFValidationError: _invalid_name,
+        errors.HFValidationError: lambda r, error: f"{r.target}: {error}",
         library.HTTPError: _not_reached,
         library.InvalidURL: _not_reached,
         OSError: _not_reached,
     }
 
 
-def _message_function(error: BaseException) -> _Message | None:
-    return next((give for kind, give in _messages().items() if isinstance(error, kind)), None)
-
-
 def _status_of(error: Any) -> int | None:
     response = getattr(error, "response", None)
     return None if response is None else int(response.status_code)
-
-
-def _is_busy(error: BaseException) -> bool:
-    """Whether the hub answered that the same request may succeed later."""
-    return _status_of(error) in _RETRYABLE_CODES

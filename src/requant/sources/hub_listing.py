@@ -3,8 +3,6 @@
 Listings are stored under HF_HOME and used if HF_HUB_OFFLINE is set.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import tempfile
@@ -24,16 +22,11 @@ _HASH = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
 
 @dataclass(frozen=True, slots=True)
 class RepositoryListing:
-    """The files of a repository.
+    """The files of a repository."""
 
-    Attributes:
-        commit: Its hash.
-        sizes: Relative path -> bytes.
-        digests: Relative path -> SHA-256 of a file in LFS, git's id of another, "" unknown.
-    """
-
-    commit: str
-    sizes: Mapping[str, int]
+    commit: str  # its hash
+    sizes: Mapping[str, int]  # relative path -> bytes
+    # Relative path -> SHA-256 of a file in LFS, git's id of another, "" unknown.
     digests: Mapping[str, str]
 
 
@@ -70,7 +63,8 @@ def list_repository(name: str, revision: str | None) -> RepositoryListing:
         {x.rfilename: x.size if x.size is not None else -1 for x in siblings},
         {x.rfilename: x.lfs.sha256 if x.lfs else x.blob_id or "" for x in siblings},
     )
-    _write(stored, _checked(name, listing))
+    content = json.dumps(asdict(_checked(name, listing))).encode()
+    write_metadata(stored, content, len(content), stored.parent)
     return listing
 
 
@@ -89,12 +83,18 @@ def _checked(name: str, listing: RepositoryListing) -> RepositoryListing:
     return listing
 
 
-def _write(path: Path, listing: RepositoryListing) -> None:
+def write_metadata(path: Path, content: bytes, size: int, siblings: Path) -> None:
+    """Write a file of ``size`` bytes into the folder ``siblings`` and rename it to ``path``.
+
+    What follows ``content`` is a hole. Processes may write the same file at a time.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, fresh = tempfile.mkstemp(dir=path.parent, suffix=".new")
-        with open(handle, "w", encoding="utf-8") as file:
-            json.dump(asdict(listing), file)
+        siblings.mkdir(exist_ok=True)
+        handle, fresh = tempfile.mkstemp(dir=siblings, suffix=".new")
+        with open(handle, "wb") as file:
+            file.write(content)
+            file.truncate(size)
         Path(fresh).rename(path)
     except OSError as error:
         raise HubError(f"{path} cannot be written: {os_error_text(error)}") from error

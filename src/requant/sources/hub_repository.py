@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -39,10 +38,15 @@ from requant.gguf.header import header_nbytes
 from requant.gguf.reader import read_gguf
 from requant.sources.downloads import MAX_HELD_FILES, Downloads, download_all
 from requant.sources.hub_client import hub_errors, read_range
-from requant.sources.hub_listing import RepositoryListing, is_digest, list_repository, metadata_dir
+from requant.sources.hub_listing import (
+    RepositoryListing,
+    is_digest,
+    list_repository,
+    metadata_dir,
+    write_metadata,
+)
 from requant.sources.hub_storage import SUFFIX, HubCache, RemoteFile, TemporaryStorage
 from requant.sources.open import as_checkpoint, read_checkpoint
-from requant.text import os_error_text
 
 _FIRST_BYTES = 128 << 10  # of a weight file: most headers are shorter
 CARD = "README.md"
@@ -93,22 +97,8 @@ def _small_file(name: str, listing: RepositoryListing, file: str) -> bytes:
             return content
     size = listing.sizes[file]
     content = read_range(name, listing.commit, file, 0, size) if size else b""
-    _write_mirror(mirrored, metadata_dir(name) / "new", content, size)
+    write_metadata(mirrored, content, size, metadata_dir(name) / "new")
     return content
-
-
-def _write_mirror(target: Path, siblings: Path, content: bytes, size: int) -> None:
-    """Write a file of the right size with its known bytes, and rename it when it is complete."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        siblings.mkdir(exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=siblings)
-        with open(handle, "wb") as out:
-            out.write(content)
-            out.truncate(size)
-        Path(name).rename(target)
-    except OSError as error:
-        raise HubError(f"{target} cannot be written: {os_error_text(error)}") from error
 
 
 def open_source(
@@ -118,14 +108,8 @@ def open_source(
 ) -> Path | Checkpoint:
     """Return the source of a conversion: a path, or a repository whose files are downloaded.
 
-    Args:
-        source: As the user named it.
-        remote: The result of ``find_repository``.
-        config_from: As in ``Repository.read_headers``.
-
-    Raises:
-        HubError: A file cannot be downloaded.
-        CheckpointError: With all problems of the headers.
+    ``remote`` is what ``find_repository`` gave for ``source``; errors are those of
+    ``Repository.read_headers`` and ``start_download``.
     """
     if remote is None:
         return Path(source)
@@ -137,10 +121,7 @@ def read_source(
     remote: Repository | None,
     config_from: str | os.PathLike[str] | None = None,
 ) -> Checkpoint:
-    """Return the checkpoint of a source of which only the plan is wanted: nothing is downloaded.
-
-    Args and errors are those of ``open_source``.
-    """
+    """Return the checkpoint of a source, as ``open_source``, for a plan: nothing is downloaded."""
     found = source if remote is None else remote.read_headers(config_from)
     return as_checkpoint(found, config_from)
 
@@ -166,12 +147,9 @@ def _gguf_kind(name: str, files: Iterable[str], wanted: str, has_safetensors: bo
 class Repository:
     """A repository at one commit, and the small ranges of its files that were read so far.
 
-    Args:
-        name: ``org/name``.
-        commit: Its hash.
-        sizes: Of the files that a conversion reads: relative path -> bytes.
-        digests: SHA-256 of those in LFS, git's id of the others, where the hub lists one.
-        gguf: Which of its GGUF models is meant ("Q4_K_M"); "" for safetensors.
+    ``sizes`` and ``digests`` are, by relative path, those of the files that a conversion reads:
+    SHA-256 of those in LFS, git's id of the others, where the hub lists one. ``gguf`` is which of
+    its GGUF models is meant ("Q4_K_M"); "" for safetensors.
     """
 
     def __init__(
@@ -202,8 +180,7 @@ class Repository:
     def read_headers(self, config_from: str | os.PathLike[str] | None = None) -> Checkpoint:
         """Fetch headers and JSON files only, and read the checkpoint from them.
 
-        Args:
-            config_from: For GGUF: a folder whose config.json and side files are taken.
+        For GGUF config.json and side files are those of the folder ``config_from``, if any.
 
         Raises:
             HubError: A file cannot be fetched.
@@ -228,10 +205,8 @@ class Repository:
         if self.gguf or INDEX in self.sizes or not all(map(is_adapter_file, files)):
             return
         if ADAPTER_CONFIG in self.sizes or files:
-            known = ADAPTER_CONFIG in self.sizes
-            size = self.sizes.get(ADAPTER_CONFIG, 0)
-            raw = self._bytes(ADAPTER_CONFIG, 0, min(size, MAX_CONFIG_BYTES)) if known else b"{}"
-            config, _ = parse_json_object(raw)
+            size = min(self.sizes.get(ADAPTER_CONFIG, 0), MAX_CONFIG_BYTES)
+            config, _ = parse_json_object(self._bytes(ADAPTER_CONFIG, 0, size))
             message = describe_adapter(self.name, config, remote=True)
             raise CheckpointError(self.name, [Problem(self.name, message)])
 
@@ -250,12 +225,11 @@ class Repository:
             ahead = _ReadAheadFile(partial(self._bytes, file), size)
             nbytes = header_nbytes(cast(BinaryIO, ahead), size)
             content = ahead.content[:nbytes]
-        _write_mirror(folder / file, folder.parent / "new", content, size)
+        write_metadata(folder / file, content, size, folder.parent / "new")
 
     def _fetch(self, part: FileRange) -> bytes:
-        known = self._fetched.get(part)
-        if known is not None:
-            return known
+        if part in self._fetched:
+            return self._fetched[part]
         start, stop = part.offset, part.offset + part.nbytes
         data = read_range(self.name, self.commit, self._below + part.file, start, stop)
         if sum(map(len, self._fetched.values())) + len(data) <= _FETCHED_BYTES:
@@ -277,12 +251,9 @@ class Repository:
     def start_download(self, checkpoint: Checkpoint, area: Path | None = None) -> Checkpoint:
         """Return the checkpoint with a downloader of its weight files.
 
-        Small files are downloaded at once. Files that were downloaded before are not again.
-
-        Args:
-            checkpoint: The result of ``read_headers``.
-            area: A folder for weight files that are deleted when nothing needs them any more;
-                None for huggingface_hub's cache, where they stay.
+        Small files are downloaded at once. Files that were downloaded before are not again. Weight
+        files go to huggingface_hub's cache, or to the folder ``area``, where each is deleted when
+        nothing needs it any more.
 
         Raises:
             HubError: A file cannot be downloaded, or the disk has too little room.

@@ -4,8 +4,6 @@ The classes determine paths and links; ``hub_transfer`` writes the bytes. The ca
 that huggingface_hub documents ("Understand caching"); it has no function that adds a file.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 from contextlib import suppress
@@ -18,17 +16,11 @@ SUFFIX = ".requant.incomplete"
 
 @dataclass(frozen=True, slots=True)
 class RemoteFile:
-    """A file as the hub lists it.
+    """A file as the hub lists it."""
 
-    Attributes:
-        name: Relative path.
-        nbytes: Its size.
-        digest: SHA-256 or, for a file outside LFS, git's id of the blob; in hex.
-    """
-
-    name: str
+    name: str  # relative path
     nbytes: int
-    digest: str
+    digest: str  # SHA-256 or, for a file outside LFS, git's id of the blob; in hex
 
     def new_hash(self) -> Any:
         """A hash object that gives ``digest`` after all bytes of the file."""
@@ -38,13 +30,9 @@ class RemoteFile:
 
 
 class HubCache:
-    """The cache of huggingface_hub, in which every program finds the files.
+    """The cache of huggingface_hub, in which every program finds the files."""
 
-    Attributes:
-        consumed: Whether a file is deleted as soon as nothing needs it.
-    """
-
-    consumed = False
+    consumed = False  # whether a file is deleted as soon as nothing needs it
 
     def __init__(self, repository: str, commit: str) -> None:
         from huggingface_hub import constants

@@ -6,8 +6,6 @@ process or a failed network left incomplete is resumed from its last byte. huggi
 error, and leaves it behind when it is killed (docs/hub.md, "Why the transfer is ours").
 """
 
-from __future__ import annotations
-
 import fcntl
 import os
 import threading
@@ -16,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from requant.core.files import write_at
 from requant.errors import HubError
 from requant.sources.hub_client import stream_range
 from requant.sources.hub_storage import HubCache, RemoteFile
@@ -30,16 +29,12 @@ _HASH_BYTES = 1 << 20
 
 @dataclass(slots=True, eq=False)
 class Transfer:
-    """Downloads files of one repository to one storage.
+    """Downloads files of one repository to one storage."""
 
-    Attributes:
-        storage: Where they are stored.
-        stopped: Set to cancel: a transfer then ends after its current block of 256 KiB.
-        count: Called with the number of bytes of each resumed or received piece.
-    """
-
-    storage: HubCache
+    storage: HubCache  # where they are stored
+    # Set to cancel: a transfer then ends after its current block of 256 KiB.
     stopped: threading.Event
+    # Called with the number of bytes of each resumed or received piece.
     count: Callable[[int], None]
 
     def download(self, file: RemoteFile) -> Path | None:
@@ -126,7 +121,7 @@ class Transfer:
             try:
                 stop = min(have + _REQUEST_BYTES, file.nbytes)
                 for block in stream_range(repository, commit, file.name, have, stop):
-                    _write(fd, block, have)
+                    write_at(fd, memoryview(block), have)
                     digest.update(block)
                     have += len(block)
                     self.count(len(block))
@@ -142,10 +137,3 @@ class Transfer:
             if self.stopped.is_set():
                 return False
         return True
-
-
-def _write(fd: int, data: bytes, offset: int) -> None:
-    view = memoryview(data)
-    while view:
-        written = os.pwrite(fd, view, offset)
-        view, offset = view[written:], offset + written

@@ -3,8 +3,6 @@
 Only headers and JSON are read, by the module of each kind of source.
 """
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 
@@ -49,16 +47,9 @@ def as_checkpoint(
     config_from: str | os.PathLike[str] | None = None,
     stubs: Path | None = None,
 ) -> Checkpoint:
-    """Return the checkpoint of a source, which may have been read already.
+    """Return the checkpoint of a source: read, or that of a repository on the hub as it is.
 
-    Args:
-        source: A path for ``read_checkpoint``, or the checkpoint of a repository on the hub.
-        config_from: As in ``read_checkpoint``.
-        stubs: As in ``read_checkpoint``.
-
-    Raises:
-        CheckpointError: With all problems of the source.
-        UsageError: ``config_from`` for another source than GGUF.
+    Arguments and errors are those of ``read_checkpoint``.
     """
     if not isinstance(source, Checkpoint):
         return read_checkpoint(source, config_from, stubs)

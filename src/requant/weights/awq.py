@@ -14,7 +14,7 @@ Value: ``w = (code - zero) * scale``; in MLX's terms ``bias = -zero * scale``.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from requant.core.strict_json import read_int
@@ -33,8 +33,7 @@ from requant.errors import (
 from requant.kernels.backend import Array, Backend, Weights, backend_for
 from requant.quantization.config import PerLayerQuantization, Quantization
 from requant.text import format_value
-from requant.weights.layer_tensors import BIASES, SCALES, WEIGHT, layer_of
-from requant.weights.quantize import attach_layer
+from requant.weights.layer_tensors import BIASES, SCALES, WEIGHT, attach_layer, layer_of
 
 QWEIGHT: Final = ".qweight"
 QZEROS: Final = ".qzeros"
@@ -103,12 +102,7 @@ class AwqLoadConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The four fields, as :meth:`from_dict` reads them."""
-        return {
-            "bits": self.bits,
-            "group_size": self.group_size,
-            "zero_point": self.zero_point,
-            "version": self.version,
-        }
+        return asdict(self)
 
 
 def unpack_awq_weights(qweight: Array) -> Array:

@@ -8,9 +8,8 @@ of the scales. Bits, group size and the last axis are for ``mx.quantize`` and ``
 (or our kernels) to judge.
 """
 
-from __future__ import annotations
-
-import enum
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Final
 
 from requant.errors import (
@@ -19,6 +18,7 @@ from requant.errors import (
     LengthMismatchError,
     MissingKeyError,
     RankMismatchError,
+    RequantError,
     ShapeMismatchError,
     UnsupportedDtypeError,
 )
@@ -30,31 +30,17 @@ SCALES: Final = ".scales"
 BIASES: Final = ".biases"
 
 
-class QuantizedState(enum.Enum):
-    """Whether a layer is quantized, judged by the tensors next to its weight."""
-
-    DENSE = "absent"  # neither scales nor biases: a dense weight
-    QUANTIZED = "valid"  # the layer is quantized already
-
-
 def layer_of(name: str, suffix: str) -> str | None:
     """The layer path of a tensor name that ends in ``suffix``, else None."""
     return name.removesuffix(suffix) if name.endswith(suffix) else None
 
 
-def quantized_state(
+def is_quantized(
     backend: Backend, weights: Weights, layer: str, config: PerLayerQuantization
-) -> QuantizedState:
-    """Check the tensors next to ``{layer}.weight``.
+) -> bool:
+    """Whether ``{layer}.weight``, which ``weights`` holds, has scales; checks what is next to it.
 
-    Args:
-        backend: For the arrays of ``weights``.
-        weights: The whole weight map; it holds ``{layer}.weight``.
-        layer: The layer path.
-        config: Determines the mode of the layer, and so whether it has biases.
-
-    Returns:
-        ``QuantizedState.DENSE`` or ``QuantizedState.QUANTIZED``.
+    ``config`` determines the mode of the layer, and so whether it has biases.
 
     Raises:
         MissingKeyError: ``.biases`` without ``.scales``, or an affine layer without ``.biases``.
@@ -67,18 +53,29 @@ def quantized_state(
         ShapeMismatchError: They differ in an axis other than the last.
     """
     has_biases = layer + BIASES in weights
-    if layer + SCALES not in weights:
+    with attach_layer(layer):
+        if layer + SCALES in weights:
+            check_biases(layer, _quantization_of(layer, config), has_biases)
+            _check_layout(backend, weights[layer + WEIGHT], weights[layer + SCALES])
+            return True
         if has_biases:
-            raise MissingKeyError("biases without scales", layer + SCALES, layer=layer)
-        return QuantizedState.DENSE
-    quantization = _quantization_of(layer, config)
-    check_biases(layer, quantization, has_biases)
-    _check_layout(backend, layer, weights[layer + WEIGHT], weights[layer + SCALES])
-    return QuantizedState.QUANTIZED
+            raise MissingKeyError("biases without scales", layer + SCALES)
+        return False
+
+
+@contextmanager
+def attach_layer(layer: str) -> Iterator[None]:
+    """Set ``layer`` on errors raised inside, unless they name another."""
+    try:
+        yield
+    except RequantError as error:
+        if error.layer is None:
+            error.layer = layer
+        raise
 
 
 def check_biases(layer: str, quantization: Quantization, has_biases: bool) -> None:
-    """Affine layers have biases, layers of the float modes have none.
+    """Check that an affine layer has biases, and one of the float modes has none.
 
     Raises:
         MissingKeyError: An affine layer lacks them.
@@ -86,46 +83,34 @@ def check_biases(layer: str, quantization: Quantization, has_biases: bool) -> No
     """
     mode = quantization.mode
     if mode.has_biases and not has_biases:
-        raise MissingKeyError(f"mode {mode} needs biases", layer + BIASES, layer=layer)
+        raise MissingKeyError(f"mode {mode} needs biases", layer + BIASES)
     if has_biases and not mode.has_biases:
-        raise KeyCollisionError(f"mode {mode} has no biases", layer + BIASES, layer=layer)
+        raise KeyCollisionError(f"mode {mode} has no biases", layer + BIASES)
 
 
 def _quantization_of(layer: str, config: PerLayerQuantization) -> Quantization:
     """The quantization of a layer that has scales."""
     if config.per_layer.get(layer) is SKIP:
-        raise KeyCollisionError(
-            "the config skips this layer, yet it has scales", layer + SCALES, layer=layer
-        )
+        raise KeyCollisionError("the config skips this layer, yet it has scales", layer + SCALES)
     quantization = config.quantization_for(layer)
     if quantization is None:
         raise InvariantError(
             "the layer has scales, but the config has neither a default quantization nor an "
-            "entry for it",
-            layer=layer,
+            "entry for it"
         )
     return quantization
 
 
-def _check_layout(backend: Backend, layer: str, words: Array, scales: Array) -> None:
+def _check_layout(backend: Backend, words: Array, scales: Array) -> None:
     dtype = backend.dtype(words)
     if dtype != "uint32":
-        raise UnsupportedDtypeError(
-            "scales are next to a weight that is not packed", dtype, ["uint32"], layer=layer
-        )
+        message = "scales are next to a weight that is not packed"
+        raise UnsupportedDtypeError(message, dtype, ["uint32"])
     expected, actual = backend.shape(words), backend.shape(scales)
     if len(expected) < 2:
-        raise RankMismatchError(
-            "a packed weight has two axes or more", len(expected), expected, layer=layer
-        )
+        raise RankMismatchError("a packed weight has two axes or more", len(expected), expected)
     if len(actual) != len(expected):
-        raise LengthMismatchError(
-            "scales and weight differ in rank", len(expected), len(actual), layer=layer
-        )
+        raise LengthMismatchError("scales and weight differ in rank", len(expected), len(actual))
     if actual[:-1] != expected[:-1]:
-        raise ShapeMismatchError(
-            "scales and weight agree in all axes but the last",
-            expected[:-1],
-            actual[:-1],
-            layer=layer,
-        )
+        message = "scales and weight agree in all axes but the last"
+        raise ShapeMismatchError(message, expected[:-1], actual[:-1])

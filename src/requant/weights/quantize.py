@@ -1,21 +1,18 @@
 """Quantize and dequantize a whole weight map, by tensor names alone."""
 
-from __future__ import annotations
+from collections.abc import Callable
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-
-from requant.errors import InvariantError, MissingKeyError, OutOfRangeError, RequantError
+from requant.errors import InvariantError, MissingKeyError, OutOfRangeError
 from requant.kernels.backend import Array, Backend, Weights, backend_for
 from requant.quantization.config import PerLayerQuantization, Quantization
 from requant.weights.layer_tensors import (
     BIASES,
     SCALES,
     WEIGHT,
-    QuantizedState,
+    attach_layer,
     check_biases,
+    is_quantized,
     layer_of,
-    quantized_state,
 )
 
 
@@ -166,17 +163,6 @@ def dequantize_weights(weights: Weights, config: PerLayerQuantization) -> dict[s
     return result
 
 
-@contextmanager
-def attach_layer(layer: str) -> Iterator[None]:
-    """Set ``layer`` on errors raised inside, unless they name another."""
-    try:
-        yield
-    except RequantError as error:
-        if error.layer is None:
-            error.layer = layer
-        raise
-
-
 def _targets(
     backend: Backend,
     weights: Weights,
@@ -190,18 +176,16 @@ def _targets(
         # The tensors next to a weight are checked whether or not it is to be quantized.
         if layer is None:
             continue
-        state = quantized_state(backend, weights, layer, config)
-        if state is QuantizedState.QUANTIZED or not eligible(layer, array):
+        if is_quantized(backend, weights, layer, config) or not eligible(layer, array):
             continue
-        quantization = config.quantization_for(layer)
-        if quantization is not None and _fits(layer, backend.shape(array), quantization):
-            targets[layer] = quantization
+        found = config.quantization_for(layer)
+        if found is not None and _fits(layer, backend.shape(array), found.group_size):
+            targets[layer] = found
     return targets
 
 
-def _fits(layer: str, shape: tuple[int, ...], quantization: Quantization) -> bool:
+def _fits(layer: str, shape: tuple[int, ...], group_size: int) -> bool:
     """Whether a weight of this shape can be cut into groups; others stay dense."""
-    group_size = quantization.group_size
     if len(shape) < 2:
         return False
     if group_size < 0:
@@ -225,14 +209,11 @@ def _reject_missing_scales(backend: Backend, weights: Weights) -> None:
 def _dequantize_layer(
     backend: Backend, weights: Weights, layer: str, config: PerLayerQuantization
 ) -> Array:
-    quantization = config.quantization_for(layer)
-    if quantization is None:
-        raise InvariantError(
-            "the layer has scales, but the config has no quantization for it", layer=layer
-        )
     biases = weights.get(layer + BIASES)
-    check_biases(layer, quantization, biases is not None)
     with attach_layer(layer):
-        return backend.dequantize(
-            weights[layer + WEIGHT], weights[layer + SCALES], biases, quantization
-        )
+        quantization = config.quantization_for(layer)
+        if quantization is None:
+            raise InvariantError("the layer has scales, but the config has no quantization for it")
+        check_biases(layer, quantization, biases is not None)
+        words, scales = weights[layer + WEIGHT], weights[layer + SCALES]
+        return backend.dequantize(words, scales, biases, quantization)
