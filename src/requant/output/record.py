@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -21,7 +22,7 @@ from requant.errors import CheckpointError, Problem
 from requant.planning.plan import Plan
 from requant.text import format_value
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 def version() -> str:
@@ -46,11 +47,10 @@ def read_record(folder: Path, instead: str = "") -> dict[str, Any]:
         raise CheckpointError(str(folder), [Problem(RECORD, instead or message)])
     record = read_json(folder, RECORD)
     if record.get("record") != FORMAT_VERSION:
-        versions = (
-            f"record is {format_value(record.get('record'))}, this version reads {FORMAT_VERSION}"
-        )
         message = (
-            f"{versions}: take the requant that wrote it, {format_value(record.get('requant'))}"
+            f"record is {format_value(record.get('record'))}, this version reads {FORMAT_VERSION}: "
+            f"take the requant that wrote it, {format_value(record.get('requant'))}, or convert "
+            f"again: requant convert SOURCE {shlex.quote(str(folder))} --force"
         )
         raise CheckpointError(str(folder), [Problem(RECORD, message)])
     return record
