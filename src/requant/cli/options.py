@@ -94,8 +94,8 @@ _PYTHON_TYPES: Mapping[str, Any] = {
 def _parameter(name: str, entry: Option) -> inspect.Parameter:
     """An option of the table as typer takes it."""
     kind = entry.type.on_command_line
-    words = entry.completions or (lambda: entry.type.choices)
-    has_words = entry.completions is not None or bool(entry.type.choices)
+    words = entry.type.completions or (lambda: entry.type.choices)
+    has_words = entry.type.completions is not None or bool(entry.type.choices)
     info = typer.Option(
         *(entry.flags or (entry.flag,)),
         metavar=entry.metavar or None,

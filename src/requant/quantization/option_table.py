@@ -7,7 +7,7 @@ line, ``requant.json``, and the command that a report prints are all made from t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from typing import Any
@@ -32,7 +32,6 @@ class Option:
         help: The same for the command line; "" where ``doc`` serves both.
         flags: Its spellings; by default ``--name``, or ``--no-name`` if ``is_negated``.
         metavar: Represents the value in a help text; by default the type's.
-        completions: Returns the words that a shell offers instead of the type's choices.
         minimum: The smallest number that the command line accepts.
         is_negated: The flag sets the value to False.
         functions: Those of ``COMMAND_OF`` that take it as a keyword.
@@ -48,7 +47,6 @@ class Option:
     help: str = ""
     flags: tuple[str, ...] = ()
     metavar: str = ""
-    completions: Callable[[], Iterable[str]] | None = None
     minimum: int | None = None
     is_negated: bool = False
     functions: tuple[str, ...] = tuple(COMMAND_OF)

@@ -22,14 +22,6 @@ DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 Override = tuple[str, Spec]
 
 
-def _same(value: Any) -> Any:
-    return value
-
-
-def _one_word(value: Any) -> list[str]:
-    return [str(value)]
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ValueType:
     """How the values of an option are given, stored, recorded and printed.
@@ -44,6 +36,7 @@ class ValueType:
         to_json: Return the field's value as JSON data.
         from_json: Read it back; raises ValueError, TypeError or KeyError.
         choices: The valid words, where these are all valid values.
+        completions: Returns the words that a shell offers; by default the choices.
         on_command_line: "flag", "int", "size", "text", "path" or "texts"; "" for values that
             only Python can give.
         metavar: Represents the value in a help text.
@@ -53,11 +46,12 @@ class ValueType:
     expected: str
     is_valid: Callable[[Any], bool]
     default: Any = None
-    parse: Callable[[Any], Any] = _same
-    to_words: Callable[[Any], list[str]] = _one_word
-    to_json: Callable[[Any], Any] = _same
-    from_json: Callable[[Any], Any] = _same
+    parse: Callable[[Any], Any] = lambda value: value
+    to_words: Callable[[Any], list[str]] = lambda value: [str(value)]
+    to_json: Callable[[Any], Any] = lambda value: value
+    from_json: Callable[[Any], Any] = lambda data: data
     choices: tuple[str, ...] = ()
+    completions: Callable[[], Iterable[str]] | None = None
     on_command_line: str = "text"
     metavar: str = ""
 
@@ -153,11 +147,7 @@ def patterns(flag: str) -> ValueType:
 def parse_override(
     text: str | tuple[str, Spec | str], base: Quantization | None = None
 ) -> Override:
-    """Parse ``REGEX=SPEC``; the last ``=`` divides, so the regex may contain others.
-
-    Raises:
-        UsageError: No ``=``, an unknown SPEC, or a regex that does not compile.
-    """
+    """Parse ``REGEX=SPEC``; the last ``=`` divides, so the regex may contain others."""
     if isinstance(text, tuple):
         pattern, spec = text
     else:
@@ -169,16 +159,12 @@ def parse_override(
 
 
 def _checked(quantization: Quantization) -> Quantization:
-    """Return ``quantization`` if MLX supports it.
-
-    Raises:
-        OutOfRangeError: The mode has no such bits or group size.
-    """
+    """Return ``quantization`` if MLX supports it; else raise OutOfRangeError."""
     check_quantization(quantization.bits, quantization.group_size, quantization.mode.value)
     return quantization
 
 
-def quantization_from_json(data: Any) -> Quantization | None:
+def _quantization_from_json(data: Any) -> Quantization | None:
     """Read ``Quantization.to_dict`` back and check it; None stays None."""
     return None if data is None else _checked(Quantization.from_dict(data))
 
@@ -195,7 +181,7 @@ def _override_to_json(override: Override) -> list[Any]:
 
 
 def _recipe_from_json(data: Any) -> Recipe | None:
-    default = data and quantization_from_json(data.get("default"))
+    default = data and _quantization_from_json(data.get("default"))
     return data and recipe_from_dict({**data, "default": default})
 
 
@@ -219,7 +205,7 @@ QUANTIZATION = ValueType(
     is_valid=lambda value: isinstance(value, Quantization),
     parse=lambda value: _checked(value) if isinstance(value, Quantization) else value,
     to_json=lambda value: value and value.to_dict(),
-    from_json=quantization_from_json,
+    from_json=_quantization_from_json,
     on_command_line="",
 )
 MODE = replace(
@@ -257,6 +243,7 @@ RECIPE = ValueType(
     to_words=lambda recipe: [recipe.name + ".toml" * (recipe.name not in recipe_names())],
     to_json=lambda value: value and asdict(value),
     from_json=_recipe_from_json,
+    completions=recipe_names,
     metavar="NAME|FILE",
 )
 BUDGET = ValueType(

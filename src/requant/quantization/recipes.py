@@ -48,12 +48,7 @@ class Rule:
         return bool(self.match or self.roles or self.layers)
 
     def matches(self, path: str, place: tuple[int, int] | None) -> bool:
-        """Whether a layer fulfils every condition.
-
-        Args:
-            path: Its path.
-            place: Index of its block, and how many its stack has; None outside of blocks.
-        """
+        """Whether a layer fulfils every condition; ``place`` is one of ``block_positions``."""
         if self.layers and path not in self.layers:
             return False
         if self.match and not search(self.match, path):
@@ -116,14 +111,11 @@ class Recipe:
         }
 
     def choose(self, paths: Sequence[str], base: Quantization | None) -> dict[str, LayerTarget]:
-        """Return the targets of a model's layers.
+        """Return the target of each layer that a rule matches.
 
         Args:
             paths: Every layer path.
             base: Default of the conversion; its group size completes a spec of bits alone.
-
-        Returns:
-            Layer path to target, for the layers that a rule matches.
 
         Raises:
             UsageError: A mixed recipe, and no layer has the name that its rule starts from.
@@ -131,19 +123,15 @@ class Recipe:
         if self.is_mixed:
             group_size = 64 if base is None else base.group_size
             return _mlx_lm_mixed_targets(self.name, paths, group_size)
-        specs = [parse_spec(rule.spec, base) for rule in self.rules]
         positions = block_positions(paths)
         targets: dict[str, LayerTarget] = {}
-        named = [frozenset(rule.layers) for rule in self.rules]
-        for path in paths:
-            for number in range(len(self.rules), 0, -1):
-                rule = self.rules[number - 1]
-                if named[number - 1] and path not in named[number - 1]:
-                    continue
-                if rule.matches(path, positions.get(path)):
-                    names = bool(rule.match or rule.layers)
-                    targets[path] = LayerTarget(specs[number - 1], rule.is_explicit, number, names)
-                    break
+        for number, rule in enumerate(self.rules, 1):  # the last that matches wins
+            names = bool(rule.match or rule.layers)
+            target = LayerTarget(parse_spec(rule.spec, base), rule.is_explicit, number, names)
+            layers = frozenset(rule.layers or paths)
+            for path in paths:
+                if path in layers and rule.matches(path, positions.get(path)):
+                    targets[path] = target
         return targets
 
     def unmatched_patterns(self, paths: Sequence[str]) -> list[str]:
