@@ -31,7 +31,7 @@ from requant.output.staging import (
     staging_dir,
 )
 from requant.planning.plan import Plan
-from requant.planning.planner import Planned, make_plan, plan_with_source
+from requant.planning.planner import make_plan, plan_with_source
 from requant.planning.release_order import peak_disk_bytes
 from requant.quantization.config import Quantization
 from requant.quantization.option_signatures import read_arguments, takes_options
@@ -79,13 +79,8 @@ def plan(
     run.check_save_recipe(options)
     remote = find_repository(source, run.revision)
     if options.budget is not None:
-        options = allocate_bits(
-            open_source(source, remote, options.config_from),
-            options,
-            threads=run.threads,
-            max_memory=run.max_memory,
-            progress=run.progress,
-        )
+        opened = open_source(source, remote, options.config_from)
+        options = allocate_bits(opened, options, run)
         write_recipe(run, options)
     plan = make_plan(read_source(source, remote, options.config_from), options)
     if remote is None:
@@ -134,7 +129,10 @@ def convert(
 
     opened = Path(source) if remote is None else _start_download(remote, folder, options, run)
     if options.budget is not None:
-        options = _allocate_bits(opened, folder, options, run)
+        keep = measurements_path(folder) if run.resume else None
+        options = allocate_bits(
+            opened, options, run, lambda first: check_output(first, folder, run.force), keep
+        )
         write_recipe(run, options)
     # Before the first file of a local source is deleted, everything is computed once.
     stubs = header_stubs_dir(folder) if run.consume_source and remote is None else None
@@ -146,7 +144,15 @@ def convert(
 
     while True:
         planned = plan_with_source(as_checkpoint(opened, options.config_from, stubs), options)
-        with _open_output(planned, folder, options, run) as sink:
+        with OutputFolder(
+            planned.plan,
+            planned.source.opened,
+            folder,
+            run.force,
+            resume=run.resume,
+            options=options.to_dict(),
+            consume=run.consume_source,
+        ) as sink:
             attempt = run_once(planned, sink, options, run)
             if not attempt.problems:
                 sink.publish(errors_for_record(planned.plan, attempt.result))
@@ -225,23 +231,6 @@ def _start_download(
     return remote.start_download(checkpoint, area)
 
 
-def _allocate_bits(
-    opened: Path | Checkpoint, output: Path, options: ConvertOptions, run: RunOptions
-) -> ConvertOptions:
-    """The options with the recipe chosen for the budget."""
-    return allocate_bits(
-        opened,
-        options,
-        check=lambda first: check_output(first, output, run.force),
-        keep=measurements_path(output) if run.resume else None,
-        threads=run.threads,
-        max_memory=run.max_memory,
-        allow_nonfinite=run.allow_nonfinite,
-        progress=run.progress,
-        chunk_bytes=run.chunk_bytes,
-    )
-
-
 def _dry_run(opened: Path | Checkpoint, options: ConvertOptions, run: RunOptions) -> ConvertOptions:
     """Read and compute everything once, so that errors show before files are deleted.
 
@@ -257,17 +246,3 @@ def _dry_run(opened: Path | Checkpoint, options: ConvertOptions, run: RunOptions
         if not attempt.problems:
             return options
         options = options_for_retry(planned.plan, attempt, options, run)
-
-
-def _open_output(
-    planned: Planned, output: Path, options: ConvertOptions, run: RunOptions
-) -> OutputFolder:
-    return OutputFolder(
-        planned.plan,
-        planned.source.opened,
-        output,
-        run.force,
-        resume=run.resume,
-        options=options.to_dict(),
-        consume=run.consume_source,
-    )
