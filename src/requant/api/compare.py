@@ -39,27 +39,17 @@ _BLOCK = 1 << 18  # values that are converted to float64 and summed at a time
 
 @dataclass(frozen=True, slots=True)
 class LayerComparison:
-    """The difference of one tensor in two models.
+    """The difference of one tensor in two models."""
 
-    Attributes:
-        name: The tensor's name in the common layout.
-        shape: Its shape.
-        a: How A stores it, such as "affine 4-bit group 64".
-        b: How B stores it.
-        relative_rms: Root of the summed squared differences over A's summed squares; None where
-            A is zero and B is not.
-        max_error: Largest absolute difference.
-        cosine: Cosine similarity; 1 if both are zero, None if one is.
-        nonfinite: Number of values that are NaN or infinite in either; the others leave them out.
-    """
-
-    name: str
+    name: str  # the tensor's name in the common layout
     shape: tuple[int, ...]
-    a: str
-    b: str
+    a: str  # how A stores it, such as "affine 4-bit group 64"
+    b: str  # how B stores it
+    # Root of the summed squared differences over A's summed squares; None if only A is zero.
     relative_rms: float | None
-    max_error: float
-    cosine: float | None
+    max_error: float  # largest absolute difference
+    cosine: float | None  # cosine similarity; 1 if both are zero, None if one is
+    # Number of values that are NaN or infinite in either; the others leave them out.
     nonfinite: int = 0
 
 

@@ -29,21 +29,13 @@ class Option:
 
 @dataclass(frozen=True, slots=True)
 class Allocation:
-    """An answer.
+    """An answer."""
 
-    Attributes:
-        chosen: Of each item, the index of its option.
-        nbytes: Their bytes.
-        cost: Their cost.
-        bound: No choice within the limit costs less than this.
-        exact: The answer is a best one.
-    """
-
-    chosen: tuple[int, ...]
+    chosen: tuple[int, ...]  # of each item, the index of its option
     nbytes: int
     cost: float
-    bound: float
-    exact: bool
+    bound: float  # no choice within the limit costs less than this
+    exact: bool  # the answer is a best one
 
 
 def allocate(

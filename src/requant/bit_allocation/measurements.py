@@ -11,40 +11,24 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A quantization of a layer, its size and its quantization error.
+    """A quantization of a layer, its size and its quantization error."""
 
-    Attributes:
-        spec: As in an override ("4:64").
-        nbytes: Of its tensors in the output.
-        error: Squared error of its weights, summed.
-        energy: Squared weights, summed; 0 where the codes stay what they are.
-    """
-
-    spec: str
-    nbytes: int
-    error: float
-    energy: float
+    spec: str  # as in an override ("4:64")
+    nbytes: int  # of its tensors in the output
+    error: float  # squared error of its weights, summed
+    energy: float  # squared weights, summed; 0 where the codes stay what they are
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """The candidates of each layer, and what does not depend on the budget.
+    """The candidates of each layer, and what does not depend on the budget."""
 
-    Attributes:
-        parameters: Weights of the model, as ``bits_per_weight`` counts them.
-        fixed_bytes: Bytes of what no candidate changes.
-        fixed: Layers that the options determine, with their spec.
-        layers: The other ones, with their candidates.
-        sizes: How many weights these hold.
-        tied_groups: The same layers in runs that take one candidate.
-    """
-
-    parameters: int
-    fixed_bytes: int
-    fixed: Mapping[str, str]
-    layers: Mapping[str, tuple[Candidate, ...]]
-    sizes: Mapping[str, int]
-    tied_groups: tuple[tuple[str, ...], ...]
+    parameters: int  # weights of the model, as ``bits_per_weight`` counts them
+    fixed_bytes: int  # bytes of what no candidate changes
+    fixed: Mapping[str, str]  # layers that the options determine, with their spec
+    layers: Mapping[str, tuple[Candidate, ...]]  # the other ones, with their candidates
+    sizes: Mapping[str, int]  # how many weights these hold
+    tied_groups: tuple[tuple[str, ...], ...]  # the same layers in runs that take one candidate
 
     @classmethod
     def load(cls, file: Path, key: str) -> Measured | None:

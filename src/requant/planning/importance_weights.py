@@ -23,19 +23,15 @@ WITHOUT_STATISTICS = Reason(
 
 @dataclass(frozen=True, slots=True)
 class WeightedSteps:
-    """Steps with the statistics of their layers.
+    """Steps with the statistics of their layers."""
 
-    Attributes:
-        steps: All steps; those that search have the importance of their layer's inputs.
-        layers_without_statistics: Layers that are searched without statistics.
-        experts_without_tokens: Layer -> number of its experts that no token reached; they are
-            searched without statistics, too.
-        gptq_skipped: Layer -> why GPTQ, where it is requested, cannot be applied.
-    """
-
+    # All steps; those that search have the importance of their layer's inputs.
     steps: tuple[Step, ...]
-    layers_without_statistics: tuple[str, ...]
+    layers_without_statistics: tuple[str, ...]  # layers that are searched without statistics
+    # Layer -> number of its experts that no token reached; they are searched without statistics,
+    # too.
     experts_without_tokens: Mapping[str, int]
+    # Layer -> why GPTQ, where it is requested, cannot be applied.
     gptq_skipped: Mapping[str, Reason] = field(default_factory=dict)
 
     @property

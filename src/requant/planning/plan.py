@@ -93,21 +93,14 @@ class RowMapping:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncodeParams:
-    """How dense rows are encoded.
-
-    Attributes:
-        target: The quantization.
-        search: How scales are found: "off" as ``mx.quantize`` does, "fast" or "best".
-        importance: How errors of each input are weighted in the search; None weights all alike.
-        gptq: Whether each column's error is compensated in the columns after it.
-        weighted_error: Whether the error is measured with the weights of ``importance``.
-    """
+    """How dense rows are encoded."""
 
     target: Quantization
-    search: str = "off"
+    search: str = "off"  # how scales are found: "off" as ``mx.quantize`` does, "fast" or "best"
+    # How errors of each input are weighted in the search; None weights all alike.
     importance: Importance | None = None
-    gptq: bool = False
-    weighted_error: bool = False
+    gptq: bool = False  # whether each column's error is compensated in the columns after it
+    weighted_error: bool = False  # whether the error is measured with the weights of ``importance``
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -233,19 +226,13 @@ class LayerPlan:
 
 @dataclass(frozen=True, slots=True)
 class OutputShard:
-    """One weight file of the output.
-
-    Attributes:
-        name: Name of the file.
-        nbytes: Its size.
-        tensors: Its tensors in the order of their bytes.
-        names_of: The header's ``format``: "mlx" for names of an MLX class, "pt" for those of
-            PyTorch. Loaders in Swift do not rename, transpose or shift tensors of "mlx".
-    """
+    """One weight file of the output."""
 
     name: str
     nbytes: int
-    tensors: tuple[OutputTensor, ...]
+    tensors: tuple[OutputTensor, ...]  # its tensors in the order of their bytes
+    # The header's ``format``: "mlx" for names of an MLX class, "pt" for those of PyTorch. Loaders
+    # in Swift do not rename, transpose or shift tensors of "mlx".
     names_of: str = "mlx"
 
     def header(self) -> bytes:

@@ -13,14 +13,10 @@ from requant.layouts.relayout import ReadValues, Relayout
 
 @dataclass(eq=False)
 class PlanSource:
-    """The part of a planned conversion that is not data.
+    """The part of a planned conversion that is not data."""
 
-    Attributes:
-        checkpoint: The source that the plan was made from.
-        relayout: mlx-lm's layout of it; None where the plan keeps the source's names.
-    """
-
-    checkpoint: Checkpoint
+    checkpoint: Checkpoint  # the source that the plan was made from
+    # mlx-lm's layout of it; None where the plan keeps the source's names.
     relayout: Relayout | None = None
 
     @property

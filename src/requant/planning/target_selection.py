@@ -42,19 +42,12 @@ _UNUSED_BY_CLASS = Reason(ReasonCode.UNUSED_BY_CLASS, "mlx-lm has no use for it"
 
 @dataclass(frozen=True, slots=True)
 class LayerDecision:
-    """The target of one layer.
+    """The target of one layer."""
 
-    Attributes:
-        layer: The layer as the source stores it.
-        target: Its quantization in the output; None for dense.
-        reason: Why the target is not simply what was requested.
-        problem: Why the target of an override is impossible.
-    """
-
-    layer: SourceLayer
-    target: Quantization | None
-    reason: Reason | None = None
-    problem: Problem | None = None
+    layer: SourceLayer  # the layer as the source stores it
+    target: Quantization | None  # its quantization in the output; None for dense
+    reason: Reason | None = None  # why the target is not simply what was requested
+    problem: Problem | None = None  # why the target of an override is impossible
 
     @property
     def reason_code(self) -> ReasonCode | None:

@@ -24,17 +24,11 @@ _MIN_SHARE = 0.1  # of all weights, to be worth a note; experts always are
 
 @dataclass(frozen=True, slots=True)
 class UnnamedMatrices:
-    """Matrices that cannot be quantized under the source's names.
+    """Matrices that cannot be quantized under the source's names."""
 
-    Attributes:
-        names: Names of the tensors.
-        share: Their fraction of all weights.
-        dtype: Header name of the dtype that they keep.
-    """
-
-    names: tuple[str, ...]
-    share: float
-    dtype: str
+    names: tuple[str, ...]  # names of the tensors
+    share: float  # their fraction of all weights
+    dtype: str  # header name of the dtype that they keep
 
     @property
     def is_most(self) -> bool:

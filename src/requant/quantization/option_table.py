@@ -22,35 +22,23 @@ COMMAND_OF: Mapping[str, str] = {"convert": "convert", "plan": "plan", "load": "
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Option:
-    """One entry of the table.
+    """One entry of the table."""
 
-    Attributes:
-        name: The field's, which is the name of the keyword argument.
-        default: The value if the option is not given.
-        type: How its values are given, stored and printed.
-        doc: Its effect, for the Python reference.
-        help: The same for the command line; "" where ``doc`` serves both.
-        flags: Its spellings; by default ``--name``, or ``--no-name`` if ``is_negated``.
-        metavar: Represents the value in a help text; by default the type's.
-        minimum: The smallest number that the command line accepts.
-        is_negated: The flag sets the value to False.
-        functions: Those of ``COMMAND_OF`` that take it as a keyword.
-        commands: The commands that take it; by default those of ``functions``.
-        words: Returns the command-line words for all options, where these depend on more than
-            this value.
-    """
-
-    name: str = ""
-    default: Any = None
-    type: ValueType
-    doc: str
-    help: str = ""
+    name: str = ""  # the field's, which is the name of the keyword argument
+    default: Any = None  # the value if the option is not given
+    type: ValueType  # how its values are given, stored and printed
+    doc: str  # its effect, for the Python reference
+    help: str = ""  # the same for the command line; "" where ``doc`` serves both
+    # Its spellings; by default ``--name``, or ``--no-name`` if ``is_negated``.
     flags: tuple[str, ...] = ()
-    metavar: str = ""
-    minimum: int | None = None
-    is_negated: bool = False
+    metavar: str = ""  # represents the value in a help text; by default the type's
+    minimum: int | None = None  # the smallest number that the command line accepts
+    is_negated: bool = False  # the flag sets the value to False
+    # Those of ``COMMAND_OF`` that take it as a keyword.
     functions: tuple[str, ...] = tuple(COMMAND_OF)
+    # The commands that take it; by default those of ``functions``.
     commands: tuple[str, ...] | None = None
+    # Returns the command-line words for all options, where these depend on more than this value.
     words: Callable[[Any], list[str]] | None = None
 
     @property

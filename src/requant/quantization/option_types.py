@@ -24,36 +24,25 @@ Override = tuple[str, Spec]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ValueType:
-    """How the values of an option are given, stored, recorded and printed.
+    """How the values of an option are given, stored, recorded and printed."""
 
-    Attributes:
-        annotation: Type of the keyword argument in signatures, without ``| None``.
-        expected: The valid values in words, for messages.
-        is_valid: Return whether a field may hold a value; None is valid where it is the default.
-        default: The default of an option that names none.
-        parse: Return the field's value for an argument.
-        to_words: Return the values as typed, one for each time that the flag is given.
-        to_json: Return the field's value as JSON data.
-        from_json: Read it back; raises ValueError, TypeError or KeyError.
-        choices: The valid words, where these are all valid values.
-        completions: Returns the words that a shell offers; by default the choices.
-        on_command_line: "flag", "int", "size", "text", "path" or "texts"; "" for values that
-            only Python can give.
-        metavar: Represents the value in a help text.
-    """
-
-    annotation: str
-    expected: str
+    annotation: str  # type of the keyword argument in signatures, without ``| None``
+    expected: str  # the valid values in words, for messages
+    # Return whether a field may hold a value; None is valid where it is the default.
     is_valid: Callable[[Any], bool]
-    default: Any = None
-    parse: Callable[[Any], Any] = lambda value: value
+    default: Any = None  # the default of an option that names none
+    parse: Callable[[Any], Any] = lambda value: value  # return the field's value for an argument
+    # Return the values as typed, one for each time that the flag is given.
     to_words: Callable[[Any], list[str]] = lambda value: [str(value)]
-    to_json: Callable[[Any], Any] = lambda value: value
+    to_json: Callable[[Any], Any] = lambda value: value  # return the field's value as JSON data
+    # Read it back; raises ValueError, TypeError or KeyError.
     from_json: Callable[[Any], Any] = lambda data: data
-    choices: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()  # the valid words, where these are all valid values
+    # Returns the words that a shell offers; by default the choices.
     completions: Callable[[], Iterable[str]] | None = None
+    # "flag", "int", "size", "text", "path" or "texts"; "" for values that only Python can give.
     on_command_line: str = "text"
-    metavar: str = ""
+    metavar: str = ""  # represents the value in a help text
 
 
 # -- plain values ----------------------------------------------------------------------------

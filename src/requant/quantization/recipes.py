@@ -24,23 +24,14 @@ MIXED = {"mixed_2_6": (2, 6), "mixed_3_4": (3, 4), "mixed_3_6": (3, 6), "mixed_4
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """Conditions, and the target of the layers that fulfil all of them.
+    """Conditions, and the target of the layers that fulfil all of them."""
 
-    Attributes:
-        spec: As in an override: ``8``, ``8:32``, a mode, ``skip``.
-        match: Regex on the layer path; "" for any.
-        roles: Keys of ``ROLES``, one of which must match; empty for any.
-        first: Number of blocks at the start of each stack that match.
-        last: The same at its end; if both are 0, every layer matches.
-        layers: Layer paths, one of which must be equal; empty for any.
-    """
-
-    spec: str
-    match: str = ""
-    roles: tuple[str, ...] = ()
-    first: int = 0
-    last: int = 0
-    layers: tuple[str, ...] = ()
+    spec: str  # as in an override: ``8``, ``8:32``, a mode, ``skip``
+    match: str = ""  # regex on the layer path; "" for any
+    roles: tuple[str, ...] = ()  # keys of ``ROLES``, one of which must match; empty for any
+    first: int = 0  # number of blocks at the start of each stack that match
+    last: int = 0  # the same at its end; if both are 0, every layer matches
+    layers: tuple[str, ...] = ()  # layer paths, one of which must be equal; empty for any
 
     @property
     def is_explicit(self) -> bool:
@@ -62,42 +53,27 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class LayerTarget:
-    """The target of one layer in a recipe.
+    """The target of one layer in a recipe."""
 
-    Attributes:
-        spec: The target, or SKIP.
-        explicit: The rule is about the name, so it also holds for layers that are dense by default.
-        rule: Number of the rule, from 1; 0 for mlx-lm's own.
-        names: The rule names the layer by a pattern or its path, not only by a role.
-    """
-
-    spec: Spec
+    spec: Spec  # the target, or SKIP
+    # The rule is about the name, so it also holds for layers that are dense by default.
     explicit: bool
-    rule: int
-    names: bool = False
+    rule: int  # number of the rule, from 1; 0 for mlx-lm's own
+    names: bool = False  # the rule names the layer by a pattern or its path, not only by a role
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """A recipe, read and checked.
+    """A recipe, read and checked."""
 
-    Attributes:
-        name: As the user named it.
-        description: One sentence.
-        default: Target of layers that no rule matches; None leaves it to the options.
-        rules: The rules, of which the last that matches wins.
-        is_mixed: It is one of ``MIXED``; there are no rules then.
-        is_builtin: It came with requant.
-        search: Level of the scale search, unless the options name one; "" for none.
-    """
-
-    name: str
-    description: str = ""
+    name: str  # as the user named it
+    description: str = ""  # one sentence
+    # Target of layers that no rule matches; None leaves it to the options.
     default: Quantization | None = None
-    rules: tuple[Rule, ...] = ()
-    is_mixed: bool = False
-    is_builtin: bool = True
-    search: str = ""
+    rules: tuple[Rule, ...] = ()  # the rules, of which the last that matches wins
+    is_mixed: bool = False  # it is one of ``MIXED``; there are no rules then
+    is_builtin: bool = True  # it came with requant
+    search: str = ""  # level of the scale search, unless the options name one; "" for none
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as JSON data."""

@@ -53,17 +53,11 @@ def size_text(nbytes: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class SizeBudget:
-    """The maximum size of an output.
+    """The maximum size of an output."""
 
-    Attributes:
-        text: As it was typed.
-        amount: Bits per weight, or bytes.
-        is_size: Whether ``amount`` is bytes.
-    """
-
-    text: str
-    amount: Fraction
-    is_size: bool
+    text: str  # as it was typed
+    amount: Fraction  # bits per weight, or bytes
+    is_size: bool  # whether ``amount`` is bytes
 
     def limit(self, parameters: int) -> int:
         """The maximum of tensor data, in bytes, for a number of weights."""

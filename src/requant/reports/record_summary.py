@@ -27,35 +27,20 @@ SCHEMA_VERSION = 1  # of the output of --json, the same for all commands
 
 @dataclass(frozen=True, slots=True)
 class LayerSummary:
-    """One layer of a conversion.
-
-    Attributes:
-        layer: Its path.
-        shape: The logical shape.
-        treatment: quantized, requantized, kept, dequantized or dense.
-        exactness: exact, rounded or re-encoded.
-        source: How the source stores it.
-        target: How the output stores it.
-        bytes_in: Bytes of its tensors in the source.
-        bytes_out: Bytes of its tensors in the output.
-        reason: The reason of a treatment that was not requested.
-        bound: The error bound of a rounded layer, in words.
-        relative_rms: Measured error of new codes; None where there are none.
-        max_steps: Largest error of a value in steps of its group; None likewise.
-    """
+    """One layer of a conversion."""
 
     layer: str
-    shape: tuple[int, ...]
-    treatment: str
-    exactness: str
-    source: str
-    target: str
-    bytes_in: int
-    bytes_out: int
-    reason: str
-    bound: str
-    relative_rms: float | None
-    max_steps: float | None
+    shape: tuple[int, ...]  # the logical shape
+    treatment: str  # quantized, requantized, kept, dequantized or dense
+    exactness: str  # exact, rounded or re-encoded
+    source: str  # how the source stores it
+    target: str  # how the output stores it
+    bytes_in: int  # bytes of its tensors in the source
+    bytes_out: int  # bytes of its tensors in the output
+    reason: str  # the reason of a treatment that was not requested
+    bound: str  # the error bound of a rounded layer, in words
+    relative_rms: float | None  # measured error of new codes; None where there are none
+    max_steps: float | None  # largest error of a value in steps of its group; None likewise
 
     @property
     def parameters(self) -> int:

@@ -49,15 +49,10 @@ def quantizable_but_dense(layers: Iterable[LayerPlan]) -> list[LayerPlan]:
 
 @dataclass(frozen=True, slots=True)
 class LayerError:
-    """The quantization error of a layer.
+    """The quantization error of a layer."""
 
-    Attributes:
-        relative_rms: Root of the summed squared error over the summed squared values.
-        max_steps: Largest error in units of its group's step.
-    """
-
-    relative_rms: float
-    max_steps: float
+    relative_rms: float  # root of the summed squared error over the summed squared values
+    max_steps: float  # largest error in units of its group's step
 
 
 def layer_errors(plan: Plan, outcome: RunResult) -> dict[str, LayerError]:
