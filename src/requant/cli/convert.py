@@ -5,29 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from requant.cli import options as arg
 from requant.cli.error_handling import handle_errors, print_json, print_stderr
-from requant.cli.options import (
-    Calibrated,
-    DryRun,
-    Hessian,
-    Json,
-    MaxTokens,
-    Output,
-    Private,
-    Prompt,
-    Quiet,
-    Raw,
-    Seed,
-    Source,
-    StatisticsFile,
-    TableOptions,
-    Texts,
-    TextTokens,
-    TextWindow,
-    UploadTo,
-    options_of_command,
-    with_options,
-)
+from requant.cli.options import TableOptions, options_of_command, with_options
 from requant.cli.progress import counting_display, progress_display
 from requant.cli.upload import send
 from requant.errors import UsageError
@@ -39,15 +19,15 @@ if TYPE_CHECKING:
 
 @with_options(*options_of_command("convert"))
 def convert(
-    source: Source,
-    output: Output,
+    source: arg.Source,
+    output: arg.Output,
     *,
     options: TableOptions,
-    upload_to: UploadTo = None,
-    private: Private = False,
-    dry_run: DryRun = False,
-    json: Json = False,
-    quiet: Quiet = False,
+    upload_to: arg.UploadTo = None,
+    private: arg.Private = False,
+    dry_run: arg.DryRun = False,
+    json: arg.Json = False,
+    quiet: arg.Quiet = False,
 ) -> None:
     """Write SOURCE as an MLX checkpoint folder OUTPUT.
 
@@ -106,7 +86,7 @@ def convert(
 
 
 @with_options(*options_of_command("plan"))
-def plan(source: Source, *, options: TableOptions, json: Json = False) -> None:
+def plan(source: arg.Source, *, options: TableOptions, json: arg.Json = False) -> None:
     """Show what convert would write: layers, modes, sizes and memory.
 
     Reads headers and config.json only; --budget also reads and measures the weights. --json
@@ -128,14 +108,14 @@ def plan(source: Source, *, options: TableOptions, json: Json = False) -> None:
 
 @with_options(*options_of_command("generate"))
 def generate(
-    source: Source,
-    prompt: Prompt,
+    source: arg.Source,
+    prompt: arg.Prompt,
     *,
-    max_tokens: MaxTokens = 100,
-    raw: Raw = False,
+    max_tokens: arg.MaxTokens = 100,
+    raw: arg.Raw = False,
     options: TableOptions,
-    json: Json = False,
-    quiet: Quiet = False,
+    json: arg.Json = False,
+    quiet: arg.Quiet = False,
 ) -> None:
     """Convert SOURCE in memory and continue a prompt with it.
 
@@ -172,17 +152,17 @@ def generate(
 
 @with_options("revision", "config_from", "threads", "force", "resume")
 def calibrate(
-    model: Calibrated,
-    output: StatisticsFile,
+    model: arg.Calibrated,
+    output: arg.StatisticsFile,
     *,
-    text: Texts = None,
-    hessian: Hessian = False,
-    tokens: TextTokens = 32_768,
-    window: TextWindow = 512,
-    seed: Seed = 0,
+    text: arg.Texts = None,
+    hessian: arg.Hessian = False,
+    tokens: arg.TextTokens = 32_768,
+    window: arg.TextWindow = 512,
+    seed: arg.Seed = 0,
     options: TableOptions,
-    json: Json = False,
-    quiet: Quiet = False,
+    json: arg.Json = False,
+    quiet: arg.Quiet = False,
 ) -> None:
     """Run a model over a text and write statistics of its layers.
 

@@ -6,7 +6,7 @@ Works on steps and statistics files; knows no formats and reads no weights.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from requant.core.limits import MAX_GPTQ_INPUTS
 from requant.core.reasons import Note, NoteCode, Reason, ReasonCode
@@ -32,7 +32,7 @@ class WeightedSteps:
     # too.
     experts_without_tokens: Mapping[str, int]
     # Layer -> why GPTQ, where it is requested, cannot be applied.
-    gptq_skipped: Mapping[str, Reason] = field(default_factory=dict)
+    gptq_skipped: Mapping[str, Reason]
 
     @property
     def reasons(self) -> dict[str, Reason]:

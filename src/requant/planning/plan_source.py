@@ -25,12 +25,7 @@ class PlanSource:
         return self.checkpoint.opened
 
     def compute(self, name: str, fill: ReadValues) -> np.ndarray:
-        """The bytes of a ``ComputedTensor``.
-
-        Args:
-            name: Its name.
-            fill: Called for each tensor that it is computed from.
-        """
+        """The bytes of a ``ComputedTensor``; ``fill`` reads a tensor that it is computed from."""
         if self.relayout is None:
             raise InvariantError("the plan computes this tensor, and its source cannot", layer=name)
         return self.relayout.compute_tensor(name, fill)

@@ -82,9 +82,12 @@ def plan_with_source(
     decisions = selector.select()
     unnamed = _check_decisions(selector, decisions, chosen.rejection, is_trial=is_trial)
     work = _plan_layers(selector, decisions)
-    shards, steps = assign_offsets(work.steps, options.shard_size, _names_of(chosen))
     source, relayout = chosen.checkpoint, chosen.relayout
+    is_mlx = relayout is not None or source.metadata.get("format") == "mlx"
+    shards, steps = assign_offsets(work.steps, options.shard_size, "mlx" if is_mlx else "pt")
     rotated = bool(rotated_layers(decisions))
+    load_error = "" if relayout is None else relayout.load_error
+    is_obstructed = rotated or load_error or unloadable_dtypes(work.layers)
     quantization = output_quantization(selector, decisions)
     plan = Plan(
         source=str(source.source),
@@ -100,9 +103,9 @@ def plan_with_source(
         notes=work.notes,
         dropped=chosen.layout.dropped,
         layout="keep" if relayout is None else "mlx-lm",
-        loads=_is_loadable(chosen, work.layers, rotated=rotated),
+        loads=relayout is not None and not is_obstructed,
         rotated=rotated,
-        load_error="" if relayout is None else relayout.load_error,
+        load_error=load_error,
         repository=source.repository,
         side_bytes=source.opened.size_of(source.side_files),
         intermediates=intermediate_steps(chosen.layout, relayout, options),
@@ -152,7 +155,11 @@ class _Work(NamedTuple):
 
 
 def _plan_layers(selector: TargetSelector, decisions: Sequence[LayerDecision]) -> _Work:
-    """The steps of every layer, with the importance of its inputs where statistics were given."""
+    """The steps of every layer, with the importance of its inputs where statistics were given.
+
+    Raises:
+        CheckpointError: The statistics file is of another model.
+    """
     layers: list[LayerPlan] = []
     steps: list[Step] = []
     for decision in decisions:
@@ -160,8 +167,14 @@ def _plan_layers(selector: TargetSelector, decisions: Sequence[LayerDecision]) -
         own_steps = list(layer_steps(decision.layer, decision.target, dtype, selector.options))
         steps += own_steps
         layers.append(_layer_plan(decision, dtype, own_steps))
-    work = _Work(tuple(layers), tuple(steps))
-    return work if selector.options.statistics is None else _apply_importance(work, selector)
+    options = selector.options
+    if options.statistics is None:
+        return _Work(tuple(layers), tuple(steps))
+    statistics = read_statistics(options.statistics)
+    shapes = {x.layer: x.shape for x in layers}
+    weighted = attach_importance(steps, shapes, statistics, options.gptq)
+    explained = (replace(x, reason=x.reason or weighted.reasons.get(x.layer)) for x in layers)
+    return _Work(tuple(explained), weighted.steps, tuple(weighted.notes(statistics)))
 
 
 def _layer_plan(decision: LayerDecision, dtype: str, steps: Sequence[Step]) -> LayerPlan:
@@ -193,38 +206,6 @@ def _layer_plan(decision: LayerDecision, dtype: str, steps: Sequence[Step]) -> L
         reason=reason,
         bound=worst.bound,
     )
-
-
-def _apply_importance(work: _Work, selector: TargetSelector) -> _Work:
-    """Attach the statistics of the layers to the steps that search for scales.
-
-    Raises:
-        CheckpointError: The statistics file is of another model.
-    """
-    assert selector.options.statistics is not None
-    statistics = read_statistics(selector.options.statistics)
-    shapes = {x.layer: x.shape for x in work.layers}
-    weighted = attach_importance(work.steps, shapes, statistics, selector.options.gptq)
-    layers = tuple(
-        replace(x, reason=x.reason or weighted.reasons.get(x.layer)) for x in work.layers
-    )
-    return _Work(layers, weighted.steps, tuple(weighted.notes(statistics)))
-
-
-# -- the layout as a whole -------------------------------------------------------------------------
-
-
-def _names_of(chosen: LayoutResult) -> str:
-    """Return the header's ``format``: "mlx" for names of an MLX class, else "pt"."""
-    is_mlx = chosen.relayout is not None or chosen.checkpoint.metadata.get("format") == "mlx"
-    return "mlx" if is_mlx else "pt"
-
-
-def _is_loadable(chosen: LayoutResult, layers: Sequence[LayerPlan], *, rotated: bool) -> bool:
-    """Whether mlx-lm is known to load the output."""
-    if chosen.relayout is None or chosen.relayout.load_error or rotated:
-        return False
-    return not unloadable_dtypes(layers)
 
 
 def _notes(

@@ -8,8 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from requant.checkpoints.checkpoint import Checkpoint
 from requant.core.dtypes import FLOATS, KERNEL_FLOATS
 from requant.core.reasons import Note, NoteCode, Reason, ReasonCode
 from requant.core.regex import search
@@ -24,9 +24,6 @@ from requant.quantization.modes import resolve_quantization
 from requant.quantization.options import ConvertOptions
 from requant.quantization.recipes import LayerTarget
 from requant.quantization.specs import Spec
-
-if TYPE_CHECKING:
-    from requant.checkpoints.checkpoint import Checkpoint
 
 # Float tensors that must keep their dtype whatever --dtype says: routers add this bias to
 # scores that are compared with each other (mlx_lm/models/deepseek_v3.py, cast_predicate).
@@ -151,7 +148,7 @@ class TargetSelector:
         """The quantization of a layer that neither an override nor a recipe names."""
         if self.options.quantization is not None or self.options.dequantize:
             return self.options.quantization
-        if self.source_is_quantized or not self._is_dense:
+        if self.source_is_quantized or (self.format != "dense" and self.checkpoint.gguf is None):
             return None
         text = (
             "No bits or mode were asked for: affine, 4 bits, group 64 (MLX's default); "
@@ -159,12 +156,6 @@ class TargetSelector:
         )
         self.notes.append(Note(NoteCode.DEFAULT_TARGET, text))
         return resolve_quantization()
-
-    @property
-    def _is_dense(self) -> bool:
-        """Whether no layer is quantized, and no config says so."""
-        of_gguf = self.checkpoint.gguf is not None
-        return self.format == "dense" or (of_gguf and not self.source_is_quantized)
 
     def is_quantizable(self, layer: SourceLayer) -> bool:
         """Whether mlx-lm can load the layer quantized; layers that it does not load can be."""

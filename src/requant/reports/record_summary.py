@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shlex
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
@@ -19,7 +19,7 @@ from requant.core.types import Source
 from requant.errors import CheckpointError, ParseError, Problem, error_action
 from requant.output.record import read_record
 from requant.quantization.options import ConvertOptions
-from requant.reports.report import LayerGroup
+from requant.reports.report import LayerGroup, group_layers
 from requant.text import format_value
 
 SCHEMA_VERSION = 1  # of the output of --json, the same for all commands
@@ -46,6 +46,11 @@ class LayerSummary:
     def parameters(self) -> int:
         """Logical weights."""
         return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors in the output."""
+        return self.bytes_out
 
     @property
     def bits_per_weight(self) -> float:
@@ -121,14 +126,7 @@ class Figures:
     @property
     def groups(self) -> list[LayerGroup]:
         """Layers grouped by treatment, source, target and exactness, most bytes first."""
-        alike: dict[tuple[str, str, str, str], list[LayerSummary]] = defaultdict(list)
-        for x in self.layers:
-            alike[x.treatment, x.source, x.target, x.exactness].append(x)
-        groups = [
-            LayerGroup(*key, len(xs), sum(x.parameters for x in xs), sum(x.bytes_out for x in xs))
-            for key, xs in alike.items()
-        ]
-        return sorted(groups, key=lambda group: -group.nbytes)
+        return group_layers(self.layers)
 
     @property
     def kinds(self) -> list[KindSummary]:
@@ -263,14 +261,13 @@ def _repository(value: Any) -> tuple[str, str] | None:
 
 
 def _layer(name: str, entry: Mapping[str, Any]) -> LayerSummary:
-    words = {
-        key: _require(entry, key, str, name)
-        for key in ("treatment", "exactness", "source", "target", "reason", "bound")
-    }
+    keys = ("treatment", "exactness", "source", "target", "reason", "bound")
+    words = {key: _require(entry, key, str, name) for key in keys}
     shape = _require(entry, "shape", list, name)
-    sizes = [_require(entry, key, int, name) for key in ("bytes_in", "bytes_out")]
-    if not all(_is_count(number) for number in (*shape, *sizes)):
-        raise ParseError(f"layers.{name}: shape {shape} and bytes {sizes} are not counts")
+    sizes = {key: _require(entry, key, int, name) for key in ("bytes_in", "bytes_out")}
+    if not all(_is_count(number) for number in (*shape, *sizes.values())):
+        found = f"shape {shape} and bytes {[*sizes.values()]}"
+        raise ParseError(f"layers.{name}: {found} are not counts")
     error = entry.get("error")
     pair = isinstance(error, list) and len(error) == 2 and all(map(_is_figure, error))
     if error is not None and not pair:
@@ -278,15 +275,7 @@ def _layer(name: str, entry: Mapping[str, Any]) -> LayerSummary:
             f"layers.{name}.error: is {format_value(error)}, expected two numbers or null"
         )
     rms, steps = error or (None, None)
-    return LayerSummary(
-        layer=name,
-        shape=tuple(shape),
-        bytes_in=sizes[0],
-        bytes_out=sizes[1],
-        relative_rms=rms,
-        max_steps=steps,
-        **words,
-    )
+    return LayerSummary(name, tuple(shape), **words, **sizes, relative_rms=rms, max_steps=steps)
 
 
 def _is_count(value: object) -> bool:
@@ -299,18 +288,13 @@ def _is_figure(value: object) -> bool:
     return number and -1e300 < value < 1e300  # type: ignore[operator]
 
 
-_TYPES: Mapping[Any, str] = {
-    dict: "an object",
-    list: "a list",
-    str: "a text",
-    int: "a whole number",
-}
+_TYPES = {dict: "an object", list: "a list", str: "a text", int: "a whole number"}
 
 
-def _require(entry: Any, key: str, kind: Callable[..., Any], where: str = "") -> Any:
+def _require(entry: Any, key: str, kind: type, where: str = "") -> Any:
     """Return a value of the record, if it has the type ``kind``."""
     value = entry.get(key) if isinstance(entry, dict) else None
-    if not isinstance(value, kind) or isinstance(value, bool):  # type: ignore[arg-type]
+    if not isinstance(value, kind) or isinstance(value, bool):
         place = f"layers.{where}.{key}" if where else key
         if value is None:
             raise ParseError(f"{place}: is missing; requant of this version writes it")
