@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from math import prod, sqrt
 from pathlib import Path
 from typing import Any
@@ -143,9 +144,11 @@ def compare(
         layers.append(_compare_tensor(name, pair[0].tensor.info.shape, stored, values))
     evaluation = None
     if text is not None:
-        evaluation = _evaluated(
-            a, b, Path(text), tokens=tokens, window=window, threads=threads, progress=progress
-        )
+        model_a, tokenizer = load_as_stored(a, threads=threads)
+        ids = read_tokens(Path(text), tokenizer, tokens, window)
+        model_b, _ = load_as_stored(b, threads=threads)
+        count = None if progress is None else partial(progress, "window of text")
+        evaluation = evaluate(model_a, model_b, ids, count)
     return Comparison(
         a=str(a),
         b=str(b),
@@ -198,9 +201,8 @@ def _check_shapes(
     for name in common:
         expected, actual = a[name].tensor.info.shape, b[name].tensor.info.shape
         if prod(expected) != prod(actual) or (len(expected) > 1 and expected != actual):
-            problems.append(
-                Problem(name, f"is {list(actual)}, expected {list(expected)} as in the first")
-            )
+            message = f"is {list(actual)}, expected {list(expected)} as in the first"
+            problems.append(Problem(name, message))
     if problems:
         raise CheckpointError(source, problems)
 
@@ -260,19 +262,3 @@ def _compare_tensor(
         cosine=1.0 if same else min(1.0, max(-1.0, product / norm)) if norm else None,
         nonfinite=nonfinite,
     )
-
-
-def _evaluated(
-    a: Source,
-    b: Source,
-    text: Path,
-    tokens: int,
-    window: int,
-    threads: int | None,
-    progress: Callable[[str, int, int], None] | None,
-) -> Evaluation:
-    model_a, tokenizer = load_as_stored(a, threads=threads)
-    ids = read_tokens(text, tokenizer, tokens, window)
-    model_b, _ = load_as_stored(b, threads=threads)
-    count = None if progress is None else lambda done, of: progress("window of text", done, of)
-    return evaluate(model_a, model_b, ids, count)

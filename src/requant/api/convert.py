@@ -166,11 +166,7 @@ def convert(
 
 
 def write_recipe(run: RunOptions, options: ConvertOptions) -> None:
-    """Write the recipe that a budget chose to the file of ``save_recipe``.
-
-    Raises:
-        OutputError: It cannot be written.
-    """
+    """Write the recipe that a budget chose to the file of ``save_recipe``."""
     if run.save_recipe is None or options.recipe is None:
         return
     try:
@@ -187,12 +183,7 @@ def _check_consume_source(
     options: ConvertOptions,
     run: RunOptions,
 ) -> None:
-    """Check that the source may be deleted, or that no stopped conversion deletes it.
-
-    Raises:
-        UsageError: ``yes`` is missing, or the source cannot be deleted file by file.
-        OutputError: A conversion that deletes its source was stopped, and this one does not.
-    """
+    """Check that the source may be deleted, or that no stopped conversion deletes it."""
     if not run.consume_source:
         if header_stubs_dir(output).is_dir():
             raise OutputError(
@@ -236,9 +227,6 @@ def _dry_run(opened: Path | Checkpoint, options: ConvertOptions, run: RunOptions
 
     Returns:
         The options with the layers that stay dense because of non-finite values.
-
-    Raises:
-        CheckpointError: There are non-finite values or overflows that are not allowed.
     """
     while True:
         planned = plan_with_source(as_checkpoint(opened, options.config_from), options)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from requant.cli import options as arg
 from requant.cli.error_handling import handle_errors, print_json, print_stderr
@@ -12,9 +11,6 @@ from requant.cli.progress import counting_display, progress_display
 from requant.cli.upload import send
 from requant.errors import UsageError
 from requant.text import escape_control_chars
-
-if TYPE_CHECKING:
-    from requant.planning.plan import Plan
 
 
 @with_options(*options_of_command("convert"))
@@ -57,12 +53,8 @@ def convert(
     from requant.cli import plan_tables
 
     if dry_run:
-        force = options["force"]
-        options = {name: options[name] for name in options_of_command("plan")}
-        with handle_errors():
-            with progress_display(quiet or options["budget"] is None) as progress:
-                plan = conversion.plan(source, **options, progress=progress)
-            _print_plan(plan, options, json, quiet=quiet, output=output, force=force)
+        planned = {name: options[name] for name in options_of_command("plan")}
+        _show_plan(source, planned, json, quiet, output, options["force"])
         return
     with handle_errors():
         if private and upload_to is None:
@@ -98,12 +90,7 @@ def plan(source: arg.Source, *, options: TableOptions, json: arg.Json = False) -
       requant plan Llama-3.2-1B --bits 4 --only 'mlp' --override 'down_proj=6'
       requant plan Llama-3.2-1B --budget 4.5 --save-recipe mine.toml
     """  # noqa: D301
-    from requant.api import convert as conversion
-
-    with handle_errors():
-        with progress_display(quiet=options["budget"] is None) as progress:
-            plan = conversion.plan(source, **options, progress=progress)
-        _print_plan(plan, options, json)
+    _show_plan(source, options, json)
 
 
 @with_options(*options_of_command("generate"))
@@ -200,33 +187,33 @@ def calibrate(
             tables.show_calibration(calibration)
 
 
-def _print_plan(
-    plan: Plan,
+def _show_plan(
+    source: Path,
     options: TableOptions,
     json: bool,
-    *,
     quiet: bool = False,
     output: Path | None = None,
     force: bool = False,
 ) -> None:
+    """Plan and print the plan; with an ``output``, check too that it can be written."""
+    from requant.api import convert as conversion
     from requant.cli import plan_tables
     from requant.execution.resources import plan_resources
     from requant.output.preflight import check_output
     from requant.planning.release_order import peak_disk_bytes
 
-    budget = plan_resources(plan, options["threads"], options["max_memory"])
-    if output is not None:
-        check_output(plan, output, force)
-    if json:
-        memory = {
-            "peak_bytes": budget.peak_bytes,
-            "threads": budget.threads,
-            "chunk_bytes": budget.chunk_bytes,
-        }
-        disk = {
-            "extra_bytes": sum(shard.nbytes for shard in plan.shards),
-            "extra_bytes_with_consume_source": peak_disk_bytes(plan),
-        }
-        print_json(plan.to_dict() | {"memory": memory, "disk": disk})
-    elif not quiet:
-        plan_tables.show_plan(plan, budget, output)
+    with handle_errors():
+        with progress_display(quiet or options["budget"] is None) as progress:
+            plan = conversion.plan(source, **options, progress=progress)
+        limits = plan_resources(plan, options["threads"], options["max_memory"])
+        if output is not None:
+            check_output(plan, output, force)
+        if json:
+            disk = {
+                "extra_bytes": sum(shard.nbytes for shard in plan.shards),
+                "extra_bytes_with_consume_source": peak_disk_bytes(plan),
+            }
+            memory = {x: getattr(limits, x) for x in ("peak_bytes", "threads", "chunk_bytes")}
+            print_json(plan.to_dict() | {"memory": memory, "disk": disk})
+        elif not quiet:
+            plan_tables.show_plan(plan, limits, output)

@@ -50,8 +50,7 @@ def with_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., N
     def decorated(command: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(command)
         def run(**values: Any) -> None:
-            typed = {name: values.pop(name) for name in entries}
-            options = dict(_keyword(entries[name], value) for name, value in typed.items())
+            options = dict(_keyword(entry, values.pop(name)) for name, entry in entries.items())
             command(**values, options=options)
 
         parameters: list[inspect.Parameter] = []
@@ -94,15 +93,15 @@ _PYTHON_TYPES: Mapping[str, Any] = {
 def _parameter(name: str, entry: Option) -> inspect.Parameter:
     """An option of the table as typer takes it."""
     kind = entry.type.on_command_line
-    words = entry.type.completions or (lambda: entry.type.choices)
-    has_words = entry.type.completions is not None or bool(entry.type.choices)
+    choices = entry.type.choices
+    words = entry.type.completions or (choices and (lambda: choices))
     info = typer.Option(
         *(entry.flags or (entry.flag,)),
         metavar=entry.metavar or None,
         help=entry.help or entry.doc,
         min=entry.minimum,
         parser=_size if kind == "size" else None,
-        autocompletion=completion(words) if has_words else None,
+        autocompletion=completion(words) if words else None,
     )
     default = entry.default
     if kind == "flag":
@@ -134,10 +133,6 @@ def _argument(metavar: str, help: str) -> Any:
     return typer.Argument(metavar=metavar, help=help, show_default=False)
 
 
-def _flag(*names: str, help: str) -> Any:
-    return typer.Option(*names, help=help)
-
-
 def _value(name: str, metavar: str, help: str, *, short: str = "", min: int | None = None) -> Any:
     return typer.Option(*filter(None, (name, short)), metavar=metavar, help=help, min=min)
 
@@ -165,13 +160,13 @@ ModelB = Annotated[Path, _argument("B", "The same model in another form.")]
 Calibrated = Annotated[Path, _argument("MODEL", "Folder, GGUF file, or org/name on the hub.")]
 Repository = Annotated[str, _argument("REPO", "Repository on the hub, org/name.")]
 
-Json = Annotated[bool, _flag("--json", help="Print one JSON document instead of text.")]
-Quiet = Annotated[bool, _flag("--quiet", help="Print errors and warnings only.")]
-DryRun = Annotated[bool, _flag("--dry-run", "-n", help=_DRY_RUN)]
-Preview = Annotated[bool, _flag("--dry-run", "-n", "--preview", help=_PREVIEW)]
-Private = Annotated[bool, _flag("--private", help="Create a private repository.")]
-Raw = Annotated[bool, _flag("--raw", help="Use the prompt without the chat template.")]
-Hessian = Annotated[bool, _flag("--hessian", help=_HESSIAN)]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print errors and warnings only.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", "-n", help=_DRY_RUN)]
+Preview = Annotated[bool, typer.Option("--dry-run", "-n", "--preview", help=_PREVIEW)]
+Private = Annotated[bool, typer.Option("--private", help="Create a private repository.")]
+Raw = Annotated[bool, typer.Option("--raw", help="Use the prompt without the chat template.")]
+Hessian = Annotated[bool, typer.Option("--hessian", help=_HESSIAN)]
 
 UploadTo = Annotated[
     str | None, _value("--upload", "REPO", "Upload OUTPUT to the hub when it is done.")

@@ -110,34 +110,22 @@ class Step:
     Every output holds ``rows.count`` rows, each a contiguous range of bytes, and so does every
     input but for a packed layer, whose packing knows where its rows are: any range of rows can be
     computed alone. A step may be a piece of a larger tensor; ``rows`` says which.
-
-    Attributes:
-        layer: Path of the layer.
-        operation: What is done to the rows.
-        rows: Where they are in the source and in the outputs.
-        inputs: Role -> tensor of the source.
-        outputs: Role -> tensor of the output.
-        source: MLX's quantization of the inputs; None where they are dense or packed.
-        encode: How codes are computed; None where the operation computes none.
-        repack: REPACK: MLX's quantization of the codes that are moved.
-        dtype: Header name of the values between decoding and encoding.
-        global_scale: nvfp4: one float32 for all rows, or one an expert.
-        packing: How the rows of a packed layer come out of the inputs.
-        scales_of: The tensor holds scales or biases of this mode.
     """
 
-    layer: str
-    operation: Operation
-    rows: RowMapping
-    inputs: Mapping[str, SourceTensor]
-    outputs: Mapping[str, OutputTensor]
+    layer: str  # path of the layer
+    operation: Operation  # what is done to the rows
+    rows: RowMapping  # where they are in the source and in the outputs
+    inputs: Mapping[str, SourceTensor]  # role -> tensor of the source
+    outputs: Mapping[str, OutputTensor]  # role -> tensor of the output
+    # MLX's quantization of the inputs; None where they are dense or packed.
     source: Quantization | None = None
+    # How codes are computed; None where the operation computes none.
     encode: EncodeParams | None = None
-    repack: Quantization | None = None
-    dtype: str = ""
-    global_scale: SourceTensor | None = None
-    packing: Packing | None = None
-    scales_of: QuantMode | None = None
+    repack: Quantization | None = None  # REPACK: MLX's quantization of the codes that are moved
+    dtype: str = ""  # header name of the values between decoding and encoding
+    global_scale: SourceTensor | None = None  # nvfp4: one float32 for all rows, or one an expert
+    packing: Packing | None = None  # how the rows of a packed layer come out of the inputs
+    scales_of: QuantMode | None = None  # the tensor holds scales or biases of this mode
 
     @property
     def target(self) -> Quantization | None:

@@ -53,22 +53,7 @@ class LayerDecision:
 
 
 class TargetSelector:
-    """Selects the target of every layer.
-
-    Attributes:
-        checkpoint: The source.
-        format: Name of its format.
-        layout: Its layers, under the names of the output.
-        options: What was requested.
-        relayout: mlx-lm's layout of the source; None where tensors keep the source's names.
-        mlx_lm: What mlx-lm itself decides, of the same layout.
-        source_is_quantized: Whether any layer of the source holds codes.
-        default: The quantization of a layer that nothing else names; None keeps codes.
-        recipe_targets: Layer path -> its target in the recipe.
-        dense_by_libraries: Layer path -> why MLX's libraries leave the layer dense.
-        extra: Paths of layers that are kept though mlx-lm's class has no use for them.
-        notes: What the user should know of the options.
-    """
+    """Selects the target of every layer."""
 
     def __init__(
         self,
@@ -78,13 +63,18 @@ class TargetSelector:
         options: ConvertOptions,
         relayout: Relayout | None = None,
     ) -> None:
-        self.checkpoint, self.format, self.layout = checkpoint, format_name, layout
-        self.options, self.relayout = options, relayout
-        self.mlx_lm = None if relayout is None else relayout.layout
+        self.checkpoint = checkpoint
+        self.format = format_name
+        self.layout = layout  # under the names of the output
+        self.options = options
+        self.relayout = relayout  # None where tensors keep the source's names
+        self.mlx_lm = None if relayout is None else relayout.layout  # what mlx-lm itself decides
         self.source_is_quantized = is_quantized(layout)
-        self.notes: list[Note] = []
+        self.notes: list[Note] = []  # what the user should know of the options
+        # The quantization of a layer that nothing else names; None keeps codes.
         self.default = self._default_target()
         self.dense_by_libraries = self._dense_by_libraries()
+        # Paths of layers that are kept though mlx-lm's class has no use for them.
         self.extra: frozenset[str] = frozenset()
         if relayout is not None:
             self.extra = frozenset(relayout.source_layers[x].path for x in relayout.extra_tensors)
