@@ -38,12 +38,7 @@ def measure(
     options: ConvertOptions,
     run: RunOptions,
 ) -> tuple[Measured, ConvertOptions]:
-    """Encode each layer of a source with each candidate.
-
-    Args:
-        planned: Plan of the options without the budget.
-        options: With the budget.
-        run: Threads, memory, progress and whether layers may hold NaN or infinity.
+    """Encode each layer of a source with each candidate; ``planned`` is without the budget.
 
     Returns:
         The measurements, and the options with the layers that are left as they are.
@@ -71,18 +66,13 @@ def without_budget(options: ConvertOptions) -> ConvertOptions:
 
 
 class _TrialRun:
-    """A plan that encodes every layer with every candidate, to be run for the errors.
-
-    Attributes:
-        plan: Steps by layer; the name of a step names its layer and candidate.
-        tried: Layer -> spec of a candidate -> bytes.
-        named: Name of a step -> layer and spec.
-    """
+    """A plan that encodes every layer with every candidate, to be run for the errors."""
 
     def __init__(self, base: Plan, checkpoint: Checkpoint, options: ConvertOptions) -> None:
         self.base = base
+        # Layer -> spec of a candidate -> bytes.
         self.tried: dict[str, dict[str, int]] = {x.layer: {} for x in base.layers}
-        self.named: dict[str, tuple[str, str]] = {}
+        self.named: dict[str, tuple[str, str]] = {}  # name of a step -> layer and spec
         steps: dict[str, list[Step]] = {layer: [] for layer in self.tried}
         for plan in _candidate_plans(base, checkpoint, options):
             new = {}

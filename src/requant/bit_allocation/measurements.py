@@ -35,17 +35,11 @@ class Measured:
         """Read measurements; None where the file holds none, or those of another key."""
         try:
             data = json.loads(file.read_bytes())
-            if data["key"] != key:
+            if data.pop("key") != key:
                 return None
             layers = {x: tuple(Candidate(*y) for y in rows) for x, rows in data["layers"].items()}
-            return cls(
-                parameters=data["parameters"],
-                fixed_bytes=data["fixed_bytes"],
-                fixed=data["fixed"],
-                layers=layers,
-                sizes=data["sizes"],
-                tied_groups=tuple(map(tuple, data["tied_groups"])),
-            )
+            tied_groups = tuple(map(tuple, data["tied_groups"]))
+            return cls(**(data | {"layers": layers, "tied_groups": tied_groups}))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
 

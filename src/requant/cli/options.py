@@ -50,7 +50,7 @@ def with_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., N
     def decorated(command: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(command)
         def run(**values: Any) -> None:
-            options = dict(_keyword(entry, values.pop(name)) for name, entry in entries.items())
+            options = {x.name: _argument_of(x, values.pop(name)) for name, x in entries.items()}
             command(**values, options=options)
 
         parameters: list[inspect.Parameter] = []
@@ -71,13 +71,11 @@ def _parameter_name(entry: Option) -> str:
     return entry.flag.lstrip("-").replace("-", "_")
 
 
-def _keyword(entry: Option, value: Any) -> tuple[str, Any]:
-    """The keyword argument of Python for a value of the command line."""
+def _argument_of(entry: Option, typed: Any) -> Any:
+    """The argument of Python for a value of the command line."""
     if entry.is_negated:
-        return entry.name, not value
-    if entry.type.on_command_line == "texts":
-        return entry.name, value or ()
-    return entry.name, value
+        return not typed
+    return typed or () if entry.type.on_command_line == "texts" else typed
 
 
 _PYTHON_TYPES: Mapping[str, Any] = {

@@ -71,13 +71,9 @@ def attach_importance(
     statistics: StatisticsFile,
     gptq: bool = False,
 ) -> WeightedSteps:
-    """Attach to each step that searches the statistics of its layer.
+    """Attach to each step that searches the statistics of its layer, and its Hessian for GPTQ.
 
-    Args:
-        steps: Of a plan.
-        shapes: Layer -> shape of its weight, ``(..., out, in)``.
-        statistics: The file.
-        gptq: Whether to use GPTQ wherever the file has Hessians.
+    ``shapes`` has the shape of each layer's weight, ``(..., out, in)``.
 
     Raises:
         CheckpointError: A shape disagrees, or the file has none of the layers or no Hessian.

@@ -62,10 +62,7 @@ def plan_with_source(
 ) -> Planned:
     """Plan the conversion of a checkpoint.
 
-    Args:
-        checkpoint: The source, as ``sources.read_checkpoint`` or the hub gives it.
-        options: What was requested.
-        is_trial: Whether the options are one candidate of several, and may match no layer.
+    With ``is_trial``, the options are one candidate of several, and may match no layer.
 
     Raises:
         CheckpointError: With all problems of the source.
@@ -81,26 +78,26 @@ def plan_with_source(
     )
     decisions = selector.select()
     unnamed = _check_decisions(selector, decisions, chosen.rejection, is_trial=is_trial)
-    work = _plan_layers(selector, decisions)
+    layers, unplaced, notes = _plan_layers(selector, decisions)
     source, relayout = chosen.checkpoint, chosen.relayout
     is_mlx = relayout is not None or source.metadata.get("format") == "mlx"
-    shards, steps = assign_offsets(work.steps, options.shard_size, "mlx" if is_mlx else "pt")
+    shards, steps = assign_offsets(unplaced, options.shard_size, "mlx" if is_mlx else "pt")
     rotated = bool(rotated_layers(decisions))
     load_error = "" if relayout is None else relayout.load_error
-    is_obstructed = rotated or load_error or unloadable_dtypes(work.layers)
+    is_obstructed = rotated or load_error or unloadable_dtypes(layers)
     quantization = output_quantization(selector, decisions)
     plan = Plan(
         source=str(source.source),
         format=read.format,
         files=source.files,
-        layers=work.layers,
+        layers=tuple(layers),
         steps=tuple(steps),
         shards=shards,
         config=output_config(selector, decisions, quantization, rotated=rotated),
         quantization=quantization,
         side_files=(*source.side_files, *sorted(source.opened.generated_files)),
         left_out=source.left_out,
-        notes=work.notes,
+        notes=tuple(notes),
         dropped=chosen.layout.dropped,
         layout="keep" if relayout is None else "mlx-lm",
         loads=relayout is not None and not is_obstructed,
@@ -117,15 +114,7 @@ def plan_with_source(
 def _check_decisions(
     selector: TargetSelector, decisions: Sequence[LayerDecision], rejection: str, *, is_trial: bool
 ) -> UnnamedMatrices | None:
-    """Raise all problems of the options.
-
-    Returns:
-        Matrices that cannot be quantized because of their names, where a note is due.
-
-    Raises:
-        CheckpointError: These are most of the weights, and mlx-lm's layout was rejected.
-        UsageError: With all options that cannot be met.
-    """
+    """Raise all problems of the options; return the matrices whose names are worth a note."""
     source = selector.checkpoint.source
     problems = [
         *check_patterns(selector),
@@ -146,16 +135,12 @@ def _check_decisions(
 # -- layers and their steps ------------------------------------------------------------------------
 
 
-class _Work(NamedTuple):
-    """The layers and their steps, without shards and offsets, and notes on the statistics file."""
+def _plan_layers(
+    selector: TargetSelector, decisions: Sequence[LayerDecision]
+) -> tuple[list[LayerPlan], Sequence[Step], list[Note]]:
+    """The layers, their steps, and notes on the statistics file.
 
-    layers: tuple[LayerPlan, ...]
-    steps: tuple[Step, ...]
-    notes: tuple[Note, ...] = ()
-
-
-def _plan_layers(selector: TargetSelector, decisions: Sequence[LayerDecision]) -> _Work:
-    """The steps of every layer, with the importance of its inputs where statistics were given.
+    Where one is given, the steps have the importance of each input.
 
     Raises:
         CheckpointError: The statistics file is of another model.
@@ -169,12 +154,12 @@ def _plan_layers(selector: TargetSelector, decisions: Sequence[LayerDecision]) -
         layers.append(_layer_plan(decision, dtype, own_steps))
     options = selector.options
     if options.statistics is None:
-        return _Work(tuple(layers), tuple(steps))
+        return layers, steps, []
     statistics = read_statistics(options.statistics)
     shapes = {x.layer: x.shape for x in layers}
     weighted = attach_importance(steps, shapes, statistics, options.gptq)
-    explained = (replace(x, reason=x.reason or weighted.reasons.get(x.layer)) for x in layers)
-    return _Work(tuple(explained), weighted.steps, tuple(weighted.notes(statistics)))
+    layers = [replace(x, reason=x.reason or weighted.reasons.get(x.layer)) for x in layers]
+    return layers, weighted.steps, [*weighted.notes(statistics)]
 
 
 def _layer_plan(decision: LayerDecision, dtype: str, steps: Sequence[Step]) -> LayerPlan:

@@ -25,14 +25,7 @@ from requant.quantization.options import ConvertOptions
 def layer_steps(
     layer: SourceLayer, target: Quantization | None, dtype: str, options: ConvertOptions
 ) -> Iterator[Step]:
-    """The steps of one layer.
-
-    Args:
-        layer: As the source stores it.
-        target: Its quantization in the output; None for dense.
-        dtype: Header name of the dtype of its values before they are stored or quantized.
-        options: For the search of scales, and the dtype of copied tensors.
-    """
+    """The steps of one layer; its values have the ``dtype`` when they are stored or quantized."""
     if layer.packing is not None:
         yield from _packed_steps(layer, layer.packing, target, dtype, options)
     elif layer.encoding is None and target is None:

@@ -52,24 +52,20 @@ class LayerDecision:
         return self.reason.code if self.reason else None
 
 
+@dataclass(eq=False)
 class TargetSelector:
     """Selects the target of every layer."""
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        format_name: str,
-        layout: SourceLayout,
-        options: ConvertOptions,
-        relayout: Relayout | None = None,
-    ) -> None:
-        self.checkpoint = checkpoint
-        self.format = format_name
-        self.layout = layout  # under the names of the output
-        self.options = options
-        self.relayout = relayout  # None where tensors keep the source's names
+    checkpoint: Checkpoint
+    format: str
+    layout: SourceLayout  # under the names of the output
+    options: ConvertOptions
+    relayout: Relayout | None = None  # None where tensors keep the source's names
+
+    def __post_init__(self) -> None:
+        relayout = self.relayout
         self.mlx_lm = None if relayout is None else relayout.layout  # what mlx-lm itself decides
-        self.source_is_quantized = is_quantized(layout)
+        self.source_is_quantized = is_quantized(self.layout)
         self.notes: list[Note] = []  # what the user should know of the options
         # The quantization of a layer that nothing else names; None keeps codes.
         self.default = self._default_target()
@@ -89,7 +85,7 @@ class TargetSelector:
 
         A layer that stays dense keeps the name and the shape that the source gives it.
         """
-        decision = next(found for _, rule in RULES if (found := rule(self, layer)) is not None)
+        decision = next(found for rule in RULES if (found := rule(self, layer)) is not None)
         if decision.target is not None and not self.is_quantizable(layer):
             decision = LayerDecision(layer, None, _DENSE_IN_CLASS, decision.problem)
         if decision.target is None and layer.as_named is not None:
@@ -159,12 +155,14 @@ class TargetSelector:
 
 
 def _nonfinite(selector: TargetSelector, layer: SourceLayer) -> LayerDecision | None:
+    """A layer with NaN or infinity (``--allow-nonfinite``) stays as it is."""
     if layer.path not in selector.options.nonfinite_layers:
         return None
     return LayerDecision(layer, layer.encoding, _NONFINITE)
 
 
 def _override(selector: TargetSelector, layer: SourceLayer) -> LayerDecision | None:
+    """The last ``--override`` that matches, exactly or with a problem; ``skip`` changes nothing."""
     override = find_override(selector.options, layer.path) if layer.is_weight else None
     if isinstance(override, Quantization):
         return LayerDecision(layer, override, problem=_why_not_exactly(selector, layer, override))
@@ -174,12 +172,14 @@ def _override(selector: TargetSelector, layer: SourceLayer) -> LayerDecision | N
 
 
 def _unused(selector: TargetSelector, layer: SourceLayer) -> LayerDecision | None:
+    """With ``--keep-extra``, layers that mlx-lm's class does not have stay as they are."""
     if layer.path not in selector.extra or selector.options.dequantize:
         return None
     return LayerDecision(layer, layer.default_target, _UNUSED_BY_CLASS)
 
 
 def _only(selector: TargetSelector, layer: SourceLayer) -> LayerDecision | None:
+    """Layers that no ``--only`` matches stay as they are."""
     only = selector.options.only
     if not only or any(search(pattern, layer.path) for pattern in only):
         return None
@@ -187,10 +187,12 @@ def _only(selector: TargetSelector, layer: SourceLayer) -> LayerDecision | None:
 
 
 def _dequantize(selector: TargetSelector, layer: SourceLayer) -> LayerDecision | None:
+    """Every layer becomes dense."""
     return LayerDecision(layer, None) if selector.options.dequantize else None
 
 
 def _recipe_skip(selector: TargetSelector, layer: SourceLayer) -> LayerDecision | None:
+    """The recipe leaves the layer as the source stores it."""
     choice = selector.recipe_targets.get(layer.path)
     if choice is None or choice.spec is not SKIP:
         return None
@@ -198,6 +200,10 @@ def _recipe_skip(selector: TargetSelector, layer: SourceLayer) -> LayerDecision 
 
 
 def _nothing_requested(selector: TargetSelector, layer: SourceLayer) -> LayerDecision | None:
+    """Without a target by an option or the recipe, codes stay where MLX can hold them.
+
+    Else the format's default is taken (``--act-order dense`` makes such layers dense).
+    """
     if _requested(selector, layer) is not None:
         return None
     is_dense = layer.policy.act_order and selector.options.act_order == "dense"
@@ -205,7 +211,7 @@ def _nothing_requested(selector: TargetSelector, layer: SourceLayer) -> LayerDec
 
 
 def _mlx_lm_target(selector: TargetSelector, layer: SourceLayer) -> LayerDecision | None:
-    """mlx-lm's choice for a layer, or the recipe's where mlx-lm can load that."""
+    """In mlx-lm's layout, its own choice, or the recipe's where mlx-lm can load that."""
     mlx_lm, choice = selector.mlx_lm, selector.recipe_targets.get(layer.path)
     if mlx_lm is None:
         return None
@@ -230,6 +236,7 @@ def _mlx_lm_target(selector: TargetSelector, layer: SourceLayer) -> LayerDecisio
 
 
 def _quantized_layer(selector: TargetSelector, layer: SourceLayer) -> LayerDecision | None:
+    """Codes of the source take the target with a group size that fits."""
     requested = _requested(selector, layer)
     if not layer.is_quantized or requested is None:
         return None
@@ -238,6 +245,7 @@ def _quantized_layer(selector: TargetSelector, layer: SourceLayer) -> LayerDecis
 
 
 def _dense_in_libraries(selector: TargetSelector, layer: SourceLayer) -> LayerDecision | None:
+    """Towers and shared embeddings that MLX's libraries leave dense, unless a recipe names them."""
     choice = selector.recipe_targets.get(layer.path)
     is_named = choice is not None and choice.names
     if layer.path not in selector.dense_by_libraries or is_named:
@@ -246,6 +254,7 @@ def _dense_in_libraries(selector: TargetSelector, layer: SourceLayer) -> LayerDe
 
 
 def _dense_layer(selector: TargetSelector, layer: SourceLayer) -> LayerDecision | None:
+    """The target, where name, shape and dtype allow it."""
     requested, choice = _requested(selector, layer), selector.recipe_targets.get(layer.path)
     if requested is None:
         return None
@@ -284,35 +293,20 @@ def _why_not_exactly(
 
 Rule = Callable[[TargetSelector, SourceLayer], LayerDecision | None]
 
-RULES: tuple[tuple[str, Rule], ...] = (
-    ("nonfinite", _nonfinite),
-    ("override", _override),
-    ("unused", _unused),
-    ("only", _only),
-    ("dequantize", _dequantize),
-    ("recipe-skip", _recipe_skip),
-    ("nothing-requested", _nothing_requested),
-    ("mlx-lm", _mlx_lm_target),
-    ("quantized-layer", _quantized_layer),
-    ("dense-in-libraries", _dense_in_libraries),
-    ("dense-layer", _dense_layer),
+RULES: tuple[Rule, ...] = (
+    _nonfinite,
+    _override,
+    _unused,
+    _only,
+    _dequantize,
+    _recipe_skip,
+    _nothing_requested,
+    _mlx_lm_target,
+    _quantized_layer,
+    _dense_in_libraries,
+    _dense_layer,
 )
 """The rules that select a target, in their order of precedence; the first that applies wins.
-
-1. ``nonfinite``: a layer with NaN or infinity (``--allow-nonfinite``) stays as it is.
-2. ``override``: the last ``--override`` that matches, exactly or with a problem; ``skip`` leaves
-   the layer as the source stores it.
-3. ``unused``: with ``--keep-extra``, layers that mlx-lm's class does not have stay as they are.
-4. ``only``: layers that no ``--only`` matches stay as they are.
-5. ``dequantize``: every layer becomes dense.
-6. ``recipe-skip``: the recipe leaves the layer as the source stores it.
-7. ``nothing-requested``: without a target of the recipe or by ``--bits`` and ``--mode``, codes stay
-   where MLX can hold them, else the format's default (``--act-order decode`` makes them dense).
-8. ``mlx-lm``: in mlx-lm's layout, mlx-lm's own choice, or the recipe's where mlx-lm loads that.
-9. ``quantized-layer``: codes of the source take the target with a group size that fits.
-10. ``dense-in-libraries``: towers and shared embeddings, which MLX's libraries leave dense, unless
-    the recipe names them.
-11. ``dense-layer``: the target, where name, shape and dtype allow it.
 
 A layer that mlx-lm's class holds dense becomes dense in mlx-lm's layout, whatever the rule says.
 """

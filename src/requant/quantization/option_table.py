@@ -1,9 +1,4 @@
-"""One entry of the table of options.
-
-An option is a field of ``ConvertOptions`` or ``RunOptions`` (``options``) whose metadata is an
-``Option``. The signatures and docstrings of ``convert``, ``plan`` and ``mlx_lm.load``, the command
-line, ``requant.json``, and the command that a report prints are all made from these entries.
-"""
+"""One entry of the table of options: signatures, command line, record and reports are made of it."""
 
 from __future__ import annotations
 
@@ -60,12 +55,7 @@ class Option:
         return bool(self.type.on_command_line) and command in commands
 
     def check(self, value: Any) -> None:
-        """Check a field's value, without regard to other fields.
-
-        Raises:
-            UnknownValueError: It is none of the choices.
-            UsageError: It is of another type.
-        """
+        """Raise UnknownValueError or UsageError where a field may not hold ``value``."""
         if self.default is None if value is None else self.type.is_valid(value):
             return
         if self.type.choices and isinstance(value, str):

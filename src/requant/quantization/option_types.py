@@ -107,28 +107,25 @@ def choice(*words: str, default: str | None = None) -> ValueType:
     )
 
 
-def patterns(flag: str) -> ValueType:
-    """Regular expressions on layer paths."""
+def _parse_patterns(texts: Iterable[str]) -> tuple[str, ...]:
+    regexes = (texts,) if isinstance(texts, str) else tuple(texts)
+    for pattern in regexes:
+        check_regex(pattern, "--only")
+    return regexes
 
-    def checked(texts: Iterable[str]) -> tuple[str, ...]:
-        regexes = (texts,) if isinstance(texts, str) else tuple(texts)
-        for pattern in regexes:
-            check_regex(pattern, flag)
-        return regexes
 
-    return ValueType(
-        annotation="Sequence[str]",
-        expected="a list of texts",
-        is_valid=lambda value: isinstance(value, tuple) and all(map(_is_text, value)),
-        default=(),
-        parse=checked,
-        to_words=list,
-        to_json=list,
-        from_json=lambda data: checked(map(str, data)),
-        on_command_line="texts",
-        metavar="REGEX",
-    )
-
+PATTERNS = ValueType(
+    annotation="Sequence[str]",
+    expected="a list of texts",
+    is_valid=lambda value: isinstance(value, tuple) and all(map(_is_text, value)),
+    default=(),
+    parse=_parse_patterns,
+    to_words=list,
+    to_json=list,
+    from_json=lambda data: _parse_patterns(map(str, data)),
+    on_command_line="texts",
+    metavar="REGEX",
+)
 
 # -- values with a class of their own --------------------------------------------------------
 

@@ -88,7 +88,7 @@ class ConvertOptions:
         flags=("--override",),
     )
     only: tuple[str, ...] = option(
-        types.patterns("--only"),
+        types.PATTERNS,
         doc="Regexes; layers whose path matches none of them are left as they are.",
         help="Quantize only layers whose path matches REGEX. Repeatable.",
     )
@@ -186,12 +186,6 @@ class ConvertOptions:
     )
 
     def __post_init__(self) -> None:
-        """Check each field, and those that must fit together.
-
-        Raises:
-            UsageError: Options contradict each other.
-            UnknownValueError: A word is none of the choices.
-        """
         _check_fields(self, options_of(ConvertOptions))
         if self.dequantize and (self.quantization is not None or self.recipe is not None):
             raise UsageError("choose one: dequantize, or bits, group size, mode and recipe")
@@ -345,11 +339,7 @@ class RunOptions:
         return cls(**_parse(arguments, options_of(RunOptions)))
 
     def check_save_recipe(self, options: ConvertOptions) -> None:
-        """Check the file name of ``save_recipe`` before anything is measured.
-
-        Raises:
-            UsageError: There is no budget, the name does not end in .toml, or the file exists.
-        """
+        """Raise UsageError if ``save_recipe`` cannot be written, before anything is measured."""
         if self.save_recipe is None:
             return
         path = Path(self.save_recipe)

@@ -133,8 +133,7 @@ def recipe_from_dict(data: Mapping[str, Any]) -> Recipe:
     """Read a dict of ``dataclasses.asdict`` with a ``Quantization`` as ``default``, strictly.
 
     Raises:
-        UsageError: A rule is invalid.
-        TypeError: A field is missing, of another type, or unknown.
+        UsageError, TypeError: It is not such a dict.
     """
     reader, rules = _Reader(), []
     for number, rule in enumerate(data["rules"], 1):

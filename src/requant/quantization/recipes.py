@@ -89,9 +89,7 @@ class Recipe:
     def choose(self, paths: Sequence[str], base: Quantization | None) -> dict[str, LayerTarget]:
         """Return the target of each layer that a rule matches.
 
-        Args:
-            paths: Every layer path.
-            base: Default of the conversion; its group size completes a spec of bits alone.
+        The group size of ``base``, the conversion's default, completes a spec of bits alone.
 
         Raises:
             UsageError: A mixed recipe, and no layer has the name that its rule starts from.

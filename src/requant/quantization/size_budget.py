@@ -44,10 +44,9 @@ def size_text(nbytes: int) -> str:
         >>> size_text(5 << 30), size_text(1000)
         ('5GiB', '1000')
     """
-    units = ((unit, SIZE_UNITS[unit]) for unit in ("TIB", "GIB", "MIB", "KIB"))
-    for unit, size in units:
-        if nbytes and nbytes % size == 0:
-            return f"{nbytes // size}{unit[0]}iB"
+    for unit in "TGMK":
+        if nbytes and nbytes % SIZE_UNITS[unit] == 0:
+            return f"{nbytes // SIZE_UNITS[unit]}{unit}iB"
     return str(nbytes)
 
 

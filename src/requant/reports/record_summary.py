@@ -157,12 +157,7 @@ class Figures:
         return sorted(measured, key=lambda layer: -(layer.relative_rms or 0.0))
 
     def command(self, source: str = "", output: str = "OUTPUT") -> str:
-        """The command that makes this output again.
-
-        Args:
-            source: Path of the source; "" takes that of the hub, or SOURCE.
-            output: Path of the new output.
-        """
+        """The command that makes this output again; a ``source`` of "" is that of the hub."""
         words = ["requant", "convert", source or "SOURCE", output, *self.options.command_words()]
         if self.repository is not None and not source:
             words[2] = self.repository[0]
