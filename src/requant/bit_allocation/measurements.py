@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 
 
@@ -48,10 +48,7 @@ class Measured:
 
         A disk that cannot be written is not an error: the next run measures again.
         """
-        layers = {
-            layer: [[x.spec, x.nbytes, x.error, x.energy] for x in found]
-            for layer, found in self.layers.items()
-        }
+        layers = {layer: [*map(astuple, found)] for layer, found in self.layers.items()}
         fresh = file.with_name(file.name + ".new")
         with suppress(OSError):
             file.parent.mkdir(parents=True, exist_ok=True)

@@ -38,11 +38,9 @@ def options_of_command(command: str) -> list[str]:
 
 
 def with_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Replace the parameter ``options`` of a command by options of the table.
+    """Replace the parameter ``options`` of a command by these options of the table.
 
-    Args:
-        *names: Names of the options. The command gets their values in one dictionary of keyword
-            arguments for Python.
+    The command gets their values in one dictionary of keyword arguments for Python.
     """
     table = options_of(ConvertOptions, RunOptions)
     entries = {_parameter_name(table[name]): table[name] for name in names}

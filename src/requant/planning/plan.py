@@ -65,21 +65,14 @@ class RowMapping:
     Example: gate and up of an expert take turns in a stored matrix of 8 rows. Up is ``count=4,
     first=1, step=2``: its rows are the stored rows 1, 3, 5 and 7. As the second of two experts in
     a stack its ``output_row`` is 4, so that they become the rows 4, 5, 6 and 7 of the output.
-
-    Attributes:
-        count: How many rows.
-        columns: Logical values in a row.
-        first: First row of the packed layer; 0 without a packing.
-        step: Of the packed layer, from one row to the next.
-        output_row: Row of the outputs that the first row becomes.
-        order: Rows of the outputs in another order than the source's; None for the same.
     """
 
-    count: int
-    columns: int
-    first: int = 0
-    step: int = 1
-    output_row: int = 0
+    count: int  # how many rows
+    columns: int  # logical values in a row
+    first: int = 0  # first row of the packed layer; 0 without a packing
+    step: int = 1  # of the packed layer, from one row to the next
+    output_row: int = 0  # row of the outputs that the first row becomes
+    # Rows of the outputs in another order than the source's; None for the same.
     order: RowOrder | None = None
 
     def stored_rows(self, start: int, stop: int) -> tuple[int, int]:

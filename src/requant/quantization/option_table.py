@@ -1,4 +1,4 @@
-"""One entry of the table of options: signatures, command line, record and reports are made of it."""
+"""An entry of the table of options: signatures, command line, record and reports come from it."""
 
 from __future__ import annotations
 
