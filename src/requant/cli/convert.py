@@ -54,7 +54,7 @@ def convert(
 
     if dry_run:
         planned = {name: options[name] for name in options_of_command("plan")}
-        _show_plan(source, planned, json, quiet, output, options["force"])
+        _show_plan(source, planned, json, quiet, output, force=options["force"])
         return
     with handle_errors():
         if private and upload_to is None:

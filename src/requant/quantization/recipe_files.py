@@ -226,7 +226,7 @@ class _Reader:
         if not any(key in table for key in ("match", "role", "first", "last", "layers")):
             message = "has no condition; write match, role, first, last or layers, or [default]"
             self.report(where, message)
-        rule = Rule(spec, match or "", roles, first, last, layers)
+        rule = Rule(spec, match or "", roles, first=first, last=last, layers=layers)
         return rule if len(self.problems) == before else None
 
     def spec(self, where: str, table: Mapping[str, Any]) -> str:

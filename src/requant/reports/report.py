@@ -99,7 +99,9 @@ class Report:
         }
         counts = {layer: counted for layer, counted in counts.items() if counted}
         errors = layer_errors(plan, outcome)
-        return Report(plan, output, elapsed_s, counts, errors, outcome.bytes_downloaded)
+        return Report(
+            plan, output, elapsed_s, counts, errors, bytes_downloaded=outcome.bytes_downloaded
+        )
 
     @property
     def groups(self) -> list[LayerGroup]:
