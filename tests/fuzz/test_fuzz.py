@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import time
 from contextlib import suppress
@@ -12,8 +13,10 @@ import pytest
 from requant.errors import RequantError
 from requant.planning.planner import make_plan
 from requant.quantization.options import ConvertOptions
+from requant.reports.record_summary import read_figures
 from requant.sources.open import read_checkpoint
 from tests.fuzz.harness import (
+    RECORD,
     SEEDS,
     SLOW_S,
     FolderReader,
@@ -43,6 +46,11 @@ def test_the_corpus_is_mostly_read(tmp_path: Path) -> None:
             )
             read += 1
     assert read > len(corpus()) * 0.6, read
+
+
+def test_the_record_is_read_before_it_is_damaged(tmp_path: Path) -> None:
+    (tmp_path / "requant.json").write_text(json.dumps(RECORD))
+    assert read_figures(tmp_path).options.bits == 4
 
 
 @pytest.mark.slow

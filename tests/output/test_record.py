@@ -24,7 +24,7 @@ def built(planned: Planned, **options: object) -> dict:
 def test_the_content_of_a_record(planned: Planned) -> None:
     record = built(planned, bits=4, statistics="/home/user/stats.safetensors")
 
-    assert (record["record"], record["requant"]) == (1, version())
+    assert (record["record"], record["requant"]) == (2, version())
     assert record["plan"] == planned.plan.hash
     assert record["options"]["bits"] == 4
     assert record["options"]["statistics"] == "stats.safetensors", "no path of this machine"
@@ -60,9 +60,23 @@ def test_records_that_cannot_be_read(tmp_path: Path) -> None:
         read_record(tmp_path)
     with pytest.raises(CheckpointError, match=r"requant\.json: give another folder"):
         read_record(tmp_path, "give another folder")
-    (tmp_path / "requant.json").write_text('{"record": 9, "requant": "7.0"}')
-    with pytest.raises(CheckpointError, match=r"record is 9, this version reads 1.*7\.0"):
-        read_record(tmp_path)
     (tmp_path / "requant.json").write_text("{")
     with pytest.raises(CheckpointError):
         read_record(tmp_path)
+
+
+@pytest.mark.parametrize("found", [1, 9, None, "2"], ids=str)
+def test_a_record_of_another_version(tmp_path: Path, found: object) -> None:
+    """The error says what was found, what is expected, and what to type."""
+    folder = tmp_path / "an output"
+    folder.mkdir()
+    (folder / "requant.json").write_text(json.dumps({"record": found, "requant": "7.0"}))
+    with pytest.raises(CheckpointError) as raised:
+        read_record(folder)
+    (problem,) = raised.value.problems
+    assert problem.where == "requant.json"
+    value = {None: "null", "2": "'2'"}.get(found, found)  # type: ignore[call-overload]
+    assert problem.message == (
+        f"record is {value}, this version reads 2: take the requant that wrote it, '7.0', "
+        f"or convert again: requant convert SOURCE '{folder}' --force"
+    )

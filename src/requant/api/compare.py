@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from math import prod, sqrt
 from pathlib import Path
 from typing import Any
@@ -39,27 +40,17 @@ _BLOCK = 1 << 18  # values that are converted to float64 and summed at a time
 
 @dataclass(frozen=True, slots=True)
 class LayerComparison:
-    """The difference of one tensor in two models.
+    """The difference of one tensor in two models."""
 
-    Attributes:
-        name: The tensor's name in the common layout.
-        shape: Its shape.
-        a: How A stores it, such as "affine 4-bit group 64".
-        b: How B stores it.
-        relative_rms: Root of the summed squared differences over A's summed squares; None where
-            A is zero and B is not.
-        max_error: Largest absolute difference.
-        cosine: Cosine similarity; 1 if both are zero, None if one is.
-        nonfinite: Number of values that are NaN or infinite in either; the others leave them out.
-    """
-
-    name: str
+    name: str  # the tensor's name in the common layout
     shape: tuple[int, ...]
-    a: str
-    b: str
+    a: str  # how A stores it, such as "affine 4-bit group 64"
+    b: str  # how B stores it
+    # Root of the summed squared differences over A's summed squares; None if only A is zero.
     relative_rms: float | None
-    max_error: float
-    cosine: float | None
+    max_error: float  # largest absolute difference
+    cosine: float | None  # cosine similarity; 1 if both are zero, None if one is
+    # Number of values that are NaN or infinite in either; the others leave them out.
     nonfinite: int = 0
 
 
@@ -153,9 +144,11 @@ def compare(
         layers.append(_compare_tensor(name, pair[0].tensor.info.shape, stored, values))
     evaluation = None
     if text is not None:
-        evaluation = _evaluated(
-            a, b, Path(text), tokens=tokens, window=window, threads=threads, progress=progress
-        )
+        model_a, tokenizer = load_as_stored(a, threads=threads)
+        ids = read_tokens(Path(text), tokenizer, tokens, window)
+        model_b, _ = load_as_stored(b, threads=threads)
+        count = None if progress is None else partial(progress, "window of text")
+        evaluation = evaluate(model_a, model_b, ids, count)
     return Comparison(
         a=str(a),
         b=str(b),
@@ -208,9 +201,8 @@ def _check_shapes(
     for name in common:
         expected, actual = a[name].tensor.info.shape, b[name].tensor.info.shape
         if prod(expected) != prod(actual) or (len(expected) > 1 and expected != actual):
-            problems.append(
-                Problem(name, f"is {list(actual)}, expected {list(expected)} as in the first")
-            )
+            message = f"is {list(actual)}, expected {list(expected)} as in the first"
+            problems.append(Problem(name, message))
     if problems:
         raise CheckpointError(source, problems)
 
@@ -270,19 +262,3 @@ def _compare_tensor(
         cosine=1.0 if same else min(1.0, max(-1.0, product / norm)) if norm else None,
         nonfinite=nonfinite,
     )
-
-
-def _evaluated(
-    a: Source,
-    b: Source,
-    text: Path,
-    tokens: int,
-    window: int,
-    threads: int | None,
-    progress: Callable[[str, int, int], None] | None,
-) -> Evaluation:
-    model_a, tokenizer = load_as_stored(a, threads=threads)
-    ids = read_tokens(text, tokenizer, tokens, window)
-    model_b, _ = load_as_stored(b, threads=threads)
-    count = None if progress is None else lambda done, of: progress("window of text", done, of)
-    return evaluate(model_a, model_b, ids, count)

@@ -31,13 +31,13 @@ from requant.output.staging import (
     staging_dir,
 )
 from requant.planning.plan import Plan
-from requant.planning.planner import Planned, make_plan, plan_with_source
+from requant.planning.planner import make_plan, plan_with_source
 from requant.planning.release_order import peak_disk_bytes
 from requant.quantization.config import Quantization
 from requant.quantization.option_signatures import read_arguments, takes_options
 from requant.quantization.options import ConvertOptions, RunOptions
 from requant.quantization.recipe_files import to_toml
-from requant.reports.report import Report, errors_for_record
+from requant.reports.report import Report, layer_errors
 from requant.sources.hub_repository import Repository, find_repository, open_source, read_source
 from requant.sources.open import as_checkpoint
 from requant.text import os_error_text
@@ -79,13 +79,8 @@ def plan(
     run.check_save_recipe(options)
     remote = find_repository(source, run.revision)
     if options.budget is not None:
-        options = allocate_bits(
-            open_source(source, remote, options.config_from),
-            options,
-            threads=run.threads,
-            max_memory=run.max_memory,
-            progress=run.progress,
-        )
+        opened = open_source(source, remote, options.config_from)
+        options = allocate_bits(opened, options, run)
         write_recipe(run, options)
     plan = make_plan(read_source(source, remote, options.config_from), options)
     if remote is None:
@@ -134,7 +129,10 @@ def convert(
 
     opened = Path(source) if remote is None else _start_download(remote, folder, options, run)
     if options.budget is not None:
-        options = _allocate_bits(opened, folder, options, run)
+        keep = measurements_path(folder) if run.resume else None
+        options = allocate_bits(
+            opened, options, run, lambda first: check_output(first, folder, run.force), keep
+        )
         write_recipe(run, options)
     # Before the first file of a local source is deleted, everything is computed once.
     stubs = header_stubs_dir(folder) if run.consume_source and remote is None else None
@@ -146,10 +144,18 @@ def convert(
 
     while True:
         planned = plan_with_source(as_checkpoint(opened, options.config_from, stubs), options)
-        with _open_output(planned, folder, options, run) as sink:
+        with OutputFolder(
+            planned.plan,
+            planned.source.opened,
+            folder,
+            run.force,
+            resume=run.resume,
+            options=options.to_dict(),
+            consume=run.consume_source,
+        ) as sink:
             attempt = run_once(planned, sink, options, run)
             if not attempt.problems:
-                sink.publish(errors_for_record(planned.plan, attempt.result))
+                sink.publish(layer_errors(planned.plan, attempt.result))
                 break
         # Left without an error and unpublished, the folder has deleted its staging files.
         options = options_for_retry(planned.plan, attempt, options, run)
@@ -160,11 +166,7 @@ def convert(
 
 
 def write_recipe(run: RunOptions, options: ConvertOptions) -> None:
-    """Write the recipe that a budget chose to the file of ``save_recipe``.
-
-    Raises:
-        OutputError: It cannot be written.
-    """
+    """Write the recipe that a budget chose to the file of ``save_recipe``."""
     if run.save_recipe is None or options.recipe is None:
         return
     try:
@@ -181,12 +183,7 @@ def _check_consume_source(
     options: ConvertOptions,
     run: RunOptions,
 ) -> None:
-    """Check that the source may be deleted, or that no stopped conversion deletes it.
-
-    Raises:
-        UsageError: ``yes`` is missing, or the source cannot be deleted file by file.
-        OutputError: A conversion that deletes its source was stopped, and this one does not.
-    """
+    """Check that the source may be deleted, or that no stopped conversion deletes it."""
     if not run.consume_source:
         if header_stubs_dir(output).is_dir():
             raise OutputError(
@@ -225,31 +222,11 @@ def _start_download(
     return remote.start_download(checkpoint, area)
 
 
-def _allocate_bits(
-    opened: Path | Checkpoint, output: Path, options: ConvertOptions, run: RunOptions
-) -> ConvertOptions:
-    """The options with the recipe chosen for the budget."""
-    return allocate_bits(
-        opened,
-        options,
-        check=lambda first: check_output(first, output, run.force),
-        keep=measurements_path(output) if run.resume else None,
-        threads=run.threads,
-        max_memory=run.max_memory,
-        allow_nonfinite=run.allow_nonfinite,
-        progress=run.progress,
-        chunk_bytes=run.chunk_bytes,
-    )
-
-
 def _dry_run(opened: Path | Checkpoint, options: ConvertOptions, run: RunOptions) -> ConvertOptions:
     """Read and compute everything once, so that errors show before files are deleted.
 
     Returns:
         The options with the layers that stay dense because of non-finite values.
-
-    Raises:
-        CheckpointError: There are non-finite values or overflows that are not allowed.
     """
     while True:
         planned = plan_with_source(as_checkpoint(opened, options.config_from), options)
@@ -257,17 +234,3 @@ def _dry_run(opened: Path | Checkpoint, options: ConvertOptions, run: RunOptions
         if not attempt.problems:
             return options
         options = options_for_retry(planned.plan, attempt, options, run)
-
-
-def _open_output(
-    planned: Planned, output: Path, options: ConvertOptions, run: RunOptions
-) -> OutputFolder:
-    return OutputFolder(
-        planned.plan,
-        planned.source.opened,
-        output,
-        run.force,
-        resume=run.resume,
-        options=options.to_dict(),
-        consume=run.consume_source,
-    )

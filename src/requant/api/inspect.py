@@ -120,13 +120,8 @@ def inspect(
         model_type=str(checkpoint.config.get("model_type", "")),
         files=checkpoint.files,
         layers=tuple(
-            Stored(
-                layer.path,
-                layer.stored_as,
-                layer.shape,
-                sum(part.info.nbytes for part in layer.parts.values()),
-            )
-            for layer in layout.layers
+            Stored(x.path, x.stored_as, x.shape, sum(p.info.nbytes for p in x.parts.values()))
+            for x in layout.layers
         ),
         quantization=layout.quantization,
         side_files=(*checkpoint.side_files, *sorted(checkpoint.opened.generated_files)),

@@ -9,26 +9,31 @@ from __future__ import annotations
 
 import json
 import re
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from hashlib import sha256
 from pathlib import Path
 
 from requant.bit_allocation.knapsack import Allocation, Option, allocate
-from requant.bit_allocation.measure import BITS, GROUP_SIZES, measure, without_budget
+from requant.bit_allocation.measure import (
+    BITS,
+    DEFAULT_TARGET,
+    GROUP_SIZES,
+    measure,
+    without_budget,
+)
 from requant.bit_allocation.measurements import Candidate, Measured
 from requant.checkpoints.checkpoint import Checkpoint
 from requant.errors import UsageError
-from requant.execution.executor import Progress
-from requant.execution.resources import plan_resources
 from requant.output.record import version
 from requant.planning.plan import Plan
 from requant.planning.planner import plan_with_source
 from requant.quantization.config import Quantization
-from requant.quantization.options import ConvertOptions
+from requant.quantization.options import ConvertOptions, RunOptions
 from requant.quantization.recipes import Recipe, Rule
 from requant.quantization.roles import ROLES, block_positions
-from requant.quantization.size_budget import parse_budget
+from requant.quantization.size_budget import SizeBudget, parse_budget
 from requant.sources.open import as_checkpoint
 
 _FORMAT = 1  # of the file that keeps measurements
@@ -37,27 +42,18 @@ _FORMAT = 1  # of the file that keeps measurements
 def allocate_bits(
     source: Path | Checkpoint,
     options: ConvertOptions,
-    *,
+    run: RunOptions,
     check: Callable[[Plan], None] | None = None,
     keep: Path | None = None,
-    threads: int | None = None,
-    max_memory: int | None = None,
-    allow_nonfinite: bool = False,
-    progress: Callable[[Progress], None] | None = None,
-    chunk_bytes: int | None = None,
 ) -> ConvertOptions:
     """Turn the budget of ``options`` into a recipe that holds one quantization a layer.
 
     Args:
         source: Folder, or what was read of it.
         options: Returned as they are where they hold no budget.
+        run: Threads, memory, progress and whether layers may hold NaN or infinity.
         check: Called with a plan of the source before anything is measured; may raise.
         keep: File of measurements: read if it is of this source and these options, else written.
-        threads: Worker threads; every processor by default.
-        max_memory: Most bytes to hold in memory.
-        allow_nonfinite: Leave a layer with NaN or infinity as it is instead of stopping.
-        progress: Called about ten times a second with a ``Progress``.
-        chunk_bytes: Bytes of one worker's chunk.
 
     Raises:
         CheckpointError: Everything that is wrong with the source.
@@ -65,6 +61,7 @@ def allocate_bits(
     """
     if options.budget is None or options.recipe is not None:
         return options
+    budget = parse_budget(options.budget)
     checkpoint = as_checkpoint(source, options.config_from)
     planned = plan_with_source(checkpoint, without_budget(options), is_trial=True)
     if check is not None:
@@ -72,17 +69,12 @@ def allocate_bits(
     key = _key(planned.plan, options)
     measured = None if keep is None else Measured.load(keep, key)
     if measured is None:
-        measured, options = measure(
-            planned,
-            options,
-            lambda plan: plan_resources(plan, threads, max_memory, chunk_bytes),
-            allow_nonfinite=allow_nonfinite,
-            progress=progress,
-        )
+        measured, options = measure(planned, options, run)
         if keep is not None and not options.nonfinite_layers:
             measured.save(keep, key)
-    default = without_budget(options).quantization
-    return replace(options, quantization=default, recipe=_recipe(measured, options, default))
+    default = options.quantization or DEFAULT_TARGET
+    recipe = _recipe(measured, budget, options.search, default)
+    return replace(options, quantization=default, recipe=recipe)
 
 
 def _key(base: Plan, options: ConvertOptions) -> str:
@@ -92,16 +84,8 @@ def _key(base: Plan, options: ConvertOptions) -> str:
     return sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _recipe(
-    measured: Measured, convert_options: ConvertOptions, default: Quantization | None
-) -> Recipe:
-    """The choice with the least cost within the budget, as a recipe.
-
-    Raises:
-        UsageError: Nothing fits.
-    """
-    assert convert_options.budget is not None
-    budget = parse_budget(convert_options.budget)
+def _recipe(measured: Measured, budget: SizeBudget, search: str, default: Quantization) -> Recipe:
+    """The choice with the least cost within the budget, as a recipe."""
     limit = budget.limit(measured.parameters)
     positions = block_positions(measured.layers)
     weights = {layer: sensitivity(layer, positions.get(layer)) for layer in measured.layers}
@@ -112,29 +96,26 @@ def _recipe(
             options.append([option for _, option in ways])
     answer = allocate(options, limit - measured.fixed_bytes)
     if answer is None:
-        raise UsageError(_infeasible_message(budget.text, budget.is_size, measured, options))
+        raise UsageError(_infeasible_message(budget, measured, options))
     specs = dict(measured.fixed)
     for (layers, spelled), index in zip(runs, answer.chosen, strict=True):
         specs |= dict.fromkeys(layers, spelled[index])
-    by_spec: dict[str, list[str]] = {}
+    by_spec = defaultdict[str, list[str]](list)
     for layer in sorted(specs):
-        by_spec.setdefault(specs[layer], []).append(layer)
+        by_spec[specs[layer]].append(layer)
     return Recipe(
         f"budget-{budget.text}",
-        _describe_allocation(budget.text, budget.is_size, measured, answer, convert_options.search),
+        _describe_allocation(budget, measured, answer, search),
         default,
-        tuple(Rule(spec, layers=tuple(by_spec[spec])) for spec in sorted(by_spec)),
+        tuple(Rule(spec, layers=tuple(layers)) for spec, layers in sorted(by_spec.items())),
         is_builtin=False,
-        search="" if convert_options.search == "off" else convert_options.search,
+        search="" if search == "off" else search,
     )
-
-
-_CandidateOption = tuple[str, Option]
 
 
 def _common_candidates(
     measured: Measured, run: Sequence[str], weights: Mapping[str, float]
-) -> list[tuple[tuple[str, ...], list[_CandidateOption]]]:
+) -> list[tuple[tuple[str, ...], list[tuple[str, Option]]]]:
     """The candidates that all layers of a run have, summed over them.
 
     Layers without a common one cannot agree: each is then chosen for itself.
@@ -167,29 +148,18 @@ _FIRST_BLOCK = 3.0
 
 
 def sensitivity(layer: str, place: tuple[int, int] | None) -> float:
-    """How much a relative error counts in a layer.
-
-    Args:
-        layer: Its path.
-        place: Index of its block, and how many its stack has; None outside of blocks.
-    """
+    """How much a relative error counts in a layer; ``place`` is one of ``block_positions``."""
     kind = next((x for role, x in _SENSITIVITY if re.search(ROLES[role], layer)), 1.0)
     return kind * (_FIRST_BLOCK if place is not None and place[0] == 0 else 1.0)
 
 
 def cost(candidate: Candidate, size: int, weight: float) -> float:
-    """The estimated cost of a candidate: its relative error times size and sensitivity.
-
-    Args:
-        candidate: With its error.
-        size: Weights of the layer.
-        weight: As ``sensitivity`` gives it.
-    """
+    """The estimated cost of a candidate: its relative error times size and sensitivity."""
     return weight * size * candidate.error / candidate.energy if candidate.energy else 0.0
 
 
 def _describe_allocation(
-    text: str, is_size: bool, measured: Measured, answer: Allocation, search: str
+    budget: SizeBudget, measured: Measured, answer: Allocation, search: str
 ) -> str:
     """The choice in a sentence."""
     total = answer.nbytes + measured.fixed_bytes
@@ -197,22 +167,23 @@ def _describe_allocation(
     above = 100 * (answer.cost / answer.bound - 1) if answer.bound > 0 else 0.0
     how = "the least" if answer.exact else f"at most {above:.2g} % above the least"
     weights = max(sum(measured.sizes.values()), 1)
+    limit = budget.text if budget.is_size else f"{budget.text} bits per weight"
     return (
-        f"Chosen within {text}{'' if is_size else ' bits per weight'}: {bits:.4f} bits per weight, "
-        f"{total:,} bytes; weighted relative squared error {answer.cost / weights:.4g}, {how} "
+        f"Chosen within {limit}: {bits:.4f} bits per weight, {total:,} bytes; "
+        f"weighted relative squared error {answer.cost / weights:.4g}, {how} "
         f"that its candidates allow (bound {answer.bound / weights:.4g}; search {search})."
     )
 
 
 def _infeasible_message(
-    text: str, is_size: bool, measured: Measured, options: Sequence[Sequence[Option]]
+    budget: SizeBudget, measured: Measured, options: Sequence[Sequence[Option]]
 ) -> str:
     """The smallest possible size, and the budget to type instead."""
     least = measured.fixed_bytes + sum(min(x.nbytes for x in ways) for ways in options)
     bits = -(-8 * least * 1000 // measured.parameters) / 1000
     more = "; --override and --only hold some layers larger" if measured.fixed else ""
-    next_one = f"{least}B" if is_size else f"{bits:.3f}"
+    next_one = f"{least}B" if budget.is_size else f"{bits:.3f}"
     return (
-        f"--budget {text} cannot be met: the least possible is {least:,} bytes, "
+        f"--budget {budget.text} cannot be met: the least possible is {least:,} bytes, "
         f"{bits:.3f} bits per weight{more}. Type --budget {next_one}"
     )

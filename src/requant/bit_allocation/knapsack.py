@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import gcd
-from typing import NamedTuple
+from operator import itemgetter
 
 import numpy as np
 
@@ -29,34 +29,13 @@ class Option:
 
 @dataclass(frozen=True, slots=True)
 class Allocation:
-    """An answer.
+    """An answer."""
 
-    Attributes:
-        chosen: Of each item, the index of its option.
-        nbytes: Their bytes.
-        cost: Their cost.
-        bound: No choice within the limit costs less than this.
-        exact: The answer is a best one.
-    """
-
-    chosen: tuple[int, ...]
+    chosen: tuple[int, ...]  # of each item, the index of its option
     nbytes: int
     cost: float
-    bound: float
-    exact: bool
-
-
-class _Candidate(NamedTuple):
-    """A larger option that an item may take in place of its present one."""
-
-    saving_per_byte: float
-    item: int
-    option: int
-    nbytes: int  # beyond those of the present option
-
-    def rank(self) -> tuple[float, int, int]:
-        """A key for ``max``: the most saved a byte, among equals the first item and option."""
-        return self.saving_per_byte, -self.item, -self.option
+    bound: float  # no choice within the limit costs less than this
+    exact: bool  # the answer is a best one
 
 
 def allocate(
@@ -83,12 +62,12 @@ def allocate(
         return None
     greedy, bound = _greedy_relaxation(items, useful, limit - least)
     table, exact = _dynamic_program(items, useful, limit - least, max_cells)
-    best = min((greedy, table), key=lambda chosen: _total(items, chosen).cost_then_bytes())
+    best = min((greedy, table), key=lambda chosen: _total(items, chosen))
     if exact:
-        nbytes, cost = _total(items, best)
+        cost, nbytes = _total(items, best)
         return Allocation(tuple(best), nbytes, cost, bound=cost, exact=True)
     best = _greedy_fill(items, useful, best, limit)
-    nbytes, cost = _total(items, best)
+    cost, nbytes = _total(items, best)
     # A table of rounded sizes proves nothing, but an answer that costs no more than the relaxation
     # is a best one all the same. With costs 5 and 1 for 2 and 4 bytes and a limit of 3 bytes the
     # relaxation takes half of the step: its bound is 3, the answer costs 5, and is not proved.
@@ -96,18 +75,10 @@ def allocate(
     return Allocation(tuple(best), nbytes, cost, bound=min(bound, cost), exact=cost <= bound)
 
 
-class _Total(NamedTuple):
-    nbytes: int
-    cost: float
-
-    def cost_then_bytes(self) -> tuple[float, int]:
-        return self.cost, self.nbytes
-
-
-def _total(items: Sequence[Sequence[Option]], chosen: Sequence[int]) -> _Total:
-    """Bytes and cost of a choice."""
+def _total(items: Sequence[Sequence[Option]], chosen: Sequence[int]) -> tuple[float, int]:
+    """Cost and bytes of a choice."""
     picked = [options[index] for options, index in zip(items, chosen, strict=True)]
-    return _Total(sum(x.nbytes for x in picked), sum(x.cost for x in picked))
+    return sum(x.cost for x in picked), sum(x.nbytes for x in picked)
 
 
 def _pareto_front(options: Sequence[Option]) -> list[int]:
@@ -224,11 +195,11 @@ def _greedy_fill(
     neither of the others fits them.
     """
     filled = list(chosen)
-    left = limit - _total(items, filled).nbytes
-    while candidates := list(_larger_options(items, useful, filled, left)):
-        best = max(candidates, key=_Candidate.rank)
-        filled[best.item] = best.option
-        left -= best.nbytes
+    left = limit - _total(items, filled)[1]
+    while larger := list(_larger_options(items, useful, filled, left)):
+        _, item, filled_with, nbytes = max(larger, key=itemgetter(0))
+        filled[item] = filled_with
+        left -= nbytes
     return filled
 
 
@@ -237,12 +208,14 @@ def _larger_options(
     useful: Sequence[Sequence[int]],
     chosen: Sequence[int],
     left: int,
-) -> Iterator[_Candidate]:
-    """The options that cost less than the chosen ones and take at most ``left`` bytes more."""
+) -> Iterator[tuple[float, int, int, int]]:
+    """The options that cost less than the chosen ones and take at most ``left`` bytes more.
+
+    Each with what a byte saves, its item and index, and the bytes beyond the chosen one's.
+    """
     for item, options in enumerate(items):
         present = options[chosen[item]]
-        for index in useful[item]:
+        for index in sorted(useful[item]):
             nbytes = options[index].nbytes - present.nbytes
             if 0 < nbytes <= left and options[index].cost < present.cost:
-                saving = _saving_per_byte(options, chosen[item], index)
-                yield _Candidate(saving, item, index, nbytes)
+                yield _saving_per_byte(options, chosen[item], index), item, index, nbytes

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from itertools import product
@@ -13,18 +14,19 @@ from requant.bit_allocation.measurements import Candidate, Measured
 from requant.checkpoints.checkpoint import Checkpoint
 from requant.core.reasons import ReasonCode
 from requant.errors import CheckpointError, Problem, UsageError
-from requant.execution.executor import Progress, run_plan
+from requant.execution.executor import run_plan
 from requant.execution.layer_stats import LayerStats
-from requant.execution.resources import ResourceLimits
+from requant.execution.resources import plan_resources
 from requant.execution.sink import NullSink
 from requant.planning.plan import LayerPlan, Plan, Step, Treatment
 from requant.planning.planner import Planned, make_plan, plan_with_source
 from requant.quantization.config import Quantization
-from requant.quantization.options import ConvertOptions
+from requant.quantization.options import ConvertOptions, RunOptions
 from requant.quantization.specs import format_spec
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
+DEFAULT_TARGET = Quantization.affine(64, 4)  # of what no candidate is chosen for
 
 _EXPERT = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
 # Layers that the options exclude: a recipe must skip them too.
@@ -34,19 +36,9 @@ _EXCLUDED = (ReasonCode.SKIPPED_BY_OVERRIDE, ReasonCode.SKIPPED_BY_RECIPE, Reaso
 def measure(
     planned: Planned,
     options: ConvertOptions,
-    limits_of: Callable[[Plan], ResourceLimits],
-    *,
-    allow_nonfinite: bool = False,
-    progress: Callable[[Progress], None] | None = None,
+    run: RunOptions,
 ) -> tuple[Measured, ConvertOptions]:
-    """Encode each layer of a source with each candidate.
-
-    Args:
-        planned: Plan of the options without the budget.
-        options: With the budget.
-        limits_of: Threads and memory for a plan.
-        allow_nonfinite: Leave a layer with NaN or infinity as it is instead of stopping.
-        progress: Called about ten times a second with a ``Progress``.
+    """Encode each layer of a source with each candidate; ``planned`` is without the budget.
 
     Returns:
         The measurements, and the options with the layers that are left as they are.
@@ -57,12 +49,12 @@ def measure(
     while True:
         base, plan_source = planned
         trial = _TrialRun(base, plan_source.checkpoint, options)
-        limits = limits_of(trial.plan)
-        found = run_plan(trial.plan, plan_source, NullSink(), limits, progress).findings
+        limits = plan_resources(trial.plan, run.threads, run.max_memory, run.chunk_bytes)
+        found = run_plan(trial.plan, plan_source, NullSink(), limits, run.progress).findings
         problems = trial.problems(found)
         if not problems:
             return trial.collect(found), options
-        if not allow_nonfinite:
+        if not run.allow_nonfinite:
             raise CheckpointError(base.source, list(problems.values()))
         options = replace(options, nonfinite_layers=options.nonfinite_layers.union(problems))
         planned = plan_with_source(plan_source.checkpoint, without_budget(options), is_trial=True)
@@ -70,23 +62,17 @@ def measure(
 
 def without_budget(options: ConvertOptions) -> ConvertOptions:
     """The options that can be planned before anything is measured."""
-    default = options.quantization or Quantization.affine(64, 4)
-    return replace(options, budget=None, quantization=default)
+    return replace(options, budget=None, quantization=options.quantization or DEFAULT_TARGET)
 
 
 class _TrialRun:
-    """A plan that encodes every layer with every candidate, to be run for the errors.
-
-    Attributes:
-        plan: Steps by layer; the name of a step names its layer and candidate.
-        tried: Layer -> spec of a candidate -> bytes.
-        named: Name of a step -> layer and spec.
-    """
+    """A plan that encodes every layer with every candidate, to be run for the errors."""
 
     def __init__(self, base: Plan, checkpoint: Checkpoint, options: ConvertOptions) -> None:
         self.base = base
+        # Layer -> spec of a candidate -> bytes.
         self.tried: dict[str, dict[str, int]] = {x.layer: {} for x in base.layers}
-        self.named: dict[str, tuple[str, str]] = {}
+        self.named: dict[str, tuple[str, str]] = {}  # name of a step -> layer and spec
         steps: dict[str, list[Step]] = {layer: [] for layer in self.tried}
         for plan in _candidate_plans(base, checkpoint, options):
             new = {}
@@ -118,17 +104,12 @@ class _TrialRun:
             errors[layer][spec] = stats
         layers: dict[str, tuple[Candidate, ...]] = {}
         for layer, specs in self.tried.items():
-            known = errors[layer]
-            energy = _round_significant(
-                max((x.squared_values for x in known.values()), default=0.0)
-            )
+            squares = {spec: x.squared_error for spec, x in errors[layer].items()}
+            energy = max((x.squared_values for x in errors[layer].values()), default=0.0)
             if len(specs) > 1:
                 layers[layer] = tuple(
                     Candidate(
-                        spec,
-                        nbytes,
-                        _round_significant(known[spec].squared_error) if spec in known else 0.0,
-                        energy,
+                        spec, nbytes, _six_digits(squares.get(spec, 0.0)), _six_digits(energy)
                     )
                     for spec, nbytes in specs.items()
                 )
@@ -174,14 +155,14 @@ def _spec_of(plan: Plan, layer: LayerPlan) -> str:
     return "" if target is None else format_spec(target)
 
 
-def _round_significant(figure: float) -> float:
-    """Six digits: the last ones of a sum depend on how rows were cut into chunks."""
+def _six_digits(figure: float) -> float:
+    """Round to six digits: the last ones of a sum depend on how rows were cut into chunks."""
     return float(f"{figure:.6g}")
 
 
 def _tied_layer_groups(layers: Iterable[str]) -> tuple[tuple[str, ...], ...]:
     """Layers that must agree: the experts of one stack. A tied head is not a layer of its own."""
-    runs: dict[str, list[str]] = {}
+    runs = defaultdict[str, list[str]](list)
     for layer in layers:
-        runs.setdefault(_EXPERT.sub("*", layer), []).append(layer)
+        runs[_EXPERT.sub("*", layer)].append(layer)
     return tuple(tuple(run) for run in runs.values())

@@ -3,51 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from requant.cli import options as arg
 from requant.cli.error_handling import handle_errors, print_json, print_stderr
-from requant.cli.options import (
-    Calibrated,
-    DryRun,
-    Hessian,
-    Json,
-    MaxTokens,
-    Output,
-    Private,
-    Prompt,
-    Quiet,
-    Raw,
-    Seed,
-    Source,
-    StatisticsFile,
-    TableOptions,
-    Texts,
-    TextTokens,
-    TextWindow,
-    UploadTo,
-    options_of_command,
-    with_options,
-)
+from requant.cli.options import TableOptions, options_of_command, with_options
 from requant.cli.progress import counting_display, progress_display
 from requant.cli.upload import send
 from requant.errors import UsageError
 from requant.text import escape_control_chars
 
-if TYPE_CHECKING:
-    from requant.planning.plan import Plan
-
 
 @with_options(*options_of_command("convert"))
 def convert(
-    source: Source,
-    output: Output,
+    source: arg.Source,
+    output: arg.Output,
     *,
     options: TableOptions,
-    upload_to: UploadTo = None,
-    private: Private = False,
-    dry_run: DryRun = False,
-    json: Json = False,
-    quiet: Quiet = False,
+    upload_to: arg.UploadTo = None,
+    private: arg.Private = False,
+    dry_run: arg.DryRun = False,
+    json: arg.Json = False,
+    quiet: arg.Quiet = False,
 ) -> None:
     """Write SOURCE as an MLX checkpoint folder OUTPUT.
 
@@ -77,12 +53,8 @@ def convert(
     from requant.cli import plan_tables
 
     if dry_run:
-        force = options["force"]
-        options = {name: options[name] for name in options_of_command("plan")}
-        with handle_errors():
-            with progress_display(quiet or options["budget"] is None) as progress:
-                plan = conversion.plan(source, **options, progress=progress)
-            _print_plan(plan, options, json, quiet=quiet, output=output, force=force)
+        planned = {name: options[name] for name in options_of_command("plan")}
+        _show_plan(source, planned, json, quiet, output, force=options["force"])
         return
     with handle_errors():
         if private and upload_to is None:
@@ -106,7 +78,7 @@ def convert(
 
 
 @with_options(*options_of_command("plan"))
-def plan(source: Source, *, options: TableOptions, json: Json = False) -> None:
+def plan(source: arg.Source, *, options: TableOptions, json: arg.Json = False) -> None:
     """Show what convert would write: layers, modes, sizes and memory.
 
     Reads headers and config.json only; --budget also reads and measures the weights. --json
@@ -118,24 +90,19 @@ def plan(source: Source, *, options: TableOptions, json: Json = False) -> None:
       requant plan Llama-3.2-1B --bits 4 --only 'mlp' --override 'down_proj=6'
       requant plan Llama-3.2-1B --budget 4.5 --save-recipe mine.toml
     """  # noqa: D301
-    from requant.api import convert as conversion
-
-    with handle_errors():
-        with progress_display(quiet=options["budget"] is None) as progress:
-            plan = conversion.plan(source, **options, progress=progress)
-        _print_plan(plan, options, json)
+    _show_plan(source, options, json)
 
 
 @with_options(*options_of_command("generate"))
 def generate(
-    source: Source,
-    prompt: Prompt,
+    source: arg.Source,
+    prompt: arg.Prompt,
     *,
-    max_tokens: MaxTokens = 100,
-    raw: Raw = False,
+    max_tokens: arg.MaxTokens = 100,
+    raw: arg.Raw = False,
     options: TableOptions,
-    json: Json = False,
-    quiet: Quiet = False,
+    json: arg.Json = False,
+    quiet: arg.Quiet = False,
 ) -> None:
     """Convert SOURCE in memory and continue a prompt with it.
 
@@ -172,17 +139,17 @@ def generate(
 
 @with_options("revision", "config_from", "threads", "force", "resume")
 def calibrate(
-    model: Calibrated,
-    output: StatisticsFile,
+    model: arg.Calibrated,
+    output: arg.StatisticsFile,
     *,
-    text: Texts = None,
-    hessian: Hessian = False,
-    tokens: TextTokens = 32_768,
-    window: TextWindow = 512,
-    seed: Seed = 0,
+    text: arg.Texts = None,
+    hessian: arg.Hessian = False,
+    tokens: arg.TextTokens = 32_768,
+    window: arg.TextWindow = 512,
+    seed: arg.Seed = 0,
     options: TableOptions,
-    json: Json = False,
-    quiet: Quiet = False,
+    json: arg.Json = False,
+    quiet: arg.Quiet = False,
 ) -> None:
     """Run a model over a text and write statistics of its layers.
 
@@ -220,33 +187,33 @@ def calibrate(
             tables.show_calibration(calibration)
 
 
-def _print_plan(
-    plan: Plan,
+def _show_plan(
+    source: Path,
     options: TableOptions,
     json: bool,
-    *,
     quiet: bool = False,
     output: Path | None = None,
     force: bool = False,
 ) -> None:
+    """Plan and print the plan; with an ``output``, check too that it can be written."""
+    from requant.api import convert as conversion
     from requant.cli import plan_tables
     from requant.execution.resources import plan_resources
     from requant.output.preflight import check_output
     from requant.planning.release_order import peak_disk_bytes
 
-    budget = plan_resources(plan, options["threads"], options["max_memory"])
-    if output is not None:
-        check_output(plan, output, force)
-    if json:
-        memory = {
-            "peak_bytes": budget.peak_bytes,
-            "threads": budget.threads,
-            "chunk_bytes": budget.chunk_bytes,
-        }
-        disk = {
-            "extra_bytes": sum(shard.nbytes for shard in plan.shards),
-            "extra_bytes_with_consume_source": peak_disk_bytes(plan),
-        }
-        print_json(plan.to_dict() | {"memory": memory, "disk": disk})
-    elif not quiet:
-        plan_tables.show_plan(plan, budget, output)
+    with handle_errors():
+        with progress_display(quiet or options["budget"] is None) as progress:
+            plan = conversion.plan(source, **options, progress=progress)
+        limits = plan_resources(plan, options["threads"], options["max_memory"])
+        if output is not None:
+            check_output(plan, output, force)
+        if json:
+            disk = {
+                "extra_bytes": sum(shard.nbytes for shard in plan.shards),
+                "extra_bytes_with_consume_source": peak_disk_bytes(plan),
+            }
+            memory = {x: getattr(limits, x) for x in ("peak_bytes", "threads", "chunk_bytes")}
+            print_json(plan.to_dict() | {"memory": memory, "disk": disk})
+        elif not quiet:
+            plan_tables.show_plan(plan, limits, output)

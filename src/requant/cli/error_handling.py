@@ -43,14 +43,14 @@ def handle_errors() -> Iterator[None]:
         yield
         sys.stdout.flush()
     except KeyboardInterrupt as error:
-        print_stderr("; ".join(["interrupted", *error_notes(error)]))
+        print_stderr("; ".join(["interrupted", *getattr(error, "__notes__", ())]))
         raise typer.Exit(EXIT_INTERRUPTED) from None
     except BrokenPipeError:
         # The pipe is closed. Discard what is buffered, so that Python's last flush cannot fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(EXIT_PIPE) from None
     except RequantError as error:
-        print_stderr("\n".join([f"error: {error}", *error_notes(error)]))
+        print_stderr("\n".join([f"error: {error}", *getattr(error, "__notes__", ())]))
         # With a layer, the invalid value is in the source and not in an option.
         option = isinstance(error, OutOfRangeError | UnknownValueError) and error.layer is None
         usage = option or isinstance(error, UsageError)
@@ -59,8 +59,3 @@ def handle_errors() -> Iterator[None]:
         where = f"{error.filename}: " if error.filename else ""
         print_stderr(f"error: {where}{os_error_text(error)}")
         raise typer.Exit(EXIT_FAULT) from None
-
-
-def error_notes(error: BaseException) -> list[str]:
-    """The notes of an error, such as how to resume."""
-    return list(getattr(error, "__notes__", ()))

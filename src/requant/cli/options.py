@@ -38,11 +38,9 @@ def options_of_command(command: str) -> list[str]:
 
 
 def with_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Replace the parameter ``options`` of a command by options of the table.
+    """Replace the parameter ``options`` of a command by these options of the table.
 
-    Args:
-        *names: Names of the options. The command gets their values in one dictionary of keyword
-            arguments for Python.
+    The command gets their values in one dictionary of keyword arguments for Python.
     """
     table = options_of(ConvertOptions, RunOptions)
     entries = {_parameter_name(table[name]): table[name] for name in names}
@@ -50,8 +48,7 @@ def with_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., N
     def decorated(command: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(command)
         def run(**values: Any) -> None:
-            typed = {name: values.pop(name) for name in entries}
-            options = dict(_keyword(entries[name], value) for name, value in typed.items())
+            options = {x.name: _argument_of(x, values.pop(name)) for name, x in entries.items()}
             command(**values, options=options)
 
         parameters: list[inspect.Parameter] = []
@@ -72,13 +69,11 @@ def _parameter_name(entry: Option) -> str:
     return entry.flag.lstrip("-").replace("-", "_")
 
 
-def _keyword(entry: Option, value: Any) -> tuple[str, Any]:
-    """The keyword argument of Python for a value of the command line."""
+def _argument_of(entry: Option, typed: Any) -> Any:
+    """The argument of Python for a value of the command line."""
     if entry.is_negated:
-        return entry.name, not value
-    if entry.type.on_command_line == "texts":
-        return entry.name, value or ()
-    return entry.name, value
+        return not typed
+    return typed or () if entry.type.on_command_line == "texts" else typed
 
 
 _PYTHON_TYPES: Mapping[str, Any] = {
@@ -94,15 +89,15 @@ _PYTHON_TYPES: Mapping[str, Any] = {
 def _parameter(name: str, entry: Option) -> inspect.Parameter:
     """An option of the table as typer takes it."""
     kind = entry.type.on_command_line
-    words = entry.completions or (lambda: entry.type.choices)
-    has_words = entry.completions is not None or bool(entry.type.choices)
+    choices = entry.type.choices
+    words = entry.type.completions or (choices and (lambda: choices))
     info = typer.Option(
         *(entry.flags or (entry.flag,)),
         metavar=entry.metavar or None,
         help=entry.help or entry.doc,
         min=entry.minimum,
         parser=_size if kind == "size" else None,
-        autocompletion=completion(words) if has_words else None,
+        autocompletion=completion(words) if words else None,
     )
     default = entry.default
     if kind == "flag":
@@ -134,10 +129,6 @@ def _argument(metavar: str, help: str) -> Any:
     return typer.Argument(metavar=metavar, help=help, show_default=False)
 
 
-def _flag(*names: str, help: str) -> Any:
-    return typer.Option(*names, help=help)
-
-
 def _value(name: str, metavar: str, help: str, *, short: str = "", min: int | None = None) -> Any:
     return typer.Option(*filter(None, (name, short)), metavar=metavar, help=help, min=min)
 
@@ -165,13 +156,13 @@ ModelB = Annotated[Path, _argument("B", "The same model in another form.")]
 Calibrated = Annotated[Path, _argument("MODEL", "Folder, GGUF file, or org/name on the hub.")]
 Repository = Annotated[str, _argument("REPO", "Repository on the hub, org/name.")]
 
-Json = Annotated[bool, _flag("--json", help="Print one JSON document instead of text.")]
-Quiet = Annotated[bool, _flag("--quiet", help="Print errors and warnings only.")]
-DryRun = Annotated[bool, _flag("--dry-run", "-n", help=_DRY_RUN)]
-Preview = Annotated[bool, _flag("--dry-run", "-n", "--preview", help=_PREVIEW)]
-Private = Annotated[bool, _flag("--private", help="Create a private repository.")]
-Raw = Annotated[bool, _flag("--raw", help="Use the prompt without the chat template.")]
-Hessian = Annotated[bool, _flag("--hessian", help=_HESSIAN)]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print errors and warnings only.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", "-n", help=_DRY_RUN)]
+Preview = Annotated[bool, typer.Option("--dry-run", "-n", "--preview", help=_PREVIEW)]
+Private = Annotated[bool, typer.Option("--private", help="Create a private repository.")]
+Raw = Annotated[bool, typer.Option("--raw", help="Use the prompt without the chat template.")]
+Hessian = Annotated[bool, typer.Option("--hessian", help=_HESSIAN)]
 
 UploadTo = Annotated[
     str | None, _value("--upload", "REPO", "Upload OUTPUT to the hub when it is done.")

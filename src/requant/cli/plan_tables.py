@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,13 +29,7 @@ _FILE_LINES = 4
 
 
 def show_plan(plan: Plan, budget: ResourceLimits, output: Path | None = None) -> None:
-    """Print what a conversion would do.
-
-    Args:
-        plan: The plan.
-        budget: The threads and memory of the run.
-        output: The output folder of ``convert --dry-run``.
-    """
+    """Print what a conversion would do; ``output`` is that of ``convert --dry-run``."""
     page = TablePrinter()
     page.line(f"{_title(plan)}{f' -> {output}' if output else ''}", "bold")
     _show_layers(page, plan)
@@ -103,13 +97,15 @@ def _show_layers(page: TablePrinter, plan: Plan) -> None:
     for treatment, title in _REASON_TITLES:
         layers = [x for x in plan.layers if x.reason and x.treatment is treatment]
         _show_reasons(page, title, layers)
-    rounded = [x for x in plan.layers if x.bound]
-    _show_reasons(page, "rounded:", rounded, lambda layer: layer.bound)
+    _show_reasons(page, "rounded:", [x for x in plan.layers if x.bound], bounds=True)
     if plan.notes or plan.left_out or plan.dropped:
         page.line()
     for note in plan.notes:
         page.line(f"note: {note.text}")
-    for reason, names in _by_reason(plan.dropped).items():
+    dropped: dict[str, list[str]] = defaultdict(list)
+    for name, reason in plan.dropped:
+        dropped[reason].append(name)
+    for reason, names in dropped.items():
         kinds = list(dict.fromkeys(map(without_numbers, names)))
         page.line(f"dropped: {pluralize(len(names), 'tensor')} ({reason}): {join_first(kinds, 3)}")
     for name, reason in plan.left_out[:_FILE_LINES]:
@@ -136,29 +132,16 @@ def show_groups(page: TablePrinter, groups: Iterable[LayerGroup]) -> None:
     page.columns(rows, right=(4, 5, 6), header=header)
 
 
-def _by_reason(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
-    names: dict[str, list[str]] = defaultdict(list)
-    for name, reason in pairs:
-        names[reason].append(name)
-    return names
-
-
-def _reason_text(layer: LayerPlan) -> str:
-    return layer.reason.text if layer.reason else ""
-
-
 def _show_reasons(
-    page: TablePrinter,
-    title: str,
-    layers: Sequence[LayerPlan],
-    text_of: Callable[[LayerPlan], str] = _reason_text,
+    page: TablePrinter, title: str, layers: Sequence[LayerPlan], *, bounds: bool = False
 ) -> None:
-    """Print one line for each reason, largest first: number of layers, size, names."""
+    """Print one line for each reason, or bound, largest first: number of layers, size, names."""
     if not layers:
         return
     alike: dict[str, list[LayerPlan]] = defaultdict(list)
     for layer in layers:
-        alike[text_of(layer)].append(layer)
+        reason = layer.reason.text if layer.reason else ""
+        alike[layer.bound if bounds else reason].append(layer)
     reasons = sorted(alike.items(), key=lambda item: -sum(x.nbytes for x in item[1]))
     rows = [
         (

@@ -75,20 +75,18 @@ def progress_display(quiet: bool) -> Iterator[Callable[[Progress], None] | None]
     from a short run.
     """
     with _display(quiet) as show:
-        if show is None:
-            yield None
-            return
-        yield lambda now: show(now.bytes_done, now.bytes_total, partial(describe_progress, now))
+        yield show and (
+            lambda now: show(now.bytes_done, now.bytes_total, partial(describe_progress, now))
+        )
 
 
 @contextmanager
 def counting_display(quiet: bool) -> Iterator[Callable[[str, int, int], None] | None]:
     """The same for counts: yield a function of a name, the number done and the total."""
     with _display(quiet) as show:
-        if show is None:
-            yield None
-            return
-        yield lambda what, done, of: show(done, of, partial(describe_count, what, done, of))
+        yield show and (
+            lambda what, done, of: show(done, of, partial(describe_count, what, done, of))
+        )
 
 
 @contextmanager

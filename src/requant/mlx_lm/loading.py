@@ -168,15 +168,7 @@ def _convert(
     options, run = read_arguments("load", quantization, arguments, layout="mlx-lm")
     check_installed(Path(source))
     opened = open_source(source, find_repository(source, run.revision), options.config_from)
-    options = allocate_bits(
-        opened,
-        options,
-        threads=run.threads,
-        max_memory=run.max_memory,
-        allow_nonfinite=run.allow_nonfinite,
-        progress=run.progress,
-        chunk_bytes=run.chunk_bytes,
-    )
+    options = allocate_bits(opened, options, run)
     while True:
         planned = plan_with_source(as_checkpoint(opened, options.config_from), options)
         sink = ArraySink(planned.plan)

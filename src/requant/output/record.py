@@ -5,6 +5,7 @@ It holds no time, no path and no name of a machine: equal conversions give equal
 
 import json
 import os
+import shlex
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -19,7 +20,7 @@ from requant.errors import CheckpointError, Problem
 from requant.planning.plan import Plan
 from requant.text import format_value
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 def version() -> str:
@@ -42,10 +43,10 @@ def read_record(folder: Path, instead: str = "") -> dict[str, Any]:
         raise CheckpointError(str(folder), [Problem(RECORD, instead or message)])
     record = read_json(folder, RECORD)
     if record.get("record") != FORMAT_VERSION:
-        found, writer = (format_value(record.get(key)) for key in ("record", "requant"))
         message = (
-            f"record is {found}, this version reads {FORMAT_VERSION}: take the requant that wrote "
-            f"it, {writer}"
+            f"record is {format_value(record.get('record'))}, this version reads {FORMAT_VERSION}: "
+            f"take the requant that wrote it, {format_value(record.get('requant'))}, or convert "
+            f"again: requant convert SOURCE {shlex.quote(str(folder))} --force"
         )
         raise CheckpointError(str(folder), [Problem(RECORD, message)])
     return record

@@ -6,7 +6,7 @@ Works on steps and statistics files; knows no formats and reads no weights.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from requant.core.limits import MAX_GPTQ_INPUTS
 from requant.core.reasons import Note, NoteCode, Reason, ReasonCode
@@ -23,20 +23,16 @@ WITHOUT_STATISTICS = Reason(
 
 @dataclass(frozen=True, slots=True)
 class WeightedSteps:
-    """Steps with the statistics of their layers.
+    """Steps with the statistics of their layers."""
 
-    Attributes:
-        steps: All steps; those that search have the importance of their layer's inputs.
-        layers_without_statistics: Layers that are searched without statistics.
-        experts_without_tokens: Layer -> number of its experts that no token reached; they are
-            searched without statistics, too.
-        gptq_skipped: Layer -> why GPTQ, where it is requested, cannot be applied.
-    """
-
+    # All steps; those that search have the importance of their layer's inputs.
     steps: tuple[Step, ...]
-    layers_without_statistics: tuple[str, ...]
+    layers_without_statistics: tuple[str, ...]  # layers that are searched without statistics
+    # Layer -> number of its experts that no token reached; they are searched without statistics,
+    # too.
     experts_without_tokens: Mapping[str, int]
-    gptq_skipped: Mapping[str, Reason] = field(default_factory=dict)
+    # Layer -> why GPTQ, where it is requested, cannot be applied.
+    gptq_skipped: Mapping[str, Reason]
 
     @property
     def reasons(self) -> dict[str, Reason]:
@@ -75,13 +71,9 @@ def attach_importance(
     statistics: StatisticsFile,
     gptq: bool = False,
 ) -> WeightedSteps:
-    """Attach to each step that searches the statistics of its layer.
+    """Attach to each step that searches the statistics of its layer, and its Hessian for GPTQ.
 
-    Args:
-        steps: Of a plan.
-        shapes: Layer -> shape of its weight, ``(..., out, in)``.
-        statistics: The file.
-        gptq: Whether to use GPTQ wherever the file has Hessians.
+    ``shapes`` has the shape of each layer's weight, ``(..., out, in)``.
 
     Raises:
         CheckpointError: A shape disagrees, or the file has none of the layers or no Hessian.

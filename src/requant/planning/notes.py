@@ -28,9 +28,7 @@ def plan_notes(
     """Everything that the user should know of a plan, whatever its names are."""
     relayout, options = selector.relayout, selector.options
     yield from _extra_tensors(relayout)
-    yield from _tied_embeddings(selector, decisions)
-    yield from _rotations(decisions)
-    yield from _global_scales(decisions)
+    yield from _special_layers(selector, decisions)
     yield from _lost_codes(selector, layers)
     yield from _dense_in_source(selector, layers)
     yield from _scale_search(selector, layers, steps)
@@ -69,10 +67,8 @@ def rotated_layers(decisions: Iterable[LayerDecision]) -> list[SourceLayer]:
     ]
 
 
-def _tied_embeddings(
-    selector: TargetSelector, decisions: Iterable[LayerDecision]
-) -> Iterator[Note]:
-    """Embeddings that stay dense for a head that has no weight of its own."""
+def _special_layers(selector: TargetSelector, decisions: Sequence[LayerDecision]) -> Iterator[Note]:
+    """Embeddings that stay dense for a head without a weight, and layers that few loaders run."""
     for decision in decisions:
         layer = decision.layer
         if decision.reason_code is ReasonCode.TIED_EMBEDDING and decision.target is None:
@@ -82,10 +78,6 @@ def _tied_embeddings(
                 "bias is stored), and loaders copy it there without scales. --override "
                 f"{layer.path}={selector.default.bits if selector.default else 8} quantizes it.",
             )
-
-
-def _rotations(decisions: Iterable[LayerDecision]) -> Iterator[Note]:
-    """Which loaders can run layers whose inputs are rotated."""
     if rotated := rotated_layers(decisions):
         yield Note(
             NoteCode.ROTATED_INPUTS,
@@ -93,10 +85,6 @@ def _rotations(decisions: Iterable[LayerDecision]) -> Iterator[Note]:
             "requant.mlx_lm.load and requant generate do it, other loaders do not; --fold-rotation "
             "makes plain 8-bit layers.",
         )
-
-
-def _global_scales(decisions: Iterable[LayerDecision]) -> Iterator[Note]:
-    """Which loaders can run experts with tensor scales of their own."""
     if number := len(with_global_scale(decisions)):
         yield Note(
             NoteCode.GLOBAL_SCALES,
@@ -211,11 +199,8 @@ def loader_notes(
 ) -> Iterator[Note]:
     """Problems that loaders have with the source's names.
 
-    Args:
-        layers: The layers of the plan.
-        config: The output's config.
-        why_unloadable: Returns why mlx-lm does not load the output; "" where it does.
-        why_not_mlx_lm: Returns why mlx-lm's layout cannot be made; "" where it can.
+    ``why_unloadable`` returns why mlx-lm does not load the output, and ``why_not_mlx_lm`` why its
+    layout cannot be made; "" where it does or can.
     """
     without_codes = (Treatment.DENSE, Treatment.DEQUANTIZED)
     coded = {x.layer for x in layers if x.treatment not in without_codes}

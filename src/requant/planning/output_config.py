@@ -48,11 +48,7 @@ def output_config(
 ) -> dict[str, Any]:
     """The source's config, or the library's, with the quantization and dtype of the output.
 
-    Args:
-        selector: With the source, its layout and the options.
-        decisions: About its layers.
-        quantization: What ``output_quantization`` gave.
-        rotated: Whether inputs of layers are still to be rotated when the model runs.
+    ``rotated`` says whether inputs of layers are still to be rotated when the model runs.
     """
     options = selector.options
     config = _base_config(selector)
@@ -69,7 +65,10 @@ def output_config(
     # Blocks of the tools that quantized the source do not describe the output.
     config = without_blocks(config)
     if options.dtype is not None:
-        _set_dtype(config, options.dtype)
+        name = next(word for word, header in DTYPES.items() if header == options.dtype)
+        for part in text_sections(config):
+            assert isinstance(part, dict)
+            part.update({key: name for key in ("dtype", "torch_dtype") if key in part})
     if quantization is not None:
         block = _quantization_block(selector, decisions, quantization)
         config |= {"quantization": block, "quantization_config": block}
@@ -90,14 +89,6 @@ def _base_config(selector: TargetSelector) -> dict[str, Any]:
     if key in config or key not in source or not has_tower:
         return dict(config)
     return dict(sorted({**config, key: source[key]}.items()))
-
-
-def _set_dtype(config: dict[str, Any], dtype: str) -> None:
-    """Set the dtype that floating tensors were cast to in all sections."""
-    name = next(word for word, header in DTYPES.items() if header == dtype)
-    for part in text_sections(config):
-        assert isinstance(part, dict)
-        part.update({key: name for key in ("dtype", "torch_dtype") if key in part})
 
 
 def _quantization_block(

@@ -65,21 +65,14 @@ class RowMapping:
     Example: gate and up of an expert take turns in a stored matrix of 8 rows. Up is ``count=4,
     first=1, step=2``: its rows are the stored rows 1, 3, 5 and 7. As the second of two experts in
     a stack its ``output_row`` is 4, so that they become the rows 4, 5, 6 and 7 of the output.
-
-    Attributes:
-        count: How many rows.
-        columns: Logical values in a row.
-        first: First row of the packed layer; 0 without a packing.
-        step: Of the packed layer, from one row to the next.
-        output_row: Row of the outputs that the first row becomes.
-        order: Rows of the outputs in another order than the source's; None for the same.
     """
 
-    count: int
-    columns: int
-    first: int = 0
-    step: int = 1
-    output_row: int = 0
+    count: int  # how many rows
+    columns: int  # logical values in a row
+    first: int = 0  # first row of the packed layer; 0 without a packing
+    step: int = 1  # of the packed layer, from one row to the next
+    output_row: int = 0  # row of the outputs that the first row becomes
+    # Rows of the outputs in another order than the source's; None for the same.
     order: RowOrder | None = None
 
     def stored_rows(self, start: int, stop: int) -> tuple[int, int]:
@@ -93,21 +86,14 @@ class RowMapping:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncodeParams:
-    """How dense rows are encoded.
-
-    Attributes:
-        target: The quantization.
-        search: How scales are found: "off" as ``mx.quantize`` does, "fast" or "best".
-        importance: How errors of each input are weighted in the search; None weights all alike.
-        gptq: Whether each column's error is compensated in the columns after it.
-        weighted_error: Whether the error is measured with the weights of ``importance``.
-    """
+    """How dense rows are encoded."""
 
     target: Quantization
-    search: str = "off"
+    search: str = "off"  # how scales are found: "off" as ``mx.quantize`` does, "fast" or "best"
+    # How errors of each input are weighted in the search; None weights all alike.
     importance: Importance | None = None
-    gptq: bool = False
-    weighted_error: bool = False
+    gptq: bool = False  # whether each column's error is compensated in the columns after it
+    weighted_error: bool = False  # whether the error is measured with the weights of ``importance``
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,34 +103,22 @@ class Step:
     Every output holds ``rows.count`` rows, each a contiguous range of bytes, and so does every
     input but for a packed layer, whose packing knows where its rows are: any range of rows can be
     computed alone. A step may be a piece of a larger tensor; ``rows`` says which.
-
-    Attributes:
-        layer: Path of the layer.
-        operation: What is done to the rows.
-        rows: Where they are in the source and in the outputs.
-        inputs: Role -> tensor of the source.
-        outputs: Role -> tensor of the output.
-        source: MLX's quantization of the inputs; None where they are dense or packed.
-        encode: How codes are computed; None where the operation computes none.
-        repack: REPACK: MLX's quantization of the codes that are moved.
-        dtype: Header name of the values between decoding and encoding.
-        global_scale: nvfp4: one float32 for all rows, or one an expert.
-        packing: How the rows of a packed layer come out of the inputs.
-        scales_of: The tensor holds scales or biases of this mode.
     """
 
-    layer: str
-    operation: Operation
-    rows: RowMapping
-    inputs: Mapping[str, SourceTensor]
-    outputs: Mapping[str, OutputTensor]
+    layer: str  # path of the layer
+    operation: Operation  # what is done to the rows
+    rows: RowMapping  # where they are in the source and in the outputs
+    inputs: Mapping[str, SourceTensor]  # role -> tensor of the source
+    outputs: Mapping[str, OutputTensor]  # role -> tensor of the output
+    # MLX's quantization of the inputs; None where they are dense or packed.
     source: Quantization | None = None
+    # How codes are computed; None where the operation computes none.
     encode: EncodeParams | None = None
-    repack: Quantization | None = None
-    dtype: str = ""
-    global_scale: SourceTensor | None = None
-    packing: Packing | None = None
-    scales_of: QuantMode | None = None
+    repack: Quantization | None = None  # REPACK: MLX's quantization of the codes that are moved
+    dtype: str = ""  # header name of the values between decoding and encoding
+    global_scale: SourceTensor | None = None  # nvfp4: one float32 for all rows, or one an expert
+    packing: Packing | None = None  # how the rows of a packed layer come out of the inputs
+    scales_of: QuantMode | None = None  # the tensor holds scales or biases of this mode
 
     @property
     def target(self) -> Quantization | None:
@@ -233,19 +207,13 @@ class LayerPlan:
 
 @dataclass(frozen=True, slots=True)
 class OutputShard:
-    """One weight file of the output.
-
-    Attributes:
-        name: Name of the file.
-        nbytes: Its size.
-        tensors: Its tensors in the order of their bytes.
-        names_of: The header's ``format``: "mlx" for names of an MLX class, "pt" for those of
-            PyTorch. Loaders in Swift do not rename, transpose or shift tensors of "mlx".
-    """
+    """One weight file of the output."""
 
     name: str
     nbytes: int
-    tensors: tuple[OutputTensor, ...]
+    tensors: tuple[OutputTensor, ...]  # its tensors in the order of their bytes
+    # The header's ``format``: "mlx" for names of an MLX class, "pt" for those of PyTorch. Loaders
+    # in Swift do not rename, transpose or shift tensors of "mlx".
     names_of: str = "mlx"
 
     def header(self) -> bytes:

@@ -13,14 +13,10 @@ from requant.layouts.relayout import ReadValues, Relayout
 
 @dataclass(eq=False)
 class PlanSource:
-    """The part of a planned conversion that is not data.
+    """The part of a planned conversion that is not data."""
 
-    Attributes:
-        checkpoint: The source that the plan was made from.
-        relayout: A library's layout of it; None where the plan keeps the source's names.
-    """
-
-    checkpoint: Checkpoint
+    checkpoint: Checkpoint  # the source that the plan was made from
+    # A library's layout of it; None where the plan keeps the source's names.
     relayout: Relayout | None = None
 
     @property
@@ -29,12 +25,7 @@ class PlanSource:
         return self.checkpoint.opened
 
     def compute(self, name: str, fill: ReadValues) -> np.ndarray:
-        """The bytes of a ``ComputedTensor``.
-
-        Args:
-            name: Its name.
-            fill: Called for each tensor that it is computed from.
-        """
+        """The bytes of a ``ComputedTensor``; ``fill`` reads a tensor that it is computed from."""
         if self.relayout is None:
             raise InvariantError("the plan computes this tensor, and its source cannot", layer=name)
         return self.relayout.compute_tensor(name, fill)

@@ -62,10 +62,7 @@ def plan_with_source(
 ) -> Planned:
     """Plan the conversion of a checkpoint.
 
-    Args:
-        checkpoint: The source, as ``sources.read_checkpoint`` or the hub gives it.
-        options: What was requested.
-        is_trial: Whether the options are one candidate of several, and may match no layer.
+    With ``is_trial``, the options are one candidate of several, and may match no layer.
 
     Raises:
         CheckpointError: With all problems of the source.
@@ -81,28 +78,31 @@ def plan_with_source(
     )
     decisions = selector.select()
     unnamed = _check_decisions(selector, decisions, chosen.rejection, is_trial=is_trial)
-    work = _plan_layers(selector, decisions)
-    shards, steps = assign_offsets(work.steps, options.shard_size, _names_of(chosen))
+    layers, unplaced, notes = _plan_layers(selector, decisions)
     source, relayout = chosen.checkpoint, chosen.relayout
+    is_mlx = relayout is not None or source.metadata.get("format") == "mlx"
+    shards, steps = assign_offsets(unplaced, options.shard_size, "mlx" if is_mlx else "pt")
     rotated = bool(rotated_layers(decisions))
+    load_error = "" if relayout is None else relayout.load_error
+    is_obstructed = rotated or load_error or unloadable_dtypes(layers)
     quantization = output_quantization(selector, decisions)
     plan = Plan(
         source=str(source.source),
         format=read.format,
         files=source.files,
-        layers=work.layers,
+        layers=tuple(layers),
         steps=tuple(steps),
         shards=shards,
         config=output_config(selector, decisions, quantization, rotated=rotated),
         quantization=quantization,
         side_files=(*source.side_files, *sorted(source.opened.generated_files)),
         left_out=source.left_out,
-        notes=work.notes,
+        notes=tuple(notes),
         dropped=chosen.layout.dropped,
         layout="keep" if relayout is None else relayout.library.name,
-        loads=_is_loadable(chosen, work.layers, rotated=rotated),
+        loads=relayout is not None and not is_obstructed,
         rotated=rotated,
-        load_error="" if relayout is None else relayout.load_error,
+        load_error=load_error,
         repository=source.repository,
         side_bytes=source.opened.size_of(source.side_files),
         intermediates=intermediate_steps(chosen.layout, relayout, options),
@@ -114,15 +114,7 @@ def plan_with_source(
 def _check_decisions(
     selector: TargetSelector, decisions: Sequence[LayerDecision], rejection: str, *, is_trial: bool
 ) -> UnnamedMatrices | None:
-    """Raise all problems of the options.
-
-    Returns:
-        Matrices that cannot be quantized because of their names, where a note is due.
-
-    Raises:
-        CheckpointError: These are most of the weights, and a library's layout was rejected.
-        UsageError: With all options that cannot be met.
-    """
+    """Raise all problems of the options; return the matrices whose names are worth a note."""
     source = selector.checkpoint.source
     problems = [
         *check_patterns(selector),
@@ -143,16 +135,16 @@ def _check_decisions(
 # -- layers and their steps ------------------------------------------------------------------------
 
 
-class _Work(NamedTuple):
-    """The layers and their steps, without shards and offsets, and notes on the statistics file."""
+def _plan_layers(
+    selector: TargetSelector, decisions: Sequence[LayerDecision]
+) -> tuple[list[LayerPlan], Sequence[Step], list[Note]]:
+    """The layers, their steps, and notes on the statistics file.
 
-    layers: tuple[LayerPlan, ...]
-    steps: tuple[Step, ...]
-    notes: tuple[Note, ...] = ()
+    Where one is given, the steps have the importance of each input.
 
-
-def _plan_layers(selector: TargetSelector, decisions: Sequence[LayerDecision]) -> _Work:
-    """The steps of every layer, with the importance of its inputs where statistics were given."""
+    Raises:
+        CheckpointError: The statistics file is of another model.
+    """
     layers: list[LayerPlan] = []
     steps: list[Step] = []
     for decision in decisions:
@@ -160,8 +152,14 @@ def _plan_layers(selector: TargetSelector, decisions: Sequence[LayerDecision]) -
         own_steps = list(layer_steps(decision.layer, decision.target, dtype, selector.options))
         steps += own_steps
         layers.append(_layer_plan(decision, dtype, own_steps))
-    work = _Work(tuple(layers), tuple(steps))
-    return work if selector.options.statistics is None else _apply_importance(work, selector)
+    options = selector.options
+    if options.statistics is None:
+        return layers, steps, []
+    statistics = read_statistics(options.statistics)
+    shapes = {x.layer: x.shape for x in layers}
+    weighted = attach_importance(steps, shapes, statistics, options.gptq)
+    layers = [replace(x, reason=x.reason or weighted.reasons.get(x.layer)) for x in layers]
+    return layers, weighted.steps, [*weighted.notes(statistics)]
 
 
 def _layer_plan(decision: LayerDecision, dtype: str, steps: Sequence[Step]) -> LayerPlan:
@@ -193,38 +191,6 @@ def _layer_plan(decision: LayerDecision, dtype: str, steps: Sequence[Step]) -> L
         reason=reason,
         bound=worst.bound,
     )
-
-
-def _apply_importance(work: _Work, selector: TargetSelector) -> _Work:
-    """Attach the statistics of the layers to the steps that search for scales.
-
-    Raises:
-        CheckpointError: The statistics file is of another model.
-    """
-    assert selector.options.statistics is not None
-    statistics = read_statistics(selector.options.statistics)
-    shapes = {x.layer: x.shape for x in work.layers}
-    weighted = attach_importance(work.steps, shapes, statistics, selector.options.gptq)
-    layers = tuple(
-        replace(x, reason=x.reason or weighted.reasons.get(x.layer)) for x in work.layers
-    )
-    return _Work(layers, weighted.steps, tuple(weighted.notes(statistics)))
-
-
-# -- the layout as a whole -------------------------------------------------------------------------
-
-
-def _names_of(chosen: LayoutResult) -> str:
-    """Return the header's ``format``: "mlx" for names of an MLX class, else "pt"."""
-    is_mlx = chosen.relayout is not None or chosen.checkpoint.metadata.get("format") == "mlx"
-    return "mlx" if is_mlx else "pt"
-
-
-def _is_loadable(chosen: LayoutResult, layers: Sequence[LayerPlan], *, rotated: bool) -> bool:
-    """Whether the library is known to load the output."""
-    if chosen.relayout is None or chosen.relayout.load_error or rotated:
-        return False
-    return not unloadable_dtypes(layers)
 
 
 def _notes(

@@ -16,20 +16,14 @@ from requant.sources.downloads import MAX_HELD_FILES
 
 @dataclass(frozen=True, slots=True)
 class ReleaseOrder:
-    """The order in which steps run and source files can be deleted.
+    """The order in which steps run and source files can be deleted."""
 
-    Attributes:
-        order: Numbers of the plan's steps in the order in which they run.
-        files: Source files in the order in which no step needs them any more.
-        extra_bytes: The most bytes on the disk at a time beyond the source itself, if each file
-            is deleted as soon as no step needs it.
-        needs: Step number -> the source files that it reads.
-    """
-
-    order: tuple[int, ...]
-    files: tuple[str, ...]
+    order: tuple[int, ...]  # numbers of the plan's steps in the order in which they run
+    files: tuple[str, ...]  # source files in the order in which no step needs them any more
+    # The most bytes on the disk at a time beyond the source itself, if each file is deleted as soon
+    # as no step needs it.
     extra_bytes: int
-    needs: tuple[frozenset[str], ...]
+    needs: tuple[frozenset[str], ...]  # step number -> the source files that it reads
 
 
 def plan_release_order(plan: Plan) -> ReleaseOrder:

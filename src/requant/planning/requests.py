@@ -22,7 +22,6 @@ from requant.quantization.options import ConvertOptions
 from requant.text import join_first
 
 _REASONS = 3  # of many reasons, how many a message gives
-_KEEPS_CODES = "keeps its codes"
 _NO_REASON = "a vector or a tensor of another kind, which is never quantized"
 
 
@@ -61,11 +60,10 @@ def check_required_choices(
     if selector.options.dequantize or selector.default is not None:
         return
     paths = defaultdict[str, list[str]](list)
-    for layer in (
-        x.layer for x in decisions if x.target is None and x.layer.policy.requires_choice
-    ):
-        if find_override(selector.options, layer.path) is not SKIP:
-            paths[layer.policy.requires_choice].append(layer.path)
+    for layer in (x.layer for x in decisions if x.target is None):
+        choice = layer.policy.requires_choice
+        if choice and find_override(selector.options, layer.path) is not SKIP:
+            paths[choice].append(layer.path)
     for message, (first, *others) in paths.items():
         yield Problem(first + (f" and {len(others)} more" if others else ""), message)
 
@@ -98,7 +96,7 @@ def _why_nothing(selector: TargetSelector, decisions: Iterable[LayerDecision]) -
         if target is not None and _is_requested(selector, layer.path, target):
             return ""
         if layer.is_weight:
-            text = reason.text if reason else _NO_REASON if target is None else _KEEPS_CODES
+            text = reason.text if reason else _NO_REASON if target is None else "keeps its codes"
             paths[text].append(layer.path)
     common = sorted(paths, key=lambda text: -len(paths[text]))[:_REASONS]
     reasons = [f"{join_first(paths[text], 1)}: {text}" for text in common]

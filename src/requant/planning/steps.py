@@ -25,14 +25,7 @@ from requant.quantization.options import ConvertOptions
 def layer_steps(
     layer: SourceLayer, target: Quantization | None, dtype: str, options: ConvertOptions
 ) -> Iterator[Step]:
-    """The steps of one layer.
-
-    Args:
-        layer: As the source stores it.
-        target: Its quantization in the output; None for dense.
-        dtype: Header name of the dtype of its values before they are stored or quantized.
-        options: For the search of scales, and the dtype of copied tensors.
-    """
+    """The steps of one layer; its values have the ``dtype`` when they are stored or quantized."""
     if layer.packing is not None:
         yield from _packed_steps(layer, layer.packing, target, dtype, options)
     elif layer.encoding is None and target is None:
@@ -58,7 +51,7 @@ def _coding_step(
     operation = Operation.ENCODE
     if encoding is not None:
         operation = Operation.DECODE if target is None else Operation.RECODE
-    outputs = _output_infos(layer.shape, dtype, target)
+    outputs = output_tensor_infos(layer.shape, dtype, target)
     units = [q.group_size for q in (encoding, target) if q is not None]
     unit = lcm(*units) if layer.row_order is None else layer.shape[-1]
     rows, columns = _row_view(layer.shape, unit)
@@ -89,7 +82,7 @@ def _packed_steps(
     A layer under another layout than the source's takes one step for each run of rows. Where its
     members are stored in different ways, the codes of some may be kept and those of others not.
     """
-    outputs = _output_infos(layer.shape, dtype, target)
+    outputs = output_tensor_infos(layer.shape, dtype, target)
     if layer.packing is None and options.dtype is None:  # of MLX's own: each keeps its dtype
         own = {role: part.info.dtype for role, part in layer.parts.items() if role != "weight"}
         outputs |= {role: TensorInfo(x, outputs[role].shape) for role, x in own.items()}
@@ -189,24 +182,18 @@ def _intermediate_step(layer: SourceLayer, options: ConvertOptions) -> Step:
     return _copy_or_cast_step(layer.path, layer.parts["weight"], None)
 
 
-def _output_infos(
-    shape: tuple[int, ...], dtype: str, target: Quantization | None
+def output_tensor_infos(
+    shape: tuple[int, ...], dtype: str, quantization: Quantization | None
 ) -> dict[str, TensorInfo]:
-    if target is None:
-        return {"weight": TensorInfo(dtype, shape)}
-    return quantized_tensor_infos(shape, dtype, target)
-
-
-def quantized_tensor_infos(
-    shape: tuple[int, ...], dtype: str, quantization: Quantization
-) -> dict[str, TensorInfo]:
-    """Shapes and dtypes of a quantized layer's tensors, by role.
+    """Shapes and dtypes of a layer's tensors in the output, by role.
 
     Args:
         shape: ``(..., out_features, in_features)``.
         dtype: Header name of the dense values; affine scales and biases take it.
-        quantization: The target; its group size divides ``in_features``.
+        quantization: The target, whose group size divides ``in_features``; None for dense.
     """
+    if quantization is None:
+        return {"weight": TensorInfo(dtype, shape)}
     *leading, n_in = shape
     groups = (*leading, n_in // quantization.group_size)
     infos = {"weight": TensorInfo("U32", (*leading, n_in * quantization.bits // 32))}

@@ -33,11 +33,8 @@ def fit_dense_layer(
 ) -> Fit:
     """Fit a quantization to a layer that the source stores dense.
 
-    Args:
-        layer: The layer.
-        requested: The quantization.
-        dtype: Header name of the dtype that values are cast to first; None keeps theirs.
-        any_name: Quantize layers too that stay dense because of their names.
+    Values are cast to ``dtype`` first, unless it is None. With ``any_name``, layers are quantized
+    too that stay dense because of their names.
     """
     shape = layer.shape
     if len(shape) < 2:
@@ -61,11 +58,8 @@ def fit_dense_layer(
 def fit_codes(layer: SourceLayer, requested: Quantization, *, own_groups: bool) -> Fit:
     """Fit a quantization to a layer that the source stores quantized.
 
-    Args:
-        layer: The layer.
-        requested: The quantization.
-        own_groups: No group size was requested: the layer takes the source's where its codes
-            then stay as they are.
+    With ``own_groups``, no group size was requested: the layer takes the source's where its codes
+    then stay as they are.
     """
     target, reason = fit_group_size(layer.shape[-1], requested)
     if target is None or layer.encoding is None or not own_groups or layer.rotation_tensors:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from requant.checkpoints.checkpoint import Checkpoint
 from requant.core.dtypes import FLOATS, KERNEL_FLOATS
 from requant.core.reasons import Note, NoteCode, Reason, ReasonCode
 from requant.core.regex import search
@@ -25,9 +25,6 @@ from requant.quantization.options import ConvertOptions
 from requant.quantization.recipes import LayerTarget
 from requant.quantization.specs import Spec
 
-if TYPE_CHECKING:
-    from requant.checkpoints.checkpoint import Checkpoint
-
 # Float tensors that must keep their dtype whatever --dtype says: routers add this bias to
 # scores that are compared with each other (mlx_lm/models/deepseek_v3.py, cast_predicate).
 KEEPS_DTYPE = re.compile(r"e_score_correction_bias$")
@@ -42,19 +39,12 @@ _UNUSED_BY_CLASS = Reason(ReasonCode.UNUSED_BY_CLASS, "the model's class has no 
 
 @dataclass(frozen=True, slots=True)
 class LayerDecision:
-    """The target of one layer.
+    """The target of one layer."""
 
-    Attributes:
-        layer: The layer as the source stores it.
-        target: Its quantization in the output; None for dense.
-        reason: Why the target is not simply what was requested.
-        problem: Why the target of an override is impossible.
-    """
-
-    layer: SourceLayer
-    target: Quantization | None
-    reason: Reason | None = None
-    problem: Problem | None = None
+    layer: SourceLayer  # the layer as the source stores it
+    target: Quantization | None  # its quantization in the output; None for dense
+    reason: Reason | None = None  # why the target is not simply what was requested
+    problem: Problem | None = None  # why the target of an override is impossible
 
     @property
     def reason_code(self) -> ReasonCode | None:
@@ -62,39 +52,26 @@ class LayerDecision:
         return self.reason.code if self.reason else None
 
 
+@dataclass(eq=False)
 class TargetSelector:
-    """Selects the target of every layer.
+    """Selects the target of every layer."""
 
-    Attributes:
-        checkpoint: The source.
-        format: Name of its format.
-        layout: Its layers, under the names of the output.
-        options: What was requested.
-        relayout: A library's layout of the source; None where tensors keep the source's names.
-        library_layout: What the library itself decides, of the same layout.
-        source_is_quantized: Whether any layer of the source holds codes.
-        default: The quantization of a layer that nothing else names; None keeps codes.
-        recipe_targets: Layer path -> its target in the recipe.
-        dense_by_libraries: Layer path -> why MLX's libraries leave the layer dense.
-        extra: Paths of layers that are kept though the library's class has no use for them.
-        notes: What the user should know of the options.
-    """
+    checkpoint: Checkpoint
+    format: str
+    layout: SourceLayout  # under the names of the output
+    options: ConvertOptions
+    relayout: Relayout | None = None  # None where tensors keep the source's names
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        format_name: str,
-        layout: SourceLayout,
-        options: ConvertOptions,
-        relayout: Relayout | None = None,
-    ) -> None:
-        self.checkpoint, self.format, self.layout = checkpoint, format_name, layout
-        self.options, self.relayout = options, relayout
+    def __post_init__(self) -> None:
+        relayout = self.relayout
+        # What the library itself decides.
         self.library_layout = None if relayout is None else relayout.layout
-        self.source_is_quantized = is_quantized(layout)
-        self.notes: list[Note] = []
+        self.source_is_quantized = is_quantized(self.layout)
+        self.notes: list[Note] = []  # what the user should know of the options
+        # The quantization of a layer that nothing else names; None keeps codes.
         self.default = self._default_target()
         self.dense_by_libraries = self._dense_by_libraries()
+        # Paths of layers that are kept though the library's class has no use for them.
         self.extra: frozenset[str] = frozenset()
         if relayout is not None:
             self.extra = frozenset(relayout.source_layers[x].path for x in relayout.extra_tensors)
@@ -109,7 +86,7 @@ class TargetSelector:
 
         A layer that stays dense keeps the name and the shape that the source gives it.
         """
-        decision = next(found for _, rule in RULES if (found := rule(self, layer)) is not None)
+        decision = next(found for rule in RULES if (found := rule(self, layer)) is not None)
         if decision.target is not None and not self.is_quantizable(layer):
             decision = LayerDecision(layer, None, _DENSE_IN_CLASS, decision.problem)
         if decision.target is None and layer.as_named is not None:
@@ -156,7 +133,7 @@ class TargetSelector:
         """The quantization of a layer that neither an override nor a recipe names."""
         if self.options.quantization is not None or self.options.dequantize:
             return self.options.quantization
-        if self.source_is_quantized or not self._is_dense:
+        if self.source_is_quantized or (self.format != "dense" and self.checkpoint.gguf is None):
             return None
         text = (
             "No bits or mode were asked for: affine, 4 bits, group 64 (MLX's default); "
@@ -164,12 +141,6 @@ class TargetSelector:
         )
         self.notes.append(Note(NoteCode.DEFAULT_TARGET, text))
         return resolve_quantization()
-
-    @property
-    def _is_dense(self) -> bool:
-        """Whether no layer is quantized, and no config says so."""
-        of_gguf = self.checkpoint.gguf is not None
-        return self.format == "dense" or (of_gguf and not self.source_is_quantized)
 
     def is_quantizable(self, layer: SourceLayer) -> bool:
         """Whether the library can load the layer quantized; layers that it does not load can be."""
@@ -183,12 +154,14 @@ class TargetSelector:
 
 
 def _nonfinite(selector: TargetSelector, layer: SourceLayer) -> LayerDecision | None:
+    """A layer with NaN or infinity (``--allow-nonfinite``) stays as it is."""
     if layer.path not in selector.options.nonfinite_layers:
         return None
     return LayerDecision(layer, layer.encoding, _NONFINITE)
 
 
 def _override(selector: TargetSelector, layer: SourceLayer) -> LayerDecision | None:
+    """The last ``--override`` that matches, exactly or with a problem; ``skip`` changes nothing."""
     override = find_override(selector.options, layer.path) if layer.is_weight else None
     if isinstance(override, Quantization):
         return LayerDecision(layer, override, problem=_why_not_exactly(selector, layer, override))
@@ -198,12 +171,14 @@ def _override(selector: TargetSelector, layer: SourceLayer) -> LayerDecision | N
 
 
 def _unused(selector: TargetSelector, layer: SourceLayer) -> LayerDecision | None:
+    """With ``--keep-extra``, layers that mlx-lm's class does not have stay as they are."""
     if layer.path not in selector.extra or selector.options.dequantize:
         return None
     return LayerDecision(layer, layer.default_target, _UNUSED_BY_CLASS)
 
 
 def _only(selector: TargetSelector, layer: SourceLayer) -> LayerDecision | None:
+    """Layers that no ``--only`` matches stay as they are."""
     only = selector.options.only
     if not only or any(search(pattern, layer.path) for pattern in only):
         return None
@@ -211,10 +186,12 @@ def _only(selector: TargetSelector, layer: SourceLayer) -> LayerDecision | None:
 
 
 def _dequantize(selector: TargetSelector, layer: SourceLayer) -> LayerDecision | None:
+    """Every layer becomes dense."""
     return LayerDecision(layer, None) if selector.options.dequantize else None
 
 
 def _recipe_skip(selector: TargetSelector, layer: SourceLayer) -> LayerDecision | None:
+    """The recipe leaves the layer as the source stores it."""
     choice = selector.recipe_targets.get(layer.path)
     if choice is None or choice.spec is not SKIP:
         return None
@@ -222,6 +199,10 @@ def _recipe_skip(selector: TargetSelector, layer: SourceLayer) -> LayerDecision 
 
 
 def _nothing_requested(selector: TargetSelector, layer: SourceLayer) -> LayerDecision | None:
+    """Without a target by an option or the recipe, codes stay where MLX can hold them.
+
+    Else the format's default is taken (``--act-order dense`` makes such layers dense).
+    """
     if _requested(selector, layer) is not None:
         return None
     is_dense = layer.policy.act_order and selector.options.act_order == "dense"
@@ -229,7 +210,7 @@ def _nothing_requested(selector: TargetSelector, layer: SourceLayer) -> LayerDec
 
 
 def _library_target(selector: TargetSelector, layer: SourceLayer) -> LayerDecision | None:
-    """The library's choice for a layer, or the recipe's where the library can load that."""
+    """In a library's layout, its own choice, or the recipe's where it can load that."""
     library, choice = selector.library_layout, selector.recipe_targets.get(layer.path)
     if library is None:
         return None
@@ -256,6 +237,7 @@ def _library_target(selector: TargetSelector, layer: SourceLayer) -> LayerDecisi
 
 
 def _quantized_layer(selector: TargetSelector, layer: SourceLayer) -> LayerDecision | None:
+    """Codes of the source take the target with a group size that fits."""
     requested = _requested(selector, layer)
     if not layer.is_quantized or requested is None:
         return None
@@ -264,6 +246,7 @@ def _quantized_layer(selector: TargetSelector, layer: SourceLayer) -> LayerDecis
 
 
 def _dense_in_libraries(selector: TargetSelector, layer: SourceLayer) -> LayerDecision | None:
+    """Towers and shared embeddings that MLX's libraries leave dense, unless a recipe names them."""
     choice = selector.recipe_targets.get(layer.path)
     is_named = choice is not None and choice.names
     if layer.path not in selector.dense_by_libraries or is_named:
@@ -272,6 +255,7 @@ def _dense_in_libraries(selector: TargetSelector, layer: SourceLayer) -> LayerDe
 
 
 def _dense_layer(selector: TargetSelector, layer: SourceLayer) -> LayerDecision | None:
+    """The target, where name, shape and dtype allow it."""
     requested, choice = _requested(selector, layer), selector.recipe_targets.get(layer.path)
     if requested is None:
         return None
@@ -310,35 +294,20 @@ def _why_not_exactly(
 
 Rule = Callable[[TargetSelector, SourceLayer], LayerDecision | None]
 
-RULES: tuple[tuple[str, Rule], ...] = (
-    ("nonfinite", _nonfinite),
-    ("override", _override),
-    ("unused", _unused),
-    ("only", _only),
-    ("dequantize", _dequantize),
-    ("recipe-skip", _recipe_skip),
-    ("nothing-requested", _nothing_requested),
-    ("library", _library_target),
-    ("quantized-layer", _quantized_layer),
-    ("dense-in-libraries", _dense_in_libraries),
-    ("dense-layer", _dense_layer),
+RULES: tuple[Rule, ...] = (
+    _nonfinite,
+    _override,
+    _unused,
+    _only,
+    _dequantize,
+    _recipe_skip,
+    _nothing_requested,
+    _library_target,
+    _quantized_layer,
+    _dense_in_libraries,
+    _dense_layer,
 )
 """The rules that select a target, in their order of precedence; the first that applies wins.
-
-1. ``nonfinite``: a layer with NaN or infinity (``--allow-nonfinite``) stays as it is.
-2. ``override``: the last ``--override`` that matches, exactly or with a problem; ``skip`` leaves
-   the layer as the source stores it.
-3. ``unused``: with ``--keep-extra``, layers that the library's class lacks stay as they are.
-4. ``only``: layers that no ``--only`` matches stay as they are.
-5. ``dequantize``: every layer becomes dense.
-6. ``recipe-skip``: the recipe leaves the layer as the source stores it.
-7. ``nothing-requested``: without a target of the recipe or by ``--bits`` and ``--mode``, codes stay
-   where MLX can hold them, else the format's default (``--act-order decode`` makes them dense).
-8. ``library``: in a library's layout, its own choice, or the recipe's where the library loads that.
-9. ``quantized-layer``: codes of the source take the target with a group size that fits.
-10. ``dense-in-libraries``: towers and shared embeddings, which MLX's libraries leave dense, unless
-    the recipe names them.
-11. ``dense-layer``: the target, where name, shape and dtype allow it.
 
 A layer that a library's class holds dense becomes dense in its layout, whatever the rule says.
 """

@@ -7,7 +7,6 @@ Loaders look for codes under ``{layer}.weight`` only; stacks of experts are ofte
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
@@ -24,17 +23,11 @@ _MIN_SHARE = 0.1  # of all weights, to be worth a note; experts always are
 
 @dataclass(frozen=True, slots=True)
 class UnnamedMatrices:
-    """Matrices that cannot be quantized under the source's names.
+    """Matrices that cannot be quantized under the source's names."""
 
-    Attributes:
-        names: Names of the tensors.
-        share: Their fraction of all weights.
-        dtype: Header name of the dtype that they keep.
-    """
-
-    names: tuple[str, ...]
-    share: float
-    dtype: str
+    names: tuple[str, ...]  # names of the tensors
+    share: float  # their fraction of all weights
+    dtype: str  # header name of the dtype that they keep
 
     @property
     def is_most(self) -> bool:
@@ -70,18 +63,11 @@ def find_unnamed_matrices(
     """Return the matrices that a quantization was requested for and that no name makes a layer."""
     if selector.relayout is not None or selector.default is None or selector.options.only:
         return None
-    sizes, unnamed = Counter[str](), []
-    for decision in decisions:
-        layer = decision.layer
-        if len(layer.shape) < 2:
-            continue
-        size = prod(layer.shape)
-        sizes["all"] += size
-        is_unnamed = decision.reason_code is ReasonCode.NOT_A_WEIGHT
-        if is_unnamed and layer.dtype in KERNEL_FLOATS:
-            sizes["unnamed"] += size
-            unnamed.append(layer)
-    share = sizes["unnamed"] / max(sizes["all"], 1)
+    matrices = [x for x in decisions if len(x.layer.shape) > 1]
+    unnamed = [x.layer for x in matrices if x.reason_code is ReasonCode.NOT_A_WEIGHT]
+    unnamed = [layer for layer in unnamed if layer.dtype in KERNEL_FLOATS]
+    total = sum(prod(x.layer.shape) for x in matrices)
+    share = sum(prod(layer.shape) for layer in unnamed) / max(total, 1)
     experts = any(EXPERT.search(layer.path) for layer in unnamed)
     if not unnamed or not (experts or share > _MIN_SHARE):
         return None

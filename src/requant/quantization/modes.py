@@ -35,15 +35,11 @@ def check_quantization(bits: int, group_size: int, mode: str) -> None:
         UnknownValueError: The mode is none of these.
         OutOfRangeError: ``bits`` or ``group_size`` is none of the mode's.
     """
-    legal_bits: tuple[int, ...]
-    legal_groups: tuple[int, ...]
-    if mode == "affine":
-        legal_bits, legal_groups = AFFINE_BITS, AFFINE_GROUP_SIZES
-    elif mode in MODES:
-        only_group, only_bits = MODE_DEFAULTS[QuantMode(mode)]
-        legal_bits, legal_groups = (only_bits,), (only_group,)
-    else:
+    if mode not in MODES:
         raise UnknownValueError("[quantization] unknown mode", str(mode), MODES)
+    only_group, only_bits = MODE_DEFAULTS[QuantMode(mode)]
+    legal_bits = AFFINE_BITS if mode == "affine" else (only_bits,)
+    legal_groups = AFFINE_GROUP_SIZES if mode == "affine" else (only_group,)
     if bits not in legal_bits:
         raise OutOfRangeError(f"{mode} takes {join_or(legal_bits)}", "bits", bits)
     if group_size not in legal_groups:

@@ -1,13 +1,8 @@
-"""One entry of the table of options.
-
-An option is a field of ``ConvertOptions`` or ``RunOptions`` (``options``) whose metadata is an
-``Option``. The signatures and docstrings of ``convert``, ``plan`` and ``mlx_lm.load``, the command
-line, ``requant.json``, and the command that a report prints are all made from these entries.
-"""
+"""An entry of the table of options: signatures, command line, record and reports come from it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from typing import Any
@@ -22,37 +17,23 @@ COMMAND_OF: Mapping[str, str] = {"convert": "convert", "plan": "plan", "load": "
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Option:
-    """One entry of the table.
+    """One entry of the table."""
 
-    Attributes:
-        name: The field's, which is the name of the keyword argument.
-        default: The value if the option is not given.
-        type: How its values are given, stored and printed.
-        doc: Its effect, for the Python reference.
-        help: The same for the command line; "" where ``doc`` serves both.
-        flags: Its spellings; by default ``--name``, or ``--no-name`` if ``is_negated``.
-        metavar: Represents the value in a help text; by default the type's.
-        completions: Returns the words that a shell offers instead of the type's choices.
-        minimum: The smallest number that the command line accepts.
-        is_negated: The flag sets the value to False.
-        functions: Those of ``COMMAND_OF`` that take it as a keyword.
-        commands: The commands that take it; by default those of ``functions``.
-        words: Returns the command-line words for all options, where these depend on more than
-            this value.
-    """
-
-    name: str = ""
-    default: Any = None
-    type: ValueType
-    doc: str
-    help: str = ""
+    name: str = ""  # the field's, which is the name of the keyword argument
+    default: Any = None  # the value if the option is not given
+    type: ValueType  # how its values are given, stored and printed
+    doc: str  # its effect, for the Python reference
+    help: str = ""  # the same for the command line; "" where ``doc`` serves both
+    # Its spellings; by default ``--name``, or ``--no-name`` if ``is_negated``.
     flags: tuple[str, ...] = ()
-    metavar: str = ""
-    completions: Callable[[], Iterable[str]] | None = None
-    minimum: int | None = None
-    is_negated: bool = False
+    metavar: str = ""  # represents the value in a help text; by default the type's
+    minimum: int | None = None  # the smallest number that the command line accepts
+    is_negated: bool = False  # the flag sets the value to False
+    # Those of ``COMMAND_OF`` that take it as a keyword.
     functions: tuple[str, ...] = tuple(COMMAND_OF)
+    # The commands that take it; by default those of ``functions``.
     commands: tuple[str, ...] | None = None
+    # Returns the command-line words for all options, where these depend on more than this value.
     words: Callable[[Any], list[str]] | None = None
 
     @property
@@ -74,12 +55,7 @@ class Option:
         return bool(self.type.on_command_line) and command in commands
 
     def check(self, value: Any) -> None:
-        """Check a field's value, without regard to other fields.
-
-        Raises:
-            UnknownValueError: It is none of the choices.
-            UsageError: It is of another type.
-        """
+        """Raise UnknownValueError or UsageError where a field may not hold ``value``."""
         if self.default is None if value is None else self.type.is_valid(value):
             return
         if self.type.choices and isinstance(value, str):

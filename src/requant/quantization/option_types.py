@@ -22,44 +22,27 @@ DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 Override = tuple[str, Spec]
 
 
-def _same(value: Any) -> Any:
-    return value
-
-
-def _one_word(value: Any) -> list[str]:
-    return [str(value)]
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ValueType:
-    """How the values of an option are given, stored, recorded and printed.
+    """How the values of an option are given, stored, recorded and printed."""
 
-    Attributes:
-        annotation: Type of the keyword argument in signatures, without ``| None``.
-        expected: The valid values in words, for messages.
-        is_valid: Return whether a field may hold a value; None is valid where it is the default.
-        default: The default of an option that names none.
-        parse: Return the field's value for an argument.
-        to_words: Return the values as typed, one for each time that the flag is given.
-        to_json: Return the field's value as JSON data.
-        from_json: Read it back; raises ValueError, TypeError or KeyError.
-        choices: The valid words, where these are all valid values.
-        on_command_line: "flag", "int", "size", "text", "path" or "texts"; "" for values that
-            only Python can give.
-        metavar: Represents the value in a help text.
-    """
-
-    annotation: str
-    expected: str
+    annotation: str  # type of the keyword argument in signatures, without ``| None``
+    expected: str  # the valid values in words, for messages
+    # Return whether a field may hold a value; None is valid where it is the default.
     is_valid: Callable[[Any], bool]
-    default: Any = None
-    parse: Callable[[Any], Any] = _same
-    to_words: Callable[[Any], list[str]] = _one_word
-    to_json: Callable[[Any], Any] = _same
-    from_json: Callable[[Any], Any] = _same
-    choices: tuple[str, ...] = ()
+    default: Any = None  # the default of an option that names none
+    parse: Callable[[Any], Any] = lambda value: value  # return the field's value for an argument
+    # Return the values as typed, one for each time that the flag is given.
+    to_words: Callable[[Any], list[str]] = lambda value: [str(value)]
+    to_json: Callable[[Any], Any] = lambda value: value  # return the field's value as JSON data
+    # Read it back; raises ValueError, TypeError or KeyError.
+    from_json: Callable[[Any], Any] = lambda data: data
+    choices: tuple[str, ...] = ()  # the valid words, where these are all valid values
+    # Returns the words that a shell offers; by default the choices.
+    completions: Callable[[], Iterable[str]] | None = None
+    # "flag", "int", "size", "text", "path" or "texts"; "" for values that only Python can give.
     on_command_line: str = "text"
-    metavar: str = ""
+    metavar: str = ""  # represents the value in a help text
 
 
 # -- plain values ----------------------------------------------------------------------------
@@ -124,28 +107,25 @@ def choice(*words: str, default: str | None = None) -> ValueType:
     )
 
 
-def patterns(flag: str) -> ValueType:
-    """Regular expressions on layer paths."""
+def _parse_patterns(texts: Iterable[str]) -> tuple[str, ...]:
+    regexes = (texts,) if isinstance(texts, str) else tuple(texts)
+    for pattern in regexes:
+        check_regex(pattern, "--only")
+    return regexes
 
-    def checked(texts: Iterable[str]) -> tuple[str, ...]:
-        regexes = (texts,) if isinstance(texts, str) else tuple(texts)
-        for pattern in regexes:
-            check_regex(pattern, flag)
-        return regexes
 
-    return ValueType(
-        annotation="Sequence[str]",
-        expected="a list of texts",
-        is_valid=lambda value: isinstance(value, tuple) and all(map(_is_text, value)),
-        default=(),
-        parse=checked,
-        to_words=list,
-        to_json=list,
-        from_json=lambda data: checked(map(str, data)),
-        on_command_line="texts",
-        metavar="REGEX",
-    )
-
+PATTERNS = ValueType(
+    annotation="Sequence[str]",
+    expected="a list of texts",
+    is_valid=lambda value: isinstance(value, tuple) and all(map(_is_text, value)),
+    default=(),
+    parse=_parse_patterns,
+    to_words=list,
+    to_json=list,
+    from_json=lambda data: _parse_patterns(map(str, data)),
+    on_command_line="texts",
+    metavar="REGEX",
+)
 
 # -- values with a class of their own --------------------------------------------------------
 
@@ -153,11 +133,7 @@ def patterns(flag: str) -> ValueType:
 def parse_override(
     text: str | tuple[str, Spec | str], base: Quantization | None = None
 ) -> Override:
-    """Parse ``REGEX=SPEC``; the last ``=`` divides, so the regex may contain others.
-
-    Raises:
-        UsageError: No ``=``, an unknown SPEC, or a regex that does not compile.
-    """
+    """Parse ``REGEX=SPEC``; the last ``=`` divides, so the regex may contain others."""
     if isinstance(text, tuple):
         pattern, spec = text
     else:
@@ -169,16 +145,12 @@ def parse_override(
 
 
 def _checked(quantization: Quantization) -> Quantization:
-    """Return ``quantization`` if MLX supports it.
-
-    Raises:
-        OutOfRangeError: The mode has no such bits or group size.
-    """
+    """Return ``quantization`` if MLX supports it; else raise OutOfRangeError."""
     check_quantization(quantization.bits, quantization.group_size, quantization.mode.value)
     return quantization
 
 
-def quantization_from_json(data: Any) -> Quantization | None:
+def _quantization_from_json(data: Any) -> Quantization | None:
     """Read ``Quantization.to_dict`` back and check it; None stays None."""
     return None if data is None else _checked(Quantization.from_dict(data))
 
@@ -195,7 +167,7 @@ def _override_to_json(override: Override) -> list[Any]:
 
 
 def _recipe_from_json(data: Any) -> Recipe | None:
-    default = data and quantization_from_json(data.get("default"))
+    default = data and _quantization_from_json(data.get("default"))
     return data and recipe_from_dict({**data, "default": default})
 
 
@@ -219,7 +191,7 @@ QUANTIZATION = ValueType(
     is_valid=lambda value: isinstance(value, Quantization),
     parse=lambda value: _checked(value) if isinstance(value, Quantization) else value,
     to_json=lambda value: value and value.to_dict(),
-    from_json=quantization_from_json,
+    from_json=_quantization_from_json,
     on_command_line="",
 )
 MODE = replace(
@@ -257,6 +229,7 @@ RECIPE = ValueType(
     to_words=lambda recipe: [recipe.name + ".toml" * (recipe.name not in recipe_names())],
     to_json=lambda value: value and asdict(value),
     from_json=_recipe_from_json,
+    completions=recipe_names,
     metavar="NAME|FILE",
 )
 BUDGET = ValueType(

@@ -20,7 +20,6 @@ from requant.quantization import option_types as types
 from requant.quantization.config import Quantization, QuantMode
 from requant.quantization.modes import SEARCH_LEVELS, resolve_quantization
 from requant.quantization.option_table import Option, option, options_of
-from requant.quantization.recipe_files import recipe_names
 from requant.quantization.recipes import Recipe
 from requant.text import join_first
 
@@ -48,10 +47,6 @@ def _recipe_words(options: ConvertOptions) -> list[str]:
     if options.recipe is None or options.budget is not None:
         return []
     return ["--recipe", *types.RECIPE.to_words(options.recipe)]
-
-
-def _nonfinite_words(options: ConvertOptions) -> list[str]:
-    return ["--allow-nonfinite"] if options.nonfinite_layers else []
 
 
 # -- the table -------------------------------------------------------------------------------
@@ -94,7 +89,7 @@ class ConvertOptions:
         flags=("--override",),
     )
     only: tuple[str, ...] = option(
-        types.patterns("--only"),
+        types.PATTERNS,
         doc="Regexes; layers whose path matches none of them are left as they are.",
         help="Quantize only layers whose path matches REGEX. Repeatable.",
     )
@@ -105,7 +100,6 @@ class ConvertOptions:
         "``group_size`` and ``mode`` replace its default; ``overrides`` win over its rules.",
         help="Per-layer bits by role, name pattern and block position: a built-in name (`requant "
         "recipes`) or a TOML file.",
-        completions=recipe_names,
         words=_recipe_words,
     )
     layout: str = option(
@@ -191,18 +185,11 @@ class ConvertOptions:
         types.LAYERS,
         doc="Layers that a run found to hold NaN or Inf; they are left as they are.",
         functions=(),
-        words=_nonfinite_words,
+        words=lambda options: ["--allow-nonfinite"] if options.nonfinite_layers else [],
     )
 
     def __post_init__(self) -> None:
-        """Check each field, and those that must fit together.
-
-        Raises:
-            UsageError: Options contradict each other.
-            UnknownValueError: A word is none of the choices.
-        """
-        for name, entry in options_of(ConvertOptions).items():
-            entry.check(getattr(self, name))
+        _check_fields(self, options_of(ConvertOptions))
         if self.dequantize and (self.quantization is not None or self.recipe is not None):
             raise UsageError("choose one: dequantize, or bits, group size, mode and recipe")
         if self.gptq:
@@ -218,21 +205,14 @@ class ConvertOptions:
     def from_arguments(
         cls, quantization: Quantization | None = None, **arguments: Any
     ) -> ConvertOptions:
-        """Make options from keyword arguments of Python or of the command line.
-
-        Args:
-            quantization: As the field.
-            **arguments: The other fields, as in signatures: paths, names of recipes and
-                ``REGEX=SPEC`` are read here.
+        """Make options from arguments of Python or the command line: files are read, texts parsed.
 
         Raises:
             UsageError: Options contradict each other or cannot be parsed.
             OutOfRangeError: MLX has no such bits or group size in the mode.
             UnknownValueError: A word is none of the choices.
         """
-        table = options_of(ConvertOptions)
-        given = {"quantization": quantization, **arguments}
-        values = {name: _parsed(table[name], value) for name, value in given.items()}
+        values = _parse({"quantization": quantization, **arguments}, options_of(ConvertOptions))
         _check_budget_is_exclusive(values)
         quantization = _target(values)
         recipe: Recipe | None = values.get("recipe")
@@ -354,26 +334,15 @@ class RunOptions:
     )
 
     def __post_init__(self) -> None:
-        """Check each field.
-
-        Raises:
-            UsageError: A value is of another type.
-        """
-        for name, entry in options_of(RunOptions).items():
-            entry.check(getattr(self, name))
+        _check_fields(self, options_of(RunOptions))
 
     @classmethod
     def from_arguments(cls, **arguments: Any) -> RunOptions:
         """Make options from keyword arguments of Python or of the command line."""
-        table = options_of(RunOptions)
-        return cls(**{name: _parsed(table[name], value) for name, value in arguments.items()})
+        return cls(**_parse(arguments, options_of(RunOptions)))
 
     def check_save_recipe(self, options: ConvertOptions) -> None:
-        """Check the file name of ``save_recipe`` before anything is measured.
-
-        Raises:
-            UsageError: There is no budget, the name does not end in .toml, or the file exists.
-        """
+        """Raise UsageError if ``save_recipe`` cannot be written, before anything is measured."""
         if self.save_recipe is None:
             return
         path = Path(self.save_recipe)
@@ -387,21 +356,22 @@ class RunOptions:
             raise UsageError(f"--save-recipe {path}: there is no folder {path.parent}")
 
 
-def _parsed(entry: Option, argument: Any) -> Any:
-    """The field's value for an argument, checked without regard to other options."""
-    value = argument if argument is None else entry.type.parse(argument)
-    entry.check(value)
-    return value
+def _check_fields(options: ConvertOptions | RunOptions, table: Mapping[str, Option]) -> None:
+    for name, entry in table.items():
+        entry.check(getattr(options, name))
+
+
+def _parse(arguments: Mapping[str, Any], table: Mapping[str, Option]) -> dict[str, Any]:
+    """The fields for keyword arguments, each checked without regard to the others."""
+    values = {}
+    for name, argument in arguments.items():
+        values[name] = argument if argument is None else table[name].type.parse(argument)
+        table[name].check(values[name])
+    return values
 
 
 def _target(values: Mapping[str, Any]) -> Quantization | None:
-    """The quantization that follows from ``bits``, ``group_size``, ``mode`` and ``recipe``.
-
-    Raises:
-        UsageError: Two options set it, or the recipe is for another mode.
-        OutOfRangeError: MLX has no such bits or group size in the mode.
-        UnknownValueError: Unknown mode.
-    """
+    """The quantization that follows from ``bits``, ``group_size``, ``mode`` and ``recipe``."""
     bits, group_size, mode = (values.get(name) for name in ("bits", "group_size", "mode"))
     target: Quantization | None = values["quantization"]
     if (bits, group_size, mode) != (None, None, None):
@@ -429,11 +399,7 @@ def _recipe_default(recipe: Recipe) -> Quantization | None:
 
 
 def _check_gptq(options: ConvertOptions) -> None:
-    """Check that there are Hessians for GPTQ and that the mode is affine.
-
-    Raises:
-        UsageError: There are none, or it is not.
-    """
+    """Check that there are Hessians for GPTQ and that the mode is affine."""
     if options.statistics is None:
         raise UsageError(
             "--gptq needs Hessians: requant calibrate MODEL --hessian -o stats.safetensors, then "
@@ -450,9 +416,6 @@ def _check_budget_is_exclusive(arguments: Mapping[str, Any]) -> None:
     """Check that no other option than the budget chooses bits.
 
     The arguments are checked: later the options have both the budget and the recipe it chose.
-
-    Raises:
-        UsageError: Another option chooses bits too.
     """
     if arguments.get("budget") is None:
         return

@@ -110,9 +110,7 @@ def parse_recipe(text: str, name: str, *, is_shipped: bool = False) -> Recipe:
     reader = _Reader()
     reader.keys("", table, ("description", "search", "default", "rules"))
     description = reader.typed("description", table.get("description", ""), str, "a text")
-    level = reader.typed("search", table.get("search", ""), str, "fast or best") or ""
-    if level not in ("", *SEARCH_LEVELS):
-        reader.report("search", f"is {format_value(level)}, expected {join_or(SEARCH_LEVELS)}")
+    level = reader.search_level(table)
     default = reader.default(table["default"]) if "default" in table else None
     tables = reader.typed("rules", table.get("rules", []), list, "[[rules]] tables")
     rules = [reader.rule(f"rules[{n}]", value) for n, value in enumerate(tables or [], 1)]
@@ -135,18 +133,14 @@ def recipe_from_dict(data: Mapping[str, Any]) -> Recipe:
     """Read a dict of ``dataclasses.asdict`` with a ``Quantization`` as ``default``, strictly.
 
     Raises:
-        UsageError: A rule is invalid.
-        TypeError: A field is missing, of another type, or unknown.
+        UsageError, TypeError: It is not such a dict.
     """
     reader, rules = _Reader(), []
     for number, rule in enumerate(data["rules"], 1):
         table = dict(rule)
         table["role"] = table.pop("roles")
         rules.append(reader.rule(f"rules[{number}]", table))
-    if data.get("search", "") not in ("", *SEARCH_LEVELS):
-        reader.report(
-            "search", f"is {format_value(data['search'])}, expected {join_or(SEARCH_LEVELS)}"
-        )
+    reader.search_level(data)
     for key in ("name", "description"):
         reader.typed(key, data[key], str, "a text")
     for key in ("is_mixed", "is_builtin"):
@@ -185,6 +179,13 @@ class _Reader:
         self.report(where, f"is {format_value(value)}, expected {words}")
         return None
 
+    def search_level(self, table: Mapping[str, Any]) -> str:
+        words = join_or(SEARCH_LEVELS)
+        level = self.typed("search", table.get("search", ""), str, words)
+        if level is not None and level not in ("", *SEARCH_LEVELS):
+            self.report("search", f"is {format_value(level)}, expected {words}")
+        return level or ""
+
     def default(self, value: object) -> Quantization | None:
         """``[default]``: bits, group_size and mode, each with MLX's default."""
         table = self.typed("default", value, dict, "a table with bits, group_size, mode")
@@ -199,10 +200,8 @@ class _Reader:
         ):
             if key in table:
                 self.typed(f"default.{key}", table[key], kind, words)
-        if len(self.problems) > before:
-            return None
         try:
-            return resolve_quantization(**table)
+            return None if len(self.problems) > before else resolve_quantization(**table)
         except (OutOfRangeError, UnknownValueError) as error:
             self.report("default", str(error))
         return None
@@ -225,29 +224,22 @@ class _Reader:
         first, last = (self.number(f"{where}.{x}", table.get(x, 0)) for x in ("first", "last"))
         layers = self.layers(f"{where}.layers", table.get("layers", ()))
         if not any(key in table for key in ("match", "role", "first", "last", "layers")):
-            self.report(
-                where, "has no condition; write match, role, first, last or layers, or [default]"
-            )
-        if len(self.problems) > before:
-            return None
-        return Rule(
-            spec=spec, match=match or "", roles=roles, first=first, last=last, layers=layers
-        )
+            message = "has no condition; write match, role, first, last or layers, or [default]"
+            self.report(where, message)
+        rule = Rule(spec, match or "", roles, first=first, last=last, layers=layers)
+        return rule if len(self.problems) == before else None
 
     def spec(self, where: str, table: Mapping[str, Any]) -> str:
+        value, words = table.get("spec"), "bits (8), '8:32', a mode or 'skip'"
         if "spec" not in table:
-            self.report(where, "is missing; write bits (8), '8:32', a mode or 'skip'")
-            return ""
-        value = table["spec"]
-        if isinstance(value, bool) or not isinstance(value, int | str):
-            self.report(
-                where, f"is {format_value(value)}, expected bits (8), '8:32', a mode or 'skip'"
-            )
-            return ""
-        try:
-            parse_spec(str(value))
-        except UsageError as error:
-            self.report(where, str(error))
+            self.report(where, f"is missing; write {words}")
+        elif isinstance(value, bool) or not isinstance(value, int | str):
+            self.report(where, f"is {format_value(value)}, expected {words}")
+        else:
+            try:
+                parse_spec(str(value))
+            except UsageError as error:
+                self.report(where, str(error))
         return str(value)
 
     def roles(self, where: str, value: object) -> tuple[str, ...]:

@@ -24,23 +24,14 @@ MIXED = {"mixed_2_6": (2, 6), "mixed_3_4": (3, 4), "mixed_3_6": (3, 6), "mixed_4
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """Conditions, and the target of the layers that fulfil all of them.
+    """Conditions, and the target of the layers that fulfil all of them."""
 
-    Attributes:
-        spec: As in an override: ``8``, ``8:32``, a mode, ``skip``.
-        match: Regex on the layer path; "" for any.
-        roles: Keys of ``ROLES``, one of which must match; empty for any.
-        first: Number of blocks at the start of each stack that match.
-        last: The same at its end; if both are 0, every layer matches.
-        layers: Layer paths, one of which must be equal; empty for any.
-    """
-
-    spec: str
-    match: str = ""
-    roles: tuple[str, ...] = ()
-    first: int = 0
-    last: int = 0
-    layers: tuple[str, ...] = ()
+    spec: str  # as in an override: ``8``, ``8:32``, a mode, ``skip``
+    match: str = ""  # regex on the layer path; "" for any
+    roles: tuple[str, ...] = ()  # keys of ``ROLES``, one of which must match; empty for any
+    first: int = 0  # number of blocks at the start of each stack that match
+    last: int = 0  # the same at its end; if both are 0, every layer matches
+    layers: tuple[str, ...] = ()  # layer paths, one of which must be equal; empty for any
 
     @property
     def is_explicit(self) -> bool:
@@ -48,12 +39,7 @@ class Rule:
         return bool(self.match or self.roles or self.layers)
 
     def matches(self, path: str, place: tuple[int, int] | None) -> bool:
-        """Whether a layer fulfils every condition.
-
-        Args:
-            path: Its path.
-            place: Index of its block, and how many its stack has; None outside of blocks.
-        """
+        """Whether a layer fulfils every condition; ``place`` is one of ``block_positions``."""
         if self.layers and path not in self.layers:
             return False
         if self.match and not search(self.match, path):
@@ -67,42 +53,27 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class LayerTarget:
-    """The target of one layer in a recipe.
+    """The target of one layer in a recipe."""
 
-    Attributes:
-        spec: The target, or SKIP.
-        explicit: The rule is about the name, so it also holds for layers that are dense by default.
-        rule: Number of the rule, from 1; 0 for mlx-lm's own.
-        names: The rule names the layer by a pattern or its path, not only by a role.
-    """
-
-    spec: Spec
+    spec: Spec  # the target, or SKIP
+    # The rule is about the name, so it also holds for layers that are dense by default.
     explicit: bool
-    rule: int
-    names: bool = False
+    rule: int  # number of the rule, from 1; 0 for mlx-lm's own
+    names: bool = False  # the rule names the layer by a pattern or its path, not only by a role
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """A recipe, read and checked.
+    """A recipe, read and checked."""
 
-    Attributes:
-        name: As the user named it.
-        description: One sentence.
-        default: Target of layers that no rule matches; None leaves it to the options.
-        rules: The rules, of which the last that matches wins.
-        is_mixed: It is one of ``MIXED``; there are no rules then.
-        is_builtin: It came with requant.
-        search: Level of the scale search, unless the options name one; "" for none.
-    """
-
-    name: str
-    description: str = ""
+    name: str  # as the user named it
+    description: str = ""  # one sentence
+    # Target of layers that no rule matches; None leaves it to the options.
     default: Quantization | None = None
-    rules: tuple[Rule, ...] = ()
-    is_mixed: bool = False
-    is_builtin: bool = True
-    search: str = ""
+    rules: tuple[Rule, ...] = ()  # the rules, of which the last that matches wins
+    is_mixed: bool = False  # it is one of ``MIXED``; there are no rules then
+    is_builtin: bool = True  # it came with requant
+    search: str = ""  # level of the scale search, unless the options name one; "" for none
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as JSON data."""
@@ -116,14 +87,9 @@ class Recipe:
         }
 
     def choose(self, paths: Sequence[str], base: Quantization | None) -> dict[str, LayerTarget]:
-        """Return the targets of a model's layers.
+        """Return the target of each layer that a rule matches.
 
-        Args:
-            paths: Every layer path.
-            base: Default of the conversion; its group size completes a spec of bits alone.
-
-        Returns:
-            Layer path to target, for the layers that a rule matches.
+        The group size of ``base``, the conversion's default, completes a spec of bits alone.
 
         Raises:
             UsageError: A mixed recipe, and no layer has the name that its rule starts from.
@@ -131,19 +97,15 @@ class Recipe:
         if self.is_mixed:
             group_size = 64 if base is None else base.group_size
             return _mlx_lm_mixed_targets(self.name, paths, group_size)
-        specs = [parse_spec(rule.spec, base) for rule in self.rules]
         positions = block_positions(paths)
         targets: dict[str, LayerTarget] = {}
-        named = [frozenset(rule.layers) for rule in self.rules]
-        for path in paths:
-            for number in range(len(self.rules), 0, -1):
-                rule = self.rules[number - 1]
-                if named[number - 1] and path not in named[number - 1]:
-                    continue
-                if rule.matches(path, positions.get(path)):
-                    names = bool(rule.match or rule.layers)
-                    targets[path] = LayerTarget(specs[number - 1], rule.is_explicit, number, names)
-                    break
+        for number, rule in enumerate(self.rules, 1):  # the last that matches wins
+            names = bool(rule.match or rule.layers)
+            target = LayerTarget(parse_spec(rule.spec, base), rule.is_explicit, number, names)
+            layers = frozenset(rule.layers or paths)
+            for path in paths:
+                if path in layers and rule.matches(path, positions.get(path)):
+                    targets[path] = target
         return targets
 
     def unmatched_patterns(self, paths: Sequence[str]) -> list[str]:

@@ -44,26 +44,19 @@ def size_text(nbytes: int) -> str:
         >>> size_text(5 << 30), size_text(1000)
         ('5GiB', '1000')
     """
-    units = ((unit, SIZE_UNITS[unit]) for unit in ("TIB", "GIB", "MIB", "KIB"))
-    for unit, size in units:
-        if nbytes and nbytes % size == 0:
-            return f"{nbytes // size}{unit[0]}iB"
+    for unit in "TGMK":
+        if nbytes and nbytes % SIZE_UNITS[unit] == 0:
+            return f"{nbytes // SIZE_UNITS[unit]}{unit}iB"
     return str(nbytes)
 
 
 @dataclass(frozen=True, slots=True)
 class SizeBudget:
-    """The maximum size of an output.
+    """The maximum size of an output."""
 
-    Attributes:
-        text: As it was typed.
-        amount: Bits per weight, or bytes.
-        is_size: Whether ``amount`` is bytes.
-    """
-
-    text: str
-    amount: Fraction
-    is_size: bool
+    text: str  # as it was typed
+    amount: Fraction  # bits per weight, or bytes
+    is_size: bool  # whether ``amount`` is bytes
 
     def limit(self, parameters: int) -> int:
         """The maximum of tensor data, in bytes, for a number of weights."""

@@ -16,14 +16,10 @@ Spec = Quantization | Skip
 
 
 def parse_spec(text: str, base: Quantization | None = None) -> Spec:
-    """Parse the right side of an override.
-
-    ``skip`` leaves a layer as it is; ``8`` is affine with 8 bits and the group size of
-    ``base`` where that is affine, else 64; ``8:32`` names the group size; ``mxfp4``,
-    ``mxfp8``, ``nvfp4`` and ``affine`` are the mode with its defaults.
+    """Parse a SPEC; bits alone take the group size of ``base`` where that is affine, else 64.
 
     Raises:
-        UsageError: The text is none of these.
+        UsageError: The text is not a SPEC.
     """
     word = text.strip().lower()
     if word == "skip":

@@ -14,7 +14,7 @@ from math import ceil, log10
 from pathlib import Path
 from typing import NamedTuple
 
-from requant.reports.record_summary import Figures, KindSummary, LayerSummary
+from requant.reports.record_summary import Figures, LayerSummary
 from requant.text import format_percent, format_size
 
 _WIDTH = 760
@@ -160,10 +160,8 @@ def _sizes(figures: Figures) -> str:
         for k in kinds
     ]
     legend = '<span class="key before"></span> before <span class="key c0"></span> after'
-    return _section(
-        "Bytes before and after",
-        _bars(bars, "Bytes before and after by kind of layer") + f'<p class="legend">{legend}</p>',
-    )
+    drawing = _bars(bars, "Bytes before and after by kind of layer", legend)
+    return _section("Bytes before and after", drawing)
 
 
 def _errors(figures: Figures) -> str:
@@ -178,7 +176,7 @@ def _errors(figures: Figures) -> str:
             [((k.median_rms or 0) / top, "c1"), ((k.worst_rms or 0) / top, "worst")],
             f"{format_percent(k.median_rms)}, worst {format_percent(k.worst_rms)}",
         )
-        for k in sorted(kinds, key=_median, reverse=True)[:_KINDS]
+        for k in sorted(kinds, key=lambda k: -(k.median_rms or 0))[:_KINDS]
     ]
     rows = [(x.layer, x.source, x.target, _share(x.relative_rms), x.max_steps) for x in worst]
     header = ("layer", "from", "to", "error (rms)", "largest, in steps")
@@ -190,8 +188,7 @@ def _errors(figures: Figures) -> str:
         "order.",
     ) + _section(
         "Error by kind of layer",
-        _bars(bars, "Error by kind of layer")
-        + f'<p class="legend">{legend}</p>'
+        _bars(bars, "Error by kind of layer", legend)
         + f"<h3>The worst layers</h3>{_table(header, rows)}",
     )
 
@@ -221,9 +218,13 @@ def _all_layers(layers: Iterable[LayerSummary]) -> str:
 
 def _provenance(figures: Figures) -> str:
     source_files = [(name, _bytes(nbytes), digest) for name, nbytes, digest in figures.source_files]
+    origin = escape(figures.source_format)
+    if figures.repository is not None:
+        name, commit = map(escape, figures.repository)
+        origin += f", {name} at <code>{commit}</code>"
     return _section(
         "Where it comes from",
-        f"<dl><dt>Source</dt><dd>{escape(figures.source_format)}{_repository(figures)}</dd>"
+        f"<dl><dt>Source</dt><dd>{origin}</dd>"
         f"<dt>Written by</dt><dd>requant {escape(figures.requant)}</dd>"
         f"<dt>Plan</dt><dd><code>{escape(figures.plan_hash)}</code></dd>"
         f"<dt>The same again</dt><dd><code>{escape(figures.command())}</code></dd>"
@@ -231,13 +232,6 @@ def _provenance(figures: Figures) -> str:
         f"<dd><code>{escape(figures.verify_command())}</code></dd></dl>"
         + _table(("source file", "bytes", "SHA-256 of its header"), source_files),
     )
-
-
-def _repository(figures: Figures) -> str:
-    if figures.repository is None:
-        return ""
-    name, commit = figures.repository
-    return f", {escape(name)} at <code>{escape(commit)}</code>"
 
 
 # -- parts ---------------------------------------------------------------------------------
@@ -270,7 +264,7 @@ def _cell(value: object) -> str:
     return f'<td class="n" data-value="{value.value}">{value.text}</td>'
 
 
-def _bars(bars: Sequence[_Bar], label: str) -> str:
+def _bars(bars: Sequence[_Bar], label: str, legend: str = "") -> str:
     height = len(bars) * (_BAR + _GAP) + _GAP
     room = _WIDTH - _NAMES - _NUMBERS - 60
     shapes = []
@@ -287,7 +281,8 @@ def _bars(bars: Sequence[_Bar], label: str) -> str:
                 f'width="{width:.1f}" height="{thick:.1f}"/>'
             )
         shapes.append(_text(end + 8, top + 12, bar.text, "start"))
-    return _drawing(label, height, "".join(shapes))
+    drawing = _drawing(label, height, "".join(shapes))
+    return drawing + (f'<p class="legend">{legend}</p>' if legend else "")
 
 
 def _plot(layers: Sequence[LayerSummary]) -> str:
@@ -328,10 +323,6 @@ def _nonbreaking(numbers: str) -> str:
 
 
 # -- numbers -------------------------------------------------------------------------------
-
-
-def _median(kind: KindSummary) -> float:
-    return kind.median_rms or 0.0
 
 
 def _round_up(value: float) -> float:

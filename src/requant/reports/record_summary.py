@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shlex
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
@@ -19,7 +19,7 @@ from requant.core.types import Source
 from requant.errors import CheckpointError, ParseError, Problem, error_action
 from requant.output.record import read_record
 from requant.quantization.options import ConvertOptions
-from requant.reports.report import LayerGroup
+from requant.reports.report import LayerGroup, group_layers
 from requant.text import format_value
 
 SCHEMA_VERSION = 1  # of the output of --json, the same for all commands
@@ -27,40 +27,30 @@ SCHEMA_VERSION = 1  # of the output of --json, the same for all commands
 
 @dataclass(frozen=True, slots=True)
 class LayerSummary:
-    """One layer of a conversion.
-
-    Attributes:
-        layer: Its path.
-        shape: The logical shape.
-        treatment: quantized, requantized, kept, dequantized or dense.
-        exactness: exact, rounded or re-encoded.
-        source: How the source stores it.
-        target: How the output stores it.
-        bytes_in: Bytes of its tensors in the source.
-        bytes_out: Bytes of its tensors in the output.
-        reason: The reason of a treatment that was not requested.
-        bound: The error bound of a rounded layer, in words.
-        relative_rms: Measured error of new codes; None where there are none.
-        max_steps: Largest error of a value in steps of its group; None likewise.
-    """
+    """One layer of a conversion."""
 
     layer: str
-    shape: tuple[int, ...]
-    treatment: str
-    exactness: str
-    source: str
-    target: str
-    bytes_in: int
-    bytes_out: int
-    reason: str
-    bound: str
-    relative_rms: float | None
-    max_steps: float | None
+    shape: tuple[int, ...]  # the logical shape
+    treatment: str  # quantized, requantized, kept, dequantized or dense
+    exactness: str  # exact, rounded or re-encoded
+    source: str  # how the source stores it
+    target: str  # how the output stores it
+    bytes_in: int  # bytes of its tensors in the source
+    bytes_out: int  # bytes of its tensors in the output
+    reason: str  # the reason of a treatment that was not requested
+    bound: str  # the error bound of a rounded layer, in words
+    relative_rms: float | None  # measured error of new codes; None where there are none
+    max_steps: float | None  # largest error of a value in steps of its group; None likewise
 
     @property
     def parameters(self) -> int:
         """Logical weights."""
         return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors in the output."""
+        return self.bytes_out
 
     @property
     def bits_per_weight(self) -> float:
@@ -136,14 +126,7 @@ class Figures:
     @property
     def groups(self) -> list[LayerGroup]:
         """Layers grouped by treatment, source, target and exactness, most bytes first."""
-        alike: dict[tuple[str, str, str, str], list[LayerSummary]] = defaultdict(list)
-        for x in self.layers:
-            alike[x.treatment, x.source, x.target, x.exactness].append(x)
-        groups = [
-            LayerGroup(*key, len(xs), sum(x.parameters for x in xs), sum(x.bytes_out for x in xs))
-            for key, xs in alike.items()
-        ]
-        return sorted(groups, key=lambda group: -group.nbytes)
+        return group_layers(self.layers)
 
     @property
     def kinds(self) -> list[KindSummary]:
@@ -174,12 +157,7 @@ class Figures:
         return sorted(measured, key=lambda layer: -(layer.relative_rms or 0.0))
 
     def command(self, source: str = "", output: str = "OUTPUT") -> str:
-        """The command that makes this output again.
-
-        Args:
-            source: Path of the source; "" takes that of the hub, or SOURCE.
-            output: Path of the new output.
-        """
+        """The command that makes this output again; a ``source`` of "" is that of the hub."""
         words = ["requant", "convert", source or "SOURCE", output, *self.options.command_words()]
         if self.repository is not None and not source:
             words[2] = self.repository[0]
@@ -278,14 +256,13 @@ def _repository(value: Any) -> tuple[str, str] | None:
 
 
 def _layer(name: str, entry: Mapping[str, Any]) -> LayerSummary:
-    words = {
-        key: _require(entry, key, str, name)
-        for key in ("treatment", "exactness", "source", "target", "reason", "bound")
-    }
+    keys = ("treatment", "exactness", "source", "target", "reason", "bound")
+    words = {key: _require(entry, key, str, name) for key in keys}
     shape = _require(entry, "shape", list, name)
-    sizes = [_require(entry, key, int, name) for key in ("bytes_in", "bytes_out")]
-    if not all(_is_count(number) for number in (*shape, *sizes)):
-        raise ParseError(f"layers.{name}: shape {shape} and bytes {sizes} are not counts")
+    sizes = {key: _require(entry, key, int, name) for key in ("bytes_in", "bytes_out")}
+    if not all(_is_count(number) for number in (*shape, *sizes.values())):
+        found = f"shape {shape} and bytes {[*sizes.values()]}"
+        raise ParseError(f"layers.{name}: {found} are not counts")
     error = entry.get("error")
     pair = isinstance(error, list) and len(error) == 2 and all(map(_is_figure, error))
     if error is not None and not pair:
@@ -293,15 +270,7 @@ def _layer(name: str, entry: Mapping[str, Any]) -> LayerSummary:
             f"layers.{name}.error: is {format_value(error)}, expected two numbers or null"
         )
     rms, steps = error or (None, None)
-    return LayerSummary(
-        layer=name,
-        shape=tuple(shape),
-        bytes_in=sizes[0],
-        bytes_out=sizes[1],
-        relative_rms=rms,
-        max_steps=steps,
-        **words,
-    )
+    return LayerSummary(name, tuple(shape), **words, **sizes, relative_rms=rms, max_steps=steps)
 
 
 def _is_count(value: object) -> bool:
@@ -314,18 +283,13 @@ def _is_figure(value: object) -> bool:
     return number and -1e300 < value < 1e300  # type: ignore[operator]
 
 
-_TYPES: Mapping[Any, str] = {
-    dict: "an object",
-    list: "a list",
-    str: "a text",
-    int: "a whole number",
-}
+_TYPES = {dict: "an object", list: "a list", str: "a text", int: "a whole number"}
 
 
-def _require(entry: Any, key: str, kind: Callable[..., Any], where: str = "") -> Any:
+def _require(entry: Any, key: str, kind: type, where: str = "") -> Any:
     """Return a value of the record, if it has the type ``kind``."""
     value = entry.get(key) if isinstance(entry, dict) else None
-    if not isinstance(value, kind) or isinstance(value, bool):  # type: ignore[arg-type]
+    if not isinstance(value, kind) or isinstance(value, bool):
         place = f"layers.{where}.{key}" if where else key
         if value is None:
             raise ParseError(f"{place}: is missing; requant of this version writes it")

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from math import prod, sqrt
-from typing import Any
+from typing import Any, NamedTuple
 
 from requant.execution.layer_stats import RunResult
 from requant.packings.base import Exactness
@@ -29,9 +29,9 @@ class LayerGroup:
     nbytes: int
 
 
-def group_layers(layers: Iterable[LayerPlan]) -> list[LayerGroup]:
-    """Group layers by treatment, source, target and exactness, largest group first."""
-    alike: dict[tuple[str, str, str, str], list[LayerPlan]] = defaultdict(list)
+def group_layers(layers: Iterable[Any]) -> list[LayerGroup]:
+    """Group ``LayerPlan`` or ``LayerSummary`` by all that LayerGroup names, largest group first."""
+    alike: dict[tuple[str, str, str, str], list[Any]] = defaultdict(list)
     for layer in layers:
         alike[layer.treatment, layer.source, layer.target, layer.exactness].append(layer)
     groups = [
@@ -47,17 +47,11 @@ def quantizable_but_dense(layers: Iterable[LayerPlan]) -> list[LayerPlan]:
     return sorted(dense, key=lambda layer: -layer.nbytes)
 
 
-@dataclass(frozen=True, slots=True)
-class LayerError:
-    """The quantization error of a layer.
+class LayerError(NamedTuple):
+    """The quantization error of a layer."""
 
-    Attributes:
-        relative_rms: Root of the summed squared error over the summed squared values.
-        max_steps: Largest error in units of its group's step.
-    """
-
-    relative_rms: float
-    max_steps: float
+    relative_rms: float  # root of the summed squared error over the summed squared values
+    max_steps: float  # largest error in units of its group's step
 
 
 def layer_errors(plan: Plan, outcome: RunResult) -> dict[str, LayerError]:
@@ -66,15 +60,9 @@ def layer_errors(plan: Plan, outcome: RunResult) -> dict[str, LayerError]:
     for layer in plan.layers:
         stats = outcome.findings.get(layer.layer)
         if stats is not None and layer.exactness == Exactness.REENCODED:
-            rms = sqrt(stats.squared_error / stats.squared_values) if stats.squared_values else 0
+            rms = sqrt(stats.squared_error / stats.squared_values) if stats.squared_values else 0.0
             errors[layer.layer] = LayerError(rms, stats.max_error_steps)
     return errors
-
-
-def errors_for_record(plan: Plan, outcome: RunResult) -> dict[str, tuple[float, float]]:
-    """``layer_errors`` as pairs of numbers, for ``requant.json``."""
-    errors = layer_errors(plan, outcome)
-    return {layer: (error.relative_rms, error.max_steps) for layer, error in errors.items()}
 
 
 _COUNTS = ("damaged", "nonfinite", "overflowed", "flushed_groups")
@@ -103,17 +91,17 @@ class Report:
     @staticmethod
     def build(plan: Plan, output: str, outcome: RunResult, elapsed_s: float) -> Report:
         """Make the report of a plan and the result of its run."""
-        counts = {}
-        for layer in plan.layers:
-            stats = outcome.findings.get(layer.layer)
-            if stats is None:
-                continue
-            counted = {key: getattr(stats, key) for key in _COUNTS if getattr(stats, key)}
-            if counted:
-                counts[layer.layer] = counted
+        found = outcome.findings
+        counts = {
+            x.layer: {key: n for key in _COUNTS if (n := getattr(found[x.layer], key))}
+            for x in plan.layers
+            if x.layer in found
+        }
+        counts = {layer: counted for layer, counted in counts.items() if counted}
         errors = layer_errors(plan, outcome)
-        downloaded = outcome.bytes_downloaded
-        return Report(plan, output, elapsed_s, counts, errors=errors, bytes_downloaded=downloaded)
+        return Report(
+            plan, output, elapsed_s, counts, errors, bytes_downloaded=outcome.bytes_downloaded
+        )
 
     @property
     def groups(self) -> list[LayerGroup]:
@@ -152,4 +140,4 @@ class Report:
 
     def _layer_dict(self, layer: LayerPlan) -> dict[str, Any]:
         error = self.errors.get(layer.layer)
-        return layer.to_dict() | {"error": None if error is None else asdict(error)}
+        return layer.to_dict() | {"error": error and error._asdict()}

@@ -29,12 +29,7 @@ _TOKENIZERS = (
 
 
 def generates_text(config: Mapping[str, Any], files: Iterable[str]) -> bool:
-    """Return whether a model predicts tokens and has a tokenizer.
-
-    Args:
-        config: Its config.json.
-        files: The files next to its weights.
-    """
+    """Return whether a model predicts tokens and has a tokenizer among its ``files``."""
     files = {*files}
     named = config.get("architectures")
     names = [str(name) for name in named] if isinstance(named, list) else []
@@ -44,12 +39,7 @@ def generates_text(config: Mapping[str, Any], files: Iterable[str]) -> bool:
 
 
 def command_of(plan: Plan, output: str) -> str:
-    """The command that generates text with an output; "" if there is none.
-
-    Args:
-        plan: The plan of the output.
-        output: Its folder, as the user named it.
-    """
+    """The command that generates text with the folder ``output``; "" if there is none."""
     place = shlex.quote(f"./{output}" if output.startswith("-") else output)
     if plan.layout == "mlx-vlm" and plan.loads:
         return f'mlx_vlm.generate --model {place} --prompt "Hello"'

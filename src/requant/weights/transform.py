@@ -24,7 +24,7 @@ from requant.formats.empty_weights import empty_weights
 from requant.kernels import quantize as native
 from requant.kernels.backend import Array, Backend, Weights, backend_for
 from requant.packings.base import Packing
-from requant.planning.steps import quantized_tensor_infos
+from requant.planning.steps import output_tensor_infos
 from requant.planning.target_fitting import fit_group_size
 from requant.quantization.config import PerLayerQuantization, Quantization
 from requant.text import pluralize
@@ -198,7 +198,7 @@ def _transform(
     target = layer.default_target
     infos = {"weight": TensorInfo(layer.dtype, layer.shape)}
     if target is not None:
-        infos = quantized_tensor_infos(layer.shape, layer.dtype, target)
+        infos = output_tensor_infos(layer.shape, layer.dtype, target)
     out = {role: np.empty(info.shape, NUMPY_DTYPE[info.dtype]) for role, info in infos.items()}
     flat = {role: array.reshape(packing.rows, -1) for role, array in out.items()}
     matrices = {
