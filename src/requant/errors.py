@@ -21,6 +21,8 @@ RequantError
 Every error has ``.layer``: the layer path or tensor name it is about, or None.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass

@@ -1,5 +1,7 @@
 """How values, names, counts and errors are written in messages and tables."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Sequence
 

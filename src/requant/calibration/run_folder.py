@@ -7,6 +7,8 @@ state.json          what is done: a ``BlockRunState``
 hidden-0, hidden-1  hidden states before and after a block: the two files take turns
 """
 
+from __future__ import annotations
+
 import json
 import os
 import shutil
@@ -14,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -39,7 +41,7 @@ class BlockRunState:
     called: tuple[str, ...] = ()  # layers whose inputs were seen
 
     @classmethod
-    def load(cls, path: Path, key: str) -> Self:
+    def load(cls, path: Path, key: str) -> BlockRunState:
         """The state that a stopped run of the same key left, else that of a new one."""
         try:
             data = json.loads(path.read_text("utf-8"))
@@ -56,7 +58,7 @@ class BlockRunState:
         with as_output_errors(path), replace_file(path) as file:
             file.write(json.dumps(asdict(self)).encode())
 
-    def with_block(self, collector: Collector, done: int, part: str | None) -> Self:
+    def with_block(self, collector: Collector, done: int, part: str | None) -> BlockRunState:
         """The state after one more block."""
         layers = {
             path: {"without_tokens": int((x.count == 0).sum()), "hessian": x.products is not None}
@@ -125,7 +127,7 @@ class RunFolder:
         self._hidden: HiddenStates | None = None
         self._lock = -1
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> RunFolder:
         with as_output_errors(self.path):
             self._lock = lock_staging(self.path, self._output)
         if self._resume:

@@ -1,5 +1,7 @@
 """The text of a calibration: windows of token ids, drawn from text files by a seed."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path

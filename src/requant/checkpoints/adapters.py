@@ -4,6 +4,8 @@ An adapter holds changes to the weights of a base model. Without the base it is 
 base without the changes is another model: neither is converted.
 """
 
+from __future__ import annotations
+
 import json
 import re
 import shlex

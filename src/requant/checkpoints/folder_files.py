@@ -1,5 +1,7 @@
 """Check a source folder and its files by names, sizes and kinds: what it is, what may be read."""
 
+from __future__ import annotations
+
 import os
 import re
 import stat

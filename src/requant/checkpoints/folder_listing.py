@@ -4,6 +4,8 @@ Only names, sizes and kinds of files count; small JSON files are read where they
 in subfolders (``subfolders``). Folders and repositories on the hub are sorted in the same way.
 """
 
+from __future__ import annotations
+
 import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field

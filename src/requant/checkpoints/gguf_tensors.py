@@ -1,5 +1,7 @@
 """Properties of a GGUF source that a ``Checkpoint`` has in addition to names and byte ranges."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass
 

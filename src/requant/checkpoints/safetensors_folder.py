@@ -4,6 +4,8 @@ Folder, shard index, safetensors headers and config.json are read and checked; t
 not. All problems are found in one run and raised in one CheckpointError.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import os

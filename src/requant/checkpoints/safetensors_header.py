@@ -10,6 +10,8 @@ untrusted input: the functions that read it return problems and do not raise, wh
 within the time and memory that ``limits`` allow.
 """
 
+from __future__ import annotations
+
 import json
 import re
 import struct

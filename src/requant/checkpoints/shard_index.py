@@ -4,6 +4,8 @@ If the files hold every tensor of the index, each once, they are read, and a not
 index is of another save. Everything else is a problem that says what to do.
 """
 
+from __future__ import annotations
+
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field

@@ -6,6 +6,8 @@ speech tokenizer). Another copy of the model, a checkpoint of its training or an
 and then none of its files is copied. Only names and small JSON files are read.
 """
 
+from __future__ import annotations
+
 import posixpath
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping

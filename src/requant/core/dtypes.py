@@ -1,5 +1,7 @@
 """Dtypes as safetensors headers spell them, their sizes and their NumPy equivalents."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from math import prod
 

@@ -1,5 +1,7 @@
 """Opening, replacing, syncing and hashing files."""
 
+from __future__ import annotations
+
 import errno
 import os
 import stat

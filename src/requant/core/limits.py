@@ -4,6 +4,8 @@ With these limits any file is read or rejected in seconds and in bounded memory.
 stay far below all of them.
 """
 
+from __future__ import annotations
+
 # -- safetensors headers ---------------------------------------------------------------
 MAX_HEADER_BYTES = 100_000_000  # as the safetensors package
 MAX_TENSORS = 1 << 18  # in one file

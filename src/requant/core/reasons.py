@@ -4,6 +4,8 @@ Control flow compares codes. The texts may be reworded at any time, and contain 
 the checkpoint.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from enum import StrEnum
 

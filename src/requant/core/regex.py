@@ -6,6 +6,8 @@ searched with ``re``, any other with the package ``regex``, whose search has a t
 ``re`` compiles every pattern first, so both accept the same patterns with the same messages.
 """
 
+from __future__ import annotations
+
 import fnmatch
 import math
 import re

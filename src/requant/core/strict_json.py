@@ -1,5 +1,7 @@
 """Strict JSON: depth, size, integers and duplicate keys are checked while a document is read."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Mapping
 from itertools import islice

@@ -4,10 +4,11 @@ Counts rows only: nothing here reads or computes. Chunks share nothing, so their
 change no byte of an output.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Self
 
 import numpy as np
 
@@ -32,7 +33,7 @@ class Chunk:
         """How many rows it has."""
         return self.stop - self.start
 
-    def parts(self, chunk_bytes: int) -> Iterator[Self]:
+    def parts(self, chunk_bytes: int) -> Iterator[Chunk]:
         """The same rows in pieces that a worker's buffers hold.
 
         Rows of a packed layer have two kinds of borders. A piece never spans two matrices of a

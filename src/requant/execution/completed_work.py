@@ -1,5 +1,7 @@
 """Which chunks of a plan are done, and what was measured on them."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any

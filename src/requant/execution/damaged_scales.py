@@ -4,6 +4,8 @@ The values behind them are NaN or infinite in any dtype, so that the source is d
 dtype was requested.
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Iterator, Mapping
 

@@ -5,6 +5,8 @@ A worker owns one set of buffers for the whole run: it reads the rows of a chunk
 only module of the pipeline that starts threads; it knows no path of the output.
 """
 
+from __future__ import annotations
+
 import threading
 import time
 from collections.abc import Callable

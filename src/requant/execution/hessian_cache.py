@@ -1,5 +1,7 @@
 """Hessians of a plan's layers, factored once for each matrix and shared by the workers."""
 
+from __future__ import annotations
+
 import threading
 from collections import OrderedDict
 

@@ -1,7 +1,9 @@
 """Pipeline stage 4: statistics of the values of each layer, added up over chunks in any order."""
 
+from __future__ import annotations
+
 from dataclasses import asdict, dataclass, field
-from typing import Any, Self
+from typing import Any
 
 from requant.errors import Problem
 from requant.text import damage, pluralize_are
@@ -56,7 +58,7 @@ class LayerStats:
             f"{self.first_nonfinite_row}; {allowed}",
         )
 
-    def merge(self, other: Self) -> None:
+    def merge(self, other: LayerStats) -> None:
         """Add the statistics of another chunk."""
         self.nonfinite += other.nonfinite
         self.overflowed += other.overflowed

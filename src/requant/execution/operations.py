@@ -4,6 +4,8 @@ Arrays in, arrays out, through kernels that release the GIL; no files. Each thre
 ``WorkerBuffers``.
 """
 
+from __future__ import annotations
+
 from itertools import pairwise
 
 import numpy as np

@@ -1,5 +1,7 @@
 """Pipeline stage 4: threads and sizes of chunks, so that a run keeps to its memory limit."""
 
+from __future__ import annotations
+
 import os
 from dataclasses import dataclass
 

@@ -1,5 +1,7 @@
 """One run of a plan, and whether its result may be kept."""
 
+from __future__ import annotations
+
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 

@@ -3,6 +3,8 @@
 ``output.folder`` writes an output; other sinks compare the bytes, or drop them.
 """
 
+from __future__ import annotations
+
 from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Protocol

@@ -3,11 +3,12 @@
 Waits for files that are being downloaded. Reads bytes and knows no formats.
 """
 
+from __future__ import annotations
+
 import os
 import threading
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 
@@ -42,7 +43,7 @@ class SourceReader:
         self.fds: dict[str, int] = {}
         self._opening = threading.Lock()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> SourceReader:
         if self.downloader is not None:
             self.downloader.start(self.needed)
             return self

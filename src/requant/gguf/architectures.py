@@ -4,6 +4,8 @@ The facts are those of llama.cpp's converter (convert_hf_to_gguf.py, gguf-py's t
 which names it gives, which rows it reorders, and where it adds one to a norm.
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,5 +1,7 @@
 """Selection of the GGUF files of a repository that make up a model, by name alone."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Iterable
 

@@ -6,6 +6,8 @@ axes, axes with the innermost first, type, offset); zeros up to the alignment; t
 string is its length (uint64) and its bytes.
 """
 
+from __future__ import annotations
+
 import hashlib
 from collections.abc import Mapping
 from contextlib import suppress

@@ -4,6 +4,8 @@ What a key does is what llama.cpp's graphs do with it (ggml-org/llama.cpp src/ll
 src/llama-graph.cpp and src/models/). docs/formats/gguf.md has the same as a table.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -1,5 +1,7 @@
 """Values of a GGUF file's metadata by key and type; the keys that were asked for are kept."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from typing import Any, TypeVar
 

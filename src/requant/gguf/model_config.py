@@ -4,6 +4,8 @@ The facts are those of llama.cpp's converter (ggml-org/llama.cpp conversion/, co
 and of its readers of hyperparameters (src/models/), where files leave out what these know.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any
 

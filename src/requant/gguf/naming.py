@@ -3,6 +3,8 @@
 A fused tensor is cut by rows, so its parts are runs of bytes of the file: nothing is decoded.
 """
 
+from __future__ import annotations
+
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace

@@ -4,6 +4,8 @@ The names and their rules are those of llama.cpp (ggml-org/llama.cpp src/llama-v
 spells a model's own regex otherwise, because its engine is smaller, the model's own is here.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"

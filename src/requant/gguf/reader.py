@@ -4,6 +4,8 @@ Only headers are read, and the few small tensors that are settings. Config and t
 from the metadata, or from the folder of the original model.
 """
 
+from __future__ import annotations
+
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -4,6 +4,8 @@ The facts are those of llama.cpp (src/llama-model.cpp, llama-context.cpp, conver
 of transformers (modeling_rope_utils.py).
 """
 
+from __future__ import annotations
+
 from math import inf, isfinite, log, sqrt
 from typing import Any
 

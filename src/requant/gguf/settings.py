@@ -1,5 +1,7 @@
 """The inputs of a config: a file's metadata, its shapes, and the settings mlx-lm's class reads."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 

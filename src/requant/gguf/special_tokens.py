@@ -4,6 +4,8 @@ The facts are llama.cpp's (ggml-org/llama.cpp src/llama-vocab.cpp, gguf-py/gguf/
 finds tokens that end an answer by their text too, since many files do not name them.
 """
 
+from __future__ import annotations
+
 from typing import Any
 
 import numpy as np

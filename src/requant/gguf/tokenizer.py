@@ -4,6 +4,8 @@ llama.cpp stores tokens, their kinds, and merges (byte-level BPE, "gpt2") or sco
 (SentencePiece BPE, "llama"). How a text is split before that is a name: ``tokenizer.ggml.pre``.
 """
 
+from __future__ import annotations
+
 import json
 from collections.abc import Callable, Mapping
 from typing import Any

@@ -4,6 +4,8 @@ The numbers are those of ggml's header (ggml-org/llama.cpp ggml/include/ggml.h) 
 ikawrakow/ik_llama.cpp, which took 97 and up, and numbers that ggml had given up.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 
 from requant.kernels.gguf import TYPES

@@ -8,6 +8,8 @@ of values, and the values: float32, mean squares times calls, experts one after 
 (the number of chunks and the name of the text) is ignored.
 """
 
+from __future__ import annotations
+
 import struct
 from pathlib import Path
 from typing import BinaryIO

@@ -4,6 +4,8 @@ Every name becomes a key in llama.cpp's terms (gguf-py's tensor map, ggml-org/ll
 gguf-py/gguf/tensor_mapping.py): number of the block, name of the part, number of the expert.
 """
 
+from __future__ import annotations
+
 import re
 from typing import NamedTuple
 

@@ -7,6 +7,8 @@ experts, it holds ``L.mean_square`` and perhaps ``L.mean_absolute``, float32 ``[
 ``format`` and ``version``.
 """
 
+from __future__ import annotations
+
 import errno
 import hashlib
 import os

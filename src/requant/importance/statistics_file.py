@@ -1,5 +1,7 @@
 """A statistics file: finds the statistics of each layer, and reads them when they are needed."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field

@@ -5,6 +5,8 @@
 for callers who hold its arrays, and who therefore have it loaded.
 """
 
+from __future__ import annotations
+
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeAlias, cast

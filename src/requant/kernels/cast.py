@@ -1,5 +1,7 @@
 """Dense values in buffers of the caller: casts, NaN and infinity, quantization error."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import ml_dtypes

@@ -7,6 +7,8 @@ whatever state the thread's processor is in.
 A shape, dtype or layout that does not fit is a ``ValueError`` that says what was expected.
 """
 
+from __future__ import annotations
+
 from typing import Any
 
 import numpy as np

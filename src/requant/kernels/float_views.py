@@ -1,5 +1,7 @@
 """Float arrays as kernels take them: the bits as unsigned integers, and the name of the dtype."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import numpy as np

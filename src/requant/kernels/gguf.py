@@ -6,6 +6,8 @@ A row of blocks is uint8 ``(rows, in_features / elements * nbytes)``.
 A shape, dtype or layout that does not fit is a ``ValueError`` that says what was expected.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from typing import Any
 

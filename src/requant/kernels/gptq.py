@@ -7,6 +7,8 @@ their places, and the scale and bias of each are searched for on the repaired we
 result is plain affine.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 import numpy as np

@@ -4,6 +4,8 @@ Every result is lazy. Nothing here evaluates an array, and nothing may: no ``ite
 conversion to NumPy, no Python truth of an element.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any

@@ -8,9 +8,11 @@ One departure: a group too small for an E8M0 scale (modes mxfp4 and mxfp8) is
 flushed to zero, where MLX lets the scale's byte wrap around.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from math import prod
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -47,7 +49,7 @@ class QuantizedTensors(NamedTuple):
     biases: Array | None = None  # like the scales in affine mode, else None
 
     @classmethod
-    def from_roles(cls, arrays: Mapping[str, Array]) -> Self:
+    def from_roles(cls, arrays: Mapping[str, Array]) -> QuantizedTensors:
         """The tensors of a layer whose arrays are ``weight``, ``scales`` and perhaps ``biases``."""
         return cls(arrays["weight"], arrays["scales"], arrays.get("biases"))
 

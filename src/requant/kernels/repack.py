@@ -8,6 +8,8 @@ stream: code ``k`` takes the bits from ``k * bits`` on.
 A shape, dtype or layout that does not fit is a ``ValueError`` that says what was expected.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,5 +1,7 @@
 """Quantized linear layers with rotated inputs, for models of mlx-lm."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from typing import Any
 

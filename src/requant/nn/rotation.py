@@ -4,6 +4,8 @@ The kernel is used on the GPU only, and only if it agrees with the plain operati
 random input; ``REQUANT_PLAIN_ROTATION=1`` turns it off.
 """
 
+from __future__ import annotations
+
 import os
 import warnings
 from collections.abc import Callable

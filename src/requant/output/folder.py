@@ -5,6 +5,8 @@ is the folder that was there before. ``OutputFolder`` opens and publishes it; ``
 the weights, and ``JournaledProgress`` records what is done.
 """
 
+from __future__ import annotations
+
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path

@@ -6,6 +6,8 @@ the system, which outlives a killed process. Every other second the data is sync
 then a line says how many lines before it no loss of power can take back.
 """
 
+from __future__ import annotations
+
 import json
 import os
 import threading

@@ -1,5 +1,7 @@
 """Checks of an output folder before anything is written: names, permissions, room on the disk."""
 
+from __future__ import annotations
+
 import os
 import shutil
 from contextlib import suppress

@@ -1,5 +1,7 @@
 """What of an output is done: rows in the journal, hashes of tensors, source files to delete."""
 
+from __future__ import annotations
+
 import threading
 from collections import Counter
 from collections.abc import Sequence

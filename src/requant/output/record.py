@@ -3,6 +3,8 @@
 It holds no time, no path and no name of a machine: equal conversions give equal records.
 """
 
+from __future__ import annotations
+
 import json
 import os
 import shlex

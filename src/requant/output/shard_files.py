@@ -1,5 +1,7 @@
 """The weight files of an output while they are written."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Sequence
 from pathlib import Path

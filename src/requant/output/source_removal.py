@@ -4,6 +4,8 @@ Of a weight file that is deleted a *header stub* is kept: a sparse file of its s
 and the small tensors that planning read. A later run plans from header stubs as from the files.
 """
 
+from __future__ import annotations
+
 import json
 import struct
 from collections import Counter

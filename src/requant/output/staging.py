@@ -11,6 +11,8 @@ It is next to OUTPUT, so that the last rename is within one file system:
       hub/       with --consume-source and a repository: its weight files, which come and go
 """
 
+from __future__ import annotations
+
 import fcntl
 import os
 import shutil

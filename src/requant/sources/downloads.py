@@ -4,6 +4,8 @@ Files are downloaded in the order in which they are needed, a few at a time, whi
 read. ``hub_transfer`` downloads one file, ``hub_storage`` decides where it is stored.
 """
 
+from __future__ import annotations
+
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path

@@ -3,6 +3,8 @@
 huggingface_hub provides the HTTP session, the token and the URLs.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass

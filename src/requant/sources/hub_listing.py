@@ -3,6 +3,8 @@
 Listings are stored under HF_HOME and used if HF_HUB_OFFLINE is set.
 """
 
+from __future__ import annotations
+
 import json
 import re
 import tempfile

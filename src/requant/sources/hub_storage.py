@@ -4,6 +4,8 @@ The classes determine paths and links; ``hub_transfer`` writes the bytes. The ca
 that huggingface_hub documents ("Understand caching"); it has no function that adds a file.
 """
 
+from __future__ import annotations
+
 import hashlib
 import os
 from contextlib import suppress

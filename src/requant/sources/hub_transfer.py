@@ -6,6 +6,8 @@ process or a failed network left incomplete is resumed from its last byte. huggi
 error, and leaves it behind when it is killed (docs/hub.md, "Why the transfer is ours").
 """
 
+from __future__ import annotations
+
 import fcntl
 import os
 import threading

@@ -3,6 +3,8 @@
 Only headers and JSON are read, by the module of each kind of source.
 """
 
+from __future__ import annotations
+
 import os
 from pathlib import Path
 

@@ -8,6 +8,8 @@ of the scales. Bits, group size and the last axis are for ``mx.quantize`` and ``
 (or our kernels) to judge.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final

@@ -1,5 +1,7 @@
 """Quantize and dequantize a whole weight map, by tensor names alone."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 
 from requant.errors import InvariantError, MissingKeyError, OutOfRangeError

@@ -3,6 +3,8 @@
 The formats and packings are those of the pipeline; only the rows come from arrays, not files.
 """
 
+from __future__ import annotations
+
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
