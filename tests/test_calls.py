@@ -28,9 +28,7 @@ def calls(path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "path",
-    sorted(PACKAGE.rglob("*.py")),
-    ids=lambda path: str(path.relative_to(PACKAGE)),
+    "path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE))
 )
 def test_no_call_has_more_than_five_positional_arguments(path: Path) -> None:
     assert calls(path) == []

@@ -62,11 +62,7 @@ OPTIONS: dict[str, tuple[str, str, str]] = {
         "--recipe reads names that end in .toml",
         "--save-recipe new.toml --budget 4.5",
     ),
-    "a budget and bits": (
-        "--budget 4.5 --bits 4",
-        "leave --bits out",
-        "--budget 4.5",
-    ),
+    "a budget and bits": ("--budget 4.5 --bits 4", "leave --bits out", "--budget 4.5"),
     "gptq with a mode": (
         "--gptq --mode mxfp4 --imatrix x.safetensors",
         "leave --mode mxfp4 out",

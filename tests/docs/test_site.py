@@ -86,8 +86,7 @@ def test_pages_need_no_network(site: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "wrong",
-    ["[x](no-such-page.md)", "[x](hub.md#no-such-heading)", "[x](../src/no_such.py)"],
+    "wrong", ["[x](no-such-page.md)", "[x](hub.md#no-such-heading)", "[x](../src/no_such.py)"]
 )
 def test_a_broken_link_fails(tmp_path: Path, wrong: str) -> None:
     """The strict build fails on broken links; three pages only, to be quick."""

@@ -49,10 +49,7 @@ def source(tmp_path: Path) -> Path:
     return folder
 
 
-HESSIANS = {
-    Q: hessian_of(64, 1),
-    UP: np.stack([hessian_of(96, 2 + n) for n in range(3)]),
-}
+HESSIANS = {Q: hessian_of(64, 1), UP: np.stack([hessian_of(96, 2 + n) for n in range(3)])}
 
 
 @pytest.fixture
@@ -201,13 +198,7 @@ def test_weighted_errors_are_the_sums(weights: np.ndarray | None) -> None:
     from requant.core.dtypes import TensorInfo
     from requant.execution.chunks import Chunk
     from requant.execution.operations import _weighted_error
-    from requant.planning.plan import (
-        EncodeParams,
-        Operation,
-        OutputTensor,
-        RowMapping,
-        Step,
-    )
+    from requant.planning.plan import EncodeParams, Operation, OutputTensor, RowMapping, Step
 
     class Of:
         def weights(self, matrix: int) -> np.ndarray | None:

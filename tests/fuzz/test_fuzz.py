@@ -13,15 +13,7 @@ from requant.errors import RequantError
 from requant.planning.planner import make_plan
 from requant.quantization.options import ConvertOptions
 from requant.sources.open import read_checkpoint
-from tests.fuzz.harness import (
-    SEEDS,
-    SLOW_S,
-    FolderReader,
-    corpus,
-    from_text,
-    make_input,
-    readers,
-)
+from tests.fuzz.harness import SEEDS, SLOW_S, FolderReader, corpus, from_text, make_input, readers
 
 
 @pytest.mark.parametrize("path", sorted(SEEDS.glob("*.json")), ids=lambda path: path.stem)

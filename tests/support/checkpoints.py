@@ -48,10 +48,7 @@ def write_checkpoint(
 
 
 def write_quantized(
-    folder: Path,
-    tensors: Mapping[str, np.ndarray],
-    block: Mapping[str, Any] | None,
-    **config: Any,
+    folder: Path, tensors: Mapping[str, np.ndarray], block: Mapping[str, Any] | None, **config: Any
 ) -> Path:
     """Write a folder of one file whose config holds a quantization block, unless it is None."""
     config = {"model_type": "llama", "dtype": "bfloat16"} | config

@@ -111,12 +111,7 @@ OWN: dict[str, dict[str, Any]] = {
     "ernie4_5_moe": {"moe_num_experts": 4},
     "exaone4": {"sliding_window_pattern": "LG"},
     "exaone_moe": {"layer_types": _BOTH, "is_moe_layer": [False, True]},
-    "falcon_h1": {
-        "mamba_d_ssm": 128,
-        "mamba_n_heads": 4,
-        "mamba_d_head": 32,
-        "mamba_d_state": 16,
-    },
+    "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16},
     "gear": {"layer_types": _BOTH},
     "gemma3": {"text_config": {"of": "gemma3_text"}},
     "gemma3n": {
@@ -343,11 +338,7 @@ OWN: dict[str, dict[str, Any]] = {
     "nemotron-nas": {
         "block_configs": [
             {
-                "attention": {
-                    "n_heads_in_group": 2,
-                    "no_op": False,
-                    "replace_with_linear": False,
-                },
+                "attention": {"n_heads_in_group": 2, "no_op": False, "replace_with_linear": False},
                 "ffn": {"ffn_mult": 1.3125, "no_op": False, "replace_with_linear": False},
             }
         ]
@@ -396,11 +387,7 @@ OWN: dict[str, dict[str, Any]] = {
     "phixtral": {"num_vocab": 256, "model_dim": 128, "num_heads": 4, "rotary_dim": 16},
     "pixtral": {"text_config": {"of": "llama"}},
     "plamo": {"n_shared_head": 2},
-    "plamo2": {
-        "hidden_size_per_head": 32,
-        "mamba_d_state": 16,
-        "mamba_num_heads": 4,
-    },
+    "plamo2": {"hidden_size_per_head": 32, "mamba_d_state": 16, "mamba_num_heads": 4},
     "prism_hadamard_qwen35": {"text_config": {"of": "qwen3_5"}},
     "qwen": {"kv_channels": 32},
     "qwen2_vl": {"text_config": {"of": "qwen2"}},

@@ -167,10 +167,7 @@ TOWER = added(("vision_tower.blocks.0.weight", (32, 64)), ("multi_modal_projecto
 FORMS: dict[str, tuple[Form, bool]] = {
     "Klear": (BARE_EXPERTS, True),
     "afmoe": (BARE_EXPERTS, True),
-    "bailing_moe": (
-        in_turn(MLP_EXPERTS, renamed((r"\.gate\.gate_proj\.", ".gate."))),
-        True,
-    ),
+    "bailing_moe": (in_turn(MLP_EXPERTS, renamed((r"\.gate\.gate_proj\.", ".gate."))), True),
     "dbrx": (
         lambda w: (
             {k: v for k, v in w.items() if ".experts." not in k}
@@ -188,21 +185,12 @@ FORMS: dict[str, tuple[Form, bool]] = {
     "deepseek_v2": (MLP_EXPERTS, True),
     "deepseek_v3": (in_turn(MLP_EXPERTS, KV_B), False),
     "dots1": (BARE_EXPERTS, True),
-    "ernie4_5_moe": (
-        in_turn(MLP_EXPERTS, added(("model.mtp_block.0.w", (4, 4)))),
-        True,
-    ),
+    "ernie4_5_moe": (in_turn(MLP_EXPERTS, added(("model.mtp_block.0.w", (4, 4)))), True),
     "exaone_moe": (MLP_EXPERTS, True),
     "falcon_h1": (CONV, False),
     "gemma3": (TOWER, True),
-    "gemma4_text": (
-        fused_experts("switch_glu", "gate_up_proj", "down_proj", False),
-        True,
-    ),
-    "glm4_moe": (
-        in_turn(MLP_EXPERTS, added(("model.layers.2.enorm.weight", (128,)))),
-        True,
-    ),
+    "gemma4_text": (fused_experts("switch_glu", "gate_up_proj", "down_proj", False), True),
+    "glm4_moe": (in_turn(MLP_EXPERTS, added(("model.layers.2.enorm.weight", (128,)))), True),
     "glm4_moe_lite": (in_turn(MLP_EXPERTS, KV_B), False),
     "gpt2": (
         in_turn(
@@ -231,9 +219,7 @@ FORMS: dict[str, tuple[Form, bool]] = {
         True,
     ),
     "granitemoe": (
-        in_turn(
-            fused_experts("switch_mlp", "input_linear.weight", "output_linear.weight", False),
-        ),
+        in_turn(fused_experts("switch_mlp", "input_linear.weight", "output_linear.weight", False)),
         True,
     ),
     "hunyuan": (MLP_EXPERTS, True),
@@ -248,8 +234,7 @@ FORMS: dict[str, tuple[Form, bool]] = {
     "lfm2": (reshaped(r"conv\.conv\.weight", lambda a: mx.contiguous(a.moveaxis(2, 1))), True),
     "lfm2_moe": (
         in_turn(
-            W_EXPERTS,
-            reshaped(r"conv\.conv\.weight", lambda a: mx.contiguous(a.moveaxis(2, 1))),
+            W_EXPERTS, reshaped(r"conv\.conv\.weight", lambda a: mx.contiguous(a.moveaxis(2, 1)))
         ),
         True,
     ),
@@ -267,9 +252,7 @@ FORMS: dict[str, tuple[Form, bool]] = {
     "nemotron_h": (
         in_turn(
             unstacked(
-                SWITCH,
-                "{pre}.experts.{e}.{proj}.{part}",
-                {"fc1": "up_proj", "fc2": "down_proj"},
+                SWITCH, "{pre}.experts.{e}.{proj}.{part}", {"fc1": "up_proj", "fc2": "down_proj"}
             ),
             CONV,
         ),
@@ -286,10 +269,7 @@ FORMS: dict[str, tuple[Form, bool]] = {
     ),
     "qwen2_moe": (MLP_EXPERTS, True),
     "qwen2_vl": (
-        in_turn(
-            renamed((r"^language_model\.", "")),
-            added(("visual.patch.weight", (8, 8))),
-        ),
+        in_turn(renamed((r"^language_model\.", "")), added(("visual.patch.weight", (8, 8)))),
         True,
     ),
     "qwen3_5_moe": (
@@ -330,10 +310,7 @@ FORMS: dict[str, tuple[Form, bool]] = {
         in_turn(MLP_EXPERTS, renamed((r"\.gate\.gate_proj\.", ".gate.")), KV_B),
         False,
     ),
-    "bailing_moe_linear": (
-        in_turn(MLP_EXPERTS, renamed((r"\.gate\.gate_proj\.", ".gate."))),
-        True,
-    ),
+    "bailing_moe_linear": (in_turn(MLP_EXPERTS, renamed((r"\.gate\.gate_proj\.", ".gate."))), True),
     "bailing_moe_v3": (in_turn(MLP_EXPERTS, KV_B, CONV), False),
     "deepseek_v32": (in_turn(MLP_EXPERTS, KV_B), False),
     "gemma3n": (added(("model.vision_tower.w", (4, 4)), ("model.audio_tower.w", (4, 4))), True),
