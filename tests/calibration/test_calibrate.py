@@ -435,6 +435,7 @@ def test_inputs_and_experts_spread_over_each_other(
     np.testing.assert_allclose(collector.sums["stack"].squares, squares, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_blocks(text: Path, tmp_path: Path) -> None:
     """Arrays of MLX at their peak: a model of 12 blocks against one of 2."""
     from mlx_lm.models.llama import Model, ModelArgs

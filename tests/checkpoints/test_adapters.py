@@ -282,6 +282,7 @@ class AutoPeftModelForCausalLM:
 """
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("name", ["adapter", "an adapter", "it's"])
 def test_an_adapter_of_peft_is_merged_as_the_message_says(tmp_path: Path, name: str) -> None:
     base, adapter = tmp_path / "base", tmp_path / name

@@ -344,6 +344,7 @@ def test_found_values_are_cut_short_in_messages() -> None:
         assert sum(map(len, problems_of(header({"a": bad}), 4))) < 500
 
 
+@pytest.mark.slow
 def test_many_overlaps_take_no_long() -> None:
     """Each of 50,000 tensors overlaps all others; comparing pairs would take minutes."""
     many = {f"t{i}": entry("U8", [100_000 - i], i, 100_000) for i in range(50_000)}

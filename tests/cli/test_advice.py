@@ -23,7 +23,7 @@ from tests.support.commands import COMMANDS, Result
 from tests.support.number_formats import bf16
 from tests.support.safetensors_files import write_file
 
-pytestmark = pytest.mark.sweep(6)
+pytestmark = pytest.mark.sweep(2)
 
 Requant = Callable[..., Result]
 MICRO = Path(__file__).parents[2] / "examples" / "micro-llama"

@@ -433,6 +433,7 @@ def test_a_defect_keeps_its_traceback(model: Path) -> None:
     assert "Traceback" in result.stderr and "ZeroDivisionError" in result.stderr
 
 
+@pytest.mark.slow
 def test_errors_through_the_process(model: Path, tmp_path: Path) -> None:
     assert python("-m", "requant", "plan", tmp_path / "nowhere").returncode == 1
     assert python("-m", "requant", "plan", model, "--bits", "7").returncode == 2
@@ -453,6 +454,7 @@ def test_a_closed_pipe_is_not_a_crash(model: Path, unbuffered: str) -> None:
     assert (result.returncode, result.stderr) == (141, "")
 
 
+@pytest.mark.slow
 def test_a_stream_without_unicode_is_not_a_crash(tmp_path: Path) -> None:
     source = write_model(tmp_path / "model", {"größe.weight": np.ones((8, 64), BF16)})
     ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}

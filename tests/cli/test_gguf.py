@@ -39,6 +39,7 @@ def source(tmp_path: Path, weights: dict[str, np.ndarray]) -> Path:
     return folder / "micro-Q8_0.gguf"
 
 
+@pytest.mark.slow
 def test_generate_continues_as_the_converted_folder_does(
     requant: Requant, source: Path, tmp_path: Path
 ) -> None:

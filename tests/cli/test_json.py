@@ -68,6 +68,7 @@ def output(requant: Requant, tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize(
     "options",
     [

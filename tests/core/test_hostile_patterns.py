@@ -27,7 +27,7 @@ from requant.sources.open import read_checkpoint
 from requant.weights.transform import transform_weights
 from tests.fuzz.harness import FolderReader, corpus
 
-pytestmark = pytest.mark.sweep(3)
+pytestmark = pytest.mark.sweep(1)
 
 BOMB = r"(.?){30}\1{30}[!?]"  # neither re nor regex ends over a name of seven letters
 SHORT_S = MAX_PATTERN_S / 10

@@ -90,6 +90,7 @@ def test_back_to_dense_is_mx_dequantize(name: str, bits: int, tmp_path: Path) ->
             assert same(array, packed[key]), key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["micro-llama", "micro-moe", "qwen3-16m"])
 def test_same_bytes_for_any_threads_and_chunks(name: str, tmp_path: Path) -> None:
     convert(model(name), tmp_path / "reference", bits=4, threads=1)

@@ -21,7 +21,7 @@ from tests.support.fixture_folders import fixture
 from tests.support.interruptions import Stop, stop_after
 from tests.support.number_formats import bf16
 
-pytestmark = pytest.mark.sweep(4)
+pytestmark = pytest.mark.sweep(2)
 
 CONSUME = {"consume_source": True, "yes": True}
 

@@ -57,6 +57,7 @@ def test_bytes_written_by_hand(tmp_path: Path) -> None:
     assert made.values[:, 0].tolist() == [0.5, 0, -0.5, 0.5, 0, 0, 0.5, -0.5]
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(
     packed=st.integers(1, 20),

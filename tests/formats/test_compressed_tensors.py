@@ -161,6 +161,7 @@ def exact_values(signed: np.ndarray, scale: np.ndarray, zeros: Any, group: int) 
     return (np.float32(signed) - shift) * wide
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(
     bits=st.integers(1, 8),
@@ -218,6 +219,7 @@ def test_packed_layers_of_any_shape(
     assert (np.abs(found.values - expected) <= 2**-8 * (2**bits - 1) * step).all()
 
 
+@pytest.mark.sweep(6)
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("strategy", ["tensor", "channel", "group"])
 @pytest.mark.parametrize("symmetric", [True, False])

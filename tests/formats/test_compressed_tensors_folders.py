@@ -12,7 +12,7 @@ from tests.support.fixture_folders import fixture
 from tests.support.plan_texts import reason_text
 from tests.support.safetensors_files import read_file
 
-pytestmark = pytest.mark.sweep(3)
+pytestmark = pytest.mark.sweep(2)
 
 # Half a unit in the last place of a bfloat16 bias of at most 15 steps.
 BIAS_STEPS = 15 * 2**-8

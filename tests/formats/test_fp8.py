@@ -209,6 +209,7 @@ def test_without_a_config_the_tensors_tell(tmp_path: Path) -> None:
     assert read_folder(tmp_path / "out")["up.scales"].tolist() == [[127]] * 4
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(
     rows=st.integers(1, 40),

@@ -44,6 +44,7 @@ def test_a_byte_written_by_hand(tmp_path: Path) -> None:
     assert made.keys() == {"up.weight", "up.scales", "up.biases"}
 
 
+@pytest.mark.sweep(8)
 @pytest.mark.parametrize(
     ("packing", "nbits", "bits"),
     [
@@ -73,6 +74,7 @@ def test_every_packing_becomes_codes(packing: str, nbits: Any, bits: int, tmp_pa
     assert found.exactness == "rounded"
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(
     packing=st.sampled_from(list(PACKINGS)),

@@ -38,6 +38,7 @@ def test_qbiases_are_biases(bits: int, tmp_path: Path) -> None:
     assert all(memory[name].tobytes() == made[name].tobytes() for name in made)
 
 
+@pytest.mark.slow
 @settings(max_examples=30)
 @given(
     rows=st.integers(1, 9),

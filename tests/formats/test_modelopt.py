@@ -59,6 +59,7 @@ def test_two_rows_a_byte(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 @settings(max_examples=30)
 @given(
     pairs=st.integers(1, 12),

@@ -16,7 +16,7 @@ from tests.support.number_formats import BF16, e4m3
 from tests.support.plan_texts import note_texts
 from tests.support.safetensors_files import read_folder
 
-pytestmark = pytest.mark.sweep(4)
+pytestmark = pytest.mark.sweep(2)
 
 # Whose tensors leave one reading without a word of the config.
 TELLING = [

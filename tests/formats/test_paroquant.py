@@ -27,7 +27,7 @@ from tests.support.safetensors_files import read_file, read_folder, write_file
 pytest.importorskip("mlx_lm")
 import requant.mlx_lm
 
-pytestmark = pytest.mark.sweep(2)
+pytestmark = pytest.mark.sweep(1)
 
 DOWN = "model.layers.0.mlp.down_proj"
 

@@ -23,7 +23,7 @@ from tests.support.number_formats import E2M1, E4M3, e4m3, nibbles
 from tests.support.plan_texts import note_texts
 from tests.support.safetensors_files import read_folder
 
-pytestmark = pytest.mark.sweep(5)
+pytestmark = pytest.mark.sweep(3)
 
 FP8 = {"quant_method": "fp8"}
 MIXED = {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION"}

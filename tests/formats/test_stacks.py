@@ -26,7 +26,7 @@ from tests.support.layers.stacks import EXPERTS, IN, OUT, PLACE, small_e4m3
 from tests.support.number_formats import BF16, E2M1, E8M0, e4m3, nibbles
 from tests.support.safetensors_files import read_folder
 
-pytestmark = pytest.mark.sweep(4)
+pytestmark = pytest.mark.sweep(2)
 
 Parts = dict[str, np.ndarray]
 

@@ -28,7 +28,7 @@ from tests.support.mlx_reference import mlx_values
 from tests.support.number_formats import BF16, e4m3
 from tests.support.safetensors_files import read_folder
 
-pytestmark = pytest.mark.sweep(2)
+pytestmark = pytest.mark.sweep(1)
 
 FORMATS = list(SOURCES)
 FLOATS = ("float16", "float32", "bfloat16")

@@ -63,6 +63,7 @@ def swizzle(scales: np.ndarray) -> np.ndarray:
     return tiles.reshape(32 * down, 16 * across)
 
 
+@pytest.mark.slow
 @settings(max_examples=30)
 @given(
     rows=st.integers(1, 300),

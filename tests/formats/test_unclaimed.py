@@ -18,7 +18,7 @@ from tests.support.number_formats import BF16, E4M3, e4m3
 from tests.support.plan_texts import note_texts
 from tests.support.safetensors_files import read_folder
 
-pytestmark = pytest.mark.sweep(10)
+pytestmark = pytest.mark.sweep(5)
 
 CT: dict[str, Any] = {
     "quant_method": "compressed-tensors",

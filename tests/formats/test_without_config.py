@@ -33,6 +33,7 @@ def without_config(name: str, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.sweep(8)
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in AMBIGUOUS])
 def test_tensors_tell(name: str, tmp_path: Path) -> None:
     """The layers and values that the config leads to."""

@@ -16,7 +16,7 @@ from tests.support.gguf_models import ALL, TOKENS, output_of, sharp, tiny, value
 from tests.support.plan_texts import note_texts
 from tests.support.safetensors_files import read_folder
 
-pytestmark = pytest.mark.sweep(6)
+pytestmark = pytest.mark.sweep(2)
 
 QuantizationType = gguf.GGMLQuantizationType
 Tensors = dict[str, tuple[np.ndarray, QuantizationType]]

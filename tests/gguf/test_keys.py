@@ -16,7 +16,7 @@ from requant.errors import CheckpointError
 from tests.support.gguf_files import write_gguf
 from tests.support.gguf_models import ALL, TOKENS, model_of, output_of, read_with, tiny
 
-pytestmark = pytest.mark.sweep(6)
+pytestmark = pytest.mark.sweep(2)
 
 # What llama.cpp reads (src/llama-arch.cpp) and this version of the package does not list.
 _NEWER = """

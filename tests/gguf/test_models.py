@@ -25,7 +25,7 @@ from tests.support.gguf_models import OWN, SEEING, TOKENS, output_of, tiny, trai
 from tests.support.plan_texts import note_texts
 from tests.support.safetensors_files import read_folder
 
-pytestmark = pytest.mark.sweep(3)
+pytestmark = pytest.mark.sweep(2)
 
 
 @pytest.mark.parametrize("name", OWN)

@@ -29,7 +29,7 @@ from tests.support.gguf_models import (
     weights_of,
 )
 
-pytestmark = pytest.mark.sweep(6)
+pytestmark = pytest.mark.sweep(2)
 
 SCALINGS: dict[str, dict[str, Any]] = {
     "linear": {"factor": 4.0},

@@ -15,7 +15,7 @@ from tests.support import reference
 from tests.support.inputs import DTYPES, assert_same_bits, finite_inputs, nonfinite_inputs
 from tests.support.mlx_arrays import mlx_dequantize, mlx_quantize
 
-pytestmark = pytest.mark.sweep(12)
+pytestmark = pytest.mark.sweep(6)
 
 CASES = list(itertools.product(AFFINE_BITS, AFFINE_GROUP_SIZES, DTYPES))
 

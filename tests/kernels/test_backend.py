@@ -66,6 +66,7 @@ def test_unsupported_type_is_rejected_and_named(value):
     assert isinstance(caught.value, TypeError)
 
 
+@pytest.mark.sweep(1)
 def test_numpy_path_does_not_import_mlx():
     program = (
         "import sys, numpy as np\n"

@@ -18,7 +18,7 @@ from requant.quantization.config import QuantMode
 from tests.support.gguf_files import HALVES, random_blocks
 from tests.support.mlx_arrays import to_mlx
 
-pytestmark = pytest.mark.sweep(2)
+pytestmark = pytest.mark.sweep(1)
 
 BLOCKS = [kind for kind in TYPES.values() if not kind.dtype]
 KNOWN = [kind for kind in BLOCKS if kind.name != "Q1_0"]  # the package cannot decode that one

@@ -17,7 +17,7 @@ from requant.quantization.config import Quantization
 from requant.quantization.modes import AFFINE_BITS
 from tests.support.inputs import DTYPES, assert_same_bits
 
-pytestmark = pytest.mark.sweep(6)
+pytestmark = pytest.mark.sweep(2)
 
 
 def hessian_of(n_in: int, tokens: int = 4096, seed: int = 0) -> np.ndarray:

@@ -22,7 +22,7 @@ from requant.quantization.config import Quantization
 from requant.quantization.modes import AFFINE_BITS
 from tests.support.inputs import BITS, COLS, DTYPES, assert_same_bits, finite_inputs
 
-pytestmark = pytest.mark.sweep(12)
+pytestmark = pytest.mark.sweep(6)
 
 FLOAT_MODES = [("mxfp4", 4, 32), ("mxfp8", 8, 32), ("nvfp4", 4, 16)]
 SPECS = [("affine", bits, group) for bits in AFFINE_BITS for group in (32, 64, 128)] + FLOAT_MODES

@@ -32,7 +32,7 @@ from tests.support.mlx_reference import as_bytes, load
 from tests.support.plan_texts import note_texts, reason_text
 from tests.support.published_models import as_awq, published
 
-pytestmark = pytest.mark.sweep(3)
+pytestmark = pytest.mark.sweep(2)
 
 # Families whose rule decodes or transposes a layer that could be quantized.
 REENCODED = {
@@ -246,6 +246,7 @@ def test_global_scales_of_stacked_and_split_matrices(tmp_path: Path) -> None:
     assert read((4, 16), RowRange(two, 2, 4)) is None
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(bool(NEW_FORMS), reason="mlx-lm rejects this form before 0.32")
 def test_the_memory_of_computed_tensors_is_in_the_budget(tmp_path: Path) -> None:
     """A fused stack is transposed whole: its values and those of the result are held at once."""

@@ -35,7 +35,7 @@ from tests.support.mlx_lm_conversion import (
 from tests.support.mlx_reference import as_bytes
 from tests.support.plan_texts import note_texts
 
-pytestmark = pytest.mark.sweep(6)
+pytestmark = pytest.mark.sweep(2)
 
 # The stacks of a class, and how published experts are found: a regex up to what holds them.
 STACKS = re.compile(

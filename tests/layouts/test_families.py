@@ -20,7 +20,7 @@ from tests.support.mlx_lm_conversion import (
     write_mlx_checkpoint,
 )
 
-pytestmark = pytest.mark.sweep(4)
+pytestmark = pytest.mark.sweep(2)
 
 # Families that cannot be built here, or that mlx-lm 0.32.2 itself does not quantize.
 NOT_BUILT = {

@@ -18,7 +18,7 @@ from tests.support.checkpoints import model
 from tests.support.mlx_reference import as_bytes
 from tests.support.published_models import as_awq, published
 
-pytestmark = pytest.mark.sweep(2)
+pytestmark = pytest.mark.sweep(1)
 
 
 def logits(loaded) -> mx.array:

@@ -25,7 +25,7 @@ from tests.support.number_formats import bf16
 from tests.support.plan_texts import note_texts
 from tests.support.safetensors_files import write_file
 
-pytestmark = pytest.mark.sweep(3)
+pytestmark = pytest.mark.sweep(1)
 
 BITS, GROUPS = (1, 2, 3, 4, 5, 6, 8), (32, 64, 128)
 PAIRS = [(bits, group) for bits in BITS for group in GROUPS]

@@ -24,7 +24,7 @@ from tests.support.mlx_lm_conversion import class_checkpoint
 from tests.support.plan_texts import note_texts
 from tests.support.safetensors_files import write_file
 
-pytestmark = pytest.mark.sweep(6)
+pytestmark = pytest.mark.sweep(3)
 
 pytest.importorskip("mlx_lm")
 E4M3 = ml_dtypes.float8_e4m3fn

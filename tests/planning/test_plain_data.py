@@ -71,6 +71,7 @@ def check(plan: Plan) -> None:
     assert again.hash == plan.hash
 
 
+@pytest.mark.sweep(12)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_plan_of_any_format_is_plain_data(name: str) -> None:
     folder = cut_fixture(name) / "checkpoint"

@@ -19,7 +19,7 @@ from tests.support.mlx_reference import assert_same_output, by_mlx_lm
 from tests.support.number_formats import bf16
 from tests.support.plan_texts import note_texts, reason_text
 
-pytestmark = pytest.mark.sweep(4)
+pytestmark = pytest.mark.sweep(2)
 
 
 def targets(made) -> dict[str, str]:

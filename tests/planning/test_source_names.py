@@ -147,6 +147,7 @@ def masked(family: str, tied: bool) -> dict[str, np.ndarray]:
     return tensors if tied else tensors | {f"{head}.{weight}": bf16(96, 128)}
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("family", MASKED)
 def test_a_shared_embedding_stays_dense(family: str, checkpoint: Build) -> None:
     source = checkpoint(masked(family, tied=True), {"model_type": family})

@@ -97,6 +97,7 @@ def test_a_new_field_is_an_option_of_python(environment: dict[str, str], tmp_pat
     }
 
 
+@pytest.mark.slow
 def test_a_new_field_is_an_option_of_the_commands(
     environment: dict[str, str], tmp_path: Path
 ) -> None:
@@ -108,6 +109,7 @@ def test_a_new_field_is_an_option_of_the_commands(
     assert json.loads((output / "requant.json").read_text())["options"]["sparkle"] == "some"
 
 
+@pytest.mark.slow
 def test_a_new_field_is_a_keyword_for_type_checkers(environment: dict[str, str]) -> None:
     module = "requant.quantization.option_signatures"
     write = f"from {module} import keywords_module; print(keywords_module())"

@@ -54,6 +54,7 @@ def test_kinds_and_bits(converted: tuple[Path, requant.Report]) -> None:
     assert sum(kind.bytes_out for kind in figures.kinds) == figures.bytes_out
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize(
     "options",
     [
