@@ -115,7 +115,7 @@ def exists(name: str) -> bool:
 
 
 def test_importing_requant_stays_light() -> None:
-    heavy = "mlx torch transformers rich typer click huggingface_hub safetensors regex"
+    heavy = "mlx mlx_lm torch transformers rich typer click huggingface_hub safetensors regex"
     code = f"import sys, requant; print([m for m in {heavy.split()!r} if m in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"

@@ -14,6 +14,7 @@ import pytest
 
 import requant
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 SCHEMAS = sorted((ROOT / "src" / "requant" / "schemas").glob("*.json"))
 
@@ -39,7 +40,6 @@ def text_of(page: Path) -> str:
     return re.sub(r"<[^>]+>", "", page.read_text())
 
 
-@pytest.mark.slow
 def test_every_page_is_there(site: Path) -> None:
     pages = [page for page in (ROOT / "docs").rglob("*.md") if page.name != "README.md"]
     for page in pages:
@@ -84,7 +84,6 @@ def test_pages_need_no_network(site: Path) -> None:
             assert not found.startswith(("http", "//")), f"{page}: {found}"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "wrong", ["[x](no-such-page.md)", "[x](hub.md#no-such-heading)", "[x](../src/no_such.py)"]
 )
