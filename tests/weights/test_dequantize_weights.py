@@ -188,20 +188,11 @@ def test_dense_weights_pass(lib):
     unchanged({"up.weight": lib.make(np.ones((2, 32)), "float32")})
 
 
-def test_packed_weight_alone_passes(lib):
-    unchanged(without(affine(lib), "up.scales", "up.biases"))
-
-
-def test_scales_without_weight_pass(lib):
-    unchanged(without(affine(lib), "up.weight", "up.biases"))
-
-
-def test_scales_and_biases_without_weight_pass(lib):
-    unchanged(without(affine(lib), "up.weight"))
-
-
-def test_biases_without_weight_and_scales_pass(lib):
-    unchanged(without(affine(lib), "up.weight", "up.scales"))
+@pytest.mark.parametrize(
+    "missing", ["scales biases", "weight biases", "weight", "weight scales"], ids="no {}".format
+)
+def test_parts_of_a_layer_alone_pass(lib, missing):
+    unchanged(without(affine(lib), *(f"up.{suffix}" for suffix in missing.split())))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int32", "bfloat16"])
@@ -232,34 +223,28 @@ def rejected(error, weights, plan=AFFINE, layer="up"):
     return caught.value
 
 
-def test_packed_weight_with_biases_and_no_scales(lib):
-    assert rejected(MissingKeyError, without(affine(lib), "up.scales")).key == "up.scales"
+SKIPPED = PerLayerQuantization(Quantization(32, 4), {"up": SKIP})
 
 
-def test_packed_weight_that_lost_its_scales_is_rejected_even_if_skipped(lib):
-    plan = PerLayerQuantization(None, {"up": SKIP})
-    rejected(MissingKeyError, without(affine(lib), "up.scales"), plan)
+@pytest.mark.parametrize(
+    ("missing", "plan", "error", "key"),
+    [
+        ("scales", AFFINE, MissingKeyError, "up.scales"),
+        ("scales", SKIPPED, MissingKeyError, "up.scales"),
+        ("", PerLayerQuantization(), InvariantError, None),
+        ("", SKIPPED, InvariantError, None),
+        ("biases", PerLayerQuantization(), InvariantError, None),  # before missing biases
+        ("biases", AFFINE, MissingKeyError, "up.biases"),
+    ],
+)
+def test_layer_that_the_quantization_does_not_fit(lib, missing, plan, error, key):
+    found = rejected(error, without(affine(lib), f"up.{missing}"), plan)
+    assert getattr(found, "key", None) == key
 
 
 def test_lost_scales_are_found_before_anything_is_computed(lib):
     weights = {**affine(lib, "a"), **without(affine(lib, "b"), "b.scales")}
     rejected(MissingKeyError, weights, config(32, 7), layer="b")
-
-
-def test_no_quantization_for_the_layer(lib):
-    rejected(InvariantError, affine(lib), PerLayerQuantization())
-
-
-def test_quantized_layer_that_the_config_skips(lib):
-    rejected(InvariantError, affine(lib), PerLayerQuantization(Quantization(32, 4), {"up": SKIP}))
-
-
-def test_no_quantization_is_said_before_missing_biases(lib):
-    rejected(InvariantError, without(affine(lib), "up.biases"), PerLayerQuantization())
-
-
-def test_affine_layer_without_biases(lib):
-    assert rejected(MissingKeyError, without(affine(lib), "up.biases")).key == "up.biases"
 
 
 @pytest.mark.parametrize("mode", ["mxfp4", "mxfp8", "nvfp4"])
