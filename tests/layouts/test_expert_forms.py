@@ -147,7 +147,7 @@ def stored_as(family: str, form: str, folder: Path) -> tuple[Weights, Weights] |
         and array.ndim == (3 if match["part"] == "weight" else 2)
         and not re.search(r"shared|embed_q|unembed", name)
     }
-    published = FORMS[family][0](dict(weights))
+    published = FORMS[family](dict(weights))
     places = {m["layer"]: m["prefix"] for name in published if (m := PUBLISHED.fullmatch(name))}
     layers = {match["layer"] for name in stacks if (match := STACKS.fullmatch(name))}
     if family in PLACES:

@@ -11,7 +11,7 @@ from requant.layouts.availability import LayoutError
 from requant.layouts.outputs import ComputedBySanitize
 from requant.quantization.config import Quantization
 from tests.support.families import model_types, small_config
-from tests.support.hub_forms import FORMS
+from tests.support.hub_forms import COMPUTED, FORMS
 from tests.support.mlx_lm_conversion import (
     NEW_FORMS,
     class_checkpoint,
@@ -76,8 +76,7 @@ def test_published_form(model_type: str, tmp_path: Path):
     class_checkpoint(folder, config)
     weights = mx.load(str(folder / "model.safetensors"))
     mx.eval(weights)
-    form, all_moved = FORMS[model_type]
-    write_mlx_checkpoint(folder, config, form(weights))
+    write_mlx_checkpoint(folder, config, FORMS[model_type](weights))
     if model_type in NEW_FORMS:
         with pytest.raises((ValueError, KeyError)):
             convert_with_mlx_lm(folder, AFFINE)
@@ -86,6 +85,5 @@ def test_published_form(model_type: str, tmp_path: Path):
         return
     layout, different = compare(folder, AFFINE, dtype="float16")
     assert different == []
-    assert all_moved == (
-        not any(isinstance(x, ComputedBySanitize) for x in layout.tensors.values())
-    )
+    computed = any(isinstance(x, ComputedBySanitize) for x in layout.tensors.values())
+    assert computed == (model_type in COMPUTED)

@@ -83,7 +83,7 @@ def test_shared_models(name: str, quantization: Quantization | None, tmp_path: P
 
 def test_experts_are_extents_of_whole_tensors(tmp_path: Path):
     weights = make(tmp_path / "m", "mixtral")
-    form, _ = FORMS["mixtral"]
+    form = FORMS["mixtral"]
     write_mlx_checkpoint(tmp_path / "m", small_config("mixtral"), form(weights))
     source = Source(tmp_path / "m")
     layout = mlx_lm_layout(source.checkpoint.config, source.infos, quantization=AFFINE)
@@ -98,7 +98,7 @@ def test_experts_are_extents_of_whole_tensors(tmp_path: Path):
 
 def test_the_comparison_sees_what_is_wrong(tmp_path: Path):
     """A control of the tests themselves: one extent moved by a row is a difference."""
-    form, _ = FORMS["mixtral"]
+    form = FORMS["mixtral"]
     write_mlx_checkpoint(
         tmp_path / "m", small_config("mixtral"), form(make(tmp_path / "m", "mixtral"))
     )
@@ -197,7 +197,7 @@ def test_triples_keep_their_codes(tmp_path: Path):
 
 @pytest.mark.parametrize("model_type", ["qwen2_moe", "deepseek_v2", "glm4_moe", "mixtral"])
 def test_triples_of_experts_are_stacked_alike(model_type: str, tmp_path: Path):
-    form, _ = FORMS[model_type]
+    form = FORMS[model_type]
     quantized(tmp_path / "m", model_type, form)
     layout, different = compare(tmp_path / "m")
     assert different == []
@@ -364,7 +364,7 @@ def test_weights_repacked_after_the_rule():
 def test_compute_asks_for_its_inputs_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """With batches of one, each tensor loads what ``inputs`` says; asked twice, it is the same."""
     monkeypatch.setattr("requant.layouts.layout.BATCH_BYTES", 0)
-    form, _ = FORMS["qwen3_next"]
+    form = FORMS["qwen3_next"]
     write_mlx_checkpoint(
         tmp_path / "m", small_config("qwen3_next"), form(make(tmp_path / "m", "qwen3_next"))
     )
@@ -389,7 +389,7 @@ def test_compute_asks_for_its_inputs_alone(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_threads_get_what_they_ask_for(tmp_path: Path):
-    form, _ = FORMS["falcon_h1"]
+    form = FORMS["falcon_h1"]
     write_mlx_checkpoint(
         tmp_path / "m", small_config("falcon_h1"), form(make(tmp_path / "m", "falcon_h1"))
     )

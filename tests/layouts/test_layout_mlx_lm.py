@@ -254,7 +254,7 @@ def vlm(folder: Path, family: str = "qwen2_vl", extra: dict = EXTRA, **config: o
     class_checkpoint(folder, small_config(family))
     weights = mx.load(str(folder / "model.safetensors"))
     mx.eval(weights)
-    weights = FORMS[family][0](weights) | {x: random_like(x, s) for x, s in extra.items()}
+    weights = FORMS[family](weights) | {x: random_like(x, s) for x, s in extra.items()}
     config = small_config(family) | {"vision_config": {"depth": 1}, **config}
     write_mlx_checkpoint(folder, config, weights)
     (folder / "preprocessor_config.json").write_text(PROCESSOR)

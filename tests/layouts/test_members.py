@@ -37,7 +37,7 @@ def moe(folder: Path, specs: Mapping[int, Spec], dense: mx.Dtype = mx.bfloat16) 
     """A qwen3_moe of MLX's triples, a layer for itself each; up projections as ``specs`` say."""
     config = small_config("qwen3_moe")
     class_checkpoint(folder, config)
-    weights = FORMS["qwen3_moe"][0](mx.load(str(folder / "model.safetensors")))
+    weights = FORMS["qwen3_moe"](mx.load(str(folder / "model.safetensors")))
     block: dict[str, Any] = {"group_size": 64, "bits": 4}
     made: dict[str, mx.array] = {}
     for name, array in weights.items():
@@ -227,7 +227,7 @@ def gptq_moe(folder: Path, rules: Mapping[int, dict[str, Any]]) -> dict[int, np.
     """A qwen3_moe whose experts are GPTQ's, each by its own rule; the values of each up_proj."""
     config = small_config("qwen3_moe")
     class_checkpoint(folder, config)
-    weights = FORMS["qwen3_moe"][0](mx.load(str(folder / "model.safetensors")))
+    weights = FORMS["qwen3_moe"](mx.load(str(folder / "model.safetensors")))
     rng, tensors, values = np.random.default_rng(3), {}, {}
     for name, array in weights.items():
         path = name.removesuffix(".weight")

@@ -37,7 +37,7 @@ def published(folder: Path, family: str) -> dict[str, Any]:
     class_checkpoint(folder, config)
     weights = mx.load(str(folder / "model.safetensors"))
     mx.eval(weights)
-    form = FORMS[family][0] if family in FORMS else dict
+    form = FORMS.get(family, dict)
     mx.save_safetensors(str(folder / "model.safetensors"), form(weights), {"format": "pt"})
     return config
 
