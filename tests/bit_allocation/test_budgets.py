@@ -138,7 +138,6 @@ def test_a_saved_recipe_gives_the_same_bytes(source: Path, tmp_path: Path) -> No
     options.pop("overrides")
     again = requant.plan(source, recipe=file, **options)
     assert again.hash == plan.hash
-
     file.write_text(file.read_text().replace('spec = "6:32"', 'spec = "5:32"'))
     edited = requant.plan(source, recipe=file, **options)
     assert targets(edited)["model.layers.2.self_attn.v_proj"] == "affine 5-bit g32"

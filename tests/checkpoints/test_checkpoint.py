@@ -74,7 +74,6 @@ def test_single_file(tmp_path: Path) -> None:
 
 def test_tensors_are_read_only(tmp_path: Path) -> None:
     checkpoint = read_checkpoint(write_folder(tmp_path, {"model.safetensors": ONE}))
-
     with pytest.raises(TypeError):
         checkpoint.tensors["x"] = checkpoint.tensors["a.weight"]  # type: ignore[index]
 
@@ -83,7 +82,6 @@ def test_tensors_come_in_the_order_of_their_bytes(tmp_path: Path) -> None:
     """The header may name them in any order."""
     head = header({"z": entry("U8", [2], 2, 4), "b": entry("U8", [2], 0, 2)})
     folder = write_folder(tmp_path, {"model.safetensors": head + bytes(4)})
-
     assert list(read_checkpoint(folder).tensors) == ["b", "z"]
 
 
@@ -91,7 +89,6 @@ def test_shards_by_index_in_natural_order(tmp_path: Path) -> None:
     files = {f"model-{i}.safetensors": {f"t{i}": ("U8", [i])} for i in (10, 9, 2)}
     weight_map = {f"t{i}": f"model-{i}.safetensors" for i in (10, 9, 2)}
     checkpoint = read_checkpoint(write_folder(tmp_path, files, weight_map=weight_map))
-
     assert [file.name for file in checkpoint.files] == [
         f"model-{i}.safetensors" for i in (2, 9, 10)
     ]
@@ -102,7 +99,6 @@ def test_shards_by_index_in_natural_order(tmp_path: Path) -> None:
 def test_shards_without_an_index(tmp_path: Path) -> None:
     files = {"weights.00.safetensors": ONE, "weights.01.safetensors": TWO}
     checkpoint = read_checkpoint(write_folder(tmp_path, files))
-
     assert {t.name: t.file for t in checkpoint.tensors.values()} == {
         "a.weight": "weights.00.safetensors",
         "b.weight": "weights.01.safetensors",
@@ -113,7 +109,6 @@ def test_single_file_with_an_index(tmp_path: Path) -> None:
     """As mlx-lm writes it."""
     weight_map = {"a.weight": "model.safetensors"}
     folder = write_folder(tmp_path, {"model.safetensors": ONE}, weight_map=weight_map)
-
     assert list(read_checkpoint(folder).tensors) == ["a.weight"]
 
 
@@ -121,7 +116,6 @@ def test_shard_in_a_subfolder_named_by_the_index(tmp_path: Path) -> None:
     files = {"parts/one.safetensors": ONE, "parts/note.txt": b"x"}
     weight_map = {"a.weight": "parts/one.safetensors"}
     checkpoint = read_checkpoint(write_folder(tmp_path, files, weight_map=weight_map))
-
     assert checkpoint.tensors["a.weight"].file == "parts/one.safetensors"
     assert checkpoint.side_files == ("parts/note.txt",)
     assert checkpoint.left_out == ()
@@ -135,7 +129,6 @@ def test_a_cache_made_of_links(tmp_path: Path) -> None:
     for name, blob in {"model.safetensors": "0", "config.json": "1", "merges.txt": "2"}.items():
         (folder / name).symlink_to(blobs / blob)
     checkpoint = read_checkpoint(folder)
-
     assert list(checkpoint.tensors) == ["a.weight"]
     assert checkpoint.config == {}
     assert checkpoint.side_files == ("merges.txt",)
@@ -150,7 +143,6 @@ def test_only_headers_are_read(tmp_path: Path) -> None:
         os.truncate(folder / "model.safetensors", len(head) + size)
     except OSError:
         pytest.skip("no sparse files of this size here")
-
     assert read_checkpoint(folder).tensors["a"].info.nbytes == size
 
 
@@ -158,7 +150,6 @@ def test_the_source_stays_as_it_was(tmp_path: Path) -> None:
     folder = write_folder(tmp_path, {"model.safetensors": ONE, "sub/x.txt": b"x"})
     before = {p: p.stat() for p in folder.rglob("*")}
     read_checkpoint(folder)
-
     after = {p: p.stat() for p in folder.rglob("*")}
     assert before.keys() == after.keys()
     assert all(before[p].st_mtime_ns == after[p].st_mtime_ns for p in before)
@@ -173,7 +164,6 @@ def test_no_such_folder(tmp_path: Path) -> None:
 
 def test_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-
     assert only_problem("Org/Model-7B.v2").endswith(
         "download it first: hf download Org/Model-7B.v2 --local-dir Model-7B.v2"
     )
@@ -191,7 +181,6 @@ def test_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_file_instead_of_a_folder(tmp_path: Path, name: str, message: str) -> None:
     (tmp_path / name).write_bytes(b"x")
-
     problem = only_problem(tmp_path / name)
     assert name in problem
     assert message in problem
@@ -216,7 +205,6 @@ def test_name_with_a_nul() -> None:
 )
 def test_folder_without_weights(tmp_path: Path, files: list[str], words: list[str]) -> None:
     problem = only_problem(write_folder(tmp_path, dict.fromkeys(files, b"x")))
-
     assert all(word in problem for word in words), problem
 
 
@@ -243,7 +231,6 @@ def test_weight_files_without_tensors(tmp_path: Path) -> None:
 )
 def test_bad_config(tmp_path: Path, config: bytes | None, message: str) -> None:
     folder = write_folder(tmp_path, {"model.safetensors": ONE}, config=config)
-
     assert only_problem(folder).startswith("config.json: ")
     assert message in only_problem(folder)
 
@@ -251,7 +238,6 @@ def test_bad_config(tmp_path: Path, config: bytes | None, message: str) -> None:
 def test_config_may_say_the_same_twice(tmp_path: Path) -> None:
     """Hand-edited configs do; every reader agrees on what it means."""
     folder = write_folder(tmp_path, {"model.safetensors": ONE}, config=b'{"a": 1, "a": 1}')
-
     assert read_checkpoint(folder).config == {"a": 1}
 
 
@@ -263,7 +249,6 @@ def test_a_gigabyte_of_json(tmp_path: Path, name: str, most: str) -> None:
     folder = write_folder(tmp_path, {"model.safetensors": ONE})
     (folder / name).touch()
     os.truncate(folder / name, 1 << 30)
-
     found = f"{name}: takes 1,073,741,824 bytes, at most {most} are read"
     assert only_problem(folder).partition(";")[0] == found
 
@@ -334,7 +319,6 @@ def test_index_names_a_missing_shard(tmp_path: Path) -> None:
         "b.bias": "two.safetensors",
     }
     folder = write_folder(tmp_path, {"one.safetensors": ONE}, weight_map=weight_map)
-
     assert problems_of(folder) == {
         "two.safetensors": f"does not exist; {INDEX} places 2 tensors in it; was the download "
         "complete?"
@@ -344,7 +328,6 @@ def test_index_names_a_missing_shard(tmp_path: Path) -> None:
 def test_index_names_a_tensor_that_the_shard_lacks(tmp_path: Path) -> None:
     weight_map = {"a.weight": "one.safetensors", "a.bias": "one.safetensors"}
     folder = write_folder(tmp_path, {"one.safetensors": ONE}, weight_map=weight_map)
-
     problems = problems_of(folder)
     assert problems.pop(INDEX).startswith("does not fit the files, which lack 1 tensor")
     assert problems == {f"{INDEX}: a.bias": "is not in one.safetensors, where the index places it"}
@@ -355,7 +338,6 @@ def test_tensor_that_the_index_does_not_know(tmp_path: Path) -> None:
     folder = write_folder(
         tmp_path, {"one.safetensors": ONE | TWO}, weight_map={"a.weight": "one.safetensors"}
     )
-
     checkpoint = read_checkpoint(folder)
     assert list(checkpoint.tensors) == ["a.weight", "b.weight"]
     assert note_texts(checkpoint.notes) == (
@@ -371,7 +353,6 @@ def test_tensor_that_the_index_places_elsewhere(tmp_path: Path) -> None:
         {"one.safetensors": ONE | TWO, "two.safetensors": TWO},
         weight_map={"a.weight": "one.safetensors", "b.weight": "two.safetensors"},
     )
-
     assert problems_of(folder) == {
         "one.safetensors: b.weight": "is in two.safetensors too, where the index places it; which "
         "of the two is the model's is not known: remove it from one of them"
@@ -384,7 +365,6 @@ def test_shard_that_the_index_does_not_name(tmp_path: Path) -> None:
         {"one.safetensors": ONE, "two.safetensors": TWO},
         weight_map={"a.weight": "one.safetensors"},
     )
-
     problem = only_problem(folder)
     assert problem.startswith("two.safetensors: shard not in the index; ")
     assert "move the file out of the folder" in problem
@@ -417,7 +397,6 @@ def test_index_with_a_bad_path(tmp_path: Path, shard: object, message: str) -> N
         weight_map={"a.weight": "model.safetensors", "b.weight": shard},
     )
     (folder / "link").symlink_to(outside)
-
     problem = only_problem(folder)
     assert problem.startswith(f"{INDEX}: b.weight: ")
     assert message in problem
@@ -454,7 +433,6 @@ def test_index_with_a_bad_path(tmp_path: Path, shard: object, message: str) -> N
 def test_index_that_says_nothing(tmp_path: Path, text: bytes, where: str, message: str) -> None:
     """Its fault is named once, and not repeated for each tensor or file."""
     folder = write_folder(tmp_path, {"model.safetensors": ONE, INDEX: text})
-
     problems = problems_of(folder)
     assert list(problems) == [where]
     assert message in problems[where]
@@ -465,7 +443,6 @@ def test_index_that_says_nothing(tmp_path: Path, text: bytes, where: str, messag
 
 def test_tensor_in_two_files(tmp_path: Path) -> None:
     files = {"one.safetensors": ONE, "two.safetensors": ONE | TWO}
-
     problem = only_problem(write_folder(tmp_path, files))
     assert problem.startswith("two.safetensors: a.weight: is in one.safetensors too")
 
@@ -473,14 +450,12 @@ def test_tensor_in_two_files(tmp_path: Path) -> None:
 def test_file_next_to_the_single_one(tmp_path: Path) -> None:
     """To take its tensors, or to leave them, could both be wrong."""
     files = {"model.safetensors": ONE, "mtp.safetensors": TWO}
-
     problem = only_problem(write_folder(tmp_path, files))
     assert problem.startswith("mtp.safetensors: is next to model.safetensors")
 
 
 def test_shards_that_are_not_all_there(tmp_path: Path) -> None:
     files = {"model-00001-of-00004.safetensors": ONE, "model-00003-of-00004.safetensors": TWO}
-
     problem = only_problem(write_folder(tmp_path, files))
     assert problem.startswith(
         "model-00001-of-00004.safetensors: 2 of the 4 shards of this set are missing, the first "
@@ -490,7 +465,6 @@ def test_shards_that_are_not_all_there(tmp_path: Path) -> None:
 
 def test_shards_counted_from_zero(tmp_path: Path) -> None:
     files = {"m-00000-of-00002.safetensors": ONE, "m-00001-of-00002.safetensors": TWO}
-
     assert len(read_checkpoint(write_folder(tmp_path, files)).files) == 2
 
 
@@ -513,7 +487,6 @@ def test_more_files_than_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert read_checkpoint(folder)
     for number in range(9):
         (folder / f"{number}.txt").touch()
-
     assert only_problem(folder).endswith("holds more than 10 files and folders, which are not read")
 
 
@@ -523,7 +496,6 @@ def test_more_shards_than_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     files = {file: weights({tensor: ("U8", [1])}) for tensor, file in names.items()}
     folder = write_folder(tmp_path / "files", files)
     assert only_problem(folder).endswith("3 weight files, at most 2 are read")
-
     folder = write_folder(tmp_path / "index", files, weight_map=names)
     with pytest.raises(CheckpointError, match="names 3 files, at most 2 are read"):
         read_checkpoint(folder)
@@ -547,7 +519,6 @@ def test_an_error_lists_some_problems_and_counts_the_rest(tmp_path: Path) -> Non
     bad = {f"t{n}": "nothing" for n in range(5000)}
     with pytest.raises(CheckpointError) as raised:
         read_checkpoint(write_folder(tmp_path, {"model.safetensors": header(bad)}))
-
     assert len(raised.value.problems) == MAX_PROBLEMS
     assert len(str(raised.value).splitlines()) == MAX_PROBLEMS_SHOWN + 2
     assert str(raised.value).endswith(f"and {MAX_PROBLEMS - MAX_PROBLEMS_SHOWN} more problems")
@@ -560,7 +531,6 @@ def test_bad_headers_are_named_with_file_and_tensor(tmp_path: Path) -> None:
         "two.safetensors": b"\0",
     }
     weight_map = {"a.weight": "one.safetensors", "b.weight": "two.safetensors"}
-
     assert problems_of(write_folder(tmp_path, files, weight_map=weight_map)) == {
         "one.safetensors: a.weight": "U8 [4] takes 4 bytes, but data_offsets [0, 5] hold 5",
         "two.safetensors": "the file ends after 1 byte, expected 8 with the length of the header",
@@ -570,7 +540,6 @@ def test_bad_headers_are_named_with_file_and_tensor(tmp_path: Path) -> None:
 def test_file_cut_short(tmp_path: Path) -> None:
     raw = weights({"a": ("U8", [4]), "b": ("U8", [4]), "c": ("U8", [4])})
     folder = write_folder(tmp_path, {"model.safetensors": raw[:-6]})
-
     assert only_problem(folder) == (
         "model.safetensors: b: ends at byte 8 of the data, of which the file has 6 "
         "(and 1 more tensor); was it downloaded to its end?"
@@ -589,7 +558,6 @@ def test_file_that_shrinks_while_it_is_read(
         "file_size",
         lambda at, name: (size, "") if name.endswith(".safetensors") else real(at, name),
     )
-
     assert only_problem(folder).startswith("model.safetensors: header: the length says")
 
 
@@ -613,7 +581,6 @@ def test_side_files(tmp_path: Path) -> None:
     }
     skipped = [".git/HEAD", ".cache/huggingface/x", "__pycache__/x.pyc", "sub/__pycache__/y.pyc"]
     checkpoint = read_with(tmp_path, copied | dict.fromkeys(skipped, b"x"))
-
     assert checkpoint.side_files == tuple(sorted(copied))
     assert checkpoint.left_out == ()
 
@@ -645,7 +612,6 @@ def test_side_files(tmp_path: Path) -> None:
 )
 def test_stale_weights_are_left_out(tmp_path: Path, name: str, reason: str) -> None:
     checkpoint = read_with(tmp_path, {name: b"x"})
-
     assert checkpoint.side_files == ()
     ((left, why),) = checkpoint.left_out
     assert left == name
@@ -654,7 +620,6 @@ def test_stale_weights_are_left_out(tmp_path: Path, name: str, reason: str) -> N
 
 def test_large_bin_is_weights(tmp_path: Path) -> None:
     checkpoint = read_with(tmp_path, {"decoder.bin": bytes((1 << 20) + 1)})
-
     assert checkpoint.left_out == (
         ("decoder.bin", "weights in another format (a .bin file of 1048577 bytes)"),
     )
@@ -664,7 +629,6 @@ def test_original_folder_is_left_out_as_a_whole(tmp_path: Path) -> None:
     checkpoint = read_with(
         tmp_path, {"original/params.json": b"x", "original/a/consolidated.0": b"x"}
     )
-
     assert [name for name, _ in checkpoint.left_out] == ["original/"]
     assert checkpoint.side_files == ()
 
@@ -678,14 +642,12 @@ def test_second_copy_next_to_an_index(tmp_path: Path) -> None:
             weight_map={"a.weight": "one.safetensors"},
         )
     )
-
     assert list(checkpoint.tensors) == ["a.weight"]
     assert [name for name, _ in checkpoint.left_out] == ["consolidated.safetensors"]
 
 
 def test_the_only_copy_is_not_a_second_one(tmp_path: Path) -> None:
     checkpoint = read_checkpoint(write_folder(tmp_path, {"consolidated.safetensors": ONE}))
-
     assert checkpoint.tensors["a.weight"].file == "consolidated.safetensors"
     assert checkpoint.left_out == ()
 
@@ -720,7 +682,6 @@ def test_a_link_out_of_the_folder_is_not_followed(tmp_path: Path, name: str) -> 
     folder = write_folder(tmp_path / "source", {"model.safetensors": ONE}, weight_map=index)
     (folder / name).rename(tmp_path / "elsewhere")
     (folder / name).symlink_to("../elsewhere")
-
     assert only_problem(folder).startswith(f"{name}: is a link out of its folder")
 
 
@@ -731,7 +692,6 @@ def test_a_link_out_of_the_cache_is_not_followed(tmp_path: Path) -> None:
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors").symlink_to(blobs / "0")
     (folder / "merges.txt").symlink_to("../../blobs/../secret")
-
     (left_out,) = read_checkpoint(folder).left_out
     assert left_out[0] == "merges.txt"
 
@@ -743,7 +703,6 @@ def test_names_that_are_not_utf8(tmp_path: Path) -> None:
         (folder / os.fsdecode(b"dir\xff")).mkdir()
     except OSError:
         pytest.skip("this file system takes UTF-8 names only")
-
     assert read_checkpoint(folder).left_out == (
         ("bad\\xff.txt", "the name is not UTF-8"),
         ("dir\\xff/", "the name is not UTF-8"),
@@ -761,7 +720,6 @@ def test_no_permission(tmp_path: Path, name: str) -> None:
         problem = only_problem(folder)
     finally:
         (folder / name).chmod(0o700)
-
     assert problem.startswith(name)
     assert "ermission denied" in problem
 

@@ -52,7 +52,6 @@ def test_header_written_by_hand() -> None:
         b'"__metadata__":{"format":"pt"}}   '
     )
     entries, metadata, problems = parse_header(struct.pack("<Q", len(text)) + text, 16)
-
     assert problems == []
     assert metadata == {"format": "pt"}
     assert list(entries.items()) == [
@@ -66,7 +65,6 @@ def test_build_by_hand() -> None:
     """The exact bytes: compact JSON, UTF-8, spaces up to a multiple of 8."""
     tensors = {"ä": TensorInfo("U32", (2, 1)), "b": TensorInfo("F8_E4M3", (3,))}
     head, offsets = build_header(tensors, {"format": "mlx"})
-
     text = (
         '{"__metadata__":{"format":"mlx"},'
         '"ä":{"dtype":"U32","shape":[2,1],"data_offsets":[0,8]},'
@@ -277,7 +275,6 @@ REJECTED_BY_US: dict[str, tuple[bytes, int, str, str]] = {
 def test_what_is_wrong_is_said(case: str) -> None:
     head, data_bytes, where, message = (REJECTED_BY_BOTH | REJECTED_BY_US)[case]
     problems = parse_header(head, data_bytes)[2]
-
     assert [problem.where for problem in problems] == [where]
     assert message in problems[0].message
 
@@ -285,14 +282,12 @@ def test_what_is_wrong_is_said(case: str) -> None:
 @pytest.mark.parametrize("case", REJECTED_BY_BOTH)
 def test_the_reference_rejects_too(case: str) -> None:
     head, data_bytes, _, _ = REJECTED_BY_BOTH[case]
-
     assert reference_rejects(head + bytes(data_bytes))
 
 
 def test_header_larger_than_any_reader_takes() -> None:
     """Only the length is looked at; a file of that size need not exist."""
     prefix = struct.pack("<Q", MAX_HEADER_BYTES + 1)
-
     assert header_length(prefix, 2**40) == (
         0,
         "the header takes 100000001 bytes, at most 100000000 are read",
@@ -348,7 +343,6 @@ def test_found_values_are_cut_short_in_messages() -> None:
 def test_many_overlaps_take_no_long() -> None:
     """Each of 50,000 tensors overlaps all others; comparing pairs would take minutes."""
     many = {f"t{i}": entry("U8", [100_000 - i], i, 100_000) for i in range(50_000)}
-
     problems = parse_header(header(many), 100_000)[2]
     assert len(problems) == MAX_PROBLEMS + 1
     assert "more problems" in problems[-1].message
@@ -373,7 +367,6 @@ def test_hostile_headers_are_rejected_at_once(case: str) -> None:
     text, message = HOSTILE[case]
     began = time.process_time()
     found = problems_of(prefixed(text.encode()), 0)
-
     assert time.process_time() - began < 2
     assert any(message in problem for problem in found), found[:3]
     assert sum(map(len, found)) < 1000
@@ -421,7 +414,6 @@ def test_what_is_built_is_parsed_and_loads_in_the_referee(
     head, offsets = build_header(tensors, metadata)
     data = bytes(i % 256 for i in range(sum(info.nbytes for info in tensors.values())))
     entries, parsed_metadata, problems = parse_header(head, len(data))
-
     assert problems == []
     assert parsed_metadata == metadata
     assert len(head) % 8 == 0
@@ -451,7 +443,6 @@ def test_a_file_of_the_referee_is_parsed_equal() -> None:
     (length,) = struct.unpack("<Q", raw[:8])
     entries, metadata, problems = parse_header(raw[: 8 + length], len(raw) - 8 - length)
     data = raw[8 + length :]
-
     assert problems == []
     assert metadata == {"format": "np"}
     assert {
@@ -531,5 +522,4 @@ JSON = st.recursive(
 def test_any_json_at_all(value: dict[str, Any]) -> None:
     head = header(value)
     entries, _, problems = parse_header(head, 8)
-
     assert problems or sum(e.stop - e.start for e in entries.values()) == 8

@@ -49,7 +49,6 @@ def names(checkpoint: Checkpoint) -> list[str]:
 def test_an_index_of_files_that_are_not_there(tmp_path: Path, files: Files) -> None:
     folder = make(tmp_path, files)
     checkpoint = read_checkpoint(folder)
-
     assert names(checkpoint) == sorted({k for tensors in files.values() for k in tensors})
     (note,) = note_texts(checkpoint.notes)
     assert f"{INDEX} is stale: none of the 2 files that it names is there" in note

@@ -130,7 +130,6 @@ def test_weights_that_a_copied_file_names_are_copied(tmp_path: Path, case: str) 
     files, named = COPIED[case]
     folder = write_folder(tmp_path / "source", {"model.safetensors": MODEL, **files})
     checkpoint = read_checkpoint(folder)
-
     expected = {name for name in files if name != "other.pt"}
     assert set(checkpoint.side_files) == expected
     assert named <= expected
@@ -199,7 +198,6 @@ SEPARATE: dict[str, tuple[dict[str, bytes], str, str]] = {
 def test_what_is_left_out_is_left_out_with_what_describes_it(tmp_path: Path, case: str) -> None:
     files, left, why = SEPARATE[case]
     checkpoint = read_checkpoint(write_folder(tmp_path, {"model.safetensors": MODEL, **files}))
-
     ((name, reason),) = checkpoint.left_out
     assert name == left
     assert why in reason

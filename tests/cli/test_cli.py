@@ -190,12 +190,10 @@ def test_warnings_are_printed_even_if_quiet(requant: Requant, tmp_path: Path) ->
     source = write_model(tmp_path / "model", {"up.weight": weight, "up.bias": weight[0]})
     arguments = ["convert", source, tmp_path / "out", "--dtype", "float16"]
     arguments += ["--override", "up=skip", "--quiet"]
-
     rejected = requant(*arguments)
     assert rejected.code == 1
     assert "--allow-overflow" in rejected.err
     assert not (tmp_path / "out").exists()
-
     result = requant(*arguments, "--allow-overflow")
     assert (result.code, result.out) == (0, "")
     assert result.err.startswith("warning: 576 values became infinite")
@@ -205,12 +203,10 @@ def test_nonfinite_weights_stop_a_run_unless_allowed(requant: Requant, tmp_path:
     weight = np.ones((8, 64), np.float32)
     weight[3, 5] = np.nan
     source = write_model(tmp_path / "model", {"a.weight": weight, "b.weight": weight[:2]})
-
     rejected = requant("convert", source, tmp_path / "out")
     assert rejected.code == 1
     assert "a.weight: 1 value is NaN or infinite, first in row 3" in rejected.err
     assert names_in(tmp_path) == ["model"]
-
     result = requant("convert", source, tmp_path / "out", "--allow-nonfinite")
     assert result.code == 0
     assert "stays dense:" in result.out
@@ -301,7 +297,6 @@ def test_dry_run_is_the_plan_and_checks_the_output(
     shown = requant("convert", model, tmp_path / "out", "-n")
     assert "nothing was written" in shown.out
     assert names_in(tmp_path) == ["model"]
-
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "config.json").write_text("{}")
     rejected = requant("convert", model, tmp_path / "out", "--dry-run")
@@ -324,7 +319,6 @@ def test_inspect_with_problems_exits_1(requant: Requant, tmp_path: Path) -> None
     config = {"quantization": {"group_size": 64, "bits": 4}}
     tensors = {"up.weight": codes, "up.scales": np.ones((8, 1), BF16)}
     source = write_model(tmp_path / "model", tensors, config)
-
     shown = requant("inspect", source)
     assert shown.code == 1
     assert "1 problem:\n  up.biases: is missing" in shown.out
@@ -417,7 +411,6 @@ def test_interrupt_exits_130(
     words = f"interrupted; 100% is done and kept in {kept}; the same command resumes"
     assert result == Result(130, "", f"{words}, --no-resume starts over\n")
     assert names_in(tmp_path) == [kept.name, "model"]
-
     assert requant("convert", model, tmp_path / "out", "--no-resume").code == 0
     assert names_in(tmp_path) == ["model", "out"]
 
@@ -547,7 +540,6 @@ def test_verify_exits_1_where_a_bit_differs(requant: Requant, model: Path, tmp_p
     result = requant("verify", model, out)
     assert result.code == 0
     assert f"equal to a conversion of {model}" in result.out
-
     shard = out / "model.safetensors"
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1

@@ -41,7 +41,6 @@ def shards(folder: Path) -> list[str]:
 def test_the_source_goes_and_the_output_is_the_same(source: Path, tmp_path: Path) -> None:
     convert(source, tmp_path / "whole", bits=4)
     convert(source, tmp_path / "out", bits=4, **CONSUME)
-
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
     assert shards(source) == []
     left = {"config.json", "tokenizer.json", "model.safetensors.index.json"}
@@ -66,7 +65,6 @@ def test_what_would_be_rejected_deletes_nothing(
     with pytest.raises(CheckpointError, match=r"z\.weight: 1 value is NaN"):
         convert(source, tmp_path / "out", bits=4, **CONSUME)
     assert len(shards(source)) == 4
-
     convert(source, tmp_path / "whole", bits=4, allow_nonfinite=True)
     convert(source, tmp_path / "out", bits=4, allow_nonfinite=True, **CONSUME)
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
@@ -184,7 +182,6 @@ def test_the_disk_that_it_takes(source: Path) -> None:
     plan = requant.plan(source, bits=4)
     out = plan.shards[0].nbytes
     found = plan_release_order(plan)
-
     assert sorted(found.order) == list(range(len(plan.steps)))
     assert sorted(found.files) == shards(source)
     assert out / 5 < found.extra_bytes < out / 3

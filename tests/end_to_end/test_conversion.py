@@ -44,7 +44,6 @@ def test_dense_to_each_mode_is_what_mlx_gives(
     source = load(dense)
     convert(dense, tmp_path / "out", bits=bits, group_size=group_size, mode=mode)
     out = load(tmp_path / "out")
-
     for path in ("model.embed_tokens", "model.layers.0.self_attn.q_proj", "lm_head"):
         expect_triple(out, path, source[f"{path}.weight"], mode, bits, group_size)
     for name in ("model.layers.0.mlp.gate.weight", "model.layers.0.self_attn.q_proj.bias"):
@@ -56,7 +55,6 @@ def test_dtype_casts_before_quantizing(dense: Path, tmp_path: Path, dtype: str) 
     source = load(dense)
     convert(dense, tmp_path / "out", bits=4, dtype=dtype)
     out = load(tmp_path / "out")
-
     wanted = getattr(mx, dtype)
     w = source["lm_head.weight"].astype(wanted)
     expect_triple(out, "lm_head", w, "affine", 4, 64)
@@ -70,7 +68,6 @@ def test_router_correction_bias_keeps_its_dtype(
     name = "mlp.gate.e_score_correction_bias"
     source = checkpoint({name: np.ones(8, np.float32), "a.weight": bf16(8, 64)})
     convert(source, tmp_path / "out", bits=4, dtype="bfloat16")
-
     assert load(tmp_path / "out")[name].dtype == mx.float32
 
 
@@ -81,7 +78,6 @@ def test_chunks_and_threads_change_no_byte(
 ) -> None:
     convert(dense, tmp_path / "one", bits=3, threads=1)
     convert(dense, tmp_path / "two", bits=3, threads=threads, chunk_bytes=chunk_bytes)
-
     assert tree(tmp_path / "one") == tree(tmp_path / "two")
 
 
@@ -90,7 +86,6 @@ def test_shards_in_and_out(checkpoint: Callable[..., Path], tmp_path: Path) -> N
     source = checkpoint(tensors, shards=3)
     convert(source, tmp_path / "out", bits=4, shard_size=2500)
     out = load(tmp_path / "out")
-
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     files = sorted(p.name for p in (tmp_path / "out").glob("*.safetensors"))
     assert len(files) > 1
@@ -135,7 +130,6 @@ def test_other_files_are_copied_and_stale_weights_left_out(dense: Path, tmp_path
     (dense / "original" / "consolidated.00.pth").write_bytes(b"stale")
     before = tree(dense)
     report = convert(dense, tmp_path / "out", bits=4)
-
     out = tree(tmp_path / "out")
     assert out["tokenizer.json"] == before["tokenizer.json"]
     assert out["modeling_custom.py"] == before["modeling_custom.py"]
@@ -148,7 +142,6 @@ def test_other_files_are_copied_and_stale_weights_left_out(dense: Path, tmp_path
 def test_config_keeps_every_other_key(dense: Path, tmp_path: Path) -> None:
     convert(dense, tmp_path / "out", bits=4)
     config = json.loads((tmp_path / "out/config.json").read_text())
-
     # There is a head of its own, whatever the flag of this source says.
     assert {k: config[k] for k in CONFIG} == CONFIG | {"tie_word_embeddings": False}
     assert parse_quantization((tmp_path / "out/config.json").read_text()) is not None
@@ -165,7 +158,6 @@ def affine8(dense: Path, tmp_path: Path) -> Path:
 
 def test_a_quantized_source_is_kept_bit_for_bit(affine8: Path, tmp_path: Path) -> None:
     report = convert(affine8, tmp_path / "out")
-
     before, after = load(affine8), load(tmp_path / "out")
     assert before.keys() == after.keys()
     assert all(same(before[name], after[name]) for name in before)
@@ -179,7 +171,6 @@ def test_dequantize_is_mx_dequantize(affine8: Path, tmp_path: Path) -> None:
     source = load(affine8)
     convert(affine8, tmp_path / "out", dequantize=True)
     out = load(tmp_path / "out")
-
     path = "model.embed_tokens"
     triple = [source[f"{path}.{role}"] for role in ("weight", "scales", "biases")]
     assert same(out[f"{path}.weight"], mx.dequantize(*triple, group_size=64, bits=8))
@@ -196,7 +187,6 @@ def test_requantize_is_mlx_of_mlx(affine8: Path, tmp_path: Path) -> None:
     source = load(affine8)
     report = convert(affine8, tmp_path / "out", bits=4)
     out = load(tmp_path / "out")
-
     path = "model.embed_tokens"
     triple = [source[f"{path}.{role}"] for role in ("weight", "scales", "biases")]
     dense = mx.dequantize(*triple, group_size=64, bits=8)
@@ -212,7 +202,6 @@ def test_a_layer_that_already_is_what_is_requested_keeps_its_codes(
     affine8: Path, tmp_path: Path
 ) -> None:
     report = convert(affine8, tmp_path / "out", bits=8)
-
     outcome = {x.layer: x.treatment for x in report.plan.layers}
     assert outcome["model.embed_tokens"] == "kept"
     assert outcome["model.layers.0.mlp.up_proj"] == "requantized"
@@ -274,7 +263,6 @@ def nonfinite(checkpoint: Callable[..., Path]) -> Path:
 def test_nan_stops_the_run_with_tensor_row_and_count(nonfinite: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as raised:
         convert(nonfinite, tmp_path / "out", bits=4, chunk_bytes=1000)
-
     assert "b.weight: 2 values are NaN or infinite, first in row 3" in str(raised.value)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
 
@@ -282,7 +270,6 @@ def test_nan_stops_the_run_with_tensor_row_and_count(nonfinite: Path, tmp_path: 
 def test_allow_nonfinite_leaves_the_layer_dense(nonfinite: Path, tmp_path: Path) -> None:
     report = convert(nonfinite, tmp_path / "out", bits=4, allow_nonfinite=True)
     out, source = load(tmp_path / "out"), load(nonfinite)
-
     assert same(out["b.weight"], source["b.weight"])
     assert "b.scales" not in out
     assert "a.scales" in out
@@ -298,7 +285,6 @@ def test_overflow_on_a_cast_is_counted_and_rejected(
     with pytest.raises(CheckpointError) as raised:
         convert(source, tmp_path / "out", bits=4, dtype="float16")
     assert "norm: 2 values are too large" in str(raised.value)
-
     report = convert(source, tmp_path / "out", bits=4, dtype="float16", allow_overflow=True)
     assert report.findings["norm"]["overflowed"] == 2
 
@@ -314,7 +300,6 @@ def test_overflow_of_dequantized_values_is_counted_and_rejected(
     with pytest.raises(CheckpointError, match="a: 2 values are too large"):
         convert(tmp_path / "q", tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
-
     report = convert(tmp_path / "q", tmp_path / "out", allow_overflow=True, **options)
     assert report.findings["a"]["overflowed"] == 2
 
@@ -328,7 +313,6 @@ def test_an_existing_output_is_rejected_unless_forced(dense: Path, tmp_path: Pat
     with pytest.raises(OutputError, match="--force"):
         convert(dense, tmp_path / "out", bits=4)
     assert tree(tmp_path / "out") == before
-
     convert(dense, tmp_path / "out", bits=4, force=True)
     assert tree(tmp_path / "out") != before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "source"]
@@ -413,7 +397,6 @@ def test_a_source_cut_while_it_is_read(
 def test_progress_reaches_the_total(dense: Path, tmp_path: Path) -> None:
     seen = []
     report = convert(dense, tmp_path / "out", bits=4, progress=seen.append)
-
     assert seen[-1].bytes_done == seen[-1].bytes_total == report.plan.bytes_in
 
 
@@ -434,7 +417,6 @@ def test_empty_buffers_and_scalars_pass_through(
     )
     convert(source, tmp_path / "out", bits=4)
     out = load(tmp_path / "out")
-
     assert out["positions"].shape == (0, 64)
     assert out["scalar"].item() == 3.5
 
@@ -445,7 +427,6 @@ def test_a_row_wider_than_a_chunk_is_cut_at_group_borders(
     wide = bf16(1, (1 << 20) + 4096)
     source = checkpoint({"a.weight": wide})
     convert(source, tmp_path / "out", bits=4, chunk_bytes=10_000)
-
     expect_triple(load(tmp_path / "out"), "a", to_mx(wide), "affine", 4, 64)
 
 
@@ -481,7 +462,6 @@ def test_measured_error_is_what_mlx_s_own_values_give(
 
 def test_measured_error_of_another_mlx_encoding(affine8: Path, tmp_path: Path) -> None:
     report = convert(affine8, tmp_path / "out", bits=2)
-
     assert set(report.errors) == {
         "model.embed_tokens",
         "model.layers.0.self_attn.q_proj",
@@ -525,16 +505,12 @@ def test_global_scales_decode_as_mlx_does(
     parts, values = nvfp4_parts(experts)
     source = checkpoint(parts, NVFP4)
     expected = mx.stack(values)
-
     convert(source, tmp_path / "dense", dequantize=True, chunk_bytes=3000)
     assert same(load(tmp_path / "dense")["e.weight"], expected)
-
     convert(source, tmp_path / "half", dequantize=True, dtype="bfloat16")
     assert same(load(tmp_path / "half")["e.weight"], expected.astype(mx.bfloat16))
-
     convert(source, tmp_path / "affine", bits=4, dtype="bfloat16", chunk_bytes=3000)
     expect_triple(load(tmp_path / "affine"), "e", expected.astype(mx.bfloat16), "affine", 4, 64)
-
     convert(source, tmp_path / "kept")
     kept, before = load(tmp_path / "kept"), load(source)
     assert all(same(kept[name], before[name]) for name in before)

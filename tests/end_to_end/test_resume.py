@@ -59,7 +59,6 @@ def test_the_same_command_resumes(
     convert(dense, tmp_path / "whole", bits=4, threads=1, chunk_bytes=3000)
     all_chunks = len(whole)
     error = stopped(dense, tmp_path / "out", 20, bits=4)
-
     assert "the same command resumes" in error.__notes__[0]
     assert not (tmp_path / "out").exists()
     whole.clear()
@@ -73,7 +72,6 @@ def test_other_chunks_and_threads_resume_too(dense: Path, tmp_path: Path) -> Non
     convert(dense, tmp_path / "whole", bits=4)
     stopped(dense, tmp_path / "out", 20, bits=4)
     convert(dense, tmp_path / "out", bits=4, threads=3, chunk_bytes=1700)
-
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
 
@@ -91,7 +89,6 @@ def test_measured_errors_survive(dense: Path, tmp_path: Path) -> None:
     whole = convert(dense, tmp_path / "whole", bits=4, threads=1, chunk_bytes=3000)
     stopped(dense, tmp_path / "out", 20, bits=4)
     resumed = convert(dense, tmp_path / "out", bits=4, threads=1, chunk_bytes=3000)
-
     assert resumed.errors.keys() == whole.errors.keys()
     for layer, error in whole.errors.items():
         assert resumed.errors[layer].relative_rms == pytest.approx(error.relative_rms, rel=1e-12)

@@ -59,7 +59,6 @@ def test_a_scale_is_found_by_its_codes_and_the_codes_by_their_scale(
     codes: str, scale: str, role: Role
 ) -> None:
     names = ScaleNames(["mlp.down.weight", codes, scale, "norm.weight"])
-
     (found,) = names.siblings(codes)
     assert (found.name, found.role) == (scale, role)
     assert names.codes_of(found) == codes

@@ -90,7 +90,6 @@ def test_numpy_equals_mlx(quantization, dtype):
     values[0] = 0
     values[1, ::3] = 0.25
     plan = PerLayerQuantization.from_global(quantization)
-
     packed = [
         quantize_weights({"up.weight": library.make(values, dtype)}, plan) for library in (NP, MLX)
     ]

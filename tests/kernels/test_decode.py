@@ -50,9 +50,7 @@ def test_integer_values(rows, columns, group, dtype, difference, whole, seed):
     if not whole:
         zeros = (zeros + rng.random(zeros.shape)).astype(np.float32)
     out = empty(dtype, rows, columns)
-
     decode.integer_values_into(codes, scales, zeros, group, out, difference=NAMES[difference.name])
-
     of = np.arange(columns) // group
     distance = rounded(codes.astype(np.float32) - zeros[:, of], difference)
     assert_same_bits(out, (distance * scales[:, of]).astype(dtype))
@@ -85,9 +83,7 @@ def test_e4m3_values(rows, columns, block, first_row, dtype, fnuz, seed):
     codes = rng.integers(0, 256, (rows, columns), dtype=np.uint8)
     scales = floats(rng, -(-(first_row + rows) // block[0]) + 1, -(-columns // block[1]))
     out = empty(dtype, rows, columns)
-
     nans = decode.e4m3_values_into(codes, scales, *block, out, first_row=first_row, fnuz=fnuz)
-
     elements = codes.view(FNUZ if fnuz else FN).astype(np.float32)
     of_row = (first_row + np.arange(rows)) // block[0]
     of_column = np.arange(columns) // block[1]
@@ -149,9 +145,7 @@ def test_lut_values(rows, columns, half_block, first, high_first, dtype, seed):
     codes = rng.integers(0, 256, (rows, columns), dtype=np.uint8)
     book, absmax = floats(rng, 16), floats(rng, -(-(first + count) // block))
     out = empty(dtype, rows, 2 * columns)
-
     decode.lut_values_into(codes, book, absmax, block, out, first=first, high_first=high_first)
-
     nibbles = np.stack([codes >> 4, codes & 15], axis=-1)
     nibbles = (nibbles if high_first else nibbles[..., ::-1]).reshape(-1)
     scale = absmax[(first + np.arange(count)) // block]

@@ -158,12 +158,10 @@ def test_nvfp4_next_to_the_rule(dtype, level, global_scale, isa):
     w = np.concatenate([adversarial(dtype), *finite_inputs(dtype).values()])
     nvfp4, scale = Quantization(16, 4, "nvfp4"), {"global_scale": global_scale}
     rule, found = quantize(w, nvfp4, **scale), quantize(w, nvfp4, **scale, search=level)
-
     kept = found[1] == rule[1]
     eights = [words.view(np.uint64).reshape(kept.shape) for words in (rule[0], found[0])]
     assert 0 < kept.mean() < 1
     assert (eights[0] == eights[1])[kept].all()
-
     values = [dequantize(parts, nvfp4, **scale, dtype=np.float32) for parts in (rule, found)]
     before, after = ((w.astype(np.float64) - x.astype(np.float64)) ** 2 for x in values)
     before, after = (squares.reshape(*kept.shape, 16).sum(-1) for squares in (before, after))

@@ -162,10 +162,8 @@ def test_errors_are_those_of_float64(dtype):
     scales = (rng.random((40, 4)) + 0.5).astype(dtype)
     scales[::3] *= dtype.type(-1)
     scales[0] = 0
-
     most = np.empty((40, 4), np.float32)
     squares, norm, worst = values.encoding_error(a, b, scales, "affine", most)
-
     x, d = a.astype(np.float64), a.astype(np.float64) - b.astype(np.float64)
     assert squares == pytest.approx((d * d).sum(), rel=1e-6)
     assert norm == pytest.approx((x * x).sum(), rel=1e-6)

@@ -95,7 +95,6 @@ def test_packed_experts_are_stacked(options: dict, tmp_path: Path) -> None:
     convert(tmp_path / "awq", tmp_path / "kept", layout="keep", **options)
     convert(tmp_path / "kept", tmp_path / "expected", layout="mlx-lm", **options)
     report = convert(tmp_path / "awq", tmp_path / "ours", layout="mlx-lm", threads=2, **options)
-
     ours, expected = load(tmp_path / "ours"), load(tmp_path / "expected")
     assert ours.keys() == expected.keys()
     assert [name for name in ours if as_bytes(ours[name]) != as_bytes(expected[name])] == []
@@ -115,7 +114,6 @@ def test_packed_rows_that_are_computed(tmp_path: Path) -> None:
     published(tmp_path / "awq", "deepseek_v3")
     as_awq(tmp_path / "awq")
     report = convert(tmp_path / "awq", tmp_path / "ours", layout="mlx-lm")
-
     layers = {x.layer.rpartition(".")[2]: x for x in report.plan.layers}
     assert layers["embed_q"].exactness == "re-encoded"
     assert layers["embed_q"].treatment == "requantized"
@@ -200,7 +198,6 @@ def test_nvfp4_global_scales(tmp_path: Path) -> None:
     weights = dict(tree_flatten(model.parameters()))
     write_mlx_checkpoint(tmp_path / "q", config, weights)
     save_config(config, tmp_path / "q" / "config.json")
-
     report = convert(tmp_path / "q", tmp_path / "ours", layout="mlx-lm")
     ours = load(tmp_path / "ours")
     assert ours.keys() == weights.keys()
@@ -254,13 +251,11 @@ def test_the_memory_of_computed_tensors_is_in_the_budget(tmp_path: Path) -> None
     published(tmp_path / "m", "qwen3_vl_moe", {"model_type": "qwen3_vl_moe", "text_config": text})
     made = plan(tmp_path / "m", bits=4, group_size=32, layout="mlx-lm")
     kept = plan(tmp_path / "m", bits=4, group_size=32, layout="keep")
-
     stack = 2 * 512 * 64 * 128  # bytes of one projection of all experts; two are stored fused
     siblings = plan_resources(made, 1).peak_bytes - plan_resources(kept, 1).peak_bytes
     assert siblings == MLX_LM_MEMORY_BYTES + min(2 * (2 * 3 + 2) * stack, 64 << 20)
     more = plan_resources(made, 3).overhead_bytes - plan_resources(made, 1).overhead_bytes
     assert more == 2 * stack
-
     least = plan_resources(made, 1, 10**9).overhead_bytes + BASE_MEMORY_BYTES
     with pytest.raises(OutOfRangeError, match="mlx-lm and the tensors that it computes"):
         plan_resources(made, 1, least)

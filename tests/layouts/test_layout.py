@@ -121,7 +121,6 @@ def test_reasons_of_dense_layers(tmp_path: Path):
     down = "model.layers.0.mlp.down_proj"
     assert layout.dense_reasons[down].text == "last axis 144 is not a multiple of group 32"
     assert down not in layout.targets
-
     if MLX_LM < (0, 32):  # has no such family
         return
     make(tmp_path / "s", "spark2_5")

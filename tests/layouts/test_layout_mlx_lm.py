@@ -66,7 +66,6 @@ def test_stacked_experts_are_read_from_the_files_and_threads_change_nothing(tmp_
     made = plan(model("micro-moe"), layout="mlx-lm", bits=4)
     stacked = [step for step in made.steps if "switch_mlp" in step.layer]
     assert {type(step.inputs["weight"]).__name__ for step in stacked} == {"JoinedTensor"}
-
     options = {"layout": "mlx-lm", "bits": 4}
     convert(model("micro-moe"), tmp_path / "one", threads=1, **options)
     convert(model("micro-moe"), tmp_path / "two", threads=2, chunk_bytes=5000, **options)
@@ -77,7 +76,6 @@ def test_overrides_rule_over_mlx_lm_s_choice(tmp_path: Path) -> None:
     made = plan(
         model("micro-moe"), layout="mlx-lm", bits=4, overrides=["down_proj=8", "gate$=skip"]
     )
-
     targets = {layer.layer: layer.target for layer in made.layers}
     assert targets["model.layers.0.mlp.switch_mlp.down_proj"] == "affine 8-bit g64"
     assert targets["model.layers.0.mlp.gate"] == "BF16"
@@ -94,7 +92,6 @@ def test_experts_quantized_one_by_one_are_stacked(options: dict, tmp_path: Path)
     convert(model("micro-moe"), tmp_path / "kept", layout="keep", **options)
     report = convert(tmp_path / "kept", tmp_path / "ours", layout="mlx-lm")
     convert(model("micro-moe"), tmp_path / "expected", layout="mlx-lm", **options)
-
     ours, expected = load(tmp_path / "ours"), load(tmp_path / "expected")
     kept = load(tmp_path / "kept")
     for name in ours:
@@ -112,7 +109,6 @@ def test_an_mlx_source_keeps_its_codes(tmp_path: Path) -> None:
     convert(model("qwen3-16m"), tmp_path / "first", bits=4)
     convert(tmp_path / "first", tmp_path / "second", layout="mlx-lm")
     first, second = load(tmp_path / "first"), load(tmp_path / "second")
-
     assert first.keys() == second.keys()
     assert [name for name in first if not same(first[name], second[name])] == []
 

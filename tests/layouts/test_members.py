@@ -190,7 +190,6 @@ def test_a_request_moves_what_it_holds_and_encodes_the_rest(tmp_path: Path) -> N
         assert np.array_equal(found[number], wanted(before, UP.format(number), specs[number]))
     for number in (0, 2):
         assert not np.array_equal(found[number], wanted(before, UP.format(number), specs[number]))
-
     requant.convert(source, tmp_path / "dense", layout="mlx-lm", dequantize=True, dtype="float32")
     values = read_folder(tmp_path / "dense")[f"{STACK}.weight"]
     requant.convert(source, tmp_path / "own", layout="keep", dequantize=True, dtype="float32")

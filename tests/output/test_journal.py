@@ -97,7 +97,6 @@ def test_after_a_restart_only_synced_lines_count(
     log.close()
     lines = read_journal(tmp_path / "journal")[1]
     assert [line["rows"] for line in lines] == [[0, 0, 10], [0, 10, 20]]
-
     monkeypatch.setattr(journal, "boot_id", lambda: "another")
     lines = read_journal(tmp_path / "journal")[1]
     assert [line["rows"] for line in lines] == [[0, 0, 10]]

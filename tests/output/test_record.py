@@ -23,7 +23,6 @@ def built(planned: Planned, **options: object) -> dict:
 
 def test_the_content_of_a_record(planned: Planned) -> None:
     record = built(planned, bits=4, statistics="/home/user/stats.safetensors")
-
     assert (record["record"], record["requant"]) == (1, version())
     assert record["plan"] == planned.plan.hash
     assert record["options"]["bits"] == 4

@@ -97,7 +97,6 @@ def test_awq_gemm_without_zero_points(stored: bool, tmp_path: Path) -> None:
     source = write_quantized(tmp_path / "source", of_layer, block, dtype="float16")
     report = requant.convert(source, tmp_path / "out", layout="keep")
     assert [str(found.exactness) for found in report.plan.layers] == ["exact"]
-
     of_layer[f"{LAYER}.qzeros"] = packers.gemm(codes, eights - 1, scales)["qzeros"]
     bad = write_quantized(tmp_path / "bad", of_layer, block, dtype="float16")
     assert "every zero is 8, but its zeros are 7" in rejection(bad, tmp_path / "none")

@@ -36,7 +36,6 @@ def test_layer_written_by_hand(lib):
         "up.scales": lib.make(np.full((1, 8), 0.5), "float16"),
     }
     got, quantization = transform_awq_weights(weights, CONFIG)
-
     assert quantization == PerLayerQuantization.from_global(Quantization.affine(32, 4))
     assert list(got) == ["up.weight", "up.scales", "up.biases"]
     words = lib.read(got["up.weight"])
@@ -296,7 +295,6 @@ def test_value_is_code_minus_zero_times_scale(lib, layer, zero_point):
     config = AwqLoadConfig(group_size=group_size, zero_point=zero_point)
     got, quantization = transform_awq_weights(weights, config)
     assert_bits(lib.read(got["up.weight"]), mlx_words(codes.T))
-
     dense = lib.read(dequantize_weights(got, quantization)["up.weight"])
     offset = np.repeat(zeros, group_size, axis=0).astype(np.float64) if zero_point else 8.0
     expected = (codes - offset) * np.repeat(scales, group_size, axis=0).astype(np.float64)
@@ -319,7 +317,6 @@ def test_checkpoint_written_by_autoawq(lib, name):
             kind = "float32" if key.endswith(".scales") else array.dtype.name
             weights[key] = lib.make(array, kind)
     converted, quantization = transform_awq_weights(weights, AwqLoadConfig.from_dict(block))
-
     dense = dequantize_weights(converted, quantization)
     with safe_open(folder / "expected.safetensors", "np") as file:
         expected = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118

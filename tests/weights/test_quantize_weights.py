@@ -57,7 +57,6 @@ def test_vector_from_the_format_description(lib):
     """Section 12.1 of the layouts page: one group of 32, 4 bits, bytes written by hand."""
     values = [((7 * i % 32) - 11) / 8 for i in range(32)]
     got = quantize_weights({"up.weight": lib.make([values], "float32")}, AFFINE)
-
     words = lib.read(got["up.weight"])
     assert [f"{word:08x}" for word in words[0]] == ["7ae258cf", "be269c04", "f26ad048", "36ae148c"]
     assert lib.read(got["up.scales"]).view(np.uint32).tolist() == [[0xBE800000]]
@@ -71,7 +70,6 @@ def test_bits_are_those_of_mlx(lib, quantization, dtype):
     values = np.random.default_rng(1).normal(size=(6, 256)).astype(np.float32)
     plan = PerLayerQuantization.from_global(quantization)
     got = quantize_weights({"up.weight": lib.make(values, dtype)}, plan)
-
     expected = mx_quantize(mx.array(values).astype(getattr(mx, dtype)), quantization)
     assert set(got) == {f"up.{suffix}" for suffix in expected}
     for suffix, array in expected.items():
