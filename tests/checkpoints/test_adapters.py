@@ -30,23 +30,25 @@ MICRO = Path(__file__).parents[2] / "examples" / "micro-llama"
 LAYER = "model.layers.0.self_attn.q_proj"
 WEIGHT = ("BF16", [2, 3])
 PEFT = f"base_model.model.{LAYER}"
+
+
+def peft(part: str) -> dict[str, Any]:
+    return {"adapter_model.safetensors": {f"{PEFT}.{part}": WEIGHT}}
+
+
 # What a folder without a model holds -> words of the message.
 ONLY: dict[str, tuple[dict[str, Any], dict[str, Any] | None, str]] = {
     "LoRA of PEFT": (
-        {"adapter_model.safetensors": {f"{PEFT}.lora_A.weight": WEIGHT}},
+        peft("lora_A.weight"),
         {"peft_type": "LORA", "base_model_name_or_path": "org/base"},
         "holds a LoRA adapter of PEFT for 'org/base'",
     ),
     "DoRA of PEFT": (
-        {"adapter_model.safetensors": {f"{PEFT}.lora_magnitude_vector": WEIGHT}},
+        peft("lora_magnitude_vector"),
         {"peft_type": "LORA", "use_dora": True},
         "holds a DoRA adapter of PEFT",
     ),
-    "IA3 of PEFT": (
-        {"adapter_model.safetensors": {f"{PEFT}.ia3_l": WEIGHT}},
-        {"peft_type": "IA3"},
-        "holds a IA3 adapter of PEFT",
-    ),
+    "IA3 of PEFT": (peft("ia3_l"), {"peft_type": "IA3"}, "holds a IA3 adapter of PEFT"),
     "a pickle of PEFT": (
         {"adapter_model.bin": b"x"},
         {"peft_type": "LORA"},
@@ -73,11 +75,7 @@ ONLY: dict[str, tuple[dict[str, Any], dict[str, Any] | None, str]] = {
         "holds fine-tuned layers as an adapter of mlx-lm",
     ),
     "only its config came": ({}, {"peft_type": "LORA"}, "holds a LoRA adapter of PEFT"),
-    "no config": (
-        {"adapter_model.safetensors": {f"{PEFT}.lora_A.weight": WEIGHT}},
-        None,
-        "holds an adapter (LoRA or a relative)",
-    ),
+    "no config": (peft("lora_A.weight"), None, "holds an adapter (LoRA or a relative)"),
     "kohya": (
         {
             "style.safetensors": {

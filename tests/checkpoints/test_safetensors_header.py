@@ -85,8 +85,55 @@ def test_build_rejects_a_header_that_nobody_reads(monkeypatch: pytest.MonkeyPatc
         build_header({f"t{i}": TensorInfo("U8", (1,)) for i in range(3)}, {})
 
 
-# Bad headers: (header, bytes of data, where, what the message says).
+# Bad entries of a tensor ``a``: (entry, bytes of data, what the message says), and bad headers:
+# (header, bytes of data, where, what the message says).
+ENTRIES_BY_BOTH: dict[str, tuple[object, int, str]] = {
+    "entry is a list": ([], 0, "is [], expected an object with dtype"),
+    "entry is null": (None, 0, "is null, expected an object"),
+    "no dtype": ({"shape": [4], "data_offsets": [0, 4]}, 4, "has no dtype"),
+    "no shape": ({"dtype": "U8", "data_offsets": [0, 4]}, 4, "has no shape"),
+    "no offsets": ({"dtype": "U8", "shape": [4]}, 4, "has no data_offsets"),
+    "dtype unknown": (entry("Q4", [4], 0, 4), 4, "dtype is 'Q4', known: BOOL,"),
+    "dtype a number": (entry(7, [4], 0, 4), 4, "dtype is 7, known: BOOL,"),
+    "dtype a list": (entry([], [4], 0, 4), 4, "dtype is [], known: BOOL,"),
+    "shape a number": (entry("U8", 4, 0, 4), 4, "shape is 4, expected a list"),
+    "shape of booleans": (entry("U8", [True, 4], 0, 4), 4, "[true, 4]"),
+    "shape of floats": (entry("U8", [4.0], 0, 4), 4, "shape is [4.0]"),
+    "shape of strings": (entry("U8", ["4"], 0, 4), 4, "a list of 1"),
+    "shape negative": (entry("U8", [-2, -2], 0, 4), 4, "shape is [-2, -2]"),
+    "shape huge": (entry("U8", [2**64 + 4], 0, 4), 4, "18446744073709551620"),
+    "elements overflow": (entry("U8", [2**40, 2**40], 0, 4), 4, "has more than 2**63 - 1 elements"),
+    "elements overflow to the right size": (
+        entry("U8", [2**62, 4, 1], 0, 0),
+        0,
+        "has more than 2**63 - 1 elements",
+    ),
+    "offsets a number": (
+        {"dtype": "U8", "shape": [4], "data_offsets": 4},
+        4,
+        "data_offsets is 4, expected two numbers",
+    ),
+    "one offset": (entry("U8", [4], 4), 4, "data_offsets is [4]"),
+    "three offsets": (entry("U8", [4], 0, 4, 4), 4, "data_offsets is [0, 4, 4]"),
+    "offset a boolean": (entry("U8", [1], 0, True), 1, "[0, true]"),
+    "offset a float": (entry("U8", [4], 0, 4.0), 4, "[0, 4.0]"),
+    "offset negative": (entry("U8", [4], -4, 0), 0, "[-4, 0]"),
+    "offset huge": (entry("U8", [4], 0, 2**64), 4, str(2**64)),
+    "offsets reversed": (entry("U8", [4], 4, 0), 4, "[4, 0] end before they start"),
+    "size disagrees": (
+        entry("BF16", [3, 5], 0, 28),
+        28,
+        "BF16 [3, 5] takes 30 bytes, but data_offsets [0, 28] hold 28",
+    ),
+    "no data at all": (U8, 0, "of which the file has 0"),
+    "hole before the first": (
+        entry("U8", [4], 1, 5),
+        5,
+        "starts at byte 1, but the data starts at 0",
+    ),
+}
 REJECTED_BY_BOTH: dict[str, tuple[bytes, int, str, str]] = {
+    **{k: (header({"a": e}), n, "a", m) for k, (e, n, m) in ENTRIES_BY_BOTH.items()},
     "empty file": (b"", 0, "header", "ends after 0 bytes, expected 8"),
     "seven bytes": (b"\2\0\0\0\0\0\0", 0, "header", "ends after 7 bytes, expected 8"),
     "length beyond the file": (
@@ -130,68 +177,12 @@ REJECTED_BY_BOTH: dict[str, tuple[bytes, int, str, str]] = {
         "header",
         "not JSON",
     ),
-    "entry is a list": (header({"a": []}), 0, "a", "is [], expected an object with dtype"),
-    "entry is null": (header({"a": None}), 0, "a", "is null, expected an object"),
-    "no dtype": (header({"a": {"shape": [4], "data_offsets": [0, 4]}}), 4, "a", "has no dtype"),
-    "no shape": (header({"a": {"dtype": "U8", "data_offsets": [0, 4]}}), 4, "a", "has no shape"),
-    "no offsets": (header({"a": {"dtype": "U8", "shape": [4]}}), 4, "a", "has no data_offsets"),
-    "dtype unknown": (header({"a": entry("Q4", [4], 0, 4)}), 4, "a", "dtype is 'Q4', known: BOOL,"),
-    "dtype a number": (header({"a": entry(7, [4], 0, 4)}), 4, "a", "dtype is 7, known: BOOL,"),
-    "dtype a list": (header({"a": entry([], [4], 0, 4)}), 4, "a", "dtype is [], known: BOOL,"),
-    "shape a number": (header({"a": entry("U8", 4, 0, 4)}), 4, "a", "shape is 4, expected a list"),
-    "shape of booleans": (header({"a": entry("U8", [True, 4], 0, 4)}), 4, "a", "[true, 4]"),
-    "shape of floats": (header({"a": entry("U8", [4.0], 0, 4)}), 4, "a", "shape is [4.0]"),
-    "shape of strings": (header({"a": entry("U8", ["4"], 0, 4)}), 4, "a", "a list of 1"),
-    "shape negative": (header({"a": entry("U8", [-2, -2], 0, 4)}), 4, "a", "shape is [-2, -2]"),
-    "shape huge": (header({"a": entry("U8", [2**64 + 4], 0, 4)}), 4, "a", "18446744073709551620"),
-    "elements overflow": (
-        header({"a": entry("U8", [2**40, 2**40], 0, 4)}),
-        4,
-        "a",
-        "has more than 2**63 - 1 elements",
-    ),
-    "elements overflow to the right size": (
-        header({"a": entry("U8", [2**62, 4, 1], 0, 0)}),
-        0,
-        "a",
-        "has more than 2**63 - 1 elements",
-    ),
-    "offsets a number": (
-        header({"a": {"dtype": "U8", "shape": [4], "data_offsets": 4}}),
-        4,
-        "a",
-        "data_offsets is 4, expected two numbers",
-    ),
-    "one offset": (header({"a": entry("U8", [4], 4)}), 4, "a", "data_offsets is [4]"),
-    "three offsets": (
-        header({"a": entry("U8", [4], 0, 4, 4)}),
-        4,
-        "a",
-        "data_offsets is [0, 4, 4]",
-    ),
-    "offset a boolean": (header({"a": entry("U8", [1], 0, True)}), 1, "a", "[0, true]"),
-    "offset a float": (header({"a": entry("U8", [4], 0, 4.0)}), 4, "a", "[0, 4.0]"),
-    "offset negative": (header({"a": entry("U8", [4], -4, 0)}), 0, "a", "[-4, 0]"),
-    "offset huge": (header({"a": entry("U8", [4], 0, 2**64)}), 4, "a", str(2**64)),
-    "offsets reversed": (
-        header({"a": entry("U8", [4], 4, 0)}),
-        4,
-        "a",
-        "[4, 0] end before they start",
-    ),
-    "size disagrees": (
-        header({"a": entry("BF16", [3, 5], 0, 28)}),
-        28,
-        "a",
-        "BF16 [3, 5] takes 30 bytes, but data_offsets [0, 28] hold 28",
-    ),
     "beyond the end": (
         header({"a": U8, "b": entry("U8", [4], 4, 8)}),
         7,
         "b",
         "ends at byte 8 of the data, of which the file has 7",
     ),
-    "no data at all": (header({"a": U8}), 0, "a", "of which the file has 0"),
     "overlap": (
         header({"a": U8, "b": entry("U8", [4], 2, 6)}),
         6,
@@ -217,12 +208,6 @@ REJECTED_BY_BOTH: dict[str, tuple[bytes, int, str, str]] = {
         "b",
         "starts at byte 6, but a ends at 4",
     ),
-    "hole before the first": (
-        header({"a": entry("U8", [4], 1, 5)}),
-        5,
-        "a",
-        "starts at byte 1, but the data starts at 0",
-    ),
     "bytes after the last": (
         header({"a": U8}),
         5,
@@ -243,7 +228,17 @@ REJECTED_BY_BOTH: dict[str, tuple[bytes, int, str, str]] = {
         "'k' is 1, expected a string",
     ),
 }
+ENTRIES_BY_US: dict[str, tuple[object, int, str]] = {
+    "rank 33": (entry("U8", [1] * 33, 0, 1), 1, "33 axes, at most 32"),
+    "elements overflow next to a zero": (
+        entry("U8", [0, 2**40, 2**40], 0, 0),
+        0,
+        "has more than 2**63 - 1 elements",
+    ),
+    "dtype of half a byte": (entry("F4", [8], 0, 4), 4, "dtype is 'F4', known"),
+}
 REJECTED_BY_US: dict[str, tuple[bytes, int, str, str]] = {
+    **{k: (header({"a": e}), n, "a", m) for k, (e, n, m) in ENTRIES_BY_US.items()},
     "tensor twice": (
         prefixed(b'{"a":%(e)s,"a":%(e)s}' % {b"e": json.dumps(U8).encode()}),
         4,
@@ -260,14 +255,6 @@ REJECTED_BY_US: dict[str, tuple[bytes, int, str, str]] = {
     "name with a newline": (header({"a\nb": U8}), 4, "'a\\nb'", "control character U+000A"),
     "name with an escape": (header({"\x1b[2J": U8}), 4, "'\\x1b[2J'", "U+001B"),
     "name that turns the text": (header({"a\u202eb": U8}), 4, "'a\\u202eb'", "U+202E"),
-    "rank 33": (header({"a": entry("U8", [1] * 33, 0, 1)}), 1, "a", "33 axes, at most 32"),
-    "elements overflow next to a zero": (
-        header({"a": entry("U8", [0, 2**40, 2**40], 0, 0)}),
-        0,
-        "a",
-        "has more than 2**63 - 1 elements",
-    ),
-    "dtype of half a byte": (header({"a": entry("F4", [8], 0, 4)}), 4, "a", "dtype is 'F4', known"),
 }
 
 

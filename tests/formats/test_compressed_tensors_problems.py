@@ -82,7 +82,7 @@ LONG = {
 def test_corrupted_folders_are_rejected(changes: str, words: list[str], tmp_path: Path) -> None:
     tensors, config = good(), block(group_size=32, symmetric=False)
     for name, written in LONG.items():
-        changes = changes.replace(f"{name}", written) if changes.startswith(name) else changes
+        changes = changes.replace(name, written)
     damage(changes, tensors, config)
     text = rejection(write_quantized(tmp_path / "source", tensors, config), tmp_path / "out")
     assert all(word in text for word in words), text
