@@ -570,12 +570,8 @@ def read_with(tmp_path: Path, files: dict[str, bytes]) -> Checkpoint:
 
 def test_side_files(tmp_path: Path) -> None:
     copied = {
-        ".gitattributes": b"x",
-        "README.md": b"x",
-        "modeling_x.py": b"x",
-        "tokenizer.json": b"{}",
-        "vocab.bin": bytes(1 << 20),
-        "sub/config.json": b"{}",
+        **{".gitattributes": b"x", "README.md": b"x", "modeling_x.py": b"x"},
+        **{"tokenizer.json": b"{}", "vocab.bin": bytes(1 << 20), "sub/config.json": b"{}"},
         "sub/deep/er/chat_template.jinja": b"x",
         "sub/ä.txt": b"x",
     }

@@ -215,18 +215,10 @@ def test_corrupt_triples_are_all_named(checkpoint: Callable[..., Path], tmp_path
     words = np.zeros((8, 8), np.uint32)
     source = checkpoint(
         {
-            "a.weight": words,
-            "a.scales": bf16(8, 1),
-            "b.weight": words,
-            "b.scales": bf16(8, 2),
-            "b.biases": bf16(8, 1),
-            "c.weight": bf16(8, 8),
-            "c.scales": bf16(8, 1),
-            "c.biases": bf16(8, 1),
-            "d.weight": words,
-            "e.weight": words,
-            "e.scales": bf16(8, 1),
-            "e.biases": bf16(8, 1),
+            **{"a.weight": words, "a.scales": bf16(8, 1), "b.weight": words},
+            **{"b.scales": bf16(8, 2), "b.biases": bf16(8, 1), "c.weight": bf16(8, 8)},
+            **{"c.scales": bf16(8, 1), "c.biases": bf16(8, 1), "d.weight": words},
+            **{"e.weight": words, "e.scales": bf16(8, 1), "e.biases": bf16(8, 1)},
         },
         {"quantization": {"group_size": 64, "bits": 4, "e": False}},
     )

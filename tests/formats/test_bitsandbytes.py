@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import requant
 from tests.support.checkpoints import write_quantized
-from tests.support.conversions import rejection
+from tests.support.conversions import convert, rejection
 from tests.support.damage import damage, damages
 from tests.support.layers.bitsandbytes import BLOCK, NF4, STATE, table
 from tests.support.mlx_reference import affine
@@ -49,8 +49,7 @@ def test_int8_written_by_hand(tmp_path: Path) -> None:
         "up.bias": np.ones(2, np.float16),
     }
     source = write_quantized(tmp_path / "source", tensors, {"load_in_8bit": True}, dtype="float16")
-    requant.convert(source, tmp_path / "out", layout="keep")
-    made = read_folder(tmp_path / "out")
+    made, _ = convert(source, tmp_path / "out")
     assert {hex(word) for word in made["up.weight"].ravel()} == {"0xff807f00"}
     assert made["up.scales"].tolist() == [[1], [0.5]]
     assert made["up.biases"].tolist() == [[-128], [-64]]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import requant
 from tests.support.checkpoints import write_quantized
-from tests.support.conversions import rejection
+from tests.support.conversions import convert, rejection
 from tests.support.damage import damage, damages
 from tests.support.mlx_reference import float_values
 from tests.support.number_formats import BF16, E4M3, E8M0, e4m3
@@ -172,8 +172,7 @@ def test_fp4_experts_in_int8(tmp_path: Path) -> None:
         "experts.0.w1.scale": np.array([[0x7F], [0x80], [0x7A]], np.uint8).view(E8M0),
     }
     folder = write_quantized(tmp_path / "source", tensors, FP8 | {"expert_dtype": "fp4"})
-    requant.convert(folder, tmp_path / "out", layout="keep")
-    out = read_folder(tmp_path / "out")
+    out, _ = convert(folder, tmp_path / "out")
     assert out["experts.0.w1.weight"][0].tolist() == [0x76543210, 0xFEDCBA98] * 2
     assert out["experts.0.w1.scales"].tolist() == [[0x7F], [0x80], [0x7A]]
     values = float_values(out, "experts.0.w1", {"group_size": 32, "bits": 4, "mode": "mxfp4"})

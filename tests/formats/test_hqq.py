@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import requant
 from tests.support.checkpoints import write_quantized
-from tests.support.conversions import rejection
+from tests.support.conversions import convert, rejection
 from tests.support.damage import damage, damages
 from tests.support.layers.hqq import BLOCK, PACKINGS, layer, random_view, text
 from tests.support.mlx_reference import affine
@@ -36,8 +36,7 @@ def test_a_byte_written_by_hand(tmp_path: Path) -> None:
     tensors["up.scale"] = np.array([[0.5], [0.25]], np.float16)
     tensors["up.zero"] = np.array([[1.5], [7.25]], np.float16)
     source = write_quantized(tmp_path / "source", tensors, BLOCK)
-    requant.convert(source, tmp_path / "out", layout="keep")
-    made = read_folder(tmp_path / "out")
+    made, _ = convert(source, tmp_path / "out")
     assert made["up.weight"].tolist() == [[0x22222222] * 4, [0xFFFFFFFF] * 4]
     assert made["up.scales"].tolist() == [[0.5], [0.25]]
     assert made["up.biases"].tolist() == [[-0.75], [-1.8125]]

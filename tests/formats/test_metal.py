@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import requant
 from tests.support.checkpoints import write_quantized
-from tests.support.conversions import rejection
+from tests.support.conversions import convert, rejection
 from tests.support.layers.metal import block, layer
 from tests.support.mlx_reference import affine
 from tests.support.number_formats import BF16
@@ -26,8 +26,7 @@ def test_qbiases_are_biases(bits: int, tmp_path: Path) -> None:
     tensors, _, _ = layer(8, 128, bits, 64)
     tensors["up.bias"] = np.ones(8, BF16)
     source = write_quantized(tmp_path / "source", tensors, block(bits))
-    report = requant.convert(source, tmp_path / "out", layout="keep", chunk_bytes=1)
-    made = read_folder(tmp_path / "out")
+    made, report = convert(source, tmp_path / "out", chunk_bytes=1)
     assert made.keys() == {"up.weight", "up.scales", "up.biases", "up.bias"}
     assert made["up.weight"].tobytes() == tensors["up.weight"].tobytes()
     assert made["up.scales"].tobytes() == tensors["up.scales"].tobytes()

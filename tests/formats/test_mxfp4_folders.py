@@ -9,7 +9,7 @@ import pytest
 
 import requant
 from tests.support.checkpoints import write_quantized
-from tests.support.conversions import rejection
+from tests.support.conversions import convert, rejection
 from tests.support.damage import damage, damages
 from tests.support.fixture_checks import check_fixture
 from tests.support.mlx_reference import float_values
@@ -43,8 +43,7 @@ def test_worked_vector(names: tuple[str, str], tmp_path: Path) -> None:
     }
     for number, block in enumerate((BLOCK, None)):  # the config, or the tensors alone
         folder = write_quantized(tmp_path / f"source{number}", tensors, block)
-        requant.convert(folder, tmp_path / f"out{number}", layout="keep")
-        out = read_folder(tmp_path / f"out{number}")
+        out, _ = convert(folder, tmp_path / f"out{number}")
         values = float_values(out, "mlp1_weight", SPEC)
         assert values.tolist() == [[[0.5, 1.0] * 16, [1.0, 2.0] * 16]]
         assert out["mlp1_weight.weight"].tolist() == [[[0x21212121] * 4] * 2]

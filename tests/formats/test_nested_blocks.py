@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import requant
-from tests.support.conversions import rejection
+from tests.support.conversions import convert, rejection
 from tests.support.format_folders import SOURCES, Source
 from tests.support.number_formats import BF16
 from tests.support.plan_texts import note_texts
@@ -177,8 +177,7 @@ def test_blocks_of_two_parts_of_a_model_are_both_right(tmp_path: Path) -> None:
     source.tensors |= {f"vision.{part}": tower.tensors[part] for part in tower.parts}
     config = {"text_config": source.config, "vision_config": tower.config}
     folder = write(source, tmp_path / "source", config)
-    requant.convert(folder, tmp_path / "out", layout="keep", dequantize=True, dtype="float32")
-    made = read_folder(tmp_path / "out")
+    made, _ = convert(folder, tmp_path / "out", dequantize=True, dtype="float32")
     assert np.array_equal(made["up.weight"], source.values["up"])
     assert np.array_equal(made["vision.up.weight"], tower.values["up"])
     written = json.loads((tmp_path / "out" / "config.json").read_text())

@@ -9,7 +9,7 @@ import pytest
 
 import requant
 from requant.quantization.config import Quantization
-from tests.support.conversions import rejection
+from tests.support.conversions import convert, rejection
 from tests.support.format_folders import SOURCES, Source, Tensors
 from tests.support.layers import packers
 from tests.support.number_formats import BF16, e4m3
@@ -27,11 +27,8 @@ TELLING = [
 SILENT = ["gptq", "auto-round", "paroquant", "bitnet", "mlx", "metal", "fp-quant"]
 # Layers of the second kind that the first reads itself, by its own config.
 SHARED = {
-    "gptq": ("auto-round",),
-    "auto-round": ("gptq",),
-    "awq": ("paroquant",),
-    "mlx": ("metal",),
-    "metal": ("mlx",),
+    **{"gptq": ("auto-round",), "auto-round": ("gptq",), "awq": ("paroquant",)},
+    **{"mlx": ("metal",), "metal": ("mlx",)},
 }
 
 
@@ -324,8 +321,7 @@ def test_act_order_is_not_moved_past_a_layer_of_another_kind(tmp_path: Path) -> 
     block = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True, "sym": True}
     source.config["quantization_config"] = block
     folder = source.write(tmp_path / "source")
-    requant.convert(folder, tmp_path / "out", layout="keep", overrides=["gate_proj=8"])
-    made = read_folder(tmp_path / "out")
+    made, _ = convert(folder, tmp_path / "out", overrides=["gate_proj=8"])
     wanted, _ = dense_of(folder, tmp_path / "dense")
     order = np.argsort(groups, kind="stable")
     config = requant.parse_quantization((tmp_path / "out" / "config.json").read_text())

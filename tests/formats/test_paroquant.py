@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 import requant
 from requant.nn import RotateQuantizedExperts, RotateQuantizedLinear
 from tests.support.checkpoints import model
+from tests.support.conversions import convert
 from tests.support.fixture_checks import check_fixture
 from tests.support.fixture_folders import fixture
 from tests.support.gguf_models import tiny, values
@@ -341,8 +342,7 @@ def test_experts_fold(experts: Any, again: bool, tmp_path: Path) -> None:
     assert np.abs(found - wanted).max() <= 2e-3 * np.abs(wanted).max()
     if again:
         return
-    requant.convert(source, tmp_path / "wide", dequantize=True, dtype="float32", layout="keep")
-    wide = read_folder(tmp_path / "wide")
+    wide, _ = convert(source, tmp_path / "wide", dequantize=True, dtype="float32")
     assert wide.keys() == plain.keys()
     for name, array in plain.items():
         room = 2e-6 * np.abs(array).max() if ".experts." in name else 0.0

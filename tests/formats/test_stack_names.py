@@ -15,7 +15,7 @@ from requant.core.dtypes import TensorInfo
 from requant.formats.expert_shapes import Orientation
 from requant.formats.layer_names import layer_names
 from tests.support.checkpoints import write_quantized
-from tests.support.conversions import rejection
+from tests.support.conversions import convert, rejection
 from tests.support.layers import compressed_tensors as ct_layers
 from tests.support.layers.quark import block as quark_block
 from tests.support.layers.stacks import EXPERTS, IN, OUT, PLACE, small_e4m3
@@ -97,8 +97,7 @@ def test_a_scale_of_fp8_by_any_name(
     scale = (0.01 + 0.001 * np.arange(np.prod(shape, dtype=int))).astype(np.float32).reshape(shape)
     tensors = {"up.weight": codes, f"up.{spelling}": scale}
     source = write_quantized(tmp_path / "source", tensors, FOLDERS[folder])
-    requant.convert(source, tmp_path / "out", layout="keep", dequantize=True, dtype="float32")
-    made = read_folder(tmp_path / "out")
+    made, _ = convert(source, tmp_path / "out", dequantize=True, dtype="float32")
     assert made.keys() == {"up.weight"}
     assert np.array_equal(made["up.weight"], codes.astype(np.float32) * scale)
 
@@ -162,8 +161,7 @@ def test_stacks_without_a_block(kind: str, path: str, tmp_path: Path) -> None:
     tensors = {f"{PLACE}.{path}_{role}": part for role, part in parts.items()}
     tensors["model.norm.weight"] = np.ones(IN, np.float32)
     source = write_quantized(tmp_path / "source", tensors, None, model_type="some_moe")
-    requant.convert(source, tmp_path / "out", layout="keep", dequantize=True, dtype="float32")
-    made = read_folder(tmp_path / "out")
+    made, _ = convert(source, tmp_path / "out", dequantize=True, dtype="float32")
     assert made.keys() == {"model.norm.weight", f"{PLACE}.{path}_weight"}
     assert np.array_equal(made[f"{PLACE}.{path}_weight"], values)
 
@@ -218,10 +216,7 @@ def test_fp8_that_is_stored_transposed(
         factor = scale.reshape(-1, 1, 1) if grid == (EXPERTS,) else scale.reshape(grid)
         expected[f"{PLACE}.{name}"] = codes.astype(np.float32) * factor
     source = write_quantized(tmp_path / "source", tensors, block, model_type="some_moe")
-    requant.convert(
-        source, tmp_path / "out", layout="keep", dequantize=True, dtype="float32", chunk_bytes=5000
-    )
-    made = read_folder(tmp_path / "out")
+    made, _ = convert(source, tmp_path / "out", dequantize=True, dtype="float32", chunk_bytes=5000)
     assert made.keys() == expected.keys()
     for name, values in expected.items():
         assert made[name].tobytes() == values.tobytes(), name

@@ -17,6 +17,7 @@ import pytest
 import requant
 from requant.quantization.config import Quantization
 from tests.support.checkpoints import write_quantized
+from tests.support.conversions import convert
 from tests.support.fixture_checks import same_in_memory
 from tests.support.layers import compressed_tensors as ct_layers
 from tests.support.layers import packers
@@ -292,17 +293,11 @@ def gptq(codes: np.ndarray, zeros: np.ndarray, scales: np.ndarray) -> Parts:
 
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}
 GPTQ = {
-    "quant_method": "gptq",
-    "bits": 4,
-    "group_size": 32,
-    "sym": False,
+    **{"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False},
     "checkpoint_format": "gptq_v2",
 }
 AUTO_ROUND = {
-    "quant_method": "auto-round",
-    "bits": 4,
-    "group_size": 32,
-    "sym": False,
+    **{"quant_method": "auto-round", "bits": 4, "group_size": 32, "sym": False},
     "packing_format": "auto_round",
 }
 
@@ -432,10 +427,7 @@ def test_values(make: Callable[[], Stack], naming: str, tmp_path: Path) -> None:
     source = write_quantized(
         tmp_path / "source", named(stack.parts, name), stack.block, model_type="moe"
     )
-    requant.convert(
-        source, tmp_path / "out", layout="keep", dequantize=True, dtype="float32", chunk_bytes=3000
-    )
-    made = read_folder(tmp_path / "out")
+    made, _ = convert(source, tmp_path / "out", dequantize=True, dtype="float32", chunk_bytes=3000)
     assert list(made) == [f"{path}.weight" if stack.transposed else dense]
     (found,) = made.values()
     assert found.shape == stack.values.shape
@@ -458,8 +450,7 @@ def test_a_stack_is_its_experts_bit_for_bit(make: Callable[[], Stack], tmp_path:
         parts = stack.single(expert)
         separate |= {f"{PLACE}.{expert}.up.{role}": part for role, part in parts.items()}
     single = write_quantized(tmp_path / "apart", separate, stack.block, model_type="moe")
-    requant.convert(single, tmp_path / "single", layout="keep", **stack.options)
-    each = read_folder(tmp_path / "single")
+    each, _ = convert(single, tmp_path / "single", **stack.options)
     assert len(each) == EXPERTS * len(made)
     for role in (key.rpartition(".")[2] for key in made):
         for expert, matrix in enumerate(made[f"{path}.{role}"]):

@@ -13,7 +13,7 @@ from requant.checkpoints.checkpoint import Checkpoint
 from requant.formats import FORMATS
 from requant.formats.base import SourceLayout, dense_layer
 from tests.support.checkpoints import write_quantized
-from tests.support.conversions import rejection
+from tests.support.conversions import convert, rejection
 from tests.support.number_formats import BF16, E4M3, e4m3
 from tests.support.plan_texts import note_texts
 from tests.support.safetensors_files import read_folder
@@ -217,8 +217,7 @@ def test_tables_of_the_model_s_own_stay(quantized: bool, tmp_path: Path) -> None
         block = {"quant_method": "fp8"}
         tensors |= {"up.weight": e4m3(64, 128), "up.weight_scale": np.ones(1, np.float32)}
     source = write_quantized(tmp_path / "source", tensors, block)
-    requant.convert(source, tmp_path / "out", layout="keep", bits=8)
-    made = read_folder(tmp_path / "out")
+    made, _ = convert(source, tmp_path / "out", bits=8)
     for name, array in TABLES.items():
         assert made[name].tobytes() == array.tobytes(), name
 

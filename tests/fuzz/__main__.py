@@ -19,12 +19,7 @@ from tests.fuzz import harness
 
 # Parts of 105 inputs; folders and records take the longest by far.
 SHARES = {
-    "header": 33,
-    "pattern": 10,
-    "folder": 30,
-    "gguf": 12,
-    "index": 12,
-    "record": 3,
+    **{"header": 33, "pattern": 10, "folder": 30, "gguf": 12, "index": 12, "record": 3},
     "statistics": 5,
 }
 

@@ -312,10 +312,7 @@ def test_llama_3_scaling_is_found_in_its_factors(tmp_path: Path) -> None:
     write_gguf(tmp_path / "m.gguf", weights, config, "Q8_0", extra=extra)
     plan = requant.plan(tmp_path / "m.gguf")
     assert plan.config["rope_scaling"] == {
-        "rope_type": "llama3",
-        "type": "llama3",
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
+        **{"rope_type": "llama3", "type": "llama3", "factor": 8.0, "low_freq_factor": 1.0},
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }

@@ -65,11 +65,8 @@ def fields(model: Any, prefix: bool) -> dict[str, Any]:
         "tokens": tuple(model.id_to_piece(n) for n in count),
         "scores": np.array([model.get_score(n) for n in count], np.float32),
         "token_type": np.array(kinds, np.int32),
-        "bos_token_id": model.bos_id(),
-        "eos_token_id": model.eos_id(),
-        "unknown_token_id": model.unk_id(),
-        "add_space_prefix": prefix,
-        "add_bos_token": True,
+        **{"bos_token_id": model.bos_id(), "eos_token_id": model.eos_id()},
+        **{"unknown_token_id": model.unk_id(), "add_space_prefix": prefix, "add_bos_token": True},
     }
 
 

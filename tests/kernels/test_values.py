@@ -220,13 +220,8 @@ def halves(rows, cols):
 
 
 GOOD = {
-    "w": halves(2, 64),
-    "dtype": "BF16",
-    "group_size": 64,
-    "bits": 4,
-    "words": words(2, 8),
-    "scales": halves(2, 1),
-    "biases": halves(2, 1),
+    **{"w": halves(2, 64), "dtype": "BF16", "group_size": 64, "bits": 4, "words": words(2, 8)},
+    **{"scales": halves(2, 1), "biases": halves(2, 1)},
 }
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 import requant
+from tests.support.conversions import convert
 from tests.support.families import small_config
 from tests.support.hub_forms import FORMS
 from tests.support.layers import packers
@@ -192,8 +193,7 @@ def test_a_request_moves_what_it_holds_and_encodes_the_rest(tmp_path: Path) -> N
         assert not np.array_equal(found[number], wanted(before, UP.format(number), specs[number]))
     requant.convert(source, tmp_path / "dense", layout="mlx-lm", dequantize=True, dtype="float32")
     values = read_folder(tmp_path / "dense")[f"{STACK}.weight"]
-    requant.convert(source, tmp_path / "own", layout="keep", dequantize=True, dtype="float32")
-    own = read_folder(tmp_path / "own")
+    own, _ = convert(source, tmp_path / "own", dequantize=True, dtype="float32")
     assert np.array_equal(values, np.stack([own[f"{UP.format(n)}.weight"] for n in range(4)]))
 
 

@@ -29,15 +29,9 @@ from tests.support.plan_texts import note_texts
 H, V, INNER = 64, 96, 128
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 LLAMA = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": H,
-    "intermediate_size": INNER,
-    "vocab_size": V,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "rms_norm_eps": 1e-6,
+    **{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": H},
+    **{"intermediate_size": INNER, "vocab_size": V, "num_hidden_layers": 1},
+    **{"num_attention_heads": 2, "num_key_value_heads": 2, "rms_norm_eps": 1e-6},
     "rope_theta": 1e4,
     "max_position_embeddings": 64,
     "torch_dtype": "bfloat16",

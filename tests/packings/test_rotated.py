@@ -100,10 +100,7 @@ def test_the_kernel_s_text(
         pytest.skip("no C++ compiler is here")
     rows = 2
     text = HOST % {
-        "group": group,
-        "inputs": group * groups,
-        "rounds": rounds,
-        "rows": rows,
+        **{"group": group, "inputs": group * groups, "rounds": rounds, "rows": rows},
         "kernel": KERNEL,
     }
     (tmp_path / "kernel.cpp").write_text(text)

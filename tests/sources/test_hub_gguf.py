@@ -31,13 +31,8 @@ def test_models_are_detected_by_the_end_of_their_names() -> None:
     ]
     models = gguf_models(names)
     assert {key: len(files) for key, files in models.items()} == {
-        "BF16": 2,
-        "UD-Q3_K_XL": 1,
-        "Q4_K_M": 1,
-        "IQ2_XXS": 1,
-        "large-q8_0": 1,
-        "small-Q8_0": 1,
-        "odd": 1,
+        **{"BF16": 2, "UD-Q3_K_XL": 1, "Q4_K_M": 1, "IQ2_XXS": 1, "large-q8_0": 1},
+        **{"small-Q8_0": 1, "odd": 1},
     }
     assert select_model(models, "q4_k_m") == "Q4_K_M"
     assert select_model(models, "a-BF16-00001-of-00002.gguf") == "BF16"
