@@ -1,7 +1,5 @@
 """The architecture that docs/architecture.md describes is the one of the code."""
 
-from __future__ import annotations
-
 import ast
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """A call with many positional arguments does not say what they are: six or more have names."""
 
-from __future__ import annotations
-
 import ast
 from pathlib import Path
 

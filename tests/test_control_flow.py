@@ -1,7 +1,5 @@
 """Code decides by codes, classes and fields, never by the text of a message for people."""
 
-from __future__ import annotations
-
 import ast
 from collections.abc import Iterator
 from pathlib import Path

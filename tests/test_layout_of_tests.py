@@ -1,7 +1,5 @@
 """What tests share lies in ``tests/support``: no test module imports another, or a conftest."""
 
-from __future__ import annotations
-
 import ast
 from pathlib import Path
 

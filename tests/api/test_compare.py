@@ -1,7 +1,5 @@
 """``compare``: figures of layers by hand, names across layouts, and the evaluator's own."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

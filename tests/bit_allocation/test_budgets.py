@@ -1,7 +1,5 @@
 """--budget in the pipeline: within the size, the same again, and what is wrong said beforehand."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The solver behind --budget, against every choice there is."""
 
-from __future__ import annotations
-
 from itertools import product
 from math import inf
 

@@ -1,7 +1,5 @@
 """``requant calibrate``: sums held against the model's own parts, called by hand."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

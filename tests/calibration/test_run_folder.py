@@ -1,7 +1,5 @@
 """What a calibration keeps: the state of the run, and the files of hidden states."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

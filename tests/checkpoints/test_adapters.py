@@ -1,7 +1,5 @@
 """Adapters: a folder of one, one next to a model, one inside a model; each with its way out."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

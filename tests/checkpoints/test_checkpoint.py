@@ -1,7 +1,5 @@
 """Source folders: what is read, what is copied, and every way to be rejected."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Safetensors headers: every way to be bad is named, and nothing in a file makes us raise."""
 
-from __future__ import annotations
-
 import json
 import struct
 import time

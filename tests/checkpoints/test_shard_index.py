@@ -1,7 +1,5 @@
 """An index that does not fit the files: read where the files are whole, else the way out works."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Weights below a source: copied where a copied file names them, else left out."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 from collections.abc import Iterator

@@ -3,8 +3,6 @@
 Each case: a situation, the words of the message, and the command that follows it.
 """
 
-from __future__ import annotations
-
 import importlib
 import json
 import os

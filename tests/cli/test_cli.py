@@ -1,7 +1,5 @@
 """What the command line prints, and the codes it ends with."""
 
-from __future__ import annotations
-
 import json
 import os
 import pty

@@ -1,7 +1,5 @@
 """Shell completion: scripts that shells take, and what is offered for words and values."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

@@ -1,7 +1,5 @@
 """GGUF files on the command line: every command that reads a source takes one."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

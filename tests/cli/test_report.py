@@ -1,7 +1,5 @@
 """``requant report``: text, JSON and a page that a browser draws."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """Every place where a config or a user writes patterns: explosive ones end in seconds, in each."""
 
-from __future__ import annotations
-
 import json
 import re
 import signal

@@ -1,7 +1,5 @@
 """Patterns answer as ``re`` does, and answer in time whatever they are."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 import sys

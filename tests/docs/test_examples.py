@@ -1,7 +1,5 @@
 """Every file under examples/ runs in an empty folder and prints what it should."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """The documentation builds strictly: no broken links, anchors or names, and nothing is fetched."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -4,8 +4,6 @@
 split at underscores and capitals.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The trained models through requant and through mlx-lm's own converter, bit for bit."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

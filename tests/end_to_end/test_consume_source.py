@@ -1,7 +1,5 @@
 """``--consume-source``: files go one by one, and at every moment the conversion can be finished."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Whole conversions on tiny checkpoints, held against MLX bit for bit."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

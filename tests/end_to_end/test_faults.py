@@ -3,8 +3,6 @@
 ``REQUANT_FAULTS=1`` tries every call; without it every so many.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -3,8 +3,6 @@
 The kernels' own bytes from any chunks, and what is named or rejected.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """A conversion can be killed anywhere: what appears is whole, and nothing is done twice."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

@@ -1,7 +1,5 @@
 """The row arithmetic of steps and chunks, against a reference that handles one row at a time."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod

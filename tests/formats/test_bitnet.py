@@ -1,7 +1,5 @@
 """BitNet: folders against transformers' own values, bytes by hand, what must be rejected."""
 
-from __future__ import annotations
-
 import tempfile
 from pathlib import Path
 from typing import Any

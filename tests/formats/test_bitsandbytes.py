@@ -1,7 +1,5 @@
 """bitsandbytes by hand: bytes, tables, nesting, any shape, and folders that must be rejected."""
 
-from __future__ import annotations
-
 import json
 import tempfile
 from collections.abc import Callable

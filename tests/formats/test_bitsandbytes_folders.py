@@ -1,7 +1,5 @@
 """bitsandbytes folders against the values of bitsandbytes itself."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

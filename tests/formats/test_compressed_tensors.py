@@ -1,7 +1,5 @@
 """compressed-tensors by hand: worked vectors, and every layout in any shape."""
 
-from __future__ import annotations
-
 import tempfile
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """compressed-tensors folders against compressed-tensors' own values."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

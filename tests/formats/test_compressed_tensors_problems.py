@@ -1,7 +1,5 @@
 """Broken compressed-tensors folders: every fault is named, and nothing is written."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

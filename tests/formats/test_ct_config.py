@@ -1,7 +1,5 @@
 """compressed-tensors' config: which scheme a layer has, presets, what is left out."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@ A damage must be rejected with the layer's name, or leave a layer that means one
 few are listed with the reason, and hold the rest to be rejected.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Iterator

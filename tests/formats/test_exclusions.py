@@ -1,7 +1,5 @@
 """Lists that call a layer dense, or quantized, against what its tensors are."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Mixtures of experts from AWQ and GPTQ folders: stacked as mlx-lm wants them, same codes."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

@@ -1,7 +1,5 @@
 """FP8 by hand: vectors, every kind of scale, any shape, and folders that must be rejected."""
 
-from __future__ import annotations
-
 import tempfile
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """FP-Quant: what is not rotated is read; what is rotated is rejected by name."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """GGUF fixtures: values of the gguf package, codes as codes; logits of the dense weights."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

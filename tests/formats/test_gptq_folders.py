@@ -1,7 +1,5 @@
 """GPTQ's folders against GPTQModel's own values."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """HQQ by hand: packings, any shape along both axes, and folders that must be rejected."""
 
-from __future__ import annotations
-
 import tempfile
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Llama 4 in fbgemm's FP8: experts that mlx-lm's class wants as they are named and transposed."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """transformers' metal layers: an exact rename, groups that are repeated, and rejections."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Entries of MLX's block that say less than all, or what the tensors contradict."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """MLX folders whose config and tensors contradict each other: rejected by name, with a way out."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """ModelOpt by hand: every kind of layer, scales of inputs, and folders that must be rejected."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

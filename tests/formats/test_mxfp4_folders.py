@@ -1,7 +1,5 @@
 """gpt-oss's MXFP4 experts: transformers' own values, worked vectors, damaged folders."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

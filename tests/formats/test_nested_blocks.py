@@ -1,7 +1,5 @@
 """Quantization blocks and dtypes in sections of config.json, and two blocks that disagree."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """ConvertOptions on a quantized source: decode and encode in one pass is the same as in two."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

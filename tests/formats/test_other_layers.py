@@ -1,7 +1,5 @@
 """Two formats in one folder: each layer is read by what its tensors are."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

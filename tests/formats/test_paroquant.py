@@ -1,7 +1,5 @@
 """ParoQuant folders and the layer that runs them, against the peer's own values."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import shutil

@@ -1,7 +1,5 @@
 """Quark by hand: every layout that is documented, and folders that must be rejected."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Broken AWQ, GPTQ and AutoRound folders: every fault is named, and nothing is written."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """One list of scale names: what is next to codes is found whatever joins the two."""
 
-from __future__ import annotations
-
 import pytest
 
 from requant.formats.scale_names import Role, ScaleNames, parse_scale_name

@@ -1,7 +1,5 @@
 """Stacks and scales by name: folders without a config, other spellings, and what is rejected."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@ A stack holds what as many single layers hold: its values are computed here with
 description of the format, and its codes are those of the single layers, bit for bit.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path

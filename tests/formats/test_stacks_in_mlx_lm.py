@@ -1,7 +1,5 @@
 """Coded stacks of experts under mlx-lm's names: its class takes them as it takes dense ones."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -8,8 +8,6 @@ walked so that every pair of two columns occurs (every format with every dtype a
 every dtype with every name), by steps that differ from format to format.
 """
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """torchao by hand: every type of tensor, swizzled scales, and folders that must be rejected."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What no layer took: codes are rejected, floats next to a scale need a config, tables stay."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -3,8 +3,6 @@
 Tensors determine, or the folder is rejected.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

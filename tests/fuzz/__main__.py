@@ -1,7 +1,5 @@
 """The fuzzer: ``scripts/fuzz --inputs 1000000``; findings go to tests/fuzz/seeds as files."""
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import random

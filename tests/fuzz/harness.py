@@ -4,8 +4,6 @@ A reader may return, or raise a ``RequantError``. Anything else is a finding: an
 more than ``SLOW_S`` seconds, or more memory than the process is allowed.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 import random

@@ -1,7 +1,5 @@
 """Config and tokenizer of GGUF files next to those that transformers' own reader makes of them."""
 
-from __future__ import annotations
-
 import json
 from functools import cache
 from pathlib import Path

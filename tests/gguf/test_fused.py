@@ -1,7 +1,5 @@
 """Tensors that files fuse, and scales of whole tensors."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """No key that llama.cpp's graphs use is lost: config.json says it, or it is named."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Whole models: logits of a GGUF file are those of the model that it was written from."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

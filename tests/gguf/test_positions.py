@@ -1,7 +1,5 @@
 """Rotated parts, scalings, windows and soft caps: config.json says what llama.cpp computes."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import math

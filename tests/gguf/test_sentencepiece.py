@@ -1,7 +1,5 @@
 """Tokenizers of SentencePiece files, against SentencePiece itself and transformers' reader."""
 
-from __future__ import annotations
-
 import io
 import itertools
 import re

@@ -1,7 +1,5 @@
 """Tokenizers from metadata, run by the tokenizers package."""
 
-from __future__ import annotations
-
 import itertools
 import json
 from pathlib import Path

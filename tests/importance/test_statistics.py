@@ -1,7 +1,5 @@
 """Statistics files, ours and llama.cpp's: their layers, and conversions weighted by them."""
 
-from __future__ import annotations
-
 import json
 import struct
 from collections.abc import Callable, Mapping

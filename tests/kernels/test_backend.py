@@ -1,7 +1,5 @@
 """Which backend is taken, and that the two agree bit for bit."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 

@@ -1,7 +1,5 @@
 """GGUF blocks: every type against the gguf package and against vectors written by hand."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import gguf

@@ -1,7 +1,5 @@
 """GPTQ: the kernel bit for bit as NumPy does it, and Hessians that are none."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 
 import numpy as np

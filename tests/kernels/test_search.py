@@ -1,7 +1,5 @@
 """Searched scales: never worse than MLX's rule, by an objective computed here in float64."""
 
-from __future__ import annotations
-
 import itertools
 
 import ml_dtypes

@@ -4,8 +4,6 @@ The referee is the layout of the same model dequantized, which ``test_families``
 against mlx-lm itself: values that codes represent are moved as the codes are.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

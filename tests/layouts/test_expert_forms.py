@@ -5,8 +5,6 @@ A checkpoint is built from a class's own parameters: its other tensors as they a
 class's own stacks again, byte for byte, and next to them what mlx-lm makes of the published form.
 """
 
-from __future__ import annotations
-
 import importlib
 import inspect
 import re

@@ -1,7 +1,5 @@
 """Every model type of the installed mlx-lm: our layout, executed, is what mlx-lm converts to."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import mlx.core as mx

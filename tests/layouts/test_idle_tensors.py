@@ -1,7 +1,5 @@
 """Biases of zeros and layers past the last one do not throw a model out of mlx-lm's layout."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

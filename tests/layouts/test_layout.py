@@ -1,7 +1,5 @@
 """The layout: quantized sources, recipes, rejections, memory, and the shared models."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """``layout="mlx-lm"``: what mlx-lm's own converter writes, name for name and bit for bit."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import subprocess

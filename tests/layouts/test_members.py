@@ -5,8 +5,6 @@ encoded with 8 bits while the others are moved. The referee is arithmetic over t
 triples, member by member.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

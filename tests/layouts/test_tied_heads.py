@@ -1,7 +1,5 @@
 """Heads and embeddings: what the tensors say counts, whatever ``tie_word_embeddings`` says."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace

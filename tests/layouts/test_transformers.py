@@ -4,8 +4,6 @@ transformers 5 leaves settings out of config.json that published ones have and m
 demand (rope_theta and others); ``small_config`` fills them in.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """``requant.mlx_lm``: sources loaded in memory give the logits of the converted folder."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import sys

@@ -1,7 +1,5 @@
 """The journal: which lines count after a kill, after a loss of power, and in a damaged file."""
 
-from __future__ import annotations
-
 import json
 import os
 import threading

@@ -1,7 +1,5 @@
 """What is checked of OUTPUT before anything is written."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """``requant.json``: its content, its own hash, and records that cannot be read."""
 
-from __future__ import annotations
-
 import json
 from hashlib import sha256
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Deletion of source files: when a file is free, what is kept of it, and in which order."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

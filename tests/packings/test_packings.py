@@ -1,7 +1,5 @@
 """Every packing of AWQ, GPTQ and AutoRound: codes, zeros and groups against written facts."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

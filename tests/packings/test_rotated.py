@@ -3,8 +3,6 @@
 Where Metal is, it is also run as it is.
 """
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 from collections.abc import Iterator

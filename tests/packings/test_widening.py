@@ -3,8 +3,6 @@
 The referee is ``mx.dequantize`` of the source's own tensors, bit for bit and in the same dtype.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

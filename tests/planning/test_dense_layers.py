@@ -3,8 +3,6 @@
 The referee is the plan of a dense model of the same names and shapes under the same request.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

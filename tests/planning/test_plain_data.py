@@ -1,7 +1,5 @@
 """Frozen means frozen: a plan is plain data, and no frozen dataclass hides state that changes."""
 
-from __future__ import annotations
-
 import ast
 import dataclasses
 import importlib

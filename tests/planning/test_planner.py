@@ -1,7 +1,5 @@
 """What is decided for each layer, and where the bytes go."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

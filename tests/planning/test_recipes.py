@@ -1,7 +1,5 @@
 """Recipes in the pipeline: mlx-lm's own bit for bit, ours layer by layer."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Outputs under the source's names: what other MLX libraries leave dense, and where they look."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

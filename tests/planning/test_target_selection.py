@@ -1,7 +1,5 @@
 """The precedence of everything that decides what a layer becomes."""
 
-from __future__ import annotations
-
 import inspect
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The quantization block: what it means, and what is rejected."""
 
-from __future__ import annotations
-
 import copy
 import json
 import pickle

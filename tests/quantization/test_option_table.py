@@ -3,8 +3,6 @@
 Python, the command line, the record, the command of a report and the reference follow.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Recipes: what a file may say, whom a rule means, and what is wrong with a bad one."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """What a record says about its conversion, and what of it is rejected."""
 
-from __future__ import annotations
-
 import json
 import shlex
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Sources from a hub on loopback and outputs to it, with the real huggingface_hub."""
 
-from __future__ import annotations
-
 import base64
 import json
 import os

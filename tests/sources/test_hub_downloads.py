@@ -1,7 +1,5 @@
 """Weight files that come from a hub on loopback while others are converted."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

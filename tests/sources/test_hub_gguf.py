@@ -1,7 +1,5 @@
 """GGUF files of a hub on loopback, and models loaded from it into memory."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path

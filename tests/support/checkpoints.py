@@ -1,7 +1,5 @@
 """Checkpoint folders, written and compared without any code of requant."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Conversions that several tests make in the same way."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -8,8 +8,6 @@ of the message. Changes are separated by ``; ``::
     weights.num_bits: "four"            put a value of JSON into the block
 """
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

@@ -4,8 +4,6 @@
 argument class has, and then its own. Nested text models name the family of their text part.
 """
 
-from __future__ import annotations
-
 import importlib
 import inspect
 import json

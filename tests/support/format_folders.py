@@ -4,8 +4,6 @@ Each has a quantized layer ``up`` of 64 outputs and 128 inputs, a dense ``head.w
 ``norm.weight``. Values are computed here by the formula of the format's document.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field

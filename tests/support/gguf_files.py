@@ -1,7 +1,5 @@
 """Models as GGUF files, written with the gguf package the way llama.cpp's converter does it."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Small models of mlx-lm that tests write as GGUF files."""
 
-from __future__ import annotations
-
 import importlib
 import json
 from collections.abc import Mapping

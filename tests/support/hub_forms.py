@@ -5,8 +5,6 @@ publish; what mlx-lm then makes of them is compared with what we do. Values are 
 form need not be inverse to anything: only names, shapes and dtypes count.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 

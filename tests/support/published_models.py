@@ -1,7 +1,5 @@
 """Random checkpoints of small models as their authors publish them, dense or as AutoAWQ."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping

@@ -4,8 +4,6 @@ Independent of the kernels and slow: what the kernels must equal, bit for bit. V
 float32; ``T`` is the dtype of the weight and ``T(x)`` rounds to nearest even into it.
 """
 
-from __future__ import annotations
-
 import ml_dtypes
 import numpy as np
 

@@ -1,7 +1,5 @@
 """The tests' own writer and reader of safetensors files, without any code of requant."""
 
-from __future__ import annotations
-
 import json
 import struct
 from collections.abc import Mapping

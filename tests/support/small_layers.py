@@ -1,7 +1,5 @@
 """One small layer ``up`` in every format, its scales all sound: to be damaged by tests."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """transform_awq_weights: what is rejected, and in which order."""
 
-from __future__ import annotations
-
 import mlx.core as mx
 import numpy as np
 import pytest

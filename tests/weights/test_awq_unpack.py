@@ -1,7 +1,5 @@
 """unpack_awq_weights: words into codes, by their bits, lazily."""
 
-from __future__ import annotations
-
 import mlx.core as mx
 import numpy as np
 import pytest

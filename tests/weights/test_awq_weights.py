@@ -1,7 +1,5 @@
 """transform_awq_weights: what comes out, bit for bit, lazily, and the values of AutoAWQ itself."""
 
-from __future__ import annotations
-
 import json
 
 import ml_dtypes

@@ -1,7 +1,5 @@
 """dequantize_weights: what is reconstructed, what passes through, what is rejected."""
 
-from __future__ import annotations
-
 import ml_dtypes
 import mlx.core as mx
 import numpy as np

@@ -1,7 +1,5 @@
 """quantize_weights: what is taken, what passes through, what is rejected."""
 
-from __future__ import annotations
-
 import re
 
 import mlx.core as mx
