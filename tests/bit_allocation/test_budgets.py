@@ -53,8 +53,6 @@ def weights_of(folder: Path) -> dict[str, bytes]:
 
 
 # -- the size ------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("budget", [3.2, 4, "4.75", "6.5", "66KB", "80kb"])
 def test_the_output_is_within_the_budget_and_near_it(source: Path, budget: Any) -> None:
     plan = requant.plan(source, budget=budget, **KEEP)
@@ -94,8 +92,6 @@ def test_nothing_else_chooses_bits(source: Path, other: dict[str, Any]) -> None:
 
 
 # -- who decides ---------------------------------------------------------------------------
-
-
 def test_overrides_win_and_take_their_share(source: Path) -> None:
     overrides = [r"0\.self_attn=8:32", r"1\.self_attn=skip"]
     plan = requant.plan(source, budget=4.6, overrides=overrides, **KEEP)
@@ -127,8 +123,6 @@ def test_more_bits_go_where_errors_cost_more(source: Path) -> None:
 
 
 # -- the same again ------------------------------------------------------------------------
-
-
 def test_a_saved_recipe_gives_the_same_bytes(source: Path, tmp_path: Path) -> None:
     options = {"overrides": [r"2\.self_attn=6:32"], "search": "fast"} | KEEP
     file = tmp_path / "mine.toml"
@@ -203,8 +197,6 @@ def test_what_was_measured_of_another_source_is_not_believed(source: Path, tmp_p
 
 
 # -- sources -------------------------------------------------------------------------------
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["keep", "mlx-lm"])
 @pytest.mark.parametrize("name", ["micro-llama", "micro-moe"])
@@ -238,8 +230,6 @@ def test_values_that_are_not_numbers_are_rejected_or_left(tmp_path: Path) -> Non
 
 
 # -- rejections before anything is measured -----------------------------------------------------
-
-
 def test_rejections_come_before_the_measuring(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

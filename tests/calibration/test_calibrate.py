@@ -337,8 +337,6 @@ def test_blocks_that_do_not_pass_their_arguments_on(change: dict[str, Any], why:
 
 
 # -- layers ----------------------------------------------------------------------------------
-
-
 def test_an_embedding_counts_as_the_head_without_a_word_in_the_config(
     text: Path, tmp_path: Path
 ) -> None:
@@ -459,8 +457,6 @@ def test_memory_does_not_grow_with_the_number_of_blocks(text: Path, tmp_path: Pa
 
 
 # -- texts, and what goes wrong --------------------------------------------------------------
-
-
 class _Letters:
     def encode(self, text: str) -> list[int]:
         return [ord(c) for c in text]

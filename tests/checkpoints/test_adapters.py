@@ -118,8 +118,6 @@ def test_a_folder_with_an_adapter_is_said_to_be_one(
 
 
 # -- next to a model ------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "name", ["adapter_model.safetensors", "adapters.safetensors", "adapter_model.bin"]
 )
@@ -148,7 +146,6 @@ def test_the_config_of_an_adapter_that_was_merged_is_left_out(tmp_path: Path) ->
 
 
 # -- inside a model --------------------------------------------------------------------------
-
 INSIDE = [
     *("lora_A.weight", "lora_B.default.weight", "lora_a", "lora_magnitude_vector.default.weight"),
     *("lora_embedding_A.default", "base_layer.weight", "base_layer.qweight"),
@@ -182,8 +179,6 @@ def test_names_of_models_are_not_adapters(tmp_path: Path, name: str) -> None:
 
 
 # -- the ways out are followed ----------------------------------------------------------------
-
-
 def run(line: str, folder: Path, path: Path | None = None) -> None:
     """What a message says to type, in a shell; ``python`` is this one."""
     bin_folder = folder / "bin"
@@ -291,8 +286,6 @@ def test_an_adapter_of_peft_is_merged_as_the_message_says(tmp_path: Path, name: 
 
 
 # -- on the hub --------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def hub() -> Iterator[Hub]:
     pytest.importorskip("huggingface_hub")

@@ -33,8 +33,6 @@ def names(checkpoint: Checkpoint) -> list[str]:
 
 
 # -- the files hold all that the index names ---------------------------------------------
-
-
 @pytest.mark.parametrize(
     "files",
     [
@@ -89,8 +87,6 @@ def test_an_index_of_another_case_is_not_an_index(tmp_path: Path) -> None:
 
 
 # -- what is not known is asked, and each answer works -----------------------------------
-
-
 def delete(*gone: str) -> Callable[[Path], None]:
     def act(folder: Path) -> None:
         for name in gone:

@@ -142,8 +142,6 @@ def test_an_upload_is_asked_for(requant: Requant, tmp_path: Path, monkeypatch: A
 
 
 # -- OUTPUT ----------------------------------------------------------------------------------
-
-
 def a_folder(place: Path) -> None:
     place.mkdir()
     (place / "notes.txt").write_text("mine")
@@ -228,8 +226,6 @@ def test_a_place_where_nothing_may_be_written(requant: Requant, tmp_path: Path) 
 
 
 # -- the source --------------------------------------------------------------------------------
-
-
 def fp8(tmp_path: Path) -> Path:
     codes = (np.arange(64 * 64) % 120).astype(np.uint8).view(ml_dtypes.float8_e4m3fn)
     tensors = {
@@ -395,8 +391,6 @@ def test_one_more_weight_file(requant: Requant, micro: Path, tmp_path: Path) -> 
 
 
 # -- next: -------------------------------------------------------------------------------------
-
-
 def next_of(result: Result) -> str:
     assert result.code == 0, result.err
     return next((x[6:] for x in result.out.splitlines() if x.startswith("next: ")), "")
@@ -459,7 +453,6 @@ def test_a_base_model_without_a_chat_template_has_a_next(
 
 
 # -- the examples of --help ----------------------------------------------------------------------
-
 EXAMPLES = [
     line.strip()
     for command in ("convert", "plan", "generate", "inspect", "verify", "report", "compare")

@@ -36,8 +36,6 @@ def names_in(folder: Path) -> list[str]:
 
 
 # -- help and start --------------------------------------------------------------------
-
-
 def test_version(requant: Requant) -> None:
     result = requant("--version")
     assert (result.code, result.err) == (0, "")
@@ -88,8 +86,6 @@ def test_start_imports_nothing_heavy() -> None:
 
 
 # -- generate --------------------------------------------------------------------------
-
-
 def test_generate_prints_text_and_speed(requant: Requant) -> None:
     options = (MICRO_LLAMA, "--prompt", "The file", "--bits", 4, "--max-tokens", 6)
     result = requant("generate", *options)
@@ -114,8 +110,6 @@ def test_generate_says_what_is_missing(
 
 
 # -- convert ---------------------------------------------------------------------------
-
-
 def test_convert_reports_what_it_did(requant: Requant, model: Path, tmp_path: Path) -> None:
     result = requant("convert", model, tmp_path / "out", "--bits", "4")
 
@@ -260,8 +254,6 @@ def test_recipes_are_listed(requant: Requant) -> None:
 
 
 # -- plan, dry run, inspect ------------------------------------------------------------
-
-
 def test_plan_says_the_memory_and_writes_nothing(
     requant: Requant, model: Path, tmp_path: Path
 ) -> None:
@@ -331,8 +323,6 @@ def test_a_source_cannot_drive_the_terminal(requant: Requant, tmp_path: Path) ->
 
 
 # -- errors ----------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -456,8 +446,6 @@ def test_an_error_names_the_layer_at_fault(
 
 
 # -- a terminal ------------------------------------------------------------------------
-
-
 def on_terminal(*arguments: object, **environment: str) -> tuple[int, str]:
     """Run requant with all its streams on a terminal of 80 columns."""
     pid, terminal = pty.fork()

@@ -177,8 +177,6 @@ def test_of_another_tools_record(dense: Path, tmp_path: Path) -> None:
 
 
 # -- many of them ------------------------------------------------------------------------
-
-
 def test_a_quick_pattern_is_counted_too() -> None:
     """Two stars take re milliseconds over a long name, and a model has many of those."""
     pattern = regex.Pattern("a*a*b")

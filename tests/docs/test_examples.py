@@ -92,8 +92,6 @@ def test_the_workflow_runs_the_script() -> None:
 
 
 # -- a custom format ---------------------------------------------------------------
-
-
 def install(site: Path, points: dict[str, str], name: str = "requant-int8-rows") -> Path:
     """Write the metadata of an installed package with these entry points."""
     about = site / f"{name.replace('-', '_')}-1.0.dist-info"

@@ -146,8 +146,6 @@ def test_config_keeps_every_other_key(dense: Path, tmp_path: Path) -> None:
 
 
 # -- MLX sources -------------------------------------------------------------------------
-
-
 @pytest.fixture
 def affine8(dense: Path, tmp_path: Path) -> Path:
     convert(dense, tmp_path / "affine8", bits=8, overrides=["up_proj=mxfp4", "lm_head=skip"])
@@ -241,8 +239,6 @@ def test_a_quantization_block_that_does_not_parse(
 
 
 # -- values that are not numbers ----------------------------------------------------------
-
-
 @pytest.fixture
 def nonfinite(checkpoint: Callable[..., Path]) -> Path:
     bad = bf16(64, 128, seed=1)
@@ -295,8 +291,6 @@ def test_overflow_of_dequantized_values_is_counted_and_rejected(
 
 
 # -- outputs that must not be written ----------------------------------------------------
-
-
 def test_an_existing_output_is_rejected_unless_forced(dense: Path, tmp_path: Path) -> None:
     convert(dense, tmp_path / "out", bits=8)
     before = tree(tmp_path / "out")
@@ -421,8 +415,6 @@ def test_a_row_wider_than_a_chunk_is_cut_at_group_borders(
 
 
 # -- measured error ----------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("mode, bits, group_size", [m for m in MODES if m[1] in (2, 4, 8)])
 def test_measured_error_is_what_mlx_s_own_values_give(
     dense: Path, tmp_path: Path, mode: str, bits: int, group_size: int
@@ -462,7 +454,6 @@ def test_measured_error_of_another_mlx_encoding(affine8: Path, tmp_path: Path) -
 
 
 # -- nvfp4 with a global scale -----------------------------------------------------------
-
 NVFP4 = {"quantization": {"group_size": 16, "bits": 4, "mode": "nvfp4"}}
 
 

@@ -129,8 +129,6 @@ def test_no_resume_starts_over(
 
 
 # -- what must not resume -------------------------------------------------------------------
-
-
 def test_another_option_is_rejected_and_nothing_is_lost(dense: Path, tmp_path: Path) -> None:
     stopped(dense, tmp_path / "out", bits=4)
     with pytest.raises(OutputError, match="what is asked for changed since; --no-resume"):
@@ -180,8 +178,6 @@ def test_a_partial_shard_that_was_touched_starts_over(
 
 
 # -- loss of power ---------------------------------------------------------------------------
-
-
 def test_power_lost_in_the_middle(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -229,8 +225,6 @@ def test_a_sync_that_fails_stops_the_run(
 
 
 # -- disk full, replaced folders -----------------------------------------------------------
-
-
 def test_a_full_disk_keeps_what_is_done(dense: Path, tmp_path: Path) -> None:
     real, calls = os.pwrite, 0
 
@@ -312,8 +306,6 @@ def test_killed_between_the_two_renames_of_force(
 
 
 # -- the lock ------------------------------------------------------------------------------
-
-
 def test_a_second_process_stops(dense: Path, tmp_path: Path) -> None:
     staging = tmp_path / ".out.requant-partial"
     staging.mkdir()
@@ -360,8 +352,6 @@ def test_a_pipe_in_the_place_of_a_shard_does_not_block(
 
 
 # -- real processes ------------------------------------------------------------------------
-
-
 @pytest.mark.slow
 def test_ctrl_c_ends_within_a_second_and_says_how_to_resume(
     checkpoint: Callable[..., Path], tmp_path: Path

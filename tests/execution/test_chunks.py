@@ -183,8 +183,6 @@ def test_each_row_is_counted_to_the_matrix_that_it_is_written_to(
 
 
 # -- the examples of the docstrings ----------------------------------------------------------
-
-
 def pieces(packing: Numbered, rows: RowMapping, start: int, stop: int, room: int) -> list[Any]:
     step = Step(
         layer="x",

@@ -16,9 +16,8 @@ from tests.support.mlx_reference import affine, float_values
 from tests.support.number_formats import BF16, E4M3, e4m3
 from tests.support.plan_texts import reason_text
 
+
 # -- worked vectors --------------------------------------------------------------------------
-
-
 def test_symmetric_word(tmp_path: Path) -> None:
     """Codes -8 -7 -1 0 1 2 6 7 are the word fea98710, in MLX too; 0.1 is 3dcd, its bias bf4d."""
     tensors = {
@@ -149,8 +148,6 @@ def test_nvfp4_does_not_fold_where_a_scale_is_lost(tmp_path: Path) -> None:
 
 
 # -- any shape -------------------------------------------------------------------------------
-
-
 def exact_values(signed: np.ndarray, scale: np.ndarray, zeros: Any, group: int) -> np.ndarray:
     """``(code - zero) * scale`` in float32, scale and zero repeated over groups."""
     n_in = signed.shape[-1]

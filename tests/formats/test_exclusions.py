@@ -138,7 +138,6 @@ def test_in_memory(tmp_path: Path) -> None:
 
 
 # -- the other way round --------------------------------------------------------------------------
-
 SCHEME = {"weight": {"dtype": "int8", "qscheme": "per_channel"}}
 
 

@@ -110,8 +110,6 @@ def test_a_nested_block_of_no_format_that_is_read_is_named(tmp_path: Path) -> No
 
 
 # -- two blocks -----------------------------------------------------------------------------------
-
-
 def two(first: Config, second: Config) -> Config:
     return {"quantization_config": first, "text_config": {"quantization_config": second}}
 

@@ -130,7 +130,6 @@ def test_in_memory(second: str, tmp_path: Path) -> None:
 
 
 # -- one tool, several kinds, and what the config says of them ------------------------------------
-
 HEADS = ("head", "norm")
 
 
@@ -336,8 +335,6 @@ def test_act_order_is_not_moved_past_a_layer_of_another_kind(tmp_path: Path) -> 
 
 
 # -- bits, groups and blocks ----------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("name", "keys", "value"),
     [

@@ -179,7 +179,6 @@ _TRIPLE = (("weight", mx.uint32), ("scales", mx.float32), ("biases", mx.float32)
 
 
 # -- experts that share a rotation -----------------------------------------------------------
-
 GROUP, KROT = 64, 3
 
 

@@ -126,8 +126,6 @@ def test_names_of_modelopt_s_algorithms(algorithm: str, kind: str, tmp_path: Pat
 
 
 # -- folders without a config ------------------------------------------------------------------
-
-
 def unnamed() -> dict[str, tuple[Tensors, np.ndarray]]:
     packed = np.random.default_rng(1).integers(0, 256, (EXPERTS, OUT, IN // 2), np.uint8)
     elements = E2M1[nibbles(packed)]
@@ -165,8 +163,6 @@ def test_stacks_without_a_block(kind: str, path: str, tmp_path: Path) -> None:
 
 
 # -- which way matrices lie --------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("stacks", "config", "transposed"),
     [
@@ -221,8 +217,6 @@ def test_fp8_that_is_stored_transposed(
 
 
 # -- what is left out, and what is rejected -----------------------------------------------------
-
-
 @pytest.mark.parametrize("joint", ["w13", "gate_up_proj"])
 @pytest.mark.parametrize("word", ["input_scale", "activation_scale", "input_global_scale"])
 def test_scales_of_activations_are_left_out(joint: str, word: str, tmp_path: Path) -> None:

@@ -31,8 +31,6 @@ Parts = dict[str, np.ndarray]
 
 
 # -- names -------------------------------------------------------------------------------------
-
-
 def dotted(role: str) -> str:
     return f"{PLACE}.gate_up_proj.{role}"
 
@@ -71,8 +69,6 @@ def test_names() -> None:
 
 
 # -- formats -----------------------------------------------------------------------------------
-
-
 @dataclass
 class Stack:
     """A stack of one format.

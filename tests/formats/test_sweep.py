@@ -116,7 +116,6 @@ def test_whole(name: str) -> None:
 
 
 # -- stacks that are not of the folder's format, or lie under names that it has not -----------
-
 STACKS: dict[str, np.ndarray] = {
     "I32": np.full((2, 64, 16), 0x12345678, np.int32),
     "U32": np.full((2, 64, 16), 0x12345678, np.uint32),
@@ -161,7 +160,6 @@ def dense() -> Source:
 
 
 # -- parts renamed, missing, and of nothing ----------------------------------------------------
-
 ENDINGS = (
     *("weight_scale", "weight_scale_inv", "weight_scales", "scale", "scale_inv", "scales"),
     *("weight.absmax", "SCB", "zero_point", "qzeros", "zeros", "weight_global_scale"),
@@ -243,7 +241,6 @@ def test_what_else_lies_in_a_quantized_layer(name: str) -> None:
 
 
 # -- what configs say --------------------------------------------------------------------------
-
 LISTS = ("modules_to_not_convert", "ignore", "ignored_layers", "exclude_modules", "exclude")
 
 
@@ -287,7 +284,6 @@ def test_a_second_format_in_the_folder(name: str) -> None:
 
 
 # -- anything else -----------------------------------------------------------------------------
-
 WORDS = st.sampled_from([*ENDINGS, "bias", "weight_shape", "g_idx", "zero", "biases", "_data"])
 JOINTS = st.sampled_from([".", "_", "._", ".weight.", "_weight_"])
 Change = Callable[[Source, str, str], Any]

@@ -36,8 +36,6 @@ def scales() -> np.ndarray:
 
 
 # -- floats next to a scale ---------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("status", ["frozen", "initialized", "calibration"])
 @pytest.mark.parametrize("options", [{"bits": 8}, {"dequantize": True}])
 def test_weights_that_were_never_compressed(status: str, options: Any, tmp_path: Path) -> None:
@@ -125,8 +123,6 @@ def test_floats_next_to_a_scale_are_rejected_and_the_advice_works(
 
 
 # -- codes -------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", [x for x in BLOCKS if x != "none"])
 def test_only_a_folder_without_codes_is_advised_to_drop_the_block(
     name: str, tmp_path: Path
@@ -221,8 +217,6 @@ def test_tables_of_the_model_s_own_stay(quantized: bool, tmp_path: Path) -> None
 
 
 # -- every way in ------------------------------------------------------------------------------
-
-
 class Careless:
     """A format of another package that calls everything dense."""
 

@@ -100,8 +100,6 @@ def reduced(folder: Path) -> Folder:
 
 
 # -- damage ----------------------------------------------------------------------------
-
-
 def damage_json(value: Any, rng: random.Random) -> Any:
     """The value with one place changed; objects and lists are gone into."""
     if isinstance(value, dict) and value and rng.random() < 0.85:
@@ -217,8 +215,6 @@ def header_of(tensors: dict[str, Any], metadata: dict[str, str] | None = None) -
 
 
 # -- readers ---------------------------------------------------------------------------
-
-
 def read_header(data: bytes) -> None:
     """A header as a file holds it, length prefix included; it may not even raise."""
     entries, _, problems = parse_header(data, 4096)
@@ -417,7 +413,6 @@ def read_pattern(text: str) -> None:
 
 
 # -- inputs ----------------------------------------------------------------------------
-
 _PATTERN_PARTS = (
     *(r"a", r"b", r".", r"\d", r"\w", r"[a-z]", r"[^.]", r"(", r"(?:", r"(?=", r"(?!", r"(?<="),
     *(r"(?i)", r"(?P<x>", r")", r"|", r"*", r"+", r"?", r"*?", r"{2,5}", r"{1000}", r"{0,99999}"),

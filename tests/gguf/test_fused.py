@@ -136,8 +136,6 @@ def test_experts_fused_and_apart_at_once(tmp_path: Path) -> None:
 
 
 # -- scales of whole tensors -----------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0"])
 @pytest.mark.parametrize("role", ["attn_q", "attn_v", "ffn_down"])
 def test_scales_are_multiplied_in(role: str, kind: str, tmp_path: Path) -> None:

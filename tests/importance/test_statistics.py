@@ -70,8 +70,6 @@ def ours(path: Path, layers: Vectors, counts: Mapping[str, Any] | None = None) -
 
 
 # -- names ---------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("path", "key"),
     [
@@ -301,8 +299,6 @@ def newer_of(folder: Path, damage: str) -> Path:
 
 
 # -- conversions ---------------------------------------------------------------------------
-
-
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     """A stack of experts under mixtral's names, and two dense layers."""

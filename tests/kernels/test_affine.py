@@ -99,7 +99,6 @@ def test_any_shape(bits, group_size, dtype, leading, groups, seed):
 
 
 # ---------------------------------------------------------------- by hand
-
 A = ((7 * np.arange(32) % 32 - 11) / 8).astype(np.float32).reshape(1, 32)
 
 WORDS_OF_A = {

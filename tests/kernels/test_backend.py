@@ -23,8 +23,6 @@ MLX, NP = MlxLibrary(), NumPyLibrary()
 
 
 # ---- which library
-
-
 def test_numpy_arrays_get_the_numpy_backend():
     assert backend_for({"a": np.ones(1), "b": np.ones(2)}) is NUMPY
 
@@ -78,8 +76,6 @@ def test_numpy_path_does_not_import_mlx():
 
 
 # ---- both libraries give the same bits
-
-
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("quantization", LEGAL, ids=str)
 def test_numpy_equals_mlx(quantization, dtype):

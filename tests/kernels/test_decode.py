@@ -29,8 +29,6 @@ def empty(dtype, rows, columns):
 
 
 # ---------------------------------------------------------------- integers
-
-
 @MANY
 @given(
     rows=st.integers(0, 9),
@@ -66,8 +64,6 @@ def test_a_difference_in_bfloat16_is_rounded():
 
 
 # ---------------------------------------------------------------- float8
-
-
 @MANY
 @given(
     rows=st.integers(0, 40),
@@ -125,8 +121,6 @@ def test_many_nan_bytes_are_counted():
 
 
 # ---------------------------------------------------------------- 4-bit codes
-
-
 @MANY
 @given(
     rows=st.integers(0, 5),
@@ -163,8 +157,6 @@ def test_nf4_byte_written_by_hand():
 
 
 # ---------------------------------------------------------------- scales and biases
-
-
 def test_scale_bytes():
     every = np.arange(256, dtype=np.uint8).reshape(2, 128)
     e8m0 = decode.scale_values(every, "F8_E8M0").ravel()
@@ -179,8 +171,6 @@ def test_scale_bytes():
 
 
 # ---------------------------------------------------------------- rejections
-
-
 def test_wrong_arguments_are_rejected():
     codes, one = np.zeros((4, 64), np.uint8), np.ones((4, 1), np.float32)
     out = empty(F32, 4, 64)

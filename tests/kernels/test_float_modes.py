@@ -146,8 +146,6 @@ def test_every_e4m3_scale_and_its_neighbours():
 
 
 # ---------------------------------------------------------------- by hand
-
-
 def group(values, size=32):
     w = np.zeros((1, size), np.float32)
     w[0, : len(values)] = values

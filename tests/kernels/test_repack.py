@@ -25,8 +25,6 @@ def buffer(rows, columns, dtype=np.uint32):
 
 
 # ---------------------------------------------------------------- transposes
-
-
 @MANY
 @given(
     rows=st.integers(0, 140),
@@ -83,8 +81,6 @@ def test_streams_written_by_hand(bits, codes, words):
 
 
 # ---------------------------------------------------------------- columns to rows
-
-
 def interleave(codes):
     """(in, out) codes in the order in which AutoAWQ stores eight outputs."""
     rows, columns = codes.shape
@@ -258,8 +254,6 @@ def test_gemv_fast(n_out, n_in):
 
 
 # ---------------------------------------------------------------- row by row
-
-
 def padded_words(codes, bits):
     """32 // bits codes a word, the compressed-tensors layout before 0.18."""
     rows, count = codes.shape
@@ -346,8 +340,6 @@ def test_deinterleave():
 
 
 # ---------------------------------------------------------------- row blocks
-
-
 def hqq_pack(codes, packing):
     """Parts of the rows one above the other, the first in the highest bits."""
     blocks = repack.HQQ[packing]

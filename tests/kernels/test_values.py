@@ -64,8 +64,6 @@ def test_last_run_of_a_buffer_is_not_overrun():
 
 
 # ---------------------------------------------------------------- values
-
-
 def all_values(dtype):
     if dtype.itemsize == 2:
         return np.arange(65536, dtype=np.uint16).view(dtype)
@@ -209,8 +207,6 @@ def test_cast_into_counts_overflows(dst):
 
 
 # ---------------------------------------------------------------- bindings
-
-
 def words(rows, cols):
     return np.empty((rows, cols), np.uint32)
 

@@ -83,8 +83,6 @@ def test_codes_come_through(model_type: str, tmp_path: Path) -> None:
 
 
 # -- sources that take other ways --------------------------------------------------------------
-
-
 @pytest.mark.parametrize("options", [{}, {"bits": 8}, {"mode": "mxfp4"}, {"dequantize": True}])
 def test_packed_experts_are_stacked(options: dict, tmp_path: Path) -> None:
     """AutoAWQ experts go straight into a stack, as by way of a folder under their own names."""
@@ -261,8 +259,6 @@ def test_the_memory_of_computed_tensors_is_in_the_budget(tmp_path: Path) -> None
 
 
 # -- rows that are interleaved -----------------------------------------------------------------
-
-
 def gpt_oss(folder: Path, coded: bool) -> None:
     """A gpt-oss folder whose gate and up rows alternate, more of them than are listed singly."""
     experts, inner = 5, 224

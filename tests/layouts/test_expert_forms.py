@@ -289,8 +289,6 @@ def test_fp8_stacks_reach_the_class_under_their_own_names(
 
 
 # -- what cannot be ----------------------------------------------------------------------------
-
-
 def test_shapes_that_fit_no_form_are_rejected_as_they_are(tmp_path: Path) -> None:
     """Gate and up of one width, down of another: nothing is guessed."""
     stored_as("qwen3_moe", "fused", tmp_path)

@@ -58,8 +58,6 @@ def quantized(folder: Path, model_type: str, form=lambda w: w, **changes: object
 
 
 # -- the shared models ---------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ["micro-moe", "qwen3-16m", "micro-llama"])
 @pytest.mark.parametrize("quantization", [Quantization.affine(64, 4), None])
 def test_shared_models(name: str, quantization: Quantization | None, tmp_path: Path):
@@ -77,8 +75,6 @@ def test_shared_models(name: str, quantization: Quantization | None, tmp_path: P
 
 
 # -- what comes to be of a tensor ----------------------------------------------------------
-
-
 def test_experts_are_extents_of_whole_tensors(tmp_path: Path):
     weights = make(tmp_path / "m", "mixtral")
     form = FORMS["mixtral"]
@@ -183,8 +179,6 @@ def test_recipes_that_cannot_be(tmp_path: Path):
 
 
 # -- quantized sources ---------------------------------------------------------------------
-
-
 def test_triples_keep_their_codes(tmp_path: Path):
     quantized(tmp_path / "m", "llama")
     layout, different = compare(tmp_path / "m")
@@ -256,8 +250,6 @@ def test_published_mxfp4(tmp_path: Path):
 
 
 # -- rejections ------------------------------------------------------------------------------
-
-
 def infos_of(model_type: str, config: dict) -> dict[str, TensorInfo]:
     """The tensors that mlx-lm's class has, without data."""
     import importlib
@@ -356,8 +348,6 @@ def test_weights_repacked_after_the_rule():
 
 
 # -- computing -----------------------------------------------------------------------------
-
-
 def test_compute_asks_for_its_inputs_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """With batches of one, each tensor loads what ``inputs`` says; asked twice, it is the same."""
     monkeypatch.setattr("requant.layouts.layout.BATCH_BYTES", 0)
@@ -410,7 +400,6 @@ def test_threads_get_what_they_ask_for(tmp_path: Path):
 
 
 # -- cost ----------------------------------------------------------------------------------
-
 BIG_LLAMA = {
     **{"model_type": "llama", "hidden_size": 8192, "num_hidden_layers": 80},
     **{"intermediate_size": 28672, "num_attention_heads": 64, "num_key_value_heads": 8},

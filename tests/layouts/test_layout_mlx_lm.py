@@ -118,8 +118,6 @@ def test_a_model_that_mlx_lm_does_not_know(dense: Path) -> None:
 
 
 # -- auto: mlx-lm's layout where it can be had, and a note where it cannot -------------------
-
-
 @pytest.mark.parametrize("name", ["micro-llama", "micro-moe", "qwen3-16m"])
 def test_auto_is_mlx_lm_s_layout_where_mlx_lm_takes_the_model(name: str) -> None:
     made = plan(model(name), bits=4)
@@ -234,7 +232,6 @@ def test_an_unknown_layout() -> None:
 
 
 # -- what mlx-lm's class has no use for --------------------------------------------------------
-
 EXTRA = {
     "visual.blocks.0.weight": (64, 128),
     "visual.blocks.0.bias": (64,),

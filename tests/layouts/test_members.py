@@ -218,8 +218,6 @@ def test_in_memory_as_in_a_folder(tmp_path: Path) -> None:
 
 
 # -- another tool's members ------------------------------------------------------------------
-
-
 def gptq_moe(folder: Path, rules: Mapping[int, dict[str, Any]]) -> dict[int, np.ndarray]:
     """A qwen3_moe whose experts are GPTQ's, each by its own rule; the values of each up_proj."""
     config = small_config("qwen3_moe")
@@ -307,8 +305,6 @@ def test_a_member_in_act_order_gets_8_bits_and_leaves_the_others_alone(tmp_path:
 
 
 # -- fused layers ----------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("by_head", [False, True], ids=["in blocks", "head by head"])
 def test_parts_of_a_fused_projection(
     by_head: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

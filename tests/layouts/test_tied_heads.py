@@ -78,8 +78,6 @@ COPY = bf16(V, H, seed=20)
 
 
 # -- the three cases, in both layouts --------------------------------------------------------
-
-
 @pytest.mark.parametrize("layout", ["keep", "mlx-lm"])
 @pytest.mark.parametrize("options", [{"bits": 8}, {"dequantize": True}], ids=str)
 def test_a_copy_of_the_embedding_is_left_out(
@@ -153,8 +151,6 @@ def test_a_flag_that_is_absent_is_what_the_class_takes(checkpoint: Build, tmp_pa
 
 
 # -- what is compared ------------------------------------------------------------------------
-
-
 def last_value_changed(array: np.ndarray) -> np.ndarray:
     changed = array.copy()
     changed[-1, -1] += 1
@@ -253,8 +249,6 @@ def test_other_names_of_the_flag(flag: str, checkpoint: Build) -> None:
 
 
 # -- quantized heads ------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("layout", ["keep", "mlx-lm"])
 @pytest.mark.parametrize("head", ["equal", "own", "dense"])
 def test_heads_of_an_mlx_source(head: str, layout: str, checkpoint: Build, tmp_path: Path) -> None:
@@ -295,8 +289,6 @@ def test_a_quantized_head_next_to_a_dense_embedding(
 
 
 # -- names and nested configs ---------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("embedding", "head"),
     [
@@ -396,8 +388,6 @@ def test_a_model_without_scores_of_tokens_has_no_head(architecture: str, checkpo
 
 
 # -- classes --------------------------------------------------------------------------------
-
-
 def gemma(head: np.ndarray | None, flag: bool) -> tuple[Tensors, dict[str, Any]]:
     tensors, config = llama(head, tie_word_embeddings=flag, model_type="gemma", head_dim=32)
     return tensors, config | {"architectures": ["GemmaForCausalLM"]}
@@ -439,8 +429,6 @@ def test_a_class_that_never_ties_gets_the_embedding_once_more(
 
 
 # -- names in options -----------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("head", [None, COPY], ids=["none", "a copy"])
 @pytest.mark.parametrize(
     "options", [{"overrides": ["lm_head=6"]}, {"only": [r"^lm_head$"]}], ids=str

@@ -121,8 +121,6 @@ def test_what_is_missing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 # -- generate ----------------------------------------------------------------------------------
-
-
 @pytest.mark.slow
 def test_text_is_mlx_lm_s(tmp_path: Path) -> None:
     import mlx_lm

@@ -232,8 +232,6 @@ def test_inputs_that_fill_no_group_of_mlx_stay_dense() -> None:
 
 
 # -- words by hand, from the formats' documents ------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("bits", "codes", "words"),
     [

@@ -122,8 +122,6 @@ def test_the_kernel_s_text(
 
 
 # -- how it is chosen ------------------------------------------------------------------------
-
-
 class Emulated:
     """Takes the place of MLX's kernel: the same call, the values by NumPy."""
 

@@ -196,7 +196,6 @@ def test_a_budget_spends_nothing_on_bits_that_hold_the_same(tmp_path: Path) -> N
 
 
 # -- layers of other tools -------------------------------------------------------------------
-
 BLOCKS: dict[str, dict[str, Any]] = {
     "gemm": {"quant_method": "awq", "bits": 4, "group_size": 64, "version": "gemm"},
     "gemv": {"quant_method": "awq", "bits": 4, "group_size": 64, "version": "gemv"},

@@ -226,8 +226,6 @@ def test_gpt_oss_in_its_own_mode(tmp_path: Path) -> None:
 
 
 # -- the group of codes that can stay --------------------------------------------------------
-
-
 @pytest.mark.parametrize("layout", ["keep", "mlx-lm"])
 @pytest.mark.parametrize("tool", ["awq", "gptq", "mlx"])
 def test_bits_without_a_group_keep_codes_in_theirs(tool: str, layout: str, tmp_path: Path) -> None:

@@ -119,8 +119,6 @@ def test_a_plan_that_computes_tensors_is_plain_data_and_its_source_is_not(tmp_pa
 
 
 # -- every frozen dataclass of the package ---------------------------------------------------
-
-
 def modules() -> list[str]:
     found = pkgutil.walk_packages([str(PACKAGE)], "requant.")
     return [x.name for x in found if not x.name.endswith(("__main__", "_native"))]

@@ -150,8 +150,6 @@ def test_an_embedding_next_to_a_head_of_its_own_is_quantized(
 
 
 # -- bits of their own -------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("path", "module"),
     [

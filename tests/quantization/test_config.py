@@ -26,8 +26,6 @@ NO_INT32 = [None, True, False, 4.0, "4", [4], {}, 2**31, -(2**31) - 1, 10**30]
 
 
 # ---- QuantMode and Quantization
-
-
 def test_mode_values_are_the_tags_of_mlx():
     assert [mode.value for mode in QuantMode] == ["affine", "mxfp4", "mxfp8", "nvfp4"]
     assert str(QuantMode.MXFP8) == "mxfp8"
@@ -99,8 +97,6 @@ def test_to_dict_is_the_form_mlx_writes():
 
 
 # ---- SKIP
-
-
 def test_skip_is_false_and_named():
     assert not SKIP
     assert repr(SKIP) == str(SKIP) == "SKIP"
@@ -114,8 +110,6 @@ def test_skip_is_one_object_for_ever():
 
 
 # ---- PerLayerQuantization
-
-
 def test_from_global_has_no_layers():
     config = PerLayerQuantization.from_global(Quantization(64, 4))
     assert config == PerLayerQuantization(Quantization(64, 4), {})
@@ -302,8 +296,6 @@ def test_block_round_trips_through_json(default, layers):
 
 
 # ---- parse_quantization
-
-
 def test_parse_finds_the_block():
     text = '{"model_type": "llama", "quantization": {"group_size": 64, "bits": 4, "up": false}}'
     assert parse_quantization(text) == PerLayerQuantization(Quantization(64, 4), {"up": SKIP})

@@ -40,8 +40,6 @@ def rule(text: str) -> set[str]:
 
 
 # -- whom a rule means -----------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("role", "paths"),
     [
@@ -130,8 +128,6 @@ def test_specs_are_those_of_overrides(spec: str, expected: object) -> None:
 
 
 # -- mlx-lm's mixed recipes ------------------------------------------------------------
-
-
 def test_mixed_by_hand() -> None:
     """Twelve blocks: an eighth is 1, so 0, 11 and every third from 3 on are favoured; 10 is not."""
     found = load_recipe("mixed_3_6").choose(PATHS, AFFINE(32, 4))
@@ -155,8 +151,6 @@ def test_mixed_needs_a_down_proj() -> None:
 
 
 # -- what comes with requant -----------------------------------------------------------
-
-
 def test_every_shipped_recipe_is_sound_and_says_something() -> None:
     names = recipe_names()
     assert names[:4] == ["mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6"]
@@ -174,8 +168,6 @@ def test_the_docs_describe_every_recipe_and_role() -> None:
 
 
 # -- with other options -----------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("options", "default"),
     [
@@ -207,8 +199,6 @@ def test_options_that_a_recipe_contradicts(tmp_path: Path) -> None:
 
 
 # -- errors ----------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -208,8 +208,6 @@ def test_a_revision_is_for_the_hub(call: Call) -> None:
 
 
 # -- out to the hub ------------------------------------------------------------------------
-
-
 @pytest.fixture
 def output(call: Call, tmp_path: Path) -> Path:
     ok(call("convert", NAME, "out", "--bits", "4", "--shard-size", "200kB", "--quiet"))

@@ -246,8 +246,6 @@ def test_numbers_that_are_none_are_rejected(
 
 
 # -- what goes wrong -----------------------------------------------------------------------
-
-
 @either_way
 def test_the_network_fails_on_the_way(
     hub: Hub,

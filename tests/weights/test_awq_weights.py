@@ -23,9 +23,8 @@ from tests.support.quantized_weights import (
     memory_taken,
 )
 
+
 # ---- what comes out
-
-
 def test_layer_written_by_hand(lib):
     """32 inputs, 8 outputs holding 0 to 7; zeros 4 and scales 0.5 give -2 to 1.5."""
     weights = {
@@ -162,8 +161,6 @@ def test_layer_with_the_empty_path(lib):
 
 
 # ---- one dtype for all scales
-
-
 @pytest.mark.parametrize(
     ("dtypes", "expected"),
     [
@@ -227,8 +224,6 @@ def test_passing_tensors_are_never_widened(lib):
 
 
 # ---- laziness
-
-
 def test_mlx_arrays_are_not_evaluated():
     """4 TiB of codes: any evaluation would fail."""
     weights = {
@@ -266,8 +261,6 @@ def stored_bfloat16():
 
 
 # ---- values
-
-
 @st.composite
 def layers(draw):
     """Codes, zeros and scales of a layer with an exact product in float32."""

@@ -49,8 +49,6 @@ def without(weights, *names):
 
 
 # ---- what is reconstructed
-
-
 def test_value_is_code_times_scale_plus_bias(lib):
     got = dequantize_weights(affine(lib), AFFINE)
     assert list(got) == ["up.weight"]
@@ -176,8 +174,6 @@ def test_empty_map_gives_an_empty_map():
 
 
 # ---- what passes through
-
-
 def unchanged(weights, plan=AFFINE):
     assert_same_arrays(dequantize_weights(weights, plan), weights)
 
@@ -211,8 +207,6 @@ def test_other_names_pass(lib):
 
 
 # ---- what is rejected
-
-
 def rejected(error, weights, plan=AFFINE, layer="up"):
     with pytest.raises(error) as caught:
         dequantize_weights(weights, plan)
@@ -317,8 +311,6 @@ def test_mixture_of_libraries():
 
 
 # ---- laziness
-
-
 def test_mlx_arrays_are_not_evaluated():
     """4 TiB of values: any evaluation would fail."""
     weights = {

@@ -49,8 +49,6 @@ def triple(lib, *, words=(2, 4), scales=(2, 1), biases=(2, 1), dtype="float32"):
 
 
 # ---- what is quantized
-
-
 def test_vector_from_the_format_description(lib):
     """Section 12.1 of the layouts page: one group of 32, 4 bits, bytes written by hand."""
     values = [((7 * i % 32) - 11) / 8 for i in range(32)]
@@ -170,8 +168,6 @@ def test_empty_map_gives_an_empty_map():
 
 
 # ---- what passes through
-
-
 def unchanged(weights, plan=AFFINE, eligible=default_eligible):
     assert_same_arrays(quantize_weights(weights, plan, eligible), weights)
 
@@ -269,8 +265,6 @@ def test_dense_layer_passes(lib, case):
 
 
 # ---- what is rejected: the parts of a layer contradict each other
-
-
 def rejected(error, weights, plan=AFFINE, layer="up", **options):
     with pytest.raises(error) as caught:
         quantize_weights(weights, plan, **options)
@@ -342,8 +336,6 @@ def test_parts_are_checked_before_eligibility(lib):
 
 
 # ---- what is rejected: the parameters or the arrays
-
-
 def test_negative_group_size(lib):
     weights = {"up.weight": lib.make(np.ones((2, 32)), "float32")}
     error = rejected(OutOfRangeError, weights, config(-32, 4))
@@ -409,8 +401,6 @@ def test_value_that_is_not_an_array(value):
 
 
 # ---- laziness
-
-
 def test_mlx_arrays_are_not_evaluated():
     """4 TiB of weights: any evaluation would fail."""
     huge = mx.broadcast_to(mx.array(1.0), (2**20, 2**20))
