@@ -63,8 +63,7 @@ def test_the_output_is_within_the_budget_and_near_it(source: Path, budget: Any) 
 
 
 def test_a_budget_above_every_candidate_gives_the_least_error(source: Path) -> None:
-    plan = requant.plan(source, budget=16, **KEEP)
-    assert set(targets(plan).values()) == {"affine 8-bit g32"}
+    assert set(targets(requant.plan(source, budget=16, **KEEP)).values()) == {"affine 8-bit g32"}
 
 
 def test_impossible_budgets_say_what_is_possible(source: Path) -> None:
@@ -73,8 +72,7 @@ def test_impossible_budgets_say_what_is_possible(source: Path) -> None:
             requant.plan(source, budget=budget, **KEEP)
         found = re.search(rf"{hint}$", str(caught.value))
         assert found
-        plan = requant.plan(source, budget=found[1], **KEEP)
-        assert plan.bits_per_weight < 3
+        assert requant.plan(source, budget=found[1], **KEEP).bits_per_weight < 3
 
 
 @pytest.mark.parametrize("text", ["", "0", "-4", "4 apples", "1e3", "nan", "12000000000", True])
@@ -150,8 +148,7 @@ def test_verify_repeats_it_without_measuring(
     assert not measurements_path(tmp_path / "out").exists()
     monkeypatch.setattr("requant.bit_allocation.measure.run_plan", None)
     assert requant.verify(source, tmp_path / "out").problems == ()
-    command = requant.read_figures(tmp_path / "out").command(str(source))
-    assert "--budget 4" in str(command)
+    assert "--budget 4" in str(requant.read_figures(tmp_path / "out").command(str(source)))
 
 
 @pytest.mark.slow

@@ -102,12 +102,9 @@ def only_problem(folder: Path) -> str:
 
 @pytest.mark.parametrize("with_config", [False, True])
 @pytest.mark.parametrize("case", ONLY)
-def test_a_folder_with_an_adapter_is_said_to_be_one(
-    tmp_path: Path, case: str, with_config: bool
-) -> None:
+def test_a_folder_with_an_adapter_is_said_to_be_one(tmp_path: Path, case: str, with_config: bool):
     files, described, words = ONLY[case]
-    config = {"model_type": "llama"} if with_config else None
-    folder = write_folder(tmp_path, files, config=config)
+    folder = write_folder(tmp_path, files, config={"model_type": "llama"} if with_config else None)
     if described is not None:
         (folder / "adapter_config.json").write_text(json.dumps(described))
     problem = only_problem(folder)

@@ -44,17 +44,12 @@ def only_problem(path: str | os.PathLike[str]) -> str:
 
 
 # What is read
-
-
 def test_single_file(tmp_path: Path) -> None:
-    tensors = {"a.weight": ("BF16", [2, 3]), "a.scales": ("F32", [2]), "none": ("U8", [0])}
-    raw = weights(tensors)
+    raw = weights({"a.weight": ("BF16", [2, 3]), "a.scales": ("F32", [2]), "none": ("U8", [0])})
     config = '{"model_type": "llama",\n "rope": [1e5, NaN]}'
     folder = write_folder(tmp_path, {"model.safetensors": raw}, config=config.encode())
     (length,) = struct.unpack("<Q", raw[:8])
-
     checkpoint = read_checkpoint(folder)
-
     assert checkpoint.path == folder
     assert checkpoint.files == (
         SourceFile("model.safetensors", len(raw), hashlib.sha256(raw[: 8 + length]).hexdigest()),
@@ -154,8 +149,6 @@ def test_the_source_stays_as_it_was(tmp_path: Path) -> None:
 
 
 # The folder itself
-
-
 def test_no_such_folder(tmp_path: Path) -> None:
     assert "there is no such folder" in only_problem(tmp_path / "gone")
 
@@ -211,8 +204,6 @@ def test_weight_files_without_tensors(tmp_path: Path) -> None:
 
 
 # config.json
-
-
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -266,15 +257,12 @@ def test_a_gguf_that_is_not_a_file(tmp_path: Path, name: str, kind: str) -> None
     for source in (path, path.parent):
         with pytest.raises(CheckpointError) as caught:
             read_checkpoint(source)
-        problem = str(caught.value.problems[0])
-        assert words.get(kind, "is a device, pipe or socket") in problem
+        assert words.get(kind, "is a device, pipe or socket") in str(caught.value.problems[0])
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", INDEX])
 @pytest.mark.parametrize("kind", ["fifo", "device", "socket", "dangling", "loop", "folder"])
-def test_no_regular_file(
-    tmp_path: Path, name: str, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_regular_file(tmp_path: Path, name: str, kind: str, monkeypatch: pytest.MonkeyPatch):
     """A pipe must not make us wait; nothing is read through it."""
     folder = write_folder(
         tmp_path, {"model.safetensors": ONE}, weight_map={"a.weight": "model.safetensors"}
@@ -301,15 +289,12 @@ def test_no_regular_file(
     else:
         path.mkdir()
         message = "is a folder, expected a regular file"
-
     problem = only_problem(folder)
     assert problem.startswith(f"{name}: ")
     assert message in problem
 
 
 # The index
-
-
 def test_index_names_a_missing_shard(tmp_path: Path) -> None:
     weight_map = {
         "a.weight": "one.safetensors",
@@ -325,8 +310,7 @@ def test_index_names_a_missing_shard(tmp_path: Path) -> None:
 
 def test_index_names_a_tensor_that_the_shard_lacks(tmp_path: Path) -> None:
     weight_map = {"a.weight": "one.safetensors", "a.bias": "one.safetensors"}
-    folder = write_folder(tmp_path, {"one.safetensors": ONE}, weight_map=weight_map)
-    problems = problems_of(folder)
+    problems = problems_of(write_folder(tmp_path, {"one.safetensors": ONE}, weight_map=weight_map))
     assert problems.pop(INDEX).startswith("does not fit the files, which lack 1 tensor")
     assert problems == {f"{INDEX}: a.bias": "is not in one.safetensors, where the index places it"}
 
@@ -430,15 +414,12 @@ def test_index_with_a_bad_path(tmp_path: Path, shard: object, message: str) -> N
 )
 def test_index_that_says_nothing(tmp_path: Path, text: bytes, where: str, message: str) -> None:
     """Its fault is named once, and not repeated for each tensor or file."""
-    folder = write_folder(tmp_path, {"model.safetensors": ONE, INDEX: text})
-    problems = problems_of(folder)
+    problems = problems_of(write_folder(tmp_path, {"model.safetensors": ONE, INDEX: text}))
     assert list(problems) == [where]
     assert message in problems[where]
 
 
 # Files without an index
-
-
 def test_tensor_in_two_files(tmp_path: Path) -> None:
     files = {"one.safetensors": ONE, "two.safetensors": ONE | TWO}
     problem = only_problem(write_folder(tmp_path, files))
@@ -467,8 +448,6 @@ def test_shards_counted_from_zero(tmp_path: Path) -> None:
 
 
 # Headers inside a folder
-
-
 def test_a_name_that_claims_a_million_shards(tmp_path: Path) -> None:
     """Each file is of another set of nearly a million: counting up would take hours."""
     files = {f"model-00000-of-9{n:05d}.safetensors": b"" for n in range(300)}
@@ -544,9 +523,7 @@ def test_file_cut_short(tmp_path: Path) -> None:
     )
 
 
-def test_file_that_shrinks_while_it_is_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_file_that_shrinks_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folder = write_folder(tmp_path, {"model.safetensors": weights(ONE)})
     size = (folder / "model.safetensors").stat().st_size
     os.truncate(folder / "model.safetensors", 20)
@@ -560,8 +537,6 @@ def test_file_that_shrinks_while_it_is_read(
 
 
 # What is copied, and what is not
-
-
 def read_with(tmp_path: Path, files: dict[str, bytes]) -> Checkpoint:
     return read_checkpoint(write_folder(tmp_path, {"model.safetensors": ONE, **files}))
 
@@ -658,7 +633,6 @@ def test_links_and_special_files_next_to_the_weights(tmp_path: Path) -> None:
     (folder / "above").symlink_to("..")
     os.mkfifo(folder / "pipe")
     checkpoint = read_checkpoint(folder)
-
     assert checkpoint.side_files == ("good.txt", "sub/good.txt", "sub/x.txt")
     left_out = dict(checkpoint.left_out)
     names = ["above", "dangling.txt", "folder", "loop.txt", "pipe", "secret.txt"]
@@ -719,8 +693,6 @@ def test_no_permission(tmp_path: Path, name: str) -> None:
 
 
 # Everything at once
-
-
 def test_every_problem_in_one_run(tmp_path: Path) -> None:
     folder = write_folder(
         tmp_path,
@@ -739,7 +711,6 @@ def test_every_problem_in_one_run(tmp_path: Path) -> None:
     )
     with pytest.raises(CheckpointError) as caught:
         read_checkpoint(folder)
-
     assert sorted(problem.where for problem in caught.value.problems) == [
         "config.json",
         "gone.safetensors",
@@ -754,8 +725,6 @@ def test_every_problem_in_one_run(tmp_path: Path) -> None:
 
 
 # Real checkpoints
-
-
 @pytest.mark.parametrize("name", ["micro-llama", "micro-moe", "qwen3-16m"])
 def test_real_models_are_read_as_the_referee_reads_them(name: str) -> None:
     folder = SHARED / "models" / name
@@ -763,7 +732,6 @@ def test_real_models_are_read_as_the_referee_reads_them(name: str) -> None:
         assert os.environ.get("REQUANT_REQUIRE_SHARED") != "1", f"{folder} is missing"
         pytest.skip("the shared models are not here")
     checkpoint = read_checkpoint(folder)
-
     expected = {}
     for file in sorted(folder.glob("*.safetensors")):
         raw = file.read_bytes()

@@ -306,7 +306,6 @@ def test_every_problem_in_one_run() -> None:
         }
     )
     entries, _, problems = parse_header(head, 10)
-
     assert [problem.where for problem in problems] == [
         "__metadata__",
         "short",
@@ -470,7 +469,6 @@ def test_a_damaged_header_never_raises_and_never_passes(
     length, message = header_length(damaged[:8], len(damaged))
     head = damaged[: 8 + length]
     entries, _, problems = parse_header(head, len(damaged) - len(head))
-
     if message:
         assert problems
     if reference_rejects(damaged):
@@ -505,6 +503,5 @@ JSON = st.recursive(
 
 @given(value=st.dictionaries(st.sampled_from(["__metadata__", "a", "b", "\x07"]), JSON))
 def test_any_json_at_all(value: dict[str, Any]) -> None:
-    head = header(value)
-    entries, _, problems = parse_header(head, 8)
+    entries, _, problems = parse_header(header(value), 8)
     assert problems or sum(e.stop - e.start for e in entries.values()) == 8

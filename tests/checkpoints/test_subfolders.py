@@ -209,8 +209,7 @@ def test_a_path_out_of_the_source_names_nothing(tmp_path: Path) -> None:
         "modules.json": modules("../secret", str(tmp_path / "secret"), "../source/2_Dense"),
         "2_Dense/m.safetensors": DENSE,
     }
-    checkpoint = read_checkpoint(write_folder(tmp_path / "source", files))
-    assert checkpoint.side_files == ("modules.json",)
+    assert read_checkpoint(write_folder(tmp_path / "source", files)).side_files == ("modules.json",)
 
 
 @pytest.mark.parametrize("raw", [b"", b"[", b"7", b"[7]", b'[{"path": 7}]', b"[" * 5000, b"\xff"])

@@ -116,9 +116,7 @@ def test_a_budget_that_cannot_be_met(requant: Requant, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", ["keep", "mlx-lm"])
-def test_max_memory_says_what_the_least_is_for(
-    requant: Requant, tmp_path: Path, layout: str
-) -> None:
+def test_max_memory_says_what_the_least_is_for(requant: Requant, tmp_path: Path, layout: str):
     words = ("convert", MICRO, tmp_path / "out", "--layout", layout)
     first = requant(*words, "--max-memory", "10MB")
     assert first.code == 2
@@ -404,8 +402,7 @@ def test_next_runs_the_output(
     requant: Requant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typed: str, name: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    line = next_of(requant("convert", MICRO, name, *typed.split()))
-    program, *words = shlex.split(line)
+    program, *words = shlex.split(next_of(requant("convert", MICRO, name, *typed.split())))
     assert program == "mlx_lm.generate"
     generate = importlib.import_module("mlx_lm.generate")
     parsed = generate.setup_arg_parser().parse_args(words)
@@ -436,9 +433,7 @@ def test_next_says_nothing_of_what_does_not_generate(
     assert next_of(requant("convert", micro, tmp_path / "out", *typed)) == ""
 
 
-def test_next_says_nothing_of_an_embedding_model(
-    requant: Requant, micro: Path, tmp_path: Path
-) -> None:
+def test_next_says_nothing_of_an_embedding_model(requant: Requant, micro: Path, tmp_path: Path):
     (micro / "modules.json").write_text("[]")
     assert next_of(requant("convert", micro, tmp_path / "out")) == ""
 

@@ -13,6 +13,7 @@ from typing import NoReturn
 import mlx.core as mx
 import numpy as np
 import pytest
+from pytest import MonkeyPatch
 
 from requant import OutputError, __version__
 from requant.api import convert as api
@@ -97,9 +98,7 @@ def test_generate_prints_text_and_speed(requant: Requant) -> None:
     assert requant("generate", *options, "--quiet").err == ""
 
 
-def test_generate_says_what_is_missing(
-    requant: Requant, model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_generate_says_what_is_missing(requant: Requant, model: Path, monkeypatch: MonkeyPatch):
     result = requant("generate", model, "--prompt", "x")
     assert (result.code, result.out) == (1, "")
     assert "mlx-lm, loading llama" in result.err
@@ -112,7 +111,6 @@ def test_generate_says_what_is_missing(
 # -- convert ---------------------------------------------------------------------------
 def test_convert_reports_what_it_did(requant: Requant, model: Path, tmp_path: Path) -> None:
     result = requant("convert", model, tmp_path / "out", "--bits", "4")
-
     assert (result.code, result.err) == (0, "")  # a short run shows no progress
     assert len(result.out.splitlines()) <= 25
     lines = [line.split() for line in result.out.splitlines()]
@@ -143,9 +141,7 @@ def test_the_next_command_is_one_that_works(
     assert (f"next: mlx_lm.generate --model {tmp_path / 'out'} " in result.out) is loads
 
 
-def test_convert_without_options_notes_the_default(
-    requant: Requant, model: Path, tmp_path: Path
-) -> None:
+def test_convert_without_options_notes_the_default(requant: Requant, model: Path, tmp_path: Path):
     result = requant("convert", model, tmp_path / "out")
     assert result.code == 0
     assert "note: No bits or mode were asked for" in result.out
@@ -201,8 +197,7 @@ def test_nonfinite_weights_stop_a_run_unless_allowed(requant: Requant, tmp_path:
 def test_options_reach_the_plan(requant: Requant, model: Path) -> None:
     arguments = ["--bits", "8", "--group-size", "32", "--only", "q_proj", "--only", "lm_head"]
     arguments += ["--override", "lm_head=mxfp4", "--dtype", "float16", "--shard-size", "9KB"]
-    result = requant("plan", model, *arguments, "--json", "-j", "3")
-    plan = json.loads(result.out)
+    plan = json.loads(requant("plan", model, *arguments, "--json", "-j", "3").out)
     targets = {layer["layer"]: layer["target"] for layer in plan["layers"]}
     assert targets["lm_head"] == "mxfp4 4-bit g32"
     assert targets["model.layers.1.self_attn.q_proj"] == "affine 8-bit g32"
@@ -254,9 +249,7 @@ def test_recipes_are_listed(requant: Requant) -> None:
 
 
 # -- plan, dry run, inspect ------------------------------------------------------------
-def test_plan_says_the_memory_and_writes_nothing(
-    requant: Requant, model: Path, tmp_path: Path
-) -> None:
+def test_plan_says_the_memory_and_writes_nothing(requant: Requant, model: Path, tmp_path: Path):
     result = requant("plan", model, "--mode", "nvfp4", "--max-memory", "100MB", "-j", "1")
     assert (result.code, result.err) == (0, "")
     assert "nvfp4 4-bit g16" in result.out
@@ -273,13 +266,10 @@ def test_plan_json_is_the_whole_plan(requant: Requant, model: Path) -> None:
     assert plan == json.loads(json.dumps(api.plan(model, bits=4).to_dict()))
 
 
-def test_dry_run_is_the_plan_and_checks_the_output(
-    requant: Requant, model: Path, tmp_path: Path
-) -> None:
+def test_dry_run_is_the_plan_and_checks_the_output(requant: Requant, model: Path, tmp_path: Path):
     dry = requant("convert", model, tmp_path / "out", "--bits", "4", "--dry-run", "--json")
     assert dry == requant("plan", model, "--bits", "4", "--json")
-    shown = requant("convert", model, tmp_path / "out", "-n")
-    assert "nothing was written" in shown.out
+    assert "nothing was written" in requant("convert", model, tmp_path / "out", "-n").out
     assert names_in(tmp_path) == ["model"]
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "config.json").write_text("{}")
@@ -367,7 +357,7 @@ def test_missing_source_exits_1(requant: Requant, tmp_path: Path, command: str) 
 
 
 def test_a_disk_that_fails_leaves_nothing(
-    requant: Requant, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    requant: Requant, model: Path, tmp_path: Path, monkeypatch: MonkeyPatch
 ) -> None:
     def full(*_: object) -> NoReturn:
         raise OSError(28, "No space left on device")
@@ -381,7 +371,7 @@ def test_a_disk_that_fails_leaves_nothing(
 
 
 def test_interrupt_exits_130(
-    requant: Requant, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    requant: Requant, model: Path, tmp_path: Path, monkeypatch: MonkeyPatch
 ) -> None:
     def interrupt(*_: object) -> NoReturn:
         raise KeyboardInterrupt
@@ -435,9 +425,7 @@ def test_a_stream_without_unicode_is_not_a_crash(tmp_path: Path) -> None:
     assert r"gr\xf6\xdfe" in result.stdout
 
 
-def test_an_error_names_the_layer_at_fault(
-    requant: Requant, model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_error_names_the_layer_at_fault(requant: Requant, model: Path, monkeypatch: MonkeyPatch):
     def fail(*_: object, **__: object) -> NoReturn:
         raise OutputError("cannot be written", layer="up_proj")
 

@@ -87,9 +87,7 @@ BOMBS = (
 @pytest.mark.sweep(6)
 @pytest.mark.parametrize("text", BOMBS)
 @pytest.mark.parametrize("length", [30, 250, 1000])
-def test_explosive_patterns_end_in_time(
-    text: str, length: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_explosive_patterns_end_in_time(text: str, length: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(regex, "MAX_PATTERN_S", 0.3)
     began = time.process_time()
     try:

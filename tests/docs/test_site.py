@@ -94,7 +94,6 @@ def test_a_broken_link_fails(tmp_path: Path, wrong: str) -> None:
     hub = (docs / "hub.md").read_text()
     (docs / "hub.md").write_text(re.sub(r"\]\((?!http)[^)]*\)", "]", hub))
     (docs / "index.md").write_text(f"# Home\n\n[hub](hub.md)\n\n{wrong}\n")
-    config = (ROOT / "mkdocs.yml").read_text().split("\nnav:")[0]
-    (tmp_path / "mkdocs.yml").write_text(config)
+    (tmp_path / "mkdocs.yml").write_text((ROOT / "mkdocs.yml").read_text().split("\nnav:")[0])
     done = build(tmp_path / "mkdocs.yml", tmp_path / "site")
     assert done.returncode != 0 and "no" in done.stdout + done.stderr

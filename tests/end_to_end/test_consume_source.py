@@ -53,9 +53,7 @@ def test_it_must_be_meant(source: Path, tmp_path: Path) -> None:
     assert len(shards(source)) == 4
 
 
-def test_what_would_be_rejected_deletes_nothing(
-    checkpoint: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_what_would_be_rejected_deletes_nothing(checkpoint: Callable[..., Path], tmp_path: Path):
     bad = bf16(64, 128)
     bad[63, 127] = np.nan
     tensors = {f"l{n}.weight": bf16(64, 128, seed=n) for n in range(3)} | {"z.weight": bad}

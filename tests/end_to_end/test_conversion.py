@@ -11,6 +11,7 @@ import ml_dtypes
 import mlx.core as mx
 import numpy as np
 import pytest
+from pytest import MonkeyPatch
 
 from requant.api.convert import convert
 from requant.errors import CheckpointError, OutOfRangeError, OutputError
@@ -60,9 +61,7 @@ def test_dtype_casts_before_quantizing(dense: Path, tmp_path: Path, dtype: str) 
     assert same(out[norm], source[norm].astype(wanted))
 
 
-def test_router_correction_bias_keeps_its_dtype(
-    checkpoint: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_router_correction_bias_keeps_its_dtype(checkpoint: Callable[..., Path], tmp_path: Path):
     name = "mlp.gate.e_score_correction_bias"
     source = checkpoint({name: np.ones(8, np.float32), "a.weight": bf16(8, 64)})
     convert(source, tmp_path / "out", bits=4, dtype="bfloat16")
@@ -81,8 +80,7 @@ def test_chunks_and_threads_change_no_byte(
 
 def test_shards_in_and_out(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     tensors = {f"layers.{n}.weight": bf16(32, 64, seed=n) for n in range(7)}
-    source = checkpoint(tensors, shards=3)
-    convert(source, tmp_path / "out", bits=4, shard_size=2500)
+    convert(checkpoint(tensors, shards=3), tmp_path / "out", bits=4, shard_size=2500)
     out = load(tmp_path / "out")
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     files = sorted(p.name for p in (tmp_path / "out").glob("*.safetensors"))
@@ -98,9 +96,7 @@ def test_shards_in_and_out(checkpoint: Callable[..., Path], tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("stored", ["pt", "mlx", None])
-def test_metadata_say_whose_names_the_tensors_have(
-    dense: Path, tmp_path: Path, stored: str | None
-) -> None:
+def test_metadata_say_whose_names_the_tensors_have(dense: Path, tmp_path: Path, stored: str | None):
     """Swift loaders take "mlx" for tensors that need no renaming, transposing or shifting."""
     shutil.copytree(dense, tmp_path / "copy")
     path = str(tmp_path / "copy" / "model.safetensors")
@@ -185,8 +181,7 @@ def test_requantize_is_mlx_of_mlx(affine8: Path, tmp_path: Path) -> None:
     out = load(tmp_path / "out")
     path = "model.embed_tokens"
     triple = [source[f"{path}.{role}"] for role in ("weight", "scales", "biases")]
-    dense = mx.dequantize(*triple, group_size=64, bits=8)
-    expect_triple(out, path, dense, "affine", 4, 64)
+    expect_triple(out, path, mx.dequantize(*triple, group_size=64, bits=8), "affine", 4, 64)
     expect_triple(out, "lm_head", source["lm_head.weight"], "affine", 4, 64)
     outcome = {x.layer: x for x in report.plan.layers}
     assert outcome[path].treatment == "requantized"
@@ -194,9 +189,7 @@ def test_requantize_is_mlx_of_mlx(affine8: Path, tmp_path: Path) -> None:
     assert outcome["lm_head"].treatment == "quantized"
 
 
-def test_a_layer_that_already_is_what_is_requested_keeps_its_codes(
-    affine8: Path, tmp_path: Path
-) -> None:
+def test_a_layer_that_already_is_what_is_requested_keeps_its_codes(affine8: Path, tmp_path: Path):
     report = convert(affine8, tmp_path / "out", bits=8)
     outcome = {x.layer: x.treatment for x in report.plan.layers}
     assert outcome["model.embed_tokens"] == "kept"
@@ -220,16 +213,13 @@ def test_corrupt_triples_are_all_named(checkpoint: Callable[..., Path], tmp_path
     )
     with pytest.raises(CheckpointError) as raised:
         convert(source, tmp_path / "out")
-
     where = {problem.where for problem in raised.value.problems}
     assert {"a.biases", "b.scales", "c.weight", "d.weight"} <= where
     assert any("quantization.e" in place for place in where)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_quantization_block_that_does_not_parse(
-    checkpoint: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_a_quantization_block_that_does_not_parse(checkpoint: Callable[..., Path], tmp_path: Path):
     triple = {"a.weight": np.zeros((8, 8), np.uint32), "a.scales": bf16(8, 1)}
     triple["a.biases"] = bf16(8, 1)
     source = checkpoint(triple, {"quantization": {"group_size": "wide", "bits": 4}})
@@ -331,9 +321,7 @@ def test_an_unwritable_parent(dense: Path, tmp_path: Path) -> None:
         convert(dense, tmp_path / "file" / "out", bits=4)
 
 
-def test_disk_full_leaves_nothing(
-    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_disk_full_leaves_nothing(dense: Path, tmp_path: Path, monkeypatch: MonkeyPatch):
     real, calls = os.pwrite, 0
 
     def full(fd: int, data: bytes, offset: int) -> int:
@@ -350,7 +338,7 @@ def test_disk_full_leaves_nothing(
 
 
 def test_too_little_room_is_seen_before_anything_is_written(
-    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dense: Path, tmp_path: Path, monkeypatch: MonkeyPatch
 ) -> None:
     import shutil
 
@@ -360,9 +348,7 @@ def test_too_little_room_is_seen_before_anything_is_written(
         convert(dense, tmp_path / "out", bits=4)
 
 
-def test_a_source_cut_while_it_is_read(
-    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_source_cut_while_it_is_read(dense: Path, tmp_path: Path, monkeypatch: MonkeyPatch):
     from requant.execution import source_reader
 
     real = source_reader.SourceReader.__enter__
@@ -389,9 +375,7 @@ def test_max_memory_too_small_says_how_much(dense: Path, tmp_path: Path) -> None
         convert(dense, tmp_path / "out", bits=4, max_memory=1000)
 
 
-def test_empty_buffers_and_scalars_pass_through(
-    checkpoint: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_empty_buffers_and_scalars_pass_through(checkpoint: Callable[..., Path], tmp_path: Path):
     source = checkpoint(
         {
             "positions": np.zeros((0, 64), np.int64),
@@ -409,8 +393,7 @@ def test_a_row_wider_than_a_chunk_is_cut_at_group_borders(
     checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     wide = bf16(1, (1 << 20) + 4096)
-    source = checkpoint({"a.weight": wide})
-    convert(source, tmp_path / "out", bits=4, chunk_bytes=10_000)
+    convert(checkpoint({"a.weight": wide}), tmp_path / "out", bits=4, chunk_bytes=10_000)
     expect_triple(load(tmp_path / "out"), "a", to_mx(wide), "affine", 4, 64)
 
 
@@ -421,7 +404,6 @@ def test_measured_error_is_what_mlx_s_own_values_give(
 ) -> None:
     report = convert(dense, tmp_path / "out", bits=bits, group_size=group_size, mode=mode)
     out, source = load(tmp_path / "out"), load(dense)
-
     path = "model.layers.0.self_attn.q_proj"
     parts = [out[f"{path}.weight"], out[f"{path}.scales"], out.get(f"{path}.biases")]
     decoded = mx.dequantize(*parts, group_size=group_size, bits=bits, mode=mode)
@@ -434,7 +416,6 @@ def test_measured_error_is_what_mlx_s_own_values_give(
         steps = np.array(parts[1]).view(kind).astype(np.float64)
     grouped = error.reshape(*steps.shape, group_size).max(-1)
     worst = (grouped[steps > 0] / steps[steps > 0]).max(initial=0)
-
     found = report.errors[path]
     assert found.relative_rms == pytest.approx(
         np.sqrt((error**2).sum() / (before**2).sum()), rel=1e-5

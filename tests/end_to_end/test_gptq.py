@@ -93,7 +93,6 @@ def test_each_matrix_by_its_own_hessian(
     ones = np.ones(128, np.float32)
     w = weights[f"{DOWN}.weight"]
     check(DOWN, None, native.quantize(w, Quantization.affine(32, 3), search="best", weights=ones))
-
     notes = " ".join(note_texts(report.plan.notes))
     assert "2 layers are propagated" in notes
     assert "no group is worse" not in notes

@@ -145,8 +145,7 @@ def test_a_run_that_was_stopped_and_resumed_in_other_chunks(
     drawn: tuple[Step, int], other_room: int, data: st.DataObject
 ) -> None:
     step, room = drawn
-    whole = Chunk(step, 0, step.rows.count)
-    stop = data.draw(st.sampled_from(sorted(starts(whole))))
+    stop = data.draw(st.sampled_from(sorted(starts(Chunk(step, 0, step.rows.count)))))
     written: dict[int, int] = {}
     run(Chunk(step, 0, stop), room, written)
     assert written == expected(step, 0, stop)

@@ -64,9 +64,7 @@ def test_bytes_written_by_hand(tmp_path: Path) -> None:
     divides=st.booleans(),
     chunk_bytes=st.sampled_from([1, 900, 5000, 1 << 20]),
 )
-def test_any_shape(
-    packed: int, columns: int, missing: int, divides: bool, chunk_bytes: int
-) -> None:
+def test_any_shape(packed: int, columns: int, missing: int, divides: bool, chunk_bytes: int):
     """Rows that are padded (the bias tells), and ranges that lie in several blocks."""
     rows = max(4 * packed - missing, 1)
     tensors, ternary = layer(rows, columns, 3 if divides else 0.375)
@@ -84,8 +82,7 @@ def test_any_shape(
     assert np.array_equal(dense, expected)
     if columns % 32 == 0:
         group = 128 if columns == 256 else 32
-        codes = affine(made, "up", group, 2).codes
-        assert np.array_equal(codes, ternary + 1)
+        assert np.array_equal(affine(made, "up", group, 2).codes, ternary + 1)
 
 
 DAMAGED = """
@@ -110,8 +107,7 @@ def test_damaged_folders_are_rejected(changes: str, words: list[str], tmp_path: 
     tensors, _ = layer(8, 32)
     block: dict[str, Any] = dict(BLOCK)
     damage(changes, tensors, block)
-    source = write_quantized(tmp_path / "source", tensors, block)
-    text = rejection(source, tmp_path / "out")
+    text = rejection(write_quantized(tmp_path / "source", tensors, block), tmp_path / "out")
     assert all(word in text for word in words), text
 
 

@@ -14,19 +14,15 @@ from hypothesis import strategies as st
 
 import requant
 from tests.support.checkpoints import write_quantized
-from tests.support.conversions import convert, rejection
+from tests.support.conversions import convert, dequantized, rejection
 from tests.support.damage import damage, damages
 from tests.support.layers.bitsandbytes import BLOCK, NF4, STATE, table
 from tests.support.mlx_reference import affine
-from tests.support.safetensors_files import read_folder
 
 
 def dense(tensors: dict[str, np.ndarray], folder: Path, **options: Any) -> np.ndarray:
     source = write_quantized(folder / "source", tensors, BLOCK)
-    requant.convert(
-        source, folder / "dense", layout="keep", dequantize=True, dtype="float32", **options
-    )
-    return read_folder(folder / "dense")["up.weight"]
+    return dequantized(source, folder / "dense", **options)["up.weight"]
 
 
 def test_a_byte_written_by_hand(tmp_path: Path) -> None:
@@ -87,16 +83,14 @@ def test_in_memory_a_table_is_requantized(tmp_path: Path) -> None:
     tensors, values = table((8, 128), nested=4)
     made, quantization = requant.transform_weights(tensors, BLOCK)
     assert quantization.quantization == requant.Quantization.affine(64, 8)
-    got = affine(made, "up", 64, 8).values
-    assert np.abs(got - values).max() <= 0.02
+    assert np.abs(affine(made, "up", 64, 8).values - values).max() <= 0.02
     assert made.keys() == {"up.weight", "up.scales", "up.biases"}
 
 
 def test_without_a_config_the_tensors_tell(tmp_path: Path) -> None:
     tensors, values = table((4, 64))
     source = write_quantized(tmp_path / "source", tensors, None)
-    requant.convert(source, tmp_path / "out", layout="keep", dequantize=True, dtype="float32")
-    assert np.array_equal(read_folder(tmp_path / "out")["up.weight"], values)
+    assert np.array_equal(dequantized(source, tmp_path / "out")["up.weight"], values)
 
 
 Change = Callable[[dict[str, Any]], Any]

@@ -63,5 +63,4 @@ def test_mixed_precision(tmp_path: Path) -> None:
     values = read_file(fixture(name) / "expected.safetensors")
     packed = [n.removesuffix(".weight") for n in values if ".mlp." in n]
     classes = {"": "re-encoded"} | dict.fromkeys(packed, "exact")
-    options = {"overrides": ["self_attn=mxfp8"]}
-    check_fixture(name, tmp_path, classes, largest_rms=0.03, **options)
+    check_fixture(name, tmp_path, classes, largest_rms=0.03, **{"overrides": ["self_attn=mxfp8"]})

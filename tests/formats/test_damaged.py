@@ -117,8 +117,7 @@ BY_HAND = [
 
 @pytest.mark.parametrize("name", [*FIXTURES, *BY_HAND])
 def test_a_damaged_tensor_is_named(name: str, tmp_path: Path) -> None:
-    whole = tmp_path / "whole"
-    folder = by_hand(name, whole) if name in BY_HAND else fixture(name) / "checkpoint"
+    folder = by_hand(name, tmp_path / "whole") if name in BY_HAND else fixture(name) / "checkpoint"
     tensors = read_file(folder / "model.safetensors")
     first = requant.plan(folder, bits=8, layout="keep")
     path = next(layer.layer for layer in first.layers if layer.treatment in ("kept", "requantized"))

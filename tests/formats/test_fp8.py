@@ -104,8 +104,7 @@ def test_stacked_experts_without_a_dot(tmp_path: Path) -> None:
     tensors = {"experts.gate_up_proj": e4m3(2, 6, 64), "experts.gate_up_proj_scale_inv": scales}
     folder = write_quantized(tmp_path / "source", tensors, FP8)
     expected = tensors["experts.gate_up_proj"].astype(np.float32) * scales
-    out = dense(folder, tmp_path / "out")["experts.gate_up_proj"]
-    assert np.array_equal(out, expected)
+    assert np.array_equal(dense(folder, tmp_path / "out")["experts.gate_up_proj"], expected)
 
 
 def test_fnuz_bytes(tmp_path: Path) -> None:
@@ -294,8 +293,7 @@ def test_not_a_number_is_found_while_it_is_encoded(tmp_path: Path) -> None:
     tensors = good()
     tensors["up.weight"].view(np.uint8)[77, 3] = 0x7F
     tensors["up.weight_scale_inv"][:] = 0.3
-    folder = write_quantized(tmp_path / "source", tensors, FP8)
-    text = rejection(folder, tmp_path / "out", bits=4)
+    text = rejection(write_quantized(tmp_path / "source", tensors, FP8), tmp_path / "out", bits=4)
     assert "up.weight: 1 value is NaN or infinite, first in row 77" in text
 
 
@@ -305,8 +303,7 @@ def test_in_memory_as_mx_load_gives_it(tmp_path: Path) -> None:
         "up.weight": e4m3(130, 160),
         "up.weight_scale_inv": np.full((2, 2), 125, np.uint8).view(E8M0),
     }
-    folder = write_quantized(tmp_path / "source", tensors, FP8)
-    loaded = mx.load(str(folder / "model.safetensors"))
+    loaded = mx.load(str(write_quantized(tmp_path / "source", tensors, FP8) / "model.safetensors"))
     made, quantization = requant.transform_weights(loaded, FP8)
     assert quantization.quantization == requant.Quantization(32, 8, requant.QuantMode.MXFP8)
     assert np.array_equal(

@@ -7,7 +7,7 @@ import pytest
 
 import requant
 from tests.support.checkpoints import write_quantized
-from tests.support.conversions import rejection
+from tests.support.conversions import dequantized, rejection
 from tests.support.damage import damage, damages
 from tests.support.fixture_checks import same_in_memory
 from tests.support.layers.fp_quant import block, layer
@@ -23,10 +23,9 @@ def test_identity_is_read(nvfp4: bool, divisor: float, tmp_path: Path) -> None:
     mode = "nvfp4" if nvfp4 else "mxfp4"
     tensors, values = layer(divisor, nvfp4)
     source = write_quantized(tmp_path / "source", tensors, block(mode))
-    requant.convert(
-        source, tmp_path / "dense", layout="keep", dequantize=True, dtype="float32", chunk_bytes=1
+    assert np.array_equal(
+        dequantized(source, tmp_path / "dense", chunk_bytes=1)["up.weight"], values
     )
-    assert np.array_equal(read_folder(tmp_path / "dense")["up.weight"], values)
     report = requant.convert(source, tmp_path / "out", layout="keep")
     made, found = read_folder(tmp_path / "out"), report.plan.layers[0]
     assert found.exactness == ("exact" if divisor == 1 else "re-encoded")
@@ -61,8 +60,7 @@ def test_what_is_not_read_is_rejected(changes: str, words: list[str], tmp_path: 
     tensors, _ = layer()
     config = block()
     damage(changes, tensors, config)
-    source = write_quantized(tmp_path / "source", tensors, config)
-    text = rejection(source, tmp_path / "out")
+    text = rejection(write_quantized(tmp_path / "source", tensors, config), tmp_path / "out")
     assert all(word in text for word in words), text
 
 

@@ -11,7 +11,7 @@ import pytest
 import requant
 from requant.errors import CheckpointError
 from requant.kernels.gguf import TYPES, BlockType
-from tests.support.conversions import convert
+from tests.support.conversions import convert, dequantized
 from tests.support.fixture_checks import Checked, check_values
 from tests.support.fixture_folders import fixture
 from tests.support.gguf_files import permuted, random_blocks
@@ -72,7 +72,7 @@ def test_fixture(name: str, dtype: str | None, tmp_path: Path) -> None:
     assert (tmp_path / "small" / "model.safetensors").read_bytes() == (
         tmp_path / "out" / "model.safetensors"
     ).read_bytes()
-    dense, _ = convert(source, tmp_path / "dense", dequantize=True, dtype="float32")
+    dense = dequantized(source, tmp_path / "dense")
     for path, values in expected.items():
         assert np.array_equal(dense[f"{path}.weight"], values), path
 

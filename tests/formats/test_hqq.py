@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import requant
 from tests.support.checkpoints import write_quantized
-from tests.support.conversions import convert, rejection
+from tests.support.conversions import convert, dequantized, rejection
 from tests.support.damage import damage, damages
 from tests.support.layers.hqq import BLOCK, PACKINGS, layer, random_view, text
 from tests.support.mlx_reference import affine
@@ -21,10 +21,7 @@ from tests.support.safetensors_files import read_folder
 def dense(tensors: dict[str, np.ndarray], folder: Path, **options: Any) -> np.ndarray:
     """Values of the layer, converted from a folder and in memory; both must agree."""
     source = write_quantized(folder / "source", tensors, BLOCK)
-    requant.convert(
-        source, folder / "dense", layout="keep", dequantize=True, dtype="float32", **options
-    )
-    return read_folder(folder / "dense")["up.weight"]
+    return dequantized(source, folder / "dense", **options)["up.weight"]
 
 
 def test_a_byte_written_by_hand(tmp_path: Path) -> None:
@@ -33,8 +30,7 @@ def test_a_byte_written_by_hand(tmp_path: Path) -> None:
     tensors["up.W_q"] = np.full((1, 32), 0x2F, np.uint8)
     tensors["up.scale"] = np.array([[0.5], [0.25]], np.float16)
     tensors["up.zero"] = np.array([[1.5], [7.25]], np.float16)
-    source = write_quantized(tmp_path / "source", tensors, BLOCK)
-    made, _ = convert(source, tmp_path / "out")
+    made, _ = convert(write_quantized(tmp_path / "source", tensors, BLOCK), tmp_path / "out")
     assert made["up.weight"].tolist() == [[0x22222222] * 4, [0xFFFFFFFF] * 4]
     assert made["up.scales"].tolist() == [[0.5], [0.25]]
     assert made["up.biases"].tolist() == [[-0.75], [-1.8125]]
@@ -123,8 +119,7 @@ def test_what_the_config_says_where_the_layer_is_silent(tmp_path: Path) -> None:
     params = {"weight_quant_params": {"nbits": 4, "group_size": 32, "axis": 1}}
     block = {"quant_method": "hqq", "quant_config": {"mlp.up_proj": params}}
     source = write_quantized(tmp_path / "source", tensors, block)
-    requant.convert(source, tmp_path / "out", layout="keep", dequantize=True, dtype="float32")
-    assert np.array_equal(read_folder(tmp_path / "out")[f"{path}.weight"], values)
+    assert np.array_equal(dequantized(source, tmp_path / "out")[f"{path}.weight"], values)
 
 
 def test_bfloat16_range_and_memory(tmp_path: Path) -> None:
@@ -159,9 +154,7 @@ def test_bfloat16_range_and_memory(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_parts_that_say_what_is_not(
-    parts: dict[str, np.ndarray], words: str, tmp_path: Path
-) -> None:
+def test_parts_that_say_what_is_not(parts: dict[str, np.ndarray], words: str, tmp_path: Path):
     tensors, _ = layer(random_view(24, 32, 4), (12, 64), "4bit_u8")
     tensors |= {f"up.{role}": part for role, part in parts.items()}
     source = write_quantized(tmp_path / "source", tensors, BLOCK)
@@ -194,8 +187,7 @@ up.weight = F16 [12, 64] -> up.weight: F16 [12, 64] is next to up.W_q
 def test_damaged_folders_are_rejected(changes: str, words: list[str], tmp_path: Path) -> None:
     tensors, _ = layer(random_view(24, 32, 4), (12, 64), "4bit_u8")
     damage(changes, tensors)
-    source = write_quantized(tmp_path / "source", tensors, BLOCK)
-    text = rejection(source, tmp_path / "out")
+    text = rejection(write_quantized(tmp_path / "source", tensors, BLOCK), tmp_path / "out")
     assert all(word in text for word in words), text
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import requant
 from tests.support.checkpoints import write_quantized
-from tests.support.conversions import rejection
+from tests.support.conversions import dequantized, rejection
 from tests.support.damage import damage, damages
 from tests.support.layers.modelopt import block
 from tests.support.mlx_reference import affine, float_values
@@ -25,10 +25,7 @@ def random(*shape: int, seed: int = 0) -> np.ndarray:
 
 def dense(tensors: dict[str, np.ndarray], config: dict[str, Any], folder: Path) -> np.ndarray:
     source = write_quantized(folder / "dense-source", tensors, config)
-    requant.convert(
-        source, folder / "dense", layout="keep", dequantize=True, dtype="float32", chunk_bytes=1
-    )
-    return read_folder(folder / "dense")["up.weight"]
+    return dequantized(source, folder / "dense", chunk_bytes=1)["up.weight"]
 
 
 def converted(
@@ -46,8 +43,7 @@ def test_two_rows_a_byte(tmp_path: Path) -> None:
         "up.weight_scale": np.array([[0.5], [0.25]], np.float32),
     }
     made, layer = converted(tensors, block("W4A16_AWQ"), tmp_path)
-    codes = affine(made, "up", 32, 4).codes[:, :4].tolist()
-    assert codes == [[9, 10, 11, 8], [7, 0, 15, 8]]
+    assert affine(made, "up", 32, 4).codes[:, :4].tolist() == [[9, 10, 11, 8], [7, 0, 15, 8]]
     assert made["up.scales"].tolist() == [[0.5], [0.25]]
     assert made["up.biases"].tolist() == [[-4], [-2]]
     assert layer.exactness == "rounded"  # float32 scales under a bfloat16 model
@@ -130,8 +126,7 @@ def test_mx_is_moved(algorithm: str, bits: int, tmp_path: Path) -> None:
 def test_int8_rows(tmp_path: Path) -> None:
     codes = random(6, 64).view(np.int8)
     scales = np.array([1, 2, 0.5, 0.25, 4, 8], np.float32)
-    tensors = {"up.weight": codes, "up.weight_scale": scales}
-    made, _ = converted(tensors, block("W8A16"), tmp_path)
+    made, _ = converted({"up.weight": codes, "up.weight_scale": scales}, block("W8A16"), tmp_path)
     got = affine(made, "up", 64, 8)
     assert np.array_equal(got.codes, codes.view(np.uint8) ^ 0x80)
     assert np.array_equal(got.values, codes.astype(np.float32) * scales[:, None])
@@ -157,8 +152,7 @@ def test_every_fp8(algorithm: str, scale: Any, spread: Any, tmp_path: Path) -> N
     weight, scale = e4m3(256, 256), np.asarray(scale)
     if scale.ndim == 4:
         assert scale.shape == (2, 1, 2, 1)
-    tensors = {"up.weight": weight, "up.weight_scale": scale}
-    got = dense(tensors, block(algorithm), tmp_path)
+    got = dense({"up.weight": weight, "up.weight_scale": scale}, block(algorithm), tmp_path)
     assert np.array_equal(got, weight.astype(np.float32) * spread(scale))
 
 

@@ -60,8 +60,7 @@ def test_every_byte_under_every_scale(tmp_path: Path) -> None:
     elements = np.concatenate([elements, -elements])[codes]
     with np.errstate(over="ignore"):
         expected = np.ldexp(elements, np.arange(255)[:, None] - 127).astype(np.float32)
-    got = float_values(read_folder(tmp_path / "out"), "w", SPEC)
-    assert np.array_equal(got, expected)
+    assert np.array_equal(float_values(read_folder(tmp_path / "out"), "w", SPEC), expected)
 
 
 DAMAGED = """

@@ -45,8 +45,7 @@ def siblings(first: Source, second: Source) -> Source:
 
 
 def dense_of(folder: Path, output: Path) -> tuple[Tensors, requant.Report]:
-    report = requant.convert(folder, output, layout="keep", dequantize=True, dtype="float32")
-    return read_folder(output), report
+    return convert(folder, output, dequantize=True, dtype="float32")
 
 
 def check_values(made: Tensors, values: dict[str, np.ndarray]) -> None:
@@ -77,11 +76,8 @@ UNREADABLE = [
 
 
 @pytest.mark.parametrize(("first", "second"), UNREADABLE)
-def test_what_has_several_readings_is_rejected_by_name(
-    first: str, second: str, tmp_path: Path
-) -> None:
-    source = siblings(SOURCES[first](), SOURCES[second]())
-    folder = source.write(tmp_path / "source")
+def test_what_has_several_readings_is_rejected_by_name(first: str, second: str, tmp_path: Path):
+    folder = siblings(SOURCES[first](), SOURCES[second]()).write(tmp_path / "source")
     assert "other.up" in rejection(folder, tmp_path / "out", bits=8)
 
 
@@ -153,9 +149,7 @@ def gptq_layer(version: int, symmetric: bool = True, bits: int = 4) -> tuple[Ten
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("first", ["fp8", "modelopt-nvfp4", "ct-fp8", "awq", "mlx", "hqq"])
-def test_symmetric_zeros_tell_the_version(
-    first: str, version: int, bits: int, tmp_path: Path
-) -> None:
+def test_symmetric_zeros_tell_the_version(first: str, version: int, bits: int, tmp_path: Path):
     source = SOURCES[first]()
     tensors, values = gptq_layer(version, bits=bits)
     source.tensors |= tensors
@@ -167,9 +161,7 @@ def test_symmetric_zeros_tell_the_version(
 
 @pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("first", ["fp8", "modelopt-nvfp4", "ct-fp8"])
-def test_zeros_that_vary_need_a_word_of_the_config(
-    first: str, version: int, tmp_path: Path
-) -> None:
+def test_zeros_that_vary_need_a_word_of_the_config(first: str, version: int, tmp_path: Path):
     """The rejection says which, and what it says works."""
     source = SOURCES[first]()
     tensors, values = gptq_layer(version, symmetric=False)
@@ -241,8 +233,7 @@ def test_an_export_of_auto_round_that_is_fp8_alone(tmp_path: Path) -> None:
         "data_type": "fp",
         "group_size": [128, 128],
     }
-    folder = source.write(tmp_path / "source")
-    made, _ = dense_of(folder, tmp_path / "out")
+    made, _ = dense_of(source.write(tmp_path / "source"), tmp_path / "out")
     check_values(made, source.values)
 
 
@@ -394,8 +385,7 @@ def test_a_grid_of_which_one_number_is_left_is_not_read(first: str, tmp_path: Pa
     source, other = SOURCES[first](), SOURCES["fp8"]()
     other.tensors["up.weight"] = e4m3(256, 256)
     both = siblings(source, other)
-    text = rejection(both.write(tmp_path / "source"), tmp_path / "out", bits=8)
-    assert "other.up" in text
+    assert "other.up" in rejection(both.write(tmp_path / "source"), tmp_path / "out", bits=8)
 
 
 def test_plain_bytes_are_not_fp8_where_fp8_has_its_name(tmp_path: Path) -> None:

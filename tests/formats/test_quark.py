@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import requant
 from tests.support.checkpoints import write_quantized
-from tests.support.conversions import rejection
+from tests.support.conversions import dequantized, rejection
 from tests.support.damage import damage, damages
 from tests.support.fixture_checks import same_in_memory
 from tests.support.layers.quark import ORDERS, block, pack_words
@@ -20,10 +20,7 @@ from tests.support.safetensors_files import read_folder
 
 
 def dense(folder: Path, output: Path) -> np.ndarray:
-    requant.convert(
-        folder, output, layout="keep", dequantize=True, dtype="float32", chunk_bytes=3000
-    )
-    return read_folder(output)["up.weight"]
+    return dequantized(folder, output, chunk_bytes=3000)["up.weight"]
 
 
 def converted(folder: Path, output: Path) -> tuple[dict[str, np.ndarray], Any]:
@@ -82,9 +79,7 @@ def test_groups_are_stored_by_input(
 @pytest.mark.parametrize("dtype", ["int4", "int8", "uint8"])
 @pytest.mark.parametrize("qscheme", ["per_channel", "per_tensor"])
 @pytest.mark.parametrize("order", list(ORDERS))
-def test_channels_are_stored_by_output(
-    dtype: str, qscheme: str, order: str, tmp_path: Path
-) -> None:
+def test_channels_are_stored_by_output(dtype: str, qscheme: str, order: str, tmp_path: Path):
     bits, signed = int(dtype[-1]), dtype.startswith("int")
     low = -(1 << (bits - 1)) if signed else 0
     random = np.random.default_rng(4)

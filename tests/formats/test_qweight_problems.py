@@ -210,8 +210,7 @@ CONTRADICTED = {
 def test_the_tensors_are_believed(name: str, tmp_path: Path) -> None:
     """The same output as from the config that is right, and a note with what is wrong."""
     fixed, edit, words = CONTRADICTED[name]
-    folder = broken(tmp_path, fixed, edit)
-    report = requant.convert(folder, tmp_path / "out", layout="keep")
+    report = requant.convert(broken(tmp_path, fixed, edit), tmp_path / "out", layout="keep")
     requant.convert(fixture(fixed) / "checkpoint", tmp_path / "plain", layout="keep")
     files = [tmp_path / output / "model.safetensors" for output in ("out", "plain")]
     assert files[0].read_bytes() == files[1].read_bytes()

@@ -13,7 +13,7 @@ from requant.core.dtypes import TensorInfo
 from requant.formats.expert_shapes import Orientation
 from requant.formats.layer_names import layer_names
 from tests.support.checkpoints import write_quantized
-from tests.support.conversions import convert, rejection
+from tests.support.conversions import dequantized, rejection
 from tests.support.layers import compressed_tensors as ct_layers
 from tests.support.layers.quark import block as quark_block
 from tests.support.layers.stacks import EXPERTS, IN, OUT, PLACE, small_e4m3
@@ -95,7 +95,7 @@ def test_a_scale_of_fp8_by_any_name(
     scale = (0.01 + 0.001 * np.arange(np.prod(shape, dtype=int))).astype(np.float32).reshape(shape)
     tensors = {"up.weight": codes, f"up.{spelling}": scale}
     source = write_quantized(tmp_path / "source", tensors, FOLDERS[folder])
-    made, _ = convert(source, tmp_path / "out", dequantize=True, dtype="float32")
+    made = dequantized(source, tmp_path / "out")
     assert made.keys() == {"up.weight"}
     assert np.array_equal(made["up.weight"], codes.astype(np.float32) * scale)
 
@@ -157,7 +157,7 @@ def test_stacks_without_a_block(kind: str, path: str, tmp_path: Path) -> None:
     tensors = {f"{PLACE}.{path}_{role}": part for role, part in parts.items()}
     tensors["model.norm.weight"] = np.ones(IN, np.float32)
     source = write_quantized(tmp_path / "source", tensors, None, model_type="some_moe")
-    made, _ = convert(source, tmp_path / "out", dequantize=True, dtype="float32")
+    made = dequantized(source, tmp_path / "out")
     assert made.keys() == {"model.norm.weight", f"{PLACE}.{path}_weight"}
     assert np.array_equal(made[f"{PLACE}.{path}_weight"], values)
 
@@ -210,7 +210,7 @@ def test_fp8_that_is_stored_transposed(
         factor = scale.reshape(-1, 1, 1) if grid == (EXPERTS,) else scale.reshape(grid)
         expected[f"{PLACE}.{name}"] = codes.astype(np.float32) * factor
     source = write_quantized(tmp_path / "source", tensors, block, model_type="some_moe")
-    made, _ = convert(source, tmp_path / "out", dequantize=True, dtype="float32", chunk_bytes=5000)
+    made = dequantized(source, tmp_path / "out", chunk_bytes=5000)
     assert made.keys() == expected.keys()
     for name, values in expected.items():
         assert made[name].tobytes() == values.tobytes(), name
@@ -265,16 +265,13 @@ def test_a_tensor_scale_that_is_missing(folder: str, tmp_path: Path) -> None:
     )
     assert {layer.exactness for layer in report.plan.layers} == {"exact"}
     assert any("have no tensor scale" in note for note in note_texts(report.plan.notes))
-
     largest = in_nvfp4_folder(folder, bare_nvfp4(0x7E), f"{PLACE}.w13", "_")
     source = write_quantized(tmp_path / "largest", largest, block, model_type="moe")
     text = rejection(source, tmp_path / "out")
     assert missing in text and "448" in text and f"{PLACE}.w13" in text
-
     matrix = in_nvfp4_folder(folder, bare_nvfp4(experts=0), "up", ".")
     source = write_quantized(tmp_path / "matrix", stack | matrix, block, model_type="moe")
     assert missing in rejection(source, tmp_path / "out")
-
     whole = in_nvfp4_folder(folder, bare_nvfp4(experts=0), "up", ".")
     second = "weight_global_scale" if folder == "ct" else "weight_scale_2"
     whole[f"up.{second}"] = np.array([0.3], np.float32)

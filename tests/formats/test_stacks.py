@@ -15,7 +15,7 @@ import pytest
 import requant
 from requant.quantization.config import Quantization
 from tests.support.checkpoints import write_quantized
-from tests.support.conversions import convert
+from tests.support.conversions import convert, dequantized
 from tests.support.fixture_checks import same_in_memory
 from tests.support.layers import compressed_tensors as ct_layers
 from tests.support.layers import packers
@@ -421,7 +421,7 @@ def test_values(make: Callable[[], Stack], naming: str, tmp_path: Path) -> None:
     source = write_quantized(
         tmp_path / "source", named(stack.parts, name), stack.block, model_type="moe"
     )
-    made, _ = convert(source, tmp_path / "out", dequantize=True, dtype="float32", chunk_bytes=3000)
+    made = dequantized(source, tmp_path / "out", chunk_bytes=3000)
     assert list(made) == [f"{path}.weight" if stack.transposed else dense]
     (found,) = made.values()
     assert found.shape == stack.values.shape

@@ -253,8 +253,7 @@ def test_excluded_layers_that_hold_codes(name: str) -> None:
     for step in (0, 2):
         source = SOURCES[name]()
         path, key = next(iter(source.values)), LISTS[(FORMATS.index(name) + step) % len(LISTS)]
-        block = source.config["quantization_config"]
-        source.config["quantization_config"] = block | {key: [path]}
+        source.config["quantization_config"] = source.config["quantization_config"] | {key: [path]}
         with case(key):
             outcome(source, (path,))
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import requant
 from tests.support.checkpoints import write_quantized
-from tests.support.conversions import rejection
+from tests.support.conversions import dequantized, rejection
 from tests.support.damage import damage, damages
 from tests.support.mlx_reference import affine, float_values
 from tests.support.number_formats import BF16, E2M1, E4M3, E8M0, e4m3
@@ -38,10 +38,7 @@ def source(
 
 
 def dense(folder: Path, output: Path) -> np.ndarray:
-    requant.convert(
-        folder, output, layout="keep", dequantize=True, dtype="float32", chunk_bytes=3000
-    )
-    return read_folder(output)["up.weight"]
+    return dequantized(folder, output, chunk_bytes=3000)["up.weight"]
 
 
 def converted(folder: Path, output: Path, **options: Any) -> tuple[dict[str, np.ndarray], Any]:
@@ -69,9 +66,7 @@ def swizzle(scales: np.ndarray) -> np.ndarray:
     bits=st.sampled_from([4, 8]),
     swizzled=st.booleans(),
 )
-def test_mx_of_any_shape(
-    rows: int, groups: int, bits: int, swizzled: bool, tmp_path_factory: Any
-) -> None:
+def test_mx_of_any_shape(rows: int, groups: int, bits: int, swizzled: bool, tmp_path_factory: Any):
     tmp_path = tmp_path_factory.mktemp("mx")
     random = np.random.default_rng(rows)
     exponents = random.integers(100, 140, (rows, groups), np.uint8).view(E8M0)
@@ -172,8 +167,7 @@ def test_scaled_activations_are_folded(tmp_path: Path) -> None:
 
 def test_without_a_config_the_metadata_tells(tmp_path: Path) -> None:
     parts = {"qdata": e4m3(4, 64), "scale": np.full((4, 2), 127, np.uint8).view(E8M0)}
-    folder = source(tmp_path / "source", parts, *MX, block=None)
-    _, layer = converted(folder, tmp_path / "out")
+    _, layer = converted(source(tmp_path / "source", parts, *MX, block=None), tmp_path / "out")
     assert layer.source == "mxfp8"
 
 

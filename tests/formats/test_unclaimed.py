@@ -54,8 +54,7 @@ def test_weights_that_were_never_compressed(status: str, options: Any, tmp_path:
     made, expected = read_folder(tmp_path / "out"), read_folder(tmp_path / "expected")
     assert made.keys() == expected.keys()
     assert all(array.tobytes() == expected[name].tobytes() for name, array in made.items())
-    config = (tmp_path / "out" / "config.json").read_text()
-    assert "compressed-tensors" not in config
+    assert "compressed-tensors" not in (tmp_path / "out" / "config.json").read_text()
     assert any(
         "up.weight_scale" in note and f"quantization_status is '{status}'" in note
         for note in note_texts(report.plan.notes)
@@ -124,9 +123,7 @@ def test_floats_next_to_a_scale_are_rejected_and_the_advice_works(
 
 # -- codes -------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", [x for x in BLOCKS if x != "none"])
-def test_only_a_folder_without_codes_is_advised_to_drop_the_block(
-    name: str, tmp_path: Path
-) -> None:
+def test_only_a_folder_without_codes_is_advised_to_drop_the_block(name: str, tmp_path: Path):
     """Stacks under names that no format has: the advice would let the codes out."""
     codes = {
         "experts.w13": np.full((4, 64, 64), 0x5A, np.uint8),

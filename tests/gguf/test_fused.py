@@ -184,8 +184,7 @@ def test_scales_of_experts(kind: str, count: int, fused: bool, tmp_path: Path) -
 def test_scales_of_nvfp4_under_known_names(tmp_path: Path) -> None:
     """Names change, and the scale goes with its matrix."""
     made, config = tiny("llama")
-    weights = values(made)
-    write_gguf(tmp_path / "dense.gguf", weights, config)
+    write_gguf(tmp_path / "dense.gguf", values(made), config)
     tensors = tensors_of(tmp_path / "dense.gguf")
     rng = np.random.default_rng(3)
     blocks = rng.integers(0, 256, (128, 2 * 36), dtype=np.uint8)
@@ -207,9 +206,7 @@ def test_scales_of_nvfp4_under_known_names(tmp_path: Path) -> None:
         ("blk.0.attn_norm.scale", np.full(1, 2, np.float32), None),
     ],
 )
-def test_scales_that_scale_nothing(
-    name: str, data: np.ndarray, words: str | None, tmp_path: Path
-) -> None:
+def test_scales_that_scale_nothing(name: str, data: np.ndarray, words: str | None, tmp_path: Path):
     written("gemma", tmp_path / "plain.gguf", "F32")
     tensors = tensors_of(tmp_path / "plain.gguf") | {name: (data, QuantizationType.F32)}
     rewrite(tmp_path / "plain.gguf", tmp_path / "m.gguf", tensors)

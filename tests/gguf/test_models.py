@@ -336,8 +336,7 @@ def test_language_parts_of_models_that_see(
     config.setdefault("tie_word_embeddings", False)
     monkeypatch.setitem(ARCHITECTURES, name, architecture)
     write_gguf(tmp_path / "m.gguf", values(made), config)
-    plan = requant.plan(tmp_path / "m.gguf")
-    assert plan.config["model_type"] == name
+    assert requant.plan(tmp_path / "m.gguf").config["model_type"] == name
     requant.convert(tmp_path / "m.gguf", tmp_path / "out", dequantize=True, dtype="float32")
     expected = np.array(made(TOKENS))
     np.testing.assert_allclose(output_of(tmp_path / "out"), expected, atol=2e-5)
@@ -350,8 +349,7 @@ def test_mistral3_without_scaled_attention_is_llama(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tests.support.gguf_files.ARCHITECTURES", architectures)
         write_gguf(tmp_path / "m.gguf", weights, config)
-    plan = requant.plan(tmp_path / "m.gguf")
-    assert plan.config["model_type"] == "llama"
+    assert requant.plan(tmp_path / "m.gguf").config["model_type"] == "llama"
     requant.convert(tmp_path / "m.gguf", tmp_path / "out", dequantize=True, dtype="float32")
     out = read_folder(tmp_path / "out")
     for name, array in weights.items():

@@ -261,9 +261,7 @@ def flipped(path: Path) -> None:
         (lambda d: ours(d / "s", {"a": squares(4)}, {"a": [np.nan]}), "negative or no numbers"),
     ],
 )
-def test_damaged_files_are_rejected(
-    make: Callable[[Path], Path], words: str, tmp_path: Path
-) -> None:
+def test_damaged_files_are_rejected(make: Callable[[Path], Path], words: str, tmp_path: Path):
     with pytest.raises(CheckpointError, match=words) as caught:
         read_statistics(make(tmp_path))
     assert str(tmp_path) in str(caught.value)

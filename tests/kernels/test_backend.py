@@ -198,8 +198,7 @@ def test_unpack_takes_the_shifts_in_order(lib):
 
 
 def test_pack_puts_codes_at_their_shifts(lib):
-    codes = lib.make([[1, 2, 3, 15]], "uint32")
-    got = lib.read(BACKENDS[lib.name].pack(codes, (0, 28)))
+    got = lib.read(BACKENDS[lib.name].pack(lib.make([[1, 2, 3, 15]], "uint32"), (0, 28)))
     assert_bits(got, np.array([[0x20000001, 0xF0000003]], np.uint32))
 
 

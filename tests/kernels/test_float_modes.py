@@ -39,15 +39,12 @@ def test_mx_quantize(mode, dtype):
     w, bits = finite(dtype), MX[mode]
     words = np.empty((len(w), w.shape[1] * bits // 32), np.uint32)
     scales = np.empty((len(w), w.shape[1] // 32), np.uint8)
-
     flushed = quantize_into(w, Quantization(32, bits, mode), QuantizedTensors(words, scales))
-
     codes, ref_scales, ref_flushed = reference.mx_quantize(w, bits)
     assert_same_bits(words, reference.pack(codes, bits))
     assert_same_bits(scales, ref_scales)
     assert flushed == ref_flushed
     assert (flushed > 0) == (dtype.name != "float16")
-
     mlx_words, mlx_scales = mlx_quantize(w, 32, bits, mode)
     differ = scales != mlx_scales
     assert np.count_nonzero(differ) <= flushed

@@ -85,8 +85,7 @@ def test_the_whole_layer_is_the_reference(dtype, bits) -> None:
         assert_same_bits(biases[:, group], b[:, 0])
         wide = [a[:, 0].astype(np.float32) for a in (s, b)]
         values, codes = reference(values, 64 * group, 64, bits, *wide, made.propagation)
-        found = unpack_words(words, bits)[:, 64 * group : 64 * group + 64]
-        assert found.tolist() == codes.tolist()
+        assert unpack_words(words, bits)[:, 64 * group : 64 * group + 64].tolist() == codes.tolist()
 
 
 def test_any_ranges_of_rows_give_the_same_bytes() -> None:

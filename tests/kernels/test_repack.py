@@ -141,8 +141,7 @@ def test_nibble_columns_of_any_eights(inputs, outputs, signed, seed):
         return (eights << shifts).sum(-1, dtype=np.uint32)
 
     out = buffer(8 * outputs, inputs)
-    source = nibbles(interleave(codes))
-    repack.stream_columns_into(source, 4, out, interleaved=True, signed=signed)
+    repack.stream_columns_into(nibbles(interleave(codes)), 4, out, interleaved=True, signed=signed)
     expected = codes ^ 8 if signed else codes
     assert_same_bits(out, nibbles(np.ascontiguousarray(expected.T)))
 
@@ -248,8 +247,7 @@ def test_gemv_fast(n_out, n_in):
     codes = random_codes(n_out, 4, n_out, n_in)
     out = buffer(n_out, n_in // 8)
     ones = np.ones((n_out, n_in // 64))
-    stored = packers.fast(codes, ones, ones, "qzeros")["qweight"]
-    repack.gemv_fast_into(stored.view(np.uint16), out)
+    repack.gemv_fast_into(packers.fast(codes, ones, ones, "qzeros")["qweight"].view(np.uint16), out)
     assert_same_bits(out, mlx_words(codes, 4))
 
 

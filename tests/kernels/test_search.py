@@ -192,8 +192,7 @@ def test_any_bits_are_not_worse(data):
 
 def test_exactly_representable_values_stay():
     """Codes times a scale plus a bias, all in bfloat16: nothing to win, nothing lost."""
-    codes = np.tile(np.arange(16), (4, 8))
-    w = (codes * 0.25 - 2.0).astype(ml_dtypes.bfloat16)
+    w = (np.tile(np.arange(16), (4, 8)) * 0.25 - 2.0).astype(ml_dtypes.bfloat16)
     for level in LEVELS:
         tensors = quantize(w, Quantization.affine(64, 4), search=level)
         assert_same_bits(dequantize(tensors, Quantization.affine(64, 4)), w)

@@ -125,7 +125,6 @@ def test_group_errors(a_dtype, b_dtype, group_size):
         a = rng.standard_normal((groups, group_size)).astype(a_dtype)
         b = (a.astype(np.float32) + rng.standard_normal(a.shape) * 0.1).astype(b_dtype)
         most = np.full(groups, np.nan, np.float32)
-
         sums = _native.group_errors(
             bits(a).ravel(),
             NAMES[a_dtype.name],
@@ -134,7 +133,6 @@ def test_group_errors(a_dtype, b_dtype, group_size):
             group_size,
             bits(most),
         )
-
         x = a.astype(np.float32)
         d = x - b.astype(np.float32)
         assert_same_bits(most, np.abs(d).max(-1, initial=0))

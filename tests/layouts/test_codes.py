@@ -65,7 +65,6 @@ def test_codes_come_through(model_type: str, tmp_path: Path) -> None:
     convert(tmp_path / "qm", tmp_path / "qmd", dequantize=True, layout="keep")
     convert(tmp_path / "q", tmp_path / "qd", dequantize=True, layout="keep")
     convert(tmp_path / "qd", tmp_path / "qdm", dequantize=True, layout="mlx-lm")
-
     ours, expected = load(tmp_path / "qmd"), load(tmp_path / "qdm")
     assert ours.keys() == expected.keys()
     reencoded = {x.layer for x in report.plan.layers if x.exactness == "re-encoded"}
@@ -127,12 +126,10 @@ def test_experts_of_several_encodings_keep_their_codes(tmp_path: Path) -> None:
         overrides=[r"experts\.1\.up_proj=6:32"],
     )
     report = convert(tmp_path / "q", tmp_path / "qm", layout="mlx-lm")
-
     mixed = [x for x in report.plan.layers if x.layer.endswith("switch_mlp.up_proj")]
     assert {x.target for x in mixed} == {"affine 6-bit g32"}
     assert {x.exactness for x in mixed} == {"exact"}
     assert {x.source for x in mixed} == {"affine 4-bit g64 and affine 6-bit g32"}
-
     convert(tmp_path / "qm", tmp_path / "ours", dequantize=True, layout="keep")
     convert(tmp_path / "q", tmp_path / "dense", dequantize=True, layout="keep")
     ours, dense = load(tmp_path / "ours"), load(tmp_path / "dense")

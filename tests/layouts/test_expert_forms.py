@@ -250,9 +250,7 @@ def test_codes_of_single_experts_move(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", ["fused", "transposed", "fused .weight"])
 @pytest.mark.parametrize("family", [*CLASSES, "mistral4", "deepseek_v3"])
-def test_fp8_stacks_reach_the_class_under_their_own_names(
-    family: str, form: str, tmp_path: Path
-) -> None:
+def test_fp8_stacks_reach_the_class_under_their_own_names(family: str, form: str, tmp_path: Path):
     """One scale an expert, as Mistral 4 is published.
 
     The values are those of a dense counterpart.
@@ -346,9 +344,7 @@ def test_a_note_advises_a_layout_that_works(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("family", "loads"), [("qwen3_5_moe", False), ("qwen2_moe", True)])
-def test_a_note_says_whether_mlx_lm_loads_kept_experts(
-    family: str, loads: bool, tmp_path: Path
-) -> None:
+def test_a_note_says_whether_mlx_lm_loads_kept_experts(family: str, loads: bool, tmp_path: Path):
     """Some classes stack codes too, others only dense weights; the loader is asked."""
     from mlx_lm.utils import load_model
 

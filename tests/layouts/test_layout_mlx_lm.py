@@ -253,8 +253,7 @@ def vlm(folder: Path, family: str = "qwen2_vl", extra: dict = EXTRA, **config: o
 
 
 def test_what_is_dropped_is_listed_by_name(tmp_path: Path) -> None:
-    source = vlm(tmp_path / "vlm")
-    report = convert(source, tmp_path / "out", bits=4, group_size=32)
+    report = convert(vlm(tmp_path / "vlm"), tmp_path / "out", bits=4, group_size=32)
     plan = report.plan
     expected = {*EXTRA, "visual.patch.weight"}
     assert (plan.layout, plan.loads) == ("mlx-lm", True)
@@ -282,8 +281,7 @@ def test_vision_config_goes_where_no_tensor_of_a_tower_is_kept(tmp_path: Path) -
     """What --keep-extra keeps need not be a tower."""
     source = vlm(tmp_path / "next", "qwen3_next", {"mtp.fc.weight": (128, 256)})
     convert(source, tmp_path / "out", bits=4, group_size=32, keep_extra=True)
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert "vision_config" not in config
+    assert "vision_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
 
 
 @pytest.mark.parametrize("dtype", [None, "float16"])
@@ -305,13 +303,10 @@ def test_extra_tensors_are_kept_dense_under_their_names(tmp_path: Path, dtype: s
 
 
 @pytest.mark.parametrize("keep_extra", [False, True])
-def test_mlx_lm_loads_the_same_model_with_and_without_them(
-    tmp_path: Path, keep_extra: bool
-) -> None:
+def test_mlx_lm_loads_the_same_model_with_and_without_them(tmp_path: Path, keep_extra: bool):
     from mlx_lm.utils import load_model
 
-    source = vlm(tmp_path / "vlm")
-    convert(source, tmp_path / "out", bits=4, group_size=32, keep_extra=keep_extra)
+    convert(vlm(tmp_path / "vlm"), tmp_path / "out", bits=4, group_size=32, keep_extra=keep_extra)
     model, _ = load_model(tmp_path / "out")
     packed = dict(tree_flatten(model.parameters()))
     written = load(tmp_path / "out")
@@ -325,8 +320,7 @@ def test_where_mlx_lm_rejects_them_a_note_says_so(tmp_path: Path) -> None:
     source = vlm(tmp_path / "next", "qwen3_next", {"mtp.fc.weight": (128, 256)})
     dropped = plan(source, bits=4, group_size=32)
     assert dropped.loads and [name for name, _ in dropped.dropped] == ["mtp.fc.weight"]
-    report = convert(source, tmp_path / "out", bits=4, group_size=32, keep_extra=True)
-    made = report.plan
+    made = convert(source, tmp_path / "out", bits=4, group_size=32, keep_extra=True).plan
     assert not made.loads
     (note,) = [note for note in note_texts(made.notes) if "has no use for" in note]
     assert "does not load the result as it is: mlx-lm, loading qwen3_next: its class" in note

@@ -13,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from pytest import MonkeyPatch
 
 import requant
 from tests.support.conversions import convert
@@ -121,7 +122,6 @@ def test_codes_of_all_members_are_moved(name: str, tmp_path: Path) -> None:
     scales = read_folder(tmp_path / "out")[f"{STACK}.scales"]
     assert scales.dtype.name == {"BF16": "bfloat16", "F32": "float32", "U8": "uint8"}[dtype]
     assert {x.exactness for x in report.plan.layers} == {"exact"}
-
     for number, chunk in enumerate((1, 3000)):
         again = tmp_path / f"again{number}"
         requant.convert(source, again, layout="mlx-lm", chunk_bytes=chunk, threads=3)
@@ -298,17 +298,14 @@ def test_a_member_in_act_order_gets_8_bits_and_leaves_the_others_alone(tmp_path:
     stored = read_folder(tmp_path / "source")
     order = np.argsort(stored["model.layers.0.mlp.experts.1.down_proj.g_idx"], kind="stable")
     own = values[1][order]
-    error = np.sqrt(((found[1] - own) ** 2).mean() / (own**2).mean())
-    assert 0 < error < 0.012
+    assert 0 < np.sqrt(((found[1] - own) ** 2).mean() / (own**2).mean()) < 0.012
     with pytest.raises(requant.UsageError, match="--act-order"):
         requant.plan(tmp_path / "source", act_order="refuse")
 
 
 # -- fused layers ----------------------------------------------------------------------------
 @pytest.mark.parametrize("by_head", [False, True], ids=["in blocks", "head by head"])
-def test_parts_of_a_fused_projection(
-    by_head: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_parts_of_a_fused_projection(by_head: bool, tmp_path: Path, monkeypatch: MonkeyPatch):
     """A class that joins q, k and v: their codes stay, whatever each part's width and group."""
     from mlx_lm.models import phi3
 

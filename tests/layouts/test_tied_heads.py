@@ -267,9 +267,7 @@ def test_heads_of_an_mlx_source(head: str, layout: str, checkpoint: Build, tmp_p
 
 
 @pytest.mark.parametrize("layout", ["keep", "mlx-lm"])
-def test_a_quantized_head_next_to_a_dense_embedding(
-    layout: str, checkpoint: Build, tmp_path: Path
-) -> None:
+def test_a_quantized_head_next_to_a_dense_embedding(layout: str, checkpoint: Build, tmp_path: Path):
     tensors, config = llama(None, tie_word_embeddings=True)
     codes = np.random.default_rng(0).integers(0, 16, (V, H))
     tensors |= {
@@ -410,9 +408,7 @@ def test_a_class_that_always_ties(flag: bool, checkpoint: Build, tmp_path: Path)
     assert any("differs from" in note for note in note_texts(plan.notes))
 
 
-def test_a_class_that_never_ties_gets_the_embedding_once_more(
-    checkpoint: Build, tmp_path: Path
-) -> None:
+def test_a_class_that_never_ties_gets_the_embedding_once_more(checkpoint: Build, tmp_path: Path):
     config = small_config("stablelm") | {"tie_word_embeddings": True}
     from tests.support.mlx_lm_conversion import class_checkpoint
 

@@ -70,8 +70,7 @@ def test_memory_holds_the_model_once() -> None:
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    loaded = requant.mlx_lm.load_with_report(model("qwen3-16m"), bits=4)
-    nbytes = loaded.report.plan.bytes_out
+    nbytes = requant.mlx_lm.load_with_report(model("qwen3-16m"), bits=4).report.plan.bytes_out
     assert mx.get_active_memory() - before < 1.02 * nbytes
     assert mx.get_peak_memory() - before < 1.02 * nbytes
 

@@ -142,9 +142,7 @@ def test_marlin(blocks: int, groups: int, seed: int, by_gptq: bool) -> None:
     st.sampled_from(["gptq", "gptq_v2", "gptq_p"]),
     st.booleans(),
 )
-def test_gptq(
-    shape: tuple[int, int, int], bits: int, group: int, written: str, by_gptqmodel: bool
-) -> None:
+def test_gptq(shape: tuple[int, int, int], bits: int, group: int, written: str, by_gptqmodel: bool):
     out, groups = 32 * shape[0], shape[1]
     planar = written == "gptq_p" or bits in (5, 6, 7)  # whatever the label says
     minus = 1 if written == "gptq" and not planar else 0

@@ -188,8 +188,7 @@ def test_gradients_pass_through_the_kernel(on_metal: Any) -> None:
     x = mx.random.normal((3, 64))
     weights = mx.random.normal((3, 64))
     wanted = mx.grad(lambda x: (rotation.plain(x) * weights).sum())(x)
-    found = mx.grad(lambda x: (rotation(x) * weights).sum())(x)
-    assert mx.allclose(found, wanted, atol=1e-6)
+    assert mx.allclose(mx.grad(lambda x: (rotation(x) * weights).sum())(x), wanted, atol=1e-6)
 
 
 def test_a_wrong_kernel_is_not_used(on_metal: Any) -> None:
@@ -204,9 +203,7 @@ def test_a_wrong_kernel_is_not_used(on_metal: Any) -> None:
     assert emulated.calls == 1
 
 
-def test_a_kernel_that_does_not_compile_is_not_used(
-    on_metal: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_kernel_that_does_not_compile_is_not_used(on_metal: Any, monkeypatch: pytest.MonkeyPatch):
     on_metal()
 
     def failing() -> Any:

@@ -154,8 +154,7 @@ def test_chunks_threads_and_memory_change_no_byte(tmp_path: Path) -> None:
 
 
 def test_a_stack_of_experts(tmp_path: Path) -> None:
-    dense = to_mx(bf16(3, 8, 128))
-    parts = mx.quantize(dense, group_size=128, bits=3)
+    parts = mx.quantize(to_mx(bf16(3, 8, 128)), group_size=128, bits=3)
     path = "model.layers.0.mlp.switch_mlp.up_proj"
     weights = {f"{path}.{role}": part for role, part in zip(ROLES, parts, strict=True)}
     source = mlx_folder(tmp_path / "source", weights, {"group_size": 128, "bits": 3})
@@ -190,8 +189,7 @@ def test_a_budget_spends_nothing_on_bits_that_hold_the_same(tmp_path: Path) -> N
     parts = mx.quantize(to_mx(bf16(64, 256)), group_size=64, bits=4)
     weights = {f"{path}.{role}": part for role, part in zip(ROLES, parts, strict=True)}
     source = mlx_folder(tmp_path / "source", weights, {"group_size": 64, "bits": 4})
-    report = requant.convert(source, tmp_path / "out", budget="8", layout="keep")
-    (layer,) = report.plan.layers
+    (layer,) = requant.convert(source, tmp_path / "out", budget="8", layout="keep").plan.layers
     assert (layer.exactness, layer.target) == ("exact", "affine 4-bit g64")
 
 

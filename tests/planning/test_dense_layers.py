@@ -189,8 +189,7 @@ def test_what_the_block_of_an_mlx_folder_says_is_false(layout: str, tmp_path: Pa
 def test_a_budget_chooses_for_dense_layers_too(layout: str, tmp_path: Path) -> None:
     published(tmp_path / "dense", "llama")
     source = coded(tmp_path / "dense", tmp_path / "coded", "awq", ("up_proj", "down_proj"))
-    report = requant.convert(source, tmp_path / "out", layout=layout, budget=5)
-    plan = report.plan
+    plan = requant.convert(source, tmp_path / "out", layout=layout, budget=5).plan
     assert "lm_head" in quantized(plan)
     assert "model.embed_tokens" in quantized(plan)
     assert plan.bits_per_weight <= 5

@@ -27,9 +27,7 @@ def targets(made) -> dict[str, str]:
 @pytest.mark.parametrize("group_size", [64, 32])
 @pytest.mark.parametrize("recipe", MIXED)
 @pytest.mark.parametrize("name", ["micro-llama", "micro-moe", "qwen3-16m"])
-def test_mixed_recipes_are_mlx_lm_s(
-    name: str, recipe: str, group_size: int, tmp_path: Path
-) -> None:
+def test_mixed_recipes_are_mlx_lm_s(name: str, recipe: str, group_size: int, tmp_path: Path):
     expected = by_mlx_lm(
         model(name),
         tmp_path / "theirs",

@@ -246,9 +246,7 @@ def test_a_layer_in_mlx_lm_s_layout(checkpoint: Checkpoint, case: str) -> None:
     assert (made.target, made.reason_code, made.problem) == (target, code, None)
 
 
-def test_what_the_class_holds_dense_is_dense_and_an_override_is_a_problem(
-    checkpoint: Checkpoint,
-) -> None:
+def test_what_the_class_holds_dense_is_dense_and_an_override_is_a_problem(checkpoint: Checkpoint):
     asked = options(overrides=AT_8)
     made = decide(checkpoint, dense(Q), asked, mlx_lm({}, able=False))
     assert (made.target, made.reason_code) == (None, CODES.DENSE_IN_CLASS)
@@ -260,9 +258,7 @@ def test_what_the_class_holds_dense_is_dense_and_an_override_is_a_problem(
     ("path", "words"),
     [(NORM, "a vector is not quantized"), (ODD, "not a multiple of group size 64")],
 )
-def test_an_override_that_cannot_be_met_exactly(
-    checkpoint: Checkpoint, path: str, words: str
-) -> None:
+def test_an_override_that_cannot_be_met_exactly(checkpoint: Checkpoint, path: str, words: str):
     made = decide(checkpoint, dense(path), options(overrides=((path, EIGHT),)))
     assert made.problem is not None
     assert words in made.problem.message

@@ -96,9 +96,7 @@ def test_a_new_field_is_an_option_of_python(environment: dict[str, str], tmp_pat
 
 
 @pytest.mark.slow
-def test_a_new_field_is_an_option_of_the_commands(
-    environment: dict[str, str], tmp_path: Path
-) -> None:
+def test_a_new_field_is_an_option_of_the_commands(environment: dict[str, str], tmp_path: Path):
     for command in ("convert", "plan", "generate"):
         text = run(environment, COMMAND, command, "--help")
         assert "--sparkle AMOUNT" in text and "How much the output sparkles." in text

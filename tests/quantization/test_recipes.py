@@ -178,9 +178,7 @@ def test_the_docs_describe_every_recipe_and_role() -> None:
         ({"quantization": AFFINE(64, 8)}, AFFINE(64, 8)),
     ],
 )
-def test_what_is_said_replaces_the_default(
-    options: dict, default: Quantization, tmp_path: Path
-) -> None:
+def test_what_is_said_replaces_the_default(options: dict, default: Quantization, tmp_path: Path):
     (tmp_path / "mine.toml").write_text("[default]\nbits = 3\ngroup_size = 32\n")
     assert (
         ConvertOptions.from_arguments(recipe=tmp_path / "mine.toml", **options).quantization

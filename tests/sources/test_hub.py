@@ -153,9 +153,7 @@ def test_problems_come_before_the_download(hub: Hub, call: Call) -> None:
     assert "strange" in done.stderr and hub.sent - sent < 200_000
 
 
-def test_an_output_in_the_way_is_reported_before_the_download(
-    hub: Hub, call: Call, tmp_path: Path
-) -> None:
+def test_an_output_in_the_way_is_reported_before_the_download(hub: Hub, call: Call, tmp_path: Path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "x").touch()
     done = call("convert", NAME, "out", "--layout", "keep")

@@ -140,7 +140,6 @@ def test_killed_while_it_downloads_and_converts_it_resumes(
     kill(process)
     assert not (tmp_path / "out").exists()
     hub.gates.clear()
-
     ok(call("convert", NAME, "out", *OPTIONS, *option, "--quiet"))
     assert without_record(tmp_path / "out") == expected
     ok(call("verify", "out"))

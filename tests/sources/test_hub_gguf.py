@@ -88,8 +88,7 @@ def test_a_file_of_a_repository(
     kind: str,
     option: tuple[str, ...],
 ) -> None:
-    folder = written(tmp_path, files)
-    local = folder / ("micro-Q8_0.gguf" if "8" in kind else "Q4_0")
+    local = written(tmp_path, files) / ("micro-Q8_0.gguf" if "8" in kind else "Q4_0")
     size = sum(len(x) for name, x in files.items() if ("Q8_0" in name) == ("8" in kind))
     declared = ok(call("plan", f"{NAME}:{kind}"))
     assert hub.sent < size

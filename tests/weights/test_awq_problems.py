@@ -163,8 +163,6 @@ def test_mixture_of_libraries():
 
 
 # The checks run over all layers one after the other.
-
-
 def test_order_dtype_of_all_scales_before_missing_ones(lib):
     weights = stored(lib, "a") | stored(lib, "b", dtype="int32")
     del weights["a.scales"]
