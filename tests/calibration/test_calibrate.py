@@ -46,13 +46,6 @@ def text(tmp_path: Path) -> Path:
     return tmp_path / "text.txt"
 
 
-def ids_of(folder: Path, windows: int) -> mx.array:
-    from mlx_lm.utils import load_tokenizer
-
-    tokens = load_tokenizer(folder).encode(TEXT)
-    return mx.array(tokens[: windows * WINDOW]).reshape(windows, WINDOW)
-
-
 def plain(folder: Path) -> Any:
     from mlx_lm.utils import load_model
 

@@ -174,7 +174,6 @@ FAULTS = {
         ("packing_format", "exllamav3"),
     ),
 }
-_OWN = ("qweight", "qzeros", "scales", "g_idx")
 
 
 @pytest.mark.parametrize("fault", list(FAULTS))

@@ -14,6 +14,7 @@ from requant.formats.expert_shapes import Orientation
 from requant.formats.layer_names import layer_names
 from tests.support.checkpoints import write_quantized
 from tests.support.conversions import dequantized, rejection
+from tests.support.damage import damage, damages
 from tests.support.layers import compressed_tensors as ct_layers
 from tests.support.layers.quark import block as quark_block
 from tests.support.layers.stacks import EXPERTS, IN, OUT, PLACE, small_e4m3
@@ -296,50 +297,33 @@ CT_INT = ct_layers.block(group_size=32)
 Make = Callable[[], tuple[dict[str, Any], Tensors]]
 
 
-@pytest.mark.parametrize(
-    ("make", "words"),
-    [
-        (
-            lambda: (GPTQ, wrong(GPTQ_PARTS, scales=np.ones((2, IN // 32, OUT), np.float16))),
-            "w13_scales: F16 [2, 4, 64], expected 3 experts on its first axis",
-        ),
-        (
-            lambda: (GPTQ, wrong(GPTQ_PARTS, g_idx=np.full((EXPERTS, IN), 9, np.int32))),
-            "w13_g_idx: holds group 9",
-        ),
-        (lambda: (GPTQ, wrong(GPTQ_PARTS, qzeros=np.zeros((EXPERTS, 4, 9), np.int32))), "w13"),
-        (
-            lambda: (FP8, wrong(FP8_PARTS, weight_scale=np.ones((2, 1, 1), np.float32))),
-            "w13_weight_scale: F32 [2, 1, 1] fits no tiling",
-        ),
-        (
-            lambda: (MIXED, wrong(FP8_PARTS, weight_scale_inv=np.ones((EXPERTS, 5), np.float32))),
-            "w13_weight_scale_inv: F32 [3, 5] fits no tiling",
-        ),
-        (
-            lambda: (CT_INT, wrong(CT_PARTS, weight_scale=np.ones((EXPERTS, OUT, 3), np.float32))),
-            "w13_weight_scale: F32 [3, 64, 3], expected [3, 64, 4]",
-        ),
-        (
-            lambda: (
-                {"quant_method": "mxfp4"},
-                wrong(
-                    {"weight": np.zeros((EXPERTS, OUT, IN // 2), np.uint8)},
-                    weight_scale=np.zeros((EXPERTS, OUT, 3), np.uint8),
-                ),
-            ),
-            "w13_weight_scale: U8 [3, 64, 3], expected U8 [3, 64, 4]",
-        ),
-        (
-            lambda: (
-                {"quant_method": "mxfp4"},
-                wrong({"weight": np.zeros((EXPERTS, OUT, IN // 2), np.uint8)}),
-            ),
-            "w13_weight: U8 [3, 64, 64] holds codes, but has no scale next to it",
-        ),
-    ],
-)
-def test_stacks_that_do_not_fit(make: Make, words: str, tmp_path: Path) -> None:
-    block, tensors = make()
+KINDS = {
+    "gptq": (GPTQ, GPTQ_PARTS),
+    "fp8": (FP8, FP8_PARTS),
+    "mixed": (MIXED, FP8_PARTS),
+    "ct": (CT_INT, CT_PARTS),
+    "mxfp4": ({"quant_method": "mxfp4"}, {"weight": np.zeros((EXPERTS, OUT, IN // 2), np.uint8)}),
+}
+DAMAGED = """
+gptq; scales = F16 [2, 4, 64] 1
+    w13_scales: F16 [2, 4, 64], expected 3 experts on its first axis
+gptq; g_idx = I32 [3, 128] 9 -> w13_g_idx: holds group 9
+gptq; qzeros = I32 [3, 4, 9] -> w13
+fp8; weight_scale = F32 [2, 1, 1] 1 -> w13_weight_scale: F32 [2, 1, 1] fits no tiling
+mixed; weight_scale_inv = F32 [3, 5] 1 -> w13_weight_scale_inv: F32 [3, 5] fits no tiling
+ct; weight_scale = F32 [3, 64, 3] 1 -> w13_weight_scale: F32 [3, 64, 3], expected [3, 64, 4]
+mxfp4; weight_scale = U8 [3, 64, 3] -> w13_weight_scale: U8 [3, 64, 3], expected U8 [3, 64, 4]
+mxfp4; nothing -> w13_weight: U8 [3, 64, 64] holds codes, but has no scale next to it
+"""
+
+
+@pytest.mark.parametrize(("changes", "words"), damages(DAMAGED))
+def test_stacks_that_do_not_fit(changes: str, words: list[str], tmp_path: Path):
+    kind, _, changes = changes.partition("; ")
+    block, parts = KINDS[kind]
+    tensors = dict(parts)
+    damage(changes, tensors)
+    tensors = {f"{PLACE}.w13_{role}": part for role, part in tensors.items()}
     source = write_quantized(tmp_path / "source", tensors, block, model_type="some_moe")
-    assert words in rejection(source, tmp_path / "out", bits=8)
+    text = rejection(source, tmp_path / "out", bits=8)
+    assert all(word in text for word in words), text

@@ -19,6 +19,7 @@ from requant.errors import (
 )
 from requant.quantization.config import SKIP, PerLayerQuantization, Quantization
 from requant.weights.quantize import dequantize_weights, quantize_weights
+from tests.support.damage import damage
 from tests.support.quantized_weights import (
     AFFINE,
     LEGAL,
@@ -242,42 +243,27 @@ def test_float_mode_layer_with_biases(lib, mode):
 
 
 # What the array library itself rejects: MLX in words of its own, our kernels by class.
-BROKEN = {
-    "bits that no mode has": ({}, (32, 7), OutOfRangeError),
-    "a negative group size": ({}, (-32, 4), OutOfRangeError),
-    "no group size": ({}, (0, 4), OutOfRangeError),
-    "no bits": ({}, (32, 0), OutOfRangeError),
-    "a dense weight": ({"weight": ((1, 32), "float32")}, (32, 4), UnsupportedDtypeError),
-    "words of one axis": (
-        {"weight": ((4,), "uint32"), "scales": ((1,), "float32"), "biases": ((1,), "float32")},
-        (32, 4),
-        RankMismatchError,
-    ),
-    "scales of other rows": (
-        {"scales": ((3, 1), "float32"), "biases": ((3, 1), "float32")},
-        (32, 4),
-        ShapeMismatchError,
-    ),
-    "too many groups": (
-        {"scales": ((1, 2), "float32"), "biases": ((1, 2), "float32")},
-        (32, 4),
-        ShapeMismatchError,
-    ),
-    "integer scales": (
-        {"scales": ((1, 1), "int32"), "biases": ((1, 1), "int32")},
-        (32, 4),
-        UnsupportedDtypeError,
-    ),
-    "words that fill no group": ({"weight": ((1, 3), "uint32")}, (32, 4), DivisibilityError),
-}
+BROKEN = [
+    ("nothing", (32, 7), OutOfRangeError),
+    ("nothing", (-32, 4), OutOfRangeError),
+    ("nothing", (0, 4), OutOfRangeError),
+    ("nothing", (32, 0), OutOfRangeError),
+    ("weight = F32 [1, 32] 1", (32, 4), UnsupportedDtypeError),
+    ("weight = U32 [4] 1; scales = F32 [1] 1; biases = F32 [1] 1", (32, 4), RankMismatchError),
+    ("scales = F32 [3, 1] 1; biases = F32 [3, 1] 1", (32, 4), ShapeMismatchError),
+    ("scales = F32 [1, 2] 1; biases = F32 [1, 2] 1", (32, 4), ShapeMismatchError),
+    ("scales = I32 [1, 1] 1; biases = I32 [1, 1] 1", (32, 4), UnsupportedDtypeError),
+    ("weight = U32 [1, 3] 1", (32, 4), DivisibilityError),
+]
 
 
-@pytest.mark.parametrize("what", BROKEN)
-def test_backend_rejects(lib, what):
-    parts, (group_size, bits), kind = BROKEN[what]
+@pytest.mark.parametrize(("changes", "quantization", "kind"), BROKEN)
+def test_backend_rejects(lib, changes, quantization, kind):
+    group_size, bits = quantization
+    changed = {}
+    damage(changes, changed)
     weights = affine(lib)
-    for suffix, (shape, dtype) in parts.items():
-        weights[f"up.{suffix}"] = lib.make(np.ones(shape), dtype)
+    weights |= {f"up.{x}": lib.make(array, array.dtype.name) for x, array in changed.items()}
     error = rejected(BackendError if lib.name == "mlx" else kind, weights, config(group_size, bits))
     assert isinstance(error, RequantError)
     if lib.name == "mlx":
