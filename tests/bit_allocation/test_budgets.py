@@ -185,6 +185,7 @@ def _recipe_of(output: Path, tmp_path: Path) -> Path:
     return file
 
 
+@pytest.mark.slow
 def test_what_was_measured_of_another_source_is_not_believed(source: Path, tmp_path: Path) -> None:
     expected = requant.plan(source, budget=4, **KEEP)
     for text in ("", "{}", '{"key": 1}', "[1]", "\0"):

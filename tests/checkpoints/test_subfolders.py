@@ -271,6 +271,7 @@ def hub() -> Iterator[Hub]:
         yield running
 
 
+@pytest.mark.slow
 def test_a_repository_is_sorted_as_a_folder(hub: Hub, tmp_path: Path) -> None:
     call = Call(hub, tmp_path)
     done: subprocess.CompletedProcess[str] = call("convert", NAME, "out", "--layout", "keep")

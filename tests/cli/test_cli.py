@@ -387,6 +387,7 @@ def test_interrupt_exits_130(
     assert names_in(tmp_path) == ["model", "out"]
 
 
+@pytest.mark.slow
 def test_a_defect_keeps_its_traceback(model: Path) -> None:
     breaks = "import requant.api.convert as c\nc.plan = lambda *_, **__: 1 // 0\n"
     runs = f"from requant.cli import run\nrun(['plan', {str(model)!r}])"

@@ -45,6 +45,7 @@ def test_the_script_is_one_of_the_shell(shell: str, tmp_path: Path) -> None:
         assert checked.returncode == 0 and not checked.stderr, checked.stderr
 
 
+@pytest.mark.slow
 def test_bash_completes() -> None:
     """The whole way: the script in a bash, a line, and what is in COMPREPLY."""
     line = (

@@ -51,6 +51,7 @@ def test_int8_written_by_hand(tmp_path: Path) -> None:
     assert made.keys() == {"up.weight", "up.scales", "up.biases", "up.bias"}
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(
     rows=st.integers(1, 30),

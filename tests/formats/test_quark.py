@@ -37,6 +37,7 @@ def test_words_written_by_hand() -> None:
     assert hex(pack_words(codes, "order")[0, 0]) == "0x76543210"
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(
     dtype=st.sampled_from(["int4", "uint4", "int8", "uint8"]),
