@@ -12,8 +12,18 @@ PACKAGE = Path(__file__).parents[1] / "src" / "requant"
 ATTRIBUTES = {"text", "message", "reason", "why", "notes"}
 VARIABLES = {"message", "reason", "why", "note", "notes"}
 PARSING = {
-    *("startswith", "endswith", "removeprefix", "removesuffix", "partition", "rpartition", "find"),
-    *("index", "count", "search", "match", "fullmatch"),
+    "startswith",
+    "endswith",
+    "removeprefix",
+    "removesuffix",
+    "partition",
+    "rpartition",
+    "find",
+    "index",
+    "count",
+    "search",
+    "match",
+    "fullmatch",
 }
 # Module and function -> why it reads a text all the same.
 ALLOWED = {

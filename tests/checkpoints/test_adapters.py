@@ -144,11 +144,23 @@ def test_the_config_of_an_adapter_that_was_merged_is_left_out(tmp_path: Path) ->
 
 # -- inside a model --------------------------------------------------------------------------
 INSIDE = [
-    *("lora_A.weight", "lora_B.default.weight", "lora_a", "lora_magnitude_vector.default.weight"),
-    *("lora_embedding_A.default", "base_layer.weight", "base_layer.qweight"),
-    *("modules_to_save.default.weight", "original_module.weight", "ia3_l.default"),
-    *("lora_down.weight", "hada_w1_a", "lokr_w2", "oft_r.default", "boft_R.default"),
-    *("vera_lambda_b.default", "dora_scale"),
+    "lora_A.weight",
+    "lora_B.default.weight",
+    "lora_a",
+    "lora_magnitude_vector.default.weight",
+    "lora_embedding_A.default",
+    "base_layer.weight",
+    "base_layer.qweight",
+    "modules_to_save.default.weight",
+    "original_module.weight",
+    "ia3_l.default",
+    "lora_down.weight",
+    "hada_w1_a",
+    "lokr_w2",
+    "oft_r.default",
+    "boft_R.default",
+    "vera_lambda_b.default",
+    "dora_scale",
 ]
 
 

@@ -56,8 +56,14 @@ def test_plan_takes_every_option_of_convert(requant: Requant) -> None:
         for c in ("convert", "plan")
     ]
     assert options[0] - options[1] == {
-        *("--allow-nonfinite", "--allow-overflow", "--consume-source", "--no-resume", "--private"),
-        *("--upload", "--yes", "--quiet"),
+        "--allow-nonfinite",
+        "--allow-overflow",
+        "--consume-source",
+        "--no-resume",
+        "--private",
+        "--upload",
+        "--yes",
+        "--quiet",
     }
     assert options[1] <= options[0]
 

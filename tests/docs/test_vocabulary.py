@@ -160,9 +160,15 @@ def test_a_stray_is_found(text: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        *("options that cannot be wished", "def _is_refused(layer):", "class Refused(Exception):"),
-        *("MAX_PEEK_BYTES = 4", "the road of a tensor", "a twin of the file"),
-        *("it is encoded anew", "it is no multiple of 8", "the file beside it"),
+        "options that cannot be wished",
+        "def _is_refused(layer):",
+        "class Refused(Exception):",
+        "MAX_PEEK_BYTES = 4",
+        "the road of a tensor",
+        "a twin of the file",
+        "it is encoded anew",
+        "it is no multiple of 8",
+        "the file beside it",
     ],
 )
 def test_a_private_word_is_found(text: str) -> None:

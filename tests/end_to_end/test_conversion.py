@@ -426,8 +426,11 @@ def test_measured_error_is_what_mlx_s_own_values_give(
 def test_measured_error_of_another_mlx_encoding(affine8: Path, tmp_path: Path) -> None:
     report = convert(affine8, tmp_path / "out", bits=2)
     assert set(report.errors) == {
-        *("model.embed_tokens", "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"),
-        *("model.odd", "lm_head"),
+        "model.embed_tokens",
+        "model.layers.0.self_attn.q_proj",
+        "model.layers.0.mlp.up_proj",
+        "model.odd",
+        "lm_head",
     }
     assert all(0.1 < error.relative_rms < 1 for error in report.errors.values())
     kept = convert(affine8, tmp_path / "kept")

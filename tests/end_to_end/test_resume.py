@@ -384,8 +384,11 @@ def jobs(
         (str(tmp_path / "mlx"), str(tmp_path / "d"), {"dequantize": True}),
     ]
     for name in (
-        *("awq-gemm-g128", "gptq-b4-g64-sym-v2", "ct-pack-int4-asym-g32"),
-        *("fp8-block-llama", "mxfp4-gpt-oss"),
+        "awq-gemm-g128",
+        "gptq-b4-g64-sym-v2",
+        "ct-pack-int4-asym-g32",
+        "fp8-block-llama",
+        "mxfp4-gpt-oss",
     ):
         source = str(fixture(name) / "checkpoint")
         dense_too = {"dequantize": True} if name == "fp8-block-llama" else {}

@@ -19,8 +19,12 @@ BIAS_STEPS = 15 * 2**-8
 @pytest.mark.parametrize(
     "name",
     [
-        *("ct-pack-int4-sym-g128", "ct-pack-int3-g64", "ct-pack-int8-channel", "ct-int-quantized"),
-        *("ct-mxfp4-pack", "ct-mxfp8"),
+        "ct-pack-int4-sym-g128",
+        "ct-pack-int3-g64",
+        "ct-pack-int8-channel",
+        "ct-int-quantized",
+        "ct-mxfp4-pack",
+        "ct-mxfp8",
     ],
 )
 def test_codes_that_mlx_holds(name: str, tmp_path: Path) -> None:

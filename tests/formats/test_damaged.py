@@ -24,13 +24,30 @@ from tests.support.safetensors_files import read_file, write_file
 pytestmark = pytest.mark.sweep(2)
 
 FIXTURES = [
-    *("bitnet-autobitlinear", "bitnet-bitlinear", "ct-float-fp8-block", "ct-float-fp8-channel"),
-    *("ct-float-fp8-tensor", "ct-int-quantized", "ct-mixed-precision", "ct-mxfp4-pack"),
-    *("ct-mxfp8", "ct-naive-fp8-tensor", "ct-nvfp4-pack", "ct-pack-int3-g64"),
-    *("ct-pack-int4-actorder-group", "ct-pack-int4-asym-g32", "ct-pack-int8-channel"),
-    *("fp8-block-deepseek-edge", "fp8-block-llama", "fp8-block-ue8m0", "modelopt-fp8"),
-    *("modelopt-nvfp4", "mxfp4-gpt-oss", "torchao-fp8-weight-only"),
-    *("torchao-int8-weight-only", "torchao-intx-w4g32"),
+    "bitnet-autobitlinear",
+    "bitnet-bitlinear",
+    "ct-float-fp8-block",
+    "ct-float-fp8-channel",
+    "ct-float-fp8-tensor",
+    "ct-int-quantized",
+    "ct-mixed-precision",
+    "ct-mxfp4-pack",
+    "ct-mxfp8",
+    "ct-naive-fp8-tensor",
+    "ct-nvfp4-pack",
+    "ct-pack-int3-g64",
+    "ct-pack-int4-actorder-group",
+    "ct-pack-int4-asym-g32",
+    "ct-pack-int8-channel",
+    "fp8-block-deepseek-edge",
+    "fp8-block-llama",
+    "fp8-block-ue8m0",
+    "modelopt-fp8",
+    "modelopt-nvfp4",
+    "mxfp4-gpt-oss",
+    "torchao-fp8-weight-only",
+    "torchao-int8-weight-only",
+    "torchao-intx-w4g32",
 ]
 
 
@@ -111,7 +128,12 @@ def by_hand(name: str, folder: Path) -> Path:
 
 
 BY_HAND = [
-    *("metal", "fp-quant-mxfp4", "fp-quant-nvfp4", "quark-uint4", "quark-fp4", "quark-fp6_e3m2"),
+    "metal",
+    "fp-quant-mxfp4",
+    "fp-quant-nvfp4",
+    "quark-uint4",
+    "quark-fp4",
+    "quark-fp6_e3m2",
 ]
 
 

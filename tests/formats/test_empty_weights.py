@@ -18,7 +18,12 @@ pytestmark = pytest.mark.sweep(8)
 # Tensors of which a single number or text says how the others lie, and what is left out.
 _SETTINGS = ("g_idx", "shape", "nbits", "axis", "group_size", "quant_map", "quant_state", "packing")
 _SETTINGS += (
-    *("compute_dtype", "view_as_float", "channel_wise", "act_global_scale", "stores", "quant"),
+    "compute_dtype",
+    "view_as_float",
+    "channel_wise",
+    "act_global_scale",
+    "stores",
+    "quant",
 )
 NAMES = [
     (name, tensor)

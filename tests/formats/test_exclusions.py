@@ -16,8 +16,13 @@ from tests.support.safetensors_files import read_folder
 pytestmark = pytest.mark.sweep(3)
 
 LISTS = (
-    *("ignore", "ignored_layers", "modules_to_not_convert", "exclude_modules", "exclude"),
-    *("llm_int8_skip_modules", "skip_modules"),
+    "ignore",
+    "ignored_layers",
+    "modules_to_not_convert",
+    "exclude_modules",
+    "exclude",
+    "llm_int8_skip_modules",
+    "skip_modules",
 )
 CALLS = "dense, but 1 layer is stored as"
 
@@ -69,7 +74,11 @@ def test_a_layer_that_a_list_calls_dense_is_read_with_a_note(name: str, key: str
 def test_a_list_of_other_layers_is_not_a_matter(name: str, tmp_path: Path) -> None:
     source = SOURCES[name]()
     block_of(source)["modules_to_not_convert"] = [
-        *("head", "lm_head*", "re:.*gate$", "u", "experts.up"),
+        "head",
+        "lm_head*",
+        "re:.*gate$",
+        "u",
+        "experts.up",
     ]
     assert not any(CALLS in note for note in converted(source, tmp_path))
 

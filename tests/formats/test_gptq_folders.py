@@ -19,8 +19,15 @@ FLOAT16 = 2**-11  # half a unit in the last place
 @pytest.mark.parametrize(
     "name",
     [
-        *("b2-g64-sym-v2", "b3-g64-sym-v1", "b3-g64-planar", "b4-g128-sym-v1", "b4-g64-sym-v2"),
-        *("b4-g64-lmhead-v1", "b4-gm1-sym-v1", "b8-g64-sym-v1", "dynamic-mixed-v1"),
+        "b2-g64-sym-v2",
+        "b3-g64-sym-v1",
+        "b3-g64-planar",
+        "b4-g128-sym-v1",
+        "b4-g64-sym-v2",
+        "b4-g64-lmhead-v1",
+        "b4-gm1-sym-v1",
+        "b8-g64-sym-v1",
+        "dynamic-mixed-v1",
     ],
 )
 def test_symmetric_layers_are_exact(name: str, tmp_path: Path) -> None:

@@ -18,8 +18,20 @@ pytestmark = pytest.mark.sweep(2)
 
 # Whose tensors leave one reading without a word of the config.
 TELLING = [
-    *("awq", "ct-int4", "ct-fp8", "ct-nvfp4", "fp8", "modelopt-fp8", "modelopt-nvfp4"),
-    *("modelopt-mxfp8", "mxfp4", "hqq", "bnb-nf4", "bnb-int8", "quark", "torchao"),
+    "awq",
+    "ct-int4",
+    "ct-fp8",
+    "ct-nvfp4",
+    "fp8",
+    "modelopt-fp8",
+    "modelopt-nvfp4",
+    "modelopt-mxfp8",
+    "mxfp4",
+    "hqq",
+    "bnb-nf4",
+    "bnb-int8",
+    "quark",
+    "torchao",
 ]
 # And whose do not: how zeros are stored, what a scale does, bits or group, a rotation.
 SILENT = ["gptq", "auto-round", "paroquant", "bitnet", "mlx", "metal", "fp-quant"]

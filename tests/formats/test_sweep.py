@@ -161,9 +161,24 @@ def dense() -> Source:
 
 # -- parts renamed, missing, and of nothing ----------------------------------------------------
 ENDINGS = (
-    *("weight_scale", "weight_scale_inv", "weight_scales", "scale", "scale_inv", "scales"),
-    *("weight.absmax", "SCB", "zero_point", "qzeros", "zeros", "weight_global_scale"),
-    *("weight_scale_2", "qweight", "weight_packed", "weight", "kernel", "something"),
+    "weight_scale",
+    "weight_scale_inv",
+    "weight_scales",
+    "scale",
+    "scale_inv",
+    "scales",
+    "weight.absmax",
+    "SCB",
+    "zero_point",
+    "qzeros",
+    "zeros",
+    "weight_global_scale",
+    "weight_scale_2",
+    "qweight",
+    "weight_packed",
+    "weight",
+    "kernel",
+    "something",
 )
 
 
@@ -193,8 +208,17 @@ def test_missing_parts(name: str) -> None:
 
 
 STRAY = (
-    *("weight_scale", "weight_scale_inv", "scales", "weight.absmax", "qzeros", "SCB"),
-    *("weight_zero_point", "weight_global_scale", "weight_scale_2", "pre_quant_scale", "g_idx"),
+    "weight_scale",
+    "weight_scale_inv",
+    "scales",
+    "weight.absmax",
+    "qzeros",
+    "SCB",
+    "weight_zero_point",
+    "weight_global_scale",
+    "weight_scale_2",
+    "pre_quant_scale",
+    "g_idx",
 )
 
 

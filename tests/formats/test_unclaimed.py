@@ -95,8 +95,14 @@ BLOCKS: dict[str, dict[str, Any] | None] = {
 @pytest.mark.parametrize(
     "role",
     [
-        *("weight_scale", "weight_scale_inv", "scale", "SCB", "weight.absmax", "qzeros"),
-        *("_weight_scale", "weight_global_scale"),
+        "weight_scale",
+        "weight_scale_inv",
+        "scale",
+        "SCB",
+        "weight.absmax",
+        "qzeros",
+        "_weight_scale",
+        "weight_global_scale",
     ],
 )
 def test_floats_next_to_a_scale_are_rejected_and_the_advice_works(

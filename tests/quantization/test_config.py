@@ -212,7 +212,12 @@ def test_block_ignores(more):
 
 def test_reserved_keys_are_these_six():
     assert sorted(RESERVED_KEYS) == [
-        *("bits", "group_size", "linear_class", "mode", "quant_method", "quantization_mode"),
+        "bits",
+        "group_size",
+        "linear_class",
+        "mode",
+        "quant_method",
+        "quantization_mode",
     ]
 
 

@@ -22,10 +22,17 @@ CARD = b"---\nlicense: mit\n---\n# micro\n"
 
 def test_models_are_detected_by_the_end_of_their_names() -> None:
     names = [
-        *("a-Q4_K_M.gguf", "a.IQ2_XXS.gguf", "a-UD-Q3_K_XL.gguf"),
-        *("BF16/a-BF16-00001-of-00002.gguf", "BF16/a-BF16-00002-of-00002.gguf"),
-        *("mmproj-a-f16.gguf", "a.imatrix.gguf", "small-Q8_0.gguf", "large-q8_0.gguf"),
-        *("odd.gguf", "README.md"),
+        "a-Q4_K_M.gguf",
+        "a.IQ2_XXS.gguf",
+        "a-UD-Q3_K_XL.gguf",
+        "BF16/a-BF16-00001-of-00002.gguf",
+        "BF16/a-BF16-00002-of-00002.gguf",
+        "mmproj-a-f16.gguf",
+        "a.imatrix.gguf",
+        "small-Q8_0.gguf",
+        "large-q8_0.gguf",
+        "odd.gguf",
+        "README.md",
     ]
     models = gguf_models(names)
     assert {key: len(files) for key, files in models.items()} == {
