@@ -1,7 +1,5 @@
 """The architecture that docs/architecture.md describes is the one of the code."""
 
-from __future__ import annotations
-
 import ast
 import re
 import subprocess
@@ -115,7 +113,7 @@ def exists(name: str) -> bool:
 
 
 def test_importing_requant_stays_light() -> None:
-    heavy = "mlx torch transformers rich typer click huggingface_hub safetensors regex"
+    heavy = "mlx mlx_lm torch transformers rich typer click huggingface_hub safetensors regex"
     code = f"import sys, requant; print([m for m in {heavy.split()!r} if m in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"

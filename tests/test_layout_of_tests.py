@@ -1,11 +1,7 @@
 """What tests share lies in ``tests/support``: no test module imports another, or a conftest."""
 
-from __future__ import annotations
-
 import ast
 from pathlib import Path
-
-import pytest
 
 TESTS = Path(__file__).parent
 MODULES = sorted(path.relative_to(TESTS) for path in TESTS.rglob("*.py"))
@@ -23,13 +19,13 @@ def imported(module: Path) -> list[str]:
     return [name for name in found if name.startswith((".", "tests"))]
 
 
-@pytest.mark.parametrize("module", MODULES, ids=str)
-def test_imports_of_a_test_module(module: Path) -> None:
-    for name in imported(module):
-        assert not name.startswith("."), f"{name}: import from tests absolutely"
-        parts = name.split(".")[1:]
-        private = [part for part in parts if part == "conftest" or part.startswith("test_")]
-        assert private == [], f"{name}: what two modules need belongs in tests/support"
+def test_imports_of_test_modules() -> None:
+    for module in MODULES:
+        for name in imported(module):
+            assert not name.startswith("."), f"{module}: {name}: import from tests absolutely"
+            parts = name.split(".")[1:]
+            private = [part for part in parts if part == "conftest" or part.startswith("test_")]
+            assert private == [], f"{module}: {name}: what two modules need belongs in support"
 
 
 def test_support_is_found() -> None:

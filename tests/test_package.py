@@ -1,7 +1,5 @@
 """What is installed, and under which names."""
 
-from __future__ import annotations
-
 from importlib import metadata
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """``compare``: figures of layers by hand, names across layouts, and the evaluator's own."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys
@@ -40,9 +38,7 @@ def test_zeros_and_values_that_are_not_numbers(checkpoint: Callable[..., Path]) 
     json.dumps(requant.compare(a, b).to_dict(), allow_nan=False)
 
 
-def test_an_output_against_its_source_has_the_error_of_its_report(
-    dense: Path, tmp_path: Path
-) -> None:
+def test_an_output_against_its_source_has_the_error_of_its_report(dense: Path, tmp_path: Path):
     report = requant.convert(dense, tmp_path / "out", bits=4, layout="keep")
     found = {layer.name.removesuffix(".weight"): layer for layer in _kept(dense, tmp_path / "out")}
     assert report.errors

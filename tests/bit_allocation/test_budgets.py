@@ -1,7 +1,5 @@
 """--budget in the pipeline: within the size, the same again, and what is wrong said beforehand."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path
@@ -55,8 +53,6 @@ def weights_of(folder: Path) -> dict[str, bytes]:
 
 
 # -- the size ------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("budget", [3.2, 4, "4.75", "6.5", "66KB", "80kb"])
 def test_the_output_is_within_the_budget_and_near_it(source: Path, budget: Any) -> None:
     plan = requant.plan(source, budget=budget, **KEEP)
@@ -67,8 +63,7 @@ def test_the_output_is_within_the_budget_and_near_it(source: Path, budget: Any) 
 
 
 def test_a_budget_above_every_candidate_gives_the_least_error(source: Path) -> None:
-    plan = requant.plan(source, budget=16, **KEEP)
-    assert set(targets(plan).values()) == {"affine 8-bit g32"}
+    assert set(targets(requant.plan(source, budget=16, **KEEP)).values()) == {"affine 8-bit g32"}
 
 
 def test_impossible_budgets_say_what_is_possible(source: Path) -> None:
@@ -77,8 +72,7 @@ def test_impossible_budgets_say_what_is_possible(source: Path) -> None:
             requant.plan(source, budget=budget, **KEEP)
         found = re.search(rf"{hint}$", str(caught.value))
         assert found
-        plan = requant.plan(source, budget=found[1], **KEEP)
-        assert plan.bits_per_weight < 3
+        assert requant.plan(source, budget=found[1], **KEEP).bits_per_weight < 3
 
 
 @pytest.mark.parametrize("text", ["", "0", "-4", "4 apples", "1e3", "nan", "12000000000", True])
@@ -96,8 +90,6 @@ def test_nothing_else_chooses_bits(source: Path, other: dict[str, Any]) -> None:
 
 
 # -- who decides ---------------------------------------------------------------------------
-
-
 def test_overrides_win_and_take_their_share(source: Path) -> None:
     overrides = [r"0\.self_attn=8:32", r"1\.self_attn=skip"]
     plan = requant.plan(source, budget=4.6, overrides=overrides, **KEEP)
@@ -129,8 +121,6 @@ def test_more_bits_go_where_errors_cost_more(source: Path) -> None:
 
 
 # -- the same again ------------------------------------------------------------------------
-
-
 def test_a_saved_recipe_gives_the_same_bytes(source: Path, tmp_path: Path) -> None:
     options = {"overrides": [r"2\.self_attn=6:32"], "search": "fast"} | KEEP
     file = tmp_path / "mine.toml"
@@ -138,7 +128,6 @@ def test_a_saved_recipe_gives_the_same_bytes(source: Path, tmp_path: Path) -> No
     options.pop("overrides")
     again = requant.plan(source, recipe=file, **options)
     assert again.hash == plan.hash
-
     file.write_text(file.read_text().replace('spec = "6:32"', 'spec = "5:32"'))
     edited = requant.plan(source, recipe=file, **options)
     assert targets(edited)["model.layers.2.self_attn.v_proj"] == "affine 5-bit g32"
@@ -159,8 +148,7 @@ def test_verify_repeats_it_without_measuring(
     assert not measurements_path(tmp_path / "out").exists()
     monkeypatch.setattr("requant.bit_allocation.measure.run_plan", None)
     assert requant.verify(source, tmp_path / "out").problems == ()
-    command = requant.read_figures(tmp_path / "out").command(str(source))
-    assert "--budget 4" in str(command)
+    assert "--budget 4" in str(requant.read_figures(tmp_path / "out").command(str(source)))
 
 
 @pytest.mark.slow
@@ -197,6 +185,7 @@ def _recipe_of(output: Path, tmp_path: Path) -> Path:
     return file
 
 
+@pytest.mark.slow
 def test_what_was_measured_of_another_source_is_not_believed(source: Path, tmp_path: Path) -> None:
     expected = requant.plan(source, budget=4, **KEEP)
     for text in ("", "{}", '{"key": 1}', "[1]", "\0"):
@@ -206,8 +195,6 @@ def test_what_was_measured_of_another_source_is_not_believed(source: Path, tmp_p
 
 
 # -- sources -------------------------------------------------------------------------------
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["keep", "mlx-lm"])
 @pytest.mark.parametrize("name", ["micro-llama", "micro-moe"])
@@ -241,8 +228,6 @@ def test_values_that_are_not_numbers_are_rejected_or_left(tmp_path: Path) -> Non
 
 
 # -- rejections before anything is measured -----------------------------------------------------
-
-
 def test_rejections_come_before_the_measuring(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

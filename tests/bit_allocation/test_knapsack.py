@@ -1,7 +1,5 @@
 """The solver behind --budget, against every choice there is."""
 
-from __future__ import annotations
-
 from itertools import product
 from math import inf
 
@@ -46,6 +44,7 @@ def test_small_tables_are_solved_exactly(items: list[list[Option]], limit: int) 
     assert found is None or found.exact
 
 
+@pytest.mark.slow
 @given(st.integers(0, 2**32 - 1))
 def test_rounded_sizes_stay_near_the_bound(seed: int) -> None:
     """Many items and a table that is too small: what a model of any size looks like."""

@@ -1,7 +1,5 @@
 """``requant calibrate``: sums held against the model's own parts, called by hand."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys
@@ -15,6 +13,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import SwitchGLU, SwitchLinear
+from pytest import MonkeyPatch
 
 import requant
 from requant.calibration import block_run as run
@@ -45,13 +44,6 @@ WINDOW = 48
 def text(tmp_path: Path) -> Path:
     (tmp_path / "text.txt").write_text(TEXT)
     return tmp_path / "text.txt"
-
-
-def ids_of(folder: Path, windows: int) -> mx.array:
-    from mlx_lm.utils import load_tokenizer
-
-    tokens = load_tokenizer(folder).encode(TEXT)
-    return mx.array(tokens[: windows * WINDOW]).reshape(windows, WINDOW)
 
 
 def plain(folder: Path) -> Any:
@@ -194,9 +186,7 @@ def test_other_forms_of_the_model_give_the_same(make: Any, text: Path, tmp_path:
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
 
 
-def test_a_whole_model_gives_the_same(
-    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_whole_model_gives_the_same(text: Path, tmp_path: Path, monkeypatch: MonkeyPatch):
     reported: dict[str, Any] = {"tokens": 2 * WINDOW, "window": WINDOW, "hessian": True}
     calibrate(LLAMA, tmp_path / "a.safetensors", text, **reported)
 
@@ -212,7 +202,7 @@ def test_a_whole_model_gives_the_same(
         np.testing.assert_allclose(np.array(array), np.array(b[name]), rtol=2e-3, atol=1e-4)
 
 
-def test_a_stopped_run_resumes(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_run_resumes(text: Path, tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
     """Stopped at each block and at the head, the bytes are those of an undisturbed run."""
     reported: dict[str, Any] = {"tokens": 2 * WINDOW, "window": WINDOW, "hessian": True}
     calibrate(LLAMA, tmp_path / "whole.safetensors", text, **reported)
@@ -239,9 +229,7 @@ def test_a_stopped_run_resumes(text: Path, tmp_path: Path, monkeypatch: pytest.M
     )
 
 
-def test_another_text_starts_over(
-    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_text_starts_over(text: Path, tmp_path: Path, monkeypatch: MonkeyPatch):
     reported: dict[str, Any] = {"tokens": 2 * WINDOW, "window": WINDOW}
     output, real = tmp_path / "s.safetensors", RunFolder.save_block
 
@@ -267,9 +255,7 @@ def test_another_text_starts_over(
         ({"tokens": 10}, "one window is the least"),
     ],
 )
-def test_what_cannot_be_is_reported(
-    change: dict[str, Any], words: str, text: Path, tmp_path: Path
-) -> None:
+def test_what_cannot_be_is_reported(change: dict[str, Any], words: str, text: Path, tmp_path: Path):
     reported: dict[str, Any] = {"output": "s.safetensors", "text": text.name, "tokens": 96} | change
     reported["output"], reported["text"] = (
         tmp_path / reported["output"],
@@ -339,11 +325,7 @@ def test_blocks_that_do_not_pass_their_arguments_on(change: dict[str, Any], why:
 
 
 # -- layers ----------------------------------------------------------------------------------
-
-
-def test_an_embedding_counts_as_the_head_without_a_word_in_the_config(
-    text: Path, tmp_path: Path
-) -> None:
+def test_an_embedding_counts_as_the_head_without_a_word_in_the_config(text: Path, tmp_path: Path):
     """Gemma's class is always tied, and its config.json need not say so."""
     from mlx_lm.models.gemma import Model, ModelArgs
 
@@ -409,9 +391,7 @@ def test_numpy_multiplies_as_mlx_does(tokens: int) -> None:
 @pytest.mark.parametrize(
     ("batch", "asked"), [((3, 1), (3, 2)), ((3, 2), (1, 2)), ((1, 2), (3, 1)), ((4,), (4,))]
 )
-def test_inputs_and_experts_spread_over_each_other(
-    batch: tuple[int, ...], asked: tuple[int, ...]
-) -> None:
+def test_inputs_and_experts_spread_over_each_other(batch: tuple[int, ...], asked: tuple[int, ...]):
     """Two rows a place; the sums are those of a loop over places."""
     rng = np.random.default_rng(len(asked))
     stack = SwitchLinear(8, 5, 4, bias=False)
@@ -435,6 +415,7 @@ def test_inputs_and_experts_spread_over_each_other(
     np.testing.assert_allclose(collector.sums["stack"].squares, squares, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_blocks(text: Path, tmp_path: Path) -> None:
     """Arrays of MLX at their peak: a model of 12 blocks against one of 2."""
     from mlx_lm.models.llama import Model, ModelArgs
@@ -460,16 +441,12 @@ def test_memory_does_not_grow_with_the_number_of_blocks(text: Path, tmp_path: Pa
 
 
 # -- texts, and what goes wrong --------------------------------------------------------------
-
-
 class _Letters:
     def encode(self, text: str) -> list[int]:
         return [ord(c) for c in text]
 
 
-def test_each_file_and_all_of_a_long_one_have_their_share(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_file_and_all_of_a_long_one_have_their_share(tmp_path: Path, monkeypatch: MonkeyPatch):
     long, other = tmp_path / "long.txt", tmp_path / "other.jsonl"
     long.write_text("".join(chr(65 + n // 400) * 10 for n in range(8000)))
     other.write_text("".join(json.dumps(chr(97 + n % 26) * 50) + "\n" for n in range(999)))
@@ -497,7 +474,7 @@ def test_inputs_that_are_not_numbers_are_named(text: Path, tmp_path: Path) -> No
 
 
 def test_layers_too_wide_for_a_hessian_are_named_beforehand(
-    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    text: Path, tmp_path: Path, monkeypatch: MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run, "MOST_HESSIAN_BYTES", 4 * 128 * 128)
     reported: list[str] = []
@@ -516,9 +493,7 @@ def test_layers_too_wide_for_a_hessian_are_named_beforehand(
     assert reported[4].startswith("block 1")
 
 
-def test_two_runs_do_not_share_a_folder(
-    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_runs_do_not_share_a_folder(text: Path, tmp_path: Path, monkeypatch: MonkeyPatch):
     output, reported = tmp_path / "s.safetensors", {"tokens": 96, "window": WINDOW}
     real, rejected = RunFolder.save_block, []
 
@@ -535,7 +510,7 @@ def test_two_runs_do_not_share_a_folder(
 
 
 def test_hidden_states_that_were_cut_are_noticed(
-    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    text: Path, tmp_path: Path, monkeypatch: MonkeyPatch
 ) -> None:
     output, reported = tmp_path / "s.safetensors", {"tokens": 96, "window": WINDOW}
     real = RunFolder.save_block

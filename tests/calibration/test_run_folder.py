@@ -1,7 +1,5 @@
 """What a calibration keeps: the state of the run, and the files of hidden states."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -37,7 +35,6 @@ def test_two_files_of_hidden_states_take_turns(tmp_path: Path) -> None:
         assert np.array_equal(list(hidden.read(number)), states + number)
     assert np.array_equal(list(hidden.read(1)), states + 1)
     assert sorted(x.name for x in tmp_path.iterdir()) == ["hidden-0", "hidden-1"]
-
     (tmp_path / "hidden-0").write_bytes((tmp_path / "hidden-0").read_bytes()[:-1])
     rows = hidden.read(2)
     assert np.array_equal(next(rows), states[0] + 2)

@@ -1,7 +1,5 @@
 """Adapters: a folder of one, one next to a model, one inside a model; each with its way out."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -30,23 +28,25 @@ MICRO = Path(__file__).parents[2] / "examples" / "micro-llama"
 LAYER = "model.layers.0.self_attn.q_proj"
 WEIGHT = ("BF16", [2, 3])
 PEFT = f"base_model.model.{LAYER}"
+
+
+def peft(part: str) -> dict[str, Any]:
+    return {"adapter_model.safetensors": {f"{PEFT}.{part}": WEIGHT}}
+
+
 # What a folder without a model holds -> words of the message.
 ONLY: dict[str, tuple[dict[str, Any], dict[str, Any] | None, str]] = {
     "LoRA of PEFT": (
-        {"adapter_model.safetensors": {f"{PEFT}.lora_A.weight": WEIGHT}},
+        peft("lora_A.weight"),
         {"peft_type": "LORA", "base_model_name_or_path": "org/base"},
         "holds a LoRA adapter of PEFT for 'org/base'",
     ),
     "DoRA of PEFT": (
-        {"adapter_model.safetensors": {f"{PEFT}.lora_magnitude_vector": WEIGHT}},
+        peft("lora_magnitude_vector"),
         {"peft_type": "LORA", "use_dora": True},
         "holds a DoRA adapter of PEFT",
     ),
-    "IA3 of PEFT": (
-        {"adapter_model.safetensors": {f"{PEFT}.ia3_l": WEIGHT}},
-        {"peft_type": "IA3"},
-        "holds a IA3 adapter of PEFT",
-    ),
+    "IA3 of PEFT": (peft("ia3_l"), {"peft_type": "IA3"}, "holds a IA3 adapter of PEFT"),
     "a pickle of PEFT": (
         {"adapter_model.bin": b"x"},
         {"peft_type": "LORA"},
@@ -73,11 +73,7 @@ ONLY: dict[str, tuple[dict[str, Any], dict[str, Any] | None, str]] = {
         "holds fine-tuned layers as an adapter of mlx-lm",
     ),
     "only its config came": ({}, {"peft_type": "LORA"}, "holds a LoRA adapter of PEFT"),
-    "no config": (
-        {"adapter_model.safetensors": {f"{PEFT}.lora_A.weight": WEIGHT}},
-        None,
-        "holds an adapter (LoRA or a relative)",
-    ),
+    "no config": (peft("lora_A.weight"), None, "holds an adapter (LoRA or a relative)"),
     "kohya": (
         {
             "style.safetensors": {
@@ -106,12 +102,9 @@ def only_problem(folder: Path) -> str:
 
 @pytest.mark.parametrize("with_config", [False, True])
 @pytest.mark.parametrize("case", ONLY)
-def test_a_folder_with_an_adapter_is_said_to_be_one(
-    tmp_path: Path, case: str, with_config: bool
-) -> None:
+def test_a_folder_with_an_adapter_is_said_to_be_one(tmp_path: Path, case: str, with_config: bool):
     files, described, words = ONLY[case]
-    config = {"model_type": "llama"} if with_config else None
-    folder = write_folder(tmp_path, files, config=config)
+    folder = write_folder(tmp_path, files, config={"model_type": "llama"} if with_config else None)
     if described is not None:
         (folder / "adapter_config.json").write_text(json.dumps(described))
     problem = only_problem(folder)
@@ -122,8 +115,6 @@ def test_a_folder_with_an_adapter_is_said_to_be_one(
 
 
 # -- next to a model ------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "name", ["adapter_model.safetensors", "adapters.safetensors", "adapter_model.bin"]
 )
@@ -152,7 +143,6 @@ def test_the_config_of_an_adapter_that_was_merged_is_left_out(tmp_path: Path) ->
 
 
 # -- inside a model --------------------------------------------------------------------------
-
 INSIDE = [
     "lora_A.weight",
     "lora_B.default.weight",
@@ -198,8 +188,6 @@ def test_names_of_models_are_not_adapters(tmp_path: Path, name: str) -> None:
 
 
 # -- the ways out are followed ----------------------------------------------------------------
-
-
 def run(line: str, folder: Path, path: Path | None = None) -> None:
     """What a message says to type, in a shell; ``python`` is this one."""
     bin_folder = folder / "bin"
@@ -282,6 +270,7 @@ class AutoPeftModelForCausalLM:
 """
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("name", ["adapter", "an adapter", "it's"])
 def test_an_adapter_of_peft_is_merged_as_the_message_says(tmp_path: Path, name: str) -> None:
     base, adapter = tmp_path / "base", tmp_path / name
@@ -306,8 +295,6 @@ def test_an_adapter_of_peft_is_merged_as_the_message_says(tmp_path: Path, name: 
 
 
 # -- on the hub --------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def hub() -> Iterator[Hub]:
     pytest.importorskip("huggingface_hub")

@@ -1,7 +1,5 @@
 """An index that does not fit the files: read where the files are whole, else the way out works."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -35,8 +33,6 @@ def names(checkpoint: Checkpoint) -> list[str]:
 
 
 # -- the files hold all that the index names ---------------------------------------------
-
-
 @pytest.mark.parametrize(
     "files",
     [
@@ -49,7 +45,6 @@ def names(checkpoint: Checkpoint) -> list[str]:
 def test_an_index_of_files_that_are_not_there(tmp_path: Path, files: Files) -> None:
     folder = make(tmp_path, files)
     checkpoint = read_checkpoint(folder)
-
     assert names(checkpoint) == sorted({k for tensors in files.values() for k in tensors})
     (note,) = note_texts(checkpoint.notes)
     assert f"{INDEX} is stale: none of the 2 files that it names is there" in note
@@ -92,8 +87,6 @@ def test_an_index_of_another_case_is_not_an_index(tmp_path: Path) -> None:
 
 
 # -- what is not known is asked, and each answer works -----------------------------------
-
-
 def delete(*gone: str) -> Callable[[Path], None]:
     def act(folder: Path) -> None:
         for name in gone:

@@ -1,7 +1,5 @@
 """Weights below a source: copied where a copied file names them, else left out."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 from collections.abc import Iterator
@@ -130,7 +128,6 @@ def test_weights_that_a_copied_file_names_are_copied(tmp_path: Path, case: str) 
     files, named = COPIED[case]
     folder = write_folder(tmp_path / "source", {"model.safetensors": MODEL, **files})
     checkpoint = read_checkpoint(folder)
-
     expected = {name for name in files if name != "other.pt"}
     assert set(checkpoint.side_files) == expected
     assert named <= expected
@@ -199,7 +196,6 @@ SEPARATE: dict[str, tuple[dict[str, bytes], str, str]] = {
 def test_what_is_left_out_is_left_out_with_what_describes_it(tmp_path: Path, case: str) -> None:
     files, left, why = SEPARATE[case]
     checkpoint = read_checkpoint(write_folder(tmp_path, {"model.safetensors": MODEL, **files}))
-
     ((name, reason),) = checkpoint.left_out
     assert name == left
     assert why in reason
@@ -213,8 +209,7 @@ def test_a_path_out_of_the_source_names_nothing(tmp_path: Path) -> None:
         "modules.json": modules("../secret", str(tmp_path / "secret"), "../source/2_Dense"),
         "2_Dense/m.safetensors": DENSE,
     }
-    checkpoint = read_checkpoint(write_folder(tmp_path / "source", files))
-    assert checkpoint.side_files == ("modules.json",)
+    assert read_checkpoint(write_folder(tmp_path / "source", files)).side_files == ("modules.json",)
 
 
 @pytest.mark.parametrize("raw", [b"", b"[", b"7", b"[7]", b'[{"path": 7}]', b"[" * 5000, b"\xff"])
@@ -276,6 +271,7 @@ def hub() -> Iterator[Hub]:
         yield running
 
 
+@pytest.mark.slow
 def test_a_repository_is_sorted_as_a_folder(hub: Hub, tmp_path: Path) -> None:
     call = Call(hub, tmp_path)
     done: subprocess.CompletedProcess[str] = call("convert", NAME, "out", "--layout", "keep")

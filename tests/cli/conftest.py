@@ -1,7 +1,5 @@
 """Tiny checkpoints and a way to call the command line in this process."""
 
-from __future__ import annotations
-
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path

@@ -3,8 +3,6 @@
 Each case: a situation, the words of the message, and the command that follows it.
 """
 
-from __future__ import annotations
-
 import importlib
 import json
 import os
@@ -23,7 +21,7 @@ from tests.support.commands import COMMANDS, Result
 from tests.support.number_formats import bf16
 from tests.support.safetensors_files import write_file
 
-pytestmark = pytest.mark.sweep(6)
+pytestmark = pytest.mark.sweep(2)
 
 Requant = Callable[..., Result]
 MICRO = Path(__file__).parents[2] / "examples" / "micro-llama"
@@ -62,11 +60,7 @@ OPTIONS: dict[str, tuple[str, str, str]] = {
         "--recipe reads names that end in .toml",
         "--save-recipe new.toml --budget 4.5",
     ),
-    "a budget and bits": (
-        "--budget 4.5 --bits 4",
-        "leave --bits out",
-        "--budget 4.5",
-    ),
+    "a budget and bits": ("--budget 4.5 --bits 4", "leave --bits out", "--budget 4.5"),
     "gptq with a mode": (
         "--gptq --mode mxfp4 --imatrix x.safetensors",
         "leave --mode mxfp4 out",
@@ -122,9 +116,7 @@ def test_a_budget_that_cannot_be_met(requant: Requant, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", ["keep", "mlx-lm"])
-def test_max_memory_says_what_the_least_is_for(
-    requant: Requant, tmp_path: Path, layout: str
-) -> None:
+def test_max_memory_says_what_the_least_is_for(requant: Requant, tmp_path: Path, layout: str):
     words = ("convert", MICRO, tmp_path / "out", "--layout", layout)
     first = requant(*words, "--max-memory", "10MB")
     assert first.code == 2
@@ -148,8 +140,6 @@ def test_an_upload_is_asked_for(requant: Requant, tmp_path: Path, monkeypatch: A
 
 
 # -- OUTPUT ----------------------------------------------------------------------------------
-
-
 def a_folder(place: Path) -> None:
     place.mkdir()
     (place / "notes.txt").write_text("mine")
@@ -234,8 +224,6 @@ def test_a_place_where_nothing_may_be_written(requant: Requant, tmp_path: Path) 
 
 
 # -- the source --------------------------------------------------------------------------------
-
-
 def fp8(tmp_path: Path) -> Path:
     codes = (np.arange(64 * 64) % 120).astype(np.uint8).view(ml_dtypes.float8_e4m3fn)
     tensors = {
@@ -401,8 +389,6 @@ def test_one_more_weight_file(requant: Requant, micro: Path, tmp_path: Path) -> 
 
 
 # -- next: -------------------------------------------------------------------------------------
-
-
 def next_of(result: Result) -> str:
     assert result.code == 0, result.err
     return next((x[6:] for x in result.out.splitlines() if x.startswith("next: ")), "")
@@ -416,8 +402,7 @@ def test_next_runs_the_output(
     requant: Requant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typed: str, name: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    line = next_of(requant("convert", MICRO, name, *typed.split()))
-    program, *words = shlex.split(line)
+    program, *words = shlex.split(next_of(requant("convert", MICRO, name, *typed.split())))
     assert program == "mlx_lm.generate"
     generate = importlib.import_module("mlx_lm.generate")
     parsed = generate.setup_arg_parser().parse_args(words)
@@ -448,9 +433,7 @@ def test_next_says_nothing_of_what_does_not_generate(
     assert next_of(requant("convert", micro, tmp_path / "out", *typed)) == ""
 
 
-def test_next_says_nothing_of_an_embedding_model(
-    requant: Requant, micro: Path, tmp_path: Path
-) -> None:
+def test_next_says_nothing_of_an_embedding_model(requant: Requant, micro: Path, tmp_path: Path):
     (micro / "modules.json").write_text("[]")
     assert next_of(requant("convert", micro, tmp_path / "out")) == ""
 
@@ -465,7 +448,6 @@ def test_a_base_model_without_a_chat_template_has_a_next(
 
 
 # -- the examples of --help ----------------------------------------------------------------------
-
 EXAMPLES = [
     line.strip()
     for command in ("convert", "plan", "generate", "inspect", "verify", "report", "compare")

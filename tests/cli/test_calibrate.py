@@ -1,7 +1,5 @@
 """``requant calibrate`` as it is typed."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +33,7 @@ def test_from_the_command_line(tmp_path: Path, requant: Requant) -> None:
     assert verify(LLAMA, tmp_path / "out", statistics=stats).ok
 
 
+@pytest.mark.slow
 def test_what_a_report_says_to_check_with_is_enough(
     tmp_path: Path, requant: Requant, monkeypatch: pytest.MonkeyPatch
 ) -> None:

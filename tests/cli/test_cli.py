@@ -1,7 +1,5 @@
 """What the command line prints, and the codes it ends with."""
 
-from __future__ import annotations
-
 import json
 import os
 import pty
@@ -15,6 +13,7 @@ from typing import NoReturn
 import mlx.core as mx
 import numpy as np
 import pytest
+from pytest import MonkeyPatch
 
 from requant import OutputError, __version__
 from requant.api import convert as api
@@ -38,8 +37,6 @@ def names_in(folder: Path) -> list[str]:
 
 
 # -- help and start --------------------------------------------------------------------
-
-
 def test_version(requant: Requant) -> None:
     result = requant("--version")
     assert (result.code, result.err) == (0, "")
@@ -83,19 +80,11 @@ def test_generate_takes_every_option_that_is_not_about_files(requant: Requant) -
         {line.split()[0] for line in requant(c, "-h").out.splitlines() if line.startswith("  --")}
         for c in ("plan", "generate")
     ]
-    assert options[0] - options[1] == {
-        "--layout",
-        "--keep-extra",
-        "--shard-size",
-        "--save-recipe",
-    }
+    assert options[0] - options[1] == {"--layout", "--keep-extra", "--shard-size", "--save-recipe"}
 
 
-@pytest.mark.parametrize(
-    "statement",
-    ["import requant", "import requant.cli as c\ntry: c.run(['--version'])\nexcept SystemExit: 0"],
-)
-def test_start_imports_nothing_heavy(statement: str) -> None:
+def test_start_imports_nothing_heavy() -> None:
+    statement = "import requant.cli as c\ntry: c.run(['--version'])\nexcept SystemExit: 0"
     heavy = ("mlx", "mlx_lm", "torch", "transformers", "rich.progress", "rich.console")
     result = python(
         "-c", f"{statement}\nimport sys\nprint([m for m in {heavy} if m in sys.modules])"
@@ -104,8 +93,6 @@ def test_start_imports_nothing_heavy(statement: str) -> None:
 
 
 # -- generate --------------------------------------------------------------------------
-
-
 def test_generate_prints_text_and_speed(requant: Requant) -> None:
     options = (MICRO_LLAMA, "--prompt", "The file", "--bits", 4, "--max-tokens", 6)
     result = requant("generate", *options)
@@ -117,9 +104,7 @@ def test_generate_prints_text_and_speed(requant: Requant) -> None:
     assert requant("generate", *options, "--quiet").err == ""
 
 
-def test_generate_says_what_is_missing(
-    requant: Requant, model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_generate_says_what_is_missing(requant: Requant, model: Path, monkeypatch: MonkeyPatch):
     result = requant("generate", model, "--prompt", "x")
     assert (result.code, result.out) == (1, "")
     assert "mlx-lm, loading llama" in result.err
@@ -130,11 +115,8 @@ def test_generate_says_what_is_missing(
 
 
 # -- convert ---------------------------------------------------------------------------
-
-
 def test_convert_reports_what_it_did(requant: Requant, model: Path, tmp_path: Path) -> None:
     result = requant("convert", model, tmp_path / "out", "--bits", "4")
-
     assert (result.code, result.err) == (0, "")  # a short run shows no progress
     assert len(result.out.splitlines()) <= 25
     lines = [line.split() for line in result.out.splitlines()]
@@ -166,9 +148,7 @@ def test_the_next_command_is_one_that_works(
     assert (f"next: mlx_lm.generate --model {tmp_path / 'out'} " in result.out) is loads
 
 
-def test_convert_without_options_notes_the_default(
-    requant: Requant, model: Path, tmp_path: Path
-) -> None:
+def test_convert_without_options_notes_the_default(requant: Requant, model: Path, tmp_path: Path):
     result = requant("convert", model, tmp_path / "out")
     assert result.code == 0
     assert "note: No bits or mode were asked for" in result.out
@@ -199,12 +179,10 @@ def test_warnings_are_printed_even_if_quiet(requant: Requant, tmp_path: Path) ->
     source = write_model(tmp_path / "model", {"up.weight": weight, "up.bias": weight[0]})
     arguments = ["convert", source, tmp_path / "out", "--dtype", "float16"]
     arguments += ["--override", "up=skip", "--quiet"]
-
     rejected = requant(*arguments)
     assert rejected.code == 1
     assert "--allow-overflow" in rejected.err
     assert not (tmp_path / "out").exists()
-
     result = requant(*arguments, "--allow-overflow")
     assert (result.code, result.out) == (0, "")
     assert result.err.startswith("warning: 576 values became infinite")
@@ -214,12 +192,10 @@ def test_nonfinite_weights_stop_a_run_unless_allowed(requant: Requant, tmp_path:
     weight = np.ones((8, 64), np.float32)
     weight[3, 5] = np.nan
     source = write_model(tmp_path / "model", {"a.weight": weight, "b.weight": weight[:2]})
-
     rejected = requant("convert", source, tmp_path / "out")
     assert rejected.code == 1
     assert "a.weight: 1 value is NaN or infinite, first in row 3" in rejected.err
     assert names_in(tmp_path) == ["model"]
-
     result = requant("convert", source, tmp_path / "out", "--allow-nonfinite")
     assert result.code == 0
     assert "stays dense:" in result.out
@@ -228,8 +204,7 @@ def test_nonfinite_weights_stop_a_run_unless_allowed(requant: Requant, tmp_path:
 def test_options_reach_the_plan(requant: Requant, model: Path) -> None:
     arguments = ["--bits", "8", "--group-size", "32", "--only", "q_proj", "--only", "lm_head"]
     arguments += ["--override", "lm_head=mxfp4", "--dtype", "float16", "--shard-size", "9KB"]
-    result = requant("plan", model, *arguments, "--json", "-j", "3")
-    plan = json.loads(result.out)
+    plan = json.loads(requant("plan", model, *arguments, "--json", "-j", "3").out)
     targets = {layer["layer"]: layer["target"] for layer in plan["layers"]}
     assert targets["lm_head"] == "mxfp4 4-bit g32"
     assert targets["model.layers.1.self_attn.q_proj"] == "affine 8-bit g32"
@@ -281,11 +256,7 @@ def test_recipes_are_listed(requant: Requant) -> None:
 
 
 # -- plan, dry run, inspect ------------------------------------------------------------
-
-
-def test_plan_says_the_memory_and_writes_nothing(
-    requant: Requant, model: Path, tmp_path: Path
-) -> None:
+def test_plan_says_the_memory_and_writes_nothing(requant: Requant, model: Path, tmp_path: Path):
     result = requant("plan", model, "--mode", "nvfp4", "--max-memory", "100MB", "-j", "1")
     assert (result.code, result.err) == (0, "")
     assert "nvfp4 4-bit g16" in result.out
@@ -302,15 +273,11 @@ def test_plan_json_is_the_whole_plan(requant: Requant, model: Path) -> None:
     assert plan == json.loads(json.dumps(api.plan(model, bits=4).to_dict()))
 
 
-def test_dry_run_is_the_plan_and_checks_the_output(
-    requant: Requant, model: Path, tmp_path: Path
-) -> None:
+def test_dry_run_is_the_plan_and_checks_the_output(requant: Requant, model: Path, tmp_path: Path):
     dry = requant("convert", model, tmp_path / "out", "--bits", "4", "--dry-run", "--json")
     assert dry == requant("plan", model, "--bits", "4", "--json")
-    shown = requant("convert", model, tmp_path / "out", "-n")
-    assert "nothing was written" in shown.out
+    assert "nothing was written" in requant("convert", model, tmp_path / "out", "-n").out
     assert names_in(tmp_path) == ["model"]
-
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "config.json").write_text("{}")
     rejected = requant("convert", model, tmp_path / "out", "--dry-run")
@@ -333,7 +300,6 @@ def test_inspect_with_problems_exits_1(requant: Requant, tmp_path: Path) -> None
     config = {"quantization": {"group_size": 64, "bits": 4}}
     tensors = {"up.weight": codes, "up.scales": np.ones((8, 1), BF16)}
     source = write_model(tmp_path / "model", tensors, config)
-
     shown = requant("inspect", source)
     assert shown.code == 1
     assert "1 problem:\n  up.biases: is missing" in shown.out
@@ -354,8 +320,6 @@ def test_a_source_cannot_drive_the_terminal(requant: Requant, tmp_path: Path) ->
 
 
 # -- errors ----------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -400,7 +364,7 @@ def test_missing_source_exits_1(requant: Requant, tmp_path: Path, command: str) 
 
 
 def test_a_disk_that_fails_leaves_nothing(
-    requant: Requant, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    requant: Requant, model: Path, tmp_path: Path, monkeypatch: MonkeyPatch
 ) -> None:
     def full(*_: object) -> NoReturn:
         raise OSError(28, "No space left on device")
@@ -414,7 +378,7 @@ def test_a_disk_that_fails_leaves_nothing(
 
 
 def test_interrupt_exits_130(
-    requant: Requant, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    requant: Requant, model: Path, tmp_path: Path, monkeypatch: MonkeyPatch
 ) -> None:
     def interrupt(*_: object) -> NoReturn:
         raise KeyboardInterrupt
@@ -426,11 +390,11 @@ def test_interrupt_exits_130(
     words = f"interrupted; 100% is done and kept in {kept}; the same command resumes"
     assert result == Result(130, "", f"{words}, --no-resume starts over\n")
     assert names_in(tmp_path) == [kept.name, "model"]
-
     assert requant("convert", model, tmp_path / "out", "--no-resume").code == 0
     assert names_in(tmp_path) == ["model", "out"]
 
 
+@pytest.mark.slow
 def test_a_defect_keeps_its_traceback(model: Path) -> None:
     breaks = "import requant.api.convert as c\nc.plan = lambda *_, **__: 1 // 0\n"
     runs = f"from requant.cli import run\nrun(['plan', {str(model)!r}])"
@@ -439,6 +403,7 @@ def test_a_defect_keeps_its_traceback(model: Path) -> None:
     assert "Traceback" in result.stderr and "ZeroDivisionError" in result.stderr
 
 
+@pytest.mark.slow
 def test_errors_through_the_process(model: Path, tmp_path: Path) -> None:
     assert python("-m", "requant", "plan", tmp_path / "nowhere").returncode == 1
     assert python("-m", "requant", "plan", model, "--bits", "7").returncode == 2
@@ -459,6 +424,7 @@ def test_a_closed_pipe_is_not_a_crash(model: Path, unbuffered: str) -> None:
     assert (result.returncode, result.stderr) == (141, "")
 
 
+@pytest.mark.slow
 def test_a_stream_without_unicode_is_not_a_crash(tmp_path: Path) -> None:
     source = write_model(tmp_path / "model", {"größe.weight": np.ones((8, 64), BF16)})
     ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
@@ -467,9 +433,7 @@ def test_a_stream_without_unicode_is_not_a_crash(tmp_path: Path) -> None:
     assert r"gr\xf6\xdfe" in result.stdout
 
 
-def test_an_error_names_the_layer_at_fault(
-    requant: Requant, model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_error_names_the_layer_at_fault(requant: Requant, model: Path, monkeypatch: MonkeyPatch):
     def fail(*_: object, **__: object) -> NoReturn:
         raise OutputError("cannot be written", layer="up_proj")
 
@@ -478,8 +442,6 @@ def test_an_error_names_the_layer_at_fault(
 
 
 # -- a terminal ------------------------------------------------------------------------
-
-
 def on_terminal(*arguments: object, **environment: str) -> tuple[int, str]:
     """Run requant with all its streams on a terminal of 80 columns."""
     pid, terminal = pty.fork()
@@ -554,7 +516,6 @@ def test_verify_exits_1_where_a_bit_differs(requant: Requant, model: Path, tmp_p
     result = requant("verify", model, out)
     assert result.code == 0
     assert f"equal to a conversion of {model}" in result.out
-
     shard = out / "model.safetensors"
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1

@@ -1,7 +1,5 @@
 """Shell completion: scripts that shells take, and what is offered for words and values."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess
@@ -32,6 +30,7 @@ def offered(*words: str) -> list[str]:
     ).split()
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("shell", SHELLS)
 def test_the_script_is_one_of_the_shell(shell: str, tmp_path: Path) -> None:
     script = tmp_path / "script"
@@ -46,6 +45,7 @@ def test_the_script_is_one_of_the_shell(shell: str, tmp_path: Path) -> None:
         assert checked.returncode == 0 and not checked.stderr, checked.stderr
 
 
+@pytest.mark.slow
 def test_bash_completes() -> None:
     """The whole way: the script in a bash, a line, and what is in COMPREPLY."""
     line = (
@@ -84,10 +84,12 @@ def test_values_are_offered(option: str, values: list[str]) -> None:
     assert set(values) <= set(offered("convert", "a", "b", option, ""))
 
 
+@pytest.mark.slow
 def test_a_begun_value_is_completed() -> None:
     assert offered("convert", "a", "b", "--mode", "nv") == ["nvfp4"]
     assert offered("recipes", "mixed_3") == ["mixed_3_4", "mixed_3_6"]
 
 
+@pytest.mark.slow
 def test_options_of_a_command_are_offered() -> None:
     assert offered("verify", "--max") == ["--max-memory"]

@@ -3,8 +3,6 @@
 Goes over whatever commands there are, so a new one is held to the same.
 """
 
-from __future__ import annotations
-
 import inspect
 import re
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """GGUF files on the command line: every command that reads a source takes one."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -39,6 +37,7 @@ def source(tmp_path: Path, weights: dict[str, np.ndarray]) -> Path:
     return folder / "micro-Q8_0.gguf"
 
 
+@pytest.mark.slow
 def test_generate_continues_as_the_converted_folder_does(
     requant: Requant, source: Path, tmp_path: Path
 ) -> None:

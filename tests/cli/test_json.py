@@ -1,7 +1,5 @@
 """What --json prints is what the shipped schemas say, for every command that has the option."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from importlib.resources import files
@@ -68,6 +66,7 @@ def output(requant: Requant, tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize(
     "options",
     [

@@ -1,7 +1,5 @@
 """What long commands say on the way, on a terminal and elsewhere."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """``requant report``: text, JSON and a page that a browser draws."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -92,8 +90,6 @@ def test_names_are_only_text(tmp_path: Path, requant: Requant) -> None:
 
 
 # -- in a browser --------------------------------------------------------------------------
-
-
 def browse(page: Path, *options: str) -> str:
     """What headless Chromium prints."""
     assert CHROMIUM is not None

@@ -1,7 +1,5 @@
 """How sizes are read, and how numbers and findings are put into words."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import cast
 

@@ -1,7 +1,5 @@
 """Every place where a config or a user writes patterns: explosive ones end in seconds, in each."""
 
-from __future__ import annotations
-
 import json
 import re
 import signal
@@ -27,7 +25,7 @@ from requant.sources.open import read_checkpoint
 from requant.weights.transform import transform_weights
 from tests.fuzz.harness import FolderReader, corpus
 
-pytestmark = pytest.mark.sweep(3)
+pytestmark = pytest.mark.sweep(1)
 
 BOMB = r"(.?){30}\1{30}[!?]"  # neither re nor regex ends over a name of seven letters
 SHORT_S = MAX_PATTERN_S / 10
@@ -179,17 +177,11 @@ def test_of_another_tools_record(dense: Path, tmp_path: Path) -> None:
 
 
 # -- many of them ------------------------------------------------------------------------
-
-
 def test_a_quick_pattern_is_counted_too() -> None:
     """Two stars take re milliseconds over a long name, and a model has many of those."""
     pattern = regex.Pattern("a*a*b")
     began = time.process_time()
-    with (
-        within(30),
-        regex.regex_time_budget(),
-        pytest.raises(PatternError, match="took more than"),
-    ):
+    with within(30), regex.regex_time_budget(), pytest.raises(PatternError, match="took more than"):
         for number in range(100_000):
             pattern.search("a" * 240 + f"{number}")
     assert time.process_time() - began < 3 * MAX_PATTERN_S

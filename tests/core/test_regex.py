@@ -1,7 +1,5 @@
 """Patterns answer as ``re`` does, and answer in time whatever they are."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 import sys
@@ -108,11 +106,10 @@ BOMBS = (
 )
 
 
+@pytest.mark.sweep(6)
 @pytest.mark.parametrize("text", BOMBS)
 @pytest.mark.parametrize("length", [30, 250, 1000])
-def test_explosive_patterns_end_in_time(
-    text: str, length: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_explosive_patterns_end_in_time(text: str, length: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(regex, "MAX_PATTERN_S", 0.3)
     began = time.process_time()
     try:
@@ -122,6 +119,7 @@ def test_explosive_patterns_end_in_time(
     assert time.process_time() - began < 2
 
 
+@pytest.mark.slow
 def test_an_explosive_pattern_is_rejected_by_name() -> None:
     began = time.process_time()
     with pytest.raises(PatternError, match=r"'\(a\|aa\)\+\(a\|aa\)\+b' took more than 2 s"):
@@ -188,6 +186,7 @@ def test_classes_are_those_of_re(text: str) -> None:
         assert slow(text).search(name) == (re.search(text, name) is not None), name
 
 
+@pytest.mark.slow
 def test_time_is_counted_over_all_names() -> None:
     pattern = Pattern("(a+)+$")
     began = time.process_time()
@@ -207,6 +206,7 @@ def test_search_as_that_of_re() -> None:
     assert not regex.search("^b", "abc")
 
 
+@pytest.mark.slow
 def test_plain_patterns_do_not_import_regex() -> None:
     code = "import sys, requant.core.regex as p; p.search({!r}, 'x'); print('regex' in sys.modules)"
     for pattern, imported in ((".*_proj", "False"), ("(a|b)+", "True")):

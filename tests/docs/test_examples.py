@@ -1,7 +1,5 @@
 """Every file under examples/ runs in an empty folder and prints what it should."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
@@ -94,8 +92,6 @@ def test_the_workflow_runs_the_script() -> None:
 
 
 # -- a custom format ---------------------------------------------------------------
-
-
 def install(site: Path, points: dict[str, str], name: str = "requant-int8-rows") -> Path:
     """Write the metadata of an installed package with these entry points."""
     about = site / f"{name.replace('-', '_')}-1.0.dist-info"

@@ -1,7 +1,5 @@
 """Every example of the README and the docs runs in an empty folder."""
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess

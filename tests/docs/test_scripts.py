@@ -1,7 +1,5 @@
 """--help of every script prints its description and does nothing else."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """The documentation builds strictly: no broken links, anchors or names, and nothing is fetched."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -14,6 +12,7 @@ import pytest
 
 import requant
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 SCHEMAS = sorted((ROOT / "src" / "requant" / "schemas").glob("*.json"))
 
@@ -39,7 +38,6 @@ def text_of(page: Path) -> str:
     return re.sub(r"<[^>]+>", "", page.read_text())
 
 
-@pytest.mark.slow
 def test_every_page_is_there(site: Path) -> None:
     pages = [page for page in (ROOT / "docs").rglob("*.md") if page.name != "README.md"]
     for page in pages:
@@ -84,10 +82,8 @@ def test_pages_need_no_network(site: Path) -> None:
             assert not found.startswith(("http", "//")), f"{page}: {found}"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    "wrong",
-    ["[x](no-such-page.md)", "[x](hub.md#no-such-heading)", "[x](../src/no_such.py)"],
+    "wrong", ["[x](no-such-page.md)", "[x](hub.md#no-such-heading)", "[x](../src/no_such.py)"]
 )
 def test_a_broken_link_fails(tmp_path: Path, wrong: str) -> None:
     """The strict build fails on broken links; three pages only, to be quick."""
@@ -98,7 +94,6 @@ def test_a_broken_link_fails(tmp_path: Path, wrong: str) -> None:
     hub = (docs / "hub.md").read_text()
     (docs / "hub.md").write_text(re.sub(r"\]\((?!http)[^)]*\)", "]", hub))
     (docs / "index.md").write_text(f"# Home\n\n[hub](hub.md)\n\n{wrong}\n")
-    config = (ROOT / "mkdocs.yml").read_text().split("\nnav:")[0]
-    (tmp_path / "mkdocs.yml").write_text(config)
+    (tmp_path / "mkdocs.yml").write_text((ROOT / "mkdocs.yml").read_text().split("\nnav:")[0])
     done = build(tmp_path / "mkdocs.yml", tmp_path / "site")
     assert done.returncode != 0 and "no" in done.stdout + done.stderr

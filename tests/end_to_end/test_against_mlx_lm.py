@@ -1,7 +1,5 @@
 """The trained models through requant and through mlx-lm's own converter, bit for bit."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path
@@ -24,7 +22,6 @@ def test_every_tensor_is_what_mlx_lm_writes(name: str, bits: int, tmp_path: Path
     expected = by_mlx_lm(model(name), tmp_path / "theirs", quantize=True, q_bits=bits)
     convert(model(name), tmp_path / "ours", bits=bits)
     ours = load(tmp_path / "ours")
-
     assert ours.keys() == expected.keys()
     assert [key for key in ours if not same(ours[key], expected[key])] == []
     configs = [
@@ -58,7 +55,6 @@ def test_moe_experts_stacked_are_what_mlx_lm_writes(bits: int, tmp_path: Path) -
     expected = by_mlx_lm(source, tmp_path / "theirs", quantize=True, q_bits=bits)
     convert(source, tmp_path / "ours", bits=bits, layout="keep")
     ours = load(tmp_path / "ours")
-
     compared = 0
     for name, array in expected.items():
         match = re.fullmatch(r"(.*\.mlp)\.switch_mlp\.(\w+)\.(\w+)", name)
@@ -79,7 +75,6 @@ def test_back_to_dense_is_mx_dequantize(name: str, bits: int, tmp_path: Path) ->
     convert(model(name), tmp_path / "quantized", bits=bits, layout="keep")
     convert(tmp_path / "quantized", tmp_path / "dense", dequantize=True, layout="keep")
     packed, dense = load(tmp_path / "quantized"), load(tmp_path / "dense")
-
     assert dense.keys() == load(model(name)).keys()
     for key, array in dense.items():
         path = key.removesuffix(".weight")
@@ -90,6 +85,7 @@ def test_back_to_dense_is_mx_dequantize(name: str, bits: int, tmp_path: Path) ->
             assert same(array, packed[key]), key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["micro-llama", "micro-moe", "qwen3-16m"])
 def test_same_bytes_for_any_threads_and_chunks(name: str, tmp_path: Path) -> None:
     convert(model(name), tmp_path / "reference", bits=4, threads=1)

@@ -1,7 +1,5 @@
 """``--consume-source``: files go one by one, and at every moment the conversion can be finished."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +19,7 @@ from tests.support.fixture_folders import fixture
 from tests.support.interruptions import Stop, stop_after
 from tests.support.number_formats import bf16
 
-pytestmark = pytest.mark.sweep(4)
+pytestmark = pytest.mark.sweep(2)
 
 CONSUME = {"consume_source": True, "yes": True}
 
@@ -41,7 +39,6 @@ def shards(folder: Path) -> list[str]:
 def test_the_source_goes_and_the_output_is_the_same(source: Path, tmp_path: Path) -> None:
     convert(source, tmp_path / "whole", bits=4)
     convert(source, tmp_path / "out", bits=4, **CONSUME)
-
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
     assert shards(source) == []
     left = {"config.json", "tokenizer.json", "model.safetensors.index.json"}
@@ -56,9 +53,7 @@ def test_it_must_be_meant(source: Path, tmp_path: Path) -> None:
     assert len(shards(source)) == 4
 
 
-def test_what_would_be_rejected_deletes_nothing(
-    checkpoint: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_what_would_be_rejected_deletes_nothing(checkpoint: Callable[..., Path], tmp_path: Path):
     bad = bf16(64, 128)
     bad[63, 127] = np.nan
     tensors = {f"l{n}.weight": bf16(64, 128, seed=n) for n in range(3)} | {"z.weight": bad}
@@ -66,7 +61,6 @@ def test_what_would_be_rejected_deletes_nothing(
     with pytest.raises(CheckpointError, match=r"z\.weight: 1 value is NaN"):
         convert(source, tmp_path / "out", bits=4, **CONSUME)
     assert len(shards(source)) == 4
-
     convert(source, tmp_path / "whole", bits=4, allow_nonfinite=True)
     convert(source, tmp_path / "out", bits=4, allow_nonfinite=True, **CONSUME)
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
@@ -184,7 +178,6 @@ def test_the_disk_that_it_takes(source: Path) -> None:
     plan = requant.plan(source, bits=4)
     out = plan.shards[0].nbytes
     found = plan_release_order(plan)
-
     assert sorted(found.order) == list(range(len(plan.steps)))
     assert sorted(found.files) == shards(source)
     assert out / 5 < found.extra_bytes < out / 3

@@ -3,8 +3,6 @@
 ``REQUANT_FAULTS=1`` tries every call; without it every so many.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -107,8 +105,6 @@ def test_struck_at_its_calls(
 
 
 # -- what is on the disk when the name is given ----------------------------------------------
-
-
 def folder_of(path: str) -> str:
     """Where the entry is that names a file."""
     return str(Path(path).parent)

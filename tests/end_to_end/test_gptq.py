@@ -3,8 +3,6 @@
 The kernels' own bytes from any chunks, and what is named or rejected.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -49,10 +47,7 @@ def source(tmp_path: Path) -> Path:
     return folder
 
 
-HESSIANS = {
-    Q: hessian_of(64, 1),
-    UP: np.stack([hessian_of(96, 2 + n) for n in range(3)]),
-}
+HESSIANS = {Q: hessian_of(64, 1), UP: np.stack([hessian_of(96, 2 + n) for n in range(3)])}
 
 
 @pytest.fixture
@@ -98,7 +93,6 @@ def test_each_matrix_by_its_own_hessian(
     ones = np.ones(128, np.float32)
     w = weights[f"{DOWN}.weight"]
     check(DOWN, None, native.quantize(w, Quantization.affine(32, 3), search="best", weights=ones))
-
     notes = " ".join(note_texts(report.plan.notes))
     assert "2 layers are propagated" in notes
     assert "no group is worse" not in notes
@@ -201,13 +195,7 @@ def test_weighted_errors_are_the_sums(weights: np.ndarray | None) -> None:
     from requant.core.dtypes import TensorInfo
     from requant.execution.chunks import Chunk
     from requant.execution.operations import _weighted_error
-    from requant.planning.plan import (
-        EncodeParams,
-        Operation,
-        OutputTensor,
-        RowMapping,
-        Step,
-    )
+    from requant.planning.plan import EncodeParams, Operation, OutputTensor, RowMapping, Step
 
     class Of:
         def weights(self, matrix: int) -> np.ndarray | None:

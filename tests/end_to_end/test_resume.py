@@ -1,7 +1,5 @@
 """A conversion can be killed anywhere: what appears is whole, and nothing is done twice."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os
@@ -14,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pytest import MonkeyPatch
 
 from requant.api.convert import convert, plan
 from requant.errors import CheckpointError, OutputError
@@ -34,14 +33,14 @@ ROOT = Path(__file__).parents[2]
 
 def stopped(source: Path, output: Path, chunks: int = 3, **options) -> BaseException:
     """Convert until a few chunks are done."""
-    with pytest.MonkeyPatch.context() as patch:
+    with MonkeyPatch.context() as patch:
         stop_after(patch, chunks)
         with pytest.raises(Stop) as raised:
             convert(source, output, **options, threads=1, chunk_bytes=3000)
     return raised.value
 
 
-def count_chunks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def count_chunks(monkeypatch: MonkeyPatch) -> list[int]:
     done: list[int] = []
     real = execute._Run._run_chunk
     monkeypatch.setattr(
@@ -52,15 +51,11 @@ def count_chunks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return done
 
 
-def test_the_same_command_resumes(
-    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_same_command_resumes(dense: Path, tmp_path: Path, monkeypatch: MonkeyPatch):
     whole = count_chunks(monkeypatch)
     convert(dense, tmp_path / "whole", bits=4, threads=1, chunk_bytes=3000)
     all_chunks = len(whole)
-    error = stopped(dense, tmp_path / "out", 20, bits=4)
-
-    assert "the same command resumes" in error.__notes__[0]
+    assert "the same command resumes" in stopped(dense, tmp_path / "out", 20, bits=4).__notes__[0]
     assert not (tmp_path / "out").exists()
     whole.clear()
     convert(dense, tmp_path / "out", bits=4, threads=1, chunk_bytes=3000)
@@ -73,7 +68,6 @@ def test_other_chunks_and_threads_resume_too(dense: Path, tmp_path: Path) -> Non
     convert(dense, tmp_path / "whole", bits=4)
     stopped(dense, tmp_path / "out", 20, bits=4)
     convert(dense, tmp_path / "out", bits=4, threads=3, chunk_bytes=1700)
-
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
 
@@ -91,7 +85,6 @@ def test_measured_errors_survive(dense: Path, tmp_path: Path) -> None:
     whole = convert(dense, tmp_path / "whole", bits=4, threads=1, chunk_bytes=3000)
     stopped(dense, tmp_path / "out", 20, bits=4)
     resumed = convert(dense, tmp_path / "out", bits=4, threads=1, chunk_bytes=3000)
-
     assert resumed.errors.keys() == whole.errors.keys()
     for layer, error in whole.errors.items():
         assert resumed.errors[layer].relative_rms == pytest.approx(error.relative_rms, rel=1e-12)
@@ -106,7 +99,7 @@ def test_a_second_pass_without_nonfinite_layers_resumes(
     source = checkpoint({"a.weight": bad, "b.weight": bf16(64, 128)})
     options = {"bits": 4, "allow_nonfinite": True}
     convert(source, tmp_path / "whole", **options)
-    with pytest.MonkeyPatch.context() as patch:
+    with MonkeyPatch.context() as patch:
         count = count_chunks(patch)
         with pytest.raises(CheckpointError):
             convert(source, tmp_path / "rejected", bits=4, threads=1, chunk_bytes=3000)
@@ -114,17 +107,14 @@ def test_a_second_pass_without_nonfinite_layers_resumes(
     stopped(source, tmp_path / "out", first_pass + 6, **options)
     head, _ = read_journal(tmp_path / ".out.requant-partial" / "journal")
     assert head["nonfinite_layers"] == ["a"]
-
-    with pytest.MonkeyPatch.context() as patch:
+    with MonkeyPatch.context() as patch:
         count = count_chunks(patch)
         convert(source, tmp_path / "out", **options, threads=1, chunk_bytes=3000)
     assert len(count) < first_pass + 2
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
 
-def test_no_resume_starts_over(
-    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_resume_starts_over(dense: Path, tmp_path: Path, monkeypatch: MonkeyPatch):
     stopped(dense, tmp_path / "out", 20, bits=4)
     done = count_chunks(monkeypatch)
     convert(dense, tmp_path / "other", bits=4, threads=1, chunk_bytes=3000)
@@ -134,8 +124,6 @@ def test_no_resume_starts_over(
 
 
 # -- what must not resume -------------------------------------------------------------------
-
-
 def test_another_option_is_rejected_and_nothing_is_lost(dense: Path, tmp_path: Path) -> None:
     stopped(dense, tmp_path / "out", bits=4)
     with pytest.raises(OutputError, match="what is asked for changed since; --no-resume"):
@@ -153,9 +141,7 @@ def test_a_changed_source_is_rejected(dense: Path, tmp_path: Path) -> None:
         convert(dense, tmp_path / "out", bits=4)
 
 
-def test_another_version_is_rejected(
-    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_version_is_rejected(dense: Path, tmp_path: Path, monkeypatch: MonkeyPatch):
     stopped(dense, tmp_path / "out", bits=4)
     monkeypatch.setattr(writer, "version", lambda: "99")
     with pytest.raises(OutputError, match=r"requant is 99, it was .* since"):
@@ -163,9 +149,7 @@ def test_another_version_is_rejected(
 
 
 @pytest.mark.parametrize("harm", ["gone", "short", "header", "link"])
-def test_a_partial_shard_that_was_touched_starts_over(
-    dense: Path, tmp_path: Path, harm: str
-) -> None:
+def test_a_partial_shard_that_was_touched_starts_over(dense: Path, tmp_path: Path, harm: str):
     convert(dense, tmp_path / "whole", bits=4)
     stopped(dense, tmp_path / "out", 20, bits=4)
     shard = tmp_path / ".out.requant-partial" / "output" / "model.safetensors"
@@ -185,11 +169,7 @@ def test_a_partial_shard_that_was_touched_starts_over(
 
 
 # -- loss of power ---------------------------------------------------------------------------
-
-
-def test_power_lost_in_the_middle(
-    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_power_lost_in_the_middle(dense: Path, tmp_path: Path, monkeypatch: MonkeyPatch):
     """All that no line calls durable turns to garbage, and the run after that is whole."""
     convert(dense, tmp_path / "whole", bits=4)
     with monkeypatch.context() as patch:
@@ -219,9 +199,7 @@ def test_power_lost_in_the_middle(
     assert done_now
 
 
-def test_a_sync_that_fails_stops_the_run(
-    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_sync_that_fails_stops_the_run(dense: Path, tmp_path: Path, monkeypatch: MonkeyPatch):
     """A disk that lost what was written must not be published."""
 
     def fails(*_: object) -> None:
@@ -234,8 +212,6 @@ def test_a_sync_that_fails_stops_the_run(
 
 
 # -- disk full, replaced folders -----------------------------------------------------------
-
-
 def test_a_full_disk_keeps_what_is_done(dense: Path, tmp_path: Path) -> None:
     real, calls = os.pwrite, 0
 
@@ -247,7 +223,7 @@ def test_a_full_disk_keeps_what_is_done(dense: Path, tmp_path: Path) -> None:
         return real(fd, data, offset)
 
     convert(dense, tmp_path / "whole", bits=4)
-    with pytest.MonkeyPatch.context() as patch:
+    with MonkeyPatch.context() as patch:
         patch.setattr(os, "pwrite", full)
         with pytest.raises(OutputError, match="No space left") as raised:
             convert(dense, tmp_path / "out", bits=4, chunk_bytes=3000)
@@ -270,7 +246,7 @@ def test_a_source_file_that_disappears(dense: Path, tmp_path: Path) -> None:
             convert(dense, tmp_path / "out", bits=4)
         assert not (tmp_path / "out").exists()
         (tmp_path / "elsewhere").rename(path)
-    with pytest.MonkeyPatch.context() as patch:  # between the plan and the first read
+    with MonkeyPatch.context() as patch:  # between the plan and the first read
         real = source_reader.SourceReader.__enter__
         patch.setattr(
             source_reader.SourceReader, "__enter__", lambda self: (shard.unlink(), real(self))[1]
@@ -282,7 +258,7 @@ def test_a_source_file_that_disappears(dense: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
     shard.write_bytes(kept)
     os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))
-    done = count_chunks(patch := pytest.MonkeyPatch())
+    done = count_chunks(patch := MonkeyPatch())
     convert(dense, tmp_path / "out", bits=4, threads=1, chunk_bytes=3000)
     resumed = len(done)
     convert(dense, tmp_path / "two", bits=4, threads=1, chunk_bytes=3000)
@@ -292,7 +268,7 @@ def test_a_source_file_that_disappears(dense: Path, tmp_path: Path) -> None:
 
 
 def test_killed_between_the_two_renames_of_force(
-    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dense: Path, tmp_path: Path, monkeypatch: MonkeyPatch
 ) -> None:
     convert(dense, tmp_path / "out", bits=8)
     convert(dense, tmp_path / "whole", bits=4)
@@ -317,8 +293,6 @@ def test_killed_between_the_two_renames_of_force(
 
 
 # -- the lock ------------------------------------------------------------------------------
-
-
 def test_a_second_process_stops(dense: Path, tmp_path: Path) -> None:
     staging = tmp_path / ".out.requant-partial"
     staging.mkdir()
@@ -350,7 +324,7 @@ def test_a_hidden_folder_that_is_a_link_is_not_written_through(dense: Path, tmp_
 
 
 def test_a_pipe_in_the_place_of_a_shard_does_not_block(
-    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dense: Path, tmp_path: Path, monkeypatch: MonkeyPatch
 ) -> None:
     real = source_reader.SourceReader.__enter__
 
@@ -365,8 +339,6 @@ def test_a_pipe_in_the_place_of_a_shard_does_not_block(
 
 
 # -- real processes ------------------------------------------------------------------------
-
-
 @pytest.mark.slow
 def test_ctrl_c_ends_within_a_second_and_says_how_to_resume(
     checkpoint: Callable[..., Path], tmp_path: Path

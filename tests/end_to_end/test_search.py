@@ -1,7 +1,5 @@
 """--search in the pipeline: same sizes, less error, same bytes for any chunks, loads in MLX."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import ml_dtypes

@@ -1,7 +1,5 @@
 """The row arithmetic of steps and chunks, against a reference that handles one row at a time."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -147,8 +145,7 @@ def test_a_run_that_was_stopped_and_resumed_in_other_chunks(
     drawn: tuple[Step, int], other_room: int, data: st.DataObject
 ) -> None:
     step, room = drawn
-    whole = Chunk(step, 0, step.rows.count)
-    stop = data.draw(st.sampled_from(sorted(starts(whole))))
+    stop = data.draw(st.sampled_from(sorted(starts(Chunk(step, 0, step.rows.count)))))
     written: dict[int, int] = {}
     run(Chunk(step, 0, stop), room, written)
     assert written == expected(step, 0, stop)
@@ -185,8 +182,6 @@ def test_each_row_is_counted_to_the_matrix_that_it_is_written_to(
 
 
 # -- the examples of the docstrings ----------------------------------------------------------
-
-
 def pieces(packing: Numbered, rows: RowMapping, start: int, stop: int, room: int) -> list[Any]:
     step = Step(
         layer="x",

@@ -1,7 +1,5 @@
 """Which rows of a step are left."""
 
-from __future__ import annotations
-
 from requant.execution.completed_work import CompletedWork
 
 

@@ -4,8 +4,6 @@ A small and a large tensor of the same kind are converted; the large one is sixt
 small one, and its process may hold but a few MB more. There is no folder for temporary files.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """AutoRound's folders, in each of its packings, against AutoRound's own values."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

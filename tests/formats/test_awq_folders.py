@@ -1,7 +1,5 @@
 """AutoAWQ's folders against AutoAWQ's own values."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

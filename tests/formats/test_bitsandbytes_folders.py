@@ -1,7 +1,5 @@
 """bitsandbytes folders against the values of bitsandbytes itself."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
@@ -14,8 +12,7 @@ TABLES = ["bnb-nf4", "bnb-nf4-double", "bnb-fp4"]
 
 def test_int8_keeps_its_codes(tmp_path: Path) -> None:
     """float16 scales: at most 2^-11 of 127 steps."""
-    name = "bnb-int8"
-    checked = check_fixture(name, tmp_path, "rounded", bound=127 * 2.0**-11, values_rtol=1e-6)
+    checked = check_fixture("bnb-int8", tmp_path, "rounded", bound=127 * 2.0**-11, values_rtol=1e-6)
     bounds = {layer.bound for layer in checked.report.plan.layers if layer.bound}
     assert bounds == {"scales SCB / 127 rounded to float16, relative error at most 0.00049"}
     assert checked.config["quantization"] == {"group_size": 64, "bits": 8, "mode": "affine"}

@@ -1,7 +1,5 @@
 """compressed-tensors by hand: worked vectors, and every layout in any shape."""
 
-from __future__ import annotations
-
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -12,15 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.checkpoints import write_quantized
-from tests.support.conversions import convert
+from tests.support.conversions import convert, dequantized
 from tests.support.layers.compressed_tensors import block, pack, packed
 from tests.support.mlx_reference import affine, float_values
 from tests.support.number_formats import BF16, E4M3, e4m3
 from tests.support.plan_texts import reason_text
 
+
 # -- worked vectors --------------------------------------------------------------------------
-
-
 def test_symmetric_word(tmp_path: Path) -> None:
     """Codes -8 -7 -1 0 1 2 6 7 are the word fea98710, in MLX too; 0.1 is 3dcd, its bias bf4d."""
     tensors = {
@@ -44,9 +41,7 @@ def test_symmetric_word(tmp_path: Path) -> None:
         (6, [0x440C2040, 0xA2481C61, 0x3CE34C2C], [0x040C2040, 0x09207185, 0x0E34C2CA]),
     ],
 )
-def test_words_of_odd_widths(
-    bits: int, dense: list[int], padded: list[int], tmp_path: Path
-) -> None:
+def test_words_of_odd_widths(bits: int, dense: list[int], padded: list[int], tmp_path: Path):
     """Codes 0, 1, 2, ... in both layouts; MLX's words are the dense ones."""
     codes = (np.arange(64) % (1 << bits)).reshape(1, 64)
     assert pack(codes, bits).view(np.uint32)[0, :3].tolist() == dense
@@ -114,7 +109,7 @@ def test_nvfp4_element(tmp_path: Path) -> None:
     }
     config = block("nvfp4-pack-quantized", type="float", strategy="tensor_group", group_size=16)
     folder = write_quantized(tmp_path / "s", tensors, config)
-    out, _ = convert(folder, tmp_path / "o", dequantize=True, dtype="float32")
+    out = dequantized(folder, tmp_path / "o")
     assert out["up.weight"].tolist() == [[0.5] * 32] * 2
     out, report = convert(folder, tmp_path / "kept")
     assert report.plan.layers[0].target == "affine 8-bit g32"
@@ -130,8 +125,7 @@ def test_nvfp4_folds_where_every_scale_stays_e4m3(divisor: float, tmp_path: Path
         "up.weight_global_scale": np.array([divisor], np.float32),
     }
     config = block("nvfp4-pack-quantized", type="float", strategy="tensor_group", group_size=16)
-    folder = write_quantized(tmp_path / "s", tensors, config)
-    out, report = convert(folder, tmp_path / "o")
+    out, report = convert(write_quantized(tmp_path / "s", tensors, config), tmp_path / "o")
     assert report.plan.layers[0].exactness.value == "exact"
     assert out["up.weight"].tobytes() == tensors["up.weight_packed"].tobytes()
     folded = out["up.scales"].view(E4M3).astype(np.float32)
@@ -151,8 +145,6 @@ def test_nvfp4_does_not_fold_where_a_scale_is_lost(tmp_path: Path) -> None:
 
 
 # -- any shape -------------------------------------------------------------------------------
-
-
 def exact_values(signed: np.ndarray, scale: np.ndarray, zeros: Any, group: int) -> np.ndarray:
     """``(code - zero) * scale`` in float32, scale and zero repeated over groups."""
     n_in = signed.shape[-1]
@@ -161,6 +153,7 @@ def exact_values(signed: np.ndarray, scale: np.ndarray, zeros: Any, group: int) 
     return (np.float32(signed) - shift) * wide
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(
     bits=st.integers(1, 8),
@@ -218,6 +211,7 @@ def test_packed_layers_of_any_shape(
     assert (np.abs(found.values - expected) <= 2**-8 * (2**bits - 1) * step).all()
 
 
+@pytest.mark.sweep(6)
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("strategy", ["tensor", "channel", "group"])
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -243,7 +237,7 @@ def test_plain_integers(bits: int, strategy: str, symmetric: bool, tmp_path: Pat
         group_size=32 if strategy == "group" else None,
     )
     folder = write_quantized(tmp_path / "s", tensors, config)
-    out, _ = convert(folder, tmp_path / "dense", dequantize=True, dtype="float32")
+    out = dequantized(folder, tmp_path / "dense")
     wide = scale.reshape(1, 1, 1) if strategy == "tensor" else scale
     assert np.array_equal(out["up.weight"], exact_values(signed, wide, zeros, group))
     out, report = convert(folder, tmp_path / "kept")
@@ -286,6 +280,6 @@ def test_mxfp8_and_mxfp4_bytes(tmp_path: Path) -> None:
         out, _ = convert(folder, tmp_path / f"o {name}")
         assert out["up.weight"].tobytes() == next(iter(tensors.values())).tobytes()
         assert out["up.scales"].tobytes() == scale.tobytes()
-        dense, _ = convert(folder, tmp_path / f"d {name}", dequantize=True, dtype="float32")
+        dense = dequantized(folder, tmp_path / f"d {name}")
         values = float_values(out, "up", {"group_size": 32} | spec)
         assert np.array_equal(dense["up.weight"], values)

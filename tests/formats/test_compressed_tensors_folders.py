@@ -1,7 +1,5 @@
 """compressed-tensors folders against compressed-tensors' own values."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
@@ -12,7 +10,7 @@ from tests.support.fixture_folders import fixture
 from tests.support.plan_texts import reason_text
 from tests.support.safetensors_files import read_file
 
-pytestmark = pytest.mark.sweep(3)
+pytestmark = pytest.mark.sweep(2)
 
 # Half a unit in the last place of a bfloat16 bias of at most 15 steps.
 BIAS_STEPS = 15 * 2**-8
@@ -69,5 +67,4 @@ def test_mixed_precision(tmp_path: Path) -> None:
     values = read_file(fixture(name) / "expected.safetensors")
     packed = [n.removesuffix(".weight") for n in values if ".mlp." in n]
     classes = {"": "re-encoded"} | dict.fromkeys(packed, "exact")
-    options = {"overrides": ["self_attn=mxfp8"]}
-    check_fixture(name, tmp_path, classes, largest_rms=0.03, **options)
+    check_fixture(name, tmp_path, classes, largest_rms=0.03, **{"overrides": ["self_attn=mxfp8"]})

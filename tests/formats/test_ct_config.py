@@ -1,7 +1,5 @@
 """compressed-tensors' config: which scheme a layer has, presets, what is left out."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -93,8 +91,7 @@ def test_every_preset_of_the_peer() -> None:
 
 
 def test_without_a_config_the_tensors_tell(tmp_path: Path) -> None:
-    folder = write_quantized(tmp_path / "s", two_layers(), None)
-    out, _ = convert(folder, tmp_path / "o")
+    out, _ = convert(write_quantized(tmp_path / "s", two_layers(), None), tmp_path / "o")
     assert out["a.q_proj.weight"].shape == (4, 8)
     assert out["a.k_proj.weight"].shape == (4, 16)
 
@@ -136,7 +133,6 @@ def test_in_memory(tmp_path: Path) -> None:
     assert {name: array.tobytes() for name, array in made.items()} == {
         name: array.tobytes() for name, array in out.items()
     }
-    loaded = mx.load(str(folder / "model.safetensors"))
-    by_mlx, _ = requant.transform_weights(loaded, config)
+    by_mlx, _ = requant.transform_weights(mx.load(str(folder / "model.safetensors")), config)
     for name, wanted in mx.load(str(tmp_path / "o" / "model.safetensors")).items():
         assert mx.array_equal(by_mlx[name].view(mx.uint8), wanted.view(mx.uint8)), name

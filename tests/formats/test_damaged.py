@@ -4,8 +4,6 @@ A damage must be rejected with the layer's name, or leave a layer that means one
 few are listed with the reason, and hold the rest to be rejected.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Iterator
@@ -23,7 +21,7 @@ from tests.support.number_formats import BF16
 from tests.support.plan_texts import note_texts
 from tests.support.safetensors_files import read_file, write_file
 
-pytestmark = pytest.mark.sweep(4)
+pytestmark = pytest.mark.sweep(2)
 
 FIXTURES = [
     "bitnet-autobitlinear",
@@ -141,8 +139,7 @@ BY_HAND = [
 
 @pytest.mark.parametrize("name", [*FIXTURES, *BY_HAND])
 def test_a_damaged_tensor_is_named(name: str, tmp_path: Path) -> None:
-    whole = tmp_path / "whole"
-    folder = by_hand(name, whole) if name in BY_HAND else fixture(name) / "checkpoint"
+    folder = by_hand(name, tmp_path / "whole") if name in BY_HAND else fixture(name) / "checkpoint"
     tensors = read_file(folder / "model.safetensors")
     first = requant.plan(folder, bits=8, layout="keep")
     path = next(layer.layer for layer in first.layers if layer.treatment in ("kept", "requantized"))

@@ -1,7 +1,5 @@
 """NaN and infinity among stored scales: the source's damage, whatever is asked for."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Tensors without values, as an ungathered save of sharded weights leaves them."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Lists that call a layer dense, or quantized, against what its tensors are."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +54,7 @@ ENTRIES = ("{}", "{}*", "re:.*{}", "*{}", "{last}")
 
 @pytest.mark.parametrize("key", LISTS)
 @pytest.mark.parametrize("name", [name for name in sorted(SOURCES) if name != "mlx"])
-def test_a_layer_that_a_list_calls_dense_is_read_with_a_note(
-    name: str, key: str, tmp_path: Path
-) -> None:
+def test_a_layer_that_a_list_calls_dense_is_read_with_a_note(name: str, key: str, tmp_path: Path):
     """Two spellings each: a format meets all five under some key, and a key in some format."""
     first = sorted(SOURCES).index(name) + LISTS.index(key)
     for number in (first, first + 2):
@@ -135,8 +131,7 @@ def test_a_list_names_a_layer_that_is_not_whole(tmp_path: Path) -> None:
     source = SOURCES["modelopt-nvfp4"]()
     block_of(source)["exclude_modules"] = ["up"]
     del source.tensors["up.weight_scale"]
-    text = rejection(source.write(tmp_path / "source"), tmp_path / "out", bits=8)
-    assert "up." in text
+    assert "up." in rejection(source.write(tmp_path / "source"), tmp_path / "out", bits=8)
 
 
 def test_in_memory(tmp_path: Path) -> None:
@@ -149,7 +144,6 @@ def test_in_memory(tmp_path: Path) -> None:
 
 
 # -- the other way round --------------------------------------------------------------------------
-
 SCHEME = {"weight": {"dtype": "int8", "qscheme": "per_channel"}}
 
 
@@ -172,8 +166,7 @@ def test_a_layer_that_is_called_quantized_and_is_not_stays_dense(
     source = SOURCES[name]()
     block_of(source).update(declared)
     notes = converted(source, tmp_path)
-    made = read_folder(tmp_path / "out")
-    assert np.array_equal(made["head.weight"], source.values["head"])
+    assert np.array_equal(read_folder(tmp_path / "out")["head.weight"], source.values["head"])
     if where:
         words = f"By config.json: quantization_config.{where}, head.weight is quantized, but"
         assert any(words in note for note in notes), notes

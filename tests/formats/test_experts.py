@@ -1,7 +1,5 @@
 """Mixtures of experts from AWQ and GPTQ folders: stacked as mlx-lm wants them, same codes."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil
@@ -100,6 +98,7 @@ def test_awq_experts_are_stacked_with_their_codes(tmp_path: Path) -> None:
     assert np.abs(logits(tmp_path / "out") - wanted).max() <= 2e-5 * np.abs(wanted).max()
 
 
+@pytest.mark.slow
 def test_act_order_of_experts_is_moved_into_each_expert_s_own_layers(tmp_path: Path) -> None:
     block = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "sym": False}
     block |= {"checkpoint_format": "gptq_v2", "desc_act": True}

@@ -1,7 +1,5 @@
 """The fixtures in the repository: values of the tools, and cuts of the full ones."""
 
-from __future__ import annotations
-
 import lzma
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """FP8 folders against the values of the tools that wrote them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """GGUF fixtures: values of the gguf package, codes as codes; logits of the dense weights."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import pytest
 import requant
 from requant.errors import CheckpointError
 from requant.kernels.gguf import TYPES, BlockType
+from tests.support.conversions import convert, dequantized
 from tests.support.fixture_checks import Checked, check_values
 from tests.support.fixture_folders import fixture
 from tests.support.gguf_files import permuted, random_blocks
@@ -57,8 +56,7 @@ def test_fixture(name: str, dtype: str | None, tmp_path: Path) -> None:
     name = f"gguf-{name}"
     source = fixture(name) / "checkpoint" / "model.gguf"
     expected, kinds = expected_of(name)
-    report = requant.convert(source, tmp_path / "out", layout="keep", dtype=dtype)
-    out = read_folder(tmp_path / "out")
+    out, report = convert(source, tmp_path / "out", dtype=dtype)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     checked = Checked(source, tmp_path / "out", report, out, config, expected)
     stated = {layer.layer: layer.exactness for layer in report.plan.layers}
@@ -74,8 +72,7 @@ def test_fixture(name: str, dtype: str | None, tmp_path: Path) -> None:
     assert (tmp_path / "small" / "model.safetensors").read_bytes() == (
         tmp_path / "out" / "model.safetensors"
     ).read_bytes()
-    requant.convert(source, tmp_path / "dense", dequantize=True, dtype="float32", layout="keep")
-    dense = read_folder(tmp_path / "dense")
+    dense = dequantized(source, tmp_path / "dense")
     for path, values in expected.items():
         assert np.array_equal(dense[f"{path}.weight"], values), path
 

@@ -1,7 +1,5 @@
 """GPTQ's ``g_idx``: missing, empty or never filled, held against ``desc_act``."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

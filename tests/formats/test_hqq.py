@@ -1,9 +1,6 @@
 """HQQ by hand: packings, any shape along both axes, and folders that must be rejected."""
 
-from __future__ import annotations
-
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +11,8 @@ from hypothesis import strategies as st
 
 import requant
 from tests.support.checkpoints import write_quantized
-from tests.support.conversions import rejection
+from tests.support.conversions import convert, dequantized, rejection
+from tests.support.damage import damage, damages
 from tests.support.layers.hqq import BLOCK, PACKINGS, layer, random_view, text
 from tests.support.mlx_reference import affine
 from tests.support.safetensors_files import read_folder
@@ -23,10 +21,7 @@ from tests.support.safetensors_files import read_folder
 def dense(tensors: dict[str, np.ndarray], folder: Path, **options: Any) -> np.ndarray:
     """Values of the layer, converted from a folder and in memory; both must agree."""
     source = write_quantized(folder / "source", tensors, BLOCK)
-    requant.convert(
-        source, folder / "dense", layout="keep", dequantize=True, dtype="float32", **options
-    )
-    return read_folder(folder / "dense")["up.weight"]
+    return dequantized(source, folder / "dense", **options)["up.weight"]
 
 
 def test_a_byte_written_by_hand(tmp_path: Path) -> None:
@@ -35,15 +30,14 @@ def test_a_byte_written_by_hand(tmp_path: Path) -> None:
     tensors["up.W_q"] = np.full((1, 32), 0x2F, np.uint8)
     tensors["up.scale"] = np.array([[0.5], [0.25]], np.float16)
     tensors["up.zero"] = np.array([[1.5], [7.25]], np.float16)
-    source = write_quantized(tmp_path / "source", tensors, BLOCK)
-    requant.convert(source, tmp_path / "out", layout="keep")
-    made = read_folder(tmp_path / "out")
+    made, _ = convert(write_quantized(tmp_path / "source", tensors, BLOCK), tmp_path / "out")
     assert made["up.weight"].tolist() == [[0x22222222] * 4, [0xFFFFFFFF] * 4]
     assert made["up.scales"].tolist() == [[0.5], [0.25]]
     assert made["up.biases"].tolist() == [[-0.75], [-1.8125]]
     assert made.keys() == {"up.weight", "up.scales", "up.biases"}
 
 
+@pytest.mark.sweep(8)
 @pytest.mark.parametrize(
     ("packing", "nbits", "bits"),
     [
@@ -73,6 +67,7 @@ def test_every_packing_becomes_codes(packing: str, nbits: Any, bits: int, tmp_pa
     assert found.exactness == "rounded"
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(
     packing=st.sampled_from(list(PACKINGS)),
@@ -124,8 +119,7 @@ def test_what_the_config_says_where_the_layer_is_silent(tmp_path: Path) -> None:
     params = {"weight_quant_params": {"nbits": 4, "group_size": 32, "axis": 1}}
     block = {"quant_method": "hqq", "quant_config": {"mlp.up_proj": params}}
     source = write_quantized(tmp_path / "source", tensors, block)
-    requant.convert(source, tmp_path / "out", layout="keep", dequantize=True, dtype="float32")
-    assert np.array_equal(read_folder(tmp_path / "out")[f"{path}.weight"], values)
+    assert np.array_equal(dequantized(source, tmp_path / "out")[f"{path}.weight"], values)
 
 
 def test_bfloat16_range_and_memory(tmp_path: Path) -> None:
@@ -141,89 +135,60 @@ def test_bfloat16_range_and_memory(tmp_path: Path) -> None:
     assert quantization.quantization == requant.Quantization.affine(32, 4)
 
 
-Change = Callable[[dict[str, Any]], Any]
-
-
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("parts", "words"),
     [
-        (lambda t: t.pop("up.scale"), "up: has packed codes, but no up.scale"),
-        (lambda t: t.pop("up.zero"), "up: has packed codes, but no up.zero"),
-        (lambda t: t.pop("up.shape"), "up: has no up.shape"),
-        (lambda t: t.pop("up.W_q"), "has no up.W_q next to it"),
+        ({"shape": np.array([0, 64])}, "up.shape: says [0, 64], expected two counts"),
+        ({"packing": text("4bit_32")}, "up.packing: is '4bit_32'; known packings are 8bit_u8"),
         (
-            lambda t: t.update({"up.shape": np.array([0, 64])}),
-            "up.shape: says [0, 64], expected two counts",
-        ),
-        (
-            lambda t: t.update({"up.shape": np.array([13, 64])}),
-            "up.scale: F16 [24, 1] does not divide a weight of (13, 64)",
-        ),
-        (
-            lambda t: t.update({"up.packing": np.zeros(7, np.float32)}),
-            "up.packing: F32 [7], expected letters as U8",
-        ),
-        (
-            lambda t: t.update({"up.nbits": np.array(1)}),
-            "up.nbits: is 1, but packing '4bit_u8' holds 4 bits",
-        ),
-        (
-            lambda t: t.update({"up.packing": np.zeros(65, np.uint8)}),
-            "up.packing: U8 [65], expected a few numbers",
-        ),
-        (lambda t: t.update({"up.axis": np.array(2)}), "up.axis: is 2, expected 0 or 1"),
-        (
-            lambda t: t.update({"up.axis": np.array(0)}),
-            "up.W_q: U8 [12, 32], expected [16, 24] for axis 0",
-        ),
-        (
-            lambda t: t.update({"up.packing": text("4bit_32")}),
-            "up.packing: is '4bit_32'; known packings are 8bit_u8",
-        ),
-        (
-            lambda t: t.update({"up.nbits": np.array(3)}),
-            "up.nbits: is 3, but packing '4bit_u8' holds 4 bits",
-        ),
-        (
-            lambda t: t.update({"up.packing": text("2bit_u8"), "up.nbits": np.array(2)}),
+            {"packing": text("2bit_u8"), "nbits": np.array(2)},
             "up.W_q: U8 [12, 32], expected [6, 32]",
         ),
         (
-            lambda t: t.update({"up.scale": t["up.scale"].astype(np.int32)}),
-            "up.scale: I32 [24, 1], expected floats",
-        ),
-        (
-            lambda t: t.update({"up.zero": t["up.zero"][:23]}),
-            "up.zero: F16 [23, 1], expected [24, 1]",
-        ),
-        (
-            lambda t: t.update({"up.W_q": t["up.W_q"].astype(np.float16)}),
-            "up.W_q: F16 [12, 32], expected uint8 codes",
-        ),
-        (
-            lambda t: t.update({"up.group_size": np.array(64)}),
-            "up.group_size: is 64, but 24 scales for [12, 64] make groups of 32",
-        ),
-        (lambda t: t.update({"up.quant_zero": np.array(1, np.uint8)}), "up.quant_zero: is true"),
-        (
-            lambda t: t.update({"up.meta_scale": np.zeros(3, np.uint8)}),
-            "up.meta_scale: holds scales or zeros as codes",
-        ),
-        (
-            lambda t: t.update({"up.weight": np.zeros((12, 64), np.float16)}),
-            "up.weight: F16 [12, 64] is next to up.W_q",
-        ),
-        (
-            lambda t: t.update({"up.packing": text("8bit_u8"), "up.nbits": np.array(9)}),
+            {"packing": text("8bit_u8"), "nbits": np.array(9)},
             "up.nbits: is 9, but packing '8bit_u8' holds 5 to 8 bits",
+        ),
+        (
+            {"shape": np.array([13, 64])},
+            "up.scale: F16 [24, 1] does not divide a weight of (13, 64)",
         ),
     ],
 )
-def test_damaged_folders_are_rejected(change: Change, words: str, tmp_path: Path) -> None:
+def test_parts_that_say_what_is_not(parts: dict[str, np.ndarray], words: str, tmp_path: Path):
     tensors, _ = layer(random_view(24, 32, 4), (12, 64), "4bit_u8")
-    change(tensors)
+    tensors |= {f"up.{role}": part for role, part in parts.items()}
     source = write_quantized(tmp_path / "source", tensors, BLOCK)
     assert words in rejection(source, tmp_path / "out")
+
+
+DAMAGED = """
+- up.scale -> up: has packed codes, but no up.scale
+- up.zero -> up: has packed codes, but no up.zero
+- up.shape -> up: has no up.shape
+- up.W_q -> has no up.W_q next to it
+up.packing = F32 [7] -> up.packing: F32 [7], expected letters as U8
+up.packing = U8 [65] -> up.packing: U8 [65], expected a few numbers
+up.nbits = I64 [] 1 -> up.nbits: is 1, but packing '4bit_u8' holds 4 bits
+up.nbits = I64 [] 3 -> up.nbits: is 3, but packing '4bit_u8' holds 4 bits
+up.axis = I64 [] 2 -> up.axis: is 2, expected 0 or 1
+up.axis = I64 [] -> up.W_q: U8 [12, 32], expected [16, 24] for axis 0
+up.scale = I32 [24, 1] 1 -> up.scale: I32 [24, 1], expected floats
+up.zero = F16 [23, 1] -> up.zero: F16 [23, 1], expected [24, 1]
+up.W_q = F16 [12, 32] -> up.W_q: F16 [12, 32], expected uint8 codes
+up.group_size = I64 [] 64
+    up.group_size: is 64, but 24 scales for [12, 64] make groups of 32
+up.quant_zero = U8 [] 1 -> up.quant_zero: is true
+up.meta_scale = U8 [3] -> up.meta_scale: holds scales or zeros as codes
+up.weight = F16 [12, 64] -> up.weight: F16 [12, 64] is next to up.W_q
+"""
+
+
+@pytest.mark.parametrize(("changes", "words"), damages(DAMAGED))
+def test_damaged_folders_are_rejected(changes: str, words: list[str], tmp_path: Path) -> None:
+    tensors, _ = layer(random_view(24, 32, 4), (12, 64), "4bit_u8")
+    damage(changes, tensors)
+    text = rejection(write_quantized(tmp_path / "source", tensors, BLOCK), tmp_path / "out")
+    assert all(word in text for word in words), text
 
 
 def test_codes_beyond_their_width_are_rejected(tmp_path: Path) -> None:

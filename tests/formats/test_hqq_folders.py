@@ -1,7 +1,5 @@
 """HQQ folders against the values of hqq itself."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Converted folders in mlx-lm: the logits of the dense weights that each format's tool decodes."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Llama 4 in fbgemm's FP8: experts that mlx-lm's class wants as they are named and transposed."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +52,7 @@ def folders(tmp_path: Path, exponents: bool = False) -> tuple[Path, Path]:
 BLOCK = {"quantization_config": {"quant_method": "fbgemm_fp8", "modules_to_not_convert": []}}
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("options", [{"bits": 8}, {"mode": "mxfp4"}, {"dequantize": True}], ids=str)
 def test_experts_as_from_dense_weights(options: dict[str, Any], tmp_path: Path) -> None:
     """Each tensor is what the dense bfloat16 counterpart gives, byte for byte; mlx-lm loads it."""

@@ -1,7 +1,5 @@
 """Converted AWQ, GPTQ and AutoRound fixtures in mlx-lm against the tools' dense weights."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

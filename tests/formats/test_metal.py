@@ -1,7 +1,5 @@
 """transformers' metal layers: an exact rename, groups that are repeated, and rejections."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ from hypothesis import strategies as st
 
 import requant
 from tests.support.checkpoints import write_quantized
-from tests.support.conversions import rejection
+from tests.support.conversions import convert, dequantized, rejection
 from tests.support.layers.metal import block, layer
 from tests.support.mlx_reference import affine
 from tests.support.number_formats import BF16
@@ -26,8 +24,7 @@ def test_qbiases_are_biases(bits: int, tmp_path: Path) -> None:
     tensors, _, _ = layer(8, 128, bits, 64)
     tensors["up.bias"] = np.ones(8, BF16)
     source = write_quantized(tmp_path / "source", tensors, block(bits))
-    report = requant.convert(source, tmp_path / "out", layout="keep", chunk_bytes=1)
-    made = read_folder(tmp_path / "out")
+    made, report = convert(source, tmp_path / "out", chunk_bytes=1)
     assert made.keys() == {"up.weight", "up.scales", "up.biases", "up.bias"}
     assert made["up.weight"].tobytes() == tensors["up.weight"].tobytes()
     assert made["up.scales"].tobytes() == tensors["up.scales"].tobytes()
@@ -38,6 +35,7 @@ def test_qbiases_are_biases(bits: int, tmp_path: Path) -> None:
     assert all(memory[name].tobytes() == made[name].tobytes() for name in made)
 
 
+@pytest.mark.slow
 @settings(max_examples=30)
 @given(
     rows=st.integers(1, 9),
@@ -51,12 +49,10 @@ def test_any_group(rows: int, groups: int, group: int, bits: int, tmp_path_facto
     columns = 32 * group * groups // np.gcd(32, group)
     tensors, codes, values = layer(rows, columns, bits, group)
     source = write_quantized(tmp_path / "source", tensors, block(bits, group))
-    requant.convert(
-        source, tmp_path / "dense", layout="keep", dequantize=True, dtype="float32", chunk_bytes=1
+    assert np.array_equal(
+        dequantized(source, tmp_path / "dense", chunk_bytes=1)["up.weight"], values
     )
-    assert np.array_equal(read_folder(tmp_path / "dense")["up.weight"], values)
-    report = requant.convert(source, tmp_path / "out", layout="keep")
-    (found,) = report.plan.layers
+    (found,) = requant.convert(source, tmp_path / "out", layout="keep").plan.layers
     assert found.exactness == ("re-encoded" if group < 32 else "exact")
     if group >= 32:
         mlx = {96: 32, 256: 128}.get(group, group)
@@ -68,8 +64,7 @@ def test_any_group(rows: int, groups: int, group: int, bits: int, tmp_path_facto
 def test_a_narrower_dtype_rounds(tmp_path: Path) -> None:
     tensors, _, _ = layer(4, 64, 4, 64, np.float32)
     source = write_quantized(tmp_path / "source", tensors, block())
-    report = requant.convert(source, tmp_path / "out", layout="keep")
-    (found,) = report.plan.layers
+    (found,) = requant.convert(source, tmp_path / "out", layout="keep").plan.layers
     words = "scales and biases rounded to bfloat16, relative error at most 0.0039"
     assert found.bound == words
 

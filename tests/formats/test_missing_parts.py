@@ -1,7 +1,5 @@
 """Folders of which a part is gone, or of another kind: named, and never read as something else."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

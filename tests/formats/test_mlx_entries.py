@@ -1,7 +1,5 @@
 """Entries of MLX's block that say less than all, or what the tensors contradict."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -79,8 +77,7 @@ def test_an_entry_that_says_less(up: str, entry: dict[str, Any], tmp_path: Path)
     "block", [{"bits": 4}, {"group_size": 64}, {"mode": "affine"}, {"bits": 4, "group_size": None}]
 )
 def test_a_block_that_says_less(block: dict[str, Any], tmp_path: Path) -> None:
-    source = folder(tmp_path / "source", block)
-    notes_of(source, tmp_path / "out", (64, 4, "affine"))
+    notes_of(folder(tmp_path / "source", block), tmp_path / "out", (64, 4, "affine"))
 
 
 @pytest.mark.parametrize("up", ["mxfp4", "mxfp8", "nvfp4"])
@@ -116,11 +113,8 @@ def test_float_codes_that_the_block_does_not_name(tmp_path: Path) -> None:
         ("affine-6", {"bits": 7}, "7"),
     ],
 )
-def test_what_is_wrong_is_named_by_its_entry(
-    up: str, entry: Any, words: str, tmp_path: Path
-) -> None:
-    source = folder(tmp_path / "source", DEFAULT | {"up": entry}, UP[up])
-    text = rejection(source, tmp_path / "out")
+def test_what_is_wrong_is_named_by_its_entry(up: str, entry: Any, words: str, tmp_path: Path):
+    text = rejection(folder(tmp_path / "source", DEFAULT | {"up": entry}, UP[up]), tmp_path / "out")
     assert "config.json: quantization.up" in text
     assert words in text, text
 

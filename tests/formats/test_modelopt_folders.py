@@ -1,7 +1,5 @@
 """ModelOpt folders against the values of ModelOpt itself."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Whole models of tools without a fixture, written by hand: mlx-lm's logits of their values."""
 
-from __future__ import annotations
-
 import json
 import re
 import zlib
@@ -213,7 +211,7 @@ KIMI_K2 = compressed_tensors.block(group_size=32) | {
 KIMI_K3 = compressed_tensors.block("mxfp4-pack-quantized", type="float", group_size=32)
 # model type -> form of its names, block, pattern of what is quantized, coder
 PUBLISHED: dict[str, tuple[Form, dict[str, Any], str, Coder]] = {
-    "deepseek_v3": (FORMS["deepseek_v3"][0], KIMI_K2, r"\.experts\.", ct_int4),
+    "deepseek_v3": (FORMS["deepseek_v3"], KIMI_K2, r"\.experts\.", ct_int4),
     "kimi_k3": (K3_EXPERTS, KIMI_K3, r"\.experts\.", mxfp4("weight_packed", "weight_scale")),
     "minimax_m3_vl": (W_EXPERTS, {"quant_method": "mxfp8"}, r"\.experts\.|_proj$", mxfp8),
 }

@@ -1,7 +1,5 @@
 """Quantization blocks and dtypes in sections of config.json, and two blocks that disagree."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +9,7 @@ import numpy as np
 import pytest
 
 import requant
-from tests.support.conversions import rejection
+from tests.support.conversions import convert, dequantized, rejection
 from tests.support.format_folders import SOURCES, Source
 from tests.support.number_formats import BF16
 from tests.support.plan_texts import note_texts
@@ -112,8 +110,6 @@ def test_a_nested_block_of_no_format_that_is_read_is_named(tmp_path: Path) -> No
 
 
 # -- two blocks -----------------------------------------------------------------------------------
-
-
 def two(first: Config, second: Config) -> Config:
     return {"quantization_config": first, "text_config": {"quantization_config": second}}
 
@@ -126,10 +122,8 @@ def test_the_block_counts_that_fits_the_tensors(key: str, order: int, tmp_path: 
     wrong = right | {key: {"bits": 8, "group_size": 64, "quant_method": "awq"}[key]}
     pair = (right, wrong)[::order]
     folder = write(source, tmp_path / "source", two(*pair))
-    report = requant.convert(
-        folder, tmp_path / "out", layout="keep", dequantize=True, dtype="float32"
-    )
-    assert np.array_equal(read_folder(tmp_path / "out")["up.weight"], source.values["up"])
+    made, report = convert(folder, tmp_path / "out", dequantize=True, dtype="float32")
+    assert np.array_equal(made["up.weight"], source.values["up"])
     notes = [note for note in note_texts(report.plan.notes) if "contradict each other" in note]
     assert bool(notes) is (order == -1)
     if notes:
@@ -149,9 +143,7 @@ def test_a_file_that_fits_counts_before_a_config_that_does_not(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("place", ["text_config", "quantize_config.json"])
-def test_two_that_fit_and_mean_other_values_are_rejected_by_name(
-    place: str, tmp_path: Path
-) -> None:
+def test_two_that_fit_and_mean_other_values_are_rejected_by_name(place: str, tmp_path: Path):
     """How zeros are stored no tensor of an asymmetric layer tells."""
     source = SOURCES["gptq"]()
     first = source.config["quantization_config"] | {"checkpoint_format": "gptq"}
@@ -177,8 +169,7 @@ def test_blocks_of_two_parts_of_a_model_are_both_right(tmp_path: Path) -> None:
     source.tensors |= {f"vision.{part}": tower.tensors[part] for part in tower.parts}
     config = {"text_config": source.config, "vision_config": tower.config}
     folder = write(source, tmp_path / "source", config)
-    requant.convert(folder, tmp_path / "out", layout="keep", dequantize=True, dtype="float32")
-    made = read_folder(tmp_path / "out")
+    made = dequantized(folder, tmp_path / "out")
     assert np.array_equal(made["up.weight"], source.values["up"])
     assert np.array_equal(made["vision.up.weight"], tower.values["up"])
     written = json.loads((tmp_path / "out" / "config.json").read_text())

@@ -1,7 +1,5 @@
 """NVFP4 experts with a tensor scale each: MLX's nvfp4 with a global scale in mlx-lm's stacks."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

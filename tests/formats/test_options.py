@@ -1,7 +1,5 @@
 """ConvertOptions on a quantized source: decode and encode in one pass is the same as in two."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,7 @@ CASES += [(name, OPTIONS["8:64"]) for name in SOURCES[1:]]
 CASES.append((SOURCES[1], OPTIONS["4:32"]))
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize(("name", "options"), CASES, ids=str)
 def test_one_pass_is_two_passes(name: str, options: dict[str, Any], tmp_path: Path) -> None:
     """The values in between are those that --dequantize writes, in the dtype of the source."""

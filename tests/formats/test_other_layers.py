@@ -1,7 +1,5 @@
 """Two formats in one folder: each layer is read by what its tensors are."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np
@@ -9,14 +7,14 @@ import pytest
 
 import requant
 from requant.quantization.config import Quantization
-from tests.support.conversions import rejection
+from tests.support.conversions import convert, rejection
 from tests.support.format_folders import SOURCES, Source, Tensors
 from tests.support.layers import packers
 from tests.support.number_formats import BF16, e4m3
 from tests.support.plan_texts import note_texts
 from tests.support.safetensors_files import read_folder
 
-pytestmark = pytest.mark.sweep(4)
+pytestmark = pytest.mark.sweep(2)
 
 # Whose tensors leave one reading without a word of the config.
 TELLING = [
@@ -39,11 +37,8 @@ TELLING = [
 SILENT = ["gptq", "auto-round", "paroquant", "bitnet", "mlx", "metal", "fp-quant"]
 # Layers of the second kind that the first reads itself, by its own config.
 SHARED = {
-    "gptq": ("auto-round",),
-    "auto-round": ("gptq",),
-    "awq": ("paroquant",),
-    "mlx": ("metal",),
-    "metal": ("mlx",),
+    **{"gptq": ("auto-round",), "auto-round": ("gptq",), "awq": ("paroquant",)},
+    **{"mlx": ("metal",), "metal": ("mlx",)},
 }
 
 
@@ -62,8 +57,7 @@ def siblings(first: Source, second: Source) -> Source:
 
 
 def dense_of(folder: Path, output: Path) -> tuple[Tensors, requant.Report]:
-    report = requant.convert(folder, output, layout="keep", dequantize=True, dtype="float32")
-    return read_folder(output), report
+    return convert(folder, output, dequantize=True, dtype="float32")
 
 
 def check_values(made: Tensors, values: dict[str, np.ndarray]) -> None:
@@ -94,11 +88,8 @@ UNREADABLE = [
 
 
 @pytest.mark.parametrize(("first", "second"), UNREADABLE)
-def test_what_has_several_readings_is_rejected_by_name(
-    first: str, second: str, tmp_path: Path
-) -> None:
-    source = siblings(SOURCES[first](), SOURCES[second]())
-    folder = source.write(tmp_path / "source")
+def test_what_has_several_readings_is_rejected_by_name(first: str, second: str, tmp_path: Path):
+    folder = siblings(SOURCES[first](), SOURCES[second]()).write(tmp_path / "source")
     assert "other.up" in rejection(folder, tmp_path / "out", bits=8)
 
 
@@ -147,7 +138,6 @@ def test_in_memory(second: str, tmp_path: Path) -> None:
 
 
 # -- one tool, several kinds, and what the config says of them ------------------------------------
-
 HEADS = ("head", "norm")
 
 
@@ -171,9 +161,7 @@ def gptq_layer(version: int, symmetric: bool = True, bits: int = 4) -> tuple[Ten
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("first", ["fp8", "modelopt-nvfp4", "ct-fp8", "awq", "mlx", "hqq"])
-def test_symmetric_zeros_tell_the_version(
-    first: str, version: int, bits: int, tmp_path: Path
-) -> None:
+def test_symmetric_zeros_tell_the_version(first: str, version: int, bits: int, tmp_path: Path):
     source = SOURCES[first]()
     tensors, values = gptq_layer(version, bits=bits)
     source.tensors |= tensors
@@ -185,9 +173,7 @@ def test_symmetric_zeros_tell_the_version(
 
 @pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("first", ["fp8", "modelopt-nvfp4", "ct-fp8"])
-def test_zeros_that_vary_need_a_word_of_the_config(
-    first: str, version: int, tmp_path: Path
-) -> None:
+def test_zeros_that_vary_need_a_word_of_the_config(first: str, version: int, tmp_path: Path):
     """The rejection says which, and what it says works."""
     source = SOURCES[first]()
     tensors, values = gptq_layer(version, symmetric=False)
@@ -259,8 +245,7 @@ def test_an_export_of_auto_round_that_is_fp8_alone(tmp_path: Path) -> None:
         "data_type": "fp",
         "group_size": [128, 128],
     }
-    folder = source.write(tmp_path / "source")
-    made, _ = dense_of(folder, tmp_path / "out")
+    made, _ = dense_of(source.write(tmp_path / "source"), tmp_path / "out")
     check_values(made, source.values)
 
 
@@ -336,8 +321,7 @@ def test_act_order_is_not_moved_past_a_layer_of_another_kind(tmp_path: Path) -> 
     block = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True, "sym": True}
     source.config["quantization_config"] = block
     folder = source.write(tmp_path / "source")
-    requant.convert(folder, tmp_path / "out", layout="keep", overrides=["gate_proj=8"])
-    made = read_folder(tmp_path / "out")
+    made, _ = convert(folder, tmp_path / "out", overrides=["gate_proj=8"])
     wanted, _ = dense_of(folder, tmp_path / "dense")
     order = np.argsort(groups, kind="stable")
     config = requant.parse_quantization((tmp_path / "out" / "config.json").read_text())
@@ -354,8 +338,6 @@ def test_act_order_is_not_moved_past_a_layer_of_another_kind(tmp_path: Path) -> 
 
 
 # -- bits, groups and blocks ----------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("name", "keys", "value"),
     [
@@ -415,8 +397,7 @@ def test_a_grid_of_which_one_number_is_left_is_not_read(first: str, tmp_path: Pa
     source, other = SOURCES[first](), SOURCES["fp8"]()
     other.tensors["up.weight"] = e4m3(256, 256)
     both = siblings(source, other)
-    text = rejection(both.write(tmp_path / "source"), tmp_path / "out", bits=8)
-    assert "other.up" in text
+    assert "other.up" in rejection(both.write(tmp_path / "source"), tmp_path / "out", bits=8)
 
 
 def test_plain_bytes_are_not_fp8_where_fp8_has_its_name(tmp_path: Path) -> None:

@@ -1,8 +1,5 @@
 """Quark by hand: every layout that is documented, and folders that must be rejected."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +10,8 @@ from hypothesis import strategies as st
 
 import requant
 from tests.support.checkpoints import write_quantized
-from tests.support.conversions import rejection
+from tests.support.conversions import dequantized, rejection
+from tests.support.damage import damage, damages
 from tests.support.fixture_checks import same_in_memory
 from tests.support.layers.quark import ORDERS, block, pack_words
 from tests.support.mlx_reference import affine, float_values
@@ -22,10 +20,7 @@ from tests.support.safetensors_files import read_folder
 
 
 def dense(folder: Path, output: Path) -> np.ndarray:
-    requant.convert(
-        folder, output, layout="keep", dequantize=True, dtype="float32", chunk_bytes=3000
-    )
-    return read_folder(output)["up.weight"]
+    return dequantized(folder, output, chunk_bytes=3000)["up.weight"]
 
 
 def converted(folder: Path, output: Path) -> tuple[dict[str, np.ndarray], Any]:
@@ -42,6 +37,7 @@ def test_words_written_by_hand() -> None:
     assert hex(pack_words(codes, "order")[0, 0]) == "0x76543210"
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(
     dtype=st.sampled_from(["int4", "uint4", "int8", "uint8"]),
@@ -84,9 +80,7 @@ def test_groups_are_stored_by_input(
 @pytest.mark.parametrize("dtype", ["int4", "int8", "uint8"])
 @pytest.mark.parametrize("qscheme", ["per_channel", "per_tensor"])
 @pytest.mark.parametrize("order", list(ORDERS))
-def test_channels_are_stored_by_output(
-    dtype: str, qscheme: str, order: str, tmp_path: Path
-) -> None:
+def test_channels_are_stored_by_output(dtype: str, qscheme: str, order: str, tmp_path: Path):
     bits, signed = int(dtype[-1]), dtype.startswith("int")
     low = -(1 << (bits - 1)) if signed else 0
     random = np.random.default_rng(4)
@@ -211,101 +205,46 @@ def test_fake_quantized_weights_are_dense(tmp_path: Path) -> None:
     assert read_folder(tmp_path / "out").keys() == {"up.weight"}
 
 
-Change = Callable[[dict[str, Any], dict[str, Any]], Any]
+# ``block`` stands for the config: dtype or list of dtypes, qscheme, order of codes.
+DAMAGED = """
+- up.weight -> up.weight_scale: U8 [4, 1] has no codes next to it
+- up.weight_scale -> up.weight: U8 [4, 16] has no up.weight_scale next to it
+up.weight_scale = U8 [4, 2] 1 -> up.weight_scale: U8 [4, 2], expected U8 [4, 1]
+WORDS; block: ["int8"] -> up.weight: I32 [32, 1], expected I8 for int8
+WORDS; block: ["int4", null, "x"]
+    export.pack_method: is 'x', expected reorder or order: the order of 4-bit codes
+WORDS; block: ["int4", "per_row"]
+    has qscheme 'per_row' by config.json: quantization_config.global_quant_config.weight; read is
+    read is per_tensor, per_channel or per_group
+block: ["uint2"] -> has dtype 'uint2' by config.json
+block: ["int3"] -> has dtype 'int3' by config.json
+block: ["fp8_e4m3"]; up.weight_scale = U8 [3, 1] 127
+    up.weight_scale: U8 [3, 1] fits no tiling of up.weight [4, 16]
+block: [[{"dtype": "fp4"}, {"dtype": "fp4"}]]; up.weight_scale = F8_E4M3 [4, 2] 1
+    but no up.weight_scale_2
+WORDS; global_quant_config: {} -> weight is null, expected a scheme
+algo_config: {"name": "QuaRot"} -> algo_config: names a rotation
+layer_type_quant_config: {"x": 1} -> by class of layer
+WORDS; layer_quant_config: {"u*": {"weight": {}}, "*p": {}} -> contradict each other: u*, *p
+gate.codes = U8 [4, 16] -> gate.codes: U8 [4, 16] holds codes, but has no scale next to it
+WORDS; block: ["uint4"] -> holds uint4 codes, but has no up.weight_zero_point
+WORDS; up.weight_scale = BF16 [3, 8] 1; block: ["int4"]
+    up.weight_scale: BF16 [3, 8], expected [groups, 8]
+"""
 # int4 codes: without the scheme nobody knows their order.
-WORDS = {"up.weight": np.zeros((32, 1), np.int32), "up.weight_scale": np.ones((1, 8), BF16)}
+WORDS = "up.weight = I32 [32, 1]; up.weight_scale = BF16 [1, 8] 1"
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (lambda t, b: t.pop("up.weight"), "up.weight_scale: U8 [4, 1] has no codes next to it"),
-        (
-            lambda t, b: t.pop("up.weight_scale"),
-            "up.weight: U8 [4, 16] has no up.weight_scale next to it",
-        ),
-        (
-            lambda t, b: t.update({"up.weight_scale": np.ones((4, 2), np.uint8)}),
-            "up.weight_scale: U8 [4, 2], expected U8 [4, 1]",
-        ),
-        (
-            lambda t, b: (t.update(WORDS), b.update(block("int8"))),
-            "up.weight: I32 [32, 1], expected I8 for int8",
-        ),
-        (
-            lambda t, b: (t.update(WORDS), b.update(block("int4", pack="x"))),
-            "export.pack_method: is 'x', expected reorder or order: the order of 4-bit codes",
-        ),
-        (
-            lambda t, b: (t.update(WORDS), b.update(block("int4", "per_row"))),
-            "has qscheme 'per_row' by config.json: quantization_config.global_quant_config.weight; "
-            "read is per_tensor, per_channel or per_group",
-        ),
-        (lambda t, b: b.update(block("uint2")), "has dtype 'uint2' by config.json"),
-        (lambda t, b: b.update(block("int3")), "has dtype 'int3' by config.json"),
-        (
-            lambda t, b: (
-                b.update(block("fp8_e4m3")),
-                t.update({"up.weight_scale": np.full((3, 1), 127, np.uint8)}),
-            ),
-            "up.weight_scale: U8 [3, 1] fits no tiling of up.weight [4, 16]",
-        ),
-        (
-            lambda t, b: (
-                t.update({"up.weight_scale": np.ones((4, 2), E4M3)}),
-                b.update(block([{"dtype": "fp4"}] * 2)),
-            ),
-            "but no up.weight_scale_2",
-        ),
-        (
-            lambda t, b: (t.update(WORDS), b.update(global_quant_config={})),
-            "weight is null, expected a scheme",
-        ),
-        (lambda t, b: b.update(algo_config={"name": "QuaRot"}), "algo_config: names a rotation"),
-        (lambda t, b: b.update(layer_type_quant_config={"x": 1}), "by class of layer"),
-        (
-            lambda t, b: (
-                t.update(WORDS),
-                b.update(layer_quant_config={"u*": {"weight": {}}, "*p": {}}),
-            ),
-            "contradict each other: u*, *p",
-        ),
-        (
-            lambda t, b: t.update({"gate.codes": np.zeros((4, 16), np.uint8)}),
-            "gate.codes: U8 [4, 16] holds codes, but has no scale next to it",
-        ),
-        (
-            lambda t, b: (
-                t.update(
-                    {
-                        "up.weight": np.zeros((32, 1), np.int32),
-                        "up.weight_scale": np.ones((1, 8), BF16),
-                    }
-                ),
-                b.update(block("uint4")),
-            ),
-            "holds uint4 codes, but has no up.weight_zero_point",
-        ),
-        (
-            lambda t, b: (
-                t.update(
-                    {
-                        "up.weight": np.zeros((32, 1), np.int32),
-                        "up.weight_scale": np.ones((3, 8), BF16),
-                    }
-                ),
-                b.update(block("int4")),
-            ),
-            "up.weight_scale: BF16 [3, 8], expected [groups, 8]",
-        ),
-    ],
-)
-def test_damaged_folders_are_rejected(change: Change, words: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("changes", "words"), damages(DAMAGED))
+def test_damaged_folders_are_rejected(changes: str, words: list[str], tmp_path: Path) -> None:
     tensors: dict[str, Any] = {
         "up.weight": np.zeros((4, 16), np.uint8),
         "up.weight_scale": np.full((4, 1), 127, np.uint8),
     }
     config = block("fp4")
-    change(tensors, config)
-    folder = write_quantized(tmp_path / "source", tensors, config)
-    assert words in rejection(folder, tmp_path / "out")
+    damage(changes.replace("WORDS", WORDS), tensors, config)
+    if given := config.pop("block", None):
+        names = ("dtype", "qscheme", "pack")
+        config |= block(**{k: v for k, v in zip(names, given, strict=False) if v is not None})
+    text = rejection(write_quantized(tmp_path / "source", tensors, config), tmp_path / "out")
+    assert all(word in text for word in words), text

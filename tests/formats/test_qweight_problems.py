@@ -1,7 +1,5 @@
 """Broken AWQ, GPTQ and AutoRound folders: every fault is named, and nothing is written."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable
@@ -176,7 +174,6 @@ FAULTS = {
         ("packing_format", "exllamav3"),
     ),
 }
-_OWN = ("qweight", "qzeros", "scales", "g_idx")
 
 
 @pytest.mark.parametrize("fault", list(FAULTS))
@@ -212,8 +209,7 @@ CONTRADICTED = {
 def test_the_tensors_are_believed(name: str, tmp_path: Path) -> None:
     """The same output as from the config that is right, and a note with what is wrong."""
     fixed, edit, words = CONTRADICTED[name]
-    folder = broken(tmp_path, fixed, edit)
-    report = requant.convert(folder, tmp_path / "out", layout="keep")
+    report = requant.convert(broken(tmp_path, fixed, edit), tmp_path / "out", layout="keep")
     requant.convert(fixture(fixed) / "checkpoint", tmp_path / "plain", layout="keep")
     files = [tmp_path / output / "model.safetensors" for output in ("out", "plain")]
     assert files[0].read_bytes() == files[1].read_bytes()

@@ -1,7 +1,5 @@
 """One list of scale names: what is next to codes is found whatever joins the two."""
 
-from __future__ import annotations
-
 import pytest
 
 from requant.formats.scale_names import Role, ScaleNames, parse_scale_name
@@ -59,7 +57,6 @@ def test_a_scale_is_found_by_its_codes_and_the_codes_by_their_scale(
     codes: str, scale: str, role: Role
 ) -> None:
     names = ScaleNames(["mlp.down.weight", codes, scale, "norm.weight"])
-
     (found,) = names.siblings(codes)
     assert (found.name, found.role) == (scale, role)
     assert names.codes_of(found) == codes

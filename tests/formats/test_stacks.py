@@ -4,8 +4,6 @@ A stack holds what as many single layers hold: its values are computed here with
 description of the format, and its codes are those of the single layers, bit for bit.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +15,7 @@ import pytest
 import requant
 from requant.quantization.config import Quantization
 from tests.support.checkpoints import write_quantized
+from tests.support.conversions import convert, dequantized
 from tests.support.fixture_checks import same_in_memory
 from tests.support.layers import compressed_tensors as ct_layers
 from tests.support.layers import packers
@@ -26,14 +25,12 @@ from tests.support.layers.stacks import EXPERTS, IN, OUT, PLACE, small_e4m3
 from tests.support.number_formats import BF16, E2M1, E8M0, e4m3, nibbles
 from tests.support.safetensors_files import read_folder
 
-pytestmark = pytest.mark.sweep(4)
+pytestmark = pytest.mark.sweep(2)
 
 Parts = dict[str, np.ndarray]
 
 
 # -- names -------------------------------------------------------------------------------------
-
-
 def dotted(role: str) -> str:
     return f"{PLACE}.gate_up_proj.{role}"
 
@@ -72,8 +69,6 @@ def test_names() -> None:
 
 
 # -- formats -----------------------------------------------------------------------------------
-
-
 @dataclass
 class Stack:
     """A stack of one format.
@@ -292,17 +287,11 @@ def gptq(codes: np.ndarray, zeros: np.ndarray, scales: np.ndarray) -> Parts:
 
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}
 GPTQ = {
-    "quant_method": "gptq",
-    "bits": 4,
-    "group_size": 32,
-    "sym": False,
+    **{"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False},
     "checkpoint_format": "gptq_v2",
 }
 AUTO_ROUND = {
-    "quant_method": "auto-round",
-    "bits": 4,
-    "group_size": 32,
-    "sym": False,
+    **{"quant_method": "auto-round", "bits": 4, "group_size": 32, "sym": False},
     "packing_format": "auto_round",
 }
 
@@ -432,10 +421,7 @@ def test_values(make: Callable[[], Stack], naming: str, tmp_path: Path) -> None:
     source = write_quantized(
         tmp_path / "source", named(stack.parts, name), stack.block, model_type="moe"
     )
-    requant.convert(
-        source, tmp_path / "out", layout="keep", dequantize=True, dtype="float32", chunk_bytes=3000
-    )
-    made = read_folder(tmp_path / "out")
+    made = dequantized(source, tmp_path / "out", chunk_bytes=3000)
     assert list(made) == [f"{path}.weight" if stack.transposed else dense]
     (found,) = made.values()
     assert found.shape == stack.values.shape
@@ -458,8 +444,7 @@ def test_a_stack_is_its_experts_bit_for_bit(make: Callable[[], Stack], tmp_path:
         parts = stack.single(expert)
         separate |= {f"{PLACE}.{expert}.up.{role}": part for role, part in parts.items()}
     single = write_quantized(tmp_path / "apart", separate, stack.block, model_type="moe")
-    requant.convert(single, tmp_path / "single", layout="keep", **stack.options)
-    each = read_folder(tmp_path / "single")
+    each, _ = convert(single, tmp_path / "single", **stack.options)
     assert len(each) == EXPERTS * len(made)
     for role in (key.rpartition(".")[2] for key in made):
         for expert, matrix in enumerate(made[f"{path}.{role}"]):

@@ -1,7 +1,5 @@
 """Coded stacks of experts under mlx-lm's names: its class takes them as it takes dense ones."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -99,6 +97,7 @@ def folders(tmp_path: Path, family: str, tool: str) -> tuple[Path, Path]:
     return tmp_path / "coded", tmp_path / "counterpart"
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("tool", BLOCKS)
 @pytest.mark.parametrize("family", ["qwen3_5_moe", "mistral4"])
 def test_a_class_takes_them_as_dense_ones(family: str, tool: str, tmp_path: Path) -> None:

@@ -1,7 +1,5 @@
 """Dense tensors under the quantization block of the model that they were made from."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """torchao folders against the values of torchao itself."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

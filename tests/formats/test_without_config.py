@@ -3,8 +3,6 @@
 Tensors determine, or the folder is rejected.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path
@@ -33,6 +31,7 @@ def without_config(name: str, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.sweep(8)
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in AMBIGUOUS])
 def test_tensors_tell(name: str, tmp_path: Path) -> None:
     """The layers and values that the config leads to."""

@@ -1,7 +1,5 @@
 """The fuzzer: ``scripts/fuzz --inputs 1000000``; findings go to tests/fuzz/seeds as files."""
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import random
@@ -19,12 +17,7 @@ from tests.fuzz import harness
 
 # Parts of 105 inputs; folders and records take the longest by far.
 SHARES = {
-    "header": 33,
-    "pattern": 10,
-    "folder": 30,
-    "gguf": 12,
-    "index": 12,
-    "record": 3,
+    **{"header": 33, "pattern": 10, "folder": 30, "gguf": 12, "index": 12, "record": 3},
     "statistics": 5,
 }
 

@@ -4,8 +4,6 @@ A reader may return, or raise a ``RequantError``. Anything else is a finding: an
 more than ``SLOW_S`` seconds, or more memory than the process is allowed.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 import random
@@ -158,8 +156,6 @@ def reduced(folder: Path) -> Folder:
 
 
 # -- damage ----------------------------------------------------------------------------
-
-
 def damage_json(value: Any, rng: random.Random) -> Any:
     """The value with one place changed; objects and lists are gone into."""
     if isinstance(value, dict) and value and rng.random() < 0.85:
@@ -287,8 +283,6 @@ def header_of(tensors: dict[str, Any], metadata: dict[str, str] | None = None) -
 
 
 # -- readers ---------------------------------------------------------------------------
-
-
 def read_header(data: bytes) -> None:
     """A header as a file holds it, length prefix included; it may not even raise."""
     entries, _, problems = parse_header(data, 4096)
@@ -487,7 +481,6 @@ def read_pattern(text: str) -> None:
 
 
 # -- inputs ----------------------------------------------------------------------------
-
 _PATTERN_PARTS = (
     r"a",
     r"b",

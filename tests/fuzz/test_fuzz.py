@@ -1,7 +1,5 @@
 """A short, repeatable slice of the fuzzer, and everything that it ever found."""
 
-from __future__ import annotations
-
 import json
 import random
 import time

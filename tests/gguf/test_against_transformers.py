@@ -1,7 +1,5 @@
 """Config and tokenizer of GGUF files next to those that transformers' own reader makes of them."""
 
-from __future__ import annotations
-
 import json
 from functools import cache
 from pathlib import Path
@@ -23,7 +21,7 @@ from tests.support.checkpoints import model
 from tests.support.gguf_files import write_gguf
 from tests.support.gguf_models import OWN, tiny, trained, values
 
-pytestmark = pytest.mark.sweep(2)
+pytestmark = pytest.mark.sweep(1)
 
 transformers = pytest.importorskip("transformers")
 reader = pytest.importorskip("transformers.modeling_gguf_pytorch_utils")
@@ -145,6 +143,7 @@ def test_their_names_are_known_here() -> None:
     assert missing == {"jina-v5-nano", "f2llmv2", "talkie"}
 
 
+@pytest.mark.slow
 def test_config_is_json(tmp_path: Path) -> None:
     """What convert writes is what transformers loads."""
     weights, config = trained("qwen3-16m")

@@ -1,7 +1,5 @@
 """Tensors that files fuse, and scales of whole tensors."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ from tests.support.gguf_models import ALL, TOKENS, output_of, sharp, tiny, value
 from tests.support.plan_texts import note_texts
 from tests.support.safetensors_files import read_folder
 
-pytestmark = pytest.mark.sweep(6)
+pytestmark = pytest.mark.sweep(2)
 
 QuantizationType = gguf.GGMLQuantizationType
 Tensors = dict[str, tuple[np.ndarray, QuantizationType]]
@@ -138,8 +136,6 @@ def test_experts_fused_and_apart_at_once(tmp_path: Path) -> None:
 
 
 # -- scales of whole tensors -----------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0"])
 @pytest.mark.parametrize("role", ["attn_q", "attn_v", "ffn_down"])
 def test_scales_are_multiplied_in(role: str, kind: str, tmp_path: Path) -> None:
@@ -188,8 +184,7 @@ def test_scales_of_experts(kind: str, count: int, fused: bool, tmp_path: Path) -
 def test_scales_of_nvfp4_under_known_names(tmp_path: Path) -> None:
     """Names change, and the scale goes with its matrix."""
     made, config = tiny("llama")
-    weights = values(made)
-    write_gguf(tmp_path / "dense.gguf", weights, config)
+    write_gguf(tmp_path / "dense.gguf", values(made), config)
     tensors = tensors_of(tmp_path / "dense.gguf")
     rng = np.random.default_rng(3)
     blocks = rng.integers(0, 256, (128, 2 * 36), dtype=np.uint8)
@@ -211,9 +206,7 @@ def test_scales_of_nvfp4_under_known_names(tmp_path: Path) -> None:
         ("blk.0.attn_norm.scale", np.full(1, 2, np.float32), None),
     ],
 )
-def test_scales_that_scale_nothing(
-    name: str, data: np.ndarray, words: str | None, tmp_path: Path
-) -> None:
+def test_scales_that_scale_nothing(name: str, data: np.ndarray, words: str | None, tmp_path: Path):
     written("gemma", tmp_path / "plain.gguf", "F32")
     tensors = tensors_of(tmp_path / "plain.gguf") | {name: (data, QuantizationType.F32)}
     rewrite(tmp_path / "plain.gguf", tmp_path / "m.gguf", tensors)

@@ -1,7 +1,5 @@
 """The reader of GGUF headers: the package's own files, damaged files, any bytes at all."""
 
-from __future__ import annotations
-
 import struct
 from pathlib import Path
 from typing import Any

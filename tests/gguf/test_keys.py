@@ -1,7 +1,5 @@
 """No key that llama.cpp's graphs use is lost: config.json says it, or it is named."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +14,7 @@ from requant.errors import CheckpointError
 from tests.support.gguf_files import write_gguf
 from tests.support.gguf_models import ALL, TOKENS, model_of, output_of, read_with, tiny
 
-pytestmark = pytest.mark.sweep(6)
+pytestmark = pytest.mark.sweep(2)
 
 # What llama.cpp reads (src/llama-arch.cpp) and this version of the package does not list.
 _NEWER = """
@@ -126,11 +124,8 @@ def test_neutral_values_are_taken(case: str) -> None:
         "attention.causal": True,
         "attention.clamp_kqv": 0.0,
         "attention.max_alibi_bias": 0.0,
-        "attention.value_length": width,
-        "embedding_length_out": 0,
-        "expert_group_count": 0,
-        "expert_shared_count": 0,
-        "expert_weights_scale": 1.0,
+        **{"attention.value_length": width, "embedding_length_out": 0, "expert_group_count": 0},
+        **{"expert_shared_count": 0, "expert_weights_scale": 1.0},
         "leading_dense_block_count": 0,
         "nextn_predict_layers": 0,
         "pooling_type": 0,

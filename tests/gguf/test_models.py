@@ -1,7 +1,5 @@
 """Whole models: logits of a GGUF file are those of the model that it was written from."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,7 @@ from tests.support.gguf_models import OWN, SEEING, TOKENS, output_of, tiny, trai
 from tests.support.plan_texts import note_texts
 from tests.support.safetensors_files import read_folder
 
-pytestmark = pytest.mark.sweep(3)
+pytestmark = pytest.mark.sweep(2)
 
 
 @pytest.mark.parametrize("name", OWN)
@@ -312,10 +310,7 @@ def test_llama_3_scaling_is_found_in_its_factors(tmp_path: Path) -> None:
     write_gguf(tmp_path / "m.gguf", weights, config, "Q8_0", extra=extra)
     plan = requant.plan(tmp_path / "m.gguf")
     assert plan.config["rope_scaling"] == {
-        "rope_type": "llama3",
-        "type": "llama3",
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
+        **{"rope_type": "llama3", "type": "llama3", "factor": 8.0, "low_freq_factor": 1.0},
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }
@@ -341,8 +336,7 @@ def test_language_parts_of_models_that_see(
     config.setdefault("tie_word_embeddings", False)
     monkeypatch.setitem(ARCHITECTURES, name, architecture)
     write_gguf(tmp_path / "m.gguf", values(made), config)
-    plan = requant.plan(tmp_path / "m.gguf")
-    assert plan.config["model_type"] == name
+    assert requant.plan(tmp_path / "m.gguf").config["model_type"] == name
     requant.convert(tmp_path / "m.gguf", tmp_path / "out", dequantize=True, dtype="float32")
     expected = np.array(made(TOKENS))
     np.testing.assert_allclose(output_of(tmp_path / "out"), expected, atol=2e-5)
@@ -355,8 +349,7 @@ def test_mistral3_without_scaled_attention_is_llama(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tests.support.gguf_files.ARCHITECTURES", architectures)
         write_gguf(tmp_path / "m.gguf", weights, config)
-    plan = requant.plan(tmp_path / "m.gguf")
-    assert plan.config["model_type"] == "llama"
+    assert requant.plan(tmp_path / "m.gguf").config["model_type"] == "llama"
     requant.convert(tmp_path / "m.gguf", tmp_path / "out", dequantize=True, dtype="float32")
     out = read_folder(tmp_path / "out")
     for name, array in weights.items():

@@ -1,7 +1,5 @@
 """Rotated parts, scalings, windows and soft caps: config.json says what llama.cpp computes."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import math
@@ -29,7 +27,7 @@ from tests.support.gguf_models import (
     weights_of,
 )
 
-pytestmark = pytest.mark.sweep(6)
+pytestmark = pytest.mark.sweep(2)
 
 SCALINGS: dict[str, dict[str, Any]] = {
     "linear": {"factor": 4.0},
@@ -120,8 +118,6 @@ def check_logits(folder: Path, made: Any, other: Any) -> None:
 
 
 # -- a part of a head ----------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("part", [0.25, 0.5, 0.75])
 def test_phi_3_rotates_a_part(part: float, tmp_path: Path) -> None:
     whole, _ = sharp("phi3", tie_word_embeddings=False)
@@ -149,7 +145,6 @@ def test_a_part_of_a_head_where_the_class_knows_none(case: str) -> None:
 
 
 # -- YaRN ----------------------------------------------------------------------------------
-
 YARN = {
     "rope.scaling.type": "yarn",
     "rope.scaling.factor": 8.0,
@@ -282,8 +277,6 @@ def test_factors_of_llama_3_next_to_yarn(tmp_path: Path) -> None:
 
 
 # -- windows and soft caps -----------------------------------------------------------------
-
-
 def test_olmo_3_is_olmo_2_with_a_window() -> None:
     config, _, named = read_with("olmo2", {"attention.sliding_window": 8})
     assert named == [] and config["model_type"] == "olmo3"

@@ -1,7 +1,5 @@
 """Tokenizers of SentencePiece files, against SentencePiece itself and transformers' reader."""
 
-from __future__ import annotations
-
 import io
 import itertools
 import re
@@ -65,11 +63,8 @@ def fields(model: Any, prefix: bool) -> dict[str, Any]:
         "tokens": tuple(model.id_to_piece(n) for n in count),
         "scores": np.array([model.get_score(n) for n in count], np.float32),
         "token_type": np.array(kinds, np.int32),
-        "bos_token_id": model.bos_id(),
-        "eos_token_id": model.eos_id(),
-        "unknown_token_id": model.unk_id(),
-        "add_space_prefix": prefix,
-        "add_bos_token": True,
+        **{"bos_token_id": model.bos_id(), "eos_token_id": model.eos_id()},
+        **{"unknown_token_id": model.unk_id(), "add_space_prefix": prefix, "add_bos_token": True},
     }
 
 

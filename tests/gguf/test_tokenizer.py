@@ -1,7 +1,5 @@
 """Tokenizers from metadata, run by the tokenizers package."""
 
-from __future__ import annotations
-
 import itertools
 import json
 from pathlib import Path
@@ -146,8 +144,6 @@ def test_what_is_not_known_is_said(values: dict[str, Any], why: str) -> None:
 
 
 # -- chat templates --------------------------------------------------------------------------
-
-
 def templates_of(**values: Any) -> Any:
     found = metadata(model="gpt2", pre="gpt-2", tokens=("a", "b"))
     for key, value in values.items():

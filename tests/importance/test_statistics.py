@@ -1,7 +1,5 @@
 """Statistics files, ours and llama.cpp's: their layers, and conversions weighted by them."""
 
-from __future__ import annotations
-
 import json
 import struct
 from collections.abc import Callable, Mapping
@@ -72,8 +70,6 @@ def ours(path: Path, layers: Vectors, counts: Mapping[str, Any] | None = None) -
 
 
 # -- names ---------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("path", "key"),
     [
@@ -265,9 +261,7 @@ def flipped(path: Path) -> None:
         (lambda d: ours(d / "s", {"a": squares(4)}, {"a": [np.nan]}), "negative or no numbers"),
     ],
 )
-def test_damaged_files_are_rejected(
-    make: Callable[[Path], Path], words: str, tmp_path: Path
-) -> None:
+def test_damaged_files_are_rejected(make: Callable[[Path], Path], words: str, tmp_path: Path):
     with pytest.raises(CheckpointError, match=words) as caught:
         read_statistics(make(tmp_path))
     assert str(tmp_path) in str(caught.value)
@@ -303,8 +297,6 @@ def newer_of(folder: Path, damage: str) -> Path:
 
 
 # -- conversions ---------------------------------------------------------------------------
-
-
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     """A stack of experts under mixtral's names, and two dense layers."""

@@ -1,7 +1,5 @@
 """Which backend is taken, and that the two agree bit for bit."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 
@@ -25,8 +23,6 @@ MLX, NP = MlxLibrary(), NumPyLibrary()
 
 
 # ---- which library
-
-
 def test_numpy_arrays_get_the_numpy_backend():
     assert backend_for({"a": np.ones(1), "b": np.ones(2)}) is NUMPY
 
@@ -66,6 +62,7 @@ def test_unsupported_type_is_rejected_and_named(value):
     assert isinstance(caught.value, TypeError)
 
 
+@pytest.mark.sweep(1)
 def test_numpy_path_does_not_import_mlx():
     program = (
         "import sys, numpy as np\n"
@@ -79,8 +76,6 @@ def test_numpy_path_does_not_import_mlx():
 
 
 # ---- both libraries give the same bits
-
-
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("quantization", LEGAL, ids=str)
 def test_numpy_equals_mlx(quantization, dtype):
@@ -89,7 +84,6 @@ def test_numpy_equals_mlx(quantization, dtype):
     values[0] = 0
     values[1, ::3] = 0.25
     plan = PerLayerQuantization.from_global(quantization)
-
     packed = [
         quantize_weights({"up.weight": library.make(values, dtype)}, plan) for library in (NP, MLX)
     ]
@@ -204,8 +198,7 @@ def test_unpack_takes_the_shifts_in_order(lib):
 
 
 def test_pack_puts_codes_at_their_shifts(lib):
-    codes = lib.make([[1, 2, 3, 15]], "uint32")
-    got = lib.read(BACKENDS[lib.name].pack(codes, (0, 28)))
+    got = lib.read(BACKENDS[lib.name].pack(lib.make([[1, 2, 3, 15]], "uint32"), (0, 28)))
     assert_bits(got, np.array([[0x20000001, 0xF0000003]], np.uint32))
 
 

@@ -29,8 +29,6 @@ def empty(dtype, rows, columns):
 
 
 # ---------------------------------------------------------------- integers
-
-
 @MANY
 @given(
     rows=st.integers(0, 9),
@@ -50,9 +48,7 @@ def test_integer_values(rows, columns, group, dtype, difference, whole, seed):
     if not whole:
         zeros = (zeros + rng.random(zeros.shape)).astype(np.float32)
     out = empty(dtype, rows, columns)
-
     decode.integer_values_into(codes, scales, zeros, group, out, difference=NAMES[difference.name])
-
     of = np.arange(columns) // group
     distance = rounded(codes.astype(np.float32) - zeros[:, of], difference)
     assert_same_bits(out, (distance * scales[:, of]).astype(dtype))
@@ -68,8 +64,6 @@ def test_a_difference_in_bfloat16_is_rounded():
 
 
 # ---------------------------------------------------------------- float8
-
-
 @MANY
 @given(
     rows=st.integers(0, 40),
@@ -85,9 +79,7 @@ def test_e4m3_values(rows, columns, block, first_row, dtype, fnuz, seed):
     codes = rng.integers(0, 256, (rows, columns), dtype=np.uint8)
     scales = floats(rng, -(-(first_row + rows) // block[0]) + 1, -(-columns // block[1]))
     out = empty(dtype, rows, columns)
-
     nans = decode.e4m3_values_into(codes, scales, *block, out, first_row=first_row, fnuz=fnuz)
-
     elements = codes.view(FNUZ if fnuz else FN).astype(np.float32)
     of_row = (first_row + np.arange(rows)) // block[0]
     of_column = np.arange(columns) // block[1]
@@ -129,8 +121,6 @@ def test_many_nan_bytes_are_counted():
 
 
 # ---------------------------------------------------------------- 4-bit codes
-
-
 @MANY
 @given(
     rows=st.integers(0, 5),
@@ -149,9 +139,7 @@ def test_lut_values(rows, columns, half_block, first, high_first, dtype, seed):
     codes = rng.integers(0, 256, (rows, columns), dtype=np.uint8)
     book, absmax = floats(rng, 16), floats(rng, -(-(first + count) // block))
     out = empty(dtype, rows, 2 * columns)
-
     decode.lut_values_into(codes, book, absmax, block, out, first=first, high_first=high_first)
-
     nibbles = np.stack([codes >> 4, codes & 15], axis=-1)
     nibbles = (nibbles if high_first else nibbles[..., ::-1]).reshape(-1)
     scale = absmax[(first + np.arange(count)) // block]
@@ -169,8 +157,6 @@ def test_nf4_byte_written_by_hand():
 
 
 # ---------------------------------------------------------------- scales and biases
-
-
 def test_scale_bytes():
     every = np.arange(256, dtype=np.uint8).reshape(2, 128)
     e8m0 = decode.scale_values(every, "F8_E8M0").ravel()
@@ -185,8 +171,6 @@ def test_scale_bytes():
 
 
 # ---------------------------------------------------------------- rejections
-
-
 def test_wrong_arguments_are_rejected():
     codes, one = np.zeros((4, 64), np.uint8), np.ones((4, 1), np.float32)
     out = empty(F32, 4, 64)

@@ -76,6 +76,7 @@ def nvfp4_case(dtype):
     return w, mlx_quantize(w, 16, 4, "nvfp4")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [F16, BF16])
 def test_nvfp4(dtype):
     w, expected = nvfp4_case(dtype)

@@ -1,7 +1,5 @@
 """GGUF blocks: every type against the gguf package and against vectors written by hand."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import gguf
@@ -18,7 +16,7 @@ from requant.quantization.config import QuantMode
 from tests.support.gguf_files import HALVES, random_blocks
 from tests.support.mlx_arrays import to_mlx
 
-pytestmark = pytest.mark.sweep(2)
+pytestmark = pytest.mark.sweep(1)
 
 BLOCKS = [kind for kind in TYPES.values() if not kind.dtype]
 KNOWN = [kind for kind in BLOCKS if kind.name != "Q1_0"]  # the package cannot decode that one

@@ -8,10 +8,11 @@ from hypothesis import strategies as st
 from requant.kernels import repack
 from tests.support import reference
 from tests.support.inputs import assert_same_bits
+from tests.support.layers import packers
+from tests.support.reference import pack as mlx_words
 
 MANY = settings(max_examples=40)
 SEEDS = st.integers(0, 2**32 - 1)
-INTERLEAVE = [0, 2, 4, 6, 1, 3, 5, 7]
 
 
 def random_codes(seed, bits, *shape):
@@ -23,13 +24,7 @@ def buffer(rows, columns, dtype=np.uint32):
     return np.full((rows, columns), 0xA5, dtype)
 
 
-def mlx_words(codes, bits):
-    return reference.pack(codes, bits)
-
-
 # ---------------------------------------------------------------- transposes
-
-
 @MANY
 @given(
     rows=st.integers(0, 140),
@@ -86,12 +81,10 @@ def test_streams_written_by_hand(bits, codes, words):
 
 
 # ---------------------------------------------------------------- columns to rows
-
-
 def interleave(codes):
     """(in, out) codes in the order in which AutoAWQ stores eight outputs."""
     rows, columns = codes.shape
-    return codes.reshape(rows, columns // 8, 8)[:, :, INTERLEAVE].reshape(codes.shape)
+    return codes.reshape(rows, columns // 8, 8)[:, :, packers.INTERLEAVED].reshape(codes.shape)
 
 
 @MANY
@@ -148,8 +141,7 @@ def test_nibble_columns_of_any_eights(inputs, outputs, signed, seed):
         return (eights << shifts).sum(-1, dtype=np.uint32)
 
     out = buffer(8 * outputs, inputs)
-    source = nibbles(interleave(codes))
-    repack.stream_columns_into(source, 4, out, interleaved=True, signed=signed)
+    repack.stream_columns_into(nibbles(interleave(codes)), 4, out, interleaved=True, signed=signed)
     expected = codes ^ 8 if signed else codes
     assert_same_bits(out, nibbles(np.ascontiguousarray(expected.T)))
 
@@ -159,13 +151,6 @@ def test_wide_layer_crosses_bands():
     out = buffer(2048, 40)
     repack.awq_gemm_into(mlx_words(interleave(codes), 4), out)
     assert_same_bits(out, mlx_words(np.ascontiguousarray(codes.T), 4))
-
-
-def test_awq_word_written_by_hand():
-    """Outputs 0 to 7 with codes 1 to 8 are stored as 0x86427531."""
-    out = buffer(8, 1)
-    repack.awq_gemm_into(np.full((8, 1), 0x86427531, np.uint32), out)
-    assert [hex(word) for word in out[:, 0]] == [f"0x{str(code) * 8}" for code in range(1, 9)]
 
 
 def test_quark_orders_written_by_hand():
@@ -246,80 +231,27 @@ def test_planes_written_by_hand(bits, codes, words):
     assert out.tolist() == [list(codes)]
 
 
-def marlin(codes):
-    """(in, out) codes as tiles, word by word as the format's description says."""
-    n_in, n_out = codes.shape
-    words = np.zeros((n_in // 16, 2 * n_out), np.uint64)
-    for tile_k in range(n_in // 16):
-        for tile_n in range(n_out // 64):
-            tile = codes[16 * tile_k :, 64 * tile_n :]
-            for lane in range(32):
-                a = lane % 4
-                for t in range(4):
-                    n = 16 * t + lane // 4
-                    places = [(2 * a, n), (2 * a + 8, n), (2 * a, n + 8), (2 * a + 8, n + 8)]
-                    places += [(k + 1, m) for k, m in places]
-                    word = sum(int(tile[place]) << 4 * i for i, place in enumerate(places))
-                    words[tile_k, 128 * tile_n + 4 * lane + t] = word
-    return words.astype(np.uint32)
-
-
 @pytest.mark.parametrize(("tiles_in", "tiles_out"), [(1, 1), (2, 3), (9, 2), (16, 1), (0, 1)])
 def test_marlin(tiles_in, tiles_out):
     codes = random_codes(tiles_in, 4, 16 * tiles_in, 64 * tiles_out)
     out = buffer(64 * tiles_out, 2 * tiles_in)
-    repack.marlin_into(marlin(codes), out)
+    words = packers.marlin(codes.T, np.ones((64 * tiles_out, 1)), ("B", "s"))["B"]
+    repack.marlin_into(words.view(np.uint32), out)
     rows = np.ascontiguousarray(codes.T)
     pairs = rows[:, ::2] | rows[:, 1::2] << 4
     assert_same_bits(out.view(np.uint8), pairs)
-
-
-def test_marlin_words_written_by_hand():
-    """in 16, out 64, code(k, n) = (3k + 7n) % 16: words 0 to 3 0x3bb30880, word 127 0x6ee63bb3."""
-    k, n = np.ogrid[:16, :64]
-    codes = ((3 * k + 7 * n) % 16).astype(np.uint8)
-    words = marlin(codes)
-    assert [hex(word) for word in words[0, :4]] == ["0x3bb30880"] * 4
-    assert hex(words[0, 127]) == "0x6ee63bb3"
-    out = buffer(64, 2)
-    repack.marlin_into(words, out)
-    assert (out.view(np.uint8) == (codes[::2] | codes[1::2] << 4).T).all()
-
-
-def fast(codes):
-    """(out, in) codes as gemv_fast stores them, by the formula of one code."""
-    n_out, n_in = codes.shape
-    stored = np.zeros((n_out // 4, n_in), np.uint16)
-    for row in range(n_out):
-        for k in range(n_in):
-            column = 64 * (k // 64) + 16 * (row % 4) + 8 * (k % 64 // 32) + k % 8
-            stored[row // 4, column] |= np.uint16(int(codes[row, k]) << 4 * (k % 32 // 8))
-    return stored
 
 
 @pytest.mark.parametrize(("n_out", "n_in"), [(4, 64), (12, 192), (8, 640), (0, 64)])
 def test_gemv_fast(n_out, n_in):
     codes = random_codes(n_out, 4, n_out, n_in)
     out = buffer(n_out, n_in // 8)
-    repack.gemv_fast_into(fast(codes), out)
-    assert_same_bits(out, mlx_words(codes, 4))
-
-
-def test_gemv_fast_written_by_hand():
-    row, k = np.ogrid[:4, :64]
-    codes = ((5 * row + 3 * k) % 16).astype(np.uint8)
-    stored = fast(codes)
-    assert stored[0, :4].tolist() == [0x8080, 0xB3B3, 0xE6E6, 0x1919]
-    assert stored[0, 16:18].tolist() == [0xD5D5, 0x0808]
-    assert stored[0, 63] == 0xC4C4
-    out = buffer(4, 8)
-    repack.gemv_fast_into(stored, out)
+    ones = np.ones((n_out, n_in // 64))
+    repack.gemv_fast_into(packers.fast(codes, ones, ones, "qzeros")["qweight"].view(np.uint16), out)
     assert_same_bits(out, mlx_words(codes, 4))
 
 
 # ---------------------------------------------------------------- row by row
-
-
 def padded_words(codes, bits):
     """32 // bits codes a word, the compressed-tensors layout before 0.18."""
     rows, count = codes.shape
@@ -406,8 +338,6 @@ def test_deinterleave():
 
 
 # ---------------------------------------------------------------- row blocks
-
-
 def hqq_pack(codes, packing):
     """Parts of the rows one above the other, the first in the highest bits."""
     blocks = repack.HQQ[packing]

@@ -64,8 +64,6 @@ def test_last_run_of_a_buffer_is_not_overrun():
 
 
 # ---------------------------------------------------------------- values
-
-
 def all_values(dtype):
     if dtype.itemsize == 2:
         return np.arange(65536, dtype=np.uint16).view(dtype)
@@ -127,7 +125,6 @@ def test_group_errors(a_dtype, b_dtype, group_size):
         a = rng.standard_normal((groups, group_size)).astype(a_dtype)
         b = (a.astype(np.float32) + rng.standard_normal(a.shape) * 0.1).astype(b_dtype)
         most = np.full(groups, np.nan, np.float32)
-
         sums = _native.group_errors(
             bits(a).ravel(),
             NAMES[a_dtype.name],
@@ -136,7 +133,6 @@ def test_group_errors(a_dtype, b_dtype, group_size):
             group_size,
             bits(most),
         )
-
         x = a.astype(np.float32)
         d = x - b.astype(np.float32)
         assert_same_bits(most, np.abs(d).max(-1, initial=0))
@@ -162,10 +158,8 @@ def test_errors_are_those_of_float64(dtype):
     scales = (rng.random((40, 4)) + 0.5).astype(dtype)
     scales[::3] *= dtype.type(-1)
     scales[0] = 0
-
     most = np.empty((40, 4), np.float32)
     squares, norm, worst = values.encoding_error(a, b, scales, "affine", most)
-
     x, d = a.astype(np.float64), a.astype(np.float64) - b.astype(np.float64)
     assert squares == pytest.approx((d * d).sum(), rel=1e-6)
     assert norm == pytest.approx((x * x).sum(), rel=1e-6)
@@ -211,8 +205,6 @@ def test_cast_into_counts_overflows(dst):
 
 
 # ---------------------------------------------------------------- bindings
-
-
 def words(rows, cols):
     return np.empty((rows, cols), np.uint32)
 
@@ -222,13 +214,8 @@ def halves(rows, cols):
 
 
 GOOD = {
-    "w": halves(2, 64),
-    "dtype": "BF16",
-    "group_size": 64,
-    "bits": 4,
-    "words": words(2, 8),
-    "scales": halves(2, 1),
-    "biases": halves(2, 1),
+    **{"w": halves(2, 64), "dtype": "BF16", "group_size": 64, "bits": 4, "words": words(2, 8)},
+    **{"scales": halves(2, 1), "biases": halves(2, 1)},
 }
 
 

@@ -4,8 +4,6 @@ The referee is the layout of the same model dequantized, which ``test_families``
 against mlx-lm itself: values that codes represent are moved as the codes are.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -32,7 +30,7 @@ from tests.support.mlx_reference import as_bytes, load
 from tests.support.plan_texts import note_texts, reason_text
 from tests.support.published_models import as_awq, published
 
-pytestmark = pytest.mark.sweep(3)
+pytestmark = pytest.mark.sweep(2)
 
 # Families whose rule decodes or transposes a layer that could be quantized.
 REENCODED = {
@@ -67,7 +65,6 @@ def test_codes_come_through(model_type: str, tmp_path: Path) -> None:
     convert(tmp_path / "qm", tmp_path / "qmd", dequantize=True, layout="keep")
     convert(tmp_path / "q", tmp_path / "qd", dequantize=True, layout="keep")
     convert(tmp_path / "qd", tmp_path / "qdm", dequantize=True, layout="mlx-lm")
-
     ours, expected = load(tmp_path / "qmd"), load(tmp_path / "qdm")
     assert ours.keys() == expected.keys()
     reencoded = {x.layer for x in report.plan.layers if x.exactness == "re-encoded"}
@@ -85,8 +82,6 @@ def test_codes_come_through(model_type: str, tmp_path: Path) -> None:
 
 
 # -- sources that take other ways --------------------------------------------------------------
-
-
 @pytest.mark.parametrize("options", [{}, {"bits": 8}, {"mode": "mxfp4"}, {"dequantize": True}])
 def test_packed_experts_are_stacked(options: dict, tmp_path: Path) -> None:
     """AutoAWQ experts go straight into a stack, as by way of a folder under their own names."""
@@ -95,7 +90,6 @@ def test_packed_experts_are_stacked(options: dict, tmp_path: Path) -> None:
     convert(tmp_path / "awq", tmp_path / "kept", layout="keep", **options)
     convert(tmp_path / "kept", tmp_path / "expected", layout="mlx-lm", **options)
     report = convert(tmp_path / "awq", tmp_path / "ours", layout="mlx-lm", threads=2, **options)
-
     ours, expected = load(tmp_path / "ours"), load(tmp_path / "expected")
     assert ours.keys() == expected.keys()
     assert [name for name in ours if as_bytes(ours[name]) != as_bytes(expected[name])] == []
@@ -115,7 +109,6 @@ def test_packed_rows_that_are_computed(tmp_path: Path) -> None:
     published(tmp_path / "awq", "deepseek_v3")
     as_awq(tmp_path / "awq")
     report = convert(tmp_path / "awq", tmp_path / "ours", layout="mlx-lm")
-
     layers = {x.layer.rpartition(".")[2]: x for x in report.plan.layers}
     assert layers["embed_q"].exactness == "re-encoded"
     assert layers["embed_q"].treatment == "requantized"
@@ -133,12 +126,10 @@ def test_experts_of_several_encodings_keep_their_codes(tmp_path: Path) -> None:
         overrides=[r"experts\.1\.up_proj=6:32"],
     )
     report = convert(tmp_path / "q", tmp_path / "qm", layout="mlx-lm")
-
     mixed = [x for x in report.plan.layers if x.layer.endswith("switch_mlp.up_proj")]
     assert {x.target for x in mixed} == {"affine 6-bit g32"}
     assert {x.exactness for x in mixed} == {"exact"}
     assert {x.source for x in mixed} == {"affine 4-bit g64 and affine 6-bit g32"}
-
     convert(tmp_path / "qm", tmp_path / "ours", dequantize=True, layout="keep")
     convert(tmp_path / "q", tmp_path / "dense", dequantize=True, layout="keep")
     ours, dense = load(tmp_path / "ours"), load(tmp_path / "dense")
@@ -200,7 +191,6 @@ def test_nvfp4_global_scales(tmp_path: Path) -> None:
     weights = dict(tree_flatten(model.parameters()))
     write_mlx_checkpoint(tmp_path / "q", config, weights)
     save_config(config, tmp_path / "q" / "config.json")
-
     report = convert(tmp_path / "q", tmp_path / "ours", layout="mlx-lm")
     ours = load(tmp_path / "ours")
     assert ours.keys() == weights.keys()
@@ -246,6 +236,7 @@ def test_global_scales_of_stacked_and_split_matrices(tmp_path: Path) -> None:
     assert read((4, 16), RowRange(two, 2, 4)) is None
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(bool(NEW_FORMS), reason="mlx-lm rejects this form before 0.32")
 def test_the_memory_of_computed_tensors_is_in_the_budget(tmp_path: Path) -> None:
     """A fused stack is transposed whole: its values and those of the result are held at once."""
@@ -253,13 +244,11 @@ def test_the_memory_of_computed_tensors_is_in_the_budget(tmp_path: Path) -> None
     published(tmp_path / "m", "qwen3_vl_moe", {"model_type": "qwen3_vl_moe", "text_config": text})
     made = plan(tmp_path / "m", bits=4, group_size=32, layout="mlx-lm")
     kept = plan(tmp_path / "m", bits=4, group_size=32, layout="keep")
-
     stack = 2 * 512 * 64 * 128  # bytes of one projection of all experts; two are stored fused
     siblings = plan_resources(made, 1).peak_bytes - plan_resources(kept, 1).peak_bytes
     assert siblings == MLX_LM_MEMORY_BYTES + min(2 * (2 * 3 + 2) * stack, 64 << 20)
     more = plan_resources(made, 3).overhead_bytes - plan_resources(made, 1).overhead_bytes
     assert more == 2 * stack
-
     least = plan_resources(made, 1, 10**9).overhead_bytes + BASE_MEMORY_BYTES
     with pytest.raises(OutOfRangeError, match="mlx-lm and the tensors that it computes"):
         plan_resources(made, 1, least)
@@ -267,8 +256,6 @@ def test_the_memory_of_computed_tensors_is_in_the_budget(tmp_path: Path) -> None
 
 
 # -- rows that are interleaved -----------------------------------------------------------------
-
-
 def gpt_oss(folder: Path, coded: bool) -> None:
     """A gpt-oss folder whose gate and up rows alternate, more of them than are listed singly."""
     experts, inner = 5, 224

@@ -5,8 +5,6 @@ A checkpoint is built from a class's own parameters: its other tensors as they a
 class's own stacks again, byte for byte, and next to them what mlx-lm makes of the published form.
 """
 
-from __future__ import annotations
-
 import importlib
 import inspect
 import re
@@ -36,7 +34,7 @@ from tests.support.mlx_lm_conversion import (
 from tests.support.mlx_reference import as_bytes
 from tests.support.plan_texts import note_texts
 
-pytestmark = pytest.mark.sweep(6)
+pytestmark = pytest.mark.sweep(2)
 
 # The stacks of a class, and how published experts are found: a regex up to what holds them.
 STACKS = re.compile(
@@ -148,7 +146,7 @@ def stored_as(family: str, form: str, folder: Path) -> tuple[Weights, Weights] |
         and array.ndim == (3 if match["part"] == "weight" else 2)
         and not re.search(r"shared|embed_q|unembed", name)
     }
-    published = FORMS[family][0](dict(weights))
+    published = FORMS[family](dict(weights))
     places = {m["layer"]: m["prefix"] for name in published if (m := PUBLISHED.fullmatch(name))}
     layers = {match["layer"] for name in stacks if (match := STACKS.fullmatch(name))}
     if family in PLACES:
@@ -255,9 +253,7 @@ def test_codes_of_single_experts_move(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", ["fused", "transposed", "fused .weight"])
 @pytest.mark.parametrize("family", [*CLASSES, "mistral4", "deepseek_v3"])
-def test_fp8_stacks_reach_the_class_under_their_own_names(
-    family: str, form: str, tmp_path: Path
-) -> None:
+def test_fp8_stacks_reach_the_class_under_their_own_names(family: str, form: str, tmp_path: Path):
     """One scale an expert, as Mistral 4 is published.
 
     The values are those of a dense counterpart.
@@ -294,8 +290,6 @@ def test_fp8_stacks_reach_the_class_under_their_own_names(
 
 
 # -- what cannot be ----------------------------------------------------------------------------
-
-
 def test_shapes_that_fit_no_form_are_rejected_as_they_are(tmp_path: Path) -> None:
     """Gate and up of one width, down of another: nothing is guessed."""
     stored_as("qwen3_moe", "fused", tmp_path)
@@ -353,9 +347,7 @@ def test_a_note_advises_a_layout_that_works(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("family", "loads"), [("qwen3_5_moe", False), ("qwen2_moe", True)])
-def test_a_note_says_whether_mlx_lm_loads_kept_experts(
-    family: str, loads: bool, tmp_path: Path
-) -> None:
+def test_a_note_says_whether_mlx_lm_loads_kept_experts(family: str, loads: bool, tmp_path: Path):
     """Some classes stack codes too, others only dense weights; the loader is asked."""
     from mlx_lm.utils import load_model
 

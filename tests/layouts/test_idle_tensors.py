@@ -1,7 +1,5 @@
 """Biases of zeros and layers past the last one do not throw a model out of mlx-lm's layout."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -50,8 +48,7 @@ def test_the_rest_takes_the_layout(kind: str, tmp_path: Path) -> None:
     if kind != "zero biases":
         with_more(tmp_path / "plain", {}) if not more else None
         more |= next_token_layer("model.layers.2" if kind == "both" else kind)
-    source = with_more(tmp_path / "source", more)
-    report = requant.convert(source, tmp_path / "out", bits=4)
+    report = requant.convert(with_more(tmp_path / "source", more), tmp_path / "out", bits=4)
     assert report.plan.layout == "mlx-lm"
     requant.convert(tmp_path / "plain", tmp_path / "expected", bits=4)
     made, expected = load(tmp_path / "out"), load(tmp_path / "expected")
@@ -79,13 +76,11 @@ def test_keep_leaves_nothing_out(tmp_path: Path) -> None:
     more = zero_biases(tmp_path / "plain")
     source = with_more(tmp_path / "source", more)
     for options in ({"layout": "keep"}, {"keep_extra": True}):
-        plan = requant.plan(source, bits=4, **options)
-        assert more.keys() <= plan.index()["weight_map"].keys()
+        assert more.keys() <= requant.plan(source, bits=4, **options).index()["weight_map"].keys()
 
 
 def test_a_model_with_biases_keeps_those_that_are_zero(tmp_path: Path) -> None:
-    config = small_config("qwen2")
-    class_checkpoint(tmp_path / "source", config)
+    class_checkpoint(tmp_path / "source", small_config("qwen2"))
     file = tmp_path / "source" / "model.safetensors"
     weights = mx.load(str(file))
     mx.eval(weights)

@@ -1,7 +1,5 @@
 """The layout: quantized sources, recipes, rejections, memory, and the shared models."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -60,8 +58,6 @@ def quantized(folder: Path, model_type: str, form=lambda w: w, **changes: object
 
 
 # -- the shared models ---------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ["micro-moe", "qwen3-16m", "micro-llama"])
 @pytest.mark.parametrize("quantization", [Quantization.affine(64, 4), None])
 def test_shared_models(name: str, quantization: Quantization | None, tmp_path: Path):
@@ -79,11 +75,9 @@ def test_shared_models(name: str, quantization: Quantization | None, tmp_path: P
 
 
 # -- what comes to be of a tensor ----------------------------------------------------------
-
-
 def test_experts_are_extents_of_whole_tensors(tmp_path: Path):
     weights = make(tmp_path / "m", "mixtral")
-    form, _ = FORMS["mixtral"]
+    form = FORMS["mixtral"]
     write_mlx_checkpoint(tmp_path / "m", small_config("mixtral"), form(weights))
     source = Source(tmp_path / "m")
     layout = mlx_lm_layout(source.checkpoint.config, source.infos, quantization=AFFINE)
@@ -98,7 +92,7 @@ def test_experts_are_extents_of_whole_tensors(tmp_path: Path):
 
 def test_the_comparison_sees_what_is_wrong(tmp_path: Path):
     """A control of the tests themselves: one extent moved by a row is a difference."""
-    form, _ = FORMS["mixtral"]
+    form = FORMS["mixtral"]
     write_mlx_checkpoint(
         tmp_path / "m", small_config("mixtral"), form(make(tmp_path / "m", "mixtral"))
     )
@@ -121,7 +115,6 @@ def test_reasons_of_dense_layers(tmp_path: Path):
     down = "model.layers.0.mlp.down_proj"
     assert layout.dense_reasons[down].text == "last axis 144 is not a multiple of group 32"
     assert down not in layout.targets
-
     if MLX_LM < (0, 32):  # has no such family
         return
     make(tmp_path / "s", "spark2_5")
@@ -188,8 +181,6 @@ def test_recipes_that_cannot_be(tmp_path: Path):
 
 
 # -- quantized sources ---------------------------------------------------------------------
-
-
 def test_triples_keep_their_codes(tmp_path: Path):
     quantized(tmp_path / "m", "llama")
     layout, different = compare(tmp_path / "m")
@@ -199,7 +190,7 @@ def test_triples_keep_their_codes(tmp_path: Path):
 
 @pytest.mark.parametrize("model_type", ["qwen2_moe", "deepseek_v2", "glm4_moe", "mixtral"])
 def test_triples_of_experts_are_stacked_alike(model_type: str, tmp_path: Path):
-    form, _ = FORMS[model_type]
+    form = FORMS[model_type]
     quantized(tmp_path / "m", model_type, form)
     layout, different = compare(tmp_path / "m")
     assert different == []
@@ -257,8 +248,6 @@ def test_published_mxfp4(tmp_path: Path):
 
 
 # -- rejections ------------------------------------------------------------------------------
-
-
 def infos_of(model_type: str, config: dict) -> dict[str, TensorInfo]:
     """The tensors that mlx-lm's class has, without data."""
     import importlib
@@ -356,12 +345,10 @@ def test_weights_changed_after_the_rule(monkeypatch: pytest.MonkeyPatch):
 
 
 # -- computing -----------------------------------------------------------------------------
-
-
 def test_compute_asks_for_its_inputs_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """With batches of one, each tensor loads what ``inputs`` says; asked twice, it is the same."""
     monkeypatch.setattr("requant.layouts.layout.BATCH_BYTES", 0)
-    form, _ = FORMS["qwen3_next"]
+    form = FORMS["qwen3_next"]
     write_mlx_checkpoint(
         tmp_path / "m", small_config("qwen3_next"), form(make(tmp_path / "m", "qwen3_next"))
     )
@@ -386,7 +373,7 @@ def test_compute_asks_for_its_inputs_alone(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_threads_get_what_they_ask_for(tmp_path: Path):
-    form, _ = FORMS["falcon_h1"]
+    form = FORMS["falcon_h1"]
     write_mlx_checkpoint(
         tmp_path / "m", small_config("falcon_h1"), form(make(tmp_path / "m", "falcon_h1"))
     )
@@ -410,36 +397,18 @@ def test_threads_get_what_they_ask_for(tmp_path: Path):
 
 
 # -- cost ----------------------------------------------------------------------------------
-
 BIG_LLAMA = {
-    "model_type": "llama",
-    "hidden_size": 8192,
-    "num_hidden_layers": 80,
-    "intermediate_size": 28672,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-    "rms_norm_eps": 1e-5,
-    "vocab_size": 128256,
-    "tie_word_embeddings": False,
+    **{"model_type": "llama", "hidden_size": 8192, "num_hidden_layers": 80},
+    **{"intermediate_size": 28672, "num_attention_heads": 64, "num_key_value_heads": 8},
+    **{"rms_norm_eps": 1e-5, "vocab_size": 128256, "tie_word_embeddings": False},
     "torch_dtype": "bfloat16",
 }
 BIG_MOE = {
-    "model_type": "qwen3_moe",
-    "hidden_size": 4096,
-    "num_hidden_layers": 60,
-    "intermediate_size": 12288,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 4,
-    "rms_norm_eps": 1e-6,
-    "vocab_size": 151936,
-    "head_dim": 128,
-    "tie_word_embeddings": False,
-    "num_experts": 128,
-    "num_experts_per_tok": 8,
-    "moe_intermediate_size": 1536,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
-    "rope_theta": 1e6,
+    **{"model_type": "qwen3_moe", "hidden_size": 4096, "num_hidden_layers": 60},
+    **{"intermediate_size": 12288, "num_attention_heads": 64, "num_key_value_heads": 4},
+    **{"rms_norm_eps": 1e-6, "vocab_size": 151936, "head_dim": 128, "tie_word_embeddings": False},
+    **{"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 1536},
+    **{"decoder_sparse_step": 1, "mlp_only_layers": [], "rope_theta": 1e6},
     "max_position_embeddings": 40960,
     "norm_topk_prob": True,
 }

@@ -1,7 +1,5 @@
 """``layout="mlx-lm"``: what mlx-lm's own converter writes, name for name and bit for bit."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import subprocess
@@ -66,7 +64,6 @@ def test_stacked_experts_are_read_from_the_files_and_threads_change_nothing(tmp_
     made = plan(model("micro-moe"), layout="mlx-lm", bits=4)
     stacked = [step for step in made.steps if "switch_mlp" in step.layer]
     assert {type(step.inputs["weight"]).__name__ for step in stacked} == {"JoinedTensor"}
-
     options = {"layout": "mlx-lm", "bits": 4}
     convert(model("micro-moe"), tmp_path / "one", threads=1, **options)
     convert(model("micro-moe"), tmp_path / "two", threads=2, chunk_bytes=5000, **options)
@@ -77,7 +74,6 @@ def test_overrides_rule_over_mlx_lm_s_choice(tmp_path: Path) -> None:
     made = plan(
         model("micro-moe"), layout="mlx-lm", bits=4, overrides=["down_proj=8", "gate$=skip"]
     )
-
     targets = {layer.layer: layer.target for layer in made.layers}
     assert targets["model.layers.0.mlp.switch_mlp.down_proj"] == "affine 8-bit g64"
     assert targets["model.layers.0.mlp.gate"] == "BF16"
@@ -94,7 +90,6 @@ def test_experts_quantized_one_by_one_are_stacked(options: dict, tmp_path: Path)
     convert(model("micro-moe"), tmp_path / "kept", layout="keep", **options)
     report = convert(tmp_path / "kept", tmp_path / "ours", layout="mlx-lm")
     convert(model("micro-moe"), tmp_path / "expected", layout="mlx-lm", **options)
-
     ours, expected = load(tmp_path / "ours"), load(tmp_path / "expected")
     kept = load(tmp_path / "kept")
     for name in ours:
@@ -112,7 +107,6 @@ def test_an_mlx_source_keeps_its_codes(tmp_path: Path) -> None:
     convert(model("qwen3-16m"), tmp_path / "first", bits=4)
     convert(tmp_path / "first", tmp_path / "second", layout="mlx-lm")
     first, second = load(tmp_path / "first"), load(tmp_path / "second")
-
     assert first.keys() == second.keys()
     assert [name for name in first if not same(first[name], second[name])] == []
 
@@ -124,8 +118,6 @@ def test_a_model_that_mlx_lm_does_not_know(dense: Path) -> None:
 
 
 # -- auto: mlx-lm's layout where it can be had, and a note where it cannot -------------------
-
-
 @pytest.mark.parametrize("name", ["micro-llama", "micro-moe", "qwen3-16m"])
 def test_auto_is_mlx_lm_s_layout_where_mlx_lm_takes_the_model(name: str) -> None:
     made = plan(model(name), bits=4)
@@ -240,7 +232,6 @@ def test_an_unknown_layout() -> None:
 
 
 # -- what mlx-lm's class has no use for --------------------------------------------------------
-
 EXTRA = {
     "visual.blocks.0.weight": (64, 128),
     "visual.blocks.0.bias": (64,),
@@ -254,7 +245,7 @@ def vlm(folder: Path, family: str = "qwen2_vl", extra: dict = EXTRA, **config: o
     class_checkpoint(folder, small_config(family))
     weights = mx.load(str(folder / "model.safetensors"))
     mx.eval(weights)
-    weights = FORMS[family][0](weights) | {x: random_like(x, s) for x, s in extra.items()}
+    weights = FORMS[family](weights) | {x: random_like(x, s) for x, s in extra.items()}
     config = small_config(family) | {"vision_config": {"depth": 1}, **config}
     write_mlx_checkpoint(folder, config, weights)
     (folder / "preprocessor_config.json").write_text(PROCESSOR)
@@ -262,8 +253,7 @@ def vlm(folder: Path, family: str = "qwen2_vl", extra: dict = EXTRA, **config: o
 
 
 def test_what_is_dropped_is_listed_by_name(tmp_path: Path) -> None:
-    source = vlm(tmp_path / "vlm")
-    report = convert(source, tmp_path / "out", bits=4, group_size=32)
+    report = convert(vlm(tmp_path / "vlm"), tmp_path / "out", bits=4, group_size=32)
     plan = report.plan
     expected = {*EXTRA, "visual.patch.weight"}
     assert (plan.layout, plan.loads) == ("mlx-lm", True)
@@ -291,8 +281,7 @@ def test_vision_config_goes_where_no_tensor_of_a_tower_is_kept(tmp_path: Path) -
     """What --keep-extra keeps need not be a tower."""
     source = vlm(tmp_path / "next", "qwen3_next", {"mtp.fc.weight": (128, 256)})
     convert(source, tmp_path / "out", bits=4, group_size=32, keep_extra=True)
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert "vision_config" not in config
+    assert "vision_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
 
 
 @pytest.mark.parametrize("dtype", [None, "float16"])
@@ -314,13 +303,10 @@ def test_extra_tensors_are_kept_dense_under_their_names(tmp_path: Path, dtype: s
 
 
 @pytest.mark.parametrize("keep_extra", [False, True])
-def test_mlx_lm_loads_the_same_model_with_and_without_them(
-    tmp_path: Path, keep_extra: bool
-) -> None:
+def test_mlx_lm_loads_the_same_model_with_and_without_them(tmp_path: Path, keep_extra: bool):
     from mlx_lm.utils import load_model
 
-    source = vlm(tmp_path / "vlm")
-    convert(source, tmp_path / "out", bits=4, group_size=32, keep_extra=keep_extra)
+    convert(vlm(tmp_path / "vlm"), tmp_path / "out", bits=4, group_size=32, keep_extra=keep_extra)
     model, _ = load_model(tmp_path / "out")
     packed = dict(tree_flatten(model.parameters()))
     written = load(tmp_path / "out")
@@ -334,8 +320,7 @@ def test_where_mlx_lm_rejects_them_a_note_says_so(tmp_path: Path) -> None:
     source = vlm(tmp_path / "next", "qwen3_next", {"mtp.fc.weight": (128, 256)})
     dropped = plan(source, bits=4, group_size=32)
     assert dropped.loads and [name for name, _ in dropped.dropped] == ["mtp.fc.weight"]
-    report = convert(source, tmp_path / "out", bits=4, group_size=32, keep_extra=True)
-    made = report.plan
+    made = convert(source, tmp_path / "out", bits=4, group_size=32, keep_extra=True).plan
     assert not made.loads
     (note,) = [note for note in note_texts(made.notes) if "has no use for" in note]
     assert "does not load the result as it is: mlx-lm, loading qwen3_next: its class" in note

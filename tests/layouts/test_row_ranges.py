@@ -1,7 +1,5 @@
 """Byte ranges and rows, with the numbers that the docstrings of ``row_ranges`` give."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any, cast

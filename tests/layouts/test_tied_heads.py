@@ -1,7 +1,5 @@
 """Heads and embeddings: what the tensors say counts, whatever ``tie_word_embeddings`` says."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -29,15 +27,9 @@ from tests.support.plan_texts import note_texts
 H, V, INNER = 64, 96, 128
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 LLAMA = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": H,
-    "intermediate_size": INNER,
-    "vocab_size": V,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "rms_norm_eps": 1e-6,
+    **{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": H},
+    **{"intermediate_size": INNER, "vocab_size": V, "num_hidden_layers": 1},
+    **{"num_attention_heads": 2, "num_key_value_heads": 2, "rms_norm_eps": 1e-6},
     "rope_theta": 1e4,
     "max_position_embeddings": 64,
     "torch_dtype": "bfloat16",
@@ -86,8 +78,6 @@ COPY = bf16(V, H, seed=20)
 
 
 # -- the three cases, in both layouts --------------------------------------------------------
-
-
 @pytest.mark.parametrize("layout", ["keep", "mlx-lm"])
 @pytest.mark.parametrize("options", [{"bits": 8}, {"dequantize": True}], ids=str)
 def test_a_copy_of_the_embedding_is_left_out(
@@ -161,8 +151,6 @@ def test_a_flag_that_is_absent_is_what_the_class_takes(checkpoint: Build, tmp_pa
 
 
 # -- what is compared ------------------------------------------------------------------------
-
-
 def last_value_changed(array: np.ndarray) -> np.ndarray:
     changed = array.copy()
     changed[-1, -1] += 1
@@ -261,8 +249,6 @@ def test_other_names_of_the_flag(flag: str, checkpoint: Build) -> None:
 
 
 # -- quantized heads ------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("layout", ["keep", "mlx-lm"])
 @pytest.mark.parametrize("head", ["equal", "own", "dense"])
 def test_heads_of_an_mlx_source(head: str, layout: str, checkpoint: Build, tmp_path: Path) -> None:
@@ -281,9 +267,7 @@ def test_heads_of_an_mlx_source(head: str, layout: str, checkpoint: Build, tmp_p
 
 
 @pytest.mark.parametrize("layout", ["keep", "mlx-lm"])
-def test_a_quantized_head_next_to_a_dense_embedding(
-    layout: str, checkpoint: Build, tmp_path: Path
-) -> None:
+def test_a_quantized_head_next_to_a_dense_embedding(layout: str, checkpoint: Build, tmp_path: Path):
     tensors, config = llama(None, tie_word_embeddings=True)
     codes = np.random.default_rng(0).integers(0, 16, (V, H))
     tensors |= {
@@ -303,8 +287,6 @@ def test_a_quantized_head_next_to_a_dense_embedding(
 
 
 # -- names and nested configs ---------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("embedding", "head"),
     [
@@ -404,8 +386,6 @@ def test_a_model_without_scores_of_tokens_has_no_head(architecture: str, checkpo
 
 
 # -- classes --------------------------------------------------------------------------------
-
-
 def gemma(head: np.ndarray | None, flag: bool) -> tuple[Tensors, dict[str, Any]]:
     tensors, config = llama(head, tie_word_embeddings=flag, model_type="gemma", head_dim=32)
     return tensors, config | {"architectures": ["GemmaForCausalLM"]}
@@ -428,9 +408,7 @@ def test_a_class_that_always_ties(flag: bool, checkpoint: Build, tmp_path: Path)
     assert any("differs from" in note for note in note_texts(plan.notes))
 
 
-def test_a_class_that_never_ties_gets_the_embedding_once_more(
-    checkpoint: Build, tmp_path: Path
-) -> None:
+def test_a_class_that_never_ties_gets_the_embedding_once_more(checkpoint: Build, tmp_path: Path):
     config = small_config("stablelm") | {"tie_word_embeddings": True}
     from tests.support.mlx_lm_conversion import class_checkpoint
 
@@ -447,8 +425,6 @@ def test_a_class_that_never_ties_gets_the_embedding_once_more(
 
 
 # -- names in options -----------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("head", [None, COPY], ids=["none", "a copy"])
 @pytest.mark.parametrize(
     "options", [{"overrides": ["lm_head=6"]}, {"only": [r"^lm_head$"]}], ids=str

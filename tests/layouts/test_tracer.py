@@ -1,7 +1,5 @@
 """The trace: which results of a function are bytes of its inputs, and which are computed."""
 
-from __future__ import annotations
-
 import random
 
 import mlx.core as mx

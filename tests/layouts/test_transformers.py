@@ -4,8 +4,6 @@ transformers 5 leaves settings out of config.json that published ones have and m
 demand (rope_theta and others); ``small_config`` fills them in.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -21,42 +19,23 @@ transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 COMMON: dict[str, Any] = {
-    "hidden_size": 128,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "vocab_size": 256,
+    **{"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 256},
     "max_position_embeddings": 512,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "tie_word_embeddings": False,
-    "num_experts": 4,
-    "num_local_experts": 4,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
+    **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False},
+    **{"num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2},
     "moe_intermediate_size": 64,
     "shared_expert_intermediate_size": 64,
 }
 _TIED = {"tie_word_embeddings": True}
 _GROUPS = {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "n_shared_experts": 1}
 _LATENT = _GROUPS | {
-    "kv_lora_rank": 32,
-    "q_lora_rank": 32,
-    "qk_nope_head_dim": 32,
-    "qk_rope_head_dim": 16,
-    "v_head_dim": 32,
-    "head_dim": 16,
-    "num_key_value_heads": 4,
+    **{"kv_lora_rank": 32, "q_lora_rank": 32, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16},
+    **{"v_head_dim": 32, "head_dim": 16, "num_key_value_heads": 4},
 }
 OWN: dict[str, dict[str, Any]] = {
     "apertus": {},
-    "cohere": _TIED,
-    "cohere2": _TIED,
-    "deepseek_v2": _LATENT,
-    "deepseek_v3": _LATENT,
+    **{"cohere": _TIED, "cohere2": _TIED, "deepseek_v2": _LATENT, "deepseek_v3": _LATENT},
     "dots1": _GROUPS,
     "ernie4_5": {},
     "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_layer_start_index": 1},
@@ -73,12 +52,8 @@ OWN: dict[str, dict[str, Any]] = {
     "helium": {},
     "hunyuan_v1_dense": {},
     "jamba": {
-        "attn_layer_period": 2,
-        "attn_layer_offset": 1,
-        "expert_layer_period": 2,
-        "expert_layer_offset": 1,
-        "mamba_d_state": 16,
-        "mamba_d_conv": 4,
+        **{"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2},
+        **{"expert_layer_offset": 1, "mamba_d_state": 16, "mamba_d_conv": 4},
         "use_mamba_kernels": False,
     },
     "llama": {},

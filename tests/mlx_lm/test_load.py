@@ -1,7 +1,5 @@
 """``requant.mlx_lm``: sources loaded in memory give the logits of the converted folder."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import sys
@@ -18,7 +16,7 @@ from tests.support.checkpoints import model
 from tests.support.mlx_reference import as_bytes
 from tests.support.published_models import as_awq, published
 
-pytestmark = pytest.mark.sweep(2)
+pytestmark = pytest.mark.sweep(1)
 
 
 def logits(loaded) -> mx.array:
@@ -46,10 +44,8 @@ def test_logits_are_those_of_the_converted_folder(name: str, options: dict, tmp_
     convert(model(name), tmp_path / "there", layout="mlx-lm", **options)
     convert(model(name), tmp_path / "kept", layout="keep", **options)
     expected = logits(mlx_lm.load(str(tmp_path / "there")))
-
     assert as_bytes(logits(requant.mlx_lm.load(model(name), **options))) == as_bytes(expected)
     assert as_bytes(logits(requant.mlx_lm.load(tmp_path / "there"))) == as_bytes(expected)
-
     # Experts that were quantized one by one; the router is not among what keep quantizes.
     convert(tmp_path / "kept", tmp_path / "stacked", layout="mlx-lm")
     expected = logits(mlx_lm.load(str(tmp_path / "stacked")))
@@ -74,8 +70,7 @@ def test_memory_holds_the_model_once() -> None:
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    loaded = requant.mlx_lm.load_with_report(model("qwen3-16m"), bits=4)
-    nbytes = loaded.report.plan.bytes_out
+    nbytes = requant.mlx_lm.load_with_report(model("qwen3-16m"), bits=4).report.plan.bytes_out
     assert mx.get_active_memory() - before < 1.02 * nbytes
     assert mx.get_peak_memory() - before < 1.02 * nbytes
 
@@ -125,8 +120,6 @@ def test_what_is_missing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 # -- generate ----------------------------------------------------------------------------------
-
-
 @pytest.mark.slow
 def test_text_is_mlx_lm_s(tmp_path: Path) -> None:
     import mlx_lm

@@ -1,7 +1,5 @@
 """The journal: which lines count after a kill, after a loss of power, and in a damaged file."""
 
-from __future__ import annotations
-
 import json
 import os
 import threading
@@ -9,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from pytest import MonkeyPatch
 
 from requant.errors import OutputError
 from requant.output import journal
@@ -32,7 +31,6 @@ def test_lines_and_the_head_are_read_back(tmp_path: Path) -> None:
         {"hash": ["up.weight", "ab"]},
         {"deleted_source": "model.safetensors"},
     ]
-
     resumed = new_journal(tmp_path / "journal", lines)
     resumed.close()
     assert resumed.state.rows == {2: [(0, 8)]}
@@ -42,7 +40,7 @@ def test_lines_and_the_head_are_read_back(tmp_path: Path) -> None:
     assert read_journal(tmp_path / "journal")[1] == lines
 
 
-def test_nothing_is_synced_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_synced_twice(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setattr(journal, "SYNC_EVERY_S", 1000)
     syncs: list[int] = []
     log = new_journal(tmp_path / "journal", sync=lambda: syncs.append(1))
@@ -55,9 +53,7 @@ def test_nothing_is_synced_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert syncs == [1]
 
 
-def test_a_background_sync_that_fails_stops_the_next_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_background_sync_that_fails_stops_the_next_line(tmp_path: Path, monkeypatch: MonkeyPatch):
     def fails() -> None:
         raise OSError(5, "Input/output error")
 
@@ -71,7 +67,7 @@ def test_a_background_sync_that_fails_stops_the_next_line(
 
 
 def test_after_a_restart_deletions_count_that_no_marker_covers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: MonkeyPatch
 ) -> None:
     """The line of a deletion is synced before the file is deleted; rows after it are not."""
     lines = [
@@ -86,9 +82,7 @@ def test_after_a_restart_deletions_count_that_no_marker_covers(
     assert read_journal(tmp_path / "journal")[1] == [{"rows": [0, 0, 10]}, {"deleted_source": "a"}]
 
 
-def test_after_a_restart_only_synced_lines_count(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_after_a_restart_only_synced_lines_count(tmp_path: Path, monkeypatch: MonkeyPatch):
     monkeypatch.setattr(journal, "SYNC_EVERY_S", 1000)
     log = new_journal(tmp_path / "journal")
     log.mark_done(0, 0, 10, {})
@@ -97,7 +91,6 @@ def test_after_a_restart_only_synced_lines_count(
     log.close()
     lines = read_journal(tmp_path / "journal")[1]
     assert [line["rows"] for line in lines] == [[0, 0, 10], [0, 10, 20]]
-
     monkeypatch.setattr(journal, "boot_id", lambda: "another")
     lines = read_journal(tmp_path / "journal")[1]
     assert [line["rows"] for line in lines] == [[0, 0, 10]]
@@ -144,7 +137,7 @@ def test_two_syncs_at_once_never_call_less_durable(tmp_path: Path) -> None:
     log.add({"deleted_source": "a"}, durable=True)
     first.join()
     log.close()
-    with pytest.MonkeyPatch.context() as patch:
+    with MonkeyPatch.context() as patch:
         patch.setattr(journal, "boot_id", lambda: "after the power came back")
         lines = read_journal(tmp_path / "journal")[1]
     assert [line["rows"] for line in lines if "rows" in line] == [[0, 0, 10], [0, 10, 20]]
@@ -157,8 +150,7 @@ def test_a_torn_line_ends_the_journal(tmp_path: Path, cut: int) -> None:
         log.mark_done(3, start, start + 10, {})
     log.close()
     os.truncate(tmp_path / "journal", (tmp_path / "journal").stat().st_size - cut)
-    lines = read_journal(tmp_path / "journal")[1]
-    assert len(lines) == 9
+    assert len(read_journal(tmp_path / "journal")[1]) == 9
 
 
 @pytest.mark.parametrize("text", [b"", b"x", b"[]\n", b"{}\n", b"\xff\n", b'{"plan":1}'])

@@ -1,13 +1,12 @@
 """What is checked of OUTPUT before anything is written."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from pytest import MonkeyPatch
 
 from requant.errors import OutputError
 from requant.output.preflight import check_output
@@ -44,9 +43,7 @@ def test_a_repository_is_not_a_folder_to_protect(planned: Planned, source: Path)
     check_output(plan, source / "below", force=False)
 
 
-def test_what_cannot_become_a_folder(
-    planned: Planned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_cannot_become_a_folder(planned: Planned, tmp_path: Path, monkeypatch: MonkeyPatch):
     (tmp_path / "file").write_text("")
     (tmp_path / "link").symlink_to("file")
     (tmp_path / "here").mkdir()
@@ -74,9 +71,7 @@ def test_a_folder_without_permission(planned: Planned, tmp_path: Path) -> None:
         check_output(planned.plan, tmp_path / "closed" / "out", force=True)
 
 
-def test_room_on_the_disk(
-    planned: Planned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_room_on_the_disk(planned: Planned, tmp_path: Path, monkeypatch: MonkeyPatch):
     plan, output = planned.plan, tmp_path / "out"
     whole = sum(shard.nbytes for shard in plan.shards) + plan.side_bytes
     usage = shutil.disk_usage(tmp_path)

@@ -1,7 +1,5 @@
 """``requant.json``: its content, its own hash, and records that cannot be read."""
 
-from __future__ import annotations
-
 import json
 from hashlib import sha256
 from pathlib import Path
@@ -23,7 +21,6 @@ def built(planned: Planned, **options: object) -> dict:
 
 def test_the_content_of_a_record(planned: Planned) -> None:
     record = built(planned, bits=4, statistics="/home/user/stats.safetensors")
-
     assert (record["record"], record["requant"]) == (2, version())
     assert record["plan"] == planned.plan.hash
     assert record["options"]["bits"] == 4

@@ -1,7 +1,5 @@
 """Deletion of source files: when a file is free, what is kept of it, and in which order."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -66,9 +64,7 @@ def test_a_header_stub_plans_like_its_file(planned: Planned, source: Path, tmp_p
     assert again.plan.hash == planned.plan.hash
 
 
-def test_what_a_killed_run_had_no_time_to_delete(
-    planned: Planned, source: Path, tmp_path: Path
-) -> None:
+def test_what_a_killed_run_had_no_time_to_delete(planned: Planned, source: Path, tmp_path: Path):
     """One file is in the journal and still there; of the other all rows are done."""
     log = Journal(tmp_path / "journal", {"plan": "p"}, [{"deleted_source": FIRST}], lambda: None)
     write_header_stubs(planned.source.opened, planned.plan.files, tmp_path / "stubs")

@@ -1,7 +1,5 @@
 """The hidden folder next to OUTPUT: its lock, what a stopped run left, and the renames."""
 
-from __future__ import annotations
-
 import fcntl
 import json
 import os

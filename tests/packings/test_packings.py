@@ -1,7 +1,5 @@
 """Every packing of AWQ, GPTQ and AutoRound: codes, zeros and groups against written facts."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -97,7 +95,6 @@ def test_awq_gemm_without_zero_points(stored: bool, tmp_path: Path) -> None:
     source = write_quantized(tmp_path / "source", of_layer, block, dtype="float16")
     report = requant.convert(source, tmp_path / "out", layout="keep")
     assert [str(found.exactness) for found in report.plan.layers] == ["exact"]
-
     of_layer[f"{LAYER}.qzeros"] = packers.gemm(codes, eights - 1, scales)["qzeros"]
     bad = write_quantized(tmp_path / "bad", of_layer, block, dtype="float16")
     assert "every zero is 8, but its zeros are 7" in rejection(bad, tmp_path / "none")
@@ -145,9 +142,7 @@ def test_marlin(blocks: int, groups: int, seed: int, by_gptq: bool) -> None:
     st.sampled_from(["gptq", "gptq_v2", "gptq_p"]),
     st.booleans(),
 )
-def test_gptq(
-    shape: tuple[int, int, int], bits: int, group: int, written: str, by_gptqmodel: bool
-) -> None:
+def test_gptq(shape: tuple[int, int, int], bits: int, group: int, written: str, by_gptqmodel: bool):
     out, groups = 32 * shape[0], shape[1]
     planar = written == "gptq_p" or bits in (5, 6, 7)  # whatever the label says
     minus = 1 if written == "gptq" and not planar else 0
@@ -235,8 +230,6 @@ def test_inputs_that_fill_no_group_of_mlx_stay_dense() -> None:
 
 
 # -- words by hand, from the formats' documents ------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("bits", "codes", "words"),
     [

@@ -3,8 +3,6 @@
 Where Metal is, it is also run as it is.
 """
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -100,10 +98,7 @@ def test_the_kernel_s_text(
         pytest.skip("no C++ compiler is here")
     rows = 2
     text = HOST % {
-        "group": group,
-        "inputs": group * groups,
-        "rounds": rounds,
-        "rows": rows,
+        **{"group": group, "inputs": group * groups, "rounds": rounds, "rows": rows},
         "kernel": KERNEL,
     }
     (tmp_path / "kernel.cpp").write_text(text)
@@ -127,8 +122,6 @@ def test_the_kernel_s_text(
 
 
 # -- how it is chosen ------------------------------------------------------------------------
-
-
 class Emulated:
     """Takes the place of MLX's kernel: the same call, the values by NumPy."""
 
@@ -195,8 +188,7 @@ def test_gradients_pass_through_the_kernel(on_metal: Any) -> None:
     x = mx.random.normal((3, 64))
     weights = mx.random.normal((3, 64))
     wanted = mx.grad(lambda x: (rotation.plain(x) * weights).sum())(x)
-    found = mx.grad(lambda x: (rotation(x) * weights).sum())(x)
-    assert mx.allclose(found, wanted, atol=1e-6)
+    assert mx.allclose(mx.grad(lambda x: (rotation(x) * weights).sum())(x), wanted, atol=1e-6)
 
 
 def test_a_wrong_kernel_is_not_used(on_metal: Any) -> None:
@@ -211,9 +203,7 @@ def test_a_wrong_kernel_is_not_used(on_metal: Any) -> None:
     assert emulated.calls == 1
 
 
-def test_a_kernel_that_does_not_compile_is_not_used(
-    on_metal: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_kernel_that_does_not_compile_is_not_used(on_metal: Any, monkeypatch: pytest.MonkeyPatch):
     on_metal()
 
     def failing() -> Any:

@@ -1,7 +1,5 @@
 """Which layout a checkpoint gets, and what is said where that is not mlx-lm's."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """The output's config.json: block, dtype and what of the source's goes."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What is decided for each layer, and where the bytes go."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -22,14 +20,12 @@ def fates(made) -> dict[str, tuple[str, str, str]]:
 
 def test_dense_source_without_options_takes_mlx_default_and_says_so(dense: Path) -> None:
     made = plan(dense)
-
     assert made.quantization.quantization == Quantization.affine(64, 4)
     assert any("4 bits, group 64" in note for note in note_texts(made.notes))
 
 
 def test_what_is_quantized_in_a_dense_source(dense: Path) -> None:
     found = fates(plan(dense, bits=4))
-
     quantized = ("quantized", "affine 4-bit g64", "")
     assert found["model.embed_tokens"] == quantized
     assert found["model.layers.0.self_attn.q_proj"] == quantized
@@ -45,13 +41,11 @@ def test_what_is_quantized_in_a_dense_source(dense: Path) -> None:
 @pytest.mark.parametrize("name", ["gate_proj", "up_gate_proj", "gate_up_proj", "w1"])
 def test_a_gate_projection_is_not_a_router(checkpoint: Callable[..., Path], name: str) -> None:
     made = plan(checkpoint({f"mlp.{name}.weight": bf16(8, 64)}), bits=4)
-
     assert made.layers[0].treatment == "quantized"
 
 
 def test_a_last_axis_that_does_not_divide_takes_the_next_smaller_group(dense: Path) -> None:
     made = plan(dense, bits=4, group_size=128)
-
     assert made.quantization.per_layer == {"model.odd": Quantization.affine(32, 4)}
     found = fates(made)
     assert found["model.odd"][1:] == ("affine 4-bit g32", "last axis 96 takes group 32, not 128")
@@ -63,7 +57,6 @@ def test_overrides_the_last_match_wins_and_rules_over_the_name_rule(dense: Path)
     made = plan(
         dense, bits=4, overrides=[r"self_attn=skip", r"q_proj=8:32", r"mlp\.gate$=8", "embed=mxfp8"]
     )
-
     found = fates(made)
     assert found["model.layers.0.self_attn.q_proj"][1] == "affine 8-bit g32"
     assert found["model.layers.0.mlp.gate"][1] == "affine 8-bit g64"
@@ -76,14 +69,12 @@ def test_overrides_the_last_match_wins_and_rules_over_the_name_rule(dense: Path)
 
 def test_a_skipped_layer_is_false_in_the_config(dense: Path) -> None:
     made = plan(dense, bits=4, overrides=["lm_head=skip"])
-
     assert fates(made)["lm_head"] == ("dense", "BF16", "skipped by an override")
     assert made.config["quantization"]["lm_head"] is False
 
 
 def test_only_leaves_the_rest_as_it_is(dense: Path) -> None:
     made = plan(dense, bits=4, only=["up_proj"])
-
     quantized = [x.layer for x in made.layers if x.treatment == "quantized"]
     assert quantized == ["model.layers.0.mlp.up_proj"]
     assert fates(made)["lm_head"][2] == "not matched by --only"
@@ -92,7 +83,6 @@ def test_only_leaves_the_rest_as_it_is(dense: Path) -> None:
 def test_a_pattern_that_matches_nothing_suggests_near_names(dense: Path) -> None:
     with pytest.raises(UsageError) as raised:
         plan(dense, bits=4, overrides=["up_porj=8"], only=["lm_haed"])
-
     assert "up_porj" in str(raised.value)
     assert "up_proj" in str(raised.value)
     assert "lm_head" in str(raised.value)
@@ -101,7 +91,6 @@ def test_a_pattern_that_matches_nothing_suggests_near_names(dense: Path) -> None
 def test_an_override_that_cannot_be_met_is_rejected_with_all_reasons(dense: Path) -> None:
     with pytest.raises(UsageError) as raised:
         plan(dense, bits=4, overrides=["ragged=4", "input_layernorm=4"])
-
     text = str(raised.value)
     assert "model.ragged.weight [16, 40]" in text
     assert "model.layers.0.input_layernorm.weight has shape [128]" in text
@@ -132,7 +121,6 @@ def test_bits_and_dequantize_contradict() -> None:
 
 def test_same_inputs_same_plan_and_it_prints_as_json(dense: Path) -> None:
     first, second = plan(dense, bits=4), plan(dense, bits=4)
-
     assert first.hash == second.hash != plan(dense, bits=8).hash
     data = json.loads(json.dumps(first.to_dict()))
     assert data["parameters"] == sum(
@@ -190,7 +178,6 @@ def test_the_plan_reads_no_tensor_data(dense: Path) -> None:
 
 def test_shards_are_cut_before_they_exceed_the_limit_and_layers_stay_whole(dense: Path) -> None:
     made = plan(dense, bits=4, shard_size=12_000)
-
     assert len(made.shards) > 1
     total = len(made.shards)
     assert [s.name for s in made.shards] == [
@@ -203,8 +190,7 @@ def test_shards_are_cut_before_they_exceed_the_limit_and_layers_stay_whole(dense
                 ".bias"
             )
         data = sum(t.info.nbytes for t in shard.tensors)
-        layers = {t.name.rpartition(".")[0] for t in shard.tensors}
-        assert data <= 12_000 or len(layers) == 1
+        assert data <= 12_000 or len({t.name.rpartition(".")[0] for t in shard.tensors}) == 1
 
 
 def test_every_output_tensor_is_aligned_to_its_dtype(dense: Path) -> None:
@@ -221,7 +207,6 @@ def test_dtype_is_written_into_the_config(dense: Path) -> None:
 def test_an_unknown_quant_method_is_rejected_by_name(checkpoint: Callable[..., Path]) -> None:
     config = {"model_type": "llama", "quantization_config": {"quant_method": "spinquant"}}
     source = checkpoint({"a.weight": bf16(8, 64)}, config)
-
     with pytest.raises(CheckpointError) as raised:
         plan(source)
     assert "spinquant" in str(raised.value)
@@ -229,7 +214,6 @@ def test_an_unknown_quant_method_is_rejected_by_name(checkpoint: Callable[..., P
 
 def test_packed_codes_without_a_block_are_rejected(checkpoint: Callable[..., Path]) -> None:
     source = checkpoint({"a.weight": np.zeros((8, 8), np.uint32), "a.scales": bf16(8, 1)})
-
     with pytest.raises(CheckpointError) as raised:
         plan(source)
     assert "a.weight" in str(raised.value)
@@ -241,7 +225,6 @@ def test_float64_and_integers_stay_dense_with_the_reason(checkpoint: Callable[..
     tensors = {"a.weight": np.zeros((8, 64)), "c.weight": np.zeros((8, 64), np.float32)}
     source = checkpoint(tensors | table)
     found = fates(plan(source, bits=4))
-
     assert found["a"] == ("dense", "F64", "dtype F64 cannot be quantized")
     assert found["gate.tid2eid"] == ("dense", "I32", "dtype I32 cannot be quantized")
     made = plan(source, bits=4, dtype="float32")

@@ -1,7 +1,5 @@
 """Recipes in the pipeline: mlx-lm's own bit for bit, ours layer by layer."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path
@@ -19,7 +17,7 @@ from tests.support.mlx_reference import assert_same_output, by_mlx_lm
 from tests.support.number_formats import bf16
 from tests.support.plan_texts import note_texts, reason_text
 
-pytestmark = pytest.mark.sweep(4)
+pytestmark = pytest.mark.sweep(2)
 
 
 def targets(made) -> dict[str, str]:
@@ -29,9 +27,7 @@ def targets(made) -> dict[str, str]:
 @pytest.mark.parametrize("group_size", [64, 32])
 @pytest.mark.parametrize("recipe", MIXED)
 @pytest.mark.parametrize("name", ["micro-llama", "micro-moe", "qwen3-16m"])
-def test_mixed_recipes_are_mlx_lm_s(
-    name: str, recipe: str, group_size: int, tmp_path: Path
-) -> None:
+def test_mixed_recipes_are_mlx_lm_s(name: str, recipe: str, group_size: int, tmp_path: Path):
     expected = by_mlx_lm(
         model(name),
         tmp_path / "theirs",

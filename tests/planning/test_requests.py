@@ -1,7 +1,5 @@
 """A request that no layer fulfils is an error: never 16 bits a weight and exit 0."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Outputs under the source's names: what other MLX libraries leave dense, and where they look."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -147,6 +145,7 @@ def masked(family: str, tied: bool) -> dict[str, np.ndarray]:
     return tensors if tied else tensors | {f"{head}.{weight}": bf16(96, 128)}
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("family", MASKED)
 def test_a_shared_embedding_stays_dense(family: str, checkpoint: Build) -> None:
     source = checkpoint(masked(family, tied=True), {"model_type": family})
@@ -158,16 +157,12 @@ def test_a_shared_embedding_stays_dense(family: str, checkpoint: Build) -> None:
 
 
 @pytest.mark.parametrize("family", MASKED)
-def test_an_embedding_next_to_a_head_of_its_own_is_quantized(
-    family: str, checkpoint: Build
-) -> None:
+def test_an_embedding_next_to_a_head_of_its_own_is_quantized(family: str, checkpoint: Build):
     source = checkpoint(masked(family, tied=False), {"model_type": family})
     assert treatments(source)[MASKED[family][0]] == "quantized"
 
 
 # -- bits of their own -------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("path", "module"),
     [
@@ -194,9 +189,7 @@ def test_entries_have_the_names_of_modules_too(
     assert json.loads((tmp_path / "again/config.json").read_text())["quantization"] == block
 
 
-def test_experts_with_unlike_bits_have_no_entry_in_common(
-    checkpoint: Build, tmp_path: Path
-) -> None:
+def test_experts_with_unlike_bits_have_no_entry_in_common(checkpoint: Build, tmp_path: Path):
     tensors = {f"model.layers.0.mlp.experts.{e}.w1.weight": bf16(64, 128) for e in range(3)}
     source = checkpoint(tensors | {"model.layers.0.up_proj.weight": bf16(512, 128)}, TEXT)
     overrides = [r"experts\.0=8", r"experts\.1=6"]

@@ -1,7 +1,5 @@
 """The precedence of everything that decides what a layer becomes."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -77,56 +75,39 @@ def decide(
     return selector.decide(layer)
 
 
+AT_8, SKIPS = (("q_proj", EIGHT),), (("q_proj", SKIP),)
+NAMED, COUNTS = recipe("8", match="q_proj"), recipe("8", first=1)
+DEQUANTIZE = options(None, dequantize=True)
 DENSE = {
     "the default": (Q, options(), FOUR, None),
-    "an override over the default": (Q, options(overrides=(("q_proj", EIGHT),)), EIGHT, None),
+    "an override over the default": (Q, options(overrides=AT_8), EIGHT, None),
     "the last override": (Q, options(overrides=(("q_proj", SKIP), ("q_proj", EIGHT))), EIGHT, None),
-    "an override that skips": (
-        Q,
-        options(overrides=(("q_proj", SKIP),)),
-        None,
-        CODES.SKIPPED_BY_OVERRIDE,
-    ),
+    "an override that skips": (Q, options(overrides=SKIPS), None, CODES.SKIPPED_BY_OVERRIDE),
     "not finite over an override": (
         Q,
-        options(overrides=(("q_proj", EIGHT),), nonfinite_layers=frozenset({Q})),
+        options(overrides=AT_8, nonfinite_layers=frozenset({Q})),
         None,
         CODES.NONFINITE,
     ),
-    "an override over only": (
-        Q,
-        options(overrides=(("q_proj", EIGHT),), only=("mlp",)),
-        EIGHT,
-        None,
-    ),
-    "an override over dequantize": (
-        Q,
-        options(None, overrides=(("q_proj", EIGHT),), dequantize=True),
-        EIGHT,
-        None,
-    ),
+    "an override over only": (Q, options(overrides=AT_8, only=("mlp",)), EIGHT, None),
+    "an override over dequantize": (Q, options(None, overrides=AT_8, dequantize=True), EIGHT, None),
     "only over dequantize": (
         Q,
         options(None, only=("mlp",), dequantize=True),
         None,
         CODES.NOT_IN_ONLY,
     ),
-    "only over a recipe": (
-        Q,
-        options(only=("mlp",), recipe=recipe("8", match="q_proj")),
-        None,
-        CODES.NOT_IN_ONLY,
-    ),
+    "only over a recipe": (Q, options(only=("mlp",), recipe=NAMED), None, CODES.NOT_IN_ONLY),
     "a recipe that skips": (
         Q,
         options(recipe=recipe("skip", match="q_proj")),
         None,
         CODES.SKIPPED_BY_RECIPE,
     ),
-    "a recipe over the default": (Q, options(recipe=recipe("8", match="q_proj")), EIGHT, None),
+    "a recipe over the default": (Q, options(recipe=NAMED), EIGHT, None),
     "an override over a recipe": (
         Q,
-        options(recipe=recipe("8", match="q_proj"), overrides=(("q_proj", THREE),)),
+        options(recipe=NAMED, overrides=(("q_proj", THREE),)),
         THREE,
         None,
     ),
@@ -138,12 +119,7 @@ DENSE = {
         EIGHT,
         None,
     ),
-    "a recipe that only counts blocks": (
-        ROUTER,
-        options(recipe=recipe("8", first=1)),
-        None,
-        CODES.ROUTER,
-    ),
+    "a recipe that only counts blocks": (ROUTER, options(recipe=COUNTS), None, CODES.ROUTER),
     "a tower": (TOWER, options(), None, CODES.TOWER),
     "a tower under an override": (TOWER, options(overrides=(("tower", EIGHT),)), EIGHT, None),
     "a tower that a recipe names": (TOWER, options(recipe=recipe("8", match="tower")), EIGHT, None),
@@ -181,12 +157,8 @@ QUANTIZED = {
         FOUR,
         CODES.NOT_IN_ONLY,
     ),
-    "dequantize": (options(None, dequantize=True), None, None),
-    "a skip keeps codes": (
-        options(EIGHT, overrides=(("q_proj", SKIP),)),
-        FOUR,
-        CODES.SKIPPED_BY_OVERRIDE,
-    ),
+    "dequantize": (DEQUANTIZE, None, None),
+    "a skip keeps codes": (options(EIGHT, overrides=SKIPS), FOUR, CODES.SKIPPED_BY_OVERRIDE),
     "a recipe's skip keeps codes": (
         options(EIGHT, recipe=recipe("skip", match="q_proj")),
         FOUR,
@@ -239,53 +211,29 @@ def mlx_lm(targets: dict[str, Quantization], *, able: bool = True, extra: bool =
     return cast(Relayout, made)
 
 
+UNUSED = mlx_lm({}, extra=True)
 MLX_LM = {
     "its choice": (mlx_lm({Q: FOUR}), options(), FOUR, None),
     "its choice of a dense layer": (mlx_lm({}), options(), None, CODES.DENSE_BY_LIBRARY),
-    "a recipe over its choice": (
-        mlx_lm({Q: FOUR}),
-        options(recipe=recipe("8", match="q_proj")),
-        EIGHT,
-        None,
-    ),
-    "a recipe that means what it leaves dense": (
-        mlx_lm({}),
-        options(recipe=recipe("8", match="q_proj")),
-        EIGHT,
-        None,
-    ),
+    "a recipe over its choice": (mlx_lm({Q: FOUR}), options(recipe=NAMED), EIGHT, None),
+    "a recipe that means what it leaves dense": (mlx_lm({}), options(recipe=NAMED), EIGHT, None),
     "a recipe that counts blocks, of what it leaves dense": (
         mlx_lm({}),
-        options(recipe=recipe("8", first=1)),
+        options(recipe=COUNTS),
         None,
         CODES.DENSE_BY_LIBRARY,
     ),
-    "an override over its choice": (
-        mlx_lm({Q: FOUR}),
-        options(overrides=(("q_proj", EIGHT),)),
-        EIGHT,
-        None,
-    ),
+    "an override over its choice": (mlx_lm({Q: FOUR}), options(overrides=AT_8), EIGHT, None),
     "only over its choice": (mlx_lm({Q: FOUR}), options(only=("mlp",)), None, CODES.NOT_IN_ONLY),
-    "what it has no use for": (mlx_lm({}, extra=True), options(), None, CODES.UNUSED_BY_CLASS),
+    "what it has no use for": (UNUSED, options(), None, CODES.UNUSED_BY_CLASS),
     "what it has no use for, over only": (
-        mlx_lm({}, extra=True),
+        UNUSED,
         options(only=("mlp",)),
         None,
         CODES.UNUSED_BY_CLASS,
     ),
-    "an override of what it has no use for": (
-        mlx_lm({}, extra=True),
-        options(overrides=(("q_proj", EIGHT),)),
-        EIGHT,
-        None,
-    ),
-    "dequantize over what it has no use for": (
-        mlx_lm({}, extra=True),
-        options(None, dequantize=True),
-        None,
-        None,
-    ),
+    "an override of what it has no use for": (UNUSED, options(overrides=AT_8), EIGHT, None),
+    "dequantize over what it has no use for": (UNUSED, DEQUANTIZE, None, None),
 }
 
 
@@ -296,10 +244,8 @@ def test_a_layer_in_mlx_lm_s_layout(checkpoint: Checkpoint, case: str) -> None:
     assert (made.target, made.reason_code, made.problem) == (target, code, None)
 
 
-def test_what_the_class_holds_dense_is_dense_and_an_override_is_a_problem(
-    checkpoint: Checkpoint,
-) -> None:
-    asked = options(overrides=(("q_proj", EIGHT),))
+def test_what_the_class_holds_dense_is_dense_and_an_override_is_a_problem(checkpoint: Checkpoint):
+    asked = options(overrides=AT_8)
     made = decide(checkpoint, dense(Q), asked, mlx_lm({}, able=False))
     assert (made.target, made.reason_code) == (None, CODES.DENSE_IN_CLASS)
     assert made.problem is not None
@@ -310,9 +256,7 @@ def test_what_the_class_holds_dense_is_dense_and_an_override_is_a_problem(
     ("path", "words"),
     [(NORM, "a vector is not quantized"), (ODD, "not a multiple of group size 64")],
 )
-def test_an_override_that_cannot_be_met_exactly(
-    checkpoint: Checkpoint, path: str, words: str
-) -> None:
+def test_an_override_that_cannot_be_met_exactly(checkpoint: Checkpoint, path: str, words: str):
     made = decide(checkpoint, dense(path), options(overrides=((path, EIGHT),)))
     assert made.problem is not None
     assert words in made.problem.message

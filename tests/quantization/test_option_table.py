@@ -3,8 +3,6 @@
 Python, the command line, the record, the command of a report and the reference follow.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -98,9 +96,8 @@ def test_a_new_field_is_an_option_of_python(environment: dict[str, str], tmp_pat
     }
 
 
-def test_a_new_field_is_an_option_of_the_commands(
-    environment: dict[str, str], tmp_path: Path
-) -> None:
+@pytest.mark.slow
+def test_a_new_field_is_an_option_of_the_commands(environment: dict[str, str], tmp_path: Path):
     for command in ("convert", "plan", "generate"):
         text = run(environment, COMMAND, command, "--help")
         assert "--sparkle AMOUNT" in text and "How much the output sparkles." in text
@@ -109,6 +106,7 @@ def test_a_new_field_is_an_option_of_the_commands(
     assert json.loads((output / "requant.json").read_text())["options"]["sparkle"] == "some"
 
 
+@pytest.mark.slow
 def test_a_new_field_is_a_keyword_for_type_checkers(environment: dict[str, str]) -> None:
     assert "\n    sparkle: str\n" in run(environment, KEYWORDS)
 

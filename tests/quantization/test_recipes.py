@@ -1,7 +1,5 @@
 """Recipes: what a file may say, whom a rule means, and what is wrong with a bad one."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
@@ -42,8 +40,6 @@ def rule(text: str) -> set[str]:
 
 
 # -- whom a rule means -----------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("role", "paths"),
     [
@@ -132,8 +128,6 @@ def test_specs_are_those_of_overrides(spec: str, expected: object) -> None:
 
 
 # -- mlx-lm's mixed recipes ------------------------------------------------------------
-
-
 def test_mixed_by_hand() -> None:
     """Twelve blocks: an eighth is 1, so 0, 11 and every third from 3 on are favoured; 10 is not."""
     found = load_recipe("mixed_3_6").choose(PATHS, AFFINE(32, 4))
@@ -157,8 +151,6 @@ def test_mixed_needs_a_down_proj() -> None:
 
 
 # -- what comes with requant -----------------------------------------------------------
-
-
 def test_every_shipped_recipe_is_sound_and_says_something() -> None:
     names = recipe_names()
     assert names[:4] == ["mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6"]
@@ -176,8 +168,6 @@ def test_the_docs_describe_every_recipe_and_role() -> None:
 
 
 # -- with other options -----------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("options", "default"),
     [
@@ -188,9 +178,7 @@ def test_the_docs_describe_every_recipe_and_role() -> None:
         ({"quantization": AFFINE(64, 8)}, AFFINE(64, 8)),
     ],
 )
-def test_what_is_said_replaces_the_default(
-    options: dict, default: Quantization, tmp_path: Path
-) -> None:
+def test_what_is_said_replaces_the_default(options: dict, default: Quantization, tmp_path: Path):
     (tmp_path / "mine.toml").write_text("[default]\nbits = 3\ngroup_size = 32\n")
     assert (
         ConvertOptions.from_arguments(recipe=tmp_path / "mine.toml", **options).quantization
@@ -209,8 +197,6 @@ def test_options_that_a_recipe_contradicts(tmp_path: Path) -> None:
 
 
 # -- errors ----------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [

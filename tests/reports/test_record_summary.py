@@ -1,7 +1,5 @@
 """What a record says about its conversion, and what of it is rejected."""
 
-from __future__ import annotations
-
 import json
 import shlex
 from pathlib import Path
@@ -54,6 +52,7 @@ def test_kinds_and_bits(converted: tuple[Path, requant.Report]) -> None:
     assert sum(kind.bytes_out for kind in figures.kinds) == figures.bytes_out
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize(
     "options",
     [

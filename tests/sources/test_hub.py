@@ -1,7 +1,5 @@
 """Sources from a hub on loopback and outputs to it, with the real huggingface_hub."""
 
-from __future__ import annotations
-
 import base64
 import json
 import os
@@ -155,9 +153,7 @@ def test_problems_come_before_the_download(hub: Hub, call: Call) -> None:
     assert "strange" in done.stderr and hub.sent - sent < 200_000
 
 
-def test_an_output_in_the_way_is_reported_before_the_download(
-    hub: Hub, call: Call, tmp_path: Path
-) -> None:
+def test_an_output_in_the_way_is_reported_before_the_download(hub: Hub, call: Call, tmp_path: Path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "x").touch()
     done = call("convert", NAME, "out", "--layout", "keep")
@@ -210,8 +206,6 @@ def test_a_revision_is_for_the_hub(call: Call) -> None:
 
 
 # -- out to the hub ------------------------------------------------------------------------
-
-
 @pytest.fixture
 def output(call: Call, tmp_path: Path) -> Path:
     ok(call("convert", NAME, "out", "--bits", "4", "--shard-size", "200kB", "--quiet"))

@@ -1,7 +1,5 @@
 """Weight files that come from a hub on loopback while others are converted."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -142,7 +140,6 @@ def test_killed_while_it_downloads_and_converts_it_resumes(
     kill(process)
     assert not (tmp_path / "out").exists()
     hub.gates.clear()
-
     ok(call("convert", NAME, "out", *OPTIONS, *option, "--quiet"))
     assert without_record(tmp_path / "out") == expected
     ok(call("verify", "out"))
@@ -248,8 +245,6 @@ def test_numbers_that_are_none_are_rejected(
 
 
 # -- what goes wrong -----------------------------------------------------------------------
-
-
 @either_way
 def test_the_network_fails_on_the_way(
     hub: Hub,

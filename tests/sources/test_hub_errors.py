@@ -1,7 +1,5 @@
 """Errors of huggingface_hub and of the network, translated by ``hub_errors``."""
 
-from __future__ import annotations
-
 from importlib import import_module
 from types import SimpleNamespace
 from typing import Any

@@ -1,7 +1,5 @@
 """GGUF files of a hub on loopback, and models loaded from it into memory."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,13 +36,8 @@ def test_models_are_detected_by_the_end_of_their_names() -> None:
     ]
     models = gguf_models(names)
     assert {key: len(files) for key, files in models.items()} == {
-        "BF16": 2,
-        "UD-Q3_K_XL": 1,
-        "Q4_K_M": 1,
-        "IQ2_XXS": 1,
-        "large-q8_0": 1,
-        "small-Q8_0": 1,
-        "odd": 1,
+        **{"BF16": 2, "UD-Q3_K_XL": 1, "Q4_K_M": 1, "IQ2_XXS": 1, "large-q8_0": 1},
+        **{"small-Q8_0": 1, "odd": 1},
     }
     assert select_model(models, "q4_k_m") == "Q4_K_M"
     assert select_model(models, "a-BF16-00001-of-00002.gguf") == "BF16"
@@ -102,8 +95,7 @@ def test_a_file_of_a_repository(
     kind: str,
     option: tuple[str, ...],
 ) -> None:
-    folder = written(tmp_path, files)
-    local = folder / ("micro-Q8_0.gguf" if "8" in kind else "Q4_0")
+    local = written(tmp_path, files) / ("micro-Q8_0.gguf" if "8" in kind else "Q4_0")
     size = sum(len(x) for name, x in files.items() if ("Q8_0" in name) == ("8" in kind))
     declared = ok(call("plan", f"{NAME}:{kind}"))
     assert hub.sent < size

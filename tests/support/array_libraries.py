@@ -1,7 +1,5 @@
 """One adapter for each array library, so that every test body runs on both."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import ml_dtypes

@@ -1,7 +1,5 @@
 """Checkpoint folders, written and compared without any code of requant."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Mapping
@@ -48,10 +46,7 @@ def write_checkpoint(
 
 
 def write_quantized(
-    folder: Path,
-    tensors: Mapping[str, np.ndarray],
-    block: Mapping[str, Any] | None,
-    **config: Any,
+    folder: Path, tensors: Mapping[str, np.ndarray], block: Mapping[str, Any] | None, **config: Any
 ) -> Path:
     """Write a folder of one file whose config holds a quantization block, unless it is None."""
     config = {"model_type": "llama", "dtype": "bfloat16"} | config

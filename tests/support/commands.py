@@ -1,7 +1,5 @@
 """The commands as the command line's own parser knows them, for tests that go over all of them."""
 
-from __future__ import annotations
-
 import re
 import shlex
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Conversions that several tests make in the same way."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -27,3 +25,8 @@ def convert(
     """Convert under the source's own names; the output's tensors and the report."""
     report = requant.convert(folder, output, **{"layout": "keep"} | options)
     return read_folder(output), report
+
+
+def dequantized(folder: Path, output: Path, **options: Any) -> dict[str, np.ndarray]:
+    """The values in float32, under the source's own names."""
+    return convert(folder, output, dequantize=True, dtype="float32", **options)[0]

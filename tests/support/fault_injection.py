@@ -6,8 +6,6 @@ in each mode. A job may have ``"old": true``: OUTPUT holds an older conversion, 
 replaces.
 """
 
-from __future__ import annotations
-
 import ctypes
 import json
 import os

@@ -5,8 +5,6 @@ dense weights that the tool itself decodes: float32, exact (``fixture_folders`` 
 lie). Values are read here with NumPy and MLX alone, never with code of requant.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Mapping

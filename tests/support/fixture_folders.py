@@ -7,8 +7,6 @@ one where that is there and on the cut elsewhere, or with ``REQUANT_CUT_FIXTURES
 distribution holds neither.
 """
 
-from __future__ import annotations
-
 import atexit
 import functools
 import json

@@ -4,8 +4,6 @@ Each has a quantized layer ``up`` of 64 outputs and 128 inputs, a dense ``head.w
 ``norm.weight``. Values are computed here by the formula of the format's document.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -322,25 +320,10 @@ def mx_exponents() -> Source:
 
 
 SOURCES: dict[str, Callable[[], Source]] = {
-    "awq": awq,
-    "gptq": gptq,
-    "auto-round": auto_round,
-    "paroquant": paroquant,
-    "ct-int4": ct_int4,
-    "ct-fp8": ct_fp8,
-    "ct-nvfp4": ct_nvfp4,
-    "fp8": fp8,
-    "modelopt-fp8": modelopt_fp8,
-    "modelopt-nvfp4": modelopt_nvfp4,
-    "modelopt-mxfp8": mx_exponents,
-    "mxfp4": mxfp4,
-    "hqq": hqq,
-    "bnb-nf4": bnb_nf4,
-    "bnb-int8": bnb_int8,
-    "bitnet": bitnet,
-    "mlx": mlx,
-    "metal": metal,
-    "fp-quant": fp_quant,
-    "quark": quark,
-    "torchao": torchao,
+    **{"awq": awq, "gptq": gptq, "auto-round": auto_round, "paroquant": paroquant},
+    **{"ct-int4": ct_int4, "ct-fp8": ct_fp8, "ct-nvfp4": ct_nvfp4, "fp8": fp8},
+    **{"modelopt-fp8": modelopt_fp8, "modelopt-nvfp4": modelopt_nvfp4},
+    **{"modelopt-mxfp8": mx_exponents, "mxfp4": mxfp4, "hqq": hqq, "bnb-nf4": bnb_nf4},
+    **{"bnb-int8": bnb_int8, "bitnet": bitnet, "mlx": mlx, "metal": metal, "fp-quant": fp_quant},
+    **{"quark": quark, "torchao": torchao},
 }

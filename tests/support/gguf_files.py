@@ -1,7 +1,5 @@
 """Models as GGUF files, written with the gguf package the way llama.cpp's converter does it."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,22 +11,10 @@ import numpy as np
 from requant.kernels.gguf import BlockType
 
 ARCHITECTURES = {  # model_type -> llama.cpp's name
-    "llama": "llama",
-    "mixtral": "llama",
-    "qwen2": "qwen2",
-    "qwen3": "qwen3",
-    "qwen2_moe": "qwen2moe",
-    "qwen3_moe": "qwen3moe",
-    "gemma": "gemma",
-    "gemma2": "gemma2",
-    "gemma3_text": "gemma3",
-    "phi3": "phi3",
-    "gpt_oss": "gpt-oss",
-    "ministral3": "mistral3",
-    "smollm3": "smollm3",
-    "granite": "granite",
-    "seed_oss": "seed_oss",
-    "olmo2": "olmo2",
+    **{"llama": "llama", "mixtral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"},
+    **{"qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe", "gemma": "gemma", "gemma2": "gemma2"},
+    **{"gemma3_text": "gemma3", "phi3": "phi3", "gpt_oss": "gpt-oss", "ministral3": "mistral3"},
+    **{"smollm3": "smollm3", "granite": "granite", "seed_oss": "seed_oss", "olmo2": "olmo2"},
     "olmo3": "olmo2",
 }
 PERMUTED = ("llama", "mistral3", "smollm3", "granite")  # rows of q and k, by the converter
@@ -193,17 +179,8 @@ def _tokenizer(writer: gguf.GGUFWriter, folder: Path) -> None:
 
 # Offsets of the float16 numbers of a block; IQ1_M's is spread over four bytes.
 HALVES = {
-    "Q4_1": (0, 2),
-    "Q5_1": (0, 2),
-    "Q2_K": (80, 82),
-    "Q3_K": (108,),
-    "Q4_K": (0, 2),
-    "Q5_K": (0, 2),
-    "Q6_K": (208,),
-    "TQ1_0": (52,),
-    "TQ2_0": (64,),
-    "MXFP4": (),
-    "NVFP4": (),
+    **{"Q4_1": (0, 2), "Q5_1": (0, 2), "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2)},
+    **{"Q5_K": (0, 2), "Q6_K": (208,), "TQ1_0": (52,), "TQ2_0": (64,), "MXFP4": (), "NVFP4": ()},
     "IQ1_M": (),
 }
 
@@ -225,12 +202,8 @@ def random_blocks(kind: BlockType, rows: int, count: int, seed: int) -> np.ndarr
 
 
 ONE_BLOCK = {
-    "model_type": "llama",
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
+    **{"model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1},
+    **{"num_attention_heads": 2, "num_key_value_heads": 2},
     "max_position_embeddings": 128,
     "rms_norm_eps": 1e-5,
     "rope_theta": 1e4,

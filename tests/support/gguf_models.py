@@ -1,7 +1,5 @@
 """Small models of mlx-lm that tests write as GGUF files."""
 
-from __future__ import annotations
-
 import importlib
 import json
 from collections.abc import Mapping
@@ -47,10 +45,7 @@ OWN: dict[str, dict[str, Any]] = {
             "rope_theta": 1e6,
             "factor": 4.0,
             "original_max_position_embeddings": 4,
-            "beta_fast": 32.0,
-            "beta_slow": 1.0,
-            "mscale": 1.0,
-            "mscale_all_dim": 0.5,
+            **{"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 0.5},
             "llama_4_scaling_beta": 0.1,
         },
         "tie_word_embeddings": False,

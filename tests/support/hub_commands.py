@@ -1,7 +1,5 @@
 """The command line in processes of their own whose hub is on loopback."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

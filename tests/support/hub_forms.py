@@ -5,8 +5,6 @@ publish; what mlx-lm then makes of them is compared with what we do. Values are 
 form need not be inverse to anything: only names, shapes and dtypes count.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 
@@ -163,232 +161,157 @@ KV_B = in_turn(
 CONV = reshaped(r"conv_?1d\.weight|\.conv\.conv\.weight", lambda a: mx.contiguous(a.moveaxis(2, 1)))
 TOWER = added(("vision_tower.blocks.0.weight", (32, 64)), ("multi_modal_projector.w", (8, 8)))
 
-# family -> its form, and whether everything that the rule makes is bytes moved
-FORMS: dict[str, tuple[Form, bool]] = {
-    "Klear": (BARE_EXPERTS, True),
-    "afmoe": (BARE_EXPERTS, True),
-    "bailing_moe": (
-        in_turn(MLP_EXPERTS, renamed((r"\.gate\.gate_proj\.", ".gate."))),
-        True,
-    ),
-    "dbrx": (
-        lambda w: (
-            {k: v for k, v in w.items() if ".experts." not in k}
-            | {
-                f"transformer.blocks.{layer}.ffn.experts.mlp.{p}": random_like(
-                    f"{layer}{p}", (4 * 128, 128)
-                )
-                for layer in range(2)
-                for p in ("w1", "v1", "w2")
-            }
-        ),
-        False,
-    ),
-    "deepseek": (MLP_EXPERTS, True),
-    "deepseek_v2": (MLP_EXPERTS, True),
-    "deepseek_v3": (in_turn(MLP_EXPERTS, KV_B), False),
-    "dots1": (BARE_EXPERTS, True),
-    "ernie4_5_moe": (
-        in_turn(MLP_EXPERTS, added(("model.mtp_block.0.w", (4, 4)))),
-        True,
-    ),
-    "exaone_moe": (MLP_EXPERTS, True),
-    "falcon_h1": (CONV, False),
-    "gemma3": (TOWER, True),
-    "gemma4_text": (
-        fused_experts("switch_glu", "gate_up_proj", "down_proj", False),
-        True,
-    ),
-    "glm4_moe": (
-        in_turn(MLP_EXPERTS, added(("model.layers.2.enorm.weight", (128,)))),
-        True,
-    ),
-    "glm4_moe_lite": (in_turn(MLP_EXPERTS, KV_B), False),
-    "gpt2": (
-        in_turn(
-            reshaped(r"(c_attn|c_proj|c_fc)\.weight", lambda a: mx.contiguous(a.T)),
-            renamed((r"^model\.", "")),
-            added(("h.0.attn.bias", (1, 1, 8, 8))),
-        ),
-        False,
-    ),
-    "gpt_neox": (
-        in_turn(
-            renamed((r"^model\.h\.", "gpt_neox.layers."), (r"^model\.", "gpt_neox.")),
-            renamed((r"^gpt_neox\.embed_out", "embed_out")),
-        ),
-        True,
-    ),
-    "gpt_oss": (
-        in_turn(
-            fused_experts("experts", "experts.gate_up_proj", "experts.down_proj", False),
-            replaced(r"(?P<pre>.*)\.gate_proj\.bias", ("{pre}.gate_up_proj_bias", (4, 256))),
-            replaced(r".*\.up_proj\.bias"),
-            renamed((r"down_proj\.bias", "down_proj_bias")),
-            renamed((r"experts\.down_proj$", "experts.down_proj.weight")),
-            renamed((r"experts\.gate_up_proj$", "experts.gate_up_proj.weight")),
-        ),
-        True,
-    ),
-    "granitemoe": (
-        in_turn(
-            fused_experts("switch_mlp", "input_linear.weight", "output_linear.weight", False),
-        ),
-        True,
-    ),
-    "hunyuan": (MLP_EXPERTS, True),
-    "jamba": (in_turn(MLP_EXPERTS, CONV), True),
-    "kimi_linear": (
-        in_turn(
-            unstacked(SWITCH, "{pre}.block_sparse_moe.experts.{e}.{proj}.{part}", W123),
-            renamed((r"\.mlp\.block_sparse_moe", ".block_sparse_moe")),
-        ),
-        True,
-    ),
-    "lfm2": (reshaped(r"conv\.conv\.weight", lambda a: mx.contiguous(a.moveaxis(2, 1))), True),
-    "lfm2_moe": (
-        in_turn(
-            W_EXPERTS,
-            reshaped(r"conv\.conv\.weight", lambda a: mx.contiguous(a.moveaxis(2, 1))),
-        ),
-        True,
-    ),
-    "llama4": (
-        in_turn(
-            fused_experts("experts", "experts.gate_up_proj", "experts.down_proj", True),
-            added(("vision_model.w.weight", (8, 8))),
-        ),
-        False,
-    ),
-    "mamba": (CONV, True),
-    "mamba2": (CONV, True),
-    "minimax": (in_turn(W_EXPERTS, float8_blocks(r"self_attn\.q_proj\.weight")), False),
-    "mixtral": (W_EXPERTS, True),
-    "nemotron_h": (
-        in_turn(
-            unstacked(
-                SWITCH,
-                "{pre}.experts.{e}.{proj}.{part}",
-                {"fc1": "up_proj", "fc2": "down_proj"},
-            ),
-            CONV,
-        ),
-        True,
-    ),
-    "olmoe": (MLP_EXPERTS, True),
-    "phimoe": (W_EXPERTS, True),
-    "phixtral": (
-        unstacked(
-            r"(?P<pre>.*\.moe)\.switch_mlp\.(?P<proj>fc\d)\.(?P<part>\w+)",
-            "{pre}.mlp.{e}.{proj}.{part}",
-        ),
-        True,
-    ),
-    "qwen2_moe": (MLP_EXPERTS, True),
-    "qwen2_vl": (
-        in_turn(
-            renamed((r"^language_model\.", "")),
-            added(("visual.patch.weight", (8, 8))),
-        ),
-        True,
-    ),
-    "qwen3_5_moe": (
-        in_turn(
-            fused_experts("switch_mlp", "experts.gate_up_proj", "experts.down_proj", False),
-            CONV,
-            renamed((r"^language_model\.model", "model.language_model")),
-            renamed((r"^language_model\.lm_head", "lm_head")),
-            added(("mtp.layers.0.w", (4, 4)), ("model.visual.w", (4, 4))),
-        ),
-        False,
-    ),
-    "qwen3_moe": (MLP_EXPERTS, True),
-    "qwen3_next": (in_turn(MLP_EXPERTS, CONV, added(("mtp.fc.weight", (4, 4)))), False),
-    "qwen3_vl_moe": (
-        in_turn(
-            fused_experts("switch_mlp", "experts.gate_up_proj", "experts.down_proj", True),
-            renamed((r"^language_model\.model", "model.language_model")),
-            renamed((r"^language_model\.lm_head", "lm_head")),
-            added(("model.visual.w", (4, 4))),
-        ),
-        False,
-    ),
-    "recurrent_gemma": (CONV, True),
-    "step3p5": (
-        in_turn(
-            renamed(
-                (r"\.mlp\.switch_mlp\.", ".moe."),
-                (r"\.mlp\.gate\.gate\.", ".moe.gate."),
-                (r"\.mlp\.gate\.router_bias", ".moe.router_bias"),
-                (r"\.mlp\.share_expert\.", ".share_expert."),
+# family -> its form
+FORMS: dict[str, Form] = {
+    "Klear": BARE_EXPERTS,
+    "afmoe": BARE_EXPERTS,
+    "bailing_moe": in_turn(MLP_EXPERTS, renamed((r"\.gate\.gate_proj\.", ".gate."))),
+    "dbrx": lambda w: (
+        {k: v for k, v in w.items() if ".experts." not in k}
+        | {
+            f"transformer.blocks.{layer}.ffn.experts.mlp.{p}": random_like(
+                f"{layer}{p}", (4 * 128, 128)
             )
+            for layer in range(2)
+            for p in ("w1", "v1", "w2")
+        }
+    ),
+    "deepseek": MLP_EXPERTS,
+    "deepseek_v2": MLP_EXPERTS,
+    "deepseek_v3": in_turn(MLP_EXPERTS, KV_B),
+    "dots1": BARE_EXPERTS,
+    "ernie4_5_moe": in_turn(MLP_EXPERTS, added(("model.mtp_block.0.w", (4, 4)))),
+    "exaone_moe": MLP_EXPERTS,
+    "falcon_h1": CONV,
+    "gemma3": TOWER,
+    "gemma4_text": fused_experts("switch_glu", "gate_up_proj", "down_proj", False),
+    "glm4_moe": in_turn(MLP_EXPERTS, added(("model.layers.2.enorm.weight", (128,)))),
+    "glm4_moe_lite": in_turn(MLP_EXPERTS, KV_B),
+    "gpt2": in_turn(
+        reshaped(r"(c_attn|c_proj|c_fc)\.weight", lambda a: mx.contiguous(a.T)),
+        renamed((r"^model\.", "")),
+        added(("h.0.attn.bias", (1, 1, 8, 8))),
+    ),
+    "gpt_neox": in_turn(
+        renamed((r"^model\.h\.", "gpt_neox.layers."), (r"^model\.", "gpt_neox.")),
+        renamed((r"^gpt_neox\.embed_out", "embed_out")),
+    ),
+    "gpt_oss": in_turn(
+        fused_experts("experts", "experts.gate_up_proj", "experts.down_proj", False),
+        replaced(r"(?P<pre>.*)\.gate_proj\.bias", ("{pre}.gate_up_proj_bias", (4, 256))),
+        replaced(r".*\.up_proj\.bias"),
+        renamed((r"down_proj\.bias", "down_proj_bias")),
+        renamed((r"experts\.down_proj$", "experts.down_proj.weight")),
+        renamed((r"experts\.gate_up_proj$", "experts.gate_up_proj.weight")),
+    ),
+    "granitemoe": in_turn(
+        fused_experts("switch_mlp", "input_linear.weight", "output_linear.weight", False)
+    ),
+    "hunyuan": MLP_EXPERTS,
+    "jamba": in_turn(MLP_EXPERTS, CONV),
+    "kimi_linear": in_turn(
+        unstacked(SWITCH, "{pre}.block_sparse_moe.experts.{e}.{proj}.{part}", W123),
+        renamed((r"\.mlp\.block_sparse_moe", ".block_sparse_moe")),
+    ),
+    "lfm2": reshaped(r"conv\.conv\.weight", lambda a: mx.contiguous(a.moveaxis(2, 1))),
+    "lfm2_moe": in_turn(
+        W_EXPERTS, reshaped(r"conv\.conv\.weight", lambda a: mx.contiguous(a.moveaxis(2, 1)))
+    ),
+    "llama4": in_turn(
+        fused_experts("experts", "experts.gate_up_proj", "experts.down_proj", True),
+        added(("vision_model.w.weight", (8, 8))),
+    ),
+    "mamba": CONV,
+    "mamba2": CONV,
+    "minimax": in_turn(W_EXPERTS, float8_blocks(r"self_attn\.q_proj\.weight")),
+    "mixtral": W_EXPERTS,
+    "nemotron_h": in_turn(
+        unstacked(
+            SWITCH, "{pre}.experts.{e}.{proj}.{part}", {"fc1": "up_proj", "fc2": "down_proj"}
         ),
-        False,
+        CONV,
     ),
-    "apertus": (reshaped(r"alpha_[pn]$", lambda a: a.reshape(1, -1)), True),
-    "bailing_hybrid": (
-        in_turn(MLP_EXPERTS, renamed((r"\.gate\.gate_proj\.", ".gate.")), KV_B),
-        False,
+    "olmoe": MLP_EXPERTS,
+    "phimoe": W_EXPERTS,
+    "phixtral": unstacked(
+        r"(?P<pre>.*\.moe)\.switch_mlp\.(?P<proj>fc\d)\.(?P<part>\w+)",
+        "{pre}.mlp.{e}.{proj}.{part}",
     ),
-    "bailing_moe_linear": (
-        in_turn(MLP_EXPERTS, renamed((r"\.gate\.gate_proj\.", ".gate."))),
-        True,
+    "qwen2_moe": MLP_EXPERTS,
+    "qwen2_vl": in_turn(
+        renamed((r"^language_model\.", "")), added(("visual.patch.weight", (8, 8)))
     ),
-    "bailing_moe_v3": (in_turn(MLP_EXPERTS, KV_B, CONV), False),
-    "deepseek_v32": (in_turn(MLP_EXPERTS, KV_B), False),
-    "gemma3n": (added(("model.vision_tower.w", (4, 4)), ("model.audio_tower.w", (4, 4))), True),
-    "gemma4": (
-        in_turn(
-            fused_experts("switch_glu", "gate_up_proj", "down_proj", False),
-            renamed((r"^language_model\.model\.", "model.language_model.")),
-            added(("model.vision_tower.w", (4, 4))),
-        ),
-        True,
+    "qwen3_5_moe": in_turn(
+        fused_experts("switch_mlp", "experts.gate_up_proj", "experts.down_proj", False),
+        CONV,
+        renamed((r"^language_model\.model", "model.language_model")),
+        renamed((r"^language_model\.lm_head", "lm_head")),
+        added(("mtp.layers.0.w", (4, 4)), ("model.visual.w", (4, 4))),
     ),
-    "glm_moe_dsa": (in_turn(MLP_EXPERTS, KV_B), False),
-    "granitemoehybrid": (
-        in_turn(
-            fused_experts("switch_mlp", "input_linear.weight", "output_linear.weight", False), CONV
-        ),
-        True,
+    "qwen3_moe": MLP_EXPERTS,
+    "qwen3_next": in_turn(MLP_EXPERTS, CONV, added(("mtp.fc.weight", (4, 4)))),
+    "qwen3_vl_moe": in_turn(
+        fused_experts("switch_mlp", "experts.gate_up_proj", "experts.down_proj", True),
+        renamed((r"^language_model\.model", "model.language_model")),
+        renamed((r"^language_model\.lm_head", "lm_head")),
+        added(("model.visual.w", (4, 4))),
     ),
-    "kimi_k25": (in_turn(MLP_EXPERTS, KV_B, TOWER), False),
-    "kimi_vl": (in_turn(MLP_EXPERTS, TOWER), True),
-    "laguna": (in_turn(MLP_EXPERTS, renamed((r"\.gate\.proj\.", ".gate."))), True),
-    "lfm2-vl": (TOWER, True),
-    "llama": (added(("model.layers.0.self_attn.rotary_emb.inv_freq", (16,))), True),
-    "longcat_flash": (in_turn(MLP_EXPERTS, KV_B), False),
-    "longcat_flash_ngram": (in_turn(MLP_EXPERTS, KV_B), False),
-    "mellum": (MLP_EXPERTS, True),
-    "mimo_v2_flash": (in_turn(MLP_EXPERTS, added(("model.mtp.layers.0.w", (4, 4)))), True),
-    "minimax_m3_vl": (in_turn(W_EXPERTS, TOWER), True),
-    "mistral3": (
-        in_turn(renamed((r"^language_model\.model\.", "model.language_model.")), TOWER),
-        True,
+    "recurrent_gemma": CONV,
+    "step3p5": in_turn(
+        renamed(
+            (r"\.mlp\.switch_mlp\.", ".moe."),
+            (r"\.mlp\.gate\.gate\.", ".moe.gate."),
+            (r"\.mlp\.gate\.router_bias", ".moe.router_bias"),
+            (r"\.mlp\.share_expert\.", ".share_expert."),
+        )
     ),
-    "mistral4": (
-        in_turn(
-            fused_experts("switch_mlp", "experts.gate_up_proj", "experts.down_proj", False), KV_B
-        ),
-        False,
+    "apertus": reshaped(r"alpha_[pn]$", lambda a: a.reshape(1, -1)),
+    "bailing_hybrid": in_turn(MLP_EXPERTS, renamed((r"\.gate\.gate_proj\.", ".gate.")), KV_B),
+    "bailing_moe_linear": in_turn(MLP_EXPERTS, renamed((r"\.gate\.gate_proj\.", ".gate."))),
+    "bailing_moe_v3": in_turn(MLP_EXPERTS, KV_B, CONV),
+    "deepseek_v32": in_turn(MLP_EXPERTS, KV_B),
+    "gemma3n": added(("model.vision_tower.w", (4, 4)), ("model.audio_tower.w", (4, 4))),
+    "gemma4": in_turn(
+        fused_experts("switch_glu", "gate_up_proj", "down_proj", False),
+        renamed((r"^language_model\.model\.", "model.language_model.")),
+        added(("model.vision_tower.w", (4, 4))),
     ),
-    "olmo_hybrid": (CONV, True),
-    "pixtral": (TOWER, True),
-    "plamo2": (CONV, True),
-    "qwen3_5": (
-        in_turn(
-            CONV,
-            renamed((r"^language_model\.model", "model.language_model")),
-            renamed((r"^language_model\.lm_head", "lm_head")),
-            added(("mtp.layers.0.w", (4, 4)), ("model.visual.w", (4, 4))),
-        ),
-        False,
+    "glm_moe_dsa": in_turn(MLP_EXPERTS, KV_B),
+    "granitemoehybrid": in_turn(
+        fused_experts("switch_mlp", "input_linear.weight", "output_linear.weight", False), CONV
     ),
-    "qwen3_vl": (
-        in_turn(renamed((r"^language_model\.", "")), added(("visual.patch.weight", (8, 8)))),
-        True,
+    "kimi_k25": in_turn(MLP_EXPERTS, KV_B, TOWER),
+    "kimi_vl": in_turn(MLP_EXPERTS, TOWER),
+    "laguna": in_turn(MLP_EXPERTS, renamed((r"\.gate\.proj\.", ".gate."))),
+    "lfm2-vl": TOWER,
+    "llama": added(("model.layers.0.self_attn.rotary_emb.inv_freq", (16,))),
+    "longcat_flash": in_turn(MLP_EXPERTS, KV_B),
+    "longcat_flash_ngram": in_turn(MLP_EXPERTS, KV_B),
+    "mellum": MLP_EXPERTS,
+    "mimo_v2_flash": in_turn(MLP_EXPERTS, added(("model.mtp.layers.0.w", (4, 4)))),
+    "minimax_m3_vl": in_turn(W_EXPERTS, TOWER),
+    "mistral3": in_turn(renamed((r"^language_model\.model\.", "model.language_model.")), TOWER),
+    "mistral4": in_turn(
+        fused_experts("switch_mlp", "experts.gate_up_proj", "experts.down_proj", False), KV_B
     ),
-    "rwkv7": (reshaped(r"k_k|k_a|g_norm", lambda a: a.reshape(-1)), True),
-    "solar_open": (MLP_EXPERTS, True),
-    "spark2_5": (renamed((r"^model\.embedding\.", "model.embed_tokens.")), True),
+    "olmo_hybrid": CONV,
+    "pixtral": TOWER,
+    "plamo2": CONV,
+    "qwen3_5": in_turn(
+        CONV,
+        renamed((r"^language_model\.model", "model.language_model")),
+        renamed((r"^language_model\.lm_head", "lm_head")),
+        added(("mtp.layers.0.w", (4, 4)), ("model.visual.w", (4, 4))),
+    ),
+    "qwen3_vl": in_turn(
+        renamed((r"^language_model\.", "")), added(("visual.patch.weight", (8, 8)))
+    ),
+    "rwkv7": reshaped(r"k_k|k_a|g_norm", lambda a: a.reshape(-1)),
+    "solar_open": MLP_EXPERTS,
+    "spark2_5": renamed((r"^model\.embedding\.", "model.embed_tokens.")),
 }
+# Families whose rule computes values; all others get their bytes moved.
+COMPUTED = {"dbrx", "deepseek_v3", "falcon_h1", "glm4_moe_lite", "gpt2", "llama4", "minimax"}
+COMPUTED |= {"qwen3_5_moe", "qwen3_next", "qwen3_vl_moe", "step3p5", "bailing_hybrid"}
+COMPUTED |= {"bailing_moe_v3", "deepseek_v32", "glm_moe_dsa", "kimi_k25", "longcat_flash"}
+COMPUTED |= {"longcat_flash_ngram", "mistral4", "qwen3_5"}

@@ -1,7 +1,5 @@
 """A model hub on loopback: the few endpoints that requant and huggingface_hub's client use."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

@@ -1,7 +1,5 @@
 """Weights on which a quantizer can go wrong, and comparison by bits."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from tests.support.reference import BF16, F16, F32

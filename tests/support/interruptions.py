@@ -5,8 +5,6 @@ Run as a script (by test_resume) it kills at random moments: it reads
 how many runs were killed and how many resumed another.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import random

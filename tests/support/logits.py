@@ -1,7 +1,5 @@
 """Run a converted fixture in mlx-lm and compare with the tool's own dense weights."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -3,8 +3,6 @@
 ``watch`` looks at each as it is made; the test that raised one that does not read well fails.
 """
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

@@ -1,7 +1,5 @@
 """mx.quantize and mx.dequantize on the CPU, NumPy arrays in and out."""
 
-from __future__ import annotations
-
 import mlx.core as mx
 import numpy as np
 

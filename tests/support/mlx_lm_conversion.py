@@ -1,7 +1,5 @@
 """Carrying out a layout plainly, and mlx-lm's own conversion of the same folder, to be compared."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 import inspect

@@ -1,7 +1,5 @@
 """Arrays, values and conversions of MLX and mlx-lm that tests compare with."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass

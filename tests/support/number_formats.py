@@ -1,7 +1,5 @@
 """Number formats that NumPy lacks, and random values in them."""
 
-from __future__ import annotations
-
 import ml_dtypes
 import numpy as np
 

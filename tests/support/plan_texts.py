@@ -1,7 +1,5 @@
 """Notes and reasons of a plan as their texts, for tests of what people read."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 from requant.core.reasons import Note

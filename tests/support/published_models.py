@@ -1,7 +1,5 @@
 """Random checkpoints of small models as their authors publish them, dense or as AutoAWQ."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping
@@ -23,7 +21,7 @@ def published(folder: Path, model_type: str, config: Mapping[str, Any] | None = 
     class_checkpoint(folder, config)
     weights = mx.load(str(folder / "model.safetensors"))
     mx.eval(weights)
-    write_mlx_checkpoint(folder, config, FORMS[model_type][0](weights))
+    write_mlx_checkpoint(folder, config, FORMS[model_type](weights))
 
 
 def as_awq(folder: Path, skip: str = "norm|embed|lm_head|gate$") -> None:

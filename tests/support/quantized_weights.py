@@ -1,7 +1,5 @@
 """What several tests of the core compare and build."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 

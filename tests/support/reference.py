@@ -4,8 +4,6 @@ Independent of the kernels and slow: what the kernels must equal, bit for bit. V
 float32; ``T`` is the dtype of the weight and ``T(x)`` rounds to nearest even into it.
 """
 
-from __future__ import annotations
-
 import ml_dtypes
 import numpy as np
 
@@ -27,8 +25,6 @@ def rounded(x, dtype):
 
 
 # ---------------------------------------------------------------- packing
-
-
 def pack(codes, bits):
     """Codes (rows, n) as a little-endian bit stream of uint32 words."""
     rows, n = codes.shape
@@ -47,8 +43,6 @@ def unpack(words, bits):
 
 
 # ---------------------------------------------------------------- affine
-
-
 def affine_quantize(w, group_size, bits):
     """Codes (rows, n), and scales and biases in the dtype of w."""
     rows, n = w.shape
@@ -91,8 +85,6 @@ def affine_dequantize(codes, scales, biases, group_size, dtype=None):
 
 
 # ---------------------------------------------------------------- 8- and 4-bit floats
-
-
 def decode_e4m3(code):
     code = np.asarray(code, np.uint8)
     field, m = (code >> 3) & 15, (code & 7).astype(np.float32)
@@ -130,8 +122,6 @@ def e8m0(byte):
 
 
 # ---------------------------------------------------------------- float modes
-
-
 def mx_quantize(w, bits):
     """Codes, E8M0 bytes, and how many groups were flushed; w must be finite."""
     rows, n = w.shape

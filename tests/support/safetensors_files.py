@@ -1,7 +1,5 @@
 """The tests' own writer and reader of safetensors files, without any code of requant."""
 
-from __future__ import annotations
-
 import json
 import struct
 from collections.abc import Mapping
@@ -16,23 +14,12 @@ import numpy as np
 DTYPES: dict[str, np.dtype[Any]] = {
     name: np.dtype(dtype)
     for name, dtype in {
-        "BOOL": np.bool_,
-        "U8": np.uint8,
-        "I8": np.int8,
-        "U16": np.uint16,
-        "I16": np.int16,
-        "U32": np.uint32,
-        "I32": np.int32,
-        "U64": np.uint64,
-        "I64": np.int64,
+        **{"BOOL": np.bool_, "U8": np.uint8, "I8": np.int8, "U16": np.uint16, "I16": np.int16},
+        **{"U32": np.uint32, "I32": np.int32, "U64": np.uint64, "I64": np.int64},
         "F8_E4M3": ml_dtypes.float8_e4m3fn,
         "F8_E4M3FNUZ": ml_dtypes.float8_e4m3fnuz,
-        "F8_E5M2": ml_dtypes.float8_e5m2,
-        "F8_E8M0": ml_dtypes.float8_e8m0fnu,
-        "F16": np.float16,
-        "BF16": ml_dtypes.bfloat16,
-        "F32": np.float32,
-        "F64": np.float64,
+        **{"F8_E5M2": ml_dtypes.float8_e5m2, "F8_E8M0": ml_dtypes.float8_e8m0fnu},
+        **{"F16": np.float16, "BF16": ml_dtypes.bfloat16, "F32": np.float32, "F64": np.float64},
     }.items()
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}

@@ -1,7 +1,5 @@
 """One small layer ``up`` in every format, its scales all sound: to be damaged by tests."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -107,10 +105,7 @@ FOLDERS: dict[str, Callable[[], Folder]] = {
         {"quantization_config": bnb.BLOCK},
     ),
     "bitnet": lambda: (bitnet.layer(OUT, IN)[0], {"quantization_config": bitnet.BLOCK}),
-    "metal": lambda: (
-        metal.layer(OUT, IN, 4, 64)[0],
-        {"quantization_config": metal.block()},
-    ),
+    "metal": lambda: (metal.layer(OUT, IN, 4, 64)[0], {"quantization_config": metal.block()}),
     "fp_quant": lambda: (fp_quant.layer()[0], {"quantization_config": fp_quant.block()}),
     "mlx affine": lambda: _mlx("affine", 64, 4),
     "mlx mxfp8": lambda: _mlx("mxfp8", 32, 8),

@@ -1,7 +1,5 @@
 """AwqLoadConfig: what it reads, and what it rejects."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """transform_awq_weights: what is rejected, and in which order."""
 
-from __future__ import annotations
-
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -29,10 +27,6 @@ def rejected(error, weights, config=CONFIG, layer=None):
     return caught.value
 
 
-def without(weights, *names):
-    return {name: array for name, array in weights.items() if name not in names}
-
-
 @pytest.mark.parametrize("version", ["gemv", "gemv_fast", "GEMM", "marlin", " "])
 def test_other_versions(lib, version):
     error = rejected(UnknownValueError, stored(lib), AwqLoadConfig(group_size=32, version=version))
@@ -51,21 +45,11 @@ def test_group_size_that_mlx_has_no_int_for(lib, group_size):
     assert (error.name, error.value) == ("group_size", group_size)
 
 
-def test_order_of_groups(lib):
-    weights = {**stored(lib), "other.g_idx": lib.make(np.zeros(64), "int32")}
-    rejected(InvariantError, weights, layer="other.g_idx")
-
-
 @pytest.mark.parametrize("dtype", ["int32", "uint8", "complex64"])
 def test_scales_that_are_not_floats(lib, dtype):
     scales = lib.make(np.zeros((2, 16)), dtype)
     error = rejected(UnsupportedDtypeError, {**stored(lib), "up.scales": scales}, layer="up.scales")
     assert set(error.supported) == {"float16", "float32", "float64", "bfloat16"}
-
-
-def test_missing_scales(lib):
-    error = rejected(MissingKeyError, without(stored(lib), "up.scales"), layer="up")
-    assert error.key == "up.scales"
 
 
 @pytest.mark.parametrize("suffix", ["weight", "biases"])
@@ -92,24 +76,6 @@ def test_words_or_scales_of_another_rank(lib, suffix, shape):
     assert (error.rank, error.shape) == (len(shape), shape)
 
 
-def test_group_size_zero(lib):
-    error = rejected(OutOfRangeError, stored(lib), AwqLoadConfig(group_size=0), layer="up")
-    assert (error.name, error.value) == ("group_size", 0)
-
-
-def test_inputs_that_fill_no_groups(lib):
-    error = rejected(
-        DivisibilityError, stored(lib), AwqLoadConfig(group_size=48), layer="up.qweight"
-    )
-    assert (error.name, error.value, error.divisor) == ("in_features", 64, 48)
-
-
-def test_inputs_that_fill_no_words(lib):
-    weights = stored(lib, n_in=12, groups=3)
-    error = rejected(DivisibilityError, weights, AwqLoadConfig(group_size=4), layer="up.qweight")
-    assert (error.name, error.value, error.divisor) == ("in_features", 12, 8)
-
-
 @pytest.mark.parametrize("shape", [(1, 16), (3, 16), (2, 15), (2, 2), (16, 2)])
 def test_scales_of_another_shape(lib, shape):
     weights = {**stored(lib), "up.scales": lib.make(np.zeros(shape), "float16")}
@@ -124,10 +90,71 @@ def test_zeros_of_another_shape(lib, shape):
     assert (error.expected, error.actual) == ((2, 2), shape)
 
 
+WORD, HALF, HALVES = ([0], "int32"), ([0], "float16"), ([[0]], "float16")
+SIZE = ("name", "group_size")
+
+# What is changed in the layer "up" and in the config; class, layer and fields of the error.
+BROKEN = {
+    "an order of groups": ({"g_idx": WORD}, {}, InvariantError, "up.g_idx"),
+    "no scales": ({"scales": None}, {}, MissingKeyError, "up", ("key", "up.scales")),
+    "a group of 0": ({}, {"group_size": 0}, OutOfRangeError, "up", SIZE, ("value", 0)),
+    "half a group": (
+        {},
+        {"group_size": 48},
+        DivisibilityError,
+        "up.qweight",
+        *(("name", "in_features"), ("value", 64), ("divisor", 48)),
+    ),
+    # Two things are wrong; the first in the order of the checks is the one reported.
+    "version before bits": ({}, {"bits": 8, "version": "gemv"}, UnknownValueError, None),
+    "bits first": ({}, {"bits": 8, "group_size": 2**31}, OutOfRangeError, None, ("name", "bits")),
+    "size before order": ({"g_idx": WORD}, {"group_size": 2**31}, OutOfRangeError, None),
+    "order before scales": ({"g_idx": WORD, "scales": None}, {}, InvariantError, "up.g_idx"),
+    "weight before biases": (
+        {"biases": HALF, "weight": HALF},
+        {},
+        KeyCollisionError,
+        "up",
+        ("key", "up.weight"),
+    ),
+    "biases before dtype": (
+        {"biases": HALF, "qweight": ([[0.0] * 2] * 64, "float32")},
+        {},
+        KeyCollisionError,
+        "up",
+        ("key", "up.biases"),
+    ),
+    "dtype before rank": ({"qweight": ([0], "float32")}, {}, UnsupportedDtypeError, "up.qweight"),
+    "words first": ({"qweight": WORD, "scales": HALF}, {}, RankMismatchError, "up.qweight"),
+    "rank before group": ({"scales": HALF}, {"group_size": 0}, RankMismatchError, "up.scales"),
+    "group first": ({"scales": HALVES}, {"group_size": 48}, DivisibilityError, "up.qweight"),
+    "scales first": ({"scales": HALVES, "qzeros": HALVES}, {}, ShapeMismatchError, "up"),
+    "dtype of zeros": ({"qzeros": ([0], "float32")}, {}, UnsupportedDtypeError, "up.qzeros"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_first_thing_wrong_is_reported(lib, case):
+    parts, config, error, layer, *fields = BROKEN[case]
+    weights = stored(lib)
+    for suffix, part in parts.items():
+        weights.pop(f"up.{suffix}", None)
+        if part is not None:
+            weights[f"up.{suffix}"] = lib.make(*part)
+    found = rejected(error, weights, AwqLoadConfig(**{"group_size": 32, **config}), layer=layer)
+    assert [(name, getattr(found, name)) for name, _ in fields] == fields
+
+
 def test_zeros_are_checked_even_where_they_are_not_used(lib):
     weights = {**stored(lib), "up.qzeros": lib.make(np.zeros((9, 9)), "int32")}
     config = AwqLoadConfig(group_size=32, zero_point=False)
     rejected(ShapeMismatchError, weights, config, layer="up.qzeros")
+
+
+def test_inputs_that_fill_no_words(lib):
+    weights = stored(lib, n_in=12, groups=3)
+    error = rejected(DivisibilityError, weights, AwqLoadConfig(group_size=4), layer="up.qweight")
+    assert (error.name, error.value, error.divisor) == ("in_features", 12, 8)
 
 
 def test_mixture_of_libraries():
@@ -135,79 +162,17 @@ def test_mixture_of_libraries():
     rejected(InvariantError, weights, layer="up.scales")
 
 
-# Each test breaks two things; the first in the order of the checks is the one reported.
-
-
-def test_order_version_before_bits(lib):
-    rejected(UnknownValueError, stored(lib), AwqLoadConfig(bits=8, version="gemv"))
-
-
-def test_order_bits_before_group_size(lib):
-    assert rejected(OutOfRangeError, stored(lib), AwqLoadConfig(8, 2**31)).name == "bits"
-
-
-def test_order_group_size_before_order_of_groups(lib):
-    weights = {**stored(lib), "up.g_idx": lib.make(np.zeros(64), "int32")}
-    rejected(OutOfRangeError, weights, AwqLoadConfig(group_size=2**31))
-
-
-def test_order_of_groups_before_scales(lib):
-    weights = {**without(stored(lib), "up.scales"), "up.g_idx": lib.make([0], "int32")}
-    rejected(InvariantError, weights, layer="up.g_idx")
-
-
+# The checks run over all layers one after the other.
 def test_order_dtype_of_all_scales_before_missing_ones(lib):
-    weights = {**without(stored(lib, "a"), "a.scales"), **stored(lib, "b", dtype="int32")}
+    weights = stored(lib, "a") | stored(lib, "b", dtype="int32")
+    del weights["a.scales"]
     rejected(UnsupportedDtypeError, weights, layer="b.scales")
 
 
 def test_order_missing_scales_of_all_before_collisions(lib):
-    weights = {
-        **stored(lib, "a"),
-        "a.weight": lib.make([0], "float16"),
-        **without(stored(lib, "b"), "b.scales"),
-    }
+    weights = {**stored(lib, "a"), "a.weight": lib.make([0], "float16"), **stored(lib, "b")}
+    del weights["b.scales"]
     rejected(MissingKeyError, weights, layer="b")
-
-
-def test_order_weight_before_biases_before_dtype(lib):
-    weights = {**stored(lib), "up.qweight": lib.make(np.zeros((64, 2)), "float32")}
-    weights["up.biases"] = lib.make([0], "float16")
-    assert rejected(KeyCollisionError, weights, layer="up").key == "up.biases"
-    weights["up.weight"] = lib.make([0], "float16")
-    assert rejected(KeyCollisionError, weights, layer="up").key == "up.weight"
-
-
-def test_order_dtype_before_rank_of_words(lib):
-    weights = {**stored(lib), "up.qweight": lib.make(np.zeros(64), "float32")}
-    rejected(UnsupportedDtypeError, weights, layer="up.qweight")
-
-
-def test_order_rank_of_words_before_rank_of_scales(lib):
-    weights = {**stored(lib), "up.qweight": lib.make([0], "int32")}
-    weights["up.scales"] = lib.make([0], "float16")
-    rejected(RankMismatchError, weights, layer="up.qweight")
-
-
-def test_order_rank_before_group_size_zero(lib):
-    weights = {**stored(lib), "up.scales": lib.make([0], "float16")}
-    rejected(RankMismatchError, weights, AwqLoadConfig(group_size=0), layer="up.scales")
-
-
-def test_order_groups_before_shape_of_scales(lib):
-    weights = {**stored(lib), "up.scales": lib.make([[0]], "float16")}
-    rejected(DivisibilityError, weights, AwqLoadConfig(group_size=48), layer="up.qweight")
-
-
-def test_order_scales_before_zeros(lib):
-    weights = {**stored(lib), "up.scales": lib.make([[0]], "float16")}
-    weights["up.qzeros"] = lib.make([[0.0]], "float32")
-    rejected(ShapeMismatchError, weights, layer="up")
-
-
-def test_order_dtype_before_shape_of_zeros(lib):
-    weights = {**stored(lib), "up.qzeros": lib.make([0.0], "float32")}
-    rejected(UnsupportedDtypeError, weights, layer="up.qzeros")
 
 
 def test_order_all_layers_are_checked_before_words_are_filled(lib):

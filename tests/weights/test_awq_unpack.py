@@ -1,7 +1,5 @@
 """unpack_awq_weights: words into codes, by their bits, lazily."""
 
-from __future__ import annotations
-
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -38,8 +36,7 @@ def test_unpack_never_converts_words_by_value(lib, monkeypatch):
 
 def test_unpack_keeps_rows_and_words_in_order(lib):
     words = lib.make([[0x0, 0x11111111], [0x22222222, 0x33333333]], "uint32")
-    got = lib.read(unpack_awq_weights(words))
-    assert got.tolist() == [[0] * 8 + [1] * 8, [2] * 8 + [3] * 8]
+    assert lib.read(unpack_awq_weights(words)).tolist() == [[0] * 8 + [1] * 8, [2] * 8 + [3] * 8]
 
 
 @pytest.mark.parametrize("shape", [(0, 2), (2, 0)])

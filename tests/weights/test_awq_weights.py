@@ -1,7 +1,5 @@
 """transform_awq_weights: what comes out, bit for bit, lazily, and the values of AutoAWQ itself."""
 
-from __future__ import annotations
-
 import json
 
 import ml_dtypes
@@ -25,9 +23,8 @@ from tests.support.quantized_weights import (
     memory_taken,
 )
 
+
 # ---- what comes out
-
-
 def test_layer_written_by_hand(lib):
     """32 inputs, 8 outputs holding 0 to 7; zeros 4 and scales 0.5 give -2 to 1.5."""
     weights = {
@@ -36,7 +33,6 @@ def test_layer_written_by_hand(lib):
         "up.scales": lib.make(np.full((1, 8), 0.5), "float16"),
     }
     got, quantization = transform_awq_weights(weights, CONFIG)
-
     assert quantization == PerLayerQuantization.from_global(Quantization.affine(32, 4))
     assert list(got) == ["up.weight", "up.scales", "up.biases"]
     words = lib.read(got["up.weight"])
@@ -165,8 +161,6 @@ def test_layer_with_the_empty_path(lib):
 
 
 # ---- one dtype for all scales
-
-
 @pytest.mark.parametrize(
     ("dtypes", "expected"),
     [
@@ -230,8 +224,6 @@ def test_passing_tensors_are_never_widened(lib):
 
 
 # ---- laziness
-
-
 def test_mlx_arrays_are_not_evaluated():
     """4 TiB of codes: any evaluation would fail."""
     weights = {
@@ -269,8 +261,6 @@ def stored_bfloat16():
 
 
 # ---- values
-
-
 @st.composite
 def layers(draw):
     """Codes, zeros and scales of a layer with an exact product in float32."""
@@ -296,7 +286,6 @@ def test_value_is_code_minus_zero_times_scale(lib, layer, zero_point):
     config = AwqLoadConfig(group_size=group_size, zero_point=zero_point)
     got, quantization = transform_awq_weights(weights, config)
     assert_bits(lib.read(got["up.weight"]), mlx_words(codes.T))
-
     dense = lib.read(dequantize_weights(got, quantization)["up.weight"])
     offset = np.repeat(zeros, group_size, axis=0).astype(np.float64) if zero_point else 8.0
     expected = (codes - offset) * np.repeat(scales, group_size, axis=0).astype(np.float64)
@@ -319,7 +308,6 @@ def test_checkpoint_written_by_autoawq(lib, name):
             kind = "float32" if key.endswith(".scales") else array.dtype.name
             weights[key] = lib.make(array, kind)
     converted, quantization = transform_awq_weights(weights, AwqLoadConfig.from_dict(block))
-
     dense = dequantize_weights(converted, quantization)
     with safe_open(folder / "expected.safetensors", "np") as file:
         expected = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118

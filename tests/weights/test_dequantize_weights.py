@@ -1,7 +1,5 @@
 """dequantize_weights: what is reconstructed, what passes through, what is rejected."""
 
-from __future__ import annotations
-
 import ml_dtypes
 import mlx.core as mx
 import numpy as np
@@ -21,6 +19,7 @@ from requant.errors import (
 )
 from requant.quantization.config import SKIP, PerLayerQuantization, Quantization
 from requant.weights.quantize import dequantize_weights, quantize_weights
+from tests.support.damage import damage
 from tests.support.quantized_weights import (
     AFFINE,
     LEGAL,
@@ -51,8 +50,6 @@ def without(weights, *names):
 
 
 # ---- what is reconstructed
-
-
 def test_value_is_code_times_scale_plus_bias(lib):
     got = dequantize_weights(affine(lib), AFFINE)
     assert list(got) == ["up.weight"]
@@ -140,8 +137,7 @@ def test_layer_with_the_empty_path(lib):
 
 
 def test_order_of_the_names_does_not_matter(lib):
-    weights = dict(reversed(affine(lib).items()))
-    assert list(dequantize_weights(weights, AFFINE)) == ["up.weight"]
+    assert list(dequantize_weights(dict(reversed(affine(lib).items())), AFFINE)) == ["up.weight"]
 
 
 def test_float8_view_of_the_scales_is_their_bytes_on_numpy():
@@ -178,8 +174,6 @@ def test_empty_map_gives_an_empty_map():
 
 
 # ---- what passes through
-
-
 def unchanged(weights, plan=AFFINE):
     assert_same_arrays(dequantize_weights(weights, plan), weights)
 
@@ -188,26 +182,16 @@ def test_dense_weights_pass(lib):
     unchanged({"up.weight": lib.make(np.ones((2, 32)), "float32")})
 
 
-def test_packed_weight_alone_passes(lib):
-    unchanged(without(affine(lib), "up.scales", "up.biases"))
-
-
-def test_scales_without_weight_pass(lib):
-    unchanged(without(affine(lib), "up.weight", "up.biases"))
-
-
-def test_scales_and_biases_without_weight_pass(lib):
-    unchanged(without(affine(lib), "up.weight"))
-
-
-def test_biases_without_weight_and_scales_pass(lib):
-    unchanged(without(affine(lib), "up.weight", "up.scales"))
+@pytest.mark.parametrize(
+    "missing", ["scales biases", "weight biases", "weight", "weight scales"], ids="no {}".format
+)
+def test_parts_of_a_layer_alone_pass(lib, missing):
+    unchanged(without(affine(lib), *(f"up.{suffix}" for suffix in missing.split())))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int32", "bfloat16"])
 def test_biases_next_to_a_dense_weight_pass(lib, dtype):
-    weights = without(affine(lib), "up.scales")
-    unchanged({**weights, "up.weight": lib.make(np.ones((2, 32)), dtype)})
+    unchanged({**without(affine(lib), "up.scales"), "up.weight": lib.make(np.ones((2, 32)), dtype)})
 
 
 @pytest.mark.parametrize("shape", [(), (4,)])
@@ -222,8 +206,6 @@ def test_other_names_pass(lib):
 
 
 # ---- what is rejected
-
-
 def rejected(error, weights, plan=AFFINE, layer="up"):
     with pytest.raises(error) as caught:
         dequantize_weights(weights, plan)
@@ -232,13 +214,22 @@ def rejected(error, weights, plan=AFFINE, layer="up"):
     return caught.value
 
 
-def test_packed_weight_with_biases_and_no_scales(lib):
-    assert rejected(MissingKeyError, without(affine(lib), "up.scales")).key == "up.scales"
+SKIPPED = PerLayerQuantization(Quantization(32, 4), {"up": SKIP})
 
 
-def test_packed_weight_that_lost_its_scales_is_rejected_even_if_skipped(lib):
-    plan = PerLayerQuantization(None, {"up": SKIP})
-    rejected(MissingKeyError, without(affine(lib), "up.scales"), plan)
+@pytest.mark.parametrize(
+    ("missing", "plan", "error", "key"),
+    [
+        ("scales", AFFINE, MissingKeyError, "up.scales"),
+        ("scales", SKIPPED, MissingKeyError, "up.scales"),
+        ("", PerLayerQuantization(), InvariantError, None),
+        ("", SKIPPED, InvariantError, None),
+        ("biases", PerLayerQuantization(), InvariantError, None),  # before missing biases
+        ("biases", AFFINE, MissingKeyError, "up.biases"),
+    ],
+)
+def test_layer_that_the_quantization_does_not_fit(lib, missing, plan, error, key):
+    assert getattr(rejected(error, without(affine(lib), f"up.{missing}"), plan), "key", None) == key
 
 
 def test_lost_scales_are_found_before_anything_is_computed(lib):
@@ -246,65 +237,33 @@ def test_lost_scales_are_found_before_anything_is_computed(lib):
     rejected(MissingKeyError, weights, config(32, 7), layer="b")
 
 
-def test_no_quantization_for_the_layer(lib):
-    rejected(InvariantError, affine(lib), PerLayerQuantization())
-
-
-def test_quantized_layer_that_the_config_skips(lib):
-    rejected(InvariantError, affine(lib), PerLayerQuantization(Quantization(32, 4), {"up": SKIP}))
-
-
-def test_no_quantization_is_said_before_missing_biases(lib):
-    rejected(InvariantError, without(affine(lib), "up.biases"), PerLayerQuantization())
-
-
-def test_affine_layer_without_biases(lib):
-    assert rejected(MissingKeyError, without(affine(lib), "up.biases")).key == "up.biases"
-
-
 @pytest.mark.parametrize("mode", ["mxfp4", "mxfp8", "nvfp4"])
 def test_float_mode_layer_with_biases(lib, mode):
-    error = rejected(KeyCollisionError, affine(lib), config(32, 4, mode))
-    assert error.key == "up.biases"
+    assert rejected(KeyCollisionError, affine(lib), config(32, 4, mode)).key == "up.biases"
 
 
 # What the array library itself rejects: MLX in words of its own, our kernels by class.
-BROKEN = {
-    "bits that no mode has": ({}, (32, 7), OutOfRangeError),
-    "a negative group size": ({}, (-32, 4), OutOfRangeError),
-    "no group size": ({}, (0, 4), OutOfRangeError),
-    "no bits": ({}, (32, 0), OutOfRangeError),
-    "a dense weight": ({"weight": ((1, 32), "float32")}, (32, 4), UnsupportedDtypeError),
-    "words of one axis": (
-        {"weight": ((4,), "uint32"), "scales": ((1,), "float32"), "biases": ((1,), "float32")},
-        (32, 4),
-        RankMismatchError,
-    ),
-    "scales of other rows": (
-        {"scales": ((3, 1), "float32"), "biases": ((3, 1), "float32")},
-        (32, 4),
-        ShapeMismatchError,
-    ),
-    "too many groups": (
-        {"scales": ((1, 2), "float32"), "biases": ((1, 2), "float32")},
-        (32, 4),
-        ShapeMismatchError,
-    ),
-    "integer scales": (
-        {"scales": ((1, 1), "int32"), "biases": ((1, 1), "int32")},
-        (32, 4),
-        UnsupportedDtypeError,
-    ),
-    "words that fill no group": ({"weight": ((1, 3), "uint32")}, (32, 4), DivisibilityError),
-}
+BROKEN = [
+    ("nothing", (32, 7), OutOfRangeError),
+    ("nothing", (-32, 4), OutOfRangeError),
+    ("nothing", (0, 4), OutOfRangeError),
+    ("nothing", (32, 0), OutOfRangeError),
+    ("weight = F32 [1, 32] 1", (32, 4), UnsupportedDtypeError),
+    ("weight = U32 [4] 1; scales = F32 [1] 1; biases = F32 [1] 1", (32, 4), RankMismatchError),
+    ("scales = F32 [3, 1] 1; biases = F32 [3, 1] 1", (32, 4), ShapeMismatchError),
+    ("scales = F32 [1, 2] 1; biases = F32 [1, 2] 1", (32, 4), ShapeMismatchError),
+    ("scales = I32 [1, 1] 1; biases = I32 [1, 1] 1", (32, 4), UnsupportedDtypeError),
+    ("weight = U32 [1, 3] 1", (32, 4), DivisibilityError),
+]
 
 
-@pytest.mark.parametrize("what", BROKEN)
-def test_backend_rejects(lib, what):
-    parts, (group_size, bits), kind = BROKEN[what]
+@pytest.mark.parametrize(("changes", "quantization", "kind"), BROKEN)
+def test_backend_rejects(lib, changes, quantization, kind):
+    group_size, bits = quantization
+    changed = {}
+    damage(changes, changed)
     weights = affine(lib)
-    for suffix, (shape, dtype) in parts.items():
-        weights[f"up.{suffix}"] = lib.make(np.ones(shape), dtype)
+    weights |= {f"up.{x}": lib.make(array, array.dtype.name) for x, array in changed.items()}
     error = rejected(BackendError if lib.name == "mlx" else kind, weights, config(group_size, bits))
     assert isinstance(error, RequantError)
     if lib.name == "mlx":
@@ -334,8 +293,6 @@ def test_mixture_of_libraries():
 
 
 # ---- laziness
-
-
 def test_mlx_arrays_are_not_evaluated():
     """4 TiB of values: any evaluation would fail."""
     weights = {

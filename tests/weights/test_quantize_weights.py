@@ -1,7 +1,5 @@
 """quantize_weights: what is taken, what passes through, what is rejected."""
 
-from __future__ import annotations
-
 import re
 
 import mlx.core as mx
@@ -51,13 +49,10 @@ def triple(lib, *, words=(2, 4), scales=(2, 1), biases=(2, 1), dtype="float32"):
 
 
 # ---- what is quantized
-
-
 def test_vector_from_the_format_description(lib):
     """Section 12.1 of the layouts page: one group of 32, 4 bits, bytes written by hand."""
     values = [((7 * i % 32) - 11) / 8 for i in range(32)]
     got = quantize_weights({"up.weight": lib.make([values], "float32")}, AFFINE)
-
     words = lib.read(got["up.weight"])
     assert [f"{word:08x}" for word in words[0]] == ["7ae258cf", "be269c04", "f26ad048", "36ae148c"]
     assert lib.read(got["up.scales"]).view(np.uint32).tolist() == [[0xBE800000]]
@@ -71,7 +66,6 @@ def test_bits_are_those_of_mlx(lib, quantization, dtype):
     values = np.random.default_rng(1).normal(size=(6, 256)).astype(np.float32)
     plan = PerLayerQuantization.from_global(quantization)
     got = quantize_weights({"up.weight": lib.make(values, dtype)}, plan)
-
     expected = mx_quantize(mx.array(values).astype(getattr(mx, dtype)), quantization)
     assert set(got) == {f"up.{suffix}" for suffix in expected}
     for suffix, array in expected.items():
@@ -174,8 +168,6 @@ def test_empty_map_gives_an_empty_map():
 
 
 # ---- what passes through
-
-
 def unchanged(weights, plan=AFFINE, eligible=default_eligible):
     assert_same_arrays(quantize_weights(weights, plan, eligible), weights)
 
@@ -183,16 +175,6 @@ def unchanged(weights, plan=AFFINE, eligible=default_eligible):
 def test_names_that_do_not_end_in_weight_pass(lib):
     names = ["up.qweight", "up.weight_scale", "weight", "up.weight.data", "up_weight"]
     unchanged({name: lib.make(np.ones((2, 32)), "float32") for name in names})
-
-
-def test_lone_scales_and_biases_without_weight_pass(lib):
-    unchanged(triple(lib, words=None))
-
-
-def test_ineligible_layer_passes(lib):
-    unchanged(
-        {"up.weight": lib.make(np.ones((2, 32)), "float32")}, eligible=lambda path, weight: False
-    )
 
 
 def test_eligible_is_asked_with_path_and_array(lib):
@@ -234,68 +216,55 @@ def test_default_eligible_takes_everything(lib):
     assert default_eligible("norm", lib.make(np.ones(1), "float32")) is True
 
 
-def test_skipped_layer_passes(lib):
-    plan = PerLayerQuantization(Quantization(32, 4), {"up": SKIP})
-    unchanged({"up.weight": lib.make(np.ones((2, 32)), "float32")}, plan)
+SKIPPED = PerLayerQuantization(Quantization(32, 4), {"up": SKIP})
+OWN = PerLayerQuantization(None, {"up": Quantization(32, 4)})
+
+MODES = ("mxfp4", "mxfp8", "nvfp4")
+
+# Parts of a layer "up" that is quantized already, and the quantization.
+TRIPLES = {
+    "no weight": ({"words": None}, AFFINE),
+    "affine": ({}, AFFINE),
+    **{x: ({"biases": None, "dtype": "uint8"}, config(32, 4, x)) for x in MODES},
+    "its own entry, without default": ({}, OWN),
+    "three axes": ({"words": (5, 2, 4), "scales": (5, 2, 1), "biases": (5, 2, 1)}, AFFINE),
+    # Last axis, scale dtype, shape of the biases and legal bits are dequantize's to judge.
+    "only its layout": ({"scales": (2, 9), "biases": (7,), "dtype": "int32"}, config(3, 99)),
+}
 
 
-def test_layer_without_any_quantization_passes(lib):
-    unchanged({"up.weight": lib.make(np.ones((2, 32)), "float32")}, PerLayerQuantization())
+@pytest.mark.parametrize("case", TRIPLES)
+def test_triple_passes(lib, case):
+    parts, plan = TRIPLES[case]
+    unchanged(triple(lib, **parts), plan)
 
 
-@pytest.mark.parametrize("shape", [(), (32,), (64,)])
-def test_fewer_than_two_axes_pass(lib, shape):
-    unchanged({"up.weight": lib.make(np.ones(shape), "float32")})
+def test_ineligible_layer_passes(lib):
+    dense = {"up.weight": lib.make(np.ones((2, 32)), "float32")}
+    for weights in (dense, triple(lib)):
+        unchanged(weights, eligible=lambda path, weight: False)
 
 
-@pytest.mark.parametrize("last", [1, 31, 33, 48])
-def test_last_axis_off_the_group_passes(lib, last):
-    unchanged({"up.weight": lib.make(np.ones((32, last)), "float32")})
+# Shape and dtype of a dense layer "up", and the quantization.
+DENSE = {
+    "skipped": ((2, 32), "float32", SKIPPED),
+    "without any quantization": ((2, 32), "float32", PerLayerQuantization()),
+    **{f"shape {shape}": (shape, "float32", AFFINE) for shape in ((), (32,), (64,))},
+    **{f"last axis {last}": ((32, last), "float32", AFFINE) for last in (1, 31, 33, 48)},
+    # mx.quantize would divide by it, and take the process down.
+    "group size 0": ((2, 32), "float32", config(0, 4)),
+    **{f"group size -32, shape {x}": (x, "float32", config(-32, 4)) for x in ((), (32,))},
+    "integers that do not fit": ((2, 5), "int32", AFFINE),
+}
 
 
-def test_group_size_zero_passes(lib):
-    """mx.quantize would divide by it, and take the process down."""
-    unchanged({"up.weight": lib.make(np.ones((2, 32)), "float32")}, config(0, 4))
-
-
-@pytest.mark.parametrize("shape", [(), (32,)])
-def test_negative_group_size_is_not_looked_at_below_two_axes(lib, shape):
-    unchanged({"up.weight": lib.make(np.ones(shape), "float32")}, config(-32, 4))
-
-
-def test_integer_weight_that_does_not_fit_passes(lib):
-    unchanged({"up.weight": lib.make(np.ones((2, 5)), "int32")})
-
-
-def test_affine_triple_passes(lib):
-    unchanged(triple(lib))
-
-
-@pytest.mark.parametrize("mode", ["mxfp4", "mxfp8", "nvfp4"])
-def test_float_mode_triple_passes(lib, mode):
-    unchanged(triple(lib, biases=None, dtype="uint8"), config(32, 4, mode))
-
-
-def test_triple_with_its_own_entry_passes_without_default(lib):
-    unchanged(triple(lib), PerLayerQuantization(None, {"up": Quantization(32, 4)}))
-
-
-def test_triple_of_three_axes_passes(lib):
-    unchanged(triple(lib, words=(5, 2, 4), scales=(5, 2, 1), biases=(5, 2, 1)))
-
-
-def test_triple_is_not_checked_beyond_its_layout(lib):
-    """Last axis, scale dtype, shape of the biases and legal bits are dequantize's to judge."""
-    unchanged(triple(lib, scales=(2, 9), biases=(7,), dtype="int32"), config(3, 99))
-
-
-def test_triple_that_is_ineligible_passes(lib):
-    unchanged(triple(lib), eligible=lambda path, weight: False)
+@pytest.mark.parametrize("case", DENSE)
+def test_dense_layer_passes(lib, case):
+    shape, dtype, plan = DENSE[case]
+    unchanged({"up.weight": lib.make(np.ones(shape), dtype)}, plan)
 
 
 # ---- what is rejected: the parts of a layer contradict each other
-
-
 def rejected(error, weights, plan=AFFINE, layer="up", **options):
     with pytest.raises(error) as caught:
         quantize_weights(weights, plan, **options)
@@ -305,99 +274,68 @@ def rejected(error, weights, plan=AFFINE, layer="up", **options):
     return caught.value
 
 
-def test_biases_without_scales(lib):
-    assert rejected(MissingKeyError, triple(lib, scales=None)).key == "up.scales"
+FLOAT_MODE = PerLayerQuantization(Quantization(32, 4), {"up": Quantization(32, 4, "mxfp4")})
+DENSE_WEIGHT, FLAT, WORDS_ONLY = (
+    ((2, 32), "float32"),
+    ((32,), "float32"),
+    ("supported", ("uint32",)),
+)
+SCALES, BIASES = ("key", "up.scales"), ("key", "up.biases")
+NOTHING = PerLayerQuantization()
+
+# Parts of the triple, a dense weight in place of the words, quantization, class and its fields.
+CONTRADICTIONS = [
+    ({"scales": None}, None, AFFINE, MissingKeyError, SCALES),
+    ({"scales": None}, DENSE_WEIGHT, AFFINE, MissingKeyError, SCALES),
+    ({"scales": None}, None, SKIPPED, MissingKeyError, SCALES),
+    ({}, None, SKIPPED, KeyCollisionError, SCALES),
+    ({}, None, NOTHING, InvariantError),
+    ({"biases": None}, None, AFFINE, MissingKeyError, BIASES),
+    *(({}, None, config(32, 4, mode), KeyCollisionError, BIASES) for mode in MODES),
+    ({}, None, FLOAT_MODE, KeyCollisionError, BIASES),
+    ({}, DENSE_WEIGHT, AFFINE, UnsupportedDtypeError, ("dtype", "float32"), WORDS_ONLY),
+    ({}, ((2, 32), "int32"), AFFINE, UnsupportedDtypeError, ("dtype", "int32"), WORDS_ONLY),
+    ({}, ((2, 32), "uint8"), AFFINE, UnsupportedDtypeError, ("dtype", "uint8"), WORDS_ONLY),
+    ({"words": ()}, None, AFFINE, RankMismatchError, ("rank", 0), ("shape", ())),
+    ({"words": (4,)}, None, AFFINE, RankMismatchError, ("rank", 1), ("shape", (4,))),
+    ({"scales": (2,)}, None, AFFINE, LengthMismatchError, ("expected", 2), ("actual", 1)),
+    ({"scales": (1, 2, 1)}, None, AFFINE, LengthMismatchError, ("expected", 2), ("actual", 3)),
+    (
+        {"words": (5, 2, 4), "scales": (5, 3, 1)},
+        None,
+        AFFINE,
+        ShapeMismatchError,
+        ("expected", (5, 2)),
+        ("actual", (5, 3)),
+    ),
+    # Two things are wrong; the first in the order of the checks is the one reported.
+    ({"biases": None}, None, SKIPPED, KeyCollisionError),  # skip before biases
+    ({"biases": None}, FLAT, AFFINE, MissingKeyError),  # biases before dtype
+    ({}, FLAT, AFFINE, UnsupportedDtypeError),  # dtype before rank
+    ({"words": (4,), "scales": (2, 1)}, None, AFFINE, RankMismatchError),  # rank before scales
+    ({"scales": (3,)}, None, AFFINE, LengthMismatchError),  # rank of scales before their axes
+]
 
 
-def test_biases_without_scales_next_to_a_dense_weight(lib):
-    weights = {**triple(lib, scales=None), "up.weight": lib.make(np.ones((2, 32)), "float32")}
-    assert rejected(MissingKeyError, weights).key == "up.scales"
-
-
-def test_biases_without_scales_in_a_skipped_layer(lib):
-    plan = PerLayerQuantization(Quantization(32, 4), {"up": SKIP})
-    assert rejected(MissingKeyError, triple(lib, scales=None), plan).key == "up.scales"
-
-
-def test_scales_in_a_skipped_layer(lib):
-    plan = PerLayerQuantization(Quantization(32, 4), {"up": SKIP})
-    assert rejected(KeyCollisionError, triple(lib), plan).key == "up.scales"
-
-
-def test_scales_without_any_quantization(lib):
-    rejected(InvariantError, triple(lib), PerLayerQuantization())
-
-
-def test_affine_scales_without_biases(lib):
-    assert rejected(MissingKeyError, triple(lib, biases=None)).key == "up.biases"
-
-
-@pytest.mark.parametrize("mode", ["mxfp4", "mxfp8", "nvfp4"])
-def test_biases_in_a_float_mode(lib, mode):
-    assert rejected(KeyCollisionError, triple(lib), config(32, 4, mode)).key == "up.biases"
+@pytest.mark.parametrize("case", CONTRADICTIONS, ids=range(len(CONTRADICTIONS)))
+def test_contradiction_is_rejected(lib, case):
+    parts, dense, plan, error, *fields = case
+    weights = triple(lib, **parts)
+    if dense is not None:
+        weights["up.weight"] = lib.make(np.ones(dense[0]), dense[1])
+    found = rejected(error, weights, plan)
+    assert [(name, getattr(found, name)) for name, _ in fields] == fields
 
 
 def test_mode_of_the_layer_decides_over_the_default(lib):
-    plan = PerLayerQuantization(Quantization(32, 4), {"up": Quantization(32, 4, "mxfp4")})
-    assert rejected(KeyCollisionError, triple(lib), plan).key == "up.biases"
-    unchanged(triple(lib, biases=None), plan)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "int32", "uint8"])
-def test_scales_next_to_a_weight_that_is_not_packed(lib, dtype):
-    weights = {**triple(lib), "up.weight": lib.make(np.ones((2, 32)), dtype)}
-    error = rejected(UnsupportedDtypeError, weights)
-    assert (error.dtype, error.supported) == (dtype, ("uint32",))
-
-
-@pytest.mark.parametrize("shape", [(), (4,)])
-def test_packed_weight_of_fewer_than_two_axes(lib, shape):
-    error = rejected(RankMismatchError, triple(lib, words=shape, scales=shape, biases=shape))
-    assert (error.rank, error.shape) == (len(shape), shape)
-
-
-@pytest.mark.parametrize("shape", [(2,), (1, 2, 1)])
-def test_scales_of_another_rank(lib, shape):
-    error = rejected(LengthMismatchError, triple(lib, scales=shape))
-    assert (error.expected, error.actual) == (2, len(shape))
-
-
-def test_scales_of_other_leading_axes(lib):
-    weights = triple(lib, words=(5, 2, 4), scales=(5, 3, 1))
-    error = rejected(ShapeMismatchError, weights)
-    assert (error.expected, error.actual) == ((5, 2), (5, 3))
+    unchanged(triple(lib, biases=None), FLOAT_MODE)
 
 
 def test_parts_are_checked_before_eligibility(lib):
     rejected(MissingKeyError, triple(lib, scales=None), eligible=lambda path, weight: False)
 
 
-def test_order_skip_before_biases(lib):
-    plan = PerLayerQuantization(Quantization(32, 4), {"up": SKIP})
-    rejected(KeyCollisionError, triple(lib, biases=None), plan)
-
-
-def test_order_biases_before_dtype(lib):
-    weights = {**triple(lib, biases=None), "up.weight": lib.make(np.ones(32), "float32")}
-    rejected(MissingKeyError, weights)
-
-
-def test_order_dtype_before_rank(lib):
-    weights = {**triple(lib), "up.weight": lib.make(np.ones(32), "float32")}
-    rejected(UnsupportedDtypeError, weights)
-
-
-def test_order_rank_before_scales(lib):
-    rejected(RankMismatchError, triple(lib, words=(4,), scales=(2, 1)))
-
-
-def test_order_rank_of_scales_before_their_axes(lib):
-    rejected(LengthMismatchError, triple(lib, words=(2, 4), scales=(3,)))
-
-
 # ---- what is rejected: the parameters or the arrays
-
-
 def test_negative_group_size(lib):
     weights = {"up.weight": lib.make(np.ones((2, 32)), "float32")}
     error = rejected(OutOfRangeError, weights, config(-32, 4))
@@ -450,8 +388,7 @@ def test_first_layer_at_fault_is_named(lib):
 
 def test_mixture_of_libraries():
     weights = {"a.weight": np.ones((2, 32), np.float32), "b.weight": mx.ones((2, 32))}
-    error = rejected(InvariantError, weights, layer="b.weight")
-    assert re.search("mlx.*numpy", str(error))
+    assert re.search("mlx.*numpy", str(rejected(InvariantError, weights, layer="b.weight")))
 
 
 @pytest.mark.parametrize(
@@ -463,8 +400,6 @@ def test_value_that_is_not_an_array(value):
 
 
 # ---- laziness
-
-
 def test_mlx_arrays_are_not_evaluated():
     """4 TiB of weights: any evaluation would fail."""
     huge = mx.broadcast_to(mx.array(1.0), (2**20, 2**20))

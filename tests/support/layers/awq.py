@@ -1,7 +1,5 @@
 """AutoAWQ layers for the tests of the core: words in both orders, and a layer of zeros."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from requant.weights.awq import AwqLoadConfig

@@ -1,7 +1,5 @@
 """bitsandbytes layers by hand, nested or not."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

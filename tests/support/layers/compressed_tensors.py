@@ -1,7 +1,5 @@
 """compressed-tensors layers by hand: a block, codes packed apart from the code under test."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """HQQ layers by hand, in every packing."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Layers of transformers' metal kernels by hand."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

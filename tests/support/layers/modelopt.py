@@ -1,7 +1,5 @@
 """Quantization blocks of ModelOpt."""
 
-from __future__ import annotations
-
 from typing import Any
 
 

@@ -4,8 +4,6 @@ Codes are ``(out, in)``, zeros and scales ``(out, groups)``. Nothing here is sha
 readers under test.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import numpy as np

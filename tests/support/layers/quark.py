@@ -1,7 +1,5 @@
 """Quantization blocks and packed words of Quark."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

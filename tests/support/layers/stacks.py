@@ -1,7 +1,5 @@
 """Sizes and scales of stacks of experts."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from tests.support.number_formats import E4M3
