@@ -27,17 +27,12 @@ class NoReading(Problem):
 
 @dataclass(frozen=True, slots=True)
 class RowOrder:
-    """Rows of a layer in another order: row ``i`` of the output is row ``rows[i]``.
+    """Rows of a layer in another order: row ``i`` of the output is row ``rows[i]``."""
 
-    Attributes:
-        rows: int64, read-only; compared by ``digest``.
-        inverse: Row ``i`` of the source becomes row ``inverse[i]`` of the output; read-only.
-        digest: SHA-256 of the order.
-    """
-
-    rows: np.ndarray = field(repr=False, compare=False)
+    rows: np.ndarray = field(repr=False, compare=False)  # int64, read-only; compared by ``digest``
+    # row ``i`` of the source becomes row ``inverse[i]`` of the output; read-only
     inverse: np.ndarray = field(repr=False, compare=False)
-    digest: str
+    digest: str  # SHA-256 of the order
 
     @staticmethod
     def of(order: np.ndarray, times: int = 1) -> RowOrder:
@@ -52,35 +47,25 @@ class RowOrder:
 
 @dataclass(frozen=True, slots=True)
 class RowRange:
-    """A run of rows of a source layer; several, one after another, make a renamed layer.
+    """A run of rows of a source layer; several, one after another, make a renamed layer."""
 
-    Attributes:
-        layer: As the source stores it.
-        start: First row; the leading axes of a stack count as further rows.
-        count: How many.
-        step: From one to the next; 2 takes every other row.
-    """
-
-    layer: SourceLayer
-    start: int
+    layer: SourceLayer  # as the source stores it
+    start: int  # first row; the leading axes of a stack count as further rows
     count: int
-    step: int = 1
+    step: int = 1  # 2 takes every other row
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DefaultPolicy:
-    """The treatment of a layer's codes when nothing is requested for it.
+    """The treatment of a layer's codes when nothing is requested for it."""
 
-    Attributes:
-        fallback: What a layer without ``encoding`` is requantized to; None leaves it dense.
-        reason: Why it has no ``encoding``, or another group or width than the source.
-        requires_choice: Why the user must say what becomes of it; "" where ``fallback`` serves.
-        act_order: Whether only ``--act-order`` decides between ``fallback``, dense and rejection.
-    """
-
+    # what a layer without ``encoding`` is requantized to; None leaves it dense
     fallback: Quantization | None = None
+    # why it has no ``encoding``, or another group or width than the source
     reason: Reason | None = None
+    # why the user must say what becomes of it; "" where ``fallback`` serves
     requires_choice: str = ""
+    # whether only ``--act-order`` decides between ``fallback``, dense and rejection
     act_order: bool = False
 
 
@@ -180,15 +165,10 @@ class SourceLayer:
 
 @dataclass(frozen=True, slots=True)
 class ActOrderFold:
-    """A layer that can keep its codes if the layers before it change the order of their rows.
+    """A layer that can keep its codes if the layers before it change the order of their rows."""
 
-    Attributes:
-        consumer: The layer as it then is, with an encoding.
-        producers: Path -> the order of its rows.
-    """
-
-    consumer: SourceLayer
-    producers: Mapping[str, RowOrder]
+    consumer: SourceLayer  # the layer as it then is, with an encoding
+    producers: Mapping[str, RowOrder]  # path -> the order of its rows
 
 
 @dataclass(frozen=True, slots=True)

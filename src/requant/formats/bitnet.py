@@ -37,12 +37,9 @@ class Ternary(IntegerPacking):
     """``weight`` U8 ``[ceil(out / 4), in]``, codes 0 to 2; ``weight_scale`` one float.
 
     With R packed rows, row ``i * R + r`` is in bits ``2 i`` and on of packed row ``r``.
-
-    Attributes:
-        divides: Whether codes are divided by the scale.
     """
 
-    divides: bool
+    divides: bool  # whether codes are divided by the scale
 
     def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
         packed = block_cuts("weight", BITNET, self.rows, start=start, stop=stop, width=self.columns)

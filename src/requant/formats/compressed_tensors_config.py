@@ -36,25 +36,15 @@ _PRESET = re.compile(r"W(?P<int>\d)A(?:\d+|FP8)(?P<asym>_ASYM)?|(?:MX|NV)?FP(?P<
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """The scheme that the config gives to the weights of a group of layers.
+    """The scheme that the config gives to the weights of a group of layers."""
 
-    Attributes:
-        bits: ``num_bits``; None where it is not said.
-        kind: "int" or "float"; "" where it is not said.
-        symmetric: Whether there are no zero points; None where it is not said.
-        group_size: Inputs with one scale; None for a row, a tensor or blocks.
-        block: Rows and columns with one scale.
-        where: The key that says so.
-        actorder: What is said of the order of inputs: "group", "static", ...
-    """
-
-    bits: int | None = None
-    kind: str = ""
-    symmetric: bool | None = None
-    group_size: int | None = None
-    block: tuple[int, int] | None = None
-    where: str = ""
-    actorder: str = ""
+    bits: int | None = None  # ``num_bits``; None where it is not said
+    kind: str = ""  # "int" or "float"; "" where it is not said
+    symmetric: bool | None = None  # whether there are no zero points; None where it is not said
+    group_size: int | None = None  # inputs with one scale; None for a row, a tensor or blocks
+    block: tuple[int, int] | None = None  # rows and columns with one scale
+    where: str = ""  # the key that says so
+    actorder: str = ""  # what is said of the order of inputs: "group", "static"
 
     @property
     def shuffled(self) -> bool:

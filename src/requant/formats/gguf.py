@@ -67,16 +67,11 @@ class _GgufRows(MatrixPacking):
     """Rows of one tensor; of whole heads where their rows change places.
 
     ``weight``: ``[..., rows, in]`` numbers, or bytes of blocks.
-
-    Attributes:
-        type_number: Of the type, as files write it.
-        width: Elements in a stored row.
-        head: Rows of a head that change places; 1 where none do.
     """
 
-    type_number: int
-    width: int
-    head: int = 1
+    type_number: int  # of the type, as files write it
+    width: int  # elements in a stored row
+    head: int = 1  # rows of a head that change places; 1 where none do
 
     @property
     def kind(self) -> BlockType:
@@ -123,12 +118,9 @@ class GgufScaledValues(GgufValues):
     """Plain numbers that are multiplied with a scale.
 
     ``tensor_scale``: as for ``GgufBlocks``.
-
-    Attributes:
-        tensor_scales: Numbers in ``tensor_scale``.
     """
 
-    tensor_scales: int = 1
+    tensor_scales: int = 1  # numbers in ``tensor_scale``
 
     def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
         scale = _scale_cut(self.tensor_scales, start // self.matrix)
@@ -164,12 +156,9 @@ class GgufBlocks(_GgufRows):
     """Blocks of codes.
 
     ``tensor_scale``: one float32 for all matrices, or one for each; absent where it is 1.
-
-    Attributes:
-        tensor_scales: Numbers in ``tensor_scale``; 0 where there is none.
     """
 
-    tensor_scales: int = 0
+    tensor_scales: int = 0  # numbers in ``tensor_scale``; 0 where there is none
 
     @property
     def encoding(self) -> Quantization | None:

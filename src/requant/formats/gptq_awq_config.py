@@ -49,19 +49,13 @@ _NOT_IN_WEIGHTS = {
 
 @dataclass(frozen=True, slots=True)
 class Convention:
-    """The layout and the meaning of zeros for all layers of a config.
+    """The layout and the meaning of zeros for all layers of a config."""
 
-    Attributes:
-        layout: "gptq", "gemm", "gemv", "gemv_fast" or "marlin"; "" for what the tensors say.
-        zeros: How a stored zero field becomes the zero; None where the config does not say.
-        planar: Whether codes are stored plane by plane.
-        where: The key that says so.
-    """
-
-    layout: str
+    layout: str  # "gptq", "gemm", "gemv", "gemv_fast" or "marlin"; "" for what the tensors say
+    # how a stored zero field becomes the zero; None where the config does not say
     zeros: Zeros | None = Zeros.AS_STORED
-    planar: bool = False
-    where: str = ""
+    planar: bool = False  # whether codes are stored plane by plane
+    where: str = ""  # the key that says so
 
 
 def method_of(block: QuantizationBlock) -> str:

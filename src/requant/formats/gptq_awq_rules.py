@@ -22,22 +22,14 @@ _OF_FLOATS = ("fp", "mx", "nv", "float", "bf", "nf")
 
 @dataclass(frozen=True, slots=True)
 class LayerRule:
-    """The settings that the config gives to one layer.
+    """The settings that the config gives to one layer."""
 
-    Attributes:
-        bits: Bits a code; None where the config is silent.
-        group_size: Inputs with one scale; -1 for a whole row, None where it is silent.
-        symmetric: Whether every zero is the middle code; None where it is silent.
-        quantized: Whether the layer is to be quantized at all.
-        where: The key that decided.
-        shuffled: Whether the inputs of a group are said to be anywhere in the row (desc_act).
-    """
-
-    bits: int | None
-    group_size: int | None
-    symmetric: bool | None
-    quantized: bool = True
-    where: str = ""
+    bits: int | None  # bits a code; None where the config is silent
+    group_size: int | None  # inputs with one scale; -1 for a whole row, None where it is silent
+    symmetric: bool | None  # whether every zero is the middle code; None where it is silent
+    quantized: bool = True  # whether the layer is to be quantized at all
+    where: str = ""  # the key that decided
+    # whether the inputs of a group are said to be anywhere in the row (desc_act)
     shuffled: bool = False
 
 

@@ -64,16 +64,12 @@ _VLLM: Final = re.compile(r"(?:^|\.)w(?:1|2|3|13)$")
 
 @dataclass(frozen=True)
 class LayerNames:
-    """A checkpoint's tensors by the names of the parts of layers.
+    """A checkpoint's tensors by the names of the parts of layers."""
 
-    Attributes:
-        tensors: Every tensor, under its own name where that is none of another spelling.
-        own: Path -> the name of the dense weight, where it is not ``{path}.weight``.
-        twice: Pairs of names that represent the same part of a layer.
-    """
-
-    tensors: Tensors
+    tensors: Tensors  # every tensor, under its own name where that is none of another spelling
+    # path -> the name of the dense weight, where it is not ``{path}.weight``
     own: Mapping[str, str]
+    # pairs of names that represent the same part of a layer
     twice: tuple[tuple[str, str], ...] = ()
 
     def called(self, layer: SourceLayer) -> SourceLayer:

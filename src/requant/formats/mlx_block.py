@@ -37,17 +37,12 @@ _WRAPPERS: Final = re.compile(r"(?:(?:model|language_model|text_model|llm|module
 
 @dataclass(frozen=True, slots=True)
 class Stated:
-    """The parameters that the block gives to a layer.
+    """The parameters that the block gives to a layer."""
 
-    Attributes:
-        where: The key that says so.
-        quantization: With MLX's defaults for what is not said; None for a dense layer.
-        declared: The parameters that are said.
-    """
-
-    where: str
+    where: str  # the key that says so
+    # with MLX's defaults for what is not said; None for a dense layer
     quantization: Quantization | None
-    declared: frozenset[str] = frozenset()
+    declared: frozenset[str] = frozenset()  # the parameters that are said
 
     def agrees(self, other: Quantization) -> bool:
         """Whether ``other`` has every value that is said."""
@@ -57,21 +52,15 @@ class Stated:
 
 @dataclass
 class MlxBlock:
-    """One block.
+    """One block."""
 
-    Attributes:
-        where: "config.json: quantization".
-        default: For layers without an entry; None where the block gives none that is legal.
-        entries: Layer path -> what its entry says.
-        problems: Entries that say nothing that can be.
-        strays: Layer path without the prefixes of wrappers -> the entries of that path that no
-            tensors have the name of.
-    """
-
-    where: str
+    where: str  # "config.json: quantization"
+    # for layers without an entry; None where the block gives none that is legal
     default: Stated | None = None
-    entries: dict[str, Stated] = field(default_factory=dict)
-    problems: list[Problem] = field(default_factory=list)
+    entries: dict[str, Stated] = field(default_factory=dict)  # layer path -> what its entry says
+    problems: list[Problem] = field(default_factory=list)  # entries that say nothing that can be
+    # layer path without the prefixes of wrappers -> the entries of that path that no tensors have
+    # the name of
     strays: dict[str, list[Stated]] = field(default_factory=dict)
 
     def of(self, path: str, fitting: Sequence[Quantization]) -> Stated | None:

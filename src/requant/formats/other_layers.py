@@ -55,25 +55,16 @@ _NAMED: Final = 3  # of many layers, how many a note names
 
 @dataclass
 class _Taken:
-    """The layers that other readers have taken so far.
+    """The layers that other readers have taken so far."""
 
-    Attributes:
-        layers: In no order.
-        names: Of their tensors, those without use included.
-        dropped: Tensors without use, each with the reason.
-        notes: Of the readers, and of the step itself.
-        problems: Layers with more than one reading.
-        disputed: Names of the tensors of those.
-        against: How many layers the config describes wrongly.
-    """
-
-    layers: list[SourceLayer] = field(default_factory=list)
-    names: set[str] = field(default_factory=set)
+    layers: list[SourceLayer] = field(default_factory=list)  # in no order
+    names: set[str] = field(default_factory=set)  # of their tensors, those without use included
+    # tensors without use, each with the reason
     dropped: dict[str, str] = field(default_factory=dict)
-    notes: list[Note] = field(default_factory=list)
-    problems: list[Problem] = field(default_factory=list)
-    disputed: set[str] = field(default_factory=set)
-    against: int = 0
+    notes: list[Note] = field(default_factory=list)  # of the readers, and of the step itself
+    problems: list[Problem] = field(default_factory=list)  # layers with more than one reading
+    disputed: set[str] = field(default_factory=set)  # names of the tensors of those
+    against: int = 0  # how many layers the config describes wrongly
 
 
 def read_each_layer(

@@ -36,16 +36,11 @@ ALIASES: Final = {
 
 @dataclass(frozen=True, slots=True)
 class QuantizationBlock:
-    """A quantization block and its path ("config.json: quantization_config").
+    """A quantization block and its path ("config.json: quantization_config")."""
 
-    Attributes:
-        where: For messages.
-        block: The block.
-        keys: Of config.json, from the outermost in; empty for a block in a file of its own.
-    """
-
-    where: str
+    where: str  # for messages
     block: Mapping[str, Any]
+    # of config.json, from the outermost in; empty for a block in a file of its own
     keys: tuple[str, ...] = ()
 
     @property

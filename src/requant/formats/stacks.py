@@ -21,17 +21,11 @@ from requant.text import pluralize as pluralize
 
 @dataclass(frozen=True)
 class Experts:
-    """The tensors of a stack, and where an expert's parts are in them.
-
-    Attributes:
-        count: Experts.
-        parts: Tensors by the names that a reader gives them.
-        places: Name of a tensor -> where an expert's part is.
-    """
+    """The tensors of a stack, and where an expert's parts are in them."""
 
     count: int
-    parts: Tensors
-    places: Mapping[str, Place]
+    parts: Tensors  # tensors by the names that a reader gives them
+    places: Mapping[str, Place]  # name of a tensor -> where an expert's part is
 
     @staticmethod
     def of(count: int, parts: Tensors, transposed: Sequence[str] = ()) -> Experts:

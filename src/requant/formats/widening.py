@@ -39,18 +39,12 @@ _E4M3_BYTES = _E4M3.view(np.uint8)
 
 @dataclass(frozen=True)
 class MlxRows(Packing):
-    """Rows of words, scales and biases that are stored as MLX stores them.
-
-    Attributes:
-        rows: Output rows, experts included.
-        columns: Inputs.
-        encoding: Of the codes.
-        scale_dtypes: Header names of the stored scales and biases; bytes have none.
-    """
+    """Rows of words, scales and biases that are stored as MLX stores them."""
 
     rows: int
     columns: int
-    encoding: Quantization
+    encoding: Quantization  # of the codes
+    # header names of the stored scales and biases; bytes have none
     scale_dtypes: tuple[str, ...] = ()
 
     def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
@@ -84,12 +78,7 @@ class MlxRows(Packing):
 
 @dataclass(frozen=True)
 class DenseRows(Packing):
-    """Rows of plain values, next to rows of codes in one layer.
-
-    Attributes:
-        rows: Output rows.
-        columns: Inputs.
-    """
+    """Rows of plain values, next to rows of codes in one layer."""
 
     holds_codes: ClassVar[bool] = False
 
@@ -107,17 +96,11 @@ class DenseRows(Packing):
 
 @dataclass(frozen=True)
 class Widened(WrappedPacking):
-    """The codes of another packing in an encoding that holds them.
+    """The codes of another packing in an encoding that holds them."""
 
-    Attributes:
-        layer: The other packing.
-        encoding: Of the rows that its ``repack`` gives.
-        target: Of the rows that this one gives.
-    """
-
-    layer: Packing
-    encoding: Quantization
-    target: Quantization
+    layer: Packing  # the other packing
+    encoding: Quantization  # of the rows that its ``repack`` gives
+    target: Quantization  # of the rows that this one gives
 
     @property
     def rows(self) -> int:  # type: ignore[override]  # a field of other packings

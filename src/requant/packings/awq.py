@@ -123,12 +123,9 @@ class AwqFast(IntegerPacking):
 
     ``qweight`` int16 ``[out / 4, in]``; ``scales`` ``[8 * width, out]`` and, of the same
     shape, ``-(scale * zero)`` under the name ``qzeros`` (AutoAWQ) or ``scaled_zeros``.
-
-    Attributes:
-        bias_role: The name of the biases.
     """
 
-    bias_role: str = "qzeros"
+    bias_role: str = "qzeros"  # the name of the biases
     row_unit: ClassVar[int] = 4
 
     def required_rects(self, start: int, stop: int) -> dict[str, Rect]:

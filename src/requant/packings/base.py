@@ -130,17 +130,11 @@ class Packing(ABC):
 
 @dataclass(frozen=True)
 class MatrixPacking(Packing):
-    """A packing of matrices of equal height.
-
-    Attributes:
-        rows: Output rows, experts included.
-        columns: Inputs.
-        matrix: Output rows of one matrix.
-    """
+    """A packing of matrices of equal height."""
 
     rows: int
     columns: int
-    matrix: int
+    matrix: int  # output rows of one matrix
 
     @property
     def matrix_rows(self) -> int:
@@ -213,24 +207,16 @@ def mlx_bits(bits: int) -> int:
 
 @dataclass(frozen=True)
 class IntegerPacking(Packing):
-    """``w = (code - zero) * scale`` with a scale and a zero for each group of inputs.
-
-    Attributes:
-        rows: Output rows, experts included.
-        columns: Inputs.
-        bits: Bits of a stored code.
-        group: Inputs that share a scale in the source; the last group may be shorter.
-        symmetric: Whether every zero is the power of two in the middle, so that
-            ``zero * scale`` is exact in any dtype.
-        scale_dtype: Header name of the stored scales.
-    """
+    """``w = (code - zero) * scale`` with a scale and a zero for each group of inputs."""
 
     rows: int
     columns: int
-    bits: int
-    group: int
+    bits: int  # bits of a stored code
+    group: int  # inputs that share a scale in the source; the last group may be shorter
+    # whether every zero is the power of two in the middle, so that ``zero * scale`` is exact in any
+    # dtype
     symmetric: bool
-    scale_dtype: str
+    scale_dtype: str  # header name of the stored scales
 
     @property
     def stored_kind(self) -> tuple[object, ...]:

@@ -57,16 +57,11 @@ class HqqRows(IntegerPacking):
 
     ``W_q`` packed view rows; ``scale`` and ``zero`` floats ``[view rows, 1]``. A group that does
     not divide the inputs spans two rows of the weight; such a layer has no encoding.
-
-    Attributes:
-        packing: HQQ's name of the packing.
-        packed_width: Last axis of ``W_q`` as stored (``view_as_float`` stores it as floats).
-        zero_dtype: Header name of the stored zeros.
     """
 
-    packing: str
-    packed_width: int
-    zero_dtype: str
+    packing: str  # HQQ's name of the packing
+    packed_width: int  # last axis of ``W_q`` as stored (``view_as_float`` stores it as floats)
+    zero_dtype: str  # header name of the stored zeros
 
     @property
     def encoding(self) -> Quantization | None:
@@ -162,22 +157,14 @@ class HqqColumns(Packing):
 
     ``W_q`` packed view rows of ``rows * columns / group`` codes; ``scale`` and ``zero`` floats
     ``[1, rows * columns / group]``.
-
-    Attributes:
-        rows: Output rows.
-        columns: Inputs.
-        bits: Bits of a code.
-        group: Rows of the view: values with one scale.
-        packing: HQQ's name of the packing.
-        stored_dtype: Header name of the dtype of ``W_q``.
     """
 
     rows: int
     columns: int
-    bits: int
-    group: int
-    packing: str
-    stored_dtype: str
+    bits: int  # bits of a code
+    group: int  # rows of the view: values with one scale
+    packing: str  # HQQ's name of the packing
+    stored_dtype: str  # header name of the dtype of ``W_q``
 
     @property
     def _width(self) -> int:

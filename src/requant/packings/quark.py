@@ -31,17 +31,11 @@ from requant.quantization.config import Quantization
 
 @dataclass(frozen=True)
 class _QuarkInteger(IntegerPacking):
-    """The fields that both orientations have in common.
+    """The fields that both orientations have in common."""
 
-    Attributes:
-        signed: Whether codes and zeros are two's complement.
-        reordered: Whether the codes of a word are in AWQ's order.
-        has_zeros: Whether there is a ``weight_zero_point``.
-    """
-
-    signed: bool
-    reordered: bool
-    has_zeros: bool
+    signed: bool  # whether codes and zeros are two's complement
+    reordered: bool  # whether the codes of a word are in AWQ's order
+    has_zeros: bool  # whether there is a ``weight_zero_point``
 
     @property
     def _half(self) -> np.uint8:
@@ -109,13 +103,9 @@ class QuarkColumns(_QuarkInteger):
 
 @dataclass(frozen=True)
 class QuarkRows(_QuarkInteger):
-    """per_channel and per_tensor: ``weight`` ``[out, in]``, packed along the inputs.
+    """per_channel and per_tensor: ``weight`` ``[out, in]``, packed along the inputs."""
 
-    Attributes:
-        one_scale: Whether one scale (and zero) serves the whole tensor; else a vector.
-    """
-
-    one_scale: bool
+    one_scale: bool  # whether one scale (and zero) serves the whole tensor; else a vector
 
     def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
         width = self.columns if self.bits == 8 else self.columns // 8

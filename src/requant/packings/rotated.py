@@ -165,13 +165,9 @@ def _rotation_cuts(krot: int, columns: int) -> dict[str, Rect]:
 
 @dataclass(frozen=True)
 class RotatedGemm(AwqGemm):
-    """AWQ gemm codes of the rotated weight; their values are those of the plain one.
+    """AWQ gemm codes of the rotated weight; their values are those of the plain one."""
 
-    Attributes:
-        krot: Rounds of the rotation.
-    """
-
-    krot: int = 0
+    krot: int = 0  # rounds of the rotation
 
     def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
         """The codes, and the whole rotation."""
@@ -187,19 +183,13 @@ class RotatedGemm(AwqGemm):
 
 @dataclass(frozen=True)
 class RotatedTriple(Packing):
-    """The same in MLX's layout, as an output of requant holds it.
+    """The same in MLX's layout, as an output of requant holds it."""
 
-    Attributes:
-        shape: Of the weight; outputs and inputs last, experts that share the rotation before.
-        encoding: Of the codes; affine.
-        group: Inputs that are rotated together.
-        krot: Rounds of the rotation.
-    """
-
+    # of the weight; outputs and inputs last, experts that share the rotation before
     shape: tuple[int, ...]
-    encoding: Quantization
-    group: int
-    krot: int
+    encoding: Quantization  # affine
+    group: int  # inputs that are rotated together
+    krot: int  # rounds of the rotation
 
     @property
     def rows(self) -> int:  # type: ignore[override]  # a field of other packings

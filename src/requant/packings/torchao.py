@@ -94,18 +94,12 @@ class Swizzled(WrappedPacking):
 
     The scale of row ``r`` and group ``c`` is in tile ``(r // 128, c // 4)``, tiles row by row,
     at ``[r % 32, 4 * (r // 32 % 4) + c % 4]`` of its 32 x 16 bytes; the last tiles are padded.
-
-    Attributes:
-        rows: Output rows of the one matrix.
-        columns: Inputs.
-        layer: The packing of the same layer with scales row by row.
-        groups: Scales of a row.
     """
 
     rows: int
     columns: int
-    layer: Packing
-    groups: int
+    layer: Packing  # the packing of the same layer with scales row by row
+    groups: int  # scales of a row
 
     @property
     def _tiles_across(self) -> int:
