@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -173,27 +173,17 @@ class ActOrderFold:
 
 @dataclass(frozen=True, slots=True)
 class SourceLayout:
-    """Everything a format found: each tensor of the checkpoint is in a layer or dropped.
+    """Everything a format found: each tensor of the checkpoint is in a layer or dropped."""
 
-    Attributes:
-        layers: In the order of the checkpoint's bytes.
-        quantization: The MLX quantization that the source declares, if it is MLX's.
-        problems: Everything that is wrong with the checkpoint.
-        dropped: Tensors that have no use in MLX, each with the reason.
-        notes: For the user.
-        folds: Layers that may be kept by reordering others.
-        rotation: The entry of an output's config for layers with a rotation.
-        unfulfilled: The problem of a config that names a format of which no layer is; reported
-            only where no tensor holds codes (``unclaimed``).
-    """
-
-    layers: tuple[SourceLayer, ...]
-    quantization: PerLayerQuantization | None = None
-    problems: tuple[Problem, ...] = ()
-    dropped: tuple[tuple[str, str], ...] = ()
-    notes: tuple[Note, ...] = ()
-    folds: tuple[ActOrderFold, ...] = ()
-    rotation: Mapping[str, Any] | None = None
+    layers: tuple[SourceLayer, ...]  # in the order of the checkpoint's bytes
+    quantization: PerLayerQuantization | None = None  # what the source declares, if it is MLX's
+    problems: tuple[Problem, ...] = ()  # everything that is wrong with the checkpoint
+    dropped: tuple[tuple[str, str], ...] = ()  # tensors without use in MLX, each with the reason
+    notes: tuple[Note, ...] = ()  # for the user
+    folds: tuple[ActOrderFold, ...] = ()  # layers that may be kept by reordering others
+    rotation: Mapping[str, Any] | None = None  # the entry of an output's config for rotated layers
+    # the problem of a config that names a format of which no layer is; reported only where no
+    # tensor holds codes (``unclaimed``)
     unfulfilled: Problem | None = None
 
     def without_rotations(self) -> SourceLayout:
@@ -245,11 +235,15 @@ class Format(Protocol):
         """Sort every tensor into layers, and list what is wrong with them."""
 
 
+def named_parts(tensors: Tensors, path: str, roles: Iterable[str]) -> dict[str, SourceTensor]:
+    """Role -> the tensor ``{path}.{role}``, for those of ``roles`` that there are."""
+    return {role: tensors[name] for role in roles if (name := f"{path}.{role}") in tensors}
+
+
 def dense_layer(tensor: SourceTensor) -> SourceLayer:
     """Describe a tensor that is stored as its values."""
     name = tensor.name
     path = name.removesuffix(".weight")
-
     shape, dtype = tensor.info.shape, tensor.info.dtype
     return SourceLayer(path=path, parts={"weight": tensor}, encoding=None, shape=shape, dtype=dtype)
 

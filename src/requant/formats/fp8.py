@@ -5,11 +5,9 @@ Value: ``w = e4m3 * scale``; what DeepSeek calls ``weight_scale_inv`` is that fa
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from requant.checkpoints.checkpoint import Checkpoint, SourceTensor
 from requant.formats.base import SourceLayer, SourceLayout, Tensors
-from requant.formats.float8_layers import EXPONENTS, FLOAT8, float8_stack
+from requant.formats.float8_layers import EXPONENTS, FLOAT8, block_pair, float8_stack
 from requant.formats.layer_names import layer_names
 from requant.formats.mx_layers import mx_layer
 from requant.formats.quantization_block import QuantizationBlock, find_quantization_block
@@ -43,7 +41,6 @@ class Fp8:
         return None
 
     def read(self, checkpoint: Checkpoint) -> SourceLayout:
-        """Pair each FP8 weight with its scales; everything else is dense."""
         found = find_quantization_block(checkpoint)
         sorter = TensorSorter.by_role(checkpoint)
         block = _block(found, sorter)
@@ -53,7 +50,7 @@ class Fp8:
             scale = sorter.parts.get(f"{path}.{_SCALE}") if name.endswith(".weight") else None
             if scale is not None and tensor.info.dtype in (*FLOAT8, "I8"):
                 parts = {"weight": tensor, "weight_scale": scale}
-                sorter.make(path, parts, _maker(sorter, block, fbgemm))
+                sorter.make(path, parts, lambda p, t: _layer(sorter, p, t, block, fbgemm))
         sorter.drop_runtime_scales()
         return sorter.layout()
 
@@ -63,34 +60,26 @@ def _path(name: str) -> str:
 
 
 def _block(found: QuantizationBlock | None, sorter: TensorSorter) -> tuple[int, int] | None:
-    """``weight_block_size``, checked."""
     block = None if found is None else found.get("weight_block_size")
     if block is None or found is None:
         return None
-    if isinstance(block, list) and len(block) == 2:
-        high, wide = block
-        if all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in block):
-            return high, wide
+    if pair := block_pair(block):
+        return pair
     where = f"{found.where}.weight_block_size"
     sorter.problem(where, f"is {format_value(block)}, expected two whole numbers, rows and columns")
     return None
 
 
-def _maker(
-    sorter: TensorSorter, block: tuple[int, int] | None, fbgemm: bool
-) -> Callable[[str, Tensors], SourceLayer]:
-    """Return the function that makes one layer, if its tensors fit each other."""
-
-    def make(path: str, parts: Tensors) -> SourceLayer:
-        weight, scale = parts["weight"], parts["weight_scale"]
-        shape = weight.info.shape
-        if len(shape) < 2 or 0 in shape:
-            raise unexpected(weight, "a matrix or a stack of matrices")
-        if weight.info.dtype not in FLOAT8 or _is_fp4(weight, scale):
-            return _fp4_layer(sorter, path, weight, scale)
-        return float8_stack(sorter, path, weight, scale, block=block, transposed=fbgemm)
-
-    return make
+def _layer(
+    sorter: TensorSorter, path: str, parts: Tensors, block: tuple[int, int] | None, fbgemm: bool
+) -> SourceLayer:
+    weight, scale = parts["weight"], parts["weight_scale"]
+    shape = weight.info.shape
+    if len(shape) < 2 or 0 in shape:
+        raise unexpected(weight, "a matrix or a stack of matrices")
+    if weight.info.dtype not in FLOAT8 or _is_fp4(weight, scale):
+        return _fp4_layer(sorter, path, weight, scale)
+    return float8_stack(sorter, path, weight, scale, block=block, transposed=fbgemm)
 
 
 def _is_fp4(weight: SourceTensor, scale: SourceTensor) -> bool:

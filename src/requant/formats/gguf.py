@@ -49,14 +49,10 @@ _NAN_EXPONENT, _ZERO_SCALE, _SIGN = 255, 0x7F, 0x80
 
 
 def _by_head(rows: Array, heads: int) -> Array:
-    """Rows of heads in Hugging Face's order.
+    """Rows ``(heads * head_dim, n)`` in Hugging Face's order.
 
     llama.cpp turns neighbouring rows of a head together, Hugging Face row ``i`` with row
     ``i + head_dim / 2``.
-
-    Args:
-        rows: ``(heads * head_dim, n)``.
-        heads: How many.
     """
     pairs = rows.reshape(heads, -1, 2, rows.shape[-1])
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows.shape)
@@ -80,12 +76,10 @@ class _GgufRows(MatrixPacking):
 
     @property
     def row_unit(self) -> int:  # type: ignore[override]  # a constant of other packings
-        """Rows of a head stay together."""
         return self.head
 
     @property
     def stored_kind(self) -> tuple[object, ...]:
-        """The class with the block type."""
         return type(self), self.type_number
 
     def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
@@ -128,10 +122,13 @@ class GgufScaledValues(GgufValues):
 
     def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         """The products in float32, rounded once."""
-        wide = self.stored(parts).astype(np.float32)
-        with np.errstate(over="ignore", invalid="ignore"):
-            wide *= parts["tensor_scale"].reshape(-1)[0]
-        values.cast_into(wide, out)
+        _scaled_into(self.stored(parts).astype(np.float32), parts, out)
+
+
+def _scaled_into(wide: Array, parts: Parts, out: Array) -> None:
+    with np.errstate(over="ignore", invalid="ignore"):
+        wide *= parts["tensor_scale"].reshape(-1)[0]
+    values.cast_into(wide, out)
 
 
 def _scale_cut(scales: int, matrix: int) -> Rect:
@@ -162,7 +159,6 @@ class GgufBlocks(_GgufRows):
 
     @property
     def encoding(self) -> Quantization | None:
-        """MLX's encoding of the same codes."""
         return None if self.tensor_scales else self.kind.encoding
 
     def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
@@ -184,9 +180,7 @@ class GgufBlocks(_GgufRows):
             return
         wide = scratch.take("wide", "F32", stop - start, 4 * self.columns)
         values_into(self.kind, self.stored(parts), wide)
-        with np.errstate(over="ignore", invalid="ignore"):
-            wide *= parts["tensor_scale"].reshape(-1)[0]
-        values.cast_into(wide, out)
+        _scaled_into(wide, parts, out)
 
     def fidelity(self, dtype: str) -> Fidelity:
         """Exact where scales and biases are numbers of ``dtype``."""
@@ -264,13 +258,10 @@ def _layer(
     rows = prod(leading)
     matrix = leading[-1] if leading else 1
     parts = {"weight": tensor}
-    scale = checkpoint.tensors.get(f"{_path(tensor.name)}.scale")
+    is_weight = tensor.name.endswith(".weight")
+    scale = checkpoint.tensors.get(f"{_path(tensor.name)}.scale") if is_weight else None
     scales = 0
-    if (
-        scale is not None
-        and tensor.name.endswith(".weight")
-        and _scales(checkpoint, scale, rows // matrix, problems)
-    ):
+    if scale is not None and _scales(checkpoint, scale, rows // matrix, problems):
         parts["tensor_scale"] = scale
         scales = scale.info.size
         if stored.is_shifted or (stored.kind.dtype and stored.kind.dtype not in FLOATS):
@@ -278,7 +269,7 @@ def _layer(
             problems.append(Problem(scale.name, message))
     if stored.kind.dtype:
         return _plain(parts, stored, model.dtype, scales)
-    is_layer = tensor.name.endswith(".weight") and len(stored.shape) in (2, 3)
+    is_layer = is_weight and len(stored.shape) in (2, 3)
     packing = (GgufBlocks if is_layer else GgufDenseBlocks)(
         rows=rows,
         columns=columns,
@@ -299,8 +290,7 @@ def _layer(
     text = f"a scale of {kind} covers fewer values than any of MLX's"
     reason = Reason(ReasonCode.NO_MLX_GROUP, text)
     if scales:
-        text = "a scale over the whole tensor is multiplied in"
-        reason = Reason(ReasonCode.TENSOR_SCALE, text)
+        reason = Reason(ReasonCode.TENSOR_SCALE, "a scale over the whole tensor is multiplied in")
     return replace(layer, policy=DefaultPolicy(fallback=_FALLBACK, reason=reason))
 
 
@@ -340,7 +330,6 @@ def _plain(parts: Tensors, stored: GgufTensor, dtype: str, scales: int) -> Sourc
 
 
 def _decoded(parts: Tensors, stored: GgufTensor, dtype: str, packing: Packing) -> SourceLayer:
-    """A tensor of which only the values go out."""
     name = parts["weight"].name
     return SourceLayer(
         path=_path(name),

@@ -111,13 +111,10 @@ def _bare(path: str) -> str:
 
 
 def read_block(where: str, block: Any, names_layer: Callable[[str], bool]) -> MlxBlock:
-    """Read a block, and collect what is wrong with it.
+    """Read the block under the key ``where``, and collect what is wrong with it.
 
-    Args:
-        where: The key.
-        block: Its value.
-        names_layer: Whether there are tensors under a path; what names none and is not an object
-            is a remark of another tool.
+    ``names_layer`` tells whether there are tensors under a path; what names none and is not an
+    object is a remark of another tool.
     """
     found = MlxBlock(where)
     if not isinstance(block, Mapping):

@@ -44,7 +44,6 @@ class Mxfp4:
         return None
 
     def read(self, checkpoint: Checkpoint) -> SourceLayout:
-        """Pair blocks with scales; everything else is dense."""
         sorter = TensorSorter.by_role(checkpoint)
         for name, tensor in checkpoint.tensors.items():
             for blocks, scales in _SUFFIXES:
@@ -108,7 +107,6 @@ def _flat_layer(sorter: TensorSorter, path: str, parts: Tensors) -> SourceLayer:
 def _layer(
     sorter: TensorSorter, path: str, blocks: SourceTensor, scales: str
 ) -> SourceLayer | None:
-    """One stack of experts, if its tensors fit each other."""
     scale, shape = sorter.tensors.get(scales), blocks.info.shape
     sorter.claim([blocks.name], path)
     if blocks.info.dtype != "U8" or len(shape) < 3 or shape[-1] != _BLOCK_BYTES:

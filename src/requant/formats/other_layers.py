@@ -70,15 +70,9 @@ class _Taken:
 def read_each_layer(
     known: Format, formats: Sequence[Format], checkpoint: Checkpoint
 ) -> tuple[SourceLayout, int]:
-    """Every layer of a checkpoint: by the format that claims it, or by what its tensors are.
+    """Every layer of a checkpoint: by ``known``, which claims it, or by what its tensors are.
 
-    Args:
-        known: The format that claims the checkpoint.
-        formats: All built-in formats.
-        checkpoint: The source.
-
-    Returns:
-        The layout, and how many layers the config describes wrongly.
+    Returns the layout, and how many layers the config describes wrongly.
     """
     step = _Step(known, formats, checkpoint)
     layout = step.layout
@@ -204,7 +198,6 @@ class _Step:
         return self._accept(sound, dropped, layout.notes)
 
     def _made(self, layout: SourceLayout, own: bool) -> Iterator[SourceLayer]:
-        """The layers of a layout that may be taken."""
         for layer in layout.layers:
             if not layer.is_quantized or self._is_barred(layer.path):
                 continue
@@ -338,5 +331,4 @@ def _places(where: str) -> Iterator[str]:
 
 
 def _used(layer: SourceLayer) -> set[str]:
-    """The tensors that a layer is made of."""
     return {part.name for part in (*layer.parts.values(), *layer.rotation_tensors.values())}

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any, Final, TypeGuard
 
 from requant.checkpoints.checkpoint import Checkpoint
 from requant.checkpoints.folder_files import CONFIG, QUANTIZATION_FILES
@@ -66,7 +66,6 @@ class QuantizationBlock:
         if value is None or (isinstance(value, int) and not isinstance(value, bool)):
             return value
         problems.append(self.wrong(key, "a whole number"))
-
         return default
 
     def boolean(self, key: str, problems: list[Problem], default: bool) -> bool:
@@ -75,7 +74,6 @@ class QuantizationBlock:
         if isinstance(value, bool):
             return value
         problems.append(self.wrong(key, "true or false"))
-
         return default
 
     def names(self, key: str, problems: list[Problem]) -> tuple[str, ...]:
@@ -92,6 +90,11 @@ class QuantizationBlock:
         """The problem of a value that is not what its key demands."""
         message = f"is {format_value(self.get(key))}, expected {expected}"
         return Problem(f"{self.where}.{key}", message)
+
+
+def is_count(value: Any) -> TypeGuard[int]:
+    """Whether a value of a JSON file is a whole number above 0."""
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def sections(config: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Mapping[str, Any]]]:
@@ -139,12 +142,17 @@ def find_quantization_block(checkpoint: Checkpoint) -> QuantizationBlock | None:
     return next(iter(blocks(checkpoint)), None)
 
 
-def claim_by_method(checkpoint: Checkpoint, method: str) -> str | None:
-    """The evidence of a format that ``quant_method`` alone decides; None for other folders."""
+def claim_by_method(
+    checkpoint: Checkpoint, method: str, otherwise: Iterable[str] = ()
+) -> str | None:
+    """The evidence of a format that ``quant_method`` names; None for other folders.
+
+    Without a quantization block it is the first of ``otherwise``.
+    """
     block = find_quantization_block(checkpoint)
-    if block is None or block.method != method:
-        return None
-    return f"{block.where}: quant_method {method}"
+    if block is None:
+        return next(iter(otherwise), None)
+    return f"{block.where}: quant_method {method}" if block.method == method else None
 
 
 def contradicting(checkpoint: Checkpoint) -> list[QuantizationBlock]:

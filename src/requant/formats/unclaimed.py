@@ -37,9 +37,7 @@ _UNREADABLE: Final = ("F8_E5M2", "F8_E5M2FNUZ")
 def check_unclaimed(checkpoint: Checkpoint, layout: SourceLayout, format: Format) -> SourceLayout:
     """Check the tensors that no layer took for codes and for scales.
 
-    Returns:
-        The layout with the problems; and without the scales of floats where the config says
-        that these are the values.
+    Scales of floats are dropped where the config says that the floats are the values.
     """
     read = any(layer.is_quantized for layer in layout.layers)
     if read and checkpoint.gguf is None:

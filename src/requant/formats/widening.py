@@ -48,7 +48,6 @@ class MlxRows(Packing):
     scale_dtypes: tuple[str, ...] = ()
 
     def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
-        """The same rows of each tensor."""
         words = self.columns * self.encoding.bits // 32
         groups = (0, self.columns // self.encoding.group_size)
         cuts = {"weight": Rect((start, stop), (0, words)), "scales": Rect((start, stop), groups)}
@@ -65,7 +64,6 @@ class MlxRows(Packing):
                 rows[:] = parts[role].view(rows.dtype)
 
     def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
-        """The values that MLX computes."""
         tensors = native.QuantizedTensors.from_roles(parts)
         native.dequantize_into(tensors, self.encoding, out)
 
@@ -86,11 +84,9 @@ class DenseRows(Packing):
     columns: int
 
     def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
-        """The same rows."""
         return {"weight": Rect((start, stop), (0, self.columns))}
 
     def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
-        """The values, rounded once."""
         values.cast_into(parts["weight"], out)
 
 
@@ -104,12 +100,10 @@ class Widened(WrappedPacking):
 
     @property
     def rows(self) -> int:  # type: ignore[override]  # a field of other packings
-        """Output rows, experts included."""
         return self.layer.rows
 
     @property
     def columns(self) -> int:  # type: ignore[override]
-        """Inputs."""
         return self.layer.columns
 
     @property
@@ -120,7 +114,6 @@ class Widened(WrappedPacking):
         return self.layer.scratch_row_bytes + self.columns + narrow + 8 * groups
 
     def repack(self, parts: Parts, start: int, stop: int, out: Triple, scratch: Scratch) -> None:
-        """The codes in wider fields, scales and biases repeated."""
         rows, narrow = stop - start, dict(out)
         if self.encoding.bits != self.target.bits:
             width = self.columns * self.encoding.bits // 8
@@ -146,12 +139,7 @@ class Widened(WrappedPacking):
         else:
             np.take(_E4M3_BYTES, codes, out=out.view(np.uint8), mode="clip")
 
-    def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
-        """As the packing within."""
-        self.layer.decode(parts, start, stop, out, scratch)
-
     def to_dict(self) -> dict[str, Any]:
-        """The packing as JSON data, with the one within."""
         return {
             "kind": type(self).__name__,
             "packing": self.layer.to_dict(),

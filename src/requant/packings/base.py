@@ -94,7 +94,6 @@ class Packing(ABC):
 
     @property
     def matrix_rows(self) -> int:
-        """Output rows of one matrix."""
         return self.rows
 
     @property
@@ -164,6 +163,9 @@ class WrappedPacking(Packing):
     def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
         return self.layer.required_rects(start, stop)
 
+    def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
+        self.layer.decode(parts, start, stop, out, scratch)
+
     def fidelity(self, dtype: str) -> Fidelity:
         return self.layer.fidelity(dtype)
 
@@ -220,7 +222,6 @@ class IntegerPacking(Packing):
 
     @property
     def stored_kind(self) -> tuple[object, ...]:
-        """The class with bits and group."""
         return type(self), self.bits, self.group
 
     @property
@@ -255,9 +256,16 @@ class IntegerPacking(Packing):
         """The zeros, float32 ``(rows, groups)``, or one for all."""
         return float(1 << (self.bits - 1))
 
+    def _checked_zeros(self, parts: Parts, start: int, stop: int) -> Array | float:
+        zeros = self.zeros(parts, start, stop)
+        if self.symmetric and isinstance(zeros, Array):
+            _check_symmetric(zeros, self.bits)
+        return zeros
+
     def biases(self, parts: Parts, start: int, stop: int, scales: Array) -> Array:
         """``-zero * scale`` of the scales as they are stored in the output; float32."""
-        product = np.float32(-1) * self.zeros(parts, start, stop) * scales.astype(np.float32)
+        zeros = self._checked_zeros(parts, start, stop)
+        product = np.float32(-1) * zeros * scales.astype(np.float32)
         return np.asarray(product, np.float32)
 
     def repack(self, parts: Parts, start: int, stop: int, out: Triple, scratch: Scratch) -> None:
@@ -276,7 +284,7 @@ class IntegerPacking(Packing):
         codes = np.ascontiguousarray(self.codes(parts, start, stop, scratch))
         scales = np.ascontiguousarray(self.scales(parts, start, stop), np.float32)
         zeros = np.empty_like(scales)
-        zeros[:] = self.zeros(parts, start, stop)
+        zeros[:] = self._checked_zeros(parts, start, stop)
         decode.integer_values_into(codes, scales, zeros, self.group, out)
 
     def fidelity(self, dtype: str) -> Fidelity:
@@ -297,7 +305,18 @@ class IntegerPacking(Packing):
         return np.arange(groups) * size // self.group
 
 
-def check_symmetric(zeros: Array, bits: int) -> None:
+def affine_into(codes: Array, scales: Array, biases: Array, group: int, out: Array) -> None:
+    """Fill ``out`` with ``code * scale + bias`` in float32, rounded once more.
+
+    ``codes`` is ``(rows, columns)``; scales and biases are ``(rows, groups)``.
+    """
+    of = np.arange(codes.shape[1]) // group
+    scales, biases = (part.astype(np.float32)[:, of] for part in (scales, biases))
+    with np.errstate(over="ignore"):  # the caller counts infinities
+        out[:] = codes.astype(np.float32) * scales + biases
+
+
+def _check_symmetric(zeros: Array, bits: int) -> None:
     """Hold zeros against the claim that each is the middle of the codes.
 
     Raises:

@@ -37,17 +37,14 @@ class StackedExperts(WrappedPacking):
 
     @property
     def rows(self) -> int:  # type: ignore[override]
-        """Output rows, experts included."""
         return self.experts * self.layer.rows
 
     @property
     def columns(self) -> int:  # type: ignore[override]
-        """Inputs."""
         return self.layer.columns
 
     @property
     def strided(self) -> bool:  # type: ignore[override]
-        """Whether rows are spread over the tensors of one expert."""
         return self.layer.strided or self.is_transposed
 
     @property
@@ -57,7 +54,6 @@ class StackedExperts(WrappedPacking):
 
     @property
     def encoding(self) -> Quantization | None:
-        """MLX's encoding of one expert."""
         quantization: Quantization | None = getattr(self.layer, "encoding", None)
         return quantization
 

@@ -195,7 +195,6 @@ class MxBlocks(_ExponentBlocks):
 
     @property
     def encoding(self) -> Quantization:
-        """The same mode of MLX."""
         return MXFP4 if self.bits == 4 else MXFP8
 
     def required_rects(self, start: int, stop: int) -> dict[str, Rect]:

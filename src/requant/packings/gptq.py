@@ -21,7 +21,6 @@ from requant.packings.base import (
     Parts,
     Rect,
     Scratch,
-    check_symmetric,
     mlx_bits,
     stream_codes,
 )
@@ -104,16 +103,12 @@ class Gptq(IntegerPacking):
         return np.take(codes, group_order(parts["g_idx"], self.groups), axis=1)
 
     def scales(self, parts: Parts, start: int, stop: int) -> Array:
-        """Stored as ``[groups, out]``."""
         return parts["scales"].T
 
     def zeros(self, parts: Parts, start: int, stop: int) -> Array | float:
-        """Unpacked along the outputs."""
         if not self.has_zeros:
             return super().zeros(parts, start, stop)
         zeros = stored_zeros(parts["qzeros"], self.bits, stop - start, self)
-        if self.symmetric:
-            check_symmetric(zeros, self.bits)
         return zeros.T.astype(np.float32)
 
     def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:

@@ -170,7 +170,6 @@ class RotatedGemm(AwqGemm):
     krot: int = 0  # rounds of the rotation
 
     def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
-        """The codes, and the whole rotation."""
         return super().required_rects(start, stop) | _rotation_cuts(self.krot, self.columns)
 
     def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
@@ -193,12 +192,10 @@ class RotatedTriple(Packing):
 
     @property
     def rows(self) -> int:  # type: ignore[override]  # a field of other packings
-        """Outputs, those of all experts."""
         return prod(self.shape[:-1])
 
     @property
     def columns(self) -> int:  # type: ignore[override]
-        """Inputs."""
         return self.shape[-1]
 
     @property
@@ -206,7 +203,6 @@ class RotatedTriple(Packing):
         return self.shape[-2]
 
     def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
-        """Rows of the triple, and the whole rotation."""
         words = self.columns * self.encoding.bits // 32
         groups = self.columns // self.encoding.group_size
         return {
@@ -216,7 +212,6 @@ class RotatedTriple(Packing):
         } | _rotation_cuts(self.krot, self.columns)
 
     def repack(self, parts: Parts, start: int, stop: int, out: Triple, scratch: Scratch) -> None:
-        """The rows as they are."""
         for role, rows in out.items():
             rows[:] = parts[role]
 
