@@ -69,9 +69,6 @@ class Bitsandbytes:
         return sorter.layout()
 
 
-# -- int8 --------------------------------------------------------------------------------------
-
-
 def _int8_layer(sorter: TensorSorter, path: str, tensors: Tensors) -> SourceLayer:
     scale, weight = tensors["SCB"], tensors.get("weight")
     order = sorter.tensors.get(f"{path}.weight_format")
@@ -95,9 +92,6 @@ def _int8_layer(sorter: TensorSorter, path: str, tensors: Tensors) -> SourceLaye
     packing = BnbInt8(**row_fields(shape, scale.info, scale_rows=1))
     parts = {"weight": weight, "weight_scale": scale}
     return integer_layer(sorter, path, parts, shape, packing, tool="bitsandbytes")
-
-
-# -- nf4, fp4 ----------------------------------------------------------------------------------
 
 
 def _read_table(sorter: TensorSorter, name: str) -> None:

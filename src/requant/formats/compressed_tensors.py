@@ -97,11 +97,8 @@ class _Reader:
             role = tensor.name.rpartition(".")[2]
             if role in _SPARSE:
                 sorter.problem(tensor.name, f"is a part of {_SPARSE[role]}, which is not read")
-        named = [
-            path
-            for path, scheme in self.config.named()
-            if scheme.bits and self.config.ignored(path) is None
-        ]
+        schemes = self.config.named()
+        named = [path for path, x in schemes if x.bits and not self.config.ignores(path)]
         sorter.note_dense(f"{self.config.where}.config_groups", named)
 
     # -- one layer -----------------------------------------------------------------------

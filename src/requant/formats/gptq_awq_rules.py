@@ -42,11 +42,11 @@ class LayerRules:
         for key, means in (("sym", True), ("zero_point", False)):
             if block.get(key) is not None:
                 symmetric = block.boolean(key, problems, True) is means
-        self.default = LayerRule(None, None, symmetric, where=block.where)
+        bits = group = None
         if not _is_of_floats(block):
             bits, group = (block.integer(key, problems) for key in ("bits", "group_size"))
-            self.default = LayerRule(bits, group, symmetric, where=block.where)
-        self.default = replace(self.default, shuffled=block.get("desc_act") is True)
+        shuffled = block.get("desc_act") is True
+        self.default = LayerRule(bits, group, symmetric, where=block.where, shuffled=shuffled)
         self._exact: dict[str, LayerRule] = {}
         self._patterns: list[tuple[Pattern, bool, LayerRule]] = []
         self._read(block, "dynamic", problems)

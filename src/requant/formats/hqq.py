@@ -26,6 +26,7 @@ from requant.formats.base import (
 from requant.formats.integer_layers import integer_layer
 from requant.formats.quantization_block import (
     QuantizationBlock,
+    as_table,
     claim_by_method,
     find_quantization_block,
 )
@@ -109,9 +110,8 @@ class _Params:
         """A parameter of a layer; None where the config is silent."""
         names = (part for part in path.split(".") if not part.isdigit())
         tag = ".".join(name for name in names if name not in ("model", "layers"))
-        block = self.block.get(tag, self.block)
-        params = block.get("weight_quant_params", block) if isinstance(block, Mapping) else None
-        return params.get(key) if isinstance(params, Mapping) else None
+        block = as_table(self.block.get(tag, self.block))
+        return as_table(block.get("weight_quant_params", block)).get(key)
 
 
 class _Layer:

@@ -68,10 +68,7 @@ class _Reader:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint, self.sorter = checkpoint, TensorSorter.by_role(checkpoint)
         block = find_quantization_block(checkpoint) or QuantizationBlock("hf_quant_config.json", {})
-        inner = block.get("quantization")
-        if isinstance(inner, Mapping):
-            block = QuantizationBlock(f"{block.where}: quantization", inner)
-        self.found = block
+        self.found = block = block.inner
         self.algorithm = self._algorithm(block.get("quant_algo"), f"{block.where}.quant_algo")
         self.by_layer = self._by_layer()
 
@@ -86,8 +83,6 @@ class _Reader:
             message = f"is {self.algorithm}, but no layer has a weight_scale"
             sorter.no_layer(f"{self.found.where}.quant_algo", message)
         return sorter.layout()
-
-    # -- the config ----------------------------------------------------------------------
 
     def _algorithm(self, value: Any, where: str) -> str:
         """A known algorithm in upper case; "" where the config is silent."""
@@ -116,8 +111,6 @@ class _Reader:
             for path, declared in table.items()
             if isinstance(declared, Mapping)
         }
-
-    # -- the tensors ---------------------------------------------------------------------
 
     def _check_loose(self) -> None:
         """Report low-rank branches, and note layers that are dense though named."""

@@ -32,6 +32,7 @@ from requant.formats.one_reading import (
 )
 from requant.formats.quantization_block import (
     QuantizationBlock,
+    as_table,
     find_quantization_block,
     with_block,
     without_blocks,
@@ -286,10 +287,10 @@ class _Step:
 
     def _is_declared(self, layer: SourceLayer) -> bool:
         """Whether AutoRound's config gives a layer, or all of them, the kind of its codes."""
-        table = None if self.found is None else self.found.get("extra_config")
-        entry = table.get(layer.path) if isinstance(table, Mapping) else None
-        declared = entry.get("data_type") if isinstance(entry, Mapping) else None
-        if declared is None and self.found is not None:
+        if self.found is None:
+            return False
+        declared = as_table(self.found.table("extra_config").get(layer.path)).get("data_type")
+        if declared is None:
             declared = self.found.get("data_type")
         return isinstance(declared, str) and (
             declared.lower().startswith("int") is isinstance(layer.packing, IntegerPacking)

@@ -55,6 +55,18 @@ class QuantizationBlock:
                 return self.block[name]
         return default
 
+    def table(self, key: str) -> Mapping[str, Any]:
+        """An object; an empty one where there is none."""
+        return as_table(self.get(key))
+
+    @property
+    def inner(self) -> QuantizationBlock:
+        """The inner block of ModelOpt's own file, else the block itself."""
+        inner = self.block.get("quantization")
+        if not isinstance(inner, Mapping):
+            return self
+        return QuantizationBlock(f"{self.where}: quantization", inner)
+
     def word(self, key: str, default: str = "") -> str:
         """A text value in lower case; ``default`` where there is none."""
         value = self.get(key)
@@ -90,6 +102,11 @@ class QuantizationBlock:
         """The problem of a value that is not what its key demands."""
         message = f"is {format_value(self.get(key))}, expected {expected}"
         return Problem(f"{self.where}.{key}", message)
+
+
+def as_table(value: Any) -> Mapping[str, Any]:
+    """A value of a JSON file if it is an object, else an empty one."""
+    return value if isinstance(value, Mapping) else {}
 
 
 def is_count(value: Any) -> TypeGuard[int]:
@@ -163,15 +180,9 @@ def contradicting(checkpoint: Checkpoint) -> list[QuantizationBlock]:
 
 def contradicted_keys(one: QuantizationBlock, other: QuantizationBlock) -> list[str]:
     """The deciding keys to which two blocks give different values."""
-    mine, theirs = _inner(one), _inner(other)
+    mine, theirs = one.inner, other.inner
     pairs = ((key, mine.get(key), theirs.get(key)) for key in _DECIDING)
     return [key for key, a, b in pairs if None not in (a, b) and _plain(a) != _plain(b)]
-
-
-def _inner(block: QuantizationBlock) -> QuantizationBlock:
-    """The inner block of ModelOpt's own file, else the block itself."""
-    inner = block.block.get("quantization")
-    return QuantizationBlock(block.where, inner) if isinstance(inner, Mapping) else block
 
 
 def _plain(value: Any) -> Any:
@@ -192,18 +203,14 @@ def with_block(
     return replace(checkpoint, config=config, quantization_files={})
 
 
-def without_blocks(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of a config without its quantization blocks, wherever they are."""
-    return _without_blocks(config, 0)
-
-
-def _without_blocks(section: Mapping[str, Any], depth: int) -> dict[str, Any]:
+def without_blocks(config: Mapping[str, Any], depth: int = 0) -> dict[str, Any]:
+    """A copy of a config, or a section ``depth`` levels down, without its quantization blocks."""
     left = {}
-    for key, value in section.items():
+    for key, value in config.items():
         if key in _KEYS or (key == "quantization" and (not depth or is_mlx_block(value))):
             continue
         inner = isinstance(value, Mapping) and depth < _DEEPEST
-        left[key] = _without_blocks(value, depth + 1) if inner else value
+        left[key] = without_blocks(value, depth + 1) if inner else value
     return left
 
 
@@ -223,12 +230,10 @@ def float_form(checkpoint: Checkpoint) -> str:
     block = find_quantization_block(checkpoint)
     if block is None:
         return ""
-    export = block.get("export")
-    weight_format = export.get("weight_format") if isinstance(export, Mapping) else None
     declared = (
         ("quantization_status", block.get("quantization_status"), _BEFORE_COMPRESSION),
         ("format", block.block.get("format"), ("dense",)),
-        ("export.weight_format", weight_format, ("fake_quantized",)),
+        ("export.weight_format", block.table("export").get("weight_format"), ("fake_quantized",)),
     )
     for key, value, words in declared:
         if isinstance(value, str) and value.lower() in words:

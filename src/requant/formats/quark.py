@@ -14,7 +14,12 @@ from requant.formats.float8_layers import EXPONENTS, FLOAT8, block_pair, float8_
 from requant.formats.integer_layers import integer_layer
 from requant.formats.mx_layers import mx_layer
 from requant.formats.nvfp4_layers import nvfp4_layer, nvfp4_without_tensor_scale
-from requant.formats.quantization_block import claim_by_method, find_quantization_block, is_count
+from requant.formats.quantization_block import (
+    as_table,
+    claim_by_method,
+    find_quantization_block,
+    is_count,
+)
 from requant.formats.stacks import Experts, are_transposed
 from requant.formats.tensor_sorter import LayerError, TensorSorter, unexpected
 from requant.packings.quark import QuarkColumns, QuarkMx, QuarkRows
@@ -63,8 +68,8 @@ class _Reader:
         block = find_quantization_block(checkpoint)
         assert block is not None
         self.found = block
-        export = block.get("export")
-        self.export = export if isinstance(export, Mapping) else {}
+        self.export, self.by_path = block.table("export"), block.table("layer_quant_config")
+        self.by_layer = Wildcards(self.by_path)
         self.fake = str(self.export.get("weight_format", "")).lower() == "fake_quantized"
         self._check_config()
 
@@ -78,8 +83,6 @@ class _Reader:
         if not sorter.quantized and not self.fake:
             sorter.no_layer(self.found.where, "says quark, but no layer has a weight_scale")
         return sorter.layout()
-
-    # -- the config ------------------------------------------------------------------------
 
     def _check_config(self) -> None:
         block, sorter = self.found, self.sorter
@@ -96,33 +99,25 @@ class _Reader:
                 "gives schemes by class of layer, which names of tensors do not say; "
                 "layer_quant_config by name is read",
             )
-        table = block.get("layer_quant_config")
-        self.by_layer = Wildcards(table if isinstance(table, Mapping) else ())
 
     def _check_named(self) -> None:
         """Say of a layer that the config names by its path, with a scheme, that it is dense."""
-        table = self.found.get("layer_quant_config")
-        rows = table.items() if isinstance(table, Mapping) and not self.fake else ()
-        named = [
-            path
-            for path, declared in rows
-            if isinstance(declared, Mapping) and declared.get("weight")
-        ]
+        rows = () if self.fake else self.by_path.items()
+        named = [path for path, declared in rows if as_table(declared).get("weight")]
         self.sorter.note_dense(f"{self.found.where}.layer_quant_config", named)
 
     def _scheme(self, path: str) -> _Scheme:
         """The weight's scheme: that of the patterns that fit the layer, else the global one."""
-        table, where = self.found.get("layer_quant_config"), "global_quant_config"
-        declared = self.found.get("global_quant_config")
+        declared, where = self.found.get("global_quant_config"), "global_quant_config"
         fits = list(self.by_layer.matching(path))
-        if fits and isinstance(table, Mapping):
-            declared, where = table[fits[0]], f"layer_quant_config[{fits[0]!r}]"
-            if any(table[pattern] != declared for pattern in fits):
+        if fits:
+            declared, where = self.by_path[fits[0]], f"layer_quant_config[{fits[0]!r}]"
+            if any(self.by_path[pattern] != declared for pattern in fits):
                 both = f"{self.found.where}.layer_quant_config"
                 raise LayerError(
                     path, f"fits patterns of {both} that contradict each other: {join_first(fits)}"
                 )
-        weight = declared.get("weight") if isinstance(declared, Mapping) else None
+        weight = as_table(declared).get("weight")
         levels = weight if isinstance(weight, list) else [weight]
         where = f"{self.found.where}.{where}.weight"
         schemes = tuple(level for level in levels if isinstance(level, Mapping))
@@ -131,8 +126,6 @@ class _Reader:
                 path, f"is quantized, but {where} is {format_value(weight)}, expected a scheme"
             )
         return _Scheme(where, schemes)
-
-    # -- the tensors -----------------------------------------------------------------------
 
     def _layer(self, path: str, tensors: Tensors) -> SourceLayer:
         weight = tensors["weight"]

@@ -22,6 +22,7 @@ from requant.formats.mx_layers import mx_layer
 from requant.formats.nvfp4_layers import nvfp4_layer
 from requant.formats.quantization_block import (
     QuantizationBlock,
+    as_table,
     claim_by_method,
     find_quantization_block,
 )
@@ -73,16 +74,11 @@ class _Reader:
             sorter.no_layer(self.found.where, "says torchao, but no tensor is a _weight_qdata")
         return sorter.layout()
 
-    # -- what is said about a layer --------------------------------------------------------
-
     def _default(self) -> Mapping[str, Any]:
         """``_data`` of the config's default scheme, its ``_type`` under "type"."""
-        table = self.found.get("quant_type")
-        declared = table.get("default") if isinstance(table, Mapping) else None
-        data = declared.get("_data") if isinstance(declared, Mapping) else None
-        if not isinstance(declared, Mapping) or not isinstance(data, Mapping):
-            return {}
-        return {**data, "type": str(declared.get("_type"))}
+        declared = as_table(self.found.table("quant_type").get("default"))
+        data = declared.get("_data")
+        return {**data, "type": str(declared.get("_type"))} if isinstance(data, Mapping) else {}
 
     def _check_described(self, paths: Set[str]) -> None:
         """A quantized weight that the metadata describes must be there."""
@@ -157,8 +153,6 @@ class _Reader:
             raise unexpected(inputs, f"[{layer.shape[-1]}]")
         return input_scaled(layer, inputs)
 
-    # -- one type each ---------------------------------------------------------------------
-
     def _integer(self, path: str, tensors: Tensors, data: Mapping[str, Any]) -> SourceLayer:
         qdata, scale, zeros = tensors["qdata"], tensors["scale"], tensors.get("zero_point")
         if qdata.info.dtype != "I8":
@@ -184,9 +178,7 @@ class _Reader:
 
     def _symmetric(self, zeros: SourceTensor) -> bool:
         """Whether every zero is 0: as the config says (held against the data later), or read."""
-        mapping = self.default.get("mapping_type")
-        word = mapping.get("_data") if isinstance(mapping, Mapping) else mapping
-        if str(word).upper() == "SYMMETRIC":
+        if str(_enum_word(self.default.get("mapping_type"))).upper() == "SYMMETRIC":
             return True
         return not self.checkpoint.read_small_tensor(zeros.name).any()
 
@@ -271,10 +263,14 @@ def _unswizzled(
     )
 
 
+def _enum_word(value: Any) -> Any:
+    """A word, or that of an enum as torchao serializes it: ``{"_data": "int4"}``."""
+    return value.get("_data") if isinstance(value, Mapping) else value
+
+
 def _bits(path: str, data: Mapping[str, Any]) -> int:
     """The width that ``target_dtype`` names: "int4"."""
-    target = data.get("target_dtype")
-    word = target.get("_data") if isinstance(target, Mapping) else target
+    word = _enum_word(data.get("target_dtype"))
     if word is None:
         return 8
     if str(word) not in {f"int{bits}" for bits in range(1, 9)}:

@@ -158,7 +158,6 @@ class CtActOrder(CtPacked):
         return {**super().required_rects(start, stop), "weight_g_idx": index}
 
     def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
-        """``(code - zero) * scale`` in float32, rounded once."""
         of = parts["weight_g_idx"].reshape(-1)
         scales = np.asarray(self.scales(parts, start, stop), np.float32)
         zeros = np.asarray(self.zeros(parts, start, stop), np.float32)

@@ -112,7 +112,6 @@ class Gptq(IntegerPacking):
         return zeros.T.astype(np.float32)
 
     def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
-        """``(code - zero) * scale`` in float32, rounded once."""
         if not self.act_order or self.sorted:
             super().decode(parts, start, stop, out, scratch)
             return

@@ -111,7 +111,6 @@ class HqqRows(IntegerPacking):
         return parts["zero"].reshape(stop - start, -1).astype(np.float32)
 
     def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
-        """``(code - zero) * scale`` in float32, rounded once."""
         codes = self._view(parts, start, stop, scratch)
         scales, zeros = (
             np.ascontiguousarray(parts[role].reshape(-1, 1), np.float32)
